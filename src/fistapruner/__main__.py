@@ -1,0 +1,5 @@
+"""``python -m fistapruner``."""
+
+from .cli import main
+
+raise SystemExit(main())

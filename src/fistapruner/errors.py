@@ -1,0 +1,37 @@
+"""What can go wrong in a way the user can mend."""
+
+from __future__ import annotations
+
+from pydantic import ValidationError
+
+
+class FistaPrunerError(Exception):
+    """An error of the input, the machine or the settings, not of the program.
+
+    The message is one line that names the thing, its value and what would be right. The command line prints it and
+    exits with status 2; nothing that was already computed is lost.
+    """
+
+
+class MissingExtraError(FistaPrunerError):
+    """An optional dependency is not installed; the message names the extra that brings it."""
+
+    def __init__(self, package: str, extra: str, purpose: str) -> None:
+        super().__init__(f"{purpose} needs the package {package!r}: pip install 'fistapruner[{extra}]'")
+
+
+def explain(error: Exception) -> str:
+    """One line for a validation error: which setting, what is wrong with it, what it was."""
+    if not isinstance(error, ValidationError):
+        return str(error)
+    parts = []
+    for item in error.errors():
+        where = ".".join(str(part) for part in item["loc"])
+        if item["type"] == "extra_forbidden":
+            parts.append(f"unknown setting {where!r}")
+        else:
+            value = item.get("input")
+            shown = f" (got {value!r})" if isinstance(value, (str, int, float, bool, type(None))) else ""
+            message = str(item["ctx"]["error"]) if item["type"] == "value_error" and "ctx" in item else item["msg"]
+            parts.append(f"{where}: {message}{shown}" if where else message)
+    return "; ".join(parts)

@@ -1,0 +1,32 @@
+"""Precision of matrix products: one switch for CPU and CUDA."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+
+
+@contextmanager
+def fast_products(enabled: bool = True) -> Iterator[None]:
+    """Let fp32 products run on the device's low-precision matrix units, accumulating in fp32.
+
+    On CPUs with AMX or AVX512-BF16, inputs of a product are rounded to bf16 (8 significant bits); on CUDA, to TF32 (11
+    bits). Where the inputs *are* bf16 values, as activations of a bf16 model, every product is exact, so Grams lose
+    nothing. Elsewhere use it for iterations only and judge the result outside of it.
+
+    Args:
+        enabled: False makes this a no-op, so that a setting can be passed straight through.
+    """
+    if not enabled:
+        yield
+        return
+    cpu, cuda = torch.backends.mkldnn.matmul, torch.backends.cuda.matmul  # type: ignore[attr-defined]
+    before = cpu.fp32_precision, cuda.fp32_precision
+    try:
+        cpu.fp32_precision = "bf16"
+        cuda.fp32_precision = "tf32"
+        yield
+    finally:
+        cpu.fp32_precision, cuda.fp32_precision = before

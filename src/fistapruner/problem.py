@@ -1,0 +1,268 @@
+"""The layer problem: all that a solver ever sees of a model and its data.
+
+An operator ``W`` (m outputs x n inputs) sees inputs ``X*`` (n x p) in the partly pruned model and ``X`` in the dense
+one. With ``a`` the share of the dense target, a pruned operator ``V`` is judged by
+
+    f(V) = || V X* - T ||_F^2 / p,     T = a W X + (1 - a) W X*,
+
+which needs no activations, only three sums over tokens that are gathered in one streaming pass:
+
+    H = X* X*^T / p                     Gram of what the operator will really see        (n x n)
+    R = W (X - X*) X*^T / p             correlation of the drift of its outputs           (m x n)
+    d = rowwise || W (X - X*) ||^2 / p  energy of that drift                              (m)
+
+With E = V - W this is f(V) = tr(E H E^T) - 2 a <E, R> + a^2 sum(d): the same f as tr(V H V^T) - 2 <V, B> + c with
+B = W H + a R, but written around W, so that fp32 does not lose a small error in the difference of large numbers. R and
+d are zero where nothing was pruned upstream. Operators that read the same tensor share H; they are stacked by rows into
+one problem and every solver works on all of them at once.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+
+import torch
+from torch import Tensor
+
+from .errors import FistaPrunerError
+from .numerics import fast_products
+
+
+@dataclass(frozen=True)
+class LayerProblem:
+    """Least squares on the outputs of one operator, or of several that share their inputs.
+
+    Args:
+        weight: (m, n) fp32 dense weights ``W``, operators stacked by rows.
+        gram: (n, n) fp32 ``H``, mean over tokens, symmetric positive semi-definite.
+        drift: (m, n) fp32 ``R``, or None where the inputs have not drifted.
+        drift_energy: (m,) ``d``, or None with ``drift``.
+        energy: (m,) mean squared dense output of each row, the denominator of relative errors. Default: of ``W`` on
+            ``H``, which is the same thing when nothing drifted.
+        target: share ``a`` of the dense model's output in the target: 1 is ``target=dense`` (FISTAPruner), 0 is
+            ``target=pruned`` (SparseGPT, Wanda, ALPS).
+        names: operator names, one for each block of rows.
+        rows: rows of each operator, summing to m.
+        tokens: calibration tokens ``p`` behind the means.
+
+    Raises:
+        FistaPrunerError: shapes disagree, or a value is NaN or infinite (the operator is named).
+    """
+
+    weight: Tensor
+    gram: Tensor
+    drift: Tensor | None = None
+    drift_energy: Tensor | None = None
+    energy: Tensor | None = None
+    target: float = 1.0
+    names: tuple[str, ...] = ("operator",)
+    rows: tuple[int, ...] = field(default=())
+    tokens: int = 1
+
+    def __post_init__(self) -> None:
+        m, n = self.weight.shape
+        if self.gram.shape != (n, n):
+            raise FistaPrunerError(f"{self.label}: the Gram is {tuple(self.gram.shape)}, expected ({n}, {n}) for {n} inputs")
+        if not self.rows:
+            object.__setattr__(self, "rows", (m,))
+        if sum(self.rows) != m or len(self.rows) != len(self.names):
+            raise FistaPrunerError(f"{self.label}: rows {self.rows} do not describe {len(self.names)} operators of {m} rows in all")
+        if (self.drift is None) != (self.drift_energy is None):
+            raise FistaPrunerError(f"{self.label}: drift and drift_energy come together")
+        if self.drift is not None and self.drift.shape != (m, n):
+            raise FistaPrunerError(f"{self.label}: drift is {tuple(self.drift.shape)}, expected ({m}, {n})")
+        if not 0.0 <= self.target <= 1.0:
+            raise FistaPrunerError(f"{self.label}: target {self.target} is not a share of the dense target in [0, 1]")
+        if self.energy is None:
+            object.__setattr__(self, "energy", _row_dot(self.weight @ self.gram, self.weight))
+
+    @property
+    def label(self) -> str:
+        """The operators' names, for messages."""
+        return "+".join(self.names)
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """(m, n) of the stacked weight."""
+        m, n = self.weight.shape
+        return m, n
+
+    @property
+    def pull(self) -> Tensor | None:
+        """(m, n) ``a R``: what the drift adds to the gradient at W, None when it adds nothing."""
+        return None if self.drift is None or self.target == 0.0 else self.drift * self.target
+
+    @property
+    def linear(self) -> Tensor:
+        """(m, n) ``B = W H + a R``, the linear term of the least squares."""
+        product = self.weight @ self.gram
+        return product if self.pull is None else product + self.pull
+
+    def check_finite(self) -> None:
+        """Refuse NaN and infinity, naming the operator and where they are."""
+        for name, part in self._named_rows(self.weight):
+            if not bool(torch.isfinite(part).all()):
+                raise FistaPrunerError(f"{name}: the weights contain NaN or infinite values")
+        for what, tensor in (("Gram of the calibration activations", self.gram), ("drift", self.drift)):
+            if tensor is not None and not bool(torch.isfinite(tensor).all()):
+                raise FistaPrunerError(f"{self.label}: the {what} contains NaN or infinite values")
+
+    def row_errors(self, weight: Tensor) -> Tensor:
+        """(m,) fp64 error f of each row of ``weight`` (m, n)."""
+        delta = weight - self.weight
+        pull = self.pull
+        quadratic = delta @ self.gram
+        if pull is None:
+            return _row_dot(quadratic, delta).clamp_min(0)
+        assert self.drift_energy is not None
+        drift = self.drift_energy.double() * self.target**2
+        return (_row_dot(quadratic - 2 * pull, delta) + drift).clamp_min(0)
+
+    def errors(self, weight: Tensor) -> list[float]:
+        """Error f of each operator, in the units of mean squared output summed over rows."""
+        return [float(part.sum()) for part in self.row_errors(weight).split(self.rows)]
+
+    def relative_errors(self, weight: Tensor) -> list[float]:
+        """Error f of each operator as a share of its dense output's energy, c = ||W X||^2."""
+        assert self.energy is not None
+        return [
+            error / max(float(c.sum()), 1e-300) for error, c in zip(self.errors(weight), self.energy.double().split(self.rows), strict=True)
+        ]
+
+    def gradient(self, weight: Tensor) -> Tensor:
+        """(m, n) half the gradient of f: ``V H - B``."""
+        product = (weight - self.weight) @ self.gram
+        return product if self.pull is None else product - self.pull
+
+    def operators(self) -> list[LayerProblem]:
+        """The stacked operators one by one; tensors are views, the Gram is shared."""
+        starts = [sum(self.rows[:i]) for i in range(len(self.rows))]
+        return [self.slice(start, start + size, (name,)) for start, size, name in zip(starts, self.rows, self.names, strict=True)]
+
+    def slice(self, start: int, stop: int, names: tuple[str, ...] = ("rows",)) -> LayerProblem:
+        """The problem of rows ``start`` to ``stop`` alone, as one operator."""
+
+        def part(tensor: Tensor | None) -> Tensor | None:
+            return None if tensor is None else tensor[start:stop]
+
+        return replace(
+            self,
+            weight=self.weight[start:stop],
+            drift=part(self.drift),
+            drift_energy=part(self.drift_energy),
+            energy=part(self.energy),
+            names=names,
+            rows=(stop - start,),
+        )
+
+    def to(self, device: torch.device | str) -> LayerProblem:
+        """The same problem with its tensors on ``device``."""
+
+        def move(tensor: Tensor | None) -> Tensor | None:
+            return None if tensor is None else tensor.to(device)
+
+        return replace(
+            self,
+            weight=self.weight.to(device),
+            gram=self.gram.to(device),
+            drift=move(self.drift),
+            drift_energy=move(self.drift_energy),
+            energy=move(self.energy),
+        )
+
+    def _named_rows(self, tensor: Tensor) -> list[tuple[str, Tensor]]:
+        return list(zip(self.names, tensor.split(self.rows), strict=True))
+
+    @classmethod
+    def from_activations(
+        cls,
+        weight: Tensor,
+        inputs: Tensor,
+        dense_inputs: Tensor | None = None,
+        *,
+        target: float = 1.0,
+        name: str = "operator",
+    ) -> LayerProblem:
+        """Build a problem from explicit activations, for experiments and tests.
+
+        Args:
+            weight: (m, n) dense weights.
+            inputs: (p, n) what the operator sees in the pruned model, ``X*`` by tokens.
+            dense_inputs: (p, n) what it sees in the dense model. Default: the same.
+            target: share of the dense target.
+            name: operator name.
+        """
+        sums = ProblemSums(weight.float(), drifts=dense_inputs is not None)
+        sums.add(inputs, dense_inputs)
+        return sums.problem((name,), (weight.shape[0],), target)
+
+
+class ProblemSums:
+    """The three sums of a layer problem, gathered batch by batch in fp32.
+
+    Args:
+        weight: (m, n) dense weights of the operators that share their inputs, stacked by rows.
+        drifts: whether dense inputs will be given beside the pruned ones; without them no (m, n) sum is kept.
+
+    The sums are kept on the weight's device. Products of activations that are bf16 values are exact on bf16 matrix
+    units (:func:`~fistapruner.numerics.fast_products`), which is used exactly then.
+    """
+
+    def __init__(self, weight: Tensor, *, drifts: bool) -> None:
+        m, n = weight.shape
+        self.weight = weight.float()
+        self.tokens = 0
+        self.gram = torch.zeros(n, n, device=weight.device)
+        self.energy = torch.zeros(m, dtype=torch.float64, device=weight.device)
+        self.drift = torch.zeros(m, n, device=weight.device) if drifts else None
+        self.drift_energy = torch.zeros(m, dtype=torch.float64, device=weight.device) if drifts else None
+
+    def add(self, inputs: Tensor, dense_inputs: Tensor | None = None) -> None:
+        """Add a batch.
+
+        Args:
+            inputs: (tokens, n) inputs in the partly pruned model.
+            dense_inputs: (tokens, n) inputs of the same tokens in the dense model, if ``drifts``.
+        """
+        x = inputs.float()
+        with fast_products(inputs.dtype == torch.bfloat16):
+            self.gram.addmm_(x.T, x)
+        self.tokens += x.shape[0]
+        if self.drift is None or self.drift_energy is None:
+            return
+        if dense_inputs is None:
+            raise FistaPrunerError("these sums were set up for drifting inputs: give dense_inputs with every batch")
+        dense = dense_inputs.float()
+        moved = (dense - x) @ self.weight.T
+        self.drift.addmm_(moved.T, x)
+        self.drift_energy += moved.double().square().sum(0)
+        self.energy += (dense @ self.weight.T).double().square().sum(0)
+
+    def problem(self, names: Sequence[str], rows: Sequence[int], target: float) -> LayerProblem:
+        """The layer problem of all tokens added so far (means over tokens).
+
+        Raises:
+            FistaPrunerError: no tokens were added, or something is NaN or infinite.
+        """
+        if not self.tokens:
+            raise FistaPrunerError(f"{'+'.join(names)}: no calibration tokens reached this operator")
+        gram = self.gram / self.tokens
+        problem = LayerProblem(
+            weight=self.weight,
+            gram=(gram + gram.T) / 2,
+            drift=None if self.drift is None else self.drift / self.tokens,
+            drift_energy=None if self.drift_energy is None else self.drift_energy / self.tokens,
+            energy=None if self.drift is None else self.energy / self.tokens,
+            target=target,
+            names=tuple(names),
+            rows=tuple(rows),
+            tokens=self.tokens,
+        )
+        problem.check_finite()
+        return problem
+
+
+def _row_dot(a: Tensor, b: Tensor) -> Tensor:
+    """(m,) fp64 inner products of the rows of two (m, n) tensors, in blocks so that no large fp64 copy is made."""
+    return torch.cat([(x.double() * y.double()).sum(1) for x, y in zip(a.split(512), b.split(512), strict=True)])

@@ -1,0 +1,279 @@
+"""The one settings object: what a YAML recipe, the command line and the API can say.
+
+Everything that decides the pruned weights is in :class:`Recipe`; everything that only decides how the work is carried
+out (device, memory, executor) is in its ``execution`` section and never changes which run a recipe belongs to.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from importlib import resources
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import yaml
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PlainSerializer, ValidationError, field_validator
+
+from .errors import FistaPrunerError, explain
+from .solvers import parse_method
+from .solvers.base import Method
+from .sparsity import Sparsity, parse_sparsity
+
+
+def _user_errors(parse: Any) -> Any:
+    """pydantic collects ValueErrors; ours carry the sentence for the user."""
+
+    def wrapped(value: Any) -> Any:
+        try:
+            return parse(value)
+        except FistaPrunerError as error:
+            raise ValueError(str(error)) from None
+
+    return wrapped
+
+
+def _target(value: Any) -> Any:
+    return {"dense": 1.0, "pruned": 0.0}.get(value, value) if isinstance(value, str) else value
+
+
+def _dump_method(steps: tuple[Method, ...]) -> list[Any]:
+    return [{step.name: step.model_dump()} for step in steps]
+
+
+SparsitySetting = Annotated[Any, BeforeValidator(_user_errors(parse_sparsity)), PlainSerializer(str)]
+MethodSetting = Annotated[Any, BeforeValidator(_user_errors(parse_method)), PlainSerializer(_dump_method)]
+
+
+class Settings(BaseModel):
+    """Base of all sections: immutable, unknown keys refused."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class Calibration(Settings):
+    """Where the calibration tokens come from.
+
+    Args:
+        source: ``self`` (text the model generates itself), ``python`` (the language reference every Python ships
+            with), a ``.txt``, ``.jsonl`` or ``.parquet`` file, or a data set known to the ``datasets`` extra (``c4``,
+            ``wikitext2``, ``ptb``).
+        samples: number of token windows. 128 is the papers' choice.
+        seqlen: tokens in a window; None takes the model's maximum length, at most 2048.
+        seed: draws the windows (and the self-generated text).
+    """
+
+    source: str = "self"
+    samples: int = Field(128, ge=1)
+    seqlen: int | None = Field(None, ge=8)
+    seed: int = 0
+
+
+class Execution(Settings):
+    """How the work is carried out. Never part of a run's identity.
+
+    Args:
+        device: ``auto`` takes a CUDA GPU when there is one.
+        batch_size: calibration windows in one forward pass; None chooses by memory.
+        memory_limit: bytes the process may use, as a number or ``"8GiB"``; None takes what the machine has free.
+        executor: ``serial``, ``process`` or ``ray``.
+        workers: layer jobs at once (``process``, ``ray``); None takes one per GPU, or one per core group.
+        threads: CPU threads for each worker; None divides the machine's cores.
+        address: address of a Ray cluster.
+    """
+
+    device: str = "auto"
+    batch_size: int | None = Field(None, ge=1)
+    memory_limit: int | None = None
+    executor: Literal["serial", "process", "ray"] = "serial"
+    workers: int | None = Field(None, ge=1)
+    threads: int | None = Field(None, ge=1)
+    address: str | None = None
+
+    @field_validator("memory_limit", mode="before")
+    @classmethod
+    def _bytes(cls, value: Any) -> Any:
+        return parse_bytes(value) if isinstance(value, str) else value
+
+
+class Recipe(Settings):
+    """All settings of a pruning run.
+
+    Args:
+        sparsity: pattern of every pruned operator: ``50%``, ``0.5``, ``2:4``, ``4:8``.
+        method: a method, or a chain of a solver and refinements.
+        propagate: which hidden states feed a decoder layer: the ``dense`` model's (layers are then independent and can
+            be pruned in parallel; FISTAPruner) or those of the already ``pruned`` layers (SparseGPT, ALPS).
+        target: which output an operator reproduces from its inputs: ``dense`` (FISTAPruner), ``pruned`` (the dense
+            weight on the drifted inputs; SparseGPT, Wanda, ALPS), or a share of the dense one in [0, 1].
+        error_correction: inside a decoder layer, recompute each operator's inputs with the operators before it already
+            pruned (FISTAPruner's intra-layer error correction). False prunes all operators on dense inputs.
+        targets: operators to prune, by name or ``re:`` pattern; default is every linear operator of the decoder layers.
+        ignore: operators to leave dense, by name or ``re:`` pattern.
+        allocation: how the sparsity is spread: ``uniform``, ``owl``, ``error``, or a mapping of patterns to sparsities.
+        match: steps of block matching after each decoder layer; 0 is none.
+        calibration: calibration data.
+        dtype: precision of the forward passes; ``auto`` is the checkpoint's own (fp32 for fp16 on a CPU).
+        seed: seeds everything random that is not calibration data.
+        execution: how the work is carried out.
+    """
+
+    sparsity: SparsitySetting = "50%"
+    method: MethodSetting = "fista"
+    propagate: Literal["dense", "pruned"] = "dense"
+    target: Annotated[float, BeforeValidator(_target)] = Field(1.0, ge=0.0, le=1.0)
+    error_correction: bool = True
+    targets: tuple[str, ...] = ()
+    ignore: tuple[str, ...] = ()
+    allocation: Literal["uniform", "owl", "error"] | dict[str, SparsitySetting] = "uniform"
+    match: int = Field(0, ge=0)
+    calibration: Calibration = Calibration()
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    seed: int = 0
+    execution: Execution = Execution()
+
+    # Defaults are written as users write them; validate them into patterns and methods too.
+    model_config = ConfigDict(frozen=True, extra="forbid", validate_default=True)
+
+    @field_validator("targets", "ignore", mode="after")
+    @classmethod
+    def _patterns(cls, value: tuple[str, ...]) -> tuple[str, ...]:
+        for pattern in value:
+            check_pattern(pattern)
+        return value
+
+    @property
+    def pattern(self) -> Sparsity:
+        """The sparsity, parsed."""
+        return self.sparsity  # type: ignore[no-any-return]
+
+    @property
+    def steps(self) -> tuple[Method, ...]:
+        """The method chain, parsed."""
+        return self.method  # type: ignore[no-any-return]
+
+    @property
+    def method_name(self) -> str:
+        """The chain as the command line writes it: ``wanda+refit``."""
+        return "+".join(step.name for step in self.steps)
+
+    def fingerprint(self) -> str:
+        """Hash of everything that decides the pruned weights."""
+        identity = json.dumps(self.model_dump(mode="json", exclude={"execution"}), sort_keys=True)
+        return hashlib.sha256(identity.encode()).hexdigest()[:16]
+
+    def to_yaml(self) -> str:
+        """The recipe as YAML, every setting written out."""
+        return str(yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False))
+
+    @classmethod
+    def from_yaml(cls, text: str, origin: str = "recipe") -> Recipe:
+        """Read a recipe.
+
+        Raises:
+            FistaPrunerError: not YAML, not a mapping, unknown or wrong settings.
+        """
+        return cls.build(parse_yaml(text, origin), origin)
+
+    @classmethod
+    def build(cls, settings: dict[str, Any], origin: str = "recipe") -> Recipe:
+        """Validate a mapping of settings.
+
+        Raises:
+            FistaPrunerError: one line that names every wrong setting.
+        """
+        try:
+            return cls.model_validate(settings)
+        except ValidationError as error:
+            raise FistaPrunerError(f"{origin}: {explain(error)}") from None
+
+
+def parse_yaml(text: str, origin: str) -> dict[str, Any]:
+    """Safe-load a YAML mapping.
+
+    Raises:
+        FistaPrunerError: the text is not YAML or not a mapping.
+    """
+    try:
+        settings = yaml.safe_load(text)
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
+        raise FistaPrunerError(f"{origin} is not valid YAML: {' '.join(str(error).split())}") from None
+    if settings is None:
+        return {}
+    if not isinstance(settings, dict) or not all(isinstance(key, str) for key in settings):
+        raise FistaPrunerError(f"{origin} is not a mapping of settings to values")
+    return settings
+
+
+def shipped_recipes() -> dict[str, str]:
+    """Name and YAML text of the recipes that come with the package."""
+    folder = resources.files(__package__) / "recipes"
+    files = sorted((entry for entry in folder.iterdir() if entry.name.endswith(".yaml")), key=lambda entry: entry.name)
+    return {file.name.removesuffix(".yaml"): file.read_text("utf-8") for file in files}
+
+
+def load_recipe_settings(name_or_file: str) -> dict[str, Any]:
+    """Settings of a shipped recipe (``paper``) or of a YAML file.
+
+    Raises:
+        FistaPrunerError: neither exists, or the file is not a mapping.
+    """
+    shipped = shipped_recipes()
+    if name_or_file in shipped:
+        return parse_yaml(shipped[name_or_file], f"recipe {name_or_file}")
+    path = Path(name_or_file)
+    if not path.is_file():
+        raise FistaPrunerError(f"recipe {name_or_file!r} is neither a file nor a shipped recipe ({', '.join(shipped)})")
+    try:
+        return parse_yaml(path.read_text("utf-8"), str(path))
+    except UnicodeDecodeError:
+        raise FistaPrunerError(f"recipe {path} is not UTF-8 text") from None
+
+
+def merge(base: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
+    """``base`` with ``changes`` over it, section by section; None in ``changes`` means "not said"."""
+    merged = dict(base)
+    for key, value in changes.items():
+        if value is None:
+            continue
+        if isinstance(value, dict) and isinstance(merged.get(key), dict) and key in ("calibration", "execution"):
+            merged[key] = merge(merged[key], value)
+        elif isinstance(value, dict) and key in ("calibration", "execution"):
+            merged[key] = merge({}, value)
+        else:
+            merged[key] = value
+    return merged
+
+
+def check_pattern(pattern: str) -> None:
+    """Refuse a ``re:`` pattern that does not compile.
+
+    Raises:
+        ValueError: names the pattern and the fault.
+    """
+    if pattern.startswith("re:"):
+        try:
+            re.compile(pattern[3:])
+        except re.error as error:
+            raise ValueError(f"{pattern!r} is not a regular expression: {error}") from None
+
+
+def matches(name: str, pattern: str) -> bool:
+    """Whether an operator name matches: ``re:`` patterns search, plain ones equal the name or end it at a dot."""
+    if pattern.startswith("re:"):
+        return re.search(pattern[3:], name) is not None
+    return name == pattern or name.endswith("." + pattern)
+
+
+def parse_bytes(text: str) -> int:
+    """Bytes from ``"8GiB"``, ``"500MB"`` or ``"1e9"``.
+
+    Raises:
+        ValueError: not a size.
+    """
+    match = re.fullmatch(r"\s*([0-9.]+(?:e[0-9]+)?)\s*([kmgt]?)(i?)b?\s*", text.lower())
+    if not match:
+        raise ValueError(f"{text!r} is not a size: write 8GiB, 500MB or a number of bytes")
+    base = 1024 if match[3] or not match[2] else 1000
+    return int(float(match[1]) * base ** " kmgt".index(match[2] or " "))

@@ -1,0 +1,109 @@
+"""Every solver and refinement by name, and the one function that runs a chain of them."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from dataclasses import replace
+
+import torch
+
+from ..errors import FistaPrunerError, explain
+from ..problem import LayerProblem
+from ..sparsity import Sparsity, check_divides, parse_sparsity
+from .base import Method, Solution
+from .magnitude import Magnitude
+from .wanda import Wanda
+
+METHODS: dict[str, type[Method]] = {method.name: method for method in (Magnitude, Wanda)}
+
+Steps = str | Method | Sequence["str | dict[str, object] | Method"]
+
+
+def parse_method(value: Steps) -> tuple[Method, ...]:
+    """Read a method as users write it.
+
+    Args:
+        value: a name (``"fista"``), names joined by ``+`` (``"alps+swap"``), or a list of names, of one-entry
+            dictionaries with settings (``[sparsegpt, {fista: {iterations: 50}}, refit]``) or of method objects.
+
+    Raises:
+        FistaPrunerError: an unknown name or setting, or a refinement with nothing before it.
+    """
+    if isinstance(value, Method):
+        value = [value]
+    if isinstance(value, str):
+        value = value.split("+")
+    steps = tuple(_parse_step(step) for step in value)
+    if not steps:
+        raise FistaPrunerError("method is empty: name one of " + ", ".join(METHODS))
+    if steps[0].refines:
+        raise FistaPrunerError(f"method {steps[0].name!r} refines another solution: put a solver before it, such as wanda+{steps[0].name}")
+    return steps
+
+
+def _parse_step(step: object) -> Method:
+    if isinstance(step, Method):
+        return step
+    settings: object = {}
+    if isinstance(step, dict):
+        if len(step) != 1:
+            raise FistaPrunerError(f"method step {step!r} is not one name with its settings, such as {{fista: {{iterations: 50}}}}")
+        ((step, settings),) = step.items()
+    name = str(step).strip()
+    if name not in METHODS:
+        raise FistaPrunerError(f"method {name!r} is not known: one of {', '.join(METHODS)}")
+    try:
+        return METHODS[name].model_validate(settings or {})
+    except ValueError as error:
+        raise FistaPrunerError(f"method {name}: {explain(error)}") from None
+
+
+def solve(
+    problem: LayerProblem,
+    sparsity: str | float | Sparsity | Sequence[Sparsity],
+    method: Steps = "fista",
+) -> Solution:
+    """Prune the operators of a layer problem.
+
+    Args:
+        problem: the layer problem.
+        sparsity: one pattern for all operators, or one for each.
+        method: a method or a chain (see :func:`parse_method`).
+
+    Returns:
+        The solution; its ``stats`` hold, for each operator, ``relative_error``, the method's own records under
+        ``steps`` and the seconds each step took (shared by the operators that were solved together).
+
+    Raises:
+        FistaPrunerError: bad settings, a pattern that does not fit, or NaN in the data.
+    """
+    steps = parse_method(method)
+    patterns = (
+        [sparsity] * len(problem.rows) if isinstance(sparsity, (str, float, int)) or not isinstance(sparsity, Sequence) else list(sparsity)
+    )
+    parsed = [parse_sparsity(pattern) for pattern in patterns]
+    if len(parsed) != len(problem.rows):
+        raise FistaPrunerError(f"{problem.label}: {len(parsed)} sparsities for {len(problem.rows)} operators")
+    for pattern, name in zip(parsed, problem.names, strict=True):
+        check_divides(pattern, problem.shape[1], name)
+    problem.check_finite()
+
+    solution: Solution | None = None
+    records: list[list[dict[str, object]]] = [[] for _ in problem.rows]
+    warnings: list[str] = []
+    for step in steps:
+        begin = time.perf_counter()
+        if all(pattern.zeros(rows, problem.shape[1]) == 0 for pattern, rows in zip(parsed, problem.rows, strict=True)):
+            solution = Solution(problem.weight.clone(), torch.ones_like(problem.weight, dtype=torch.bool))
+        else:
+            solution = step.solve(problem, parsed, solution)
+        seconds = time.perf_counter() - begin
+        warnings += solution.warnings
+        errors = problem.relative_errors(solution.weight)
+        for index, record in enumerate(records):
+            extra = solution.stats[index] if solution.stats else {}
+            record.append({"method": step.name, "relative_error": errors[index], "seconds": seconds, **extra})
+    assert solution is not None
+    stats = tuple({"relative_error": record[-1]["relative_error"], "steps": record} for record in records)
+    return replace(solution, stats=stats, warnings=tuple(warnings))

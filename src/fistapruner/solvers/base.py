@@ -1,0 +1,67 @@
+"""What a method is: a frozen settings object that turns a layer problem into a solution.
+
+A *solver* makes a solution from the problem alone (it may use the previous step's as a start). A *refinement* improves
+the solution of the step before it. Both have the same shape, so they chain: ``wanda -> refit``,
+``sparsegpt -> fista -> refit -> swap``. To add one, write one file with one class and name it in
+``solvers/__init__.py``; it then exists in recipes, on the command line, in ``compare`` and in the property tests.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any, ClassVar
+
+import torch
+from pydantic import BaseModel, ConfigDict
+from torch import Tensor
+
+from ..problem import LayerProblem
+from ..sparsity import Sparsity, project_mask
+
+Stats = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Solution:
+    """Pruned weights of a layer problem.
+
+    Args:
+        weight: (m, n) fp32, exactly zero where ``mask`` is False.
+        mask: (m, n) bool, True where a weight is kept; exact for every operator's sparsity.
+        stats: one dictionary for each operator (JSON values): what its solver recorded.
+        warnings: sentences for the user, each naming its operator.
+    """
+
+    weight: Tensor
+    mask: Tensor
+    stats: tuple[Stats, ...] = ()
+    warnings: tuple[str, ...] = field(default=())
+
+
+class Method(BaseModel, ABC):
+    """Base of solvers and refinements: settings are fields, validated, unknown ones refused."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    name: ClassVar[str]
+    summary: ClassVar[str]
+    reference: ClassVar[str] = ""
+    refines: ClassVar[bool] = False
+    """True for a refinement: it needs the solution of a step before it."""
+
+    @abstractmethod
+    def solve(self, problem: LayerProblem, sparsity: Sequence[Sparsity], start: Solution | None = None) -> Solution:
+        """Solve for all operators of ``problem`` at once.
+
+        Args:
+            problem: the layer problem.
+            sparsity: one pattern for each operator.
+            start: the solution of the previous step of a chain.
+        """
+
+
+def project_operators(scores: Tensor, rows: Sequence[int], sparsity: Sequence[Sparsity], scope: str = "operator") -> Tensor:
+    """(m, n) exact mask of stacked operators, each with its own pattern (see :func:`~fistapruner.sparsity.project_mask`)."""
+    return torch.cat([project_mask(part, pattern, scope) for part, pattern in zip(scores.split(tuple(rows)), sparsity, strict=True)])

@@ -1,0 +1,22 @@
+"""Magnitude pruning: the weights nearest to zero go."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import ClassVar
+
+from ..problem import LayerProblem
+from ..sparsity import Sparsity
+from .base import Method, Solution, project_operators
+
+
+class Magnitude(Method):
+    """Zero the smallest ``|W|`` of each operator; weights are not updated and no data is used."""
+
+    name: ClassVar[str] = "magnitude"
+    summary: ClassVar[str] = "smallest weights of each operator go; uses no data"
+    reference: ClassVar[str] = "Han et al. 2015, arXiv 1506.02626"
+
+    def solve(self, problem: LayerProblem, sparsity: Sequence[Sparsity], start: Solution | None = None) -> Solution:
+        mask = project_operators(problem.weight.abs(), problem.rows, sparsity)
+        return Solution(problem.weight * mask, mask)

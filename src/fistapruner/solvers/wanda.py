@@ -1,0 +1,23 @@
+"""Wanda: weights scored by magnitude times input norm, compared within each row."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import ClassVar
+
+from ..problem import LayerProblem
+from ..sparsity import Sparsity
+from .base import Method, Solution, project_operators
+
+
+class Wanda(Method):
+    """Score ``|W_ij| * sqrt(H_jj)``, prune the lowest of each output row; weights are not updated (Sun et al., eq. 1)."""
+
+    name: ClassVar[str] = "wanda"
+    summary: ClassVar[str] = "magnitude times input norm, row by row; no weight update"
+    reference: ClassVar[str] = "Sun et al. 2023, arXiv 2306.11695"
+
+    def solve(self, problem: LayerProblem, sparsity: Sequence[Sparsity], start: Solution | None = None) -> Solution:
+        scores = problem.weight.abs() * problem.gram.diagonal().clamp_min(0).sqrt()
+        mask = project_operators(scores, problem.rows, sparsity, scope="row")
+        return Solution(problem.weight * mask, mask)
