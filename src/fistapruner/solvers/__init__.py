@@ -12,10 +12,12 @@ from ..errors import FistaPrunerError, explain
 from ..problem import LayerProblem
 from ..sparsity import Sparsity, check_divides, parse_sparsity
 from .base import Method, Solution
+from .fista import Fista
 from .magnitude import Magnitude
+from .sparsegpt import SparseGPT
 from .wanda import Wanda
 
-METHODS: dict[str, type[Method]] = {method.name: method for method in (Magnitude, Wanda)}
+METHODS: dict[str, type[Method]] = {method.name: method for method in (Fista, Magnitude, Wanda, SparseGPT)}
 
 Steps = str | Method | Sequence["str | dict[str, object] | Method"]
 

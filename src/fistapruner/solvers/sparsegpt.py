@@ -1,0 +1,91 @@
+"""SparseGPT: prune column after column, let the columns to the right make up for it."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import ClassVar
+
+import torch
+from pydantic import Field
+from torch import Tensor
+
+from ..problem import LayerProblem
+from ..sparsity import NM, Sparsity, Unstructured, keep_largest, keep_n_of_m
+from .base import Method, Solution
+from .conditioning import alive_gram, damped_cholesky, dead_inputs
+
+
+class SparseGPT(Method):
+    """Optimal brain surgeon, one column at a time, for all rows at once (Frantar & Alistarh 2023, algorithm 1).
+
+    With U the upper Cholesky factor of the inverse of the damped Gram, a weight of column j costs ``w^2 / U_jj^2`` to
+    remove. Masks are chosen for a block of columns (unstructured) or every m columns (n:m) just before they are reached;
+    the error ``e = (w - q) / U_jj`` of a finished column moves into the columns to its right by ``e U_j``.
+
+    The published method reproduces ``W X*`` (``target=pruned``). For another target the least-squares weights
+    ``W + a R (H + dI)^-1`` take the place of W: they are where f is lowest, and f grows from there by the same Gram.
+
+    Args:
+        damping: added to the diagonal of H, as a share of its mean (the paper's 1 %).
+        block: columns whose mask is chosen together (the paper's 128).
+    """
+
+    name: ClassVar[str] = "sparsegpt"
+    summary: ClassVar[str] = "column by column, remaining weights compensate (one pass)"
+    reference: ClassVar[str] = "Frantar & Alistarh 2023, arXiv 2301.00774"
+
+    damping: float = Field(0.01, ge=0.0)
+    block: int = Field(128, ge=1)
+
+    def solve(self, problem: LayerProblem, sparsity: Sequence[Sparsity], start: Solution | None = None) -> Solution:
+        gram = alive_gram(problem.gram)
+        # Reversed order: flip(H) = L L^T gives H = R R^T with R = flip(L) upper, so H^-1 = U^T U for U = R^-1.
+        factor, damping, warnings = damped_cholesky(gram.flip(0, 1), self.damping, problem.label)
+        upper = factor.flip(0, 1)
+        upper = torch.linalg.solve_triangular(upper, torch.eye(len(upper), dtype=upper.dtype, device=upper.device), upper=True)
+        weight = problem.weight
+        if problem.pull is not None:
+            weight = weight + (problem.pull @ upper.T) @ upper
+        weight = weight.masked_fill(dead_inputs(problem.gram), 0.0)
+
+        columns = weight.T.contiguous()  # (n, m): a column of weights is then one contiguous row
+        keep = torch.ones_like(columns, dtype=torch.bool)
+        starts = [sum(problem.rows[:i]) for i in range(len(problem.rows))]
+        # Group lengths of all operators must fall on the boundaries of blocks and of the panels inside them.
+        unit = math.lcm(*(pattern.m for pattern in sparsity if isinstance(pattern, NM)))
+        panel = unit * max(1, 16 // unit)
+        width = panel * max(1, self.block // panel)
+        inverse_diagonal = upper.diagonal().reciprocal()
+        for begin in range(0, len(columns), width):
+            end = min(begin + width, len(columns))
+            for first, size, pattern in zip(starts, problem.rows, sparsity, strict=True):
+                if isinstance(pattern, Unstructured):
+                    scores = (columns[begin:end, first : first + size] * inverse_diagonal[begin:end, None]).square()
+                    zeros = pattern.zeros(size, end) - pattern.zeros(size, begin)
+                    keep[begin:end, first : first + size] = keep_largest(scores, scores.numel() - zeros)
+            errors = torch.empty_like(columns[begin:end])
+            for left in range(begin, end, panel):
+                right = min(left + panel, end)
+                for j in range(left, right):
+                    for first, size, pattern in zip(starts, problem.rows, sparsity, strict=True):
+                        if isinstance(pattern, NM) and j % pattern.m == 0:
+                            _choose_group(columns, keep, inverse_diagonal, j, first, size, pattern)
+                    error = columns[j].masked_fill(keep[j], 0.0) * inverse_diagonal[j]
+                    columns[j].masked_fill_(~keep[j], 0.0)
+                    errors[j - begin] = error
+                    if j + 1 < right:
+                        columns[j + 1 : right].addr_(upper[j, j + 1 : right], error, alpha=-1.0)
+                if right < end:
+                    columns[right:end].addmm_(upper[left:right, right:end].T, errors[left - begin : right - begin], alpha=-1.0)
+            if end < len(columns):
+                columns[end:].addmm_(upper[begin:end, end:].T, errors, alpha=-1.0)
+        stats = tuple({"damping": damping} for _ in problem.rows)
+        return Solution(columns.T.contiguous(), keep.T.contiguous(), stats, tuple(warnings))
+
+
+def _choose_group(columns: Tensor, keep: Tensor, inverse_diagonal: Tensor, j: int, first: int, size: int, pattern: NM) -> None:
+    """Set the mask of the n:m groups of columns j .. j + m of one operator."""
+    group = slice(j, j + pattern.m)
+    scores = (columns[group, first : first + size] * inverse_diagonal[group, None]).square()
+    keep[group, first : first + size] = keep_n_of_m(scores.T, pattern.n, pattern.m).T
