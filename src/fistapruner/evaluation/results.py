@@ -1,0 +1,136 @@
+"""What an evaluation returns: plain records of numbers, each beside what is needed to read it.
+
+A perplexity without its data set, window length and precision means nothing, so these are fields of the same record.
+All records are frozen standard dataclasses; ``dataclasses.asdict`` gives JSON, and ``report.json`` stores exactly that.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass, field
+from typing import Any
+
+
+@dataclass(frozen=True)
+class Perplexity:
+    """Perplexity of one model on one text.
+
+    Args:
+        data: name of the data set or file.
+        split: its split; for a local file ``file``.
+        seqlen: tokens in a window.
+        windows: number of non-overlapping windows.
+        tokens: number of predicted tokens behind the mean, ``windows * (seqlen - 1)`` (one more a window when a BOS is
+            put in front of it).
+        bos: whether every window starts with the tokenizer's BOS token.
+        dtype: precision of the forward pass.
+        perplexity: exp of the mean token NLL.
+        standard_error: of the perplexity, over windows (delta method).
+        nll: mean negative log-likelihood of a token, in nats.
+        nll_standard_error: of ``nll``, over windows.
+        text_sha256: hash of the token ids, so that two figures can be known to be of the same tokens.
+    """
+
+    data: str
+    split: str
+    seqlen: int
+    windows: int
+    tokens: int
+    dtype: str
+    perplexity: float
+    standard_error: float
+    nll: float
+    nll_standard_error: float
+    bos: bool = False
+    text_sha256: str = ""
+
+
+@dataclass(frozen=True)
+class Divergence:
+    """How far a model's next-token distributions are from a reference model's, on the same tokens.
+
+    Args:
+        kl: mean over tokens of KL(reference || model), in nats.
+        kl_standard_error: of ``kl``, over windows.
+        top1_agreement: share of tokens where both models' most likely next token is the same.
+        top1_standard_error: of ``top1_agreement``, over windows.
+        nll_difference: mean NLL of the model minus that of the reference: ln of the ratio of perplexities.
+        nll_difference_standard_error: paired, over windows; smaller than the two single errors suggest.
+    """
+
+    kl: float
+    kl_standard_error: float
+    top1_agreement: float
+    top1_standard_error: float
+    nll_difference: float
+    nll_difference_standard_error: float
+
+
+@dataclass(frozen=True)
+class TaskResult:
+    """Score of a zero-shot task, alone or beside a reference model on the same items.
+
+    Args:
+        task: name of the task.
+        metric: what ``value`` is: ``acc``, ``acc_norm``.
+        items: number of questions.
+        value: the model's score.
+        standard_error: of ``value``, binomial.
+        reference: the reference model's score on the same items, or None.
+        reference_standard_error: of ``reference``.
+        lost: items that only the reference model gets right.
+        won: items that only this model gets right.
+        p_value: two-sided exact McNemar test of ``lost`` against ``won``: the chance to see so uneven a split when
+            both models were equally good.
+        shots: examples in the prompt.
+        source: where the items came from.
+    """
+
+    task: str
+    metric: str
+    items: int
+    value: float
+    standard_error: float
+    reference: float | None = None
+    reference_standard_error: float | None = None
+    lost: int | None = None
+    won: int | None = None
+    p_value: float | None = None
+    shots: int = 0
+    source: str = ""
+
+    @property
+    def significant(self) -> bool:
+        """Whether the difference from the reference is unlikely to be chance (p < 0.05)."""
+        return self.p_value is not None and self.p_value < 0.05
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """Everything one call of :func:`fistapruner.evaluate` measured.
+
+    Args:
+        model: what was evaluated, as the user named it.
+        against: the reference (dense) model, or None.
+        perplexity: of ``model``; None when only tasks were asked for.
+        reference: perplexity of ``against`` on the same tokens.
+        divergence: of ``model`` from ``against`` on the same tokens.
+        tasks: zero-shot results.
+        seconds: wall time of the call.
+        forward_seconds: wall time of the forward passes in it.
+        device: device that ran it.
+    """
+
+    model: str
+    against: str | None = None
+    perplexity: Perplexity | None = None
+    reference: Perplexity | None = None
+    divergence: Divergence | None = None
+    tasks: tuple[TaskResult, ...] = field(default=())
+    seconds: float = 0.0
+    forward_seconds: float = 0.0
+    device: str = "cpu"
+
+    def to_dict(self) -> dict[str, Any]:
+        """The same as JSON values."""
+        return dataclasses.asdict(self)
