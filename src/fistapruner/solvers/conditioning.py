@@ -67,4 +67,5 @@ def largest_eigenvalue(gram: Tensor, steps: int = 40, block: int = 8) -> Tensor:
     for _ in range(steps):
         vectors = torch.linalg.qr(gram @ vectors).Q
     small = vectors.T @ (gram @ vectors)
-    return torch.linalg.eigvalsh((small + small.T) / 2)[-1].clamp_min(torch.finfo(gram.dtype).tiny) * 1.001
+    top: Tensor = torch.linalg.eigvalsh((small + small.T) / 2)[-1]
+    return top.clamp_min(torch.finfo(gram.dtype).tiny) * 1.001
