@@ -1,0 +1,128 @@
+"""Files that are either whole or absent: written to a temporary name, fsynced, renamed, the folder fsynced.
+
+Readers therefore never see half a file under its final name, whatever kills the writer. The temporary name is fixed
+(``NAME.partial``), so a second attempt overwrites what a killed one left behind.
+"""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any
+
+from .errors import FistaPrunerError
+
+PARTIAL = ".partial"
+
+
+@contextmanager
+def disk_errors(path: Path) -> Iterator[None]:
+    """Turn the faults of a disk (full, over quota, read-only, forbidden) into one line that says where.
+
+    Raises:
+        FistaPrunerError: names the path and what is wrong with its disk.
+    """
+    try:
+        yield
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            raise FistaPrunerError(f"the disk is full: cannot write {path}; free some space and run the same command again") from error
+        raise FistaPrunerError(f"cannot write {path}: {error.strerror or error}") from error
+
+
+def require_space(path: Path, nbytes: int) -> None:
+    """Refuse to begin a file or folder that cannot fit its disk.
+
+    Args:
+        path: where it will be written; the nearest folder that exists is asked.
+        nbytes: bytes needed.
+
+    Raises:
+        FistaPrunerError: names the path, the bytes needed and the bytes free.
+    """
+    folder = path.absolute()
+    while not folder.is_dir():
+        folder = folder.parent
+    free = shutil.disk_usage(folder).free
+    if free < nbytes:
+        raise FistaPrunerError(
+            f"the disk is full: {path} needs {nbytes / 2**20:.1f} MiB and only {free / 2**20:.1f} MiB are free; "
+            "free some space and run the same command again"
+        )
+
+
+def sync_folder(folder: Path) -> None:
+    """Make renames inside ``folder`` survive a power loss."""
+    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+@contextmanager
+def atomic_file(path: Path) -> Iterator[int]:
+    """Open a file for writing that appears under ``path`` only when the block ends well.
+
+    Yields:
+        An open file descriptor (``os.write``, ``os.pwrite``). When the block raises, the temporary file is removed and
+        whatever was under ``path`` before is still there.
+
+    Raises:
+        FistaPrunerError: the disk is full or refuses the write.
+    """
+    temporary = path.with_name(path.name + PARTIAL)
+    with disk_errors(path):
+        descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o666)
+        try:
+            try:
+                yield descriptor
+                os.fsync(descriptor)
+            finally:
+                os.close(descriptor)
+            os.replace(temporary, path)
+        except BaseException:
+            with suppress(OSError):
+                os.unlink(temporary)
+            raise
+        sync_folder(path.parent)
+
+
+def write_all(descriptor: int, data: memoryview | bytes, offset: int) -> None:
+    """Write all of ``data`` at ``offset`` of an open file, however many calls it takes."""
+    view = memoryview(data)
+    while view:
+        written = os.pwrite(descriptor, view[: 2**30], offset)
+        offset += written
+        view = view[written:]
+
+
+def write_text_atomic(path: Path, text: str) -> None:
+    """Write UTF-8 text so that ``path`` holds either the old or the new text, never a part.
+
+    Raises:
+        FistaPrunerError: the disk is full or refuses the write.
+    """
+    with atomic_file(path) as descriptor:
+        write_all(descriptor, text.encode(), 0)
+
+
+def write_json_atomic(path: Path, value: Any) -> None:
+    """Write ``value`` as indented JSON, atomically.
+
+    Raises:
+        FistaPrunerError: the disk is full or refuses the write.
+    """
+    write_text_atomic(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
+
+
+def sha256_file(path: Path) -> str:
+    """SHA-256 of a file's bytes, in hexadecimal, read in small pieces."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

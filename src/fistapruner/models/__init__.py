@@ -1,0 +1,1 @@
+"""Checkpoints and architectures: everything that knows what a model looks like, on disk and in memory."""

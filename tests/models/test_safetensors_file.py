@@ -1,0 +1,201 @@
+"""The safetensors reader refuses what it must, reads what the reference library writes, and the other way round."""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import struct
+from pathlib import Path
+from typing import Any
+
+import pytest
+import safetensors.torch
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from fistapruner import FistaPrunerError
+from fistapruner.atomic import require_space, sha256_file, write_json_atomic, write_text_atomic
+from fistapruner.models.safetensors_file import DTYPES, SafetensorsFile, SafetensorsWriter, TensorEntry
+
+SHARED_DTYPES = [torch.bool, torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64, torch.float16, torch.bfloat16]
+SHARED_DTYPES += [torch.float32, torch.float64, torch.float8_e4m3fn, torch.float8_e5m2]
+
+
+def _tensor(dtype: torch.dtype, shape: tuple[int, ...], seed: int) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    if dtype is torch.bool:
+        return torch.randint(0, 2, shape, generator=generator).bool()
+    return (torch.randn(shape, generator=generator) * 20).to(dtype) if dtype.is_floating_point else torch.randint(0, 99, shape).to(dtype)
+
+
+def _same(a: torch.Tensor, b: torch.Tensor) -> bool:
+    if a.dtype != b.dtype or a.shape != b.shape:
+        return False
+    return torch.equal(a.contiguous().reshape(-1).view(torch.uint8), b.contiguous().reshape(-1).view(torch.uint8))
+
+
+def _raw(path: Path, header: Any, data: bytes = b"") -> Path:
+    text = header if isinstance(header, bytes) else json.dumps(header).encode()
+    path.write_bytes(struct.pack("<Q", len(text)) + text + data)
+    return path
+
+
+tensors_strategy = st.dictionaries(
+    st.text("abc.de", min_size=1, max_size=6),
+    st.tuples(st.sampled_from(SHARED_DTYPES), st.lists(st.integers(0, 5), max_size=3).map(tuple), st.integers(0, 9)),
+    max_size=5,
+)
+
+
+@settings(max_examples=60, deadline=None)
+@given(tensors_strategy)
+def test_agrees_with_the_reference_library_both_ways(tmp_path_factory: pytest.TempPathFactory, plan: dict[str, Any]) -> None:
+    folder = tmp_path_factory.mktemp("st")
+    tensors = {name: _tensor(*spec) for name, spec in plan.items()}
+    safetensors.torch.save_file(tensors, folder / "theirs.safetensors", metadata={"format": "pt"})
+    theirs = SafetensorsFile(folder / "theirs.safetensors")
+    assert set(theirs.entries) == set(tensors)
+    assert theirs.metadata == {"format": "pt"}
+    assert all(_same(theirs.read(name), tensor) for name, tensor in tensors.items())
+
+    entries = [TensorEntry.of(name, tensor.dtype, tensor.shape) for name, tensor in tensors.items()]
+    with SafetensorsWriter(folder / "ours.safetensors", entries, {"format": "pt", "note": "ünïcode"}) as writer:
+        for name in reversed(list(tensors)):
+            writer.write(name, tensors[name])
+    loaded = safetensors.torch.load_file(folder / "ours.safetensors")
+    assert all(_same(loaded[name], tensor) for name, tensor in tensors.items())
+    ours = SafetensorsFile(folder / "ours.safetensors")
+    assert list(ours.entries) == list(tensors)
+    assert ours.metadata["note"] == "ünïcode"
+    assert writer.nbytes == (folder / "ours.safetensors").stat().st_size
+
+
+def test_every_dtype_survives(tmp_path: Path) -> None:
+    tensors = {name: torch.arange(16, dtype=torch.uint8).view(dtype) for name, dtype in DTYPES.items() if name != "BOOL"}
+    with SafetensorsWriter(tmp_path / "x", [TensorEntry.of(n, t.dtype, t.shape) for n, t in tensors.items()]) as writer:
+        for name, tensor in tensors.items():
+            writer.write(name, tensor)
+    file = SafetensorsFile(tmp_path / "x")
+    assert all(_same(file.read(name), tensor) for name, tensor in tensors.items())
+
+
+def test_transposed_tensor_is_written_row_by_row(tmp_path: Path) -> None:
+    tensor = torch.arange(6.0).view(2, 3).T
+    with SafetensorsWriter(tmp_path / "x", [TensorEntry.of("a", tensor.dtype, tensor.shape)]) as writer:
+        writer.write("a", tensor)
+    assert torch.equal(SafetensorsFile(tmp_path / "x").read("a"), tensor)
+
+
+F32 = {"dtype": "F32", "shape": [2], "data_offsets": [0, 8]}
+FAULTS: dict[str, tuple[Any, bytes, str]] = {
+    "not json": (b"{nonsense", b"", "not valid JSON"),
+    "not utf-8": (b"\xff\xfe{}", b"", "not valid JSON"),
+    "not an object": ([1], b"", "not a JSON object"),
+    "deep nesting": (b"[" * 100_000, b"", "not valid JSON"),
+    "name twice": (b'{"a":1,"a":2}', b"", "twice"),
+    "NaN": (b'{"a":NaN}', b"", "NaN"),
+    "metadata": ({"__metadata__": {"a": 1}}, b"", "metadata"),
+    "entry": ({"a": 3}, b"", "must have dtype"),
+    "missing field": ({"a": {"dtype": "F32", "shape": [2]}}, b"", "must have dtype"),
+    "dtype": ({"a": F32 | {"dtype": "F31"}}, bytes(8), "F31"),
+    "dtype type": ({"a": F32 | {"dtype": [1]}}, bytes(8), "known are"),
+    "shape type": ({"a": F32 | {"shape": [2.0]}}, bytes(8), "shape"),
+    "shape bool": ({"a": F32 | {"shape": [True, 2]}}, bytes(8), "shape"),
+    "negative shape": ({"a": F32 | {"shape": [-2]}}, bytes(8), "shape"),
+    "huge shape": ({"a": F32 | {"shape": [2**40, 2**40, 0]}}, bytes(8), "shape"),
+    "too many sizes": ({"a": F32 | {"shape": [1] * 40 + [2]}}, bytes(8), "shape"),
+    "overflowing shape": ({"a": F32 | {"shape": [2**32, 2**32]}}, bytes(8), "shape"),
+    "offsets": ({"a": F32 | {"data_offsets": [8, 0]}}, bytes(8), "data_offsets"),
+    "offsets length": ({"a": F32 | {"data_offsets": [0, 8, 16]}}, bytes(8), "data_offsets"),
+    "bytes": ({"a": F32 | {"shape": [3]}}, bytes(8), "does not fit its 8 bytes"),
+    "overlap": ({"a": F32, "b": F32 | {"data_offsets": [4, 12]}}, bytes(12), "overlaps"),
+    "hole": ({"a": F32, "b": F32 | {"data_offsets": [12, 20]}}, bytes(20), "hole"),
+    "truncated": ({"a": F32}, bytes(7), "truncated"),
+    "too long": ({"a": F32}, bytes(9), "damaged"),
+    "lone surrogate": (b'{"\\ud800":{"dtype":"F32","shape":[2],"data_offsets":[0,8]}}', bytes(8), "not a tensor name"),
+}
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_damaged_headers_are_refused_by_name(tmp_path: Path, fault: str) -> None:
+    header, data, words = FAULTS[fault]
+    path = _raw(tmp_path / "bad.safetensors", header, data)
+    with pytest.raises(FistaPrunerError, match=words) as caught:
+        SafetensorsFile(path)
+    assert str(path) in str(caught.value)
+    assert len(str(caught.value)) < 1000
+
+
+def test_absurd_header_sizes_are_refused_before_reading(tmp_path: Path) -> None:
+    for size in (2**64 - 1, 200_000_000, 1000):
+        (tmp_path / "x").write_bytes(struct.pack("<Q", size) + b"{}")
+        with pytest.raises(FistaPrunerError, match="header"):
+            SafetensorsFile(tmp_path / "x")
+    (tmp_path / "x").write_bytes(b"abc")
+    with pytest.raises(FistaPrunerError, match="too few"):
+        SafetensorsFile(tmp_path / "x")
+    with pytest.raises(FistaPrunerError, match="cannot read"):
+        SafetensorsFile(tmp_path / "absent")
+    with pytest.raises(FistaPrunerError, match="cannot read"):
+        SafetensorsFile(tmp_path)
+
+
+def test_file_shortened_after_opening(tmp_path: Path) -> None:
+    file = SafetensorsFile(_raw(tmp_path / "x", {"a": F32}, bytes(8)))
+    os.truncate(tmp_path / "x", (tmp_path / "x").stat().st_size - 1)
+    with pytest.raises(FistaPrunerError, match="truncated"):
+        file.read("a")
+    with pytest.raises(FistaPrunerError, match="no tensor 'b'"):
+        file.read("b")
+
+
+ENTRY = TensorEntry.of("a", torch.float32, (2,))
+
+
+def test_writer_leaves_nothing_half_done(tmp_path: Path) -> None:
+    with pytest.raises(FistaPrunerError, match="never written"), SafetensorsWriter(tmp_path / "x", [ENTRY]):
+        pass
+    with pytest.raises(FistaPrunerError, match="promises"), SafetensorsWriter(tmp_path / "x", [ENTRY]) as writer:
+        writer.write("a", torch.zeros(3))
+    with pytest.raises(KeyboardInterrupt), SafetensorsWriter(tmp_path / "x", [ENTRY]):
+        raise KeyboardInterrupt
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_full_disk_keeps_the_old_file_and_says_where(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "x.safetensors"
+    path.write_bytes(b"old")
+    calls = 0
+
+    def full(*_: Any) -> int:
+        nonlocal calls
+        calls += 1
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(os, "pwrite", full)
+    with pytest.raises(FistaPrunerError, match="disk is full") as caught, SafetensorsWriter(path, [ENTRY]) as writer:
+        writer.write("a", torch.zeros(2))
+    assert str(path) in str(caught.value)
+    with pytest.raises(FistaPrunerError, match="disk is full"):
+        write_text_atomic(path, "new")
+    assert calls == 2
+    assert [file.name for file in tmp_path.iterdir()] == [path.name]
+    assert path.read_bytes() == b"old"
+
+
+def test_space_is_checked_before_the_first_byte(tmp_path: Path) -> None:
+    huge = TensorEntry.of("a", torch.float32, (2**50,))
+    with pytest.raises(FistaPrunerError, match=r"only .* MiB are free"), SafetensorsWriter(tmp_path / "x", [huge]):
+        raise AssertionError("must not begin")
+    require_space(tmp_path / "not" / "yet" / "there", 1)
+
+
+def test_atomic_text_and_json(tmp_path: Path) -> None:
+    write_json_atomic(tmp_path / "a.json", {"é": [1, None]})
+    assert json.loads((tmp_path / "a.json").read_text("utf-8")) == {"é": [1, None]}
+    write_text_atomic(tmp_path / "a.json", "x")
+    assert sha256_file(tmp_path / "a.json") == "2d711642b726b04401627ca9fbac32f5c8530fb1903cc4db02258717921a4881"
+    with pytest.raises(FistaPrunerError, match="cannot write"):
+        write_text_atomic(tmp_path / "absent" / "b", "x")
