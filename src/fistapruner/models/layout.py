@@ -1,0 +1,166 @@
+"""Which linear operators a decoder layer has, which of them read the same tensor, and in which order they run.
+
+Nothing is listed by architecture: one small batch runs through one decoder layer and hooks watch. Operators that receive
+the same tensor form a group (q, k, v; gate, up) and are solved together; groups come in execution order, which is the
+order of intra-layer error correction.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
+
+from ..errors import FistaPrunerError
+from ..recipe import Recipe, matches
+from .skeleton import Call, Skeleton
+
+
+@dataclass(frozen=True)
+class Operator:
+    """A linear operator of a decoder layer.
+
+    Args:
+        name: name inside the decoder layer, such as ``self_attn.q_proj``.
+        rows: outputs m.
+        columns: inputs n.
+        transposed: stored as (n, m), as GPT-2's ``Conv1D`` does.
+    """
+
+    name: str
+    rows: int
+    columns: int
+    transposed: bool
+
+    def weight(self, layer: nn.Module) -> Tensor:
+        """(m, n) view of the operator's weight in a loaded decoder layer."""
+        weight = layer.get_submodule(self.name).weight
+        assert isinstance(weight, Tensor)
+        return weight.T if self.transposed else weight
+
+
+Group = tuple[Operator, ...]
+"""Operators that read the same tensor."""
+
+
+@dataclass(frozen=True)
+class Layout:
+    """The prunable operators of every decoder layer of a model.
+
+    Args:
+        prefix: name of the list of decoder layers, such as ``model.layers``.
+        layers: for each decoder layer its groups, in execution order.
+    """
+
+    prefix: str
+    layers: tuple[tuple[Group, ...], ...]
+
+    def full_name(self, index: int, operator: Operator) -> str:
+        """The operator's name in the model: ``model.layers.3.self_attn.q_proj``."""
+        return f"{self.prefix}.{index}.{operator.name}"
+
+    def operators(self) -> list[tuple[str, Operator]]:
+        """Full name and shape of every operator, in order."""
+        return [
+            (self.full_name(index, operator), operator) for index, groups in enumerate(self.layers) for group in groups for operator in group
+        ]
+
+    def select(self, recipe: Recipe) -> Layout:
+        """Only the operators that the recipe's ``targets`` and ``ignore`` leave.
+
+        Raises:
+            FistaPrunerError: a pattern matches no operator, or nothing is left to prune.
+        """
+        names = [name for name, _ in self.operators()]
+        for key, patterns in (("targets", recipe.targets), ("ignore", recipe.ignore)):
+            for pattern in patterns:
+                if not any(matches(name, pattern) for name in names):
+                    raise FistaPrunerError(f"{key}: {pattern!r} matches no operator; the first one is called {names[0]!r}")
+
+        def chosen(name: str) -> bool:
+            wanted = not recipe.targets or any(matches(name, pattern) for pattern in recipe.targets)
+            return wanted and not any(matches(name, pattern) for pattern in recipe.ignore)
+
+        layers = []
+        for index, groups in enumerate(self.layers):
+            kept = (tuple(operator for operator in group if chosen(self.full_name(index, operator))) for group in groups)
+            layers.append(tuple(group for group in kept if group))
+        if not any(layers):
+            raise FistaPrunerError("targets and ignore leave no operator to prune")
+        return Layout(self.prefix, tuple(layers))
+
+
+def discover(skeleton: Skeleton) -> Layout:
+    """Find the operators of every decoder layer by watching one small forward pass.
+
+    Layers with the same operators are watched once. Loads the embeddings and one decoder layer.
+
+    Raises:
+        FistaPrunerError: fused mixture-of-experts weights, or operators that a forward pass does not use in the plain way.
+    """
+    for index, layer in enumerate(skeleton.layers):
+        for name, parameter in layer.named_parameters():
+            if parameter.ndim > 2:
+                raise FistaPrunerError(
+                    f"{skeleton.layers_name}.{index}.{name} is a fused {parameter.ndim}-dimensional weight {tuple(parameter.shape)} "
+                    f"(mixture of experts in {type(skeleton.model).__name__}): this architecture is not supported"
+                )
+    tokens = torch.arange(16).remainder(int(skeleton.config.get_text_config().vocab_size)).unsqueeze(0)
+    with skeleton.ends():
+        with skeleton.layer(0):
+            skeleton.learn_return_type(tokens)
+        hidden, calls = skeleton.embed(tokens)
+    known: dict[tuple[tuple[str, tuple[int, ...]], ...], tuple[Group, ...]] = {}
+    layers = []
+    for index, layer in enumerate(skeleton.layers):
+        signature = tuple((name, tuple(module.weight.shape)) for name, module in _linear(layer))
+        if signature not in known:
+            known[signature] = _watch(skeleton, index, hidden, calls[index])
+        layers.append(known[signature])
+    return Layout(skeleton.layers_name, tuple(layers))
+
+
+def _linear(layer: nn.Module) -> list[tuple[str, nn.Linear | Conv1D]]:
+    return [(name, module) for name, module in layer.named_modules() if isinstance(module, (nn.Linear, Conv1D))]
+
+
+def _watch(skeleton: Skeleton, index: int, hidden: Tensor, call: Call) -> tuple[Group, ...]:
+    seen: list[tuple[str, Tensor]] = []
+    with skeleton.layer(index) as layer:
+        operators = _linear(layer)
+        handles = [
+            module.register_forward_pre_hook(lambda _, args, name=name: seen.append((name, args[0])))  # type: ignore[misc]
+            for name, module in operators
+        ]
+        try:
+            with torch.no_grad():
+                skeleton.run(index, hidden, call)
+        finally:
+            for handle in handles:
+                handle.remove()
+    fired = [name for name, _ in seen]
+    prefix = f"{skeleton.layers_name}.{index}"
+    for name, _ in operators:
+        if fired.count(name) != 1:
+            raise FistaPrunerError(
+                f"{prefix}.{name} ran {fired.count(name)} times in one forward pass of {type(skeleton.model).__name__} "
+                f"(mixture of experts?): this architecture is not supported"
+            )
+    modules = dict(operators)
+    groups: list[tuple[Tensor, list[Operator]]] = []
+    for name, tensor in seen:
+        transposed = isinstance(modules[name], Conv1D)
+        shape = tuple(modules[name].weight.shape)
+        rows, columns = shape[::-1] if transposed else shape
+        operator = Operator(name, rows, columns, transposed)
+        for other, members in groups:
+            # Both tensors are alive, so equal addresses and shapes mean the same values.
+            if other.data_ptr() == tensor.data_ptr() and other.shape == tensor.shape:
+                members.append(operator)
+                break
+        else:
+            groups.append((tensor, [operator]))
+    return tuple(tuple(members) for _, members in groups)
+

@@ -1,0 +1,313 @@
+"""A causal language model of which one decoder layer is in memory at a time.
+
+The architecture is built on the meta device, so it costs nothing; decoder layers are read from the checkpoint when they
+are needed and freed after. Two things make this work for architectures nobody listed: the model's own ``forward`` is
+run with every decoder layer's ``forward`` replaced by a recorder, which gives the input of the first layer and the exact
+arguments every layer would be called with; and with a recorder that returns given hidden states, which gives the model's
+own final norm and head.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..errors import FistaPrunerError
+from .checkpoint import Checkpoint
+
+Call = tuple[tuple[Any, ...], dict[str, Any]]
+"""Arguments of a decoder layer after its hidden states: positional ones, keyword ones."""
+
+
+@dataclass
+class _Stop(Exception):
+    """Ends a forward pass early."""
+
+
+class Skeleton:
+    """A model whose decoder layers are loaded one by one.
+
+    Args:
+        checkpoint: where the weights are.
+        device: where layers run.
+        dtype: precision of the passes; None takes the checkpoint's own (fp32 for fp16 on a CPU, which computes fp16
+            slowly).
+        trust_remote_code: run the checkpoint's own Python code.
+
+    Raises:
+        FistaPrunerError: the architecture is not a plain decoder-only language model, or tensors are missing.
+    """
+
+    def __init__(
+        self, checkpoint: Checkpoint, device: torch.device, dtype: torch.dtype | None = None, *, trust_remote_code: bool = False
+    ) -> None:
+        self.checkpoint = checkpoint
+        self.device = device
+        if dtype is None:
+            dtype = checkpoint.dtype
+            if dtype == torch.float16 and device.type == "cpu":
+                dtype = torch.float32
+        self.dtype = dtype
+        self.model = _build(checkpoint, trust_remote_code).eval()
+        self.config = self.model.config
+        self.layers_name, self.layers = _find_layers(self.model)
+        self._returns_tuple = False
+        self._sources = self._map_names()
+        for module in self.model.modules():
+            for key, buffer in module._buffers.items():
+                if buffer is not None and not buffer.is_meta:
+                    module._buffers[key] = buffer.to(device)
+
+    def __len__(self) -> int:
+        return len(self.layers)
+
+    @property
+    def width(self) -> int:
+        """Width of the hidden states between decoder layers."""
+        return int(self.config.get_text_config().hidden_size)
+
+    @property
+    def max_length(self) -> int:
+        """The model's maximum sequence length in tokens."""
+        return int(getattr(self.config.get_text_config(), "max_position_embeddings", 2048) or 2048)
+
+    def source(self, parameter: str) -> str:
+        """Name in the checkpoint of one of the model's parameters."""
+        return self._sources[parameter]
+
+    def layer_parameters(self, index: int) -> list[str]:
+        """Names in the model of the parameters of decoder layer ``index``."""
+        prefix = f"{self.layers_name}.{index}."
+        return [name for name in self._sources if name.startswith(prefix)]
+
+    @contextmanager
+    def layer(self, index: int, replaced: Mapping[str, Tensor] | None = None) -> Iterator[nn.Module]:
+        """Decoder layer ``index`` with its weights in memory.
+
+        Args:
+            index: which layer.
+            replaced: tensors to use instead of the checkpoint's, by checkpoint name (pruned weights).
+        """
+        names = self.layer_parameters(index)
+        try:
+            self._load(names, replaced or {})
+            yield self.layers[index]
+        finally:
+            self._free(names)
+
+    @contextmanager
+    def ends(self, *, head: bool = True) -> Iterator[None]:
+        """Everything outside the decoder layers in memory: embeddings, final norm, head.
+
+        Args:
+            head: False leaves the output head out, which :meth:`embed` does not need.
+        """
+        prefix = self.layers_name + "."
+        names = [name for name in self._sources if not name.startswith(prefix)]
+        if not head:
+            output = self.model.get_output_embeddings()
+            names = [name for name in names if output is None or self.model.get_parameter(name) is not output.weight]
+        try:
+            self._load(names, {})
+            output, embedding = self.model.get_output_embeddings(), self.model.get_input_embeddings()
+            if head and output is not None and output.weight.is_meta:
+                output.weight = embedding.weight
+            yield
+        finally:
+            self._free(names)
+            output = self.model.get_output_embeddings()
+            if output is not None and not output.weight.is_meta:
+                output.weight = nn.Parameter(output.weight.to("meta"), requires_grad=False)
+
+    def embed(self, tokens: Tensor) -> tuple[Tensor, list[Call]]:
+        """Input of the first decoder layer, and how every decoder layer is called. Needs :meth:`ends`.
+
+        Args:
+            tokens: (batch, seqlen) token ids.
+
+        Returns:
+            (batch, seqlen, width) hidden states and one :data:`Call` for each layer.
+        """
+        calls: list[Call] = []
+        first: list[Tensor] = []
+
+        def record(index: int, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+            hidden, rest, named = _split_hidden(args, kwargs)
+            if index == 0:
+                first.append(hidden)
+            calls.append((rest, named))
+            if index == len(self.layers) - 1:
+                raise _Stop
+            return (hidden,) if self._returns_tuple else hidden
+
+        self._forward(tokens, record)
+        if len(calls) != len(self.layers):
+            raise FistaPrunerError(f"{type(self.model).__name__}: {len(calls)} of {len(self.layers)} decoder layers run in a forward pass")
+        return first[0], calls
+
+    def calls(self, batch: int, seqlen: int) -> list[Call]:
+        """How every decoder layer is called for a batch of full windows; the token ids make no difference.
+
+        Needs :meth:`ends`.
+        """
+        return self.embed(torch.zeros(batch, seqlen, dtype=torch.long))[1]
+
+    def run(self, index: int, hidden: Tensor, call: Call) -> Tensor:
+        """Output hidden states of loaded decoder layer ``index``; shapes (batch, seqlen, width)."""
+        args, kwargs = call
+        out = self.layers[index](hidden, *args, **kwargs)
+        self._returns_tuple = isinstance(out, tuple)
+        return out[0] if isinstance(out, tuple) else out
+
+    def logits(self, hidden: Tensor, tokens: Tensor) -> Tensor:
+        """(batch, seqlen, vocabulary) logits from the last decoder layer's output. Needs :meth:`ends`.
+
+        Args:
+            hidden: (batch, seqlen, width) output of the last decoder layer.
+            tokens: (batch, seqlen) the token ids it came from.
+        """
+
+        def give(index: int, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+            return (hidden,) if self._returns_tuple else hidden
+
+        out = self._forward(tokens, give)
+        logits: Tensor = out.logits
+        return logits
+
+    def learn_return_type(self, tokens: Tensor) -> None:
+        """Run layer 0 once on ``tokens`` to see whether its layers return tuples. Needs :meth:`ends` and layer 0."""
+        hidden: list[Call] = []
+
+        def first(index: int, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+            hidden.append((args, kwargs))
+            raise _Stop
+
+        self._forward(tokens, first)
+        args, kwargs = hidden[0]
+        with torch.no_grad():
+            self._returns_tuple = isinstance(self.layers[0](*args, **kwargs), tuple)
+
+    def _forward(self, tokens: Tensor, instead: Callable[[int, tuple[Any, ...], dict[str, Any]], Any]) -> Any:
+        """The model's own forward pass with every decoder layer's forward replaced."""
+
+        def replacement(index: int) -> Callable[..., Any]:
+            return lambda *args, **kwargs: instead(index, args, kwargs)
+
+        for index, layer in enumerate(self.layers):
+            layer.forward = replacement(index)  # type: ignore[method-assign]
+        try:
+            with torch.no_grad():
+                return self.model(input_ids=tokens.to(self.device), use_cache=False)
+        except _Stop:
+            return None
+        finally:
+            for layer in self.layers:
+                del layer.forward
+
+    def _load(self, names: list[str], replaced: Mapping[str, Tensor]) -> None:
+        for name in names:
+            source = self._sources[name]
+            tensor = replaced[source] if source in replaced else self.checkpoint.read(source)
+            if tensor.is_floating_point():
+                tensor = tensor.to(self.dtype)
+            self._assign(name, tensor.to(self.device))
+
+    def _free(self, names: list[str]) -> None:
+        for name in names:
+            parent, _, key = name.rpartition(".")
+            module = self.model.get_submodule(parent)
+            held = module._parameters.get(key) if key in module._parameters else module._buffers.get(key)
+            if held is not None:
+                self._assign(name, held.to("meta"))
+
+    def _assign(self, name: str, tensor: Tensor) -> None:
+        parent, _, key = name.rpartition(".")
+        module = self.model.get_submodule(parent)
+        if key in module._parameters:
+            module._parameters[key] = nn.Parameter(tensor, requires_grad=False)
+        else:
+            module._buffers[key] = tensor
+
+    def _map_names(self) -> dict[str, str]:
+        """Checkpoint name of every parameter and persistent buffer of the model.
+
+        Base models are saved without the head model's prefix ("h.0.…" for "transformer.h.0.…"), and multi-part models
+        with one more; both are the same name up to a prefix.
+        """
+        stored = list(self.checkpoint.names())
+        known = set(stored)
+        base = self.model.base_model_prefix + "."
+        head = self.model.get_output_embeddings()
+        embedding = self.model.get_input_embeddings()
+        tied = bool(getattr(self.config, "tie_word_embeddings", False))
+        sources: dict[str, str] = {}
+        missing: list[str] = []
+        for name, tensor in self.model.state_dict(keep_vars=True).items():
+            candidates = [name, name.removeprefix(base), base + name]
+            found = next((candidate for candidate in candidates if candidate in known), None)
+            if found is None:
+                ends = [candidate for candidate in stored if candidate.endswith("." + name.removeprefix(base))]
+                found = ends[0] if len(ends) == 1 else None
+            is_head = head is not None and tensor is head.weight and embedding is not None and head.weight is not embedding.weight
+            if is_head and (found is None or tied):
+                continue
+            if found is None:
+                missing.append(name)
+                continue
+            expected = tuple(tensor.shape)
+            if self.checkpoint.entry(found).shape != expected:
+                raise FistaPrunerError(
+                    f"{self.checkpoint.folder}: tensor {found!r} is {self.checkpoint.entry(found).shape}, the config asks for {expected}"
+                )
+            sources[name] = found
+        if missing:
+            more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
+            raise FistaPrunerError(f"{self.checkpoint.folder}: tensor {missing[0]!r}{more} of {type(self.model).__name__} is not in it")
+        return sources
+
+
+def _build(checkpoint: Checkpoint, trust_remote_code: bool) -> Any:
+    from accelerate import init_empty_weights
+    from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers.initialization import no_init_weights
+
+    folder = checkpoint.folder
+    try:
+        config = AutoConfig.from_pretrained(str(folder), trust_remote_code=trust_remote_code)
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise FistaPrunerError(f"{folder}: config.json is not understood: {' '.join(str(error).split())[:300]}") from None
+    if getattr(config, "is_encoder_decoder", False):
+        raise FistaPrunerError(f"{folder}: {config.model_type} is an encoder-decoder; only decoder-only language models are pruned")
+    if getattr(config, "quantization_config", None):
+        raise FistaPrunerError(f"{folder}: the checkpoint is quantised ({config.quantization_config}); prune the unquantised one")
+    try:
+        with no_init_weights(), init_empty_weights(include_buffers=False):
+            return AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
+    except (ValueError, TypeError, ImportError) as error:
+        raise FistaPrunerError(f"{folder}: {config.model_type} is not a causal language model: {str(error).splitlines()[0][:200]}") from None
+
+
+def _find_layers(model: nn.Module) -> tuple[str, list[nn.Module]]:
+    """The decoder layers: the module list, of several modules of one class, that holds the most weights."""
+    best: tuple[int, str, list[nn.Module]] = (0, "", [])
+    for name, module in model.named_modules():
+        if isinstance(module, nn.ModuleList) and len(module) and len({type(item) for item in module}) == 1:
+            size = sum(parameter.numel() for parameter in module.parameters())
+            if size > best[0]:
+                best = (size, name, list(module))
+    if not best[2]:
+        raise FistaPrunerError(f"{type(model).__name__}: no list of decoder layers found in this architecture")
+    return best[1], best[2]
+
+
+def _split_hidden(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Tensor, tuple[Any, ...], dict[str, Any]]:
+    """A layer call without its hidden states, which come first or by name."""
+    if args:
+        return args[0], args[1:], kwargs
+    named = dict(kwargs)
+    return named.pop("hidden_states"), (), named

@@ -1,0 +1,138 @@
+"""Passes of calibration windows through one decoder layer, watched at the inputs of its operators."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from ..models.layout import Group
+from ..models.skeleton import Call, Skeleton
+from .hidden import HiddenStates
+
+Watch = Callable[[int, int, Tensor], None]
+"""Receives (group, first window of the batch, inputs (batch, seqlen, n))."""
+
+
+@dataclass
+class Clock:
+    """Wall seconds by phase. Phases nest: time in an inner phase is not counted in the outer one."""
+
+    device: torch.device
+    seconds: dict[str, float] = field(default_factory=dict)
+    _stack: list[tuple[str, float]] = field(default_factory=list)
+
+    @contextmanager
+    def phase(self, name: str) -> Iterator[None]:
+        """Count the time inside as ``name``."""
+        now = self._now()
+        if self._stack:
+            outer, since = self._stack[-1]
+            self._add(outer, now - since)
+        self._stack.append((name, now))
+        try:
+            yield
+        finally:
+            now = self._now()
+            inner, since = self._stack.pop()
+            self._add(inner, now - since)
+            if self._stack:
+                self._stack[-1] = (self._stack[-1][0], now)
+
+    def _add(self, name: str, seconds: float) -> None:
+        self.seconds[name] = self.seconds.get(name, 0.0) + seconds
+
+    def _now(self) -> float:
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+        return time.perf_counter()
+
+
+@dataclass(frozen=True)
+class Calls:
+    """How decoder layers are called, for full batches and for the last, smaller one.
+
+    Args:
+        batch_size: windows in a full batch.
+        by_size: calls of every layer for each batch size that occurs.
+    """
+
+    batch_size: int
+    by_size: dict[int, list[Call]]
+
+    @classmethod
+    def of(cls, skeleton: Skeleton, samples: int, seqlen: int, batch_size: int) -> Calls:
+        """Record them; needs the skeleton's :meth:`~Skeleton.ends`."""
+        batch_size = min(batch_size, samples)
+        sizes = {batch_size, samples % batch_size} - {0}
+        return cls(batch_size, {size: skeleton.calls(size, seqlen) for size in sizes})
+
+    def batches(self, samples: int) -> Iterator[tuple[int, int]]:
+        """(start, stop) of every batch."""
+        for start in range(0, samples, self.batch_size):
+            yield start, min(start + self.batch_size, samples)
+
+
+class _Reached(Exception):
+    """The last watched operator was reached; the rest of the layer is not needed."""
+
+
+def run_layer(
+    skeleton: Skeleton,
+    index: int,
+    inputs: HiddenStates,
+    calls: Calls,
+    clock: Clock,
+    *,
+    groups: Sequence[tuple[int, Group]] = (),
+    watch: Watch | None = None,
+    output: HiddenStates | Watch | None = None,
+) -> None:
+    """Run every window through loaded decoder layer ``index``.
+
+    Args:
+        skeleton: the model, layer ``index`` loaded.
+        index: which layer.
+        inputs: hidden states that enter it.
+        calls: how it is called.
+        clock: counts the time as ``capture``; ``watch`` counts its own.
+        groups: (number, operators) of the groups whose inputs are watched, in execution order.
+        watch: receives those inputs.
+        output: where the layer's output goes. None: not needed, and every pass stops at the last watched group.
+    """
+    layer = skeleton.layers[index]
+    start = 0
+
+    def hook(number: int, last: bool) -> Callable[..., None]:
+        def pre_forward(_: object, args: tuple[Tensor, ...]) -> None:
+            assert watch is not None
+            watch(number, start, args[0])
+            if last and output is None:
+                raise _Reached
+
+        return pre_forward
+
+    handles = [
+        layer.get_submodule(group[0].name).register_forward_pre_hook(hook(number, number == groups[-1][0])) for number, group in groups
+    ]
+    try:
+        for start, stop in calls.batches(inputs.samples):
+            with clock.phase("io"):
+                hidden = inputs.read(start, stop).to(skeleton.device)
+            with clock.phase("capture"), torch.no_grad():
+                try:
+                    out = skeleton.run(index, hidden, calls.by_size[stop - start][index])
+                except _Reached:
+                    continue
+            if isinstance(output, HiddenStates):
+                with clock.phase("io"):
+                    output.write(start, out)
+            elif output is not None:
+                output(-1, start, out)
+    finally:
+        for handle in handles:
+            handle.remove()

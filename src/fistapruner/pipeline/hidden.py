@@ -1,0 +1,80 @@
+"""Hidden states of all calibration windows, in memory or in a file.
+
+A file is read and written with plain system calls, not mapped: pages that the kernel keeps for it are not the process's,
+so the memory a run needs does not grow with the calibration tokens.
+"""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from ..errors import FistaPrunerError
+
+
+class HiddenStates:
+    """(samples, seqlen, width) activations.
+
+    Args:
+        shape: samples, seqlen, width.
+        dtype: of the activations.
+        file: where they are kept; None keeps them in memory.
+    """
+
+    def __init__(self, shape: tuple[int, int, int], dtype: torch.dtype, file: Path | None = None) -> None:
+        self.samples, self.seqlen, self.width = shape
+        self.dtype = dtype
+        self.file = file
+        self._window = self.seqlen * self.width * dtype.itemsize
+        self._memory = torch.empty(shape, dtype=dtype) if file is None else None
+        self._descriptor = -1 if file is None else os.open(file, os.O_RDWR | os.O_CREAT, 0o600)
+
+    @property
+    def nbytes(self) -> int:
+        """Size in bytes."""
+        return self.samples * self._window
+
+    def read(self, start: int, stop: int) -> Tensor:
+        """Windows ``start`` to ``stop``: (stop - start, seqlen, width), on the CPU."""
+        if self._memory is not None:
+            return self._memory[start:stop]
+        out = torch.empty(stop - start, self.seqlen, self.width, dtype=self.dtype)
+        view = memoryview(out.view(torch.uint8).numpy()).cast("B")
+        done = 0
+        while done < len(view):
+            count = os.preadv(self._descriptor, [view[done:]], start * self._window + done)
+            if count <= 0:
+                raise FistaPrunerError(f"{self.file}: hidden states end early at window {start}; remove the file and resume")
+            done += count
+        return out
+
+    def write(self, start: int, values: Tensor) -> None:
+        """Store windows from ``start`` on: (count, seqlen, width)."""
+        values = values.to(device="cpu", dtype=self.dtype).contiguous()
+        if self._memory is not None:
+            self._memory[start : start + len(values)] = values
+            return
+        view = memoryview(values.view(torch.uint8).numpy()).cast("B")
+        done = 0
+        try:
+            while done < len(view):
+                done += os.pwrite(self._descriptor, view[done:], start * self._window + done)
+        except OSError as error:
+            raise FistaPrunerError(f"{self.file}: hidden states cannot be written ({error.strerror}): {self.nbytes} bytes needed") from None
+
+    def sync(self) -> None:
+        """Make what was written survive a crash."""
+        if self._descriptor >= 0:
+            os.fsync(self._descriptor)
+
+    def close(self, *, keep: bool = False) -> None:
+        """Release the memory, and the file unless ``keep``."""
+        self._memory = None
+        if self._descriptor >= 0:
+            os.close(self._descriptor)
+            self._descriptor = -1
+            if not keep and self.file is not None:
+                self.file.unlink(missing_ok=True)

@@ -1,0 +1,140 @@
+"""The run directory: what a run leaves on disk while it works, and what a second run finds there.
+
+    RUN/
+        recipe.yaml                every setting
+        run.json                   model, calibration, machine, what was decided before the first layer
+        calibration.safetensors    the token ids
+        layers/0003.safetensors    the pruned tensors of a decoder layer
+        layers/0003.json           what the report says of it and the checksum of its tensors; written last
+        hidden/                    hidden states that are still needed, when memory does not hold them
+        log.txt                    what happened, with times
+        report.json  report.html   the finished report
+        model/                     the finished checkpoint
+
+Every file is whole or absent (:mod:`fistapruner.atomic`). A layer counts as done when its JSON is there, belongs to this
+run's settings and the checksum of its tensors is right; anything else is done again.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from pydantic import ValidationError
+from torch import Tensor
+
+from ..atomic import sha256_file, write_json_atomic, write_text_atomic
+from ..errors import FistaPrunerError
+from ..models.safetensors_file import SafetensorsFile, SafetensorsWriter, TensorEntry
+from ..reporting.schema import LayerEntry
+
+log = logging.getLogger("fistapruner")
+
+
+class RunDirectory:
+    """Paths and records of one run.
+
+    Args:
+        folder: the run directory.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.recipe_file = folder / "recipe.yaml"
+        self.run_file = folder / "run.json"
+        self.report_file = folder / "report.json"
+        self.calibration_file = folder / "calibration.safetensors"
+        self.layers = folder / "layers"
+        self.hidden = folder / "hidden"
+        self.log_file = folder / "log.txt"
+        self.model = folder / "model"
+
+    def create(self) -> None:
+        """Make the folders."""
+        for folder in (self.layers, self.hidden):
+            folder.mkdir(parents=True, exist_ok=True)
+
+    def facts(self) -> dict[str, Any]:
+        """Content of ``run.json``, empty where there is none yet.
+
+        Raises:
+            FistaPrunerError: the file is not what a run writes.
+        """
+        if not self.run_file.exists():
+            return {}
+        try:
+            facts = json.loads(self.run_file.read_text("utf-8"))
+            if not isinstance(facts, dict):
+                raise ValueError("not an object")
+        except (OSError, ValueError) as error:
+            raise FistaPrunerError(f"{self.run_file} is damaged ({error}): remove the run directory or choose another --out") from None
+        return facts
+
+    def write_facts(self, facts: Mapping[str, Any]) -> None:
+        """Replace ``run.json``."""
+        write_json_atomic(self.run_file, dict(facts))
+
+    def write_recipe(self, text: str) -> None:
+        """Replace ``recipe.yaml``."""
+        write_text_atomic(self.recipe_file, text)
+
+    def write_tokens(self, tokens: Tensor) -> None:
+        """Store the (samples, seqlen) calibration token ids."""
+        entry = TensorEntry.of("tokens", torch.int64, tuple(tokens.shape))
+        with SafetensorsWriter(self.calibration_file, [entry], {}) as writer:
+            writer.write("tokens", tokens.to(torch.int64))
+
+    def tokens(self) -> Tensor:
+        """The (samples, seqlen) calibration token ids."""
+        return SafetensorsFile(self.calibration_file).read("tokens")
+
+    def layer_files(self, index: int) -> tuple[Path, Path]:
+        """Tensors and JSON of decoder layer ``index``."""
+        return self.layers / f"{index:04d}.safetensors", self.layers / f"{index:04d}.json"
+
+    def write_layer(self, fingerprint: str, weights: Mapping[str, Tensor], entry: LayerEntry) -> None:
+        """Journal a finished layer: tensors first, the JSON that makes them count last."""
+        tensors, record = self.layer_files(entry.index)
+        record.unlink(missing_ok=True)
+        entries = [TensorEntry.of(name, tensor.dtype, tuple(tensor.shape)) for name, tensor in weights.items()]
+        with SafetensorsWriter(tensors, entries, {"fingerprint": fingerprint}) as writer:
+            for name, tensor in weights.items():
+                writer.write(name, tensor)
+        content = entry.model_dump(mode="json")
+        content["file"] = {"fingerprint": fingerprint, "sha256": sha256_file(tensors), "bytes": tensors.stat().st_size}
+        content["sha256"] = _digest(content)
+        write_json_atomic(record, content)
+
+    def finished(self, index: int, fingerprint: str) -> LayerEntry | None:
+        """The journaled layer ``index``, or None where there is none that can be trusted; says why in the log."""
+        tensors, record = self.layer_files(index)
+        if not record.exists():
+            return None
+        try:
+            content = json.loads(record.read_text("utf-8"))
+            if content.pop("sha256") != _digest(content):
+                raise ValueError("its checksum is wrong")
+            file = content["file"]
+            if file["fingerprint"] != fingerprint:
+                raise ValueError("it belongs to another recipe, model or calibration set")
+            if content["index"] != index:
+                raise ValueError(f"it is of layer {content['index']}")
+            if tensors.stat().st_size != file["bytes"] or sha256_file(tensors) != file["sha256"]:
+                raise ValueError(f"{tensors.name} is not the file it was written with")
+            return LayerEntry.model_validate(content)
+        except (OSError, ValueError, KeyError, TypeError, AttributeError, ValidationError) as error:
+            log.warning("layer %d is done again: %s: %s", index, record.name, error)
+            return None
+
+    def weights(self, index: int) -> SafetensorsFile:
+        """The pruned tensors of a finished layer."""
+        return SafetensorsFile(self.layer_files(index)[0])
+
+
+def _digest(content: Mapping[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()

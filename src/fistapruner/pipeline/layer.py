@@ -1,0 +1,295 @@
+"""Prune one decoder layer: the unit that is journaled, resumed, scheduled, timed and reported."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from ..models.layout import Group, Layout
+from ..models.skeleton import Skeleton
+from ..problem import LayerProblem, ProblemSums
+from ..recipe import Recipe
+from ..reporting.schema import LayerEntry, OperatorEntry
+from ..solvers import solve
+from ..solvers.base import Solution
+from ..sparsity import Sparsity
+from .capture import Calls, Clock, run_layer
+from .hidden import HiddenStates
+
+SPECTRUM_LIMIT = 2048
+"""Largest number of inputs for which the Gram's eigenvalues are recorded; they cost O(n^3) and only feed the report."""
+
+
+@dataclass(frozen=True)
+class Streams:
+    """The hidden states around one decoder layer.
+
+    Args:
+        dense: what the dense model feeds it; None where neither target nor propagation needs the dense model.
+        pruned: what the pruned prefix feeds it; None with ``propagate=dense``, where that is the same as ``dense``.
+        dense_out: receives the dense layer's output; None if nobody needs it.
+        pruned_out: receives the pruned layer's output; None if nobody needs it.
+    """
+
+    dense: HiddenStates | None
+    pruned: HiddenStates | None
+    dense_out: HiddenStates | None
+    pruned_out: HiddenStates | None
+
+    @property
+    def seen(self) -> HiddenStates:
+        """What the pruned operators will really see."""
+        stream = self.pruned or self.dense
+        assert stream is not None
+        return stream
+
+
+@dataclass(frozen=True)
+class LayerResult:
+    """A pruned decoder layer.
+
+    Args:
+        weights: pruned tensors by checkpoint name, in the checkpoint's orientation and the passes' dtype.
+        entry: what the report says of it.
+    """
+
+    weights: dict[str, Tensor]
+    entry: LayerEntry
+
+
+Progress = Callable[[str, float | None], None]
+"""Told (operator names, relative error or None when their work begins)."""
+
+
+def prune_layer(
+    skeleton: Skeleton,
+    layout: Layout,
+    index: int,
+    recipe: Recipe,
+    sparsity: Mapping[str, Sparsity],
+    streams: Streams,
+    calls: Calls,
+    scratch: Callable[[str, tuple[int, int, int]], HiddenStates],
+    progress: Progress = lambda names, error: None,
+    inspect: Callable[[int, LayerProblem], None] | None = None,
+) -> LayerResult:
+    """Prune decoder layer ``index``, group after group.
+
+    One dense pass serves all groups: it fills the first group's Gram (nothing is pruned before it), keeps the dense
+    inputs of the other groups for the cross terms, and gives the next layer its dense hidden states. Then each group
+    gets one pass with the operators before it pruned, stopped where the group begins.
+
+    Args:
+        skeleton: the model.
+        layout: the operators to prune.
+        index: which decoder layer.
+        recipe: settings.
+        sparsity: pattern of every operator, by full name.
+        streams: hidden states in and out.
+        calls: how decoder layers are called.
+        scratch: makes a temporary store of a given name and shape, in memory or in a file.
+        progress: told of every group.
+        inspect: receives every group's problem before it is solved (benchmarks dump them).
+
+    Raises:
+        FistaPrunerError: NaN or infinity in weights or activations; names the operator.
+    """
+    clock = Clock(skeleton.device)
+    groups = layout.layers[index]
+    numbered = list(enumerate(groups))
+    with clock.phase("io"):
+        loaded = skeleton.layer(index)
+        module = loaded.__enter__()
+    try:
+        sums = {number: ProblemSums(_stack(module, group), drifts=_drifts(recipe, streams, number)) for number, group in numbered[:1]}
+        kept: dict[int, HiddenStates] = {}
+        probe: list[Tensor] = []
+
+        def new_sums(number: int) -> ProblemSums:
+            with clock.phase("gram"):
+                return ProblemSums(_stack(module, groups[number]), drifts=_drifts(recipe, streams, number))
+
+        def add(number: int, start: int, inputs: Tensor) -> None:
+            with clock.phase("gram"):
+                flat = inputs.reshape(-1, inputs.shape[-1])
+                dense = None
+                if number in kept:
+                    dense = kept[number].read(start, start + inputs.shape[0]).to(flat.device).reshape(flat.shape)
+                sums[number].add(flat, dense)
+
+        # The dense pass.
+        same = streams.pruned is None
+        in_dense_pass = set(range(len(groups))) if same and not recipe.error_correction else ({0} if same else set())
+        if streams.dense is not None and (groups or streams.dense_out is not None):
+            for number in in_dense_pass - {0}:
+                sums[number] = new_sums(number)
+            for number, group in numbered:
+                if _drifts(recipe, streams, number):
+                    shape = (streams.dense.samples, streams.dense.seqlen, group[0].columns)
+                    kept[number] = scratch(f"dense-{index}-{number}", shape)
+
+            def watch_dense(number: int, start: int, inputs: Tensor) -> None:
+                if number in in_dense_pass:
+                    add(number, start, inputs)
+                if number in kept:
+                    with clock.phase("io"):
+                        kept[number].write(start, inputs)
+
+            def dense_output(_: int, start: int, out: Tensor) -> None:
+                if not probe:
+                    probe.append(out)
+                if streams.dense_out is not None:
+                    with clock.phase("io"):
+                        streams.dense_out.write(start, out)
+
+            watched = [(number, group) for number, group in numbered if number in in_dense_pass or number in kept]
+            needed = dense_output if streams.dense_out is not None or groups else None
+            run_layer(skeleton, index, streams.dense, calls, clock, groups=watched, watch=watch_dense, output=needed)
+
+        # Group after group, each on what the pruned operators before it leave.
+        weights: dict[str, Tensor] = {}
+        operators: list[OperatorEntry] = []
+        warnings: list[str] = []
+        for number, group in numbered:
+            progress(_names(group), None)
+            if number not in sums or (number == 0 and 0 not in in_dense_pass):
+                if recipe.error_correction:
+                    todo = [(number, group)]
+                else:  # every operator on the layer's own, unpruned inputs: one pass is enough for all of them
+                    todo = numbered[number:]
+                for other, _ in todo:
+                    if other not in sums:
+                        sums[other] = new_sums(other)
+                run_layer(skeleton, index, streams.seen, calls, clock, groups=todo, watch=add)
+            if number in kept:
+                kept.pop(number).close()
+            names = [layout.full_name(index, operator) for operator in group]
+            with clock.phase("gram"):
+                problem = sums.pop(number).problem(names, [operator.rows for operator in group], recipe.target)
+            if inspect is not None:
+                inspect(number, problem)
+            with clock.phase("solve"):
+                solution = solve(problem, [sparsity[name] for name in names], recipe.steps)
+                stored = _store(skeleton, module, group, solution)
+            warnings += solution.warnings
+            with clock.phase("report"):
+                entries = _operator_entries(problem, solution, stored, group, number, [str(sparsity[name]) for name in names])
+            operators += entries
+            for operator, name in zip(group, names, strict=True):
+                weights[skeleton.source(f"{name}.weight")] = module.get_submodule(operator.name).weight.detach().to("cpu", copy=True)  # type: ignore[union-attr, operator]
+            worst = max((entry.relative_error or 0.0) for entry in entries)
+            progress(_names(group), worst)
+
+        # What the pruned layer gives to the next one, and how far that is from what the dense layer gave.
+        error = None
+        if streams.pruned_out is not None:
+            run_layer(skeleton, index, streams.seen, calls, clock, output=streams.pruned_out)
+        if groups and probe and streams.dense is not None:
+            error = _output_error(skeleton, index, streams, calls, clock, probe[0])
+        entry = LayerEntry(
+            index=index,
+            name=f"{layout.prefix}.{index}",
+            seconds=clock.seconds,
+            relative_error=error,
+            relative_error_of=None if error is None else "what the dense layer adds to its input, first batch of calibration windows",
+            operators=operators,
+            device=str(skeleton.device),
+            warnings=warnings,
+        )
+        return LayerResult(weights, entry)
+    finally:
+        loaded.__exit__(None, None, None)
+
+
+def scratch_factory(folder: Path | None, dtype: torch.dtype) -> Callable[[str, tuple[int, int, int]], HiddenStates]:
+    """Temporary stores in ``folder``, or in memory when it is None."""
+
+    def make(name: str, shape: tuple[int, int, int]) -> HiddenStates:
+        return HiddenStates(shape, dtype, None if folder is None else folder / name)
+
+    return make
+
+
+def _drifts(recipe: Recipe, streams: Streams, number: int) -> bool:
+    """Whether group ``number`` sees other inputs than in the dense model, and the target cares."""
+    if recipe.target == 0.0 or streams.dense is None:
+        return False
+    return streams.pruned is not None or (number > 0 and recipe.error_correction)
+
+
+def _names(group: Group) -> str:
+    return "+".join(operator.name.rpartition(".")[2] for operator in group)
+
+
+def _stack(module: nn.Module, group: Group) -> Tensor:
+    return torch.cat([operator.weight(module).float() for operator in group])
+
+
+def _store(skeleton: Skeleton, module: nn.Module, group: Group, solution: Solution) -> Tensor:
+    """Write the solution into the loaded layer, in the passes' dtype; returns what was stored, as fp32 (m, n)."""
+    stored = []
+    for operator, part in zip(group, solution.weight.split([operator.rows for operator in group]), strict=True):
+        target = operator.weight(module)
+        target.copy_(part.to(skeleton.dtype))
+        stored.append(target.float())
+    return torch.cat(stored)
+
+
+def _operator_entries(
+    problem: LayerProblem, solution: Solution, stored: Tensor, group: Group, number: int, patterns: list[str]
+) -> list[OperatorEntry]:
+    spectrum, ranks, condition = _spectrum(problem)
+    entries = []
+    parts = stored.split([operator.rows for operator in group])
+    for operator, pattern, part, error, stats in zip(
+        group, patterns, parts, problem.relative_errors(stored), solution.stats, strict=True
+    ):
+        zeros = int((part == 0).sum())
+        entries.append(
+            OperatorEntry(
+                name=operator.name,
+                shape=(operator.rows, operator.columns),
+                sparsity=pattern,
+                zeros=zeros,
+                density=1.0 - zeros / part.numel(),
+                relative_error=error,
+                group=number,
+                steps=stats["steps"],
+                spectrum=spectrum,
+                spectrum_ranks=ranks,
+                condition=condition,
+            )
+        )
+    return entries
+
+
+def _spectrum(problem: LayerProblem) -> tuple[list[float] | None, list[int] | None, float | None]:
+    n = problem.shape[1]
+    if n > SPECTRUM_LIMIT:
+        return None, None, None
+    values = torch.linalg.eigvalsh(problem.gram).flip(0).clamp_min(0)
+    top = float(values[0])
+    if top <= 0:
+        return None, None, None
+    ranks = sorted({round(n ** (step / 31)) for step in range(32)})
+    shares = [float(values[rank - 1]) / top for rank in ranks]
+    return shares, ranks, top / max(float(problem.gram.diagonal().mean()), 1e-300)
+
+
+def _output_error(skeleton: Skeleton, index: int, streams: Streams, calls: Calls, clock: Clock, dense_out: Tensor) -> float:
+    """Squared difference of the pruned and the dense layer's output, as a share of what the dense layer adds."""
+    assert streams.dense is not None
+    count = dense_out.shape[0]
+    seen = streams.seen.read(0, count).to(skeleton.device)
+    with clock.phase("capture"), torch.no_grad():
+        pruned_out = skeleton.run(index, seen, calls.by_size[count][index])
+    dense_in = streams.dense.read(0, count).to(skeleton.device)
+    added = (dense_out.float() - dense_in.float()).square().sum(dtype=torch.float64)
+    wrong = (pruned_out.float() - dense_out.float()).square().sum(dtype=torch.float64)
+    return float(wrong) / max(float(added), 1e-300)
+
+

@@ -1,0 +1,72 @@
+"""Tiny randomly initialised models of many architectures, saved as Hugging Face folders."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+
+VOCABULARY = 128
+SIZES = {"vocab_size": VOCABULARY, "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
+WIDE = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 3, "num_attention_heads": 4}
+GQA = {**WIDE, "num_key_value_heads": 2}
+
+# Keyed by what tests call them: configuration class and its arguments.
+ARCHITECTURES: dict[str, tuple[str, dict[str, Any]]] = {
+    "llama": ("LlamaConfig", GQA),
+    "opt": ("OPTConfig", {**WIDE, "ffn_dim": 64, "max_position_embeddings": 128, "word_embed_proj_dim": 16}),
+    "qwen2": ("Qwen2Config", GQA),
+    "qwen3": ("Qwen3Config", {**GQA, "head_dim": 8}),
+    "gemma2": ("Gemma2Config", {**GQA, "head_dim": 8, "sliding_window": 8}),
+    "gemma3": ("Gemma3TextConfig", {**GQA, "head_dim": 8, "sliding_window": 8, "num_hidden_layers": 6}),
+    "mistral": ("MistralConfig", {**GQA, "sliding_window": 8}),
+    "phi": ("PhiConfig", WIDE),
+    "phi3": ("Phi3Config", GQA),
+    "gpt_neox": ("GPTNeoXConfig", WIDE),
+    "gpt2": ("GPT2Config", {"n_embd": 32, "n_layer": 3, "n_head": 4, "n_positions": 128}),
+    "falcon": ("FalconConfig", {"hidden_size": 32, "num_hidden_layers": 3, "num_attention_heads": 4}),
+    "bloom": ("BloomConfig", {"hidden_size": 32, "n_layer": 3, "n_head": 4}),
+}
+
+
+def build(architecture: str, *, seed: int = 0, **changes: Any) -> Any:
+    """A randomly initialised model; weights are spread widely enough that layers really do something."""
+    name, arguments = ARCHITECTURES[architecture]
+    config = getattr(transformers, name)(**{**SIZES, **arguments, **changes})
+    torch.manual_seed(seed)
+    model = transformers.AutoModelForCausalLM.from_config(config).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.ndim >= 2:
+                parameter.normal_(0, 0.15)
+            else:
+                parameter.add_(torch.randn_like(parameter) * 0.05)
+    return model
+
+
+def tokenizer() -> Any:
+    """A byte-level tokenizer whose vocabulary is the 7-bit characters."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+
+    vocabulary = {"<pad>": 0, "<s>": 1, "</s>": 2, "<unk>": 3}
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    printable = [chr(code) for code in range(33, 127)]
+    for symbol in [*printable, "Ġ", "Ċ", *alphabet]:
+        if len(vocabulary) < VOCABULARY and symbol not in vocabulary:
+            vocabulary[symbol] = len(vocabulary)
+    core = Tokenizer(models.BPE(vocab=vocabulary, merges=[], unk_token="<unk>"))
+    core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    core.decoder = decoders.ByteLevel()
+    return transformers.PreTrainedTokenizerFast(
+        tokenizer_object=core, bos_token="<s>", eos_token="</s>", unk_token="<unk>", pad_token="<pad>"
+    )
+
+
+def save(architecture: str, folder: Path, *, dtype: torch.dtype = torch.float32, shard: str = "50GB", **changes: Any) -> Path:
+    """Save a tiny model with its tokenizer; returns the folder."""
+    model = build(architecture, **changes).to(dtype)
+    model.save_pretrained(folder, max_shard_size=shard)
+    tokenizer().save_pretrained(folder)
+    return folder
