@@ -1,0 +1,227 @@
+"""A local Hugging Face folder: which tensors it has, where they are, and reading them one at a time.
+
+Weights are ``model.safetensors``, or shards listed by ``model.safetensors.index.json``, or (only when pickles are
+allowed) the legacy ``pytorch_model.bin`` files. Everything in the folder is untrusted: the index may name plain files
+inside the folder only, every tensor it promises must be in its shard, and a shard that is missing or cut short is named
+when the folder is opened.
+"""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from ..errors import FistaPrunerError
+from .pickle_file import PickleFile
+from .safetensors_file import SafetensorsFile, TensorEntry
+
+SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
+SINGLE_PICKLE, INDEX_PICKLE = "pytorch_model.bin", "pytorch_model.bin.index.json"
+MAX_JSON = 256 * 2**20
+
+COMPANION_SUFFIXES = {".json", ".jinja", ".txt", ".model", ".tiktoken", ".bpe", ".vocab", ".spm"}
+COMPANION_NAMES = ("license", "licence", "notice", "copying", "use_policy", "acceptable_use")
+NOT_COMPANIONS = {INDEX, INDEX_PICKLE, "config.json", "fistapruner.json"}
+
+
+class WeightFile(Protocol):
+    """What a checkpoint needs of one of its files."""
+
+    path: Path
+    entries: dict[str, TensorEntry]
+    metadata: dict[str, str]
+
+    def read(self, name: str) -> Tensor: ...
+
+
+class Checkpoint:
+    """A checkpoint folder, opened: names and shapes in memory, values on disk.
+
+    Use :meth:`open`.
+
+    Attributes:
+        folder: the folder.
+        config: ``config.json`` as a dictionary.
+        files: the weight files by name, in order.
+        index: the index file's name, None for a single file.
+        companions: names of the files that belong to the model and are no weights: tokenizer, generation settings, chat
+            templates, licence; not ``config.json``, and no Python code.
+    """
+
+    def __init__(self, folder: Path, config: dict[str, Any], files: dict[str, WeightFile], index: str | None) -> None:
+        self.folder = folder
+        self.config = config
+        self.files = files
+        self.index = index
+        self.companions = _companions(folder)
+        self._places = {name: shard for shard, file in files.items() for name in file.entries}
+
+    @classmethod
+    def open(cls, folder: str | Path, allow_pickle: bool = False) -> Checkpoint:
+        """Open a folder and check that all of its weights are there.
+
+        Args:
+            folder: a local Hugging Face model folder.
+            allow_pickle: read legacy ``.bin`` files, whose pickles are untrusted code unless loaded with care.
+
+        Raises:
+            FistaPrunerError: names the folder or file and what is wrong: not a folder, no config, no weights, pickles
+                that were not allowed, an index that points outside the folder, a missing or truncated shard.
+        """
+        folder = Path(folder)
+        if not folder.is_dir():
+            raise FistaPrunerError(f"{folder} is not a folder with a Hugging Face model")
+        if not (folder / "config.json").exists():
+            raise FistaPrunerError(f"{folder} has no config.json, so it is not a Hugging Face model folder")
+        config = read_json(folder, "config.json")
+        if (folder / INDEX).exists():
+            return cls._sharded(folder, config, INDEX, SafetensorsFile)
+        if (folder / SINGLE).exists():
+            return cls(folder, config, {SINGLE: SafetensorsFile(inside(folder, SINGLE))}, None)
+        pickles = next((name for name in (INDEX_PICKLE, SINGLE_PICKLE) if (folder / name).exists()), None)
+        if pickles is None:
+            raise FistaPrunerError(f"{folder} has no weights: neither {SINGLE} nor {INDEX}")
+        if not allow_pickle:
+            raise FistaPrunerError(
+                f"{folder} has only legacy pickle weights ({pickles}), which can carry code: convert them to safetensors, or trust them with --allow-pickle"
+            )
+        if pickles == INDEX_PICKLE:
+            return cls._sharded(folder, config, INDEX_PICKLE, PickleFile)
+        return cls(folder, config, {SINGLE_PICKLE: PickleFile(inside(folder, SINGLE_PICKLE))}, None)
+
+    @classmethod
+    def _sharded(cls, folder: Path, config: dict[str, Any], index: str, kind: Callable[[Path], WeightFile]) -> Checkpoint:
+        places = read_json(folder, index).get("weight_map")
+        if not isinstance(places, dict) or not all(isinstance(shard, str) for shard in places.values()) or not places:
+            raise FistaPrunerError(f"{folder / index} has no weight_map of tensor names to file names")
+        suffix = index.removesuffix(".index.json").rpartition(".")[2]
+        for shard in sorted(set(places.values())):
+            if not inside(folder, shard).is_file():
+                raise FistaPrunerError(f"{folder} is incomplete: shard {shard!r} of its index is missing")
+            if not shard.endswith("." + suffix):
+                raise FistaPrunerError(f"{folder / index} names {shard!r}, which is not a .{suffix} file")
+        files = {shard: kind(inside(folder, shard)) for shard in sorted(set(places.values()))}
+        for name, shard in places.items():
+            if name not in files[shard].entries:
+                raise FistaPrunerError(f"{folder / index} promises tensor {name!r} in {shard}, which does not have it")
+        holders: dict[str, str] = {}
+        for shard, file in files.items():
+            for name in file.entries:
+                if holders.setdefault(name, shard) != shard:
+                    raise FistaPrunerError(f"{folder}: tensor {name!r} is both in {holders[name]} and in {shard}")
+        return cls(folder, config, files, index)
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._places
+
+    def names(self) -> list[str]:
+        """Names of all tensors, file by file, in each file's order."""
+        return [name for file in self.files.values() for name in file.entries]
+
+    def file_of(self, name: str) -> str:
+        """Name of the file that holds a tensor.
+
+        Raises:
+            FistaPrunerError: no such tensor.
+        """
+        if name not in self._places:
+            raise FistaPrunerError(f"{self.folder} has no tensor {name!r}")
+        return self._places[name]
+
+    def entry(self, name: str) -> TensorEntry:
+        """Dtype, shape and bytes of a tensor.
+
+        Raises:
+            FistaPrunerError: no such tensor.
+        """
+        return self.files[self.file_of(name)].entries[name]
+
+    def read(self, name: str) -> Tensor:
+        """Read one tensor into fresh memory.
+
+        Raises:
+            FistaPrunerError: no such tensor, or its file was shortened since it was opened.
+        """
+        return self.files[self.file_of(name)].read(name)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all tensors."""
+        return sum(entry.nbytes for file in self.files.values() for entry in file.entries.values())
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The floating-point dtype that most of the weights have.
+
+        Raises:
+            FistaPrunerError: no tensor is floating-point.
+        """
+        counts: Counter[torch.dtype] = Counter()
+        for name in self.names():
+            entry = self.entry(name)
+            if entry.dtype.is_floating_point:
+                counts[entry.dtype] += entry.nbytes // entry.dtype.itemsize
+        if not counts:
+            raise FistaPrunerError(f"{self.folder} has no floating-point weights")
+        return counts.most_common(1)[0][0]
+
+
+def inside(folder: Path, name: str) -> Path:
+    """Path of a file that an untrusted listing names, if it really is a file of the folder.
+
+    Links are followed only within the folder, or into the ``blobs`` beside a hub cache's ``snapshots``.
+
+    Raises:
+        FistaPrunerError: not a plain file name, or a link that leads elsewhere.
+    """
+    if not name or name != Path(name).name or name in (".", "..") or "\\" in name or not name.isprintable():
+        raise FistaPrunerError(f"{folder}: {name!r} is not the name of a file inside the folder")
+    path = folder / name
+    if not path.is_symlink():
+        return path
+    allowed = [folder.resolve()]
+    if folder.parent.name == "snapshots":
+        allowed.append((folder.parent.parent / "blobs").resolve())
+    target = path.resolve()
+    if not any(target.is_relative_to(root) for root in allowed):
+        raise FistaPrunerError(f"{path} is a link out of its folder, to {target}: put the file itself there")
+    return path
+
+
+def read_json(folder: Path, name: str) -> dict[str, Any]:
+    """Read a JSON object of a checkpoint folder.
+
+    Raises:
+        FistaPrunerError: names the file: missing, too large, not JSON, not an object.
+    """
+    path = inside(folder, name)
+    try:
+        if path.stat().st_size > MAX_JSON:
+            raise FistaPrunerError(f"{path} is larger than {MAX_JSON} bytes")
+        value = json.loads(path.read_bytes().decode("utf-8"))
+    except OSError as error:
+        raise FistaPrunerError(f"cannot read {path}: {error.strerror or error}") from None
+    except (ValueError, RecursionError) as error:
+        raise FistaPrunerError(f"{path} is not valid JSON: {str(error)[:120]}") from None
+    if not isinstance(value, dict):
+        raise FistaPrunerError(f"{path} is not a JSON object")
+    return value
+
+
+def _companions(folder: Path) -> list[str]:
+    """Files that go with the weights. A model card is none of them: it describes the model before pruning."""
+    names = []
+    for path in sorted(folder.iterdir()):
+        wanted = path.suffix.lower() in COMPANION_SUFFIXES or path.name.lower().startswith(COMPANION_NAMES)
+        if wanted and path.name not in NOT_COMPANIONS and path.is_file():
+            names.append(inside(folder, path.name).name)
+    templates = folder / "additional_chat_templates"
+    if templates.is_dir() and not templates.is_symlink():
+        names += [f"{templates.name}/{inside(templates, path.name).name}" for path in sorted(templates.glob("*.jinja"))]
+    return names
