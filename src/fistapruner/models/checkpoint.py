@@ -89,7 +89,8 @@ class Checkpoint:
             raise FistaPrunerError(f"{folder} has no weights: neither {SINGLE} nor {INDEX}")
         if not allow_pickle:
             raise FistaPrunerError(
-                f"{folder} has only legacy pickle weights ({pickles}), which can carry code: convert them to safetensors, or trust them with --allow-pickle"
+                f"{folder} has only legacy pickle weights ({pickles}), which can carry code: convert them to safetensors, "
+                "or trust them with --allow-pickle"
             )
         if pickles == INDEX_PICKLE:
             return cls._sharded(folder, config, INDEX_PICKLE, PickleFile)

@@ -9,14 +9,13 @@ from __future__ import annotations
 
 import json
 import os
-import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from ..atomic import PARTIAL, disk_errors, require_space, sha256_file, sync_folder, write_json_atomic
+from ..atomic import PARTIAL, copy_atomic, disk_errors, require_space, sha256_file, sync_folder, write_json_atomic, write_text_atomic
 from ..errors import FistaPrunerError
 from .checkpoint import INDEX, Checkpoint, WeightFile, inside, read_json
 from .safetensors_file import SafetensorsWriter, TensorEntry
@@ -31,6 +30,7 @@ def write_checkpoint(
     *,
     identity: str = "",
     copy_code: bool = False,
+    documents: Mapping[str, str] | None = None,
 ) -> dict[str, str]:
     """Write ``source`` to the folder ``out`` with some tensors replaced.
 
@@ -45,6 +45,7 @@ def write_checkpoint(
         identity: what decides the replaced tensors (a recipe's fingerprint). Shards of a killed attempt are kept only
             if they were written under the same identity from the same source.
         copy_code: copy the folder's Python files too (a checkpoint that needs ``trust_remote_code``).
+        documents: more text files by name, such as a model card; they replace the source's.
 
     Returns:
         SHA-256 of every weight file, by name.
@@ -66,6 +67,9 @@ def write_checkpoint(
     for shard, new in names.items():
         written[new] = sums[new] or _write_shard(partial, new, source.files[shard], replacement, identity)
     files = set(written) | _write_companions(source, partial, copy_code)
+    for name, text in (documents or {}).items():
+        write_text_atomic(partial / name, text)
+        files.add(name)
     if source.index is not None:
         metadata = read_json(source.folder, source.index).get("metadata")
         total = {"total_size": source.nbytes}
@@ -141,12 +145,11 @@ def _write_companions(source: Checkpoint, partial: Path, copy_code: bool) -> set
     for name in names:
         with disk_errors(partial / name):
             (partial / name).parent.mkdir(exist_ok=True)
-            shutil.copyfile(source.folder / name, partial / name)
+        copy_atomic(source.folder / name, partial / name)
     config = dict(source.config)
     plain = all(entry.dtype.is_floating_point and entry.dtype.itemsize > 1 for entry in map(source.entry, source.names()))
     if plain and config.pop("quantization_config", None) is not None:
         write_json_atomic(partial / "config.json", config)
     else:
-        with disk_errors(partial / "config.json"):
-            shutil.copyfile(source.folder / "config.json", partial / "config.json")
+        copy_atomic(source.folder / "config.json", partial / "config.json")
     return {name for name in names if "/" not in name} | {"config.json"}

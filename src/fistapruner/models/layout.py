@@ -98,15 +98,8 @@ def discover(skeleton: Skeleton) -> Layout:
     Layers with the same operators are watched once. Loads the embeddings and one decoder layer.
 
     Raises:
-        FistaPrunerError: fused mixture-of-experts weights, or operators that a forward pass does not use in the plain way.
+        FistaPrunerError: operators that a forward pass does not use exactly once.
     """
-    for index, layer in enumerate(skeleton.layers):
-        for name, parameter in layer.named_parameters():
-            if parameter.ndim > 2:
-                raise FistaPrunerError(
-                    f"{skeleton.layers_name}.{index}.{name} is a fused {parameter.ndim}-dimensional weight {tuple(parameter.shape)} "
-                    f"(mixture of experts in {type(skeleton.model).__name__}): this architecture is not supported"
-                )
     tokens = torch.arange(16).remainder(int(skeleton.config.get_text_config().vocab_size)).unsqueeze(0)
     with skeleton.ends():
         with skeleton.layer(0):

@@ -56,6 +56,7 @@ class Skeleton:
         self.model = _build(checkpoint, trust_remote_code).eval()
         self.config = self.model.config
         self.layers_name, self.layers = _find_layers(self.model)
+        self._refuse_experts()
         self._returns_tuple = False
         self._sources = self._map_names()
         for module in self.model.modules():
@@ -233,6 +234,15 @@ class Skeleton:
         else:
             module._buffers[key] = tensor
 
+    def _refuse_experts(self) -> None:
+        for index, layer in enumerate(self.layers):
+            for name, parameter in layer.named_parameters():
+                if parameter.ndim > 2:
+                    raise FistaPrunerError(
+                        f"{self.layers_name}.{index}.{name} is a fused {parameter.ndim}-dimensional weight {tuple(parameter.shape)} "
+                        f"(mixture of experts in {type(self.model).__name__}): this architecture is not supported"
+                    )
+
     def _map_names(self) -> dict[str, str]:
         """Checkpoint name of every parameter and persistent buffer of the model.
 
@@ -240,7 +250,8 @@ class Skeleton:
         with one more; both are the same name up to a prefix.
         """
         stored = list(self.checkpoint.names())
-        known = set(stored)
+        known = {name: name for name in stored}
+        known |= _renamed(self.model, stored)
         base = self.model.base_model_prefix + "."
         head = self.model.get_output_embeddings()
         embedding = self.model.get_input_embeddings()
@@ -249,12 +260,12 @@ class Skeleton:
         missing: list[str] = []
         for name, tensor in self.model.state_dict(keep_vars=True).items():
             candidates = [name, name.removeprefix(base), base + name]
-            found = next((candidate for candidate in candidates if candidate in known), None)
+            found = next((known[candidate] for candidate in candidates if candidate in known), None)
             if found is None:
                 ends = [candidate for candidate in stored if candidate.endswith("." + name.removeprefix(base))]
                 found = ends[0] if len(ends) == 1 else None
             is_head = head is not None and tensor is head.weight and embedding is not None and head.weight is not embedding.weight
-            if is_head and (found is None or tied):
+            if is_head and tied:
                 continue
             if found is None:
                 missing.append(name)
@@ -290,6 +301,22 @@ def _build(checkpoint: Checkpoint, trust_remote_code: bool) -> Any:
             return AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
     except (ValueError, TypeError, ImportError) as error:
         raise FistaPrunerError(f"{folder}: {config.model_type} is not a causal language model: {str(error).splitlines()[0][:200]}") from None
+
+
+def _renamed(model: Any, stored: list[str]) -> dict[str, str]:
+    """Today's names of tensors that a checkpoint stores under older ones, from transformers' own table.
+
+    The table is semi-private; without it only names that changed since the checkpoint was saved are not found, which is
+    an error that names the tensor.
+    """
+    try:
+        from transformers.conversion_mapping import get_model_conversion_mapping
+        from transformers.core_model_loading import WeightRenaming, apply_renamings
+
+        renamings = [change for change in get_model_conversion_mapping(model) if isinstance(change, WeightRenaming)]
+        return {new: old for old in stored if (new := apply_renamings(old, renamings)) != old}
+    except (ImportError, AttributeError, TypeError):
+        return {}
 
 
 def _find_layers(model: nn.Module) -> tuple[str, list[nn.Module]]:
