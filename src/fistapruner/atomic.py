@@ -122,6 +122,19 @@ def write_json_atomic(path: Path, value: Any) -> None:
     write_text_atomic(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
 
 
+def copy_atomic(source: Path, target: Path) -> None:
+    """Copy a file's bytes, atomically.
+
+    Raises:
+        FistaPrunerError: the disk is full or refuses the write.
+    """
+    with atomic_file(target) as descriptor, open(source, "rb") as file:
+        offset = 0
+        while piece := file.read(2**24):
+            write_all(descriptor, piece, offset)
+            offset += len(piece)
+
+
 def sha256_file(path: Path) -> str:
     """SHA-256 of a file's bytes, in hexadecimal, read in small pieces."""
     with open(path, "rb") as file:

@@ -1,0 +1,305 @@
+"""Checkpoint folders: what is read, what is refused, and what is written from them."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
+
+from fistapruner import FistaPrunerError
+from fistapruner.atomic import sha256_file
+from fistapruner.models.checkpoint import Checkpoint
+from fistapruner.models.checkpoint_writer import write_checkpoint
+
+
+def tiny_llama() -> LlamaForCausalLM:
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=64, hidden_size=32, intermediate_size=48, num_hidden_layers=3, num_attention_heads=4, num_key_value_heads=2
+    )
+    return LlamaForCausalLM(config).bfloat16()
+
+
+@pytest.fixture
+def single(tmp_path: Path) -> Path:
+    tiny_llama().save_pretrained(tmp_path / "single")
+    return tmp_path / "single"
+
+
+@pytest.fixture
+def sharded(tmp_path: Path) -> Path:
+    tiny_llama().save_pretrained(tmp_path / "sharded", max_shard_size="20KB")
+    (tmp_path / "sharded" / "tokenizer.json").write_text("{}")
+    (tmp_path / "sharded" / "chat_template.jinja").write_text("{{ messages }}")
+    (tmp_path / "sharded" / "additional_chat_templates").mkdir()
+    (tmp_path / "sharded" / "additional_chat_templates" / "tool.jinja").write_text("x")
+    (tmp_path / "sharded" / "LICENSE").write_text("free")
+    for name in ("README.md", "modeling_x.py", "training_args.bin", "fistapruner.json", "optimizer.pt"):
+        (tmp_path / "sharded" / name).write_text("{}")
+    return tmp_path / "sharded"
+
+
+def edit_index(folder: Path, change: Callable[[dict[str, Any]], Any]) -> None:
+    path = folder / "model.safetensors.index.json"
+    index = json.loads(path.read_text())
+    change(index)
+    path.write_text(json.dumps(index))
+
+
+def nothing(_: str) -> None:
+    return None
+
+
+def test_reads_every_tensor_of_single_and_sharded(single: Path, sharded: Path) -> None:
+    state = tiny_llama().state_dict()
+    for folder in (single, sharded):
+        checkpoint = Checkpoint.open(folder)
+        assert set(checkpoint.names()) == set(state)
+        assert all(torch.equal(checkpoint.read(name), tensor) for name, tensor in state.items())
+        assert checkpoint.dtype == torch.bfloat16
+        assert checkpoint.nbytes == sum(tensor.nbytes for tensor in state.values())
+        assert checkpoint.config["model_type"] == "llama"
+        assert "lm_head.weight" in checkpoint
+        assert "nonsense" not in checkpoint
+        with pytest.raises(FistaPrunerError, match="no tensor 'nonsense'"):
+            checkpoint.entry("nonsense")
+    assert len(checkpoint.files) == 3
+    assert checkpoint.file_of("lm_head.weight") in checkpoint.files
+
+
+def test_missing_pieces_are_named(sharded: Path, tmp_path: Path) -> None:
+    with pytest.raises(FistaPrunerError, match="not a folder"):
+        Checkpoint.open(tmp_path / "absent")
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(FistaPrunerError, match=r"no config\.json"):
+        Checkpoint.open(tmp_path / "empty")
+    (tmp_path / "empty" / "config.json").write_text("{}")
+    with pytest.raises(FistaPrunerError, match="no weights"):
+        Checkpoint.open(tmp_path / "empty")
+    (tmp_path / "empty" / "config.json").write_text("[")
+    with pytest.raises(FistaPrunerError, match=r"config\.json is not valid JSON"):
+        Checkpoint.open(tmp_path / "empty")
+    shard = sorted(sharded.glob("*.safetensors"))[1]
+    whole = shard.read_bytes()
+    shard.write_bytes(whole[:-3])
+    with pytest.raises(FistaPrunerError, match=f"{shard.name} is truncated"):
+        Checkpoint.open(sharded)
+    shard.unlink()
+    with pytest.raises(FistaPrunerError, match=f"shard '{shard.name}' of its index is missing"):
+        Checkpoint.open(sharded)
+
+
+@pytest.mark.parametrize("name", ["../single/model.safetensors", "/etc/passwd", "a/b.safetensors", "..", "", "a\\b", "x\0.safetensors"])
+def test_index_cannot_leave_the_folder(sharded: Path, single: Path, name: str) -> None:
+    edit_index(sharded, lambda index: index["weight_map"].update({"lm_head.weight": name}))
+    with pytest.raises(FistaPrunerError, match="not the name of a file inside"):
+        Checkpoint.open(sharded)
+
+
+def test_links_out_of_the_folder_are_refused_but_not_the_hub_cache(single: Path, tmp_path: Path) -> None:
+    snapshot = tmp_path / "models--a--b" / "snapshots" / "1234"
+    snapshot.mkdir(parents=True)
+    blobs = tmp_path / "models--a--b" / "blobs"
+    blobs.mkdir()
+    for name in ("config.json", "model.safetensors"):
+        os.rename(single / name, blobs / name)
+        (snapshot / name).symlink_to(f"../../blobs/{name}")
+    assert Checkpoint.open(snapshot).names()
+    for name in ("config.json", "model.safetensors"):
+        (single / name).symlink_to(blobs / name)
+    with pytest.raises(FistaPrunerError, match="link out of its folder"):
+        Checkpoint.open(single)
+
+
+def test_index_that_lies_is_refused(sharded: Path) -> None:
+    edit_index(sharded, lambda index: index["weight_map"].update({"extra.weight": index["weight_map"]["lm_head.weight"]}))
+    with pytest.raises(FistaPrunerError, match=r"promises tensor 'extra\.weight'"):
+        Checkpoint.open(sharded)
+    edit_index(sharded, lambda index: index.update(weight_map=[1]))
+    with pytest.raises(FistaPrunerError, match="no weight_map"):
+        Checkpoint.open(sharded)
+
+
+def test_tensor_in_two_shards_is_refused(sharded: Path) -> None:
+    first, second = sorted(sharded.glob("*.safetensors"))[:2]
+    tensors = load_file(second)
+    save_file(tensors | load_file(first), second)
+    with pytest.raises(FistaPrunerError, match="both in"):
+        Checkpoint.open(sharded)
+
+
+@pytest.mark.parametrize("kind", ["single", "sharded"])
+def test_written_checkpoint_mirrors_its_source(kind: str, tmp_path: Path, request: pytest.FixtureRequest) -> None:
+    folder = request.getfixturevalue(kind)
+    source = Checkpoint.open(folder)
+
+    def halve(name: str) -> torch.Tensor | None:
+        return source.read(name).float() / 2 if "mlp" in name else None
+
+    sums = write_checkpoint(source, tmp_path / "out", halve)
+    out = Checkpoint.open(tmp_path / "out")
+    assert list(out.files) == list(source.files)
+    assert out.names() == source.names()
+    assert [out.entry(name) for name in out.names()] == [source.entry(name) for name in source.names()]
+    for name, file in out.files.items():
+        assert file.metadata == source.files[name].metadata
+        assert sums[name] == sha256_file(file.path)
+    assert all(torch.equal(out.read(n), source.read(n) / 2 if "mlp" in n else source.read(n)) for n in source.names())
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "out").state_dict()
+    assert all(torch.equal(loaded[name], out.read(name)) for name in out.names())
+    expected = {path.name for path in folder.iterdir()} - {
+        "README.md",
+        "modeling_x.py",
+        "training_args.bin",
+        "fistapruner.json",
+        "optimizer.pt",
+    }
+    assert {path.name for path in (tmp_path / "out").iterdir()} == expected
+    if kind == "sharded":
+        assert (tmp_path / "out" / "additional_chat_templates" / "tool.jinja").read_text() == "x"
+        index = "model.safetensors.index.json"
+        assert json.loads((tmp_path / "out" / index).read_text()) == json.loads((folder / index).read_text())
+    assert not list(tmp_path.glob("*.partial"))
+
+
+def test_nothing_replaced_is_the_same_file(single: Path, tmp_path: Path) -> None:
+    write_checkpoint(Checkpoint.open(single), tmp_path / "out", nothing)
+    for name in ("config.json", "model.safetensors"):
+        assert (tmp_path / "out" / name).read_bytes() == (single / name).read_bytes()
+
+
+def test_pickles_need_to_be_allowed(tmp_path: Path) -> None:
+    model = tiny_llama()
+    folder = tmp_path / "legacy"
+    model.config.save_pretrained(folder)
+    state = model.state_dict()
+    names = sorted(state)
+    parts = {"pytorch_model-00001-of-00002.bin": names[:9], "pytorch_model-00002-of-00002.bin": names[9:]}
+    for file, part in parts.items():
+        torch.save({name: state[name] for name in part}, folder / file)
+    index = {"metadata": {"total_size": 1}, "weight_map": {name: file for file, part in parts.items() for name in part}}
+    (folder / "pytorch_model.bin.index.json").write_text(json.dumps(index))
+    with pytest.raises(FistaPrunerError, match="--allow-pickle"):
+        Checkpoint.open(folder)
+    source = Checkpoint.open(folder, allow_pickle=True)
+    assert all(torch.equal(source.read(name), state[name]) for name in names)
+    write_checkpoint(source, tmp_path / "out", nothing)
+    out = Checkpoint.open(tmp_path / "out")
+    assert list(out.files) == ["model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors"]
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "out").state_dict()
+    assert all(torch.equal(loaded[name], state[name]) for name in names)
+
+
+def test_bad_pickles_are_named(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text("{}")
+    path = tmp_path / "pytorch_model.bin"
+
+    class Evil:
+        def __reduce__(self) -> Any:
+            return os.system, ("touch pwned",)
+
+    torch.save({"a": Evil()}, path)
+    with pytest.raises(FistaPrunerError, match=r"pytorch_model\.bin is not a whole"):
+        Checkpoint.open(tmp_path, allow_pickle=True)
+    assert not Path("pwned").exists()
+    torch.save({"a": torch.zeros(1).expand(2**40)}, path)
+    with pytest.raises(FistaPrunerError, match="not a plain tensor"):
+        Checkpoint.open(tmp_path, allow_pickle=True)
+    torch.save([1], path)
+    with pytest.raises(FistaPrunerError, match="not a mapping"):
+        Checkpoint.open(tmp_path, allow_pickle=True)
+    path.write_bytes(path.read_bytes()[:-30])
+    with pytest.raises(FistaPrunerError, match="not a whole"):
+        Checkpoint.open(tmp_path, allow_pickle=True)
+
+
+def test_stale_quantization_config_is_dropped(single: Path, tmp_path: Path) -> None:
+    config = json.loads((single / "config.json").read_text())
+    (single / "config.json").write_text(json.dumps(config | {"quantization_config": {"bits": 4}}))
+    write_checkpoint(Checkpoint.open(single), tmp_path / "out", nothing)
+    assert json.loads((tmp_path / "out" / "config.json").read_text()) == config
+
+
+def test_bad_replacements_leave_no_checkpoint(single: Path, tmp_path: Path) -> None:
+    source = Checkpoint.open(single)
+    with pytest.raises(FistaPrunerError, match="the new tensor is"):
+        write_checkpoint(source, tmp_path / "out", lambda _: torch.zeros(1))
+    with pytest.raises(FistaPrunerError, match="cannot hold"):
+        write_checkpoint(source, tmp_path / "out", lambda name: source.read(name).double() * 1e300)
+    assert not (tmp_path / "out").exists()
+    write_checkpoint(source, tmp_path / "out", nothing)
+    with pytest.raises(FistaPrunerError, match="exists already"):
+        write_checkpoint(source, tmp_path / "out", nothing)
+
+
+class Killed(BaseException):
+    """Stands for SIGKILL: no cleanup code of ours runs on it because files are checked afterwards anyway."""
+
+
+def test_killed_at_any_disk_call_it_goes_on_to_the_same_bytes(sharded: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    source = Checkpoint.open(sharded)
+    whole = tmp_path / "whole"
+    write_checkpoint(source, whole, nothing, identity="a")
+    expected = {path.name: sha256_file(path) for path in whole.iterdir() if path.is_file()}
+    real = {name: getattr(os, name) for name in ("pwrite", "fsync", "replace", "rename")}
+    countdown = 0
+
+    def interruptible(name: str) -> Callable[..., Any]:
+        def call(*args: Any) -> Any:
+            nonlocal countdown
+            countdown -= 1
+            if countdown == 0:
+                raise Killed
+            return real[name](*args)
+
+        return call
+
+    for name in real:
+        monkeypatch.setattr(os, name, interruptible(name))
+    for attempt in range(1, 1000):
+        out = tmp_path / f"out{attempt}"
+        countdown = attempt
+        try:
+            write_checkpoint(source, out, nothing, identity="a")
+        except Killed:
+            countdown = 0
+            if not out.exists():
+                write_checkpoint(source, out, nothing, identity="a")
+        assert {path.name: sha256_file(path) for path in out.iterdir() if path.is_file()} == expected
+        if countdown > 0:
+            break
+    assert attempt > 50
+
+
+def test_shards_of_a_killed_attempt_are_not_trusted_blindly(sharded: Path, tmp_path: Path) -> None:
+    source = Checkpoint.open(sharded)
+    out, partial = tmp_path / "out", tmp_path / "out.partial"
+    last = source.names()[-1]
+
+    def die_at_the_end(name: str) -> None:
+        if name == last:
+            raise Killed
+
+    def attempt(identity: str) -> list[str]:
+        seen: list[str] = []
+        with pytest.raises(Killed):
+            write_checkpoint(source, out, lambda name: seen.append(source.file_of(name)) or die_at_the_end(name), identity=identity)
+        return sorted(set(seen))
+
+    files = list(source.files)
+    assert attempt("a") == files
+    assert attempt("a") == files[-1:]
+    assert attempt("b") == files  # another recipe
+    damaged = bytearray((partial / files[1]).read_bytes())
+    damaged[-1] ^= 1
+    (partial / files[1]).write_bytes(damaged)
+    assert attempt("b") == [files[1], files[-1]]
+    os.utime(source.files[files[0]].path, ns=(1, 1))  # another source
+    assert attempt("b") == [files[0], files[-1]]
