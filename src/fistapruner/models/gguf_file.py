@@ -1,0 +1,287 @@
+"""GGUF files, de-quantised into a Hugging Face folder one tensor at a time.
+
+The format is read by the ``gguf`` package; what its names and layouts mean in ``transformers`` (configuration,
+tokenizer, tensor names, permuted attention rows) is taken from ``transformers``' own GGUF loader, whose functions are
+semi-private and used in this file only. Before either sees the file, :func:`check_gguf` walks its header with limits,
+because a GGUF is untrusted data and both trust its counts.
+"""
+
+from __future__ import annotations
+
+import math
+import mmap
+import struct
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ..atomic import sync_folder, write_json_atomic
+from ..errors import FistaPrunerError, MissingExtraError
+from .checkpoint import INDEX, SINGLE
+from .safetensors_file import MAX_BYTES, SafetensorsWriter, TensorEntry
+
+MAX_KEYS = 100_000
+MAX_TENSORS = 1_000_000
+MAX_ARRAY = 50_000_000
+MAX_STRING = 2**26
+SHARD_BYTES = 4 * 2**30
+
+_SCALARS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
+_STRING, _ARRAY = 8, 9
+
+
+class _Header:
+    """A cursor over a mapped GGUF header; every step is checked against the file's end."""
+
+    def __init__(self, path: Path, data: mmap.mmap | bytes) -> None:
+        self.path, self.data, self.at = path, data, 0
+
+    def fault(self, what: str) -> FistaPrunerError:
+        return FistaPrunerError(f"{self.path} {what}")
+
+    def skip(self, count: int) -> None:
+        if count > len(self.data) - self.at:
+            raise self.fault(f"is truncated: its header goes on beyond the file's {len(self.data)} bytes")
+        self.at += count
+
+    def number(self, kind: str) -> Any:
+        start = self.at
+        self.skip(struct.calcsize("<" + kind))
+        return struct.unpack_from("<" + kind, self.data, start)[0]
+
+    def string(self) -> str:
+        size = self.number("Q")
+        if size > MAX_STRING:
+            raise self.fault(f"is damaged: it claims a string of {size} bytes")
+        start = self.at
+        self.skip(size)
+        try:
+            return self.data[start : self.at].decode("utf-8")
+        except UnicodeDecodeError:
+            raise self.fault("is damaged: a string in its header is not UTF-8") from None
+
+    def value(self, kind: int, key: str) -> Any:
+        """Step over a value; scalars and strings are returned."""
+        if kind in _SCALARS:
+            return self.number(_SCALARS[kind])
+        if kind == _STRING:
+            return self.string()
+        if kind != _ARRAY:
+            raise self.fault(f"is damaged: key {key!r} has the unknown type {kind}")
+        item, count = self.number("I"), self.number("Q")
+        if count > MAX_ARRAY:
+            raise self.fault(f"is damaged: key {key!r} claims {count} values")
+        if item in _SCALARS:
+            self.skip(count * struct.calcsize("<" + _SCALARS[item]))
+        elif item == _STRING:
+            for _ in range(count):
+                self.string()
+        else:
+            raise self.fault(f"is damaged: key {key!r} is an array of the unknown type {item}")
+        return None
+
+
+def check_gguf(path: Path) -> dict[str, TensorEntry]:
+    """Walk the header of a GGUF file and check that all its claims fit the file.
+
+    Returns:
+        Name to entry of every tensor; shapes as PyTorch orders them, ``dtype`` uint8 because the data are packed.
+
+    Raises:
+        FistaPrunerError: names the file and the fault: not GGUF, another version or byte order, absurd counts, a name
+            twice, unknown tensor types, tensors that reach beyond the file.
+        MissingExtraError: the ``gguf`` package is missing.
+    """
+    sizes = _type_sizes()
+    try:
+        with open(path, "rb") as file:
+            if file.read(4) != b"GGUF":
+                raise FistaPrunerError(f"{path} is not a GGUF file")
+            with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
+                return _walk(_Header(path, data), sizes)
+    except OSError as error:
+        raise FistaPrunerError(f"cannot read {path}: {error.strerror or error}") from None
+
+
+def _walk(header: _Header, sizes: dict[int, tuple[int, int]]) -> dict[str, TensorEntry]:
+    header.skip(4)
+    version = header.number("I")
+    if version not in (2, 3):
+        raise header.fault(f"is GGUF version {version}, only the little-endian versions 2 and 3 are read")
+    tensors, keys = header.number("Q"), header.number("Q")
+    # The smallest key takes 13 bytes, the smallest tensor 24: a count the file cannot hold is refused at once.
+    if keys > min(MAX_KEYS, len(header.data) // 13) or tensors > min(MAX_TENSORS, len(header.data) // 24):
+        raise header.fault(f"is damaged: it claims {keys} keys and {tensors} tensors in {len(header.data)} bytes")
+    fields: dict[str, Any] = {}
+    for _ in range(keys):
+        key = header.string()
+        if key in fields:
+            raise header.fault(f"is damaged: key {key!r} appears twice")
+        fields[key] = header.value(header.number("I"), key)
+    alignment = fields.get("general.alignment", 32)
+    if type(alignment) is not int or not 0 < alignment <= 2**20 or alignment & (alignment - 1):
+        raise header.fault(f"is damaged: alignment {alignment!r} is not a power of two")
+    entries: dict[str, TensorEntry] = {}
+    ends: list[tuple[int, str]] = []
+    for _ in range(tensors):
+        name = header.string()
+        if name in entries or not name.isprintable():
+            raise header.fault(f"is damaged: tensor name {name[:100]!r} appears twice or is not a name")
+        dimensions = header.number("I")
+        if not 1 <= dimensions <= 4:
+            raise header.fault(f"is damaged: tensor {name!r} has {dimensions} dimensions")
+        shape = tuple(header.number("Q") for _ in range(dimensions))[::-1]
+        kind, offset = header.number("I"), header.number("Q")
+        if kind not in sizes:
+            raise header.fault(f"stores tensor {name!r} in the unknown type {kind}: a newer gguf package may read it")
+        block, block_bytes = sizes[kind]
+        elements = math.prod(shape)
+        if not 0 < elements <= MAX_BYTES or shape[-1] % block or offset % alignment:
+            raise header.fault(f"is damaged: tensor {name!r} of shape {list(shape)} at offset {offset} does not fit its type")
+        entries[name] = TensorEntry(name, torch.uint8, shape, elements // block * block_bytes)
+        ends.append((offset + entries[name].nbytes, name))
+    start = -(-header.at // alignment) * alignment
+    for end, name in ends:
+        if start + end > len(header.data):
+            raise header.fault(f"is truncated: tensor {name!r} ends at byte {start + end} of {len(header.data)}")
+    return entries
+
+
+def convert_gguf(path: Path, out: Path, dtype: torch.dtype = torch.bfloat16) -> None:
+    """De-quantise a GGUF file into a Hugging Face folder; memory holds one tensor.
+
+    Args:
+        path: the GGUF file of a decoder-only language model.
+        out: folder to fill with weights, config, tokenizer, chat template and generation config. It must exist; making
+            it appear whole is the caller's part.
+        dtype: precision of all weights in the folder.
+
+    Raises:
+        FistaPrunerError: the file is damaged, its architecture is not one that ``transformers`` reads from GGUF, or it
+            is a mixture of experts.
+        MissingExtraError: the ``gguf`` package is missing.
+    """
+    packed = check_gguf(path)
+    if any("_exps." in name for name in packed):
+        raise FistaPrunerError(f"{path} is a mixture of experts, which is not supported")
+    with _transformers_faults(path):
+        from gguf import GGUFReader
+
+        model, config, tokenizer = _describe(path, dtype)
+        reader = GGUFReader(path)
+        names = _name_map(path, reader, model, config)
+        entries = _entries(path, model, set(names.values()), dtype)
+        config.save_pretrained(out)
+        tokenizer.save_pretrained(out)
+        if model.can_generate():
+            model.generation_config.save_pretrained(out)
+        _write_weights(path, out, reader, config, names, entries)
+    sync_folder(out)
+
+
+def _describe(path: Path, dtype: torch.dtype) -> tuple[Any, Any, Any]:
+    """The model on the meta device, its configuration and its tokenizer, as ``transformers`` reads them from the file."""
+    from accelerate import init_empty_weights
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+
+    where = {"pretrained_model_name_or_path": str(path.parent.absolute()), "gguf_file": path.name}
+    config = AutoConfig.from_pretrained(**where)
+    if getattr(config, "quantization_config", None) is not None:
+        del config.quantization_config
+    with init_empty_weights():
+        model = AutoModelForCausalLM.from_config(config)
+    config.architectures = [type(model).__name__]
+    config.dtype = dtype
+    return model, config, AutoTokenizer.from_pretrained(**where)
+
+
+def _processor(reader: Any, config: Any) -> Any:
+    """What ``transformers`` does to this architecture's tensors after de-quantising them (permutations, shifted norms)."""
+    from transformers.modeling_gguf_pytorch_utils import TENSOR_PROCESSORS, TensorProcessor, read_field
+
+    architecture = read_field(reader, "general.architecture")[0]
+    return TENSOR_PROCESSORS.get(architecture, TensorProcessor)(config=config.to_dict())
+
+
+def _name_map(path: Path, reader: Any, model: Any, config: Any) -> dict[str, str]:
+    """GGUF name to model name of every tensor that the file really has."""
+    from transformers.modeling_gguf_pytorch_utils import get_gguf_hf_weights_map
+
+    table: dict[str, str] = get_gguf_hf_weights_map(model, _processor(reader, config))
+    return {tensor.name: table[tensor.name] for tensor in reader.tensors if tensor.name in table}
+
+
+def _entries(path: Path, model: Any, found: set[str], dtype: torch.dtype) -> dict[str, TensorEntry]:
+    state = model.state_dict(keep_vars=True)
+    head, embedding = model.get_output_embeddings(), model.get_input_embeddings()
+    for name, tensor in state.items():
+        tied = head is not None and tensor is head.weight and (model.config.tie_word_embeddings or tensor is embedding.weight)
+        if name not in found and not tied:
+            raise FistaPrunerError(f"{path} has no tensor for {name!r} of {type(model).__name__}")
+    return {name: TensorEntry.of(name, dtype, tensor.shape) for name, tensor in state.items() if name in found}
+
+
+def _write_weights(path: Path, out: Path, reader: Any, config: Any, names: dict[str, str], entries: dict[str, TensorEntry]) -> None:
+    from gguf import dequantize
+
+    tensors = {names[tensor.name]: tensor for tensor in reader.tensors if tensor.name in names}
+    processor = _processor(reader, config)
+    shards = list(_shards(list(entries.values())))
+    places = {}
+    for number, shard in enumerate(shards, 1):
+        file = SINGLE if len(shards) == 1 else f"model-{number:05d}-of-{len(shards):05d}.safetensors"
+        with SafetensorsWriter(out / file, shard, {"format": "pt"}) as writer:
+            for entry in shard:
+                source = tensors[entry.name]
+                sidestep: dict[str, Any] = {"tensors": {}}  # where the GPT-2 processor leaves an untied head
+                result = processor.process(
+                    weights=dequantize(source.data, source.tensor_type),
+                    name=source.name,
+                    tensor_key_mapping=names,
+                    parsed_parameters=sidestep,
+                )
+                values = sidestep["tensors"].get(entry.name, None)
+                tensor = torch.tensor(result.weights) if values is None else values
+                if tuple(tensor.shape) != entry.shape:
+                    raise FistaPrunerError(
+                        f"{path}: tensor {source.name!r} is {list(tensor.shape)}, the config asks for {list(entry.shape)}"
+                    )
+                writer.write(entry.name, tensor.to(entry.dtype))
+                places[entry.name] = file
+    if len(shards) > 1:
+        total = sum(entry.nbytes for entry in entries.values())
+        write_json_atomic(out / INDEX, {"metadata": {"total_size": total}, "weight_map": places})
+
+
+def _shards(entries: list[TensorEntry]) -> Iterator[list[TensorEntry]]:
+    shard: list[TensorEntry] = []
+    for entry in entries:
+        if shard and sum(other.nbytes for other in shard) + entry.nbytes > SHARD_BYTES:
+            yield shard
+            shard = []
+        shard.append(entry)
+    yield shard
+
+
+def _type_sizes() -> dict[int, tuple[int, int]]:
+    """Type number to (elements, bytes) of a block."""
+    try:
+        from gguf import GGML_QUANT_SIZES
+    except ImportError:
+        raise MissingExtraError("gguf", "gguf", "reading a GGUF file") from None
+    return {int(kind): size for kind, size in GGML_QUANT_SIZES.items()}
+
+
+@contextmanager
+def _transformers_faults(path: Path) -> Iterator[None]:
+    """One line for whatever ``transformers`` or ``gguf`` finds wrong with the file's contents."""
+    try:
+        yield
+    except (ImportError, AttributeError, NotImplementedError, ValueError, KeyError, TypeError, IndexError, OSError, RuntimeError) as error:
+        import transformers
+
+        reason = " ".join(str(error).split())[:200] or type(error).__name__
+        raise FistaPrunerError(f"{path} cannot be converted with transformers {transformers.__version__}: {reason}") from error
