@@ -64,7 +64,10 @@ class Layout:
     def operators(self) -> list[tuple[str, Operator]]:
         """Full name and shape of every operator, in order."""
         return [
-            (self.full_name(index, operator), operator) for index, groups in enumerate(self.layers) for group in groups for operator in group
+            (self.full_name(index, operator), operator)
+            for index, groups in enumerate(self.layers)
+            for group in groups
+            for operator in group
         ]
 
     def select(self, recipe: Recipe) -> Layout:
@@ -156,4 +159,3 @@ def _watch(skeleton: Skeleton, index: int, hidden: Tensor, call: Call) -> tuple[
         else:
             groups.append((tensor, [operator]))
     return tuple(tuple(members) for _, members in groups)
-

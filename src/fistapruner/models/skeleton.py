@@ -300,7 +300,9 @@ def _build(checkpoint: Checkpoint, trust_remote_code: bool) -> Any:
         with no_init_weights(), init_empty_weights(include_buffers=False):
             return AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
     except (ValueError, TypeError, ImportError) as error:
-        raise FistaPrunerError(f"{folder}: {config.model_type} is not a causal language model: {str(error).splitlines()[0][:200]}") from None
+        raise FistaPrunerError(
+            f"{folder}: {config.model_type} is not a causal language model: {str(error).splitlines()[0][:200]}"
+        ) from None
 
 
 def _renamed(model: Any, stored: list[str]) -> dict[str, str]:

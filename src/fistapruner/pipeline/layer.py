@@ -245,9 +245,7 @@ def _operator_entries(
     spectrum, ranks, condition = _spectrum(problem)
     entries = []
     parts = stored.split([operator.rows for operator in group])
-    for operator, pattern, part, error, stats in zip(
-        group, patterns, parts, problem.relative_errors(stored), solution.stats, strict=True
-    ):
+    for operator, pattern, part, error, stats in zip(group, patterns, parts, problem.relative_errors(stored), solution.stats, strict=True):
         zeros = int((part == 0).sum())
         entries.append(
             OperatorEntry(
@@ -291,5 +289,3 @@ def _output_error(skeleton: Skeleton, index: int, streams: Streams, calls: Calls
     added = (dense_out.float() - dense_in.float()).square().sum(dtype=torch.float64)
     wrong = (pruned_out.float() - dense_out.float()).square().sum(dtype=torch.float64)
     return float(wrong) / max(float(added), 1e-300)
-
-

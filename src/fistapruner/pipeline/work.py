@@ -1,0 +1,162 @@
+"""What every process of a run needs to prune layers, opened from the run directory alone.
+
+The process that starts a run decides everything once (:func:`fistapruner.pipeline.run.prune`) and writes it down; then it,
+a worker process or a node of a cluster opens the same :class:`Work` from the same directory and agrees on every bit.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..errors import FistaPrunerError
+from ..models.checkpoint import Checkpoint
+from ..models.layout import Layout, discover
+from ..models.skeleton import Skeleton
+from ..recipe import Recipe
+from ..reporting.schema import LayerEntry
+from ..sparsity import Sparsity, parse_sparsity
+from .capture import Calls, Clock, run_layer
+from .hidden import HiddenStates
+from .journal import RunDirectory
+from .layer import Progress, Streams, prune_layer, scratch_factory
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+@dataclass
+class Work:
+    """An opened run.
+
+    Args:
+        run: its directory.
+        recipe: all settings.
+        fingerprint: identity of the run: recipe, model and calibration tokens.
+        skeleton: the model.
+        layout: operators to prune.
+        sparsity: pattern of every one of them, by full name.
+        tokens: (samples, seqlen) calibration tokens.
+        batch_size: windows in one forward pass; part of the run, since it decides the order of sums.
+        on_disk: whether hidden states are kept in files.
+    """
+
+    run: RunDirectory
+    recipe: Recipe
+    fingerprint: str
+    skeleton: Skeleton
+    layout: Layout
+    sparsity: Mapping[str, Sparsity]
+    tokens: Tensor
+    batch_size: int
+    on_disk: bool
+
+    @classmethod
+    def open(cls, folder: Path, device: torch.device | None = None) -> Work:
+        """Open a run that has been prepared.
+
+        Args:
+            folder: the run directory.
+            device: where to work; default is the recipe's.
+
+        Raises:
+            FistaPrunerError: not a prepared run, or its model is gone.
+        """
+        run = RunDirectory(folder)
+        facts = run.facts()
+        decided: dict[str, Any] = facts.get("decided", {})
+        if not decided or not run.recipe_file.exists():
+            raise FistaPrunerError(f"{folder} is not a prepared run")
+        recipe = Recipe.from_yaml(run.recipe_file.read_text("utf-8"), str(run.recipe_file))
+        skeleton = open_skeleton(
+            Path(decided["folder"]), recipe, device, allow_pickle=decided["allow_pickle"], trust_remote_code=decided["trust_remote_code"]
+        )
+        return cls(
+            run=run,
+            recipe=recipe,
+            fingerprint=facts["fingerprint"],
+            skeleton=skeleton,
+            layout=discover(skeleton).select(recipe),
+            sparsity={name: parse_sparsity(pattern) for name, pattern in decided["sparsity"].items()},
+            tokens=run.tokens(),
+            batch_size=decided["batch_size"],
+            on_disk=decided["on_disk"],
+        )
+
+    def store(self, name: str) -> HiddenStates:
+        """A store for the hidden states of all calibration windows."""
+        samples, seqlen = self.tokens.shape
+        return HiddenStates((samples, seqlen, self.skeleton.width), self.skeleton.dtype, self.run.hidden / name if self.on_disk else None)
+
+    def embed(self) -> tuple[HiddenStates, Calls]:
+        """The input of the first decoder layer for all calibration windows, and how layers are called."""
+        samples, seqlen = self.tokens.shape
+        with self.skeleton.ends(head=False):
+            calls = Calls.of(self.skeleton, samples, seqlen, self.batch_size)
+            hidden: HiddenStates | None = None
+            for start, stop in calls.batches(samples):
+                batch, _ = self.skeleton.embed(self.tokens[start:stop])
+                if hidden is None:
+                    hidden = self.store("embedded")
+                hidden.write(start, batch)
+        assert hidden is not None
+        return hidden, calls
+
+    def prune(
+        self, index: int, streams: Streams, calls: Calls, progress: Progress, inspect: Callable[..., None] | None = None
+    ) -> LayerEntry:
+        """Prune decoder layer ``index`` and journal it."""
+        scratch = scratch_factory(self.run.hidden if self.on_disk else None, self.skeleton.dtype)
+        result = prune_layer(
+            self.skeleton, self.layout, index, self.recipe, self.sparsity, streams, calls, scratch, progress, inspect=inspect
+        )
+        self.run.write_layer(self.fingerprint, result.weights, result.entry)
+        return result.entry
+
+    def advance(self, index: int, streams: Streams, calls: Calls) -> None:
+        """Pass the hidden states through an already pruned decoder layer ``index``."""
+        clock = Clock(self.skeleton.device)
+        if streams.dense is not None and streams.dense_out is not None:
+            with self.skeleton.layer(index):
+                run_layer(self.skeleton, index, streams.dense, calls, clock, output=streams.dense_out)
+        if streams.pruned_out is not None:
+            saved = self.run.weights(index)
+            pruned = {name: saved.read(name) for name in saved.entries}
+            with self.skeleton.layer(index, pruned):
+                run_layer(self.skeleton, index, streams.seen, calls, clock, output=streams.pruned_out)
+
+
+def open_skeleton(
+    folder: Path, recipe: Recipe, device: torch.device | None = None, *, allow_pickle: bool = False, trust_remote_code: bool = False
+) -> Skeleton:
+    """Open a checkpoint folder as a recipe wants it run."""
+    checkpoint = Checkpoint.open(folder, allow_pickle=allow_pickle)
+    return Skeleton(
+        checkpoint, device or choose_device(recipe.execution.device), DTYPES.get(recipe.dtype), trust_remote_code=trust_remote_code
+    )
+
+
+def choose_device(name: str) -> torch.device:
+    """The device a recipe names; ``auto`` takes the GPU with most free memory, or the CPU.
+
+    Raises:
+        FistaPrunerError: no such device here.
+    """
+    if name == "auto":
+        if not torch.cuda.is_available():
+            return torch.device("cpu")
+        free = [torch.cuda.mem_get_info(index)[0] for index in range(torch.cuda.device_count())]
+        return torch.device("cuda", free.index(max(free)))
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        raise FistaPrunerError(f"device {name!r} is not known: auto, cpu, cuda or cuda:N") from None
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise FistaPrunerError(f"device {name!r}: PyTorch sees no CUDA GPU on this machine")
+    if device.type == "cuda" and device.index is not None and device.index >= torch.cuda.device_count():
+        raise FistaPrunerError(f"device {name!r}: this machine has {torch.cuda.device_count()} CUDA GPUs")
+    return device

@@ -1,0 +1,127 @@
+"""One decoder layer, streamed from its checkpoint, against a plain whole-model implementation."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import tiny
+import torch
+from torch import Tensor
+from transformers import AutoModelForCausalLM
+
+from fistapruner import Recipe, solve
+from fistapruner.models.checkpoint import Checkpoint
+from fistapruner.models.layout import Layout, discover
+from fistapruner.models.skeleton import Skeleton
+from fistapruner.pipeline.capture import Calls
+from fistapruner.pipeline.hidden import HiddenStates
+from fistapruner.pipeline.layer import Streams, prune_layer, scratch_factory
+from fistapruner.problem import ProblemSums
+from fistapruner.sparsity import parse_sparsity
+
+SAMPLES, SEQLEN, BATCH = 5, 24, 2
+
+
+def stream(folder: Path, recipe: Recipe, scratch: Path | None) -> dict[str, Tensor]:
+    """Prune all layers of a checkpoint, one in memory at a time."""
+    skeleton = Skeleton(Checkpoint.open(folder), torch.device("cpu"))
+    layout = discover(skeleton)
+    tokens = calibration()
+    shape = (SAMPLES, SEQLEN, skeleton.width)
+    dense: HiddenStates | None = HiddenStates(shape, skeleton.dtype)
+    with skeleton.ends():
+        calls = Calls.of(skeleton, SAMPLES, SEQLEN, BATCH)
+        for start, stop in calls.batches(SAMPLES):
+            assert dense is not None
+            dense.write(start, skeleton.embed(tokens[start:stop])[0])
+    pruned: HiddenStates | None = None
+    sparsity = {name: parse_sparsity(recipe.sparsity) for name, _ in layout.operators()}
+    weights: dict[str, Tensor] = {}
+    for index in range(len(skeleton)):
+        more = index < len(skeleton) - 1
+        keep_dense = more and (recipe.propagate == "dense" or recipe.target > 0)
+        streams = Streams(
+            dense,
+            pruned,
+            HiddenStates(shape, skeleton.dtype, scratch and scratch / f"d{index}") if keep_dense else None,
+            HiddenStates(shape, skeleton.dtype, scratch and scratch / f"p{index}") if more and recipe.propagate == "pruned" else None,
+        )
+        result = prune_layer(skeleton, layout, index, recipe, sparsity, streams, calls, scratch_factory(scratch, skeleton.dtype))
+        weights |= result.weights
+        dense, pruned = streams.dense_out, streams.pruned_out
+        assert all(parameter.is_meta for parameter in skeleton.model.parameters())
+    return weights
+
+
+def in_memory(folder: Path, recipe: Recipe, layout: Layout) -> dict[str, Tensor]:
+    """The same by the definition, with two whole models in memory and every operator's inputs kept."""
+    dense = AutoModelForCausalLM.from_pretrained(folder).eval()
+    pruned = AutoModelForCausalLM.from_pretrained(folder).eval()
+    tokens = calibration()
+    weights: dict[str, Tensor] = {}
+
+    def inputs_of(model: Any, name: str, start: int, stop: int) -> Tensor:
+        seen: list[Tensor] = []
+        handle = model.get_submodule(name).register_forward_pre_hook(lambda _, args: seen.append(args[0].detach().clone()))
+        with torch.no_grad():
+            model(tokens[start:stop])
+        handle.remove()
+        return seen[0].flatten(0, 1)
+
+    for index, groups in enumerate(layout.layers):
+        if recipe.propagate == "dense" and index:
+            # This layer is fed by the dense model: the layers before it stand dense again.
+            for earlier, module in dense.named_modules():
+                if hasattr(module, "weight") and f"{layout.prefix}.{index - 1}." in earlier + ".":
+                    pruned.get_submodule(earlier).weight.data.copy_(module.weight)
+        for number, group in enumerate(groups):
+            drifts = recipe.target > 0 and (number > 0 or (index > 0 and recipe.propagate == "pruned"))
+            names = [layout.full_name(index, operator) for operator in group]
+            stacked = torch.cat([operator.weight(dense.get_submodule(f"{layout.prefix}.{index}")) for operator in group])
+            sums = ProblemSums(stacked.detach(), drifts=drifts)
+            for start in range(0, SAMPLES, BATCH):
+                stop = min(start + BATCH, SAMPLES)
+                sums.add(inputs_of(pruned, names[0], start, stop), inputs_of(dense, names[0], start, stop) if drifts else None)
+            problem = sums.problem(names, [operator.rows for operator in group], recipe.target)
+            solution = solve(problem, recipe.pattern, recipe.steps)
+            for operator, name, part in zip(group, names, solution.weight.split(problem.rows), strict=True):
+                operator.weight(pruned.get_submodule(f"{layout.prefix}.{index}")).data.copy_(part)
+                weights[f"{name}.weight"] = pruned.get_submodule(name).weight.detach().clone()
+    return weights
+
+
+def calibration() -> Tensor:
+    return torch.randint(3, tiny.VOCABULARY, (SAMPLES, SEQLEN), generator=torch.Generator().manual_seed(7))
+
+
+@pytest.mark.parametrize("architecture", ["llama", "gpt2", "gpt_neox"])
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"propagate": "dense", "target": "dense"},
+        {"propagate": "pruned", "target": "pruned"},
+        {"propagate": "pruned", "target": 0.5},
+    ],
+    ids=["dense", "pruned", "mixed"],
+)
+def test_streaming_equals_in_memory_bit_for_bit(tmp_path: Path, architecture: str, settings: dict[str, Any]) -> None:
+    folder = tiny.save(architecture, tmp_path / "model")
+    recipe = Recipe.build({"method": "sparsegpt", "sparsity": "50%", **settings})
+    layout = discover(Skeleton(Checkpoint.open(folder), torch.device("cpu")))
+    expected = in_memory(folder, recipe, layout)
+    streamed = stream(folder, recipe, None)
+    assert {name.removeprefix("transformer.") for name in streamed} == {name.removeprefix("transformer.") for name in expected}
+    for name, tensor in expected.items():
+        assert torch.equal(streamed[name if name in streamed else name.removeprefix("transformer.")], tensor), name
+
+
+def test_hidden_states_on_disk_change_no_bit(tmp_path: Path) -> None:
+    folder = tiny.save("llama", tmp_path / "model", dtype=torch.bfloat16)
+    recipe = Recipe.build({"method": "wanda", "sparsity": "2:4", "propagate": "pruned", "target": 0.5})
+    (tmp_path / "scratch").mkdir()
+    in_ram, on_disk = stream(folder, recipe, None), stream(folder, recipe, tmp_path / "scratch")
+    for name, tensor in in_ram.items():
+        assert torch.equal(tensor, on_disk[name]), name
+    assert len(list((tmp_path / "scratch").glob("dense-*"))) == 0
