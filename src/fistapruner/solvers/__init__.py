@@ -11,13 +11,17 @@ import torch
 from ..errors import FistaPrunerError, explain
 from ..problem import LayerProblem
 from ..sparsity import Sparsity, check_divides, parse_sparsity
+from .admm import ADMM
+from .alps import ALPS
 from .base import Method, Solution
 from .fista import Fista
 from .magnitude import Magnitude
+from .refit import Refit
 from .sparsegpt import SparseGPT
+from .swap import Swap
 from .wanda import Wanda
 
-METHODS: dict[str, type[Method]] = {method.name: method for method in (Fista, Magnitude, Wanda, SparseGPT)}
+METHODS: dict[str, type[Method]] = {method.name: method for method in (Fista, ALPS, SparseGPT, ADMM, Wanda, Magnitude, Refit, Swap)}
 
 Steps = str | Method | Sequence["str | dict[str, object] | Method"]
 

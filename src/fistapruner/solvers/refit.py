@@ -1,0 +1,143 @@
+"""Refit: the least-squares weights on a fixed support, by conjugate gradients or exactly."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import ClassVar, Literal
+
+import torch
+from pydantic import Field
+from torch import Tensor
+
+from ..errors import FistaPrunerError
+from ..numerics import fast_products
+from ..problem import LayerProblem
+from ..sparsity import Sparsity
+from .base import Method, Solution
+from .conditioning import alive_gram
+
+
+class Refit(Method):
+    """Minimise f over the weights that a mask keeps; the mask itself does not change.
+
+    ``cg`` runs conjugate gradients with a Jacobi preconditioner on all rows at once, each row with its own step sizes:
+    one m x n x n product a step. ``exact`` factors the kept block of the Gram of every row by batched Cholesky, which
+    costs about ``n^3 / 3`` times the cube of the kept share for each row. Rows whose error would not fall keep their
+    weights, so the result is never worse.
+
+    Args:
+        solver: ``cg`` or ``exact``.
+        iterations: conjugate gradient steps.
+        damping: ridge towards the dense weights, as a share of the mean of the Gram's diagonal. ``exact`` raises it
+            tenfold, with a warning, while a block has no Cholesky factor.
+    """
+
+    name: ClassVar[str] = "refit"
+    summary: ClassVar[str] = "least squares on the mask of the step before"
+    reference: ClassVar[str] = "conjugate gradients: Hestenes & Stiefel 1952; per-row steps as in ALPS, arXiv 2406.07831"
+    refines: ClassVar[bool] = True
+
+    solver: Literal["cg", "exact"] = "cg"
+    iterations: int = Field(40, ge=1)
+    damping: float = Field(0.0, ge=0.0)
+
+    def solve(self, problem: LayerProblem, sparsity: Sequence[Sparsity], start: Solution | None = None) -> Solution:
+        if start is None:
+            raise FistaPrunerError("refit needs the mask of a step before it, such as wanda+refit")
+        gram = alive_gram(problem.gram)
+        if self.solver == "exact":
+            weight, damping, warnings = refit_exact(problem, gram, start.mask, self.damping)
+        else:
+            gram.diagonal().add_(self.damping * gram.diagonal().mean())
+            weight, damping, warnings = refit_cg(problem, gram, start.weight, start.mask, self.iterations), self.damping, []
+        better = problem.row_errors(weight) < problem.row_errors(start.weight)
+        weight = torch.where(better[:, None], weight, start.weight)
+        stats = tuple({"damping": damping, "rows_improved": int(part.sum())} for part in better.split(problem.rows))
+        return Solution(weight, start.mask, stats, tuple(warnings))
+
+
+def refit_cg(problem: LayerProblem, gram: Tensor, weight: Tensor, mask: Tensor, iterations: int, *, fast: bool = False) -> Tensor:
+    """Jacobi-preconditioned conjugate gradients on the support, all rows at once.
+
+    Args:
+        problem: the layer problem (its target; ``gram`` stands in for its Gram).
+        gram: (n, n) positive definite.
+        weight: (m, n) first iterate.
+        mask: (m, n) True where a weight may change; elsewhere the result is zero.
+        iterations: steps, one product each; the residual is computed once in full precision at the start.
+        fast: low-precision matrix units for the products of the steps.
+    """
+    weight = weight * mask
+    residual = (problem.weight - weight) @ gram
+    if problem.pull is not None:
+        residual += problem.pull
+    inverse_diagonal = mask / gram.diagonal()
+    scaled = residual * inverse_diagonal
+    direction = scaled.clone()
+    length = torch.linalg.vecdot(residual, scaled)
+    tiny = torch.finfo(weight.dtype).tiny
+    with fast_products(fast):
+        for _ in range(iterations):
+            curved = direction @ gram
+            curvature = torch.linalg.vecdot(direction, curved)
+            # A row that is solved (or has no weights) has nothing left to divide: its step is zero.
+            step = torch.where(curvature > tiny, length / curvature.clamp_min(tiny), torch.zeros_like(length))[:, None]
+            weight = torch.addcmul(weight, step, direction)
+            residual = torch.addcmul(residual, step, curved, value=-1.0)
+            scaled = residual * inverse_diagonal
+            following = torch.linalg.vecdot(residual, scaled)
+            direction = torch.addcmul(scaled, (following / length.clamp_min(tiny))[:, None], direction)
+            length = following
+    return weight
+
+
+def refit_exact(
+    problem: LayerProblem, gram: Tensor, mask: Tensor, damping: float, budget: int = 1 << 26
+) -> tuple[Tensor, float, list[str]]:
+    """Least squares on the support by batched Cholesky of each row's kept block of the Gram.
+
+    Args:
+        problem: the layer problem.
+        gram: (n, n) Gram without zeros on its diagonal.
+        mask: (m, n) weights that may change.
+        damping: first ridge towards the dense weights, as a share of the mean diagonal.
+        budget: largest number of values in a batch of blocks.
+
+    Returns:
+        Weights (m, n), the largest damping that was needed, and a warning if it had to be raised.
+    """
+    dropped = torch.where(mask, torch.zeros_like(problem.weight), problem.weight)
+    rhs = dropped @ gram
+    if problem.pull is not None:
+        rhs += problem.pull
+    mean = gram.diagonal().mean()
+    kept = mask.sum(1)
+    width = max(int(kept.max()), 1)
+    # Each row's kept positions first; the rest of the block is the identity with a zero right-hand side.
+    order = torch.sort(mask.to(torch.int8), dim=1, descending=True, stable=True).indices[:, :width]
+    filled = torch.arange(width, device=mask.device) < kept[:, None]
+    weight = torch.zeros_like(problem.weight)
+    worst = damping
+    for rows in torch.arange(len(weight), device=mask.device).split(max(1, budget // (width * width))):
+        index, real = order[rows], filled[rows]
+        pairs = real[:, :, None] & real[:, None, :]
+        blocks = torch.where(pairs, gram[index[:, :, None], index[:, None, :]], torch.zeros_like(mean))
+        used = damping
+        while True:
+            ridge = torch.where(real, used * mean, torch.ones_like(mean))
+            factor, info = torch.linalg.cholesky_ex(blocks + torch.diag_embed(ridge))
+            if not bool(info.any()):
+                break
+            used = max(used * 10.0, 1e-7)
+            if used > 10.0:
+                raise FistaPrunerError(f"{problem.label}: the kept block of a row has no Cholesky factor; check its activations")
+        worst = max(worst, used)
+        change = torch.cholesky_solve((rhs[rows].gather(1, index) * real)[:, :, None], factor)[:, :, 0]
+        values = torch.where(real, problem.weight[rows].gather(1, index) + change, torch.zeros_like(mean))
+        weight[rows] = weight[rows].scatter(1, index, values)
+    warnings = []
+    if worst != damping:
+        warnings = [
+            f"{problem.label}: a kept block of the Gram is singular; damping raised from {damping:g} to {worst:g} of its mean diagonal"
+        ]
+    return weight, worst, warnings
