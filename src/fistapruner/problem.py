@@ -199,24 +199,31 @@ class LayerProblem:
 
 
 class ProblemSums:
-    """The three sums of a layer problem, gathered batch by batch in fp32.
+    """The sums of a layer problem, gathered batch by batch in fp32.
+
+    Where inputs drift, either R itself is summed (m x n) or, when the operators have more outputs than inputs, the
+    smaller sums (X - X*) X*^T and (X - X*)(X - X*)^T (n x n) that give R and d after one product with W.
 
     Args:
         weight: (m, n) dense weights of the operators that share their inputs, stacked by rows.
-        drifts: whether dense inputs will be given beside the pruned ones; without them no (m, n) sum is kept.
+        drifts: whether dense inputs will be given beside the pruned ones.
 
-    The sums are kept on the weight's device. Products of activations that are bf16 values are exact on bf16 matrix
-    units (:func:`~fistapruner.numerics.fast_products`), which is used exactly then.
+    The sums are kept on the weight's device. Activations that are bf16 values are multiplied on the device's bf16 units
+    (:func:`~fistapruner.numerics.fast_products`): exactly for H; for the drift, whose differences are rounded to bf16,
+    with an error far below the drift's own sampling error.
     """
 
     def __init__(self, weight: Tensor, *, drifts: bool) -> None:
         m, n = weight.shape
+        device = weight.device
         self.weight = weight.float()
         self.tokens = 0
-        self.gram = torch.zeros(n, n, device=weight.device)
-        self.energy = torch.zeros(m, dtype=torch.float64, device=weight.device)
-        self.drift = torch.zeros(m, n, device=weight.device) if drifts else None
-        self.drift_energy = torch.zeros(m, dtype=torch.float64, device=weight.device) if drifts else None
+        self.gram = torch.zeros(n, n, device=device)
+        self.drifts = drifts
+        self._by_inputs = drifts and m > n
+        self._cross = torch.zeros(n if self._by_inputs else m, n, device=device) if drifts else None
+        self._moved = torch.zeros(n, n, device=device) if self._by_inputs else None
+        self._energy = torch.zeros(m, dtype=torch.float64, device=device) if drifts and not self._by_inputs else None
 
     def add(self, inputs: Tensor, dense_inputs: Tensor | None = None) -> None:
         """Add a batch.
@@ -226,18 +233,21 @@ class ProblemSums:
             dense_inputs: (tokens, n) inputs of the same tokens in the dense model, if ``drifts``.
         """
         x = inputs.float()
+        self.tokens += x.shape[0]
         with fast_products(inputs.dtype == torch.bfloat16):
             self.gram.addmm_(x.T, x)
-        self.tokens += x.shape[0]
-        if self.drift is None or self.drift_energy is None:
-            return
-        if dense_inputs is None:
-            raise FistaPrunerError("these sums were set up for drifting inputs: give dense_inputs with every batch")
-        dense = dense_inputs.float()
-        moved = (dense - x) @ self.weight.T
-        self.drift.addmm_(moved.T, x)
-        self.drift_energy += moved.double().square().sum(0)
-        self.energy += (dense @ self.weight.T).double().square().sum(0)
+            if self._cross is None:
+                return
+            if dense_inputs is None:
+                raise FistaPrunerError("these sums were set up for drifting inputs: give dense_inputs with every batch")
+            moved = dense_inputs.float() - x
+            if self._moved is not None:
+                self._moved.addmm_(moved.T, moved)
+            else:
+                assert self._energy is not None
+                moved = moved @ self.weight.T
+                self._energy += moved.double().square().sum(0)
+            self._cross.addmm_(moved.T, x)
 
     def problem(self, names: Sequence[str], rows: Sequence[int], target: float) -> LayerProblem:
         """The layer problem of all tokens added so far (means over tokens).
@@ -248,12 +258,23 @@ class ProblemSums:
         if not self.tokens:
             raise FistaPrunerError(f"{'+'.join(names)}: no calibration tokens reached this operator")
         gram = self.gram / self.tokens
+        gram = (gram + gram.T) / 2
+        drift = drift_energy = energy = None
+        if self._cross is not None:
+            if self._moved is not None:
+                drift = self.weight @ (self._cross / self.tokens)
+                drift_energy = _row_dot(self.weight @ (self._moved / self.tokens), self.weight).clamp_min(0)
+            else:
+                assert self._energy is not None
+                drift, drift_energy = self._cross / self.tokens, self._energy / self.tokens
+            # ||W X||^2 = ||W X*||^2 + 2 <W X*, W (X - X*)> + ||W (X - X*)||^2, row by row.
+            energy = _row_dot(self.weight @ gram + 2 * drift, self.weight) + drift_energy
         problem = LayerProblem(
             weight=self.weight,
-            gram=(gram + gram.T) / 2,
-            drift=None if self.drift is None else self.drift / self.tokens,
-            drift_energy=None if self.drift_energy is None else self.drift_energy / self.tokens,
-            energy=None if self.drift is None else self.energy / self.tokens,
+            gram=gram,
+            drift=drift,
+            drift_energy=drift_energy,
+            energy=energy,
             target=target,
             names=tuple(names),
             rows=tuple(rows),
