@@ -1,0 +1,138 @@
+"""Texts as lists of documents: local files, the language reference that every Python ships with, known data sets.
+
+Used for calibration and for evaluation alike, so that both read a file in the same way.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from ..errors import FistaPrunerError, MissingExtraError
+
+PYTHON, PYTHON_EVAL = "python", "python-eval"
+PYTHON_EVAL_TOPICS = ("compound", "debugger", "formatstrings")
+"""Topics of the language reference that are kept for evaluation: statements, the debugger, format strings."""
+
+TRAINING_SETS: dict[str, tuple[str, str | None, str | None, str, str | None]] = {
+    # name: hub path, configuration, files of the train split, column, what joins all rows to one document
+    "c4": ("allenai/c4", None, "en/c4-train.00000-of-01024.json.gz", "text", None),
+    "wikitext2": ("Salesforce/wikitext", "wikitext-2-raw-v1", None, "text", "\n\n"),
+    "ptb": ("ptb-text-only/ptb_text_only", "penn_treebank", None, "sentence", " "),
+}
+SUFFIXES = (".txt", ".raw", ".md", ".jsonl", ".parquet")
+
+
+def read_documents(path: str | Path) -> list[str]:
+    """Documents of a local file: a text file is one; a ``.jsonl`` line or a Parquet row (field ``text``) is one.
+
+    Raises:
+        FistaPrunerError: no such file, another suffix, not UTF-8, a broken line (its number is given), no ``text``.
+        MissingExtraError: Parquet without ``pyarrow``.
+    """
+    path = Path(path)
+    suffix = path.suffix.lower()
+    if not path.is_file():
+        raise FistaPrunerError(f"text file {str(path)!r} does not exist")
+    if suffix not in SUFFIXES:
+        raise FistaPrunerError(f"text file {str(path)!r} has the suffix {suffix!r}; known are {', '.join(SUFFIXES)}")
+    try:
+        if suffix == ".parquet":
+            return list(_parquet_documents(path))
+        if suffix != ".jsonl":
+            return [path.read_text("utf-8")]
+        with open(path, "rb") as lines:
+            return [_text_of_line(line, f"{path}, line {number}") for number, line in enumerate(lines, 1) if line.strip()]
+    except UnicodeDecodeError as error:
+        raise FistaPrunerError(f"{path} is not UTF-8 text (byte {error.start})") from None
+    except OSError as error:
+        raise FistaPrunerError(f"cannot read {path}: {error.strerror or error}") from None
+
+
+def python_documents(part: str = PYTHON) -> list[str]:
+    """The language reference that every Python ships with (``pydoc_data.topics``), a topic a document.
+
+    The reference repeats itself, so paragraphs count once; those of :data:`PYTHON_EVAL_TOPICS` are in the part
+    ``python-eval`` only and all others in the part ``python`` only: no paragraph is in both.
+
+    Args:
+        part: ``python`` (calibration) or ``python-eval`` (evaluation).
+
+    Raises:
+        FistaPrunerError: this Python comes without its documentation.
+    """
+    try:
+        from pydoc_data.topics import topics
+    except ImportError:
+        raise FistaPrunerError(f"text {part!r}: this Python comes without the module pydoc_data.topics") from None
+    # Large topics first: they hold whole chapters, of which the small ones are extracts.
+    order = sorted(topics, key=lambda name: (name not in PYTHON_EVAL_TOPICS, -len(topics[name]), name))
+    seen: set[str] = set()
+    documents = []
+    for name in order:
+        fresh = [paragraph for paragraph in topics[name].split("\n\n") if paragraph.strip() not in seen and paragraph.strip()]
+        seen.update(paragraph.strip() for paragraph in fresh)
+        if fresh and (name in PYTHON_EVAL_TOPICS) == (part == PYTHON_EVAL):
+            documents.append("\n\n".join(fresh))
+    return documents
+
+
+def training_documents(name: str) -> list[str]:
+    """Documents of a known data set's train split, through the ``datasets`` package.
+
+    Raises:
+        FistaPrunerError: the data set cannot be loaded (no network, not in the cache).
+        MissingExtraError: ``datasets`` is missing.
+    """
+    try:
+        import datasets
+    except ImportError:
+        raise MissingExtraError("datasets", "data", f"the data set {name!r}") from None
+    path, configuration, files, column, joint = TRAINING_SETS[name]
+    try:
+        rows = datasets.load_dataset(path, configuration, split="train", data_files={"train": files} if files else None)[column]
+    except Exception as error:  # hub, network and loader each fail in their own ways
+        reason = " ".join(str(error).split())[:200]
+        raise FistaPrunerError(f"data set {name!r} ({path}) could not be loaded: {reason}; a local file works without network") from None
+    return [str(row) for row in rows] if joint is None else [joint.join(str(row) for row in rows)]
+
+
+def adds_bos(tokenizer: Any) -> bool:
+    """Whether the tokenizer, left to its own settings, begins a text with its BOS token."""
+    if tokenizer.bos_token_id is None:
+        return False
+    ids = tokenizer("a", return_attention_mask=False)["input_ids"]
+    return bool(len(ids) > 1 and ids[0] == tokenizer.bos_token_id)
+
+
+def _text_of_line(line: bytes, where: str) -> str:
+    try:
+        record = json.loads(line.decode("utf-8"))
+    except UnicodeDecodeError:
+        raise FistaPrunerError(f"{where} is not UTF-8 text") from None
+    except (ValueError, RecursionError) as error:
+        raise FistaPrunerError(f"{where} is not JSON: {str(error)[:100]}") from None
+    if not isinstance(record, dict) or not isinstance(record.get("text"), str):
+        raise FistaPrunerError(f"{where} has no field 'text' with a string in it")
+    return str(record["text"])
+
+
+def _parquet_documents(path: Path) -> Iterator[str]:
+    try:
+        import pyarrow
+        import pyarrow.parquet
+    except ImportError:
+        raise MissingExtraError("pyarrow", "data", f"reading {path}") from None
+    try:
+        with pyarrow.parquet.ParquetFile(path) as file:
+            if "text" not in file.schema_arrow.names:
+                raise FistaPrunerError(f"{path} has no column 'text', only {', '.join(map(str, file.schema_arrow.names))}")
+            for batch in file.iter_batches(columns=["text"]):
+                for value in batch.column(0).to_pylist():
+                    if not isinstance(value, str):
+                        raise FistaPrunerError(f"{path}: column 'text' holds {type(value).__name__}, not text")
+                    yield value
+    except pyarrow.ArrowException as error:
+        raise FistaPrunerError(f"{path} is not a whole Parquet file: {' '.join(str(error).split())[:200]}") from None
