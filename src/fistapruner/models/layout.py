@@ -126,10 +126,7 @@ def _watch(skeleton: Skeleton, index: int, hidden: Tensor, call: Call) -> tuple[
     seen: list[tuple[str, Tensor]] = []
     with skeleton.layer(index) as layer:
         operators = _linear(layer)
-        handles = [
-            module.register_forward_pre_hook(lambda _, args, name=name: seen.append((name, args[0])))  # type: ignore[misc]
-            for name, module in operators
-        ]
+        handles = [module.register_forward_pre_hook(lambda _, args, name=name: seen.append((name, args[0]))) for name, module in operators]
         try:
             with torch.no_grad():
                 skeleton.run(index, hidden, call)

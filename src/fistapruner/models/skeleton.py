@@ -163,7 +163,8 @@ class Skeleton:
         args, kwargs = call
         out = self.layers[index](hidden, *args, **kwargs)
         self._returns_tuple = isinstance(out, tuple)
-        return out[0] if isinstance(out, tuple) else out
+        hidden_out: Tensor = out[0] if isinstance(out, tuple) else out
+        return hidden_out
 
     def logits(self, hidden: Tensor, tokens: Tensor) -> Tensor:
         """(batch, seqlen, vocabulary) logits from the last decoder layer's output. Needs :meth:`ends`.
@@ -200,7 +201,7 @@ class Skeleton:
             return lambda *args, **kwargs: instead(index, args, kwargs)
 
         for index, layer in enumerate(self.layers):
-            layer.forward = replacement(index)  # type: ignore[method-assign]
+            layer.forward = replacement(index)
         try:
             with torch.no_grad():
                 return self.model(input_ids=tokens.to(self.device), use_cache=False)

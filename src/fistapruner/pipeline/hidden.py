@@ -42,7 +42,7 @@ class HiddenStates:
         if self._memory is not None:
             return self._memory[start:stop]
         out = torch.empty(stop - start, self.seqlen, self.width, dtype=self.dtype)
-        view = memoryview(out.view(torch.uint8).numpy()).cast("B")
+        view = memoryview(out.view(torch.uint8).numpy().data).cast("B")
         done = 0
         while done < len(view):
             count = os.preadv(self._descriptor, [view[done:]], start * self._window + done)
@@ -57,7 +57,7 @@ class HiddenStates:
         if self._memory is not None:
             self._memory[start : start + len(values)] = values
             return
-        view = memoryview(values.view(torch.uint8).numpy()).cast("B")
+        view = memoryview(values.view(torch.uint8).numpy().data).cast("B")
         done = 0
         try:
             while done < len(view):

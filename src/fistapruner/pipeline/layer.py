@@ -180,7 +180,7 @@ def prune_layer(
                 entries = _operator_entries(problem, solution, stored, group, number, [str(sparsity[name]) for name in names])
             operators += entries
             for operator, name in zip(group, names, strict=True):
-                weights[skeleton.source(f"{name}.weight")] = module.get_submodule(operator.name).weight.detach().to("cpu", copy=True)  # type: ignore[union-attr, operator]
+                weights[skeleton.source(f"{name}.weight")] = module.get_submodule(operator.name).weight.detach().to("cpu", copy=True)  # type: ignore[operator]
             worst = max((entry.relative_error or 0.0) for entry in entries)
             progress(_names(group), worst)
 

@@ -25,12 +25,13 @@ from ..models.checkpoint import Checkpoint
 from ..models.checkpoint_writer import write_checkpoint
 from ..models.layout import Layout, discover
 from ..models.skeleton import Skeleton
-from ..models.source import load_tokenizer, resolve_model
+from ..models.source import resolve_model
+from ..models.tokenizer import load_tokenizer
 from ..problem import LayerProblem
 from ..recipe import Recipe, matches, merge
 from ..reporting.model_card import model_card
 from ..reporting.schema import VERSION, CalibrationFacts, LayerEntry, ModelFacts, Report, Totals, parse
-from ..sparsity import Sparsity, check_divides
+from ..sparsity import Sparsity, check_divides, parse_sparsity
 from .journal import RunDirectory
 from .machine import describe_machine, peak_memory, reset_peak_memory, versions
 from .serial import Listener, prune_serially
@@ -154,7 +155,7 @@ def _prepare(
     model: str, run: RunDirectory, recipe: Recipe, listener: Listener, command: str | None, allow_pickle: bool, trust_remote_code: bool
 ) -> None:
     """Check everything that can be checked, then decide and write down what all processes of the run will use."""
-    folder = resolve_model(model, run.folder / "source", allow_pickle=allow_pickle)
+    folder = resolve_model(model, allow_pickle=allow_pickle, trust_remote_code=trust_remote_code)
     listener.say(f"model {model}: {folder}")
     skeleton = open_skeleton(folder, recipe, allow_pickle=allow_pickle, trust_remote_code=trust_remote_code)
     layout = discover(skeleton).select(recipe)
@@ -225,7 +226,7 @@ def allocate(recipe: Recipe, layout: Layout) -> dict[str, Sparsity]:
             names = [name for name in chosen if matches(name, pattern)]
             if not names:
                 raise FistaPrunerError(f"allocation: {pattern!r} matches no operator; the first one is called {operators[0][0]!r}")
-            chosen |= dict.fromkeys(names, sparsity)
+            chosen.update((name, parse_sparsity(sparsity)) for name in names)
     for name, operator in operators:
         check_divides(chosen[name], operator.columns, name)
     return chosen

@@ -1,0 +1,23 @@
+"""The tokenizer of a checkpoint folder."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from ..errors import FistaPrunerError
+
+
+def load_tokenizer(folder: Path, *, trust_remote_code: bool = False) -> Any:
+    """Load a checkpoint's tokenizer.
+
+    Raises:
+        FistaPrunerError: the folder has none, or its files are not understood.
+    """
+    from transformers import AutoTokenizer
+
+    try:
+        return AutoTokenizer.from_pretrained(str(folder), trust_remote_code=trust_remote_code)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, ImportError) as error:
+        reason = " ".join(str(error).split())[:200]
+        raise FistaPrunerError(f"{folder} has no tokenizer that can be loaded (tokenizer.json or its parts): {reason}") from None
