@@ -20,9 +20,9 @@ class Perplexity:
         split: its split; for a local file ``file``.
         seqlen: tokens in a window.
         windows: number of non-overlapping windows.
-        tokens: number of predicted tokens behind the mean, ``windows * (seqlen - 1)`` (one more a window when a BOS is
-            put in front of it).
-        bos: whether every window starts with the tokenizer's BOS token.
+        tokens: number of predicted tokens behind the mean, ``windows * (seqlen - 1)``.
+        bos: where the tokenizer's BOS token stands: ``none``, ``text`` (once, before the text) or ``window`` (the first
+            of the ``seqlen`` tokens of every window).
         dtype: precision of the forward pass.
         perplexity: exp of the mean token NLL.
         standard_error: of the perplexity, over windows (delta method).
@@ -41,7 +41,7 @@ class Perplexity:
     standard_error: float
     nll: float
     nll_standard_error: float
-    bos: bool = False
+    bos: str = "none"
     text_sha256: str = ""
 
 

@@ -1,0 +1,214 @@
+"""Evaluation text as token windows, by the protocol that the pruning papers share.
+
+The rows of the data set are joined to one string, tokenised once, and cut into non-overlapping windows; what does not
+fill a window is dropped. The joining string is part of the protocol: a blank line for WikiText-2, a space for PTB and
+C4. C4 has no small test split, so the papers take its first 1,100 validation documents and of them the first 256
+windows.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..errors import FistaPrunerError, MissingExtraError
+
+
+@dataclass(frozen=True)
+class DataSet:
+    """How a known data set becomes one string.
+
+    Args:
+        path, name, files: what ``datasets.load_dataset`` is given.
+        split: split to evaluate on.
+        column: column of the text.
+        joint: string between rows.
+        rows: rows to take; None takes all.
+        windows: windows to take at most; None takes all.
+    """
+
+    path: str
+    name: str | None
+    split: str
+    column: str
+    joint: str
+    files: str | None = None
+    rows: int | None = None
+    windows: int | None = None
+
+
+KNOWN: dict[str, DataSet] = {
+    "wikitext2": DataSet("Salesforce/wikitext", "wikitext-2-raw-v1", "test", "text", "\n\n"),
+    "ptb": DataSet("ptb-text-only/ptb_text_only", "penn_treebank", "test", "sentence", " "),
+    "c4": DataSet("allenai/c4", None, "validation", "text", " ", "en/c4-validation.00000-of-00008.json.gz", 1100, 256),
+}
+
+
+@dataclass(frozen=True)
+class Windows:
+    """Token windows of one text.
+
+    Args:
+        tokens: (windows, seqlen) int64 token ids.
+        data: name of the data set or file; ``split``: of it, ``file`` for a local one.
+        bos: ``none``, ``text`` or ``window``: where BOS tokens stand.
+        available: windows that the text would have filled.
+    """
+
+    tokens: Tensor
+    data: str
+    split: str
+    bos: str
+    available: int
+
+    @property
+    def seqlen(self) -> int:
+        """Tokens in a window."""
+        return int(self.tokens.shape[1])
+
+    @property
+    def sha256(self) -> str:
+        """Hash of the token ids: two evaluations with the same hash saw the same tokens."""
+        return hashlib.sha256(self.tokens.to(torch.int32).contiguous().numpy().tobytes()).hexdigest()
+
+
+def load_windows(data: str, tokenizer: Any, seqlen: int, windows: int | None = None, bos: str = "auto") -> Windows:
+    """Read a text and cut it into windows.
+
+    Args:
+        data: ``wikitext2``, ``ptb``, ``c4`` (through the extra ``data``), or a ``.txt``, ``.jsonl`` or ``.parquet`` file.
+        tokenizer: a ``transformers`` tokenizer.
+        seqlen: tokens in a window.
+        windows: take only the first so many.
+        bos: ``auto`` puts BOS in front of every window exactly if the tokenizer adds it to a text by its own setting;
+            ``text`` leaves it where the tokenizer put it, once in front of the whole text, as the scripts of most papers
+            do; ``none`` and ``window`` say what they mean.
+
+    Raises:
+        FistaPrunerError: no such data, a text too short for one window, or a setting out of range.
+    """
+    if seqlen < 2:
+        raise FistaPrunerError(f"seqlen {seqlen} is too short: a window needs at least 2 tokens")
+    if windows is not None and windows < 1:
+        raise FistaPrunerError(f"windows {windows} is out of range: at least 1, or leave it out for all of the text")
+    text, split, limit = read_text(data)
+    name = data if data in KNOWN else Path(data).name
+    limits = [count for count in (windows, limit) if count is not None]
+    return cut_windows(text, tokenizer, seqlen, min(limits, default=None), bos=bos, data=name, split=split)
+
+
+def cut_windows(
+    text: str, tokenizer: Any, seqlen: int, windows: int | None = None, *, bos: str = "auto", data: str = "text", split: str = "text"
+) -> Windows:
+    """Tokenise ``text`` once and cut it; see :func:`load_windows`."""
+    if bos not in ("auto", "none", "text", "window"):
+        raise FistaPrunerError(f"bos {bos!r} is not known: auto, none, text or window")
+    if bos == "auto":
+        bos = "window" if adds_bos(tokenizer) else "none"
+    if bos != "none" and tokenizer.bos_token_id is None:
+        raise FistaPrunerError(f"bos {bos!r} cannot be done: this tokenizer has no BOS token")
+    ids = tokenizer(text, add_special_tokens=False, return_attention_mask=False, verbose=False)["input_ids"]
+    if bos == "text":
+        ids = [tokenizer.bos_token_id, *ids]
+    room = seqlen - 1 if bos == "window" else seqlen
+    available = len(ids) // room
+    count = available if windows is None else min(windows, available)
+    if count == 0:
+        raise FistaPrunerError(f"{data}: {len(ids)} tokens do not fill one window of {seqlen}: take a longer text or a smaller seqlen")
+    tokens = torch.tensor(ids[: count * room], dtype=torch.int64).view(count, room)
+    if bos == "window":
+        tokens = torch.cat([torch.full((count, 1), tokenizer.bos_token_id), tokens], dim=1)
+    return Windows(tokens, data, split, bos, available)
+
+
+def adds_bos(tokenizer: Any) -> bool:
+    """Whether the tokenizer, left alone, starts a text with its BOS token."""
+    if tokenizer.bos_token_id is None:
+        return False
+    ids = tokenizer("a", verbose=False)["input_ids"]
+    plain = tokenizer("a", add_special_tokens=False, verbose=False)["input_ids"]
+    return len(ids) > len(plain) and ids[0] == tokenizer.bos_token_id
+
+
+def read_text(data: str) -> tuple[str, str, int | None]:
+    """The joined text of a data set or file, its split, and the most windows the protocol takes of it."""
+    if data in KNOWN and not Path(data).is_file():
+        known = KNOWN[data]
+        return known.joint.join(_hub_rows(data, known)), known.split, known.windows
+    path = Path(data)
+    if not path.is_file():
+        raise FistaPrunerError(f"data {data!r} is neither a file nor a known data set ({', '.join(KNOWN)})")
+    return "\n\n".join(read_documents(path)), "file", None
+
+
+def read_documents(path: Path) -> Iterator[str]:
+    """Texts of a local file: a ``.txt`` file is one, a ``.jsonl`` line or a Parquet row is one (field ``text``).
+
+    Raises:
+        FistaPrunerError: another suffix, not UTF-8, a broken line, or no ``text`` field.
+    """
+    suffix = path.suffix.lower()
+    if suffix == ".parquet":
+        yield from _parquet_rows(path)
+        return
+    try:
+        if suffix == ".jsonl":
+            with path.open(encoding="utf-8") as lines:
+                for number, line in enumerate(lines, 1):
+                    if line.strip():
+                        yield _text_field(line, f"{path}, line {number}")
+        elif suffix in (".txt", ".raw", ".md", ""):
+            yield path.read_text("utf-8")
+        else:
+            raise FistaPrunerError(f"data {str(path)!r} has suffix {suffix!r}: .txt, .jsonl or .parquet can be read")
+    except UnicodeDecodeError:
+        raise FistaPrunerError(f"{path} is not UTF-8 text") from None
+
+
+def _text_field(line: str, where: str) -> str:
+    try:
+        record = json.loads(line)
+    except ValueError:
+        raise FistaPrunerError(f"{where} is not JSON") from None
+    if not isinstance(record, dict) or not isinstance(record.get("text"), str):
+        raise FistaPrunerError(f"{where} has no field 'text' with a string in it")
+    return str(record["text"])
+
+
+def _parquet_rows(path: Path) -> Iterator[str]:
+    try:
+        import pyarrow.lib
+        import pyarrow.parquet
+    except ImportError:
+        raise MissingExtraError("pyarrow", "data", f"reading {path.name}") from None
+    try:
+        with pyarrow.parquet.ParquetFile(path) as file:
+            if "text" not in file.schema_arrow.names:
+                raise FistaPrunerError(f"{path} has no column 'text', only {', '.join(file.schema_arrow.names)}")
+            for batch in file.iter_batches(columns=["text"]):
+                yield from (str(value) for value in batch.column(0).to_pylist() if value is not None)
+    except pyarrow.lib.ArrowException as error:
+        raise FistaPrunerError(f"{path} cannot be read as Parquet: {error}") from None
+
+
+def _hub_rows(data: str, known: DataSet) -> list[str]:
+    try:
+        import datasets
+    except ImportError:
+        raise MissingExtraError("datasets", "data", f"the data set {data!r}") from None
+    try:
+        files = {known.split: known.files} if known.files else None
+        rows = datasets.load_dataset(known.path, known.name, split=known.split, data_files=files)
+    except Exception as error:  # the hub, the network and the loader each have their own kinds of failure
+        reason = " ".join(str(error).split())[:200]
+        raise FistaPrunerError(f"data set {data!r} ({known.path}) could not be loaded: {reason}; a local file works offline") from None
+    if known.rows is not None:
+        rows = rows.select(range(min(known.rows, len(rows))))
+    return [str(text) for text in rows[known.column]]

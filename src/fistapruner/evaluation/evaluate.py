@@ -1,0 +1,167 @@
+"""``fistapruner.evaluate``: perplexity, divergence from the dense model and zero-shot tasks in one call."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ..errors import FistaPrunerError
+from ..models.checkpoint import Checkpoint
+from ..models.skeleton import Skeleton
+from ..models.source import resolve_model
+from ..models.tokenizer import load_tokenizer
+from .data import Windows, load_windows
+from .results import Divergence, Evaluation, Perplexity, TaskResult
+from .scoring import divergence_of, perplexity_of
+from .streaming import Passes, Tick, score_windows, vocabulary_size
+
+DTYPES = {"auto": None, "float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+LONGEST_DEFAULT = 2048
+"""Windows are the model's maximum length, at most this, unless the user says otherwise."""
+
+
+def evaluate(
+    model: str | Path,
+    data: str | None = None,
+    *,
+    seqlen: int | None = None,
+    windows: int | None = None,
+    against: str | Path | None = None,
+    tasks: Sequence[str] = (),
+    tasks_dir: str | Path | None = None,
+    limit: int | None = None,
+    device: str = "auto",
+    dtype: str = "auto",
+    batch_size: int | None = None,
+    memory_limit: int | None = None,
+    bos: str = "auto",
+    allow_pickle: bool = False,
+    trust_remote_code: bool = False,
+    tick: Tick = lambda what, done, total: None,
+) -> Evaluation:
+    """Measure a model, alone or against the dense one on the same tokens.
+
+    Perplexity streams: it reads one decoder layer at a time, so the model may be larger than memory. Zero-shot tasks
+    load the whole model.
+
+    Args:
+        model: hub id, local folder, GGUF file, or ``smollm2``.
+        data: text for perplexity: ``wikitext2``, ``ptb``, ``c4``, ``python`` or a local ``.txt``, ``.jsonl``,
+            ``.parquet`` file. None measures tasks only.
+        seqlen: tokens in a window; default is the model's maximum, at most 2048. A perplexity depends on it.
+        windows: only the first so many windows.
+        against: the dense model; adds its perplexity, KL divergence, top-1 agreement and paired tests.
+        tasks: zero-shot tasks, by ``lm-eval`` name, or by file name where ``tasks_dir`` is given.
+        tasks_dir: folder of local ``.jsonl`` tasks.
+        limit: only the first so many items of each task.
+        device: ``auto``, ``cpu``, ``cuda``, ``cuda:N``.
+        dtype: precision of the forward passes; ``auto`` is the checkpoint's own.
+        batch_size: windows in one forward pass.
+        memory_limit: bytes that hidden states may take; default is half of what is free.
+        bos: where BOS tokens stand, see :func:`~fistapruner.evaluation.data.load_windows`.
+        allow_pickle: read legacy ``.bin`` weights.
+        trust_remote_code: run Python code that comes with a checkpoint.
+        tick: told of progress: (what, steps done, steps in all).
+
+    Raises:
+        FistaPrunerError: bad input, named.
+        MissingExtraError: a data set needs the extra ``data``, tasks need the extra ``eval``.
+    """
+    if data is None and not tasks:
+        raise FistaPrunerError("nothing to evaluate: give data for perplexity (wikitext2, ptb, c4, python or a file) or tasks")
+    begin = time.perf_counter()
+    place = _device(device)
+    folder = resolve_model(model, allow_pickle=allow_pickle, trust_remote_code=trust_remote_code)
+    dense = resolve_model(against, allow_pickle=allow_pickle, trust_remote_code=trust_remote_code) if against is not None else None
+    perplexity: Perplexity | None = None
+    reference: Perplexity | None = None
+    divergence: Divergence | None = None
+    results: tuple[TaskResult, ...] = ()
+    forward = 0.0
+    if data is not None:
+        tokenizer = load_tokenizer(folder, trust_remote_code=trust_remote_code)
+        skeleton = _skeleton(folder, place, dtype, allow_pickle, trust_remote_code)
+        length = seqlen or min(skeleton.max_length, LONGEST_DEFAULT)
+        if length > skeleton.max_length:
+            raise FistaPrunerError(f"seqlen {length} is more than the {skeleton.max_length} tokens {model} was made for")
+        cut = load_windows(data, tokenizer, length, windows, bos)
+        other = None
+        if dense is not None:
+            other = _skeleton(dense, place, dtype, allow_pickle, trust_remote_code)
+            _check_same_tokens(skeleton, other, tokenizer, load_tokenizer(dense, trust_remote_code=trust_remote_code))
+        start = time.perf_counter()
+        sums = score_windows(skeleton, cut.tokens, Passes(batch_size, memory_limit, tick), other)
+        forward = time.perf_counter() - start
+        perplexity = perplexity_of(sums.nll, sums.length, **_protocol(cut, skeleton))
+        if other is not None and sums.reference_nll is not None:
+            reference = perplexity_of(sums.reference_nll, sums.length, **_protocol(cut, other))
+            divergence = divergence_of(sums)
+    if tasks:
+        from .zero_shot import evaluate_tasks
+
+        results = evaluate_tasks(
+            folder,
+            tasks,
+            against=dense,
+            tasks_dir=Path(tasks_dir) if tasks_dir is not None else None,
+            limit=limit,
+            device=place,
+            dtype=DTYPES[dtype],
+            batch_size=batch_size,
+            trust_remote_code=trust_remote_code,
+            tick=tick,
+        )
+    return Evaluation(
+        model=str(model),
+        against=None if against is None else str(against),
+        perplexity=perplexity,
+        reference=reference,
+        divergence=divergence,
+        tasks=results,
+        seconds=time.perf_counter() - begin,
+        forward_seconds=forward,
+        device=str(place),
+    )
+
+
+def _device(name: str) -> torch.device:
+    try:
+        device = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if name == "auto" else name)
+    except RuntimeError:
+        raise FistaPrunerError(f"device {name!r} is not known: auto, cpu, cuda or cuda:N") from None
+    if device.type == "cuda" and (not torch.cuda.is_available() or (device.index or 0) >= torch.cuda.device_count()):
+        raise FistaPrunerError(f"device {name!r} is not here: {torch.cuda.device_count()} CUDA devices found")
+    return device
+
+
+def _skeleton(folder: Path, device: torch.device, dtype: str, allow_pickle: bool, trust_remote_code: bool) -> Skeleton:
+    if dtype not in DTYPES:
+        raise FistaPrunerError(f"dtype {dtype!r} is not known: {', '.join(DTYPES)}")
+    checkpoint = Checkpoint.open(folder, allow_pickle=allow_pickle)
+    return Skeleton(checkpoint, device, DTYPES[dtype], trust_remote_code=trust_remote_code)
+
+
+def _check_same_tokens(model: Skeleton, reference: Skeleton, tokenizer: Any, reference_tokenizer: Any) -> None:
+    """Refuse two models that do not predict the same tokens."""
+    ours, theirs = vocabulary_size(model), vocabulary_size(reference)
+    if ours != theirs or tokenizer.get_vocab() != reference_tokenizer.get_vocab():
+        raise FistaPrunerError(
+            f"{model.checkpoint.folder} and {reference.checkpoint.folder} do not share a vocabulary ({ours} and {theirs} tokens): "
+            "only a model and what was made of it can be compared"
+        )
+
+
+def _protocol(windows: Windows, skeleton: Skeleton) -> dict[str, Any]:
+    return {
+        "data": windows.data,
+        "split": windows.split,
+        "seqlen": windows.seqlen,
+        "dtype": str(skeleton.dtype).removeprefix("torch."),
+        "bos": windows.bos,
+        "sha256": windows.sha256,
+    }

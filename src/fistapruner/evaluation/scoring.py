@@ -1,0 +1,156 @@
+"""Numbers from logits: token NLL, KL divergence, top-1 agreement, and their standard errors over windows.
+
+A vocabulary of 128,000 entries makes logits the largest tensor of an evaluation: half a megabyte a token in fp32, and a
+window of 2,048 would be a gigabyte. So hidden states go through the head in slices of some hundred tokens, and each
+slice is reduced to a few numbers a token, row by row in the processor's cache, before the next one is made.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from .results import Divergence, Perplexity
+
+Head = Callable[[Tensor], Tensor]
+"""Hidden states of the last decoder layer (tokens, hidden) to logits (tokens, vocabulary)."""
+
+
+@dataclass
+class WindowSums:
+    """Sums over the predicted tokens of each window, fp64: all that statistics need.
+
+    Args:
+        nll: (windows,) negative log-likelihoods of the model; ``reference_nll``: of the reference model.
+        kl: (windows,) KL(reference || model); ``agree``: (windows,) tokens with the same most likely next token.
+        length: predicted tokens in a window.
+    """
+
+    nll: Tensor
+    length: int
+    reference_nll: Tensor | None = None
+    kl: Tensor | None = None
+    agree: Tensor | None = None
+
+
+HEAD_BUDGET = 128 * 2**20
+"""Bytes of fp32 logits made at once: few enough to bound memory, enough tokens to pay for reading the head's weights."""
+
+ROWS_BUDGET = 2 * 2**20
+"""Bytes of fp32 logits reduced at once on a CPU: what stays in a core's cache (measured: half the time of large slices)."""
+
+
+def slices(count: int, row_bytes: int, budget: int) -> list[tuple[int, int]]:
+    """Cut ``count`` rows into the fewest nearly equal slices of at most ``budget`` bytes (at least one row each)."""
+    parts = max(1, -(-count // max(1, budget // row_bytes)))
+    bounds = [count * part // parts for part in range(parts + 1)]
+    return [(start, stop) for start, stop in itertools.pairwise(bounds) if stop > start]
+
+
+def token_nll(logits: Tensor, targets: Tensor) -> Tensor:
+    """(tokens,) fp32 negative log-likelihood of ``targets`` (tokens,) under ``logits`` (tokens, vocabulary)."""
+    rows = logits.float()
+    return torch.logsumexp(rows, dim=-1) - rows.gather(1, targets[:, None]).squeeze(1)
+
+
+def token_divergence(logits: Tensor, reference: Tensor, targets: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Compare two models' logits (tokens, vocabulary) of the same tokens.
+
+    Returns:
+        (tokens,) fp32 each: NLL of ``targets`` under the model, under the reference, KL(reference || model), and whether
+        both have the same most likely token.
+    """
+    p, q = logits.float(), reference.float()
+    index = targets[:, None]
+    top_p, top_q = p.argmax(-1), q.argmax(-1)
+    shift, norm = torch.logsumexp(p, dim=-1), torch.logsumexp(q, dim=-1)
+    nll = shift - p.gather(1, index).squeeze(1)
+    reference_nll = norm - q.gather(1, index).squeeze(1)
+    # KL = sum q (log q - log p). Where the reference gives a token no chance at all (the -inf of a padded vocabulary) the
+    # term is 0 whatever the model says; 0 * inf would be NaN.
+    weight = (q - norm[:, None]).exp_()
+    gap = q.sub_(p).masked_fill_(weight == 0, 0.0)
+    kl = torch.linalg.vecdot(weight, gap) + shift - norm
+    return nll, reference_nll, kl.clamp_min_(0.0), (top_p == top_q).float()
+
+
+def score_tokens(hidden: Tensor, targets: Tensor, head: Head, vocabulary: int) -> float:
+    """Sum of the NLL of ``targets``.
+
+    Args:
+        hidden: (tokens, hidden) output of the last decoder layer where each target is predicted.
+        targets: (tokens,) token ids.
+        head: final norm and language-model head.
+        vocabulary: width of the logits.
+    """
+    total = 0.0
+    for start, stop in slices(len(targets), 4 * vocabulary, HEAD_BUDGET):
+        logits, wanted = head(hidden[start:stop]), targets[start:stop]
+        parts = [token_nll(logits[a:b], wanted[a:b]) for a, b in _rows(logits)]
+        total += float(torch.cat(parts).double().sum())
+    return total
+
+
+def compare_tokens(
+    hidden: Tensor, reference_hidden: Tensor, targets: Tensor, head: Head, reference_head: Head, vocabulary: int
+) -> tuple[float, float, float, float]:
+    """Sums over ``targets``: NLL, reference NLL, KL, top-1 agreements (see :func:`score_tokens`)."""
+    total = torch.zeros(4, dtype=torch.float64)
+    for start, stop in slices(len(targets), 4 * vocabulary, HEAD_BUDGET // 2):
+        p, q, wanted = head(hidden[start:stop]), reference_head(reference_hidden[start:stop]), targets[start:stop]
+        parts = [torch.stack(token_divergence(p[a:b], q[a:b], wanted[a:b])) for a, b in _rows(p)]
+        total += torch.cat(parts, dim=1).double().sum(1).cpu()
+    nll, reference_nll, kl, agree = total.tolist()
+    return nll, reference_nll, kl, agree
+
+
+def _rows(logits: Tensor) -> list[tuple[int, int]]:
+    """Rows to reduce at once: what fits a core's cache on a CPU, all of them on a GPU."""
+    tokens, vocabulary = logits.shape
+    return slices(tokens, 4 * vocabulary, ROWS_BUDGET) if logits.device.type == "cpu" else [(0, tokens)]
+
+
+def mean_and_error(sums: Tensor, length: int) -> tuple[float, float]:
+    """Mean over tokens and its standard error over windows, from (windows,) sums of ``length`` tokens each.
+
+    Tokens of one window depend on each other, so the windows are the independent observations. The error of a single
+    window is not defined: NaN.
+    """
+    means = sums.double() / length
+    if means.numel() < 2:
+        return float(means.mean()), math.nan
+    return float(means.mean()), float(means.std(unbiased=True) / math.sqrt(means.numel()))
+
+
+def perplexity_of(sums: Tensor, length: int, *, data: str, split: str, seqlen: int, dtype: str, bos: str, sha256: str) -> Perplexity:
+    """The perplexity record of (windows,) NLL sums."""
+    nll, error = mean_and_error(sums, length)
+    value = math.exp(nll) if nll < 700 else math.inf
+    return Perplexity(
+        data=data,
+        split=split,
+        seqlen=seqlen,
+        windows=sums.numel(),
+        tokens=sums.numel() * length,
+        dtype=dtype,
+        perplexity=value,
+        standard_error=value * error,
+        nll=nll,
+        nll_standard_error=error,
+        bos=bos,
+        text_sha256=sha256,
+    )
+
+
+def divergence_of(sums: WindowSums) -> Divergence:
+    """The divergence record of sums that have a reference."""
+    assert sums.reference_nll is not None and sums.kl is not None and sums.agree is not None
+    kl, kl_error = mean_and_error(sums.kl, sums.length)
+    agree, agree_error = mean_and_error(sums.agree, sums.length)
+    difference, difference_error = mean_and_error(sums.nll - sums.reference_nll, sums.length)
+    return Divergence(kl, kl_error, agree, agree_error, difference, difference_error)

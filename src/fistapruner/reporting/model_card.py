@@ -1,0 +1,152 @@
+"""The model card of a pruned checkpoint: what it was made from, how, and what was measured."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import yaml
+
+from .numbers import count, p_value, percent, significant, size, with_error
+from .schema import Report
+
+
+def model_card(report: Report) -> str:
+    """Markdown with a Hugging Face metadata block.
+
+    Args:
+        report: of the run; figures that are not in it are left out of the card.
+    """
+    parts = [
+        "---\n" + yaml.safe_dump(_metadata(report), sort_keys=False, allow_unicode=True) + "---",
+        _introduction(report),
+        _use(),
+        _measured(report),
+        _made(report),
+    ]
+    return "\n\n".join(part.strip() for part in parts if part) + "\n"
+
+
+def base_model(report: Report) -> str:
+    """The base model as a card may name it: a hub id stays, a path of this machine is cut to its last part."""
+    source = report.model.source
+    is_hub_id = source.count("/") == 1 and not source.startswith((".", "/", "~")) and not source.endswith(".gguf")
+    return source if is_hub_id else source.rstrip("/").rsplit("/", 1)[-1]
+
+
+def _metadata(report: Report) -> dict[str, Any]:
+    source = report.model.source
+    block: dict[str, Any] = {}
+    if report.model.license:
+        block["license"] = report.model.license
+    if base_model(report) == source and "/" in source:
+        block["base_model"] = [source]
+        block["base_model_relation"] = "finetune"
+    block["library_name"] = "transformers"
+    block["pipeline_tag"] = "text-generation"
+    block["tags"] = ["pruning", "sparsity", "fistapruner", report.method.replace("+", "-"), report.sparsity.replace("%", "-percent")]
+    block["tags"] = [tag for tag in block["tags"] if tag]
+    results = _metadata_results(report)
+    if results:
+        block["model-index"] = [{"name": f"{base_model(report)}, {report.sparsity} sparse", "results": results}]
+    return block
+
+
+def _metadata_results(report: Report) -> list[dict[str, Any]]:
+    results = []
+    for evaluation in report.evaluations:
+        if evaluation.perplexity is not None:
+            text = evaluation.perplexity
+            results.append(
+                {
+                    "task": {"type": "text-generation"},
+                    "dataset": {"name": text.data, "type": text.data, "split": text.split},
+                    "metrics": [
+                        {
+                            "type": "perplexity",
+                            "value": round(text.perplexity, 4),
+                            "name": f"token perplexity, {text.windows} windows of {text.seqlen}, {text.dtype}",
+                        }
+                    ],
+                }
+            )
+        results += [
+            {
+                "task": {"type": "text-generation"},
+                "dataset": {"name": task.task, "type": task.task},
+                "metrics": [{"type": task.metric, "value": round(task.value, 4), "name": f"{task.metric}, {task.shots}-shot"}],
+            }
+            for task in evaluation.tasks
+        ]
+    return results
+
+
+def _introduction(report: Report) -> str:
+    totals = report.totals
+    lines = [f"# {base_model(report)}, {report.sparsity} sparse", ""]
+    sentence = f"This is `{base_model(report)}` ({report.model.architecture}) pruned after training to **{report.sparsity}** with `{report.method}`"
+    lines.append(sentence + " by [fistapruner](https://pypi.org/project/fistapruner/).")
+    if totals.operator_weights and totals.operator_zeros is not None:
+        share = f"{count(totals.operator_zeros)} of {count(totals.operator_weights)} weights of the pruned operators are zero"
+        lines.append(f"{share} ({percent(totals.operator_zeros / totals.operator_weights, 4)})")
+        if totals.model_weights and totals.model_zeros is not None:
+            lines[-1] += f", {percent(totals.model_zeros / totals.model_weights)} of the whole model."
+        else:
+            lines[-1] += "."
+    lines += [
+        "",
+        "The zeros are stored as ordinary numbers: in this form the checkpoint is neither smaller nor faster than the dense one.",
+        "`fistapruner pack` makes it smaller.",
+    ]
+    return "\n".join(lines)
+
+
+def _use() -> str:
+    return (
+        "## Use\n\n```python\nfrom transformers import AutoModelForCausalLM, AutoTokenizer\n\n"
+        'model = AutoModelForCausalLM.from_pretrained("PATH", dtype="auto")\n'
+        'tokenizer = AutoTokenizer.from_pretrained("PATH")\n```'
+    )
+
+
+def _measured(report: Report) -> str:
+    rows = []
+    for evaluation in report.evaluations:
+        text, dense, damage = evaluation.perplexity, evaluation.reference, evaluation.divergence
+        if text is not None:
+            protocol = f"{text.data} {text.split}, {text.windows} windows of {text.seqlen}, {text.dtype}"
+            before = with_error(dense.perplexity, dense.standard_error) if dense else "–"
+            rows.append(("perplexity", protocol, before, with_error(text.perplexity, text.standard_error)))
+            if damage is not None:
+                rows.append(("KL from dense (nats/token)", protocol, "0", with_error(damage.kl, damage.kl_standard_error, 4)))
+                rows.append(("same most likely token", protocol, "100 %", percent(damage.top1_agreement)))
+        for task in evaluation.tasks:
+            before = with_error(task.reference, task.reference_standard_error, 4)
+            note = f"{task.shots}-shot, {task.items} items" + (f", p = {p_value(task.p_value)}" if task.p_value is not None else "")
+            rows.append((f"{task.task} ({task.metric})", note, before, with_error(task.value, task.standard_error, 4)))
+    if not rows:
+        return ""
+    table = ["| measure | how | dense | pruned |", "|---|---|---|---|", *(f"| {a} | {b} | {c} | {d} |" for a, b, c, d in rows)]
+    return "## Measured\n\n" + "\n".join(table) + "\n\n± is one standard error (over windows, or binomial over items)."
+
+
+def _made(report: Report) -> str:
+    lines = ["## How it was made", ""]
+    errors = [operator.relative_error for layer in report.layers for operator in layer.operators if operator.relative_error is not None]
+    if report.calibration:
+        used = report.calibration
+        how = f" ({used.how})" if used.how else ""
+        lines.append(f"* calibration: {used.samples} windows of {used.seqlen} tokens from {used.source}{how}")
+    if errors:
+        lines.append(f"* relative error of the operators' outputs: mean {percent(sum(errors) / len(errors))}, worst {percent(max(errors))}")
+    if report.totals.seconds:
+        machine = report.machine.device_name or report.machine.cpu or report.machine.device
+        peak = f", peak memory {size(report.totals.peak_memory)}" if report.totals.peak_memory else ""
+        lines.append(f"* {significant(report.totals.seconds)} s on {machine}{peak}")
+    if report.versions:
+        lines.append("* " + ", ".join(f"{name} {version}" for name, version in report.versions.items()))
+    if report.command:
+        lines += ["", "To make it again:", "", "```bash", report.command, "```"]
+    if report.recipe:
+        recipe = {key: value for key, value in report.recipe.items() if key != "execution"}
+        lines += ["", "Recipe:", "", "```yaml", yaml.safe_dump(recipe, sort_keys=False).strip(), "```"]
+    return "\n".join(lines) if len(lines) > 2 else ""

@@ -1,0 +1,81 @@
+"""How numbers are written for people."""
+
+from __future__ import annotations
+
+import math
+
+
+def size(count: float | None) -> str:
+    """Bytes: ``512 B``, ``1.4 GiB``."""
+    if count is None:
+        return "–"
+    value = float(count)
+    for unit in ("B", "KiB", "MiB", "GiB"):
+        if abs(value) < 1024:
+            return f"{value:.0f} {unit}" if unit == "B" else f"{significant(value)} {unit}"
+        value /= 1024
+    return f"{significant(value)} TiB"
+
+
+def duration(seconds: float | None) -> str:
+    """Seconds: ``840 ms``, ``12.3 s``, ``4 min 05 s``, ``3 h 20 min``."""
+    if seconds is None or not math.isfinite(seconds):
+        return "–"
+    if seconds < 1:
+        return f"{seconds * 1000:.0f} ms"
+    if seconds < 59.95:
+        return f"{seconds:.1f} s"
+    whole = round(seconds)
+    if whole < 3600:
+        return f"{whole // 60} min {whole % 60:02d} s"
+    minutes = round(seconds / 60)
+    return f"{minutes // 60} h {minutes % 60:02d} min"
+
+
+def significant(value: float | None, digits: int = 3) -> str:
+    """A number with ``digits`` significant digits, without an exponent where that stays short."""
+    if value is None or not math.isfinite(value):
+        return "–"
+    if value == 0:
+        return "0"
+    exponent = math.floor(math.log10(abs(value)))
+    if exponent < -4 or exponent > 6:
+        return f"{value:.{digits - 1}e}"
+    return f"{value:,.{max(0, digits - 1 - exponent)}f}"
+
+
+def percent(share: float | None, digits: int = 3) -> str:
+    """A share as a percentage: ``50.0 %``; an exact whole percentage without decimals."""
+    if share is None or not math.isfinite(share):
+        return "–"
+    return f"{significant(100 * share, digits)} %"
+
+
+def count(value: int | None) -> str:
+    """A whole number with thin separators: ``134,515,008``."""
+    return "–" if value is None else f"{value:,}"
+
+
+def short_count(value: int | None) -> str:
+    """A whole number as people say it: ``134.5M``."""
+    if value is None:
+        return "–"
+    for unit, base in (("T", 1e12), ("B", 1e9), ("M", 1e6), ("k", 1e3)):
+        if value >= base:
+            return f"{significant(value / base)}{unit}"
+    return str(value)
+
+
+def with_error(value: float | None, error: float | None, digits: int = 2) -> str:
+    """``25.32 ± 0.41``; without the error where it is unknown."""
+    if value is None or not math.isfinite(value):
+        return "–"
+    text = f"{value:,.{digits}f}"
+    return text if error is None or not math.isfinite(error) else f"{text} ± {error:,.{digits}f}"
+
+
+def p_value(value: float | None) -> str:
+    """``0.034``, ``< 0.001``."""
+    if value is None or not math.isfinite(value):
+        return "–"
+    return "< 0.001" if value < 0.001 else f"{value:.3f}"
