@@ -1,0 +1,24 @@
+"""The optional compiled kernel; everything else about the package is in pyproject.toml.
+
+The kernel is plain C without Python's headers: it is loaded with ctypes. Where no compiler is found the build goes on
+without it, and the package computes in torch alone.
+"""
+
+from pathlib import Path
+
+from setuptools import Extension, setup
+
+FOLDER = Path("src/fistapruner/sparse/csrc")
+
+setup(
+    ext_modules=[
+        Extension(
+            "fistapruner.sparse._kernel",
+            sources=sorted(str(path) for path in FOLDER.glob("*.c")),
+            depends=[str(FOLDER / "packed.h")],
+            include_dirs=[str(FOLDER)],
+            extra_compile_args=["-O3", "-std=gnu11", "-fvisibility=hidden"],
+            optional=True,
+        )
+    ]
+)

@@ -1,0 +1,1 @@
+"""Sparsity that pays: a packed checkpoint format, and operators that run without their zeros."""

@@ -1,0 +1,117 @@
+/* AVX2 with FMA: no expand instruction, so eight columns at a time are spread with a byte shuffle read from a table. */
+#include "packed.h"
+
+#ifdef FISTAPRUNER_X86
+#include <immintrin.h>
+
+#define LEVEL __attribute__((target("avx2,fma,f16c,popcnt,bmi")))
+#define INLINE static inline __attribute__((always_inline))
+
+/* spread_to[m][i]: which of the loaded values belongs to column i of mask byte m, or 0x80 (shuffles write zero). */
+static uint8_t spread_to[256][8];
+
+__attribute__((constructor)) static void fill_table(void) {
+    for (int mask = 0; mask < 256; mask++)
+        for (int column = 0, next = 0; column < 8; column++) spread_to[mask][column] = (mask >> column & 1) ? (uint8_t)next++ : 0x80;
+}
+
+/* Eight 16-bit values to their columns. */
+INLINE LEVEL __m128i spread16(const uint16_t *value, uint8_t mask) {
+    __m128i index = _mm_loadl_epi64((const __m128i *)spread_to[mask]);
+    index = _mm_unpacklo_epi8(index, index);                                   /* i, i */
+    index = _mm_or_si128(_mm_slli_epi16(_mm_and_si128(index, _mm_set1_epi16(0x0f0f)), 1), /* 2i, 2i (i < 8) */
+                         _mm_and_si128(index, _mm_set1_epi16((short)0x8080)));
+    index = _mm_or_si128(index, _mm_set1_epi16(0x0100));                       /* 2i, 2i + 1 */
+    return _mm_shuffle_epi8(_mm_loadu_si128((const __m128i *)value), index);
+}
+
+INLINE LEVEL __m256 spread_float(const packed_operator *op, int64_t next, uint8_t mask) {
+    if (op->kind == VALUES_BF16) {
+        __m128i bits = spread16((const uint16_t *)op->values + next, mask);
+        return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(bits), 16));
+    }
+    if (op->kind == VALUES_FP16) return _mm256_cvtph_ps(spread16((const uint16_t *)op->values + next, mask));
+    __m256i index = _mm256_cvtepi8_epi32(_mm_loadl_epi64((const __m128i *)spread_to[mask]));
+    __m256 loaded = _mm256_permutevar8x32_ps(_mm256_loadu_ps((const float *)op->values + next), index);
+    return _mm256_andnot_ps(_mm256_castsi256_ps(_mm256_srai_epi32(index, 31)), loaded);
+}
+
+INLINE LEVEL float add_lanes(__m256 sum) {
+    __m128 half = _mm_add_ps(_mm256_castps256_ps128(sum), _mm256_extractf128_ps(sum, 1));
+    half = _mm_add_ps(half, _mm_movehl_ps(half, half));
+    return _mm_cvtss_f32(_mm_add_ss(half, _mm_movehdup_ps(half)));
+}
+
+INLINE LEVEL int64_t add_integers(__m256i sum) {
+    __m128i half = _mm_add_epi32(_mm256_castsi256_si128(sum), _mm256_extracti128_si256(sum, 1));
+    half = _mm_add_epi32(half, _mm_shuffle_epi32(half, 0x4e));
+    return _mm_cvtsi128_si32(_mm_add_epi32(half, _mm_shuffle_epi32(half, 0xb1)));
+}
+
+INLINE LEVEL void float_row(const packed_operator *op, int64_t row, const prepared *x, const int tile, float *out) {
+    const uint8_t *mask = (const uint8_t *)(op->mask + row * op->words);
+    int64_t next = op->start[row];
+    __m256 sum[MAX_TILE][2];
+    for (int t = 0; t < tile; t++) sum[t][0] = sum[t][1] = _mm256_setzero_ps();
+    for (int64_t part = 0; part < 8 * op->words; part += 2) {
+        __m256 first = spread_float(op, next, mask[part]);
+        next += count_bits(mask[part]);
+        __m256 second = spread_float(op, next, mask[part + 1]);
+        next += count_bits(mask[part + 1]);
+        for (int t = 0; t < tile; t++) {
+            const float *vector = x->plain + t * x->stride + 8 * part;
+            sum[t][0] = _mm256_fmadd_ps(first, _mm256_loadu_ps(vector), sum[t][0]);
+            sum[t][1] = _mm256_fmadd_ps(second, _mm256_loadu_ps(vector + 8), sum[t][1]);
+        }
+    }
+    for (int t = 0; t < tile; t++) out[t] = add_lanes(_mm256_add_ps(sum[t][0], sum[t][1]));
+}
+
+INLINE LEVEL void int8_row(const packed_operator *op, int64_t row, const prepared *x, const int tile, float *out) {
+    const uint8_t *mask = (const uint8_t *)(op->mask + row * op->words);
+    const int8_t *value = (const int8_t *)op->values + op->start[row];
+    const int64_t groups = group_count(op);
+    double total[MAX_TILE] = {0};
+    for (int64_t group = 0; group < groups; group++) {
+        int64_t end = (group + 1) * op->group_words < op->words ? (group + 1) * op->group_words : op->words;
+        int64_t exact[MAX_TILE] = {0};
+        for (int64_t begin = group * op->group_words; begin < end; begin += INT8_CHUNK) {
+            int64_t stop = begin + INT8_CHUNK < end ? begin + INT8_CHUNK : end;
+            __m256i high[MAX_TILE], low[MAX_TILE];
+            for (int t = 0; t < tile; t++) high[t] = low[t] = _mm256_setzero_si256();
+            for (int64_t part = 8 * begin; part < 8 * stop; part += 2) {
+                __m128i first = _mm_shuffle_epi8(_mm_loadl_epi64((const __m128i *)value), _mm_loadl_epi64((const __m128i *)spread_to[mask[part]]));
+                value += count_bits(mask[part]);
+                __m128i second = _mm_shuffle_epi8(_mm_loadl_epi64((const __m128i *)value), _mm_loadl_epi64((const __m128i *)spread_to[mask[part + 1]]));
+                value += count_bits(mask[part + 1]);
+                __m256i spread = _mm256_cvtepi8_epi16(_mm_unpacklo_epi64(first, second));
+                for (int t = 0; t < tile; t++) {
+                    int64_t at = t * x->stride + 8 * part;
+                    __m256i upper = _mm256_cvtepu8_epi16(_mm_loadu_si128((const __m128i *)(x->high + at)));
+                    __m256i lower = _mm256_cvtepu8_epi16(_mm_loadu_si128((const __m128i *)(x->low + at)));
+                    high[t] = _mm256_add_epi32(high[t], _mm256_madd_epi16(spread, upper));
+                    low[t] = _mm256_add_epi32(low[t], _mm256_madd_epi16(spread, lower));
+                }
+            }
+            for (int t = 0; t < tile; t++) exact[t] += 256 * add_integers(high[t]) + add_integers(low[t]);
+        }
+        for (int t = 0; t < tile; t++) total[t] += scaled_group(op, row, group, groups, exact[t]);
+    }
+    for (int t = 0; t < tile; t++) out[t] = (float)total[t];
+}
+
+#define OVER_TILES(KERNEL) \
+    do { \
+        for (int64_t row = first; row < last; row++, out += MAX_TILE) { \
+            if (tile == 1) KERNEL(op, row, x, 1, out); \
+            else if (tile == 2) KERNEL(op, row, x, 2, out); \
+            else if (tile == 3) KERNEL(op, row, x, 3, out); \
+            else KERNEL(op, row, x, 4, out); \
+        } \
+    } while (0)
+
+LEVEL void avx2_multiply(const packed_operator *op, int64_t first, int64_t last, const prepared *x, int tile, float *out) {
+    if (op->kind == VALUES_INT8) OVER_TILES(int8_row);
+    else OVER_TILES(float_row);
+}
+#endif

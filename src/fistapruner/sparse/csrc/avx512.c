@@ -1,0 +1,212 @@
+/* AVX-512 with VBMI2 (Ice Lake, Zen 4 and later), with and without BF16.
+ *
+ * Values are loaded as whole registers and spread to their columns with the register form of vpexpand*; the memory form
+ * is microcoded and two to three times slower. Four rows run side by side, because the address of a row's next values
+ * waits for the bit count of its last mask word.
+ */
+#include "packed.h"
+
+#ifdef FISTAPRUNER_X86
+#include <immintrin.h>
+
+#define LEVEL __attribute__((target("avx512f,avx512bw,avx512vl,avx512dq,avx512vbmi2,avx512vnni,popcnt,bmi")))
+#define LEVEL_BF16 __attribute__((target("avx512f,avx512bw,avx512vl,avx512dq,avx512vbmi2,avx512vnni,avx512bf16,popcnt,bmi")))
+#define INLINE static inline __attribute__((always_inline))
+/* Keeps the compiler from folding the load into the expand, which would choose the memory form. */
+#define IN_REGISTER(X) __asm__("" : "+v"(X))
+/* Bytes ahead of a row's values that are asked for early. */
+#define AHEAD 512
+
+INLINE LEVEL __m512i spread16(uint32_t mask, const uint16_t *value) {
+    __m512i loaded = _mm512_loadu_si512(value);
+    IN_REGISTER(loaded);
+    return _mm512_maskz_expand_epi16((__mmask32)mask, loaded);
+}
+
+INLINE LEVEL __m512i spread8(uint64_t mask, const int8_t *value) {
+    __m512i loaded = _mm512_loadu_si512(value);
+    IN_REGISTER(loaded);
+    return _mm512_maskz_expand_epi8((__mmask64)mask, loaded);
+}
+
+/* bf16 values, bf16 vectors: products of pairs, fp32 sums. */
+INLINE LEVEL_BF16 void bf16_rows(const packed_operator *op, int64_t row, int64_t step, const prepared *x, const int rows, const int tile, float *out) {
+    const uint16_t *value[4];
+    const uint64_t *mask[4];
+    __m512 sum[4][MAX_TILE];
+    for (int r = 0; r < rows; r++) {
+        value[r] = (const uint16_t *)op->values + op->start[row + r * step];
+        mask[r] = op->mask + (row + r * step) * op->words;
+        for (int t = 0; t < tile; t++) sum[r][t] = _mm512_setzero_ps();
+    }
+    for (int64_t word = 0; word < op->words; word++) {
+        for (int r = 0; r < rows; r++) {
+            uint64_t bits = mask[r][word];
+            __m512i first = spread16((uint32_t)bits, value[r]);
+            const uint16_t *middle = value[r] + count_bits((uint32_t)bits);
+            __m512i second = spread16((uint32_t)(bits >> 32), middle);
+            value[r] += count_bits(bits);
+            _mm_prefetch((const char *)value[r] + AHEAD, _MM_HINT_T0);
+            for (int t = 0; t < tile; t++) {
+                const uint16_t *vector = x->bf16 + t * x->stride + 64 * word;
+                sum[r][t] = _mm512_dpbf16_ps(sum[r][t], (__m512bh)first, (__m512bh)_mm512_loadu_si512(vector));
+                sum[r][t] = _mm512_dpbf16_ps(sum[r][t], (__m512bh)second, (__m512bh)_mm512_loadu_si512(vector + 32));
+            }
+        }
+    }
+    for (int r = 0; r < rows; r++)
+        for (int t = 0; t < tile; t++) out[r * step * MAX_TILE + t] = _mm512_reduce_add_ps(sum[r][t]);
+}
+
+/* bf16 values, fp32 vectors: even and odd columns are the halves of a 32-bit lane, so widening is a shift and an and. */
+INLINE LEVEL void split_rows(const packed_operator *op, int64_t row, int64_t step, const prepared *x, const int rows, const int tile, float *out) {
+    const uint16_t *value[4];
+    const uint32_t *mask[4];
+    __m512 sum[4][MAX_TILE];
+    const __m512i upper = _mm512_set1_epi32((int)0xffff0000u);
+    for (int r = 0; r < rows; r++) {
+        value[r] = (const uint16_t *)op->values + op->start[row + r * step];
+        mask[r] = (const uint32_t *)(op->mask + (row + r * step) * op->words);
+        for (int t = 0; t < tile; t++) sum[r][t] = _mm512_setzero_ps();
+    }
+    for (int64_t half = 0; half < 2 * op->words; half++) {
+        for (int r = 0; r < rows; r++) {
+            uint32_t bits = mask[r][half];
+            __m512i spread = spread16((uint32_t)bits, value[r]);
+            value[r] += count_bits(bits);
+            _mm_prefetch((const char *)value[r] + AHEAD, _MM_HINT_T0);
+            __m512 even = _mm512_castsi512_ps(_mm512_slli_epi32(spread, 16));
+            __m512 odd = _mm512_castsi512_ps(_mm512_and_si512(spread, upper));
+            for (int t = 0; t < tile; t++) {
+                const float *vector = x->split + t * x->stride + 32 * half;
+                sum[r][t] = _mm512_fmadd_ps(even, _mm512_loadu_ps(vector), sum[r][t]);
+                sum[r][t] = _mm512_fmadd_ps(odd, _mm512_loadu_ps(vector + 16), sum[r][t]);
+            }
+        }
+    }
+    for (int r = 0; r < rows; r++)
+        for (int t = 0; t < tile; t++) out[r * step * MAX_TILE + t] = _mm512_reduce_add_ps(sum[r][t]);
+}
+
+/* fp32 or fp16 values, fp32 vectors, sixteen columns at a time. */
+INLINE LEVEL void wide_rows(const packed_operator *op, int64_t row, int64_t step, const prepared *x, const int rows, const int tile, float *out) {
+    const char *value[4];
+    const uint16_t *mask[4];
+    const int half = op->kind == VALUES_FP16, size = half ? 2 : 4;
+    __m512 sum[4][MAX_TILE];
+    for (int r = 0; r < rows; r++) {
+        value[r] = (const char *)op->values + op->start[row + r * step] * size;
+        mask[r] = (const uint16_t *)(op->mask + (row + r * step) * op->words);
+        for (int t = 0; t < tile; t++) sum[r][t] = _mm512_setzero_ps();
+    }
+    for (int64_t part = 0; part < 4 * op->words; part++) {
+        for (int r = 0; r < rows; r++) {
+            uint32_t bits = mask[r][part];
+            __m512 spread;
+            if (half) {
+                __m256i loaded = _mm256_loadu_si256((const __m256i *)value[r]);
+                IN_REGISTER(loaded);
+                spread = _mm512_cvtph_ps(_mm256_maskz_expand_epi16((__mmask16)bits, loaded));
+            } else {
+                __m512 loaded = _mm512_loadu_ps(value[r]);
+                IN_REGISTER(loaded);
+                spread = _mm512_maskz_expand_ps((__mmask16)bits, loaded);
+            }
+            value[r] += size * count_bits(bits);
+            for (int t = 0; t < tile; t++)
+                sum[r][t] = _mm512_fmadd_ps(spread, _mm512_loadu_ps(x->plain + t * x->stride + 16 * part), sum[r][t]);
+        }
+    }
+    for (int r = 0; r < rows; r++)
+        for (int t = 0; t < tile; t++) out[r * step * MAX_TILE + t] = _mm512_reduce_add_ps(sum[r][t]);
+}
+
+/* int8 values, 16-bit activations as two unsigned bytes: two byte dot products, exact in integers. */
+INLINE LEVEL void int8_rows(const packed_operator *op, int64_t row, int64_t step, const prepared *x, const int rows, const int tile, float *out) {
+    const int8_t *value[4];
+    const uint64_t *mask[4];
+    const int64_t groups = group_count(op);
+    double total[4][MAX_TILE];
+    for (int r = 0; r < rows; r++) {
+        value[r] = (const int8_t *)op->values + op->start[row + r * step];
+        mask[r] = op->mask + (row + r * step) * op->words;
+        for (int t = 0; t < tile; t++) total[r][t] = 0.0;
+    }
+    for (int64_t group = 0; group < groups; group++) {
+        int64_t end = (group + 1) * op->group_words < op->words ? (group + 1) * op->group_words : op->words;
+        int64_t exact[4][MAX_TILE] = {{0}};
+        for (int64_t begin = group * op->group_words; begin < end; begin += INT8_CHUNK) {
+            int64_t stop = begin + INT8_CHUNK < end ? begin + INT8_CHUNK : end;
+            __m512i high[4][MAX_TILE], low[4][MAX_TILE];
+            for (int r = 0; r < rows; r++)
+                for (int t = 0; t < tile; t++) high[r][t] = low[r][t] = _mm512_setzero_si512();
+            for (int64_t word = begin; word < stop; word++) {
+                for (int r = 0; r < rows; r++) {
+                    uint64_t bits = mask[r][word];
+                    __m512i spread = spread8(bits, value[r]);
+                    value[r] += count_bits(bits);
+                    _mm_prefetch((const char *)value[r] + AHEAD, _MM_HINT_T0);
+                    for (int t = 0; t < tile; t++) {
+                        int64_t at = t * x->stride + 64 * word;
+                        high[r][t] = _mm512_dpbusd_epi32(high[r][t], _mm512_loadu_si512(x->high + at), spread);
+                        low[r][t] = _mm512_dpbusd_epi32(low[r][t], _mm512_loadu_si512(x->low + at), spread);
+                    }
+                }
+            }
+            for (int r = 0; r < rows; r++)
+                for (int t = 0; t < tile; t++)
+                    exact[r][t] += 256 * (int64_t)_mm512_reduce_add_epi32(high[r][t]) + _mm512_reduce_add_epi32(low[r][t]);
+        }
+        for (int r = 0; r < rows; r++)
+            for (int t = 0; t < tile; t++) total[r][t] += scaled_group(op, row + r * step, group, groups, exact[r][t]);
+    }
+    for (int r = 0; r < rows; r++)
+        for (int t = 0; t < tile; t++) out[r * step * MAX_TILE + t] = (float)total[r][t];
+}
+
+/* Four rows a quarter of the block apart: each of the four streams of values then runs on through the next row, and what
+ * is asked for early is what comes next. A row's sums do not depend on the rows or vectors beside it. */
+#define OVER_ROWS(KERNEL, TILE) \
+    do { \
+        const int64_t step = (last - first) / 4; \
+        for (int64_t row = 0; row < step; row++) KERNEL(op, first + row, step, x, 4, TILE, out + row * MAX_TILE); \
+        for (int64_t row = 4 * step; row < last - first; row++) KERNEL(op, first + row, 0, x, 1, TILE, out + row * MAX_TILE); \
+    } while (0)
+#define OVER_TILES(KERNEL) \
+    do { \
+        if (tile == 1) OVER_ROWS(KERNEL, 1); \
+        else if (tile == 2) OVER_ROWS(KERNEL, 2); \
+        else if (tile == 3) OVER_ROWS(KERNEL, 3); \
+        else OVER_ROWS(KERNEL, 4); \
+    } while (0)
+
+LEVEL void avx512_multiply(const packed_operator *op, int64_t first, int64_t last, const prepared *x, int tile, float *out) {
+    if (op->kind == VALUES_INT8) OVER_TILES(int8_rows);
+    else if (op->kind == VALUES_BF16) OVER_TILES(split_rows);
+    else OVER_TILES(wide_rows);
+}
+
+LEVEL_BF16 void avx512_bf16_multiply(const packed_operator *op, int64_t first, int64_t last, const prepared *x, int tile, float *out) {
+    OVER_TILES(bf16_rows);
+}
+
+/* bf16 values to bf16 rows, the case prefill needs; the dispatcher sends the others to plain C. */
+LEVEL void avx512_unpack(const packed_operator *op, int64_t first, int64_t last, int type, void *out) {
+    (void)type;
+    int64_t whole = op->columns / 32;
+    int tail = (int)(op->columns % 32);
+    for (int64_t row = first; row < last; row++) {
+        const uint16_t *value = (const uint16_t *)op->values + op->start[row];
+        const uint32_t *mask = (const uint32_t *)(op->mask + row * op->words);
+        uint16_t *dense = (uint16_t *)out + (row - first) * op->columns;
+        for (int64_t half = 0; half < whole; half++) {
+            _mm512_storeu_si512(dense + 32 * half, spread16(mask[half], value));
+            value += count_bits(mask[half]);
+        }
+        if (tail) {
+            __m512i spread = spread16(mask[whole], value);
+            _mm512_mask_storeu_epi16(dense + 32 * whole, (__mmask32)((1u << tail) - 1u), spread);
+        }
+    }
+}
+#endif

@@ -1,0 +1,207 @@
+/* What Python calls: choose a level, prepare the vectors, share the rows among threads.
+ *
+ * Threads are borrowed from the OpenMP runtime that torch has already started: its entry points are handed over at load
+ * time. A second pool would fight the first one for the cores, since idle OpenMP threads spin.
+ */
+#include "packed.h"
+
+#include <math.h>
+#include <stdlib.h>
+
+#if defined(_WIN32)
+#define EXPORT __declspec(dllexport)
+#else
+#define EXPORT __attribute__((visibility("default")))
+#endif
+
+/* More shares than threads: a core that another program interrupts holds up less. */
+#define SHARES_A_THREAD 4
+
+typedef void (*run_parallel)(void (*work)(void *), void *data, unsigned threads, unsigned flags);
+
+static run_parallel parallel = NULL;
+
+/* Increased whenever packed_operator or an exported function changes, so that a stale library is never called. */
+EXPORT int fistapruner_abi(void) { return 1; }
+
+EXPORT void fistapruner_threads(run_parallel run) { parallel = run; }
+
+/* The best level this processor runs. */
+EXPORT int fistapruner_level(void) {
+#ifdef FISTAPRUNER_X86
+    __builtin_cpu_init();
+    if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl") &&
+        __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vbmi2") && __builtin_cpu_supports("avx512vnni"))
+        return __builtin_cpu_supports("avx512bf16") ? LEVEL_AVX512_BF16 : LEVEL_AVX512;
+    if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) return LEVEL_AVX2;
+#endif
+    return LEVEL_PORTABLE;
+}
+
+typedef struct {
+    const packed_operator *op;
+    rows_times_vectors multiply;
+    rows_to_dense unpack;
+    const prepared *x;
+    const float *vector_scale; /* int8: scale of each vector's activations */
+    void *out;
+    int64_t first, last;       /* rows */
+    int type, batch, shares;
+    int next;                  /* share that the next idle thread takes */
+} job;
+
+static void store(const job *work, int64_t row, int vector, float value) {
+    const packed_operator *op = work->op;
+    if (op->kind == VALUES_INT8) value *= work->vector_scale[vector];
+    if (op->bias) value += op->bias[row];
+    if (work->type == TYPE_BF16)
+        ((uint16_t *)work->out)[vector * op->rows + row] = float_to_bf16(value);
+    else
+        ((float *)work->out)[vector * op->rows + row] = value;
+}
+
+static void multiply_blocks(const job *work, int64_t first, int64_t last) {
+    float sums[ROW_BLOCK * MAX_TILE];
+    for (int64_t row = first; row < last; row += ROW_BLOCK) {
+        int64_t end = row + ROW_BLOCK < last ? row + ROW_BLOCK : last;
+        for (int vector = 0; vector < work->batch; vector += MAX_TILE) {
+            int tile = work->batch - vector < MAX_TILE ? work->batch - vector : MAX_TILE;
+            int64_t at = vector * work->x->stride;
+            prepared x = *work->x;
+            if (x.plain) x.plain += at;
+            if (x.split) x.split += at;
+            if (x.bf16) x.bf16 += at;
+            if (x.high) x.high += at, x.low += at;
+            work->multiply(work->op, row, end, &x, tile, sums);
+            for (int64_t r = row; r < end; r++)
+                for (int t = 0; t < tile; t++) store(work, r, vector + t, sums[(r - row) * MAX_TILE + t]);
+        }
+    }
+}
+
+/* Share `index` of the rows: whole row blocks, counted from the first row. */
+static void run_share(const job *work, int index) {
+    int64_t blocks = (work->last - work->first + ROW_BLOCK - 1) / ROW_BLOCK;
+    int64_t first = work->first + blocks * index / work->shares * ROW_BLOCK;
+    int64_t last = work->first + blocks * (index + 1) / work->shares * ROW_BLOCK;
+    if (last > work->last) last = work->last;
+    if (first >= last) return;
+    if (work->multiply)
+        multiply_blocks(work, first, last);
+    else {
+        size_t size = work->type == TYPE_BF16 ? 2 : 4;
+        char *out = (char *)work->out + (size_t)(first - work->first) * (size_t)work->op->columns * size;
+        work->unpack(work->op, first, last, work->type, out);
+    }
+}
+
+/* Threads take shares until none is left, so it does not matter how many of them the runtime grants. */
+static void run_thread(void *data) {
+    job *work = data;
+    for (;;) {
+#if defined(__GNUC__) || defined(__clang__)
+        int index = __atomic_fetch_add(&work->next, 1, __ATOMIC_RELAXED);
+#else
+        int index = work->next++;
+#endif
+        if (index >= work->shares) return;
+        run_share(work, index);
+    }
+}
+
+static void run_job(job *work, int threads) {
+#if defined(__GNUC__) || defined(__clang__)
+    if (threads > 1 && parallel) {
+        work->shares = SHARES_A_THREAD * threads;
+        parallel(run_thread, work, (unsigned)threads, 0);
+        return;
+    }
+#endif
+    (void)threads;
+    work->shares = 1;
+    run_thread(work);
+}
+
+static float input_at(const void *x, int type, int64_t index) {
+    return type == TYPE_BF16 ? bf16_to_float(((const uint16_t *)x)[index]) : ((const float *)x)[index];
+}
+
+/* 16-bit activations around INT8_OFFSET. A vector that is not finite gets a NaN scale, and so a NaN result. */
+static float quantise(const void *x, int type, int64_t at, int64_t columns, uint8_t *high, uint8_t *low) {
+    float largest = 0.0f;
+    int finite = 1;
+    for (int64_t column = 0; column < columns; column++) {
+        float magnitude = fabsf(input_at(x, type, at + column));
+        finite &= magnitude <= 3.4028235e38f;
+        largest = magnitude > largest ? magnitude : largest;
+    }
+    float scale = largest / 32767.0f, inverse = scale > 0.0f ? 1.0f / scale : 0.0f;
+    if (!finite || inverse > 3.4028235e38f) inverse = 0.0f;
+    for (int64_t column = 0; column < columns; column++) {
+        float scaled = finite ? input_at(x, type, at + column) * inverse : 0.0f;
+        int level = (int)(scaled + (scaled < 0.0f ? -0.5f : 0.5f));
+        level = (level < -32768 ? -32768 : level > 32767 ? 32767 : level) + INT8_OFFSET;
+        high[column] = (uint8_t)(level >> 8);
+        low[column] = (uint8_t)(level & 255);
+    }
+    return finite ? scale : NAN;
+}
+
+/* out (batch x rows) = x (batch x columns) times the transposed operator, plus its bias.
+ * Returns 0, or 1 when there is no memory for the prepared vectors. */
+EXPORT int fistapruner_multiply(const packed_operator *op, const void *x, void *out, int type, int batch, int threads, int level) {
+    const int64_t stride = 64 * op->words, count = stride * batch;
+    job work = {.op = op, .multiply = portable_multiply, .out = out, .first = 0, .last = op->rows, .type = type, .batch = batch};
+    prepared ready = {.stride = stride};
+    work.x = &ready;
+    float *buffer = malloc((size_t)(count + batch) * sizeof(float) + 64);
+    if (!buffer) return 1;
+    float *plain = (float *)(((uintptr_t)buffer + 63) & ~(uintptr_t)63);
+#ifdef FISTAPRUNER_X86
+    if (level >= LEVEL_AVX2) work.multiply = avx2_multiply;
+    if (level >= LEVEL_AVX512) work.multiply = avx512_multiply;
+    if (level >= LEVEL_AVX512_BF16 && op->kind == VALUES_BF16 && type == TYPE_BF16) work.multiply = avx512_bf16_multiply;
+    const int split = work.multiply == avx512_multiply && op->kind == VALUES_BF16, narrow = work.multiply == avx512_bf16_multiply;
+#else
+    const int split = 0, narrow = 0;
+    (void)level;
+#endif
+    if (op->kind == VALUES_INT8) {
+        uint8_t *high = (uint8_t *)plain, *low = high + count;
+        float *scale = plain + count;
+        memset(high, 0, (size_t)count * 2);
+        for (int vector = 0; vector < batch; vector++)
+            scale[vector] = quantise(x, type, vector * op->columns, op->columns, high + vector * stride, low + vector * stride);
+        ready.high = high, ready.low = low, work.vector_scale = scale;
+    } else if (narrow) {
+        uint16_t *copy = (uint16_t *)plain;
+        for (int vector = 0; vector < batch; vector++) {
+            memcpy(copy + vector * stride, (const uint16_t *)x + vector * op->columns, (size_t)op->columns * 2);
+            memset(copy + vector * stride + op->columns, 0, (size_t)(stride - op->columns) * 2);
+        }
+        ready.bf16 = copy;
+    } else {
+        memset(plain, 0, (size_t)count * sizeof(float));
+        for (int vector = 0; vector < batch; vector++)
+            for (int64_t column = 0; column < op->columns; column++) {
+                int64_t place = split ? (column & ~(int64_t)31) + (column & 31) / 2 + 16 * (column & 1) : column;
+                plain[vector * stride + place] = input_at(x, type, vector * op->columns + column);
+            }
+        if (split) ready.split = plain;
+        else ready.plain = plain;
+    }
+    run_job(&work, threads);
+    free(buffer);
+    return 0;
+}
+
+/* Rows first..last densely, (last - first) x columns of fp32 or bf16. */
+EXPORT void fistapruner_unpack(const packed_operator *op, int64_t first, int64_t last, void *out, int type, int threads, int level) {
+    job work = {.op = op, .unpack = portable_unpack, .out = out, .first = first, .last = last, .type = type};
+#ifdef FISTAPRUNER_X86
+    if (level >= LEVEL_AVX512 && op->kind == VALUES_BF16 && type == TYPE_BF16) work.unpack = avx512_unpack;
+#else
+    (void)level;
+#endif
+    run_job(&work, threads);
+}

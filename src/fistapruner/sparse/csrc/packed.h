@@ -1,0 +1,124 @@
+/* A packed operator in memory, and the interface between the dispatcher and the instruction-set levels.
+ *
+ * A row is a bit mask (one bit a column, least significant bit first, padded with zeros to whole 64-bit words) and its
+ * kept values, one after the other. A level provides one function that multiplies a range of rows with prepared
+ * vectors, and one that writes rows densely. Everything else - preparing vectors, threads, scales - is shared.
+ */
+#ifndef FISTAPRUNER_PACKED_H
+#define FISTAPRUNER_PACKED_H
+
+#include <stdint.h>
+#include <string.h>
+
+enum { VALUES_BF16 = 0, VALUES_FP16 = 1, VALUES_FP32 = 2, VALUES_INT8 = 3 };
+enum { TYPE_FP32 = 0, TYPE_BF16 = 1 };
+enum { LEVEL_PORTABLE = 0, LEVEL_AVX2 = 1, LEVEL_AVX512 = 2, LEVEL_AVX512_BF16 = 3 };
+
+/* Rows handed to a thread at a time. Fixed, so that the number of threads never changes a result. */
+#define ROW_BLOCK 64
+/* Vectors are multiplied in tiles of at most this many, so that sums stay in registers. */
+#define MAX_TILE 4
+/* int8 sums are widened to 64 bits at least every this many mask words, long before 32 bits could overflow. */
+#define INT8_CHUNK 256
+/* Offset that makes 16-bit activations unsigned. */
+#define INT8_OFFSET 32768
+
+typedef struct {
+    int64_t rows;
+    int64_t columns;
+    int64_t words;           /* 64-bit mask words in a row: ceil(columns / 64) */
+    const uint64_t *mask;    /* rows x words */
+    const int64_t *start;    /* rows + 1 offsets into values, in elements */
+    const void *values;      /* readable for 64 bytes past its end */
+    const float *bias;       /* rows, or NULL */
+    const float *scale;      /* int8: rows x groups */
+    const int32_t *sums;     /* int8: rows x groups, sum of the group's values */
+    int64_t group_words;     /* int8: mask words in a scale group (words: one scale a row) */
+    int32_t kind;            /* VALUES_* */
+    int32_t reserved;
+} packed_operator;
+
+/* Vectors as the levels want them; each vector is padded with zeros to 64 * words columns. */
+typedef struct {
+    const float *plain;      /* fp32, column order */
+    const float *split;      /* fp32, in every 32 columns the 16 even ones first, then the 16 odd ones */
+    const uint16_t *bf16;    /* bf16, column order (TYPE_BF16 input only) */
+    const uint8_t *high;     /* 16-bit activations plus INT8_OFFSET: high bytes */
+    const uint8_t *low;      /* and low bytes */
+    int64_t stride;          /* columns of a padded vector */
+} prepared;
+
+/* out[row * MAX_TILE + vector]: for rows first..last and `tile` vectors. */
+typedef void (*rows_times_vectors)(const packed_operator *op, int64_t first, int64_t last, const prepared *x, int tile, float *out);
+/* Whole int8 groups: the exact integer sum over unsigned activations is scaled here, the same in every level. */
+typedef void (*rows_to_dense)(const packed_operator *op, int64_t first, int64_t last, int type, void *out);
+
+void portable_multiply(const packed_operator *, int64_t, int64_t, const prepared *, int, float *);
+void portable_unpack(const packed_operator *, int64_t, int64_t, int, void *);
+#if (defined(__x86_64__) && ((defined(__GNUC__) && __GNUC__ >= 10) || (defined(__clang__) && __clang_major__ >= 10)))
+#define FISTAPRUNER_X86 1
+void avx2_multiply(const packed_operator *, int64_t, int64_t, const prepared *, int, float *);
+void avx512_multiply(const packed_operator *, int64_t, int64_t, const prepared *, int, float *);
+void avx512_bf16_multiply(const packed_operator *, int64_t, int64_t, const prepared *, int, float *);
+void avx512_unpack(const packed_operator *, int64_t, int64_t, int, void *);
+#endif
+
+static inline float bf16_to_float(uint16_t bits) {
+    uint32_t wide = (uint32_t)bits << 16;
+    float value;
+    memcpy(&value, &wide, 4);
+    return value;
+}
+
+/* Round to nearest even; NaN stays NaN. */
+static inline uint16_t float_to_bf16(float value) {
+    uint32_t bits;
+    memcpy(&bits, &value, 4);
+    if ((bits & 0x7fffffffu) > 0x7f800000u) return (uint16_t)((bits >> 16) | 0x40u);
+    return (uint16_t)((bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16);
+}
+
+static inline float fp16_to_float(uint16_t half) {
+    uint32_t sign = (uint32_t)(half & 0x8000u) << 16, exponent = (half >> 10) & 31u, fraction = half & 0x3ffu, bits;
+    if (exponent == 31) {
+        bits = sign | 0x7f800000u | (fraction << 13);
+    } else if (exponent) {
+        bits = sign | ((exponent + 112u) << 23) | (fraction << 13);
+    } else {
+        float value = (float)fraction * 5.9604644775390625e-8f; /* subnormal: fraction * 2^-24 */
+        return sign ? -value : value;
+    }
+    float value;
+    memcpy(&value, &bits, 4);
+    return value;
+}
+
+static inline int count_bits(uint64_t word) {
+#if defined(__GNUC__) || defined(__clang__)
+    return __builtin_popcountll(word);
+#else
+    int count = 0;
+    for (; word; word &= word - 1) count++;
+    return count;
+#endif
+}
+
+static inline int lowest_bit(uint64_t word) {
+#if defined(__GNUC__) || defined(__clang__)
+    return __builtin_ctzll(word);
+#else
+    int bit = 0;
+    while (!(word >> bit & 1)) bit++;
+    return bit;
+#endif
+}
+
+/* One scale group of one row: exact sum over unsigned activations -> its share of the result, before the vector's scale. */
+static inline double scaled_group(const packed_operator *op, int64_t row, int64_t group, int64_t groups, int64_t sum) {
+    int64_t exact = sum - (int64_t)INT8_OFFSET * op->sums[row * groups + group];
+    return (double)op->scale[row * groups + group] * (double)exact;
+}
+
+static inline int64_t group_count(const packed_operator *op) { return (op->words + op->group_words - 1) / op->group_words; }
+
+#endif

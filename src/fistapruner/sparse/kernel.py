@@ -1,0 +1,167 @@
+"""The optional compiled kernel: found, checked and called through ctypes.
+
+It is built when the package is installed and a C compiler is there (``setup.py``); without it everything works in torch
+alone, only slower. Threads are borrowed from the OpenMP runtime that torch has loaded.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+from functools import cache
+from importlib.machinery import EXTENSION_SUFFIXES
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from ..errors import FistaPrunerError
+from .packed import PackedOperator
+
+LEVELS = ("portable", "avx2", "avx512", "avx512_bf16")
+"""Instruction-set levels, slowest first; a processor that runs one runs those before it."""
+
+ENVIRONMENT = "FISTAPRUNER_KERNEL"
+"""Environment variable that forces a level, or ``torch`` for no kernel at all."""
+
+ABI = 1
+VALUES = {torch.bfloat16: 0, torch.float16: 1, torch.float32: 2, torch.int8: 3}
+TYPES = {torch.float32: 0, torch.bfloat16: 1}
+MAX_BATCH = 16
+"""Most vectors the kernel is called for; more are cheaper as a dense product."""
+
+
+class _Operator(ctypes.Structure):
+    """``packed_operator`` of packed.h."""
+
+    _fields_ = (
+        ("rows", ctypes.c_int64),
+        ("columns", ctypes.c_int64),
+        ("words", ctypes.c_int64),
+        ("mask", ctypes.c_void_p),
+        ("start", ctypes.c_void_p),
+        ("values", ctypes.c_void_p),
+        ("bias", ctypes.c_void_p),
+        ("scale", ctypes.c_void_p),
+        ("sums", ctypes.c_void_p),
+        ("group_words", ctypes.c_int64),
+        ("kind", ctypes.c_int32),
+        ("reserved", ctypes.c_int32),
+    )
+
+
+@cache
+def library() -> ctypes.CDLL | None:
+    """The compiled kernel, or None where it was not built or was built for another version."""
+    for suffix in EXTENSION_SUFFIXES:
+        path = Path(__file__).parent / f"_kernel{suffix}"
+        if not path.exists():
+            continue
+        try:
+            loaded = ctypes.CDLL(str(path))
+            loaded.fistapruner_abi.restype = ctypes.c_int
+            if loaded.fistapruner_abi() != ABI:
+                return None
+        except (OSError, AttributeError):
+            return None
+        pointer, integer, long = ctypes.c_void_p, ctypes.c_int, ctypes.c_int64
+        loaded.fistapruner_level.restype = integer
+        loaded.fistapruner_threads.argtypes = (pointer,)
+        loaded.fistapruner_multiply.argtypes = (pointer, pointer, pointer, integer, integer, integer, integer)
+        loaded.fistapruner_multiply.restype = integer
+        loaded.fistapruner_unpack.argtypes = (pointer, long, long, pointer, integer, integer, integer)
+        loaded.fistapruner_unpack.restype = None
+        loaded.fistapruner_threads(_parallel_runtime())
+        return loaded
+    return None
+
+
+def _parallel_runtime() -> int | None:
+    """Address of ``GOMP_parallel`` in the OpenMP runtime this process has loaded (libgomp, or a compatible one)."""
+    try:
+        lines = Path("/proc/self/maps").read_text().splitlines()
+    except OSError:
+        return None
+    for path in {line.split(maxsplit=5)[5] for line in lines if "omp" in line and ".so" in line}:
+        if any(name in Path(path).name for name in ("libgomp", "libiomp", "libomp")):
+            try:
+                return ctypes.cast(ctypes.CDLL(path).GOMP_parallel, ctypes.c_void_p).value
+            except (OSError, AttributeError):
+                continue
+    return None
+
+
+@cache
+def best_level() -> int:
+    """Index into :data:`LEVELS` of what this processor runs best; -1 where there is no kernel.
+
+    Raises:
+        FistaPrunerError: the environment variable names no level, or one that cannot run here.
+    """
+    found = library()
+    best = -1 if found is None else int(found.fistapruner_level())
+    wanted = os.environ.get(ENVIRONMENT, "")
+    if not wanted:
+        return best
+    if wanted == "torch":
+        return -1
+    return level_index(wanted)
+
+
+def level_index(name: str) -> int:
+    """Index of a level that must be able to run here.
+
+    Raises:
+        FistaPrunerError: no such level, no kernel, or a processor that does not have it.
+    """
+    if name not in LEVELS:
+        raise FistaPrunerError(f"kernel level {name!r} is not known: torch, {', '.join(LEVELS)}")
+    available = available_levels()
+    if name not in available:
+        raise FistaPrunerError(f"kernel level {name!r} cannot run here; what can: torch{''.join(', ' + level for level in available)}")
+    return LEVELS.index(name)
+
+
+def available_levels() -> tuple[str, ...]:
+    """Levels that were built and that this processor runs, slowest first."""
+    found = library()
+    return () if found is None else LEVELS[: int(found.fistapruner_level()) + 1]
+
+
+class Handle:
+    """A packed operator as the kernel sees it. Keeps the tensors it points into alive.
+
+    Args:
+        operator: the operator, on the CPU.
+        bias: (rows,) added to every product, or None.
+    """
+
+    def __init__(self, operator: PackedOperator, bias: Tensor | None = None) -> None:
+        self._kept: list[Tensor | None] = [operator.mask, operator.start, operator.values, operator.scales, operator.sums]
+        self._kept.append(None if bias is None else bias.detach().float().contiguous())
+        mask, start, values, scales, sums, added = (None if tensor is None else tensor.data_ptr() for tensor in self._kept)
+        rows, columns = operator.shape
+        words = operator.mask.shape[1] // 8
+        group_words = operator.group // 64 if operator.group else words
+        kind = VALUES[operator.values.dtype]
+        self.rows, self.columns = rows, columns
+        self._blocks = -(-rows // 64)
+        self._struct = _Operator(rows, columns, words, mask, start, values, added, scales, sums, max(group_words, 1), kind, 0)
+        self._address = ctypes.addressof(self._struct)
+        found = library()
+        if found is None:
+            raise FistaPrunerError("the compiled kernel is not installed")
+        self._multiply, self._unpack = found.fistapruner_multiply, found.fistapruner_unpack
+
+    def multiply(self, x: Tensor, level: int) -> Tensor:
+        """``x @ weight.T + bias`` for contiguous fp32 or bf16 ``x`` (batch, columns) on the CPU; the dtype stays."""
+        batch = x.shape[0]
+        out = torch.empty(batch, self.rows, dtype=x.dtype)
+        threads = min(torch.get_num_threads(), self._blocks)
+        if self._multiply(self._address, x.data_ptr(), out.data_ptr(), TYPES[x.dtype], batch, threads, level):
+            raise MemoryError("no memory for the kernel's vectors")
+        return out
+
+    def unpack(self, first: int, last: int, out: Tensor, level: int) -> None:
+        """Write rows ``first`` to ``last`` densely into contiguous fp32 or bf16 ``out`` (last - first, columns)."""
+        self._unpack(self._address, first, last, out.data_ptr(), TYPES[out.dtype], torch.get_num_threads(), level)

@@ -1,0 +1,130 @@
+"""Every kernel level against an fp64 product, and against the others."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from fistapruner import FistaPrunerError
+from fistapruner.sparse import kernel
+from fistapruner.sparse.linear import SparseLinear
+from fistapruner.sparse.packed import pack_operator
+
+LEVELS = ("torch", *kernel.available_levels())
+VALUES = (torch.bfloat16, torch.float16, torch.float32, torch.int8)
+
+
+def make(seed: int, rows: int, columns: int, density: float, dtype: torch.dtype, group: int = 0):
+    generator = torch.Generator().manual_seed(seed)
+    weight = torch.randn(rows, columns, generator=generator)
+    weight *= torch.rand(rows, columns, generator=generator) < density
+    if dtype is torch.int8:
+        return pack_operator(weight.bfloat16()).quantised(group)
+    return pack_operator(weight.to(dtype))
+
+
+def reference(operator, x, bias=None):
+    """fp64 product with the exact stored weight, and the sum of magnitudes that rounding errors scale with."""
+    weight = operator.to_dense().double()
+    if operator.scales is not None:  # the rounding of the dense weight to bf16 is not the kernel's
+        width = operator.group or max(operator.shape[1], 1)
+        weight = torch.zeros(operator.shape, dtype=torch.float64)
+        weight[operator.kept()] = operator.values[: operator.stored].double()
+        weight *= operator.scales.double().repeat_interleave(width, 1)[:, : operator.shape[1]]
+    exact = x.double() @ weight.T
+    size = x.double().abs() @ weight.abs().T
+    return (exact if bias is None else exact + bias.double()), size
+
+
+@pytest.mark.parametrize("level", LEVELS)
+@pytest.mark.parametrize("values", VALUES)
+@settings(max_examples=40, deadline=None)
+@given(
+    seed=st.integers(0, 2**31),
+    rows=st.integers(1, 150),
+    columns=st.integers(1, 300),
+    density=st.sampled_from([0.0, 0.1, 0.5, 0.9, 1.0]),
+    batch=st.integers(1, 16),
+    dtype=st.sampled_from([torch.float32, torch.bfloat16]),
+    biased=st.booleans(),
+)
+def test_product_is_right(level, values, seed, rows, columns, density, batch, dtype, biased):
+    operator = make(seed, rows, columns, density, values)
+    generator = torch.Generator().manual_seed(seed + 1)
+    x = torch.randn(batch, columns, generator=generator).to(dtype)
+    bias = torch.randn(rows, generator=generator).to(dtype) if biased else None
+    out = SparseLinear(operator, bias, level=level)(x)
+    assert out.dtype == dtype
+    assert out.shape == (batch, rows)
+    exact, size = reference(operator, x, bias)
+    # fp32 sums; int8 rounds activations to 16 bits, and torch rounds the dense int8 weight to x's dtype.
+    inner = 2**-8 if level == "torch" and (dtype is torch.bfloat16 or values is torch.int8) else 2**-18
+    if values is torch.int8:
+        size = size + 2**-15 * 2**18 * x.double().abs().amax(1, keepdim=True) * operator.to_dense().double().abs().sum(1) / 2
+    bound = inner * size + (2**-8 if dtype is torch.bfloat16 else 2**-22) * exact.abs() + 1e-30
+    assert bool(((out.double() - exact).abs() <= bound).all())
+
+
+@pytest.mark.parametrize("level", kernel.available_levels())
+@pytest.mark.parametrize("values", VALUES)
+def test_threads_and_company_change_no_bit(level, values):
+    operator = make(3, 333, 700, 0.5, values)
+    layer = SparseLinear(operator, level=level)
+    x = torch.randn(7, 700, generator=torch.Generator().manual_seed(4))
+    before = torch.get_num_threads()
+    try:
+        torch.set_num_threads(1)
+        one = layer(x)
+        alone = torch.cat([layer(row[None]) for row in x])
+        torch.set_num_threads(2)
+        two = layer(x)
+    finally:
+        torch.set_num_threads(before)
+    assert torch.equal(one, two)
+    assert torch.equal(one, alone)
+
+
+@settings(max_examples=30, deadline=None)
+@given(seed=st.integers(0, 2**31), columns=st.integers(1, 400), group=st.sampled_from([0, 64, 128]))
+def test_int8_is_the_same_in_every_level(seed, columns, group):
+    operator = make(seed, 70, columns, 0.5, torch.int8, group)
+    x = torch.randn(3, columns, generator=torch.Generator().manual_seed(seed))
+    outs = [SparseLinear(operator, level=level)(x) for level in kernel.available_levels()]
+    assert all(torch.equal(outs[0], out) for out in outs[1:])
+
+
+@pytest.mark.parametrize("level", LEVELS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_many_tokens_equal_the_dense_product(level, dtype):
+    operator = make(5, 300, 130, 0.5, torch.bfloat16)
+    bias = torch.randn(300, generator=torch.Generator().manual_seed(8)).to(dtype)
+    x = torch.randn(2, 40, 130, generator=torch.Generator().manual_seed(6)).to(dtype)
+    out = SparseLinear(operator, bias, level=level)(x)
+    expected = torch.nn.functional.linear(x, operator.to_dense().to(dtype), bias)
+    assert out.shape == (2, 40, 300)
+    torch.testing.assert_close(out, expected)
+
+
+@pytest.mark.parametrize("level", kernel.available_levels())
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_not_finite_activations_stay_visible(level, bad):
+    x = torch.ones(2, 64)
+    x[0, 5] = bad
+    for values in (torch.bfloat16, torch.int8):
+        out = SparseLinear(make(1, 20, 64, 1.0, values), level=level)(x)
+        assert not bool(torch.isfinite(out[0]).any())
+        assert bool(torch.isfinite(out[1]).all())
+
+
+def test_gradients_flow_to_the_input():
+    operator = make(2, 20, 30, 0.5, torch.float32)
+    x = torch.randn(2, 30, requires_grad=True)
+    SparseLinear(operator)(x).sum().backward()
+    torch.testing.assert_close(x.grad, operator.to_dense().sum(0).expand(2, 30))
+
+
+def test_unknown_level_is_an_error():
+    with pytest.raises(FistaPrunerError, match="avx1024"):
+        kernel.level_index("avx1024")
