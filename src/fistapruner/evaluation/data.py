@@ -9,8 +9,6 @@ windows.
 from __future__ import annotations
 
 import hashlib
-import json
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..calibration.text import PYTHON, PYTHON_EVAL, adds_bos, python_documents, read_documents
 from ..errors import FistaPrunerError, MissingExtraError
 
 
@@ -83,7 +82,9 @@ def load_windows(data: str, tokenizer: Any, seqlen: int, windows: int | None = N
     """Read a text and cut it into windows.
 
     Args:
-        data: ``wikitext2``, ``ptb``, ``c4`` (through the extra ``data``), or a ``.txt``, ``.jsonl`` or ``.parquet`` file.
+        data: ``wikitext2``, ``ptb``, ``c4`` (through the extra ``data``), ``python`` (the part of Python's language
+            reference that calibration never sees), or a ``.txt``, ``.jsonl`` or ``.parquet`` file (documents are joined
+            by blank lines).
         tokenizer: a ``transformers`` tokenizer.
         seqlen: tokens in a window.
         windows: take only the first so many.
@@ -99,7 +100,7 @@ def load_windows(data: str, tokenizer: Any, seqlen: int, windows: int | None = N
     if windows is not None and windows < 1:
         raise FistaPrunerError(f"windows {windows} is out of range: at least 1, or leave it out for all of the text")
     text, split, limit = read_text(data)
-    name = data if data in KNOWN else Path(data).name
+    name = Path(data).name if split == "file" else data
     limits = [count for count in (windows, limit) if count is not None]
     return cut_windows(text, tokenizer, seqlen, min(limits, default=None), bos=bos, data=name, split=split)
 
@@ -128,74 +129,16 @@ def cut_windows(
     return Windows(tokens, data, split, bos, available)
 
 
-def adds_bos(tokenizer: Any) -> bool:
-    """Whether the tokenizer, left alone, starts a text with its BOS token."""
-    if tokenizer.bos_token_id is None:
-        return False
-    ids = tokenizer("a", verbose=False)["input_ids"]
-    plain = tokenizer("a", add_special_tokens=False, verbose=False)["input_ids"]
-    return len(ids) > len(plain) and ids[0] == tokenizer.bos_token_id
-
-
 def read_text(data: str) -> tuple[str, str, int | None]:
     """The joined text of a data set or file, its split, and the most windows the protocol takes of it."""
     if data in KNOWN and not Path(data).is_file():
         known = KNOWN[data]
         return known.joint.join(_hub_rows(data, known)), known.split, known.windows
-    path = Path(data)
-    if not path.is_file():
-        raise FistaPrunerError(f"data {data!r} is neither a file nor a known data set ({', '.join(KNOWN)})")
-    return "\n\n".join(read_documents(path)), "file", None
-
-
-def read_documents(path: Path) -> Iterator[str]:
-    """Texts of a local file: a ``.txt`` file is one, a ``.jsonl`` line or a Parquet row is one (field ``text``).
-
-    Raises:
-        FistaPrunerError: another suffix, not UTF-8, a broken line, or no ``text`` field.
-    """
-    suffix = path.suffix.lower()
-    if suffix == ".parquet":
-        yield from _parquet_rows(path)
-        return
-    try:
-        if suffix == ".jsonl":
-            with path.open(encoding="utf-8") as lines:
-                for number, line in enumerate(lines, 1):
-                    if line.strip():
-                        yield _text_field(line, f"{path}, line {number}")
-        elif suffix in (".txt", ".raw", ".md", ""):
-            yield path.read_text("utf-8")
-        else:
-            raise FistaPrunerError(f"data {str(path)!r} has suffix {suffix!r}: .txt, .jsonl or .parquet can be read")
-    except UnicodeDecodeError:
-        raise FistaPrunerError(f"{path} is not UTF-8 text") from None
-
-
-def _text_field(line: str, where: str) -> str:
-    try:
-        record = json.loads(line)
-    except ValueError:
-        raise FistaPrunerError(f"{where} is not JSON") from None
-    if not isinstance(record, dict) or not isinstance(record.get("text"), str):
-        raise FistaPrunerError(f"{where} has no field 'text' with a string in it")
-    return str(record["text"])
-
-
-def _parquet_rows(path: Path) -> Iterator[str]:
-    try:
-        import pyarrow.lib
-        import pyarrow.parquet
-    except ImportError:
-        raise MissingExtraError("pyarrow", "data", f"reading {path.name}") from None
-    try:
-        with pyarrow.parquet.ParquetFile(path) as file:
-            if "text" not in file.schema_arrow.names:
-                raise FistaPrunerError(f"{path} has no column 'text', only {', '.join(file.schema_arrow.names)}")
-            for batch in file.iter_batches(columns=["text"]):
-                yield from (str(value) for value in batch.column(0).to_pylist() if value is not None)
-    except pyarrow.lib.ArrowException as error:
-        raise FistaPrunerError(f"{path} cannot be read as Parquet: {error}") from None
+    if data == PYTHON and not Path(data).is_file():
+        return "\n\n".join(python_documents(PYTHON_EVAL)), "held out", None
+    if not Path(data).is_file():
+        raise FistaPrunerError(f"data {data!r} is neither a file nor a known data set ({', '.join([*KNOWN, PYTHON])})")
+    return "\n\n".join(read_documents(data)), "file", None
 
 
 def _hub_rows(data: str, known: DataSet) -> list[str]:

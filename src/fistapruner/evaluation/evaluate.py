@@ -14,12 +14,11 @@ from ..models.checkpoint import Checkpoint
 from ..models.skeleton import Skeleton
 from ..models.source import resolve_model
 from ..models.tokenizer import load_tokenizer
+from ..pipeline.work import DTYPES, choose_device
 from .data import Windows, load_windows
 from .results import Divergence, Evaluation, Perplexity, TaskResult
 from .scoring import divergence_of, perplexity_of
 from .streaming import Passes, Tick, score_windows, vocabulary_size
-
-DTYPES = {"auto": None, "float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 LONGEST_DEFAULT = 2048
 """Windows are the model's maximum length, at most this, unless the user says otherwise."""
@@ -74,8 +73,10 @@ def evaluate(
     """
     if data is None and not tasks:
         raise FistaPrunerError("nothing to evaluate: give data for perplexity (wikitext2, ptb, c4, python or a file) or tasks")
+    if dtype != "auto" and dtype not in DTYPES:
+        raise FistaPrunerError(f"dtype {dtype!r} is not known: auto, {', '.join(DTYPES)}")
     begin = time.perf_counter()
-    place = _device(device)
+    place = choose_device(device)
     folder = resolve_model(model, allow_pickle=allow_pickle, trust_remote_code=trust_remote_code)
     dense = resolve_model(against, allow_pickle=allow_pickle, trust_remote_code=trust_remote_code) if against is not None else None
     perplexity: Perplexity | None = None
@@ -111,7 +112,7 @@ def evaluate(
             tasks_dir=Path(tasks_dir) if tasks_dir is not None else None,
             limit=limit,
             device=place,
-            dtype=DTYPES[dtype],
+            dtype=DTYPES.get(dtype),
             batch_size=batch_size,
             trust_remote_code=trust_remote_code,
             tick=tick,
@@ -129,21 +130,9 @@ def evaluate(
     )
 
 
-def _device(name: str) -> torch.device:
-    try:
-        device = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if name == "auto" else name)
-    except RuntimeError:
-        raise FistaPrunerError(f"device {name!r} is not known: auto, cpu, cuda or cuda:N") from None
-    if device.type == "cuda" and (not torch.cuda.is_available() or (device.index or 0) >= torch.cuda.device_count()):
-        raise FistaPrunerError(f"device {name!r} is not here: {torch.cuda.device_count()} CUDA devices found")
-    return device
-
-
 def _skeleton(folder: Path, device: torch.device, dtype: str, allow_pickle: bool, trust_remote_code: bool) -> Skeleton:
-    if dtype not in DTYPES:
-        raise FistaPrunerError(f"dtype {dtype!r} is not known: {', '.join(DTYPES)}")
     checkpoint = Checkpoint.open(folder, allow_pickle=allow_pickle)
-    return Skeleton(checkpoint, device, DTYPES[dtype], trust_remote_code=trust_remote_code)
+    return Skeleton(checkpoint, device, DTYPES.get(dtype), trust_remote_code=trust_remote_code)
 
 
 def _check_same_tokens(model: Skeleton, reference: Skeleton, tokenizer: Any, reference_tokenizer: Any) -> None:

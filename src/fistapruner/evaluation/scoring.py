@@ -149,7 +149,8 @@ def perplexity_of(sums: Tensor, length: int, *, data: str, split: str, seqlen: i
 
 def divergence_of(sums: WindowSums) -> Divergence:
     """The divergence record of sums that have a reference."""
-    assert sums.reference_nll is not None and sums.kl is not None and sums.agree is not None
+    if sums.reference_nll is None or sums.kl is None or sums.agree is None:
+        raise ValueError("these sums have no reference model")
     kl, kl_error = mean_and_error(sums.kl, sums.length)
     agree, agree_error = mean_and_error(sums.agree, sums.length)
     difference, difference_error = mean_and_error(sums.nll - sums.reference_nll, sums.length)

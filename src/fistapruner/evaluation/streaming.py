@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from ..errors import FistaPrunerError
-from ..models.skeleton import Skeleton
+from ..models.skeleton import Call, Skeleton
 from .scoring import Head, WindowSums, compare_tokens, score_tokens, slices
 
 Tick = Callable[[str, int, int], None]
@@ -57,7 +57,7 @@ def last_hidden(skeleton: Skeleton, tokens: Tensor, passes: Passes, what: str = 
     hidden = torch.empty(windows, seqlen, skeleton.width, dtype=skeleton.dtype)
     with torch.no_grad():
         with skeleton.ends(head=False):
-            calls = {}
+            calls: dict[int, list[Call]] = {}
             for start, stop in batches:
                 first, arguments = skeleton.embed(tokens[start:stop])
                 hidden[start:stop] = first

@@ -83,8 +83,8 @@ def _metadata_results(report: Report) -> list[dict[str, Any]]:
 def _introduction(report: Report) -> str:
     totals = report.totals
     lines = [f"# {base_model(report)}, {report.sparsity} sparse", ""]
-    sentence = f"This is `{base_model(report)}` ({report.model.architecture}) pruned after training to **{report.sparsity}** with `{report.method}`"
-    lines.append(sentence + " by [fistapruner](https://pypi.org/project/fistapruner/).")
+    origin = f"This is `{base_model(report)}` ({report.model.architecture})"
+    lines.append(f"{origin}, pruned after training to **{report.sparsity}** with `fistapruner`, method `{report.method}`.")
     if totals.operator_weights and totals.operator_zeros is not None:
         share = f"{count(totals.operator_zeros)} of {count(totals.operator_weights)} weights of the pruned operators are zero"
         lines.append(f"{share} ({percent(totals.operator_zeros / totals.operator_weights, 4)})")

@@ -1,0 +1,89 @@
+"""Measure a model: perplexity, damage against the dense model, zero-shot tasks.
+
+MODEL is what 'prune' takes, or RUN/model. Perplexity reads one decoder layer at a time, so the model may be larger than
+memory. It depends on --seqlen, and is printed with everything that it depends on.
+
+  fistapruner evaluate smollm2 --data wikitext2 --seqlen 1024
+  fistapruner evaluate runs/first/model --against smollm2 --data text.txt --windows 60
+  fistapruner evaluate runs/first/model --against smollm2 --tasks arc_easy,piqa --tasks-dir tasks
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+
+SUMMARY = "perplexity, divergence from the dense model, zero-shot tasks"
+
+
+def configure(parser: argparse.ArgumentParser) -> None:
+    from .prune import add_output_arguments, add_trust_arguments
+
+    parser.add_argument("model", metavar="MODEL", help="hub id, local folder, GGUF file, or smollm2")
+    parser.add_argument(
+        "--against", metavar="DENSE", help="the dense model: adds its figures, KL divergence, paired tests"
+    )
+    text = parser.add_argument_group("perplexity")
+    text.add_argument(
+        "--data", help="wikitext2, ptb, c4, python, or a .txt/.jsonl/.parquet file (default: python, unless --tasks is given)"
+    )
+    text.add_argument("--seqlen", type=int, metavar="N", help="tokens in a window (default: the model's maximum, at most 2048)")
+    text.add_argument("--windows", type=int, metavar="N", help="only the first N windows (default: all)")
+    text.add_argument(
+        "--bos",
+        default="auto",
+        choices=("auto", "none", "text", "window"),
+        help="where the BOS token stands: auto is 'window' for tokenizers that add one, else 'none'; 'text' puts it once "
+        "before the whole text, as the scripts of most papers do",
+    )
+    tasks = parser.add_argument_group("zero-shot tasks")
+    tasks.add_argument("--tasks", metavar="A,B,...", help="lm-eval tasks; with --tasks-dir names of its files, or all")
+    tasks.add_argument("--tasks-dir", metavar="DIR", help="folder of local .jsonl tasks; needs no network")
+    tasks.add_argument("--limit", type=int, metavar="N", help="only the first N items of each task")
+    work = parser.add_argument_group("execution")
+    work.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:N (default: auto)")
+    work.add_argument(
+        "--dtype", default="auto", choices=("auto", "float32", "bfloat16", "float16"), help="precision (default: the checkpoint's)"
+    )
+    work.add_argument("--batch-size", type=int, metavar="N", help="windows in one forward pass (default: by device)")
+    work.add_argument("--memory-limit", metavar="SIZE", help="memory that hidden states may take (default: half of what is free)")
+    add_trust_arguments(parser)
+    add_output_arguments(parser)
+
+
+def run(arguments: argparse.Namespace) -> int:
+    from ..errors import FistaPrunerError
+    from ..evaluation.evaluate import evaluate
+    from ..recipe import parse_bytes
+    from ..reporting.evaluation_text import evaluation_text
+    from .progress import choose_listener
+
+    tasks = [task.strip() for task in (arguments.tasks or "").split(",") if task.strip()]
+    if arguments.tasks_dir and not tasks:
+        tasks = ["all"]
+    data = arguments.data or (None if tasks else "python")
+    try:
+        memory = parse_bytes(arguments.memory_limit) if arguments.memory_limit else None
+    except ValueError as error:
+        raise FistaPrunerError(f"--memory-limit: {error}") from None
+    listener = choose_listener(quiet=arguments.quiet or arguments.json)
+    result = evaluate(
+        arguments.model,
+        data,
+        seqlen=arguments.seqlen,
+        windows=arguments.windows,
+        against=arguments.against,
+        tasks=tasks,
+        tasks_dir=arguments.tasks_dir,
+        limit=arguments.limit,
+        device=arguments.device,
+        dtype=arguments.dtype,
+        batch_size=arguments.batch_size,
+        memory_limit=memory,
+        bos=arguments.bos,
+        allow_pickle=arguments.allow_pickle,
+        trust_remote_code=arguments.trust_remote_code,
+        tick=lambda what, done, total: listener.say(f"{what}: {done} of {total}") if done % 8 == 0 or done == total else None,
+    )
+    print(json.dumps(result.to_dict(), indent=2) if arguments.json else evaluation_text(result))
+    return 0

@@ -1,0 +1,235 @@
+"""Zero-shot tasks by ``lm-eval``, with paired tests so that noise is not sold as a difference.
+
+A task is an ``lm-eval`` name (its data comes from the hub), or a local ``.jsonl`` file, which needs no network. Files are
+told apart by their fields:
+
+* ``query``, ``choices``, ``gold``: the choice with the highest likelihood after the query (ARC, PIQA, BoolQ, HellaSwag).
+  A query that asks a ``Question:`` gets ``Answer:`` on a line of its own, as ``lm-eval`` writes these tasks.
+* ``context``, ``continuation``: right if greedy decoding gives exactly the continuation (LAMBADA).
+* ``context_options``, ``continuation``, ``gold``: the context after which the continuation is likeliest (WinoGrande).
+"""
+
+from __future__ import annotations
+
+import gc
+import json
+import math
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ..errors import FistaPrunerError, MissingExtraError
+from ..models.tokenizer import load_tokenizer
+from .results import TaskResult
+from .streaming import Tick
+
+METRICS = ("acc", "acc_norm", "exact_match")
+"""Metrics that are right or wrong item by item; ``acc_norm`` divides a choice's log-likelihood by its length."""
+
+Outcomes = dict[tuple[str, str], dict[int, float]]
+"""(task, metric) to item number to 1 (right) or 0 (wrong)."""
+
+
+def evaluate_tasks(
+    folder: Path,
+    tasks: Sequence[str],
+    *,
+    against: Path | None = None,
+    tasks_dir: Path | None = None,
+    limit: int | None = None,
+    device: torch.device | None = None,
+    dtype: torch.dtype | None = None,
+    batch_size: int | None = None,
+    trust_remote_code: bool = False,
+    tick: Tick = lambda what, done, total: None,
+) -> tuple[TaskResult, ...]:
+    """Score a model on zero-shot tasks, and a reference model on the same items.
+
+    Args:
+        folder: the model's Hugging Face folder.
+        tasks: ``lm-eval`` names, or names of ``.jsonl`` files in ``tasks_dir`` without the suffix; ``all`` takes every
+            file of ``tasks_dir``.
+        against: the dense model's folder.
+        tasks_dir: folder of local tasks.
+        limit: only the first so many items of each task.
+        device, dtype, batch_size, trust_remote_code: how the models are run.
+        tick: told of progress.
+
+    Raises:
+        FistaPrunerError: an unknown task, or a file that is no task.
+        MissingExtraError: the extra ``eval`` is not installed.
+    """
+    specifications: list[Any] = list(tasks)
+    if tasks_dir is not None:
+        specifications = [local_task(path) for path in _local_files(tasks, tasks_dir)]
+    source = "local file" if tasks_dir is not None else "lm-eval"
+    _require_lm_eval()
+    models = [folder] if against is None else [folder, against]
+    outcomes: list[Outcomes] = []
+    for done, path in enumerate(models):
+        tick(f"zero-shot tasks of {path.name}", done, len(models))
+        outcomes.append(_run(path, specifications, limit, device, dtype, batch_size, trust_remote_code))
+    tick("zero-shot tasks", len(models), len(models))
+    return tuple(
+        task_result(task, metric, items, outcomes[1][task, metric] if against is not None else None, source)
+        for (task, metric), items in outcomes[0].items()
+    )
+
+
+def task_result(
+    task: str, metric: str, items: Mapping[int, float], reference: Mapping[int, float] | None = None, source: str = ""
+) -> TaskResult:
+    """Score, standard error and paired test from right (1) and wrong (0) by item number.
+
+    Raises:
+        FistaPrunerError: the two models answered different items.
+    """
+    value, error = _score(items)
+    if reference is None:
+        return TaskResult(task, metric, len(items), value, error, source=source)
+    if items.keys() != reference.keys():
+        raise FistaPrunerError(f"task {task}: the two models answered different items; they cannot be compared")
+    lost = sum(reference[item] > right for item, right in items.items())
+    won = sum(reference[item] < right for item, right in items.items())
+    before, before_error = _score(reference)
+    return TaskResult(
+        task, metric, len(items), value, error, before, before_error, lost=lost, won=won, p_value=mcnemar(lost, won), source=source
+    )
+
+
+def mcnemar(lost: int, won: int) -> float:
+    """Two-sided exact McNemar test (McNemar 1947): the binomial test of ``lost`` against ``won`` with probability 1/2.
+
+    Items that both models get right, or both wrong, say nothing about which one is better and do not enter.
+    """
+    total = lost + won
+    tail = sum(math.comb(total, k) for k in range(min(lost, won) + 1))
+    return min(1.0, float(2 * tail / 2**total))
+
+
+def local_task(path: Path) -> dict[str, Any]:
+    """``lm-eval`` configuration of a local ``.jsonl`` task; its kind is read from the first line.
+
+    Raises:
+        FistaPrunerError: the file is empty, not JSON, or has none of the known sets of fields.
+    """
+    with path.open(encoding="utf-8") as lines:
+        first = lines.readline()
+    try:
+        item = json.loads(first)
+    except ValueError:
+        raise FistaPrunerError(f"{path}, line 1 is not JSON") from None
+    fields = set(item) if isinstance(item, dict) else set()
+    task: dict[str, Any] = {
+        "task": path.stem,
+        "dataset_path": "json",
+        "dataset_kwargs": {"data_files": {"test": str(path.absolute())}},
+        "test_split": "test",
+        "num_fewshot": 0,
+    }
+    if {"query", "choices", "gold"} <= fields:
+        return task | {
+            "output_type": "multiple_choice",
+            "doc_to_text": _question,
+            "doc_to_choice": "choices",
+            "doc_to_target": "gold",
+            "metric_list": [_mean("acc"), _mean("acc_norm")],
+        }
+    if {"context_options", "continuation", "gold"} <= fields:
+        # With a number as text and the contexts as choices, lm-eval scores one continuation after each context.
+        return task | {
+            "output_type": "multiple_choice",
+            "doc_to_text": "gold",
+            "doc_to_choice": "context_options",
+            "doc_to_target": "continuation",
+            "metric_list": [_mean("acc")],
+        }
+    if {"context", "continuation"} <= fields:
+        return task | {
+            "output_type": "loglikelihood",
+            "doc_to_text": "context",
+            "doc_to_target": " {{continuation}}",
+            "metric_list": [_mean("acc")],
+        }
+    raise FistaPrunerError(
+        f"{path} has the fields {', '.join(sorted(fields)) or 'none'}: a task has query, choices and gold; context and "
+        "continuation; or context_options, continuation and gold"
+    )
+
+
+def _question(item: Mapping[str, Any]) -> str:
+    query = str(item["query"]).strip()
+    return f"{query}\nAnswer:" if "Question:" in query else query
+
+
+def _mean(metric: str) -> dict[str, Any]:
+    return {"metric": metric, "aggregation": "mean", "higher_is_better": True}
+
+
+def _local_files(tasks: Sequence[str], tasks_dir: Path) -> list[Path]:
+    present = sorted(tasks_dir.glob("*.jsonl")) if tasks_dir.is_dir() else []
+    if not present:
+        raise FistaPrunerError(f"--tasks-dir {tasks_dir} holds no .jsonl task")
+    names = {path.stem: path for path in present}
+    if "all" in tasks:
+        return present
+    for task in tasks:
+        if task not in names:
+            raise FistaPrunerError(f"task {task!r} is not in {tasks_dir}: it has {', '.join(names)}")
+    return [names[task] for task in tasks]
+
+
+def _require_lm_eval() -> None:
+    from importlib.util import find_spec
+
+    if find_spec("lm_eval") is None:
+        raise MissingExtraError("lm-eval", "eval", "a zero-shot task")
+
+
+def _run(
+    folder: Path,
+    specifications: Sequence[Any],
+    limit: int | None,
+    device: torch.device | None,
+    dtype: torch.dtype | None,
+    batch_size: int | None,
+    trust_remote_code: bool,
+) -> Outcomes:
+    from lm_eval import simple_evaluate
+    from lm_eval.models.huggingface import HFLM
+    from lm_eval.tasks import TaskManager
+    from transformers import AutoModelForCausalLM
+
+    settings = {"dtype": dtype or "auto", "trust_remote_code": trust_remote_code}
+    model = AutoModelForCausalLM.from_pretrained(str(folder), **settings).to(device or torch.device("cpu")).eval()
+    tokenizer = load_tokenizer(folder, trust_remote_code=trust_remote_code)
+    runner = HFLM(pretrained=model, tokenizer=tokenizer, batch_size=batch_size or 16)
+    # Local tasks need no table of all the tasks that lm-eval knows, which takes seconds to read.
+    named = any(isinstance(task, str) for task in specifications)
+    manager = TaskManager() if named else TaskManager(include_defaults=False)
+    if named and (unknown := [task for task in specifications if task not in manager.all_tasks]):
+        raise FistaPrunerError(f"task {unknown[0]!r} is not known to lm-eval (see 'lm-eval ls tasks'); --tasks-dir takes local files")
+    try:
+        found = simple_evaluate(runner, tasks=list(specifications), limit=limit, bootstrap_iters=0, log_samples=True, task_manager=manager)
+    except (OSError, ConnectionError) as error:
+        reason = " ".join(str(error).split())[:200]
+        raise FistaPrunerError(f"task data could not be loaded: {reason}; --tasks-dir takes local files and needs no network") from None
+    finally:
+        del runner, model
+        gc.collect()
+    outcomes: Outcomes = {}
+    for task, samples in (found or {})["samples"].items():
+        for metric in METRICS:
+            if samples and metric in samples[0]:
+                outcomes[task, metric] = {sample["doc_id"]: float(sample[metric]) for sample in samples}
+    return outcomes
+
+
+def _score(items: Mapping[int, float]) -> tuple[float, float]:
+    """Mean and its standard error with the sample variance, as ``lm-eval`` gives it."""
+    count = len(items)
+    mean = sum(items.values()) / count
+    error = math.sqrt(mean * (1 - mean) / (count - 1)) if count > 1 else math.nan
+    return mean, error
