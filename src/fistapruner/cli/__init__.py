@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from importlib import import_module
 
 VERBS: dict[str, str] = {
+    "prune": "prune",
     "evaluate": "evaluate",
     "methods": "methods",
 }

@@ -157,10 +157,8 @@ def prune_layer(
         for number, group in numbered:
             progress(_names(group), None)
             if number not in sums or (number == 0 and 0 not in in_dense_pass):
-                if recipe.error_correction:
-                    todo = [(number, group)]
-                else:  # every operator on the layer's own, unpruned inputs: one pass is enough for all of them
-                    todo = numbered[number:]
+                # Without error correction all operators see the layer's own, unpruned inputs: one pass serves them all.
+                todo = [(number, group)] if recipe.error_correction else numbered[number:]
                 for other, _ in todo:
                     if other not in sums:
                         sums[other] = new_sums(other)

@@ -6,6 +6,8 @@ import os
 import platform
 import resource
 import sys
+from contextlib import suppress
+from datetime import UTC, datetime
 from importlib import metadata
 from pathlib import Path
 
@@ -57,10 +59,8 @@ def versions() -> dict[str, str]:
 
 def reset_peak_memory() -> None:
     """Start a new measurement of peak memory, where the system can."""
-    try:
+    with suppress(OSError):  # elsewhere the peak counts from the start of the process
         Path("/proc/self/clear_refs").write_text("5")
-    except OSError:
-        pass  # then the peak counts from the start of the process
     if torch.cuda.is_available():
         torch.cuda.reset_peak_memory_stats()
 
@@ -74,3 +74,8 @@ def peak_memory() -> int:
                 return int(line.split()[1]) * 1024
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024
+
+
+def now() -> str:
+    """The time, in UTC, as ISO 8601."""
+    return datetime.now(UTC).isoformat(timespec="seconds")

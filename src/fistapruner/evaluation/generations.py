@@ -1,0 +1,59 @@
+"""The same prompts continued by the dense and the pruned model."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import psutil
+import torch
+
+from ..models.checkpoint import Checkpoint
+from ..reporting.schema import Generation
+
+PROMPTS = (
+    "The capital of France is",
+    "To make a good cup of tea, first",
+    "def fibonacci(n):",
+)
+
+
+def generate_side_by_side(
+    dense: Path,
+    pruned: Path,
+    device: torch.device,
+    *,
+    prompts: tuple[str, ...] = PROMPTS,
+    tokens: int = 32,
+    trust_remote_code: bool = False,
+) -> list[Generation]:
+    """Continue prompts greedily with both models.
+
+    Both are loaded whole, one after the other. Where one would not fit in three quarters of the free memory, nothing is
+    generated.
+
+    Args:
+        dense, pruned: Hugging Face folders.
+        device: where the models run.
+        prompts: texts to continue.
+        tokens: new tokens for each.
+        trust_remote_code: run Python code that comes with the checkpoints.
+    """
+    free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else psutil.virtual_memory().available
+    if Checkpoint.open(pruned).nbytes > 0.75 * free:
+        return []
+    texts = [_continue(folder, device, prompts, tokens, trust_remote_code) for folder in (dense, pruned)]
+    return [Generation(prompt=prompt, dense=a, pruned=b) for prompt, a, b in zip(prompts, *texts, strict=True)]
+
+
+def _continue(folder: Path, device: torch.device, prompts: tuple[str, ...], tokens: int, trust_remote_code: bool) -> list[str]:
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(str(folder), trust_remote_code=trust_remote_code)
+    model = AutoModelForCausalLM.from_pretrained(str(folder), dtype="auto", trust_remote_code=trust_remote_code).to(device).eval()
+    texts = []
+    for prompt in prompts:
+        ids = tokenizer(prompt, return_tensors="pt").to(device)
+        with torch.no_grad():
+            out = model.generate(**ids, max_new_tokens=tokens, do_sample=False, pad_token_id=tokenizer.eos_token_id)
+        texts.append(str(tokenizer.decode(out[0, ids["input_ids"].shape[1] :], skip_special_tokens=True)))
+    return texts

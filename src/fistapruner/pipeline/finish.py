@@ -1,0 +1,104 @@
+"""After the last layer: the checkpoint, and the report of what was done."""
+
+from __future__ import annotations
+
+import json
+import math
+import time
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..atomic import write_json_atomic
+from ..errors import FistaPrunerError
+from ..models.checkpoint import Checkpoint
+from ..models.checkpoint_writer import write_checkpoint
+from ..models.layout import Layout
+from ..reporting.model_card import model_card
+from ..reporting.schema import VERSION, LayerEntry, Report, Totals, parse
+from .journal import RunDirectory
+from .machine import now, peak_memory
+from .serial import Listener
+from .work import Work
+
+
+def finish(run: RunDirectory, work: Work, seconds: float, listener: Listener) -> Report:
+    """Write the checkpoint and the report of a run whose layers are all journaled.
+
+    Args:
+        run: the run directory.
+        work: the opened run.
+        seconds: wall time so far, in this process.
+        listener: told of progress.
+
+    Raises:
+        FistaPrunerError: layers are missing.
+    """
+    entries = [run.finished(index, work.fingerprint) for index in range(len(work.skeleton))]
+    missing = [str(index) for index, entry in enumerate(entries) if entry is None]
+    if missing:
+        raise FistaPrunerError(f"{run.folder}: decoder layers {', '.join(missing)} are not pruned yet; run the same command again")
+    begin = time.perf_counter()
+    layers = [entry for entry in entries if entry is not None]
+    facts = run.facts()
+    report = parse(Report, {key: value for key, value in facts.items() if key != "decided"}, str(run.run_file))
+    report.layers = layers
+    checkpoint = work.skeleton.checkpoint
+    report.totals = _totals(layers, checkpoint, facts.get("seconds", 0.0) + seconds)
+    report.warnings += [warning for layer in layers for warning in layer.warnings]
+
+    places = {name: index for index in range(len(layers)) for name in run.weights(index).entries}
+
+    def replacement(name: str) -> Tensor | None:
+        return run.weights(places[name]).read(name) if name in places else None
+
+    if not run.model.exists():
+        listener.say("writing the checkpoint")
+        documents = {
+            "README.md": model_card(report),
+            "fistapruner.json": json.dumps(_record(report, work.layout), indent=2) + "\n",
+        }
+        write_checkpoint(checkpoint, run.model, replacement, identity=work.fingerprint, documents=documents)
+    report.status = "finished"
+    report.finished = now()
+    writing = time.perf_counter() - begin
+    report.totals.seconds = (report.totals.seconds or 0.0) + writing
+    report.totals.time_split["write"] = writing
+    report.totals.checkpoint_bytes = sum(path.stat().st_size for path in run.model.iterdir() if path.is_file())
+    write_report(run, report)
+    return report
+
+
+def write_report(run: RunDirectory, report: Report) -> None:
+    """Write ``report.json``."""
+    write_json_atomic(run.report_file, report.model_dump(mode="json"))
+
+
+def _totals(layers: list[LayerEntry], checkpoint: Checkpoint, seconds: float) -> Totals:
+    split: dict[str, float] = {}
+    for layer in layers:
+        for phase, value in layer.seconds.items():
+            split[phase] = split.get(phase, 0.0) + value
+    operators = [operator for layer in layers for operator in layer.operators]
+    zeros = sum(operator.zeros for operator in operators)
+    return Totals(
+        operator_weights=sum(math.prod(operator.shape) for operator in operators),
+        operator_zeros=zeros,
+        model_weights=sum(math.prod(checkpoint.entry(name).shape) for name in checkpoint.names()),
+        model_zeros=zeros,
+        seconds=seconds,
+        time_split=split,
+        peak_memory=peak_memory(),
+        peak_device_memory=torch.cuda.max_memory_allocated() if torch.cuda.is_available() else None,
+    )
+
+
+def _record(report: Report, layout: Layout) -> dict[str, Any]:
+    """What the checkpoint says of itself (``fistapruner.json``): the claim that ``inspect`` checks."""
+    operators = {
+        f"{layer.name}.{operator.name}": {"sparsity": operator.sparsity, "zeros": operator.zeros, "shape": list(operator.shape)}
+        for layer in report.layers
+        for operator in layer.operators
+    }
+    return {"version": VERSION, "recipe": report.recipe, "model": report.model.source, "versions": report.versions, "operators": operators}

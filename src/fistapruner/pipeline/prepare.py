@@ -1,0 +1,166 @@
+"""Before the first layer: check everything that can be checked, decide what all processes of the run will use."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import shlex
+import sys
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..calibration import calibration_tokens
+from ..errors import FistaPrunerError
+from ..evaluation.data import load_windows
+from ..models.checkpoint import Checkpoint
+from ..models.layout import Layout, discover
+from ..models.skeleton import Skeleton
+from ..models.source import resolve_model
+from ..models.tokenizer import load_tokenizer
+from ..recipe import Recipe, matches
+from ..reporting.schema import CalibrationFacts, ModelFacts, Report
+from ..sparsity import Sparsity, check_divides, parse_sparsity
+from .journal import RunDirectory
+from .machine import describe_machine, now, versions
+from .serial import Listener
+from .work import open_skeleton
+
+DEFAULT_SEQLEN = 2048
+"""Calibration windows are the model's maximum length, at most this: what the papers use for OPT and LLaMA-1."""
+
+
+def prepare(
+    model: str,
+    run: RunDirectory,
+    recipe: Recipe,
+    listener: Listener,
+    command: str | None,
+    allow_pickle: bool,
+    trust_remote_code: bool,
+    evaluate: str | None = None,
+) -> None:
+    """Check everything that can be checked, then decide and write down what all processes of the run will use.
+
+    Args:
+        model: as the user named it.
+        run: the run directory, made.
+        recipe: all settings.
+        listener: told what was found.
+        command: shell line that reproduces the run.
+        allow_pickle: read legacy ``.bin`` weights.
+        trust_remote_code: run Python code that comes with the checkpoint.
+        evaluate: the text that will be evaluated after the run; read now, so that a fault in it shows now.
+
+    Raises:
+        FistaPrunerError: bad input, named.
+    """
+    folder = resolve_model(model, allow_pickle=allow_pickle, trust_remote_code=trust_remote_code)
+    listener.say(f"model {model}: {folder}")
+    skeleton = open_skeleton(folder, recipe, allow_pickle=allow_pickle, trust_remote_code=trust_remote_code)
+    layout = discover(skeleton).select(recipe)
+    sparsity = allocate(recipe, layout)
+    facts = run.facts()
+    if facts:
+        refuse_other(run, model, recipe)
+    tokenizer = load_tokenizer(folder, trust_remote_code=trust_remote_code)
+    settings = recipe.calibration
+    if evaluate is not None:
+        load_windows(evaluate, tokenizer, settings.seqlen or min(skeleton.max_length, DEFAULT_SEQLEN), 1)
+    if "decided" in facts and run.calibration_file.exists():
+        return
+    seqlen = settings.seqlen or min(skeleton.max_length, DEFAULT_SEQLEN)
+    if seqlen > skeleton.max_length:
+        raise FistaPrunerError(f"seqlen {seqlen} is more than the {skeleton.max_length} tokens {folder} was made for")
+    listener.say(f"calibration: {settings.samples} windows of {seqlen} tokens from {settings.source}")
+
+    def load_model() -> Any:
+        from transformers import AutoModelForCausalLM
+
+        loaded = AutoModelForCausalLM.from_pretrained(str(folder), dtype=skeleton.dtype, trust_remote_code=trust_remote_code)
+        return loaded.to(skeleton.device).eval()
+
+    tokens, how = calibration_tokens(settings, tokenizer, seqlen, load_model)
+    run.write_tokens(tokens)
+    checkpoint = skeleton.checkpoint
+    batch_size = recipe.execution.batch_size or default_batch_size(seqlen, skeleton)
+    facts = Report(
+        command=command or shlex.join(sys.argv),
+        started=now(),
+        recipe=recipe.model_dump(mode="json"),
+        fingerprint=_fingerprint(recipe, checkpoint, tokens),
+        versions=versions(),
+        machine=describe_machine(skeleton.device),
+        model=ModelFacts(
+            source=model,
+            architecture=type(skeleton.model).__name__,
+            layers=len(skeleton),
+            hidden_size=skeleton.width,
+            parameters=sum(math.prod(checkpoint.entry(name).shape) for name in checkpoint.names()),
+            dtype=str(checkpoint.dtype).removeprefix("torch."),
+            bytes=checkpoint.nbytes,
+        ),
+        calibration=CalibrationFacts.model_validate({**how, "samples": tokens.shape[0], "seqlen": seqlen, "tokens": tokens.numel()}),
+    ).model_dump(mode="json", exclude={"layers", "totals", "evaluations", "speed", "generations", "plan"})
+    facts["decided"] = {
+        "model": model,
+        "folder": str(folder.absolute()),
+        "allow_pickle": allow_pickle,
+        "trust_remote_code": trust_remote_code,
+        "batch_size": batch_size,
+        "on_disk": False,
+        "sparsity": {name: str(pattern) for name, pattern in sparsity.items()},
+    }
+    run.write_recipe(recipe.to_yaml())
+    run.write_facts(facts)
+
+
+def allocate(recipe: Recipe, layout: Layout) -> dict[str, Sparsity]:
+    """Pattern of every operator.
+
+    Raises:
+        FistaPrunerError: a pattern that matches nothing, or does not divide an operator's inputs.
+    """
+    operators = layout.operators()
+    chosen: dict[str, Sparsity] = dict.fromkeys((name for name, _ in operators), recipe.pattern)
+    if isinstance(recipe.allocation, Mapping):
+        for pattern, sparsity in recipe.allocation.items():
+            names = [name for name in chosen if matches(name, pattern)]
+            if not names:
+                raise FistaPrunerError(f"allocation: {pattern!r} matches no operator; the first one is called {operators[0][0]!r}")
+            chosen.update((name, parse_sparsity(sparsity)) for name in names)
+    for name, operator in operators:
+        check_divides(chosen[name], operator.columns, name)
+    return chosen
+
+
+def default_batch_size(seqlen: int, skeleton: Skeleton) -> int:
+    """Windows in one forward pass: enough tokens to keep the device busy, few enough to fit."""
+    tokens = 4096 if skeleton.device.type == "cpu" else 16384
+    return max(1, tokens // seqlen)
+
+
+def _fingerprint(recipe: Recipe, checkpoint: Checkpoint, tokens: Tensor) -> str:
+    """Identity of a run: its settings, the model's files and the calibration tokens."""
+    files = [(name, file.path.stat().st_size) for name, file in checkpoint.files.items()]
+    digest = hashlib.sha256(json.dumps([recipe.fingerprint(), files, checkpoint.config], sort_keys=True).encode())
+    digest.update(tokens.to(torch.int64).numpy().tobytes())
+    return digest.hexdigest()[:16]
+
+
+def refuse_other(run: RunDirectory, model: str, recipe: Recipe) -> None:
+    """Refuse to continue a run of other settings, naming the first that differs."""
+    facts = run.facts()
+    before = facts.get("recipe", {})
+    now = recipe.model_dump(mode="json")
+    for key in now:
+        if key != "execution" and before.get(key) != now[key]:
+            raise FistaPrunerError(
+                f"--out {run.folder} holds a run with {key} = {json.dumps(before.get(key))}, "
+                f"this one has {json.dumps(now[key])}: name another folder, or remove it"
+            )
+    if (source := facts.get("model", {}).get("source")) != model:
+        raise FistaPrunerError(f"--out {run.folder} holds a run of the model {source!r}, this one is of {model!r}: name another folder")
