@@ -22,10 +22,7 @@ def alps_reference(weight: Tensor, gram: Tensor, sparsity: Sparsity, *, rho: flo
     h = h / norm / norm[:, None]
     scaled = (weight * norm).T.contiguous()  # (n, m), as its code keeps it
     rhs = (weight * norm @ h).T.contiguous()
-    if isinstance(sparsity, NM):
-        kept = weight.numel() * sparsity.n / sparsity.m
-    else:
-        kept = round((1 - sparsity.fraction) * weight.numel())
+    kept = weight.numel() * sparsity.n / sparsity.m if isinstance(sparsity, NM) else round((1 - sparsity.fraction) * weight.numel())
 
     def project(v: Tensor) -> Tensor:
         if isinstance(sparsity, NM):

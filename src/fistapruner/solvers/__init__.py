@@ -16,12 +16,15 @@ from .alps import ALPS
 from .base import Method, Solution
 from .fista import Fista
 from .magnitude import Magnitude
+from .proximal import Proximal
 from .refit import Refit
 from .sparsegpt import SparseGPT
 from .swap import Swap
 from .wanda import Wanda
 
-METHODS: dict[str, type[Method]] = {method.name: method for method in (Fista, ALPS, SparseGPT, ADMM, Wanda, Magnitude, Refit, Swap)}
+METHODS: dict[str, type[Method]] = {
+    method.name: method for method in (Proximal, Fista, ALPS, SparseGPT, ADMM, Wanda, Magnitude, Refit, Swap)
+}
 
 Steps = str | Method | Sequence["str | dict[str, object] | Method"]
 

@@ -1,0 +1,180 @@
+"""Proximal splitting with hard thresholds, in the metric of optimal brain surgeon: the default solver."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from typing import ClassVar
+
+import torch
+from pydantic import Field
+from torch import Tensor
+
+from ..numerics import fast_products
+from ..problem import LayerProblem
+from ..sparsity import NM, Sparsity, Unstructured
+from .base import Method, Solution, Stats, project_operators
+from .conditioning import alive_gram, damped_cholesky
+from .refit import refit_cg
+from .thresholds import GroupThreshold, SampledThreshold
+
+
+class Proximal(Method):
+    """Douglas-Rachford splitting of ``f(V)/2`` and the exact pattern, its penalty growing, then a refit on the support.
+
+    Coordinates are scaled by ``s_j^2 = 1 / [(H + mu diag H)^-1]_jj`` (less the mu), the error that removing input j leaves
+    once all others make up for it, so that hard thresholding ranks weights as optimal brain surgeon does, not by
+    magnitude or by input norm alone. In these coordinates one iteration is two proximal maps and one product,
+
+        D = P(Z);   A = prox_{f / rho}(2 D - Z);   Z = Z + A - D,
+
+    with P the projection onto the pattern. Written around the dense weights it becomes, with ``M = rho (H + rho I)^-1 - I/2``
+    and ``W' = W + 2 a R (H + rho I)^-1``,
+
+        Z = (Z + W') / 2 + (2 D - Z - W) M,
+
+    one product and four passes over the weights. The product runs on the low-precision matrix units. Thresholds inside the
+    iterations come from a sample (the whole operator) or a comparison network (n:m); the last one is exact. rho grows
+    geometrically: small values let the support wander, large ones freeze it. Weights are then refitted by conjugate
+    gradients, the residual computed in fp32. With a start given, an operator whose error would not fall keeps its start.
+
+    Args:
+        rho: first and last penalty, in units of the scaled Gram's diagonal.
+        levels: values of rho between them.
+        steps: iterations at each.
+        damping: ridge towards the dense weights, as a share of the mean of the Gram's diagonal.
+        metric_damping: mu.
+        refit: conjugate gradient steps at the end, in two halves.
+        fast: low-precision matrix units inside the iterations.
+    """
+
+    name: ClassVar[str] = "proximal"
+    summary: ClassVar[str] = "proximal splitting with hard thresholds in the OBS metric, then refit (default)"
+    reference: ClassVar[str] = "this project; splitting: Lions & Mercier 1979; growing penalty: ALPS, arXiv 2406.07831"
+
+    rho: tuple[float, float] = (0.15, 1.6)
+    levels: int = Field(16, ge=2)
+    steps: int = Field(4, ge=1)
+    damping: float = Field(0.001, ge=0.0)
+    metric_damping: float = Field(0.1, gt=0.0)
+    refit: int = Field(10, ge=0)
+    fast: bool = True
+
+    def solve(self, problem: LayerProblem, sparsity: Sequence[Sparsity], start: Solution | None = None) -> Solution:
+        gram = alive_gram(problem.gram)
+        gram.diagonal().add_(self.damping * gram.diagonal().mean())
+        scale, warnings = obs_scale(gram, self.metric_damping, problem.label)
+        mask = torch.empty_like(problem.weight, dtype=torch.bool)
+        weight = torch.empty_like(problem.weight)
+        # Operators of one layout (unstructured, or one group length) iterate together.
+        layouts = sorted({_group_length(pattern) for pattern in sparsity})
+        starts = [sum(problem.rows[:i]) for i in range(len(problem.rows))]
+        products = 0
+        for length in layouts:
+            chosen = [i for i, pattern in enumerate(sparsity) if _group_length(pattern) == length]
+            rows = torch.cat([torch.arange(starts[i], starts[i] + problem.rows[i]) for i in chosen]).to(weight.device)
+            whole = len(chosen) == len(sparsity)
+            dense = (problem.weight if whole else problem.weight[rows]) * scale
+            pull = problem.pull
+            if pull is not None:
+                pull = (pull if whole else pull[rows]) / scale
+            sizes, patterns = [problem.rows[i] for i in chosen], [sparsity[i] for i in chosen]
+            found = self._split(dense, pull, gram / scale / scale[:, None], sizes, patterns, length)
+            kept = project_operators(found.abs(), sizes, patterns)
+            found = found * kept / scale
+            if whole:
+                mask, weight = kept, found
+            else:
+                mask[rows], weight[rows] = kept, found
+        half = self.refit // 2
+        for count in (self.refit - half, half):
+            if count:
+                weight = refit_cg(problem, gram, weight, mask, count, fast=self.fast)
+        products = self.levels * self.steps + self.refit
+        record: Stats = {"iterations": self.levels * self.steps, "products": products, "rho": list(self.rho)}
+        solution = Solution(weight, mask, tuple(record for _ in problem.rows), tuple(warnings))
+        return solution if start is None else keep_better(problem, solution, start)
+
+    def _split(
+        self, dense: Tensor, pull: Tensor | None, gram: Tensor, rows: Sequence[int], sparsity: Sequence[Sparsity], length: int
+    ) -> Tensor:
+        """The last Z of operators of one layout, in scaled coordinates (m, n)."""
+        n = gram.shape[0]
+        if length > 1:  # members of a group n/m columns apart: comparisons then run over contiguous slices
+            order = torch.arange(n, device=gram.device).view(-1, length).T.reshape(-1)
+            dense, gram = dense[:, order], gram[order][:, order]
+            pull = None if pull is None else pull[:, order]
+        threshold = [
+            GroupThreshold(pattern) if isinstance(pattern, NM) else SampledThreshold(pattern, size, n)
+            for pattern, size in zip(sparsity, rows, strict=True)
+        ]
+        resolvent = resolvents(gram, self.fast)
+        growth = (self.rho[1] / self.rho[0]) ** (1 / (self.levels - 1))
+        z = dense.clone()
+        sparse, shifted = torch.empty_like(z), torch.empty_like(z)
+        parts = list(zip(threshold, z.split(tuple(rows)), sparse.split(tuple(rows)), strict=True))
+        with fast_products(self.fast):
+            for level in range(self.levels):
+                rho = self.rho[0] * growth**level
+                matrix = resolvent(rho)  # rho (H + rho I)^-1
+                centre = dense if pull is None else torch.addmm(dense, pull, matrix, alpha=2.0 / rho)
+                matrix.neg_().diagonal().add_(0.5)
+                for step in range(self.steps):
+                    for hard, whole, kept in parts:
+                        hard(whole, kept, correct=step == 0)
+                    if level and step == 0:
+                        # The dual U = Z - D is in units of rho: rho grew, so it shrinks.
+                        torch.lerp(sparse, z, 1.0 / growth, out=z)
+                    torch.add(z, dense, out=shifted).add_(sparse, alpha=-2.0)
+                    z.lerp_(centre, 0.5).addmm_(shifted, matrix)
+        if length > 1:
+            z = z.view(len(z), length, -1).transpose(1, 2).reshape(z.shape)
+        return z
+
+
+def keep_better(problem: LayerProblem, solution: Solution, start: Solution) -> Solution:
+    """``solution``, but the operators of ``start`` where those have the lower error."""
+    before, after = problem.errors(start.weight), problem.errors(solution.weight)
+    better = torch.tensor([a <= b for a, b in zip(after, before, strict=True)], device=solution.weight.device)
+    rows = torch.tensor(problem.rows, device=solution.weight.device)
+    chosen = torch.repeat_interleave(better, rows, output_size=problem.shape[0])[:, None]
+    weight, mask = torch.where(chosen, solution.weight, start.weight), torch.where(chosen, solution.mask, start.mask)
+    return replace(solution, weight=weight, mask=mask)
+
+
+def obs_scale(gram: Tensor, damping: float, label: str) -> tuple[Tensor, list[str]]:
+    """(n,) scale of each input: the square root of its Schur complement in the Gram, geometric mean as in its diagonal.
+
+    Args:
+        gram: (n, n) positive definite.
+        damping: added to the unit diagonal of the Jacobi-scaled Gram, so that near-collinear inputs keep a weight.
+        label: operators, for a warning.
+    """
+    norm = gram.diagonal().sqrt()
+    factor, used, warnings = damped_cholesky(gram / norm / norm[:, None], damping, label)
+    schur = torch.cholesky_inverse(factor).diagonal().reciprocal() - used
+    left = schur.clamp(1e-3, 1.0).sqrt()
+    return norm * left / left.log().mean().exp(), warnings
+
+
+def resolvents(gram: Tensor, fast: bool) -> Callable[[float], Tensor]:
+    """``rho -> rho (H + rho I)^-1`` (n, n): one eigendecomposition on a CPU, a Cholesky factorisation for each rho on a GPU.
+
+    An eigendecomposition costs as much as about ten factorisations on a CPU and far more on a GPU, where it does not run on
+    matrix units. All eigenvalues of the result are in (0, 1], so that low-precision products may form it.
+    """
+    if gram.device.type != "cpu":
+        identity = torch.eye(len(gram), dtype=gram.dtype, device=gram.device)
+        return lambda rho: torch.cholesky_inverse(torch.linalg.cholesky_ex(gram + rho * identity)[0]) * rho
+    values, vectors = torch.linalg.eigh(gram)
+    values = values.clamp_min(0.0)
+
+    def resolvent(rho: float) -> Tensor:
+        with fast_products(fast):
+            return (vectors * (rho / (values + rho))) @ vectors.T
+
+    return resolvent
+
+
+def _group_length(pattern: Sparsity) -> int:
+    return 1 if isinstance(pattern, Unstructured) else pattern.m

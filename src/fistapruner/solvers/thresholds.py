@@ -1,0 +1,101 @@
+"""Fast hard thresholds for use inside iterations; the exact projection is in :mod:`fistapruner.sparsity`."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ..sparsity import NM, Unstructured
+
+SAMPLE = 1 << 14
+
+
+class SampledThreshold:
+    """Keep about the right share of an operator's values: the threshold is the quantile of a fixed sample of them.
+
+    Selecting the k-th largest of all values costs more than the product of an iteration; of 16 thousand it costs next to
+    nothing. The sample's bias is measured now and then on all values and taken out of the wanted quantile.
+
+    Args:
+        pattern: sparsity of the operator.
+        rows, columns: its shape.
+    """
+
+    def __init__(self, pattern: Unstructured, rows: int, columns: int) -> None:
+        self.total = rows * columns
+        self.wanted = self.total - pattern.zeros(rows, columns)
+        self.stride = max(1, self.total // SAMPLE)
+        while self.stride > 1 and (columns % self.stride == 0 or self.stride % 2 == 0):
+            self.stride += 1  # a stride that divides the columns would see a few inputs only
+        self.size = (self.total + self.stride - 1) // self.stride
+        self.rank: Tensor | None = None
+
+    def __call__(self, values: Tensor, out: Tensor, *, correct: bool) -> None:
+        """Write ``values`` (rows, columns, contiguous) to ``out``, zero where they are below the threshold.
+
+        Args:
+            values: (rows, columns).
+            out: the same shape.
+            correct: count all kept values and correct the quantile for the next call.
+        """
+        sample = values.view(-1)[:: self.stride].abs().sort().values
+        if self.rank is None:
+            self.rank = torch.tensor(float(self.size * (self.total - self.wanted) / self.total), device=values.device)
+        bound = sample[self.rank.round().long().clamp(0, self.size - 1)]
+        hard_threshold(values, bound, out)
+        if correct:
+            kept = torch.count_nonzero(out)
+            self.rank = self.rank + (kept - self.wanted) * (self.size / self.total)
+
+
+class GroupThreshold:
+    """Keep the n largest of every m values; ties keep none or halves of them, which iterations do not mind.
+
+    The m members of group g are ``values[:, i * groups + g]``: slices that a comparison network (Batcher's odd-even merge
+    sort) sorts without gathering.
+
+    Args:
+        pattern: the n:m pattern.
+    """
+
+    def __init__(self, pattern: NM) -> None:
+        self.pattern = pattern
+        self.network = _odd_even_merge_sort(pattern.m)
+
+    def __call__(self, values: Tensor, out: Tensor, *, correct: bool) -> None:
+        """Write ``values`` (rows, columns) to ``out``, zero where they are not among the n largest of their group."""
+        n, m = self.pattern.n, self.pattern.m
+        size = values.abs()
+        slices = list(size.view(len(size), m, -1).unbind(1))
+        for low, high in self.network:
+            slices[low], slices[high] = torch.maximum(slices[low], slices[high]), torch.minimum(slices[low], slices[high])
+        bound = (slices[n - 1] + slices[n]) * 0.5
+        shape = (len(values), m, -1)
+        # sign(|z| - bound) is 1 above and -1 below: (sign + 1) / 2 is the mask, without a boolean tensor.
+        keep = torch.sub(size.view(shape), bound[:, None]).sign_().add_(1.0).mul_(0.5)
+        torch.mul(values.view(shape), keep, out=out.view(shape))
+
+
+def hard_threshold(values: Tensor, bound: Tensor, out: Tensor) -> None:
+    """``values`` where their magnitude exceeds ``bound`` (0-dim tensor), else zero, into ``out``.
+
+    On a CPU the bound is read by the host and one vectorised pass does it; on a GPU reading it would stall the queue.
+    """
+    if values.device.type == "cpu":
+        torch.ops.aten.hardshrink.out(values, float(bound), out=out)
+    else:
+        torch.where(values.abs() > bound, values, torch.zeros((), dtype=values.dtype, device=values.device), out=out)
+
+
+def _odd_even_merge_sort(m: int) -> list[tuple[int, int]]:
+    """Comparators (i, j), i < j, of Batcher's network for any m; after max to i and min to j the order is descending."""
+    comparators = []
+    p = 1
+    while p < m:
+        k = p
+        while k >= 1:
+            for j in range(k % p, m - k, 2 * k):
+                comparators += [(i + j, i + j + k) for i in range(min(k, m - j - k)) if (i + j) // (2 * p) == (i + j + k) // (2 * p)]
+            k //= 2
+        p *= 2
+    return comparators
