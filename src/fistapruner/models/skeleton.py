@@ -166,18 +166,19 @@ class Skeleton:
         hidden_out: Tensor = out[0] if isinstance(out, tuple) else out
         return hidden_out
 
-    def logits(self, hidden: Tensor, tokens: Tensor) -> Tensor:
+    def logits(self, hidden: Tensor, tokens: Tensor, *, gradients: bool = False) -> Tensor:
         """(batch, seqlen, vocabulary) logits from the last decoder layer's output. Needs :meth:`ends`.
 
         Args:
             hidden: (batch, seqlen, width) output of the last decoder layer.
             tokens: (batch, seqlen) the token ids it came from.
+            gradients: record operations, so that logits can be differentiated with respect to ``hidden``.
         """
 
         def give(index: int, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
             return (hidden,) if self._returns_tuple else hidden
 
-        out = self._forward(tokens, give)
+        out = self._forward(tokens, give, gradients=gradients)
         logits: Tensor = out.logits
         return logits
 
@@ -194,7 +195,9 @@ class Skeleton:
         with torch.no_grad():
             self._returns_tuple = isinstance(self.layers[0](*args, **kwargs), tuple)
 
-    def _forward(self, tokens: Tensor, instead: Callable[[int, tuple[Any, ...], dict[str, Any]], Any]) -> Any:
+    def _forward(
+        self, tokens: Tensor, instead: Callable[[int, tuple[Any, ...], dict[str, Any]], Any], *, gradients: bool = False
+    ) -> Any:
         """The model's own forward pass with every decoder layer's forward replaced."""
 
         def replacement(index: int) -> Callable[..., Any]:
@@ -203,7 +206,7 @@ class Skeleton:
         for index, layer in enumerate(self.layers):
             layer.forward = replacement(index)
         try:
-            with torch.no_grad():
+            with torch.set_grad_enabled(gradients):
                 return self.model(input_ids=tokens.to(self.device), use_cache=False)
         except _Stop:
             return None

@@ -1,0 +1,171 @@
+"""How much the model's predictions feel an error in the output of each operator and of each decoder layer.
+
+An error ``e_t`` in some output of the dense model at token ``t`` moves the predicted distributions by
+
+    KL(dense || perturbed) = 1/2 sum_t E[(g_t . e_t)^2] + higher orders,
+
+where ``g_t`` is the gradient of the log-likelihood of labels *drawn from the model itself* with respect to that output: its
+second moment is the Fisher information. One forward and one backward pass over some calibration windows measure it, decoder
+layer by decoder layer, so that one layer is in memory at a time. The second moment is kept as
+
+* for each operator, ``E[g_i^2]`` of every output row ``i``: with it, a layer problem's row errors become a prediction of
+  nats (:mod:`.error`);
+* for each decoder layer, the matrix ``E[g g^T]`` of its output hidden states: the metric of block matching
+  (:mod:`fistapruner.pipeline.match`).
+
+Gradient second moments as a metric for layer-wise errors go back to K-FAC (Martens & Grosse 2015, arXiv 1503.05671).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ..models.layout import Layout
+from ..models.skeleton import Call, Skeleton
+from ..numerics import fast_products
+from ..problem import ProblemSums
+
+HEAD_TOKENS = 512
+"""Tokens whose logits are made at once."""
+
+
+@dataclass(frozen=True)
+class Sensitivity:
+    """What one forward and one backward pass of the dense model measured.
+
+    Args:
+        rows: (m,) mean squared gradient of every output row of each operator, by full name.
+        outputs: (width, width) second moment of the gradient at each decoder layer's output, in order.
+        tokens: tokens behind the means.
+    """
+
+    rows: dict[str, Tensor]
+    outputs: list[Tensor]
+    tokens: int
+
+
+def measure_sensitivity(
+    skeleton: Skeleton,
+    layout: Layout,
+    tokens: Tensor,
+    *,
+    seed: int = 0,
+    batch_size: int = 4,
+    grams: Callable[[int, int, ProblemSums], None] | None = None,
+    tick: Callable[[int], None] = lambda done: None,
+) -> Sensitivity:
+    """Run the dense model forwards and backwards over some windows.
+
+    Args:
+        skeleton: the dense model.
+        layout: its operators.
+        tokens: (windows, seqlen) token ids. Hidden states between all layers are kept for them, ``(layers + 1) * windows *
+            seqlen * width`` values on the CPU.
+        seed: draws the labels.
+        batch_size: windows in one pass.
+        grams: receives (layer, group, sums) of every operator group of the dense model, gathered on the way.
+        tick: told how many of the 2 x layers passes are done.
+    """
+    count, seqlen = tokens.shape
+    batches = [(start, min(start + batch_size, count)) for start in range(0, count, batch_size)]
+    states, calls = _forward(skeleton, layout, tokens, batches, grams, tick)
+    gradient = _loss_gradient(skeleton, states[-1], seed)
+    rows: dict[str, Tensor] = {}
+    outputs: list[Tensor] = []
+    for index in reversed(range(len(skeleton))):
+        outputs.append(torch.zeros(skeleton.width, skeleton.width, device=skeleton.device))
+        operators = [operator for group in layout.layers[index] for operator in group]
+        with skeleton.layer(index) as module:
+            sums = {operator.name: torch.zeros(operator.rows, device=skeleton.device) for operator in operators}
+
+            def add(name: str, grad: Tensor, sums: dict[str, Tensor] = sums) -> None:
+                sums[name] += grad.reshape(-1, grad.shape[-1]).float().square().sum(0)
+
+            def hook(name: str) -> Callable[..., None]:
+                return lambda _, __, out: out.register_hook(lambda grad: add(name, grad)) and None
+
+            handles = [module.get_submodule(operator.name).register_forward_hook(hook(operator.name)) for operator in operators]
+            try:
+                for start, stop in batches:
+                    hidden = states[index][start:stop].to(skeleton.device).requires_grad_()
+                    above = gradient[start:stop].to(skeleton.device)
+                    flat = above.reshape(-1, above.shape[-1]).float()
+                    with fast_products(above.dtype == torch.bfloat16):
+                        outputs[-1].addmm_(flat.T, flat)
+                    with torch.enable_grad():
+                        out = skeleton.run(index, hidden, calls[stop - start][index])
+                        (below,) = torch.autograd.grad(out, hidden, above)
+                    gradient[start:stop] = below
+            finally:
+                for handle in handles:
+                    handle.remove()
+        states.pop()
+        rows |= {layout.full_name(index, operator): sums[operator.name].cpu() / tokens.numel() for operator in operators}
+        tick(2 * len(skeleton) - index)
+    metrics = [(metric + metric.T).cpu() / (2 * tokens.numel()) for metric in reversed(outputs)]
+    return Sensitivity(rows, metrics, tokens.numel())
+
+
+def _forward(
+    skeleton: Skeleton,
+    layout: Layout,
+    tokens: Tensor,
+    batches: list[tuple[int, int]],
+    grams: Callable[[int, int, ProblemSums], None] | None,
+    tick: Callable[[int], None],
+) -> tuple[list[Tensor], dict[int, list[Call]]]:
+    """Hidden states into every decoder layer and out of the last one, and how layers are called for each batch size."""
+    calls: dict[int, list[Call]] = {}
+    first = torch.empty(*tokens.shape, skeleton.width, dtype=skeleton.dtype)
+    with skeleton.ends(head=False):
+        for start, stop in batches:
+            first[start:stop], arguments = skeleton.embed(tokens[start:stop])
+            calls.setdefault(stop - start, arguments)
+    states = [first]
+    for index in range(len(skeleton)):
+        states.append(torch.empty_like(first))
+        with skeleton.layer(index) as module, torch.no_grad():
+            sums: list[ProblemSums] = []
+            handles = []
+            for group in layout.layers[index] if grams is not None else ():
+                stacked = torch.cat([operator.weight(module).float() for operator in group])
+                sums.append(ProblemSums(stacked, drifts=False))
+
+                def gather(_: object, args: tuple[Tensor, ...], own: ProblemSums = sums[-1]) -> None:
+                    own.add(args[0].reshape(-1, args[0].shape[-1]))
+
+                handles.append(module.get_submodule(group[0].name).register_forward_pre_hook(gather))
+            try:
+                for start, stop in batches:
+                    hidden = states[index][start:stop].to(skeleton.device)
+                    states[-1][start:stop] = skeleton.run(index, hidden, calls[stop - start][index])
+            finally:
+                for handle in handles:
+                    handle.remove()
+        if grams is not None:
+            for number, own in enumerate(sums):
+                grams(index, number, own)
+        tick(index + 1)
+    return states, calls
+
+
+def _loss_gradient(skeleton: Skeleton, hidden: Tensor, seed: int) -> Tensor:
+    """Gradient, at the last layer's output, of the summed log-likelihood of labels drawn from the model."""
+    generator = torch.Generator(skeleton.device).manual_seed(seed)
+    gradient = torch.empty_like(hidden)
+    with skeleton.ends():
+        for window in range(len(hidden)):
+            for start in range(0, hidden.shape[1], HEAD_TOKENS):
+                part = hidden[window : window + 1, start : start + HEAD_TOKENS].to(skeleton.device).requires_grad_()
+                ids = torch.zeros(part.shape[:2], dtype=torch.int64)
+                with torch.enable_grad():
+                    logits = skeleton.logits(part, ids, gradients=True)[0].float()
+                    with torch.no_grad():
+                        drawn = torch.multinomial(torch.softmax(logits, -1), 1, generator=generator)
+                    chosen = torch.log_softmax(logits, -1).gather(1, drawn).sum()
+                    (gradient[window : window + 1, start : start + HEAD_TOKENS],) = torch.autograd.grad(chosen, part)
+    return gradient
