@@ -49,6 +49,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 2
     except BrokenPipeError:
         return 0
-    except KeyboardInterrupt:
-        print("fistapruner: interrupted", file=sys.stderr)
+    except KeyboardInterrupt as interruption:
+        print(f"fistapruner: {interruption or 'interrupted'}", file=sys.stderr)
         return 130

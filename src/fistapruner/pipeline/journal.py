@@ -2,7 +2,8 @@
 
     RUN/
         recipe.yaml                every setting
-        run.json                   model, calibration, machine, what was decided before the first layer
+        run.json                   model, calibration, machine, what was decided before the first layer, and its checksum
+        lock                       host and process that works here (:mod:`fistapruner.pipeline.lock`)
         calibration.safetensors    the token ids
         layers/0003.safetensors    the pruned tensors of a decoder layer
         layers/0003.json           what the report says of it and the checksum of its tensors; written last
@@ -69,15 +70,15 @@ class RunDirectory:
             return {}
         try:
             facts = json.loads(self.run_file.read_text("utf-8"))
-            if not isinstance(facts, dict):
-                raise ValueError("not an object")
-        except (OSError, ValueError) as error:
+            if not isinstance(facts, dict) or facts.pop("sha256", None) != _digest(facts):
+                raise ValueError("its checksum is wrong")
+        except (OSError, ValueError, RecursionError) as error:
             raise FistaPrunerError(f"{self.run_file} is damaged ({error}): remove the run directory or choose another --out") from None
         return facts
 
     def write_facts(self, facts: Mapping[str, Any]) -> None:
-        """Replace ``run.json``."""
-        write_json_atomic(self.run_file, dict(facts))
+        """Replace ``run.json``; a checksum of its content goes with it."""
+        write_json_atomic(self.run_file, {**facts, "sha256": _digest(facts)})
 
     def write_recipe(self, text: str) -> None:
         """Replace ``recipe.yaml``."""
@@ -127,7 +128,7 @@ class RunDirectory:
             if tensors.stat().st_size != file["bytes"] or sha256_file(tensors) != file["sha256"]:
                 raise ValueError(f"{tensors.name} is not the file it was written with")
             return LayerEntry.model_validate(content)
-        except (OSError, ValueError, KeyError, TypeError, AttributeError, ValidationError) as error:
+        except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError, ValidationError, FistaPrunerError) as error:
             log.warning("layer %d is done again: %s: %s", index, record.name, error)
             return None
 

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
+import logging
 import math
 import shlex
 import sys
@@ -11,7 +11,6 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from ..calibration import calibration_tokens
 from ..errors import FistaPrunerError
@@ -27,7 +26,9 @@ from ..sparsity import Sparsity, check_divides, parse_sparsity
 from .journal import RunDirectory
 from .machine import describe_machine, now, versions
 from .serial import Listener
-from .work import open_skeleton
+from .work import fingerprint, open_skeleton
+
+log = logging.getLogger("fistapruner")
 
 DEFAULT_SEQLEN = 2048
 """Calibration windows are the model's maximum length, at most this: what the papers use for OPT and LLaMA-1."""
@@ -70,7 +71,7 @@ def prepare(
     settings = recipe.calibration
     if evaluate is not None:
         load_windows(evaluate, tokenizer, settings.seqlen or min(skeleton.max_length, DEFAULT_SEQLEN), 1)
-    if "decided" in facts and run.calibration_file.exists():
+    if "decided" in facts and _has_its_tokens(run, facts, recipe, skeleton.checkpoint):
         return
     seqlen = settings.seqlen or min(skeleton.max_length, DEFAULT_SEQLEN)
     if seqlen > skeleton.max_length:
@@ -86,12 +87,16 @@ def prepare(
     tokens, how = calibration_tokens(settings, tokenizer, seqlen, load_model)
     run.write_tokens(tokens)
     checkpoint = skeleton.checkpoint
-    batch_size = recipe.execution.batch_size or default_batch_size(seqlen, skeleton)
+    numerics = facts.get("decided", {}).get("numerics") or {
+        "batch_size": recipe.execution.batch_size or default_batch_size(seqlen, skeleton),
+        "threads": recipe.execution.threads or torch.get_num_threads(),
+        "device": skeleton.device.type,
+    }
     facts = Report(
         command=command or shlex.join(sys.argv),
         started=now(),
         recipe=recipe.model_dump(mode="json"),
-        fingerprint=_fingerprint(recipe, checkpoint, tokens),
+        fingerprint=fingerprint(recipe, checkpoint, tokens, numerics),
         versions=versions(),
         machine=describe_machine(skeleton.device),
         model=ModelFacts(
@@ -110,7 +115,7 @@ def prepare(
         "folder": str(folder.absolute()),
         "allow_pickle": allow_pickle,
         "trust_remote_code": trust_remote_code,
-        "batch_size": batch_size,
+        "numerics": numerics,
         "on_disk": False,
         "sparsity": {name: str(pattern) for name, pattern in sparsity.items()},
     }
@@ -143,12 +148,13 @@ def default_batch_size(seqlen: int, skeleton: Skeleton) -> int:
     return max(1, tokens // seqlen)
 
 
-def _fingerprint(recipe: Recipe, checkpoint: Checkpoint, tokens: Tensor) -> str:
-    """Identity of a run: its settings, the model's files and the calibration tokens."""
-    files = [(name, file.path.stat().st_size) for name, file in checkpoint.files.items()]
-    digest = hashlib.sha256(json.dumps([recipe.fingerprint(), files, checkpoint.config], sort_keys=True).encode())
-    digest.update(tokens.to(torch.int64).numpy().tobytes())
-    return digest.hexdigest()[:16]
+def _has_its_tokens(run: RunDirectory, facts: Mapping[str, Any], recipe: Recipe, checkpoint: Checkpoint) -> bool:
+    """Whether the stored calibration tokens are whole and the ones the run began with; otherwise they are made again."""
+    try:
+        return bool(facts["fingerprint"] == fingerprint(recipe, checkpoint, run.tokens(), facts["decided"]["numerics"]))
+    except FistaPrunerError as error:
+        log.warning("the calibration tokens are read again: %s", error)
+        return False
 
 
 def refuse_other(run: RunDirectory, model: str, recipe: Recipe) -> None:

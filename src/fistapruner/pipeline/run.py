@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import time
 from collections.abc import Callable, Iterator
@@ -14,14 +13,15 @@ from ..atomic import disk_errors
 from ..errors import FistaPrunerError
 from ..problem import LayerProblem
 from ..recipe import Recipe, merge
-from ..reporting.schema import Report, parse
+from ..reporting.schema import Report, parse, read_json
 from .finish import finish
 from .journal import RunDirectory
+from .lock import hold
 from .machine import reset_peak_memory
 from .measure import measure
 from .prepare import prepare, refuse_other
 from .serial import Listener, prune_serially
-from .work import Work
+from .work import Work, threads
 
 log = logging.getLogger("fistapruner")
 
@@ -70,7 +70,7 @@ def prune(
         listener.say(f"{out} holds the finished run of this recipe")
     with disk_errors(run.folder):
         run.create()
-    with _logging(run):
+    with _saying_how_to_go_on(run), hold(run.folder), _logging(run):
         if report is None:
             started = time.perf_counter()
             reset_peak_memory()
@@ -79,7 +79,8 @@ def prune(
             done = {index: entry for index in range(len(work.skeleton)) if (entry := run.finished(index, work.fingerprint))}
             listener.begin(len(work.skeleton), len(done))
             try:
-                prune_serially(work, set(range(len(work.skeleton))) - set(done), listener, inspect)
+                with threads(work.numerics["threads"]):
+                    prune_serially(work, set(range(len(work.skeleton))) - set(done), listener, inspect)
             finally:
                 listener.end()
             report = finish(run, work, time.perf_counter() - started, listener)
@@ -97,8 +98,23 @@ def _finished_report(run: RunDirectory, model: str, recipe: Recipe) -> Report | 
     refuse_other(run, model, recipe)
     if not (run.report_file.exists() and run.model.is_dir()):
         return None
-    report = parse(Report, json.loads(run.report_file.read_text("utf-8")), str(run.report_file))
+    try:
+        report = parse(Report, read_json(run.report_file), str(run.report_file))
+    except FistaPrunerError as error:
+        log.warning("the report is made again: %s", error)
+        return None
     return report if report.status == "finished" else None
+
+
+@contextmanager
+def _saying_how_to_go_on(run: RunDirectory) -> Iterator[None]:
+    """Let an interruption carry the command that continues the run."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        done = len(list(run.layers.glob("*.json")))
+        how = f"go on with: fistapruner resume {run.folder}" if run.run_file.exists() else "nothing is lost: give the same command again"
+        raise KeyboardInterrupt(f"interrupted with {done} decoder layers done; {how}") from None
 
 
 @contextmanager

@@ -6,7 +6,10 @@ a worker process or a node of a cluster opens the same :class:`Work` from the sa
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import hashlib
+import json
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -41,7 +44,8 @@ class Work:
         layout: operators to prune.
         sparsity: pattern of every one of them, by full name.
         tokens: (samples, seqlen) calibration tokens.
-        batch_size: windows in one forward pass; part of the run, since it decides the order of sums.
+        numerics: what decides the order of sums, and with it the last bits: ``batch_size`` (windows in one forward
+            pass), ``threads`` of a worker, kind of ``device``. Part of the run.
         on_disk: whether hidden states are kept in files.
     """
 
@@ -52,7 +56,7 @@ class Work:
     layout: Layout
     sparsity: Mapping[str, Sparsity]
     tokens: Tensor
-    batch_size: int
+    numerics: Mapping[str, Any]
     on_disk: bool
 
     @classmethod
@@ -64,17 +68,20 @@ class Work:
             device: where to work; default is the recipe's.
 
         Raises:
-            FistaPrunerError: not a prepared run, or its model is gone.
+            FistaPrunerError: not a prepared run, or its model or calibration tokens are gone or not those it began with.
         """
         run = RunDirectory(folder)
         facts = run.facts()
         decided: dict[str, Any] = facts.get("decided", {})
-        if not decided or not run.recipe_file.exists():
+        if not decided:
             raise FistaPrunerError(f"{folder} is not a prepared run")
-        recipe = Recipe.from_yaml(run.recipe_file.read_text("utf-8"), str(run.recipe_file))
+        recipe = Recipe.build(facts["recipe"], str(run.run_file))
         skeleton = open_skeleton(
             Path(decided["folder"]), recipe, device, allow_pickle=decided["allow_pickle"], trust_remote_code=decided["trust_remote_code"]
         )
+        tokens = run.tokens()
+        if facts["fingerprint"] != fingerprint(recipe, skeleton.checkpoint, tokens, decided["numerics"]):
+            raise FistaPrunerError(f"{folder}: the model or the calibration tokens are not those the run began with; name another --out")
         return cls(
             run=run,
             recipe=recipe,
@@ -82,8 +89,8 @@ class Work:
             skeleton=skeleton,
             layout=discover(skeleton).select(recipe),
             sparsity={name: parse_sparsity(pattern) for name, pattern in decided["sparsity"].items()},
-            tokens=run.tokens(),
-            batch_size=decided["batch_size"],
+            tokens=tokens,
+            numerics=decided["numerics"],
             on_disk=decided["on_disk"],
         )
 
@@ -96,7 +103,7 @@ class Work:
         """The input of the first decoder layer for all calibration windows, and how layers are called."""
         samples, seqlen = self.tokens.shape
         with self.skeleton.ends(head=False):
-            calls = Calls.of(self.skeleton, samples, seqlen, self.batch_size)
+            calls = Calls.of(self.skeleton, samples, seqlen, self.numerics["batch_size"])
             hidden: HiddenStates | None = None
             for start, stop in calls.batches(samples):
                 batch, _ = self.skeleton.embed(self.tokens[start:stop])
@@ -130,6 +137,15 @@ class Work:
                 run_layer(self.skeleton, index, streams.seen, calls, clock, output=streams.pruned_out)
 
 
+def fingerprint(recipe: Recipe, checkpoint: Checkpoint, tokens: Tensor, numerics: Mapping[str, Any]) -> str:
+    """Identity of a run: its settings, the model's files, the calibration tokens, and what decides the last bits."""
+    files = [(name, file.path.stat().st_size) for name, file in checkpoint.files.items()]
+    identity = [recipe.fingerprint(), files, checkpoint.config, dict(numerics)]
+    digest = hashlib.sha256(json.dumps(identity, sort_keys=True).encode())
+    digest.update(tokens.to(torch.int64).numpy().tobytes())
+    return digest.hexdigest()[:16]
+
+
 def open_skeleton(
     folder: Path, recipe: Recipe, device: torch.device | None = None, *, allow_pickle: bool = False, trust_remote_code: bool = False
 ) -> Skeleton:
@@ -160,3 +176,14 @@ def choose_device(name: str) -> torch.device:
     if device.type == "cuda" and device.index is not None and device.index >= torch.cuda.device_count():
         raise FistaPrunerError(f"device {name!r}: this machine has {torch.cuda.device_count()} CUDA GPUs")
     return device
+
+
+@contextmanager
+def threads(count: int) -> Iterator[None]:
+    """Compute on ``count`` CPU threads inside; products are split among threads, so their last bits depend on it."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(count)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)

@@ -1,0 +1,162 @@
+"""One process at a time on a run directory, or on a range of its decoder layers.
+
+The holder's host, process id and start time stand in ``RUN/lock`` (``RUN/lock.0-9`` for a run of only those layers), and
+the holder keeps the file locked (``flock``). On the same host the kernel drops that lock when the holder dies, whatever
+kills it, so a file that nobody keeps locked is stale and is taken over. Between hosts the kernel's word is not to be
+relied on (network file systems differ), so a file that names another host is believed until somebody removes it.
+"""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import json
+import os
+import platform
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any
+
+import psutil
+
+from ..atomic import disk_errors
+from ..errors import FistaPrunerError
+
+NAME = "lock"
+
+UNSUPPORTED = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)
+"""What ``flock`` says on file systems that have none; there the process id and start time decide."""
+
+
+@contextmanager
+def hold(folder: Path, layers: tuple[int, int] | None = None) -> Iterator[None]:
+    """Hold a run directory while the block runs.
+
+    Args:
+        folder: the run directory; it must exist.
+        layers: (first, last) decoder layer if only those are worked on: other ranges may be held by others meanwhile.
+
+    Raises:
+        FistaPrunerError: another living process holds it, or a range that overlaps; names its host and process id.
+    """
+    path = folder / (NAME if layers is None else f"{NAME}.{layers[0]}-{layers[1]}")
+    descriptor = _take(path)
+    try:
+        for other in sorted(folder.glob(f"{NAME}*")):
+            span = _layers_of(other.name)
+            if other != path and (layers is None or span is None or (span[0] <= layers[1] and layers[0] <= span[1])):
+                # Taking it shows that it is stale; its file is removed on release.
+                _release(other, _take(other))
+        yield
+    finally:
+        _release(path, descriptor)
+
+
+@contextmanager
+def preparing(folder: Path) -> Iterator[None]:
+    """Let one process of a host at a time decide the settings of a run; the others wait and find them decided."""
+    with disk_errors(folder):
+        descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        with _ignore_unsupported():
+            fcntl.flock(descriptor, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(descriptor)
+
+
+def _take(path: Path) -> int:
+    """Lock a file that no living process holds and write this process into it; its descriptor."""
+    while True:
+        with disk_errors(path):
+            descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
+        try:
+            try:
+                with _ignore_unsupported():
+                    fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                raise _refusal(path, _read(descriptor)) from None
+            if not _same_file(path, descriptor):  # its last holder removed it between our open and our lock
+                os.close(descriptor)
+                continue
+            holder = _read(descriptor)
+            if _may_live(holder):
+                raise _refusal(path, holder)
+            with disk_errors(path):
+                # Padded, so that a shorter record replaces a longer one in a single write.
+                os.pwrite(descriptor, json.dumps(_me()).ljust(512).encode(), 0)
+            return descriptor
+        except BaseException:
+            with suppress(OSError):
+                os.close(descriptor)
+            raise
+
+
+def _release(path: Path, descriptor: int) -> None:
+    with suppress(OSError):
+        if _same_file(path, descriptor):
+            path.unlink()
+    with suppress(OSError):
+        os.close(descriptor)
+
+
+def _me() -> dict[str, Any]:
+    return {"host": platform.node(), "pid": os.getpid(), "started": psutil.Process().create_time()}
+
+
+def _read(descriptor: int) -> dict[str, Any]:
+    """The record in a lock file; empty where a holder died before it wrote one."""
+    try:
+        record = json.loads(os.pread(descriptor, 4096, 0))
+    except (OSError, ValueError, RecursionError):
+        return {}
+    return record if isinstance(record, dict) else {}
+
+
+def _may_live(holder: dict[str, Any]) -> bool:
+    """Whether the process that a record names may still be at work, given that its file is not locked here."""
+    host, pid, started = holder.get("host"), holder.get("pid"), holder.get("started")
+    if not isinstance(host, str) or not isinstance(pid, int) or not isinstance(started, (int, float)):
+        return False
+    if host != platform.node():
+        return True
+    if pid == os.getpid():
+        return False  # this process died half-way through a release, in an earlier call
+    try:
+        return abs(psutil.Process(pid).create_time() - started) < 1.0
+    except (psutil.Error, OverflowError, ValueError):
+        return False
+
+
+def _refusal(path: Path, holder: dict[str, Any]) -> FistaPrunerError:
+    host, pid = holder.get("host", "an unknown host"), holder.get("pid", "unknown")
+    if host == platform.node():
+        return FistaPrunerError(f"{path.parent} is in use by process {pid} on this machine ({host}): wait for it, or end it and try again")
+    return FistaPrunerError(
+        f"{path.parent} is in use by process {pid} on host {host}: wait for it; if that process is surely gone, remove {path} and try again"
+    )
+
+
+def _layers_of(name: str) -> tuple[int, int] | None:
+    match = re.fullmatch(rf"{NAME}\.(\d+)-(\d+)", name)
+    return (int(match[1]), int(match[2])) if match else None
+
+
+def _same_file(path: Path, descriptor: int) -> bool:
+    try:
+        return os.path.samestat(os.stat(path), os.fstat(descriptor))
+    except OSError:
+        return False
+
+
+@contextmanager
+def _ignore_unsupported() -> Iterator[None]:
+    try:
+        yield
+    except BlockingIOError:
+        raise
+    except OSError as error:
+        if error.errno not in UNSUPPORTED:
+            raise
