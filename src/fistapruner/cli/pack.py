@@ -1,0 +1,28 @@
+"""Write a pruned checkpoint without its zeros.
+
+Every pruned operator is stored as a bit mask (n:m patterns as a shorter index) and its kept values; the rest as it is.
+The result loads in transformers after 'import fistapruner', and 'fistapruner unpack' brings the dense checkpoint back,
+bit for bit unless values were rounded (--values bf16 of fp32 weights, --values int8).
+"""
+
+from __future__ import annotations
+
+import argparse
+
+SUMMARY = "write a pruned checkpoint without its zeros"
+
+
+def configure(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("checkpoint", help="folder of a pruned Hugging Face model")
+    parser.add_argument("out", help="folder to make")
+    parser.add_argument(
+        "--values", choices=["same", "bf16", "int8"], default="same", help="how kept values are stored (default: same, lossless)"
+    )
+    parser.add_argument("--group", type=int, default=0, metavar="COLUMNS", help="columns that share an int8 scale (default: the whole row)")
+
+
+def run(arguments: argparse.Namespace) -> int:
+    from ..sparse.pack import pack
+
+    print(pack(arguments.checkpoint, arguments.out, values=arguments.values, group=arguments.group))
+    return 0

@@ -1,0 +1,110 @@
+"""Load a packed checkpoint as a transformers model, with nothing of transformers but its public classes."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..errors import FistaPrunerError
+from .linear import SparseLinear
+from .pack import PackedCheckpoint
+from .packed import PackedOperator, pack_operator
+
+
+def load(folder: str | Path, *, packed: bool = True, int8: bool = False, dtype: torch.dtype | None = None, verify: bool = True) -> Any:
+    """Load a packed checkpoint.
+
+    Args:
+        folder: folder that ``fistapruner pack`` wrote.
+        packed: keep the operators packed (:class:`SparseLinear`): less memory, and faster decoding on a CPU; False
+            unpacks them to an ordinary dense model.
+        int8: with ``packed``, turn float values to int8 while loading.
+        dtype: precision of activations and dense tensors; None takes the checkpoint's.
+        verify: compare the files with their checksums first.
+
+    Returns:
+        The causal language model, in evaluation mode.
+
+    Raises:
+        FistaPrunerError: the folder is damaged or of an unknown version, or does not fit its architecture.
+    """
+    from transformers import AutoConfig, GenerationConfig
+
+    source = PackedCheckpoint(folder, verify=verify)
+    settings = source.config()
+    if "model_type" not in settings:
+        raise FistaPrunerError(f"{source.folder / 'config.json'} has no model_type")
+    kind = settings.pop("model_type")
+    try:
+        config = AutoConfig.for_model(kind, **settings)
+    except (ValueError, TypeError, KeyError) as error:
+        raise FistaPrunerError(f"{source.folder}: config.json is not understood: {' '.join(str(error).split())[:200]}") from None
+    dtype = dtype or _main_dtype(source)
+    model = _build(source, config, dtype, packed, int8)
+    if (source.folder / "generation_config.json").is_file():
+        model.generation_config = GenerationConfig.from_pretrained(str(source.folder))
+    return model.eval()
+
+
+def _build(source: PackedCheckpoint, config: Any, dtype: torch.dtype, packed: bool, int8: bool) -> Any:
+    from accelerate import init_empty_weights
+    from transformers import AutoModelForCausalLM
+    from transformers.initialization import no_init_weights
+
+    with no_init_weights(), init_empty_weights(include_buffers=False):
+        model = AutoModelForCausalLM.from_config(config, dtype=dtype)
+    prefix = model.base_model_prefix + "."
+    known = set(model.state_dict())
+
+    def place(name: str) -> str:
+        return next((way for way in (name, prefix + name, name.removeprefix(prefix)) if way in known), name)
+
+    rest: dict[str, Tensor] = {place(name): _cast(source.checkpoint.read(name), dtype) for name in source.dense_names()}
+    for name in source.specs:
+        target, operator = place(name), source.operator(name)
+        parent, _, leaf = target.rpartition(".")
+        module = model.get_submodule(parent) if packed and target in known else None
+        if leaf == "weight" and isinstance(module, nn.Linear) and (module.out_features, module.in_features) == operator.shape:
+            replace(model, parent, _sparse(operator, rest.pop(f"{parent}.bias", None), int8))
+        elif leaf == "weight" and type(module).__name__ == "Conv1D":  # GPT-2 stores (inputs, outputs)
+            turned = pack_operator(operator.to_dense().T.contiguous())
+            if operator.scales is not None:
+                turned = turned.quantised(operator.group)
+            replace(model, parent, _sparse(turned, rest.pop(f"{parent}.bias", None), int8))
+        else:
+            rest[target] = _cast(operator.to_dense(), dtype)
+    try:
+        model.load_state_dict(rest, strict=False, assign=True)
+    except RuntimeError as error:
+        raise FistaPrunerError(f"{source.folder} does not fit {type(model).__name__}: {' '.join(str(error).split())[:300]}") from None
+    model.tie_weights()
+    missing = [name for name, tensor in model.state_dict().items() if tensor.is_meta]
+    if missing:
+        raise FistaPrunerError(f"{source.folder}: tensor {missing[0]!r} of {type(model).__name__} is not in it")
+    return model.requires_grad_(False)
+
+
+def _sparse(operator: PackedOperator, bias: Tensor | None, int8: bool) -> SparseLinear:
+    return SparseLinear(operator.quantised() if int8 and operator.scales is None else operator, bias)
+
+
+def replace(model: nn.Module, name: str, module: nn.Module) -> None:
+    """Put ``module`` at the dotted ``name`` of ``model``."""
+    parent, _, leaf = name.rpartition(".")
+    setattr(model.get_submodule(parent), leaf, module)
+
+
+def _main_dtype(source: PackedCheckpoint) -> torch.dtype:
+    sizes: dict[torch.dtype, int] = {}
+    for entries in source.contents().values():
+        for entry in entries:
+            if entry.dtype.is_floating_point:
+                sizes[entry.dtype] = sizes.get(entry.dtype, 0) + entry.nbytes
+    return max(sizes, key=lambda dtype: sizes[dtype])
+
+
+def _cast(tensor: Tensor, dtype: torch.dtype) -> Tensor:
+    return tensor.to(dtype) if tensor.is_floating_point() else tensor

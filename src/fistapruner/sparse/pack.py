@@ -1,0 +1,377 @@
+"""Packed checkpoints: write one from a pruned checkpoint, read it, unpack it again.
+
+Both directions go tensor by tensor. A packed folder is written under a temporary name, ``packed.json`` last of all, and
+renamed when it is complete.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..atomic import PARTIAL, copy_atomic, disk_errors, require_space, sha256_file, sync_folder, write_json_atomic, write_text_atomic
+from ..errors import FistaPrunerError
+from ..models.checkpoint import INDEX, SINGLE, Checkpoint, WeightFile, inside, read_json
+from ..models.safetensors_file import SafetensorsFile, SafetensorsWriter, TensorEntry
+from ..sparsity import NM, holds, parse_sparsity
+from .format import MAX_M, METADATA, VERSION, OperatorSpec, decode, encode, index_bits, operator_fault, read_specs
+from .packed import FLOATS, PackedOperator, pack_operator
+from .transformers_plugin import QUANT_METHOD
+
+RECORD = "packed.json"
+MIN_ZEROS = 0.25
+"""Share of zeros from which a matrix counts as pruned when no record of a pruning run says so."""
+
+PATTERNS = (NM(1, 4), NM(2, 4), NM(2, 8), NM(4, 8), NM(8, 16))
+"""n:m patterns that are looked for."""
+
+
+@dataclass(frozen=True)
+class PackReport:
+    """Sizes in bytes, of the pruned operators alone and of all weights; dense means what the checkpoint had."""
+
+    operators: int
+    dense_operators: int
+    packed_operators: int
+    dense_bf16_operators: int
+    dense_total: int
+    packed_total: int
+    zeros: float
+
+    def __str__(self) -> str:
+        mib = 2**20
+        share = self.packed_operators / self.dense_operators
+        lines = [
+            f"{self.operators} pruned operators, {self.zeros:.1%} zeros: {self.dense_operators / mib:.1f} MiB -> "
+            f"{self.packed_operators / mib:.1f} MiB ({share:.3f} of their dense size)",
+            f"whole checkpoint, embeddings included: {self.dense_total / mib:.1f} MiB -> {self.packed_total / mib:.1f} MiB "
+            f"({self.packed_total / self.dense_total:.3f})",
+        ]
+        if self.dense_bf16_operators != self.dense_operators:
+            lines.insert(1, f"{self.packed_operators / self.dense_bf16_operators:.3f} of the operators' size in bf16")
+        return "\n".join(lines)
+
+
+def pack(
+    checkpoint: str | Path, out: str | Path, *, values: str = "same", group: int = 0, progress: Callable[[str], None] | None = None
+) -> PackReport:
+    """Write a pruned checkpoint without its zeros.
+
+    Args:
+        checkpoint: folder of a pruned Hugging Face model.
+        out: folder to make; it must not exist.
+        values: ``"same"`` keeps each operator's dtype and every bit; ``"bf16"`` rounds fp32 and fp16 values to bf16;
+            ``"int8"`` stores int8 with one scale for each row or group.
+        group: columns that share an int8 scale, a multiple of 64; 0 is the whole row.
+        progress: called with the name of every operator that was packed.
+
+    Raises:
+        FistaPrunerError: nothing is pruned, ``out`` exists, the disk is full, the checkpoint is damaged.
+    """
+    if values not in ("same", "bf16", "int8"):
+        raise FistaPrunerError(f"values {values!r} are not known: same, bf16 or int8")
+    if group and values != "int8":
+        raise FistaPrunerError(f"group {group} needs int8 values")
+    if group < 0 or group % 64:
+        raise FistaPrunerError(f"group {group} is not a multiple of 64 columns (or 0 for a whole row)")
+    source, out = Checkpoint.open(checkpoint), Path(out)
+    if (source.folder / RECORD).exists():
+        raise FistaPrunerError(f"{source.folder} is packed already")
+    record = _pruning_record(source.folder)
+    plan = _plan(source, record, values, group)
+    if not plan:
+        raise FistaPrunerError(f"{source.folder} has no pruned operators: no matrix has at least {MIN_ZEROS:.0%} zeros")
+    report = _report(source, plan)
+    with _new_folder(out, report.packed_total) as partial:
+        files, places = {}, {}
+        for shard, file in source.files.items():
+            name = shard if shard.endswith(".safetensors") else SINGLE
+            _pack_file(partial / name, file, plan, progress)
+            files[name] = {"bytes": (partial / name).stat().st_size, "sha256": sha256_file(partial / name)}
+            places.update(dict.fromkeys(SafetensorsFile(partial / name).entries, name))
+        _copy_companions(source, partial)
+        config = {**source.config, "quantization_config": {"quant_method": QUANT_METHOD, "version": VERSION}}
+        write_json_atomic(partial / "config.json", config)
+        if len(files) > 1:
+            write_json_atomic(partial / INDEX, {"metadata": {"total_size": report.packed_total}, "weight_map": places})
+        write_text_atomic(partial / "README.md", model_card(report, values))
+        about = {"format": "fistapruner-packed", "version": VERSION, "values": values, "files": files, "record": record}
+        write_json_atomic(partial / RECORD, about)
+    return report
+
+
+class PackedCheckpoint:
+    """A packed folder, opened and checked: descriptions in memory, values on disk.
+
+    Args:
+        folder: a folder that :func:`pack` wrote.
+        verify: compare every file with its checksum before anything is read.
+
+    Attributes:
+        checkpoint: the folder as a checkpoint of its stored tensors.
+        specs: every packed operator's description, by the name of its dense tensor.
+        record: what the pruning run said of the checkpoint, as ``packed.json`` carries it.
+
+    Raises:
+        FistaPrunerError: not a packed folder, another version, a file that is missing, damaged or does not match.
+    """
+
+    def __init__(self, folder: str | Path, *, verify: bool = True) -> None:
+        self.folder = Path(folder)
+        if not (self.folder / RECORD).is_file():
+            raise FistaPrunerError(f"{self.folder} is not a packed checkpoint: it has no {RECORD}")
+        about = read_json(self.folder, RECORD)
+        if about.get("format") != "fistapruner-packed" or type(about.get("version")) is not int:
+            raise FistaPrunerError(f"{self.folder / RECORD} does not describe a packed checkpoint")
+        if about["version"] != VERSION:
+            raise FistaPrunerError(f"{self.folder} has format version {about['version']}; this program reads version {VERSION}")
+        self.record: dict[str, Any] = about["record"] if isinstance(about.get("record"), dict) else {}
+        self.checkpoint = Checkpoint.open(self.folder)
+        self._check_files(about.get("files"), verify)
+        self.specs: dict[str, OperatorSpec] = {}
+        self._holders: dict[str, WeightFile] = {}
+        for file in self.checkpoint.files.values():
+            for name, spec in read_specs(file.metadata, file.entries, str(file.path)).items():
+                if name in self.specs or name in self.checkpoint:
+                    raise FistaPrunerError(f"{self.folder}: operator {name[:200]!r} is there twice")
+                self.specs[name], self._holders[name] = spec, file
+        self._parts = {entry.name for name, spec in self.specs.items() for entry in spec.entries(name, 0)}
+
+    def _check_files(self, files: Any, verify: bool) -> None:
+        if not isinstance(files, dict) or set(files) != set(self.checkpoint.files):
+            raise FistaPrunerError(f"{self.folder / RECORD} lists other files than the checkpoint has")
+        for name, claim in files.items():
+            path = inside(self.folder, name)
+            if not isinstance(claim, dict) or claim.get("bytes") != path.stat().st_size:
+                raise FistaPrunerError(f"{path} is {path.stat().st_size} bytes long, {RECORD} says otherwise: it is damaged")
+            if verify and claim.get("sha256") != sha256_file(path):
+                raise FistaPrunerError(f"{path} is damaged: its checksum is not what {RECORD} says")
+
+    def dense_names(self) -> list[str]:
+        """Names of the tensors that are stored as they are."""
+        return [name for name in self.checkpoint.names() if name not in self._parts]
+
+    def operator(self, name: str) -> PackedOperator:
+        """Read one packed operator.
+
+        Raises:
+            FistaPrunerError: its tensors do not fit each other.
+        """
+        file = self._holders[name]
+        return decode(name, self.specs[name], file.read, operator_fault(str(file.path), name))
+
+    def tensor(self, name: str) -> Tensor:
+        """Read one dense tensor, unpacking it if it is a packed operator."""
+        return self.operator(name).to_dense() if name in self.specs else self.checkpoint.read(name)
+
+    def contents(self) -> dict[str, list[TensorEntry]]:
+        """For every file, the dense tensors it stands for."""
+        out = {}
+        for shard, file in self.checkpoint.files.items():
+            entries = [entry for entry in file.entries.values() if entry.name not in self._parts]
+            packed = [(name, self.specs[name]) for name, holder in self._holders.items() if holder is file]
+            out[shard] = entries + [TensorEntry.of(name, spec.dtype, spec.shape) for name, spec in packed]
+        return out
+
+    def config(self) -> dict[str, Any]:
+        """config.json of the dense model."""
+        return {key: value for key, value in self.checkpoint.config.items() if key != "quantization_config"}
+
+
+def unpack(packed: str | Path, out: str | Path) -> Path:
+    """Write a packed checkpoint densely again; float values come back bit for bit, -0.0 as 0.
+
+    Args:
+        packed: folder that :func:`pack` wrote.
+        out: folder to make; it must not exist.
+
+    Raises:
+        FistaPrunerError: the packed folder is damaged, ``out`` exists, the disk is full.
+    """
+    source, out = PackedCheckpoint(packed), Path(out)
+    for name in source.specs:  # every operator is checked before the first byte is written
+        source.operator(name)
+    contents = source.contents()
+    with _new_folder(out, sum(entry.nbytes for entries in contents.values() for entry in entries)) as partial:
+        for shard, entries in contents.items():
+            metadata = {key: value for key, value in source.checkpoint.files[shard].metadata.items() if key != METADATA}
+            with SafetensorsWriter(partial / shard, entries, metadata or {"format": "pt"}) as writer:
+                for entry in entries:
+                    writer.write(entry.name, source.tensor(entry.name))
+        _copy_companions(source.checkpoint, partial)
+        if source.record:
+            write_json_atomic(partial / "fistapruner.json", source.record)
+        write_json_atomic(partial / "config.json", source.config())
+        if len(contents) > 1:
+            places = {entry.name: shard for shard, entries in contents.items() for entry in entries}
+            total = sum(entry.nbytes for entries in contents.values() for entry in entries)
+            write_json_atomic(partial / INDEX, {"metadata": {"total_size": total}, "weight_map": places})
+    return out
+
+
+def is_packed(folder: str | Path) -> bool:
+    """Whether a folder says that it is a packed checkpoint."""
+    return (Path(folder) / RECORD).is_file()
+
+
+def choose_layout(weight: Tensor, hint: NM | None = None) -> NM | None:
+    """The smallest layout for a weight: an n:m pattern that it has, or None for the bit mask."""
+    rows, columns = weight.shape
+    nonzero, size = int((weight != 0).sum()), weight.element_size() * 8
+    best, best_bits = None, nonzero * size + rows * columns
+    candidates = (hint, *PATTERNS) if hint is not None and hint.m <= MAX_M else PATTERNS
+    for pattern in candidates:
+        if columns % pattern.m:
+            continue
+        groups = rows * columns // pattern.m
+        bits = groups * (pattern.n * size + index_bits(pattern))
+        if bits < best_bits and holds(weight, pattern):
+            best, best_bits = pattern, bits
+    return best
+
+
+@dataclass(frozen=True)
+class _Planned:
+    """How one operator will be stored: found in a first pass, because headers come before values."""
+
+    spec: OperatorSpec
+    stored: int
+    nonzero: int
+    source: TensorEntry
+    cast: torch.dtype
+
+    def build(self, weight: Tensor) -> PackedOperator:
+        operator = pack_operator(weight.to(self.cast), self.spec.layout)
+        return operator.quantised(self.spec.group) if self.spec.int8 else operator
+
+
+def _plan(source: Checkpoint, record: dict[str, Any], values: str, group: int) -> dict[str, _Planned]:
+    listed = record.get("operators")
+    listed = listed if isinstance(listed, dict) else {}
+    plan = {}
+    for name in source.names():
+        entry = source.entry(name)
+        if len(entry.shape) != 2 or entry.dtype not in FLOATS or 0 in entry.shape:
+            continue
+        known = listed.get(name, listed.get(name.removesuffix(".weight")))
+        if listed and known is None:
+            continue
+        cast = torch.bfloat16 if values == "bf16" else entry.dtype
+        weight = source.read(name).to(cast)
+        nonzero = int((weight != 0).sum())
+        if not listed and nonzero > (1 - MIN_ZEROS) * weight.numel():
+            continue
+        layout = choose_layout(weight, _hint(known))
+        stored = nonzero if layout is None else weight.numel() // layout.m * layout.n
+        shape = (entry.shape[0], entry.shape[1])
+        spec = OperatorSpec(shape, cast, layout, values == "int8", group if values == "int8" else 0)
+        if values == "int8" and not bool(torch.isfinite(weight).all()):
+            raise FistaPrunerError(f"{source.folder}: {name} has values that are not finite, so it cannot become int8")
+        if sum(part.nbytes for part in spec.entries(name, stored)) < entry.nbytes:
+            plan[name] = _Planned(spec, stored, nonzero, entry, cast)
+    return plan
+
+
+def _hint(known: Any) -> NM | None:
+    """The pattern a pruning run recorded; a wrong record costs nothing, since the weight itself is looked at."""
+    try:
+        pattern = parse_sparsity(str(known["sparsity"])) if isinstance(known, dict) and "sparsity" in known else None
+    except FistaPrunerError:
+        return None
+    return pattern if isinstance(pattern, NM) else None
+
+
+def _pruning_record(folder: Path) -> dict[str, Any]:
+    """``fistapruner.json``, as a pruning run leaves it in its model folder; empty where there is none."""
+    return read_json(folder, "fistapruner.json") if (folder / "fistapruner.json").exists() else {}
+
+
+def _report(source: Checkpoint, plan: dict[str, _Planned]) -> PackReport:
+    packed = sum(part.nbytes for name, item in plan.items() for part in item.spec.entries(name, item.stored))
+    dense = sum(item.source.nbytes for item in plan.values())
+    weights = sum(item.spec.shape[0] * item.spec.shape[1] for item in plan.values())
+    zeros = 1 - sum(item.nonzero for item in plan.values()) / weights
+    return PackReport(len(plan), dense, packed, 2 * weights, source.nbytes, source.nbytes - dense + packed, zeros)
+
+
+def _pack_file(path: Path, file: WeightFile, plan: dict[str, _Planned], progress: Callable[[str], None] | None) -> None:
+    mine = {name: plan[name] for name in file.entries if name in plan}
+    entries: list[TensorEntry] = []
+    for name, entry in file.entries.items():
+        entries += mine[name].spec.entries(name, mine[name].stored) if name in mine else [entry]
+    if len({entry.name for entry in entries}) != len(entries):
+        raise FistaPrunerError(f"{file.path}: a tensor is called like the part of a packed operator")
+    specs = {name: item.spec.to_json() for name, item in mine.items()}
+    metadata = {"format": "pt", **file.metadata, METADATA: json.dumps({"version": VERSION, "operators": specs})}
+    with SafetensorsWriter(path, entries, metadata) as writer:
+        for name in file.entries:
+            if name not in mine:
+                writer.write(name, file.read(name))
+                continue
+            for part, tensor in encode(name, mine[name].build(file.read(name))).items():
+                writer.write(part, tensor)
+            if progress:
+                progress(name)
+
+
+def _copy_companions(source: Checkpoint, partial: Path) -> None:
+    for name in source.companions:
+        if name == RECORD:
+            continue
+        (partial / name).parent.mkdir(exist_ok=True)
+        copy_atomic(source.folder / name, partial / name)
+
+
+@contextmanager
+def _new_folder(out: Path, nbytes: int) -> Iterator[Path]:
+    """A folder that appears as ``out`` when the block ends well, and not at all otherwise; yields its temporary name."""
+    if out.exists():
+        raise FistaPrunerError(f"{out} exists already: remove it, or write to another folder")
+    require_space(out, nbytes)
+    partial = out.with_name(out.name + PARTIAL)
+    with disk_errors(partial):
+        if partial.exists():
+            shutil.rmtree(partial)
+        partial.mkdir(parents=True)
+    try:
+        yield partial
+        with disk_errors(out):
+            sync_folder(partial)
+            os.rename(partial, out)
+            sync_folder(out.parent)
+    except BaseException:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise
+
+
+def model_card(report: PackReport, values: str) -> str:
+    """README.md of a packed folder: what it is and how it is loaded."""
+    return f"""---
+library_name: transformers
+tags: [pruned, sparse, fistapruner]
+---
+# A pruned model, packed
+
+{report}
+
+Values are stored as {"they were" if values == "same" else values}. Load it with
+
+```python
+import fistapruner
+from transformers import AutoModelForCausalLM
+
+model = AutoModelForCausalLM.from_pretrained("FOLDER")       # unpacked to dense while loading
+model = fistapruner.load("FOLDER")                           # operators stay packed, for fast decoding on a CPU
+```
+
+or make it an ordinary checkpoint again with `fistapruner unpack FOLDER OUT`.
+"""

@@ -1,0 +1,133 @@
+"""Makes ``AutoModelForCausalLM.from_pretrained(PACKED)`` work.
+
+transformers 5 has a registry of quantisation methods; its interface is semi-private, so everything that touches it is in
+this file. The plug-in leaves ordinary tensors to transformers, reads the packed operators with this package's own
+checked reader, and gives back an ordinary dense model.
+"""
+
+from __future__ import annotations
+
+import re
+import sys
+from importlib.abc import MetaPathFinder
+from importlib.machinery import ModuleSpec
+from importlib.util import find_spec
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import torch
+from torch import nn
+
+from ..errors import FistaPrunerError
+
+QUANT_METHOD = "fistapruner"
+"""``quant_method`` in the config.json of a packed folder."""
+
+
+REGISTRY = "transformers.quantizers.auto"
+
+
+class _AfterImport(MetaPathFinder):
+    """Registers the format when transformers imports its registry, which takes a second that most commands never need."""
+
+    def find_spec(self, fullname: str, path: Any, target: ModuleType | None = None) -> ModuleSpec | None:
+        if fullname != REGISTRY:
+            return None
+        sys.meta_path.remove(self)
+        spec = find_spec(fullname)
+        if spec is None or spec.loader is None:
+            return spec
+        run = spec.loader.exec_module
+
+        def run_and_register(module: ModuleType) -> None:
+            run(module)
+            register()
+
+        spec.loader.exec_module = run_and_register  # type: ignore[method-assign]
+        return spec
+
+
+def register_on_import() -> None:
+    """Register now if transformers has its registry loaded, else as soon as it loads it."""
+    if REGISTRY in sys.modules:
+        register()
+    elif not any(isinstance(finder, _AfterImport) for finder in sys.meta_path):
+        sys.meta_path.insert(0, _AfterImport())
+
+
+def register() -> bool:
+    """Register the packed format with transformers; False where this transformers has no such registry."""
+    try:
+        from transformers.quantizers import auto
+        from transformers.quantizers.base import HfQuantizer
+        from transformers.utils.quantization_config import QuantizationConfigMixin
+    except ImportError:
+        return False
+    if QUANT_METHOD in auto.AUTO_QUANTIZER_MAPPING:
+        return True
+
+    class PackedConfig(QuantizationConfigMixin):  # type: ignore[misc]
+        """``quantization_config`` of a packed folder's config.json."""
+
+        def __init__(self, version: int = 1, **kwargs: Any) -> None:
+            self.quant_method = QUANT_METHOD
+            self.version = version
+            self.dequantize = True
+
+    class PackedLoader(HfQuantizer):  # type: ignore[misc]
+        """Reads the packed operators beside transformers' own loading."""
+
+        requires_calibration = False
+
+        def _process_model_before_weight_loading(self, model: Any, checkpoint_files: Any = None, dtype: Any = None, **kwargs: Any) -> None:
+            from .pack import PackedCheckpoint
+
+            if not checkpoint_files:
+                raise FistaPrunerError("a packed model is loaded from its folder")
+            self.source = PackedCheckpoint(Path(checkpoint_files[0]).parent)
+            self.dtype = dtype
+            self.places = _places(model, list(self.source.specs))
+            for name, (parent, leaf) in self.places.items():
+                module = model.get_submodule(parent)
+                if tuple(module._parameters[leaf].shape) != self.source.specs[name].shape:
+                    shape = tuple(module._parameters[leaf].shape)
+                    raise FistaPrunerError(f"{name} is {self.source.specs[name].shape} in the packed folder, the config asks for {shape}")
+                del module._parameters[leaf]
+            parts = [re.escape(f"{name}.") + "(values|mask|offsets|index|scales)$" for name in self.source.specs]
+            # transformers wants a set, or a list in some releases; both take the union with a set of patterns.
+            ignored = set(getattr(model, "_keys_to_ignore_on_load_unexpected", None) or ())
+            model._keys_to_ignore_on_load_unexpected = ignored | set(parts)
+
+        def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> Any:
+            device = next((parameter.device for parameter in model.parameters()), torch.device("cpu"))
+            for name, (parent, leaf) in self.places.items():
+                weight = self.source.tensor(name).to(device, self.dtype or self.source.specs[name].dtype)
+                model.get_submodule(parent)._parameters[leaf] = nn.Parameter(weight, requires_grad=False)
+            model.tie_weights()
+            return model
+
+        def is_serializable(self, *args: Any, **kwargs: Any) -> bool:
+            return False
+
+        @property
+        def is_trainable(self) -> bool:
+            return False
+
+    auto.register_quantization_config(QUANT_METHOD)(PackedConfig)
+    auto.register_quantizer(QUANT_METHOD)(PackedLoader)
+    return True
+
+
+def _places(model: Any, names: list[str]) -> dict[str, tuple[str, str]]:
+    """Module and parameter of every packed operator; base models are stored without the head model's prefix."""
+    known = dict(model.named_parameters())
+    prefix = model.base_model_prefix + "."
+    places = {}
+    for name in names:
+        found = next((way for way in (name, prefix + name, name.removeprefix(prefix)) if way in known), None)
+        if found is None:
+            raise FistaPrunerError(f"packed operator {name!r} is not part of {type(model).__name__}")
+        parent, _, leaf = found.rpartition(".")
+        places[name] = (parent, leaf)
+    return places
