@@ -9,6 +9,11 @@ from .recipe import Recipe
 from .reporting.schema import Report
 from .solvers import solve
 from .solvers.base import Solution
+from .sparse.accelerate import accelerate
+from .sparse.linear import SparseLinear
+from .sparse.load import load
+from .sparse.pack import pack, unpack
+from .sparse.transformers_plugin import register_on_import
 from .sparsity import NM, Unstructured, parse_sparsity
 
 __all__ = [
@@ -19,10 +24,18 @@ __all__ = [
     "Recipe",
     "Report",
     "Solution",
+    "SparseLinear",
     "Unstructured",
+    "accelerate",
     "evaluate",
+    "load",
+    "pack",
     "parse_sparsity",
     "prune",
     "solve",
+    "unpack",
 ]
 __version__ = "0.1.0"
+
+# AutoModelForCausalLM.from_pretrained finds packed folders once this package is imported.
+register_on_import()

@@ -14,6 +14,9 @@ from importlib import import_module
 VERBS: dict[str, str] = {
     "prune": "prune",
     "evaluate": "evaluate",
+    "pack": "pack",
+    "unpack": "unpack",
+    "bench": "bench",
     "methods": "methods",
 }
 

@@ -1,0 +1,50 @@
+"""Measure what this machine gains from a pruned model: dense, pruned but stored densely, packed, packed with int8.
+
+Every form runs in its own process, in interleaved rounds. The dense model is the pruned one with its zeros filled, since
+the speed of a dense product does not depend on the numbers in it; fp32 and bf16 are both measured, because which of them
+is faster depends on the processor.
+"""
+
+from __future__ import annotations
+
+import argparse
+
+SUMMARY = "measure tokens per second, memory and size of a pruned model"
+
+
+def configure(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("model", help="folder of a pruned model, ordinary or packed")
+    parser.add_argument("--batch", type=int, default=1, help="sequences at once (default: 1)")
+    parser.add_argument("--prompt", type=int, default=128, help="prompt tokens (default: 128)")
+    parser.add_argument("--tokens", type=int, default=128, help="new tokens in a run (default: 128)")
+    parser.add_argument("--runs", type=int, default=3, help="rounds (default: 3)")
+    parser.add_argument("--threads", type=int, default=None, help="CPU threads (default: torch's)")
+    parser.add_argument("--json", action="store_true", help="print machine-readable JSON")
+
+
+def run(arguments: argparse.Namespace) -> int:
+    import json
+
+    from ..errors import FistaPrunerError
+    from ..evaluation.speed import sentence
+    from ..sparse.bench import bench, table
+
+    for name, least in (("batch", 1), ("prompt", 1), ("tokens", 2), ("runs", 1), ("threads", 1)):
+        value = getattr(arguments, name)
+        if value is not None and value < least:
+            raise FistaPrunerError(f"--{name} {value} is too small: at least {least}")
+    speeds = bench(
+        arguments.model,
+        batch=arguments.batch,
+        prompt=arguments.prompt,
+        tokens=arguments.tokens,
+        runs=arguments.runs,
+        threads=arguments.threads,
+    )
+    if arguments.json:
+        print(json.dumps({"speeds": [speed.to_json() for speed in speeds], "sentence": sentence({s.variant: s for s in speeds})}, indent=2))
+        return 0
+    print(table(speeds))
+    print()
+    print(sentence({speed.variant: speed for speed in speeds}))
+    return 0

@@ -1,0 +1,149 @@
+"""2:4 operators on CUDA: torch's semi-structured kernels, where a measurement shows that they pay.
+
+Sparse tensor cores double the arithmetic, not the memory bandwidth left over, and their overhead often outweighs them at
+small batches; so every shape is timed on the device at the user's batch before it is changed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from ..errors import FistaPrunerError
+from ..sparsity import NM, holds
+
+MARGIN = 1.05
+"""How many times faster the sparse product must be to be used; less is within the noise of a measurement."""
+
+REPEATS = 50
+
+
+@dataclass(frozen=True)
+class Choice:
+    """What was decided for one operator.
+
+    Args:
+        name: the operator.
+        sparse: whether it now runs on sparse tensor cores.
+        reason: why, in words.
+        dense_seconds: time of the dense product, None where it was not measured.
+        sparse_seconds: time of the sparse product, None where it was not measured.
+    """
+
+    name: str
+    sparse: bool
+    reason: str
+    dense_seconds: float | None = None
+    sparse_seconds: float | None = None
+
+
+def accelerate(
+    model: nn.Module,
+    *,
+    tokens: int = 1,
+    to_sparse: Callable[[Tensor], Tensor] | None = None,
+    clock: Callable[[Callable[[], Tensor], torch.device], float] | None = None,
+) -> list[Choice]:
+    """Turn 2:4 operators into semi-structured ones, in place, where that is faster on their device.
+
+    Args:
+        model: a model on a CUDA device (Ampere or later), in fp16 or bf16, for inference.
+        tokens: tokens in one forward pass: the batch when decoding, batch times prompt when not.
+        to_sparse: makes the semi-structured weight; None takes ``torch.sparse.to_sparse_semi_structured``.
+        clock: seconds that a call takes on a device; None times it there.
+
+    Returns:
+        One :class:`Choice` for every linear operator: which were changed, which stay dense, and why.
+
+    Raises:
+        FistaPrunerError: the model is not on a CUDA device, or its GPU has no sparse tensor cores.
+    """
+    if tokens < 1:
+        raise FistaPrunerError(f"tokens {tokens} is too small: at least 1")
+    operators = {name: module for name, module in model.named_modules() if isinstance(module, nn.Linear)}
+    if to_sparse is None:
+        _check_devices(operators)
+        to_sparse = torch.sparse.to_sparse_semi_structured
+    clock = clock or seconds
+    timed: dict[tuple[object, ...], tuple[float, float] | str] = {}
+    choices = []
+    for name, module in operators.items():
+        weight = module.weight.detach()
+        reason = _unfit(weight)
+        if reason:
+            choices.append(Choice(name, False, reason))
+            continue
+        key = (tuple(weight.shape), weight.dtype, weight.device)
+        converted: Tensor | None = None
+        if key not in timed:
+            try:
+                converted = to_sparse(weight)
+                timed[key] = _time_both(weight, converted, tokens, clock)
+            except (RuntimeError, NotImplementedError, ValueError) as error:
+                timed[key] = f"torch refuses: {' '.join(str(error).split())[:120]}"
+        result = timed[key]
+        if isinstance(result, str):
+            choices.append(Choice(name, False, result))
+            continue
+        dense, sparse = result
+        faster = dense > MARGIN * sparse
+        if faster:
+            module.weight = nn.Parameter(to_sparse(weight) if converted is None else converted, requires_grad=False)
+        words = "faster" if dense > sparse else "slower"
+        ratio = max(dense, sparse) / max(min(dense, sparse), 1e-12)
+        choices.append(Choice(name, faster, f"{ratio:.2f} times {words} at {tokens} tokens", dense, sparse))
+    return choices
+
+
+def summary(choices: list[Choice]) -> str:
+    """Which operators were changed and which stay dense, in words."""
+    changed = [choice.name for choice in choices if choice.sparse]
+    lines = [f"{len(changed)} of {len(choices)} operators run on sparse tensor cores"]
+    lines += [f"  left dense: {choice.name} ({choice.reason})" for choice in choices if not choice.sparse]
+    return "\n".join(lines)
+
+
+def seconds(call: Callable[[], Tensor], device: torch.device) -> float:
+    """Median seconds of a call on a CUDA device, by its own events."""
+    for _ in range(5):
+        call()
+    times = []
+    for _ in range(REPEATS):
+        begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        begin.record(torch.cuda.current_stream(device))
+        call()
+        end.record(torch.cuda.current_stream(device))
+        torch.cuda.synchronize(device)
+        times.append(begin.elapsed_time(end) / 1000)
+    return sorted(times)[len(times) // 2]
+
+
+def _check_devices(operators: dict[str, nn.Linear]) -> None:
+    for name, module in operators.items():
+        device = module.weight.device
+        if device.type != "cuda":
+            raise FistaPrunerError(
+                f"{name} is on {device}: sparse tensor cores need a CUDA device; on a CPU load a packed checkpoint with fistapruner.load"
+            )
+        if torch.cuda.get_device_capability(device) < (8, 0):
+            raise FistaPrunerError(f"{torch.cuda.get_device_name(device)} has no sparse tensor cores: Ampere or later is needed")
+
+
+def _unfit(weight: Tensor) -> str:
+    if weight.dtype not in (torch.float16, torch.bfloat16):
+        return f"its dtype is {weight.dtype}, sparse tensor cores take float16 and bfloat16"
+    if not holds(weight, NM(2, 4)):
+        return "it is not 2:4"
+    return ""
+
+
+def _time_both(
+    weight: Tensor, converted: Tensor, tokens: int, clock: Callable[[Callable[[], Tensor], torch.device], float]
+) -> tuple[float, float]:
+    x = torch.randn(tokens, weight.shape[1], dtype=weight.dtype, device=weight.device)
+    with torch.inference_mode():
+        return clock(lambda: functional.linear(x, weight), weight.device), clock(lambda: functional.linear(x, converted), weight.device)
