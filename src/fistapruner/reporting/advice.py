@@ -1,0 +1,105 @@
+"""What to try next, in words, from the numbers of a run."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from statistics import median
+
+from .numbers import percent, significant
+from .schema import LayerEntry, OperatorEntry, Report
+
+
+def advice(report: Report) -> list[str]:
+    """Sentences, most useful first. Empty when nothing stands out."""
+    return [*_layers(report.layers), *_operators(report.layers), *_chain(report), *_search(report.layers), *_calibration(report)]
+
+
+def _layers(layers: Sequence[LayerEntry]) -> list[str]:
+    means = {layer.index: mean for layer in layers if (mean := _mean(layer.operators)) is not None}
+    if len(means) < 4:
+        return []
+    middle = median(means.values())
+    outliers = sorted((index for index, mean in means.items() if mean > 2 * middle), key=lambda index: -means[index])
+    if not outliers:
+        return [f"No decoder layer stands out: the largest mean error is {significant(max(means.values()) / middle, 2)} times the median."]
+    shown = ", ".join(f"{index} ({percent(means[index], 2)})" for index in outliers[:4])
+    name = next(layer.name for layer in layers if layer.index == outliers[0]) or f"layers.{outliers[0]}"
+    one = len(outliers) == 1
+    return [
+        f"Decoder layer{'' if one else 's'} {shown} stand{'s' if one else ''} out against a median error of {percent(middle, 2)}. "
+        f"Give {'it' if one else 'them'} less sparsity: --allocation error spreads the same budget by measured error, "
+        f"or name the layer: --allocation '{{\"re:{name.replace('.', chr(92) * 1 + '.')}\\.\": 40%}}'."
+    ]
+
+
+def _operators(layers: Sequence[LayerEntry]) -> list[str]:
+    kinds: dict[str, list[float]] = {}
+    for layer in layers:
+        for operator in layer.operators:
+            if operator.relative_error is not None:
+                kinds.setdefault(operator.name, []).append(operator.relative_error)
+    if len(kinds) < 3:
+        return []
+    means = {name: sum(errors) / len(errors) for name, errors in kinds.items()}
+    middle = median(means.values())
+    worst = max(means, key=lambda name: means[name])
+    if means[worst] < 1.8 * middle:
+        return []
+    return [
+        f"{worst} loses most of all operators: {percent(means[worst], 2)} on average, against a median of {percent(middle, 2)}. "
+        f"--allocation error moves sparsity away from it; --ignore {worst.rsplit('.', 1)[-1]} leaves it dense."
+    ]
+
+
+def _chain(report: Report) -> list[str]:
+    method = report.method
+    if not method or "refit" in method.split("+"):
+        return []
+    refits = {"magnitude", "wanda", "sparsegpt", "fista"}
+    if method.split("+")[-1] in refits:
+        return [f"A least-squares refit on the kept weights can only lower the error and costs little: --method {method}+refit."]
+    return []
+
+
+def _search(layers: Sequence[LayerEntry]) -> list[str]:
+    tried = kept = 0
+    for layer in layers:
+        for operator in layer.operators:
+            for position, step in enumerate(operator.steps):
+                rounds = step.get("rounds")
+                if isinstance(rounds, list) and rounds and all(isinstance(r, dict) and "e_total" in r for r in rounds):
+                    tried += 1
+                    best = step.get("e_total")
+                    kept += best is not None and all(best < r["e_total"] * (1 - 1e-9) for r in rounds) and position == 0
+    if tried and kept > tried / 4:
+        return [
+            f"In {kept} of {tried} operators no round of the λ search beat its warm start, which was kept. "
+            "A longer search (more rounds without improvement before stopping) or another solver may gain there."
+        ]
+    return []
+
+
+def _calibration(report: Report) -> list[str]:
+    used = report.calibration
+    if used is None or not used.tokens:
+        return []
+    found = []
+    widest = max((operator.shape[1] for layer in report.layers for operator in layer.operators), default=0)
+    if used.tokens < 4 * widest:
+        found.append(
+            f"{used.tokens} calibration tokens are few for operators of {widest} inputs: their Grams are poorly determined. "
+            "Use more --samples or a longer --seqlen."
+        )
+    elif used.samples < 128:
+        found.append(f"Calibration used {used.samples} windows; the papers use 128, and quality drops quickly with fewer.")
+    if used.source in ("python", "self") and report.evaluations:
+        found.append(
+            f"Calibration text was {used.source!r}. Text like what the model will be used for usually gives a better model: "
+            "--calibration FILE or --calibration c4."
+        )
+    return found
+
+
+def _mean(operators: Sequence[OperatorEntry]) -> float | None:
+    errors = [operator.relative_error for operator in operators if operator.relative_error is not None]
+    return sum(errors) / len(errors) if errors else None

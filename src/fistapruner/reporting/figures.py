@@ -1,0 +1,419 @@
+"""Figures of a run's decoder layers, solver and time. Each returns None when the report lacks what it shows."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from statistics import median
+from typing import Any
+
+from .drawing import HEAT, HEAT_LEVELS, INK, SERIES, SURFACE, Drawing, draw, heat_level, style
+from .numbers import duration, significant
+from .schema import LayerEntry, OperatorEntry, Report
+
+PHASES = ("capture", "gram", "solve", "match", "io", "write")
+
+
+def layer_figures(report: Report) -> dict[str, Drawing]:
+    """All of these that the report has data for, by key."""
+    drawings = [
+        error_map(report.layers),
+        layer_errors(report.layers),
+        layer_sparsity(report.layers),
+        chain_errors(report.layers),
+        solver_path(report.layers),
+        spectra(report.layers),
+        time_by_layer(report.layers),
+    ]
+    return {drawing.key: drawing for drawing in drawings if drawing is not None}
+
+
+def hardest(layers: Sequence[LayerEntry], count: int) -> list[tuple[LayerEntry, OperatorEntry]]:
+    """The operators with the largest relative error, largest first."""
+    pairs = [(layer, operator) for layer in layers for operator in layer.operators if operator.relative_error is not None]
+    return sorted(pairs, key=lambda pair: -(pair[1].relative_error or 0.0))[:count]
+
+
+def short_name(name: str) -> str:
+    """``self_attn.q_proj`` to ``q_proj``: the part that tells operators of one layer apart."""
+    return name.rsplit(".", 1)[-1]
+
+
+def error_map(layers: Sequence[LayerEntry]) -> Drawing | None:
+    """Relative error of every operator: decoder layers by operators."""
+    names = list(dict.fromkeys(operator.name for layer in layers for operator in layer.operators))
+    values = {
+        (layer.index, op.name): 100 * op.relative_error for layer in layers for op in layer.operators if op.relative_error is not None
+    }
+    if not values:
+        return None
+    low, high = _log_range(list(values.values()))
+    indexes = [layer.index for layer in layers]
+
+    def plot(figure: Any, width: int) -> None:
+        wide = width > 500
+        axes, scale = figure.subplots(
+            *((1, 2) if wide else (2, 1)), gridspec_kw={"width_ratios": [60, 1]} if wide else {"height_ratios": [60, 1]}
+        )
+        across, down = (indexes, names) if wide else (names, indexes)
+        cell = (width - 150) / max(1, len(across))
+        for column, a in enumerate(across):
+            for row, d in enumerate(down):
+                key = (a, d) if wide else (d, a)
+                if key not in values:
+                    continue
+                level = heat_level(math.log(max(values[key], 1e-12)), low, high)
+                axes.add_patch(_cell(column, row, HEAT[level]))
+                if cell > 27:
+                    color = INK if level < HEAT_LEVELS // 2 else SURFACE
+                    axes.text(column, row, significant(values[key], 2), ha="center", va="center", fontsize=9.5, color=color)
+        axes.set_xlim(-0.5, len(across) - 0.5)
+        axes.set_ylim(len(down) - 0.5, -0.5)
+        _ticks(axes, "x", across, every=1 if not wide else max(1, round(28 / max(cell, 1))), rotate=not wide)
+        _ticks(axes, "y", down, every=1 if wide else max(1, len(down) // 40))
+        axes.set_xlabel("decoder layer" if wide else "")
+        axes.set_ylabel("" if wide else "decoder layer")
+        style(axes, grid=None)
+        for side in ("left", "bottom"):
+            axes.spines[side].set_visible(False)
+        _scale(scale, low, high, vertical=wide)
+
+    height = 70 + 30 * len(names)
+    worst = max(values, key=lambda key: values[key])
+    return draw(
+        "error-map",
+        "Relative error of every operator",
+        plot,
+        caption="Squared error of an operator's outputs as a share of their energy, in %, on the calibration tokens; logarithmic scale.",
+        description=f"Heat map of {len(indexes)} decoder layers by {len(names)} operators. The largest error is "
+        f"{significant(values[worst], 2)} % at layer {worst[0]}, {worst[1]}; the median is {significant(median(values.values()), 2)} %.",
+        height=max(150, height),
+        narrow_height=max(320, 150 + 15 * len(indexes)),
+        width=1120,
+        full=True,
+        table=(
+            ["layer", *(short_name(name) for name in names)],
+            [[str(index), *(significant(values.get((index, name))) for name in names)] for index in indexes],
+        ),
+    )
+
+
+def layer_errors(layers: Sequence[LayerEntry]) -> Drawing | None:
+    """Error of every decoder layer's output, beside the mean of its operators."""
+    output = [(layer.index, 100 * layer.relative_error) for layer in layers if layer.relative_error is not None]
+    means = [(layer.index, 100 * mean) for layer in layers if (mean := mean_error(layer)) is not None]
+    if not means:
+        return None
+
+    def plot(figure: Any, width: int) -> None:
+        axes = figure.subplots()
+        _line(axes, means, SERIES[0], "mean of its operators", "o")
+        if output:
+            _line(axes, output, SERIES[1], "output of the layer", "s")
+        axes.set_xlabel("decoder layer")
+        axes.set_ylabel("relative error, %")
+        axes.set_ylim(bottom=0)
+        _whole_numbers(axes)
+        style(axes)
+        if output:
+            axes.legend(loc="best")
+
+    of = next((layer.relative_error_of for layer in layers if layer.relative_error_of), None)
+    worst = max(means, key=lambda pair: pair[1])
+    return draw(
+        "layer-errors",
+        "Error by decoder layer",
+        plot,
+        caption="Mean over the operators of a layer" + (f"; and of the layer's output, {of}." if output and of else "."),
+        description=f"Line plot over {len(means)} layers. Largest mean {significant(worst[1], 2)} % at layer {worst[0]}.",
+        table=(
+            ["layer", "mean of operators, %", "output, %"],
+            [[str(i), significant(value), significant(dict(output).get(i))] for i, value in means],
+        ),
+    )
+
+
+def layer_sparsity(layers: Sequence[LayerEntry]) -> Drawing | None:
+    """Share of zeros of every decoder layer: mean and span over its operators."""
+    rows = []
+    for layer in layers:
+        weights = [math.prod(operator.shape) for operator in layer.operators]
+        if sum(weights):
+            shares = [100 * operator.zeros / size for operator, size in zip(layer.operators, weights, strict=True)]
+            rows.append((layer.index, 100 * sum(operator.zeros for operator in layer.operators) / sum(weights), min(shares), max(shares)))
+    if not rows:
+        return None
+
+    def plot(figure: Any, width: int) -> None:
+        axes = figure.subplots()
+        axes.bar([row[0] for row in rows], [row[1] for row in rows], width=0.72, color=SERIES[0], label="all operators of the layer")
+        for index, _, least, most in rows:
+            if most - least > 0.05:
+                axes.plot([index, index], [least, most], color=INK, linewidth=1.2)
+        axes.set_ylim(0, 100)
+        axes.set_xlabel("decoder layer")
+        axes.set_ylabel("zeros, %")
+        _whole_numbers(axes)
+        style(axes)
+
+    values = [row[1] for row in rows]
+    return draw(
+        "layer-sparsity",
+        "Sparsity by decoder layer",
+        plot,
+        caption="Exact share of zeros in the pruned operators of each layer. A line spans its operators where they differ.",
+        description=f"Bars over {len(rows)} layers, from {significant(min(values))} % to {significant(max(values))} % zeros.",
+        table=(["layer", "zeros, %", "least", "most"], [[str(row[0]), *(significant(v, 5) for v in row[1:])] for row in rows]),
+    )
+
+
+def chain_errors(layers: Sequence[LayerEntry]) -> Drawing | None:
+    """What each step of the method chain left of the error, over all operators."""
+    chains = [[(str(s.get("method", "?")), s.get("relative_error")) for s in op.steps] for layer in layers for op in layer.operators]
+    chains = [chain for chain in chains if chain and all(isinstance(error, (int, float)) for _, error in chain)]
+    if not chains or max(len(chain) for chain in chains) < 2:
+        return None
+    names = [name for name, _ in max(chains, key=len)]
+    columns = [[100 * float(chain[i][1]) for chain in chains if len(chain) > i] for i in range(len(names))]  # type: ignore[arg-type]
+
+    def plot(figure: Any, width: int) -> None:
+        axes = figure.subplots()
+        for position, values in enumerate(columns):
+            spread = [position + 0.16 * math.sin(12.9898 * k) for k in range(len(values))]
+            axes.plot(spread, values, "o", markersize=3.2, alpha=0.45, color=SERIES[0], markeredgewidth=0)
+            axes.plot([position - 0.28, position + 0.28], [median(values)] * 2, color=SERIES[1], linewidth=2.6)
+        axes.set_xticks(range(len(names)), names)
+        axes.set_xlim(-0.5, len(names) - 0.5)
+        axes.set_yscale("log")
+        axes.set_ylabel("relative error, %")
+        _plain_log(axes)
+        style(axes)
+
+    medians = [median(values) for values in columns]
+    return draw(
+        "chain-errors",
+        "Error after each step",
+        plot,
+        caption="A dot is an operator, the bar their median, after each step of the method chain.",
+        description="Medians: " + ", ".join(f"{name} {significant(value)} %" for name, value in zip(names, medians, strict=True)) + ".",
+        table=(
+            ["step", "median error, %", "largest, %"],
+            [[name, significant(median(v)), significant(max(v))] for name, v in zip(names, columns, strict=True)],
+        ),
+    )
+
+
+def solver_path(layers: Sequence[LayerEntry]) -> Drawing | None:
+    """How the solver converged on the hardest operators: error by round, and the penalty's path."""
+    chosen = []
+    for layer, operator in hardest(layers, 10_000):
+        for step in operator.steps:
+            path = solver_records(step)
+            if path is not None:
+                chosen.append((f"{layer.index} {short_name(operator.name)}", *path))
+                break
+        if len(chosen) == 4:
+            break
+    if not chosen:
+        return None
+    unit = next(label for _, _, label, _ in chosen)
+
+    def plot(figure: Any, width: int) -> None:
+        above, below = figure.subplots(2, 1, sharex=True, gridspec_kw={"height_ratios": [3, 2]})
+        for color, (name, errors, _, knob) in zip(SERIES, chosen, strict=False):
+            finite = [value if value is not None and value > 0 else math.nan for value in errors]
+            above.plot(range(1, len(finite) + 1), finite, "o-", color=color, markersize=4, label=name)
+            positive = [value if value is not None and value > 0 else math.nan for value in knob]
+            below.plot(range(1, len(positive) + 1), positive, "o-", color=color, markersize=4)
+        above.set_ylabel("error, first = 1" if unit == "λ" else "support change")
+        if unit != "λ":
+            above.set_yscale("log")
+        below.set_yscale("log")
+        below.set_ylabel(unit)
+        below.set_xlabel("round")
+        _whole_numbers(below)
+        style(above)
+        style(below)
+        above.legend(loc="best", title=None, ncols=2 if width > 500 else 1)
+
+    what = (
+        "Error of the rounded weights in each round of the λ search, and the λ it tried, for the hardest operators."
+        if unit == "λ"
+        else "Share of the support that changed, and the penalty ρ, by check, for the hardest operators."
+    )
+    return draw(
+        "solver-path",
+        "Solver convergence and its penalty",
+        plot,
+        caption=what,
+        description=what + " Operators: " + ", ".join(name for name, *_ in chosen) + ".",
+        height=360,
+        table=(
+            ["operator", "round", unit, "error"],
+            [
+                [name, str(i + 1), significant(k), significant(e, 4)]
+                for name, errors, _, knob in chosen
+                for i, (e, k) in enumerate(zip(errors, knob, strict=True))
+            ],
+        ),
+    )
+
+
+def solver_records(step: dict[str, Any]) -> tuple[list[float | None], str, list[float | None]] | None:
+    """(errors, name of the penalty, penalties) by round, from what a solver recorded; None if it recorded no path."""
+    for rounds in (step.get("rounds"), step.get("path"), step.get("history")):
+        if not isinstance(rounds, list) or len(rounds) < 2 or not all(isinstance(record, dict) for record in rounds):
+            continue
+        if all("lambda" in record and "e_total" in record for record in rounds):
+            first = next((r["e_total"] for r in rounds if r["e_total"]), 1.0)
+            return [_number(r["e_total"] / first) for r in rounds], "λ", [_number(r["lambda"]) for r in rounds]
+        if all("rho" in record and "support_change" in record for record in rounds):
+            return [_number(r["support_change"]) for r in rounds], "ρ", [_number(r["rho"]) for r in rounds]
+    return None
+
+
+def spectra(layers: Sequence[LayerEntry]) -> Drawing | None:
+    """Eigenvalues of the Grams of the hardest operators."""
+    seen: set[tuple[int, int | str]] = set()
+    chosen = []
+    for layer, operator in hardest(layers, 10_000):
+        key = (layer.index, operator.group if operator.group is not None else operator.name)
+        if operator.spectrum and operator.spectrum_ranks and key not in seen:
+            seen.add(key)
+            chosen.append((f"{layer.index} {short_name(operator.name)}", operator))
+        if len(chosen) == 5:
+            break
+    if not chosen:
+        return None
+
+    def plot(figure: Any, width: int) -> None:
+        axes = figure.subplots()
+        for color, (name, operator) in zip(SERIES, chosen, strict=False):
+            pairs = [(r, v) for r, v in zip(operator.spectrum_ranks or [], operator.spectrum or [], strict=True) if v > 1e-14]
+            axes.plot([r for r, _ in pairs], [v for _, v in pairs], color=color, label=name)
+        axes.set_xscale("log")
+        axes.set_yscale("log")
+        axes.set_xlabel("rank of the eigenvalue")
+        axes.set_ylabel("share of the largest")
+        style(axes, grid="both")
+        axes.legend(loc="lower left")
+
+    conditions = [f"{name} {significant(op.condition, 2)}" for name, op in chosen if op.condition]
+    return draw(
+        "spectra",
+        "Spectrum of the hardest operators' inputs",
+        plot,
+        caption="Eigenvalues of the Gram. A cliff after the first few is the mark of massive activations; a steep tail means few "
+        "directions carry the inputs, and more calibration text may fill it.",
+        description="Log-log lines of eigenvalues by rank. Largest eigenvalue over the mean: "
+        + (", ".join(conditions) or "not recorded")
+        + ".",
+        height=330,
+        table=(["operator", "largest over mean"], [[name, significant(op.condition)] for name, op in chosen]),
+    )
+
+
+def time_by_layer(layers: Sequence[LayerEntry]) -> Drawing | None:
+    """Wall time of every decoder layer by phase."""
+    timed = [layer for layer in layers if layer.seconds]
+    if not timed:
+        return None
+    found = {phase for layer in timed for phase in layer.seconds}
+    phases = [phase for phase in PHASES if phase in found] + sorted(found - set(PHASES))
+
+    def plot(figure: Any, width: int) -> None:
+        axes = figure.subplots()
+        base = [0.0] * len(timed)
+        for color, phase in zip(SERIES, phases, strict=False):
+            values = [layer.seconds.get(phase, 0.0) for layer in timed]
+            axes.bar([layer.index for layer in timed], values, bottom=base, width=0.82, color=color, label=phase)
+            base = [b + v for b, v in zip(base, values, strict=True)]
+        axes.set_xlabel("decoder layer")
+        axes.set_ylabel("seconds")
+        axes.set_ylim(0, 1.22 * max(*base, 1e-9))
+        _whole_numbers(axes)
+        style(axes)
+        axes.legend(loc="upper center", ncols=4 if width > 500 else 3, columnspacing=1.2, handlelength=1.2)
+
+    totals = {phase: sum(layer.seconds.get(phase, 0.0) for layer in timed) for phase in phases}
+    return draw(
+        "time-by-layer",
+        "Time by decoder layer",
+        plot,
+        caption="Wall time by phase: forward passes (capture), Gram sums (gram), solver (solve), files (io).",
+        description="Stacked bars. In all: " + ", ".join(f"{phase} {duration(value)}" for phase, value in totals.items()) + ".",
+        table=(["phase", "seconds"], [[phase, significant(value)] for phase, value in totals.items()]),
+    )
+
+
+def mean_error(layer: LayerEntry) -> float | None:
+    """Mean relative error of a layer's operators."""
+    errors = [operator.relative_error for operator in layer.operators if operator.relative_error is not None]
+    return sum(errors) / len(errors) if errors else None
+
+
+def _number(value: Any) -> float | None:
+    return float(value) if isinstance(value, (int, float)) and math.isfinite(value) else None
+
+
+def _log_range(values: list[float]) -> tuple[float, float]:
+    logs = [math.log(max(value, 1e-12)) for value in values]
+    return min(logs), max(logs)
+
+
+def _cell(column: int, row: int, color: str) -> Any:
+    from matplotlib.patches import Rectangle
+
+    return Rectangle((column - 0.47, row - 0.46), 0.94, 0.92, facecolor=color, edgecolor="none")
+
+
+def _scale(axes: Any, low: float, high: float, *, vertical: bool) -> None:
+    """The heat map's colour scale."""
+    from matplotlib.patches import Rectangle
+
+    for level, color in enumerate(HEAT):
+        corner = (0, level) if vertical else (level, 0)
+        axes.add_patch(Rectangle(corner, *((1, 1.02) if vertical else (1.02, 1)), facecolor=color, edgecolor="none"))
+    positions = [0, HEAT_LEVELS / 2, HEAT_LEVELS]
+    labels = [f"{significant(math.exp(low + (high - low) * p / HEAT_LEVELS), 2)} %" for p in positions]
+    axes.set_xlim(0, 1 if vertical else HEAT_LEVELS)
+    axes.set_ylim(0, HEAT_LEVELS if vertical else 1)
+    if vertical:
+        axes.set_yticks(positions, labels)
+        axes.yaxis.tick_right()
+        axes.set_xticks([])
+    else:
+        axes.set_xticks(positions, labels)
+        axes.set_yticks([])
+    axes.tick_params(length=0)
+    for side in axes.spines.values():
+        side.set_visible(False)
+
+
+def _ticks(axes: Any, axis: str, labels: Sequence[Any], *, every: int, rotate: bool = False) -> None:
+    chosen = range(0, len(labels), every)
+    texts = [short_name(label) if isinstance(label, str) else str(label) for label in (labels[i] for i in chosen)]
+    if axis == "x":
+        axes.set_xticks(list(chosen), texts, rotation=90 if rotate else 0)
+    else:
+        axes.set_yticks(list(chosen), texts)
+
+
+def _line(axes: Any, pairs: Sequence[tuple[int, float]], color: str, label: str, marker: str) -> None:
+    axes.plot([x for x, _ in pairs], [y for _, y in pairs], marker + "-", color=color, markersize=4.5, label=label)
+
+
+def _whole_numbers(axes: Any) -> None:
+    from matplotlib.ticker import MaxNLocator
+
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=8))
+
+
+def _plain_log(axes: Any) -> None:
+    from matplotlib.ticker import FuncFormatter, LogLocator
+
+    axes.yaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
+    axes.yaxis.set_major_formatter(
+        FuncFormatter(lambda value, _: significant(value, 2).rstrip("0").rstrip(".") if value < 1 else f"{value:g}")
+    )
+    axes.yaxis.set_minor_formatter(FuncFormatter(lambda value, _: ""))

@@ -1,0 +1,362 @@
+"""``report.html`` of a run: one file that needs nothing else, made from the report alone."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from html import escape
+from typing import Any
+
+import yaml
+
+from ..evaluation.results import Evaluation
+from .advice import advice
+from .drawing import Drawing
+from .evaluation_text import protocol
+from .figures import hardest, layer_figures
+from .figures_quality import quality_figures
+from .model_card import base_model
+from .numbers import count, duration, p_value, percent, short_count, significant, size, with_error
+from .schema import Report
+from .theme import stylesheet
+
+
+def run_page(report: Report) -> str:
+    """The page of a run, finished or not, as HTML.
+
+    Raises:
+        MissingExtraError: matplotlib is not installed.
+    """
+    figures = layer_figures(report) | quality_figures(report.evaluations)
+    sections = [
+        _summary(report),
+        _warnings(report),
+        _section("Quality", _figures(figures, "perplexity", "divergence", "zero-shot")),
+        _generations(report),
+        _section("Where the error is", _figures(figures, "error-map", "layer-errors", "layer-sparsity")),
+        _next(report),
+        _section("How the solver got there", _figures(figures, "chain-errors", "solver-path", "spectra") + _hardest(report)),
+        _section("Cost", _figures(figures, "time-by-layer") + _cost(report)),
+        _reproduce(report),
+    ]
+    title = f"{base_model(report) or 'Model'} at {report.sparsity or 'unknown'} sparsity"
+    return page(title, _header(report, title), "".join(sections), f"fistapruner {report.versions.get('fistapruner', '')}")
+
+
+def page(title: str, header: str, body: str, program: str) -> str:
+    """A whole document around a header and sections."""
+    return (
+        '<!DOCTYPE html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
+        '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
+        f'<title>{escape(title)}</title>\n<link rel="icon" href="data:,">\n<style>\n{stylesheet()}</style>\n</head>\n<body>\n'
+        f'<a class="skip" href="#content">To the content</a>\n<header class="top">{header}</header>\n<main id="content">{body}</main>\n'
+        f"<footer>Drawn from the JSON beside this file by {escape(program.strip())}. "
+        "± is one standard error. Every figure has its numbers under it.</footer>\n</body>\n</html>\n"
+    )
+
+
+def table(head: Sequence[str], rows: Iterable[Sequence[str]], label: str, numeric: Iterable[int] = ()) -> str:
+    """A table that scrolls sideways where it does not fit; ``numeric`` columns are set flush right."""
+    right = set(numeric)
+
+    def cells(row: Sequence[str], tag: str) -> str:
+        made = []
+        for index, text in enumerate(row):
+            kind = ' class="n"' if index in right else ""
+            name, scope = (tag, ' scope="col"') if tag == "th" else (("th", ' scope="row"') if index == 0 else ("td", ""))
+            made.append(f"<{name}{scope}{kind}>{escape(text)}</{name}>")
+        return "<tr>" + "".join(made) + "</tr>"
+
+    body = "".join(cells(row, "td") for row in rows)
+    return (
+        f'<div class="scroll" tabindex="0" role="region" aria-label="{escape(label)}"><table>'
+        f"<thead>{cells(head, 'th')}</thead><tbody>{body}</tbody></table></div>"
+    )
+
+
+def facts(pairs: Iterable[tuple[str, str | None]]) -> str:
+    """A list of names and values; those without a value are left out."""
+    made = "".join(f"<dt>{escape(name)}</dt><dd>{escape(value)}</dd>" for name, value in pairs if value)
+    return f'<dl class="facts">{made}</dl>' if made else ""
+
+
+def tiles(items: Iterable[tuple[str, str, str]]) -> str:
+    """Large numbers: name, value, note."""
+    made = "".join(
+        f'<div class="tile"><dt>{escape(name)}</dt><dd><div class="value">{escape(value)}</div>'
+        f'<div class="note">{escape(note)}</div></dd></div>'
+        for name, value, note in items
+    )
+    return f'<dl class="tiles">{made}</dl>' if made else ""
+
+
+def section(title: str, content: str) -> str:
+    """A section with a heading; nothing without content."""
+    return f"<section><h2>{escape(title)}</h2>{content}</section>" if content else ""
+
+
+_section = section
+
+
+def _figures(figures: Mapping[str, Drawing], *keys: str) -> str:
+    made = "".join(figures[key].html() for key in keys if key in figures)
+    return f'<div class="figures">{made}</div>' if made else ""
+
+
+def _header(report: Report, title: str) -> str:
+    done = f"{len(report.layers)} of {report.model.layers} decoder layers" if report.status != "finished" else ""
+    parts = [report.method, report.model.architecture, done, (report.finished or report.started or "").replace("T", " ")]
+    meta = " · ".join(escape(part) for part in parts if part)
+    return (
+        f'<h1>{escape(title)}</h1><p class="meta"><span class="status {report.status}">{report.status}</span> {meta}</p>'
+        f'<p class="lead">{escape(verdict(report))}</p>'
+    )
+
+
+def verdict(report: Report) -> str:
+    """What happened to the model, in two or three sentences."""
+    totals = report.totals
+    sentences = []
+    if totals.operator_weights and totals.operator_zeros is not None:
+        sentences.append(
+            f"{percent(totals.operator_zeros / totals.operator_weights, 4)} of the pruned operators' weights are exactly zero."
+        )
+    for evaluation in report.evaluations[:1]:
+        text, dense = evaluation.perplexity, evaluation.reference
+        if text is not None and dense is not None:
+            ratio = text.perplexity / dense.perplexity
+            sentences.append(
+                f"Perplexity on {text.data} went from {dense.perplexity:.2f} to {text.perplexity:.2f} (×{significant(ratio)})."
+            )
+        if evaluation.divergence is not None:
+            sentences.append(
+                f"The most likely next token stayed the same for {percent(evaluation.divergence.top1_agreement)} of the tokens."
+            )
+    if report.status == "failed":
+        sentences.append(f"The run stopped: {report.error or 'reason unknown'}.")
+    if report.status == "running":
+        sentences.append("The run is not finished; this page shows the layers that are done.")
+    return " ".join(sentences)
+
+
+def _summary(report: Report) -> str:
+    totals = report.totals
+    items = []
+    evaluation = next((e for e in report.evaluations if e.perplexity is not None), None)
+    if evaluation is not None and evaluation.perplexity is not None:
+        text, dense = evaluation.perplexity, evaluation.reference
+        before = f"dense {with_error(dense.perplexity, dense.standard_error)}; " if dense is not None else ""
+        items.append(("Perplexity", f"{text.perplexity:.2f}", f"{before}{text.data}, windows of {text.seqlen}"))
+        if evaluation.divergence is not None:
+            agreement = evaluation.divergence
+            items.append(
+                (
+                    "Same favourite token",
+                    percent(agreement.top1_agreement),
+                    f"KL {with_error(agreement.kl, agreement.kl_standard_error, 3)} nats",
+                )
+            )
+    if totals.operator_weights and totals.operator_zeros is not None:
+        whole = f"{percent(totals.model_zeros / totals.model_weights)} of the model" if totals.model_weights and totals.model_zeros else ""
+        items.append(
+            ("Zeros", percent(totals.operator_zeros / totals.operator_weights), f"{count(totals.operator_zeros)}; {whole}".rstrip("; "))
+        )
+    errors = [op.relative_error for layer in report.layers for op in layer.operators if op.relative_error is not None]
+    if errors:
+        items.append(
+            ("Mean relative error", percent(sum(errors) / len(errors)), f"worst of {len(errors)} operators {percent(max(errors))}")
+        )
+    if totals.checkpoint_bytes:
+        packed = f"packed {size(totals.compressed_bytes)}" if totals.compressed_bytes else "zeros are stored as they are"
+        items.append(("Size on disk", size(totals.checkpoint_bytes), packed))
+    if totals.seconds:
+        peak = f"peak memory {size(totals.peak_memory)}" if totals.peak_memory else ""
+        items.append(("Time", duration(totals.seconds), peak))
+    rows = _measurements(report.evaluations)
+    measured = ""
+    if rows:
+        head = ("measure", "dense", "pruned", "change", "how it was measured")
+        measured = f'<div class="card">{table(head, rows, "Measured results", numeric=(1, 2, 3))}</div>'
+    return f'<section><h2 class="hidden">Summary</h2>{tiles(items)}{measured}{_speed(report)}</section>'
+
+
+def _measurements(evaluations: Sequence[Evaluation]) -> list[tuple[str, ...]]:
+    rows: list[tuple[str, ...]] = []
+    for evaluation in evaluations:
+        text, dense, damage = evaluation.perplexity, evaluation.reference, evaluation.divergence
+        if text is not None:
+            change = f"×{significant(text.perplexity / dense.perplexity)}" if dense is not None else "–"
+            before = with_error(dense.perplexity, dense.standard_error) if dense is not None else "–"
+            rows.append((f"Perplexity, {text.data}", before, with_error(text.perplexity, text.standard_error), change, protocol(text)))
+        if damage is not None:
+            gap = with_error(damage.nll_difference, damage.nll_difference_standard_error, 3)
+            rows.append(("NLL gap, nats a token", "0", gap, "", "ln of the ratio of the perplexities, paired over windows"))
+            kl = with_error(damage.kl, damage.kl_standard_error, 3)
+            rows.append(("KL from dense, nats a token", "0", kl, "", "mean over the same tokens of KL(dense || pruned)"))
+            agreement = with_error(100 * damage.top1_agreement, 100 * damage.top1_standard_error, 1)
+            rows.append(("Same favourite token, %", "100", agreement, "", "the same tokens"))
+        for task in evaluation.tasks:
+            before, change, how = "–", "–", f"{task.shots}-shot, {task.items} items, {task.source}"
+            if task.reference is not None and task.reference_standard_error is not None:
+                before = with_error(100 * task.reference, 100 * task.reference_standard_error, 1)
+                change = f"{100 * (task.value - task.reference):+.1f}"
+                verdict = "real" if task.significant else "within noise"
+                how += f"; {task.lost} lost, {task.won} won, McNemar p = {p_value(task.p_value)}: {verdict}"
+            rows.append((f"{task.task}, {task.metric}, %", before, with_error(100 * task.value, 100 * task.standard_error, 1), change, how))
+    return rows
+
+
+def _speed(report: Report) -> str:
+    note = (
+        "<p>Zeros in a checkpoint are stored and multiplied like any other number: in engines that read dense weights this model is "
+        "as large and as fast as the dense one. Only what was measured is shown here.</p>"
+    )
+    if not report.speed:
+        return f'<div class="card"><h3>Speed and size</h3>{note}<p>No speed was measured in this run.</p></div>'
+    sentence = str(report.speed.get("sentence") or "")
+    rows = report.speed.get("rows")
+    made = ""
+    if isinstance(rows, list) and rows and all(isinstance(row, dict) for row in rows):
+        names = list(dict.fromkeys(key for row in rows for key in row))
+        made = table([name.replace("_", " ") for name in names], [[_plain(row.get(name)) for name in names] for row in rows], "Speed")
+    else:
+        made = facts((key.replace("_", " "), _plain(value)) for key, value in report.speed.items() if key != "sentence")
+    words = f"<p>{escape(sentence)}</p>" if sentence else ""
+    return f'<div class="card"><h3>Speed and size</h3>{words or note}{made}</div>'
+
+
+def _plain(value: Any) -> str:
+    if isinstance(value, bool) or value is None:
+        return {True: "yes", False: "no", None: "–"}[value]
+    if isinstance(value, int):
+        return count(value)
+    if isinstance(value, float):
+        return significant(value, 4)
+    if isinstance(value, dict):
+        return ", ".join(f"{key.replace('_', ' ')} {_plain(part)}" for key, part in value.items())
+    if isinstance(value, (list, tuple)):
+        return ", ".join(_plain(part) for part in value)
+    return str(value)
+
+
+def _warnings(report: Report) -> str:
+    if not report.warnings and not report.error:
+        return ""
+    lines = ([f"Stopped: {report.error}"] if report.error else []) + list(dict.fromkeys(report.warnings))
+    shown = "".join(f"<li>{escape(line)}</li>" for line in lines[:20])
+    more = f"<li>and {len(lines) - 20} more in report.json</li>" if len(lines) > 20 else ""
+    return _section("Warnings", f'<div class="card warning"><ul>{shown}{more}</ul></div>')
+
+
+def _next(report: Report) -> str:
+    lines = advice(report)
+    if not lines:
+        return ""
+    return _section("What to try next", f'<div class="card next"><ul>{"".join(f"<li>{escape(line)}</li>" for line in lines)}</ul></div>')
+
+
+def _hardest(report: Report) -> str:
+    rows = [
+        (
+            str(layer.index),
+            operator.name,
+            f"{operator.shape[0]} × {operator.shape[1]}",
+            operator.sparsity,
+            percent(operator.relative_error),
+            " → ".join(f"{step.get('method', '?')} {percent(step.get('relative_error'), 2)}" for step in operator.steps),
+            significant(operator.condition, 2),
+        )
+        for layer, operator in hardest(report.layers, 8)
+    ]
+    if not rows:
+        return ""
+    head = ("layer", "operator", "shape", "sparsity", "relative error", "after each step", "largest eigenvalue / mean")
+    made = table(head, rows, "The hardest operators", numeric=(4, 6))
+    return f'<div class="card" style="margin-top:16px"><h3>The hardest operators</h3>{made}</div>'
+
+
+def _generations(report: Report) -> str:
+    cards = []
+    for sample in report.generations:
+        cards.append(
+            f'<div class="card"><p class="who">Prompt</p><p class="text">{escape(sample.prompt)}</p>'
+            f'<div class="split" style="margin-top:14px">'
+            f'<div><p class="who">Dense goes on</p><p class="text">{escape(sample.dense or "–")}</p></div>'
+            f'<div><p class="who">Pruned goes on</p><p class="text">{escape(sample.pruned or "–")}</p></div></div></div>'
+        )
+    return _section("Side by side", "".join(cards))
+
+
+def _cost(report: Report) -> str:
+    totals = report.totals
+    blocks = []
+    if totals.time_split:
+        whole = sum(totals.time_split.values()) or 1.0
+        split = [(name, duration(value), percent(value / whole)) for name, value in sorted(totals.time_split.items(), key=lambda p: -p[1])]
+        blocks.append(
+            f'<div class="card"><h3>Time split</h3>{table(("phase", "time", "share"), split, "Time split", numeric=(1, 2))}</div>'
+        )
+    if report.plan:
+        shown = {"bytes": size, "seconds": duration}
+        rows = [
+            (
+                row.quantity,
+                *(shown.get(row.unit, significant)(value) for value in (row.planned, row.actual)),
+                _ratio(row.planned, row.actual),
+            )
+            for row in report.plan
+        ]
+        head = ("quantity", "planned", "measured", "measured / planned")
+        blocks.append(f'<div class="card"><h3>Plan and reality</h3>{table(head, rows, "Plan and reality", numeric=(1, 2, 3))}</div>')
+    pairs = [
+        ("peak memory", size(totals.peak_memory) if totals.peak_memory else None),
+        ("peak GPU memory", size(totals.peak_device_memory) if totals.peak_device_memory else None),
+        ("capture", f"{significant(totals.capture_tokens_per_second)} tokens/s" if totals.capture_tokens_per_second else None),
+        (
+            "one plain forward pass",
+            f"{significant(totals.forward_tokens_per_second)} tokens/s" if totals.forward_tokens_per_second else None,
+        ),
+    ]
+    rates = facts(pairs)
+    if rates:
+        blocks.append(f'<div class="card"><h3>Rates and memory</h3>{rates}</div>')
+    return f'<div class="split" style="margin-top:16px">{"".join(blocks)}</div>' if blocks else ""
+
+
+def _ratio(planned: float | None, actual: float | None) -> str:
+    return significant(actual / planned) if planned and actual is not None else "–"
+
+
+def _reproduce(report: Report) -> str:
+    blocks = []
+    if report.command:
+        blocks.append(f'<div class="card"><h3>Command</h3><pre>{escape(report.command)}</pre></div>')
+    used, machine, model = report.calibration, report.machine, report.model
+    pairs: list[tuple[str, str | None]] = [
+        ("model", model.source),
+        ("architecture", model.architecture),
+        ("parameters", f"{count(model.parameters)} ({short_count(model.parameters)})" if model.parameters else None),
+        ("decoder layers", count(model.layers) if model.layers else None),
+        ("precision", model.dtype),
+        ("fingerprint", report.fingerprint),
+    ]
+    if used is not None:
+        pairs += [
+            ("calibration", f"{used.source}: {used.samples} windows of {used.seqlen} tokens" + (f", {used.how}" if used.how else "")),
+            ("calibration tokens", f"{count(used.tokens)}, sha256 {used.sha256[:16]}" if used.sha256 else count(used.tokens)),
+            ("calibration seed", None if used.seed is None else str(used.seed)),
+        ]
+    pairs += [
+        ("seed", str(report.recipe["seed"]) if "seed" in report.recipe else None),
+        ("machine", ", ".join(part for part in (machine.cpu, machine.device_name or "", machine.system) if part)),
+        ("instructions", " ".join(machine.instructions)),
+        ("threads", f"{machine.threads} of {machine.cores} cores" if machine.threads and machine.cores else None),
+        ("memory", size(machine.memory) if machine.memory else None),
+        ("versions", ", ".join(f"{name} {version}" for name, version in report.versions.items())),
+        ("started", report.started),
+        ("finished", report.finished),
+    ]
+    blocks.append(f'<div class="card"><h3>What was used</h3>{facts(pairs)}</div>')
+    if report.recipe:
+        recipe = yaml.safe_dump(report.recipe, sort_keys=False).strip()
+        blocks.append(f'<div class="card"><h3>Recipe</h3><pre>{escape(recipe)}</pre></div>')
+    return _section("Make it again", "".join(blocks))
