@@ -32,8 +32,9 @@ class Unstructured:
             raise FistaPrunerError(f"sparsity {self.fraction!r} is out of range: a share of zeros in [0, 1), such as 0.5 or 50%")
 
     def __str__(self) -> str:
+        """A percentage where four decimals of it say everything, else the share in full: it always parses back to itself."""
         percent = f"{100 * self.fraction:.4f}".rstrip("0").rstrip(".")
-        return f"{percent}%"
+        return f"{percent}%" if float(percent) / 100.0 == self.fraction else repr(float(self.fraction))
 
     def zeros(self, rows: int, columns: int) -> int:
         """The exact number of zeros in a ``rows x columns`` operator."""

@@ -70,8 +70,7 @@ def measure_sensitivity(
         grams: receives (layer, group, sums) of every operator group of the dense model, gathered on the way.
         tick: told how many of the 2 x layers passes are done.
     """
-    count, seqlen = tokens.shape
-    batches = [(start, min(start + batch_size, count)) for start in range(0, count, batch_size)]
+    batches = _batches(len(tokens), batch_size)
     states, calls = _forward(skeleton, layout, tokens, batches, grams, tick)
     gradient = _loss_gradient(skeleton, states[-1], seed)
     rows: dict[str, Tensor] = {}
@@ -108,6 +107,23 @@ def measure_sensitivity(
         tick(2 * len(skeleton) - index)
     metrics = [(metric + metric.T).cpu() / (2 * tokens.numel()) for metric in reversed(outputs)]
     return Sensitivity(rows, metrics, tokens.numel())
+
+
+def gather_grams(
+    skeleton: Skeleton,
+    layout: Layout,
+    tokens: Tensor,
+    grams: Callable[[int, int, ProblemSums], None],
+    tick: Callable[[int], None] = lambda done: None,
+    *,
+    batch_size: int = 4,
+) -> None:
+    """Run the dense model forwards and give every operator group's sums to ``grams`` (layer, group, sums)."""
+    _forward(skeleton, layout, tokens, _batches(len(tokens), batch_size), grams, tick)
+
+
+def _batches(count: int, size: int) -> list[tuple[int, int]]:
+    return [(start, min(start + size, count)) for start in range(0, count, size)]
 
 
 def _forward(

@@ -1,0 +1,105 @@
+"""Split a budget of zeros so that the predicted effect on the model's predictions is least.
+
+For every operator the errors of its output rows are estimated at a few sparsities from its own Gram in the dense model, and
+weighed with the rows' sensitivity (:mod:`.sensitivity`): that is a curve from zeros to predicted nats. Curves of all
+operators add up, so the best split takes zeros where the next one costs least. Between the measured sparsities the logarithm
+of a curve is interpolated; a curve's slope is made non-decreasing, so that taking the cheapest step first is optimal.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import Tensor
+
+from ..numerics import fast_products
+from ..problem import LayerProblem
+from ..solvers.conditioning import alive_gram
+from ..solvers.refit import refit_cg
+from ..sparsity import Unstructured, keep_largest
+
+REACH = 0.15
+"""An operator's sparsity is at most this far from the asked one: curves are extrapolations of one operator pruned alone."""
+
+POINTS = 5
+"""Sparsities at which errors are estimated."""
+
+REFIT_STEPS = 6
+"""Conjugate gradient steps behind each estimate."""
+
+STEPS = 240
+"""Equal steps of an operator's range that are given out one by one."""
+
+
+def sparsity_grid(fraction: float) -> list[float]:
+    """The sparsities, between the bounds of an operator's own one, at which errors are estimated."""
+    low, high = bounds(fraction)
+    return [low + (high - low) * point / (POINTS - 1) for point in range(POINTS)]
+
+
+def bounds(fraction: float) -> tuple[float, float]:
+    """Lowest and highest sparsity of an operator when ``fraction`` is asked for."""
+    return max(fraction - REACH, fraction / 4), min(fraction + REACH, 1 - (1 - fraction) / 4)
+
+
+def row_error_curves(problem: LayerProblem, grid: Sequence[float]) -> list[Tensor]:
+    """Estimated errors of each operator's rows at each sparsity: (len(grid), rows) each.
+
+    The mask keeps the largest weights in units of their input's standard deviation (Wanda's score, over the operator), and a
+    few conjugate gradient steps refit what is kept: an upper bound on what a good solver reaches, of the same shape.
+    """
+    gram = alive_gram(problem.gram)
+    gram.diagonal().add_(0.01 * gram.diagonal().mean())
+    scale = gram.diagonal().sqrt()
+    curves: list[list[Tensor]] = [[] for _ in problem.rows]
+    for fraction in grid:
+        parts = problem.weight.split(problem.rows)
+        mask = torch.cat([keep_largest((part * scale).abs(), part.numel() - round(fraction * part.numel())) for part in parts])
+        weight = refit_cg(problem, gram, problem.weight * mask, mask, REFIT_STEPS, fast=True)
+        with fast_products():
+            errors = problem.row_errors(weight)
+        for curve, part in zip(curves, errors.split(problem.rows), strict=True):
+            curve.append(part.float().cpu())
+    return [torch.stack(curve) for curve in curves]
+
+
+def split_budget(curves: Mapping[str, Tensor], sizes: Mapping[str, int], fraction: float) -> dict[str, Unstructured]:
+    """Give out zeros where they cost least.
+
+    Args:
+        curves: (points,) predicted cost of each operator at the sparsities of :func:`sparsity_grid`.
+        sizes: weights of each operator.
+        fraction: the sparsity of all operators together.
+
+    Returns:
+        A sparsity for each operator; their zeros sum to exactly what ``fraction`` gives in every operator.
+    """
+    budget = sum(Unstructured(fraction).zeros(1, size) for size in sizes.values())
+    low, high = bounds(fraction)
+    grid = torch.tensor(sparsity_grid(fraction), dtype=torch.float64)
+    fine = torch.linspace(low, high, STEPS + 1, dtype=torch.float64)
+    zeros: dict[str, int] = {}
+    offers: list[tuple[float, str, int]] = []
+    for name, curve in curves.items():
+        steps = [round(float(point) * sizes[name]) for point in fine]
+        zeros[name] = steps[0]
+        logs = interpolate(grid, curve.double().clamp_min(1e-30).log(), fine)
+        slopes = (logs.exp().diff() / sizes[name]).cummax(0).values
+        offers += [(float(slope), name, after - before) for slope, before, after in zip(slopes, steps, steps[1:], strict=False)]
+    left = budget - sum(zeros.values())
+    for _, name, size in sorted(offers, key=lambda offer: offer[0]):  # stable: an operator's steps stay in order
+        taken = min(size, left)
+        zeros[name] += taken
+        left -= taken
+        if left == 0:
+            break
+    return {name: Unstructured(count / sizes[name]) for name, count in zeros.items()}
+
+
+def interpolate(x: Tensor, y: Tensor, at: Tensor) -> Tensor:
+    """Piecewise linear through (x, y), x ascending."""
+    right = torch.searchsorted(x, at).clamp(1, len(x) - 1)
+    left = right - 1
+    share = (at - x[left]) / (x[right] - x[left])
+    return y[left] + share * (y[right] - y[left])

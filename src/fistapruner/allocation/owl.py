@@ -1,0 +1,61 @@
+"""OWL: decoder layers with more outliers keep more weights (Yin et al. 2023, arXiv 2310.05175)."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+
+import torch
+from torch import Tensor
+
+from ..sparsity import Unstructured
+
+OUTLIER = 5.0
+"""``M``: scores above so many times the mean are outliers."""
+
+REACH = 0.08
+"""``lambda``: largest distance of a layer's sparsity from the asked one."""
+
+
+def outlier_share(operators: Iterable[tuple[Tensor, Tensor]]) -> float:
+    """Share of a decoder layer's scores ``|W_ij| ||X_j||`` that are more than ``M`` times their mean over the layer.
+
+    Args:
+        operators: (m, n) weight and (n,) root mean square of its inputs, for every operator of the layer.
+    """
+    scores = [weight.float().abs() * norm for weight, norm in operators]
+    count = sum(score.numel() for score in scores)
+    mean = sum(float(score.sum(dtype=torch.float64)) for score in scores) / count
+    return sum(int((score > OUTLIER * mean).sum()) for score in scores) / count
+
+
+def owl_allocation(shares: Mapping[int, float], members: Mapping[int, Mapping[str, int]], fraction: float) -> dict[str, Unstructured]:
+    """Sparsities from outlier shares: mapped linearly to a range of ``2 lambda``, shifted so that the total is exact.
+
+    Args:
+        shares: share of outliers in each decoder layer.
+        members: operators of each decoder layer with their number of weights.
+        fraction: the sparsity of all operators together.
+    """
+    low, high = min(shares.values()), max(shares.values())
+    reach = min(REACH, fraction / 2, (1 - fraction) / 2)
+    span = (high - low) or 1.0
+    raw = {layer: -2 * reach * (share - low) / span for layer, share in shares.items()}
+    total = sum(sum(sizes.values()) for sizes in members.values())
+    mean = sum(raw[layer] * sum(sizes.values()) for layer, sizes in members.items()) / total
+    budget = sum(Unstructured(fraction).zeros(1, size) for sizes in members.values() for size in sizes.values())
+    flat = {name: (fraction + raw[layer] - mean, size) for layer, sizes in members.items() for name, size in sizes.items()}
+    return exact_total(flat, budget)
+
+
+def exact_total(wanted: Mapping[str, tuple[float, int]], budget: int) -> dict[str, Unstructured]:
+    """Round (fraction, size) of each operator to whole zeros that sum to ``budget``: cumulative rounding, in order."""
+    result: dict[str, Unstructured] = {}
+    running, given = 0.0, 0
+    names = list(wanted)
+    for name in names:
+        fraction, size = wanted[name]
+        running += fraction * size
+        upto = budget if name == names[-1] else round(running)
+        result[name] = Unstructured((upto - given) / size)
+        given = upto
+    return result
