@@ -105,12 +105,13 @@ def run_layer(
         output: where the layer's output goes. None: not needed, and every pass stops at the last watched group.
     """
     layer = skeleton.layers[index]
-    start = 0
+    start = stop = 0
 
     def hook(number: int, last: bool) -> Callable[..., None]:
         def pre_forward(_: object, args: tuple[Tensor, ...]) -> None:
             assert watch is not None
-            watch(number, start, args[0])
+            # Some architectures (OPT) flatten batch and sequence inside the layer.
+            watch(number, start, args[0].reshape(stop - start, -1, args[0].shape[-1]))
             if last and output is None:
                 raise _Reached
 

@@ -1,0 +1,198 @@
+"""From a checkpoint to a pruned checkpoint that transformers loads, for many architectures, through the public API."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+import fistapruner as fp
+import tiny
+from fistapruner.models.checkpoint import Checkpoint
+from fistapruner.models.layout import discover
+from fistapruner.models.skeleton import Skeleton
+from fistapruner.sparsity import NM, holds
+
+SMALL = {"source": "python", "samples": 4, "seqlen": 32}
+
+
+@pytest.mark.parametrize("architecture", tiny.ARCHITECTURES)
+def test_every_architecture_is_pruned_exactly_and_loads(tmp_path: Path, architecture: str) -> None:
+    folder = tiny.save(architecture, tmp_path / "model", dtype=torch.bfloat16)
+    report = fp.prune(str(folder), tmp_path / "run", sparsity="2:4", method="wanda+refit", calibration=SMALL)
+    assert report.status == "finished"
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "run" / "model").eval()
+    source = AutoModelForCausalLM.from_pretrained(folder).eval()
+    layout = discover(Skeleton(Checkpoint.open(folder), torch.device("cpu")))
+    pruned = set()
+    for name, operator in layout.operators():
+        index = int(name.removeprefix(layout.prefix + ".").partition(".")[0])
+        weight = operator.weight(model.get_submodule(f"{layout.prefix}.{index}"))
+        assert holds(weight, NM(2, 4)), name
+        assert int((weight == 0).sum()) == weight.numel() // 2, name
+        pruned.add(f"{name}.weight")
+    # Everything else is untouched, tied weights stay tied.
+    for name, tensor in source.state_dict().items():
+        if name not in pruned:
+            assert torch.equal(model.state_dict()[name], tensor), name
+    assert model.config.tie_word_embeddings == source.config.tie_word_embeddings
+    # The pruned model is the one whose error was reported: it still behaves, and it generates.
+    tokens = torch.randint(3, tiny.VOCABULARY, (1, 12))
+    assert torch.isfinite(model(tokens).logits).all()
+    assert model.generate(tokens, min_new_tokens=4, max_new_tokens=4, do_sample=False, pad_token_id=0).shape == (1, 16)
+
+
+def test_sharded_checkpoint_keeps_its_file_names(tmp_path: Path) -> None:
+    folder = tiny.save("llama", tmp_path / "model", shard="40KB")
+    shards = sorted(path.name for path in folder.glob("*.safetensors"))
+    assert len(shards) > 2
+    fp.prune(str(folder), tmp_path / "run", method="magnitude", calibration=SMALL)
+    out = tmp_path / "run" / "model"
+    assert sorted(path.name for path in out.glob("*.safetensors")) == shards
+    index = json.loads((out / "model.safetensors.index.json").read_text())
+    assert index["weight_map"] == json.loads((folder / "model.safetensors.index.json").read_text())["weight_map"]
+    AutoModelForCausalLM.from_pretrained(out)
+
+
+def test_same_recipe_same_bits(tmp_path: Path) -> None:
+    folder = tiny.save("llama", tmp_path / "model")
+    for run in ("a", "b"):
+        fp.prune(str(folder), tmp_path / run, method="sparsegpt", calibration={**SMALL, "source": "self"})
+    files = [(tmp_path / run / "model" / "model.safetensors").read_bytes() for run in ("a", "b")]
+    assert files[0] == files[1]
+
+
+def test_targets_and_ignore_choose_operators(tmp_path: Path) -> None:
+    folder = tiny.save("llama", tmp_path / "model")
+    report = fp.prune(
+        str(folder), tmp_path / "run", method="wanda", calibration=SMALL, targets=["re:mlp"], ignore=["re:layers\\.1\\.", "down_proj"]
+    )
+    names = {f"{layer.name}.{operator.name}" for layer in report.layers for operator in layer.operators}
+    assert names == {f"model.layers.{index}.mlp.{kind}" for index in (0, 2) for kind in ("gate_proj", "up_proj")}
+
+
+def test_an_allocation_by_pattern_is_exact(tmp_path: Path) -> None:
+    folder = tiny.save("llama", tmp_path / "model")
+    report = fp.prune(str(folder), tmp_path / "run", method="wanda", calibration=SMALL, allocation={"re:mlp": "70%", "o_proj": "2:4"})
+    for layer in report.layers:
+        for operator in layer.operators:
+            rows, columns = operator.shape
+            asked = fp.parse_sparsity("70%" if "mlp" in operator.name else "2:4" if "o_proj" in operator.name else "50%")
+            assert operator.zeros == asked.zeros(rows, columns), operator.name
+
+
+def test_dense_model_at_sparsity_zero(tmp_path: Path) -> None:
+    folder = tiny.save("gpt2", tmp_path / "model", dtype=torch.bfloat16)
+    fp.prune(str(folder), tmp_path / "run", sparsity=0.0, method="sparsegpt", calibration=SMALL)
+    before, after = Checkpoint.open(folder), Checkpoint.open(tmp_path / "run" / "model")
+    for name in before.names():
+        assert torch.equal(before.read(name), after.read(name)), name
+
+
+def test_report_holds_what_fista_did(tmp_path: Path) -> None:
+    folder = tiny.save("llama", tmp_path / "model")
+    report = fp.prune(str(folder), tmp_path / "run", method="fista", calibration=SMALL, evaluate="python", evaluate_windows=2)
+    stored = json.loads((tmp_path / "run" / "report.json").read_text())
+    step = stored["layers"][0]["operators"][0]["steps"][-1]
+    assert step["method"] == "fista"
+    assert {"lipschitz", "rounds", "iterations", "e_total"} <= set(step)
+    assert {"lambda", "steps", "e_total", "e_fista", "e_round", "gap"} <= set(step["rounds"][0])
+    assert {"capture", "gram", "solve"} <= set(stored["totals"]["time_split"])
+    evaluation = report.evaluations[0]
+    assert evaluation.perplexity is not None
+    assert evaluation.reference is not None
+    assert evaluation.perplexity.perplexity != evaluation.reference.perplexity
+    assert (tmp_path / "run" / "model" / "README.md").read_text().startswith("---")
+
+
+class TestRefusals:
+    """Bad input: one line that names thing and value, before any layer is touched."""
+
+    @pytest.fixture
+    def folder(self, tmp_path: Path) -> Path:
+        return tiny.save("llama", tmp_path / "model")
+
+    @pytest.mark.parametrize(
+        ("settings", "words"),
+        [
+            ({"sparsity": "1.5"}, ["1.5"]),
+            ({"sparsity": "5:7"}, ["5:7", "32 inputs", "q_proj"]),
+            ({"sparsity": "half"}, ["half"]),
+            ({"method": "magic"}, ["magic", "wanda"]),
+            ({"method": "refit"}, ["refit"]),
+            ({"method": [{"fista": {"speed": 3}}]}, ["fista", "speed"]),
+            ({"nonsense": 1}, ["nonsense"]),
+            ({"targets": ["no_such"]}, ["no_such", "model.layers.0.self_attn.q_proj"]),
+            ({"targets": ["re:("]}, ["re:("]),
+            ({"ignore": ["re:."]}, ["no operator"]),
+            ({"calibration": {"source": "missing.txt"}}, ["missing.txt"]),
+            ({"calibration": {"source": "python", "seqlen": 999999}}, ["999999"]),
+            ({"evaluate": "missing.txt"}, ["missing.txt"]),
+            ({"execution": {"device": "tpu:7"}}, ["tpu:7"]),
+        ],
+    )
+    def test_settings(self, folder: Path, tmp_path: Path, settings: dict[str, object], words: list[str]) -> None:
+        base: dict[str, object] = {"calibration": SMALL}
+        with pytest.raises(fp.FistaPrunerError) as caught:
+            fp.prune(str(folder), tmp_path / "run", **{**base, **settings})  # type: ignore[arg-type]
+        message = str(caught.value)
+        assert "\n" not in message
+        for word in words:
+            assert word in message
+        assert not list((tmp_path / "run" / "layers").glob("*")) if (tmp_path / "run").exists() else True
+
+    def test_missing_model(self, tmp_path: Path) -> None:
+        with pytest.raises(fp.FistaPrunerError, match="no-such-model"):
+            fp.prune(str(tmp_path / "no-such-model"), tmp_path / "run")
+
+    def test_truncated_weights(self, folder: Path, tmp_path: Path) -> None:
+        file = folder / "model.safetensors"
+        file.write_bytes(file.read_bytes()[:-100])
+        with pytest.raises(fp.FistaPrunerError, match=r"model\.safetensors"):
+            fp.prune(str(folder), tmp_path / "run", calibration=SMALL)
+
+    def test_nan_in_weights_names_the_operator(self, folder: Path, tmp_path: Path) -> None:
+        from safetensors.torch import load_file, save_file
+
+        tensors = load_file(folder / "model.safetensors")
+        tensors["model.layers.1.mlp.up_proj.weight"][3, 5] = float("nan")
+        save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+        with pytest.raises(fp.FistaPrunerError, match=r"layers\.1\.mlp\.up_proj"):
+            fp.prune(str(folder), tmp_path / "run", method="wanda", calibration=SMALL)
+        assert (tmp_path / "run" / "layers" / "0000.json").exists()  # what was computed is kept
+        assert not (tmp_path / "run" / "model").exists()
+
+    def test_too_short_calibration_text(self, folder: Path, tmp_path: Path) -> None:
+        (tmp_path / "short.txt").write_text("a few words")
+        with pytest.raises(fp.FistaPrunerError, match=r"short\.txt"):
+            fp.prune(str(folder), tmp_path / "run", calibration={**SMALL, "source": str(tmp_path / "short.txt")})
+
+    def test_a_run_of_another_recipe(self, folder: Path, tmp_path: Path) -> None:
+        fp.prune(str(folder), tmp_path / "run", method="wanda", calibration=SMALL)
+        with pytest.raises(fp.FistaPrunerError, match="sparsity"):
+            fp.prune(str(folder), tmp_path / "run", method="wanda", sparsity="60%", calibration=SMALL)
+
+    def test_a_folder_with_other_things(self, folder: Path, tmp_path: Path) -> None:
+        (tmp_path / "run").mkdir()
+        (tmp_path / "run" / "thesis.tex").write_text("x")
+        with pytest.raises(fp.FistaPrunerError, match="other things"):
+            fp.prune(str(folder), tmp_path / "run", calibration=SMALL)
+
+    def test_encoder_decoder_and_experts(self, tmp_path: Path) -> None:
+        from transformers import MixtralConfig, MixtralForCausalLM, T5Config, T5ForConditionalGeneration
+
+        sizes = {"vocab_size": 128, "num_hidden_layers": 2}
+        T5ForConditionalGeneration(T5Config(vocab_size=128, d_model=32, d_kv=8, d_ff=48, num_layers=2, num_heads=4)).save_pretrained(
+            tmp_path / "t5"
+        )
+        config = MixtralConfig(
+            **sizes, hidden_size=32, intermediate_size=48, num_attention_heads=4, num_key_value_heads=2, num_local_experts=4
+        )
+        MixtralForCausalLM(config).save_pretrained(tmp_path / "mixtral")
+        with pytest.raises(fp.FistaPrunerError, match="encoder-decoder"):
+            fp.prune(str(tmp_path / "t5"), tmp_path / "run")
+        with pytest.raises(fp.FistaPrunerError, match="mixture of experts in MixtralForCausalLM"):
+            fp.prune(str(tmp_path / "mixtral"), tmp_path / "run")
