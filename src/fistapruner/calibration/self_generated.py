@@ -1,13 +1,17 @@
 """Calibration text that the model writes itself: no data set, no licence, no network.
 
-Sequences are sampled from the model's own distribution at temperature 1. They begin with BOS where the tokenizer begins
-texts with it, else with a random token, as in LLM-QAT (arXiv 2305.17888). After an end-of-text token a new text begins
-in the same sequence, as in packed training data; other special tokens are never drawn.
+Texts are sampled from the model's own distribution at temperature 1. They begin with BOS where the tokenizer begins
+texts with it, else with a random token, as in LLM-QAT (arXiv 2305.17888). A text has at most :data:`TEXT_LENGTH` tokens,
+which is about the mean length of a C4 document, and a window packs as many as it holds: long texts cost more per token.
+After an end-of-text token a new text begins at once; other special tokens are never drawn.
 """
 
 from __future__ import annotations
 
+import inspect
+import math
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -16,8 +20,9 @@ from torch import Tensor
 from ..errors import FistaPrunerError
 from .text import adds_bos
 
-CACHE_BYTES = 2**29
-MAX_BATCH = 64
+TEXT_LENGTH = 512
+CACHE_BYTES = 2**30
+MAX_BATCH = 128
 
 
 def generate_tokens(
@@ -29,7 +34,7 @@ def generate_tokens(
     seed: int = 0,
     progress: Callable[[int, int], None] | None = None,
 ) -> Tensor:
-    """Sample token sequences from a causal language model.
+    """Sample windows of tokens from a causal language model.
 
     The same model, seed and kind of device give the same tokens: random numbers are drawn on the CPU, and the batch
     follows from the model's shape, never from the machine.
@@ -37,8 +42,8 @@ def generate_tokens(
     Args:
         model: a ``transformers`` causal language model, loaded.
         tokenizer: its tokenizer.
-        samples: sequences.
-        seqlen: tokens in each.
+        samples: windows.
+        seqlen: tokens in a window.
         seed: of the random numbers.
         progress: called with tokens done and tokens in all after each step.
 
@@ -50,25 +55,28 @@ def generate_tokens(
     """
     random = torch.Generator().manual_seed(seed)
     vocabulary = _Vocabulary(tokenizer, int(model.config.get_text_config().vocab_size))
-    batch = batch_size(model, seqlen)
+    pieces = math.ceil(seqlen / TEXT_LENGTH)
+    length = math.ceil(seqlen / pieces)
+    texts = samples * pieces
+    batch = batch_size(model, length)
     parts = []
-    for start in range(0, samples, batch):
-        count = min(batch, samples - start)
+    for start in range(0, texts, batch):
+        count = min(batch, texts - start)
 
         def report(step: int, start: int = start, count: int = count) -> None:
             if progress is not None:
-                progress(start * seqlen + step * count, samples * seqlen)
+                progress(start * length + step * count, texts * length)
 
-        parts.append(_sample(model, vocabulary, count, seqlen, random, report))
-    return torch.cat(parts)
+        parts.append(_sample(model, vocabulary, count, length, random, report))
+    return torch.cat(parts).view(samples, pieces * length)[:, :seqlen].contiguous()
 
 
-def batch_size(model: Any, seqlen: int) -> int:
-    """Sequences generated side by side: their keys and values take at most :data:`CACHE_BYTES`."""
+def batch_size(model: Any, length: int) -> int:
+    """Texts of ``length`` tokens generated side by side: their keys and values take at most :data:`CACHE_BYTES`."""
     config = model.config.get_text_config()
     heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
     width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    cached = 2 * config.num_hidden_layers * int(heads) * int(width) * seqlen * model.dtype.itemsize
+    cached = 2 * config.num_hidden_layers * int(heads) * int(width) * length * model.dtype.itemsize
     return int(max(1, min(MAX_BATCH, CACHE_BYTES // max(cached, 1))))
 
 
@@ -98,34 +106,59 @@ class _Vocabulary:
         return self.first[torch.randint(len(self.first), (count,), generator=random)]
 
 
-def _sample(model: Any, vocabulary: _Vocabulary, count: int, seqlen: int, random: torch.Generator, report: Callable[[int], None]) -> Tensor:
-    """(count, seqlen) tokens, one column a step, with the keys and values of the columns before in the model's cache."""
-    tokens = torch.empty(count, seqlen, dtype=torch.int64)
+def _sample(model: Any, vocabulary: _Vocabulary, count: int, length: int, random: torch.Generator, report: Callable[[int], None]) -> Tensor:
+    """(count, length) tokens, one column a step, with the keys and values of the columns before in a cache."""
+    from transformers.cache_utils import DynamicCache, DynamicLayer
+
+    cache = DynamicCache(config=model.config)
+    for layer in cache.layers:
+        if type(layer) is DynamicLayer:
+            layer.update = partial(_update_in_place, layer, length)
+    # transformers renamed the argument on its way through version 5.
+    keyword = "cache" if "cache" in inspect.signature(model.forward).parameters else "past_key_values"
+    tokens = torch.empty(count, length, dtype=torch.int64)
     tokens[:, 0] = vocabulary.begin(count, random)
-    cache = None
     with torch.inference_mode():
-        for column in range(1, seqlen):
-            fresh = tokens[:, column - 1 : column]
+        for column in range(1, length):
+            before = tokens[:, column - 1]
             try:
-                out = model(input_ids=fresh.to(model.device), past_key_values=cache, use_cache=True)
-            except (RuntimeError, ValueError, TypeError, IndexError) as error:
-                reason = " ".join(str(error).split())[:200]
-                raise FistaPrunerError(
-                    f"{type(model).__name__} cannot generate calibration text: {reason}; give a text source instead"
-                ) from error
-            cache = out.past_key_values
-            if cache is None:
-                raise FistaPrunerError(
-                    f"{type(model).__name__} keeps no cache and cannot generate calibration text: give a text source instead"
-                )
+                out = model(input_ids=before[:, None].to(model.device), use_cache=True, **{keyword: cache})
+            except (RuntimeError, ValueError, TypeError, IndexError, AttributeError) as error:
+                raise _cannot(model, " ".join(str(error).split())[:200]) from error
+            if cache.get_seq_length() != column:
+                raise _cannot(model, "it does not use its key-value cache")
             logits = out.logits[:, -1].float().cpu()
             if not bool(torch.isfinite(logits).all()):
-                raise FistaPrunerError(
-                    f"{type(model).__name__} gives NaN or infinite logits: its weights are damaged, or {model.dtype} overflows"
-                )
-            chances = logits.masked_fill(vocabulary.forbidden, -torch.inf).softmax(-1)
-            tokens[:, column] = torch.multinomial(chances, 1, generator=random).flatten()
-            ended = fresh[:, 0] == vocabulary.end if vocabulary.end is not None else torch.zeros(count, dtype=torch.bool)
+                raise _cannot(model, f"its logits are NaN or infinite (damaged weights, or {model.dtype} overflows)")
+            tokens[:, column] = _draw(logits.masked_fill(vocabulary.forbidden, -torch.inf), random)
+            ended = before == vocabulary.end if vocabulary.end is not None else torch.zeros(count, dtype=torch.bool)
             tokens[ended, column] = vocabulary.begin(int(ended.sum()), random)
             report(column + 1)
     return tokens
+
+
+def _draw(logits: Tensor, random: torch.Generator) -> Tensor:
+    """(count,) tokens drawn from the softmax of (count, vocabulary) logits by inverting the cumulative distribution."""
+    cumulative = logits.softmax(-1).cumsum(-1, dtype=torch.float64)
+    # Uniform in (0, 1]: a token of chance zero adds no step to the sum, so it is never the first to reach the height.
+    height = (1 - torch.rand(len(logits), 1, generator=random, dtype=torch.float64)) * cumulative[:, -1:]
+    return torch.searchsorted(cumulative, height).flatten()
+
+
+def _update_in_place(layer: Any, room: int, keys: Tensor, values: Tensor, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
+    """A cache layer's ``update`` that writes into space for ``room`` tokens, where the original copies all it has each step."""
+    if not layer.is_initialized:
+        layer.lazy_initialization(keys, values)
+        layer.space = tuple(states.new_empty(*states.shape[:-2], room, states.shape[-1]) for states in (keys, values))
+        layer.filled = 0
+    start, layer.filled = layer.filled, layer.filled + keys.shape[-2]
+    for space, states in zip(layer.space, (keys, values), strict=True):
+        space[..., start : layer.filled, :] = states
+    layer.keys, layer.values = (space[..., : layer.filled, :] for space in layer.space)
+    return layer.keys, layer.values
+
+
+def _cannot(model: Any, reason: str) -> FistaPrunerError:
+    return FistaPrunerError(
+        f"{type(model).__name__} cannot generate calibration text: {reason}; give a text source with --calibration instead"
+    )
