@@ -66,9 +66,9 @@ class Calls:
 
     @classmethod
     def of(cls, skeleton: Skeleton, samples: int, seqlen: int, batch_size: int) -> Calls:
-        """Record them; needs the skeleton's :meth:`~Skeleton.ends`."""
+        """Record them, and those of a single window; needs the skeleton's :meth:`~Skeleton.ends`."""
         batch_size = min(batch_size, samples)
-        sizes = {batch_size, samples % batch_size} - {0}
+        sizes = {batch_size, samples % batch_size, 1} - {0}
         return cls(batch_size, {size: skeleton.calls(size, seqlen) for size in sizes})
 
     def batches(self, samples: int) -> Iterator[tuple[int, int]]:

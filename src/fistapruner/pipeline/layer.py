@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -19,6 +20,7 @@ from ..solvers.base import Solution
 from ..sparsity import Sparsity
 from .capture import Calls, Clock, run_layer
 from .hidden import HiddenStates
+from .match import match_layer
 
 SPECTRUM_LIMIT = 2048
 """Largest number of inputs for which the Gram's eigenvalues are recorded; they cost O(n^3) and only feed the report."""
@@ -76,6 +78,7 @@ def prune_layer(
     scratch: Callable[[str, tuple[int, int, int]], HiddenStates],
     progress: Progress = lambda names, error: None,
     inspect: Callable[[int, LayerProblem], None] | None = None,
+    metric: Tensor | None = None,
 ) -> LayerResult:
     """Prune decoder layer ``index``, group after group.
 
@@ -94,6 +97,7 @@ def prune_layer(
         scratch: makes a temporary store of a given name and shape, in memory or in a file.
         progress: told of every group.
         inspect: receives every group's problem before it is solved (benchmarks dump them).
+        metric: how block matching weighs errors of the layer's output (see :func:`~.match.match_layer`).
 
     Raises:
         FistaPrunerError: NaN or infinity in weights or activations; names the operator.
@@ -121,6 +125,13 @@ def prune_layer(
                     dense = kept[number].read(start, start + inputs.shape[0]).to(flat.device).reshape(flat.shape)
                 sums[number].add(flat, dense)
 
+        # What block matching aims at: the dense model's output, or with target=pruned the dense layer's on drifted inputs.
+        wanted: HiddenStates | None = None
+        if recipe.match and groups:
+            wanted = streams.dense_out or scratch(f"wanted-{index}", (streams.seen.samples, streams.seen.seqlen, skeleton.width))
+            if streams.dense is None:
+                run_layer(skeleton, index, streams.seen, calls, clock, output=wanted)
+
         # The dense pass.
         same = streams.pruned is None
         in_dense_pass = set(range(len(groups))) if same and not recipe.error_correction else ({0} if same else set())
@@ -142,9 +153,10 @@ def prune_layer(
             def dense_output(_: int, start: int, out: Tensor) -> None:
                 if not probe:
                     probe.append(out)
-                if streams.dense_out is not None:
+                store = streams.dense_out or wanted
+                if store is not None:
                     with clock.phase("io"):
-                        streams.dense_out.write(start, out)
+                        store.write(start, out)
 
             watched = [(number, group) for number, group in numbered if number in in_dense_pass or number in kept]
             needed = dense_output if streams.dense_out is not None or groups else None
@@ -182,6 +194,25 @@ def prune_layer(
             worst = max((entry.relative_error or 0.0) for entry in entries)
             progress(_names(group), worst)
 
+        matched: dict[str, Any] | None = None
+        if wanted is not None:
+            result = match_layer(
+                skeleton,
+                index,
+                groups,
+                streams.seen,
+                wanted,
+                calls,
+                clock,
+                steps=recipe.match,
+                seed=recipe.seed,
+                metric=metric,
+            )
+            weights |= result.weights
+            matched = result.record
+            if wanted is not streams.dense_out:
+                wanted.close()
+
         # What the pruned layer gives to the next one, and how far that is from what the dense layer gave.
         error = None
         if streams.pruned_out is not None:
@@ -197,6 +228,7 @@ def prune_layer(
             operators=operators,
             device=str(skeleton.device),
             warnings=warnings,
+            **({} if matched is None else {"match": matched}),
         )
         return LayerResult(weights, entry)
     finally:

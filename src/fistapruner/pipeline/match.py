@@ -1,0 +1,259 @@
+"""Block matching: adjust a pruned decoder layer as a whole, masks frozen, until it answers as the dense layer did.
+
+Solvers see one operator at a time. What their errors do together, behind the non-linearities and in the sum of the
+residual stream, only the whole layer shows. So after a layer is pruned, its surviving weights, norms and biases take some
+Adam steps (Kingma & Ba 2015) on
+
+    mean over tokens of  w_t (y_t - y*_t)^T M (y_t - y*_t),
+
+with ``y`` the pruned layer's output, ``y*`` the dense layer's, ``M`` the Fisher second moment of the model's loss at that
+output (:mod:`fistapruner.allocation.sensitivity`; the identity where it was not measured), and ``w_t`` at most 1, smaller for
+the few tokens with massive activations, whose squares would drown all others.
+
+Some calibration windows are held out of the steps. They decide which step's weights are kept, the pruned layer's own
+being the first candidate, and when to stop.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..models.layout import Group
+from ..models.skeleton import Skeleton
+from .capture import Calls, Clock
+from .hidden import HiddenStates
+
+RATE = 0.006
+"""Adam's first step size, as a share of a tensor's root mean square over surviving weights; it falls to 0 by a cosine."""
+
+WARM_UP = 0.1
+"""Share of the steps over which the step size rises from 0."""
+
+HELD_OUT = 8
+"""One calibration window of so many is held out."""
+
+CHECKS = 8
+"""How often the held-out windows are looked at; matching stops when three looks in a row were no better."""
+
+PATIENCE = 3
+
+SHRINKAGE = 0.1
+"""Share of the metric that is replaced by its mean eigenvalue: it was measured on few tokens."""
+
+
+@dataclass(frozen=True)
+class Matched:
+    """What matching did.
+
+    Args:
+        weights: changed tensors by checkpoint name, in the passes' dtype, on the CPU.
+        record: steps taken, the step that was kept, held-out loss before and after, windows held out.
+    """
+
+    weights: dict[str, Tensor]
+    record: dict[str, Any]
+
+
+def match_layer(
+    skeleton: Skeleton,
+    index: int,
+    groups: tuple[Group, ...],
+    inputs: HiddenStates,
+    wanted: HiddenStates,
+    calls: Calls,
+    clock: Clock,
+    *,
+    steps: int,
+    seed: int,
+    metric: Tensor | None = None,
+) -> Matched:
+    """Adjust the loaded, pruned decoder layer ``index`` in place.
+
+    Args:
+        skeleton: the model, layer ``index`` loaded.
+        index: which layer.
+        groups: its pruned operators; weights of other operators are left alone.
+        inputs: hidden states that enter the layer.
+        wanted: output hidden states to match.
+        calls: how the layer is called.
+        clock: counts the time as ``match``.
+        steps: Adam steps.
+        seed: draws the windows of each step.
+        metric: (width, width) positive semi-definite weight of output errors, or (width,) its diagonal; None is the identity.
+    """
+    with clock.phase("match"):
+        tuned = _Tuned.of(skeleton, index, groups)
+        loss = _Loss.of(skeleton, inputs, wanted, metric)
+        held, train = _split(inputs.samples)
+        size = calls.batch_size if calls.batch_size <= len(train) else 1
+        order = _order(train, steps * size, torch.Generator().manual_seed(seed * 100_003 + index))
+        optimizer = torch.optim.Adam(tuned.parameters(), betas=(0.9, 0.95))
+        before = _held_out(skeleton, index, tuned, loss, held, calls)
+        best, best_step, kept = before, 0, tuned.state()
+        every = max(1, steps // CHECKS)
+        taken = since = 0
+        for taken in range(1, steps + 1):
+            for group, rms in zip(optimizer.param_groups, tuned.scales, strict=True):
+                group["lr"] = RATE * rms * _schedule(taken, steps)
+            windows = order[(taken - 1) * size : taken * size]
+            optimizer.zero_grad()
+            with torch.enable_grad():
+                value = loss(_run(skeleton, index, tuned.values(), loss.inputs(windows), calls, size), windows)
+            value.backward()  # type: ignore[no-untyped-call]
+            optimizer.step()
+            if taken % every == 0 or taken == steps:
+                now = _held_out(skeleton, index, tuned, loss, held, calls)
+                since = 0 if now < best else since + 1
+                if now < best:
+                    best, best_step, kept = now, taken, tuned.state()
+                if since == PATIENCE or not math.isfinite(now):
+                    break
+        weights = tuned.store(skeleton, index, kept) if best_step else {}
+        record = {
+            "steps": taken,
+            "kept_step": best_step,
+            "held_out_windows": len(held),
+            "held_out_before": before,
+            "held_out_after": best,
+        }
+        return Matched(weights, record)
+
+
+@dataclass
+class _Tuned:
+    """The layer's parameters that may change: fp32 copies, masks of pruned ones, root mean squares of what is not zero."""
+
+    layer: nn.Module
+    masters: dict[str, Tensor]
+    masks: dict[str, Tensor]
+    scales: list[float]
+    dtype: torch.dtype
+
+    @classmethod
+    def of(cls, skeleton: Skeleton, index: int, groups: tuple[Group, ...]) -> _Tuned:
+        layer = skeleton.layers[index]
+        pruned = {f"{operator.name}.weight" for group in groups for operator in group}
+        masters, masks = {}, {}
+        for name, parameter in layer.named_parameters():
+            if not parameter.is_floating_point() or (parameter.ndim > 1 and name not in pruned):
+                continue
+            masters[name] = parameter.detach().float().clone().requires_grad_()
+            if name in pruned:
+                masks[name] = parameter.detach() != 0
+        scales = [float((master.detach().square().sum() / (master != 0).sum().clamp_min(1)).sqrt()) for master in masters.values()]
+        return cls(layer, masters, masks, scales, skeleton.dtype)
+
+    def parameters(self) -> list[dict[str, Any]]:
+        """One optimizer group a tensor, so that each has its own step size."""
+        return [{"params": [master]} for master in self.masters.values()]
+
+    def values(self) -> dict[str, Tensor]:
+        """The tensors as the forward pass uses them."""
+        return {name: (master * self.masks[name] if name in self.masks else master).to(self.dtype) for name, master in self.masters.items()}
+
+    def state(self) -> dict[str, Tensor]:
+        with torch.no_grad():
+            return {name: value.clone() for name, value in self.values().items()}
+
+    def store(self, skeleton: Skeleton, index: int, state: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Put ``state`` into the layer; returns it by checkpoint name. A surviving weight never becomes zero."""
+        stored = {}
+        parameters = dict(self.layer.named_parameters())
+        for name, value in state.items():
+            parameter = parameters[name]
+            if name in self.masks:
+                value = torch.where(self.masks[name] & (value == 0), parameter, value)
+            parameter.copy_(value)
+            stored[skeleton.source(f"{skeleton.layers_name}.{index}.{name}")] = parameter.detach().to("cpu", copy=True)
+        return stored
+
+
+@dataclass
+class _Loss:
+    """The metric, the data, and the energy beyond which a token's weight falls."""
+
+    device: torch.device
+    source: HiddenStates
+    wanted: HiddenStates
+    root: Tensor | None
+    limit: Tensor
+
+    @classmethod
+    def of(cls, skeleton: Skeleton, source: HiddenStates, wanted: HiddenStates, metric: Tensor | None) -> _Loss:
+        loss = cls(skeleton.device, source, wanted, _root(metric, skeleton.device), torch.ones((), device=skeleton.device))
+        added = loss.target(range(1)) - loss.inputs(range(1)).float()
+        loss.limit = loss.energy(added).median().clamp_min(1e-30)
+        return loss
+
+    def inputs(self, windows: Any) -> Tensor:
+        return torch.cat([self.source.read(window, window + 1) for window in windows]).to(self.device)
+
+    def target(self, windows: Any) -> Tensor:
+        return torch.cat([self.wanted.read(window, window + 1) for window in windows]).to(self.device).float()
+
+    def energy(self, difference: Tensor) -> Tensor:
+        """(batch, seqlen) squared length in the metric."""
+        if self.root is not None:
+            difference = difference * self.root if self.root.ndim == 1 else difference @ self.root
+        return difference.square().sum(-1)
+
+    def __call__(self, output: Tensor, windows: Any) -> Tensor:
+        """Weighted mean over tokens, in units of what the layer adds to a typical token."""
+        target = self.target(windows)
+        with torch.no_grad():
+            weight = (self.limit / self.energy(target - self.inputs(windows).float())).clamp_max(1.0)
+        return (weight * self.energy(output.float() - target)).mean() / self.limit
+
+
+def _root(metric: Tensor | None, device: torch.device) -> Tensor | None:
+    """``R`` with ``R R^T`` the shrunk metric."""
+    if metric is None:
+        return None
+    metric = metric.to(device)
+    if metric.ndim == 1:
+        return ((1 - SHRINKAGE) * metric + SHRINKAGE * metric.mean()).sqrt()
+    metric = (1 - SHRINKAGE) * metric
+    metric.diagonal().add_(SHRINKAGE / (1 - SHRINKAGE) * metric.diagonal().mean())
+    return torch.linalg.cholesky(metric)
+
+
+def _run(skeleton: Skeleton, index: int, values: dict[str, Tensor], hidden: Tensor, calls: Calls, size: int) -> Tensor:
+    """Output of the layer with ``values`` for parameters."""
+    args, kwargs = calls.by_size[size][index]
+    out = torch.func.functional_call(skeleton.layers[index], values, (hidden, *args), kwargs)
+    result: Tensor = out[0] if isinstance(out, tuple) else out
+    return result
+
+
+def _held_out(skeleton: Skeleton, index: int, tuned: _Tuned, loss: _Loss, held: list[int], calls: Calls) -> float:
+    values = tuned.state()
+    with torch.no_grad():
+        return sum(float(loss(_run(skeleton, index, values, loss.inputs([window]), calls, 1), [window])) for window in held) / len(held)
+
+
+def _split(samples: int) -> tuple[list[int], list[int]]:
+    """Windows that are held out (every eighth, at least one) and windows to train on; a single window is both."""
+    held = list(range(HELD_OUT - 1, samples, HELD_OUT)) or [samples - 1]
+    train = [window for window in range(samples) if window not in held] or held
+    return held, train
+
+
+def _order(windows: list[int], count: int, generator: torch.Generator) -> list[int]:
+    """``count`` windows: all of them once in random order, again in another, and so on."""
+    order: list[int] = []
+    while len(order) < count:
+        order += [windows[place] for place in torch.randperm(len(windows), generator=generator).tolist()]
+    return order[:count]
+
+
+def _schedule(step: int, steps: int) -> float:
+    """Factor of the step size at ``step`` of ``steps``, from 1."""
+    warm = max(1, round(WARM_UP * steps))
+    if step <= warm:
+        return step / warm
+    return 0.5 * (1 + math.cos(math.pi * (step - warm) / (steps - warm + 1)))
