@@ -14,6 +14,8 @@ from importlib import import_module
 VERBS: dict[str, str] = {
     "prune": "prune",
     "evaluate": "evaluate",
+    "report": "report",
+    "status": "status",
     "pack": "pack",
     "unpack": "unpack",
     "bench": "bench",

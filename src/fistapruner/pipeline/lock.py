@@ -67,6 +67,17 @@ def preparing(folder: Path) -> Iterator[None]:
         os.close(descriptor)
 
 
+def holders(folder: Path) -> list[dict[str, Any]]:
+    """Records (``host``, ``pid``, ``started``) of the processes that seem to work on a run directory now. Takes no lock."""
+    found = []
+    for path in sorted(folder.glob(f"{NAME}*")):
+        with suppress(OSError, ValueError, RecursionError):
+            record = json.loads(path.read_bytes())
+            if isinstance(record, dict) and _may_live(record):
+                found.append(record)
+    return found
+
+
 def _take(path: Path) -> int:
     """Lock a file that no living process holds and write this process into it; its descriptor."""
     while True:

@@ -109,6 +109,11 @@ def style(axes: Any, *, grid: str | None = "y") -> None:
     axes.tick_params(length=0, which="both")
 
 
+def label_right(axes: Any, x: float, y: float, text: str) -> None:
+    """Write ``text`` just right of a point."""
+    axes.annotate(text, (x, y), xytext=(6, 0), textcoords="offset points", va="center", ha="left", color=INK, fontsize=11)
+
+
 def heat_level(value: float, low: float, high: float) -> int:
     """Level of the heat scale of ``value`` between ``low`` and ``high``."""
     if not high > low:

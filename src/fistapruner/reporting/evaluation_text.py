@@ -40,4 +40,4 @@ def task_text(task: TaskResult) -> str:
         return text
     verdict = "a real difference" if task.significant else "within noise"
     before = with_error(100 * task.reference, 100 * task.reference_standard_error, 1)
-    return f"{text} (dense {before} %; {task.lost} lost, {task.won} won, p = {p_value(task.p_value)}: {verdict})"
+    return f"{text} (dense {before} %; {task.lost} lost, {task.won} won, {p_value(task.p_value)}: {verdict})"

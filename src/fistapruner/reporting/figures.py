@@ -179,7 +179,7 @@ def chain_errors(layers: Sequence[LayerEntry]) -> Drawing | None:
     def plot(figure: Any, width: int) -> None:
         axes = figure.subplots()
         for position, values in enumerate(columns):
-            spread = [position + 0.16 * math.sin(12.9898 * k) for k in range(len(values))]
+            spread = [position + 0.4 * ((0.618034 * k) % 1 - 0.5) for k in range(len(values))]
             axes.plot(spread, values, "o", markersize=3.2, alpha=0.45, color=SERIES[0], markeredgewidth=0)
             axes.plot([position - 0.28, position + 0.28], [median(values)] * 2, color=SERIES[1], linewidth=2.6)
         axes.set_xticks(range(len(names)), names)

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from ..evaluation.results import Evaluation
-from .drawing import INK, MUTED, SERIES, Drawing, draw, style
+from .drawing import INK, SERIES, Drawing, draw, label_right, style
 from .numbers import percent, significant, with_error
 
 
@@ -34,7 +34,7 @@ def perplexities(evaluations: Sequence[Evaluation]) -> Drawing | None:
                     error = text.standard_error if math.isfinite(text.standard_error) else 0.0
                     axes.barh(position, text.perplexity, height=0.72, color=color)
                     axes.errorbar(text.perplexity, position, xerr=error, color=INK, capsize=3, linewidth=1.2)
-                    axes.text(text.perplexity + error, position, f"  {text.perplexity:.2f}", va="center", ha="left", color=INK, fontsize=11)
+                    label_right(axes, text.perplexity + error, position, f"{text.perplexity:.2f}")
                     ticks.append((position, f"{text.data}, {label}"))
                     position += 1
             position += 0.6
@@ -74,7 +74,7 @@ def perplexities(evaluations: Sequence[Evaluation]) -> Drawing | None:
 
 
 def divergences(evaluations: Sequence[Evaluation]) -> Drawing | None:
-    """KL divergence from the dense model, and tokens where the favourite changed."""
+    """KL divergence from the dense model, and tokens whose most likely successor changed."""
     rows = [(e.perplexity.data, e.divergence) for e in evaluations if e.divergence is not None and e.perplexity is not None]
     if not rows:
         return None
@@ -85,7 +85,7 @@ def divergences(evaluations: Sequence[Evaluation]) -> Drawing | None:
             (left, "KL, nats a token", [d.kl for _, d in rows], [d.kl_standard_error for _, d in rows], SERIES[0]),
             (
                 right,
-                "tokens with another favourite, %",
+                "tokens whose top-1 changed, %",
                 [100 * (1 - d.top1_agreement) for _, d in rows],
                 [100 * d.top1_standard_error for _, d in rows],
                 SERIES[1],
@@ -95,7 +95,7 @@ def divergences(evaluations: Sequence[Evaluation]) -> Drawing | None:
                 spread = error if math.isfinite(error) else 0.0
                 axes.barh(position, value, height=0.6, color=color)
                 axes.errorbar(value, position, xerr=spread, color=INK, capsize=3, linewidth=1.2)
-                axes.text(value + spread, position, f"  {significant(value)}", va="center", color=INK, fontsize=11)
+                label_right(axes, value + spread, position, significant(value))
             axes.set_yticks(range(len(rows)), [data for data, _ in rows])
             axes.set_ylim(len(rows) - 0.5, -0.5)
             axes.set_xlim(0, max(1e-9, 1.4 * max(values)))
@@ -108,12 +108,12 @@ def divergences(evaluations: Sequence[Evaluation]) -> Drawing | None:
         plot,
         caption="How far next-token distributions moved: damage that perplexity can hide. Lines are one standard error over windows.",
         description="; ".join(
-            f"{data}: KL {with_error(d.kl, d.kl_standard_error, 3)}, same favourite {percent(d.top1_agreement)}" for data, d in rows
+            f"{data}: KL {with_error(d.kl, d.kl_standard_error, 3)}, top-1 agreement {percent(d.top1_agreement)}" for data, d in rows
         ),
         height=110 + 44 * len(rows),
         narrow_height=190 + 60 * len(rows),
         table=(
-            ["data", "KL, nats a token", "same favourite, %"],
+            ["data", "KL, nats a token", "top-1 agreement, %"],
             [
                 [n, with_error(d.kl, d.kl_standard_error, 4), with_error(100 * d.top1_agreement, 100 * d.top1_standard_error, 2)]
                 for n, d in rows
@@ -135,8 +135,6 @@ def zero_shot(evaluations: Sequence[Evaluation]) -> Drawing | None:
                 (task.reference, task.reference_standard_error, -0.14, SERIES[2], "s"),
                 (task.value, task.standard_error, 0.14, SERIES[0], "o"),
             ]
-            if task.reference is not None:
-                axes.plot([100 * task.reference, 100 * task.value], [row - 0.14, row + 0.14], color=MUTED, linewidth=1)
             for value, error, shift, color, marker in pairs:
                 if value is not None:
                     spread = 100 * error if error is not None and math.isfinite(error) else 0.0

@@ -28,7 +28,11 @@ def model_card(report: Report) -> str:
 
 def base_model(report: Report) -> str:
     """The base model as a card may name it: a hub id stays, a path of this machine is cut to its last part."""
-    source = report.model.source
+    return base_model_name(report.model.source)
+
+
+def base_model_name(source: str) -> str:
+    """The same for the name a user gave."""
     is_hub_id = source.count("/") == 1 and not source.startswith((".", "/", "~")) and not source.endswith(".gguf")
     return source if is_hub_id else source.rstrip("/").rsplit("/", 1)[-1]
 
@@ -118,10 +122,10 @@ def _measured(report: Report) -> str:
             rows.append(("perplexity", protocol, before, with_error(text.perplexity, text.standard_error)))
             if damage is not None:
                 rows.append(("KL from dense (nats/token)", protocol, "0", with_error(damage.kl, damage.kl_standard_error, 4)))
-                rows.append(("same most likely token", protocol, "100 %", percent(damage.top1_agreement)))
+                rows.append(("top-1 agreement", protocol, "100 %", percent(damage.top1_agreement)))
         for task in evaluation.tasks:
             before = with_error(task.reference, task.reference_standard_error, 4)
-            note = f"{task.shots}-shot, {task.items} items" + (f", p = {p_value(task.p_value)}" if task.p_value is not None else "")
+            note = f"{task.shots}-shot, {task.items} items" + (f", {p_value(task.p_value)}" if task.p_value is not None else "")
             rows.append((f"{task.task} ({task.metric})", note, before, with_error(task.value, task.standard_error, 4)))
     if not rows:
         return ""

@@ -75,7 +75,7 @@ def with_error(value: float | None, error: float | None, digits: int = 2) -> str
 
 
 def p_value(value: float | None) -> str:
-    """``0.034``, ``< 0.001``."""
+    """``p = 0.034``, ``p < 0.001``."""
     if value is None or not math.isfinite(value):
-        return "–"
-    return "< 0.001" if value < 0.001 else f"{value:.3f}"
+        return "p –"
+    return "p < 0.001" if value < 0.001 else f"p = {value:.3f}"

@@ -35,7 +35,7 @@ def run_page(report: Report) -> str:
         _section("Where the error is", _figures(figures, "error-map", "layer-errors", "layer-sparsity")),
         _next(report),
         _section("How the solver got there", _figures(figures, "chain-errors", "solver-path", "spectra") + _hardest(report)),
-        _section("Cost", _figures(figures, "time-by-layer") + _cost(report)),
+        _section("Cost", _cost(report, figures)),
         _reproduce(report),
     ]
     title = f"{base_model(report) or 'Model'} at {report.sparsity or 'unknown'} sparsity"
@@ -54,8 +54,15 @@ def page(title: str, header: str, body: str, program: str) -> str:
     )
 
 
-def table(head: Sequence[str], rows: Iterable[Sequence[str]], label: str, numeric: Iterable[int] = ()) -> str:
-    """A table that scrolls sideways where it does not fit; ``numeric`` columns are set flush right."""
+def table(head: Sequence[str], rows: Iterable[Sequence[str]], label: str, numeric: Iterable[int] = (), *, stack: bool = False) -> str:
+    """A table that scrolls sideways where it does not fit, or whose rows become blocks on a phone.
+
+    Args:
+        head, rows: texts.
+        label: names the table for who cannot see it.
+        numeric: columns that are set flush right.
+        stack: blocks on a phone.
+    """
     right = set(numeric)
 
     def cells(row: Sequence[str], tag: str) -> str:
@@ -63,13 +70,19 @@ def table(head: Sequence[str], rows: Iterable[Sequence[str]], label: str, numeri
         for index, text in enumerate(row):
             kind = ' class="n"' if index in right else ""
             name, scope = (tag, ' scope="col"') if tag == "th" else (("th", ' scope="row"') if index == 0 else ("td", ""))
-            made.append(f"<{name}{scope}{kind}>{escape(text)}</{name}>")
-        return "<tr>" + "".join(made) + "</tr>"
+            role = ""
+            if stack:  # display: grid takes a table's meaning away, roles give it back
+                what = "columnheader" if tag == "th" else "rowheader" if index == 0 else "cell"
+                role = f' role="{what}" data-label="{escape(head[index])}"'
+            made.append(f"<{name}{scope}{kind}{role}>{escape(text)}</{name}>")
+        return ('<tr role="row">' if stack else "<tr>") + "".join(made) + "</tr>"
 
     body = "".join(cells(row, "td") for row in rows)
+    shape = "stack" if stack else "scroll"
+    group, kind = (' role="rowgroup"', ' role="table"') if stack else ("", "")
     return (
-        f'<div class="scroll" tabindex="0" role="region" aria-label="{escape(label)}"><table>'
-        f"<thead>{cells(head, 'th')}</thead><tbody>{body}</tbody></table></div>"
+        f'<div class="{shape}" tabindex="0" role="region" aria-label="{escape(label)}">'
+        f"<table{kind}><thead{group}>{cells(head, 'th')}</thead><tbody{group}>{body}</tbody></table></div>"
     )
 
 
@@ -98,8 +111,9 @@ _section = section
 
 
 def _figures(figures: Mapping[str, Drawing], *keys: str) -> str:
-    made = "".join(figures[key].html() for key in keys if key in figures)
-    return f'<div class="figures">{made}</div>' if made else ""
+    shown = [figures[key] for key in keys if key in figures]
+    kind = "figures three" if len(shown) == 3 and not any(figure.full for figure in shown) else "figures"
+    return f'<div class="{kind}">{"".join(figure.html() for figure in shown)}</div>' if shown else ""
 
 
 def _header(report: Report, title: str) -> str:
@@ -150,7 +164,7 @@ def _summary(report: Report) -> str:
             agreement = evaluation.divergence
             items.append(
                 (
-                    "Same favourite token",
+                    "Top-1 agreement",
                     percent(agreement.top1_agreement),
                     f"KL {with_error(agreement.kl, agreement.kl_standard_error, 3)} nats",
                 )
@@ -175,7 +189,7 @@ def _summary(report: Report) -> str:
     measured = ""
     if rows:
         head = ("measure", "dense", "pruned", "change", "how it was measured")
-        measured = f'<div class="card">{table(head, rows, "Measured results", numeric=(1, 2, 3))}</div>'
+        measured = f'<div class="card">{table(head, rows, "Measured results", numeric=(1, 2, 3), stack=True)}</div>'
     return f'<section><h2 class="hidden">Summary</h2>{tiles(items)}{measured}{_speed(report)}</section>'
 
 
@@ -193,14 +207,14 @@ def _measurements(evaluations: Sequence[Evaluation]) -> list[tuple[str, ...]]:
             kl = with_error(damage.kl, damage.kl_standard_error, 3)
             rows.append(("KL from dense, nats a token", "0", kl, "", "mean over the same tokens of KL(dense || pruned)"))
             agreement = with_error(100 * damage.top1_agreement, 100 * damage.top1_standard_error, 1)
-            rows.append(("Same favourite token, %", "100", agreement, "", "the same tokens"))
+            rows.append(("Top-1 agreement, %", "100", agreement, "", "tokens whose most likely successor is the same in both models"))
         for task in evaluation.tasks:
             before, change, how = "–", "–", f"{task.shots}-shot, {task.items} items, {task.source}"
             if task.reference is not None and task.reference_standard_error is not None:
                 before = with_error(100 * task.reference, 100 * task.reference_standard_error, 1)
-                change = f"{100 * (task.value - task.reference):+.1f}"
+                change = f"{100 * (task.value - task.reference):+.1f}".replace("-", "−")
                 verdict = "real" if task.significant else "within noise"
-                how += f"; {task.lost} lost, {task.won} won, McNemar p = {p_value(task.p_value)}: {verdict}"
+                how += f"; {task.lost} lost, {task.won} won, McNemar {p_value(task.p_value)}: {verdict}"
             rows.append((f"{task.task}, {task.metric}, %", before, with_error(100 * task.value, 100 * task.standard_error, 1), change, how))
     return rows
 
@@ -271,7 +285,7 @@ def _hardest(report: Report) -> str:
         return ""
     head = ("layer", "operator", "shape", "sparsity", "relative error", "after each step", "largest eigenvalue / mean")
     made = table(head, rows, "The hardest operators", numeric=(4, 6))
-    return f'<div class="card" style="margin-top:16px"><h3>The hardest operators</h3>{made}</div>'
+    return f'<div class="card below"><h3>The hardest operators</h3>{made}</div>'
 
 
 def _generations(report: Report) -> str:
@@ -279,16 +293,16 @@ def _generations(report: Report) -> str:
     for sample in report.generations:
         cards.append(
             f'<div class="card"><p class="who">Prompt</p><p class="text">{escape(sample.prompt)}</p>'
-            f'<div class="split" style="margin-top:14px">'
+            f'<div class="split below">'
             f'<div><p class="who">Dense goes on</p><p class="text">{escape(sample.dense or "–")}</p></div>'
             f'<div><p class="who">Pruned goes on</p><p class="text">{escape(sample.pruned or "–")}</p></div></div></div>'
         )
     return _section("Side by side", "".join(cards))
 
 
-def _cost(report: Report) -> str:
+def _cost(report: Report, figures: Mapping[str, Drawing]) -> str:
     totals = report.totals
-    blocks = []
+    blocks = [figures["time-by-layer"].html()] if "time-by-layer" in figures else []
     if totals.time_split:
         whole = sum(totals.time_split.values()) or 1.0
         split = [(name, duration(value), percent(value / whole)) for name, value in sorted(totals.time_split.items(), key=lambda p: -p[1])]
@@ -319,7 +333,7 @@ def _cost(report: Report) -> str:
     rates = facts(pairs)
     if rates:
         blocks.append(f'<div class="card"><h3>Rates and memory</h3>{rates}</div>')
-    return f'<div class="split" style="margin-top:16px">{"".join(blocks)}</div>' if blocks else ""
+    return f'<div class="figures">{"".join(blocks)}</div>' if blocks else ""
 
 
 def _ratio(planned: float | None, actual: float | None) -> str:

@@ -42,8 +42,10 @@ DARK = {
     "series-7": "#ff86ae",
     "series-8": "#98a4ff",
 }
-HEAT_LIGHT = ("#eef4fb", "#8fb8ea", "#2a62b0", "#0b2a57")
-HEAT_DARK = ("#1b2733", "#23508c", "#5c9df0", "#dcebff")
+HEAT_LIGHT = (("#eef4fb", "#7ba5dc"), ("#3f72bd", "#0b2a57"))
+HEAT_DARK = (("#1b2733", "#2d5f9f"), ("#5c9df0", "#dcebff"))
+"""Ends of the lower and the upper half of the heat scale. The step between the halves lets dark type on one half and light
+type on the other both have a contrast of at least 4.5."""
 
 
 def stylesheet() -> str:
@@ -53,19 +55,21 @@ def stylesheet() -> str:
     return f"{themes}@media print{{:root{{color-scheme:light;{light}}}}}\n{RULES}"
 
 
-def _variables(colors: dict[str, str], heat: tuple[str, ...]) -> str:
+def heat_colors(halves: tuple[tuple[str, str], tuple[str, str]]) -> list[str]:
+    """Colours of all levels of the heat scale."""
+    steps = HEAT_LEVELS // 2
+    return [_between(start, end, step / (steps - 1)) for start, end in halves for step in range(steps)]
+
+
+def _variables(colors: dict[str, str], heat: tuple[tuple[str, str], tuple[str, str]]) -> str:
     parts = [f"--{name}:{value}" for name, value in colors.items()]
-    parts += [f"--heat-{level}:{_between(heat, level / (HEAT_LEVELS - 1))}" for level in range(HEAT_LEVELS)]
+    parts += [f"--heat-{level}:{color}" for level, color in enumerate(heat_colors(heat))]
     return ";".join(parts)
 
 
-def _between(stops: tuple[str, ...], share: float) -> str:
-    """The colour at ``share`` of the way through equally spaced stops."""
-    place = share * (len(stops) - 1)
-    index = min(int(place), len(stops) - 2)
-    weight = place - index
-    a, b = (tuple(int(stop[i : i + 2], 16) for i in (1, 3, 5)) for stop in stops[index : index + 2])
-    return "#" + "".join(f"{round(x + (y - x) * weight):02x}" for x, y in zip(a, b, strict=True))
+def _between(start: str, end: str, share: float) -> str:
+    a, b = (tuple(int(color[i : i + 2], 16) for i in (1, 3, 5)) for color in (start, end))
+    return "#" + "".join(f"{round(x + (y - x) * share):02x}" for x, y in zip(a, b, strict=True))
 
 
 RULES = """
@@ -89,7 +93,7 @@ white-space:pre-wrap;overflow-wrap:anywhere}
 .status{display:inline-block;border:1px solid currentColor;border-radius:99px;padding:0 10px;font-size:.85rem;font-weight:600;
 vertical-align:2px}
 .status.finished{color:var(--good)}.status.failed{color:var(--bad)}.status.running{color:var(--accent)}
-.tiles{display:grid;grid-template-columns:repeat(auto-fit,minmax(190px,1fr));gap:14px;margin:22px 0;padding:0}
+.tiles{display:grid;grid-template-columns:repeat(auto-fit,minmax(160px,1fr));gap:14px;margin:22px 0;padding:0}
 .tile,.card,figure{background:var(--surface);border:1px solid var(--line);border-radius:12px}
 .tile{padding:16px 18px;margin:0}
 .tile dt{color:var(--muted);font-size:.88rem}
@@ -107,7 +111,7 @@ figure.full{grid-column:1/-1}
 figure svg{display:block;width:100%;height:auto;overflow:visible}
 figure svg text,figure svg tspan{font-family:inherit!important}
 figcaption{color:var(--muted);font-size:.88rem;margin-top:10px;max-width:80ch}
-.narrow{display:none}
+.narrow{display:none}.below{margin-top:16px}.card,.split > *,.figures > *{min-width:0}.figures > .card{margin:0}
 details{margin-top:10px}
 summary{cursor:pointer;color:var(--accent);font-size:.9rem}
 .scroll{overflow-x:auto}
@@ -117,7 +121,7 @@ caption{text-align:left;color:var(--muted);font-size:.88rem;padding-bottom:6px}
 th,td{text-align:left;padding:7px 14px 7px 0;border-bottom:1px solid var(--line);vertical-align:top}
 th{font-weight:600}
 thead th{color:var(--muted);font-size:.85rem;white-space:nowrap}
-td.n,th.n{text-align:right;white-space:nowrap}
+td.n,th.n{text-align:right;white-space:nowrap;padding-left:8px}
 tbody tr:last-child > *{border-bottom:0}
 .split{display:grid;grid-template-columns:1fr 1fr;gap:16px}
 .text{white-space:pre-wrap;overflow-wrap:anywhere;margin:0;max-width:none}
@@ -127,11 +131,19 @@ tbody tr:last-child > *{border-bottom:0}
 .hidden{position:absolute;width:1px;height:1px;overflow:hidden;clip-path:inset(50%);white-space:nowrap}
 .skip{position:absolute;left:-9999px}.skip:focus{left:12px;top:12px;background:var(--surface);padding:8px 12px;z-index:1}
 footer{color:var(--muted);font-size:.88rem;padding-top:36px;padding-bottom:48px}
+@media (min-width:1000px){.three{grid-template-columns:repeat(3,minmax(0,1fr))}.three .wide{display:none}
+.three .narrow{display:block}.three figure{padding:16px}}
 @media (max-width:900px){.figures{grid-template-columns:minmax(0,1fr)}}
 @media (max-width:640px){main,header.top,footer{padding-left:14px;padding-right:14px}
 .split{grid-template-columns:1fr}.wide{display:none}.narrow{display:block}figure,.card{padding:14px 12px}.tiles{
 grid-template-columns:1fr 1fr;gap:10px}
 .tile{padding:12px}.tile .value{font-size:1.35rem}.facts{grid-template-columns:1fr}.facts dd{margin-bottom:6px}h2{margin-top:38px}}
+@media (max-width:640px){.stack thead{position:absolute;width:1px;height:1px;overflow:hidden;clip-path:inset(50%)}
+.stack table,.stack tbody{display:block}.stack tr{display:grid;grid-template-columns:1fr 1fr auto;gap:2px 12px;padding:10px 0;
+border-bottom:1px solid var(--line)}.stack tr:last-child{border-bottom:0}.stack th,.stack td{display:block;padding:0;border:0}
+.stack th[scope=row]{grid-column:1/-1}.stack td.n{text-align:left}.stack td.n::before{content:attr(data-label);display:block;
+color:var(--muted);font-size:.8rem}.stack td:not(.n){grid-column:1/-1;color:var(--muted);font-size:.85rem}
+.stack td:empty{display:none}}
 @media print{body{background:#fff;font-size:11pt}main,header.top,footer{max-width:none;padding:0}.tile,.card,figure,.split,tr{
 break-inside:avoid}
 h2,h3{break-after:avoid}details:not([open]){display:none}.skip{display:none}.scroll{overflow:visible}*{print-color-adjust:exact;

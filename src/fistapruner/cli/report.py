@@ -1,0 +1,23 @@
+"""Draw the page of a run or a comparison again, from its JSON.
+
+Works on an unfinished run too: the page then shows the layers that are done.
+
+  fistapruner report runs/first      writes runs/first/report.html
+"""
+
+from __future__ import annotations
+
+import argparse
+
+SUMMARY = "draw report.html of a run, or compare.html of a comparison"
+
+
+def configure(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("run_directory", metavar="RUN", help="run directory, or folder of a comparison")
+
+
+def run(arguments: argparse.Namespace) -> int:
+    from ..reporting.write import write_page
+
+    print(write_page(arguments.run_directory))
+    return 0

@@ -1,0 +1,255 @@
+"""``compare.html``: many methods under one protocol, from ``compare.json`` alone."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from html import escape
+from statistics import mean, stdev
+from typing import Any
+
+from ..errors import FistaPrunerError
+from ..sparsity import NM, parse_sparsity
+from .drawing import INK, SERIES, Drawing, draw, style
+from .evaluation_text import protocol
+from .model_card import base_model_name
+from .numbers import duration, percent, significant, size, with_error
+from .page import facts, page, section, table
+from .schema import CompareRow, Comparison
+
+
+@dataclass(frozen=True)
+class Point:
+    """A method at one sparsity, over its seeds.
+
+    Args:
+        method: its label; ``sparsity``: as written; ``seeds``: how many runs.
+        gap: mean of ln(perplexity / dense perplexity); ``spread``: its standard deviation over seeds, 0 for one seed.
+        seconds: mean wall time, None if not recorded.
+    """
+
+    method: str
+    sparsity: str
+    seeds: int
+    gap: float
+    spread: float
+    seconds: float | None
+
+
+def comparison_page(comparison: Comparison) -> str:
+    """The page of a comparison, finished or not, as HTML.
+
+    Raises:
+        MissingExtraError: matplotlib is not installed.
+    """
+    title = f"Pruning methods on {base_model_name(comparison.model.source) or 'a model'}"
+    found = points(comparison.rows)
+    status = f'<span class="status {comparison.status}">{comparison.status}</span>'
+    when = (comparison.finished or comparison.started or "").replace("T", " ")
+    header = f'<h1>{escape(title)}</h1><p class="meta">{status} {escape(when)}</p><p class="lead">{escape(verdict(comparison, found))}</p>'
+    drawings = [quality_against_sparsity(found), *(quality_against_time(found, pattern) for pattern in patterns(found))]
+    figures = "".join(drawing.html() for drawing in drawings if drawing is not None)
+    warnings = "".join(f"<li>{escape(line)}</li>" for line in comparison.warnings)
+    sections = [
+        section("Results", _results(comparison)),
+        section("Quality against sparsity and time", f'<div class="figures">{figures}</div>' if figures else ""),
+        section("Warnings", f'<div class="card warning"><ul>{warnings}</ul></div>' if warnings else ""),
+        section("Protocol", _protocol(comparison)),
+    ]
+    return page(title, header, "".join(sections), f"fistapruner {comparison.versions.get('fistapruner', '')}")
+
+
+def points(rows: Sequence[CompareRow]) -> list[Point]:
+    """Rows with a gap, gathered over seeds, in the order of first appearance."""
+    groups: dict[tuple[str, str], list[CompareRow]] = {}
+    for row in rows:
+        if row.gap is not None and math.isfinite(row.gap):
+            groups.setdefault((row.label or row.method, row.sparsity), []).append(row)
+    made = []
+    for (method, sparsity), members in groups.items():
+        gaps = [row.gap for row in members if row.gap is not None]
+        seconds = [row.seconds for row in members if row.seconds is not None]
+        spread = stdev(gaps) if len(gaps) > 1 else 0.0
+        made.append(Point(method, sparsity, len(gaps), mean(gaps), spread, mean(seconds) if seconds else None))
+    return made
+
+
+def patterns(found: Sequence[Point]) -> list[str]:
+    """Sparsities that occur, in order of first appearance."""
+    return list(dict.fromkeys(point.sparsity for point in found))
+
+
+def verdict(comparison: Comparison, found: Sequence[Point]) -> str:
+    """Which method kept most, at each sparsity."""
+    sentences = []
+    for pattern in patterns(found):
+        here = sorted((point for point in found if point.sparsity == pattern), key=lambda point: point.gap)
+        if len(here) > 1:
+            best, second = here[:2]
+            sentences.append(f"At {pattern}, {best.method} has the smallest gap ({best.gap:.3f}), then {second.method} ({second.gap:.3f}).")
+    if comparison.status == "running":
+        sentences.append("The comparison is not finished.")
+    return " ".join(sentences)
+
+
+def quality_against_sparsity(found: Sequence[Point]) -> Drawing | None:
+    """Gap of every method by sparsity."""
+    order = sorted(patterns(found), key=lambda pattern: (_is_nm(pattern), _zeros(pattern)))
+    methods = list(dict.fromkeys(point.method for point in found))
+    if not found:
+        return None
+    places = {pattern: index for index, pattern in enumerate(order)}
+
+    def plot(figure: Any, width: int) -> None:
+        axes = figure.subplots()
+        for index, method in enumerate(methods):
+            color = SERIES[index % len(SERIES)]
+            for nm in (False, True):
+                mine = sorted((p for p in found if p.method == method and _is_nm(p.sparsity) is nm), key=lambda p: places[p.sparsity])
+                label = method if not nm or not any(p.method == method and not _is_nm(p.sparsity) for p in found) else None
+                axes.errorbar(
+                    [places[p.sparsity] for p in mine],
+                    [p.gap for p in mine],
+                    yerr=[p.spread for p in mine],
+                    fmt=_marker(index) + ("-" if not nm else ""),
+                    color=color,
+                    markersize=6,
+                    capsize=2,
+                    label=label if mine else None,
+                )
+        axes.set_xticks(range(len(order)), order)
+        axes.set_xlim(-0.4, len(order) - 0.6)
+        axes.set_yscale("log")
+        _plain(axes)
+        axes.set_ylabel("gap, nats a token (lower is better)")
+        axes.set_xlabel("sparsity")
+        style(axes)
+        figure.legend(loc="outside upper left", ncols=4 if width > 500 else 2)
+
+    return draw(
+        "gap-sparsity",
+        "Quality against sparsity",
+        plot,
+        caption="Gap: ln of the ratio of the pruned to the dense perplexity. Lines are one standard deviation over seeds.",
+        description="; ".join(f"{p.method} at {p.sparsity}: {significant(p.gap)}" for p in found),
+        height=360,
+        narrow_height=420,
+        table=(
+            ["method", "sparsity", "seeds", "gap"],
+            [[p.method, p.sparsity, str(p.seeds), with_error(p.gap, p.spread or None, 3)] for p in found],
+        ),
+    )
+
+
+def quality_against_time(found: Sequence[Point], pattern: str) -> Drawing | None:
+    """Gap of every method at one sparsity against the time of its whole run."""
+    methods = list(dict.fromkeys(point.method for point in found))
+    here = [point for point in found if point.sparsity == pattern and point.seconds]
+    if not here:
+        return None
+
+    def plot(figure: Any, width: int) -> None:
+        axes = figure.subplots()
+        for point in here:
+            index = methods.index(point.method)
+            axes.errorbar(
+                point.seconds, point.gap, yerr=point.spread, fmt=_marker(index), color=SERIES[index % len(SERIES)], markersize=8, capsize=2
+            )
+            axes.annotate(
+                point.method, (point.seconds, point.gap), xytext=(0, 9), textcoords="offset points", ha="center", color=INK, fontsize=10.5
+            )
+        axes.set_xscale("log")
+        axes.margins(x=0.2, y=0.2)
+        _plain_x(axes)
+        axes.set_xlabel("seconds of the whole run")
+        axes.set_ylabel("gap, nats a token")
+        style(axes, grid="both")
+
+    return draw(
+        "gap-time-" + "".join(character if character.isalnum() else "-" for character in pattern),
+        f"Quality against time at {pattern}",
+        plot,
+        caption="Down and to the left is better.",
+        description="; ".join(f"{p.method}: gap {significant(p.gap)} in {duration(p.seconds)}" for p in here),
+        height=360,
+        table=(["method", "seconds", "gap"], [[p.method, significant(p.seconds), with_error(p.gap, p.spread or None, 3)] for p in here]),
+    )
+
+
+def _results(comparison: Comparison) -> str:
+    head = ("method", "sparsity", "seed", "perplexity", "gap", "KL", "mean relative error", "time", "peak memory", "zeros")
+    rows = []
+    if comparison.dense is not None:
+        dense = with_error(comparison.dense.perplexity, comparison.dense.standard_error)
+        rows.append(("dense", "–", "–", dense, "0", "0", "0", "–", "–", "–"))
+    for row in comparison.rows:
+        text = row.perplexity
+        share = row.operator_zeros / row.operator_weights if row.operator_weights and row.operator_zeros is not None else None
+        rows.append(
+            (
+                row.label or row.method,
+                row.sparsity,
+                str(row.seed),
+                row.error or (with_error(text.perplexity, text.standard_error) if text else "–"),
+                with_error(row.gap, None, 3),
+                with_error(row.divergence.kl, row.divergence.kl_standard_error, 3) if row.divergence else "–",
+                percent(row.relative_error),
+                duration(row.seconds),
+                size(row.peak_memory),
+                percent(share, 4),
+            )
+        )
+    return f'<div class="card">{table(head, rows, "Results", numeric=range(3, 10))}</div>' if rows else ""
+
+
+def _protocol(comparison: Comparison) -> str:
+    used, machine = comparison.calibration, comparison.machine
+    text = comparison.dense or next((row.perplexity for row in comparison.rows if row.perplexity), None)
+    calibration = None
+    if used is not None:
+        calibration = f"{used.source}: {used.samples} windows of {used.seqlen} tokens" + (f", {used.how}" if used.how else "")
+    pairs = [
+        ("model", comparison.model.source),
+        ("evaluated on", protocol(text) if text else None),
+        ("calibration", calibration),
+        ("machine", ", ".join(part for part in (machine.cpu, machine.device_name or "") if part)),
+        ("threads", str(machine.threads) if machine.threads else None),
+        ("versions", ", ".join(f"{name} {version}" for name, version in comparison.versions.items())),
+        ("command", comparison.command),
+    ]
+    return f'<div class="card">{facts(pairs)}</div>'
+
+
+def _is_nm(pattern: str) -> bool:
+    try:
+        return isinstance(parse_sparsity(pattern), NM)
+    except FistaPrunerError:
+        return False
+
+
+def _zeros(pattern: str) -> float:
+    try:
+        return parse_sparsity(pattern).fraction
+    except FistaPrunerError:
+        return 0.0
+
+
+def _marker(index: int) -> str:
+    return "osD^vPX*"[index % 8]
+
+
+def _plain(axes: Any) -> None:
+    from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
+
+    axes.yaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
+    axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+    axes.yaxis.set_minor_formatter(NullFormatter())
+
+
+def _plain_x(axes: Any) -> None:
+    from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
+
+    axes.xaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
+    axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+    axes.xaxis.set_minor_formatter(NullFormatter())

@@ -1,0 +1,79 @@
+"""Where a run stands, for a look from another terminal."""
+
+from __future__ import annotations
+
+from datetime import UTC, datetime
+from typing import Any
+
+from .figures import hardest, mean_error
+from .numbers import duration, percent
+from .schema import Report
+
+
+def status_facts(report: Report, now: datetime | None = None) -> dict[str, Any]:
+    """Progress as JSON values: layers done, mean error, seconds since the start, an estimate of seconds left.
+
+    The estimate takes the mean time of the finished layers for the others; it is None before the first one.
+    """
+    now = now or datetime.now(UTC)
+    done, total = len(report.layers), report.model.layers
+    times = [sum(layer.seconds.values()) for layer in report.layers if layer.seconds]
+    left = None if report.status != "running" or not times else (total - done) * sum(times) / len(times)
+    errors = [op.relative_error for layer in report.layers for op in layer.operators if op.relative_error is not None]
+    last = [layer.finished for layer in report.layers if layer.finished]
+    return {
+        "status": report.status,
+        "error": report.error,
+        "model": report.model.source,
+        "method": report.method,
+        "sparsity": report.sparsity,
+        "layers_done": done,
+        "layers": total,
+        "mean_relative_error": sum(errors) / len(errors) if errors else None,
+        "seconds_since_start": _since(report.started, now),
+        "seconds_since_last_layer": _since(max(last), now) if last else None,
+        "seconds_left": left,
+        "warnings": report.warnings,
+    }
+
+
+def status_text(report: Report, *, alive: bool | None = None, now: datetime | None = None) -> str:
+    """The same in words, with a line for every finished layer.
+
+    Args:
+        report: of the run, finished or not.
+        alive: whether a process works on it now; None if that is not known.
+        now: time of the look.
+    """
+    found = status_facts(report, now)
+    state = str(found["status"])
+    if state == "running" and alive is not None:
+        state = "running" if alive else "stopped: no process works on it; give the same command again to go on"
+    lines = [f"{found['model']}: {found['method']}, {found['sparsity']}: {state}"]
+    if report.error:
+        lines.append(f"error: {report.error}")
+    done, total = found["layers_done"], found["layers"]
+    bar = "█" * round(30 * done / total) + "░" * (30 - round(30 * done / total)) if total else ""
+    left = f", about {duration(found['seconds_left'])} left" if found["seconds_left"] and alive is not False else ""
+    lines.append(f"{bar} {done} of {total} decoder layers{left}")
+    if found["mean_relative_error"] is not None:
+        ((layer, operator),) = hardest(report.layers, 1)
+        lines.append(
+            f"relative error: mean {percent(found['mean_relative_error'])}, worst {percent(operator.relative_error)} "
+            f"(layer {layer.index}, {operator.name})"
+        )
+    for layer in report.layers:
+        spent = duration(sum(layer.seconds.values())) if layer.seconds else "–"
+        lines.append(f"  layer {layer.index:>3}  error {percent(mean_error(layer)):>8}  {spent:>12}")
+    lines += [f"warning: {warning}" for warning in report.warnings]
+    return "\n".join(lines)
+
+
+def _since(moment: str | None, now: datetime) -> float | None:
+    if not moment:
+        return None
+    try:
+        then = datetime.fromisoformat(moment)
+    except ValueError:
+        return None
+    return max(0.0, (now - (then if then.tzinfo else then.replace(tzinfo=UTC))).total_seconds())

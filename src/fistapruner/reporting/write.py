@@ -1,0 +1,36 @@
+"""Draw the page of a run or a comparison from the JSON in its folder."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from ..atomic import write_text_atomic
+from ..errors import FistaPrunerError
+from .compare_page import comparison_page
+from .page import run_page
+from .schema import Comparison, load_run, parse, read_json
+
+
+def write_page(folder: str | Path) -> Path:
+    """Draw ``report.html`` of a run (finished or not), or ``compare.html`` of a comparison.
+
+    Args:
+        folder: the run directory, or the folder of a comparison.
+
+    Returns:
+        The file that was written.
+
+    Raises:
+        FistaPrunerError: the folder holds neither, or its JSON is broken.
+        MissingExtraError: the extra ``report`` is not installed.
+    """
+    folder = Path(folder)
+    if not folder.is_dir():
+        raise FistaPrunerError(f"{folder} is not a folder: give a run directory or the folder of a comparison")
+    compared = folder / "compare.json"
+    if compared.is_file():
+        text, out = comparison_page(parse(Comparison, read_json(compared), str(compared))), folder / "compare.html"
+    else:
+        text, out = run_page(load_run(folder)), folder / "report.html"
+    write_text_atomic(out, text)
+    return out
