@@ -22,7 +22,7 @@ demo: .venv/installed
 
 # Fast tests first, side by side; the slow ones on the real model after them, alone.
 test: .venv/installed
-	$(BIN)/python -m pytest -n $(WORKERS) -m 'not real'
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) -m 'not real'
 	$(BIN)/python -m pytest -m real
 
 lint: .venv/installed
