@@ -171,7 +171,8 @@ def resolvents(gram: Tensor, fast: bool) -> Callable[[float], Tensor]:
 
     def resolvent(rho: float) -> Tensor:
         with fast_products(fast):
-            return (vectors * (rho / (values + rho))) @ vectors.T
+            product: Tensor = (vectors * (rho / (values + rho))) @ vectors.T
+            return product
 
     return resolvent
 

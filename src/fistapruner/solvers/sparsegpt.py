@@ -55,7 +55,7 @@ class SparseGPT(Method):
         # Group lengths of all operators must fall on the boundaries of blocks and of the panels inside them.
         unit = math.lcm(*(pattern.m for pattern in sparsity if isinstance(pattern, NM)))
         panel = unit * max(1, 16 // unit)
-        width = panel * max(1, self.block // panel)
+        width = unit * max(1, self.block // unit)
         inverse_diagonal = upper.diagonal().reciprocal()
         for begin in range(0, len(columns), width):
             end = min(begin + width, len(columns))

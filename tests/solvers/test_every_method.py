@@ -1,0 +1,135 @@
+"""Properties that every solver and every refinement must have."""
+
+from __future__ import annotations
+
+import itertools
+
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from layer_problems import make_problem
+
+from fistapruner import FistaPrunerError, LayerProblem
+from fistapruner.solvers import METHODS, parse_method, solve
+from fistapruner.sparsity import NM, Unstructured, holds, parse_sparsity
+
+SOLVERS = [name for name, method in METHODS.items() if not method.refines]
+REFINEMENTS = [name for name, method in METHODS.items() if method.refines]
+CHAINS = SOLVERS + [f"wanda+{name}" for name in REFINEMENTS]
+USES_DATA = [chain for chain in CHAINS if chain != "magnitude"]
+RESELECTS = [chain for chain in CHAINS if chain not in ("magnitude", "wanda")]
+
+
+@pytest.mark.parametrize("chain", CHAINS)
+@settings(max_examples=12, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@given(data=st.data())
+def test_exact_pattern_for_any_shape(chain: str, data: st.DataObject) -> None:
+    m = data.draw(st.sampled_from([2, 4, 5, 8]), label="group")
+    n = m * data.draw(st.integers(1, 6), label="groups")
+    rows = tuple(data.draw(st.lists(st.integers(1, 9), min_size=1, max_size=3), label="rows"))
+    pattern = st.one_of(st.floats(0.0, 0.95).map(Unstructured), st.integers(1, m - 1).map(lambda kept: NM(kept, m)))
+    patterns = [data.draw(pattern) for _ in rows]
+    problem = make_problem(rows, n, tokens=data.draw(st.sampled_from([3, 60])), drift=data.draw(st.sampled_from([0.0, 0.1])))
+    solution = solve(problem, patterns, chain)
+    assert bool(torch.isfinite(solution.weight).all())
+    parts = zip(solution.weight.split(rows), solution.mask.split(rows), patterns, strict=True)
+    for weight, mask, wanted in parts:
+        assert int((~mask).sum()) == wanted.zeros(*weight.shape)
+        assert holds(weight, wanted)
+        assert not bool((weight[~mask] != 0).any())
+
+
+@pytest.mark.parametrize("chain", CHAINS)
+def test_dense_weights_at_sparsity_zero(chain: str) -> None:
+    problem = make_problem()
+    assert torch.equal(solve(problem, 0.0, chain).weight, problem.weight)
+
+
+@pytest.mark.parametrize("sparsity", ["50%", "70%", "2:4"])
+@pytest.mark.parametrize(("drift", "target"), [(0.0, 1.0), (0.1, 1.0), (0.1, 0.5), (0.1, 0.0)])
+@pytest.mark.parametrize("name", ["fista", "proximal", *REFINEMENTS])
+def test_never_worse_than_the_step_before(name: str, sparsity: str, drift: float, target: float) -> None:
+    problem = make_problem((24, 8), drift=drift, target=target)
+    for before in ("sparsegpt", "magnitude"):
+        errors = problem.errors(solve(problem, sparsity, before).weight)
+        after = problem.errors(solve(problem, sparsity, f"{before}+{name}").weight)
+        assert all(a <= b * (1 + 1e-6) for a, b in zip(after, errors, strict=True))
+
+
+@pytest.mark.parametrize("chain", USES_DATA)
+def test_beats_magnitude(chain: str) -> None:
+    problem = make_problem((48,), 64)
+    assert solve(problem, 0.6, chain).stats[0]["relative_error"] < solve(problem, 0.6, "magnitude").stats[0]["relative_error"]
+
+
+@pytest.mark.parametrize("chain", CHAINS)
+@pytest.mark.parametrize("sparsity", ["50%", "2:4"])
+def test_scaling_the_activations_changes_nothing(chain: str, sparsity: str) -> None:
+    problem = make_problem((12, 20))
+    factor = 2.0**-12  # a power of four: square roots stay exact too
+    scaled = LayerProblem(weight=problem.weight, gram=problem.gram * factor, names=problem.names, rows=problem.rows, tokens=problem.tokens)
+    one, two = solve(problem, sparsity, chain), solve(scaled, sparsity, chain)
+    assert [r["relative_error"] for r in one.stats] == pytest.approx([r["relative_error"] for r in two.stats], rel=2e-3)
+
+
+@pytest.mark.parametrize("chain", RESELECTS)
+def test_permuting_rows_permutes_the_result(chain: str) -> None:
+    problem = make_problem((24,))
+    order = torch.randperm(24, generator=torch.Generator().manual_seed(3))
+    shuffled = LayerProblem(weight=problem.weight[order], gram=problem.gram, tokens=problem.tokens)
+    one, two = solve(problem, "2:4", chain), solve(shuffled, "2:4", chain)
+    assert one.stats[0]["relative_error"] == pytest.approx(two.stats[0]["relative_error"], rel=1e-3)
+    assert float((one.mask[order] == two.mask).float().mean()) > 0.99
+
+
+@pytest.mark.parametrize("chain", CHAINS)
+@pytest.mark.parametrize("patterns", [("50%", "70%", "50%"), ("2:4", "50%", "4:8")])
+def test_stacked_equals_one_by_one(chain: str, patterns: tuple[str, ...]) -> None:
+    problem = make_problem((16, 8, 24), drift=0.05, target=0.5)
+    parsed = [parse_sparsity(p) for p in patterns]
+    # bf16 products round differently for different shapes: compare the algorithm, not that.
+    steps = [{"proximal": {"fast": False}}] if chain == "proximal" else chain
+    together = [record["relative_error"] for record in solve(problem, parsed, steps).stats]
+    alone = [solve(part, pattern, steps).stats[0]["relative_error"] for part, pattern in zip(problem.operators(), parsed, strict=True)]
+    assert together == pytest.approx(alone, rel=2e-3)
+
+
+@pytest.mark.parametrize("chain", CHAINS)
+def test_same_bits_every_time(chain: str) -> None:
+    problem = make_problem((16, 8))
+    assert torch.equal(solve(problem, 0.5, chain).weight, solve(problem, 0.5, chain).weight)
+
+
+@pytest.mark.parametrize("chain", ["proximal", "alps", "sparsegpt+swap", "wanda+swap"])
+def test_near_the_best_of_all_masks_on_tiny_problems(chain: str) -> None:
+    """Brute force over every 2:4 mask of a row of eight inputs, each with its least-squares weights."""
+    ratios = []
+    for seed in range(6):
+        problem = make_problem((6,), 8, seed=seed)
+        solution = solve(problem, "2:4", f"{chain}+refit")
+        errors = problem.row_errors(solution.weight)
+        ratios += (errors / torch.tensor([_best_error(problem, row) for row in range(6)])).tolist()
+    assert min(ratios) > 1 - 1e-3  # nothing beats the optimum
+    assert sum(ratio < 1 + 1e-3 for ratio in ratios) >= len(ratios) / 2
+    assert sorted(ratios)[len(ratios) // 2] < 1.05
+
+
+def _best_error(problem: LayerProblem, row: int) -> float:
+    gram, weight = problem.gram.double(), problem.weight[row].double()
+    pairs = list(itertools.combinations(range(4), 2))
+    best = float("inf")
+    for left, right in itertools.product(pairs, pairs):
+        kept = [*left, *(4 + i for i in right)]
+        solved = torch.linalg.solve(gram[kept][:, kept], (weight @ gram)[kept])
+        candidate = torch.zeros(8, dtype=torch.float64)
+        candidate[kept] = solved
+        change = candidate - weight
+        best = min(best, float(change @ gram @ change))
+    return best
+
+
+@pytest.mark.parametrize("name", REFINEMENTS)
+def test_a_refinement_needs_something_before_it(name: str) -> None:
+    with pytest.raises(FistaPrunerError, match=name):
+        parse_method(name)

@@ -1,0 +1,79 @@
+"""The default solver: its thresholds, its metric, and that it beats the methods it replaces."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from layer_problems import make_problem
+
+from fistapruner.solvers import solve
+from fistapruner.solvers.proximal import Proximal, obs_scale, resolvents
+from fistapruner.solvers.thresholds import GroupThreshold, SampledThreshold
+from fistapruner.sparsity import NM, Unstructured, keep_n_of_m
+
+
+@settings(max_examples=40, deadline=None)
+@given(st.integers(2, 17), st.data())
+def test_comparison_network_keeps_the_n_largest(m: int, data: st.DataObject) -> None:
+    n = data.draw(st.integers(1, m - 1))
+    groups, rows = data.draw(st.integers(1, 5)), data.draw(st.integers(1, 4))
+    values = torch.randn(rows, groups * m, generator=torch.Generator().manual_seed(data.draw(st.integers(0, 99))))
+    spread = values.view(rows, groups, m).transpose(1, 2).reshape(rows, -1).contiguous()
+    out = torch.empty_like(spread)
+    GroupThreshold(NM(n, m))(spread, out, correct=False)
+    expected = values * keep_n_of_m(values.abs(), n, m)
+    assert torch.equal(out.view(rows, m, groups).transpose(1, 2).reshape(rows, -1), expected)
+
+
+@pytest.mark.parametrize("shape", [(1, 5), (40, 60), (600, 700)])
+@pytest.mark.parametrize("share", [0.1, 0.5, 0.9])
+def test_sampled_threshold_settles_near_the_wanted_share(shape: tuple[int, int], share: float) -> None:
+    values = torch.randn(*shape, generator=torch.Generator().manual_seed(0)) * torch.logspace(0, 1, shape[1])
+    threshold, out = SampledThreshold(Unstructured(share), *shape), torch.empty(shape)
+    for _ in range(4):
+        threshold(values, out, correct=True)
+    threshold(values, out, correct=False)
+    kept = int((out != 0).sum())
+    assert abs(kept - round((1 - share) * values.numel())) <= max(1, 0.002 * values.numel())
+    assert bool((out[out != 0].abs().min() > values[out == 0].abs().max()).all())
+
+
+def test_metric_is_the_cost_of_removing_an_input() -> None:
+    gram = make_problem().gram
+    gram = gram + 0.01 * gram.diagonal().mean() * torch.eye(len(gram))
+    scale, _ = obs_scale(gram, 1e-6, "operator")
+    schur = 1 / torch.linalg.inv(gram.double()).diagonal()
+    ratio = scale.double().square() / schur
+    assert float(ratio.max() / ratio.min()) < 1.02
+
+
+@pytest.mark.parametrize("rho", [0.05, 1.0])
+def test_resolvent(rho: float) -> None:
+    gram = make_problem().gram
+    gram = gram / gram.diagonal().mean()
+    expected = rho * torch.linalg.inv(gram.double() + rho * torch.eye(len(gram), dtype=torch.float64))
+    assert torch.allclose(resolvents(gram, False)(rho).double(), expected, atol=1e-4)
+
+
+@pytest.mark.parametrize("sparsity", ["50%", "70%", "2:4", "4:8"])
+@pytest.mark.parametrize(("drift", "target"), [(0.0, 1.0), (0.05, 0.5)])
+def test_beats_the_other_solvers(sparsity: str, drift: float, target: float) -> None:
+    """On the mean of a few problems; single small ones are a lottery for every heuristic."""
+    problem = make_problem((32,) * 6, 64, drift=drift, target=target)
+
+    def mean(method: str) -> float:
+        return sum(record["relative_error"] for record in solve(problem, sparsity, method).stats)
+
+    ours = mean("proximal")
+    assert ours <= mean("alps") * 1.02
+    for name in ("wanda+refit", "sparsegpt+refit", "fista+refit", "admm"):
+        assert ours < mean(name)
+
+
+def test_full_precision_gives_nearly_the_same() -> None:
+    problem = make_problem((64,), 64)
+    fast = solve(problem, 0.5, "proximal").stats[0]["relative_error"]
+    exact = solve(problem, 0.5, [Proximal(fast=False)]).stats[0]["relative_error"]
+    assert fast == pytest.approx(exact, rel=0.03)

@@ -1,0 +1,64 @@
+"""Refit and swap against least squares in fp64."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from layer_problems import make_problem
+
+from fistapruner import LayerProblem
+from fistapruner.solvers import solve
+from fistapruner.solvers.refit import refit_exact
+
+
+def least_squares(problem: LayerProblem, mask: torch.Tensor) -> torch.Tensor:
+    """Row by row normal equations on the support, fp64."""
+    gram, linear = problem.gram.double(), problem.linear.double()
+    weight = torch.zeros_like(linear)
+    for row, kept in enumerate(mask):
+        index = kept.nonzero()[:, 0]
+        weight[row, index] = torch.linalg.solve(gram[index][:, index], linear[row, index])
+    return weight
+
+
+@pytest.mark.parametrize(("drift", "target"), [(0.0, 1.0), (0.1, 1.0), (0.1, 0.5)])
+@pytest.mark.parametrize("sparsity", ["30%", "50%", "90%", "2:4"])
+def test_exact_and_cg_reach_the_optimum(sparsity: str, drift: float, target: float) -> None:
+    problem = make_problem((12, 5), 32, drift=drift, target=target)
+    exact = solve(problem, sparsity, ["wanda", {"refit": {"solver": "exact"}}])
+    best = problem.row_errors(least_squares(problem, exact.mask).float()).sum()
+    assert float(problem.row_errors(exact.weight).sum()) == pytest.approx(float(best), rel=1e-4)
+    cg = solve(problem, sparsity, ["wanda", {"refit": {"iterations": 60}}])
+    assert float(problem.row_errors(cg.weight).sum()) == pytest.approx(float(best), rel=1e-4)
+
+
+def test_small_batches_equal_one_batch() -> None:
+    problem = make_problem((20,), 24)
+    mask = solve(problem, 0.5, "wanda").mask
+    one, _, _ = refit_exact(problem, problem.gram, mask, 1e-3)
+    many, _, _ = refit_exact(problem, problem.gram, mask, 1e-3, budget=600)
+    assert torch.allclose(one, many, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("sparsity", ["50%", "2:4"])
+@pytest.mark.parametrize(("drift", "target"), [(0.0, 1.0), (0.1, 0.5)])
+def test_swap_ends_where_no_single_exchange_helps(sparsity: str, drift: float, target: float) -> None:
+    problem = make_problem((3,), 12, drift=drift, target=target)
+    method = ["wanda", {"swap": {"swaps": 200, "candidates": 12, "damping": 0.0}}]
+    mask = solve(problem, sparsity, method).mask
+    errors = problem.row_errors(least_squares(problem, mask).float())
+    for row in range(3):
+        for out in mask[row].nonzero()[:, 0].tolist():
+            for into in (~mask[row]).nonzero()[:, 0].tolist():
+                if sparsity == "2:4" and out // 4 != into // 4:
+                    continue
+                trial = mask.clone()
+                trial[row, out], trial[row, into] = False, True
+                error = problem.row_errors(least_squares(problem, trial).float())[row]
+                assert float(error) >= float(errors[row]) * (1 - 1e-3)
+
+
+def test_swap_beats_refit_on_a_bad_mask() -> None:
+    problem = make_problem((16,), 48)
+    refit = solve(problem, 0.5, "magnitude+refit").stats[0]["relative_error"]
+    assert solve(problem, 0.5, "magnitude+swap").stats[0]["relative_error"] < 0.8 * refit
