@@ -6,10 +6,12 @@ from pathlib import Path
 from typing import Any
 
 from ..atomic import write_text_atomic
+from ..errors import MissingExtraError
 from ..evaluation.evaluate import evaluate as run_evaluation
 from ..evaluation.generations import generate_side_by_side
 from ..reporting.model_card import model_card
 from ..reporting.schema import Report
+from ..reporting.write import write_page
 from .finish import write_report
 from .journal import RunDirectory
 from .serial import Listener
@@ -56,6 +58,10 @@ def measure(run: RunDirectory, report: Report, data: str | None, windows: int | 
         report.generations = generate_side_by_side(source, run.model, choose_device(device), trust_remote_code=decided["trust_remote_code"])
     write_report(run, report)
     write_text_atomic(run.model / "README.md", model_card(report))
+    try:
+        listener.say(f"report: {write_page(run.folder)}")
+    except MissingExtraError as error:
+        listener.say(str(error))
     return report
 
 
