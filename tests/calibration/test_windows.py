@@ -1,0 +1,195 @@
+"""Windows of calibration tokens: how they are drawn, that the seed decides them, what is refused."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from tokenizers import Tokenizer, models, pre_tokenizers, processors
+from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+from fistapruner import FistaPrunerError
+from fistapruner.calibration import calibration_tokens
+from fistapruner.calibration.self_generated import _draw, batch_size, generate_tokens
+from fistapruner.calibration.windows import check_source, draw_windows
+from fistapruner.recipe import Calibration
+
+LETTERS = "abcdefghijklmnopqrstuvwxyz"
+
+
+def letters_tokenizer(bos: bool = False) -> PreTrainedTokenizerFast:
+    """One token a letter, one for a line break; everything else is unknown."""
+    vocabulary = {token: i for i, token in enumerate(["<unk>", "<s>", "</s>", *LETTERS, "\n"])}
+    inner = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
+    inner.pre_tokenizer = pre_tokenizers.Split("", "isolated")
+    if bos:
+        inner.post_processor = processors.TemplateProcessing(single="<s> $A", pair="<s> $A $B", special_tokens=[("<s>", 1)])
+    return PreTrainedTokenizerFast(tokenizer_object=inner, unk_token="<unk>", bos_token="<s>", eos_token="</s>")
+
+
+def text_of(tokenizer: Any, ids: torch.Tensor) -> str:
+    return "".join(tokenizer.convert_ids_to_tokens(ids.tolist()))
+
+
+def test_long_documents_give_one_window_each() -> None:
+    tokenizer = letters_tokenizer()
+    documents = [letter * 20 for letter in LETTERS[:10]] + ["zz"] * 50
+    tokens, how = draw_windows(documents, tokenizer, 8, 16, seed=3)
+    assert tokens.shape == (8, 16)
+    assert "long documents" in how
+    rows = [text_of(tokenizer, row) for row in tokens]
+    assert all(len(set(row)) == 1 for row in rows)
+    assert len(set(rows)) == 8
+    again, _ = draw_windows(documents, tokenizer, 8, 16, seed=3)
+    other, _ = draw_windows(documents, tokenizer, 8, 16, seed=4)
+    assert torch.equal(tokens, again)
+    assert not torch.equal(tokens, other)
+
+
+def test_too_few_long_documents_fall_back_on_the_concatenation() -> None:
+    tokenizer = letters_tokenizer()
+    tokens, how = draw_windows([LETTERS] * 10, tokenizer, 4, 50)
+    assert how == "windows that do not overlap, from the concatenation of all documents (278 tokens)"
+    rows = [text_of(tokenizer, row) for row in tokens]
+    joined = "\n\n".join([LETTERS] * 10)
+    assert all(row in joined for row in rows)
+    assert len({tuple(row.tolist()) for row in tokens}) == 4
+    tokens, how = draw_windows([LETTERS] * 2, tokenizer, 6, 30)
+    assert how.startswith("overlapping windows")
+    assert tokens.shape == (6, 30)
+
+
+def test_bos_begins_every_window_where_the_tokenizer_wants_it() -> None:
+    tokenizer = letters_tokenizer(bos=True)
+    for documents in ([LETTERS] * 4, [LETTERS * 3]):
+        tokens, _ = draw_windows(documents, tokenizer, 3, 10)
+        assert tokens[:, 0].tolist() == [1, 1, 1]
+        assert not (tokens[:, 1:] == 1).any()
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.lists(st.text(LETTERS, max_size=40), min_size=1, max_size=12), st.integers(1, 6), st.integers(2, 20), st.booleans())
+def test_windows_are_pieces_of_the_text_or_refused(documents: list[str], samples: int, seqlen: int, bos: bool) -> None:
+    tokenizer = letters_tokenizer(bos)
+    try:
+        tokens, how = draw_windows(documents, tokenizer, samples, seqlen)
+    except FistaPrunerError as error:
+        assert "too short" in str(error) or "no tokens" in str(error)  # noqa: PT017
+        return
+    assert tokens.shape == (samples, seqlen)
+    rows = [text_of(tokenizer, row[int(bos) :]) for row in tokens]
+    if "long documents" in how:
+        assert all(any(row in document for document in documents) for row in rows)
+    else:
+        assert all(set(row) <= set(LETTERS + "\n") for row in rows)
+
+
+def test_short_empty_and_unknown_sources_are_refused(tmp_path: Path) -> None:
+    tokenizer = letters_tokenizer()
+    (tmp_path / "short.txt").write_text("abc")
+    (tmp_path / "empty.txt").write_text(" \n")
+    for source, words in (
+        (str(tmp_path / "short.txt"), "its 3 tokens do not fill one window of 64"),
+        (str(tmp_path / "empty.txt"), "is empty"),
+        (str(tmp_path / "absent.txt"), "neither a"),
+        ("wikitext3", "'wikitext3' is neither a"),
+        ("self", "needs the model"),
+    ):
+        with pytest.raises(FistaPrunerError, match=words):
+            calibration_tokens(Calibration(source=source, samples=2), tokenizer, 64)
+    (tmp_path / "few.txt").write_text("a" * 66)
+    with pytest.raises(FistaPrunerError, match="3 different windows of 64 and --samples asks for 4"):
+        calibration_tokens(Calibration(source=str(tmp_path / "few.txt"), samples=4), tokenizer, 64)
+    check_source("c4")
+
+
+def test_facts_say_what_was_drawn(tmp_path: Path) -> None:
+    (tmp_path / "a.jsonl").write_text('{"text": "abcdefghijklmn"}\n' * 5)
+    tokens, facts = calibration_tokens(Calibration(source=str(tmp_path / "a.jsonl"), samples=3, seed=5), letters_tokenizer(), 8)
+    assert tokens.shape == (3, 8)
+    assert facts["documents"] == 5
+    assert facts["seed"] == 5
+    assert len(facts["sha256"]) == 64
+    python, facts = calibration_tokens(Calibration(source="python", samples=4), letters_tokenizer(), 64)
+    assert python.shape == (4, 64)
+    assert facts["documents"] > 10
+
+
+def tiny(kind: str, vocabulary: int = 40) -> Any:
+    torch.manual_seed(0)
+    if kind == "gpt2":
+        return GPT2LMHeadModel(GPT2Config(vocab_size=vocabulary, n_positions=128, n_embd=16, n_layer=2, n_head=2)).eval()
+    config = LlamaConfig(
+        vocab_size=vocabulary, hidden_size=16, intermediate_size=16, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2
+    )
+    return LlamaForCausalLM(config).eval()
+
+
+@pytest.mark.parametrize("kind", ["llama", "gpt2"])
+def test_self_generated_tokens_are_the_models_own(kind: str) -> None:
+    model, tokenizer = tiny(kind), letters_tokenizer()
+    tokens = generate_tokens(model, tokenizer, 5, 40, seed=1)
+    assert tokens.shape == (5, 40)
+    assert torch.equal(tokens, generate_tokens(model, tokenizer, 5, 40, seed=1))
+    assert not torch.equal(tokens, generate_tokens(model, tokenizer, 5, 40, seed=2))
+    # <unk> and <s> are never drawn, nor the columns beyond the tokenizer's 30 tokens; </s> may end a text.
+    assert set(tokens.unique().tolist()) <= set(range(2, 30))
+    started = letters_tokenizer(bos=True)
+    assert (generate_tokens(model, started, 5, 8)[:, 0] == 1).all()
+
+
+def test_sampling_follows_the_whole_past() -> None:
+    """A model pushed to repeat its first token does so through the cache, however far back it is."""
+    model, tokenizer = tiny("llama"), letters_tokenizer()
+    seen: list[torch.Tensor] = []
+    forward = model.forward
+
+    def recorded(*args: Any, **kwargs: Any) -> Any:
+        out = forward(*args, **kwargs)
+        seen.append(out.logits[:, -1].clone())
+        return out
+
+    recorded.__signature__ = __import__("inspect").signature(forward)  # type: ignore[attr-defined]
+    model.forward = recorded
+    tokens = generate_tokens(model, tokenizer, 3, 30)
+    with torch.no_grad():
+        whole = forward(input_ids=tokens).logits
+    assert torch.allclose(torch.stack(seen, 1), whole[:, :-1], atol=1e-5)
+
+
+def test_windows_longer_than_a_text_pack_several(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("fistapruner.calibration.self_generated.TEXT_LENGTH", 16)
+    steps: list[tuple[int, int]] = []
+    tokens = generate_tokens(tiny("llama"), letters_tokenizer(bos=True), 3, 39, progress=lambda *at: steps.append(at))
+    assert tokens.shape == (3, 39)
+    assert (tokens[:, [0, 13, 26]] == 1).all()
+    assert steps[-1] == (117, 117)
+
+
+def test_a_broken_model_is_named() -> None:
+    model = tiny("llama")
+    model.model.norm.weight.data.fill_(torch.nan)
+    with pytest.raises(FistaPrunerError, match="LlamaForCausalLM cannot generate calibration text: its logits are NaN"):
+        generate_tokens(model, letters_tokenizer(), 2, 8)
+    model = tiny("gpt2")
+    with pytest.raises(FistaPrunerError, match="GPT2LMHeadModel cannot generate calibration text"):
+        generate_tokens(model, letters_tokenizer(), 2, 300)
+
+
+def test_batches_are_bounded_by_the_cache() -> None:
+    model = tiny("llama")
+    assert batch_size(model, 10) == 128
+    assert batch_size(model, 2**20) == 8  # 2 layers x (keys, values) x 2 heads x 4 wide x 4 bytes = 128 bytes a token
+    assert batch_size(model, 2**40) == 1
+
+
+def test_draws_follow_the_distribution() -> None:
+    chances = torch.tensor([0.5, 0.0, 0.3, 0.2])
+    drawn = _draw(chances.log().expand(20_000, 4), torch.Generator().manual_seed(0))
+    counts = torch.bincount(drawn, minlength=4) / 20_000
+    assert counts[1] == 0
+    assert torch.allclose(counts, chances, atol=0.02)
