@@ -120,7 +120,7 @@ class Recipe(Settings):
     """
 
     sparsity: SparsitySetting = "50%"
-    method: MethodSetting = "fista"
+    method: MethodSetting = "proximal"
     propagate: Literal["dense", "pruned"] = "dense"
     target: Annotated[float, BeforeValidator(_target)] = Field(1.0, ge=0.0, le=1.0)
     error_correction: bool = True

@@ -7,6 +7,7 @@ public API, prints, returns the exit status). It imports heavy packages inside `
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 from collections.abc import Sequence
 from importlib import import_module
@@ -47,6 +48,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     from ..errors import FistaPrunerError
 
     parsed = build_parser().parse_args(arguments)
+    _quieten()
     try:
         return int(parsed.run(parsed))
     except FistaPrunerError as error:
@@ -57,3 +59,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt as interruption:
         print(f"fistapruner: {interruption or 'interrupted'}", file=sys.stderr)
         return 130
+
+
+def _quieten() -> None:
+    """Keep other libraries' bars and advice out of our output; their errors still show."""
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    from transformers.utils import logging
+
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()

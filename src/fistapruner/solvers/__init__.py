@@ -71,7 +71,7 @@ def _parse_step(step: object) -> Method:
 def solve(
     problem: LayerProblem,
     sparsity: str | float | Sparsity | Sequence[Sparsity],
-    method: Steps = "fista",
+    method: Steps = "proximal",
 ) -> Solution:
     """Prune the operators of a layer problem.
 
