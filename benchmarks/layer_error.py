@@ -1,0 +1,82 @@
+"""Which solver leaves the lowest layer error, and what does it cost?
+
+On real Grams (gathered by the benchmark itself), each solver prunes each operator group of some decoder layers at each
+sparsity. Errors and times are given as ratios to what the public ALPS program computes on the same Gram in the same run.
+
+    python benchmarks/layer_error.py
+    python benchmarks/layer_error.py --layers 14 --sparsity 50%,2:4 --methods wanda,sparsegpt,proximal
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import time
+
+import real_problems
+import torch
+from alps_reference import alps_reference
+
+from fistapruner.solvers import solve
+from fistapruner.sparsity import parse_sparsity
+
+METHODS = "magnitude,wanda,wanda+refit,sparsegpt,sparsegpt+refit,admm,admm+refit,fista,fista+refit,alps,proximal"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    real_problems.add_arguments(parser)
+    parser.add_argument("--methods", default=METHODS)
+    parser.add_argument("--sparsity", default="50%,60%,70%,2:4,4:8")
+    parser.add_argument("--operators", default="", help="only groups whose name contains this")
+    parser.add_argument("--json", help="write every single figure to this file")
+    arguments = parser.parse_args()
+    problems = {name: p for name, p in real_problems.load(arguments).items() if arguments.operators in name}
+    methods = arguments.methods.split(",")
+    rows = []
+    solve(next(iter(problems.values())), "50%", "proximal")  # warm up the thread pool and the product kernels
+    for name, problem in problems.items():
+        for text in arguments.sparsity.split(","):
+            pattern = parse_sparsity(text)
+            reference, seconds = [], 0.0
+            for operator in problem.operators():
+                begin = time.perf_counter()
+                weight, _ = alps_reference(operator.weight, operator.gram, pattern)
+                seconds += time.perf_counter() - begin
+                reference += operator.relative_errors(weight)
+            for method in methods:
+                begin = time.perf_counter()
+                solution = solve(problem, pattern, method)
+                took = time.perf_counter() - begin
+                ratios = [float(r["relative_error"]) / e for r, e in zip(solution.stats, reference, strict=True)]
+                rows.append(
+                    {
+                        "group": name,
+                        "sparsity": text,
+                        "method": method,
+                        "ratios": ratios,
+                        "reference": reference,
+                        "time": took / seconds,
+                        "reference_seconds": seconds,
+                    }
+                )
+            line = " ".join(f"{row['method']} {statistics.mean(row['ratios']):.3f}" for row in rows[-len(methods) :])
+            print(f"{name} {text}: public ALPS {seconds:.2f} s; error ratios: {line}", flush=True)
+    print(f"\nRatios to the public ALPS program, {torch.get_num_threads()} threads, {len(problems)} groups")
+    print(f"{'method':<18}{'error (mean)':>13}{'worst':>8}{'time (mean)':>13}{'worst':>8}{'of all':>9}")
+    for method in methods:
+        mine = [row for row in rows if row["method"] == method]
+        ratios = [ratio for row in mine for ratio in row["ratios"]]
+        times = [row["time"] for row in mine]
+        share = sum(row["time"] * row["reference_seconds"] for row in mine) / sum(row["reference_seconds"] for row in mine)
+        print(
+            f"{method:<18}{statistics.mean(ratios):>13.4f}{max(ratios):>8.3f}{statistics.mean(times):>13.4f}{max(times):>8.3f}{share:>9.4f}"
+        )
+    if arguments.json:
+        with open(arguments.json, "w") as file:
+            json.dump(rows, file, indent=1)
+
+
+if __name__ == "__main__":
+    main()
