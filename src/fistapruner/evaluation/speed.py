@@ -111,6 +111,11 @@ def time_generation(model: Any, prompt: Tensor, tokens: int) -> Run:
     return Run(first - begin, prompt.shape[0] * (tokens - 1) / (end - first))
 
 
+def _wait(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
 def measure_speed(
     model: Any,
     *,

@@ -111,14 +111,14 @@ def seconds(call: Callable[[], Tensor], device: torch.device) -> float:
     """Median seconds of a call on a CUDA device, by its own events."""
     for _ in range(5):
         call()
-    times = []
+    times: list[float] = []
     for _ in range(REPEATS):
         begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
         begin.record(torch.cuda.current_stream(device))
         call()
         end.record(torch.cuda.current_stream(device))
         torch.cuda.synchronize(device)
-        times.append(begin.elapsed_time(end) / 1000)
+        times.append(float(begin.elapsed_time(end)) / 1000)
     return sorted(times)[len(times) // 2]
 
 
