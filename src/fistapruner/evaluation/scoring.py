@@ -74,7 +74,7 @@ def token_divergence(logits: Tensor, reference: Tensor, targets: Tensor) -> tupl
     # KL = sum q (log q - log p). Where the reference gives a token no chance at all (the -inf of a padded vocabulary) the
     # term is 0 whatever the model says; 0 * inf would be NaN.
     weight = (q - norm[:, None]).exp_()
-    gap = q.sub_(p).masked_fill_(weight == 0, 0.0)
+    gap = (q - p).masked_fill_(weight == 0, 0.0)
     kl = torch.linalg.vecdot(weight, gap) + shift - norm
     return nll, reference_nll, kl.clamp_min_(0.0), (top_p == top_q).float()
 

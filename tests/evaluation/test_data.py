@@ -1,0 +1,113 @@
+"""Texts become windows by the papers' protocol."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import tiny
+from fistapruner import FistaPrunerError
+from fistapruner.evaluation.data import KNOWN, cut_windows, load_windows, read_text
+
+TEXT = "the quick brown fox jumps over the lazy dog; " * 20
+
+
+def bos_tokenizer() -> Any:
+    """The tiny tokenizer, set to begin every text with BOS."""
+    from tokenizers.processors import TemplateProcessing
+
+    made = tiny.tokenizer()
+    made.backend_tokenizer.post_processor = TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])
+    return made
+
+
+def test_windows_do_not_overlap_and_the_rest_is_dropped() -> None:
+    tokenizer = tiny.tokenizer()
+    ids = tokenizer(TEXT, add_special_tokens=False)["input_ids"]
+    windows = cut_windows(TEXT, tokenizer, 32)
+    assert windows.tokens.shape == (len(ids) // 32, 32)
+    assert windows.tokens.flatten().tolist() == ids[: len(ids) // 32 * 32]
+    assert windows.bos == "none"
+    assert cut_windows(TEXT, tokenizer, 32, 3).tokens.tolist() == windows.tokens[:3].tolist()
+
+
+def test_bos_stands_where_the_tokenizer_says() -> None:
+    plain, adding = tiny.tokenizer(), bos_tokenizer()
+    assert cut_windows(TEXT, plain, 16).bos == "none"
+    every = cut_windows(TEXT, adding, 16)
+    assert every.bos == "window"
+    assert every.tokens[:, 0].tolist() == [1] * len(every.tokens)
+    assert every.tokens[:, 1:].flatten().tolist() == cut_windows(TEXT, adding, 15, bos="none").tokens.flatten().tolist()
+    once = cut_windows(TEXT, adding, 16, bos="text")
+    assert once.tokens.flatten().tolist()[0] == 1
+    assert 1 not in once.tokens.flatten().tolist()[1:]
+
+
+@pytest.mark.parametrize("suffix", ["txt", "jsonl", "parquet"])
+def test_local_files(tmp_path: Path, suffix: str) -> None:
+    documents = ["first document", "second document\nwith two lines"]
+    path = tmp_path / f"text.{suffix}"
+    if suffix == "txt":
+        path.write_text("\n\n".join(documents))
+    elif suffix == "jsonl":
+        path.write_text("".join(json.dumps({"text": document}) + "\n" for document in documents))
+    else:
+        pyarrow = pytest.importorskip("pyarrow")
+        from pyarrow import parquet
+
+        parquet.write_table(pyarrow.table({"text": documents}), path)
+    assert read_text(str(path)) == ("\n\n".join(documents), "file", None)
+    assert load_windows(str(path), tiny.tokenizer(), 8).data == path.name
+
+
+def test_python_text_is_held_out_from_calibration() -> None:
+    from fistapruner.calibration.text import PYTHON, python_documents
+
+    text, split, _ = read_text("python")
+    assert split == "held out"
+    calibration = {paragraph.strip() for document in python_documents(PYTHON) for paragraph in document.split("\n\n")}
+    assert not calibration & {paragraph.strip() for paragraph in text.split("\n\n")}
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"data": "nothing-here"}, "neither a file nor a known data set"),
+        ({"seqlen": 1}, "seqlen 1"),
+        ({"windows": 0}, "windows 0"),
+        ({"bos": "maybe"}, "bos 'maybe'"),
+        ({"seqlen": 10_000_000}, "do not fill one window"),
+    ],
+)
+def test_bad_input_is_named(arguments: dict[str, Any], message: str) -> None:
+    settings: dict[str, Any] = {"data": "python", "seqlen": 8, **arguments}
+    with pytest.raises(FistaPrunerError, match=message):
+        load_windows(settings.pop("data"), tiny.tokenizer(), **settings)
+
+
+def test_known_data_sets_are_joined_as_in_the_papers() -> None:
+    assert (KNOWN["wikitext2"].joint, KNOWN["ptb"].joint, KNOWN["c4"].joint) == ("\n\n", " ", " ")
+    assert (KNOWN["c4"].rows, KNOWN["c4"].windows) == (1100, 256)
+
+
+@pytest.mark.real
+def test_token_count_of_the_joined_wikitext_test_split() -> None:
+    folder = os.environ.get("FISTAPRUNER_DATA")
+    if not folder or not (Path(folder) / "wikitext2" / "test_joined.txt").is_file():
+        pytest.skip("FISTAPRUNER_DATA names no folder with wikitext2/test_joined.txt")
+    from fistapruner.models.source import resolve_model
+    from fistapruner.models.tokenizer import load_tokenizer
+
+    try:
+        tokenizer = load_tokenizer(resolve_model("smollm2"))
+    except FistaPrunerError as error:
+        pytest.skip(f"the small real model is not here: {error}")
+    text, _, _ = read_text(str(Path(folder) / "wikitext2" / "test_joined.txt"))
+    assert len(tokenizer(text, verbose=False)["input_ids"]) == 304_986
+    gpt2 = os.environ.get("FISTAPRUNER_GPT2_TOKENIZER")
+    if gpt2:
+        assert len(load_tokenizer(Path(gpt2))(text, verbose=False)["input_ids"]) == 287_644

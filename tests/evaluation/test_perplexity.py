@@ -1,0 +1,143 @@
+"""Streamed perplexity against an independent implementation and against lm-eval, on the same windows."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+import fistapruner as fp
+import tiny
+from fistapruner.cli import main
+
+TEXT = "it was the best of times, it was the worst of times, it was the age of wisdom. " * 8
+
+
+@pytest.fixture
+def text(tmp_path: Path) -> Path:
+    path = tmp_path / "text.txt"
+    path.write_text(TEXT)
+    return path
+
+
+def plain_perplexity(folder: Path, text: str, seqlen: int) -> tuple[float, list[float]]:
+    """The textbook loop: the whole model, one window at a time."""
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    ids = torch.tensor(AutoTokenizer.from_pretrained(folder)(text, add_special_tokens=False)["input_ids"])
+    means = []
+    for window in ids[: len(ids) // seqlen * seqlen].view(-1, seqlen):
+        with torch.no_grad():
+            means.append(float(model(input_ids=window[None], labels=window[None]).loss))
+    return math.exp(sum(means) / len(means)), means
+
+
+@pytest.mark.parametrize("architecture", tiny.ARCHITECTURES)
+def test_equals_the_textbook_loop(tmp_path: Path, text: Path, architecture: str) -> None:
+    folder = tiny.save(architecture, tmp_path / "model")
+    expected, means = plain_perplexity(folder, TEXT, 24)
+    found = fp.evaluate(folder, str(text), seqlen=24, batch_size=5).perplexity
+    assert found is not None
+    assert found.perplexity == pytest.approx(expected, rel=1e-4)
+    assert found.windows == len(means)
+    assert found.tokens == len(means) * 23
+    error = torch.tensor(means, dtype=torch.float64).std().item() / math.sqrt(len(means))
+    assert found.nll_standard_error == pytest.approx(error, rel=1e-3)
+    assert (found.data, found.split, found.seqlen, found.dtype) == ("text.txt", "file", 24, "float32")
+
+
+def test_dense_and_pruned_see_the_same_tokens(tmp_path: Path, text: Path) -> None:
+    dense = tiny.save("llama", tmp_path / "dense")
+    other = tiny.save("llama", tmp_path / "other", seed=3)
+    result = fp.evaluate(other, str(text), seqlen=16, against=dense)
+    alone = fp.evaluate(dense, str(text), seqlen=16).perplexity
+    assert result.perplexity is not None
+    assert result.reference is not None
+    assert result.divergence is not None
+    assert alone is not None
+    assert result.reference.perplexity == pytest.approx(alone.perplexity, rel=1e-5)
+    assert result.reference.text_sha256 == result.perplexity.text_sha256 == alone.text_sha256
+    assert result.divergence.nll_difference == pytest.approx(result.perplexity.nll - result.reference.nll)
+    assert result.divergence.kl > 0
+    assert 0 <= result.divergence.top1_agreement < 1
+    same = fp.evaluate(dense, str(text), seqlen=16, against=dense).divergence
+    assert same is not None
+    assert (same.top1_agreement, same.nll_difference) == (1.0, 0.0)
+    assert same.kl < 1e-6
+
+
+def test_blocks_of_windows_change_nothing(tmp_path: Path, text: Path) -> None:
+    folder = tiny.save("llama", tmp_path / "model")
+    whole = fp.evaluate(folder, str(text), seqlen=16, batch_size=2).perplexity
+    small = fp.evaluate(folder, str(text), seqlen=16, batch_size=2, memory_limit=4 * 16 * 32 * 4).perplexity
+    assert whole == small
+
+
+def test_models_of_different_vocabulary_are_refused(tmp_path: Path, text: Path) -> None:
+    dense = tiny.save("llama", tmp_path / "dense")
+    other = tiny.save("llama", tmp_path / "other", vocab_size=160)
+    with pytest.raises(fp.FistaPrunerError, match="do not share a vocabulary"):
+        fp.evaluate(other, str(text), seqlen=16, against=dense)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"data": None}, "nothing to evaluate"),
+        ({"seqlen": 100_000}, "seqlen 100000 is more than"),
+        ({"dtype": "float8"}, "dtype 'float8'"),
+        ({"device": "abacus"}, "device 'abacus'"),
+    ],
+)
+def test_bad_settings_are_named(tmp_path: Path, text: Path, settings: dict[str, Any], message: str) -> None:
+    folder = tiny.save("llama", tmp_path / "model")
+    with pytest.raises(fp.FistaPrunerError, match=message):
+        fp.evaluate(folder, **{"data": str(text), **settings})
+
+
+def test_a_model_that_gives_nan_is_refused(tmp_path: Path, text: Path) -> None:
+    model = tiny.build("llama")
+    with torch.no_grad():
+        model.model.norm.weight[0] = math.nan
+    model.save_pretrained(tmp_path / "model")
+    tiny.tokenizer().save_pretrained(tmp_path / "model")
+    with pytest.raises(fp.FistaPrunerError, match="NaN"):
+        fp.evaluate(tmp_path / "model", str(text), seqlen=16)
+
+
+def test_the_command_line_prints_what_the_figure_depends_on(tmp_path: Path, text: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = tiny.save("llama", tmp_path / "model")
+    assert main(["evaluate", str(folder), "--data", str(text), "--seqlen", "16", "--against", str(folder), "--quiet"]) == 0
+    printed = capsys.readouterr().out
+    for part in ("perplexity", "dense", "KL", "top-1", "text.txt (file)", "windows of 16 tokens", "float32"):
+        assert part in printed
+    assert main(["evaluate", str(folder), "--data", str(text), "--seqlen", "16", "--windows", "3", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["perplexity"]["windows"] == 3
+
+
+@pytest.mark.slow
+def test_equals_the_rolling_likelihood_of_lm_eval(tmp_path: Path, text: Path) -> None:
+    pytest.importorskip("lm_eval", reason="the extra 'eval' is not installed")
+    from lm_eval.models.huggingface import HFLM
+    from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
+
+    folder = tiny.save("llama", tmp_path / "model")
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    runner = HFLM(pretrained=model, tokenizer=tokenizer, batch_size=4, device="cpu")
+    ids = tokenizer(TEXT, add_special_tokens=False)["input_ids"]
+    total = count = 0.0
+    for start in range(0, len(ids) // 24 * 24, 24):
+        window = ids[start : start + 24]
+        # Rolling windows of one of our windows: its first token is only context, the others are predicted.
+        rolling = get_rolling_token_windows(window[1:], prefix_token=window[0], max_seq_len=24, context_len=1)
+        requests = [((None, None), *make_disjoint_window(pair)) for pair in rolling]
+        total -= sum(likelihood for likelihood, _ in runner._loglikelihood_tokens(requests, disable_tqdm=True))
+        count += len(window) - 1
+    found = fp.evaluate(folder, str(text), seqlen=24).perplexity
+    assert found is not None
+    assert found.nll == pytest.approx(total / count, rel=1e-4)

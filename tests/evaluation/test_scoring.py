@@ -1,0 +1,74 @@
+"""Numbers from logits, against their definitions."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from fistapruner.evaluation import scoring
+from fistapruner.evaluation.scoring import compare_tokens, mean_and_error, score_tokens, slices, token_divergence, token_nll
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.integers(0, 2**31), st.integers(1, 40), st.integers(2, 50), st.floats(0.1, 30))
+def test_divergence_is_what_its_definition_says(seed: int, tokens: int, vocabulary: int, spread: float) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    p = torch.randn(tokens, vocabulary, generator=generator) * spread
+    q = torch.randn(tokens, vocabulary, generator=generator) * spread
+    targets = torch.randint(vocabulary, (tokens,), generator=generator)
+    log_p, log_q = p.double().log_softmax(-1), q.double().log_softmax(-1)
+    nll, reference_nll, kl, agree = token_divergence(p, q, targets)
+    torch.testing.assert_close(nll.double(), -log_p.gather(1, targets[:, None])[:, 0], rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(reference_nll.double(), -log_q.gather(1, targets[:, None])[:, 0], rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(kl.double(), (log_q.exp() * (log_q - log_p)).sum(-1), rtol=1e-3, atol=1e-3)
+    assert agree.tolist() == (p.argmax(-1) == q.argmax(-1)).float().tolist()
+    torch.testing.assert_close(token_nll(p, targets), torch.nn.functional.cross_entropy(p, targets, reduction="none"), rtol=1e-4, atol=1e-4)
+
+
+def test_a_model_does_not_differ_from_itself() -> None:
+    logits = torch.randn(20, 30) * 5
+    _, _, kl, agree = token_divergence(logits, logits.clone(), torch.zeros(20, dtype=torch.int64))
+    assert float(kl.max()) < 1e-5
+    assert bool(agree.all())
+
+
+def test_impossible_tokens_add_nothing() -> None:
+    q = torch.tensor([[0.0, 1.0, -math.inf]])
+    p = torch.tensor([[0.5, 0.2, -math.inf]])
+    short = token_divergence(p[:, :2], q[:, :2], torch.tensor([0]))
+    full = token_divergence(p, q, torch.tensor([0]))
+    for a, b in zip(full, short, strict=True):
+        torch.testing.assert_close(a, b)
+
+
+@given(st.integers(0, 300), st.integers(1, 50), st.integers(1, 500))
+def test_slices_cover_everything_once_within_the_budget(count: int, row: int, budget: int) -> None:
+    parts = slices(count, row, budget)
+    assert [index for start, stop in parts for index in range(start, stop)] == list(range(count))
+    assert all((stop - start) * row <= max(budget, row) for start, stop in parts)
+
+
+def test_slicing_does_not_change_the_sums(monkeypatch: pytest.MonkeyPatch) -> None:
+    weight, other = torch.randn(40, 8), torch.randn(40, 8)
+    hidden, targets = torch.randn(33, 8), torch.randint(40, (33,))
+
+    def both() -> tuple[float, ...]:
+        single = score_tokens(hidden, targets, lambda x: x @ weight.T, 40)
+        return (single, *compare_tokens(hidden, hidden, targets, lambda x: x @ weight.T, lambda x: x @ other.T, 40))
+
+    whole = both()
+    monkeypatch.setattr(scoring, "HEAD_BUDGET", 4 * 40 * 5)
+    monkeypatch.setattr(scoring, "ROWS_BUDGET", 4 * 40 * 2)
+    assert both() == pytest.approx(whole, rel=1e-5)
+
+
+def test_standard_error_is_over_windows() -> None:
+    sums = torch.tensor([10.0, 14.0, 12.0, 16.0], dtype=torch.float64)
+    mean, error = mean_and_error(sums, 10)
+    assert mean == pytest.approx(1.3)
+    assert error == pytest.approx(torch.tensor([1.0, 1.4, 1.2, 1.6]).std().item() / 2)
+    assert math.isnan(mean_and_error(sums[:1], 10)[1])
