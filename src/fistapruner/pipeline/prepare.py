@@ -12,6 +12,8 @@ from typing import Any
 
 import torch
 
+from ..allocation.decide import check_allocation, decide, needs_measuring
+from ..atomic import sha256_file
 from ..calibration import calibration_tokens
 from ..errors import FistaPrunerError
 from ..evaluation.data import load_windows
@@ -26,7 +28,7 @@ from ..sparsity import Sparsity, check_divides, parse_sparsity
 from .journal import RunDirectory
 from .machine import describe_machine, now, versions
 from .serial import Listener
-from .work import fingerprint, open_skeleton
+from .work import fingerprint, open_skeleton, threads
 
 log = logging.getLogger("fistapruner")
 
@@ -59,6 +61,7 @@ def prepare(
     Raises:
         FistaPrunerError: bad input, named.
     """
+    check_allocation(recipe)
     folder = resolve_model(model, allow_pickle=allow_pickle, trust_remote_code=trust_remote_code)
     listener.say(f"model {model}: {folder}")
     skeleton = open_skeleton(folder, recipe, allow_pickle=allow_pickle, trust_remote_code=trust_remote_code)
@@ -92,6 +95,15 @@ def prepare(
         "threads": recipe.execution.threads or torch.get_num_threads(),
         "device": skeleton.device.type,
     }
+    metrics_sha256 = None
+    if needs_measuring(recipe):
+        listener.say("measuring how sensitive the model is to each operator" if recipe.allocation != "owl" else "counting outliers")
+        with threads(numerics["threads"]):
+            decision = decide(recipe, layout, skeleton, tokens)
+        sparsity = decision.sparsity or sparsity
+        if decision.metrics is not None:
+            run.write_metrics(decision.metrics)
+            metrics_sha256 = sha256_file(run.metrics_file)
     facts = Report(
         command=command or shlex.join(sys.argv),
         started=now(),
@@ -118,6 +130,7 @@ def prepare(
         "numerics": numerics,
         "on_disk": False,
         "sparsity": {name: str(pattern) for name, pattern in sparsity.items()},
+        "metrics_sha256": metrics_sha256,
     }
     run.write_recipe(recipe.to_yaml())
     run.write_facts(facts)
@@ -151,10 +164,16 @@ def default_batch_size(seqlen: int, skeleton: Skeleton) -> int:
 def _has_its_tokens(run: RunDirectory, facts: Mapping[str, Any], recipe: Recipe, checkpoint: Checkpoint) -> bool:
     """Whether the stored calibration tokens are whole and the ones the run began with; otherwise they are made again."""
     try:
-        return bool(facts["fingerprint"] == fingerprint(recipe, checkpoint, run.tokens(), facts["decided"]["numerics"]))
+        same = facts["fingerprint"] == fingerprint(recipe, checkpoint, run.tokens(), facts["decided"]["numerics"])
+        why = "they or the model are not what the run began with"
     except FistaPrunerError as error:
-        log.warning("the calibration tokens are read again: %s", error)
-        return False
+        same, why = False, str(error)
+    expected = facts.get("decided", {}).get("metrics_sha256")
+    if same and expected and not (run.metrics_file.is_file() and sha256_file(run.metrics_file) == expected):
+        same, why = False, f"{run.metrics_file.name} is gone or damaged"
+    if not same:
+        log.warning("the calibration tokens are made again: %s", why)
+    return bool(same)
 
 
 def refuse_other(run: RunDirectory, model: str, recipe: Recipe) -> None:

@@ -1,0 +1,102 @@
+"""Two processes on one run directory: the second is refused while the first lives, and takes over when it is dead."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import subprocess
+import sys
+from pathlib import Path
+
+import psutil
+import pytest
+
+from faults.conftest import Runs
+from fistapruner.errors import FistaPrunerError
+from fistapruner.pipeline.lock import hold
+
+
+def write_lock(folder: Path, **record: object) -> None:
+    (folder / "lock").write_text(json.dumps(record))
+
+
+def test_second_run_is_refused_with_host_and_process(runs: Runs, disk: Path) -> None:
+    out = disk / "run"
+    out.mkdir()
+    (out / "layers").mkdir()
+    with hold(out):
+        outcome = runs.run(out)
+    assert outcome.status == 2
+    assert f"process {os.getpid()} on this machine ({platform.node()})" in outcome.stderr
+    runs.check_resumed(out)
+
+
+def test_holder_on_another_host_is_believed(runs: Runs, disk: Path) -> None:
+    out = disk / "run"
+    (out / "layers").mkdir(parents=True)
+    write_lock(out, host="elsewhere", pid=77, started=1.0)
+    outcome = runs.run(out)
+    assert outcome.status == 2
+    assert "process 77 on host elsewhere" in outcome.stderr
+    assert f"remove {out / 'lock'}" in outcome.stderr
+    (out / "lock").unlink()
+    runs.check_resumed(out)
+
+
+@pytest.mark.parametrize("content", [b"", b"nonsense", b"[1]", b"\xff\x00"])
+def test_unreadable_lock_is_stale(disk: Path, content: bytes) -> None:
+    (disk / "lock").write_bytes(content)
+    with hold(disk):
+        assert json.loads((disk / "lock").read_text())["pid"] == os.getpid()
+    assert not (disk / "lock").exists()
+
+
+def test_dead_and_reborn_processes_are_stale(disk: Path) -> None:
+    with subprocess.Popen([sys.executable, "-c", ""]) as gone:
+        gone.wait()
+    write_lock(disk, host=platform.node(), pid=gone.pid, started=1.0)
+    with hold(disk):
+        pass
+    # The id lives, but it is another process than the one that wrote the file.
+    write_lock(disk, host=platform.node(), pid=os.getppid(), started=1.0)
+    with hold(disk):
+        pass
+
+
+def test_living_process_is_believed_where_the_file_system_has_no_locks(disk: Path) -> None:
+    parent = psutil.Process(os.getppid())
+    write_lock(disk, host=platform.node(), pid=parent.pid, started=parent.create_time())
+    with pytest.raises(FistaPrunerError, match=f"process {parent.pid}"), hold(disk):
+        pass
+
+
+def test_ranges_of_layers(disk: Path) -> None:
+    """Ranges that do not overlap work at once; a whole run excludes them all."""
+    with hold(disk, (0, 3)), hold(disk, (4, 7)):
+        for layers in ((3, 4), None):
+            with pytest.raises(FistaPrunerError, match="in use"), hold(disk, layers):
+                pass
+    with hold(disk), pytest.raises(FistaPrunerError, match="in use"), hold(disk, (0, 1)):
+        pass
+    assert list(disk.iterdir()) == []
+
+
+def test_killed_holder_is_taken_over(disk: Path) -> None:
+    script = f"""
+import time
+from pathlib import Path
+from fistapruner.pipeline.lock import hold
+with hold(Path({str(disk)!r})):
+    print("held", flush=True)
+    time.sleep(60)
+"""
+    with subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        assert process.stdout.readline() == "held\n"
+        with pytest.raises(FistaPrunerError, match=f"process {process.pid}"), hold(disk):
+            pass
+        process.kill()
+        process.wait()
+    with hold(disk):
+        pass
