@@ -96,9 +96,12 @@ def main() -> None:
     device, method, pattern = arguments.device, Proximal(), parse_sparsity(arguments.sparsity)
     products, steps = method.levels * method.steps, method.levels * method.steps + method.refit + 2
 
-    print(
-        f"{'group':<10}{'solve s':>9}{'metric':>8}{'eigen':>8}{'iterate':>9}{'mask':>8}{'refit':>8}{'products s':>12}{'share':>7}{'TFLOP/s':>9}"
+    columns = zip(
+        ("solve s", "metric", "eigen", "iterate", "mask", "refit", "products s", "share", "TFLOP/s"),
+        (9, 8, 8, 9, 8, 8, 12, 7, 9),
+        strict=True,
     )
+    print(f"{'group':<10}" + "".join(f"{title:>{width}}" for title, width in columns))
     total = limit = factor_total = rest_total = 0.0
     work = cubes = 0.0
     for name, (rows, n) in groups(arguments.hidden, arguments.kv, arguments.intermediate).items():
