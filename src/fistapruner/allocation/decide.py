@@ -1,8 +1,9 @@
-"""Decide every operator's sparsity before anything is pruned, from a few calibration windows through the dense model."""
+"""What is measured on the dense model before anything is pruned: every operator's sparsity, the metric of block matching."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -20,6 +21,9 @@ from .sensitivity import gather_grams, measure_sensitivity
 WINDOWS = 8
 """Calibration windows that are looked at: second moments over some thousand tokens are enough to rank operators."""
 
+WIDE = 4096
+"""Hidden size above which block matching gets the diagonal of its metric only: the whole one would fill the disk."""
+
 
 def check_allocation(recipe: Recipe) -> None:
     """Refuse a measured allocation of an n:m pattern, whose sparsity is the same everywhere by its nature.
@@ -34,50 +38,76 @@ def check_allocation(recipe: Recipe) -> None:
         )
 
 
-def measured_allocation(
-    recipe: Recipe, layout: Layout, skeleton: Skeleton, tokens: Tensor, tick: Callable[[int], None] = lambda done: None
-) -> dict[str, Sparsity]:
-    """Sparsity of every operator as ``allocation: owl`` or ``error`` decides it; the total is exactly the recipe's.
+@dataclass(frozen=True)
+class Decision:
+    """What was measured on the dense model before the first decoder layer is pruned.
 
     Args:
-        recipe: its ``allocation``, ``sparsity`` and ``seed``.
+        sparsity: of every operator, or None where the recipe says it without measuring.
+        metrics: how block matching weighs the output errors of each decoder layer, or None without block matching:
+            (width, width) second moments of the loss's gradient, or their (width,) diagonals where the model is wide.
+    """
+
+    sparsity: dict[str, Sparsity] | None
+    metrics: list[Tensor] | None
+
+
+def needs_measuring(recipe: Recipe) -> bool:
+    """Whether :func:`decide` has to look at the model."""
+    return recipe.allocation in ("owl", "error") or recipe.match > 0
+
+
+def decide(recipe: Recipe, layout: Layout, skeleton: Skeleton, tokens: Tensor, tick: Callable[[int], None] = lambda done: None) -> Decision:
+    """Measure what ``allocation: owl``, ``allocation: error`` and block matching need.
+
+    Args:
+        recipe: its ``allocation``, ``sparsity``, ``match`` and ``seed``.
         layout: the operators to prune.
         skeleton: the dense model.
         tokens: (samples, seqlen) calibration tokens; the first few windows are used.
         tick: told of progress in layer passes.
 
     Raises:
-        FistaPrunerError: an n:m pattern.
+        FistaPrunerError: a measured allocation of an n:m pattern.
     """
     check_allocation(recipe)
-    fraction = recipe.pattern.fraction
+    if not needs_measuring(recipe):
+        return Decision(None, None)
     tokens = tokens[:WINDOWS]
+    fraction = recipe.pattern.fraction
     sizes = {name: operator.rows * operator.columns for name, operator in layout.operators()}
-    if recipe.allocation == "owl":
-        shares: dict[int, float] = {}
-        seen: dict[int, list[tuple[Tensor, Tensor]]] = {}
+    grid = sparsity_grid(fraction)
+    errors: dict[str, Tensor] = {}
+    outliers: dict[int, list[tuple[Tensor, Tensor]]] = {}
+    shares: dict[int, float] = {}
 
-        def norms(index: int, number: int, sums: ProblemSums) -> None:
-            seen.setdefault(index, []).append((sums.weight, (sums.gram.diagonal() / sums.tokens).sqrt()))
+    def look(index: int, number: int, sums: ProblemSums) -> None:
+        group = layout.layers[index][number]
+        if recipe.allocation == "error":
+            names = [layout.full_name(index, operator) for operator in group]
+            problem = sums.problem(names, [operator.rows for operator in group], 0.0)
+            errors.update(zip(names, row_error_curves(problem, grid), strict=True))
+        else:
+            outliers.setdefault(index, []).append((sums.weight, (sums.gram.diagonal() / sums.tokens).sqrt()))
             if number == len(layout.layers[index]) - 1:
-                shares[index] = outlier_share(seen.pop(index))
+                shares[index] = outlier_share(outliers.pop(index))
 
-        gather_grams(skeleton, layout, tokens, norms, tick)
+    sparsity: dict[str, Sparsity] | None = None
+    metrics: list[Tensor] | None = None
+    grams = look if recipe.allocation in ("owl", "error") else None
+    if recipe.match or recipe.allocation == "error":
+        sensitivity = measure_sensitivity(skeleton, layout, tokens, seed=recipe.seed, grams=grams, tick=tick)
+        if recipe.allocation == "error":
+            costs = {name: torch.mv(errors[name], sensitivity.rows[name]) / 2 for name in sizes}
+            sparsity = dict(split_budget(costs, sizes, fraction))
+        if recipe.match:
+            metrics = [metric if len(metric) <= WIDE else metric.diagonal().contiguous() for metric in sensitivity.outputs]
+    elif grams is not None:
+        gather_grams(skeleton, layout, tokens, grams, tick)
+    if recipe.allocation == "owl":
         members = {
             index: {name: sizes[name] for group in layout.layers[index] for name in (layout.full_name(index, op) for op in group)}
             for index in shares
         }
-        return dict(owl_allocation(shares, members, fraction))
-
-    grid = sparsity_grid(fraction)
-    errors: dict[str, Tensor] = {}
-
-    def curves(index: int, number: int, sums: ProblemSums) -> None:
-        group = layout.layers[index][number]
-        names = [layout.full_name(index, operator) for operator in group]
-        problem = sums.problem(names, [operator.rows for operator in group], 0.0)
-        errors.update(zip(names, row_error_curves(problem, grid), strict=True))
-
-    sensitivity = measure_sensitivity(skeleton, layout, tokens, seed=recipe.seed, grams=curves, tick=tick)
-    costs = {name: torch.mv(errors[name], sensitivity.rows[name]) / 2 for name in sizes}
-    return dict(split_budget(costs, sizes, fraction))
+        sparsity = dict(owl_allocation(shares, members, fraction))
+    return Decision(sparsity, metrics)

@@ -85,7 +85,10 @@ def measure_sensitivity(
                 sums[name] += grad.reshape(-1, grad.shape[-1]).float().square().sum(0)
 
             def hook(name: str) -> Callable[..., None]:
-                return lambda _, __, out: out.register_hook(lambda grad: add(name, grad)) and None
+                def after_forward(_: object, __: object, output: Tensor) -> None:
+                    output.register_hook(lambda grad: add(name, grad))
+
+                return after_forward
 
             handles = [module.get_submodule(operator.name).register_forward_hook(hook(operator.name)) for operator in operators]
             try:

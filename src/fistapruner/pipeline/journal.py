@@ -5,6 +5,7 @@
         run.json                   model, calibration, machine, what was decided before the first layer, and its checksum
         lock                       host and process that works here (:mod:`fistapruner.pipeline.lock`)
         calibration.safetensors    the token ids
+        metrics.safetensors        how block matching weighs each decoder layer's output errors
         layers/0003.safetensors    the pruned tensors of a decoder layer
         layers/0003.json           what the report says of it and the checksum of its tensors; written last
         hidden/                    hidden states that are still needed, when memory does not hold them
@@ -21,7 +22,7 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -50,6 +51,7 @@ class RunDirectory:
         self.run_file = folder / "run.json"
         self.report_file = folder / "report.json"
         self.calibration_file = folder / "calibration.safetensors"
+        self.metrics_file = folder / "metrics.safetensors"
         self.layers = folder / "layers"
         self.hidden = folder / "hidden"
         self.log_file = folder / "log.txt"
@@ -93,6 +95,17 @@ class RunDirectory:
     def tokens(self) -> Tensor:
         """The (samples, seqlen) calibration token ids."""
         return SafetensorsFile(self.calibration_file).read("tokens")
+
+    def write_metrics(self, metrics: Sequence[Tensor]) -> None:
+        """Store the metric of every decoder layer's output."""
+        entries = [TensorEntry.of(f"{index:04d}", metric.dtype, tuple(metric.shape)) for index, metric in enumerate(metrics)]
+        with SafetensorsWriter(self.metrics_file, entries, {}) as writer:
+            for entry, metric in zip(entries, metrics, strict=True):
+                writer.write(entry.name, metric)
+
+    def metric(self, index: int) -> Tensor:
+        """The metric of decoder layer ``index``."""
+        return SafetensorsFile(self.metrics_file).read(f"{index:04d}")
 
     def layer_files(self, index: int) -> tuple[Path, Path]:
         """Tensors and JSON of decoder layer ``index``."""

@@ -104,7 +104,7 @@ def match_layer(
             optimizer.zero_grad()
             with torch.enable_grad():
                 value = loss(_run(skeleton, index, tuned.values(), loss.inputs(windows), calls, size), windows)
-            value.backward()  # type: ignore[no-untyped-call]
+            value.backward()
             optimizer.step()
             if taken % every == 0 or taken == steps:
                 now = _held_out(skeleton, index, tuned, loss, held, calls)
@@ -166,9 +166,8 @@ class _Tuned:
         parameters = dict(self.layer.named_parameters())
         for name, value in state.items():
             parameter = parameters[name]
-            if name in self.masks:
-                value = torch.where(self.masks[name] & (value == 0), parameter, value)
-            parameter.copy_(value)
+            vanished = self.masks[name] & (value == 0) if name in self.masks else torch.zeros_like(value, dtype=torch.bool)
+            parameter.copy_(torch.where(vanished, parameter, value))
             stored[skeleton.source(f"{skeleton.layers_name}.{index}.{name}")] = parameter.detach().to("cpu", copy=True)
         return stored
 
@@ -219,7 +218,8 @@ def _root(metric: Tensor | None, device: torch.device) -> Tensor | None:
         return ((1 - SHRINKAGE) * metric + SHRINKAGE * metric.mean()).sqrt()
     metric = (1 - SHRINKAGE) * metric
     metric.diagonal().add_(SHRINKAGE / (1 - SHRINKAGE) * metric.diagonal().mean())
-    return torch.linalg.cholesky(metric)
+    root: Tensor = torch.linalg.cholesky(metric)
+    return root
 
 
 def _run(skeleton: Skeleton, index: int, values: dict[str, Tensor], hidden: Tensor, calls: Calls, size: int) -> Tensor:

@@ -118,8 +118,9 @@ class Work:
     ) -> LayerEntry:
         """Prune decoder layer ``index`` and journal it."""
         scratch = scratch_factory(self.run.hidden if self.on_disk else None, self.skeleton.dtype)
+        metric = self.run.metric(index) if self.recipe.match else None
         result = prune_layer(
-            self.skeleton, self.layout, index, self.recipe, self.sparsity, streams, calls, scratch, progress, inspect=inspect
+            self.skeleton, self.layout, index, self.recipe, self.sparsity, streams, calls, scratch, progress, inspect, metric
         )
         self.run.write_layer(self.fingerprint, result.weights, result.entry)
         return result.entry
