@@ -15,6 +15,7 @@ from importlib import import_module
 VERBS: dict[str, str] = {
     "prune": "prune",
     "evaluate": "evaluate",
+    "inspect": "inspect",
     "report": "report",
     "status": "status",
     "pack": "pack",
@@ -57,7 +58,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except BrokenPipeError:
         return 0
     except KeyboardInterrupt as interruption:
-        print(f"fistapruner: {interruption or 'interrupted'}", file=sys.stderr)
+        print(f"fistapruner: {str(interruption) or 'interrupted'}", file=sys.stderr)
         return 130
 
 

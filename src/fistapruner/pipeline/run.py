@@ -68,9 +68,7 @@ def prune(
     report = _finished_report(run, model, recipe)
     if report is not None:
         listener.say(f"{out} holds the finished run of this recipe")
-    with disk_errors(run.folder):
-        run.create()
-    with _saying_how_to_go_on(run), hold(run.folder), _logging(run):
+    with _saying_how_to_go_on(run), _made(run), hold(run.folder), _logging(run):
         if report is None:
             started = time.perf_counter()
             reset_peak_memory()
@@ -104,6 +102,13 @@ def _finished_report(run: RunDirectory, model: str, recipe: Recipe) -> Report | 
         log.warning("the report is made again: %s", error)
         return None
     return report if report.status == "finished" else None
+
+
+@contextmanager
+def _made(run: RunDirectory) -> Iterator[None]:
+    with disk_errors(run.folder):
+        run.create()
+    yield
 
 
 @contextmanager
