@@ -1,0 +1,88 @@
+"""Look at a checkpoint's zeros: of every operator, whether an n:m pattern holds exactly, and in all.
+
+Claims are what a pruning run wrote into the checkpoint (fistapruner.json), or --pattern. The exit status is 1 if a
+claim is violated or weights are NaN or infinite.
+
+  fistapruner inspect runs/first
+  fistapruner inspect ./some-model --pattern 2:4
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from ..models.inspection import Inspection
+
+SUMMARY = "sparsity of every operator; whether claimed patterns hold"
+
+
+def configure(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("checkpoint", metavar="CHECKPOINT", help="model folder (dense or packed), or a finished run directory")
+    parser.add_argument("--pattern", metavar="2:4|50%", help="claim this of every operator, whatever the checkpoint says")
+    parser.add_argument("--allow-pickle", action="store_true", help="read legacy .bin weights (loaded without running code)")
+    parser.add_argument("--quiet", action="store_true", help="print totals and violations only")
+    parser.add_argument("--json", action="store_true", help="print machine-readable JSON")
+
+
+def run(arguments: argparse.Namespace) -> int:
+    from rich.console import Console
+    from rich.text import Text
+
+    from ..models.inspection import inspect_checkpoint
+
+    console = Console(stderr=True)
+    with console.status("") as status:
+        found = inspect_checkpoint(
+            arguments.checkpoint, arguments.pattern, allow_pickle=arguments.allow_pickle, progress=lambda name: status.update(Text(name))
+        )
+    if arguments.json:
+        print(json.dumps(found.to_json(), indent=2))
+    else:
+        _print(found, arguments.quiet)
+    return 1 if found.violations else 0
+
+
+def _print(found: Inspection, quiet: bool) -> None:
+    rows = [
+        (
+            operator.name,
+            "x".join(map(str, operator.shape)),
+            f"{operator.sparsity:.4%}",
+            operator.pattern or "-",
+            operator.claim or "-",
+            "VIOLATED" if operator.fault else "holds" if operator.claim else "",
+        )
+        for operator in found.operators
+    ]
+    headings = ("operator", "shape", "zeros", "n:m", "claimed", "")
+    if not quiet and sys.stdout.isatty():
+        from rich.console import Console
+        from rich.table import Table
+
+        table = Table(*headings, title=str(found.folder))
+        for row in rows:
+            table.add_row(*row, style="red" if row[-1] == "VIOLATED" else None)
+        Console(markup=False).print(table)  # names come from the checkpoint
+    elif not quiet:
+        widths = [max(len(row[column]) for row in (headings, *rows)) for column in range(len(headings))]
+        for row in (headings, *rows):
+            print("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())
+        print()
+    pruned = found.pruned
+    zeros, weights = sum(operator.zeros for operator in pruned), sum(operator.weights for operator in pruned)
+    patterns = {operator.pattern for operator in pruned}
+    every = f", {patterns.pop()} in every group of each" if len(patterns) == 1 and None not in patterns else ""
+    print(f"pruned operators: {len(pruned)} of {len(found.operators)}, {_share(zeros, weights)}{every}")
+    print(f"whole model: {_share(found.zeros, found.weights)}")
+    for violation in found.violations:
+        print(f"violated: {violation}")
+    if not found.violations and any(operator.claim for operator in found.operators):
+        print("every claim holds")
+
+
+def _share(zeros: int, weights: int) -> str:
+    return f"{zeros} of {weights} weights are zero ({zeros / max(weights, 1):.4%})"

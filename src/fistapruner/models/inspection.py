@@ -1,0 +1,232 @@
+"""What a checkpoint really holds: zeros of every operator, the n:m pattern it has, and whether its claims are true."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..errors import FistaPrunerError
+from ..sparsity import NM, Sparsity, holds, parse_sparsity
+from .checkpoint import Checkpoint, read_json
+from .safetensors_file import TensorEntry
+
+RECORD = "fistapruner.json"
+GROUPS = (2, 4, 8, 16, 32)
+
+
+@dataclass(frozen=True)
+class OperatorInspection:
+    """One linear operator as it is stored.
+
+    Args:
+        name: its tensor in the checkpoint.
+        shape: stored shape.
+        zeros: weights that are zero; ``weights``: all of them.
+        pattern: the n:m pattern that holds in every group, None where there is none tighter than the zeros themselves.
+        claim: what the checkpoint's record, or ``--pattern``, says of it; None where nothing is said.
+        fault: what is wrong: a violated claim, NaN or infinite weights; None where nothing is.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    zeros: int
+    weights: int
+    pattern: str | None
+    claim: str | None
+    fault: str | None
+
+    @property
+    def sparsity(self) -> float:
+        """Share of zeros."""
+        return self.zeros / max(self.weights, 1)
+
+
+@dataclass(frozen=True)
+class Inspection:
+    """A checkpoint, looked through.
+
+    Args:
+        folder: the checkpoint's folder.
+        operators: the linear operators of its decoder layers, in order.
+        zeros: zeros of the whole model; ``weights``: all of its parameters.
+        faults: claims about operators that the checkpoint does not have.
+    """
+
+    folder: Path
+    operators: tuple[OperatorInspection, ...]
+    zeros: int
+    weights: int
+    faults: tuple[str, ...] = ()
+
+    @property
+    def pruned(self) -> tuple[OperatorInspection, ...]:
+        """Operators that a claim is made about; without any claim, those with at least 1% zeros."""
+        claimed = tuple(operator for operator in self.operators if operator.claim is not None)
+        return claimed or tuple(operator for operator in self.operators if operator.sparsity >= 0.01)
+
+    @property
+    def violations(self) -> list[str]:
+        """Everything that is wrong, one sentence each."""
+        return [*self.faults, *(f"{operator.name}: {operator.fault}" for operator in self.operators if operator.fault)]
+
+    def to_json(self) -> dict[str, Any]:
+        """All of it as JSON values."""
+        pruned = self.pruned
+        return {
+            "checkpoint": str(self.folder),
+            "operators": [{**asdict(operator), "sparsity": operator.sparsity} for operator in self.operators],
+            "pruned": {
+                "operators": len(pruned),
+                "zeros": sum(operator.zeros for operator in pruned),
+                "weights": sum(operator.weights for operator in pruned),
+            },
+            "model": {"zeros": self.zeros, "weights": self.weights},
+            "violations": self.violations,
+            "ok": not self.violations,
+        }
+
+
+def inspect_checkpoint(
+    folder: str | Path,
+    pattern: str | Sparsity | None = None,
+    *,
+    allow_pickle: bool = False,
+    progress: Callable[[str], None] | None = None,
+) -> Inspection:
+    """Look through a checkpoint, one tensor in memory at a time.
+
+    Args:
+        folder: a local Hugging Face folder, dense or packed, or a run directory (its finished model is taken).
+        pattern: what every operator of the decoder layers is claimed to be (``2:4``, ``50%``), instead of the claims
+            that a pruning run leaves in ``fistapruner.json``.
+        allow_pickle: read legacy ``.bin`` weights.
+        progress: called with each tensor's name.
+
+    Raises:
+        FistaPrunerError: no checkpoint there, or a damaged one.
+    """
+    folder = Path(folder)
+    if not (folder / "config.json").exists() and (folder / "model" / "config.json").exists():
+        folder = folder / "model"
+    asked = None if pattern is None else parse_sparsity(pattern)
+    entries, read, record = _open(folder, allow_pickle)
+    claims, faults = ({}, []) if asked is not None else _claims(folder, record, entries)
+    transposed = _is_transposed(claims, entries)
+    operators = []
+    zeros = weights = 0
+    for name, entry in entries.items():
+        if not entry.dtype.is_floating_point:
+            continue
+        if progress is not None:
+            progress(name)
+        tensor = read(name)
+        zero = tensor.numel() - int(torch.count_nonzero(tensor))
+        zeros, weights = zeros + zero, weights + tensor.numel()
+        if name in claims or _is_operator(entry):
+            claim = {"sparsity": str(asked)} if asked is not None else claims.get(name)
+            operators.append(_inspect(entry, tensor, zero, claim, transposed))
+    if asked is not None and not operators:
+        faults.append(f"no operator of a decoder layer is there to be {asked}")
+    return Inspection(folder, tuple(operators), zeros, weights, tuple(faults))
+
+
+def exact_pattern(weight: Tensor, zeros: int) -> NM | None:
+    """The n:m pattern that holds in every group of every row of a (rows, columns) weight, None where there is none.
+
+    Of the patterns that hold, the one with the fewest weights kept, then the shortest group. One that keeps much more
+    than the weight has nonzeros says nothing (a few rows may be full), so it must be within 5% of all weights.
+    """
+    rows, columns = weight.shape
+    found: list[tuple[float, int, int]] = []
+    kept = weight != 0
+    for m in GROUPS:
+        if columns % m == 0:
+            n = int(kept.view(rows, -1, m).sum(-1).max()) if weight.numel() else 0
+            if 0 < n < m:
+                found.append((n / m, m, n))
+    if not found:
+        return None
+    share, m, n = min(found)
+    return NM(n, m) if share <= 1 - zeros / weight.numel() + 0.05 else None
+
+
+def _inspect(entry: TensorEntry, tensor: Tensor, zeros: int, claim: dict[str, Any] | None, transposed: bool) -> OperatorInspection:
+    weight = (tensor.T if transposed else tensor).contiguous()
+    pattern = exact_pattern(weight, zeros) if weight.ndim == 2 else None
+    fault = None if bool(torch.isfinite(tensor).all()) else "has NaN or infinite weights"
+    if claim is not None and fault is None:
+        fault = _violation(weight, zeros, claim)
+    said = None if claim is None else str(claim.get("sparsity"))
+    return OperatorInspection(entry.name, entry.shape, zeros, tensor.numel(), None if pattern is None else str(pattern), said, fault)
+
+
+def _violation(weight: Tensor, zeros: int, claim: dict[str, Any]) -> str | None:
+    """How a weight (rows, columns) breaks a claim, None if it does not."""
+    try:
+        sparsity = parse_sparsity(claim["sparsity"])
+    except (FistaPrunerError, KeyError) as error:
+        return f"its claim cannot be read: {error}"
+    promised = claim.get("zeros")
+    if type(promised) is int and zeros < promised:
+        return f"has {zeros} zeros, {promised} are claimed"
+    if type(promised) is int and not isinstance(sparsity, NM):
+        return None  # the exact count says more than the percentage, which is rounded
+    if weight.ndim != 2 or not holds(weight, sparsity):
+        return f"is not {sparsity} ({zeros / max(weight.numel(), 1):.2%} zeros)"
+    return None
+
+
+def _open(folder: Path, allow_pickle: bool) -> tuple[dict[str, TensorEntry], Callable[[str], Tensor], dict[str, Any]]:
+    """Entries of all dense tensors, how to read one, and what the pruning run said."""
+    from ..sparse.pack import PackedCheckpoint, is_packed
+
+    if is_packed(folder):
+        packed = PackedCheckpoint(folder)
+        return {entry.name: entry for entries in packed.contents().values() for entry in entries}, packed.tensor, packed.record
+    checkpoint = Checkpoint.open(folder, allow_pickle)
+    record = read_json(folder, RECORD) if (folder / RECORD).exists() else {}
+    return {name: checkpoint.entry(name) for name in checkpoint.names()}, checkpoint.read, record
+
+
+def _claims(folder: Path, record: dict[str, Any], entries: dict[str, TensorEntry]) -> tuple[dict[str, dict[str, Any]], list[str]]:
+    """The record's claims by tensor name, and those about tensors that are not there.
+
+    Checkpoints of base models lack the head model's prefix (``h.0.…`` for ``transformer.h.0.…``), or have one more.
+    """
+    operators = record.get("operators", {})
+    if not isinstance(operators, dict) or not all(isinstance(claim, dict) for claim in operators.values()):
+        raise FistaPrunerError(f"{folder / RECORD} has no mapping of operators to claims")
+    claims: dict[str, dict[str, Any]] = {}
+    faults = []
+    shorter: dict[str, list[str]] = {}
+    for name in entries:
+        for start in [0, *(match.end() for match in re.finditer(r"\.", name))]:
+            shorter.setdefault(name[start:], []).append(name)
+    for operator, claim in operators.items():
+        weight = f"{operator}.weight"
+        found = [weight] if weight in entries else shorter.get(weight, [])
+        while not found and "." in weight:
+            weight = weight.partition(".")[2]
+            found = [weight] if weight in entries else []
+        if len(found) == 1:
+            claims[found[0]] = claim
+        else:
+            faults.append(f"{operator}: {claim.get('sparsity')} is claimed, but the checkpoint has no such operator")
+    return claims, faults
+
+
+def _is_transposed(claims: dict[str, dict[str, Any]], entries: dict[str, TensorEntry]) -> bool:
+    """Whether operators are stored as (inputs, outputs), as GPT-2's are: the record has their (outputs, inputs)."""
+    shapes = [(claim.get("shape"), list(entries[name].shape)) for name, claim in claims.items()]
+    return any(said == stored[::-1] and said != stored for said, stored in shapes)
+
+
+def _is_operator(entry: TensorEntry) -> bool:
+    """A matrix inside a numbered layer; embeddings and heads have no number in their names."""
+    return len(entry.shape) == 2 and entry.name.endswith(".weight") and re.search(r"\.\d+\.|^\d+\.", entry.name) is not None

@@ -1,0 +1,142 @@
+"""fistapruner inspect: exact patterns are found, true claims hold, false ones are caught."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from safetensors.torch import load_file, save_file
+from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
+
+from fistapruner import NM, FistaPrunerError, parse_sparsity
+from fistapruner.cli import main
+from fistapruner.models.inspection import exact_pattern, inspect_checkpoint
+from fistapruner.sparsity import project_mask
+
+PROJECTIONS = (
+    "self_attn.q_proj",
+    "self_attn.k_proj",
+    "self_attn.v_proj",
+    "self_attn.o_proj",
+    "mlp.gate_proj",
+    "mlp.up_proj",
+    "mlp.down_proj",
+)
+
+
+def save(model: Any, folder: Path, sparsity: str | None, operators: list[str], transposed: bool = False) -> Path:
+    """Save a model with these operators pruned by magnitude, and the record that a pruning run leaves."""
+    claims = {}
+    if sparsity is not None:
+        pattern = parse_sparsity(sparsity)
+        for name in operators:
+            weight = model.get_submodule(name).weight.data
+            view = weight.T if transposed else weight
+            view.mul_(project_mask(view.abs(), pattern))
+            claims[name] = {"sparsity": sparsity, "zeros": int((view == 0).sum()), "shape": list(view.shape)}
+    model.save_pretrained(folder)
+    if sparsity is not None:
+        (folder / "fistapruner.json").write_text(json.dumps({"version": "1", "operators": claims}))
+    return folder
+
+
+def llama(folder: Path, sparsity: str | None = None) -> Path:
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=32, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2
+    )
+    return save(LlamaForCausalLM(config), folder, sparsity, [f"model.layers.{i}.{name}" for i in range(2) for name in PROJECTIONS])
+
+
+@pytest.mark.parametrize(("sparsity", "pattern"), [("2:4", "2:4"), ("1:4", "1:4"), ("4:8", "4:8"), ("50%", None), ("80%", None)])
+def test_true_claims_hold(tmp_path: Path, sparsity: str, pattern: str | None, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = llama(tmp_path / "model", sparsity)
+    found = inspect_checkpoint(folder)
+    assert len(found.operators) == 14
+    assert {operator.pattern for operator in found.operators} == {pattern}
+    assert found.violations == []
+    assert found.weights == sum(tensor.numel() for tensor in load_file(folder / "model.safetensors").values())
+    assert main(["inspect", str(folder)]) == 0
+    assert "every claim holds" in capsys.readouterr().out
+    assert inspect_checkpoint(tmp_path).folder == folder  # a run directory
+
+
+def test_a_single_weight_too_many_is_caught(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for sparsity in ("2:4", "50%"):
+        folder = llama(tmp_path / sparsity.replace(":", ""), sparsity)
+        tensors = load_file(folder / "model.safetensors")
+        weight = tensors["model.layers.1.mlp.up_proj.weight"]
+        weight[tuple((weight == 0).nonzero()[7])] = 1e-6
+        save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+        assert main(["inspect", str(folder), "--json"]) == 1
+        result = json.loads(capsys.readouterr().out)
+        assert not result["ok"]
+        assert len(result["violations"]) == 1
+        assert "model.layers.1.mlp.up_proj.weight" in result["violations"][0]
+        assert main(["inspect", str(folder), "--quiet"]) == 1
+        assert "violated: model.layers.1.mlp.up_proj.weight" in capsys.readouterr().out
+
+
+def test_pattern_of_a_checkpoint_that_claims_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = llama(tmp_path / "dense")
+    assert main(["inspect", str(folder)]) == 0
+    assert "pruned operators: 0 of 14" in capsys.readouterr().out
+    assert main(["inspect", str(folder), "--pattern", "2:4"]) == 1
+    assert main(["inspect", str(folder), "--pattern", "0:4"]) == 2
+    pruned = llama(tmp_path / "pruned", "2:4")
+    (pruned / "fistapruner.json").unlink()
+    for pattern in ("2:4", "50%", "3:4", "4:8"):
+        assert main(["inspect", str(pruned), "--pattern", pattern]) == 0
+    for pattern in ("1:4", "51%"):
+        assert main(["inspect", str(pruned), "--pattern", pattern]) == 1
+
+
+def test_transposed_operators_are_read_along_their_inputs(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    model = GPT2LMHeadModel(GPT2Config(vocab_size=32, n_positions=16, n_embd=32, n_layer=2, n_head=2))
+    names = [f"transformer.h.{i}.{name}" for i in range(2) for name in ("attn.c_attn", "attn.c_proj", "mlp.c_fc", "mlp.c_proj")]
+    folder = save(model, tmp_path / "gpt2", "2:4", names, transposed=True)
+    found = inspect_checkpoint(folder)
+    assert found.violations == []
+    assert {operator.pattern for operator in found.pruned} == {"2:4"}
+    # Checkpoints of the base model lack the prefix.
+    tensors = {name.removeprefix("transformer."): tensor for name, tensor in load_file(folder / "model.safetensors").items()}
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    found = inspect_checkpoint(folder)
+    assert len(found.pruned) == 8
+    assert found.violations == []
+
+
+def test_claims_about_absent_operators_and_damaged_weights(tmp_path: Path) -> None:
+    folder = llama(tmp_path / "model", "2:4")
+    record = json.loads((folder / "fistapruner.json").read_text())
+    record["operators"]["model.layers.9.mlp.up_proj"] = {"sparsity": "2:4"}
+    record["operators"]["model.layers.0.mlp.up_proj"] = {"sparsity": "nonsense"}
+    (folder / "fistapruner.json").write_text(json.dumps(record))
+    tensors = load_file(folder / "model.safetensors")
+    tensors["model.layers.0.mlp.down_proj.weight"][0, 0] = torch.nan
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    violations = "\n".join(inspect_checkpoint(folder).violations)
+    assert "model.layers.9.mlp.up_proj: 2:4 is claimed, but the checkpoint has no such operator" in violations
+    assert "its claim cannot be read" in violations
+    assert "down_proj.weight: has NaN" in violations
+    (folder / "fistapruner.json").write_text('{"operators": [1]}')
+    with pytest.raises(FistaPrunerError, match="no mapping of operators"):
+        inspect_checkpoint(folder)
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.integers(1, 7), st.sampled_from([2, 4, 8, 16]), st.integers(1, 4), st.integers(0, 99))
+def test_exact_pattern_of_a_projected_weight(n: int, m: int, rows: int, seed: int) -> None:
+    if n >= m:
+        return
+    weight = torch.randn(rows, 2 * m, generator=torch.Generator().manual_seed(seed))
+    weight *= project_mask(weight.abs(), NM(n, m))
+    found = exact_pattern(weight, int((weight == 0).sum()))
+    assert found is not None
+    assert found.n / found.m <= n / m
