@@ -1,0 +1,78 @@
+"""The README is run: its shell commands and its Python, on a tiny model instead of the ones it names."""
+
+from __future__ import annotations
+
+import re
+import shlex
+from pathlib import Path
+
+import pytest
+import torch
+
+import tiny
+from fistapruner.cli import main
+from fistapruner.recipe import Recipe, shipped_recipes
+
+ROOT = Path(__file__).parent.parent
+TEXT = "The quick brown fox jumps over the lazy dog, and then it does so again. " * 200
+
+
+def blocks(language: str) -> list[str]:
+    return re.findall(rf"```{language}\n(.*?)```", (ROOT / "README.md").read_text("utf-8"), re.DOTALL)
+
+
+def commands() -> list[list[str]]:
+    lines = (line for block in blocks("sh") for line in block.replace("\\\n", " ").splitlines())
+    return [shlex.split(line, comments=True) for line in lines if line.startswith("fistapruner")]
+
+
+@pytest.fixture
+def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A folder in which every model and text that the README names is a tiny one."""
+    monkeypatch.chdir(tmp_path)
+    tiny.save("llama", tmp_path / "my-model", dtype=torch.bfloat16)
+    (tmp_path / "text.txt").write_text(TEXT)
+    (tmp_path / "text.jsonl").write_text("\n".join(f'{{"text": "{TEXT}"}}' for _ in range(4)))
+    monkeypatch.setattr("fistapruner.models.source.small_model", lambda: tmp_path / "no.gguf")
+    return tmp_path
+
+
+def small(arguments: list[str]) -> list[str]:
+    """The same command on the tiny model, with few and short windows."""
+    words = {"smollm2": "my-model", "meta-llama/Llama-3.2-1B": "my-model", "c4": "text.txt"}
+    out = [words.get(word, word) for word in arguments]
+    for option, value in (("--samples", "4"), ("--seqlen", "32"), ("--tokens", "4"), ("--prompt", "8")):
+        if option in out:
+            out[out.index(option) + 1] = value
+    if out[0] == "prune":
+        out += [word for option, value in (("--samples", "4"), ("--seqlen", "32")) if option not in out for word in (option, value)]
+        out += ["--evaluate", "text.txt", "--evaluate-windows", "2"]
+    return out
+
+
+def test_shell_commands(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    found = commands()
+    assert len(found) >= 6
+    for command in found:
+        assert main(small(command[1:])) == 0, command
+    assert "2:4" in capsys.readouterr().out
+
+
+def test_python(place: Path) -> None:
+    for block in blocks("python"):
+        source = block.replace('"smollm2"', '"my-model"').replace('"seqlen": 512', '"seqlen": 32')
+        exec(compile(source, "README.md", "exec"), {"weight": torch.randn(8, 16), "inputs": torch.randn(64, 16)})
+
+
+def test_make_targets_exist() -> None:
+    makefile = (ROOT / "Makefile").read_text()
+    named = [line.split()[1] for block in blocks("sh") for line in block.splitlines() if line.startswith("make ")]
+    assert named
+    assert all(re.search(rf"^{target}:", makefile, re.MULTILINE) for target in named)
+
+
+@pytest.mark.parametrize("name", shipped_recipes())
+def test_shipped_recipes_run(place: Path, name: str) -> None:
+    recipe = Recipe.from_yaml(shipped_recipes()[name], name)
+    assert Recipe.from_yaml(recipe.to_yaml()) == recipe
+    assert main(small(["prune", "my-model", "--out", "run", "--recipe", name, "--calibration", "text.jsonl", "--quiet"])) == 0
