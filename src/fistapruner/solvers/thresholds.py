@@ -8,6 +8,7 @@ from torch import Tensor
 from ..sparsity import NM, Unstructured
 
 SAMPLE = 1 << 14
+BLOCK = 1 << 17
 
 
 class SampledThreshold:
@@ -66,6 +67,12 @@ class GroupThreshold:
 
     def __call__(self, values: Tensor, out: Tensor, *, correct: bool) -> None:
         """Write ``values`` (rows, columns) to ``out``, zero where they are not among the n largest of their group."""
+        # On a CPU in blocks of rows that stay in the cache from one comparison to the next.
+        block = max(1, BLOCK // values.shape[1]) if values.device.type == "cpu" else len(values)
+        for part, kept in zip(values.split(block), out.split(block), strict=True):
+            self._keep(part, kept)
+
+    def _keep(self, values: Tensor, out: Tensor) -> None:
         n, m = self.pattern.n, self.pattern.m
         size = values.abs()
         slices = list(size.view(len(size), m, -1).unbind(1))
@@ -74,7 +81,7 @@ class GroupThreshold:
         bound = (slices[n - 1] + slices[n]) * 0.5
         shape = (len(values), m, -1)
         # sign(|z| - bound) is 1 above and -1 below: (sign + 1) / 2 is the mask, without a boolean tensor.
-        keep = torch.sub(size.view(shape), bound[:, None]).sign_().add_(1.0).mul_(0.5)
+        keep = size.view(shape).sub_(bound[:, None]).sign_().add_(1.0).mul_(0.5)
         torch.mul(values.view(shape), keep, out=out.view(shape))
 
 
