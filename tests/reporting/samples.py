@@ -1,0 +1,156 @@
+"""Made-up reports: every part filled, so that every part of a page is drawn. The numbers are nobody's measurements."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+from fistapruner.evaluation.results import Divergence, Evaluation, Perplexity, TaskResult
+from fistapruner.reporting.schema import Comparison, Report, parse
+
+OPERATORS = (
+    ("self_attn.q_proj", (64, 64), 0, 0.6),
+    ("self_attn.k_proj", (32, 64), 0, 0.5),
+    ("self_attn.v_proj", (32, 64), 0, 1.0),
+    ("self_attn.o_proj", (64, 64), 1, 0.9),
+    ("mlp.gate_proj", (192, 64), 2, 1.0),
+    ("mlp.up_proj", (192, 64), 2, 1.1),
+    ("mlp.down_proj", (64, 192), 3, 2.2),
+)
+
+
+def perplexity(value: float, data: str = "wikitext2") -> Perplexity:
+    return Perplexity(data, "test", 1024, 60, 60 * 1023, "bfloat16", value, value * 0.02, math.log(value), 0.02, "none", "ab" * 32)
+
+
+def layer(index: int, count: int) -> dict[str, Any]:
+    """A layer entry; layer 1 stands out."""
+    operators = []
+    for name, shape, group, factor in OPERATORS:
+        error = 0.02 * factor * (1 + 0.4 * math.sin(index)) * (4 if index == 1 else 1)
+        rounds = [
+            {"lambda": 1e-4 * 3 ** (k % 4), "e_total": 1 - 0.05 * k + 0.012 * k * k, "e_fista": 0.8, "e_round": 0.2, "steps": 20}
+            for k in range(6)
+        ]
+        steps: list[dict[str, Any]] = [
+            {"method": "sparsegpt", "relative_error": 1.2 * error, "seconds": 0.2},
+            {"method": "fista", "relative_error": error, "seconds": 0.9, "rounds": rounds, "e_total": 0.93},
+        ]
+        ranks = [1, 2, 4, 8, 16, 32, 64]
+        operators.append(
+            {
+                "name": name,
+                "shape": shape,
+                "sparsity": "50%",
+                "zeros": math.prod(shape) // 2,
+                "density": 0.5,
+                "relative_error": error,
+                "group": group,
+                "steps": steps,
+                "spectrum": [(0.02 if rank > 1 else 1) / rank ** (1 + index / count) for rank in ranks],
+                "spectrum_ranks": ranks,
+                "condition": 120.5 + index,
+            }
+        )
+    return {
+        "index": index,
+        "name": f"model.layers.{index}",
+        "seconds": {"capture": 2.0, "gram": 0.6, "solve": 3.0 + index % 3, "io": 0.1},
+        "relative_error": 0.02,
+        "relative_error_of": "as a share of what the layer adds",
+        "operators": operators,
+        "finished": "2026-01-01T10:05:00+00:00",
+    }
+
+
+def report(layers: int = 12) -> Report:
+    """A finished run."""
+    tasks = (
+        TaskResult("arc_easy", "acc", 2376, 0.52, 0.0102, 0.58, 0.0101, 210, 68, 1e-9, 0, "local file"),
+        TaskResult("piqa", "acc", 1838, 0.655, 0.011, 0.668, 0.011, 120, 98, 0.15, 0, "local file"),
+    )
+    damage = Divergence(0.71, 0.02, 0.62, 0.004, 0.608, 0.01)
+    evaluations = [
+        Evaluation("run/model", "small", perplexity(46.53), perplexity(25.32), damage, tasks, 100.0, 90.0),
+        Evaluation("run/model", "small", perplexity(17.4, "python"), perplexity(12.3, "python"), damage),
+    ]
+    weights = layers * sum(math.prod(shape) for _, shape, _, _ in OPERATORS)
+    return parse(
+        Report,
+        {
+            "version": 1,
+            "status": "finished",
+            "command": "fistapruner prune small --out runs/first --sparsity 50%",
+            "started": "2026-01-01T10:00:00+00:00",
+            "finished": "2026-01-01T10:08:00+00:00",
+            "recipe": {"sparsity": "50%", "method": [{"sparsegpt": {}}, {"fista": {"iterations": 20}}], "seed": 0},
+            "fingerprint": "0123456789abcdef",
+            "versions": {"fistapruner": "0.1.0", "torch": "2.8.0"},
+            "machine": {"cpu": "a processor", "instructions": ["avx2"], "cores": 2, "threads": 2, "memory": 2**34, "system": "Linux"},
+            "model": {
+                "source": "small",
+                "architecture": "LlamaForCausalLM",
+                "layers": layers,
+                "parameters": 134515008,
+                "dtype": "bfloat16",
+            },
+            "calibration": {"source": "c4.jsonl", "how": "windows over the concatenation", "samples": 32, "seqlen": 1024, "tokens": 32768},
+            "layers": [layer(index, layers) for index in range(layers)],
+            "totals": {
+                "operator_weights": weights,
+                "operator_zeros": weights // 2,
+                "model_weights": 2 * weights,
+                "model_zeros": weights // 2,
+                "seconds": 412.0,
+                "time_split": {"capture": 75.0, "gram": 20.0, "solve": 105.0, "io": 4.0},
+                "peak_memory": 1900 * 2**20,
+                "capture_tokens_per_second": 5230.0,
+                "forward_tokens_per_second": 9100.0,
+                "checkpoint_bytes": 269_000_000,
+            },
+            "evaluations": [evaluation.to_dict() for evaluation in evaluations],
+            "generations": [{"prompt": "The capital of France is", "dense": " Paris.", "pruned": " Paris, the capital."}],
+            "plan": [
+                {"quantity": "time", "unit": "seconds", "planned": 380, "actual": 412},
+                {"quantity": "peak memory", "unit": "bytes", "planned": 2e9, "actual": 1.9e9},
+            ],
+            "warnings": ["model.layers.3.mlp.down_proj: damping was raised"],
+        },
+        "sample",
+    )
+
+
+def comparison() -> Comparison:
+    """A finished comparison."""
+    rows = []
+    for method, gaps, seconds in (
+        ("wanda", (0.8, 3.0, 1.9), 138.0),
+        ("sparsegpt", (0.73, 2.5, 1.4), 142.0),
+        ("alps", (0.6, 1.9, 1.1), 246.0),
+    ):
+        for sparsity, gap in zip(("50%", "70%", "2:4"), gaps, strict=True):
+            for seed in (0, 1):
+                rows.append(
+                    {
+                        "method": method,
+                        "sparsity": sparsity,
+                        "seed": seed,
+                        "gap": gap + 0.01 * seed,
+                        "perplexity": vars(perplexity(25.32 * math.exp(gap))),
+                        "relative_error": gap / 15,
+                        "seconds": seconds,
+                        "peak_memory": 2 * 10**9,
+                        "operator_weights": 1000,
+                        "operator_zeros": 500,
+                    }
+                )
+    rows.append({"method": "fista", "sparsity": "50%", "error": "out of memory"})
+    data = {
+        "version": 1,
+        "kind": "compare",
+        "status": "finished",
+        "model": {"source": "small"},
+        "dense": vars(perplexity(25.32)),
+        "rows": rows,
+    }
+    return parse(Comparison, data, "sample")
