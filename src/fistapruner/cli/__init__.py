@@ -14,6 +14,7 @@ from importlib import import_module
 
 VERBS: dict[str, str] = {
     "prune": "prune",
+    "compare": "compare",
     "evaluate": "evaluate",
     "inspect": "inspect",
     "report": "report",

@@ -11,6 +11,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from ..allocation.decide import check_allocation, decide, needs_measuring
 from ..atomic import sha256_file
@@ -45,6 +46,7 @@ def prepare(
     allow_pickle: bool,
     trust_remote_code: bool,
     evaluate: str | None = None,
+    drawn: tuple[Tensor, dict[str, Any]] | None = None,
 ) -> None:
     """Check everything that can be checked, then decide and write down what all processes of the run will use.
 
@@ -57,6 +59,7 @@ def prepare(
         allow_pickle: read legacy ``.bin`` weights.
         trust_remote_code: run Python code that comes with the checkpoint.
         evaluate: the text that will be evaluated after the run; read now, so that a fault in it shows now.
+        drawn: calibration windows that were drawn before with the same settings, and the facts about them.
 
     Raises:
         FistaPrunerError: bad input, named.
@@ -87,7 +90,7 @@ def prepare(
         loaded = AutoModelForCausalLM.from_pretrained(str(folder), dtype=skeleton.dtype, trust_remote_code=trust_remote_code)
         return loaded.to(skeleton.device).eval()
 
-    tokens, how = calibration_tokens(settings, tokenizer, seqlen, load_model)
+    tokens, how = drawn or calibration_tokens(settings, tokenizer, seqlen, load_model)
     run.write_tokens(tokens)
     checkpoint = skeleton.checkpoint
     numerics = facts.get("decided", {}).get("numerics") or {

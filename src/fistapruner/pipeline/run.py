@@ -9,6 +9,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from torch import Tensor
+
 from ..atomic import disk_errors
 from ..errors import FistaPrunerError
 from ..problem import LayerProblem
@@ -38,6 +40,7 @@ def prune(
     evaluate: str | None = None,
     evaluate_windows: int | None = None,
     inspect: Callable[[int, int, LayerProblem], None] | None = None,
+    tokens: tuple[Tensor, dict[str, Any]] | None = None,
     **settings: Any,
 ) -> Report:
     """Prune a language model.
@@ -53,6 +56,7 @@ def prune(
         evaluate: text for the perplexity of the dense and the pruned model, as :func:`fistapruner.evaluate` takes it.
         evaluate_windows: only its first so many windows.
         inspect: receives (layer, group, problem) before each solve.
+        tokens: calibration windows that were drawn before with the recipe's settings, and the facts about them.
         **settings: single settings over the recipe, as in a recipe file: ``sparsity="2:4"``, ``method="alps"``,
             ``calibration={"samples": 32}``.
 
@@ -72,7 +76,7 @@ def prune(
         if report is None:
             started = time.perf_counter()
             reset_peak_memory()
-            prepare(model, run, recipe, listener, command, allow_pickle, trust_remote_code, evaluate)
+            prepare(model, run, recipe, listener, command, allow_pickle, trust_remote_code, evaluate, tokens)
             work = Work.open(run.folder)
             done = {index: entry for index in range(len(work.skeleton)) if (entry := run.finished(index, work.fingerprint))}
             listener.begin(len(work.skeleton), len(done))

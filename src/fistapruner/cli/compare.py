@@ -1,0 +1,67 @@
+"""Compare pruning methods on one model with one protocol.
+
+All methods see the same calibration windows and are measured on the same text. METHODS are chains as in --method, or names
+of recipes, separated by commas; settings of one method stand after an @ and may be several:
+
+  fistapruner compare smollm2 --methods magnitude,wanda,sparsegpt --sparsity 50%,2:4 --out compared
+  fistapruner compare smollm2 --methods alps@propagate=pruned,target=pruned,best --sparsity 70% --seeds 0,1,2 --out deciding
+
+Every run has its directory in DIR/runs; the table is in DIR/compare.json and DIR/compare.md. The same command goes on
+after an interruption.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import shlex
+import sys
+
+from .prune import add_output_arguments, add_recipe_arguments, add_trust_arguments, recipe_settings
+
+SUMMARY = "prune in many ways and measure all of them alike"
+
+
+def configure(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("model", metavar="MODEL", help="hub id, local folder, GGUF file, or smollm2")
+    parser.add_argument("--out", required=True, metavar="DIR", help="folder of the comparison; one that was begun is continued")
+    parser.add_argument("--methods", required=True, metavar="A,B@KEY=VALUE,...", help="methods, chains or recipes, with their settings")
+    parser.add_argument("--sparsity", default="50%", metavar="S,...", help="sparsities, separated by commas (default: 50%%)")
+    parser.add_argument("--seeds", default="0", metavar="N,...", help="seeds of calibration windows (default: 0)")
+    parser.add_argument(
+        "--evaluate", default="python", metavar="DATA", help="text for perplexity: wikitext2, ptb, c4, python or a file (default: python)"
+    )
+    parser.add_argument("--evaluate-windows", type=int, default=None, metavar="N", help="windows of that text (default: all)")
+    parser.add_argument("--keep", action="store_true", help="keep the pruned checkpoints")
+    add_recipe_arguments(parser, single=False)
+    add_trust_arguments(parser)
+    add_output_arguments(parser)
+
+
+def run(arguments: argparse.Namespace) -> int:
+    from ..errors import FistaPrunerError
+    from ..pipeline.compare import compare
+    from ..reporting.comparison import comparison_table
+    from .progress import choose_listener
+
+    try:
+        seeds = [int(seed) for seed in arguments.seeds.split(",")]
+    except ValueError:
+        raise FistaPrunerError(f"--seeds {arguments.seeds!r} are not whole numbers separated by commas, such as 0,1,2") from None
+    comparison = compare(
+        arguments.model,
+        arguments.methods,
+        [sparsity.strip() for sparsity in arguments.sparsity.split(",") if sparsity.strip()],
+        arguments.out,
+        seeds=seeds,
+        settings=recipe_settings(arguments),
+        data=arguments.evaluate,
+        windows=arguments.evaluate_windows,
+        keep=arguments.keep,
+        allow_pickle=arguments.allow_pickle,
+        trust_remote_code=arguments.trust_remote_code,
+        listener=choose_listener(quiet=arguments.quiet or arguments.json),
+        command=shlex.join(["fistapruner", *sys.argv[1:]]),
+    )
+    print(json.dumps(comparison.model_dump(mode="json")) if arguments.json else comparison_table(comparison))
+    return 1 if all(row.error for row in comparison.rows) else 0

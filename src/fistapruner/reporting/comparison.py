@@ -1,0 +1,62 @@
+"""A comparison as a table, for the terminal and in Markdown."""
+
+from __future__ import annotations
+
+from .numbers import duration, size
+from .schema import CompareRow, Comparison
+
+HEADER = ("method", "sparsity", "seed", "perplexity", "gap", "layer error", "time", "of it solving", "peak memory", "zeros")
+
+
+def comparison_table(comparison: Comparison) -> str:
+    """The rows in aligned columns, the protocol above them."""
+    rows = [HEADER, *(_cells(row) for row in comparison.rows)]
+    widths = [max(len(row[column]) for row in rows) for column in range(len(HEADER))]
+    lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
+    return "\n".join([*protocol(comparison), "", *lines, *_failures(comparison)])
+
+
+def comparison_markdown(comparison: Comparison) -> str:
+    """The same as Markdown, ``DIR/compare.md``."""
+    lines = [f"# {comparison.model.source or 'Comparison'}: methods compared", ""]
+    lines += [f"{line}  " for line in protocol(comparison)]
+    lines += ["", "| " + " | ".join(HEADER) + " |", "|" + "|".join("---" for _ in HEADER) + "|"]
+    lines += ["| " + " | ".join(cell.replace("|", "\\|") for cell in _cells(row)) + " |" for row in comparison.rows]
+    return "\n".join([*lines, *_failures(comparison)]) + "\n"
+
+
+def protocol(comparison: Comparison) -> list[str]:
+    """What all rows share, a sentence a line."""
+    lines = []
+    if (dense := comparison.dense) is not None:
+        lines.append(
+            f"dense: perplexity {dense.perplexity:.2f} on {dense.data} ({dense.split}), {dense.windows} windows of {dense.seqlen} tokens, "
+            f"{dense.dtype}; gap = ln(perplexity) - ln(dense perplexity)"
+        )
+    if (facts := comparison.calibration) is not None:
+        lines.append(f"calibration: {facts.source}, {facts.samples} windows of {facts.seqlen} tokens, {facts.how}, seed as in the table")
+    machine = comparison.machine
+    if machine.cpu or machine.device_name:
+        lines.append(f"machine: {machine.device_name or machine.cpu}, {machine.threads} threads")
+    return lines
+
+
+def _cells(row: CompareRow) -> tuple[str, ...]:
+    zeros = "–" if not row.operator_weights or row.operator_zeros is None else f"{100 * row.operator_zeros / row.operator_weights:.4f} %"
+    return (
+        row.label or row.method,
+        row.sparsity,
+        str(row.seed),
+        "failed" if row.error else ("–" if row.perplexity is None else f"{row.perplexity.perplexity:.2f}"),
+        "–" if row.gap is None else f"{row.gap:.4f}",
+        "–" if row.relative_error is None else f"{100 * row.relative_error:.2f} %",
+        duration(row.seconds),
+        duration(row.time_split.get("solve")),
+        size(row.peak_memory),
+        zeros,
+    )
+
+
+def _failures(comparison: Comparison) -> list[str]:
+    failed = [f"{row.label or row.method}, {row.sparsity}, seed {row.seed}: {row.error}" for row in comparison.rows if row.error]
+    return ["", *failed] if failed else []
