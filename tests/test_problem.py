@@ -1,0 +1,109 @@
+"""The layer problem equals its definition on explicit activations."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from fistapruner import FistaPrunerError, LayerProblem
+from fistapruner.numerics import fast_products
+from fistapruner.problem import ProblemSums
+
+TOKENS, INPUTS, ROWS = 60, 10, 7
+
+
+@pytest.fixture
+def data() -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    dense = torch.randn(TOKENS, INPUTS, generator=generator)
+    return torch.randn(ROWS, INPUTS, generator=generator), dense + 0.2 * torch.randn(TOKENS, INPUTS, generator=generator), dense
+
+
+@pytest.mark.parametrize("target", [0.0, 0.3, 1.0])
+def test_error_energy_and_gradient_are_those_of_the_activations(data: tuple[torch.Tensor, ...], target: float) -> None:
+    weight, seen, dense = data
+    problem = LayerProblem.from_activations(weight, seen, dense, target=target)
+    pruned = (weight * (weight.abs() > 0.5)).double().requires_grad_()
+    wanted = target * dense.double() @ weight.double().T + (1 - target) * seen.double() @ weight.double().T
+    rows = (seen.double() @ pruned.T - wanted).square().sum(0) / TOKENS
+    assert torch.allclose(problem.row_errors(pruned.detach().float()), rows, rtol=1e-4)
+    energy = (dense.double() @ weight.double().T).square().sum() / TOKENS
+    assert problem.relative_errors(pruned.detach().float())[0] == pytest.approx(float(rows.detach().sum() / energy), rel=1e-4)
+    rows.sum().backward()
+    assert pruned.grad is not None
+    assert torch.allclose(problem.gradient(pruned.detach().float()).double(), pruned.grad / 2, atol=1e-4)
+    assert torch.allclose(problem.gradient(weight), -problem.linear + weight @ problem.gram, atol=1e-4)
+
+
+def test_batches_add_up_and_bf16_activations_lose_nothing(data: tuple[torch.Tensor, ...]) -> None:
+    weight, seen, dense = (part.bfloat16() for part in data)
+    sums = ProblemSums(weight.float(), drifts=True)
+    for begin in range(0, TOKENS, 16):
+        sums.add(seen[begin : begin + 16], dense[begin : begin + 16])
+    problem = sums.problem(("q",), (ROWS,), 0.5)
+    assert problem.tokens == TOKENS
+    exact = seen.double().T @ seen.double() / TOKENS
+    assert torch.allclose(problem.gram.double(), exact, rtol=1e-5, atol=1e-5)
+    assert torch.equal(problem.gram, problem.gram.T)
+
+
+def test_operators_are_views_of_the_stack(data: tuple[torch.Tensor, ...]) -> None:
+    weight, seen, dense = data
+    whole = LayerProblem.from_activations(weight, seen, dense)
+    problem = LayerProblem(
+        whole.weight, whole.gram, whole.drift, whole.drift_energy, whole.energy, names=("q", "k"), rows=(4, 3), tokens=TOKENS
+    )
+    pruned = weight * (weight.abs() > 0.5)
+    alone = [part.errors(pruned[rows])[0] for part, rows in zip(problem.operators(), (slice(0, 4), slice(4, 7)), strict=True)]
+    assert problem.errors(pruned) == pytest.approx(alone)
+    assert [part.label for part in problem.operators()] == ["q", "k"]
+    assert problem.label == "q+k"
+    assert problem.to("cpu").relative_errors(pruned) == problem.relative_errors(pruned)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"gram": torch.zeros(3, 3)}, r"Gram is \(3, 3\)"),
+        ({"rows": (3, 3)}, "rows"),
+        ({"drift": torch.zeros(ROWS, INPUTS)}, "come together"),
+        ({"drift": torch.zeros(2, 2), "drift_energy": torch.zeros(ROWS)}, r"drift is \(2, 2\)"),
+        ({"target": 1.5}, "target 1.5"),
+    ],
+)
+def test_what_does_not_fit_is_refused(data: tuple[torch.Tensor, ...], change: dict[str, object], message: str) -> None:
+    fields: dict[str, object] = {"weight": data[0], "gram": torch.eye(INPUTS), "names": ("layers.1.fc1",)}
+    with pytest.raises(FistaPrunerError, match=message) as error:
+        LayerProblem(**{**fields, **change})  # type: ignore[arg-type]
+    assert "layers.1.fc1" in str(error.value)
+
+
+def test_nan_and_infinity_are_refused_by_name(data: tuple[torch.Tensor, ...]) -> None:
+    weight, seen, _ = data
+    spoiled = weight.clone()
+    spoiled[5, 2] = float("nan")
+    problem = LayerProblem(spoiled, torch.eye(INPUTS), energy=torch.ones(ROWS), names=("layers.1.q", "layers.1.k"), rows=(4, 3))
+    with pytest.raises(FistaPrunerError, match=r"layers\.1\.k: the weights"):
+        problem.check_finite()
+    seen = seen.clone()
+    seen[0, 0] = float("inf")
+    with pytest.raises(FistaPrunerError, match=r"fc1.*NaN or infinite"):
+        LayerProblem.from_activations(weight, seen, name="fc1")
+
+
+def test_no_tokens() -> None:
+    with pytest.raises(FistaPrunerError, match="no calibration tokens"):
+        ProblemSums(torch.ones(2, 3), drifts=False).problem(("fc1",), (2,), 1.0)
+
+
+def test_fast_products_restores_the_precision_after_an_error() -> None:
+    cpu = torch.backends.mkldnn.matmul  # type: ignore[attr-defined]
+    before = cpu.fp32_precision
+    with fast_products():
+        assert cpu.fp32_precision == "bf16"
+    assert cpu.fp32_precision == before
+    with pytest.raises(RuntimeError), fast_products():
+        raise RuntimeError
+    assert cpu.fp32_precision == before
+    with fast_products(False):
+        assert cpu.fp32_precision == before
