@@ -19,6 +19,7 @@ from ..reporting.schema import Report, parse, read_json
 from .finish import finish
 from .journal import RunDirectory
 from .lock import hold
+from .log import Logged, log_file
 from .machine import reset_peak_memory
 from .measure import measure
 from .prepare import prepare, refuse_other
@@ -66,13 +67,13 @@ def prune(
     Raises:
         FistaPrunerError: bad input, named; before any long work where that can be known.
     """
-    listener = listener or Listener()
+    listener = Logged(listener or Listener())
     recipe = Recipe.build(merge((recipe or Recipe()).model_dump(mode="json"), settings))
     run = RunDirectory(Path(out))
     report = _finished_report(run, model, recipe)
     if report is not None:
         listener.say(f"{out} holds the finished run of this recipe")
-    with _saying_how_to_go_on(run), _made(run), hold(run.folder), _logging(run):
+    with _saying_how_to_go_on(run), _made(run), hold(run.folder), log_file(run.log_file):
         if report is None:
             started = time.perf_counter()
             reset_peak_memory()
@@ -124,22 +125,3 @@ def _saying_how_to_go_on(run: RunDirectory) -> Iterator[None]:
         done = len(list(run.layers.glob("*.json")))
         how = f"go on with: fistapruner resume {run.folder}" if run.run_file.exists() else "nothing is lost: give the same command again"
         raise KeyboardInterrupt(f"interrupted with {done} decoder layers done; {how}") from None
-
-
-@contextmanager
-def _logging(run: RunDirectory) -> Iterator[None]:
-    """Keep the log in the run directory while the run works."""
-    handler = logging.FileHandler(run.log_file, encoding="utf-8")
-    handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
-    before = log.level
-    log.addHandler(handler)
-    log.setLevel(logging.INFO)
-    try:
-        yield
-    except BaseException as error:
-        log.error("stopped: %s", error or type(error).__name__)
-        raise
-    finally:
-        log.removeHandler(handler)
-        log.setLevel(before)
-        handler.close()

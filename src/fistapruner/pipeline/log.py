@@ -1,0 +1,65 @@
+"""The log of a run: what its listener hears, with times, in ``RUN/log.txt``."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from ..reporting.schema import LayerEntry
+from .serial import Listener
+
+log = logging.getLogger("fistapruner")
+
+
+class Logged(Listener):
+    """Passes everything on, and writes it to the log.
+
+    Args:
+        listener: who is told.
+    """
+
+    def __init__(self, listener: Listener) -> None:
+        self._listener = listener
+
+    def say(self, message: str) -> None:
+        log.info(message)
+        self._listener.say(message)
+
+    def begin(self, layers: int, done: int) -> None:
+        log.info("%d decoder layers, %d already done", layers, done)
+        self._listener.begin(layers, done)
+
+    def operators(self, index: int, names: str, error: float | None) -> None:
+        if error is not None:
+            log.info("layer %d %s: worst relative error %.5f", index, names, error)
+        self._listener.operators(index, names, error)
+
+    def layer(self, entry: LayerEntry) -> None:
+        log.info("layer %d done in %s", entry.index, {phase: round(value, 3) for phase, value in entry.seconds.items()})
+        for warning in entry.warnings:
+            log.warning(warning)
+        self._listener.layer(entry)
+
+    def end(self) -> None:
+        self._listener.end()
+
+
+@contextmanager
+def log_file(path: Path) -> Iterator[None]:
+    """Keep the log in a file while the run works."""
+    handler = logging.FileHandler(path, encoding="utf-8")
+    handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
+    before = log.level
+    log.addHandler(handler)
+    log.setLevel(logging.INFO)
+    try:
+        yield
+    except BaseException as error:
+        log.error("stopped: %s", error or type(error).__name__)
+        raise
+    finally:
+        log.removeHandler(handler)
+        log.setLevel(before)
+        handler.close()
