@@ -1,0 +1,92 @@
+"""Sensitivities measured layer by layer, against automatic differentiation of the whole model."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import tiny
+import torch
+from torch import Tensor
+from transformers import AutoModelForCausalLM
+
+from fistapruner import Recipe
+from fistapruner.allocation import sensitivity as module
+from fistapruner.allocation.decide import decide
+from fistapruner.allocation.sensitivity import measure_sensitivity
+from fistapruner.models.checkpoint import Checkpoint
+from fistapruner.models.layout import discover
+from fistapruner.models.skeleton import Skeleton
+
+WINDOWS, SEQLEN = 3, 12
+
+
+def tokens() -> Tensor:
+    return torch.randint(3, tiny.VOCABULARY, (WINDOWS, SEQLEN), generator=torch.Generator().manual_seed(3))
+
+
+@pytest.mark.parametrize("architecture", ["llama", "gpt2", "opt", "gpt_neox"])
+def test_streamed_equals_whole_model_differentiation(tmp_path: Path, architecture: str) -> None:
+    folder = tiny.save(architecture, tmp_path / "model", **({"word_embed_proj_dim": 32} if architecture == "opt" else {}))
+    skeleton = Skeleton(Checkpoint.open(folder), torch.device("cpu"))
+    layout = discover(skeleton)
+    found = measure_sensitivity(skeleton, layout, tokens(), seed=5, batch_size=2)
+    assert all(parameter.is_meta for parameter in skeleton.model.parameters())
+
+    model = AutoModelForCausalLM.from_pretrained(folder).eval()
+    grads: dict[str, Tensor] = {}
+    names = [name for name, _ in layout.operators()] + [f"{layout.prefix}.{index}" for index in range(len(skeleton))]
+
+    def hook(name: str) -> object:
+        def after_forward(_: object, __: object, output: object) -> None:
+            hidden = output[0] if isinstance(output, tuple) else output
+            assert isinstance(hidden, Tensor)
+            hidden.register_hook(lambda grad: grads.__setitem__(name, grad.reshape(-1, grad.shape[-1])))
+
+        return after_forward
+
+    prefixed = {name for name, _ in model.named_modules()}
+    for name in names:
+        target = name if name in prefixed else f"{model.base_model_prefix}.{name}"
+        model.get_submodule(target).register_forward_hook(hook(name))
+    logits = model(input_ids=tokens()).logits
+    # The same draws: window by window from one generator.
+    generator = torch.Generator().manual_seed(5)
+    drawn = torch.stack([torch.multinomial(torch.softmax(window.detach(), -1), 1, generator=generator)[:, 0] for window in logits])
+    torch.log_softmax(logits, -1).gather(-1, drawn[..., None]).sum().backward()
+    count = WINDOWS * SEQLEN
+    for name, _ in layout.operators():
+        torch.testing.assert_close(found.rows[name], grads[name].square().sum(0) / count, rtol=1e-3, atol=1e-7)
+    for index, metric in enumerate(found.outputs):
+        gradient = grads[f"{layout.prefix}.{index}"]
+        torch.testing.assert_close(metric, gradient.T @ gradient / count, rtol=1e-3, atol=1e-6)
+
+
+def test_the_head_in_slices_changes_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    skeleton = Skeleton(Checkpoint.open(tiny.save("llama", tmp_path / "model")), torch.device("cpu"))
+    hidden = torch.randn(2, SEQLEN, skeleton.width)
+    whole = module._loss_gradient(skeleton, hidden, 0)
+    monkeypatch.setattr(module, "HEAD_TOKENS", 5)
+    torch.testing.assert_close(module._loss_gradient(skeleton, hidden, 0), whole, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("allocation", ["owl", "error"])
+def test_a_decision_is_deterministic_and_spares_sensitive_operators(tmp_path: Path, allocation: str) -> None:
+    skeleton = Skeleton(Checkpoint.open(tiny.save("llama", tmp_path / "model")), torch.device("cpu"))
+    layout = discover(skeleton)
+    recipe = Recipe.build({"allocation": allocation, "sparsity": "60%", "match": 2})
+    first, second = (decide(recipe, layout, skeleton, tokens()) for _ in range(2))
+    assert first.sparsity == second.sparsity
+    assert first.sparsity is not None
+    sizes = {name: operator.rows * operator.columns for name, operator in layout.operators()}
+    assert sum(first.sparsity[name].zeros(1, size) for name, size in sizes.items()) == sum(round(0.6 * size) for size in sizes.values())
+    assert len({pattern.fraction for pattern in first.sparsity.values()}) > 1
+    assert first.metrics is not None
+    assert [tuple(metric.shape) for metric in first.metrics] == [(skeleton.width, skeleton.width)] * len(skeleton)
+
+
+def test_nothing_is_measured_when_nothing_needs_it(tmp_path: Path) -> None:
+    skeleton = Skeleton(Checkpoint.open(tiny.save("llama", tmp_path / "model")), torch.device("cpu"))
+    decision = decide(Recipe(), discover(skeleton), skeleton, tokens())
+    assert decision.sparsity is None
+    assert decision.metrics is None

@@ -1,0 +1,111 @@
+"""Splitting a budget of zeros: exact totals, bounds, optimality; OWL's mapping."""
+
+from __future__ import annotations
+
+import itertools
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from fistapruner import Recipe
+from fistapruner.allocation.decide import check_allocation
+from fistapruner.allocation.error import bounds, row_error_curves, sparsity_grid, split_budget
+from fistapruner.allocation.owl import REACH, outlier_share, owl_allocation
+from fistapruner.errors import FistaPrunerError
+from fistapruner.problem import LayerProblem
+from fistapruner.sparsity import Unstructured, parse_sparsity
+
+SIZES = st.lists(st.integers(40, 5000), min_size=1, max_size=6)
+FRACTIONS = st.floats(0.05, 0.9)
+
+
+def budget(sizes: dict[str, int], fraction: float) -> int:
+    return sum(Unstructured(fraction).zeros(1, size) for size in sizes.values())
+
+
+@settings(deadline=None, max_examples=40)
+@given(SIZES, FRACTIONS, st.integers(0, 1000))
+def test_the_total_is_exact_and_every_operator_within_its_bounds(counts: list[int], fraction: float, seed: int) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    sizes = {f"op{number}": count for number, count in enumerate(counts)}
+    curves = {name: torch.rand(5, generator=generator).cumsum(0) * 10 ** (4 * torch.rand(1, generator=generator)) for name in sizes}
+    split = split_budget(curves, sizes, fraction)
+    assert sum(pattern.zeros(1, sizes[name]) for name, pattern in split.items()) == budget(sizes, fraction)
+    low, high = bounds(fraction)
+    for name, pattern in split.items():
+        assert low - 1 / sizes[name] <= pattern.fraction <= high + 1 / sizes[name]
+        assert parse_sparsity(str(pattern)) == pattern
+
+
+def test_the_split_is_the_cheapest_one() -> None:
+    sizes = {"a": 1000, "b": 1000, "c": 1000}
+    grid = torch.tensor(sparsity_grid(0.5))
+    curves = {"a": (4 * grid).exp(), "b": 3 * (5 * grid).exp(), "c": 0.3 * (6 * grid).exp()}
+
+    def cost(fractions: tuple[float, ...]) -> float:
+        return sum(
+            float(torch.exp(torch.log(curves[name][0]) + k * (f - float(grid[0]))))
+            for name, k, f in zip("abc", (4, 5, 6), fractions, strict=True)
+        )
+
+    split = split_budget(curves, sizes, 0.5)
+    found = cost(tuple(split[name].fraction for name in "abc"))
+    low, high = bounds(0.5)
+    choices = torch.linspace(low, high, 61).tolist()
+    best = min(cost((a, b, 1.5 - a - b)) for a, b in itertools.product(choices, choices) if low <= 1.5 - a - b <= high)
+    assert found <= best * 1.002
+
+
+def test_equal_curves_share_equally() -> None:
+    curve = torch.tensor([1.0, 2.0, 4.0, 8.0, 16.0])
+    split = split_budget({"a": curve, "b": curve}, {"a": 3000, "b": 3000}, 0.6)
+    assert split["a"].fraction == pytest.approx(0.6, abs=0.003)
+    assert split["b"].fraction == pytest.approx(0.6, abs=0.003)
+
+
+def test_error_curves_rise_with_sparsity() -> None:
+    torch.manual_seed(0)
+    problem = LayerProblem.from_activations(torch.randn(24, 32), torch.randn(200, 32) @ torch.randn(32, 32))
+    (curve,) = row_error_curves(problem, sparsity_grid(0.5))
+    assert curve.shape == (5, 24)
+    assert bool((curve.sum(1).diff() > 0).all())
+
+
+@settings(deadline=None, max_examples=40)
+@given(SIZES, FRACTIONS, st.integers(0, 1000))
+def test_owl_keeps_more_where_outliers_are_and_its_total_is_exact(counts: list[int], fraction: float, seed: int) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    shares = {layer: float(torch.rand(1, generator=generator)) for layer in range(len(counts))}
+    members = {layer: {f"{layer}.a": count, f"{layer}.b": 2 * count} for layer, count in enumerate(counts)}
+    sizes = {name: size for group in members.values() for name, size in group.items()}
+    split = owl_allocation(shares, members, fraction)
+    assert sum(pattern.zeros(1, sizes[name]) for name, pattern in split.items()) == budget(sizes, fraction)
+    assert max(abs(pattern.fraction - fraction) for pattern in split.values()) <= 2 * REACH + 0.03
+    order = sorted(shares, key=lambda layer: shares[layer])
+    slack = 1 / min(counts)
+    for less, more in itertools.pairwise(order):
+        assert split[f"{more}.a"].fraction <= split[f"{less}.a"].fraction + slack
+
+
+def test_outliers_are_counted_against_the_mean_of_the_layer() -> None:
+    weight = torch.ones(2, 10)
+    weight[0, 0] = 100.0
+    assert outlier_share([(weight, torch.ones(10))]) == 1 / 20
+    # Beside an operator with large scores everywhere it is an outlier no more.
+    assert outlier_share([(weight, torch.ones(10)), (torch.full((2, 10), 50.0), torch.ones(10))]) == 0.0
+
+
+@pytest.mark.parametrize("allocation", ["owl", "error"])
+def test_a_measured_allocation_of_a_fixed_pattern_is_refused(allocation: str) -> None:
+    with pytest.raises(FistaPrunerError, match=rf"allocation '{allocation}' cannot be used with 2:4"):
+        check_allocation(Recipe.build({"allocation": allocation, "sparsity": "2:4"}))
+
+
+@given(st.integers(1, 10**9).flatmap(lambda size: st.tuples(st.integers(0, size - 1), st.just(size))))
+def test_a_sparsity_is_written_so_that_it_reads_back_to_the_same_zeros(pair: tuple[int, int]) -> None:
+    zeros, size = pair
+    pattern = Unstructured(zeros / size)
+    assert parse_sparsity(str(pattern)) == pattern
+    assert pattern.zeros(1, size) == zeros
