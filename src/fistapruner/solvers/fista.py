@@ -209,7 +209,8 @@ def fista(
         taken += moving
         change = following - current
         size = torch.zeros(len(rows), dtype=start.dtype, device=start.device).index_add_(0, owner, change.square().sum(1)).sqrt()
-        following = torch.where(moving[owner, None], following, current)
+        if start.device.type != "cpu" or not bool(moving.all()):
+            following = torch.where(moving[owner, None], following, current)
         advance = (1 + math.sqrt(1 + 4 * momentum**2)) / 2
         point = following + (momentum - 1) / advance * (following - current)
         momentum, current = advance, following
