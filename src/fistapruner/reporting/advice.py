@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from statistics import median
 
@@ -28,7 +29,7 @@ def _layers(layers: Sequence[LayerEntry]) -> list[str]:
     return [
         f"Decoder layer{'' if one else 's'} {shown} stand{'s' if one else ''} out against a median error of {percent(middle, 2)}. "
         f"Give {'it' if one else 'them'} less sparsity: --allocation error spreads the same budget by measured error, "
-        f"or name the layer: --allocation '{{\"re:{name.replace('.', chr(92) * 1 + '.')}\\.\": 40%}}'."
+        f"or name the layer: --allocation \"{{'re:{re.escape(name)}\\.': 40%}}\"."
     ]
 
 

@@ -357,8 +357,9 @@ def _number(value: Any) -> float | None:
 
 
 def _log_range(values: list[float]) -> tuple[float, float]:
-    logs = [math.log(max(value, 1e-12)) for value in values]
-    return min(logs), max(logs)
+    """Ends of a logarithmic scale: a few operators that are nearly exact (the lowest twentieth) do not stretch it."""
+    logs = sorted(math.log(max(value, 1e-12)) for value in values)
+    return logs[len(logs) // 20], logs[-1]
 
 
 def _cell(column: int, row: int, color: str) -> Any:
@@ -376,6 +377,7 @@ def _scale(axes: Any, low: float, high: float, *, vertical: bool) -> None:
         axes.add_patch(Rectangle(corner, *((1, 1.02) if vertical else (1.02, 1)), facecolor=color, edgecolor="none"))
     positions = [0, HEAT_LEVELS / 2, HEAT_LEVELS]
     labels = [f"{significant(math.exp(low + (high - low) * p / HEAT_LEVELS), 2)} %" for p in positions]
+    labels[0] = f"≤ {labels[0]}"
     axes.set_xlim(0, 1 if vertical else HEAT_LEVELS)
     axes.set_ylim(0, HEAT_LEVELS if vertical else 1)
     if vertical:

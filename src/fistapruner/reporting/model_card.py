@@ -139,7 +139,7 @@ def _made(report: Report) -> str:
     if report.calibration:
         used = report.calibration
         how = f" ({used.how})" if used.how else ""
-        lines.append(f"* calibration: {used.samples} windows of {used.seqlen} tokens from {used.source}{how}")
+        lines.append(f"* calibration: {used.samples} windows of {used.seqlen} tokens from {_file_name(used.source)}{how}")
     if errors:
         lines.append(f"* relative error of the operators' outputs: mean {percent(sum(errors) / len(errors))}, worst {percent(max(errors))}")
     if report.totals.seconds:
@@ -152,5 +152,13 @@ def _made(report: Report) -> str:
         lines += ["", "To make it again:", "", "```bash", report.command, "```"]
     if report.recipe:
         recipe = {key: value for key, value in report.recipe.items() if key != "execution"}
+        calibration = recipe.get("calibration")
+        if isinstance(calibration, dict) and "source" in calibration:
+            recipe["calibration"] = {**calibration, "source": _file_name(str(calibration["source"]))}
         lines += ["", "Recipe:", "", "```yaml", yaml.safe_dump(recipe, sort_keys=False).strip(), "```"]
     return "\n".join(lines) if len(lines) > 2 else ""
+
+
+def _file_name(source: str) -> str:
+    """A calibration source without the folders of the machine it was made on: cards are published."""
+    return source.rsplit("/", 1)[-1]

@@ -1,0 +1,163 @@
+"""The page says what the JSON says, whatever is missing from it, and lets nothing of it become markup."""
+
+from __future__ import annotations
+
+import itertools
+import re
+import sys
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+sys.path.insert(0, str(Path(__file__).parent))
+
+import samples
+
+from fistapruner.reporting.compare_page import comparison_page, points
+from fistapruner.reporting.drawing import HEAT_LEVELS
+from fistapruner.reporting.page import run_page
+from fistapruner.reporting.schema import Comparison, Report, parse
+from fistapruner.reporting.theme import DARK, HEAT_DARK, HEAT_LIGHT, LIGHT, heat_colors
+from fistapruner.reporting.write import write_page
+
+pytest.importorskip("matplotlib", reason="the extra 'report' is not installed")
+
+
+@cache
+def sample_page() -> str:
+    """The page of the sample run, drawn once."""
+    return run_page(samples.report(4))
+
+
+def test_headline_numbers_are_the_report_s() -> None:
+    text = run_page(samples.report())
+    for part in (
+        "46.53 ± 0.93",
+        "25.32 ± 0.51",
+        "×1.84",
+        "0.710 ± 0.020",
+        "62.0 %",
+        "6 min 52 s",
+        "1.86 GiB",
+        "within noise",
+        "p &lt; 0.001",
+    ):
+        assert part in text, part
+    assert "wikitext2 (test), 60 windows of 1024 tokens, no BOS, bfloat16" in text
+    assert "The capital of France is" in text
+
+
+def test_one_file_that_asks_for_nothing() -> None:
+    for text in (sample_page(), comparison_page(samples.comparison())):
+        assert "<script" not in text
+        assert re.findall(r"(?:src|href)=\"(?!#|data:)[^\"]*\"", text) == []
+        assert "@import" not in text
+        assert [url for url in re.findall(r"url\(([^)]*)\)", text) if not url.startswith("#")] == []
+        assert set(re.findall(r"https?://[^\s\"'<]+", text)) <= {"http://www.w3.org/2000/svg"}
+        assert not re.search(r"#(?:0[1-4]){3}\b|#1100|#2200", text), "a place-holder colour was left in a figure"
+
+
+def test_the_same_report_gives_the_same_page() -> None:
+    assert run_page(samples.report(4)) == sample_page()
+
+
+SMALL_PARTS = ("totals", "recipe", "machine", "versions", "calibration", "generations", "plan", "started", "command", "fingerprint")
+
+
+@pytest.mark.parametrize("missing", [("layers",), ("evaluations",), SMALL_PARTS])
+def test_any_part_may_be_missing(missing: tuple[str, ...]) -> None:
+    data = samples.report(2).model_dump(mode="json")
+    for part in missing:
+        del data[part]
+    assert "</html>" in run_page(parse(Report, data, "sample"))
+
+
+def test_an_empty_run_has_a_page() -> None:
+    text = run_page(Report())
+    assert "The run is not finished" in text
+    assert "<figure" not in text
+
+
+def test_operators_may_lack_all_that_is_optional() -> None:
+    operator = {"name": "mlp.up", "shape": [4, 4], "sparsity": "50%", "zeros": 8, "density": 0.5}
+    data = {"status": "failed", "error": "the disk is full", "layers": [{"index": 0, "operators": [operator]}, {"index": 1}]}
+    text = run_page(parse(Report, data, "sample"))
+    assert "the disk is full" in text
+    assert "figure-layer-sparsity" in text
+
+
+def test_text_never_becomes_markup() -> None:
+    hostile = "<script>alert(1)</script>\"'&"
+    report = samples.report(2)
+    report.generations[0].prompt = report.generations[0].dense = report.generations[0].pruned = hostile
+    report.warnings = [hostile]
+    report.command = report.error = report.model.source = hostile
+    report.recipe = {"method": hostile, "sparsity": hostile}
+    report.layers[0].operators[0].name = hostile
+    report.layers[0].operators[0].steps[0]["method"] = hostile
+    text = run_page(report)
+    assert "<script" not in text
+    assert "&lt;script&gt;" in text
+
+
+def test_a_solver_s_records_may_be_anything() -> None:
+    report = samples.report(2)
+    odd: list[Any] = [{"rounds": "no list"}, {"rounds": [1, 2]}, {"rounds": [{"lambda": None, "e_total": 0}] * 3}, {"path": []}, {}]
+    for operator, step in zip(report.layers[0].operators, odd, strict=False):
+        operator.steps = [step]
+    assert "</html>" in run_page(report)
+
+
+def test_alps_records_are_drawn() -> None:
+    report = samples.report(2)
+    for layer in report.layers:
+        for operator in layer.operators:
+            path = [{"step": 3 * k, "rho": 0.1 * 1.2**k, "support_change": 0.1 / k} for k in range(1, 6)]
+            operator.steps = [{"method": "alps", "relative_error": operator.relative_error, "path": path}]
+    assert "penalty ρ" in run_page(report)
+
+
+def test_seeds_are_gathered() -> None:
+    found = {(point.method, point.sparsity): point for point in points(samples.comparison().rows)}
+    assert found["alps", "50%"].seeds == 2
+    assert found["alps", "50%"].gap == pytest.approx(0.605)
+    assert ("fista", "50%") not in found
+    text = comparison_page(samples.comparison())
+    assert "out of memory" in text
+    assert "At 50%, alps has the smallest gap (0.605)" in text
+    assert "</html>" in comparison_page(Comparison())
+
+
+def test_write_page_chooses_by_what_is_there(tmp_path: Path) -> None:
+    (tmp_path / "report.json").write_text(samples.report(2).model_dump_json())
+    assert write_page(tmp_path) == tmp_path / "report.html"
+    (tmp_path / "compare.json").write_text(samples.comparison().model_dump_json())
+    assert write_page(tmp_path) == tmp_path / "compare.html"
+
+
+def luminance(color: str) -> float:
+    parts = [int(color[place : place + 2], 16) / 255 for place in (1, 3, 5)]
+    linear = [part / 12.92 if part <= 0.04045 else ((part + 0.055) / 1.055) ** 2.4 for part in parts]
+    return 0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2]
+
+
+def contrast(a: str, b: str) -> float:
+    high, low = sorted((luminance(a), luminance(b)), reverse=True)
+    return (high + 0.05) / (low + 0.05)
+
+
+@pytest.mark.parametrize(("theme", "heat"), [(LIGHT, HEAT_LIGHT), (DARK, HEAT_DARK)])
+def test_contrast_of_type_and_lines(theme: dict[str, str], heat: tuple[tuple[str, str], tuple[str, str]]) -> None:
+    for ground in ("surface", "page"):
+        for name in ("ink", "muted", "accent", "good", "bad"):
+            assert contrast(theme[name], theme[ground]) >= 4.5, (name, ground)
+    for name in (name for name in theme if name.startswith("series")):
+        assert contrast(theme[name], theme["surface"]) >= 3, name
+    colors = heat_colors(heat)
+    assert len(colors) == HEAT_LEVELS
+    for level, color in enumerate(colors):
+        assert contrast(color, theme["ink"] if level < HEAT_LEVELS // 2 else theme["surface"]) >= 4.5, level
+    lights = [luminance(color) for color in colors]
+    assert all(a > b for a, b in itertools.pairwise(lights)) or all(a < b for a, b in itertools.pairwise(lights))
