@@ -100,8 +100,8 @@ class OperatorEntry(Record):
         relative_error: error of its outputs as a share of their energy (``f / c``).
         group: operators that share a value read the same inputs and were solved together.
         steps: what each step of the method chain recorded: ``method``, ``relative_error``, ``seconds`` and its own
-            keys. The report draws the ones it knows: ``path`` (list of {lambda, E_total, E_fista, E_round,
-            iterations}), ``history`` (list of relative errors by iteration), ``L``, ``duality_gap``.
+            keys. The report draws the ones it knows: ``rounds`` of a lambda search (list of {lambda, e_total, …}) and
+            the ``path`` of ADMM (list of {rho, support_change, …}).
         spectrum: eigenvalues of its Gram divided by the largest, at log-spaced ranks, descending; ``spectrum_ranks``:
             the ranks, from 1.
         condition: largest eigenvalue over the mean of the diagonal.
