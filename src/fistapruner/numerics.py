@@ -30,3 +30,11 @@ def fast_products(enabled: bool = True) -> Iterator[None]:
         yield
     finally:
         cpu.fp32_precision, cuda.fp32_precision = before
+
+
+def has_bf16_units(device: torch.device) -> bool:
+    """Whether products of bf16 tensors run on matrix units there; elsewhere they are slower than fp32 ones."""
+    if device.type == "cuda":
+        return bool(torch.cuda.is_bf16_supported(including_emulation=False))
+    names = ("_is_amx_tile_supported", "_is_avx512_bf16_supported")
+    return device.type == "cpu" and any(bool(getattr(torch.cpu, name, bool)()) for name in names)

@@ -10,7 +10,7 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from ..numerics import fast_products
+from ..numerics import fast_products, has_bf16_units
 from ..problem import LayerProblem
 from ..sparsity import NM, Sparsity, Unstructured
 from .base import Method, Solution, Stats, project_operators
@@ -112,6 +112,9 @@ class Proximal(Method):
         growth = (self.rho[1] / self.rho[0]) ** (1 / (self.levels - 1))
         z = dense.clone()
         sparse, shifted = torch.empty_like(z), torch.empty_like(z)
+        # With the factors held in bf16 nothing is converted inside a product, which large Grams feel most.
+        half = self.fast and has_bf16_units(z.device)
+        factor, product = (torch.empty_like(z, dtype=torch.bfloat16) for _ in range(2)) if half else (z, z)
         parts = list(zip(threshold, z.split(tuple(rows)), sparse.split(tuple(rows)), strict=True))
         with fast_products(self.fast):
             for level in range(self.levels):
@@ -119,6 +122,7 @@ class Proximal(Method):
                 matrix = resolvent(rho)  # rho (H + rho I)^-1
                 centre = dense if pull is None else torch.addmm(dense, pull, matrix, alpha=2.0 / rho)
                 matrix.neg_().diagonal().add_(0.5)
+                matrix = matrix.bfloat16() if half else matrix
                 for step in range(self.steps):
                     for hard, whole, kept in parts:
                         hard(whole, kept, correct=step == 0)
@@ -126,7 +130,11 @@ class Proximal(Method):
                         # The dual U = Z - D is in units of rho: rho grew, so it shrinks.
                         torch.lerp(sparse, z, 1.0 / growth, out=z)
                     torch.add(z, dense, out=shifted).add_(sparse, alpha=-2.0)
-                    z.lerp_(centre, 0.5).addmm_(shifted, matrix)
+                    z.lerp_(centre, 0.5)
+                    if half:
+                        z.add_(torch.mm(factor.copy_(shifted), matrix, out=product))
+                    else:
+                        z.addmm_(shifted, matrix)
         if length > 1:
             z = z.view(len(z), length, -1).transpose(1, 2).reshape(z.shape)
         return z
