@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from fistapruner import LayerProblem
-from fistapruner.numerics import fast_products
+from fistapruner.numerics import fast_products, has_bf16_units
 from fistapruner.solvers.base import project_operators
 from fistapruner.solvers.conditioning import alive_gram
 from fistapruner.solvers.proximal import Proximal, obs_scale, resolvents
@@ -73,9 +73,11 @@ def _wait(device: str) -> None:
 
 
 def product_rate(m: int, n: int, k: int, device: str, fast: bool = True) -> float:
-    """FLOP/s of an (m, k) by (k, n) fp32 product, on the low-precision units if ``fast``."""
-    a, b = torch.randn(m, k, device=device), torch.randn(k, n, device=device)
-    out = torch.empty(m, n, device=device)
+    """FLOP/s of an (m, k) by (k, n) product: of bf16 tensors where there are units for them and ``fast``, else of fp32 ones."""
+    half = fast and has_bf16_units(torch.device(device))
+    dtype = torch.bfloat16 if half else torch.float32
+    a, b = torch.randn(m, k, device=device, dtype=dtype), torch.randn(k, n, device=device, dtype=dtype)
+    out = torch.empty(m, n, device=device, dtype=dtype)
 
     def multiply() -> Tensor:
         with fast_products(fast):
