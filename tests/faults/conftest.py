@@ -63,7 +63,7 @@ class Runs:
         assert outcome.status == 0, outcome.stderr
         assert digest(out / "model") == self.expected
         assert not [path for path in out.rglob("*") if path.name.endswith(".partial")]
-        assert not [*out.glob("lock*"), *(out / "hidden").iterdir()]
+        assert not [*out.glob("lock*"), *out.glob("hidden")]
 
 
 def digest(folder: Path) -> str:

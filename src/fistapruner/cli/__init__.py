@@ -14,6 +14,8 @@ from importlib import import_module
 
 VERBS: dict[str, str] = {
     "prune": "prune",
+    "resume": "resume",
+    "finish": "finish",
     "compare": "compare",
     "evaluate": "evaluate",
     "inspect": "inspect",

@@ -13,9 +13,13 @@ from __future__ import annotations
 
 import argparse
 import json
+import re
 import shlex
 import sys
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from ..reporting.schema import Report
 
 SUMMARY = "prune a model"
 
@@ -32,6 +36,11 @@ def configure(parser: argparse.ArgumentParser) -> None:
         "reference that calibration never sees), or none (default: %(default)s)",
     )
     parser.add_argument("--evaluate-windows", type=int, default=None, metavar="N", help="windows of that text (default: all)")
+    parser.add_argument(
+        "--only-layers",
+        metavar="FIRST-LAST",
+        help="prune only these decoder layers and stop; 'fistapruner finish RUN' joins the parts that several machines made",
+    )
     add_trust_arguments(parser)
     add_output_arguments(parser)
 
@@ -60,6 +69,10 @@ def add_recipe_arguments(parser: argparse.ArgumentParser, *, single: bool = True
     work.add_argument("--device", help="auto, cpu, cuda, cuda:N (default: auto)")
     work.add_argument("--batch-size", type=int, help="windows in one forward pass (default: by device)")
     work.add_argument("--memory-limit", metavar="SIZE", help="memory the process may use, such as 8GiB (default: what is free)")
+    work.add_argument("--executor", choices=("serial", "process", "ray"), help="who prunes the decoder layers (default: serial)")
+    work.add_argument("--workers", type=int, help="layers at once, for process and ray (default: one for each GPU or core group)")
+    work.add_argument("--threads", type=int, help="CPU threads of each worker; part of a run, as the last bits depend on it")
+    work.add_argument("--address", help="address of a running Ray cluster (default: start one here)")
 
 
 def add_trust_arguments(parser: argparse.ArgumentParser) -> None:
@@ -110,7 +123,15 @@ def recipe_settings(arguments: argparse.Namespace) -> dict[str, Any]:
                 "seqlen": arguments.seqlen,
                 "seed": arguments.seed,
             },
-            "execution": {"device": arguments.device, "batch_size": arguments.batch_size, "memory_limit": arguments.memory_limit},
+            "execution": {
+                "device": arguments.device,
+                "batch_size": arguments.batch_size,
+                "memory_limit": arguments.memory_limit,
+                "executor": arguments.executor,
+                "workers": arguments.workers,
+                "threads": arguments.threads,
+                "address": arguments.address,
+            },
         },
     )
 
@@ -129,16 +150,40 @@ def run(arguments: argparse.Namespace) -> int:
         trust_remote_code=arguments.trust_remote_code,
         evaluate=None if arguments.evaluate == "none" else arguments.evaluate,
         evaluate_windows=arguments.evaluate_windows,
+        only_layers=layer_range(arguments.only_layers) if arguments.only_layers else None,
         listener=choose_listener(quiet=arguments.quiet or arguments.json),
         command=shlex.join(["fistapruner", *sys.argv[1:]]),
     )
-    if arguments.json:
-        print(json.dumps(report.model_dump(mode="json")))
+    if arguments.only_layers and not arguments.json:
+        done = len(report.layers)
+        print(
+            f"decoder layers {arguments.only_layers} are done, {done} of {report.model.layers} in all; "
+            f"when all are: fistapruner finish {arguments.out}"
+        )
     else:
-        from ..reporting.summary import summary
-
-        print(summary(report, arguments.out))
+        show(report, arguments.out, as_json=arguments.json)
     return 0
+
+
+def show(report: Report, out: str, *, as_json: bool) -> None:
+    """Print the result of a run."""
+    from ..reporting.summary import summary
+
+    print(json.dumps(report.model_dump(mode="json")) if as_json else summary(report, out))
+
+
+def layer_range(text: str) -> tuple[int, int]:
+    """``(0, 9)`` from ``0-9``, ``(3, 3)`` from ``3``.
+
+    Raises:
+        FistaPrunerError: not a range.
+    """
+    from ..errors import FistaPrunerError
+
+    match = re.fullmatch(r"(\d+)(?:-(\d+))?", text.strip())
+    if not match or int(match[1]) > int(match[2] or match[1]):
+        raise FistaPrunerError(f"--only-layers {text!r} is not a range of decoder layers such as 0-9")
+    return int(match[1]), int(match[2] or match[1])
 
 
 def _number(text: str) -> float | str:

@@ -59,8 +59,7 @@ class RunDirectory:
 
     def create(self) -> None:
         """Make the folders."""
-        for folder in (self.layers, self.hidden):
-            folder.mkdir(parents=True, exist_ok=True)
+        self.layers.mkdir(parents=True, exist_ok=True)
 
     def facts(self) -> dict[str, Any]:
         """Content of ``run.json``, empty where there is none yet.

@@ -79,6 +79,7 @@ def prune_layer(
     progress: Progress = lambda names, error: None,
     inspect: Callable[[int, LayerProblem], None] | None = None,
     metric: Tensor | None = None,
+    passed: Callable[[], None] = lambda: None,
 ) -> LayerResult:
     """Prune decoder layer ``index``, group after group.
 
@@ -98,6 +99,7 @@ def prune_layer(
         progress: told of every group.
         inspect: receives every group's problem before it is solved (benchmarks dump them).
         metric: how block matching weighs errors of the layer's output (see :func:`~.match.match_layer`).
+        passed: told when ``streams.dense_out`` is complete, long before the layer is.
 
     Raises:
         FistaPrunerError: NaN or infinity in weights or activations; names the operator.
@@ -161,6 +163,7 @@ def prune_layer(
             watched = [(number, group) for number, group in numbered if number in in_dense_pass or number in kept]
             needed = dense_output if streams.dense_out is not None or groups else None
             run_layer(skeleton, index, streams.dense, calls, clock, groups=watched, watch=watch_dense, output=needed)
+            passed()
 
         # Group after group, each on what the pruned operators before it leave.
         weights: dict[str, Tensor] = {}

@@ -10,7 +10,6 @@ import sys
 from collections.abc import Mapping
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from ..allocation.decide import check_allocation, decide, needs_measuring
@@ -26,6 +25,7 @@ from ..models.tokenizer import load_tokenizer
 from ..recipe import Recipe, matches
 from ..reporting.schema import CalibrationFacts, ModelFacts, Report
 from ..sparsity import Sparsity, check_divides, parse_sparsity
+from .executors import default_threads
 from .journal import RunDirectory
 from .machine import describe_machine, now, versions
 from .serial import Listener
@@ -46,6 +46,7 @@ def prepare(
     allow_pickle: bool,
     trust_remote_code: bool,
     evaluate: str | None = None,
+    evaluate_windows: int | None = None,
     drawn: tuple[Tensor, dict[str, Any]] | None = None,
 ) -> None:
     """Check everything that can be checked, then decide and write down what all processes of the run will use.
@@ -59,6 +60,7 @@ def prepare(
         allow_pickle: read legacy ``.bin`` weights.
         trust_remote_code: run Python code that comes with the checkpoint.
         evaluate: the text that will be evaluated after the run; read now, so that a fault in it shows now.
+        evaluate_windows: how many windows of it; noted for ``fistapruner resume``.
         drawn: calibration windows that were drawn before with the same settings, and the facts about them.
 
     Raises:
@@ -95,7 +97,7 @@ def prepare(
     checkpoint = skeleton.checkpoint
     numerics = facts.get("decided", {}).get("numerics") or {
         "batch_size": recipe.execution.batch_size or default_batch_size(seqlen, skeleton),
-        "threads": recipe.execution.threads or torch.get_num_threads(),
+        "threads": default_threads(recipe.execution),
         "device": skeleton.device.type,
     }
     metrics_sha256 = None
@@ -134,6 +136,8 @@ def prepare(
         "on_disk": False,
         "sparsity": {name: str(pattern) for name, pattern in sparsity.items()},
         "metrics_sha256": metrics_sha256,
+        "evaluate": evaluate,
+        "evaluate_windows": evaluate_windows,
     }
     run.write_recipe(recipe.to_yaml())
     run.write_facts(facts)

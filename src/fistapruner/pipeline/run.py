@@ -15,16 +15,17 @@ from ..atomic import disk_errors
 from ..errors import FistaPrunerError
 from ..problem import LayerProblem
 from ..recipe import Recipe, merge
-from ..reporting.schema import Report, parse, read_json
+from ..reporting.schema import Report, load_run, parse, read_json
+from .executors import prune_layers
 from .finish import finish
 from .journal import RunDirectory
-from .lock import hold
+from .lock import hold, preparing
 from .log import Logged, log_file
 from .machine import reset_peak_memory
 from .measure import measure
 from .prepare import prepare, refuse_other
-from .serial import Listener, prune_serially
-from .work import Work, threads
+from .serial import Listener
+from .work import Work, choose_device
 
 log = logging.getLogger("fistapruner")
 
@@ -40,6 +41,7 @@ def prune(
     command: str | None = None,
     evaluate: str | None = None,
     evaluate_windows: int | None = None,
+    only_layers: tuple[int, int] | None = None,
     inspect: Callable[[int, int, LayerProblem], None] | None = None,
     tokens: tuple[Tensor, dict[str, Any]] | None = None,
     **settings: Any,
@@ -56,13 +58,16 @@ def prune(
         command: shell line that reproduces the run, for the report.
         evaluate: text for the perplexity of the dense and the pruned model, as :func:`fistapruner.evaluate` takes it.
         evaluate_windows: only its first so many windows.
+        only_layers: (first, last) decoder layer: prune these and stop, so that several machines share a run; when all
+            are done, :func:`finish_run` writes the checkpoint.
         inspect: receives (layer, group, problem) before each solve.
         tokens: calibration windows that were drawn before with the recipe's settings, and the facts about them.
         **settings: single settings over the recipe, as in a recipe file: ``sparsity="2:4"``, ``method="alps"``,
             ``calibration={"samples": 32}``.
 
     Returns:
-        The report, as in ``out/report.json``; the checkpoint is in ``out/model``.
+        The report, as in ``out/report.json``; the checkpoint is in ``out/model``. With ``only_layers`` the report of the
+        unfinished run, with the layers that are done so far.
 
     Raises:
         FistaPrunerError: bad input, named; before any long work where that can be known.
@@ -73,21 +78,100 @@ def prune(
     report = _finished_report(run, model, recipe)
     if report is not None:
         listener.say(f"{out} holds the finished run of this recipe")
-    with _saying_how_to_go_on(run), _made(run), hold(run.folder), log_file(run.log_file):
+    with _saying_how_to_go_on(run), _made(run), hold(run.folder, only_layers), log_file(run.log_file):
         if report is None:
             started = time.perf_counter()
             reset_peak_memory()
-            prepare(model, run, recipe, listener, command, allow_pickle, trust_remote_code, evaluate, tokens)
-            work = Work.open(run.folder)
-            done = {index: entry for index in range(len(work.skeleton)) if (entry := run.finished(index, work.fingerprint))}
-            listener.begin(len(work.skeleton), len(done))
-            try:
-                with threads(work.numerics["threads"]):
-                    prune_serially(work, set(range(len(work.skeleton))) - set(done), listener, inspect)
-            finally:
-                listener.end()
+            with preparing(run.folder):
+                prepare(model, run, recipe, listener, command, allow_pickle, trust_remote_code, evaluate, evaluate_windows, tokens)
+            part = "" if only_layers is None else f"{only_layers[0]}-{only_layers[1]}"
+            work = Work.open(run.folder, choose_device(recipe.execution.device), part)
+            _prune_missing(work, recipe, listener, only_layers, inspect)
+            if only_layers is not None:
+                return load_run(run.folder)
             report = finish(run, work, time.perf_counter() - started, listener)
         return measure(run, report, evaluate, evaluate_windows, listener)
+
+
+def resume(out: str | Path, *, listener: Listener | None = None) -> Report:
+    """Go on with a run as it was begun: its model, recipe and evaluation stand in the run directory.
+
+    Args:
+        out: the run directory.
+        listener: told of progress.
+
+    Raises:
+        FistaPrunerError: not a run, or a run that was stopped before anything was decided.
+    """
+    run = RunDirectory(Path(out))
+    facts = run.facts()
+    if "decided" not in facts:
+        raise FistaPrunerError(f"{out} is not a run that can be resumed (it has no run.json): give its prune command again")
+    decided = facts["decided"]
+    return prune(
+        decided["model"],
+        out,
+        recipe=Recipe.build(facts["recipe"], str(run.run_file)),
+        allow_pickle=decided["allow_pickle"],
+        trust_remote_code=decided["trust_remote_code"],
+        listener=listener,
+        command=facts["command"],
+        evaluate=decided["evaluate"],
+        evaluate_windows=decided["evaluate_windows"],
+    )
+
+
+def finish_run(out: str | Path, *, listener: Listener | None = None) -> Report:
+    """Write checkpoint and report of a run whose layers were pruned in parts (``only_layers``), and evaluate it.
+
+    Args:
+        out: the run directory.
+        listener: told of progress.
+
+    Raises:
+        FistaPrunerError: layers are missing; they are named.
+    """
+    run = RunDirectory(Path(out))
+    listener = Logged(listener or Listener())
+    decided = run.facts().get("decided")
+    if decided is None:
+        raise FistaPrunerError(f"{out} is not a run that was begun (it has no run.json)")
+    with _saying_how_to_go_on(run), hold(run.folder), log_file(run.log_file):
+        report = finish(run, Work.open(run.folder), 0.0, listener)
+        return measure(run, report, decided["evaluate"], decided["evaluate_windows"], listener)
+
+
+def _prune_missing(
+    work: Work,
+    recipe: Recipe,
+    listener: Listener,
+    only: tuple[int, int] | None,
+    inspect: Callable[[int, int, LayerProblem], None] | None,
+) -> None:
+    """Prune the layers, all or a part of them, that are not journaled yet."""
+    layers = len(work.skeleton)
+    first, last = only or (0, layers - 1)
+    if not 0 <= first <= last < layers:
+        raise FistaPrunerError(f"--only-layers {first}-{last}: the model has the decoder layers 0-{layers - 1}")
+    done = {index for index in range(layers) if work.run.finished(index, work.fingerprint)}
+    todo = set(range(first, last + 1)) - done
+    if work.recipe.propagate == "pruned" and todo and (missing := set(range(first)) - done):
+        raise FistaPrunerError(
+            f"--only-layers {first}-{last} with propagate=pruned needs the layers before it pruned first, and {min(missing)} is not: "
+            "parts can run side by side with propagate=dense only"
+        )
+    if work.numerics["device"] != work.skeleton.device.type:
+        listener.say(f"this run began on {work.numerics['device']}; on {work.skeleton.device.type} its last bits may differ")
+    if recipe.execution.threads not in (None, work.numerics["threads"]):
+        listener.say(f"this run began with {work.numerics['threads']} threads for each worker and keeps them")
+    work.clear_hidden()
+    work.hidden.mkdir(parents=True)
+    listener.begin(last - first + 1, last - first + 1 - len(todo))
+    try:
+        prune_layers(work, todo, recipe.execution, listener, inspect)
+    finally:
+        listener.end()
+        work.clear_hidden()
 
 
 def _finished_report(run: RunDirectory, model: str, recipe: Recipe) -> Report | None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import shutil
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -47,6 +48,7 @@ class Work:
         numerics: what decides the order of sums, and with it the last bits: ``batch_size`` (windows in one forward
             pass), ``threads`` of a worker, kind of ``device``. Part of the run.
         on_disk: whether hidden states are kept in files.
+        part: subfolder of ``RUN/hidden`` this process works in.
     """
 
     run: RunDirectory
@@ -58,14 +60,16 @@ class Work:
     tokens: Tensor
     numerics: Mapping[str, Any]
     on_disk: bool
+    part: str = ""
 
     @classmethod
-    def open(cls, folder: Path, device: torch.device | None = None) -> Work:
+    def open(cls, folder: Path, device: torch.device | None = None, part: str = "") -> Work:
         """Open a run that has been prepared.
 
         Args:
             folder: the run directory.
             device: where to work; default is the recipe's.
+            part: subfolder of ``RUN/hidden`` to work in, if this is one of several processes that share the run.
 
         Raises:
             FistaPrunerError: not a prepared run, or its model or calibration tokens are gone or not those it began with.
@@ -92,15 +96,42 @@ class Work:
             tokens=tokens,
             numerics=decided["numerics"],
             on_disk=decided["on_disk"],
+            part=part,
         )
 
-    def store(self, name: str) -> HiddenStates:
-        """A store for the hidden states of all calibration windows."""
-        samples, seqlen = self.tokens.shape
-        return HiddenStates((samples, seqlen, self.skeleton.width), self.skeleton.dtype, self.run.hidden / name if self.on_disk else None)
+    @property
+    def hidden(self) -> Path:
+        """Where this process keeps hidden states that memory does not hold."""
+        return self.run.hidden / self.part
 
-    def embed(self) -> tuple[HiddenStates, Calls]:
-        """The input of the first decoder layer for all calibration windows, and how layers are called."""
+    def clear_hidden(self) -> None:
+        """Remove the hidden states that this process or a killed one left."""
+        shutil.rmtree(self.hidden, ignore_errors=True)
+
+    def store(self, name: str, *, on_disk: bool | None = None) -> HiddenStates:
+        """A store for the hidden states of all calibration windows.
+
+        Args:
+            name: of its file.
+            on_disk: whether it is a file; None does what the run decided.
+        """
+        samples, seqlen = self.tokens.shape
+        on_disk = self.on_disk if on_disk is None else on_disk
+        return HiddenStates((samples, seqlen, self.skeleton.width), self.skeleton.dtype, self.hidden / name if on_disk else None)
+
+    def calls(self) -> Calls:
+        """How decoder layers are called."""
+        samples, seqlen = self.tokens.shape
+        with self.skeleton.ends(head=False):
+            return Calls.of(self.skeleton, samples, seqlen, self.numerics["batch_size"])
+
+    def embed(self, name: str = "embedded", *, on_disk: bool | None = None) -> tuple[HiddenStates, Calls]:
+        """The input of the first decoder layer for all calibration windows, and how layers are called.
+
+        Args:
+            name: of its file.
+            on_disk: as for :meth:`store`.
+        """
         samples, seqlen = self.tokens.shape
         with self.skeleton.ends(head=False):
             calls = Calls.of(self.skeleton, samples, seqlen, self.numerics["batch_size"])
@@ -108,19 +139,25 @@ class Work:
             for start, stop in calls.batches(samples):
                 batch, _ = self.skeleton.embed(self.tokens[start:stop])
                 if hidden is None:
-                    hidden = self.store("embedded")
+                    hidden = self.store(name, on_disk=on_disk)
                 hidden.write(start, batch)
         assert hidden is not None
         return hidden, calls
 
     def prune(
-        self, index: int, streams: Streams, calls: Calls, progress: Progress, inspect: Callable[..., None] | None = None
+        self,
+        index: int,
+        streams: Streams,
+        calls: Calls,
+        progress: Progress,
+        inspect: Callable[..., None] | None = None,
+        passed: Callable[[], None] = lambda: None,
     ) -> LayerEntry:
         """Prune decoder layer ``index`` and journal it."""
-        scratch = scratch_factory(self.run.hidden if self.on_disk else None, self.skeleton.dtype)
+        scratch = scratch_factory(self.hidden if self.on_disk else None, self.skeleton.dtype)
         metric = self.run.metric(index) if self.recipe.match else None
         result = prune_layer(
-            self.skeleton, self.layout, index, self.recipe, self.sparsity, streams, calls, scratch, progress, inspect, metric
+            self.skeleton, self.layout, index, self.recipe, self.sparsity, streams, calls, scratch, progress, inspect, metric, passed
         )
         self.run.write_layer(self.fingerprint, result.weights, result.entry)
         return result.entry

@@ -1,0 +1,32 @@
+"""Write the checkpoint of a run whose layers were pruned in parts.
+
+Each part is a prune command with --only-layers, on any machine that sees the run directory; when all layers are done,
+this joins them, evaluates the result and writes the report.
+
+  fistapruner prune MODEL --out RUN --only-layers 0-15     on one machine
+  fistapruner prune MODEL --out RUN --only-layers 16-31    on another
+  fistapruner finish RUN
+"""
+
+from __future__ import annotations
+
+import argparse
+
+SUMMARY = "write the checkpoint of a run that was pruned in parts"
+
+
+def configure(parser: argparse.ArgumentParser) -> None:
+    from .prune import add_output_arguments
+
+    parser.add_argument("run_directory", metavar="RUN", help="the run directory")
+    add_output_arguments(parser)
+
+
+def run(arguments: argparse.Namespace) -> int:
+    from ..pipeline.run import finish_run
+    from .progress import choose_listener
+    from .prune import show
+
+    report = finish_run(arguments.run_directory, listener=choose_listener(quiet=arguments.quiet or arguments.json))
+    show(report, arguments.run_directory, as_json=arguments.json)
+    return 0

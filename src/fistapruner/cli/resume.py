@@ -1,0 +1,30 @@
+"""Go on with an interrupted run.
+
+Model, recipe and evaluation stand in the run directory; layers that are done are not done again, and the checkpoint is
+the same, bit for bit, as that of a run that nothing stopped. Giving the prune command again does the same.
+
+  fistapruner resume runs/first
+"""
+
+from __future__ import annotations
+
+import argparse
+
+SUMMARY = "go on with an interrupted run"
+
+
+def configure(parser: argparse.ArgumentParser) -> None:
+    from .prune import add_output_arguments
+
+    parser.add_argument("run_directory", metavar="RUN", help="the run directory")
+    add_output_arguments(parser)
+
+
+def run(arguments: argparse.Namespace) -> int:
+    from ..pipeline.run import resume
+    from .progress import choose_listener
+    from .prune import show
+
+    report = resume(arguments.run_directory, listener=choose_listener(quiet=arguments.quiet or arguments.json))
+    show(report, arguments.run_directory, as_json=arguments.json)
+    return 0

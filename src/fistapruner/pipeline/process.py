@@ -1,0 +1,117 @@
+"""Workers as processes of this machine: one for each GPU, or one for each group of CPU cores."""
+
+from __future__ import annotations
+
+import json
+import os
+import selectors
+import signal
+import subprocess
+import sys
+from contextlib import suppress
+from pathlib import Path
+
+import torch
+
+from .dispatch import Event, Job
+from .work import Work
+
+
+class ProcessPool:
+    """A pool of local worker processes (see :class:`~fistapruner.pipeline.dispatch.Pool`).
+
+    Args:
+        work: the opened run.
+        devices: the device of each worker.
+    """
+
+    def __init__(self, work: Work, devices: list[torch.device]) -> None:
+        self.size = len(devices)
+        self._work = work
+        self._devices = devices
+        self._selector = selectors.DefaultSelector()
+        self._processes: dict[int, subprocess.Popen[bytes]] = {}
+        self._unread: dict[int, bytes] = {}
+        for worker in range(self.size):
+            self.revive(worker)
+
+    def start(self, worker: int, job: Job) -> None:
+        """Give an idle worker a job."""
+        pipe = self._processes[worker].stdin
+        assert pipe is not None
+        with suppress(BrokenPipeError):  # it died while idle; its closed output says so in wait()
+            pipe.write(json.dumps(job.to_json()).encode() + b"\n")
+            pipe.flush()
+
+    def wait(self) -> list[tuple[int, Event]]:
+        """Wait for the next events."""
+        events: list[tuple[int, Event]] = []
+        for key, _ in self._selector.select():
+            worker: int = key.data
+            data = os.read(key.fd, 65536)
+            if not data:
+                self._selector.unregister(key.fileobj)
+                status = self._processes[worker].wait()
+                events.append((worker, {"event": "lost", "message": _describe(status)}))
+                continue
+            *lines, self._unread[worker] = (self._unread[worker] + data).split(b"\n")
+            events += [(worker, json.loads(line)) for line in lines]
+        return events
+
+    def revive(self, worker: int) -> None:
+        """Start a worker, or start it again."""
+        numerics = self._work.numerics
+        package = str(Path(__file__).parents[2])
+        path = os.pathsep.join([package, *filter(None, [os.environ.get("PYTHONPATH")])])
+        environment = {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": str(numerics["threads"])}
+        program = [sys.executable, "-m", "fistapruner.pipeline.worker"]
+        place = [str(self._work.run.folder), self._work.part, str(self._devices[worker]), str(os.getpid())]
+        process = subprocess.Popen([*program, *place], stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=environment)
+        assert process.stdout is not None
+        self._processes[worker] = process
+        self._unread[worker] = b""
+        self._selector.register(process.stdout, selectors.EVENT_READ, worker)
+
+    def close(self) -> None:
+        """End all workers; what they have journaled stays."""
+        for process in self._processes.values():
+            process.kill()
+        for process in self._processes.values():
+            process.wait()
+            for pipe in (process.stdin, process.stdout):
+                if pipe is not None:
+                    with suppress(BrokenPipeError):
+                        pipe.close()
+        self._selector.close()
+
+
+def worker_devices(name: str, workers: int | None, threads: int | None) -> list[torch.device]:
+    """The device of every worker.
+
+    Args:
+        name: as in the recipe: ``auto`` and ``cuda`` are all GPUs, those with most free memory first; ``cuda:1`` is one.
+        workers: how many; None is one for each GPU, or as many groups of ``threads`` as the CPU has cores for.
+        threads: CPU threads of each; None means groups of eight cores, but at least two groups.
+    """
+    if name != "cpu" and torch.cuda.is_available():
+        devices = [torch.device(name)] if ":" in name else _by_free_memory()
+        return [devices[number % len(devices)] for number in range(workers or len(devices))]
+    cores = available_cores()
+    groups = workers or (max(1, cores // threads) if threads else min(cores, max(2, cores // 8)))
+    return [torch.device("cpu")] * groups
+
+
+def available_cores() -> int:
+    """CPU cores this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def _by_free_memory() -> list[torch.device]:
+    free = {index: torch.cuda.mem_get_info(index)[0] for index in range(torch.cuda.device_count())}
+    return [torch.device("cuda", index) for index in sorted(free, key=lambda index: (-free[index], index))]
+
+
+def _describe(status: int) -> str:
+    if status == -signal.SIGKILL:
+        return "killed, as by the system when memory runs out"
+    return f"signal {-status}" if status < 0 else f"exit status {status}"

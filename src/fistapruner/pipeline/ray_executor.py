@@ -1,0 +1,128 @@
+"""Workers as actors of a Ray cluster, which places them by GPUs and cores. Needs the extra ``ray``.
+
+Every node must see the run directory and the model under the same path (a shared file system) and have fistapruner
+installed; a node that does not see the run directory says so at once.
+"""
+
+from __future__ import annotations
+
+import os
+import queue
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from ..errors import FistaPrunerError, MissingExtraError
+from ..recipe import Execution
+from .dispatch import Event, Job
+from .work import Work
+
+
+class RayPool:
+    """A pool of Ray actors (see :class:`~fistapruner.pipeline.dispatch.Pool`).
+
+    Args:
+        work: the opened run.
+        execution: ``address`` of the cluster (None starts one on this machine), ``workers``, ``device``.
+        jobs: layers to prune; more workers than that are not started.
+
+    Raises:
+        MissingExtraError: Ray is not installed.
+        FistaPrunerError: the cluster cannot be reached, or has no room for a worker.
+    """
+
+    def __init__(self, work: Work, execution: Execution, jobs: int) -> None:
+        try:
+            import ray
+        except ImportError:
+            raise MissingExtraError("ray", "ray", "--executor ray") from None
+        self._ray = ray
+        self._started = not ray.is_initialized()
+        if self._started:
+            try:
+                ray.init(address=execution.address, include_dashboard=False if execution.address is None else None, log_to_driver=False)
+            except (ConnectionError, RuntimeError, ValueError) as error:
+                raise FistaPrunerError(
+                    f"Ray cluster {execution.address!r} cannot be reached: {' '.join(str(error).split())[:200]}"
+                ) from None
+        threads = int(work.numerics["threads"])
+        resources = ray.cluster_resources()
+        cuda = execution.device != "cpu" and resources.get("GPU", 0) >= 1
+        room = int(resources["GPU"] if cuda else resources.get("CPU", 0) // threads)
+        if room < 1:
+            self.close()
+            raise FistaPrunerError(f"the Ray cluster has {resources.get('CPU', 0):g} cores, a worker needs {threads}: set --threads")
+        self.size = min(execution.workers or room, room, jobs)
+        package = str(Path(__file__).parents[2])
+        variables = {"OMP_NUM_THREADS": str(threads), "PYTHONPATH": os.pathsep.join(filter(None, [package, os.environ.get("PYTHONPATH")]))}
+        self._options = {"num_cpus": threads, "num_gpus": 1 if cuda else 0, "runtime_env": {"env_vars": variables}}
+        self._arguments = (str(work.run.folder.absolute()), work.part, "cuda" if cuda else "cpu")
+        self._actor = ray.remote(max_restarts=0)(Actor)
+        self._actors: list[Any] = [None] * self.size
+        self._streams: dict[Any, int] = {}  # what a running job reports, and its worker
+        for worker in range(self.size):
+            self.revive(worker)
+
+    def start(self, worker: int, job: Job) -> None:
+        """Give an idle worker a job."""
+        self._streams[self._actors[worker].run.remote(job.to_json())] = worker
+
+    def wait(self) -> list[tuple[int, Event]]:
+        """Wait for the next events."""
+        from ray.exceptions import RayError
+
+        ready, _ = self._ray.wait(list(self._streams), num_returns=1)
+        events: list[tuple[int, Event]] = []
+        for stream in ready:
+            worker = self._streams[stream]
+            try:
+                events.append((worker, self._ray.get(next(stream))))
+            except StopIteration:
+                del self._streams[stream]
+            except RayError as error:
+                del self._streams[stream]
+                events.append((worker, {"event": "lost", "message": " ".join(str(error).split())[:200]}))
+        return events
+
+    def revive(self, worker: int) -> None:
+        """Start a worker, or start it again, wherever the cluster has room."""
+        self._actors[worker] = self._actor.options(**self._options).remote(*self._arguments)
+
+    def close(self) -> None:
+        """End all workers, and the cluster if it was started here."""
+        for actor in getattr(self, "_actors", []):
+            self._ray.kill(actor)
+        if self._started:
+            self._ray.shutdown()
+
+
+class Actor:
+    """A :class:`~fistapruner.pipeline.worker.Worker` on some node of the cluster."""
+
+    def __init__(self, folder: str, part: str, device: str) -> None:
+        from .worker import Worker
+
+        self.fault: Event | None = None
+        host = os.uname().nodename
+        if not (Path(folder) / "run.json").exists():
+            message = f"the Ray worker on host {host} does not see {folder}: put --out on a file system that all nodes share"
+            self.fault = {"event": "failed", "message": message}
+            return
+        try:
+            self.worker = Worker(Path(folder), part, device, shared=True)
+        except FistaPrunerError as error:
+            self.fault = {"event": "failed", "message": f"Ray worker on host {host}: {error}"}
+
+    def run(self, job: dict[str, Any]) -> Iterator[Event]:
+        """Do a job, and give its events while it goes on."""
+        if self.fault is not None:
+            yield self.fault
+            return
+        told: queue.SimpleQueue[Event] = queue.SimpleQueue()
+        threading.Thread(target=self.worker.run, args=(Job(**job), told.put), daemon=True).start()
+        while True:
+            event = told.get()
+            yield event
+            if event["event"] in ("done", "failed", "broken"):
+                return

@@ -1,0 +1,119 @@
+"""A worker: opens the run directory, then prunes the decoder layers it is told to.
+
+As a program (``python -m fistapruner.pipeline.worker``) it reads one JSON job a line and writes one JSON event a line
+(:mod:`fistapruner.pipeline.dispatch`). It is a plain program rather than a child of :mod:`multiprocessing`, so it needs
+nothing of the script that started the run.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import json
+import os
+import signal
+import sys
+import traceback
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ..errors import FistaPrunerError
+from .dispatch import Event, Job
+from .hidden import HiddenStates
+from .layer import Streams
+from .work import Work
+
+PR_SET_PDEATHSIG = 1
+
+
+class Worker:
+    """A process's view of a run.
+
+    Args:
+        folder: the run directory.
+        part: subfolder of ``RUN/hidden`` with this run's hidden states.
+        device: where to work.
+        shared: other hosts read what is written here, so it is flushed before it is announced.
+
+    Raises:
+        FistaPrunerError: the run directory cannot be opened.
+    """
+
+    def __init__(self, folder: Path, part: str, device: str, *, shared: bool = False) -> None:
+        self.work = Work.open(folder, torch.device(device), part)
+        torch.set_num_threads(self.work.numerics["threads"])
+        self.calls = self.work.calls()
+        self.shared = shared
+
+    def run(self, job: Job, tell: Callable[[Event], None]) -> None:
+        """Do a job; every outcome, faults too, is told as an event."""
+        torch.set_num_threads(self.work.numerics["threads"])
+        try:
+            source = self._open(job.source)
+            target = None if job.target is None else self._open(job.target)
+
+            def passed() -> None:
+                if target is not None:
+                    if self.shared:
+                        target.sync()
+                    tell({"event": "passed"})
+
+            streams = Streams(source, None, target, None)
+            try:
+                if job.prune:
+
+                    def progress(names: str, error: float | None) -> None:
+                        tell({"event": "operators", "names": names, "error": error})
+
+                    self.work.prune(job.index, streams, self.calls, progress, passed=passed)
+                else:
+                    self.work.advance(job.index, streams, self.calls)
+                    passed()
+            finally:
+                source.close(keep=True)
+                if target is not None:
+                    target.close(keep=True)
+            tell({"event": "done"})
+        except FistaPrunerError as error:
+            tell({"event": "failed", "message": str(error)})
+        except Exception:
+            tell({"event": "broken", "message": traceback.format_exc()})
+
+    def _open(self, name: str) -> HiddenStates:
+        return self.work.store(name, on_disk=True)
+
+
+def die_with_parent() -> None:
+    """Have the kernel kill this process when the one that started it dies, so that it never writes into a later run."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole terminal; the parent decides what follows
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+
+
+def main(arguments: list[str]) -> None:
+    """Serve jobs from standard input until it ends. Arguments: run directory, part, device, process id of the parent."""
+    die_with_parent()
+    folder, part, device, parent = arguments
+    if os.getppid() != int(parent):
+        return
+    # Events have standard output to themselves; whatever a library prints goes to standard error.
+    events = os.fdopen(os.dup(1), "w", buffering=1)
+    os.dup2(2, 1)
+
+    def tell(event: Event) -> None:
+        events.write(json.dumps(event) + "\n")
+
+    try:
+        worker = Worker(Path(folder), part, device)
+    except FistaPrunerError as error:
+        tell({"event": "failed", "message": str(error)})
+        return
+    for line in sys.stdin:
+        job: dict[str, Any] = json.loads(line)
+        worker.run(Job(**job), tell)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])
