@@ -52,7 +52,8 @@ class Swap(Method):
         weight, damping, warnings = refit_exact(problem, gram, start.mask, self.damping)
         gram.diagonal().add_(damping * gram.diagonal().mean())
         n = problem.shape[1]
-        batch = max(1, (1 << 25) // (n * n))
+        # Small batches on a CPU stay in its cache and stop when their own rows have; a GPU wants many rows at once.
+        batch = max(1, (1 << 22 if gram.device.type == "cpu" else 1 << 28) // (n * n))
         masks, counts = [], []
         operators = zip(problem.operators(), start.mask.split(problem.rows), weight.split(problem.rows), sparsity, strict=True)
         for operator, mask, values, pattern in operators:
