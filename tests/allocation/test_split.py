@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from fistapruner import Recipe
 from fistapruner.allocation.decide import check_allocation
-from fistapruner.allocation.error import bounds, row_error_curves, sparsity_grid, split_budget
+from fistapruner.allocation.error import POINTS, bounds, row_error_curves, sparsity_grid, split_budget
 from fistapruner.allocation.owl import REACH, outlier_share, owl_allocation
 from fistapruner.errors import FistaPrunerError
 from fistapruner.problem import LayerProblem
@@ -30,7 +30,7 @@ def budget(sizes: dict[str, int], fraction: float) -> int:
 def test_the_total_is_exact_and_every_operator_within_its_bounds(counts: list[int], fraction: float, seed: int) -> None:
     generator = torch.Generator().manual_seed(seed)
     sizes = {f"op{number}": count for number, count in enumerate(counts)}
-    curves = {name: torch.rand(5, generator=generator).cumsum(0) * 10 ** (4 * torch.rand(1, generator=generator)) for name in sizes}
+    curves = {name: torch.rand(POINTS, generator=generator).cumsum(0) * 10 ** (4 * torch.rand(1, generator=generator)) for name in sizes}
     split = split_budget(curves, sizes, fraction)
     assert sum(pattern.zeros(1, sizes[name]) for name, pattern in split.items()) == budget(sizes, fraction)
     low, high = bounds(fraction)
@@ -59,7 +59,7 @@ def test_the_split_is_the_cheapest_one() -> None:
 
 
 def test_equal_curves_share_equally() -> None:
-    curve = torch.tensor([1.0, 2.0, 4.0, 8.0, 16.0])
+    curve = torch.logspace(0, 2, POINTS)
     split = split_budget({"a": curve, "b": curve}, {"a": 3000, "b": 3000}, 0.6)
     assert split["a"].fraction == pytest.approx(0.6, abs=0.003)
     assert split["b"].fraction == pytest.approx(0.6, abs=0.003)
@@ -69,7 +69,7 @@ def test_error_curves_rise_with_sparsity() -> None:
     torch.manual_seed(0)
     problem = LayerProblem.from_activations(torch.randn(24, 32), torch.randn(200, 32) @ torch.randn(32, 32))
     (curve,) = row_error_curves(problem, sparsity_grid(0.5))
-    assert curve.shape == (5, 24)
+    assert curve.shape == (POINTS, 24)
     assert bool((curve.sum(1).diff() > 0).all())
 
 
