@@ -1,0 +1,32 @@
+"""Pruned checkpoints for the tests of this folder."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from tiny import build, tokenizer
+from torch import nn
+
+from fistapruner.sparsity import parse_sparsity, project_mask
+
+
+def prune_linears(model, sparsity: str) -> None:
+    """Magnitude-prune the linear operators outside embeddings and head, in place."""
+    head = model.get_output_embeddings()
+    for module in model.modules():
+        if isinstance(module, nn.Linear) and module is not head:
+            module.weight.data *= project_mask(module.weight.data.abs().float(), parse_sparsity(sparsity))
+        elif type(module).__name__ == "Conv1D":
+            module.weight.data *= project_mask(module.weight.data.abs().float().T, parse_sparsity(sparsity)).T
+
+
+def save_pruned(folder: Path, architecture: str = "llama", *, sparsity: str = "50%", dtype=torch.bfloat16, shard: str = "50GB", **changes) -> Path:
+    """A tiny pruned model with its tokenizer; some of its zeros are negative."""
+    model = build(architecture, **changes).to(dtype)
+    prune_linears(model, sparsity)
+    for parameter in model.parameters():
+        parameter.data = torch.where((parameter == 0) & (torch.rand(parameter.shape) < 0.5), -0.0, parameter.data).to(dtype)
+    model.save_pretrained(folder, max_shard_size=shard)
+    tokenizer().save_pretrained(folder)
+    return folder

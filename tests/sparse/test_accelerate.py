@@ -1,0 +1,79 @@
+"""Which operators go to sparse tensor cores, with the device replaced: the decision is tested, the GPU is not."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+
+from fistapruner import NM, FistaPrunerError, accelerate
+from fistapruner.sparse.accelerate import summary
+from fistapruner.sparsity import project_mask
+
+
+def model():
+    torch.manual_seed(0)
+    layers = nn.Sequential(nn.Linear(32, 64), nn.Linear(64, 32), nn.Linear(32, 32)).bfloat16()
+    for layer in layers[:2]:
+        layer.weight.data *= project_mask(layer.weight.data.float().abs(), NM(2, 4))
+    return layers
+
+
+def scripted(times):
+    remaining = iter(times)
+
+    def clock(call, device):
+        call()
+        return next(remaining)
+
+    return clock
+
+
+def test_only_what_is_faster_is_changed():
+    network, made = model(), []
+
+    def to_sparse(weight):
+        made.append(weight.shape)
+        return weight.clone()
+
+    before = [layer.weight for layer in network]
+    choices = accelerate(network, tokens=8, to_sparse=to_sparse, clock=scripted([2.0, 1.0, 1.0, 0.99]))
+    assert [choice.sparse for choice in choices] == [True, False, False]
+    assert [layer.weight is old for layer, old in zip(network, before, strict=True)] == [False, True, True]
+    assert choices[2].reason == "it is not 2:4"
+    assert "1 of 3" in summary(choices)
+    assert "left dense: 1 (1.01 times faster at 8 tokens)" in summary(choices)
+    assert made == [torch.Size([64, 32]), torch.Size([32, 64])]
+
+
+def test_what_torch_refuses_stays_dense():
+    def refuse(weight):
+        raise RuntimeError("shape is not supported")
+
+    choices = accelerate(model(), to_sparse=refuse, clock=scripted([]))
+    assert not any(choice.sparse for choice in choices)
+    assert "shape is not supported" in choices[0].reason
+
+
+def test_other_dtypes_stay_dense():
+    choices = accelerate(model().float(), to_sparse=torch.clone, clock=scripted([]))
+    assert "float32" in choices[0].reason
+
+
+def test_a_cpu_model_is_refused():
+    with pytest.raises(FistaPrunerError, match=r"fistapruner\.load"):
+        accelerate(model())
+    with pytest.raises(FistaPrunerError, match="tokens 0"):
+        accelerate(model(), tokens=0)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device with sparse tensor cores")
+def test_on_a_gpu():
+    torch.manual_seed(0)
+    network = nn.Sequential(nn.Linear(4096, 4096, bias=False)).half().cuda()
+    network[0].weight.data *= project_mask(network[0].weight.data.float().abs(), NM(2, 4))
+    x = torch.randn(512, 4096, device="cuda", dtype=torch.half)
+    with torch.inference_mode():
+        expected = network(x)
+        accelerate(network, tokens=512)
+        torch.testing.assert_close(network(x), expected, rtol=1e-2, atol=1e-1)

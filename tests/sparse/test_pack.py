@@ -1,0 +1,136 @@
+"""Packed folders: there and back, what the command line prints, what is refused, what a killed writer leaves."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from pruned import save_pruned
+
+from fistapruner import FistaPrunerError, pack, unpack
+from fistapruner.cli import main
+from fistapruner.models.checkpoint import Checkpoint
+from fistapruner.sparse.pack import PackedCheckpoint
+
+
+def same_tensors(one: Path, other: Path) -> None:
+    first, second = Checkpoint.open(one), Checkpoint.open(other)
+    assert sorted(first.names()) == sorted(second.names())
+    for name in first.names():
+        a, b = first.read(name), second.read(name)
+        assert a.dtype == b.dtype
+        assert torch.equal(a, b), name
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+@pytest.mark.parametrize(("sparsity", "layout"), [("60%", "mask"), ("2:4", "2:4")])
+def test_there_and_back(tmp_path, dtype, sparsity, layout):
+    source = save_pruned(tmp_path / "m", sparsity=sparsity, dtype=dtype, shard="40KB")
+    assert len(Checkpoint.open(source).files) > 1
+    (source / "fistapruner.json").write_text(json.dumps({"recipe": {"sparsity": sparsity}, "version": "1"}))
+    report = pack(source, tmp_path / "p")
+    assert report.operators == 21
+    packed = PackedCheckpoint(tmp_path / "p")
+    assert {spec.to_json()["layout"] for spec in packed.specs.values()} == {layout}
+    assert packed.record["recipe"]["sparsity"] == sparsity
+    unpack(tmp_path / "p", tmp_path / "u")
+    same_tensors(source, tmp_path / "u")
+    assert json.loads((tmp_path / "u" / "config.json").read_text()) == json.loads((source / "config.json").read_text())
+    assert (tmp_path / "u" / "fistapruner.json").exists()
+    assert (tmp_path / "u" / "tokenizer.json").read_bytes() == (source / "tokenizer.json").read_bytes()
+
+
+def test_packing_twice_gives_the_same_bytes(tmp_path):
+    source = save_pruned(tmp_path / "m")
+    for name in ("a", "b"):
+        pack(source, tmp_path / name)
+    files = sorted(path.name for path in (tmp_path / "a").iterdir())
+    assert files == sorted(path.name for path in (tmp_path / "b").iterdir())
+    assert all((tmp_path / "a" / name).read_bytes() == (tmp_path / "b" / name).read_bytes() for name in files)
+
+
+def test_only_recorded_operators_are_packed(tmp_path):
+    source = save_pruned(tmp_path / "m")
+    name = "model.layers.1.mlp.up_proj.weight"
+    (source / "fistapruner.json").write_text(json.dumps({"operators": {name.removesuffix(".weight"): {"sparsity": "50%"}}}))
+    assert pack(source, tmp_path / "p").operators == 1
+    assert set(PackedCheckpoint(tmp_path / "p").specs) == {name}
+
+
+@pytest.mark.parametrize("group", [0, 64])
+def test_int8_folder(tmp_path, group):
+    source = save_pruned(tmp_path / "m", hidden_size=128)
+    pack(source, tmp_path / "p", values="int8", group=group)
+    unpack(tmp_path / "p", tmp_path / "u")
+    first, second = Checkpoint.open(source), Checkpoint.open(tmp_path / "u")
+    for name in PackedCheckpoint(tmp_path / "p").specs:
+        a, b = first.read(name).float(), second.read(name).float()
+        assert bool(((a - b).abs() <= a.abs().amax(1, keepdim=True) * (0.51 / 127 + 2**-8)).all())
+
+
+def test_fp32_to_bf16_values(tmp_path):
+    source = save_pruned(tmp_path / "m", dtype=torch.float32)
+    report = pack(source, tmp_path / "p", values="bf16")
+    assert report.dense_bf16_operators * 2 == report.dense_operators
+    operator = next(iter(PackedCheckpoint(tmp_path / "p").specs))
+    assert torch.equal(PackedCheckpoint(tmp_path / "p").tensor(operator), Checkpoint.open(source).read(operator).bfloat16())
+
+
+def test_command_line(tmp_path, capsys):
+    source = save_pruned(tmp_path / "m", hidden_size=64)
+    assert main(["pack", str(source), str(tmp_path / "p")]) == 0
+    printed = capsys.readouterr().out
+    assert "21 pruned operators" in printed
+    assert "embeddings included" in printed
+    assert "fistapruner.load" in (tmp_path / "p" / "README.md").read_text()
+    assert main(["unpack", str(tmp_path / "p"), str(tmp_path / "u")]) == 0
+    same_tensors(source, tmp_path / "u")
+    assert main(["pack", str(source), str(tmp_path / "p")]) == 2
+    assert "exists already" in capsys.readouterr().err
+
+
+def test_what_is_refused(tmp_path):
+    source = save_pruned(tmp_path / "m")
+    dense = save_pruned(tmp_path / "d", sparsity="0%")
+    with pytest.raises(FistaPrunerError, match="no pruned operators"):
+        pack(dense, tmp_path / "p")
+    with pytest.raises(FistaPrunerError, match="not a packed checkpoint"):
+        unpack(source, tmp_path / "u")
+    with pytest.raises(FistaPrunerError, match="int4"):
+        pack(source, tmp_path / "p", values="int4")
+    with pytest.raises(FistaPrunerError, match="multiple of 64"):
+        pack(source, tmp_path / "p", values="int8", group=48)
+    pack(source, tmp_path / "p")
+    with pytest.raises(FistaPrunerError, match="packed already"):
+        pack(tmp_path / "p", tmp_path / "q")
+    record = json.loads((tmp_path / "p" / "packed.json").read_text())
+    (tmp_path / "p" / "packed.json").write_text(json.dumps({**record, "version": 2}))
+    with pytest.raises(FistaPrunerError, match="format version 2"):
+        unpack(tmp_path / "p", tmp_path / "u")
+    assert not (tmp_path / "u").exists()
+
+
+def test_a_flipped_bit_is_found(tmp_path):
+    pack(save_pruned(tmp_path / "m"), tmp_path / "p")
+    path = tmp_path / "p" / "model.safetensors"
+    data = bytearray(path.read_bytes())
+    data[-3] ^= 1
+    path.write_bytes(data)
+    with pytest.raises(FistaPrunerError, match="checksum"):
+        unpack(tmp_path / "p", tmp_path / "u")
+    assert not (tmp_path / "u").exists()
+
+
+def test_a_failed_writer_leaves_nothing(tmp_path, monkeypatch):
+    source = save_pruned(tmp_path / "m")
+    from fistapruner.sparse import pack as module
+
+    def fail(*_):
+        raise FistaPrunerError("the disk is full")
+
+    monkeypatch.setattr(module, "_copy_companions", fail)
+    with pytest.raises(FistaPrunerError, match="disk is full"):
+        pack(source, tmp_path / "p")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["m"]
