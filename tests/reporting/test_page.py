@@ -63,7 +63,19 @@ def test_the_same_report_gives_the_same_page() -> None:
     assert run_page(samples.report(4)) == sample_page()
 
 
-SMALL_PARTS = ("totals", "recipe", "machine", "versions", "calibration", "generations", "plan", "started", "command", "fingerprint")
+SMALL_PARTS = (
+    "totals",
+    "recipe",
+    "machine",
+    "versions",
+    "calibration",
+    "generations",
+    "plan",
+    "started",
+    "command",
+    "fingerprint",
+    "speed",
+)
 
 
 @pytest.mark.parametrize("missing", [("layers",), ("evaluations",), SMALL_PARTS])

@@ -227,29 +227,31 @@ def _speed(report: Report) -> str:
     if not report.speed:
         return f'<div class="card"><h3>Speed and size</h3>{note}<p>No speed was measured in this run.</p></div>'
     sentence = str(report.speed.get("sentence") or "")
-    rows = report.speed.get("rows")
-    made = ""
-    if isinstance(rows, list) and rows and all(isinstance(row, dict) for row in rows):
-        names = list(dict.fromkeys(key for row in rows for key in row))
-        made = table([name.replace("_", " ") for name in names], [[_plain(row.get(name)) for name in names] for row in rows], "Speed")
-    else:
-        made = facts((key.replace("_", " "), _plain(value)) for key, value in report.speed.items() if key != "sentence")
-    words = f"<p>{escape(sentence)}</p>" if sentence else ""
-    return f'<div class="card"><h3>Speed and size</h3>{words or note}{made}</div>'
+    rows = [
+        (
+            str(row.get("variant", "?")),
+            significant(row.get("tokens_per_second")),
+            " to ".join(significant(value) for value in row.get("tokens_per_second_range", ())) or "–",
+            duration(row.get("first_token")),
+            size(row.get("peak_memory")),
+            size(row.get("file_size") or None),
+            ", ".join(f"{name} {row[key]}" for key, name in SPEED_PROTOCOL.items() if key in row),
+        )
+        for row in speeds(report)
+    ]
+    head = ("model", "tokens/s", "slowest to fastest", "first token", "peak memory", "file size", "how it was measured")
+    made = table(head, rows, "Speed and size", numeric=(1, 2, 3, 4, 5)) if rows else ""
+    words = f"<p>{escape(sentence)}</p>" if sentence else note
+    return f'<div class="card"><h3>Speed and size</h3>{words}{made}</div>'
 
 
-def _plain(value: Any) -> str:
-    if isinstance(value, bool) or value is None:
-        return {True: "yes", False: "no", None: "–"}[value]
-    if isinstance(value, int):
-        return count(value)
-    if isinstance(value, float):
-        return significant(value, 4)
-    if isinstance(value, dict):
-        return ", ".join(f"{key.replace('_', ' ')} {_plain(part)}" for key, part in value.items())
-    if isinstance(value, (list, tuple)):
-        return ", ".join(_plain(part) for part in value)
-    return str(value)
+SPEED_PROTOCOL = {"batch": "batch", "prompt": "prompt", "tokens": "new tokens", "runs": "runs", "threads": "threads", "device": "on"}
+
+
+def speeds(report: Report) -> list[dict[str, Any]]:
+    """The rows of a speed measurement, one for each form of the model."""
+    rows = (report.speed or {}).get("speeds")
+    return [row for row in rows if isinstance(row, dict)] if isinstance(rows, list) else []
 
 
 def _warnings(report: Report) -> str:

@@ -203,7 +203,7 @@ class Report(Record):
         recipe: every setting; ``fingerprint``: of the settings that decide the weights.
         layers: in order of index; for an unfinished run those that are done.
         evaluations: what :func:`fistapruner.evaluate` measured, one for each data set.
-        speed: what the speed measurement returned.
+        speed: what ``fistapruner bench --json`` prints: ``speeds``, a row for each form of the model, and ``sentence``.
         plan: predictions beside measurements.
     """
 
