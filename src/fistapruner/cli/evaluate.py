@@ -20,9 +20,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
     from .prune import add_output_arguments, add_trust_arguments
 
     parser.add_argument("model", metavar="MODEL", help="hub id, local folder, GGUF file, or smollm2")
-    parser.add_argument(
-        "--against", metavar="DENSE", help="the dense model: adds its figures, KL divergence, paired tests"
-    )
+    parser.add_argument("--against", metavar="DENSE", help="the dense model: adds its figures, KL divergence, paired tests")
     text = parser.add_argument_group("perplexity")
     text.add_argument(
         "--data", help="wikitext2, ptb, c4, python, or a .txt/.jsonl/.parquet file (default: python, unless --tasks is given)"
