@@ -5,11 +5,11 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-import tiny
 import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
+import tiny
 from fistapruner import Recipe
 from fistapruner.allocation import sensitivity as module
 from fistapruner.allocation.decide import decide

@@ -128,7 +128,7 @@ def compare(
         model: hub id, local folder, GGUF file, or ``smollm2``.
         methods: see :func:`parse_contenders`.
         sparsities: patterns, such as ``["50%", "2:4"]``.
-        out: folder of the comparison; one that was begun is continued.
+        out: folder of the comparison; one that was begun is continued, and rows it has beside those asked for now stay.
         seeds: each draws its own calibration windows; every method sees the same ones.
         settings: recipe settings that all share.
         data: text to evaluate on, as :func:`fistapruner.evaluate` takes it.
@@ -158,7 +158,7 @@ def compare(
     if not jobs:
         raise FistaPrunerError("nothing to compare: name methods, sparsities and seeds")
     first = jobs[0][2]
-    _refuse_other_comparison(folder, model)
+    earlier = _earlier(folder, model, {(contender.label, str(recipe.sparsity), seed) for contender, seed, recipe in jobs})
     with disk_errors(folder):
         (folder / "runs").mkdir(parents=True, exist_ok=True)
     comparison = Comparison(
@@ -166,6 +166,7 @@ def compare(
         started=now(),
         versions=versions(),
         machine=describe_machine(choose_device(first.execution.device)),
+        rows=earlier,
     )
     trust: dict[str, Any] = {"allow_pickle": allow_pickle, "trust_remote_code": trust_remote_code}
     evaluation: dict[str, Any] = {"windows": windows, "device": first.execution.device, "dtype": first.dtype, **trust}
@@ -213,16 +214,21 @@ def run_name(label: str, sparsity: str, seed: int) -> str:
     return f"{plain}-seed{seed}-{hashlib.sha256(f'{label} {sparsity}'.encode()).hexdigest()[:6]}"
 
 
-def _refuse_other_comparison(folder: Path, model: str) -> None:
+def _earlier(folder: Path, model: str, now: set[tuple[str | None, str, int]]) -> list[CompareRow]:
+    """Rows of the comparison that ``folder`` already holds, but those that are asked for now."""
     if folder.exists() and not folder.is_dir():
         raise FistaPrunerError(f"--out {folder} is a file; name a folder")
     file = folder / "compare.json"
     if file.is_file():
-        before = parse(Comparison, read_json(file), str(file)).model.source
-        if before and before != model:
-            raise FistaPrunerError(f"--out {folder} holds a comparison of {before!r}, this one is of {model!r}: name another folder")
-    elif folder.is_dir() and any(entry.name not in ("runs", "dense.json") for entry in folder.iterdir()):
+        before = parse(Comparison, read_json(file), str(file))
+        if before.model.source and before.model.source != model:
+            raise FistaPrunerError(
+                f"--out {folder} holds a comparison of {before.model.source!r}, this one is of {model!r}: name another folder"
+            )
+        return [row for row in before.rows if (row.label, row.sparsity, row.seed) not in now]
+    if folder.is_dir() and any(entry.name not in ("runs", "dense.json") for entry in folder.iterdir()):
         raise FistaPrunerError(f"--out {folder} is a folder with other things in it; name a new folder")
+    return []
 
 
 def _measured(run: RunDirectory, recipe: Recipe, data: str, windows: int | None) -> Report | None:

@@ -1,0 +1,120 @@
+"""The comparison: how methods are named, one protocol for all, going on where it stopped."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import tiny
+from fistapruner.cli import main
+from fistapruner.errors import FistaPrunerError
+from fistapruner.pipeline import compare as module
+from fistapruner.pipeline.compare import compare, parse_contenders, run_name
+
+SETTINGS: dict[str, Any] = {"calibration": {"source": "python", "samples": 3, "seqlen": 32}}
+
+
+def test_methods_and_their_settings() -> None:
+    contenders = parse_contenders("wanda, alps@propagate=pruned,target=0.5,calibration.samples=4,wanda+refit@allocation=owl,paper")
+    assert [contender.label for contender in contenders] == [
+        "wanda",
+        "alps@propagate=pruned,target=0.5,calibration.samples=4",
+        "wanda+refit@allocation=owl",
+        "paper",
+    ]
+    assert contenders[1].settings == {"method": "alps", "propagate": "pruned", "target": 0.5, "calibration": {"samples": 4}}
+    assert contenders[2].settings == {"method": "wanda+refit", "allocation": "owl"}
+    assert contenders[3].settings["propagate"] == "dense"
+    assert "calibration" not in contenders[3].settings
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("target=0.5,alps", "begins with the setting 'target=0.5'"),
+        ("wanda,,alps", "empty name"),
+        ("wanda,wanda", "same method twice"),
+        ("wanda@target", "'target' is not a setting"),
+        ("wanda@target=", "'target=' is not a setting"),
+    ],
+)
+def test_what_cannot_be_read_is_refused(text: str, message: str) -> None:
+    with pytest.raises(FistaPrunerError, match=message):
+        parse_contenders(text)
+
+
+def test_run_names_are_plain_and_different() -> None:
+    names = {run_name(label, sparsity, 0) for label in ("wanda", "wanda@target=0", "wanda@target=1") for sparsity in ("50%", "2:4")}
+    assert len(names) == 6
+    assert all(set(name) <= set("abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789.+-_") for name in names)
+
+
+def test_one_protocol_and_going_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    source = tiny.save("llama", tmp_path / "model")
+    out = tmp_path / "out"
+    named = {"settings": SETTINGS, "windows": 3, "seeds": (0, 1)}
+    methods = "magnitude,wanda+refit@propagate=pruned,target=pruned,sparsegpt@allocation=owl"
+    real, calls = module.prune, []
+
+    def counted(*arguments: Any, **keywords: Any) -> Any:
+        calls.append(arguments[1])
+        if len(calls) == 6:
+            raise KeyboardInterrupt
+        return real(*arguments, **keywords)
+
+    monkeypatch.setattr(module, "prune", counted)
+    with pytest.raises(KeyboardInterrupt):
+        compare(str(source), methods, ["50%", "2:4"], out, **named)
+    partial = json.loads((out / "compare.json").read_text())
+    assert partial["status"] == "running"
+    before = len(calls)
+    comparison = compare(str(source), methods, ["50%", "2:4"], out, **named)
+    # Five runs of six were over when the sixth was interrupted; of the others owl cannot do 2:4.
+    assert len(calls) - before == 12 - 5
+    assert comparison.status == "finished"
+    assert len(comparison.rows) == 12
+    failed = [row for row in comparison.rows if row.error]
+    assert [(row.sparsity, row.method) for row in failed] == [("2:4", "sparsegpt")] * 2
+    good = [row for row in comparison.rows if not row.error]
+    assert comparison.dense is not None
+    for row in good:
+        assert row.perplexity is not None
+        assert row.perplexity.text_sha256 == comparison.dense.text_sha256
+        assert row.gap == pytest.approx(row.perplexity.nll - comparison.dense.nll)
+        assert row.operator_zeros is not None
+        assert row.operator_weights is not None
+        assert row.operator_zeros >= row.operator_weights // 2
+    tokens = {}
+    for folder in (out / "runs").iterdir():
+        facts = json.loads((folder / "run.json").read_text())
+        tokens.setdefault(facts["recipe"]["seed"], set()).add(facts["calibration"]["sha256"])
+        assert not (folder / "model").exists()
+        assert not list((folder / "layers").glob("*.safetensors"))
+    assert {seed: len(hashes) for seed, hashes in tokens.items()} == {0: 1, 1: 1}
+    assert tokens[0] != tokens[1]
+    table = (out / "compare.md").read_text()
+    assert table.count("\n| ") == 1 + 12
+    assert "cannot be used with 2:4" in table
+    again = compare(str(source), methods, ["50%", "2:4"], out, **named)
+    assert [row.gap for row in again.rows] == [row.gap for row in comparison.rows]
+    more = compare(str(source), "wanda", ["50%"], out, settings=SETTINGS, windows=3)
+    assert [row.label for row in more.rows] == [row.label for row in comparison.rows] + ["wanda"]
+    with pytest.raises(FistaPrunerError, match="holds a comparison of"):
+        compare("another", methods, ["50%"], out, **named)
+
+
+def test_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    source = tiny.save("llama", tmp_path / "model")
+    common = ["compare", str(source), "--calibration", "python", "--samples", "2", "--seqlen", "32", "--evaluate-windows", "2"]
+    assert main([*common, "--out", str(tmp_path / "out"), "--methods", "magnitude,wanda", "--sparsity", "50%,2:4", "--keep"]) == 0
+    printed = capsys.readouterr().out
+    assert printed.count("50.0000 %") == 4
+    assert "dense: perplexity" in printed
+    assert len(list((tmp_path / "out" / "runs").glob("*/model"))) == 4
+    assert main([*common, "--out", str(tmp_path / "out2"), "--methods", "nothing"]) == 2
+    assert "'nothing' is not known" in capsys.readouterr().err
+    assert main([*common, "--out", str(tmp_path / "out3"), "--methods", "wanda", "--seeds", "a"]) == 2
+    assert not (tmp_path / "out3").exists()

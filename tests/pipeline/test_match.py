@@ -1,0 +1,117 @@
+"""Block matching: masks stay, the layer comes closer, the same bits every time, nothing is kept that does not help."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+import tiny
+from fistapruner.models.checkpoint import Checkpoint
+from fistapruner.pipeline import match
+from fistapruner.pipeline.run import prune
+
+SETTINGS: dict[str, Any] = {"method": "wanda", "sparsity": "50%", "calibration": {"source": "python", "samples": 9, "seqlen": 24}}
+WAYS = {
+    "dense": {"propagate": "dense", "target": "dense"},
+    "pruned": {"propagate": "pruned", "target": "pruned"},
+    "mixed": {"propagate": "pruned", "target": 0.5},
+}
+
+
+def tensors(folder: Path) -> dict[str, Tensor]:
+    checkpoint = Checkpoint.open(folder)
+    return {name: checkpoint.read(name) for name in checkpoint.names()}
+
+
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("architecture", ["llama", "gpt2", "opt"])
+def test_masks_stay_and_held_out_loss_falls(tmp_path: Path, architecture: str, way: str) -> None:
+    source = tiny.save(architecture, tmp_path / "model")
+    settings = {**SETTINGS, **WAYS[way]}
+    plain = prune(str(source), tmp_path / "plain", **settings)
+    matched = prune(str(source), tmp_path / "matched", **settings, match=12)
+    records = [layer.model_extra["match"] for layer in matched.layers if layer.model_extra]
+    assert len(records) == 3
+    assert all(record["held_out_after"] <= record["held_out_before"] for record in records)
+    assert any(record["kept_step"] for record in records)
+    assert matched.totals.operator_zeros == plain.totals.operator_zeros
+    before, after = tensors(tmp_path / "plain" / "model"), tensors(tmp_path / "matched" / "model")
+    operators = {f"{layer.name}.{operator.name}.weight" for layer in plain.layers for operator in layer.operators}
+    for name in operators:
+        found = name if name in after else name.removeprefix("transformer.")
+        assert torch.equal(before[found] == 0, after[found] == 0) or way != "dense", found
+        assert int((before[found] == 0).sum()) == int((after[found] == 0).sum())
+    changed = {name for name in after if not torch.equal(before[name], after[name])}
+    assert any("norm" in name or "ln" in name for name in changed)
+    assert not any("emb" in name or "wte" in name or "wpe" in name for name in changed)
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_an_interrupted_run_ends_in_the_same_bits(tmp_path: Path, way: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    source = tiny.save("llama", tmp_path / "model", dtype=torch.bfloat16)
+    settings = {**SETTINGS, **WAYS[way], "match": 6, "allocation": "error"}
+    prune(str(source), tmp_path / "whole", **settings)
+
+    from fistapruner.pipeline import layer
+
+    done = []
+
+    def stop_at_the_third(*arguments: Any, **named: Any) -> match.Matched:
+        done.append(arguments[1])
+        if len(done) == 3:
+            raise KeyboardInterrupt
+        return match.match_layer(*arguments, **named)
+
+    with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
+        patched.setattr(layer, "match_layer", stop_at_the_third)
+        prune(str(source), tmp_path / "parts", **settings)
+    prune(str(source), tmp_path / "parts", **settings)
+    whole, parts = tensors(tmp_path / "whole" / "model"), tensors(tmp_path / "parts" / "model")
+    for name, tensor in whole.items():
+        assert torch.equal(tensor, parts[name]), name
+
+
+def test_steps_that_do_harm_are_not_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(match, "RATE", 30.0)
+    source = tiny.save("llama", tmp_path / "model")
+    plain = prune(str(source), tmp_path / "plain", **SETTINGS)
+    wild = prune(str(source), tmp_path / "wild", **SETTINGS, match=16)
+    records = [layer.model_extra["match"] for layer in wild.layers if layer.model_extra]
+    assert all(record["kept_step"] == 0 for record in records)
+    assert all(record["steps"] < 16 for record in records)
+    before, after = tensors(tmp_path / "plain" / "model"), tensors(tmp_path / "wild" / "model")
+    assert all(torch.equal(before[name], after[name]) for name in before)
+    assert [layer.relative_error for layer in plain.layers] == [layer.relative_error for layer in wild.layers]
+
+
+def test_a_single_window_is_enough(tmp_path: Path) -> None:
+    source = tiny.save("llama", tmp_path / "model")
+    settings = {**SETTINGS, "calibration": {"source": "python", "samples": 1, "seqlen": 24}, "sparsity": "2:4"}
+    report = prune(str(source), tmp_path / "run", **settings, match=4)
+    assert all(operator.density <= 0.5 for layer in report.layers for operator in layer.operators)
+
+
+def test_the_metric_is_shrunk_and_factored() -> None:
+    rows = torch.randn(3, 8)
+    metric = rows.T @ rows
+    root = match._root(metric, torch.device("cpu"))
+    assert root is not None
+    expected = (1 - match.SHRINKAGE) * metric + match.SHRINKAGE * metric.diagonal().mean() * torch.eye(8)
+    torch.testing.assert_close(root @ root.T, expected)
+    diagonal = match._root(metric.diagonal(), torch.device("cpu"))
+    assert diagonal is not None
+    torch.testing.assert_close(diagonal.square(), expected.diagonal())
+
+
+def test_windows_are_split_and_ordered() -> None:
+    held, train = match._split(32)
+    assert held == [7, 15, 23, 31]
+    assert sorted(held + train) == list(range(32))
+    assert match._split(1) == ([0], [0])
+    order = match._order(train, 56, torch.Generator().manual_seed(1))
+    assert sorted(order[:28]) == train
+    assert sorted(order[28:]) == train
