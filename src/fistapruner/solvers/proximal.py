@@ -125,7 +125,7 @@ class Proximal(Method):
                 matrix = matrix.bfloat16() if half else matrix
                 for step in range(self.steps):
                     for hard, whole, kept in parts:
-                        hard(whole, kept, correct=step == 0)
+                        hard(whole, kept, correct=step == 0 and level % 3 == 0)
                     if level and step == 0:
                         # The dual U = Z - D is in units of rho: rho grew, so it shrinks.
                         torch.lerp(sparse, z, 1.0 / growth, out=z)
