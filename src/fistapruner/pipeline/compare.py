@@ -25,12 +25,13 @@ import yaml
 from torch import Tensor
 
 from ..atomic import disk_errors, write_json_atomic, write_text_atomic
-from ..errors import FistaPrunerError
+from ..errors import FistaPrunerError, MissingExtraError
 from ..evaluation.evaluate import evaluate as run_evaluation
 from ..evaluation.results import Perplexity
 from ..recipe import Recipe, load_recipe_settings, merge, shipped_recipes
 from ..reporting.comparison import comparison_markdown
 from ..reporting.schema import CompareRow, Comparison, Report, parse, read_json
+from ..reporting.write import write_page
 from .journal import RunDirectory
 from .machine import describe_machine, now, versions
 from .run import prune
@@ -205,6 +206,10 @@ def compare(
     comparison.status = "finished"
     comparison.finished = now()
     _write(folder, comparison)
+    try:
+        listener.say(f"page: {write_page(folder)}")
+    except MissingExtraError as error:
+        listener.say(str(error))
     return comparison
 
 
