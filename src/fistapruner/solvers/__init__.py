@@ -39,10 +39,12 @@ def parse_method(value: Steps) -> tuple[Method, ...]:
     Raises:
         FistaPrunerError: an unknown name or setting, or a refinement with nothing before it.
     """
-    if isinstance(value, Method):
+    if isinstance(value, (Method, dict)):
         value = [value]
     if isinstance(value, str):
         value = value.split("+")
+    if not isinstance(value, (list, tuple)):
+        raise FistaPrunerError(f"method {value!r} is not a name, names joined by '+', or a list of names and settings")
     steps = tuple(_parse_step(step) for step in value)
     if not steps:
         raise FistaPrunerError("method is empty: name one of " + ", ".join(METHODS))
