@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import gc
 import json
+import logging
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -205,7 +206,9 @@ def _run(
     settings = {"dtype": dtype or "auto", "trust_remote_code": trust_remote_code}
     model = AutoModelForCausalLM.from_pretrained(str(folder), **settings).to(device or torch.device("cpu")).eval()
     tokenizer = load_tokenizer(folder, trust_remote_code=trust_remote_code)
-    runner = HFLM(pretrained=model, tokenizer=tokenizer, batch_size=batch_size or 16)
+    # Its warnings are about models given by name; this one is given loaded.
+    logging.getLogger("lm_eval").setLevel(logging.ERROR)
+    runner = HFLM(pretrained=model, tokenizer=tokenizer, batch_size=batch_size or (4 if model.device.type == "cpu" else 16))
     # Local tasks need no table of all the tasks that lm-eval knows, which takes seconds to read.
     named = any(isinstance(task, str) for task in specifications)
     manager = TaskManager() if named else TaskManager(include_defaults=False)
