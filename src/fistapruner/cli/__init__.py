@@ -14,6 +14,7 @@ from importlib import import_module
 
 VERBS: dict[str, str] = {
     "prune": "prune",
+    "plan": "plan",
     "resume": "resume",
     "finish": "finish",
     "compare": "compare",

@@ -8,7 +8,7 @@ import torch
 
 from ..problem import LayerProblem
 from ..recipe import Execution
-from .dispatch import dispatch
+from .dispatch import Pool, dispatch
 from .process import ProcessPool, available_cores, worker_devices
 from .serial import Listener, prune_serially
 from .work import Work, threads
@@ -51,7 +51,7 @@ def prune_layers(
         return
     if executor == "process":
         devices = worker_devices(execution.device, execution.workers, work.numerics["threads"])
-        pool = ProcessPool(work, devices[: len(todo)])
+        pool: Pool = ProcessPool(work, devices[: len(todo)])
         names = ", ".join(sorted({str(device) for device in devices}))
         listener.say(f"{pool.size} worker processes of {work.numerics['threads']} threads on {names}")
     else:

@@ -19,6 +19,7 @@ from ..reporting.model_card import model_card
 from ..reporting.schema import VERSION, LayerEntry, Report, Totals, parse
 from .journal import RunDirectory
 from .machine import now, peak_memory
+from .plan import check_plan
 from .serial import Listener
 from .work import Work
 
@@ -66,6 +67,8 @@ def finish(run: RunDirectory, work: Work, seconds: float, listener: Listener) ->
     report.totals.seconds = (report.totals.seconds or 0.0) + writing
     report.totals.time_split["write"] = writing
     report.totals.checkpoint_bytes = sum(path.stat().st_size for path in run.model.iterdir() if path.is_file())
+    disk = sum(path.stat().st_size for folder in (run.layers, run.model) for path in folder.iterdir() if path.is_file())
+    report.plan = check_plan(report.plan, report.totals, layers, disk)
     write_report(run, report)
     return report
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,7 +16,7 @@ from ..problem import LayerProblem, ProblemSums
 from ..recipe import Recipe
 from ..reporting.schema import LayerEntry, OperatorEntry
 from ..solvers import solve
-from ..solvers.base import Solution
+from ..solvers.base import Method, Solution
 from ..sparsity import Sparsity
 from .capture import Calls, Clock, run_layer
 from .hidden import HiddenStates
@@ -80,6 +80,7 @@ def prune_layer(
     inspect: Callable[[int, LayerProblem], None] | None = None,
     metric: Tensor | None = None,
     passed: Callable[[], None] = lambda: None,
+    by_operator: bool = False,
 ) -> LayerResult:
     """Prune decoder layer ``index``, group after group.
 
@@ -100,6 +101,7 @@ def prune_layer(
         inspect: receives every group's problem before it is solved (benchmarks dump them).
         metric: how block matching weighs errors of the layer's output (see :func:`~.match.match_layer`).
         passed: told when ``streams.dense_out`` is complete, long before the layer is.
+        by_operator: solve the operators of a group one after the other, which needs less memory than stacked.
 
     Raises:
         FistaPrunerError: NaN or infinity in weights or activations; names the operator.
@@ -186,7 +188,7 @@ def prune_layer(
             if inspect is not None:
                 inspect(number, problem)
             with clock.phase("solve"):
-                solution = solve(problem, [sparsity[name] for name in names], recipe.steps)
+                solution = (_solve_by_operator if by_operator else solve)(problem, [sparsity[name] for name in names], recipe.steps)
                 stored = _store(skeleton, module, group, solution)
             warnings += solution.warnings
             with clock.phase("report"):
@@ -245,6 +247,16 @@ def scratch_factory(folder: Path | None, dtype: torch.dtype) -> Callable[[str, t
         return HiddenStates(shape, dtype, None if folder is None else folder / name)
 
     return make
+
+
+def _solve_by_operator(problem: LayerProblem, sparsity: Sequence[Sparsity], steps: Sequence[Method]) -> Solution:
+    parts = [solve(operator, [pattern], list(steps)) for operator, pattern in zip(problem.operators(), sparsity, strict=True)]
+    return Solution(
+        torch.cat([part.weight for part in parts]),
+        torch.cat([part.mask for part in parts]),
+        tuple(stats for part in parts for stats in part.stats),
+        tuple(warning for part in parts for warning in part.warnings),
+    )
 
 
 def _drifts(recipe: Recipe, streams: Streams, number: int) -> bool:

@@ -8,8 +8,10 @@ import math
 import shlex
 import sys
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from ..allocation.decide import check_allocation, decide, needs_measuring
@@ -28,6 +30,8 @@ from ..sparsity import Sparsity, check_divides, parse_sparsity
 from .executors import default_threads
 from .journal import RunDirectory
 from .machine import describe_machine, now, versions
+from .plan import Plan, make_plan
+from .process import worker_devices
 from .serial import Listener
 from .work import fingerprint, open_skeleton, threads
 
@@ -95,11 +99,19 @@ def prepare(
     tokens, how = drawn or calibration_tokens(settings, tokenizer, seqlen, load_model)
     run.write_tokens(tokens)
     checkpoint = skeleton.checkpoint
-    numerics = facts.get("decided", {}).get("numerics") or {
-        "batch_size": recipe.execution.batch_size or default_batch_size(seqlen, skeleton),
-        "threads": default_threads(recipe.execution),
-        "device": skeleton.device.type,
-    }
+    before = facts.get("decided", {})
+    numerics, on_disk, rows = before.get("numerics"), before.get("on_disk"), facts.get("plan")
+    if numerics is None:
+        plan = plan_run(skeleton, layout, recipe, sparsity, tokens, run.folder)
+        for sentence in plan.says:
+            listener.say(sentence)
+        on_disk, rows = plan.choice.on_disk, [row.model_dump(mode="json") for row in plan.rows]
+        numerics = {
+            "batch_size": plan.choice.batch_size,
+            "by_operator": plan.choice.by_operator,
+            "threads": default_threads(recipe.execution),
+            "device": skeleton.device.type,
+        }
     metrics_sha256 = None
     if needs_measuring(recipe):
         listener.say("measuring how sensitive the model is to each operator" if recipe.allocation != "owl" else "counting outliers")
@@ -127,13 +139,14 @@ def prepare(
         ),
         calibration=CalibrationFacts.model_validate({**how, "samples": tokens.shape[0], "seqlen": seqlen, "tokens": tokens.numel()}),
     ).model_dump(mode="json", exclude={"layers", "totals", "evaluations", "speed", "generations", "plan"})
+    facts["plan"] = rows
     facts["decided"] = {
         "model": model,
         "folder": str(folder.absolute()),
         "allow_pickle": allow_pickle,
         "trust_remote_code": trust_remote_code,
         "numerics": numerics,
-        "on_disk": False,
+        "on_disk": on_disk,
         "sparsity": {name: str(pattern) for name, pattern in sparsity.items()},
         "metrics_sha256": metrics_sha256,
         "evaluate": evaluate,
@@ -160,6 +173,38 @@ def allocate(recipe: Recipe, layout: Layout) -> dict[str, Sparsity]:
     for name, operator in operators:
         check_divides(chosen[name], operator.columns, name)
     return chosen
+
+
+def plan_model(model: str, recipe: Recipe, out: str | Path = ".", *, allow_pickle: bool = False, trust_remote_code: bool = False) -> Plan:
+    """Predict what a run will need, without starting it; random token ids stand for the calibration text.
+
+    Args:
+        model: as for :func:`fistapruner.prune`.
+        recipe: all settings.
+        out: the run directory to be.
+        allow_pickle: read legacy ``.bin`` weights.
+        trust_remote_code: run Python code that comes with the checkpoint.
+
+    Raises:
+        FistaPrunerError: bad input, or a run that would not fit.
+    """
+    folder = resolve_model(model, allow_pickle=allow_pickle, trust_remote_code=trust_remote_code)
+    skeleton = open_skeleton(folder, recipe, allow_pickle=allow_pickle, trust_remote_code=trust_remote_code)
+    layout = discover(skeleton).select(recipe)
+    seqlen = recipe.calibration.seqlen or min(skeleton.max_length, DEFAULT_SEQLEN)
+    vocabulary = int(skeleton.config.get_text_config().vocab_size)
+    tokens = torch.randint(vocabulary, (recipe.calibration.samples, seqlen), generator=torch.Generator().manual_seed(recipe.seed))
+    return plan_run(skeleton, layout, recipe, allocate(recipe, layout), tokens, Path(out))
+
+
+def plan_run(skeleton: Skeleton, layout: Layout, recipe: Recipe, sparsity: Mapping[str, Sparsity], tokens: Tensor, out: Path) -> Plan:
+    """Plan a run with the executor, workers and threads of its recipe (see :func:`~.plan.make_plan`)."""
+    execution = recipe.execution
+    batch_size = execution.batch_size or default_batch_size(tokens.shape[1], skeleton)
+    local = execution.executor == "process" and recipe.propagate == "dense"
+    workers = len(worker_devices(execution.device, execution.workers, execution.threads)) if local else 1
+    with threads(default_threads(execution)):
+        return make_plan(skeleton, layout, recipe, sparsity, tokens, batch_size, out, workers)
 
 
 def default_batch_size(seqlen: int, skeleton: Skeleton) -> int:

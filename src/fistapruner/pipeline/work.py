@@ -29,6 +29,7 @@ from .capture import Calls, Clock, run_layer
 from .hidden import HiddenStates
 from .journal import RunDirectory
 from .layer import Progress, Streams, prune_layer, scratch_factory
+from .machine import peak_memory
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -46,7 +47,7 @@ class Work:
         sparsity: pattern of every one of them, by full name.
         tokens: (samples, seqlen) calibration tokens.
         numerics: what decides the order of sums, and with it the last bits: ``batch_size`` (windows in one forward
-            pass), ``threads`` of a worker, kind of ``device``. Part of the run.
+            pass), ``threads`` of a worker, ``by_operator``, kind of ``device``. Part of the run.
         on_disk: whether hidden states are kept in files.
         part: subfolder of ``RUN/hidden`` this process works in.
     """
@@ -157,8 +158,21 @@ class Work:
         scratch = scratch_factory(self.hidden if self.on_disk else None, self.skeleton.dtype)
         metric = self.run.metric(index) if self.recipe.match else None
         result = prune_layer(
-            self.skeleton, self.layout, index, self.recipe, self.sparsity, streams, calls, scratch, progress, inspect, metric, passed
+            self.skeleton,
+            self.layout,
+            index,
+            self.recipe,
+            self.sparsity,
+            streams,
+            calls,
+            scratch,
+            progress,
+            inspect,
+            metric,
+            passed,
+            self.numerics["by_operator"],
         )
+        result.entry.peak_memory = peak_memory()
         self.run.write_layer(self.fingerprint, result.weights, result.entry)
         return result.entry
 

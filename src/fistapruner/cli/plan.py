@@ -1,0 +1,49 @@
+"""Say what pruning a model will need, without pruning it.
+
+Memory, disk and time, predicted from the model's sizes and a short measurement; and what a run would choose to fit the
+memory. A run makes the same plan before its first layer, and its report shows prediction and measurement side by side.
+
+  fistapruner plan smollm2 --sparsity 50%
+  fistapruner plan meta-llama/Llama-3.1-8B --memory-limit 12GiB --method wanda
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+
+SUMMARY = "predict memory, disk and time of a run"
+
+
+def configure(parser: argparse.ArgumentParser) -> None:
+    from .prune import add_recipe_arguments, add_trust_arguments
+
+    parser.add_argument("model", metavar="MODEL", help="hub id, local folder, GGUF file, or smollm2")
+    parser.add_argument("--out", default=".", metavar="RUN", help="run directory, whose disk is asked for its space (default: here)")
+    parser.add_argument("--json", action="store_true", help="print machine-readable JSON")
+    add_recipe_arguments(parser)
+    add_trust_arguments(parser)
+
+
+def run(arguments: argparse.Namespace) -> int:
+    from ..pipeline.prepare import plan_model
+    from ..recipe import Recipe
+    from .prune import recipe_settings
+
+    recipe = Recipe.build(recipe_settings(arguments))
+    plan = plan_model(
+        arguments.model,
+        recipe,
+        arguments.out,
+        allow_pickle=arguments.allow_pickle,
+        trust_remote_code=arguments.trust_remote_code,
+    )
+    if arguments.json:
+        rows = [row.model_dump(mode="json", exclude={"actual"}) for row in plan.rows]
+        print(json.dumps({"rows": rows, "stages": dict(plan.stages), "says": list(plan.says)}))
+        return 0
+    for sentence in plan.says:
+        print(sentence)
+    for stage, size in sorted(plan.stages.items(), key=lambda item: -item[1]):
+        print(f"  {size / 2**30:8.2f} GiB  {stage}")
+    return 0

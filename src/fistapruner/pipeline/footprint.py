@@ -1,0 +1,83 @@
+"""How many bytes of tensors a piece of work holds at its peak, found by doing it once, small."""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from ..problem import LayerProblem
+from ..solvers import solve
+from ..solvers.base import Method
+from ..sparsity import Sparsity
+
+PROBE_INPUTS = 256
+"""Inputs of the small problem that stands for a large one: terms that do not grow with both sides fade against n^2."""
+
+WORKSPACES = {"_linalg_eigh": 2}
+"""Workspace of LAPACK's divide-and-conquer, in matrices of the operand's size: PyTorch allocates it where nobody sees it."""
+
+
+class _LiveBytes(TorchDispatchMode):
+    """Counts the bytes of storages that operations inside make, while they live."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.live = 0
+        self.peak = 0
+        self._known: dict[int, Any] = {}
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        name = func.__name__.split(".")[0]
+        extra = sum(size * args[0].nbytes for key, size in WORKSPACES.items() if key in name)
+        known = {id(leaf.untyped_storage()) for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, torch.Tensor)}
+        for leaf in tree_leaves(out):
+            if isinstance(leaf, torch.Tensor):
+                storage = leaf.untyped_storage()
+                if id(storage) not in self._known and id(storage) not in known:
+                    self._known[id(storage)] = weakref.ref(storage, self._gone(id(storage), storage.nbytes()))
+                    self.live += storage.nbytes()
+        self.peak = max(self.peak, self.live + extra)
+        return out
+
+    def _gone(self, key: int, size: int) -> Callable[[Any], None]:
+        def forget(_: Any) -> None:
+            self._known.pop(key, None)
+            self.live -= size
+
+        return forget
+
+
+def peak_bytes(work: Callable[[], object]) -> int:
+    """Peak of the bytes that ``work`` allocates in tensors on top of what was there before it."""
+    with _LiveBytes() as counter:
+        work()
+    return int(counter.peak)
+
+
+def solve_bytes(rows: Sequence[int], inputs: int, sparsity: Sequence[Sparsity], steps: Sequence[Method]) -> int:
+    """Peak bytes of solving a group of operators: weight, Gram and everything the method chain makes.
+
+    All large tensors of a solver are (m, n) or (n, n), so the peak is quadratic in the size: a small problem of the same
+    proportions is solved and its peak scaled.
+
+    Args:
+        rows: outputs of each operator.
+        inputs: n.
+        sparsity: pattern of each operator.
+        steps: the method chain.
+    """
+    small = min(inputs, PROBE_INPUTS)
+    scale = inputs / small
+    few = [max(1, round(count / scale)) for count in rows]
+    generator = torch.Generator().manual_seed(0)
+    activations = torch.randn(2 * small, small, generator=generator)
+    gram = activations.T @ activations / len(activations)
+    problem = LayerProblem(torch.randn(sum(few), small, generator=generator), gram, names=tuple(map(str, range(len(few)))), rows=tuple(few))
+    held = 4 * (gram.numel() + problem.weight.numel())
+    return int((held + peak_bytes(lambda: solve(problem, list(sparsity), list(steps)))) * scale**2)

@@ -1,0 +1,321 @@
+"""What a run will need, before it begins: memory, disk and time; and what is chosen so that it fits.
+
+Memory is a sum of things whose sizes are known (embeddings, one decoder layer, hidden states, Grams) and of two that are
+found by doing them once, small: a forward pass of one window, and the solve of each group of operators
+(:mod:`fistapruner.pipeline.footprint`). Time is measured on the first batch of calibration windows. Both predictions are
+kept and stand beside the measurements in the report.
+"""
+
+from __future__ import annotations
+
+import math
+import shutil
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import psutil
+import torch
+from torch import Tensor
+
+from ..errors import FistaPrunerError
+from ..models.layout import Group, Layout
+from ..models.skeleton import Skeleton
+from ..problem import LayerProblem
+from ..recipe import Recipe
+from ..reporting.schema import LayerEntry, PlanRow, Totals
+from ..solvers import solve
+from ..sparsity import Sparsity
+from .capture import Calls
+from .footprint import peak_bytes, solve_bytes
+from .hidden import HiddenStates
+from .layer import Streams, prune_layer, scratch_factory
+
+GIB = 2**30
+
+RESERVE = 0.9
+"""Share of the free memory that a run without --memory-limit plans with."""
+
+WORTH_A_PROBE = 2e10
+"""Multiplications of one pass of the calibration tokens through the model, below which no time is estimated: it is seconds."""
+
+MEMORY, TIME, DISK, DEVICE = "peak memory", "pruning, one worker", "disk", "peak GPU memory"
+
+
+@dataclass(frozen=True)
+class Choice:
+    """What a plan may change to make a run fit.
+
+    Args:
+        batch_size: windows in one forward pass.
+        on_disk: hidden states in files instead of memory.
+        by_operator: operators of a group are solved one after the other instead of stacked.
+    """
+
+    batch_size: int
+    on_disk: bool = False
+    by_operator: bool = False
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A plan that fits.
+
+    Args:
+        choice: what was chosen.
+        stages: bytes of main memory (of the device, for the work on a GPU) at the peak of each stage.
+        rows: the predictions, for the report.
+        says: sentences on what was chosen, and why.
+    """
+
+    choice: Choice
+    stages: Mapping[str, int]
+    rows: tuple[PlanRow, ...]
+    says: tuple[str, ...]
+
+
+def make_plan(
+    skeleton: Skeleton,
+    layout: Layout,
+    recipe: Recipe,
+    sparsity: Mapping[str, Sparsity],
+    tokens: Tensor,
+    batch_size: int,
+    out: Path,
+    workers: int = 1,
+) -> Plan:
+    """Plan a run.
+
+    Args:
+        skeleton: the model.
+        layout: operators to prune.
+        recipe: settings; ``execution.memory_limit`` is what all workers together may use.
+        sparsity: pattern of every operator, by full name.
+        tokens: (samples, seqlen) calibration tokens; only their number matters for memory.
+        batch_size: windows in one forward pass, if they fit.
+        out: the run directory, whose disk is asked for its free space.
+        workers: processes that prune layers at once.
+
+    Raises:
+        FistaPrunerError: no choice fits the memory, or the disk is too small; names the stage and the bytes.
+    """
+    limit = recipe.execution.memory_limit or int(free_memory() * RESERVE)
+    given = f"--memory-limit {limit / GIB:.2f} GiB" if recipe.execution.memory_limit else f"the {limit / GIB:.2f} GiB that are free"
+    model = _Model.measure(skeleton, layout, recipe, sparsity, tokens)
+    choices = [Choice(batch_size, on_disk=workers > 1), Choice(batch_size, on_disk=True)]
+    size = batch_size
+    while size > 1:
+        size = size // 2
+        choices.append(Choice(size, on_disk=True))
+    choices.append(Choice(1, on_disk=True, by_operator=True))
+    if recipe.execution.batch_size:
+        choices = [choice for choice in choices if choice.batch_size == batch_size] + [Choice(batch_size, on_disk=True, by_operator=True)]
+    chosen, stages = choices[-1], model.stages(choices[-1])
+    for choice in choices:
+        stages = model.stages(choice)
+        if max(stages.values()) * workers <= limit:
+            chosen = choice
+            break
+    else:
+        stage = max(stages, key=lambda name: stages[name])
+        shared = f" in each of {workers} workers" if workers > 1 else ""
+        raise FistaPrunerError(
+            f"{given} is not enough: {stage} needs {stages[stage] / GIB:.2f} GiB{shared}, even with hidden states on disk and "
+            "one window at a time; give more, shorten --seqlen, or choose a lighter --method"
+        )
+    says = []
+    if chosen != choices[0]:
+        changed = ["hidden states go to disk"] if chosen.on_disk and not choices[0].on_disk else []
+        changed += [f"{chosen.batch_size} windows at a time instead of {batch_size}"] if chosen.batch_size != batch_size else []
+        changed += ["operators are solved one by one"] if chosen.by_operator else []
+        says.append(f"to fit {given}: {', '.join(changed)}")
+    disk = model.disk(chosen, workers)
+    place = _existing(out)
+    if (free := shutil.disk_usage(place).free) < disk:
+        raise FistaPrunerError(f"{out} needs {disk / GIB:.2f} GiB of disk and {place} has {free / GIB:.2f} GiB free")
+    seconds = _measure_time(skeleton, layout, recipe, sparsity, tokens, chosen)
+    cuda = skeleton.device.type == "cuda"
+    rows = [
+        PlanRow(quantity=DEVICE if cuda else MEMORY, unit="bytes", planned=max(stages.values())),
+        PlanRow(quantity=DISK, unit="bytes", planned=disk),
+    ]
+    if seconds is not None:
+        rows.append(PlanRow(quantity=TIME, unit="seconds", planned=seconds))
+    worst = max(stages, key=lambda name: stages[name])
+    duration = "" if seconds is None else f", about {seconds / workers / 60:.1f} min"
+    says.append(f"plan: {max(stages.values()) / GIB:.2f} GiB of memory at its peak ({worst}), {disk / GIB:.2f} GiB of disk{duration}")
+    return Plan(chosen, stages, tuple(rows), tuple(says))
+
+
+def check_plan(rows: list[PlanRow], totals: Totals, layers: list[LayerEntry], disk: int) -> list[PlanRow]:
+    """Put what was measured beside what was planned."""
+    peaks = [layer.peak_memory for layer in layers if layer.peak_memory] + [totals.peak_memory or 0]
+    measured = {
+        MEMORY: float(max(peaks)),
+        DEVICE: None if totals.peak_device_memory is None else float(totals.peak_device_memory),
+        DISK: float(disk),
+        TIME: sum(sum(layer.seconds.values()) for layer in layers),
+    }
+    return [row.model_copy(update={"actual": measured.get(row.quantity)}) for row in rows]
+
+
+def free_memory() -> int:
+    """Bytes this process can still get: of the machine, or of its control group where that is less."""
+    free = psutil.virtual_memory().available
+    try:
+        limit = Path("/sys/fs/cgroup/memory.max").read_text().strip()
+        used = int(Path("/sys/fs/cgroup/memory.current").read_text())
+        if limit != "max":
+            free = min(free, int(limit) - used)
+    except (OSError, ValueError):
+        pass  # no control group (v2) here
+    return max(free, 0) + psutil.Process().memory_info().rss
+
+
+@dataclass(frozen=True)
+class _Model:
+    """The sizes, in bytes, that memory is made of."""
+
+    base: int
+    ends: int
+    largest: int
+    checkpoint: int
+    pruned: int
+    layer: int
+    window: int
+    forward: int
+    groups: tuple[tuple[str, int, int, int, int], ...]
+    """Of each distinct group: names, Gram, stacked weight in fp32, solve stacked, solve of its largest operator alone."""
+
+    float_input: int
+    kept: int
+    samples: int
+    streams: int
+    cuda: bool
+
+    @classmethod
+    def measure(cls, skeleton: Skeleton, layout: Layout, recipe: Recipe, sparsity: Mapping[str, Sparsity], tokens: Tensor) -> _Model:
+        samples, seqlen = tokens.shape
+        checkpoint = skeleton.checkpoint
+        itemsize = skeleton.dtype.itemsize
+        in_layers = [{skeleton.source(name) for name in skeleton.layer_parameters(index)} for index in range(len(skeleton))]
+        outside = set(checkpoint.names()).difference(*in_layers)
+
+        def size(names: set[str]) -> int:
+            return sum(math.prod(checkpoint.entry(name).shape) for name in names) * itemsize
+
+        with skeleton.ends(head=False), skeleton.layer(0):
+            one = tokens[:1]
+            hidden, calls = skeleton.embed(one)
+            with torch.no_grad():
+                forward = peak_bytes(lambda: skeleton.run(0, hidden, calls[0]))
+        index = max(range(len(skeleton)), key=lambda index: size(in_layers[index]))
+        groups = layout.layers[index]
+        rows = tuple(_group_bytes(group, [sparsity[layout.full_name(index, operator)] for operator in group], recipe) for group in groups)
+        drifting = groups[1:] if recipe.propagate == "dense" else groups
+        keeps = recipe.target > 0 and (recipe.error_correction or recipe.propagate == "pruned")
+        return cls(
+            base=psutil.Process().memory_info().rss if skeleton.device.type == "cpu" else 0,
+            ends=size(outside),
+            largest=max(checkpoint.entry(name).nbytes for name in checkpoint.names()),
+            checkpoint=checkpoint.nbytes,
+            pruned=sum(operator.rows * operator.columns for _, operator in layout.operators()) * itemsize,
+            layer=size(in_layers[index]),
+            window=seqlen * skeleton.width * itemsize,
+            forward=forward,
+            groups=rows,
+            float_input=4 * seqlen * max(operator.columns for group in groups for operator in group) if groups else 0,
+            kept=sum(seqlen * group[0].columns * itemsize for group in drifting) if keeps else 0,
+            samples=samples,
+            streams=(2 if recipe.propagate == "dense" else 4 if recipe.target > 0 else 2) + bool(recipe.match and recipe.target == 0),
+            cuda=skeleton.device.type == "cuda",
+        )
+
+    def stages(self, choice: Choice) -> dict[str, int]:
+        """Bytes at the peak of every stage of a run."""
+        in_memory = 0 if choice.on_disk or self.cuda else self.samples
+        states = self.streams * self.window * in_memory
+        batch = min(choice.batch_size, self.samples)
+        passing = batch * (self.forward + 2 * self.window)
+        found = {
+            "the embeddings": self.base + self.ends + self.largest,
+            "the first hidden states": self.base + self.ends + self.window * in_memory + batch * 2 * self.window,
+            "writing the checkpoint": self.base + 2 * self.largest,
+        }
+        for names, gram, weight, stacked, alone in self.groups:
+            loaded = self.base + self.layer + states + self.kept * in_memory
+            drifts = self.kept > 0
+            sums = 2 * gram + 2 * weight if drifts else gram + weight
+            gather = passing + sums + batch * self.float_input * (3 if drifts else 1)
+            found[f"a pass up to {names}"] = loaded + gather
+            found[f"solving {names}"] = loaded + (weight + gram + alone if choice.by_operator else stacked) + (weight if drifts else 0)
+        return found
+
+    def disk(self, choice: Choice, workers: int) -> int:
+        """Bytes that the run directory takes at its largest."""
+        states = (self.streams + workers - 1) * self.window + self.kept * workers if choice.on_disk else 0
+        return self.checkpoint + self.pruned + states * self.samples
+
+
+def _group_bytes(group: Group, patterns: list[Sparsity], recipe: Recipe) -> tuple[str, int, int, int, int]:
+    n = group[0].columns
+    rows = [operator.rows for operator in group]
+    stacked = solve_bytes(rows, n, patterns, recipe.steps)
+    largest = max(range(len(rows)), key=lambda number: rows[number])
+    alone = stacked if len(rows) == 1 else solve_bytes([rows[largest]], n, [patterns[largest]], recipe.steps)
+    names = "+".join(operator.name.rpartition(".")[2] for operator in group)
+    return names, 4 * n * n, 4 * sum(rows) * n, stacked, alone
+
+
+def _measure_time(
+    skeleton: Skeleton, layout: Layout, recipe: Recipe, sparsity: Mapping[str, Sparsity], tokens: Tensor, choice: Choice
+) -> float | None:
+    """Seconds to prune all layers, from the first batch of windows in layer 0; None where that is not worth measuring.
+
+    Passes are measured as they are, with magnitude pruning instead of the method. The method is timed on the first rows of
+    each group's problem, twice as many the second time, so that what does not grow with the rows is told from what does.
+    """
+    index = next(index for index, groups in enumerate(layout.layers) if groups)
+    weights = sum(operator.rows * operator.columns for group in layout.layers[index] for operator in group)
+    if weights * len(layout.layers) * tokens.numel() < WORTH_A_PROBE:
+        return None
+    batch = tokens[: choice.batch_size]
+    solving = 0.0
+
+    def time_solve(number: int, problem: LayerProblem) -> None:
+        nonlocal solving
+        pattern = sparsity[problem.names[0]]
+        few = max(32, problem.shape[0] // 16)
+        if 2 * few >= problem.shape[0]:
+            solving += _seconds(problem, [sparsity[name] for name in problem.names], recipe)
+            return
+        once, twice = (_seconds(problem.slice(0, count), [pattern], recipe) for count in (few, 2 * few))
+        solving += once + max(twice - once, 0.0) * (problem.shape[0] - few) / few
+
+    with skeleton.ends(head=False):
+        calls = Calls.of(skeleton, len(batch), tokens.shape[1], len(batch))
+        states = HiddenStates((len(batch), tokens.shape[1], skeleton.width), skeleton.dtype)
+        states.write(0, skeleton.embed(batch)[0])
+    onward = HiddenStates((len(batch), tokens.shape[1], skeleton.width), skeleton.dtype)
+    streams = Streams(states, None, onward, None)
+    cheap = recipe.model_copy(update={"method": Recipe.build({"method": "magnitude"}).steps, "match": 0, "propagate": "dense"})
+    scratch = scratch_factory(None, skeleton.dtype)
+    result = prune_layer(skeleton, layout, index, cheap, sparsity, streams, calls, scratch, inspect=time_solve)
+    seconds = result.entry.seconds
+    passing = (seconds.get("capture", 0.0) + seconds.get("gram", 0.0)) * len(tokens) / len(batch)
+    fixed = sum(value for phase, value in seconds.items() if phase not in ("capture", "gram"))
+    return (passing + fixed + solving) * len(layout.layers)
+
+
+def _seconds(problem: LayerProblem, patterns: list[Sparsity], recipe: Recipe) -> float:
+    begin = time.perf_counter()
+    solve(problem, patterns, recipe.steps)
+    return time.perf_counter() - begin
+
+
+def _existing(path: Path) -> Path:
+    path = path.absolute()
+    while not path.is_dir():
+        path = path.parent
+    return path

@@ -1,0 +1,169 @@
+"""Who works on which layer changes no bit: serial, several processes, Ray, parts on several machines, dying workers."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import tiny
+from fistapruner.errors import FistaPrunerError
+from fistapruner.pipeline.dispatch import Event, dispatch
+from fistapruner.pipeline.journal import RunDirectory
+from fistapruner.pipeline.process import ProcessPool, worker_devices
+from fistapruner.pipeline.run import finish_run, prune, resume
+from fistapruner.pipeline.serial import Listener
+from fistapruner.pipeline.work import Work
+
+SETTINGS: dict[str, Any] = {"method": "sparsegpt", "calibration": {"source": "python", "samples": 6, "seqlen": 24}}
+LAYERS = 5
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tiny.save("llama", tmp_path_factory.mktemp("executors") / "model", num_hidden_layers=LAYERS)
+
+
+@pytest.fixture(scope="module")
+def expected(model: Path) -> bytes:
+    """The checkpoint of a serial run on one thread."""
+    out = model.with_name("serial")
+    prune(str(model), out, **SETTINGS, execution={"threads": 1})
+    return weights(out)
+
+
+def weights(out: Path) -> bytes:
+    return (out / "model" / "model.safetensors").read_bytes()
+
+
+def test_two_processes(model: Path, expected: bytes, tmp_path: Path) -> None:
+    seen: list[int] = []
+
+    class Seen(Listener):
+        def layer(self, entry: Any) -> None:
+            seen.append(entry.index)
+
+    prune(str(model), tmp_path / "run", **SETTINGS, execution={"executor": "process", "workers": 2, "threads": 1}, listener=Seen())
+    assert sorted(seen) == list(range(LAYERS))
+    assert weights(tmp_path / "run") == expected
+
+
+class Deadly(ProcessPool):
+    """Kills its workers: at the first events of their kind that are named."""
+
+    def __init__(self, *arguments: Any, kill_at: list[str]) -> None:
+        self.kill_at = kill_at
+        super().__init__(*arguments)
+
+    def wait(self) -> list[tuple[int, Event]]:
+        events = super().wait()
+        for worker, event in events:
+            if event["event"] in self.kill_at:
+                self.kill_at.remove(event["event"])
+                os.kill(self._processes[worker].pid, signal.SIGKILL)
+        return events
+
+
+def test_workers_that_die_are_replaced(model: Path, expected: bytes, tmp_path: Path) -> None:
+    """One dies after it passed the hidden states on, one in the middle of a layer; then the run is resumed and finished."""
+    out = tmp_path / "run"
+    prune(str(model), out, **SETTINGS, execution={"threads": 1}, only_layers=(1, 1))
+    work = Work.open(out)
+    work.hidden.mkdir(parents=True, exist_ok=True)
+    pool = Deadly(work, worker_devices("cpu", 2, 1), kill_at=["passed", "operators"])
+    try:
+        dispatch(work, {0, 2, 3}, pool, Listener())
+    finally:
+        pool.close()
+    assert pool.kill_at == []
+    resume(out)
+    assert weights(out) == expected
+
+
+def test_layer_that_kills_every_worker_stops_the_run(model: Path, expected: bytes, tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    prune(str(model), out, **SETTINGS, execution={"threads": 1}, only_layers=(0, 3))
+    work = Work.open(out)
+    work.hidden.mkdir(parents=True, exist_ok=True)
+    pool = Deadly(work, worker_devices("cpu", 1, 1), kill_at=["operators"] * 3)
+    try:
+        with pytest.raises(FistaPrunerError, match="layer 4: its worker died 3 times"):
+            dispatch(work, {4}, pool, Listener())
+    finally:
+        pool.close()
+    with pytest.raises(FistaPrunerError, match="decoder layers 4 are not pruned"):
+        finish_run(out)
+
+
+def test_parts_are_joined(model: Path, expected: bytes, tmp_path: Path) -> None:
+    """Two processes at once, each with a part of the layers, then finish."""
+    out = tmp_path / "run"
+    command = [sys.executable, "-m", "fistapruner", "prune", str(model), "--out", str(out), "--method", "sparsegpt", "--threads", "1"]
+    command += ["--calibration", "python", "--samples", "6", "--seqlen", "24", "--evaluate", "none", "--quiet"]
+    parts = [subprocess.Popen([*command, "--only-layers", part], stdout=subprocess.PIPE, text=True) for part in ("0-1", "2-4")]
+    assert [part.wait() for part in parts] == [0, 0]
+    assert f"fistapruner finish {out}" in parts[0].communicate()[0] + parts[1].communicate()[0]
+    finish_run(out)
+    assert weights(out) == expected
+    assert not RunDirectory(out).model.with_suffix(".partial").exists()
+
+
+def test_pruned_propagation_is_sequential(model: Path, tmp_path: Path) -> None:
+    said: list[str] = []
+
+    class Says(Listener):
+        def say(self, message: str) -> None:
+            said.append(message)
+
+    settings = {**SETTINGS, "propagate": "pruned"}
+    prune(str(model), tmp_path / "serial", **settings, execution={"threads": 1})
+    with pytest.raises(FistaPrunerError, match="needs the layers before it pruned first, and 0 is not"):
+        prune(str(model), tmp_path / "run", **settings, execution={"threads": 1}, only_layers=(2, 3))
+    prune(str(model), tmp_path / "run", **settings, execution={"threads": 1, "executor": "process"}, listener=Says())
+    assert any("no two to run at once" in message for message in said)
+    assert weights(tmp_path / "run") == weights(tmp_path / "serial")
+
+
+@pytest.mark.slow
+def test_ray_worker_and_head_killed(model: Path, expected: bytes, tmp_path: Path) -> None:
+    """A Ray worker dies: the run ends well. The whole cluster dies: the run stops, and resumes without it."""
+    pytest.importorskip("ray", reason="the extra ray is not installed")
+    out = tmp_path / "run"
+    command = [sys.executable, "-m", "fistapruner", "prune", str(model), "--out", str(out), "--method", "sparsegpt", "--threads", "1"]
+    command += ["--calibration", "python", "--samples", "6", "--seqlen", "24", "--evaluate", "none", "--executor", "ray", "--workers", "2"]
+    import psutil
+
+    def descendants(name: str) -> list[psutil.Process]:
+        found = []
+        for child in psutil.Process(process.pid).children(recursive=True):
+            try:
+                if name in " ".join(child.cmdline()):
+                    found.append(child)
+            except psutil.Error:
+                continue
+        return found
+
+    with subprocess.Popen(command) as process:
+        while not list((out / "layers").glob("*.json")) and process.poll() is None:
+            time.sleep(0.01)
+        for worker in descendants("ray::Actor")[:1]:
+            worker.kill()
+        assert process.wait() == 0
+    assert weights(out) == expected
+
+    out = tmp_path / "headless"
+    command[command.index(str(tmp_path / "run"))] = str(out)
+    with subprocess.Popen(command) as process:
+        while not list((out / "layers").glob("*.json")) and process.poll() is None:
+            time.sleep(0.01)
+        for part in descendants("gcs_server") + descendants("raylet"):
+            part.kill()
+        process.wait()
+    prune(str(model), out, **SETTINGS, execution={"threads": 1})
+    assert weights(out) == expected
