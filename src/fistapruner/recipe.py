@@ -111,7 +111,8 @@ class Recipe(Settings):
             pruned (FISTAPruner's intra-layer error correction). False prunes all operators on dense inputs.
         targets: operators to prune, by name or ``re:`` pattern; default is every linear operator of the decoder layers.
         ignore: operators to leave dense, by name or ``re:`` pattern.
-        allocation: how the sparsity is spread: ``uniform``, ``owl``, ``error``, or a mapping of patterns to sparsities.
+        allocation: how the sparsity is spread: ``uniform``, ``owl``, ``error``, ``auto`` (``error``, or ``uniform`` for n:m
+            patterns, which know nothing else), or a mapping of patterns to sparsities.
         match: steps of block matching after each decoder layer; 0 is none.
         calibration: calibration data.
         dtype: precision of the forward passes; ``auto`` is the checkpoint's own (fp32 for fp16 on a CPU).
@@ -126,7 +127,7 @@ class Recipe(Settings):
     error_correction: bool = True
     targets: tuple[str, ...] = ()
     ignore: tuple[str, ...] = ()
-    allocation: Literal["uniform", "owl", "error"] | dict[str, SparsitySetting] = "uniform"
+    allocation: Literal["uniform", "owl", "error", "auto"] | dict[str, SparsitySetting] = "uniform"
     match: int = Field(0, ge=0)
     calibration: Calibration = Calibration()
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"

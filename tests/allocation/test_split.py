@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fistapruner import Recipe
-from fistapruner.allocation.decide import check_allocation
+from fistapruner.allocation.decide import check_allocation, measured_by, needs_measuring
 from fistapruner.allocation.error import POINTS, bounds, row_error_curves, sparsity_grid, split_budget
 from fistapruner.allocation.owl import REACH, outlier_share, owl_allocation
 from fistapruner.errors import FistaPrunerError
@@ -109,3 +109,11 @@ def test_a_sparsity_is_written_so_that_it_reads_back_to_the_same_zeros(pair: tup
     pattern = Unstructured(zeros / size)
     assert parse_sparsity(str(pattern)) == pattern
     assert pattern.zeros(1, size) == zeros
+
+
+@pytest.mark.parametrize(("sparsity", "measured"), [("50%", "error"), ("2:4", None)])
+def test_auto_measures_only_where_a_pattern_leaves_a_choice(sparsity: str, measured: str | None) -> None:
+    recipe = Recipe.build({"allocation": "auto", "sparsity": sparsity})
+    check_allocation(recipe)
+    assert measured_by(recipe) == measured
+    assert needs_measuring(recipe) == (measured is not None)

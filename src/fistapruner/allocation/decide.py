@@ -52,9 +52,16 @@ class Decision:
     metrics: list[Tensor] | None
 
 
+def measured_by(recipe: Recipe) -> str | None:
+    """``owl`` or ``error`` where the allocation has to look at the model, else None."""
+    if recipe.allocation == "auto":
+        return None if isinstance(recipe.pattern, NM) else "error"
+    return recipe.allocation if recipe.allocation in ("owl", "error") else None
+
+
 def needs_measuring(recipe: Recipe) -> bool:
     """Whether :func:`decide` has to look at the model."""
-    return recipe.allocation in ("owl", "error") or recipe.match > 0
+    return measured_by(recipe) is not None or recipe.match > 0
 
 
 def decide(recipe: Recipe, layout: Layout, skeleton: Skeleton, tokens: Tensor, tick: Callable[[int], None] = lambda done: None) -> Decision:
@@ -73,6 +80,7 @@ def decide(recipe: Recipe, layout: Layout, skeleton: Skeleton, tokens: Tensor, t
     check_allocation(recipe)
     if not needs_measuring(recipe):
         return Decision(None, None)
+    allocation = measured_by(recipe)
     tokens = tokens[:WINDOWS]
     fraction = recipe.pattern.fraction
     sizes = {name: operator.rows * operator.columns for name, operator in layout.operators()}
@@ -83,7 +91,7 @@ def decide(recipe: Recipe, layout: Layout, skeleton: Skeleton, tokens: Tensor, t
 
     def look(index: int, number: int, sums: ProblemSums) -> None:
         group = layout.layers[index][number]
-        if recipe.allocation == "error":
+        if allocation == "error":
             names = [layout.full_name(index, operator) for operator in group]
             problem = sums.problem(names, [operator.rows for operator in group], 0.0)
             errors.update(zip(names, row_error_curves(problem, grid), strict=True))
@@ -94,17 +102,17 @@ def decide(recipe: Recipe, layout: Layout, skeleton: Skeleton, tokens: Tensor, t
 
     sparsity: dict[str, Sparsity] | None = None
     metrics: list[Tensor] | None = None
-    grams = look if recipe.allocation in ("owl", "error") else None
-    if recipe.match or recipe.allocation == "error":
+    grams = look if allocation else None
+    if recipe.match or allocation == "error":
         sensitivity = measure_sensitivity(skeleton, layout, tokens, seed=recipe.seed, grams=grams, tick=tick)
-        if recipe.allocation == "error":
+        if allocation == "error":
             costs = {name: torch.mv(errors[name], sensitivity.rows[name]) / 2 for name in sizes}
             sparsity = dict(split_budget(costs, sizes, fraction))
         if recipe.match:
             metrics = [metric if len(metric) <= WIDE else metric.diagonal().contiguous() for metric in sensitivity.outputs]
     elif grams is not None:
         gather_grams(skeleton, layout, tokens, grams, tick)
-    if recipe.allocation == "owl":
+    if allocation == "owl":
         members = {
             index: {name: sizes[name] for group in layout.layers[index] for name in (layout.full_name(index, op) for op in group)}
             for index in shares

@@ -48,7 +48,9 @@ def configure(parser: argparse.ArgumentParser) -> None:
 def add_recipe_arguments(parser: argparse.ArgumentParser, *, single: bool = True) -> None:
     """Arguments that are settings of the recipe; ``single`` adds those that ``compare`` has in the plural."""
     group = parser.add_argument_group("recipe (over --recipe)")
-    group.add_argument("--recipe", metavar="NAME|FILE", help="a shipped recipe (paper) or a YAML file")
+    source = group.add_mutually_exclusive_group()
+    source.add_argument("--recipe", metavar="NAME|FILE", help="a shipped recipe (paper, fast, best) or a YAML file")
+    source.add_argument("--quality", choices=("fast", "default", "best"), help="how much time to spend: one of three shipped recipes")
     if single:
         group.add_argument("--sparsity", help="50%%, 0.5, 2:4, 4:8, ... (default: 50%%)")
         group.add_argument("--method", help="a method or a chain such as wanda+refit; see 'fistapruner methods'")
@@ -62,7 +64,9 @@ def add_recipe_arguments(parser: argparse.ArgumentParser, *, single: bool = True
     group.add_argument("--target", help="output to reproduce: dense, pruned, or a share of the dense one such as 0.5")
     group.add_argument("--targets", action="append", metavar="NAME|re:...", help="operators to prune (repeatable; default: all)")
     group.add_argument("--ignore", action="append", metavar="NAME|re:...", help="operators to leave dense (repeatable)")
-    group.add_argument("--allocation", help="uniform, owl, error, or a YAML mapping of patterns to sparsities")
+    group.add_argument(
+        "--allocation", help="uniform, owl, error, auto (error; uniform for n:m), or a YAML mapping"
+    )
     group.add_argument("--match", type=int, metavar="STEPS", help="steps of block matching after each decoder layer")
     group.add_argument("--dtype", choices=("auto", "float32", "bfloat16", "float16"), help="precision of the forward passes")
     work = parser.add_argument_group("execution")
@@ -97,9 +101,10 @@ def recipe_settings(arguments: argparse.Namespace) -> dict[str, Any]:
     """
     from ..recipe import load_recipe_settings, merge, parse_yaml
 
-    base = load_recipe_settings(arguments.recipe) if arguments.recipe else {}
+    name = arguments.recipe or arguments.quality
+    base = load_recipe_settings(name) if name else {}
     allocation = arguments.allocation
-    if allocation and allocation not in ("uniform", "owl", "error"):
+    if allocation and allocation not in ("uniform", "owl", "error", "auto"):
         allocation = parse_yaml(allocation, "--allocation")
     target = arguments.target
     if target is not None and target not in ("dense", "pruned"):
