@@ -5,10 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 
 import torch
-from tiny import build, tokenizer
 from torch import nn
 
 from fistapruner.sparsity import parse_sparsity, project_mask
+from tiny import build, tokenizer
 
 
 def prune_linears(model, sparsity: str) -> None:
@@ -21,7 +21,9 @@ def prune_linears(model, sparsity: str) -> None:
             module.weight.data *= project_mask(module.weight.data.abs().float().T, parse_sparsity(sparsity)).T
 
 
-def save_pruned(folder: Path, architecture: str = "llama", *, sparsity: str = "50%", dtype=torch.bfloat16, shard: str = "50GB", **changes) -> Path:
+def save_pruned(
+    folder: Path, architecture: str = "llama", *, sparsity: str = "50%", dtype=torch.bfloat16, shard: str = "50GB", **changes
+) -> Path:
     """A tiny pruned model with its tokenizer; some of its zeros are negative."""
     model = build(architecture, **changes).to(dtype)
     prune_linears(model, sparsity)

@@ -8,11 +8,11 @@ import sys
 import pytest
 import torch
 from pruned import save_pruned
-from tiny import ARCHITECTURES, VOCABULARY
 from transformers import AutoModelForCausalLM
 
 import fistapruner
 from fistapruner import FistaPrunerError, SparseLinear
+from tiny import ARCHITECTURES, VOCABULARY
 
 IDS = torch.randint(3, VOCABULARY, (2, 24), generator=torch.Generator().manual_seed(0))
 

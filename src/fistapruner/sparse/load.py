@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import FistaPrunerError
+from ..models.skeleton import _renamed
 from .linear import SparseLinear
 from .pack import PackedCheckpoint
 from .packed import PackedOperator, pack_operator
@@ -58,8 +59,10 @@ def _build(source: PackedCheckpoint, config: Any, dtype: torch.dtype, packed: bo
         model = AutoModelForCausalLM.from_config(config, dtype=dtype)
     prefix = model.base_model_prefix + "."
     known = set(model.state_dict())
+    today = {old: new for new, old in _renamed(model, [*source.dense_names(), *source.specs]).items()}
 
     def place(name: str) -> str:
+        name = today.get(name, name)
         return next((way for way in (name, prefix + name, name.removeprefix(prefix)) if way in known), name)
 
     rest: dict[str, Tensor] = {place(name): _cast(source.checkpoint.read(name), dtype) for name in source.dense_names()}

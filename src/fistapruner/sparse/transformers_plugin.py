@@ -93,11 +93,13 @@ def register() -> bool:
                 if tuple(module._parameters[leaf].shape) != self.source.specs[name].shape:
                     shape = tuple(module._parameters[leaf].shape)
                     raise FistaPrunerError(f"{name} is {self.source.specs[name].shape} in the packed folder, the config asks for {shape}")
-                del module._parameters[leaf]
+                module._is_hf_initialized = True  # its weight comes later, so nothing is to be drawn at random
             parts = [re.escape(f"{name}.") + "(values|mask|offsets|index|scales)$" for name in self.source.specs]
             # transformers wants a set, or a list in some releases; both take the union with a set of patterns.
             ignored = set(getattr(model, "_keys_to_ignore_on_load_unexpected", None) or ())
             model._keys_to_ignore_on_load_unexpected = ignored | set(parts)
+            weights = {re.escape(f"{parent}.{leaf}") + "$" for parent, leaf in self.places.values()}
+            model._keys_to_ignore_on_load_missing = set(getattr(model, "_keys_to_ignore_on_load_missing", None) or ()) | weights
 
         def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> Any:
             device = next((parameter.device for parameter in model.parameters()), torch.device("cpu"))
