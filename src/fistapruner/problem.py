@@ -249,16 +249,22 @@ class ProblemSums:
                 self._energy += moved.double().square().sum(0)
             self._cross.addmm_(moved.T, x)
 
-    def problem(self, names: Sequence[str], rows: Sequence[int], target: float) -> LayerProblem:
+    def problem(self, names: Sequence[str], rows: Sequence[int], target: float, *, release: bool = False) -> LayerProblem:
         """The layer problem of all tokens added so far (means over tokens).
+
+        Args:
+            names: operator names, one for each block of rows.
+            rows: rows of each operator.
+            target: share of the dense model's output in the target.
+            release: nothing will be added or asked any more: the Gram's memory becomes the problem's, so that a large one
+                is never in memory twice.
 
         Raises:
             FistaPrunerError: no tokens were added, or something is NaN or infinite.
         """
         if not self.tokens:
             raise FistaPrunerError(f"{'+'.join(names)}: no calibration tokens reached this operator")
-        gram = self.gram / self.tokens
-        gram = (gram + gram.T) / 2
+        gram = _symmetric_mean(self.gram if release else self.gram.clone(), self.tokens)
         drift = drift_energy = energy = None
         if self._cross is not None:
             if self._moved is not None:
@@ -282,6 +288,19 @@ class ProblemSums:
         )
         problem.check_finite()
         return problem
+
+
+def _symmetric_mean(gram: Tensor, tokens: int) -> Tensor:
+    """``(G + G^T) / 2 tokens`` in the memory of ``gram`` (n, n), block by block."""
+    gram.div_(tokens)
+    starts = range(0, gram.shape[0], 1024)
+    for row in starts:
+        for column in starts[row // 1024 :]:
+            upper, lower = gram[row : row + 1024, column : column + 1024], gram[column : column + 1024, row : row + 1024]
+            mean = (upper + lower.T) / 2
+            upper.copy_(mean)
+            lower.copy_(mean.T)
+    return gram
 
 
 def _row_dot(a: Tensor, b: Tensor) -> Tensor:

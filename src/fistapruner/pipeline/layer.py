@@ -184,7 +184,7 @@ def prune_layer(
                 kept.pop(number).close()
             names = [layout.full_name(index, operator) for operator in group]
             with clock.phase("gram"):
-                problem = sums.pop(number).problem(names, [operator.rows for operator in group], recipe.target)
+                problem = sums.pop(number).problem(names, [operator.rows for operator in group], recipe.target, release=True)
             if inspect is not None:
                 inspect(number, problem)
             with clock.phase("solve"):

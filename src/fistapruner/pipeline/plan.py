@@ -102,7 +102,7 @@ def make_plan(
     """
     limit = recipe.execution.memory_limit or int(free_memory() * RESERVE)
     given = f"--memory-limit {limit / GIB:.2f} GiB" if recipe.execution.memory_limit else f"the {limit / GIB:.2f} GiB that are free"
-    model = _Model.measure(skeleton, layout, recipe, sparsity, tokens)
+    model = Sizes.measure(skeleton, layout, recipe, sparsity, tokens)
     choices = [Choice(batch_size, on_disk=workers > 1), Choice(batch_size, on_disk=True)]
     size = batch_size
     while size > 1:
@@ -174,8 +174,8 @@ def free_memory() -> int:
 
 
 @dataclass(frozen=True)
-class _Model:
-    """The sizes, in bytes, that memory is made of."""
+class Sizes:
+    """The sizes, in bytes, that the memory of a run is made of: see :meth:`measure`."""
 
     base: int
     ends: int
@@ -195,7 +195,8 @@ class _Model:
     cuda: bool
 
     @classmethod
-    def measure(cls, skeleton: Skeleton, layout: Layout, recipe: Recipe, sparsity: Mapping[str, Sparsity], tokens: Tensor) -> _Model:
+    def measure(cls, skeleton: Skeleton, layout: Layout, recipe: Recipe, sparsity: Mapping[str, Sparsity], tokens: Tensor) -> Sizes:
+        """From the checkpoint's headers, one window through one decoder layer, and a small solve of each group."""
         samples, seqlen = tokens.shape
         checkpoint = skeleton.checkpoint
         itemsize = skeleton.dtype.itemsize
@@ -233,7 +234,7 @@ class _Model:
         )
 
     def stages(self, choice: Choice) -> dict[str, int]:
-        """Bytes at the peak of every stage of a run."""
+        """Bytes at the peak of every stage of a run, by what the stage is called in messages."""
         in_memory = 0 if choice.on_disk or self.cuda else self.samples
         states = self.streams * self.window * in_memory
         batch = min(choice.batch_size, self.samples)
