@@ -1,0 +1,171 @@
+"""How does the memory of a run grow with the model? Prunes checkpoints of random weights and real shapes.
+
+    python benchmarks/memory.py depth            # 6, 24 and 48 layers of one width: the same peak
+    python benchmarks/memory.py large            # a 7B-shaped checkpoint under a memory limit far below its size
+    python benchmarks/memory.py paper            # LLaMA-70B shapes, by the plan's own calculation
+
+Each run is a process of its own; its peak is the resident set's high-water mark that the kernel kept (VmHWM).
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import struct
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import torch
+
+GIB = 2**30
+SHAPES: dict[str, dict[str, Any]] = {
+    "small": {"hidden_size": 512, "intermediate_size": 1376, "num_attention_heads": 8, "vocab_size": 8192},
+    "7b": {"hidden_size": 4096, "intermediate_size": 11008, "num_attention_heads": 32, "vocab_size": 32000},
+    "70b": {
+        "hidden_size": 8192,
+        "intermediate_size": 28672,
+        "num_attention_heads": 64,
+        "num_key_value_heads": 8,
+        "vocab_size": 32000,
+    },
+}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("what", choices=("depth", "large", "paper"))
+    parser.add_argument("--layers", type=int, default=12, help="decoder layers of the large checkpoint (default: %(default)s)")
+    parser.add_argument("--limit", default="3GiB", help="its memory limit (default: %(default)s)")
+    parser.add_argument("--samples", type=int, default=8)
+    parser.add_argument("--seqlen", type=int, default=256)
+    parser.add_argument("--method", default="wanda")
+    parser.add_argument("--folder", type=Path, help="where checkpoints and runs are put (default: a temporary folder)")
+    arguments = parser.parse_args()
+    with tempfile.TemporaryDirectory(dir=arguments.folder) as folder:
+        if arguments.what == "depth":
+            depth(Path(folder), arguments)
+        elif arguments.what == "large":
+            large(Path(folder), arguments)
+        else:
+            paper(Path(folder), arguments)
+
+
+def depth(folder: Path, arguments: argparse.Namespace) -> None:
+    """Peaks of three depths."""
+    peaks = {}
+    for layers in (6, 24, 48):
+        model = write_checkpoint(folder / f"model-{layers}", "small", layers)
+        report = prune(model, folder / f"run-{layers}", arguments)
+        peaks[layers] = report["totals"]["peak_memory"]
+        print(f"{layers:3d} layers, checkpoint {size_of(model) / GIB:.3f} GiB: {describe(report)}", flush=True)
+    spread = max(peaks.values()) / min(peaks.values()) - 1
+    print(f"largest peak over smallest: +{100 * spread:.2f} %")
+
+
+def large(folder: Path, arguments: argparse.Namespace) -> None:
+    """A checkpoint that does not fit the limit."""
+    model = write_checkpoint(folder / "model", "7b", arguments.layers)
+    report = prune(model, folder / "run", arguments, "--memory-limit", arguments.limit)
+    print(f"7B shapes, {arguments.layers} layers, checkpoint {size_of(model) / GIB:.2f} GiB, limit {arguments.limit}: {describe(report)}")
+    print(
+        f"time {report['totals']['seconds']:.0f} s, zeros {report['totals']['operator_zeros'] / report['totals']['operator_weights']:.4%}"
+    )
+
+
+def paper(folder: Path, arguments: argparse.Namespace) -> None:
+    """Peak of LLaMA-70B shapes as a run would plan it. The checkpoint is a file of holes: sizes without bytes."""
+    from fistapruner import Recipe
+    from fistapruner.models.checkpoint import Checkpoint
+    from fistapruner.models.layout import discover
+    from fistapruner.models.skeleton import Skeleton
+    from fistapruner.pipeline.plan import Choice, Sizes
+    from fistapruner.sparsity import parse_sparsity
+
+    model = write_checkpoint(folder / "model", "70b", 80, holes=True)
+    skeleton = Skeleton(Checkpoint.open(model), torch.device("cpu"))
+    layout = discover(skeleton)
+    recipe = Recipe.build({"method": arguments.method})
+    sparsity = {name: parse_sparsity("50%") for name, _ in layout.operators()}
+    sizes = Sizes.measure(skeleton, layout, recipe, sparsity, torch.zeros(arguments.samples, arguments.seqlen, dtype=torch.long))
+    print(
+        f"LLaMA-70B shapes, checkpoint {size_of(model) / GIB:.0f} GiB, {arguments.method}, {arguments.samples} x {arguments.seqlen} tokens"
+    )
+    for choice in (Choice(1, on_disk=True), Choice(1, on_disk=True, by_operator=True)):
+        stages = sizes.stages(choice)
+        worst = max(stages, key=lambda name: stages[name])
+        print(f"{choice}: peak {stages[worst] / GIB:.1f} GiB, {worst}; {sizes.disk(choice, 1) / GIB:.0f} GiB of disk")
+
+
+def write_checkpoint(folder: Path, shape: str, layers: int, *, holes: bool = False) -> Path:
+    """A Llama checkpoint of random bf16 weights, written tensor by tensor; with ``holes``, of zeros that take no disk."""
+    from accelerate import init_empty_weights
+    from transformers import AutoModelForCausalLM, LlamaConfig
+
+    from fistapruner.models.safetensors_file import SafetensorsWriter, TensorEntry
+
+    folder.mkdir(parents=True)
+    settings = {**SHAPES[shape], "num_hidden_layers": layers, "bos_token_id": 1, "eos_token_id": 2, "torch_dtype": "bfloat16"}
+    config = LlamaConfig(**settings)
+    config.architectures = ["LlamaForCausalLM"]
+    config.save_pretrained(folder)
+    with init_empty_weights():
+        names = {name: tuple(tensor.shape) for name, tensor in AutoModelForCausalLM.from_config(config).state_dict().items()}
+    entries = [TensorEntry.of(name, torch.bfloat16, sizes) for name, sizes in names.items()]
+    generator = torch.Generator().manual_seed(0)
+    if holes:
+        write_holes(folder / "model.safetensors", entries)
+        return folder
+    with SafetensorsWriter(folder / "model.safetensors", entries, {"format": "pt"}) as writer:
+        for name, sizes in names.items():
+            tensor = torch.ones(sizes) if len(sizes) == 1 else torch.randn(sizes, generator=generator) * sizes[-1] ** -0.5
+            writer.write(name, tensor.to(torch.bfloat16))
+    write_tokenizer(folder)
+    return folder
+
+
+def write_holes(path: Path, entries: list[Any]) -> None:
+    """A safetensors file whose data is one hole."""
+    header, end = {}, 0
+    for entry in entries:
+        header[entry.name] = {"dtype": "BF16", "shape": list(entry.shape), "data_offsets": [end, end + entry.nbytes]}
+        end += entry.nbytes
+    text = json.dumps(header).encode()
+    path.write_bytes(struct.pack("<Q", len(text)) + text)
+    os.truncate(path, 8 + len(text) + end)
+
+
+def write_tokenizer(folder: Path) -> None:
+    """A tokenizer of single bytes: the text does not matter here."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    vocabulary = {"<unk>": 0, "<s>": 1, "</s>": 2} | {symbol: 3 + i for i, symbol in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))}
+    core = Tokenizer(models.BPE(vocab=vocabulary, merges=[], unk_token="<unk>"))
+    core.pre_tokenizer, core.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
+    PreTrainedTokenizerFast(tokenizer_object=core, bos_token="<s>", eos_token="</s>", unk_token="<unk>").save_pretrained(folder)
+
+
+def prune(model: Path, out: Path, arguments: argparse.Namespace, *more: str) -> dict[str, Any]:
+    """Run the command line in a process of its own; its report."""
+    command = [sys.executable, "-m", "fistapruner", "prune", str(model), "--out", str(out), "--calibration", "python", "--device", "cpu"]
+    command += ["--method", arguments.method, "--samples", str(arguments.samples), "--seqlen", str(arguments.seqlen), "--evaluate", "none"]
+    subprocess.run([*command, *more], check=True, stdout=subprocess.DEVNULL, env={**os.environ, "HF_HUB_OFFLINE": "1"})
+    report: dict[str, Any] = json.loads((out / "report.json").read_text())
+    return report
+
+
+def describe(report: dict[str, Any]) -> str:
+    planned = next(row["planned"] for row in report["plan"] if row["quantity"] == "peak memory")
+    return f"peak {report['totals']['peak_memory'] / GIB:.3f} GiB (planned {planned / GIB:.3f})"
+
+
+def size_of(folder: Path) -> int:
+    return sum(path.stat().st_size for path in folder.iterdir())
+
+
+if __name__ == "__main__":
+    main()
