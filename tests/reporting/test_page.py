@@ -15,7 +15,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 
 import samples
 
-from fistapruner.reporting.compare_page import comparison_page, points
+from fistapruner.reporting.compare_page import Point, comparison_page, points, short_labels
 from fistapruner.reporting.drawing import HEAT_LEVELS
 from fistapruner.reporting.page import run_page
 from fistapruner.reporting.schema import Comparison, Report, parse
@@ -140,6 +140,12 @@ def test_seeds_are_gathered() -> None:
     assert "out of memory" in text
     assert "At 50%, alps has the smallest gap (0.605)" in text
     assert "</html>" in comparison_page(Comparison())
+
+
+def test_labels_in_figures_are_short_and_different() -> None:
+    methods = ("wanda@propagate=pruned", "alps", "alps@propagate=pruned,target=pruned")
+    found = [Point(method, "50%", 1, 0.5, 0.0, 10.0) for method in methods]
+    assert list(short_labels(found).values()) == ["wanda", "alps (1)", "alps (2)"]
 
 
 def test_write_page_chooses_by_what_is_there(tmp_path: Path) -> None:

@@ -76,6 +76,16 @@ def points(rows: Sequence[CompareRow]) -> list[Point]:
     return made
 
 
+def short_labels(found: Sequence[Point]) -> dict[str, str]:
+    """Labels that fit into figures: without the settings after ``@``, numbered where that makes two methods alike."""
+    methods = list(dict.fromkeys(point.method for point in found))
+    bases = [method.partition("@")[0] for method in methods]
+    return {
+        method: base if bases.count(base) == 1 else f"{base} ({bases[:place].count(base) + 1})"
+        for place, (method, base) in enumerate(zip(methods, bases, strict=True))
+    }
+
+
 def patterns(found: Sequence[Point]) -> list[str]:
     """Sparsities that occur, in order of first appearance."""
     return list(dict.fromkeys(point.sparsity for point in found))
@@ -101,6 +111,7 @@ def quality_against_sparsity(found: Sequence[Point]) -> Drawing | None:
     if not found:
         return None
     places = {pattern: index for index, pattern in enumerate(order)}
+    short = short_labels(found)
 
     def plot(figure: Any, width: int) -> None:
         axes = figure.subplots()
@@ -108,7 +119,7 @@ def quality_against_sparsity(found: Sequence[Point]) -> Drawing | None:
             color = SERIES[index % len(SERIES)]
             for nm in (False, True):
                 mine = sorted((p for p in found if p.method == method and _is_nm(p.sparsity) is nm), key=lambda p: places[p.sparsity])
-                label = method if not nm or not any(p.method == method and not _is_nm(p.sparsity) for p in found) else None
+                label = short[method] if not nm or not any(p.method == method and not _is_nm(p.sparsity) for p in found) else None
                 axes.errorbar(
                     [places[p.sparsity] for p in mine],
                     [p.gap for p in mine],
@@ -147,6 +158,7 @@ def quality_against_time(found: Sequence[Point], pattern: str) -> Drawing | None
     """Gap of every method at one sparsity against the time of its whole run."""
     methods = list(dict.fromkeys(point.method for point in found))
     here = [point for point in found if point.sparsity == pattern and point.seconds]
+    short = short_labels(found)
     if not here:
         return None
 
@@ -159,7 +171,7 @@ def quality_against_time(found: Sequence[Point], pattern: str) -> Drawing | None
             )
             shift, side = ((0, 8), "bottom") if order % 2 == 0 else ((0, -8), "top")  # neighbours' labels on opposite sides
             axes.annotate(
-                point.method, (point.seconds, point.gap), xytext=shift, textcoords="offset points", ha="center", va=side, color=INK
+                short[point.method], (point.seconds, point.gap), xytext=shift, textcoords="offset points", ha="center", va=side, color=INK
             )
         axes.set_xscale("log")
         axes.margins(x=0.2, y=0.2)
@@ -185,7 +197,9 @@ def _overview(found: Sequence[Point]) -> str:
     best = {pattern: min(point.gap for point in found if point.sparsity == pattern) for pattern in columns}
     cells = {(p.method, p.sparsity): with_error(p.gap, p.spread or None, 3) + (" ★" if p.gap == best[p.sparsity] else "") for p in found}
     methods = list(dict.fromkeys(point.method for point in found))
-    rows = [(method, *(cells.get((method, pattern), "–") for pattern in columns)) for method in methods]
+    short = short_labels(found)
+    names = {method: method if short[method] in (method, method.partition("@")[0]) else f"{short[method]}: {method}" for method in methods}
+    rows = [(names[method], *(cells.get((method, pattern), "–") for pattern in columns)) for method in methods]
     if not rows:
         return ""
     made = table(("method", *columns), rows, "Gap by method and sparsity", numeric=range(1, len(columns) + 1))

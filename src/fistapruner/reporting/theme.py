@@ -120,6 +120,7 @@ table{border-collapse:collapse;width:100%;font-size:.93rem}
 caption{text-align:left;color:var(--muted);font-size:.88rem;padding-bottom:6px}
 th,td{text-align:left;padding:7px 14px 7px 0;border-bottom:1px solid var(--line);vertical-align:top}
 th{font-weight:600}
+tbody th{overflow-wrap:anywhere;min-width:6em}
 thead th{color:var(--muted);font-size:.85rem;white-space:nowrap}
 td.n,th.n{text-align:right;white-space:nowrap;padding-left:8px}
 tbody tr:last-child > *{border-bottom:0}
