@@ -1,0 +1,70 @@
+"""Damaged recipes and layer journals: a clean error or a valid recipe; a layer that is trusted only when it is whole."""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from hypothesis import given
+from hypothesis import strategies as st
+from mutations import damaged, damaged_json, fuzz
+
+from fistapruner import FistaPrunerError, Recipe
+from fistapruner.pipeline.journal import RunDirectory
+from fistapruner.recipe import shipped_recipes
+from fistapruner.reporting.schema import LayerEntry
+
+WHOLE = Recipe.build({"method": "wanda+refit", "ignore": ["re:down"], "allocation": {"re:mlp": "60%"}})
+TEXTS = [WHOLE.to_yaml(), *shipped_recipes().values()]
+CHARACTERS = st.sampled_from("{}[]:,&*!|>-?#%@`'\"\n\t \x00é0a")
+
+
+@fuzz
+@given(
+    st.sampled_from(TEXTS).flatmap(lambda text: damaged(text.encode()))
+    | damaged_json(WHOLE.model_dump(mode="json")).map(lambda value: yaml.safe_dump(value).encode())
+    | st.lists(CHARACTERS, max_size=40).map(lambda parts: "".join(parts).encode())
+)
+def test_damaged_recipe(data: bytes) -> None:
+    text = data.decode("utf-8", "replace")
+    try:
+        recipe = Recipe.from_yaml(text, "recipe x")
+    except FistaPrunerError as error:
+        assert str(error).startswith("recipe x")  # noqa: PT017
+        return
+    assert Recipe.from_yaml(recipe.to_yaml()) == recipe
+
+
+ENTRY = LayerEntry(index=0, name="model.layers.0", operators=[])
+WEIGHTS = {"a.weight": torch.arange(6.0).view(2, 3)}
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> tuple[RunDirectory, bytes, bytes, LayerEntry]:
+    logging.getLogger("fistapruner").setLevel(logging.ERROR)
+    run = RunDirectory(tmp_path_factory.mktemp("run"))
+    run.create()
+    run.write_layer("recipe", WEIGHTS, ENTRY)
+    tensors, record = run.layer_files(0)
+    entry = run.finished(0, "recipe")
+    assert entry is not None
+    return run, tensors.read_bytes(), record.read_bytes(), entry
+
+
+@fuzz
+@given(st.data())
+def test_damaged_layer_is_never_trusted(run: tuple[RunDirectory, bytes, bytes, LayerEntry], data: st.DataObject) -> None:
+    directory, tensors, record, whole = run
+    which = data.draw(st.sampled_from(["tensors", "record"]))
+    paths: tuple[Path, Path] = directory.layer_files(0)
+    paths[0].write_bytes(data.draw(damaged(tensors)) if which == "tensors" else tensors)
+    paths[1].write_bytes(data.draw(damaged(record)) if which == "record" else record)
+    entry = directory.finished(0, "recipe")
+    if entry is not None:
+        assert entry == whole
+        assert torch.equal(directory.weights(0).read("a.weight"), WEIGHTS["a.weight"])
+    if paths[0].read_bytes() == tensors and paths[1].read_bytes() == record:
+        assert entry == whole
