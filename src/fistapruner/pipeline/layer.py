@@ -166,6 +166,7 @@ def prune_layer(
             needed = dense_output if streams.dense_out is not None or groups else None
             run_layer(skeleton, index, streams.dense, calls, clock, groups=watched, watch=watch_dense, output=needed)
             passed()
+        passed_after = sum(clock.seconds.values())
 
         # Group after group, each on what the pruned operators before it leave.
         weights: dict[str, Tensor] = {}
@@ -233,6 +234,7 @@ def prune_layer(
             operators=operators,
             device=str(skeleton.device),
             warnings=warnings,
+            passed_after=passed_after,
             **({} if matched is None else {"match": matched}),
         )
         return LayerResult(weights, entry)

@@ -129,6 +129,7 @@ class LayerEntry(Record):
         relative_error: of the layer's output hidden states against the dense layer's, as a share of the energy of what
             the dense layer adds to its input, or whatever ``relative_error_of`` says.
         operators: in execution order.
+        passed_after: seconds until the dense hidden states were ready for the next layer.
         finished: ISO time; ``device``: that solved it; ``peak_memory``: bytes while it ran.
         warnings: sentences.
     """
@@ -139,6 +140,7 @@ class LayerEntry(Record):
     relative_error: float | None = None
     relative_error_of: str | None = None
     operators: list[OperatorEntry] = []
+    passed_after: float | None = None
     finished: str | None = None
     device: str | None = None
     peak_memory: int | None = None
