@@ -48,11 +48,9 @@ def main() -> None:
             first = results[arguments.executors[0]]
             this = results[name]
             same = "same bytes" if this["weights"] == first["weights"] else "OTHER BYTES"
-            print(
-                f"{name:8s} layers {this['seconds']:7.1f} s  speed-up {first['seconds'] / this['seconds']:.2f}  start {this['start']:5.1f} s  "
-                f"peak {max(size for _, size in this['memory']) / 2**30:.2f} GiB  {same}",
-                flush=True,
-            )
+            gain, peak = first["seconds"] / this["seconds"], max(size for _, size in this["memory"]) / 2**30
+            times = f"layers {this['seconds']:7.1f} s  speed-up {gain:.2f}  start {this['start']:5.1f} s"
+            print(f"{name:8s} {times}  peak {peak:.2f} GiB  {same}", flush=True)
     serial = results[arguments.executors[0]]
     predict(serial["layers"], serial["hidden_bytes"] / (arguments.bandwidth * 1e9))
     if arguments.plot:
