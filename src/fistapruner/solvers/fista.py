@@ -11,6 +11,7 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
+from ..numerics import fast_products
 from ..problem import LayerProblem
 from ..sparsity import Sparsity
 from .base import Method, Solution, Stats, project_operators
@@ -45,6 +46,7 @@ class Fista(Method):
         penalty_start: first lambda, in units of ``max |B|`` (``relative`` only).
         penalty_interval: bounds of the bisection, in units of ``max |B|`` (``relative`` only).
         penalty_width: stops when the interval's ends agree to this factor minus one (``relative`` only).
+        fast: low-precision matrix units inside the iterations; errors and certificates are always fp32.
     """
 
     name: ClassVar[str] = "fista"
@@ -60,6 +62,7 @@ class Fista(Method):
     penalty_start: float = Field(1e-5, gt=0.0, lt=1.0)
     penalty_interval: tuple[float, float] = (1e-7, 1.0)
     penalty_width: float = Field(0.01, gt=0.0)
+    fast: bool = True
 
     def solve(self, problem: LayerProblem, sparsity: Sequence[Sparsity], start: Solution | None = None) -> Solution:
         start = start or self._warm_start(problem, sparsity)
@@ -78,7 +81,7 @@ class Fista(Method):
                 problem.weight.device
             )
             begin = torch.cat([inputs[i] for i in active])
-            relaxed, steps = fista(stack, begin, penalties, lipschitz, self.iterations, self.tolerance)
+            relaxed, steps = fista(stack, begin, penalties, lipschitz, self.iterations, self.tolerance, fast=self.fast)
             certificates = certificate(stack, relaxed, penalties, lipschitz)
             mask = project_operators(relaxed.abs(), stack.rows, [sparsity[i] for i in active])
             rounded = relaxed * mask
@@ -180,7 +183,14 @@ def _stack(problem: LayerProblem, operators: Sequence[LayerProblem], active: Seq
 
 
 def fista(
-    problem: LayerProblem, start: Tensor, penalty: Tensor, lipschitz: Tensor, iterations: int, tolerance: float = 0.0
+    problem: LayerProblem,
+    start: Tensor,
+    penalty: Tensor,
+    lipschitz: Tensor,
+    iterations: int,
+    tolerance: float = 0.0,
+    *,
+    fast: bool = False,
 ) -> tuple[Tensor, list[int]]:
     """FISTA (Beck & Teboulle 2009) on ``f(V)/2 + sum_i penalty_i ||V_i||_1``, all operators at once.
 
@@ -192,6 +202,7 @@ def fista(
         iterations: most steps.
         tolerance: an operator rests once ``||V_k - V_{k-1}||_F`` is below it. Decided on the device, so that no step
             waits for the host; the host looks every fifth step whether all of them rest.
+        fast: low-precision matrix units for the products.
 
     Returns:
         The last iterate (m, n) and the steps that each operator took.
@@ -203,16 +214,23 @@ def fista(
     current = point = start
     momentum = 1.0
     shrink = penalty / lipschitz
+    # point - gradient / L in one product: point + (point - W) (-H / L) + pull / L.
+    step_gram = problem.gram / -lipschitz
+    constant = None if problem.pull is None else problem.pull / lipschitz
     for step in range(1, iterations + 1):
-        z = point - problem.gradient(point) / lipschitz
-        following = z - z.clamp(-shrink, shrink)
+        with fast_products(fast):
+            z = torch.addmm(point, point - problem.weight, step_gram)
+        if constant is not None:
+            z += constant
+        following = z.sub_(z.clamp(-shrink, shrink))
         taken += moving
         change = following - current
-        size = torch.zeros(len(rows), dtype=start.dtype, device=start.device).index_add_(0, owner, change.square().sum(1)).sqrt()
+        size = torch.stack([torch.linalg.vector_norm(part) for part in change.split(problem.rows)])
         if start.device.type != "cpu" or not bool(moving.all()):
             following = torch.where(moving[owner, None], following, current)
+            change = following - current
         advance = (1 + math.sqrt(1 + 4 * momentum**2)) / 2
-        point = following + (momentum - 1) / advance * (following - current)
+        point = torch.add(following, change, alpha=(momentum - 1) / advance)
         momentum, current = advance, following
         moving = moving & (size >= tolerance)
         if tolerance and step % 5 == 0 and not bool(moving.any()):
