@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import sys
 import time
 
 import torch
@@ -57,6 +58,7 @@ def main() -> None:
         sums = score_windows(skeleton, windows.tokens, passes)
         times["bare"].append(middle - begin)
         times["evaluation"].append(time.perf_counter() - middle)
+        print(f"bare {times['bare'][-1]:.2f} s, evaluation {times['evaluation'][-1]:.2f} s", file=sys.stderr, flush=True)
     text = perplexity_of(
         sums.nll,
         sums.length,
