@@ -1,0 +1,135 @@
+"""The plan before a run: what it predicts, what it changes to fit, when it refuses."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import tiny
+from fistapruner import Recipe
+from fistapruner.cli import main
+from fistapruner.errors import FistaPrunerError
+from fistapruner.models.checkpoint import Checkpoint
+from fistapruner.models.layout import Layout, discover
+from fistapruner.models.skeleton import Skeleton
+from fistapruner.pipeline import plan
+from fistapruner.pipeline.footprint import peak_bytes, solve_bytes
+from fistapruner.pipeline.plan import Choice, Sizes, make_plan
+from fistapruner.pipeline.prepare import allocate
+from fistapruner.pipeline.run import prune
+from fistapruner.problem import LayerProblem
+from fistapruner.solvers import parse_method, solve
+from fistapruner.sparsity import parse_sparsity
+
+Model = tuple[Skeleton, Layout, torch.Tensor]
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Model:
+    folder = tiny.save("llama", tmp_path_factory.mktemp("plan") / "model")
+    skeleton = Skeleton(Checkpoint.open(folder), torch.device("cpu"))
+    return skeleton, discover(skeleton), torch.zeros(64, 32, dtype=torch.long)
+
+
+def sizes(model: Model, **settings: Any) -> Sizes:
+    recipe = Recipe.build({"method": "wanda", **settings})
+    return Sizes.measure(model[0], model[1], recipe, allocate(recipe, model[1]), model[2])
+
+
+def test_bytes_of_a_computation_are_counted_while_they_live() -> None:
+    def work() -> None:
+        first = torch.zeros(1000)
+        del first
+        second = torch.zeros(500)
+        third = second.view(5, 100) + 1
+        del second, third
+
+    assert peak_bytes(work) == 4000
+
+
+@pytest.mark.parametrize("method", ["wanda", "sparsegpt", "alps", "fista"])
+@pytest.mark.parametrize("rows", [(512,), (100, 60)])
+def test_small_solve_predicts_a_large_one(method: str, rows: Sequence[int]) -> None:
+    """From a problem of 256 inputs to one of 512: never much too little, never far too much."""
+    n = 512
+    sparsity, steps = [parse_sparsity("50%")] * len(rows), parse_method(method)
+    activations = torch.randn(2 * n, n)
+    weight = torch.randn(sum(rows), n)
+    problem = LayerProblem(weight, activations.T @ activations / n, names=tuple(map(str, rows)), rows=tuple(rows))
+    measured = 4 * (weight.numel() + n * n) + peak_bytes(lambda: solve(problem, sparsity, steps))
+    assert 0.9 * measured < solve_bytes(rows, n, sparsity, steps) < 1.7 * measured
+
+
+def test_choices_only_save_memory(model: Model) -> None:
+    measured = sizes(model)
+    peaks = [
+        max(measured.stages(choice).values())
+        for choice in (Choice(16), Choice(16, on_disk=True), Choice(1, on_disk=True), Choice(1, on_disk=True, by_operator=True))
+    ]
+    assert peaks == sorted(peaks, reverse=True)
+
+
+def test_more_calibration_tokens_need_no_more_memory_on_disk(model: Model) -> None:
+    measured = sizes(model)
+    more = replace(measured, samples=100 * measured.samples)
+    assert measured.stages(Choice(16, on_disk=True)) == more.stages(Choice(16, on_disk=True))
+    assert max(more.stages(Choice(16)).values()) > max(measured.stages(Choice(16)).values())
+    assert more.disk(Choice(16, on_disk=True), 1) > measured.disk(Choice(16, on_disk=True), 1)
+
+
+def test_hidden_states_go_to_disk_before_batches_shrink(model: Model, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Limits between the peaks of the choices pick the first choice that fits."""
+    monkeypatch.setattr(plan.psutil.Process, "memory_info", lambda _: type("Memory", (), {"rss": 0}))
+    measured = sizes(model)
+    limits = {choice: max(measured.stages(choice).values()) for choice in (Choice(16), Choice(16, on_disk=True), Choice(8, on_disk=True))}
+    for choice, limit in limits.items():
+        recipe = Recipe.build({"method": "wanda", "execution": {"memory_limit": limit}})
+        made = make_plan(*model[:2], recipe, allocate(recipe, model[1]), model[2], 16, tmp_path)
+        assert made.choice == choice
+    recipe = Recipe.build({"method": "wanda", "execution": {"memory_limit": limits[Choice(16)]}})
+    two = make_plan(*model[:2], recipe, allocate(recipe, model[1]), model[2], 16, tmp_path, workers=2)
+    assert two.choice.on_disk
+
+
+def test_impossible_limit_is_refused(model: Model, tmp_path: Path) -> None:
+    recipe = Recipe.build({"method": "wanda", "execution": {"memory_limit": "1MiB"}})
+    with pytest.raises(FistaPrunerError, match=r"--memory-limit 0\.00 GiB is not enough: .* needs .* GiB"):
+        make_plan(*model[:2], recipe, allocate(recipe, model[1]), model[2], 16, tmp_path)
+
+
+def test_operators_solved_one_by_one(model: Model, tmp_path: Path) -> None:
+    """The choice is recorded and carried out; for a method that treats rows alone it changes nothing."""
+    folder = str(model[0].checkpoint.folder)
+    settings: dict[str, Any] = {
+        "method": "wanda",
+        "calibration": {"source": "python", "samples": 4, "seqlen": 24},
+        "execution": {"threads": 1},
+    }
+    prune(folder, tmp_path / "stacked", **settings)
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr("fistapruner.pipeline.plan.Choice", lambda size, **_: Choice(size, on_disk=True, by_operator=True))
+        report = prune(folder, tmp_path / "alone", **settings)
+    facts = json.loads((tmp_path / "alone" / "run.json").read_text())
+    assert facts["decided"]["numerics"]["by_operator"]
+    assert facts["decided"]["on_disk"]
+    stacked, alone = ((tmp_path / out / "model" / "model.safetensors").read_bytes() for out in ("stacked", "alone"))
+    assert stacked == alone
+    rows = {row.quantity: row for row in report.plan}
+    assert all(row.planned and row.actual for row in rows.values())
+    assert rows["peak memory"].planned == pytest.approx(rows["peak memory"].actual, rel=0.5)
+
+
+def test_plan_on_the_command_line(model: Model, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    """With a time estimate, which tiny models are otherwise not worth."""
+    monkeypatch.setattr(plan, "WORTH_A_PROBE", 0)
+    command = ["plan", str(model[0].checkpoint.folder), "--samples", "4", "--seqlen", "32", "--method", "sparsegpt", "--json"]
+    assert main(command) == 0
+    said = json.loads(capsys.readouterr().out)
+    assert {row["quantity"] for row in said["rows"]} == {"peak memory", "disk", "pruning, one worker"}
+    assert all(row["planned"] > 0 for row in said["rows"])
