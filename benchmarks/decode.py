@@ -182,9 +182,8 @@ def run_operators(arguments: argparse.Namespace) -> list[dict[str, Any]]:
                 found = rounds(calls, arguments.seconds)
             best = min(found["bfloat16"], found["float32"])
             results.append({"rows": rows, "columns": columns, "zeros": zeros, **found})
-            print(
-                f"{rows}x{columns} {zeros:.0%} zeros: dense {1e6 * best:.0f} us, packed x{best / found['packed']:.2f}, int8 x{best / found['packed int8']:.2f}"
-            )
+            ratios = f"packed x{best / found['packed']:.2f}, int8 x{best / found['packed int8']:.2f}"
+            print(f"{rows}x{columns} {zeros:.0%} zeros: dense {1e6 * best:.0f} us, {ratios}", flush=True)
     if arguments.plot:
         plot(results, arguments.plot)
     return results
