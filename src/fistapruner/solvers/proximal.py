@@ -177,10 +177,13 @@ def resolvents(gram: Tensor, fast: bool) -> Callable[[float], Tensor]:
     values, vectors = torch.linalg.eigh(gram)
     values = values.clamp_min(0.0)
 
+    half = fast and has_bf16_units(gram.device)
+
     def resolvent(rho: float) -> Tensor:
-        with fast_products(fast):
-            product: Tensor = (vectors * (rho / (values + rho))) @ vectors.T
-            return product
+        root = vectors * (rho / (values + rho)).sqrt()
+        root = root.bfloat16() if half else root
+        product: Tensor = root @ root.T
+        return product.float()
 
     return resolvent
 
