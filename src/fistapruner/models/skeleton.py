@@ -195,9 +195,7 @@ class Skeleton:
         with torch.no_grad():
             self._returns_tuple = isinstance(self.layers[0](*args, **kwargs), tuple)
 
-    def _forward(
-        self, tokens: Tensor, instead: Callable[[int, tuple[Any, ...], dict[str, Any]], Any], *, gradients: bool = False
-    ) -> Any:
+    def _forward(self, tokens: Tensor, instead: Callable[[int, tuple[Any, ...], dict[str, Any]], Any], *, gradients: bool = False) -> Any:
         """The model's own forward pass with every decoder layer's forward replaced."""
 
         def replacement(index: int) -> Callable[..., Any]:
@@ -294,8 +292,11 @@ def _build(checkpoint: Checkpoint, trust_remote_code: bool) -> Any:
     folder = checkpoint.folder
     try:
         config = AutoConfig.from_pretrained(str(folder), trust_remote_code=trust_remote_code)
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except Exception as error:  # an untrusted config can make every check of every architecture fail in its own way
         raise FistaPrunerError(f"{folder}: config.json is not understood: {' '.join(str(error).split())[:300]}") from None
+    layers = getattr(config.get_text_config(), "num_hidden_layers", 0)
+    if isinstance(layers, int) and layers > len(checkpoint.names()):
+        raise FistaPrunerError(f"{folder}: config.json asks for {layers} decoder layers and there are {len(checkpoint.names())} tensors")
     if getattr(config, "is_encoder_decoder", False):
         raise FistaPrunerError(f"{folder}: {config.model_type} is an encoder-decoder; only decoder-only language models are pruned")
     if getattr(config, "quantization_config", None):
@@ -303,10 +304,9 @@ def _build(checkpoint: Checkpoint, trust_remote_code: bool) -> Any:
     try:
         with no_init_weights(), init_empty_weights(include_buffers=False):
             return AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
-    except (ValueError, TypeError, ImportError) as error:
-        raise FistaPrunerError(
-            f"{folder}: {config.model_type} is not a causal language model: {str(error).splitlines()[0][:200]}"
-        ) from None
+    except Exception as error:  # again: sizes that are zero, negative or do not divide, names that are not known
+        reason = " ".join(str(error).split())[:200] or type(error).__name__
+        raise FistaPrunerError(f"{folder}: no {config.model_type} causal language model can be built from config.json: {reason}") from None
 
 
 def _renamed(model: Any, stored: list[str]) -> dict[str, str]:

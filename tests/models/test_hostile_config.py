@@ -1,0 +1,39 @@
+"""A config.json that does not describe the checkpoint, or nothing at all: one line that names it, before any work."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import tiny
+from fistapruner import FistaPrunerError
+from fistapruner.models.checkpoint import Checkpoint
+from fistapruner.models.skeleton import Skeleton
+
+CHANGES: dict[str, dict[str, Any]] = {
+    "unknown architecture": {"model_type": "nonsense"},
+    "no heads": {"num_attention_heads": 0},
+    "negative width": {"hidden_size": -32},
+    "text for a number": {"hidden_size": "x"},
+    "other width": {"hidden_size": 64},
+    "unknown activation": {"hidden_act": "nonsense"},
+    "more layers than stored": {"num_hidden_layers": 5},
+    "absurd layers": {"num_hidden_layers": 2**40},
+    "other vocabulary": {"vocab_size": 64},
+    "quantised": {"quantization_config": {"quant_method": "gptq", "bits": 4}},
+}
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_wrong_config_is_refused_by_name(tmp_path: Path, change: str) -> None:
+    tiny.build("llama").save_pretrained(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps(config | CHANGES[change]))
+    with pytest.raises(FistaPrunerError) as caught:
+        Skeleton(Checkpoint.open(tmp_path), torch.device("cpu"))
+    assert str(tmp_path) in str(caught.value)
+    assert "\n" not in str(caught.value)
