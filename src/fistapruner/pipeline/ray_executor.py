@@ -19,6 +19,10 @@ from .dispatch import Event, Job
 from .work import Work
 
 
+ENDS = ("done", "failed", "broken", "lost")
+"""Events after which a job says nothing more."""
+
+
 class RayPool:
     """A pool of Ray actors (see :class:`~fistapruner.pipeline.dispatch.Pool`).
 
@@ -77,12 +81,12 @@ class RayPool:
         for stream in ready:
             worker = self._streams[stream]
             try:
-                events.append((worker, self._ray.get(next(stream))))
-            except StopIteration:
+                event: Event = self._ray.get(next(stream))
+            except (RayError, StopIteration) as error:
+                event = {"event": "lost", "message": " ".join(str(error).split())[:200]}
+            if event["event"] in ENDS:
                 del self._streams[stream]
-            except RayError as error:
-                del self._streams[stream]
-                events.append((worker, {"event": "lost", "message": " ".join(str(error).split())[:200]}))
+            events.append((worker, event))
         return events
 
     def revive(self, worker: int) -> None:
@@ -124,5 +128,5 @@ class Actor:
         while True:
             event = told.get()
             yield event
-            if event["event"] in ("done", "failed", "broken"):
+            if event["event"] in ENDS:
                 return

@@ -137,7 +137,9 @@ def finish_run(out: str | Path, *, listener: Listener | None = None) -> Report:
     if decided is None:
         raise FistaPrunerError(f"{out} is not a run that was begun (it has no run.json)")
     with _saying_how_to_go_on(run), hold(run.folder), log_file(run.log_file):
-        report = finish(run, Work.open(run.folder), 0.0, listener)
+        work = Work.open(run.folder)
+        report = finish(run, work, 0.0, listener)
+        work.clear_hidden()
         return measure(run, report, decided["evaluate"], decided["evaluate_windows"], listener)
 
 
