@@ -14,7 +14,7 @@ import pytest
 
 import tiny
 from fistapruner.errors import FistaPrunerError
-from fistapruner.pipeline.dispatch import Event, dispatch
+from fistapruner.pipeline.dispatch import Event, Job, dispatch
 from fistapruner.pipeline.journal import RunDirectory
 from fistapruner.pipeline.process import ProcessPool, worker_devices
 from fistapruner.pipeline.run import finish_run, prune, resume
@@ -55,33 +55,40 @@ def test_two_processes(model: Path, expected: bytes, tmp_path: Path) -> None:
 
 
 class Deadly(ProcessPool):
-    """Kills its workers: at the first events of their kind that are named."""
+    """Kills workers: as often as said when they start a layer, and at the first event of a kind that is named."""
 
-    def __init__(self, *arguments: Any, kill_at: list[str]) -> None:
-        self.kill_at = kill_at
+    def __init__(self, *arguments: Any, at_start: dict[int, int], at_event: list[str]) -> None:
+        self.at_start, self.at_event = at_start, at_event
         super().__init__(*arguments)
+
+    def start(self, worker: int, job: Job) -> None:
+        super().start(worker, job)
+        if self.at_start.get(job.index):
+            self.at_start[job.index] -= 1
+            os.kill(self._processes[worker].pid, signal.SIGKILL)
 
     def wait(self) -> list[tuple[int, Event]]:
         events = super().wait()
         for worker, event in events:
-            if event["event"] in self.kill_at:
-                self.kill_at.remove(event["event"])
+            if event["event"] in self.at_event:
+                self.at_event.remove(event["event"])
                 os.kill(self._processes[worker].pid, signal.SIGKILL)
         return events
 
 
 def test_workers_that_die_are_replaced(model: Path, expected: bytes, tmp_path: Path) -> None:
-    """One dies after it passed the hidden states on, one in the middle of a layer; then the run is resumed and finished."""
+    """One dies as it begins a layer, one after it passed the hidden states on; then the run is resumed and finished."""
     out = tmp_path / "run"
     prune(str(model), out, **SETTINGS, execution={"threads": 1}, only_layers=(1, 1))
     work = Work.open(out)
     work.hidden.mkdir(parents=True, exist_ok=True)
-    pool = Deadly(work, worker_devices("cpu", 2, 1), kill_at=["passed", "operators"])
+    pool = Deadly(work, worker_devices("cpu", 2, 1), at_start={2: 1}, at_event=["passed"])
     try:
         dispatch(work, {0, 2, 3}, pool, Listener())
     finally:
         pool.close()
-    assert pool.kill_at == []
+    assert pool.at_event == []
+    assert pool.at_start == {2: 0}
     resume(out)
     assert weights(out) == expected
 
@@ -91,7 +98,7 @@ def test_layer_that_kills_every_worker_stops_the_run(model: Path, expected: byte
     prune(str(model), out, **SETTINGS, execution={"threads": 1}, only_layers=(0, 3))
     work = Work.open(out)
     work.hidden.mkdir(parents=True, exist_ok=True)
-    pool = Deadly(work, worker_devices("cpu", 1, 1), kill_at=["operators"] * 3)
+    pool = Deadly(work, worker_devices("cpu", 1, 1), at_start={4: 3}, at_event=[])
     try:
         with pytest.raises(FistaPrunerError, match="layer 4: its worker died 3 times"):
             dispatch(work, {4}, pool, Listener())

@@ -18,7 +18,6 @@ from ..recipe import Execution
 from .dispatch import Event, Job
 from .work import Work
 
-
 ENDS = ("done", "failed", "broken", "lost")
 """Events after which a job says nothing more."""
 
