@@ -193,3 +193,10 @@ def test_draws_follow_the_distribution() -> None:
     counts = torch.bincount(drawn, minlength=4) / 20_000
     assert counts[1] == 0
     assert torch.allclose(counts, chances, atol=0.02)
+
+
+def test_generation_says_how_far_it_is() -> None:
+    said: list[str] = []
+    calibration_tokens(Calibration(source="self", samples=2), letters_tokenizer(), 32, lambda: tiny("llama"), said.append)
+    assert len(said) == 9
+    assert said[-1].startswith("generating calibration text: 58 of 64 tokens, about ")

@@ -96,7 +96,7 @@ def prepare(
         loaded = AutoModelForCausalLM.from_pretrained(str(folder), dtype=skeleton.dtype, trust_remote_code=trust_remote_code)
         return loaded.to(skeleton.device).eval()
 
-    tokens, how = drawn or calibration_tokens(settings, tokenizer, seqlen, load_model)
+    tokens, how = drawn or calibration_tokens(settings, tokenizer, seqlen, load_model, listener.say)
     run.write_tokens(tokens)
     checkpoint = skeleton.checkpoint
     before = facts.get("decided", {})
