@@ -46,7 +46,7 @@ def finish(run: RunDirectory, work: Work, seconds: float, listener: Listener) ->
     report = parse(Report, {key: value for key, value in facts.items() if key != "decided"}, str(run.run_file))
     report.layers = layers
     checkpoint = work.skeleton.checkpoint
-    report.totals = _totals(layers, checkpoint, facts.get("seconds", 0.0) + seconds)
+    report.totals = _totals(layers, checkpoint, seconds, work.tokens, work.numerics["batch_size"])
     report.warnings += [warning for layer in layers for warning in layer.warnings]
 
     places = {name: index for index in range(len(layers)) for name in run.weights(index).entries}
@@ -78,13 +78,16 @@ def write_report(run: RunDirectory, report: Report) -> None:
     write_json_atomic(run.report_file, report.model_dump(mode="json"))
 
 
-def _totals(layers: list[LayerEntry], checkpoint: Checkpoint, seconds: float) -> Totals:
+def _totals(layers: list[LayerEntry], checkpoint: Checkpoint, seconds: float, tokens: Tensor, batch_size: int) -> Totals:
     split: dict[str, float] = {}
     for layer in layers:
         for phase, value in layer.seconds.items():
             split[phase] = split.get(phase, 0.0) + value
     operators = [operator for layer in layers for operator in layer.operators]
     zeros = sum(operator.zeros for operator in operators)
+    # Every layer timed one unwatched pass of its first batch: together, one plain forward pass of these windows.
+    plain = [layer.seconds["plain"] for layer in layers if "plain" in layer.seconds]
+    windows, seqlen = min(batch_size, tokens.shape[0]), tokens.shape[1]
     return Totals(
         operator_weights=sum(math.prod(operator.shape) for operator in operators),
         operator_zeros=zeros,
@@ -93,6 +96,8 @@ def _totals(layers: list[LayerEntry], checkpoint: Checkpoint, seconds: float) ->
         seconds=seconds,
         time_split=split,
         peak_memory=peak_memory(),
+        capture_tokens_per_second=tokens.numel() / split["capture"] if split.get("capture") else None,
+        forward_tokens_per_second=windows * seqlen / sum(plain) if len(plain) == len(layers) and sum(plain) > 0 else None,
         peak_device_memory=torch.cuda.max_memory_allocated() if torch.cuda.is_available() else None,
     )
 
