@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,7 @@ from torch import Tensor, nn
 
 from ..errors import FistaPrunerError
 from ..models.skeleton import _renamed
+from . import kernel
 from .linear import SparseLinear
 from .pack import PackedCheckpoint
 from .packed import PackedOperator, pack_operator
@@ -44,6 +46,10 @@ def load(folder: str | Path, *, packed: bool = True, int8: bool = False, dtype: 
     except (ValueError, TypeError, KeyError) as error:
         raise FistaPrunerError(f"{source.folder}: config.json is not understood: {' '.join(str(error).split())[:200]}") from None
     dtype = dtype or _main_dtype(source)
+    if packed and kernel.best_level() < 0:
+        warnings.warn(
+            "there is no compiled kernel here, so packed operators run slower than dense ones: load with packed=False", stacklevel=2
+        )
     model = _build(source, config, dtype, packed, int8)
     if (source.folder / "generation_config.json").is_file():
         model.generation_config = GenerationConfig.from_pretrained(str(source.folder))
