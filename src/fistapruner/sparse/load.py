@@ -47,9 +47,7 @@ def load(folder: str | Path, *, packed: bool = True, int8: bool = False, dtype: 
         raise FistaPrunerError(f"{source.folder}: config.json is not understood: {' '.join(str(error).split())[:200]}") from None
     dtype = dtype or _main_dtype(source)
     if packed and kernel.best_level() < 0:
-        warnings.warn(
-            "there is no compiled kernel here, so packed operators run slower than dense ones: load with packed=False", stacklevel=2
-        )
+        warnings.warn("no kernel was compiled here, so packed operators run slower than dense ones: load with packed=False", stacklevel=2)
     model = _build(source, config, dtype, packed, int8)
     if (source.folder / "generation_config.json").is_file():
         model.generation_config = GenerationConfig.from_pretrained(str(source.folder))
