@@ -3,7 +3,7 @@
 from .errors import FistaPrunerError
 from .evaluation.evaluate import evaluate
 from .evaluation.results import Evaluation
-from .pipeline.run import prune
+from .pipeline.run import finish_run, prune, resume
 from .problem import LayerProblem
 from .recipe import Recipe
 from .reporting.schema import Report
@@ -28,10 +28,12 @@ __all__ = [
     "Unstructured",
     "accelerate",
     "evaluate",
+    "finish_run",
     "load",
     "pack",
     "parse_sparsity",
     "prune",
+    "resume",
     "solve",
     "unpack",
 ]

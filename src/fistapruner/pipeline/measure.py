@@ -37,7 +37,7 @@ def measure(run: RunDirectory, report: Report, data: str | None, windows: int | 
     source = Path(decided["folder"])
     trust = {"allow_pickle": decided["allow_pickle"], "trust_remote_code": decided["trust_remote_code"]}
     execution = report.recipe.get("execution", {})
-    device = execution.get("device", "auto")
+    device, limit = execution.get("device", "auto"), execution.get("memory_limit")
     if data is not None and not any(_is_of(evaluation, data, windows) for evaluation in report.evaluations):
         listener.say(f"evaluating the dense and the pruned model on {data}")
         assert report.calibration is not None
@@ -49,7 +49,7 @@ def measure(run: RunDirectory, report: Report, data: str | None, windows: int | 
             against=source,
             device=device,
             dtype=report.recipe.get("dtype", "auto"),
-            memory_limit=execution.get("memory_limit"),
+            memory_limit=limit and limit // 2,  # the other half is for a layer of each model and the logits
             **trust,
         )
         report.evaluations.append(evaluation)
