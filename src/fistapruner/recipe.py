@@ -190,6 +190,15 @@ class Recipe(Settings):
             raise FistaPrunerError(f"{origin}: {explain(error)}") from None
 
 
+class _PlainLoader(yaml.SafeLoader):
+    """YAML without aliases: a few nested ones stand for more text than any memory holds once a message prints them."""
+
+    def compose_node(self, parent: Any, index: Any) -> Any:
+        if self.check_event(yaml.events.AliasEvent):
+            raise yaml.YAMLError(f"aliases (*{self.peek_event().anchor}) are not read: write the value out")
+        return super().compose_node(parent, index)
+
+
 def parse_yaml(text: str, origin: str) -> dict[str, Any]:
     """Safe-load a YAML mapping.
 
@@ -197,7 +206,7 @@ def parse_yaml(text: str, origin: str) -> dict[str, Any]:
         FistaPrunerError: the text is not YAML or not a mapping.
     """
     try:
-        settings = yaml.safe_load(text)
+        settings = yaml.load(text, _PlainLoader)
     except (yaml.YAMLError, ValueError, RecursionError) as error:
         raise FistaPrunerError(f"{origin} is not valid YAML: {' '.join(str(error).split())}") from None
     if settings is None:

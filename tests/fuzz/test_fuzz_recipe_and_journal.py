@@ -68,3 +68,11 @@ def test_damaged_layer_is_never_trusted(run: tuple[RunDirectory, bytes, bytes, L
         assert torch.equal(directory.weights(0).read("a.weight"), WEIGHTS["a.weight"])
     if paths[0].read_bytes() == tensors and paths[1].read_bytes() == record:
         assert entry == whole
+
+
+def test_nested_aliases_do_not_explode() -> None:
+    bomb = "a0: &a0 [x, x, x, x, x, x, x, x, x, x]\n"
+    bomb += "".join(f"a{i}: &a{i} [{', '.join([f'*a{i - 1}'] * 10)}]\n" for i in range(1, 12))
+    for setting in ("sparsity", "method", "source"):
+        with pytest.raises(FistaPrunerError, match="aliases"):
+            Recipe.from_yaml(f"{bomb}{setting}: *a11\n")
