@@ -1,7 +1,7 @@
 """Does leaving out the zeros make decoding faster, and prefill no slower?
 
     python benchmarks/decode.py model smollm2            # a real model, magnitude-pruned
-    python benchmarks/decode.py model llama-1b           # Llama shapes of 1.1B parameters, random weights
+    python benchmarks/decode.py model llama-1b           # Llama shapes of 1.1B parameters, random weights, layers alike
     python benchmarks/decode.py operator --plot cost.png # one operator against size and density
     python benchmarks/decode.py prefill                  # many tokens
 
@@ -72,9 +72,12 @@ def dense_model(name: str) -> Any:
         with no_init_weights():
             model = AutoModelForCausalLM.from_config(LlamaConfig(**LLAMA_1B), dtype=torch.bfloat16)
         generator = torch.Generator().manual_seed(0)
+        first = model.model.layers[0]
         with torch.no_grad():
-            for parameter in model.parameters():
-                if parameter.ndim == 2:
+            for key, parameter in model.named_parameters():
+                if ".layers." in key and ".layers.0." not in key:
+                    parameter.copy_(first.get_parameter(key.split(".layers.")[1].partition(".")[2]))
+                elif parameter.ndim == 2:
                     parameter.normal_(0, 0.02, generator=generator)
                 else:
                     parameter.fill_(1)
@@ -82,25 +85,34 @@ def dense_model(name: str) -> Any:
     return AutoModelForCausalLM.from_pretrained(resolve_model(name), dtype=torch.bfloat16).eval()
 
 
-def derive(model: Any, change: Callable[[Any], nn.Module]) -> Any:
-    """The same model with the linear operators of its decoder layers changed; all other tensors are shared."""
+def derive(model: Any, change: Callable[[Any], nn.Module], alike: bool) -> Any:
+    """The same model with the linear operators of its decoder layers changed; all other tensors are shared.
+
+    ``alike`` says that all layers hold the same numbers: then only the first is worked on, and the others get copies.
+    """
     shared = {id(item): item for item in [*model.parameters(), *model.buffers()]}
     shared |= {id(item): item for item in model.modules() if isinstance(item, SparseLinear)}
     other = copy.deepcopy(model, shared)
+    done: dict[str, nn.Module] = {}
     for name, module in list(other.named_modules()):
         if isinstance(module, nn.Linear | SparseLinear) and ".layers." in name:
-            replace(other, name, change(module))
+            within = name.split(".layers.")[1].partition(".")[2]
+            if not alike or within not in done:
+                done[within] = change(module)
+                replace(other, name, done[within])
+            else:
+                replace(other, name, copy.deepcopy(done[within]))
     return other
 
 
 def model_variants(name: str, sparsities: list[str]) -> dict[str, Any]:
-    base = dense_model(name)
+    base, alike = dense_model(name), name == "llama-1b"
     variants = {"dense bfloat16": base}
     for sparsity in sparsities:
-        packed = derive(base, lambda linear, s=sparsity: SparseLinear(pack_operator(prune(linear.weight, s))))
+        packed = derive(base, lambda linear, s=sparsity: SparseLinear(pack_operator(prune(linear.weight, s))), alike)
         variants[f"packed {sparsity}"] = packed
-        variants[f"packed int8 {sparsity}"] = derive(packed, lambda layer: SparseLinear(layer.operator.quantised()))
-    variants["dense int8, weight-only"] = derive(base, WeightOnlyInt8)
+        variants[f"packed int8 {sparsity}"] = derive(packed, lambda layer: SparseLinear(layer.operator.quantised()), alike)
+    variants["dense int8, weight-only"] = derive(base, WeightOnlyInt8, alike)
     single = copy.deepcopy(base).float()
     variants["dense float32"] = single
     with warnings.catch_warnings():

@@ -190,23 +190,70 @@ LEVEL_BF16 void avx512_bf16_multiply(const packed_operator *op, int64_t first, i
     OVER_TILES(bf16_rows);
 }
 
-/* bf16 values to bf16 rows, the case prefill needs; the dispatcher sends the others to plain C. */
-LEVEL void avx512_unpack(const packed_operator *op, int64_t first, int64_t last, int type, void *out) {
-    (void)type;
+/* bf16 values to bf16 rows: no arithmetic, 32 columns at a time. */
+INLINE LEVEL void unpack_bf16(const packed_operator *op, int64_t row, uint16_t *dense) {
+    const uint16_t *value = (const uint16_t *)op->values + op->start[row];
+    const uint32_t *mask = (const uint32_t *)(op->mask + row * op->words);
     int64_t whole = op->columns / 32;
-    int tail = (int)(op->columns % 32);
+    for (int64_t half = 0; half < whole; half++) {
+        _mm512_storeu_si512(dense + 32 * half, spread16(mask[half], value));
+        value += count_bits(mask[half]);
+        _mm_prefetch((const char *)value + AHEAD, _MM_HINT_T0);
+    }
+    if (op->columns % 32)
+        _mm512_mask_storeu_epi16(dense + 32 * whole, (__mmask32)((1u << op->columns % 32) - 1u), spread16(mask[whole], value));
+}
+
+/* Sixteen fp32 to bf16, rounded to nearest even; NaN stays NaN. */
+INLINE LEVEL __m256i narrow(__m512 wide) {
+    __m512i bits = _mm512_castps_si512(wide);
+    __m512i odd = _mm512_and_si512(_mm512_srli_epi32(bits, 16), _mm512_set1_epi32(1));
+    __m512i rounded = _mm512_srli_epi32(_mm512_add_epi32(bits, _mm512_add_epi32(odd, _mm512_set1_epi32(0x7fff))), 16);
+    __m512i quiet = _mm512_or_si512(_mm512_srli_epi32(bits, 16), _mm512_set1_epi32(0x40));
+    return _mm512_cvtepi32_epi16(_mm512_mask_mov_epi32(rounded, _mm512_cmp_ps_mask(wide, wide, _CMP_UNORD_Q), quiet));
+}
+
+/* Any values to fp32 or bf16 rows, 16 columns at a time. */
+INLINE LEVEL void unpack_any(const packed_operator *op, int64_t row, int type, char *dense) {
+    static const int sizes[] = {2, 2, 4, 1};
+    const int size = sizes[op->kind];
+    const char *value = (const char *)op->values + op->start[row] * size;
+    const uint16_t *mask = (const uint16_t *)(op->mask + row * op->words);
+    const int64_t groups = op->kind == VALUES_INT8 ? group_count(op) : 0, parts = (op->columns + 15) / 16;
+    for (int64_t part = 0; part < parts; part++) {
+        __mmask16 bits = (__mmask16)mask[part];
+        __m512 wide;
+        if (op->kind == VALUES_FP32) {
+            __m512 loaded = _mm512_loadu_ps(value);
+            IN_REGISTER(loaded);
+            wide = _mm512_maskz_expand_ps(bits, loaded);
+        } else if (op->kind == VALUES_INT8) {
+            __m128i loaded = _mm_loadu_si128((const __m128i *)value);
+            IN_REGISTER(loaded);
+            __m512 levels = _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_maskz_expand_epi8(bits, loaded)));
+            wide = _mm512_mul_ps(levels, _mm512_set1_ps(op->scale[row * groups + part / 4 / op->group_words]));
+        } else {
+            __m256i loaded = _mm256_loadu_si256((const __m256i *)value);
+            IN_REGISTER(loaded);
+            loaded = _mm256_maskz_expand_epi16(bits, loaded);
+            wide = op->kind == VALUES_FP16 ? _mm512_cvtph_ps(loaded) : _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(loaded), 16));
+        }
+        value += size * count_bits(bits);
+        int64_t left = op->columns - 16 * part;
+        __mmask16 inside = (__mmask16)(left >= 16 ? 0xffff : (1 << left) - 1);
+        if (type == TYPE_BF16)
+            _mm256_mask_storeu_epi16(dense + 32 * part, inside, narrow(wide));
+        else
+            _mm512_mask_storeu_ps(dense + 64 * part, inside, wide);
+    }
+}
+
+LEVEL void avx512_unpack(const packed_operator *op, int64_t first, int64_t last, int type, void *out) {
+    const int64_t pitch = op->columns * (type == TYPE_BF16 ? 2 : 4);
     for (int64_t row = first; row < last; row++) {
-        const uint16_t *value = (const uint16_t *)op->values + op->start[row];
-        const uint32_t *mask = (const uint32_t *)(op->mask + row * op->words);
-        uint16_t *dense = (uint16_t *)out + (row - first) * op->columns;
-        for (int64_t half = 0; half < whole; half++) {
-            _mm512_storeu_si512(dense + 32 * half, spread16(mask[half], value));
-            value += count_bits(mask[half]);
-        }
-        if (tail) {
-            __m512i spread = spread16(mask[whole], value);
-            _mm512_mask_storeu_epi16(dense + 32 * whole, (__mmask32)((1u << tail) - 1u), spread);
-        }
+        char *dense = (char *)out + (row - first) * pitch;
+        if (op->kind == VALUES_BF16 && type == TYPE_BF16) unpack_bf16(op, row, (uint16_t *)dense);
+        else unpack_any(op, row, type, dense);
     }
 }
 #endif

@@ -199,7 +199,7 @@ EXPORT int fistapruner_multiply(const packed_operator *op, const void *x, void *
 EXPORT void fistapruner_unpack(const packed_operator *op, int64_t first, int64_t last, void *out, int type, int threads, int level) {
     job work = {.op = op, .unpack = portable_unpack, .out = out, .first = first, .last = last, .type = type};
 #ifdef FISTAPRUNER_X86
-    if (level >= LEVEL_AVX512 && op->kind == VALUES_BF16 && type == TYPE_BF16) work.unpack = avx512_unpack;
+    if (level >= LEVEL_AVX512) work.unpack = avx512_unpack;
 #else
     (void)level;
 #endif
