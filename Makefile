@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 WORKERS ?= 2
 
-.PHONY: demo test install check lint clean
+.PHONY: demo test test-slow install check lint clean
 
 # The environment is rebuilt when pyproject.toml changes, and kept otherwise.
 .venv/installed: pyproject.toml
@@ -20,10 +20,14 @@ demo: .venv/installed
 	$(BIN)/fistapruner prune smollm2 --out runs/demo --sparsity 50% --calibration python --samples 32 --seqlen 1024 \
 		--evaluate python
 
-# Fast tests first, side by side; the slow ones on the real model after them, alone.
+# Fast tests first, side by side; then those on the real model, alone.
 test: .venv/installed
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) -m 'not real'
-	$(BIN)/python -m pytest -m real
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) -m 'not real and not slow'
+	$(BIN)/python -m pytest -m 'real and not slow'
+
+# What takes minutes each: Chromium at every width, lm-eval, Ray, the real model killed three times and resumed.
+test-slow: .venv/installed
+	$(BIN)/python -m pytest -m slow --timeout 3000
 
 lint: .venv/installed
 	$(BIN)/ruff check .
