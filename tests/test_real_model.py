@@ -22,9 +22,7 @@ CALIBRATION = {"source": "python", "samples": 12, "seqlen": 512}
 
 
 def pruned(folder: Path, method: str) -> fp.Report:
-    return fp.prune(
-        "smollm2", folder, sparsity="2:4", method=method, calibration=CALIBRATION, evaluate="python", evaluate_windows=12
-    )
+    return fp.prune("smollm2", folder, sparsity="2:4", method=method, calibration=CALIBRATION, evaluate="python", evaluate_windows=12)
 
 
 @pytest.fixture(scope="module")

@@ -97,6 +97,7 @@ FAULTS: dict[str, tuple[Any, bytes, str]] = {
     "name twice": (b'{"a":1,"a":2}', b"", "twice"),
     "NaN": (b'{"a":NaN}', b"", "NaN"),
     "metadata": ({"__metadata__": {"a": 1}}, b"", "metadata"),
+    "empty list for metadata": ({"__metadata__": []}, b"", "metadata"),
     "entry": ({"a": 3}, b"", "must have dtype"),
     "missing field": ({"a": {"dtype": "F32", "shape": [2]}}, b"", "must have dtype"),
     "dtype": ({"a": F32 | {"dtype": "F31"}}, bytes(8), "F31"),

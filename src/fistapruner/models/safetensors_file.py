@@ -223,7 +223,8 @@ def _read_header(read: Any, length: int, fault: Any) -> tuple[dict[str, Any], in
 
 def _check_header(header: dict[str, Any], space: int, fault: Any) -> tuple[dict[str, str], dict[str, TensorEntry], dict[str, int]]:
     """Metadata, entries and offsets of a header whose every claim fits ``space`` bytes of data."""
-    metadata = header.pop("__metadata__", None) or {}
+    metadata = header.pop("__metadata__", None)
+    metadata = {} if metadata is None else metadata
     if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
         raise fault("has metadata that is not a mapping of strings")
     entries, offsets = {}, {}
