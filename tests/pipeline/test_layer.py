@@ -6,11 +6,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import tiny
 import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
+import tiny
 from fistapruner import Recipe, solve
 from fistapruner.models.checkpoint import Checkpoint
 from fistapruner.models.layout import Layout, discover
