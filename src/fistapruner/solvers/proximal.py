@@ -53,11 +53,11 @@ class Proximal(Method):
     reference: ClassVar[str] = "this project; splitting: Lions & Mercier 1979; growing penalty: ALPS, arXiv 2406.07831"
 
     rho: tuple[float, float] = (0.15, 1.0)
-    levels: int = Field(16, ge=2)
+    levels: int = Field(12, ge=2)
     steps: int = Field(4, ge=1)
     damping: float = Field(0.001, ge=0.0)
     metric_damping: float = Field(0.1, gt=0.0)
-    refit: int = Field(8, ge=0)
+    refit: int = Field(6, ge=0)
     fast: bool = True
 
     def solve(self, problem: LayerProblem, sparsity: Sequence[Sparsity], start: Solution | None = None) -> Solution:

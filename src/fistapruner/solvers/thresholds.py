@@ -47,7 +47,7 @@ class SampledThreshold:
         bound = sample.kthvalue(int(place) + 1).values if values.device.type == "cpu" else sample.sort().values[place]
         hard_threshold(values, bound, out)
         if correct:
-            kept = torch.count_nonzero(out)
+            kept = torch.count_nonzero(out != 0)  # of booleans: several times faster
             self.rank = self.rank + (kept - self.wanted) * (self.size / self.total)
 
 
