@@ -27,8 +27,11 @@ ENVIRONMENT = "FISTAPRUNER_KERNEL"
 ABI = 1
 VALUES = {torch.bfloat16: 0, torch.float16: 1, torch.float32: 2, torch.int8: 3}
 TYPES = {torch.float32: 0, torch.bfloat16: 1}
+TILE = 4
+"""Vectors that the kernel multiplies in one pass over the weights (MAX_TILE of packed.h)."""
+
 MAX_BATCH = 16
-"""Most vectors the kernel is called for; more are cheaper as a dense product."""
+"""Most vectors the kernel is called for; more are cheaper as a dense product on any machine."""
 
 
 class _Operator(ctypes.Structure):

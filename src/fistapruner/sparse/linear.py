@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from typing import cast
 
 import torch
@@ -11,14 +12,32 @@ from torch.nn import functional
 from . import kernel
 from .packed import PackedOperator, pack_operator
 
-TILE_BYTES = 2**22
-"""Dense bytes unpacked at a time for many tokens: small enough to stay in a core's cache until the product has used it."""
+TILE_BYTES = 2**26
+"""Dense bytes unpacked at a time for many tokens; operators of most models are one tile."""
+
+_scratch = threading.local()
+
+
+def scratch(rows: int, columns: int, dtype: torch.dtype) -> Tensor:
+    """(rows, columns) memory that this thread uses again and again: fresh pages would cost more than the unpacking."""
+    held: Tensor | None = getattr(_scratch, "bytes", None)
+    needed = rows * columns * dtype.itemsize
+    if held is None or held.numel() < needed:
+        held = _scratch.bytes = torch.empty(needed, dtype=torch.uint8)
+    return held[:needed].view(dtype).view(rows, columns)
+
+
+def most_vectors(dtype: torch.dtype) -> int:
+    """Vectors up to which the kernel beats unpacking and a dense product: few where matrix units make products cheap."""
+    if dtype is torch.bfloat16 and torch.cpu._is_amx_tile_supported():
+        return kernel.TILE
+    return kernel.MAX_BATCH
 
 
 class SparseLinear(nn.Module):
     """``nn.Linear`` for inference with a packed weight.
 
-    Up to :data:`kernel.MAX_BATCH` tokens on a CPU go through the compiled kernel, where there is one. More tokens, other
+    A few tokens (:func:`most_vectors`) on a CPU go through the compiled kernel, where there is one. More tokens, other
     devices and other dtypes unpack a tile of rows at a time and use torch's dense product, which is always right.
 
     Args:
@@ -36,6 +55,7 @@ class SparseLinear(nn.Module):
             self.level = kernel.best_level()
         else:
             self.level = -1 if level == "torch" else kernel.level_index(level)
+        self._most = {dtype: most_vectors(dtype) for dtype in kernel.TYPES}
         self._handle: kernel.Handle | None = None
         self._bias_seen: Tensor | None = None
 
@@ -54,7 +74,7 @@ class SparseLinear(nn.Module):
         """(…, in_features) to (…, out_features)."""
         if self.level >= 0 and x.device.type == "cpu" and x.dtype in kernel.TYPES and not (x.requires_grad and torch.is_grad_enabled()):
             rows = x.numel() // self.in_features if self.in_features else 0
-            if 0 < rows <= kernel.MAX_BATCH:
+            if 0 < rows <= self._most[x.dtype]:
                 flat = x.detach().reshape(rows, self.in_features).contiguous()
                 return self._kernel().multiply(flat, self.level).view(*x.shape[:-1], self.out_features)
         return self._dense_product(x)
@@ -79,9 +99,11 @@ class SparseLinear(nn.Module):
             return functional.linear(x, self.operator.to_dense().to(x.device, x.dtype), bias)
         handle, parts = self._kernel(), []
         tile = max(TILE_BYTES // max(self.in_features * x.element_size(), 1) // 64 * 64, 64)
+        differentiable = x.requires_grad and torch.is_grad_enabled()  # the backward pass needs the weight again
         for first in range(0, self.out_features, tile):
             last = min(first + tile, self.out_features)
-            weight = torch.empty(last - first, self.in_features, dtype=x.dtype)
+            shape = last - first, self.in_features
+            weight = torch.empty(shape, dtype=x.dtype) if differentiable else scratch(*shape, x.dtype)
             handle.unpack(first, last, weight, self.level)
             parts.append(functional.linear(x, weight, None if bias is None else bias[first:last]))
         return parts[0] if len(parts) == 1 else torch.cat(parts, dim=-1)
