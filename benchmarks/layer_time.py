@@ -96,6 +96,7 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=128 * 2048, help="calibration tokens of the extrapolation")
     arguments = parser.parse_args()
     device, method, pattern = arguments.device, Proximal(), parse_sparsity(arguments.sparsity)
+    half = method.refit // 2
     products, steps = method.levels * method.steps, method.levels * method.steps + method.refit + 2
 
     columns = zip(
@@ -119,7 +120,7 @@ def main() -> None:
         eigen = seconds(lambda g=scaled: resolvents(g, True), device)  # type: ignore[misc]
         exact = seconds(lambda p=problem, s=scale, r=rows, q=patterns: project_operators((p.weight * s).abs(), r, q), device)  # type: ignore[misc]
         refit = seconds(
-            lambda p=problem, g=gram, k=mask: refit_cg(p, g, refit_cg(p, g, p.weight, k, 5, fast=True), k, 5, fast=True),  # type: ignore[misc]
+            lambda p=problem, g=gram, k=mask: refit_cg(p, g, refit_cg(p, g, p.weight, k, half, fast=True), k, half, fast=True),  # type: ignore[misc]
             device,
         )
         rate, square = product_rate(m, n, n, device), product_rate(n, n, n, device)
