@@ -49,8 +49,8 @@ class WeightOnlyInt8(nn.Module):
 
     def __init__(self, linear: nn.Linear) -> None:
         super().__init__()
-        scales = linear.weight.float().abs().amax(1) / 127
-        self.weight = (linear.weight.float() / scales[:, None]).round().to(torch.int8)
+        scales = linear.weight.detach().float().abs().amax(1) / 127
+        self.weight = (linear.weight.detach().float() / scales[:, None]).round().to(torch.int8)
         self.scales = scales.bfloat16()
 
     def forward(self, x: Tensor) -> Tensor:

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from fistapruner import FistaPrunerError
 from fistapruner.sparse import kernel
-from fistapruner.sparse.linear import SparseLinear, most_vectors
+from fistapruner.sparse.linear import SparseLinear
 from fistapruner.sparse.packed import pack_operator
 
 LEVELS = ("torch", *kernel.available_levels())
@@ -46,7 +46,7 @@ def reference(operator, x, bias=None):
     rows=st.integers(1, 150),
     columns=st.integers(1, 300),
     density=st.sampled_from([0.0, 0.1, 0.5, 0.9, 1.0]),
-    batch=st.integers(1, 16),
+    batch=st.sampled_from([1, 2, 3, 4, 5, 16, 17, 32, 33, 70]),
     dtype=st.sampled_from([torch.float32, torch.bfloat16]),
     biased=st.booleans(),
 )
@@ -61,7 +61,7 @@ def test_product_is_right(level, values, seed, rows, columns, density, batch, dt
     exact, size = reference(operator, x, bias)
     # fp32 sums; int8 rounds activations to 16 bits. The dense product, which many vectors take at every level, rounds the
     # unpacked weight to x's dtype.
-    dense = level == "torch" or batch > most_vectors(dtype)
+    dense = level == "torch" or batch > kernel.MAX_BATCH
     inner = 2**-8 if dense and (dtype is torch.bfloat16 or values is torch.int8) else 2**-18
     if values is torch.int8:
         size = size + 2**-15 * 2**18 * x.double().abs().amax(1, keepdim=True) * operator.to_dense().double().abs().sum(1) / 2
@@ -86,6 +86,23 @@ def test_threads_and_company_change_no_bit(level, values):
         torch.set_num_threads(before)
     assert torch.equal(one, two)
     assert torch.equal(one, alone)
+
+
+@pytest.mark.skipif("amx" not in kernel.available_levels(), reason="needs a processor with AMX")
+@pytest.mark.parametrize("values", [torch.bfloat16, torch.int8])
+def test_matrix_units_change_no_bit_with_threads_or_company(values):
+    layer = SparseLinear(make(9, 333, 700, 0.5, values), level="amx")
+    x = torch.randn(250, 700, generator=torch.Generator().manual_seed(4)).bfloat16()
+    before = torch.get_num_threads()
+    try:
+        torch.set_num_threads(1)
+        one = layer(x)
+        torch.set_num_threads(2)
+        two = layer(x)
+    finally:
+        torch.set_num_threads(before)
+    assert torch.equal(one, two)
+    assert torch.equal(one[:37], layer(x[:37]))
 
 
 @settings(max_examples=30, deadline=None)

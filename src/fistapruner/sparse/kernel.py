@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import ctypes
 import os
+import threading
 from functools import cache
 from importlib.machinery import EXTENSION_SUFFIXES
 from pathlib import Path
@@ -18,17 +19,20 @@ from torch import Tensor
 from ..errors import FistaPrunerError
 from .packed import PackedOperator
 
-LEVELS = ("portable", "avx2", "avx512", "avx512_bf16")
+LEVELS = ("portable", "avx2", "avx512", "avx512_bf16", "amx")
 """Instruction-set levels, slowest first; a processor that runs one runs those before it."""
 
 ENVIRONMENT = "FISTAPRUNER_KERNEL"
 """Environment variable that forces a level, or ``torch`` for no kernel at all."""
 
-ABI = 1
+ABI = 2
 VALUES = {torch.bfloat16: 0, torch.float16: 1, torch.float32: 2, torch.int8: 3}
 TYPES = {torch.float32: 0, torch.bfloat16: 1}
 TILE = 4
 """Vectors that the kernel multiplies in one pass over the weights (MAX_TILE of packed.h)."""
+
+MAX_MANY = 256
+"""Most vectors given to the matrix units; beyond, unpacking is small beside the product, and torch's product is better."""
 
 MAX_BATCH = 16
 """Most vectors the kernel is called for; more are cheaper as a dense product on any machine."""
@@ -74,6 +78,10 @@ def library() -> ctypes.CDLL | None:
         loaded.fistapruner_multiply.restype = integer
         loaded.fistapruner_unpack.argtypes = (pointer, long, long, pointer, integer, integer, integer)
         loaded.fistapruner_unpack.restype = None
+        loaded.fistapruner_many_bytes.argtypes = (pointer, integer, integer, integer)
+        loaded.fistapruner_many_bytes.restype = long
+        loaded.fistapruner_multiply_many.argtypes = (pointer, pointer, pointer, integer, integer, pointer)
+        loaded.fistapruner_multiply_many.restype = None
         loaded.fistapruner_threads(_parallel_runtime())
         return loaded
     return None
@@ -131,6 +139,17 @@ def available_levels() -> tuple[str, ...]:
     return () if found is None else LEVELS[: int(found.fistapruner_level()) + 1]
 
 
+_scratch = threading.local()
+
+
+def scratch(nbytes: int) -> Tensor:
+    """Memory that this thread uses again and again: fresh pages would cost more than what is done with them."""
+    held: Tensor | None = getattr(_scratch, "bytes", None)
+    if held is None or held.numel() < nbytes:
+        held = _scratch.bytes = torch.empty(nbytes, dtype=torch.uint8)
+    return held[:nbytes]
+
+
 class Handle:
     """A packed operator as the kernel sees it. Keeps the tensors it points into alive.
 
@@ -155,6 +174,7 @@ class Handle:
         if found is None:
             raise FistaPrunerError("the compiled kernel is not installed")
         self._multiply, self._unpack = found.fistapruner_multiply, found.fistapruner_unpack
+        self._many_bytes, self._multiply_many = found.fistapruner_many_bytes, found.fistapruner_multiply_many
 
     def multiply(self, x: Tensor, level: int) -> Tensor:
         """``x @ weight.T + bias`` for contiguous fp32 or bf16 ``x`` (batch, columns) on the CPU; the dtype stays."""
@@ -163,6 +183,18 @@ class Handle:
         threads = min(torch.get_num_threads(), self._blocks)
         if self._multiply(self._address, x.data_ptr(), out.data_ptr(), TYPES[x.dtype], batch, threads, level):
             raise MemoryError("no memory for the kernel's vectors")
+        return out
+
+    def takes_many(self, level: int) -> bool:
+        """Whether matrix units multiply this operator with any number of bf16 vectors."""
+        return bool(self._many_bytes(self._address, 1, 1, level))
+
+    def multiply_many(self, x: Tensor, level: int) -> Tensor:
+        """As :meth:`multiply` for contiguous bf16 ``x``, on the matrix units; needs :meth:`takes_many`."""
+        batch, threads = x.shape[0], torch.get_num_threads()
+        out = torch.empty(batch, self.rows, dtype=x.dtype)
+        memory = scratch(self._many_bytes(self._address, batch, threads, level))
+        self._multiply_many(self._address, x.data_ptr(), out.data_ptr(), batch, threads, memory.data_ptr())
         return out
 
     def unpack(self, first: int, last: int, out: Tensor, level: int) -> None:

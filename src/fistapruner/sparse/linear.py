@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import threading
 from typing import cast
 
 import torch
@@ -15,30 +14,13 @@ from .packed import PackedOperator, pack_operator
 TILE_BYTES = 2**26
 """Dense bytes unpacked at a time for many tokens; operators of most models are one tile."""
 
-_scratch = threading.local()
-
-
-def scratch(rows: int, columns: int, dtype: torch.dtype) -> Tensor:
-    """(rows, columns) memory that this thread uses again and again: fresh pages would cost more than the unpacking."""
-    held: Tensor | None = getattr(_scratch, "bytes", None)
-    needed = rows * columns * dtype.itemsize
-    if held is None or held.numel() < needed:
-        held = _scratch.bytes = torch.empty(needed, dtype=torch.uint8)
-    return held[:needed].view(dtype).view(rows, columns)
-
-
-def most_vectors(dtype: torch.dtype) -> int:
-    """Vectors up to which the kernel beats unpacking and a dense product: few where matrix units make products cheap."""
-    if dtype is torch.bfloat16 and torch.cpu._is_amx_tile_supported():
-        return kernel.TILE
-    return kernel.MAX_BATCH
-
 
 class SparseLinear(nn.Module):
     """``nn.Linear`` for inference with a packed weight.
 
-    A few tokens (:func:`most_vectors`) on a CPU go through the compiled kernel, where there is one. More tokens, other
-    devices and other dtypes unpack a tile of rows at a time and use torch's dense product, which is always right.
+    Up to :data:`kernel.MAX_BATCH` tokens on a CPU go through the compiled kernel, where there is one, and up to
+    :data:`kernel.MAX_MANY` where it has matrix units for them. More tokens, other devices and other dtypes unpack a tile of rows at a time
+    and use torch's dense product, which is always right.
 
     Args:
         operator: the packed weight.
@@ -55,7 +37,6 @@ class SparseLinear(nn.Module):
             self.level = kernel.best_level()
         else:
             self.level = -1 if level == "torch" else kernel.level_index(level)
-        self._most = {dtype: most_vectors(dtype) for dtype in kernel.TYPES}
         self._handle: kernel.Handle | None = None
         self._bias_seen: Tensor | None = None
 
@@ -74,9 +55,12 @@ class SparseLinear(nn.Module):
         """(…, in_features) to (…, out_features)."""
         if self.level >= 0 and x.device.type == "cpu" and x.dtype in kernel.TYPES and not (x.requires_grad and torch.is_grad_enabled()):
             rows = x.numel() // self.in_features if self.in_features else 0
-            if 0 < rows <= self._most[x.dtype]:
+            handle = self._kernel()
+            many = kernel.TILE < rows <= kernel.MAX_MANY and x.dtype is torch.bfloat16 and handle.takes_many(self.level)
+            if many or 0 < rows <= kernel.MAX_BATCH:
                 flat = x.detach().reshape(rows, self.in_features).contiguous()
-                return self._kernel().multiply(flat, self.level).view(*x.shape[:-1], self.out_features)
+                out = handle.multiply_many(flat, self.level) if many else handle.multiply(flat, self.level)
+                return out.view(*x.shape[:-1], self.out_features)
         return self._dense_product(x)
 
     def extra_repr(self) -> str:
@@ -103,7 +87,9 @@ class SparseLinear(nn.Module):
         for first in range(0, self.out_features, tile):
             last = min(first + tile, self.out_features)
             shape = last - first, self.in_features
-            weight = torch.empty(shape, dtype=x.dtype) if differentiable else scratch(*shape, x.dtype)
+            nbytes = shape[0] * shape[1] * x.element_size()
+            memory = torch.empty(nbytes, dtype=torch.uint8) if differentiable else kernel.scratch(nbytes)
+            weight = memory.view(x.dtype).view(shape)
             handle.unpack(first, last, weight, self.level)
             parts.append(functional.linear(x, weight, None if bias is None else bias[first:last]))
         return parts[0] if len(parts) == 1 else torch.cat(parts, dim=-1)

@@ -7,6 +7,9 @@
 
 #include <math.h>
 #include <stdlib.h>
+#ifdef FISTAPRUNER_AMX
+#include <cpuid.h>
+#endif
 
 #if defined(_WIN32)
 #define EXPORT __declspec(dllexport)
@@ -22,9 +25,21 @@ typedef void (*run_parallel)(void (*work)(void *), void *data, unsigned threads,
 static run_parallel parallel = NULL;
 
 /* Increased whenever packed_operator or an exported function changes, so that a stale library is never called. */
-EXPORT int fistapruner_abi(void) { return 1; }
+EXPORT int fistapruner_abi(void) { return 2; }
 
 EXPORT void fistapruner_threads(run_parallel run) { parallel = run; }
+
+#ifdef FISTAPRUNER_X86
+static int has_amx(void) {
+#ifdef FISTAPRUNER_AMX
+    unsigned a, b, c, d;
+    const unsigned bf16 = 1u << 22, tile = 1u << 24; /* CPUID leaf 7, EDX */
+    return __get_cpuid_count(7, 0, &a, &b, &c, &d) && (d & bf16) && (d & tile) && amx_permitted();
+#else
+    return 0;
+#endif
+}
+#endif
 
 /* The best level this processor runs. */
 EXPORT int fistapruner_level(void) {
@@ -32,7 +47,7 @@ EXPORT int fistapruner_level(void) {
     __builtin_cpu_init();
     if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl") &&
         __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vbmi2") && __builtin_cpu_supports("avx512vnni"))
-        return __builtin_cpu_supports("avx512bf16") ? LEVEL_AVX512_BF16 : LEVEL_AVX512;
+        return !__builtin_cpu_supports("avx512bf16") ? LEVEL_AVX512 : has_amx() ? LEVEL_AMX : LEVEL_AVX512_BF16;
     if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) return LEVEL_AVX2;
 #endif
     return LEVEL_PORTABLE;
@@ -95,31 +110,34 @@ static void run_share(const job *work, int index) {
     }
 }
 
-/* Threads take shares until none is left, so it does not matter how many of them the runtime grants. */
+/* Next of some shares for whichever thread asks, so it does not matter how many threads the runtime grants. */
+static int take(int *next) {
+#if defined(__GNUC__) || defined(__clang__)
+    return __atomic_fetch_add(next, 1, __ATOMIC_RELAXED);
+#else
+    return (*next)++;
+#endif
+}
+
 static void run_thread(void *data) {
     job *work = data;
-    for (;;) {
+    for (int index = take(&work->next); index < work->shares; index = take(&work->next)) run_share(work, index);
+}
+
+/* Whether more than one thread can be had. */
+static int in_parallel(int threads) {
 #if defined(__GNUC__) || defined(__clang__)
-        int index = __atomic_fetch_add(&work->next, 1, __ATOMIC_RELAXED);
+    return threads > 1 && parallel;
 #else
-        int index = work->next++;
+    (void)threads;
+    return 0;
 #endif
-        if (index >= work->shares) return;
-        run_share(work, index);
-    }
 }
 
 static void run_job(job *work, int threads) {
-#if defined(__GNUC__) || defined(__clang__)
-    if (threads > 1 && parallel) {
-        work->shares = SHARES_A_THREAD * threads;
-        parallel(run_thread, work, (unsigned)threads, 0);
-        return;
-    }
-#endif
-    (void)threads;
-    work->shares = 1;
-    run_thread(work);
+    work->shares = in_parallel(threads) ? SHARES_A_THREAD * threads : 1;
+    if (in_parallel(threads)) parallel(run_thread, work, (unsigned)threads, 0);
+    else run_thread(work);
 }
 
 static float input_at(const void *x, int type, int64_t index) {
@@ -204,4 +222,59 @@ EXPORT void fistapruner_unpack(const packed_operator *op, int64_t first, int64_t
     (void)level;
 #endif
     run_job(&work, threads);
+}
+
+/* bf16 values that a thread keeps spread: see amx_multiply. */
+static int64_t panel_values(const packed_operator *op) { return 4 * op->words * AMX_VALUES; }
+
+/* Bytes of scratch memory that fistapruner_multiply_many needs; 0 where it cannot run this operator. */
+EXPORT int64_t fistapruner_many_bytes(const packed_operator *op, int batch, int threads, int level) {
+    if (level < LEVEL_AMX || !(op->kind == VALUES_BF16 || (op->kind == VALUES_INT8 && group_count(op) == 1))) return 0;
+    int64_t groups = (batch + AMX_SIDE - 1) / AMX_SIDE, vectors = groups * 2 * op->words * AMX_VALUES;
+    return 2 * (vectors + threads * panel_values(op)) + 64;
+}
+
+#ifdef FISTAPRUNER_AMX
+typedef struct {
+    const packed_operator *op;
+    const uint16_t *x;
+    uint16_t *vectors, *panels, *out;
+    int batch, groups;
+    int next_group, next_panel, next_thread;
+} many;
+
+static void prepare_thread(void *data) {
+    many *work = data;
+    for (int group = take(&work->next_group); group < work->groups; group = take(&work->next_group))
+        amx_prepare(work->x, work->batch, work->op->columns, work->op->words, group, work->vectors);
+}
+
+static void many_thread(void *data) {
+    many *work = data;
+    const int64_t rows = work->op->rows, height = 2 * AMX_SIDE;
+    uint16_t *panel = work->panels + (int64_t)take(&work->next_thread) * panel_values(work->op);
+    for (int64_t first = height * take(&work->next_panel); first < rows; first = height * take(&work->next_panel)) {
+        int64_t last = first + height < rows ? first + height : rows;
+        amx_multiply(work->op, first, last, work->vectors, work->batch, panel, work->out);
+    }
+}
+#endif
+
+/* As fistapruner_multiply for many bf16 vectors; scratch has fistapruner_many_bytes(...) > 0 bytes. */
+EXPORT void fistapruner_multiply_many(const packed_operator *op, const void *x, void *out, int batch, int threads, void *scratch) {
+#ifdef FISTAPRUNER_AMX
+    int groups = (batch + AMX_SIDE - 1) / AMX_SIDE;
+    uint16_t *vectors = (uint16_t *)(((uintptr_t)scratch + 63) & ~(uintptr_t)63);
+    many work = {.op = op, .x = x, .vectors = vectors, .out = out, .batch = batch, .groups = groups};
+    work.panels = vectors + (int64_t)groups * 2 * op->words * AMX_VALUES;
+    if (in_parallel(threads)) {
+        parallel(prepare_thread, &work, (unsigned)threads, 0);
+        parallel(many_thread, &work, (unsigned)threads, 0);
+    } else {
+        prepare_thread(&work);
+        many_thread(&work);
+    }
+#else
+    (void)op, (void)x, (void)out, (void)batch, (void)threads, (void)scratch;
+#endif
 }

@@ -12,7 +12,7 @@
 
 enum { VALUES_BF16 = 0, VALUES_FP16 = 1, VALUES_FP32 = 2, VALUES_INT8 = 3 };
 enum { TYPE_FP32 = 0, TYPE_BF16 = 1 };
-enum { LEVEL_PORTABLE = 0, LEVEL_AVX2 = 1, LEVEL_AVX512 = 2, LEVEL_AVX512_BF16 = 3 };
+enum { LEVEL_PORTABLE = 0, LEVEL_AVX2 = 1, LEVEL_AVX512 = 2, LEVEL_AVX512_BF16 = 3, LEVEL_AMX = 4 };
 
 /* Rows handed to a thread at a time. Fixed, so that the number of threads never changes a result. */
 #define ROW_BLOCK 64
@@ -50,7 +50,7 @@ typedef struct {
 
 /* out[row * MAX_TILE + vector]: for rows first..last and `tile` vectors. */
 typedef void (*rows_times_vectors)(const packed_operator *op, int64_t first, int64_t last, const prepared *x, int tile, float *out);
-/* Whole int8 groups: the exact integer sum over unsigned activations is scaled here, the same in every level. */
+/* Writes rows first..last densely, in a TYPE_*. */
 typedef void (*rows_to_dense)(const packed_operator *op, int64_t first, int64_t last, int type, void *out);
 
 void portable_multiply(const packed_operator *, int64_t, int64_t, const prepared *, int, float *);
@@ -61,6 +61,16 @@ void avx2_multiply(const packed_operator *, int64_t, int64_t, const prepared *, 
 void avx512_multiply(const packed_operator *, int64_t, int64_t, const prepared *, int, float *);
 void avx512_bf16_multiply(const packed_operator *, int64_t, int64_t, const prepared *, int, float *);
 void avx512_unpack(const packed_operator *, int64_t, int64_t, int, void *);
+#endif
+
+/* Sides of a matrix tile, and the bf16 values of one with 32 columns. */
+#define AMX_SIDE 16
+#define AMX_VALUES (AMX_SIDE * 32)
+#if defined(FISTAPRUNER_X86) && defined(__linux__) && ((defined(__GNUC__) && __GNUC__ >= 11) || (defined(__clang__) && __clang_major__ >= 12))
+#define FISTAPRUNER_AMX 1
+int amx_permitted(void);
+void amx_prepare(const uint16_t *, int, int64_t, int64_t, int64_t, uint16_t *);
+void amx_multiply(const packed_operator *, int64_t, int64_t, const uint16_t *, int, uint16_t *, uint16_t *);
 #endif
 
 static inline float bf16_to_float(uint16_t bits) {
