@@ -149,7 +149,15 @@ def measure_speed(
 
 
 def summarise(
-    variant: str, runs: Sequence[Run], peak: int, file_size: int, batch: int, prompt: int, tokens: int, device: torch.device
+    variant: str,
+    runs: Sequence[Run],
+    peak: int,
+    file_size: int,
+    batch: int,
+    prompt: int,
+    tokens: int,
+    device: torch.device,
+    threads: int | None = None,
 ) -> Speed:
     """Median and range of some runs."""
     rates, firsts = [run.tokens_per_second for run in runs], [run.first_token for run in runs]
@@ -165,7 +173,7 @@ def summarise(
         prompt,
         tokens,
         len(runs),
-        torch.get_num_threads(),
+        threads or torch.get_num_threads(),
         device.type,
     )
 
@@ -258,7 +266,7 @@ def compare(
                 worker.close()
     device = torch.device("cpu")
     return [
-        summarise(name, done[name], peaks[name], sizes[name] if not variant.fill else 0, batch, prompt, tokens, device)
+        summarise(name, done[name], peaks[name], sizes[name] if not variant.fill else 0, batch, prompt, tokens, device, threads)
         for variant in variants
         for name in [variant.name]
     ]
