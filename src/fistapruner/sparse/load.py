@@ -91,7 +91,7 @@ def _build(source: PackedCheckpoint, config: Any, dtype: torch.dtype, packed: bo
     missing = [name for name, tensor in model.state_dict().items() if tensor.is_meta]
     if missing:
         raise FistaPrunerError(f"{source.folder}: tensor {missing[0]!r} of {type(model).__name__} is not in it")
-    return model.requires_grad_(False)
+    return model  # parameters as from_pretrained leaves them: torch multiplies a strided input slowly by a weight without gradient
 
 
 def _sparse(operator: PackedOperator, bias: Tensor | None, int8: bool) -> SparseLinear:

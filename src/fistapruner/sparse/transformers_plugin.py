@@ -105,7 +105,7 @@ def register() -> bool:
             device = next((parameter.device for parameter in model.parameters()), torch.device("cpu"))
             for name, (parent, leaf) in self.places.items():
                 weight = self.source.tensor(name).to(device, self.dtype or self.source.specs[name].dtype)
-                model.get_submodule(parent)._parameters[leaf] = nn.Parameter(weight, requires_grad=False)
+                model.get_submodule(parent)._parameters[leaf] = nn.Parameter(weight)
             model.tie_weights()
             return model
 
