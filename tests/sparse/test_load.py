@@ -36,6 +36,15 @@ def test_every_way_of_loading_agrees(tmp_path, architecture):
     torch.testing.assert_close(logits(packed), expected, rtol=0.05, atol=0.1)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_transformers_casts_as_it_is_told(tmp_path, dtype):
+    source = save_pruned(tmp_path / "m")
+    fistapruner.pack(source, tmp_path / "p")
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "p", dtype=dtype)
+    assert {parameter.dtype for parameter in model.parameters()} == {dtype}
+    assert torch.equal(logits(model), logits(AutoModelForCausalLM.from_pretrained(source, dtype=dtype)))
+
+
 def test_unpacked_by_transformers_is_an_ordinary_model(tmp_path):
     fistapruner.pack(save_pruned(tmp_path / "m"), tmp_path / "p")
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "p", dtype="auto")

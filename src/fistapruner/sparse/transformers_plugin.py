@@ -80,13 +80,12 @@ def register() -> bool:
 
         requires_calibration = False
 
-        def _process_model_before_weight_loading(self, model: Any, checkpoint_files: Any = None, dtype: Any = None, **kwargs: Any) -> None:
+        def _process_model_before_weight_loading(self, model: Any, checkpoint_files: Any = None, **kwargs: Any) -> None:
             from .pack import PackedCheckpoint
 
             if not checkpoint_files:
                 raise FistaPrunerError("a packed model is loaded from its folder")
             self.source = PackedCheckpoint(Path(checkpoint_files[0]).parent)
-            self.dtype = dtype
             self.places = _places(model, list(self.source.specs))
             for name, (parent, leaf) in self.places.items():
                 module = model.get_submodule(parent)
@@ -102,10 +101,10 @@ def register() -> bool:
             model._keys_to_ignore_on_load_missing = set(getattr(model, "_keys_to_ignore_on_load_missing", None) or ()) | weights
 
         def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> Any:
-            device = next((parameter.device for parameter in model.parameters()), torch.device("cpu"))
+            device = next((item.device for item in model.parameters() if not item.is_meta), torch.device("cpu"))
             for name, (parent, leaf) in self.places.items():
-                weight = self.source.tensor(name).to(device, self.dtype or self.source.specs[name].dtype)
-                model.get_submodule(parent)._parameters[leaf] = nn.Parameter(weight)
+                module = model.get_submodule(parent)
+                module._parameters[leaf] = nn.Parameter(self.source.tensor(name).to(device, module._parameters[leaf].dtype))
             model.tie_weights()
             return model
 
