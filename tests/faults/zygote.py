@@ -23,6 +23,7 @@ import signal
 import sys
 import tempfile
 import time
+import traceback
 from collections.abc import Callable
 from typing import Any
 
@@ -93,6 +94,8 @@ def child(request: dict[str, Any], count: int, stderr: int) -> None:
         from fistapruner.cli import main
 
         status = main(request["command"])
+    except BaseException:
+        traceback.print_exc()
     finally:
         sys.stderr.flush()
         os.write(count, json.dumps([disk.calls, disk.writes]).encode())
@@ -126,6 +129,9 @@ def serve() -> None:
     import fistapruner.pipeline.run  # noqa: F401
 
     torch.set_num_threads(1)  # a fork does not bring threads along
+    # Drawing report.html takes longer than the rest of a tiny run, and happens after everything a fault could spoil: as if
+    # the extra were not installed.
+    sys.modules["matplotlib"] = None  # type: ignore[assignment]
     print("ready", flush=True)
     for line in sys.stdin:
         print(json.dumps(serve_one(json.loads(line))), flush=True)

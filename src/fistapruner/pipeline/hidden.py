@@ -12,6 +12,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from ..atomic import disk_errors, write_all
 from ..errors import FistaPrunerError
 
 
@@ -30,7 +31,10 @@ class HiddenStates:
         self.file = file
         self._window = self.seqlen * self.width * dtype.itemsize
         self._memory = torch.empty(shape, dtype=dtype) if file is None else None
-        self._descriptor = -1 if file is None else os.open(file, os.O_RDWR | os.O_CREAT, 0o600)
+        self._descriptor = -1
+        if file is not None:
+            with disk_errors(file):
+                self._descriptor = os.open(file, os.O_RDWR | os.O_CREAT, 0o600)
 
     @property
     def nbytes(self) -> int:
@@ -58,12 +62,9 @@ class HiddenStates:
             self._memory[start : start + len(values)] = values
             return
         view = memoryview(values.view(torch.uint8).numpy().data).cast("B")
-        done = 0
-        try:
-            while done < len(view):
-                done += os.pwrite(self._descriptor, view[done:], start * self._window + done)
-        except OSError as error:
-            raise FistaPrunerError(f"{self.file}: hidden states cannot be written ({error.strerror}): {self.nbytes} bytes needed") from None
+        assert self.file is not None
+        with disk_errors(self.file):
+            write_all(self._descriptor, view, start * self._window)
 
     def sync(self) -> None:
         """Make what was written survive a crash."""

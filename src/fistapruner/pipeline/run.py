@@ -167,7 +167,8 @@ def _prune_missing(
     if recipe.execution.threads not in (None, work.numerics["threads"]):
         listener.say(f"this run began with {work.numerics['threads']} threads for each worker and keeps them")
     work.clear_hidden()
-    work.hidden.mkdir(parents=True)
+    with disk_errors(work.hidden):
+        work.hidden.mkdir(parents=True)
     listener.begin(last - first + 1, last - first + 1 - len(todo))
     try:
         prune_layers(work, todo, recipe.execution, listener, inspect)
