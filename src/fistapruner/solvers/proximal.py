@@ -69,7 +69,7 @@ class Proximal(Method):
         # Operators of one layout (unstructured, or one group length) iterate together.
         layouts = sorted({_group_length(pattern) for pattern in sparsity})
         starts = [sum(problem.rows[:i]) for i in range(len(problem.rows))]
-        products = 0
+        paths: list[list[Stats]] = [[] for _ in sparsity]
         for length in layouts:
             chosen = [i for i, pattern in enumerate(sparsity) if _group_length(pattern) == length]
             rows = torch.cat([torch.arange(starts[i], starts[i] + problem.rows[i]) for i in chosen]).to(weight.device)
@@ -79,7 +79,9 @@ class Proximal(Method):
             if pull is not None:
                 pull = (pull if whole else pull[rows]) / scale
             sizes, patterns = [problem.rows[i] for i in chosen], [sparsity[i] for i in chosen]
-            found = self._split(dense, pull, gram / scale / scale[:, None], sizes, patterns, length)
+            found, changes = self._split(dense, pull, gram / scale / scale[:, None], sizes, patterns, length)
+            for i, path in zip(chosen, changes, strict=True):
+                paths[i] = path
             kept = project_operators(found.abs(), sizes, patterns)
             found = found * kept / scale
             if whole:
@@ -92,13 +94,16 @@ class Proximal(Method):
                 weight = refit_cg(problem, gram, weight, mask, count, fast=self.fast)
         products = self.levels * self.steps + self.refit
         record: Stats = {"iterations": self.levels * self.steps, "products": products, "rho": list(self.rho)}
-        solution = Solution(weight, mask, tuple(record for _ in problem.rows), tuple(warnings))
+        solution = Solution(weight, mask, tuple({**record, "path": path} for path in paths), tuple(warnings))
         return solution if start is None else keep_better(problem, solution, start)
 
     def _split(
         self, dense: Tensor, pull: Tensor | None, gram: Tensor, rows: Sequence[int], sparsity: Sequence[Sparsity], length: int
-    ) -> Tensor:
-        """The last Z of operators of one layout, in scaled coordinates (m, n)."""
+    ) -> tuple[Tensor, list[list[Stats]]]:
+        """The last Z of operators of one layout, in scaled coordinates (m, n).
+
+        And for each operator, what share of its support every level after the first changed, with the level's rho.
+        """
         n = gram.shape[0]
         if length > 1:  # members of a group n/m columns apart: comparisons then run over contiguous slices
             order = torch.arange(n, device=gram.device).view(-1, length).T.reshape(-1)
@@ -116,6 +121,9 @@ class Proximal(Method):
         half = self.fast and has_bf16_units(z.device)
         factor, product = (torch.empty_like(z, dtype=torch.bfloat16) for _ in range(2)) if half else (z, z)
         parts = list(zip(threshold, z.split(tuple(rows)), sparse.split(tuple(rows)), strict=True))
+        support = torch.empty_like(z, dtype=torch.bool)
+        supports = support.split(tuple(rows))
+        path: list[list[Stats]] = [[] for _ in rows]
         with fast_products(self.fast):
             for level in range(self.levels):
                 rho = self.rho[0] * growth**level
@@ -126,6 +134,13 @@ class Proximal(Method):
                 for step in range(self.steps):
                     for hard, whole, kept in parts:
                         hard(whole, kept, correct=step == 0 and level % 3 == 0)
+                    if step == self.steps - 1:
+                        for (_, _, kept), before, changes in zip(parts, supports, path, strict=True):
+                            now = kept != 0
+                            if level:  # half of the differences are entries that came, half those that went
+                                share = int((now ^ before).sum()) / max(1, 2 * int(now.sum()))
+                                changes.append({"rho": rho, "support_change": share})
+                            before.copy_(now)
                     if level and step == 0:
                         # The dual U = Z - D is in units of rho: rho grew, so it shrinks.
                         torch.lerp(sparse, z, 1.0 / growth, out=z)
@@ -137,7 +152,7 @@ class Proximal(Method):
                         z.addmm_(shifted, matrix)
         if length > 1:
             z = z.view(len(z), length, -1).transpose(1, 2).reshape(z.shape)
-        return z
+        return z, path
 
 
 def keep_better(problem: LayerProblem, solution: Solution, start: Solution) -> Solution:
