@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from fistapruner import FistaPrunerError
 from fistapruner.sparse import kernel
-from fistapruner.sparse.linear import SparseLinear
+from fistapruner.sparse.linear import DenseLinear, Siblings, SparseLinear
 from fistapruner.sparse.packed import pack_operator
 
 LEVELS = ("torch", *kernel.available_levels())
@@ -147,3 +147,47 @@ def test_gradients_flow_to_the_input():
 def test_unknown_level_is_an_error():
     with pytest.raises(FistaPrunerError, match="avx1024"):
         kernel.level_index("avx1024")
+
+
+@pytest.mark.skipif(kernel.best_level() < kernel.DENSE_LEVEL, reason="the kernel has dense products from AVX-512 BF16 on")
+@settings(max_examples=40, deadline=None)
+@given(
+    seed=st.integers(0, 2**31),
+    rows=st.integers(1, 150),
+    columns=st.integers(1, 300),
+    batch=st.integers(1, kernel.TILE),
+    biased=st.booleans(),
+)
+def test_dense_operators_beside_packed_ones(seed, rows, columns, batch, biased):
+    generator = torch.Generator().manual_seed(seed)
+    linear = torch.nn.Linear(columns, rows, bias=biased).bfloat16()
+    linear.weight.data = torch.randn(rows, columns, generator=generator).bfloat16()
+    layer = DenseLinear.like(linear)
+    x = torch.randn(batch, columns, generator=generator).bfloat16()
+    with torch.no_grad():
+        out = layer(x)
+        assert layer._handle is not None
+        exact = torch.nn.functional.linear(x.double(), linear.weight.double(), linear.bias.double() if biased else None)
+        size = x.double().abs() @ linear.weight.double().abs().T
+        assert bool(((out.double() - exact).abs() <= 2**-18 * size + 2**-8 * exact.abs() + 1e-30).all())
+        linear.weight.data = -linear.weight.data  # the parameter is shared: new memory is seen
+        torch.testing.assert_close(layer(x), linear(x))
+    assert layer(x).requires_grad
+
+
+@pytest.mark.parametrize("level", kernel.available_levels())
+@pytest.mark.parametrize("values", VALUES)
+def test_projections_of_one_input_change_no_bit(level, values):
+    """Multiplied in one call, asked for in any order, for an input that changed, or asked for alone."""
+    layers = [SparseLinear(make(seed, rows, 130, 0.5, values), level=level) for seed, rows in enumerate((70, 33, 64))]
+    inputs = [torch.randn(2, 3, 130, generator=torch.Generator().manual_seed(seed)).to(torch.bfloat16) for seed in range(3)]
+    expected = [[layer(x) for layer in layers] for x in inputs]
+    Siblings.join(layers)
+    for order in ((0, 1, 2), (2, 0, 1)):
+        for x, wanted in zip(inputs, expected, strict=True):
+            assert all(torch.equal(layers[place](x), wanted[place]) for place in order)
+    x = inputs[0].clone()
+    layers[0](x)
+    x.copy_(inputs[1])  # the same tensor, other numbers: what waits is not for it
+    assert torch.equal(layers[1](x), expected[1][1])
+    assert torch.equal(layers[1](inputs[2]), expected[2][1])

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from ..errors import FistaPrunerError
 from .checkpoint import Checkpoint
+from .renaming import renamed_tensors
 
 Call = tuple[tuple[Any, ...], dict[str, Any]]
 """Arguments of a decoder layer after its hidden states: positional ones, keyword ones."""
@@ -253,7 +254,7 @@ class Skeleton:
         """
         stored = list(self.checkpoint.names())
         known = {name: name for name in stored}
-        known |= _renamed(self.model, stored)
+        known |= renamed_tensors(self.model, stored)
         base = self.model.base_model_prefix + "."
         head = self.model.get_output_embeddings()
         embedding = self.model.get_input_embeddings()
@@ -307,22 +308,6 @@ def _build(checkpoint: Checkpoint, trust_remote_code: bool) -> Any:
     except Exception as error:  # again: sizes that are zero, negative or do not divide, names that are not known
         reason = " ".join(str(error).split())[:200] or type(error).__name__
         raise FistaPrunerError(f"{folder}: no {config.model_type} causal language model can be built from config.json: {reason}") from None
-
-
-def _renamed(model: Any, stored: list[str]) -> dict[str, str]:
-    """Today's names of tensors that a checkpoint stores under older ones, from transformers' own table.
-
-    The table is semi-private; without it only names that changed since the checkpoint was saved are not found, which is
-    an error that names the tensor.
-    """
-    try:
-        from transformers.conversion_mapping import get_model_conversion_mapping
-        from transformers.core_model_loading import WeightRenaming, apply_renamings
-
-        renamings = [change for change in get_model_conversion_mapping(model) if isinstance(change, WeightRenaming)]
-        return {new: old for old in stored if (new := apply_renamings(old, renamings)) != old}
-    except (ImportError, AttributeError, TypeError):
-        return {}
 
 
 def _find_layers(model: nn.Module) -> tuple[str, list[nn.Module]]:

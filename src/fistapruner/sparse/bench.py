@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from typing import Any
 
 from ..errors import FistaPrunerError
-from ..evaluation.speed import Speed, Variant, compare
+from ..evaluation.speed import Speed, Variant, compare, sentence
 from . import kernel
 from .pack import is_packed, pack, unpack
 
@@ -49,14 +50,32 @@ def bench(
         return compare(variants, batch=batch, prompt=prompt, tokens=tokens, runs=runs, threads=threads)
 
 
+def record(speeds: Sequence[Speed]) -> dict[str, Any]:
+    """The measurements as JSON values: what ``fistapruner bench --json`` prints and ``report.json`` keeps."""
+    return {
+        "speeds": [speed.to_json() for speed in speeds],
+        "kernel": kernel_name(),
+        "sentence": sentence({speed.variant: speed for speed in speeds}),
+    }
+
+
+def packed_bytes(speeds: Sequence[Speed]) -> int | None:
+    """Bytes of the packed weights whose values are those of the checkpoint, None where that form was not measured."""
+    return next((speed.file_size for speed in speeds if speed.variant == "packed" and speed.file_size), None)
+
+
+def kernel_name() -> str:
+    """The compiled kernel that packed operators use on this machine."""
+    level = kernel.best_level()
+    return kernel.LEVELS[level] if level >= 0 else "none (torch)"
+
+
 def table(speeds: Sequence[Speed]) -> str:
     """The measurements as text, with the machine and the setting they were made in."""
     first = speeds[0]
-    level = kernel.best_level()
-    name = kernel.LEVELS[level] if level >= 0 else "none (torch)"
     lines = [
         f"batch {first.batch}, {first.prompt} prompt tokens, {first.tokens} new tokens, {first.runs} interleaved runs, "
-        f"{first.threads} threads, kernel: {name}; median (slowest - fastest)",
+        f"{first.threads} threads, kernel: {kernel_name()}; median (slowest - fastest)",
         f"{'':<18}{'tokens/s':>22}{'first token, ms':>24}{'peak memory, MiB':>18}{'file, MiB':>11}",
     ]
     for speed in speeds:

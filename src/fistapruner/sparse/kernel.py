@@ -9,6 +9,7 @@ from __future__ import annotations
 import ctypes
 import os
 import threading
+from collections.abc import Sequence
 from functools import cache
 from importlib.machinery import EXTENSION_SUFFIXES
 from pathlib import Path
@@ -25,9 +26,12 @@ LEVELS = ("portable", "avx2", "avx512", "avx512_bf16", "amx")
 ENVIRONMENT = "FISTAPRUNER_KERNEL"
 """Environment variable that forces a level, or ``torch`` for no kernel at all."""
 
-ABI = 2
+ABI = 3
 VALUES = {torch.bfloat16: 0, torch.float16: 1, torch.float32: 2, torch.int8: 3}
 TYPES = {torch.float32: 0, torch.bfloat16: 1}
+DENSE_LEVEL = LEVELS.index("avx512_bf16")
+"""From this level on the kernel has a product for dense bf16 operators too."""
+
 TILE = 4
 """Vectors that the kernel multiplies in one pass over the weights (MAX_TILE of packed.h)."""
 
@@ -74,13 +78,13 @@ def library() -> ctypes.CDLL | None:
         pointer, integer, long = ctypes.c_void_p, ctypes.c_int, ctypes.c_int64
         loaded.fistapruner_level.restype = integer
         loaded.fistapruner_threads.argtypes = (pointer,)
-        loaded.fistapruner_multiply.argtypes = (pointer, pointer, pointer, integer, integer, integer, integer)
+        loaded.fistapruner_multiply.argtypes = (pointer, integer, pointer, pointer, integer, integer, integer, integer)
         loaded.fistapruner_multiply.restype = integer
         loaded.fistapruner_unpack.argtypes = (pointer, long, long, pointer, integer, integer, integer)
         loaded.fistapruner_unpack.restype = None
         loaded.fistapruner_many_bytes.argtypes = (pointer, integer, integer, integer)
         loaded.fistapruner_many_bytes.restype = long
-        loaded.fistapruner_multiply_many.argtypes = (pointer, pointer, pointer, integer, integer, pointer)
+        loaded.fistapruner_multiply_many.argtypes = (pointer, integer, pointer, pointer, integer, integer, pointer)
         loaded.fistapruner_multiply_many.restype = None
         loaded.fistapruner_threads(_parallel_runtime())
         return loaded
@@ -151,52 +155,83 @@ def scratch(nbytes: int) -> Tensor:
 
 
 class Handle:
-    """A packed operator as the kernel sees it. Keeps the tensors it points into alive.
+    """An operator as the kernel sees it. Keeps the tensors it points into alive.
 
     Args:
-        operator: the operator, on the CPU.
+        operator: the operator, on the CPU: packed, or a dense contiguous bf16 weight.
         bias: (rows,) added to every product, or None.
     """
 
-    def __init__(self, operator: PackedOperator, bias: Tensor | None = None) -> None:
-        self._kept: list[Tensor | None] = [operator.mask, operator.start, operator.values, operator.scales, operator.sums]
-        self._kept.append(None if bias is None else bias.detach().float().contiguous())
-        mask, start, values, scales, sums, added = (None if tensor is None else tensor.data_ptr() for tensor in self._kept)
-        rows, columns = operator.shape
-        words = operator.mask.shape[1] // 8
-        group_words = operator.group // 64 if operator.group else words
-        kind = VALUES[operator.values.dtype]
-        self.rows, self.columns = rows, columns
-        self._blocks = -(-rows // 64)
-        self._struct = _Operator(rows, columns, words, mask, start, values, added, scales, sums, max(group_words, 1), kind, 0)
-        self._address = ctypes.addressof(self._struct)
-        found = library()
-        if found is None:
-            raise FistaPrunerError("the compiled kernel is not installed")
-        self._multiply, self._unpack = found.fistapruner_multiply, found.fistapruner_unpack
-        self._many_bytes, self._multiply_many = found.fistapruner_many_bytes, found.fistapruner_multiply_many
-
-    def multiply(self, x: Tensor, level: int) -> Tensor:
-        """``x @ weight.T + bias`` for contiguous fp32 or bf16 ``x`` (batch, columns) on the CPU; the dtype stays."""
-        batch = x.shape[0]
-        out = torch.empty(batch, self.rows, dtype=x.dtype)
-        threads = min(torch.get_num_threads(), self._blocks)
-        if self._multiply(self._address, x.data_ptr(), out.data_ptr(), TYPES[x.dtype], batch, threads, level):
-            raise MemoryError("no memory for the kernel's vectors")
-        return out
+    def __init__(self, operator: PackedOperator | Tensor, bias: Tensor | None = None) -> None:
+        added = None if bias is None else bias.detach().float().contiguous()
+        held: tuple[Tensor | None, ...]
+        if isinstance(operator, Tensor):
+            held, words, group, values = (None, None, operator, None, None, added), -(-operator.shape[1] // 64), 0, operator.dtype
+        else:
+            held = (operator.mask, operator.start, operator.values, operator.scales, operator.sums, added)
+            words, group, values = operator.mask.shape[1] // 8, operator.group // 64, operator.values.dtype
+        self._kept = held
+        mask, start, stored, scales, sums, shift = (None if tensor is None else tensor.data_ptr() for tensor in held)
+        self.rows, self.columns = operator.shape
+        kind = VALUES[values]
+        self._struct = _Operator(self.rows, self.columns, words, mask, start, stored, shift, scales, sums, max(group or words, 1), kind, 0)
+        self.address = ctypes.addressof(self._struct)
+        self.alone = Together([self])
 
     def takes_many(self, level: int) -> bool:
         """Whether matrix units multiply this operator with any number of bf16 vectors."""
-        return bool(self._many_bytes(self._address, 1, 1, level))
-
-    def multiply_many(self, x: Tensor, level: int) -> Tensor:
-        """As :meth:`multiply` for contiguous bf16 ``x``, on the matrix units; needs :meth:`takes_many`."""
-        batch, threads = x.shape[0], torch.get_num_threads()
-        out = torch.empty(batch, self.rows, dtype=x.dtype)
-        memory = scratch(self._many_bytes(self._address, batch, threads, level))
-        self._multiply_many(self._address, x.data_ptr(), out.data_ptr(), batch, threads, memory.data_ptr())
-        return out
+        found = library()
+        return found is not None and bool(found.fistapruner_many_bytes(self.address, 1, 1, level))
 
     def unpack(self, first: int, last: int, out: Tensor, level: int) -> None:
         """Write rows ``first`` to ``last`` densely into contiguous fp32 or bf16 ``out`` (last - first, columns)."""
-        self._unpack(self._address, first, last, out.data_ptr(), TYPES[out.dtype], torch.get_num_threads(), level)
+        found = library()
+        assert found is not None
+        found.fistapruner_unpack(self.address, first, last, out.data_ptr(), TYPES[out.dtype], torch.get_num_threads(), level)
+
+
+class Together:
+    """Operators of one kind and as many columns, multiplied with the same vectors in one call: the vectors are prepared
+    and the threads woken once.
+
+    Args:
+        handles: the operators.
+    """
+
+    def __init__(self, handles: Sequence[Handle]) -> None:
+        found = library()
+        if found is None:
+            raise FistaPrunerError("the compiled kernel is not installed")
+        self._count = len(handles)
+        self._kept = handles if self._count > 1 else None  # one alone is kept by whoever calls it
+        self._addresses = (ctypes.c_void_p * self._count)(*(handle.address for handle in handles))
+        self._first = handles[0].address
+        self._rows = [handle.rows for handle in handles]
+        self._blocks = sum(-(-rows // 64) for rows in self._rows)
+        self._multiply, self._many_bytes, self._multiply_many = (
+            found.fistapruner_multiply,
+            found.fistapruner_many_bytes,
+            found.fistapruner_multiply_many,
+        )
+
+    def multiply(self, x: Tensor, level: int, *, many: bool = False) -> Sequence[Tensor]:
+        """``x @ weight.T + bias`` of every operator.
+
+        Args:
+            x: (batch, columns) contiguous fp32 or bf16 on the CPU; the results have its dtype.
+            level: index into :data:`LEVELS`.
+            many: use the matrix units; needs bf16 and :meth:`Handle.takes_many`.
+
+        Returns:
+            For each operator batch x rows numbers, flat.
+        """
+        batch = x.shape[0]
+        sizes = [batch * rows for rows in self._rows]
+        out = torch.empty(sum(sizes), dtype=x.dtype)
+        threads = min(torch.get_num_threads(), self._blocks)
+        if many:
+            memory = scratch(self._many_bytes(self._first, batch, threads, level))
+            self._multiply_many(self._addresses, self._count, x.data_ptr(), out.data_ptr(), batch, threads, memory.data_ptr())
+        elif self._multiply(self._addresses, self._count, x.data_ptr(), out.data_ptr(), TYPES[x.dtype], batch, threads, level):
+            raise MemoryError("no memory for the kernel's vectors")
+        return (out,) if self._count == 1 else out.split(sizes)

@@ -1,8 +1,9 @@
-"""A linear layer whose weight stays packed."""
+"""Linear layers for inference: packed ones, and the dense ones beside them."""
 
 from __future__ import annotations
 
-from typing import cast
+from collections.abc import Sequence
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -39,6 +40,8 @@ class SparseLinear(nn.Module):
             self.level = -1 if level == "torch" else kernel.level_index(level)
         self._handle: kernel.Handle | None = None
         self._bias_seen: Tensor | None = None
+        self._siblings: Siblings | None = None
+        self._place = 0
 
     @classmethod
     def from_dense(cls, linear: nn.Linear, *, int8: bool = False, group: int = 0, level: str | None = None) -> SparseLinear:
@@ -58,8 +61,10 @@ class SparseLinear(nn.Module):
             handle = self._kernel()
             many = kernel.TILE < rows <= kernel.MAX_MANY and x.dtype is torch.bfloat16 and handle.takes_many(self.level)
             if many or 0 < rows <= kernel.MAX_BATCH:
-                flat = x.detach().reshape(rows, self.in_features).contiguous()
-                out = handle.multiply_many(flat, self.level) if many else handle.multiply(flat, self.level)
+                if self._siblings is None:
+                    out = handle.alone.multiply(_rows_of(x, rows), self.level, many=many)[0]
+                else:
+                    out = self._siblings.product(self._place, x, rows, self.level, many)
                 return out.view(*x.shape[:-1], self.out_features)
         return self._dense_product(x)
 
@@ -70,10 +75,16 @@ class SparseLinear(nn.Module):
         level = kernel.LEVELS[self.level] if self.level >= 0 else "torch"
         return f"in_features={columns}, out_features={rows}, density={density:.3f}, values={self.operator.values.dtype}, kernel={level}"
 
+    def __getstate__(self) -> dict[str, Any]:
+        """Without addresses: a copy makes its own."""
+        return {**self.__dict__, "_handle": None, "_siblings": None}
+
     def _kernel(self) -> kernel.Handle:
         bias = cast("Tensor | None", self.bias)
         if self._handle is None or self._bias_seen is not bias:
             self._handle, self._bias_seen = kernel.Handle(self.operator, bias), bias
+            if self._siblings is not None:
+                self._siblings.register(self._place, self._handle)
         return self._handle
 
     def _dense_product(self, x: Tensor) -> Tensor:
@@ -93,3 +104,98 @@ class SparseLinear(nn.Module):
             handle.unpack(first, last, weight, self.level)
             parts.append(functional.linear(x, weight, None if bias is None else bias[first:last]))
         return parts[0] if len(parts) == 1 else torch.cat(parts, dim=-1)
+
+
+class Siblings:
+    """Packed projections that a model applies to the same input, one after the other: all are multiplied at the call of the
+    first, and the others find their result waiting.
+
+    A result waits only for the very tensor it was computed from. Where one is never asked for, each layer goes back to
+    multiplying on its own.
+
+    Args:
+        count: number of projections.
+    """
+
+    def __init__(self, count: int) -> None:
+        self._handles: list[kernel.Handle | None] = [None] * count
+        self._together: kernel.Together | None = None
+        self._waiting: tuple[Tensor, int, dict[int, Tensor]] | None = None
+
+    @staticmethod
+    def join(layers: Sequence[SparseLinear]) -> None:
+        """Make siblings of layers with as many inputs, one kind of values and one level; others stay as they are."""
+        if (
+            len(layers) > 1
+            and len({(layer.in_features, layer.operator.values.dtype, layer.operator.group, layer.level) for layer in layers}) == 1
+        ):
+            siblings = Siblings(len(layers))
+            for place, layer in enumerate(layers):
+                layer._siblings, layer._place, layer._handle = siblings, place, None
+
+    def register(self, place: int, handle: kernel.Handle) -> None:
+        """The layer at ``place`` has this handle from now on."""
+        self._handles[place], self._waiting = handle, None
+        present = [item for item in self._handles if item is not None]
+        self._together = kernel.Together(present) if len(present) == len(self._handles) else None
+
+    def product(self, place: int, x: Tensor, rows: int, level: int, many: bool) -> Tensor:
+        """The product of the layer at ``place`` with ``x`` (``rows`` vectors), flat."""
+        waiting, version = self._waiting, 0 if x.is_inference() else x._version
+        if waiting is not None:
+            if waiting[0] is x and waiting[1] == version:
+                out = waiting[2].pop(place, None)
+                if not waiting[2]:
+                    self._waiting = None
+                if out is not None:
+                    return out
+            else:
+                self._waiting = self._together = None
+        if self._together is None:
+            handle = self._handles[place]
+            assert handle is not None
+            return handle.alone.multiply(_rows_of(x, rows), level, many=many)[0]
+        outs = dict(enumerate(self._together.multiply(_rows_of(x, rows), level, many=many)))
+        own = outs.pop(place)
+        self._waiting = (x, version, outs)
+        return own
+
+
+class DenseLinear(nn.Linear):
+    """``nn.Linear`` that multiplies a few bf16 vectors with the compiled kernel, where torch leaves memory bandwidth unused."""
+
+    _handle: kernel.Handle | None = None
+    _seen: tuple[Tensor, int, Tensor | None] | None = None
+
+    @classmethod
+    def like(cls, linear: nn.Linear) -> DenseLinear:
+        """The same layer, with the same parameters."""
+        other = cls(linear.in_features, linear.out_features, linear.bias is not None, device="meta")
+        other.weight, other.bias = linear.weight, linear.bias
+        return other.train(linear.training)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(…, in_features) to (…, out_features)."""
+        weight, bias, level = self.weight, self.bias, kernel.best_level()
+        rows = x.numel() // self.in_features if self.in_features else 0
+        if (
+            not 0 < rows <= kernel.TILE
+            or level < kernel.DENSE_LEVEL
+            or not x.dtype == weight.dtype == torch.bfloat16
+            or not x.device.type == weight.device.type == "cpu"
+            or not weight.is_contiguous()
+            or torch.is_grad_enabled()
+        ):
+            return super().forward(x)
+        seen = self._seen
+        if self._handle is None or seen is None or seen[0] is not weight or seen[1] != weight.data_ptr() or seen[2] is not bias:
+            self._handle, self._seen = kernel.Handle(weight.detach(), bias), (weight, weight.data_ptr(), bias)
+        return self._handle.alone.multiply(_rows_of(x, rows), level)[0].view(*x.shape[:-1], self.out_features)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Without addresses: a copy makes its own."""
+        return {key: value for key, value in self.__dict__.items() if key not in ("_handle", "_seen")}
+
+
+def _rows_of(x: Tensor, rows: int) -> Tensor:
+    return x.detach().reshape(rows, x.shape[-1]).contiguous()

@@ -4,17 +4,20 @@ from __future__ import annotations
 
 import warnings
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
 from ..errors import FistaPrunerError
-from ..models.skeleton import _renamed
+from ..models.renaming import renamed_tensors
 from . import kernel
-from .linear import SparseLinear
+from .linear import DenseLinear, Siblings, SparseLinear
 from .pack import PackedCheckpoint
 from .packed import PackedOperator, pack_operator
+
+SAME_INPUT = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"), ("w1", "w3"))
+"""Projections of one input in the architectures of transformers, by their usual names."""
 
 
 def load(folder: str | Path, *, packed: bool = True, int8: bool = False, dtype: torch.dtype | None = None, verify: bool = True) -> Any:
@@ -63,7 +66,7 @@ def _build(source: PackedCheckpoint, config: Any, dtype: torch.dtype, packed: bo
         model = AutoModelForCausalLM.from_config(config, dtype=dtype)
     prefix = model.base_model_prefix + "."
     known = set(model.state_dict())
-    today = {old: new for new, old in _renamed(model, [*source.dense_names(), *source.specs]).items()}
+    today = {old: new for new, old in renamed_tensors(model, [*source.dense_names(), *source.specs]).items()}
 
     def place(name: str) -> str:
         name = today.get(name, name)
@@ -83,6 +86,8 @@ def _build(source: PackedCheckpoint, config: Any, dtype: torch.dtype, packed: bo
             replace(model, parent, _sparse(turned, rest.pop(f"{parent}.bias", None), int8))
         else:
             rest[target] = _cast(operator.to_dense(), dtype)
+    if packed:
+        hasten(model)
     try:
         model.load_state_dict(rest, strict=False, assign=True)
     except RuntimeError as error:
@@ -92,6 +97,17 @@ def _build(source: PackedCheckpoint, config: Any, dtype: torch.dtype, packed: bo
     if missing:
         raise FistaPrunerError(f"{source.folder}: tensor {missing[0]!r} of {type(model).__name__} is not in it")
     return model  # parameters as from_pretrained leaves them: torch multiplies a strided input slowly by a weight without gradient
+
+
+def hasten(model: nn.Module) -> None:
+    """Once operators are packed: one kernel call for projections of one input, and the kernel for dense operators too."""
+    for name, module in list(model.named_modules()):
+        if type(module) is nn.Linear:
+            replace(model, name, DenseLinear.like(module))
+        for names in SAME_INPUT:
+            layers = [getattr(module, name, None) for name in names]
+            if all(isinstance(layer, SparseLinear) for layer in layers):
+                Siblings.join(cast("list[SparseLinear]", layers))
 
 
 def _sparse(operator: PackedOperator, bias: Tensor | None, int8: bool) -> SparseLinear:

@@ -190,6 +190,32 @@ LEVEL_BF16 void avx512_bf16_multiply(const packed_operator *op, int64_t first, i
     OVER_TILES(bf16_rows);
 }
 
+/* Dense bf16 rows, for the operators of a model that are not pruned: the same sums without an expand. */
+INLINE LEVEL_BF16 void dense_rows(const packed_operator *op, int64_t row, int64_t step, const prepared *x, const int rows, const int tile, float *out) {
+    const uint16_t *value[4];
+    __m512 sum[4][MAX_TILE];
+    for (int r = 0; r < rows; r++) {
+        value[r] = (const uint16_t *)op->values + (row + r * step) * op->columns;
+        for (int t = 0; t < tile; t++) sum[r][t] = _mm512_setzero_ps();
+    }
+    for (int64_t column = 0; column < op->columns; column += 32) {
+        int64_t left = op->columns - column;
+        __mmask32 inside = left >= 32 ? 0xffffffffu : (1u << left) - 1u;
+        for (int r = 0; r < rows; r++) {
+            __m512i loaded = _mm512_maskz_loadu_epi16(inside, value[r] + column);
+            _mm_prefetch((const char *)(value[r] + column) + 2 * AHEAD, _MM_HINT_T0);
+            for (int t = 0; t < tile; t++)
+                sum[r][t] = _mm512_dpbf16_ps(sum[r][t], (__m512bh)loaded, (__m512bh)_mm512_loadu_si512(x->bf16 + t * x->stride + column));
+        }
+    }
+    for (int r = 0; r < rows; r++)
+        for (int t = 0; t < tile; t++) out[r * step * MAX_TILE + t] = _mm512_reduce_add_ps(sum[r][t]);
+}
+
+LEVEL_BF16 void avx512_bf16_dense(const packed_operator *op, int64_t first, int64_t last, const prepared *x, int tile, float *out) {
+    OVER_TILES(dense_rows);
+}
+
 /* bf16 values to bf16 rows: no arithmetic, 32 columns at a time. */
 INLINE LEVEL void unpack_bf16(const packed_operator *op, int64_t row, uint16_t *dense) {
     const uint16_t *value = (const uint16_t *)op->values + op->start[row];

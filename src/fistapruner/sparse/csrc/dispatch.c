@@ -25,7 +25,7 @@ typedef void (*run_parallel)(void (*work)(void *), void *data, unsigned threads,
 static run_parallel parallel = NULL;
 
 /* Increased whenever packed_operator or an exported function changes, so that a stale library is never called. */
-EXPORT int fistapruner_abi(void) { return 2; }
+EXPORT int fistapruner_abi(void) { return 3; }
 
 EXPORT void fistapruner_threads(run_parallel run) { parallel = run; }
 
@@ -54,28 +54,29 @@ EXPORT int fistapruner_level(void) {
 }
 
 typedef struct {
-    const packed_operator *op;
+    const packed_operator *const *ops;
+    int count;
     rows_times_vectors multiply;
     rows_to_dense unpack;
     const prepared *x;
     const float *vector_scale; /* int8: scale of each vector's activations */
-    void *out;
+    void *out;                 /* multiply: one operator's results after the other's, each batch x rows */
     int64_t first, last;       /* rows */
+    int64_t blocks;            /* row blocks of all operators */
     int type, batch, shares;
     int next;                  /* share that the next idle thread takes */
 } job;
 
-static void store(const job *work, int64_t row, int vector, float value) {
-    const packed_operator *op = work->op;
+static void store(const job *work, const packed_operator *op, char *out, int64_t row, int vector, float value) {
     if (op->kind == VALUES_INT8) value *= work->vector_scale[vector];
     if (op->bias) value += op->bias[row];
     if (work->type == TYPE_BF16)
-        ((uint16_t *)work->out)[vector * op->rows + row] = float_to_bf16(value);
+        ((uint16_t *)out)[vector * op->rows + row] = float_to_bf16(value);
     else
-        ((float *)work->out)[vector * op->rows + row] = value;
+        ((float *)out)[vector * op->rows + row] = value;
 }
 
-static void multiply_blocks(const job *work, int64_t first, int64_t last) {
+static void multiply_blocks(const job *work, const packed_operator *op, char *out, int64_t first, int64_t last) {
     float sums[ROW_BLOCK * MAX_TILE];
     for (int64_t row = first; row < last; row += ROW_BLOCK) {
         int64_t end = row + ROW_BLOCK < last ? row + ROW_BLOCK : last;
@@ -87,26 +88,33 @@ static void multiply_blocks(const job *work, int64_t first, int64_t last) {
             if (x.split) x.split += at;
             if (x.bf16) x.bf16 += at;
             if (x.high) x.high += at, x.low += at;
-            work->multiply(work->op, row, end, &x, tile, sums);
+            work->multiply(op, row, end, &x, tile, sums);
             for (int64_t r = row; r < end; r++)
-                for (int t = 0; t < tile; t++) store(work, r, vector + t, sums[(r - row) * MAX_TILE + t]);
+                for (int t = 0; t < tile; t++) store(work, op, out, r, vector + t, sums[(r - row) * MAX_TILE + t]);
         }
     }
 }
 
-/* Share `index` of the rows: whole row blocks, counted from the first row. */
+static int64_t last_row(const job *work, const packed_operator *op) { return work->last < op->rows ? work->last : op->rows; }
+
+static int64_t block_count(const job *work, const packed_operator *op) {
+    return (last_row(work, op) - work->first + ROW_BLOCK - 1) / ROW_BLOCK;
+}
+
+/* Share `index` of the rows of all operators: whole row blocks, counted from the first row of each. */
 static void run_share(const job *work, int index) {
-    int64_t blocks = (work->last - work->first + ROW_BLOCK - 1) / ROW_BLOCK;
-    int64_t first = work->first + blocks * index / work->shares * ROW_BLOCK;
-    int64_t last = work->first + blocks * (index + 1) / work->shares * ROW_BLOCK;
-    if (last > work->last) last = work->last;
-    if (first >= last) return;
-    if (work->multiply)
-        multiply_blocks(work, first, last);
-    else {
-        size_t size = work->type == TYPE_BF16 ? 2 : 4;
-        char *out = (char *)work->out + (size_t)(first - work->first) * (size_t)work->op->columns * size;
-        work->unpack(work->op, first, last, work->type, out);
+    const size_t size = work->type == TYPE_BF16 ? 2 : 4;
+    int64_t begin = work->blocks * index / work->shares, end = work->blocks * (index + 1) / work->shares;
+    char *out = work->out;
+    for (int which = 0; which < work->count && end > 0; which++) {
+        const packed_operator *op = work->ops[which];
+        int64_t first = work->first + (begin > 0 ? begin : 0) * ROW_BLOCK, last = work->first + end * ROW_BLOCK;
+        if (last > last_row(work, op)) last = last_row(work, op);
+        if (first < last && work->multiply) multiply_blocks(work, op, out, first, last);
+        else if (first < last) work->unpack(op, first, last, work->type, out + (size_t)(first - work->first) * (size_t)op->columns * size);
+        begin -= block_count(work, op);
+        end -= block_count(work, op);
+        out += (size_t)work->batch * (size_t)op->rows * size;
     }
 }
 
@@ -135,6 +143,7 @@ static int in_parallel(int threads) {
 }
 
 static void run_job(job *work, int threads) {
+    for (int which = 0; which < work->count; which++) work->blocks += block_count(work, work->ops[which]);
     work->shares = in_parallel(threads) ? SHARES_A_THREAD * threads : 1;
     if (in_parallel(threads)) parallel(run_thread, work, (unsigned)threads, 0);
     else run_thread(work);
@@ -165,11 +174,13 @@ static float quantise(const void *x, int type, int64_t at, int64_t columns, uint
     return finite ? scale : NAN;
 }
 
-/* out (batch x rows) = x (batch x columns) times the transposed operator, plus its bias.
+/* Products of some operators with the same vectors: x (batch x columns) times each transposed operator, plus its bias. They
+ * have the same columns and kind of values. out has one operator's results (batch x rows) after the other's.
  * Returns 0, or 1 when there is no memory for the prepared vectors. */
-EXPORT int fistapruner_multiply(const packed_operator *op, const void *x, void *out, int type, int batch, int threads, int level) {
+EXPORT int fistapruner_multiply(const packed_operator *const *ops, int count_ops, const void *x, void *out, int type, int batch, int threads, int level) {
+    const packed_operator *op = ops[0];
     const int64_t stride = 64 * op->words, count = stride * batch;
-    job work = {.op = op, .multiply = portable_multiply, .out = out, .first = 0, .last = op->rows, .type = type, .batch = batch};
+    job work = {.ops = ops, .count = count_ops, .multiply = portable_multiply, .out = out, .first = 0, .last = INT64_MAX, .type = type, .batch = batch};
     prepared ready = {.stride = stride};
     work.x = &ready;
     float *buffer = malloc((size_t)(count + batch) * sizeof(float) + 64);
@@ -179,7 +190,9 @@ EXPORT int fistapruner_multiply(const packed_operator *op, const void *x, void *
     if (level >= LEVEL_AVX2) work.multiply = avx2_multiply;
     if (level >= LEVEL_AVX512) work.multiply = avx512_multiply;
     if (level >= LEVEL_AVX512_BF16 && op->kind == VALUES_BF16 && type == TYPE_BF16) work.multiply = avx512_bf16_multiply;
-    const int split = work.multiply == avx512_multiply && op->kind == VALUES_BF16, narrow = work.multiply == avx512_bf16_multiply;
+    if (!op->mask) work.multiply = avx512_bf16_dense;
+    const int split = work.multiply == avx512_multiply && op->kind == VALUES_BF16;
+    const int narrow = work.multiply == avx512_bf16_multiply || work.multiply == avx512_bf16_dense;
 #else
     const int split = 0, narrow = 0;
     (void)level;
@@ -215,7 +228,7 @@ EXPORT int fistapruner_multiply(const packed_operator *op, const void *x, void *
 
 /* Rows first..last densely, (last - first) x columns of fp32 or bf16. */
 EXPORT void fistapruner_unpack(const packed_operator *op, int64_t first, int64_t last, void *out, int type, int threads, int level) {
-    job work = {.op = op, .unpack = portable_unpack, .out = out, .first = first, .last = last, .type = type};
+    job work = {.ops = &op, .count = 1, .unpack = portable_unpack, .out = out, .first = first, .last = last, .type = type};
 #ifdef FISTAPRUNER_X86
     if (level >= LEVEL_AVX512) work.unpack = avx512_unpack;
 #else
@@ -229,14 +242,15 @@ static int64_t panel_values(const packed_operator *op) { return 4 * op->words * 
 
 /* Bytes of scratch memory that fistapruner_multiply_many needs; 0 where it cannot run this operator. */
 EXPORT int64_t fistapruner_many_bytes(const packed_operator *op, int batch, int threads, int level) {
-    if (level < LEVEL_AMX || !(op->kind == VALUES_BF16 || (op->kind == VALUES_INT8 && group_count(op) == 1))) return 0;
+    if (level < LEVEL_AMX || !op->mask || !(op->kind == VALUES_BF16 || (op->kind == VALUES_INT8 && group_count(op) == 1))) return 0;
     int64_t groups = (batch + AMX_SIDE - 1) / AMX_SIDE, vectors = groups * 2 * op->words * AMX_VALUES;
     return 2 * (vectors + threads * panel_values(op)) + 64;
 }
 
 #ifdef FISTAPRUNER_AMX
 typedef struct {
-    const packed_operator *op;
+    const packed_operator *const *ops;
+    int count;
     const uint16_t *x;
     uint16_t *vectors, *panels, *out;
     int batch, groups;
@@ -246,27 +260,35 @@ typedef struct {
 static void prepare_thread(void *data) {
     many *work = data;
     for (int group = take(&work->next_group); group < work->groups; group = take(&work->next_group))
-        amx_prepare(work->x, work->batch, work->op->columns, work->op->words, group, work->vectors);
+        amx_prepare(work->x, work->batch, work->ops[0]->columns, work->ops[0]->words, group, work->vectors);
 }
 
 static void many_thread(void *data) {
     many *work = data;
-    const int64_t rows = work->op->rows, height = 2 * AMX_SIDE;
-    uint16_t *panel = work->panels + (int64_t)take(&work->next_thread) * panel_values(work->op);
-    for (int64_t first = height * take(&work->next_panel); first < rows; first = height * take(&work->next_panel)) {
-        int64_t last = first + height < rows ? first + height : rows;
-        amx_multiply(work->op, first, last, work->vectors, work->batch, panel, work->out);
+    const int64_t height = 2 * AMX_SIDE;
+    uint16_t *panel = work->panels + (int64_t)take(&work->next_thread) * panel_values(work->ops[0]), *out = work->out;
+    int64_t next = take(&work->next_panel), before = 0;
+    for (int which = 0; which < work->count; which++) {
+        const packed_operator *op = work->ops[which];
+        const int64_t panels = (op->rows + height - 1) / height;
+        for (; next < before + panels; next = take(&work->next_panel)) {
+            int64_t first = height * (next - before), last = first + height < op->rows ? first + height : op->rows;
+            amx_multiply(op, first, last, work->vectors, work->batch, panel, out);
+        }
+        before += panels;
+        out += work->batch * op->rows;
     }
 }
 #endif
 
-/* As fistapruner_multiply for many bf16 vectors; scratch has fistapruner_many_bytes(...) > 0 bytes. */
-EXPORT void fistapruner_multiply_many(const packed_operator *op, const void *x, void *out, int batch, int threads, void *scratch) {
+/* As fistapruner_multiply for many bf16 vectors; scratch has fistapruner_many_bytes(...) > 0 bytes, and operators of one kind
+ * and as many columns need no more than one of them. */
+EXPORT void fistapruner_multiply_many(const packed_operator *const *ops, int count, const void *x, void *out, int batch, int threads, void *scratch) {
 #ifdef FISTAPRUNER_AMX
     int groups = (batch + AMX_SIDE - 1) / AMX_SIDE;
     uint16_t *vectors = (uint16_t *)(((uintptr_t)scratch + 63) & ~(uintptr_t)63);
-    many work = {.op = op, .x = x, .vectors = vectors, .out = out, .batch = batch, .groups = groups};
-    work.panels = vectors + (int64_t)groups * 2 * op->words * AMX_VALUES;
+    many work = {.ops = ops, .count = count, .x = x, .vectors = vectors, .out = out, .batch = batch, .groups = groups};
+    work.panels = vectors + (int64_t)groups * 2 * ops[0]->words * AMX_VALUES;
     if (in_parallel(threads)) {
         parallel(prepare_thread, &work, (unsigned)threads, 0);
         parallel(many_thread, &work, (unsigned)threads, 0);
@@ -275,6 +297,6 @@ EXPORT void fistapruner_multiply_many(const packed_operator *op, const void *x, 
         many_thread(&work);
     }
 #else
-    (void)op, (void)x, (void)out, (void)batch, (void)threads, (void)scratch;
+    (void)ops, (void)count, (void)x, (void)out, (void)batch, (void)threads, (void)scratch;
 #endif
 }

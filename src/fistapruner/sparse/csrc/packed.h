@@ -27,7 +27,7 @@ typedef struct {
     int64_t rows;
     int64_t columns;
     int64_t words;           /* 64-bit mask words in a row: ceil(columns / 64) */
-    const uint64_t *mask;    /* rows x words */
+    const uint64_t *mask;    /* rows x words; NULL: dense bf16 rows, no start; LEVEL_AVX512_BF16 and bf16 vectors only */
     const int64_t *start;    /* rows + 1 offsets into values, in elements */
     const void *values;      /* readable for 64 bytes past its end */
     const float *bias;       /* rows, or NULL */
@@ -60,6 +60,7 @@ void portable_unpack(const packed_operator *, int64_t, int64_t, int, void *);
 void avx2_multiply(const packed_operator *, int64_t, int64_t, const prepared *, int, float *);
 void avx512_multiply(const packed_operator *, int64_t, int64_t, const prepared *, int, float *);
 void avx512_bf16_multiply(const packed_operator *, int64_t, int64_t, const prepared *, int, float *);
+void avx512_bf16_dense(const packed_operator *, int64_t, int64_t, const prepared *, int, float *);
 void avx512_unpack(const packed_operator *, int64_t, int64_t, int, void *);
 #endif
 
