@@ -4,11 +4,22 @@ from __future__ import annotations
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from fistapruner import FistaPrunerError
-from fistapruner.sparsity import NM, Unstructured, check_divides, holds, keep_largest, keep_n_of_m, parse_sparsity, project_mask
+from fistapruner.sparsity import (
+    NM,
+    Unstructured,
+    _bisect,
+    check_divides,
+    holds,
+    keep_largest,
+    keep_n_of_m,
+    of_rows,
+    parse_sparsity,
+    project_mask,
+)
 
 
 @pytest.mark.parametrize(
@@ -90,6 +101,30 @@ def test_holds_sees_one_weight_too_many() -> None:
     assert not holds(weight, Unstructured(0.5))
     assert holds(weight, Unstructured(0.375))
     assert not holds(torch.zeros(2, 6), NM(2, 4))
+
+
+@pytest.mark.parametrize("values", ["normal", "tied", "infinite", "half"])
+def test_bisection_finds_the_same_value(values: str) -> None:
+    flat = torch.randn(1001, generator=torch.Generator().manual_seed(2))
+    if values == "tied":
+        flat = flat.round() * 0.0
+    elif values == "infinite":
+        flat[::3], flat[1::3] = torch.inf, -torch.inf
+    elif values == "half":
+        flat = flat.half()
+    for count in (1, 2, 500, 800, 1001):
+        assert float(_bisect(flat, count)) == float(flat.sort(descending=True).values[count - 1])
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.integers(3, 12), st.integers(2, 12), st.floats(0, 0.99), st.integers(0, 99), st.data())
+def test_rows_alone_have_the_mask_of_the_whole(rows: int, columns: int, share: float, seed: int, data: st.DataObject) -> None:
+    scores = torch.randn(rows, columns, generator=torch.Generator().manual_seed(seed)).round()
+    pattern = Unstructured(share)
+    assume(pattern.zeros(rows, columns) <= rows * (columns - 1))
+    middle = data.draw(st.integers(1, rows - 1))
+    blocks = [project_mask(scores[a:b], of_rows(pattern, rows, columns, a, b), "row") for a, b in ((0, middle), (middle, rows))]
+    assert torch.equal(torch.cat(blocks), project_mask(scores, pattern, "row"))
 
 
 def test_unknown_scope() -> None:

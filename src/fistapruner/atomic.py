@@ -135,6 +135,25 @@ def copy_atomic(source: Path, target: Path) -> None:
             offset += len(piece)
 
 
+def sampled_sha256(path: Path) -> str:
+    """SHA-256, in hexadecimal, of a file's size, its first and last MiB and 256 evenly spaced blocks of 4 KiB.
+
+    Tells a changed file of many GB apart at the cost of 3 MiB read: weights that were trained further or converted differ
+    everywhere. A change that touches none of the blocks is not seen. Files up to 4 MiB are read whole.
+    """
+    with open(path, "rb") as file:
+        size = os.fstat(file.fileno()).st_size
+        digest = hashlib.sha256(str(size).encode())
+        if size <= 4 * 2**20:
+            places = [(0, size)]
+        else:
+            places = [(0, 2**20), *((size * number // 256, 4096) for number in range(256)), (size - 2**20, 2**20)]
+        for place, length in places:
+            file.seek(place)
+            digest.update(file.read(length))
+    return digest.hexdigest()
+
+
 def sha256_file(path: Path) -> str:
     """SHA-256 of a file's bytes, in hexadecimal, read in small pieces."""
     with open(path, "rb") as file:

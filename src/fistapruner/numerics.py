@@ -1,4 +1,4 @@
-"""Precision of matrix products: one switch for CPU and CUDA."""
+"""How large products are carried out: their precision, one switch for CPU and CUDA, and in which blocks of rows."""
 
 from __future__ import annotations
 
@@ -30,6 +30,16 @@ def fast_products(enabled: bool = True) -> Iterator[None]:
         yield
     finally:
         cpu.fp32_precision, cuda.fp32_precision = before
+
+
+def row_blocks(rows: int) -> list[slice]:
+    """Sixteenths of ``rows``: what is computed row by row goes block by block, so that its temporaries stay small.
+
+    A share rather than a number of rows, so that the memory of a small problem predicts that of a large one
+    (:func:`~fistapruner.pipeline.footprint.solve_bytes`).
+    """
+    size = max(1, -(-rows // 16))
+    return [slice(start, min(start + size, rows)) for start in range(0, rows, size)]
 
 
 def has_bf16_units(device: torch.device) -> bool:

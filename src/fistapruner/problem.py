@@ -19,14 +19,14 @@ one problem and every solver works on all of them at once.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
 
 from .errors import FistaPrunerError
-from .numerics import fast_products
+from .numerics import fast_products, row_blocks
 
 
 @dataclass(frozen=True)
@@ -75,7 +75,7 @@ class LayerProblem:
         if not 0.0 <= self.target <= 1.0:
             raise FistaPrunerError(f"{self.label}: target {self.target} is not a share of the dense target in [0, 1]")
         if self.energy is None:
-            object.__setattr__(self, "energy", _row_dot(self.weight @ self.gram, self.weight))
+            object.__setattr__(self, "energy", _row_dots(lambda rows: self.weight[rows] @ self.gram, self.weight))
 
     @property
     def label(self) -> str:
@@ -102,22 +102,25 @@ class LayerProblem:
     def check_finite(self) -> None:
         """Refuse NaN and infinity, naming the operator and where they are."""
         for name, part in self._named_rows(self.weight):
-            if not bool(torch.isfinite(part).all()):
+            if not _all_finite(part):
                 raise FistaPrunerError(f"{name}: the weights contain NaN or infinite values")
         for what, tensor in (("Gram of the calibration activations", self.gram), ("drift", self.drift)):
-            if tensor is not None and not bool(torch.isfinite(tensor).all()):
+            if tensor is not None and not _all_finite(tensor):
                 raise FistaPrunerError(f"{self.label}: the {what} contains NaN or infinite values")
 
     def row_errors(self, weight: Tensor) -> Tensor:
         """(m,) fp64 error f of each row of ``weight`` (m, n)."""
-        delta = weight - self.weight
-        pull = self.pull
-        quadratic = delta @ self.gram
-        if pull is None:
-            return _row_dot(quadratic, delta).clamp_min(0)
-        assert self.drift_energy is not None
-        drift = self.drift_energy.double() * self.target**2
-        return (_row_dot(quadratic - 2 * pull, delta) + drift).clamp_min(0)
+        errors = []
+        for rows in row_blocks(len(weight)):
+            delta = weight[rows] - self.weight[rows]
+            gradient = delta @ self.gram
+            if self.drift is not None and self.target:
+                gradient.sub_(self.drift[rows], alpha=2 * self.target)
+            errors.append(_row_dot(gradient, delta))
+        total = torch.cat(errors)
+        if self.drift_energy is not None and self.target:
+            total += self.drift_energy.double() * self.target**2
+        return total.clamp_min(0)
 
     def errors(self, weight: Tensor) -> list[float]:
         """Error f of each operator, in the units of mean squared output summed over rows."""
@@ -269,12 +272,14 @@ class ProblemSums:
         if self._cross is not None:
             if self._moved is not None:
                 drift = self.weight @ (self._cross / self.tokens)
-                drift_energy = _row_dot(self.weight @ (self._moved / self.tokens), self.weight).clamp_min(0)
+                moved = self._moved / self.tokens
+                drift_energy = _row_dots(lambda rows: self.weight[rows] @ moved, self.weight).clamp_min(0)
             else:
                 assert self._energy is not None
-                drift, drift_energy = self._cross / self.tokens, self._energy / self.tokens
+                drift = self._cross.div_(self.tokens) if release else self._cross / self.tokens
+                drift_energy = self._energy / self.tokens
             # ||W X||^2 = ||W X*||^2 + 2 <W X*, W (X - X*)> + ||W (X - X*)||^2, row by row.
-            energy = _row_dot(self.weight @ gram + 2 * drift, self.weight) + drift_energy
+            energy = _row_dots(lambda rows: torch.add(self.weight[rows] @ gram, drift[rows], alpha=2.0), self.weight) + drift_energy
         problem = LayerProblem(
             weight=self.weight,
             gram=gram,
@@ -303,6 +308,15 @@ def _symmetric_mean(gram: Tensor, tokens: int) -> Tensor:
     return gram
 
 
+def _row_dots(left: Callable[[slice], Tensor], right: Tensor) -> Tensor:
+    """(m,) fp64 inner products of the rows of ``right`` (m, n) with those that ``left`` makes, a block at a time."""
+    return torch.cat([_row_dot(left(rows), right[rows]) for rows in row_blocks(len(right))])
+
+
 def _row_dot(a: Tensor, b: Tensor) -> Tensor:
-    """(m,) fp64 inner products of the rows of two (m, n) tensors, in blocks so that no large fp64 copy is made."""
-    return torch.cat([(x.double() * y.double()).sum(1) for x, y in zip(a.split(512), b.split(512), strict=True)])
+    """(m,) fp64 inner products of the rows of two (m, n) blocks."""
+    return (a.double() * b.double()).sum(1)
+
+
+def _all_finite(tensor: Tensor) -> bool:
+    return all(bool(torch.isfinite(tensor[rows]).all()) for rows in row_blocks(len(tensor)))

@@ -9,12 +9,14 @@ from __future__ import annotations
 
 import math
 import re
+import struct
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from .errors import FistaPrunerError
+from .numerics import row_blocks
 
 
 @dataclass(frozen=True)
@@ -123,45 +125,75 @@ def keep_largest(scores: Tensor, count: int) -> Tensor:
         return torch.zeros_like(scores, dtype=torch.bool)
     if count >= total:
         return torch.ones_like(scores, dtype=torch.bool)
-    flat = torch.nan_to_num(flat, nan=-math.inf)
     # The count-th largest value, then every entry above it, then as many ties as are still missing, first come first kept.
-    threshold = _kth_largest(flat, count)
-    mask = flat > threshold
-    if flat.device.type == "cpu":
-        ties = (flat == threshold).nonzero()[:, 0]
-        mask[ties[: count - int(torch.count_nonzero(mask))]] = True
-    else:  # no answer from the device is waited for
+    if flat.device.type != "cpu":  # no answer from the device is waited for
+        flat = torch.nan_to_num(flat, nan=-math.inf)
+        threshold = torch.topk(flat, count, sorted=False).values.min()
+        mask = flat > threshold
         tied = flat == threshold
         mask |= tied & (tied.cumsum(0) <= count - mask.sum())
+        return mask.view_as(scores)
+    if bool(flat.sum().isnan()):
+        flat = torch.nan_to_num(flat, nan=-math.inf)
+    threshold = _kth_largest(flat, count)
+    mask = flat > threshold
+    missing = count - int(torch.count_nonzero(mask))
+    for block in row_blocks(total):
+        if missing:
+            ties = (flat[block] == threshold).nonzero()[:missing, 0]
+            mask[block][ties] = True
+            missing -= len(ties)
     return mask.view_as(scores)
 
 
 def _kth_largest(flat: Tensor, count: int) -> Tensor:
-    """The ``count``-th largest of a 1-D tensor, 0-dim.
+    """The ``count``-th largest of a 1-D tensor on the CPU, 0-dim.
 
-    On a CPU selection is slow for millions of values. A sorted sample brackets the answer closely, and only the values
-    inside the bracket are searched; where the bracket misses (many ties, a periodic pattern) all are.
+    Selection is slow for millions of values and copies them. A sorted sample brackets the answer closely, and only the
+    values inside the bracket are searched; where the bracket misses (many ties, a periodic pattern) bisection finds it.
     """
     total = flat.numel()
-    if flat.device.type == "cpu" and total >= 1 << 17:
-        sample = flat[:: total // 8192 | 1].sort(descending=True).values
-        place, margin = count * len(sample) // total, len(sample) // 50
-        high = sample[max(place - margin, 0)]
-        low = sample[min(place + margin, len(sample) - 1)]
-        above = int(torch.count_nonzero(flat > high))
-        inside = flat[(flat > low) & (flat <= high)]
-        if above < count <= above + len(inside):
-            return torch.kthvalue(inside, len(inside) - (count - above) + 1).values
-    return torch.topk(flat, count, sorted=False).values.min()
+    if total < 1 << 17 or flat.dtype == torch.float64:
+        return torch.topk(flat, count, sorted=False).values.min()
+    sample = flat[:: total // 8192 | 1].sort(descending=True).values
+    place, margin = count * len(sample) // total, len(sample) // 50
+    high = sample[max(place - margin, 0)]
+    low = sample[min(place + margin, len(sample) - 1)]
+    above, inside = 0, []
+    for rows in row_blocks(total):
+        block = flat[rows]
+        above += int(torch.count_nonzero(block > high))
+        inside.append(block[(block > low) & (block <= high)])
+    near = torch.cat(inside)
+    if above < count <= above + len(near):
+        return torch.kthvalue(near, len(near) - (count - above) + 1).values
+    return _bisect(flat, count)
+
+
+def _bisect(flat: Tensor, count: int) -> Tensor:
+    """The same by bisection over all fp32 numbers, which are as many integers in the same order: no copy, 32 passes."""
+
+    def number(key: int) -> float:
+        return float(struct.unpack("<f", struct.pack("<i", key if key >= 0 else key ^ 0x7FFFFFFF))[0])
+
+    low, high = -0x7F800001, 0x7F800000  # of minus and plus infinity
+    while low < high:  # the smallest number that fewer than count values exceed
+        middle = (low + high) // 2
+        if sum(int(torch.count_nonzero(flat[rows].float() > number(middle))) for rows in row_blocks(len(flat))) < count:
+            high = middle
+        else:
+            low = middle + 1
+    return torch.tensor(number(low), dtype=flat.dtype)
 
 
 def keep_n_of_m(scores: Tensor, n: int, m: int) -> Tensor:
     """Mask of the ``n`` largest of every ``m`` consecutive entries of each row of ``scores`` (rows x columns)."""
-    groups = torch.nan_to_num(scores, nan=-math.inf).view(scores.shape[0], -1, m)
-    order = torch.sort(groups, dim=-1, descending=True, stable=True).indices
-    mask = torch.zeros_like(groups, dtype=torch.bool)
-    mask.scatter_(-1, order[..., :n], True)
-    return mask.view_as(scores)
+    mask = torch.zeros_like(scores, dtype=torch.bool, memory_format=torch.contiguous_format)
+    for rows in row_blocks(len(scores)):
+        groups = torch.nan_to_num(scores[rows], nan=-math.inf).reshape(-1, m)
+        order = torch.sort(groups, dim=-1, descending=True, stable=True).indices
+        mask[rows].view(-1, m).scatter_(-1, order[:, :n], True)
+    return mask
 
 
 def project_mask(scores: Tensor, sparsity: Sparsity, scope: str = "operator") -> Tensor:
@@ -186,12 +218,26 @@ def project_mask(scores: Tensor, sparsity: Sparsity, scope: str = "operator") ->
         return keep_largest(scores, rows * columns - zeros)
     if scope != "row":
         raise FistaPrunerError(f"scope {scope!r} is not known: 'operator' or 'row'")
+    mask = torch.zeros_like(scores, dtype=torch.bool, memory_format=torch.contiguous_format)
     base, extra = divmod(zeros, rows)
-    order = torch.sort(torch.nan_to_num(scores, nan=-math.inf), dim=1, stable=True).indices
-    drop = torch.full((rows, 1), base, device=scores.device)
-    drop[:extra] += 1
-    mask = torch.zeros_like(scores, dtype=torch.bool)
-    return mask.scatter_(1, order, torch.arange(columns, device=scores.device).expand(rows, columns) >= drop)
+    for block in row_blocks(rows):
+        order = torch.sort(torch.nan_to_num(scores[block], nan=-math.inf), dim=1, stable=True).indices
+        few = min(max(extra - block.start, 0), len(order))  # rows of this block with one zero more
+        mask[block].scatter_(1, order[:, base:], True)
+        mask[block][:few].scatter_(1, order[:few, base : base + 1], False)
+    return mask
+
+
+def of_rows(sparsity: Sparsity, rows: int, columns: int, start: int, stop: int) -> Sparsity:
+    """The pattern of rows ``start`` to ``stop`` alone of a ``rows x columns`` operator whose scores compete in each row.
+
+    Projecting the block with scope ``"row"`` onto it gives these rows of the whole operator's mask.
+    """
+    if isinstance(sparsity, NM):
+        return sparsity
+    base, extra = divmod(sparsity.zeros(rows, columns), rows)
+    zeros = base * (stop - start) + max(min(stop, extra) - start, 0)
+    return Unstructured(zeros / ((stop - start) * columns))
 
 
 def holds(weight: Tensor, sparsity: Sparsity) -> bool:

@@ -14,11 +14,13 @@ import pytest
 
 import tiny
 from fistapruner.errors import FistaPrunerError
+from fistapruner.pipeline import parts
 from fistapruner.pipeline.dispatch import Event, Job, dispatch
 from fistapruner.pipeline.journal import RunDirectory
 from fistapruner.pipeline.process import ProcessPool, worker_devices
 from fistapruner.pipeline.run import finish_run, prune, resume
-from fistapruner.pipeline.serial import Listener
+from fistapruner.pipeline.serial import Listener, prune_serially
+from fistapruner.pipeline.side_by_side import PartJob, SideBySide
 from fistapruner.pipeline.work import Work
 
 SETTINGS: dict[str, Any] = {"method": "sparsegpt", "calibration": {"source": "python", "samples": 6, "seqlen": 24}}
@@ -57,14 +59,15 @@ def test_two_processes(model: Path, expected: bytes, tmp_path: Path) -> None:
 class Deadly(ProcessPool):
     """Kills workers: as often as said when they start a layer, and at the first event of a kind that is named."""
 
-    def __init__(self, *arguments: Any, at_start: dict[int, int], at_event: list[str]) -> None:
+    def __init__(self, *arguments: Any, at_start: dict[int | str, int], at_event: list[str]) -> None:
         self.at_start, self.at_event = at_start, at_event
         super().__init__(*arguments)
 
-    def start(self, worker: int, job: Job) -> None:
+    def start(self, worker: int, job: Job | PartJob) -> None:
         super().start(worker, job)
-        if self.at_start.get(job.index):
-            self.at_start[job.index] -= 1
+        key = job.index if isinstance(job, Job) else job.problem
+        if self.at_start.get(key):
+            self.at_start[key] -= 1
             os.kill(self._processes[worker].pid, signal.SIGKILL)
 
     def wait(self) -> list[tuple[int, Event]]:
@@ -121,20 +124,49 @@ def test_parts_are_joined(model: Path, expected: bytes, tmp_path: Path) -> None:
     assert not RunDirectory(out).model.with_suffix(".partial").exists()
 
 
-def test_pruned_propagation_is_sequential(model: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("method", ["sparsegpt", "wanda+refit"])
+def test_parts_of_groups_side_by_side(model: Path, tmp_path: Path, method: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With propagate=pruned: operators, and blocks of rows where the method treats rows alone, on 2 and 3 devices."""
+    monkeypatch.setattr(parts, "ROWS", 10)
     said: list[str] = []
 
     class Says(Listener):
         def say(self, message: str) -> None:
             said.append(message)
 
-    settings = {**SETTINGS, "propagate": "pruned"}
-    prune(str(model), tmp_path / "serial", **settings, execution={"threads": 1})
+    settings = {**SETTINGS, "propagate": "pruned", "method": method}
+    report = prune(str(model), tmp_path / "serial", **settings, execution={"threads": 1})
     with pytest.raises(FistaPrunerError, match="needs the layers before it pruned first, and 0 is not"):
         prune(str(model), tmp_path / "run", **settings, execution={"threads": 1}, only_layers=(2, 3))
-    prune(str(model), tmp_path / "run", **settings, execution={"threads": 1, "executor": "process"}, listener=Says())
-    assert any("no two to run at once" in message for message in said)
-    assert weights(tmp_path / "run") == weights(tmp_path / "serial")
+    for workers in (2, 3):
+        out = tmp_path / f"run{workers}"
+        execution = {"threads": 1, "executor": "process", "workers": workers}
+        spread = prune(str(model), out, **settings, execution=execution, listener=Says())
+        assert any(f"{workers} worker processes of 1 threads" in message for message in said)
+        assert weights(out) == weights(tmp_path / "serial")
+        assert not (out / "hidden").exists()
+        for one, other in zip(report.layers, spread.layers, strict=True):
+            assert [entry.relative_error for entry in one.operators] == [entry.relative_error for entry in other.operators]
+
+
+def test_worker_that_dies_of_a_part_is_replaced(model: Path, tmp_path: Path) -> None:
+    settings = {**SETTINGS, "propagate": "pruned"}
+    prune(str(model), tmp_path / "serial", **settings, execution={"threads": 1})
+    out = tmp_path / "run"
+    prune(str(model), out, **settings, execution={"threads": 1}, only_layers=(0, 0))
+    work = Work.open(out)
+    work.hidden.mkdir(parents=True, exist_ok=True)  # the part before left the folder of parts
+    pool = Deadly(work, worker_devices("cpu", 2, 1), at_start={"part-1": 1}, at_event=["done"])
+    try:
+        prune_serially(work, {1}, Listener(), solver=SideBySide(pool, work.hidden))
+        assert (pool.at_start, pool.at_event) == ({"part-1": 0}, [])
+        pool.at_start["part-0"] = 3
+        with pytest.raises(FistaPrunerError, match=r"part-0: its worker died 3 times"):
+            prune_serially(work, {2}, Listener(), solver=SideBySide(pool, work.hidden))
+    finally:
+        pool.close()
+    resume(out)
+    assert weights(out) == weights(tmp_path / "serial")
 
 
 @pytest.mark.slow

@@ -14,16 +14,19 @@ import logging
 from collections import Counter
 from collections.abc import Collection
 from dataclasses import asdict, dataclass
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 from ..errors import FistaPrunerError
 from .serial import Listener
 from .work import Work
 
+if TYPE_CHECKING:
+    from .side_by_side import PartJob
+
 log = logging.getLogger("fistapruner")
 
 ATTEMPTS = 3
-"""Times a layer is tried before the run stops; a worker that dies of the layer itself would die of it for ever."""
+"""Times a job is tried before the run stops; a worker that dies of the job itself would die of it for ever."""
 
 IDLE = -1
 """Stands for the layer of a worker that has none."""
@@ -65,7 +68,7 @@ class Pool(Protocol):
 
     size: int
 
-    def start(self, worker: int, job: Job) -> None:
+    def start(self, worker: int, job: Job | PartJob) -> None:
         """Give an idle worker, 0 to ``size`` - 1, a job."""
 
     def wait(self) -> list[tuple[int, Event]]:
@@ -97,7 +100,7 @@ def dispatch(work: Work, todo: Collection[int], pool: Pool, listener: Listener) 
     queue = list(range(last + 1))
     passed, finished = {0}, set[int]()
     running: dict[int, Job] = {}
-    attempts = Counter[int]()
+    attempts = Counter[str]()
     while len(finished) <= last:
         for worker in range(pool.size):
             if worker not in running and queue and queue[0] in passed:
@@ -125,13 +128,7 @@ def dispatch(work: Work, todo: Collection[int], pool: Pool, listener: Listener) 
                         listener.layer(entry)
                 case "lost":
                     running.pop(worker, None)
-                    attempts[index] += 1
-                    if attempts[index] == ATTEMPTS:
-                        raise FistaPrunerError(
-                            f"layer {index}: its worker died {ATTEMPTS} times ({event['message']}): "
-                            "use fewer --workers if memory ran out, then resume"
-                        )
-                    log.warning("a worker died (%s) at layer %d, which is done again", event["message"], index)
+                    count_death(attempts, f"layer {index}" if index != IDLE else "an idle worker", event["message"])
                     if index != IDLE:
                         queue.insert(0, index)
                     pool.revive(worker)
@@ -139,6 +136,18 @@ def dispatch(work: Work, todo: Collection[int], pool: Pool, listener: Listener) 
                     raise FistaPrunerError(event["message"])
                 case _:
                     raise RuntimeError(f"layer {index}: a worker broke:\n{event['message']}")
+
+
+def count_death(attempts: Counter[str], what: str, message: str) -> None:
+    """Note that a worker died at ``what``, which will be done again.
+
+    Raises:
+        FistaPrunerError: it was the last attempt.
+    """
+    attempts[what] += 1
+    if attempts[what] == ATTEMPTS:
+        raise FistaPrunerError(f"{what}: its worker died {ATTEMPTS} times ({message}): use fewer --workers if memory ran out, then resume")
+    log.warning("a worker died (%s) at %s, which is done again", message, what)
 
 
 def _file(index: int) -> str:

@@ -9,8 +9,10 @@ import torch
 from ..problem import LayerProblem
 from ..recipe import Execution
 from .dispatch import Pool, dispatch
+from .parts import Part, cut
 from .process import ProcessPool, available_cores, worker_devices
 from .serial import Listener, prune_serially
+from .side_by_side import SideBySide
 from .work import Work, threads
 
 
@@ -24,8 +26,8 @@ def prune_layers(
     """Prune the decoder layers in ``todo`` with the executor that ``execution`` names; each is journaled when it is done.
 
     The result does not depend on the executor: whichever it is, a layer is computed by one process on
-    ``work.numerics["threads"]`` threads. With ``propagate=pruned`` a layer is fed by the pruned layers before it, so they
-    are done one after the other whatever the executor, and this process does it.
+    ``work.numerics["threads"]`` threads. With ``propagate=pruned`` a layer is fed by the pruned layers before it: they are
+    done one after the other by this process, and the workers solve the parts of its groups of operators side by side.
 
     Args:
         work: the opened run.
@@ -40,30 +42,48 @@ def prune_layers(
     if not todo:
         return
     executor = execution.executor
+    jobs = len(todo)
     if executor != "serial" and work.recipe.propagate == "pruned":
-        listener.say(f"propagate=pruned feeds each layer with the pruned ones before it: executor {executor} has no two to run at once")
+        jobs = max(len(parts) for index in todo for parts in _parts(work, index))
+        if jobs == 1:
+            listener.say(f"propagate=pruned, and no group has two operators: executor {executor} has nothing to run side by side")
+    if inspect is not None or jobs == 1:
         executor = "serial"
-    if inspect is not None:
-        executor = "serial"
-    if executor == "serial":
-        with threads(work.numerics["threads"]):
+    with threads(work.numerics["threads"]):
+        if executor == "serial":
             prune_serially(work, todo, listener, inspect)
-        return
-    if executor == "process":
-        devices = worker_devices(execution.device, execution.workers, work.numerics["threads"])
-        pool: Pool = ProcessPool(work, devices[: len(todo)])
-        names = ", ".join(sorted({str(device) for device in devices}))
-        listener.say(f"{pool.size} worker processes of {work.numerics['threads']} threads on {names}")
-    else:
-        from .ray_executor import RayPool
+            return
+        pool = _pool(work, execution, jobs, listener)
+        try:
+            if work.recipe.propagate == "dense":
+                dispatch(work, todo, pool, listener)
+            else:
+                prune_serially(work, todo, listener, solver=SideBySide(pool, work.hidden))
+        finally:
+            pool.close()
 
-        pool = RayPool(work, execution, len(todo))
-        listener.say(f"{pool.size} Ray workers of {work.numerics['threads']} threads")
-    try:
-        with threads(work.numerics["threads"]):
-            dispatch(work, todo, pool, listener)
-    finally:
-        pool.close()
+
+def _pool(work: Work, execution: Execution, jobs: int, listener: Listener) -> Pool:
+    """The workers of an executor, no more than there are ``jobs`` at once."""
+    count = work.numerics["threads"]
+    if execution.executor == "process":
+        devices = worker_devices(execution.device, execution.workers, count)[:jobs]
+        listener.say(f"{len(devices)} worker processes of {count} threads on {', '.join(sorted({str(device) for device in devices}))}")
+        return ProcessPool(work, devices)
+    from .ray_executor import RayPool
+
+    pool = RayPool(work, execution, jobs)
+    listener.say(f"{pool.size} Ray workers of {count} threads")
+    return pool
+
+
+def _parts(work: Work, index: int) -> list[list[Part]]:
+    """The parts of every group of decoder layer ``index``."""
+    found: list[list[Part]] = [[]]
+    for group in work.layout.layers[index]:
+        patterns = [work.sparsity[work.layout.full_name(index, operator)] for operator in group]
+        found.append(cut([operator.rows for operator in group], group[0].columns, patterns, work.recipe.steps))
+    return found
 
 
 def default_threads(execution: Execution) -> int:

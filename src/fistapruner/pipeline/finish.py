@@ -16,21 +16,22 @@ from ..models.checkpoint import Checkpoint
 from ..models.checkpoint_writer import write_checkpoint
 from ..models.layout import Layout
 from ..reporting.model_card import model_card
-from ..reporting.schema import VERSION, LayerEntry, Report, Totals, parse
+from ..reporting.schema import VERSION, LayerEntry, Report, Totals, load_run, parse
 from .journal import RunDirectory
 from .machine import now, peak_memory
 from .plan import check_plan
 from .serial import Listener
+from .times import Times
 from .work import Work
 
 
-def finish(run: RunDirectory, work: Work, seconds: float, listener: Listener) -> Report:
+def finish(run: RunDirectory, work: Work, times: Times, listener: Listener) -> Report:
     """Write the checkpoint and the report of a run whose layers are all journaled.
 
     Args:
         run: the run directory.
         work: the opened run.
-        seconds: wall time so far, in this process.
+        times: wall time of the run so far.
         listener: told of progress.
 
     Raises:
@@ -46,7 +47,7 @@ def finish(run: RunDirectory, work: Work, seconds: float, listener: Listener) ->
     report = parse(Report, {key: value for key, value in facts.items() if key != "decided"}, str(run.run_file))
     report.layers = layers
     checkpoint = work.skeleton.checkpoint
-    report.totals = _totals(layers, checkpoint, seconds, work.tokens, work.numerics["batch_size"])
+    report.totals = _totals(layers, checkpoint, times.total(), work.tokens, work.numerics["batch_size"])
     report.warnings += [warning for layer in layers for warning in layer.warnings]
 
     places = {name: index for index in range(len(layers)) for name in run.weights(index).entries}
@@ -61,11 +62,11 @@ def finish(run: RunDirectory, work: Work, seconds: float, listener: Listener) ->
             "fistapruner.json": json.dumps(_record(report, work.layout), indent=2) + "\n",
         }
         write_checkpoint(checkpoint, run.model, replacement, identity=work.fingerprint, documents=documents)
+    times.note()  # before the report calls the run finished: what a kill leaves half-written is then written anew
     report.status = "finished"
     report.finished = now()
-    writing = time.perf_counter() - begin
-    report.totals.seconds = (report.totals.seconds or 0.0) + writing
-    report.totals.time_split["write"] = writing
+    report.totals.seconds = times.total()
+    report.totals.time_split["write"] = time.perf_counter() - begin
     report.totals.checkpoint_bytes = sum(path.stat().st_size for path in run.model.iterdir() if path.is_file())
     disk = sum(path.stat().st_size for folder in (run.layers, run.model) for path in folder.iterdir() if path.is_file())
     report.plan = check_plan(report.plan, report.totals, layers, disk)
@@ -76,6 +77,14 @@ def finish(run: RunDirectory, work: Work, seconds: float, listener: Listener) ->
 def write_report(run: RunDirectory, report: Report) -> None:
     """Write ``report.json``."""
     write_json_atomic(run.report_file, report.model_dump(mode="json"))
+
+
+def write_failure(run: RunDirectory, error: BaseException, times: Times) -> None:
+    """Write the report of a run that stops with an error: what is done so far, and why it ends there."""
+    report = load_run(run.folder)
+    report.status, report.error, report.finished = "failed", str(error) or type(error).__name__, now()
+    report.totals.seconds = times.total()
+    write_report(run, report)
 
 
 def _totals(layers: list[LayerEntry], checkpoint: Checkpoint, seconds: float, tokens: Tensor, batch_size: int) -> Totals:

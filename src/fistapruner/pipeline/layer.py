@@ -66,6 +66,9 @@ class LayerResult:
 Progress = Callable[[str, float | None], None]
 """Told (operator names, relative error or None when their work begins)."""
 
+Solver = Callable[[LayerProblem, Sequence[Sparsity], Sequence[Method]], Solution]
+"""Solves a group of operators by a chain of methods."""
+
 
 def prune_layer(
     skeleton: Skeleton,
@@ -80,7 +83,7 @@ def prune_layer(
     inspect: Callable[[int, LayerProblem], None] | None = None,
     metric: Tensor | None = None,
     passed: Callable[[], None] = lambda: None,
-    by_operator: bool = False,
+    solver: Solver = solve,
 ) -> LayerResult:
     """Prune decoder layer ``index``, group after group.
 
@@ -101,7 +104,7 @@ def prune_layer(
         inspect: receives every group's problem before it is solved (benchmarks dump them).
         metric: how block matching weighs errors of the layer's output (see :func:`~.match.match_layer`).
         passed: told when ``streams.dense_out`` is complete, long before the layer is.
-        by_operator: solve the operators of a group one after the other, which needs less memory than stacked.
+        solver: solves a group of operators: all of it at once, or in parts (:mod:`~fistapruner.pipeline.parts`).
 
     Raises:
         FistaPrunerError: NaN or infinity in weights or activations; names the operator.
@@ -189,7 +192,7 @@ def prune_layer(
             if inspect is not None:
                 inspect(number, problem)
             with clock.phase("solve"):
-                solution = (_solve_by_operator if by_operator else solve)(problem, [sparsity[name] for name in names], recipe.steps)
+                solution = solver(problem, [sparsity[name] for name in names], recipe.steps)
                 stored = _store(skeleton, module, group, solution)
             warnings += solution.warnings
             with clock.phase("report"):
@@ -251,16 +254,6 @@ def scratch_factory(folder: Path | None, dtype: torch.dtype) -> Callable[[str, t
     return make
 
 
-def _solve_by_operator(problem: LayerProblem, sparsity: Sequence[Sparsity], steps: Sequence[Method]) -> Solution:
-    parts = [solve(operator, [pattern], list(steps)) for operator, pattern in zip(problem.operators(), sparsity, strict=True)]
-    return Solution(
-        torch.cat([part.weight for part in parts]),
-        torch.cat([part.mask for part in parts]),
-        tuple(stats for part in parts for stats in part.stats),
-        tuple(warning for part in parts for warning in part.warnings),
-    )
-
-
 def _drifts(recipe: Recipe, streams: Streams, number: int) -> bool:
     """Whether group ``number`` sees other inputs than in the dense model, and the target cares."""
     if recipe.target == 0.0 or streams.dense is None:
@@ -273,17 +266,21 @@ def _names(group: Group) -> str:
 
 
 def _stack(module: nn.Module, group: Group) -> Tensor:
-    return torch.cat([operator.weight(module).float() for operator in group])
+    """Weights of the group's operators, stacked by rows, in fp32."""
+    weights = [operator.weight(module) for operator in group]
+    stacked = torch.empty(sum(len(weight) for weight in weights), weights[0].shape[1], device=weights[0].device)
+    for part, weight in zip(stacked.split([len(weight) for weight in weights]), weights, strict=True):
+        part.copy_(weight)
+    return stacked
 
 
 def _store(skeleton: Skeleton, module: nn.Module, group: Group, solution: Solution) -> Tensor:
-    """Write the solution into the loaded layer, in the passes' dtype; returns what was stored, as fp32 (m, n)."""
-    stored = []
+    """Write the solution into the loaded layer, in the passes' dtype; it becomes what was stored, as fp32 (m, n)."""
     for operator, part in zip(group, solution.weight.split([operator.rows for operator in group]), strict=True):
         target = operator.weight(module)
-        target.copy_(part.to(skeleton.dtype))
-        stored.append(target.float())
-    return torch.cat(stored)
+        target.copy_(part)
+        part.copy_(target)
+    return solution.weight
 
 
 def _operator_entries(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -18,10 +18,12 @@ class Logged(Listener):
 
     Args:
         listener: who is told.
+        after_layer: called when a decoder layer is done.
     """
 
-    def __init__(self, listener: Listener) -> None:
+    def __init__(self, listener: Listener, after_layer: Callable[[], None] = lambda: None) -> None:
         self._listener = listener
+        self._after_layer = after_layer
 
     def say(self, message: str) -> None:
         log.info(message)
@@ -40,6 +42,7 @@ class Logged(Listener):
         log.info("layer %d done in %s", entry.index, {phase: round(value, 3) for phase, value in entry.seconds.items()})
         for warning in entry.warnings:
             log.warning(warning)
+        self._after_layer()
         self._listener.layer(entry)
 
     def end(self) -> None:

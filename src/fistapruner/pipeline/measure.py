@@ -1,19 +1,29 @@
-"""What the finished checkpoint is worth: perplexity and divergence, generations, the model card, the page."""
+"""What the finished checkpoint is worth: perplexity and divergence, zero-shot tasks, speed, generations, model card, page."""
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from ..atomic import write_text_atomic
-from ..errors import MissingExtraError
+from ..errors import FistaPrunerError, MissingExtraError
 from ..evaluation.evaluate import evaluate as run_evaluation
 from ..evaluation.generations import generate_side_by_side
+from ..evaluation.results import Evaluation
+from ..evaluation.speed import Speed
 from ..reporting.model_card import model_card
-from ..reporting.schema import Report
+from ..reporting.schema import Report, load_run
 from ..reporting.write import write_page
+from ..sparse.bench import bench, packed_bytes, record
 from .finish import write_report
 from .journal import RunDirectory
+from .lock import hold
+from .machine import describe_machine, now
 from .serial import Listener
 from .work import choose_device
 
@@ -56,13 +66,114 @@ def measure(run: RunDirectory, report: Report, data: str | None, windows: int | 
         write_report(run, report)
     if data is not None and not report.generations:
         report.generations = generate_side_by_side(source, run.model, choose_device(device), trust_remote_code=decided["trust_remote_code"])
+    publish(run, report, listener)
+    return report
+
+
+def is_run(folder: str | Path) -> bool:
+    """Whether a path is a run directory, and not a model or anything else."""
+    folder = Path(folder)
+    return not (folder / "config.json").exists() and any((folder / name).is_file() for name in ("run.json", "report.json"))
+
+
+def evaluate_run(
+    folder: str | Path, data: str | None = None, *, against: str | Path | None = None, listener: Listener | None = None, **settings: Any
+) -> Evaluation:
+    """Evaluate the checkpoint of a finished run against the model it was made from, and keep the result with the run.
+
+    The figures go into ``report.json``, the page and the model card. They take the place of earlier ones of the same
+    tokens and precision, or of the same task.
+
+    Args:
+        folder: the run directory.
+        data: text for perplexity, see :func:`fistapruner.evaluate`; None measures tasks only.
+        against: the dense model; default is the one the run pruned.
+        listener: told that the page was drawn.
+        **settings: as for :func:`fistapruner.evaluate`.
+
+    Returns:
+        What was measured.
+
+    Raises:
+        FistaPrunerError: not a finished run, its dense model is gone, or bad settings.
+    """
+    with _finished(Path(folder)) as (run, report):
+        decided = run.facts().get("decided", {})
+        if against is None:
+            against = decided.get("folder")
+            if against is None or not Path(against).exists():
+                raise FistaPrunerError(f"{folder}: the model it was made from is not at {against}: say where it is with --against")
+        for key in ("allow_pickle", "trust_remote_code"):  # what the run was allowed stays allowed
+            settings[key] = bool(settings.get(key) or decided.get(key))
+        found = run_evaluation(run.model, data, against=against, **settings)
+        report.evaluations = [*_without(report.evaluations, found), found]
+        publish(run, report, listener or Listener())
+    return found
+
+
+def bench_run(folder: str | Path, *, listener: Listener | None = None, **settings: Any) -> list[Speed]:
+    """Measure speed and sizes of the checkpoint of a finished run, and keep the result with the run.
+
+    The figures go into ``report.json``, the page and the model card, in the place of earlier ones.
+
+    Args:
+        folder: the run directory.
+        listener: told that the page was drawn.
+        **settings: as for :func:`fistapruner.sparse.bench.bench`.
+
+    Raises:
+        FistaPrunerError: not a finished run, or it does not fit disk or memory.
+    """
+    with _finished(Path(folder)) as (run, report):
+        found = bench(run.model, **settings)
+        machine = describe_machine(torch.device("cpu")).model_dump(mode="json")
+        report.speed = {**record(found), "machine": machine, "measured": now()}
+        report.totals.compressed_bytes = packed_bytes(found)
+        publish(run, report, listener or Listener())
+    return found
+
+
+def publish(run: RunDirectory, report: Report, listener: Listener) -> None:
+    """Write a finished run's ``report.json``, its model card, and the page if it can be drawn."""
     write_report(run, report)
     write_text_atomic(run.model / "README.md", model_card(report))
     try:
         listener.say(f"report: {write_page(run.folder)}")
     except MissingExtraError as error:
         listener.say(str(error))
-    return report
+
+
+@contextmanager
+def _finished(folder: Path) -> Iterator[tuple[RunDirectory, Report]]:
+    """A finished run and its report, held so that no other process writes them meanwhile."""
+    run = RunDirectory(folder)
+    if not is_run(folder):
+        raise FistaPrunerError(f"{folder} is not a run: it has neither run.json nor report.json")
+    with hold(folder):
+        report = load_run(folder)
+        if report.status != "finished" or not run.model.is_dir():
+            raise FistaPrunerError(f"{folder} has no finished checkpoint: go on with 'fistapruner resume {folder}'")
+        yield run, report
+
+
+def _without(earlier: Sequence[Evaluation], found: Evaluation) -> list[Evaluation]:
+    """Earlier evaluations, less what ``found`` measures again."""
+    again = {(task.task, task.metric) for task in found.tasks}
+    kept = []
+    for evaluation in earlier:
+        tasks = tuple(task for task in evaluation.tasks if (task.task, task.metric) not in again)
+        rest = replace(evaluation, tasks=tasks)
+        if _same_text(evaluation, found):
+            rest = replace(rest, perplexity=None, reference=None, divergence=None)
+        if rest.perplexity is not None or rest.tasks:
+            kept.append(rest)
+    return kept
+
+
+def _same_text(a: Evaluation, b: Evaluation) -> bool:
+    if a.perplexity is None or b.perplexity is None:
+        return False
+    return (a.perplexity.text_sha256, a.perplexity.dtype) == (b.perplexity.text_sha256, b.perplexity.dtype)
 
 
 def _is_of(evaluation: Any, data: str, windows: int | None) -> bool:

@@ -31,6 +31,7 @@ from .capture import Calls
 from .footprint import peak_bytes, solve_bytes
 from .hidden import HiddenStates
 from .layer import Streams, prune_layer, scratch_factory
+from .parts import cut
 
 GIB = 2**30
 
@@ -50,7 +51,7 @@ class Choice:
     Args:
         batch_size: windows in one forward pass.
         on_disk: hidden states in files instead of memory.
-        by_operator: operators of a group are solved one after the other instead of stacked.
+        by_operator: groups of operators are solved in parts (:mod:`~fistapruner.pipeline.parts`) instead of stacked.
     """
 
     batch_size: int
@@ -95,7 +96,7 @@ def make_plan(
         tokens: (samples, seqlen) calibration tokens; only their number matters for memory.
         batch_size: windows in one forward pass, if they fit.
         out: the run directory, whose disk is asked for its free space.
-        workers: processes that prune layers at once.
+        workers: processes of this machine that work at once: on layers, or with ``propagate=pruned`` on parts of a group.
 
     Raises:
         FistaPrunerError: no choice fits the memory, or the disk is too small; names the stage and the bytes.
@@ -103,17 +104,19 @@ def make_plan(
     limit = recipe.execution.memory_limit or int(free_memory() * RESERVE)
     given = f"--memory-limit {limit / GIB:.2f} GiB" if recipe.execution.memory_limit else f"the {limit / GIB:.2f} GiB that are free"
     model = Sizes.measure(skeleton, layout, recipe, sparsity, tokens)
-    choices = [Choice(batch_size, on_disk=workers > 1), Choice(batch_size, on_disk=True)]
+    sequential = recipe.propagate == "pruned"  # parts are what may be spread then, so groups are always cut
+    solvers, workers = (workers, 1) if sequential and workers > 1 else (0, workers)
+    choices = [Choice(batch_size, on_disk=workers > 1, by_operator=sequential), Choice(batch_size, on_disk=True, by_operator=sequential)]
     size = batch_size
     while size > 1:
         size = size // 2
-        choices.append(Choice(size, on_disk=True))
+        choices.append(Choice(size, on_disk=True, by_operator=sequential))
     choices.append(Choice(1, on_disk=True, by_operator=True))
     if recipe.execution.batch_size:
         choices = [choice for choice in choices if choice.batch_size == batch_size] + [Choice(batch_size, on_disk=True, by_operator=True)]
-    chosen, stages = choices[-1], model.stages(choices[-1])
+    chosen, stages = choices[-1], model.stages(choices[-1], solvers)
     for choice in choices:
-        stages = model.stages(choice)
+        stages = model.stages(choice, solvers)
         if max(stages.values()) * workers <= limit:
             chosen = choice
             break
@@ -128,7 +131,7 @@ def make_plan(
     if chosen != choices[0]:
         changed = ["hidden states go to disk"] if chosen.on_disk and not choices[0].on_disk else []
         changed += [f"{chosen.batch_size} windows at a time instead of {batch_size}"] if chosen.batch_size != batch_size else []
-        changed += ["operators are solved one by one"] if chosen.by_operator else []
+        changed += ["groups are solved in parts"] if chosen.by_operator and not sequential else []
         says.append(f"to fit {given}: {', '.join(changed)}")
     disk = model.disk(chosen, workers)
     place = _existing(out)
@@ -186,7 +189,7 @@ class Sizes:
     window: int
     forward: int
     groups: tuple[tuple[str, int, int, int, int], ...]
-    """Of each distinct group: names, Gram, stacked weight in fp32, solve stacked, solve of its largest operator alone."""
+    """Of each group: names, Gram, stacked weight in fp32, solve stacked, solve of its largest part."""
 
     float_input: int
     kept: int
@@ -233,8 +236,13 @@ class Sizes:
             cuda=skeleton.device.type == "cuda",
         )
 
-    def stages(self, choice: Choice) -> dict[str, int]:
-        """Bytes at the peak of every stage of a run, by what the stage is called in messages."""
+    def stages(self, choice: Choice, solvers: int = 0) -> dict[str, int]:
+        """Bytes at the peak of every stage of a run, by what the stage is called in messages.
+
+        Args:
+            choice: how the run is carried out.
+            solvers: processes beside this one that solve parts.
+        """
         in_memory = 0 if choice.on_disk or self.cuda else self.samples
         states = self.streams * self.window * in_memory
         batch = min(choice.batch_size, self.samples)
@@ -250,7 +258,10 @@ class Sizes:
             sums = 2 * gram + 2 * weight if drifts else gram + weight
             gather = passing + sums + batch * self.float_input * (3 if drifts else 1)
             found[f"a pass up to {names}"] = loaded + gather
-            found[f"solving {names}"] = loaded + (weight + gram + alone if choice.by_operator else stacked) + (weight if drifts else 0)
+            apart = choice.by_operator and alone < stacked
+            # The solution is gathered beside the weight: fp32 and a mask of bytes.
+            solving = gram + 9 * weight // 4 + (solvers * (self.base + alone) or alone - gram) if apart else stacked
+            found[f"solving {names}"] = loaded + solving + (weight if drifts else 0)
         return found
 
     def disk(self, choice: Choice, workers: int) -> int:
@@ -263,8 +274,9 @@ def _group_bytes(group: Group, patterns: list[Sparsity], recipe: Recipe) -> tupl
     n = group[0].columns
     rows = [operator.rows for operator in group]
     stacked = solve_bytes(rows, n, patterns, recipe.steps)
-    largest = max(range(len(rows)), key=lambda number: rows[number])
-    alone = stacked if len(rows) == 1 else solve_bytes([rows[largest]], n, [patterns[largest]], recipe.steps)
+    parts = cut(rows, n, patterns, recipe.steps)
+    largest = max(parts, key=lambda part: part.stop - part.start)
+    alone = stacked if len(parts) == 1 else solve_bytes([largest.stop - largest.start], n, [largest.sparsity], recipe.steps)
     names = "+".join(operator.name.rpartition(".")[2] for operator in group)
     return names, 4 * n * n, 4 * sum(rows) * n, stacked, alone
 

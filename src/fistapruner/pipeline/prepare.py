@@ -201,7 +201,7 @@ def plan_run(skeleton: Skeleton, layout: Layout, recipe: Recipe, sparsity: Mappi
     """Plan a run with the executor, workers and threads of its recipe (see :func:`~.plan.make_plan`)."""
     execution = recipe.execution
     batch_size = execution.batch_size or default_batch_size(tokens.shape[1], skeleton)
-    local = execution.executor == "process" and recipe.propagate == "dense"
+    local = execution.executor == "process"
     workers = len(worker_devices(execution.device, execution.workers, execution.threads)) if local else 1
     with threads(default_threads(execution)):
         return make_plan(skeleton, layout, recipe, sparsity, tokens, batch_size, out, workers)

@@ -14,6 +14,7 @@ from pathlib import Path
 import torch
 
 from .dispatch import Event, Job
+from .side_by_side import PartJob
 from .work import Work
 
 
@@ -35,7 +36,7 @@ class ProcessPool:
         for worker in range(self.size):
             self.revive(worker)
 
-    def start(self, worker: int, job: Job) -> None:
+    def start(self, worker: int, job: Job | PartJob) -> None:
         """Give an idle worker a job."""
         pipe = self._processes[worker].stdin
         assert pipe is not None

@@ -16,6 +16,7 @@ from typing import Any
 from ..errors import FistaPrunerError, MissingExtraError
 from ..recipe import Execution
 from .dispatch import Event, Job
+from .side_by_side import PartJob
 from .work import Work
 
 ENDS = ("done", "failed", "broken", "lost")
@@ -28,7 +29,7 @@ class RayPool:
     Args:
         work: the opened run.
         execution: ``address`` of the cluster (None starts one on this machine), ``workers``, ``device``.
-        jobs: layers to prune; more workers than that are not started.
+        jobs: how many there will be at once; more workers than that are not started.
 
     Raises:
         MissingExtraError: Ray is not installed.
@@ -67,7 +68,7 @@ class RayPool:
         for worker in range(self.size):
             self.revive(worker)
 
-    def start(self, worker: int, job: Job) -> None:
+    def start(self, worker: int, job: Job | PartJob) -> None:
         """Give an idle worker a job."""
         self._streams[self._actors[worker].run.remote(job.to_json())] = worker
 
@@ -123,7 +124,7 @@ class Actor:
             yield self.fault
             return
         told: queue.SimpleQueue[Event] = queue.SimpleQueue()
-        threading.Thread(target=self.worker.run, args=(Job(**job), told.put), daemon=True).start()
+        threading.Thread(target=self.worker.run, args=(job, told.put), daemon=True).start()
         while True:
             event = told.get()
             yield event

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import logging
-import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +16,7 @@ from ..problem import LayerProblem
 from ..recipe import Recipe, merge
 from ..reporting.schema import Report, load_run, parse, read_json
 from .executors import prune_layers
-from .finish import finish
+from .finish import finish, write_failure
 from .journal import RunDirectory
 from .lock import hold, preparing
 from .log import Logged, log_file
@@ -25,6 +24,7 @@ from .machine import reset_peak_memory
 from .measure import measure
 from .prepare import prepare, refuse_other
 from .serial import Listener
+from .times import Times, spent
 from .work import Work, choose_device
 
 log = logging.getLogger("fistapruner")
@@ -72,7 +72,8 @@ def prune(
     Raises:
         FistaPrunerError: bad input, named; before any long work where that can be known.
     """
-    listener = Logged(listener or Listener())
+    told = listener or Listener()
+    listener = Logged(told)
     recipe = Recipe.build(merge((recipe or Recipe()).model_dump(mode="json"), settings))
     run = RunDirectory(Path(out))
     report = _finished_report(run, model, recipe)
@@ -80,16 +81,18 @@ def prune(
         listener.say(f"{out} holds the finished run of this recipe")
     with _saying_how_to_go_on(run), _made(run), hold(run.folder, only_layers), log_file(run.log_file):
         if report is None:
-            started = time.perf_counter()
-            reset_peak_memory()
-            with preparing(run.folder):
-                prepare(model, run, recipe, listener, command, allow_pickle, trust_remote_code, evaluate, evaluate_windows, tokens)
-            part = "" if only_layers is None else f"{only_layers[0]}-{only_layers[1]}"
-            work = Work.open(run.folder, choose_device(recipe.execution.device), part)
-            _prune_missing(work, recipe, listener, only_layers, inspect)
-            if only_layers is not None:
-                return load_run(run.folder)
-            report = finish(run, work, time.perf_counter() - started, listener)
+            with spent(run.folder, only_layers) as times:
+                reset_peak_memory()
+                with preparing(run.folder):
+                    prepare(model, run, recipe, listener, command, allow_pickle, trust_remote_code, evaluate, evaluate_windows, tokens)
+                part = "" if only_layers is None else f"{only_layers[0]}-{only_layers[1]}"
+                work = Work.open(run.folder, choose_device(recipe.execution.device), part)
+                with nullcontext() if only_layers else _reporting_failure(run, times):
+                    _prune_missing(work, recipe, Logged(told, times.note), only_layers, inspect)
+                    if only_layers is not None:
+                        times.note()
+                        return load_run(run.folder)
+                    report = finish(run, work, times, listener)
         return measure(run, report, evaluate, evaluate_windows, listener)
 
 
@@ -138,7 +141,8 @@ def finish_run(out: str | Path, *, listener: Listener | None = None) -> Report:
         raise FistaPrunerError(f"{out} is not a run that was begun (it has no run.json)")
     with _saying_how_to_go_on(run), hold(run.folder), log_file(run.log_file):
         work = Work.open(run.folder)
-        report = finish(run, work, 0.0, listener)
+        with spent(run.folder) as times:
+            report = finish(run, work, times, listener)
         work.clear_hidden()
         return measure(run, report, decided["evaluate"], decided["evaluate_windows"], listener)
 
@@ -201,6 +205,19 @@ def _made(run: RunDirectory) -> Iterator[None]:
     with disk_errors(run.folder):
         run.create()
     yield
+
+
+@contextmanager
+def _reporting_failure(run: RunDirectory, times: Times) -> Iterator[None]:
+    """Let ``report.json`` say why the run fails, if it does; one of an attempt before this goes away."""
+    with disk_errors(run.report_file):
+        run.report_file.unlink(missing_ok=True)
+    try:
+        yield
+    except Exception as error:
+        with suppress(FistaPrunerError):  # a full disk, most likely the very error
+            write_failure(run, error, times)
+        raise
 
 
 @contextmanager

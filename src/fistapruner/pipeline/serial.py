@@ -9,7 +9,7 @@ from ..problem import LayerProblem
 from ..recipe import Recipe
 from ..reporting.schema import LayerEntry
 from .hidden import HiddenStates
-from .layer import Streams
+from .layer import Solver, Streams
 from .work import Work
 
 
@@ -37,6 +37,7 @@ def prune_serially(
     todo: Collection[int],
     listener: Listener,
     inspect: Callable[[int, int, LayerProblem], None] | None = None,
+    solver: Solver | None = None,
 ) -> None:
     """Prune the decoder layers in ``todo``; the others are only passed through, as they stand in the journal.
 
@@ -45,6 +46,7 @@ def prune_serially(
         todo: indices of layers that are not journaled yet.
         listener: told of progress.
         inspect: receives (layer, group, problem) before each solve.
+        solver: solves a group of operators; None does it here.
     """
     if not todo:
         return
@@ -69,7 +71,7 @@ def prune_serially(
                 if inspect is not None:
                     inspect(index, group, problem)
 
-            listener.layer(work.prune(index, streams, calls, progress, look))
+            listener.layer(work.prune(index, streams, calls, progress, look, solver=solver))
         else:
             work.advance(index, streams, calls)
         for store in (dense, pruned):

@@ -18,18 +18,21 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..atomic import sampled_sha256
 from ..errors import FistaPrunerError
 from ..models.checkpoint import Checkpoint
 from ..models.layout import Layout, discover
 from ..models.skeleton import Skeleton
 from ..recipe import Recipe
 from ..reporting.schema import LayerEntry
+from ..solvers import solve
 from ..sparsity import Sparsity, parse_sparsity
 from .capture import Calls, Clock, run_layer
 from .hidden import HiddenStates
 from .journal import RunDirectory
-from .layer import Progress, Streams, prune_layer, scratch_factory
+from .layer import Progress, Solver, Streams, prune_layer, scratch_factory
 from .machine import peak_memory
+from .parts import solve_apart
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -47,7 +50,8 @@ class Work:
         sparsity: pattern of every one of them, by full name.
         tokens: (samples, seqlen) calibration tokens.
         numerics: what decides the order of sums, and with it the last bits: ``batch_size`` (windows in one forward
-            pass), ``threads`` of a worker, ``by_operator``, kind of ``device``. Part of the run.
+            pass), ``threads`` of a worker, ``by_operator`` (groups are solved in parts,
+            :mod:`~fistapruner.pipeline.parts`), kind of ``device``. Part of the run.
         on_disk: whether hidden states are kept in files.
         part: subfolder of ``RUN/hidden`` this process works in.
     """
@@ -153,6 +157,7 @@ class Work:
         progress: Progress,
         inspect: Callable[..., None] | None = None,
         passed: Callable[[], None] = lambda: None,
+        solver: Solver | None = None,
     ) -> LayerEntry:
         """Prune decoder layer ``index`` and journal it."""
         scratch = scratch_factory(self.hidden if self.on_disk else None, self.skeleton.dtype)
@@ -170,7 +175,7 @@ class Work:
             inspect,
             metric,
             passed,
-            self.numerics["by_operator"],
+            solver or (solve_apart if self.numerics["by_operator"] else solve),
         )
         result.entry.peak_memory = peak_memory()
         self.run.write_layer(self.fingerprint, result.weights, result.entry)
@@ -191,7 +196,7 @@ class Work:
 
 def fingerprint(recipe: Recipe, checkpoint: Checkpoint, tokens: Tensor, numerics: Mapping[str, Any]) -> str:
     """Identity of a run: its settings, the model's files, the calibration tokens, and what decides the last bits."""
-    files = [(name, file.path.stat().st_size) for name, file in checkpoint.files.items()]
+    files = [(name, sampled_sha256(file.path)) for name, file in checkpoint.files.items()]
     identity = [recipe.fingerprint(), files, checkpoint.config, dict(numerics)]
     digest = hashlib.sha256(json.dumps(identity, sort_keys=True).encode())
     digest.update(tokens.to(torch.int64).numpy().tobytes())

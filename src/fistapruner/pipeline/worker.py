@@ -1,4 +1,4 @@
-"""A worker: opens the run directory, then prunes the decoder layers it is told to.
+"""A worker: opens the run directory, then prunes the decoder layers, or solves the parts of groups, that it is told to.
 
 As a program (``python -m fistapruner.pipeline.worker``) it reads one JSON job a line and writes one JSON event a line
 (:mod:`fistapruner.pipeline.dispatch`). It is a plain program rather than a child of :mod:`multiprocessing`, so it needs
@@ -14,15 +14,18 @@ import signal
 import sys
 import traceback
 from collections.abc import Callable
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from ..errors import FistaPrunerError
+from .capture import Calls
 from .dispatch import Event, Job
 from .hidden import HiddenStates
 from .layer import Streams
+from .side_by_side import PartJob, do_part
 from .work import Work
 
 PR_SET_PDEATHSIG = 1
@@ -44,42 +47,52 @@ class Worker:
     def __init__(self, folder: Path, part: str, device: str, *, shared: bool = False) -> None:
         self.work = Work.open(folder, torch.device(device), part)
         torch.set_num_threads(self.work.numerics["threads"])
-        self.calls = self.work.calls()
         self.shared = shared
 
-    def run(self, job: Job, tell: Callable[[Event], None]) -> None:
-        """Do a job; every outcome, faults too, is told as an event."""
+    @cached_property
+    def calls(self) -> Calls:
+        """How decoder layers are called."""
+        return self.work.calls()
+
+    def run(self, job: dict[str, Any], tell: Callable[[Event], None]) -> None:
+        """Do a job (a :class:`Job` or a :class:`PartJob` as JSON values); every outcome, faults too, is told as an event."""
         torch.set_num_threads(self.work.numerics["threads"])
         try:
-            source = self._open(job.source)
-            target = None if job.target is None else self._open(job.target)
-
-            def passed() -> None:
-                if target is not None:
-                    if self.shared:
-                        target.sync()
-                    tell({"event": "passed"})
-
-            streams = Streams(source, None, target, None)
-            try:
-                if job.prune:
-
-                    def progress(names: str, error: float | None) -> None:
-                        tell({"event": "operators", "names": names, "error": error})
-
-                    self.work.prune(job.index, streams, self.calls, progress, passed=passed)
-                else:
-                    self.work.advance(job.index, streams, self.calls)
-                    passed()
-            finally:
-                source.close(keep=True)
-                if target is not None:
-                    target.close(keep=True)
+            if "solution" in job:
+                do_part(PartJob(**job), self.work.hidden, self.work.recipe.steps, self.work.skeleton.device)
+            else:
+                self._do_layer(Job(**job), tell)
             tell({"event": "done"})
         except FistaPrunerError as error:
             tell({"event": "failed", "message": str(error)})
         except Exception:
             tell({"event": "broken", "message": traceback.format_exc()})
+
+    def _do_layer(self, job: Job, tell: Callable[[Event], None]) -> None:
+        source = self._open(job.source)
+        target = None if job.target is None else self._open(job.target)
+
+        def passed() -> None:
+            if target is not None:
+                if self.shared:
+                    target.sync()
+                tell({"event": "passed"})
+
+        streams = Streams(source, None, target, None)
+        try:
+            if job.prune:
+
+                def progress(names: str, error: float | None) -> None:
+                    tell({"event": "operators", "names": names, "error": error})
+
+                self.work.prune(job.index, streams, self.calls, progress, passed=passed)
+            else:
+                self.work.advance(job.index, streams, self.calls)
+                passed()
+        finally:
+            source.close(keep=True)
+            if target is not None:
+                target.close(keep=True)
 
     def _open(self, name: str) -> HiddenStates:
         return self.work.store(name, on_disk=True)
@@ -111,8 +124,7 @@ def main(arguments: list[str]) -> None:
         tell({"event": "failed", "message": str(error)})
         return
     for line in sys.stdin:
-        job: dict[str, Any] = json.loads(line)
-        worker.run(Job(**job), tell)
+        worker.run(json.loads(line), tell)
 
 
 if __name__ == "__main__":

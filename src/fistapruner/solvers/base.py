@@ -61,7 +61,13 @@ class Method(BaseModel, ABC):
             start: the solution of the previous step of a chain.
         """
 
+    def rows_apart(self, sparsity: Sparsity) -> bool:
+        """Whether a row's answer depends on that row alone, so that blocks of rows may be solved apart from each other."""
+        return False
+
 
 def project_operators(scores: Tensor, rows: Sequence[int], sparsity: Sequence[Sparsity], scope: str = "operator") -> Tensor:
     """(m, n) exact mask of stacked operators, each with its own pattern (see :func:`~fistapruner.sparsity.project_mask`)."""
+    if len(rows) == 1:
+        return project_mask(scores, sparsity[0], scope)
     return torch.cat([project_mask(part, pattern, scope) for part, pattern in zip(scores.split(tuple(rows)), sparsity, strict=True)])

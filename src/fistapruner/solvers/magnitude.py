@@ -5,8 +5,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import ClassVar
 
+import torch
+
 from ..problem import LayerProblem
-from ..sparsity import Sparsity
+from ..sparsity import NM, Sparsity
 from .base import Method, Solution, project_operators
 
 
@@ -18,5 +20,9 @@ class Magnitude(Method):
     reference: ClassVar[str] = "Han et al. 2015, arXiv 1506.02626"
 
     def solve(self, problem: LayerProblem, sparsity: Sequence[Sparsity], start: Solution | None = None) -> Solution:
-        mask = project_operators(problem.weight.abs(), problem.rows, sparsity)
-        return Solution(problem.weight * mask, mask)
+        scores = problem.weight.abs()
+        mask = project_operators(scores, problem.rows, sparsity)
+        return Solution(torch.mul(problem.weight, mask, out=scores), mask)
+
+    def rows_apart(self, sparsity: Sparsity) -> bool:
+        return isinstance(sparsity, NM)

@@ -55,6 +55,9 @@ class Refit(Method):
         stats = tuple({"damping": damping, "rows_improved": int(part.sum())} for part in better.split(problem.rows))
         return Solution(weight, start.mask, stats, tuple(warnings))
 
+    def rows_apart(self, sparsity: Sparsity) -> bool:
+        return self.solver == "cg"  # exact raises its damping for a batch of rows at a time
+
 
 def refit_cg(problem: LayerProblem, gram: Tensor, weight: Tensor, mask: Tensor, iterations: int, *, fast: bool = False) -> Tensor:
     """Jacobi-preconditioned conjugate gradients on the support, all rows at once.

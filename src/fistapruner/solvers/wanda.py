@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import ClassVar
 
+import torch
+
 from ..problem import LayerProblem
 from ..sparsity import Sparsity
 from .base import Method, Solution, project_operators
@@ -18,6 +20,9 @@ class Wanda(Method):
     reference: ClassVar[str] = "Sun et al. 2023, arXiv 2306.11695"
 
     def solve(self, problem: LayerProblem, sparsity: Sequence[Sparsity], start: Solution | None = None) -> Solution:
-        scores = problem.weight.abs() * problem.gram.diagonal().clamp_min(0).sqrt()
+        scores = problem.weight.abs().mul_(problem.gram.diagonal().clamp_min(0).sqrt())
         mask = project_operators(scores, problem.rows, sparsity, scope="row")
-        return Solution(problem.weight * mask, mask)
+        return Solution(torch.mul(problem.weight, mask, out=scores), mask)
+
+    def rows_apart(self, sparsity: Sparsity) -> bool:
+        return True

@@ -1,0 +1,109 @@
+"""A group of operators cut into parts that are solved apart.
+
+A part is an operator; where every step of the method treats rows alone, a block of its rows. The cut depends on the
+shapes and the recipe only, never on how many devices there are, so the results do not either.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
+from itertools import pairwise
+from typing import Any
+
+import torch
+
+from ..problem import LayerProblem
+from ..solvers import solve
+from ..solvers.base import Method, Solution, Stats
+from ..sparsity import Sparsity, of_rows
+
+ROWS = 1024
+"""Rows of a block, at most, where blocks change nothing: enough for fast products, few enough to share out."""
+
+
+@dataclass(frozen=True)
+class Part:
+    """Rows ``start`` to ``stop`` of a group's stacked operators, all of operator ``operator``, and their pattern."""
+
+    operator: int
+    start: int
+    stop: int
+    sparsity: Sparsity
+
+
+def cut(rows: Sequence[int], columns: int, sparsity: Sequence[Sparsity], steps: Sequence[Method]) -> list[Part]:
+    """The parts of a group of operators.
+
+    Args:
+        rows: outputs of each operator.
+        columns: inputs.
+        sparsity: pattern of each operator.
+        steps: the method chain.
+    """
+    parts: list[Part] = []
+    begin = 0
+    for operator, (size, pattern) in enumerate(zip(rows, sparsity, strict=True)):
+        some_left = pattern.zeros(size, columns) <= size * (columns - 1)
+        apart = some_left and all(step.rows_apart(pattern) for step in steps)
+        blocks = -(-size // ROWS) if apart else 1
+        edges = [size * block // blocks for block in range(blocks + 1)]
+        for start, stop in pairwise(edges):
+            part = of_rows(pattern, size, columns, start, stop) if blocks > 1 else pattern
+            parts.append(Part(operator, begin + start, begin + stop, part))
+        begin += size
+    return parts
+
+
+def solve_apart(problem: LayerProblem, sparsity: Sequence[Sparsity], steps: Sequence[Method]) -> Solution:
+    """Solve a group part after part, which needs less memory than all of it at once."""
+    parts = cut(problem.rows, problem.shape[1], sparsity, steps)
+    return join(problem, parts, (solve_part(part_of(problem, part), part.sparsity, steps) for part in parts))
+
+
+def solve_part(problem: LayerProblem, sparsity: Sparsity, steps: Sequence[Method]) -> Solution:
+    """Solve one part."""
+    return solve(problem, [sparsity], list(steps))
+
+
+def part_of(problem: LayerProblem, part: Part) -> LayerProblem:
+    """Its rows as a problem. They begin where a file read into fresh memory would: alignment decides last bits."""
+    sliced = problem.slice(part.start, part.stop, (problem.names[part.operator],))
+    return replace(sliced, **{name: tensor if tensor.data_ptr() % 64 == 0 else tensor.clone() for name, tensor in rows_of(sliced).items()})
+
+
+def rows_of(problem: LayerProblem) -> dict[str, Any]:
+    """The tensors of a problem that have its rows, by the names of its arguments."""
+    tensors = {"weight": problem.weight, "drift": problem.drift, "drift_energy": problem.drift_energy, "energy": problem.energy}
+    return {name: tensor for name, tensor in tensors.items() if tensor is not None}
+
+
+def join(problem: LayerProblem, parts: Sequence[Part], solutions: Iterable[Solution]) -> Solution:
+    """The group's solution from those of its parts."""
+    weight, mask = torch.empty_like(problem.weight), torch.empty_like(problem.weight, dtype=torch.bool)
+    stats: list[list[tuple[float, Stats]]] = [[] for _ in problem.rows]
+    warnings: dict[str, None] = {}
+    assert problem.energy is not None
+    for part, solution in zip(parts, solutions, strict=True):
+        weight[part.start : part.stop], mask[part.start : part.stop] = solution.weight, solution.mask
+        stats[part.operator].append((float(problem.energy[part.start : part.stop].double().sum()), solution.stats[0]))
+        warnings |= dict.fromkeys(solution.warnings)
+    return Solution(weight, mask, tuple(_join_stats(operator) for operator in stats), tuple(warnings))
+
+
+def _join_stats(parts: list[tuple[float, Stats]]) -> Stats:
+    """What is said of an operator from what is said of its blocks of rows, each with the energy of its dense outputs."""
+    if len(parts) == 1:
+        return parts[0][1]
+    whole = max(sum(energy for energy, _ in parts), 1e-300)
+
+    def merge(key: str, values: list[Any]) -> Any:
+        if key == "relative_error":
+            return sum(energy * value for (energy, _), value in zip(parts, values, strict=True)) / whole
+        if key == "seconds" or (isinstance(values[0], int) and not isinstance(values[0], bool)):
+            return sum(values)  # counts, of rows and the like
+        return max(values) if isinstance(values[0], float) else values[0]
+
+    chains = [stats["steps"] for _, stats in parts]
+    steps = [{key: merge(key, [step[key] for step in same]) for key in same[0]} for same in zip(*chains, strict=True)]
+    return {"relative_error": steps[-1]["relative_error"], "steps": steps}

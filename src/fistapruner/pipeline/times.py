@@ -1,0 +1,63 @@
+"""The wall time that processes have given a run, kept in the run directory: a run that was killed and resumed took them all."""
+
+from __future__ import annotations
+
+import json
+import math
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+from ..atomic import write_json_atomic
+from ..errors import FistaPrunerError
+
+NAME = "times"
+
+
+class Times:
+    """Seconds of this process and of those before it.
+
+    ``RUN/times.json`` (``RUN/times.0-9.json`` for a run of only those layers) is a list with the seconds of each process
+    that worked under the same lock. It is written after every decoder layer, so a process that is killed loses what it
+    spent on the layers in flight. A damaged file counts as empty: it decides nothing.
+
+    Args:
+        folder: the run directory.
+        layers: (first, last) decoder layer if only those are worked on.
+    """
+
+    def __init__(self, folder: Path, layers: tuple[int, int] | None = None) -> None:
+        self._folder = folder
+        self._file = folder / (f"{NAME}.json" if layers is None else f"{NAME}.{layers[0]}-{layers[1]}.json")
+        self._before = _read(self._file)
+        self._begin = time.perf_counter()
+
+    def note(self) -> None:
+        """Write down what this process has spent so far."""
+        write_json_atomic(self._file, [*self._before, time.perf_counter() - self._begin])
+
+    def total(self) -> float:
+        """Seconds of all processes of the run, this one's up to now."""
+        others = [path for path in self._folder.glob(f"{NAME}*.json") if path != self._file]
+        return sum(self._before) + time.perf_counter() - self._begin + sum(sum(_read(path)) for path in others)
+
+
+@contextmanager
+def spent(folder: Path, layers: tuple[int, int] | None = None) -> Iterator[Times]:
+    """Count the time inside; where the block ends with an error, note it down. A run that ends well has its total in the report."""
+    times = Times(folder, layers)
+    try:
+        yield times
+    except BaseException:
+        with suppress(FistaPrunerError):  # a full disk; whatever ended the block is said already
+            times.note()
+        raise
+
+
+def _read(path: Path) -> list[float]:
+    try:
+        values = json.loads(path.read_text("utf-8"))
+        return [float(value) for value in values if math.isfinite(value) and value >= 0]
+    except (OSError, ValueError, TypeError, RecursionError):
+        return []

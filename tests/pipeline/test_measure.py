@@ -1,0 +1,107 @@
+"""Figures that are measured after a run go into its report, its page and its model card."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import fistapruner as fp
+import tiny
+from fistapruner.cli import main
+from fistapruner.evaluation.results import Evaluation, Perplexity, TaskResult
+from fistapruner.evaluation.speed import Speed, Variant, measure_speed
+from fistapruner.pipeline.lock import hold
+from fistapruner.pipeline.measure import _without, is_run
+from fistapruner.reporting.schema import load_run
+
+TEXT = "it was the best of times, it was the worst of times, it was the age of wisdom. " * 8
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A dense model and a finished run of it that nothing was measured on."""
+    folder = tmp_path_factory.mktemp("measured")
+    dense = tiny.save("llama", folder / "dense", dtype=torch.bfloat16)
+    fp.prune(str(dense), folder / "run", method="wanda", calibration={"source": "python", "samples": 4, "seqlen": 32})
+    (folder / "text.txt").write_text(TEXT)
+    return folder
+
+
+def test_an_evaluation_of_a_run_is_kept_with_it(made: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run, text = made / "run", str(made / "text.txt")
+    assert is_run(run)
+    assert not is_run(run / "model")
+    assert main(["evaluate", str(run), "--data", text, "--seqlen", "16", "--json"]) == 0
+    printed = json.loads(capsys.readouterr().out)
+    assert printed["reference"]["perplexity"] == fp.evaluate(made / "dense", text, seqlen=16).perplexity.perplexity  # type: ignore[union-attr]
+    kept = json.loads((run / "report.json").read_text())["evaluations"]
+    assert kept == [printed]
+    figure = f"{printed['perplexity']['perplexity']:.2f}"
+    assert figure in (run / "model" / "README.md").read_text()
+    if (run / "report.html").exists():  # the extra 'report' may not be installed
+        assert figure in (run / "report.html").read_text()
+    # The same again takes its place; other windows stand beside it.
+    fp.evaluate_run(run, text, seqlen=16)
+    fp.evaluate_run(run, text, seqlen=16, windows=2)
+    windows = [evaluation.perplexity.windows for evaluation in load_run(run).evaluations if evaluation.perplexity]
+    assert windows == [printed["perplexity"]["windows"], 2]
+
+
+def test_speed_of_a_run_is_kept_with_it(made: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    from fistapruner.evaluation.speed import load_variant, weight_bytes
+
+    def in_this_process(variants: list[Variant], **settings: Any) -> list[Speed]:
+        settings.pop("threads")
+        return [
+            measure_speed(load_variant(variant), variant=variant.name, file_size=weight_bytes(variant.folder), **settings)
+            for variant in variants
+        ]
+
+    monkeypatch.setattr("fistapruner.sparse.bench.compare", in_this_process)
+    run = made / "run"
+    assert load_run(run).totals.compressed_bytes is None
+    assert main(["bench", str(run), "--prompt", "4", "--tokens", "3", "--runs", "1", "--json"]) == 0
+    printed = json.loads(capsys.readouterr().out)
+    report = load_run(run)
+    assert report.speed is not None
+    assert {key: report.speed[key] for key in printed} == printed
+    assert report.speed["machine"]["threads"]
+    assert report.totals.compressed_bytes == next(row["file_size"] for row in printed["speeds"] if row["variant"] == "packed")
+    card = (run / "model" / "README.md").read_text()
+    assert "Decoding, packed, tokens/s" in card
+    assert "Compressed checkpoint" in card
+
+
+def test_a_run_that_cannot_be_measured_says_why(made: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with hold(made / "run"):
+        assert main(["bench", str(made / "run")]) == 2
+    assert "is in use by process" in capsys.readouterr().err
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "run.json").write_text((made / "run" / "run.json").read_text())
+    for verb in ("evaluate", "bench"):
+        assert main([verb, str(tmp_path / "run")]) == 2
+        assert "has no finished checkpoint" in capsys.readouterr().err
+    moved = made / "dense"
+    moved.rename(made / "elsewhere")
+    try:
+        assert main(["evaluate", str(made / "run"), "--data", str(made / "text.txt"), "--seqlen", "16"]) == 2
+        assert "--against" in capsys.readouterr().err
+        arguments = ["--data", str(made / "text.txt"), "--seqlen", "16", "--against", str(made / "elsewhere"), "--quiet"]
+        assert main(["evaluate", str(made / "run"), *arguments]) == 0
+    finally:
+        (made / "elsewhere").rename(moved)
+
+
+def test_a_new_figure_takes_the_place_of_the_old_one() -> None:
+    text = Perplexity("a", "file", 16, 4, 60, "bfloat16", 9.0, 0.1, 2.2, 0.01, text_sha256="aa")
+    tasks = (TaskResult("piqa", "acc", 10, 0.5, 0.1), TaskResult("boolq", "acc", 10, 0.5, 0.1))
+    earlier = [Evaluation("m", perplexity=text, tasks=tasks[:1]), Evaluation("m", tasks=tasks[1:])]
+    assert _without(earlier, Evaluation("m", tasks=tasks[1:])) == earlier[:1]
+    (kept,) = _without(earlier[:1], Evaluation("m", perplexity=text))
+    assert kept.perplexity is None
+    assert kept.tasks == tasks[:1]
+    assert _without(earlier, Evaluation("m", perplexity=text, tasks=tasks)) == []

@@ -1,0 +1,71 @@
+"""Groups cut into parts: the parts are the whole, whatever the method."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from fistapruner.pipeline import parts
+from fistapruner.pipeline.footprint import peak_bytes
+from fistapruner.pipeline.parts import cut, solve_apart
+from fistapruner.problem import LayerProblem
+from fistapruner.solvers import METHODS, parse_method, solve
+from fistapruner.sparsity import parse_sparsity
+
+ROWS, COLUMNS = (40, 13), 24
+PATTERNS = ["50%", "37%", "2:4"]
+
+
+@pytest.fixture
+def problem() -> LayerProblem:
+    generator = torch.Generator().manual_seed(3)
+    inputs = torch.randn(200, COLUMNS, generator=generator)
+    weight = torch.randn(sum(ROWS), COLUMNS, generator=generator)
+    drift = 0.1 * torch.randn(sum(ROWS), COLUMNS, generator=generator)
+    gram = inputs.T @ inputs / len(inputs)
+    return LayerProblem(weight, gram, drift, torch.ones(sum(ROWS)), names=("wide", "narrow"), rows=ROWS, target=0.5)
+
+
+def chains() -> list[str]:
+    return [f"wanda+{name}" if method.refines else name for name, method in METHODS.items()]
+
+
+@pytest.mark.parametrize("pattern", PATTERNS)
+@pytest.mark.parametrize("chain", chains())
+def test_blocks_of_rows_change_nothing_where_they_are_made(
+    problem: LayerProblem, chain: str, pattern: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Every operator is a part; one whose method treats rows alone is cut on, and its solution is that of the whole."""
+    monkeypatch.setattr(parts, "ROWS", 6)
+    steps, sparsity = parse_method(chain), [parse_sparsity(pattern)] * 2
+    made = cut(ROWS, COLUMNS, sparsity, steps)
+    assert [made[0].start, *(part.stop for part in made)] == [*(part.start for part in made), sum(ROWS)]
+    for operator, rows in enumerate(ROWS):
+        zeros = sum(part.sparsity.zeros(part.stop - part.start, COLUMNS) for part in made if part.operator == operator)
+        assert zeros == sparsity[0].zeros(rows, COLUMNS)
+    apart, whole = solve_apart(problem, sparsity, steps), solve(problem, sparsity, steps)
+    alone = [step.rows_apart(sparsity[0]) for step in steps]
+    assert len(made) == (7 + 3 if all(alone) else 2)
+    if all(alone):
+        assert torch.equal(apart.mask, whole.mask)
+        assert torch.allclose(apart.weight, whole.weight, rtol=1e-4, atol=1e-5)
+        for one, other in zip(apart.stats, whole.stats, strict=True):
+            assert one["relative_error"] == pytest.approx(other["relative_error"], rel=1e-4)
+            assert [step.keys() for step in one["steps"]] == [step.keys() for step in other["steps"]]
+            if chain == "wanda+refit":
+                assert one["steps"][-1]["rows_improved"] == other["steps"][-1]["rows_improved"]
+
+
+def test_rows_that_would_lose_everything_stay_together() -> None:
+    """23.7 of 24 weights in a row: the first rows of the operator have none left, and no pattern says that of a block."""
+    sparsity = [parse_sparsity(23.7 / 24)]
+    assert len(cut((4096,), COLUMNS, sparsity, parse_method("wanda"))) == 1
+
+
+@pytest.mark.parametrize("chain", ["wanda", "magnitude"])
+@pytest.mark.parametrize("pattern", PATTERNS)
+def test_cheap_methods_need_little_memory(chain: str, pattern: str) -> None:
+    """Beside weight and Gram: the solution, its mask, and blocks; not several copies."""
+    weight = torch.randn(2048, 256)
+    problem = LayerProblem(weight, torch.eye(256))
+    assert peak_bytes(lambda: solve(problem, pattern, chain)) < 2.0 * weight.nbytes
