@@ -3,6 +3,7 @@
 from .errors import FistaPrunerError
 from .evaluation.evaluate import evaluate
 from .evaluation.results import Evaluation
+from .pipeline.measure import bench_run, evaluate_run
 from .pipeline.run import finish_run, prune, resume
 from .problem import LayerProblem
 from .recipe import Recipe
@@ -27,7 +28,9 @@ __all__ = [
     "SparseLinear",
     "Unstructured",
     "accelerate",
+    "bench_run",
     "evaluate",
+    "evaluate_run",
     "finish_run",
     "load",
     "pack",

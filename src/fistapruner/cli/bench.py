@@ -3,6 +3,11 @@
 Every form runs in its own process, in interleaved rounds. The dense model is the pruned one with its zeros filled, since
 the speed of a dense product does not depend on the numbers in it; fp32 and bf16 are both measured, because which of them
 is faster depends on the processor.
+
+A run directory means its checkpoint: the figures then go into RUN/report.json, the page and the model card too.
+
+  fistapruner bench runs/first
+  fistapruner bench packed-folder --batch 4 --json
 """
 
 from __future__ import annotations
@@ -13,7 +18,7 @@ SUMMARY = "measure tokens per second, memory and size of a pruned model"
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("model", help="folder of a pruned model, ordinary or packed")
+    parser.add_argument("model", metavar="RUN|MODEL", help="run directory, or folder of a pruned model, ordinary or packed")
     parser.add_argument("--batch", type=int, default=1, help="sequences at once (default: 1)")
     parser.add_argument("--prompt", type=int, default=128, help="prompt tokens (default: 128)")
     parser.add_argument("--tokens", type=int, default=128, help="new tokens in a run (default: 128)")
@@ -26,25 +31,25 @@ def run(arguments: argparse.Namespace) -> int:
     import json
 
     from ..errors import FistaPrunerError
-    from ..evaluation.speed import sentence
-    from ..sparse.bench import bench, table
+    from ..pipeline.measure import bench_run, is_run
+    from ..pipeline.serial import Listener
+    from ..sparse.bench import bench, record, table
+    from .progress import PlainListener
 
     for name, least in (("batch", 1), ("prompt", 1), ("tokens", 2), ("runs", 1), ("threads", 1)):
         value = getattr(arguments, name)
         if value is not None and value < least:
             raise FistaPrunerError(f"--{name} {value} is too small: at least {least}")
-    speeds = bench(
-        arguments.model,
-        batch=arguments.batch,
-        prompt=arguments.prompt,
-        tokens=arguments.tokens,
-        runs=arguments.runs,
-        threads=arguments.threads,
-    )
+    settings = {name: getattr(arguments, name) for name in ("batch", "prompt", "tokens", "runs", "threads")}
+    if is_run(arguments.model):
+        speeds = bench_run(arguments.model, listener=Listener() if arguments.json else PlainListener(), **settings)
+    else:
+        speeds = bench(arguments.model, **settings)
+    found = record(speeds)
     if arguments.json:
-        print(json.dumps({"speeds": [speed.to_json() for speed in speeds], "sentence": sentence({s.variant: s for s in speeds})}, indent=2))
+        print(json.dumps(found, indent=2))
         return 0
     print(table(speeds))
     print()
-    print(sentence({speed.variant: speed for speed in speeds}))
+    print(found["sentence"])
     return 0

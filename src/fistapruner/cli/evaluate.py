@@ -1,11 +1,13 @@
 """Measure a model: perplexity, damage against the dense model, zero-shot tasks.
 
-MODEL is what 'prune' takes, or RUN/model. Perplexity reads one decoder layer at a time, so the model may be larger than
-memory. It depends on --seqlen, and is printed with everything that it depends on.
+MODEL is what 'prune' takes, or a run directory: then the run's checkpoint is measured against the model it was made from,
+and the figures go into RUN/report.json, the page and the model card too. Perplexity reads one decoder layer at a time, so
+the model may be larger than memory. It depends on --seqlen, and is printed with everything that it depends on.
 
   fistapruner evaluate smollm2 --data wikitext2 --seqlen 1024
-  fistapruner evaluate runs/first/model --against smollm2 --data text.txt --windows 60
-  fistapruner evaluate runs/first/model --against smollm2 --tasks arc_easy,piqa --tasks-dir tasks
+  fistapruner evaluate runs/first --data text.txt --windows 60
+  fistapruner evaluate runs/first --tasks arc_easy,piqa --tasks-dir tasks
+  fistapruner evaluate pruned-folder --against smollm2 --data wikitext2
 """
 
 from __future__ import annotations
@@ -19,8 +21,12 @@ SUMMARY = "perplexity, divergence from the dense model, zero-shot tasks"
 def configure(parser: argparse.ArgumentParser) -> None:
     from .prune import add_output_arguments, add_trust_arguments
 
-    parser.add_argument("model", metavar="MODEL", help="hub id, local folder, GGUF file, or smollm2")
-    parser.add_argument("--against", metavar="DENSE", help="the dense model: adds its figures, KL divergence, paired tests")
+    parser.add_argument("model", metavar="RUN|MODEL", help="run directory, hub id, local folder, GGUF file, or smollm2")
+    parser.add_argument(
+        "--against",
+        metavar="DENSE",
+        help="the dense model: adds its figures, KL divergence, paired tests (default for a run: the model it was made from)",
+    )
     text = parser.add_argument_group("perplexity")
     text.add_argument(
         "--data", help="wikitext2, ptb, c4, python, or a .txt/.jsonl/.parquet file (default: python, unless --tasks is given)"
@@ -52,6 +58,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
 def run(arguments: argparse.Namespace) -> int:
     from ..errors import FistaPrunerError
     from ..evaluation.evaluate import evaluate
+    from ..pipeline.measure import evaluate_run, is_run
     from ..recipe import parse_bytes
     from ..reporting.evaluation_text import evaluation_text
     from .progress import choose_listener
@@ -65,23 +72,25 @@ def run(arguments: argparse.Namespace) -> int:
     except ValueError as error:
         raise FistaPrunerError(f"--memory-limit: {error}") from None
     listener = choose_listener(quiet=arguments.quiet or arguments.json)
-    result = evaluate(
-        arguments.model,
-        data,
-        seqlen=arguments.seqlen,
-        windows=arguments.windows,
-        against=arguments.against,
-        tasks=tasks,
-        tasks_dir=arguments.tasks_dir,
-        limit=arguments.limit,
-        device=arguments.device,
-        dtype=arguments.dtype,
-        batch_size=arguments.batch_size,
-        memory_limit=memory,
-        bos=arguments.bos,
-        allow_pickle=arguments.allow_pickle,
-        trust_remote_code=arguments.trust_remote_code,
-        tick=lambda what, done, total: listener.say(f"{what}: {done} of {total}") if done % 8 == 0 or done == total else None,
-    )
+    settings = {
+        "seqlen": arguments.seqlen,
+        "windows": arguments.windows,
+        "against": arguments.against,
+        "tasks": tasks,
+        "tasks_dir": arguments.tasks_dir,
+        "limit": arguments.limit,
+        "device": arguments.device,
+        "dtype": arguments.dtype,
+        "batch_size": arguments.batch_size,
+        "memory_limit": memory,
+        "bos": arguments.bos,
+        "allow_pickle": arguments.allow_pickle,
+        "trust_remote_code": arguments.trust_remote_code,
+        "tick": lambda what, done, total: listener.say(f"{what}: {done} of {total}") if done % 8 == 0 or done == total else None,
+    }
+    if is_run(arguments.model):
+        result = evaluate_run(arguments.model, data, listener=listener, **settings)
+    else:
+        result = evaluate(arguments.model, data, **settings)
     print(json.dumps(result.to_dict(), indent=2) if arguments.json else evaluation_text(result))
     return 0

@@ -84,6 +84,7 @@ class TaskResult:
             both models were equally good.
         shots: examples in the prompt.
         source: where the items came from.
+        available: items that the task has, where ``items`` are only its first so many.
     """
 
     task: str
@@ -98,6 +99,7 @@ class TaskResult:
     p_value: float | None = None
     shots: int = 0
     source: str = ""
+    available: int | None = None
 
     @property
     def significant(self) -> bool:

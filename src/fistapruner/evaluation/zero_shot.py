@@ -69,34 +69,52 @@ def evaluate_tasks(
     _require_lm_eval()
     models = [folder] if against is None else [folder, against]
     outcomes: list[Outcomes] = []
+    available: dict[str, int] = {}
     for done, path in enumerate(models):
         tick(f"zero-shot tasks of {path.name}", done, len(models))
-        outcomes.append(_run(path, specifications, limit, device, dtype, batch_size, trust_remote_code))
+        found, available = _run(path, specifications, limit, device, dtype, batch_size, trust_remote_code)
+        outcomes.append(found)
     tick("zero-shot tasks", len(models), len(models))
     return tuple(
-        task_result(task, metric, items, outcomes[1][task, metric] if against is not None else None, source)
+        task_result(task, metric, items, outcomes[1][task, metric] if against is not None else None, source, available.get(task))
         for (task, metric), items in outcomes[0].items()
     )
 
 
 def task_result(
-    task: str, metric: str, items: Mapping[int, float], reference: Mapping[int, float] | None = None, source: str = ""
+    task: str,
+    metric: str,
+    items: Mapping[int, float],
+    reference: Mapping[int, float] | None = None,
+    source: str = "",
+    available: int | None = None,
 ) -> TaskResult:
-    """Score, standard error and paired test from right (1) and wrong (0) by item number.
+    """Score, standard error and paired test from right (1) and wrong (0) by item number, of the ``available`` items.
 
     Raises:
         FistaPrunerError: the two models answered different items.
     """
     value, error = _score(items)
     if reference is None:
-        return TaskResult(task, metric, len(items), value, error, source=source)
+        return TaskResult(task, metric, len(items), value, error, source=source, available=available)
     if items.keys() != reference.keys():
         raise FistaPrunerError(f"task {task}: the two models answered different items; they cannot be compared")
     lost = sum(reference[item] > right for item, right in items.items())
     won = sum(reference[item] < right for item, right in items.items())
     before, before_error = _score(reference)
     return TaskResult(
-        task, metric, len(items), value, error, before, before_error, lost=lost, won=won, p_value=mcnemar(lost, won), source=source
+        task,
+        metric,
+        len(items),
+        value,
+        error,
+        before,
+        before_error,
+        lost=lost,
+        won=won,
+        p_value=mcnemar(lost, won),
+        source=source,
+        available=available,
     )
 
 
@@ -197,7 +215,8 @@ def _run(
     dtype: torch.dtype | None,
     batch_size: int | None,
     trust_remote_code: bool,
-) -> Outcomes:
+) -> tuple[Outcomes, dict[str, int]]:
+    """Outcomes of one model, and how many items each task has."""
     from lm_eval import simple_evaluate
     from lm_eval.models.huggingface import HFLM
     from lm_eval.tasks import TaskManager
@@ -227,7 +246,8 @@ def _run(
         for metric in METRICS:
             if samples and metric in samples[0]:
                 outcomes[task, metric] = {sample["doc_id"]: float(sample[metric]) for sample in samples}
-    return outcomes
+    counts = (found or {}).get("n-samples", {})
+    return outcomes, {task: int(count["original"]) for task, count in counts.items()}
 
 
 def _score(items: Mapping[int, float]) -> tuple[float, float]:

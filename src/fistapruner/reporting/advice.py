@@ -6,16 +6,20 @@ import re
 from collections.abc import Sequence
 from statistics import median
 
+from ..errors import FistaPrunerError
+from ..sparsity import NM, parse_sparsity
 from .numbers import percent, significant
 from .schema import LayerEntry, OperatorEntry, Report
 
 
 def advice(report: Report) -> list[str]:
-    """Sentences, most useful first. Empty when nothing stands out."""
-    return [*_layers(report.layers), *_operators(report.layers), *_chain(report), *_search(report.layers), *_calibration(report)]
+    """Sentences, most useful first; what is to be typed stands between backticks. Empty when nothing stands out."""
+    fixed = _is_nm(report.sparsity)
+    found = [*_layers(report.layers, fixed), *_operators(report.layers, fixed)]
+    return [*found, *_chain(report), *_search(report.layers), *_calibration(report)]
 
 
-def _layers(layers: Sequence[LayerEntry]) -> list[str]:
+def _layers(layers: Sequence[LayerEntry], fixed: bool) -> list[str]:
     means = {layer.index: mean for layer in layers if (mean := _mean(layer.operators)) is not None}
     if len(means) < 4:
         return []
@@ -26,14 +30,20 @@ def _layers(layers: Sequence[LayerEntry]) -> list[str]:
     shown = ", ".join(f"{index} ({percent(means[index], 2)})" for index in outliers[:4])
     name = next(layer.name for layer in layers if layer.index == outliers[0]) or f"layers.{outliers[0]}"
     one = len(outliers) == 1
+    them = "it" if one else "them"
+    stands = f"Decoder layer{'' if one else 's'} {shown} stand{'s' if one else ''} out against a median error of {percent(middle, 2)}."
+    pattern = f"re:{re.escape(name)}\\."
+    if fixed:
+        return [
+            f"{stands} A fixed n:m pattern cannot be spread unevenly; `--ignore '{pattern}'` leaves {'the layer' if one else name} dense."
+        ]
     return [
-        f"Decoder layer{'' if one else 's'} {shown} stand{'s' if one else ''} out against a median error of {percent(middle, 2)}. "
-        f"Give {'it' if one else 'them'} less sparsity: --allocation error spreads the same budget by measured error, "
-        f"or name the layer: --allocation \"{{'re:{re.escape(name)}\\.': 40%}}\"."
+        f"{stands} Give {them} less sparsity: `--allocation error` spreads the same budget by measured error, "
+        f"or name the layer: `--allocation \"{{'{pattern}': 40%}}\"`."
     ]
 
 
-def _operators(layers: Sequence[LayerEntry]) -> list[str]:
+def _operators(layers: Sequence[LayerEntry], fixed: bool) -> list[str]:
     kinds: dict[str, list[float]] = {}
     for layer in layers:
         for operator in layer.operators:
@@ -46,9 +56,10 @@ def _operators(layers: Sequence[LayerEntry]) -> list[str]:
     worst = max(means, key=lambda name: means[name])
     if means[worst] < 1.8 * middle:
         return []
+    spread = "" if fixed else "`--allocation error` moves sparsity away from it; "
     return [
         f"{worst} loses most of all operators: {percent(means[worst], 2)} on average, against a median of {percent(middle, 2)}. "
-        f"--allocation error moves sparsity away from it; --ignore {worst.rsplit('.', 1)[-1]} leaves it dense."
+        f"{spread}`--ignore {worst.rsplit('.', 1)[-1]}` leaves it dense."
     ]
 
 
@@ -58,7 +69,7 @@ def _chain(report: Report) -> list[str]:
         return []
     refits = {"magnitude", "wanda", "sparsegpt", "fista"}
     if method.split("+")[-1] in refits:
-        return [f"A least-squares refit on the kept weights can only lower the error and costs little: --method {method}+refit."]
+        return [f"A least-squares refit on the kept weights can only lower the error and costs little: `--method {method}+refit`."]
     return []
 
 
@@ -89,16 +100,23 @@ def _calibration(report: Report) -> list[str]:
     if used.tokens < 4 * widest:
         found.append(
             f"{used.tokens} calibration tokens are few for operators of {widest} inputs: their Grams are poorly determined. "
-            "Use more --samples or a longer --seqlen."
+            "Use more `--samples` or a longer `--seqlen`."
         )
     elif used.samples < 128:
         found.append(f"Calibration used {used.samples} windows; the papers use 128, and quality drops quickly with fewer.")
     if used.source in ("python", "self") and report.evaluations:
         found.append(
             f"Calibration text was {used.source!r}. Text like what the model will be used for usually gives a better model: "
-            "--calibration FILE or --calibration c4."
+            "`--calibration FILE` or `--calibration c4`."
         )
     return found
+
+
+def _is_nm(sparsity: str) -> bool:
+    try:
+        return isinstance(parse_sparsity(sparsity), NM)
+    except FistaPrunerError:
+        return False
 
 
 def _mean(operators: Sequence[OperatorEntry]) -> float | None:

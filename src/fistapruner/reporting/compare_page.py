@@ -15,7 +15,7 @@ from .drawing import INK, SERIES, Drawing, draw, style
 from .evaluation_text import protocol
 from .model_card import base_model_name
 from .numbers import duration, percent, significant, size, with_error
-from .page import facts, page, section, table
+from .page import facts, moment, page, section, table
 from .schema import CompareRow, Comparison
 
 
@@ -46,7 +46,7 @@ def comparison_page(comparison: Comparison) -> str:
     title = f"Pruning methods on {base_model_name(comparison.model.source) or 'a model'}"
     found = points(comparison.rows)
     status = f'<span class="status {comparison.status}">{comparison.status}</span>'
-    when = (comparison.finished or comparison.started or "").replace("T", " ")
+    when = moment(comparison.finished or comparison.started)
     header = f'<h1>{escape(title)}</h1><p class="meta">{status} {escape(when)}</p><p class="lead">{escape(verdict(comparison, found))}</p>'
     drawings = [quality_against_sparsity(found), *(quality_against_time(found, pattern) for pattern in patterns(found))]
     figures = "".join(drawing.html() for drawing in drawings if drawing is not None)
@@ -208,11 +208,23 @@ def _overview(found: Sequence[Point]) -> str:
 
 
 def _results(comparison: Comparison) -> str:
-    head = ("method", "sparsity", "seed", "perplexity", "gap", "KL", "mean relative error", "time", "peak memory", "zeros")
-    rows = []
+    head: tuple[str, ...] = (
+        "method",
+        "sparsity",
+        "seed",
+        "perplexity",
+        "gap",
+        "KL",
+        "mean relative error",
+        "time",
+        "of it solving",
+        "peak memory",
+        "zeros",
+    )
+    rows: list[tuple[str, ...]] = []
     if comparison.dense is not None:
         dense = with_error(comparison.dense.perplexity, comparison.dense.standard_error)
-        rows.append(("dense", "–", "–", dense, "0", "0", "0", "–", "–", "–"))
+        rows.append(("dense", "–", "–", dense, "0", "0", "0", "–", "–", "–", "–"))
     for row in comparison.rows:
         text = row.perplexity
         share = row.operator_zeros / row.operator_weights if row.operator_weights and row.operator_zeros is not None else None
@@ -226,11 +238,18 @@ def _results(comparison: Comparison) -> str:
                 with_error(row.divergence.kl, row.divergence.kl_standard_error, 3) if row.divergence else "–",
                 percent(row.relative_error),
                 duration(row.seconds),
+                duration(row.time_split.get("solve")),
                 size(row.peak_memory),
                 percent(share, 4),
             )
         )
-    return f'<div class="card">{table(head, rows, "Results", numeric=range(3, 10))}</div>' if rows else ""
+    if not any(row.divergence for row in comparison.rows):  # a comparison measures perplexity alone
+        head, rows = _without(head, 5), [_without(row, 5) for row in rows]
+    return f'<div class="card">{table(head, rows, "Results", numeric=range(3, len(head)))}</div>' if rows else ""
+
+
+def _without(row: tuple[str, ...], column: int) -> tuple[str, ...]:
+    return (*row[:column], *row[column + 1 :])
 
 
 def _protocol(comparison: Comparison) -> str:

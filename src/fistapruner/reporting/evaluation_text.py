@@ -34,10 +34,15 @@ def protocol(text: Perplexity) -> str:
 
 
 def task_text(task: TaskResult) -> str:
-    """``41.2 ± 1.0 % (dense 43.0 ± 1.0 %; 120 lost, 98 won, p = 0.15: within noise)``."""
-    text = f"{with_error(100 * task.value, 100 * task.standard_error, 1)} % of {task.items}"
+    """``41.2 ± 1.0 % of 2376 items (dense 43.0 ± 1.0 %; 120 lost, 98 won, p = 0.15: within noise)``."""
+    text = f"{with_error(100 * task.value, 100 * task.standard_error, 1)} % of {item_count(task)}"
     if task.reference is None or task.reference_standard_error is None:
         return text
     verdict = "a real difference" if task.significant else "within noise"
     before = with_error(100 * task.reference, 100 * task.reference_standard_error, 1)
     return f"{text} (dense {before} %; {task.lost} lost, {task.won} won, {p_value(task.p_value)}: {verdict})"
+
+
+def item_count(task: TaskResult) -> str:
+    """``2376 items``, or ``the first 400 of 2376 items`` where not all were used."""
+    return f"{task.items} items" if task.available in (None, task.items) else f"the first {task.items} of {task.available} items"

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from statistics import median
 from typing import Any
 
@@ -66,7 +66,7 @@ def error_map(layers: Sequence[LayerEntry]) -> Drawing | None:
                 axes.add_patch(_cell(column, row, HEAT[level]))
                 if cell > 27:
                     color = INK if level < HEAT_LEVELS // 2 else SURFACE
-                    axes.text(column, row, significant(values[key], 2), ha="center", va="center", fontsize=9.5, color=color)
+                    axes.text(column, row, _brief(values[key]), ha="center", va="center", fontsize=9.5, color=color)
         axes.set_xlim(-0.5, len(across) - 0.5)
         axes.set_ylim(len(down) - 0.5, -0.5)
         _ticks(axes, "x", across, every=1 if not wide else max(1, round(28 / max(cell, 1))), rotate=not wide)
@@ -225,12 +225,15 @@ def solver_path(layers: Sequence[LayerEntry]) -> Drawing | None:
             above.plot(range(1, len(finite) + 1), finite, "o-", color=color, markersize=4, label=name)
             positive = [value if value is not None and value > 0 else math.nan for value in knob]
             below.plot(range(1, len(positive) + 1), positive, "o-", color=color, markersize=4)
-        above.set_ylabel("error, first = 1" if unit == "λ" else "support change")
+        above.set_ylabel("error, first = 1" if unit == "λ" else "support changed, %")
         if unit != "λ":
             above.set_yscale("log")
+            _plain_log(above, (1.0,))
         below.set_yscale("log")
+        if _decades(value for _, _, _, knob in chosen for value in knob) < 2:
+            _plain_log(below)
         below.set_ylabel(unit)
-        below.set_xlabel("round")
+        below.set_xlabel("round" if unit == "λ" else "step of ρ")
         _whole_numbers(below)
         style(above)
         style(below)
@@ -239,7 +242,7 @@ def solver_path(layers: Sequence[LayerEntry]) -> Drawing | None:
     what = (
         "Error of the rounded weights in each round of the λ search, and the λ it tried, for the hardest operators."
         if unit == "λ"
-        else "Share of the support that changed, and the penalty ρ, by check, for the hardest operators."
+        else "Share of the kept weights that another weight replaced as the penalty ρ grew, for the hardest operators."
     )
     return draw(
         "solver-path",
@@ -249,7 +252,7 @@ def solver_path(layers: Sequence[LayerEntry]) -> Drawing | None:
         description=what + " Operators: " + ", ".join(name for name, *_ in chosen) + ".",
         height=360,
         table=(
-            ["operator", "round", unit, "error"],
+            ["operator", "round", unit, "error, first = 1" if unit == "λ" else "support changed, %"],
             [
                 [name, str(i + 1), significant(k), significant(e, 4)]
                 for name, errors, _, knob in chosen
@@ -268,7 +271,7 @@ def solver_records(step: dict[str, Any]) -> tuple[list[float | None], str, list[
             first = next((r["e_total"] for r in rounds if r["e_total"]), 1.0)
             return [_number(r["e_total"] / first) for r in rounds], "λ", [_number(r["lambda"]) for r in rounds]
         if all("rho" in record and "support_change" in record for record in rounds):
-            return [_number(r["support_change"]) for r in rounds], "ρ", [_number(r["rho"]) for r in rounds]
+            return [_percentage(r["support_change"]) for r in rounds], "ρ", [_number(r["rho"]) for r in rounds]
     return None
 
 
@@ -352,6 +355,17 @@ def mean_error(layer: LayerEntry) -> float | None:
     return sum(errors) / len(errors) if errors else None
 
 
+def _percentage(share: Any) -> float | None:
+    number = _number(share)
+    return None if number is None else 100 * number
+
+
+def _decades(values: Iterable[float | None]) -> float:
+    """Powers of ten that positive values span."""
+    logs = [math.log10(value) for value in values if value is not None and value > 0]
+    return max(logs, default=0.0) - min(logs, default=0.0)
+
+
 def _number(value: Any) -> float | None:
     return float(value) if isinstance(value, (int, float)) and math.isfinite(value) else None
 
@@ -360,6 +374,11 @@ def _log_range(values: list[float]) -> tuple[float, float]:
     """Ends of a logarithmic scale: a few operators that are nearly exact (the lowest twentieth) do not stretch it."""
     logs = sorted(math.log(max(value, 1e-12)) for value in values)
     return logs[len(logs) // 20], logs[-1]
+
+
+def _brief(value: float) -> str:
+    """A percentage in at most five signs, for a cell of the heat map."""
+    return "<0.01" if value < 0.01 else f"{value:.2f}" if value < 1 else f"{value:.1f}" if value < 99.95 else f"{value:.0f}"
 
 
 def _cell(column: int, row: int, color: str) -> Any:
@@ -411,11 +430,9 @@ def _whole_numbers(axes: Any) -> None:
     axes.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=8))
 
 
-def _plain_log(axes: Any) -> None:
+def _plain_log(axes: Any, steps: tuple[float, ...] = (1.0, 2.0, 5.0)) -> None:
     from matplotlib.ticker import FuncFormatter, LogLocator
 
-    axes.yaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
-    axes.yaxis.set_major_formatter(
-        FuncFormatter(lambda value, _: significant(value, 2).rstrip("0").rstrip(".") if value < 1 else f"{value:g}")
-    )
+    axes.yaxis.set_major_locator(LogLocator(subs=steps))
+    axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
     axes.yaxis.set_minor_formatter(FuncFormatter(lambda value, _: ""))

@@ -161,7 +161,7 @@ def zero_shot(evaluations: Sequence[Evaluation]) -> Drawing | None:
                 [
                     t.task,
                     t.metric,
-                    str(t.items),
+                    f"{t.items} of {t.available}" if t.available else str(t.items),
                     with_error(_scaled(t.reference), _scaled(t.reference_standard_error), 1),
                     with_error(100 * t.value, 100 * t.standard_error, 1),
                     str(t.lost) if t.lost is not None else "–",

@@ -6,8 +6,10 @@ from typing import Any
 
 import yaml
 
+from .evaluation_text import item_count
 from .numbers import count, p_value, percent, significant, size, with_error
 from .schema import Report
+from .size_and_speed import size_rows, speed_rows, speeds
 
 
 def model_card(report: Report) -> str:
@@ -125,8 +127,11 @@ def _measured(report: Report) -> str:
                 rows.append(("top-1 agreement", protocol, "100 %", percent(damage.top1_agreement)))
         for task in evaluation.tasks:
             before = with_error(task.reference, task.reference_standard_error, 4)
-            note = f"{task.shots}-shot, {task.items} items" + (f", {p_value(task.p_value)}" if task.p_value is not None else "")
+            note = f"{task.shots}-shot, {item_count(task)}" + (f", {p_value(task.p_value)}" if task.p_value is not None else "")
             rows.append((f"{task.task} ({task.metric})", note, before, with_error(task.value, task.standard_error, 4)))
+    if speeds(report):
+        costs = size_rows(report) + speed_rows(report)
+        rows += [(measure, f"{how} ({change})", before, after) for measure, before, after, change, how in costs]
     if not rows:
         return ""
     table = ["| measure | how | dense | pruned |", "|---|---|---|---|", *(f"| {a} | {b} | {c} | {d} |" for a, b, c, d in rows)]

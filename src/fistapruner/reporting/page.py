@@ -2,21 +2,24 @@
 
 from __future__ import annotations
 
+import math
+import re
 from collections.abc import Iterable, Mapping, Sequence
+from datetime import datetime
 from html import escape
-from typing import Any
 
 import yaml
 
-from ..evaluation.results import Evaluation
+from ..evaluation.results import Evaluation, TaskResult
 from .advice import advice
 from .drawing import Drawing
-from .evaluation_text import protocol
+from .evaluation_text import item_count, protocol
 from .figures import hardest, layer_figures
 from .figures_quality import quality_figures
 from .model_card import base_model
 from .numbers import count, duration, p_value, percent, short_count, significant, size, with_error
 from .schema import Report
+from .size_and_speed import dense_speed, packed_speeds, size_rows, speed_protocol, speed_rows, speed_table, speeds
 from .theme import stylesheet
 
 
@@ -99,7 +102,9 @@ def tiles(items: Iterable[tuple[str, str, str]]) -> str:
         f'<div class="note">{escape(note)}</div></dd></div>'
         for name, value, note in items
     )
-    return f'<dl class="tiles">{made}</dl>' if made else ""
+    columns = made.count('class="tile"')
+    columns = {6: 3, 7: 4, 8: 4, 9: 5}.get(columns, columns)  # no row that is nearly empty
+    return f'<dl class="tiles" style="--columns:{columns}">{made}</dl>' if made else ""
 
 
 def section(title: str, content: str) -> str:
@@ -112,18 +117,28 @@ _section = section
 
 def _figures(figures: Mapping[str, Drawing], *keys: str) -> str:
     shown = [figures[key] for key in keys if key in figures]
-    kind = "figures three" if len(shown) == 3 and not any(figure.full for figure in shown) else "figures"
+    kind = "figures"
+    if not any(figure.full for figure in shown):
+        kind += {1: " one", 3: " three"}.get(len(shown), "")
     return f'<div class="{kind}">{"".join(figure.html() for figure in shown)}</div>' if shown else ""
 
 
 def _header(report: Report, title: str) -> str:
     done = f"{len(report.layers)} of {report.model.layers} decoder layers" if report.status != "finished" else ""
-    parts = [report.method, report.model.architecture, done, (report.finished or report.started or "").replace("T", " ")]
+    parts = [report.method, report.model.architecture, done, moment(report.finished or report.started)]
     meta = " · ".join(escape(part) for part in parts if part)
     return (
         f'<h1>{escape(title)}</h1><p class="meta"><span class="status {report.status}">{report.status}</span> {meta}</p>'
         f'<p class="lead">{escape(verdict(report))}</p>'
     )
+
+
+def moment(time: str | None) -> str:
+    """An ISO time to the minute, with its zone: ``2026-01-01 10:08 UTC``."""
+    try:
+        return datetime.fromisoformat(time or "").strftime("%Y-%m-%d %H:%M %Z").strip()
+    except ValueError:
+        return time or ""
 
 
 def verdict(report: Report) -> str:
@@ -179,13 +194,23 @@ def _summary(report: Report) -> str:
         items.append(
             ("Mean relative error", percent(sum(errors) / len(errors)), f"worst of {len(errors)} operators {percent(max(errors))}")
         )
+    tasks = _one_metric([task for evaluation in report.evaluations for task in evaluation.tasks])
+    if len(tasks) > 1:
+        mean, _, dense_mean, _ = _mean_score(tasks)
+        note = f"mean of {len(tasks)} tasks" + (f"; dense {100 * dense_mean:.1f} %" if dense_mean is not None else "")
+        items.insert(2 if items else 0, ("Zero-shot", f"{100 * mean:.1f} %", note))
     if totals.checkpoint_bytes:
-        packed = f"packed {size(totals.compressed_bytes)}" if totals.compressed_bytes else "zeros are stored as they are"
+        packed = f"compressed {size(totals.compressed_bytes)}" if totals.compressed_bytes else "zeros are stored as they are"
         items.append(("Size on disk", size(totals.checkpoint_bytes), packed))
+    baseline, fast = dense_speed(report), packed_speeds(report)
+    if baseline is not None and fast:
+        ratio = float(fast[0]["tokens_per_second"]) / float(baseline["tokens_per_second"])
+        note = f"{significant(fast[0]['tokens_per_second'])} tokens/s, {fast[0]['variant']}, against {baseline['variant']}"
+        items.append(("Decoding speed", f"×{significant(ratio)}", note))
     if totals.seconds:
         peak = f"peak memory {size(totals.peak_memory)}" if totals.peak_memory else ""
-        items.append(("Time", duration(totals.seconds), peak))
-    rows = _measurements(report.evaluations)
+        items.append(("Time to prune", duration(totals.seconds), peak))
+    rows = [*_measurements(report.evaluations), *size_rows(report), *speed_rows(report)]
     measured = ""
     if rows:
         head = ("measure", "dense", "pruned", "change", "how it was measured")
@@ -208,50 +233,70 @@ def _measurements(evaluations: Sequence[Evaluation]) -> list[tuple[str, ...]]:
             rows.append(("KL from dense, nats a token", "0", kl, "", "mean over the same tokens of KL(dense || pruned)"))
             agreement = with_error(100 * damage.top1_agreement, 100 * damage.top1_standard_error, 1)
             rows.append(("Top-1 agreement, %", "100", agreement, "", "tokens whose most likely successor is the same in both models"))
-        for task in evaluation.tasks:
-            before, change, how = "–", "–", f"{task.shots}-shot, {task.items} items, {task.source}"
-            if task.reference is not None and task.reference_standard_error is not None:
-                before = with_error(100 * task.reference, 100 * task.reference_standard_error, 1)
-                change = f"{100 * (task.value - task.reference):+.1f}".replace("-", "−")
-                verdict = "real" if task.significant else "within noise"
-                how += f"; {task.lost} lost, {task.won} won, McNemar {p_value(task.p_value)}: {verdict}"
-            rows.append((f"{task.task}, {task.metric}, %", before, with_error(100 * task.value, 100 * task.standard_error, 1), change, how))
+    tasks = [task for evaluation in evaluations for task in evaluation.tasks]
+    for task in tasks:
+        before, change, how = "–", "–", f"{task.shots}-shot, {item_count(task)}, {task.source}"
+        if task.reference is not None and task.reference_standard_error is not None:
+            before = with_error(100 * task.reference, 100 * task.reference_standard_error, 1)
+            change = points(task.value - task.reference)
+            verdict = "a real difference" if task.significant else "within noise"
+            how += f"; {task.lost} lost, {task.won} won, McNemar {p_value(task.p_value)}: {verdict}"
+        rows.append((f"{task.task}, {task.metric}, %", before, with_error(100 * task.value, 100 * task.standard_error, 1), change, how))
+    together = _one_metric(tasks)
+    if len(together) > 1:
+        mean, error, dense_mean, dense_error = _mean_score(together)
+        before = with_error(100 * dense_mean, 100 * (dense_error or 0), 1) if dense_mean is not None else "–"
+        change = points(mean - dense_mean) if dense_mean is not None else "–"
+        how = "unweighted mean over " + ", ".join(f"{task.task} {task.metric}" for task in together)
+        rows.append((f"Mean of {len(together)} tasks, %", before, with_error(100 * mean, 100 * error, 1), change, how))
     return rows
 
 
+def points(difference: float) -> str:
+    """A difference of two shares in percentage points, with its sign."""
+    return f"{100 * difference:+.1f}".replace("-", "−")
+
+
+def _one_metric(tasks: Sequence[TaskResult]) -> list[TaskResult]:
+    """One result a task, for a mean: plain accuracy where there is one."""
+    chosen: dict[str, TaskResult] = {}
+    for task in tasks:
+        if task.task not in chosen or task.metric == "acc":
+            chosen[task.task] = task
+    return list(chosen.values())
+
+
+def _mean_score(tasks: Sequence[TaskResult]) -> tuple[float, float, float | None, float | None]:
+    """Mean score and its standard error (tasks are independent), and the dense model's if every task has them."""
+    count = len(tasks)
+    mean = sum(task.value for task in tasks) / count
+    error = math.hypot(*(task.standard_error for task in tasks)) / count
+    dense = [task.reference for task in tasks if task.reference is not None]
+    errors = [task.reference_standard_error for task in tasks if task.reference_standard_error is not None]
+    if len(dense) < count or len(errors) < count:
+        return mean, error, None, None
+    return mean, error, sum(dense) / count, math.hypot(*errors) / count
+
+
+ZEROS = (
+    "Zeros in a checkpoint are stored and multiplied like any other number: in engines that read dense weights this model is as large and "
+    "as fast as the dense one. Only packed, in this program's own format and kernels, can it be smaller or faster."
+)
+
+
 def _speed(report: Report) -> str:
-    note = (
-        "<p>Zeros in a checkpoint are stored and multiplied like any other number: in engines that read dense weights this model is "
-        "as large and as fast as the dense one. Only what was measured is shown here.</p>"
-    )
-    if not report.speed:
-        return f'<div class="card"><h3>Speed and size</h3>{note}<p>No speed was measured in this run.</p></div>'
-    sentence = str(report.speed.get("sentence") or "")
-    rows = [
-        (
-            str(row.get("variant", "?")),
-            significant(row.get("tokens_per_second")),
-            " to ".join(significant(value) for value in row.get("tokens_per_second_range", ())) or "–",
-            duration(row.get("first_token")),
-            size(row.get("peak_memory")),
-            size(row.get("file_size") or None),
-            ", ".join(f"{name} {row[key]}" for key, name in SPEED_PROTOCOL.items() if key in row),
-        )
-        for row in speeds(report)
-    ]
-    head = ("model", "tokens/s", "slowest to fastest", "first token", "peak memory", "file size", "how it was measured")
-    made = table(head, rows, "Speed and size", numeric=(1, 2, 3, 4, 5)) if rows else ""
-    words = f"<p>{escape(sentence)}</p>" if sentence else note
-    return f'<div class="card"><h3>Speed and size</h3>{words}{made}</div>'
-
-
-SPEED_PROTOCOL = {"batch": "batch", "prompt": "prompt", "tokens": "new tokens", "runs": "runs", "threads": "threads", "device": "on"}
-
-
-def speeds(report: Report) -> list[dict[str, Any]]:
-    """The rows of a speed measurement, one for each form of the model."""
-    rows = (report.speed or {}).get("speeds")
-    return [row for row in rows if isinstance(row, dict)] if isinstance(rows, list) else []
+    if report.status != "finished":
+        return ""
+    if not speeds(report):
+        how = "<p>No speed was measured: <code>fistapruner bench RUN</code> does that and adds it here.</p>"
+        return f'<div class="card"><h3>What sparsity gives here</h3><p>{escape(ZEROS)}</p>{how}</div>'
+    head = ("form of the model", "tokens/s", "slowest to fastest", "first token", "peak memory", "file size")
+    made = table(head, speed_table(report), "Speed and size of every form", numeric=(1, 2, 3, 4, 5), stack=True)
+    kernel = (report.speed or {}).get("kernel")
+    how = speed_protocol(report, speeds(report)[0]) + (f", kernel {kernel}" if kernel else "")
+    words = f"<p>{escape(str((report.speed or {}).get('sentence') or ''))}</p><p>{escape(ZEROS)}</p>"
+    note = f'<p class="meta">Measured: {escape(how)}. Rows named dense hold the same weights with their zeros filled in.</p>'
+    return f'<div class="card"><h3>What sparsity gives here</h3>{words}{made}{note}</div>'
 
 
 def _warnings(report: Report) -> str:
@@ -267,39 +312,56 @@ def _next(report: Report) -> str:
     lines = advice(report)
     if not lines:
         return ""
-    return _section("What to try next", f'<div class="card next"><ul>{"".join(f"<li>{escape(line)}</li>" for line in lines)}</ul></div>')
+    return _section("What to try next", f'<div class="card next"><ul>{"".join(f"<li>{_options(line)}</li>" for line in lines)}</ul></div>')
+
+
+def _options(line: str) -> str:
+    """A sentence with what stands between backticks set as code."""
+    return re.sub(r"`([^`]+)`", r'<code class="option">\1</code>', escape(line))
 
 
 def _hardest(report: Report) -> str:
     rows = [
         (
-            str(layer.index),
-            operator.name,
-            f"{operator.shape[0]} × {operator.shape[1]}",
-            operator.sparsity,
+            f"layer {layer.index}, {operator.name}",
             percent(operator.relative_error),
-            " → ".join(f"{step.get('method', '?')} {percent(step.get('relative_error'), 2)}" for step in operator.steps),
             significant(operator.condition, 2),
+            f"{operator.shape[0]} × {operator.shape[1]}, {operator.sparsity}",
+            " → ".join(f"{step.get('method', '?')} {percent(step.get('relative_error'), 2)}" for step in operator.steps),
         )
         for layer, operator in hardest(report.layers, 8)
     ]
     if not rows:
         return ""
-    head = ("layer", "operator", "shape", "sparsity", "relative error", "after each step", "largest eigenvalue / mean")
-    made = table(head, rows, "The hardest operators", numeric=(4, 6))
+    head = ("operator", "relative error", "largest eigenvalue / mean", "shape, pattern", "error after each step")
+    made = table(head, rows, "The hardest operators", numeric=(1, 2), stack=True)
     return f'<div class="card below"><h3>The hardest operators</h3>{made}</div>'
 
 
 def _generations(report: Report) -> str:
     cards = []
     for sample in report.generations:
-        cards.append(
-            f'<div class="card"><p class="who">Prompt</p><p class="text">{escape(sample.prompt)}</p>'
-            f'<div class="split below">'
-            f'<div><p class="who">Dense goes on</p><p class="text">{escape(sample.dense or "–")}</p></div>'
-            f'<div><p class="who">Pruned goes on</p><p class="text">{escape(sample.pruned or "–")}</p></div></div></div>'
-        )
+        prompt = f'<span class="prompt">{escape(sample.prompt)}</span>'
+        texts = [
+            f'<div><p class="who">{name}</p><p class="text">{prompt}{escape(text or "–")}</p></div>'
+            for name, text in (("Dense", sample.dense), ("Pruned", sample.pruned))
+        ]
+        cards.append(f'<div class="card split">{"".join(texts)}</div>')
+    if cards:
+        cards.insert(0, '<p class="meta">Prompts (grey) continued greedily by both models.</p>')
     return _section("Side by side", "".join(cards))
+
+
+PHASES = {
+    "capture": "forward passes that collect inputs",
+    "gram": "sums of outer products",
+    "solve": "the method itself",
+    "match": "block matching",
+    "io": "reading weights, writing results",
+    "report": "spectra and errors for this page",
+    "plain": "one unwatched forward pass, to compare",
+    "write": "writing the checkpoint",
+}
 
 
 def _cost(report: Report, figures: Mapping[str, Drawing]) -> str:
@@ -307,10 +369,12 @@ def _cost(report: Report, figures: Mapping[str, Drawing]) -> str:
     blocks = [figures["time-by-layer"].html()] if "time-by-layer" in figures else []
     if totals.time_split:
         whole = sum(totals.time_split.values()) or 1.0
-        split = [(name, duration(value), percent(value / whole)) for name, value in sorted(totals.time_split.items(), key=lambda p: -p[1])]
-        blocks.append(
-            f'<div class="card"><h3>Time split</h3>{table(("phase", "time", "share"), split, "Time split", numeric=(1, 2))}</div>'
-        )
+        split = [
+            (name, duration(value), f"{100 * value / whole:.1f} %", PHASES.get(name, ""))
+            for name, value in sorted(totals.time_split.items(), key=lambda pair: -pair[1])
+        ]
+        made = table(("phase", "time", "share", "what it is"), split, "Time split", numeric=(1, 2), stack=True)
+        blocks.append(f'<div class="card"><h3>Time split</h3>{made}</div>')
     if report.plan:
         shown = {"bytes": size, "seconds": duration}
         rows = [
@@ -322,7 +386,9 @@ def _cost(report: Report, figures: Mapping[str, Drawing]) -> str:
             for row in report.plan
         ]
         head = ("quantity", "planned", "measured", "measured / planned")
-        blocks.append(f'<div class="card"><h3>Plan and reality</h3>{table(head, rows, "Plan and reality", numeric=(1, 2, 3))}</div>')
+        blocks.append(
+            f'<div class="card"><h3>Plan and reality</h3>{table(head, rows, "Plan and reality", numeric=(1, 2, 3), stack=True)}</div>'
+        )
     pairs = [
         ("peak memory", size(totals.peak_memory) if totals.peak_memory else None),
         ("peak GPU memory", size(totals.peak_device_memory) if totals.peak_device_memory else None),
@@ -368,8 +434,8 @@ def _reproduce(report: Report) -> str:
         ("threads", f"{machine.threads} of {machine.cores} cores" if machine.threads and machine.cores else None),
         ("memory", size(machine.memory) if machine.memory else None),
         ("versions", ", ".join(f"{name} {version}" for name, version in report.versions.items())),
-        ("started", report.started),
-        ("finished", report.finished),
+        ("started", moment(report.started)),
+        ("finished", moment(report.finished)),
     ]
     blocks.append(f'<div class="card"><h3>What was used</h3>{facts(pairs)}</div>')
     if report.recipe:

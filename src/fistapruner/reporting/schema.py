@@ -152,11 +152,12 @@ class Totals(Record):
 
     Args:
         operator_weights, operator_zeros: in pruned operators; ``model_weights``, ``model_zeros``: in the whole model.
-        seconds: wall time; ``time_split``: wall seconds by phase.
+        seconds: wall time of all processes that worked on the run, those that were stopped too; ``time_split``: wall seconds
+            by phase.
         peak_memory: bytes, resident set; ``peak_device_memory``: bytes on the GPU.
         capture_tokens_per_second: calibration tokens a second through capture, all layers;
             ``forward_tokens_per_second``: of one plain forward pass of the same tokens.
-        checkpoint_bytes: of ``RUN/model``; ``compressed_bytes``: of the packed checkpoint if one was made.
+        checkpoint_bytes: of ``RUN/model``; ``compressed_bytes``: of the packed weights if they were measured.
     """
 
     operator_weights: int | None = None
@@ -205,7 +206,8 @@ class Report(Record):
         recipe: every setting; ``fingerprint``: of the settings that decide the weights.
         layers: in order of index; for an unfinished run those that are done.
         evaluations: what :func:`fistapruner.evaluate` measured, one for each data set.
-        speed: what ``fistapruner bench --json`` prints: ``speeds``, a row for each form of the model, and ``sentence``.
+        speed: what ``fistapruner bench RUN`` measured: ``speeds``, a row for each form of the model, ``kernel``, ``sentence``,
+            ``machine``, ``measured`` (ISO time).
         plan: predictions beside measurements.
     """
 

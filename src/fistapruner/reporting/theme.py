@@ -93,12 +93,12 @@ white-space:pre-wrap;overflow-wrap:anywhere}
 .status{display:inline-block;border:1px solid currentColor;border-radius:99px;padding:0 10px;font-size:.85rem;font-weight:600;
 vertical-align:2px}
 .status.finished{color:var(--good)}.status.failed{color:var(--bad)}.status.running{color:var(--accent)}
-.tiles{display:grid;grid-template-columns:repeat(auto-fit,minmax(160px,1fr));gap:14px;margin:22px 0;padding:0}
+.tiles{display:grid;grid-template-columns:repeat(var(--columns,4),minmax(0,1fr));gap:14px;margin:22px 0;padding:0}
 .tile,.card,figure{background:var(--surface);border:1px solid var(--line);border-radius:12px}
 .tile{padding:16px 18px;margin:0}
 .tile dt{color:var(--muted);font-size:.88rem}
 .tile dd{margin:0}
-.tile .value{font-size:1.7rem;font-weight:650;letter-spacing:-.02em;line-height:1.25}
+.tile .value{font-size:1.6rem;font-weight:650;letter-spacing:-.02em;line-height:1.25;white-space:nowrap}
 .tile .note{color:var(--muted);font-size:.86rem;line-height:1.4}
 .card{padding:18px 20px;margin:0 0 16px}
 .card > :last-child{margin-bottom:0}
@@ -126,15 +126,20 @@ td.n,th.n{text-align:right;white-space:nowrap;padding-left:8px}
 tbody tr:last-child > *{border-bottom:0}
 .split{display:grid;grid-template-columns:1fr 1fr;gap:16px}
 .text{white-space:pre-wrap;overflow-wrap:anywhere;margin:0;max-width:none}
+.prompt{color:var(--muted)}@media (min-width:641px){.option{white-space:nowrap}}
+
 .who{color:var(--muted);font-size:.85rem;font-weight:600;margin:0 0 4px}
 .facts{display:grid;grid-template-columns:max-content minmax(0,1fr);gap:4px 18px;margin:0}
 .facts dt{color:var(--muted)}.facts dd{margin:0;overflow-wrap:anywhere}
 .hidden{position:absolute;width:1px;height:1px;overflow:hidden;clip-path:inset(50%);white-space:nowrap}
 .skip{position:absolute;left:-9999px}.skip:focus{left:12px;top:12px;background:var(--surface);padding:8px 12px;z-index:1}
 footer{color:var(--muted);font-size:.88rem;padding-top:36px;padding-bottom:48px}
+@media (min-width:901px){.one{grid-template-columns:minmax(0,1fr)}.one figure{display:grid;grid-template-columns:540px minmax(0,1fr);
+gap:0 32px;align-items:start}.one figure > h3,.one figure > details{grid-column:1/-1}}
 @media (min-width:1000px){.three{grid-template-columns:repeat(3,minmax(0,1fr))}.three .wide{display:none}
 .three .narrow{display:block}.three figure{padding:16px}}
-@media (max-width:900px){.figures{grid-template-columns:minmax(0,1fr)}}
+@media (min-width:641px){main > section > .card > .stack tbody th{min-width:13.5em}}
+@media (max-width:900px){.tiles{grid-template-columns:repeat(3,minmax(0,1fr))}.figures{grid-template-columns:minmax(0,1fr)}}
 @media (max-width:640px){main,header.top,footer{padding-left:14px;padding-right:14px}
 .split{grid-template-columns:1fr}.wide{display:none}.narrow{display:block}figure,.card{padding:14px 12px}.tiles{
 grid-template-columns:1fr 1fr;gap:10px}

@@ -1,0 +1,115 @@
+"""Size and speed of a pruned model beside the dense one, in words; what was not measured is said to be so."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from .numbers import duration, significant, size
+from .schema import Report
+
+Row = tuple[str, str, str, str, str]
+"""Measure, dense, pruned, change, how it was measured."""
+
+NOT_MEASURED = "not measured; 'fistapruner bench RUN' measures it"
+
+
+def speeds(report: Report) -> list[dict[str, Any]]:
+    """The rows of a speed measurement, one for each form of the model."""
+    rows = (report.speed or {}).get("speeds")
+    return [row for row in rows if isinstance(row, dict)] if isinstance(rows, list) else []
+
+
+def dense_speed(report: Report) -> dict[str, Any] | None:
+    """The fastest form that multiplies zeros like other numbers: what a packed form is compared with."""
+    return _fastest([row for row in speeds(report) if not _is_packed(row)])
+
+
+def packed_speeds(report: Report) -> list[dict[str, Any]]:
+    """The packed forms, in the order in which they were measured."""
+    return [row for row in speeds(report) if _is_packed(row) and _rate(row)]
+
+
+def size_rows(report: Report) -> list[Row]:
+    """The checkpoint as written, and packed."""
+    totals, dense = report.totals, report.model.bytes
+    rows = []
+    if totals.checkpoint_bytes:
+        change = _times(totals.checkpoint_bytes, dense)
+        rows.append(("Checkpoint on disk", size(dense), size(totals.checkpoint_bytes), change, "zeros are stored as they are"))
+        packed = totals.compressed_bytes
+        how = "packed, the same weights bit for bit: a mask and the kept values" if packed else NOT_MEASURED
+        rows.append(("Compressed checkpoint", "–", size(packed), _times(packed, dense), how))
+    return rows
+
+
+def speed_rows(report: Report) -> list[Row]:
+    """Decoding and memory: every packed form against the fastest dense one. One row that says so where nothing was measured."""
+    dense, packed = dense_speed(report), packed_speeds(report)
+    if dense is None or not packed:
+        return [("Decoding speed, tokens/s", "–", "–", "", NOT_MEASURED)] if report.status == "finished" else []
+    rows = []
+    for row in packed:
+        name = f"Decoding, {row['variant']}, tokens/s"
+        how = f"against {dense['variant']}, the fastest dense form; {speed_protocol(report, row)}"
+        rows.append((name, _rate_text(dense), _rate_text(row), _times(_rate(row), _rate(dense)), how))
+    best = _fastest(packed) or packed[0]
+    how = f"of the process that decodes, {best['variant']} against {dense['variant']}"
+    memory = best.get("peak_memory"), dense.get("peak_memory")
+    if all(memory):
+        rows.append(("Peak memory while decoding", size(memory[1]), size(memory[0]), _times(*memory), how))
+    return rows
+
+
+def speed_protocol(report: Report, row: dict[str, Any]) -> str:
+    """What a speed depends on, in one line."""
+    parts = [
+        "greedy",
+        f"batch {row['batch']}" if "batch" in row else "",
+        f"{row['prompt']} prompt tokens" if "prompt" in row else "",
+        f"{row['tokens']} new tokens" if "tokens" in row else "",
+        f"median (range) of {row['runs']} runs" if "runs" in row else "",
+        f"{row['threads']} threads" if row.get("device") != "cuda" and "threads" in row else "",
+        str(((report.speed or {}).get("machine") or {}).get("cpu") or ""),
+    ]
+    return ", ".join(part for part in parts if part)
+
+
+def speed_table(report: Report) -> list[tuple[str, ...]]:
+    """Every form that was measured: form, tokens/s, slowest to fastest, first token, peak memory, file size."""
+    return [
+        (
+            str(row.get("variant", "?")),
+            significant(row.get("tokens_per_second")),
+            _range(row),
+            duration(row.get("first_token")),
+            size(row.get("peak_memory")),
+            size(row.get("file_size") or None),
+        )
+        for row in speeds(report)
+    ]
+
+
+def _is_packed(row: dict[str, Any]) -> bool:
+    return str(row.get("variant", "")).startswith("packed")
+
+
+def _rate(row: dict[str, Any]) -> float:
+    rate = row.get("tokens_per_second")
+    return float(rate) if isinstance(rate, (int, float)) else 0.0
+
+
+def _fastest(rows: list[dict[str, Any]]) -> dict[str, Any] | None:
+    return max((row for row in rows if _rate(row)), key=_rate, default=None)
+
+
+def _range(row: dict[str, Any]) -> str:
+    return " to ".join(significant(value) for value in row.get("tokens_per_second_range", ())) or "–"
+
+
+def _rate_text(row: dict[str, Any]) -> str:
+    spread = _range(row)
+    return significant(_rate(row)) + (f" ({spread})" if spread != "–" else "")
+
+
+def _times(value: float | None, reference: float | None) -> str:
+    return f"×{significant(value / reference)}" if value and reference else "–"

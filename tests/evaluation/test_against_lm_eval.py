@@ -1,0 +1,128 @@
+"""The real model and real files: our figures against those of lm-eval run by hand.
+
+The files are looked for in ``$FISTAPRUNER_DATA`` (``zero_shot/*.jsonl``, ``wikitext2/test_joined.txt``).
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+import fistapruner as fp
+from fistapruner.models.source import resolve_model
+from fistapruner.models.tokenizer import load_tokenizer
+
+pytestmark = [pytest.mark.slow, pytest.mark.real]
+ITEMS = 40
+Item = dict[str, Any]
+
+
+def arc(item: Item) -> Item:
+    labels = list("ABCDE"[: len(item["choices"])])
+    question = item["query"].removeprefix("Question: ").strip()
+    return {"question": question, "choices": {"text": item["choices"], "label": labels}, "answerKey": labels[item["gold"]]}
+
+
+def piqa(item: Item) -> Item:
+    first, second = item["choices"]
+    return {"goal": item["query"].removeprefix("Question: ").strip(), "sol1": first, "sol2": second, "label": item["gold"]}
+
+
+def lambada(item: Item) -> Item:
+    return {"text": f"{item['context']} {item['continuation']}"}
+
+
+def winogrande(item: Item) -> Item:
+    start = os.path.commonprefix(item["context_options"])  # noqa: RUF071 (characters are meant)
+    options = [context.removeprefix(start) for context in item["context_options"]]
+    return {"sentence": f"{start}_ {item['continuation']}", "option1": options[0], "option2": options[1], "answer": str(item["gold"] + 1)}
+
+
+AS_ON_THE_HUB: dict[str, tuple[str, Callable[[Item], Item]]] = {
+    "arc_easy": ("test", arc),
+    "arc_challenge": ("test", arc),
+    "piqa": ("validation", piqa),
+    "lambada_openai": ("test", lambada),
+    "winogrande": ("validation", winogrande),
+}
+"""Tasks of lm-eval: the split it reads, and how an item of a local file looks there."""
+
+
+@pytest.fixture(scope="module")
+def data() -> Path:
+    folder = Path(os.environ.get("FISTAPRUNER_DATA", ""))
+    if not (folder / "zero_shot" / "piqa.jsonl").is_file():
+        pytest.skip("FISTAPRUNER_DATA names no folder with zero_shot/*.jsonl")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def dense() -> Path:
+    try:
+        return resolve_model("smollm2")
+    except fp.FistaPrunerError as error:
+        pytest.skip(f"the small real model is not here: {error}")
+
+
+@pytest.fixture(scope="module")
+def runner(dense: Path) -> Any:
+    pytest.importorskip("lm_eval", reason="the extra 'eval' is not installed")
+    from lm_eval.models.huggingface import HFLM
+
+    model = AutoModelForCausalLM.from_pretrained(dense, dtype=torch.float32).eval()
+    return HFLM(pretrained=model, tokenizer=load_tokenizer(dense), batch_size=4, device="cpu")
+
+
+def test_zero_shot_scores_are_those_of_lm_eval_s_own_tasks(
+    data: Path, dense: Path, runner: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from lm_eval import simple_evaluate
+    from lm_eval.tasks import TaskManager
+
+    monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "cache"))
+    files = data / "zero_shot"
+    ours = fp.evaluate(dense, tasks=list(AS_ON_THE_HUB), tasks_dir=files, limit=ITEMS, dtype="float32").tasks
+    tasks = []
+    for name, (split, convert) in AS_ON_THE_HUB.items():
+        lines = (files / f"{name}.jsonl").read_text("utf-8").splitlines()[:ITEMS]
+        path = tmp_path / f"{name}.jsonl"
+        path.write_text("".join(json.dumps(convert(json.loads(line))) + "\n" for line in lines))
+        local = {"data_files": {split: str(path)}}
+        # Everything but where the data lies is lm-eval's own definition of the task.
+        tasks.append({"task": name, "dataset_path": "json", "dataset_name": None, "training_split": None, "dataset_kwargs": local})
+        tasks[-1] |= {"validation_split" if split == "validation" else "test_split": split}
+        tasks[-1] |= {"test_split": None} if split == "validation" else {"validation_split": None}
+    theirs = simple_evaluate(runner, tasks=tasks, bootstrap_iters=0, task_manager=TaskManager())["results"]
+    found = {(task.task, task.metric): task.value for task in ours}
+    expected = {
+        (name, metric.removesuffix(",none")): value
+        for name, results in theirs.items()
+        for metric, value in results.items()
+        if metric in ("acc,none", "acc_norm,none")
+    }
+    assert found == expected
+    assert {task.items for task in ours} == {ITEMS}
+    assert all(task.available and task.available > ITEMS for task in ours)
+
+
+def test_perplexity_is_the_rolling_likelihood_of_lm_eval(data: Path, dense: Path, runner: Any) -> None:
+    from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
+
+    text, seqlen, count = data / "wikitext2" / "test_joined.txt", 256, 6
+    ids = load_tokenizer(dense)(text.read_text("utf-8"), add_special_tokens=False, verbose=False)["input_ids"]
+    total = 0.0
+    for start in range(0, count * seqlen, seqlen):
+        window = ids[start : start + seqlen]
+        rolling = get_rolling_token_windows(window[1:], prefix_token=window[0], max_seq_len=seqlen, context_len=1)
+        requests = [((None, None), *make_disjoint_window(pair)) for pair in rolling]
+        total -= sum(likelihood for likelihood, _ in runner._loglikelihood_tokens(requests, disable_tqdm=True))
+    found = fp.evaluate(dense, str(text), seqlen=seqlen, windows=count, dtype="float32").perplexity
+    assert found is not None
+    assert found.nll == pytest.approx(total / (count * (seqlen - 1)), rel=1e-5)
