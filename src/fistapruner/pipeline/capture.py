@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 
 import torch
@@ -13,6 +13,7 @@ from torch import Tensor
 from ..models.layout import Group
 from ..models.skeleton import Call, Skeleton
 from .hidden import HiddenStates
+from .replay import Replay
 
 Watch = Callable[[int, int, Tensor], None]
 """Receives (group, first window of the batch, inputs (batch, seqlen, n))."""
@@ -91,6 +92,7 @@ def run_layer(
     groups: Sequence[tuple[int, Group]] = (),
     watch: Watch | None = None,
     output: HiddenStates | Watch | None = None,
+    replay: Replay | None = None,
 ) -> None:
     """Run every window through loaded decoder layer ``index``.
 
@@ -103,6 +105,7 @@ def run_layer(
         groups: (number, operators) of the groups whose inputs are watched, in execution order.
         watch: receives those inputs.
         output: where the layer's output goes. None: not needed, and every pass stops at the last watched group.
+        replay: what earlier passes of these windows computed for good.
     """
     layer = skeleton.layers[index]
     start = stop = 0
@@ -121,19 +124,20 @@ def run_layer(
         layer.get_submodule(group[0].name).register_forward_pre_hook(hook(number, number == groups[-1][0])) for number, group in groups
     ]
     try:
-        for start, stop in calls.batches(inputs.samples):
-            with clock.phase("io"):
-                hidden = inputs.read(start, stop).to(skeleton.device)
-            with clock.phase("capture"), torch.no_grad():
-                try:
-                    out = skeleton.run(index, hidden, calls.by_size[stop - start][index])
-                except _Reached:
-                    continue
-            if isinstance(output, HiddenStates):
+        with nullcontext() if replay is None else replay.around_pass(lambda: (start, stop)):
+            for start, stop in calls.batches(inputs.samples):
                 with clock.phase("io"):
-                    output.write(start, out)
-            elif output is not None:
-                output(-1, start, out)
+                    hidden = inputs.read(start, stop).to(skeleton.device)
+                with clock.phase("capture"), torch.no_grad():
+                    try:
+                        out = skeleton.run(index, hidden, calls.by_size[stop - start][index])
+                    except _Reached:
+                        continue
+                if isinstance(output, HiddenStates):
+                    with clock.phase("io"):
+                        output.write(start, out)
+                elif output is not None:
+                    output(-1, start, out)
     finally:
         for handle in handles:
             handle.remove()
