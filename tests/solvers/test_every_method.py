@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from dataclasses import replace
 
 import pytest
 import torch
@@ -106,7 +107,7 @@ def test_near_the_best_of_all_masks_on_tiny_problems(chain: str) -> None:
     """Brute force over every 2:4 mask of a row of eight inputs, each with its least-squares weights."""
     ratios = []
     for seed in range(6):
-        problem = make_problem((6,), 8, seed=seed)
+        problem = replace(make_problem((6,), 8, seed=seed), tokens=None)  # judged on this very Gram
         solution = solve(problem, "2:4", f"{chain}+refit")
         errors = problem.row_errors(solution.weight)
         ratios += (errors / torch.tensor([_best_error(problem, row) for row in range(6)])).tolist()

@@ -1,4 +1,5 @@
-"""What is measured on the dense model before anything is pruned: every operator's sparsity, the metric of block matching."""
+"""What is measured on the dense model before anything is pruned: every operator's sparsity, the importance of its rows, the
+metric of block matching."""
 
 from __future__ import annotations
 
@@ -11,18 +12,16 @@ from torch import Tensor
 from ..errors import FistaPrunerError
 from ..models.layout import Layout
 from ..models.skeleton import Skeleton
+from ..pipeline.hidden import scratch_factory
 from ..problem import ProblemSums
 from ..recipe import Recipe
 from ..sparsity import NM, Sparsity
 from .error import row_error_curves, sparsity_grid, split_budget
 from .owl import outlier_share, owl_allocation
-from .sensitivity import gather_grams, measure_sensitivity
+from .sensitivity import Store, gather_grams, measure_sensitivity, row_importance
 
 WINDOWS = 8
 """Calibration windows that are looked at: second moments over some thousand tokens are enough to rank operators."""
-
-WIDE = 4096
-"""Hidden size above which block matching gets the diagonal of its metric only: the whole one would fill the disk."""
 
 
 def check_allocation(recipe: Recipe) -> None:
@@ -46,32 +45,55 @@ class Decision:
         sparsity: of every operator, or None where the recipe says it without measuring.
         metrics: how block matching weighs the output errors of each decoder layer, or None without block matching:
             (width, width) second moments of the loss's gradient, or their (width,) diagonals where the model is wide.
+        importance: (m,) weight of every output row of each operator, or None where rows count alike.
     """
 
     sparsity: dict[str, Sparsity] | None
     metrics: list[Tensor] | None
+    importance: dict[str, Tensor] | None = None
 
 
 def measured_by(recipe: Recipe) -> str | None:
     """``owl`` or ``error`` where the allocation has to look at the model, else None."""
     if recipe.allocation == "auto":
-        return None if isinstance(recipe.pattern, NM) else "error"
+        return "error" if _own(recipe) and not isinstance(recipe.pattern, NM) else None
     return recipe.allocation if recipe.allocation in ("owl", "error") else None
+
+
+def weighs_rows(recipe: Recipe) -> bool:
+    """Whether the importance of output rows is asked for and makes a difference."""
+    asked = _own(recipe) if recipe.weighting == "auto" else recipe.weighting == "fisher"
+    return asked and not isinstance(recipe.pattern, NM) and not all(step.rows_apart(recipe.pattern) for step in recipe.steps)
+
+
+def _own(recipe: Recipe) -> bool:
+    return not all(step.published for step in recipe.steps)
 
 
 def needs_measuring(recipe: Recipe) -> bool:
     """Whether :func:`decide` has to look at the model."""
-    return measured_by(recipe) is not None or recipe.match > 0
+    return measured_by(recipe) is not None or recipe.match > 0 or weighs_rows(recipe)
 
 
-def decide(recipe: Recipe, layout: Layout, skeleton: Skeleton, tokens: Tensor, tick: Callable[[int], None] = lambda done: None) -> Decision:
-    """Measure what ``allocation: owl``, ``allocation: error`` and block matching need.
+def decide(
+    recipe: Recipe,
+    layout: Layout,
+    skeleton: Skeleton,
+    tokens: Tensor,
+    *,
+    batch_size: int = 4,
+    store: Store | None = None,
+    tick: Callable[[int], None] = lambda done: None,
+) -> Decision:
+    """Measure what ``allocation: owl``, ``allocation: error``, ``weighting: fisher`` and block matching need.
 
     Args:
-        recipe: its ``allocation``, ``sparsity``, ``match`` and ``seed``.
+        recipe: its ``allocation``, ``sparsity``, ``weighting``, ``match`` and ``seed``.
         layout: the operators to prune.
         skeleton: the dense model.
         tokens: (samples, seqlen) calibration tokens; the first few windows are used.
+        batch_size: windows in one pass.
+        store: where hidden states between the decoder layers are kept; None keeps them in memory.
         tick: told of progress in layer passes.
 
     Raises:
@@ -82,6 +104,7 @@ def decide(recipe: Recipe, layout: Layout, skeleton: Skeleton, tokens: Tensor, t
         return Decision(None, None)
     allocation = measured_by(recipe)
     tokens = tokens[:WINDOWS]
+    store = store or scratch_factory(None, skeleton.dtype)
     fraction = recipe.pattern.fraction
     sizes = {name: operator.rows * operator.columns for name, operator in layout.operators()}
     grid = sparsity_grid(fraction)
@@ -102,20 +125,33 @@ def decide(recipe: Recipe, layout: Layout, skeleton: Skeleton, tokens: Tensor, t
 
     sparsity: dict[str, Sparsity] | None = None
     metrics: list[Tensor] | None = None
+    importance: dict[str, Tensor] | None = None
     grams = look if allocation else None
-    if recipe.match or allocation == "error":
-        sensitivity = measure_sensitivity(skeleton, layout, tokens, seed=recipe.seed, grams=grams, tick=tick)
+    if recipe.match or allocation == "error" or weighs_rows(recipe):
+        sensitivity = measure_sensitivity(
+            skeleton,
+            layout,
+            tokens,
+            seed=recipe.seed,
+            batch_size=batch_size,
+            grams=grams,
+            outputs=recipe.match > 0,
+            store=store,
+            tick=tick,
+        )
         if allocation == "error":
             costs = {name: torch.mv(errors[name], sensitivity.rows[name]) / 2 for name in sizes}
             sparsity = dict(split_budget(costs, sizes, fraction))
+        if weighs_rows(recipe):
+            importance = {name: row_importance(rows) for name, rows in sensitivity.rows.items()}
         if recipe.match:
-            metrics = [metric if len(metric) <= WIDE else metric.diagonal().contiguous() for metric in sensitivity.outputs]
+            metrics = sensitivity.outputs
     elif grams is not None:
-        gather_grams(skeleton, layout, tokens, grams, tick)
+        gather_grams(skeleton, layout, tokens, grams, batch_size=batch_size, store=store, tick=tick)
     if allocation == "owl":
         members = {
             index: {name: sizes[name] for group in layout.layers[index] for name in (layout.full_name(index, op) for op in group)}
             for index in shares
         }
         sparsity = dict(owl_allocation(shares, members, fraction))
-    return Decision(sparsity, metrics)
+    return Decision(sparsity, metrics, importance)

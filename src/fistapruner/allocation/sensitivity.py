@@ -10,7 +10,7 @@ layer by decoder layer, so that one layer is in memory at a time. The second mom
 
 * for each operator, ``E[g_i^2]`` of every output row ``i``: with it, a layer problem's row errors become a prediction of
   nats (:mod:`.error`);
-* for each decoder layer, the matrix ``E[g g^T]`` of its output hidden states: the metric of block matching
+* for each decoder layer, the matrix ``E[g g^T]`` of its output hidden states (if asked for): the metric of block matching
   (:mod:`fistapruner.pipeline.match`).
 
 Gradient second moments as a metric for layer-wise errors go back to K-FAC (Martens & Grosse 2015, arXiv 1503.05671).
@@ -27,10 +27,17 @@ from torch import Tensor
 from ..models.layout import Layout
 from ..models.skeleton import Call, Skeleton
 from ..numerics import fast_products
+from ..pipeline.hidden import HiddenStates
 from ..problem import ProblemSums
 
 HEAD_TOKENS = 512
 """Tokens whose logits are made at once."""
+
+WIDE = 4096
+"""Hidden size above which only the diagonal of a decoder layer's matrix is kept: the whole ones would fill memory and disk."""
+
+Store = Callable[[str, tuple[int, int, int]], HiddenStates]
+"""Makes a store of a given name and shape, in memory or in a file."""
 
 
 @dataclass(frozen=True)
@@ -39,7 +46,8 @@ class Sensitivity:
 
     Args:
         rows: (m,) mean squared gradient of every output row of each operator, by full name.
-        outputs: (width, width) second moment of the gradient at each decoder layer's output, in order.
+        outputs: (width, width) second moment of the gradient at each decoder layer's output, in order, or their (width,)
+            diagonals where the model is wider than :data:`WIDE`. Empty if it was not asked for.
         tokens: tokens behind the means.
     """
 
@@ -56,6 +64,8 @@ def measure_sensitivity(
     seed: int = 0,
     batch_size: int = 4,
     grams: Callable[[int, int, ProblemSums], None] | None = None,
+    outputs: bool = True,
+    store: Store,
     tick: Callable[[int], None] = lambda done: None,
 ) -> Sensitivity:
     """Run the dense model forwards and backwards over some windows.
@@ -63,20 +73,26 @@ def measure_sensitivity(
     Args:
         skeleton: the dense model.
         layout: its operators.
-        tokens: (windows, seqlen) token ids. Hidden states between all layers are kept for them, ``(layers + 1) * windows *
-            seqlen * width`` values on the CPU.
+        tokens: (windows, seqlen) token ids. Hidden states between all layers are stored for them, ``(layers + 1) * windows *
+            seqlen * width`` values.
         seed: draws the labels.
         batch_size: windows in one pass.
         grams: receives (layer, group, sums) of every operator group of the dense model, gathered on the way.
+        outputs: whether to measure the decoder layers' outputs too.
+        store: where hidden states are kept.
         tick: told how many of the 2 x layers passes are done.
     """
     batches = _batches(len(tokens), batch_size)
-    states, calls = _forward(skeleton, layout, tokens, batches, grams, tick)
-    gradient = _loss_gradient(skeleton, states[-1], seed)
+    states, calls = _forward(skeleton, layout, tokens, batches, store, grams, tick)
+    last = states.pop()
+    gradient = _loss_gradient(skeleton, last.read(0, len(tokens)), seed)
+    last.close()
     rows: dict[str, Tensor] = {}
-    outputs: list[Tensor] = []
+    metrics: list[Tensor] = []
+    width = skeleton.width
     for index in reversed(range(len(skeleton))):
-        outputs.append(torch.zeros(skeleton.width, skeleton.width, device=skeleton.device))
+        entering = states.pop()
+        metric = torch.zeros((width, width) if width <= WIDE else (width,), device=skeleton.device)
         operators = [operator for group in layout.layers[index] for operator in group]
         with skeleton.layer(index) as module:
             sums = {operator.name: torch.zeros(operator.rows, device=skeleton.device) for operator in operators}
@@ -93,11 +109,14 @@ def measure_sensitivity(
             handles = [module.get_submodule(operator.name).register_forward_hook(hook(operator.name)) for operator in operators]
             try:
                 for start, stop in batches:
-                    hidden = states[index][start:stop].to(skeleton.device).requires_grad_()
+                    hidden = entering.read(start, stop).to(skeleton.device).requires_grad_()
                     above = gradient[start:stop].to(skeleton.device)
                     flat = above.reshape(-1, above.shape[-1]).float()
-                    with fast_products(above.dtype == torch.bfloat16):
-                        outputs[-1].addmm_(flat.T, flat)
+                    if outputs and metric.ndim == 1:
+                        metric += flat.square().sum(0)
+                    elif outputs:
+                        with fast_products(above.dtype == torch.bfloat16):
+                            metric.addmm_(flat.T, flat)
                     with torch.enable_grad():
                         out = skeleton.run(index, hidden, calls[stop - start][index])
                         (below,) = torch.autograd.grad(out, hidden, above)
@@ -105,11 +124,23 @@ def measure_sensitivity(
             finally:
                 for handle in handles:
                     handle.remove()
-        states.pop()
+        entering.close()
+        if outputs:
+            metrics.append((metric if metric.ndim == 1 else (metric + metric.T) / 2).cpu() / tokens.numel())
         rows |= {layout.full_name(index, operator): sums[operator.name].cpu() / tokens.numel() for operator in operators}
         tick(2 * len(skeleton) - index)
-    metrics = [(metric + metric.T).cpu() / (2 * tokens.numel()) for metric in reversed(outputs)]
-    return Sensitivity(rows, metrics, tokens.numel())
+    return Sensitivity(rows, metrics[::-1], tokens.numel())
+
+
+def row_importance(sensitivity: Tensor) -> Tensor:
+    """Weights of an operator's rows in its layer problem, from their mean squared gradients (m,); their mean is 1.
+
+    The root of the sensitivity, not the sensitivity itself: it was measured on few tokens, and an error that is spread
+    unevenly leaves the range in which the second moment describes its effect.
+    """
+    floor = 1e-8 * sensitivity.mean().clamp_min(torch.finfo(torch.float32).tiny)  # rows that reach no prediction keep a weight
+    root = sensitivity.clamp_min(floor).sqrt()
+    return root / root.mean()
 
 
 def gather_grams(
@@ -117,12 +148,14 @@ def gather_grams(
     layout: Layout,
     tokens: Tensor,
     grams: Callable[[int, int, ProblemSums], None],
-    tick: Callable[[int], None] = lambda done: None,
     *,
     batch_size: int = 4,
+    store: Store,
+    tick: Callable[[int], None] = lambda done: None,
 ) -> None:
     """Run the dense model forwards and give every operator group's sums to ``grams`` (layer, group, sums)."""
-    _forward(skeleton, layout, tokens, _batches(len(tokens), batch_size), grams, tick)
+    states, _ = _forward(skeleton, layout, tokens, _batches(len(tokens), batch_size), store, grams, tick, keep=False)
+    states[-1].close()
 
 
 def _batches(count: int, size: int) -> list[tuple[int, int]]:
@@ -134,19 +167,24 @@ def _forward(
     layout: Layout,
     tokens: Tensor,
     batches: list[tuple[int, int]],
+    store: Store,
     grams: Callable[[int, int, ProblemSums], None] | None,
     tick: Callable[[int], None],
-) -> tuple[list[Tensor], dict[int, list[Call]]]:
-    """Hidden states into every decoder layer and out of the last one, and how layers are called for each batch size."""
+    *,
+    keep: bool = True,
+) -> tuple[list[HiddenStates], dict[int, list[Call]]]:
+    """Hidden states into every decoder layer (closed unless ``keep``) and out of the last one, and how layers are called for
+    each batch size."""
     calls: dict[int, list[Call]] = {}
-    first = torch.empty(*tokens.shape, skeleton.width, dtype=skeleton.dtype)
+    shape = (tokens.shape[0], tokens.shape[1], skeleton.width)
+    states = [store("sensitivity-0", shape)]
     with skeleton.ends(head=False):
         for start, stop in batches:
-            first[start:stop], arguments = skeleton.embed(tokens[start:stop])
+            hidden, arguments = skeleton.embed(tokens[start:stop])
+            states[0].write(start, hidden)
             calls.setdefault(stop - start, arguments)
-    states = [first]
     for index in range(len(skeleton)):
-        states.append(torch.empty_like(first))
+        states.append(store(f"sensitivity-{index + 1}", shape))
         with skeleton.layer(index) as module, torch.no_grad():
             sums: list[ProblemSums] = []
             handles = []
@@ -160,11 +198,13 @@ def _forward(
                 handles.append(module.get_submodule(group[0].name).register_forward_pre_hook(gather))
             try:
                 for start, stop in batches:
-                    hidden = states[index][start:stop].to(skeleton.device)
-                    states[-1][start:stop] = skeleton.run(index, hidden, calls[stop - start][index])
+                    hidden = states[index].read(start, stop).to(skeleton.device)
+                    states[-1].write(start, skeleton.run(index, hidden, calls[stop - start][index]))
             finally:
                 for handle in handles:
                     handle.remove()
+        if not keep:
+            states[index].close()
         if grams is not None:
             for number, own in enumerate(sums):
                 grams(index, number, own)

@@ -64,7 +64,12 @@ def add_recipe_arguments(parser: argparse.ArgumentParser, *, single: bool = True
     group.add_argument("--target", help="output to reproduce: dense, pruned, or a share of the dense one such as 0.5")
     group.add_argument("--targets", action="append", metavar="NAME|re:...", help="operators to prune (repeatable; default: all)")
     group.add_argument("--ignore", action="append", metavar="NAME|re:...", help="operators to leave dense (repeatable)")
-    group.add_argument("--allocation", help="uniform, owl, error, auto (error; uniform for n:m), or a YAML mapping")
+    group.add_argument(
+        "--allocation", help="uniform, owl, error, a YAML mapping, or auto (error for proximal, else uniform; uniform for n:m)"
+    )
+    group.add_argument(
+        "--weighting", choices=("auto", "none", "fisher"), help="weigh output rows by what predictions feel (default: auto, as the method)"
+    )
     group.add_argument("--match", type=int, metavar="STEPS", help="steps of block matching after each decoder layer")
     group.add_argument("--dtype", choices=("auto", "float32", "bfloat16", "float16"), help="precision of the forward passes")
     work = parser.add_argument_group("execution")
@@ -117,6 +122,7 @@ def recipe_settings(arguments: argparse.Namespace) -> dict[str, Any]:
             "targets": arguments.targets,
             "ignore": arguments.ignore,
             "allocation": allocation,
+            "weighting": arguments.weighting,
             "match": arguments.match,
             "dtype": arguments.dtype,
             "seed": arguments.seed,

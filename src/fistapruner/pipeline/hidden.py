@@ -7,6 +7,7 @@ so the memory a run needs does not grow with the calibration tokens.
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -79,3 +80,12 @@ class HiddenStates:
             self._descriptor = -1
             if not keep and self.file is not None:
                 self.file.unlink(missing_ok=True)
+
+
+def scratch_factory(folder: Path | None, dtype: torch.dtype) -> Callable[[str, tuple[int, int, int]], HiddenStates]:
+    """Temporary stores in ``folder``, or in memory when it is None."""
+
+    def make(name: str, shape: tuple[int, int, int]) -> HiddenStates:
+        return HiddenStates(shape, dtype, None if folder is None else folder / name)
+
+    return make

@@ -5,7 +5,7 @@
         run.json                   model, calibration, machine, what was decided before the first layer, and its checksum
         lock                       host and process that works here (:mod:`fistapruner.pipeline.lock`)
         calibration.safetensors    the token ids
-        metrics.safetensors        how block matching weighs each decoder layer's output errors
+        metrics.safetensors        how errors are weighed: of each operator's rows, of each decoder layer's output
         layers/0003.safetensors    the pruned tensors of a decoder layer
         layers/0003.json           what the report says of it and the checksum of its tensors; written last
         hidden/                    hidden states that are still needed, when memory does not hold them
@@ -95,16 +95,24 @@ class RunDirectory:
         """The (samples, seqlen) calibration token ids."""
         return SafetensorsFile(self.calibration_file).read("tokens")
 
-    def write_metrics(self, metrics: Sequence[Tensor]) -> None:
-        """Store the metric of every decoder layer's output."""
-        entries = [TensorEntry.of(f"{index:04d}", metric.dtype, tuple(metric.shape)) for index, metric in enumerate(metrics)]
-        with SafetensorsWriter(self.metrics_file, entries, {}) as writer:
-            for entry, metric in zip(entries, metrics, strict=True):
-                writer.write(entry.name, metric)
+    def write_metrics(self, metrics: Sequence[Tensor], importance: Mapping[str, Tensor]) -> None:
+        """Store the metric of every decoder layer's output and the importance of every operator's rows, what there is of them."""
+        tensors = {f"output.{index:04d}": metric for index, metric in enumerate(metrics)}
+        tensors |= {f"rows.{name}": rows for name, rows in importance.items()}
+        with SafetensorsWriter(
+            self.metrics_file, [TensorEntry.of(name, value.dtype, value.shape) for name, value in tensors.items()], {}
+        ) as writer:
+            for name, value in tensors.items():
+                writer.write(name, value)
 
     def metric(self, index: int) -> Tensor:
-        """The metric of decoder layer ``index``."""
-        return SafetensorsFile(self.metrics_file).read(f"{index:04d}")
+        """The metric of decoder layer ``index``'s output."""
+        return SafetensorsFile(self.metrics_file).read(f"output.{index:04d}")
+
+    def importance(self, names: Sequence[str]) -> dict[str, Tensor]:
+        """The importance of the rows of some operators, by full name."""
+        file = SafetensorsFile(self.metrics_file)
+        return {name: file.read(f"rows.{name}") for name in names}
 
     def layer_files(self, index: int) -> tuple[Path, Path]:
         """Tensors and JSON of decoder layer ``index``."""

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -12,7 +11,7 @@ from torch import Tensor, nn
 
 from ..models.layout import Group, Layout
 from ..models.skeleton import Skeleton
-from ..problem import LayerProblem, ProblemSums
+from ..problem import LayerProblem, ProblemSums, unweighted
 from ..recipe import Recipe
 from ..reporting.schema import LayerEntry, OperatorEntry
 from ..solvers import solve
@@ -21,6 +20,7 @@ from ..sparsity import Sparsity
 from .capture import Calls, Clock, run_layer
 from .hidden import HiddenStates
 from .match import match_layer
+from .replay import Replay
 
 SPECTRUM_LIMIT = 2048
 """Largest number of inputs for which the Gram's eigenvalues are recorded; they cost O(n^3) and only feed the report."""
@@ -82,6 +82,7 @@ def prune_layer(
     progress: Progress = lambda names, error: None,
     inspect: Callable[[int, LayerProblem], None] | None = None,
     metric: Tensor | None = None,
+    importance: Mapping[str, Tensor] | None = None,
     passed: Callable[[], None] = lambda: None,
     solver: Solver = solve,
 ) -> LayerResult:
@@ -103,6 +104,7 @@ def prune_layer(
         progress: told of every group.
         inspect: receives every group's problem before it is solved (benchmarks dump them).
         metric: how block matching weighs errors of the layer's output (see :func:`~.match.match_layer`).
+        importance: weights of the rows of every operator, by full name; None counts all rows alike.
         passed: told when ``streams.dense_out`` is complete, long before the layer is.
         solver: solves a group of operators: all of it at once, or in parts (:mod:`~fistapruner.pipeline.parts`).
 
@@ -172,6 +174,8 @@ def prune_layer(
         passed_after = sum(clock.seconds.values())
 
         # Group after group, each on what the pruned operators before it leave.
+        last_passes = int(streams.pruned_out is not None and not recipe.match)
+        replay = Replay(index, module, groups, last_passes, streams.seen, scratch) if recipe.error_correction else None
         weights: dict[str, Tensor] = {}
         operators: list[OperatorEntry] = []
         warnings: list[str] = []
@@ -183,7 +187,7 @@ def prune_layer(
                 for other, _ in todo:
                     if other not in sums:
                         sums[other] = new_sums(other)
-                run_layer(skeleton, index, streams.seen, calls, clock, groups=todo, watch=add)
+                run_layer(skeleton, index, streams.seen, calls, clock, groups=todo, watch=add, replay=replay)
             if number in kept:
                 kept.pop(number).close()
             names = [layout.full_name(index, operator) for operator in group]
@@ -192,7 +196,13 @@ def prune_layer(
             if inspect is not None:
                 inspect(number, problem)
             with clock.phase("solve"):
-                solution = solver(problem, [sparsity[name] for name in names], recipe.steps)
+                patterns = [sparsity[name] for name in names]
+                if importance is None:
+                    solution = solver(problem, patterns, recipe.steps)
+                else:
+                    rows = torch.cat([importance[name] for name in names]).to(problem.weight.device)
+                    solution = solver(problem.weighted(rows), patterns, recipe.steps)
+                    unweighted(solution.weight, rows)
                 stored = _store(skeleton, module, group, solution)
             warnings += solution.warnings
             with clock.phase("report"):
@@ -200,6 +210,8 @@ def prune_layer(
             operators += entries
             for operator, name in zip(group, names, strict=True):
                 weights[skeleton.source(f"{name}.weight")] = module.get_submodule(operator.name).weight.detach().to("cpu", copy=True)  # type: ignore[operator]
+            if replay is not None:
+                replay.pruned(number)
             worst = max((entry.relative_error or 0.0) for entry in entries)
             progress(_names(group), worst)
 
@@ -225,7 +237,9 @@ def prune_layer(
         # What the pruned layer gives to the next one, and how far that is from what the dense layer gave.
         error = None
         if streams.pruned_out is not None:
-            run_layer(skeleton, index, streams.seen, calls, clock, output=streams.pruned_out)
+            run_layer(skeleton, index, streams.seen, calls, clock, output=streams.pruned_out, replay=None if recipe.match else replay)
+        if replay is not None:
+            replay.close()
         if groups and probe and streams.dense is not None:
             error = _output_error(skeleton, index, streams, calls, clock, probe[0])
         entry = LayerEntry(
@@ -243,15 +257,6 @@ def prune_layer(
         return LayerResult(weights, entry)
     finally:
         loaded.__exit__(None, None, None)
-
-
-def scratch_factory(folder: Path | None, dtype: torch.dtype) -> Callable[[str, tuple[int, int, int]], HiddenStates]:
-    """Temporary stores in ``folder``, or in memory when it is None."""
-
-    def make(name: str, shape: tuple[int, int, int]) -> HiddenStates:
-        return HiddenStates(shape, dtype, None if folder is None else folder / name)
-
-    return make
 
 
 def _drifts(recipe: Recipe, streams: Streams, number: int) -> bool:

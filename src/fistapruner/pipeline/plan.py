@@ -19,9 +19,11 @@ import psutil
 import torch
 from torch import Tensor
 
+from ..allocation.decide import WINDOWS, needs_measuring, weighs_rows
+from ..allocation.sensitivity import HEAD_TOKENS
 from ..errors import FistaPrunerError
 from ..models.layout import Group, Layout
-from ..models.skeleton import Skeleton
+from ..models.skeleton import Call, Skeleton
 from ..problem import LayerProblem
 from ..recipe import Recipe
 from ..reporting.schema import LayerEntry, PlanRow, Totals
@@ -29,8 +31,8 @@ from ..solvers import solve
 from ..sparsity import Sparsity
 from .capture import Calls
 from .footprint import peak_bytes, solve_bytes
-from .hidden import HiddenStates
-from .layer import Streams, prune_layer, scratch_factory
+from .hidden import HiddenStates, scratch_factory
+from .layer import Streams, prune_layer
 from .parts import cut
 
 GIB = 2**30
@@ -195,6 +197,12 @@ class Sizes:
     kept: int
     samples: int
     streams: int
+    layers: int
+    backward: int
+    """Of a forward and backward pass of one window through a decoder layer; 0 where nothing is measured on the dense model."""
+
+    logits: int
+    weighted: bool
     cuda: bool
 
     @classmethod
@@ -214,6 +222,7 @@ class Sizes:
             hidden, calls = skeleton.embed(one)
             with torch.no_grad():
                 forward = peak_bytes(lambda: skeleton.run(0, hidden, calls[0]))
+            backward = peak_bytes(lambda: _differentiate(skeleton, hidden, calls[0])) if needs_measuring(recipe) else 0
         index = max(range(len(skeleton)), key=lambda index: size(in_layers[index]))
         groups = layout.layers[index]
         rows = tuple(_group_bytes(group, [sparsity[layout.full_name(index, operator)] for operator in group], recipe) for group in groups)
@@ -232,7 +241,12 @@ class Sizes:
             float_input=4 * seqlen * max(operator.columns for group in groups for operator in group) if groups else 0,
             kept=sum(seqlen * group[0].columns * itemsize for group in drifting) if keeps else 0,
             samples=samples,
-            streams=(2 if recipe.propagate == "dense" else 4 if recipe.target > 0 else 2) + bool(recipe.match and recipe.target == 0),
+            # Into and out of a layer; what block matching aims at, where nothing else needs it; what replay keeps.
+            streams=(2 if recipe.propagate == "dense" else 4 if recipe.target > 0 else 2) + bool(recipe.match and recipe.target == 0) + 1,
+            layers=len(skeleton),
+            backward=backward,
+            logits=4 * 4 * min(seqlen, HEAD_TOKENS) * int(skeleton.config.get_text_config().vocab_size),
+            weighted=weighs_rows(recipe),
             cuda=skeleton.device.type == "cuda",
         )
 
@@ -261,13 +275,26 @@ class Sizes:
             apart = choice.by_operator and alone < stacked
             # The solution is gathered beside the weight: fp32 and a mask of bytes.
             solving = gram + 9 * weight // 4 + (solvers * (self.base + alone) or alone - gram) if apart else stacked
-            found[f"solving {names}"] = loaded + solving + (weight if drifts else 0)
+            found[f"solving {names}"] = loaded + solving + (weight if drifts else 0) * (2 if self.weighted else 1) + weight * self.weighted
+        if self.backward:
+            windows = min(WINDOWS, self.samples)
+            states = 0 if choice.on_disk or self.cuda else (self.layers + 1) * windows * self.window
+            passed = self.layer + min(choice.batch_size, 4) * max(self.backward, self.forward + self.float_input)
+            sums = sum(gram + weight for _, gram, weight, _, _ in self.groups)
+            found["measuring the dense model"] = self.base + states + windows * self.window + max(passed + sums, self.ends + self.logits)
         return found
 
     def disk(self, choice: Choice, workers: int) -> int:
         """Bytes that the run directory takes at its largest."""
-        states = (self.streams + workers - 1) * self.window + self.kept * workers if choice.on_disk else 0
-        return self.checkpoint + self.pruned + states * self.samples
+        states = ((self.streams + workers - 1) * self.window + self.kept * workers) * self.samples
+        measuring = (self.layers + 1) * min(WINDOWS, self.samples) * self.window if self.backward else 0
+        return self.checkpoint + self.pruned + (max(states, measuring) if choice.on_disk else 0)
+
+
+def _differentiate(skeleton: Skeleton, hidden: Tensor, call: Call) -> None:
+    with torch.enable_grad():
+        entering = hidden.detach().requires_grad_()
+        torch.autograd.grad(skeleton.run(0, entering, call).float().sum(), entering)
 
 
 def _group_bytes(group: Group, patterns: list[Sparsity], recipe: Recipe) -> tuple[str, int, int, int, int]:

@@ -6,8 +6,10 @@ import json
 import logging
 import math
 import shlex
+import shutil
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +17,7 @@ import torch
 from torch import Tensor
 
 from ..allocation.decide import check_allocation, decide, needs_measuring
-from ..atomic import sha256_file
+from ..atomic import disk_errors, sha256_file
 from ..calibration import calibration_tokens
 from ..errors import FistaPrunerError
 from ..evaluation.data import load_windows
@@ -28,6 +30,7 @@ from ..recipe import Recipe, matches
 from ..reporting.schema import CalibrationFacts, ModelFacts, Report
 from ..sparsity import Sparsity, check_divides, parse_sparsity
 from .executors import default_threads
+from .hidden import scratch_factory
 from .journal import RunDirectory
 from .machine import describe_machine, now, versions
 from .plan import Plan, make_plan
@@ -114,12 +117,14 @@ def prepare(
         }
     metrics_sha256 = None
     if needs_measuring(recipe):
-        listener.say("measuring how sensitive the model is to each operator" if recipe.allocation != "owl" else "counting outliers")
-        with threads(numerics["threads"]):
-            decision = decide(recipe, layout, skeleton, tokens)
+        listener.say("measuring on the dense model what the recipe asks for")
+        folder_of_states = run.hidden / "sensitivity" if on_disk else None
+        with threads(numerics["threads"]), _scratch(folder_of_states):
+            store = scratch_factory(folder_of_states, skeleton.dtype)
+            decision = decide(recipe, layout, skeleton, tokens, batch_size=min(4, numerics["batch_size"]), store=store)
         sparsity = decision.sparsity or sparsity
-        if decision.metrics is not None:
-            run.write_metrics(decision.metrics)
+        if decision.metrics or decision.importance:
+            run.write_metrics(decision.metrics or [], decision.importance or {})
             metrics_sha256 = sha256_file(run.metrics_file)
     facts = Report(
         command=command or shlex.join(sys.argv),
@@ -154,6 +159,19 @@ def prepare(
     }
     run.write_recipe(recipe.to_yaml())
     run.write_facts(facts)
+
+
+@contextmanager
+def _scratch(folder: Path | None) -> Iterator[None]:
+    """Make a folder for the time of the block."""
+    if folder is not None:
+        with disk_errors(folder):
+            folder.mkdir(parents=True, exist_ok=True)
+    try:
+        yield
+    finally:
+        if folder is not None:
+            shutil.rmtree(folder, ignore_errors=True)
 
 
 def allocate(recipe: Recipe, layout: Layout) -> dict[str, Sparsity]:

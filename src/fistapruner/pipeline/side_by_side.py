@@ -39,6 +39,7 @@ class PartJob:
         name: of the operator.
         sparsity: pattern of these rows.
         target: share of the dense target.
+        tokens: calibration tokens behind the means.
     """
 
     problem: str
@@ -46,6 +47,7 @@ class PartJob:
     name: str
     sparsity: str
     target: float
+    tokens: int | None
 
     def to_json(self) -> dict[str, Any]:
         """The job as JSON values."""
@@ -74,7 +76,14 @@ class SideBySide:
         if len(parts) == 1:
             return solve_apart(problem, sparsity, steps)
         jobs = [
-            PartJob(f"part-{number}", f"solution-{number}", problem.names[part.operator], str(part.sparsity), problem.target)
+            PartJob(
+                problem=f"part-{number}",
+                solution=f"solution-{number}",
+                name=problem.names[part.operator],
+                sparsity=str(part.sparsity),
+                target=problem.target,
+                tokens=problem.tokens,
+            )
             for number, part in enumerate(parts)
         ]
         _write(self._folder / GRAM, {"gram": problem.gram})
@@ -127,7 +136,7 @@ def do_part(job: PartJob, folder: Path, steps: Sequence[Method], device: torch.d
     file = SafetensorsFile(folder / job.problem)
     tensors: dict[str, Any] = {name: file.read(name) for name in file.entries}
     gram = SafetensorsFile(folder / GRAM).read("gram")
-    problem = LayerProblem(gram=gram, target=job.target, names=(job.name,), **tensors).to(device)
+    problem = LayerProblem(gram=gram, target=job.target, names=(job.name,), tokens=job.tokens, **tensors).to(device)
     solution = solve_part(problem, parse_sparsity(job.sparsity), steps)
     record = {"stats": solution.stats[0], "warnings": solution.warnings}
     _write(folder / job.solution, {"weight": solution.weight, "mask": solution.mask}, {"record": json.dumps(record)})

@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..allocation.decide import weighs_rows
 from ..atomic import sampled_sha256
 from ..errors import FistaPrunerError
 from ..models.checkpoint import Checkpoint
@@ -28,9 +29,9 @@ from ..reporting.schema import LayerEntry
 from ..solvers import solve
 from ..sparsity import Sparsity, parse_sparsity
 from .capture import Calls, Clock, run_layer
-from .hidden import HiddenStates
+from .hidden import HiddenStates, scratch_factory
 from .journal import RunDirectory
-from .layer import Progress, Solver, Streams, prune_layer, scratch_factory
+from .layer import Progress, Solver, Streams, prune_layer
 from .machine import peak_memory
 from .parts import solve_apart
 
@@ -162,6 +163,8 @@ class Work:
         """Prune decoder layer ``index`` and journal it."""
         scratch = scratch_factory(self.hidden if self.on_disk else None, self.skeleton.dtype)
         metric = self.run.metric(index) if self.recipe.match else None
+        names = [self.layout.full_name(index, operator) for group in self.layout.layers[index] for operator in group]
+        importance = self.run.importance(names) if weighs_rows(self.recipe) else None
         result = prune_layer(
             self.skeleton,
             self.layout,
@@ -174,6 +177,7 @@ class Work:
             progress,
             inspect,
             metric,
+            importance,
             passed,
             solver or (solve_apart if self.numerics["by_operator"] else solve),
         )

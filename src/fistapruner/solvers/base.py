@@ -50,6 +50,8 @@ class Method(BaseModel, ABC):
     reference: ClassVar[str] = ""
     refines: ClassVar[bool] = False
     """True for a refinement: it needs the solution of a step before it."""
+    published: ClassVar[bool] = True
+    """``auto`` settings of a recipe leave a published method as it was published, and give this project's own what measured best."""
 
     @abstractmethod
     def solve(self, problem: LayerProblem, sparsity: Sequence[Sparsity], start: Solution | None = None) -> Solution:

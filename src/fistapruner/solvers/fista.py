@@ -108,7 +108,7 @@ class Fista(Method):
     def _search(self, operator: LayerProblem, weight: Tensor, mask: Tensor) -> _Search:
         (error,) = operator.errors(weight)
         if self.penalty == "published":
-            unit, log, start = 1.0 / operator.tokens, False, PUBLISHED_START
+            unit, log, start = 1.0 / (operator.tokens or 1), False, PUBLISHED_START
             low, high = PUBLISHED_INTERVAL
             width = PUBLISHED_WIDTH
         else:
