@@ -15,12 +15,12 @@ import pytest
 import tiny
 from fistapruner.errors import FistaPrunerError
 from fistapruner.pipeline import parts
-from fistapruner.pipeline.dispatch import Event, Job, dispatch
+from fistapruner.pipeline.dispatch import Event, Job, PartJob, dispatch
 from fistapruner.pipeline.journal import RunDirectory
 from fistapruner.pipeline.process import ProcessPool, worker_devices
 from fistapruner.pipeline.run import finish_run, prune, resume
 from fistapruner.pipeline.serial import Listener, prune_serially
-from fistapruner.pipeline.side_by_side import PartJob, SideBySide
+from fistapruner.pipeline.side_by_side import SideBySide
 from fistapruner.pipeline.work import Work
 
 SETTINGS: dict[str, Any] = {"method": "sparsegpt", "calibration": {"source": "python", "samples": 6, "seqlen": 24}}

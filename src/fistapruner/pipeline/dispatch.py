@@ -14,14 +14,11 @@ import logging
 from collections import Counter
 from collections.abc import Collection
 from dataclasses import asdict, dataclass
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import Any, Protocol
 
 from ..errors import FistaPrunerError
 from .serial import Listener
 from .work import Work
-
-if TYPE_CHECKING:
-    from .side_by_side import PartJob
 
 log = logging.getLogger("fistapruner")
 
@@ -57,6 +54,35 @@ class Job:
     prune: bool
     source: str
     target: str | None
+
+    def to_json(self) -> dict[str, Any]:
+        """The job as JSON values."""
+        return asdict(self)
+
+
+GRAM = "gram"
+"""Name of the file of a group's Gram."""
+
+
+@dataclass(frozen=True)
+class PartJob:
+    """The solve of one part, as JSON values.
+
+    Args:
+        problem: file in ``RUN/hidden`` of the part's rows; the Gram is in the file :data:`GRAM` beside it.
+        solution: file to write there.
+        name: of the operator.
+        sparsity: pattern of these rows.
+        target: share of the dense target.
+        tokens: calibration tokens behind the means.
+    """
+
+    problem: str
+    solution: str
+    name: str
+    sparsity: str
+    target: float
+    tokens: int | None
 
     def to_json(self) -> dict[str, Any]:
         """The job as JSON values."""

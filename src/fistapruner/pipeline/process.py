@@ -13,8 +13,7 @@ from pathlib import Path
 
 import torch
 
-from .dispatch import Event, Job
-from .side_by_side import PartJob
+from .dispatch import Event, Job, PartJob
 from .work import Work
 
 

@@ -15,8 +15,7 @@ from typing import Any
 
 from ..errors import FistaPrunerError, MissingExtraError
 from ..recipe import Execution
-from .dispatch import Event, Job
-from .side_by_side import PartJob
+from .dispatch import Event, Job, PartJob
 from .work import Work
 
 ENDS = ("done", "failed", "broken", "lost")

@@ -10,7 +10,6 @@ from __future__ import annotations
 import json
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -22,36 +21,8 @@ from ..models.safetensors_file import SafetensorsFile, SafetensorsWriter, Tensor
 from ..problem import LayerProblem
 from ..solvers.base import Method, Solution
 from ..sparsity import Sparsity, parse_sparsity
-from .dispatch import Pool, count_death
+from .dispatch import GRAM, PartJob, Pool, count_death
 from .parts import cut, join, part_of, rows_of, solve_apart, solve_part
-
-GRAM = "gram"
-"""Name of the file of a group's Gram."""
-
-
-@dataclass(frozen=True)
-class PartJob:
-    """The solve of one part, as JSON values.
-
-    Args:
-        problem: file in ``RUN/hidden`` of the part's rows; the Gram is in the file :data:`GRAM` beside it.
-        solution: file to write there.
-        name: of the operator.
-        sparsity: pattern of these rows.
-        target: share of the dense target.
-        tokens: calibration tokens behind the means.
-    """
-
-    problem: str
-    solution: str
-    name: str
-    sparsity: str
-    target: float
-    tokens: int | None
-
-    def to_json(self) -> dict[str, Any]:
-        """The job as JSON values."""
-        return asdict(self)
 
 
 class SideBySide:

@@ -22,10 +22,10 @@ import torch
 
 from ..errors import FistaPrunerError
 from .capture import Calls
-from .dispatch import Event, Job
+from .dispatch import Event, Job, PartJob
 from .hidden import HiddenStates
 from .layer import Streams
-from .side_by_side import PartJob, do_part
+from .side_by_side import do_part
 from .work import Work
 
 PR_SET_PDEATHSIG = 1

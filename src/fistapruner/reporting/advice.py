@@ -14,12 +14,12 @@ from .schema import LayerEntry, OperatorEntry, Report
 
 def advice(report: Report) -> list[str]:
     """Sentences, most useful first; what is to be typed stands between backticks. Empty when nothing stands out."""
-    fixed = _is_nm(report.sparsity)
-    found = [*_layers(report.layers, fixed), *_operators(report.layers, fixed)]
+    why = _why_not_uneven(report)
+    found = [*_layers(report.layers, why), *_operators(report.layers, why)]
     return [*found, *_chain(report), *_search(report.layers), *_calibration(report)]
 
 
-def _layers(layers: Sequence[LayerEntry], fixed: bool) -> list[str]:
+def _layers(layers: Sequence[LayerEntry], why_not: str) -> list[str]:
     means = {layer.index: mean for layer in layers if (mean := _mean(layer.operators)) is not None}
     if len(means) < 4:
         return []
@@ -33,17 +33,15 @@ def _layers(layers: Sequence[LayerEntry], fixed: bool) -> list[str]:
     them = "it" if one else "them"
     stands = f"Decoder layer{'' if one else 's'} {shown} stand{'s' if one else ''} out against a median error of {percent(middle, 2)}."
     pattern = f"re:{re.escape(name)}\\."
-    if fixed:
-        return [
-            f"{stands} A fixed n:m pattern cannot be spread unevenly; `--ignore '{pattern}'` leaves {'the layer' if one else name} dense."
-        ]
+    if why_not:
+        return [f"{stands} {why_not}; `--ignore '{pattern}'` leaves {'the layer' if one else name} dense."]
     return [
         f"{stands} Give {them} less sparsity: `--allocation error` spreads the same budget by measured error, "
         f"or name the layer: `--allocation \"{{'{pattern}': 40%}}\"`."
     ]
 
 
-def _operators(layers: Sequence[LayerEntry], fixed: bool) -> list[str]:
+def _operators(layers: Sequence[LayerEntry], why_not: str) -> list[str]:
     kinds: dict[str, list[float]] = {}
     for layer in layers:
         for operator in layer.operators:
@@ -56,7 +54,7 @@ def _operators(layers: Sequence[LayerEntry], fixed: bool) -> list[str]:
     worst = max(means, key=lambda name: means[name])
     if means[worst] < 1.8 * middle:
         return []
-    spread = "" if fixed else "`--allocation error` moves sparsity away from it; "
+    spread = "" if why_not else "`--allocation error` moves sparsity away from it; "
     return [
         f"{worst} loses most of all operators: {percent(means[worst], 2)} on average, against a median of {percent(middle, 2)}. "
         f"{spread}`--ignore {worst.rsplit('.', 1)[-1]}` leaves it dense."
@@ -112,11 +110,15 @@ def _calibration(report: Report) -> list[str]:
     return found
 
 
-def _is_nm(sparsity: str) -> bool:
+def _why_not_uneven(report: Report) -> str:
+    """Why another allocation is nothing to try; empty where it is."""
     try:
-        return isinstance(parse_sparsity(sparsity), NM)
+        if isinstance(parse_sparsity(report.sparsity), NM):
+            return "A fixed n:m pattern cannot be spread unevenly"
     except FistaPrunerError:
-        return False
+        pass
+    patterns = {operator.sparsity for layer in report.layers for operator in layer.operators}
+    return "Sparsity is spread by measured error already" if len(patterns) > 1 else ""
 
 
 def _mean(operators: Sequence[OperatorEntry]) -> float | None:
