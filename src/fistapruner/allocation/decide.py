@@ -21,7 +21,10 @@ from .owl import outlier_share, owl_allocation
 from .sensitivity import Store, gather_grams, measure_sensitivity, row_importance
 
 WINDOWS = 8
-"""Calibration windows that are looked at: second moments over some thousand tokens are enough to rank operators."""
+"""Calibration windows that are looked at, at most: second moments over some thousand tokens are enough to rank operators."""
+
+SHARE = 8
+"""One calibration window of so many is looked at, so that measuring costs a fixed share of the passes that a run makes anyway."""
 
 
 def check_allocation(recipe: Recipe) -> None:
@@ -66,6 +69,11 @@ def weighs_rows(recipe: Recipe) -> bool:
     return asked and not isinstance(recipe.pattern, NM) and not all(step.rows_apart(recipe.pattern) for step in recipe.steps)
 
 
+def windows_looked_at(samples: int) -> int:
+    """How many of the calibration windows are looked at: at least two where there are two."""
+    return min(WINDOWS, samples, max(2, samples // SHARE))
+
+
 def _own(recipe: Recipe) -> bool:
     return not all(step.published for step in recipe.steps)
 
@@ -103,7 +111,7 @@ def decide(
     if not needs_measuring(recipe):
         return Decision(None, None)
     allocation = measured_by(recipe)
-    tokens = tokens[:WINDOWS]
+    tokens = tokens[: windows_looked_at(len(tokens))]
     store = store or scratch_factory(None, skeleton.dtype)
     fraction = recipe.pattern.fraction
     sizes = {name: operator.rows * operator.columns for name, operator in layout.operators()}

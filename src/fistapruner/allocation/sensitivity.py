@@ -222,9 +222,11 @@ def _loss_gradient(skeleton: Skeleton, hidden: Tensor, seed: int) -> Tensor:
                 part = hidden[window : window + 1, start : start + HEAD_TOKENS].to(skeleton.device).requires_grad_()
                 ids = torch.zeros(part.shape[:2], dtype=torch.int64)
                 with torch.enable_grad():
-                    logits = skeleton.logits(part, ids, gradients=True)[0].float()
-                    with torch.no_grad():
-                        drawn = torch.multinomial(torch.softmax(logits, -1), 1, generator=generator)
-                    chosen = torch.log_softmax(logits, -1).gather(1, drawn).sum()
-                    (gradient[window : window + 1, start : start + HEAD_TOKENS],) = torch.autograd.grad(chosen, part)
+                    logits = skeleton.logits(part, ids, gradients=True)
+                # The log-likelihood's gradient: 1 at the drawn label, less every label's probability.
+                above = torch.softmax(logits.detach()[0].float(), -1)
+                drawn = torch.multinomial(above, 1, generator=generator)
+                above.neg_().scatter_add_(1, drawn, torch.ones_like(above[:, :1]))
+                (below,) = torch.autograd.grad(logits, part, above[None].to(logits.dtype))
+                gradient[window : window + 1, start : start + HEAD_TOKENS] = below
     return gradient

@@ -66,6 +66,8 @@ def finish(run: RunDirectory, work: Work, times: Times, listener: Listener) -> R
     report.status = "finished"
     report.finished = now()
     report.totals.seconds = times.total()
+    if measuring := facts["decided"].get("sensitivity_seconds"):
+        report.totals.time_split["sensitivity"] = measuring
     report.totals.time_split["write"] = time.perf_counter() - begin
     report.totals.checkpoint_bytes = sum(path.stat().st_size for path in run.model.iterdir() if path.is_file())
     disk = sum(path.stat().st_size for folder in (run.layers, run.model) for path in folder.iterdir() if path.is_file())

@@ -19,7 +19,7 @@ import psutil
 import torch
 from torch import Tensor
 
-from ..allocation.decide import WINDOWS, needs_measuring, weighs_rows
+from ..allocation.decide import needs_measuring, weighs_rows, windows_looked_at
 from ..allocation.sensitivity import HEAD_TOKENS
 from ..errors import FistaPrunerError
 from ..models.layout import Group, Layout
@@ -277,7 +277,7 @@ class Sizes:
             solving = gram + 9 * weight // 4 + (solvers * (self.base + alone) or alone - gram) if apart else stacked
             found[f"solving {names}"] = loaded + solving + (weight if drifts else 0) * (2 if self.weighted else 1) + weight * self.weighted
         if self.backward:
-            windows = min(WINDOWS, self.samples)
+            windows = windows_looked_at(self.samples)
             states = 0 if choice.on_disk or self.cuda else (self.layers + 1) * windows * self.window
             passed = self.layer + min(choice.batch_size, 4) * max(self.backward, self.forward + self.float_input)
             sums = sum(gram + weight for _, gram, weight, _, _ in self.groups)
@@ -287,7 +287,7 @@ class Sizes:
     def disk(self, choice: Choice, workers: int) -> int:
         """Bytes that the run directory takes at its largest."""
         states = ((self.streams + workers - 1) * self.window + self.kept * workers) * self.samples
-        measuring = (self.layers + 1) * min(WINDOWS, self.samples) * self.window if self.backward else 0
+        measuring = (self.layers + 1) * windows_looked_at(self.samples) * self.window if self.backward else 0
         return self.checkpoint + self.pruned + (max(states, measuring) if choice.on_disk else 0)
 
 

@@ -8,6 +8,7 @@ import math
 import shlex
 import shutil
 import sys
+import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -115,7 +116,7 @@ def prepare(
             "threads": default_threads(recipe.execution),
             "device": skeleton.device.type,
         }
-    metrics_sha256 = None
+    metrics_sha256, begin = None, time.perf_counter()
     if needs_measuring(recipe):
         listener.say("measuring on the dense model what the recipe asks for")
         folder_of_states = run.hidden / "sensitivity" if on_disk else None
@@ -154,6 +155,7 @@ def prepare(
         "on_disk": on_disk,
         "sparsity": {name: str(pattern) for name, pattern in sparsity.items()},
         "metrics_sha256": metrics_sha256,
+        "sensitivity_seconds": time.perf_counter() - begin if needs_measuring(recipe) else None,
         "evaluate": evaluate,
         "evaluate_windows": evaluate_windows,
     }

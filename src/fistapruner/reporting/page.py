@@ -357,6 +357,7 @@ PHASES = {
     "gram": "sums of outer products",
     "solve": "the method itself",
     "match": "block matching",
+    "sensitivity": "what the dense model's predictions feel",
     "io": "reading weights, writing results",
     "report": "spectra and errors for this page",
     "plain": "one unwatched forward pass, to compare",
