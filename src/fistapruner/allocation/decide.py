@@ -23,7 +23,7 @@ from .sensitivity import Store, gather_grams, measure_sensitivity, row_importanc
 WINDOWS = 8
 """Calibration windows that are looked at, at most: second moments over some thousand tokens are enough to rank operators."""
 
-SHARE = 8
+SHARE = 4
 """One calibration window of so many is looked at, so that measuring costs a fixed share of the passes that a run makes anyway."""
 
 

@@ -22,7 +22,7 @@ from ..sparsity import Unstructured
 REACH = 0.15
 """An operator's sparsity is at most this far from the asked one: curves are extrapolations of one operator pruned alone."""
 
-POINTS = 3
+POINTS = 4
 """Sparsities at which errors are estimated."""
 
 REFIT_STEPS = 4
