@@ -126,7 +126,7 @@ td.n,th.n{text-align:right;white-space:nowrap;padding-left:8px}
 tbody tr:last-child > *{border-bottom:0}
 .split{display:grid;grid-template-columns:1fr 1fr;gap:16px}
 .text{white-space:pre-wrap;overflow-wrap:anywhere;margin:0;max-width:none}
-.prompt{color:var(--muted)}@media (min-width:641px){.option{white-space:nowrap}}
+.prompt{color:var(--muted)}@media (min-width:901px){.option{white-space:nowrap}}
 
 .who{color:var(--muted);font-size:.85rem;font-weight:600;margin:0 0 4px}
 .facts{display:grid;grid-template-columns:max-content minmax(0,1fr);gap:4px 18px;margin:0}
@@ -138,8 +138,9 @@ footer{color:var(--muted);font-size:.88rem;padding-top:36px;padding-bottom:48px}
 gap:0 32px;align-items:start}.one figure > h3,.one figure > details{grid-column:1/-1}}
 @media (min-width:1000px){.three{grid-template-columns:repeat(3,minmax(0,1fr))}.three .wide{display:none}
 .three .narrow{display:block}.three figure{padding:16px}}
-@media (min-width:641px){main > section > .card > .stack tbody th{min-width:13.5em}}
-@media (max-width:900px){.tiles{grid-template-columns:repeat(3,minmax(0,1fr))}.figures{grid-template-columns:minmax(0,1fr)}}
+@media (min-width:901px){main > section > .card > .stack tbody th{min-width:13.5em}}
+@media (max-width:900px){.tiles{grid-template-columns:repeat(3,minmax(0,1fr))}.figures{grid-template-columns:minmax(0,1fr)}
+thead th{white-space:normal}}
 @media (max-width:640px){main,header.top,footer{padding-left:14px;padding-right:14px}
 .split{grid-template-columns:1fr}.wide{display:none}.narrow{display:block}figure,.card{padding:14px 12px}.tiles{
 grid-template-columns:1fr 1fr;gap:10px}
