@@ -105,7 +105,7 @@ def derive(model: Any, change: Callable[[Any], nn.Module], alike: bool) -> Any:
     return other
 
 
-def model_variants(name: str, sparsities: list[str]) -> dict[str, Any]:
+def model_variants(name: str, sparsities: list[str], openvino: bool = False) -> dict[str, Any]:
     base, alike = dense_model(name), name == "llama-1b"
     variants = {"dense bfloat16": base}
     for sparsity in sparsities:
@@ -115,6 +115,10 @@ def model_variants(name: str, sparsities: list[str]) -> dict[str, Any]:
     for label, model in variants.items():
         if label.startswith("packed"):
             hasten(model)  # as fistapruner.load does
+    if openvino:
+        from openvino_model import OpenVinoLlama
+
+        variants["dense int8, OpenVINO"] = OpenVinoLlama(base)
     variants["dense int8, weight-only"] = derive(base, WeightOnlyInt8, alike)
     single = copy.deepcopy(base).float()
     variants["dense float32"] = single
@@ -134,7 +138,7 @@ def model_variants(name: str, sparsities: list[str]) -> dict[str, Any]:
 
 
 def run_models(arguments: argparse.Namespace) -> dict[str, Any]:
-    variants = model_variants(arguments.model, arguments.sparsity.split(","))
+    variants = model_variants(arguments.model, arguments.sparsity.split(","), arguments.openvino)
     ids = prompts(variants["dense bfloat16"], arguments.batch, arguments.prompt, 0)
     rates: dict[str, list[float]] = {name: [] for name in variants}
     firsts: dict[str, list[float]] = {name: [] for name in variants}
@@ -242,6 +246,7 @@ def main() -> None:
     parser.add_argument("question", choices=["model", "operator", "prefill"])
     parser.add_argument("model", nargs="?", default="smollm2", help="llama-1b, smollm2 or a folder")
     parser.add_argument("--sparsity", default="50%,70%")
+    parser.add_argument("--openvino", action="store_true", help="an OpenVINO engine with int8 weights beside them (pip install openvino)")
     parser.add_argument("--batch", type=int, default=1)
     parser.add_argument("--prompt", type=int, default=32)
     parser.add_argument("--tokens", type=int, default=32)

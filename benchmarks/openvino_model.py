@@ -107,7 +107,7 @@ class OpenVinoLlama(nn.Module):
             if heads == kept:
                 return whole
             wide = ops.unsqueeze(whole, np.int32(2))
-            wide = ops.broadcast(wide, ops.constant(np.array([1, 1, heads // kept, 1, 1])), "BIDIRECTIONAL")
+            wide = ops.broadcast(wide, ops.constant(np.array([1, 1, heads // kept, 1, 1])), broadcast_spec="BIDIRECTIONAL")
             return ops.reshape(wide, np.array([0, heads, -1, size]), True)
 
         for index, layer in enumerate(body.layers):
