@@ -12,13 +12,13 @@ from torch import Tensor
 from ..errors import FistaPrunerError
 from ..models.layout import Layout
 from ..models.skeleton import Skeleton
-from ..pipeline.hidden import scratch_factory
+from ..pipeline.hidden import Store, scratch_factory
 from ..problem import ProblemSums
 from ..recipe import Recipe
 from ..sparsity import NM, Sparsity
 from .error import row_error_curves, sparsity_grid, split_budget
 from .owl import outlier_share, owl_allocation
-from .sensitivity import Store, gather_grams, measure_sensitivity, row_importance
+from .sensitivity import gather_grams, measure_sensitivity, row_importance
 
 WINDOWS = 8
 """Calibration windows that are looked at, at most: second moments over some thousand tokens are enough to rank operators."""

@@ -27,7 +27,7 @@ from torch import Tensor
 from ..models.layout import Layout
 from ..models.skeleton import Call, Skeleton
 from ..numerics import fast_products
-from ..pipeline.hidden import HiddenStates
+from ..pipeline.hidden import HiddenStates, Store
 from ..problem import ProblemSums
 
 HEAD_TOKENS = 512
@@ -35,9 +35,6 @@ HEAD_TOKENS = 512
 
 WIDE = 4096
 """Hidden size above which only the diagonal of a decoder layer's matrix is kept: the whole ones would fill memory and disk."""
-
-Store = Callable[[str, tuple[int, int, int]], HiddenStates]
-"""Makes a store of a given name and shape, in memory or in a file."""
 
 
 @dataclass(frozen=True)

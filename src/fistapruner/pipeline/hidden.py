@@ -82,7 +82,11 @@ class HiddenStates:
                 self.file.unlink(missing_ok=True)
 
 
-def scratch_factory(folder: Path | None, dtype: torch.dtype) -> Callable[[str, tuple[int, int, int]], HiddenStates]:
+Store = Callable[[str, tuple[int, int, int]], HiddenStates]
+"""Makes a store of a given name and shape, in memory or in a file."""
+
+
+def scratch_factory(folder: Path | None, dtype: torch.dtype) -> Store:
     """Temporary stores in ``folder``, or in memory when it is None."""
 
     def make(name: str, shape: tuple[int, int, int]) -> HiddenStates:

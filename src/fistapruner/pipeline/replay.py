@@ -15,10 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from ..models.layout import Group
-from .hidden import HiddenStates
-
-Store = Callable[[str, tuple[int, int, int]], HiddenStates]
-"""Makes a store of a given name and shape, in memory or in a file."""
+from .hidden import HiddenStates, Store
 
 
 class Replay:
