@@ -118,6 +118,10 @@ class Recipe(Settings):
             ``none`` counts them alike; ``fisher`` by how much the model's predictions feel them, measured on the dense model
             (no rows compete in an n:m pattern, or where each row has its own sparsity, so nothing is measured then); ``auto``
             is ``fisher`` for this project's own method (``proximal``) and ``none`` for published ones.
+        permutation: ``channels`` puts the hidden channels of MLPs into the order in which an n:m pattern loses least, without
+            changing what the model computes; adapters (LoRA) and other files that refer to the dense model's channels no longer
+            fit then. ``none`` keeps the order; ``auto`` is ``channels`` for this project's own method (``proximal``) and ``none``
+            for published ones. Does nothing to unstructured patterns.
         match: steps of block matching after each decoder layer; 0 is none.
         calibration: calibration data.
         dtype: precision of the forward passes; ``auto`` is the checkpoint's own (fp32 for fp16 on a CPU).
@@ -134,6 +138,7 @@ class Recipe(Settings):
     ignore: tuple[str, ...] = ()
     allocation: Literal["uniform", "owl", "error", "auto"] | dict[str, SparsitySetting] = "auto"
     weighting: Literal["auto", "none", "fisher"] = "auto"
+    permutation: Literal["auto", "none", "channels"] = "auto"
     match: int = Field(0, ge=0)
     calibration: Calibration = Calibration()
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"

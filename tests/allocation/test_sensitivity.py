@@ -79,7 +79,7 @@ def test_a_decision_is_deterministic_and_spares_sensitive_operators(tmp_path: Pa
     skeleton = Skeleton(Checkpoint.open(tiny.save("llama", tmp_path / "model")), torch.device("cpu"))
     layout = discover(skeleton)
     recipe = Recipe.build({"allocation": allocation, "sparsity": "60%", "match": 2})
-    first, second = (decide(recipe, layout, skeleton, tokens()) for _ in range(2))
+    first, second = (decide(recipe, layout, skeleton, tokens(), {}) for _ in range(2))
     assert first.sparsity == second.sparsity
     assert first.sparsity is not None
     sizes = {name: operator.rows * operator.columns for name, operator in layout.operators()}
@@ -91,7 +91,7 @@ def test_a_decision_is_deterministic_and_spares_sensitive_operators(tmp_path: Pa
 
 def test_nothing_is_measured_when_nothing_needs_it(tmp_path: Path) -> None:
     skeleton = Skeleton(Checkpoint.open(tiny.save("llama", tmp_path / "model")), torch.device("cpu"))
-    decision = decide(Recipe.build({"weighting": "none", "allocation": "uniform"}), discover(skeleton), skeleton, tokens())
+    decision = decide(Recipe.build({"weighting": "none", "allocation": "uniform"}), discover(skeleton), skeleton, tokens(), {})
     assert decision.sparsity is None
     assert decision.metrics is None
     assert decision.importance is None
@@ -110,7 +110,7 @@ def test_nothing_is_measured_when_nothing_needs_it(tmp_path: Path) -> None:
 def test_rows_are_weighed_where_they_compete(tmp_path: Path, settings: dict[str, str], weighed: bool) -> None:
     skeleton = Skeleton(Checkpoint.open(tiny.save("llama", tmp_path / "model")), torch.device("cpu"))
     layout = discover(skeleton)
-    found = decide(Recipe.build(settings), layout, skeleton, tokens())
+    found = decide(Recipe.build(settings), layout, skeleton, tokens(), {})
     assert found.metrics is None
     assert (found.importance is not None) == weighed
     for name, operator in layout.operators() if found.importance else ():

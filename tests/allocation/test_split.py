@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fistapruner import Recipe
-from fistapruner.allocation.decide import check_allocation, measured_by, needs_measuring
+from fistapruner.allocation.decide import check_allocation, differentiates, measured_by, needs_measuring, permutes
 from fistapruner.allocation.error import POINTS, bounds, row_error_curves, sparsity_grid, split_budget
 from fistapruner.allocation.owl import REACH, outlier_share, owl_allocation
 from fistapruner.errors import FistaPrunerError
@@ -112,11 +112,21 @@ def test_a_sparsity_is_written_so_that_it_reads_back_to_the_same_zeros(pair: tup
 
 
 @pytest.mark.parametrize(
-    ("method", "sparsity", "measured"),
-    [("proximal", "50%", "error"), ("proximal", "2:4", None), ("sparsegpt+proximal", "50%", "error"), ("sparsegpt+refit", "50%", None)],
+    ("method", "sparsity", "measured", "reorders"),
+    [
+        ("proximal", "50%", "error", False),
+        ("proximal", "2:4", None, True),
+        ("sparsegpt+proximal", "50%", "error", False),
+        ("sparsegpt+refit", "50%", None, False),
+        ("sparsegpt+refit", "2:4", None, False),
+    ],
 )
-def test_auto_measures_for_our_own_method_where_the_pattern_leaves_a_choice(method: str, sparsity: str, measured: str | None) -> None:
+def test_auto_measures_for_our_own_method_where_the_pattern_leaves_a_choice(
+    method: str, sparsity: str, measured: str | None, reorders: bool
+) -> None:
     recipe = Recipe.build({"method": method, "allocation": "auto", "sparsity": sparsity})
     check_allocation(recipe)
     assert measured_by(recipe) == measured
-    assert needs_measuring(recipe) == (measured is not None)
+    assert permutes(recipe) == reorders
+    assert differentiates(recipe) == (measured is not None)
+    assert needs_measuring(recipe) == (measured is not None or reorders)

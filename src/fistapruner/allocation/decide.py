@@ -1,24 +1,27 @@
 """What is measured on the dense model before anything is pruned: every operator's sparsity, the importance of its rows, the
-metric of block matching."""
+metric of block matching, the order of channels in n:m patterns."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from ..errors import FistaPrunerError
+from ..models.channels import find_links, reordered
 from ..models.layout import Layout
 from ..models.skeleton import Skeleton
 from ..pipeline.hidden import Store, scratch_factory
 from ..problem import ProblemSums
 from ..recipe import Recipe
-from ..sparsity import NM, Sparsity
+from ..sparsity import NM, Sparsity, parse_sparsity
 from .error import row_error_curves, sparsity_grid, split_budget
 from .owl import outlier_share, owl_allocation
-from .sensitivity import gather_grams, measure_sensitivity, row_importance
+from .permutation import channel_order, kept_share
+from .sensitivity import InputEnergy, Look, look_at_inputs, measure_sensitivity, row_importance
 
 WINDOWS = 8
 """Calibration windows that are looked at, at most: second moments over some thousand tokens are enough to rank operators."""
@@ -48,12 +51,17 @@ class Decision:
         sparsity: of every operator, or None where the recipe says it without measuring.
         metrics: how block matching weighs the output errors of each decoder layer, or None without block matching:
             (width, width) second moments of the loss's gradient, or their (width,) diagonals where the model is wide.
-        importance: (m,) weight of every output row of each operator, or None where rows count alike.
+        importance: (m,) weight of every output row of each operator, or None where rows count alike. Rows are in the new order.
+        orders: the tensors whose channels take another order (:mod:`.permutation`).
+        permuted: for each operator whose input channels do, by full name, the share of its importance that its pattern keeps
+            in the old order and in the new one.
     """
 
     sparsity: dict[str, Sparsity] | None
     metrics: list[Tensor] | None
     importance: dict[str, Tensor] | None = None
+    orders: dict[str, tuple[int, Tensor]] = field(default_factory=dict)
+    permuted: dict[str, tuple[float, float]] = field(default_factory=dict)
 
 
 def measured_by(recipe: Recipe) -> str | None:
@@ -69,6 +77,13 @@ def weighs_rows(recipe: Recipe) -> bool:
     return asked and not isinstance(recipe.pattern, NM) and not all(step.rows_apart(recipe.pattern) for step in recipe.steps)
 
 
+def permutes(recipe: Recipe) -> bool:
+    """Whether channels are put into another order: asked for, and there is an n:m pattern that feels it."""
+    asked = _own(recipe) if recipe.permutation == "auto" else recipe.permutation == "channels"
+    given = recipe.allocation.values() if isinstance(recipe.allocation, Mapping) else ()
+    return asked and any(isinstance(parse_sparsity(pattern), NM) for pattern in (recipe.pattern, *given))
+
+
 def windows_looked_at(samples: int) -> int:
     """How many of the calibration windows are looked at: at least two where there are two."""
     return min(WINDOWS, samples, max(2, samples // SHARE))
@@ -80,7 +95,12 @@ def _own(recipe: Recipe) -> bool:
 
 def needs_measuring(recipe: Recipe) -> bool:
     """Whether :func:`decide` has to look at the model."""
-    return measured_by(recipe) is not None or recipe.match > 0 or weighs_rows(recipe)
+    return measured_by(recipe) == "owl" or permutes(recipe) or differentiates(recipe)
+
+
+def differentiates(recipe: Recipe) -> bool:
+    """Whether :func:`decide` needs a backward pass of the model, too."""
+    return measured_by(recipe) == "error" or recipe.match > 0 or weighs_rows(recipe)
 
 
 def decide(
@@ -88,18 +108,20 @@ def decide(
     layout: Layout,
     skeleton: Skeleton,
     tokens: Tensor,
+    sparsity: Mapping[str, Sparsity],
     *,
     batch_size: int = 4,
     store: Store | None = None,
     tick: Callable[[int], None] = lambda done: None,
 ) -> Decision:
-    """Measure what ``allocation: owl``, ``allocation: error``, ``weighting: fisher`` and block matching need.
+    """Measure what ``allocation: owl``, ``allocation: error``, ``weighting: fisher``, block matching and channel permutation need.
 
     Args:
-        recipe: its ``allocation``, ``sparsity``, ``weighting``, ``match`` and ``seed``.
+        recipe: its ``allocation``, ``sparsity``, ``weighting``, ``match``, ``permutation`` and ``seed``.
         layout: the operators to prune.
         skeleton: the dense model.
         tokens: (samples, seqlen) calibration tokens; the first few windows are used.
+        sparsity: pattern of every operator, by full name, as the recipe says it without measuring.
         batch_size: windows in one pass.
         store: where hidden states between the decoder layers are kept; None keeps them in memory.
         tick: told of progress in layer passes.
@@ -110,56 +132,108 @@ def decide(
     check_allocation(recipe)
     if not needs_measuring(recipe):
         return Decision(None, None)
-    allocation = measured_by(recipe)
     tokens = tokens[: windows_looked_at(len(tokens))]
     store = store or scratch_factory(None, skeleton.dtype)
-    fraction = recipe.pattern.fraction
     sizes = {name: operator.rows * operator.columns for name, operator in layout.operators()}
-    grid = sparsity_grid(fraction)
+    fraction = recipe.pattern.fraction
     errors: dict[str, Tensor] = {}
-    outliers: dict[int, list[tuple[Tensor, Tensor]]] = {}
-    shares: dict[int, float] = {}
+    outliers = _Outliers(layout)
+    channels = _Channels(skeleton, layout, sparsity) if permutes(recipe) else None
+    allocation = measured_by(recipe)
 
-    def look(index: int, number: int, sums: ProblemSums) -> None:
+    def problem_seen(index: int, number: int, sums: ProblemSums) -> None:
         group = layout.layers[index][number]
-        if allocation == "error":
-            names = [layout.full_name(index, operator) for operator in group]
-            problem = sums.problem(names, [operator.rows for operator in group], 0.0)
-            errors.update(zip(names, row_error_curves(problem, grid), strict=True))
-        else:
-            outliers.setdefault(index, []).append((sums.weight, (sums.gram.diagonal() / sums.tokens).sqrt()))
-            if number == len(layout.layers[index]) - 1:
-                shares[index] = outlier_share(outliers.pop(index))
+        names = [layout.full_name(index, operator) for operator in group]
+        problem = sums.problem(names, [operator.rows for operator in group], 0.0)
+        errors.update(zip(names, row_error_curves(problem, sparsity_grid(fraction)), strict=True))
 
-    sparsity: dict[str, Sparsity] | None = None
+    def energy_seen(index: int, number: int, sums: InputEnergy) -> None:
+        if allocation == "owl":
+            outliers.add(index, number, sums)
+        if channels is not None:
+            channels.add(index, number, sums)
+
+    look: Look[Any] | None = None
+    if allocation == "error":  # of unstructured patterns only, so no channels are reordered then
+        look = Look(lambda weight: ProblemSums(weight, drifts=False), problem_seen)
+    elif allocation == "owl" or channels is not None:
+        look = Look(InputEnergy, energy_seen)
+    found: dict[str, Sparsity] | None = None
     metrics: list[Tensor] | None = None
     importance: dict[str, Tensor] | None = None
-    grams = look if allocation else None
-    if recipe.match or allocation == "error" or weighs_rows(recipe):
+    if differentiates(recipe):
         sensitivity = measure_sensitivity(
             skeleton,
             layout,
             tokens,
             seed=recipe.seed,
             batch_size=batch_size,
-            grams=grams,
+            look=look,
             outputs=recipe.match > 0,
             store=store,
             tick=tick,
         )
         if allocation == "error":
             costs = {name: torch.mv(errors[name], sensitivity.rows[name]) / 2 for name in sizes}
-            sparsity = dict(split_budget(costs, sizes, fraction))
+            found = dict(split_budget(costs, sizes, fraction))
         if weighs_rows(recipe):
             importance = {name: row_importance(rows) for name, rows in sensitivity.rows.items()}
         if recipe.match:
             metrics = sensitivity.outputs
-    elif grams is not None:
-        gather_grams(skeleton, layout, tokens, grams, batch_size=batch_size, store=store, tick=tick)
+    elif look is not None:
+        look_at_inputs(skeleton, layout, tokens, look, batch_size=batch_size, store=store, tick=tick)
     if allocation == "owl":
-        members = {
-            index: {name: sizes[name] for group in layout.layers[index] for name in (layout.full_name(index, op) for op in group)}
-            for index in shares
-        }
-        sparsity = dict(owl_allocation(shares, members, fraction))
-    return Decision(sparsity, metrics, importance)
+        found = dict(outliers.allocation(sizes, fraction))
+    if channels is None:
+        return Decision(found, metrics, importance)
+    for name in channels.rows.keys() & (importance or {}).keys():
+        importance[name] = importance[name][channels.rows[name]]  # type: ignore[index]
+    return Decision(found, metrics, importance, channels.orders, channels.permuted)
+
+
+class _Outliers:
+    """Shares of outliers, decoder layer by decoder layer."""
+
+    def __init__(self, layout: Layout) -> None:
+        self._layout = layout
+        self._seen: dict[int, list[tuple[Tensor, Tensor]]] = {}
+        self._shares: dict[int, float] = {}
+
+    def add(self, index: int, number: int, sums: InputEnergy) -> None:
+        self._seen.setdefault(index, []).append((sums.weight, sums.mean().sqrt()))
+        if number == len(self._layout.layers[index]) - 1:
+            self._shares[index] = outlier_share(self._seen.pop(index))
+
+    def allocation(self, sizes: Mapping[str, int], fraction: float) -> Mapping[str, Sparsity]:
+        members = {}
+        for index in self._shares:
+            names = [self._layout.full_name(index, operator) for group in self._layout.layers[index] for operator in group]
+            members[index] = {name: sizes[name] for name in names}
+        return owl_allocation(self._shares, members, fraction)
+
+
+class _Channels:
+    """Orders of free channels that feed operators with an n:m pattern."""
+
+    def __init__(self, skeleton: Skeleton, layout: Layout, sparsity: Mapping[str, Sparsity]) -> None:
+        self._skeleton = skeleton
+        self._layout = layout
+        self._sparsity = sparsity
+        self._links = find_links(skeleton, layout)
+        self.orders: dict[str, tuple[int, Tensor]] = {}
+        self.permuted: dict[str, tuple[float, float]] = {}
+        self.rows: dict[str, Tensor] = {}
+
+    def add(self, index: int, number: int, sums: InputEnergy) -> None:
+        group = self._layout.layers[index][number]
+        weights = dict(zip((operator.name for operator in group), sums.weight.split([operator.rows for operator in group]), strict=True))
+        for link in self._links[index]:
+            name = self._layout.full_name(index, link.consumer)
+            pattern = self._sparsity.get(name)
+            if link.consumer.name not in weights or not isinstance(pattern, NM):
+                continue
+            scores = weights[link.consumer.name].square() * sums.mean()
+            order = channel_order(scores, pattern)
+            self.orders |= reordered(self._skeleton, index, link, order)
+            self.permuted[name] = (kept_share(scores, pattern), kept_share(scores[:, order], pattern))
+            self.rows |= {f"{self._layout.prefix}.{index}.{producer}": order.cpu() for producer in link.producers}

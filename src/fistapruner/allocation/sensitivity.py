@@ -20,6 +20,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any, Generic, Protocol, TypeVar
 
 import torch
 from torch import Tensor
@@ -28,13 +29,56 @@ from ..models.layout import Layout
 from ..models.skeleton import Call, Skeleton
 from ..numerics import fast_products
 from ..pipeline.hidden import HiddenStates, Store
-from ..problem import ProblemSums
 
 HEAD_TOKENS = 512
 """Tokens whose logits are made at once."""
 
 WIDE = 4096
 """Hidden size above which only the diagonal of a decoder layer's matrix is kept: the whole ones would fill memory and disk."""
+
+
+class InputEnergy:
+    """Mean squared input of operators that read the same tensor, gathered batch by batch: the diagonal of their Gram.
+
+    Args:
+        weight: (m, n) dense weights, stacked by rows.
+    """
+
+    def __init__(self, weight: Tensor) -> None:
+        self.weight = weight
+        self.tokens = 0
+        self._squares = torch.zeros(weight.shape[1], device=weight.device)
+
+    def add(self, inputs: Tensor) -> None:
+        """Add a batch of (tokens, n) inputs."""
+        self._squares += inputs.float().square().sum(0)
+        self.tokens += len(inputs)
+
+    def mean(self) -> Tensor:
+        """(n,) mean over tokens."""
+        return self._squares / self.tokens
+
+
+class Sums(Protocol):
+    """What is gathered of an operator group's inputs."""
+
+    def add(self, inputs: Tensor, /) -> None: ...
+
+
+S = TypeVar("S", bound=Sums)
+
+
+@dataclass(frozen=True)
+class Look(Generic[S]):
+    """What to gather on a forward pass of the dense model.
+
+    Args:
+        sums: makes an operator group's sums from its (m, n) fp32 weights, stacked by rows.
+        done: receives (layer, group, sums) when all windows have passed.
+    """
+
+    sums: Callable[[Tensor], S]
+    done: Callable[[int, int, S], None]
 
 
 @dataclass(frozen=True)
@@ -60,7 +104,7 @@ def measure_sensitivity(
     *,
     seed: int = 0,
     batch_size: int = 4,
-    grams: Callable[[int, int, ProblemSums], None] | None = None,
+    look: Look[Any] | None = None,
     outputs: bool = True,
     store: Store,
     tick: Callable[[int], None] = lambda done: None,
@@ -74,13 +118,13 @@ def measure_sensitivity(
             seqlen * width`` values.
         seed: draws the labels.
         batch_size: windows in one pass.
-        grams: receives (layer, group, sums) of every operator group of the dense model, gathered on the way.
+        look: what else to gather on the way.
         outputs: whether to measure the decoder layers' outputs too.
         store: where hidden states are kept.
         tick: told how many of the 2 x layers passes are done.
     """
     batches = _batches(len(tokens), batch_size)
-    states, calls = _forward(skeleton, layout, tokens, batches, store, grams, tick)
+    states, calls = _forward(skeleton, layout, tokens, batches, store, look, tick)
     last = states.pop()
     gradient = _loss_gradient(skeleton, last.read(0, len(tokens)), seed)
     last.close()
@@ -89,7 +133,7 @@ def measure_sensitivity(
     width = skeleton.width
     for index in reversed(range(len(skeleton))):
         entering = states.pop()
-        metric = torch.zeros((width, width) if width <= WIDE else (width,), device=skeleton.device)
+        metric = torch.zeros(() if not outputs else (width, width) if width <= WIDE else (width,), device=skeleton.device)
         operators = [operator for group in layout.layers[index] for operator in group]
         with skeleton.layer(index) as module:
             sums = {operator.name: torch.zeros(operator.rows, device=skeleton.device) for operator in operators}
@@ -140,18 +184,18 @@ def row_importance(sensitivity: Tensor) -> Tensor:
     return root / root.mean()
 
 
-def gather_grams(
+def look_at_inputs(
     skeleton: Skeleton,
     layout: Layout,
     tokens: Tensor,
-    grams: Callable[[int, int, ProblemSums], None],
+    look: Look[Any],
     *,
     batch_size: int = 4,
     store: Store,
     tick: Callable[[int], None] = lambda done: None,
 ) -> None:
-    """Run the dense model forwards and give every operator group's sums to ``grams`` (layer, group, sums)."""
-    states, _ = _forward(skeleton, layout, tokens, _batches(len(tokens), batch_size), store, grams, tick, keep=False)
+    """Run the dense model forwards over some windows; arguments as for :func:`measure_sensitivity`."""
+    states, _ = _forward(skeleton, layout, tokens, _batches(len(tokens), batch_size), store, look, tick, keep=False)
     states[-1].close()
 
 
@@ -165,7 +209,7 @@ def _forward(
     tokens: Tensor,
     batches: list[tuple[int, int]],
     store: Store,
-    grams: Callable[[int, int, ProblemSums], None] | None,
+    look: Look[Any] | None,
     tick: Callable[[int], None],
     *,
     keep: bool = True,
@@ -183,13 +227,15 @@ def _forward(
     for index in range(len(skeleton)):
         states.append(store(f"sensitivity-{index + 1}", shape))
         with skeleton.layer(index) as module, torch.no_grad():
-            sums: list[ProblemSums] = []
+            sums: list[Any] = []
             handles = []
-            for group in layout.layers[index] if grams is not None else ():
+            for group in layout.layers[index]:
+                if look is None:
+                    break
                 stacked = torch.cat([operator.weight(module).float() for operator in group])
-                sums.append(ProblemSums(stacked, drifts=False))
+                sums.append(look.sums(stacked))
 
-                def gather(_: object, args: tuple[Tensor, ...], own: ProblemSums = sums[-1]) -> None:
+                def gather(_: object, args: tuple[Tensor, ...], own: Any = sums[-1]) -> None:
                     own.add(args[0].reshape(-1, args[0].shape[-1]))
 
                 handles.append(module.get_submodule(group[0].name).register_forward_pre_hook(gather))
@@ -202,9 +248,9 @@ def _forward(
                     handle.remove()
         if not keep:
             states[index].close()
-        if grams is not None:
-            for number, own in enumerate(sums):
-                grams(index, number, own)
+        for number, own in enumerate(sums):
+            assert look is not None
+            look.done(index, number, own)
         tick(index + 1)
     return states, calls
 

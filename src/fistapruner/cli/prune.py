@@ -70,6 +70,9 @@ def add_recipe_arguments(parser: argparse.ArgumentParser, *, single: bool = True
     group.add_argument(
         "--weighting", choices=("auto", "none", "fisher"), help="weigh output rows by what predictions feel (default: auto, as the method)"
     )
+    group.add_argument(
+        "--permutation", choices=("auto", "none", "channels"), help="reorder MLP channels for n:m patterns (default: auto, as the method)"
+    )
     group.add_argument("--match", type=int, metavar="STEPS", help="steps of block matching after each decoder layer")
     group.add_argument("--dtype", choices=("auto", "float32", "bfloat16", "float16"), help="precision of the forward passes")
     work = parser.add_argument_group("execution")
@@ -123,6 +126,7 @@ def recipe_settings(arguments: argparse.Namespace) -> dict[str, Any]:
             "ignore": arguments.ignore,
             "allocation": allocation,
             "weighting": arguments.weighting,
+            "permutation": arguments.permutation,
             "match": arguments.match,
             "dtype": arguments.dtype,
             "seed": arguments.seed,

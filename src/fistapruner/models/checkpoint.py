@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -24,6 +24,9 @@ from .safetensors_file import SafetensorsFile, TensorEntry
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 SINGLE_PICKLE, INDEX_PICKLE = "pytorch_model.bin", "pytorch_model.bin.index.json"
 MAX_JSON = 256 * 2**20
+
+Orders = Mapping[str, tuple[int, Tensor]]
+"""By tensor name: the dimension whose entries take another order, and the old place of each new entry."""
 
 COMPANION_SUFFIXES = {".json", ".jinja", ".txt", ".model", ".tiktoken", ".bpe", ".vocab", ".spm"}
 COMPANION_NAMES = ("license", "licence", "notice", "copying", "use_policy", "acceptable_use")
@@ -50,6 +53,7 @@ class Checkpoint:
         config: ``config.json`` as a dictionary.
         files: the weight files by name, in order.
         index: the index file's name, None for a single file.
+        orders: tensors that are read with the entries of a dimension in another order (:mod:`.channels`); none at first.
         companions: names of the files that belong to the model and are no weights: tokenizer, generation settings, chat
             templates, licence; not ``config.json``, and no Python code.
     """
@@ -60,6 +64,7 @@ class Checkpoint:
         self.files = files
         self.index = index
         self.companions = _companions(folder)
+        self.orders: Orders = {}
         self._places = {name: shard for shard, file in files.items() for name in file.entries}
 
     @classmethod
@@ -144,12 +149,16 @@ class Checkpoint:
         return self.files[self.file_of(name)].entries[name]
 
     def read(self, name: str) -> Tensor:
-        """Read one tensor into fresh memory.
+        """Read one tensor into fresh memory, in the order that :attr:`orders` gives its entries.
 
         Raises:
             FistaPrunerError: no such tensor, or its file was shortened since it was opened.
         """
-        return self.files[self.file_of(name)].read(name)
+        tensor = self.files[self.file_of(name)].read(name)
+        if name in self.orders:
+            dim, order = self.orders[name]
+            return tensor.index_select(dim, order)
+        return tensor
 
     @property
     def nbytes(self) -> int:

@@ -34,6 +34,13 @@ class Operator:
     columns: int
     transposed: bool
 
+    @classmethod
+    def of(cls, name: str, module: nn.Linear | Conv1D) -> Operator:
+        """Describe a linear module."""
+        transposed = isinstance(module, Conv1D)
+        rows, columns = tuple(module.weight.shape)[:: -1 if transposed else 1]
+        return cls(name, rows, columns, transposed)
+
     def weight(self, layer: nn.Module) -> Tensor:
         """(m, n) view of the operator's weight in a loaded decoder layer."""
         weight = layer.get_submodule(self.name).weight
@@ -111,21 +118,22 @@ def discover(skeleton: Skeleton) -> Layout:
     known: dict[tuple[tuple[str, tuple[int, ...]], ...], tuple[Group, ...]] = {}
     layers = []
     for index, layer in enumerate(skeleton.layers):
-        signature = tuple((name, tuple(module.weight.shape)) for name, module in _linear(layer))
+        signature = tuple((name, tuple(module.weight.shape)) for name, module in linear_modules(layer))
         if signature not in known:
             known[signature] = _watch(skeleton, index, hidden, calls[index])
         layers.append(known[signature])
     return Layout(skeleton.layers_name, tuple(layers))
 
 
-def _linear(layer: nn.Module) -> list[tuple[str, nn.Linear | Conv1D]]:
+def linear_modules(layer: nn.Module) -> list[tuple[str, nn.Linear | Conv1D]]:
+    """Name and module of every linear operator in a decoder layer."""
     return [(name, module) for name, module in layer.named_modules() if isinstance(module, (nn.Linear, Conv1D))]
 
 
 def _watch(skeleton: Skeleton, index: int, hidden: Tensor, call: Call) -> tuple[Group, ...]:
     seen: list[tuple[str, Tensor]] = []
     with skeleton.layer(index) as layer:
-        operators = _linear(layer)
+        operators = linear_modules(layer)
         handles = [module.register_forward_pre_hook(lambda _, args, name=name: seen.append((name, args[0]))) for name, module in operators]
         try:
             with torch.no_grad():
@@ -144,10 +152,7 @@ def _watch(skeleton: Skeleton, index: int, hidden: Tensor, call: Call) -> tuple[
     modules = dict(operators)
     groups: list[tuple[Tensor, list[Operator]]] = []
     for name, tensor in seen:
-        transposed = isinstance(modules[name], Conv1D)
-        shape = tuple(modules[name].weight.shape)
-        rows, columns = shape[::-1] if transposed else shape
-        operator = Operator(name, rows, columns, transposed)
+        operator = Operator.of(name, modules[name])
         for other, members in groups:
             # Both tensors are alive, so equal addresses and shapes mean the same values.
             if other.data_ptr() == tensor.data_ptr() and other.shape == tensor.shape:

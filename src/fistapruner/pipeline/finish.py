@@ -53,7 +53,9 @@ def finish(run: RunDirectory, work: Work, times: Times, listener: Listener) -> R
     places = {name: index for index in range(len(layers)) for name in run.weights(index).entries}
 
     def replacement(name: str) -> Tensor | None:
-        return run.weights(places[name]).read(name) if name in places else None
+        if name in places:
+            return run.weights(places[name]).read(name)
+        return checkpoint.read(name) if name in checkpoint.orders else None
 
     if not run.model.exists():
         listener.say("writing the checkpoint")

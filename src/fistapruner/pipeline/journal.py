@@ -5,7 +5,7 @@
         run.json                   model, calibration, machine, what was decided before the first layer, and its checksum
         lock                       host and process that works here (:mod:`fistapruner.pipeline.lock`)
         calibration.safetensors    the token ids
-        metrics.safetensors        how errors are weighed: of each operator's rows, of each decoder layer's output
+        metrics.safetensors        what was measured on the dense model: weights of errors, order of channels
         layers/0003.safetensors    the pruned tensors of a decoder layer
         layers/0003.json           what the report says of it and the checksum of its tensors; written last
         hidden/                    hidden states that are still needed, when memory does not hold them
@@ -32,6 +32,7 @@ from torch import Tensor
 
 from ..atomic import sha256_file, write_json_atomic, write_text_atomic
 from ..errors import FistaPrunerError
+from ..models.checkpoint import Orders
 from ..models.safetensors_file import SafetensorsFile, SafetensorsWriter, TensorEntry
 from ..reporting.schema import LayerEntry
 
@@ -95,10 +96,12 @@ class RunDirectory:
         """The (samples, seqlen) calibration token ids."""
         return SafetensorsFile(self.calibration_file).read("tokens")
 
-    def write_metrics(self, metrics: Sequence[Tensor], importance: Mapping[str, Tensor]) -> None:
-        """Store the metric of every decoder layer's output and the importance of every operator's rows, what there is of them."""
+    def write_metrics(self, metrics: Sequence[Tensor], importance: Mapping[str, Tensor], orders: Orders) -> None:
+        """Store the metric of every decoder layer's output, the importance of every operator's rows, and the order of channels,
+        what there is of them."""
         tensors = {f"output.{index:04d}": metric for index, metric in enumerate(metrics)}
         tensors |= {f"rows.{name}": rows for name, rows in importance.items()}
+        tensors |= {f"order.{dim}.{name}": order for name, (dim, order) in orders.items()}
         with SafetensorsWriter(
             self.metrics_file, [TensorEntry.of(name, value.dtype, value.shape) for name, value in tensors.items()], {}
         ) as writer:
@@ -113,6 +116,14 @@ class RunDirectory:
         """The importance of the rows of some operators, by full name."""
         file = SafetensorsFile(self.metrics_file)
         return {name: file.read(f"rows.{name}") for name in names}
+
+    def orders(self) -> Orders:
+        """The tensors whose channels take another order; empty where nothing was measured."""
+        if not self.metrics_file.exists():
+            return {}
+        file = SafetensorsFile(self.metrics_file)
+        named = [name.split(".", 2) for name in file.entries if name.startswith("order.")]
+        return {tensor: (int(dim), file.read(f"order.{dim}.{tensor}")) for _, dim, tensor in named}
 
     def layer_files(self, index: int) -> tuple[Path, Path]:
         """Tensors and JSON of decoder layer ``index``."""

@@ -19,7 +19,7 @@ import psutil
 import torch
 from torch import Tensor
 
-from ..allocation.decide import needs_measuring, weighs_rows, windows_looked_at
+from ..allocation.decide import differentiates, needs_measuring, weighs_rows, windows_looked_at
 from ..allocation.sensitivity import HEAD_TOKENS
 from ..errors import FistaPrunerError
 from ..models.layout import Group, Layout
@@ -202,6 +202,7 @@ class Sizes:
     """Of a forward and backward pass of one window through a decoder layer; 0 where nothing is measured on the dense model."""
 
     logits: int
+    measured: bool
     weighted: bool
     cuda: bool
 
@@ -222,7 +223,7 @@ class Sizes:
             hidden, calls = skeleton.embed(one)
             with torch.no_grad():
                 forward = peak_bytes(lambda: skeleton.run(0, hidden, calls[0]))
-            backward = peak_bytes(lambda: _differentiate(skeleton, hidden, calls[0])) if needs_measuring(recipe) else 0
+            backward = peak_bytes(lambda: _differentiate(skeleton, hidden, calls[0])) if differentiates(recipe) else 0
         index = max(range(len(skeleton)), key=lambda index: size(in_layers[index]))
         groups = layout.layers[index]
         rows = tuple(_group_bytes(group, [sparsity[layout.full_name(index, operator)] for operator in group], recipe) for group in groups)
@@ -246,6 +247,7 @@ class Sizes:
             layers=len(skeleton),
             backward=backward,
             logits=4 * 4 * min(seqlen, HEAD_TOKENS) * int(skeleton.config.get_text_config().vocab_size),
+            measured=needs_measuring(recipe),
             weighted=weighs_rows(recipe),
             cuda=skeleton.device.type == "cuda",
         )
@@ -276,18 +278,23 @@ class Sizes:
             # The solution is gathered beside the weight: fp32 and a mask of bytes.
             solving = gram + 9 * weight // 4 + (solvers * (self.base + alone) or alone - gram) if apart else stacked
             found[f"solving {names}"] = loaded + solving + (weight if drifts else 0) * (2 if self.weighted else 1) + weight * self.weighted
-        if self.backward:
+        if self.measured:
             windows = windows_looked_at(self.samples)
-            states = 0 if choice.on_disk or self.cuda else (self.layers + 1) * windows * self.window
+            states = 0 if choice.on_disk or self.cuda else self._states_measured() * windows * self.window
             passed = self.layer + min(choice.batch_size, 4) * max(self.backward, self.forward + self.float_input)
-            sums = sum(gram + weight for _, gram, weight, _, _ in self.groups)
-            found["measuring the dense model"] = self.base + states + windows * self.window + max(passed + sums, self.ends + self.logits)
+            sums = sum(gram * bool(self.backward) + weight for _, gram, weight, _, _ in self.groups)
+            head = self.ends + self.logits if self.backward else 0
+            found["measuring the dense model"] = self.base + states + windows * self.window + max(passed + sums, head)
         return found
+
+    def _states_measured(self) -> int:
+        """Layers whose hidden states are kept while the dense model is measured: all of them for a backward pass."""
+        return (self.layers + 1 if self.backward else 2) if self.measured else 0
 
     def disk(self, choice: Choice, workers: int) -> int:
         """Bytes that the run directory takes at its largest."""
         states = ((self.streams + workers - 1) * self.window + self.kept * workers) * self.samples
-        measuring = (self.layers + 1) * windows_looked_at(self.samples) * self.window if self.backward else 0
+        measuring = self._states_measured() * windows_looked_at(self.samples) * self.window
         return self.checkpoint + self.pruned + (max(states, measuring) if choice.on_disk else 0)
 
 

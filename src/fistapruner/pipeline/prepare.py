@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..allocation.decide import check_allocation, decide, needs_measuring
+from ..allocation.decide import check_allocation, decide, needs_measuring, permutes
 from ..atomic import disk_errors, sha256_file
 from ..calibration import calibration_tokens
 from ..errors import FistaPrunerError
@@ -116,17 +116,20 @@ def prepare(
             "threads": default_threads(recipe.execution),
             "device": skeleton.device.type,
         }
-    metrics_sha256, begin = None, time.perf_counter()
+    metrics_sha256, permuted, begin = None, {}, time.perf_counter()
     if needs_measuring(recipe):
         listener.say("measuring on the dense model what the recipe asks for")
         folder_of_states = run.hidden / "sensitivity" if on_disk else None
         with threads(numerics["threads"]), _scratch(folder_of_states):
             store = scratch_factory(folder_of_states, skeleton.dtype)
-            decision = decide(recipe, layout, skeleton, tokens, batch_size=min(4, numerics["batch_size"]), store=store)
+            decision = decide(recipe, layout, skeleton, tokens, sparsity, batch_size=min(4, numerics["batch_size"]), store=store)
         sparsity = decision.sparsity or sparsity
-        if decision.metrics or decision.importance:
-            run.write_metrics(decision.metrics or [], decision.importance or {})
+        if decision.metrics or decision.importance or decision.orders:
+            run.write_metrics(decision.metrics or [], decision.importance or {}, decision.orders)
             metrics_sha256 = sha256_file(run.metrics_file)
+        permuted = decision.permuted
+        if permutes(recipe):
+            listener.say(_say_permuted(permuted))
     facts = Report(
         command=command or shlex.join(sys.argv),
         started=now(),
@@ -146,6 +149,7 @@ def prepare(
         calibration=CalibrationFacts.model_validate({**how, "samples": tokens.shape[0], "seqlen": seqlen, "tokens": tokens.numel()}),
     ).model_dump(mode="json", exclude={"layers", "totals", "evaluations", "speed", "generations", "plan"})
     facts["plan"] = rows
+    facts["permuted"] = {name: list(shares) for name, shares in permuted.items()}
     facts["decided"] = {
         "model": model,
         "folder": str(folder.absolute()),
@@ -161,6 +165,16 @@ def prepare(
     }
     run.write_recipe(recipe.to_yaml())
     run.write_facts(facts)
+
+
+def _say_permuted(permuted: Mapping[str, tuple[float, float]]) -> str:
+    if not permuted:
+        return "channel permutation: no operator with an n:m pattern has input channels whose order is free"
+    before, after = (sum(shares[i] for shares in permuted.values()) / len(permuted) for i in (0, 1))
+    return (
+        f"channel permutation: {len(permuted)} operators; of the importance of their weights the pattern now loses "
+        f"{1 - after:.1%} instead of {1 - before:.1%}"
+    )
 
 
 @contextmanager

@@ -89,6 +89,8 @@ class Work:
         skeleton = open_skeleton(
             Path(decided["folder"]), recipe, device, allow_pickle=decided["allow_pickle"], trust_remote_code=decided["trust_remote_code"]
         )
+        if decided.get("metrics_sha256"):
+            skeleton.checkpoint.orders = run.orders()
         tokens = run.tokens()
         if facts["fingerprint"] != fingerprint(recipe, skeleton.checkpoint, tokens, decided["numerics"]):
             raise FistaPrunerError(f"{folder}: the model or the calibration tokens are not those the run began with; name another --out")

@@ -209,6 +209,8 @@ class Report(Record):
         speed: what ``fistapruner bench RUN`` measured: ``speeds``, a row for each form of the model, ``kernel``, ``sentence``,
             ``machine``, ``measured`` (ISO time).
         plan: predictions beside measurements.
+        permuted: operators whose input channels were reordered for an n:m pattern, with the share of their weights' importance
+            that the pattern keeps in the old order and in the new one.
     """
 
     version: int = VERSION
@@ -230,6 +232,7 @@ class Report(Record):
     speed: dict[str, Any] | None = None
     generations: list[Generation] = []
     plan: list[PlanRow] = []
+    permuted: dict[str, tuple[float, float]] = {}
     warnings: list[str] = []
 
     @property
