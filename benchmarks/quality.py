@@ -29,7 +29,7 @@ ALPS = f"alps@{PAPER}"
 SPARSEGPT = f"sparsegpt@{PAPER}"
 SETTINGS = (
     "proximal,proximal@propagate=pruned,target=0.5,proximal@propagate=pruned,target=0.5,allocation=auto,"
-    "proximal@propagate=pruned,target=0.5,allocation=auto,match=64"
+    "proximal@propagate=pruned,target=0.5,allocation=auto,match=256"
 )
 
 

@@ -118,11 +118,11 @@ class Recipe(Settings):
             ``none`` counts them alike; ``fisher`` by how much the model's predictions feel them, measured on the dense model
             (no rows compete in an n:m pattern, or where each row has its own sparsity, so nothing is measured then); ``auto``
             is ``fisher`` for this project's own method (``proximal``) and ``none`` for published ones.
-        permutation: ``channels`` puts the hidden channels of MLPs into the order in which an n:m pattern loses least, without
-            changing what the model computes; adapters (LoRA) and other files that refer to the dense model's channels no longer
-            fit then. ``none`` keeps the order; ``auto`` is ``channels`` for this project's own method (``proximal``) and ``none``
-            for published ones. Does nothing to unstructured patterns.
-        match: steps of block matching after each decoder layer; 0 is none.
+        permutation: ``channels`` puts the hidden channels of MLPs and of attention heads into the order in which an n:m pattern
+            loses least, without changing what the model computes; adapters (LoRA) and other files that refer to the dense
+            model's channels no longer fit then. ``none`` keeps the order; ``auto`` is ``channels`` for this project's own method
+            (``proximal``) and ``none`` for published ones. Does nothing to unstructured patterns.
+        match: steps of block matching after each decoder layer, each on one calibration window; 0 is none.
         calibration: calibration data.
         dtype: precision of the forward passes; ``auto`` is the checkpoint's own (fp32 for fp16 on a CPU).
         seed: seeds everything random that is not calibration data.

@@ -21,12 +21,17 @@ from fistapruner.models.skeleton import Skeleton
 from fistapruner.sparsity import NM, holds
 
 SMALL = {"source": "python", "samples": 4, "seqlen": 32}
-HIDDEN = {
+MLP = {
     "opt": (("fc1",), "fc2"),
     "phi": (("mlp.fc1",), "mlp.fc2"),
     "gpt2": (("mlp.c_fc",), "mlp.c_proj"),
     **dict.fromkeys(["gpt_neox", "falcon", "bloom"], (("mlp.dense_h_to_4h",), "mlp.dense_4h_to_h")),
     "phi3": None,  # gate and up are one operator with twice the rows
+}
+HEADS = {
+    "opt": (("self_attn.v_proj",), "self_attn.out_proj"),
+    "phi": (("self_attn.v_proj",), "self_attn.dense"),
+    **dict.fromkeys(["gpt2", "gpt_neox", "falcon", "bloom", "phi3"]),  # query, key and value are one operator
 }
 
 
@@ -80,9 +85,11 @@ def test_links_are_found_and_reordering_changes_nothing(tmp_path: Path, architec
     folder = tiny.save(architecture, tmp_path / "model", dtype=dtype)
     skeleton = Skeleton(Checkpoint.open(folder), torch.device("cpu"))
     links = find_links(skeleton, discover(skeleton))
-    expected = HIDDEN.get(architecture, (("mlp.gate_proj", "mlp.up_proj"), "mlp.down_proj"))
+    heads = HEADS.get(architecture, (("self_attn.v_proj",), "self_attn.o_proj"))
+    mlp = MLP.get(architecture, (("mlp.gate_proj", "mlp.up_proj"), "mlp.down_proj"))
     for found in links:
-        assert [(link.producers, link.consumer.name) for link in found] == ([] if expected is None else [expected])
+        assert {(link.producers, link.consumer.name) for link in found} == {heads, mlp} - {None}
+        assert {(link.blocks > 1, link.consumer.name.startswith("self_attn.")) for link in found} <= {(True, True), (False, False)}
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
     tokens = torch.randint(3, tiny.VOCABULARY, (2, 12))
     before = model(tokens).logits
@@ -90,7 +97,7 @@ def test_links_are_found_and_reordering_changes_nothing(tmp_path: Path, architec
     prefix = "" if any(name in state for name in skeleton.checkpoint.names()) else model.base_model_prefix + "."
     for index, found in enumerate(links):
         for link in found:
-            order = torch.randperm(link.consumer.columns)
+            order = torch.stack([torch.randperm(link.channels) for _ in range(link.blocks)])
             for name, (dim, places) in reordered(skeleton, index, link, order).items():
                 state[prefix + name].copy_(state[prefix + name].index_select(dim, places))
     torch.testing.assert_close(model(tokens).logits, before, rtol=1e-4, atol=1e-4)
@@ -100,38 +107,32 @@ def test_links_are_found_and_reordering_changes_nothing(tmp_path: Path, architec
 def test_a_run_reorders_everything_that_belongs_together(tmp_path: Path, architecture: str) -> None:
     """With the weights that pruning removed put back, the model must answer as the dense one does."""
     folder = tiny.save(architecture, tmp_path / "model")
-    consumer = HIDDEN.get(architecture, (("",), "mlp.down_proj"))
-    assert consumer is not None
-    report = fp.prune(
-        str(folder), tmp_path / "half", sparsity="2:4", method="magnitude", permutation="channels", targets=[consumer[1]], calibration=SMALL
-    )
+    _, consumer = MLP.get(architecture) or ((), "mlp.down_proj")
+    settings = {"sparsity": "2:4", "method": "magnitude", "permutation": "channels", "targets": [consumer], "calibration": SMALL}
+    report = fp.prune(str(folder), tmp_path / "run", **settings)
     assert len(report.permuted) == 3
     assert all(after > before for before, after in report.permuted.values())
     source = AutoModelForCausalLM.from_pretrained(folder).eval()
-    pruned = AutoModelForCausalLM.from_pretrained(tmp_path / "half" / "model").eval()
+    pruned = AutoModelForCausalLM.from_pretrained(tmp_path / "run" / "model").eval()
     changed = [name for name, tensor in source.state_dict().items() if not torch.equal(tensor, pruned.state_dict()[name])]
     assert any("bias" in name for name in changed) == (architecture != "llama")
-    fill(source, pruned, consumer)
+    for name, module in source.named_modules():
+        if name.endswith("." + consumer):
+            put_back(module, pruned.get_submodule(name))
     tokens = torch.randint(3, tiny.VOCABULARY, (2, 12))
     torch.testing.assert_close(pruned(tokens).logits, source(tokens).logits, rtol=1e-4, atol=1e-4)
 
 
-def fill(source: torch.nn.Module, pruned: torch.nn.Module, link: tuple[tuple[str, ...], str]) -> None:
-    """Dense weights of the consumer in the pruned model's order, which a producer's rows tell."""
-    producers = link[0] if link[0] != ("",) else ("mlp.gate_proj",)
-    for name, module in source.named_modules():
-        if name.endswith("." + link[1]):
-            other = pruned.get_submodule(name)
-            producer = name.removesuffix(link[1]) + producers[0]
-            transposed = type(module).__name__ == "Conv1D"
-            rows, new = (m.get_submodule(producer).weight.detach() for m in (source, pruned))
-            if transposed:
-                rows, new = rows.T, new.T
-            order = torch.cdist(new, rows).argmin(1)
-            assert sorted(order.tolist()) == list(range(len(rows)))
-            dense = module.weight.detach().index_select(0 if transposed else 1, order)
-            assert torch.equal(other.weight, dense * (other.weight != 0))
-            other.weight.data.copy_(dense)
+def put_back(dense: torch.nn.Module, pruned: torch.nn.Module) -> None:
+    """Give a pruned operator its dense weights in its own order of columns, which the weights that are left tell."""
+    transposed = type(dense).__name__ == "Conv1D"
+    before, after = (module.weight.data.T if transposed else module.weight.data for module in (dense, pruned))
+    kept = after != 0
+    differences = [((after[:, [new]] - before).abs() * kept[:, [new]]).sum(0).argmin() for new in range(after.shape[1])]
+    order = torch.stack(differences)
+    assert sorted(order.tolist()) == list(range(after.shape[1]))
+    assert torch.equal(after, before[:, order] * kept)
+    after.copy_(before[:, order])
 
 
 def test_the_default_method_reorders_for_groups_only(tmp_path: Path) -> None:
@@ -140,7 +141,7 @@ def test_the_default_method_reorders_for_groups_only(tmp_path: Path) -> None:
         [({}, True), ({"method": "wanda"}, False), ({"permutation": "none"}, False), ({"sparsity": "50%"}, False)]
     ):
         report = fp.prune(str(folder), tmp_path / f"run-{number}", **{"sparsity": "2:4", "calibration": SMALL, **settings})
-        assert bool(report.permuted) == reorders
+        assert {name.rpartition(".")[2] for name in report.permuted} == ({"o_proj", "down_proj"} if reorders else set())
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "run-0" / "model")
     assert all(holds(layer.mlp.down_proj.weight, NM(2, 4)) for layer in model.model.layers)
 

@@ -230,10 +230,11 @@ class _Channels:
         for link in self._links[index]:
             name = self._layout.full_name(index, link.consumer)
             pattern = self._sparsity.get(name)
-            if link.consumer.name not in weights or not isinstance(pattern, NM):
+            if link.consumer.name not in weights or not isinstance(pattern, NM) or link.channels % pattern.m:
                 continue
             scores = weights[link.consumer.name].square() * sums.mean()
-            order = channel_order(scores, pattern)
+            order = torch.stack([channel_order(block, pattern) for block in link.by_block(scores)])
+            rows, columns = link.places(order)
             self.orders |= reordered(self._skeleton, index, link, order)
-            self.permuted[name] = (kept_share(scores, pattern), kept_share(scores[:, order], pattern))
-            self.rows |= {f"{self._layout.prefix}.{index}.{producer}": order.cpu() for producer in link.producers}
+            self.permuted[name] = (kept_share(scores, pattern), kept_share(scores[:, columns.to(scores.device)], pattern))
+            self.rows |= {f"{self._layout.prefix}.{index}.{producer}": rows for producer in link.producers}

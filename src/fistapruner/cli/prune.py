@@ -71,9 +71,11 @@ def add_recipe_arguments(parser: argparse.ArgumentParser, *, single: bool = True
         "--weighting", choices=("auto", "none", "fisher"), help="weigh output rows by what predictions feel (default: auto, as the method)"
     )
     group.add_argument(
-        "--permutation", choices=("auto", "none", "channels"), help="reorder MLP channels for n:m patterns (default: auto, as the method)"
+        "--permutation",
+        choices=("auto", "none", "channels"),
+        help="reorder hidden channels for n:m patterns (default: auto, as the method)",
     )
-    group.add_argument("--match", type=int, metavar="STEPS", help="steps of block matching after each decoder layer")
+    group.add_argument("--match", type=int, metavar="STEPS", help="steps of block matching after each decoder layer, a window each")
     group.add_argument("--dtype", choices=("auto", "float32", "bfloat16", "float16"), help="precision of the forward passes")
     work = parser.add_argument_group("execution")
     work.add_argument("--device", help="auto, cpu, cuda, cuda:N (default: auto)")

@@ -82,16 +82,15 @@ def match_layer(
         wanted: output hidden states to match.
         calls: how the layer is called.
         clock: counts the time as ``match``.
-        steps: Adam steps.
-        seed: draws the windows of each step.
+        steps: Adam steps of one window each: for the same time they lower the loss further than fewer steps of several.
+        seed: draws the windows.
         metric: (width, width) positive semi-definite weight of output errors, or (width,) its diagonal; None is the identity.
     """
     with clock.phase("match"):
         tuned = _Tuned.of(skeleton, index, groups)
         loss = _Loss.of(skeleton, inputs, wanted, metric)
         held, train = _split(inputs.samples)
-        size = calls.batch_size if calls.batch_size <= len(train) else 1
-        order = _order(train, steps * size, torch.Generator().manual_seed(seed * 100_003 + index))
+        order = _order(train, steps, torch.Generator().manual_seed(seed * 100_003 + index))
         optimizer = torch.optim.Adam(tuned.parameters(), betas=(0.9, 0.95))
         before = _held_out(skeleton, index, tuned, loss, held, calls)
         best, best_step, kept = before, 0, tuned.state()
@@ -100,10 +99,10 @@ def match_layer(
         for taken in range(1, steps + 1):
             for group, rms in zip(optimizer.param_groups, tuned.scales, strict=True):
                 group["lr"] = RATE * rms * _schedule(taken, steps)
-            windows = order[(taken - 1) * size : taken * size]
+            windows = order[taken - 1 : taken]
             optimizer.zero_grad()
             with torch.enable_grad():
-                value = loss(_run(skeleton, index, tuned.values(), loss.inputs(windows), calls, size), windows)
+                value = loss(_run(skeleton, index, tuned.values(), loss.inputs(windows), calls), windows)
             value.backward()
             optimizer.step()
             if taken % every == 0 or taken == steps:
@@ -222,9 +221,9 @@ def _root(metric: Tensor | None, device: torch.device) -> Tensor | None:
     return root
 
 
-def _run(skeleton: Skeleton, index: int, values: dict[str, Tensor], hidden: Tensor, calls: Calls, size: int) -> Tensor:
-    """Output of the layer with ``values`` for parameters."""
-    args, kwargs = calls.by_size[size][index]
+def _run(skeleton: Skeleton, index: int, values: dict[str, Tensor], hidden: Tensor, calls: Calls) -> Tensor:
+    """Output of the layer for one window with ``values`` for parameters."""
+    args, kwargs = calls.by_size[1][index]
     out = torch.func.functional_call(skeleton.layers[index], values, (hidden, *args), kwargs)
     result: Tensor = out[0] if isinstance(out, tuple) else out
     return result
@@ -233,7 +232,7 @@ def _run(skeleton: Skeleton, index: int, values: dict[str, Tensor], hidden: Tens
 def _held_out(skeleton: Skeleton, index: int, tuned: _Tuned, loss: _Loss, held: list[int], calls: Calls) -> float:
     values = tuned.state()
     with torch.no_grad():
-        return sum(float(loss(_run(skeleton, index, values, loss.inputs([window]), calls, 1), [window])) for window in held) / len(held)
+        return sum(float(loss(_run(skeleton, index, values, loss.inputs([window]), calls), [window])) for window in held) / len(held)
 
 
 def _split(samples: int) -> tuple[list[int], list[int]]:
