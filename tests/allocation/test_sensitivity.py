@@ -15,9 +15,9 @@ from fistapruner.allocation import sensitivity as module
 from fistapruner.allocation.decide import decide
 from fistapruner.allocation.sensitivity import measure_sensitivity
 from fistapruner.models.checkpoint import Checkpoint
+from fistapruner.models.hidden import scratch_factory as store
 from fistapruner.models.layout import discover
 from fistapruner.models.skeleton import Skeleton
-from fistapruner.pipeline.hidden import scratch_factory as store
 
 WINDOWS, SEQLEN = 3, 12
 

@@ -13,10 +13,10 @@ from transformers import AutoModelForCausalLM
 import tiny
 from fistapruner import Recipe, solve
 from fistapruner.models.checkpoint import Checkpoint
+from fistapruner.models.hidden import HiddenStates, scratch_factory
 from fistapruner.models.layout import Layout, discover
 from fistapruner.models.skeleton import Skeleton
 from fistapruner.pipeline.capture import Calls
-from fistapruner.pipeline.hidden import HiddenStates, scratch_factory
 from fistapruner.pipeline.layer import Streams, prune_layer
 from fistapruner.problem import ProblemSums
 from fistapruner.sparsity import parse_sparsity

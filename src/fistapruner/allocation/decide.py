@@ -12,9 +12,9 @@ from torch import Tensor
 
 from ..errors import FistaPrunerError
 from ..models.channels import find_links, reordered
+from ..models.hidden import Store, scratch_factory
 from ..models.layout import Layout
 from ..models.skeleton import Skeleton
-from ..pipeline.hidden import Store, scratch_factory
 from ..problem import ProblemSums
 from ..recipe import Recipe
 from ..sparsity import NM, Sparsity, parse_sparsity

@@ -25,10 +25,10 @@ from typing import Any, Generic, Protocol, TypeVar
 import torch
 from torch import Tensor
 
+from ..models.hidden import HiddenStates, Store
 from ..models.layout import Layout
 from ..models.skeleton import Call, Skeleton
 from ..numerics import fast_products
-from ..pipeline.hidden import HiddenStates, Store
 
 HEAD_TOKENS = 512
 """Tokens whose logits are made at once."""

@@ -10,9 +10,9 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from ..models.hidden import HiddenStates
 from ..models.layout import Group
 from ..models.skeleton import Call, Skeleton
-from .hidden import HiddenStates
 from .replay import Replay
 
 Watch = Callable[[int, int, Tensor], None]

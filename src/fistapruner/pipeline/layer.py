@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..models.hidden import HiddenStates
 from ..models.layout import Group, Layout
 from ..models.skeleton import Skeleton
 from ..problem import LayerProblem, ProblemSums, unweighted
@@ -18,7 +19,6 @@ from ..solvers import solve
 from ..solvers.base import Method, Solution
 from ..sparsity import Sparsity
 from .capture import Calls, Clock, run_layer
-from .hidden import HiddenStates
 from .match import match_layer
 from .replay import Replay
 

@@ -23,10 +23,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..models.hidden import HiddenStates
 from ..models.layout import Group
 from ..models.skeleton import Skeleton
 from .capture import Calls, Clock
-from .hidden import HiddenStates
 
 RATE = 0.006
 """Adam's first step size, as a share of a tensor's root mean square over surviving weights; it falls to 0 by a cosine."""

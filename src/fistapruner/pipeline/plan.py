@@ -22,6 +22,7 @@ from torch import Tensor
 from ..allocation.decide import differentiates, needs_measuring, weighs_rows, windows_looked_at
 from ..allocation.sensitivity import HEAD_TOKENS
 from ..errors import FistaPrunerError
+from ..models.hidden import HiddenStates, scratch_factory
 from ..models.layout import Group, Layout
 from ..models.skeleton import Call, Skeleton
 from ..problem import LayerProblem
@@ -31,7 +32,6 @@ from ..solvers import solve
 from ..sparsity import Sparsity
 from .capture import Calls
 from .footprint import peak_bytes, solve_bytes
-from .hidden import HiddenStates, scratch_factory
 from .layer import Streams, prune_layer
 from .parts import cut
 

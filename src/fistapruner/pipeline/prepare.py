@@ -23,6 +23,7 @@ from ..calibration import calibration_tokens
 from ..errors import FistaPrunerError
 from ..evaluation.data import load_windows
 from ..models.checkpoint import Checkpoint
+from ..models.hidden import scratch_factory
 from ..models.layout import Layout, discover
 from ..models.skeleton import Skeleton
 from ..models.source import resolve_model
@@ -31,7 +32,6 @@ from ..recipe import Recipe, matches
 from ..reporting.schema import CalibrationFacts, ModelFacts, Report
 from ..sparsity import Sparsity, check_divides, parse_sparsity
 from .executors import default_threads
-from .hidden import scratch_factory
 from .journal import RunDirectory
 from .machine import describe_machine, now, versions
 from .plan import Plan, make_plan

@@ -14,8 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..models.hidden import HiddenStates, Store
 from ..models.layout import Group
-from .hidden import HiddenStates, Store
 
 
 class Replay:

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection
 
+from ..models.hidden import HiddenStates
 from ..models.skeleton import Skeleton
 from ..problem import LayerProblem
 from ..recipe import Recipe
 from ..reporting.schema import LayerEntry
-from .hidden import HiddenStates
 from .layer import Solver, Streams
 from .work import Work
 

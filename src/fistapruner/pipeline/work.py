@@ -22,6 +22,7 @@ from ..allocation.decide import weighs_rows
 from ..atomic import sampled_sha256
 from ..errors import FistaPrunerError
 from ..models.checkpoint import Checkpoint
+from ..models.hidden import HiddenStates, scratch_factory
 from ..models.layout import Layout, discover
 from ..models.skeleton import Skeleton
 from ..recipe import Recipe
@@ -29,7 +30,6 @@ from ..reporting.schema import LayerEntry
 from ..solvers import solve
 from ..sparsity import Sparsity, parse_sparsity
 from .capture import Calls, Clock, run_layer
-from .hidden import HiddenStates, scratch_factory
 from .journal import RunDirectory
 from .layer import Progress, Solver, Streams, prune_layer
 from .machine import peak_memory

@@ -21,9 +21,9 @@ from typing import Any
 import torch
 
 from ..errors import FistaPrunerError
+from ..models.hidden import HiddenStates
 from .capture import Calls
 from .dispatch import Event, Job, PartJob
-from .hidden import HiddenStates
 from .layer import Streams
 from .side_by_side import do_part
 from .work import Work

@@ -147,6 +147,8 @@ def _made(report: Report) -> str:
         lines.append(f"* calibration: {used.samples} windows of {used.seqlen} tokens from {_file_name(used.source)}{how}")
     if errors:
         lines.append(f"* relative error of the operators' outputs: mean {percent(sum(errors) / len(errors))}, worst {percent(max(errors))}")
+    if report.permuted:
+        lines.append(f"* hidden channels read by {len(report.permuted)} operators are in another order than in the dense model")
     if report.totals.seconds:
         machine = report.machine.device_name or report.machine.cpu or report.machine.device
         peak = f", peak memory {size(report.totals.peak_memory)}" if report.totals.peak_memory else ""
