@@ -1,24 +1,28 @@
 """How does the memory of a run grow with the model? Prunes checkpoints of random weights and real shapes.
 
-    python benchmarks/memory.py depth            # 6, 24 and 48 layers of one width: the same peak
+    python benchmarks/memory.py depth            # 6, 24 and 48 layers of one width: the same peak (--plot FILE: as curves)
     python benchmarks/memory.py large            # a 7B-shaped checkpoint under a memory limit far below its size
     python benchmarks/memory.py paper            # LLaMA-70B shapes, by the plan's own calculation
 
-Each run is a process of its own; its peak is the resident set's high-water mark that the kernel kept (VmHWM).
+Each run is a process of its own; its peak is the resident set's high-water mark that the kernel kept (VmHWM). Curves are
+samples of the resident set, ten a second, from the process's start to its end.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import os
 import struct
 import subprocess
 import sys
 import tempfile
+import time
 from pathlib import Path
 from typing import Any
 
+import psutil
 import torch
 
 GIB = 2**30
@@ -43,6 +47,7 @@ def main() -> None:
     parser.add_argument("--samples", type=int, default=8)
     parser.add_argument("--seqlen", type=int, default=256)
     parser.add_argument("--method", default="wanda")
+    parser.add_argument("--plot", type=Path, help="write the memory curves here (depth, large)")
     parser.add_argument("--folder", type=Path, help="where checkpoints and runs are put (default: a temporary folder)")
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory(dir=arguments.folder) as folder:
@@ -56,24 +61,31 @@ def main() -> None:
 
 def depth(folder: Path, arguments: argparse.Namespace) -> None:
     """Peaks of three depths."""
-    peaks = {}
+    peaks, curves = {}, {}
     for layers in (6, 24, 48):
         model = write_checkpoint(folder / f"model-{layers}", "small", layers)
-        report = prune(model, folder / f"run-{layers}", arguments)
+        report, curves[f"{layers} layers, checkpoint {size_of(model) / GIB:.2f} GiB"] = prune(model, folder / f"run-{layers}", arguments)
         peaks[layers] = report["totals"]["peak_memory"]
         print(f"{layers:3d} layers, checkpoint {size_of(model) / GIB:.3f} GiB: {describe(report)}", flush=True)
     spread = max(peaks.values()) / min(peaks.values()) - 1
     print(f"largest peak over smallest: +{100 * spread:.2f} %")
+    if arguments.plot:
+        plot(curves, {}, arguments.plot)
 
 
 def large(folder: Path, arguments: argparse.Namespace) -> None:
     """A checkpoint that does not fit the limit."""
     model = write_checkpoint(folder / "model", "7b", arguments.layers)
-    report = prune(model, folder / "run", arguments, "--memory-limit", arguments.limit)
+    report, curve = prune(model, folder / "run", arguments, "--memory-limit", arguments.limit)
     print(f"7B shapes, {arguments.layers} layers, checkpoint {size_of(model) / GIB:.2f} GiB, limit {arguments.limit}: {describe(report)}")
     print(
         f"time {report['totals']['seconds']:.0f} s, zeros {report['totals']['operator_zeros'] / report['totals']['operator_weights']:.4%}"
     )
+    if arguments.plot:
+        from fistapruner.recipe import parse_bytes
+
+        lines = {f"checkpoint, {size_of(model) / GIB:.2f} GiB": size_of(model), f"limit, {arguments.limit}": parse_bytes(arguments.limit)}
+        plot({f"7B shapes, {arguments.layers} layers": curve}, lines, arguments.plot)
 
 
 def paper(folder: Path, arguments: argparse.Namespace) -> None:
@@ -149,13 +161,42 @@ def write_tokenizer(folder: Path) -> None:
     PreTrainedTokenizerFast(tokenizer_object=core, bos_token="<s>", eos_token="</s>", unk_token="<unk>").save_pretrained(folder)
 
 
-def prune(model: Path, out: Path, arguments: argparse.Namespace, *more: str) -> dict[str, Any]:
-    """Run the command line in a process of its own; its report."""
+Curve = list[tuple[float, int]]
+"""(seconds since the start, resident bytes)."""
+
+
+def prune(model: Path, out: Path, arguments: argparse.Namespace, *more: str) -> tuple[dict[str, Any], Curve]:
+    """Run the command line in a process of its own; its report and its memory."""
     command = [sys.executable, "-m", "fistapruner", "prune", str(model), "--out", str(out), "--calibration", "python", "--device", "cpu"]
     command += ["--method", arguments.method, "--samples", str(arguments.samples), "--seqlen", str(arguments.seqlen), "--evaluate", "none"]
-    subprocess.run([*command, *more], check=True, stdout=subprocess.DEVNULL, env={**os.environ, "HF_HUB_OFFLINE": "1"})
+    begin, curve = time.perf_counter(), []
+    with psutil.Popen([*command, *more], stdout=subprocess.DEVNULL, env={**os.environ, "HF_HUB_OFFLINE": "1"}) as process:
+        while process.poll() is None:
+            with contextlib.suppress(psutil.Error):
+                curve.append((time.perf_counter() - begin, process.memory_info().rss))
+            time.sleep(0.1)
+    if process.returncode:
+        raise SystemExit(f"{' '.join(command)} ended with status {process.returncode}")
     report: dict[str, Any] = json.loads((out / "report.json").read_text())
-    return report
+    return report, curve
+
+
+def plot(curves: dict[str, Curve], lines: dict[str, int], path: Path) -> None:
+    """Resident memory over time, with horizontal lines for other sizes."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, axes = pyplot.subplots(figsize=(7, 3.5))
+    for label, curve in curves.items():
+        axes.plot([seconds for seconds, _ in curve], [size / GIB for _, size in curve], label=label)
+    for (label, size), style in zip(lines.items(), ("--", ":"), strict=False):
+        axes.axhline(size / GIB, color="black", linestyle=style, label=label)
+    axes.set(xlabel="seconds", ylabel="resident memory, GiB", ylim=(0, None))
+    axes.legend(frameon=False)
+    axes.spines[["top", "right"]].set_visible(False)
+    figure.savefig(path, dpi=150, bbox_inches="tight")
 
 
 def describe(report: dict[str, Any]) -> str:

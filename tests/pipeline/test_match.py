@@ -89,6 +89,14 @@ def test_steps_that_do_harm_are_not_kept(tmp_path: Path, monkeypatch: pytest.Mon
     assert [layer.relative_error for layer in plain.layers] == [layer.relative_error for layer in wild.layers]
 
 
+def test_steps_that_were_too_large_become_smaller(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(match, "RATE", 0.3)
+    source = tiny.save("llama", tmp_path / "model")
+    report = prune(str(source), tmp_path / "run", **SETTINGS, match=64)
+    records = [layer.model_extra["match"] for layer in report.layers if layer.model_extra]
+    assert any(record["held_out_after"] < record["held_out_before"] for record in records)
+
+
 def test_a_single_window_is_enough(tmp_path: Path) -> None:
     source = tiny.save("llama", tmp_path / "model")
     settings = {**SETTINGS, "calibration": {"source": "python", "samples": 1, "seqlen": 24}, "sparsity": "2:4"}

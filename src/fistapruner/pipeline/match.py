@@ -11,7 +11,7 @@ output (:mod:`fistapruner.allocation.sensitivity`; the identity where it was not
 the few tokens with massive activations, whose squares would drown all others.
 
 Some calibration windows are held out of the steps. They decide which step's weights are kept, the pruned layer's own
-being the first candidate, and when to stop.
+being the first candidate, when steps are too large, and when to stop.
 """
 
 from __future__ import annotations
@@ -38,9 +38,13 @@ HELD_OUT = 8
 """One calibration window of so many is held out."""
 
 CHECKS = 8
-"""How often the held-out windows are looked at; matching stops when three looks in a row were no better."""
+"""How often the held-out windows are looked at."""
 
-PATIENCE = 3
+BACK_OFF = 0.3
+"""Where a look shows no progress, matching goes back to the best weights and goes on with so much smaller steps."""
+
+SMALLEST = 0.02
+"""Share of the first step size below which it stops."""
 
 SHRINKAGE = 0.1
 """Share of the metric that is replaced by its mean eigenvalue: it was measured on few tokens."""
@@ -91,14 +95,14 @@ def match_layer(
         loss = _Loss.of(skeleton, inputs, wanted, metric)
         held, train = _split(inputs.samples)
         order = _order(train, steps, torch.Generator().manual_seed(seed * 100_003 + index))
-        optimizer = torch.optim.Adam(tuned.parameters(), betas=(0.9, 0.95))
+        optimizer = tuned.optimizer()
         before = _held_out(skeleton, index, tuned, loss, held, calls)
-        best, best_step, kept = before, 0, tuned.state()
+        best, best_step, kept, rate = before, 0, tuned.copy(), RATE
         every = max(1, steps // CHECKS)
-        taken = since = 0
+        taken = 0
         for taken in range(1, steps + 1):
             for group, rms in zip(optimizer.param_groups, tuned.scales, strict=True):
-                group["lr"] = RATE * rms * _schedule(taken, steps)
+                group["lr"] = rate * rms * _schedule(taken, steps)
             windows = order[taken - 1 : taken]
             optimizer.zero_grad()
             with torch.enable_grad():
@@ -107,12 +111,16 @@ def match_layer(
             optimizer.step()
             if taken % every == 0 or taken == steps:
                 now = _held_out(skeleton, index, tuned, loss, held, calls)
-                since = 0 if now < best else since + 1
                 if now < best:
-                    best, best_step, kept = now, taken, tuned.state()
-                if since == PATIENCE or not math.isfinite(now):
+                    best, best_step, kept = now, taken, tuned.copy()
+                    continue
+                tuned.restore(kept)
+                optimizer = tuned.optimizer()
+                rate *= BACK_OFF
+                if rate < SMALLEST * RATE:
                     break
-        weights = tuned.store(skeleton, index, kept) if best_step else {}
+        tuned.restore(kept)
+        weights = tuned.store(skeleton, index) if best_step else {}
         record = {
             "steps": taken,
             "kept_step": best_step,
@@ -147,23 +155,28 @@ class _Tuned:
         scales = [float((master.detach().square().sum() / (master != 0).sum().clamp_min(1)).sqrt()) for master in masters.values()]
         return cls(layer, masters, masks, scales, skeleton.dtype)
 
-    def parameters(self) -> list[dict[str, Any]]:
-        """One optimizer group a tensor, so that each has its own step size."""
-        return [{"params": [master]} for master in self.masters.values()]
+    def optimizer(self) -> torch.optim.Adam:
+        """A new one, with one group a tensor, so that each has its own step size."""
+        return torch.optim.Adam([{"params": [master]} for master in self.masters.values()], betas=(0.9, 0.95))
 
     def values(self) -> dict[str, Tensor]:
         """The tensors as the forward pass uses them."""
         return {name: (master * self.masks[name] if name in self.masks else master).to(self.dtype) for name, master in self.masters.items()}
 
-    def state(self) -> dict[str, Tensor]:
-        with torch.no_grad():
-            return {name: value.clone() for name, value in self.values().items()}
+    def copy(self) -> list[Tensor]:
+        return [master.detach().clone() for master in self.masters.values()]
 
-    def store(self, skeleton: Skeleton, index: int, state: dict[str, Tensor]) -> dict[str, Tensor]:
-        """Put ``state`` into the layer; returns it by checkpoint name. A surviving weight never becomes zero."""
+    def restore(self, copied: list[Tensor]) -> None:
+        with torch.no_grad():
+            for master, value in zip(self.masters.values(), copied, strict=True):
+                master.copy_(value)
+
+    @torch.no_grad()
+    def store(self, skeleton: Skeleton, index: int) -> dict[str, Tensor]:
+        """Put the tensors into the layer; returns it by checkpoint name. A surviving weight never becomes zero."""
         stored = {}
         parameters = dict(self.layer.named_parameters())
-        for name, value in state.items():
+        for name, value in self.values().items():
             parameter = parameters[name]
             vanished = self.masks[name] & (value == 0) if name in self.masks else torch.zeros_like(value, dtype=torch.bool)
             parameter.copy_(torch.where(vanished, parameter, value))
@@ -230,8 +243,8 @@ def _run(skeleton: Skeleton, index: int, values: dict[str, Tensor], hidden: Tens
 
 
 def _held_out(skeleton: Skeleton, index: int, tuned: _Tuned, loss: _Loss, held: list[int], calls: Calls) -> float:
-    values = tuned.state()
     with torch.no_grad():
+        values = tuned.values()
         return sum(float(loss(_run(skeleton, index, values, loss.inputs([window]), calls), [window])) for window in held) / len(held)
 
 

@@ -19,7 +19,7 @@ import psutil
 import torch
 from torch import Tensor
 
-from ..allocation.decide import differentiates, needs_measuring, weighs_rows, windows_looked_at
+from ..allocation.decide import differentiates, needs_measuring, permutes, weighs_rows, windows_looked_at
 from ..allocation.sensitivity import HEAD_TOKENS
 from ..errors import FistaPrunerError
 from ..models.hidden import HiddenStates, scratch_factory
@@ -203,6 +203,7 @@ class Sizes:
 
     logits: int
     measured: bool
+    reordered: bool
     weighted: bool
     cuda: bool
 
@@ -248,6 +249,7 @@ class Sizes:
             backward=backward,
             logits=4 * 4 * min(seqlen, HEAD_TOKENS) * int(skeleton.config.get_text_config().vocab_size),
             measured=needs_measuring(recipe),
+            reordered=permutes(recipe),
             weighted=weighs_rows(recipe),
             cuda=skeleton.device.type == "cuda",
         )
@@ -283,6 +285,8 @@ class Sizes:
             states = 0 if choice.on_disk or self.cuda else self._states_measured() * windows * self.window
             passed = self.layer + min(choice.batch_size, 4) * max(self.backward, self.forward + self.float_input)
             sums = sum(gram * bool(self.backward) + weight for _, gram, weight, _, _ in self.groups)
+            if self.reordered:  # scores of the largest operator, twice, and the rows that are looked at
+                sums += 3 * max(weight for _, _, weight, _, _ in self.groups)
             head = self.ends + self.logits if self.backward else 0
             found["measuring the dense model"] = self.base + states + windows * self.window + max(passed + sums, head)
         return found
