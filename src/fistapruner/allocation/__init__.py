@@ -1,1 +1,1 @@
-"""How much sparsity each operator gets: uniform, by outliers (OWL), or by measured error and its effect on the loss."""
+"""What is decided on the dense model before anything is pruned: sparsities, weights of rows, order of channels."""

@@ -134,7 +134,8 @@ def prune_layer(
                     dense = kept[number].read(start, start + inputs.shape[0]).to(flat.device).reshape(flat.shape)
                 sums[number].add(flat, dense)
 
-        # What block matching aims at: the dense model's output, or with target=pruned the dense layer's on drifted inputs.
+        # What block matching aims at: the dense model's output, or with target=pruned the dense layer's on drifted inputs, or a
+        # mixture, as for single operators.
         wanted: HiddenStates | None = None
         if recipe.match and groups:
             wanted = streams.dense_out or scratch(f"wanted-{index}", (streams.seen.samples, streams.seen.seqlen, skeleton.width))
@@ -172,6 +173,14 @@ def prune_layer(
             run_layer(skeleton, index, streams.dense, calls, clock, groups=watched, watch=watch_dense, output=needed)
             passed()
         passed_after = sum(clock.seconds.values())
+        if wanted is not None and streams.dense is not None and streams.pruned is not None and recipe.target < 1.0:
+            aim = scratch(f"aim-{index}", (wanted.samples, wanted.seqlen, skeleton.width))
+            run_layer(skeleton, index, streams.pruned, calls, clock, output=aim)
+            for start, stop in calls.batches(wanted.samples):
+                aim.write(start, torch.lerp(aim.read(start, stop).float(), wanted.read(start, stop).float(), recipe.target))
+            if wanted is not streams.dense_out:
+                wanted.close()
+            wanted = aim
 
         # Group after group, each on what the pruned operators before it leave.
         last_passes = int(streams.pruned_out is not None and not recipe.match)

@@ -244,7 +244,7 @@ class Sizes:
             kept=sum(seqlen * group[0].columns * itemsize for group in drifting) if keeps else 0,
             samples=samples,
             # Into and out of a layer; what block matching aims at, where nothing else needs it; what replay keeps.
-            streams=(2 if recipe.propagate == "dense" else 4 if recipe.target > 0 else 2) + bool(recipe.match and recipe.target == 0) + 1,
+            streams=(2 if recipe.propagate == "dense" else 4 if recipe.target > 0 else 2) + bool(recipe.match and recipe.target < 1) + 1,
             layers=len(skeleton),
             backward=backward,
             logits=4 * 4 * min(seqlen, HEAD_TOKENS) * int(skeleton.config.get_text_config().vocab_size),
