@@ -88,6 +88,7 @@ def child(request: dict[str, Any], count: int, stderr: int) -> None:
     """Run the command line in this forked process; never returns."""
     os.dup2(stderr, 2)
     os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # shells have background jobs ignore it
     status = 70
     disk = Disk(request.get("fault") or {})
     try:
