@@ -124,7 +124,8 @@ class Recipe(Settings):
             (``proximal``) and ``none`` for published ones. Does nothing to unstructured patterns.
         match: steps of block matching after each decoder layer, each on one calibration window; 0 is none.
         calibration: calibration data.
-        dtype: precision of the forward passes; ``auto`` is the checkpoint's own (fp32 for fp16 on a CPU).
+        dtype: precision of the forward passes; ``auto`` is the checkpoint's own, or fp32 on CPUs without matrix
+            units for it.
         seed: seeds everything random that is not calibration data.
         execution: how the work is carried out.
     """

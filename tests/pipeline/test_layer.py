@@ -125,3 +125,25 @@ def test_hidden_states_on_disk_change_no_bit(tmp_path: Path) -> None:
     for name, tensor in in_ram.items():
         assert torch.equal(tensor, on_disk[name]), name
     assert len(list((tmp_path / "scratch").glob("dense-*"))) == 0
+
+
+@pytest.mark.parametrize("stored", [torch.float16, torch.bfloat16, torch.float32], ids=str)
+@pytest.mark.parametrize("match", [0, 2])
+def test_results_are_what_the_checkpoint_can_hold_whatever_the_passes_compute_in(
+    tmp_path: Path, stored: torch.dtype, match: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("fistapruner.models.skeleton.has_bf16_units", lambda device: False)
+    folder = tiny.save("llama", tmp_path / "model", dtype=stored)
+    skeleton = Skeleton(Checkpoint.open(folder), torch.device("cpu"))
+    assert skeleton.dtype == torch.float32
+    for name, tensor in stream(folder, Recipe.build({"method": "sparsegpt", "match": match}), None).items():
+        assert tensor.dtype == stored, name
+        if name.endswith("_proj.weight"):
+            assert int((tensor == 0).sum()) == tensor.numel() // 2, name
+
+
+def test_bf16_passes_where_the_processor_has_units_for_them(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("fistapruner.models.skeleton.has_bf16_units", lambda device: True)
+    for stored, used in ((torch.bfloat16, torch.bfloat16), (torch.float16, torch.float32)):
+        checkpoint = Checkpoint.open(tiny.save("llama", tmp_path / str(stored), dtype=stored))
+        assert Skeleton(checkpoint, torch.device("cpu")).dtype == used

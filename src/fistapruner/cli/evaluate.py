@@ -47,7 +47,10 @@ def configure(parser: argparse.ArgumentParser) -> None:
     work = parser.add_argument_group("execution")
     work.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:N (default: auto)")
     work.add_argument(
-        "--dtype", default="auto", choices=("auto", "float32", "bfloat16", "float16"), help="precision (default: the checkpoint's)"
+        "--dtype",
+        default="auto",
+        choices=("auto", "float32", "bfloat16", "float16"),
+        help="precision (default: the checkpoint's, or float32 on CPUs slow with it)",
     )
     work.add_argument("--batch-size", type=int, metavar="N", help="windows in one forward pass (default: by device)")
     work.add_argument("--memory-limit", metavar="SIZE", help="memory that hidden states may take (default: half of what is free)")

@@ -59,7 +59,7 @@ def evaluate(
         tasks_dir: folder of local ``.jsonl`` tasks.
         limit: only the first so many items of each task.
         device: ``auto``, ``cpu``, ``cuda``, ``cuda:N``.
-        dtype: precision of the forward passes; ``auto`` is the checkpoint's own.
+        dtype: precision of the forward passes; ``auto`` is the checkpoint's own, or fp32 on CPUs without matrix units for it.
         batch_size: windows in one forward pass.
         memory_limit: bytes that hidden states may take; default is half of what is free.
         bos: where BOS tokens stand, see :func:`~fistapruner.evaluation.data.load_windows`.

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import FistaPrunerError
+from ..numerics import has_bf16_units
 from .checkpoint import Checkpoint
 from .renaming import renamed_tensors
 
@@ -36,8 +37,8 @@ class Skeleton:
     Args:
         checkpoint: where the weights are.
         device: where layers run.
-        dtype: precision of the passes; None takes the checkpoint's own (fp32 for fp16 on a CPU, which computes fp16
-            slowly).
+        dtype: precision of the passes; None takes the checkpoint's own, or fp32 where the device has no matrix units for it
+            (CPUs for fp16, most of them for bf16 too) and would compute several times slower.
         trust_remote_code: run the checkpoint's own Python code.
 
     Raises:
@@ -51,7 +52,7 @@ class Skeleton:
         self.device = device
         if dtype is None:
             dtype = checkpoint.dtype
-            if dtype == torch.float16 and device.type == "cpu":
+            if device.type == "cpu" and not (dtype == torch.bfloat16 and has_bf16_units(device)):
                 dtype = torch.float32
         self.dtype = dtype
         self.model = _build(checkpoint, trust_remote_code).eval()
@@ -212,6 +213,12 @@ class Skeleton:
         finally:
             for layer in self.layers:
                 del layer.forward
+
+    def rounded(self, source: str, tensor: Tensor) -> Tensor:
+        """``tensor`` as the checkpoint's tensor ``source`` will hold it, in the narrower of the stored dtype and the passes'."""
+        stored = self.checkpoint.entry(source).dtype
+        tensor = tensor.to(stored)
+        return tensor if stored.itemsize <= self.dtype.itemsize else tensor.to(self.dtype)
 
     def _load(self, names: list[str], replaced: Mapping[str, Tensor]) -> None:
         for name in names:

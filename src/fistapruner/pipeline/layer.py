@@ -55,7 +55,7 @@ class LayerResult:
     """A pruned decoder layer.
 
     Args:
-        weights: pruned tensors by checkpoint name, in the checkpoint's orientation and the passes' dtype.
+        weights: pruned tensors by checkpoint name, in the checkpoint's orientation, rounded as it will hold them.
         entry: what the report says of it.
     """
 
@@ -212,13 +212,15 @@ def prune_layer(
                     rows = torch.cat([importance[name] for name in names]).to(problem.weight.device)
                     solution = solver(problem.weighted(rows), patterns, recipe.steps)
                     unweighted(solution.weight, rows)
-                stored = _store(skeleton, module, group, solution)
+                stored = _store(skeleton, module, group, names, solution)
             warnings += solution.warnings
             with clock.phase("report"):
                 entries = _operator_entries(problem, solution, stored, group, number, [str(sparsity[name]) for name in names])
             operators += entries
             for operator, name in zip(group, names, strict=True):
-                weights[skeleton.source(f"{name}.weight")] = module.get_submodule(operator.name).weight.detach().to("cpu", copy=True)  # type: ignore[operator]
+                source = skeleton.source(f"{name}.weight")
+                held: Tensor = module.get_submodule(operator.name).weight.detach()  # type: ignore[operator]
+                weights[source] = skeleton.rounded(source, held).to("cpu", copy=True)
             if replay is not None:
                 replay.pruned(number)
             worst = max((entry.relative_error or 0.0) for entry in entries)
@@ -288,11 +290,12 @@ def _stack(module: nn.Module, group: Group) -> Tensor:
     return stacked
 
 
-def _store(skeleton: Skeleton, module: nn.Module, group: Group, solution: Solution) -> Tensor:
-    """Write the solution into the loaded layer, in the passes' dtype; it becomes what was stored, as fp32 (m, n)."""
-    for operator, part in zip(group, solution.weight.split([operator.rows for operator in group]), strict=True):
+def _store(skeleton: Skeleton, module: nn.Module, group: Group, names: Sequence[str], solution: Solution) -> Tensor:
+    """Write the solution into the loaded layer, rounded as the checkpoint will hold it; it becomes that, as fp32 (m, n)."""
+    parts = solution.weight.split([operator.rows for operator in group])
+    for operator, name, part in zip(group, names, parts, strict=True):
         target = operator.weight(module)
-        target.copy_(part)
+        target.copy_(skeleton.rounded(skeleton.source(f"{name}.weight"), part))
         part.copy_(target)
     return solution.weight
 

@@ -55,7 +55,7 @@ class Matched:
     """What matching did.
 
     Args:
-        weights: changed tensors by checkpoint name, in the passes' dtype, on the CPU.
+        weights: changed tensors by checkpoint name, rounded as the checkpoint will hold them, on the CPU.
         record: steps taken, the step that was kept, held-out loss before and after, windows held out.
     """
 
@@ -176,11 +176,13 @@ class _Tuned:
         """Put the tensors into the layer; returns it by checkpoint name. A surviving weight never becomes zero."""
         stored = {}
         parameters = dict(self.layer.named_parameters())
-        for name, value in self.values().items():
+        for name, exact in self.values().items():
             parameter = parameters[name]
+            source = skeleton.source(f"{skeleton.layers_name}.{index}.{name}")
+            value = skeleton.rounded(source, exact).to(self.dtype)
             vanished = self.masks[name] & (value == 0) if name in self.masks else torch.zeros_like(value, dtype=torch.bool)
             parameter.copy_(torch.where(vanished, parameter, value))
-            stored[skeleton.source(f"{skeleton.layers_name}.{index}.{name}")] = parameter.detach().to("cpu", copy=True)
+            stored[source] = skeleton.rounded(source, parameter.detach()).to("cpu", copy=True)
         return stored
 
 

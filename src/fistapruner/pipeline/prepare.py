@@ -77,10 +77,15 @@ def prepare(
     check_allocation(recipe)
     folder = resolve_model(model, allow_pickle=allow_pickle, trust_remote_code=trust_remote_code)
     listener.say(f"model {model}: {folder}")
-    skeleton = open_skeleton(folder, recipe, allow_pickle=allow_pickle, trust_remote_code=trust_remote_code)
+    facts = run.facts()
+    before = facts.get("decided", {})
+    dtype = before.get("numerics", {}).get("dtype")
+    skeleton = open_skeleton(folder, recipe, dtype=dtype, allow_pickle=allow_pickle, trust_remote_code=trust_remote_code)
+    if recipe.dtype == "auto" and skeleton.dtype != skeleton.checkpoint.dtype:
+        stored, used = _name(skeleton.checkpoint.dtype), _name(skeleton.dtype)
+        listener.say(f"passes in {used}: this processor has no matrix units for the checkpoint's {stored}")
     layout = discover(skeleton).select(recipe)
     sparsity = allocate(recipe, layout)
-    facts = run.facts()
     if facts:
         refuse_other(run, model, recipe)
     tokenizer = load_tokenizer(folder, trust_remote_code=trust_remote_code)
@@ -103,7 +108,6 @@ def prepare(
     tokens, how = drawn or calibration_tokens(settings, tokenizer, seqlen, load_model, listener.say)
     run.write_tokens(tokens)
     checkpoint = skeleton.checkpoint
-    before = facts.get("decided", {})
     numerics, on_disk, rows = before.get("numerics"), before.get("on_disk"), facts.get("plan")
     if numerics is None:
         plan = plan_run(skeleton, layout, recipe, sparsity, tokens, run.folder)
@@ -115,6 +119,7 @@ def prepare(
             "by_operator": plan.choice.by_operator,
             "threads": default_threads(recipe.execution),
             "device": skeleton.device.type,
+            "dtype": _name(skeleton.dtype),
         }
     metrics_sha256, permuted, begin = None, {}, time.perf_counter()
     if needs_measuring(recipe):
@@ -143,7 +148,7 @@ def prepare(
             layers=len(skeleton),
             hidden_size=skeleton.width,
             parameters=sum(math.prod(checkpoint.entry(name).shape) for name in checkpoint.names()),
-            dtype=str(checkpoint.dtype).removeprefix("torch."),
+            dtype=_name(checkpoint.dtype),
             bytes=checkpoint.nbytes,
         ),
         calibration=CalibrationFacts.model_validate({**how, "samples": tokens.shape[0], "seqlen": seqlen, "tokens": tokens.numel()}),
@@ -165,6 +170,10 @@ def prepare(
     }
     run.write_recipe(recipe.to_yaml())
     run.write_facts(facts)
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
 
 
 def _say_permuted(permuted: Mapping[str, tuple[float, float]]) -> str:

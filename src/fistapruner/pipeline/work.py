@@ -87,7 +87,12 @@ class Work:
             raise FistaPrunerError(f"{folder} is not a prepared run")
         recipe = Recipe.build(facts["recipe"], str(run.run_file))
         skeleton = open_skeleton(
-            Path(decided["folder"]), recipe, device, allow_pickle=decided["allow_pickle"], trust_remote_code=decided["trust_remote_code"]
+            Path(decided["folder"]),
+            recipe,
+            device,
+            dtype=decided["numerics"]["dtype"],
+            allow_pickle=decided["allow_pickle"],
+            trust_remote_code=decided["trust_remote_code"],
         )
         if decided.get("metrics_sha256"):
             skeleton.checkpoint.orders = run.orders()
@@ -210,12 +215,18 @@ def fingerprint(recipe: Recipe, checkpoint: Checkpoint, tokens: Tensor, numerics
 
 
 def open_skeleton(
-    folder: Path, recipe: Recipe, device: torch.device | None = None, *, allow_pickle: bool = False, trust_remote_code: bool = False
+    folder: Path,
+    recipe: Recipe,
+    device: torch.device | None = None,
+    *,
+    dtype: str | None = None,
+    allow_pickle: bool = False,
+    trust_remote_code: bool = False,
 ) -> Skeleton:
-    """Open a checkpoint folder as a recipe wants it run."""
+    """Open a checkpoint folder as a recipe wants it run; ``dtype`` is what the run decided for the passes, if it has begun."""
     checkpoint = Checkpoint.open(folder, allow_pickle=allow_pickle)
     return Skeleton(
-        checkpoint, device or choose_device(recipe.execution.device), DTYPES.get(recipe.dtype), trust_remote_code=trust_remote_code
+        checkpoint, device or choose_device(recipe.execution.device), DTYPES.get(dtype or recipe.dtype), trust_remote_code=trust_remote_code
     )
 
 
