@@ -193,8 +193,9 @@ def plot(curves: dict[str, Curve], lines: dict[str, int], path: Path) -> None:
         axes.plot([seconds for seconds, _ in curve], [size / GIB for _, size in curve], label=label)
     for (label, size), style in zip(lines.items(), ("--", ":"), strict=False):
         axes.axhline(size / GIB, color="black", linestyle=style, label=label)
-    axes.set(xlabel="seconds", ylabel="resident memory, GiB", ylim=(0, None))
-    axes.legend(frameon=False)
+    axes.set(xlabel="seconds", ylabel="resident memory, GiB")
+    axes.set_ylim(0, 1.3 * axes.get_ylim()[1])  # room for the legend
+    axes.legend(frameon=False, loc="upper right", ncols=2)
     axes.spines[["top", "right"]].set_visible(False)
     figure.savefig(path, dpi=150, bbox_inches="tight")
 

@@ -275,7 +275,7 @@ class ProblemSums:
             rows: rows of each operator.
             target: share of the dense model's output in the target.
             release: nothing will be added or asked any more: the Gram's memory becomes the problem's, so that a large one
-                is never in memory twice.
+                is never in memory twice, and the other sums are freed.
 
         Raises:
             FistaPrunerError: no tokens were added, or something is NaN or infinite.
@@ -285,16 +285,19 @@ class ProblemSums:
         gram = _symmetric_mean(self.gram if release else self.gram.clone(), self.tokens)
         drift = drift_energy = energy = None
         if self._cross is not None:
+            mean = Tensor.div_ if release else Tensor.div
             if self._moved is not None:
-                drift = self.weight @ (self._cross / self.tokens)
-                moved = self._moved / self.tokens
+                drift = self.weight @ mean(self._cross, self.tokens)
+                moved = mean(self._moved, self.tokens)
                 drift_energy = _row_dots(lambda rows: self.weight[rows] @ moved, self.weight).clamp_min(0)
             else:
                 assert self._energy is not None
-                drift = self._cross.div_(self.tokens) if release else self._cross / self.tokens
+                drift = mean(self._cross, self.tokens)
                 drift_energy = self._energy / self.tokens
             # ||W X||^2 = ||W X*||^2 + 2 <W X*, W (X - X*)> + ||W (X - X*)||^2, row by row.
             energy = _row_dots(lambda rows: torch.add(self.weight[rows] @ gram, drift[rows], alpha=2.0), self.weight) + drift_energy
+            if release:
+                self._cross = self._moved = None
         problem = LayerProblem(
             weight=self.weight,
             gram=gram,

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import weakref
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -18,13 +20,15 @@ from fistapruner.models.layout import Layout, discover
 from fistapruner.models.skeleton import Skeleton
 from fistapruner.pipeline.capture import Calls
 from fistapruner.pipeline.layer import Streams, prune_layer
-from fistapruner.problem import ProblemSums
+from fistapruner.problem import LayerProblem, ProblemSums
 from fistapruner.sparsity import parse_sparsity
 
 SAMPLES, SEQLEN, BATCH = 5, 24, 2
 
 
-def stream(folder: Path, recipe: Recipe, scratch: Path | None) -> dict[str, Tensor]:
+def stream(
+    folder: Path, recipe: Recipe, scratch: Path | None, inspect: Callable[[int, LayerProblem], None] | None = None
+) -> dict[str, Tensor]:
     """Prune all layers of a checkpoint, one in memory at a time."""
     skeleton = Skeleton(Checkpoint.open(folder), torch.device("cpu"))
     layout = discover(skeleton)
@@ -48,7 +52,9 @@ def stream(folder: Path, recipe: Recipe, scratch: Path | None) -> dict[str, Tens
             HiddenStates(shape, skeleton.dtype, scratch and scratch / f"d{index}") if keep_dense else None,
             HiddenStates(shape, skeleton.dtype, scratch and scratch / f"p{index}") if more and recipe.propagate == "pruned" else None,
         )
-        result = prune_layer(skeleton, layout, index, recipe, sparsity, streams, calls, scratch_factory(scratch, skeleton.dtype))
+        result = prune_layer(
+            skeleton, layout, index, recipe, sparsity, streams, calls, scratch_factory(scratch, skeleton.dtype), inspect=inspect
+        )
         weights |= result.weights
         dense, pruned = streams.dense_out, streams.pruned_out
         assert all(parameter.is_meta for parameter in skeleton.model.parameters())
@@ -147,3 +153,15 @@ def test_bf16_passes_where_the_processor_has_units_for_them(tmp_path: Path, monk
     for stored, used in ((torch.bfloat16, torch.bfloat16), (torch.float16, torch.float32)):
         checkpoint = Checkpoint.open(tiny.save("llama", tmp_path / str(stored), dtype=stored))
         assert Skeleton(checkpoint, torch.device("cpu")).dtype == used
+
+
+@pytest.mark.parametrize("target", ["dense", "pruned"])
+def test_a_group_is_freed_before_the_next_one(tmp_path: Path, target: str) -> None:
+    alive: list[weakref.ref[Tensor]] = []
+
+    def inspect(_: int, problem: LayerProblem) -> None:
+        assert not any(tensor() is not None for tensor in alive)
+        alive.extend(weakref.ref(tensor) for tensor in (problem.weight, problem.gram, problem.drift) if tensor is not None)
+
+    stream(tiny.save("llama", tmp_path / "model"), Recipe.build({"method": "wanda", "target": target}), None, inspect)
+    assert len(alive) >= 8

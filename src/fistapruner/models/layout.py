@@ -105,15 +105,14 @@ class Layout:
 def discover(skeleton: Skeleton) -> Layout:
     """Find the operators of every decoder layer by watching one small forward pass.
 
-    Layers with the same operators are watched once. Loads the embeddings and one decoder layer.
+    Layers with the same operators are watched once. Loads the embeddings, then one decoder layer at a time.
 
     Raises:
         FistaPrunerError: operators that a forward pass does not use exactly once.
     """
     tokens = torch.arange(16).remainder(int(skeleton.config.get_text_config().vocab_size)).unsqueeze(0)
-    with skeleton.ends():
-        with skeleton.layer(0):
-            skeleton.learn_return_type(tokens)
+    skeleton.learn_return_type(tokens)
+    with skeleton.ends(head=False):
         hidden, calls = skeleton.embed(tokens)
     known: dict[tuple[tuple[str, tuple[int, ...]], ...], tuple[Group, ...]] = {}
     layers = []

@@ -185,17 +185,18 @@ class Skeleton:
         return logits
 
     def learn_return_type(self, tokens: Tensor) -> None:
-        """Run layer 0 once on ``tokens`` to see whether its layers return tuples. Needs :meth:`ends` and layer 0."""
-        hidden: list[Call] = []
+        """Run layer 0 once on ``tokens`` to see whether its layers return tuples."""
+        first: list[Call] = []
 
-        def first(index: int, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-            hidden.append((args, kwargs))
+        def record(index: int, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+            first.append((args, kwargs))
             raise _Stop
 
-        self._forward(tokens, first)
-        args, kwargs = hidden[0]
-        with torch.no_grad():
-            self._returns_tuple = isinstance(self.layers[0](*args, **kwargs), tuple)
+        with self.ends(head=False):
+            self._forward(tokens, record)
+        args, kwargs = first[0]
+        with self.layer(0) as layer, torch.no_grad():
+            self._returns_tuple = isinstance(layer(*args, **kwargs), tuple)
 
     def _forward(self, tokens: Tensor, instead: Callable[[int, tuple[Any, ...], dict[str, Any]], Any], *, gradients: bool = False) -> Any:
         """The model's own forward pass with every decoder layer's forward replaced."""

@@ -19,6 +19,7 @@ from ..solvers import solve
 from ..solvers.base import Method, Solution
 from ..sparsity import Sparsity
 from .capture import Calls, Clock, run_layer
+from .machine import release_memory
 from .match import match_layer
 from .replay import Replay
 
@@ -199,28 +200,13 @@ def prune_layer(
                 run_layer(skeleton, index, streams.seen, calls, clock, groups=todo, watch=add, replay=replay)
             if number in kept:
                 kept.pop(number).close()
-            names = [layout.full_name(index, operator) for operator in group]
-            with clock.phase("gram"):
-                problem = sums.pop(number).problem(names, [operator.rows for operator in group], recipe.target, release=True)
-            if inspect is not None:
-                inspect(number, problem)
-            with clock.phase("solve"):
-                patterns = [sparsity[name] for name in names]
-                if importance is None:
-                    solution = solver(problem, patterns, recipe.steps)
-                else:
-                    rows = torch.cat([importance[name] for name in names]).to(problem.weight.device)
-                    solution = solver(problem.weighted(rows), patterns, recipe.steps)
-                    unweighted(solution.weight, rows)
-                stored = _store(skeleton, module, group, names, solution)
-            warnings += solution.warnings
-            with clock.phase("report"):
-                entries = _operator_entries(problem, solution, stored, group, number, [str(sparsity[name]) for name in names])
+            stored, entries, said = _prune_group(
+                skeleton, layout, index, number, recipe, sparsity, sums.pop(number), clock, inspect, importance, solver
+            )
+            release_memory()
+            weights |= stored
             operators += entries
-            for operator, name in zip(group, names, strict=True):
-                source = skeleton.source(f"{name}.weight")
-                held: Tensor = module.get_submodule(operator.name).weight.detach()  # type: ignore[operator]
-                weights[source] = skeleton.rounded(source, held).to("cpu", copy=True)
+            warnings += said
             if replay is not None:
                 replay.pruned(number)
             worst = max((entry.relative_error or 0.0) for entry in entries)
@@ -281,6 +267,53 @@ def _names(group: Group) -> str:
     return "+".join(operator.name.rpartition(".")[2] for operator in group)
 
 
+def _prune_group(
+    skeleton: Skeleton,
+    layout: Layout,
+    index: int,
+    number: int,
+    recipe: Recipe,
+    sparsity: Mapping[str, Sparsity],
+    sums: ProblemSums,
+    clock: Clock,
+    inspect: Callable[[int, LayerProblem], None] | None,
+    importance: Mapping[str, Tensor] | None,
+    solver: Solver,
+) -> tuple[dict[str, Tensor], list[OperatorEntry], list[str]]:
+    """Solve group ``number`` of the loaded layer and write the solution into it; the problem is freed on return.
+
+    Returns:
+        Its weights by checkpoint name, what the report says of its operators, and warnings.
+    """
+    group = layout.layers[index][number]
+    module = skeleton.layers[index]
+    names = [layout.full_name(index, operator) for operator in group]
+    patterns = [sparsity[name] for name in names]
+    with clock.phase("gram"):
+        problem = sums.problem(names, [operator.rows for operator in group], recipe.target, release=True)
+    if inspect is not None:
+        inspect(number, problem)
+    with clock.phase("solve"):
+        if importance is None:
+            solution = solver(problem, patterns, recipe.steps)
+        else:
+            rows = torch.cat([importance[name] for name in names]).to(problem.weight.device)
+            solution = solver(problem.weighted(rows), patterns, recipe.steps)
+            unweighted(solution.weight, rows)
+        unrounded = _store(skeleton, module, group, names, solution)
+    with clock.phase("report"):
+        # Solvers that keep dense weights leave nothing to round: their error is known, and costs as much as a pass.
+        known = unrounded and importance is None
+        errors = [stats["relative_error"] for stats in solution.stats] if known else problem.relative_errors(solution.weight)
+        entries = _operator_entries(problem, solution, errors, group, number, [str(pattern) for pattern in patterns])
+    weights: dict[str, Tensor] = {}
+    for operator, name in zip(group, names, strict=True):
+        source = skeleton.source(f"{name}.weight")
+        held: Tensor = module.get_submodule(operator.name).weight.detach()  # type: ignore[operator]
+        weights[source] = skeleton.rounded(source, held).to("cpu", copy=True)
+    return weights, entries, list(solution.warnings)
+
+
 def _stack(module: nn.Module, group: Group) -> Tensor:
     """Weights of the group's operators, stacked by rows, in fp32."""
     weights = [operator.weight(module) for operator in group]
@@ -290,23 +323,29 @@ def _stack(module: nn.Module, group: Group) -> Tensor:
     return stacked
 
 
-def _store(skeleton: Skeleton, module: nn.Module, group: Group, names: Sequence[str], solution: Solution) -> Tensor:
-    """Write the solution into the loaded layer, rounded as the checkpoint will hold it; it becomes that, as fp32 (m, n)."""
+def _store(skeleton: Skeleton, module: nn.Module, group: Group, names: Sequence[str], solution: Solution) -> bool:
+    """Write the solution into the loaded layer, rounded as the checkpoint will hold it; the solution's weight becomes that too.
+
+    Returns:
+        Whether it was so before.
+    """
+    unrounded = True
     parts = solution.weight.split([operator.rows for operator in group])
     for operator, name, part in zip(group, names, parts, strict=True):
         target = operator.weight(module)
         target.copy_(skeleton.rounded(skeleton.source(f"{name}.weight"), part))
+        unrounded = unrounded and torch.equal(part, target.to(part.dtype))
         part.copy_(target)
-    return solution.weight
+    return unrounded
 
 
 def _operator_entries(
-    problem: LayerProblem, solution: Solution, stored: Tensor, group: Group, number: int, patterns: list[str]
+    problem: LayerProblem, solution: Solution, errors: Sequence[float], group: Group, number: int, patterns: list[str]
 ) -> list[OperatorEntry]:
     spectrum, ranks, condition = _spectrum(problem)
     entries = []
-    parts = stored.split([operator.rows for operator in group])
-    for operator, pattern, part, error, stats in zip(group, patterns, parts, problem.relative_errors(stored), solution.stats, strict=True):
+    parts = solution.weight.split([operator.rows for operator in group])
+    for operator, pattern, part, error, stats in zip(group, patterns, parts, errors, solution.stats, strict=True):
         zeros = int((part == 0).sum())
         entries.append(
             OperatorEntry(

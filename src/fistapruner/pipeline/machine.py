@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
 import platform
 import resource
@@ -17,6 +18,12 @@ import torch
 from ..reporting.schema import Machine
 
 INSTRUCTIONS = ("avx2", "avx512f", "avx512_vnni", "avx512_bf16", "avx512_vbmi2", "amx_bf16", "amx_int8")
+
+
+def release_memory() -> None:
+    """Let the C library give freed memory back to the system: what it keeps in pieces grows by a tenth of a run's peak."""
+    with suppress(OSError, AttributeError):  # not glibc
+        ctypes.CDLL("libc.so.6").malloc_trim(0)
 
 
 def describe_machine(device: torch.device) -> Machine:

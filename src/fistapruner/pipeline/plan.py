@@ -178,6 +178,10 @@ def free_memory() -> int:
     return max(free, 0) + psutil.Process().memory_info().rss
 
 
+RETAINED = 96 * 2**20
+"""Freed memory that the C library keeps: twice its largest threshold for handing blocks back (32 MiB), and pieces between blocks."""
+
+
 @dataclass(frozen=True)
 class Sizes:
     """The sizes, in bytes, that the memory of a run is made of: see :meth:`measure`."""
@@ -188,6 +192,12 @@ class Sizes:
     checkpoint: int
     pruned: int
     layer: int
+    stored: int
+    """Bytes of a weight in the checkpoint, or in the passes where that is less."""
+
+    together: bool
+    """Without error correction one pass serves all groups, and their sums are in memory together."""
+
     window: int
     forward: int
     groups: tuple[tuple[str, int, int, int, int], ...]
@@ -201,6 +211,10 @@ class Sizes:
     backward: int
     """Of a forward and backward pass of one window through a decoder layer; 0 where nothing is measured on the dense model."""
 
+    matching: int
+    """Block matching of one layer: fp32 weights, their gradients, Adam's two moments, the best so far, masks, what a pass uses; a
+    forward and backward pass of one window; the metric. 0 without."""
+
     logits: int
     measured: bool
     reordered: bool
@@ -213,30 +227,34 @@ class Sizes:
         samples, seqlen = tokens.shape
         checkpoint = skeleton.checkpoint
         itemsize = skeleton.dtype.itemsize
+        stored = min(itemsize, checkpoint.dtype.itemsize)
         in_layers = [{skeleton.source(name) for name in skeleton.layer_parameters(index)} for index in range(len(skeleton))]
         outside = set(checkpoint.names()).difference(*in_layers)
 
         def size(names: set[str]) -> int:
             return sum(math.prod(checkpoint.entry(name).shape) for name in names) * itemsize
 
-        with skeleton.ends(head=False), skeleton.layer(0):
-            one = tokens[:1]
-            hidden, calls = skeleton.embed(one)
+        with skeleton.ends(head=False):
+            hidden, calls = skeleton.embed(tokens[:1])
+        with skeleton.layer(0):
             with torch.no_grad():
                 forward = peak_bytes(lambda: skeleton.run(0, hidden, calls[0]))
-            backward = peak_bytes(lambda: _differentiate(skeleton, hidden, calls[0])) if differentiates(recipe) else 0
+            backward = peak_bytes(lambda: _differentiate(skeleton, hidden, calls[0])) if differentiates(recipe) or recipe.match else 0
         index = max(range(len(skeleton)), key=lambda index: size(in_layers[index]))
         groups = layout.layers[index]
         rows = tuple(_group_bytes(group, [sparsity[layout.full_name(index, operator)] for operator in group], recipe) for group in groups)
+        operators = sum(weight for _, _, weight, _, _ in rows)
         drifting = groups[1:] if recipe.propagate == "dense" else groups
         keeps = recipe.target > 0 and (recipe.error_correction or recipe.propagate == "pruned")
         return cls(
-            base=psutil.Process().memory_info().rss if skeleton.device.type == "cpu" else 0,
+            base=psutil.Process().memory_info().rss + RETAINED if skeleton.device.type == "cpu" else 0,
             ends=size(outside),
             largest=max(checkpoint.entry(name).nbytes for name in checkpoint.names()),
             checkpoint=checkpoint.nbytes,
-            pruned=sum(operator.rows * operator.columns for _, operator in layout.operators()) * itemsize,
+            pruned=sum(operator.rows * operator.columns for _, operator in layout.operators()) * stored,
             layer=size(in_layers[index]),
+            stored=stored,
+            together=not recipe.error_correction,
             window=seqlen * skeleton.width * itemsize,
             forward=forward,
             groups=rows,
@@ -246,7 +264,8 @@ class Sizes:
             # Into and out of a layer; what block matching aims at, where nothing else needs it; what replay keeps.
             streams=(2 if recipe.propagate == "dense" else 4 if recipe.target > 0 else 2) + bool(recipe.match and recipe.target < 1) + 1,
             layers=len(skeleton),
-            backward=backward,
+            backward=backward if differentiates(recipe) else 0,
+            matching=backward + (5 * 4 + 1 + itemsize) * operators // 4 + 3 * 4 * skeleton.width**2 if recipe.match else 0,
             logits=4 * 4 * min(seqlen, HEAD_TOKENS) * int(skeleton.config.get_text_config().vocab_size),
             measured=needs_measuring(recipe),
             reordered=permutes(recipe),
@@ -270,16 +289,24 @@ class Sizes:
             "the first hidden states": self.base + self.ends + self.window * in_memory + batch * 2 * self.window,
             "writing the checkpoint": self.base + 2 * self.largest,
         }
-        for names, gram, weight, stacked, alone in self.groups:
-            loaded = self.base + self.layer + states + self.kept * in_memory
-            drifts = self.kept > 0
-            sums = 2 * gram + 2 * weight if drifts else gram + weight
+        drifts = self.kept > 0
+        # Of each group: Gram, weight and what drifting inputs add (problem.py).
+        all_sums = [gram + weight + (2 * gram if weight > gram else weight) * drifts for _, gram, weight, _, _ in self.groups]
+        done = 0  # weights of the groups that are solved, as the checkpoint will hold them
+        for number, (names, gram, weight, stacked, alone) in enumerate(self.groups):
+            waiting = sum(all_sums[number + 1 :]) if self.together else 0
+            loaded = self.base + self.layer + states + self.kept * in_memory + waiting + (0 if self.cuda else done)
+            done += weight * self.stored // 4
+            sums = all_sums[number]
             gather = passing + sums + batch * self.float_input * (3 if drifts else 1)
             found[f"a pass up to {names}"] = loaded + gather
+            found[f"the problem of {names}"] = loaded + sums + weight * (drifts and weight > gram) + weight // 2  # a block in fp64
             apart = choice.by_operator and alone < stacked
-            # The solution is gathered beside the weight: fp32 and a mask of bytes.
-            solving = gram + 9 * weight // 4 + (solvers * (self.base + alone) or alone - gram) if apart else stacked
+            # The solution is gathered beside the weight, fp32 and a mask of bytes; its errors are computed in blocks of rows.
+            solving = gram + 9 * weight // 4 + (solvers * (self.base + alone) or max(alone - gram, weight // 2)) if apart else stacked
             found[f"solving {names}"] = loaded + solving + (weight if drifts else 0) * (2 if self.weighted else 1) + weight * self.weighted
+        if self.matching:
+            found["block matching"] = self.base + self.layer + states + (0 if self.cuda else done) + self.matching + 4 * self.window
         if self.measured:
             windows = windows_looked_at(self.samples)
             states = 0 if choice.on_disk or self.cuda else self._states_measured() * windows * self.window
