@@ -47,6 +47,7 @@ def main() -> None:
     parser.add_argument("--samples", type=int, default=8)
     parser.add_argument("--seqlen", type=int, default=256)
     parser.add_argument("--method", default="wanda")
+    parser.add_argument("--target", default="dense", help="as of 'fistapruner prune' (default: %(default)s)")
     parser.add_argument("--plot", type=Path, help="write the memory curves here (depth, large)")
     parser.add_argument("--folder", type=Path, help="where checkpoints and runs are put (default: a temporary folder)")
     arguments = parser.parse_args()
@@ -168,7 +169,18 @@ Curve = list[tuple[float, int]]
 def prune(model: Path, out: Path, arguments: argparse.Namespace, *more: str) -> tuple[dict[str, Any], Curve]:
     """Run the command line in a process of its own; its report and its memory."""
     command = [sys.executable, "-m", "fistapruner", "prune", str(model), "--out", str(out), "--calibration", "python", "--device", "cpu"]
-    command += ["--method", arguments.method, "--samples", str(arguments.samples), "--seqlen", str(arguments.seqlen), "--evaluate", "none"]
+    command += [
+        "--method",
+        arguments.method,
+        "--target",
+        arguments.target,
+        "--samples",
+        str(arguments.samples),
+        "--seqlen",
+        str(arguments.seqlen),
+        "--evaluate",
+        "none",
+    ]
     begin, curve = time.perf_counter(), []
     with psutil.Popen([*command, *more], stdout=subprocess.DEVNULL, env={**os.environ, "HF_HUB_OFFLINE": "1"}) as process:
         while process.poll() is None:

@@ -86,6 +86,7 @@ def test_more_calibration_tokens_need_no_more_memory_on_disk(model: Model) -> No
 def test_hidden_states_go_to_disk_before_batches_shrink(model: Model, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Limits between the peaks of the choices pick the first choice that fits."""
     monkeypatch.setattr(plan.psutil.Process, "memory_info", lambda _: type("Memory", (), {"rss": 0}))
+    monkeypatch.setattr(plan, "RETAINED", 0)
     measured = sizes(model)
     limits = {choice: max(measured.stages(choice).values()) for choice in (Choice(16), Choice(16, on_disk=True), Choice(8, on_disk=True))}
     for choice, limit in limits.items():

@@ -221,6 +221,11 @@ class Skeleton:
         tensor = tensor.to(stored)
         return tensor if stored.itemsize <= self.dtype.itemsize else tensor.to(self.dtype)
 
+    def result(self, source: str, tensor: Tensor) -> Tensor:
+        """A copy of ``tensor`` in main memory, :meth:`rounded`."""
+        rounded = self.rounded(source, tensor).cpu()
+        return rounded.clone() if rounded.data_ptr() == tensor.data_ptr() else rounded
+
     def _load(self, names: list[str], replaced: Mapping[str, Tensor]) -> None:
         for name in names:
             source = self._sources[name]

@@ -200,11 +200,13 @@ def prune_layer(
                 run_layer(skeleton, index, streams.seen, calls, clock, groups=todo, watch=add, replay=replay)
             if number in kept:
                 kept.pop(number).close()
-            stored, entries, said = _prune_group(
+            entries, said = _prune_group(
                 skeleton, layout, index, number, recipe, sparsity, sums.pop(number), clock, inspect, importance, solver
             )
             release_memory()
-            weights |= stored
+            for operator in group:
+                source = skeleton.source(f"{layout.full_name(index, operator)}.weight")
+                weights[source] = skeleton.result(source, module.get_submodule(operator.name).weight.detach())  # type: ignore[operator]
             operators += entries
             warnings += said
             if replay is not None:
@@ -279,11 +281,11 @@ def _prune_group(
     inspect: Callable[[int, LayerProblem], None] | None,
     importance: Mapping[str, Tensor] | None,
     solver: Solver,
-) -> tuple[dict[str, Tensor], list[OperatorEntry], list[str]]:
+) -> tuple[list[OperatorEntry], tuple[str, ...]]:
     """Solve group ``number`` of the loaded layer and write the solution into it; the problem is freed on return.
 
     Returns:
-        Its weights by checkpoint name, what the report says of its operators, and warnings.
+        What the report says of its operators, and warnings.
     """
     group = layout.layers[index][number]
     module = skeleton.layers[index]
@@ -306,12 +308,7 @@ def _prune_group(
         known = unrounded and importance is None
         errors = [stats["relative_error"] for stats in solution.stats] if known else problem.relative_errors(solution.weight)
         entries = _operator_entries(problem, solution, errors, group, number, [str(pattern) for pattern in patterns])
-    weights: dict[str, Tensor] = {}
-    for operator, name in zip(group, names, strict=True):
-        source = skeleton.source(f"{name}.weight")
-        held: Tensor = module.get_submodule(operator.name).weight.detach()  # type: ignore[operator]
-        weights[source] = skeleton.rounded(source, held).to("cpu", copy=True)
-    return weights, entries, list(solution.warnings)
+    return entries, solution.warnings
 
 
 def _stack(module: nn.Module, group: Group) -> Tensor:

@@ -182,7 +182,7 @@ class _Tuned:
             value = skeleton.rounded(source, exact).to(self.dtype)
             vanished = self.masks[name] & (value == 0) if name in self.masks else torch.zeros_like(value, dtype=torch.bool)
             parameter.copy_(torch.where(vanished, parameter, value))
-            stored[source] = skeleton.rounded(source, parameter.detach()).to("cpu", copy=True)
+            stored[source] = skeleton.result(source, parameter.detach())
         return stored
 
 
