@@ -248,4 +248,4 @@ def holds(weight: Tensor, sparsity: Sparsity) -> bool:
             return False
         kept = (weight.reshape(rows, -1, sparsity.m) != 0).sum(-1)
         return bool((kept <= sparsity.n).all())
-    return int((weight == 0).sum()) >= sparsity.zeros(rows, columns)
+    return weight.numel() - int(torch.count_nonzero(weight)) >= sparsity.zeros(rows, columns)

@@ -25,7 +25,7 @@ def outlier_share(operators: Iterable[tuple[Tensor, Tensor]]) -> float:
     scores = [weight.float().abs() * norm for weight, norm in operators]
     count = sum(score.numel() for score in scores)
     mean = sum(float(score.sum(dtype=torch.float64)) for score in scores) / count
-    return sum(int((score > OUTLIER * mean).sum()) for score in scores) / count
+    return sum(int(torch.count_nonzero(score > OUTLIER * mean)) for score in scores) / count
 
 
 def owl_allocation(shares: Mapping[int, float], members: Mapping[int, Mapping[str, int]], fraction: float) -> dict[str, Unstructured]:

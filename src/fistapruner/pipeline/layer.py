@@ -343,7 +343,7 @@ def _operator_entries(
     entries = []
     parts = solution.weight.split([operator.rows for operator in group])
     for operator, pattern, part, error, stats in zip(group, patterns, parts, errors, solution.stats, strict=True):
-        zeros = int((part == 0).sum())
+        zeros = part.numel() - int(torch.count_nonzero(part))  # a sum of booleans would be one of int64
         entries.append(
             OperatorEntry(
                 name=operator.name,

@@ -78,7 +78,7 @@ class ALPS(Method):
             dual = dual + rho * (smooth - sparse)
             if step % 3:
                 continue
-            change = int((mask != support).sum())
+            change = int(torch.count_nonzero(mask != support))
             support = mask
             path.append({"step": step, "rho": rho, "support_change": change / kept})
             if change >= 0.1 * kept:

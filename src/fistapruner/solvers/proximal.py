@@ -146,7 +146,7 @@ class Proximal(Method):
                         for (_, _, kept), before, changes in zip(parts, supports, path, strict=True):
                             now = kept != 0
                             if level:  # half of the differences are entries that came, half those that went
-                                share = int((now ^ before).sum()) / max(1, 2 * int(now.sum()))
+                                share = int(torch.count_nonzero(now ^ before)) / max(1, 2 * int(torch.count_nonzero(now)))
                                 changes.append({"rho": rho, "support_change": share})
                             before.copy_(now)
                     if level and step == 0:

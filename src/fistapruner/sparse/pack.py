@@ -226,7 +226,7 @@ def is_packed(folder: str | Path) -> bool:
 def choose_layout(weight: Tensor, hint: NM | None = None) -> NM | None:
     """The smallest layout for a weight: an n:m pattern that it has, or None for the bit mask."""
     rows, columns = weight.shape
-    nonzero, size = int((weight != 0).sum()), weight.element_size() * 8
+    nonzero, size = int(torch.count_nonzero(weight)), weight.element_size() * 8
     best, best_bits = None, nonzero * size + rows * columns
     candidates = (hint, *PATTERNS) if hint is not None and hint.m <= MAX_M else PATTERNS
     for pattern in candidates:
@@ -267,7 +267,7 @@ def _plan(source: Checkpoint, record: dict[str, Any], values: str, group: int) -
             continue
         cast = torch.bfloat16 if values == "bf16" else entry.dtype
         weight = source.read(name).to(cast)
-        nonzero = int((weight != 0).sum())
+        nonzero = int(torch.count_nonzero(weight))
         if not listed and nonzero > (1 - MIN_ZEROS) * weight.numel():
             continue
         layout = choose_layout(weight, _hint(known))
