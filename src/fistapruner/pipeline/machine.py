@@ -21,7 +21,7 @@ INSTRUCTIONS = ("avx2", "avx512f", "avx512_vnni", "avx512_bf16", "avx512_vbmi2",
 
 
 def release_memory() -> None:
-    """Let the C library give freed memory back to the system: what it keeps in pieces grows by a tenth of a run's peak."""
+    """Let the C library give freed memory back to the system; of itself it keeps blocks below 32 MiB and what lies under others."""
     with suppress(OSError, AttributeError):  # not glibc
         ctypes.CDLL("libc.so.6").malloc_trim(0)
 
