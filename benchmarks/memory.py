@@ -169,18 +169,8 @@ Curve = list[tuple[float, int]]
 def prune(model: Path, out: Path, arguments: argparse.Namespace, *more: str) -> tuple[dict[str, Any], Curve]:
     """Run the command line in a process of its own; its report and its memory."""
     command = [sys.executable, "-m", "fistapruner", "prune", str(model), "--out", str(out), "--calibration", "python", "--device", "cpu"]
-    command += [
-        "--method",
-        arguments.method,
-        "--target",
-        arguments.target,
-        "--samples",
-        str(arguments.samples),
-        "--seqlen",
-        str(arguments.seqlen),
-        "--evaluate",
-        "none",
-    ]
+    command += ["--method", arguments.method, "--target", arguments.target, "--evaluate", "none"]
+    command += ["--samples", str(arguments.samples), "--seqlen", str(arguments.seqlen)]
     begin, curve = time.perf_counter(), []
     with psutil.Popen([*command, *more], stdout=subprocess.DEVNULL, env={**os.environ, "HF_HUB_OFFLINE": "1"}) as process:
         while process.poll() is None:

@@ -297,11 +297,11 @@ class Sizes:
         drifts = self.kept > 0
         # Of each group: Gram, weight and what drifting inputs add (problem.py).
         all_sums = [gram + weight + (2 * gram if weight > gram else weight) * drifts for _, gram, weight, _, _ in self.groups]
-        done = 0  # weights of the groups that are solved, as the checkpoint will hold them
+        done = 0  # weights of the groups that are solved, in main memory as the checkpoint will hold them
         for number, (names, gram, weight, stacked, alone) in enumerate(self.groups):
             waiting = sum(all_sums[number + 1 :]) if self.together else 0
-            loaded = self.base + self.layer + states + self.kept * in_memory + waiting + (0 if self.cuda else done)
-            done += weight * self.stored // 4
+            loaded = self.base + self.layer + states + self.kept * in_memory + waiting + done
+            done += 0 if self.cuda else weight * self.stored // 4
             sums = all_sums[number]
             gather = passing + sums + batch * self.float_input * (3 if drifts else 1)
             found[f"a pass up to {names}"] = loaded + gather
@@ -311,7 +311,7 @@ class Sizes:
             solving = gram + 9 * weight // 4 + (solvers * (self.base + alone) or max(alone - gram, weight // 2)) if apart else stacked
             found[f"solving {names}"] = loaded + solving + (weight if drifts else 0) * (2 if self.weighted else 1) + weight * self.weighted
         if self.matching:
-            found["block matching"] = self.base + self.layer + states + (0 if self.cuda else done) + self.matching + 4 * self.window
+            found["block matching"] = self.base + self.layer + states + done + self.matching + 4 * self.window
         if self.measured:
             windows = windows_looked_at(self.samples)
             states = 0 if choice.on_disk or self.cuda else self._states_measured() * windows * self.window
