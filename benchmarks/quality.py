@@ -1,12 +1,12 @@
 """How much of ALPS's gap do our settings leave, and at what share of SparseGPT's time?
 
 gap = ln(perplexity) - ln(dense perplexity). Every setting is pruned and measured by ``fistapruner compare`` with one
-calibration set for each seed; ALPS and SparseGPT run in their papers' setting (pruned hidden states, pruned targets). Printed
+calibration set for each seed; ALPS and SparseGPT run as published (pruned hidden states, pruned targets). Printed
 are, for each setting and sparsity, the gap, its ratio to ALPS's gap and the whole run's time as a multiple of SparseGPT's, all
 of this one comparison. Finished runs are kept: the same command goes on.
 
     python benchmarks/quality.py --data DATA --out runs/quality --sparsity 50%,2:4 --seeds 0,1,2
-    python benchmarks/quality.py --data DATA --out runs/search --settings proximal@propagate=pruned,target=0.5,allocation=error
+    python benchmarks/quality.py --data DATA --out runs/search --settings proximal@residual=none,proximal@allocation=uniform
 
 DATA holds c4/*.jsonl (training text) and wikitext2/test_joined.txt (the test split joined by blank lines). Without it, text
 that comes with Python is used for both; the numbers are then of that text.
@@ -24,13 +24,9 @@ from fistapruner.cli.progress import choose_listener
 from fistapruner.pipeline.compare import compare
 from fistapruner.reporting.schema import Comparison
 
-PAPER = "propagate=pruned,target=pruned"
-ALPS = f"alps@{PAPER}"
-SPARSEGPT = f"sparsegpt@{PAPER}"
-SETTINGS = (
-    "proximal,proximal@propagate=pruned,target=0.5,proximal@propagate=pruned,target=0.5,allocation=auto,"
-    "proximal@propagate=pruned,target=0.5,allocation=auto,match=256"
-)
+ALPS = "alps"
+SPARSEGPT = "sparsegpt"
+SETTINGS = "proximal,proximal@propagate=dense,best"
 
 
 def main() -> None:

@@ -15,6 +15,10 @@ With E = V - W this is f(V) = tr(E H E^T) - 2 a <E, R> + a^2 sum(d): the same f 
 B = W H + a R, but written around W, so that fp32 does not lose a small error in the difference of large numbers. R and
 d are zero where nothing was pruned upstream. Operators that read the same tensor share H; they are stacked by rows into
 one problem and every solver works on all of them at once.
+
+An operator whose output is added to the hidden states may be asked to take their drift back, too (``residual: correct``):
+with S what it adds to in the dense model and S* in the partly pruned one, ``V X* + S*`` is to be ``a (W X + S) + (1 - a)
+(W X* + S*)``. Then ``W (X - X*) + (S - S*)`` stands for ``W (X - X*)`` in R and d, and nothing else changes.
 """
 
 from __future__ import annotations
@@ -198,6 +202,7 @@ class LayerProblem:
         weight: Tensor,
         inputs: Tensor,
         dense_inputs: Tensor | None = None,
+        residual: Tensor | None = None,
         *,
         target: float = 1.0,
         name: str = "operator",
@@ -208,47 +213,54 @@ class LayerProblem:
             weight: (m, n) dense weights.
             inputs: (p, n) what the operator sees in the pruned model, ``X*`` by tokens.
             dense_inputs: (p, n) what it sees in the dense model. Default: the same.
+            residual: (p, m) ``S - S*`` by tokens, see above; only with ``dense_inputs``.
             target: share of the dense target.
             name: operator name.
         """
-        sums = ProblemSums(weight.float(), drifts=dense_inputs is not None)
-        sums.add(inputs, dense_inputs)
+        sums = ProblemSums(weight.float(), drifts=dense_inputs is not None, residual=residual is not None)
+        sums.add(inputs, dense_inputs, residual)
         return sums.problem((name,), (weight.shape[0],), target)
 
 
 class ProblemSums:
     """The sums of a layer problem, gathered batch by batch in fp32.
 
-    Where inputs drift, either R itself is summed (m x n) or, when the operators have more outputs than inputs, the
-    smaller sums (X - X*) X*^T and (X - X*)(X - X*)^T (n x n) that give R and d after one product with W.
+    Where inputs drift, either R itself is summed (m x n) or, when the operators have more outputs than inputs and nothing
+    is added to their drift, the smaller sums (X - X*) X*^T and (X - X*)(X - X*)^T (n x n) that give R and d after one
+    product with W.
 
     Args:
         weight: (m, n) dense weights of the operators that share their inputs, stacked by rows.
         drifts: whether dense inputs will be given beside the pruned ones.
+        residual: whether the drift of what the operators' outputs are added to will be given, too.
 
     The sums are kept on the weight's device. Activations that are bf16 values are multiplied on the device's bf16 units
     (:func:`~fistapruner.numerics.fast_products`): exactly for H; for the drift, whose differences are rounded to bf16,
     with an error far below the drift's own sampling error.
     """
 
-    def __init__(self, weight: Tensor, *, drifts: bool) -> None:
+    def __init__(self, weight: Tensor, *, drifts: bool, residual: bool = False) -> None:
         m, n = weight.shape
         device = weight.device
         self.weight = weight.float()
         self.tokens = 0
         self.gram = torch.zeros(n, n, device=device)
         self.drifts = drifts
-        self._by_inputs = drifts and m > n
+        self.residual = residual
+        self._by_inputs = drifts and m > n and not residual
         self._cross = torch.zeros(n if self._by_inputs else m, n, device=device) if drifts else None
         self._moved = torch.zeros(n, n, device=device) if self._by_inputs else None
         self._energy = torch.zeros(m, dtype=torch.float64, device=device) if drifts and not self._by_inputs else None
+        self._dense_energy = torch.zeros(m, dtype=torch.float64, device=device) if residual else None
 
-    def add(self, inputs: Tensor, dense_inputs: Tensor | None = None) -> None:
+    def add(self, inputs: Tensor, dense_inputs: Tensor | None = None, residual: Tensor | None = None) -> None:
         """Add a batch.
 
         Args:
             inputs: (tokens, n) inputs in the partly pruned model.
             dense_inputs: (tokens, n) inputs of the same tokens in the dense model, if ``drifts``.
+            residual: (tokens, m) ``S - S*``, what the outputs are added to in the dense model less that in the pruned one, if
+                ``residual``.
         """
         x = inputs.float()
         self.tokens += x.shape[0]
@@ -264,6 +276,10 @@ class ProblemSums:
             else:
                 assert self._energy is not None
                 moved = moved @ self.weight.T
+                if self._dense_energy is not None:
+                    assert residual is not None
+                    self._dense_energy += (dense_inputs.float() @ self.weight.T).square_().sum(0, dtype=torch.float64)
+                    moved += residual
                 self._energy += moved.double().square().sum(0)
             self._cross.addmm_(moved.T, x)
 
@@ -294,8 +310,11 @@ class ProblemSums:
                 assert self._energy is not None
                 drift = mean(self._cross, self.tokens)
                 drift_energy = self._energy / self.tokens
-            # ||W X||^2 = ||W X*||^2 + 2 <W X*, W (X - X*)> + ||W (X - X*)||^2, row by row.
-            energy = _row_dots(lambda rows: torch.add(self.weight[rows] @ gram, drift[rows], alpha=2.0), self.weight) + drift_energy
+            if self._dense_energy is not None:
+                energy = self._dense_energy / self.tokens
+            else:
+                # ||W X||^2 = ||W X*||^2 + 2 <W X*, W (X - X*)> + ||W (X - X*)||^2, row by row.
+                energy = _row_dots(lambda rows: torch.add(self.weight[rows] @ gram, drift[rows], alpha=2.0), self.weight) + drift_energy
             if release:
                 self._cross = self._moved = None
         problem = LayerProblem(

@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import re
+from collections.abc import Mapping
 from importlib import resources
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -97,6 +98,10 @@ class Execution(Settings):
         return parse_bytes(value) if isinstance(value, str) else value
 
 
+SETTLED = ("propagate", "target", "residual")
+"""Settings that a run writes out before it begins, where they are ``auto`` (:meth:`Recipe.settled`)."""
+
+
 class Recipe(Settings):
     """All settings of a pruning run.
 
@@ -104,9 +109,16 @@ class Recipe(Settings):
         sparsity: pattern of every pruned operator: ``50%``, ``0.5``, ``2:4``, ``4:8``.
         method: a method, or a chain of a solver and refinements.
         propagate: which hidden states feed a decoder layer: the ``dense`` model's (layers are then independent and can
-            be pruned in parallel; FISTAPruner) or those of the already ``pruned`` layers (SparseGPT, ALPS).
+            be pruned in parallel; FISTAPruner) or those of the already ``pruned`` layers (SparseGPT, ALPS). ``auto`` is
+            what the method was published with, ``pruned`` for this project's own (``proximal``), but ``dense`` where layers are
+            to be pruned apart from each other: with an executor other than ``serial``, or a part of the layers only.
         target: which output an operator reproduces from its inputs: ``dense`` (FISTAPruner), ``pruned`` (the dense
-            weight on the drifted inputs; SparseGPT, Wanda, ALPS), or a share of the dense one in [0, 1].
+            weight on the drifted inputs; SparseGPT, Wanda, ALPS), or a share of the dense one in [0, 1]. ``auto`` is what the
+            method was published with, 0.5 for this project's own, and ``dense`` where ``propagate`` is not the method's.
+        residual: ``correct`` lets operators whose output is added to the hidden states (``o_proj``, ``down_proj``) also take
+            back, with the share ``target`` and as far as their inputs can tell, how far these have drifted from the dense
+            model's; it needs ``error_correction`` and a target above 0. ``none`` does not; ``auto`` is ``correct`` for this
+            project's own method and ``none`` for published ones.
         error_correction: inside a decoder layer, recompute each operator's inputs with the operators before it already
             pruned (FISTAPruner's intra-layer error correction). False prunes all operators on dense inputs.
         targets: operators to prune, by name or ``re:`` pattern; default is every linear operator of the decoder layers.
@@ -132,8 +144,9 @@ class Recipe(Settings):
 
     sparsity: SparsitySetting = "50%"
     method: MethodSetting = "proximal"
-    propagate: Literal["dense", "pruned"] = "dense"
-    target: Annotated[float, BeforeValidator(_target)] = Field(1.0, ge=0.0, le=1.0)
+    propagate: Literal["auto", "dense", "pruned"] = "auto"
+    target: Annotated[Annotated[float, Field(ge=0.0, le=1.0)] | Literal["auto"], BeforeValidator(_target)] = "auto"
+    residual: Literal["auto", "none", "correct"] = "auto"
     error_correction: bool = True
     targets: tuple[str, ...] = ()
     ignore: tuple[str, ...] = ()
@@ -165,6 +178,29 @@ class Recipe(Settings):
     def steps(self) -> tuple[Method, ...]:
         """The method chain, parsed."""
         return self.method  # type: ignore[no-any-return]
+
+    @property
+    def dense_share(self) -> float:
+        """``target`` of a :meth:`settled` recipe as a number: the share of the dense target."""
+        assert not isinstance(self.target, str)
+        return self.target
+
+    def settled(self, *, apart: bool = False, earlier: Mapping[str, Any] | None = None) -> Recipe:
+        """This recipe with ``propagate``, ``target`` and ``residual`` written out where they are ``auto``.
+
+        Args:
+            apart: only a part of the decoder layers will be pruned, apart from the others.
+            earlier: the settled recipe of the run that is continued: what it settled stays, whoever goes on.
+        """
+        solver = [step for step in self.steps if not step.refines][-1]
+        chosen = {key: (earlier or {}).get(key, "auto") if getattr(self, key) == "auto" else getattr(self, key) for key in SETTLED}
+        if chosen["propagate"] == "auto":
+            chosen["propagate"] = "dense" if apart or self.execution.executor != "serial" else solver.propagate
+        if chosen["target"] == "auto":
+            chosen["target"] = solver.target if chosen["propagate"] == solver.propagate else 1.0
+        if chosen["residual"] == "auto":
+            chosen["residual"] = "none" if solver.published else "correct"
+        return self.model_copy(update=chosen)
 
     @property
     def method_name(self) -> str:

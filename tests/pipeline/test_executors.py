@@ -23,7 +23,7 @@ from fistapruner.pipeline.serial import Listener, prune_serially
 from fistapruner.pipeline.side_by_side import SideBySide
 from fistapruner.pipeline.work import Work
 
-SETTINGS: dict[str, Any] = {"method": "sparsegpt", "calibration": {"source": "python", "samples": 6, "seqlen": 24}}
+SETTINGS: dict[str, Any] = {"method": "sparsegpt", "propagate": "dense", "calibration": {"source": "python", "samples": 6, "seqlen": 24}}
 LAYERS = 5
 
 

@@ -30,6 +30,7 @@ def stream(
     folder: Path, recipe: Recipe, scratch: Path | None, inspect: Callable[[int, LayerProblem], None] | None = None
 ) -> dict[str, Tensor]:
     """Prune all layers of a checkpoint, one in memory at a time."""
+    recipe = recipe.settled()
     skeleton = Skeleton(Checkpoint.open(folder), torch.device("cpu"))
     layout = discover(skeleton)
     tokens = calibration()
@@ -45,7 +46,7 @@ def stream(
     weights: dict[str, Tensor] = {}
     for index in range(len(skeleton)):
         more = index < len(skeleton) - 1
-        keep_dense = more and (recipe.propagate == "dense" or recipe.target > 0)
+        keep_dense = more and (recipe.propagate == "dense" or recipe.dense_share > 0)
         streams = Streams(
             dense,
             pruned,
@@ -61,7 +62,15 @@ def stream(
     return weights
 
 
-def in_memory(folder: Path, recipe: Recipe, layout: Layout) -> dict[str, Tensor]:
+ADDING = {
+    "llama": ("self_attn.o_proj", "mlp.down_proj"),
+    "gpt2": ("attn.c_proj", "mlp.c_proj"),
+    "gpt_neox": ("attention.dense", "mlp.dense_4h_to_h"),
+}
+"""The operators of a decoder layer whose outputs are added to the hidden states."""
+
+
+def in_memory(folder: Path, recipe: Recipe, layout: Layout, adding: tuple[str, str] = ("", "")) -> dict[str, Tensor]:
     """The same by the definition, with two whole models in memory and every operator's inputs kept."""
     dense = AutoModelForCausalLM.from_pretrained(folder).eval()
     pruned = AutoModelForCausalLM.from_pretrained(folder).eval()
@@ -76,6 +85,28 @@ def in_memory(folder: Path, recipe: Recipe, layout: Layout) -> dict[str, Tensor]
         handle.remove()
         return seen[0].flatten(0, 1)
 
+    def added_to(model: Any, index: int, name: str, start: int, stop: int) -> Tensor:
+        """What operator ``name`` of a layer adds its output to."""
+        layer = model.get_submodule(f"{layout.prefix}.{index}")
+        hidden: list[Tensor] = []
+        first: list[Tensor] = []
+        handles = [
+            layer.register_forward_pre_hook(lambda _, args: hidden.append(args[0].detach().clone())),
+            layer.get_submodule(adding[0]).register_forward_hook(lambda _, __, output: first.append(output.detach().clone())),
+        ]
+        with torch.no_grad():
+            model(tokens[start:stop])
+        for handle in handles:
+            handle.remove()
+        return (hidden[0] if name == adding[0] else hidden[0] + first[0]).flatten(0, 1)
+
+    def drift(index: int, name: str, start: int, stop: int) -> Tensor | None:
+        if recipe.residual == "none" or name not in adding or ((recipe.propagate == "dense" or index == 0) and name == adding[0]):
+            return None
+        drift = added_to(dense, index, name, start, stop) - added_to(pruned, index, name, start, stop)
+        length = drift.norm(dim=1, keepdim=True)
+        return drift * (1.5 * length.median() / length).clamp_max(1.0)
+
     for index, groups in enumerate(layout.layers):
         if recipe.propagate == "dense" and index:
             # This layer is fed by the dense model: the layers before it stand dense again.
@@ -83,14 +114,19 @@ def in_memory(folder: Path, recipe: Recipe, layout: Layout) -> dict[str, Tensor]
                 if hasattr(module, "weight") and f"{layout.prefix}.{index - 1}." in earlier + ".":
                     pruned.get_submodule(earlier).weight.data.copy_(module.weight)
         for number, group in enumerate(groups):
-            drifts = recipe.target > 0 and (number > 0 or (index > 0 and recipe.propagate == "pruned"))
+            drifts = recipe.dense_share > 0 and (number > 0 or (index > 0 and recipe.propagate == "pruned"))
+            taken_back = drift(index, group[0].name, 0, BATCH) is not None
             names = [layout.full_name(index, operator) for operator in group]
             stacked = torch.cat([operator.weight(dense.get_submodule(f"{layout.prefix}.{index}")) for operator in group])
-            sums = ProblemSums(stacked.detach(), drifts=drifts)
+            sums = ProblemSums(stacked.detach(), drifts=drifts, residual=taken_back)
             for start in range(0, SAMPLES, BATCH):
                 stop = min(start + BATCH, SAMPLES)
-                sums.add(inputs_of(pruned, names[0], start, stop), inputs_of(dense, names[0], start, stop) if drifts else None)
-            problem = sums.problem(names, [operator.rows for operator in group], recipe.target)
+                sums.add(
+                    inputs_of(pruned, names[0], start, stop),
+                    inputs_of(dense, names[0], start, stop) if drifts else None,
+                    drift(index, group[0].name, start, stop),
+                )
+            problem = sums.problem(names, [operator.rows for operator in group], recipe.dense_share)
             solution = solve(problem, recipe.pattern, recipe.steps)
             for operator, name, part in zip(group, names, solution.weight.split(problem.rows), strict=True):
                 operator.weight(pruned.get_submodule(f"{layout.prefix}.{index}")).data.copy_(part)
@@ -109,14 +145,17 @@ def calibration() -> Tensor:
         {"propagate": "dense", "target": "dense"},
         {"propagate": "pruned", "target": "pruned"},
         {"propagate": "pruned", "target": 0.5},
+        {"propagate": "dense", "target": "dense", "residual": "correct"},
+        {"propagate": "pruned", "target": 0.5, "residual": "correct"},
     ],
-    ids=["dense", "pruned", "mixed"],
+    ids=["dense", "pruned", "mixed", "dense-corrected", "mixed-corrected"],
 )
 def test_streaming_equals_in_memory_bit_for_bit(tmp_path: Path, architecture: str, settings: dict[str, Any]) -> None:
     folder = tiny.save(architecture, tmp_path / "model")
-    recipe = Recipe.build({"method": "sparsegpt", "sparsity": "50%", **settings})
+    recipe = Recipe.build({"method": "sparsegpt", "sparsity": "50%", **settings}).settled()
     layout = discover(Skeleton(Checkpoint.open(folder), torch.device("cpu")))
-    expected = in_memory(folder, recipe, layout)
+    assert layout.adding == (ADDING[architecture],) * len(layout.layers)
+    expected = in_memory(folder, recipe, layout, ADDING[architecture])
     streamed = stream(folder, recipe, None)
     assert {name.removeprefix("transformer.") for name in streamed} == {name.removeprefix("transformer.") for name in expected}
     for name, tensor in expected.items():

@@ -38,7 +38,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Model:
 
 
 def sizes(model: Model, **settings: Any) -> Sizes:
-    recipe = Recipe.build({"method": "wanda", **settings})
+    recipe = Recipe.build({"method": "wanda", "propagate": "dense", **settings}).settled()
     return Sizes.measure(model[0], model[1], recipe, allocate(recipe, model[1]), model[2])
 
 
@@ -90,16 +90,16 @@ def test_hidden_states_go_to_disk_before_batches_shrink(model: Model, tmp_path: 
     measured = sizes(model)
     limits = {choice: max(measured.stages(choice).values()) for choice in (Choice(16), Choice(16, on_disk=True), Choice(8, on_disk=True))}
     for choice, limit in limits.items():
-        recipe = Recipe.build({"method": "wanda", "execution": {"memory_limit": limit}})
+        recipe = Recipe.build({"method": "wanda", "propagate": "dense", "execution": {"memory_limit": limit}}).settled()
         made = make_plan(*model[:2], recipe, allocate(recipe, model[1]), model[2], 16, tmp_path)
         assert made.choice == choice
-    recipe = Recipe.build({"method": "wanda", "execution": {"memory_limit": limits[Choice(16)]}})
+    recipe = Recipe.build({"method": "wanda", "propagate": "dense", "execution": {"memory_limit": limits[Choice(16)]}}).settled()
     two = make_plan(*model[:2], recipe, allocate(recipe, model[1]), model[2], 16, tmp_path, workers=2)
     assert two.choice.on_disk
 
 
 def test_impossible_limit_is_refused(model: Model, tmp_path: Path) -> None:
-    recipe = Recipe.build({"method": "wanda", "execution": {"memory_limit": "1MiB"}})
+    recipe = Recipe.build({"method": "wanda", "propagate": "dense", "execution": {"memory_limit": "1MiB"}}).settled()
     with pytest.raises(FistaPrunerError, match=r"--memory-limit 0\.00 GiB is not enough: .* needs .* GiB"):
         make_plan(*model[:2], recipe, allocate(recipe, model[1]), model[2], 16, tmp_path)
 

@@ -60,8 +60,17 @@ def add_recipe_arguments(parser: argparse.ArgumentParser, *, single: bool = True
     group.add_argument("--samples", type=int, help="calibration windows (default: 128)")
     group.add_argument("--seqlen", type=int, help="tokens in a window (default: the model's maximum, at most 2048)")
     group.add_argument("--seed", type=int, help="seed of everything random (default: 0)")
-    group.add_argument("--propagate", choices=("dense", "pruned"), help="whose hidden states feed the next decoder layer")
-    group.add_argument("--target", help="output to reproduce: dense, pruned, or a share of the dense one such as 0.5")
+    group.add_argument(
+        "--propagate",
+        choices=("auto", "dense", "pruned"),
+        help="whose hidden states feed the next decoder layer (default: auto, as the method)",
+    )
+    group.add_argument("--target", help="output to reproduce: dense, pruned, a share of the dense one such as 0.5, or auto")
+    group.add_argument(
+        "--residual",
+        choices=("auto", "none", "correct"),
+        help="let operators take back the drift of the hidden states they add to (default: auto, as the method)",
+    )
     group.add_argument("--targets", action="append", metavar="NAME|re:...", help="operators to prune (repeatable; default: all)")
     group.add_argument("--ignore", action="append", metavar="NAME|re:...", help="operators to leave dense (repeatable)")
     group.add_argument(
@@ -115,7 +124,7 @@ def recipe_settings(arguments: argparse.Namespace) -> dict[str, Any]:
     if allocation and allocation not in ("uniform", "owl", "error", "auto"):
         allocation = parse_yaml(allocation, "--allocation")
     target = arguments.target
-    if target is not None and target not in ("dense", "pruned"):
+    if target is not None and target not in ("dense", "pruned", "auto"):
         target = _number(target)
     return merge(
         base,
@@ -124,6 +133,7 @@ def recipe_settings(arguments: argparse.Namespace) -> dict[str, Any]:
             "method": getattr(arguments, "method", None),
             "propagate": arguments.propagate,
             "target": target,
+            "residual": arguments.residual,
             "targets": arguments.targets,
             "ignore": arguments.ignore,
             "allocation": allocation,

@@ -16,11 +16,8 @@ import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from .layout import Layout, Operator, linear_modules
+from .layout import Layout, Operator, alike, linear_modules
 from .skeleton import Skeleton
-
-ALIKE = 1e-3
-"""Squared difference of two outputs, as a share of their energy, that summation in another order explains at any precision."""
 
 
 @dataclass(frozen=True)
@@ -138,7 +135,7 @@ def _is_free(layer: nn.Module, link: Link, run: Callable[[], Tensor]) -> bool:
     for name, (dim, places) in changes.items():
         _exchange(layer.get_parameter(name), dim, places.argsort())
     consumer, whole, consumer_after, whole_after = answers
-    return _alike(consumer, consumer_after) and _alike(whole, whole_after)
+    return alike(consumer, consumer_after) and alike(whole, whole_after)
 
 
 def _changes(layer: nn.Module, link: Link, order: Tensor) -> dict[str, tuple[int, Tensor]]:
@@ -156,8 +153,3 @@ def _changes(layer: nn.Module, link: Link, order: Tensor) -> dict[str, tuple[int
 
 def _exchange(parameter: Tensor, dim: int, order: Tensor) -> None:
     parameter.copy_(parameter.index_select(dim, order.to(parameter.device)))
-
-
-def _alike(a: Tensor, b: Tensor) -> bool:
-    a, b = a.float(), b.float()
-    return float((a - b).square().sum()) <= ALIKE * float(a.square().sum())

@@ -7,6 +7,7 @@ order of intra-layer error correction.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -51,6 +52,9 @@ class Operator:
 Group = tuple[Operator, ...]
 """Operators that read the same tensor."""
 
+ALIKE = 1e-3
+"""Squared difference of two outputs, as a share of their energy, that summation in another order explains at any precision."""
+
 
 @dataclass(frozen=True)
 class Layout:
@@ -59,10 +63,13 @@ class Layout:
     Args:
         prefix: name of the list of decoder layers, such as ``model.layers``.
         layers: for each decoder layer its groups, in execution order.
+        adding: for each decoder layer, in execution order, the operators (selected or not) whose output is added to the
+            hidden states that pass through it, and to nothing else: ``self_attn.o_proj``, ``mlp.down_proj``.
     """
 
     prefix: str
     layers: tuple[tuple[Group, ...], ...]
+    adding: tuple[tuple[str, ...], ...]
 
     def full_name(self, index: int, operator: Operator) -> str:
         """The operator's name in the model: ``model.layers.3.self_attn.q_proj``."""
@@ -99,7 +106,7 @@ class Layout:
             layers.append(tuple(group for group in kept if group))
         if not any(layers):
             raise FistaPrunerError("targets and ignore leave no operator to prune")
-        return Layout(self.prefix, tuple(layers))
+        return Layout(self.prefix, tuple(layers), self.adding)
 
 
 def discover(skeleton: Skeleton) -> Layout:
@@ -114,14 +121,14 @@ def discover(skeleton: Skeleton) -> Layout:
     skeleton.learn_return_type(tokens)
     with skeleton.ends(head=False):
         hidden, calls = skeleton.embed(tokens)
-    known: dict[tuple[tuple[str, tuple[int, ...]], ...], tuple[Group, ...]] = {}
+    known: dict[tuple[tuple[str, tuple[int, ...]], ...], tuple[tuple[Group, ...], tuple[str, ...]]] = {}
     layers = []
     for index, layer in enumerate(skeleton.layers):
         signature = tuple((name, tuple(module.weight.shape)) for name, module in linear_modules(layer))
         if signature not in known:
             known[signature] = _watch(skeleton, index, hidden, calls[index])
         layers.append(known[signature])
-    return Layout(skeleton.layers_name, tuple(layers))
+    return Layout(skeleton.layers_name, tuple(groups for groups, _ in layers), tuple(adding for _, adding in layers))
 
 
 def linear_modules(layer: nn.Module) -> list[tuple[str, nn.Linear | Conv1D]]:
@@ -129,17 +136,32 @@ def linear_modules(layer: nn.Module) -> list[tuple[str, nn.Linear | Conv1D]]:
     return [(name, module) for name, module in layer.named_modules() if isinstance(module, (nn.Linear, Conv1D))]
 
 
-def _watch(skeleton: Skeleton, index: int, hidden: Tensor, call: Call) -> tuple[Group, ...]:
+def alike(a: Tensor, b: Tensor) -> bool:
+    """Whether two tensors of one shape differ by no more than sums in another order explain at any precision."""
+    a, b = a.float(), b.float()
+    return float((a - b).square().sum()) <= ALIKE * float(a.square().sum())
+
+
+def _watch(skeleton: Skeleton, index: int, hidden: Tensor, call: Call) -> tuple[tuple[Group, ...], tuple[str, ...]]:
+    """Groups of decoder layer ``index``, and the operators whose output is added to the hidden states."""
     seen: list[tuple[str, Tensor]] = []
+    answers: dict[str, Tensor] = {}
+    adding: tuple[str, ...] = ()
     with skeleton.layer(index) as layer:
         operators = linear_modules(layer)
         handles = [module.register_forward_pre_hook(lambda _, args, name=name: seen.append((name, args[0]))) for name, module in operators]
+        handles += [
+            module.register_forward_hook(lambda _, __, output, name=name: answers.__setitem__(name, output.clone()))
+            for name, module in operators
+        ]
         try:
             with torch.no_grad():
-                skeleton.run(index, hidden, call)
+                out = skeleton.run(index, hidden, call)
         finally:
             for handle in handles:
                 handle.remove()
+        if len({name for name, _ in seen}) == len(seen):
+            adding = _adding(layer, hidden, answers, out, lambda: skeleton.run(index, hidden, call))
     fired = [name for name, _ in seen]
     prefix = f"{skeleton.layers_name}.{index}"
     for name, _ in operators:
@@ -159,4 +181,36 @@ def _watch(skeleton: Skeleton, index: int, hidden: Tensor, call: Call) -> tuple[
                 break
         else:
             groups.append((tensor, [operator]))
-    return tuple(tuple(members) for _, members in groups)
+    return tuple(tuple(members) for _, members in groups), adding
+
+
+def _adding(layer: nn.Module, hidden: Tensor, answers: dict[str, Tensor], out: Tensor, run: Callable[[], Tensor]) -> tuple[str, ...]:
+    """Operators whose output is added to the hidden states: more of it is as much more in the layer's output, while the
+    operators that run later answer as they did; and what entered the layer with all of theirs is what leaves it.
+
+    Args:
+        hidden: what entered the layer.
+        answers: what each operator answered, in execution order.
+        out: what the layer answered.
+        run: runs the layer again.
+    """
+    found = []
+    names = list(answers)
+    for place, name in enumerate(names):
+        if answers[name].numel() != out.numel() or answers[name].shape[-1] != out.shape[-1]:
+            continue
+        noise = torch.randn(out.shape, generator=torch.Generator().manual_seed(0)).to(out) * out.float().square().mean().sqrt().to(out)
+        more = {name: answers[name] + noise.reshape(answers[name].shape)} | {later: answers[later] for later in names[place + 1 :]}
+        handles = [
+            layer.get_submodule(key).register_forward_hook(lambda _, __, ___, value=value: value.clone()) for key, value in more.items()
+        ]
+        try:
+            with torch.no_grad():
+                moved = run()
+        finally:
+            for handle in handles:
+                handle.remove()
+        if alike(out.float() + noise.float(), moved):
+            found.append(name)
+    total = hidden.float() + sum(answers[name].reshape(out.shape).float() for name in found)
+    return tuple(found) if alike(out, total) else ()

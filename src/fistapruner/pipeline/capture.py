@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass, field
 
 import torch
@@ -13,10 +13,12 @@ from torch import Tensor
 from ..models.hidden import HiddenStates
 from ..models.layout import Group
 from ..models.skeleton import Call, Skeleton
-from .replay import Replay
 
 Watch = Callable[[int, int, Tensor], None]
 """Receives (group, first window of the batch, inputs (batch, seqlen, n))."""
+
+Around = Callable[[Callable[[], tuple[int, int]]], AbstractContextManager[None]]
+"""What is done around a pass; it is given a function that tells the windows at hand, (start, stop)."""
 
 
 @dataclass
@@ -92,7 +94,7 @@ def run_layer(
     groups: Sequence[tuple[int, Group]] = (),
     watch: Watch | None = None,
     output: HiddenStates | Watch | None = None,
-    replay: Replay | None = None,
+    around: Sequence[Around] = (),
 ) -> None:
     """Run every window through loaded decoder layer ``index``.
 
@@ -105,7 +107,7 @@ def run_layer(
         groups: (number, operators) of the groups whose inputs are watched, in execution order.
         watch: receives those inputs.
         output: where the layer's output goes. None: not needed, and every pass stops at the last watched group.
-        replay: what earlier passes of these windows computed for good.
+        around: entered before the first batch and left after the last.
     """
     layer = skeleton.layers[index]
     start = stop = 0
@@ -124,7 +126,9 @@ def run_layer(
         layer.get_submodule(group[0].name).register_forward_pre_hook(hook(number, number == groups[-1][0])) for number, group in groups
     ]
     try:
-        with nullcontext() if replay is None else replay.around_pass(lambda: (start, stop)):
+        with ExitStack() as stack:
+            for enter in around:
+                stack.enter_context(enter(lambda: (start, stop)))
             for start, stop in calls.batches(inputs.samples):
                 with clock.phase("io"):
                     hidden = inputs.read(start, stop).to(skeleton.device)

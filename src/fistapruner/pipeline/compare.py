@@ -155,7 +155,7 @@ def compare(
             for contender in contenders:
                 said = merge(dict(settings or {}), {"seed": seed, "calibration": {"seed": seed}})
                 said = merge(merge(said, contender.settings), {"sparsity": sparsity})
-                jobs.append((contender, seed, Recipe.build(said, contender.label)))
+                jobs.append((contender, seed, Recipe.build(said, contender.label).settled()))
     if not jobs:
         raise FistaPrunerError("nothing to compare: name methods, sparsities and seeds")
     first = jobs[0][2]

@@ -22,6 +22,7 @@ from .capture import Calls, Clock, run_layer
 from .machine import release_memory
 from .match import match_layer
 from .replay import Replay
+from .residual import ResidualDrift
 
 SPECTRUM_LIMIT = 2048
 """Largest number of inputs for which the Gram's eigenvalues are recorded; they cost O(n^3) and only feed the report."""
@@ -119,21 +120,27 @@ def prune_layer(
         loaded = skeleton.layer(index)
         module = loaded.__enter__()
     try:
-        sums = {number: ProblemSums(_stack(module, group), drifts=_drifts(recipe, streams, number)) for number, group in numbered[:1]}
         kept: dict[int, HiddenStates] = {}
         probe: list[Tensor] = []
+        residual = None
+        if recipe.residual == "correct" and recipe.dense_share > 0.0 and recipe.error_correction and streams.dense is not None:
+            residual = ResidualDrift(index, module, layout.adding[index], groups, streams.dense, streams.seen, scratch)
 
         def new_sums(number: int) -> ProblemSums:
+            drifts = _drifts(recipe, streams, number)
             with clock.phase("gram"):
-                return ProblemSums(_stack(module, groups[number]), drifts=_drifts(recipe, streams, number))
+                stacked = _stack(module, groups[number])
+                return ProblemSums(stacked, drifts=drifts, residual=drifts and residual is not None and number in residual)
 
         def add(number: int, start: int, inputs: Tensor) -> None:
+            stop = start + inputs.shape[0]
             with clock.phase("gram"):
                 flat = inputs.reshape(-1, inputs.shape[-1])
-                dense = None
-                if number in kept:
-                    dense = kept[number].read(start, start + inputs.shape[0]).to(flat.device).reshape(flat.shape)
-                sums[number].add(flat, dense)
+                dense = kept[number].read(start, stop).to(flat.device).reshape(flat.shape) if number in kept else None
+                drift = residual.drift(number, start, stop, flat.device) if residual is not None and sums[number].residual else None
+                sums[number].add(flat, dense, drift)
+
+        sums = {number: new_sums(number) for number, _ in numbered[:1]}
 
         # What block matching aims at: the dense model's output, or with target=pruned the dense layer's on drifted inputs, or a
         # mixture, as for single operators.
@@ -171,14 +178,15 @@ def prune_layer(
 
             watched = [(number, group) for number, group in numbered if number in in_dense_pass or number in kept]
             needed = dense_output if streams.dense_out is not None or groups else None
-            run_layer(skeleton, index, streams.dense, calls, clock, groups=watched, watch=watch_dense, output=needed)
+            around = [] if residual is None else [residual.around_dense_pass]
+            run_layer(skeleton, index, streams.dense, calls, clock, groups=watched, watch=watch_dense, output=needed, around=around)
             passed()
         passed_after = sum(clock.seconds.values())
-        if wanted is not None and streams.dense is not None and streams.pruned is not None and recipe.target < 1.0:
+        if wanted is not None and streams.dense is not None and streams.pruned is not None and recipe.dense_share < 1.0:
             aim = scratch(f"aim-{index}", (wanted.samples, wanted.seqlen, skeleton.width))
             run_layer(skeleton, index, streams.pruned, calls, clock, output=aim)
             for start, stop in calls.batches(wanted.samples):
-                aim.write(start, torch.lerp(aim.read(start, stop).float(), wanted.read(start, stop).float(), recipe.target))
+                aim.write(start, torch.lerp(aim.read(start, stop).float(), wanted.read(start, stop).float(), recipe.dense_share))
             if wanted is not streams.dense_out:
                 wanted.close()
             wanted = aim
@@ -186,6 +194,7 @@ def prune_layer(
         # Group after group, each on what the pruned operators before it leave.
         last_passes = int(streams.pruned_out is not None and not recipe.match)
         replay = Replay(index, module, groups, last_passes, streams.seen, scratch) if recipe.error_correction else None
+        around = [part.around_pass for part in (replay, residual) if part is not None]
         weights: dict[str, Tensor] = {}
         operators: list[OperatorEntry] = []
         warnings: list[str] = []
@@ -197,7 +206,7 @@ def prune_layer(
                 for other, _ in todo:
                     if other not in sums:
                         sums[other] = new_sums(other)
-                run_layer(skeleton, index, streams.seen, calls, clock, groups=todo, watch=add, replay=replay)
+                run_layer(skeleton, index, streams.seen, calls, clock, groups=todo, watch=add, around=around)
             if number in kept:
                 kept.pop(number).close()
             entries, said = _prune_group(
@@ -233,10 +242,14 @@ def prune_layer(
             if wanted is not streams.dense_out:
                 wanted.close()
 
+        if residual is not None:
+            residual.close()
+
         # What the pruned layer gives to the next one, and how far that is from what the dense layer gave.
         error = None
         if streams.pruned_out is not None:
-            run_layer(skeleton, index, streams.seen, calls, clock, output=streams.pruned_out, replay=None if recipe.match else replay)
+            last = [] if recipe.match or replay is None else [replay.around_pass]
+            run_layer(skeleton, index, streams.seen, calls, clock, output=streams.pruned_out, around=last)
         if replay is not None:
             replay.close()
         if groups and probe and streams.dense is not None:
@@ -260,7 +273,7 @@ def prune_layer(
 
 def _drifts(recipe: Recipe, streams: Streams, number: int) -> bool:
     """Whether group ``number`` sees other inputs than in the dense model, and the target cares."""
-    if recipe.target == 0.0 or streams.dense is None:
+    if recipe.dense_share == 0.0 or streams.dense is None:
         return False
     return streams.pruned is not None or (number > 0 and recipe.error_correction)
 
@@ -292,7 +305,7 @@ def _prune_group(
     names = [layout.full_name(index, operator) for operator in group]
     patterns = [sparsity[name] for name in names]
     with clock.phase("gram"):
-        problem = sums.problem(names, [operator.rows for operator in group], recipe.target, release=True)
+        problem = sums.problem(names, [operator.rows for operator in group], recipe.dense_share, release=True)
     if inspect is not None:
         inspect(number, problem)
     with clock.phase("solve"):

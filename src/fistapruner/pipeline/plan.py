@@ -209,6 +209,9 @@ class Sizes:
     """Of each group: names, Gram, stacked weight in fp32, solve stacked, solve of its largest part."""
 
     float_input: int
+    float_residual: int
+    """Beside the inputs of a window, what residual correction needs of it in fp32: the drift, and the dense outputs. 0 without."""
+
     kept: int
     samples: int
     streams: int
@@ -250,7 +253,8 @@ class Sizes:
         rows = tuple(_group_bytes(group, [sparsity[layout.full_name(index, operator)] for operator in group], recipe) for group in groups)
         operators = sum(weight for _, _, weight, _, _ in rows)
         drifting = groups[1:] if recipe.propagate == "dense" else groups
-        keeps = recipe.target > 0 and (recipe.error_correction or recipe.propagate == "pruned")
+        corrects = recipe.residual == "correct" and recipe.dense_share > 0 and recipe.error_correction
+        keeps = recipe.dense_share > 0 and (recipe.error_correction or recipe.propagate == "pruned")
         return cls(
             base=psutil.Process().memory_info().rss + RETAINED if skeleton.device.type == "cpu" else 0,
             ends=size(outside),
@@ -264,10 +268,15 @@ class Sizes:
             forward=forward,
             groups=rows,
             float_input=4 * seqlen * max(operator.columns for group in groups for operator in group) if groups else 0,
+            float_residual=2 * 4 * seqlen * skeleton.width * corrects,
             kept=sum(seqlen * group[0].columns * itemsize for group in drifting) if keeps else 0,
             samples=samples,
-            # Into and out of a layer; what block matching aims at, where nothing else needs it; what replay keeps.
-            streams=(2 if recipe.propagate == "dense" else 4 if recipe.target > 0 else 2) + bool(recipe.match and recipe.target < 1) + 1,
+            # Into and out of a layer; what block matching aims at, where nothing else needs it; what replay
+            # keeps; what operators add to.
+            streams=(2 if recipe.propagate == "dense" else 4 if recipe.dense_share > 0 else 2)
+            + bool(recipe.match and recipe.dense_share < 1)
+            + corrects
+            + 1,
             layers=len(skeleton),
             backward=backward if differentiates(recipe) else 0,
             matching=backward + (5 * 4 + 1 + itemsize) * operators // 4 + 3 * 4 * skeleton.width**2 if recipe.match else 0,
@@ -303,7 +312,7 @@ class Sizes:
             loaded = self.base + self.layer + states + self.kept * in_memory + waiting + done
             done += 0 if self.cuda else weight * self.stored // 4
             sums = all_sums[number]
-            gather = passing + sums + batch * self.float_input * (3 if drifts else 1)
+            gather = passing + sums + batch * (self.float_input * (3 if drifts else 1) + self.float_residual)
             found[f"a pass up to {names}"] = loaded + gather
             found[f"the problem of {names}"] = loaded + sums + weight * (drifts and weight > gram) + weight // 2  # a block in fp64
             apart = choice.by_operator and alone < stacked
@@ -382,7 +391,12 @@ def _measure_time(
         states.write(0, skeleton.embed(batch)[0])
     onward = HiddenStates((len(batch), tokens.shape[1], skeleton.width), skeleton.dtype)
     streams = Streams(states, None, onward, None)
-    cheap = recipe.model_copy(update={"method": Recipe.build({"method": "magnitude"}).steps, "match": 0, "propagate": "dense"})
+    if recipe.propagate == "pruned":
+        shape = (len(batch), tokens.shape[1], skeleton.width)
+        drifted, drifted_on = HiddenStates(shape, skeleton.dtype), HiddenStates(shape, skeleton.dtype)
+        drifted.write(0, states.read(0, len(batch)))
+        streams = Streams(states, drifted, onward, drifted_on) if recipe.dense_share else Streams(None, drifted, None, drifted_on)
+    cheap = recipe.model_copy(update={"method": Recipe.build({"method": "magnitude"}).steps, "match": 0})
     scratch = scratch_factory(None, skeleton.dtype)
     result = prune_layer(skeleton, layout, index, cheap, sparsity, streams, calls, scratch, inspect=time_solve)
     seconds = result.entry.seconds

@@ -231,6 +231,7 @@ def plan_model(model: str, recipe: Recipe, out: str | Path = ".", *, allow_pickl
     Raises:
         FistaPrunerError: bad input, or a run that would not fit.
     """
+    recipe = recipe.settled()
     folder = resolve_model(model, allow_pickle=allow_pickle, trust_remote_code=trust_remote_code)
     skeleton = open_skeleton(folder, recipe, allow_pickle=allow_pickle, trust_remote_code=trust_remote_code)
     layout = discover(skeleton).select(recipe)

@@ -76,6 +76,7 @@ def prune(
     listener = Logged(told)
     recipe = Recipe.build(merge((recipe or Recipe()).model_dump(mode="json"), settings))
     run = RunDirectory(Path(out))
+    recipe = recipe.settled(apart=only_layers is not None, earlier=run.facts().get("recipe"))
     report = _finished_report(run, model, recipe)
     if report is not None:
         listener.say(f"{out} holds the finished run of this recipe")
@@ -164,7 +165,7 @@ def _prune_missing(
     if work.recipe.propagate == "pruned" and todo and (missing := set(range(first)) - done):
         raise FistaPrunerError(
             f"--only-layers {first}-{last} with propagate=pruned needs the layers before it pruned first, and {min(missing)} is not: "
-            "parts can run side by side with propagate=dense only"
+            "parts can run side by side with --propagate dense only"
         )
     if work.numerics["device"] != work.skeleton.device.type:
         listener.say(f"this run began on {work.numerics['device']}; on {work.skeleton.device.type} its last bits may differ")

@@ -86,4 +86,4 @@ def _needed_after(recipe: Recipe, skeleton: Skeleton, index: int, last: int) -> 
         return False, False
     if recipe.propagate == "dense":
         return True, False
-    return recipe.target > 0.0, True
+    return recipe.dense_share > 0.0, True

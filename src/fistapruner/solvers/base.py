@@ -11,7 +11,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 import torch
 from pydantic import BaseModel, ConfigDict
@@ -52,6 +52,10 @@ class Method(BaseModel, ABC):
     """True for a refinement: it needs the solution of a step before it."""
     published: ClassVar[bool] = True
     """``auto`` settings of a recipe leave a published method as it was published, and give this project's own what measured best."""
+    propagate: ClassVar[Literal["dense", "pruned"]] = "pruned"
+    """Whose hidden states feed a decoder layer with ``propagate: auto``."""
+    target: ClassVar[float] = 0.0
+    """Share of the dense target with ``target: auto``, where hidden states are those that :attr:`propagate` says."""
 
     @abstractmethod
     def solve(self, problem: LayerProblem, sparsity: Sequence[Sparsity], start: Solution | None = None) -> Solution:

@@ -52,6 +52,8 @@ class Fista(Method):
     name: ClassVar[str] = "fista"
     summary: ClassVar[str] = "FISTAPruner as published: l1 by FISTA, rounding, adaptive lambda"
     reference: ClassVar[str] = "Zhao et al. 2024, arXiv 2408.03728"
+    propagate: ClassVar[Literal["dense", "pruned"]] = "dense"
+    target: ClassVar[float] = 1.0
 
     iterations: int = Field(20, ge=1)
     tolerance: float = Field(1e-6, ge=0.0)

@@ -56,6 +56,7 @@ class Proximal(Method):
     summary: ClassVar[str] = "proximal splitting with hard thresholds in the OBS metric, then refit (default)"
     reference: ClassVar[str] = "this project; splitting: Lions & Mercier 1979; growing penalty: ALPS, arXiv 2406.07831"
     published: ClassVar[bool] = False
+    target: ClassVar[float] = 0.5
 
     rho: tuple[float, float] = (0.15, 1.0)
     levels: int = Field(12, ge=2)

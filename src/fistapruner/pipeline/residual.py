@@ -1,0 +1,126 @@
+"""Drift of the hidden states that operators add to (``residual: correct``).
+
+The output of ``o_proj`` and ``down_proj`` is added to the hidden states that pass through a decoder layer. What earlier
+pruning did to these is seen by every later layer, and the adding operator is where it can be taken back: its target becomes
+what the dense model has after the addition. A few tokens with massive activations would decide that target alone, so the
+drift of a token is cut to a length that is typical of the batch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor, nn
+
+from ..models.hidden import HiddenStates, Store
+from ..models.layout import Group
+
+LONGEST = 1.5
+"""Longest drift of a token that is corrected, in units of the median over the tokens of a batch (docs/quality.md)."""
+
+
+class ResidualDrift:
+    """``S - S*`` for the adding operators of one decoder layer: what they add to in the dense model and in the pruned one.
+
+    The first of them adds to what enters the layer, the second to that and the first one's output. Known architectures have no third.
+
+    Args:
+        index: of the decoder layer; other workers keep theirs in the same folder.
+        layer: the loaded decoder layer.
+        adding: names of the operators whose output is added to the hidden states, in execution order.
+        groups: the pruned operators.
+        dense: hidden states that enter the dense layer.
+        seen: hidden states that enter the pruned layer; the same object where nothing was pruned before.
+        store: where hidden states are kept.
+    """
+
+    def __init__(
+        self,
+        index: int,
+        layer: nn.Module,
+        adding: Sequence[str],
+        groups: Sequence[Group],
+        dense: HiddenStates,
+        seen: HiddenStates,
+        store: Store,
+    ) -> None:
+        self._dense = dense
+        self._seen = seen
+        alone = {group[0].name: number for number, group in enumerate(groups) if len(group) == 1}
+        first, second = (alone.get(name) for name in (*adding, "", "")[:2])
+        self._first = first if seen is not dense else None
+        self._second = second
+        self._kept: HiddenStates | None = None
+        if second is not None:
+            self._before = layer.get_submodule(adding[0])
+            # The dense model's hidden states, then their difference from the pruned model's.
+            self._kept = store(f"residual-{index}", (dense.samples, dense.seqlen, dense.width))
+        self._windows = 0
+
+    def __contains__(self, number: object) -> bool:
+        """Whether group ``number`` is an adding operator whose hidden states have drifted."""
+        return number is not None and number in (self._first, self._second)
+
+    def drift(self, number: int, start: int, stop: int, device: torch.device) -> Tensor:
+        """(tokens, width) ``S - S*`` of group ``number`` in windows ``start`` to ``stop``, long ones cut."""
+        if number == self._first:
+            drift = self._dense.read(start, stop).to(device).float() - self._seen.read(start, stop).to(device).float()
+        else:
+            assert self._kept is not None
+            drift = self._kept.read(start, stop).to(device, torch.float32, copy=True)
+        drift = drift.reshape(-1, drift.shape[-1])
+        length = drift.norm(dim=1, keepdim=True)
+        short = (LONGEST * length.median() / length.clamp_min(torch.finfo(torch.float32).tiny)).clamp_max(1.0)
+        return drift.mul_(short)
+
+    @contextmanager
+    def around_dense_pass(self, batch: Callable[[], tuple[int, int]]) -> Iterator[None]:
+        """Keep what the second operator adds to in the dense pass inside; ``batch`` tells the windows at hand."""
+
+        def keep(kept: HiddenStates, start: int, sums: Tensor) -> None:
+            kept.write(start, sums)
+
+        with self._after_first(self._dense, batch, keep):
+            yield
+
+    @contextmanager
+    def around_pass(self, batch: Callable[[], tuple[int, int]]) -> Iterator[None]:
+        """Take the difference in the first pass inside in which the first operator answers: it does so for good then."""
+
+        def subtract(kept: HiddenStates, start: int, sums: Tensor) -> None:
+            if self._windows < kept.samples:
+                stop = start + sums.shape[0]
+                kept.write(start, kept.read(start, stop).to(sums.device).float() - sums)
+                self._windows += stop - start
+
+        with self._after_first(self._seen, batch, subtract):
+            yield
+
+    def close(self) -> None:
+        """Release what is kept."""
+        if self._kept is not None:
+            self._kept.close()
+            self._kept = None
+
+    @contextmanager
+    def _after_first(
+        self, inputs: HiddenStates, batch: Callable[[], tuple[int, int]], receive: Callable[[HiddenStates, int, Tensor], None]
+    ) -> Iterator[None]:
+        """Give ``receive`` what the second operator adds to: (store, first window, hidden states)."""
+        if self._kept is None:
+            yield
+            return
+        kept = self._kept
+
+        def after_forward(_: object, __: object, output: Tensor) -> None:
+            start, stop = batch()
+            before = inputs.read(start, stop).to(output.device).float()
+            receive(kept, start, before + output.reshape(before.shape))
+
+        handle = self._before.register_forward_hook(after_forward)
+        try:
+            yield
+        finally:
+            handle.remove()
