@@ -215,6 +215,12 @@ class Sizes:
     kept: int
     samples: int
     streams: int
+    """Stores of hidden states into and out of a layer."""
+
+    inside: int
+    """Stores that a layer needs while it is pruned: what replay keeps, what operators add to, what block matching aims at where that is
+    in no other."""
+
     layers: int
     backward: int
     """Of a forward and backward pass of one window through a decoder layer; 0 where nothing is measured on the dense model."""
@@ -271,12 +277,8 @@ class Sizes:
             float_residual=2 * 4 * seqlen * skeleton.width * corrects,
             kept=sum(seqlen * group[0].columns * itemsize for group in drifting) if keeps else 0,
             samples=samples,
-            # Into and out of a layer; what block matching aims at, where nothing else needs it; what replay
-            # keeps; what operators add to.
-            streams=(2 if recipe.propagate == "dense" else 4 if recipe.dense_share > 0 else 2)
-            + bool(recipe.match and recipe.dense_share < 1)
-            + corrects
-            + 1,
+            streams=2 if recipe.propagate == "dense" or not recipe.dense_share else 4,
+            inside=1 + corrects + bool(recipe.match and recipe.dense_share < 1),
             layers=len(skeleton),
             backward=backward if differentiates(recipe) else 0,
             matching=backward + (5 * 4 + 1 + itemsize) * operators // 4 + 3 * 4 * skeleton.width**2 if recipe.match else 0,
@@ -295,7 +297,7 @@ class Sizes:
             solvers: processes beside this one that solve parts.
         """
         in_memory = 0 if choice.on_disk or self.cuda else self.samples
-        states = self.streams * self.window * in_memory
+        states = (self.streams + self.inside) * self.window * in_memory
         batch = min(choice.batch_size, self.samples)
         passing = batch * (self.forward + 2 * self.window)
         found = {
@@ -338,7 +340,7 @@ class Sizes:
 
     def disk(self, choice: Choice, workers: int) -> int:
         """Bytes that the run directory takes at its largest."""
-        states = ((self.streams + workers - 1) * self.window + self.kept * workers) * self.samples
+        states = ((self.streams + workers - 1 + self.inside * workers) * self.window + self.kept * workers) * self.samples
         measuring = self._states_measured() * windows_looked_at(self.samples) * self.window
         return self.checkpoint + self.pruned + (max(states, measuring) if choice.on_disk else 0)
 
