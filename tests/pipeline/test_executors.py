@@ -23,7 +23,12 @@ from fistapruner.pipeline.serial import Listener, prune_serially
 from fistapruner.pipeline.side_by_side import SideBySide
 from fistapruner.pipeline.work import Work
 
-SETTINGS: dict[str, Any] = {"method": "sparsegpt", "propagate": "dense", "calibration": {"source": "python", "samples": 6, "seqlen": 24}}
+SETTINGS: dict[str, Any] = {
+    "method": "sparsegpt",
+    "propagate": "dense",
+    "residual": "correct",
+    "calibration": {"source": "python", "samples": 6, "seqlen": 24},
+}
 LAYERS = 5
 
 
@@ -114,7 +119,21 @@ def test_layer_that_kills_every_worker_stops_the_run(model: Path, expected: byte
 def test_parts_are_joined(model: Path, expected: bytes, tmp_path: Path) -> None:
     """Two processes at once, each with a part of the layers, then finish."""
     out = tmp_path / "run"
-    command = [sys.executable, "-m", "fistapruner", "prune", str(model), "--out", str(out), "--method", "sparsegpt", "--threads", "1"]
+    command = [
+        sys.executable,
+        "-m",
+        "fistapruner",
+        "prune",
+        str(model),
+        "--out",
+        str(out),
+        "--method",
+        "sparsegpt",
+        "--threads",
+        "1",
+        "--residual",
+        "correct",
+    ]
     command += ["--calibration", "python", "--samples", "6", "--seqlen", "24", "--evaluate", "none", "--quiet"]
     parts = [subprocess.Popen([*command, "--only-layers", part], stdout=subprocess.PIPE, text=True) for part in ("0-1", "2-4")]
     assert [part.wait() for part in parts] == [0, 0]
@@ -174,7 +193,21 @@ def test_ray_worker_and_head_killed(model: Path, expected: bytes, tmp_path: Path
     """A Ray worker dies: the run ends well. The whole cluster dies: the run stops, and resumes without it."""
     pytest.importorskip("ray", reason="the extra ray is not installed")
     out = tmp_path / "run"
-    command = [sys.executable, "-m", "fistapruner", "prune", str(model), "--out", str(out), "--method", "sparsegpt", "--threads", "1"]
+    command = [
+        sys.executable,
+        "-m",
+        "fistapruner",
+        "prune",
+        str(model),
+        "--out",
+        str(out),
+        "--method",
+        "sparsegpt",
+        "--threads",
+        "1",
+        "--residual",
+        "correct",
+    ]
     command += ["--calibration", "python", "--samples", "6", "--seqlen", "24", "--evaluate", "none", "--executor", "ray", "--workers", "2"]
     import psutil
 

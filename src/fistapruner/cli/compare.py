@@ -1,10 +1,11 @@
 """Compare pruning methods on one model with one protocol.
 
 All methods see the same calibration windows and are measured on the same text. METHODS are chains as in --method, or names
-of recipes, separated by commas; settings of one method stand after an @ and may be several:
+of recipes, separated by commas; settings of one method stand after an @ and may be several. A published method without
+settings runs as it was published:
 
   fistapruner compare smollm2 --methods magnitude,wanda,sparsegpt --sparsity 50%,2:4 --out compared
-  fistapruner compare smollm2 --methods alps@propagate=pruned,target=pruned,best --sparsity 70% --seeds 0,1,2 --out deciding
+  fistapruner compare smollm2 --methods alps,proximal@residual=none,match=64,best --sparsity 70% --seeds 0,1,2 --out deciding
 
 Every run has its directory in DIR/runs; the table is in DIR/compare.json and DIR/compare.md. The same command goes on
 after an interruption.
