@@ -67,7 +67,7 @@ class PackedOperator:
         if self.scales is not None:
             values = (values.float() * self._value_scales(kept)).to(self.dtype)
         dense = torch.zeros(self.shape, dtype=self.dtype)
-        dense[kept] = values
+        dense.masked_scatter_(kept, values)  # assignment would pass a single value through a float and quieten a NaN
         return dense
 
     def quantised(self, group: int = 0) -> PackedOperator:
