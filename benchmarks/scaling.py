@@ -59,19 +59,8 @@ def main() -> None:
 
 def measure(name: str, out: Path, arguments: argparse.Namespace) -> dict[str, Any]:
     """Run one executor; its times, memory curve and bytes."""
-    command = [
-        sys.executable,
-        "-m",
-        "fistapruner",
-        "prune",
-        arguments.model,
-        "--out",
-        str(out),
-        "--method",
-        arguments.method,
-        "--propagate",
-        "dense",
-    ]
+    command = [sys.executable, "-m", "fistapruner", "prune", arguments.model, "--out", str(out)]
+    command += ["--method", arguments.method, "--propagate", "dense"]
     command += ["--calibration", "python", "--samples", str(arguments.samples), "--seqlen", str(arguments.seqlen), "--evaluate", "none"]
     command += ["--threads", "1", "--device", "cpu", *EXECUTORS[name]]
     if arguments.layers:

@@ -20,12 +20,10 @@ def data() -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     return torch.randn(ROWS, INPUTS, generator=generator), dense + 0.2 * torch.randn(TOKENS, INPUTS, generator=generator), dense
 
 
-@pytest.mark.parametrize("target", [0.0, 0.3, 1.0])
-def test_error_energy_and_gradient_are_those_of_the_activations(data: tuple[torch.Tensor, ...], target: float) -> None:
+def check_against_activations(problem: LayerProblem, data: tuple[torch.Tensor, ...], wanted: torch.Tensor) -> None:
+    """Error, energy and gradient of a problem whose outputs should be ``wanted`` (TOKENS, ROWS), by their definitions."""
     weight, seen, dense = data
-    problem = LayerProblem.from_activations(weight, seen, dense, target=target)
     pruned = (weight * (weight.abs() > 0.5)).double().requires_grad_()
-    wanted = target * dense.double() @ weight.double().T + (1 - target) * seen.double() @ weight.double().T
     rows = (seen.double() @ pruned.T - wanted).square().sum(0) / TOKENS
     assert torch.allclose(problem.row_errors(pruned.detach().float()), rows, rtol=1e-4)
     energy = (dense.double() @ weight.double().T).square().sum() / TOKENS
@@ -36,21 +34,21 @@ def test_error_energy_and_gradient_are_those_of_the_activations(data: tuple[torc
     assert torch.allclose(problem.gradient(weight), -problem.linear + weight @ problem.gram, atol=1e-4)
 
 
+@pytest.mark.parametrize("target", [0.0, 0.3, 1.0])
+def test_error_energy_and_gradient_are_those_of_the_activations(data: tuple[torch.Tensor, ...], target: float) -> None:
+    weight, seen, dense = data
+    problem = LayerProblem.from_activations(weight, seen, dense, target=target)
+    wanted = target * dense.double() @ weight.double().T + (1 - target) * seen.double() @ weight.double().T
+    check_against_activations(problem, data, wanted)
+
+
 @pytest.mark.parametrize("target", [0.5, 1.0])
 def test_what_outputs_are_added_to_may_be_part_of_the_target(data: tuple[torch.Tensor, ...], target: float) -> None:
     weight, seen, dense = data
     added_to, added_to_dense = torch.randn(2, TOKENS, ROWS, generator=torch.Generator().manual_seed(1)).double()
-    residual = (added_to_dense - added_to).float()
-    problem = LayerProblem.from_activations(weight, seen, dense, residual, target=target)
-    pruned = (weight * (weight.abs() > 0.5)).double().requires_grad_()
+    problem = LayerProblem.from_activations(weight, seen, dense, (added_to_dense - added_to).float(), target=target)
     after = target * (dense.double() @ weight.double().T + added_to_dense) + (1 - target) * (seen.double() @ weight.double().T + added_to)
-    rows = (seen.double() @ pruned.T + added_to - after).square().sum(0) / TOKENS
-    assert torch.allclose(problem.row_errors(pruned.detach().float()), rows, rtol=1e-4)
-    energy = (dense.double() @ weight.double().T).square().sum() / TOKENS
-    assert problem.relative_errors(pruned.detach().float())[0] == pytest.approx(float(rows.detach().sum() / energy), rel=1e-4)
-    rows.sum().backward()
-    assert pruned.grad is not None
-    assert torch.allclose(problem.gradient(pruned.detach().float()).double(), pruned.grad / 2, atol=1e-4)
+    check_against_activations(problem, data, after - added_to)
 
 
 def test_batches_add_up_and_bf16_activations_lose_nothing(data: tuple[torch.Tensor, ...]) -> None:

@@ -30,6 +30,24 @@ ARCHITECTURES: dict[str, tuple[str, dict[str, Any]]] = {
     "bloom": ("BloomConfig", {"hidden_size": 32, "n_layer": 3, "n_head": 4}),
 }
 
+LLAMA = ("self_attn.o_proj", "mlp.down_proj")
+ADDING = {
+    "llama": LLAMA,
+    "qwen2": LLAMA,
+    "qwen3": LLAMA,
+    "mistral": LLAMA,
+    "phi3": LLAMA,
+    "opt": ("self_attn.out_proj", "fc2"),
+    "phi": ("self_attn.dense", "mlp.fc2"),
+    "gpt_neox": ("attention.dense", "mlp.dense_4h_to_h"),
+    "gpt2": ("attn.c_proj", "mlp.c_proj"),
+    "falcon": ("self_attention.dense", "mlp.dense_4h_to_h"),
+    "bloom": ("self_attention.dense", "mlp.dense_4h_to_h"),
+    "gemma2": (),  # another norm comes between
+    "gemma3": (),
+}
+"""The operators of a decoder layer whose output is added to the hidden states."""
+
 
 def build(architecture: str, *, seed: int = 0, **changes: Any) -> Any:
     """A randomly initialised model; weights are spread widely enough that layers really do something."""

@@ -185,6 +185,11 @@ class Recipe(Settings):
         assert not isinstance(self.target, str)
         return self.target
 
+    @property
+    def corrects_drift(self) -> bool:
+        """Whether ``residual: correct`` of a :meth:`settled` recipe has something to work with."""
+        return self.residual == "correct" and self.dense_share > 0.0 and self.error_correction
+
     def settled(self, *, apart: bool = False, earlier: Mapping[str, Any] | None = None) -> Recipe:
         """This recipe with ``propagate``, ``target`` and ``residual`` written out where they are ``auto``.
 
@@ -193,7 +198,8 @@ class Recipe(Settings):
             earlier: the settled recipe of the run that is continued: what it settled stays, whoever goes on.
         """
         solver = [step for step in self.steps if not step.refines][-1]
-        chosen = {key: (earlier or {}).get(key, "auto") if getattr(self, key) == "auto" else getattr(self, key) for key in SETTLED}
+        asked = {key: getattr(self, key) for key in SETTLED}
+        chosen = {key: (earlier or {}).get(key, value) if value == "auto" else value for key, value in asked.items()}
         if chosen["propagate"] == "auto":
             chosen["propagate"] = "dense" if apart or self.execution.executor != "serial" else solver.propagate
         if chosen["target"] == "auto":

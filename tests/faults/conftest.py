@@ -18,22 +18,8 @@ import pytest
 
 import tiny
 
-SETTINGS = [
-    "--method",
-    "sparsegpt",
-    "--target",
-    "0.5",
-    "--residual",
-    "correct",
-    "--sparsity",
-    "2:4",
-    "--samples",
-    "4",
-    "--seqlen",
-    "16",
-    "--evaluate",
-    "none",
-]
+SETTINGS = ["--method", "sparsegpt", "--target", "0.5", "--residual", "correct", "--sparsity", "2:4"]
+SETTINGS += ["--samples", "4", "--seqlen", "16", "--evaluate", "none"]
 
 
 @dataclass

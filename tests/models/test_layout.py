@@ -12,30 +12,13 @@ from fistapruner.models.checkpoint import Checkpoint
 from fistapruner.models.layout import discover
 from fistapruner.models.skeleton import Skeleton
 
-LLAMA = ("self_attn.o_proj", "mlp.down_proj")
-ADDING = {
-    "llama": LLAMA,
-    "qwen2": LLAMA,
-    "qwen3": LLAMA,
-    "mistral": LLAMA,
-    "phi3": LLAMA,
-    "opt": ("self_attn.out_proj", "fc2"),
-    "phi": ("self_attn.dense", "mlp.fc2"),
-    "gpt_neox": ("attention.dense", "mlp.dense_4h_to_h"),
-    "gpt2": ("attn.c_proj", "mlp.c_proj"),
-    "falcon": ("self_attention.dense", "mlp.dense_4h_to_h"),
-    "bloom": ("self_attention.dense", "mlp.dense_4h_to_h"),
-    "gemma2": (),  # another norm comes between
-    "gemma3": (),
-}
-
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("architecture", tiny.ARCHITECTURES)
 def test_operators_that_add_to_the_hidden_states_are_found(tmp_path: Path, architecture: str, dtype: torch.dtype) -> None:
     folder = tiny.save(architecture, tmp_path, dtype=dtype)
     layout = discover(Skeleton(Checkpoint.open(folder), torch.device("cpu"), dtype))
-    assert layout.adding == (ADDING[architecture],) * len(layout.layers)
+    assert layout.adding == (tiny.ADDING[architecture],) * len(layout.layers)
 
 
 def test_what_is_added_to_something_else_is_not(tmp_path: Path) -> None:

@@ -26,6 +26,7 @@ from fistapruner.pipeline.work import Work
 SETTINGS: dict[str, Any] = {
     "method": "sparsegpt",
     "propagate": "dense",
+    "target": "dense",
     "residual": "correct",
     "calibration": {"source": "python", "samples": 6, "seqlen": 24},
 }
@@ -47,6 +48,12 @@ def expected(model: Path) -> bytes:
 
 def weights(out: Path) -> bytes:
     return (out / "model" / "model.safetensors").read_bytes()
+
+
+def prune_command(model: Path, out: Path) -> list[str]:
+    """A run with the same settings in a process of its own."""
+    settings = "--method sparsegpt --residual correct --calibration python --samples 6 --seqlen 24 --threads 1 --evaluate none"
+    return [sys.executable, "-m", "fistapruner", "prune", str(model), "--out", str(out), *settings.split()]
 
 
 def test_two_processes(model: Path, expected: bytes, tmp_path: Path) -> None:
@@ -119,22 +126,8 @@ def test_layer_that_kills_every_worker_stops_the_run(model: Path, expected: byte
 def test_parts_are_joined(model: Path, expected: bytes, tmp_path: Path) -> None:
     """Two processes at once, each with a part of the layers, then finish."""
     out = tmp_path / "run"
-    command = [
-        sys.executable,
-        "-m",
-        "fistapruner",
-        "prune",
-        str(model),
-        "--out",
-        str(out),
-        "--method",
-        "sparsegpt",
-        "--threads",
-        "1",
-        "--residual",
-        "correct",
-    ]
-    command += ["--calibration", "python", "--samples", "6", "--seqlen", "24", "--evaluate", "none", "--quiet"]
+    command = prune_command(model, out)
+    command += ["--quiet"]
     parts = [subprocess.Popen([*command, "--only-layers", part], stdout=subprocess.PIPE, text=True) for part in ("0-1", "2-4")]
     assert [part.wait() for part in parts] == [0, 0]
     assert f"fistapruner finish {out}" in parts[0].communicate()[0] + parts[1].communicate()[0]
@@ -193,22 +186,8 @@ def test_ray_worker_and_head_killed(model: Path, expected: bytes, tmp_path: Path
     """A Ray worker dies: the run ends well. The whole cluster dies: the run stops, and resumes without it."""
     pytest.importorskip("ray", reason="the extra ray is not installed")
     out = tmp_path / "run"
-    command = [
-        sys.executable,
-        "-m",
-        "fistapruner",
-        "prune",
-        str(model),
-        "--out",
-        str(out),
-        "--method",
-        "sparsegpt",
-        "--threads",
-        "1",
-        "--residual",
-        "correct",
-    ]
-    command += ["--calibration", "python", "--samples", "6", "--seqlen", "24", "--evaluate", "none", "--executor", "ray", "--workers", "2"]
+    command = prune_command(model, out)
+    command += ["--executor", "ray", "--workers", "2"]
     import psutil
 
     def descendants(name: str) -> list[psutil.Process]:

@@ -62,15 +62,7 @@ def stream(
     return weights
 
 
-ADDING = {
-    "llama": ("self_attn.o_proj", "mlp.down_proj"),
-    "gpt2": ("attn.c_proj", "mlp.c_proj"),
-    "gpt_neox": ("attention.dense", "mlp.dense_4h_to_h"),
-}
-"""The operators of a decoder layer whose outputs are added to the hidden states."""
-
-
-def in_memory(folder: Path, recipe: Recipe, layout: Layout, adding: tuple[str, str] = ("", "")) -> dict[str, Tensor]:
+def in_memory(folder: Path, recipe: Recipe, layout: Layout, adding: tuple[str, ...]) -> dict[str, Tensor]:
     """The same by the definition, with two whole models in memory and every operator's inputs kept."""
     dense = AutoModelForCausalLM.from_pretrained(folder).eval()
     pruned = AutoModelForCausalLM.from_pretrained(folder).eval()
@@ -154,8 +146,8 @@ def test_streaming_equals_in_memory_bit_for_bit(tmp_path: Path, architecture: st
     folder = tiny.save(architecture, tmp_path / "model")
     recipe = Recipe.build({"method": "sparsegpt", "sparsity": "50%", **settings}).settled()
     layout = discover(Skeleton(Checkpoint.open(folder), torch.device("cpu")))
-    assert layout.adding == (ADDING[architecture],) * len(layout.layers)
-    expected = in_memory(folder, recipe, layout, ADDING[architecture])
+    assert layout.adding == (tiny.ADDING[architecture],) * len(layout.layers)
+    expected = in_memory(folder, recipe, layout, tiny.ADDING[architecture])
     streamed = stream(folder, recipe, None)
     assert {name.removeprefix("transformer.") for name in streamed} == {name.removeprefix("transformer.") for name in expected}
     for name, tensor in expected.items():

@@ -123,7 +123,7 @@ def prune_layer(
         kept: dict[int, HiddenStates] = {}
         probe: list[Tensor] = []
         residual = None
-        if recipe.residual == "correct" and recipe.dense_share > 0.0 and recipe.error_correction and streams.dense is not None:
+        if recipe.corrects_drift and streams.dense is not None:
             residual = ResidualDrift(index, module, layout.adding[index], groups, streams.dense, streams.seen, scratch)
 
         def new_sums(number: int) -> ProblemSums:

@@ -259,7 +259,6 @@ class Sizes:
         rows = tuple(_group_bytes(group, [sparsity[layout.full_name(index, operator)] for operator in group], recipe) for group in groups)
         operators = sum(weight for _, _, weight, _, _ in rows)
         drifting = groups[1:] if recipe.propagate == "dense" else groups
-        corrects = recipe.residual == "correct" and recipe.dense_share > 0 and recipe.error_correction
         keeps = recipe.dense_share > 0 and (recipe.error_correction or recipe.propagate == "pruned")
         return cls(
             base=psutil.Process().memory_info().rss + RETAINED if skeleton.device.type == "cpu" else 0,
@@ -274,11 +273,11 @@ class Sizes:
             forward=forward,
             groups=rows,
             float_input=4 * seqlen * max(operator.columns for group in groups for operator in group) if groups else 0,
-            float_residual=2 * 4 * seqlen * skeleton.width * corrects,
+            float_residual=2 * 4 * seqlen * skeleton.width * recipe.corrects_drift,
             kept=sum(seqlen * group[0].columns * itemsize for group in drifting) if keeps else 0,
             samples=samples,
             streams=2 if recipe.propagate == "dense" or not recipe.dense_share else 4,
-            inside=1 + corrects + bool(recipe.match and recipe.dense_share < 1),
+            inside=1 + recipe.corrects_drift + bool(recipe.match and recipe.dense_share < 1),
             layers=len(skeleton),
             backward=backward if differentiates(recipe) else 0,
             matching=backward + (5 * 4 + 1 + itemsize) * operators // 4 + 3 * 4 * skeleton.width**2 if recipe.match else 0,

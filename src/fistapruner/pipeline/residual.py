@@ -9,7 +9,7 @@ drift of a token is cut to a length that is typical of the batch.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 
 import torch
 from torch import Tensor, nn
@@ -75,34 +75,26 @@ class ResidualDrift:
         short = (LONGEST * length.median() / length.clamp_min(torch.finfo(torch.float32).tiny)).clamp_max(1.0)
         return drift.mul_(short)
 
-    @contextmanager
-    def around_dense_pass(self, batch: Callable[[], tuple[int, int]]) -> Iterator[None]:
+    def around_dense_pass(self, batch: Callable[[], tuple[int, int]]) -> AbstractContextManager[None]:
         """Keep what the second operator adds to in the dense pass inside; ``batch`` tells the windows at hand."""
+        return self._after_first(self._dense, batch, HiddenStates.write)
 
-        def keep(kept: HiddenStates, start: int, sums: Tensor) -> None:
-            kept.write(start, sums)
-
-        with self._after_first(self._dense, batch, keep):
-            yield
-
-    @contextmanager
-    def around_pass(self, batch: Callable[[], tuple[int, int]]) -> Iterator[None]:
+    def around_pass(self, batch: Callable[[], tuple[int, int]]) -> AbstractContextManager[None]:
         """Take the difference in the first pass inside in which the first operator answers: it does so for good then."""
-
-        def subtract(kept: HiddenStates, start: int, sums: Tensor) -> None:
-            if self._windows < kept.samples:
-                stop = start + sums.shape[0]
-                kept.write(start, kept.read(start, stop).to(sums.device).float() - sums)
-                self._windows += stop - start
-
-        with self._after_first(self._seen, batch, subtract):
-            yield
+        if self._kept is None or self._windows == self._kept.samples:
+            return nullcontext()
+        return self._after_first(self._seen, batch, self._subtract)
 
     def close(self) -> None:
         """Release what is kept."""
         if self._kept is not None:
             self._kept.close()
             self._kept = None
+
+    def _subtract(self, kept: HiddenStates, start: int, sums: Tensor) -> None:
+        stop = start + sums.shape[0]
+        kept.write(start, kept.read(start, stop).to(sums.device).float() - sums)
+        self._windows += stop - start
 
     @contextmanager
     def _after_first(
