@@ -20,13 +20,13 @@ def data() -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     return torch.randn(ROWS, INPUTS, generator=generator), dense + 0.2 * torch.randn(TOKENS, INPUTS, generator=generator), dense
 
 
-def check_against_activations(problem: LayerProblem, data: tuple[torch.Tensor, ...], wanted: torch.Tensor) -> None:
+def check_against_activations(problem: LayerProblem, data: tuple[torch.Tensor, ...], wanted: torch.Tensor, *, residual: bool = False) -> None:
     """Error, energy and gradient of a problem whose outputs should be ``wanted`` (TOKENS, ROWS), by their definitions."""
     weight, seen, dense = data
     pruned = (weight * (weight.abs() > 0.5)).double().requires_grad_()
     rows = (seen.double() @ pruned.T - wanted).square().sum(0) / TOKENS
     assert torch.allclose(problem.row_errors(pruned.detach().float()), rows, rtol=1e-4)
-    energy = (dense.double() @ weight.double().T).square().sum() / TOKENS
+    energy = ((seen if residual else dense).double() @ weight.double().T).square().sum() / TOKENS
     assert problem.relative_errors(pruned.detach().float())[0] == pytest.approx(float(rows.detach().sum() / energy), rel=1e-4)
     rows.sum().backward()
     assert pruned.grad is not None
@@ -48,7 +48,7 @@ def test_what_outputs_are_added_to_may_be_part_of_the_target(data: tuple[torch.T
     added_to, added_to_dense = torch.randn(2, TOKENS, ROWS, generator=torch.Generator().manual_seed(1)).double()
     problem = LayerProblem.from_activations(weight, seen, dense, (added_to_dense - added_to).float(), target=target)
     after = target * (dense.double() @ weight.double().T + added_to_dense) + (1 - target) * (seen.double() @ weight.double().T + added_to)
-    check_against_activations(problem, data, after - added_to)
+    check_against_activations(problem, data, after - added_to, residual=True)
 
 
 def test_batches_add_up_and_bf16_activations_lose_nothing(data: tuple[torch.Tensor, ...]) -> None:

@@ -43,7 +43,7 @@ class LayerProblem:
         drift: (m, n) fp32 ``R``, or None where the inputs have not drifted.
         drift_energy: (m,) ``d``, or None with ``drift``.
         energy: (m,) mean squared dense output of each row, the denominator of relative errors. Default: of ``W`` on
-            ``H``, which is the same thing when nothing drifted.
+            ``H``, which is the same thing when nothing drifted, and stands in for it with residual correction.
         target: share ``a`` of the dense model's output in the target: 1 is ``target=dense`` (FISTAPruner), 0 is
             ``target=pruned`` (SparseGPT, Wanda, ALPS).
         names: operator names, one for each block of rows.
@@ -251,7 +251,6 @@ class ProblemSums:
         self._cross = torch.zeros(n if self._by_inputs else m, n, device=device) if drifts else None
         self._moved = torch.zeros(n, n, device=device) if self._by_inputs else None
         self._energy = torch.zeros(m, dtype=torch.float64, device=device) if drifts and not self._by_inputs else None
-        self._dense_energy = torch.zeros(m, dtype=torch.float64, device=device) if residual else None
 
     def add(self, inputs: Tensor, dense_inputs: Tensor | None = None, residual: Tensor | None = None) -> None:
         """Add a batch.
@@ -274,14 +273,13 @@ class ProblemSums:
             if self._moved is not None:
                 self._moved.addmm_(moved.T, moved)
             else:
-                assert self._energy is not None
                 moved = moved @ self.weight.T
-                if self._dense_energy is not None:
+                if self.residual:
                     assert residual is not None
-                    self._dense_energy += (dense_inputs.float() @ self.weight.T).square_().sum(0, dtype=torch.float64)
                     moved += residual
-                self._energy += moved.double().square().sum(0)
             self._cross.addmm_(moved.T, x)
+            if self._energy is not None:
+                self._energy += moved.square_().sum(0, dtype=torch.float64)
 
     def problem(self, names: Sequence[str], rows: Sequence[int], target: float, *, release: bool = False) -> LayerProblem:
         """The layer problem of all tokens added so far (means over tokens).
@@ -310,9 +308,7 @@ class ProblemSums:
                 assert self._energy is not None
                 drift = mean(self._cross, self.tokens)
                 drift_energy = self._energy / self.tokens
-            if self._dense_energy is not None:
-                energy = self._dense_energy / self.tokens
-            else:
+            if not self.residual:  # whose cross terms hold more than the drift of W's own outputs
                 # ||W X||^2 = ||W X*||^2 + 2 <W X*, W (X - X*)> + ||W (X - X*)||^2, row by row.
                 energy = _row_dots(lambda rows: torch.add(self.weight[rows] @ gram, drift[rows], alpha=2.0), self.weight) + drift_energy
             if release:

@@ -210,7 +210,7 @@ class Sizes:
 
     float_input: int
     float_residual: int
-    """Beside the inputs of a window, what residual correction needs of it in fp32: the drift, and the dense outputs. 0 without."""
+    """Beside the inputs of a window, what residual correction needs of it in fp32: the drift and its length. 0 without."""
 
     kept: int
     samples: int
