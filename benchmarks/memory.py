@@ -95,7 +95,7 @@ def paper(folder: Path, arguments: argparse.Namespace) -> None:
     from fistapruner.models.checkpoint import Checkpoint
     from fistapruner.models.layout import discover
     from fistapruner.models.skeleton import Skeleton
-    from fistapruner.pipeline.plan import Choice, Sizes
+    from fistapruner.pipeline.sizes import Choice, Sizes
     from fistapruner.sparsity import parse_sparsity
 
     model = write_checkpoint(folder / "model", "70b", 80, holes=True)

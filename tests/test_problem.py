@@ -20,7 +20,9 @@ def data() -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     return torch.randn(ROWS, INPUTS, generator=generator), dense + 0.2 * torch.randn(TOKENS, INPUTS, generator=generator), dense
 
 
-def check_against_activations(problem: LayerProblem, data: tuple[torch.Tensor, ...], wanted: torch.Tensor, *, residual: bool = False) -> None:
+def check_against_activations(
+    problem: LayerProblem, data: tuple[torch.Tensor, ...], wanted: torch.Tensor, *, residual: bool = False
+) -> None:
     """Error, energy and gradient of a problem whose outputs should be ``wanted`` (TOKENS, ROWS), by their definitions."""
     weight, seen, dense = data
     pruned = (weight * (weight.abs() > 0.5)).double().requires_grad_()

@@ -8,6 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 import torch
 
@@ -18,11 +19,13 @@ from fistapruner.errors import FistaPrunerError
 from fistapruner.models.checkpoint import Checkpoint
 from fistapruner.models.layout import Layout, discover
 from fistapruner.models.skeleton import Skeleton
-from fistapruner.pipeline import plan
+from fistapruner.pipeline import probe
+from fistapruner.pipeline import sizes as sizes_module
 from fistapruner.pipeline.footprint import peak_bytes, solve_bytes
-from fistapruner.pipeline.plan import Choice, Sizes, make_plan
+from fistapruner.pipeline.plan import make_plan
 from fistapruner.pipeline.prepare import allocate
 from fistapruner.pipeline.run import prune
+from fistapruner.pipeline.sizes import Choice, Sizes
 from fistapruner.problem import LayerProblem
 from fistapruner.solvers import parse_method, solve
 from fistapruner.sparsity import parse_sparsity
@@ -85,8 +88,8 @@ def test_more_calibration_tokens_need_no_more_memory_on_disk(model: Model) -> No
 
 def test_hidden_states_go_to_disk_before_batches_shrink(model: Model, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Limits between the peaks of the choices pick the first choice that fits."""
-    monkeypatch.setattr(plan.psutil.Process, "memory_info", lambda _: type("Memory", (), {"rss": 0}))
-    monkeypatch.setattr(plan, "RETAINED", 0)
+    monkeypatch.setattr(psutil.Process, "memory_info", lambda _: type("Memory", (), {"rss": 0}))
+    monkeypatch.setattr(sizes_module, "RETAINED", 0)
     measured = sizes(model)
     limits = {choice: max(measured.stages(choice).values()) for choice in (Choice(16), Choice(16, on_disk=True), Choice(8, on_disk=True))}
     for choice, limit in limits.items():
@@ -96,6 +99,24 @@ def test_hidden_states_go_to_disk_before_batches_shrink(model: Model, tmp_path: 
     recipe = Recipe.build({"method": "wanda", "propagate": "dense", "execution": {"memory_limit": limits[Choice(16)]}}).settled()
     two = make_plan(*model[:2], recipe, allocate(recipe, model[1]), model[2], 16, tmp_path, workers=2)
     assert two.choice.on_disk
+
+
+@pytest.mark.parametrize("targets", [r"re:layers\.1\.", r"re:layers\.[01]\.mlp"])
+def test_layers_without_operators_are_no_hindrance(model: Model, tmp_path: Path, targets: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The sizes are of a layer that has operators; time is estimated too, and the dense model is measured."""
+    monkeypatch.setattr(probe, "WORTH_A_PROBE", 0)
+    recipe = Recipe.build({"method": "proximal", "targets": [targets]}).settled()
+    layout = model[1].select(recipe)
+    made = make_plan(model[0], layout, recipe, allocate(recipe, layout), model[2], 16, tmp_path)
+    assert {row.quantity for row in made.rows} == {"peak memory", "disk", "pruning, one worker"}
+    report = prune(
+        str(model[0].checkpoint.folder),
+        tmp_path / "run",
+        method="proximal",
+        targets=[targets],
+        calibration={"source": "python", "samples": 4, "seqlen": 24},
+    )
+    assert all(layer.operators == [] for layer in report.layers if not layout.layers[layer.index])
 
 
 def test_impossible_limit_is_refused(model: Model, tmp_path: Path) -> None:
@@ -128,7 +149,7 @@ def test_operators_solved_one_by_one(model: Model, tmp_path: Path) -> None:
 
 def test_plan_on_the_command_line(model: Model, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     """With a time estimate, which tiny models are otherwise not worth."""
-    monkeypatch.setattr(plan, "WORTH_A_PROBE", 0)
+    monkeypatch.setattr(probe, "WORTH_A_PROBE", 0)
     command = ["plan", str(model[0].checkpoint.folder), "--samples", "4", "--seqlen", "32", "--method", "sparsegpt", "--json"]
     assert main(command) == 0
     said = json.loads(capsys.readouterr().out)

@@ -84,6 +84,10 @@ class Layout:
             for operator in group
         ]
 
+    def weights(self, index: int) -> int:
+        """Weights of the operators of one decoder layer."""
+        return sum(operator.rows * operator.columns for group in self.layers[index] for operator in group)
+
     def select(self, recipe: Recipe) -> Layout:
         """Only the operators that the recipe's ``targets`` and ``ignore`` leave.
 

@@ -1,0 +1,71 @@
+"""How long a run will take, from the first batch of calibration windows in one decoder layer."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping
+
+from torch import Tensor
+
+from ..models.hidden import HiddenStates, scratch_factory
+from ..models.layout import Layout
+from ..models.skeleton import Skeleton
+from ..problem import LayerProblem
+from ..recipe import Recipe
+from ..solvers import solve
+from ..sparsity import Sparsity
+from .capture import Calls
+from .layer import Streams, prune_layer
+
+WORTH_A_PROBE = 2e10
+"""Multiplications of one pass of the calibration tokens through the model, below which no time is estimated: it is seconds."""
+
+
+def measure_time(
+    skeleton: Skeleton, layout: Layout, recipe: Recipe, sparsity: Mapping[str, Sparsity], tokens: Tensor, batch_size: int
+) -> float | None:
+    """Seconds to prune all layers, from the first batch of windows in one layer; None where that is not worth measuring.
+
+    Passes are measured as they are, with magnitude pruning instead of the method. The method is timed on the first rows of
+    each group's problem, twice as many the second time, so that what does not grow with the rows is told from what does.
+    """
+    index = next(index for index, groups in enumerate(layout.layers) if groups)
+    if sum(map(layout.weights, range(len(skeleton)))) * tokens.numel() < WORTH_A_PROBE:
+        return None
+    batch = tokens[:batch_size]
+    solving = 0.0
+
+    def time_solve(number: int, problem: LayerProblem) -> None:
+        nonlocal solving
+        pattern = sparsity[problem.names[0]]
+        few = max(32, problem.shape[0] // 16)
+        if 2 * few >= problem.shape[0]:
+            solving += _seconds(problem, [sparsity[name] for name in problem.names], recipe)
+            return
+        once, twice = (_seconds(problem.slice(0, count), [pattern], recipe) for count in (few, 2 * few))
+        solving += once + max(twice - once, 0.0) * (problem.shape[0] - few) / few
+
+    with skeleton.ends(head=False):
+        calls = Calls.of(skeleton, len(batch), tokens.shape[1], len(batch))
+        states = HiddenStates((len(batch), tokens.shape[1], skeleton.width), skeleton.dtype)
+        states.write(0, skeleton.embed(batch)[0])
+    onward = HiddenStates((len(batch), tokens.shape[1], skeleton.width), skeleton.dtype)
+    streams = Streams(states, None, onward, None)
+    if recipe.propagate == "pruned":
+        shape = (len(batch), tokens.shape[1], skeleton.width)
+        drifted, drifted_on = HiddenStates(shape, skeleton.dtype), HiddenStates(shape, skeleton.dtype)
+        drifted.write(0, states.read(0, len(batch)))
+        streams = Streams(states, drifted, onward, drifted_on) if recipe.dense_share else Streams(None, drifted, None, drifted_on)
+    cheap = recipe.model_copy(update={"method": Recipe.build({"method": "magnitude"}).steps, "match": 0})
+    scratch = scratch_factory(None, skeleton.dtype)
+    result = prune_layer(skeleton, layout, index, cheap, sparsity, streams, calls, scratch, inspect=time_solve)
+    seconds = result.entry.seconds
+    passing = (seconds.get("capture", 0.0) + seconds.get("gram", 0.0)) * len(tokens) / len(batch)
+    fixed = sum(value for phase, value in seconds.items() if phase not in ("capture", "gram"))
+    return (fixed + solving) * sum(map(bool, layout.layers)) + passing * len(skeleton)
+
+
+def _seconds(problem: LayerProblem, patterns: list[Sparsity], recipe: Recipe) -> float:
+    begin = time.perf_counter()
+    solve(problem, patterns, recipe.steps)
+    return time.perf_counter() - begin

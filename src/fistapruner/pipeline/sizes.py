@@ -1,0 +1,222 @@
+"""The bytes that a run's memory and disk are made of.
+
+Memory is a sum of things whose sizes are known (embeddings, one decoder layer, hidden states, Grams) and of two that are
+found by doing them once, small: a forward pass of one window, and the solve of each group of operators
+(:mod:`fistapruner.pipeline.footprint`).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import psutil
+import torch
+from torch import Tensor
+
+from ..allocation.decide import differentiates, needs_measuring, permutes, weighs_rows, windows_looked_at
+from ..allocation.sensitivity import HEAD_TOKENS
+from ..models.layout import Group, Layout
+from ..models.skeleton import Call, Skeleton
+from ..recipe import Recipe
+from ..sparsity import Sparsity
+from .footprint import peak_bytes, solve_bytes
+from .parts import cut
+
+
+@dataclass(frozen=True)
+class Choice:
+    """What a plan may change to make a run fit.
+
+    Args:
+        batch_size: windows in one forward pass.
+        on_disk: hidden states in files instead of memory.
+        by_operator: groups of operators are solved in parts (:mod:`~fistapruner.pipeline.parts`) instead of stacked.
+    """
+
+    batch_size: int
+    on_disk: bool = False
+    by_operator: bool = False
+
+
+RETAINED = 96 * 2**20
+"""Freed memory that the C library keeps: twice its largest threshold for handing blocks back (32 MiB), and pieces between blocks."""
+
+UNCOUNTED = 1 / 12
+"""Share that is added to what was counted, for small temporaries and pieces between blocks: the peak of 7B shapes was 7 % above
+the count without it (``benchmarks/memory.py large``)."""
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """The sizes, in bytes, that the memory of a run is made of: see :meth:`measure`."""
+
+    base: int
+    ends: int
+    largest: int
+    checkpoint: int
+    pruned: int
+    layer: int
+    stored: int
+    """Bytes of a weight in the checkpoint, or in the passes where that is less."""
+
+    together: bool
+    """Without error correction one pass serves all groups, and their sums are in memory together."""
+
+    window: int
+    forward: int
+    groups: tuple[tuple[str, int, int, int, int], ...]
+    """Of each group: names, Gram, stacked weight in fp32, solve stacked, solve of its largest part."""
+
+    float_input: int
+    float_residual: int
+    """Beside the inputs of a window, what residual correction needs of it in fp32: the drift and its length. 0 without."""
+
+    kept: int
+    samples: int
+    streams: int
+    """Stores of hidden states into and out of a layer."""
+
+    inside: int
+    """Stores that a layer needs while it is pruned: what replay keeps, what operators add to, what block matching aims at where that is
+    in no other."""
+
+    layers: int
+    backward: int
+    """Of a forward and backward pass of one window through a decoder layer; 0 where nothing is measured on the dense model."""
+
+    matching: int
+    """Block matching of one layer: fp32 weights, their gradients, Adam's two moments, the best so far, masks, what a pass uses; a
+    forward and backward pass of one window; the metric. 0 without."""
+
+    logits: int
+    measured: bool
+    reordered: bool
+    weighted: bool
+    cuda: bool
+
+    @classmethod
+    def measure(cls, skeleton: Skeleton, layout: Layout, recipe: Recipe, sparsity: Mapping[str, Sparsity], tokens: Tensor) -> Sizes:
+        """From the checkpoint's headers, one window through one decoder layer, and a small solve of each group."""
+        samples, seqlen = tokens.shape
+        checkpoint = skeleton.checkpoint
+        itemsize = skeleton.dtype.itemsize
+        stored = min(itemsize, checkpoint.dtype.itemsize)
+        in_layers = [{skeleton.source(name) for name in skeleton.layer_parameters(index)} for index in range(len(skeleton))]
+        outside = set(checkpoint.names()).difference(*in_layers)
+
+        def size(names: set[str]) -> int:
+            return sum(math.prod(checkpoint.entry(name).shape) for name in names) * itemsize
+
+        with skeleton.ends(head=False):
+            hidden, calls = skeleton.embed(tokens[:1])
+        with skeleton.layer(0):
+            with torch.no_grad():
+                forward = peak_bytes(lambda: skeleton.run(0, hidden, calls[0]))
+            backward = peak_bytes(lambda: _differentiate(skeleton, hidden, calls[0])) if differentiates(recipe) or recipe.match else 0
+        index = max(range(len(skeleton)), key=layout.weights)  # where solving takes most
+        groups = layout.layers[index]
+        rows = tuple(_group_bytes(group, [sparsity[layout.full_name(index, operator)] for operator in group], recipe) for group in groups)
+        operators = sum(weight for _, _, weight, _, _ in rows)
+        drifting = groups[1:] if recipe.propagate == "dense" else groups
+        keeps = recipe.dense_share > 0 and (recipe.error_correction or recipe.propagate == "pruned")
+        return cls(
+            base=psutil.Process().memory_info().rss + RETAINED if skeleton.device.type == "cpu" else 0,
+            ends=size(outside),
+            largest=max(checkpoint.entry(name).nbytes for name in checkpoint.names()),
+            checkpoint=checkpoint.nbytes,
+            pruned=sum(operator.rows * operator.columns for _, operator in layout.operators()) * stored,
+            layer=max(size(names) for names in in_layers),
+            stored=stored,
+            together=not recipe.error_correction,
+            window=seqlen * skeleton.width * itemsize,
+            forward=forward,
+            groups=rows,
+            float_input=4 * seqlen * max(operator.columns for group in groups for operator in group),
+            float_residual=2 * 4 * seqlen * skeleton.width * recipe.corrects_drift,
+            kept=sum(seqlen * group[0].columns * itemsize for group in drifting) if keeps else 0,
+            samples=samples,
+            streams=2 if recipe.propagate == "dense" or not recipe.dense_share else 4,
+            inside=1 + recipe.corrects_drift + bool(recipe.match and recipe.dense_share < 1),
+            layers=len(skeleton),
+            backward=backward if differentiates(recipe) else 0,
+            matching=backward + (5 * 4 + 1 + itemsize) * operators // 4 + 3 * 4 * skeleton.width**2 if recipe.match else 0,
+            logits=4 * 4 * min(seqlen, HEAD_TOKENS) * int(skeleton.config.get_text_config().vocab_size),
+            measured=needs_measuring(recipe),
+            reordered=permutes(recipe),
+            weighted=weighs_rows(recipe),
+            cuda=skeleton.device.type == "cuda",
+        )
+
+    def stages(self, choice: Choice, solvers: int = 0) -> dict[str, int]:
+        """Bytes at the peak of every stage of a run, by what the stage is called in messages.
+
+        Args:
+            choice: how the run is carried out.
+            solvers: processes beside this one that solve parts.
+        """
+        in_memory = 0 if choice.on_disk or self.cuda else self.samples
+        states = (self.streams + self.inside) * self.window * in_memory
+        batch = min(choice.batch_size, self.samples)
+        passing = batch * (self.forward + 2 * self.window)
+        found = {
+            "the embeddings": self.base + self.ends + self.largest,
+            "the first hidden states": self.base + self.ends + self.window * in_memory + batch * 2 * self.window,
+            "writing the checkpoint": self.base + 2 * self.largest,
+        }
+        drifts = self.kept > 0
+        # Of each group: Gram, weight and what drifting inputs add (problem.py).
+        all_sums = [gram + weight + (2 * gram if weight > gram else weight) * drifts for _, gram, weight, _, _ in self.groups]
+        done = 0  # weights of the groups that are solved, in main memory as the checkpoint will hold them
+        for number, (names, gram, weight, stacked, alone) in enumerate(self.groups):
+            waiting = sum(all_sums[number + 1 :]) if self.together else 0
+            loaded = self.base + self.layer + states + self.kept * in_memory + waiting + done
+            done += 0 if self.cuda else weight * self.stored // 4
+            sums = all_sums[number]
+            gather = passing + sums + batch * (self.float_input * (3 if drifts else 1) + self.float_residual)
+            found[f"a pass up to {names}"] = loaded + gather
+            found[f"the problem of {names}"] = loaded + sums + weight * (drifts and weight > gram) + weight // 2  # a block in fp64
+            apart = choice.by_operator and alone < stacked
+            # The solution is gathered beside the weight, fp32 and a mask of bytes; its errors are computed in blocks of rows.
+            solving = gram + 9 * weight // 4 + (solvers * (self.base + alone) or max(alone - gram, weight // 2)) if apart else stacked
+            found[f"solving {names}"] = loaded + solving + (weight if drifts else 0) * (2 if self.weighted else 1) + weight * self.weighted
+        if self.matching:
+            found["block matching"] = self.base + self.layer + states + done + self.matching + 4 * self.window
+        if self.measured:
+            windows = windows_looked_at(self.samples)
+            states = 0 if choice.on_disk or self.cuda else self._states_measured() * windows * self.window
+            passed = self.layer + min(choice.batch_size, 4) * max(self.backward, self.forward + self.float_input)
+            sums = sum(gram * bool(self.backward) + weight for _, gram, weight, _, _ in self.groups)
+            if self.reordered:  # scores of the largest operator, twice, and the rows that are looked at
+                sums += 3 * max(weight for _, _, weight, _, _ in self.groups)
+            head = self.ends + self.logits if self.backward else 0
+            found["measuring the dense model"] = self.base + states + windows * self.window + max(passed + sums, head)
+        return {name: round(size + UNCOUNTED * (size - self.base)) for name, size in found.items()}
+
+    def _states_measured(self) -> int:
+        """Layers whose hidden states are kept while the dense model is measured: all of them for a backward pass."""
+        return (self.layers + 1 if self.backward else 2) if self.measured else 0
+
+    def disk(self, choice: Choice, workers: int) -> int:
+        """Bytes that the run directory takes at its largest."""
+        states = ((self.streams + workers - 1 + self.inside * workers) * self.window + self.kept * workers) * self.samples
+        measuring = self._states_measured() * windows_looked_at(self.samples) * self.window
+        return self.checkpoint + self.pruned + (max(states, measuring) if choice.on_disk else 0)
+
+
+def _differentiate(skeleton: Skeleton, hidden: Tensor, call: Call) -> None:
+    with torch.enable_grad():
+        entering = hidden.detach().requires_grad_()
+        torch.autograd.grad(skeleton.run(0, entering, call).float().sum(), entering)
+
+
+def _group_bytes(group: Group, patterns: list[Sparsity], recipe: Recipe) -> tuple[str, int, int, int, int]:
+    n = group[0].columns
+    rows = [operator.rows for operator in group]
+    stacked = solve_bytes(rows, n, patterns, recipe.steps)
+    parts = cut(rows, n, patterns, recipe.steps)
+    largest = max(parts, key=lambda part: part.stop - part.start)
+    alone = stacked if len(parts) == 1 else solve_bytes([largest.stop - largest.start], n, [largest.sparsity], recipe.steps)
+    names = "+".join(operator.name.rpartition(".")[2] for operator in group)
+    return names, 4 * n * n, 4 * sum(rows) * n, stacked, alone
