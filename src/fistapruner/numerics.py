@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 import torch
+from torch import Tensor
 
 
 @contextmanager
@@ -30,6 +31,31 @@ def fast_products(enabled: bool = True) -> Iterator[None]:
         yield
     finally:
         cpu.fp32_precision, cuda.fp32_precision = before
+
+
+def add_gram(sums: Tensor, rows: Tensor) -> None:
+    """``sums += rows^T rows`` on and above the diagonal blocks only, which saves 20 to 40 % of the product.
+
+    What lies below is left as it was: :func:`mirror` fills it when all rows are in.
+
+    Args:
+        sums: (n, n).
+        rows: (p, n).
+    """
+    n = len(sums)
+    size = -(-n // min(8, max(1, n // 256)))  # smaller blocks save no more, and cost their products' efficiency
+    for start in range(0, n, size):
+        block = slice(start, start + size)
+        sums[block, start:].addmm_(rows[:, block].T, rows[:, start:])
+
+
+def mirror(sums: Tensor) -> Tensor:
+    """Make ``sums`` (n, n) symmetric in place, from what is on and above its diagonal; returns it."""
+    for start in range(0, len(sums), 1024):
+        block, after = slice(start, start + 1024), slice(start + 1024, None)
+        sums[block, block] = sums[block, block].triu() + sums[block, block].triu(1).T
+        sums[after, block] = sums[block, after].T
+    return sums
 
 
 def row_blocks(rows: int) -> list[slice]:

@@ -30,7 +30,7 @@ import torch
 from torch import Tensor
 
 from .errors import FistaPrunerError
-from .numerics import fast_products, row_blocks
+from .numerics import add_gram, fast_products, mirror, row_blocks
 
 
 @dataclass(frozen=True)
@@ -264,14 +264,14 @@ class ProblemSums:
         x = inputs.float()
         self.tokens += x.shape[0]
         with fast_products(inputs.dtype == torch.bfloat16):
-            self.gram.addmm_(x.T, x)
+            add_gram(self.gram, x)
             if self._cross is None:
                 return
             if dense_inputs is None:
                 raise FistaPrunerError("these sums were set up for drifting inputs: give dense_inputs with every batch")
             moved = dense_inputs.float() - x
             if self._moved is not None:
-                self._moved.addmm_(moved.T, moved)
+                add_gram(self._moved, moved)
             else:
                 moved = moved @ self.weight.T
                 if self.residual:
@@ -296,13 +296,13 @@ class ProblemSums:
         """
         if not self.tokens:
             raise FistaPrunerError(f"{'+'.join(names)}: no calibration tokens reached this operator")
-        gram = _symmetric_mean(self.gram if release else self.gram.clone(), self.tokens)
+        mean = Tensor.div_ if release else Tensor.div
+        gram = mirror(mean(self.gram, self.tokens))
         drift = drift_energy = energy = None
         if self._cross is not None:
-            mean = Tensor.div_ if release else Tensor.div
             if self._moved is not None:
                 drift = self.weight @ mean(self._cross, self.tokens)
-                moved = mean(self._moved, self.tokens)
+                moved = mirror(mean(self._moved, self.tokens))
                 drift_energy = _row_dots(lambda rows: self.weight[rows] @ moved, self.weight).clamp_min(0)
             else:
                 assert self._energy is not None
@@ -331,19 +331,6 @@ class ProblemSums:
 def unweighted(weight: Tensor, importance: Tensor) -> Tensor:
     """(m, n) weights of the plain problem from those of the :meth:`~LayerProblem.weighted` one; in place."""
     return weight.div_(importance.sqrt()[:, None])
-
-
-def _symmetric_mean(gram: Tensor, tokens: int) -> Tensor:
-    """``(G + G^T) / 2 tokens`` in the memory of ``gram`` (n, n), block by block."""
-    gram.div_(tokens)
-    starts = range(0, gram.shape[0], 1024)
-    for row in starts:
-        for column in starts[row // 1024 :]:
-            upper, lower = gram[row : row + 1024, column : column + 1024], gram[column : column + 1024, row : row + 1024]
-            mean = (upper + lower.T) / 2
-            upper.copy_(mean)
-            lower.copy_(mean.T)
-    return gram
 
 
 def _row_dots(left: Callable[[slice], Tensor], right: Tensor) -> Tensor:

@@ -54,9 +54,9 @@ def test_streamed_equals_whole_model_differentiation(tmp_path: Path, architectur
         target = name if name in prefixed else f"{model.base_model_prefix}.{name}"
         model.get_submodule(target).register_forward_hook(hook(name))
     logits = model(input_ids=tokens()).logits
-    # The same draws: window by window from one generator.
-    generator = torch.Generator().manual_seed(5)
-    drawn = torch.stack([torch.multinomial(torch.softmax(window.detach(), -1), 1, generator=generator)[:, 0] for window in logits])
+    # The same draws: a uniform number for each token, from one generator.
+    uniform = torch.rand(WINDOWS, SEQLEN, 1, generator=torch.Generator().manual_seed(5))
+    drawn = (torch.softmax(logits.detach().double(), -1).cumsum(-1) < uniform).sum(-1)
     torch.log_softmax(logits, -1).gather(-1, drawn[..., None]).sum().backward()
     count = WINDOWS * SEQLEN
     for name, _ in layout.operators():
@@ -64,6 +64,15 @@ def test_streamed_equals_whole_model_differentiation(tmp_path: Path, architectur
     for index, metric in enumerate(found.outputs):
         gradient = grads[f"{layout.prefix}.{index}"]
         torch.testing.assert_close(metric, gradient.T @ gradient / count, rtol=1e-3, atol=1e-6)
+
+
+def test_labels_are_drawn_as_often_as_they_are_likely() -> None:
+    probabilities = torch.tensor([0.5, 0.0, 0.2, 0.3, 0.0])
+    drawn = module._draw(probabilities.expand(20000, -1), torch.Generator().manual_seed(0))
+    assert drawn.shape == (20000, 1)
+    share = torch.bincount(drawn[:, 0], minlength=5) / 20000
+    torch.testing.assert_close(share, probabilities, rtol=0, atol=0.01)
+    assert share[1] == share[4] == 0
 
 
 def test_the_head_in_slices_changes_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

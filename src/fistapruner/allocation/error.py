@@ -16,7 +16,7 @@ from torch import Tensor
 from ..numerics import fast_products
 from ..problem import LayerProblem
 from ..solvers.conditioning import alive_gram
-from ..solvers.refit import refit_cg
+from ..solvers.refit import refit_with_residual
 from ..sparsity import Unstructured
 
 REACH = 0.15
@@ -25,8 +25,8 @@ REACH = 0.15
 POINTS = 4
 """Sparsities at which errors are estimated."""
 
-REFIT_STEPS = 4
-"""Conjugate gradient steps behind each estimate."""
+REFIT_STEPS = 2
+"""Conjugate gradient steps behind each estimate: with 4, sparsities of SmolLM2's operators at 50 % differ by 0.6 points on average."""
 
 STEPS = 240
 """Equal steps of an operator's range that are given out one by one."""
@@ -60,8 +60,8 @@ def row_error_curves(problem: LayerProblem, grid: Sequence[float]) -> list[Tenso
     for fraction in grid:
         mask = torch.cat([part > _threshold(part, fraction) for part in scores])
         with fast_products():  # a curve needs no last digits
-            delta = refit_cg(problem, gram, problem.weight, mask, REFIT_STEPS, fast=True) - problem.weight
-            errors = torch.linalg.vecdot(delta @ gram, delta)
+            weight, residual = refit_with_residual(problem, gram, problem.weight, mask, REFIT_STEPS, fast=True)
+        errors = torch.linalg.vecdot(residual, problem.weight - weight)
         for curve, part in zip(curves, errors.split(problem.rows), strict=True):
             curve.append(part.float().cpu())
     return [torch.stack(curve) for curve in curves]

@@ -28,7 +28,7 @@ from torch import Tensor
 from ..models.hidden import HiddenStates, Store
 from ..models.layout import Layout
 from ..models.skeleton import Call, Skeleton
-from ..numerics import fast_products
+from ..numerics import add_gram, fast_products, mirror
 
 HEAD_TOKENS = 512
 """Tokens whose logits are made at once."""
@@ -157,7 +157,7 @@ def measure_sensitivity(
                         metric += flat.square().sum(0)
                     elif outputs:
                         with fast_products(above.dtype == torch.bfloat16):
-                            metric.addmm_(flat.T, flat)
+                            add_gram(metric, flat)
                     with torch.enable_grad():
                         out = skeleton.run(index, hidden, calls[stop - start][index])
                         (below,) = torch.autograd.grad(out, hidden, above)
@@ -167,7 +167,7 @@ def measure_sensitivity(
                     handle.remove()
         entering.close()
         if outputs:
-            metrics.append((metric if metric.ndim == 1 else (metric + metric.T) / 2).cpu() / tokens.numel())
+            metrics.append((metric if metric.ndim == 1 else mirror(metric)).cpu() / tokens.numel())
         rows |= {layout.full_name(index, operator): sums[operator.name].cpu() / tokens.numel() for operator in operators}
         tick(2 * len(skeleton) - index)
     return Sensitivity(rows, metrics[::-1], tokens.numel())
@@ -268,8 +268,18 @@ def _loss_gradient(skeleton: Skeleton, hidden: Tensor, seed: int) -> Tensor:
                     logits = skeleton.logits(part, ids, gradients=True)
                 # The log-likelihood's gradient: 1 at the drawn label, less every label's probability.
                 above = torch.softmax(logits.detach()[0].float(), -1)
-                drawn = torch.multinomial(above, 1, generator=generator)
+                drawn = _draw(above, generator)
                 above.neg_().scatter_add_(1, drawn, torch.ones_like(above[:, :1]))
                 (below,) = torch.autograd.grad(logits, part, above[None].to(logits.dtype))
                 gradient[window : window + 1, start : start + HEAD_TOKENS] = below
     return gradient
+
+
+def _draw(probabilities: Tensor, generator: torch.Generator) -> Tensor:
+    """(tokens, 1) a label for each token: where the running sum of its (tokens, vocabulary) probabilities passes a uniform number.
+
+    ``torch.multinomial`` draws a number for every word instead, which takes as long as the head.
+    """
+    sums = probabilities.cumsum(-1)
+    uniform = torch.rand(len(sums), 1, device=sums.device, generator=generator)
+    return torch.searchsorted(sums, uniform * sums[:, -1:])

@@ -70,6 +70,13 @@ def refit_cg(problem: LayerProblem, gram: Tensor, weight: Tensor, mask: Tensor, 
         iterations: steps, one product each; the residual is computed once in full precision at the start.
         fast: low-precision matrix units for the products of the steps.
     """
+    return refit_with_residual(problem, gram, weight, mask, iterations, fast=fast)[0]
+
+
+def refit_with_residual(
+    problem: LayerProblem, gram: Tensor, weight: Tensor, mask: Tensor, iterations: int, *, fast: bool = False
+) -> tuple[Tensor, Tensor]:
+    """As :func:`refit_cg`, and the last residual ``(W - V) H + a R`` (m, n), on the support and off it, at no cost."""
     weight = weight * mask
     residual = (problem.weight - weight) @ gram
     if problem.pull is not None:
@@ -91,7 +98,7 @@ def refit_cg(problem: LayerProblem, gram: Tensor, weight: Tensor, mask: Tensor, 
             following = torch.linalg.vecdot(residual, scaled)
             direction = torch.addcmul(scaled, (following / length.clamp_min(tiny))[:, None], direction)
             length = following
-    return weight
+    return weight, residual
 
 
 def refit_exact(
