@@ -68,6 +68,11 @@ def row_blocks(rows: int) -> list[slice]:
     return [slice(start, min(start + size, rows)) for start in range(0, rows, size)]
 
 
+def dtype_name(dtype: torch.dtype) -> str:
+    """``bfloat16`` of ``torch.bfloat16``."""
+    return str(dtype).removeprefix("torch.")
+
+
 def has_bf16_units(device: torch.device) -> bool:
     """Whether products of bf16 tensors run on matrix units there; elsewhere they are slower than fp32 ones."""
     if device.type == "cuda":

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -101,6 +103,36 @@ def test_damaged_run_json_is_refused(runs: Runs, disk: Path) -> None:
     outcome = runs.run(out)
     assert outcome.status == 2
     assert "run.json is damaged" in outcome.stderr
+
+
+def rewrite(out: Path, change: Callable[[dict[str, Any]], object]) -> None:
+    """Change a run's decisions as if they had been written so, checksum and all."""
+    content = json.loads((out / "run.json").read_text())
+    del content["sha256"]
+    change(content)
+    content["sha256"] = hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+    (out / "run.json").write_text(json.dumps(content))
+
+
+def test_run_of_another_format_is_refused(runs: Runs, disk: Path) -> None:
+    out = disk / "run"
+    shutil.copytree(runs.undisturbed, out)
+    rewrite(out, lambda content: content.pop("format"))
+    outcome = runs.run(out)
+    assert outcome.status == 2
+    assert "another release of fistapruner" in outcome.stderr
+
+
+def test_other_versions_are_told_and_finished_layers_kept(runs: Runs, disk: Path) -> None:
+    out = disk / "run"
+    shutil.copytree(runs.undisturbed, out)
+    shutil.rmtree(out / "model")
+    rewrite(out, lambda content: content["versions"].update(torch="1.0"))
+    kept = (out / "layers" / "0001.safetensors").stat()
+    outcome = runs.run(out)
+    assert outcome.status == 0
+    assert "began with torch 1.0" in (out / "log.txt").read_text()
+    assert (out / "layers" / "0001.safetensors").stat().st_mtime_ns == kept.st_mtime_ns
 
 
 def test_other_settings_are_refused(runs: Runs, disk: Path) -> None:

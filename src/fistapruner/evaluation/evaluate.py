@@ -14,6 +14,7 @@ from ..models.checkpoint import Checkpoint
 from ..models.skeleton import Skeleton
 from ..models.source import resolve_model
 from ..models.tokenizer import load_tokenizer
+from ..numerics import dtype_name
 from ..pipeline.work import DTYPES, choose_device
 from .data import Windows, load_windows
 from .results import Divergence, Evaluation, Perplexity, TaskResult
@@ -150,7 +151,7 @@ def _protocol(windows: Windows, skeleton: Skeleton) -> dict[str, Any]:
         "data": windows.data,
         "split": windows.split,
         "seqlen": windows.seqlen,
-        "dtype": str(skeleton.dtype).removeprefix("torch."),
+        "dtype": dtype_name(skeleton.dtype),
         "bos": windows.bos,
         "sha256": windows.sha256,
     }

@@ -38,6 +38,9 @@ from ..reporting.schema import LayerEntry
 
 log = logging.getLogger("fistapruner")
 
+FORMAT = 1
+"""Of ``run.json`` and the files beside it: raised whenever a run that was begun before cannot be gone on with."""
+
 
 class RunDirectory:
     """Paths and records of one run.
@@ -66,7 +69,7 @@ class RunDirectory:
         """Content of ``run.json``, empty where there is none yet.
 
         Raises:
-            FistaPrunerError: the file is not what a run writes.
+            FistaPrunerError: the file is not what a run writes, or what a run of another release wrote.
         """
         if not self.run_file.exists():
             return {}
@@ -76,10 +79,17 @@ class RunDirectory:
                 raise ValueError("its checksum is wrong")
         except (OSError, ValueError, RecursionError) as error:
             raise FistaPrunerError(f"{self.run_file} is damaged ({error}): remove the run directory or choose another --out") from None
+        if facts.pop("format", 0) != FORMAT:
+            by = facts.get("versions", {}).get("fistapruner", "unknown")
+            raise FistaPrunerError(
+                f"{self.run_file} was written by another release of fistapruner ({by}) in a format that this one does not read: "
+                "go on with that release, or choose another --out"
+            )
         return facts
 
     def write_facts(self, facts: Mapping[str, Any]) -> None:
-        """Replace ``run.json``; a checksum of its content goes with it."""
+        """Replace ``run.json``; its format and a checksum of its content go with it."""
+        facts = {**facts, "format": FORMAT}
         write_json_atomic(self.run_file, {**facts, "sha256": _digest(facts)})
 
     def write_recipe(self, text: str) -> None:

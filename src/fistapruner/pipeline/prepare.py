@@ -28,6 +28,7 @@ from ..models.layout import Layout, discover
 from ..models.skeleton import Skeleton
 from ..models.source import resolve_model
 from ..models.tokenizer import load_tokenizer
+from ..numerics import dtype_name
 from ..recipe import Recipe, matches
 from ..reporting.schema import CalibrationFacts, ModelFacts, Report
 from ..sparsity import Sparsity, check_divides, parse_sparsity
@@ -82,12 +83,14 @@ def prepare(
     dtype = before.get("numerics", {}).get("dtype")
     skeleton = open_skeleton(folder, recipe, dtype=dtype, allow_pickle=allow_pickle, trust_remote_code=trust_remote_code)
     if recipe.dtype == "auto" and skeleton.dtype != skeleton.checkpoint.dtype:
-        stored, used = _name(skeleton.checkpoint.dtype), _name(skeleton.dtype)
+        stored, used = dtype_name(skeleton.checkpoint.dtype), dtype_name(skeleton.dtype)
         listener.say(f"passes in {used}: this processor has no matrix units for the checkpoint's {stored}")
     layout = discover(skeleton).select(recipe)
     sparsity = allocate(recipe, layout)
     if facts:
         refuse_other(run, model, recipe)
+        if not run.model.is_dir():
+            _tell_versions(facts["versions"], listener)
     tokenizer = load_tokenizer(folder, trust_remote_code=trust_remote_code)
     settings = recipe.calibration
     if evaluate is not None:
@@ -119,7 +122,7 @@ def prepare(
             "by_operator": plan.choice.by_operator,
             "threads": default_threads(recipe.execution),
             "device": skeleton.device.type,
-            "dtype": _name(skeleton.dtype),
+            "dtype": dtype_name(skeleton.dtype),
         }
     metrics_sha256, permuted, begin = None, {}, time.perf_counter()
     if needs_measuring(recipe):
@@ -148,7 +151,7 @@ def prepare(
             layers=len(skeleton),
             hidden_size=skeleton.width,
             parameters=sum(math.prod(checkpoint.entry(name).shape) for name in checkpoint.names()),
-            dtype=_name(checkpoint.dtype),
+            dtype=dtype_name(checkpoint.dtype),
             bytes=checkpoint.nbytes,
         ),
         calibration=CalibrationFacts.model_validate({**how, "samples": tokens.shape[0], "seqlen": seqlen, "tokens": tokens.numel()}),
@@ -170,10 +173,6 @@ def prepare(
     }
     run.write_recipe(recipe.to_yaml())
     run.write_facts(facts)
-
-
-def _name(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")
 
 
 def _say_permuted(permuted: Mapping[str, tuple[float, float]]) -> str:
@@ -270,6 +269,13 @@ def _has_its_tokens(run: RunDirectory, facts: Mapping[str, Any], recipe: Recipe,
     if not same:
         log.warning("the calibration tokens are made again: %s", why)
     return bool(same)
+
+
+def _tell_versions(before: Mapping[str, str], listener: Listener) -> None:
+    """Say that a run goes on with other versions than it began with, which may change last bits."""
+    other = [f"{name} {before.get(name)} (now {version})" for name, version in versions().items() if before.get(name) != version]
+    if other:
+        listener.say(f"this run began with {', '.join(other)}: results may differ in their last bits from those of one that never stopped")
 
 
 def refuse_other(run: RunDirectory, model: str, recipe: Recipe) -> None:
