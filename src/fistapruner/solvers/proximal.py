@@ -59,12 +59,12 @@ class Proximal(Method):
     target: ClassVar[float] = 0.5
 
     rho: tuple[float, float] = (0.15, 1.0)
-    levels: int = Field(12, ge=2)
+    levels: int = Field(11, ge=2)
     steps: int = Field(4, ge=1)
     damping: float = Field(0.001, ge=0.0)
     shrinkage: float = Field(3.0, ge=0.0)
     metric_damping: float = Field(0.1, gt=0.0)
-    refit: int = Field(6, ge=0)
+    refit: int = Field(4, ge=0)
     fast: bool = True
 
     def solve(self, problem: LayerProblem, sparsity: Sequence[Sparsity], start: Solution | None = None) -> Solution:
@@ -132,10 +132,10 @@ class Proximal(Method):
         parts = list(zip(threshold, z.split(tuple(rows)), sparse.split(tuple(rows)), strict=True))
         support = torch.empty_like(z, dtype=torch.bool)
         supports = support.split(tuple(rows))
-        path: list[list[Stats]] = [[] for _ in rows]
+        rhos = [self.rho[0] * growth**level for level in range(self.levels)]
+        changes: list[list[Tensor]] = [[] for _ in rows]  # read at the end: a GPU's queue is not to wait for the host
         with fast_products(self.fast):
-            for level in range(self.levels):
-                rho = self.rho[0] * growth**level
+            for level, rho in enumerate(rhos):
                 matrix = resolvent(rho)  # rho (H + rho I)^-1
                 centre = dense if pull is None else torch.addmm(dense, pull, matrix, alpha=2.0 / rho)
                 matrix.neg_().diagonal().add_(0.5)
@@ -144,11 +144,10 @@ class Proximal(Method):
                     for hard, whole, kept in parts:
                         hard(whole, kept, correct=step == 0 and level % 3 == 0)
                     if step == self.steps - 1:
-                        for (_, _, kept), before, changes in zip(parts, supports, path, strict=True):
+                        for (_, _, kept), before, shares in zip(parts, supports, changes, strict=True):
                             now = kept != 0
                             if level:  # half of the differences are entries that came, half those that went
-                                share = int(torch.count_nonzero(now ^ before)) / max(1, 2 * int(torch.count_nonzero(now)))
-                                changes.append({"rho": rho, "support_change": share})
+                                shares.append(torch.count_nonzero(now ^ before) / (2 * torch.count_nonzero(now)).clamp_min(1))
                             before.copy_(now)
                     if level and step == 0:
                         # The dual U = Z - D is in units of rho: rho grew, so it shrinks.
@@ -161,6 +160,10 @@ class Proximal(Method):
                         z.addmm_(shifted, matrix)
         if length > 1:
             z = z.view(len(z), length, -1).transpose(1, 2).reshape(z.shape)
+        path = [
+            [{"rho": rho, "support_change": share} for rho, share in zip(rhos[1:], torch.stack(shares).tolist(), strict=True)]
+            for shares in changes
+        ]
         return z, path
 
 
