@@ -9,7 +9,7 @@ import torch
 
 import tiny
 from fistapruner.models.checkpoint import Checkpoint
-from fistapruner.models.layout import discover
+from fistapruner.models.layout import Ending, discover
 from fistapruner.models.skeleton import Skeleton
 
 
@@ -27,3 +27,18 @@ def test_what_is_added_to_something_else_is_not(tmp_path: Path) -> None:
     opt = tiny.save("opt", tmp_path / "opt", do_layer_norm_before=False)
     for folder in (bloom, opt):
         assert set(discover(Skeleton(Checkpoint.open(folder), torch.device("cpu"))).adding) == {()}
+
+
+@pytest.mark.parametrize(
+    ("architecture", "endings"),
+    [
+        ("llama", {"self_attn": Ending("self_attn.o_proj", 1), "mlp": Ending("mlp.down_proj", None)}),
+        ("opt", {"self_attn": Ending("self_attn.out_proj", 1)}),  # its MLP is no module
+        ("gpt2", {"attn": Ending("attn.c_proj", 1), "mlp": Ending("mlp.c_proj", None)}),
+        ("bloom", {}),  # both add to the hidden states themselves
+    ],
+)
+def test_operators_that_modules_end_with_are_found(tmp_path: Path, architecture: str, endings: dict[str, Ending]) -> None:
+    folder = tiny.save(architecture, tmp_path)
+    layout = discover(Skeleton(Checkpoint.open(folder), torch.device("cpu")))
+    assert layout.endings == (endings,) * len(layout.layers)

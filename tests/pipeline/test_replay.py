@@ -40,17 +40,25 @@ def weights(folder: Path) -> dict[str, torch.Tensor]:
 def test_the_same_bits_in_fewer_passes(tmp_path: Path, architecture: str, way: str, monkeypatch: pytest.MonkeyPatch) -> None:
     source = str(tiny.save(architecture, tmp_path / "model", dtype=torch.bfloat16))
     given: list[str] = []
-    giving = Replay._giving
+    continued: list[str] = []
+    giving, going_on = Replay._giving, Replay._going_on
 
     def counted(self: Replay, name: str, batch: Any) -> Any:
         given.append(name)
         return giving(self, name, batch)
 
+    def counted_on(self: Replay, ending: Any, batch: Any) -> Any:
+        continued.append(ending.operator)
+        return going_on(self, ending, batch)
+
     monkeypatch.setattr(Replay, "_giving", counted)
+    monkeypatch.setattr(Replay, "_going_on", counted_on)
     execution = {"threads": 1, "batch_size": 2}
     prune(source, tmp_path / "with", **SETTINGS, **WAYS[way], execution=execution)
     if architecture == "llama":  # three layers; the last one feeds none
         assert given == ["self_attn"] * {"dense": 3, "pruned": 5, "mixed": 5, "matched": 3}[way]
+        attention, mlp = "self_attn.o_proj", "mlp.down_proj"
+        assert continued == ([attention] * 3 if way in ("dense", "matched") else [attention, mlp] * 2 + [attention])
     monkeypatch.setattr(layer, "Replay", Without)
     prune(source, tmp_path / "without", **SETTINGS, **WAYS[way], execution=execution)
     one, other = weights(tmp_path / "with"), weights(tmp_path / "without")

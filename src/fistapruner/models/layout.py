@@ -7,8 +7,9 @@ order of intra-layer error correction.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -52,6 +53,20 @@ class Operator:
 Group = tuple[Operator, ...]
 """Operators that read the same tensor."""
 
+
+@dataclass(frozen=True)
+class Ending:
+    """The operator whose output is what a child module of a decoder layer returns: ``o_proj`` of ``self_attn``.
+
+    Args:
+        operator: its name inside the decoder layer.
+        others: how many None follow its output in the tuple that the child returns; None where it returns the output alone.
+    """
+
+    operator: str
+    others: int | None
+
+
 ALIKE = 1e-3
 """Squared difference of two outputs, as a share of their energy, that summation in another order explains at any precision."""
 
@@ -65,11 +80,13 @@ class Layout:
         layers: for each decoder layer its groups, in execution order.
         adding: for each decoder layer, in execution order, the operators (selected or not) whose output is added to the
             hidden states that pass through it, and to nothing else: ``self_attn.o_proj``, ``mlp.down_proj``.
+        endings: for each decoder layer, the operator that a child module ends with, by the child's name, where it ends with one.
     """
 
     prefix: str
     layers: tuple[tuple[Group, ...], ...]
     adding: tuple[tuple[str, ...], ...]
+    endings: tuple[Mapping[str, Ending], ...]
 
     def full_name(self, index: int, operator: Operator) -> str:
         """The operator's name in the model: ``model.layers.3.self_attn.q_proj``."""
@@ -110,7 +127,7 @@ class Layout:
             layers.append(tuple(group for group in kept if group))
         if not any(layers):
             raise FistaPrunerError("targets and ignore leave no operator to prune")
-        return Layout(self.prefix, tuple(layers), self.adding)
+        return replace(self, layers=tuple(layers))
 
 
 def discover(skeleton: Skeleton) -> Layout:
@@ -125,14 +142,15 @@ def discover(skeleton: Skeleton) -> Layout:
     skeleton.learn_return_type(tokens)
     with skeleton.ends(head=False):
         hidden, calls = skeleton.embed(tokens)
-    known: dict[tuple[tuple[str, tuple[int, ...]], ...], tuple[tuple[Group, ...], tuple[str, ...]]] = {}
-    layers = []
+    known: dict[tuple[tuple[str, tuple[int, ...]], ...], tuple[tuple[Group, ...], tuple[str, ...], Mapping[str, Ending]]] = {}
+    found = []
     for index, layer in enumerate(skeleton.layers):
         signature = tuple((name, tuple(module.weight.shape)) for name, module in linear_modules(layer))
         if signature not in known:
             known[signature] = _watch(skeleton, index, hidden, calls[index])
-        layers.append(known[signature])
-    return Layout(skeleton.layers_name, tuple(groups for groups, _ in layers), tuple(adding for _, adding in layers))
+        found.append(known[signature])
+    layers, adding, endings = zip(*found, strict=True)
+    return Layout(skeleton.layers_name, layers, adding, endings)
 
 
 def linear_modules(layer: nn.Module) -> list[tuple[str, nn.Linear | Conv1D]]:
@@ -146,17 +164,35 @@ def alike(a: Tensor, b: Tensor) -> bool:
     return float((a - b).square().sum()) <= ALIKE * float(a.square().sum())
 
 
-def _watch(skeleton: Skeleton, index: int, hidden: Tensor, call: Call) -> tuple[tuple[Group, ...], tuple[str, ...]]:
-    """Groups of decoder layer ``index``, and the operators whose output is added to the hidden states."""
+def _watch(skeleton: Skeleton, index: int, hidden: Tensor, call: Call) -> tuple[tuple[Group, ...], tuple[str, ...], Mapping[str, Ending]]:
+    """Groups of decoder layer ``index``, the operators whose output is added to the hidden states, and those that children end with."""
     seen: list[tuple[str, Tensor]] = []
     answers: dict[str, Tensor] = {}
+    returned: dict[str, Tensor] = {}  # the tensors themselves: alive, their addresses tell them apart
+    endings: dict[str, Ending] = {}
+
+    def answered(name: str, output: Tensor) -> None:
+        answers[name], returned[name] = output.clone(), output
+
+    def child_answered(child: str, output: Any) -> None:
+        others = len(output) - 1 if isinstance(output, tuple) else None
+        value = output if others is None else output[0]
+        nothing_else = others is None or all(other is None for other in output[1:])
+        if not isinstance(value, Tensor) or value.shape[:-1] != hidden.shape[:-1] or not nothing_else:
+            return
+        for name, own in returned.items():
+            same = name.startswith(child + ".") and own.data_ptr() == value.data_ptr() and own.shape == value.shape
+            if same and torch.equal(answers[name], value):
+                endings[child] = Ending(name, others)
+
     adding: tuple[str, ...] = ()
     with skeleton.layer(index) as layer:
         operators = linear_modules(layer)
         handles = [module.register_forward_pre_hook(lambda _, args, name=name: seen.append((name, args[0]))) for name, module in operators]
+        handles += [module.register_forward_hook(lambda _, __, output, name=name: answered(name, output)) for name, module in operators]
         handles += [
-            module.register_forward_hook(lambda _, __, output, name=name: answers.__setitem__(name, output.clone()))
-            for name, module in operators
+            child.register_forward_hook(lambda _, __, output, name=name: child_answered(name, output))
+            for name, child in layer.named_children()
         ]
         try:
             with torch.no_grad():
@@ -185,7 +221,7 @@ def _watch(skeleton: Skeleton, index: int, hidden: Tensor, call: Call) -> tuple[
                 break
         else:
             groups.append((tensor, [operator]))
-    return tuple(tuple(members) for _, members in groups), adding
+    return tuple(tuple(members) for _, members in groups), adding, endings
 
 
 def _adding(layer: nn.Module, hidden: Tensor, answers: dict[str, Tensor], out: Tensor, run: Callable[[], Tensor]) -> tuple[str, ...]:

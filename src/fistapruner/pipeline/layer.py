@@ -21,7 +21,7 @@ from ..sparsity import Sparsity
 from .capture import Calls, Clock, run_layer
 from .machine import release_memory
 from .match import match_layer
-from .replay import Replay
+from .replay import Replay, endings_kept
 from .residual import ResidualDrift
 
 SPECTRUM_LIMIT = 2048
@@ -193,7 +193,8 @@ def prune_layer(
 
         # Group after group, each on what the pruned operators before it leave.
         last_passes = int(streams.pruned_out is not None and not recipe.match)
-        replay = Replay(index, module, groups, last_passes, streams.seen, scratch) if recipe.error_correction else None
+        endings = endings_kept(layout, index, skeleton.device)
+        replay = Replay(index, module, groups, endings, last_passes, streams.seen, scratch) if recipe.error_correction else None
         around = [part.around_pass for part in (replay, residual) if part is not None]
         weights: dict[str, Tensor] = {}
         operators: list[OperatorEntry] = []

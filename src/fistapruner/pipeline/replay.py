@@ -2,12 +2,14 @@
 
 Every group of operators needs a pass of the calibration windows with the groups before it pruned. Once all operators of a
 child module (the attention) have their final weights, and with them everything that runs before it, the module's output is
-the same in every pass that follows: the first of them keeps it, the others are given it.
+the same in every pass that follows: the first of them keeps it, the others are given it. The first one, too, need not compute
+the whole module where that ends with the operators pruned last (``o_proj``, ``down_proj``): the pass that gathered their inputs
+has kept them. On a GPU, to compute again takes less time than to move so much.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -15,7 +17,12 @@ import torch
 from torch import Tensor, nn
 
 from ..models.hidden import HiddenStates, Store
-from ..models.layout import Group
+from ..models.layout import Ending, Group, Layout
+
+
+def endings_kept(layout: Layout, index: int, device: torch.device) -> Mapping[str, Ending]:
+    """The endings in decoder layer ``index`` whose inputs are worth keeping on ``device``."""
+    return layout.endings[index] if device.type == "cpu" else {}
 
 
 class Replay:
@@ -27,42 +34,70 @@ class Replay:
         index: of the decoder layer; other workers keep theirs in the same folder.
         layer: the loaded decoder layer.
         groups: its pruned operators in execution order.
+        endings: the operators that its children end with (:class:`~fistapruner.models.layout.Ending`) whose inputs are worth keeping.
         passes: number of passes after the last group is pruned.
         inputs: hidden states that enter the layer; their number, length and dtype.
-        store: where outputs are kept.
+        store: where inputs and outputs are kept.
     """
 
-    def __init__(self, index: int, layer: nn.Module, groups: Sequence[Group], passes: int, inputs: HiddenStates, store: Store) -> None:
+    def __init__(
+        self,
+        index: int,
+        layer: nn.Module,
+        groups: Sequence[Group],
+        endings: Mapping[str, Ending],
+        passes: int,
+        inputs: HiddenStates,
+        store: Store,
+    ) -> None:
         self._index = index
         self._layer = layer
+        self._endings = endings
         self._inputs = inputs
         self._store = store
+        self._entering: dict[str, HiddenStates] = {}
         self._kept: dict[str, HiddenStates] = {}
         self._others: dict[str, int | None] = {}
         self._complete: dict[str, int] = {}
         self._device = torch.device("cpu")
-        self._wanted: set[str] = set()
+        self._next = 0
+        self._settled: set[str] = set()
         self._settled_by: dict[int, list[str]] = {}
+        self._again: dict[str, int] = {}
         for name, child in layer.named_children():
             inside = [number for number, group in enumerate(groups) if any(operator.name.startswith(name + ".") for operator in group)]
-            # One pass keeps the output, so at least one more has to follow.
-            if inside and any(True for _ in child.children()) and len(groups) - 1 - inside[-1] + passes > 1:
+            if inside and any(True for _ in child.children()):
                 self._settled_by.setdefault(inside[-1], []).append(name)
+                self._again[name] = len(groups) - 1 - inside[-1] + passes
+        self._last = {number: [operator.name for operator in group] for number, group in enumerate(groups)}
 
     def pruned(self, number: int) -> None:
         """The operators of group ``number`` have their final weights."""
-        self._wanted.update(self._settled_by.get(number, ()))
+        self._settled.update(self._settled_by.get(number, ()))
+        self._next = number + 1
 
     @contextmanager
     def around_pass(self, batch: Callable[[], tuple[int, int]]) -> Iterator[None]:
-        """Keep outputs, and give those that are kept, in the pass inside; ``batch`` tells the windows at hand."""
+        """Keep inputs and outputs, and give those that are kept, in the pass inside; ``batch`` tells the windows at hand."""
         handles, replaced = [], []
-        for name in self._wanted:
+        for name in self._settled_by.get(self._next, ()):
+            ending = self._endings.get(name)
+            if ending is not None and self._last[self._next] == [ending.operator] and self._again[name]:
+                self._complete[ending.operator] = 0
+                operator = self._layer.get_submodule(ending.operator)
+                # Before those that watch, since the last of them ends the pass.
+                handles.append(operator.register_forward_pre_hook(self._keeping_inputs(ending.operator, batch), prepend=True))
+        for name in self._settled:
             child = self._layer.get_submodule(name)
             if self._complete.get(name) == self._inputs.samples:
                 child.forward = self._giving(name, batch)
                 replaced.append(child)
-            else:
+                continue
+            ending = self._endings.get(name)
+            if ending is not None and self._complete.get(ending.operator) == self._inputs.samples:
+                child.forward = self._going_on(ending, batch)
+                replaced.append(child)
+            if self._again[name] > 1:  # one pass keeps the output, so at least one more has to follow
                 self._complete[name] = 0
                 handles.append(child.register_forward_hook(self._keeping(name, batch)))
         try:
@@ -72,12 +107,45 @@ class Replay:
                 handle.remove()
             for child in replaced:
                 del child.forward
+        for name in self._settled:
+            if self._complete.get(name) == self._inputs.samples and name in self._endings:
+                self._forget(self._endings[name].operator)
 
     def close(self) -> None:
         """Release what is kept."""
+        for name in list(self._entering):
+            self._forget(name)
         for store in self._kept.values():
             store.close()
         self._kept.clear()
+
+    def _forget(self, operator: str) -> None:
+        if operator in self._entering:
+            self._entering.pop(operator).close()
+            self._complete[operator] = 0
+
+    def _keeping_inputs(self, operator: str, batch: Callable[[], tuple[int, int]]) -> Callable[..., None]:
+        def keep(_: object, args: tuple[Tensor, ...]) -> None:
+            start, stop = batch()
+            value = args[0]
+            if value.shape[:2] != (stop - start, self._inputs.seqlen) or value.ndim != 3 or value.dtype != self._inputs.dtype:
+                return
+            if operator not in self._entering:
+                shape = (self._inputs.samples, self._inputs.seqlen, value.shape[-1])
+                self._entering[operator] = self._store(f"replay-{self._index}-{operator}", shape)
+            self._entering[operator].write(start, value)
+            self._complete[operator] += stop - start
+
+        return keep
+
+    def _going_on(self, ending: Ending, batch: Callable[[], tuple[int, int]]) -> Callable[..., Any]:
+        operator = self._layer.get_submodule(ending.operator)
+
+        def go_on(*_: object, **__: object) -> Any:
+            value = operator(self._entering[ending.operator].read(*batch()))
+            return value if ending.others is None else (value, *(None for _ in range(ending.others)))
+
+        return go_on
 
     def _keeping(self, name: str, batch: Callable[[], tuple[int, int]]) -> Callable[..., None]:
         def keep(_: object, __: object, output: Any) -> None:

@@ -23,6 +23,7 @@ from ..recipe import Recipe
 from ..sparsity import Sparsity
 from .footprint import peak_bytes, solve_bytes
 from .parts import cut
+from .replay import endings_kept
 
 
 @dataclass(frozen=True)
@@ -74,6 +75,11 @@ class Sizes:
     """Beside the inputs of a window, what residual correction needs of it in fp32: the drift and its length. 0 without."""
 
     kept: int
+    """Dense inputs of all groups, of a window."""
+
+    entering: int
+    """Of a window, the largest inputs that replay keeps of a child's last operator."""
+
     samples: int
     streams: int
     """Stores of hidden states into and out of a layer."""
@@ -121,6 +127,8 @@ class Sizes:
         operators = sum(weight for _, _, weight, _, _ in rows)
         drifting = groups[1:] if recipe.propagate == "dense" else groups
         keeps = recipe.dense_share > 0 and (recipe.error_correction or recipe.propagate == "pruned")
+        widths = {operator.name: operator.columns for group in groups for operator in group}
+        endings = endings_kept(layout, index, skeleton.device).values() if recipe.error_correction else ()
         return cls(
             base=psutil.Process().memory_info().rss + RETAINED if skeleton.device.type == "cpu" else 0,
             ends=size(outside),
@@ -136,6 +144,7 @@ class Sizes:
             float_input=4 * seqlen * max(operator.columns for group in groups for operator in group),
             float_residual=2 * 4 * seqlen * skeleton.width * recipe.corrects_drift,
             kept=sum(seqlen * group[0].columns * itemsize for group in drifting) if keeps else 0,
+            entering=max((seqlen * widths[ending.operator] * itemsize for ending in endings if ending.operator in widths), default=0),
             samples=samples,
             streams=2 if recipe.propagate == "dense" or not recipe.dense_share else 4,
             inside=1 + recipe.corrects_drift + bool(recipe.match and recipe.dense_share < 1),
@@ -171,7 +180,7 @@ class Sizes:
         done = 0  # weights of the groups that are solved, in main memory as the checkpoint will hold them
         for number, (names, gram, weight, stacked, alone) in enumerate(self.groups):
             waiting = sum(all_sums[number + 1 :]) if self.together else 0
-            loaded = self.base + self.layer + states + self.kept * in_memory + waiting + done
+            loaded = self.base + self.layer + states + (self.kept + self.entering) * in_memory + waiting + done
             done += 0 if self.cuda else weight * self.stored // 4
             sums = all_sums[number]
             gather = passing + sums + batch * (self.float_input * (3 if drifts else 1) + self.float_residual)
@@ -200,7 +209,7 @@ class Sizes:
 
     def disk(self, choice: Choice, workers: int) -> int:
         """Bytes that the run directory takes at its largest."""
-        states = ((self.streams + workers - 1 + self.inside * workers) * self.window + self.kept * workers) * self.samples
+        states = ((self.streams + workers - 1 + self.inside * workers) * self.window + (self.kept + self.entering) * workers) * self.samples
         measuring = self._states_measured() * windows_looked_at(self.samples) * self.window
         return self.checkpoint + self.pruned + (max(states, measuring) if choice.on_disk else 0)
 
