@@ -127,7 +127,8 @@ class Sizes:
         operators = sum(weight for _, _, weight, _, _ in rows)
         drifting = groups[1:] if recipe.propagate == "dense" else groups
         keeps = recipe.dense_share > 0 and (recipe.error_correction or recipe.propagate == "pruned")
-        widths = {operator.name: operator.columns for group in groups for operator in group}
+        passes = recipe.propagate == "pruned" and not recipe.match  # after the last group
+        widths = {operator.name: operator.columns for group in groups[: len(groups) - (not passes)] for operator in group}
         endings = endings_kept(layout, index, skeleton.device).values() if recipe.error_correction else ()
         return cls(
             base=psutil.Process().memory_info().rss + RETAINED if skeleton.device.type == "cpu" else 0,
