@@ -52,7 +52,7 @@ class Replay:
     ) -> None:
         self._index = index
         self._layer = layer
-        self._endings = endings
+        self._endings: dict[str, Ending] = {}
         self._inputs = inputs
         self._store = store
         self._entering: dict[str, HiddenStates] = {}
@@ -69,7 +69,9 @@ class Replay:
             if inside and any(True for _ in child.children()):
                 self._settled_by.setdefault(inside[-1], []).append(name)
                 self._again[name] = len(groups) - 1 - inside[-1] + passes
-        self._last = {number: [operator.name for operator in group] for number, group in enumerate(groups)}
+                ending, last = endings.get(name), [operator.name for operator in groups[inside[-1]]]
+                if ending is not None and last == [ending.operator] and self._again[name]:
+                    self._endings[name] = ending
 
     def pruned(self, number: int) -> None:
         """The operators of group ``number`` have their final weights."""
@@ -82,7 +84,7 @@ class Replay:
         handles, replaced = [], []
         for name in self._settled_by.get(self._next, ()):
             ending = self._endings.get(name)
-            if ending is not None and self._last[self._next] == [ending.operator] and self._again[name]:
+            if ending is not None:
                 self._complete[ending.operator] = 0
                 operator = self._layer.get_submodule(ending.operator)
                 # Before those that watch, since the last of them ends the pass.
@@ -124,17 +126,21 @@ class Replay:
             self._entering.pop(operator).close()
             self._complete[operator] = 0
 
+    def _keep(self, stores: dict[str, HiddenStates], name: str, value: Tensor, windows: tuple[int, int]) -> bool:
+        """Write what passed of some windows, if it is hidden states of these, and count them; whether it was."""
+        start, stop = windows
+        if value.ndim != 3 or value.shape[:2] != (stop - start, self._inputs.seqlen) or value.dtype != self._inputs.dtype:
+            return False
+        if name not in stores:
+            shape = (self._inputs.samples, self._inputs.seqlen, value.shape[-1])
+            stores[name] = self._store(f"replay-{self._index}-{name}", shape)
+        stores[name].write(start, value)
+        self._complete[name] += stop - start
+        return True
+
     def _keeping_inputs(self, operator: str, batch: Callable[[], tuple[int, int]]) -> Callable[..., None]:
         def keep(_: object, args: tuple[Tensor, ...]) -> None:
-            start, stop = batch()
-            value = args[0]
-            if value.shape[:2] != (stop - start, self._inputs.seqlen) or value.ndim != 3 or value.dtype != self._inputs.dtype:
-                return
-            if operator not in self._entering:
-                shape = (self._inputs.samples, self._inputs.seqlen, value.shape[-1])
-                self._entering[operator] = self._store(f"replay-{self._index}-{operator}", shape)
-            self._entering[operator].write(start, value)
-            self._complete[operator] += stop - start
+            self._keep(self._entering, operator, args[0], batch())
 
         return keep
 
@@ -149,17 +155,12 @@ class Replay:
 
     def _keeping(self, name: str, batch: Callable[[], tuple[int, int]]) -> Callable[..., None]:
         def keep(_: object, __: object, output: Any) -> None:
-            start, stop = batch()
             value, others = (output[0], output[1:]) if isinstance(output, tuple) else (output, ())
-            whole = isinstance(value, Tensor) and value.shape[:2] == (stop - start, self._inputs.seqlen) and value.ndim == 3
-            if not whole or value.dtype != self._inputs.dtype or any(other is not None for other in others):
+            if not isinstance(value, Tensor) or any(other is not None for other in others):
                 return
-            if name not in self._kept:
-                self._kept[name] = self._store(f"replay-{self._index}-{name}", (self._inputs.samples, self._inputs.seqlen, value.shape[-1]))
+            if self._keep(self._kept, name, value, batch()):
                 self._others[name] = len(others) if isinstance(output, tuple) else None
                 self._device = value.device
-            self._kept[name].write(start, value)
-            self._complete[name] += stop - start
 
         return keep
 

@@ -135,7 +135,7 @@ class Sizes:
             ends=size(outside),
             largest=max(checkpoint.entry(name).nbytes for name in checkpoint.names()),
             checkpoint=checkpoint.nbytes,
-            pruned=sum(operator.rows * operator.columns for _, operator in layout.operators()) * stored,
+            pruned=sum(map(layout.weights, range(len(skeleton)))) * stored,
             layer=max(size(names) for names in in_layers),
             stored=stored,
             together=not recipe.error_correction,
