@@ -26,10 +26,10 @@ def test_random_kills(runs: Runs, disk: Path) -> None:
         shutil.rmtree(out)
 
 
-@pytest.mark.parametrize("first", [1, pytest.param(2, marks=pytest.mark.slow)])
-def test_kill_at_every_second_disk_call(runs: Runs, disk: Path, first: int) -> None:
-    """From the first or from the second: together that is at every call."""
-    for at in range(first, runs.calls + 1, 2):
+@pytest.mark.parametrize("first", [1, pytest.param(2, marks=pytest.mark.slow), pytest.param(3, marks=pytest.mark.slow)])
+def test_kill_at_every_third_disk_call(runs: Runs, disk: Path, first: int) -> None:
+    """From the first, the second or the third: together that is at every call."""
+    for at in range(first, runs.calls + 1, 3):
         out = disk / str(at)
         assert runs.run(out, at=at, then="kill").status == -9
         runs.check_resumed(out)

@@ -124,6 +124,7 @@ def heat_level(value: float, low: float, high: float) -> int:
 def _svg(key: str, plot: Plot, width: int, height: int) -> str:
     try:
         import matplotlib as mpl
+        from matplotlib.backends.backend_svg import FigureCanvasSVG
         from matplotlib.figure import Figure
     except ImportError:
         raise MissingExtraError("matplotlib", "report", "drawing a report") from None
@@ -152,7 +153,8 @@ def _svg(key: str, plot: Plot, width: int, height: int) -> str:
         figure = Figure(figsize=(width / 72, height / 72), dpi=72, layout="constrained")
         plot(figure, width)
         out = io.StringIO()
-        figure.savefig(out, format="svg", metadata={"Date": None, "Creator": None, "Format": None, "Type": None})
+        # What savefig calls, without its rehearsal: half the time of a page.
+        FigureCanvasSVG(figure).print_svg(out, metadata={"Date": None, "Creator": None, "Format": None, "Type": None})
     return _inline(out.getvalue(), key, width)
 
 

@@ -299,6 +299,7 @@ def spectra(layers: Sequence[LayerEntry]) -> Drawing | None:
         axes.set_xlabel("rank of the eigenvalue")
         axes.set_ylabel("share of the largest")
         style(axes, grid="both")
+        axes.minorticks_off()  # a hundred over fourteen decades, which nobody sees
         axes.legend(loc="lower left")
 
     conditions = [f"{name} {significant(op.condition, 2)}" for name, op in chosen if op.condition]
