@@ -68,6 +68,12 @@ def row_blocks(rows: int) -> list[slice]:
     return [slice(start, min(start + size, rows)) for start in range(0, rows, size)]
 
 
+def pass_dtype(stored: torch.dtype, device: torch.device) -> torch.dtype:
+    """Precision of forward passes where none is asked for: the checkpoint's own, ``stored``, or fp32 on a CPU that has no matrix
+    units for it, where passes in it are many times slower."""
+    return torch.float32 if device.type == "cpu" and not (stored == torch.bfloat16 and has_bf16_units(device)) else stored
+
+
 def dtype_name(dtype: torch.dtype) -> str:
     """``bfloat16`` of ``torch.bfloat16``."""
     return str(dtype).removeprefix("torch.")

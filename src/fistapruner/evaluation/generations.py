@@ -8,6 +8,8 @@ import psutil
 import torch
 
 from ..models.checkpoint import Checkpoint
+from ..models.whole import load_whole
+from ..numerics import pass_dtype
 from ..reporting.schema import Generation
 
 PROMPTS = (
@@ -39,17 +41,18 @@ def generate_side_by_side(
         trust_remote_code: run Python code that comes with the checkpoints.
     """
     free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else psutil.virtual_memory().available
-    if Checkpoint.open(pruned).nbytes > 0.75 * free:
+    checkpoint = Checkpoint.open(pruned)
+    if checkpoint.nbytes * pass_dtype(checkpoint.dtype, device).itemsize / checkpoint.dtype.itemsize > 0.75 * free:
         return []
     texts = [_continue(folder, device, prompts, tokens, trust_remote_code) for folder in (dense, pruned)]
     return [Generation(prompt=prompt, dense=a, pruned=b) for prompt, a, b in zip(prompts, *texts, strict=True)]
 
 
 def _continue(folder: Path, device: torch.device, prompts: tuple[str, ...], tokens: int, trust_remote_code: bool) -> list[str]:
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers import AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(str(folder), trust_remote_code=trust_remote_code)
-    model = AutoModelForCausalLM.from_pretrained(str(folder), dtype="auto", trust_remote_code=trust_remote_code).to(device).eval()
+    model = load_whole(folder, device, trust_remote_code=trust_remote_code)
     texts = []
     for prompt in prompts:
         ids = tokenizer(prompt, return_tensors="pt").to(device)

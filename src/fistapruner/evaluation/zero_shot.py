@@ -23,6 +23,7 @@ import torch
 
 from ..errors import FistaPrunerError, MissingExtraError
 from ..models.tokenizer import load_tokenizer
+from ..models.whole import load_whole
 from .results import TaskResult
 from .streaming import Tick
 
@@ -220,10 +221,8 @@ def _run(
     from lm_eval import simple_evaluate
     from lm_eval.models.huggingface import HFLM
     from lm_eval.tasks import TaskManager
-    from transformers import AutoModelForCausalLM
 
-    settings = {"dtype": dtype or "auto", "trust_remote_code": trust_remote_code}
-    model = AutoModelForCausalLM.from_pretrained(str(folder), **settings).to(device or torch.device("cpu")).eval()
+    model = load_whole(folder, device or torch.device("cpu"), dtype, trust_remote_code=trust_remote_code)
     tokenizer = load_tokenizer(folder, trust_remote_code=trust_remote_code)
     # Its warnings are about models given by name; this one is given loaded.
     logging.getLogger("lm_eval").setLevel(logging.ERROR)

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import FistaPrunerError
-from ..numerics import has_bf16_units
+from ..numerics import pass_dtype
 from .checkpoint import Checkpoint
 from .renaming import renamed_tensors
 
@@ -50,11 +50,7 @@ class Skeleton:
     ) -> None:
         self.checkpoint = checkpoint
         self.device = device
-        if dtype is None:
-            dtype = checkpoint.dtype
-            if device.type == "cpu" and not (dtype == torch.bfloat16 and has_bf16_units(device)):
-                dtype = torch.float32
-        self.dtype = dtype
+        self.dtype = dtype or pass_dtype(checkpoint.dtype, device)
         self.model = _build(checkpoint, trust_remote_code).eval()
         self.config = self.model.config
         self.layers_name, self.layers = _find_layers(self.model)

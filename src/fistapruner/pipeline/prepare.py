@@ -28,6 +28,7 @@ from ..models.layout import Layout, discover
 from ..models.skeleton import Skeleton
 from ..models.source import resolve_model
 from ..models.tokenizer import load_tokenizer
+from ..models.whole import load_whole
 from ..numerics import dtype_name
 from ..recipe import Recipe, matches
 from ..reporting.schema import CalibrationFacts, ModelFacts, Report
@@ -103,10 +104,7 @@ def prepare(
     listener.say(f"calibration: {settings.samples} windows of {seqlen} tokens from {settings.source}")
 
     def load_model() -> Any:
-        from transformers import AutoModelForCausalLM
-
-        loaded = AutoModelForCausalLM.from_pretrained(str(folder), dtype=skeleton.dtype, trust_remote_code=trust_remote_code)
-        return loaded.to(skeleton.device).eval()
+        return load_whole(folder, skeleton.device, skeleton.dtype, trust_remote_code=trust_remote_code)
 
     tokens, how = drawn or calibration_tokens(settings, tokenizer, seqlen, load_model, listener.say)
     run.write_tokens(tokens)

@@ -1,0 +1,42 @@
+"""Whole models run in the precision that passes layer by layer run in."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import tiny
+import torch
+
+from fistapruner.evaluation.generations import generate_side_by_side
+from fistapruner.models.checkpoint import Checkpoint
+from fistapruner.models.skeleton import Skeleton
+from fistapruner.models.whole import load_whole
+
+CPU = torch.device("cpu")
+
+
+@pytest.mark.parametrize("units", [False, True])
+@pytest.mark.parametrize("stored", [torch.float16, torch.bfloat16, torch.float32], ids=str)
+def test_the_precision_of_passes(tmp_path: Path, stored: torch.dtype, units: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("fistapruner.numerics.has_bf16_units", lambda device: units)
+    folder = tiny.save("llama", tmp_path / "model", dtype=stored)
+    model = load_whole(folder, CPU)
+    assert model.dtype == Skeleton(Checkpoint.open(folder), CPU).dtype
+    assert model.dtype == (torch.bfloat16 if units and stored == torch.bfloat16 else torch.float32)
+    assert not model.training
+    assert load_whole(folder, CPU, stored).dtype == stored
+
+
+def test_nothing_is_generated_where_the_model_would_not_fit_in_the_precision_it_runs_in(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = tiny.save("llama", tmp_path / "model", dtype=torch.bfloat16)
+    stored = Checkpoint.open(folder).nbytes
+
+    class Memory:
+        available = int(1.5 * stored / 0.75)
+
+    monkeypatch.setattr("fistapruner.evaluation.generations.psutil.virtual_memory", Memory)
+    monkeypatch.setattr("fistapruner.numerics.has_bf16_units", lambda device: False)
+    assert generate_side_by_side(folder, folder, CPU) == []
