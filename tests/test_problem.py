@@ -30,6 +30,11 @@ def check_against_activations(
     assert torch.allclose(problem.row_errors(pruned.detach().float()), rows, rtol=1e-4)
     energy = ((seen if residual else dense).double() @ weight.double().T).square().sum() / TOKENS
     assert problem.relative_errors(pruned.detach().float())[0] == pytest.approx(float(rows.detach().sum() / energy), rel=1e-4)
+    left = problem.dense_errors()
+    assert (left is None) == (problem.target == 0.0)
+    if left is not None:
+        dense_rows = (seen.double() @ weight.double().T - wanted).square().sum() / TOKENS
+        assert left[0] == pytest.approx(float(dense_rows / energy), rel=1e-4)
     rows.sum().backward()
     assert pruned.grad is not None
     assert torch.allclose(problem.gradient(pruned.detach().float()).double(), pruned.grad / 2, atol=1e-4)

@@ -137,6 +137,14 @@ class LayerProblem:
             error / max(float(c.sum()), 1e-300) for error, c in zip(self.errors(weight), self.energy.double().split(self.rows), strict=True)
         ]
 
+    def dense_errors(self) -> list[float] | None:
+        """Relative error that each operator's dense weights would have: what has drifted. None where nothing has."""
+        if self.drift_energy is None or not self.target:
+            return None
+        assert self.energy is not None
+        left = (self.drift_energy.double() * self.target**2).split(self.rows)
+        return [float(d.sum()) / max(float(c.sum()), 1e-300) for d, c in zip(left, self.energy.double().split(self.rows), strict=True)]
+
     def gradient(self, weight: Tensor) -> Tensor:
         """(m, n) half the gradient of f: ``V H - B``."""
         product = (weight - self.weight) @ self.gram

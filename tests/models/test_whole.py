@@ -5,9 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-import tiny
 import torch
 
+import tiny
 from fistapruner.evaluation.generations import generate_side_by_side
 from fistapruner.models.checkpoint import Checkpoint
 from fistapruner.models.skeleton import Skeleton

@@ -21,6 +21,7 @@ import samples
 from fistapruner import FistaPrunerError
 from fistapruner.cli import main
 from fistapruner.reporting.advice import advice
+from fistapruner.reporting.figures import hardest
 from fistapruner.reporting.model_card import model_card
 from fistapruner.reporting.numbers import duration, p_value, percent, short_count, significant, size, with_error
 from fistapruner.reporting.schema import VERSION, Report, load_run, parse
@@ -124,6 +125,16 @@ def test_advice_names_the_layer_and_the_operator_that_stand_out() -> None:
     assert any("--method sparsegpt+fista+refit" in line for line in words)
     assert any("32 windows; the papers use 128" in line for line in words)
     assert advice(Report()) == []
+
+
+def test_what_dense_weights_would_leave_is_no_operators_loss() -> None:
+    report = samples.report()
+    for layer in report.layers:
+        for operator in layer.operators:
+            if operator.name == "mlp.down_proj":
+                operator.dense_error = 0.99 * (operator.relative_error or 0.0)
+    assert not any("mlp.down_proj loses most" in line for line in advice(report))
+    assert all(operator.name != "mlp.down_proj" for _, operator in hardest(report.layers, 8))
 
 
 def test_the_allocation_that_advice_gives_is_understood() -> None:

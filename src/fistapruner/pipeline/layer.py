@@ -356,7 +356,10 @@ def _operator_entries(
     spectrum, ranks, condition = _spectrum(problem)
     entries = []
     parts = solution.weight.split([operator.rows for operator in group])
-    for operator, pattern, part, error, stats in zip(group, patterns, parts, errors, solution.stats, strict=True):
+    dense_errors: Sequence[float | None] = problem.dense_errors() or [None] * len(group)
+    for operator, pattern, part, error, dense_error, stats in zip(
+        group, patterns, parts, errors, dense_errors, solution.stats, strict=True
+    ):
         zeros = part.numel() - int(torch.count_nonzero(part))  # a sum of booleans would be one of int64
         entries.append(
             OperatorEntry(
@@ -366,6 +369,7 @@ def _operator_entries(
                 zeros=zeros,
                 density=1.0 - zeros / part.numel(),
                 relative_error=error,
+                dense_error=dense_error,
                 group=number,
                 steps=stats["steps"],
                 spectrum=spectrum,

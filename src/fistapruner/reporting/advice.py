@@ -1,4 +1,4 @@
-"""What to try next, in words, from the numbers of a run."""
+"""What to try next, in words, from the numbers of a run. What counts of an operator's error is what pruning added to it."""
 
 from __future__ import annotations
 
@@ -45,8 +45,8 @@ def _operators(layers: Sequence[LayerEntry], why_not: str) -> list[str]:
     kinds: dict[str, list[float]] = {}
     for layer in layers:
         for operator in layer.operators:
-            if operator.relative_error is not None:
-                kinds.setdefault(operator.name, []).append(operator.relative_error)
+            if operator.loss is not None:
+                kinds.setdefault(operator.name, []).append(operator.loss)
     if len(kinds) < 3:
         return []
     means = {name: sum(errors) / len(errors) for name, errors in kinds.items()}
@@ -122,5 +122,5 @@ def _why_not_uneven(report: Report) -> str:
 
 
 def _mean(operators: Sequence[OperatorEntry]) -> float | None:
-    errors = [operator.relative_error for operator in operators if operator.relative_error is not None]
-    return sum(errors) / len(errors) if errors else None
+    losses = [operator.loss for operator in operators if operator.loss is not None]
+    return sum(losses) / len(losses) if losses else None

@@ -29,9 +29,9 @@ def layer_figures(report: Report) -> dict[str, Drawing]:
 
 
 def hardest(layers: Sequence[LayerEntry], count: int) -> list[tuple[LayerEntry, OperatorEntry]]:
-    """The operators with the largest relative error, largest first."""
-    pairs = [(layer, operator) for layer in layers for operator in layer.operators if operator.relative_error is not None]
-    return sorted(pairs, key=lambda pair: -(pair[1].relative_error or 0.0))[:count]
+    """The operators whose error pruning has raised most, largest first."""
+    pairs = [(layer, operator) for layer in layers for operator in layer.operators if operator.loss is not None]
+    return sorted(pairs, key=lambda pair: -(pair[1].loss or 0.0))[:count]
 
 
 def short_name(name: str) -> str:
@@ -78,13 +78,16 @@ def error_map(layers: Sequence[LayerEntry]) -> Drawing | None:
             axes.spines[side].set_visible(False)
         _scale(scale, low, high, vertical=wide)
 
+    caption = "Squared error of an operator's outputs as a share of their energy, in %, on the calibration tokens; logarithmic scale."
+    if any(operator.dense_error for layer in layers for operator in layer.operators):
+        caption += " What drifted before an operator counts: its dense weights would have part of this error too."
     height = 70 + 30 * len(names)
     worst = max(values, key=lambda key: values[key])
     return draw(
         "error-map",
         "Relative error of every operator",
         plot,
-        caption="Squared error of an operator's outputs as a share of their energy, in %, on the calibration tokens; logarithmic scale.",
+        caption=caption,
         description=f"Heat map of {len(indexes)} decoder layers by {len(names)} operators. The largest error is "
         f"{significant(values[worst], 2)} % at layer {worst[0]}, {worst[1]}; the median is {significant(median(values.values()), 2)} %.",
         height=max(150, height),

@@ -51,6 +51,14 @@ def percent(share: float | None, digits: int = 3) -> str:
     return f"{significant(100 * share, digits)} %"
 
 
+def pattern(sparsity: str) -> str:
+    """A sparsity pattern: ``50%`` and ``2:4`` as they are, an exact share such as ``0.606249397183642`` as ``60.6 %``."""
+    try:
+        return percent(float(sparsity))
+    except ValueError:
+        return sparsity
+
+
 def count(value: int | None) -> str:
     """A whole number with thin separators: ``134,515,008``."""
     return "–" if value is None else f"{value:,}"

@@ -17,7 +17,7 @@ from .evaluation_text import item_count, protocol
 from .figures import hardest, layer_figures
 from .figures_quality import quality_figures
 from .model_card import base_model
-from .numbers import count, duration, p_value, percent, short_count, significant, size, with_error
+from .numbers import count, duration, p_value, pattern, percent, short_count, significant, size, with_error
 from .schema import Report
 from .size_and_speed import dense_speed, packed_speeds, size_rows, speed_protocol, speed_rows, speed_table, speeds
 from .theme import stylesheet
@@ -219,7 +219,7 @@ def _summary(report: Report) -> str:
     measured = ""
     if rows:
         head = ("measure", "dense", "pruned", "change", "how it was measured")
-        measured = f'<div class="card">{table(head, rows, "Measured results", numeric=(1, 2, 3), stack=True)}</div>'
+        measured = f'<div class="card">{table(head, rows, "Measured results", numeric=(1, 2), stack=True)}</div>'
     return f'<section><h2 class="hidden">Summary</h2>{tiles(items)}{measured}{_speed(report)}</section>'
 
 
@@ -330,16 +330,16 @@ def _hardest(report: Report) -> str:
         (
             f"layer {layer.index}, {operator.name}",
             percent(operator.relative_error),
-            significant(operator.condition, 2),
-            f"{operator.shape[0]} × {operator.shape[1]}, {operator.sparsity}",
+            percent(operator.dense_error or 0.0),
+            f"{operator.shape[0]} × {operator.shape[1]}, {pattern(operator.sparsity)}",
             " → ".join(f"{step.get('method', '?')} {percent(step.get('relative_error'), 2)}" for step in operator.steps),
         )
         for layer, operator in hardest(report.layers, 8)
     ]
     if not rows:
         return ""
-    head = ("operator", "relative error", "largest eigenvalue / mean", "shape, pattern", "error after each step")
-    made = table(head, rows, "The hardest operators", numeric=(1, 2), stack=True)
+    head = ("operator", "relative error", "of dense weights", "shape, pattern", "error after each step")
+    made = table(head, rows, "The hardest operators", numeric=(1, 2, 3), stack=True)
     return f'<div class="card below"><h3>The hardest operators</h3>{made}</div>'
 
 

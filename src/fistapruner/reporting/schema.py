@@ -97,7 +97,8 @@ class OperatorEntry(Record):
         shape: [outputs, inputs].
         sparsity: pattern asked for (``50%``, ``2:4``).
         zeros: exact number of zeros; ``density``: exact share of weights kept.
-        relative_error: error of its outputs as a share of their energy (``f / c``).
+        relative_error: error of its outputs as a share of their energy (``f / c``); ``dense_error``: what its dense weights
+            would have left of the same target, None where inputs and hidden states had not drifted.
         group: operators that share a value read the same inputs and were solved together.
         steps: what each step of the method chain recorded: ``method``, ``relative_error``, ``seconds`` and its own
             keys. The report draws the ones it knows: ``rounds`` of a lambda search (list of {lambda, e_total, …}) and
@@ -113,11 +114,17 @@ class OperatorEntry(Record):
     zeros: int
     density: float
     relative_error: float | None = None
+    dense_error: float | None = None
     group: int | None = None
     steps: list[dict[str, Any]] = []
     spectrum: list[float] | None = None
     spectrum_ranks: list[int] | None = None
     condition: float | None = None
+
+    @property
+    def loss(self) -> float | None:
+        """What pruning adds to the error that the dense weights would have; 0 where it takes some of that back."""
+        return None if self.relative_error is None else max(0.0, self.relative_error - (self.dense_error or 0.0))
 
 
 class LayerEntry(Record):
