@@ -112,7 +112,7 @@ def decide(
     *,
     batch_size: int = 4,
     store: Store | None = None,
-    tick: Callable[[int], None] = lambda done: None,
+    tick: Callable[[str, int, int], None] = lambda what, done, total: None,
 ) -> Decision:
     """Measure what ``allocation: owl``, ``allocation: error``, ``weighting: fisher``, block matching and channel permutation need.
 
@@ -124,7 +124,7 @@ def decide(
         sparsity: pattern of every operator, by full name, as the recipe says it without measuring.
         batch_size: windows in one pass.
         store: where hidden states between the decoder layers are kept; None keeps them in memory.
-        tick: told of progress in layer passes.
+        tick: told of progress: (what, steps done, steps in all).
 
     Raises:
         FistaPrunerError: a measured allocation of an n:m pattern.

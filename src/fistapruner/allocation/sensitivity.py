@@ -107,7 +107,7 @@ def measure_sensitivity(
     look: Look[Any] | None = None,
     outputs: bool = True,
     store: Store,
-    tick: Callable[[int], None] = lambda done: None,
+    tick: Callable[[str, int, int], None] = lambda what, done, total: None,
 ) -> Sensitivity:
     """Run the dense model forwards and backwards over some windows.
 
@@ -121,7 +121,7 @@ def measure_sensitivity(
         look: what else to gather on the way.
         outputs: whether to measure the decoder layers' outputs too.
         store: where hidden states are kept.
-        tick: told how many of the 2 x layers passes are done.
+        tick: told of progress: (what, steps done, steps in all).
     """
     batches = _batches(len(tokens), batch_size)
     states, calls = _forward(skeleton, layout, tokens, batches, store, look, tick)
@@ -169,7 +169,7 @@ def measure_sensitivity(
         if outputs:
             metrics.append((metric if metric.ndim == 1 else mirror(metric)).cpu() / tokens.numel())
         rows |= {layout.full_name(index, operator): sums[operator.name].cpu() / tokens.numel() for operator in operators}
-        tick(2 * len(skeleton) - index)
+        tick("decoder layers, backwards", len(skeleton) - index, len(skeleton))
     return Sensitivity(rows, metrics[::-1], tokens.numel())
 
 
@@ -192,7 +192,7 @@ def look_at_inputs(
     *,
     batch_size: int = 4,
     store: Store,
-    tick: Callable[[int], None] = lambda done: None,
+    tick: Callable[[str, int, int], None] = lambda what, done, total: None,
 ) -> None:
     """Run the dense model forwards over some windows; arguments as for :func:`measure_sensitivity`."""
     states, _ = _forward(skeleton, layout, tokens, _batches(len(tokens), batch_size), store, look, tick, keep=False)
@@ -210,7 +210,7 @@ def _forward(
     batches: list[tuple[int, int]],
     store: Store,
     look: Look[Any] | None,
-    tick: Callable[[int], None],
+    tick: Callable[[str, int, int], None],
     *,
     keep: bool = True,
 ) -> tuple[list[HiddenStates], dict[int, list[Call]]]:
@@ -251,7 +251,7 @@ def _forward(
         for number, own in enumerate(sums):
             assert look is not None
             look.done(index, number, own)
-        tick(index + 1)
+        tick("decoder layers, forwards", index + 1, len(skeleton))
     return states, calls
 
 

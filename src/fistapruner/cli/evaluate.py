@@ -89,7 +89,7 @@ def run(arguments: argparse.Namespace) -> int:
         "bos": arguments.bos,
         "allow_pickle": arguments.allow_pickle,
         "trust_remote_code": arguments.trust_remote_code,
-        "tick": lambda what, done, total: listener.say(f"{what}: {done} of {total}") if done % 8 == 0 or done == total else None,
+        "tick": listener.tick,
     }
     if is_run(arguments.model):
         result = evaluate_run(arguments.model, data, listener=listener, **settings)

@@ -11,6 +11,9 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextC
 from ..pipeline.serial import Listener
 from ..reporting.schema import LayerEntry
 
+EVERY = 20.0
+"""Seconds between two words about one pass."""
+
 
 def choose_listener(*, quiet: bool) -> Listener:
     """Silent, plain or live, as the user and the terminal want it. Progress goes to standard error."""
@@ -29,10 +32,26 @@ def describe_layer(entry: LayerEntry) -> str:
     return f"layer {entry.index}: error {100 * mean:.2f} % (worst: {name} {100 * worst:.2f} %), {sum(entry.seconds.values()):.1f} s"
 
 
-class PlainListener(Listener):
+class _Saying(Listener):
+    """Says how far a long pass is, now and then."""
+
+    def __init__(self) -> None:
+        self._passing, self._said = "", 0.0
+
+    def tick(self, what: str, done: int, total: int) -> None:
+        now = time.monotonic()
+        if what != self._passing:
+            self._passing, self._said = what, now
+        elif now - self._said >= EVERY and done < total:
+            self._said = now
+            self.say(f"{what}: {done} of {total}")
+
+
+class PlainListener(_Saying):
     """One line for each decoder layer, with the time that is left."""
 
     def __init__(self) -> None:
+        super().__init__()
         self._left = 0
         self._done = 0
         self._begin = time.monotonic()
@@ -51,10 +70,11 @@ class PlainListener(Listener):
         self.say(f"{describe_layer(entry)}; {self._left} layers and about {left:.0f} s left")
 
 
-class LiveListener(Listener):
+class LiveListener(_Saying):
     """A progress bar with the current operator and the error so far."""
 
     def __init__(self) -> None:
+        super().__init__()
         self._console = Console(stderr=True)
         self._bar = Progress(
             TextColumn("[bold]layers"),

@@ -50,7 +50,7 @@ def last_hidden(skeleton: Skeleton, tokens: Tensor, passes: Passes, what: str = 
         skeleton: the model.
         tokens: (windows, seqlen) token ids.
         passes: batch size and progress.
-        what: name of the model, for progress.
+        what: what is passed, for progress.
     """
     windows, seqlen = tokens.shape
     batches = [(start, min(start + size, windows)) for size in [passes.batch(seqlen, skeleton.device)] for start in range(0, windows, size)]
@@ -91,7 +91,7 @@ def score_windows(skeleton: Skeleton, tokens: Tensor, passes: Passes, reference:
     rows: list[tuple[float, ...]] = []
     for start, stop in slices(windows, each, budget):
         block = tokens[start:stop]
-        states = [last_hidden(model, block, passes, str(model.checkpoint.folder.name)) for model in models]
+        states = [last_hidden(model, block, passes, f"decoder layers of {model.checkpoint.folder.name}") for model in models]
         rows += _reduce(models, states, block)
     columns = torch.tensor(rows, dtype=torch.float64).T
     for position, model in enumerate(models):

@@ -171,6 +171,7 @@ def compare(
     )
     trust: dict[str, Any] = {"allow_pickle": allow_pickle, "trust_remote_code": trust_remote_code}
     evaluation: dict[str, Any] = {"windows": windows, "device": first.execution.device, "dtype": first.dtype, **trust}
+    evaluation["tick"] = listener.tick
     calibrated: dict[str, tuple[Tensor, dict[str, Any]]] = {}
     for number, (contender, seed, recipe) in enumerate(jobs, 1):
         listener.say(f"{number}/{len(jobs)}: {contender.label}, {recipe.sparsity}, seed {seed}")

@@ -29,6 +29,9 @@ class Logged(Listener):
         log.info(message)
         self._listener.say(message)
 
+    def tick(self, what: str, done: int, total: int) -> None:
+        self._listener.tick(what, done, total)
+
     def begin(self, layers: int, done: int) -> None:
         log.info("%d decoder layers, %d already done", layers, done)
         self._listener.begin(layers, done)

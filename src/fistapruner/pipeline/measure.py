@@ -60,6 +60,7 @@ def measure(run: RunDirectory, report: Report, data: str | None, windows: int | 
             device=device,
             dtype=report.recipe.get("dtype", "auto"),
             memory_limit=limit and limit // 2,  # the other half is for a layer of each model and the logits
+            tick=listener.tick,
             **trust,
         )
         report.evaluations.append(evaluation)

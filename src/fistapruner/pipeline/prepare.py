@@ -128,7 +128,9 @@ def prepare(
         folder_of_states = run.hidden / "sensitivity" if on_disk else None
         with threads(numerics["threads"]), _scratch(folder_of_states):
             store = scratch_factory(folder_of_states, skeleton.dtype)
-            decision = decide(recipe, layout, skeleton, tokens, sparsity, batch_size=min(4, numerics["batch_size"]), store=store)
+            decision = decide(
+                recipe, layout, skeleton, tokens, sparsity, batch_size=min(4, numerics["batch_size"]), store=store, tick=listener.tick
+            )
         sparsity = decision.sparsity or sparsity
         if decision.metrics or decision.importance or decision.orders:
             run.write_metrics(decision.metrics or [], decision.importance or {}, decision.orders)

@@ -19,6 +19,9 @@ class Listener:
     def say(self, message: str) -> None:
         """A sentence for the user."""
 
+    def tick(self, what: str, done: int, total: int) -> None:
+        """``done`` of ``total`` steps of a pass through a whole model, before or after the walk: measuring, evaluating."""
+
     def begin(self, layers: int, done: int) -> None:
         """The walk begins: ``layers`` in all, ``done`` of them already journaled."""
 

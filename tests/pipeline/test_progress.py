@@ -1,0 +1,45 @@
+"""Long passes before and after the walk through the decoder layers say how far they are, now and then."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+import tiny
+from fistapruner.cli import progress
+from fistapruner.pipeline.run import prune
+from fistapruner.pipeline.serial import Listener
+
+
+def test_every_long_pass_is_told(tmp_path: Path) -> None:
+    told: list[tuple[str, int, int]] = []
+
+    class Told(Listener):
+        def tick(self, what: str, done: int, total: int) -> None:
+            told.append((what, done, total))
+
+    dense = tiny.save("llama", tmp_path / "dense")
+    report = prune(
+        str(dense),
+        tmp_path / "run",
+        listener=Told(),
+        evaluate="python",
+        evaluate_windows=2,
+        calibration={"source": "python", "samples": 4, "seqlen": 32},
+    )
+    layers = len(report.layers)
+    for what in ("decoder layers, forwards", "decoder layers, backwards", "decoder layers of dense", "decoder layers of model"):
+        assert [(done, total) for name, done, total in told if name == what] == [(done, layers) for done in range(1, layers + 1)], what
+
+
+def test_it_is_said_at_intervals_and_not_at_the_end(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    now = 100.0
+    monkeypatch.setattr(progress.time, "monotonic", lambda: now)
+    listener = progress.PlainListener()
+    for done in range(1, 31):
+        listener.tick("decoder layers of model", done, 30)
+        now += progress.EVERY / 10
+    assert capsys.readouterr().err.splitlines() == [f"decoder layers of model: {done} of 30" for done in (11, 21)]
+    listener.tick("decoder layers of dense", 1, 2)
+    assert capsys.readouterr().err == ""
