@@ -12,6 +12,7 @@ from transformers import AutoModelForCausalLM
 
 import fistapruner
 from fistapruner import FistaPrunerError, SparseLinear
+from fistapruner.models.whole import load_whole
 from tiny import ARCHITECTURES, VOCABULARY
 
 IDS = torch.randint(3, VOCABULARY, (2, 24), generator=torch.Generator().manual_seed(0))
@@ -42,7 +43,9 @@ def test_transformers_casts_as_it_is_told(tmp_path, dtype):
     fistapruner.pack(source, tmp_path / "p")
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "p", dtype=dtype)
     assert {parameter.dtype for parameter in model.parameters()} == {dtype}
-    assert torch.equal(logits(model), logits(AutoModelForCausalLM.from_pretrained(source, dtype=dtype)))
+    expected = logits(AutoModelForCausalLM.from_pretrained(source, dtype=dtype))
+    assert torch.equal(logits(model), expected)
+    assert torch.equal(logits(load_whole(tmp_path / "p", torch.device("cpu"), dtype)), expected)
 
 
 def test_unpacked_by_transformers_is_an_ordinary_model(tmp_path):

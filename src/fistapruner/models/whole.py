@@ -21,5 +21,7 @@ def load_whole(folder: Path, device: torch.device, dtype: torch.dtype | None = N
     """
     from transformers import AutoModelForCausalLM
 
-    model = AutoModelForCausalLM.from_pretrained(str(folder), dtype=dtype or "auto", trust_remote_code=trust_remote_code)
-    return model.to(device=device, dtype=dtype or pass_dtype(model.dtype, device)).eval()
+    model = AutoModelForCausalLM.from_pretrained(str(folder), dtype=dtype or "auto", trust_remote_code=trust_remote_code).to(device)
+    if dtype is None and pass_dtype(model.dtype, device) == torch.float32:
+        model = model.float()  # only ever wider: ``to`` would round what transformers keeps in fp32, such as rotary frequencies
+    return model.eval()
