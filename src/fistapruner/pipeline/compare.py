@@ -170,8 +170,8 @@ def compare(
         rows=earlier,
     )
     trust: dict[str, Any] = {"allow_pickle": allow_pickle, "trust_remote_code": trust_remote_code}
-    evaluation: dict[str, Any] = {"windows": windows, "device": first.execution.device, "dtype": first.dtype, **trust}
-    evaluation["tick"] = listener.tick
+    place = {"device": first.execution.device, "dtype": first.dtype}
+    evaluation: dict[str, Any] = {"windows": windows, "tick": listener.tick, **place, **trust}
     calibrated: dict[str, tuple[Tensor, dict[str, Any]]] = {}
     for number, (contender, seed, recipe) in enumerate(jobs, 1):
         listener.say(f"{number}/{len(jobs)}: {contender.label}, {recipe.sparsity}, seed {seed}")
