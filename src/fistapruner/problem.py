@@ -132,18 +132,13 @@ class LayerProblem:
 
     def relative_errors(self, weight: Tensor) -> list[float]:
         """Error f of each operator as a share of its dense output's energy, c = ||W X||^2."""
-        assert self.energy is not None
-        return [
-            error / max(float(c.sum()), 1e-300) for error, c in zip(self.errors(weight), self.energy.double().split(self.rows), strict=True)
-        ]
+        return self._shares(self.row_errors(weight))
 
     def dense_errors(self) -> list[float] | None:
         """Relative error that each operator's dense weights would have: what has drifted. None where nothing has."""
         if self.drift_energy is None or not self.target:
             return None
-        assert self.energy is not None
-        left = (self.drift_energy.double() * self.target**2).split(self.rows)
-        return [float(d.sum()) / max(float(c.sum()), 1e-300) for d, c in zip(left, self.energy.double().split(self.rows), strict=True)]
+        return self._shares(self.drift_energy.double() * self.target**2)
 
     def gradient(self, weight: Tensor) -> Tensor:
         """(m, n) half the gradient of f: ``V H - B``."""
@@ -200,6 +195,12 @@ class LayerProblem:
             drift_energy=move(self.drift_energy),
             energy=move(self.energy),
         )
+
+    def _shares(self, row_errors: Tensor) -> list[float]:
+        """(m,) fp64 errors by row, as each operator's share of its dense output's energy."""
+        assert self.energy is not None
+        energies = self.energy.double().split(self.rows)
+        return [float(error.sum()) / max(float(c.sum()), 1e-300) for error, c in zip(row_errors.split(self.rows), energies, strict=True)]
 
     def _named_rows(self, tensor: Tensor) -> list[tuple[str, Tensor]]:
         return list(zip(self.names, tensor.split(self.rows), strict=True))

@@ -219,7 +219,7 @@ def _summary(report: Report) -> str:
     measured = ""
     if rows:
         head = ("measure", "dense", "pruned", "change", "how it was measured")
-        measured = f'<div class="card">{table(head, rows, "Measured results", numeric=(1, 2), stack=True)}</div>'
+        measured = f'<div class="card">{table(head, rows, "Measured results", numeric=(1, 2, 3), stack=True)}</div>'
     return f'<section><h2 class="hidden">Summary</h2>{tiles(items)}{measured}{_speed(report)}</section>'
 
 
@@ -339,7 +339,7 @@ def _hardest(report: Report) -> str:
     if not rows:
         return ""
     head = ("operator", "relative error", "of dense weights", "shape, pattern", "error after each step")
-    made = table(head, rows, "The hardest operators", numeric=(1, 2, 3), stack=True)
+    made = table(head, rows, "The hardest operators", numeric=(1, 2), stack=True)
     return f'<div class="card below"><h3>The hardest operators</h3>{made}</div>'
 
 
