@@ -145,3 +145,38 @@ def test_weighted_rows(data: tuple[torch.Tensor, ...]) -> None:
     plain, other = solve(problem, "1:2", "alps"), solve(weighted, "1:2", "alps")
     assert torch.equal(plain.mask, other.mask)
     torch.testing.assert_close(unweighted(other.weight.clone(), importance), plain.weight, rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize("residual", [False, True])
+def test_drift_seen_on_the_first_tokens_stands_for_all(residual: bool) -> None:
+    """A drift that is linear in the inputs is found exactly; the Gram is of all tokens."""
+    generator = torch.Generator().manual_seed(3)
+    for rows, inputs in ((5, 12), (20, 12)):  # sums by outputs, and by inputs
+        weight = torch.randn(rows, inputs, generator=generator)
+        seen = torch.randn(4000, inputs, generator=generator) @ torch.randn(inputs, inputs, generator=generator)
+        moves = 0.1 * torch.randn(inputs, inputs, generator=generator)
+        adds = 0.1 * torch.randn(inputs, rows, generator=generator)
+        whole = LayerProblem.from_activations(weight, seen, seen + seen @ moves, seen @ adds if residual else None)
+        sums = ProblemSums(weight, drifts=True, residual=residual)
+        for start in range(0, 4000, 500):
+            part = seen[start : start + 500]
+            if start < 1000:
+                sums.add(part, part + part @ moves, part @ adds if residual else None)
+            else:
+                sums.add(part)
+        found = sums.problem(("q",), (rows,), 1.0)
+        assert torch.equal(found.gram, whole.gram) or torch.allclose(found.gram, whole.gram, rtol=1e-4, atol=1e-3)
+        assert found.drift is not None
+        assert whole.drift is not None
+        plain = LayerProblem.from_activations(weight, seen[:1000], (seen + seen @ moves)[:1000], (seen @ adds)[:1000] if residual else None)
+        assert plain.drift is not None
+        error, without = ((part - whole.drift).norm() / whole.drift.norm() for part in (found.drift, plain.drift))
+        assert error < 0.02 < without
+        assert not found.warnings
+
+
+def test_drift_asked_for_but_never_seen_is_refused() -> None:
+    sums = ProblemSums(torch.ones(2, 3), drifts=True)
+    sums.add(torch.ones(4, 3))
+    with pytest.raises(FistaPrunerError, match=r"fc1: no calibration tokens reached this operator in the dense model"):
+        sums.problem(("fc1",), (2,), 1.0)

@@ -19,7 +19,7 @@ from fistapruner.models.hidden import HiddenStates, scratch_factory
 from fistapruner.models.layout import Layout, discover
 from fistapruner.models.skeleton import Skeleton
 from fistapruner.pipeline.capture import Calls
-from fistapruner.pipeline.layer import Streams, prune_layer
+from fistapruner.pipeline.layer import Streams, dense_windows, prune_layer
 from fistapruner.problem import LayerProblem, ProblemSums
 from fistapruner.sparsity import parse_sparsity
 
@@ -42,6 +42,11 @@ def stream(
             assert dense is not None
             dense.write(start, skeleton.embed(tokens[start:stop])[0])
     pruned: HiddenStates | None = None
+    beside = dense_windows(recipe, SAMPLES, BATCH)
+    if beside < SAMPLES:
+        dense, pruned = HiddenStates((beside, SEQLEN, skeleton.width), skeleton.dtype), dense
+        assert pruned is not None
+        dense.write(0, pruned.read(0, beside))
     sparsity = {name: parse_sparsity(recipe.sparsity) for name, _ in layout.operators()}
     weights: dict[str, Tensor] = {}
     for index in range(len(skeleton)):
@@ -50,7 +55,7 @@ def stream(
         streams = Streams(
             dense,
             pruned,
-            HiddenStates(shape, skeleton.dtype, scratch and scratch / f"d{index}") if keep_dense else None,
+            HiddenStates((beside, *shape[1:]), skeleton.dtype, scratch and scratch / f"d{index}") if keep_dense else None,
             HiddenStates(shape, skeleton.dtype, scratch and scratch / f"p{index}") if more and recipe.propagate == "pruned" else None,
         )
         result = prune_layer(
@@ -113,11 +118,11 @@ def in_memory(folder: Path, recipe: Recipe, layout: Layout, adding: tuple[str, .
             sums = ProblemSums(stacked.detach(), drifts=drifts, residual=taken_back)
             for start in range(0, SAMPLES, BATCH):
                 stop = min(start + BATCH, SAMPLES)
-                sums.add(
-                    inputs_of(pruned, names[0], start, stop),
-                    inputs_of(dense, names[0], start, stop) if drifts else None,
-                    drift(index, group[0].name, start, stop),
-                )
+                seen = inputs_of(pruned, names[0], start, stop)
+                if drifts and start < dense_windows(recipe, SAMPLES, BATCH):
+                    sums.add(seen, inputs_of(dense, names[0], start, stop), drift(index, group[0].name, start, stop))
+                else:
+                    sums.add(seen)
             problem = sums.problem(names, [operator.rows for operator in group], recipe.dense_share)
             solution = solve(problem, recipe.pattern, recipe.steps)
             for operator, name, part in zip(group, names, solution.weight.split(problem.rows), strict=True):

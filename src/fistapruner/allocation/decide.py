@@ -18,7 +18,7 @@ from ..models.skeleton import Skeleton
 from ..problem import ProblemSums
 from ..recipe import Recipe
 from ..sparsity import NM, Sparsity, parse_sparsity
-from .error import row_error_curves, sparsity_grid, split_budget
+from .error import predicted_cost, row_error_curves, sparsity_grid, split_budget
 from .owl import outlier_share, owl_allocation
 from .permutation import channel_order, kept_share
 from .sensitivity import InputEnergy, Look, look_at_inputs, measure_sensitivity, row_importance
@@ -26,8 +26,9 @@ from .sensitivity import InputEnergy, Look, look_at_inputs, measure_sensitivity,
 WINDOWS = 8
 """Calibration windows that are looked at, at most: second moments over some thousand tokens are enough to rank operators."""
 
-SHARE = 4
-"""One calibration window of so many is looked at, so that measuring costs a fixed share of the passes that a run makes anyway."""
+SHARE = 8
+"""One calibration window of so many is looked at, so that measuring costs a fixed share of the passes that a run makes anyway. Block
+matching, whose metric is a whole matrix, has two of so many."""
 
 
 def check_allocation(recipe: Recipe) -> None:
@@ -84,9 +85,9 @@ def permutes(recipe: Recipe) -> bool:
     return asked and any(isinstance(parse_sparsity(pattern), NM) for pattern in (recipe.pattern, *given))
 
 
-def windows_looked_at(samples: int) -> int:
+def windows_looked_at(recipe: Recipe, samples: int) -> int:
     """How many of the calibration windows are looked at: at least two where there are two."""
-    return min(WINDOWS, samples, max(2, samples // SHARE))
+    return min(WINDOWS, samples, max(2, samples * (2 if recipe.match else 1) // SHARE))
 
 
 def _own(recipe: Recipe) -> bool:
@@ -132,7 +133,7 @@ def decide(
     check_allocation(recipe)
     if not needs_measuring(recipe):
         return Decision(None, None)
-    tokens = tokens[: windows_looked_at(len(tokens))]
+    tokens = tokens[: windows_looked_at(recipe, len(tokens))]
     store = store or scratch_factory(None, skeleton.dtype)
     sizes = {name: operator.rows * operator.columns for name, operator in layout.operators()}
     fraction = recipe.pattern.fraction
@@ -174,7 +175,7 @@ def decide(
             tick=tick,
         )
         if allocation == "error":
-            costs = {name: torch.mv(errors[name], sensitivity.rows[name]) / 2 for name in sizes}
+            costs = {name: predicted_cost(errors[name], sensitivity.rows[name]) for name in sizes}
             found = dict(split_budget(costs, sizes, fraction))
         if weighs_rows(recipe):
             importance = {name: row_importance(rows) for name, rows in sensitivity.rows.items()}

@@ -28,12 +28,17 @@ SPECTRUM_LIMIT = 2048
 """Largest number of inputs for which the Gram's eigenvalues are recorded; they cost O(n^3) and only feed the report."""
 
 
+DRIFT_SHARE = 2
+"""Drift is measured on one calibration window of so many, the first ones."""
+
+
 @dataclass(frozen=True)
 class Streams:
     """The hidden states around one decoder layer.
 
     Args:
-        dense: what the dense model feeds it; None where neither target nor propagation needs the dense model.
+        dense: what the dense model feeds it; None where neither target nor propagation needs the dense model. Beside ``pruned`` it
+            may hold the first windows only (:func:`dense_windows`).
         pruned: what the pruned prefix feeds it; None with ``propagate=dense``, where that is the same as ``dense``.
         dense_out: receives the dense layer's output; None if nobody needs it.
         pruned_out: receives the pruned layer's output; None if nobody needs it.
@@ -63,6 +68,18 @@ class LayerResult:
 
     weights: dict[str, Tensor]
     entry: LayerEntry
+
+
+def dense_windows(recipe: Recipe, samples: int, batch_size: int) -> int:
+    """How many of the calibration windows the dense model runs on beside the pruned one: whole batches.
+
+    With ``propagate=pruned`` it only serves to measure drift, a mean that fewer tokens tell than a Gram. Block matching aims at
+    its outputs, window by window.
+    """
+    if recipe.propagate == "dense" or recipe.match:
+        return samples
+    batches = -(-samples // (DRIFT_SHARE * batch_size))
+    return min(samples, batches * batch_size)
 
 
 Progress = Callable[[str, float | None], None]
@@ -136,8 +153,11 @@ def prune_layer(
             stop = start + inputs.shape[0]
             with clock.phase("gram"):
                 flat = inputs.reshape(-1, inputs.shape[-1])
-                dense = kept[number].read(start, stop).to(flat.device).reshape(flat.shape) if number in kept else None
-                drift = residual.drift(number, start, stop, flat.device) if residual is not None and sums[number].residual else None
+                dense = drift = None
+                if number in kept and start < kept[number].samples:
+                    dense = kept[number].read(start, stop).to(flat.device).reshape(flat.shape)
+                    if residual is not None and sums[number].residual:
+                        drift = residual.drift(number, start, stop, flat.device)
                 sums[number].add(flat, dense, drift)
 
         sums = {number: new_sums(number) for number, _ in numbered[:1]}
@@ -322,7 +342,7 @@ def _prune_group(
         known = unrounded and importance is None
         errors = [stats["relative_error"] for stats in solution.stats] if known else problem.relative_errors(solution.weight)
         entries = _operator_entries(problem, solution, errors, group, number, [str(pattern) for pattern in patterns])
-    return entries, solution.warnings
+    return entries, problem.warnings + solution.warnings
 
 
 def _stack(module: nn.Module, group: Group) -> Tensor:

@@ -10,13 +10,16 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
+from ..conditioning import alive_gram, damped_cholesky
 from ..numerics import fast_products, has_bf16_units
 from ..problem import LayerProblem
 from ..sparsity import NM, Sparsity, Unstructured
 from .base import Method, Solution, Stats, project_operators
-from .conditioning import alive_gram, damped_cholesky
 from .refit import refit_cg
 from .thresholds import GroupThreshold, SampledThreshold
+
+WATCHED = 4
+"""One row of so many is watched for what an iteration changes."""
 
 
 class Proximal(Method):
@@ -111,7 +114,8 @@ class Proximal(Method):
     ) -> tuple[Tensor, list[list[Stats]]]:
         """The last Z of operators of one layout, in scaled coordinates (m, n).
 
-        And for each operator, what share of its support every level after the first changed, with the level's rho.
+        And for each operator, what share of its support every level after the first changed, with the level's rho; from some of its
+        rows.
         """
         n = gram.shape[0]
         if length > 1:  # members of a group n/m columns apart: comparisons then run over contiguous slices
@@ -130,8 +134,7 @@ class Proximal(Method):
         half = self.fast and has_bf16_units(z.device)
         factor, product = (torch.empty_like(z, dtype=torch.bfloat16) for _ in range(2)) if half else (z, z)
         parts = list(zip(threshold, z.split(tuple(rows)), sparse.split(tuple(rows)), strict=True))
-        support = torch.empty_like(z, dtype=torch.bool)
-        supports = support.split(tuple(rows))
+        supports = [torch.empty_like(kept[::WATCHED], dtype=torch.bool) for _, _, kept in parts]
         rhos = [self.rho[0] * growth**level for level in range(self.levels)]
         changes: list[list[Tensor]] = [[] for _ in rows]  # read at the end: a GPU's queue is not to wait for the host
         with fast_products(self.fast):
@@ -145,7 +148,7 @@ class Proximal(Method):
                         hard(whole, kept, correct=step == 0 and level % 3 == 0)
                     if step == self.steps - 1:
                         for (_, _, kept), before, shares in zip(parts, supports, changes, strict=True):
-                            now = kept != 0
+                            now = kept[::WATCHED] != 0
                             if level:  # half of the differences are entries that came, half those that went
                                 shares.append(torch.count_nonzero(now ^ before) / (2 * torch.count_nonzero(now)).clamp_min(1))
                             before.copy_(now)
@@ -155,7 +158,8 @@ class Proximal(Method):
                     torch.add(z, dense, out=shifted).add_(sparse, alpha=-2.0)
                     z.lerp_(centre, 0.5)
                     if half:
-                        z.add_(torch.mm(factor.copy_(shifted), matrix, out=product))
+                        # Through a buffer that is free: adding bf16 to fp32 would take fresh memory for the conversion.
+                        z.add_(shifted.copy_(torch.mm(factor.copy_(shifted), matrix, out=product)))
                     else:
                         z.addmm_(shifted, matrix)
         if length > 1:

@@ -9,12 +9,12 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
+from ..conditioning import alive_gram
 from ..errors import FistaPrunerError
 from ..numerics import fast_products
 from ..problem import LayerProblem
 from ..sparsity import Sparsity
 from .base import Method, Solution
-from .conditioning import alive_gram
 
 
 class Refit(Method):
@@ -77,26 +77,29 @@ def refit_with_residual(
     problem: LayerProblem, gram: Tensor, weight: Tensor, mask: Tensor, iterations: int, *, fast: bool = False
 ) -> tuple[Tensor, Tensor]:
     """As :func:`refit_cg`, and the last residual ``(W - V) H + a R`` (m, n), on the support and off it, at no cost."""
+    inverse_diagonal = mask / gram.diagonal()
     weight = weight * mask
-    residual = (problem.weight - weight) @ gram
+    buffer = torch.sub(problem.weight, weight)
+    residual = buffer @ gram
     if problem.pull is not None:
         residual += problem.pull
-    inverse_diagonal = mask / gram.diagonal()
-    scaled = residual * inverse_diagonal
-    direction = scaled.clone()
-    length = torch.linalg.vecdot(residual, scaled)
+    direction = residual * inverse_diagonal
+    length = torch.linalg.vecdot(residual, direction)
     tiny = torch.finfo(weight.dtype).tiny
+    # Everything is written in place: fresh memory of this size costs more than what is computed in it.
     with fast_products(fast):
-        for _ in range(iterations):
-            curved = direction @ gram
+        for step in range(iterations):
+            curved = torch.mm(direction, gram, out=buffer)
             curvature = torch.linalg.vecdot(direction, curved)
             # A row that is solved (or has no weights) has nothing left to divide: its step is zero.
-            step = torch.where(curvature > tiny, length / curvature.clamp_min(tiny), torch.zeros_like(length))[:, None]
-            weight = torch.addcmul(weight, step, direction)
-            residual = torch.addcmul(residual, step, curved, value=-1.0)
-            scaled = residual * inverse_diagonal
+            along = torch.where(curvature > tiny, length / curvature.clamp_min(tiny), torch.zeros_like(length))[:, None]
+            weight.addcmul_(along, direction)
+            residual.addcmul_(along, curved, value=-1.0)
+            if step == iterations - 1:
+                break
+            scaled = torch.mul(residual, inverse_diagonal, out=buffer)
             following = torch.linalg.vecdot(residual, scaled)
-            direction = torch.addcmul(scaled, (following / length.clamp_min(tiny))[:, None], direction)
+            direction.mul_((following / length.clamp_min(tiny))[:, None]).add_(scaled)
             length = following
     return weight, residual
 

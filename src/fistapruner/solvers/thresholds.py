@@ -7,14 +7,14 @@ from torch import Tensor
 
 from ..sparsity import NM, Unstructured
 
-SAMPLE = 1 << 14
+SAMPLE = 1 << 13
 BLOCK = 1 << 17
 
 
 class SampledThreshold:
     """Keep about the right share of an operator's values: the threshold is the quantile of a fixed sample of them.
 
-    Selecting the k-th largest of all values costs more than the product of an iteration; of 16 thousand it costs next to
+    Selecting the k-th largest of all values costs more than the product of an iteration; of eight thousand it costs next to
     nothing. The sample's bias is measured now and then on all values and taken out of the wanted quantile.
 
     Args:
