@@ -19,7 +19,7 @@ import pytest
 import tiny
 
 SETTINGS = ["--method", "sparsegpt", "--target", "0.5", "--residual", "correct", "--sparsity", "2:4"]
-SETTINGS += ["--samples", "4", "--seqlen", "16", "--batch-size", "2", "--evaluate", "none"]
+SETTINGS += ["--samples", "4", "--seqlen", "16", "--evaluate", "none"]
 
 
 @dataclass

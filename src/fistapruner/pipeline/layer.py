@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -29,7 +30,11 @@ SPECTRUM_LIMIT = 2048
 
 
 DRIFT_SHARE = 2
-"""Drift is measured on one calibration window of so many, the first ones."""
+"""Drift is measured on one calibration window of so many, the first ones,"""
+
+DRIFT_TOKENS = 10
+"""and on so many tokens at least for every input of the widest operator: with half as many, what regression finds is noise
+(docs/quality.md)."""
 
 
 @dataclass(frozen=True)
@@ -70,16 +75,17 @@ class LayerResult:
     entry: LayerEntry
 
 
-def dense_windows(recipe: Recipe, samples: int, batch_size: int) -> int:
+def dense_windows(recipe: Recipe, layout: Layout, samples: int, seqlen: int, batch_size: int) -> int:
     """How many of the calibration windows the dense model runs on beside the pruned one: whole batches.
 
-    With ``propagate=pruned`` it only serves to measure drift, a mean that fewer tokens tell than a Gram. Block matching aims at
-    its outputs, window by window.
+    With ``propagate=pruned`` it only serves to measure drift, which part of the tokens tell. Block matching aims at its outputs,
+    window by window.
     """
     if recipe.propagate == "dense" or recipe.match:
         return samples
-    batches = -(-samples // (DRIFT_SHARE * batch_size))
-    return min(samples, batches * batch_size)
+    inputs = max((operator.columns for _, operator in layout.operators()), default=0)
+    windows = max(samples / DRIFT_SHARE, DRIFT_TOKENS * inputs / seqlen)
+    return min(samples, math.ceil(windows / batch_size) * batch_size)
 
 
 Progress = Callable[[str, float | None], None]

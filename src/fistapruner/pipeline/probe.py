@@ -55,7 +55,9 @@ def measure_time(
             made.write(0, values[:windows])
         return made
 
-    beside = dense_windows(recipe, len(batch), calls.batch_size)
+    samples, seqlen = tokens.shape
+    partly = dense_windows(recipe, layout, samples, seqlen, min(batch_size, samples)) < samples
+    beside = calls.batch_size if partly else len(batch)
     streams = Streams(store(len(batch), embedded), None, store(len(batch)), None)
     if recipe.propagate == "pruned":
         dense = (store(beside, embedded), store(beside)) if recipe.dense_share else (None, None)

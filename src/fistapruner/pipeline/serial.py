@@ -55,7 +55,7 @@ def prune_serially(
         return
     last = max(todo)
     stream, calls = work.embed()
-    samples = dense_windows(work.recipe, stream.samples, calls.batch_size)
+    samples = dense_windows(work.recipe, work.layout, stream.samples, stream.seqlen, calls.batch_size)
     dense: HiddenStates | None = stream
     pruned: HiddenStates | None = None
     if samples < stream.samples:

@@ -107,7 +107,9 @@ class Sizes:
     reordered: bool
     weighted: bool
     cuda: bool
+    seqlen: int
     recipe: Recipe
+    layout: Layout
 
     @classmethod
     def measure(cls, skeleton: Skeleton, layout: Layout, recipe: Recipe, sparsity: Mapping[str, Sparsity], tokens: Tensor) -> Sizes:
@@ -166,7 +168,9 @@ class Sizes:
             reordered=permutes(recipe),
             weighted=weighs_rows(recipe),
             cuda=skeleton.device.type == "cuda",
+            seqlen=seqlen,
             recipe=recipe,
+            layout=layout,
         )
 
     def stages(self, choice: Choice, solvers: int = 0) -> dict[str, int]:
@@ -221,7 +225,7 @@ class Sizes:
 
     def _beside(self, choice: Choice) -> int:
         """Windows of the dense pass."""
-        return dense_windows(self.recipe, self.samples, min(choice.batch_size, self.samples))
+        return dense_windows(self.recipe, self.layout, self.samples, self.seqlen, min(choice.batch_size, self.samples))
 
     def _states_measured(self) -> int:
         """Layers whose hidden states are kept while the dense model is measured: all of them for a backward pass."""
