@@ -3,7 +3,7 @@ metric of block matching, the order of channels in n:m patterns."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -14,7 +14,7 @@ from ..errors import FistaPrunerError
 from ..models.channels import find_links, reordered
 from ..models.hidden import Store, scratch_factory
 from ..models.layout import Layout
-from ..models.skeleton import Skeleton
+from ..models.skeleton import Skeleton, Tick
 from ..problem import ProblemSums
 from ..recipe import Recipe
 from ..sparsity import NM, Sparsity, parse_sparsity
@@ -113,7 +113,7 @@ def decide(
     *,
     batch_size: int = 4,
     store: Store | None = None,
-    tick: Callable[[str, int, int], None] = lambda what, done, total: None,
+    tick: Tick = lambda what, done, total: None,
 ) -> Decision:
     """Measure what ``allocation: owl``, ``allocation: error``, ``weighting: fisher``, block matching and channel permutation need.
 

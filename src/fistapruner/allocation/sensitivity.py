@@ -27,7 +27,7 @@ from torch import Tensor
 
 from ..models.hidden import HiddenStates, Store
 from ..models.layout import Layout
-from ..models.skeleton import Call, Skeleton
+from ..models.skeleton import Call, Skeleton, Tick
 from ..numerics import add_gram, fast_products, mirror
 
 HEAD_TOKENS = 512
@@ -107,7 +107,7 @@ def measure_sensitivity(
     look: Look[Any] | None = None,
     outputs: bool = True,
     store: Store,
-    tick: Callable[[str, int, int], None] = lambda what, done, total: None,
+    tick: Tick = lambda what, done, total: None,
 ) -> Sensitivity:
     """Run the dense model forwards and backwards over some windows.
 
@@ -192,7 +192,7 @@ def look_at_inputs(
     *,
     batch_size: int = 4,
     store: Store,
-    tick: Callable[[str, int, int], None] = lambda what, done, total: None,
+    tick: Tick = lambda what, done, total: None,
 ) -> None:
     """Run the dense model forwards over some windows; arguments as for :func:`measure_sensitivity`."""
     states, _ = _forward(skeleton, layout, tokens, _batches(len(tokens), batch_size), store, look, tick, keep=False)
@@ -210,7 +210,7 @@ def _forward(
     batches: list[tuple[int, int]],
     store: Store,
     look: Look[Any] | None,
-    tick: Callable[[str, int, int], None],
+    tick: Tick,
     *,
     keep: bool = True,
 ) -> tuple[list[HiddenStates], dict[int, list[Call]]]:

@@ -11,7 +11,7 @@ import torch
 
 from ..errors import FistaPrunerError
 from ..models.checkpoint import Checkpoint
-from ..models.skeleton import Skeleton
+from ..models.skeleton import Skeleton, Tick
 from ..models.source import resolve_model
 from ..models.tokenizer import load_tokenizer
 from ..numerics import dtype_name
@@ -19,7 +19,7 @@ from ..pipeline.work import DTYPES, choose_device
 from .data import Windows, load_windows
 from .results import Divergence, Evaluation, Perplexity, TaskResult
 from .scoring import divergence_of, perplexity_of
-from .streaming import Passes, Tick, score_windows, vocabulary_size
+from .streaming import Passes, score_windows, vocabulary_size
 
 LONGEST_DEFAULT = 2048
 """Windows are the model's maximum length, at most this, unless the user says otherwise."""

@@ -8,7 +8,6 @@ checkpoint is read once for each.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass
 
@@ -17,11 +16,8 @@ import torch
 from torch import Tensor
 
 from ..errors import FistaPrunerError
-from ..models.skeleton import Call, Skeleton
+from ..models.skeleton import Call, Skeleton, Tick
 from .scoring import Head, WindowSums, compare_tokens, score_tokens, slices
-
-Tick = Callable[[str, int, int], None]
-"""Told (what, steps done, steps in all)."""
 
 
 @dataclass(frozen=True)

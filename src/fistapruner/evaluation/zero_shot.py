@@ -22,10 +22,10 @@ from typing import Any
 import torch
 
 from ..errors import FistaPrunerError, MissingExtraError
+from ..models.skeleton import Tick
 from ..models.tokenizer import load_tokenizer
 from ..models.whole import load_whole
 from .results import TaskResult
-from .streaming import Tick
 
 METRICS = ("acc", "acc_norm", "exact_match")
 """Metrics that are right or wrong item by item; ``acc_norm`` divides a choice's log-likelihood by its length."""

@@ -25,6 +25,9 @@ from .renaming import renamed_tensors
 Call = tuple[tuple[Any, ...], dict[str, Any]]
 """Arguments of a decoder layer after its hidden states: positional ones, keyword ones."""
 
+Tick = Callable[[str, int, int], None]
+"""Told of a pass through all decoder layers: (what, steps done, steps in all)."""
+
 
 @dataclass
 class _Stop(Exception):
