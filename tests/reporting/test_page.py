@@ -6,6 +6,7 @@ import itertools
 import re
 import sys
 from functools import cache
+from html import unescape
 from pathlib import Path
 from typing import Any
 
@@ -179,3 +180,27 @@ def test_contrast_of_type_and_lines(theme: dict[str, str], heat: tuple[tuple[str
         assert contrast(color, theme["ink"] if level < HEAT_LEVELS // 2 else theme["surface"]) >= 4.5, level
     lights = [luminance(color) for color in colors]
     assert all(a > b for a, b in itertools.pairwise(lights)) or all(a < b for a, b in itertools.pairwise(lights))
+
+
+@pytest.mark.parametrize("kind", ["run", "comparison"])
+def test_columns_of_numbers_are_flush_right_and_no_others(kind: str) -> None:
+    text = sample_page() if kind == "run" else comparison_page(samples.comparison())
+    number = re.compile(r"[-−×~<≤]?\s?\d[\d.,' ]*")
+    seen = 0
+    for table in re.findall(r"<table.*?</table>", text, re.DOTALL):
+        body = re.search(r"<tbody[^>]*>(.*)</tbody>", table, re.DOTALL)
+        assert body is not None
+        if ' class="n"' not in table:  # the data behind a figure
+            continue
+        rows = [re.findall(r"<t[hd]([^>]*)>(.*?)</t[hd]>", row, re.DOTALL) for row in re.findall(r"<tr.*?</tr>", body[1], re.DOTALL)]
+        for column in zip(*rows, strict=True):
+            cells = [unescape(cell) for _, cell in column]
+            flush = [' class="n"' in attributes for attributes, _ in column]
+            filled = [cell for cell in cells if cell not in ("", "–")]
+            names = all(re.fullmatch(r"\d+(\.\d+)?%|\d+:\d+|\d+", cell) for cell in filled)  # sparsities, seeds
+            numbers = [bool(number.match(cell)) and " × " not in cell for cell in filled]
+            numeric = not names and 2 * sum(numbers) > len(numbers)
+            seen += numeric
+            assert len(set(flush)) == 1, cells
+            assert flush[0] == numeric or names, cells
+    assert seen > 5
