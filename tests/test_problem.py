@@ -180,3 +180,11 @@ def test_drift_asked_for_but_never_seen_is_refused() -> None:
     sums.add(torch.ones(4, 3))
     with pytest.raises(FistaPrunerError, match=r"fc1: no calibration tokens reached this operator in the dense model"):
         sums.problem(("fc1",), (2,), 1.0)
+
+
+def test_dense_inputs_are_of_the_first_batches() -> None:
+    sums = ProblemSums(torch.ones(2, 3), drifts=True)
+    sums.add(torch.ones(4, 3), torch.ones(4, 3))
+    sums.add(torch.ones(4, 3))
+    with pytest.raises(FistaPrunerError, match="first batches"):
+        sums.add(torch.ones(4, 3), torch.ones(4, 3))

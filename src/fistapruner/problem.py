@@ -287,8 +287,10 @@ class ProblemSums:
         x = inputs.float()
         self.tokens += x.shape[0]
         with fast_products(inputs.dtype == torch.bfloat16):
-            if self.moved_tokens and dense_inputs is None and self._gram_moved is None:
+            if dense_inputs is None and self.moved_tokens and self._gram_moved is None:
                 self._gram_moved = self.gram.clone()
+            elif dense_inputs is not None and self.moved_tokens < self.tokens - x.shape[0]:
+                raise FistaPrunerError("dense inputs are for the first batches: one without them was added before")
             add_gram(self.gram, x)
             if self._cross is None or dense_inputs is None:
                 return
@@ -326,22 +328,23 @@ class ProblemSums:
         drift = drift_energy = energy = None
         warnings: list[str] = []
         if self._cross is not None:
+            cross = mean(self._cross, self.moved_tokens)
             if self._gram_moved is not None and _all_finite(gram):
-                self._cross, warnings = _regressed(self._cross, mirror(self._gram_moved), self.moved_tokens, gram, "+".join(names))
-                self._gram_moved = None
+                some = mirror(mean(self._gram_moved, self.moved_tokens))
+                cross, warnings = _regressed(cross, some, self.moved_tokens, gram, "+".join(names))
             if self._moved is not None:
-                drift = self.weight @ mean(self._cross, self.moved_tokens)
+                drift = self.weight @ cross
                 moved = mirror(mean(self._moved, self.moved_tokens))
                 drift_energy = _row_dots(lambda rows: self.weight[rows] @ moved, self.weight).clamp_min(0)
             else:
                 assert self._energy is not None
-                drift = mean(self._cross, self.moved_tokens)
+                drift = cross
                 drift_energy = self._energy / self.moved_tokens
             if not self.residual:  # whose cross terms hold more than the drift of W's own outputs
                 # ||W X||^2 = ||W X*||^2 + 2 <W X*, W (X - X*)> + ||W (X - X*)||^2, row by row.
                 energy = _row_dots(lambda rows: torch.add(self.weight[rows] @ gram, drift[rows], alpha=2.0), self.weight) + drift_energy
             if release:
-                self._cross = self._moved = None
+                self._cross = self._moved = self._gram_moved = None
         problem = LayerProblem(
             weight=self.weight,
             gram=gram,
@@ -358,21 +361,21 @@ class ProblemSums:
         return problem
 
 
-def _regressed(cross: Tensor, gram_moved: Tensor, tokens: int, gram: Tensor, label: str) -> tuple[Tensor, list[str]]:
-    """Sums of the drift (k, n) over ``tokens`` tokens, as they would be were they of the tokens behind ``gram``: in the middle of
-    the ridge regression is what the drift has in common with the inputs.
+def _regressed(cross: Tensor, some: Tensor, tokens: int, gram: Tensor, label: str) -> tuple[Tensor, list[str]]:
+    """Drift (k, n) that was measured on some tokens, as it would be were it of the tokens behind ``gram``: its ridge regression on the
+    inputs, times their Gram.
 
     Args:
-        cross: (k, n) sums over some tokens.
-        gram_moved: (n, n) sum over the same tokens; overwritten.
-        tokens: how many.
-        gram: (n, n) mean over all tokens.
+        cross: (k, n) mean over some tokens.
+        some: (n, n) Gram of these tokens.
+        tokens: how many they are.
+        gram: (n, n) Gram of all tokens.
         label: operators, for a warning.
 
     Returns:
-        (k, n) sums, and a warning if the ridge had to be raised.
+        (k, n) mean, and a warning if the ridge had to be raised.
     """
-    some = alive_gram(gram_moved.div_(tokens))
+    some = alive_gram(some)
     diagonal = some.diagonal()
     level = min(0.3, UNCERTAIN * len(some) / tokens) * diagonal.log().mean().exp() / diagonal.mean()
     factor, used, warnings = damped_cholesky(some, 0.001 + float(level), label)

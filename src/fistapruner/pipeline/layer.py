@@ -28,12 +28,11 @@ from .residual import ResidualDrift
 SPECTRUM_LIMIT = 2048
 """Largest number of inputs for which the Gram's eigenvalues are recorded; they cost O(n^3) and only feed the report."""
 
-
 DRIFT_SHARE = 2
-"""Drift is measured on one calibration window of so many, the first ones,"""
+"""Drift is measured on one calibration window of so many, the first ones."""
 
 DRIFT_TOKENS = 10
-"""and on so many tokens at least for every input of the widest operator: with half as many, what regression finds is noise
+"""So many tokens are behind it at least for every input of the widest operator: with half as many, what regression finds is noise
 (docs/quality.md)."""
 
 
@@ -81,7 +80,7 @@ def dense_windows(recipe: Recipe, layout: Layout, samples: int, seqlen: int, bat
     With ``propagate=pruned`` it only serves to measure drift, which part of the tokens tell. Block matching aims at its outputs,
     window by window.
     """
-    if recipe.propagate == "dense" or recipe.match:
+    if recipe.propagate == "dense" or recipe.match or not recipe.dense_share:
         return samples
     inputs = max((operator.columns for _, operator in layout.operators()), default=0)
     windows = max(samples / DRIFT_SHARE, DRIFT_TOKENS * inputs / seqlen)
