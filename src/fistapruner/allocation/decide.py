@@ -26,9 +26,8 @@ from .sensitivity import InputEnergy, Look, look_at_inputs, measure_sensitivity,
 WINDOWS = 8
 """Calibration windows that are looked at, at most: second moments over some thousand tokens are enough to rank operators."""
 
-SHARE = 8
-"""One calibration window of so many is looked at, so that measuring costs a fixed share of the passes that a run makes anyway. Block
-matching, whose metric is a whole matrix, has two of so many."""
+SHARE = 4
+"""One calibration window of so many is looked at, so that measuring costs a fixed share of the passes that a run makes anyway."""
 
 
 def check_allocation(recipe: Recipe) -> None:
@@ -85,9 +84,9 @@ def permutes(recipe: Recipe) -> bool:
     return asked and any(isinstance(parse_sparsity(pattern), NM) for pattern in (recipe.pattern, *given))
 
 
-def windows_looked_at(recipe: Recipe, samples: int) -> int:
+def windows_looked_at(samples: int) -> int:
     """How many of the calibration windows are looked at: at least two where there are two."""
-    return min(WINDOWS, samples, max(2, samples * (2 if recipe.match else 1) // SHARE))
+    return min(WINDOWS, samples, max(2, samples // SHARE))
 
 
 def _own(recipe: Recipe) -> bool:
@@ -133,7 +132,7 @@ def decide(
     check_allocation(recipe)
     if not needs_measuring(recipe):
         return Decision(None, None)
-    tokens = tokens[: windows_looked_at(recipe, len(tokens))]
+    tokens = tokens[: windows_looked_at(len(tokens))]
     store = store or scratch_factory(None, skeleton.dtype)
     sizes = {name: operator.rows * operator.columns for name, operator in layout.operators()}
     fraction = recipe.pattern.fraction

@@ -156,7 +156,7 @@ class Sizes:
             kept=sum(seqlen * group[0].columns * itemsize for group in drifting) if keeps else 0,
             entering=max((seqlen * widths[ending.operator] * itemsize for ending in endings if ending.operator in widths), default=0),
             samples=samples,
-            windows=windows_looked_at(recipe, samples),
+            windows=windows_looked_at(samples),
             streams=2,
             dense=recipe.corrects_drift + (0 if recipe.propagate == "dense" or not recipe.dense_share else 2),
             inside=1 + bool(recipe.match and recipe.dense_share < 1),

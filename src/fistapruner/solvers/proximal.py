@@ -63,7 +63,7 @@ class Proximal(Method):
 
     rho: tuple[float, float] = (0.15, 1.0)
     levels: int = Field(11, ge=2)
-    steps: int = Field(4, ge=1)
+    steps: int = Field(3, ge=1)
     damping: float = Field(0.001, ge=0.0)
     shrinkage: float = Field(3.0, ge=0.0)
     metric_damping: float = Field(0.1, gt=0.0)
