@@ -18,9 +18,9 @@ import torch
 from torch import Tensor
 
 from fistapruner import LayerProblem
-from fistapruner.conditioning import alive_gram
 from fistapruner.numerics import fast_products, has_bf16_units
 from fistapruner.solvers.base import project_operators
+from fistapruner.solvers.conditioning import alive_gram
 from fistapruner.solvers.proximal import Proximal, obs_scale, resolvents
 from fistapruner.solvers.refit import refit_cg
 from fistapruner.sparsity import parse_sparsity

@@ -19,10 +19,6 @@ one problem and every solver works on all of them at once.
 An operator whose output is added to the hidden states may be asked to take their drift back, too (``residual: correct``):
 with S what it adds to in the dense model and S* in the partly pruned one, ``V X* + S*`` is to be ``a (W X + S) + (1 - a)
 (W X* + S*)``. Then ``W (X - X*) + (S - S*)`` stands for ``W (X - X*)`` in R and d, and nothing else changes.
-
-The dense model may have seen some of the tokens only. What of the drift is linear in X* is then found by regression on those,
-``R = R' (H' + l I)^-1 (H + l I)`` with R' and H' of these tokens: exact for a drift that is linear, whatever the tokens, where R'
-itself would be wrong by as much as H' differs from H.
 """
 
 from __future__ import annotations
@@ -33,13 +29,8 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import Tensor
 
-from .conditioning import alive_gram, damped_cholesky
 from .errors import FistaPrunerError
 from .numerics import add_gram, fast_products, mirror, row_blocks
-
-UNCERTAIN = 3.0
-"""Ridge of the regression of drift on inputs: inputs / tokens, times this, times the geometric mean of the Gram's diagonal, as the
-default solver has it for what the calibration tokens leave uncertain; at most 0.3 of it."""
 
 
 @dataclass(frozen=True)
@@ -58,7 +49,6 @@ class LayerProblem:
         names: operator names, one for each block of rows.
         rows: rows of each operator, summing to m.
         tokens: calibration tokens ``p`` behind the means; None where the Gram is to be taken as exact.
-        warnings: what had to be done to the sums, for the report.
 
     Raises:
         FistaPrunerError: shapes disagree, or a value is NaN or infinite (the operator is named).
@@ -73,7 +63,6 @@ class LayerProblem:
     names: tuple[str, ...] = ("operator",)
     rows: tuple[int, ...] = field(default=())
     tokens: int | None = None
-    warnings: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         m, n = self.weight.shape
@@ -264,9 +253,7 @@ class ProblemSums:
         device = weight.device
         self.weight = weight.float()
         self.tokens = 0
-        self.moved_tokens = 0
         self.gram = torch.zeros(n, n, device=device)
-        self._gram_moved: Tensor | None = None
         self.drifts = drifts
         self.residual = residual
         self._by_inputs = drifts and m > n and not residual
@@ -279,22 +266,18 @@ class ProblemSums:
 
         Args:
             inputs: (tokens, n) inputs in the partly pruned model.
-            dense_inputs: (tokens, n) inputs of the same tokens in the dense model, if ``drifts``; None from the first batch on that
-                the dense model did not see.
+            dense_inputs: (tokens, n) inputs of the same tokens in the dense model, if ``drifts``.
             residual: (tokens, m) ``S - S*``, what the outputs are added to in the dense model less that in the pruned one, if
-                ``residual`` and ``dense_inputs``.
+                ``residual``.
         """
         x = inputs.float()
         self.tokens += x.shape[0]
         with fast_products(inputs.dtype == torch.bfloat16):
-            if dense_inputs is None and self.moved_tokens and self._gram_moved is None:
-                self._gram_moved = self.gram.clone()
-            elif dense_inputs is not None and self.moved_tokens < self.tokens - x.shape[0]:
-                raise FistaPrunerError("dense inputs are for the first batches: one without them was added before")
             add_gram(self.gram, x)
-            if self._cross is None or dense_inputs is None:
+            if self._cross is None:
                 return
-            self.moved_tokens += x.shape[0]
+            if dense_inputs is None:
+                raise FistaPrunerError("these sums were set up for drifting inputs: give dense_inputs with every batch")
             moved = dense_inputs.float() - x
             if self._moved is not None:
                 add_gram(self._moved, moved)
@@ -318,33 +301,27 @@ class ProblemSums:
                 is never in memory twice, and the other sums are freed.
 
         Raises:
-            FistaPrunerError: no tokens were added, no dense inputs though ``drifts``, or something is NaN or infinite.
+            FistaPrunerError: no tokens were added, or something is NaN or infinite.
         """
-        if not self.tokens or (self.drifts and not self.moved_tokens):
-            where = " in the dense model" if self.tokens else ""
-            raise FistaPrunerError(f"{'+'.join(names)}: no calibration tokens reached this operator{where}")
+        if not self.tokens:
+            raise FistaPrunerError(f"{'+'.join(names)}: no calibration tokens reached this operator")
         mean = Tensor.div_ if release else Tensor.div
         gram = mirror(mean(self.gram, self.tokens))
         drift = drift_energy = energy = None
-        warnings: list[str] = []
         if self._cross is not None:
-            cross = mean(self._cross, self.moved_tokens)
-            if self._gram_moved is not None and _all_finite(gram):
-                some = mirror(mean(self._gram_moved, self.moved_tokens))
-                cross, warnings = _regressed(cross, some, self.moved_tokens, gram, "+".join(names))
             if self._moved is not None:
-                drift = self.weight @ cross
-                moved = mirror(mean(self._moved, self.moved_tokens))
+                drift = self.weight @ mean(self._cross, self.tokens)
+                moved = mirror(mean(self._moved, self.tokens))
                 drift_energy = _row_dots(lambda rows: self.weight[rows] @ moved, self.weight).clamp_min(0)
             else:
                 assert self._energy is not None
-                drift = cross
-                drift_energy = self._energy / self.moved_tokens
+                drift = mean(self._cross, self.tokens)
+                drift_energy = self._energy / self.tokens
             if not self.residual:  # whose cross terms hold more than the drift of W's own outputs
                 # ||W X||^2 = ||W X*||^2 + 2 <W X*, W (X - X*)> + ||W (X - X*)||^2, row by row.
                 energy = _row_dots(lambda rows: torch.add(self.weight[rows] @ gram, drift[rows], alpha=2.0), self.weight) + drift_energy
             if release:
-                self._cross = self._moved = self._gram_moved = None
+                self._cross = self._moved = None
         problem = LayerProblem(
             weight=self.weight,
             gram=gram,
@@ -355,32 +332,9 @@ class ProblemSums:
             names=tuple(names),
             rows=tuple(rows),
             tokens=self.tokens,
-            warnings=tuple(warnings),
         )
         problem.check_finite()
         return problem
-
-
-def _regressed(cross: Tensor, some: Tensor, tokens: int, gram: Tensor, label: str) -> tuple[Tensor, list[str]]:
-    """Drift (k, n) that was measured on some tokens, as it would be were it of the tokens behind ``gram``: its ridge regression on the
-    inputs, times their Gram.
-
-    Args:
-        cross: (k, n) mean over some tokens.
-        some: (n, n) Gram of these tokens.
-        tokens: how many they are.
-        gram: (n, n) Gram of all tokens.
-        label: operators, for a warning.
-
-    Returns:
-        (k, n) mean, and a warning if the ridge had to be raised.
-    """
-    some = alive_gram(some)
-    diagonal = some.diagonal()
-    level = min(0.3, UNCERTAIN * len(some) / tokens) * diagonal.log().mean().exp() / diagonal.mean()
-    factor, used, warnings = damped_cholesky(some, 0.001 + float(level), label)
-    slopes = torch.cholesky_solve(cross.T, factor).T
-    return torch.addmm(slopes, slopes, gram, beta=used * float(diagonal.mean())), warnings
 
 
 def unweighted(weight: Tensor, importance: Tensor) -> Tensor:

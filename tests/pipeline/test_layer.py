@@ -19,11 +19,8 @@ from fistapruner.models.hidden import HiddenStates, scratch_factory
 from fistapruner.models.layout import Layout, discover
 from fistapruner.models.skeleton import Skeleton
 from fistapruner.pipeline.capture import Calls
-from fistapruner.pipeline.layer import Streams, dense_windows, prune_layer
-from fistapruner.pipeline.run import prune
-from fistapruner.pipeline.serial import Listener
+from fistapruner.pipeline.layer import Streams, prune_layer
 from fistapruner.problem import LayerProblem, ProblemSums
-from fistapruner.reporting.schema import LayerEntry
 from fistapruner.sparsity import parse_sparsity
 
 SAMPLES, SEQLEN, BATCH = 5, 24, 2
@@ -45,11 +42,6 @@ def stream(
             assert dense is not None
             dense.write(start, skeleton.embed(tokens[start:stop])[0])
     pruned: HiddenStates | None = None
-    beside = dense_windows(recipe, layout, SAMPLES, SEQLEN, BATCH)
-    if beside < SAMPLES:
-        dense, pruned = HiddenStates((beside, SEQLEN, skeleton.width), skeleton.dtype), dense
-        assert pruned is not None
-        dense.write(0, pruned.read(0, beside))
     sparsity = {name: parse_sparsity(recipe.sparsity) for name, _ in layout.operators()}
     weights: dict[str, Tensor] = {}
     for index in range(len(skeleton)):
@@ -58,7 +50,7 @@ def stream(
         streams = Streams(
             dense,
             pruned,
-            HiddenStates((beside, *shape[1:]), skeleton.dtype, scratch and scratch / f"d{index}") if keep_dense else None,
+            HiddenStates(shape, skeleton.dtype, scratch and scratch / f"d{index}") if keep_dense else None,
             HiddenStates(shape, skeleton.dtype, scratch and scratch / f"p{index}") if more and recipe.propagate == "pruned" else None,
         )
         result = prune_layer(
@@ -121,11 +113,11 @@ def in_memory(folder: Path, recipe: Recipe, layout: Layout, adding: tuple[str, .
             sums = ProblemSums(stacked.detach(), drifts=drifts, residual=taken_back)
             for start in range(0, SAMPLES, BATCH):
                 stop = min(start + BATCH, SAMPLES)
-                seen = inputs_of(pruned, names[0], start, stop)
-                if drifts and start < dense_windows(recipe, layout, SAMPLES, SEQLEN, BATCH):
-                    sums.add(seen, inputs_of(dense, names[0], start, stop), drift(index, group[0].name, start, stop))
-                else:
-                    sums.add(seen)
+                sums.add(
+                    inputs_of(pruned, names[0], start, stop),
+                    inputs_of(dense, names[0], start, stop) if drifts else None,
+                    drift(index, group[0].name, start, stop),
+                )
             problem = sums.problem(names, [operator.rows for operator in group], recipe.dense_share)
             solution = solve(problem, recipe.pattern, recipe.steps)
             for operator, name, part in zip(group, names, solution.weight.split(problem.rows), strict=True):
@@ -140,21 +132,17 @@ def calibration() -> Tensor:
 
 @pytest.mark.parametrize("architecture", ["llama", "gpt2", "gpt_neox"])
 @pytest.mark.parametrize(
-    ("settings", "least"),
+    "settings",
     [
-        ({"propagate": "dense", "target": "dense"}, 0),
-        ({"propagate": "pruned", "target": "pruned"}, 0),
-        ({"propagate": "pruned", "target": 0.5}, 0),
-        ({"propagate": "dense", "target": "dense", "residual": "correct"}, 0),
-        ({"propagate": "pruned", "target": 0.5, "residual": "correct"}, 0),
-        ({"propagate": "pruned", "target": 0.5, "residual": "correct"}, 10),
+        {"propagate": "dense", "target": "dense"},
+        {"propagate": "pruned", "target": "pruned"},
+        {"propagate": "pruned", "target": 0.5},
+        {"propagate": "dense", "target": "dense", "residual": "correct"},
+        {"propagate": "pruned", "target": 0.5, "residual": "correct"},
     ],
-    ids=["dense", "pruned", "mixed", "dense-corrected", "mixed-corrected", "mixed-corrected-by-all-windows"],
+    ids=["dense", "pruned", "mixed", "dense-corrected", "mixed-corrected"],
 )
-def test_streaming_equals_in_memory_bit_for_bit(
-    tmp_path: Path, architecture: str, settings: dict[str, Any], least: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr("fistapruner.pipeline.layer.DRIFT_TOKENS", least)
+def test_streaming_equals_in_memory_bit_for_bit(tmp_path: Path, architecture: str, settings: dict[str, Any]) -> None:
     folder = tiny.save(architecture, tmp_path / "model")
     recipe = Recipe.build({"method": "sparsegpt", "sparsity": "50%", **settings}).settled()
     layout = discover(Skeleton(Checkpoint.open(folder), torch.device("cpu")))
@@ -164,25 +152,6 @@ def test_streaming_equals_in_memory_bit_for_bit(
     assert {name.removeprefix("transformer.") for name in streamed} == {name.removeprefix("transformer.") for name in expected}
     for name, tensor in expected.items():
         assert torch.equal(streamed[name if name in streamed else name.removeprefix("transformer.")], tensor), name
-
-
-def test_an_interrupted_run_that_measures_drift_on_half_of_the_windows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The hidden states of both models are made again up to where it stopped."""
-    monkeypatch.setattr("fistapruner.pipeline.layer.DRIFT_TOKENS", 0)
-
-    class Stops(Listener):
-        def layer(self, entry: LayerEntry) -> None:
-            if entry.index == 1:
-                raise KeyboardInterrupt
-
-    folder = tiny.save("llama", tmp_path / "model")
-    settings: dict[str, Any] = {"calibration": {"source": "python", "samples": 5, "seqlen": 24}, "execution": {"batch_size": 2}}
-    prune(str(folder), tmp_path / "whole", **settings)
-    with pytest.raises(KeyboardInterrupt):
-        prune(str(folder), tmp_path / "parts", listener=Stops(), **settings)
-    prune(str(folder), tmp_path / "parts", **settings)
-    files = [(tmp_path / run / "model" / "model.safetensors").read_bytes() for run in ("whole", "parts")]
-    assert files[0] == files[1]
 
 
 def test_hidden_states_on_disk_change_no_bit(tmp_path: Path) -> None:

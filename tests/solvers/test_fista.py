@@ -10,8 +10,8 @@ from layer_problems import make_problem
 from scipy.optimize import minimize
 
 from fistapruner import LayerProblem
-from fistapruner.conditioning import largest_eigenvalue
 from fistapruner.solvers import solve
+from fistapruner.solvers.conditioning import largest_eigenvalue
 from fistapruner.solvers.fista import certificate, fista
 
 

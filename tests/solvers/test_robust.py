@@ -8,8 +8,8 @@ from layer_problems import activations
 from torch import Tensor
 
 from fistapruner import FistaPrunerError, LayerProblem
-from fistapruner.conditioning import damped_cholesky, largest_eigenvalue
 from fistapruner.solvers import METHODS, solve
+from fistapruner.solvers.conditioning import damped_cholesky, largest_eigenvalue
 
 CHAINS = [name for name, method in METHODS.items() if not method.refines]
 CHAINS += [f"wanda+{name}" for name, method in METHODS.items() if method.refines]

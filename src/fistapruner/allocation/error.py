@@ -13,9 +13,9 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 
-from ..conditioning import alive_gram
 from ..numerics import fast_products
 from ..problem import LayerProblem
+from ..solvers.conditioning import alive_gram
 from ..solvers.refit import refit_with_residual
 from ..sparsity import Unstructured
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -28,21 +27,13 @@ from .residual import ResidualDrift
 SPECTRUM_LIMIT = 2048
 """Largest number of inputs for which the Gram's eigenvalues are recorded; they cost O(n^3) and only feed the report."""
 
-DRIFT_SHARE = 2
-"""Drift is measured on one calibration window of so many, the first ones."""
-
-DRIFT_TOKENS = 10
-"""So many tokens are behind it at least for every input of the widest operator: with half as many, what regression finds is noise
-(docs/quality.md)."""
-
 
 @dataclass(frozen=True)
 class Streams:
     """The hidden states around one decoder layer.
 
     Args:
-        dense: what the dense model feeds it; None where neither target nor propagation needs the dense model. Beside ``pruned`` it
-            may hold the first windows only (:func:`dense_windows`).
+        dense: what the dense model feeds it; None where neither target nor propagation needs the dense model.
         pruned: what the pruned prefix feeds it; None with ``propagate=dense``, where that is the same as ``dense``.
         dense_out: receives the dense layer's output; None if nobody needs it.
         pruned_out: receives the pruned layer's output; None if nobody needs it.
@@ -72,19 +63,6 @@ class LayerResult:
 
     weights: dict[str, Tensor]
     entry: LayerEntry
-
-
-def dense_windows(recipe: Recipe, layout: Layout, samples: int, seqlen: int, batch_size: int) -> int:
-    """How many of the calibration windows the dense model runs on beside the pruned one: whole batches.
-
-    With ``propagate=pruned`` it only serves to measure drift, which part of the tokens tell. Block matching aims at its outputs,
-    window by window.
-    """
-    if recipe.propagate == "dense" or recipe.match or not recipe.dense_share:
-        return samples
-    inputs = max((operator.columns for _, operator in layout.operators()), default=0)
-    windows = max(samples / DRIFT_SHARE, DRIFT_TOKENS * inputs / seqlen)
-    return min(samples, math.ceil(windows / batch_size) * batch_size)
 
 
 Progress = Callable[[str, float | None], None]
@@ -158,11 +136,8 @@ def prune_layer(
             stop = start + inputs.shape[0]
             with clock.phase("gram"):
                 flat = inputs.reshape(-1, inputs.shape[-1])
-                dense = drift = None
-                if number in kept and start < kept[number].samples:
-                    dense = kept[number].read(start, stop).to(flat.device).reshape(flat.shape)
-                    if residual is not None and sums[number].residual:
-                        drift = residual.drift(number, start, stop, flat.device)
+                dense = kept[number].read(start, stop).to(flat.device).reshape(flat.shape) if number in kept else None
+                drift = residual.drift(number, start, stop, flat.device) if residual is not None and sums[number].residual else None
                 sums[number].add(flat, dense, drift)
 
         sums = {number: new_sums(number) for number, _ in numbered[:1]}
@@ -347,7 +322,7 @@ def _prune_group(
         known = unrounded and importance is None
         errors = [stats["relative_error"] for stats in solution.stats] if known else problem.relative_errors(solution.weight)
         entries = _operator_entries(problem, solution, errors, group, number, [str(pattern) for pattern in patterns])
-    return entries, problem.warnings + solution.warnings
+    return entries, solution.warnings
 
 
 def _stack(module: nn.Module, group: Group) -> Tensor:

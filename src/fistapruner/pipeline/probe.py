@@ -15,7 +15,7 @@ from ..recipe import Recipe
 from ..solvers import solve
 from ..sparsity import Sparsity
 from .capture import Calls
-from .layer import Streams, dense_windows, prune_layer
+from .layer import Streams, prune_layer
 
 WORTH_A_PROBE = 2e10
 """Multiplications of one pass of the calibration tokens through the model, below which no time is estimated: it is seconds."""
@@ -46,22 +46,16 @@ def measure_time(
         solving += once + max(twice - once, 0.0) * (problem.shape[0] - few) / few
 
     with skeleton.ends(head=False):
-        calls = Calls.of(skeleton, len(batch), tokens.shape[1], -(-len(batch) // 2))  # two batches: the dense pass may be of half of them
-        embedded = skeleton.embed(batch)[0]
-
-    def store(windows: int, values: Tensor | None = None) -> HiddenStates:
-        made = HiddenStates((windows, tokens.shape[1], skeleton.width), skeleton.dtype)
-        if values is not None:
-            made.write(0, values[:windows])
-        return made
-
-    samples, seqlen = tokens.shape
-    partly = dense_windows(recipe, layout, samples, seqlen, min(batch_size, samples)) < samples
-    beside = calls.batch_size if partly else len(batch)
-    streams = Streams(store(len(batch), embedded), None, store(len(batch)), None)
+        calls = Calls.of(skeleton, len(batch), tokens.shape[1], len(batch))
+        states = HiddenStates((len(batch), tokens.shape[1], skeleton.width), skeleton.dtype)
+        states.write(0, skeleton.embed(batch)[0])
+    onward = HiddenStates((len(batch), tokens.shape[1], skeleton.width), skeleton.dtype)
+    streams = Streams(states, None, onward, None)
     if recipe.propagate == "pruned":
-        dense = (store(beside, embedded), store(beside)) if recipe.dense_share else (None, None)
-        streams = Streams(dense[0], store(len(batch), embedded), dense[1], store(len(batch)))
+        shape = (len(batch), tokens.shape[1], skeleton.width)
+        drifted, drifted_on = HiddenStates(shape, skeleton.dtype), HiddenStates(shape, skeleton.dtype)
+        drifted.write(0, states.read(0, len(batch)))
+        streams = Streams(states, drifted, onward, drifted_on) if recipe.dense_share else Streams(None, drifted, None, drifted_on)
     cheap = recipe.model_copy(update={"method": Recipe.build({"method": "magnitude"}).steps, "match": 0})
     scratch = scratch_factory(None, skeleton.dtype)
     result = prune_layer(skeleton, layout, index, cheap, sparsity, streams, calls, scratch, inspect=time_solve)

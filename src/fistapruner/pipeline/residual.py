@@ -108,8 +108,6 @@ class ResidualDrift:
 
         def after_forward(_: object, __: object, output: Tensor) -> None:
             start, stop = batch()
-            if start >= kept.samples:
-                return
             before = inputs.read(start, stop).to(output.device).float()
             receive(kept, start, before + output.reshape(before.shape))
 

@@ -22,7 +22,6 @@ from ..models.skeleton import Call, Skeleton
 from ..recipe import Recipe
 from ..sparsity import Sparsity
 from .footprint import peak_bytes, solve_bytes
-from .layer import dense_windows
 from .parts import cut
 from .replay import endings_kept
 
@@ -82,17 +81,12 @@ class Sizes:
     """Of a window, the largest inputs that replay keeps of a child's last operator."""
 
     samples: int
-    windows: int
-    """Windows that are measured on the dense model."""
-
     streams: int
-    """Stores of hidden states of all windows into and out of a layer."""
-
-    dense: int
-    """Stores that hold windows of the dense pass only: hidden states into and out of a layer beside pruned ones, what operators add to."""
+    """Stores of hidden states into and out of a layer."""
 
     inside: int
-    """Stores that a layer needs while it is pruned: what replay keeps, what block matching aims at where that is in no other."""
+    """Stores that a layer needs while it is pruned: what replay keeps, what operators add to, what block matching aims at where that is
+    in no other."""
 
     layers: int
     backward: int
@@ -107,9 +101,6 @@ class Sizes:
     reordered: bool
     weighted: bool
     cuda: bool
-    seqlen: int
-    recipe: Recipe
-    layout: Layout
 
     @classmethod
     def measure(cls, skeleton: Skeleton, layout: Layout, recipe: Recipe, sparsity: Mapping[str, Sparsity], tokens: Tensor) -> Sizes:
@@ -156,10 +147,8 @@ class Sizes:
             kept=sum(seqlen * group[0].columns * itemsize for group in drifting) if keeps else 0,
             entering=max((seqlen * widths[ending.operator] * itemsize for ending in endings if ending.operator in widths), default=0),
             samples=samples,
-            windows=windows_looked_at(samples),
-            streams=2,
-            dense=recipe.corrects_drift + (0 if recipe.propagate == "dense" or not recipe.dense_share else 2),
-            inside=1 + bool(recipe.match and recipe.dense_share < 1),
+            streams=2 if recipe.propagate == "dense" or not recipe.dense_share else 4,
+            inside=1 + recipe.corrects_drift + bool(recipe.match and recipe.dense_share < 1),
             layers=len(skeleton),
             backward=backward if differentiates(recipe) else 0,
             matching=backward + (5 * 4 + 1 + itemsize) * operators // 4 + 3 * 4 * skeleton.width**2 if recipe.match else 0,
@@ -168,9 +157,6 @@ class Sizes:
             reordered=permutes(recipe),
             weighted=weighs_rows(recipe),
             cuda=skeleton.device.type == "cuda",
-            seqlen=seqlen,
-            recipe=recipe,
-            layout=layout,
         )
 
     def stages(self, choice: Choice, solvers: int = 0) -> dict[str, int]:
@@ -180,8 +166,8 @@ class Sizes:
             choice: how the run is carried out.
             solvers: processes beside this one that solve parts.
         """
-        in_memory, beside = (0, 0) if choice.on_disk or self.cuda else (self.samples, self._beside(choice))
-        states = ((self.streams + self.inside) * in_memory + self.dense * beside) * self.window
+        in_memory = 0 if choice.on_disk or self.cuda else self.samples
+        states = (self.streams + self.inside) * self.window * in_memory
         batch = min(choice.batch_size, self.samples)
         passing = batch * (self.forward + 2 * self.window)
         found = {
@@ -190,23 +176,17 @@ class Sizes:
             "writing the checkpoint": self.base + 2 * self.largest,
         }
         drifts = self.kept > 0
-        partly = drifts and self._beside(choice) < self.samples  # the Gram of the windows in the dense pass is kept apart
         # Of each group: Gram, weight and what drifting inputs add (problem.py).
-        all_sums = [
-            gram * (1 + partly) + weight + (2 * gram if weight > gram else weight) * drifts for _, gram, weight, _, _ in self.groups
-        ]
+        all_sums = [gram + weight + (2 * gram if weight > gram else weight) * drifts for _, gram, weight, _, _ in self.groups]
         done = 0  # weights of the groups that are solved, in main memory as the checkpoint will hold them
         for number, (names, gram, weight, stacked, alone) in enumerate(self.groups):
             waiting = sum(all_sums[number + 1 :]) if self.together else 0
-            loaded = self.base + self.layer + states + self.kept * beside + self.entering * in_memory + waiting + done
+            loaded = self.base + self.layer + states + (self.kept + self.entering) * in_memory + waiting + done
             done += 0 if self.cuda else weight * self.stored // 4
             sums = all_sums[number]
             gather = passing + sums + batch * (self.float_input * (3 if drifts else 1) + self.float_residual)
             found[f"a pass up to {names}"] = loaded + gather
-            regression = 2 * gram + 2 * min(gram, weight) if partly else 0  # damped Gram and its factor, slopes
-            found[f"the problem of {names}"] = (
-                loaded + sums + regression + weight * (drifts and weight > gram) + weight // 2
-            )  # a block in fp64
+            found[f"the problem of {names}"] = loaded + sums + weight * (drifts and weight > gram) + weight // 2  # a block in fp64
             apart = choice.by_operator and alone < stacked
             # The solution is gathered beside the weight, fp32 and a mask of bytes; its errors are computed in blocks of rows.
             solving = gram + 9 * weight // 4 + (solvers * (self.base + alone) or max(alone - gram, weight // 2)) if apart else stacked
@@ -214,18 +194,15 @@ class Sizes:
         if self.matching:
             found["block matching"] = self.base + self.layer + states + done + self.matching + 4 * self.window
         if self.measured:
-            states = 0 if choice.on_disk or self.cuda else self._states_measured() * self.windows * self.window
+            windows = windows_looked_at(self.samples)
+            states = 0 if choice.on_disk or self.cuda else self._states_measured() * windows * self.window
             passed = self.layer + min(choice.batch_size, 4) * max(self.backward, self.forward + self.float_input)
             sums = sum(gram * bool(self.backward) + weight for _, gram, weight, _, _ in self.groups)
             if self.reordered:  # scores of the largest operator, twice, and the rows that are looked at
                 sums += 3 * max(weight for _, _, weight, _, _ in self.groups)
             head = self.ends + self.logits if self.backward else 0
-            found["measuring the dense model"] = self.base + states + self.windows * self.window + max(passed + sums, head)
+            found["measuring the dense model"] = self.base + states + windows * self.window + max(passed + sums, head)
         return {name: round(size + UNCOUNTED * (size - self.base)) for name, size in found.items()}
-
-    def _beside(self, choice: Choice) -> int:
-        """Windows of the dense pass."""
-        return dense_windows(self.recipe, self.layout, self.samples, self.seqlen, min(choice.batch_size, self.samples))
 
     def _states_measured(self) -> int:
         """Layers whose hidden states are kept while the dense model is measured: all of them for a backward pass."""
@@ -233,9 +210,8 @@ class Sizes:
 
     def disk(self, choice: Choice, workers: int) -> int:
         """Bytes that the run directory takes at its largest."""
-        whole = (self.streams + workers - 1 + self.inside * workers) * self.window + self.entering * workers
-        states = whole * self.samples + (self.dense * self.window + self.kept) * workers * self._beside(choice)
-        measuring = self._states_measured() * self.windows * self.window
+        states = ((self.streams + workers - 1 + self.inside * workers) * self.window + (self.kept + self.entering) * workers) * self.samples
+        measuring = self._states_measured() * windows_looked_at(self.samples) * self.window
         return self.checkpoint + self.pruned + (max(states, measuring) if choice.on_disk else 0)
 
 

@@ -8,10 +8,10 @@ from typing import ClassVar
 import torch
 from pydantic import Field
 
-from ..conditioning import alive_gram, damped_cholesky
 from ..problem import LayerProblem
 from ..sparsity import NM, Sparsity, Unstructured
 from .base import Method, Solution, project_operators
+from .conditioning import alive_gram, damped_cholesky
 
 
 class ADMM(Method):

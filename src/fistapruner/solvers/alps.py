@@ -9,10 +9,10 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from ..conditioning import alive_gram
 from ..problem import LayerProblem
 from ..sparsity import Sparsity, project_mask
 from .base import Method, Solution, Stats
+from .conditioning import alive_gram
 from .refit import refit_cg
 
 

@@ -11,11 +11,11 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from ..conditioning import largest_eigenvalue
 from ..numerics import fast_products
 from ..problem import LayerProblem
 from ..sparsity import Sparsity
 from .base import Method, Solution, Stats, project_operators
+from .conditioning import largest_eigenvalue
 from .magnitude import Magnitude
 from .sparsegpt import SparseGPT
 from .wanda import Wanda

@@ -10,11 +10,11 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from ..conditioning import alive_gram, damped_cholesky
 from ..numerics import fast_products, has_bf16_units
 from ..problem import LayerProblem
 from ..sparsity import NM, Sparsity, Unstructured
 from .base import Method, Solution, Stats, project_operators
+from .conditioning import alive_gram, damped_cholesky
 from .refit import refit_cg
 from .thresholds import GroupThreshold, SampledThreshold
 

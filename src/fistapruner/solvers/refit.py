@@ -9,12 +9,12 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from ..conditioning import alive_gram
 from ..errors import FistaPrunerError
 from ..numerics import fast_products
 from ..problem import LayerProblem
 from ..sparsity import Sparsity
 from .base import Method, Solution
+from .conditioning import alive_gram
 
 
 class Refit(Method):

@@ -10,10 +10,10 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from ..conditioning import alive_gram, damped_cholesky, dead_inputs
 from ..problem import LayerProblem
 from ..sparsity import NM, Sparsity, Unstructured, keep_largest, keep_n_of_m
 from .base import Method, Solution
+from .conditioning import alive_gram, damped_cholesky, dead_inputs
 
 
 class SparseGPT(Method):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .errors import FistaPrunerError
+from ..errors import FistaPrunerError
 
 
 def dead_inputs(gram: Tensor) -> Tensor:
