@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from fistapruner import Recipe
 from fistapruner.allocation.decide import check_allocation, differentiates, measured_by, needs_measuring, permutes
-from fistapruner.allocation.error import POINTS, bounds, row_error_curves, sparsity_grid, split_budget
+from fistapruner.allocation.error import POINTS, bounds, looked_at, predicted_cost, row_error_curves, sparsity_grid, split_budget
 from fistapruner.allocation.owl import REACH, outlier_share, owl_allocation
 from fistapruner.errors import FistaPrunerError
 from fistapruner.problem import LayerProblem
@@ -71,6 +71,25 @@ def test_error_curves_rise_with_sparsity() -> None:
     (curve,) = row_error_curves(problem, sparsity_grid(0.5))
     assert curve.shape == (POINTS, 24)
     assert bool((curve.sum(1).diff() > 0).all())
+
+
+def test_some_rows_stand_for_all() -> None:
+    """Curves are of every fourth row of each operator; the cost of all rows is predicted from them."""
+    generator = torch.Generator().manual_seed(0)
+    weight = torch.randn(480, 24, generator=generator) * (0.5 + torch.rand(480, 1, generator=generator))
+    inputs = torch.randn(400, 24, generator=generator) @ torch.randn(24, 24, generator=generator)
+    whole = LayerProblem.from_activations(weight, inputs)
+    problem = LayerProblem(weight, whole.gram, names=("q", "k"), rows=(320, 160))
+    sensitivity = 0.1 + torch.rand(480, generator=generator)
+    curves = row_error_curves(problem, sparsity_grid(0.5))
+    assert [curve.shape[1] for curve in curves] == [80, 80]
+    for curve, rows in zip(curves, (slice(0, 320), slice(320, 480)), strict=True):
+        own = sensitivity[rows]
+        estimate = predicted_cost(curve, own)
+        exact = predicted_cost(torch.ones(POINTS, len(own[looked_at(len(own))])), own)
+        assert exact.tolist() == pytest.approx([float(own.sum()) / 2] * POINTS)
+        assert bool((estimate.diff() > 0).all())
+    assert predicted_cost(torch.ones(POINTS, 80), torch.zeros(320)).tolist() == [0.0] * POINTS
 
 
 @settings(deadline=None, max_examples=40)
