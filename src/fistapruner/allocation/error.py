@@ -9,6 +9,7 @@ of a curve is interpolated; a curve's slope is made non-decreasing, so that taki
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -90,8 +91,14 @@ def predicted_cost(errors: Tensor, sensitivity: Tensor) -> Tensor:
 
 def _thinned(problem: LayerProblem) -> LayerProblem:
     """The problem of the rows that are looked at."""
-    weights = [part[looked_at(len(part))] for part in problem.weight.split(problem.rows)]
-    return LayerProblem(torch.cat(weights), problem.gram, names=problem.names, rows=tuple(map(len, weights)), tokens=problem.tokens)
+
+    def thinned(tensor: Tensor) -> list[Tensor]:
+        return [part[looked_at(len(part))] for part in tensor.split(problem.rows)]
+
+    assert problem.energy is not None
+    weights = thinned(problem.weight)
+    # The energy is passed on: left out, it would be computed anew, which takes a product.
+    return replace(problem, weight=torch.cat(weights), energy=torch.cat(thinned(problem.energy)), rows=tuple(map(len, weights)))
 
 
 def _threshold(scores: Tensor, fraction: float) -> Tensor:
