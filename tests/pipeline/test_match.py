@@ -124,3 +124,6 @@ def test_windows_are_split_and_ordered() -> None:
     order = match._order(train, 56, torch.Generator().manual_seed(1))
     assert sorted(order[:28]) == train
     assert sorted(order[28:]) == train
+    held, train = match._split(129)
+    assert len(held) == 7  # as many as fit evenly, at most MOST_HELD_OUT
+    assert sorted(held + train) == list(range(129))

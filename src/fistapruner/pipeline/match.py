@@ -17,7 +17,7 @@ being the first candidate, when steps are too large, and when to stop.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -26,16 +26,20 @@ from torch import Tensor, nn
 from ..models.hidden import HiddenStates
 from ..models.layout import Group
 from ..models.skeleton import Skeleton
+from ..numerics import fast_products
 from .capture import Calls, Clock
 
-RATE = 0.006
+RATE = 0.01
 """Adam's first step size, as a share of a tensor's root mean square over surviving weights; it falls to 0 by a cosine."""
 
 WARM_UP = 0.1
 """Share of the steps over which the step size rises from 0."""
 
 HELD_OUT = 8
-"""One calibration window of so many is held out."""
+"""One calibration window of so many is held out,"""
+
+MOST_HELD_OUT = 8
+"""but no more than these: more would not change the choice, and the looks at them take time."""
 
 CHECKS = 8
 """How often the held-out windows are looked at."""
@@ -90,7 +94,8 @@ def match_layer(
         seed: draws the windows.
         metric: (width, width) positive semi-definite weight of output errors, or (width,) its diagonal; None is the identity.
     """
-    with clock.phase("match"):
+    # Activations of a bf16 model have no more digits than its matrix units take.
+    with clock.phase("match"), fast_products(skeleton.dtype == torch.bfloat16):
         tuned = _Tuned.of(skeleton, index, groups)
         loss = _Loss.of(skeleton, inputs, wanted, metric)
         held, train = _split(inputs.samples)
@@ -103,10 +108,10 @@ def match_layer(
         for taken in range(1, steps + 1):
             for group, rms in zip(optimizer.param_groups, tuned.scales, strict=True):
                 group["lr"] = rate * rms * _schedule(taken, steps)
-            windows = order[taken - 1 : taken]
+            window = order[taken - 1]
             optimizer.zero_grad()
             with torch.enable_grad():
-                value = loss(_run(skeleton, index, tuned.values(), loss.inputs(windows), calls), windows)
+                value = loss(_run(skeleton, index, tuned.values(), loss.inputs(window), calls), window)
             value.backward()
             optimizer.step()
             if taken % every == 0 or taken == steps:
@@ -157,7 +162,7 @@ class _Tuned:
 
     def optimizer(self) -> torch.optim.Adam:
         """A new one, with one group a tensor, so that each has its own step size."""
-        return torch.optim.Adam([{"params": [master]} for master in self.masters.values()], betas=(0.9, 0.95))
+        return torch.optim.Adam([{"params": [master]} for master in self.masters.values()], betas=(0.9, 0.95), fused=True)
 
     def values(self) -> dict[str, Tensor]:
         """The tensors as the forward pass uses them."""
@@ -188,26 +193,26 @@ class _Tuned:
 
 @dataclass
 class _Loss:
-    """The metric, the data, and the energy beyond which a token's weight falls."""
+    """The metric, the data, the energy beyond which a token's weight falls, and the weights of the windows seen so far."""
 
     device: torch.device
     source: HiddenStates
     wanted: HiddenStates
     root: Tensor | None
     limit: Tensor
+    weights: dict[int, Tensor] = field(default_factory=dict)
 
     @classmethod
     def of(cls, skeleton: Skeleton, source: HiddenStates, wanted: HiddenStates, metric: Tensor | None) -> _Loss:
         loss = cls(skeleton.device, source, wanted, _root(metric, skeleton.device), torch.ones((), device=skeleton.device))
-        added = loss.target(range(1)) - loss.inputs(range(1)).float()
-        loss.limit = loss.energy(added).median().clamp_min(1e-30)
+        loss.limit = loss.energy(loss.target(0) - loss.inputs(0).float()).median().clamp_min(1e-30)
         return loss
 
-    def inputs(self, windows: Any) -> Tensor:
-        return torch.cat([self.source.read(window, window + 1) for window in windows]).to(self.device)
+    def inputs(self, window: int) -> Tensor:
+        return self.source.read(window, window + 1).to(self.device)
 
-    def target(self, windows: Any) -> Tensor:
-        return torch.cat([self.wanted.read(window, window + 1) for window in windows]).to(self.device).float()
+    def target(self, window: int) -> Tensor:
+        return self.wanted.read(window, window + 1).to(self.device).float()
 
     def energy(self, difference: Tensor) -> Tensor:
         """(batch, seqlen) squared length in the metric."""
@@ -215,12 +220,17 @@ class _Loss:
             difference = difference * self.root if self.root.ndim == 1 else difference @ self.root
         return difference.square().sum(-1)
 
-    def __call__(self, output: Tensor, windows: Any) -> Tensor:
+    def weight(self, window: int, target: Tensor) -> Tensor:
+        """(1, seqlen) weights of a window's tokens."""
+        if window not in self.weights:
+            with torch.no_grad():
+                self.weights[window] = (self.limit / self.energy(target - self.inputs(window).float())).clamp_max(1.0)
+        return self.weights[window]
+
+    def __call__(self, output: Tensor, window: int) -> Tensor:
         """Weighted mean over tokens, in units of what the layer adds to a typical token."""
-        target = self.target(windows)
-        with torch.no_grad():
-            weight = (self.limit / self.energy(target - self.inputs(windows).float())).clamp_max(1.0)
-        return (weight * self.energy(output.float() - target)).mean() / self.limit
+        target = self.target(window)
+        return (self.weight(window, target) * self.energy(output.float() - target)).mean() / self.limit
 
 
 def _root(metric: Tensor | None, device: torch.device) -> Tensor | None:
@@ -247,12 +257,13 @@ def _run(skeleton: Skeleton, index: int, values: dict[str, Tensor], hidden: Tens
 def _held_out(skeleton: Skeleton, index: int, tuned: _Tuned, loss: _Loss, held: list[int], calls: Calls) -> float:
     with torch.no_grad():
         values = tuned.values()
-        return sum(float(loss(_run(skeleton, index, values, loss.inputs([window]), calls), [window])) for window in held) / len(held)
+        return sum(float(loss(_run(skeleton, index, values, loss.inputs(window), calls), window)) for window in held) / len(held)
 
 
 def _split(samples: int) -> tuple[list[int], list[int]]:
-    """Windows that are held out (every eighth, at least one) and windows to train on; a single window is both."""
-    held = list(range(HELD_OUT - 1, samples, HELD_OUT)) or [samples - 1]
+    """Windows that are held out (every eighth, 1 to :data:`MOST_HELD_OUT` of them) and windows to train on; a single one is both."""
+    apart = max(HELD_OUT, -(-samples // MOST_HELD_OUT))
+    held = list(range(apart - 1, samples, apart)) or [samples - 1]
     train = [window for window in range(samples) if window not in held] or held
     return held, train
 
