@@ -6,6 +6,7 @@ import json
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import psutil
@@ -155,3 +156,26 @@ def test_plan_on_the_command_line(model: Model, capsys: pytest.CaptureFixture[st
     said = json.loads(capsys.readouterr().out)
     assert {row["quantity"] for row in said["rows"]} == {"peak memory", "disk", "pruning, one worker"}
     assert all(row["planned"] > 0 for row in said["rows"])
+
+
+def test_block_matching_is_in_the_estimated_time(model: Model, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its steps are scaled from a few; the rest of the estimate, here 0, from a pass."""
+    skeleton, layout, tokens = model
+    monkeypatch.setattr(probe, "WORTH_A_PROBE", 0)
+    monkeypatch.setattr(probe, "_seconds", lambda *_: 0.0)
+    asked = []
+
+    def layer(*arguments: Any, **_: Any) -> Any:
+        asked.append(arguments[3].match)
+        return SimpleNamespace(entry=SimpleNamespace(seconds={"match": 7.0 if arguments[3].match else 0.0}))
+
+    monkeypatch.setattr(probe, "prune_layer", layer)
+    estimates = []
+    for steps in (0, 2, 1000):
+        recipe = Recipe.build({"match": steps, "sparsity": "2:4"}).settled()
+        estimates.append(probe.measure_time(skeleton, layout, recipe, allocate(recipe, layout), tokens, 16))
+    assert asked == [0, 2, probe.MATCHING_STEPS]
+    # 64 windows, 8 held out, 16 of them in the probe, 2 held out; looks: one at the start and up to eight.
+    assert estimates == pytest.approx(
+        [0.0, 7.0 * len(skeleton) * (6 + 3 * 8) / (6 + 3 * 2), 7.0 * len(skeleton) * (3000 + 9 * 8) / (12 + 5 * 2)]
+    )

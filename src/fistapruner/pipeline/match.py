@@ -276,6 +276,12 @@ def _order(windows: list[int], count: int, generator: torch.Generator) -> list[i
     return order[:count]
 
 
+def passes(steps: int, samples: int) -> int:
+    """What matching with so many steps and calibration windows costs, in forward passes of one window; backward passes cost two."""
+    looks = 1 + min(steps, CHECKS)
+    return 3 * steps + looks * len(_split(samples)[0])
+
+
 def _schedule(step: int, steps: int) -> float:
     """Factor of the step size at ``step`` of ``steps``, from 1."""
     warm = max(1, round(WARM_UP * steps))

@@ -16,9 +16,13 @@ from ..solvers import solve
 from ..sparsity import Sparsity
 from .capture import Calls
 from .layer import Streams, prune_layer
+from .match import passes
 
 WORTH_A_PROBE = 2e10
 """Multiplications of one pass of the calibration tokens through the model, below which no time is estimated: it is seconds."""
+
+MATCHING_STEPS = 4
+"""Steps of block matching that are timed."""
 
 
 def measure_time(
@@ -28,6 +32,7 @@ def measure_time(
 
     Passes are measured as they are, with magnitude pruning instead of the method. The method is timed on the first rows of
     each group's problem, twice as many the second time, so that what does not grow with the rows is told from what does.
+    Of block matching a few steps are timed.
     """
     index = next(index for index, groups in enumerate(layout.layers) if groups)
     if sum(map(layout.weights, range(len(skeleton)))) * tokens.numel() < WORTH_A_PROBE:
@@ -56,13 +61,17 @@ def measure_time(
         drifted, drifted_on = HiddenStates(shape, skeleton.dtype), HiddenStates(shape, skeleton.dtype)
         drifted.write(0, states.read(0, len(batch)))
         streams = Streams(states, drifted, onward, drifted_on) if recipe.dense_share else Streams(None, drifted, None, drifted_on)
-    cheap = recipe.model_copy(update={"method": Recipe.build({"method": "magnitude"}).steps, "match": 0})
+    few_steps = min(recipe.match, MATCHING_STEPS)
+    cheap = recipe.model_copy(update={"method": Recipe.build({"method": "magnitude"}).steps, "match": few_steps})
     scratch = scratch_factory(None, skeleton.dtype)
     result = prune_layer(skeleton, layout, index, cheap, sparsity, streams, calls, scratch, inspect=time_solve)
     seconds = result.entry.seconds
     passing = (seconds.get("capture", 0.0) + seconds.get("gram", 0.0)) * len(tokens) / len(batch)
-    fixed = sum(value for phase, value in seconds.items() if phase not in ("capture", "gram"))
-    return (fixed + solving) * sum(map(bool, layout.layers)) + passing * len(skeleton)
+    fixed = sum(value for phase, value in seconds.items() if phase not in ("capture", "gram", "match"))
+    matching = 0.0
+    if few_steps:
+        matching = seconds["match"] * passes(recipe.match, len(tokens)) / passes(few_steps, len(batch))
+    return (fixed + solving + matching) * sum(map(bool, layout.layers)) + passing * len(skeleton)
 
 
 def _seconds(problem: LayerProblem, patterns: list[Sparsity], recipe: Recipe) -> float:
