@@ -13,9 +13,9 @@ from ..errors import FistaPrunerError
 from ..sparsity import NM, parse_sparsity
 from .drawing import INK, SERIES, Drawing, draw, style
 from .evaluation_text import protocol
+from .html import facts, moment, page, section, table
 from .model_card import base_model_name
 from .numbers import duration, percent, significant, size, with_error
-from .page import facts, moment, page, section, table
 from .schema import CompareRow, Comparison
 
 

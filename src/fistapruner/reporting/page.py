@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterable, Mapping, Sequence
-from datetime import datetime
+from collections.abc import Mapping, Sequence
 from html import escape
 
 import yaml
@@ -16,11 +15,11 @@ from .drawing import Drawing
 from .evaluation_text import item_count, protocol
 from .figures import hardest, layer_figures
 from .figures_quality import quality_figures
+from .html import facts, moment, page, section, table, tiles
 from .model_card import base_model
 from .numbers import count, duration, p_value, pattern, percent, short_count, significant, size, with_error
 from .schema import Report
 from .size_and_speed import dense_speed, packed_speeds, size_rows, speed_protocol, speed_rows, speed_table, speeds
-from .theme import stylesheet
 
 
 def run_page(report: Report) -> str:
@@ -33,86 +32,16 @@ def run_page(report: Report) -> str:
     sections = [
         _summary(report),
         _warnings(report),
-        _section("Quality", _figures(figures, "perplexity", "divergence", "zero-shot")),
+        section("Quality", _figures(figures, "perplexity", "divergence", "zero-shot")),
         _generations(report),
-        _section("Where the error is", _figures(figures, "error-map", "layer-errors", "layer-sparsity")),
+        section("Where the error is", _figures(figures, "error-map", "layer-errors", "layer-sparsity")),
         _next(report),
-        _section("How the solver got there", _figures(figures, "chain-errors", "solver-path", "spectra") + _hardest(report)),
-        _section("Cost", _cost(report, figures)),
+        section("How the solver got there", _figures(figures, "chain-errors", "solver-path", "spectra") + _hardest(report)),
+        section("Cost", _cost(report, figures)),
         _reproduce(report),
     ]
     title = f"{base_model(report) or 'Model'} at {report.sparsity or 'unknown'} sparsity"
     return page(title, _header(report, title), "".join(sections), f"fistapruner {report.versions.get('fistapruner', '')}")
-
-
-def page(title: str, header: str, body: str, program: str) -> str:
-    """A whole document around a header and sections."""
-    return (
-        '<!DOCTYPE html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
-        '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
-        f'<title>{escape(title)}</title>\n<link rel="icon" href="data:,">\n<style>\n{stylesheet()}</style>\n</head>\n<body>\n'
-        f'<a class="skip" href="#content">To the content</a>\n<header class="top">{header}</header>\n<main id="content">{body}</main>\n'
-        f"<footer>Drawn from the JSON beside this file by {escape(program.strip())}. "
-        "± is one standard error. Every figure has its numbers under it.</footer>\n</body>\n</html>\n"
-    )
-
-
-def table(head: Sequence[str], rows: Iterable[Sequence[str]], label: str, numeric: Iterable[int] = (), *, stack: bool = False) -> str:
-    """A table that scrolls sideways where it does not fit, or whose rows become blocks on a phone.
-
-    Args:
-        head, rows: texts.
-        label: names the table for who cannot see it.
-        numeric: columns that are set flush right.
-        stack: blocks on a phone.
-    """
-    right = set(numeric)
-
-    def cells(row: Sequence[str], tag: str) -> str:
-        made = []
-        for index, text in enumerate(row):
-            kind = ' class="n"' if index in right else ""
-            name, scope = (tag, ' scope="col"') if tag == "th" else (("th", ' scope="row"') if index == 0 else ("td", ""))
-            role = ""
-            if stack:  # display: grid takes a table's meaning away, roles give it back
-                what = "columnheader" if tag == "th" else "rowheader" if index == 0 else "cell"
-                role = f' role="{what}" data-label="{escape(head[index])}"'
-            made.append(f"<{name}{scope}{kind}{role}>{escape(text)}</{name}>")
-        return ('<tr role="row">' if stack else "<tr>") + "".join(made) + "</tr>"
-
-    body = "".join(cells(row, "td") for row in rows)
-    shape = "stack" if stack else "scroll"
-    group, kind = (' role="rowgroup"', ' role="table"') if stack else ("", "")
-    return (
-        f'<div class="{shape}" tabindex="0" role="region" aria-label="{escape(label)}">'
-        f"<table{kind}><thead{group}>{cells(head, 'th')}</thead><tbody{group}>{body}</tbody></table></div>"
-    )
-
-
-def facts(pairs: Iterable[tuple[str, str | None]]) -> str:
-    """A list of names and values; those without a value are left out."""
-    made = "".join(f"<dt>{escape(name)}</dt><dd>{escape(value)}</dd>" for name, value in pairs if value)
-    return f'<dl class="facts">{made}</dl>' if made else ""
-
-
-def tiles(items: Iterable[tuple[str, str, str]]) -> str:
-    """Large numbers: name, value, note."""
-    made = "".join(
-        f'<div class="tile"><dt>{escape(name)}</dt><dd><div class="value">{escape(value)}</div>'
-        f'<div class="note">{escape(note)}</div></dd></div>'
-        for name, value, note in items
-    )
-    columns = made.count('class="tile"')
-    columns = {6: 3, 7: 4, 8: 4, 9: 5}.get(columns, columns)  # no row that is nearly empty
-    return f'<dl class="tiles" style="--columns:{columns}">{made}</dl>' if made else ""
-
-
-def section(title: str, content: str) -> str:
-    """A section with a heading; nothing without content."""
-    return f"<section><h2>{escape(title)}</h2>{content}</section>" if content else ""
-
-
-_section = section
 
 
 def _figures(figures: Mapping[str, Drawing], *keys: str) -> str:
@@ -131,14 +60,6 @@ def _header(report: Report, title: str) -> str:
         f'<h1>{escape(title)}</h1><p class="meta"><span class="status {report.status}">{report.status}</span> {meta}</p>'
         f'<p class="lead">{escape(verdict(report))}</p>'
     )
-
-
-def moment(time: str | None) -> str:
-    """An ISO time to the minute, with its zone: ``2026-01-01 10:08 UTC``."""
-    try:
-        return datetime.fromisoformat(time or "").strftime("%Y-%m-%d %H:%M %Z").strip()
-    except ValueError:
-        return time or ""
 
 
 def verdict(report: Report) -> str:
@@ -310,14 +231,14 @@ def _warnings(report: Report) -> str:
     lines = ([f"Stopped: {report.error}"] if report.error else []) + list(dict.fromkeys(report.warnings))
     shown = "".join(f"<li>{escape(line)}</li>" for line in lines[:20])
     more = f"<li>and {len(lines) - 20} more in report.json</li>" if len(lines) > 20 else ""
-    return _section("Warnings", f'<div class="card warning"><ul>{shown}{more}</ul></div>')
+    return section("Warnings", f'<div class="card warning"><ul>{shown}{more}</ul></div>')
 
 
 def _next(report: Report) -> str:
     lines = advice(report)
     if not lines:
         return ""
-    return _section("What to try next", f'<div class="card next"><ul>{"".join(f"<li>{_options(line)}</li>" for line in lines)}</ul></div>')
+    return section("What to try next", f'<div class="card next"><ul>{"".join(f"<li>{_options(line)}</li>" for line in lines)}</ul></div>')
 
 
 def _options(line: str) -> str:
@@ -354,7 +275,7 @@ def _generations(report: Report) -> str:
         cards.append(f'<div class="card split">{"".join(texts)}</div>')
     if cards:
         cards.insert(0, '<p class="meta">Prompts (grey) continued greedily by both models.</p>')
-    return _section("Side by side", "".join(cards))
+    return section("Side by side", "".join(cards))
 
 
 PHASES = {
@@ -447,4 +368,4 @@ def _reproduce(report: Report) -> str:
     if report.recipe:
         recipe = yaml.safe_dump(report.recipe, sort_keys=False).strip()
         blocks.append(f'<div class="card"><h3>Recipe</h3><pre>{escape(recipe)}</pre></div>')
-    return _section("Make it again", "".join(blocks))
+    return section("Make it again", "".join(blocks))
