@@ -7,7 +7,7 @@ import torch
 
 from fistapruner import FistaPrunerError, LayerProblem
 from fistapruner.numerics import fast_products
-from fistapruner.problem import ProblemSums, unweighted
+from fistapruner.problem import DriftFrom, ProblemSums, unweighted
 from fistapruner.solvers import solve
 
 TOKENS, INPUTS, ROWS = 60, 10, 7
@@ -20,15 +20,13 @@ def data() -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     return torch.randn(ROWS, INPUTS, generator=generator), dense + 0.2 * torch.randn(TOKENS, INPUTS, generator=generator), dense
 
 
-def check_against_activations(
-    problem: LayerProblem, data: tuple[torch.Tensor, ...], wanted: torch.Tensor, *, residual: bool = False
-) -> None:
+def check_against_activations(problem: LayerProblem, data: tuple[torch.Tensor, ...], wanted: torch.Tensor) -> None:
     """Error, energy and gradient of a problem whose outputs should be ``wanted`` (TOKENS, ROWS), by their definitions."""
     weight, seen, dense = data
     pruned = (weight * (weight.abs() > 0.5)).double().requires_grad_()
     rows = (seen.double() @ pruned.T - wanted).square().sum(0) / TOKENS
     assert torch.allclose(problem.row_errors(pruned.detach().float()), rows, rtol=1e-4)
-    energy = ((seen if residual else dense).double() @ weight.double().T).square().sum() / TOKENS
+    energy = (dense.double() @ weight.double().T).square().sum() / TOKENS
     assert problem.relative_errors(pruned.detach().float())[0] == pytest.approx(float(rows.detach().sum() / energy), rel=1e-4)
     left = problem.dense_errors()
     assert (left is None) == (problem.target == 0.0)
@@ -42,8 +40,12 @@ def check_against_activations(
 
 
 @pytest.mark.parametrize("target", [0.0, 0.3, 1.0])
-def test_error_energy_and_gradient_are_those_of_the_activations(data: tuple[torch.Tensor, ...], target: float) -> None:
-    weight, seen, dense = data
+@pytest.mark.parametrize("rows", [ROWS, 2 * INPUTS])
+def test_error_energy_and_gradient_are_those_of_the_activations(data: tuple[torch.Tensor, ...], target: float, rows: int) -> None:
+    """Drift is found from outputs where there are fewer of them than inputs, else from inputs."""
+    _, seen, dense = data
+    weight = torch.randn(rows, INPUTS, generator=torch.Generator().manual_seed(2))
+    data = weight, seen, dense
     problem = LayerProblem.from_activations(weight, seen, dense, target=target)
     wanted = target * dense.double() @ weight.double().T + (1 - target) * seen.double() @ weight.double().T
     check_against_activations(problem, data, wanted)
@@ -55,19 +57,26 @@ def test_what_outputs_are_added_to_may_be_part_of_the_target(data: tuple[torch.T
     added_to, added_to_dense = torch.randn(2, TOKENS, ROWS, generator=torch.Generator().manual_seed(1)).double()
     problem = LayerProblem.from_activations(weight, seen, dense, (added_to_dense - added_to).float(), target=target)
     after = target * (dense.double() @ weight.double().T + added_to_dense) + (1 - target) * (seen.double() @ weight.double().T + added_to)
-    check_against_activations(problem, data, after - added_to, residual=True)
+    check_against_activations(problem, data, after - added_to)
 
 
 def test_batches_add_up_and_bf16_activations_lose_nothing(data: tuple[torch.Tensor, ...]) -> None:
     weight, seen, dense = (part.bfloat16() for part in data)
-    sums = ProblemSums(weight.float(), drifts=True)
-    for begin in range(0, TOKENS, 16):
-        sums.add(seen[begin : begin + 16], dense[begin : begin + 16])
-    problem = sums.problem(("q",), (ROWS,), 0.5)
-    assert problem.tokens == TOKENS
+    told: dict[DriftFrom, torch.Tensor] = {"inputs": dense, "outputs": dense @ weight.T}
     exact = seen.double().T @ seen.double() / TOKENS
-    assert torch.allclose(problem.gram.double(), exact, rtol=1e-5, atol=1e-5)
-    assert torch.equal(problem.gram, problem.gram.T)
+    drift = weight.double() @ (dense - seen).double().T @ seen.double() / TOKENS
+    for source, values in told.items():
+        sums = ProblemSums(weight.float(), drift_from=source)
+        for begin in range(0, TOKENS, 16):
+            sums.add(seen[begin : begin + 16], values[begin : begin + 16])
+        problem = sums.problem(("q",), (ROWS,), 0.5)
+        assert problem.tokens == TOKENS
+        assert torch.allclose(problem.gram.double(), exact, rtol=1e-5, atol=1e-5)
+        assert torch.equal(problem.gram, problem.gram.T)
+        assert problem.drift is not None
+        assert torch.allclose(problem.drift.double(), drift, atol=0.01 * float(exact.diagonal().max())), source
+        with pytest.raises(FistaPrunerError, match=f"give dense {source}"):
+            sums.add(seen)
 
 
 def test_operators_are_views_of_the_stack(data: tuple[torch.Tensor, ...]) -> None:
@@ -116,7 +125,7 @@ def test_nan_and_infinity_are_refused_by_name(data: tuple[torch.Tensor, ...]) ->
 
 def test_no_tokens() -> None:
     with pytest.raises(FistaPrunerError, match="no calibration tokens"):
-        ProblemSums(torch.ones(2, 3), drifts=False).problem(("fc1",), (2,), 1.0)
+        ProblemSums(torch.ones(2, 3)).problem(("fc1",), (2,), 1.0)
 
 
 def test_fast_products_restores_the_precision_after_an_error() -> None:

@@ -25,12 +25,16 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
+from typing import Literal
 
 import torch
 from torch import Tensor
 
 from .errors import FistaPrunerError
 from .numerics import add_gram, fast_products, mirror, row_blocks
+
+DriftFrom = Literal["inputs", "outputs"]
+"""What of the dense model tells how far an operator's outputs have drifted."""
 
 
 @dataclass(frozen=True)
@@ -43,7 +47,7 @@ class LayerProblem:
         drift: (m, n) fp32 ``R``, or None where the inputs have not drifted.
         drift_energy: (m,) ``d``, or None with ``drift``.
         energy: (m,) mean squared dense output of each row, the denominator of relative errors. Default: of ``W`` on
-            ``H``, which is the same thing when nothing drifted, and stands in for it with residual correction.
+            ``H``, which is the same thing when nothing drifted.
         target: share ``a`` of the dense model's output in the target: 1 is ``target=dense`` (FISTAPruner), 0 is
             ``target=pruned`` (SparseGPT, Wanda, ALPS).
         names: operator names, one for each block of rows.
@@ -226,49 +230,56 @@ class LayerProblem:
             target: share of the dense target.
             name: operator name.
         """
-        sums = ProblemSums(weight.float(), drifts=dense_inputs is not None, residual=residual is not None)
-        sums.add(inputs, dense_inputs, residual)
-        return sums.problem((name,), (weight.shape[0],), target)
+        m, n = weight.shape
+        weight = weight.float()
+        if dense_inputs is None:
+            sums = ProblemSums(weight)
+            sums.add(inputs)
+        elif m > n and residual is None:
+            sums = ProblemSums(weight, drift_from="inputs")
+            sums.add(inputs, dense_inputs)
+        else:
+            sums = ProblemSums(weight, drift_from="outputs")
+            sums.add(inputs, dense_inputs.float() @ weight.T, residual)
+        return sums.problem((name,), (m,), target)
 
 
 class ProblemSums:
     """The sums of a layer problem, gathered batch by batch in fp32.
 
-    Where inputs drift, either R itself is summed (m x n) or, when the operators have more outputs than inputs and nothing
-    is added to their drift, the smaller sums (X - X*) X*^T and (X - X*)(X - X*)^T (n x n) that give R and d after one
-    product with W.
+    Where inputs drift, R and d are found from either of two things that the dense model tells of the same tokens: the operators'
+    inputs X, by the sums (X - X*) X*^T and (X - X*)(X - X*)^T (n x n) and a product with W at the end, or their outputs W X, by
+    (W X) X*^T (m x n), from which W H is taken. Outputs are cheaper where an operator has no more of them than inputs, and what
+    they are added to may drift, too.
 
     Args:
         weight: (m, n) dense weights of the operators that share their inputs, stacked by rows.
-        drifts: whether dense inputs will be given beside the pruned ones.
-        residual: whether the drift of what the operators' outputs are added to will be given, too.
+        drift_from: what of the dense model will be given with every batch; None where nothing drifts.
 
     The sums are kept on the weight's device. Activations that are bf16 values are multiplied on the device's bf16 units
-    (:func:`~fistapruner.numerics.fast_products`): exactly for H; for the drift, whose differences are rounded to bf16,
-    with an error far below the drift's own sampling error.
+    (:func:`~fistapruner.numerics.fast_products`): exactly for H; for the drift, whose factors are rounded to bf16, with an error
+    far below the drift's own sampling error.
     """
 
-    def __init__(self, weight: Tensor, *, drifts: bool, residual: bool = False) -> None:
+    def __init__(self, weight: Tensor, *, drift_from: DriftFrom | None = None) -> None:
         m, n = weight.shape
         device = weight.device
         self.weight = weight.float()
         self.tokens = 0
         self.gram = torch.zeros(n, n, device=device)
-        self.drifts = drifts
-        self.residual = residual
-        self._by_inputs = drifts and m > n and not residual
-        self._cross = torch.zeros(n if self._by_inputs else m, n, device=device) if drifts else None
-        self._moved = torch.zeros(n, n, device=device) if self._by_inputs else None
-        self._energy = torch.zeros(m, dtype=torch.float64, device=device) if drifts and not self._by_inputs else None
+        self.drift_from = drift_from
+        self._cross = torch.zeros(n if drift_from == "inputs" else m, n, device=device) if drift_from else None
+        self._moved = torch.zeros(n, n, device=device) if drift_from == "inputs" else None
+        self._energy, self._wanted = torch.zeros(2, m, dtype=torch.float64, device=device)
 
-    def add(self, inputs: Tensor, dense_inputs: Tensor | None = None, residual: Tensor | None = None) -> None:
+    def add(self, inputs: Tensor, dense: Tensor | None = None, residual: Tensor | None = None) -> None:
         """Add a batch.
 
         Args:
             inputs: (tokens, n) inputs in the partly pruned model.
-            dense_inputs: (tokens, n) inputs of the same tokens in the dense model, if ``drifts``.
-            residual: (tokens, m) ``S - S*``, what the outputs are added to in the dense model less that in the pruned one, if
-                ``residual``.
+            dense: of the same tokens in the dense model, (tokens, n) inputs or (tokens, m) outputs without bias, as ``drift_from`` says.
+            residual: (tokens, m) ``S - S*``, what the outputs are added to in the dense model less that in the pruned one; only with
+                ``drift_from="outputs"``. Default: it has not drifted.
         """
         x = inputs.float()
         self.tokens += x.shape[0]
@@ -276,19 +287,19 @@ class ProblemSums:
             add_gram(self.gram, x)
             if self._cross is None:
                 return
-            if dense_inputs is None:
-                raise FistaPrunerError("these sums were set up for drifting inputs: give dense_inputs with every batch")
-            moved = dense_inputs.float() - x
+            if dense is None:
+                raise FistaPrunerError(f"these sums were set up for drifting inputs: give dense {self.drift_from} with every batch")
             if self._moved is not None:
+                moved = dense.float() - x
                 add_gram(self._moved, moved)
-            else:
-                moved = moved @ self.weight.T
-                if self.residual:
-                    assert residual is not None
-                    moved += residual
-            self._cross.addmm_(moved.T, x)
-            if self._energy is not None:
-                self._energy += moved.square_().sum(0, dtype=torch.float64)
+                self._cross.addmm_(moved.T, x)
+                return
+            wanted = dense.float()
+            self._energy += wanted.square().sum(0, dtype=torch.float64)
+            if residual is not None:
+                wanted = wanted + residual
+            self._cross.addmm_(wanted.T, x)
+            self._wanted += wanted.square().sum(0, dtype=torch.float64)
 
     def problem(self, names: Sequence[str], rows: Sequence[int], target: float, *, release: bool = False) -> LayerProblem:
         """The layer problem of all tokens added so far (means over tokens).
@@ -308,20 +319,25 @@ class ProblemSums:
         mean = Tensor.div_ if release else Tensor.div
         gram = mirror(mean(self.gram, self.tokens))
         drift = drift_energy = energy = None
-        if self._cross is not None:
-            if self._moved is not None:
-                drift = self.weight @ mean(self._cross, self.tokens)
-                moved = mirror(mean(self._moved, self.tokens))
-                drift_energy = _row_dots(lambda rows: self.weight[rows] @ moved, self.weight).clamp_min(0)
-            else:
-                assert self._energy is not None
-                drift = mean(self._cross, self.tokens)
-                drift_energy = self._energy / self.tokens
-            if not self.residual:  # whose cross terms hold more than the drift of W's own outputs
-                # ||W X||^2 = ||W X*||^2 + 2 <W X*, W (X - X*)> + ||W (X - X*)||^2, row by row.
-                energy = _row_dots(lambda rows: torch.add(self.weight[rows] @ gram, drift[rows], alpha=2.0), self.weight) + drift_energy
-            if release:
-                self._cross = self._moved = None
+        if self._cross is not None and self._moved is not None:
+            across = self.weight @ mean(self._cross, self.tokens)
+            moved = mirror(mean(self._moved, self.tokens))
+            drift, drift_energy = across, _row_dots(lambda rows: self.weight[rows] @ moved, self.weight).clamp_min(0)
+            # ||W X||^2 = ||W X*||^2 + 2 <W X*, W (X - X*)> + ||W (X - X*)||^2, row by row.
+            energy = _row_dots(lambda rows: torch.add(self.weight[rows] @ gram, across[rows], alpha=2.0), self.weight) + drift_energy
+        elif self._cross is not None:
+            drift = difference = mean(self._cross, self.tokens)
+
+            def subtract_seen(rows: slice) -> Tensor:
+                seen = self.weight[rows] @ gram
+                difference[rows] -= seen
+                return torch.add(seen, difference[rows], alpha=2.0)
+
+            # With T the outputs wanted: ||T - W X*||^2 = ||T||^2 - <W X*, 2 (T - W X*) + W X*>, row by row.
+            drift_energy = (self._wanted / self.tokens - _row_dots(subtract_seen, self.weight)).clamp_min(0)
+            energy = self._energy / self.tokens
+        if release:
+            self._cross = self._moved = None
         problem = LayerProblem(
             weight=self.weight,
             gram=gram,

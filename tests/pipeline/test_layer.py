@@ -19,7 +19,7 @@ from fistapruner.models.hidden import HiddenStates, scratch_factory
 from fistapruner.models.layout import Layout, discover
 from fistapruner.models.skeleton import Skeleton
 from fistapruner.pipeline.capture import Calls
-from fistapruner.pipeline.layer import Streams, prune_layer
+from fistapruner.pipeline.layer import Streams, drift_from, prune_layer
 from fistapruner.problem import LayerProblem, ProblemSums
 from fistapruner.sparsity import parse_sparsity
 
@@ -77,6 +77,17 @@ def in_memory(folder: Path, recipe: Recipe, layout: Layout, adding: tuple[str, .
         handle.remove()
         return seen[0].flatten(0, 1)
 
+    def outputs_of(model: Any, name: str, start: int, stop: int) -> Tensor:
+        seen: list[Tensor] = []
+        handle = model.get_submodule(name).register_forward_hook(lambda _, __, output: seen.append(output.detach().clone()))
+        with torch.no_grad():
+            model(tokens[start:stop])
+        handle.remove()
+        bias = model.get_submodule(name).bias
+        return seen[0].flatten(0, 1) if bias is None else seen[0].flatten(0, 1) - bias.detach()
+
+    of_dense = {"inputs": inputs_of, "outputs": outputs_of}
+
     def added_to(model: Any, index: int, name: str, start: int, stop: int) -> Tensor:
         """What operator ``name`` of a layer adds its output to."""
         layer = model.get_submodule(f"{layout.prefix}.{index}")
@@ -107,15 +118,15 @@ def in_memory(folder: Path, recipe: Recipe, layout: Layout, adding: tuple[str, .
                     pruned.get_submodule(earlier).weight.data.copy_(module.weight)
         for number, group in enumerate(groups):
             drifts = recipe.dense_share > 0 and (number > 0 or (index > 0 and recipe.propagate == "pruned"))
-            taken_back = drift(index, group[0].name, 0, BATCH) is not None
+            source = drift_from(recipe, layout, index, number) if drifts else None
             names = [layout.full_name(index, operator) for operator in group]
             stacked = torch.cat([operator.weight(dense.get_submodule(f"{layout.prefix}.{index}")) for operator in group])
-            sums = ProblemSums(stacked.detach(), drifts=drifts, residual=taken_back)
+            sums = ProblemSums(stacked.detach(), drift_from=source)
             for start in range(0, SAMPLES, BATCH):
                 stop = min(start + BATCH, SAMPLES)
                 sums.add(
                     inputs_of(pruned, names[0], start, stop),
-                    inputs_of(dense, names[0], start, stop) if drifts else None,
+                    None if source is None else of_dense[source](dense, names[0], start, stop),
                     drift(index, group[0].name, start, stop),
                 )
             problem = sums.problem(names, [operator.rows for operator in group], recipe.dense_share)

@@ -155,7 +155,7 @@ def decide(
 
     look: Look[Any] | None = None
     if allocation == "error":  # of unstructured patterns only, so no channels are reordered then
-        look = Look(lambda weight: ProblemSums(weight, drifts=False), problem_seen)
+        look = Look(ProblemSums, problem_seen)
     elif allocation == "owl" or channels is not None:
         look = Look(InputEnergy, energy_seen)
     found: dict[str, Sparsity] | None = None

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from ..errors import FistaPrunerError
 from ..models.skeleton import Call, Skeleton, Tick
+from ..numerics import windows_at_once
 from .scoring import Head, WindowSums, compare_tokens, score_tokens, slices
 
 
@@ -25,7 +26,7 @@ class Passes:
     """How forward passes are carried out.
 
     Args:
-        batch_size: windows in one forward pass; None takes as many as make about 4,096 tokens on a CPU, 16,384 on a GPU.
+        batch_size: windows in one forward pass; None takes as many as make about 2,048 tokens on a CPU, 16,384 on a GPU.
         memory_limit: bytes that hidden states may take; None takes half of what is free.
         tick: told of progress.
     """
@@ -36,7 +37,7 @@ class Passes:
 
     def batch(self, seqlen: int, device: torch.device) -> int:
         """Windows in one forward pass."""
-        return self.batch_size or max(1, (4096 if device.type == "cpu" else 16384) // seqlen)
+        return self.batch_size or windows_at_once(seqlen, device)
 
 
 def last_hidden(skeleton: Skeleton, tokens: Tensor, passes: Passes, what: str = "") -> Tensor:

@@ -11,11 +11,11 @@ import torch
 from torch import Tensor
 
 from ..models.hidden import HiddenStates
-from ..models.layout import Group
+from ..models.layout import Group, Operator
 from ..models.skeleton import Call, Skeleton
 
 Watch = Callable[[int, int, Tensor], None]
-"""Receives (group, first window of the batch, inputs (batch, seqlen, n))."""
+"""Receives (group, first window of the batch, inputs (batch, seqlen, n) or what else is watched)."""
 
 Around = Callable[[Callable[[], tuple[int, int]]], AbstractContextManager[None]]
 """What is done around a pass; it is given a function that tells the windows at hand, (start, stop)."""
@@ -93,6 +93,8 @@ def run_layer(
     *,
     groups: Sequence[tuple[int, Group]] = (),
     watch: Watch | None = None,
+    answering: Sequence[tuple[int, Operator]] = (),
+    answer: Watch | None = None,
     output: HiddenStates | Watch | None = None,
     around: Sequence[Around] = (),
 ) -> None:
@@ -106,6 +108,8 @@ def run_layer(
         clock: counts the time as ``capture``; ``watch`` counts its own.
         groups: (number, operators) of the groups whose inputs are watched, in execution order.
         watch: receives those inputs.
+        answering: (group, operator) of the operators whose outputs are watched; not where passes stop before them.
+        answer: receives those outputs.
         output: where the layer's output goes. None: not needed, and every pass stops at the last watched group.
         around: entered before the first batch and left after the last.
     """
@@ -122,9 +126,17 @@ def run_layer(
 
         return pre_forward
 
+    def answered(number: int) -> Callable[..., None]:
+        def after_forward(_: object, __: object, out: Tensor) -> None:
+            assert answer is not None
+            answer(number, start, out.reshape(stop - start, -1, out.shape[-1]))
+
+        return after_forward
+
     handles = [
         layer.get_submodule(group[0].name).register_forward_pre_hook(hook(number, number == groups[-1][0])) for number, group in groups
     ]
+    handles += [layer.get_submodule(operator.name).register_forward_hook(answered(number)) for number, operator in answering]
     try:
         with ExitStack() as stack:
             for enter in around:

@@ -10,9 +10,9 @@ import torch
 from torch import Tensor, nn
 
 from ..models.hidden import HiddenStates
-from ..models.layout import Group, Layout
+from ..models.layout import Group, Layout, Operator
 from ..models.skeleton import Skeleton
-from ..problem import LayerProblem, ProblemSums, unweighted
+from ..problem import DriftFrom, LayerProblem, ProblemSums, unweighted
 from ..recipe import Recipe
 from ..reporting.schema import LayerEntry, OperatorEntry
 from ..solvers import solve
@@ -91,7 +91,7 @@ def prune_layer(
     """Prune decoder layer ``index``, group after group.
 
     One dense pass serves all groups: it fills the first group's Gram (nothing is pruned before it), keeps the dense
-    inputs of the other groups for the cross terms, and gives the next layer its dense hidden states. Then each group
+    inputs or outputs of the other groups for the cross terms, and gives the next layer its dense hidden states. Then each group
     gets one pass with the operators before it pruned, stopped where the group begins.
 
     Args:
@@ -126,18 +126,23 @@ def prune_layer(
         if recipe.corrects_drift and streams.dense is not None:
             residual = ResidualDrift(index, module, layout.adding[index], groups, streams.dense, streams.seen, scratch)
 
+        told = {number: drift_from(recipe, layout, index, number) for number, _ in numbered if _drifts(recipe, streams, number)}
+
         def new_sums(number: int) -> ProblemSums:
-            drifts = _drifts(recipe, streams, number)
             with clock.phase("gram"):
-                stacked = _stack(module, groups[number])
-                return ProblemSums(stacked, drifts=drifts, residual=drifts and residual is not None and number in residual)
+                return ProblemSums(_stack(module, groups[number]), drift_from=told.get(number))
 
         def add(number: int, start: int, inputs: Tensor) -> None:
             stop = start + inputs.shape[0]
             with clock.phase("gram"):
                 flat = inputs.reshape(-1, inputs.shape[-1])
-                dense = kept[number].read(start, stop).to(flat.device).reshape(flat.shape) if number in kept else None
-                drift = residual.drift(number, start, stop, flat.device) if residual is not None and sums[number].residual else None
+                dense = drift = None
+                if number in kept:
+                    dense = kept[number].read(start, stop).to(flat.device).flatten(0, 1)
+                    if told[number] == "outputs":
+                        dense = _unbiased(module, groups[number][0], dense)
+                    if residual is not None and number in residual:
+                        drift = residual.drift(number, start, stop, flat.device)
                 sums[number].add(flat, dense, drift)
 
         sums = {number: new_sums(number) for number, _ in numbered[:1]}
@@ -156,17 +161,19 @@ def prune_layer(
         if streams.dense is not None and (groups or streams.dense_out is not None):
             for number in in_dense_pass - {0}:
                 sums[number] = new_sums(number)
-            for number, group in numbered:
-                if _drifts(recipe, streams, number):
-                    shape = (streams.dense.samples, streams.dense.seqlen, group[0].columns)
-                    kept[number] = scratch(f"dense-{index}-{number}", shape)
+            for number, source in told.items():
+                width = groups[number][0].columns if source == "inputs" else groups[number][0].rows
+                kept[number] = scratch(f"dense-{index}-{number}", (streams.dense.samples, streams.dense.seqlen, width))
+
+            def keep(number: int, start: int, values: Tensor) -> None:
+                with clock.phase("io"):
+                    kept[number].write(start, values)
 
             def watch_dense(number: int, start: int, inputs: Tensor) -> None:
                 if number in in_dense_pass:
                     add(number, start, inputs)
-                if number in kept:
-                    with clock.phase("io"):
-                        kept[number].write(start, inputs)
+                else:
+                    keep(number, start, inputs)
 
             def dense_output(_: int, start: int, out: Tensor) -> None:
                 if not probe:
@@ -176,10 +183,23 @@ def prune_layer(
                     with clock.phase("io"):
                         store.write(start, out)
 
-            watched = [(number, group) for number, group in numbered if number in in_dense_pass or number in kept]
+            watched = [(number, group) for number, group in numbered if number in in_dense_pass or told.get(number) == "inputs"]
+            answering = [(number, groups[number][0]) for number, source in told.items() if source == "outputs"]
             needed = dense_output if streams.dense_out is not None or groups else None
             around = [] if residual is None else [residual.around_dense_pass]
-            run_layer(skeleton, index, streams.dense, calls, clock, groups=watched, watch=watch_dense, output=needed, around=around)
+            run_layer(
+                skeleton,
+                index,
+                streams.dense,
+                calls,
+                clock,
+                groups=watched,
+                watch=watch_dense,
+                answering=answering,
+                answer=keep,
+                output=needed,
+                around=around,
+            )
             passed()
         passed_after = sum(clock.seconds.values())
         if wanted is not None and streams.dense is not None and streams.pruned is not None and recipe.dense_share < 1.0:
@@ -215,8 +235,8 @@ def prune_layer(
             )
             release_memory()
             for operator in group:
-                source = skeleton.source(f"{layout.full_name(index, operator)}.weight")
-                weights[source] = skeleton.result(source, module.get_submodule(operator.name).weight.detach())  # type: ignore[operator]
+                stored = skeleton.source(f"{layout.full_name(index, operator)}.weight")
+                weights[stored] = skeleton.result(stored, module.get_submodule(operator.name).weight.detach())  # type: ignore[operator]
             operators += entries
             warnings += said
             if replay is not None:
@@ -277,6 +297,20 @@ def _drifts(recipe: Recipe, streams: Streams, number: int) -> bool:
     if recipe.dense_share == 0.0 or streams.dense is None:
         return False
     return streams.pruned is not None or (number > 0 and recipe.error_correction)
+
+
+def drift_from(recipe: Recipe, layout: Layout, index: int, number: int) -> DriftFrom:
+    """What the dense pass keeps of group ``number`` of layer ``index`` where its inputs drift: the outputs of an operator that has no
+    more of them than inputs, or whose hidden states are corrected; else inputs."""
+    operator, *others = layout.layers[index][number]
+    adding = recipe.corrects_drift and operator.name in layout.adding[index]
+    return "outputs" if not others and (adding or operator.rows <= operator.columns) else "inputs"
+
+
+def _unbiased(module: nn.Module, operator: Operator, outputs: Tensor) -> Tensor:
+    """(tokens, m) outputs of an operator less its bias."""
+    bias = module.get_submodule(operator.name).bias
+    return outputs if bias is None else outputs.float() - bias.float()  # type: ignore[operator]
 
 
 def _names(group: Group) -> str:

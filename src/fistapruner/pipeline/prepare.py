@@ -29,7 +29,7 @@ from ..models.skeleton import Skeleton
 from ..models.source import resolve_model
 from ..models.tokenizer import load_tokenizer
 from ..models.whole import load_whole
-from ..numerics import dtype_name
+from ..numerics import dtype_name, windows_at_once
 from ..recipe import Recipe, matches
 from ..reporting.schema import CalibrationFacts, ModelFacts, Report
 from ..sparsity import Sparsity, check_divides, parse_sparsity
@@ -243,17 +243,11 @@ def plan_model(model: str, recipe: Recipe, out: str | Path = ".", *, allow_pickl
 def plan_run(skeleton: Skeleton, layout: Layout, recipe: Recipe, sparsity: Mapping[str, Sparsity], tokens: Tensor, out: Path) -> Plan:
     """Plan a run with the executor, workers and threads of its recipe (see :func:`~.plan.make_plan`)."""
     execution = recipe.execution
-    batch_size = execution.batch_size or default_batch_size(tokens.shape[1], skeleton)
+    batch_size = execution.batch_size or windows_at_once(tokens.shape[1], skeleton.device)
     local = execution.executor == "process"
     workers = len(worker_devices(execution.device, execution.workers, execution.threads)) if local else 1
     with threads(default_threads(execution)):
         return make_plan(skeleton, layout, recipe, sparsity, tokens, batch_size, out, workers)
-
-
-def default_batch_size(seqlen: int, skeleton: Skeleton) -> int:
-    """Windows in one forward pass: enough tokens to keep the device busy, few enough to fit."""
-    tokens = 4096 if skeleton.device.type == "cpu" else 16384
-    return max(1, tokens // seqlen)
 
 
 def _has_its_tokens(run: RunDirectory, facts: Mapping[str, Any], recipe: Recipe, checkpoint: Checkpoint) -> bool:

@@ -66,7 +66,7 @@ class ResidualDrift:
     def drift(self, number: int, start: int, stop: int, device: torch.device) -> Tensor:
         """(tokens, width) ``S - S*`` of group ``number`` in windows ``start`` to ``stop``, long ones cut."""
         if number == self._first:
-            drift = self._dense.read(start, stop).to(device).float() - self._seen.read(start, stop).to(device).float()
+            drift = self._dense.read(start, stop).to(device, torch.float32, copy=True).sub_(self._seen.read(start, stop).to(device))
         else:
             assert self._kept is not None
             drift = self._kept.read(start, stop).to(device, torch.float32, copy=True)
@@ -93,7 +93,7 @@ class ResidualDrift:
 
     def _subtract(self, kept: HiddenStates, start: int, sums: Tensor) -> None:
         stop = start + sums.shape[0]
-        kept.write(start, kept.read(start, stop).to(sums.device).float() - sums)
+        kept.write(start, sums.neg_().add_(kept.read(start, stop).to(sums.device)))
         self._windows += stop - start
 
     @contextmanager
@@ -108,8 +108,8 @@ class ResidualDrift:
 
         def after_forward(_: object, __: object, output: Tensor) -> None:
             start, stop = batch()
-            before = inputs.read(start, stop).to(output.device).float()
-            receive(kept, start, before + output.reshape(before.shape))
+            before = inputs.read(start, stop).to(output.device, torch.float32, copy=True)
+            receive(kept, start, before.add_(output.reshape(before.shape)))
 
         handle = self._before.register_forward_hook(after_forward)
         try:

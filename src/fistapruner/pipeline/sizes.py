@@ -8,8 +8,9 @@ found by doing them once, small: a forward pass of one window, and the solve of 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import psutil
 import torch
@@ -19,9 +20,11 @@ from ..allocation.decide import differentiates, needs_measuring, permutes, weigh
 from ..allocation.sensitivity import HEAD_TOKENS
 from ..models.layout import Group, Layout
 from ..models.skeleton import Call, Skeleton
+from ..problem import DriftFrom
 from ..recipe import Recipe
 from ..sparsity import Sparsity
 from .footprint import peak_bytes, solve_bytes
+from .layer import drift_from
 from .parts import cut
 from .replay import endings_kept
 
@@ -49,6 +52,22 @@ UNCOUNTED = 1 / 12
 the count without it (``benchmarks/memory.py large``)."""
 
 
+class GroupSizes(NamedTuple):
+    """Of a group of operators, in bytes: its Gram, its stacked weight in fp32, a solve of it stacked, and one of its largest part."""
+
+    names: str
+    gram: int
+    weight: int
+    drift_from: DriftFrom | None
+    stacked: int
+    alone: int
+
+    @property
+    def sums(self) -> int:
+        """Gram, weight and what drifting inputs add (problem.py)."""
+        return self.gram + self.weight + {None: 0, "inputs": 2 * self.gram, "outputs": self.weight}[self.drift_from]
+
+
 @dataclass(frozen=True)
 class Sizes:
     """The sizes, in bytes, that the memory of a run is made of: see :meth:`measure`."""
@@ -67,15 +86,14 @@ class Sizes:
 
     window: int
     forward: int
-    groups: tuple[tuple[str, int, int, int, int], ...]
-    """Of each group: names, Gram, stacked weight in fp32, solve stacked, solve of its largest part."""
+    groups: tuple[GroupSizes, ...]
 
     float_input: int
     float_residual: int
     """Beside the inputs of a window, what residual correction needs of it in fp32: the drift and its length. 0 without."""
 
     kept: int
-    """Dense inputs of all groups, of a window."""
+    """Dense inputs or outputs of all groups, of a window."""
 
     entering: int
     """Of a window, the largest inputs that replay keeps of a child's last operator."""
@@ -123,10 +141,16 @@ class Sizes:
             backward = peak_bytes(lambda: _differentiate(skeleton, hidden, calls[0])) if differentiates(recipe) or recipe.match else 0
         index = max(range(len(skeleton)), key=layout.weights)  # where solving takes most
         groups = layout.layers[index]
-        rows = tuple(_group_bytes(group, [sparsity[layout.full_name(index, operator)] for operator in group], recipe) for group in groups)
-        operators = sum(weight for _, _, weight, _, _ in rows)
-        drifting = groups[1:] if recipe.propagate == "dense" else groups
-        keeps = recipe.dense_share > 0 and (recipe.error_correction or recipe.propagate == "pruned")
+        drifting: Sequence[int] = ()
+        if recipe.dense_share > 0 and (recipe.error_correction or recipe.propagate == "pruned"):
+            drifting = range(recipe.propagate == "dense", len(groups))
+        told = {number: drift_from(recipe, layout, index, number) for number in drifting}
+        kept = [groups[number][0].columns if source == "inputs" else groups[number][0].rows for number, source in told.items()]
+        rows = tuple(
+            _group_sizes(group, [sparsity[layout.full_name(index, operator)] for operator in group], recipe, told.get(number))
+            for number, group in enumerate(groups)
+        )
+        operators = sum(group.weight for group in rows)
         passes = recipe.propagate == "pruned" and not recipe.match  # after the last group
         widths = {operator.name: operator.columns for group in groups[: len(groups) - (not passes)] for operator in group}
         endings = endings_kept(layout, index, skeleton.device).values() if recipe.error_correction else ()
@@ -144,7 +168,7 @@ class Sizes:
             groups=rows,
             float_input=4 * seqlen * max(operator.columns for group in groups for operator in group),
             float_residual=2 * 4 * seqlen * skeleton.width * recipe.corrects_drift,
-            kept=sum(seqlen * group[0].columns * itemsize for group in drifting) if keeps else 0,
+            kept=sum(kept) * seqlen * itemsize,
             entering=max((seqlen * widths[ending.operator] * itemsize for ending in endings if ending.operator in widths), default=0),
             samples=samples,
             streams=2 if recipe.propagate == "dense" or not recipe.dense_share else 4,
@@ -176,17 +200,15 @@ class Sizes:
             "writing the checkpoint": self.base + 2 * self.largest,
         }
         drifts = self.kept > 0
-        # Of each group: Gram, weight and what drifting inputs add (problem.py).
-        all_sums = [gram + weight + (2 * gram if weight > gram else weight) * drifts for _, gram, weight, _, _ in self.groups]
         done = 0  # weights of the groups that are solved, in main memory as the checkpoint will hold them
-        for number, (names, gram, weight, stacked, alone) in enumerate(self.groups):
-            waiting = sum(all_sums[number + 1 :]) if self.together else 0
+        for number, group in enumerate(self.groups):
+            names, gram, weight, source, stacked, alone = group
+            waiting = sum(later.sums for later in self.groups[number + 1 :]) if self.together else 0
             loaded = self.base + self.layer + states + (self.kept + self.entering) * in_memory + waiting + done
             done += 0 if self.cuda else weight * self.stored // 4
-            sums = all_sums[number]
-            gather = passing + sums + batch * (self.float_input * (3 if drifts else 1) + self.float_residual)
+            gather = passing + group.sums + batch * (self.float_input * (3 if drifts else 1) + self.float_residual)
             found[f"a pass up to {names}"] = loaded + gather
-            found[f"the problem of {names}"] = loaded + sums + weight * (drifts and weight > gram) + weight // 2  # a block in fp64
+            found[f"the problem of {names}"] = loaded + group.sums + weight * (source == "inputs") + weight // 2  # a block in fp64
             apart = choice.by_operator and alone < stacked
             # The solution is gathered beside the weight, fp32 and a mask of bytes; its errors are computed in blocks of rows.
             solving = gram + 9 * weight // 4 + (solvers * (self.base + alone) or max(alone - gram, weight // 2)) if apart else stacked
@@ -197,9 +219,9 @@ class Sizes:
             windows = windows_looked_at(self.samples)
             states = 0 if choice.on_disk or self.cuda else self._states_measured() * windows * self.window
             passed = self.layer + min(choice.batch_size, 4) * max(self.backward, self.forward + self.float_input)
-            sums = sum(gram * bool(self.backward) + weight for _, gram, weight, _, _ in self.groups)
+            sums = sum(group.gram * bool(self.backward) + group.weight for group in self.groups)
             if self.reordered:  # scores of the largest operator, twice, and the rows that are looked at
-                sums += 3 * max(weight for _, _, weight, _, _ in self.groups)
+                sums += 3 * max(group.weight for group in self.groups)
             head = self.ends + self.logits if self.backward else 0
             found["measuring the dense model"] = self.base + states + windows * self.window + max(passed + sums, head)
         return {name: round(size + UNCOUNTED * (size - self.base)) for name, size in found.items()}
@@ -221,7 +243,7 @@ def _differentiate(skeleton: Skeleton, hidden: Tensor, call: Call) -> None:
         torch.autograd.grad(skeleton.run(0, entering, call).float().sum(), entering)
 
 
-def _group_bytes(group: Group, patterns: list[Sparsity], recipe: Recipe) -> tuple[str, int, int, int, int]:
+def _group_sizes(group: Group, patterns: list[Sparsity], recipe: Recipe, drift_from: DriftFrom | None) -> GroupSizes:
     n = group[0].columns
     rows = [operator.rows for operator in group]
     stacked = solve_bytes(rows, n, patterns, recipe.steps)
@@ -229,4 +251,4 @@ def _group_bytes(group: Group, patterns: list[Sparsity], recipe: Recipe) -> tupl
     largest = max(parts, key=lambda part: part.stop - part.start)
     alone = stacked if len(parts) == 1 else solve_bytes([largest.stop - largest.start], n, [largest.sparsity], recipe.steps)
     names = "+".join(operator.name.rpartition(".")[2] for operator in group)
-    return names, 4 * n * n, 4 * sum(rows) * n, stacked, alone
+    return GroupSizes(names, 4 * n * n, 4 * sum(rows) * n, drift_from, stacked, alone)
