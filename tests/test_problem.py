@@ -75,8 +75,6 @@ def test_batches_add_up_and_bf16_activations_lose_nothing(data: tuple[torch.Tens
         assert torch.equal(problem.gram, problem.gram.T)
         assert problem.drift is not None
         assert torch.allclose(problem.drift.double(), drift, atol=0.01 * float(exact.diagonal().max())), source
-        with pytest.raises(FistaPrunerError, match=f"give dense {source}"):
-            sums.add(seen)
 
 
 def test_operators_are_views_of_the_stack(data: tuple[torch.Tensor, ...]) -> None:
@@ -154,3 +152,33 @@ def test_weighted_rows(data: tuple[torch.Tensor, ...]) -> None:
     plain, other = solve(problem, "1:2", "alps"), solve(weighted, "1:2", "alps")
     assert torch.equal(plain.mask, other.mask)
     torch.testing.assert_close(unweighted(other.weight.clone(), importance), plain.weight, rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize("source", ["inputs", "outputs"])
+def test_drift_told_by_the_first_tokens_is_that_of_these(source: DriftFrom) -> None:
+    """The Gram is of all tokens; drift, its energy and the dense outputs' energy are of those that the dense model saw."""
+    generator = torch.Generator().manual_seed(3)
+    weight, seen, moved = (torch.randn(*shape, generator=generator) for shape in ((12, 8), (900, 8), (900, 8)))
+    dense = seen + 0.1 * moved
+    told = dense if source == "inputs" else dense @ weight.T
+    sums = ProblemSums(weight, drift_from=source)
+    for start in range(0, 900, 100):
+        batch = slice(start, start + 100)
+        sums.add(seen[batch], told[batch] if start < 300 else None)
+    found = sums.problem(("q",), (12,), 1.0)
+    whole, part = LayerProblem.from_activations(weight, seen), LayerProblem.from_activations(weight, seen[:300], dense[:300])
+    torch.testing.assert_close(found.gram, whole.gram)
+    assert found.drift is not None
+    assert found.drift_energy is not None
+    torch.testing.assert_close(found.drift, part.drift, rtol=1e-3, atol=1e-4)
+    torch.testing.assert_close(found.drift_energy, part.drift_energy, rtol=1e-3, atol=1e-5)
+    with pytest.raises(FistaPrunerError, match=f"dense {source} are for the first batches"):
+        sums.add(seen, told)
+
+
+@pytest.mark.parametrize("source", ["inputs", "outputs"])
+def test_drift_asked_for_but_never_told_is_refused(source: DriftFrom) -> None:
+    sums = ProblemSums(torch.ones(2, 3), drift_from=source)
+    sums.add(torch.ones(4, 3))
+    with pytest.raises(FistaPrunerError, match=r"fc1: no calibration tokens reached this operator in the dense model"):
+        sums.problem(("fc1",), (2,), 1.0)

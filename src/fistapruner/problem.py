@@ -268,6 +268,8 @@ class ProblemSums:
         self.tokens = 0
         self.gram = torch.zeros(n, n, device=device)
         self.drift_from = drift_from
+        self._told = 0
+        self._gram_told: Tensor | None = None
         self._cross = torch.zeros(n if drift_from == "inputs" else m, n, device=device) if drift_from else None
         self._moved = torch.zeros(n, n, device=device) if drift_from == "inputs" else None
         self._energy, self._wanted = torch.zeros(2, m, dtype=torch.float64, device=device)
@@ -277,18 +279,23 @@ class ProblemSums:
 
         Args:
             inputs: (tokens, n) inputs in the partly pruned model.
-            dense: of the same tokens in the dense model, (tokens, n) inputs or (tokens, m) outputs without bias, as ``drift_from`` says.
+            dense: of the same tokens in the dense model, (tokens, n) inputs or (tokens, m) outputs without bias, as ``drift_from`` says;
+                None from the first batch on that the dense model did not see.
             residual: (tokens, m) ``S - S*``, what the outputs are added to in the dense model less that in the pruned one; only with
                 ``drift_from="outputs"``. Default: it has not drifted.
         """
         x = inputs.float()
         self.tokens += x.shape[0]
+        if self._cross is not None and (dense is None) != (self._told < self.tokens - x.shape[0]):
+            if dense is not None:
+                raise FistaPrunerError(f"dense {self.drift_from} are for the first batches: one without them was added before")
+            if self.drift_from == "outputs":
+                self._gram_told = self.gram.clone()
         with fast_products(inputs.dtype == torch.bfloat16):
             add_gram(self.gram, x)
-            if self._cross is None:
+            if self._cross is None or dense is None:
                 return
-            if dense is None:
-                raise FistaPrunerError(f"these sums were set up for drifting inputs: give dense {self.drift_from} with every batch")
+            self._told += x.shape[0]
             if self._moved is not None:
                 moved = dense.float() - x
                 add_gram(self._moved, moved)
@@ -312,32 +319,34 @@ class ProblemSums:
                 is never in memory twice, and the other sums are freed.
 
         Raises:
-            FistaPrunerError: no tokens were added, or something is NaN or infinite.
+            FistaPrunerError: no tokens were added, none of the dense model though ``drift_from``, or something is NaN or infinite.
         """
-        if not self.tokens:
-            raise FistaPrunerError(f"{'+'.join(names)}: no calibration tokens reached this operator")
+        if not self.tokens or (self.drift_from and not self._told):
+            where = " in the dense model" if self.tokens else ""
+            raise FistaPrunerError(f"{'+'.join(names)}: no calibration tokens reached this operator{where}")
         mean = Tensor.div_ if release else Tensor.div
         gram = mirror(mean(self.gram, self.tokens))
         drift = drift_energy = energy = None
         if self._cross is not None and self._moved is not None:
-            across = self.weight @ mean(self._cross, self.tokens)
-            moved = mirror(mean(self._moved, self.tokens))
+            across = self.weight @ mean(self._cross, self._told)
+            moved = mirror(mean(self._moved, self._told))
             drift, drift_energy = across, _row_dots(lambda rows: self.weight[rows] @ moved, self.weight).clamp_min(0)
             # ||W X||^2 = ||W X*||^2 + 2 <W X*, W (X - X*)> + ||W (X - X*)||^2, row by row.
             energy = _row_dots(lambda rows: torch.add(self.weight[rows] @ gram, across[rows], alpha=2.0), self.weight) + drift_energy
         elif self._cross is not None:
-            drift = difference = mean(self._cross, self.tokens)
+            drift = difference = mean(self._cross, self._told)
+            told = gram if self._gram_told is None else mirror(mean(self._gram_told, self._told))
 
             def subtract_seen(rows: slice) -> Tensor:
-                seen = self.weight[rows] @ gram
+                seen = self.weight[rows] @ told
                 difference[rows] -= seen
                 return torch.add(seen, difference[rows], alpha=2.0)
 
             # With T the outputs wanted: ||T - W X*||^2 = ||T||^2 - <W X*, 2 (T - W X*) + W X*>, row by row.
-            drift_energy = (self._wanted / self.tokens - _row_dots(subtract_seen, self.weight)).clamp_min(0)
-            energy = self._energy / self.tokens
+            drift_energy = (self._wanted / self._told - _row_dots(subtract_seen, self.weight)).clamp_min(0)
+            energy = self._energy / self._told
         if release:
-            self._cross = self._moved = None
+            self._cross = self._moved = self._gram_told = None
         problem = LayerProblem(
             weight=self.weight,
             gram=gram,

@@ -16,11 +16,14 @@ import tiny
 from fistapruner import Recipe, solve
 from fistapruner.models.checkpoint import Checkpoint
 from fistapruner.models.hidden import HiddenStates, scratch_factory
-from fistapruner.models.layout import Layout, discover
+from fistapruner.models.layout import Layout, Operator, discover
 from fistapruner.models.skeleton import Skeleton
 from fistapruner.pipeline.capture import Calls
-from fistapruner.pipeline.layer import Streams, drift_from, prune_layer
+from fistapruner.pipeline.layer import Streams, dense_windows, drift_from, prune_layer
+from fistapruner.pipeline.run import prune
+from fistapruner.pipeline.serial import Listener
 from fistapruner.problem import LayerProblem, ProblemSums
+from fistapruner.reporting.schema import LayerEntry
 from fistapruner.sparsity import parse_sparsity
 
 SAMPLES, SEQLEN, BATCH = 5, 24, 2
@@ -42,6 +45,11 @@ def stream(
             assert dense is not None
             dense.write(start, skeleton.embed(tokens[start:stop])[0])
     pruned: HiddenStates | None = None
+    beside = dense_windows(recipe, layout, SAMPLES, SEQLEN, BATCH)
+    if beside < SAMPLES:
+        dense, pruned = HiddenStates((beside, SEQLEN, skeleton.width), skeleton.dtype), dense
+        assert pruned is not None
+        dense.write(0, pruned.read(0, beside))
     sparsity = {name: parse_sparsity(recipe.sparsity) for name, _ in layout.operators()}
     weights: dict[str, Tensor] = {}
     for index in range(len(skeleton)):
@@ -50,7 +58,7 @@ def stream(
         streams = Streams(
             dense,
             pruned,
-            HiddenStates(shape, skeleton.dtype, scratch and scratch / f"d{index}") if keep_dense else None,
+            HiddenStates((beside, *shape[1:]), skeleton.dtype, scratch and scratch / f"d{index}") if keep_dense else None,
             HiddenStates(shape, skeleton.dtype, scratch and scratch / f"p{index}") if more and recipe.propagate == "pruned" else None,
         )
         result = prune_layer(
@@ -124,11 +132,11 @@ def in_memory(folder: Path, recipe: Recipe, layout: Layout, adding: tuple[str, .
             sums = ProblemSums(stacked.detach(), drift_from=source)
             for start in range(0, SAMPLES, BATCH):
                 stop = min(start + BATCH, SAMPLES)
-                sums.add(
-                    inputs_of(pruned, names[0], start, stop),
-                    None if source is None else of_dense[source](dense, names[0], start, stop),
-                    drift(index, group[0].name, start, stop),
-                )
+                seen = inputs_of(pruned, names[0], start, stop)
+                if source is None or start >= dense_windows(recipe, layout, SAMPLES, SEQLEN, BATCH):
+                    sums.add(seen)
+                else:
+                    sums.add(seen, of_dense[source](dense, names[0], start, stop), drift(index, group[0].name, start, stop))
             problem = sums.problem(names, [operator.rows for operator in group], recipe.dense_share)
             solution = solve(problem, recipe.pattern, recipe.steps)
             for operator, name, part in zip(group, names, solution.weight.split(problem.rows), strict=True):
@@ -143,26 +151,65 @@ def calibration() -> Tensor:
 
 @pytest.mark.parametrize("architecture", ["llama", "gpt2", "gpt_neox"])
 @pytest.mark.parametrize(
-    "settings",
+    ("settings", "noise"),
     [
-        {"propagate": "dense", "target": "dense"},
-        {"propagate": "pruned", "target": "pruned"},
-        {"propagate": "pruned", "target": 0.5},
-        {"propagate": "dense", "target": "dense", "residual": "correct"},
-        {"propagate": "pruned", "target": 0.5, "residual": "correct"},
+        ({"propagate": "dense", "target": "dense"}, 0),
+        ({"propagate": "pruned", "target": "pruned"}, 0),
+        ({"propagate": "pruned", "target": 0.5}, 0),
+        ({"propagate": "dense", "target": "dense", "residual": "correct"}, 1),
+        ({"propagate": "pruned", "target": 0.5, "residual": "correct"}, 0),
+        ({"propagate": "pruned", "target": 0.5, "residual": "correct"}, 1),
     ],
-    ids=["dense", "pruned", "mixed", "dense-corrected", "mixed-corrected"],
+    ids=["dense", "pruned", "mixed", "dense-corrected", "mixed-corrected", "mixed-corrected-by-some-windows"],
 )
-def test_streaming_equals_in_memory_bit_for_bit(tmp_path: Path, architecture: str, settings: dict[str, Any]) -> None:
+def test_streaming_equals_in_memory_bit_for_bit(
+    tmp_path: Path, architecture: str, settings: dict[str, Any], noise: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("fistapruner.pipeline.layer.DRIFT_NOISE", noise)
     folder = tiny.save(architecture, tmp_path / "model")
     recipe = Recipe.build({"method": "sparsegpt", "sparsity": "50%", **settings}).settled()
     layout = discover(Skeleton(Checkpoint.open(folder), torch.device("cpu")))
     assert layout.adding == (tiny.ADDING[architecture],) * len(layout.layers)
+    assert (dense_windows(recipe, layout, SAMPLES, SEQLEN, BATCH) < SAMPLES) == (noise == 1 and recipe.propagate == "pruned")
     expected = in_memory(folder, recipe, layout, tiny.ADDING[architecture])
     streamed = stream(folder, recipe, None)
     assert {name.removeprefix("transformer.") for name in streamed} == {name.removeprefix("transformer.") for name in expected}
     for name, tensor in expected.items():
         assert torch.equal(streamed[name if name in streamed else name.removeprefix("transformer.")], tensor), name
+
+
+def test_an_interrupted_run_whose_dense_model_sees_some_of_the_windows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The hidden states of both models are made again up to where it stopped."""
+    monkeypatch.setattr("fistapruner.pipeline.layer.DRIFT_NOISE", 1)
+
+    class Stops(Listener):
+        def layer(self, entry: LayerEntry) -> None:
+            if entry.index == 1:
+                raise KeyboardInterrupt
+
+    folder = tiny.save("llama", tmp_path / "model")
+    settings: dict[str, Any] = {"calibration": {"source": "python", "samples": 5, "seqlen": 24}, "execution": {"batch_size": 2}}
+    recipe = Recipe.build(settings)
+    prune(str(folder), tmp_path / "whole", recipe=recipe)
+    with pytest.raises(KeyboardInterrupt):
+        prune(str(folder), tmp_path / "parts", recipe=recipe, listener=Stops())
+    prune(str(folder), tmp_path / "parts", recipe=recipe)
+    files = [(tmp_path / run / "model" / "model.safetensors").read_bytes() for run in ("whole", "parts")]
+    assert files[0] == files[1]
+
+
+def test_windows_of_the_dense_model() -> None:
+    """As many as keep the noise they add small: about half of 128 windows of 1,024 tokens for 1,536 inputs, more for wider operators."""
+
+    def windows(columns: int, samples: int, seqlen: int, **settings: Any) -> int:
+        layout = Layout("layers", (((Operator("down", 8, columns, False),),),), ((),), ({},))
+        return dense_windows(Recipe.build(settings).settled(), layout, samples, seqlen, 2)
+
+    assert windows(1536, 128, 1024) == 78
+    assert windows(11008, 128, 2048) > 100
+    assert windows(1536, 4, 64) == 4
+    for settings in ({"match": 1}, {"propagate": "dense"}, {"target": "pruned"}):
+        assert windows(1536, 128, 1024, **settings) == 128
 
 
 def test_hidden_states_on_disk_change_no_bit(tmp_path: Path) -> None:

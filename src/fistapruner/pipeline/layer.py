@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -28,12 +29,17 @@ SPECTRUM_LIMIT = 2048
 """Largest number of inputs for which the Gram's eigenvalues are recorded; they cost O(n^3) and only feed the report."""
 
 
+DRIFT_NOISE = 1 / 128
+"""Noise that measuring drift on a part of the calibration windows may add to it, in inputs / tokens (docs/quality.md)."""
+
+
 @dataclass(frozen=True)
 class Streams:
     """The hidden states around one decoder layer.
 
     Args:
-        dense: what the dense model feeds it; None where neither target nor propagation needs the dense model.
+        dense: what the dense model feeds it; None where neither target nor propagation needs the dense model. Beside ``pruned`` it
+            may hold the first windows only (:func:`dense_windows`).
         pruned: what the pruned prefix feeds it; None with ``propagate=dense``, where that is the same as ``dense``.
         dense_out: receives the dense layer's output; None if nobody needs it.
         pruned_out: receives the pruned layer's output; None if nobody needs it.
@@ -137,7 +143,7 @@ def prune_layer(
             with clock.phase("gram"):
                 flat = inputs.reshape(-1, inputs.shape[-1])
                 dense = drift = None
-                if number in kept:
+                if number in kept and start < kept[number].samples:
                     dense = kept[number].read(start, stop).to(flat.device).flatten(0, 1)
                     if told[number] == "outputs":
                         dense = _unbiased(module, groups[number][0], dense)
@@ -297,6 +303,20 @@ def _drifts(recipe: Recipe, streams: Streams, number: int) -> bool:
     if recipe.dense_share == 0.0 or streams.dense is None:
         return False
     return streams.pruned is not None or (number > 0 and recipe.error_correction)
+
+
+def dense_windows(recipe: Recipe, layout: Layout, samples: int, seqlen: int, batch_size: int) -> int:
+    """How many of the calibration windows the dense model runs on beside the pruned one: whole batches.
+
+    With ``propagate=pruned`` it serves to measure drift only. Fewer tokens add to the noise of that ``n (1 / tokens - 1 / all tokens)``
+    for an operator of n inputs: they are so many that the widest one's stays below :data:`DRIFT_NOISE`. Block matching aims at the
+    dense model's outputs, window by window, and takes all.
+    """
+    if recipe.propagate == "dense" or recipe.match or not recipe.dense_share:
+        return samples
+    inputs = max((operator.columns for _, operator in layout.operators()), default=0)
+    windows = samples * inputs / (inputs + samples * seqlen * DRIFT_NOISE)
+    return min(samples, math.ceil(windows / batch_size) * batch_size)
 
 
 def drift_from(recipe: Recipe, layout: Layout, index: int, number: int) -> DriftFrom:

@@ -15,7 +15,7 @@ from ..recipe import Recipe
 from ..solvers import solve
 from ..sparsity import Sparsity
 from .capture import Calls
-from .layer import Streams, prune_layer
+from .layer import Streams, dense_windows, prune_layer
 from .match import passes
 
 WORTH_A_PROBE = 2e10
@@ -66,7 +66,11 @@ def measure_time(
     scratch = scratch_factory(None, skeleton.dtype)
     result = prune_layer(skeleton, layout, index, cheap, sparsity, streams, calls, scratch, inspect=time_solve)
     seconds = result.entry.seconds
-    passing = (seconds.get("capture", 0.0) + seconds.get("gram", 0.0)) * len(tokens) / len(batch)
+    passing = seconds.get("capture", 0.0) + seconds.get("gram", 0.0)
+    if streams.pruned is not None and streams.dense is not None:
+        windows = dense_windows(recipe, layout, len(tokens), tokens.shape[1], len(batch))
+        passing -= max(0.0, (result.entry.passed_after or 0.0) - seconds.get("io", 0.0)) * (1 - windows / len(tokens))
+    passing *= len(tokens) / len(batch)
     fixed = sum(value for phase, value in seconds.items() if phase not in ("capture", "gram", "match"))
     matching = 0.0
     if few_steps:

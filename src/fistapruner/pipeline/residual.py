@@ -31,7 +31,7 @@ class ResidualDrift:
         layer: the loaded decoder layer.
         adding: names of the operators whose output is added to the hidden states, in execution order.
         groups: the pruned operators.
-        dense: hidden states that enter the dense layer.
+        dense: hidden states that enter the dense layer; perhaps of the first windows only.
         seen: hidden states that enter the pruned layer; the same object where nothing was pruned before.
         store: where hidden states are kept.
     """
@@ -108,6 +108,8 @@ class ResidualDrift:
 
         def after_forward(_: object, __: object, output: Tensor) -> None:
             start, stop = batch()
+            if start >= kept.samples:
+                return
             before = inputs.read(start, stop).to(output.device, torch.float32, copy=True)
             receive(kept, start, before.add_(output.reshape(before.shape)))
 

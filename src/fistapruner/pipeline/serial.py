@@ -9,7 +9,7 @@ from ..models.skeleton import Skeleton
 from ..problem import LayerProblem
 from ..recipe import Recipe
 from ..reporting.schema import LayerEntry
-from .layer import Solver, Streams
+from .layer import Solver, Streams, dense_windows
 from .work import Work
 
 
@@ -55,14 +55,19 @@ def prune_serially(
         return
     last = max(todo)
     stream, calls = work.embed()
+    samples = dense_windows(work.recipe, work.layout, stream.samples, stream.seqlen, calls.batch_size)
     dense: HiddenStates | None = stream
     pruned: HiddenStates | None = None
+    if samples < stream.samples:
+        dense, pruned = work.store("dense-0", samples=samples), stream
+        for start, stop in calls.batches(samples):
+            dense.write(start, stream.read(start, stop))
     for index in range(last + 1):
         dense_on, pruned_on = _needed_after(work.recipe, work.skeleton, index, last)
         streams = Streams(
             dense,
             pruned,
-            work.store(f"dense-{index + 1}") if dense_on else None,
+            work.store(f"dense-{index + 1}", samples=samples) if dense_on else None,
             work.store(f"pruned-{index + 1}") if pruned_on else None,
         )
         if index in todo:

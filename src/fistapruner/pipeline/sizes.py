@@ -8,8 +8,9 @@ found by doing them once, small: a forward pass of one window, and the solve of 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import NamedTuple
 
 import psutil
@@ -24,7 +25,7 @@ from ..problem import DriftFrom
 from ..recipe import Recipe
 from ..sparsity import Sparsity
 from .footprint import peak_bytes, solve_bytes
-from .layer import drift_from
+from .layer import dense_windows, drift_from
 from .parts import cut
 from .replay import endings_kept
 
@@ -62,10 +63,10 @@ class GroupSizes(NamedTuple):
     stacked: int
     alone: int
 
-    @property
-    def sums(self) -> int:
-        """Gram, weight and what drifting inputs add (problem.py)."""
-        return self.gram + self.weight + {None: 0, "inputs": 2 * self.gram, "outputs": self.weight}[self.drift_from]
+    def sums(self, partly: bool) -> int:
+        """Gram, weight and what drifting inputs add (problem.py), perhaps told by a part of the windows."""
+        drift = {None: 0, "inputs": 2 * self.gram, "outputs": self.weight + self.gram * partly}[self.drift_from]
+        return self.gram + self.weight + drift
 
 
 @dataclass(frozen=True)
@@ -100,11 +101,13 @@ class Sizes:
 
     samples: int
     streams: int
-    """Stores of hidden states into and out of a layer."""
+    """Stores of hidden states of all windows into and out of a layer."""
+
+    dense: int
+    """Stores of the dense pass's windows: hidden states into and out of a layer beside pruned ones, what operators add to."""
 
     inside: int
-    """Stores that a layer needs while it is pruned: what replay keeps, what operators add to, what block matching aims at where that is
-    in no other."""
+    """Stores that a layer needs while it is pruned: what replay keeps, what block matching aims at where that is in no other."""
 
     layers: int
     backward: int
@@ -119,6 +122,8 @@ class Sizes:
     reordered: bool
     weighted: bool
     cuda: bool
+    dense_windows: Callable[[int], int]
+    """Windows that the dense model runs on, by how many are in a batch."""
 
     @classmethod
     def measure(cls, skeleton: Skeleton, layout: Layout, recipe: Recipe, sparsity: Mapping[str, Sparsity], tokens: Tensor) -> Sizes:
@@ -171,8 +176,9 @@ class Sizes:
             kept=sum(kept) * seqlen * itemsize,
             entering=max((seqlen * widths[ending.operator] * itemsize for ending in endings if ending.operator in widths), default=0),
             samples=samples,
-            streams=2 if recipe.propagate == "dense" or not recipe.dense_share else 4,
-            inside=1 + recipe.corrects_drift + bool(recipe.match and recipe.dense_share < 1),
+            streams=2,
+            dense=recipe.corrects_drift + (0 if recipe.propagate == "dense" or not recipe.dense_share else 2),
+            inside=1 + bool(recipe.match and recipe.dense_share < 1),
             layers=len(skeleton),
             backward=backward if differentiates(recipe) else 0,
             matching=backward + (5 * 4 + 1 + itemsize) * operators // 4 + 3 * 4 * skeleton.width**2 if recipe.match else 0,
@@ -181,6 +187,7 @@ class Sizes:
             reordered=permutes(recipe),
             weighted=weighs_rows(recipe),
             cuda=skeleton.device.type == "cuda",
+            dense_windows=partial(dense_windows, recipe, layout, samples, seqlen),
         )
 
     def stages(self, choice: Choice, solvers: int = 0) -> dict[str, int]:
@@ -190,9 +197,11 @@ class Sizes:
             choice: how the run is carried out.
             solvers: processes beside this one that solve parts.
         """
-        in_memory = 0 if choice.on_disk or self.cuda else self.samples
-        states = (self.streams + self.inside) * self.window * in_memory
         batch = min(choice.batch_size, self.samples)
+        beside = self.dense_windows(batch)
+        partly = beside < self.samples
+        in_memory, dense_in_memory = (0, 0) if choice.on_disk or self.cuda else (self.samples, beside)
+        states = ((self.streams + self.inside) * in_memory + self.dense * dense_in_memory) * self.window
         passing = batch * (self.forward + 2 * self.window)
         found = {
             "the embeddings": self.base + self.ends + self.largest,
@@ -203,12 +212,12 @@ class Sizes:
         done = 0  # weights of the groups that are solved, in main memory as the checkpoint will hold them
         for number, group in enumerate(self.groups):
             names, gram, weight, source, stacked, alone = group
-            waiting = sum(later.sums for later in self.groups[number + 1 :]) if self.together else 0
-            loaded = self.base + self.layer + states + (self.kept + self.entering) * in_memory + waiting + done
+            waiting = sum(later.sums(partly) for later in self.groups[number + 1 :]) if self.together else 0
+            loaded = self.base + self.layer + states + self.kept * dense_in_memory + self.entering * in_memory + waiting + done
             done += 0 if self.cuda else weight * self.stored // 4
-            gather = passing + group.sums + batch * (self.float_input * (3 if drifts else 1) + self.float_residual)
+            gather = passing + group.sums(partly) + batch * (self.float_input * (3 if drifts else 1) + self.float_residual)
             found[f"a pass up to {names}"] = loaded + gather
-            found[f"the problem of {names}"] = loaded + group.sums + weight * (source == "inputs") + weight // 2  # a block in fp64
+            found[f"the problem of {names}"] = loaded + group.sums(partly) + weight * (source == "inputs") + weight // 2  # a block in fp64
             apart = choice.by_operator and alone < stacked
             # The solution is gathered beside the weight, fp32 and a mask of bytes; its errors are computed in blocks of rows.
             solving = gram + 9 * weight // 4 + (solvers * (self.base + alone) or max(alone - gram, weight // 2)) if apart else stacked
@@ -232,7 +241,9 @@ class Sizes:
 
     def disk(self, choice: Choice, workers: int) -> int:
         """Bytes that the run directory takes at its largest."""
-        states = ((self.streams + workers - 1 + self.inside * workers) * self.window + (self.kept + self.entering) * workers) * self.samples
+        whole = (self.streams + workers - 1 + self.inside * workers) * self.window + self.entering * workers
+        beside = self.dense_windows(min(choice.batch_size, self.samples))
+        states = whole * self.samples + (self.dense * self.window + self.kept) * workers * beside
         measuring = self._states_measured() * windows_looked_at(self.samples) * self.window
         return self.checkpoint + self.pruned + (max(states, measuring) if choice.on_disk else 0)
 

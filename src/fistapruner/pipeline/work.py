@@ -121,14 +121,16 @@ class Work:
         """Remove the hidden states that this process or a killed one left."""
         shutil.rmtree(self.hidden, ignore_errors=True)
 
-    def store(self, name: str, *, on_disk: bool | None = None) -> HiddenStates:
-        """A store for the hidden states of all calibration windows.
+    def store(self, name: str, *, samples: int | None = None, on_disk: bool | None = None) -> HiddenStates:
+        """A store for hidden states of calibration windows.
 
         Args:
             name: of its file.
+            samples: how many windows; None is all.
             on_disk: whether it is a file; None does what the run decided.
         """
-        samples, seqlen = self.tokens.shape
+        seqlen = self.tokens.shape[1]
+        samples = len(self.tokens) if samples is None else samples
         on_disk = self.on_disk if on_disk is None else on_disk
         return HiddenStates((samples, seqlen, self.skeleton.width), self.skeleton.dtype, self.hidden / name if on_disk else None)
 
