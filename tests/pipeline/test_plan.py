@@ -80,8 +80,8 @@ def test_choices_only_save_memory(model: Model) -> None:
 
 
 def test_more_calibration_tokens_need_no_more_memory_on_disk(model: Model) -> None:
-    measured = sizes(model)
-    more = replace(measured, samples=100 * measured.samples)
+    few = sizes(model)
+    measured, more = (replace(few, samples=count * few.samples) for count in (100, 10_000))
     assert measured.stages(Choice(16, on_disk=True)) == more.stages(Choice(16, on_disk=True))
     assert max(more.stages(Choice(16)).values()) > max(measured.stages(Choice(16)).values())
     assert more.disk(Choice(16, on_disk=True), 1) > measured.disk(Choice(16, on_disk=True), 1)
@@ -167,7 +167,7 @@ def test_block_matching_is_in_the_estimated_time(model: Model, monkeypatch: pyte
 
     def layer(*arguments: Any, **_: Any) -> Any:
         asked.append(arguments[3].match)
-        return SimpleNamespace(entry=SimpleNamespace(seconds={"match": 7.0 if arguments[3].match else 0.0}))
+        return SimpleNamespace(entry=SimpleNamespace(seconds={"match": 7.0 if arguments[3].match else 0.0}, passed_after=0.0))
 
     monkeypatch.setattr(probe, "prune_layer", layer)
     estimates = []
@@ -179,3 +179,16 @@ def test_block_matching_is_in_the_estimated_time(model: Model, monkeypatch: pyte
     assert estimates == pytest.approx(
         [0.0, 7.0 * len(skeleton) * (6 + 3 * 8) / (6 + 3 * 2), 7.0 * len(skeleton) * (3000 + 9 * 8) / (12 + 5 * 2)]
     )
+
+
+def test_the_estimated_dense_pass_is_of_its_windows(model: Model, monkeypatch: pytest.MonkeyPatch) -> None:
+    skeleton, layout, tokens = model
+    monkeypatch.setattr(probe, "WORTH_A_PROBE", 0)
+    monkeypatch.setattr(probe, "_seconds", lambda *_: 0.0)
+    monkeypatch.setattr(probe, "dense_windows", lambda *_: len(tokens) // 4)
+    entry = SimpleNamespace(seconds={"capture": 5.0, "gram": 3.0, "io": 0.5}, passed_after=2.5)
+    monkeypatch.setattr(probe, "prune_layer", lambda *_, **__: SimpleNamespace(entry=entry))
+    recipe = Recipe.build({"sparsity": "2:4"}).settled()
+    estimate = probe.measure_time(skeleton, layout, recipe, allocate(recipe, layout), tokens, 16)
+    # 8 s of passes of 16 of 64 windows, 2 of them the dense pass, which is of a quarter of the windows.
+    assert estimate == pytest.approx((0.5 + (6.0 + 2.0 / 4) * 4) * len(skeleton))

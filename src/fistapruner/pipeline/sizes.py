@@ -122,8 +122,8 @@ class Sizes:
     reordered: bool
     weighted: bool
     cuda: bool
-    dense_windows: Callable[[int], int]
-    """Windows that the dense model runs on, by how many are in a batch."""
+    dense_windows: Callable[..., int]
+    """Windows that the dense model runs on, by how many there are and how many are in a batch (:func:`~.layer.dense_windows`)."""
 
     @classmethod
     def measure(cls, skeleton: Skeleton, layout: Layout, recipe: Recipe, sparsity: Mapping[str, Sparsity], tokens: Tensor) -> Sizes:
@@ -187,7 +187,7 @@ class Sizes:
             reordered=permutes(recipe),
             weighted=weighs_rows(recipe),
             cuda=skeleton.device.type == "cuda",
-            dense_windows=partial(dense_windows, recipe, layout, samples, seqlen),
+            dense_windows=partial(dense_windows, recipe, layout, seqlen=seqlen),
         )
 
     def stages(self, choice: Choice, solvers: int = 0) -> dict[str, int]:
@@ -198,7 +198,7 @@ class Sizes:
             solvers: processes beside this one that solve parts.
         """
         batch = min(choice.batch_size, self.samples)
-        beside = self.dense_windows(batch)
+        beside = self.dense_windows(self.samples, batch_size=batch)
         partly = beside < self.samples
         in_memory, dense_in_memory = (0, 0) if choice.on_disk or self.cuda else (self.samples, beside)
         states = ((self.streams + self.inside) * in_memory + self.dense * dense_in_memory) * self.window
@@ -242,7 +242,7 @@ class Sizes:
     def disk(self, choice: Choice, workers: int) -> int:
         """Bytes that the run directory takes at its largest."""
         whole = (self.streams + workers - 1 + self.inside * workers) * self.window + self.entering * workers
-        beside = self.dense_windows(min(choice.batch_size, self.samples))
+        beside = self.dense_windows(self.samples, batch_size=min(choice.batch_size, self.samples))
         states = whole * self.samples + (self.dense * self.window + self.kept) * workers * beside
         measuring = self._states_measured() * windows_looked_at(self.samples) * self.window
         return self.checkpoint + self.pruned + (max(states, measuring) if choice.on_disk else 0)
