@@ -37,6 +37,12 @@ DriftFrom = Literal["inputs", "outputs"]
 """What of the dense model tells how far an operator's outputs have drifted."""
 
 
+def cheapest_drift(rows: int, columns: int, *, corrected: bool) -> DriftFrom:
+    """What tells the drift of one operator: its outputs where it has no more of them than inputs, or the drift of what they are added to
+    is corrected, too, which only they can tell (:class:`ProblemSums`)."""
+    return "outputs" if corrected or rows <= columns else "inputs"
+
+
 @dataclass(frozen=True)
 class LayerProblem:
     """Least squares on the outputs of one operator, or of several that share their inputs.
@@ -232,15 +238,12 @@ class LayerProblem:
         """
         m, n = weight.shape
         weight = weight.float()
-        if dense_inputs is None:
-            sums = ProblemSums(weight)
-            sums.add(inputs)
-        elif m > n and residual is None:
-            sums = ProblemSums(weight, drift_from="inputs")
-            sums.add(inputs, dense_inputs)
-        else:
-            sums = ProblemSums(weight, drift_from="outputs")
-            sums.add(inputs, dense_inputs.float() @ weight.T, residual)
+        dense, source = dense_inputs, None
+        if dense is not None:
+            source = cheapest_drift(m, n, corrected=residual is not None)
+            dense = dense.float() @ weight.T if source == "outputs" else dense
+        sums = ProblemSums(weight, drift_from=source)
+        sums.add(inputs, dense, residual)
         return sums.problem((name,), (m,), target)
 
 

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from ..models.hidden import HiddenStates
 from ..models.layout import Group, Layout, Operator
 from ..models.skeleton import Skeleton
-from ..problem import DriftFrom, LayerProblem, ProblemSums, unweighted
+from ..problem import DriftFrom, LayerProblem, ProblemSums, cheapest_drift, unweighted
 from ..recipe import Recipe
 from ..reporting.schema import LayerEntry, OperatorEntry
 from ..solvers import solve
@@ -320,11 +320,10 @@ def dense_windows(recipe: Recipe, layout: Layout, samples: int, seqlen: int, bat
 
 
 def drift_from(recipe: Recipe, layout: Layout, index: int, number: int) -> DriftFrom:
-    """What the dense pass keeps of group ``number`` of layer ``index`` where its inputs drift: the outputs of an operator that has no
-    more of them than inputs, or whose hidden states are corrected; else inputs."""
+    """What the dense pass keeps of group ``number`` of layer ``index`` where its inputs drift: inputs, where operators share them."""
     operator, *others = layout.layers[index][number]
-    adding = recipe.corrects_drift and operator.name in layout.adding[index]
-    return "outputs" if not others and (adding or operator.rows <= operator.columns) else "inputs"
+    corrected = recipe.corrects_drift and operator.name in layout.adding[index]
+    return "inputs" if others else cheapest_drift(operator.rows, operator.columns, corrected=corrected)
 
 
 def _unbiased(module: nn.Module, operator: Operator, outputs: Tensor) -> Tensor:
