@@ -19,7 +19,8 @@ from fistapruner.models.hidden import HiddenStates, scratch_factory
 from fistapruner.models.layout import Layout, Operator, discover
 from fistapruner.models.skeleton import Skeleton
 from fistapruner.pipeline.capture import Calls
-from fistapruner.pipeline.layer import Streams, dense_windows, drift_from, prune_layer
+from fistapruner.pipeline.drift import dense_windows, drift_sources
+from fistapruner.pipeline.layer import Streams, prune_layer
 from fistapruner.pipeline.run import prune
 from fistapruner.pipeline.serial import Listener
 from fistapruner.problem import LayerProblem, ProblemSums
@@ -125,8 +126,8 @@ def in_memory(folder: Path, recipe: Recipe, layout: Layout, adding: tuple[str, .
                 if hasattr(module, "weight") and f"{layout.prefix}.{index - 1}." in earlier + ".":
                     pruned.get_submodule(earlier).weight.data.copy_(module.weight)
         for number, group in enumerate(groups):
-            drifts = recipe.dense_share > 0 and (number > 0 or (index > 0 and recipe.propagate == "pruned"))
-            source = drift_from(recipe, layout, index, number) if drifts else None
+            drifts = number > 0 or (index > 0 and recipe.propagate == "pruned")
+            source = drift_sources(recipe, layout, index, same=False).get(number) if drifts else None
             names = [layout.full_name(index, operator) for operator in group]
             stacked = torch.cat([operator.weight(dense.get_submodule(f"{layout.prefix}.{index}")) for operator in group])
             sums = ProblemSums(stacked.detach(), drift_from=source)
@@ -165,7 +166,7 @@ def calibration() -> Tensor:
 def test_streaming_equals_in_memory_bit_for_bit(
     tmp_path: Path, architecture: str, settings: dict[str, Any], noise: float, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("fistapruner.pipeline.layer.DRIFT_NOISE", noise)
+    monkeypatch.setattr("fistapruner.pipeline.drift.DRIFT_NOISE", noise)
     folder = tiny.save(architecture, tmp_path / "model")
     recipe = Recipe.build({"method": "sparsegpt", "sparsity": "50%", **settings}).settled()
     layout = discover(Skeleton(Checkpoint.open(folder), torch.device("cpu")))
@@ -180,7 +181,7 @@ def test_streaming_equals_in_memory_bit_for_bit(
 
 def test_an_interrupted_run_whose_dense_model_sees_some_of_the_windows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The hidden states of both models are made again up to where it stopped."""
-    monkeypatch.setattr("fistapruner.pipeline.layer.DRIFT_NOISE", 1)
+    monkeypatch.setattr("fistapruner.pipeline.drift.DRIFT_NOISE", 1)
 
     class Stops(Listener):
         def layer(self, entry: LayerEntry) -> None:

@@ -2,35 +2,29 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from ..models.hidden import HiddenStates
-from ..models.layout import Group, Layout, Operator
+from ..models.hidden import HiddenStates, Store
+from ..models.layout import Group, Layout
 from ..models.skeleton import Skeleton
-from ..problem import DriftFrom, LayerProblem, ProblemSums, cheapest_drift, unweighted
+from ..problem import LayerProblem, ProblemSums, unweighted
 from ..recipe import Recipe
 from ..reporting.schema import LayerEntry, OperatorEntry
 from ..solvers import solve
 from ..solvers.base import Method, Solution
 from ..sparsity import Sparsity
 from .capture import Calls, Clock, run_layer
+from .drift import DenseRecord, ResidualDrift, drift_sources
+from .entries import operator_entries
 from .machine import release_memory
 from .match import match_layer
 from .replay import Replay, endings_kept
-from .residual import ResidualDrift
-
-SPECTRUM_LIMIT = 2048
-"""Largest number of inputs for which the Gram's eigenvalues are recorded; they cost O(n^3) and only feed the report."""
-
-
-DRIFT_NOISE = 1 / 128
-"""Noise that measuring drift on a part of the calibration windows may add to it, in inputs / tokens (docs/quality.md)."""
 
 
 @dataclass(frozen=True)
@@ -39,7 +33,7 @@ class Streams:
 
     Args:
         dense: what the dense model feeds it; None where neither target nor propagation needs the dense model. Beside ``pruned`` it
-            may hold the first windows only (:func:`dense_windows`).
+            may hold the first windows only (:func:`~.drift.dense_windows`).
         pruned: what the pruned prefix feeds it; None with ``propagate=dense``, where that is the same as ``dense``.
         dense_out: receives the dense layer's output; None if nobody needs it.
         pruned_out: receives the pruned layer's output; None if nobody needs it.
@@ -86,7 +80,7 @@ def prune_layer(
     sparsity: Mapping[str, Sparsity],
     streams: Streams,
     calls: Calls,
-    scratch: Callable[[str, tuple[int, int, int]], HiddenStates],
+    scratch: Store,
     progress: Progress = lambda names, error: None,
     inspect: Callable[[int, LayerProblem], None] | None = None,
     metric: Tensor | None = None,
@@ -120,124 +114,23 @@ def prune_layer(
         FistaPrunerError: NaN or infinity in weights or activations; names the operator.
     """
     clock = Clock(skeleton.device)
-    groups = layout.layers[index]
-    numbered = list(enumerate(groups))
-    with clock.phase("io"):
-        loaded = skeleton.layer(index)
-        module = loaded.__enter__()
-    try:
-        kept: dict[int, HiddenStates] = {}
-        probe: list[Tensor] = []
-        residual = None
-        if recipe.corrects_drift and streams.dense is not None:
-            residual = ResidualDrift(index, module, layout.adding[index], groups, streams.dense, streams.seen, scratch)
-
-        told = {number: drift_from(recipe, layout, index, number) for number, _ in numbered if _drifts(recipe, streams, number)}
-
-        def new_sums(number: int) -> ProblemSums:
-            with clock.phase("gram"):
-                return ProblemSums(_stack(module, groups[number]), drift_from=told.get(number))
-
-        def add(number: int, start: int, inputs: Tensor) -> None:
-            stop = start + inputs.shape[0]
-            with clock.phase("gram"):
-                flat = inputs.reshape(-1, inputs.shape[-1])
-                dense = drift = None
-                if number in kept and start < kept[number].samples:
-                    dense = kept[number].read(start, stop).to(flat.device).flatten(0, 1)
-                    if told[number] == "outputs":
-                        dense = _unbiased(module, groups[number][0], dense)
-                    if residual is not None and number in residual:
-                        drift = residual.drift(number, start, stop, flat.device)
-                sums[number].add(flat, dense, drift)
-
-        sums = {number: new_sums(number) for number, _ in numbered[:1]}
-
-        # What block matching aims at: the dense model's output, or with target=pruned the dense layer's on drifted inputs, or a
-        # mixture, as for single operators.
-        wanted: HiddenStates | None = None
-        if recipe.match and groups:
-            wanted = streams.dense_out or scratch(f"wanted-{index}", (streams.seen.samples, streams.seen.seqlen, skeleton.width))
-            if streams.dense is None:
-                run_layer(skeleton, index, streams.seen, calls, clock, output=wanted)
-
-        # The dense pass.
-        same = streams.pruned is None
-        in_dense_pass = set(range(len(groups))) if same and not recipe.error_correction else ({0} if same else set())
-        if streams.dense is not None and (groups or streams.dense_out is not None):
-            for number in in_dense_pass - {0}:
-                sums[number] = new_sums(number)
-            for number, source in told.items():
-                width = groups[number][0].columns if source == "inputs" else groups[number][0].rows
-                kept[number] = scratch(f"dense-{index}-{number}", (streams.dense.samples, streams.dense.seqlen, width))
-
-            def keep(number: int, start: int, values: Tensor) -> None:
-                with clock.phase("io"):
-                    kept[number].write(start, values)
-
-            def watch_dense(number: int, start: int, inputs: Tensor) -> None:
-                if number in in_dense_pass:
-                    add(number, start, inputs)
-                else:
-                    keep(number, start, inputs)
-
-            def dense_output(_: int, start: int, out: Tensor) -> None:
-                if not probe:
-                    probe.append(out)
-                store = streams.dense_out or wanted
-                if store is not None:
-                    with clock.phase("io"):
-                        store.write(start, out)
-
-            watched = [(number, group) for number, group in numbered if number in in_dense_pass or told.get(number) == "inputs"]
-            answering = [(number, groups[number][0]) for number, source in told.items() if source == "outputs"]
-            needed = dense_output if streams.dense_out is not None or groups else None
-            around = [] if residual is None else [residual.around_dense_pass]
-            run_layer(
-                skeleton,
-                index,
-                streams.dense,
-                calls,
-                clock,
-                groups=watched,
-                watch=watch_dense,
-                answering=answering,
-                answer=keep,
-                output=needed,
-                around=around,
-            )
+    with ExitStack() as loaded:
+        with clock.phase("io"):
+            module = loaded.enter_context(skeleton.layer(index))
+        walk = _Walk(skeleton, layout, index, recipe, streams, calls, scratch, clock)
+        if walk.dense_pass():
             passed()
         passed_after = sum(clock.seconds.values())
-        if wanted is not None and streams.dense is not None and streams.pruned is not None and recipe.dense_share < 1.0:
-            aim = scratch(f"aim-{index}", (wanted.samples, wanted.seqlen, skeleton.width))
-            run_layer(skeleton, index, streams.pruned, calls, clock, output=aim)
-            for start, stop in calls.batches(wanted.samples):
-                aim.write(start, torch.lerp(aim.read(start, stop).float(), wanted.read(start, stop).float(), recipe.dense_share))
-            if wanted is not streams.dense_out:
-                wanted.close()
-            wanted = aim
+        walk.set_aim()
 
         # Group after group, each on what the pruned operators before it leave.
-        last_passes = int(streams.pruned_out is not None and not recipe.match)
-        endings = endings_kept(layout, index, skeleton.device)
-        replay = Replay(index, module, groups, endings, last_passes, streams.seen, scratch) if recipe.error_correction else None
-        around = [part.around_pass for part in (replay, residual) if part is not None]
         weights: dict[str, Tensor] = {}
         operators: list[OperatorEntry] = []
         warnings: list[str] = []
-        for number, group in numbered:
+        for number, group in walk.groups:
             progress(_names(group), None)
-            if number not in sums or (number == 0 and 0 not in in_dense_pass):
-                # Without error correction all operators see the layer's own, unpruned inputs: one pass serves them all.
-                todo = [(number, group)] if recipe.error_correction else numbered[number:]
-                for other, _ in todo:
-                    if other not in sums:
-                        sums[other] = new_sums(other)
-                run_layer(skeleton, index, streams.seen, calls, clock, groups=todo, watch=add, around=around)
-            if number in kept:
-                kept.pop(number).close()
             entries, said = _prune_group(
-                skeleton, layout, index, number, recipe, sparsity, sums.pop(number), clock, inspect, importance, solver
+                skeleton, layout, index, number, recipe, sparsity, walk.sums_of(number), clock, inspect, importance, solver
             )
             release_memory()
             for operator in group:
@@ -245,19 +138,17 @@ def prune_layer(
                 weights[stored] = skeleton.result(stored, module.get_submodule(operator.name).weight.detach())  # type: ignore[operator]
             operators += entries
             warnings += said
-            if replay is not None:
-                replay.pruned(number)
-            worst = max((entry.relative_error or 0.0) for entry in entries)
-            progress(_names(group), worst)
+            walk.pruned(number)
+            progress(_names(group), max((entry.relative_error or 0.0) for entry in entries))
 
-        matched: dict[str, Any] | None = None
-        if wanted is not None:
+        matched: dict[str, Any] = {}
+        if walk.aim is not None:
             result = match_layer(
                 skeleton,
                 index,
-                groups,
+                layout.layers[index],
                 streams.seen,
-                wanted,
+                walk.aim,
                 calls,
                 clock,
                 steps=recipe.match,
@@ -265,22 +156,8 @@ def prune_layer(
                 metric=metric,
             )
             weights |= result.weights
-            matched = result.record
-            if wanted is not streams.dense_out:
-                wanted.close()
-
-        if residual is not None:
-            residual.close()
-
-        # What the pruned layer gives to the next one, and how far that is from what the dense layer gave.
-        error = None
-        if streams.pruned_out is not None:
-            last = [] if recipe.match or replay is None else [replay.around_pass]
-            run_layer(skeleton, index, streams.seen, calls, clock, output=streams.pruned_out, around=last)
-        if replay is not None:
-            replay.close()
-        if groups and probe and streams.dense is not None:
-            error = _output_error(skeleton, index, streams, calls, clock, probe[0])
+            matched = {"match": result.record}
+        error = walk.pass_on()
         entry = LayerEntry(
             index=index,
             name=f"{layout.prefix}.{index}",
@@ -291,45 +168,193 @@ def prune_layer(
             device=str(skeleton.device),
             warnings=warnings,
             passed_after=passed_after,
-            **({} if matched is None else {"match": matched}),
+            **matched,
         )
         return LayerResult(weights, entry)
-    finally:
-        loaded.__exit__(None, None, None)
 
 
-def _drifts(recipe: Recipe, streams: Streams, number: int) -> bool:
-    """Whether group ``number`` sees other inputs than in the dense model, and the target cares."""
-    if recipe.dense_share == 0.0 or streams.dense is None:
-        return False
-    return streams.pruned is not None or (number > 0 and recipe.error_correction)
+class _Walk:
+    """The passes through one loaded decoder layer while it is pruned, and what is kept from one of them to the next.
 
-
-def dense_windows(recipe: Recipe, layout: Layout, samples: int, seqlen: int, batch_size: int) -> int:
-    """How many of the calibration windows the dense model runs on beside the pruned one: whole batches.
-
-    With ``propagate=pruned`` it serves to measure drift only. Fewer tokens add to the noise of that ``n (1 / tokens - 1 / all tokens)``
-    for an operator of n inputs: they are so many that the widest one's stays below :data:`DRIFT_NOISE`. Block matching aims at the
-    dense model's outputs, window by window, and takes all.
+    Args: as of :func:`prune_layer`.
     """
-    if recipe.propagate == "dense" or recipe.match or not recipe.dense_share:
-        return samples
-    inputs = max((operator.columns for _, operator in layout.operators()), default=0)
-    windows = samples * inputs / (inputs + samples * seqlen * DRIFT_NOISE)
-    return min(samples, math.ceil(windows / batch_size) * batch_size)
 
+    def __init__(
+        self,
+        skeleton: Skeleton,
+        layout: Layout,
+        index: int,
+        recipe: Recipe,
+        streams: Streams,
+        calls: Calls,
+        scratch: Store,
+        clock: Clock,
+    ) -> None:
+        self._skeleton, self._index, self._recipe, self._streams = skeleton, index, recipe, streams
+        self._calls, self._scratch, self._clock = calls, scratch, clock
+        self._layer = skeleton.layers[index]
+        groups = layout.layers[index]
+        self.groups: list[tuple[int, Group]] = list(enumerate(groups))
+        same = streams.pruned is None
+        self._sources = {} if streams.dense is None else drift_sources(recipe, layout, index, same=same)
+        self._record: DenseRecord | None = None
+        self._residual: ResidualDrift | None = None
+        if streams.dense is not None:
+            self._record = DenseRecord(index, self._layer, groups, self._sources, streams.dense, scratch)
+            if recipe.corrects_drift:
+                self._residual = ResidualDrift(index, self._layer, layout.adding[index], groups, streams.dense, streams.seen, scratch)
+        self._replay: Replay | None = None
+        if recipe.error_correction:
+            last_passes = int(streams.pruned_out is not None and not recipe.match)
+            endings = endings_kept(layout, index, skeleton.device)
+            self._replay = Replay(index, self._layer, groups, endings, last_passes, streams.seen, scratch)
+        self._sums: dict[int, ProblemSums] = {}
+        self._first_out: Tensor | None = None  # of the dense layer: what the report's error is measured on
+        self.aim: HiddenStates | None = None
+        """Output hidden states that block matching aims at; None without it."""
+        if recipe.match and groups:
+            self.aim = streams.dense_out or self._store("wanted")
 
-def drift_from(recipe: Recipe, layout: Layout, index: int, number: int) -> DriftFrom:
-    """What the dense pass keeps of group ``number`` of layer ``index`` where its inputs drift: inputs, where operators share them."""
-    operator, *others = layout.layers[index][number]
-    corrected = recipe.corrects_drift and operator.name in layout.adding[index]
-    return "inputs" if others else cheapest_drift(operator.rows, operator.columns, corrected=corrected)
+    def dense_pass(self) -> bool:
+        """Run the dense layer, if the dense model is needed: once, for everything that is wanted of it; whether it was.
 
+        It gathers the sums of the groups whose inputs the pruned layer shares, records what tells the drift of the others, and
+        writes the dense hidden states for the next layer.
+        """
+        streams = self._streams
+        if streams.dense is None or not (self.groups or streams.dense_out is not None):
+            return False
+        record = self._record
+        assert record is not None
+        shared = [] if streams.pruned is not None else self.groups[:1] if self._recipe.error_correction else self.groups
+        for number, group in shared:
+            self._sums[number] = self._new_sums(number, group)
 
-def _unbiased(module: nn.Module, operator: Operator, outputs: Tensor) -> Tensor:
-    """(tokens, m) outputs of an operator less its bias."""
-    bias = module.get_submodule(operator.name).bias
-    return outputs if bias is None else outputs.float() - bias.float()  # type: ignore[operator]
+        def keep(number: int, start: int, values: Tensor) -> None:
+            with self._clock.phase("io"):
+                record.keep(number, start, values)
+
+        def watch(number: int, start: int, inputs: Tensor) -> None:
+            (self._add if number in self._sums else keep)(number, start, inputs)
+
+        def output(_: int, start: int, out: Tensor) -> None:
+            if self._first_out is None:
+                self._first_out = out
+            store = streams.dense_out or self.aim
+            if store is not None:
+                with self._clock.phase("io"):
+                    store.write(start, out)
+
+        self._run(
+            streams.dense,
+            groups=[(number, group) for number, group in self.groups if number in self._sums or record.wants(number)],
+            watch=watch,
+            answering=record.answering,
+            answer=keep,
+            output=output,
+            around=[] if self._residual is None else [self._residual.around_dense_pass],
+        )
+        return True
+
+    def set_aim(self) -> None:
+        """Make what block matching aims at of what the dense pass left there, nothing being pruned yet.
+
+        That is the dense model's output; with ``target=pruned`` the dense layer's on drifted inputs, or a mixture of both, as for
+        single operators.
+        """
+        if self.aim is None:
+            return
+        streams, share = self._streams, self._recipe.dense_share
+        if streams.dense is None:
+            self._run(streams.seen, output=self.aim)
+        elif streams.pruned is not None and share < 1.0:
+            mixed = self._store("aim")
+            self._run(streams.pruned, output=mixed)
+            for start, stop in self._calls.batches(mixed.samples):
+                mixed.write(start, torch.lerp(mixed.read(start, stop).float(), self.aim.read(start, stop).float(), share))
+            self._close_aim()
+            self.aim = mixed
+
+    def sums_of(self, number: int) -> ProblemSums:
+        """The sums of group ``number``, from a pass with the groups before it pruned; they are the caller's from now on.
+
+        Without error correction all operators see the layer's own, unpruned inputs: one pass serves them all.
+        """
+        if number not in self._sums:
+            todo = self.groups[number : number + 1] if self._recipe.error_correction else self.groups[number:]
+            for other, group in todo:
+                self._sums[other] = self._new_sums(other, group)
+            around = [part.around_pass for part in (self._replay, self._residual) if part is not None]
+            self._run(self._streams.seen, groups=todo, watch=self._add, around=around)
+        if self._record is not None:
+            self._record.close(number)
+        return self._sums.pop(number)
+
+    def pruned(self, number: int) -> None:
+        """The operators of group ``number`` have their final weights in the layer."""
+        if self._replay is not None:
+            self._replay.pruned(number)
+
+    def pass_on(self) -> float | None:
+        """Write what the pruned layer gives to the next one, and release what was kept.
+
+        Returns:
+            Squared difference of the pruned and the dense layer's output, as a share of what the dense layer adds; None where that was
+            not computed.
+        """
+        self._close_aim()
+        if self._residual is not None:
+            self._residual.close()
+        if self._streams.pruned_out is not None:
+            last = [] if self._recipe.match or self._replay is None else [self._replay.around_pass]
+            self._run(self._streams.seen, output=self._streams.pruned_out, around=last)
+        if self._replay is not None:
+            self._replay.close()
+        if not self.groups or self._first_out is None or self._streams.dense is None:
+            return None
+        return self._output_error(self._streams.dense, self._first_out)
+
+    def _run(self, inputs: HiddenStates, **what: Any) -> None:
+        run_layer(self._skeleton, self._index, inputs, self._calls, self._clock, **what)
+
+    def _store(self, name: str) -> HiddenStates:
+        """For output hidden states of all windows."""
+        seen = self._streams.seen
+        return self._scratch(f"{name}-{self._index}", (seen.samples, seen.seqlen, self._skeleton.width))
+
+    def _new_sums(self, number: int, group: Group) -> ProblemSums:
+        with self._clock.phase("gram"):
+            return ProblemSums(_stack(self._layer, group), drift_from=self._sources.get(number))
+
+    def _add(self, number: int, start: int, inputs: Tensor) -> None:
+        """Add the inputs of a batch of windows, (windows, seqlen, n), to the sums of group ``number``."""
+        stop = start + inputs.shape[0]
+        with self._clock.phase("gram"):
+            dense = drift = None
+            if self._record is not None:
+                dense = self._record.read(number, start, stop, inputs.device)
+            if dense is not None and self._residual is not None and number in self._residual:
+                drift = self._residual.drift(number, start, stop, inputs.device)
+            self._sums[number].add(inputs.reshape(-1, inputs.shape[-1]), dense, drift)
+
+    def _close_aim(self) -> None:
+        if self.aim is not None and self.aim is not self._streams.dense_out:
+            self.aim.close()
+
+    def _output_error(self, dense: HiddenStates, dense_out: Tensor) -> float:
+        """What :meth:`pass_on` returns, on the first batch, ``dense_out`` being the dense layer's output there.
+
+        The pass it needs is one of a batch with nothing watched; its time is kept apart (``plain``), so that the report can
+        say what capture costs beside it.
+        """
+        count = dense_out.shape[0]
+        seen = self._streams.seen.read(0, count).to(self._skeleton.device)
+        with self._clock.phase("plain"), torch.no_grad():
+            pruned_out = self._skeleton.run(self._index, seen, self._calls.by_size[count][self._index])
+        dense_in = dense.read(0, count).to(self._skeleton.device)
+        added = (dense_out.float() - dense_in.float()).square().sum(dtype=torch.float64)
+        wrong = (pruned_out.float() - dense_out.float()).square().sum(dtype=torch.float64)
+        return float(wrong) / max(float(added), 1e-300)
 
 
 def _names(group: Group) -> str:
@@ -374,7 +399,7 @@ def _prune_group(
         # Solvers that keep dense weights leave nothing to round: their error is known, and costs as much as a pass.
         known = unrounded and importance is None
         errors = [stats["relative_error"] for stats in solution.stats] if known else problem.relative_errors(solution.weight)
-        entries = _operator_entries(problem, solution, errors, group, number, [str(pattern) for pattern in patterns])
+        entries = operator_entries(problem, solution, errors, group, number, [str(pattern) for pattern in patterns])
     return entries, solution.warnings
 
 
@@ -401,63 +426,3 @@ def _store(skeleton: Skeleton, module: nn.Module, group: Group, names: Sequence[
         unrounded = unrounded and torch.equal(part, target.to(part.dtype))
         part.copy_(target)
     return unrounded
-
-
-def _operator_entries(
-    problem: LayerProblem, solution: Solution, errors: Sequence[float], group: Group, number: int, patterns: list[str]
-) -> list[OperatorEntry]:
-    spectrum, ranks, condition = _spectrum(problem)
-    entries = []
-    parts = solution.weight.split([operator.rows for operator in group])
-    dense_errors: Sequence[float | None] = problem.dense_errors() or [None] * len(group)
-    for operator, pattern, part, error, dense_error, stats in zip(
-        group, patterns, parts, errors, dense_errors, solution.stats, strict=True
-    ):
-        zeros = part.numel() - int(torch.count_nonzero(part))  # a sum of booleans would be one of int64
-        entries.append(
-            OperatorEntry(
-                name=operator.name,
-                shape=(operator.rows, operator.columns),
-                sparsity=pattern,
-                zeros=zeros,
-                density=1.0 - zeros / part.numel(),
-                relative_error=error,
-                dense_error=dense_error,
-                group=number,
-                steps=stats["steps"],
-                spectrum=spectrum,
-                spectrum_ranks=ranks,
-                condition=condition,
-            )
-        )
-    return entries
-
-
-def _spectrum(problem: LayerProblem) -> tuple[list[float] | None, list[int] | None, float | None]:
-    n = problem.shape[1]
-    if n > SPECTRUM_LIMIT:
-        return None, None, None
-    values = torch.linalg.eigvalsh(problem.gram).flip(0).clamp_min(0)
-    top = float(values[0])
-    if top <= 0:
-        return None, None, None
-    ranks = sorted({round(n ** (step / 31)) for step in range(32)})
-    shares = [float(values[rank - 1]) / top for rank in ranks]
-    return shares, ranks, top / max(float(problem.gram.diagonal().mean()), 1e-300)
-
-
-def _output_error(skeleton: Skeleton, index: int, streams: Streams, calls: Calls, clock: Clock, dense_out: Tensor) -> float:
-    """Squared difference of the pruned and the dense layer's output, as a share of what the dense layer adds.
-
-    The pass it needs is one of a batch with nothing watched; its time is kept apart (``plain``), so that the report can
-    say what capture costs beside it.
-    """
-    assert streams.dense is not None
-    count = dense_out.shape[0]
-    seen = streams.seen.read(0, count).to(skeleton.device)
-    with clock.phase("plain"), torch.no_grad():
-        pruned_out = skeleton.run(index, seen, calls.by_size[count][index])
-    dense_in = streams.dense.read(0, count).to(skeleton.device)
-    added = (dense_out.float() - dense_in.float()).square().sum(dtype=torch.float64)
-    wrong = (pruned_out.float() - dense_out.float()).square().sum(dtype=torch.float64)
-    return float(wrong) / max(float(added), 1e-300)

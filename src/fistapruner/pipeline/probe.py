@@ -15,7 +15,8 @@ from ..recipe import Recipe
 from ..solvers import solve
 from ..sparsity import Sparsity
 from .capture import Calls
-from .layer import Streams, dense_windows, prune_layer
+from .drift import dense_windows
+from .layer import Streams, prune_layer
 from .match import passes
 
 WORTH_A_PROBE = 2e10

@@ -9,7 +9,8 @@ from ..models.skeleton import Skeleton
 from ..problem import LayerProblem
 from ..recipe import Recipe
 from ..reporting.schema import LayerEntry
-from .layer import Solver, Streams, dense_windows
+from .drift import dense_windows
+from .layer import Solver, Streams
 from .work import Work
 
 

@@ -8,7 +8,7 @@ found by doing them once, small: a forward pass of one window, and the solve of 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
 from typing import NamedTuple
@@ -24,8 +24,8 @@ from ..models.skeleton import Call, Skeleton
 from ..problem import DriftFrom
 from ..recipe import Recipe
 from ..sparsity import Sparsity
+from .drift import dense_windows, drift_sources, kept_width
 from .footprint import peak_bytes, solve_bytes
-from .layer import dense_windows, drift_from
 from .parts import cut
 from .replay import endings_kept
 
@@ -123,7 +123,7 @@ class Sizes:
     weighted: bool
     cuda: bool
     dense_windows: Callable[..., int]
-    """Windows that the dense model runs on, by how many there are and how many are in a batch (:func:`~.layer.dense_windows`)."""
+    """Windows that the dense model runs on, by how many there are and how many are in a batch (:func:`~.drift.dense_windows`)."""
 
     @classmethod
     def measure(cls, skeleton: Skeleton, layout: Layout, recipe: Recipe, sparsity: Mapping[str, Sparsity], tokens: Tensor) -> Sizes:
@@ -146,11 +146,8 @@ class Sizes:
             backward = peak_bytes(lambda: _differentiate(skeleton, hidden, calls[0])) if differentiates(recipe) or recipe.match else 0
         index = max(range(len(skeleton)), key=layout.weights)  # where solving takes most
         groups = layout.layers[index]
-        drifting: Sequence[int] = ()
-        if recipe.dense_share > 0 and (recipe.error_correction or recipe.propagate == "pruned"):
-            drifting = range(recipe.propagate == "dense", len(groups))
-        told = {number: drift_from(recipe, layout, index, number) for number in drifting}
-        kept = [groups[number][0].columns if source == "inputs" else groups[number][0].rows for number, source in told.items()]
+        told = drift_sources(recipe, layout, index, same=recipe.propagate == "dense")
+        kept = [kept_width(groups[number], source) for number, source in told.items()]
         rows = tuple(
             _group_sizes(group, [sparsity[layout.full_name(index, operator)] for operator in group], recipe, told.get(number))
             for number, group in enumerate(groups)

@@ -1,0 +1,227 @@
+"""What the dense model tells of a decoder layer that sees drifted hidden states: how far what its operators read is off, and what they
+add to.
+
+*Inputs.* Targets that are the dense model's outputs (solvers.base: shares of them) ask, for every group of operators, for its inputs in
+the dense model or its outputs there. The dense pass keeps them until the group's own pass.
+
+*Residuals* (``residual: correct``). The output of ``o_proj`` and ``down_proj`` is added to the hidden states that pass through a decoder
+layer. What earlier pruning did to these is seen by every later layer, and the adding operator is where it can be taken back: its target
+becomes what the dense model has after the addition. A few tokens with massive activations would decide that target alone, so the
+drift of a token is cut to a length that is typical of the batch.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+
+import torch
+from torch import Tensor, nn
+
+from ..models.hidden import HiddenStates, Store
+from ..models.layout import Group, Layout, Operator
+from ..problem import DriftFrom, cheapest_drift
+from ..recipe import Recipe
+
+DRIFT_NOISE = 1 / 128
+"""Noise that measuring drift on a part of the calibration windows may add to it, in inputs / tokens (docs/quality.md)."""
+
+LONGEST = 1.5
+"""Longest drift of a token that is corrected, in units of the median over the tokens of a batch (docs/quality.md)."""
+
+
+def dense_windows(recipe: Recipe, layout: Layout, samples: int, seqlen: int, batch_size: int) -> int:
+    """How many of the calibration windows the dense model runs on beside the pruned one: whole batches.
+
+    With ``propagate=pruned`` it serves to measure drift only. Fewer tokens add to the noise of that ``n (1 / tokens - 1 / all tokens)``
+    for an operator of n inputs: they are so many that the widest one's stays below :data:`DRIFT_NOISE`. Block matching aims at the
+    dense model's outputs, window by window, and takes all.
+    """
+    if recipe.propagate == "dense" or recipe.match or not recipe.dense_share:
+        return samples
+    inputs = max((operator.columns for _, operator in layout.operators()), default=0)
+    windows = samples * inputs / (inputs + samples * seqlen * DRIFT_NOISE)
+    return min(samples, math.ceil(windows / batch_size) * batch_size)
+
+
+def drift_sources(recipe: Recipe, layout: Layout, index: int, *, same: bool) -> dict[int, DriftFrom]:
+    """What of the dense model tells the drift of the groups of layer ``index``: inputs, where operators share them, or the cheaper.
+
+    Args:
+        recipe: settings.
+        layout: the operators to prune.
+        index: which decoder layer.
+        same: it is fed what the dense model feeds it.
+
+    Returns:
+        By number, the groups whose inputs drift, if the target cares.
+    """
+    groups = layout.layers[index]
+    if not recipe.dense_share or (same and not recipe.error_correction):
+        return {}
+
+    def source(group: Group) -> DriftFrom:
+        operator, *others = group
+        corrected = recipe.corrects_drift and operator.name in layout.adding[index]
+        return "inputs" if others else cheapest_drift(operator.rows, operator.columns, corrected=corrected)
+
+    return {number: source(groups[number]) for number in range(int(same), len(groups))}
+
+
+def kept_width(group: Group, source: DriftFrom) -> int:
+    """Values a token that are kept of ``group``."""
+    return group[0].columns if source == "inputs" else group[0].rows
+
+
+class DenseRecord:
+    """What the dense pass of one decoder layer keeps of the groups whose inputs drift, until their own pass.
+
+    Args:
+        index: of the decoder layer; other workers keep theirs in the same folder.
+        layer: the loaded decoder layer.
+        groups: its pruned operators.
+        sources: :func:`drift_sources`.
+        dense: hidden states that enter the dense layer; perhaps of the first windows only.
+        store: where what is kept goes.
+    """
+
+    def __init__(
+        self, index: int, layer: nn.Module, groups: Sequence[Group], sources: Mapping[int, DriftFrom], dense: HiddenStates, store: Store
+    ) -> None:
+        self._layer = layer
+        self._operators = {number: groups[number][0] for number in sources}
+        self._sources = sources
+        self._kept = {
+            number: store(f"dense-{index}-{number}", (dense.samples, dense.seqlen, kept_width(groups[number], source)))
+            for number, source in sources.items()
+        }
+
+    def wants(self, number: int) -> bool:
+        """Whether it keeps the inputs of group ``number``."""
+        return self._sources.get(number) == "inputs"
+
+    @property
+    def answering(self) -> list[tuple[int, Operator]]:
+        """(group, operator) of the operators whose outputs it keeps."""
+        return [(number, operator) for number, operator in self._operators.items() if self._sources[number] == "outputs"]
+
+    def keep(self, number: int, start: int, values: Tensor) -> None:
+        """Store what passes of group ``number`` from window ``start`` on: (windows, seqlen, n or m)."""
+        self._kept[number].write(start, values)
+
+    def read(self, number: int, start: int, stop: int, device: torch.device) -> Tensor | None:
+        """(tokens, n) inputs or (tokens, m) outputs without bias of group ``number`` in windows ``start`` to ``stop``; None where nothing
+        drifts or the dense model did not see them."""
+        kept = self._kept.get(number)
+        if kept is None or start >= kept.samples:
+            return None
+        values = kept.read(start, stop).to(device).flatten(0, 1)
+        if self._sources[number] == "inputs":
+            return values
+        bias = self._layer.get_submodule(self._operators[number].name).bias
+        return values if bias is None else values.float() - bias.float()  # type: ignore[operator]
+
+    def close(self, number: int) -> None:
+        """Release what is kept of group ``number``."""
+        if number in self._kept:
+            self._kept.pop(number).close()
+
+
+class ResidualDrift:
+    """``S - S*`` for the adding operators of one decoder layer: what they add to in the dense model and in the pruned one.
+
+    The first of them adds to what enters the layer, the second to that and the first one's output. Known architectures have no third.
+
+    Args:
+        index: of the decoder layer; other workers keep theirs in the same folder.
+        layer: the loaded decoder layer.
+        adding: names of the operators whose output is added to the hidden states, in execution order.
+        groups: the pruned operators.
+        dense: hidden states that enter the dense layer; perhaps of the first windows only.
+        seen: hidden states that enter the pruned layer; the same object where nothing was pruned before.
+        store: where hidden states are kept.
+    """
+
+    def __init__(
+        self,
+        index: int,
+        layer: nn.Module,
+        adding: Sequence[str],
+        groups: Sequence[Group],
+        dense: HiddenStates,
+        seen: HiddenStates,
+        store: Store,
+    ) -> None:
+        self._dense = dense
+        self._seen = seen
+        alone = {group[0].name: number for number, group in enumerate(groups) if len(group) == 1}
+        first, second = (alone.get(name) for name in (*adding, "", "")[:2])
+        self._first = first if seen is not dense else None
+        self._second = second
+        self._kept: HiddenStates | None = None
+        if second is not None:
+            self._before = layer.get_submodule(adding[0])
+            # The dense model's hidden states, then their difference from the pruned model's.
+            self._kept = store(f"residual-{index}", (dense.samples, dense.seqlen, dense.width))
+        self._windows = 0
+
+    def __contains__(self, number: object) -> bool:
+        """Whether group ``number`` is an adding operator whose hidden states have drifted."""
+        return number is not None and number in (self._first, self._second)
+
+    def drift(self, number: int, start: int, stop: int, device: torch.device) -> Tensor:
+        """(tokens, width) ``S - S*`` of group ``number`` in windows ``start`` to ``stop``, long ones cut."""
+        if number == self._first:
+            drift = self._dense.read(start, stop).to(device, torch.float32, copy=True).sub_(self._seen.read(start, stop).to(device))
+        else:
+            assert self._kept is not None
+            drift = self._kept.read(start, stop).to(device, torch.float32, copy=True)
+        drift = drift.reshape(-1, drift.shape[-1])
+        length = drift.norm(dim=1, keepdim=True)
+        short = (LONGEST * length.median() / length.clamp_min(torch.finfo(torch.float32).tiny)).clamp_max(1.0)
+        return drift.mul_(short)
+
+    def around_dense_pass(self, batch: Callable[[], tuple[int, int]]) -> AbstractContextManager[None]:
+        """Keep what the second operator adds to in the dense pass inside; ``batch`` tells the windows at hand."""
+        return self._after_first(self._dense, batch, HiddenStates.write)
+
+    def around_pass(self, batch: Callable[[], tuple[int, int]]) -> AbstractContextManager[None]:
+        """Take the difference in the first pass inside in which the first operator answers: it does so for good then."""
+        if self._kept is None or self._windows == self._kept.samples:
+            return nullcontext()
+        return self._after_first(self._seen, batch, self._subtract)
+
+    def close(self) -> None:
+        """Release what is kept."""
+        if self._kept is not None:
+            self._kept.close()
+            self._kept = None
+
+    def _subtract(self, kept: HiddenStates, start: int, sums: Tensor) -> None:
+        stop = start + sums.shape[0]
+        kept.write(start, sums.neg_().add_(kept.read(start, stop).to(sums.device)))
+        self._windows += stop - start
+
+    @contextmanager
+    def _after_first(
+        self, inputs: HiddenStates, batch: Callable[[], tuple[int, int]], receive: Callable[[HiddenStates, int, Tensor], None]
+    ) -> Iterator[None]:
+        """Give ``receive`` what the second operator adds to: (store, first window, hidden states)."""
+        if self._kept is None:
+            yield
+            return
+        kept = self._kept
+
+        def after_forward(_: object, __: object, output: Tensor) -> None:
+            start, stop = batch()
+            if start >= kept.samples:
+                return
+            before = inputs.read(start, stop).to(output.device, torch.float32, copy=True)
+            receive(kept, start, before.add_(output.reshape(before.shape)))
+
+        handle = self._before.register_forward_hook(after_forward)
+        try:
+            yield
+        finally:
+            handle.remove()

@@ -1,0 +1,58 @@
+"""What the report says of solved operators."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+
+from ..models.layout import Group
+from ..problem import LayerProblem
+from ..reporting.schema import OperatorEntry
+from ..solvers.base import Solution
+
+SPECTRUM_LIMIT = 2048
+"""Largest number of inputs for which the Gram's eigenvalues are recorded; they cost O(n^3) and only feed the report."""
+
+
+def operator_entries(
+    problem: LayerProblem, solution: Solution, errors: Sequence[float], group: Group, number: int, patterns: list[str]
+) -> list[OperatorEntry]:
+    spectrum, ranks, condition = _spectrum(problem)
+    entries = []
+    parts = solution.weight.split([operator.rows for operator in group])
+    dense_errors: Sequence[float | None] = problem.dense_errors() or [None] * len(group)
+    for operator, pattern, part, error, dense_error, stats in zip(
+        group, patterns, parts, errors, dense_errors, solution.stats, strict=True
+    ):
+        zeros = part.numel() - int(torch.count_nonzero(part))  # a sum of booleans would be one of int64
+        entries.append(
+            OperatorEntry(
+                name=operator.name,
+                shape=(operator.rows, operator.columns),
+                sparsity=pattern,
+                zeros=zeros,
+                density=1.0 - zeros / part.numel(),
+                relative_error=error,
+                dense_error=dense_error,
+                group=number,
+                steps=stats["steps"],
+                spectrum=spectrum,
+                spectrum_ranks=ranks,
+                condition=condition,
+            )
+        )
+    return entries
+
+
+def _spectrum(problem: LayerProblem) -> tuple[list[float] | None, list[int] | None, float | None]:
+    n = problem.shape[1]
+    if n > SPECTRUM_LIMIT:
+        return None, None, None
+    values = torch.linalg.eigvalsh(problem.gram).flip(0).clamp_min(0)
+    top = float(values[0])
+    if top <= 0:
+        return None, None, None
+    ranks = sorted({round(n ** (step / 31)) for step in range(32)})
+    shares = [float(values[rank - 1]) / top for rank in ranks]
+    return shares, ranks, top / max(float(problem.gram.diagonal().mean()), 1e-300)
