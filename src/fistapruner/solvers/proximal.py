@@ -133,6 +133,8 @@ class Proximal(Method):
         # With the factors held in bf16 nothing is converted inside a product, which large Grams feel most.
         half = self.fast and has_bf16_units(z.device)
         factor, product = (torch.empty_like(z, dtype=torch.bfloat16) for _ in range(2)) if half else (z, z)
+        pull = pull.bfloat16() if half and pull is not None else pull
+        centre = dense if pull is None else torch.empty_like(z)
         parts = list(zip(threshold, z.split(tuple(rows)), sparse.split(tuple(rows)), strict=True))
         supports = [torch.empty_like(kept[::WATCHED], dtype=torch.bool) for _, _, kept in parts]
         rhos = [self.rho[0] * growth**level for level in range(self.levels)]
@@ -140,7 +142,11 @@ class Proximal(Method):
         with fast_products(self.fast):
             for level, rho in enumerate(rhos):
                 matrix = resolvent(rho)  # rho (H + rho I)^-1
-                centre = dense if pull is None else torch.addmm(dense, pull, matrix, alpha=2.0 / rho)
+                if pull is not None and half:
+                    shifted.copy_(torch.mm(pull, matrix.bfloat16(), out=product))
+                    torch.add(dense, shifted, alpha=2.0 / rho, out=centre)
+                elif pull is not None:
+                    torch.addmm(dense, pull, matrix, alpha=2.0 / rho, out=centre)
                 matrix.neg_().diagonal().add_(0.5)
                 matrix = matrix.bfloat16() if half else matrix
                 for step in range(self.steps):
