@@ -1,8 +1,8 @@
-"""What the dense model tells of a decoder layer that sees drifted hidden states: how far what its operators read is off, and what they
+"""What the dense model tells of a decoder layer that sees drifted hidden states: how far off its operators' inputs are, and what they
 add to.
 
-*Inputs.* Targets that are the dense model's outputs (solvers.base: shares of them) ask, for every group of operators, for its inputs in
-the dense model or its outputs there. The dense pass keeps them until the group's own pass.
+*Inputs.* A target that is, in part, the dense model's output (docs/methods.md) asks for what every group of operators reads in the dense
+model, or answers there. The layer's dense pass keeps it until the group's own pass.
 
 *Residuals* (``residual: correct``). The output of ``o_proj`` and ``down_proj`` is added to the hidden states that pass through a decoder
 layer. What earlier pruning did to these is seen by every later layer, and the adding operator is where it can be taken back: its target
