@@ -10,6 +10,7 @@ import tiny
 from fistapruner.cli import progress
 from fistapruner.pipeline.run import prune
 from fistapruner.pipeline.serial import Listener
+from fistapruner.reporting.schema import LayerEntry
 
 
 def test_every_long_pass_is_told(tmp_path: Path) -> None:
@@ -43,3 +44,20 @@ def test_it_is_said_at_intervals_and_not_at_the_end(capsys: pytest.CaptureFixtur
     assert capsys.readouterr().err.splitlines() == [f"decoder layers of model: {done} of 30" for done in (11, 21)]
     listener.tick("decoder layers of dense", 1, 2)
     assert capsys.readouterr().err == ""
+
+
+def test_a_layer_says_what_is_left(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    now = 100.0
+    monkeypatch.setattr(progress.time, "monotonic", lambda: now)
+    listener = progress.PlainListener()
+    listener.begin(33, 30)
+    for index in range(30, 33):
+        now += 4000.0
+        listener.layer(LayerEntry(index=index, name=f"layers.{index}", seconds={}, operators=[]))
+    lines = capsys.readouterr().err.splitlines()
+    assert lines[0] == "33 decoder layers, 30 of them already done"
+    assert [line.partition("; ")[2] for line in lines[1:]] == [
+        "2 layers and about 2 h 13 min left",
+        "1 layer and about 1 h 07 min left",
+        "",
+    ]

@@ -9,6 +9,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from ..pipeline.serial import Listener
+from ..reporting.numbers import duration
 from ..reporting.schema import LayerEntry
 
 EVERY = 20.0
@@ -29,7 +30,7 @@ def describe_layer(entry: LayerEntry) -> str:
         return f"layer {entry.index}: nothing to prune"
     worst, name = max(errors)
     mean = sum(error for error, _ in errors) / len(errors)
-    return f"layer {entry.index}: error {100 * mean:.2f} % (worst: {name} {100 * worst:.2f} %), {sum(entry.seconds.values()):.1f} s"
+    return f"layer {entry.index}: error {100 * mean:.2f} % (worst: {name} {100 * worst:.2f} %), {duration(sum(entry.seconds.values()))}"
 
 
 class _Saying(Listener):
@@ -67,7 +68,8 @@ class PlainListener(_Saying):
         self._done += 1
         self._left -= 1
         left = (time.monotonic() - self._begin) / self._done * self._left
-        self.say(f"{describe_layer(entry)}; {self._left} layers and about {left:.0f} s left")
+        to_go = f"; {self._left} layer{'s' * (self._left > 1)} and about {duration(left)} left" if self._left else ""
+        self.say(describe_layer(entry) + to_go)
 
 
 class LiveListener(_Saying):
