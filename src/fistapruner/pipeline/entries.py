@@ -18,6 +18,16 @@ SPECTRUM_LIMIT = 2048
 def operator_entries(
     problem: LayerProblem, solution: Solution, errors: Sequence[float], group: Group, number: int, patterns: list[str]
 ) -> list[OperatorEntry]:
+    """One entry for each operator of a group.
+
+    Args:
+        problem: as it was solved, not weighted.
+        solution: its weights as the checkpoint will hold them.
+        errors: relative error of each operator.
+        group: the operators.
+        number: of the group in its decoder layer.
+        patterns: sparsity of each operator, as it is written.
+    """
     spectrum, ranks, condition = _spectrum(problem)
     entries = []
     parts = solution.weight.split([operator.rows for operator in group])
