@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+import transformers
 from transformers import AutoModelForCausalLM
 
 import fistapruner as fp
@@ -197,3 +200,111 @@ class TestRefusals:
             fp.prune(str(tmp_path / "t5"), tmp_path / "run")
         with pytest.raises(fp.FistaPrunerError, match="mixture of experts in MixtralForCausalLM"):
             fp.prune(str(tmp_path / "mixtral"), tmp_path / "run")
+
+
+def test_code_that_comes_with_a_checkpoint_goes_with_the_pruned_one(tmp_path: Path) -> None:
+    folder = tiny.save("llama", tmp_path / "model")
+    (folder / "configuration_own.py").write_text(
+        "from transformers import LlamaConfig\n\nclass OwnConfig(LlamaConfig):\n    model_type = 'own_llama'\n"
+    )
+    (folder / "modeling_own.py").write_text(
+        "from transformers import LlamaForCausalLM\nfrom .configuration_own import OwnConfig\n\n"
+        "class OwnModel(LlamaForCausalLM):\n    config_class = OwnConfig\n"
+    )
+    config = json.loads((folder / "config.json").read_text())
+    code = {"AutoConfig": "configuration_own.OwnConfig", "AutoModelForCausalLM": "modeling_own.OwnModel"}
+    (folder / "config.json").write_text(json.dumps(config | {"model_type": "own_llama", "architectures": ["OwnModel"], "auto_map": code}))
+    settings = {"method": "magnitude", "calibration": SMALL, "evaluate": "python", "evaluate_windows": 2}
+    report = fp.prune(str(folder), tmp_path / "run", trust_remote_code=True, **settings)
+    assert report.evaluations
+    assert report.generations
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "run" / "model", trust_remote_code=True)
+    assert type(loaded).__name__ == "OwnModel"
+
+
+def test_a_changed_model_is_pruned_anew(tmp_path: Path) -> None:
+    folder, run = tiny.save("llama", tmp_path / "model"), tmp_path / "run"
+
+    def pruned() -> bytes:
+        fp.prune(str(folder), run, method="wanda", calibration=SMALL)
+        return (run / "model" / "model.safetensors").read_bytes()
+
+    first = pruned()
+    assert pruned() == first
+    tiny.save("llama", folder, seed=5)
+    second = pruned()
+    assert second != first
+    # The report is what tells a finished run: without it the checkpoint is made again, or kept where it is the run's own.
+    (run / "report.json").unlink()
+    assert pruned() == second
+
+
+def test_bad_input_is_refused_before_anything_is_generated_or_measured(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = str(tiny.save("llama", tmp_path / "model"))
+
+    def never(*_: object, **__: object) -> None:
+        raise AssertionError("long work has begun")
+
+    for name in ("calibration_tokens", "decide"):
+        monkeypatch.setattr(f"fistapruner.pipeline.prepare.{name}", never)
+    monkeypatch.setattr("fistapruner.pipeline.executors.find_spec", lambda _: None)
+    refused: list[tuple[dict[str, Any], str]] = [
+        ({"only_layers": (7, 9)}, "--only-layers 7-9: the model has the decoder layers 0-2"),
+        ({"evaluate": "python", "evaluate_windows": 0}, "windows 0 is out of range"),
+        ({"evaluate": "nowhere.txt"}, "'nowhere.txt' is neither a file nor a known data set"),
+        ({"execution": {"executor": "ray"}}, "--executor ray needs the package 'ray'"),
+        ({"execution": {"memory_limit": "1MiB"}}, "--memory-limit 0.00 GiB is not enough"),
+        ({"allocation": {"re:[": "40%"}}, "is not a regular expression"),
+        ({"calibration": {"source": "self", "seqlen": 4096}}, "seqlen 4096 is more than"),
+    ]
+    for settings, message in refused:
+        with pytest.raises(fp.FistaPrunerError, match=re.escape(message)):
+            fp.prune(folder, tmp_path / "run", **settings)
+
+
+def test_text_that_a_stopped_attempt_generated_is_not_generated_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder, run = str(tiny.save("llama", tmp_path / "model")), tmp_path / "run"
+    settings: dict[str, Any] = {"sparsity": "50%", "calibration": {"source": "self", "samples": 4, "seqlen": 32}}
+
+    def interrupted(*_: object, **__: object) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr("fistapruner.pipeline.prepare.decide", interrupted)
+        with pytest.raises(KeyboardInterrupt, match="give the same command again"):
+            fp.prune(folder, run, **settings)
+    assert not (run / "run.json").exists()
+    with monkeypatch.context() as patch:
+        patch.setattr("fistapruner.pipeline.prepare.calibration_tokens", interrupted)
+        report = fp.prune(folder, run, **settings)
+    other = fp.prune(folder, tmp_path / "other", **settings)
+    assert report.calibration == other.calibration
+    assert (run / "model" / "model.safetensors").read_bytes() == (tmp_path / "other" / "model" / "model.safetensors").read_bytes()
+
+
+def test_a_run_goes_on_from_another_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    tiny.save("llama", tmp_path / "model")
+    (tmp_path / "text.txt").write_text("the quick brown fox jumps over it. " * 60)
+    monkeypatch.chdir(tmp_path)
+    fp.prune("model", "run", method="magnitude", calibration=SMALL, evaluate="text.txt", only_layers=(0, 1))
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    report = fp.resume(tmp_path / "run")
+    assert report.status == "finished"
+    assert report.evaluations[0].perplexity is not None
+    again = fp.finish_run(tmp_path / "run")  # of a finished run: nothing that was measured goes away
+    assert again.evaluations == report.evaluations
+    assert again.totals.peak_memory == report.totals.peak_memory
+
+
+def test_layers_that_are_told_of_tokens_are_refused(tmp_path: Path) -> None:
+    if not hasattr(transformers, "Gemma4TextConfig"):
+        pytest.skip("this release of transformers has no Gemma 4")
+    own = {"head_dim": 8, "num_hidden_layers": 3, "sliding_window": 8, "hidden_size_per_layer_input": 16, "vocab_size_per_layer_input": 128}
+    config = transformers.Gemma4TextConfig(**{**tiny.GQA, **own})
+    transformers.AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path / "model")
+    tiny.tokenizer().save_pretrained(tmp_path / "model")
+    with pytest.raises(fp.FistaPrunerError, match=r"Gemma4ForCausalLM: decoder layer 0 is given .*token ids"):
+        fp.prune(str(tmp_path / "model"), tmp_path / "run", calibration=SMALL)
+    with pytest.raises(fp.FistaPrunerError, match="token ids"):
+        fp.evaluate(tmp_path / "model", "python", seqlen=32, windows=2)

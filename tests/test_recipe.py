@@ -1,4 +1,4 @@
-"""What a recipe settles before a run begins."""
+"""How recipes are read, and what they settle before a run begins."""
 
 from __future__ import annotations
 
@@ -6,7 +6,9 @@ from typing import Any
 
 import pytest
 
-from fistapruner import Recipe
+from fistapruner import FistaPrunerError, Recipe
+from fistapruner.recipe import merge, parse_bytes, parse_value
+from fistapruner.sparsity import NM
 
 PARALLEL = {"execution": {"executor": "process"}}
 
@@ -44,3 +46,31 @@ def test_who_goes_on_with_a_run_keeps_what_it_settled() -> None:
     earlier = Recipe().settled().model_dump(mode="json")
     assert Recipe.build(PARALLEL).settled(earlier=earlier).propagate == "pruned"
     assert Recipe.build({"target": "dense", **PARALLEL}).settled(earlier=earlier).dense_share == 1.0
+
+
+def test_patterns_and_dates_are_words_in_yaml() -> None:
+    assert Recipe.from_yaml("sparsity: 2:4").pattern == NM(2, 4)
+    values = {"2:4": "2:4", "1e-3": 0.001, "-5": -5, "3.5": 3.5, "1.": 1.0, "2024-13-45": "2024-13-45", "1_000": "1_000", "true": True}
+    assert {text: parse_value(text, "x") for text in values} == values
+    for text in ("'", "[1", "*a", "!!python/name:os.system x"):
+        with pytest.raises(FistaPrunerError, match="x is not valid YAML"):
+            parse_value(text, "x")
+
+
+def test_a_section_that_is_no_mapping_is_refused() -> None:
+    unsaid = {"calibration": {"source": None, "samples": None}}
+    assert merge({"calibration": {"source": "c4"}}, unsaid) == {"calibration": {"source": "c4"}}
+    for section, value in (("calibration", "c4"), ("execution", "process")):
+        with pytest.raises(FistaPrunerError, match=f"{section}: a mapping of settings is expected .got '{value}'"):
+            Recipe.build(merge({section: value}, {section: {"device": None}}))
+
+
+@pytest.mark.parametrize(("text", "size"), [("8GiB", 8 << 30), ("500MB", 500_000_000), ("1e9", 10**9), ("1.5k", 1500)])
+def test_sizes(text: str, size: int) -> None:
+    assert parse_bytes(text) == size
+
+
+@pytest.mark.parametrize("text", ["", "8 apples", "1e400", ".", "-1", "1.2.3"])
+def test_what_is_no_size(text: str) -> None:
+    with pytest.raises(ValueError, match="is not a size"):
+        parse_bytes(text)

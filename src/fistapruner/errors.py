@@ -33,5 +33,7 @@ def explain(error: Exception) -> str:
             value = item.get("input")
             shown = f" (got {value!r})" if isinstance(value, (str, int, float, bool, type(None))) else ""
             message = str(item["ctx"]["error"]) if item["type"] == "value_error" and "ctx" in item else item["msg"]
+            if item["type"] == "model_type":
+                message = "a mapping of settings is expected"
             parts.append(f"{where}: {message}{shown}" if where else message)
     return "; ".join(parts)

@@ -169,6 +169,13 @@ class Recipe(Settings):
             check_pattern(pattern)
         return value
 
+    @field_validator("allocation", mode="after")
+    @classmethod
+    def _allocation_patterns(cls, value: Any) -> Any:
+        for pattern in value if isinstance(value, dict) else ():
+            check_pattern(pattern)
+        return value
+
     @property
     def pattern(self) -> Sparsity:
         """The sparsity, parsed."""
@@ -245,12 +252,38 @@ class Recipe(Settings):
 
 
 class _PlainLoader(yaml.SafeLoader):
-    """YAML without aliases: a few nested ones stand for more text than any memory holds once a message prints them."""
+    """YAML without aliases, a few nested ones of which stand for more text than any memory holds once a message prints them; numbers
+    are those of YAML 1.2, so that ``2:4`` is a pattern and not 124 (base 60), and nothing is a date.
+    """
 
     def compose_node(self, parent: Any, index: Any) -> Any:
         if self.check_event(yaml.events.AliasEvent):
             raise yaml.YAMLError(f"aliases (*{self.peek_event().anchor}) are not read: write the value out")
         return super().compose_node(parent, index)
+
+
+_PlainLoader.yaml_implicit_resolvers = {
+    first: [(tag, pattern) for tag, pattern in resolvers if tag.rpartition(":")[2] not in ("int", "float", "timestamp")]
+    for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
+}
+_PlainLoader.add_implicit_resolver("tag:yaml.org,2002:int", re.compile(r"[-+]?[0-9]+$"), list("-+0123456789"))
+_PlainLoader.add_implicit_resolver(
+    "tag:yaml.org,2002:float",
+    re.compile(r"(?:[-+]?(?:\.[0-9]+|[0-9]+(?:\.[0-9]*)?)(?:[eE][-+]?[0-9]+)?|[-+]?\.(?:inf|Inf|INF)|\.(?:nan|NaN|NAN))$"),
+    list("-+.0123456789"),
+)
+
+
+def parse_value(text: str, origin: str) -> Any:
+    """Safe-load a YAML value.
+
+    Raises:
+        FistaPrunerError: the text is not YAML.
+    """
+    try:
+        return yaml.load(text, _PlainLoader)
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
+        raise FistaPrunerError(f"{origin} is not valid YAML: {' '.join(str(error).split())}") from None
 
 
 def parse_yaml(text: str, origin: str) -> dict[str, Any]:
@@ -259,10 +292,7 @@ def parse_yaml(text: str, origin: str) -> dict[str, Any]:
     Raises:
         FistaPrunerError: the text is not YAML or not a mapping.
     """
-    try:
-        settings = yaml.load(text, _PlainLoader)
-    except (yaml.YAMLError, ValueError, RecursionError) as error:
-        raise FistaPrunerError(f"{origin} is not valid YAML: {' '.join(str(error).split())}") from None
+    settings = parse_value(text, origin)
     if settings is None:
         return {}
     if not isinstance(settings, dict) or not all(isinstance(key, str) for key in settings):
@@ -301,10 +331,10 @@ def merge(base: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
     for key, value in changes.items():
         if value is None:
             continue
-        if isinstance(value, dict) and isinstance(merged.get(key), dict) and key in ("calibration", "execution"):
-            merged[key] = merge(merged[key], value)
-        elif isinstance(value, dict) and key in ("calibration", "execution"):
-            merged[key] = merge({}, value)
+        if isinstance(value, dict) and key in ("calibration", "execution"):
+            section = merged.get(key) or {}
+            # A section that is no mapping is left as it is, for the recipe to be refused by its name.
+            merged[key] = merge(section, value) if isinstance(section, dict) else section
         else:
             merged[key] = value
     return merged
@@ -336,7 +366,7 @@ def parse_bytes(text: str) -> int:
     Raises:
         ValueError: not a size.
     """
-    match = re.fullmatch(r"\s*([0-9.]+(?:e[0-9]+)?)\s*([kmgt]?)(i?)b?\s*", text.lower())
+    match = re.fullmatch(r"\s*([0-9]+\.?[0-9]*(?:e[0-9]{1,2})?)\s*([kmgt]?)(i?)b?\s*", text.lower())
     if not match:
         raise ValueError(f"{text!r} is not a size: write 8GiB, 500MB or a number of bytes")
     base = 1024 if match[3] or not match[2] else 1000

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gc
+import weakref
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers.cache_utils import DynamicLayer
 
 from fistapruner import FistaPrunerError
 from fistapruner.calibration import calibration_tokens
@@ -200,3 +203,21 @@ def test_generation_says_how_far_it_is() -> None:
     calibration_tokens(Calibration(source="self", samples=2), letters_tokenizer(), 32, lambda: tiny("llama"), said.append)
     assert len(said) == 9
     assert said[-1].startswith("generating calibration text: 58 of 64 tokens, about ")
+
+
+def test_keys_and_values_are_freed_with_their_batch(monkeypatch: pytest.MonkeyPatch) -> None:
+    alive: list[weakref.ref[Any]] = []
+    make = DynamicLayer.__init__
+
+    def made(layer: Any, *arguments: Any, **keywords: Any) -> None:
+        alive.append(weakref.ref(layer))
+        make(layer, *arguments, **keywords)
+
+    monkeypatch.setattr(DynamicLayer, "__init__", made)
+    gc.disable()
+    try:
+        generate_tokens(tiny("llama"), letters_tokenizer(), 2, 16)
+        assert alive
+        assert not any(layer() is not None for layer in alive)
+    finally:
+        gc.enable()

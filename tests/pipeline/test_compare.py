@@ -11,6 +11,7 @@ import pytest
 import tiny
 from fistapruner.cli import main
 from fistapruner.errors import FistaPrunerError
+from fistapruner.evaluation.data import cut_windows
 from fistapruner.pipeline import compare as module
 from fistapruner.pipeline.compare import compare, parse_contenders, run_name
 
@@ -39,6 +40,7 @@ def test_methods_and_their_settings() -> None:
         ("wanda,wanda", "same method twice"),
         ("wanda@target", "'target' is not a setting"),
         ("wanda@target=", "'target=' is not a setting"),
+        ("wanda@calibration=3,calibration.samples=4", "calibration is given whole and 'calibration.samples=4' beside it"),
     ],
 )
 def test_what_cannot_be_read_is_refused(text: str, message: str) -> None:
@@ -106,6 +108,49 @@ def test_one_protocol_and_going_on(tmp_path: Path, monkeypatch: pytest.MonkeyPat
         compare("another", methods, ["50%"], out, **named)
 
 
+def test_rows_of_one_table_share_text_and_calibration(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    source = str(tiny.save("llama", tmp_path / "model"))
+    for folder, sentence in (("a", "a brown fox jumps over it. "), ("b", "the dog is lazy and sleeps. ")):
+        (tmp_path / folder).mkdir()
+        (tmp_path / folder / "text.txt").write_text(sentence * 40)
+    one, other = str(tmp_path / "a" / "text.txt"), str(tmp_path / "b" / "text.txt")
+    out = tmp_path / "out"
+    first = compare(source, "magnitude", ["50%"], out, settings=SETTINGS, data=one, windows=999)
+    real, calls = module.prune, []
+    monkeypatch.setattr(module, "prune", lambda *a, **k: calls.append(a) or real(*a, **k))
+    again = compare(source, "magnitude", ["50%"], out, settings=SETTINGS, data=one, windows=999)
+    assert not calls
+    assert again.rows[0].gap == first.rows[0].gap
+    longer: dict[str, Any] = {"calibration": {**SETTINGS["calibration"], "seqlen": 64}}
+    more: dict[str, Any] = {"calibration": {**SETTINGS["calibration"], "samples": 4}}
+    for settings, data, windows, message in (
+        (SETTINGS, other, None, "is on other text"),  # a file of the same name
+        (SETTINGS, one, 2, "is on other text"),
+        (longer, one, None, "calibrated on 3 windows of 32 tokens"),
+        (more, one, None, "this comparison is on 4 windows of 32 tokens"),
+    ):
+        with pytest.raises(FistaPrunerError, match=message):
+            compare(source, "wanda", ["50%"], out, settings=settings, data=data, windows=windows)
+    for data, windows in (("nowhere.txt", None), (one, 0)):
+        with pytest.raises(FistaPrunerError, match=r"nowhere.txt|windows 0"):
+            compare(source, "wanda", ["50%"], tmp_path / "bad", settings=SETTINGS, data=data, windows=windows)
+    assert not calls
+    assert not (tmp_path / "bad").exists()
+    # All rows asked for anew on other text: measured again, none of the old figures stays.
+    anew = compare(source, "magnitude", ["50%"], out, settings=SETTINGS, data=other)
+    assert anew.dense is not None
+    assert anew.rows[0].perplexity is not None
+    assert anew.rows[0].perplexity.text_sha256 == anew.dense.text_sha256 != first.rows[0].perplexity.text_sha256  # type: ignore[union-attr]
+
+
+def test_a_cut_text_is_another_text() -> None:
+    """The same ids in windows of another length are other predictions."""
+    text = "the quick brown fox jumps over it. " * 40
+    short, long = (cut_windows(text, tiny.tokenizer(), seqlen, windows) for seqlen, windows in ((32, 4), (64, 2)))
+    assert short.tokens.flatten().equal(long.tokens.flatten())
+    assert short.sha256 != long.sha256
+
+
 def test_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     source = tiny.save("llama", tmp_path / "model")
     common = ["compare", str(source), "--calibration", "python", "--samples", "2", "--seqlen", "32", "--evaluate-windows", "2"]
@@ -118,3 +163,5 @@ def test_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Non
     assert "'nothing' is not known" in capsys.readouterr().err
     assert main([*common, "--out", str(tmp_path / "out3"), "--methods", "wanda", "--seeds", "a"]) == 2
     assert not (tmp_path / "out3").exists()
+    assert main([*common, "--out", str(tmp_path / "out4"), "--methods", "wanda", "--seed", "5"]) == 0
+    assert [row["seed"] for row in json.loads((tmp_path / "out4" / "compare.json").read_text())["rows"]] == [5]

@@ -1,6 +1,6 @@
 """Calibration data: texts, the windows of tokens drawn from them, and text the model writes itself."""
 
 from .text import adds_bos, read_documents
-from .windows import calibration_tokens
+from .windows import SELF, calibration_tokens
 
-__all__ = ["adds_bos", "calibration_tokens", "read_documents"]
+__all__ = ["SELF", "adds_bos", "calibration_tokens", "read_documents"]

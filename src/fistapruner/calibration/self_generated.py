@@ -10,7 +10,9 @@ from __future__ import annotations
 
 import inspect
 import math
+import weakref
 from collections.abc import Callable
+from contextlib import suppress
 from functools import partial
 from typing import Any
 
@@ -75,7 +77,10 @@ def batch_size(model: Any, length: int) -> int:
     """Texts of ``length`` tokens generated side by side: their keys and values take at most :data:`CACHE_BYTES`."""
     config = model.config.get_text_config()
     heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
-    width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    width = None
+    with suppress(RuntimeError):  # a config whose layers differ does not name one size for all
+        width = getattr(config, "head_dim", None)
+    width = width or config.hidden_size // config.num_attention_heads
     cached = 2 * config.num_hidden_layers * int(heads) * int(width) * length * model.dtype.itemsize
     return int(max(1, min(MAX_BATCH, CACHE_BYTES // max(cached, 1))))
 
@@ -113,7 +118,8 @@ def _sample(model: Any, vocabulary: _Vocabulary, count: int, length: int, random
     cache = DynamicCache(config=model.config)
     for layer in cache.layers:
         if type(layer) is DynamicLayer:
-            layer.update = partial(_update_in_place, layer, length)
+            # By proxy: a layer that held itself would keep its keys and values until the next full garbage collection.
+            layer.update = partial(_update_in_place, weakref.proxy(layer), length)
     # transformers renamed the argument on its way through version 5.
     keyword = "cache" if "cache" in inspect.signature(model.forward).parameters else "past_key_values"
     tokens = torch.empty(count, length, dtype=torch.int64)

@@ -92,7 +92,7 @@ class LiveListener(_Saying):
         self._errors: list[float] = []
 
     def say(self, message: str) -> None:
-        self._console.print(message, highlight=False)
+        self._console.print(message, highlight=False, markup=False)
 
     def begin(self, layers: int, done: int) -> None:
         self._bar.start()
@@ -107,7 +107,7 @@ class LiveListener(_Saying):
         self._errors += [operator.relative_error or 0.0 for operator in entry.operators]
         if self._task is not None:
             self._bar.advance(self._task)
-        self._console.print(describe_layer(entry), highlight=False)
+        self._console.print(describe_layer(entry), highlight=False, markup=False)
 
     def end(self) -> None:
         self._bar.stop()

@@ -55,11 +55,14 @@ def add_recipe_arguments(parser: argparse.ArgumentParser, *, single: bool = True
         group.add_argument("--sparsity", help="50%%, 0.5, 2:4, 4:8, ... (default: 50%%)")
         group.add_argument("--method", help="a method or a chain such as wanda+refit; see 'fistapruner methods'")
     group.add_argument(
-        "--calibration", metavar="SOURCE", help="self (the model's own text), python, a .txt/.jsonl/.parquet file, c4, wikitext2"
+        "--calibration",
+        metavar="SOURCE",
+        help="self (the model's own text), python, a .txt/.jsonl/.parquet file, c4, wikitext2 (default: self)",
     )
     group.add_argument("--samples", type=int, help="calibration windows (default: 128)")
     group.add_argument("--seqlen", type=int, help="tokens in a window (default: the model's maximum, at most 2048)")
-    group.add_argument("--seed", type=int, help="seed of everything random (default: 0)")
+    if single:
+        group.add_argument("--seed", type=int, help="seed of everything random (default: 0)")
     group.add_argument(
         "--propagate",
         choices=("auto", "dense", "pruned"),
@@ -141,12 +144,12 @@ def recipe_settings(arguments: argparse.Namespace) -> dict[str, Any]:
             "permutation": arguments.permutation,
             "match": arguments.match,
             "dtype": arguments.dtype,
-            "seed": arguments.seed,
+            "seed": getattr(arguments, "seed", None),
             "calibration": {
                 "source": arguments.calibration,
                 "samples": arguments.samples,
                 "seqlen": arguments.seqlen,
-                "seed": arguments.seed,
+                "seed": getattr(arguments, "seed", None),
             },
             "execution": {
                 "device": arguments.device,

@@ -74,8 +74,9 @@ class Windows:
 
     @property
     def sha256(self) -> str:
-        """Hash of the token ids: two evaluations with the same hash saw the same tokens."""
-        return hashlib.sha256(self.tokens.to(torch.int32).contiguous().numpy().tobytes()).hexdigest()
+        """Hash of the token ids and of how they are cut: two evaluations with the same hash saw the same windows."""
+        shape = "x".join(map(str, self.tokens.shape)).encode()
+        return hashlib.sha256(shape + self.tokens.to(torch.int32).contiguous().numpy().tobytes()).hexdigest()
 
 
 def load_windows(data: str, tokenizer: Any, seqlen: int, windows: int | None = None, bos: str = "auto") -> Windows:

@@ -9,6 +9,7 @@ sizes fit are exchanged on a small forward pass, and a link is what leaves its o
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -94,7 +95,10 @@ def reordered(skeleton: Skeleton, index: int, link: Link, order: Tensor) -> dict
 def _head_sizes(config: Any) -> set[int]:
     """Channels of an attention head, as far as the config tells."""
     heads = getattr(config, "num_attention_heads", None) or 1
-    sizes = {getattr(config, "head_dim", None), getattr(config, "v_head_dim", None), config.hidden_size // heads}
+    sizes = {config.hidden_size // heads}
+    for name in ("head_dim", "v_head_dim"):
+        with suppress(RuntimeError):  # a config whose layers differ does not name one size for all
+            sizes.add(getattr(config, name, None))
     return {size for size in sizes if isinstance(size, int) and size > 0}
 
 

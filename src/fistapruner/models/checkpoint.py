@@ -55,7 +55,7 @@ class Checkpoint:
         index: the index file's name, None for a single file.
         orders: tensors that are read with the entries of a dimension in another order (:mod:`.channels`); none at first.
         companions: names of the files that belong to the model and are no weights: tokenizer, generation settings, chat
-            templates, licence; not ``config.json``, and no Python code.
+            templates, licence, the Python code that ``auto_map`` in the config refers to; not ``config.json``.
     """
 
     def __init__(self, folder: Path, config: dict[str, Any], files: dict[str, WeightFile], index: str | None) -> None:
@@ -63,7 +63,7 @@ class Checkpoint:
         self.config = config
         self.files = files
         self.index = index
-        self.companions = _companions(folder)
+        self.companions = _companions(folder, code="auto_map" in config)
         self.orders: Orders = {}
         self._places = {name: shard for shard, file in files.items() for name in file.entries}
 
@@ -224,11 +224,13 @@ def read_json(folder: Path, name: str) -> dict[str, Any]:
     return value
 
 
-def _companions(folder: Path) -> list[str]:
-    """Files that go with the weights. A model card is none of them: it describes the model before pruning."""
+def _companions(folder: Path, *, code: bool) -> list[str]:
+    """Files that go with the weights, Python ones with ``code``. A model card is none of them: it describes the model before pruning."""
     names = []
     for path in sorted(folder.iterdir()):
-        wanted = path.suffix.lower() in COMPANION_SUFFIXES or path.name.lower().startswith(COMPANION_NAMES)
+        wanted = (
+            (code and path.suffix == ".py") or path.suffix.lower() in COMPANION_SUFFIXES or path.name.lower().startswith(COMPANION_NAMES)
+        )
         if wanted and path.name not in NOT_COMPANIONS and path.is_file():
             names.append(inside(folder, path.name).name)
     templates = folder / "additional_chat_templates"

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from ..atomic import PARTIAL, copy_atomic, disk_errors, require_space, sha256_file, sync_folder, write_json_atomic, write_text_atomic
 from ..errors import FistaPrunerError
-from .checkpoint import INDEX, Checkpoint, WeightFile, inside, read_json
+from .checkpoint import INDEX, Checkpoint, WeightFile, read_json
 from .safetensors_file import SafetensorsWriter, TensorEntry
 
 RECORD = ".written.json"
@@ -29,7 +29,6 @@ def write_checkpoint(
     replacement: Callable[[str], Tensor | None],
     *,
     identity: str = "",
-    copy_code: bool = False,
     documents: Mapping[str, str] | None = None,
 ) -> dict[str, str]:
     """Write ``source`` to the folder ``out`` with some tensors replaced.
@@ -44,7 +43,6 @@ def write_checkpoint(
             None to pass the source's tensor through untouched.
         identity: what decides the replaced tensors (a recipe's fingerprint). Shards of a killed attempt are kept only
             if they were written under the same identity from the same source.
-        copy_code: copy the folder's Python files too (a checkpoint that needs ``trust_remote_code``).
         documents: more text files by name, such as a model card; they replace the source's.
 
     Returns:
@@ -66,7 +64,7 @@ def write_checkpoint(
     written: dict[str, str] = {}
     for shard, new in names.items():
         written[new] = sums[new] or _write_shard(partial, new, source.files[shard], replacement, identity)
-    files = set(written) | _write_companions(source, partial, copy_code)
+    files = set(written) | _write_companions(source, partial)
     for name, text in (documents or {}).items():
         write_text_atomic(partial / name, text)
         files.add(name)
@@ -137,12 +135,9 @@ def _safetensors_name(shard: str) -> str:
     return shard.removesuffix(".bin").removeprefix("pytorch_") + ".safetensors"
 
 
-def _write_companions(source: Checkpoint, partial: Path, copy_code: bool) -> set[str]:
+def _write_companions(source: Checkpoint, partial: Path) -> set[str]:
     """Copy everything that is not weights; the names of the files at the top of the folder."""
-    names = list(source.companions)
-    if copy_code:
-        names += [inside(source.folder, path.name).name for path in sorted(source.folder.glob("*.py"))]
-    for name in names:
+    for name in source.companions:
         with disk_errors(partial / name):
             (partial / name).parent.mkdir(exist_ok=True)
         copy_atomic(source.folder / name, partial / name)
@@ -152,4 +147,4 @@ def _write_companions(source: Checkpoint, partial: Path, copy_code: bool) -> set
         write_json_atomic(partial / "config.json", config)
     else:
         copy_atomic(source.folder / "config.json", partial / "config.json")
-    return {name for name in names if "/" not in name} | {"config.json"}
+    return {name for name in source.companions if "/" not in name} | {"config.json"}

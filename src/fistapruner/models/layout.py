@@ -141,6 +141,7 @@ def discover(skeleton: Skeleton) -> Layout:
     tokens = torch.arange(16).remainder(int(skeleton.config.get_text_config().vocab_size)).unsqueeze(0)
     skeleton.learn_return_type(tokens)
     with skeleton.ends(head=False):
+        skeleton.check_calls()
         hidden, calls = skeleton.embed(tokens)
     known: dict[tuple[tuple[str, tuple[int, ...]], ...], tuple[tuple[Group, ...], tuple[str, ...], Mapping[str, Ending]]] = {}
     found = []

@@ -152,8 +152,26 @@ class Skeleton:
             raise FistaPrunerError(f"{type(self.model).__name__}: {len(calls)} of {len(self.layers)} decoder layers run in a forward pass")
         return first[0], calls
 
+    def check_calls(self) -> None:
+        """Make sure that beside hidden states decoder layers are given nothing that depends on the token ids. Needs :meth:`ends`.
+
+        Raises:
+            FistaPrunerError: they are (Gemma 4's embeddings of every layer), or hand something on to each other (shared keys).
+        """
+        first, second = (self.embed(torch.full((1, 4), token))[1] for token in (0, 1))
+        for index, (call, other) in enumerate(zip(first, second, strict=True)):
+            for name, value, again in [
+                *zip(range(len(call[0])), call[0], other[0], strict=True),
+                *((k, call[1][k], other[1][k]) for k in call[1]),
+            ]:
+                if not _same(value, again):
+                    raise FistaPrunerError(
+                        f"{type(self.model).__name__}: decoder layer {index} is given {name!r}, which depends on the token ids or on other "
+                        "layers: this architecture is not supported"
+                    )
+
     def calls(self, batch: int, seqlen: int) -> list[Call]:
-        """How every decoder layer is called for a batch of full windows; the token ids make no difference.
+        """How every decoder layer is called for a batch of full windows; the token ids make no difference (:meth:`check_calls`).
 
         Needs :meth:`ends`.
         """
@@ -253,9 +271,11 @@ class Skeleton:
         for index, layer in enumerate(self.layers):
             for name, parameter in layer.named_parameters():
                 if parameter.ndim > 2:
+                    convolves = isinstance(layer.get_submodule(name.rpartition(".")[0]), nn.Conv1d)
+                    what = "a convolution" if convolves else "a fused mixture of experts"
                     raise FistaPrunerError(
-                        f"{self.layers_name}.{index}.{name} is a fused {parameter.ndim}-dimensional weight {tuple(parameter.shape)} "
-                        f"(mixture of experts in {type(self.model).__name__}): this architecture is not supported"
+                        f"{self.layers_name}.{index}.{name} is a {parameter.ndim}-dimensional weight {tuple(parameter.shape)} ({what} "
+                        f"in {type(self.model).__name__}): this architecture is not supported"
                     )
 
     def _map_names(self) -> dict[str, str]:
@@ -313,6 +333,8 @@ def _build(checkpoint: Checkpoint, trust_remote_code: bool) -> Any:
     if getattr(config, "is_encoder_decoder", False):
         raise FistaPrunerError(f"{folder}: {config.model_type} is an encoder-decoder; only decoder-only language models are pruned")
     if getattr(config, "quantization_config", None):
+        if "fistapruner" in str(config.quantization_config):
+            raise FistaPrunerError(f"{folder} is a packed checkpoint: make it an ordinary one first, with fistapruner unpack {folder} OUT")
         raise FistaPrunerError(f"{folder}: the checkpoint is quantised ({config.quantization_config}); prune the unquantised one")
     try:
         with no_init_weights(), init_empty_weights(include_buffers=False):
@@ -333,6 +355,17 @@ def _find_layers(model: nn.Module) -> tuple[str, list[nn.Module]]:
     if not best[2]:
         raise FistaPrunerError(f"{type(model).__name__}: no list of decoder layers found in this architecture")
     return best[1], best[2]
+
+
+def _same(value: Any, again: Any) -> bool:
+    """Whether two passes gave a layer the same; an empty dictionary, which layers are to fill, is never the same."""
+    if isinstance(value, Tensor):
+        return torch.equal(value, again)
+    if isinstance(value, (tuple, list)):
+        return len(value) == len(again) and all(map(_same, value, again))
+    if isinstance(value, dict):
+        return bool(value) and value.keys() == again.keys() and all(_same(value[key], again[key]) for key in value)
+    return True
 
 
 def _split_hidden(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Tensor, tuple[Any, ...], dict[str, Any]]:

@@ -2,12 +2,49 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 from typing import Any
 
+import psutil
 import torch
 
+from ..errors import FistaPrunerError
 from ..numerics import pass_dtype
+from .checkpoint import Checkpoint
+
+ROOM = 0.75
+"""Share of the free memory that a whole model may take: its passes need some, too."""
+
+
+def whole_fits(checkpoint: Checkpoint, device: torch.device, limit: int | None = None) -> bool:
+    """Whether a model can be loaded whole, into :data:`ROOM` of the device's free memory and of ``limit`` bytes."""
+    free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else min(psutil.virtual_memory().available, limit or sys.maxsize)
+    return whole_bytes(checkpoint, device) <= ROOM * free
+
+
+def whole_bytes(checkpoint: Checkpoint, device: torch.device) -> int:
+    """Bytes of a model's weights once loaded."""
+    return checkpoint.nbytes * pass_dtype(checkpoint.dtype, device).itemsize // checkpoint.dtype.itemsize
+
+
+def require_whole(checkpoint: Checkpoint, device: torch.device, limit: int | None, purpose: str) -> None:
+    """Refuse to load a model that does not fit.
+
+    Args:
+        checkpoint: of the model.
+        device: where it would run.
+        limit: bytes that the process may use on the host; None is what is free.
+        purpose: what needs it, for the message.
+
+    Raises:
+        FistaPrunerError: names the purpose, the bytes and the way out.
+    """
+    if not whole_fits(checkpoint, device, limit):
+        raise FistaPrunerError(
+            f"{purpose} needs the whole model on {device}, {whole_bytes(checkpoint, device) / 2**30:.2f} GiB, which is more than "
+            f"{ROOM:.0%} of the memory that is free there: take text instead, such as --calibration c4, python or a file"
+        )
 
 
 def load_whole(folder: Path, device: torch.device, dtype: torch.dtype | None = None, *, trust_remote_code: bool = False) -> Any:

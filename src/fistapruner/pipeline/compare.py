@@ -21,22 +21,26 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import yaml
 from torch import Tensor
 
 from ..atomic import disk_errors, write_json_atomic, write_text_atomic
 from ..errors import FistaPrunerError, MissingExtraError
+from ..evaluation.data import Windows, load_windows
 from ..evaluation.evaluate import evaluate as run_evaluation
-from ..evaluation.results import Perplexity
-from ..recipe import Recipe, load_recipe_settings, merge, shipped_recipes
+from ..evaluation.results import Evaluation, Perplexity
+from ..models.source import resolve_model
+from ..models.tokenizer import load_tokenizer
+from ..numerics import dtype_name
+from ..recipe import Calibration, Recipe, load_recipe_settings, merge, parse_value, shipped_recipes
 from ..reporting.comparison import comparison_markdown
 from ..reporting.schema import CompareRow, Comparison, Report, parse, read_json
 from ..reporting.write import write_page
 from .journal import RunDirectory
 from .machine import describe_machine, now, versions
+from .prepare import window_length
 from .run import prune
 from .serial import Listener
-from .work import choose_device
+from .work import choose_device, open_skeleton
 
 
 @dataclass(frozen=True)
@@ -95,13 +99,12 @@ def _nested(settings: Sequence[str], label: str) -> dict[str, Any]:
         key, equals, value = setting.partition("=")
         if not equals or not key or not value:
             raise FistaPrunerError(f"--methods {label}: {setting!r} is not a setting such as target=0.5")
-        try:
-            parsed = yaml.safe_load(value)
-        except yaml.YAMLError:
-            raise FistaPrunerError(f"--methods {label}: the value of {setting!r} cannot be read") from None
+        parsed = parse_value(value, f"--methods {label}: the value of {setting!r}")
         section, dot, inner = key.partition(".")
+        if dot and not isinstance(result.setdefault(section, {}), dict):
+            raise FistaPrunerError(f"--methods {label}: {section} is given whole and {setting!r} beside it: write one of the two")
         if dot:
-            result.setdefault(section, {})[inner] = parsed
+            result[section][inner] = parsed
         else:
             result[section] = value if key in ("sparsity", "method") else parsed
     return result
@@ -132,7 +135,8 @@ def compare(
         out: folder of the comparison; one that was begun is continued, and rows it has beside those asked for now stay.
         seeds: each draws its own calibration windows; every method sees the same ones.
         settings: recipe settings that all share.
-        data: text to evaluate on, as :func:`fistapruner.evaluate` takes it.
+        data: text to evaluate on, as :func:`fistapruner.evaluate` takes it, in windows as long as the first method's
+            calibration windows.
         windows: only its first so many windows.
         keep: keep the pruned checkpoints.
         allow_pickle: read legacy ``.bin`` weights.
@@ -159,7 +163,18 @@ def compare(
     if not jobs:
         raise FistaPrunerError("nothing to compare: name methods, sparsities and seeds")
     first = jobs[0][2]
-    earlier = _earlier(folder, model, {(contender.label, str(recipe.sparsity), seed) for contender, seed, recipe in jobs})
+    asked = {(contender.label, str(recipe.sparsity), seed) for contender, seed, recipe in jobs}
+    before = _before(folder, model)
+    trust: dict[str, Any] = {"allow_pickle": allow_pickle, "trust_remote_code": trust_remote_code}
+    source = resolve_model(model, **trust)
+    skeleton = open_skeleton(source, first, **trust)
+    tokenizer = load_tokenizer(source, trust_remote_code=trust_remote_code)
+    text = load_windows(data, tokenizer, window_length(first, skeleton), windows)
+    calibration = Recipe.build({"calibration": dict(settings or {}).get("calibration") or {}}).calibration
+    protocol = _Protocol(text, dtype_name(skeleton.dtype), calibration)
+    earlier = [row for row in before if (row.label, row.sparsity, row.seed) not in asked]
+    for row in before:
+        protocol.check(row, folder, kept=row in earlier)
     with disk_errors(folder):
         (folder / "runs").mkdir(parents=True, exist_ok=True)
     comparison = Comparison(
@@ -169,9 +184,16 @@ def compare(
         machine=describe_machine(choose_device(first.execution.device)),
         rows=earlier,
     )
-    trust: dict[str, Any] = {"allow_pickle": allow_pickle, "trust_remote_code": trust_remote_code}
-    place = {"device": first.execution.device, "dtype": first.dtype}
-    evaluation: dict[str, Any] = {"windows": windows, "tick": listener.tick, **place, **trust}
+
+    def evaluated(checkpoint: Path) -> Evaluation:
+        return run_evaluation(checkpoint, text, device=first.execution.device, dtype=first.dtype, tick=listener.tick, **trust)
+
+    comparison.dense = _dense(folder / "dense.json", protocol)
+    if comparison.dense is None:
+        listener.say(f"evaluating the dense model on {data}")
+        comparison.dense = evaluated(source).perplexity
+        assert comparison.dense is not None
+        write_json_atomic(folder / "dense.json", comparison.dense.__dict__)
     calibrated: dict[str, tuple[Tensor, dict[str, Any]]] = {}
     for number, (contender, seed, recipe) in enumerate(jobs, 1):
         listener.say(f"{number}/{len(jobs)}: {contender.label}, {recipe.sparsity}, seed {seed}")
@@ -184,21 +206,19 @@ def compare(
             settings=recipe.model_dump(mode="json", exclude={"execution"}),
         )
         try:
-            report = _measured(run, recipe, data, windows)
+            report = _measured(run, recipe, protocol)
             if report is None:
                 key = recipe.calibration.model_dump_json()
                 report = prune(model, run.folder, recipe=recipe, listener=listener, tokens=calibrated.get(key), **trust)
                 assert report.calibration is not None
                 calibrated.setdefault(key, (run.tokens(), report.calibration.model_dump()))
                 listener.say(f"evaluating on {data}")
-                report.evaluations.append(run_evaluation(run.model, data, seqlen=report.calibration.seqlen, **evaluation))
+                report.evaluations.append(evaluated(run.model))
                 write_json_atomic(run.report_file, report.model_dump(mode="json"))
             if not keep:
                 _delete_weights(run)
-            _adopt(comparison, report)
-            if comparison.dense is None:
-                comparison.dense = _dense(folder, run, report, data, evaluation, listener)
-            row = _filled(row, report, comparison.dense)
+            _adopt(comparison, report, protocol)
+            row = _filled(row, report, protocol, comparison.dense)
         except FistaPrunerError as error:
             row.error = str(error)
             listener.say(f"{contender.label}: {error}")
@@ -220,8 +240,55 @@ def run_name(label: str, sparsity: str, seed: int) -> str:
     return f"{plain}-seed{seed}-{hashlib.sha256(f'{label} {sparsity}'.encode()).hexdigest()[:6]}"
 
 
-def _earlier(folder: Path, model: str, now: set[tuple[str | None, str, int]]) -> list[CompareRow]:
-    """Rows of the comparison that ``folder`` already holds, but those that are asked for now."""
+@dataclass(frozen=True)
+class _Protocol:
+    """What all rows of a comparison share.
+
+    Args:
+        text: the windows that all models are evaluated on.
+        dtype: precision of their passes.
+        calibration: where calibration windows come from, but for their seed; a method may have settings of its own.
+    """
+
+    text: Windows
+    dtype: str
+    calibration: Calibration
+
+    def covers(self, perplexity: Perplexity | None) -> bool:
+        """Whether a figure was measured so."""
+        return perplexity is not None and (perplexity.text_sha256, perplexity.dtype) == (self.text.sha256, self.dtype)
+
+    def shares(self, calibration: Calibration) -> bool:
+        """Whether a run with these settings was calibrated as all are that have none of their own."""
+        return calibration.model_copy(update={"seed": self.calibration.seed}) == self.calibration
+
+    def check(self, row: CompareRow, folder: Path, *, kept: bool) -> None:
+        """Refuse a row of an earlier comparison in ``folder`` that may not stand in one table with this one's.
+
+        Raises:
+            FistaPrunerError: it was calibrated otherwise, or (where it is ``kept`` as it is) measured on other windows.
+        """
+        where, which = f"--out {folder} holds the row {row.label}, {row.sparsity}, seed {row.seed}", "name another folder"
+        if "calibration" in row.settings and "calibration." not in (row.label or ""):
+            calibration = Recipe.build({"calibration": row.settings["calibration"]}, str(folder / "compare.json")).calibration
+            if not self.shares(calibration):
+                raise FistaPrunerError(
+                    f"{where}, calibrated on {_said(calibration)}, this comparison is on {_said(self.calibration)}: {which}"
+                )
+        if kept and row.perplexity is not None and not self.covers(row.perplexity):
+            was, text = row.perplexity, self.text
+            raise FistaPrunerError(
+                f"{where}, measured on {was.windows} windows of {was.seqlen} tokens of {was.data} in {was.dtype}; this comparison is on "
+                f"other text ({len(text.tokens)} windows of {text.seqlen} tokens of {text.data} in {self.dtype}): {which}"
+            )
+
+
+def _said(calibration: Calibration) -> str:
+    return f"{calibration.samples} windows of {calibration.seqlen or 'the longest'} tokens from {calibration.source}"
+
+
+def _before(folder: Path, model: str) -> list[CompareRow]:
+    """Rows of the comparison that ``folder`` already holds."""
     if folder.exists() and not folder.is_dir():
         raise FistaPrunerError(f"--out {folder} is a file; name a folder")
     file = folder / "compare.json"
@@ -231,53 +298,38 @@ def _earlier(folder: Path, model: str, now: set[tuple[str | None, str, int]]) ->
             raise FistaPrunerError(
                 f"--out {folder} holds a comparison of {before.model.source!r}, this one is of {model!r}: name another folder"
             )
-        return [row for row in before.rows if (row.label, row.sparsity, row.seed) not in now]
+        return before.rows
     if folder.is_dir() and any(entry.name not in ("runs", "dense.json") for entry in folder.iterdir()):
         raise FistaPrunerError(f"--out {folder} is a folder with other things in it; name a new folder")
     return []
 
 
-def _measured(run: RunDirectory, recipe: Recipe, data: str, windows: int | None) -> Report | None:
+def _measured(run: RunDirectory, recipe: Recipe, protocol: _Protocol) -> Report | None:
     """The report of a run that was pruned with these settings and measured on this text."""
     if not run.report_file.is_file():
         return None
     report = parse(Report, read_json(run.report_file), str(run.report_file))
     same = Recipe.build(report.recipe).fingerprint() == recipe.fingerprint()
-    return report if same and report.status == "finished" and _perplexity(report, data, windows) is not None else None
+    return report if same and report.status == "finished" and _perplexity(report, protocol) is not None else None
 
 
-def _perplexity(report: Report, data: str, windows: int | None) -> Perplexity | None:
-    for evaluation in report.evaluations:
-        found = evaluation.perplexity
-        if found is not None and found.data in (data, Path(data).name) and windows in (None, found.windows):
-            return found
-    return None
+def _perplexity(report: Report, protocol: _Protocol) -> Perplexity | None:
+    found = (evaluation.perplexity for evaluation in report.evaluations)
+    return next((perplexity for perplexity in found if protocol.covers(perplexity)), None)
 
 
-def _dense(folder: Path, run: RunDirectory, report: Report, data: str, evaluation: dict[str, Any], listener: Listener) -> Perplexity:
-    """The dense model's perplexity on the same tokens, measured once for a comparison."""
-    pruned = _perplexity(report, data, evaluation["windows"])
-    file = folder / "dense.json"
-    if file.is_file():
-        stored = Perplexity(**read_json(file))
-        if pruned is not None and (stored.text_sha256, stored.dtype) == (pruned.text_sha256, pruned.dtype):
-            return stored
-    listener.say(f"evaluating the dense model on {data}")
-    assert report.calibration is not None
-    found = run_evaluation(run.facts()["decided"]["folder"], data, seqlen=report.calibration.seqlen, **evaluation).perplexity
-    assert found is not None
-    write_json_atomic(file, found.__dict__)
-    return found
+def _dense(file: Path, protocol: _Protocol) -> Perplexity | None:
+    """The dense model's perplexity on the same windows, if it was measured before."""
+    stored = Perplexity(**read_json(file)) if file.is_file() else None
+    return stored if protocol.covers(stored) else None
 
 
-def _filled(row: CompareRow, report: Report, dense: Perplexity | None) -> CompareRow:
+def _filled(row: CompareRow, report: Report, protocol: _Protocol, dense: Perplexity) -> CompareRow:
     """The row with the figures of its report."""
     totals = report.totals
     errors = [operator.relative_error for layer in report.layers for operator in layer.operators if operator.relative_error is not None]
-    row.perplexity = next((evaluation.perplexity for evaluation in reversed(report.evaluations) if evaluation.perplexity), None)
-    if row.perplexity is not None and dense is not None and math.isfinite(row.perplexity.nll):
-        if row.perplexity.text_sha256 != dense.text_sha256:
-            raise FistaPrunerError(f"{row.label}: it was evaluated on other tokens than the dense model; use one seqlen for all methods")
+    row.perplexity = _perplexity(report, protocol)
+    if row.perplexity is not None and math.isfinite(row.perplexity.nll):
         row.gap = row.perplexity.nll - dense.nll
     row.relative_error = sum(errors) / len(errors) if errors else None
     row.seconds, row.time_split, row.peak_memory = totals.seconds, totals.time_split, totals.peak_memory
@@ -285,11 +337,11 @@ def _filled(row: CompareRow, report: Report, dense: Perplexity | None) -> Compar
     return row
 
 
-def _adopt(comparison: Comparison, report: Report) -> None:
-    """What all runs share, from the first of them."""
+def _adopt(comparison: Comparison, report: Report, protocol: _Protocol) -> None:
+    """What all runs share, from the first of them; of calibration, from the first that has no settings of its own."""
     if not comparison.model.source:
         comparison.model = report.model
-    if comparison.calibration is None:
+    if comparison.calibration is None and protocol.shares(Recipe.build(report.recipe).calibration):
         comparison.calibration = report.calibration
 
 

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import math
+import shutil
 import time
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -12,11 +14,10 @@ from torch import Tensor
 
 from ..atomic import write_json_atomic
 from ..errors import FistaPrunerError
-from ..models.checkpoint import Checkpoint
 from ..models.checkpoint_writer import write_checkpoint
-from ..models.layout import Layout
+from ..models.inspection import RECORD
 from ..reporting.model_card import model_card
-from ..reporting.schema import VERSION, LayerEntry, Report, Totals, load_run, parse
+from ..reporting.schema import VERSION, LayerEntry, Report, Totals, load_run, parse, read_json
 from .journal import RunDirectory
 from .machine import now, peak_memory
 from .plan import check_plan
@@ -47,7 +48,7 @@ def finish(run: RunDirectory, work: Work, times: Times, listener: Listener) -> R
     report = parse(Report, {key: value for key, value in facts.items() if key != "decided"}, str(run.run_file))
     report.layers = layers
     checkpoint = work.skeleton.checkpoint
-    report.totals = _totals(layers, checkpoint, times.total(), work.tokens, work.numerics["batch_size"])
+    report.totals = _totals(layers, work, times.total())
     report.warnings += [warning for layer in layers for warning in layer.warnings]
 
     places = {name: index for index in range(len(layers)) for name in run.weights(index).entries}
@@ -57,11 +58,13 @@ def finish(run: RunDirectory, work: Work, times: Times, listener: Listener) -> R
             return run.weights(places[name]).read(name)
         return checkpoint.read(name) if name in checkpoint.orders else None
 
+    if run.model.exists() and _written_for(run.model) != work.fingerprint:
+        shutil.rmtree(run.model)  # of a model that has changed since
     if not run.model.exists():
         listener.say("writing the checkpoint")
         documents = {
             "README.md": model_card(report),
-            "fistapruner.json": json.dumps(_record(report, work.layout), indent=2) + "\n",
+            RECORD: json.dumps(_record(report), indent=2) + "\n",
         }
         write_checkpoint(checkpoint, run.model, replacement, identity=work.fingerprint, documents=documents)
     times.note()  # before the report calls the run finished: what a kill leaves half-written is then written anew
@@ -91,7 +94,8 @@ def write_failure(run: RunDirectory, error: BaseException, times: Times) -> None
     write_report(run, report)
 
 
-def _totals(layers: list[LayerEntry], checkpoint: Checkpoint, seconds: float, tokens: Tensor, batch_size: int) -> Totals:
+def _totals(layers: list[LayerEntry], work: Work, seconds: float) -> Totals:
+    checkpoint, tokens, device = work.skeleton.checkpoint, work.tokens, work.skeleton.device
     split: dict[str, float] = {}
     for layer in layers:
         for phase, value in layer.seconds.items():
@@ -100,7 +104,7 @@ def _totals(layers: list[LayerEntry], checkpoint: Checkpoint, seconds: float, to
     zeros = sum(operator.zeros for operator in operators)
     # Every layer timed one unwatched pass of its first batch: together, one plain forward pass of these windows.
     plain = [layer.seconds["plain"] for layer in layers if "plain" in layer.seconds]
-    windows, seqlen = min(batch_size, tokens.shape[0]), tokens.shape[1]
+    windows, seqlen = min(work.numerics["batch_size"], tokens.shape[0]), tokens.shape[1]
     return Totals(
         operator_weights=sum(math.prod(operator.shape) for operator in operators),
         operator_zeros=zeros,
@@ -111,15 +115,30 @@ def _totals(layers: list[LayerEntry], checkpoint: Checkpoint, seconds: float, to
         peak_memory=peak_memory(),
         capture_tokens_per_second=tokens.numel() / split["capture"] if split.get("capture") else None,
         forward_tokens_per_second=windows * seqlen / sum(plain) if len(plain) == len(layers) and sum(plain) > 0 else None,
-        peak_device_memory=torch.cuda.max_memory_allocated() if torch.cuda.is_available() else None,
+        peak_device_memory=torch.cuda.max_memory_allocated(device) if device.type == "cuda" else None,
     )
 
 
-def _record(report: Report, layout: Layout) -> dict[str, Any]:
+def _written_for(model: Path) -> str | None:
+    """Fingerprint of the run that wrote a checkpoint, None where it does not say."""
+    try:
+        return read_json(model / RECORD).get("fingerprint")
+    except FistaPrunerError:
+        return None
+
+
+def _record(report: Report) -> dict[str, Any]:
     """What the checkpoint says of itself (``fistapruner.json``): the claim that ``inspect`` checks."""
     operators = {
         f"{layer.name}.{operator.name}": {"sparsity": operator.sparsity, "zeros": operator.zeros, "shape": list(operator.shape)}
         for layer in report.layers
         for operator in layer.operators
     }
-    return {"version": VERSION, "recipe": report.recipe, "model": report.model.source, "versions": report.versions, "operators": operators}
+    return {
+        "version": VERSION,
+        "fingerprint": report.fingerprint,
+        "recipe": report.recipe,
+        "model": report.model.source,
+        "versions": report.versions,
+        "operators": operators,
+    }

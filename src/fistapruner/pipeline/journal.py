@@ -96,11 +96,28 @@ class RunDirectory:
         """Replace ``recipe.yaml``."""
         write_text_atomic(self.recipe_file, text)
 
-    def write_tokens(self, tokens: Tensor) -> None:
-        """Store the (samples, seqlen) calibration token ids."""
+    def write_tokens(self, tokens: Tensor, drawing: str, how: Mapping[str, Any]) -> None:
+        """Store the (samples, seqlen) calibration token ids.
+
+        Args:
+            tokens: the ids.
+            drawing: what decided them: settings, model.
+            how: the facts about them.
+        """
         entry = TensorEntry.of("tokens", torch.int64, tuple(tokens.shape))
-        with SafetensorsWriter(self.calibration_file, [entry], {}) as writer:
+        with SafetensorsWriter(self.calibration_file, [entry], {"drawing": drawing, "how": json.dumps(how)}) as writer:
             writer.write("tokens", tokens.to(torch.int64))
+
+    def drawn(self, drawing: str) -> tuple[Tensor, dict[str, Any]] | None:
+        """Stored token ids and the facts about them, if the same settings and model decided them; None where there are none."""
+        try:
+            file = SafetensorsFile(self.calibration_file)
+            how = json.loads(file.metadata["how"])
+            tokens = file.read("tokens")
+        except (FistaPrunerError, OSError, KeyError, ValueError):
+            return None
+        whole = hashlib.sha256(tokens.contiguous().numpy().tobytes()).hexdigest() == how.get("sha256")
+        return (tokens, how) if whole and file.metadata["drawing"] == drawing else None
 
     def tokens(self) -> Tensor:
         """The (samples, seqlen) calibration token ids."""

@@ -12,10 +12,12 @@ import torch
 
 from ..atomic import write_text_atomic
 from ..errors import FistaPrunerError, MissingExtraError
+from ..evaluation.data import load_windows
 from ..evaluation.evaluate import evaluate as run_evaluation
 from ..evaluation.generations import generate_side_by_side
 from ..evaluation.results import Evaluation
 from ..evaluation.speed import Speed
+from ..models.tokenizer import load_tokenizer
 from ..reporting.model_card import model_card
 from ..reporting.schema import Report, load_run
 from ..reporting.write import write_page
@@ -31,7 +33,7 @@ from .work import choose_device
 def measure(run: RunDirectory, report: Report, data: str | None, windows: int | None, listener: Listener) -> Report:
     """Evaluate ``RUN/model`` beside its source and put the figures into the report, the model card and the page.
 
-    What the report already holds is not measured again.
+    What the report already holds of the same windows is not measured again.
 
     Args:
         run: the run directory, with a finished checkpoint.
@@ -48,14 +50,17 @@ def measure(run: RunDirectory, report: Report, data: str | None, windows: int | 
     trust = {"allow_pickle": decided["allow_pickle"], "trust_remote_code": decided["trust_remote_code"]}
     execution = report.recipe.get("execution", {})
     device, limit = execution.get("device", "auto"), execution.get("memory_limit")
-    if data is not None and not any(_is_of(evaluation, data, windows) for evaluation in report.evaluations):
-        listener.say(f"evaluating the dense and the pruned model on {data}")
+    cut = None
+    if data is not None:
         assert report.calibration is not None
+        tokenizer = load_tokenizer(run.model, trust_remote_code=decided["trust_remote_code"])
+        cut = load_windows(data, tokenizer, report.calibration.seqlen, windows)
+    measured = {evaluation.perplexity.text_sha256 for evaluation in report.evaluations if evaluation.perplexity is not None}
+    if cut is not None and cut.sha256 not in measured:
+        listener.say(f"evaluating the dense and the pruned model on {data}")
         evaluation = run_evaluation(
             run.model,
-            data,
-            seqlen=report.calibration.seqlen,
-            windows=windows,
+            cut,
             against=source,
             device=device,
             dtype=report.recipe.get("dtype", "auto"),
@@ -66,7 +71,18 @@ def measure(run: RunDirectory, report: Report, data: str | None, windows: int | 
         report.evaluations.append(evaluation)
         write_report(run, report)
     if data is not None and not report.generations:
-        report.generations = generate_side_by_side(source, run.model, choose_device(device), trust_remote_code=decided["trust_remote_code"])
+        try:
+            trust_code = decided["trust_remote_code"]
+            report.generations = generate_side_by_side(source, run.model, choose_device(device), trust_remote_code=trust_code)
+        except (
+            RuntimeError,
+            ValueError,
+            TypeError,
+            AttributeError,
+            IndexError,
+            KeyError,
+        ) as error:  # models' own code: an example is no figure
+            listener.say(f"no examples: {type(error).__name__}: {' '.join(str(error).split())[:200]}")
     publish(run, report, listener)
     return report
 
@@ -174,9 +190,4 @@ def _without(earlier: Sequence[Evaluation], found: Evaluation) -> list[Evaluatio
 def _same_text(a: Evaluation, b: Evaluation) -> bool:
     if a.perplexity is None or b.perplexity is None:
         return False
-    return (a.perplexity.text_sha256, a.perplexity.dtype) == (b.perplexity.text_sha256, b.perplexity.dtype)
-
-
-def _is_of(evaluation: Any, data: str, windows: int | None) -> bool:
-    perplexity = evaluation.perplexity
-    return perplexity is not None and perplexity.data in (data, Path(data).name) and windows in (None, perplexity.windows)
+    return a.perplexity.comparable(b.perplexity)

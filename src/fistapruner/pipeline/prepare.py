@@ -19,7 +19,7 @@ from torch import Tensor
 
 from ..allocation.decide import check_allocation, decide, needs_measuring, permutes
 from ..atomic import disk_errors, sha256_file
-from ..calibration import calibration_tokens
+from ..calibration import SELF, calibration_tokens
 from ..errors import FistaPrunerError
 from ..evaluation.data import load_windows
 from ..models.checkpoint import Checkpoint
@@ -28,18 +28,18 @@ from ..models.layout import Layout, discover
 from ..models.skeleton import Skeleton
 from ..models.source import resolve_model
 from ..models.tokenizer import load_tokenizer
-from ..models.whole import load_whole
+from ..models.whole import load_whole, require_whole
 from ..numerics import dtype_name, windows_at_once
 from ..recipe import Recipe, matches
 from ..reporting.schema import CalibrationFacts, ModelFacts, Report
 from ..sparsity import Sparsity, check_divides, parse_sparsity
-from .executors import default_threads
+from .executors import default_threads, require_executor
 from .journal import RunDirectory
 from .machine import describe_machine, now, versions
 from .plan import Plan, make_plan
 from .process import worker_devices
 from .serial import Listener
-from .work import fingerprint, open_skeleton, threads
+from .work import fingerprint, open_skeleton, stamps, threads
 
 log = logging.getLogger("fistapruner")
 
@@ -58,6 +58,7 @@ def prepare(
     evaluate: str | None = None,
     evaluate_windows: int | None = None,
     drawn: tuple[Tensor, dict[str, Any]] | None = None,
+    only_layers: tuple[int, int] | None = None,
 ) -> None:
     """Check everything that can be checked, then decide and write down what all processes of the run will use.
 
@@ -72,11 +73,13 @@ def prepare(
         evaluate: the text that will be evaluated after the run; read now, so that a fault in it shows now.
         evaluate_windows: how many windows of it; noted for ``fistapruner resume``.
         drawn: calibration windows that were drawn before with the same settings, and the facts about them.
+        only_layers: (first, last) decoder layer that will be pruned.
 
     Raises:
         FistaPrunerError: bad input, named.
     """
     check_allocation(recipe)
+    require_executor(recipe.execution)
     folder = resolve_model(model, allow_pickle=allow_pickle, trust_remote_code=trust_remote_code)
     listener.say(f"model {model}: {folder}")
     facts = run.facts()
@@ -86,6 +89,9 @@ def prepare(
     if recipe.dtype == "auto" and skeleton.dtype != skeleton.checkpoint.dtype:
         stored, used = dtype_name(skeleton.checkpoint.dtype), dtype_name(skeleton.dtype)
         listener.say(f"passes in {used}: this processor has no matrix units for the checkpoint's {stored}")
+    first, last = only_layers or (0, len(skeleton) - 1)
+    if not 0 <= first <= last < len(skeleton):
+        raise FistaPrunerError(f"--only-layers {first}-{last}: the model has the decoder layers 0-{len(skeleton) - 1}")
     layout = discover(skeleton).select(recipe)
     sparsity = allocate(recipe, layout)
     if facts:
@@ -93,25 +99,15 @@ def prepare(
         if not run.model.is_dir():
             _tell_versions(facts["versions"], listener)
     tokenizer = load_tokenizer(folder, trust_remote_code=trust_remote_code)
-    settings = recipe.calibration
+    settings, seqlen = recipe.calibration, window_length(recipe, skeleton)
     if evaluate is not None:
-        load_windows(evaluate, tokenizer, settings.seqlen or min(skeleton.max_length, DEFAULT_SEQLEN), 1)
+        load_windows(evaluate, tokenizer, seqlen, evaluate_windows)
     if "decided" in facts and _has_its_tokens(run, facts, recipe, skeleton.checkpoint):
         return
-    seqlen = settings.seqlen or min(skeleton.max_length, DEFAULT_SEQLEN)
-    if seqlen > skeleton.max_length:
-        raise FistaPrunerError(f"seqlen {seqlen} is more than the {skeleton.max_length} tokens {folder} was made for")
-    listener.say(f"calibration: {settings.samples} windows of {seqlen} tokens from {settings.source}")
-
-    def load_model() -> Any:
-        return load_whole(folder, skeleton.device, skeleton.dtype, trust_remote_code=trust_remote_code)
-
-    tokens, how = drawn or calibration_tokens(settings, tokenizer, seqlen, load_model, listener.say)
-    run.write_tokens(tokens)
     checkpoint = skeleton.checkpoint
     numerics, on_disk, rows = before.get("numerics"), before.get("on_disk"), facts.get("plan")
     if numerics is None:
-        plan = plan_run(skeleton, layout, recipe, sparsity, tokens, run.folder)
+        plan = plan_run(skeleton, layout, recipe, sparsity, run.folder)
         for sentence in plan.says:
             listener.say(sentence)
         on_disk, rows = plan.choice.on_disk, [row.model_dump(mode="json") for row in plan.rows]
@@ -122,6 +118,17 @@ def prepare(
             "device": skeleton.device.type,
             "dtype": dtype_name(skeleton.dtype),
         }
+    listener.say(f"calibration: {settings.samples} windows of {seqlen} tokens from {settings.source}")
+
+    def load_model() -> Any:
+        require_whole(checkpoint, skeleton.device, recipe.execution.memory_limit, "--calibration self")
+        return load_whole(folder, skeleton.device, skeleton.dtype, trust_remote_code=trust_remote_code)
+
+    drawing = json.dumps([settings.model_dump(mode="json"), seqlen, dtype_name(skeleton.dtype), skeleton.device.type, stamps(checkpoint)])
+    if drawn is None and settings.source == SELF:  # it takes long: an attempt that was stopped after it has left it
+        drawn = run.drawn(drawing)
+    tokens, how = drawn or calibration_tokens(settings, tokenizer, seqlen, load_model, listener.say)
+    run.write_tokens(tokens, drawing, how)
     metrics_sha256, permuted, begin = None, {}, time.perf_counter()
     if needs_measuring(recipe):
         listener.say("measuring on the dense model what the recipe asks for")
@@ -159,7 +166,7 @@ def prepare(
     facts["plan"] = rows
     facts["permuted"] = {name: list(shares) for name, shares in permuted.items()}
     facts["decided"] = {
-        "model": model,
+        "model": absolute(model),
         "folder": str(folder.absolute()),
         "allow_pickle": allow_pickle,
         "trust_remote_code": trust_remote_code,
@@ -168,11 +175,23 @@ def prepare(
         "sparsity": {name: str(pattern) for name, pattern in sparsity.items()},
         "metrics_sha256": metrics_sha256,
         "sensitivity_seconds": time.perf_counter() - begin if needs_measuring(recipe) else None,
-        "evaluate": evaluate,
+        "evaluate": evaluate and absolute(evaluate),
         "evaluate_windows": evaluate_windows,
     }
     run.write_recipe(recipe.to_yaml())
     run.write_facts(facts)
+
+
+def window_length(recipe: Recipe, skeleton: Skeleton) -> int:
+    """Tokens in a calibration window.
+
+    Raises:
+        FistaPrunerError: more than the model was made for.
+    """
+    seqlen = recipe.calibration.seqlen or min(skeleton.max_length, DEFAULT_SEQLEN)
+    if seqlen > skeleton.max_length:
+        raise FistaPrunerError(f"seqlen {seqlen} is more than the {skeleton.max_length} tokens {skeleton.checkpoint.folder} was made for")
+    return seqlen
 
 
 def _say_permuted(permuted: Mapping[str, tuple[float, float]]) -> str:
@@ -218,7 +237,7 @@ def allocate(recipe: Recipe, layout: Layout) -> dict[str, Sparsity]:
 
 
 def plan_model(model: str, recipe: Recipe, out: str | Path = ".", *, allow_pickle: bool = False, trust_remote_code: bool = False) -> Plan:
-    """Predict what a run will need, without starting it; random token ids stand for the calibration text.
+    """Predict what a run will need, without starting it.
 
     Args:
         model: as for :func:`fistapruner.prune`.
@@ -231,19 +250,21 @@ def plan_model(model: str, recipe: Recipe, out: str | Path = ".", *, allow_pickl
         FistaPrunerError: bad input, or a run that would not fit.
     """
     recipe = recipe.settled()
+    check_allocation(recipe)
     folder = resolve_model(model, allow_pickle=allow_pickle, trust_remote_code=trust_remote_code)
     skeleton = open_skeleton(folder, recipe, allow_pickle=allow_pickle, trust_remote_code=trust_remote_code)
     layout = discover(skeleton).select(recipe)
-    seqlen = recipe.calibration.seqlen or min(skeleton.max_length, DEFAULT_SEQLEN)
+    return plan_run(skeleton, layout, recipe, allocate(recipe, layout), Path(out))
+
+
+def plan_run(skeleton: Skeleton, layout: Layout, recipe: Recipe, sparsity: Mapping[str, Sparsity], out: Path) -> Plan:
+    """Plan a run with the executor, workers and threads of its recipe (see :func:`~.plan.make_plan`); random token ids stand for the
+    calibration windows, which may be long to draw.
+    """
+    execution, seqlen = recipe.execution, window_length(recipe, skeleton)
     vocabulary = int(skeleton.config.get_text_config().vocab_size)
     tokens = torch.randint(vocabulary, (recipe.calibration.samples, seqlen), generator=torch.Generator().manual_seed(recipe.seed))
-    return plan_run(skeleton, layout, recipe, allocate(recipe, layout), tokens, Path(out))
-
-
-def plan_run(skeleton: Skeleton, layout: Layout, recipe: Recipe, sparsity: Mapping[str, Sparsity], tokens: Tensor, out: Path) -> Plan:
-    """Plan a run with the executor, workers and threads of its recipe (see :func:`~.plan.make_plan`)."""
-    execution = recipe.execution
-    batch_size = execution.batch_size or windows_at_once(tokens.shape[1], skeleton.device)
+    batch_size = execution.batch_size or windows_at_once(seqlen, skeleton.device)
     local = execution.executor == "process"
     workers = len(worker_devices(execution.device, execution.workers, execution.threads)) if local else 1
     with threads(default_threads(execution)):
@@ -283,5 +304,11 @@ def refuse_other(run: RunDirectory, model: str, recipe: Recipe) -> None:
                 f"--out {run.folder} holds a run with {key} = {json.dumps(before.get(key))}, "
                 f"this one has {json.dumps(now[key])}: name another folder, or remove it"
             )
-    if (source := facts.get("model", {}).get("source")) != model:
+    source = facts.get("model", {}).get("source")
+    if source != model and facts.get("decided", {}).get("model") != absolute(model):
         raise FistaPrunerError(f"--out {run.folder} holds a run of the model {source!r}, this one is of {model!r}: name another folder")
+
+
+def absolute(name: str) -> str:
+    """A path that exists, from the root, so that a run can go on from another folder; any other name as it is."""
+    return str(Path(name).absolute()) if Path(name).exists() else name

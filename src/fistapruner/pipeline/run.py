@@ -12,6 +12,7 @@ from torch import Tensor
 
 from ..atomic import disk_errors
 from ..errors import FistaPrunerError
+from ..models.checkpoint import Checkpoint
 from ..problem import LayerProblem
 from ..recipe import Recipe, merge
 from ..reporting.schema import Report, load_run, parse, read_json
@@ -25,7 +26,7 @@ from .measure import measure
 from .prepare import prepare, refuse_other
 from .serial import Listener
 from .times import Times, spent
-from .work import Work, choose_device
+from .work import Work, choose_device, fingerprint
 
 log = logging.getLogger("fistapruner")
 
@@ -80,12 +81,13 @@ def prune(
     report = _finished_report(run, model, recipe)
     if report is not None:
         listener.say(f"{out} holds the finished run of this recipe")
-    with _saying_how_to_go_on(run), _made(run), hold(run.folder, only_layers), log_file(run.log_file):
+    with _saying_how_to_go_on(run, only_layers), _made(run), hold(run.folder, only_layers), log_file(run.log_file):
         if report is None:
             with spent(run.folder, only_layers) as times:
                 reset_peak_memory()
                 with preparing(run.folder):
-                    prepare(model, run, recipe, listener, command, allow_pickle, trust_remote_code, evaluate, evaluate_windows, tokens)
+                    trust = allow_pickle, trust_remote_code
+                    prepare(model, run, recipe, listener, command, *trust, evaluate, evaluate_windows, tokens, only_layers)
                 part = "" if only_layers is None else f"{only_layers[0]}-{only_layers[1]}"
                 work = Work.open(run.folder, choose_device(recipe.execution.device), part)
                 with nullcontext() if only_layers else _reporting_failure(run, times):
@@ -140,11 +142,13 @@ def finish_run(out: str | Path, *, listener: Listener | None = None) -> Report:
     decided = run.facts().get("decided")
     if decided is None:
         raise FistaPrunerError(f"{out} is not a run that was begun (it has no run.json)")
+    report = _finished_report(run, decided["model"], Recipe.build(run.facts()["recipe"], str(run.run_file)))
     with _saying_how_to_go_on(run), hold(run.folder), log_file(run.log_file):
-        work = Work.open(run.folder)
-        with spent(run.folder) as times:
-            report = finish(run, work, times, listener)
-        work.clear_hidden()
+        if report is None:
+            work = Work.open(run.folder)
+            with spent(run.folder) as times:
+                report = finish(run, work, times, listener)
+            work.clear_hidden()
         return measure(run, report, decided["evaluate"], decided["evaluate_windows"], listener)
 
 
@@ -156,11 +160,8 @@ def _prune_missing(
     inspect: Callable[[int, int, LayerProblem], None] | None,
 ) -> None:
     """Prune the layers, all or a part of them, that are not journaled yet."""
-    layers = len(work.skeleton)
-    first, last = only or (0, layers - 1)
-    if not 0 <= first <= last < layers:
-        raise FistaPrunerError(f"--only-layers {first}-{last}: the model has the decoder layers 0-{layers - 1}")
-    done = {index for index in range(layers) if work.run.finished(index, work.fingerprint)}
+    first, last = only or (0, len(work.skeleton) - 1)
+    done = {index for index in range(len(work.skeleton)) if work.run.finished(index, work.fingerprint)}
     todo = set(range(first, last + 1)) - done
     if work.recipe.propagate == "pruned" and todo and (missing := set(range(first)) - done):
         raise FistaPrunerError(
@@ -198,7 +199,21 @@ def _finished_report(run: RunDirectory, model: str, recipe: Recipe) -> Report | 
     except FistaPrunerError as error:
         log.warning("the report is made again: %s", error)
         return None
-    return report if report.status == "finished" else None
+    return report if report.status == "finished" and _same_model(run, recipe) else None
+
+
+def _same_model(run: RunDirectory, recipe: Recipe) -> bool:
+    """Whether the dense model is still what the run pruned; also where it, or the calibration tokens, are gone and nobody can tell."""
+    facts = run.facts()
+    decided = facts["decided"]
+    try:
+        checkpoint = Checkpoint.open(decided["folder"], allow_pickle=decided["allow_pickle"])
+        same = bool(facts["fingerprint"] == fingerprint(recipe, checkpoint, run.tokens(), decided["numerics"]))
+    except FistaPrunerError:
+        return True
+    if not same:
+        log.warning("the run is made again: %s is not the model that it pruned", decided["folder"])
+    return same
 
 
 @contextmanager
@@ -222,11 +237,12 @@ def _reporting_failure(run: RunDirectory, times: Times) -> Iterator[None]:
 
 
 @contextmanager
-def _saying_how_to_go_on(run: RunDirectory) -> Iterator[None]:
-    """Let an interruption carry the command that continues the run."""
+def _saying_how_to_go_on(run: RunDirectory, only_layers: tuple[int, int] | None = None) -> Iterator[None]:
+    """Let an interruption carry the command that continues the run, or the part of it."""
     try:
         yield
     except KeyboardInterrupt:
         done = len(list(run.layers.glob("*.json")))
-        how = f"go on with: fistapruner resume {run.folder}" if run.run_file.exists() else "nothing is lost: give the same command again"
+        whole = run.run_file.exists() and only_layers is None
+        how = f"go on with: fistapruner resume {run.folder}" if whole else "nothing is lost: give the same command again"
         raise KeyboardInterrupt(f"interrupted with {done} decoder layers done; {how}") from None

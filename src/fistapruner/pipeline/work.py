@@ -209,11 +209,15 @@ class Work:
 
 def fingerprint(recipe: Recipe, checkpoint: Checkpoint, tokens: Tensor, numerics: Mapping[str, Any]) -> str:
     """Identity of a run: its settings, the model's files, the calibration tokens, and what decides the last bits."""
-    files = [(name, sampled_sha256(file.path)) for name, file in checkpoint.files.items()]
-    identity = [recipe.fingerprint(), files, checkpoint.config, dict(numerics)]
+    identity = [recipe.fingerprint(), stamps(checkpoint), checkpoint.config, dict(numerics)]
     digest = hashlib.sha256(json.dumps(identity, sort_keys=True).encode())
     digest.update(tokens.to(torch.int64).numpy().tobytes())
     return digest.hexdigest()[:16]
+
+
+def stamps(checkpoint: Checkpoint) -> list[tuple[str, str]]:
+    """What tells a checkpoint's weights from others: name and hash of samples of every file."""
+    return [(name, sampled_sha256(file.path)) for name, file in checkpoint.files.items()]
 
 
 def open_skeleton(
