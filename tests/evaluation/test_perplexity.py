@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 import fistapruner as fp
 import tiny
 from fistapruner.cli import main
+from fistapruner.evaluation.zero_shot import task_result
+from fistapruner.reporting.schema import Report
 
 TEXT = "it was the best of times, it was the worst of times, it was the age of wisdom. " * 8
 
@@ -91,9 +94,18 @@ def test_models_of_different_vocabulary_are_refused(tmp_path: Path, text: Path) 
         ({"seqlen": 100_000}, "seqlen 100000 is more than"),
         ({"dtype": "float8"}, "dtype 'float8'"),
         ({"device": "abacus"}, "device 'abacus'"),
+        ({"seqlen": 0}, "seqlen 0 is out of range: at least 2"),
+        ({"windows": 0}, "windows 0 is out of range: at least 1"),
+        ({"batch_size": 0}, "batch_size 0 is out of range"),
+        ({"batch_size": -1}, "batch_size -1 is out of range"),
+        ({"limit": 0}, "limit 0 is out of range"),
+        ({"tasks": ["absent"], "tasks_dir": "nowhere"}, r"nowhere holds no \.jsonl task"),
     ],
 )
-def test_bad_settings_are_named(tmp_path: Path, text: Path, settings: dict[str, Any], message: str) -> None:
+def test_bad_settings_are_named_before_any_work(
+    tmp_path: Path, text: Path, settings: dict[str, Any], message: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("fistapruner.evaluation.evaluate.score_windows", None)
     folder = tiny.save("llama", tmp_path / "model")
     with pytest.raises(fp.FistaPrunerError, match=message):
         fp.evaluate(folder, **{"data": str(text), **settings})
@@ -117,6 +129,22 @@ def test_the_command_line_prints_what_the_figure_depends_on(tmp_path: Path, text
         assert part in printed
     assert main(["evaluate", str(folder), "--data", str(text), "--seqlen", "16", "--windows", "3", "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["perplexity"]["windows"] == 3
+
+
+def test_an_undefined_error_is_null_in_json(tmp_path: Path, text: Path) -> None:
+    folder = tiny.save("llama", tmp_path / "model")
+    one = fp.evaluate(folder, str(text), seqlen=16, windows=1, against=folder)
+    found = replace(one, tasks=(task_result("t", "acc", {0: 1.0}, {0: 1.0}), task_result("t", "acc_norm", {0: 1.0})))
+    for written in (found.to_dict(), Report(evaluations=[found]).model_dump(mode="json")["evaluations"][0]):
+        assert written["perplexity"]["standard_error"] is None
+        (back,) = Report.model_validate_json(json.dumps({"evaluations": [written]}, allow_nan=False)).evaluations
+        assert back.perplexity is not None
+        assert back.divergence is not None
+        errors = (back.perplexity.nll_standard_error, back.divergence.kl_standard_error, *(task.standard_error for task in back.tasks))
+        assert all(math.isnan(error) for error in errors)
+        assert [task.reference for task in back.tasks] == [1.0, None]
+        assert math.isnan(back.tasks[0].reference_standard_error or 0.0)
+        assert back.tasks[1].reference_standard_error is None
 
 
 @pytest.mark.slow

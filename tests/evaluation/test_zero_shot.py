@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import fistapruner as fp
 import tiny
-from fistapruner.evaluation.zero_shot import evaluate_tasks, local_task, mcnemar, task_result
+from fistapruner.evaluation.zero_shot import evaluate_tasks, find_tasks, local_task, mcnemar, task_result
 
 CHOICES = [
     {"query": f"Question: what comes after {i}?", "choices": [f"{i + 1}", f"{i + 2} or so", "none"], "gold": i % 3} for i in range(12)
@@ -59,10 +59,49 @@ def test_bad_tasks_are_named(tmp_path: Path) -> None:
     (tmp_path / "broken.jsonl").write_text("{\n")
     with pytest.raises(fp.FistaPrunerError, match="line 1 is not JSON"):
         local_task(tmp_path / "broken.jsonl")
+    (tmp_path / "empty.jsonl").write_text("\n")
+    with pytest.raises(fp.FistaPrunerError, match="is empty"):
+        local_task(tmp_path / "empty.jsonl")
     with pytest.raises(fp.FistaPrunerError, match="task 'absent' is not in"):
-        evaluate_tasks(tmp_path, ["absent"], tasks_dir=tmp_path)
+        find_tasks(["absent"], tmp_path)
     with pytest.raises(fp.FistaPrunerError, match=r"holds no \.jsonl task"):
-        evaluate_tasks(tmp_path, ["absent"], tasks_dir=tmp_path / "nowhere")
+        find_tasks(["absent"], tmp_path / "nowhere")
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        (b"{", "line 5 is not JSON"),
+        (b'{"context": "\xff", "continuation": "a"}', "line 5 is not JSON in UTF-8"),
+        (b"[]", "line 5: 'context' is not there"),
+        (b'{"context": "a"}', "line 5: 'continuation' is not there"),
+        (b'{"context": "a", "continuation": 1}', "line 5: 'continuation' is not there, or of another type"),
+    ],
+)
+def test_every_line_of_a_task_is_checked(tmp_path: Path, line: bytes, message: str) -> None:
+    write(tmp_path, "greedy", GREEDY[:3])
+    path = tmp_path / "greedy.jsonl"
+    path.write_bytes(path.read_bytes() + b"\n")
+    assert local_task(path)["output_type"] == "loglikelihood"
+    path.write_bytes(path.read_bytes() + line + b"\n")
+    with pytest.raises(fp.FistaPrunerError, match=message):
+        local_task(path)
+
+
+@pytest.mark.slow
+def test_a_task_that_lm_eval_does_not_know() -> None:
+    pytest.importorskip("lm_eval", reason="the extra 'eval' is not installed")
+    with pytest.raises(fp.FistaPrunerError, match="task 'absent' is not known to lm-eval"):
+        find_tasks(["absent"])
+
+
+@pytest.mark.slow
+def test_items_that_lm_eval_cannot_ask(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("lm_eval", reason="the extra 'eval' is not installed")
+    monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "cache"))
+    write(tmp_path / "tasks", "hollow", [{"query": "which?", "choices": [], "gold": 0}])
+    with pytest.raises(fp.FistaPrunerError, match="lm-eval could not evaluate the tasks"):
+        evaluate_tasks(tiny.save("llama", tmp_path / "model"), find_tasks(["hollow"], tmp_path / "tasks"))
 
 
 @pytest.mark.slow
@@ -93,7 +132,7 @@ def test_local_tasks_offline(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
     assert scores["choices", "acc"].value == by_hand["acc,none"]
     assert scores["choices", "acc_norm"].value == by_hand["acc_norm,none"]
 
-    limited = evaluate_tasks(other, ["choices"], tasks_dir=tmp_path / "tasks", limit=5)
+    limited = evaluate_tasks(other, find_tasks(["choices"], tmp_path / "tasks"), limit=5)
     assert {task.items for task in limited} == {5}
     assert limited[0].reference is None
 

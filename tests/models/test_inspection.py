@@ -104,6 +104,9 @@ def test_transposed_operators_are_read_along_their_inputs(tmp_path: Path) -> Non
     found = inspect_checkpoint(folder)
     assert found.violations == []
     assert {operator.pattern for operator in found.pruned} == {"2:4"}
+    asked = inspect_checkpoint(folder, "2:4")
+    assert asked.violations == []
+    assert {operator.claim for operator in asked.operators} == {"2:4"}
     # Checkpoints of the base model lack the prefix.
     tensors = {name.removeprefix("transformer."): tensor for name, tensor in load_file(folder / "model.safetensors").items()}
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})

@@ -42,6 +42,17 @@ def test_there_and_back(tmp_path, dtype, sparsity, layout):
     assert (tmp_path / "u" / "tokenizer.json").read_bytes() == (source / "tokenizer.json").read_bytes()
 
 
+def test_a_single_shard_with_an_index(tmp_path):
+    source = save_pruned(tmp_path / "m")
+    shard = "model-00001-of-00001.safetensors"
+    places = dict.fromkeys(Checkpoint.open(source).names(), shard)
+    (source / "model.safetensors").rename(source / shard)
+    (source / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": places}))
+    pack(source, tmp_path / "p")
+    unpack(tmp_path / "p", tmp_path / "u")
+    same_tensors(source, tmp_path / "u")
+
+
 def test_packing_twice_gives_the_same_bytes(tmp_path):
     source = save_pruned(tmp_path / "m")
     for name in ("a", "b"):

@@ -7,7 +7,8 @@ from pruned import save_pruned
 
 from fistapruner import FistaPrunerError, pack
 from fistapruner.cli import main
-from fistapruner.evaluation.speed import Run, Speed, Variant, compare, load_variant, measure_speed, sentence, time_generation
+from fistapruner.evaluation.speed import Run, Speed, Variant, _serve, compare, load_variant, measure_speed, sentence, time_generation
+from fistapruner.sparse.bench import bench
 from tiny import build
 
 
@@ -54,6 +55,27 @@ def test_bench_command(tmp_path, capsys, monkeypatch):
             assert name in printed
     assert main(["bench", str(source), "--tokens", "1"]) == 2
     assert main(["bench", str(tmp_path / "none")]) == 2
+
+
+def test_more_tokens_than_positions_are_refused(tmp_path, monkeypatch):
+    monkeypatch.setattr("fistapruner.sparse.bench.compare", lambda *args, **settings: [])
+    source = save_pruned(tmp_path / "m", "gpt2")  # 128 positions
+    assert bench(source, prompt=100, tokens=28) == []
+    with pytest.raises(FistaPrunerError, match="prompt 100 and 29 new tokens are more than the 128"):
+        bench(source, prompt=100, tokens=29)
+
+
+def test_a_process_says_what_went_wrong(tmp_path, monkeypatch):
+    class Pipe(list):
+        send = list.append
+
+    def out_of_range(variant):
+        raise IndexError("index out of range in self")
+
+    monkeypatch.setattr("fistapruner.evaluation.speed.load_variant", out_of_range)
+    pipe = Pipe()
+    _serve(Variant("dense", tmp_path), 1, 4, 4, 1, pipe)
+    assert pipe == [{"error": "IndexError: index out of range in self"}]
 
 
 def test_a_process_of_its_own(tmp_path, monkeypatch):

@@ -20,6 +20,7 @@ from .data import Windows, load_windows
 from .results import Divergence, Evaluation, Perplexity, TaskResult
 from .scoring import divergence_of, perplexity_of
 from .streaming import Passes, score_windows, vocabulary_size
+from .zero_shot import evaluate_tasks, find_tasks
 
 LONGEST_DEFAULT = 2048
 """Windows are the model's maximum length, at most this, unless the user says otherwise."""
@@ -27,7 +28,7 @@ LONGEST_DEFAULT = 2048
 
 def evaluate(
     model: str | Path,
-    data: str | None = None,
+    data: str | Windows | None = None,
     *,
     seqlen: int | None = None,
     windows: int | None = None,
@@ -52,7 +53,7 @@ def evaluate(
     Args:
         model: hub id, local folder, GGUF file, or ``smollm2``.
         data: text for perplexity: ``wikitext2``, ``ptb``, ``c4``, ``python`` or a local ``.txt``, ``.jsonl``,
-            ``.parquet`` file. None measures tasks only.
+            ``.parquet`` file; or windows that were cut before, by the models' tokenizer. None measures tasks only.
         seqlen: tokens in a window; default is the model's maximum, at most 2048. A perplexity depends on it.
         windows: only the first so many windows.
         against: the dense model; adds its perplexity, KL divergence, top-1 agreement and paired tests.
@@ -69,15 +70,19 @@ def evaluate(
         tick: told of progress: (what, steps done, steps in all).
 
     Raises:
-        FistaPrunerError: bad input, named.
+        FistaPrunerError: bad input, named; settings and tasks before any long work.
         MissingExtraError: a data set needs the extra ``data``, tasks need the extra ``eval``.
     """
     if data is None and not tasks:
         raise FistaPrunerError("nothing to evaluate: give data for perplexity (wikitext2, ptb, c4, python or a file) or tasks")
     if dtype != "auto" and dtype not in DTYPES:
         raise FistaPrunerError(f"dtype {dtype!r} is not known: auto, {', '.join(DTYPES)}")
+    for name, value, least in (("seqlen", seqlen, 2), ("windows", windows, 1), ("limit", limit, 1), ("batch_size", batch_size, 1)):
+        if value is not None and value < least:
+            raise FistaPrunerError(f"{name} {value} is out of range: at least {least}, or leave it out")
     begin = time.perf_counter()
     place = choose_device(device)
+    known = find_tasks(tasks, Path(tasks_dir) if tasks_dir is not None else None) if tasks else None
     folder = resolve_model(model, allow_pickle=allow_pickle, trust_remote_code=trust_remote_code)
     dense = resolve_model(against, allow_pickle=allow_pickle, trust_remote_code=trust_remote_code) if against is not None else None
     perplexity: Perplexity | None = None
@@ -88,10 +93,10 @@ def evaluate(
     if data is not None:
         tokenizer = load_tokenizer(folder, trust_remote_code=trust_remote_code)
         skeleton = _skeleton(folder, place, dtype, allow_pickle, trust_remote_code)
-        length = seqlen or min(skeleton.max_length, LONGEST_DEFAULT)
+        length = data.seqlen if isinstance(data, Windows) else seqlen or min(skeleton.max_length, LONGEST_DEFAULT)
         if length > skeleton.max_length:
             raise FistaPrunerError(f"seqlen {length} is more than the {skeleton.max_length} tokens {model} was made for")
-        cut = load_windows(data, tokenizer, length, windows, bos)
+        cut = data if isinstance(data, Windows) else load_windows(data, tokenizer, length, windows, bos)
         other = None
         if dense is not None:
             other = _skeleton(dense, place, dtype, allow_pickle, trust_remote_code)
@@ -103,14 +108,11 @@ def evaluate(
         if other is not None and sums.reference_nll is not None:
             reference = perplexity_of(sums.reference_nll, sums.length, **_protocol(cut, other))
             divergence = divergence_of(sums)
-    if tasks:
-        from .zero_shot import evaluate_tasks
-
+    if known is not None:
         results = evaluate_tasks(
             folder,
-            tasks,
+            known,
             against=dense,
-            tasks_dir=Path(tasks_dir) if tasks_dir is not None else None,
             limit=limit,
             device=place,
             dtype=DTYPES.get(dtype),

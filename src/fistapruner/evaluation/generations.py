@@ -4,12 +4,10 @@ from __future__ import annotations
 
 from pathlib import Path
 
-import psutil
 import torch
 
 from ..models.checkpoint import Checkpoint
-from ..models.whole import load_whole
-from ..numerics import pass_dtype
+from ..models.whole import load_whole, whole_fits
 from ..reporting.schema import Generation
 
 PROMPTS = (
@@ -40,9 +38,7 @@ def generate_side_by_side(
         tokens: new tokens for each.
         trust_remote_code: run Python code that comes with the checkpoints.
     """
-    free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else psutil.virtual_memory().available
-    checkpoint = Checkpoint.open(pruned)
-    if checkpoint.nbytes * pass_dtype(checkpoint.dtype, device).itemsize / checkpoint.dtype.itemsize > 0.75 * free:
+    if not whole_fits(Checkpoint.open(pruned), device):
         return []
     texts = [_continue(folder, device, prompts, tokens, trust_remote_code) for folder in (dense, pruned)]
     return [Generation(prompt=prompt, dense=a, pruned=b) for prompt, a, b in zip(prompts, *texts, strict=True)]
@@ -55,7 +51,9 @@ def _continue(folder: Path, device: torch.device, prompts: tuple[str, ...], toke
     model = load_whole(folder, device, trust_remote_code=trust_remote_code)
     texts = []
     for prompt in prompts:
-        ids = tokenizer(prompt, return_tensors="pt").to(device)
+        found = tokenizer(prompt, return_tensors="pt", return_attention_mask=True).to(device)
+        # A tokenizer may give more than this, such as token_type_ids, which generate() refuses.
+        ids = {name: found[name] for name in ("input_ids", "attention_mask")}
         with torch.no_grad():
             out = model.generate(**ids, max_new_tokens=tokens, do_sample=False, pad_token_id=tokenizer.eos_token_id)
         texts.append(str(tokenizer.decode(out[0, ids["input_ids"].shape[1] :], skip_special_tokens=True)))

@@ -1,14 +1,22 @@
 """What an evaluation returns: plain records of numbers, each beside what is needed to read it.
 
 A perplexity without its data set, window length and precision means nothing, so these are fields of the same record.
-All records are frozen standard dataclasses; ``dataclasses.asdict`` gives JSON, and ``report.json`` stores exactly that.
+All records are frozen standard dataclasses; ``Evaluation.to_dict`` gives JSON, and ``report.json`` stores exactly that.
 """
 
 from __future__ import annotations
 
-import dataclasses
+import math
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Annotated, Any
+
+from pydantic import BeforeValidator, PlainSerializer, TypeAdapter
+
+Written = PlainSerializer(lambda value: value if value is not None and math.isfinite(value) else None, when_used="json")
+"""JSON has no NaN: null is written for it."""
+
+StandardError = Annotated[float, BeforeValidator(lambda value: math.nan if value is None else value), Written]
+"""NaN where a single observation leaves it undefined, which is null in JSON."""
 
 
 @dataclass(frozen=True)
@@ -28,7 +36,7 @@ class Perplexity:
         standard_error: of the perplexity, over windows (delta method).
         nll: mean negative log-likelihood of a token, in nats.
         nll_standard_error: of ``nll``, over windows.
-        text_sha256: hash of the token ids, so that two figures can be known to be of the same tokens.
+        text_sha256: hash of the windows' token ids, so that two figures can be known to be of the same windows.
     """
 
     data: str
@@ -38,11 +46,15 @@ class Perplexity:
     tokens: int
     dtype: str
     perplexity: float
-    standard_error: float
+    standard_error: StandardError
     nll: float
-    nll_standard_error: float
+    nll_standard_error: StandardError
     bos: str = "none"
     text_sha256: str = ""
+
+    def comparable(self, other: Perplexity) -> bool:
+        """Whether both are of the same windows, passed in the same precision."""
+        return (self.text_sha256, self.dtype) == (other.text_sha256, other.dtype)
 
 
 @dataclass(frozen=True)
@@ -59,11 +71,11 @@ class Divergence:
     """
 
     kl: float
-    kl_standard_error: float
+    kl_standard_error: StandardError
     top1_agreement: float
-    top1_standard_error: float
+    top1_standard_error: StandardError
     nll_difference: float
-    nll_difference_standard_error: float
+    nll_difference_standard_error: StandardError
 
 
 @dataclass(frozen=True)
@@ -91,15 +103,19 @@ class TaskResult:
     metric: str
     items: int
     value: float
-    standard_error: float
+    standard_error: StandardError
     reference: float | None = None
-    reference_standard_error: float | None = None
+    reference_standard_error: Annotated[float | None, Written] = None
     lost: int | None = None
     won: int | None = None
     p_value: float | None = None
     shots: int = 0
     source: str = ""
     available: int | None = None
+
+    def __post_init__(self) -> None:
+        if self.reference is not None and self.reference_standard_error is None:
+            object.__setattr__(self, "reference_standard_error", math.nan)  # read from JSON
 
     @property
     def significant(self) -> bool:
@@ -135,4 +151,5 @@ class Evaluation:
 
     def to_dict(self) -> dict[str, Any]:
         """The same as JSON values."""
-        return dataclasses.asdict(self)
+        values: dict[str, Any] = TypeAdapter(Evaluation).dump_python(self, mode="json")
+        return values

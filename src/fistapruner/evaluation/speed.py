@@ -317,7 +317,7 @@ def _serve(variant: Variant, batch: int, prompt: int, tokens: int, threads: int,
         return
     except FistaPrunerError as error:
         pipe.send({"error": str(error)})
-    except (OSError, ValueError, RuntimeError, KeyError) as error:
+    except (OSError, ValueError, RuntimeError, LookupError) as error:
         pipe.send({"error": f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"})
 
 

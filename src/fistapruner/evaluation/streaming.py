@@ -54,6 +54,7 @@ def last_hidden(skeleton: Skeleton, tokens: Tensor, passes: Passes, what: str = 
     hidden = torch.empty(windows, seqlen, skeleton.width, dtype=skeleton.dtype)
     with torch.no_grad():
         with skeleton.ends(head=False):
+            skeleton.check_calls()
             calls: dict[int, list[Call]] = {}
             for start, stop in batches:
                 first, arguments = skeleton.embed(tokens[start:stop])

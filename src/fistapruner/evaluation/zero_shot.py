@@ -16,6 +16,7 @@ import json
 import logging
 import math
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -33,13 +34,57 @@ METRICS = ("acc", "acc_norm", "exact_match")
 Outcomes = dict[tuple[str, str], dict[int, float]]
 """(task, metric) to item number to 1 (right) or 0 (wrong)."""
 
+KINDS = (("query", "choices", "gold"), ("context_options", "continuation", "gold"), ("context", "continuation"))
+"""Fields that make a line of a local file a task."""
+
+
+@dataclass(frozen=True)
+class Tasks:
+    """Tasks that are there, by :func:`find_tasks`.
+
+    Args:
+        specifications: names or configurations, as ``lm-eval`` takes them.
+        manager: ``lm-eval``'s ``TaskManager`` that knows them.
+        source: where their items come from.
+    """
+
+    specifications: tuple[Any, ...]
+    manager: Any
+    source: str
+
+
+def find_tasks(tasks: Sequence[str], tasks_dir: Path | None = None) -> Tasks:
+    """Find tasks by name and check them, before any model is loaded.
+
+    Args:
+        tasks: ``lm-eval`` names, or names of ``.jsonl`` files in ``tasks_dir`` without the suffix; ``all`` takes every
+            file of ``tasks_dir``.
+        tasks_dir: folder of local tasks; their files are read whole.
+
+    Raises:
+        FistaPrunerError: an unknown task, or a file that is no task.
+        MissingExtraError: the extra ``eval`` is not installed.
+    """
+    local = None if tasks_dir is None else tuple(local_task(path) for path in _local_files(tasks, tasks_dir))
+    _require_lm_eval()
+    from lm_eval.tasks import TaskManager
+
+    # Its warnings are about models given by name; ours are given loaded.
+    logging.getLogger("lm_eval").setLevel(logging.ERROR)
+    if local is not None:
+        # Local tasks need no table of all the tasks that lm-eval knows, which takes seconds to read.
+        return Tasks(local, TaskManager(include_defaults=False), "local file")
+    manager = TaskManager()
+    if unknown := [task for task in tasks if task not in manager.all_tasks]:
+        raise FistaPrunerError(f"task {unknown[0]!r} is not known to lm-eval (see 'lm-eval ls tasks'); --tasks-dir takes local files")
+    return Tasks(tuple(tasks), manager, "lm-eval")
+
 
 def evaluate_tasks(
     folder: Path,
-    tasks: Sequence[str],
+    tasks: Tasks,
     *,
     against: Path | None = None,
-    tasks_dir: Path | None = None,
     limit: int | None = None,
     device: torch.device | None = None,
     dtype: torch.dtype | None = None,
@@ -51,33 +96,25 @@ def evaluate_tasks(
 
     Args:
         folder: the model's Hugging Face folder.
-        tasks: ``lm-eval`` names, or names of ``.jsonl`` files in ``tasks_dir`` without the suffix; ``all`` takes every
-            file of ``tasks_dir``.
+        tasks: what :func:`find_tasks` found.
         against: the dense model's folder.
-        tasks_dir: folder of local tasks.
         limit: only the first so many items of each task.
         device, dtype, batch_size, trust_remote_code: how the models are run.
         tick: told of progress.
 
     Raises:
-        FistaPrunerError: an unknown task, or a file that is no task.
-        MissingExtraError: the extra ``eval`` is not installed.
+        FistaPrunerError: ``lm-eval`` fails: task data that cannot be loaded or has items it cannot ask.
     """
-    specifications: list[Any] = list(tasks)
-    if tasks_dir is not None:
-        specifications = [local_task(path) for path in _local_files(tasks, tasks_dir)]
-    source = "local file" if tasks_dir is not None else "lm-eval"
-    _require_lm_eval()
     models = [folder] if against is None else [folder, against]
     outcomes: list[Outcomes] = []
     available: dict[str, int] = {}
     for done, path in enumerate(models):
         tick(f"zero-shot tasks of {path.name}", done, len(models))
-        found, available = _run(path, specifications, limit, device, dtype, batch_size, trust_remote_code)
+        found, available = _run(path, tasks, limit, device, dtype, batch_size, trust_remote_code)
         outcomes.append(found)
     tick("zero-shot tasks", len(models), len(models))
     return tuple(
-        task_result(task, metric, items, outcomes[1][task, metric] if against is not None else None, source, available.get(task))
+        task_result(task, metric, items, outcomes[1][task, metric] if against is not None else None, tasks.source, available.get(task))
         for (task, metric), items in outcomes[0].items()
     )
 
@@ -130,18 +167,13 @@ def mcnemar(lost: int, won: int) -> float:
 
 
 def local_task(path: Path) -> dict[str, Any]:
-    """``lm-eval`` configuration of a local ``.jsonl`` task; its kind is read from the first line.
+    """``lm-eval`` configuration of a local ``.jsonl`` task; its kind is read from the first line, all lines are checked.
 
     Raises:
-        FistaPrunerError: the file is empty, not JSON, or has none of the known sets of fields.
+        FistaPrunerError: the file is empty, has none of the known sets of fields, or a line (its number is given) that is not
+            UTF-8 JSON or has not the fields of the first.
     """
-    with path.open(encoding="utf-8") as lines:
-        first = lines.readline()
-    try:
-        item = json.loads(first)
-    except ValueError:
-        raise FistaPrunerError(f"{path}, line 1 is not JSON") from None
-    fields = set(item) if isinstance(item, dict) else set()
+    fields = _fields_of_file(path)
     task: dict[str, Any] = {
         "task": path.stem,
         "dataset_path": "json",
@@ -149,7 +181,7 @@ def local_task(path: Path) -> dict[str, Any]:
         "test_split": "test",
         "num_fewshot": 0,
     }
-    if {"query", "choices", "gold"} <= fields:
+    if fields == KINDS[0]:
         return task | {
             "output_type": "multiple_choice",
             "doc_to_text": _question,
@@ -157,7 +189,7 @@ def local_task(path: Path) -> dict[str, Any]:
             "doc_to_target": "gold",
             "metric_list": [_mean("acc"), _mean("acc_norm")],
         }
-    if {"context_options", "continuation", "gold"} <= fields:
+    if fields == KINDS[1]:
         # With a number as text and the contexts as choices, lm-eval scores one continuation after each context.
         return task | {
             "output_type": "multiple_choice",
@@ -166,15 +198,50 @@ def local_task(path: Path) -> dict[str, Any]:
             "doc_to_target": "continuation",
             "metric_list": [_mean("acc")],
         }
-    if {"context", "continuation"} <= fields:
-        return task | {
-            "output_type": "loglikelihood",
-            "doc_to_text": "context",
-            "doc_to_target": " {{continuation}}",
-            "metric_list": [_mean("acc")],
-        }
+    return task | {
+        "output_type": "loglikelihood",
+        "doc_to_text": "context",
+        "doc_to_target": " {{continuation}}",
+        "metric_list": [_mean("acc")],
+    }
+
+
+def _fields_of_file(path: Path) -> tuple[str, ...]:
+    """Which of :data:`KINDS` every line of a file is.
+
+    Raises:
+        FistaPrunerError: see :func:`local_task`.
+    """
+    kind: dict[str, type] = {}
+    with path.open("rb") as lines:
+        for number, line in enumerate(lines, 1):
+            if not line.strip():
+                continue
+            try:
+                item = json.loads(line.decode())
+            except ValueError:
+                raise FistaPrunerError(f"{path}, line {number} is not JSON in UTF-8") from None
+            fields = item if isinstance(item, dict) else {}
+            kind = kind or _kind_of(path, fields)
+            for field, expected in kind.items():
+                if type(fields.get(field)) is not expected:
+                    raise FistaPrunerError(f"{path}, line {number}: {field!r} is not there, or of another type than in the first line")
+    if not kind:
+        raise FistaPrunerError(f"{path} is empty: a task has one JSON object a line")
+    return tuple(kind)
+
+
+def _kind_of(path: Path, item: Mapping[str, Any]) -> dict[str, type]:
+    """The fields that make an item a task, with the type of each.
+
+    Raises:
+        FistaPrunerError: the item has not all fields of any kind.
+    """
+    for fields in KINDS:
+        if item.keys() >= set(fields):
+            return {field: type(item[field]) for field in fields}
     raise FistaPrunerError(
-        f"{path} has the fields {', '.join(sorted(fields)) or 'none'}: a task has query, choices and gold; context and "
+        f"{path} has the fields {', '.join(sorted(item)) or 'none'}: a task has query, choices and gold; context and "
         "continuation; or context_options, continuation and gold"
     )
 
@@ -210,7 +277,7 @@ def _require_lm_eval() -> None:
 
 def _run(
     folder: Path,
-    specifications: Sequence[Any],
+    tasks: Tasks,
     limit: int | None,
     device: torch.device | None,
     dtype: torch.dtype | None,
@@ -220,23 +287,19 @@ def _run(
     """Outcomes of one model, and how many items each task has."""
     from lm_eval import simple_evaluate
     from lm_eval.models.huggingface import HFLM
-    from lm_eval.tasks import TaskManager
 
     model = load_whole(folder, device or torch.device("cpu"), dtype, trust_remote_code=trust_remote_code)
     tokenizer = load_tokenizer(folder, trust_remote_code=trust_remote_code)
-    # Its warnings are about models given by name; this one is given loaded.
-    logging.getLogger("lm_eval").setLevel(logging.ERROR)
     runner = HFLM(pretrained=model, tokenizer=tokenizer, batch_size=batch_size or (4 if model.device.type == "cpu" else 16))
-    # Local tasks need no table of all the tasks that lm-eval knows, which takes seconds to read.
-    named = any(isinstance(task, str) for task in specifications)
-    manager = TaskManager() if named else TaskManager(include_defaults=False)
-    if named and (unknown := [task for task in specifications if task not in manager.all_tasks]):
-        raise FistaPrunerError(f"task {unknown[0]!r} is not known to lm-eval (see 'lm-eval ls tasks'); --tasks-dir takes local files")
+    wanted = list(tasks.specifications)
     try:
-        found = simple_evaluate(runner, tasks=list(specifications), limit=limit, bootstrap_iters=0, log_samples=True, task_manager=manager)
+        found = simple_evaluate(runner, tasks=wanted, limit=limit, bootstrap_iters=0, log_samples=True, task_manager=tasks.manager)
     except (OSError, ConnectionError) as error:
         reason = " ".join(str(error).split())[:200]
         raise FistaPrunerError(f"task data could not be loaded: {reason}; --tasks-dir takes local files and needs no network") from None
+    except Exception as error:  # items that a task does not expect fail in as many ways as there are tasks
+        reason = " ".join(f"{type(error).__name__}: {error}".split())[:200]
+        raise FistaPrunerError(f"lm-eval could not evaluate the tasks on {folder}: {reason}") from error
     finally:
         del runner, model
         gc.collect()

@@ -104,7 +104,7 @@ def inspect_checkpoint(
     Args:
         folder: a local Hugging Face folder, dense or packed, or a run directory (its finished model is taken).
         pattern: what every operator of the decoder layers is claimed to be (``2:4``, ``50%``), instead of the claims
-            that a pruning run leaves in ``fistapruner.json``.
+            that a pruning run leaves in ``fistapruner.json``; the record then says only which way operators are stored.
         allow_pickle: read legacy ``.bin`` weights.
         progress: called with each tensor's name.
 
@@ -116,8 +116,10 @@ def inspect_checkpoint(
         folder = folder / "model"
     asked = None if pattern is None else parse_sparsity(pattern)
     entries, read, record = _open(folder, allow_pickle)
-    claims, faults = ({}, []) if asked is not None else _claims(folder, record, entries)
+    claims, faults = _claims(folder, record, entries)
     transposed = _is_transposed(claims, entries)
+    if asked is not None:
+        claims, faults = {}, []
     operators = []
     zeros = weights = 0
     for name, entry in entries.items():

@@ -21,6 +21,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from pydantic import TypeAdapter
 from torch import Tensor
 
 from ..atomic import disk_errors, write_json_atomic, write_text_atomic
@@ -193,7 +194,7 @@ def compare(
         listener.say(f"evaluating the dense model on {data}")
         comparison.dense = evaluated(source).perplexity
         assert comparison.dense is not None
-        write_json_atomic(folder / "dense.json", comparison.dense.__dict__)
+        write_json_atomic(folder / "dense.json", _PERPLEXITY.dump_python(comparison.dense, mode="json"))
     calibrated: dict[str, tuple[Tensor, dict[str, Any]]] = {}
     for number, (contender, seed, recipe) in enumerate(jobs, 1):
         listener.say(f"{number}/{len(jobs)}: {contender.label}, {recipe.sparsity}, seed {seed}")
@@ -283,6 +284,9 @@ class _Protocol:
             )
 
 
+_PERPLEXITY = TypeAdapter(Perplexity)
+
+
 def _said(calibration: Calibration) -> str:
     return f"{calibration.samples} windows of {calibration.seqlen or 'the longest'} tokens from {calibration.source}"
 
@@ -320,7 +324,7 @@ def _perplexity(report: Report, protocol: _Protocol) -> Perplexity | None:
 
 def _dense(file: Path, protocol: _Protocol) -> Perplexity | None:
     """The dense model's perplexity on the same windows, if it was measured before."""
-    stored = Perplexity(**read_json(file)) if file.is_file() else None
+    stored = _PERPLEXITY.validate_python(read_json(file)) if file.is_file() else None
     return stored if protocol.covers(stored) else None
 
 

@@ -8,7 +8,8 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 from ..errors import FistaPrunerError
-from ..evaluation.speed import Speed, Variant, compare, sentence
+from ..evaluation.speed import WARM_UP_TOKENS, Speed, Variant, compare, sentence
+from ..models.checkpoint import read_json
 from . import kernel
 from .pack import is_packed, pack, unpack
 
@@ -27,11 +28,12 @@ def bench(
         threads: CPU threads; None takes torch's default.
 
     Raises:
-        FistaPrunerError: no pruned model, or it does not fit disk or memory.
+        FistaPrunerError: no pruned model, it does not fit disk or memory, or it has fewer positions than prompt and tokens.
     """
     model = Path(model)
-    if not model.is_dir():
+    if not (model / "config.json").is_file():
         raise FistaPrunerError(f"{model} is not a folder with a pruned model")
+    _check_positions(model, prompt, tokens)
     with TemporaryDirectory(prefix="fistapruner-bench-") as scratch:
         dense, packed, int8 = model, Path(scratch) / "packed", Path(scratch) / "int8"
         if is_packed(model):
@@ -48,6 +50,15 @@ def bench(
             Variant("packed int8", int8, "bfloat16"),
         ]
         return compare(variants, batch=batch, prompt=prompt, tokens=tokens, runs=runs, threads=threads)
+
+
+def _check_positions(model: Path, prompt: int, tokens: int) -> None:
+    """Refuse a text longer than the model was made for: where positions are learnt there is none to look up."""
+    config = read_json(model, "config.json")
+    positions = config.get("max_position_embeddings", config.get("n_positions"))
+    tokens = max(tokens, WARM_UP_TOKENS)
+    if isinstance(positions, int) and prompt + tokens > positions:
+        raise FistaPrunerError(f"prompt {prompt} and {tokens} new tokens are more than the {positions} tokens {model} was made for")
 
 
 def record(speeds: Sequence[Speed]) -> dict[str, Any]:

@@ -58,6 +58,14 @@ def load(folder: str | Path, *, packed: bool = True, int8: bool = False, dtype: 
 
 
 def _build(source: PackedCheckpoint, config: Any, dtype: torch.dtype, packed: bool, int8: bool) -> Any:
+    """The model with its tensors in place.
+
+    The scales of an int8 operator go along its stored rows, which are the inputs of GPT-2's; turned, it is rounded to int8
+    a second time.
+
+    Raises:
+        FistaPrunerError: a tensor does not fit the architecture, or is missing.
+    """
     from accelerate import init_empty_weights
     from transformers import AutoModelForCausalLM
     from transformers.initialization import no_init_weights

@@ -101,7 +101,7 @@ def pack(
         _copy_companions(source, partial)
         config = {**source.config, "quantization_config": {"quant_method": QUANT_METHOD, "version": VERSION}}
         write_json_atomic(partial / "config.json", config)
-        if len(files) > 1:
+        if set(files) != {SINGLE}:
             write_json_atomic(partial / INDEX, {"metadata": {"total_size": report.packed_total}, "weight_map": places})
         write_text_atomic(partial / "README.md", model_card(report, values))
         about = {"format": "fistapruner-packed", "version": VERSION, "values": values, "files": files, "record": record}
@@ -211,7 +211,7 @@ def unpack(packed: str | Path, out: str | Path) -> Path:
         if source.record:
             write_json_atomic(partial / "fistapruner.json", source.record)
         write_json_atomic(partial / "config.json", source.config())
-        if len(contents) > 1:
+        if set(contents) != {SINGLE}:
             places = {entry.name: shard for shard, entries in contents.items() for entry in entries}
             total = sum(entry.nbytes for entries in contents.values() for entry in entries)
             write_json_atomic(partial / INDEX, {"metadata": {"total_size": total}, "weight_map": places})
