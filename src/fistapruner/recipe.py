@@ -77,7 +77,8 @@ class Execution(Settings):
     Args:
         device: ``auto`` takes a CUDA GPU when there is one.
         batch_size: calibration windows in one forward pass; None chooses by memory.
-        memory_limit: bytes the process may use, as a number or ``"8GiB"``; None takes what the machine has free.
+        memory_limit: bytes of main memory the run may use, as a number or ``"8GiB"``; None takes what the machine has free. A GPU is
+            taken for what it has free.
         executor: ``serial``, ``process`` or ``ray``.
         workers: layer jobs at once (``process``, ``ray``); None takes one per GPU, or one per core group.
         threads: CPU threads for each worker; None divides the machine's cores.

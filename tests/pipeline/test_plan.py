@@ -20,10 +20,12 @@ from fistapruner.errors import FistaPrunerError
 from fistapruner.models.checkpoint import Checkpoint
 from fistapruner.models.layout import Layout, discover
 from fistapruner.models.skeleton import Skeleton
+from fistapruner.pipeline import parts as parts_module
+from fistapruner.pipeline import plan as plan_module
 from fistapruner.pipeline import probe
 from fistapruner.pipeline import sizes as sizes_module
 from fistapruner.pipeline.footprint import peak_bytes, solve_bytes
-from fistapruner.pipeline.plan import make_plan
+from fistapruner.pipeline.plan import DEVICE_RESERVE, Plan, make_plan
 from fistapruner.pipeline.prepare import allocate
 from fistapruner.pipeline.run import prune
 from fistapruner.pipeline.sizes import Choice, Sizes
@@ -126,6 +128,101 @@ def test_impossible_limit_is_refused(model: Model, tmp_path: Path) -> None:
         make_plan(*model[:2], recipe, allocate(recipe, model[1]), model[2], 16, tmp_path)
 
 
+AMPLE = 2**50
+
+
+def plan_on_gpu(
+    model: Model, out: Path, measured: Sizes, host: int, free: int, workers: int = 1, devices: Sequence[str] = (), **settings: Any
+) -> Plan:
+    """The plan of a model whose layers run on a GPU with so many bytes free, of which ``measured`` are the sizes."""
+    settings = {"method": "wanda", "propagate": "dense", "execution": {"memory_limit": host}, **settings}
+    recipe = Recipe.build(settings).settled()
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(plan_module.Sizes, "measure", lambda *_: measured)
+        patched.setattr(plan_module, "free_device_memory", lambda _: free)
+        patched.setattr(plan_module, "worker_devices", lambda *_: [torch.device(name) for name in devices])
+        return make_plan(*model[:2], recipe, allocate(recipe, model[1]), model[2], 16, out, workers)
+
+
+def peak(stages: dict[str, int]) -> int:
+    return max(stages.values())
+
+
+def test_on_a_gpu_hidden_states_take_main_memory(model: Model, tmp_path: Path) -> None:
+    """They wait there however much the GPU has free; where they do not fit they go to disk, and batches stay."""
+    measured = replace(sizes(model), cuda=True, samples=6400)
+    inside, on_disk = Choice(16), Choice(16, on_disk=True)
+    states = 3 * 6400 * measured.window
+    assert peak(measured.host_stages(inside)) - peak(measured.host_stages(on_disk)) > 0.9 * states
+    assert peak(measured.stages(inside)) == peak(measured.stages(on_disk)) < states
+    for host, choice in ((peak(measured.host_stages(inside)), inside), (peak(measured.host_stages(inside)) - 1, on_disk)):
+        assert plan_on_gpu(model, tmp_path, measured, host, AMPLE).choice == choice
+    with pytest.raises(
+        FistaPrunerError, match=r"^--memory-limit 0\.00 GiB is not enough: .* needs .* GiB, even with hidden states on disk"
+    ):
+        plan_on_gpu(model, tmp_path, measured, 2**20, AMPLE)
+
+
+def test_a_small_gpu_gets_smaller_batches(model: Model, tmp_path: Path) -> None:
+    """And groups in parts where not even one window's pass would be what is too large; hidden states stay in main memory."""
+    measured = replace(sizes(model), cuda=True, samples=6400, forward=2**24)
+    free = peak(measured.stages(Choice(8))) + DEVICE_RESERVE
+    made = plan_on_gpu(model, tmp_path, measured, AMPLE, free)
+    assert made.choice == Choice(8)
+    assert made.says[0] == f"to fit the {(free - DEVICE_RESERVE) / 2**30:.2f} GiB that are free on cpu: 8 windows at a time instead of 16"
+    groups = tuple(group._replace(stacked=2**31, alone=2**27) for group in measured.groups)
+    wide = replace(measured, groups=groups)
+    apart = Choice(16, by_operator=True)
+    assert plan_on_gpu(model, tmp_path, wide, AMPLE, peak(wide.stages(apart)) + DEVICE_RESERVE).choice == apart
+    with pytest.raises(FistaPrunerError, match=r"^the 0\.00 GiB that are free on cpu is not enough: .* one window at a time; free some"):
+        plan_on_gpu(model, tmp_path, wide, AMPLE, DEVICE_RESERVE + 2**20)
+    with pytest.raises(FistaPrunerError, match="one window at a time"):
+        plan_on_gpu(model, tmp_path, wide, AMPLE, 0)
+
+
+def test_both_budgets_bind(model: Model, tmp_path: Path) -> None:
+    measured = replace(sizes(model), cuda=True, samples=6400, forward=2**24)
+    host, free = peak(measured.host_stages(Choice(4, on_disk=True))), peak(measured.stages(Choice(4))) + DEVICE_RESERVE
+    made = plan_on_gpu(model, tmp_path, measured, host, free)
+    assert made.choice == Choice(4, on_disk=True)
+    assert "--memory-limit" in made.says[0]
+    assert "free on cpu: hidden states go to disk, 4 windows at a time instead of 16" in made.says[0]
+    assert [row.quantity for row in made.rows] == ["peak GPU memory", "peak memory", "disk"]
+    assert [row.planned for row in made.rows[:2]] == [peak(measured.stages(made.choice)), peak(measured.host_stages(made.choice))]
+    assert set(made.stages) > {"the embeddings", "the embeddings (main memory)", "pruning a layer (main memory)"}
+    assert "GiB of GPU memory at its peak" in made.says[-1]
+    assert "GiB of main memory at its peak" in made.says[-1]
+
+
+def test_workers_share_a_gpu(model: Model, tmp_path: Path) -> None:
+    """Layers side by side take what is free together, parts of groups beside the process that holds the layer."""
+    measured = replace(sizes(model), cuda=True, forward=2**24)
+    need = peak(measured.stages(Choice(8, on_disk=True)))
+    devices = ["cuda:0", "cuda:1", "cuda:0"]
+    made = plan_on_gpu(model, tmp_path, measured, AMPLE, 2 * (need + DEVICE_RESERVE), 3, devices)
+    assert made.choice == Choice(8, on_disk=True)
+    groups = tuple(group._replace(stacked=2**32, alone=2**31) for group in measured.groups)
+    parts = replace(measured, groups=groups)
+    need = peak(parts.stages(Choice(16, by_operator=True), 2))
+    assert 2 * 2**31 < need < 3 * 2**31
+    free = need + 3 * DEVICE_RESERVE
+    assert plan_on_gpu(model, tmp_path, parts, AMPLE, free, 3, devices, propagate="pruned").choice == Choice(16, by_operator=True)
+    with pytest.raises(FistaPrunerError, match=r"free on cpu is not enough: solving .* needs 4\.33 GiB, even"):
+        plan_on_gpu(model, tmp_path, parts, AMPLE, free - 1, 3, devices, propagate="pruned")
+
+
+def test_a_gpu_without_room_for_one_window_is_named(model: Model, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def out_of_memory(*_: Any) -> Any:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+
+    recipe = Recipe.build({"method": "wanda", "propagate": "dense"}).settled()
+    monkeypatch.setattr(plan_module, "free_device_memory", lambda _: 2**29)
+    for name, what in (("measure_time", "16 windows at a time"), ("Sizes", "one window")):
+        monkeypatch.setattr(plan_module, name, SimpleNamespace(measure=out_of_memory) if name == "Sizes" else out_of_memory)
+        with pytest.raises(FistaPrunerError, match=f"^the 0.50 GiB that are free on cpu are not enough for {what} through one"):
+            make_plan(*model[:2], recipe, allocate(recipe, model[1]), model[2], 16, tmp_path)
+
+
 def test_operators_solved_one_by_one(model: Model, tmp_path: Path) -> None:
     """The choice is recorded and carried out; for a method that treats rows alone it changes nothing."""
     folder = str(model[0].checkpoint.folder)
@@ -192,3 +289,30 @@ def test_the_estimated_dense_pass_is_of_its_windows(model: Model, monkeypatch: p
     estimate = probe.measure_time(skeleton, layout, recipe, allocate(recipe, layout), tokens, 16)
     # 8 s of passes of 16 of 64 windows, 2 of them the dense pass, which is of a quarter of the windows.
     assert estimate == pytest.approx((0.5 + (6.0 + 2.0 / 4) * 4) * len(skeleton))
+
+
+@pytest.mark.parametrize(("by_operator", "solved", "count"), [(False, [((64, 16), 2)], 1), (True, [((10, 16), 1), ((12, 16), 1)], 4 + 2)])
+def test_time_is_of_parts_where_the_run_solves_parts(
+    model: Model, monkeypatch: pytest.MonkeyPatch, by_operator: bool, solved: list[Any], count: int
+) -> None:
+    """A part of each operator is timed and counts as often as the operator has parts: four of 10 rows, two of 12."""
+    skeleton, layout, tokens = model
+    monkeypatch.setattr(probe, "WORTH_A_PROBE", 0)
+    monkeypatch.setattr(parts_module, "ROWS", 12)
+    recipe = Recipe.build({"method": "wanda"}).settled()
+    sparsity = allocate(recipe, layout)
+    problem = LayerProblem(torch.randn(64, 16), torch.eye(16), names=tuple(sparsity)[:2], rows=(40, 24))
+    timed: list[Any] = []
+
+    def seconds(problem: LayerProblem, patterns: list[Any], _: Recipe) -> float:
+        timed.append((problem.shape, len(patterns)))
+        return 1.0
+
+    def layer(*_: Any, inspect: Any) -> Any:
+        inspect(0, problem)
+        return SimpleNamespace(entry=SimpleNamespace(seconds={}, passed_after=0.0))
+
+    monkeypatch.setattr(probe, "_seconds", seconds)
+    monkeypatch.setattr(probe, "prune_layer", layer)
+    assert probe.measure_time(skeleton, layout, recipe, sparsity, tokens, 16, by_operator) == pytest.approx(count * len(skeleton))
+    assert timed == solved

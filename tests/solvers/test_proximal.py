@@ -17,6 +17,14 @@ from fistapruner.solvers.thresholds import GroupThreshold, SampledThreshold
 from fistapruner.sparsity import NM, Unstructured, keep_n_of_m
 
 
+@pytest.mark.parametrize("threshold", [SampledThreshold(Unstructured(0.5), 96, 200), GroupThreshold(NM(2, 4))])
+def test_thresholds_ask_a_device_for_no_value(threshold: SampledThreshold | GroupThreshold) -> None:
+    """On a GPU that would stall the queue; the meta device, which has no values, refuses it."""
+    values, out = torch.empty(96, 200, device="meta"), torch.empty(96, 200, device="meta")
+    for correct in (False, True, False):
+        threshold(values, out, correct=correct)
+
+
 @settings(max_examples=40, deadline=None)
 @given(st.integers(2, 17), st.data())
 def test_comparison_network_keeps_the_n_largest(m: int, data: st.DataObject) -> None:

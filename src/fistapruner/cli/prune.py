@@ -92,7 +92,7 @@ def add_recipe_arguments(parser: argparse.ArgumentParser, *, single: bool = True
     work = parser.add_argument_group("execution")
     work.add_argument("--device", help="auto, cpu, cuda, cuda:N (default: auto)")
     work.add_argument("--batch-size", type=int, help="windows in one forward pass (default: by device)")
-    work.add_argument("--memory-limit", metavar="SIZE", help="memory the process may use, such as 8GiB (default: what is free)")
+    work.add_argument("--memory-limit", metavar="SIZE", help="main memory the run may use, such as 8GiB (default: what is free)")
     work.add_argument("--executor", choices=("serial", "process", "ray"), help="who prunes the decoder layers (default: serial)")
     work.add_argument("--workers", type=int, help="layers at once, for process and ray (default: one for each GPU or core group)")
     work.add_argument("--threads", type=int, help="CPU threads of each worker; part of a run, as the last bits depend on it")

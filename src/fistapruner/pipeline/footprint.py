@@ -60,7 +60,9 @@ def peak_bytes(work: Callable[[], object]) -> int:
     return int(counter.peak)
 
 
-def solve_bytes(rows: Sequence[int], inputs: int, sparsity: Sequence[Sparsity], steps: Sequence[Method]) -> int:
+def solve_bytes(
+    rows: Sequence[int], inputs: int, sparsity: Sequence[Sparsity], steps: Sequence[Method], device: torch.device | str = "cpu"
+) -> int:
     """Peak bytes of solving a group of operators: weight, Gram and everything the method chain makes.
 
     All large tensors of a solver are (m, n) or (n, n), so the peak is quadratic in the size: a small problem of the same
@@ -71,6 +73,7 @@ def solve_bytes(rows: Sequence[int], inputs: int, sparsity: Sequence[Sparsity], 
         inputs: n.
         sparsity: pattern of each operator.
         steps: the method chain.
+        device: where it will be solved; on a GPU some things are computed in other ways.
     """
     small = min(inputs, PROBE_INPUTS)
     scale = inputs / small
@@ -78,6 +81,7 @@ def solve_bytes(rows: Sequence[int], inputs: int, sparsity: Sequence[Sparsity], 
     generator = torch.Generator().manual_seed(0)
     activations = torch.randn(2 * small, small, generator=generator)
     gram = activations.T @ activations / len(activations)
-    problem = LayerProblem(torch.randn(sum(few), small, generator=generator), gram, names=tuple(map(str, range(len(few)))), rows=tuple(few))
+    weight = torch.randn(sum(few), small, generator=generator)
+    problem = LayerProblem(weight, gram, names=tuple(map(str, range(len(few)))), rows=tuple(few)).to(device)
     held = 4 * (gram.numel() + problem.weight.numel())
     return int((held + peak_bytes(lambda: solve(problem, list(sparsity), list(steps)))) * scale**2)

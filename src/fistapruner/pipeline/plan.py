@@ -7,11 +7,14 @@ Memory and disk are counted (:mod:`fistapruner.pipeline.sizes`), time is measure
 from __future__ import annotations
 
 import shutil
-from collections.abc import Mapping
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
 import psutil
+import torch
 from torch import Tensor
 
 from ..errors import FistaPrunerError
@@ -21,12 +24,16 @@ from ..recipe import Recipe
 from ..reporting.schema import LayerEntry, PlanRow, Totals
 from ..sparsity import Sparsity
 from .probe import measure_time
+from .process import worker_devices
 from .sizes import Choice, Sizes
 
 GIB = 2**30
 
 RESERVE = 0.9
 """Share of the free memory that a run without --memory-limit plans with."""
+
+DEVICE_RESERVE = 2**29
+"""Bytes of a GPU's free memory that are left to each process for its context, workspaces of libraries and pieces between blocks."""
 
 MEMORY, TIME, DISK, DEVICE = "peak memory", "pruning, one worker", "disk", "peak GPU memory"
 
@@ -37,7 +44,8 @@ class Plan:
 
     Args:
         choice: what was chosen.
-        stages: bytes of main memory (of the device, for the work on a GPU) at the peak of each stage.
+        stages: bytes of main memory at the peak of each stage; for the work on a GPU those of the GPU, and beside them those of main
+            memory, whose names say so.
         rows: the predictions, for the report.
         says: sentences on what was chosen, and why.
     """
@@ -46,6 +54,53 @@ class Plan:
     stages: Mapping[str, int]
     rows: tuple[PlanRow, ...]
     says: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class _Budget:
+    """What a run may take of main memory, or of a GPU's, and what it would.
+
+    Args:
+        given: the budget, in messages.
+        limit: bytes.
+        sharing: processes that each take what the stages say.
+        stages: bytes at the peak of every stage, by choice.
+        kind: of memory, in messages.
+        quantity: row of the report.
+        suffix: what is said of its stages where there are others.
+        even: the last that was tried; ``more``: what else may help.
+    """
+
+    given: str
+    limit: int
+    sharing: int
+    stages: Callable[[Choice], dict[str, int]]
+    kind: str = "memory"
+    quantity: str = MEMORY
+    suffix: str = ""
+    even: str = "hidden states on disk and one window at a time"
+    more: str = "give more"
+
+    def worst(self, choice: Choice) -> str:
+        """The stage that needs most."""
+        stages = self.stages(choice)
+        return max(stages, key=lambda name: stages[name])
+
+    def peak(self, choice: Choice) -> int:
+        """Bytes that it needs."""
+        return max(self.stages(choice).values())
+
+    def holds(self, choice: Choice) -> bool:
+        """Whether a run as ``choice`` says fits."""
+        return self.peak(choice) * self.sharing <= self.limit
+
+    def refusal(self, choice: Choice) -> FistaPrunerError:
+        """That not even ``choice`` fits."""
+        shared = f" in each of {self.sharing} workers" if self.sharing > 1 else ""
+        return FistaPrunerError(
+            f"{self.given} is not enough: {self.worst(choice)} needs {self.peak(choice) / GIB:.2f} GiB{shared}, even with {self.even}; "
+            f"{self.more}, shorten --seqlen, or choose a lighter --method"
+        )
 
 
 def make_plan(
@@ -63,7 +118,8 @@ def make_plan(
     Args:
         skeleton: the model.
         layout: operators to prune.
-        recipe: settings; ``execution.memory_limit`` is what all workers together may use.
+        recipe: settings; ``execution.memory_limit`` is what all workers together may use of main memory. A GPU is taken for as much
+            as it has free.
         sparsity: pattern of every operator, by full name.
         tokens: (samples, seqlen) calibration tokens; only their number matters for memory.
         batch_size: windows in one forward pass, if they fit.
@@ -71,55 +127,42 @@ def make_plan(
         workers: processes of this machine that work at once: on layers, or with ``propagate=pruned`` on parts of a group.
 
     Raises:
-        FistaPrunerError: no choice fits the memory, or the disk is too small; names the stage and the bytes.
+        FistaPrunerError: no choice fits the memory (main or the GPU's), or the disk is too small; names the stage and the bytes.
     """
     limit = recipe.execution.memory_limit or int(free_memory() * RESERVE)
-    given = f"--memory-limit {limit / GIB:.2f} GiB" if recipe.execution.memory_limit else f"the {limit / GIB:.2f} GiB that are free"
-    model = Sizes.measure(skeleton, layout, recipe, sparsity, tokens)
+    with _room(skeleton.device, "one window"):
+        model = Sizes.measure(skeleton, layout, recipe, sparsity, tokens)
     sequential = recipe.propagate == "pruned"  # parts are what may be spread then, so groups are always cut
     solvers, workers = (workers, 1) if sequential and workers > 1 else (0, workers)
-    choices = [Choice(batch_size, on_disk=workers > 1, by_operator=sequential), Choice(batch_size, on_disk=True, by_operator=sequential)]
-    size = batch_size
-    while size > 1:
-        size = size // 2
-        choices.append(Choice(size, on_disk=True, by_operator=sequential))
-    choices.append(Choice(1, on_disk=True, by_operator=True))
-    if recipe.execution.batch_size:
-        choices = [choice for choice in choices if choice.batch_size == batch_size] + [Choice(batch_size, on_disk=True, by_operator=True)]
-    chosen, stages = choices[-1], model.stages(choices[-1], solvers)
-    for choice in choices:
-        stages = model.stages(choice, solvers)
-        if max(stages.values()) * workers <= limit:
-            chosen = choice
-            break
-    else:
-        stage = max(stages, key=lambda name: stages[name])
-        shared = f" in each of {workers} workers" if workers > 1 else ""
-        raise FistaPrunerError(
-            f"{given} is not enough: {stage} needs {stages[stage] / GIB:.2f} GiB{shared}, even with hidden states on disk and "
-            "one window at a time; give more, shorten --seqlen, or choose a lighter --method"
-        )
+    budgets = [_host_budget(model, recipe, limit, workers, solvers)]
+    if model.cuda:
+        budgets.append(_device_budget(model, recipe, skeleton.device, workers, solvers))
+    choices = _choices(batch_size, recipe, workers, sequential, model.cuda)
+    chosen = next((choice for choice in choices if all(budget.holds(choice) for budget in budgets)), None)
+    if chosen is None:
+        raise next(budget for budget in budgets if not budget.holds(choices[-1])).refusal(choices[-1])
     says = []
     if chosen != choices[0]:
         changed = ["hidden states go to disk"] if chosen.on_disk and not choices[0].on_disk else []
         changed += [f"{chosen.batch_size} windows at a time instead of {batch_size}"] if chosen.batch_size != batch_size else []
         changed += ["groups are solved in parts"] if chosen.by_operator and not sequential else []
+        given = " and ".join(budget.given for budget in budgets if not budget.holds(choices[0]))
         says.append(f"to fit {given}: {', '.join(changed)}")
     disk = model.disk(chosen, workers)
     place = _existing(out)
     if (free := shutil.disk_usage(place).free) < disk:
         raise FistaPrunerError(f"{out} needs {disk / GIB:.2f} GiB of disk and {place} has {free / GIB:.2f} GiB free")
-    seconds = measure_time(skeleton, layout, recipe, sparsity, tokens, chosen.batch_size)
-    cuda = skeleton.device.type == "cuda"
-    rows = [
-        PlanRow(quantity=DEVICE if cuda else MEMORY, unit="bytes", planned=max(stages.values())),
-        PlanRow(quantity=DISK, unit="bytes", planned=disk),
-    ]
+    with _room(skeleton.device, f"{chosen.batch_size} windows at a time"):
+        seconds = measure_time(skeleton, layout, recipe, sparsity, tokens, chosen.batch_size, chosen.by_operator)
+    budgets.reverse()  # that of the GPU first
+    rows = [PlanRow(quantity=budget.quantity, unit="bytes", planned=budget.peak(chosen)) for budget in budgets]
+    rows.append(PlanRow(quantity=DISK, unit="bytes", planned=disk))
     if seconds is not None:
         rows.append(PlanRow(quantity=TIME, unit="seconds", planned=seconds))
-    worst = max(stages, key=lambda name: stages[name])
     duration = "" if seconds is None else f", about {seconds / workers / 60:.1f} min"
-    says.append(f"plan: {max(stages.values()) / GIB:.2f} GiB of memory at its peak ({worst}), {disk / GIB:.2f} GiB of disk{duration}")
+    peaks = ", ".join(f"{budget.peak(chosen) / GIB:.2f} GiB of {budget.kind} at its peak ({budget.worst(chosen)})" for budget in budgets)
+    says.append(f"plan: {peaks}, {disk / GIB:.2f} GiB of disk{duration}")
+    stages = {f"{stage}{budget.suffix}": size for budget in budgets for stage, size in budget.stages(chosen).items()}
     return Plan(chosen, stages, tuple(rows), tuple(says))
 
 
@@ -133,6 +176,78 @@ def check_plan(rows: list[PlanRow], totals: Totals, layers: list[LayerEntry], di
         TIME: sum(sum(layer.seconds.values()) for layer in layers),
     }
     return [row.model_copy(update={"actual": measured.get(row.quantity)}) for row in rows]
+
+
+def _host_budget(model: Sizes, recipe: Recipe, limit: int, workers: int, solvers: int) -> _Budget:
+    """Of main memory: for everything on a CPU, for what waits there beside a GPU."""
+    given = f"--memory-limit {limit / GIB:.2f} GiB" if recipe.execution.memory_limit else f"the {limit / GIB:.2f} GiB that are free"
+    if not model.cuda:
+        return _Budget(given, limit, workers, lambda choice: model.stages(choice, solvers))
+    return _Budget(
+        given if recipe.execution.memory_limit else f"{given} of main memory",
+        limit,
+        workers,
+        lambda choice: model.host_stages(choice, solvers),
+        kind="main memory",
+        suffix=" (main memory)",
+    )
+
+
+def _device_budget(model: Sizes, recipe: Recipe, device: torch.device, workers: int, solvers: int) -> _Budget:
+    """Of the GPU that has least free for each worker there; with solvers, of the one where they work beside this process."""
+    execution = recipe.execution
+    count = max(workers, solvers)
+    together = Counter(worker_devices(execution.device, count, execution.threads) if count > 1 else [device])
+    beside = max(together.values()) if solvers else 0
+    shares = {device: 1} if solvers else together
+    free = {place: max(0, free_device_memory(place) - DEVICE_RESERVE * (beside + shares[place])) for place in shares}
+    least = min(free, key=lambda place: free[place] / shares[place])
+    return _Budget(
+        f"the {free[least] / GIB:.2f} GiB that are free on {least}",
+        free[least],
+        shares[least],
+        lambda choice: model.stages(choice, beside),
+        kind="GPU memory",
+        quantity=DEVICE,
+        even="one window at a time",
+        more="free some of it",
+    )
+
+
+def _choices(batch_size: int, recipe: Recipe, workers: int, sequential: bool, cuda: bool) -> list[Choice]:
+    """Ways to carry a run out, the ones that are liked better first, the one that needs least last.
+
+    On a CPU all of them save the same memory. Beside a GPU, files save main memory, small batches and parts save the GPU's.
+    """
+    sizes = [batch_size]
+    while sizes[-1] > 1 and not recipe.execution.batch_size:
+        sizes.append(sizes[-1] // 2)
+    if cuda:
+        places = (True,) if workers > 1 else (False, True)
+        ways = (True,) if sequential else (False, True)
+        return [Choice(size, on_disk=place, by_operator=way) for way in ways for size in sizes for place in places]
+    choices = [Choice(batch_size, on_disk=workers > 1, by_operator=sequential)]
+    choices += [Choice(size, on_disk=True, by_operator=sequential) for size in sizes]
+    return [*choices, Choice(sizes[-1], on_disk=True, by_operator=True)]
+
+
+@contextmanager
+def _room(device: torch.device, what: str) -> Iterator[None]:
+    """Say of a GPU that has no room for ``what`` that is tried inside what would be right."""
+    try:
+        yield
+    except torch.OutOfMemoryError:
+        free = free_device_memory(device) / GIB
+        raise FistaPrunerError(
+            f"the {free:.2f} GiB that are free on {device} are not enough for {what} through one decoder layer: "
+            "free some of it, shorten --seqlen, lower --batch-size, or choose --device cpu"
+        ) from None
+
+
+def free_device_memory(device: torch.device) -> int:
+    """Bytes this process can still get of a GPU: what is free there, and what PyTorch holds unused."""
+    held = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    return torch.cuda.mem_get_info(device)[0] + held
 
 
 def free_memory() -> int:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
+from itertools import groupby
 
 from torch import Tensor
 
@@ -18,6 +19,7 @@ from .capture import Calls
 from .drift import dense_windows
 from .layer import Streams, prune_layer
 from .match import passes
+from .parts import cut, part_of
 
 WORTH_A_PROBE = 2e10
 """Multiplications of one pass of the calibration tokens through the model, below which no time is estimated: it is seconds."""
@@ -27,13 +29,19 @@ MATCHING_STEPS = 4
 
 
 def measure_time(
-    skeleton: Skeleton, layout: Layout, recipe: Recipe, sparsity: Mapping[str, Sparsity], tokens: Tensor, batch_size: int
+    skeleton: Skeleton,
+    layout: Layout,
+    recipe: Recipe,
+    sparsity: Mapping[str, Sparsity],
+    tokens: Tensor,
+    batch_size: int,
+    by_operator: bool = False,
 ) -> float | None:
     """Seconds to prune all layers, from the first batch of windows in one layer; None where that is not worth measuring.
 
     Passes are measured as they are, with magnitude pruning instead of the method. The method is timed on the first rows of
-    each group's problem, twice as many the second time, so that what does not grow with the rows is told from what does.
-    Of block matching a few steps are timed.
+    each group's problem, twice as many the second time, so that what does not grow with the rows is told from what does. Where
+    the run solves groups ``by_operator``, that is done of a part of each operator. Of block matching a few steps are timed.
     """
     index = next(index for index, groups in enumerate(layout.layers) if groups)
     if sum(map(layout.weights, range(len(skeleton)))) * tokens.numel() < WORTH_A_PROBE:
@@ -43,13 +51,11 @@ def measure_time(
 
     def time_solve(number: int, problem: LayerProblem) -> None:
         nonlocal solving
-        pattern = sparsity[problem.names[0]]
-        few = max(32, problem.shape[0] // 16)
-        if 2 * few >= problem.shape[0]:
-            solving += _seconds(problem, [sparsity[name] for name in problem.names], recipe)
-            return
-        once, twice = (_seconds(problem.slice(0, count), [pattern], recipe) for count in (few, 2 * few))
-        solving += once + max(twice - once, 0.0) * (problem.shape[0] - few) / few
+        patterns = [sparsity[name] for name in problem.names]
+        if by_operator:
+            solving += sum(count * _solving(part, [pattern], recipe) for part, pattern, count in _apart(problem, patterns, recipe))
+        else:
+            solving += _solving(problem, patterns, recipe)
 
     with skeleton.ends(head=False):
         calls = Calls.of(skeleton, len(batch), tokens.shape[1], len(batch))
@@ -77,6 +83,22 @@ def measure_time(
     if few_steps:
         matching = seconds["match"] * passes(recipe.match, len(tokens)) / passes(few_steps, len(batch))
     return (fixed + solving + matching) * sum(map(bool, layout.layers)) + passing * len(skeleton)
+
+
+def _apart(problem: LayerProblem, patterns: Sequence[Sparsity], recipe: Recipe) -> Iterator[tuple[LayerProblem, Sparsity, int]]:
+    """Of each operator of a group the first of the parts it is solved in, that part's pattern, and how many parts there are."""
+    for _, parts in groupby(cut(problem.rows, problem.shape[1], patterns, recipe.steps), key=lambda part: part.operator):
+        first, *others = parts
+        yield part_of(problem, first), first.sparsity, 1 + len(others)
+
+
+def _solving(problem: LayerProblem, patterns: list[Sparsity], recipe: Recipe) -> float:
+    """Seconds to solve a problem, estimated from its first rows where it has many."""
+    few = max(32, problem.shape[0] // 16)
+    if 2 * few >= problem.shape[0]:
+        return _seconds(problem, patterns, recipe)
+    once, twice = (_seconds(problem.slice(0, count), patterns[:1], recipe) for count in (few, 2 * few))
+    return once + max(twice - once, 0.0) * (problem.shape[0] - few) / few
 
 
 def _seconds(problem: LayerProblem, patterns: list[Sparsity], recipe: Recipe) -> float:

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from ..allocation.decide import differentiates, needs_measuring, permutes, weighs_rows, windows_looked_at
-from ..allocation.sensitivity import HEAD_TOKENS
+from ..allocation.sensitivity import HEAD_TOKENS, WIDE
 from ..models.layout import Group, Layout
 from ..models.skeleton import Call, Skeleton
 from ..problem import DriftFrom
@@ -74,6 +74,8 @@ class Sizes:
     """The sizes, in bytes, that the memory of a run is made of: see :meth:`measure`."""
 
     base: int
+    """Main memory that the process takes before the run."""
+
     ends: int
     largest: int
     checkpoint: int
@@ -117,6 +119,9 @@ class Sizes:
     """Block matching of one layer: fp32 weights, their gradients, Adam's two moments, the best so far, masks, what a pass uses; a
     forward and backward pass of one window; the metric. 0 without."""
 
+    metric: int
+    """How block matching weighs the output errors of one layer, as it waits in main memory. 0 without."""
+
     logits: int
     measured: bool
     reordered: bool
@@ -149,7 +154,9 @@ class Sizes:
         told = drift_sources(recipe, layout, index, same=recipe.propagate == "dense")
         kept = [kept_width(groups[number], source) for number, source in told.items()]
         rows = tuple(
-            _group_sizes(group, [sparsity[layout.full_name(index, operator)] for operator in group], recipe, told.get(number))
+            _group_sizes(
+                group, [sparsity[layout.full_name(index, operator)] for operator in group], recipe, told.get(number), skeleton.device
+            )
             for number, group in enumerate(groups)
         )
         operators = sum(group.weight for group in rows)
@@ -157,7 +164,7 @@ class Sizes:
         widths = {operator.name: operator.columns for group in groups[: len(groups) - (not passes)] for operator in group}
         endings = endings_kept(layout, index, skeleton.device).values() if recipe.error_correction else ()
         return cls(
-            base=psutil.Process().memory_info().rss + RETAINED if skeleton.device.type == "cpu" else 0,
+            base=psutil.Process().memory_info().rss + RETAINED,
             ends=size(outside),
             largest=max(checkpoint.entry(name).nbytes for name in checkpoint.names()),
             checkpoint=checkpoint.nbytes,
@@ -179,6 +186,7 @@ class Sizes:
             layers=len(skeleton),
             backward=backward if differentiates(recipe) else 0,
             matching=backward + (5 * 4 + 1 + itemsize) * operators // 4 + 3 * 4 * skeleton.width**2 if recipe.match else 0,
+            metric=4 * skeleton.width * (skeleton.width if skeleton.width <= WIDE else 1) if recipe.match else 0,
             logits=4 * 4 * min(seqlen, HEAD_TOKENS) * int(skeleton.config.get_text_config().vocab_size),
             measured=needs_measuring(recipe),
             reordered=permutes(recipe),
@@ -188,49 +196,91 @@ class Sizes:
         )
 
     def stages(self, choice: Choice, solvers: int = 0) -> dict[str, int]:
-        """Bytes at the peak of every stage of a run, by what the stage is called in messages.
+        """Bytes at the peak of every stage of a run, by what the stage is called in messages: of main memory, or of the GPU that works.
 
         Args:
             choice: how the run is carried out.
-            solvers: processes beside this one that solve parts.
+            solvers: processes beside this one that solve parts on the same device.
         """
+        base, largest = (0, 0) if self.cuda else (self.base, self.largest)
         batch = min(choice.batch_size, self.samples)
         beside = self.dense_windows(self.samples, batch_size=batch)
         partly = beside < self.samples
-        in_memory, dense_in_memory = (0, 0) if choice.on_disk or self.cuda else (self.samples, beside)
-        states = ((self.streams + self.inside) * in_memory + self.dense * dense_in_memory) * self.window
+        first, states, kept = (0, 0, 0) if self.cuda else self._waiting(choice)
         passing = batch * (self.forward + 2 * self.window)
         found = {
-            "the embeddings": self.base + self.ends + self.largest,
-            "the first hidden states": self.base + self.ends + self.window * in_memory + batch * 2 * self.window,
-            "writing the checkpoint": self.base + 2 * self.largest,
+            "the embeddings": base + self.ends + largest,
+            "the first hidden states": base + self.ends + first + batch * 2 * self.window,
+            "writing the checkpoint": base + 2 * largest,
         }
+        if self.cuda:
+            del found["writing the checkpoint"]
         drifts = self.kept > 0
         done = 0  # weights of the groups that are solved, in main memory as the checkpoint will hold them
         for number, group in enumerate(self.groups):
             names, gram, weight, source, stacked, alone = group
             waiting = sum(later.sums(partly) for later in self.groups[number + 1 :]) if self.together else 0
-            loaded = self.base + self.layer + states + self.kept * dense_in_memory + self.entering * in_memory + waiting + done
+            loaded = base + self.layer + states + kept + waiting + done
             done += 0 if self.cuda else weight * self.stored // 4
             gather = passing + group.sums(partly) + batch * (self.float_input * (3 if drifts else 1) + self.float_residual)
             found[f"a pass up to {names}"] = loaded + gather
             found[f"the problem of {names}"] = loaded + group.sums(partly) + weight * (source == "inputs") + weight // 2  # a block in fp64
             apart = choice.by_operator and alone < stacked
             # The solution is gathered beside the weight, fp32 and a mask of bytes; its errors are computed in blocks of rows.
-            solving = gram + 9 * weight // 4 + (solvers * (self.base + alone) or max(alone - gram, weight // 2)) if apart else stacked
+            solving = gram + 9 * weight // 4 + (solvers * (base + alone) or max(alone - gram, weight // 2)) if apart else stacked
             found[f"solving {names}"] = loaded + solving + (weight if drifts else 0) * (2 if self.weighted else 1) + weight * self.weighted
         if self.matching:
-            found["block matching"] = self.base + self.layer + states + done + self.matching + 4 * self.window
+            found["block matching"] = base + self.layer + states + done + self.matching + 4 * self.window
         if self.measured:
-            windows = windows_looked_at(self.samples)
-            states = 0 if choice.on_disk or self.cuda else self._states_measured() * windows * self.window
+            states = 0 if self.cuda else self._states_looked_at(choice)
             passed = self.layer + min(choice.batch_size, 4) * max(self.backward, self.forward + self.float_input)
             sums = sum(group.gram * bool(self.backward) + group.weight for group in self.groups)
             if self.reordered:  # scores of the largest operator, twice, and the rows that are looked at
                 sums += 3 * max(group.weight for group in self.groups)
             head = self.ends + self.logits if self.backward else 0
-            found["measuring the dense model"] = self.base + states + windows * self.window + max(passed + sums, head)
-        return {name: round(size + UNCOUNTED * (size - self.base)) for name, size in found.items()}
+            found["measuring the dense model"] = base + states + max(passed + sums, head)
+        return {name: round(size + UNCOUNTED * (size - base)) for name, size in found.items()}
+
+    def host_stages(self, choice: Choice, solvers: int = 0) -> dict[str, int]:
+        """Bytes of main memory at the peak of every stage of a run whose work is on GPUs, by what the stage is called in messages.
+
+        A tensor of the checkpoint or a batch of windows is here on its way to the GPU and back; hidden states are kept here, and so are
+        the weights of the operators that are solved until their layer is done.
+
+        Args:
+            choice: how the run is carried out.
+            solvers: processes beside this one that solve parts, on any device.
+        """
+        first, states, kept = self._waiting(choice)
+        moving = min(choice.batch_size, self.samples) * (2 * self.window + self.float_input)
+        loading = min(2 * self.largest, self.layer)
+        done = sum(group.weight for group in self.groups) * self.stored // 4
+        part = max(group.gram + 3 * group.weight for group in self.groups)  # of a group: weight, drift, solution
+        solving = part + solvers * (self.base + part) if solvers else 0
+        found = {
+            "the embeddings": 2 * self.largest,
+            "the first hidden states": first + moving,
+            "pruning a layer": states + kept + max(loading, done + max(moving, solving)),
+            "writing the checkpoint": 2 * self.largest,
+        }
+        if self.matching:
+            found["block matching"] = states + 2 * done + self.metric + moving
+        if self.measured:
+            metrics = self.metric * self.layers
+            found["measuring the dense model"] = self._states_looked_at(choice) + metrics + max(moving, 2 * self.largest)
+        return {name: round(self.base + (1 + UNCOUNTED) * size) for name, size in found.items()}
+
+    def _waiting(self, choice: Choice) -> tuple[int, int, int]:
+        """Bytes of all windows in main memory: of the first hidden states, of all stores of them, of what a layer keeps beside."""
+        if choice.on_disk:
+            return 0, 0, 0
+        beside = self.dense_windows(self.samples, batch_size=min(choice.batch_size, self.samples))
+        states = ((self.streams + self.inside) * self.samples + self.dense * beside) * self.window
+        return self.window * self.samples, states, self.kept * beside + self.entering * self.samples
+
+    def _states_looked_at(self, choice: Choice) -> int:
+        """Bytes in main memory while the dense model is measured: of hidden states, and of the gradient or what takes its place."""
+        return (1 + (0 if choice.on_disk else self._states_measured())) * windows_looked_at(self.samples) * self.window
 
     def _states_measured(self) -> int:
         """Layers whose hidden states are kept while the dense model is measured: all of them for a backward pass."""
@@ -251,12 +301,12 @@ def _differentiate(skeleton: Skeleton, hidden: Tensor, call: Call) -> None:
         torch.autograd.grad(skeleton.run(0, entering, call).float().sum(), entering)
 
 
-def _group_sizes(group: Group, patterns: list[Sparsity], recipe: Recipe, drift_from: DriftFrom | None) -> GroupSizes:
+def _group_sizes(group: Group, patterns: list[Sparsity], recipe: Recipe, drift_from: DriftFrom | None, device: torch.device) -> GroupSizes:
     n = group[0].columns
     rows = [operator.rows for operator in group]
-    stacked = solve_bytes(rows, n, patterns, recipe.steps)
+    stacked = solve_bytes(rows, n, patterns, recipe.steps, device)
     parts = cut(rows, n, patterns, recipe.steps)
     largest = max(parts, key=lambda part: part.stop - part.start)
-    alone = stacked if len(parts) == 1 else solve_bytes([largest.stop - largest.start], n, [largest.sparsity], recipe.steps)
+    alone = stacked if len(parts) == 1 else solve_bytes([largest.stop - largest.start], n, [largest.sparsity], recipe.steps, device)
     names = "+".join(operator.name.rpartition(".")[2] for operator in group)
     return GroupSizes(names, 4 * n * n, 4 * sum(rows) * n, drift_from, stacked, alone)

@@ -41,10 +41,10 @@ class SampledThreshold:
         """
         sample = values.view(-1)[:: self.stride].abs()
         if self.rank is None:
-            self.rank = torch.tensor(float(self.size * (self.total - self.wanted) / self.total), device=values.device)
+            self.rank = torch.full((), self.size * (self.total - self.wanted) / self.total, device=values.device)
         place = self.rank.round().long().clamp(0, self.size - 1)
-        # Selection is faster than sorting, but wants its rank from the host, which on a GPU would stall the queue.
-        bound = sample.kthvalue(int(place) + 1).values if values.device.type == "cpu" else sample.sort().values[place]
+        # Selection is faster than sorting, but wants its rank from the host, which on a GPU would stall the queue; so would indexing.
+        bound = sample.kthvalue(int(place) + 1).values if values.device.type == "cpu" else sample.sort().values.take(place)
         hard_threshold(values, bound, out)
         if correct:
             kept = torch.count_nonzero(out != 0)  # of booleans: several times faster
