@@ -43,6 +43,8 @@ from .run import prune
 from .serial import Listener
 from .work import choose_device, open_skeleton
 
+_PERPLEXITY = TypeAdapter(Perplexity)
+
 
 @dataclass(frozen=True)
 class Contender:
@@ -165,7 +167,6 @@ def compare(
         raise FistaPrunerError("nothing to compare: name methods, sparsities and seeds")
     first = jobs[0][2]
     asked = {(contender.label, str(recipe.sparsity), seed) for contender, seed, recipe in jobs}
-    before = _before(folder, model)
     trust: dict[str, Any] = {"allow_pickle": allow_pickle, "trust_remote_code": trust_remote_code}
     source = resolve_model(model, **trust)
     skeleton = open_skeleton(source, first, **trust)
@@ -173,9 +174,11 @@ def compare(
     text = load_windows(data, tokenizer, window_length(first, skeleton), windows)
     calibration = Recipe.build({"calibration": dict(settings or {}).get("calibration") or {}}).calibration
     protocol = _Protocol(text, dtype_name(skeleton.dtype), calibration)
-    earlier = [row for row in before if (row.label, row.sparsity, row.seed) not in asked]
-    for row in before:
-        protocol.check(row, folder, kept=row in earlier)
+    earlier = []
+    for row in _before(folder, model):
+        kept = (row.label, row.sparsity, row.seed) not in asked
+        protocol.check(row, folder, kept=kept)
+        earlier += [row] if kept else []
     with disk_errors(folder):
         (folder / "runs").mkdir(parents=True, exist_ok=True)
     comparison = Comparison(
@@ -282,9 +285,6 @@ class _Protocol:
                 f"{where}, measured on {was.windows} windows of {was.seqlen} tokens of {was.data} in {was.dtype}; this comparison is on "
                 f"other text ({len(text.tokens)} windows of {text.seqlen} tokens of {text.data} in {self.dtype}): {which}"
             )
-
-
-_PERPLEXITY = TypeAdapter(Perplexity)
 
 
 def _said(calibration: Calibration) -> str:
