@@ -167,6 +167,7 @@ def compare(
         raise FistaPrunerError("nothing to compare: name methods, sparsities and seeds")
     first = jobs[0][2]
     asked = {(contender.label, str(recipe.sparsity), seed) for contender, seed, recipe in jobs}
+    before = _before(folder, model)
     trust: dict[str, Any] = {"allow_pickle": allow_pickle, "trust_remote_code": trust_remote_code}
     source = resolve_model(model, **trust)
     skeleton = open_skeleton(source, first, **trust)
@@ -175,7 +176,7 @@ def compare(
     calibration = Recipe.build({"calibration": dict(settings or {}).get("calibration") or {}}).calibration
     protocol = _Protocol(text, dtype_name(skeleton.dtype), calibration)
     earlier = []
-    for row in _before(folder, model):
+    for row in before:
         kept = (row.label, row.sparsity, row.seed) not in asked
         protocol.check(row, folder, kept=kept)
         earlier += [row] if kept else []
