@@ -163,17 +163,10 @@ class Recipe(Settings):
     # Defaults are written as users write them; validate them into patterns and methods too.
     model_config = ConfigDict(frozen=True, extra="forbid", validate_default=True)
 
-    @field_validator("targets", "ignore", mode="after")
+    @field_validator("targets", "ignore", "allocation", mode="after")
     @classmethod
-    def _patterns(cls, value: tuple[str, ...]) -> tuple[str, ...]:
-        for pattern in value:
-            check_pattern(pattern)
-        return value
-
-    @field_validator("allocation", mode="after")
-    @classmethod
-    def _allocation_patterns(cls, value: Any) -> Any:
-        for pattern in value if isinstance(value, dict) else ():
+    def _patterns(cls, value: Any) -> Any:
+        for pattern in () if isinstance(value, str) else value:
             check_pattern(pattern)
         return value
 

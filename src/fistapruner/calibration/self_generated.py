@@ -12,7 +12,6 @@ import inspect
 import math
 import weakref
 from collections.abc import Callable
-from contextlib import suppress
 from functools import partial
 from typing import Any
 
@@ -20,6 +19,7 @@ import torch
 from torch import Tensor
 
 from ..errors import FistaPrunerError
+from ..models.channels import named_size
 from .text import adds_bos
 
 TEXT_LENGTH = 512
@@ -77,10 +77,7 @@ def batch_size(model: Any, length: int) -> int:
     """Texts of ``length`` tokens generated side by side: their keys and values take at most :data:`CACHE_BYTES`."""
     config = model.config.get_text_config()
     heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
-    width = None
-    with suppress(RuntimeError):  # a config whose layers differ does not name one size for all
-        width = getattr(config, "head_dim", None)
-    width = width or config.hidden_size // config.num_attention_heads
+    width = named_size(config, "head_dim") or config.hidden_size // config.num_attention_heads
     cached = 2 * config.num_hidden_layers * int(heads) * int(width) * length * model.dtype.itemsize
     return int(max(1, min(MAX_BATCH, CACHE_BYTES // max(cached, 1))))
 

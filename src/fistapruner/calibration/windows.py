@@ -68,9 +68,14 @@ def calibration_tokens(
         "how": how,
         "documents": None if documents is None else len(documents),
         "seed": settings.seed,
-        "sha256": hashlib.sha256(tokens.contiguous().numpy().tobytes()).hexdigest(),
+        "sha256": tokens_sha256(tokens),
     }
     return tokens, facts
+
+
+def tokens_sha256(tokens: Tensor) -> str:
+    """Hash of calibration token ids, as the facts about them have it."""
+    return hashlib.sha256(tokens.contiguous().numpy().tobytes()).hexdigest()
 
 
 def _tenths(say: Callable[[str], None]) -> Callable[[int, int], None]:

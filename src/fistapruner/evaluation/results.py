@@ -52,9 +52,10 @@ class Perplexity:
     bos: str = "none"
     text_sha256: str = ""
 
-    def comparable(self, other: Perplexity) -> bool:
-        """Whether both are of the same windows, passed in the same precision."""
-        return (self.text_sha256, self.dtype) == (other.text_sha256, other.dtype)
+    @property
+    def measured_on(self) -> tuple[str, str]:
+        """Hash of the windows and precision of the passes: figures compare where both are the same."""
+        return self.text_sha256, self.dtype
 
 
 @dataclass(frozen=True)

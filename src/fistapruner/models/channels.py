@@ -95,11 +95,15 @@ def reordered(skeleton: Skeleton, index: int, link: Link, order: Tensor) -> dict
 def _head_sizes(config: Any) -> set[int]:
     """Channels of an attention head, as far as the config tells."""
     heads = getattr(config, "num_attention_heads", None) or 1
-    sizes = {config.hidden_size // heads}
-    for name in ("head_dim", "v_head_dim"):
-        with suppress(RuntimeError):  # a config whose layers differ does not name one size for all
-            sizes.add(getattr(config, name, None))
+    sizes = {named_size(config, "head_dim"), named_size(config, "v_head_dim"), config.hidden_size // heads}
     return {size for size in sizes if isinstance(size, int) and size > 0}
+
+
+def named_size(config: Any, name: str) -> Any:
+    """A size that a config may name, else None: one whose layers differ refuses to name one for all."""
+    with suppress(RuntimeError):
+        return getattr(config, name, None)
+    return None
 
 
 def _watch(layer: nn.Module, heads: set[int], run: Callable[[], Tensor]) -> list[Link]:

@@ -261,7 +261,7 @@ class _Protocol:
 
     def covers(self, perplexity: Perplexity | None) -> bool:
         """Whether a figure was measured so."""
-        return perplexity is not None and (perplexity.text_sha256, perplexity.dtype) == (self.text.sha256, self.dtype)
+        return perplexity is not None and perplexity.measured_on == (self.text.sha256, self.dtype)
 
     def shares(self, calibration: Calibration) -> bool:
         """Whether a run with these settings was calibrated as all are that have none of their own."""

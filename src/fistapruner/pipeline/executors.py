@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection
-from importlib.util import find_spec
 
 import torch
 
-from ..errors import MissingExtraError
 from ..problem import LayerProblem
 from ..recipe import Execution
 from .dispatch import Pool, dispatch
@@ -63,16 +61,6 @@ def prune_layers(
                 prune_serially(work, todo, listener, solver=SideBySide(pool, work.hidden))
         finally:
             pool.close()
-
-
-def require_executor(execution: Execution) -> None:
-    """Refuse an executor that is not installed, before any work.
-
-    Raises:
-        MissingExtraError: names the extra.
-    """
-    if execution.executor == "ray" and find_spec("ray") is None:
-        raise MissingExtraError("ray", "ray", "--executor ray")
 
 
 def _pool(work: Work, execution: Execution, jobs: int, listener: Listener) -> Pool:

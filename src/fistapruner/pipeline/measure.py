@@ -190,4 +190,4 @@ def _without(earlier: Sequence[Evaluation], found: Evaluation) -> list[Evaluatio
 def _same_text(a: Evaluation, b: Evaluation) -> bool:
     if a.perplexity is None or b.perplexity is None:
         return False
-    return a.perplexity.comparable(b.perplexity)
+    return a.perplexity.measured_on == b.perplexity.measured_on

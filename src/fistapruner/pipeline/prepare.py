@@ -33,11 +33,12 @@ from ..numerics import dtype_name, windows_at_once
 from ..recipe import Recipe, matches
 from ..reporting.schema import CalibrationFacts, ModelFacts, Report
 from ..sparsity import Sparsity, check_divides, parse_sparsity
-from .executors import default_threads, require_executor
+from .executors import default_threads
 from .journal import RunDirectory
 from .machine import describe_machine, now, versions
 from .plan import Plan, make_plan
 from .process import worker_devices
+from .ray_executor import require_ray
 from .serial import Listener
 from .work import fingerprint, open_skeleton, stamps, threads
 
@@ -79,7 +80,8 @@ def prepare(
         FistaPrunerError: bad input, named.
     """
     check_allocation(recipe)
-    require_executor(recipe.execution)
+    if recipe.execution.executor == "ray":
+        require_ray()
     folder = resolve_model(model, allow_pickle=allow_pickle, trust_remote_code=trust_remote_code)
     listener.say(f"model {model}: {folder}")
     facts = run.facts()

@@ -10,6 +10,7 @@ import os
 import queue
 import threading
 from collections.abc import Iterator
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,16 @@ from .work import Work
 
 ENDS = ("done", "failed", "broken", "lost")
 """Events after which a job says nothing more."""
+
+
+def require_ray() -> None:
+    """Refuse ``--executor ray`` where Ray is not installed.
+
+    Raises:
+        MissingExtraError: names the extra.
+    """
+    if find_spec("ray") is None:
+        raise MissingExtraError("ray", "ray", "--executor ray")
 
 
 class RayPool:
@@ -36,10 +47,9 @@ class RayPool:
     """
 
     def __init__(self, work: Work, execution: Execution, jobs: int) -> None:
-        try:
-            import ray
-        except ImportError:
-            raise MissingExtraError("ray", "ray", "--executor ray") from None
+        require_ray()
+        import ray
+
         self._ray = ray
         self._started = not ray.is_initialized()
         if self._started:

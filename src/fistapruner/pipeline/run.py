@@ -139,10 +139,11 @@ def finish_run(out: str | Path, *, listener: Listener | None = None) -> Report:
     """
     run = RunDirectory(Path(out))
     listener = Logged(listener or Listener())
-    decided = run.facts().get("decided")
+    facts = run.facts()
+    decided = facts.get("decided")
     if decided is None:
         raise FistaPrunerError(f"{out} is not a run that was begun (it has no run.json)")
-    report = _finished_report(run, decided["model"], Recipe.build(run.facts()["recipe"], str(run.run_file)))
+    report = _finished_report(run, decided["model"], Recipe.build(facts["recipe"], str(run.run_file)))
     with _saying_how_to_go_on(run), hold(run.folder), log_file(run.log_file):
         if report is None:
             work = Work.open(run.folder)
