@@ -33,10 +33,6 @@ def test_nothing_is_generated_where_the_model_would_not_fit_in_the_precision_it_
 ) -> None:
     folder = tiny.save("llama", tmp_path / "model", dtype=torch.bfloat16)
     stored = Checkpoint.open(folder).nbytes
-
-    class Memory:
-        available = int(1.5 * stored / 0.75)
-
-    monkeypatch.setattr("fistapruner.models.whole.psutil.virtual_memory", Memory)
+    monkeypatch.setattr("fistapruner.models.whole.free_memory", lambda: int(1.5 * stored / 0.75))
     monkeypatch.setattr("fistapruner.numerics.has_bf16_units", lambda device: False)
     assert generate_side_by_side(folder, folder, CPU) == []

@@ -12,6 +12,7 @@ import torch
 import fistapruner as fp
 import tiny
 from fistapruner.cli import main
+from fistapruner.errors import FistaPrunerError
 from fistapruner.evaluation.results import Evaluation, Perplexity, TaskResult
 from fistapruner.evaluation.speed import Speed, Variant, measure_speed
 from fistapruner.pipeline.lock import hold
@@ -49,6 +50,26 @@ def test_an_evaluation_of_a_run_is_kept_with_it(made: Path, capsys: pytest.Captu
     fp.evaluate_run(run, text, seqlen=16, windows=2)
     windows = [evaluation.perplexity.windows for evaluation in load_run(run).evaluations if evaluation.perplexity]
     assert windows == [printed["perplexity"]["windows"], 2]
+
+
+@pytest.mark.parametrize("of_run", [True, False])
+def test_a_perplexity_outlives_tasks_that_fail(
+    made: Path, of_run: bool, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def failing(*arguments: Any, **settings: Any) -> tuple[TaskResult, ...]:
+        raise FistaPrunerError("no room for the whole model")
+
+    monkeypatch.setattr("fistapruner.evaluation.evaluate.evaluate_tasks", failing)
+    (tmp_path / "boolq.jsonl").write_text(json.dumps({"query": "Is it?", "choices": [" no", " yes"], "gold": 1}) + "\n")
+    target = made / "run" if of_run else made / "dense"
+    command = ["evaluate", str(target), "--data", str(made / "text.txt"), "--seqlen", "16", "--windows", "3", "--quiet"]
+    assert main([*command, "--tasks-dir", str(tmp_path)]) == 2
+    printed = capsys.readouterr()
+    assert "no room for the whole model" in printed.err
+    if of_run:
+        assert 3 in [evaluation.perplexity.windows for evaluation in load_run(target).evaluations if evaluation.perplexity]
+    else:
+        assert "perplexity" in printed.out
 
 
 def test_speed_of_a_run_is_kept_with_it(made: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:

@@ -61,6 +61,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
 def run(arguments: argparse.Namespace) -> int:
     from ..errors import FistaPrunerError
     from ..evaluation.evaluate import evaluate
+    from ..evaluation.results import Evaluation
     from ..pipeline.measure import evaluate_run, is_run
     from ..recipe import parse_bytes
     from ..reporting.evaluation_text import evaluation_text
@@ -91,9 +92,13 @@ def run(arguments: argparse.Namespace) -> int:
         "trust_remote_code": arguments.trust_remote_code,
         "tick": listener.tick,
     }
-    if is_run(arguments.model):
-        result = evaluate_run(arguments.model, data, listener=listener, **settings)
-    else:
-        result = evaluate(arguments.model, data, **settings)
-    print(json.dumps(result.to_dict(), indent=2) if arguments.json else evaluation_text(result))
+    done: list[Evaluation] = []
+    try:
+        if is_run(arguments.model):
+            done = [evaluate_run(arguments.model, data, listener=listener, **settings)]
+        else:
+            done = [evaluate(arguments.model, data, keep=done.append, **settings)]
+    finally:  # where tasks fail, what was measured before them
+        for result in done:
+            print(json.dumps(result.to_dict(), indent=2) if arguments.json else evaluation_text(result))
     return 0

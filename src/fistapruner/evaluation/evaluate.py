@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ from ..models.tokenizer import load_tokenizer
 from ..numerics import dtype_name
 from ..pipeline.work import DTYPES, choose_device
 from .data import Windows, load_windows
-from .results import Divergence, Evaluation, Perplexity, TaskResult
+from .results import Divergence, Evaluation, Perplexity
 from .scoring import divergence_of, perplexity_of
 from .streaming import Passes, score_windows, vocabulary_size
 from .zero_shot import evaluate_tasks, find_tasks
@@ -44,6 +45,7 @@ def evaluate(
     allow_pickle: bool = False,
     trust_remote_code: bool = False,
     tick: Tick = lambda what, done, total: None,
+    keep: Callable[[Evaluation], None] = lambda found: None,
 ) -> Evaluation:
     """Measure a model, alone or against the dense one on the same tokens.
 
@@ -68,6 +70,7 @@ def evaluate(
         allow_pickle: read legacy ``.bin`` weights.
         trust_remote_code: run Python code that comes with a checkpoint.
         tick: told of progress: (what, steps done, steps in all).
+        keep: given what is measured before the tasks begin, so that it is not lost if they fail.
 
     Raises:
         FistaPrunerError: bad input, named; settings and tasks before any long work.
@@ -88,7 +91,6 @@ def evaluate(
     perplexity: Perplexity | None = None
     reference: Perplexity | None = None
     divergence: Divergence | None = None
-    results: tuple[TaskResult, ...] = ()
     forward = 0.0
     if data is not None:
         tokenizer = load_tokenizer(folder, trust_remote_code=trust_remote_code)
@@ -108,7 +110,19 @@ def evaluate(
         if other is not None and sums.reference_nll is not None:
             reference = perplexity_of(sums.reference_nll, sums.length, **_protocol(cut, other))
             divergence = divergence_of(sums)
+    found = Evaluation(
+        model=str(model),
+        against=None if against is None else str(against),
+        perplexity=perplexity,
+        reference=reference,
+        divergence=divergence,
+        seconds=time.perf_counter() - begin,
+        forward_seconds=forward,
+        device=str(place),
+    )
     if known is not None:
+        if perplexity is not None:
+            keep(found)
         results = evaluate_tasks(
             folder,
             known,
@@ -120,17 +134,8 @@ def evaluate(
             trust_remote_code=trust_remote_code,
             tick=tick,
         )
-    return Evaluation(
-        model=str(model),
-        against=None if against is None else str(against),
-        perplexity=perplexity,
-        reference=reference,
-        divergence=divergence,
-        tasks=results,
-        seconds=time.perf_counter() - begin,
-        forward_seconds=forward,
-        device=str(place),
-    )
+        found = replace(found, tasks=results, seconds=time.perf_counter() - begin)
+    return found
 
 
 def _skeleton(folder: Path, device: torch.device, dtype: str, allow_pickle: bool, trust_remote_code: bool) -> Skeleton:

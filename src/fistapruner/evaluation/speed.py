@@ -18,11 +18,11 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
-import psutil
 import torch
 from torch import Tensor, nn
 
 from ..errors import FistaPrunerError
+from ..memory import free_memory, peak_memory, reset_peak_memory
 
 WARM_UP_TOKENS = 4
 """Tokens decoded before the clock starts: the first calls choose kernels and fill caches."""
@@ -143,9 +143,9 @@ def measure_speed(
     device = next(model.parameters()).device
     ids = prompts(model, batch, prompt, seed).to(device)
     time_generation(model, ids, WARM_UP_TOKENS)
-    reset_peak(device)
+    reset_peak_memory(device)
     done = [time_generation(model, ids, tokens) for _ in range(runs)]
-    return summarise(variant, done, peak_memory(device), file_size, batch, prompt, tokens, device)
+    return summarise(variant, done, _peak(device), file_size, batch, prompt, tokens, device)
 
 
 def summarise(
@@ -184,28 +184,9 @@ def prompts(model: Any, batch: int, length: int, seed: int) -> Tensor:
     return torch.randint(0, vocabulary, (batch, length), generator=torch.Generator().manual_seed(seed))
 
 
-def reset_peak(device: torch.device) -> None:
-    """Start counting peak memory anew."""
-    if device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats(device)
-        return
-    try:
-        Path("/proc/self/clear_refs").write_text("5")
-    except OSError:
-        return  # not Linux: the peak then includes loading
-
-
-def peak_memory(device: torch.device) -> int:
-    """Largest memory since :func:`reset_peak`: of the device, or resident memory of this process."""
-    if device.type == "cuda":
-        return int(torch.cuda.max_memory_allocated(device))
-    try:
-        for line in Path("/proc/self/status").read_text().splitlines():
-            if line.startswith("VmHWM:"):
-                return int(line.split()[1]) * 1024
-    except OSError:
-        pass
-    return int(psutil.Process().memory_info().rss)
+def _peak(device: torch.device) -> int:
+    """Most bytes held since the last reset: of a GPU's memory, or on a CPU of this process."""
+    return int(torch.cuda.max_memory_allocated(device)) if device.type == "cuda" else peak_memory()
 
 
 @dataclass(frozen=True)
@@ -246,7 +227,7 @@ def compare(
     """
     sizes = {variant.name: weight_bytes(variant.folder) for variant in variants}
     # fp32 copies double a bf16 file, and loading holds a tensor twice.
-    together = 2.5 * sum(sizes.values()) < psutil.virtual_memory().available
+    together = 2.5 * sum(sizes.values()) < free_memory()
     done: dict[str, list[Run]] = {variant.name: [] for variant in variants}
     peaks: dict[str, int] = {}
     for group in [list(variants)] if together else [[variant] for variant in variants]:
@@ -309,10 +290,10 @@ def _serve(variant: Variant, batch: int, prompt: int, tokens: int, threads: int,
         model = load_variant(variant)
         ids = prompts(model, batch, prompt, seed=0)
         time_generation(model, ids, WARM_UP_TOKENS)
-        reset_peak(ids.device)
+        reset_peak_memory(ids.device)
         pipe.send({})
         while (word := pipe.recv()) is not None:
-            pipe.send(asdict(time_generation(model, ids, tokens)) if word == "run" else {"peak": peak_memory(ids.device)})
+            pipe.send(asdict(time_generation(model, ids, tokens)) if word == "run" else {"peak": _peak(ids.device)})
     except EOFError:
         return
     except FistaPrunerError as error:

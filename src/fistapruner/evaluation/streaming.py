@@ -11,11 +11,11 @@ from __future__ import annotations
 from contextlib import nullcontext
 from dataclasses import dataclass
 
-import psutil
 import torch
 from torch import Tensor
 
 from ..errors import FistaPrunerError
+from ..memory import free_memory
 from ..models.skeleton import Call, Skeleton, Tick
 from ..numerics import windows_at_once
 from .scoring import Head, WindowSums, compare_tokens, score_tokens, slices
@@ -85,7 +85,7 @@ def score_windows(skeleton: Skeleton, tokens: Tensor, passes: Passes, reference:
     windows, seqlen = tokens.shape
     models = [skeleton] if reference is None else [skeleton, reference]
     each = sum(seqlen * model.width * model.dtype.itemsize for model in models)
-    budget = passes.memory_limit or psutil.virtual_memory().available // 2
+    budget = passes.memory_limit or free_memory() // 2
     rows: list[tuple[float, ...]] = []
     for start, stop in slices(windows, each, budget):
         block = tokens[start:stop]

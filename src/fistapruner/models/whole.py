@@ -6,10 +6,10 @@ import sys
 from pathlib import Path
 from typing import Any
 
-import psutil
 import torch
 
 from ..errors import FistaPrunerError
+from ..memory import free_device_memory, free_memory
 from ..numerics import pass_dtype
 from .checkpoint import Checkpoint
 
@@ -19,7 +19,7 @@ ROOM = 0.75
 
 def whole_fits(checkpoint: Checkpoint, device: torch.device, limit: int | None = None) -> bool:
     """Whether a model can be loaded whole, into :data:`ROOM` of the device's free memory and of ``limit`` bytes."""
-    free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else min(psutil.virtual_memory().available, limit or sys.maxsize)
+    free = free_device_memory(device) if device.type == "cuda" else min(free_memory(), limit or sys.maxsize)
     return whole_bytes(checkpoint, device) <= ROOM * free
 
 

@@ -14,12 +14,13 @@ from torch import Tensor
 
 from ..atomic import write_json_atomic
 from ..errors import FistaPrunerError
+from ..memory import peak_memory
 from ..models.checkpoint_writer import write_checkpoint
 from ..models.inspection import RECORD
 from ..reporting.model_card import model_card
 from ..reporting.schema import VERSION, LayerEntry, Report, Totals, load_run, parse, read_json
 from .journal import RunDirectory
-from .machine import now, peak_memory
+from .machine import now
 from .plan import check_plan
 from .serial import Listener
 from .times import Times

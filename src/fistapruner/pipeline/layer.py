@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..memory import release_memory
 from ..models.hidden import HiddenStates, Store
 from ..models.layout import Group, Layout
 from ..models.skeleton import Skeleton
@@ -22,7 +23,6 @@ from ..sparsity import Sparsity
 from .capture import Calls, Clock, run_layer
 from .drift import DenseRecord, ResidualDrift, drift_sources
 from .entries import operator_entries
-from .machine import release_memory
 from .match import match_layer
 from .replay import Replay, endings_kept
 

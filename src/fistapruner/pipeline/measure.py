@@ -99,14 +99,14 @@ def evaluate_run(
     """Evaluate the checkpoint of a finished run against the model it was made from, and keep the result with the run.
 
     The figures go into ``report.json``, the page and the model card. They take the place of earlier ones of the same
-    tokens and precision, or of the same task.
+    tokens and precision, or of the same task. If tasks fail, the perplexity before them is there.
 
     Args:
         folder: the run directory.
         data: text for perplexity, see :func:`fistapruner.evaluate`; None measures tasks only.
         against: the dense model; default is the one the run pruned.
         listener: told that the page was drawn.
-        **settings: as for :func:`fistapruner.evaluate`.
+        **settings: as for :func:`fistapruner.evaluate`, less ``keep``.
 
     Returns:
         What was measured.
@@ -122,9 +122,13 @@ def evaluate_run(
                 raise FistaPrunerError(f"{folder}: the model it was made from is not at {against}: say where it is with --against")
         for key in ("allow_pickle", "trust_remote_code"):  # what the run was allowed stays allowed
             settings[key] = bool(settings.get(key) or decided.get(key))
-        found = run_evaluation(run.model, data, against=against, **settings)
-        report.evaluations = [*_without(report.evaluations, found), found]
-        publish(run, report, listener or Listener())
+
+        def keep(found: Evaluation) -> None:
+            report.evaluations = [*_without(report.evaluations, found), found]
+            publish(run, report, listener or Listener())
+
+        found = run_evaluation(run.model, data, against=against, keep=keep, **settings)
+        keep(found)
     return found
 
 

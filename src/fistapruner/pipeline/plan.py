@@ -13,11 +13,11 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-import psutil
 import torch
 from torch import Tensor
 
 from ..errors import FistaPrunerError
+from ..memory import free_device_memory, free_memory, resident_memory
 from ..models.layout import Layout
 from ..models.skeleton import Skeleton
 from ..recipe import Recipe
@@ -129,7 +129,7 @@ def make_plan(
     Raises:
         FistaPrunerError: no choice fits the memory (main or the GPU's), or the disk is too small; names the stage and the bytes.
     """
-    limit = recipe.execution.memory_limit or int(free_memory() * RESERVE)
+    limit = recipe.execution.memory_limit or int((free_memory() + resident_memory()) * RESERVE)
     with _room(skeleton.device, "one window"):
         model = Sizes.measure(skeleton, layout, recipe, sparsity, tokens)
     sequential = recipe.propagate == "pruned"  # parts are what may be spread then, so groups are always cut
@@ -242,25 +242,6 @@ def _room(device: torch.device, what: str) -> Iterator[None]:
             f"the {free:.2f} GiB that are free on {device} are not enough for {what} through one decoder layer: "
             "free some of it, shorten --seqlen, lower --batch-size, or choose --device cpu"
         ) from None
-
-
-def free_device_memory(device: torch.device) -> int:
-    """Bytes this process can still get of a GPU: what is free there, and what PyTorch holds unused."""
-    held = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
-    return torch.cuda.mem_get_info(device)[0] + held
-
-
-def free_memory() -> int:
-    """Bytes this process can still get: of the machine, or of its control group where that is less."""
-    free = psutil.virtual_memory().available
-    try:
-        limit = Path("/sys/fs/cgroup/memory.max").read_text().strip()
-        used = int(Path("/sys/fs/cgroup/memory.current").read_text())
-        if limit != "max":
-            free = min(free, int(limit) - used)
-    except (OSError, ValueError):
-        pass  # no control group (v2) here
-    return max(free, 0) + psutil.Process().memory_info().rss
 
 
 def _existing(path: Path) -> Path:

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from ..atomic import disk_errors
 from ..errors import FistaPrunerError
+from ..memory import reset_peak_memory
 from ..models.checkpoint import Checkpoint
 from ..problem import LayerProblem
 from ..recipe import Recipe, merge
@@ -21,7 +22,6 @@ from .finish import finish, write_failure
 from .journal import RunDirectory
 from .lock import hold, preparing
 from .log import Logged, log_file
-from .machine import reset_peak_memory
 from .measure import measure
 from .prepare import prepare, refuse_other
 from .serial import Listener
@@ -84,12 +84,13 @@ def prune(
     with _saying_how_to_go_on(run, only_layers), _made(run), hold(run.folder, only_layers), log_file(run.log_file):
         if report is None:
             with spent(run.folder, only_layers) as times:
-                reset_peak_memory()
+                device = choose_device(recipe.execution.device)
+                reset_peak_memory(device)
                 with preparing(run.folder):
                     trust = allow_pickle, trust_remote_code
                     prepare(model, run, recipe, listener, command, *trust, evaluate, evaluate_windows, tokens, only_layers)
                 part = "" if only_layers is None else f"{only_layers[0]}-{only_layers[1]}"
-                work = Work.open(run.folder, choose_device(recipe.execution.device), part)
+                work = Work.open(run.folder, device, part)
                 with nullcontext() if only_layers else _reporting_failure(run, times):
                     _prune_missing(work, recipe, Logged(told, times.note), only_layers, inspect)
                     if only_layers is not None:

@@ -13,12 +13,12 @@ from dataclasses import dataclass
 from functools import partial
 from typing import NamedTuple
 
-import psutil
 import torch
 from torch import Tensor
 
 from ..allocation.decide import differentiates, needs_measuring, permutes, weighs_rows, windows_looked_at
 from ..allocation.sensitivity import HEAD_TOKENS, WIDE
+from ..memory import resident_memory
 from ..models.layout import Group, Layout
 from ..models.skeleton import Call, Skeleton
 from ..problem import DriftFrom
@@ -164,7 +164,7 @@ class Sizes:
         widths = {operator.name: operator.columns for group in groups[: len(groups) - (not passes)] for operator in group}
         endings = endings_kept(layout, index, skeleton.device).values() if recipe.error_correction else ()
         return cls(
-            base=psutil.Process().memory_info().rss + RETAINED,
+            base=resident_memory() + RETAINED,
             ends=size(outside),
             largest=max(checkpoint.entry(name).nbytes for name in checkpoint.names()),
             checkpoint=checkpoint.nbytes,

@@ -21,6 +21,7 @@ from torch import Tensor
 from ..allocation.decide import weighs_rows
 from ..atomic import sampled_sha256
 from ..errors import FistaPrunerError
+from ..memory import peak_memory
 from ..models.checkpoint import Checkpoint
 from ..models.hidden import HiddenStates, scratch_factory
 from ..models.layout import Layout, discover
@@ -32,7 +33,6 @@ from ..sparsity import Sparsity, parse_sparsity
 from .capture import Calls, Clock, run_layer
 from .journal import RunDirectory
 from .layer import Progress, Solver, Streams, prune_layer
-from .machine import peak_memory
 from .parts import solve_apart
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}

@@ -1,0 +1,62 @@
+"""What a process can still get, of the machine and of the control groups it is in."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import psutil
+import pytest
+import torch
+
+from fistapruner import memory
+
+V1, V2 = "4:memory:/{}\n3:cpu,cpuacct:/elsewhere\n0::/\n", "0::/{}\n"
+
+
+def group(folder: Path, version: int, limit: str, used: int, cache: int) -> None:
+    """A control group's files as the kernel writes them."""
+    folder.mkdir(parents=True, exist_ok=True)
+    names = memory.CONTROL_GROUPS[version == 1]
+    (folder / names[0]).write_text(f"{limit}\n")
+    (folder / names[1]).write_text(f"{used}\n")
+    (folder / "memory.stat").write_text(f"anon 5\n{names[2]} {cache}\nactive_file 7\n")
+
+
+@pytest.mark.parametrize("version", [1, 2])
+def test_every_group_above_the_process_limits_it(tmp_path: Path, version: int) -> None:
+    unlimited = "9223372036854771712" if version == 1 else "max"
+    top = tmp_path / "memory" if version == 1 else tmp_path
+    own = tmp_path / "cgroup"
+    own.write_text((V1 if version == 1 else V2).format("slurm/job_7/step_0"))
+    group(top / "slurm", version, "4000", 1500, 100)  # of the whole node
+    group(top / "slurm/job_7", version, "2000", 1200, 300)
+    group(top / "slurm/job_7/step_0", version, unlimited, 1200, 300)
+    left = list(memory._left_in_groups(own, tmp_path))
+    assert sorted(left)[:2] == [1100, 2600]
+    assert len(left) == (3 if version == 1 else 2)
+
+
+@pytest.mark.parametrize("path", ["docker/abc", "", "../.."])
+def test_inside_a_container_its_group_is_the_topmost_one(tmp_path: Path, path: str) -> None:
+    own = tmp_path / "cgroup"
+    own.write_text(V2.format(path))
+    group(tmp_path / "mounted", 2, "1000", 900, 50)
+    assert list(memory._left_in_groups(own, tmp_path / "mounted")) == [150]
+
+
+def test_without_control_groups_the_machine_decides(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert list(memory._left_in_groups(tmp_path / "none", tmp_path)) == []
+    monkeypatch.setattr(memory, "_left_in_groups", lambda: [])
+    assert 0 < memory.free_memory() <= psutil.virtual_memory().total
+    monkeypatch.setattr(memory, "_left_in_groups", lambda: [3 * 2**20])
+    assert memory.free_memory() == 3 * 2**20
+    monkeypatch.setattr(memory, "_left_in_groups", lambda: [-1])
+    assert memory.free_memory() == 0
+
+
+def test_the_peak_holds_what_was_held() -> None:
+    memory.reset_peak_memory(torch.device("cpu"))
+    before = memory.resident_memory()
+    block = torch.ones(2**24)  # 64 MiB
+    del block
+    assert memory.peak_memory() >= before + 2**25
