@@ -87,6 +87,13 @@ def test_any_part_may_be_missing(missing: tuple[str, ...]) -> None:
     assert "</html>" in run_page(parse(Report, data, "sample"))
 
 
+def test_an_infinite_perplexity_is_said_to_be_one() -> None:
+    data = samples.report(2).model_dump(mode="json")
+    for key in ("perplexity", "standard_error", "nll", "nll_standard_error"):
+        data["evaluations"][0]["perplexity"][key] = None
+    assert "∞" in run_page(parse(Report, data, "sample"))
+
+
 def test_an_empty_run_has_a_page() -> None:
     text = run_page(Report())
     assert "The run is not finished" in text

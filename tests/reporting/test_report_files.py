@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import re
 import sys
 from datetime import UTC, datetime
@@ -10,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 import yaml
 from hypothesis import given
 from hypothesis import strategies as st
@@ -20,7 +22,10 @@ import samples
 
 from fistapruner import FistaPrunerError
 from fistapruner.cli import main
+from fistapruner.evaluation.results import Divergence, Evaluation
+from fistapruner.evaluation.scoring import perplexity_of
 from fistapruner.reporting.advice import advice
+from fistapruner.reporting.evaluation_text import evaluation_text
 from fistapruner.reporting.figures import hardest
 from fistapruner.reporting.model_card import model_card
 from fistapruner.reporting.numbers import duration, p_value, percent, short_count, significant, size, with_error
@@ -61,6 +66,21 @@ def test_infinite_figures_become_null_not_broken_json() -> None:
     report = samples.report(1)
     report.totals.seconds = float("inf")
     assert json.loads(report.model_dump_json())["totals"]["seconds"] is None
+
+
+def test_a_model_that_gives_a_token_no_chance_has_an_infinite_perplexity() -> None:
+    """It is null in JSON, infinite when read back, and said to be infinite wherever it is shown."""
+    sums, settings = torch.tensor([math.inf, 12.0]), {"data": "text", "split": "test", "seqlen": 9, "dtype": "float32", "bos": "none"}
+    found = perplexity_of(sums, 8, **settings, sha256="ab")
+    evaluation = Evaluation("model", "dense", found, samples.perplexity(12.0), Divergence(math.inf, math.nan, 0.5, 0.1, math.inf, math.nan))
+    data = samples.report(1).model_dump(mode="json") | {"evaluations": [evaluation.to_dict()]}
+    data = json.loads(json.dumps(data, allow_nan=False))
+    assert data["evaluations"][0]["perplexity"]["perplexity"] is None
+    report = parse(Report, data, "sample")
+    assert report.evaluations[0].perplexity is not None
+    assert report.evaluations[0].perplexity.perplexity == math.inf
+    for text in (evaluation_text(report.evaluations[0]), model_card(report)):
+        assert "∞" in text
 
 
 @pytest.mark.parametrize(
@@ -187,7 +207,7 @@ def test_numbers_for_people() -> None:
 @given(st.floats(-1e300, 1e300) | st.just(float("nan")) | st.just(float("inf")), st.integers(1, 6))
 def test_any_number_can_be_written(value: float, digits: int) -> None:
     text = significant(value, digits)
-    if text != "–" and value != 0:
+    if math.isfinite(value) and value != 0:
         assert float(text.replace(",", "")) == pytest.approx(value, rel=10.0 ** (1 - digits))
     size(abs(value))
     duration(value)

@@ -13,7 +13,10 @@ from typing import Annotated, Any
 from pydantic import BeforeValidator, PlainSerializer, TypeAdapter
 
 Written = PlainSerializer(lambda value: value if value is not None and math.isfinite(value) else None, when_used="json")
-"""JSON has no NaN: null is written for it."""
+"""JSON has neither NaN nor infinity: null is written for them."""
+
+Loss = Annotated[float, BeforeValidator(lambda value: math.inf if value is None else value), Written]
+"""Infinite where a model gives a token of the text no chance at all, which is null in JSON."""
 
 StandardError = Annotated[float, BeforeValidator(lambda value: math.nan if value is None else value), Written]
 """NaN where a single observation leaves it undefined, which is null in JSON."""
@@ -45,9 +48,9 @@ class Perplexity:
     windows: int
     tokens: int
     dtype: str
-    perplexity: float
+    perplexity: Loss
     standard_error: StandardError
-    nll: float
+    nll: Loss
     nll_standard_error: StandardError
     bos: str = "none"
     text_sha256: str = ""
@@ -71,11 +74,11 @@ class Divergence:
         nll_difference_standard_error: paired, over windows; smaller than the two single errors suggest.
     """
 
-    kl: float
+    kl: Loss
     kl_standard_error: StandardError
     top1_agreement: float
     top1_standard_error: StandardError
-    nll_difference: float
+    nll_difference: Loss
     nll_difference_standard_error: StandardError
 
 

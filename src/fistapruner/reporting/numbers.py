@@ -34,8 +34,10 @@ def duration(seconds: float | None) -> str:
 
 def significant(value: float | None, digits: int = 3) -> str:
     """A number with ``digits`` significant digits, without an exponent where that stays short."""
-    if value is None or not math.isfinite(value):
+    if value is None or math.isnan(value):
         return "–"
+    if math.isinf(value):
+        return "∞" if value > 0 else "-∞"
     if value == 0:
         return "0"
     exponent = math.floor(math.log10(abs(value)))
@@ -77,7 +79,7 @@ def short_count(value: int | None) -> str:
 def with_error(value: float | None, error: float | None, digits: int = 2) -> str:
     """``25.32 ± 0.41``; without the error where it is unknown."""
     if value is None or not math.isfinite(value):
-        return "–"
+        return significant(value)
     text = f"{value:,.{digits}f}"
     return text if error is None or not math.isfinite(error) else f"{text} ± {error:,.{digits}f}"
 
