@@ -82,7 +82,7 @@ class Execution(Settings):
         executor: ``serial``, ``process`` or ``ray``.
         workers: layer jobs at once (``process``, ``ray``); None takes one per GPU, or one per core group.
         threads: CPU threads for each worker; None divides the machine's cores.
-        address: address of a Ray cluster.
+        address: ``HOST:PORT`` of a Ray cluster's head, or ``auto`` for the one that runs on this machine; None starts one.
     """
 
     device: str = "auto"

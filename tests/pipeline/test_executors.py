@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -179,6 +180,26 @@ def test_worker_that_dies_of_a_part_is_replaced(model: Path, tmp_path: Path) -> 
         pool.close()
     resume(out)
     assert weights(out) == weights(tmp_path / "serial")
+
+
+@pytest.mark.parametrize(
+    ("address", "message"),
+    [
+        ("127.0.0.1:{closed}", r"Ray cluster '127\.0\.0\.1:\d+' cannot be reached: .*refused"),
+        ("127.0.0.1:99999", r"Ray cluster '127\.0\.0\.1:99999' cannot be reached"),
+        ("head", "'head' is not HOST:PORT"),
+        ("ray://127.0.0.1:10001", "is not HOST:PORT"),
+    ],
+)
+def test_an_address_without_a_cluster_is_refused_at_once(
+    model: Path, tmp_path: Path, address: str, message: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("fistapruner.pipeline.ray_executor.find_spec", lambda name: object())  # whether it is installed or not
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        address = address.format(closed=free.getsockname()[1])  # nothing listens there
+        with pytest.raises(FistaPrunerError, match=message):
+            prune(str(model), tmp_path / "run", **SETTINGS, execution={"executor": "ray", "address": address})
 
 
 @pytest.mark.slow

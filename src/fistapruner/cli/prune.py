@@ -96,7 +96,7 @@ def add_recipe_arguments(parser: argparse.ArgumentParser, *, single: bool = True
     work.add_argument("--executor", choices=("serial", "process", "ray"), help="who prunes the decoder layers (default: serial)")
     work.add_argument("--workers", type=int, help="layers at once, for process and ray (default: one for each GPU or core group)")
     work.add_argument("--threads", type=int, help="CPU threads of each worker; part of a run, as the last bits depend on it")
-    work.add_argument("--address", help="address of a running Ray cluster (default: start one here)")
+    work.add_argument("--address", metavar="HOST:PORT", help="head of a running Ray cluster, or auto (default: start one here)")
 
 
 def add_trust_arguments(parser: argparse.ArgumentParser) -> None:

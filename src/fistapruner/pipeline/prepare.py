@@ -81,7 +81,7 @@ def prepare(
     """
     check_allocation(recipe)
     if recipe.execution.executor == "ray":
-        require_ray()
+        require_ray(recipe.execution.address)
     folder = resolve_model(model, allow_pickle=allow_pickle, trust_remote_code=trust_remote_code)
     listener.say(f"model {model}: {folder}")
     facts = run.facts()

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import queue
+import socket
 import threading
 from collections.abc import Iterator
 from importlib.util import find_spec
@@ -22,15 +23,33 @@ from .work import Work
 ENDS = ("done", "failed", "broken", "lost")
 """Events after which a job says nothing more."""
 
+REACH_SECONDS = 10.0
+"""How long a cluster's head may take to answer."""
 
-def require_ray() -> None:
-    """Refuse ``--executor ray`` where Ray is not installed.
+
+def require_ray(address: str | None) -> None:
+    """Refuse ``--executor ray`` where Ray is not installed, or nothing listens at a cluster's address.
+
+    Ray itself would wait for minutes there, and a signal would not end it.
+
+    Args:
+        address: ``HOST:PORT`` of the cluster's head, ``auto`` for the one that runs on this machine, or None to start one.
 
     Raises:
         MissingExtraError: names the extra.
+        FistaPrunerError: names the address and what is wrong with it.
     """
     if find_spec("ray") is None:
         raise MissingExtraError("ray", "ray", "--executor ray")
+    if address is None or address == "auto":
+        return
+    host, _, port = address.rpartition(":")
+    if not host or "/" in host or not port.isdigit():
+        raise FistaPrunerError(f"--address {address!r} is not HOST:PORT of a Ray cluster's head, such as 10.0.0.5:6379, or auto")
+    try:
+        socket.create_connection((host.strip("[]"), int(port)), REACH_SECONDS).close()
+    except (OSError, OverflowError) as error:
+        raise FistaPrunerError(f"Ray cluster {address!r} cannot be reached: {error}") from None
 
 
 class RayPool:
@@ -47,7 +66,7 @@ class RayPool:
     """
 
     def __init__(self, work: Work, execution: Execution, jobs: int) -> None:
-        require_ray()
+        require_ray(execution.address)
         import ray
 
         self._ray = ray
