@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+from shutil import rmtree
 from typing import Any
 
 import pytest
+import torch
 
-from fistapruner import FistaPrunerError, Recipe
-from fistapruner.recipe import merge, parse_bytes, parse_value
+import tiny
+from fistapruner import FistaPrunerError, LayerProblem, Recipe, prune, solve
+from fistapruner.recipe import load_recipe_settings, merge, parse_bytes, parse_value
+from fistapruner.solvers.fista import Fista
 from fistapruner.sparsity import NM
 
 PARALLEL = {"execution": {"executor": "process"}}
@@ -46,6 +51,37 @@ def test_who_goes_on_with_a_run_keeps_what_it_settled() -> None:
     earlier = Recipe().settled().model_dump(mode="json")
     assert Recipe.build(PARALLEL).settled(earlier=earlier).propagate == "pruned"
     assert Recipe.build({"target": "dense", **PARALLEL}).settled(earlier=earlier).dense_share == 1.0
+
+
+FISTA_PRESETS = {
+    "paper": {"llama": ("published", "wanda"), "opt": ("published", "sparsegpt")},
+    "paper-sparsegpt": {"llama": ("published", "sparsegpt"), "opt": ("published", "sparsegpt")},
+    "fista": {"llama": ("relative", "sparsegpt"), "opt": ("relative", "sparsegpt")},
+}
+
+
+@pytest.mark.parametrize("preset", FISTA_PRESETS)
+@pytest.mark.parametrize("family", ["llama", "opt"])
+def test_a_run_writes_out_the_penalty_and_warm_start_of_its_preset(tmp_path: Path, preset: str, family: str) -> None:
+    model, run = tiny.save(family, tmp_path / "model"), tmp_path / "run"
+    settings = load_recipe_settings(preset) | {"calibration": {"source": "python", "samples": 2, "seqlen": 16}}
+    report = prune(str(model), run, recipe=Recipe.build(settings))
+    written = Recipe.from_yaml((run / "recipe.yaml").read_text())
+    (step,) = written.steps
+    assert isinstance(step, Fista)
+    assert (step.penalty, step.warm_start) == FISTA_PRESETS[preset][family]
+    assert (written.propagate, written.dense_share, written.residual, written.error_correction) == ("dense", 1.0, "none", True)
+    assert Recipe.build(report.recipe) == written
+    started = {record["warm_start"] for layer in report.layers for operator in layer.operators for record in operator.steps}
+    assert started == {FISTA_PRESETS[preset][family][1]}
+    rmtree(model)  # what was chosen stands in the run
+    assert prune(str(model), run, recipe=Recipe.build(settings)).recipe == report.recipe
+
+
+def test_a_warm_start_by_family_needs_a_model() -> None:
+    problem = LayerProblem.from_activations(torch.randn(4, 8), torch.randn(32, 8))
+    with pytest.raises(FistaPrunerError, match="operator: fista's warm_start auto is chosen by the model's family"):
+        solve(problem, "50%", [{"fista": {"warm_start": "auto"}}])
 
 
 def test_patterns_and_dates_are_words_in_yaml() -> None:

@@ -9,8 +9,9 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from importlib import resources
+from itertools import chain, repeat
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -191,12 +192,19 @@ class Recipe(Settings):
         """Whether ``residual: correct`` of a :meth:`settled` recipe has something to work with."""
         return self.residual == "correct" and self.dense_share > 0.0 and self.error_correction
 
-    def settled(self, *, apart: bool = False, earlier: Mapping[str, Any] | None = None) -> Recipe:
+    def settled(
+        self,
+        *,
+        apart: bool = False,
+        earlier: Mapping[str, Any] | None = None,
+        family: Callable[[], str] | None = None,
+    ) -> Recipe:
         """This recipe with ``propagate``, ``target`` and ``residual`` written out where they are ``auto``.
 
         Args:
             apart: only a part of the decoder layers will be pruned, apart from the others.
             earlier: the settled recipe of the run that is continued: what it settled stays, whoever goes on.
+            family: tells the model's family, for settings of methods that depend on it. None leaves these open.
         """
         solver = [step for step in self.steps if not step.refines][-1]
         asked = {key: getattr(self, key) for key in SETTLED}
@@ -207,6 +215,11 @@ class Recipe(Settings):
             chosen["target"] = solver.target if chosen["propagate"] == solver.propagate else 1.0
         if chosen["residual"] == "auto":
             chosen["residual"] = "none" if solver.published else "correct"
+        if family is not None:
+            before = parse_method(earlier["method"]) if earlier else ()
+            chosen["method"] = tuple(
+                step.for_model(family, was) for step, was in zip(self.steps, chain(before, repeat(None)), strict=False)
+            )
         return self.model_copy(update=chosen)
 
     @property
@@ -302,7 +315,7 @@ def shipped_recipes() -> dict[str, str]:
 
 
 def load_recipe_settings(name_or_file: str) -> dict[str, Any]:
-    """Settings of a shipped recipe (``paper``) or of a YAML file.
+    """Settings of a shipped recipe (``best``) or of a YAML file.
 
     Raises:
         FistaPrunerError: neither exists, or the file is not a mapping.

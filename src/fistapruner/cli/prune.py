@@ -49,7 +49,7 @@ def add_recipe_arguments(parser: argparse.ArgumentParser, *, single: bool = True
     """Arguments that are settings of the recipe; ``single`` adds those that ``compare`` has in the plural."""
     group = parser.add_argument_group("recipe (over --recipe)")
     source = group.add_mutually_exclusive_group()
-    source.add_argument("--recipe", metavar="NAME|FILE", help="a shipped recipe (paper, fast, best) or a YAML file")
+    source.add_argument("--recipe", metavar="NAME|FILE", help="a shipped recipe (best, fast, fista, paper, ...) or a YAML file")
     source.add_argument("--quality", choices=("fast", "default", "best"), help="how much time to spend: one of three shipped recipes")
     if single:
         group.add_argument("--sparsity", help="50%%, 0.5, 2:4, 4:8, ... (default: 50%%)")

@@ -18,6 +18,7 @@ import shutil
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -41,7 +42,7 @@ from .machine import describe_machine, now, versions
 from .prepare import window_length
 from .run import prune
 from .serial import Listener
-from .work import choose_device, open_skeleton
+from .work import choose_device, model_family, open_skeleton
 
 _PERPLEXITY = TypeAdapter(Perplexity)
 
@@ -162,7 +163,7 @@ def compare(
             for contender in contenders:
                 said = merge(dict(settings or {}), {"seed": seed, "calibration": {"seed": seed}})
                 said = merge(merge(said, contender.settings), {"sparsity": sparsity})
-                jobs.append((contender, seed, Recipe.build(said, contender.label).settled()))
+                jobs.append((contender, seed, Recipe.build(said, contender.label)))
     if not jobs:
         raise FistaPrunerError("nothing to compare: name methods, sparsities and seeds")
     first = jobs[0][2]
@@ -170,6 +171,8 @@ def compare(
     before = _before(folder, model)
     trust: dict[str, Any] = {"allow_pickle": allow_pickle, "trust_remote_code": trust_remote_code}
     source = resolve_model(model, **trust)
+    settled = partial(Recipe.settled, family=lambda: model_family(source, allow_pickle=allow_pickle))
+    jobs = [(contender, seed, settled(recipe)) for contender, seed, recipe in jobs]
     skeleton = open_skeleton(source, first, **trust)
     tokenizer = load_tokenizer(source, trust_remote_code=trust_remote_code)
     text = load_windows(data, tokenizer, window_length(first, skeleton), windows)

@@ -40,7 +40,7 @@ from .plan import Plan, make_plan
 from .process import worker_devices
 from .ray_executor import require_ray
 from .serial import Listener
-from .work import fingerprint, open_skeleton, stamps, threads
+from .work import fingerprint, model_family, open_skeleton, stamps, threads
 
 log = logging.getLogger("fistapruner")
 
@@ -251,9 +251,9 @@ def plan_model(model: str, recipe: Recipe, out: str | Path = ".", *, allow_pickl
     Raises:
         FistaPrunerError: bad input, or a run that would not fit.
     """
-    recipe = recipe.settled()
     check_allocation(recipe)
     folder = resolve_model(model, allow_pickle=allow_pickle, trust_remote_code=trust_remote_code)
+    recipe = recipe.settled(family=lambda: model_family(folder, allow_pickle=allow_pickle))
     skeleton = open_skeleton(folder, recipe, allow_pickle=allow_pickle, trust_remote_code=trust_remote_code)
     layout = discover(skeleton).select(recipe)
     return plan_run(skeleton, layout, recipe, allocate(recipe, layout), Path(out))

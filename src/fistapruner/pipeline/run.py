@@ -14,6 +14,7 @@ from ..atomic import disk_errors
 from ..errors import FistaPrunerError
 from ..memory import reset_peak_memory
 from ..models.checkpoint import Checkpoint
+from ..models.source import resolve_model
 from ..problem import LayerProblem
 from ..recipe import Recipe, merge
 from ..reporting.schema import Report, load_run, parse, read_json
@@ -26,7 +27,7 @@ from .measure import measure
 from .prepare import prepare, refuse_other
 from .serial import Listener
 from .times import Times, spent
-from .work import Work, choose_device, fingerprint
+from .work import Work, choose_device, fingerprint, model_family
 
 log = logging.getLogger("fistapruner")
 
@@ -77,7 +78,12 @@ def prune(
     listener = Logged(told)
     recipe = Recipe.build(merge((recipe or Recipe()).model_dump(mode="json"), settings))
     run = RunDirectory(Path(out))
-    recipe = recipe.settled(apart=only_layers is not None, earlier=run.facts().get("recipe"))
+
+    def family() -> str:
+        folder = resolve_model(model, allow_pickle=allow_pickle, trust_remote_code=trust_remote_code)
+        return model_family(folder, allow_pickle=allow_pickle)
+
+    recipe = recipe.settled(apart=only_layers is not None, earlier=run.facts().get("recipe"), family=family)
     report = _finished_report(run, model, recipe)
     if report is not None:
         listener.say(f"{out} holds the finished run of this recipe")

@@ -236,6 +236,11 @@ def open_skeleton(
     )
 
 
+def model_family(folder: Path, *, allow_pickle: bool = False) -> str:
+    """``model_type`` of a checkpoint's config, such as ``llama`` or ``opt``."""
+    return str(Checkpoint.open(folder, allow_pickle=allow_pickle).config.get("model_type", ""))
+
+
 def choose_device(name: str) -> torch.device:
     """The device a recipe names; ``auto`` takes the GPU with most free memory, or the CPU.
 

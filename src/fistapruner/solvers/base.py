@@ -9,7 +9,7 @@ the solution of the step before it. Both have the same shape, so they chain: ``w
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal
 
@@ -66,6 +66,15 @@ class Method(BaseModel, ABC):
             sparsity: one pattern for each operator.
             start: the solution of the previous step of a chain.
         """
+
+    def for_model(self, family: Callable[[], str], earlier: Method | None = None) -> Method:
+        """This method with settings written out that depend on the model it prunes.
+
+        Args:
+            family: tells the model's family (``model_type`` of its config); asked only where a setting depends on it.
+            earlier: the same step of the run that is continued: what it chose stays.
+        """
+        return self
 
     def rows_apart(self, sparsity: Sparsity) -> bool:
         """Whether a row's answer depends on that row alone, so that blocks of rows may be solved apart from each other."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
@@ -11,6 +11,7 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
+from ..errors import FistaPrunerError
 from ..numerics import fast_products
 from ..problem import LayerProblem
 from ..sparsity import Sparsity
@@ -39,7 +40,8 @@ class Fista(Method):
         tolerance: an operator stops when ``||V_k - V_{k-1}||_F`` falls below it (paper: 1e-6).
         xi: share of rounding error above which lambda is raised (paper: 0.3).
         patience: T, rounds without improvement before it stops (paper: 3).
-        warm_start: solver of the first weights when the chain brings none (paper: SparseGPT for OPT, Wanda for LLaMA).
+        warm_start: solver of the first weights when the chain brings none. ``auto`` is the paper's choice by the model's
+            family: SparseGPT for OPT, Wanda for LLaMA and every other.
         penalty: ``relative`` measures lambda in units of ``max |B|``, above which the solution is zero, and bisects its
             logarithm, so that it does not depend on the scale of weights, activations or tokens. ``published`` takes
             the paper's numbers literally, on sums over tokens: start 1e-5, interval [0, 1e6], width 1e-6.
@@ -59,7 +61,7 @@ class Fista(Method):
     tolerance: float = Field(1e-6, ge=0.0)
     xi: float = Field(0.3, gt=0.0, lt=1.0)
     patience: int = Field(3, ge=1)
-    warm_start: Literal["sparsegpt", "wanda", "magnitude", "dense"] = "sparsegpt"
+    warm_start: Literal["auto", "sparsegpt", "wanda", "magnitude", "dense"] = "sparsegpt"
     penalty: Literal["relative", "published"] = "relative"
     penalty_start: float = Field(1e-5, gt=0.0, lt=1.0)
     penalty_interval: tuple[float, float] = (1e-7, 1.0)
@@ -98,7 +100,19 @@ class Fista(Method):
         stats = tuple({"lipschitz": float(lipschitz), "warm_start": warm_up, **search.summary()} for search in searches)
         return Solution(weight, mask, stats, start.warnings)
 
+    def for_model(self, family: Callable[[], str], earlier: Method | None = None) -> Fista:
+        if self.warm_start != "auto":
+            return self
+        if isinstance(earlier, Fista):
+            return self.model_copy(update={"warm_start": earlier.warm_start})
+        return self.model_copy(update={"warm_start": "sparsegpt" if family() == "opt" else "wanda"})
+
     def _warm_start(self, problem: LayerProblem, sparsity: Sequence[Sparsity]) -> Solution:
+        if self.warm_start == "auto":
+            raise FistaPrunerError(
+                f"{problem.label}: fista's warm_start auto is chosen by the model's family, which a layer problem does not "
+                "tell: write sparsegpt (the paper's for OPT) or wanda (for LLaMA)"
+            )
         if self.warm_start == "sparsegpt":
             return SparseGPT().solve(problem, sparsity)
         return (Wanda() if self.warm_start == "wanda" else Magnitude()).solve(problem, sparsity)
