@@ -50,11 +50,15 @@ ADDING = {
 
 
 def build(architecture: str, *, seed: int = 0, **changes: Any) -> Any:
-    """A randomly initialised model; weights are spread widely enough that layers really do something."""
+    """A randomly initialised model, its weights :func:`spread`."""
     name, arguments = ARCHITECTURES[architecture]
     config = getattr(transformers, name)(**{**SIZES, **arguments, **changes})
     torch.manual_seed(seed)
-    model = transformers.AutoModelForCausalLM.from_config(config).eval()
+    return spread(transformers.AutoModelForCausalLM.from_config(config).eval())
+
+
+def spread(model: Any) -> Any:
+    """Draw weights so widely that every layer changes the logits; in place."""
     with torch.no_grad():
         for parameter in model.parameters():
             if parameter.ndim >= 2:

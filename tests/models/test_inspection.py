@@ -107,12 +107,6 @@ def test_transposed_operators_are_read_along_their_inputs(tmp_path: Path) -> Non
     asked = inspect_checkpoint(folder, "2:4")
     assert asked.violations == []
     assert {operator.claim for operator in asked.operators} == {"2:4"}
-    # Checkpoints of the base model lack the prefix.
-    tensors = {name.removeprefix("transformer."): tensor for name, tensor in load_file(folder / "model.safetensors").items()}
-    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
-    found = inspect_checkpoint(folder)
-    assert len(found.pruned) == 8
-    assert found.violations == []
 
 
 def test_claims_about_absent_operators_and_damaged_weights(tmp_path: Path) -> None:

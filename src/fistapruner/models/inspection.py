@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Container, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -116,7 +116,7 @@ def inspect_checkpoint(
         folder = folder / "model"
     asked = None if pattern is None else parse_sparsity(pattern)
     entries, read, record = _open(folder, allow_pickle)
-    claims, faults = _claims(folder, record, entries)
+    claims, faults = recorded_claims(record, entries, folder)
     transposed = _is_transposed(claims, entries)
     if asked is not None:
         claims, faults = {}, []
@@ -196,30 +196,32 @@ def _open(folder: Path, allow_pickle: bool) -> tuple[dict[str, TensorEntry], Cal
     return {name: checkpoint.entry(name) for name in checkpoint.names()}, checkpoint.read, record
 
 
-def _claims(folder: Path, record: dict[str, Any], entries: dict[str, TensorEntry]) -> tuple[dict[str, dict[str, Any]], list[str]]:
-    """The record's claims by tensor name, and those about tensors that are not there.
+def recorded_claims(record: Mapping[str, Any], entries: Container[str], origin: str | Path) -> tuple[dict[str, dict[str, Any]], list[str]]:
+    """Read a record's claims about operators.
 
-    Checkpoints of base models lack the head model's prefix (``h.0.…`` for ``transformer.h.0.…``), or have one more.
+    Args:
+        record: what a pruning run wrote (``fistapruner.json``): its ``operators`` are claims by the names of stored
+            tensors, which may leave out ``.weight``.
+        entries: names of the checkpoint's tensors.
+        origin: the folder, for errors.
+
+    Returns:
+        Claims by tensor name, and a sentence for every claim about a tensor that is not there.
+
+    Raises:
+        FistaPrunerError: the record is damaged.
     """
     operators = record.get("operators", {})
     if not isinstance(operators, dict) or not all(isinstance(claim, dict) for claim in operators.values()):
-        raise FistaPrunerError(f"{folder / RECORD} has no mapping of operators to claims")
+        raise FistaPrunerError(f"{Path(origin) / RECORD} has no mapping of operators to claims")
     claims: dict[str, dict[str, Any]] = {}
     faults = []
-    shorter: dict[str, list[str]] = {}
-    for name in entries:
-        for start in [0, *(match.end() for match in re.finditer(r"\.", name))]:
-            shorter.setdefault(name[start:], []).append(name)
-    for operator, claim in operators.items():
-        weight = f"{operator}.weight"
-        found = [weight] if weight in entries else shorter.get(weight, [])
-        while not found and "." in weight:
-            weight = weight.partition(".")[2]
-            found = [weight] if weight in entries else []
-        if len(found) == 1:
-            claims[found[0]] = claim
+    for name, claim in operators.items():
+        found = next((tensor for tensor in (name, f"{name}.weight") if tensor in entries), None)
+        if found is None:
+            faults.append(f"{name}: {claim.get('sparsity')} is claimed, but the checkpoint has no such operator")
         else:
-            faults.append(f"{operator}: {claim.get('sparsity')} is claimed, but the checkpoint has no such operator")
+            claims[found] = claim
     return claims, faults
 
 

@@ -1,23 +1,46 @@
-"""Tensor names that changed between releases of transformers; its table of them is semi-private and only used here."""
+"""Names of a model's tensors in a checkpoint: other prefixes, and names that changed between releases of transformers.
+
+transformers' table of changed names is semi-private and only used here.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Collection
 from typing import Any
 
 
-def renamed_tensors(model: Any, stored: Iterable[str]) -> dict[str, str]:
-    """Which stored tensors have another name in ``model`` today.
+def stored_names(model: Any, stored: Collection[str]) -> dict[str, str]:
+    """Find the checkpoint's name of every parameter and persistent buffer of a model.
 
-    Without the table only names that changed since the checkpoint was saved are not found, which is an error that names
-    the tensor.
+    Base models are saved without the head model's prefix ("h.0.…" for "transformer.h.0.…"), and multi-part models with
+    one more; both are the same name up to a prefix.
 
     Args:
         model: transformers model, may be on the meta device.
         stored: tensor names in a checkpoint.
 
     Returns:
-        From today's name to the stored one.
+        From the model's name to the stored one, for all that were found, in the model's order.
+    """
+    known = {name: name for name in stored} | _renamed(model, stored)
+    base = model.base_model_prefix + "."
+    names = {}
+    for name in model.state_dict(keep_vars=True):
+        candidates = (name, name.removeprefix(base), base + name)
+        found = next((known[candidate] for candidate in candidates if candidate in known), None)
+        if found is None:
+            ends = [candidate for candidate in stored if candidate.endswith("." + name.removeprefix(base))]
+            found = ends[0] if len(ends) == 1 else None
+        if found is not None:
+            names[name] = found
+    return names
+
+
+def _renamed(model: Any, stored: Collection[str]) -> dict[str, str]:
+    """From today's name to the stored one, of the stored tensors that transformers renames.
+
+    Without the table only names that changed since the checkpoint was saved are not found, which is an error that names
+    the tensor.
     """
     try:
         from transformers.conversion_mapping import get_model_conversion_mapping

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from ..errors import FistaPrunerError
 from ..numerics import pass_dtype
 from .checkpoint import Checkpoint
-from .renaming import renamed_tensors
+from .renaming import stored_names
 
 Call = tuple[tuple[Any, ...], dict[str, Any]]
 """Arguments of a decoder layer after its hidden states: positional ones, keyword ones."""
@@ -279,26 +279,15 @@ class Skeleton:
                     )
 
     def _map_names(self) -> dict[str, str]:
-        """Checkpoint name of every parameter and persistent buffer of the model.
-
-        Base models are saved without the head model's prefix ("h.0.…" for "transformer.h.0.…"), and multi-part models
-        with one more; both are the same name up to a prefix.
-        """
-        stored = list(self.checkpoint.names())
-        known = {name: name for name in stored}
-        known |= renamed_tensors(self.model, stored)
-        base = self.model.base_model_prefix + "."
+        """Checkpoint name of every parameter and persistent buffer of the model, all of which must be there."""
+        names = stored_names(self.model, self.checkpoint.names())
         head = self.model.get_output_embeddings()
         embedding = self.model.get_input_embeddings()
         tied = bool(getattr(self.config, "tie_word_embeddings", False))
         sources: dict[str, str] = {}
         missing: list[str] = []
         for name, tensor in self.model.state_dict(keep_vars=True).items():
-            candidates = [name, name.removeprefix(base), base + name]
-            found = next((known[candidate] for candidate in candidates if candidate in known), None)
-            if found is None:
-                ends = [candidate for candidate in stored if candidate.endswith("." + name.removeprefix(base))]
-                found = ends[0] if len(ends) == 1 else None
+            found = names.get(name)
             is_head = head is not None and tensor is head.weight and embedding is not None and head.weight is not embedding.weight
             if is_head and tied:
                 continue

@@ -17,6 +17,7 @@ from ..errors import FistaPrunerError
 from ..memory import peak_memory
 from ..models.checkpoint_writer import write_checkpoint
 from ..models.inspection import RECORD
+from ..models.skeleton import Skeleton
 from ..reporting.model_card import model_card
 from ..reporting.schema import VERSION, LayerEntry, Report, Totals, load_run, parse, read_json
 from .journal import RunDirectory
@@ -65,7 +66,7 @@ def finish(run: RunDirectory, work: Work, times: Times, listener: Listener) -> R
         listener.say("writing the checkpoint")
         documents = {
             "README.md": model_card(report),
-            RECORD: json.dumps(_record(report), indent=2) + "\n",
+            RECORD: json.dumps(_record(report, work.skeleton), indent=2) + "\n",
         }
         write_checkpoint(checkpoint, run.model, replacement, identity=work.fingerprint, documents=documents)
     times.note()  # before the report calls the run finished: what a kill leaves half-written is then written anew
@@ -128,13 +129,14 @@ def _written_for(model: Path) -> str | None:
         return None
 
 
-def _record(report: Report) -> dict[str, Any]:
-    """What the checkpoint says of itself (``fistapruner.json``): the claim that ``inspect`` checks."""
-    operators = {
-        f"{layer.name}.{operator.name}": {"sparsity": operator.sparsity, "zeros": operator.zeros, "shape": list(operator.shape)}
-        for layer in report.layers
-        for operator in layer.operators
-    }
+def _record(report: Report, skeleton: Skeleton) -> dict[str, Any]:
+    """What the checkpoint says of itself (``fistapruner.json``): the claims that ``inspect`` checks, by stored tensor."""
+    operators = {}
+    for layer in report.layers:
+        for operator in layer.operators:
+            name = f"{layer.name}.{operator.name}"
+            claim = {"operator": name, "sparsity": operator.sparsity, "zeros": operator.zeros, "shape": list(operator.shape)}
+            operators[skeleton.source(f"{name}.weight")] = claim
     return {
         "version": VERSION,
         "fingerprint": report.fingerprint,

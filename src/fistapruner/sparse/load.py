@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import FistaPrunerError
-from ..models.renaming import renamed_tensors
+from ..models.renaming import stored_names
 from . import kernel
 from .linear import DenseLinear, Siblings, SparseLinear
 from .pack import PackedCheckpoint
@@ -72,19 +72,16 @@ def _build(source: PackedCheckpoint, config: Any, dtype: torch.dtype, packed: bo
 
     with no_init_weights(), init_empty_weights(include_buffers=False):
         model = AutoModelForCausalLM.from_config(config, dtype=dtype)
-    prefix = model.base_model_prefix + "."
-    known = set(model.state_dict())
-    today = {old: new for new, old in renamed_tensors(model, [*source.dense_names(), *source.specs]).items()}
-
-    def place(name: str) -> str:
-        name = today.get(name, name)
-        return next((way for way in (name, prefix + name, name.removeprefix(prefix)) if way in known), name)
-
-    rest: dict[str, Tensor] = {place(name): _cast(source.checkpoint.read(name), dtype) for name in source.dense_names()}
-    for name in source.specs:
-        target, operator = place(name), source.operator(name)
+    names = stored_names(model, [*source.dense_names(), *source.specs])
+    rest: dict[str, Tensor] = {
+        target: _cast(source.checkpoint.read(name), dtype) for target, name in names.items() if name not in source.specs
+    }
+    for target, name in names.items():
+        if name not in source.specs:
+            continue
+        operator = source.operator(name)
         parent, _, leaf = target.rpartition(".")
-        module = model.get_submodule(parent) if packed and target in known else None
+        module = model.get_submodule(parent) if packed else None
         if leaf == "weight" and isinstance(module, nn.Linear) and (module.out_features, module.in_features) == operator.shape:
             replace(model, parent, _sparse(operator, rest.pop(f"{parent}.bias", None), int8))
         elif leaf == "weight" and type(module).__name__ == "Conv1D":  # GPT-2 stores (inputs, outputs)
@@ -101,7 +98,7 @@ def _build(source: PackedCheckpoint, config: Any, dtype: torch.dtype, packed: bo
     except RuntimeError as error:
         raise FistaPrunerError(f"{source.folder} does not fit {type(model).__name__}: {' '.join(str(error).split())[:300]}") from None
     model.tie_weights()
-    missing = [name for name, tensor in model.state_dict().items() if tensor.is_meta]
+    missing = [name for name, tensor in (*model.named_parameters(), *model.named_buffers()) if tensor.is_meta]
     if missing:
         raise FistaPrunerError(f"{source.folder}: tensor {missing[0]!r} of {type(model).__name__} is not in it")
     return model  # parameters as from_pretrained leaves them: torch multiplies a strided input slowly by a weight without gradient

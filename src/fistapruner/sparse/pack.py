@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,11 +21,12 @@ from torch import Tensor
 from ..atomic import PARTIAL, copy_atomic, disk_errors, require_space, sha256_file, sync_folder, write_json_atomic, write_text_atomic
 from ..errors import FistaPrunerError
 from ..models.checkpoint import INDEX, SINGLE, Checkpoint, WeightFile, inside, read_json
+from ..models.inspection import RECORD as PRUNING_RECORD
+from ..models.inspection import recorded_claims
 from ..models.safetensors_file import SafetensorsFile, SafetensorsWriter, TensorEntry
 from ..sparsity import NM, holds, parse_sparsity
-from .format import MAX_M, METADATA, VERSION, OperatorSpec, decode, encode, index_bits, operator_fault, read_specs
+from .format import MAX_M, METADATA, QUANT_METHOD, VERSION, OperatorSpec, decode, encode, index_bits, operator_fault, read_specs
 from .packed import FLOATS, PackedOperator, pack_operator
-from .transformers_plugin import QUANT_METHOD
 
 RECORD = "packed.json"
 MIN_ZEROS = 0.25
@@ -209,7 +210,7 @@ def unpack(packed: str | Path, out: str | Path) -> Path:
                     writer.write(entry.name, source.tensor(entry.name))
         _copy_companions(source.checkpoint, partial)
         if source.record:
-            write_json_atomic(partial / "fistapruner.json", source.record)
+            write_json_atomic(partial / PRUNING_RECORD, source.record)
         write_json_atomic(partial / "config.json", source.config())
         if set(contents) != {SINGLE}:
             places = {entry.name: shard for shard, entries in contents.items() for entry in entries}
@@ -255,14 +256,15 @@ class _Planned:
 
 
 def _plan(source: Checkpoint, record: dict[str, Any], values: str, group: int) -> dict[str, _Planned]:
-    listed = record.get("operators")
-    listed = listed if isinstance(listed, dict) else {}
+    listed, faults = recorded_claims(record, source, source.folder)
+    if faults:
+        raise FistaPrunerError(f"{source.folder / PRUNING_RECORD} is of another checkpoint: {faults[0]}")
     plan = {}
     for name in source.names():
         entry = source.entry(name)
         if len(entry.shape) != 2 or entry.dtype not in FLOATS or 0 in entry.shape:
             continue
-        known = listed.get(name, listed.get(name.removesuffix(".weight")))
+        known = listed.get(name)
         if listed and known is None:
             continue
         cast = torch.bfloat16 if values == "bf16" else entry.dtype
@@ -281,10 +283,10 @@ def _plan(source: Checkpoint, record: dict[str, Any], values: str, group: int) -
     return plan
 
 
-def _hint(known: Any) -> NM | None:
+def _hint(known: Mapping[str, Any] | None) -> NM | None:
     """The pattern a pruning run recorded; a wrong record costs nothing, since the weight itself is looked at."""
     try:
-        pattern = parse_sparsity(str(known["sparsity"])) if isinstance(known, dict) and "sparsity" in known else None
+        pattern = parse_sparsity(str(known["sparsity"])) if known and "sparsity" in known else None
     except FistaPrunerError:
         return None
     return pattern if isinstance(pattern, NM) else None
@@ -292,7 +294,7 @@ def _hint(known: Any) -> NM | None:
 
 def _pruning_record(folder: Path) -> dict[str, Any]:
     """``fistapruner.json``, as a pruning run leaves it in its model folder; empty where there is none."""
-    return read_json(folder, "fistapruner.json") if (folder / "fistapruner.json").exists() else {}
+    return read_json(folder, PRUNING_RECORD) if (folder / PRUNING_RECORD).exists() else {}
 
 
 def _report(source: Checkpoint, plan: dict[str, _Planned]) -> PackReport:

@@ -20,10 +20,9 @@ import torch
 from torch import nn
 
 from ..errors import FistaPrunerError
-
-QUANT_METHOD = "fistapruner"
-"""``quant_method`` in the config.json of a packed folder."""
-
+from ..models.renaming import stored_names
+from .format import QUANT_METHOD
+from .pack import PackedCheckpoint
 
 REGISTRY = "transformers.quantizers.auto"
 
@@ -81,24 +80,24 @@ def register() -> bool:
         requires_calibration = False
 
         def _process_model_before_weight_loading(self, model: Any, checkpoint_files: Any = None, **kwargs: Any) -> None:
-            from .pack import PackedCheckpoint
-
             if not checkpoint_files:
                 raise FistaPrunerError("a packed model is loaded from its folder")
             self.source = PackedCheckpoint(Path(checkpoint_files[0]).parent)
-            self.places = _places(model, list(self.source.specs))
+            self.places = _places(model, self.source)
             for name, (parent, leaf) in self.places.items():
                 module = model.get_submodule(parent)
                 if tuple(module._parameters[leaf].shape) != self.source.specs[name].shape:
                     shape = tuple(module._parameters[leaf].shape)
                     raise FistaPrunerError(f"{name} is {self.source.specs[name].shape} in the packed folder, the config asks for {shape}")
                 module._is_hf_initialized = True  # its weight comes later, so nothing is to be drawn at random
-            parts = [re.escape(f"{name}.") + "(values|mask|offsets|index|scales)$" for name in self.source.specs]
+            weights = {f"{parent}.{leaf}" for parent, leaf in self.places.values()}
+            names = weights | set(self.source.specs)  # transformers looks for a tensor by its name today and by the stored one
+            parts = [re.escape(f"{name}.") + "(values|mask|offsets|index|scales)$" for name in names]
             # transformers wants a set, or a list in some releases; both take the union with a set of patterns.
             ignored = set(getattr(model, "_keys_to_ignore_on_load_unexpected", None) or ())
             model._keys_to_ignore_on_load_unexpected = ignored | set(parts)
-            weights = {re.escape(f"{parent}.{leaf}") + "$" for parent, leaf in self.places.values()}
-            model._keys_to_ignore_on_load_missing = set(getattr(model, "_keys_to_ignore_on_load_missing", None) or ()) | weights
+            later = {re.escape(name) + "$" for name in weights}
+            model._keys_to_ignore_on_load_missing = set(getattr(model, "_keys_to_ignore_on_load_missing", None) or ()) | later
 
         def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> Any:
             device = next((item.device for item in model.parameters() if not item.is_meta), torch.device("cpu"))
@@ -120,15 +119,13 @@ def register() -> bool:
     return True
 
 
-def _places(model: Any, names: list[str]) -> dict[str, tuple[str, str]]:
-    """Module and parameter of every packed operator; base models are stored without the head model's prefix."""
-    known = dict(model.named_parameters())
-    prefix = model.base_model_prefix + "."
+def _places(model: Any, source: PackedCheckpoint) -> dict[str, tuple[str, str]]:
+    """Module and parameter of every packed operator."""
+    found = {name: target for target, name in stored_names(model, [*source.dense_names(), *source.specs]).items()}
     places = {}
-    for name in names:
-        found = next((way for way in (name, prefix + name, name.removeprefix(prefix)) if way in known), None)
-        if found is None:
+    for name in source.specs:
+        if name not in found:
             raise FistaPrunerError(f"packed operator {name!r} is not part of {type(model).__name__}")
-        parent, _, leaf = found.rpartition(".")
+        parent, _, leaf = found[name].rpartition(".")
         places[name] = (parent, leaf)
     return places

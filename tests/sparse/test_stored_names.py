@@ -1,0 +1,127 @@
+"""Checkpoints whose tensors are not called as in the model: pruned, inspected, packed, loaded, unpacked and evaluated like others."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import transformers
+from transformers import AutoModelForCausalLM
+
+import fistapruner as fp
+from fistapruner.models.checkpoint import Checkpoint
+from fistapruner.models.inspection import inspect_checkpoint
+from tiny import GQA, SIZES, WIDE, spread, tokenizer
+
+TWO = {**SIZES, **GQA, "num_hidden_layers": 2}
+VISION = {
+    "hidden_size": 16,
+    "intermediate_size": 24,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 2,
+    "image_size": 28,
+    "patch_size": 14,
+}
+
+# Configuration, whether the base model alone is stored, and the first operator's name in the model and in the file.
+CASES: dict[str, tuple[str, dict[str, Any], bool, str, str]] = {
+    "GPT-2": (
+        "GPT2Config",
+        {**SIZES, "n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 128},
+        True,
+        "transformer.h.0.attn.c_attn",
+        "h.0.attn.c_attn.weight",
+    ),
+    "BLOOM": (
+        "BloomConfig",
+        {**SIZES, "hidden_size": 32, "n_layer": 2, "n_head": 4},
+        True,
+        "transformer.h.0.self_attention.query_key_value",
+        "h.0.self_attention.query_key_value.weight",
+    ),
+    "base Llama": (
+        "LlamaConfig",
+        {**TWO, "tie_word_embeddings": True},
+        True,
+        "model.layers.0.self_attn.q_proj",
+        "layers.0.self_attn.q_proj.weight",
+    ),
+    "Exaone": (
+        "ExaoneConfig",
+        TWO,
+        False,
+        "model.layers.0.self_attn.q_proj",
+        "transformer.h.0.attn.attention.q_proj.weight",
+    ),
+    "Gemma 3 with vision": (
+        "Gemma3Config",
+        {
+            "text_config": {**TWO, "head_dim": 8, "sliding_window": 8},
+            "vision_config": VISION,
+            "mm_tokens_per_image": 4,
+            "image_token_index": 100,
+            "boi_token_index": 101,
+            "eoi_token_index": 102,
+        },
+        False,
+        "model.language_model.layers.0.self_attn.q_proj",
+        "language_model.model.layers.0.self_attn.q_proj.weight",
+    ),
+    "Fuyu": (
+        "FuyuConfig",
+        {**TWO, "text_config": {**SIZES, **WIDE, "num_hidden_layers": 2, "model_type": "persimmon"}},
+        False,
+        "model.language_model.layers.0.self_attn.query_key_value",
+        "language_model.model.layers.0.self_attn.query_key_value.weight",
+    ),
+}
+IDS = torch.randint(3, 100, (2, 12), generator=torch.Generator().manual_seed(0))
+
+
+def logits(model: Any) -> torch.Tensor:
+    with torch.no_grad():
+        found: torch.Tensor = model(input_ids=IDS).logits
+    return found
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_stored_names(tmp_path: Path, case: str) -> None:
+    name, arguments, base, operator, stored = CASES[case]
+    torch.manual_seed(0)
+    model = spread(AutoModelForCausalLM.from_config(getattr(transformers, name)(**arguments)).eval())
+    folder = tmp_path / "dense"
+    (model.base_model if base else model).save_pretrained(folder)
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, "architectures": [type(model).__name__]}))
+    tokenizer().save_pretrained(folder)
+    text = tmp_path / "text.txt"
+    text.write_text("The quick brown fox jumps over the lazy dog. " * 40)
+    fp.prune(str(folder), tmp_path / "run", method="magnitude", calibration={"source": str(text), "samples": 2, "seqlen": 16})
+    pruned, packed = tmp_path / "run" / "model", tmp_path / "packed"
+
+    record = json.loads((pruned / "fistapruner.json").read_text())
+    assert record["operators"][stored]["operator"] == operator
+    assert set(record["operators"]) <= set(Checkpoint.open(pruned).names())
+    report = fp.pack(pruned, packed)
+    assert report.operators == len(record["operators"])
+    unpacked = fp.unpack(packed, tmp_path / "unpacked")
+    for place in (pruned, packed, unpacked):
+        found = inspect_checkpoint(place)
+        assert (found.violations, len(found.pruned)) == ([], report.operators)
+        assert found.pruned[0].claim == "50%"
+
+    expected = logits(AutoModelForCausalLM.from_pretrained(pruned))
+    assert torch.equal(logits(AutoModelForCausalLM.from_pretrained(packed)), expected)
+    assert torch.equal(logits(type(model).from_pretrained(packed)), expected)
+    assert torch.equal(logits(AutoModelForCausalLM.from_pretrained(unpacked)), expected)
+    assert torch.equal(logits(fp.load(packed, packed=False)), expected)
+    sparse = fp.load(packed)
+    assert sum(isinstance(module, fp.SparseLinear) for module in sparse.modules()) == report.operators
+    torch.testing.assert_close(logits(sparse), expected, rtol=1e-4, atol=1e-4)
+
+    evaluation = fp.evaluate(unpacked, str(text), against=pruned, seqlen=16)
+    assert evaluation.divergence is not None
+    assert evaluation.divergence.kl == 0
