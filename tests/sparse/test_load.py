@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import subprocess
 import sys
 
@@ -12,6 +13,7 @@ from transformers import AutoModelForCausalLM
 
 import fistapruner
 from fistapruner import FistaPrunerError, SparseLinear
+from fistapruner.models.checkpoint import Checkpoint
 from fistapruner.models.whole import load_whole
 from tiny import ARCHITECTURES, VOCABULARY
 
@@ -85,6 +87,58 @@ def test_import_is_all_it_takes(tmp_path):
         "from transformers import AutoModelForCausalLM; AutoModelForCausalLM.from_pretrained(sys.argv[1])"
     )
     subprocess.run([sys.executable, "-c", code, str(tmp_path / "p")], check=True, capture_output=True, timeout=120)
+
+
+@pytest.mark.parametrize("values", ["same", "int8"])
+@pytest.mark.parametrize("architecture", ["llama", "gpt2", "bloom"])
+def test_a_packed_model_is_saved_copied_and_pickled_whole(tmp_path, architecture, values):
+    source = save_pruned(tmp_path / "m", architecture)
+    fistapruner.pack(source, tmp_path / "p", values=values)
+    dense = AutoModelForCausalLM.from_pretrained(tmp_path / "p", dtype="auto")
+    packed = fistapruner.load(tmp_path / "p")
+    expected, state = logits(packed), packed.state_dict()
+    assert state.keys() == dense.state_dict().keys()
+    if values == "same" or architecture != "gpt2":  # int8 along the stored rows, the inputs of GPT-2, is rounded again
+        assert all(torch.equal(state[name], tensor) for name, tensor in dense.state_dict().items())
+    packed.save_pretrained(tmp_path / "saved")
+    assert sorted(Checkpoint.open(tmp_path / "saved").names()) == sorted(Checkpoint.open(source).names())
+    saved = AutoModelForCausalLM.from_pretrained(tmp_path / "saved", dtype="auto").state_dict()
+    assert all(torch.equal(saved[name], tensor) for name, tensor in state.items())
+    assert packed.load_state_dict(state) == ([], [])
+    torch.save(packed, tmp_path / "pickle.pt")
+    for model in (packed, copy.deepcopy(packed), torch.load(tmp_path / "pickle.pt", weights_only=False)):
+        assert sum(isinstance(module, SparseLinear) for module in model.modules()) >= 9
+        assert torch.equal(logits(model), expected)
+
+
+def test_a_model_that_transformers_loaded_is_saved_copied_and_pickled_whole(tmp_path):
+    fistapruner.pack(save_pruned(tmp_path / "m"), tmp_path / "p")
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "p", dtype="auto")
+    expected = logits(model)
+    torch.save(model, tmp_path / "pickle.pt")
+    assert model.load_state_dict(model.state_dict()) == ([], [])
+    for other in (copy.deepcopy(model), torch.load(tmp_path / "pickle.pt", weights_only=False)):
+        assert torch.equal(logits(other), expected)
+
+
+def test_weights_loaded_into_a_packed_model_are_packed(tmp_path):
+    for seed in (0, 1):
+        fistapruner.pack(save_pruned(tmp_path / f"m{seed}", seed=seed), tmp_path / f"p{seed}")
+    packed, other = fistapruner.load(tmp_path / "p0"), fistapruner.load(tmp_path / "p1")
+    short = IDS[:, :4]  # few enough for the kernel, which keeps addresses
+    with torch.no_grad():
+        assert not torch.equal(packed(short).logits, other(short).logits)
+        packed.load_state_dict(other.state_dict())
+        assert torch.equal(packed(short).logits, other(short).logits)
+    state = other.state_dict()
+    name = "model.layers.0.mlp.up_proj.weight"
+    state[name] = state[name].T
+    with pytest.raises(RuntimeError, match=r"up_proj.weight: the new weight is \[32, 48\]"):
+        packed.load_state_dict(state)
+    del state[name]
+    with pytest.raises(RuntimeError, match=r"Missing key.*up_proj.weight"):
+        packed.load_state_dict(state)
+    assert packed.load_state_dict(state, strict=False).missing_keys == [name]
 
 
 def test_another_architecture_is_refused(tmp_path):

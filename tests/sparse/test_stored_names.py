@@ -121,6 +121,8 @@ def test_stored_names(tmp_path: Path, case: str) -> None:
     sparse = fp.load(packed)
     assert sum(isinstance(module, fp.SparseLinear) for module in sparse.modules()) == report.operators
     torch.testing.assert_close(logits(sparse), expected, rtol=1e-4, atol=1e-4)
+    sparse.save_pretrained(tmp_path / "saved")
+    assert torch.equal(logits(AutoModelForCausalLM.from_pretrained(tmp_path / "saved")), expected)
 
     evaluation = fp.evaluate(unpacked, str(text), against=pruned, seqlen=16)
     assert evaluation.divergence is not None

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from ..errors import FistaPrunerError
 from . import kernel
 from .packed import PackedOperator, pack_operator
 
@@ -23,16 +24,21 @@ class SparseLinear(nn.Module):
     :data:`kernel.MAX_MANY` where it has matrix units for them. More tokens, other devices and other dtypes unpack a tile of rows at a time
     and use torch's dense product, which is always right.
 
+    The state dict has the dense ``weight``, so that a saved model is an ordinary checkpoint; loading one packs it again, to
+    the operator's dtype, and to int8 where the operator is.
+
     Args:
         operator: the packed weight.
         bias: (rows,) or None.
         level: kernel level by name, ``"torch"`` for none; None takes the best one (or what ``FISTAPRUNER_KERNEL`` says).
+        transposed: the dense weight is (in_features, out_features), as that of GPT-2's ``Conv1D``.
     """
 
-    def __init__(self, operator: PackedOperator, bias: Tensor | None = None, level: str | None = None) -> None:
+    def __init__(self, operator: PackedOperator, bias: Tensor | None = None, level: str | None = None, *, transposed: bool = False) -> None:
         super().__init__()
         self.out_features, self.in_features = operator.shape
         self.operator = operator
+        self.transposed = transposed
         self.register_buffer("bias", None if bias is None else bias.detach())
         if level is None:
             self.level = kernel.best_level()
@@ -52,7 +58,8 @@ class SparseLinear(nn.Module):
     @property
     def weight(self) -> Tensor:
         """The dense weight, unpacked anew at every access: for code that looks at it, such as a dtype check."""
-        return self.operator.to_dense()
+        dense = self.operator.to_dense()
+        return dense.T.contiguous() if self.transposed else dense
 
     def forward(self, x: Tensor) -> Tensor:
         """(…, in_features) to (…, out_features)."""
@@ -78,6 +85,47 @@ class SparseLinear(nn.Module):
     def __getstate__(self) -> dict[str, Any]:
         """Without addresses: a copy makes its own."""
         return {**self.__dict__, "_handle": None, "_siblings": None}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """At a kernel level that this machine has."""
+        super().__setstate__(state)
+        self.level = min(self.level, kernel.best_level())
+
+    def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
+        destination[prefix + "weight"] = self.weight
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+
+    def _load_from_state_dict(
+        self,
+        state_dict: Mapping[str, Any],
+        prefix: str,
+        local_metadata: Mapping[str, Any],
+        strict: bool,
+        missing_keys: list[str],
+        unexpected_keys: list[str],
+        error_msgs: list[str],
+    ) -> None:
+        rest = {key: value for key, value in state_dict.items() if key != prefix + "weight"}
+        super()._load_from_state_dict(rest, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs)
+        weight = state_dict.get(prefix + "weight")
+        if weight is None:
+            missing_keys += [prefix + "weight"] if strict else []
+            return
+        try:
+            self._repack(weight)
+        except FistaPrunerError as error:
+            error_msgs.append(f"{prefix}weight: {error}")
+
+    def _repack(self, weight: Tensor) -> None:
+        held = self.weight
+        if weight.shape != held.shape:
+            raise FistaPrunerError(f"the new weight is {list(weight.shape)}, the packed one is {list(held.shape)}")
+        weight = weight.detach().to("cpu", held.dtype)
+        if torch.equal(weight, held):
+            return  # int8 values as they are, not rounded a second time
+        operator = pack_operator(weight.T.contiguous() if self.transposed else weight)
+        self.operator = operator if self.operator.scales is None else operator.quantised(self.operator.group)
+        self._handle = None
 
     def _kernel(self) -> kernel.Handle:
         bias = cast("Tensor | None", self.bias)

@@ -32,7 +32,7 @@ def load(folder: str | Path, *, packed: bool = True, int8: bool = False, dtype: 
         verify: compare the files with their checksums first.
 
     Returns:
-        The causal language model, in evaluation mode.
+        The causal language model, in evaluation mode. Its ``state_dict`` and what ``save_pretrained`` writes are dense.
 
     Raises:
         FistaPrunerError: the folder is damaged or of an unknown version, or does not fit its architecture.
@@ -88,7 +88,7 @@ def _build(source: PackedCheckpoint, config: Any, dtype: torch.dtype, packed: bo
             turned = pack_operator(operator.to_dense().T.contiguous())
             if operator.scales is not None:
                 turned = turned.quantised(operator.group)
-            replace(model, parent, _sparse(turned, rest.pop(f"{parent}.bias", None), int8))
+            replace(model, parent, _sparse(turned, rest.pop(f"{parent}.bias", None), int8, transposed=True))
         else:
             rest[target] = _cast(operator.to_dense(), dtype)
     if packed:
@@ -115,8 +115,8 @@ def hasten(model: nn.Module) -> None:
                 Siblings.join(cast("list[SparseLinear]", layers))
 
 
-def _sparse(operator: PackedOperator, bias: Tensor | None, int8: bool) -> SparseLinear:
-    return SparseLinear(operator.quantised() if int8 and operator.scales is None else operator, bias)
+def _sparse(operator: PackedOperator, bias: Tensor | None, int8: bool, transposed: bool = False) -> SparseLinear:
+    return SparseLinear(operator.quantised() if int8 and operator.scales is None else operator, bias, transposed=transposed)
 
 
 def replace(model: nn.Module, name: str, module: nn.Module) -> None:
