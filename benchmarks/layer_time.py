@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from fistapruner import LayerProblem
-from fistapruner.numerics import fast_products, has_bf16_units
+from fistapruner.runtime.numerics import fast_products, has_bf16_units
 from fistapruner.solvers.base import project_operators
 from fistapruner.solvers.conditioning import alive_gram
 from fistapruner.solvers.proximal import Proximal, obs_scale, resolvents

@@ -33,9 +33,7 @@ METHODS = ["magnitude", "wanda", "sparsegpt", "alps", "admm", "fista", "proximal
 
 RUNS: dict[str, tuple[str, list[str]]] = {
     **{
-        f"{method} {sparsity}": ("llama", ["--method", method, "--sparsity", sparsity])
-        for method in METHODS
-        for sparsity in ("50%", "2:4")
+        f"{method} {sparsity}": ("llama", ["--method", method, "--sparsity", sparsity]) for method in METHODS for sparsity in ("50%", "2:4")
     },
     "proximal gpt2": ("gpt2", []),
     "proximal opt": ("opt", []),

@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from fistapruner import FistaPrunerError, LayerProblem
-from fistapruner.numerics import fast_products
 from fistapruner.problem import DriftFrom, ProblemSums, unweighted
+from fistapruner.runtime.numerics import fast_products
 from fistapruner.solvers import solve
 
 TOKENS, INPUTS, ROWS = 60, 10, 7

@@ -31,7 +31,7 @@ import torch
 from torch import Tensor
 
 from .errors import FistaPrunerError
-from .numerics import add_gram, fast_products, mirror, row_blocks
+from .runtime.numerics import add_gram, fast_products, mirror, row_blocks
 
 DriftFrom = Literal["inputs", "outputs"]
 """What of the dense model tells how far an operator's outputs have drifted."""
@@ -260,7 +260,7 @@ class ProblemSums:
         drift_from: what of the dense model will be given with every batch; None where nothing drifts.
 
     The sums are kept on the weight's device. Activations that are bf16 values are multiplied on the device's bf16 units
-    (:func:`~fistapruner.numerics.fast_products`): exactly for H; for the drift, whose factors are rounded to bf16, with an error
+    (:func:`~fistapruner.runtime.numerics.fast_products`): exactly for H; for the drift, whose factors are rounded to bf16, with an error
     far below the drift's own sampling error.
     """
 

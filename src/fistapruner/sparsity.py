@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from .errors import FistaPrunerError
-from .numerics import row_blocks
+from .runtime.numerics import row_blocks
 
 
 @dataclass(frozen=True)

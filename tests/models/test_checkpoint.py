@@ -14,9 +14,9 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 from fistapruner import FistaPrunerError
-from fistapruner.atomic import sha256_file
 from fistapruner.models.checkpoint import Checkpoint
 from fistapruner.models.checkpoint_writer import write_checkpoint
+from fistapruner.runtime.files import sha256_file
 
 
 def tiny_llama() -> LlamaForCausalLM:

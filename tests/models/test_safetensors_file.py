@@ -16,8 +16,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fistapruner import FistaPrunerError
-from fistapruner.atomic import require_space, sha256_file, write_json_atomic, write_text_atomic
 from fistapruner.models.safetensors_file import DTYPES, SafetensorsFile, SafetensorsWriter, TensorEntry
+from fistapruner.runtime.files import require_space, sha256_file, write_json_atomic, write_text_atomic
 
 SHARED_DTYPES = [torch.bool, torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64, torch.float16, torch.bfloat16]
 SHARED_DTYPES += [torch.float32, torch.float64, torch.float8_e4m3fn, torch.float8_e5m2]

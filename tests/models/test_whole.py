@@ -19,7 +19,7 @@ CPU = torch.device("cpu")
 @pytest.mark.parametrize("units", [False, True])
 @pytest.mark.parametrize("stored", [torch.float16, torch.bfloat16, torch.float32], ids=str)
 def test_the_precision_of_passes(tmp_path: Path, stored: torch.dtype, units: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("fistapruner.numerics.has_bf16_units", lambda device: units)
+    monkeypatch.setattr("fistapruner.runtime.numerics.has_bf16_units", lambda device: units)
     folder = tiny.save("llama", tmp_path / "model", dtype=stored)
     model = load_whole(folder, CPU)
     assert model.dtype == Skeleton(Checkpoint.open(folder), CPU).dtype
@@ -34,5 +34,5 @@ def test_nothing_is_generated_where_the_model_would_not_fit_in_the_precision_it_
     folder = tiny.save("llama", tmp_path / "model", dtype=torch.bfloat16)
     stored = Checkpoint.open(folder).nbytes
     monkeypatch.setattr("fistapruner.models.whole.free_memory", lambda: int(1.5 * stored / 0.75))
-    monkeypatch.setattr("fistapruner.numerics.has_bf16_units", lambda device: False)
+    monkeypatch.setattr("fistapruner.runtime.numerics.has_bf16_units", lambda device: False)
     assert generate_side_by_side(folder, folder, CPU) == []

@@ -245,7 +245,7 @@ def test_drift_is_taken_back(tmp_path: Path) -> None:
 def test_results_are_what_the_checkpoint_can_hold_whatever_the_passes_compute_in(
     tmp_path: Path, stored: torch.dtype, match: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("fistapruner.numerics.has_bf16_units", lambda device: False)
+    monkeypatch.setattr("fistapruner.runtime.numerics.has_bf16_units", lambda device: False)
     folder = tiny.save("llama", tmp_path / "model", dtype=stored)
     skeleton = Skeleton(Checkpoint.open(folder), torch.device("cpu"))
     assert skeleton.dtype == torch.float32
@@ -256,7 +256,7 @@ def test_results_are_what_the_checkpoint_can_hold_whatever_the_passes_compute_in
 
 
 def test_bf16_passes_where_the_processor_has_units_for_them(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("fistapruner.numerics.has_bf16_units", lambda device: True)
+    monkeypatch.setattr("fistapruner.runtime.numerics.has_bf16_units", lambda device: True)
     for stored, used in ((torch.bfloat16, torch.bfloat16), (torch.float16, torch.float32)):
         checkpoint = Checkpoint.open(tiny.save("llama", tmp_path / str(stored), dtype=stored))
         assert Skeleton(checkpoint, torch.device("cpu")).dtype == used

@@ -14,8 +14,8 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from ..numerics import fast_products
 from ..problem import LayerProblem
+from ..runtime.numerics import fast_products
 from ..solvers.conditioning import alive_gram
 from ..solvers.refit import refit_with_residual
 from ..sparsity import Unstructured

@@ -28,7 +28,7 @@ from torch import Tensor
 from ..models.hidden import HiddenStates, Store
 from ..models.layout import Layout
 from ..models.skeleton import Call, Skeleton, Tick
-from ..numerics import add_gram, fast_products, mirror
+from ..runtime.numerics import add_gram, fast_products, mirror
 
 HEAD_TOKENS = 512
 """Tokens whose logits are made at once."""

@@ -15,8 +15,8 @@ from ..models.checkpoint import Checkpoint
 from ..models.skeleton import Skeleton, Tick
 from ..models.source import resolve_model
 from ..models.tokenizer import load_tokenizer
-from ..numerics import dtype_name
 from ..pipeline.work import DTYPES, choose_device
+from ..runtime.numerics import dtype_name
 from .data import Windows, load_windows
 from .results import Divergence, Evaluation, Perplexity
 from .scoring import divergence_of, perplexity_of

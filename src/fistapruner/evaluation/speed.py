@@ -22,7 +22,7 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import FistaPrunerError
-from ..memory import free_memory, peak_memory, reset_peak_memory
+from ..runtime.memory import free_memory, peak_memory, reset_peak_memory
 
 WARM_UP_TOKENS = 4
 """Tokens decoded before the clock starts: the first calls choose kernels and fill caches."""

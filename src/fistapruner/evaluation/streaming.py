@@ -15,9 +15,9 @@ import torch
 from torch import Tensor
 
 from ..errors import FistaPrunerError
-from ..memory import free_memory
 from ..models.skeleton import Call, Skeleton, Tick
-from ..numerics import windows_at_once
+from ..runtime.memory import free_memory
+from ..runtime.numerics import windows_at_once
 from .scoring import Head, WindowSums, compare_tokens, score_tokens, slices
 
 

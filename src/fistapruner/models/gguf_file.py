@@ -18,8 +18,8 @@ from typing import Any
 
 import torch
 
-from ..atomic import sync_folder, write_json_atomic
 from ..errors import FistaPrunerError, MissingExtraError
+from ..runtime.files import sync_folder, write_json_atomic
 from .checkpoint import INDEX, SINGLE
 from .safetensors_file import MAX_BYTES, SafetensorsWriter, TensorEntry
 

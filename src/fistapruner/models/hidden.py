@@ -13,8 +13,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from ..atomic import disk_errors, write_all
 from ..errors import FistaPrunerError
+from ..runtime.files import disk_errors, write_all
 
 
 class HiddenStates:

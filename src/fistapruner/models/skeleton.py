@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import FistaPrunerError
-from ..numerics import pass_dtype
+from ..runtime.numerics import pass_dtype
 from .checkpoint import Checkpoint
 from .renaming import stored_names
 

@@ -13,8 +13,8 @@ from typing import Any
 
 import torch
 
-from ..atomic import PARTIAL, disk_errors, require_space, sync_folder
 from ..errors import FistaPrunerError
+from ..runtime.files import PARTIAL, disk_errors, require_space, sync_folder
 from .checkpoint import COMPANION_SUFFIXES, INDEX_PICKLE
 from .gguf_file import check_gguf, convert_gguf
 

@@ -9,8 +9,8 @@ from typing import Any
 import torch
 
 from ..errors import FistaPrunerError
-from ..memory import free_device_memory, free_memory
-from ..numerics import pass_dtype
+from ..runtime.memory import free_device_memory, free_memory
+from ..runtime.numerics import pass_dtype
 from .checkpoint import Checkpoint
 
 ROOM = 0.75
@@ -53,7 +53,7 @@ def load_whole(folder: Path, device: torch.device, dtype: torch.dtype | None = N
     Args:
         folder: a Hugging Face folder, dense or packed.
         device: where it runs.
-        dtype: its precision; None is that of :func:`~fistapruner.numerics.pass_dtype`, as for passes layer by layer.
+        dtype: its precision; None is that of :func:`~fistapruner.runtime.numerics.pass_dtype`, as for passes layer by layer.
         trust_remote_code: run Python code that comes with the checkpoint.
     """
     from transformers import AutoModelForCausalLM

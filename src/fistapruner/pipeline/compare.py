@@ -25,20 +25,20 @@ from typing import Any
 from pydantic import TypeAdapter
 from torch import Tensor
 
-from ..atomic import disk_errors, write_json_atomic, write_text_atomic
 from ..errors import FistaPrunerError, MissingExtraError
 from ..evaluation.data import Windows, load_windows
 from ..evaluation.evaluate import evaluate as run_evaluation
 from ..evaluation.results import Evaluation, Perplexity
 from ..models.source import resolve_model
 from ..models.tokenizer import load_tokenizer
-from ..numerics import dtype_name
 from ..recipe import Calibration, Recipe, load_recipe_settings, merge, parse_value, shipped_recipes
 from ..reporting.comparison import comparison_markdown
 from ..reporting.schema import CompareRow, Comparison, Report, parse, read_json
 from ..reporting.write import write_page
+from ..runtime.files import disk_errors, write_json_atomic, write_text_atomic
+from ..runtime.machine import describe_machine, now, versions
+from ..runtime.numerics import dtype_name
 from .journal import RunDirectory
-from .machine import describe_machine, now, versions
 from .prepare import window_length
 from .run import prune
 from .serial import Listener

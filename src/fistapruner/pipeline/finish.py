@@ -12,16 +12,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..atomic import write_json_atomic
 from ..errors import FistaPrunerError
-from ..memory import peak_memory
 from ..models.checkpoint_writer import write_checkpoint
 from ..models.inspection import RECORD
 from ..models.skeleton import Skeleton
 from ..reporting.model_card import model_card
 from ..reporting.schema import VERSION, LayerEntry, Report, Totals, load_run, parse, read_json
+from ..runtime.files import write_json_atomic
+from ..runtime.machine import now
+from ..runtime.memory import peak_memory
 from .journal import RunDirectory
-from .machine import now
 from .plan import check_plan
 from .serial import Listener
 from .times import Times

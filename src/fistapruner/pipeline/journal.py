@@ -13,7 +13,7 @@
         report.json  report.html   the finished report
         model/                     the finished checkpoint
 
-Every file is whole or absent (:mod:`fistapruner.atomic`). A layer counts as done when its JSON is there, belongs to this
+Every file is whole or absent (:mod:`fistapruner.runtime.files`). A layer counts as done when its JSON is there, belongs to this
 run's settings and the checksum of its tensors is right; anything else is done again.
 """
 
@@ -30,12 +30,12 @@ import torch
 from pydantic import ValidationError
 from torch import Tensor
 
-from ..atomic import sha256_file, write_json_atomic, write_text_atomic
 from ..calibration import tokens_sha256
 from ..errors import FistaPrunerError
 from ..models.checkpoint import Orders
 from ..models.safetensors_file import SafetensorsFile, SafetensorsWriter, TensorEntry
 from ..reporting.schema import LayerEntry
+from ..runtime.files import sha256_file, write_json_atomic, write_text_atomic
 
 log = logging.getLogger("fistapruner")
 

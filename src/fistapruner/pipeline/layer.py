@@ -10,13 +10,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..memory import release_memory
 from ..models.hidden import HiddenStates, Store
 from ..models.layout import Group, Layout
 from ..models.skeleton import Skeleton
 from ..problem import LayerProblem, ProblemSums, unweighted
 from ..recipe import Recipe
 from ..reporting.schema import LayerEntry, OperatorEntry
+from ..runtime.memory import release_memory
 from ..solvers import solve
 from ..solvers.base import Method, Solution
 from ..sparsity import Sparsity

@@ -21,8 +21,8 @@ from typing import Any
 
 import psutil
 
-from ..atomic import disk_errors
 from ..errors import FistaPrunerError
+from ..runtime.files import disk_errors
 
 NAME = "lock"
 

@@ -26,7 +26,7 @@ from torch import Tensor, nn
 from ..models.hidden import HiddenStates
 from ..models.layout import Group
 from ..models.skeleton import Skeleton
-from ..numerics import fast_products
+from ..runtime.numerics import fast_products
 from .capture import Calls, Clock
 
 RATE = 0.01

@@ -10,7 +10,6 @@ from typing import Any
 
 import torch
 
-from ..atomic import write_text_atomic
 from ..errors import FistaPrunerError, MissingExtraError
 from ..evaluation.data import load_windows
 from ..evaluation.evaluate import evaluate as run_evaluation
@@ -21,11 +20,12 @@ from ..models.tokenizer import load_tokenizer
 from ..reporting.model_card import model_card
 from ..reporting.schema import Report, load_run
 from ..reporting.write import write_page
+from ..runtime.files import write_text_atomic
+from ..runtime.machine import describe_machine, now
 from ..sparse.bench import bench, packed_bytes, record
 from .finish import write_report
 from .journal import RunDirectory
 from .lock import hold
-from .machine import describe_machine, now
 from .serial import Listener
 from .work import choose_device
 

@@ -17,11 +17,11 @@ import torch
 from torch import Tensor
 
 from ..errors import FistaPrunerError
-from ..memory import free_device_memory, free_memory, resident_memory
 from ..models.layout import Layout
 from ..models.skeleton import Skeleton
 from ..recipe import Recipe
 from ..reporting.schema import LayerEntry, PlanRow, Totals
+from ..runtime.memory import free_device_memory, free_memory, resident_memory
 from ..sparsity import Sparsity
 from .probe import measure_time
 from .process import worker_devices

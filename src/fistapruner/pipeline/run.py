@@ -10,14 +10,14 @@ from typing import Any
 
 from torch import Tensor
 
-from ..atomic import disk_errors
 from ..errors import FistaPrunerError
-from ..memory import reset_peak_memory
 from ..models.checkpoint import Checkpoint
 from ..models.source import resolve_model
 from ..problem import LayerProblem
 from ..recipe import Recipe, merge
 from ..reporting.schema import Report, load_run, parse, read_json
+from ..runtime.files import disk_errors
+from ..runtime.memory import reset_peak_memory
 from .executors import prune_layers
 from .finish import finish, write_failure
 from .journal import RunDirectory

@@ -9,8 +9,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from ..atomic import write_json_atomic
 from ..errors import FistaPrunerError
+from ..runtime.files import write_json_atomic
 
 NAME = "times"
 

@@ -19,15 +19,15 @@ import torch
 from torch import Tensor
 
 from ..allocation.decide import weighs_rows
-from ..atomic import sampled_sha256
 from ..errors import FistaPrunerError
-from ..memory import peak_memory
 from ..models.checkpoint import Checkpoint
 from ..models.hidden import HiddenStates, scratch_factory
 from ..models.layout import Layout, discover
 from ..models.skeleton import Skeleton
 from ..recipe import Recipe
 from ..reporting.schema import LayerEntry
+from ..runtime.files import sampled_sha256
+from ..runtime.memory import peak_memory
 from ..solvers import solve
 from ..sparsity import Sparsity, parse_sparsity
 from .capture import Calls, Clock, run_layer

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from ..atomic import write_text_atomic
 from ..errors import FistaPrunerError
+from ..runtime.files import write_text_atomic
 from .compare_page import comparison_page
 from .page import run_page
 from .schema import Comparison, load_run, parse, read_json

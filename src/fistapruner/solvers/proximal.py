@@ -10,8 +10,8 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from ..numerics import fast_products, has_bf16_units
 from ..problem import LayerProblem
+from ..runtime.numerics import fast_products, has_bf16_units
 from ..sparsity import NM, Sparsity, Unstructured
 from .base import Method, Solution, Stats, project_operators
 from .conditioning import alive_gram, damped_cholesky

@@ -10,8 +10,8 @@ from pydantic import Field
 from torch import Tensor
 
 from ..errors import FistaPrunerError
-from ..numerics import fast_products
 from ..problem import LayerProblem
+from ..runtime.numerics import fast_products
 from ..sparsity import Sparsity
 from .base import Method, Solution
 from .conditioning import alive_gram

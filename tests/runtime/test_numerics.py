@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from fistapruner.numerics import add_gram, mirror
+from fistapruner.runtime.numerics import add_gram, mirror
 
 
 @pytest.mark.parametrize("n", [1, 7, 255, 512, 700, 1100, 2304])

@@ -16,7 +16,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-from .errors import FistaPrunerError
+from ..errors import FistaPrunerError
 
 PARTIAL = ".partial"
 

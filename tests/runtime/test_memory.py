@@ -8,7 +8,7 @@ import psutil
 import pytest
 import torch
 
-from fistapruner import memory
+from fistapruner.runtime import memory
 
 V1, V2 = "4:memory:/{}\n3:cpu,cpuacct:/elsewhere\n0::/\n", "0::/{}\n"
 
