@@ -11,7 +11,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from fistapruner.sparsity import NM, Sparsity
+from fistapruner.constraints.patterns import NM, Sparsity
 
 
 def alps_reference(weight: Tensor, gram: Tensor, sparsity: Sparsity, *, rho: float = 0.1, monitor: bool = True) -> tuple[Tensor, int]:

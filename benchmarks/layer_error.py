@@ -22,8 +22,8 @@ import real_problems
 import torch
 from alps_reference import alps_reference
 
+from fistapruner.constraints.patterns import parse_sparsity
 from fistapruner.solvers import solve
-from fistapruner.sparsity import parse_sparsity
 
 METHODS = "magnitude,wanda,wanda+refit,sparsegpt,sparsegpt+refit,admm,admm+refit,fista,fista+refit,alps,proximal"
 

@@ -18,12 +18,12 @@ import torch
 from torch import Tensor
 
 from fistapruner import LayerProblem
+from fistapruner.constraints.patterns import parse_sparsity
 from fistapruner.runtime.numerics import fast_products, has_bf16_units
 from fistapruner.solvers.base import project_operators
 from fistapruner.solvers.conditioning import alive_gram
 from fistapruner.solvers.proximal import Proximal, obs_scale, resolvents
 from fistapruner.solvers.refit import refit_cg
-from fistapruner.sparsity import parse_sparsity
 
 MODELS = {
     "LLaMA-2-7B": (32, 4096, 4096, 11008),

@@ -83,7 +83,7 @@ def large(folder: Path, arguments: argparse.Namespace) -> None:
         f"time {report['totals']['seconds']:.0f} s, zeros {report['totals']['operator_zeros'] / report['totals']['operator_weights']:.4%}"
     )
     if arguments.plot:
-        from fistapruner.recipe import parse_bytes
+        from fistapruner.recipes.settings import parse_bytes
 
         lines = {f"checkpoint, {size_of(model) / GIB:.2f} GiB": size_of(model), f"limit, {arguments.limit}": parse_bytes(arguments.limit)}
         plot({f"7B shapes, {arguments.layers} layers": curve}, lines, arguments.plot)
@@ -92,11 +92,11 @@ def large(folder: Path, arguments: argparse.Namespace) -> None:
 def paper(folder: Path, arguments: argparse.Namespace) -> None:
     """Peak of LLaMA-70B shapes as a run would plan it. The checkpoint is a file of holes: sizes without bytes."""
     from fistapruner import Recipe
+    from fistapruner.constraints.patterns import parse_sparsity
     from fistapruner.models.checkpoint import Checkpoint
     from fistapruner.models.layout import discover
     from fistapruner.models.skeleton import Skeleton
     from fistapruner.pipeline.sizes import Choice, Sizes
-    from fistapruner.sparsity import parse_sparsity
 
     model = write_checkpoint(folder / "model", "70b", 80, holes=True)
     skeleton = Skeleton(Checkpoint.open(model), torch.device("cpu"))

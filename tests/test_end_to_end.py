@@ -14,10 +14,10 @@ from transformers import AutoModelForCausalLM
 
 import fistapruner as fp
 import tiny
+from fistapruner.constraints.patterns import NM, holds
 from fistapruner.models.checkpoint import Checkpoint
 from fistapruner.models.layout import discover
 from fistapruner.models.skeleton import Skeleton
-from fistapruner.sparsity import NM, holds
 
 SMALL = {"source": "python", "samples": 4, "seqlen": 32}
 

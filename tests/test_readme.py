@@ -11,7 +11,7 @@ import torch
 
 import tiny
 from fistapruner.cli import main
-from fistapruner.recipe import Recipe, shipped_recipes
+from fistapruner.recipes.settings import Recipe, shipped_recipes
 
 ROOT = Path(__file__).parent.parent
 TEXT = "The quick brown fox jumps over the lazy dog, and then it does so again. " * 200

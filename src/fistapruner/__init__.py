@@ -1,12 +1,13 @@
 """FISTAPruner: make a trained language model sparse, and know what that did to it."""
 
+from .constraints.patterns import NM, Unstructured, parse_sparsity
 from .errors import FistaPrunerError
 from .evaluation.evaluate import evaluate
 from .evaluation.results import Evaluation
 from .pipeline.measure import bench_run, evaluate_run
 from .pipeline.run import finish_run, prune, resume
 from .problem import LayerProblem
-from .recipe import Recipe
+from .recipes.settings import Recipe
 from .reporting.schema import Report
 from .solvers import solve
 from .solvers.base import Solution
@@ -15,7 +16,6 @@ from .sparse.linear import SparseLinear
 from .sparse.load import load
 from .sparse.pack import pack, unpack
 from .sparse.transformers_plugin import register_on_import
-from .sparsity import NM, Unstructured, parse_sparsity
 
 __all__ = [
     "NM",

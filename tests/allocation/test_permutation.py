@@ -14,11 +14,11 @@ import fistapruner as fp
 import tiny
 from fistapruner.allocation import permutation
 from fistapruner.allocation.permutation import channel_order, kept_share
+from fistapruner.constraints.patterns import NM, holds
 from fistapruner.models.channels import find_links, reordered
 from fistapruner.models.checkpoint import Checkpoint
 from fistapruner.models.layout import discover
 from fistapruner.models.skeleton import Skeleton
-from fistapruner.sparsity import NM, holds
 
 SMALL = {"source": "python", "samples": 4, "seqlen": 32}
 MLP = {

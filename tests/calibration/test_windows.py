@@ -19,7 +19,7 @@ from fistapruner import FistaPrunerError
 from fistapruner.calibration import calibration_tokens
 from fistapruner.calibration.self_generated import _draw, batch_size, generate_tokens
 from fistapruner.calibration.windows import check_source, draw_windows
-from fistapruner.recipe import Calibration
+from fistapruner.recipes.settings import Calibration
 
 LETTERS = "abcdefghijklmnopqrstuvwxyz"
 

@@ -14,7 +14,7 @@ from mutations import damaged, damaged_json, fuzz
 
 from fistapruner import FistaPrunerError, Recipe
 from fistapruner.pipeline.journal import RunDirectory
-from fistapruner.recipe import shipped_recipes
+from fistapruner.recipes.settings import shipped_recipes
 from fistapruner.reporting.schema import LayerEntry
 
 WHOLE = Recipe.build({"method": "wanda+refit", "ignore": ["re:down"], "allocation": {"re:mlp": "60%"}})

@@ -14,6 +14,7 @@ from transformers import AutoModelForCausalLM
 
 import tiny
 from fistapruner import Recipe, solve
+from fistapruner.constraints.patterns import parse_sparsity
 from fistapruner.models.checkpoint import Checkpoint
 from fistapruner.models.hidden import HiddenStates, scratch_factory
 from fistapruner.models.layout import Layout, Operator, discover
@@ -25,7 +26,6 @@ from fistapruner.pipeline.run import prune
 from fistapruner.pipeline.serial import Listener
 from fistapruner.problem import LayerProblem, ProblemSums
 from fistapruner.reporting.schema import LayerEntry
-from fistapruner.sparsity import parse_sparsity
 
 SAMPLES, SEQLEN, BATCH = 5, 24, 2
 

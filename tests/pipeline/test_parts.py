@@ -5,12 +5,12 @@ from __future__ import annotations
 import pytest
 import torch
 
+from fistapruner.constraints.patterns import parse_sparsity
 from fistapruner.pipeline import parts
 from fistapruner.pipeline.footprint import peak_bytes
 from fistapruner.pipeline.parts import cut, solve_apart
 from fistapruner.problem import LayerProblem
 from fistapruner.solvers import METHODS, parse_method, solve
-from fistapruner.sparsity import parse_sparsity
 
 ROWS, COLUMNS = (40, 13), 24
 PATTERNS = ["50%", "37%", "2:4"]

@@ -16,6 +16,7 @@ import torch
 import tiny
 from fistapruner import Recipe
 from fistapruner.cli import main
+from fistapruner.constraints.patterns import parse_sparsity
 from fistapruner.errors import FistaPrunerError
 from fistapruner.models.checkpoint import Checkpoint
 from fistapruner.models.layout import Layout, discover
@@ -31,7 +32,6 @@ from fistapruner.pipeline.run import prune
 from fistapruner.pipeline.sizes import Choice, Sizes
 from fistapruner.problem import LayerProblem
 from fistapruner.solvers import parse_method, solve
-from fistapruner.sparsity import parse_sparsity
 
 Model = tuple[Skeleton, Layout, torch.Tensor]
 

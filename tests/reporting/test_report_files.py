@@ -158,7 +158,7 @@ def test_what_dense_weights_would_leave_is_no_operators_loss() -> None:
 
 
 def test_the_allocation_that_advice_gives_is_understood() -> None:
-    from fistapruner.recipe import matches, parse_yaml
+    from fistapruner.recipes.settings import matches, parse_yaml
 
     line = next(line for line in advice(samples.report()) if '--allocation "' in line)
     mapping = parse_yaml(re.search(r'--allocation "(\{.*\})"', line)[1], "advice")  # type: ignore[index]

@@ -12,8 +12,8 @@ from hypothesis import strategies as st
 from layer_problems import make_problem
 
 from fistapruner import FistaPrunerError, LayerProblem
+from fistapruner.constraints.patterns import NM, Unstructured, holds, parse_sparsity
 from fistapruner.solvers import METHODS, parse_method, solve
-from fistapruner.sparsity import NM, Unstructured, holds, parse_sparsity
 
 SOLVERS = [name for name, method in METHODS.items() if not method.refines]
 REFINEMENTS = [name for name, method in METHODS.items() if method.refines]

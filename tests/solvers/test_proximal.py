@@ -11,10 +11,10 @@ from hypothesis import strategies as st
 from layer_problems import make_problem
 
 from fistapruner import LayerProblem
+from fistapruner.constraints.patterns import NM, Unstructured, keep_n_of_m
 from fistapruner.solvers import solve
 from fistapruner.solvers.proximal import Proximal, obs_scale, resolvents
 from fistapruner.solvers.thresholds import GroupThreshold, SampledThreshold
-from fistapruner.sparsity import NM, Unstructured, keep_n_of_m
 
 
 @pytest.mark.parametrize("threshold", [SampledThreshold(Unstructured(0.5), 96, 200), GroupThreshold(NM(2, 4))])

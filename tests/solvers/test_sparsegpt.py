@@ -7,9 +7,9 @@ import torch
 from layer_problems import make_problem
 
 from fistapruner import LayerProblem
+from fistapruner.constraints.patterns import parse_sparsity
 from fistapruner.solvers import solve
 from fistapruner.solvers.sparsegpt import SparseGPT
-from fistapruner.sparsity import parse_sparsity
 
 
 def brain_surgeon(problem: LayerProblem, mask: torch.Tensor, damping: float) -> torch.Tensor:

@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from fistapruner.sparsity import parse_sparsity, project_mask
+from fistapruner.constraints.patterns import parse_sparsity, project_mask
 from tiny import build, tokenizer
 
 

@@ -7,8 +7,8 @@ import torch
 from torch import nn
 
 from fistapruner import NM, FistaPrunerError, accelerate
+from fistapruner.constraints.patterns import project_mask
 from fistapruner.sparse.accelerate import summary
-from fistapruner.sparsity import project_mask
 
 
 def model():

@@ -8,10 +8,10 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from fistapruner import NM, FistaPrunerError
+from fistapruner.constraints.patterns import project_mask
 from fistapruner.sparse.format import OperatorSpec, decode, encode, index_bits, operator_fault
 from fistapruner.sparse.pack import choose_layout
 from fistapruner.sparse.packed import pack_operator
-from fistapruner.sparsity import project_mask
 
 FAULT = operator_fault("test", "w")
 BITS = {torch.bfloat16: torch.int16, torch.float16: torch.int16, torch.float32: torch.int32}

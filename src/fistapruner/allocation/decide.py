@@ -10,14 +10,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..constraints.patterns import NM, Sparsity, parse_sparsity
 from ..errors import FistaPrunerError
 from ..models.channels import find_links, reordered
 from ..models.hidden import Store, scratch_factory
 from ..models.layout import Layout
 from ..models.skeleton import Skeleton, Tick
 from ..problem import ProblemSums
-from ..recipe import Recipe
-from ..sparsity import NM, Sparsity, parse_sparsity
+from ..recipes.settings import Recipe
 from .error import predicted_cost, row_error_curves, sparsity_grid, split_budget
 from .owl import outlier_share, owl_allocation
 from .permutation import channel_order, kept_share

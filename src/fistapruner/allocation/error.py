@@ -14,11 +14,11 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
+from ..constraints.patterns import Unstructured
 from ..problem import LayerProblem
 from ..runtime.numerics import fast_products
 from ..solvers.conditioning import alive_gram
 from ..solvers.refit import refit_with_residual
-from ..sparsity import Unstructured
 
 REACH = 0.15
 """An operator's sparsity is at most this far from the asked one: curves are extrapolations of one operator pruned alone."""

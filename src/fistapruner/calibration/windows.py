@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from ..errors import FistaPrunerError
-from ..recipe import Calibration
+from ..recipes.settings import Calibration
 from .self_generated import generate_tokens
 from .text import PYTHON, PYTHON_EVAL, SUFFIXES, TRAINING_SETS, adds_bos, python_documents, read_documents, training_documents
 

@@ -63,7 +63,7 @@ def run(arguments: argparse.Namespace) -> int:
     from ..evaluation.evaluate import evaluate
     from ..evaluation.results import Evaluation
     from ..pipeline.measure import evaluate_run, is_run
-    from ..recipe import parse_bytes
+    from ..recipes.settings import parse_bytes
     from ..reporting.evaluation_text import evaluation_text
     from .progress import choose_listener
 

@@ -27,7 +27,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     from ..pipeline.prepare import plan_model
-    from ..recipe import Recipe
+    from ..recipes.settings import Recipe
     from .prune import recipe_settings
 
     recipe = Recipe.build(recipe_settings(arguments))

@@ -119,7 +119,7 @@ def recipe_settings(arguments: argparse.Namespace) -> dict[str, Any]:
     Raises:
         FistaPrunerError: an unknown recipe, or an allocation that is no mapping.
     """
-    from ..recipe import load_recipe_settings, merge, parse_yaml
+    from ..recipes.settings import load_recipe_settings, merge, parse_yaml
 
     name = arguments.recipe or arguments.quality
     base = load_recipe_settings(name) if name else {}
@@ -166,7 +166,7 @@ def recipe_settings(arguments: argparse.Namespace) -> dict[str, Any]:
 
 def run(arguments: argparse.Namespace) -> int:
     from ..pipeline.run import prune
-    from ..recipe import Recipe
+    from ..recipes.settings import Recipe
     from .progress import choose_listener
 
     recipe = Recipe.build(recipe_settings(arguments))

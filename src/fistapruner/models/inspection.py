@@ -11,8 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..constraints.patterns import NM, Sparsity, holds, parse_sparsity
 from ..errors import FistaPrunerError
-from ..sparsity import NM, Sparsity, holds, parse_sparsity
 from .checkpoint import Checkpoint, read_json
 from .safetensors_file import TensorEntry
 

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from ..errors import FistaPrunerError
-from ..recipe import Recipe, matches
+from ..recipes.settings import Recipe, matches
 from .skeleton import Call, Skeleton
 
 

@@ -31,7 +31,7 @@ from ..evaluation.evaluate import evaluate as run_evaluation
 from ..evaluation.results import Evaluation, Perplexity
 from ..models.source import resolve_model
 from ..models.tokenizer import load_tokenizer
-from ..recipe import Calibration, Recipe, load_recipe_settings, merge, parse_value, shipped_recipes
+from ..recipes.settings import Calibration, Recipe, load_recipe_settings, merge, parse_value, shipped_recipes
 from ..reporting.comparison import comparison_markdown
 from ..reporting.schema import CompareRow, Comparison, Report, parse, read_json
 from ..reporting.write import write_page

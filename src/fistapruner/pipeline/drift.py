@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from ..models.hidden import HiddenStates, Store
 from ..models.layout import Group, Layout, Operator
 from ..problem import DriftFrom, cheapest_drift
-from ..recipe import Recipe
+from ..recipes.settings import Recipe
 
 DRIFT_NOISE = 1 / 128
 """Noise that measuring drift on a part of the calibration windows may add to it, in inputs / tokens (docs/quality.md)."""

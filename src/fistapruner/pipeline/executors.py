@@ -7,7 +7,7 @@ from collections.abc import Callable, Collection
 import torch
 
 from ..problem import LayerProblem
-from ..recipe import Execution
+from ..recipes.settings import Execution
 from .dispatch import Pool, dispatch
 from .parts import Part, cut
 from .process import ProcessPool, available_cores, worker_devices

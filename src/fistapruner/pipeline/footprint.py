@@ -10,10 +10,10 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from ..constraints.patterns import Sparsity
 from ..problem import LayerProblem
 from ..solvers import solve
 from ..solvers.base import Method
-from ..sparsity import Sparsity
 
 PROBE_INPUTS = 256
 """Inputs of the small problem that stands for a large one: terms that do not grow with both sides fade against n^2."""

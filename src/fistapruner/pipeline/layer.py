@@ -10,16 +10,16 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..constraints.patterns import Sparsity
 from ..models.hidden import HiddenStates, Store
 from ..models.layout import Group, Layout
 from ..models.skeleton import Skeleton
 from ..problem import LayerProblem, ProblemSums, unweighted
-from ..recipe import Recipe
+from ..recipes.settings import Recipe
 from ..reporting.schema import LayerEntry, OperatorEntry
 from ..runtime.memory import release_memory
 from ..solvers import solve
 from ..solvers.base import Method, Solution
-from ..sparsity import Sparsity
 from .capture import Calls, Clock, run_layer
 from .drift import DenseRecord, ResidualDrift, drift_sources
 from .entries import operator_entries

@@ -13,10 +13,10 @@ from typing import Any
 
 import torch
 
+from ..constraints.patterns import Sparsity, of_rows
 from ..problem import LayerProblem
 from ..solvers import solve
 from ..solvers.base import Method, Solution, Stats
-from ..sparsity import Sparsity, of_rows
 
 ROWS = 1024
 """Rows of a block, at most, where blocks change nothing: enough for fast products, few enough to share out."""

@@ -16,13 +16,13 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from ..constraints.patterns import Sparsity
 from ..errors import FistaPrunerError
 from ..models.layout import Layout
 from ..models.skeleton import Skeleton
-from ..recipe import Recipe
+from ..recipes.settings import Recipe
 from ..reporting.schema import LayerEntry, PlanRow, Totals
 from ..runtime.memory import free_device_memory, free_memory, resident_memory
-from ..sparsity import Sparsity
 from .probe import measure_time
 from .process import worker_devices
 from .sizes import Choice, Sizes

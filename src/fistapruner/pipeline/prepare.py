@@ -19,6 +19,7 @@ from torch import Tensor
 
 from ..allocation.decide import check_allocation, decide, needs_measuring, permutes
 from ..calibration import SELF, calibration_tokens
+from ..constraints.patterns import Sparsity, check_divides, parse_sparsity
 from ..errors import FistaPrunerError
 from ..evaluation.data import load_windows
 from ..models.checkpoint import Checkpoint
@@ -28,12 +29,11 @@ from ..models.skeleton import Skeleton
 from ..models.source import resolve_model
 from ..models.tokenizer import load_tokenizer
 from ..models.whole import load_whole, require_whole
-from ..recipe import Recipe, matches
+from ..recipes.settings import Recipe, matches
 from ..reporting.schema import CalibrationFacts, ModelFacts, Report
 from ..runtime.files import disk_errors, sha256_file
 from ..runtime.machine import describe_machine, now, versions
 from ..runtime.numerics import dtype_name, windows_at_once
-from ..sparsity import Sparsity, check_divides, parse_sparsity
 from .executors import default_threads
 from .journal import RunDirectory
 from .plan import Plan, make_plan

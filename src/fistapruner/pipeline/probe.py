@@ -8,13 +8,13 @@ from itertools import groupby
 
 from torch import Tensor
 
+from ..constraints.patterns import Sparsity
 from ..models.hidden import HiddenStates, scratch_factory
 from ..models.layout import Layout
 from ..models.skeleton import Skeleton
 from ..problem import LayerProblem
-from ..recipe import Recipe
+from ..recipes.settings import Recipe
 from ..solvers import solve
-from ..sparsity import Sparsity
 from .capture import Calls
 from .drift import dense_windows
 from .layer import Streams, prune_layer

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import FistaPrunerError, MissingExtraError
-from ..recipe import Execution
+from ..recipes.settings import Execution
 from .dispatch import Event, Job, PartJob
 from .work import Work
 

@@ -14,7 +14,7 @@ from ..errors import FistaPrunerError
 from ..models.checkpoint import Checkpoint
 from ..models.source import resolve_model
 from ..problem import LayerProblem
-from ..recipe import Recipe, merge
+from ..recipes.settings import Recipe, merge
 from ..reporting.schema import Report, load_run, parse, read_json
 from ..runtime.files import disk_errors
 from ..runtime.memory import reset_peak_memory

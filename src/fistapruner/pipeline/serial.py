@@ -7,7 +7,7 @@ from collections.abc import Callable, Collection
 from ..models.hidden import HiddenStates
 from ..models.skeleton import Skeleton
 from ..problem import LayerProblem
-from ..recipe import Recipe
+from ..recipes.settings import Recipe
 from ..reporting.schema import LayerEntry
 from .drift import dense_windows
 from .layer import Solver, Streams

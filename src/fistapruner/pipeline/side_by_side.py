@@ -16,11 +16,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..constraints.patterns import Sparsity, parse_sparsity
 from ..errors import FistaPrunerError
 from ..models.safetensors_file import SafetensorsFile, SafetensorsWriter, TensorEntry
 from ..problem import LayerProblem
 from ..solvers.base import Method, Solution
-from ..sparsity import Sparsity, parse_sparsity
 from .dispatch import GRAM, PartJob, Pool, count_death
 from .parts import cut, join, part_of, rows_of, solve_apart, solve_part
 

@@ -18,12 +18,12 @@ from torch import Tensor
 
 from ..allocation.decide import differentiates, needs_measuring, permutes, weighs_rows, windows_looked_at
 from ..allocation.sensitivity import HEAD_TOKENS, WIDE
+from ..constraints.patterns import Sparsity
 from ..models.layout import Group, Layout
 from ..models.skeleton import Call, Skeleton
 from ..problem import DriftFrom
-from ..recipe import Recipe
+from ..recipes.settings import Recipe
 from ..runtime.memory import resident_memory
-from ..sparsity import Sparsity
 from .drift import dense_windows, drift_sources, kept_width
 from .footprint import peak_bytes, solve_bytes
 from .parts import cut

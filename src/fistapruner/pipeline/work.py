@@ -19,17 +19,17 @@ import torch
 from torch import Tensor
 
 from ..allocation.decide import weighs_rows
+from ..constraints.patterns import Sparsity, parse_sparsity
 from ..errors import FistaPrunerError
 from ..models.checkpoint import Checkpoint
 from ..models.hidden import HiddenStates, scratch_factory
 from ..models.layout import Layout, discover
 from ..models.skeleton import Skeleton
-from ..recipe import Recipe
+from ..recipes.settings import Recipe
 from ..reporting.schema import LayerEntry
 from ..runtime.files import sampled_sha256
 from ..runtime.memory import peak_memory
 from ..solvers import solve
-from ..sparsity import Sparsity, parse_sparsity
 from .capture import Calls, Clock, run_layer
 from .journal import RunDirectory
 from .layer import Progress, Solver, Streams, prune_layer

@@ -6,8 +6,8 @@ import re
 from collections.abc import Sequence
 from statistics import median
 
+from ..constraints.patterns import NM, parse_sparsity
 from ..errors import FistaPrunerError
-from ..sparsity import NM, parse_sparsity
 from .numbers import percent, significant
 from .schema import LayerEntry, OperatorEntry, Report
 

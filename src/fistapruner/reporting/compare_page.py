@@ -9,8 +9,8 @@ from html import escape
 from statistics import mean, stdev
 from typing import Any
 
+from ..constraints.patterns import NM, parse_sparsity
 from ..errors import FistaPrunerError
-from ..sparsity import NM, parse_sparsity
 from .drawing import INK, SERIES, Drawing, draw, style
 from .evaluation_text import protocol
 from .html import facts, moment, page, section, table

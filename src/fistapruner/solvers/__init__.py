@@ -8,9 +8,9 @@ from dataclasses import replace
 
 import torch
 
+from ..constraints.patterns import Sparsity, check_divides, parse_sparsity
 from ..errors import FistaPrunerError, explain
 from ..problem import LayerProblem
-from ..sparsity import Sparsity, check_divides, parse_sparsity
 from .admm import ADMM
 from .alps import ALPS
 from .base import Method, Solution

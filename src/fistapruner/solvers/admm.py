@@ -8,8 +8,8 @@ from typing import ClassVar
 import torch
 from pydantic import Field
 
+from ..constraints.patterns import NM, Sparsity, Unstructured
 from ..problem import LayerProblem
-from ..sparsity import NM, Sparsity, Unstructured
 from .base import Method, Solution, project_operators
 from .conditioning import alive_gram, damped_cholesky
 

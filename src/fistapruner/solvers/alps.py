@@ -9,8 +9,8 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
+from ..constraints.patterns import Sparsity, project_mask
 from ..problem import LayerProblem
-from ..sparsity import Sparsity, project_mask
 from .base import Method, Solution, Stats
 from .conditioning import alive_gram
 from .refit import refit_cg

@@ -17,8 +17,8 @@ import torch
 from pydantic import BaseModel, ConfigDict
 from torch import Tensor
 
+from ..constraints.patterns import Sparsity, project_mask
 from ..problem import LayerProblem
-from ..sparsity import Sparsity, project_mask
 
 Stats = dict[str, Any]
 
@@ -82,7 +82,7 @@ class Method(BaseModel, ABC):
 
 
 def project_operators(scores: Tensor, rows: Sequence[int], sparsity: Sequence[Sparsity], scope: str = "operator") -> Tensor:
-    """(m, n) exact mask of stacked operators, each with its own pattern (see :func:`~fistapruner.sparsity.project_mask`)."""
+    """(m, n) exact mask of stacked operators, each with its own pattern (see :func:`~fistapruner.constraints.patterns.project_mask`)."""
     if len(rows) == 1:
         return project_mask(scores, sparsity[0], scope)
     return torch.cat([project_mask(part, pattern, scope) for part, pattern in zip(scores.split(tuple(rows)), sparsity, strict=True)])

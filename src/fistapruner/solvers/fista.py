@@ -11,10 +11,10 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
+from ..constraints.patterns import Sparsity
 from ..errors import FistaPrunerError
 from ..problem import LayerProblem
 from ..runtime.numerics import fast_products
-from ..sparsity import Sparsity
 from .base import Method, Solution, Stats, project_operators
 from .conditioning import largest_eigenvalue
 from .magnitude import Magnitude

@@ -7,8 +7,8 @@ from typing import ClassVar
 
 import torch
 
+from ..constraints.patterns import NM, Sparsity
 from ..problem import LayerProblem
-from ..sparsity import NM, Sparsity
 from .base import Method, Solution, project_operators
 
 

@@ -10,9 +10,9 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
+from ..constraints.patterns import NM, Sparsity, Unstructured
 from ..problem import LayerProblem
 from ..runtime.numerics import fast_products, has_bf16_units
-from ..sparsity import NM, Sparsity, Unstructured
 from .base import Method, Solution, Stats, project_operators
 from .conditioning import alive_gram, damped_cholesky
 from .refit import refit_cg

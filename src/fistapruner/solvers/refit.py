@@ -9,10 +9,10 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
+from ..constraints.patterns import Sparsity
 from ..errors import FistaPrunerError
 from ..problem import LayerProblem
 from ..runtime.numerics import fast_products
-from ..sparsity import Sparsity
 from .base import Method, Solution
 from .conditioning import alive_gram
 

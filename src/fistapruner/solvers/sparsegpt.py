@@ -10,8 +10,8 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
+from ..constraints.patterns import NM, Sparsity, Unstructured, keep_largest, keep_n_of_m
 from ..problem import LayerProblem
-from ..sparsity import NM, Sparsity, Unstructured, keep_largest, keep_n_of_m
 from .base import Method, Solution
 from .conditioning import alive_gram, damped_cholesky, dead_inputs
 

@@ -9,9 +9,9 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
+from ..constraints.patterns import NM, Sparsity
 from ..errors import FistaPrunerError
 from ..problem import LayerProblem
-from ..sparsity import NM, Sparsity
 from .base import Method, Solution
 from .conditioning import alive_gram
 from .refit import refit_exact

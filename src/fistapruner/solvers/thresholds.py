@@ -1,11 +1,11 @@
-"""Fast hard thresholds for use inside iterations; the exact projection is in :mod:`fistapruner.sparsity`."""
+"""Fast hard thresholds for use inside iterations; the exact projection is in :mod:`fistapruner.constraints.patterns`."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
 
-from ..sparsity import NM, Unstructured
+from ..constraints.patterns import NM, Unstructured
 
 SAMPLE = 1 << 13
 BLOCK = 1 << 17

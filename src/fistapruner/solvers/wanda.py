@@ -7,8 +7,8 @@ from typing import ClassVar
 
 import torch
 
+from ..constraints.patterns import Sparsity
 from ..problem import LayerProblem
-from ..sparsity import Sparsity
 from .base import Method, Solution, project_operators
 
 

@@ -13,8 +13,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from ..constraints.patterns import NM, holds
 from ..errors import FistaPrunerError
-from ..sparsity import NM, holds
 
 MARGIN = 1.05
 """How many times faster the sparse product must be to be used; less is within the noise of a measurement."""

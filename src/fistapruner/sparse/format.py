@@ -20,9 +20,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ..constraints.patterns import NM
 from ..errors import FistaPrunerError
 from ..models.safetensors_file import DTYPES, NAMES, TensorEntry
-from ..sparsity import NM
 from .packed import FLOATS, PackedOperator, group_sums, padded_values, row_starts
 
 VERSION = 1

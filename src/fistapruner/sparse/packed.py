@@ -8,8 +8,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ..constraints.patterns import NM
 from ..errors import FistaPrunerError
-from ..sparsity import NM
 
 PADDING = 64
 """Bytes behind the values that vector loads may touch."""

@@ -18,10 +18,10 @@ from typing import Annotated, Any, Literal
 import yaml
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PlainSerializer, ValidationError, field_validator
 
-from .errors import FistaPrunerError, explain
-from .solvers import parse_method
-from .solvers.base import Method
-from .sparsity import Sparsity, parse_sparsity
+from ..constraints.patterns import Sparsity, parse_sparsity
+from ..errors import FistaPrunerError, explain
+from ..solvers import parse_method
+from ..solvers.base import Method
 
 
 def _user_errors(parse: Any) -> Any:
@@ -309,7 +309,7 @@ def parse_yaml(text: str, origin: str) -> dict[str, Any]:
 
 def shipped_recipes() -> dict[str, str]:
     """Name and YAML text of the recipes that come with the package."""
-    folder = resources.files(__package__) / "recipes"
+    folder = resources.files(__package__) / "shipped"
     files = sorted((entry for entry in folder.iterdir() if entry.name.endswith(".yaml")), key=lambda entry: entry.name)
     return {file.name.removesuffix(".yaml"): file.read_text("utf-8") for file in files}
 

@@ -11,9 +11,9 @@ import torch
 
 import tiny
 from fistapruner import FistaPrunerError, LayerProblem, Recipe, prune, solve
-from fistapruner.recipe import load_recipe_settings, merge, parse_bytes, parse_value
+from fistapruner.constraints.patterns import NM
+from fistapruner.recipes.settings import load_recipe_settings, merge, parse_bytes, parse_value
 from fistapruner.solvers.fista import Fista
-from fistapruner.sparsity import NM
 
 PARALLEL = {"execution": {"executor": "process"}}
 

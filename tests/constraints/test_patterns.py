@@ -8,7 +8,7 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from fistapruner import FistaPrunerError
-from fistapruner.sparsity import (
+from fistapruner.constraints.patterns import (
     NM,
     Unstructured,
     _bisect,

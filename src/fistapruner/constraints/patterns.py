@@ -15,8 +15,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .errors import FistaPrunerError
-from .runtime.numerics import row_blocks
+from ..errors import FistaPrunerError
+from ..runtime.numerics import row_blocks
 
 
 @dataclass(frozen=True)

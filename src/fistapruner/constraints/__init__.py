@@ -1,0 +1,1 @@
+"""Sparsity patterns and the exact projections onto them; nothing of models."""

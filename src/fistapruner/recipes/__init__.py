@@ -1,0 +1,1 @@
+"""Settings of a run, how they are read, and the recipes that come with the package."""
