@@ -20,8 +20,8 @@ from transformers import AutoModelForCausalLM
 from fistapruner.evaluation.data import load_windows
 from fistapruner.evaluation.scoring import perplexity_of
 from fistapruner.evaluation.streaming import Passes, score_windows
-from fistapruner.models.checkpoint import Checkpoint
-from fistapruner.models.skeleton import Skeleton
+from fistapruner.models.files.checkpoint import Checkpoint
+from fistapruner.models.layerwise import Skeleton
 from fistapruner.models.source import resolve_model
 from fistapruner.models.tokenizer import load_tokenizer
 

@@ -93,9 +93,9 @@ def paper(folder: Path, arguments: argparse.Namespace) -> None:
     """Peak of LLaMA-70B shapes as a run would plan it. The checkpoint is a file of holes: sizes without bytes."""
     from fistapruner import Recipe
     from fistapruner.constraints.patterns import parse_sparsity
-    from fistapruner.models.checkpoint import Checkpoint
-    from fistapruner.models.layout import discover
-    from fistapruner.models.skeleton import Skeleton
+    from fistapruner.models.discovery import discover
+    from fistapruner.models.files.checkpoint import Checkpoint
+    from fistapruner.models.layerwise import Skeleton
     from fistapruner.pipeline.sizes import Choice, Sizes
 
     model = write_checkpoint(folder / "model", "70b", 80, holes=True)
@@ -118,7 +118,7 @@ def write_checkpoint(folder: Path, shape: str, layers: int, *, holes: bool = Fal
     from accelerate import init_empty_weights
     from transformers import AutoModelForCausalLM, LlamaConfig
 
-    from fistapruner.models.safetensors_file import SafetensorsWriter, TensorEntry
+    from fistapruner.models.files.safetensors import SafetensorsWriter, TensorEntry
 
     folder.mkdir(parents=True)
     settings = {**SHAPES[shape], "num_hidden_layers": layers, "bos_token_id": 1, "eos_token_id": 2, "torch_dtype": "bfloat16"}

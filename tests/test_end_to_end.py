@@ -15,9 +15,9 @@ from transformers import AutoModelForCausalLM
 import fistapruner as fp
 import tiny
 from fistapruner.constraints.patterns import NM, holds
-from fistapruner.models.checkpoint import Checkpoint
-from fistapruner.models.layout import discover
-from fistapruner.models.skeleton import Skeleton
+from fistapruner.models.discovery import discover
+from fistapruner.models.files.checkpoint import Checkpoint
+from fistapruner.models.layerwise import Skeleton
 
 SMALL = {"source": "python", "samples": 4, "seqlen": 32}
 

@@ -15,10 +15,10 @@ import tiny
 from fistapruner.allocation import permutation
 from fistapruner.allocation.permutation import channel_order, kept_share
 from fistapruner.constraints.patterns import NM, holds
-from fistapruner.models.channels import find_links, reordered
-from fistapruner.models.checkpoint import Checkpoint
-from fistapruner.models.layout import discover
-from fistapruner.models.skeleton import Skeleton
+from fistapruner.models.coupling import find_links, reordered
+from fistapruner.models.discovery import discover
+from fistapruner.models.files.checkpoint import Checkpoint
+from fistapruner.models.layerwise import Skeleton
 
 SMALL = {"source": "python", "samples": 4, "seqlen": 32}
 MLP = {

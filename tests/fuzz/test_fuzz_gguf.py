@@ -11,8 +11,8 @@ from hypothesis import given, settings
 from mutations import EXAMPLES, damaged, fuzz
 
 from fistapruner import FistaPrunerError
-from fistapruner.models.checkpoint import Checkpoint
-from fistapruner.models.gguf_file import check_gguf, convert_gguf
+from fistapruner.models.files.checkpoint import Checkpoint
+from fistapruner.models.files.gguf import check_gguf, convert_gguf
 
 gguf = pytest.importorskip("gguf", reason="needs the extra 'gguf'")
 from tiny_gguf import write_gguf  # noqa: E402

@@ -14,8 +14,8 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 from fistapruner import FistaPrunerError
-from fistapruner.models.checkpoint import Checkpoint
-from fistapruner.models.checkpoint_writer import write_checkpoint
+from fistapruner.models.files.checkpoint import Checkpoint
+from fistapruner.models.files.writer import write_checkpoint
 from fistapruner.runtime.files import sha256_file
 
 

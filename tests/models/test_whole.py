@@ -9,8 +9,8 @@ import torch
 
 import tiny
 from fistapruner.evaluation.generations import generate_side_by_side
-from fistapruner.models.checkpoint import Checkpoint
-from fistapruner.models.skeleton import Skeleton
+from fistapruner.models.files.checkpoint import Checkpoint
+from fistapruner.models.layerwise import Skeleton
 from fistapruner.models.whole import load_whole
 
 CPU = torch.device("cpu")

@@ -15,10 +15,10 @@ from transformers import AutoModelForCausalLM
 import tiny
 from fistapruner import Recipe, solve
 from fistapruner.constraints.patterns import parse_sparsity
-from fistapruner.models.checkpoint import Checkpoint
+from fistapruner.models.discovery import Layout, Operator, discover
+from fistapruner.models.files.checkpoint import Checkpoint
 from fistapruner.models.hidden import HiddenStates, scratch_factory
-from fistapruner.models.layout import Layout, Operator, discover
-from fistapruner.models.skeleton import Skeleton
+from fistapruner.models.layerwise import Skeleton
 from fistapruner.pipeline.capture import Calls
 from fistapruner.pipeline.drift import dense_windows, drift_sources
 from fistapruner.pipeline.layer import Streams, prune_layer

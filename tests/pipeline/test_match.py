@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 import tiny
-from fistapruner.models.checkpoint import Checkpoint
+from fistapruner.models.files.checkpoint import Checkpoint
 from fistapruner.pipeline import match
 from fistapruner.pipeline.run import prune
 

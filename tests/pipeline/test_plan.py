@@ -18,9 +18,9 @@ from fistapruner import Recipe
 from fistapruner.cli import main
 from fistapruner.constraints.patterns import parse_sparsity
 from fistapruner.errors import FistaPrunerError
-from fistapruner.models.checkpoint import Checkpoint
-from fistapruner.models.layout import Layout, discover
-from fistapruner.models.skeleton import Skeleton
+from fistapruner.models.discovery import Layout, discover
+from fistapruner.models.files.checkpoint import Checkpoint
+from fistapruner.models.layerwise import Skeleton
 from fistapruner.pipeline import parts as parts_module
 from fistapruner.pipeline import plan as plan_module
 from fistapruner.pipeline import probe

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 import tiny
-from fistapruner.models.checkpoint import Checkpoint
+from fistapruner.models.files.checkpoint import Checkpoint
 from fistapruner.pipeline import layer
 from fistapruner.pipeline.replay import Replay
 from fistapruner.pipeline.run import prune

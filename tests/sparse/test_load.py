@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM
 
 import fistapruner
 from fistapruner import FistaPrunerError, SparseLinear
-from fistapruner.models.checkpoint import Checkpoint
+from fistapruner.models.files.checkpoint import Checkpoint
 from fistapruner.models.whole import load_whole
 from tiny import ARCHITECTURES, VOCABULARY
 

@@ -11,7 +11,7 @@ from pruned import save_pruned
 
 from fistapruner import FistaPrunerError, pack, unpack
 from fistapruner.cli import main
-from fistapruner.models.checkpoint import Checkpoint
+from fistapruner.models.files.checkpoint import Checkpoint
 from fistapruner.sparse.pack import PackedCheckpoint
 
 

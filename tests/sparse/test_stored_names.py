@@ -12,8 +12,8 @@ import transformers
 from transformers import AutoModelForCausalLM
 
 import fistapruner as fp
-from fistapruner.models.checkpoint import Checkpoint
-from fistapruner.models.inspection import inspect_checkpoint
+from fistapruner.evaluation.inspection import inspect_checkpoint
+from fistapruner.models.files.checkpoint import Checkpoint
 from tiny import GQA, SIZES, WIDE, spread, tokenizer
 
 TWO = {**SIZES, **GQA, "num_hidden_layers": 2}

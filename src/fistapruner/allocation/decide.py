@@ -12,10 +12,10 @@ from torch import Tensor
 
 from ..constraints.patterns import NM, Sparsity, parse_sparsity
 from ..errors import FistaPrunerError
-from ..models.channels import find_links, reordered
+from ..models.coupling import find_links, reordered
+from ..models.discovery import Layout
 from ..models.hidden import Store, scratch_factory
-from ..models.layout import Layout
-from ..models.skeleton import Skeleton, Tick
+from ..models.layerwise import Skeleton, Tick
 from ..problem import ProblemSums
 from ..recipes.settings import Recipe
 from .error import predicted_cost, row_error_curves, sparsity_grid, split_budget

@@ -1,7 +1,7 @@
 """Channel permutation: which input channels share a group of an n:m pattern.
 
 An n:m pattern keeps n of every m neighbouring weights of a row, however important the others are. Where the order of an
-operator's input channels is free (:mod:`fistapruner.models.channels`), channels can be dealt out so that important weights
+operator's input channels is free (:mod:`fistapruner.models.coupling`), channels can be dealt out so that important weights
 of a row meet in one group as seldom as possible. The model computes what it did.
 
 The order is found as in RIA (Zhang et al. 2024, "Plug-and-Play: An Efficient Post-training Pruning Method for Large Language

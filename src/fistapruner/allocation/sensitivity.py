@@ -25,9 +25,9 @@ from typing import Any, Generic, Protocol, TypeVar
 import torch
 from torch import Tensor
 
+from ..models.discovery import Layout
 from ..models.hidden import HiddenStates, Store
-from ..models.layout import Layout
-from ..models.skeleton import Call, Skeleton, Tick
+from ..models.layerwise import Call, Skeleton, Tick
 from ..runtime.numerics import add_gram, fast_products, mirror
 
 HEAD_TOKENS = 512

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from ..errors import FistaPrunerError
-from ..models.channels import named_size
+from ..models.coupling import named_size
 from .text import adds_bos
 
 TEXT_LENGTH = 512

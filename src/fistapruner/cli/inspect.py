@@ -15,7 +15,7 @@ import sys
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from ..models.inspection import Inspection
+    from ..evaluation.inspection import Inspection
 
 SUMMARY = "sparsity of every operator; whether claimed patterns hold"
 
@@ -32,7 +32,7 @@ def run(arguments: argparse.Namespace) -> int:
     from rich.console import Console
     from rich.text import Text
 
-    from ..models.inspection import inspect_checkpoint
+    from ..evaluation.inspection import inspect_checkpoint
 
     console = Console(stderr=True)
     with console.status("") as status:

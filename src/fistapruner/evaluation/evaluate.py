@@ -11,8 +11,8 @@ from typing import Any
 import torch
 
 from ..errors import FistaPrunerError
-from ..models.checkpoint import Checkpoint
-from ..models.skeleton import Skeleton, Tick
+from ..models.files.checkpoint import Checkpoint
+from ..models.layerwise import Skeleton, Tick
 from ..models.source import resolve_model
 from ..models.tokenizer import load_tokenizer
 from ..pipeline.work import DTYPES, choose_device

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import torch
 
-from ..models.checkpoint import Checkpoint
+from ..models.files.checkpoint import Checkpoint
 from ..models.whole import load_whole, whole_fits
 from ..reporting.schema import Generation
 

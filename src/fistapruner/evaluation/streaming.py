@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from ..errors import FistaPrunerError
-from ..models.skeleton import Call, Skeleton, Tick
+from ..models.layerwise import Call, Skeleton, Tick
 from ..runtime.memory import free_memory
 from ..runtime.numerics import windows_at_once
 from .scoring import Head, WindowSums, compare_tokens, score_tokens, slices

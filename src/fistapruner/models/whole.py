@@ -11,7 +11,7 @@ import torch
 from ..errors import FistaPrunerError
 from ..runtime.memory import free_device_memory, free_memory
 from ..runtime.numerics import pass_dtype
-from .checkpoint import Checkpoint
+from .files.checkpoint import Checkpoint
 
 ROOM = 0.75
 """Share of the free memory that a whole model may take: its passes need some, too."""

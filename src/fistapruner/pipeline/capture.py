@@ -10,9 +10,9 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from ..models.discovery import Group, Operator
 from ..models.hidden import HiddenStates
-from ..models.layout import Group, Operator
-from ..models.skeleton import Call, Skeleton
+from ..models.layerwise import Call, Skeleton
 
 Watch = Callable[[int, int, Tensor], None]
 """Receives (group, first window of the batch, inputs (batch, seqlen, n) or what else is watched)."""

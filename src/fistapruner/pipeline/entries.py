@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 import torch
 
-from ..models.layout import Group
+from ..models.discovery import Group
 from ..problem import LayerProblem
 from ..reporting.schema import OperatorEntry
 from ..solvers.base import Solution

@@ -13,9 +13,9 @@ import torch
 from torch import Tensor
 
 from ..errors import FistaPrunerError
-from ..models.checkpoint_writer import write_checkpoint
-from ..models.inspection import RECORD
-from ..models.skeleton import Skeleton
+from ..evaluation.inspection import RECORD
+from ..models.files.writer import write_checkpoint
+from ..models.layerwise import Skeleton
 from ..reporting.model_card import model_card
 from ..reporting.schema import VERSION, LayerEntry, Report, Totals, load_run, parse, read_json
 from ..runtime.files import write_json_atomic

@@ -32,8 +32,8 @@ from torch import Tensor
 
 from ..calibration import tokens_sha256
 from ..errors import FistaPrunerError
-from ..models.checkpoint import Orders
-from ..models.safetensors_file import SafetensorsFile, SafetensorsWriter, TensorEntry
+from ..models.files.checkpoint import Orders
+from ..models.files.safetensors import SafetensorsFile, SafetensorsWriter, TensorEntry
 from ..reporting.schema import LayerEntry
 from ..runtime.files import sha256_file, write_json_atomic, write_text_atomic
 

@@ -11,9 +11,9 @@ import torch
 from torch import Tensor, nn
 
 from ..constraints.patterns import Sparsity
+from ..models.discovery import Group, Layout
 from ..models.hidden import HiddenStates, Store
-from ..models.layout import Group, Layout
-from ..models.skeleton import Skeleton
+from ..models.layerwise import Skeleton
 from ..problem import LayerProblem, ProblemSums, unweighted
 from ..recipes.settings import Recipe
 from ..reporting.schema import LayerEntry, OperatorEntry

@@ -23,9 +23,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..models.discovery import Group
 from ..models.hidden import HiddenStates
-from ..models.layout import Group
-from ..models.skeleton import Skeleton
+from ..models.layerwise import Skeleton
 from ..runtime.numerics import fast_products
 from .capture import Calls, Clock
 

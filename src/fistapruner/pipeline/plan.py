@@ -18,8 +18,8 @@ from torch import Tensor
 
 from ..constraints.patterns import Sparsity
 from ..errors import FistaPrunerError
-from ..models.layout import Layout
-from ..models.skeleton import Skeleton
+from ..models.discovery import Layout
+from ..models.layerwise import Skeleton
 from ..recipes.settings import Recipe
 from ..reporting.schema import LayerEntry, PlanRow, Totals
 from ..runtime.memory import free_device_memory, free_memory, resident_memory

@@ -22,10 +22,10 @@ from ..calibration import SELF, calibration_tokens
 from ..constraints.patterns import Sparsity, check_divides, parse_sparsity
 from ..errors import FistaPrunerError
 from ..evaluation.data import load_windows
-from ..models.checkpoint import Checkpoint
+from ..models.discovery import Layout, discover
+from ..models.files.checkpoint import Checkpoint
 from ..models.hidden import scratch_factory
-from ..models.layout import Layout, discover
-from ..models.skeleton import Skeleton
+from ..models.layerwise import Skeleton
 from ..models.source import resolve_model
 from ..models.tokenizer import load_tokenizer
 from ..models.whole import load_whole, require_whole

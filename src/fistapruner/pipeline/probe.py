@@ -9,9 +9,9 @@ from itertools import groupby
 from torch import Tensor
 
 from ..constraints.patterns import Sparsity
+from ..models.discovery import Layout
 from ..models.hidden import HiddenStates, scratch_factory
-from ..models.layout import Layout
-from ..models.skeleton import Skeleton
+from ..models.layerwise import Skeleton
 from ..problem import LayerProblem
 from ..recipes.settings import Recipe
 from ..solvers import solve

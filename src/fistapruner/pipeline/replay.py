@@ -16,8 +16,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..models.discovery import Ending, Group, Layout
 from ..models.hidden import HiddenStates, Store
-from ..models.layout import Ending, Group, Layout
 
 
 def endings_kept(layout: Layout, index: int, device: torch.device) -> Mapping[str, Ending]:
@@ -34,7 +34,7 @@ class Replay:
         index: of the decoder layer; other workers keep theirs in the same folder.
         layer: the loaded decoder layer.
         groups: its pruned operators in execution order.
-        endings: the operators that its children end with (:class:`~fistapruner.models.layout.Ending`) whose inputs are worth keeping.
+        endings: the operators that its children end with (:class:`~fistapruner.models.discovery.Ending`) whose inputs are worth keeping.
         passes: number of passes after the last group is pruned.
         inputs: hidden states that enter the layer; their number, length and dtype.
         store: where inputs and outputs are kept.

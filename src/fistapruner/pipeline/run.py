@@ -11,7 +11,7 @@ from typing import Any
 from torch import Tensor
 
 from ..errors import FistaPrunerError
-from ..models.checkpoint import Checkpoint
+from ..models.files.checkpoint import Checkpoint
 from ..models.source import resolve_model
 from ..problem import LayerProblem
 from ..recipes.settings import Recipe, merge

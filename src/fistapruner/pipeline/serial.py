@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Collection
 
 from ..models.hidden import HiddenStates
-from ..models.skeleton import Skeleton
+from ..models.layerwise import Skeleton
 from ..problem import LayerProblem
 from ..recipes.settings import Recipe
 from ..reporting.schema import LayerEntry

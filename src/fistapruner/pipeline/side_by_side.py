@@ -18,7 +18,7 @@ from torch import Tensor
 
 from ..constraints.patterns import Sparsity, parse_sparsity
 from ..errors import FistaPrunerError
-from ..models.safetensors_file import SafetensorsFile, SafetensorsWriter, TensorEntry
+from ..models.files.safetensors import SafetensorsFile, SafetensorsWriter, TensorEntry
 from ..problem import LayerProblem
 from ..solvers.base import Method, Solution
 from .dispatch import GRAM, PartJob, Pool, count_death

@@ -19,8 +19,8 @@ from torch import Tensor
 from ..allocation.decide import differentiates, needs_measuring, permutes, weighs_rows, windows_looked_at
 from ..allocation.sensitivity import HEAD_TOKENS, WIDE
 from ..constraints.patterns import Sparsity
-from ..models.layout import Group, Layout
-from ..models.skeleton import Call, Skeleton
+from ..models.discovery import Group, Layout
+from ..models.layerwise import Call, Skeleton
 from ..problem import DriftFrom
 from ..recipes.settings import Recipe
 from ..runtime.memory import resident_memory

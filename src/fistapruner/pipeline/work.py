@@ -21,10 +21,10 @@ from torch import Tensor
 from ..allocation.decide import weighs_rows
 from ..constraints.patterns import Sparsity, parse_sparsity
 from ..errors import FistaPrunerError
-from ..models.checkpoint import Checkpoint
+from ..models.discovery import Layout, discover
+from ..models.files.checkpoint import Checkpoint
 from ..models.hidden import HiddenStates, scratch_factory
-from ..models.layout import Layout, discover
-from ..models.skeleton import Skeleton
+from ..models.layerwise import Skeleton
 from ..recipes.settings import Recipe
 from ..reporting.schema import LayerEntry
 from ..runtime.files import sampled_sha256

@@ -9,7 +9,7 @@ from typing import Any
 
 from ..errors import FistaPrunerError
 from ..evaluation.speed import WARM_UP_TOKENS, Speed, Variant, compare, sentence
-from ..models.checkpoint import read_json
+from ..models.files.checkpoint import read_json
 from . import kernel
 from .pack import is_packed, pack, unpack
 

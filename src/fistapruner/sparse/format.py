@@ -22,7 +22,7 @@ from torch import Tensor
 
 from ..constraints.patterns import NM
 from ..errors import FistaPrunerError
-from ..models.safetensors_file import DTYPES, NAMES, TensorEntry
+from ..models.files.safetensors import DTYPES, NAMES, TensorEntry
 from .packed import FLOATS, PackedOperator, group_sums, padded_values, row_starts
 
 VERSION = 1

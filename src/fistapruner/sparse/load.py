@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import FistaPrunerError
-from ..models.renaming import stored_names
+from ..models.names import stored_names
 from . import kernel
 from .linear import DenseLinear, Siblings, SparseLinear
 from .pack import PackedCheckpoint

@@ -20,10 +20,10 @@ from torch import Tensor
 
 from ..constraints.patterns import NM, holds, parse_sparsity
 from ..errors import FistaPrunerError
-from ..models.checkpoint import INDEX, SINGLE, Checkpoint, WeightFile, inside, read_json
-from ..models.inspection import RECORD as PRUNING_RECORD
-from ..models.inspection import recorded_claims
-from ..models.safetensors_file import SafetensorsFile, SafetensorsWriter, TensorEntry
+from ..evaluation.inspection import RECORD as PRUNING_RECORD
+from ..evaluation.inspection import recorded_claims
+from ..models.files.checkpoint import INDEX, SINGLE, Checkpoint, WeightFile, inside, read_json
+from ..models.files.safetensors import SafetensorsFile, SafetensorsWriter, TensorEntry
 from ..runtime.files import PARTIAL, copy_atomic, disk_errors, require_space, sha256_file, sync_folder, write_json_atomic, write_text_atomic
 from .format import MAX_M, METADATA, QUANT_METHOD, VERSION, OperatorSpec, decode, encode, index_bits, operator_fault, read_specs
 from .packed import FLOATS, PackedOperator, pack_operator

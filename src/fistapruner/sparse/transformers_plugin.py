@@ -20,7 +20,7 @@ import torch
 from torch import nn
 
 from ..errors import FistaPrunerError
-from ..models.renaming import stored_names
+from ..models.names import stored_names
 from .format import QUANT_METHOD
 from .pack import PackedCheckpoint
 

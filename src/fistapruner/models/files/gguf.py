@@ -18,10 +18,10 @@ from typing import Any
 
 import torch
 
-from ..errors import FistaPrunerError, MissingExtraError
-from ..runtime.files import sync_folder, write_json_atomic
+from ...errors import FistaPrunerError, MissingExtraError
+from ...runtime.files import sync_folder, write_json_atomic
 from .checkpoint import INDEX, SINGLE
-from .safetensors_file import MAX_BYTES, SafetensorsWriter, TensorEntry
+from .safetensors import MAX_BYTES, SafetensorsWriter, TensorEntry
 
 MAX_KEYS = 100_000
 MAX_TENSORS = 1_000_000

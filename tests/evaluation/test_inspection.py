@@ -16,7 +16,7 @@ from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausa
 from fistapruner import NM, FistaPrunerError, parse_sparsity
 from fistapruner.cli import main
 from fistapruner.constraints.patterns import project_mask
-from fistapruner.models.inspection import exact_pattern, inspect_checkpoint
+from fistapruner.evaluation.inspection import exact_pattern, inspect_checkpoint
 
 PROJECTIONS = (
     "self_attn.q_proj",

@@ -19,8 +19,8 @@ from torch import Tensor, nn
 
 from ..errors import FistaPrunerError
 from ..runtime.numerics import pass_dtype
-from .checkpoint import Checkpoint
-from .renaming import stored_names
+from .files.checkpoint import Checkpoint
+from .names import stored_names
 
 Call = tuple[tuple[Any, ...], dict[str, Any]]
 """Arguments of a decoder layer after its hidden states: positional ones, keyword ones."""

@@ -17,7 +17,7 @@ from transformers.pytorch_utils import Conv1D
 
 from ..errors import FistaPrunerError
 from ..recipes.settings import Recipe, matches
-from .skeleton import Call, Skeleton
+from .layerwise import Call, Skeleton
 
 
 @dataclass(frozen=True)

@@ -17,9 +17,9 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from ..errors import FistaPrunerError
-from .pickle_file import PickleFile
-from .safetensors_file import SafetensorsFile, TensorEntry
+from ...errors import FistaPrunerError
+from .pickle import PickleFile
+from .safetensors import SafetensorsFile, TensorEntry
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 SINGLE_PICKLE, INDEX_PICKLE = "pytorch_model.bin", "pytorch_model.bin.index.json"

@@ -21,8 +21,8 @@ from typing import Any, Self
 import torch
 from torch import Tensor
 
-from ..errors import FistaPrunerError
-from ..runtime.files import atomic_file, require_space, write_all
+from ...errors import FistaPrunerError
+from ...runtime.files import atomic_file, require_space, write_all
 
 MAX_HEADER = 100_000_000  # the format's own limit on the header's bytes
 MAX_DIMENSIONS = 32

@@ -15,10 +15,19 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from ..errors import FistaPrunerError
-from ..runtime.files import PARTIAL, copy_atomic, disk_errors, require_space, sha256_file, sync_folder, write_json_atomic, write_text_atomic
+from ...errors import FistaPrunerError
+from ...runtime.files import (
+    PARTIAL,
+    copy_atomic,
+    disk_errors,
+    require_space,
+    sha256_file,
+    sync_folder,
+    write_json_atomic,
+    write_text_atomic,
+)
 from .checkpoint import INDEX, Checkpoint, WeightFile, read_json
-from .safetensors_file import SafetensorsWriter, TensorEntry
+from .safetensors import SafetensorsWriter, TensorEntry
 
 RECORD = ".written.json"
 

@@ -13,9 +13,9 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
 
 from fistapruner import FistaPrunerError
-from fistapruner.models import gguf_file
-from fistapruner.models.checkpoint import Checkpoint
-from fistapruner.models.gguf_file import check_gguf, convert_gguf
+from fistapruner.models.files import gguf as gguf_file
+from fistapruner.models.files.checkpoint import Checkpoint
+from fistapruner.models.files.gguf import check_gguf, convert_gguf
 from fistapruner.models.source import converted_gguf, resolve_model, small_model
 
 gguf = pytest.importorskip("gguf", reason="needs the extra 'gguf'")

@@ -13,8 +13,8 @@ from torch import Tensor
 
 from ..constraints.patterns import NM, Sparsity, holds, parse_sparsity
 from ..errors import FistaPrunerError
-from .checkpoint import Checkpoint, read_json
-from .safetensors_file import TensorEntry
+from ..models.files.checkpoint import Checkpoint, read_json
+from ..models.files.safetensors import TensorEntry
 
 RECORD = "fistapruner.json"
 GROUPS = (2, 4, 8, 16, 32)

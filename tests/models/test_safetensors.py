@@ -16,7 +16,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fistapruner import FistaPrunerError
-from fistapruner.models.safetensors_file import DTYPES, SafetensorsFile, SafetensorsWriter, TensorEntry
+from fistapruner.models.files.safetensors import DTYPES, SafetensorsFile, SafetensorsWriter, TensorEntry
 from fistapruner.runtime.files import require_space, sha256_file, write_json_atomic, write_text_atomic
 
 SHARED_DTYPES = [torch.bool, torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64, torch.float16, torch.bfloat16]

@@ -8,9 +8,9 @@ import pytest
 import torch
 
 import tiny
-from fistapruner.models.checkpoint import Checkpoint
-from fistapruner.models.layout import Ending, discover
-from fistapruner.models.skeleton import Skeleton
+from fistapruner.models.discovery import Ending, discover
+from fistapruner.models.files.checkpoint import Checkpoint
+from fistapruner.models.layerwise import Skeleton
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)

@@ -8,8 +8,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from ..errors import FistaPrunerError
-from .safetensors_file import NAMES, TensorEntry
+from ...errors import FistaPrunerError
+from .safetensors import NAMES, TensorEntry
 
 
 class PickleFile:
@@ -19,7 +19,7 @@ class PickleFile:
         path: the file.
 
     Attributes:
-        path, entries, metadata: as of :class:`~fistapruner.models.safetensors_file.SafetensorsFile`.
+        path, entries, metadata: as of :class:`~fistapruner.models.files.safetensors.SafetensorsFile`.
 
     Raises:
         FistaPrunerError: not a PyTorch weight file, or it holds anything but plain tensors.

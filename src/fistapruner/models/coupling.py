@@ -17,8 +17,8 @@ import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from .layout import Layout, Operator, alike, linear_modules
-from .skeleton import Skeleton
+from .discovery import Layout, Operator, alike, linear_modules
+from .layerwise import Skeleton
 
 
 @dataclass(frozen=True)

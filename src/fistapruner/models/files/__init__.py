@@ -1,0 +1,1 @@
+"""Checkpoint files: safetensors, GGUF and legacy pickles; reading and writing them."""
