@@ -14,12 +14,12 @@ from transformers import AutoModelForCausalLM
 
 import tiny
 from fistapruner import Recipe, solve
+from fistapruner.activations.passes import Calls
+from fistapruner.activations.store import HiddenStates, scratch_factory
 from fistapruner.constraints.patterns import parse_sparsity
 from fistapruner.models.discovery import Layout, Operator, discover
 from fistapruner.models.files.checkpoint import Checkpoint
-from fistapruner.models.hidden import HiddenStates, scratch_factory
 from fistapruner.models.layerwise import Skeleton
-from fistapruner.pipeline.capture import Calls
 from fistapruner.pipeline.drift import dense_windows, drift_sources
 from fistapruner.pipeline.layer import Streams, prune_layer
 from fistapruner.pipeline.run import prune

@@ -10,11 +10,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..activations.store import Store, scratch_factory
 from ..constraints.patterns import NM, Sparsity, parse_sparsity
 from ..errors import FistaPrunerError
 from ..models.coupling import find_links, reordered
 from ..models.discovery import Layout
-from ..models.hidden import Store, scratch_factory
 from ..models.layerwise import Skeleton, Tick
 from ..problem import ProblemSums
 from ..recipes.settings import Recipe

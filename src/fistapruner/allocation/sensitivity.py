@@ -25,8 +25,8 @@ from typing import Any, Generic, Protocol, TypeVar
 import torch
 from torch import Tensor
 
+from ..activations.store import HiddenStates, Store
 from ..models.discovery import Layout
-from ..models.hidden import HiddenStates, Store
 from ..models.layerwise import Call, Skeleton, Tick
 from ..runtime.numerics import add_gram, fast_products, mirror
 

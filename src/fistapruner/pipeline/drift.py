@@ -19,8 +19,8 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 import torch
 from torch import Tensor, nn
 
+from ..activations.store import HiddenStates, Store
 from ..models.discovery import Group, Layout, Operator
-from ..models.hidden import HiddenStates, Store
 from ..problem import DriftFrom, cheapest_drift
 from ..recipes.settings import Recipe
 

@@ -10,9 +10,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..activations.passes import Calls, Clock, run_layer
+from ..activations.replay import Replay, endings_kept
+from ..activations.store import HiddenStates, Store
 from ..constraints.patterns import Sparsity
 from ..models.discovery import Group, Layout
-from ..models.hidden import HiddenStates, Store
 from ..models.layerwise import Skeleton
 from ..problem import LayerProblem, ProblemSums, unweighted
 from ..recipes.settings import Recipe
@@ -20,11 +22,9 @@ from ..reporting.schema import LayerEntry, OperatorEntry
 from ..runtime.memory import release_memory
 from ..solvers import solve
 from ..solvers.base import Method, Solution
-from .capture import Calls, Clock, run_layer
 from .drift import DenseRecord, ResidualDrift, drift_sources
 from .entries import operator_entries
 from .match import match_layer
-from .replay import Replay, endings_kept
 
 
 @dataclass(frozen=True)

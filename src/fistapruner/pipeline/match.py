@@ -23,11 +23,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..activations.passes import Calls, Clock
+from ..activations.store import HiddenStates
 from ..models.discovery import Group
-from ..models.hidden import HiddenStates
 from ..models.layerwise import Skeleton
 from ..runtime.numerics import fast_products
-from .capture import Calls, Clock
 
 RATE = 0.01
 """Adam's first step size, as a share of a tensor's root mean square over surviving weights; it falls to 0 by a cosine."""

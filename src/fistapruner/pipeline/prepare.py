@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..activations.store import scratch_factory
 from ..allocation.decide import check_allocation, decide, needs_measuring, permutes
 from ..calibration import SELF, calibration_tokens
 from ..constraints.patterns import Sparsity, check_divides, parse_sparsity
@@ -24,7 +25,6 @@ from ..errors import FistaPrunerError
 from ..evaluation.data import load_windows
 from ..models.discovery import Layout, discover
 from ..models.files.checkpoint import Checkpoint
-from ..models.hidden import scratch_factory
 from ..models.layerwise import Skeleton
 from ..models.source import resolve_model
 from ..models.tokenizer import load_tokenizer

@@ -8,14 +8,14 @@ from itertools import groupby
 
 from torch import Tensor
 
+from ..activations.passes import Calls
+from ..activations.store import HiddenStates, scratch_factory
 from ..constraints.patterns import Sparsity
 from ..models.discovery import Layout
-from ..models.hidden import HiddenStates, scratch_factory
 from ..models.layerwise import Skeleton
 from ..problem import LayerProblem
 from ..recipes.settings import Recipe
 from ..solvers import solve
-from .capture import Calls
 from .drift import dense_windows
 from .layer import Streams, prune_layer
 from .match import passes

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection
 
-from ..models.hidden import HiddenStates
+from ..activations.store import HiddenStates
 from ..models.layerwise import Skeleton
 from ..problem import LayerProblem
 from ..recipes.settings import Recipe

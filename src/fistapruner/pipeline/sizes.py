@@ -16,6 +16,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from ..activations.replay import endings_kept
 from ..allocation.decide import differentiates, needs_measuring, permutes, weighs_rows, windows_looked_at
 from ..allocation.sensitivity import HEAD_TOKENS, WIDE
 from ..constraints.patterns import Sparsity
@@ -27,7 +28,6 @@ from ..runtime.memory import resident_memory
 from .drift import dense_windows, drift_sources, kept_width
 from .footprint import peak_bytes, solve_bytes
 from .parts import cut
-from .replay import endings_kept
 
 
 @dataclass(frozen=True)

@@ -18,19 +18,19 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..activations.passes import Calls, Clock, run_layer
+from ..activations.store import HiddenStates, scratch_factory
 from ..allocation.decide import weighs_rows
 from ..constraints.patterns import Sparsity, parse_sparsity
 from ..errors import FistaPrunerError
 from ..models.discovery import Layout, discover
 from ..models.files.checkpoint import Checkpoint
-from ..models.hidden import HiddenStates, scratch_factory
 from ..models.layerwise import Skeleton
 from ..recipes.settings import Recipe
 from ..reporting.schema import LayerEntry
 from ..runtime.files import sampled_sha256
 from ..runtime.memory import peak_memory
 from ..solvers import solve
-from .capture import Calls, Clock, run_layer
 from .journal import RunDirectory
 from .layer import Progress, Solver, Streams, prune_layer
 from .parts import solve_apart

@@ -20,9 +20,9 @@ from typing import Any
 
 import torch
 
+from ..activations.passes import Calls
+from ..activations.store import HiddenStates
 from ..errors import FistaPrunerError
-from ..models.hidden import HiddenStates
-from .capture import Calls
 from .dispatch import Event, Job, PartJob
 from .layer import Streams
 from .side_by_side import do_part

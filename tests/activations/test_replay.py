@@ -9,9 +9,9 @@ import pytest
 import torch
 
 import tiny
+from fistapruner.activations.replay import Replay
 from fistapruner.models.files.checkpoint import Checkpoint
 from fistapruner.pipeline import layer
-from fistapruner.pipeline.replay import Replay
 from fistapruner.pipeline.run import prune
 
 SETTINGS: dict[str, Any] = {"method": "sparsegpt", "calibration": {"source": "python", "samples": 5, "seqlen": 24}}

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from ..models.discovery import Ending, Group, Layout
-from ..models.hidden import HiddenStates, Store
+from .store import HiddenStates, Store
 
 
 def endings_kept(layout: Layout, index: int, device: torch.device) -> Mapping[str, Ending]:

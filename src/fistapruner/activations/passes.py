@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 
 from ..models.discovery import Group, Operator
-from ..models.hidden import HiddenStates
 from ..models.layerwise import Call, Skeleton
+from .store import HiddenStates
 
 Watch = Callable[[int, int, Tensor], None]
 """Receives (group, first window of the batch, inputs (batch, seqlen, n) or what else is watched)."""
