@@ -15,7 +15,6 @@ import pytest
 
 import tiny
 from fistapruner.errors import FistaPrunerError
-from fistapruner.pipeline import parts
 from fistapruner.pipeline.dispatch import Event, Job, PartJob, dispatch
 from fistapruner.pipeline.journal import RunDirectory
 from fistapruner.pipeline.process import ProcessPool, worker_devices
@@ -23,6 +22,7 @@ from fistapruner.pipeline.run import finish_run, prune, resume
 from fistapruner.pipeline.serial import Listener, prune_serially
 from fistapruner.pipeline.side_by_side import SideBySide
 from fistapruner.pipeline.work import Work
+from fistapruner.pruning import partition as parts
 
 SETTINGS: dict[str, Any] = {
     "method": "sparsegpt",

@@ -21,7 +21,6 @@ from fistapruner.errors import FistaPrunerError
 from fistapruner.models.discovery import Layout, discover
 from fistapruner.models.files.checkpoint import Checkpoint
 from fistapruner.models.layerwise import Skeleton
-from fistapruner.pipeline import parts as parts_module
 from fistapruner.pipeline import plan as plan_module
 from fistapruner.pipeline import probe
 from fistapruner.pipeline import sizes as sizes_module
@@ -31,6 +30,7 @@ from fistapruner.pipeline.prepare import allocate
 from fistapruner.pipeline.run import prune
 from fistapruner.pipeline.sizes import Choice, Sizes
 from fistapruner.problem import LayerProblem
+from fistapruner.pruning import partition as parts_module
 from fistapruner.solvers import parse_method, solve
 
 Model = tuple[Skeleton, Layout, torch.Tensor]

@@ -7,9 +7,9 @@ from collections.abc import Callable, Collection
 import torch
 
 from ..problem import LayerProblem
+from ..pruning.partition import Part, cut
 from ..recipes.settings import Execution
 from .dispatch import Pool, dispatch
-from .parts import Part, cut
 from .process import ProcessPool, available_cores, worker_devices
 from .serial import Listener, prune_serially
 from .side_by_side import SideBySide

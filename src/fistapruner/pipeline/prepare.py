@@ -18,7 +18,6 @@ import torch
 from torch import Tensor
 
 from ..activations.store import scratch_factory
-from ..allocation.decide import check_allocation, decide, needs_measuring, permutes
 from ..calibration import SELF, calibration_tokens
 from ..constraints.patterns import Sparsity, check_divides, parse_sparsity
 from ..errors import FistaPrunerError
@@ -34,6 +33,7 @@ from ..reporting.schema import CalibrationFacts, ModelFacts, Report
 from ..runtime.files import disk_errors, sha256_file
 from ..runtime.machine import describe_machine, now, versions
 from ..runtime.numerics import dtype_name, windows_at_once
+from ..sensitivity.decision import check_allocation, decide, needs_measuring, permutes
 from .executors import default_threads
 from .journal import RunDirectory
 from .plan import Plan, make_plan

@@ -14,12 +14,12 @@ from ..constraints.patterns import Sparsity
 from ..models.discovery import Layout
 from ..models.layerwise import Skeleton
 from ..problem import LayerProblem
+from ..pruning.drift import dense_windows
+from ..pruning.layer import Streams, prune_layer
+from ..pruning.partition import cut, part_of
 from ..recipes.settings import Recipe
 from ..solvers import solve
-from .drift import dense_windows
-from .layer import Streams, prune_layer
-from .match import passes
-from .parts import cut, part_of
+from ..tuning.block_matching import passes
 
 WORTH_A_PROBE = 2e10
 """Multiplications of one pass of the calibration tokens through the model, below which no time is estimated: it is seconds."""

@@ -7,10 +7,10 @@ from collections.abc import Callable, Collection
 from ..activations.store import HiddenStates
 from ..models.layerwise import Skeleton
 from ..problem import LayerProblem
+from ..pruning.drift import dense_windows
+from ..pruning.layer import Solver, Streams
 from ..recipes.settings import Recipe
 from ..reporting.schema import LayerEntry
-from .drift import dense_windows
-from .layer import Solver, Streams
 from .work import Work
 
 

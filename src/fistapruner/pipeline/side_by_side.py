@@ -1,7 +1,7 @@
 """The parts of a group of operators, solved side by side by the workers of an executor.
 
 With ``propagate=pruned`` decoder layers are done one after the other, but the parts of a group
-(:mod:`fistapruner.pipeline.parts`) know nothing of each other. A job names two files in ``RUN/hidden``, the Gram of the
+(:mod:`fistapruner.pruning.partition`) know nothing of each other. A job names two files in ``RUN/hidden``, the Gram of the
 group and the part's rows of everything else, and a third for the solution.
 """
 
@@ -20,9 +20,9 @@ from ..constraints.patterns import Sparsity, parse_sparsity
 from ..errors import FistaPrunerError
 from ..models.files.safetensors import SafetensorsFile, SafetensorsWriter, TensorEntry
 from ..problem import LayerProblem
+from ..pruning.partition import cut, join, part_of, rows_of, solve_apart, solve_part
 from ..solvers.base import Method, Solution
 from .dispatch import GRAM, PartJob, Pool, count_death
-from .parts import cut, join, part_of, rows_of, solve_apart, solve_part
 
 
 class SideBySide:

@@ -17,17 +17,17 @@ import torch
 from torch import Tensor
 
 from ..activations.replay import endings_kept
-from ..allocation.decide import differentiates, needs_measuring, permutes, weighs_rows, windows_looked_at
-from ..allocation.sensitivity import HEAD_TOKENS, WIDE
 from ..constraints.patterns import Sparsity
 from ..models.discovery import Group, Layout
 from ..models.layerwise import Call, Skeleton
 from ..problem import DriftFrom
+from ..pruning.drift import dense_windows, drift_sources, kept_width
+from ..pruning.partition import cut
 from ..recipes.settings import Recipe
 from ..runtime.memory import resident_memory
-from .drift import dense_windows, drift_sources, kept_width
+from ..sensitivity.decision import differentiates, needs_measuring, permutes, weighs_rows, windows_looked_at
+from ..sensitivity.fisher import HEAD_TOKENS, WIDE
 from .footprint import peak_bytes, solve_bytes
-from .parts import cut
 
 
 @dataclass(frozen=True)
@@ -37,7 +37,7 @@ class Choice:
     Args:
         batch_size: windows in one forward pass.
         on_disk: hidden states in files instead of memory.
-        by_operator: groups of operators are solved in parts (:mod:`~fistapruner.pipeline.parts`) instead of stacked.
+        by_operator: groups of operators are solved in parts (:mod:`~fistapruner.pruning.partition`) instead of stacked.
     """
 
     batch_size: int

@@ -20,20 +20,20 @@ from torch import Tensor
 
 from ..activations.passes import Calls, Clock, run_layer
 from ..activations.store import HiddenStates, scratch_factory
-from ..allocation.decide import weighs_rows
 from ..constraints.patterns import Sparsity, parse_sparsity
 from ..errors import FistaPrunerError
 from ..models.discovery import Layout, discover
 from ..models.files.checkpoint import Checkpoint
 from ..models.layerwise import Skeleton
+from ..pruning.layer import Progress, Solver, Streams, prune_layer
+from ..pruning.partition import solve_apart
 from ..recipes.settings import Recipe
 from ..reporting.schema import LayerEntry
 from ..runtime.files import sampled_sha256
 from ..runtime.memory import peak_memory
+from ..sensitivity.decision import weighs_rows
 from ..solvers import solve
 from .journal import RunDirectory
-from .layer import Progress, Solver, Streams, prune_layer
-from .parts import solve_apart
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -52,7 +52,7 @@ class Work:
         tokens: (samples, seqlen) calibration tokens.
         numerics: what decides the order of sums, and with it the last bits: ``batch_size`` (windows in one forward
             pass), ``threads`` of a worker, ``by_operator`` (groups are solved in parts,
-            :mod:`~fistapruner.pipeline.parts`), kind of ``device``. Part of the run.
+            :mod:`~fistapruner.pruning.partition`), kind of ``device``. Part of the run.
         on_disk: whether hidden states are kept in files.
         part: subfolder of ``RUN/hidden`` this process works in.
     """

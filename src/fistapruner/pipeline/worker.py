@@ -23,8 +23,8 @@ import torch
 from ..activations.passes import Calls
 from ..activations.store import HiddenStates
 from ..errors import FistaPrunerError
+from ..pruning.layer import Streams
 from .dispatch import Event, Job, PartJob
-from .layer import Streams
 from .side_by_side import do_part
 from .work import Work
 

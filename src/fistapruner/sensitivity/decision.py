@@ -18,10 +18,10 @@ from ..models.discovery import Layout
 from ..models.layerwise import Skeleton, Tick
 from ..problem import ProblemSums
 from ..recipes.settings import Recipe
-from .error import predicted_cost, row_error_curves, sparsity_grid, split_budget
+from .channel_order import channel_order, kept_share
+from .error_curves import predicted_cost, row_error_curves, sparsity_grid, split_budget
+from .fisher import InputEnergy, Look, look_at_inputs, measure_sensitivity, row_importance
 from .owl import outlier_share, owl_allocation
-from .permutation import channel_order, kept_share
-from .sensitivity import InputEnergy, Look, look_at_inputs, measure_sensitivity, row_importance
 
 WINDOWS = 8
 """Calibration windows that are looked at, at most: second moments over some thousand tokens are enough to rank operators."""

@@ -7,7 +7,7 @@ Adam steps (Kingma & Ba 2015) on
     mean over tokens of  w_t (y_t - y*_t)^T M (y_t - y*_t),
 
 with ``y`` the pruned layer's output, ``y*`` the dense layer's, ``M`` the Fisher second moment of the model's loss at that
-output (:mod:`fistapruner.allocation.sensitivity`; the identity where it was not measured), and ``w_t`` at most 1, smaller for
+output (:mod:`fistapruner.sensitivity.fisher`; the identity where it was not measured), and ``w_t`` at most 1, smaller for
 the few tokens with massive activations, whose squares would drown all others.
 
 Some calibration windows are held out of the steps. They decide which step's weights are kept, the pruned layer's own

@@ -6,10 +6,10 @@ import pytest
 import torch
 
 from fistapruner.constraints.patterns import parse_sparsity
-from fistapruner.pipeline import parts
 from fistapruner.pipeline.footprint import peak_bytes
-from fistapruner.pipeline.parts import cut, solve_apart
 from fistapruner.problem import LayerProblem
+from fistapruner.pruning import partition as parts
+from fistapruner.pruning.partition import cut, solve_apart
 from fistapruner.solvers import METHODS, parse_method, solve
 
 ROWS, COLUMNS = (40, 13), 24

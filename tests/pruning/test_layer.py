@@ -20,11 +20,11 @@ from fistapruner.constraints.patterns import parse_sparsity
 from fistapruner.models.discovery import Layout, Operator, discover
 from fistapruner.models.files.checkpoint import Checkpoint
 from fistapruner.models.layerwise import Skeleton
-from fistapruner.pipeline.drift import dense_windows, drift_sources
-from fistapruner.pipeline.layer import Streams, prune_layer
 from fistapruner.pipeline.run import prune
 from fistapruner.pipeline.serial import Listener
 from fistapruner.problem import LayerProblem, ProblemSums
+from fistapruner.pruning.drift import dense_windows, drift_sources
+from fistapruner.pruning.layer import Streams, prune_layer
 from fistapruner.reporting.schema import LayerEntry
 
 SAMPLES, SEQLEN, BATCH = 5, 24, 2
@@ -166,7 +166,7 @@ def calibration() -> Tensor:
 def test_streaming_equals_in_memory_bit_for_bit(
     tmp_path: Path, architecture: str, settings: dict[str, Any], noise: float, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("fistapruner.pipeline.drift.DRIFT_NOISE", noise)
+    monkeypatch.setattr("fistapruner.pruning.drift.DRIFT_NOISE", noise)
     folder = tiny.save(architecture, tmp_path / "model")
     recipe = Recipe.build({"method": "sparsegpt", "sparsity": "50%", **settings}).settled()
     layout = discover(Skeleton(Checkpoint.open(folder), torch.device("cpu")))
@@ -181,7 +181,7 @@ def test_streaming_equals_in_memory_bit_for_bit(
 
 def test_an_interrupted_run_whose_dense_model_sees_some_of_the_windows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The hidden states of both models are made again up to where it stopped."""
-    monkeypatch.setattr("fistapruner.pipeline.drift.DRIFT_NOISE", 1)
+    monkeypatch.setattr("fistapruner.pruning.drift.DRIFT_NOISE", 1)
 
     class Stops(Listener):
         def layer(self, entry: LayerEntry) -> None:

@@ -12,13 +12,13 @@ from transformers import AutoModelForCausalLM
 
 import fistapruner as fp
 import tiny
-from fistapruner.allocation import permutation
-from fistapruner.allocation.permutation import channel_order, kept_share
 from fistapruner.constraints.patterns import NM, holds
 from fistapruner.models.coupling import find_links, reordered
 from fistapruner.models.discovery import discover
 from fistapruner.models.files.checkpoint import Checkpoint
 from fistapruner.models.layerwise import Skeleton
+from fistapruner.sensitivity import channel_order as permutation
+from fistapruner.sensitivity.channel_order import channel_order, kept_share
 
 SMALL = {"source": "python", "samples": 4, "seqlen": 32}
 MLP = {

@@ -11,7 +11,7 @@ layer by decoder layer, so that one layer is in memory at a time. The second mom
 * for each operator, ``E[g_i^2]`` of every output row ``i``: with it, a layer problem's row errors become a prediction of
   nats (:mod:`.error`);
 * for each decoder layer, the matrix ``E[g g^T]`` of its output hidden states (if asked for): the metric of block matching
-  (:mod:`fistapruner.pipeline.match`).
+  (:mod:`fistapruner.tuning.block_matching`).
 
 Gradient second moments as a metric for layer-wise errors go back to K-FAC (Martens & Grosse 2015, arXiv 1503.05671).
 """

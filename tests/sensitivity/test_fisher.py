@@ -12,12 +12,12 @@ from transformers import AutoModelForCausalLM
 import tiny
 from fistapruner import Recipe
 from fistapruner.activations.store import scratch_factory as store
-from fistapruner.allocation import sensitivity as module
-from fistapruner.allocation.decide import decide
-from fistapruner.allocation.sensitivity import measure_sensitivity
 from fistapruner.models.discovery import discover
 from fistapruner.models.files.checkpoint import Checkpoint
 from fistapruner.models.layerwise import Skeleton
+from fistapruner.sensitivity import fisher as module
+from fistapruner.sensitivity.decision import decide
+from fistapruner.sensitivity.fisher import measure_sensitivity
 
 WINDOWS, SEQLEN = 3, 12
 

@@ -11,8 +11,8 @@ from torch import Tensor
 
 import tiny
 from fistapruner.models.files.checkpoint import Checkpoint
-from fistapruner.pipeline import match
 from fistapruner.pipeline.run import prune
+from fistapruner.tuning import block_matching as match
 
 SETTINGS: dict[str, Any] = {"method": "wanda", "sparsity": "50%", "calibration": {"source": "python", "samples": 9, "seqlen": 24}}
 WAYS = {
@@ -56,7 +56,7 @@ def test_an_interrupted_run_ends_in_the_same_bits(tmp_path: Path, way: str, monk
     settings = {**SETTINGS, **WAYS[way], "match": 6, "allocation": "error"}
     prune(str(source), tmp_path / "whole", **settings)
 
-    from fistapruner.pipeline import layer
+    from fistapruner.pruning import layer
 
     done = []
 

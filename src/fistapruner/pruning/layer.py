@@ -22,9 +22,9 @@ from ..reporting.schema import LayerEntry, OperatorEntry
 from ..runtime.memory import release_memory
 from ..solvers import solve
 from ..solvers.base import Method, Solution
+from ..tuning.block_matching import match_layer
 from .drift import DenseRecord, ResidualDrift, drift_sources
 from .entries import operator_entries
-from .match import match_layer
 
 
 @dataclass(frozen=True)
@@ -108,7 +108,7 @@ def prune_layer(
         metric: how block matching weighs errors of the layer's output (see :func:`~.match.match_layer`).
         importance: weights of the rows of every operator, by full name; None counts all rows alike.
         passed: told when ``streams.dense_out`` is complete, long before the layer is.
-        solver: solves a group of operators: all of it at once, or in parts (:mod:`~fistapruner.pipeline.parts`).
+        solver: solves a group of operators: all of it at once, or in parts (:mod:`~fistapruner.pruning.partition`).
 
     Raises:
         FistaPrunerError: NaN or infinity in weights or activations; names the operator.

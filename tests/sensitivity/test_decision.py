@@ -10,12 +10,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fistapruner import Recipe
-from fistapruner.allocation.decide import check_allocation, differentiates, measured_by, needs_measuring, permutes
-from fistapruner.allocation.error import POINTS, bounds, looked_at, predicted_cost, row_error_curves, sparsity_grid, split_budget
-from fistapruner.allocation.owl import REACH, outlier_share, owl_allocation
 from fistapruner.constraints.patterns import Unstructured, parse_sparsity
 from fistapruner.errors import FistaPrunerError
 from fistapruner.problem import LayerProblem
+from fistapruner.sensitivity.decision import check_allocation, differentiates, measured_by, needs_measuring, permutes
+from fistapruner.sensitivity.error_curves import POINTS, bounds, looked_at, predicted_cost, row_error_curves, sparsity_grid, split_budget
+from fistapruner.sensitivity.owl import REACH, outlier_share, owl_allocation
 
 SIZES = st.lists(st.integers(40, 5000), min_size=1, max_size=6)
 FRACTIONS = st.floats(0.05, 0.9)

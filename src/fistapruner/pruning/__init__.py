@@ -1,0 +1,1 @@
+"""Prune one decoder layer: the unit that is journaled, resumed, scheduled, timed and reported."""

@@ -1,0 +1,1 @@
+"""Train what pruning left, with every zero kept."""
