@@ -22,7 +22,7 @@ from typing import Any
 
 from fistapruner.cli.progress import choose_listener
 from fistapruner.pipeline.compare import compare
-from fistapruner.reporting.schema import Comparison
+from fistapruner.runs.records import Comparison
 
 ALPS = "alps"
 SPARSEGPT = "sparsegpt"

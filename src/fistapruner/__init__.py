@@ -3,12 +3,12 @@
 from .constraints.patterns import NM, Unstructured, parse_sparsity
 from .errors import FistaPrunerError
 from .evaluation.evaluate import evaluate
-from .evaluation.results import Evaluation
 from .pipeline.measure import bench_run, evaluate_run
 from .pipeline.run import finish_run, prune, resume
 from .problem import LayerProblem
 from .recipes.settings import Recipe
-from .reporting.schema import Report
+from .runs.records import Report
+from .runs.results import Evaluation
 from .solvers import solve
 from .solvers.base import Solution
 from .sparse.accelerate import accelerate

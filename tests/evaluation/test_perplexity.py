@@ -16,7 +16,7 @@ import fistapruner as fp
 import tiny
 from fistapruner.cli import main
 from fistapruner.evaluation.zero_shot import task_result
-from fistapruner.reporting.schema import Report
+from fistapruner.runs.records import Report
 
 TEXT = "it was the best of times, it was the worst of times, it was the age of wisdom. " * 8
 

@@ -14,7 +14,7 @@ import pytest
 
 from faults.conftest import Runs
 from fistapruner.errors import FistaPrunerError
-from fistapruner.pipeline.lock import hold
+from fistapruner.runs.lock import hold
 
 
 def write_lock(folder: Path, **record: object) -> None:
@@ -86,7 +86,7 @@ def test_killed_holder_is_taken_over(disk: Path) -> None:
     script = f"""
 import time
 from pathlib import Path
-from fistapruner.pipeline.lock import hold
+from fistapruner.runs.lock import hold
 with hold(Path({str(disk)!r})):
     print("held", flush=True)
     time.sleep(60)

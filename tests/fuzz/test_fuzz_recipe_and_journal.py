@@ -13,9 +13,9 @@ from hypothesis import strategies as st
 from mutations import damaged, damaged_json, fuzz
 
 from fistapruner import FistaPrunerError, Recipe
-from fistapruner.pipeline.journal import RunDirectory
 from fistapruner.recipes.settings import shipped_recipes
-from fistapruner.reporting.schema import LayerEntry
+from fistapruner.runs.directory import RunDirectory
+from fistapruner.runs.records import LayerEntry
 
 WHOLE = Recipe.build({"method": "wanda+refit", "ignore": ["re:down"], "allocation": {"re:mlp": "60%"}})
 TEXTS = [WHOLE.to_yaml(), *shipped_recipes().values()]

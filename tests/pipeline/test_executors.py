@@ -16,13 +16,13 @@ import pytest
 import tiny
 from fistapruner.errors import FistaPrunerError
 from fistapruner.pipeline.dispatch import Event, Job, PartJob, dispatch
-from fistapruner.pipeline.journal import RunDirectory
 from fistapruner.pipeline.process import ProcessPool, worker_devices
 from fistapruner.pipeline.run import finish_run, prune, resume
 from fistapruner.pipeline.serial import Listener, prune_serially
 from fistapruner.pipeline.side_by_side import SideBySide
 from fistapruner.pipeline.work import Work
 from fistapruner.pruning import partition as parts
+from fistapruner.runs.directory import RunDirectory
 
 SETTINGS: dict[str, Any] = {
     "method": "sparsegpt",

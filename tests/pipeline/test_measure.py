@@ -13,11 +13,11 @@ import fistapruner as fp
 import tiny
 from fistapruner.cli import main
 from fistapruner.errors import FistaPrunerError
-from fistapruner.evaluation.results import Evaluation, Perplexity, TaskResult
 from fistapruner.evaluation.speed import Speed, Variant, measure_speed
-from fistapruner.pipeline.lock import hold
 from fistapruner.pipeline.measure import _without, is_run
-from fistapruner.reporting.schema import load_run
+from fistapruner.runs.lock import hold
+from fistapruner.runs.records import load_run
+from fistapruner.runs.results import Evaluation, Perplexity, TaskResult
 
 TEXT = "it was the best of times, it was the worst of times, it was the age of wisdom. " * 8
 

@@ -25,7 +25,7 @@ from fistapruner.pipeline.serial import Listener
 from fistapruner.problem import LayerProblem, ProblemSums
 from fistapruner.pruning.drift import dense_windows, drift_sources
 from fistapruner.pruning.layer import Streams, prune_layer
-from fistapruner.reporting.schema import LayerEntry
+from fistapruner.runs.records import LayerEntry
 
 SAMPLES, SEQLEN, BATCH = 5, 24, 2
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 import math
 from typing import Any
 
-from fistapruner.evaluation.results import Divergence, Evaluation, Perplexity, TaskResult
-from fistapruner.reporting.schema import Comparison, Report, parse
+from fistapruner.runs.records import Comparison, Report, parse
+from fistapruner.runs.results import Divergence, Evaluation, Perplexity, TaskResult
 
 OPERATORS = (
     ("self_attn.q_proj", (64, 64), 0, 0.6),

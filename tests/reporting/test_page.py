@@ -19,9 +19,9 @@ import samples
 from fistapruner.reporting.compare_page import Point, comparison_page, points, short_labels
 from fistapruner.reporting.drawing import HEAT_LEVELS
 from fistapruner.reporting.page import run_page
-from fistapruner.reporting.schema import Comparison, Report, parse
 from fistapruner.reporting.theme import DARK, HEAT_DARK, HEAT_LIGHT, LIGHT, heat_colors
 from fistapruner.reporting.write import write_page
+from fistapruner.runs.records import Comparison, Report, parse
 
 pytest.importorskip("matplotlib", reason="the extra 'report' is not installed")
 

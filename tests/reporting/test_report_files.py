@@ -22,15 +22,15 @@ import samples
 
 from fistapruner import FistaPrunerError
 from fistapruner.cli import main
-from fistapruner.evaluation.results import Divergence, Evaluation
 from fistapruner.evaluation.scoring import perplexity_of
 from fistapruner.reporting.advice import advice
 from fistapruner.reporting.evaluation_text import evaluation_text
 from fistapruner.reporting.figures import hardest
 from fistapruner.reporting.model_card import model_card
 from fistapruner.reporting.numbers import duration, p_value, percent, short_count, significant, size, with_error
-from fistapruner.reporting.schema import VERSION, Report, load_run, parse
 from fistapruner.reporting.status_text import status_facts, status_text
+from fistapruner.runs.records import VERSION, Report, load_run, parse
+from fistapruner.runs.results import Divergence, Evaluation
 
 
 def unfinished(folder: Path, done: int = 3) -> Path:

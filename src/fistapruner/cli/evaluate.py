@@ -61,10 +61,10 @@ def configure(parser: argparse.ArgumentParser) -> None:
 def run(arguments: argparse.Namespace) -> int:
     from ..errors import FistaPrunerError
     from ..evaluation.evaluate import evaluate
-    from ..evaluation.results import Evaluation
     from ..pipeline.measure import evaluate_run, is_run
     from ..recipes.settings import parse_bytes
     from ..reporting.evaluation_text import evaluation_text
+    from ..runs.results import Evaluation
     from .progress import choose_listener
 
     tasks = [task.strip() for task in (arguments.tasks or "").split(",") if task.strip()]

@@ -10,7 +10,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextC
 
 from ..pipeline.serial import Listener
 from ..reporting.numbers import duration
-from ..reporting.schema import LayerEntry
+from ..runs.records import LayerEntry
 
 EVERY = 20.0
 """Seconds between two words about one pass."""

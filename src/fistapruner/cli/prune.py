@@ -19,7 +19,7 @@ import sys
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from ..reporting.schema import Report
+    from ..runs.records import Report
 
 SUMMARY = "prune a model"
 

@@ -20,9 +20,9 @@ def configure(parser: argparse.ArgumentParser) -> None:
 def run(arguments: argparse.Namespace) -> int:
     from pathlib import Path
 
-    from ..pipeline.lock import holders
-    from ..reporting.schema import load_run
     from ..reporting.status_text import status_facts, status_text
+    from ..runs.lock import holders
+    from ..runs.records import load_run
 
     folder = Path(arguments.run_directory)
     report = load_run(folder)

@@ -1,5 +1,5 @@
 """What pruning did to a model: perplexity, divergence from the dense model, zero-shot tasks, speed."""
 
-from .results import Divergence, Evaluation, Perplexity, TaskResult
+from ..runs.results import Divergence, Evaluation, Perplexity, TaskResult
 
 __all__ = ["Divergence", "Evaluation", "Perplexity", "TaskResult"]

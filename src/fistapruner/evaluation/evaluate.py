@@ -16,9 +16,9 @@ from ..models.layerwise import Skeleton, Tick
 from ..models.source import resolve_model
 from ..models.tokenizer import load_tokenizer
 from ..pipeline.work import DTYPES, choose_device
+from ..runs.results import Divergence, Evaluation, Perplexity
 from ..runtime.numerics import dtype_name
 from .data import Windows, load_windows
-from .results import Divergence, Evaluation, Perplexity
 from .scoring import divergence_of, perplexity_of
 from .streaming import Passes, score_windows, vocabulary_size
 from .zero_shot import evaluate_tasks, find_tasks

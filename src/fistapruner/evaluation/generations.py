@@ -8,7 +8,7 @@ import torch
 
 from ..models.files.checkpoint import Checkpoint
 from ..models.whole import load_whole, whole_fits
-from ..reporting.schema import Generation
+from ..runs.records import Generation
 
 PROMPTS = (
     "The capital of France is",

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .results import Divergence, Perplexity
+from ..runs.results import Divergence, Perplexity
 
 Head = Callable[[Tensor], Tensor]
 """Hidden states of the last decoder layer (tokens, hidden) to logits (tokens, vocabulary)."""

@@ -26,7 +26,7 @@ from ..errors import FistaPrunerError, MissingExtraError
 from ..models.layerwise import Tick
 from ..models.tokenizer import load_tokenizer
 from ..models.whole import load_whole
-from .results import TaskResult
+from ..runs.results import TaskResult
 
 METRICS = ("acc", "acc_norm", "exact_match")
 """Metrics that are right or wrong item by item; ``acc_norm`` divides a choice's log-likelihood by its length."""

@@ -28,17 +28,17 @@ from torch import Tensor
 from ..errors import FistaPrunerError, MissingExtraError
 from ..evaluation.data import Windows, load_windows
 from ..evaluation.evaluate import evaluate as run_evaluation
-from ..evaluation.results import Evaluation, Perplexity
 from ..models.source import resolve_model
 from ..models.tokenizer import load_tokenizer
 from ..recipes.settings import Calibration, Recipe, load_recipe_settings, merge, parse_value, shipped_recipes
 from ..reporting.comparison import comparison_markdown
-from ..reporting.schema import CompareRow, Comparison, Report, parse, read_json
 from ..reporting.write import write_page
+from ..runs.directory import RunDirectory
+from ..runs.records import CompareRow, Comparison, Report, parse, read_json
+from ..runs.results import Evaluation, Perplexity
 from ..runtime.files import disk_errors, write_json_atomic, write_text_atomic
 from ..runtime.machine import describe_machine, now, versions
 from ..runtime.numerics import dtype_name
-from .journal import RunDirectory
 from .prepare import window_length
 from .run import prune
 from .serial import Listener

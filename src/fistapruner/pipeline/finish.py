@@ -17,14 +17,14 @@ from ..evaluation.inspection import RECORD
 from ..models.files.writer import write_checkpoint
 from ..models.layerwise import Skeleton
 from ..reporting.model_card import model_card
-from ..reporting.schema import VERSION, LayerEntry, Report, Totals, load_run, parse, read_json
+from ..runs.directory import RunDirectory
+from ..runs.records import VERSION, LayerEntry, Report, Totals, load_run, parse, read_json
+from ..runs.times import Times
 from ..runtime.files import write_json_atomic
 from ..runtime.machine import now
 from ..runtime.memory import peak_memory
-from .journal import RunDirectory
 from .plan import check_plan
 from .serial import Listener
-from .times import Times
 from .work import Work
 
 

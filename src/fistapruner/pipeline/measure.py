@@ -14,18 +14,18 @@ from ..errors import FistaPrunerError, MissingExtraError
 from ..evaluation.data import load_windows
 from ..evaluation.evaluate import evaluate as run_evaluation
 from ..evaluation.generations import generate_side_by_side
-from ..evaluation.results import Evaluation
 from ..evaluation.speed import Speed
 from ..models.tokenizer import load_tokenizer
 from ..reporting.model_card import model_card
-from ..reporting.schema import Report, load_run
 from ..reporting.write import write_page
+from ..runs.directory import RunDirectory
+from ..runs.lock import hold
+from ..runs.records import Report, load_run
+from ..runs.results import Evaluation
 from ..runtime.files import write_text_atomic
 from ..runtime.machine import describe_machine, now
 from ..sparse.bench import bench, packed_bytes, record
 from .finish import write_report
-from .journal import RunDirectory
-from .lock import hold
 from .serial import Listener
 from .work import choose_device
 

@@ -21,7 +21,7 @@ from ..errors import FistaPrunerError
 from ..models.discovery import Layout
 from ..models.layerwise import Skeleton
 from ..recipes.settings import Recipe
-from ..reporting.schema import LayerEntry, PlanRow, Totals
+from ..runs.records import LayerEntry, PlanRow, Totals
 from ..runtime.memory import free_device_memory, free_memory, resident_memory
 from .probe import measure_time
 from .process import worker_devices

@@ -29,13 +29,13 @@ from ..models.source import resolve_model
 from ..models.tokenizer import load_tokenizer
 from ..models.whole import load_whole, require_whole
 from ..recipes.settings import Recipe, matches
-from ..reporting.schema import CalibrationFacts, ModelFacts, Report
+from ..runs.directory import RunDirectory
+from ..runs.records import CalibrationFacts, ModelFacts, Report
 from ..runtime.files import disk_errors, sha256_file
 from ..runtime.machine import describe_machine, now, versions
 from ..runtime.numerics import dtype_name, windows_at_once
 from ..sensitivity.decision import check_allocation, decide, needs_measuring, permutes
 from .executors import default_threads
-from .journal import RunDirectory
 from .plan import Plan, make_plan
 from .process import worker_devices
 from .ray_executor import require_ray

@@ -15,18 +15,18 @@ from ..models.files.checkpoint import Checkpoint
 from ..models.source import resolve_model
 from ..problem import LayerProblem
 from ..recipes.settings import Recipe, merge
-from ..reporting.schema import Report, load_run, parse, read_json
+from ..runs.directory import RunDirectory
+from ..runs.lock import hold, preparing
+from ..runs.log import Logged, log_file
+from ..runs.records import Report, load_run, parse, read_json
+from ..runs.times import Times, spent
 from ..runtime.files import disk_errors
 from ..runtime.memory import reset_peak_memory
 from .executors import prune_layers
 from .finish import finish, write_failure
-from .journal import RunDirectory
-from .lock import hold, preparing
-from .log import Logged, log_file
 from .measure import measure
 from .prepare import prepare, refuse_other
 from .serial import Listener
-from .times import Times, spent
 from .work import Work, choose_device, fingerprint, model_family
 
 log = logging.getLogger("fistapruner")

@@ -10,7 +10,7 @@ from ..problem import LayerProblem
 from ..pruning.drift import dense_windows
 from ..pruning.layer import Solver, Streams
 from ..recipes.settings import Recipe
-from ..reporting.schema import LayerEntry
+from ..runs.records import LayerEntry
 from .work import Work
 
 

@@ -28,12 +28,12 @@ from ..models.layerwise import Skeleton
 from ..pruning.layer import Progress, Solver, Streams, prune_layer
 from ..pruning.partition import solve_apart
 from ..recipes.settings import Recipe
-from ..reporting.schema import LayerEntry
+from ..runs.directory import RunDirectory
+from ..runs.records import LayerEntry
 from ..runtime.files import sampled_sha256
 from ..runtime.memory import peak_memory
 from ..sensitivity.decision import weighs_rows
 from ..solvers import solve
-from .journal import RunDirectory
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 

@@ -18,7 +18,7 @@ from ..models.discovery import Group, Layout
 from ..models.layerwise import Skeleton
 from ..problem import LayerProblem, ProblemSums, unweighted
 from ..recipes.settings import Recipe
-from ..reporting.schema import LayerEntry, OperatorEntry
+from ..runs.records import LayerEntry, OperatorEntry
 from ..runtime.memory import release_memory
 from ..solvers import solve
 from ..solvers.base import Method, Solution

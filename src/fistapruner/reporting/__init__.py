@@ -1,5 +1,5 @@
 """Results to JSON, and JSON to one self-contained page."""
 
-from .schema import Comparison, LayerEntry, OperatorEntry, Report, load_run
+from ..runs.records import Comparison, LayerEntry, OperatorEntry, Report, load_run
 
 __all__ = ["Comparison", "LayerEntry", "OperatorEntry", "Report", "load_run"]

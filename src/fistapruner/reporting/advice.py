@@ -8,8 +8,8 @@ from statistics import median
 
 from ..constraints.patterns import NM, parse_sparsity
 from ..errors import FistaPrunerError
+from ..runs.records import LayerEntry, OperatorEntry, Report
 from .numbers import percent, significant
-from .schema import LayerEntry, OperatorEntry, Report
 
 
 def advice(report: Report) -> list[str]:

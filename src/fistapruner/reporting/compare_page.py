@@ -11,12 +11,12 @@ from typing import Any
 
 from ..constraints.patterns import NM, parse_sparsity
 from ..errors import FistaPrunerError
+from ..runs.records import CompareRow, Comparison
 from .drawing import INK, SERIES, Drawing, draw, style
 from .evaluation_text import protocol
 from .html import facts, moment, page, section, table
 from .model_card import base_model_name
 from .numbers import duration, percent, significant, size, with_error
-from .schema import CompareRow, Comparison
 
 
 @dataclass(frozen=True)

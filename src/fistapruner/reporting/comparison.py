@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+from ..runs.records import CompareRow, Comparison
 from .numbers import duration, size
-from .schema import CompareRow, Comparison
 
 HEADER = ("method", "sparsity", "seed", "perplexity", "gap", "layer error", "time", "of it solving", "peak memory", "zeros")
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from ..evaluation.results import Evaluation, Perplexity, TaskResult
+from ..runs.results import Evaluation, Perplexity, TaskResult
 from .numbers import duration, p_value, with_error
 
 

@@ -7,9 +7,9 @@ from collections.abc import Iterable, Sequence
 from statistics import median
 from typing import Any
 
+from ..runs.records import LayerEntry, OperatorEntry, Report
 from .drawing import HEAT, HEAT_LEVELS, INK, SERIES, SURFACE, Drawing, draw, heat_level, style
 from .numbers import duration, significant
-from .schema import LayerEntry, OperatorEntry, Report
 
 PHASES = ("capture", "gram", "solve", "match", "io", "write")
 

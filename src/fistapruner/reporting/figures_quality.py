@@ -6,7 +6,7 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
-from ..evaluation.results import Evaluation
+from ..runs.results import Evaluation
 from .drawing import INK, SERIES, Drawing, draw, label_right, style
 from .numbers import percent, significant, with_error
 

@@ -6,9 +6,9 @@ from typing import Any
 
 import yaml
 
+from ..runs.records import Report
 from .evaluation_text import item_count
 from .numbers import count, p_value, percent, significant, size, with_error
-from .schema import Report
 from .size_and_speed import size_rows, speed_rows, speeds
 
 

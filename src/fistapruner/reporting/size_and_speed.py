@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
+from ..runs.records import Report
 from .numbers import duration, significant, size
-from .schema import Report
 
 Row = tuple[str, str, str, str, str]
 """Measure, dense, pruned, change, how it was measured."""

@@ -5,9 +5,9 @@ from __future__ import annotations
 from datetime import UTC, datetime
 from typing import Any
 
+from ..runs.records import Report
 from .figures import hardest, mean_error
 from .numbers import duration, percent
-from .schema import Report
 
 
 def status_facts(report: Report, now: datetime | None = None) -> dict[str, Any]:

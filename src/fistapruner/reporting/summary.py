@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from pathlib import Path
 
-from .schema import Report
+from ..runs.records import Report
 
 
 def summary(report: Report, folder: str | Path) -> str:

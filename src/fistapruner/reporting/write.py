@@ -5,10 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 
 from ..errors import FistaPrunerError
+from ..runs.records import Comparison, load_run, parse, read_json
 from ..runtime.files import write_text_atomic
 from .compare_page import comparison_page
 from .page import run_page
-from .schema import Comparison, load_run, parse, read_json
 
 
 def write_page(folder: str | Path) -> Path:

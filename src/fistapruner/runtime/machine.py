@@ -11,7 +11,7 @@ from pathlib import Path
 import psutil
 import torch
 
-from ..reporting.schema import Machine
+from ..runs.records import Machine
 
 INSTRUCTIONS = ("avx2", "avx512f", "avx512_vnni", "avx512_bf16", "avx512_vbmi2", "amx_bf16", "amx_int8")
 

@@ -3,7 +3,7 @@
     RUN/
         recipe.yaml                every setting
         run.json                   model, calibration, machine, what was decided before the first layer, and its checksum
-        lock                       host and process that works here (:mod:`fistapruner.pipeline.lock`)
+        lock                       host and process that works here (:mod:`fistapruner.runs.lock`)
         calibration.safetensors    the token ids
         metrics.safetensors        what was measured on the dense model: weights of errors, order of channels
         layers/0003.safetensors    the pruned tensors of a decoder layer
@@ -34,8 +34,8 @@ from ..calibration import tokens_sha256
 from ..errors import FistaPrunerError
 from ..models.files.checkpoint import Orders
 from ..models.files.safetensors import SafetensorsFile, SafetensorsWriter, TensorEntry
-from ..reporting.schema import LayerEntry
 from ..runtime.files import sha256_file, write_json_atomic, write_text_atomic
+from .records import LayerEntry
 
 log = logging.getLogger("fistapruner")
 

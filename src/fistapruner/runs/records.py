@@ -13,7 +13,7 @@ from typing import Any, Literal, TypeVar
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from ..errors import FistaPrunerError, explain
-from ..evaluation.results import Divergence, Evaluation, Perplexity
+from .results import Divergence, Evaluation, Perplexity
 
 VERSION = 1
 

@@ -7,8 +7,8 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from ..reporting.schema import LayerEntry
-from .serial import Listener
+from ..pipeline.serial import Listener
+from .records import LayerEntry
 
 log = logging.getLogger("fistapruner")
 

@@ -10,7 +10,7 @@ import tiny
 from fistapruner.cli import progress
 from fistapruner.pipeline.run import prune
 from fistapruner.pipeline.serial import Listener
-from fistapruner.reporting.schema import LayerEntry
+from fistapruner.runs.records import LayerEntry
 
 
 def test_every_long_pass_is_told(tmp_path: Path) -> None:

@@ -1,0 +1,1 @@
+"""The run directory of every verb: identity, lock, log, times and records."""
