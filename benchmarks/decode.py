@@ -26,12 +26,12 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from fistapruner.constraints.patterns import parse_sparsity, project_mask
-from fistapruner.evaluation.speed import WARM_UP_TOKENS, prompts, time_generation
 from fistapruner.models.source import resolve_model
 from fistapruner.sparse import kernel
 from fistapruner.sparse.linear import SparseLinear
 from fistapruner.sparse.load import hasten, replace
 from fistapruner.sparse.packed import pack_operator
+from fistapruner.sparse.speed import WARM_UP_TOKENS, prompts, time_generation
 
 LLAMA_1B = {
     "hidden_size": 2048,

@@ -96,7 +96,7 @@ def paper(folder: Path, arguments: argparse.Namespace) -> None:
     from fistapruner.models.discovery import discover
     from fistapruner.models.files.checkpoint import Checkpoint
     from fistapruner.models.layerwise import Skeleton
-    from fistapruner.pipeline.sizes import Choice, Sizes
+    from fistapruner.planning.sizes import Choice, Sizes
 
     model = write_checkpoint(folder / "model", "70b", 80, holes=True)
     skeleton = Skeleton(Checkpoint.open(model), torch.device("cpu"))

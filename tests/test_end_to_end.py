@@ -247,7 +247,7 @@ def test_bad_input_is_refused_before_anything_is_generated_or_measured(tmp_path:
 
     for name in ("calibration_tokens", "decide"):
         monkeypatch.setattr(f"fistapruner.pipeline.prepare.{name}", never)
-    monkeypatch.setattr("fistapruner.pipeline.ray_executor.find_spec", lambda _: None)
+    monkeypatch.setattr("fistapruner.execution.ray_pool.find_spec", lambda _: None)
     refused: list[tuple[dict[str, Any], str]] = [
         ({"only_layers": (7, 9)}, "--only-layers 7-9: the model has the decoder layers 0-2"),
         ({"evaluate": "python", "evaluate_windows": 0}, "windows 0 is out of range"),

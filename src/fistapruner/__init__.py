@@ -4,7 +4,7 @@ from .constraints.patterns import NM, Unstructured, parse_sparsity
 from .errors import FistaPrunerError
 from .evaluation.evaluate import evaluate
 from .pipeline.measure import bench_run, evaluate_run
-from .pipeline.run import finish_run, prune, resume
+from .pipeline.prune import finish_run, prune, resume
 from .problem import LayerProblem
 from .recipes.settings import Recipe
 from .runs.records import Report

@@ -11,7 +11,7 @@ import torch
 import tiny
 from fistapruner.activations.replay import Replay
 from fistapruner.models.files.checkpoint import Checkpoint
-from fistapruner.pipeline.run import prune
+from fistapruner.pipeline.prune import prune
 from fistapruner.pruning import layer
 
 SETTINGS: dict[str, Any] = {"method": "sparsegpt", "calibration": {"source": "python", "samples": 5, "seqlen": 24}}

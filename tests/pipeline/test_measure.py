@@ -13,11 +13,11 @@ import fistapruner as fp
 import tiny
 from fistapruner.cli import main
 from fistapruner.errors import FistaPrunerError
-from fistapruner.evaluation.speed import Speed, Variant, measure_speed
 from fistapruner.pipeline.measure import _without, is_run
 from fistapruner.runs.lock import hold
 from fistapruner.runs.records import load_run
 from fistapruner.runs.results import Evaluation, Perplexity, TaskResult
+from fistapruner.sparse.speed import Speed, Variant, measure_speed
 
 TEXT = "it was the best of times, it was the worst of times, it was the age of wisdom. " * 8
 
@@ -73,7 +73,7 @@ def test_a_perplexity_outlives_tasks_that_fail(
 
 
 def test_speed_of_a_run_is_kept_with_it(made: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    from fistapruner.evaluation.speed import load_variant, weight_bytes
+    from fistapruner.sparse.speed import load_variant, weight_bytes
 
     def in_this_process(variants: list[Variant], **settings: Any) -> list[Speed]:
         settings.pop("threads")

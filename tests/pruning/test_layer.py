@@ -17,11 +17,11 @@ from fistapruner import Recipe, solve
 from fistapruner.activations.passes import Calls
 from fistapruner.activations.store import HiddenStates, scratch_factory
 from fistapruner.constraints.patterns import parse_sparsity
+from fistapruner.execution.serial import Listener
 from fistapruner.models.discovery import Layout, Operator, discover
 from fistapruner.models.files.checkpoint import Checkpoint
 from fistapruner.models.layerwise import Skeleton
-from fistapruner.pipeline.run import prune
-from fistapruner.pipeline.serial import Listener
+from fistapruner.pipeline.prune import prune
 from fistapruner.problem import LayerProblem, ProblemSums
 from fistapruner.pruning.drift import dense_windows, drift_sources
 from fistapruner.pruning.layer import Streams, prune_layer

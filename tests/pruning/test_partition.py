@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from fistapruner.constraints.patterns import parse_sparsity
-from fistapruner.pipeline.footprint import peak_bytes
+from fistapruner.planning.footprint import peak_bytes
 from fistapruner.problem import LayerProblem
 from fistapruner.pruning import partition as parts
 from fistapruner.pruning.partition import cut, solve_apart

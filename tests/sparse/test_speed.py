@@ -7,8 +7,8 @@ from pruned import save_pruned
 
 from fistapruner import FistaPrunerError, pack
 from fistapruner.cli import main
-from fistapruner.evaluation.speed import Run, Speed, Variant, _serve, compare, load_variant, measure_speed, sentence, time_generation
 from fistapruner.sparse.bench import bench
+from fistapruner.sparse.speed import Run, Speed, Variant, _serve, compare, load_variant, measure_speed, sentence, time_generation
 from tiny import build
 
 
@@ -72,7 +72,7 @@ def test_a_process_says_what_went_wrong(tmp_path, monkeypatch):
     def out_of_range(variant):
         raise IndexError("index out of range in self")
 
-    monkeypatch.setattr("fistapruner.evaluation.speed.load_variant", out_of_range)
+    monkeypatch.setattr("fistapruner.sparse.speed.load_variant", out_of_range)
     pipe = Pipe()
     _serve(Variant("dense", tmp_path), 1, 4, 4, 1, pipe)
     assert pipe == [{"error": "IndexError: index out of range in self"}]

@@ -11,7 +11,7 @@ from torch import Tensor
 
 import tiny
 from fistapruner.models.files.checkpoint import Checkpoint
-from fistapruner.pipeline.run import prune
+from fistapruner.pipeline.prune import prune
 from fistapruner.tuning import block_matching as match
 
 SETTINGS: dict[str, Any] = {"method": "wanda", "sparsity": "50%", "calibration": {"source": "python", "samples": 9, "seqlen": 24}}

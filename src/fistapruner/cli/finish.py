@@ -23,7 +23,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
-    from ..pipeline.run import finish_run
+    from ..pipeline.prune import finish_run
     from .progress import choose_listener
     from .prune import show
 

@@ -8,7 +8,7 @@ import time
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-from ..pipeline.serial import Listener
+from ..execution.serial import Listener
 from ..reporting.numbers import duration
 from ..runs.records import LayerEntry
 

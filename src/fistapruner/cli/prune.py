@@ -165,7 +165,7 @@ def recipe_settings(arguments: argparse.Namespace) -> dict[str, Any]:
 
 
 def run(arguments: argparse.Namespace) -> int:
-    from ..pipeline.run import prune
+    from ..pipeline.prune import prune
     from ..recipes.settings import Recipe
     from .progress import choose_listener
 

@@ -21,7 +21,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
-    from ..pipeline.run import resume
+    from ..pipeline.prune import resume
     from .progress import choose_listener
     from .prune import show
 

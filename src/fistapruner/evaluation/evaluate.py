@@ -11,11 +11,11 @@ from typing import Any
 import torch
 
 from ..errors import FistaPrunerError
+from ..execution.context import DTYPES, choose_device
 from ..models.files.checkpoint import Checkpoint
 from ..models.layerwise import Skeleton, Tick
 from ..models.source import resolve_model
 from ..models.tokenizer import load_tokenizer
-from ..pipeline.work import DTYPES, choose_device
 from ..runs.results import Divergence, Evaluation, Perplexity
 from ..runtime.numerics import dtype_name
 from .data import Windows, load_windows

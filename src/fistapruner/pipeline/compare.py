@@ -28,6 +28,8 @@ from torch import Tensor
 from ..errors import FistaPrunerError, MissingExtraError
 from ..evaluation.data import Windows, load_windows
 from ..evaluation.evaluate import evaluate as run_evaluation
+from ..execution.context import choose_device, model_family, open_skeleton
+from ..execution.serial import Listener
 from ..models.source import resolve_model
 from ..models.tokenizer import load_tokenizer
 from ..recipes.settings import Calibration, Recipe, load_recipe_settings, merge, parse_value, shipped_recipes
@@ -40,9 +42,7 @@ from ..runtime.files import disk_errors, write_json_atomic, write_text_atomic
 from ..runtime.machine import describe_machine, now, versions
 from ..runtime.numerics import dtype_name
 from .prepare import window_length
-from .run import prune
-from .serial import Listener
-from .work import choose_device, model_family, open_skeleton
+from .prune import prune
 
 _PERPLEXITY = TypeAdapter(Perplexity)
 

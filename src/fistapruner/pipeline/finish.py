@@ -14,8 +14,11 @@ from torch import Tensor
 
 from ..errors import FistaPrunerError
 from ..evaluation.inspection import RECORD
+from ..execution.context import Work
+from ..execution.serial import Listener
 from ..models.files.writer import write_checkpoint
 from ..models.layerwise import Skeleton
+from ..planning.plan import check_plan
 from ..reporting.model_card import model_card
 from ..runs.directory import RunDirectory
 from ..runs.records import VERSION, LayerEntry, Report, Totals, load_run, parse, read_json
@@ -23,9 +26,6 @@ from ..runs.times import Times
 from ..runtime.files import write_json_atomic
 from ..runtime.machine import now
 from ..runtime.memory import peak_memory
-from .plan import check_plan
-from .serial import Listener
-from .work import Work
 
 
 def finish(run: RunDirectory, work: Work, times: Times, listener: Listener) -> Report:

@@ -14,7 +14,8 @@ from ..errors import FistaPrunerError, MissingExtraError
 from ..evaluation.data import load_windows
 from ..evaluation.evaluate import evaluate as run_evaluation
 from ..evaluation.generations import generate_side_by_side
-from ..evaluation.speed import Speed
+from ..execution.context import choose_device
+from ..execution.serial import Listener
 from ..models.tokenizer import load_tokenizer
 from ..reporting.model_card import model_card
 from ..reporting.write import write_page
@@ -25,9 +26,8 @@ from ..runs.results import Evaluation
 from ..runtime.files import write_text_atomic
 from ..runtime.machine import describe_machine, now
 from ..sparse.bench import bench, packed_bytes, record
+from ..sparse.speed import Speed
 from .finish import write_report
-from .serial import Listener
-from .work import choose_device
 
 
 def measure(run: RunDirectory, report: Report, data: str | None, windows: int | None, listener: Listener) -> Report:

@@ -22,12 +22,18 @@ from ..calibration import SELF, calibration_tokens
 from ..constraints.patterns import Sparsity, check_divides, parse_sparsity
 from ..errors import FistaPrunerError
 from ..evaluation.data import load_windows
+from ..execution.context import fingerprint, model_family, open_skeleton, stamps, threads
+from ..execution.executors import default_threads
+from ..execution.process_pool import worker_devices
+from ..execution.ray_pool import require_ray
+from ..execution.serial import Listener
 from ..models.discovery import Layout, discover
 from ..models.files.checkpoint import Checkpoint
 from ..models.layerwise import Skeleton
 from ..models.source import resolve_model
 from ..models.tokenizer import load_tokenizer
 from ..models.whole import load_whole, require_whole
+from ..planning.plan import Plan, make_plan
 from ..recipes.settings import Recipe, matches
 from ..runs.directory import RunDirectory
 from ..runs.records import CalibrationFacts, ModelFacts, Report
@@ -35,12 +41,6 @@ from ..runtime.files import disk_errors, sha256_file
 from ..runtime.machine import describe_machine, now, versions
 from ..runtime.numerics import dtype_name, windows_at_once
 from ..sensitivity.decision import check_allocation, decide, needs_measuring, permutes
-from .executors import default_threads
-from .plan import Plan, make_plan
-from .process import worker_devices
-from .ray_executor import require_ray
-from .serial import Listener
-from .work import fingerprint, model_family, open_skeleton, stamps, threads
 
 log = logging.getLogger("fistapruner")
 

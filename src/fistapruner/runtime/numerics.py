@@ -69,7 +69,7 @@ def row_blocks(rows: int) -> list[slice]:
     """Sixteenths of ``rows``: what is computed row by row goes block by block, so that its temporaries stay small.
 
     A share rather than a number of rows, so that the memory of a small problem predicts that of a large one
-    (:func:`~fistapruner.pipeline.footprint.solve_bytes`).
+    (:func:`~fistapruner.planning.footprint.solve_bytes`).
     """
     size = max(1, -(-rows // 16))
     return [slice(start, min(start + size, rows)) for start in range(0, rows, size)]

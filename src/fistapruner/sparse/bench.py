@@ -8,10 +8,10 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 from ..errors import FistaPrunerError
-from ..evaluation.speed import WARM_UP_TOKENS, Speed, Variant, compare, sentence
 from ..models.files.checkpoint import read_json
 from . import kernel
 from .pack import is_packed, pack, unpack
+from .speed import WARM_UP_TOKENS, Speed, Variant, compare, sentence
 
 
 def bench(

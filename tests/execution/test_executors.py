@@ -15,12 +15,12 @@ import pytest
 
 import tiny
 from fistapruner.errors import FistaPrunerError
-from fistapruner.pipeline.dispatch import Event, Job, PartJob, dispatch
-from fistapruner.pipeline.process import ProcessPool, worker_devices
-from fistapruner.pipeline.run import finish_run, prune, resume
-from fistapruner.pipeline.serial import Listener, prune_serially
-from fistapruner.pipeline.side_by_side import SideBySide
-from fistapruner.pipeline.work import Work
+from fistapruner.execution.context import Work
+from fistapruner.execution.layer_parallel import Event, Job, PartJob, dispatch
+from fistapruner.execution.operator_parallel import SideBySide
+from fistapruner.execution.process_pool import ProcessPool, worker_devices
+from fistapruner.execution.serial import Listener, prune_serially
+from fistapruner.pipeline.prune import finish_run, prune, resume
 from fistapruner.pruning import partition as parts
 from fistapruner.runs.directory import RunDirectory
 
@@ -194,7 +194,7 @@ def test_worker_that_dies_of_a_part_is_replaced(model: Path, tmp_path: Path) -> 
 def test_an_address_without_a_cluster_is_refused_at_once(
     model: Path, tmp_path: Path, address: str, message: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("fistapruner.pipeline.ray_executor.find_spec", lambda name: object())  # whether it is installed or not
+    monkeypatch.setattr("fistapruner.execution.ray_pool.find_spec", lambda name: object())  # whether it is installed or not
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         address = address.format(closed=free.getsockname()[1])  # nothing listens there

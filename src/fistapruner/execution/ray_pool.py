@@ -17,8 +17,8 @@ from typing import Any
 
 from ..errors import FistaPrunerError, MissingExtraError
 from ..recipes.settings import Execution
-from .dispatch import Event, Job, PartJob
-from .work import Work
+from .context import Work
+from .layer_parallel import Event, Job, PartJob
 
 ENDS = ("done", "failed", "broken", "lost")
 """Events after which a job says nothing more."""
@@ -53,7 +53,7 @@ def require_ray(address: str | None) -> None:
 
 
 class RayPool:
-    """A pool of Ray actors (see :class:`~fistapruner.pipeline.dispatch.Pool`).
+    """A pool of Ray actors (see :class:`~fistapruner.execution.layer_parallel.Pool`).
 
     Args:
         work: the opened run.
@@ -130,7 +130,7 @@ class RayPool:
 
 
 class Actor:
-    """A :class:`~fistapruner.pipeline.worker.Worker` on some node of the cluster."""
+    """A :class:`~fistapruner.execution.worker.Worker` on some node of the cluster."""
 
     def __init__(self, folder: str, part: str, device: str) -> None:
         from .worker import Worker

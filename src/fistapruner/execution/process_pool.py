@@ -13,12 +13,12 @@ from pathlib import Path
 
 import torch
 
-from .dispatch import Event, Job, PartJob
-from .work import Work
+from .context import Work
+from .layer_parallel import Event, Job, PartJob
 
 
 class ProcessPool:
-    """A pool of local worker processes (see :class:`~fistapruner.pipeline.dispatch.Pool`).
+    """A pool of local worker processes (see :class:`~fistapruner.execution.layer_parallel.Pool`).
 
     Args:
         work: the opened run.
@@ -64,7 +64,7 @@ class ProcessPool:
         package = str(Path(__file__).parents[2])
         path = os.pathsep.join([package, *filter(None, [os.environ.get("PYTHONPATH")])])
         environment = {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": str(numerics["threads"])}
-        program = [sys.executable, "-m", "fistapruner.pipeline.worker"]
+        program = [sys.executable, "-m", "fistapruner.execution.worker"]
         place = [str(self._work.run.folder), self._work.part, str(self._devices[worker]), str(os.getpid())]
         process = subprocess.Popen([*program, *place], stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=environment)
         assert process.stdout is not None

@@ -21,14 +21,14 @@ from fistapruner.errors import FistaPrunerError
 from fistapruner.models.discovery import Layout, discover
 from fistapruner.models.files.checkpoint import Checkpoint
 from fistapruner.models.layerwise import Skeleton
-from fistapruner.pipeline import plan as plan_module
-from fistapruner.pipeline import probe
-from fistapruner.pipeline import sizes as sizes_module
-from fistapruner.pipeline.footprint import peak_bytes, solve_bytes
-from fistapruner.pipeline.plan import DEVICE_RESERVE, Plan, make_plan
 from fistapruner.pipeline.prepare import allocate
-from fistapruner.pipeline.run import prune
-from fistapruner.pipeline.sizes import Choice, Sizes
+from fistapruner.pipeline.prune import prune
+from fistapruner.planning import plan as plan_module
+from fistapruner.planning import probe
+from fistapruner.planning import sizes as sizes_module
+from fistapruner.planning.footprint import peak_bytes, solve_bytes
+from fistapruner.planning.plan import DEVICE_RESERVE, Plan, make_plan
+from fistapruner.planning.sizes import Choice, Sizes
 from fistapruner.problem import LayerProblem
 from fistapruner.pruning import partition as parts_module
 from fistapruner.solvers import parse_method, solve
@@ -233,7 +233,7 @@ def test_operators_solved_one_by_one(model: Model, tmp_path: Path) -> None:
     }
     prune(folder, tmp_path / "stacked", **settings)
     with pytest.MonkeyPatch.context() as patched:
-        patched.setattr("fistapruner.pipeline.plan.Choice", lambda size, **_: Choice(size, on_disk=True, by_operator=True))
+        patched.setattr("fistapruner.planning.plan.Choice", lambda size, **_: Choice(size, on_disk=True, by_operator=True))
         report = prune(folder, tmp_path / "alone", **settings)
     facts = json.loads((tmp_path / "alone" / "run.json").read_text())
     assert facts["decided"]["numerics"]["by_operator"]

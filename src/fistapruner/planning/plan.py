@@ -1,7 +1,7 @@
 """What a run will need, before it begins: memory, disk and time; and what is chosen so that it fits.
 
-Memory and disk are counted (:mod:`fistapruner.pipeline.sizes`), time is measured on the first batch of calibration windows
-(:mod:`fistapruner.pipeline.probe`). The predictions are kept and stand beside the measurements in the report.
+Memory and disk are counted (:mod:`fistapruner.planning.sizes`), time is measured on the first batch of calibration windows
+(:mod:`fistapruner.planning.probe`). The predictions are kept and stand beside the measurements in the report.
 """
 
 from __future__ import annotations
@@ -18,13 +18,13 @@ from torch import Tensor
 
 from ..constraints.patterns import Sparsity
 from ..errors import FistaPrunerError
+from ..execution.process_pool import worker_devices
 from ..models.discovery import Layout
 from ..models.layerwise import Skeleton
 from ..recipes.settings import Recipe
 from ..runs.records import LayerEntry, PlanRow, Totals
 from ..runtime.memory import free_device_memory, free_memory, resident_memory
 from .probe import measure_time
-from .process import worker_devices
 from .sizes import Choice, Sizes
 
 GIB = 2**30

@@ -9,11 +9,11 @@ import torch
 from ..problem import LayerProblem
 from ..pruning.partition import Part, cut
 from ..recipes.settings import Execution
-from .dispatch import Pool, dispatch
-from .process import ProcessPool, available_cores, worker_devices
+from .context import Work, threads
+from .layer_parallel import Pool, dispatch
+from .operator_parallel import SideBySide
+from .process_pool import ProcessPool, available_cores, worker_devices
 from .serial import Listener, prune_serially
-from .side_by_side import SideBySide
-from .work import Work, threads
 
 
 def prune_layers(
@@ -70,7 +70,7 @@ def _pool(work: Work, execution: Execution, jobs: int, listener: Listener) -> Po
         devices = worker_devices(execution.device, execution.workers, count)[:jobs]
         listener.say(f"{len(devices)} worker processes of {count} threads on {', '.join(sorted({str(device) for device in devices}))}")
         return ProcessPool(work, devices)
-    from .ray_executor import RayPool
+    from .ray_pool import RayPool
 
     pool = RayPool(work, execution, jobs)
     listener.say(f"{pool.size} Ray workers of {count} threads")

@@ -17,8 +17,8 @@ from dataclasses import asdict, dataclass
 from typing import Any, Protocol
 
 from ..errors import FistaPrunerError
+from .context import Work
 from .serial import Listener
-from .work import Work
 
 log = logging.getLogger("fistapruner")
 

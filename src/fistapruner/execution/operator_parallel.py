@@ -22,7 +22,7 @@ from ..models.files.safetensors import SafetensorsFile, SafetensorsWriter, Tenso
 from ..problem import LayerProblem
 from ..pruning.partition import cut, join, part_of, rows_of, solve_apart, solve_part
 from ..solvers.base import Method, Solution
-from .dispatch import GRAM, PartJob, Pool, count_death
+from .layer_parallel import GRAM, PartJob, Pool, count_death
 
 
 class SideBySide:

@@ -2,7 +2,7 @@
 
 Memory is a sum of things whose sizes are known (embeddings, one decoder layer, hidden states, Grams) and of two that are
 found by doing them once, small: a forward pass of one window, and the solve of each group of operators
-(:mod:`fistapruner.pipeline.footprint`).
+(:mod:`fistapruner.planning.footprint`).
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """What every process of a run needs to prune layers, opened from the run directory alone.
 
-The process that starts a run decides everything once (:func:`fistapruner.pipeline.run.prune`) and writes it down; then it,
+The process that starts a run decides everything once (:func:`fistapruner.pipeline.prune.prune`) and writes it down; then it,
 a worker process or a node of a cluster opens the same :class:`Work` from the same directory and agrees on every bit.
 """
 

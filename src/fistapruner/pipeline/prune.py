@@ -11,6 +11,9 @@ from typing import Any
 from torch import Tensor
 
 from ..errors import FistaPrunerError
+from ..execution.context import Work, choose_device, fingerprint, model_family
+from ..execution.executors import prune_layers
+from ..execution.serial import Listener
 from ..models.files.checkpoint import Checkpoint
 from ..models.source import resolve_model
 from ..problem import LayerProblem
@@ -22,12 +25,9 @@ from ..runs.records import Report, load_run, parse, read_json
 from ..runs.times import Times, spent
 from ..runtime.files import disk_errors
 from ..runtime.memory import reset_peak_memory
-from .executors import prune_layers
 from .finish import finish, write_failure
 from .measure import measure
 from .prepare import prepare, refuse_other
-from .serial import Listener
-from .work import Work, choose_device, fingerprint, model_family
 
 log = logging.getLogger("fistapruner")
 

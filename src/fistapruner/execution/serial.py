@@ -11,7 +11,7 @@ from ..pruning.drift import dense_windows
 from ..pruning.layer import Solver, Streams
 from ..recipes.settings import Recipe
 from ..runs.records import LayerEntry
-from .work import Work
+from .context import Work
 
 
 class Listener:

@@ -306,8 +306,8 @@ def load_variant(variant: Variant) -> Any:
     """The model of a variant, on the CPU."""
     from transformers import AutoModelForCausalLM
 
-    from ..sparse.load import load
-    from ..sparse.pack import is_packed
+    from .load import load
+    from .pack import is_packed
 
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     dtype = getattr(torch, variant.dtype) if variant.dtype else None

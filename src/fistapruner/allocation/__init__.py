@@ -1,1 +1,0 @@
-"""What is decided on the dense model before anything is pruned: sparsities, weights of rows, order of channels."""

@@ -1,0 +1,1 @@
+"""Predict memory, disk and time of a run before it begins."""
