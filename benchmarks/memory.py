@@ -101,7 +101,7 @@ def paper(folder: Path, arguments: argparse.Namespace) -> None:
     model = write_checkpoint(folder / "model", "70b", 80, holes=True)
     skeleton = Skeleton(Checkpoint.open(model), torch.device("cpu"))
     layout = discover(skeleton)
-    recipe = Recipe.build({"method": arguments.method, "propagate": "dense", "target": arguments.target}).settled()
+    recipe = Recipe.build({"method": arguments.method, "propagate": "dense", "target": arguments.target}).resolved()
     sparsity = {name: parse_sparsity("50%") for name, _ in layout.operators()}
     sizes = Sizes.measure(skeleton, layout, recipe, sparsity, torch.zeros(arguments.samples, arguments.seqlen, dtype=torch.long))
     print(

@@ -103,7 +103,7 @@ class LayerProblem:
         return m, n
 
     @property
-    def pull(self) -> Tensor | None:
+    def drift_gradient(self) -> Tensor | None:
         """(m, n) ``a R``: what the drift adds to the gradient at W, None when it adds nothing."""
         return None if self.drift is None or self.target == 0.0 else self.drift * self.target
 
@@ -111,7 +111,7 @@ class LayerProblem:
     def linear(self) -> Tensor:
         """(m, n) ``B = W H + a R``, the linear term of the least squares."""
         product = self.weight @ self.gram
-        return product if self.pull is None else product + self.pull
+        return product if self.drift_gradient is None else product + self.drift_gradient
 
     def check_finite(self) -> None:
         """Refuse NaN and infinity, naming the operator and where they are."""
@@ -153,7 +153,7 @@ class LayerProblem:
     def gradient(self, weight: Tensor) -> Tensor:
         """(m, n) half the gradient of f: ``V H - B``."""
         product = (weight - self.weight) @ self.gram
-        return product if self.pull is None else product - self.pull
+        return product if self.drift_gradient is None else product - self.drift_gradient
 
     def weighted(self, importance: Tensor) -> LayerProblem:
         """The problem whose error is ``sum_i importance_i f_i`` over rows i: every row scaled by the root of its importance.

@@ -13,12 +13,12 @@ from fistapruner.constraints.patterns import (
     Unstructured,
     _bisect,
     check_divides,
-    holds,
     keep_largest,
     keep_n_of_m,
     of_rows,
     parse_sparsity,
     project_mask,
+    satisfies,
 )
 
 
@@ -62,7 +62,7 @@ def test_unstructured_is_exact(rows: int, columns: int, share: float, scope: str
         scores = scores.round()
     mask = project_mask(scores, Unstructured(share), scope)
     assert int((~mask).sum()) == round(share * rows * columns)
-    assert holds(torch.ones(rows, columns) * mask, Unstructured(share))
+    assert satisfies(torch.ones(rows, columns) * mask, Unstructured(share))
     if scope == "operator" and mask.any() and not mask.all():
         assert float(scores[mask].min()) >= float(scores[~mask].max())
     if scope == "row":
@@ -83,7 +83,7 @@ def test_n_of_m_is_exact(m: int, groups: int, rows: int, ties: bool, seed: int, 
     lowest = torch.where(kept, grouped, torch.inf).amin(-1)
     highest = torch.where(kept, -torch.inf, grouped).amax(-1)
     assert bool((lowest >= highest).all())
-    assert holds(scores * mask, NM(n, m))
+    assert satisfies(scores * mask, NM(n, m))
 
 
 def test_ties_are_broken_by_position_and_nan_is_smallest() -> None:
@@ -97,10 +97,10 @@ def test_ties_are_broken_by_position_and_nan_is_smallest() -> None:
 
 def test_holds_sees_one_weight_too_many() -> None:
     weight = torch.tensor([[1.0, 0, 0, 2], [1, 0, 3, 2]])
-    assert not holds(weight, NM(2, 4))
-    assert not holds(weight, Unstructured(0.5))
-    assert holds(weight, Unstructured(0.375))
-    assert not holds(torch.zeros(2, 6), NM(2, 4))
+    assert not satisfies(weight, NM(2, 4))
+    assert not satisfies(weight, Unstructured(0.5))
+    assert satisfies(weight, Unstructured(0.375))
+    assert not satisfies(torch.zeros(2, 6), NM(2, 4))
 
 
 @pytest.mark.parametrize("values", ["normal", "tied", "infinite", "half"])

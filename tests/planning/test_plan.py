@@ -44,7 +44,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Model:
 
 
 def sizes(model: Model, **settings: Any) -> Sizes:
-    recipe = Recipe.build({"method": "wanda", "propagate": "dense", **settings}).settled()
+    recipe = Recipe.build({"method": "wanda", "propagate": "dense", **settings}).resolved()
     return Sizes.measure(model[0], model[1], recipe, allocate(recipe, model[1]), model[2])
 
 
@@ -96,10 +96,10 @@ def test_hidden_states_go_to_disk_before_batches_shrink(model: Model, tmp_path: 
     measured = sizes(model)
     limits = {choice: max(measured.stages(choice).values()) for choice in (Choice(16), Choice(16, on_disk=True), Choice(8, on_disk=True))}
     for choice, limit in limits.items():
-        recipe = Recipe.build({"method": "wanda", "propagate": "dense", "execution": {"memory_limit": limit}}).settled()
+        recipe = Recipe.build({"method": "wanda", "propagate": "dense", "execution": {"memory_limit": limit}}).resolved()
         made = make_plan(*model[:2], recipe, allocate(recipe, model[1]), model[2], 16, tmp_path)
         assert made.choice == choice
-    recipe = Recipe.build({"method": "wanda", "propagate": "dense", "execution": {"memory_limit": limits[Choice(16)]}}).settled()
+    recipe = Recipe.build({"method": "wanda", "propagate": "dense", "execution": {"memory_limit": limits[Choice(16)]}}).resolved()
     two = make_plan(*model[:2], recipe, allocate(recipe, model[1]), model[2], 16, tmp_path, workers=2)
     assert two.choice.on_disk
 
@@ -108,7 +108,7 @@ def test_hidden_states_go_to_disk_before_batches_shrink(model: Model, tmp_path: 
 def test_layers_without_operators_are_no_hindrance(model: Model, tmp_path: Path, targets: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """The sizes are of a layer that has operators; time is estimated too, and the dense model is measured."""
     monkeypatch.setattr(probe, "WORTH_A_PROBE", 0)
-    recipe = Recipe.build({"method": "proximal", "targets": [targets]}).settled()
+    recipe = Recipe.build({"method": "proximal", "targets": [targets]}).resolved()
     layout = model[1].select(recipe)
     made = make_plan(model[0], layout, recipe, allocate(recipe, layout), model[2], 16, tmp_path)
     assert {row.quantity for row in made.rows} == {"peak memory", "disk", "pruning, one worker"}
@@ -123,7 +123,7 @@ def test_layers_without_operators_are_no_hindrance(model: Model, tmp_path: Path,
 
 
 def test_impossible_limit_is_refused(model: Model, tmp_path: Path) -> None:
-    recipe = Recipe.build({"method": "wanda", "propagate": "dense", "execution": {"memory_limit": "1MiB"}}).settled()
+    recipe = Recipe.build({"method": "wanda", "propagate": "dense", "execution": {"memory_limit": "1MiB"}}).resolved()
     with pytest.raises(FistaPrunerError, match=r"--memory-limit 0\.00 GiB is not enough: .* needs .* GiB"):
         make_plan(*model[:2], recipe, allocate(recipe, model[1]), model[2], 16, tmp_path)
 
@@ -136,7 +136,7 @@ def plan_on_gpu(
 ) -> Plan:
     """The plan of a model whose layers run on a GPU with so many bytes free, of which ``measured`` are the sizes."""
     settings = {"method": "wanda", "propagate": "dense", "execution": {"memory_limit": host}, **settings}
-    recipe = Recipe.build(settings).settled()
+    recipe = Recipe.build(settings).resolved()
     with pytest.MonkeyPatch.context() as patched:
         patched.setattr(plan_module.Sizes, "measure", lambda *_: measured)
         patched.setattr(plan_module, "free_device_memory", lambda _: free)
@@ -215,7 +215,7 @@ def test_a_gpu_without_room_for_one_window_is_named(model: Model, tmp_path: Path
     def out_of_memory(*_: Any) -> Any:
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
 
-    recipe = Recipe.build({"method": "wanda", "propagate": "dense"}).settled()
+    recipe = Recipe.build({"method": "wanda", "propagate": "dense"}).resolved()
     monkeypatch.setattr(plan_module, "free_device_memory", lambda _: 2**29)
     for name, what in (("measure_time", "16 windows at a time"), ("Sizes", "one window")):
         monkeypatch.setattr(plan_module, name, SimpleNamespace(measure=out_of_memory) if name == "Sizes" else out_of_memory)
@@ -269,7 +269,7 @@ def test_block_matching_is_in_the_estimated_time(model: Model, monkeypatch: pyte
     monkeypatch.setattr(probe, "prune_layer", layer)
     estimates = []
     for steps in (0, 2, 1000):
-        recipe = Recipe.build({"match": steps, "sparsity": "2:4"}).settled()
+        recipe = Recipe.build({"match": steps, "sparsity": "2:4"}).resolved()
         estimates.append(probe.measure_time(skeleton, layout, recipe, allocate(recipe, layout), tokens, 16))
     assert asked == [0, 2, probe.MATCHING_STEPS]
     # 64 windows, 8 held out, 16 of them in the probe, 2 held out; looks: one at the start and up to eight.
@@ -285,7 +285,7 @@ def test_the_estimated_dense_pass_is_of_its_windows(model: Model, monkeypatch: p
     monkeypatch.setattr(probe, "dense_windows", lambda *_: len(tokens) // 4)
     entry = SimpleNamespace(seconds={"capture": 5.0, "gram": 3.0, "io": 0.5}, passed_after=2.5)
     monkeypatch.setattr(probe, "prune_layer", lambda *_, **__: SimpleNamespace(entry=entry))
-    recipe = Recipe.build({"sparsity": "2:4"}).settled()
+    recipe = Recipe.build({"sparsity": "2:4"}).resolved()
     estimate = probe.measure_time(skeleton, layout, recipe, allocate(recipe, layout), tokens, 16)
     # 8 s of passes of 16 of 64 windows, 2 of them the dense pass, which is of a quarter of the windows.
     assert estimate == pytest.approx((0.5 + (6.0 + 2.0 / 4) * 4) * len(skeleton))
@@ -299,7 +299,7 @@ def test_time_is_of_parts_where_the_run_solves_parts(
     skeleton, layout, tokens = model
     monkeypatch.setattr(probe, "WORTH_A_PROBE", 0)
     monkeypatch.setattr(parts_module, "ROWS", 12)
-    recipe = Recipe.build({"method": "wanda"}).settled()
+    recipe = Recipe.build({"method": "wanda"}).resolved()
     sparsity = allocate(recipe, layout)
     problem = LayerProblem(torch.randn(64, 16), torch.eye(16), names=tuple(sparsity)[:2], rows=(40, 24))
     timed: list[Any] = []

@@ -34,7 +34,7 @@ def stream(
     folder: Path, recipe: Recipe, scratch: Path | None, inspect: Callable[[int, LayerProblem], None] | None = None
 ) -> dict[str, Tensor]:
     """Prune all layers of a checkpoint, one in memory at a time."""
-    recipe = recipe.settled()
+    recipe = recipe.resolved()
     skeleton = Skeleton(Checkpoint.open(folder), torch.device("cpu"))
     layout = discover(skeleton)
     tokens = calibration()
@@ -168,7 +168,7 @@ def test_streaming_equals_in_memory_bit_for_bit(
 ) -> None:
     monkeypatch.setattr("fistapruner.pruning.drift.DRIFT_NOISE", noise)
     folder = tiny.save(architecture, tmp_path / "model")
-    recipe = Recipe.build({"method": "sparsegpt", "sparsity": "50%", **settings}).settled()
+    recipe = Recipe.build({"method": "sparsegpt", "sparsity": "50%", **settings}).resolved()
     layout = discover(Skeleton(Checkpoint.open(folder), torch.device("cpu")))
     assert layout.adding == (tiny.ADDING[architecture],) * len(layout.layers)
     assert (dense_windows(recipe, layout, SAMPLES, SEQLEN, BATCH) < SAMPLES) == (noise == 1 and recipe.propagate == "pruned")
@@ -204,7 +204,7 @@ def test_windows_of_the_dense_model() -> None:
 
     def windows(columns: int, samples: int, seqlen: int, **settings: Any) -> int:
         layout = Layout("layers", (((Operator("down", 8, columns, False),),),), ((),), ({},))
-        return dense_windows(Recipe.build(settings).settled(), layout, samples, seqlen, 2)
+        return dense_windows(Recipe.build(settings).resolved(), layout, samples, seqlen, 2)
 
     assert windows(1536, 128, 1024) == 78
     assert windows(11008, 128, 2048) > 100

@@ -37,20 +37,20 @@ PARALLEL = {"execution": {"executor": "process"}}
     ],
 )
 def test_auto_is_what_the_method_was_published_with_or_ours_measured_best(settings: dict[str, Any], expected: tuple[Any, ...]) -> None:
-    recipe = Recipe.build(settings).settled()
+    recipe = Recipe.build(settings).resolved()
     assert (recipe.propagate, recipe.dense_share, recipe.residual) == expected
-    assert recipe.settled(apart=True) == recipe  # what is settled stays
+    assert recipe.resolved(apart=True) == recipe  # what is resolved stays
     assert Recipe.from_yaml(recipe.to_yaml()) == recipe
 
 
 def test_a_part_of_the_layers_is_fed_by_the_dense_model() -> None:
-    assert Recipe().settled(apart=True).propagate == "dense"
+    assert Recipe().resolved(apart=True).propagate == "dense"
 
 
 def test_who_goes_on_with_a_run_keeps_what_it_settled() -> None:
-    earlier = Recipe().settled().model_dump(mode="json")
-    assert Recipe.build(PARALLEL).settled(earlier=earlier).propagate == "pruned"
-    assert Recipe.build({"target": "dense", **PARALLEL}).settled(earlier=earlier).dense_share == 1.0
+    earlier = Recipe().resolved().model_dump(mode="json")
+    assert Recipe.build(PARALLEL).resolved(earlier=earlier).propagate == "pruned"
+    assert Recipe.build({"target": "dense", **PARALLEL}).resolved(earlier=earlier).dense_share == 1.0
 
 
 FISTA_PRESETS = {

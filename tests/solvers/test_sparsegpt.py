@@ -17,8 +17,8 @@ def brain_surgeon(problem: LayerProblem, mask: torch.Tensor, damping: float) -> 
     gram = problem.gram.double()
     gram = gram + damping * gram.diagonal().mean() * torch.eye(len(gram), dtype=torch.float64)
     weight = problem.weight.double()
-    if problem.pull is not None:
-        weight = weight + problem.pull.double() @ torch.linalg.inv(gram)
+    if problem.drift_gradient is not None:
+        weight = weight + problem.drift_gradient.double() @ torch.linalg.inv(gram)
     weight = weight.clone()
     for j in range(len(gram)):
         inverse = torch.linalg.inv(gram[j:, j:])

@@ -240,7 +240,7 @@ def of_rows(sparsity: Sparsity, rows: int, columns: int, start: int, stop: int) 
     return Unstructured(zeros / ((stop - start) * columns))
 
 
-def holds(weight: Tensor, sparsity: Sparsity) -> bool:
+def satisfies(weight: Tensor, sparsity: Sparsity) -> bool:
     """Whether ``weight`` (rows x columns) really has the pattern: at least the promised zeros, n:m in every group."""
     rows, columns = weight.shape
     if isinstance(sparsity, NM):

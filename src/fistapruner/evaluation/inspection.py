@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..constraints.patterns import NM, Sparsity, holds, parse_sparsity
+from ..constraints.patterns import NM, Sparsity, parse_sparsity, satisfies
 from ..errors import FistaPrunerError
 from ..models.files.checkpoint import Checkpoint, read_json
 from ..models.files.safetensors import TensorEntry
@@ -179,7 +179,7 @@ def _violation(weight: Tensor, zeros: int, claim: dict[str, Any]) -> str | None:
         return f"has {zeros} zeros, {promised} are claimed"
     if type(promised) is int and not isinstance(sparsity, NM):
         return None  # the exact count says more than the percentage, which is rounded
-    if weight.ndim != 2 or not holds(weight, sparsity):
+    if weight.ndim != 2 or not satisfies(weight, sparsity):
         return f"is not {sparsity} ({zeros / max(weight.numel(), 1):.2%} zeros)"
     return None
 

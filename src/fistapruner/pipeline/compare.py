@@ -171,8 +171,8 @@ def compare(
     before = _before(folder, model)
     trust: dict[str, Any] = {"allow_pickle": allow_pickle, "trust_remote_code": trust_remote_code}
     source = resolve_model(model, **trust)
-    settled = partial(Recipe.settled, family=lambda: model_family(source, allow_pickle=allow_pickle))
-    jobs = [(contender, seed, settled(recipe)) for contender, seed, recipe in jobs]
+    resolved = partial(Recipe.resolved, family=lambda: model_family(source, allow_pickle=allow_pickle))
+    jobs = [(contender, seed, resolved(recipe)) for contender, seed, recipe in jobs]
     skeleton = open_skeleton(source, first, **trust)
     tokenizer = load_tokenizer(source, trust_remote_code=trust_remote_code)
     text = load_windows(data, tokenizer, window_length(first, skeleton), windows)

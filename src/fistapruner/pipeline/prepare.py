@@ -253,7 +253,7 @@ def plan_model(model: str, recipe: Recipe, out: str | Path = ".", *, allow_pickl
     """
     check_allocation(recipe)
     folder = resolve_model(model, allow_pickle=allow_pickle, trust_remote_code=trust_remote_code)
-    recipe = recipe.settled(family=lambda: model_family(folder, allow_pickle=allow_pickle))
+    recipe = recipe.resolved(family=lambda: model_family(folder, allow_pickle=allow_pickle))
     skeleton = open_skeleton(folder, recipe, allow_pickle=allow_pickle, trust_remote_code=trust_remote_code)
     layout = discover(skeleton).select(recipe)
     return plan_run(skeleton, layout, recipe, allocate(recipe, layout), Path(out))

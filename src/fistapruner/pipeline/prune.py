@@ -83,7 +83,7 @@ def prune(
         folder = resolve_model(model, allow_pickle=allow_pickle, trust_remote_code=trust_remote_code)
         return model_family(folder, allow_pickle=allow_pickle)
 
-    recipe = recipe.settled(apart=only_layers is not None, earlier=run.facts().get("recipe"), family=family)
+    recipe = recipe.resolved(apart=only_layers is not None, earlier=run.facts().get("recipe"), family=family)
     report = _finished_report(run, model, recipe)
     if report is not None:
         listener.say(f"{out} holds the finished run of this recipe")

@@ -45,7 +45,7 @@ def cut(rows: Sequence[int], columns: int, sparsity: Sequence[Sparsity], steps: 
     begin = 0
     for operator, (size, pattern) in enumerate(zip(rows, sparsity, strict=True)):
         some_left = pattern.zeros(size, columns) <= size * (columns - 1)
-        apart = some_left and all(step.rows_apart(pattern) for step in steps)
+        apart = some_left and all(step.rows_independent(pattern) for step in steps)
         blocks = -(-size // ROWS) if apart else 1
         edges = [size * block // blocks for block in range(blocks + 1)]
         for start, stop in pairwise(edges):

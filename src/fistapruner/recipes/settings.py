@@ -100,8 +100,8 @@ class Execution(Settings):
         return parse_bytes(value) if isinstance(value, str) else value
 
 
-SETTLED = ("propagate", "target", "residual")
-"""Settings that a run writes out before it begins, where they are ``auto`` (:meth:`Recipe.settled`)."""
+RESOLVED = ("propagate", "target", "residual")
+"""Settings that a run writes out before it begins, where they are ``auto`` (:meth:`Recipe.resolved`)."""
 
 
 class Recipe(Settings):
@@ -183,16 +183,16 @@ class Recipe(Settings):
 
     @property
     def dense_share(self) -> float:
-        """``target`` of a :meth:`settled` recipe as a number: the share of the dense target."""
+        """``target`` of a :meth:`resolved` recipe as a number: the share of the dense target."""
         assert not isinstance(self.target, str)
         return self.target
 
     @property
     def corrects_drift(self) -> bool:
-        """Whether ``residual: correct`` of a :meth:`settled` recipe has something to work with."""
+        """Whether ``residual: correct`` of a :meth:`resolved` recipe has something to work with."""
         return self.residual == "correct" and self.dense_share > 0.0 and self.error_correction
 
-    def settled(
+    def resolved(
         self,
         *,
         apart: bool = False,
@@ -203,18 +203,18 @@ class Recipe(Settings):
 
         Args:
             apart: only a part of the decoder layers will be pruned, apart from the others.
-            earlier: the settled recipe of the run that is continued: what it settled stays, whoever goes on.
+            earlier: the resolved recipe of the run that is continued; its choices stay.
             family: tells the model's family, for settings of methods that depend on it. None leaves these open.
         """
         solver = [step for step in self.steps if not step.refines][-1]
-        asked = {key: getattr(self, key) for key in SETTLED}
+        asked = {key: getattr(self, key) for key in RESOLVED}
         chosen = {key: (earlier or {}).get(key, value) if value == "auto" else value for key, value in asked.items()}
         if chosen["propagate"] == "auto":
             chosen["propagate"] = "dense" if apart or self.execution.executor != "serial" else solver.propagate
         if chosen["target"] == "auto":
             chosen["target"] = solver.target if chosen["propagate"] == solver.propagate else 1.0
         if chosen["residual"] == "auto":
-            chosen["residual"] = "none" if solver.published else "correct"
+            chosen["residual"] = "none" if solver.auto_keeps_paper_settings else "correct"
         if family is not None:
             before = parse_method(earlier["method"]) if earlier else ()
             chosen["method"] = tuple(

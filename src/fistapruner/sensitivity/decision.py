@@ -74,7 +74,7 @@ def measured_by(recipe: Recipe) -> str | None:
 def weighs_rows(recipe: Recipe) -> bool:
     """Whether the importance of output rows is asked for and makes a difference."""
     asked = _own(recipe) if recipe.weighting == "auto" else recipe.weighting == "fisher"
-    return asked and not isinstance(recipe.pattern, NM) and not all(step.rows_apart(recipe.pattern) for step in recipe.steps)
+    return asked and not isinstance(recipe.pattern, NM) and not all(step.rows_independent(recipe.pattern) for step in recipe.steps)
 
 
 def permutes(recipe: Recipe) -> bool:
@@ -90,7 +90,7 @@ def windows_looked_at(samples: int) -> int:
 
 
 def _own(recipe: Recipe) -> bool:
-    return not all(step.published for step in recipe.steps)
+    return not all(step.auto_keeps_paper_settings for step in recipe.steps)
 
 
 def needs_measuring(recipe: Recipe) -> bool:

@@ -50,8 +50,8 @@ class ADMM(Method):
         rho = damping * float(gram.diagonal().mean())
         dense = problem.weight * scale
         linear = dense @ gram
-        if problem.pull is not None:
-            linear += problem.pull / scale
+        if problem.drift_gradient is not None:
+            linear += problem.drift_gradient / scale
         smooth, dual = dense, torch.zeros_like(dense)
         growing = min(self.growing, self.iterations)
         mask = torch.ones_like(dense, dtype=torch.bool)

@@ -52,8 +52,8 @@ class ALPS(Method):
         masks, weights, stats = [], [], []
         for operator, pattern in zip(problem.operators(), sparsity, strict=True):
             linear = operator.weight @ gram
-            if operator.pull is not None:
-                linear += operator.pull
+            if operator.drift_gradient is not None:
+                linear += operator.drift_gradient
             sparse, mask, record = self._admm(operator.weight * scale, linear / scale, values, vectors, pattern)
             weights.append(sparse / scale)
             masks.append(mask)

@@ -50,7 +50,7 @@ class Method(BaseModel, ABC):
     reference: ClassVar[str] = ""
     refines: ClassVar[bool] = False
     """True for a refinement: it needs the solution of a step before it."""
-    published: ClassVar[bool] = True
+    auto_keeps_paper_settings: ClassVar[bool] = True
     """``auto`` settings of a recipe leave a published method as it was published, and give this project's own what measured best."""
     propagate: ClassVar[Literal["dense", "pruned"]] = "pruned"
     """Whose hidden states feed a decoder layer with ``propagate: auto``."""
@@ -76,7 +76,7 @@ class Method(BaseModel, ABC):
         """
         return self
 
-    def rows_apart(self, sparsity: Sparsity) -> bool:
+    def rows_independent(self, sparsity: Sparsity) -> bool:
         """Whether a row's answer depends on that row alone, so that blocks of rows may be solved apart from each other."""
         return False
 

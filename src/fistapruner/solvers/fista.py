@@ -230,9 +230,9 @@ def fista(
     current = point = start
     momentum = 1.0
     shrink = penalty / lipschitz
-    # point - gradient / L in one product: point + (point - W) (-H / L) + pull / L.
+    # point - gradient / L in one product: point + (point - W) (-H / L) + drift_gradient / L.
     step_gram = problem.gram / -lipschitz
-    constant = None if problem.pull is None else problem.pull / lipschitz
+    constant = None if problem.drift_gradient is None else problem.drift_gradient / lipschitz
     for step in range(1, iterations + 1):
         with fast_products(fast):
             z = torch.addmm(point, point - problem.weight, step_gram)
@@ -296,8 +296,8 @@ def certificate(problem: LayerProblem, weight: Tensor, penalty: Tensor, lipschit
 def _target_energy(problem: LayerProblem) -> Tensor:
     """(m,) fp64 mean squared target of each row: ``||W X* + a W (X - X*)||^2``."""
     product = (problem.weight @ problem.gram).double()
-    if problem.pull is None:
+    if problem.drift_gradient is None:
         return (product * problem.weight.double()).sum(1)
     assert problem.drift_energy is not None
-    cross = (problem.weight.double() * (product + 2 * problem.pull.double())).sum(1)
+    cross = (problem.weight.double() * (product + 2 * problem.drift_gradient.double())).sum(1)
     return cross + problem.target**2 * problem.drift_energy.double()

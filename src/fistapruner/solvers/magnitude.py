@@ -24,5 +24,5 @@ class Magnitude(Method):
         mask = project_operators(scores, problem.rows, sparsity)
         return Solution(torch.mul(problem.weight, mask, out=scores), mask)
 
-    def rows_apart(self, sparsity: Sparsity) -> bool:
+    def rows_independent(self, sparsity: Sparsity) -> bool:
         return isinstance(sparsity, NM)

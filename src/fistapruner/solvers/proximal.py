@@ -58,7 +58,7 @@ class Proximal(Method):
     name: ClassVar[str] = "proximal"
     summary: ClassVar[str] = "proximal splitting with hard thresholds in the OBS metric, then refit (default)"
     reference: ClassVar[str] = "this project; splitting: Lions & Mercier 1979; growing penalty: ALPS, arXiv 2406.07831"
-    published: ClassVar[bool] = False
+    auto_keeps_paper_settings: ClassVar[bool] = False
     target: ClassVar[float] = 0.5
 
     rho: tuple[float, float] = (0.15, 1.0)
@@ -87,11 +87,11 @@ class Proximal(Method):
             rows = torch.cat([torch.arange(starts[i], starts[i] + problem.rows[i]) for i in chosen]).to(weight.device)
             whole = len(chosen) == len(sparsity)
             dense = (problem.weight if whole else problem.weight[rows]) * scale
-            pull = problem.pull
-            if pull is not None:
-                pull = (pull if whole else pull[rows]) / scale
+            drift_gradient = problem.drift_gradient
+            if drift_gradient is not None:
+                drift_gradient = (drift_gradient if whole else drift_gradient[rows]) / scale
             sizes, patterns = [problem.rows[i] for i in chosen], [sparsity[i] for i in chosen]
-            found, changes = self._split(dense, pull, gram / scale / scale[:, None], sizes, patterns, length)
+            found, changes = self._split(dense, drift_gradient, gram / scale / scale[:, None], sizes, patterns, length)
             for i, path in zip(chosen, changes, strict=True):
                 paths[i] = path
             kept = project_operators(found.abs(), sizes, patterns)
@@ -110,7 +110,7 @@ class Proximal(Method):
         return solution if start is None else keep_better(problem, solution, start)
 
     def _split(
-        self, dense: Tensor, pull: Tensor | None, gram: Tensor, rows: Sequence[int], sparsity: Sequence[Sparsity], length: int
+        self, dense: Tensor, drift_gradient: Tensor | None, gram: Tensor, rows: Sequence[int], sparsity: Sequence[Sparsity], length: int
     ) -> tuple[Tensor, list[list[Stats]]]:
         """The last Z of operators of one layout, in scaled coordinates (m, n).
 
@@ -121,7 +121,7 @@ class Proximal(Method):
         if length > 1:  # members of a group n/m columns apart: comparisons then run over contiguous slices
             order = torch.arange(n, device=gram.device).view(-1, length).T.reshape(-1)
             dense, gram = dense[:, order], gram[order][:, order]
-            pull = None if pull is None else pull[:, order]
+            drift_gradient = None if drift_gradient is None else drift_gradient[:, order]
         threshold = [
             GroupThreshold(pattern) if isinstance(pattern, NM) else SampledThreshold(pattern, size, n)
             for pattern, size in zip(sparsity, rows, strict=True)
@@ -133,8 +133,8 @@ class Proximal(Method):
         # With the factors held in bf16 nothing is converted inside a product, which large Grams feel most.
         half = self.fast and has_bf16_units(z.device)
         factor, product = (torch.empty_like(z, dtype=torch.bfloat16) for _ in range(2)) if half else (z, z)
-        pull = pull.bfloat16() if half and pull is not None else pull
-        centre = dense if pull is None else torch.empty_like(z)
+        drift_gradient = drift_gradient.bfloat16() if half and drift_gradient is not None else drift_gradient
+        centre = dense if drift_gradient is None else torch.empty_like(z)
         parts = list(zip(threshold, z.split(tuple(rows)), sparse.split(tuple(rows)), strict=True))
         supports = [torch.empty_like(kept[::WATCHED], dtype=torch.bool) for _, _, kept in parts]
         rhos = [self.rho[0] * growth**level for level in range(self.levels)]
@@ -142,11 +142,11 @@ class Proximal(Method):
         with fast_products(self.fast):
             for level, rho in enumerate(rhos):
                 matrix = resolvent(rho)  # rho (H + rho I)^-1
-                if pull is not None and half:
-                    shifted.copy_(torch.mm(pull, matrix.bfloat16(), out=product))
+                if drift_gradient is not None and half:
+                    shifted.copy_(torch.mm(drift_gradient, matrix.bfloat16(), out=product))
                     torch.add(dense, shifted, alpha=2.0 / rho, out=centre)
-                elif pull is not None:
-                    torch.addmm(dense, pull, matrix, alpha=2.0 / rho, out=centre)
+                elif drift_gradient is not None:
+                    torch.addmm(dense, drift_gradient, matrix, alpha=2.0 / rho, out=centre)
                 matrix.neg_().diagonal().add_(0.5)
                 matrix = matrix.bfloat16() if half else matrix
                 for step in range(self.steps):

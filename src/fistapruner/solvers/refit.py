@@ -55,7 +55,7 @@ class Refit(Method):
         stats = tuple({"damping": damping, "rows_improved": int(part.sum())} for part in better.split(problem.rows))
         return Solution(weight, start.mask, stats, tuple(warnings))
 
-    def rows_apart(self, sparsity: Sparsity) -> bool:
+    def rows_independent(self, sparsity: Sparsity) -> bool:
         return self.solver == "cg"  # exact raises its damping for a batch of rows at a time
 
 
@@ -81,8 +81,8 @@ def refit_with_residual(
     weight = weight * mask
     buffer = torch.sub(problem.weight, weight)
     residual = buffer @ gram
-    if problem.pull is not None:
-        residual += problem.pull
+    if problem.drift_gradient is not None:
+        residual += problem.drift_gradient
     direction = residual * inverse_diagonal
     length = torch.linalg.vecdot(residual, direction)
     tiny = torch.finfo(weight.dtype).tiny
@@ -121,8 +121,8 @@ def refit_exact(
     """
     dropped = torch.where(mask, torch.zeros_like(problem.weight), problem.weight)
     rhs = dropped @ gram
-    if problem.pull is not None:
-        rhs += problem.pull
+    if problem.drift_gradient is not None:
+        rhs += problem.drift_gradient
     mean = gram.diagonal().mean()
     kept = mask.sum(1)
     width = max(int(kept.max()), 1)

@@ -45,8 +45,8 @@ class SparseGPT(Method):
         upper = factor.flip(0, 1)
         upper = torch.linalg.solve_triangular(upper, torch.eye(len(upper), dtype=upper.dtype, device=upper.device), upper=True)
         weight = problem.weight
-        if problem.pull is not None:
-            weight = weight + (problem.pull @ upper.T) @ upper
+        if problem.drift_gradient is not None:
+            weight = weight + (problem.drift_gradient @ upper.T) @ upper
         weight = weight.masked_fill(dead_inputs(problem.gram), 0.0)
 
         columns = weight.T.contiguous()  # (n, m): a column of weights is then one contiguous row

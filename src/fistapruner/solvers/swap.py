@@ -94,10 +94,10 @@ class Swap(Method):
                 add = torch.where(mask, -torch.inf, saliency).topk(size).indices[:, None, :].expand(len(mask), size, size)
             cross = table[every[:, None, None], drop[:, :, None], add]
             inverse = 1.0 / magnitude.gather(1, drop)[:, :, None]
-            pull = border.gather(1, drop)[:, :, None] * inverse
-            gain = (border[every[:, None, None], add] + cross * pull).square()
+            shift = border.gather(1, drop)[:, :, None] * inverse
+            gain = (border[every[:, None, None], add] + cross * shift).square()
             gain = gain / (magnitude[every[:, None, None], add] + cross.square() * inverse)
-            change = border.gather(1, drop)[:, :, None] * pull - gain
+            change = border.gather(1, drop)[:, :, None] * shift - gain
             valid = mask.gather(1, drop)[:, :, None] & ~mask[every[:, None, None], add]
             change = torch.where(valid, change, torch.inf).flatten(1)
             best, place = change.min(1)
@@ -126,8 +126,8 @@ def _sweep_support(problem: LayerProblem, gram: Tensor, mask: Tensor, weight: Te
     both = (1.0 - kept)[:, :, None] * (1.0 - kept)[:, None, :]
     table = schur * both + lower + lower.transpose(1, 2) - inverse
     residual = (problem.weight - weight) @ gram
-    if problem.pull is not None:
-        residual += problem.pull
+    if problem.drift_gradient is not None:
+        residual += problem.drift_gradient
     return table, torch.where(mask, weight, residual)
 
 

@@ -24,5 +24,5 @@ class Wanda(Method):
         mask = project_operators(scores, problem.rows, sparsity, scope="row")
         return Solution(torch.mul(problem.weight, mask, out=scores), mask)
 
-    def rows_apart(self, sparsity: Sparsity) -> bool:
+    def rows_independent(self, sparsity: Sparsity) -> bool:
         return True

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..constraints.patterns import NM, holds, parse_sparsity
+from ..constraints.patterns import NM, parse_sparsity, satisfies
 from ..errors import FistaPrunerError
 from ..evaluation.inspection import RECORD as PRUNING_RECORD
 from ..evaluation.inspection import recorded_claims
@@ -235,7 +235,7 @@ def choose_layout(weight: Tensor, hint: NM | None = None) -> NM | None:
             continue
         groups = rows * columns // pattern.m
         bits = groups * (pattern.n * size + index_bits(pattern))
-        if bits < best_bits and holds(weight, pattern):
+        if bits < best_bits and satisfies(weight, pattern):
             best, best_bits = pattern, bits
     return best
 
