@@ -29,7 +29,7 @@ from fistapruner.constraints.patterns import parse_sparsity, project_mask
 from fistapruner.models.source import resolve_model
 from fistapruner.sparse import kernel
 from fistapruner.sparse.linear import SparseLinear
-from fistapruner.sparse.load import hasten, replace
+from fistapruner.sparse.load import replace, use_kernels
 from fistapruner.sparse.packed import pack_operator
 from fistapruner.sparse.speed import WARM_UP_TOKENS, prompts, time_generation
 
@@ -114,7 +114,7 @@ def model_variants(name: str, sparsities: list[str], openvino: bool = False) -> 
         variants[f"packed int8 {sparsity}"] = derive(packed, lambda layer: SparseLinear(layer.operator.quantised()), alike)
     for label, model in variants.items():
         if label.startswith("packed"):
-            hasten(model)  # as fistapruner.load does
+            use_kernels(model)  # as fistapruner.load does
     if openvino:
         from openvino_model import OpenVinoLlama
 

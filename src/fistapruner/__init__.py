@@ -11,10 +11,10 @@ from .runs.records import Report
 from .runs.results import Evaluation
 from .solvers import solve
 from .solvers.base import Solution
-from .sparse.accelerate import accelerate
 from .sparse.linear import SparseLinear
 from .sparse.load import load
 from .sparse.pack import pack, unpack
+from .sparse.semi_structured import to_semi_structured
 from .sparse.transformers_plugin import register_on_import
 
 __all__ = [
@@ -27,7 +27,6 @@ __all__ = [
     "Solution",
     "SparseLinear",
     "Unstructured",
-    "accelerate",
     "bench_run",
     "evaluate",
     "evaluate_run",
@@ -38,9 +37,17 @@ __all__ = [
     "prune",
     "resume",
     "solve",
+    "to_semi_structured",
     "unpack",
 ]
 __version__ = "0.1.0"
+
+
+def __getattr__(name: str) -> object:
+    if name == "accelerate":
+        raise FistaPrunerError("fistapruner.accelerate is called fistapruner.to_semi_structured")
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
 
 # AutoModelForCausalLM.from_pretrained finds packed folders once this package is imported.
 register_on_import()

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from fistapruner import FistaPrunerError
 from fistapruner.sparse import kernel
-from fistapruner.sparse.linear import DenseLinear, Siblings, SparseLinear
+from fistapruner.sparse.linear import DenseLinear, FusedProjections, SparseLinear
 from fistapruner.sparse.packed import pack_operator
 
 LEVELS = ("torch", *kernel.available_levels())
@@ -182,7 +182,7 @@ def test_projections_of_one_input_change_no_bit(level, values):
     layers = [SparseLinear(make(seed, rows, 130, 0.5, values), level=level) for seed, rows in enumerate((70, 33, 64))]
     inputs = [torch.randn(2, 3, 130, generator=torch.Generator().manual_seed(seed)).to(torch.bfloat16) for seed in range(3)]
     expected = [[layer(x) for layer in layers] for x in inputs]
-    Siblings.join(layers)
+    FusedProjections.join(layers)
     for order in ((0, 1, 2), (2, 0, 1)):
         for x, wanted in zip(inputs, expected, strict=True):
             assert all(torch.equal(layers[place](x), wanted[place]) for place in order)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Container, Mapping
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -13,10 +13,10 @@ from torch import Tensor
 
 from ..constraints.patterns import NM, Sparsity, parse_sparsity, satisfies
 from ..errors import FistaPrunerError
-from ..models.files.checkpoint import Checkpoint, read_json
+from ..models.files.checkpoint import Checkpoint
+from ..models.files.record import read_pruning_record, recorded_claims
 from ..models.files.safetensors import TensorEntry
 
-RECORD = "fistapruner.json"
 GROUPS = (2, 4, 8, 16, 32)
 
 
@@ -192,37 +192,8 @@ def _open(folder: Path, allow_pickle: bool) -> tuple[dict[str, TensorEntry], Cal
         packed = PackedCheckpoint(folder)
         return {entry.name: entry for entries in packed.contents().values() for entry in entries}, packed.tensor, packed.record
     checkpoint = Checkpoint.open(folder, allow_pickle)
-    record = read_json(folder, RECORD) if (folder / RECORD).exists() else {}
-    return {name: checkpoint.entry(name) for name in checkpoint.names()}, checkpoint.read, record
-
-
-def recorded_claims(record: Mapping[str, Any], entries: Container[str], origin: str | Path) -> tuple[dict[str, dict[str, Any]], list[str]]:
-    """Read a record's claims about operators.
-
-    Args:
-        record: what a pruning run wrote (``fistapruner.json``): its ``operators`` are claims by the names of stored
-            tensors, which may leave out ``.weight``.
-        entries: names of the checkpoint's tensors.
-        origin: the folder, for errors.
-
-    Returns:
-        Claims by tensor name, and a sentence for every claim about a tensor that is not there.
-
-    Raises:
-        FistaPrunerError: the record is damaged.
-    """
-    operators = record.get("operators", {})
-    if not isinstance(operators, dict) or not all(isinstance(claim, dict) for claim in operators.values()):
-        raise FistaPrunerError(f"{Path(origin) / RECORD} has no mapping of operators to claims")
-    claims: dict[str, dict[str, Any]] = {}
-    faults = []
-    for name, claim in operators.items():
-        found = next((tensor for tensor in (name, f"{name}.weight") if tensor in entries), None)
-        if found is None:
-            faults.append(f"{name}: {claim.get('sparsity')} is claimed, but the checkpoint has no such operator")
-        else:
-            claims[found] = claim
-    return claims, faults
+    entries = {name: checkpoint.entry(name) for name in checkpoint.names()}
+    return entries, checkpoint.read, read_pruning_record(folder)
 
 
 def _is_transposed(claims: dict[str, dict[str, Any]], entries: dict[str, TensorEntry]) -> bool:

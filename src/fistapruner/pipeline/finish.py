@@ -13,9 +13,9 @@ import torch
 from torch import Tensor
 
 from ..errors import FistaPrunerError
-from ..evaluation.inspection import RECORD
 from ..execution.context import Work
 from ..execution.serial import Listener
+from ..models.files.checkpoint import PRUNING_RECORD
 from ..models.files.writer import write_checkpoint
 from ..models.layerwise import Skeleton
 from ..planning.plan import check_plan
@@ -66,7 +66,7 @@ def finish(run: RunDirectory, work: Work, times: Times, listener: Listener) -> R
         listener.say("writing the checkpoint")
         documents = {
             "README.md": model_card(report),
-            RECORD: json.dumps(_record(report, work.skeleton), indent=2) + "\n",
+            PRUNING_RECORD: json.dumps(_record(report, work.skeleton), indent=2) + "\n",
         }
         write_checkpoint(checkpoint, run.model, replacement, identity=work.fingerprint, documents=documents)
     times.note()  # before the report calls the run finished: what a kill leaves half-written is then written anew
@@ -124,7 +124,7 @@ def _totals(layers: list[LayerEntry], work: Work, seconds: float) -> Totals:
 def _written_for(model: Path) -> str | None:
     """Fingerprint of the run that wrote a checkpoint, None where it does not say."""
     try:
-        return read_json(model / RECORD).get("fingerprint")
+        return read_json(model / PRUNING_RECORD).get("fingerprint")
     except FistaPrunerError:
         return None
 

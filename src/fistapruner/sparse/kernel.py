@@ -176,7 +176,7 @@ class Handle:
         kind = VALUES[values]
         self._struct = _Operator(self.rows, self.columns, words, mask, start, stored, shift, scales, sums, max(group or words, 1), kind, 0)
         self.address = ctypes.addressof(self._struct)
-        self.alone = Together([self])
+        self.alone = OperatorBatch([self])
 
     def takes_many(self, level: int) -> bool:
         """Whether matrix units multiply this operator with any number of bf16 vectors."""
@@ -190,7 +190,7 @@ class Handle:
         found.fistapruner_unpack(self.address, first, last, out.data_ptr(), TYPES[out.dtype], torch.get_num_threads(), level)
 
 
-class Together:
+class OperatorBatch:
     """Operators of one kind and as many columns, multiplied with the same vectors in one call: the vectors are prepared
     and the threads woken once.
 

@@ -46,7 +46,7 @@ class SparseLinear(nn.Module):
             self.level = -1 if level == "torch" else kernel.level_index(level)
         self._handle: kernel.Handle | None = None
         self._bias_seen: Tensor | None = None
-        self._siblings: Siblings | None = None
+        self._fused: FusedProjections | None = None
         self._place = 0
 
     @classmethod
@@ -68,10 +68,10 @@ class SparseLinear(nn.Module):
             handle = self._kernel()
             many = kernel.TILE < rows <= kernel.MAX_MANY and x.dtype is torch.bfloat16 and handle.takes_many(self.level)
             if many or 0 < rows <= kernel.MAX_BATCH:
-                if self._siblings is None:
+                if self._fused is None:
                     out = handle.alone.multiply(_rows_of(x, rows), self.level, many=many)[0]
                 else:
-                    out = self._siblings.product(self._place, x, rows, self.level, many)
+                    out = self._fused.product(self._place, x, rows, self.level, many)
                 return out.view(*x.shape[:-1], self.out_features)
         return self._dense_product(x)
 
@@ -84,7 +84,7 @@ class SparseLinear(nn.Module):
 
     def __getstate__(self) -> dict[str, Any]:
         """Without addresses: a copy makes its own."""
-        return {**self.__dict__, "_handle": None, "_siblings": None}
+        return {**self.__dict__, "_handle": None, "_fused": None}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         """At a kernel level that this machine has."""
@@ -131,8 +131,8 @@ class SparseLinear(nn.Module):
         bias = cast("Tensor | None", self.bias)
         if self._handle is None or self._bias_seen is not bias:
             self._handle, self._bias_seen = kernel.Handle(self.operator, bias), bias
-            if self._siblings is not None:
-                self._siblings.register(self._place, self._handle)
+            if self._fused is not None:
+                self._fused.register(self._place, self._handle)
         return self._handle
 
     def _dense_product(self, x: Tensor) -> Tensor:
@@ -154,7 +154,7 @@ class SparseLinear(nn.Module):
         return parts[0] if len(parts) == 1 else torch.cat(parts, dim=-1)
 
 
-class Siblings:
+class FusedProjections:
     """Packed projections that a model applies to the same input, one after the other: all are multiplied at the call of the
     first, and the others find their result waiting.
 
@@ -167,25 +167,25 @@ class Siblings:
 
     def __init__(self, count: int) -> None:
         self._handles: list[kernel.Handle | None] = [None] * count
-        self._together: kernel.Together | None = None
+        self._batch: kernel.OperatorBatch | None = None
         self._waiting: tuple[Tensor, int, dict[int, Tensor]] | None = None
 
     @staticmethod
     def join(layers: Sequence[SparseLinear]) -> None:
-        """Make siblings of layers with as many inputs, one kind of values and one level; others stay as they are."""
+        """Fuse layers of equal width, value dtype, scale group and kernel level; others stay separate."""
         if (
             len(layers) > 1
             and len({(layer.in_features, layer.operator.values.dtype, layer.operator.group, layer.level) for layer in layers}) == 1
         ):
-            siblings = Siblings(len(layers))
+            fused = FusedProjections(len(layers))
             for place, layer in enumerate(layers):
-                layer._siblings, layer._place, layer._handle = siblings, place, None
+                layer._fused, layer._place, layer._handle = fused, place, None
 
     def register(self, place: int, handle: kernel.Handle) -> None:
         """The layer at ``place`` has this handle from now on."""
         self._handles[place], self._waiting = handle, None
         present = [item for item in self._handles if item is not None]
-        self._together = kernel.Together(present) if len(present) == len(self._handles) else None
+        self._batch = kernel.OperatorBatch(present) if len(present) == len(self._handles) else None
 
     def product(self, place: int, x: Tensor, rows: int, level: int, many: bool) -> Tensor:
         """The product of the layer at ``place`` with ``x`` (``rows`` vectors), flat."""
@@ -198,12 +198,12 @@ class Siblings:
                 if out is not None:
                     return out
             else:
-                self._waiting = self._together = None
-        if self._together is None:
+                self._waiting = self._batch = None
+        if self._batch is None:
             handle = self._handles[place]
             assert handle is not None
             return handle.alone.multiply(_rows_of(x, rows), level, many=many)[0]
-        outs = dict(enumerate(self._together.multiply(_rows_of(x, rows), level, many=many)))
+        outs = dict(enumerate(self._batch.multiply(_rows_of(x, rows), level, many=many)))
         own = outs.pop(place)
         self._waiting = (x, version, outs)
         return own

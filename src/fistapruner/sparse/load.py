@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from ..errors import FistaPrunerError
 from ..models.names import stored_names
 from . import kernel
-from .linear import DenseLinear, Siblings, SparseLinear
+from .linear import DenseLinear, FusedProjections, SparseLinear
 from .pack import PackedCheckpoint
 from .packed import PackedOperator, pack_operator
 
@@ -92,7 +92,7 @@ def _build(source: PackedCheckpoint, config: Any, dtype: torch.dtype, packed: bo
         else:
             rest[target] = _cast(operator.to_dense(), dtype)
     if packed:
-        hasten(model)
+        use_kernels(model)
     try:
         model.load_state_dict(rest, strict=False, assign=True)
     except RuntimeError as error:
@@ -104,7 +104,7 @@ def _build(source: PackedCheckpoint, config: Any, dtype: torch.dtype, packed: bo
     return model  # parameters as from_pretrained leaves them: torch multiplies a strided input slowly by a weight without gradient
 
 
-def hasten(model: nn.Module) -> None:
+def use_kernels(model: nn.Module) -> None:
     """Once operators are packed: one kernel call for projections of one input, and the kernel for dense operators too."""
     for name, module in list(model.named_modules()):
         if type(module) is nn.Linear:
@@ -112,7 +112,7 @@ def hasten(model: nn.Module) -> None:
         for names in SAME_INPUT:
             layers = [getattr(module, name, None) for name in names]
             if all(isinstance(layer, SparseLinear) for layer in layers):
-                Siblings.join(cast("list[SparseLinear]", layers))
+                FusedProjections.join(cast("list[SparseLinear]", layers))
 
 
 def _sparse(operator: PackedOperator, bias: Tensor | None, int8: bool, transposed: bool = False) -> SparseLinear:

@@ -20,15 +20,14 @@ from torch import Tensor
 
 from ..constraints.patterns import NM, parse_sparsity, satisfies
 from ..errors import FistaPrunerError
-from ..evaluation.inspection import RECORD as PRUNING_RECORD
-from ..evaluation.inspection import recorded_claims
-from ..models.files.checkpoint import INDEX, SINGLE, Checkpoint, WeightFile, inside, read_json
+from ..models.files.checkpoint import INDEX, PRUNING_RECORD, SINGLE, Checkpoint, WeightFile, inside, read_json
+from ..models.files.record import read_pruning_record, recorded_claims
 from ..models.files.safetensors import SafetensorsFile, SafetensorsWriter, TensorEntry
 from ..runtime.files import PARTIAL, copy_atomic, disk_errors, require_space, sha256_file, sync_folder, write_json_atomic, write_text_atomic
 from .format import MAX_M, METADATA, QUANT_METHOD, VERSION, OperatorSpec, decode, encode, index_bits, operator_fault, read_specs
 from .packed import FLOATS, PackedOperator, pack_operator
 
-RECORD = "packed.json"
+PACKED_RECORD = "packed.json"
 MIN_ZEROS = 0.25
 """Share of zeros from which a matrix counts as pruned when no record of a pruning run says so."""
 
@@ -85,9 +84,9 @@ def pack(
     if group < 0 or group % 64:
         raise FistaPrunerError(f"group {group} is not a multiple of 64 columns (or 0 for a whole row)")
     source, out = Checkpoint.open(checkpoint), Path(out)
-    if (source.folder / RECORD).exists():
+    if (source.folder / PACKED_RECORD).exists():
         raise FistaPrunerError(f"{source.folder} is packed already")
-    record = _pruning_record(source.folder)
+    record = read_pruning_record(source.folder)
     plan = _plan(source, record, values, group)
     if not plan:
         raise FistaPrunerError(f"{source.folder} has no pruned operators: no matrix has at least {MIN_ZEROS:.0%} zeros")
@@ -106,7 +105,7 @@ def pack(
             write_json_atomic(partial / INDEX, {"metadata": {"total_size": report.packed_total}, "weight_map": places})
         write_text_atomic(partial / "README.md", model_card(report, values))
         about = {"format": "fistapruner-packed", "version": VERSION, "values": values, "files": files, "record": record}
-        write_json_atomic(partial / RECORD, about)
+        write_json_atomic(partial / PACKED_RECORD, about)
     return report
 
 
@@ -128,11 +127,11 @@ class PackedCheckpoint:
 
     def __init__(self, folder: str | Path, *, verify: bool = True) -> None:
         self.folder = Path(folder)
-        if not (self.folder / RECORD).is_file():
-            raise FistaPrunerError(f"{self.folder} is not a packed checkpoint: it has no {RECORD}")
-        about = read_json(self.folder, RECORD)
+        if not (self.folder / PACKED_RECORD).is_file():
+            raise FistaPrunerError(f"{self.folder} is not a packed checkpoint: it has no {PACKED_RECORD}")
+        about = read_json(self.folder, PACKED_RECORD)
         if about.get("format") != "fistapruner-packed" or type(about.get("version")) is not int:
-            raise FistaPrunerError(f"{self.folder / RECORD} does not describe a packed checkpoint")
+            raise FistaPrunerError(f"{self.folder / PACKED_RECORD} does not describe a packed checkpoint")
         if about["version"] != VERSION:
             raise FistaPrunerError(f"{self.folder} has format version {about['version']}; this program reads version {VERSION}")
         self.record: dict[str, Any] = about["record"] if isinstance(about.get("record"), dict) else {}
@@ -149,13 +148,13 @@ class PackedCheckpoint:
 
     def _check_files(self, files: Any, verify: bool) -> None:
         if not isinstance(files, dict) or set(files) != set(self.checkpoint.files):
-            raise FistaPrunerError(f"{self.folder / RECORD} lists other files than the checkpoint has")
+            raise FistaPrunerError(f"{self.folder / PACKED_RECORD} lists other files than the checkpoint has")
         for name, claim in files.items():
             path = inside(self.folder, name)
             if not isinstance(claim, dict) or claim.get("bytes") != path.stat().st_size:
-                raise FistaPrunerError(f"{path} is {path.stat().st_size} bytes long, {RECORD} says otherwise: it is damaged")
+                raise FistaPrunerError(f"{path} is {path.stat().st_size} bytes long, {PACKED_RECORD} says otherwise: it is damaged")
             if verify and claim.get("sha256") != sha256_file(path):
-                raise FistaPrunerError(f"{path} is damaged: its checksum is not what {RECORD} says")
+                raise FistaPrunerError(f"{path} is damaged: its checksum is not what {PACKED_RECORD} says")
 
     def dense_names(self) -> list[str]:
         """Names of the tensors that are stored as they are."""
@@ -221,7 +220,7 @@ def unpack(packed: str | Path, out: str | Path) -> Path:
 
 def is_packed(folder: str | Path) -> bool:
     """Whether a folder says that it is a packed checkpoint."""
-    return (Path(folder) / RECORD).is_file()
+    return (Path(folder) / PACKED_RECORD).is_file()
 
 
 def choose_layout(weight: Tensor, hint: NM | None = None) -> NM | None:
@@ -292,11 +291,6 @@ def _hint(known: Mapping[str, Any] | None) -> NM | None:
     return pattern if isinstance(pattern, NM) else None
 
 
-def _pruning_record(folder: Path) -> dict[str, Any]:
-    """``fistapruner.json``, as a pruning run leaves it in its model folder; empty where there is none."""
-    return read_json(folder, PRUNING_RECORD) if (folder / PRUNING_RECORD).exists() else {}
-
-
 def _report(source: Checkpoint, plan: dict[str, _Planned]) -> PackReport:
     packed = sum(part.nbytes for name, item in plan.items() for part in item.spec.entries(name, item.stored))
     dense = sum(item.source.nbytes for item in plan.values())
@@ -327,7 +321,7 @@ def _pack_file(path: Path, file: WeightFile, plan: dict[str, _Planned], progress
 
 def _copy_companions(source: Checkpoint, partial: Path) -> None:
     for name in source.companions:
-        if name == RECORD:
+        if name == PACKED_RECORD:
             continue
         (partial / name).parent.mkdir(exist_ok=True)
         copy_atomic(source.folder / name, partial / name)

@@ -29,7 +29,7 @@ from ...runtime.files import (
 from .checkpoint import INDEX, Checkpoint, WeightFile, read_json
 from .safetensors import SafetensorsWriter, TensorEntry
 
-RECORD = ".written.json"
+SHARD_RECORD = ".written.json"
 
 
 def write_checkpoint(
@@ -103,13 +103,13 @@ def _write_shard(partial: Path, name: str, file: WeightFile, replacement: Callab
             tensor = replacement(entry.name)
             writer.write(entry.name, file.read(entry.name) if tensor is None else _as_stored(tensor, entry))
     digest = sha256_file(path)
-    write_json_atomic(partial / (name + RECORD), {"identity": identity, "source": _stamp(file), "sha256": digest})
+    write_json_atomic(partial / (name + SHARD_RECORD), {"identity": identity, "source": _stamp(file), "sha256": digest})
     return digest
 
 
 def _kept(partial: Path, name: str, file: WeightFile, identity: str) -> str | None:
     """Checksum of a shard that a killed attempt finished, None if there is none to be trusted."""
-    record = partial / (name + RECORD)
+    record = partial / (name + SHARD_RECORD)
     try:
         claim = json.loads(record.read_bytes())
         expected = {"identity": identity, "source": _stamp(file), "sha256": sha256_file(partial / name)}

@@ -6,9 +6,10 @@ import pytest
 import torch
 from torch import nn
 
-from fistapruner import NM, FistaPrunerError, accelerate
+import fistapruner
+from fistapruner import NM, FistaPrunerError, to_semi_structured
 from fistapruner.constraints.patterns import project_mask
-from fistapruner.sparse.accelerate import summary
+from fistapruner.sparse.semi_structured import summary
 
 
 def model():
@@ -37,7 +38,7 @@ def test_only_what_is_faster_is_changed():
         return weight.clone()
 
     before = [layer.weight for layer in network]
-    choices = accelerate(network, tokens=8, to_sparse=to_sparse, clock=scripted([2.0, 1.0, 1.0, 0.99]))
+    choices = to_semi_structured(network, tokens=8, to_sparse=to_sparse, clock=scripted([2.0, 1.0, 1.0, 0.99]))
     assert [choice.sparse for choice in choices] == [True, False, False]
     assert [layer.weight is old for layer, old in zip(network, before, strict=True)] == [False, True, True]
     assert choices[2].reason == "it is not 2:4"
@@ -50,21 +51,21 @@ def test_what_torch_refuses_stays_dense():
     def refuse(weight):
         raise RuntimeError("shape is not supported")
 
-    choices = accelerate(model(), to_sparse=refuse, clock=scripted([]))
+    choices = to_semi_structured(model(), to_sparse=refuse, clock=scripted([]))
     assert not any(choice.sparse for choice in choices)
     assert "shape is not supported" in choices[0].reason
 
 
 def test_other_dtypes_stay_dense():
-    choices = accelerate(model().float(), to_sparse=torch.clone, clock=scripted([]))
+    choices = to_semi_structured(model().float(), to_sparse=torch.clone, clock=scripted([]))
     assert "float32" in choices[0].reason
 
 
 def test_a_cpu_model_is_refused():
     with pytest.raises(FistaPrunerError, match=r"fistapruner\.load"):
-        accelerate(model())
+        to_semi_structured(model())
     with pytest.raises(FistaPrunerError, match="tokens 0"):
-        accelerate(model(), tokens=0)
+        to_semi_structured(model(), tokens=0)
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device with sparse tensor cores")
@@ -75,5 +76,10 @@ def test_on_a_gpu():
     x = torch.randn(512, 4096, device="cuda", dtype=torch.half)
     with torch.inference_mode():
         expected = network(x)
-        accelerate(network, tokens=512)
+        to_semi_structured(network, tokens=512)
         torch.testing.assert_close(network(x), expected, rtol=1e-2, atol=1e-1)
+
+
+def test_the_old_name_says_the_new_one():
+    with pytest.raises(FistaPrunerError, match=r"called fistapruner\.to_semi_structured"):
+        fistapruner.accelerate  # noqa: B018

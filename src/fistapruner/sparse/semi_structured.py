@@ -23,7 +23,7 @@ REPEATS = 50
 
 
 @dataclass(frozen=True)
-class Choice:
+class OperatorChoice:
     """What was decided for one operator.
 
     Args:
@@ -41,13 +41,13 @@ class Choice:
     sparse_seconds: float | None = None
 
 
-def accelerate(
+def to_semi_structured(
     model: nn.Module,
     *,
     tokens: int = 1,
     to_sparse: Callable[[Tensor], Tensor] | None = None,
     clock: Callable[[Callable[[], Tensor], torch.device], float] | None = None,
-) -> list[Choice]:
+) -> list[OperatorChoice]:
     """Turn 2:4 operators into semi-structured ones, in place, where that is faster on their device.
 
     Args:
@@ -57,7 +57,7 @@ def accelerate(
         clock: seconds that a call takes on a device; None times it there.
 
     Returns:
-        One :class:`Choice` for every linear operator: which were changed, which stay dense, and why.
+        One :class:`OperatorChoice` for every linear operator: which were changed, which stay dense, and why.
 
     Raises:
         FistaPrunerError: the model is not on a CUDA device, or its GPU has no sparse tensor cores.
@@ -75,7 +75,7 @@ def accelerate(
         weight = module.weight.detach()
         reason = _unfit(weight)
         if reason:
-            choices.append(Choice(name, False, reason))
+            choices.append(OperatorChoice(name, False, reason))
             continue
         key = (tuple(weight.shape), weight.dtype, weight.device)
         converted: Tensor | None = None
@@ -87,7 +87,7 @@ def accelerate(
                 timed[key] = f"torch refuses: {' '.join(str(error).split())[:120]}"
         result = timed[key]
         if isinstance(result, str):
-            choices.append(Choice(name, False, result))
+            choices.append(OperatorChoice(name, False, result))
             continue
         dense, sparse = result
         faster = dense > MARGIN * sparse
@@ -95,11 +95,11 @@ def accelerate(
             module.weight = nn.Parameter(to_sparse(weight) if converted is None else converted, requires_grad=False)
         words = "faster" if dense > sparse else "slower"
         ratio = max(dense, sparse) / max(min(dense, sparse), 1e-12)
-        choices.append(Choice(name, faster, f"{ratio:.2f} times {words} at {tokens} tokens", dense, sparse))
+        choices.append(OperatorChoice(name, faster, f"{ratio:.2f} times {words} at {tokens} tokens", dense, sparse))
     return choices
 
 
-def summary(choices: list[Choice]) -> str:
+def summary(choices: list[OperatorChoice]) -> str:
     """Which operators were changed and which stay dense, in words."""
     changed = [choice.name for choice in choices if choice.sparse]
     lines = [f"{len(changed)} of {len(choices)} operators run on sparse tensor cores"]

@@ -1,0 +1,44 @@
+"""The record that a pruning run leaves in its model folder: which operator has which sparsity."""
+
+from __future__ import annotations
+
+from collections.abc import Container, Mapping
+from pathlib import Path
+from typing import Any
+
+from ...errors import FistaPrunerError
+from .checkpoint import PRUNING_RECORD, read_json
+
+
+def read_pruning_record(folder: Path) -> dict[str, Any]:
+    """Read ``fistapruner.json`` of a model folder; empty where there is none."""
+    return read_json(folder, PRUNING_RECORD) if (folder / PRUNING_RECORD).exists() else {}
+
+
+def recorded_claims(record: Mapping[str, Any], entries: Container[str], origin: str | Path) -> tuple[dict[str, dict[str, Any]], list[str]]:
+    """Read a record's claims about operators.
+
+    Args:
+        record: what a pruning run wrote (``fistapruner.json``): its ``operators`` are claims by the names of stored
+            tensors, which may leave out ``.weight``.
+        entries: names of the checkpoint's tensors.
+        origin: the folder, for errors.
+
+    Returns:
+        Claims by tensor name, and a sentence for every claim about a tensor that is not there.
+
+    Raises:
+        FistaPrunerError: the record is damaged.
+    """
+    operators = record.get("operators", {})
+    if not isinstance(operators, dict) or not all(isinstance(claim, dict) for claim in operators.values()):
+        raise FistaPrunerError(f"{Path(origin) / PRUNING_RECORD} has no mapping of operators to claims")
+    claims: dict[str, dict[str, Any]] = {}
+    faults = []
+    for name, claim in operators.items():
+        found = next((tensor for tensor in (name, f"{name}.weight") if tensor in entries), None)
+        if found is None:
+            faults.append(f"{name}: {claim.get('sparsity')} is claimed, but the checkpoint has no such operator")
+        else:
+            claims[found] = claim
+    return claims, faults
