@@ -99,6 +99,15 @@ def test_operators_are_views_of_the_stack(data: tuple[torch.Tensor, ...]) -> Non
         ({"drift": torch.zeros(ROWS, INPUTS)}, "come together"),
         ({"drift": torch.zeros(2, 2), "drift_energy": torch.zeros(ROWS)}, r"drift is \(2, 2\)"),
         ({"target": 1.5}, "target 1.5"),
+        ({"weight": torch.ones(INPUTS)}, r"weight is \(10,\), expected \(outputs, inputs\)"),
+        ({"weight": torch.ones(0, INPUTS)}, r"weight is \(0, 10\)"),
+        ({"weight": torch.ones(ROWS, INPUTS, dtype=torch.int8)}, "weight is torch.int8, expected a floating-point tensor"),
+        ({"gram": torch.eye(INPUTS).numpy()}, "gram is ndarray, expected a floating-point tensor"),
+        ({"energy": torch.ones(3)}, r"energy is \(3,\), expected \(7,\)"),
+        ({"drift": torch.zeros(ROWS, INPUTS), "drift_energy": torch.ones(1)}, r"drift_energy is \(1,\), expected \(7,\)"),
+        ({"gram": torch.eye(INPUTS, device="meta")}, "weight is on cpu, its gram on meta"),
+        ({"tokens": 0}, "tokens 0 is not a number"),
+        ({"rows": (8, -1), "names": ("layers.1.fc1", "fc2")}, "rows"),
     ],
 )
 def test_what_does_not_fit_is_refused(data: tuple[torch.Tensor, ...], change: dict[str, object], message: str) -> None:
@@ -106,6 +115,38 @@ def test_what_does_not_fit_is_refused(data: tuple[torch.Tensor, ...], change: di
     with pytest.raises(FistaPrunerError, match=message) as error:
         LayerProblem(**{**fields, **change})  # type: ignore[arg-type]
     assert "layers.1.fc1" in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ((torch.ones(2, 3), torch.ones(5, 4)), r"inputs is \(5, 4\), expected \(tokens, 3\)"),
+        ((torch.ones(2, 3), torch.ones(1, 5, 3)), r"inputs is \(1, 5, 3\), expected \(tokens, 3\)"),
+        ((torch.ones(3), torch.ones(5, 3)), r"weight is \(3,\), expected \(outputs, inputs\)"),
+        ((torch.ones(2, 3), torch.ones(5, 3), torch.ones(4, 3)), r"dense_inputs is \(4, 3\), expected \(5, 3\)"),
+        ((torch.ones(2, 3), torch.ones(5, 3), torch.ones(5, 3), torch.ones(5, 3)), r"residual is \(5, 3\), expected \(5, 2\)"),
+        ((torch.ones(2, 3), torch.ones(5, 3), None, torch.ones(5, 2)), "residual is given without dense_inputs"),
+        ((torch.ones(2, 3), torch.ones(5, 3, dtype=torch.long)), "inputs is torch.int64, expected a floating-point tensor"),
+    ],
+)
+def test_activations_that_do_not_fit_are_refused(arguments: tuple[torch.Tensor, ...], message: str) -> None:
+    with pytest.raises(FistaPrunerError, match=f"fc1: .*{message}"):
+        LayerProblem.from_activations(*arguments, name="fc1")
+
+
+def test_other_types_and_gradients_become_plain_fp32(data: tuple[torch.Tensor, ...]) -> None:
+    weight, seen, dense = (part.double().requires_grad_() for part in data)
+    problem = LayerProblem.from_activations(weight, seen, dense)
+    expected = LayerProblem.from_activations(*data)
+    for made in (problem, LayerProblem(weight.half(), expected.gram.double(), weight, expected.drift_energy)):
+        for tensor in (made.weight, made.gram, made.drift):
+            assert tensor is not None
+            assert tensor.dtype == torch.float32
+            assert not tensor.requires_grad
+    assert torch.equal(problem.gram, expected.gram)
+    plain = LayerProblem(expected.weight, expected.gram)
+    assert plain.weight is expected.weight  # nothing is copied that need not be
+    assert plain.gram is expected.gram
 
 
 def test_nan_and_infinity_are_refused_by_name(data: tuple[torch.Tensor, ...]) -> None:
@@ -149,6 +190,9 @@ def test_weighted_rows(data: tuple[torch.Tensor, ...]) -> None:
     root = importance.sqrt()[:, None]
     torch.testing.assert_close(weighted.row_errors(weight * root), problem.row_errors(weight) * importance, rtol=1e-4, atol=1e-6)
     torch.testing.assert_close(weighted.gradient(weight * root), problem.gradient(weight) * root, rtol=1e-4, atol=1e-5)
+    for wrong in (0.0, -1.0, float("nan"), float("inf")):
+        with pytest.raises(FistaPrunerError, match="operator: the importance of a row is zero, negative, NaN or infinite"):
+            problem.weighted(importance.index_fill(0, torch.tensor([2]), wrong))
     plain, other = solve(problem, "1:2", "alps"), solve(weighted, "1:2", "alps")
     assert torch.equal(plain.mask, other.mask)
     torch.testing.assert_close(unweighted(other.weight.clone(), importance), plain.weight, rtol=1e-3, atol=1e-4)

@@ -25,7 +25,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -47,6 +47,8 @@ def cheapest_drift(rows: int, columns: int, *, corrected: bool) -> DriftFrom:
 class LayerProblem:
     """Least squares on the outputs of one operator, or of several that share their inputs.
 
+    Tensors of other floating-point types become fp32 (the energies may be fp64), contiguous and without gradients.
+
     Args:
         weight: (m, n) fp32 dense weights ``W``, operators stacked by rows.
         gram: (n, n) fp32 ``H``, mean over tokens, symmetric positive semi-definite.
@@ -61,7 +63,7 @@ class LayerProblem:
         tokens: calibration tokens ``p`` behind the means; None where the Gram is to be taken as exact.
 
     Raises:
-        FistaPrunerError: shapes disagree, or a value is NaN or infinite (the operator is named).
+        FistaPrunerError: shapes, devices or settings disagree, or a tensor is none (the operator is named).
     """
 
     weight: Tensor
@@ -75,17 +77,32 @@ class LayerProblem:
     tokens: int | None = None
 
     def __post_init__(self) -> None:
+        for name in ("weight", "gram", "drift", "drift_energy", "energy"):
+            tensor = getattr(self, name)
+            if tensor is not None:
+                energies = name in ("drift_energy", "energy")
+                object.__setattr__(self, name, _plain(tensor, f"{self.label}: the {name}", keep_double=energies))
+        if self.weight.ndim != 2 or not self.weight.numel():
+            raise FistaPrunerError(f"{self.label}: the weight is {tuple(self.weight.shape)}, expected (outputs, inputs)")
         m, n = self.weight.shape
         if self.gram.shape != (n, n):
             raise FistaPrunerError(f"{self.label}: the Gram is {tuple(self.gram.shape)}, expected ({n}, {n}) for {n} inputs")
         if not self.rows:
             object.__setattr__(self, "rows", (m,))
-        if sum(self.rows) != m or len(self.rows) != len(self.names):
+        if sum(self.rows) != m or len(self.rows) != len(self.names) or min(self.rows) < 1:
             raise FistaPrunerError(f"{self.label}: rows {self.rows} do not describe {len(self.names)} operators of {m} rows in all")
         if (self.drift is None) != (self.drift_energy is None):
             raise FistaPrunerError(f"{self.label}: drift and drift_energy come together")
         if self.drift is not None and self.drift.shape != (m, n):
             raise FistaPrunerError(f"{self.label}: drift is {tuple(self.drift.shape)}, expected ({m}, {n})")
+        for name, energy in (("drift_energy", self.drift_energy), ("energy", self.energy)):
+            if energy is not None and energy.shape != (m,):
+                raise FistaPrunerError(f"{self.label}: {name} is {tuple(energy.shape)}, expected ({m},)")
+        for name, tensor in (("gram", self.gram), ("drift", self.drift)):
+            if tensor is not None and tensor.device != self.weight.device:
+                raise FistaPrunerError(f"{self.label}: the weight is on {self.weight.device}, its {name} on {tensor.device}")
+        if self.tokens is not None and self.tokens < 1:
+            raise FistaPrunerError(f"{self.label}: tokens {self.tokens} is not a number of calibration tokens (1 or more, or None)")
         if not 0.0 <= self.target <= 1.0:
             raise FistaPrunerError(f"{self.label}: target {self.target} is not a share of the dense target in [0, 1]")
         if self.energy is None:
@@ -163,7 +180,12 @@ class LayerProblem:
 
         Args:
             importance: (m,) positive weights of the rows.
+
+        Raises:
+            FistaPrunerError: a weight is zero, negative, NaN or infinite.
         """
+        if not bool(((importance > 0) & importance.isfinite()).all()):
+            raise FistaPrunerError(f"{self.label}: the importance of a row is zero, negative, NaN or infinite, expected positive numbers")
         root = importance.sqrt()
         drift = None if self.drift is None else self.drift * root[:, None]
         drift_energy = None if self.drift_energy is None else self.drift_energy * importance
@@ -235,10 +257,28 @@ class LayerProblem:
             residual: (p, m) ``S - S*`` by tokens, see above; only with ``dense_inputs``.
             target: share of the dense target.
             name: operator name.
+
+        Raises:
+            FistaPrunerError: shapes disagree, there are no tokens, or a value is NaN or infinite.
         """
+        weight = _plain(weight, f"{name}: the weight")
+        if weight.ndim != 2:
+            raise FistaPrunerError(f"{name}: the weight is {tuple(weight.shape)}, expected (outputs, inputs)")
         m, n = weight.shape
-        weight = weight.float()
-        dense, source = dense_inputs, None
+        if residual is not None and dense_inputs is None:
+            raise FistaPrunerError(f"{name}: a residual is given without dense_inputs, expected both")
+
+        def by_token(what: str, tensor: Tensor, width: int) -> Tensor:
+            _require_float(tensor, f"{name}: {what}")
+            if tensor.ndim != 2 or tensor.shape[1] != width or len(tensor) != len(inputs):
+                tokens = "tokens" if tensor is inputs else len(inputs)
+                raise FistaPrunerError(f"{name}: {what} is {tuple(tensor.shape)}, expected ({tokens}, {width})")
+            return tensor.detach()
+
+        inputs = by_token("inputs", inputs, n)
+        dense = None if dense_inputs is None else by_token("dense_inputs", dense_inputs, n)
+        residual = None if residual is None else by_token("residual", residual, m)
+        source: DriftFrom | None = None
         if dense is not None:
             source = cheapest_drift(m, n, corrected=residual is not None)
             dense = dense.float() @ weight.T if source == "outputs" else dense
@@ -368,6 +408,21 @@ class ProblemSums:
 def unweighted(weight: Tensor, importance: Tensor) -> Tensor:
     """(m, n) weights of the plain problem from those of the :meth:`~LayerProblem.weighted` one; in place."""
     return weight.div_(importance.sqrt()[:, None])
+
+
+def _require_float(tensor: Any, what: str) -> None:
+    """Refuse what is no floating-point tensor; ``what`` names it."""
+    if not isinstance(tensor, Tensor) or not tensor.is_floating_point():
+        found = tensor.dtype if isinstance(tensor, Tensor) else type(tensor).__name__
+        raise FistaPrunerError(f"{what} is {found}, expected a floating-point tensor")
+
+
+def _plain(tensor: Any, what: str, *, keep_double: bool = False) -> Tensor:
+    """The tensor as solvers want it: fp32 (or fp64), contiguous, without gradients; the same object where it is so already."""
+    _require_float(tensor, what)
+    plain: Tensor = tensor.detach() if tensor.requires_grad else tensor
+    plain = plain if keep_double and plain.dtype == torch.float64 else plain.float()
+    return plain.contiguous()
 
 
 def _row_dots(left: Callable[[slice], Tensor], right: Tensor) -> Tensor:

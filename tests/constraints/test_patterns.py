@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from hypothesis import assume, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fistapruner import FistaPrunerError
@@ -121,10 +121,17 @@ def test_bisection_finds_the_same_value(values: str) -> None:
 def test_rows_alone_have_the_mask_of_the_whole(rows: int, columns: int, share: float, seed: int, data: st.DataObject) -> None:
     scores = torch.randn(rows, columns, generator=torch.Generator().manual_seed(seed)).round()
     pattern = Unstructured(share)
-    assume(pattern.zeros(rows, columns) <= rows * (columns - 1))
     middle = data.draw(st.integers(1, rows - 1))
     blocks = [project_mask(scores[a:b], of_rows(pattern, rows, columns, a, b), "row") for a, b in ((0, middle), (middle, rows))]
     assert torch.equal(torch.cat(blocks), project_mask(scores, pattern, "row"))
+
+
+@given(st.integers(1, 200_000), st.floats(0, 1))
+def test_counts_have_a_pattern_that_gives_them_back(weights: int, share: float) -> None:
+    for zeros in (round(share * weights), weights):
+        pattern = Unstructured.of_counts(zeros, weights)
+        assert pattern.zeros(1, weights) == zeros
+        assert parse_sparsity(str(pattern)) == pattern
 
 
 def test_unknown_scope() -> None:

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import itertools
+import math
+from pathlib import Path
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fistapruner import Recipe
+import tiny
+from fistapruner import Recipe, prune
 from fistapruner.constraints.patterns import Unstructured, parse_sparsity
 from fistapruner.errors import FistaPrunerError
 from fistapruner.problem import LayerProblem
@@ -149,3 +152,12 @@ def test_auto_measures_for_our_own_method_where_the_pattern_leaves_a_choice(
     assert permutes(recipe) == reorders
     assert differentiates(recipe) == (measured is not None)
     assert needs_measuring(recipe) == (measured is not None or reorders)
+
+
+@pytest.mark.parametrize("allocation", ["error", "owl"])
+def test_at_a_sparsity_that_keeps_nothing_of_small_operators_the_total_is_still_exact(tmp_path: Path, allocation: str) -> None:
+    model = tiny.save("llama", tmp_path / "model", hidden_size=8, intermediate_size=12, num_attention_heads=2)
+    settings = {"source": "python", "samples": 3, "seqlen": 16}
+    report = prune(str(model), tmp_path / "run", sparsity="99.9%", allocation=allocation, calibration=settings)
+    sizes = [math.prod(operator.shape) for layer in report.layers for operator in layer.operators]
+    assert report.totals.operator_zeros == sum(round(0.999 * size) for size in sizes)

@@ -10,14 +10,15 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 import tiny
-from fistapruner import Recipe
+from fistapruner import FistaPrunerError, Recipe, prune
 from fistapruner.activations.store import scratch_factory as store
 from fistapruner.models.discovery import discover
 from fistapruner.models.files.checkpoint import Checkpoint
 from fistapruner.models.layerwise import Skeleton
 from fistapruner.sensitivity import fisher as module
 from fistapruner.sensitivity.decision import decide
-from fistapruner.sensitivity.fisher import measure_sensitivity
+from fistapruner.sensitivity.error_curves import predicted_cost
+from fistapruner.sensitivity.fisher import measure_sensitivity, row_importance
 
 WINDOWS, SEQLEN = 3, 12
 
@@ -96,6 +97,46 @@ def test_a_decision_is_deterministic_and_spares_sensitive_operators(tmp_path: Pa
     assert len({pattern.fraction for pattern in first.sparsity.values()}) > 1
     assert first.metrics is not None
     assert [tuple(metric.shape) for metric in first.metrics] == [(skeleton.width, skeleton.width)] * len(skeleton)
+
+
+def test_rows_that_reach_no_prediction_count_alike_and_tiny_gradients_like_large_ones() -> None:
+    assert torch.equal(row_importance(torch.zeros(6)), torch.ones(6))
+    rows = torch.tensor([0.0, 1.0, 2.0, 4.0, 0.5])
+    usual = row_importance(rows)
+    assert bool((usual > 0).all())
+    for scale in (2.0**-126, 2.0**-146, 2.0**120):  # of the first two, rows or their sums are below what fp32 holds in full
+        torch.testing.assert_close(row_importance(rows * scale), usual, rtol=1e-5, atol=0)
+
+
+def test_a_cost_of_rows_whose_gradients_underflow_is_finite() -> None:
+    errors, rows = torch.ones(2, 64), torch.zeros(256)
+    rows[0], rows[1] = 1.4e-45, 1e6  # only the first of them is looked at
+    assert bool(predicted_cost(errors, rows).isfinite().all())
+    assert bool(predicted_cost(errors, torch.zeros(256)).isfinite().all())
+
+
+@pytest.mark.parametrize("silent", ["down_proj", "o_proj"])
+def test_operators_that_reach_no_prediction_are_pruned_by_the_default_method(tmp_path: Path, silent: str) -> None:
+    model = tiny.build("llama")
+    with torch.no_grad():
+        for name, weight in model.named_parameters():
+            if silent in name and ".1." in name:
+                weight.zero_()
+    model.save_pretrained(tmp_path / "model")
+    tiny.tokenizer().save_pretrained(tmp_path / "model")
+    report = prune(str(tmp_path / "model"), tmp_path / "run", sparsity="50%", calibration={"source": "python", "samples": 4, "seqlen": 16})
+    assert report.totals.operator_zeros >= 0.5 * report.totals.operator_weights
+
+
+def test_gradients_that_are_no_numbers_are_named(tmp_path: Path) -> None:
+    """Hidden states of zero are a fine forward pass, but the norms' gradients there are beyond fp32."""
+    model = tiny.build("llama", rms_norm_eps=1e-38)
+    with torch.no_grad():
+        model.get_input_embeddings().weight.zero_()
+    model.save_pretrained(tmp_path / "model")
+    tiny.tokenizer().save_pretrained(tmp_path / "model")
+    with pytest.raises(FistaPrunerError, match=r"layers\.\d.*: the gradients of the predictions are NaN or infinite in float32 passes"):
+        prune(str(tmp_path / "model"), tmp_path / "run", calibration={"source": "python", "samples": 4, "seqlen": 16})
 
 
 def test_nothing_is_measured_when_nothing_needs_it(tmp_path: Path) -> None:

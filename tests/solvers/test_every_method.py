@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 from dataclasses import replace
 
 import pytest
@@ -128,6 +129,62 @@ def _best_error(problem: LayerProblem, row: int) -> float:
         change = candidate - weight
         best = min(best, float(change @ gram @ change))
     return best
+
+
+@pytest.mark.parametrize("chain", CHAINS)
+@pytest.mark.parametrize("sparsity", ["50%", "2:4"])
+def test_gradients_layout_and_type_of_the_tensors_change_nothing(chain: str, sparsity: str) -> None:
+    problem = make_problem((8, 12))
+    weight, gram = problem.weight.half().float(), problem.gram.bfloat16().float()
+    expected = solve(replace(problem, weight=weight, gram=gram), sparsity, chain)
+    ways = [
+        (weight.clone().requires_grad_(), gram),
+        (weight.T.contiguous().T, gram.T.contiguous().T),
+        (weight.double(), gram.double()),
+        (weight.half(), gram.bfloat16()),
+    ]
+    for other, other_gram in ways:
+        found = solve(replace(problem, weight=other, gram=other_gram), sparsity, chain)
+        assert torch.equal(found.weight, expected.weight)
+        assert not found.weight.requires_grad
+
+
+@pytest.mark.parametrize("chain", CHAINS)
+@pytest.mark.parametrize("rows", [(4,), (1, 40)])
+def test_a_sparsity_that_keeps_nothing_of_a_small_operator_gives_zeros(chain: str, rows: tuple[int, ...]) -> None:
+    problem = make_problem(rows, 8)
+    solution = solve(problem, "99.9%", chain)
+    assert not bool(solution.weight.split(rows)[0].any())
+    assert int((~solution.mask).sum()) == sum(round(0.999 * 8 * count) for count in rows)
+
+
+@pytest.mark.parametrize(
+    ("method", "message"),
+    [
+        *(({name: {"rho": value}}, f"method {name}: rho") for name in ("alps", "admm") for value in (math.nan, math.inf, 0, -1)),
+        *(({"proximal": {"rho": [0.1, value]}}, r"method proximal: rho\.1") for value in (math.nan, math.inf, 0, -1)),
+        ({"proximal": {"rho": [1, 0.1]}}, r"method proximal: rho: \[1\.0, 0\.1\] falls"),
+        *(({"fista": {"penalty_interval": [value, 1]}}, r"penalty_interval\.0") for value in (math.nan, math.inf, 0, -1)),
+        ({"fista": {"penalty_interval": [1, 1e-7]}}, r"penalty_interval \[1\.0, 1e-07\] is empty"),
+        ({"fista": {"penalty_interval": [1e-3, 1]}}, r"penalty_start 1e-05 is outside penalty_interval \[0\.001, 1\.0\]"),
+        ({"sparsegpt": {"damping": math.inf}}, "method sparsegpt: damping"),
+        ({"fista": {"tolerance": math.inf}}, "method fista: tolerance"),
+    ],
+)
+def test_settings_without_a_meaning_are_refused(method: dict[str, object], message: str) -> None:
+    with pytest.raises(FistaPrunerError, match=message):
+        parse_method([method])
+
+
+@pytest.mark.parametrize("method", [{"alps": {"rho": 1e300}}, {"proximal": {"rho": [0.15, 1e300]}}, {"alps": {"damping": 1e300}}])
+def test_settings_beyond_fp32_end_in_a_sentence(method: dict[str, object]) -> None:
+    with pytest.raises(FistaPrunerError, match=r"operator0: .*1e\+300.* ended in NaN or infinite weights"):
+        solve(make_problem(), "50%", [method])
+
+
+def test_what_is_no_problem_is_refused() -> None:
+    with pytest.raises(FistaPrunerError, match="problem is a Tensor, expected a LayerProblem"):
+        solve(torch.ones(2, 2), "50%")  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("name", REFINEMENTS)

@@ -33,6 +33,11 @@ class Unstructured:
         if not (isinstance(self.fraction, (int, float)) and 0.0 <= self.fraction < 1.0):
             raise FistaPrunerError(f"sparsity {self.fraction!r} is out of range: a share of zeros in [0, 1), such as 0.5 or 50%")
 
+    @classmethod
+    def of_counts(cls, zeros: int, weights: int) -> Unstructured:
+        """The pattern with exactly ``zeros`` zeros of ``weights``, all of them included: a share that rounds to it."""
+        return cls(min(zeros / weights, math.nextafter(1.0, 0.0)))
+
     def __str__(self) -> str:
         """A percentage where four decimals of it say everything, else the share in full: it always parses back to itself."""
         percent = f"{100 * self.fraction:.4f}".rstrip("0").rstrip(".")
@@ -237,7 +242,7 @@ def of_rows(sparsity: Sparsity, rows: int, columns: int, start: int, stop: int) 
         return sparsity
     base, extra = divmod(sparsity.zeros(rows, columns), rows)
     zeros = base * (stop - start) + max(min(stop, extra) - start, 0)
-    return Unstructured(zeros / ((stop - start) * columns))
+    return Unstructured.of_counts(zeros, (stop - start) * columns)
 
 
 def satisfies(weight: Tensor, sparsity: Sparsity) -> bool:

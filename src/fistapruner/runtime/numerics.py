@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -24,20 +26,50 @@ def fast_products(enabled: bool = True) -> Iterator[None]:
     bits). Where the inputs *are* bf16 values, as activations of a bf16 model, every product is exact, so Grams lose
     nothing. Elsewhere use it for iterations only and judge the result outside of it.
 
+    The precision is a setting of the process: it holds for the products of all threads until the last thread has left.
+
     Args:
         enabled: False makes this a no-op, so that a setting can be passed straight through.
     """
     if not enabled:
         yield
         return
-    cpu, cuda = torch.backends.mkldnn.matmul, torch.backends.cuda.matmul  # type: ignore[attr-defined]
-    before = cpu.fp32_precision, cuda.fp32_precision
+    _precision.lower()
     try:
-        cpu.fp32_precision = "bf16"
-        cuda.fp32_precision = "tf32"
         yield
     finally:
-        cpu.fp32_precision, cuda.fp32_precision = before
+        _precision.restore()
+
+
+class _Precision:
+    """The process's precision of fp32 products, and how many blocks of :func:`fast_products` have lowered it."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._blocks = 0
+        self._before: tuple[str, str] = ("none", "none")
+
+    def lower(self) -> None:
+        cpu, cuda = self._backends()
+        with self._lock:
+            if self._blocks == 0:
+                self._before = cpu.fp32_precision, cuda.fp32_precision
+                cpu.fp32_precision, cuda.fp32_precision = "bf16", "tf32"
+            self._blocks += 1
+
+    def restore(self) -> None:
+        cpu, cuda = self._backends()
+        with self._lock:
+            self._blocks -= 1
+            if self._blocks == 0:
+                cpu.fp32_precision, cuda.fp32_precision = self._before
+
+    @staticmethod
+    def _backends() -> tuple[Any, Any]:
+        return torch.backends.mkldnn.matmul, torch.backends.cuda.matmul  # type: ignore[attr-defined]
+
+
+_precision = _Precision()
 
 
 def add_gram(sums: Tensor, rows: Tensor) -> None:

@@ -85,7 +85,9 @@ def predicted_cost(errors: Tensor, sensitivity: Tensor) -> Tensor:
         sensitivity: (rows,) mean squared gradients of all its outputs.
     """
     sampled = sensitivity[looked_at(len(sensitivity))]
-    share = sampled.sum() / sensitivity.sum() if bool(sampled.any()) else len(sampled) / len(sensitivity)
+    share = sampled.sum() / sensitivity.sum()
+    if not bool(share > 0):  # none of the sampled rows reaches a prediction, or by less than fp32 can tell
+        share = torch.tensor(len(sampled) / len(sensitivity))
     return torch.mv(errors, sampled) / (2 * share)
 
 
@@ -137,7 +139,7 @@ def split_budget(curves: Mapping[str, Tensor], sizes: Mapping[str, int], fractio
         left -= taken
         if left == 0:
             break
-    return {name: Unstructured(count / sizes[name]) for name, count in zeros.items()}
+    return {name: Unstructured.of_counts(count, sizes[name]) for name, count in zeros.items()}
 
 
 def interpolate(x: Tensor, y: Tensor, at: Tensor) -> Tensor:

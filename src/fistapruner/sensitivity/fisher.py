@@ -18,6 +18,7 @@ Gradient second moments as a metric for layer-wise errors go back to K-FAC (Mart
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Generic, Protocol, TypeVar
@@ -26,9 +27,10 @@ import torch
 from torch import Tensor
 
 from ..activations.store import HiddenStates, Store
+from ..errors import FistaPrunerError
 from ..models.discovery import Layout
 from ..models.layerwise import Call, Skeleton, Tick
-from ..runtime.numerics import add_gram, fast_products, mirror
+from ..runtime.numerics import add_gram, dtype_name, fast_products, mirror
 
 HEAD_TOKENS = 512
 """Tokens whose logits are made at once."""
@@ -122,6 +124,9 @@ def measure_sensitivity(
         outputs: whether to measure the decoder layers' outputs too.
         store: where hidden states are kept.
         tick: told of progress: (what, steps done, steps in all).
+
+    Raises:
+        FistaPrunerError: NaN or infinite gradients; names the operator.
     """
     batches = _batches(len(tokens), batch_size)
     states, calls = _forward(skeleton, layout, tokens, batches, store, look, tick)
@@ -170,6 +175,12 @@ def measure_sensitivity(
             metrics.append((metric if metric.ndim == 1 else mirror(metric)).cpu() / tokens.numel())
         rows |= {layout.full_name(index, operator): sums[operator.name].cpu() / tokens.numel() for operator in operators}
         tick("decoder layers, backwards", len(skeleton) - index, len(skeleton))
+    for name, values in rows.items():  # from the last decoder layer to the first, as gradients come
+        if not bool(values.isfinite().all()):
+            raise FistaPrunerError(
+                f"{name}: the gradients of the predictions are NaN or infinite in {dtype_name(skeleton.dtype)} passes: take "
+                "--dtype float32, or --allocation uniform and --weighting none, which need none"
+            )
     return Sensitivity(rows, metrics[::-1], tokens.numel())
 
 
@@ -179,7 +190,12 @@ def row_importance(sensitivity: Tensor) -> Tensor:
     The root of the sensitivity, not the sensitivity itself: it was measured on few tokens, and an error that is spread
     unevenly leaves the range in which the second moment describes its effect.
     """
-    floor = 1e-8 * sensitivity.mean().clamp_min(torch.finfo(torch.float32).tiny)  # rows that reach no prediction keep a weight
+    largest = float(sensitivity.max())
+    if largest == 0.0:  # no row reaches a prediction: none counts more than another
+        return torch.ones_like(sensitivity)
+    # Times a power of four, whose root is exact: no bit of the result depends on it, and nothing underflows.
+    sensitivity = (sensitivity.double() * 4.0 ** (-math.frexp(largest)[1] // 2)).float()
+    floor = 1e-8 * sensitivity.mean()  # rows that reach no prediction keep a weight
     root = sensitivity.clamp_min(floor).sqrt()
     return root / root.mean()
 

@@ -48,14 +48,17 @@ def owl_allocation(shares: Mapping[int, float], members: Mapping[int, Mapping[st
 
 
 def exact_total(wanted: Mapping[str, tuple[float, int]], budget: int) -> dict[str, Unstructured]:
-    """Round (fraction, size) of each operator to whole zeros that sum to ``budget``: cumulative rounding, in order."""
+    """Round (fraction, size) of each operator to whole zeros that sum to ``budget``: cumulative rounding, in order.
+
+    Near a sparsity of 1 rounding may ask for more zeros than an operator has weights: its neighbours take them.
+    """
     result: dict[str, Unstructured] = {}
     running, given = 0.0, 0
-    names = list(wanted)
-    for name in names:
-        fraction, size = wanted[name]
+    rest = sum(size for _, size in wanted.values())
+    for name, (fraction, size) in wanted.items():
         running += fraction * size
-        upto = budget if name == names[-1] else round(running)
-        result[name] = Unstructured((upto - given) / size)
+        rest -= size
+        upto = min(max(round(running), given, budget - rest), given + size, budget)
+        result[name] = Unstructured.of_counts(upto - given, size)
         given = upto
     return result

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+import threading
 import time
 from collections.abc import Sequence
 from dataclasses import replace
@@ -25,6 +27,9 @@ from .wanda import Wanda
 METHODS: dict[str, type[Method]] = {
     method.name: method for method in (Proximal, Fista, ALPS, SparseGPT, ADMM, Wanda, Magnitude, Refit, Swap)
 }
+
+ONE_AT_A_TIME = threading.RLock()
+"""Held by :func:`solve`: the precision of products is a setting of the process, and a solve changes it."""
 
 Steps = str | Method | Sequence["str | dict[str, object] | Method"]
 
@@ -77,6 +82,8 @@ def solve(
 ) -> Solution:
     """Prune the operators of a layer problem.
 
+    Calls from several threads run one after another, so that each gives the bits that it would give alone.
+
     Args:
         problem: the layer problem.
         sparsity: one pattern for all operators, or one for each.
@@ -87,8 +94,11 @@ def solve(
         ``steps`` and the seconds each step took (shared by the operators that were solved together).
 
     Raises:
-        FistaPrunerError: bad settings, a pattern that does not fit, or NaN in the data.
+        FistaPrunerError: bad settings, a pattern that does not fit, NaN in the data, or settings so extreme that the
+            solution is not finite.
     """
+    if not isinstance(problem, LayerProblem):
+        raise FistaPrunerError(f"problem is a {type(problem).__name__}, expected a LayerProblem")
     steps = parse_method(method)
     patterns = (
         [sparsity] * len(problem.rows) if isinstance(sparsity, (str, float, int)) or not isinstance(sparsity, Sequence) else list(sparsity)
@@ -99,7 +109,12 @@ def solve(
     for pattern, name in zip(parsed, problem.names, strict=True):
         check_divides(pattern, problem.shape[1], name)
     problem.check_finite()
+    with ONE_AT_A_TIME:
+        return _run_steps(problem, parsed, steps)
 
+
+def _run_steps(problem: LayerProblem, parsed: Sequence[Sparsity], steps: Sequence[Method]) -> Solution:
+    """Run a chain whose settings, patterns and data have been checked."""
     solution: Solution | None = None
     records: list[list[dict[str, object]]] = [[] for _ in problem.rows]
     warnings: list[str] = []
@@ -112,6 +127,11 @@ def solve(
         seconds = time.perf_counter() - begin
         warnings += solution.warnings
         errors = problem.relative_errors(solution.weight)
+        if not all(map(math.isfinite, errors)) and not bool(solution.weight.isfinite().all()):
+            said = step.model_dump(exclude_defaults=True) or "its defaults"
+            raise FistaPrunerError(
+                f"{problem.label}: {step.name} with {said} ended in NaN or infinite weights: take settings nearer to the defaults"
+            )
         for index, record in enumerate(records):
             extra = solution.stats[index] if solution.stats else {}
             record.append({"method": step.name, "relative_error": errors[index], "seconds": seconds, **extra})

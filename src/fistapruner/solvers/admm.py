@@ -7,27 +7,29 @@ from typing import ClassVar
 
 import torch
 from pydantic import Field
+from torch import Tensor
 
-from ..constraints.patterns import NM, Sparsity, Unstructured
+from ..constraints.patterns import NM, Sparsity, keep_largest, project_mask
 from ..problem import LayerProblem
-from .base import Method, Solution, project_operators
+from .base import Method, Solution
 from .conditioning import alive_gram, damped_cholesky
 
 
 class ADMM(Method):
-    """Fast ADMM weight update with gradual pruning (Boza 2024, algorithms 1 and 2).
+    """Fast ADMM weight update with gradual pruning (Boza 2024, algorithms 1 and 2, and the author's program).
 
     On the Gram scaled to a unit diagonal and damped, with one inverse of ``H + rho I`` for all steps:
 
         Z = (V + U) on the mask;   U = U + V - Z;   V = (B + rho (Z - U)) (H + rho I)^-1.
 
-    The mask keeps the largest ``|V + U|`` of each row. It is chosen anew in the first steps, at a sparsity that grows as
-    ``s (1 - (1 - t/k)^3)``, and then fixed. For n:m the kept number of each group falls from m to n in the same way.
+    The mask keeps the largest ``|V + U|`` of the whole operator. It is chosen anew in the first steps, at a sparsity that
+    grows as ``s (1 - (1 - t/k)^3)``, and then fixed. For n:m the n largest of each group stay, and of all others the
+    smallest of the whole operator go, as many as that sparsity says.
 
     Args:
-        rho: penalty, in units of the scaled Gram's diagonal (the paper's 1).
+        rho: penalty, in units of the scaled Gram's diagonal before it is damped (the paper's 1).
         iterations: steps in all (20).
-        growing: steps in which the sparsity grows and the mask is chosen anew (15).
+        growing: steps in which the sparsity grows and the mask is chosen anew (15); 0 takes the mask of the dense weights.
         damping: added to the scaled Gram's diagonal (0.1).
     """
 
@@ -40,14 +42,23 @@ class ADMM(Method):
     growing: int = Field(15, ge=0)
     damping: float = Field(0.1, ge=0.0)
 
+    # Differs from the author's program (github.com/fmfi-compbio/admm-pruning, lib/admm.py):
+    # (1) There the mask of the whole operator has the final sparsity from the first step on; the schedule is computed, but
+    #     only the masks by row and n:m use it. Here it grows for all of them, as the paper's algorithm 2 says. On Grams of
+    #     SmolLM2 the error is then 1.2 % lower at 50 % and 0.3 % higher at 70 %.
+    # (2) There n:m is 2:4 whatever is asked for. Here it is any n:m.
+    # (3) There the number of zeros is rounded down. Here it is exact (the operator's promised number).
+    # (4) There a dead input's scale is 1e-8. Here it takes part with the mean of the diagonal, as in every solver.
+
     def solve(self, problem: LayerProblem, sparsity: Sequence[Sparsity], start: Solution | None = None) -> Solution:
         gram = alive_gram(problem.gram)
         scale = gram.diagonal().sqrt()
         gram = gram / scale / scale[:, None]
         gram.diagonal().add_(self.damping)
-        factor, damping, warnings = damped_cholesky(gram, self.rho, problem.label)
+        level = float(gram.diagonal().mean())
+        factor, share, warnings = damped_cholesky(gram, self.rho / level, problem.label)
         inverse = torch.cholesky_inverse(factor)
-        rho = damping * float(gram.diagonal().mean())
+        rho = share * level
         dense = problem.weight * scale
         linear = dense @ gram
         if problem.drift_gradient is not None:
@@ -57,8 +68,9 @@ class ADMM(Method):
         mask = torch.ones_like(dense, dtype=torch.bool)
         for step in range(1, self.iterations + 1):
             if step <= growing or step == 1:
-                share = 1.0 - (1.0 - step / growing) ** 3 if growing else 1.0
-                mask = project_operators((smooth + dual).abs(), problem.rows, [_part(p, share) for p in sparsity], scope="row")
+                grown = 1.0 - (1.0 - step / growing) ** 3 if growing else 1.0
+                scores = (smooth + dual).abs().split(problem.rows)
+                mask = torch.cat([_grown(part, pattern, grown) for part, pattern in zip(scores, sparsity, strict=True)])
             sparse = (smooth + dual) * mask
             dual = dual + smooth - sparse
             smooth = (linear + rho * (sparse - dual)) @ inverse
@@ -66,9 +78,8 @@ class ADMM(Method):
         return Solution(weight, mask, tuple({"damping": self.damping, "rho": rho} for _ in problem.rows), tuple(warnings))
 
 
-def _part(pattern: Sparsity, share: float) -> Sparsity:
-    """The pattern on its way from dense (share 0) to itself (share 1)."""
-    if isinstance(pattern, Unstructured):
-        return Unstructured(pattern.fraction * share)
-    kept = pattern.m - round((pattern.m - pattern.n) * share)
-    return Unstructured(0.0) if kept >= pattern.m else NM(kept, pattern.m)
+def _grown(scores: Tensor, pattern: Sparsity, share: float) -> Tensor:
+    """(m, n) mask of one operator on its way from dense (share 0) to the pattern (share 1)."""
+    if isinstance(pattern, NM):
+        scores = scores.masked_fill(project_mask(scores, pattern), torch.inf)
+    return keep_largest(scores, scores.numel() - round(share * pattern.zeros(*scores.shape)))

@@ -11,16 +11,18 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 import torch
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor
 
 from ..constraints.patterns import Sparsity, project_mask
 from ..problem import LayerProblem
 
 Stats = dict[str, Any]
+
+Positive = Annotated[float, Field(gt=0.0)]
 
 
 @dataclass(frozen=True)
@@ -43,7 +45,7 @@ class Solution:
 class Method(BaseModel, ABC):
     """Base of solvers and refinements: settings are fields, validated, unknown ones refused."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
     name: ClassVar[str]
     summary: ClassVar[str]

@@ -8,14 +8,14 @@ from dataclasses import dataclass
 from typing import ClassVar, Literal
 
 import torch
-from pydantic import Field
+from pydantic import Field, model_validator
 from torch import Tensor
 
 from ..constraints.patterns import Sparsity
 from ..errors import FistaPrunerError
 from ..problem import LayerProblem
 from ..runtime.numerics import fast_products
-from .base import Method, Solution, Stats, project_operators
+from .base import Method, Positive, Solution, Stats, project_operators
 from .conditioning import largest_eigenvalue
 from .magnitude import Magnitude
 from .sparsegpt import SparseGPT
@@ -64,9 +64,18 @@ class Fista(Method):
     warm_start: Literal["auto", "sparsegpt", "wanda", "magnitude", "dense"] = "sparsegpt"
     penalty: Literal["relative", "published"] = "relative"
     penalty_start: float = Field(1e-5, gt=0.0, lt=1.0)
-    penalty_interval: tuple[float, float] = (1e-7, 1.0)
+    penalty_interval: tuple[Positive, Positive] = (1e-7, 1.0)
     penalty_width: float = Field(0.01, gt=0.0)
     fast: bool = True
+
+    @model_validator(mode="after")
+    def _start_inside(self) -> Fista:
+        low, high = self.penalty_interval
+        if not low < high:
+            raise ValueError(f"penalty_interval {[low, high]} is empty, expected a low end and a higher one")
+        if not low <= self.penalty_start <= high:
+            raise ValueError(f"penalty_start {self.penalty_start:g} is outside penalty_interval {[low, high]}")
+        return self
 
     def solve(self, problem: LayerProblem, sparsity: Sequence[Sparsity], start: Solution | None = None) -> Solution:
         start = start or self._warm_start(problem, sparsity)

@@ -7,13 +7,13 @@ from dataclasses import replace
 from typing import ClassVar
 
 import torch
-from pydantic import Field
+from pydantic import Field, field_validator
 from torch import Tensor
 
 from ..constraints.patterns import NM, Sparsity, Unstructured
 from ..problem import LayerProblem
 from ..runtime.numerics import fast_products, has_bf16_units
-from .base import Method, Solution, Stats, project_operators
+from .base import Method, Positive, Solution, Stats, project_operators
 from .conditioning import alive_gram, damped_cholesky
 from .refit import refit_cg
 from .thresholds import GroupThreshold, SampledThreshold
@@ -61,7 +61,7 @@ class Proximal(Method):
     auto_keeps_paper_settings: ClassVar[bool] = False
     target: ClassVar[float] = 0.5
 
-    rho: tuple[float, float] = (0.15, 1.0)
+    rho: tuple[Positive, Positive] = (0.15, 1.0)
     levels: int = Field(11, ge=2)
     steps: int = Field(3, ge=1)
     damping: float = Field(0.001, ge=0.0)
@@ -69,6 +69,13 @@ class Proximal(Method):
     metric_damping: float = Field(0.1, gt=0.0)
     refit: int = Field(4, ge=0)
     fast: bool = True
+
+    @field_validator("rho")
+    @classmethod
+    def _growing(cls, value: tuple[float, float]) -> tuple[float, float]:
+        if value[0] > value[1]:
+            raise ValueError(f"{list(value)} falls, expected the first penalty and a last one that is not below it")
+        return value
 
     def solve(self, problem: LayerProblem, sparsity: Sequence[Sparsity], start: Solution | None = None) -> Solution:
         gram = alive_gram(problem.gram)
