@@ -8,8 +8,8 @@ import pytest
 
 import tiny
 from fistapruner.cli import progress
-from fistapruner.execution.serial import Listener
 from fistapruner.pipeline.prune import prune
+from fistapruner.runs.listener import Listener
 from fistapruner.runs.records import LayerEntry
 
 

@@ -15,14 +15,15 @@ import pytest
 
 import tiny
 from fistapruner.errors import FistaPrunerError
-from fistapruner.execution.context import Work
+from fistapruner.execution.context import RunContext
 from fistapruner.execution.layer_parallel import Event, Job, PartJob, dispatch
 from fistapruner.execution.operator_parallel import SideBySide
 from fistapruner.execution.process_pool import ProcessPool, worker_devices
-from fistapruner.execution.serial import Listener, prune_serially
+from fistapruner.execution.serial import prune_serially
 from fistapruner.pipeline.prune import finish_run, prune, resume
 from fistapruner.pruning import partition as parts
 from fistapruner.runs.directory import RunDirectory
+from fistapruner.runs.listener import Listener
 
 SETTINGS: dict[str, Any] = {
     "method": "sparsegpt",
@@ -96,7 +97,7 @@ def test_workers_that_die_are_replaced(model: Path, expected: bytes, tmp_path: P
     """One dies as it begins a layer, one after it passed the hidden states on; then the run is resumed and finished."""
     out = tmp_path / "run"
     prune(str(model), out, **SETTINGS, execution={"threads": 1}, only_layers=(1, 1))
-    work = Work.open(out)
+    work = RunContext.open(out)
     work.hidden.mkdir(parents=True, exist_ok=True)
     pool = Deadly(work, worker_devices("cpu", 2, 1), at_start={2: 1}, at_event=["passed"])
     try:
@@ -112,7 +113,7 @@ def test_workers_that_die_are_replaced(model: Path, expected: bytes, tmp_path: P
 def test_layer_that_kills_every_worker_stops_the_run(model: Path, expected: bytes, tmp_path: Path) -> None:
     out = tmp_path / "run"
     prune(str(model), out, **SETTINGS, execution={"threads": 1}, only_layers=(0, 3))
-    work = Work.open(out)
+    work = RunContext.open(out)
     work.hidden.mkdir(parents=True, exist_ok=True)
     pool = Deadly(work, worker_devices("cpu", 1, 1), at_start={4: 3}, at_event=[])
     try:
@@ -167,7 +168,7 @@ def test_worker_that_dies_of_a_part_is_replaced(model: Path, tmp_path: Path) -> 
     prune(str(model), tmp_path / "serial", **settings, execution={"threads": 1})
     out = tmp_path / "run"
     prune(str(model), out, **settings, execution={"threads": 1}, only_layers=(0, 0))
-    work = Work.open(out)
+    work = RunContext.open(out)
     work.hidden.mkdir(parents=True, exist_ok=True)  # the part before left the folder of parts
     pool = Deadly(work, worker_devices("cpu", 2, 1), at_start={"part-1": 1}, at_event=["done"])
     try:

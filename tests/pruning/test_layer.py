@@ -17,7 +17,6 @@ from fistapruner import Recipe, solve
 from fistapruner.activations.passes import Calls
 from fistapruner.activations.store import HiddenStates, scratch_factory
 from fistapruner.constraints.patterns import parse_sparsity
-from fistapruner.execution.serial import Listener
 from fistapruner.models.discovery import Layout, Operator, discover
 from fistapruner.models.files.checkpoint import Checkpoint
 from fistapruner.models.layerwise import Skeleton
@@ -25,6 +24,7 @@ from fistapruner.pipeline.prune import prune
 from fistapruner.problem import LayerProblem, ProblemSums
 from fistapruner.pruning.drift import dense_windows, drift_sources
 from fistapruner.pruning.layer import Streams, prune_layer
+from fistapruner.runs.listener import Listener
 from fistapruner.runs.records import LayerEntry
 
 SAMPLES, SEQLEN, BATCH = 5, 24, 2

@@ -31,8 +31,8 @@ def run(arguments: argparse.Namespace) -> int:
     import json
 
     from ..errors import FistaPrunerError
-    from ..execution.serial import Listener
     from ..pipeline.measure import bench_run, is_run
+    from ..runs.listener import Listener
     from ..sparse.bench import bench, record, table
     from .progress import PlainListener
 

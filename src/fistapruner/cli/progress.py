@@ -8,8 +8,8 @@ import time
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-from ..execution.serial import Listener
 from ..reporting.numbers import duration
+from ..runs.listener import Listener
 from ..runs.records import LayerEntry
 
 EVERY = 20.0

@@ -11,13 +11,13 @@ from typing import Any
 import torch
 
 from ..errors import FistaPrunerError
-from ..execution.context import DTYPES, choose_device
 from ..models.files.checkpoint import Checkpoint
 from ..models.layerwise import Skeleton, Tick
 from ..models.source import resolve_model
 from ..models.tokenizer import load_tokenizer
 from ..runs.results import Divergence, Evaluation, Perplexity
-from ..runtime.numerics import dtype_name
+from ..runtime.devices import choose_device
+from ..runtime.numerics import DTYPES, dtype_name
 from .data import Windows, load_windows
 from .scoring import divergence_of, perplexity_of
 from .streaming import Passes, score_windows, vocabulary_size

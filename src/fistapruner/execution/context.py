@@ -1,16 +1,13 @@
 """What every process of a run needs to prune layers, opened from the run directory alone.
 
 The process that starts a run decides everything once (:func:`fistapruner.pipeline.prune.prune`) and writes it down; then it,
-a worker process or a node of a cluster opens the same :class:`Work` from the same directory and agrees on every bit.
+a worker process or a node of a cluster opens the same :class:`RunContext` from the same directory and agrees on every bit.
 """
 
 from __future__ import annotations
 
-import hashlib
-import json
 import shutil
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -29,17 +26,17 @@ from ..pruning.layer import Progress, Solver, Streams, prune_layer
 from ..pruning.partition import solve_apart
 from ..recipes.settings import Recipe
 from ..runs.directory import RunDirectory
+from ..runs.identity import fingerprint
 from ..runs.records import LayerEntry
-from ..runtime.files import sampled_sha256
+from ..runtime.devices import choose_device
 from ..runtime.memory import peak_memory
+from ..runtime.numerics import DTYPES
 from ..sensitivity.decision import weighs_rows
 from ..solvers import solve
 
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-
 
 @dataclass
-class Work:
+class RunContext:
     """An opened run.
 
     Args:
@@ -69,7 +66,7 @@ class Work:
     part: str = ""
 
     @classmethod
-    def open(cls, folder: Path, device: torch.device | None = None, part: str = "") -> Work:
+    def open(cls, folder: Path, device: torch.device | None = None, part: str = "") -> RunContext:
         """Open a run that has been prepared.
 
         Args:
@@ -207,19 +204,6 @@ class Work:
                 run_layer(self.skeleton, index, streams.seen, calls, clock, output=streams.pruned_out)
 
 
-def fingerprint(recipe: Recipe, checkpoint: Checkpoint, tokens: Tensor, numerics: Mapping[str, Any]) -> str:
-    """Identity of a run: its settings, the model's files, the calibration tokens, and what decides the last bits."""
-    identity = [recipe.fingerprint(), stamps(checkpoint), checkpoint.config, dict(numerics)]
-    digest = hashlib.sha256(json.dumps(identity, sort_keys=True).encode())
-    digest.update(tokens.to(torch.int64).numpy().tobytes())
-    return digest.hexdigest()[:16]
-
-
-def stamps(checkpoint: Checkpoint) -> list[tuple[str, str]]:
-    """What tells a checkpoint's weights from others: name and hash of samples of every file."""
-    return [(name, sampled_sha256(file.path)) for name, file in checkpoint.files.items()]
-
-
 def open_skeleton(
     folder: Path,
     recipe: Recipe,
@@ -239,36 +223,3 @@ def open_skeleton(
 def model_family(folder: Path, *, allow_pickle: bool = False) -> str:
     """``model_type`` of a checkpoint's config, such as ``llama`` or ``opt``."""
     return str(Checkpoint.open(folder, allow_pickle=allow_pickle).config.get("model_type", ""))
-
-
-def choose_device(name: str) -> torch.device:
-    """The device a recipe names; ``auto`` takes the GPU with most free memory, or the CPU.
-
-    Raises:
-        FistaPrunerError: no such device here.
-    """
-    if name == "auto":
-        if not torch.cuda.is_available():
-            return torch.device("cpu")
-        free = [torch.cuda.mem_get_info(index)[0] for index in range(torch.cuda.device_count())]
-        return torch.device("cuda", free.index(max(free)))
-    try:
-        device = torch.device(name)
-    except RuntimeError:
-        raise FistaPrunerError(f"device {name!r} is not known: auto, cpu, cuda or cuda:N") from None
-    if device.type == "cuda" and not torch.cuda.is_available():
-        raise FistaPrunerError(f"device {name!r}: PyTorch sees no CUDA GPU on this machine")
-    if device.type == "cuda" and device.index is not None and device.index >= torch.cuda.device_count():
-        raise FistaPrunerError(f"device {name!r}: this machine has {torch.cuda.device_count()} CUDA GPUs")
-    return device
-
-
-@contextmanager
-def threads(count: int) -> Iterator[None]:
-    """Compute on ``count`` CPU threads inside; products are split among threads, so their last bits depend on it."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(count)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)

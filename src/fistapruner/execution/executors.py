@@ -9,15 +9,17 @@ import torch
 from ..problem import LayerProblem
 from ..pruning.partition import Part, cut
 from ..recipes.settings import Execution
-from .context import Work, threads
+from ..runs.listener import Listener
+from ..runtime.devices import cpu_threads
+from .context import RunContext
 from .layer_parallel import Pool, dispatch
 from .operator_parallel import SideBySide
 from .process_pool import ProcessPool, available_cores, worker_devices
-from .serial import Listener, prune_serially
+from .serial import prune_serially
 
 
 def prune_layers(
-    work: Work,
+    work: RunContext,
     todo: Collection[int],
     execution: Execution,
     listener: Listener,
@@ -49,7 +51,7 @@ def prune_layers(
             listener.say(f"propagate=pruned, and no group has two operators: executor {executor} has nothing to run side by side")
     if inspect is not None or jobs == 1:
         executor = "serial"
-    with threads(work.numerics["threads"]):
+    with cpu_threads(work.numerics["threads"]):
         if executor == "serial":
             prune_serially(work, todo, listener, inspect)
             return
@@ -63,7 +65,7 @@ def prune_layers(
             pool.close()
 
 
-def _pool(work: Work, execution: Execution, jobs: int, listener: Listener) -> Pool:
+def _pool(work: RunContext, execution: Execution, jobs: int, listener: Listener) -> Pool:
     """The workers of an executor, no more than there are ``jobs`` at once."""
     count = work.numerics["threads"]
     if execution.executor == "process":
@@ -77,7 +79,7 @@ def _pool(work: Work, execution: Execution, jobs: int, listener: Listener) -> Po
     return pool
 
 
-def _parts(work: Work, index: int) -> list[list[Part]]:
+def _parts(work: RunContext, index: int) -> list[list[Part]]:
     """The parts of every group of decoder layer ``index``."""
     found: list[list[Part]] = [[]]
     for group in work.layout.layers[index]:

@@ -17,8 +17,8 @@ from dataclasses import asdict, dataclass
 from typing import Any, Protocol
 
 from ..errors import FistaPrunerError
-from .context import Work
-from .serial import Listener
+from ..runs.listener import Listener
+from .context import RunContext
 
 log = logging.getLogger("fistapruner")
 
@@ -41,7 +41,7 @@ Event = dict[str, Any]
 
 @dataclass(frozen=True)
 class Job:
-    """Work on one decoder layer.
+    """RunContext on one decoder layer.
 
     Args:
         index: which layer.
@@ -107,7 +107,7 @@ class Pool(Protocol):
         """End all workers, at once."""
 
 
-def dispatch(work: Work, todo: Collection[int], pool: Pool, listener: Listener) -> None:
+def dispatch(work: RunContext, todo: Collection[int], pool: Pool, listener: Listener) -> None:
     """Prune the decoder layers in ``todo`` on the workers of ``pool``.
 
     At most ``pool.size + 1`` files of hidden states exist at a time.

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import torch
 
-from .context import Work
+from .context import RunContext
 from .layer_parallel import Event, Job, PartJob
 
 
@@ -25,7 +25,7 @@ class ProcessPool:
         devices: the device of each worker.
     """
 
-    def __init__(self, work: Work, devices: list[torch.device]) -> None:
+    def __init__(self, work: RunContext, devices: list[torch.device]) -> None:
         self.size = len(devices)
         self._work = work
         self._devices = devices

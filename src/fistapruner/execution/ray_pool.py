@@ -17,7 +17,7 @@ from typing import Any
 
 from ..errors import FistaPrunerError, MissingExtraError
 from ..recipes.settings import Execution
-from .context import Work
+from .context import RunContext
 from .layer_parallel import Event, Job, PartJob
 
 ENDS = ("done", "failed", "broken", "lost")
@@ -65,7 +65,7 @@ class RayPool:
         FistaPrunerError: the cluster cannot be reached, or has no room for a worker.
     """
 
-    def __init__(self, work: Work, execution: Execution, jobs: int) -> None:
+    def __init__(self, work: RunContext, execution: Execution, jobs: int) -> None:
         require_ray(execution.address)
         import ray
 

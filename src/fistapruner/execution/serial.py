@@ -10,34 +10,12 @@ from ..problem import LayerProblem
 from ..pruning.drift import dense_windows
 from ..pruning.layer import Solver, Streams
 from ..recipes.settings import Recipe
-from ..runs.records import LayerEntry
-from .context import Work
-
-
-class Listener:
-    """Told what happens during a run; the command line shows it, tests count it. Every method may be left as it is."""
-
-    def say(self, message: str) -> None:
-        """A sentence for the user."""
-
-    def tick(self, what: str, done: int, total: int) -> None:
-        """``done`` of ``total`` steps of a pass through a whole model, before or after the walk: measuring, evaluating."""
-
-    def begin(self, layers: int, done: int) -> None:
-        """The walk begins: ``layers`` in all, ``done`` of them already journaled."""
-
-    def operators(self, index: int, names: str, error: float | None) -> None:
-        """Operators of a decoder layer are worked on (``error`` None) or done, with their worst relative error."""
-
-    def layer(self, entry: LayerEntry) -> None:
-        """A decoder layer is done."""
-
-    def end(self) -> None:
-        """The walk is over."""
+from ..runs.listener import Listener
+from .context import RunContext
 
 
 def prune_serially(
-    work: Work,
+    work: RunContext,
     todo: Collection[int],
     listener: Listener,
     inspect: Callable[[int, int, LayerProblem], None] | None = None,

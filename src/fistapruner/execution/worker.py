@@ -24,7 +24,7 @@ from ..activations.passes import Calls
 from ..activations.store import HiddenStates
 from ..errors import FistaPrunerError
 from ..pruning.layer import Streams
-from .context import Work
+from .context import RunContext
 from .layer_parallel import Event, Job, PartJob
 from .operator_parallel import do_part
 
@@ -45,7 +45,7 @@ class Worker:
     """
 
     def __init__(self, folder: Path, part: str, device: str, *, shared: bool = False) -> None:
-        self.work = Work.open(folder, torch.device(device), part)
+        self.work = RunContext.open(folder, torch.device(device), part)
         torch.set_num_threads(self.work.numerics["threads"])
         self.shared = shared
 

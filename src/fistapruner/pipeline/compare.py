@@ -28,16 +28,17 @@ from torch import Tensor
 from ..errors import FistaPrunerError, MissingExtraError
 from ..evaluation.data import Windows, load_windows
 from ..evaluation.evaluate import evaluate as run_evaluation
-from ..execution.context import choose_device, model_family, open_skeleton
-from ..execution.serial import Listener
+from ..execution.context import model_family, open_skeleton
 from ..models.source import resolve_model
 from ..models.tokenizer import load_tokenizer
 from ..recipes.settings import Calibration, Recipe, load_recipe_settings, merge, parse_value, shipped_recipes
 from ..reporting.comparison import comparison_markdown
 from ..reporting.write import write_page
 from ..runs.directory import RunDirectory
+from ..runs.listener import Listener
 from ..runs.records import CompareRow, Comparison, Report, parse, read_json
 from ..runs.results import Evaluation, Perplexity
+from ..runtime.devices import choose_device
 from ..runtime.files import disk_errors, write_json_atomic, write_text_atomic
 from ..runtime.machine import describe_machine, now, versions
 from ..runtime.numerics import dtype_name

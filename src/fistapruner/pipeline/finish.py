@@ -13,14 +13,14 @@ import torch
 from torch import Tensor
 
 from ..errors import FistaPrunerError
-from ..execution.context import Work
-from ..execution.serial import Listener
+from ..execution.context import RunContext
 from ..models.files.checkpoint import PRUNING_RECORD
 from ..models.files.writer import write_checkpoint
 from ..models.layerwise import Skeleton
 from ..planning.plan import check_plan
 from ..reporting.model_card import model_card
 from ..runs.directory import RunDirectory
+from ..runs.listener import Listener
 from ..runs.records import VERSION, LayerEntry, Report, Totals, load_run, parse, read_json
 from ..runs.times import Times
 from ..runtime.files import write_json_atomic
@@ -28,7 +28,7 @@ from ..runtime.machine import now
 from ..runtime.memory import peak_memory
 
 
-def finish(run: RunDirectory, work: Work, times: Times, listener: Listener) -> Report:
+def finish(run: RunDirectory, work: RunContext, times: Times, listener: Listener) -> Report:
     """Write the checkpoint and the report of a run whose layers are all journaled.
 
     Args:
@@ -96,7 +96,7 @@ def write_failure(run: RunDirectory, error: BaseException, times: Times) -> None
     write_report(run, report)
 
 
-def _totals(layers: list[LayerEntry], work: Work, seconds: float) -> Totals:
+def _totals(layers: list[LayerEntry], work: RunContext, seconds: float) -> Totals:
     checkpoint, tokens, device = work.skeleton.checkpoint, work.tokens, work.skeleton.device
     split: dict[str, float] = {}
     for layer in layers:

@@ -14,15 +14,15 @@ from ..errors import FistaPrunerError, MissingExtraError
 from ..evaluation.data import load_windows
 from ..evaluation.evaluate import evaluate as run_evaluation
 from ..evaluation.generations import generate_side_by_side
-from ..execution.context import choose_device
-from ..execution.serial import Listener
 from ..models.tokenizer import load_tokenizer
 from ..reporting.model_card import model_card
 from ..reporting.write import write_page
 from ..runs.directory import RunDirectory
+from ..runs.listener import Listener
 from ..runs.lock import hold
 from ..runs.records import Report, load_run
 from ..runs.results import Evaluation
+from ..runtime.devices import choose_device
 from ..runtime.files import write_text_atomic
 from ..runtime.machine import describe_machine, now
 from ..sparse.bench import bench, packed_bytes, record

@@ -22,11 +22,10 @@ from ..calibration import SELF, calibration_tokens
 from ..constraints.patterns import Sparsity, check_divides, parse_sparsity
 from ..errors import FistaPrunerError
 from ..evaluation.data import load_windows
-from ..execution.context import fingerprint, model_family, open_skeleton, stamps, threads
+from ..execution.context import model_family, open_skeleton
 from ..execution.executors import default_threads
 from ..execution.process_pool import worker_devices
 from ..execution.ray_pool import require_ray
-from ..execution.serial import Listener
 from ..models.discovery import Layout, discover
 from ..models.files.checkpoint import Checkpoint
 from ..models.layerwise import Skeleton
@@ -36,7 +35,10 @@ from ..models.whole import load_whole, require_whole
 from ..planning.plan import Plan, make_plan
 from ..recipes.settings import Recipe, matches
 from ..runs.directory import RunDirectory
+from ..runs.identity import fingerprint, stamps
+from ..runs.listener import Listener
 from ..runs.records import CalibrationFacts, ModelFacts, Report
+from ..runtime.devices import cpu_threads
 from ..runtime.files import disk_errors, sha256_file
 from ..runtime.machine import describe_machine, now, versions
 from ..runtime.numerics import dtype_name, windows_at_once
@@ -135,7 +137,7 @@ def prepare(
     if needs_measuring(recipe):
         listener.say("measuring on the dense model what the recipe asks for")
         folder_of_states = run.hidden / "sensitivity" if on_disk else None
-        with threads(numerics["threads"]), _scratch(folder_of_states):
+        with cpu_threads(numerics["threads"]), _scratch(folder_of_states):
             store = scratch_factory(folder_of_states, skeleton.dtype)
             decision = decide(
                 recipe, layout, skeleton, tokens, sparsity, batch_size=min(4, numerics["batch_size"]), store=store, tick=listener.tick
@@ -269,7 +271,7 @@ def plan_run(skeleton: Skeleton, layout: Layout, recipe: Recipe, sparsity: Mappi
     batch_size = execution.batch_size or windows_at_once(seqlen, skeleton.device)
     local = execution.executor == "process"
     workers = len(worker_devices(execution.device, execution.workers, execution.threads)) if local else 1
-    with threads(default_threads(execution)):
+    with cpu_threads(default_threads(execution)):
         return make_plan(skeleton, layout, recipe, sparsity, tokens, batch_size, out, workers)
 
 

@@ -11,18 +11,20 @@ from typing import Any
 from torch import Tensor
 
 from ..errors import FistaPrunerError
-from ..execution.context import Work, choose_device, fingerprint, model_family
+from ..execution.context import RunContext, model_family
 from ..execution.executors import prune_layers
-from ..execution.serial import Listener
 from ..models.files.checkpoint import Checkpoint
 from ..models.source import resolve_model
 from ..problem import LayerProblem
 from ..recipes.settings import Recipe, merge
 from ..runs.directory import RunDirectory
+from ..runs.identity import fingerprint
+from ..runs.listener import Listener
 from ..runs.lock import hold, preparing
 from ..runs.log import Logged, log_file
 from ..runs.records import Report, load_run, parse, read_json
 from ..runs.times import Times, spent
+from ..runtime.devices import choose_device
 from ..runtime.files import disk_errors
 from ..runtime.memory import reset_peak_memory
 from .finish import finish, write_failure
@@ -96,7 +98,7 @@ def prune(
                     trust = allow_pickle, trust_remote_code
                     prepare(model, run, recipe, listener, command, *trust, evaluate, evaluate_windows, tokens, only_layers)
                 part = "" if only_layers is None else f"{only_layers[0]}-{only_layers[1]}"
-                work = Work.open(run.folder, device, part)
+                work = RunContext.open(run.folder, device, part)
                 with nullcontext() if only_layers else _reporting_failure(run, times):
                     _prune_missing(work, recipe, Logged(told, times.note), only_layers, inspect)
                     if only_layers is not None:
@@ -153,7 +155,7 @@ def finish_run(out: str | Path, *, listener: Listener | None = None) -> Report:
     report = _finished_report(run, decided["model"], Recipe.build(facts["recipe"], str(run.run_file)))
     with _saying_how_to_go_on(run), hold(run.folder), log_file(run.log_file):
         if report is None:
-            work = Work.open(run.folder)
+            work = RunContext.open(run.folder)
             with spent(run.folder) as times:
                 report = finish(run, work, times, listener)
             work.clear_hidden()
@@ -161,7 +163,7 @@ def finish_run(out: str | Path, *, listener: Listener | None = None) -> Report:
 
 
 def _prune_missing(
-    work: Work,
+    work: RunContext,
     recipe: Recipe,
     listener: Listener,
     only: tuple[int, int] | None,

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from ..execution.serial import Listener
+from .listener import Listener
 from .records import LayerEntry
 
 log = logging.getLogger("fistapruner")

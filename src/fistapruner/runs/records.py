@@ -13,6 +13,7 @@ from typing import Any, Literal, TypeVar
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from ..errors import FistaPrunerError, explain
+from ..runtime.machine import Machine
 from .results import Divergence, Evaluation, Perplexity
 
 VERSION = 1
@@ -24,28 +25,6 @@ class Record(BaseModel):
     """Base of all parts: unknown keys are kept, so that an older reader does not lose a newer writer's figures."""
 
     model_config = ConfigDict(extra="allow", protected_namespaces=(), ser_json_inf_nan="null")
-
-
-class Machine(Record):
-    """The machine that made the run.
-
-    Args:
-        cpu: its name; ``instructions``: the vector instruction sets that matter (``avx2``, ``avx512_bf16``, ``amx_bf16``).
-        cores: logical cores; ``threads``: threads used.
-        memory: bytes of main memory.
-        device: ``cpu`` or ``cuda``; ``device_name``: the GPU's name; ``device_memory``: its bytes.
-    """
-
-    cpu: str = ""
-    instructions: list[str] = []
-    cores: int | None = None
-    threads: int | None = None
-    memory: int | None = None
-    device: str = "cpu"
-    device_name: str | None = None
-    device_memory: int | None = None
-    system: str = ""
-    host: str | None = None
 
 
 class ModelFacts(Record):

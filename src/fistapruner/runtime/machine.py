@@ -10,10 +10,33 @@ from pathlib import Path
 
 import psutil
 import torch
-
-from ..runs.records import Machine
+from pydantic import BaseModel, ConfigDict
 
 INSTRUCTIONS = ("avx2", "avx512f", "avx512_vnni", "avx512_bf16", "avx512_vbmi2", "amx_bf16", "amx_int8")
+
+
+class Machine(BaseModel):
+    """The machine that made the run.
+
+    Args:
+        cpu: its name; ``instructions``: the vector instruction sets that matter (``avx2``, ``avx512_bf16``, ``amx_bf16``).
+        cores: logical cores; ``threads``: threads used.
+        memory: bytes of main memory.
+        device: ``cpu`` or ``cuda``; ``device_name``: the GPU's name; ``device_memory``: its bytes.
+    """
+
+    model_config = ConfigDict(extra="allow")
+
+    cpu: str = ""
+    instructions: list[str] = []
+    cores: int | None = None
+    threads: int | None = None
+    memory: int | None = None
+    device: str = "cpu"
+    device_name: str | None = None
+    device_memory: int | None = None
+    system: str = ""
+    host: str | None = None
 
 
 def describe_machine(device: torch.device) -> Machine:

@@ -10,6 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+"""Precisions that a forward pass can have, by name."""
+
 
 def windows_at_once(seqlen: int, device: torch.device) -> int:
     """Windows in one forward pass, where nothing else is asked for: on a CPU so few that what is made of them stays in its caches
