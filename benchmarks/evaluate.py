@@ -21,7 +21,7 @@ from fistapruner.evaluation.data import load_windows
 from fistapruner.evaluation.scoring import perplexity_of
 from fistapruner.evaluation.streaming import Passes, score_windows
 from fistapruner.models.files.checkpoint import Checkpoint
-from fistapruner.models.layerwise import Skeleton
+from fistapruner.models.layerwise import LayerwiseModel
 from fistapruner.models.source import resolve_model
 from fistapruner.models.tokenizer import load_tokenizer
 
@@ -38,7 +38,7 @@ def main() -> None:
 
     folder = resolve_model(arguments.model)
     device = torch.device("cpu")
-    skeleton = Skeleton(Checkpoint.open(folder), device)
+    skeleton = LayerwiseModel(Checkpoint.open(folder), device)
     windows = load_windows(arguments.data, load_tokenizer(folder), arguments.seqlen, arguments.windows)
     passes = Passes(arguments.batch_size)
     size = passes.batch(arguments.seqlen, device)

@@ -95,11 +95,11 @@ def paper(folder: Path, arguments: argparse.Namespace) -> None:
     from fistapruner.constraints.patterns import parse_sparsity
     from fistapruner.models.discovery import discover
     from fistapruner.models.files.checkpoint import Checkpoint
-    from fistapruner.models.layerwise import Skeleton
+    from fistapruner.models.layerwise import LayerwiseModel
     from fistapruner.planning.sizes import Choice, Sizes
 
     model = write_checkpoint(folder / "model", "70b", 80, holes=True)
-    skeleton = Skeleton(Checkpoint.open(model), torch.device("cpu"))
+    skeleton = LayerwiseModel(Checkpoint.open(model), torch.device("cpu"))
     layout = discover(skeleton)
     recipe = Recipe.build({"method": arguments.method, "propagate": "dense", "target": arguments.target}).resolved()
     sparsity = {name: parse_sparsity("50%") for name, _ in layout.operators()}

@@ -17,7 +17,7 @@ import tiny
 from fistapruner.constraints.patterns import NM, satisfies
 from fistapruner.models.discovery import discover
 from fistapruner.models.files.checkpoint import Checkpoint
-from fistapruner.models.layerwise import Skeleton
+from fistapruner.models.layerwise import LayerwiseModel
 
 SMALL = {"source": "python", "samples": 4, "seqlen": 32}
 
@@ -30,7 +30,7 @@ def test_every_architecture_is_pruned_exactly_and_loads(tmp_path: Path, architec
     assert report.status == "finished"
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "run" / "model").eval()
     source = AutoModelForCausalLM.from_pretrained(folder).eval()
-    layout = discover(Skeleton(Checkpoint.open(folder), torch.device("cpu")))
+    layout = discover(LayerwiseModel(Checkpoint.open(folder), torch.device("cpu")))
     pruned = set()
     for name, operator in layout.operators():
         index = int(name.removeprefix(layout.prefix + ".").partition(".")[0])

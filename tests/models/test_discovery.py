@@ -8,17 +8,17 @@ import pytest
 import torch
 
 import tiny
-from fistapruner.models.discovery import Ending, discover
+from fistapruner.models.discovery import OutputProjection, discover
 from fistapruner.models.files.checkpoint import Checkpoint
-from fistapruner.models.layerwise import Skeleton
+from fistapruner.models.layerwise import LayerwiseModel
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("architecture", tiny.ARCHITECTURES)
 def test_operators_that_add_to_the_hidden_states_are_found(tmp_path: Path, architecture: str, dtype: torch.dtype) -> None:
     folder = tiny.save(architecture, tmp_path, dtype=dtype)
-    layout = discover(Skeleton(Checkpoint.open(folder), torch.device("cpu"), dtype))
-    assert layout.adding == (tiny.ADDING[architecture],) * len(layout.layers)
+    layout = discover(LayerwiseModel(Checkpoint.open(folder), torch.device("cpu"), dtype))
+    assert layout.residual_writers == (tiny.ADDING[architecture],) * len(layout.layers)
 
 
 def test_what_is_added_to_something_else_is_not(tmp_path: Path) -> None:
@@ -26,19 +26,19 @@ def test_what_is_added_to_something_else_is_not(tmp_path: Path) -> None:
     bloom = tiny.save("bloom", tmp_path / "bloom", apply_residual_connection_post_layernorm=True)
     opt = tiny.save("opt", tmp_path / "opt", do_layer_norm_before=False)
     for folder in (bloom, opt):
-        assert set(discover(Skeleton(Checkpoint.open(folder), torch.device("cpu"))).adding) == {()}
+        assert set(discover(LayerwiseModel(Checkpoint.open(folder), torch.device("cpu"))).residual_writers) == {()}
 
 
 @pytest.mark.parametrize(
     ("architecture", "endings"),
     [
-        ("llama", {"self_attn": Ending("self_attn.o_proj", 1), "mlp": Ending("mlp.down_proj", None)}),
-        ("opt", {"self_attn": Ending("self_attn.out_proj", 1)}),  # its MLP is no module
-        ("gpt2", {"attn": Ending("attn.c_proj", 1), "mlp": Ending("mlp.c_proj", None)}),
+        ("llama", {"self_attn": OutputProjection("self_attn.o_proj", 1), "mlp": OutputProjection("mlp.down_proj", None)}),
+        ("opt", {"self_attn": OutputProjection("self_attn.out_proj", 1)}),  # its MLP is no module
+        ("gpt2", {"attn": OutputProjection("attn.c_proj", 1), "mlp": OutputProjection("mlp.c_proj", None)}),
         ("bloom", {}),  # both add to the hidden states themselves
     ],
 )
-def test_operators_that_modules_end_with_are_found(tmp_path: Path, architecture: str, endings: dict[str, Ending]) -> None:
+def test_operators_that_modules_end_with_are_found(tmp_path: Path, architecture: str, endings: dict[str, OutputProjection]) -> None:
     folder = tiny.save(architecture, tmp_path)
-    layout = discover(Skeleton(Checkpoint.open(folder), torch.device("cpu")))
-    assert layout.endings == (endings,) * len(layout.layers)
+    layout = discover(LayerwiseModel(Checkpoint.open(folder), torch.device("cpu")))
+    assert layout.output_projections == (endings,) * len(layout.layers)

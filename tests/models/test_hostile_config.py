@@ -12,7 +12,7 @@ import torch
 import tiny
 from fistapruner import FistaPrunerError
 from fistapruner.models.files.checkpoint import Checkpoint
-from fistapruner.models.layerwise import Skeleton
+from fistapruner.models.layerwise import LayerwiseModel
 
 CHANGES: dict[str, dict[str, Any]] = {
     "unknown architecture": {"model_type": "nonsense"},
@@ -34,6 +34,6 @@ def test_wrong_config_is_refused_by_name(tmp_path: Path, change: str) -> None:
     config = json.loads((tmp_path / "config.json").read_text())
     (tmp_path / "config.json").write_text(json.dumps(config | CHANGES[change]))
     with pytest.raises(FistaPrunerError) as caught:
-        Skeleton(Checkpoint.open(tmp_path), torch.device("cpu"))
+        LayerwiseModel(Checkpoint.open(tmp_path), torch.device("cpu"))
     assert str(tmp_path) in str(caught.value)
     assert "\n" not in str(caught.value)

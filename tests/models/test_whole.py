@@ -10,7 +10,7 @@ import torch
 import tiny
 from fistapruner.evaluation.generations import generate_side_by_side
 from fistapruner.models.files.checkpoint import Checkpoint
-from fistapruner.models.layerwise import Skeleton
+from fistapruner.models.layerwise import LayerwiseModel
 from fistapruner.models.whole import load_whole
 
 CPU = torch.device("cpu")
@@ -22,7 +22,7 @@ def test_the_precision_of_passes(tmp_path: Path, stored: torch.dtype, units: boo
     monkeypatch.setattr("fistapruner.runtime.numerics.has_bf16_units", lambda device: units)
     folder = tiny.save("llama", tmp_path / "model", dtype=stored)
     model = load_whole(folder, CPU)
-    assert model.dtype == Skeleton(Checkpoint.open(folder), CPU).dtype
+    assert model.dtype == LayerwiseModel(Checkpoint.open(folder), CPU).dtype
     assert model.dtype == (torch.bfloat16 if units and stored == torch.bfloat16 else torch.float32)
     assert not model.training
     assert load_whole(folder, CPU, stored).dtype == stored

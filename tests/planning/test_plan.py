@@ -20,7 +20,7 @@ from fistapruner.constraints.patterns import parse_sparsity
 from fistapruner.errors import FistaPrunerError
 from fistapruner.models.discovery import Layout, discover
 from fistapruner.models.files.checkpoint import Checkpoint
-from fistapruner.models.layerwise import Skeleton
+from fistapruner.models.layerwise import LayerwiseModel
 from fistapruner.pipeline.prepare import allocate
 from fistapruner.pipeline.prune import prune
 from fistapruner.planning import plan as plan_module
@@ -33,13 +33,13 @@ from fistapruner.problem import LayerProblem
 from fistapruner.pruning import partition as parts_module
 from fistapruner.solvers import parse_method, solve
 
-Model = tuple[Skeleton, Layout, torch.Tensor]
+Model = tuple[LayerwiseModel, Layout, torch.Tensor]
 
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> Model:
     folder = tiny.save("llama", tmp_path_factory.mktemp("plan") / "model")
-    skeleton = Skeleton(Checkpoint.open(folder), torch.device("cpu"))
+    skeleton = LayerwiseModel(Checkpoint.open(folder), torch.device("cpu"))
     return skeleton, discover(skeleton), torch.zeros(64, 32, dtype=torch.long)
 
 

@@ -19,11 +19,11 @@ from fistapruner.activations.store import HiddenStates, scratch_factory
 from fistapruner.constraints.patterns import parse_sparsity
 from fistapruner.models.discovery import Layout, Operator, discover
 from fistapruner.models.files.checkpoint import Checkpoint
-from fistapruner.models.layerwise import Skeleton
+from fistapruner.models.layerwise import LayerwiseModel
 from fistapruner.pipeline.prune import prune
 from fistapruner.problem import LayerProblem, ProblemSums
 from fistapruner.pruning.drift import dense_windows, drift_sources
-from fistapruner.pruning.layer import Streams, prune_layer
+from fistapruner.pruning.layer import LayerStreams, prune_layer
 from fistapruner.runs.listener import Listener
 from fistapruner.runs.records import LayerEntry
 
@@ -35,12 +35,12 @@ def stream(
 ) -> dict[str, Tensor]:
     """Prune all layers of a checkpoint, one in memory at a time."""
     recipe = recipe.resolved()
-    skeleton = Skeleton(Checkpoint.open(folder), torch.device("cpu"))
+    skeleton = LayerwiseModel(Checkpoint.open(folder), torch.device("cpu"))
     layout = discover(skeleton)
     tokens = calibration()
     shape = (SAMPLES, SEQLEN, skeleton.width)
     dense: HiddenStates | None = HiddenStates(shape, skeleton.dtype)
-    with skeleton.ends():
+    with skeleton.embeddings_and_head():
         calls = Calls.of(skeleton, SAMPLES, SEQLEN, BATCH)
         for start, stop in calls.batches(SAMPLES):
             assert dense is not None
@@ -56,7 +56,7 @@ def stream(
     for index in range(len(skeleton)):
         more = index < len(skeleton) - 1
         keep_dense = more and (recipe.propagate == "dense" or recipe.dense_share > 0)
-        streams = Streams(
+        streams = LayerStreams(
             dense,
             pruned,
             HiddenStates((beside, *shape[1:]), skeleton.dtype, scratch and scratch / f"d{index}") if keep_dense else None,
@@ -169,8 +169,8 @@ def test_streaming_equals_in_memory_bit_for_bit(
     monkeypatch.setattr("fistapruner.pruning.drift.DRIFT_NOISE", noise)
     folder = tiny.save(architecture, tmp_path / "model")
     recipe = Recipe.build({"method": "sparsegpt", "sparsity": "50%", **settings}).resolved()
-    layout = discover(Skeleton(Checkpoint.open(folder), torch.device("cpu")))
-    assert layout.adding == (tiny.ADDING[architecture],) * len(layout.layers)
+    layout = discover(LayerwiseModel(Checkpoint.open(folder), torch.device("cpu")))
+    assert layout.residual_writers == (tiny.ADDING[architecture],) * len(layout.layers)
     assert (dense_windows(recipe, layout, SAMPLES, SEQLEN, BATCH) < SAMPLES) == (noise == 1 and recipe.propagate == "pruned")
     expected = in_memory(folder, recipe, layout, tiny.ADDING[architecture])
     streamed = stream(folder, recipe, None)
@@ -247,7 +247,7 @@ def test_results_are_what_the_checkpoint_can_hold_whatever_the_passes_compute_in
 ) -> None:
     monkeypatch.setattr("fistapruner.runtime.numerics.has_bf16_units", lambda device: False)
     folder = tiny.save("llama", tmp_path / "model", dtype=stored)
-    skeleton = Skeleton(Checkpoint.open(folder), torch.device("cpu"))
+    skeleton = LayerwiseModel(Checkpoint.open(folder), torch.device("cpu"))
     assert skeleton.dtype == torch.float32
     for name, tensor in stream(folder, Recipe.build({"method": "sparsegpt", "match": match}), None).items():
         assert tensor.dtype == stored, name
@@ -259,7 +259,7 @@ def test_bf16_passes_where_the_processor_has_units_for_them(tmp_path: Path, monk
     monkeypatch.setattr("fistapruner.runtime.numerics.has_bf16_units", lambda device: True)
     for stored, used in ((torch.bfloat16, torch.bfloat16), (torch.float16, torch.float32)):
         checkpoint = Checkpoint.open(tiny.save("llama", tmp_path / str(stored), dtype=stored))
-        assert Skeleton(checkpoint, torch.device("cpu")).dtype == used
+        assert LayerwiseModel(checkpoint, torch.device("cpu")).dtype == used
 
 
 @pytest.mark.parametrize("target", ["dense", "pruned"])

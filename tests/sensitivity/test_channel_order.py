@@ -16,7 +16,7 @@ from fistapruner.constraints.patterns import NM, satisfies
 from fistapruner.models.coupling import find_links, reordered
 from fistapruner.models.discovery import discover
 from fistapruner.models.files.checkpoint import Checkpoint
-from fistapruner.models.layerwise import Skeleton
+from fistapruner.models.layerwise import LayerwiseModel
 from fistapruner.sensitivity import channel_order as permutation
 from fistapruner.sensitivity.channel_order import channel_order, kept_share
 
@@ -83,7 +83,7 @@ def test_the_old_order_where_none_is_better() -> None:
 @pytest.mark.parametrize("architecture", tiny.ARCHITECTURES)
 def test_links_are_found_and_reordering_changes_nothing(tmp_path: Path, architecture: str, dtype: torch.dtype) -> None:
     folder = tiny.save(architecture, tmp_path / "model", dtype=dtype)
-    skeleton = Skeleton(Checkpoint.open(folder), torch.device("cpu"))
+    skeleton = LayerwiseModel(Checkpoint.open(folder), torch.device("cpu"))
     links = find_links(skeleton, discover(skeleton))
     heads = HEADS.get(architecture, (("self_attn.v_proj",), "self_attn.o_proj"))
     mlp = MLP.get(architecture, (("mlp.gate_proj", "mlp.up_proj"), "mlp.down_proj"))

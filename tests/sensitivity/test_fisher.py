@@ -14,7 +14,7 @@ from fistapruner import FistaPrunerError, Recipe, prune
 from fistapruner.activations.store import scratch_factory as store
 from fistapruner.models.discovery import discover
 from fistapruner.models.files.checkpoint import Checkpoint
-from fistapruner.models.layerwise import Skeleton
+from fistapruner.models.layerwise import LayerwiseModel
 from fistapruner.sensitivity import fisher as module
 from fistapruner.sensitivity.decision import decide
 from fistapruner.sensitivity.error_curves import predicted_cost
@@ -31,7 +31,7 @@ def tokens() -> Tensor:
 @pytest.mark.parametrize("architecture", ["llama", "gpt2", "opt", "gpt_neox"])
 def test_streamed_equals_whole_model_differentiation(tmp_path: Path, architecture: str, on_disk: bool) -> None:
     folder = tiny.save(architecture, tmp_path / "model", **({"word_embed_proj_dim": 32} if architecture == "opt" else {}))
-    skeleton = Skeleton(Checkpoint.open(folder), torch.device("cpu"))
+    skeleton = LayerwiseModel(Checkpoint.open(folder), torch.device("cpu"))
     layout = discover(skeleton)
     found = measure_sensitivity(
         skeleton, layout, tokens(), seed=5, batch_size=2, store=store(tmp_path if on_disk else None, skeleton.dtype)
@@ -77,7 +77,7 @@ def test_labels_are_drawn_as_often_as_they_are_likely() -> None:
 
 
 def test_the_head_in_slices_changes_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    skeleton = Skeleton(Checkpoint.open(tiny.save("llama", tmp_path / "model")), torch.device("cpu"))
+    skeleton = LayerwiseModel(Checkpoint.open(tiny.save("llama", tmp_path / "model")), torch.device("cpu"))
     hidden = torch.randn(2, SEQLEN, skeleton.width)
     whole = module._loss_gradient(skeleton, hidden, 0)
     monkeypatch.setattr(module, "HEAD_TOKENS", 5)
@@ -86,7 +86,7 @@ def test_the_head_in_slices_changes_nothing(tmp_path: Path, monkeypatch: pytest.
 
 @pytest.mark.parametrize("allocation", ["owl", "error"])
 def test_a_decision_is_deterministic_and_spares_sensitive_operators(tmp_path: Path, allocation: str) -> None:
-    skeleton = Skeleton(Checkpoint.open(tiny.save("llama", tmp_path / "model")), torch.device("cpu"))
+    skeleton = LayerwiseModel(Checkpoint.open(tiny.save("llama", tmp_path / "model")), torch.device("cpu"))
     layout = discover(skeleton)
     recipe = Recipe.build({"allocation": allocation, "sparsity": "60%", "match": 2})
     first, second = (decide(recipe, layout, skeleton, tokens(), {}) for _ in range(2))
@@ -140,7 +140,7 @@ def test_gradients_that_are_no_numbers_are_named(tmp_path: Path) -> None:
 
 
 def test_nothing_is_measured_when_nothing_needs_it(tmp_path: Path) -> None:
-    skeleton = Skeleton(Checkpoint.open(tiny.save("llama", tmp_path / "model")), torch.device("cpu"))
+    skeleton = LayerwiseModel(Checkpoint.open(tiny.save("llama", tmp_path / "model")), torch.device("cpu"))
     decision = decide(Recipe.build({"weighting": "none", "allocation": "uniform"}), discover(skeleton), skeleton, tokens(), {})
     assert decision.sparsity is None
     assert decision.metrics is None
@@ -158,7 +158,7 @@ def test_nothing_is_measured_when_nothing_needs_it(tmp_path: Path) -> None:
     ],
 )
 def test_rows_are_weighed_where_they_compete(tmp_path: Path, settings: dict[str, str], weighed: bool) -> None:
-    skeleton = Skeleton(Checkpoint.open(tiny.save("llama", tmp_path / "model")), torch.device("cpu"))
+    skeleton = LayerwiseModel(Checkpoint.open(tiny.save("llama", tmp_path / "model")), torch.device("cpu"))
     layout = discover(skeleton)
     found = decide(Recipe.build(settings), layout, skeleton, tokens(), {})
     assert found.metrics is None

@@ -125,5 +125,5 @@ def test_windows_are_split_and_ordered() -> None:
     assert sorted(order[:28]) == train
     assert sorted(order[28:]) == train
     held, train = match._split(129)
-    assert len(held) == 7  # as many as fit evenly, at most MOST_HELD_OUT
+    assert len(held) == 7  # as many as fit evenly, at most MAX_VALIDATION_WINDOWS
     assert sorted(held + train) == list(range(129))

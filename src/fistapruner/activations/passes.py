@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from ..models.discovery import Group, Operator
-from ..models.layerwise import Call, Skeleton
+from ..models.layerwise import Call, LayerwiseModel
 from .store import HiddenStates
 
 Watch = Callable[[int, int, Tensor], None]
@@ -68,11 +68,11 @@ class Calls:
     by_size: dict[int, list[Call]]
 
     @classmethod
-    def of(cls, skeleton: Skeleton, samples: int, seqlen: int, batch_size: int) -> Calls:
-        """Record them, and those of a single window; needs the skeleton's :meth:`~Skeleton.ends`."""
+    def of(cls, model: LayerwiseModel, samples: int, seqlen: int, batch_size: int) -> Calls:
+        """Record them, and those of a single window; needs the model's :meth:`~LayerwiseModel.embeddings_and_head`."""
         batch_size = min(batch_size, samples)
         sizes = {batch_size, samples % batch_size, 1} - {0}
-        return cls(batch_size, {size: skeleton.calls(size, seqlen) for size in sizes})
+        return cls(batch_size, {size: model.calls(size, seqlen) for size in sizes})
 
     def batches(self, samples: int) -> Iterator[tuple[int, int]]:
         """(start, stop) of every batch."""
@@ -85,7 +85,7 @@ class _Reached(Exception):
 
 
 def run_layer(
-    skeleton: Skeleton,
+    model: LayerwiseModel,
     index: int,
     inputs: HiddenStates,
     calls: Calls,
@@ -101,7 +101,7 @@ def run_layer(
     """Run every window through loaded decoder layer ``index``.
 
     Args:
-        skeleton: the model, layer ``index`` loaded.
+        model: the model, layer ``index`` loaded.
         index: which layer.
         inputs: hidden states that enter it.
         calls: how it is called.
@@ -113,7 +113,7 @@ def run_layer(
         output: where the layer's output goes. None: not needed, and every pass stops at the last watched group.
         around: entered before the first batch and left after the last.
     """
-    layer = skeleton.layers[index]
+    layer = model.layers[index]
     start = stop = 0
 
     def hook(number: int, last: bool) -> Callable[..., None]:
@@ -143,10 +143,10 @@ def run_layer(
                 stack.enter_context(enter(lambda: (start, stop)))
             for start, stop in calls.batches(inputs.samples):
                 with clock.phase("io"):
-                    hidden = inputs.read(start, stop).to(skeleton.device)
+                    hidden = inputs.read(start, stop).to(model.device)
                 with clock.phase("capture"), torch.no_grad():
                     try:
-                        out = skeleton.run(index, hidden, calls.by_size[stop - start][index])
+                        out = model.run(index, hidden, calls.by_size[stop - start][index])
                     except _Reached:
                         continue
                 if isinstance(output, HiddenStates):

@@ -16,13 +16,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..models.discovery import Ending, Group, Layout
+from ..models.discovery import Group, Layout, OutputProjection
 from .store import HiddenStates, Store
 
 
-def endings_kept(layout: Layout, index: int, device: torch.device) -> Mapping[str, Ending]:
-    """The endings in decoder layer ``index`` whose inputs are worth keeping on ``device``."""
-    return layout.endings[index] if device.type == "cpu" else {}
+def kept_projections(layout: Layout, index: int, device: torch.device) -> Mapping[str, OutputProjection]:
+    """The projections in decoder layer ``index`` whose inputs are worth keeping on ``device``."""
+    return layout.output_projections[index] if device.type == "cpu" else {}
 
 
 class Replay:
@@ -34,7 +34,8 @@ class Replay:
         index: of the decoder layer; other workers keep theirs in the same folder.
         layer: the loaded decoder layer.
         groups: its pruned operators in execution order.
-        endings: the operators that its children end with (:class:`~fistapruner.models.discovery.Ending`) whose inputs are worth keeping.
+        projections: by child module, the output projections (:class:`~fistapruner.models.discovery.OutputProjection`) whose
+            inputs are worth keeping.
         passes: number of passes after the last group is pruned.
         inputs: hidden states that enter the layer; their number, length and dtype.
         store: where inputs and outputs are kept.
@@ -45,14 +46,14 @@ class Replay:
         index: int,
         layer: nn.Module,
         groups: Sequence[Group],
-        endings: Mapping[str, Ending],
+        projections: Mapping[str, OutputProjection],
         passes: int,
         inputs: HiddenStates,
         store: Store,
     ) -> None:
         self._index = index
         self._layer = layer
-        self._endings: dict[str, Ending] = {}
+        self._projections: dict[str, OutputProjection] = {}
         self._inputs = inputs
         self._store = store
         self._entering: dict[str, HiddenStates] = {}
@@ -69,9 +70,9 @@ class Replay:
             if inside and any(True for _ in child.children()):
                 self._settled_by.setdefault(inside[-1], []).append(name)
                 self._again[name] = len(groups) - 1 - inside[-1] + passes
-                ending, last = endings.get(name), [operator.name for operator in groups[inside[-1]]]
-                if ending is not None and last == [ending.operator] and self._again[name]:
-                    self._endings[name] = ending
+                projection, last = projections.get(name), [operator.name for operator in groups[inside[-1]]]
+                if projection is not None and last == [projection.operator] and self._again[name]:
+                    self._projections[name] = projection
 
     def pruned(self, number: int) -> None:
         """The operators of group ``number`` have their final weights."""
@@ -83,21 +84,21 @@ class Replay:
         """Keep inputs and outputs, and give those that are kept, in the pass inside; ``batch`` tells the windows at hand."""
         handles, replaced = [], []
         for name in self._settled_by.get(self._next, ()):
-            ending = self._endings.get(name)
-            if ending is not None:
-                self._complete[ending.operator] = 0
-                operator = self._layer.get_submodule(ending.operator)
+            projection = self._projections.get(name)
+            if projection is not None:
+                self._complete[projection.operator] = 0
+                operator = self._layer.get_submodule(projection.operator)
                 # Before those that watch, since the last of them ends the pass.
-                handles.append(operator.register_forward_pre_hook(self._keeping_inputs(ending.operator, batch), prepend=True))
+                handles.append(operator.register_forward_pre_hook(self._keeping_inputs(projection.operator, batch), prepend=True))
         for name in self._settled:
             child = self._layer.get_submodule(name)
             if self._complete.get(name) == self._inputs.samples:
                 child.forward = self._giving(name, batch)
                 replaced.append(child)
                 continue
-            ending = self._endings.get(name)
-            if ending is not None and self._complete.get(ending.operator) == self._inputs.samples:
-                child.forward = self._going_on(ending, batch)
+            projection = self._projections.get(name)
+            if projection is not None and self._complete.get(projection.operator) == self._inputs.samples:
+                child.forward = self._going_on(projection, batch)
                 replaced.append(child)
             if self._again[name] > 1:  # one pass keeps the output, so at least one more has to follow
                 self._complete[name] = 0
@@ -110,8 +111,8 @@ class Replay:
             for child in replaced:
                 del child.forward
         for name in self._settled:
-            if self._complete.get(name) == self._inputs.samples and name in self._endings:
-                self._forget(self._endings[name].operator)
+            if self._complete.get(name) == self._inputs.samples and name in self._projections:
+                self._forget(self._projections[name].operator)
 
     def close(self) -> None:
         """Release what is kept."""
@@ -144,12 +145,12 @@ class Replay:
 
         return keep
 
-    def _going_on(self, ending: Ending, batch: Callable[[], tuple[int, int]]) -> Callable[..., Any]:
-        operator = self._layer.get_submodule(ending.operator)
+    def _going_on(self, projection: OutputProjection, batch: Callable[[], tuple[int, int]]) -> Callable[..., Any]:
+        operator = self._layer.get_submodule(projection.operator)
 
         def go_on(*_: object, **__: object) -> Any:
-            value = operator(self._entering[ending.operator].read(*batch()))
-            return value if ending.others is None else (value, *(None for _ in range(ending.others)))
+            value = operator(self._entering[projection.operator].read(*batch()))
+            return value if projection.others is None else (value, *(None for _ in range(projection.others)))
 
         return go_on
 

@@ -12,7 +12,7 @@ import torch
 
 from ..errors import FistaPrunerError
 from ..models.files.checkpoint import Checkpoint
-from ..models.layerwise import Skeleton, Tick
+from ..models.layerwise import LayerwiseModel, Tick
 from ..models.source import resolve_model
 from ..models.tokenizer import load_tokenizer
 from ..runs.results import Divergence, Evaluation, Perplexity
@@ -138,12 +138,12 @@ def evaluate(
     return found
 
 
-def _skeleton(folder: Path, device: torch.device, dtype: str, allow_pickle: bool, trust_remote_code: bool) -> Skeleton:
+def _skeleton(folder: Path, device: torch.device, dtype: str, allow_pickle: bool, trust_remote_code: bool) -> LayerwiseModel:
     checkpoint = Checkpoint.open(folder, allow_pickle=allow_pickle)
-    return Skeleton(checkpoint, device, DTYPES.get(dtype), trust_remote_code=trust_remote_code)
+    return LayerwiseModel(checkpoint, device, DTYPES.get(dtype), trust_remote_code=trust_remote_code)
 
 
-def _check_same_tokens(model: Skeleton, reference: Skeleton, tokenizer: Any, reference_tokenizer: Any) -> None:
+def _check_same_tokens(model: LayerwiseModel, reference: LayerwiseModel, tokenizer: Any, reference_tokenizer: Any) -> None:
     """Refuse two models that do not predict the same tokens."""
     ours, theirs = vocabulary_size(model), vocabulary_size(reference)
     if ours != theirs or tokenizer.get_vocab() != reference_tokenizer.get_vocab():
@@ -153,7 +153,7 @@ def _check_same_tokens(model: Skeleton, reference: Skeleton, tokenizer: Any, ref
         )
 
 
-def _protocol(windows: Windows, skeleton: Skeleton) -> dict[str, Any]:
+def _protocol(windows: Windows, skeleton: LayerwiseModel) -> dict[str, Any]:
     return {
         "data": windows.data,
         "split": windows.split,

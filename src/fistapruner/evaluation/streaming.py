@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from ..errors import FistaPrunerError
-from ..models.layerwise import Call, Skeleton, Tick
+from ..models.layerwise import Call, LayerwiseModel, Tick
 from ..runtime.memory import free_memory
 from ..runtime.numerics import windows_at_once
 from .scoring import Head, WindowSums, compare_tokens, score_tokens, slices
@@ -40,41 +40,41 @@ class Passes:
         return self.batch_size or windows_at_once(seqlen, device)
 
 
-def last_hidden(skeleton: Skeleton, tokens: Tensor, passes: Passes, what: str = "") -> Tensor:
+def last_hidden(model: LayerwiseModel, tokens: Tensor, passes: Passes, what: str = "") -> Tensor:
     """(windows, seqlen, width) output of the last decoder layer, on the CPU.
 
     Args:
-        skeleton: the model.
+        model: the model.
         tokens: (windows, seqlen) token ids.
         passes: batch size and progress.
         what: what is passed, for progress.
     """
     windows, seqlen = tokens.shape
-    batches = [(start, min(start + size, windows)) for size in [passes.batch(seqlen, skeleton.device)] for start in range(0, windows, size)]
-    hidden = torch.empty(windows, seqlen, skeleton.width, dtype=skeleton.dtype)
+    batches = [(start, min(start + size, windows)) for size in [passes.batch(seqlen, model.device)] for start in range(0, windows, size)]
+    hidden = torch.empty(windows, seqlen, model.width, dtype=model.dtype)
     with torch.no_grad():
-        with skeleton.ends(head=False):
-            skeleton.check_calls()
+        with model.embeddings_and_head(head=False):
+            model.check_calls()
             calls: dict[int, list[Call]] = {}
             for start, stop in batches:
-                first, arguments = skeleton.embed(tokens[start:stop])
+                first, arguments = model.embed(tokens[start:stop])
                 hidden[start:stop] = first
                 # Full windows of one batch size are always called the same way: masks and positions do not depend on ids.
                 calls.setdefault(stop - start, arguments)
-        for index in range(len(skeleton)):
-            with skeleton.layer(index):
+        for index in range(len(model)):
+            with model.layer(index):
                 for start, stop in batches:
-                    inputs = hidden[start:stop].to(skeleton.device)
-                    hidden[start:stop] = skeleton.run(index, inputs, calls[stop - start][index])
-            passes.tick(what, index + 1, len(skeleton))
+                    inputs = hidden[start:stop].to(model.device)
+                    hidden[start:stop] = model.run(index, inputs, calls[stop - start][index])
+            passes.tick(what, index + 1, len(model))
     return hidden
 
 
-def score_windows(skeleton: Skeleton, tokens: Tensor, passes: Passes, reference: Skeleton | None = None) -> WindowSums:
+def score_windows(model: LayerwiseModel, tokens: Tensor, passes: Passes, reference: LayerwiseModel | None = None) -> WindowSums:
     """Sums over every window of a model, and of a reference model on the same tokens.
 
     Args:
-        skeleton: the model.
+        model: the model.
         tokens: (windows, seqlen) token ids.
         passes: how to carry it out.
         reference: the dense model, or None.
@@ -83,7 +83,7 @@ def score_windows(skeleton: Skeleton, tokens: Tensor, passes: Passes, reference:
         FistaPrunerError: a model gives NaN; it is named.
     """
     windows, seqlen = tokens.shape
-    models = [skeleton] if reference is None else [skeleton, reference]
+    models = [model] if reference is None else [model, reference]
     each = sum(seqlen * model.width * model.dtype.itemsize for model in models)
     budget = passes.memory_limit or free_memory() // 2
     rows: list[tuple[float, ...]] = []
@@ -92,19 +92,21 @@ def score_windows(skeleton: Skeleton, tokens: Tensor, passes: Passes, reference:
         states = [last_hidden(model, block, passes, f"decoder layers of {model.checkpoint.folder.name}") for model in models]
         rows += _reduce(models, states, block)
     columns = torch.tensor(rows, dtype=torch.float64).T
-    for position, model in enumerate(models):
+    for position, each_model in enumerate(models):
         if bool(columns[position].isnan().any()):
-            raise FistaPrunerError(f"{model.checkpoint.folder}: the forward pass gives NaN (dtype {model.dtype}); try --dtype float32")
+            raise FistaPrunerError(
+                f"{each_model.checkpoint.folder}: the forward pass gives NaN (dtype {each_model.dtype}); try --dtype float32"
+            )
     if reference is None:
         return WindowSums(columns[0], seqlen - 1)
     return WindowSums(columns[0], seqlen - 1, columns[1], columns[2], columns[3])
 
 
-def _reduce(models: list[Skeleton], states: list[Tensor], tokens: Tensor) -> list[tuple[float, ...]]:
+def _reduce(models: list[LayerwiseModel], states: list[Tensor], tokens: Tensor) -> list[tuple[float, ...]]:
     """Sums of every window of a block from the last hidden states of one or two models."""
     vocabulary = vocabulary_size(models[0])
     rows: list[tuple[float, ...]] = []
-    with torch.no_grad(), models[0].ends(), models[-1].ends() if len(models) == 2 else nullcontext():
+    with torch.no_grad(), models[0].embeddings_and_head(), models[-1].embeddings_and_head() if len(models) == 2 else nullcontext():
         heads = [_head(model) for model in models]
         for window in range(len(tokens)):
             targets = tokens[window, 1:].to(models[0].device)
@@ -116,16 +118,16 @@ def _reduce(models: list[Skeleton], states: list[Tensor], tokens: Tensor) -> lis
     return rows
 
 
-def vocabulary_size(skeleton: Skeleton) -> int:
+def vocabulary_size(model: LayerwiseModel) -> int:
     """Width of the model's logits."""
-    return int(skeleton.config.get_text_config().vocab_size)
+    return int(model.config.get_text_config().vocab_size)
 
 
-def _head(skeleton: Skeleton) -> Head:
+def _head(model: LayerwiseModel) -> Head:
     """The model's own final norm, head and logit scaling. They act on each token alone, so any tokens may be given."""
 
     def head(hidden: Tensor) -> Tensor:
         ids = torch.zeros(1, len(hidden), dtype=torch.int64)
-        return skeleton.logits(hidden[None], ids)[0]
+        return model.logits(hidden[None], ids)[0]
 
     return head

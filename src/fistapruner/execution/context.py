@@ -21,8 +21,8 @@ from ..constraints.patterns import Sparsity, parse_sparsity
 from ..errors import FistaPrunerError
 from ..models.discovery import Layout, discover
 from ..models.files.checkpoint import Checkpoint
-from ..models.layerwise import Skeleton
-from ..pruning.layer import Progress, Solver, Streams, prune_layer
+from ..models.layerwise import LayerwiseModel
+from ..pruning.layer import LayerStreams, Progress, Solver, prune_layer
 from ..pruning.partition import solve_apart
 from ..recipes.settings import Recipe
 from ..runs.directory import RunDirectory
@@ -57,7 +57,7 @@ class RunContext:
     run: RunDirectory
     recipe: Recipe
     fingerprint: str
-    skeleton: Skeleton
+    skeleton: LayerwiseModel
     layout: Layout
     sparsity: Mapping[str, Sparsity]
     tokens: Tensor
@@ -83,7 +83,7 @@ class RunContext:
         if not decided:
             raise FistaPrunerError(f"{folder} is not a prepared run")
         recipe = Recipe.build(facts["recipe"], str(run.run_file))
-        skeleton = open_skeleton(
+        skeleton = open_model(
             Path(decided["folder"]),
             recipe,
             device,
@@ -134,7 +134,7 @@ class RunContext:
     def calls(self) -> Calls:
         """How decoder layers are called."""
         samples, seqlen = self.tokens.shape
-        with self.skeleton.ends(head=False):
+        with self.skeleton.embeddings_and_head(head=False):
             return Calls.of(self.skeleton, samples, seqlen, self.numerics["batch_size"])
 
     def embed(self, name: str = "embedded", *, on_disk: bool | None = None) -> tuple[HiddenStates, Calls]:
@@ -145,7 +145,7 @@ class RunContext:
             on_disk: as for :meth:`store`.
         """
         samples, seqlen = self.tokens.shape
-        with self.skeleton.ends(head=False):
+        with self.skeleton.embeddings_and_head(head=False):
             calls = Calls.of(self.skeleton, samples, seqlen, self.numerics["batch_size"])
             hidden: HiddenStates | None = None
             for start, stop in calls.batches(samples):
@@ -159,7 +159,7 @@ class RunContext:
     def prune(
         self,
         index: int,
-        streams: Streams,
+        streams: LayerStreams,
         calls: Calls,
         progress: Progress,
         inspect: Callable[..., None] | None = None,
@@ -191,7 +191,7 @@ class RunContext:
         self.run.write_layer(self.fingerprint, result.weights, result.entry)
         return result.entry
 
-    def advance(self, index: int, streams: Streams, calls: Calls) -> None:
+    def advance(self, index: int, streams: LayerStreams, calls: Calls) -> None:
         """Pass the hidden states through an already pruned decoder layer ``index``."""
         clock = Clock(self.skeleton.device)
         if streams.dense is not None and streams.dense_out is not None:
@@ -204,7 +204,7 @@ class RunContext:
                 run_layer(self.skeleton, index, streams.seen, calls, clock, output=streams.pruned_out)
 
 
-def open_skeleton(
+def open_model(
     folder: Path,
     recipe: Recipe,
     device: torch.device | None = None,
@@ -212,10 +212,10 @@ def open_skeleton(
     dtype: str | None = None,
     allow_pickle: bool = False,
     trust_remote_code: bool = False,
-) -> Skeleton:
+) -> LayerwiseModel:
     """Open a checkpoint folder as a recipe wants it run; ``dtype`` is what the run decided for the passes, if it has begun."""
     checkpoint = Checkpoint.open(folder, allow_pickle=allow_pickle)
-    return Skeleton(
+    return LayerwiseModel(
         checkpoint, device or choose_device(recipe.execution.device), DTYPES.get(dtype or recipe.dtype), trust_remote_code=trust_remote_code
     )
 

@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable, Collection
 
 from ..activations.store import HiddenStates
-from ..models.layerwise import Skeleton
+from ..models.layerwise import LayerwiseModel
 from ..problem import LayerProblem
 from ..pruning.drift import dense_windows
-from ..pruning.layer import Solver, Streams
+from ..pruning.layer import LayerStreams, Solver
 from ..recipes.settings import Recipe
 from ..runs.listener import Listener
 from .context import RunContext
@@ -43,7 +43,7 @@ def prune_serially(
             dense.write(start, stream.read(start, stop))
     for index in range(last + 1):
         dense_on, pruned_on = _needed_after(work.recipe, work.skeleton, index, last)
-        streams = Streams(
+        streams = LayerStreams(
             dense,
             pruned,
             work.store(f"dense-{index + 1}", samples=samples) if dense_on else None,
@@ -67,7 +67,7 @@ def prune_serially(
         dense, pruned = streams.dense_out, streams.pruned_out
 
 
-def _needed_after(recipe: Recipe, skeleton: Skeleton, index: int, last: int) -> tuple[bool, bool]:
+def _needed_after(recipe: Recipe, skeleton: LayerwiseModel, index: int, last: int) -> tuple[bool, bool]:
     """Whether the layer after ``index`` needs (dense, pruned) hidden states."""
     if index == last:
         return False, False

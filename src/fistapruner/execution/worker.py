@@ -23,7 +23,7 @@ import torch
 from ..activations.passes import Calls
 from ..activations.store import HiddenStates
 from ..errors import FistaPrunerError
-from ..pruning.layer import Streams
+from ..pruning.layer import LayerStreams
 from .context import RunContext
 from .layer_parallel import Event, Job, PartJob
 from .operator_parallel import do_part
@@ -78,7 +78,7 @@ class Worker:
                     target.sync()
                 tell({"event": "passed"})
 
-        streams = Streams(source, None, target, None)
+        streams = LayerStreams(source, None, target, None)
         try:
             if job.prune:
 

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from .discovery import Layout, Operator, alike, linear_modules
-from .layerwise import Skeleton
+from .layerwise import LayerwiseModel
 
 
 @dataclass(frozen=True)
@@ -58,28 +58,28 @@ class Link:
         return rows.reshape(-1), columns.reshape(-1)
 
 
-def find_links(skeleton: Skeleton, layout: Layout) -> tuple[tuple[Link, ...], ...]:
+def find_links(model: LayerwiseModel, layout: Layout) -> tuple[tuple[Link, ...], ...]:
     """The links of every decoder layer to operators of ``layout``; an operator is in one link at most.
 
     Layers with the same operators are looked at once. Loads the embeddings and one decoder layer.
     """
-    tokens = torch.arange(16).remainder(int(skeleton.config.get_text_config().vocab_size)).unsqueeze(0)
-    with skeleton.ends(head=False):
-        hidden, calls = skeleton.embed(tokens)
+    tokens = torch.arange(16).remainder(int(model.config.get_text_config().vocab_size)).unsqueeze(0)
+    with model.embeddings_and_head(head=False):
+        hidden, calls = model.embed(tokens)
     known: dict[tuple[tuple[str, tuple[int, ...]], ...], list[Link]] = {}
     found = []
-    for index, layer in enumerate(skeleton.layers):
+    for index, layer in enumerate(model.layers):
         signature = tuple((name, tuple(module.weight.shape)) for name, module in linear_modules(layer))
         if signature not in known:
-            with skeleton.layer(index) as module, torch.no_grad():
-                heads = _head_sizes(skeleton.config.get_text_config())
-                known[signature] = _watch(module, heads, lambda i=index: skeleton.run(i, hidden, calls[i]))  # type: ignore[misc]
+            with model.layer(index) as module, torch.no_grad():
+                heads = _head_sizes(model.config.get_text_config())
+                known[signature] = _watch(module, heads, lambda i=index: model.run(i, hidden, calls[i]))  # type: ignore[misc]
         pruned = {operator.name for group in layout.layers[index] for operator in group}
         found.append(tuple(link for link in known[signature] if link.consumer.name in pruned))
     return tuple(found)
 
 
-def reordered(skeleton: Skeleton, index: int, link: Link, order: Tensor) -> dict[str, tuple[int, Tensor]]:
+def reordered(model: LayerwiseModel, index: int, link: Link, order: Tensor) -> dict[str, tuple[int, Tensor]]:
     """How the tensors of a link of decoder layer ``index`` change when its channels take another order.
 
     Args:
@@ -88,8 +88,8 @@ def reordered(skeleton: Skeleton, index: int, link: Link, order: Tensor) -> dict
     Returns:
         See :data:`.checkpoint.Orders`.
     """
-    changes = _changes(skeleton.layers[index], link, order)
-    return {skeleton.source(f"{skeleton.layers_name}.{index}.{name}"): change for name, change in changes.items()}
+    changes = _changes(model.layers[index], link, order)
+    return {model.source(f"{model.layers_name}.{index}.{name}"): change for name, change in changes.items()}
 
 
 def _head_sizes(config: Any) -> set[int]:

@@ -17,7 +17,7 @@ from transformers.pytorch_utils import Conv1D
 
 from ..errors import FistaPrunerError
 from ..recipes.settings import Recipe, matches
-from .layerwise import Call, Skeleton
+from .layerwise import Call, LayerwiseModel
 
 
 @dataclass(frozen=True)
@@ -55,7 +55,7 @@ Group = tuple[Operator, ...]
 
 
 @dataclass(frozen=True)
-class Ending:
+class OutputProjection:
     """The operator whose output is what a child module of a decoder layer returns: ``o_proj`` of ``self_attn``.
 
     Args:
@@ -78,15 +78,15 @@ class Layout:
     Args:
         prefix: name of the list of decoder layers, such as ``model.layers``.
         layers: for each decoder layer its groups, in execution order.
-        adding: for each decoder layer, in execution order, the operators (selected or not) whose output is added to the
+        residual_writers: for each decoder layer, in execution order, the operators (selected or not) whose output is added to the
             hidden states that pass through it, and to nothing else: ``self_attn.o_proj``, ``mlp.down_proj``.
-        endings: for each decoder layer, the operator that a child module ends with, by the child's name, where it ends with one.
+        output_projections: for each decoder layer, the operator that a child module ends with, by the child's name, where it ends with one.
     """
 
     prefix: str
     layers: tuple[tuple[Group, ...], ...]
-    adding: tuple[tuple[str, ...], ...]
-    endings: tuple[Mapping[str, Ending], ...]
+    residual_writers: tuple[tuple[str, ...], ...]
+    output_projections: tuple[Mapping[str, OutputProjection], ...]
 
     def full_name(self, index: int, operator: Operator) -> str:
         """The operator's name in the model: ``model.layers.3.self_attn.q_proj``."""
@@ -130,7 +130,7 @@ class Layout:
         return replace(self, layers=tuple(layers))
 
 
-def discover(skeleton: Skeleton) -> Layout:
+def discover(model: LayerwiseModel) -> Layout:
     """Find the operators of every decoder layer by watching one small forward pass.
 
     Layers with the same operators are watched once. Loads the embeddings, then one decoder layer at a time.
@@ -138,20 +138,20 @@ def discover(skeleton: Skeleton) -> Layout:
     Raises:
         FistaPrunerError: operators that a forward pass does not use exactly once.
     """
-    tokens = torch.arange(16).remainder(int(skeleton.config.get_text_config().vocab_size)).unsqueeze(0)
-    skeleton.learn_return_type(tokens)
-    with skeleton.ends(head=False):
-        skeleton.check_calls()
-        hidden, calls = skeleton.embed(tokens)
-    known: dict[tuple[tuple[str, tuple[int, ...]], ...], tuple[tuple[Group, ...], tuple[str, ...], Mapping[str, Ending]]] = {}
+    tokens = torch.arange(16).remainder(int(model.config.get_text_config().vocab_size)).unsqueeze(0)
+    model.learn_return_type(tokens)
+    with model.embeddings_and_head(head=False):
+        model.check_calls()
+        hidden, calls = model.embed(tokens)
+    known: dict[tuple[tuple[str, tuple[int, ...]], ...], tuple[tuple[Group, ...], tuple[str, ...], Mapping[str, OutputProjection]]] = {}
     found = []
-    for index, layer in enumerate(skeleton.layers):
+    for index, layer in enumerate(model.layers):
         signature = tuple((name, tuple(module.weight.shape)) for name, module in linear_modules(layer))
         if signature not in known:
-            known[signature] = _watch(skeleton, index, hidden, calls[index])
+            known[signature] = _watch(model, index, hidden, calls[index])
         found.append(known[signature])
-    layers, adding, endings = zip(*found, strict=True)
-    return Layout(skeleton.layers_name, layers, adding, endings)
+    layers, writers, projections = zip(*found, strict=True)
+    return Layout(model.layers_name, layers, writers, projections)
 
 
 def linear_modules(layer: nn.Module) -> list[tuple[str, nn.Linear | Conv1D]]:
@@ -165,12 +165,14 @@ def alike(a: Tensor, b: Tensor) -> bool:
     return float((a - b).square().sum()) <= ALIKE * float(a.square().sum())
 
 
-def _watch(skeleton: Skeleton, index: int, hidden: Tensor, call: Call) -> tuple[tuple[Group, ...], tuple[str, ...], Mapping[str, Ending]]:
+def _watch(
+    model: LayerwiseModel, index: int, hidden: Tensor, call: Call
+) -> tuple[tuple[Group, ...], tuple[str, ...], Mapping[str, OutputProjection]]:
     """Groups of decoder layer ``index``, the operators whose output is added to the hidden states, and those that children end with."""
     seen: list[tuple[str, Tensor]] = []
     answers: dict[str, Tensor] = {}
     returned: dict[str, Tensor] = {}  # the tensors themselves: alive, their addresses tell them apart
-    endings: dict[str, Ending] = {}
+    projections: dict[str, OutputProjection] = {}
 
     def answered(name: str, output: Tensor) -> None:
         answers[name], returned[name] = output.clone(), output
@@ -184,10 +186,10 @@ def _watch(skeleton: Skeleton, index: int, hidden: Tensor, call: Call) -> tuple[
         for name, own in returned.items():
             same = name.startswith(child + ".") and own.data_ptr() == value.data_ptr() and own.shape == value.shape
             if same and torch.equal(answers[name], value):
-                endings[child] = Ending(name, others)
+                projections[child] = OutputProjection(name, others)
 
-    adding: tuple[str, ...] = ()
-    with skeleton.layer(index) as layer:
+    writers: tuple[str, ...] = ()
+    with model.layer(index) as layer:
         operators = linear_modules(layer)
         handles = [module.register_forward_pre_hook(lambda _, args, name=name: seen.append((name, args[0]))) for name, module in operators]
         handles += [module.register_forward_hook(lambda _, __, output, name=name: answered(name, output)) for name, module in operators]
@@ -197,18 +199,18 @@ def _watch(skeleton: Skeleton, index: int, hidden: Tensor, call: Call) -> tuple[
         ]
         try:
             with torch.no_grad():
-                out = skeleton.run(index, hidden, call)
+                out = model.run(index, hidden, call)
         finally:
             for handle in handles:
                 handle.remove()
         if len({name for name, _ in seen}) == len(seen):
-            adding = _adding(layer, hidden, answers, out, lambda: skeleton.run(index, hidden, call))
+            writers = _residual_writers(layer, hidden, answers, out, lambda: model.run(index, hidden, call))
     fired = [name for name, _ in seen]
-    prefix = f"{skeleton.layers_name}.{index}"
+    prefix = f"{model.layers_name}.{index}"
     for name, _ in operators:
         if fired.count(name) != 1:
             raise FistaPrunerError(
-                f"{prefix}.{name} ran {fired.count(name)} times in one forward pass of {type(skeleton.model).__name__} "
+                f"{prefix}.{name} ran {fired.count(name)} times in one forward pass of {type(model.model).__name__} "
                 f"(mixture of experts?): this architecture is not supported"
             )
     modules = dict(operators)
@@ -222,10 +224,12 @@ def _watch(skeleton: Skeleton, index: int, hidden: Tensor, call: Call) -> tuple[
                 break
         else:
             groups.append((tensor, [operator]))
-    return tuple(tuple(members) for _, members in groups), adding, endings
+    return tuple(tuple(members) for _, members in groups), writers, projections
 
 
-def _adding(layer: nn.Module, hidden: Tensor, answers: dict[str, Tensor], out: Tensor, run: Callable[[], Tensor]) -> tuple[str, ...]:
+def _residual_writers(
+    layer: nn.Module, hidden: Tensor, answers: dict[str, Tensor], out: Tensor, run: Callable[[], Tensor]
+) -> tuple[str, ...]:
     """Operators whose output is added to the hidden states: more of it is as much more in the layer's output, while the
     operators that run later answer as they did; and what entered the layer with all of theirs is what leaves it.
 

@@ -34,7 +34,7 @@ class _Stop(Exception):
     """Ends a forward pass early."""
 
 
-class Skeleton:
+class LayerwiseModel:
     """A model whose decoder layers are loaded one by one.
 
     Args:
@@ -103,7 +103,7 @@ class Skeleton:
             self._free(names)
 
     @contextmanager
-    def ends(self, *, head: bool = True) -> Iterator[None]:
+    def embeddings_and_head(self, *, head: bool = True) -> Iterator[None]:
         """Everything outside the decoder layers in memory: embeddings, final norm, head.
 
         Args:
@@ -127,7 +127,7 @@ class Skeleton:
                 output.weight = nn.Parameter(output.weight.to("meta"), requires_grad=False)
 
     def embed(self, tokens: Tensor) -> tuple[Tensor, list[Call]]:
-        """Input of the first decoder layer, and how every decoder layer is called. Needs :meth:`ends`.
+        """Input of the first decoder layer, and how every decoder layer is called. Needs :meth:`embeddings_and_head`.
 
         Args:
             tokens: (batch, seqlen) token ids.
@@ -153,7 +153,9 @@ class Skeleton:
         return first[0], calls
 
     def check_calls(self) -> None:
-        """Make sure that beside hidden states decoder layers are given nothing that depends on the token ids. Needs :meth:`ends`.
+        """Make sure that beside hidden states decoder layers are given nothing that depends on the token ids.
+
+        Needs :meth:`embeddings_and_head`.
 
         Raises:
             FistaPrunerError: they are (Gemma 4's embeddings of every layer), or hand something on to each other (shared keys).
@@ -173,7 +175,7 @@ class Skeleton:
     def calls(self, batch: int, seqlen: int) -> list[Call]:
         """How every decoder layer is called for a batch of full windows; the token ids make no difference (:meth:`check_calls`).
 
-        Needs :meth:`ends`.
+        Needs :meth:`embeddings_and_head`.
         """
         return self.embed(torch.zeros(batch, seqlen, dtype=torch.long))[1]
 
@@ -186,7 +188,7 @@ class Skeleton:
         return hidden_out
 
     def logits(self, hidden: Tensor, tokens: Tensor, *, gradients: bool = False) -> Tensor:
-        """(batch, seqlen, vocabulary) logits from the last decoder layer's output. Needs :meth:`ends`.
+        """(batch, seqlen, vocabulary) logits from the last decoder layer's output. Needs :meth:`embeddings_and_head`.
 
         Args:
             hidden: (batch, seqlen, width) output of the last decoder layer.
@@ -209,7 +211,7 @@ class Skeleton:
             first.append((args, kwargs))
             raise _Stop
 
-        with self.ends(head=False):
+        with self.embeddings_and_head(head=False):
             self._forward(tokens, record)
         args, kwargs = first[0]
         with self.layer(0) as layer, torch.no_grad():

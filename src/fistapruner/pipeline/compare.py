@@ -28,7 +28,7 @@ from torch import Tensor
 from ..errors import FistaPrunerError, MissingExtraError
 from ..evaluation.data import Windows, load_windows
 from ..evaluation.evaluate import evaluate as run_evaluation
-from ..execution.context import model_family, open_skeleton
+from ..execution.context import model_family, open_model
 from ..models.source import resolve_model
 from ..models.tokenizer import load_tokenizer
 from ..recipes.settings import Calibration, Recipe, load_recipe_settings, merge, parse_value, shipped_recipes
@@ -174,7 +174,7 @@ def compare(
     source = resolve_model(model, **trust)
     resolved = partial(Recipe.resolved, family=lambda: model_family(source, allow_pickle=allow_pickle))
     jobs = [(contender, seed, resolved(recipe)) for contender, seed, recipe in jobs]
-    skeleton = open_skeleton(source, first, **trust)
+    skeleton = open_model(source, first, **trust)
     tokenizer = load_tokenizer(source, trust_remote_code=trust_remote_code)
     text = load_windows(data, tokenizer, window_length(first, skeleton), windows)
     calibration = Recipe.build({"calibration": dict(settings or {}).get("calibration") or {}}).calibration

@@ -16,7 +16,7 @@ from ..errors import FistaPrunerError
 from ..execution.context import RunContext
 from ..models.files.checkpoint import PRUNING_RECORD
 from ..models.files.writer import write_checkpoint
-from ..models.layerwise import Skeleton
+from ..models.layerwise import LayerwiseModel
 from ..planning.plan import check_plan
 from ..reporting.model_card import model_card
 from ..runs.directory import RunDirectory
@@ -129,7 +129,7 @@ def _written_for(model: Path) -> str | None:
         return None
 
 
-def _record(report: Report, skeleton: Skeleton) -> dict[str, Any]:
+def _record(report: Report, skeleton: LayerwiseModel) -> dict[str, Any]:
     """What the checkpoint says of itself (``fistapruner.json``): the claims that ``inspect`` checks, by stored tensor."""
     operators = {}
     for layer in report.layers:

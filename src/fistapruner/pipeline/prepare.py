@@ -22,13 +22,13 @@ from ..calibration import SELF, calibration_tokens
 from ..constraints.patterns import Sparsity, check_divides, parse_sparsity
 from ..errors import FistaPrunerError
 from ..evaluation.data import load_windows
-from ..execution.context import model_family, open_skeleton
+from ..execution.context import model_family, open_model
 from ..execution.executors import default_threads
 from ..execution.process_pool import worker_devices
 from ..execution.ray_pool import require_ray
 from ..models.discovery import Layout, discover
 from ..models.files.checkpoint import Checkpoint
-from ..models.layerwise import Skeleton
+from ..models.layerwise import LayerwiseModel
 from ..models.source import resolve_model
 from ..models.tokenizer import load_tokenizer
 from ..models.whole import load_whole, require_whole
@@ -89,7 +89,7 @@ def prepare(
     facts = run.facts()
     before = facts.get("decided", {})
     dtype = before.get("numerics", {}).get("dtype")
-    skeleton = open_skeleton(folder, recipe, dtype=dtype, allow_pickle=allow_pickle, trust_remote_code=trust_remote_code)
+    skeleton = open_model(folder, recipe, dtype=dtype, allow_pickle=allow_pickle, trust_remote_code=trust_remote_code)
     if recipe.dtype == "auto" and skeleton.dtype != skeleton.checkpoint.dtype:
         stored, used = dtype_name(skeleton.checkpoint.dtype), dtype_name(skeleton.dtype)
         listener.say(f"passes in {used}: this processor has no matrix units for the checkpoint's {stored}")
@@ -186,7 +186,7 @@ def prepare(
     run.write_facts(facts)
 
 
-def window_length(recipe: Recipe, skeleton: Skeleton) -> int:
+def window_length(recipe: Recipe, skeleton: LayerwiseModel) -> int:
     """Tokens in a calibration window.
 
     Raises:
@@ -256,12 +256,12 @@ def plan_model(model: str, recipe: Recipe, out: str | Path = ".", *, allow_pickl
     check_allocation(recipe)
     folder = resolve_model(model, allow_pickle=allow_pickle, trust_remote_code=trust_remote_code)
     recipe = recipe.resolved(family=lambda: model_family(folder, allow_pickle=allow_pickle))
-    skeleton = open_skeleton(folder, recipe, allow_pickle=allow_pickle, trust_remote_code=trust_remote_code)
+    skeleton = open_model(folder, recipe, allow_pickle=allow_pickle, trust_remote_code=trust_remote_code)
     layout = discover(skeleton).select(recipe)
     return plan_run(skeleton, layout, recipe, allocate(recipe, layout), Path(out))
 
 
-def plan_run(skeleton: Skeleton, layout: Layout, recipe: Recipe, sparsity: Mapping[str, Sparsity], out: Path) -> Plan:
+def plan_run(skeleton: LayerwiseModel, layout: Layout, recipe: Recipe, sparsity: Mapping[str, Sparsity], out: Path) -> Plan:
     """Plan a run with the executor, workers and threads of its recipe (see :func:`~.plan.make_plan`); random token ids stand for the
     calibration windows, which may be long to draw.
     """

@@ -20,7 +20,7 @@ from ..constraints.patterns import Sparsity
 from ..errors import FistaPrunerError
 from ..execution.process_pool import worker_devices
 from ..models.discovery import Layout
-from ..models.layerwise import Skeleton
+from ..models.layerwise import LayerwiseModel
 from ..recipes.settings import Recipe
 from ..runs.records import LayerEntry, PlanRow, Totals
 from ..runtime.memory import free_device_memory, free_memory, resident_memory
@@ -104,7 +104,7 @@ class _Budget:
 
 
 def make_plan(
-    skeleton: Skeleton,
+    skeleton: LayerwiseModel,
     layout: Layout,
     recipe: Recipe,
     sparsity: Mapping[str, Sparsity],

@@ -12,10 +12,10 @@ from ..activations.passes import Calls
 from ..activations.store import HiddenStates, scratch_factory
 from ..constraints.patterns import Sparsity
 from ..models.discovery import Layout
-from ..models.layerwise import Skeleton
+from ..models.layerwise import LayerwiseModel
 from ..problem import LayerProblem
 from ..pruning.drift import dense_windows
-from ..pruning.layer import Streams, prune_layer
+from ..pruning.layer import LayerStreams, prune_layer
 from ..pruning.partition import cut, part_of
 from ..recipes.settings import Recipe
 from ..solvers import solve
@@ -29,7 +29,7 @@ MATCHING_STEPS = 4
 
 
 def measure_time(
-    skeleton: Skeleton,
+    skeleton: LayerwiseModel,
     layout: Layout,
     recipe: Recipe,
     sparsity: Mapping[str, Sparsity],
@@ -57,17 +57,17 @@ def measure_time(
         else:
             solving += _solving(problem, patterns, recipe)
 
-    with skeleton.ends(head=False):
+    with skeleton.embeddings_and_head(head=False):
         calls = Calls.of(skeleton, len(batch), tokens.shape[1], len(batch))
         states = HiddenStates((len(batch), tokens.shape[1], skeleton.width), skeleton.dtype)
         states.write(0, skeleton.embed(batch)[0])
     onward = HiddenStates((len(batch), tokens.shape[1], skeleton.width), skeleton.dtype)
-    streams = Streams(states, None, onward, None)
+    streams = LayerStreams(states, None, onward, None)
     if recipe.propagate == "pruned":
         shape = (len(batch), tokens.shape[1], skeleton.width)
         drifted, drifted_on = HiddenStates(shape, skeleton.dtype), HiddenStates(shape, skeleton.dtype)
         drifted.write(0, states.read(0, len(batch)))
-        streams = Streams(states, drifted, onward, drifted_on) if recipe.dense_share else Streams(None, drifted, None, drifted_on)
+        streams = LayerStreams(states, drifted, onward, drifted_on) if recipe.dense_share else LayerStreams(None, drifted, None, drifted_on)
     few_steps = min(recipe.match, MATCHING_STEPS)
     cheap = recipe.model_copy(update={"method": Recipe.build({"method": "magnitude"}).steps, "match": few_steps})
     scratch = scratch_factory(None, skeleton.dtype)

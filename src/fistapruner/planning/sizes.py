@@ -16,10 +16,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ..activations.replay import endings_kept
+from ..activations.replay import kept_projections
 from ..constraints.patterns import Sparsity
 from ..models.discovery import Group, Layout
-from ..models.layerwise import Call, Skeleton
+from ..models.layerwise import Call, LayerwiseModel
 from ..problem import DriftFrom
 from ..pruning.drift import dense_windows, drift_sources, kept_width
 from ..pruning.partition import cut
@@ -131,7 +131,7 @@ class Sizes:
     """Windows that the dense model runs on, by how many there are and how many are in a batch (:func:`~.drift.dense_windows`)."""
 
     @classmethod
-    def measure(cls, skeleton: Skeleton, layout: Layout, recipe: Recipe, sparsity: Mapping[str, Sparsity], tokens: Tensor) -> Sizes:
+    def measure(cls, skeleton: LayerwiseModel, layout: Layout, recipe: Recipe, sparsity: Mapping[str, Sparsity], tokens: Tensor) -> Sizes:
         """From the checkpoint's headers, one window through one decoder layer, and a small solve of each group."""
         samples, seqlen = tokens.shape
         checkpoint = skeleton.checkpoint
@@ -143,7 +143,7 @@ class Sizes:
         def size(names: set[str]) -> int:
             return sum(math.prod(checkpoint.entry(name).shape) for name in names) * itemsize
 
-        with skeleton.ends(head=False):
+        with skeleton.embeddings_and_head(head=False):
             hidden, calls = skeleton.embed(tokens[:1])
         with skeleton.layer(0):
             with torch.no_grad():
@@ -162,7 +162,7 @@ class Sizes:
         operators = sum(group.weight for group in rows)
         passes = recipe.propagate == "pruned" and not recipe.match  # after the last group
         widths = {operator.name: operator.columns for group in groups[: len(groups) - (not passes)] for operator in group}
-        endings = endings_kept(layout, index, skeleton.device).values() if recipe.error_correction else ()
+        endings = kept_projections(layout, index, skeleton.device).values() if recipe.error_correction else ()
         return cls(
             base=resident_memory() + RETAINED,
             ends=size(outside),
@@ -295,7 +295,7 @@ class Sizes:
         return self.checkpoint + self.pruned + (max(states, measuring) if choice.on_disk else 0)
 
 
-def _differentiate(skeleton: Skeleton, hidden: Tensor, call: Call) -> None:
+def _differentiate(skeleton: LayerwiseModel, hidden: Tensor, call: Call) -> None:
     with torch.enable_grad():
         entering = hidden.detach().requires_grad_()
         torch.autograd.grad(skeleton.run(0, entering, call).float().sum(), entering)

@@ -63,7 +63,7 @@ def drift_sources(recipe: Recipe, layout: Layout, index: int, *, same: bool) -> 
 
     def source(group: Group) -> DriftFrom:
         operator, *others = group
-        corrected = recipe.corrects_drift and operator.name in layout.adding[index]
+        corrected = recipe.corrects_drift and operator.name in layout.residual_writers[index]
         return "inputs" if others else cheapest_drift(operator.rows, operator.columns, corrected=corrected)
 
     return {number: source(groups[number]) for number in range(int(same), len(groups))}
@@ -74,7 +74,7 @@ def kept_width(group: Group, source: DriftFrom) -> int:
     return group[0].columns if source == "inputs" else group[0].rows
 
 
-class DenseRecord:
+class DenseActivations:
     """What the dense pass of one decoder layer keeps of the groups whose inputs drift, until their own pass.
 
     Args:

@@ -11,11 +11,11 @@ import torch
 from torch import Tensor, nn
 
 from ..activations.passes import Calls, Clock, run_layer
-from ..activations.replay import Replay, endings_kept
+from ..activations.replay import Replay, kept_projections
 from ..activations.store import HiddenStates, Store
 from ..constraints.patterns import Sparsity
 from ..models.discovery import Group, Layout
-from ..models.layerwise import Skeleton
+from ..models.layerwise import LayerwiseModel
 from ..problem import LayerProblem, ProblemSums, unweighted
 from ..recipes.settings import Recipe
 from ..runs.records import LayerEntry, OperatorEntry
@@ -23,12 +23,12 @@ from ..runtime.memory import release_memory
 from ..solvers import solve
 from ..solvers.base import Method, Solution
 from ..tuning.block_matching import match_layer
-from .drift import DenseRecord, ResidualDrift, drift_sources
+from .drift import DenseActivations, ResidualDrift, drift_sources
 from .entries import operator_entries
 
 
 @dataclass(frozen=True)
-class Streams:
+class LayerStreams:
     """The hidden states around one decoder layer.
 
     Args:
@@ -73,12 +73,12 @@ Solver = Callable[[LayerProblem, Sequence[Sparsity], Sequence[Method]], Solution
 
 
 def prune_layer(
-    skeleton: Skeleton,
+    model: LayerwiseModel,
     layout: Layout,
     index: int,
     recipe: Recipe,
     sparsity: Mapping[str, Sparsity],
-    streams: Streams,
+    streams: LayerStreams,
     calls: Calls,
     scratch: Store,
     progress: Progress = lambda names, error: None,
@@ -95,7 +95,7 @@ def prune_layer(
     gets one pass with the operators before it pruned, stopped where the group begins.
 
     Args:
-        skeleton: the model.
+        model: the model.
         layout: the operators to prune.
         index: which decoder layer.
         recipe: settings.
@@ -113,11 +113,11 @@ def prune_layer(
     Raises:
         FistaPrunerError: NaN or infinity in weights or activations; names the operator.
     """
-    clock = Clock(skeleton.device)
+    clock = Clock(model.device)
     with ExitStack() as loaded:
         with clock.phase("io"):
-            module = loaded.enter_context(skeleton.layer(index))
-        walk = _Walk(skeleton, layout, index, recipe, streams, calls, scratch, clock)
+            module = loaded.enter_context(model.layer(index))
+        walk = _LayerPasses(model, layout, index, recipe, streams, calls, scratch, clock)
         if walk.dense_pass():
             passed()
         passed_after = sum(clock.seconds.values())
@@ -130,12 +130,12 @@ def prune_layer(
         for number, group in walk.groups:
             progress(_names(group), None)
             entries, said = _prune_group(
-                skeleton, layout, index, number, recipe, sparsity, walk.sums_of(number), clock, inspect, importance, solver
+                model, layout, index, number, recipe, sparsity, walk.sums_of(number), clock, inspect, importance, solver
             )
             release_memory()
             for operator in group:
-                stored = skeleton.source(f"{layout.full_name(index, operator)}.weight")
-                weights[stored] = skeleton.result(stored, module.get_submodule(operator.name).weight.detach())  # type: ignore[operator]
+                stored = model.source(f"{layout.full_name(index, operator)}.weight")
+                weights[stored] = model.result(stored, module.get_submodule(operator.name).weight.detach())  # type: ignore[operator]
             operators += entries
             warnings += said
             walk.pruned(number)
@@ -144,7 +144,7 @@ def prune_layer(
         matched: dict[str, Any] = {}
         if walk.aim is not None:
             result = match_layer(
-                skeleton,
+                model,
                 index,
                 layout.layers[index],
                 streams.seen,
@@ -165,7 +165,7 @@ def prune_layer(
             relative_error=error,
             relative_error_of=None if error is None else "what the dense layer adds to its input, first batch of calibration windows",
             operators=operators,
-            device=str(skeleton.device),
+            device=str(model.device),
             warnings=warnings,
             passed_after=passed_after,
             **matched,
@@ -173,7 +173,7 @@ def prune_layer(
         return LayerResult(weights, entry)
 
 
-class _Walk:
+class _LayerPasses:
     """The passes through one loaded decoder layer while it is pruned, and what is kept from one of them to the next.
 
     Args: as of :func:`prune_layer`.
@@ -181,32 +181,34 @@ class _Walk:
 
     def __init__(
         self,
-        skeleton: Skeleton,
+        model: LayerwiseModel,
         layout: Layout,
         index: int,
         recipe: Recipe,
-        streams: Streams,
+        streams: LayerStreams,
         calls: Calls,
         scratch: Store,
         clock: Clock,
     ) -> None:
-        self._skeleton, self._index, self._recipe, self._streams = skeleton, index, recipe, streams
+        self._model, self._index, self._recipe, self._streams = model, index, recipe, streams
         self._calls, self._scratch, self._clock = calls, scratch, clock
-        self._layer = skeleton.layers[index]
+        self._layer = model.layers[index]
         groups = layout.layers[index]
         self.groups: list[tuple[int, Group]] = list(enumerate(groups))
         same = streams.pruned is None
         self._sources = {} if streams.dense is None else drift_sources(recipe, layout, index, same=same)
-        self._record: DenseRecord | None = None
+        self._record: DenseActivations | None = None
         self._residual: ResidualDrift | None = None
         if streams.dense is not None:
-            self._record = DenseRecord(index, self._layer, groups, self._sources, streams.dense, scratch)
+            self._record = DenseActivations(index, self._layer, groups, self._sources, streams.dense, scratch)
             if recipe.corrects_drift:
-                self._residual = ResidualDrift(index, self._layer, layout.adding[index], groups, streams.dense, streams.seen, scratch)
+                self._residual = ResidualDrift(
+                    index, self._layer, layout.residual_writers[index], groups, streams.dense, streams.seen, scratch
+                )
         self._replay: Replay | None = None
         if recipe.error_correction:
             last_passes = int(streams.pruned_out is not None and not recipe.match)
-            endings = endings_kept(layout, index, skeleton.device)
+            endings = kept_projections(layout, index, model.device)
             self._replay = Replay(index, self._layer, groups, endings, last_passes, streams.seen, scratch)
         self._sums: dict[int, ProblemSums] = {}
         self._first_out: Tensor | None = None  # of the dense layer: what the report's error is measured on
@@ -315,12 +317,12 @@ class _Walk:
         return self._output_error(self._streams.dense, self._first_out)
 
     def _run(self, inputs: HiddenStates, **what: Any) -> None:
-        run_layer(self._skeleton, self._index, inputs, self._calls, self._clock, **what)
+        run_layer(self._model, self._index, inputs, self._calls, self._clock, **what)
 
     def _store(self, name: str) -> HiddenStates:
         """For output hidden states of all windows."""
         seen = self._streams.seen
-        return self._scratch(f"{name}-{self._index}", (seen.samples, seen.seqlen, self._skeleton.width))
+        return self._scratch(f"{name}-{self._index}", (seen.samples, seen.seqlen, self._model.width))
 
     def _new_sums(self, number: int, group: Group) -> ProblemSums:
         with self._clock.phase("gram"):
@@ -348,10 +350,10 @@ class _Walk:
         say what capture costs beside it.
         """
         count = dense_out.shape[0]
-        seen = self._streams.seen.read(0, count).to(self._skeleton.device)
+        seen = self._streams.seen.read(0, count).to(self._model.device)
         with self._clock.phase("plain"), torch.no_grad():
-            pruned_out = self._skeleton.run(self._index, seen, self._calls.by_size[count][self._index])
-        dense_in = dense.read(0, count).to(self._skeleton.device)
+            pruned_out = self._model.run(self._index, seen, self._calls.by_size[count][self._index])
+        dense_in = dense.read(0, count).to(self._model.device)
         added = (dense_out.float() - dense_in.float()).square().sum(dtype=torch.float64)
         wrong = (pruned_out.float() - dense_out.float()).square().sum(dtype=torch.float64)
         return float(wrong) / max(float(added), 1e-300)
@@ -362,7 +364,7 @@ def _names(group: Group) -> str:
 
 
 def _prune_group(
-    skeleton: Skeleton,
+    model: LayerwiseModel,
     layout: Layout,
     index: int,
     number: int,
@@ -380,7 +382,7 @@ def _prune_group(
         What the report says of its operators, and warnings.
     """
     group = layout.layers[index][number]
-    module = skeleton.layers[index]
+    module = model.layers[index]
     names = [layout.full_name(index, operator) for operator in group]
     patterns = [sparsity[name] for name in names]
     with clock.phase("gram"):
@@ -394,7 +396,7 @@ def _prune_group(
             rows = torch.cat([importance[name] for name in names]).to(problem.weight.device)
             solution = solver(problem.weighted(rows), patterns, recipe.steps)
             unweighted(solution.weight, rows)
-        unrounded = _store(skeleton, module, group, names, solution)
+        unrounded = _store(model, module, group, names, solution)
     with clock.phase("report"):
         # Solvers that keep dense weights leave nothing to round: their error is known, and costs as much as a pass.
         known = unrounded and importance is None
@@ -412,7 +414,7 @@ def _stack(module: nn.Module, group: Group) -> Tensor:
     return stacked
 
 
-def _store(skeleton: Skeleton, module: nn.Module, group: Group, names: Sequence[str], solution: Solution) -> bool:
+def _store(model: LayerwiseModel, module: nn.Module, group: Group, names: Sequence[str], solution: Solution) -> bool:
     """Write the solution into the loaded layer, rounded as the checkpoint will hold it; the solution's weight becomes that too.
 
     Returns:
@@ -422,7 +424,7 @@ def _store(skeleton: Skeleton, module: nn.Module, group: Group, names: Sequence[
     parts = solution.weight.split([operator.rows for operator in group])
     for operator, name, part in zip(group, names, parts, strict=True):
         target = operator.weight(module)
-        target.copy_(skeleton.rounded(skeleton.source(f"{name}.weight"), part))
+        target.copy_(model.rounded(model.source(f"{name}.weight"), part))
         unrounded = unrounded and torch.equal(part, target.to(part.dtype))
         part.copy_(target)
     return unrounded

@@ -15,7 +15,7 @@ from ..constraints.patterns import NM, Sparsity, parse_sparsity
 from ..errors import FistaPrunerError
 from ..models.coupling import find_links, reordered
 from ..models.discovery import Layout
-from ..models.layerwise import Skeleton, Tick
+from ..models.layerwise import LayerwiseModel, Tick
 from ..problem import ProblemSums
 from ..recipes.settings import Recipe
 from .channel_order import channel_order, kept_share
@@ -106,7 +106,7 @@ def differentiates(recipe: Recipe) -> bool:
 def decide(
     recipe: Recipe,
     layout: Layout,
-    skeleton: Skeleton,
+    model: LayerwiseModel,
     tokens: Tensor,
     sparsity: Mapping[str, Sparsity],
     *,
@@ -119,7 +119,7 @@ def decide(
     Args:
         recipe: its ``allocation``, ``sparsity``, ``weighting``, ``match``, ``permutation`` and ``seed``.
         layout: the operators to prune.
-        skeleton: the dense model.
+        model: the dense model.
         tokens: (samples, seqlen) calibration tokens; the first few windows are used.
         sparsity: pattern of every operator, by full name, as the recipe says it without measuring.
         batch_size: windows in one pass.
@@ -133,12 +133,12 @@ def decide(
     if not needs_measuring(recipe):
         return Decision(None, None)
     tokens = tokens[: windows_looked_at(len(tokens))]
-    store = store or scratch_factory(None, skeleton.dtype)
+    store = store or scratch_factory(None, model.dtype)
     sizes = {name: operator.rows * operator.columns for name, operator in layout.operators()}
     fraction = recipe.pattern.fraction
     errors: dict[str, Tensor] = {}
     outliers = _Outliers(layout)
-    channels = _Channels(skeleton, layout, sparsity) if permutes(recipe) else None
+    channels = _Channels(model, layout, sparsity) if permutes(recipe) else None
     allocation = measured_by(recipe)
 
     def problem_seen(index: int, number: int, sums: ProblemSums) -> None:
@@ -163,7 +163,7 @@ def decide(
     importance: dict[str, Tensor] | None = None
     if differentiates(recipe):
         sensitivity = measure_sensitivity(
-            skeleton,
+            model,
             layout,
             tokens,
             seed=recipe.seed,
@@ -181,7 +181,7 @@ def decide(
         if recipe.match:
             metrics = sensitivity.outputs
     elif look is not None:
-        look_at_inputs(skeleton, layout, tokens, look, batch_size=batch_size, store=store, tick=tick)
+        look_at_inputs(model, layout, tokens, look, batch_size=batch_size, store=store, tick=tick)
     if allocation == "owl":
         found = dict(outliers.allocation(sizes, fraction))
     if channels is None:
@@ -215,11 +215,11 @@ class _Outliers:
 class _Channels:
     """Orders of free channels that feed operators with an n:m pattern."""
 
-    def __init__(self, skeleton: Skeleton, layout: Layout, sparsity: Mapping[str, Sparsity]) -> None:
-        self._skeleton = skeleton
+    def __init__(self, model: LayerwiseModel, layout: Layout, sparsity: Mapping[str, Sparsity]) -> None:
+        self._model = model
         self._layout = layout
         self._sparsity = sparsity
-        self._links = find_links(skeleton, layout)
+        self._links = find_links(model, layout)
         self.orders: dict[str, tuple[int, Tensor]] = {}
         self.permuted: dict[str, tuple[float, float]] = {}
         self.rows: dict[str, Tensor] = {}
@@ -235,6 +235,6 @@ class _Channels:
             scores = weights[link.consumer.name].square() * sums.mean()
             order = torch.stack([channel_order(block, pattern) for block in link.by_block(scores)])
             rows, columns = link.places(order)
-            self.orders |= reordered(self._skeleton, index, link, order)
+            self.orders |= reordered(self._model, index, link, order)
             self.permuted[name] = (kept_share(scores, pattern), kept_share(scores[:, columns.to(scores.device)], pattern))
             self.rows |= {f"{self._layout.prefix}.{index}.{producer}": rows for producer in link.producers}

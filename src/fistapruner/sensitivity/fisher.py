@@ -29,7 +29,7 @@ from torch import Tensor
 from ..activations.store import HiddenStates, Store
 from ..errors import FistaPrunerError
 from ..models.discovery import Layout
-from ..models.layerwise import Call, Skeleton, Tick
+from ..models.layerwise import Call, LayerwiseModel, Tick
 from ..runtime.numerics import add_gram, dtype_name, fast_products, mirror
 
 HEAD_TOKENS = 512
@@ -100,7 +100,7 @@ class Sensitivity:
 
 
 def measure_sensitivity(
-    skeleton: Skeleton,
+    model: LayerwiseModel,
     layout: Layout,
     tokens: Tensor,
     *,
@@ -114,7 +114,7 @@ def measure_sensitivity(
     """Run the dense model forwards and backwards over some windows.
 
     Args:
-        skeleton: the dense model.
+        model: the dense model.
         layout: its operators.
         tokens: (windows, seqlen) token ids. Hidden states between all layers are stored for them, ``(layers + 1) * windows *
             seqlen * width`` values.
@@ -129,19 +129,19 @@ def measure_sensitivity(
         FistaPrunerError: NaN or infinite gradients; names the operator.
     """
     batches = _batches(len(tokens), batch_size)
-    states, calls = _forward(skeleton, layout, tokens, batches, store, look, tick)
+    states, calls = _forward(model, layout, tokens, batches, store, look, tick)
     last = states.pop()
-    gradient = _loss_gradient(skeleton, last.read(0, len(tokens)), seed)
+    gradient = _loss_gradient(model, last.read(0, len(tokens)), seed)
     last.close()
     rows: dict[str, Tensor] = {}
     metrics: list[Tensor] = []
-    width = skeleton.width
-    for index in reversed(range(len(skeleton))):
+    width = model.width
+    for index in reversed(range(len(model))):
         entering = states.pop()
-        metric = torch.zeros(() if not outputs else (width, width) if width <= WIDE else (width,), device=skeleton.device)
+        metric = torch.zeros(() if not outputs else (width, width) if width <= WIDE else (width,), device=model.device)
         operators = [operator for group in layout.layers[index] for operator in group]
-        with skeleton.layer(index) as module:
-            sums = {operator.name: torch.zeros(operator.rows, device=skeleton.device) for operator in operators}
+        with model.layer(index) as module:
+            sums = {operator.name: torch.zeros(operator.rows, device=model.device) for operator in operators}
 
             def add(name: str, grad: Tensor, sums: dict[str, Tensor] = sums) -> None:
                 sums[name] += grad.reshape(-1, grad.shape[-1]).float().square().sum(0)
@@ -155,8 +155,8 @@ def measure_sensitivity(
             handles = [module.get_submodule(operator.name).register_forward_hook(hook(operator.name)) for operator in operators]
             try:
                 for start, stop in batches:
-                    hidden = entering.read(start, stop).to(skeleton.device).requires_grad_()
-                    above = gradient[start:stop].to(skeleton.device)
+                    hidden = entering.read(start, stop).to(model.device).requires_grad_()
+                    above = gradient[start:stop].to(model.device)
                     flat = above.reshape(-1, above.shape[-1]).float()
                     if outputs and metric.ndim == 1:
                         metric += flat.square().sum(0)
@@ -164,7 +164,7 @@ def measure_sensitivity(
                         with fast_products(above.dtype == torch.bfloat16):
                             add_gram(metric, flat)
                     with torch.enable_grad():
-                        out = skeleton.run(index, hidden, calls[stop - start][index])
+                        out = model.run(index, hidden, calls[stop - start][index])
                         (below,) = torch.autograd.grad(out, hidden, above)
                     gradient[start:stop] = below
             finally:
@@ -174,11 +174,11 @@ def measure_sensitivity(
         if outputs:
             metrics.append((metric if metric.ndim == 1 else mirror(metric)).cpu() / tokens.numel())
         rows |= {layout.full_name(index, operator): sums[operator.name].cpu() / tokens.numel() for operator in operators}
-        tick("decoder layers, backwards", len(skeleton) - index, len(skeleton))
+        tick("decoder layers, backwards", len(model) - index, len(model))
     for name, values in rows.items():  # from the last decoder layer to the first, as gradients come
         if not bool(values.isfinite().all()):
             raise FistaPrunerError(
-                f"{name}: the gradients of the predictions are NaN or infinite in {dtype_name(skeleton.dtype)} passes: take "
+                f"{name}: the gradients of the predictions are NaN or infinite in {dtype_name(model.dtype)} passes: take "
                 "--dtype float32, or --allocation uniform and --weighting none, which need none"
             )
     return Sensitivity(rows, metrics[::-1], tokens.numel())
@@ -201,7 +201,7 @@ def row_importance(sensitivity: Tensor) -> Tensor:
 
 
 def look_at_inputs(
-    skeleton: Skeleton,
+    model: LayerwiseModel,
     layout: Layout,
     tokens: Tensor,
     look: Look[Any],
@@ -211,7 +211,7 @@ def look_at_inputs(
     tick: Tick = lambda what, done, total: None,
 ) -> None:
     """Run the dense model forwards over some windows; arguments as for :func:`measure_sensitivity`."""
-    states, _ = _forward(skeleton, layout, tokens, _batches(len(tokens), batch_size), store, look, tick, keep=False)
+    states, _ = _forward(model, layout, tokens, _batches(len(tokens), batch_size), store, look, tick, keep=False)
     states[-1].close()
 
 
@@ -220,7 +220,7 @@ def _batches(count: int, size: int) -> list[tuple[int, int]]:
 
 
 def _forward(
-    skeleton: Skeleton,
+    model: LayerwiseModel,
     layout: Layout,
     tokens: Tensor,
     batches: list[tuple[int, int]],
@@ -233,16 +233,16 @@ def _forward(
     """Hidden states into every decoder layer (closed unless ``keep``) and out of the last one, and how layers are called for
     each batch size."""
     calls: dict[int, list[Call]] = {}
-    shape = (tokens.shape[0], tokens.shape[1], skeleton.width)
+    shape = (tokens.shape[0], tokens.shape[1], model.width)
     states = [store("sensitivity-0", shape)]
-    with skeleton.ends(head=False):
+    with model.embeddings_and_head(head=False):
         for start, stop in batches:
-            hidden, arguments = skeleton.embed(tokens[start:stop])
+            hidden, arguments = model.embed(tokens[start:stop])
             states[0].write(start, hidden)
             calls.setdefault(stop - start, arguments)
-    for index in range(len(skeleton)):
+    for index in range(len(model)):
         states.append(store(f"sensitivity-{index + 1}", shape))
-        with skeleton.layer(index) as module, torch.no_grad():
+        with model.layer(index) as module, torch.no_grad():
             sums: list[Any] = []
             handles = []
             for group in layout.layers[index]:
@@ -257,8 +257,8 @@ def _forward(
                 handles.append(module.get_submodule(group[0].name).register_forward_pre_hook(gather))
             try:
                 for start, stop in batches:
-                    hidden = states[index].read(start, stop).to(skeleton.device)
-                    states[-1].write(start, skeleton.run(index, hidden, calls[stop - start][index]))
+                    hidden = states[index].read(start, stop).to(model.device)
+                    states[-1].write(start, model.run(index, hidden, calls[stop - start][index]))
             finally:
                 for handle in handles:
                     handle.remove()
@@ -267,21 +267,21 @@ def _forward(
         for number, own in enumerate(sums):
             assert look is not None
             look.done(index, number, own)
-        tick("decoder layers, forwards", index + 1, len(skeleton))
+        tick("decoder layers, forwards", index + 1, len(model))
     return states, calls
 
 
-def _loss_gradient(skeleton: Skeleton, hidden: Tensor, seed: int) -> Tensor:
+def _loss_gradient(model: LayerwiseModel, hidden: Tensor, seed: int) -> Tensor:
     """Gradient, at the last layer's output, of the summed log-likelihood of labels drawn from the model."""
-    generator = torch.Generator(skeleton.device).manual_seed(seed)
+    generator = torch.Generator(model.device).manual_seed(seed)
     gradient = torch.empty_like(hidden)
-    with skeleton.ends():
+    with model.embeddings_and_head():
         for window in range(len(hidden)):
             for start in range(0, hidden.shape[1], HEAD_TOKENS):
-                part = hidden[window : window + 1, start : start + HEAD_TOKENS].to(skeleton.device).requires_grad_()
+                part = hidden[window : window + 1, start : start + HEAD_TOKENS].to(model.device).requires_grad_()
                 ids = torch.zeros(part.shape[:2], dtype=torch.int64)
                 with torch.enable_grad():
-                    logits = skeleton.logits(part, ids, gradients=True)
+                    logits = model.logits(part, ids, gradients=True)
                 # The log-likelihood's gradient: 1 at the drawn label, less every label's probability.
                 above = torch.softmax(logits.detach()[0].float(), -1)
                 drawn = _draw(above, generator)

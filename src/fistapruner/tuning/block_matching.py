@@ -26,7 +26,7 @@ from torch import Tensor, nn
 from ..activations.passes import Calls, Clock
 from ..activations.store import HiddenStates
 from ..models.discovery import Group
-from ..models.layerwise import Skeleton
+from ..models.layerwise import LayerwiseModel
 from ..runtime.numerics import fast_products
 
 RATE = 0.01
@@ -35,10 +35,10 @@ RATE = 0.01
 WARM_UP = 0.1
 """Share of the steps over which the step size rises from 0."""
 
-HELD_OUT = 8
+VALIDATE_EVERY = 8
 """One calibration window of so many is held out,"""
 
-MOST_HELD_OUT = 8
+MAX_VALIDATION_WINDOWS = 8
 """but no more than these: more would not change the choice, and the looks at them take time."""
 
 CHECKS = 8
@@ -68,7 +68,7 @@ class Matched:
 
 
 def match_layer(
-    skeleton: Skeleton,
+    model: LayerwiseModel,
     index: int,
     groups: tuple[Group, ...],
     inputs: HiddenStates,
@@ -83,7 +83,7 @@ def match_layer(
     """Adjust the loaded, pruned decoder layer ``index`` in place.
 
     Args:
-        skeleton: the model, layer ``index`` loaded.
+        model: the model, layer ``index`` loaded.
         index: which layer.
         groups: its pruned operators; weights of other operators are left alone.
         inputs: hidden states that enter the layer.
@@ -95,13 +95,13 @@ def match_layer(
         metric: (width, width) positive semi-definite weight of output errors, or (width,) its diagonal; None is the identity.
     """
     # Activations of a bf16 model have no more digits than its matrix units take.
-    with clock.phase("match"), fast_products(skeleton.dtype == torch.bfloat16):
-        tuned = _Tuned.of(skeleton, index, groups)
-        loss = _Loss.of(skeleton, inputs, wanted, metric)
+    with clock.phase("match"), fast_products(model.dtype == torch.bfloat16):
+        tuned = _Tuned.of(model, index, groups)
+        loss = _Loss.of(model, inputs, wanted, metric)
         held, train = _split(inputs.samples)
         order = _order(train, steps, torch.Generator().manual_seed(seed * 100_003 + index))
         optimizer = tuned.optimizer()
-        before = _held_out(skeleton, index, tuned, loss, held, calls)
+        before = _held_out(model, index, tuned, loss, held, calls)
         best, best_step, kept, rate = before, 0, tuned.copy(), RATE
         every = max(1, steps // CHECKS)
         taken = 0
@@ -111,11 +111,11 @@ def match_layer(
             window = order[taken - 1]
             optimizer.zero_grad()
             with torch.enable_grad():
-                value = loss(_run(skeleton, index, tuned.values(), loss.inputs(window), calls), window)
+                value = loss(_run(model, index, tuned.values(), loss.inputs(window), calls), window)
             value.backward()
             optimizer.step()
             if taken % every == 0 or taken == steps:
-                now = _held_out(skeleton, index, tuned, loss, held, calls)
+                now = _held_out(model, index, tuned, loss, held, calls)
                 if now < best:
                     best, best_step, kept = now, taken, tuned.copy()
                     continue
@@ -125,7 +125,7 @@ def match_layer(
                 if rate < SMALLEST * RATE:
                     break
         tuned.restore(kept)
-        weights = tuned.store(skeleton, index) if best_step else {}
+        weights = tuned.store(model, index) if best_step else {}
         record = {
             "steps": taken,
             "kept_step": best_step,
@@ -147,8 +147,8 @@ class _Tuned:
     dtype: torch.dtype
 
     @classmethod
-    def of(cls, skeleton: Skeleton, index: int, groups: tuple[Group, ...]) -> _Tuned:
-        layer = skeleton.layers[index]
+    def of(cls, model: LayerwiseModel, index: int, groups: tuple[Group, ...]) -> _Tuned:
+        layer = model.layers[index]
         pruned = {f"{operator.name}.weight" for group in groups for operator in group}
         masters, masks = {}, {}
         for name, parameter in layer.named_parameters():
@@ -158,7 +158,7 @@ class _Tuned:
             if name in pruned:
                 masks[name] = parameter.detach() != 0
         scales = [float((master.detach().square().sum() / (master != 0).sum().clamp_min(1)).sqrt()) for master in masters.values()]
-        return cls(layer, masters, masks, scales, skeleton.dtype)
+        return cls(layer, masters, masks, scales, model.dtype)
 
     def optimizer(self) -> torch.optim.Adam:
         """A new one, with one group a tensor, so that each has its own step size."""
@@ -177,17 +177,17 @@ class _Tuned:
                 master.copy_(value)
 
     @torch.no_grad()
-    def store(self, skeleton: Skeleton, index: int) -> dict[str, Tensor]:
+    def store(self, model: LayerwiseModel, index: int) -> dict[str, Tensor]:
         """Put the tensors into the layer; returns it by checkpoint name. A surviving weight never becomes zero."""
         stored = {}
         parameters = dict(self.layer.named_parameters())
         for name, exact in self.values().items():
             parameter = parameters[name]
-            source = skeleton.source(f"{skeleton.layers_name}.{index}.{name}")
-            value = skeleton.rounded(source, exact).to(self.dtype)
+            source = model.source(f"{model.layers_name}.{index}.{name}")
+            value = model.rounded(source, exact).to(self.dtype)
             vanished = self.masks[name] & (value == 0) if name in self.masks else torch.zeros_like(value, dtype=torch.bool)
             parameter.copy_(torch.where(vanished, parameter, value))
-            stored[source] = skeleton.result(source, parameter.detach())
+            stored[source] = model.result(source, parameter.detach())
         return stored
 
 
@@ -203,8 +203,8 @@ class _Loss:
     weights: dict[int, Tensor] = field(default_factory=dict)
 
     @classmethod
-    def of(cls, skeleton: Skeleton, source: HiddenStates, wanted: HiddenStates, metric: Tensor | None) -> _Loss:
-        loss = cls(skeleton.device, source, wanted, _root(metric, skeleton.device), torch.ones((), device=skeleton.device))
+    def of(cls, model: LayerwiseModel, source: HiddenStates, wanted: HiddenStates, metric: Tensor | None) -> _Loss:
+        loss = cls(model.device, source, wanted, _root(metric, model.device), torch.ones((), device=model.device))
         loss.limit = loss.energy(loss.target(0) - loss.inputs(0).float()).median().clamp_min(1e-30)
         return loss
 
@@ -246,23 +246,23 @@ def _root(metric: Tensor | None, device: torch.device) -> Tensor | None:
     return root
 
 
-def _run(skeleton: Skeleton, index: int, values: dict[str, Tensor], hidden: Tensor, calls: Calls) -> Tensor:
+def _run(model: LayerwiseModel, index: int, values: dict[str, Tensor], hidden: Tensor, calls: Calls) -> Tensor:
     """Output of the layer for one window with ``values`` for parameters."""
     args, kwargs = calls.by_size[1][index]
-    out = torch.func.functional_call(skeleton.layers[index], values, (hidden, *args), kwargs)
+    out = torch.func.functional_call(model.layers[index], values, (hidden, *args), kwargs)
     result: Tensor = out[0] if isinstance(out, tuple) else out
     return result
 
 
-def _held_out(skeleton: Skeleton, index: int, tuned: _Tuned, loss: _Loss, held: list[int], calls: Calls) -> float:
+def _held_out(model: LayerwiseModel, index: int, tuned: _Tuned, loss: _Loss, held: list[int], calls: Calls) -> float:
     with torch.no_grad():
         values = tuned.values()
-        return sum(float(loss(_run(skeleton, index, values, loss.inputs(window), calls), window)) for window in held) / len(held)
+        return sum(float(loss(_run(model, index, values, loss.inputs(window), calls), window)) for window in held) / len(held)
 
 
 def _split(samples: int) -> tuple[list[int], list[int]]:
-    """Windows that are held out (every eighth, 1 to :data:`MOST_HELD_OUT` of them) and windows to train on; a single one is both."""
-    apart = max(HELD_OUT, -(-samples // MOST_HELD_OUT))
+    """Validation windows (every eighth, 1 to :data:`MAX_VALIDATION_WINDOWS`) and training windows; a single one is both."""
+    apart = max(VALIDATE_EVERY, -(-samples // MAX_VALIDATION_WINDOWS))
     held = list(range(apart - 1, samples, apart)) or [samples - 1]
     train = [window for window in range(samples) if window not in held] or held
     return held, train
