@@ -1,6 +1,12 @@
 """FISTAPruner: make a trained language model sparse, and know what that did to it."""
 
+import sys
+
 from .constraints.patterns import NM, Unstructured, parse_sparsity
+
+if sys.platform == "win32":
+    raise ImportError("fistapruner runs on Linux and macOS; on Windows use the Windows Subsystem for Linux (WSL)")
+
 from .errors import FistaPrunerError
 from .evaluation.evaluate import evaluate
 from .pipeline.measure import bench_run, evaluate_run

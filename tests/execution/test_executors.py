@@ -16,14 +16,16 @@ import pytest
 import tiny
 from fistapruner.errors import FistaPrunerError
 from fistapruner.execution.context import RunContext
-from fistapruner.execution.layer_parallel import Event, Job, PartJob, dispatch
-from fistapruner.execution.operator_parallel import SideBySide
-from fistapruner.execution.process_pool import ProcessPool, worker_devices
+from fistapruner.execution.layer_parallel import prune_layers_in_parallel
+from fistapruner.execution.operator_parallel import ParallelSolver
+from fistapruner.execution.pool import Event, Job, PartJob
+from fistapruner.execution.process_pool import ProcessPool
 from fistapruner.execution.serial import prune_serially
 from fistapruner.pipeline.prune import finish_run, prune, resume
 from fistapruner.pruning import partition as parts
 from fistapruner.runs.directory import RunDirectory
 from fistapruner.runs.listener import Listener
+from fistapruner.runtime.devices import worker_devices
 
 SETTINGS: dict[str, Any] = {
     "method": "sparsegpt",
@@ -101,7 +103,7 @@ def test_workers_that_die_are_replaced(model: Path, expected: bytes, tmp_path: P
     work.hidden.mkdir(parents=True, exist_ok=True)
     pool = Deadly(work, worker_devices("cpu", 2, 1), at_start={2: 1}, at_event=["passed"])
     try:
-        dispatch(work, {0, 2, 3}, pool, Listener())
+        prune_layers_in_parallel(work, {0, 2, 3}, pool, Listener())
     finally:
         pool.close()
     assert pool.at_event == []
@@ -118,7 +120,7 @@ def test_layer_that_kills_every_worker_stops_the_run(model: Path, expected: byte
     pool = Deadly(work, worker_devices("cpu", 1, 1), at_start={4: 3}, at_event=[])
     try:
         with pytest.raises(FistaPrunerError, match="layer 4: its worker died 3 times"):
-            dispatch(work, {4}, pool, Listener())
+            prune_layers_in_parallel(work, {4}, pool, Listener())
     finally:
         pool.close()
     with pytest.raises(FistaPrunerError, match="decoder layers 4 are not pruned"):
@@ -172,11 +174,11 @@ def test_worker_that_dies_of_a_part_is_replaced(model: Path, tmp_path: Path) -> 
     work.hidden.mkdir(parents=True, exist_ok=True)  # the part before left the folder of parts
     pool = Deadly(work, worker_devices("cpu", 2, 1), at_start={"part-1": 1}, at_event=["done"])
     try:
-        prune_serially(work, {1}, Listener(), solver=SideBySide(pool, work.hidden))
+        prune_serially(work, {1}, Listener(), solver=ParallelSolver(pool, work.hidden))
         assert (pool.at_start, pool.at_event) == ({"part-1": 0}, [])
         pool.at_start["part-0"] = 3
         with pytest.raises(FistaPrunerError, match=r"part-0: its worker died 3 times"):
-            prune_serially(work, {2}, Listener(), solver=SideBySide(pool, work.hidden))
+            prune_serially(work, {2}, Listener(), solver=ParallelSolver(pool, work.hidden))
     finally:
         pool.close()
     resume(out)

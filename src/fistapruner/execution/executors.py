@@ -10,11 +10,12 @@ from ..problem import LayerProblem
 from ..pruning.partition import Part, cut
 from ..recipes.settings import Execution
 from ..runs.listener import Listener
-from ..runtime.devices import cpu_threads
+from ..runtime.devices import available_cores, cpu_threads, worker_devices
 from .context import RunContext
-from .layer_parallel import Pool, dispatch
-from .operator_parallel import SideBySide
-from .process_pool import ProcessPool, available_cores, worker_devices
+from .layer_parallel import prune_layers_in_parallel
+from .operator_parallel import ParallelSolver
+from .pool import Pool
+from .process_pool import ProcessPool
 from .serial import prune_serially
 
 
@@ -58,9 +59,9 @@ def prune_layers(
         pool = _pool(work, execution, jobs, listener)
         try:
             if work.recipe.propagate == "dense":
-                dispatch(work, todo, pool, listener)
+                prune_layers_in_parallel(work, todo, pool, listener)
             else:
-                prune_serially(work, todo, listener, solver=SideBySide(pool, work.hidden))
+                prune_serially(work, todo, listener, solver=ParallelSolver(pool, work.hidden))
         finally:
             pool.close()
 

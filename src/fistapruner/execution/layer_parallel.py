@@ -1,113 +1,21 @@
-"""Decoder layers on several workers at once, when every layer is fed by the dense model.
+"""Prune decoder layers on several workers at once, every layer fed by the dense model.
 
-The dense model's hidden states pass through all layers once, from worker to worker: the job of layer i begins with the
-layer's dense pass, which gives the input of layer i + 1 as a by-product; as soon as that file is written the next worker
-starts on it, while the first one goes on to solve. Jobs carry indices and file names, never tensors, and what they make is
-journaled by the worker itself, so that whatever dies loses only the layers in flight.
-
-An executor is a :class:`Pool`: it starts jobs and reports events. Everything else (order, files, retries) is here, once.
+The dense model's hidden states pass through all layers once, from worker to worker. The job of layer i begins with the
+layer's dense pass, which also gives the input of layer i + 1. As soon as that file is written the next worker starts on
+it, while the first one goes on to solve.
 """
 
 from __future__ import annotations
 
-import logging
-from collections import Counter
 from collections.abc import Collection
-from dataclasses import asdict, dataclass
-from typing import Any, Protocol
 
 from ..errors import FistaPrunerError
 from ..runs.listener import Listener
 from .context import RunContext
-
-log = logging.getLogger("fistapruner")
-
-ATTEMPTS = 3
-"""Times a job is tried before the run stops; a worker that dies of the job itself would die of it for ever."""
-
-IDLE = -1
-"""Stands for the layer of a worker that has none."""
-
-Event = dict[str, Any]
-"""What a worker reports: ``{"event": name, ...}``, with the names
-
-``operators`` (``names``, ``error``): operators of the layer are worked on or done;
-``passed``: the layer's dense output is written;
-``done``: the layer is journaled (or passed, for a job that does not prune);
-``failed`` (``message``): the user's error;  ``broken`` (``message``): the program's;
-``lost`` (``message``): the worker is gone.
-"""
+from .pool import Event, Job, Pool, run_jobs
 
 
-@dataclass(frozen=True)
-class Job:
-    """RunContext on one decoder layer.
-
-    Args:
-        index: which layer.
-        prune: False only passes the dense hidden states on (the layer is journaled already).
-        source: name in ``RUN/hidden`` of the dense hidden states that enter it.
-        target: name for those that leave it; None if nobody needs them, or they are there.
-    """
-
-    index: int
-    prune: bool
-    source: str
-    target: str | None
-
-    def to_json(self) -> dict[str, Any]:
-        """The job as JSON values."""
-        return asdict(self)
-
-
-GRAM = "gram"
-"""Name of the file of a group's Gram."""
-
-
-@dataclass(frozen=True)
-class PartJob:
-    """The solve of one part, as JSON values.
-
-    Args:
-        problem: file in ``RUN/hidden`` of the part's rows; the Gram is in the file :data:`GRAM` beside it.
-        solution: file to write there.
-        name: of the operator.
-        sparsity: pattern of these rows.
-        target: share of the dense target.
-        tokens: calibration tokens behind the means.
-    """
-
-    problem: str
-    solution: str
-    name: str
-    sparsity: str
-    target: float
-    tokens: int | None
-
-    def to_json(self) -> dict[str, Any]:
-        """The job as JSON values."""
-        return asdict(self)
-
-
-class Pool(Protocol):
-    """Workers that have opened the run directory."""
-
-    size: int
-
-    def start(self, worker: int, job: Job | PartJob) -> None:
-        """Give an idle worker, 0 to ``size`` - 1, a job."""
-
-    def wait(self) -> list[tuple[int, Event]]:
-        """Wait for the next events: (worker, event)."""
-
-    def revive(self, worker: int) -> None:
-        """Start a worker again that was lost."""
-
-    def close(self) -> None:
-        """End all workers, at once."""
-
-
-def dispatch(work: RunContext, todo: Collection[int], pool: Pool, listener: Listener) -> None:
+def prune_layers_in_parallel(work: RunContext, todo: Collection[int], pool: Pool, listener: Listener) -> None:
     """Prune the decoder layers in ``todo`` on the workers of ``pool``.
 
     At most ``pool.size + 1`` files of hidden states exist at a time.
@@ -119,63 +27,53 @@ def dispatch(work: RunContext, todo: Collection[int], pool: Pool, listener: List
         listener: told of progress.
 
     Raises:
-        FistaPrunerError: a worker reports the user's error, or dies of the same layer again and again.
+        FistaPrunerError: a worker reports an error of the user's input, or dies of the same layer again and again.
     """
-    last = max(todo)
     work.embed(_file(0), on_disk=True)[0].close(keep=True)
-    queue = list(range(last + 1))
-    passed, finished = {0}, set[int]()
-    running: dict[int, Job] = {}
-    attempts = Counter[str]()
-    while len(finished) <= last:
-        for worker in range(pool.size):
-            if worker not in running and queue and queue[0] in passed:
-                index = queue.pop(0)
-                onward = index < last and index + 1 not in passed
-                running[worker] = Job(index, index in todo, _file(index), _file(index + 1) if onward else None)
-                pool.start(worker, running[worker])
-        for worker, event in pool.wait():
-            index = running[worker].index if worker in running else IDLE
-            match event["event"]:
-                case "operators":
-                    listener.operators(index, event["names"], event["error"])
-                case "passed":
-                    passed.add(index + 1)
-                case "done":
-                    del running[worker]
-                    finished.add(index)
-                    for number in (index, index + 1):  # an input is read by its layer, and maybe by the one before it
-                        if number in finished and (number == 0 or number - 1 in finished):
-                            (work.hidden / _file(number)).unlink(missing_ok=True)
-                    if index in todo:
-                        entry = work.run.finished(index, work.fingerprint)
-                        if entry is None:
-                            raise FistaPrunerError(f"layer {index} was done by a worker, but {work.run.folder} does not show it")
-                        listener.layer(entry)
-                case "lost":
-                    running.pop(worker, None)
-                    count_death(attempts, f"layer {index}" if index != IDLE else "an idle worker", event["message"])
-                    if index != IDLE:
-                        queue.insert(0, index)
-                    pool.revive(worker)
-                case "failed":
-                    raise FistaPrunerError(event["message"])
-                case _:
-                    raise RuntimeError(f"layer {index}: a worker broke:\n{event['message']}")
+    run_jobs(pool, _LayerSchedule(work, todo, listener))
 
 
-def count_death(attempts: Counter[str], what: str, message: str) -> None:
-    """Note that a worker died at ``what``, which will be done again.
+class _LayerSchedule:
+    """Decoder layers in order, each as soon as its input is written; the files of hidden states in between."""
 
-    Raises:
-        FistaPrunerError: it was the last attempt.
-    """
-    attempts[what] += 1
-    if attempts[what] == ATTEMPTS:
-        raise FistaPrunerError(f"{what}: its worker died {ATTEMPTS} times ({message}): use fewer --workers if memory ran out, then resume")
-    log.warning("a worker died (%s) at %s, which is done again", message, what)
+    def __init__(self, work: RunContext, todo: Collection[int], listener: Listener) -> None:
+        self._work, self._todo, self._listener = work, todo, listener
+        self._last = max(todo)
+        self._queue = list(range(self._last + 1))
+        self._written, self._finished = {0}, set[int]()
+
+    def unfinished(self) -> bool:
+        return len(self._finished) <= self._last
+
+    def take(self) -> Job | None:
+        if not self._queue or self._queue[0] not in self._written:
+            return None
+        index = self._queue.pop(0)
+        onward = index < self._last and index + 1 not in self._written
+        return Job(index, index in self._todo, _file(index), _file(index + 1) if onward else None)
+
+    def put_back(self, job: Job) -> None:
+        self._queue.insert(0, job.index)
+
+    def progress(self, job: Job, event: Event) -> None:
+        if event["event"] == "passed":
+            self._written.add(job.index + 1)
+        else:
+            self._listener.operators(job.index, event["names"], event["error"])
+
+    def done(self, job: Job) -> None:
+        index = job.index
+        self._finished.add(index)
+        for number in (index, index + 1):  # a file is read by its own layer, and may still be written by the one before
+            if number in self._finished and (number == 0 or number - 1 in self._finished):
+                (self._work.hidden / _file(number)).unlink(missing_ok=True)
+        if index in self._todo:
+            entry = self._work.run.finished(index, self._work.fingerprint)
+            if entry is None:
+                raise FistaPrunerError(f"layer {index} was done by a worker, but {self._work.run.folder} does not hold it")
+            self._listener.layer(entry)
 
 
 def _file(index: int) -> str:
-    """Name of the dense hidden states that enter decoder layer ``index``."""
+    """Return the name of the file of dense hidden states that enter decoder layer ``index``."""
     return f"dense-{index}"

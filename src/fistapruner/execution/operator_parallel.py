@@ -1,14 +1,13 @@
-"""The parts of a group of operators, solved side by side by the workers of an executor.
+"""Solve the parts of a group of operators on several workers.
 
-With ``propagate=pruned`` decoder layers are done one after the other, but the parts of a group
-(:mod:`fistapruner.pruning.partition`) know nothing of each other. A job names two files in ``RUN/hidden``, the Gram of the
-group and the part's rows of everything else, and a third for the solution.
+With ``propagate=pruned`` decoder layers are done one after the other, but the parts of a group of operators
+(:mod:`fistapruner.pruning.partition`) are independent. A job names two files in ``RUN/hidden``, the Gram of the group and
+the part's rows of everything else, and a third for the solution.
 """
 
 from __future__ import annotations
 
 import json
-from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -17,16 +16,18 @@ import torch
 from torch import Tensor
 
 from ..constraints.patterns import Sparsity, parse_sparsity
-from ..errors import FistaPrunerError
 from ..models.files.safetensors import SafetensorsFile, SafetensorsWriter, TensorEntry
 from ..problem import LayerProblem
 from ..pruning.partition import cut, join, part_of, rows_of, solve_apart, solve_part
 from ..solvers.base import Method, Solution
-from .layer_parallel import GRAM, PartJob, Pool, count_death
+from .pool import Event, PartJob, Pool, run_jobs
+
+GRAM = "gram"
+"""Name of the file of a group's Gram."""
 
 
-class SideBySide:
-    """Solves the parts of groups on the workers of a pool; as a function, it is :func:`~.parts.solve_apart`.
+class ParallelSolver:
+    """Solve groups of operators on the workers of a pool; same result as :func:`~fistapruner.pruning.partition.solve_apart`.
 
     Args:
         pool: the workers; the caller closes it.
@@ -60,36 +61,34 @@ class SideBySide:
         _write(self._folder / GRAM, {"gram": problem.gram})
         for part, job in zip(parts, jobs, strict=True):
             _write(self._folder / job.problem, rows_of(part_of(problem, part)))
-        self._run(jobs)
+        run_jobs(self._pool, _PartSchedule(jobs))
         solution = join(problem, parts, (_read_solution(self._folder / job.solution, problem.weight.device) for job in jobs))
         for name in [GRAM, *(name for job in jobs for name in (job.problem, job.solution))]:
             (self._folder / name).unlink()
         return solution
 
-    def _run(self, jobs: list[PartJob]) -> None:
-        queue, running = list(jobs), dict[int, PartJob]()
-        attempts = Counter[str]()
-        left = len(jobs)
-        while left:
-            for worker in range(self._pool.size):
-                if worker not in running and queue:
-                    running[worker] = queue.pop(0)
-                    self._pool.start(worker, running[worker])
-            for worker, event in self._pool.wait():
-                match event["event"]:
-                    case "done":
-                        del running[worker]
-                        left -= 1
-                    case "lost":
-                        job = running.pop(worker, None)
-                        count_death(attempts, "an idle worker" if job is None else f"{job.name}, {job.problem}", event["message"])
-                        if job is not None:
-                            queue.insert(0, job)
-                        self._pool.revive(worker)
-                    case "failed":
-                        raise FistaPrunerError(event["message"])
-                    case _:
-                        raise RuntimeError(f"a worker broke:\n{event['message']}")
+
+class _PartSchedule:
+    """Parts in any order; none depends on another."""
+
+    def __init__(self, jobs: Sequence[PartJob]) -> None:
+        self._queue = list(jobs)
+        self._left = len(jobs)
+
+    def unfinished(self) -> bool:
+        return self._left > 0
+
+    def take(self) -> PartJob | None:
+        return self._queue.pop(0) if self._queue else None
+
+    def put_back(self, job: PartJob) -> None:
+        self._queue.insert(0, job)
+
+    def progress(self, job: PartJob, event: Event) -> None:
+        """Parts report nothing before their end."""
+
+    def done(self, job: PartJob) -> None:
+        self._left -= 1
 
 
 def do_part(job: PartJob, folder: Path, steps: Sequence[Method], device: torch.device) -> None:

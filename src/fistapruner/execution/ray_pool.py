@@ -18,7 +18,7 @@ from typing import Any
 from ..errors import FistaPrunerError, MissingExtraError
 from ..recipes.settings import Execution
 from .context import RunContext
-from .layer_parallel import Event, Job, PartJob
+from .pool import Event, Job, PartJob
 
 ENDS = ("done", "failed", "broken", "lost")
 """Events after which a job says nothing more."""
@@ -53,7 +53,7 @@ def require_ray(address: str | None) -> None:
 
 
 class RayPool:
-    """A pool of Ray actors (see :class:`~fistapruner.execution.layer_parallel.Pool`).
+    """A pool of Ray actors (see :class:`~fistapruner.execution.pool.Pool`).
 
     Args:
         work: the opened run.

@@ -1,7 +1,7 @@
 """A worker: opens the run directory, then prunes the decoder layers, or solves the parts of groups, that it is told to.
 
 As a program (``python -m fistapruner.execution.worker``) it reads one JSON job a line and writes one JSON event a line
-(:mod:`fistapruner.execution.layer_parallel`). It is a plain program rather than a child of :mod:`multiprocessing`, so it needs
+(:mod:`fistapruner.execution.pool`). It is a plain program rather than a child of :mod:`multiprocessing`, so it needs
 nothing of the script that started the run.
 """
 
@@ -25,8 +25,8 @@ from ..activations.store import HiddenStates
 from ..errors import FistaPrunerError
 from ..pruning.layer import LayerStreams
 from .context import RunContext
-from .layer_parallel import Event, Job, PartJob
 from .operator_parallel import do_part
+from .pool import Event, Job, PartJob
 
 PR_SET_PDEATHSIG = 1
 

@@ -24,7 +24,6 @@ from ..errors import FistaPrunerError
 from ..evaluation.data import load_windows
 from ..execution.context import model_family, open_model
 from ..execution.executors import default_threads
-from ..execution.process_pool import worker_devices
 from ..execution.ray_pool import require_ray
 from ..models.discovery import Layout, discover
 from ..models.files.checkpoint import Checkpoint
@@ -38,7 +37,7 @@ from ..runs.directory import RunDirectory
 from ..runs.identity import fingerprint, stamps
 from ..runs.listener import Listener
 from ..runs.records import CalibrationFacts, ModelFacts, Report
-from ..runtime.devices import cpu_threads
+from ..runtime.devices import cpu_threads, worker_devices
 from ..runtime.files import disk_errors, sha256_file
 from ..runtime.machine import describe_machine, now, versions
 from ..runtime.numerics import dtype_name, windows_at_once

@@ -18,11 +18,11 @@ from torch import Tensor
 
 from ..constraints.patterns import Sparsity
 from ..errors import FistaPrunerError
-from ..execution.process_pool import worker_devices
 from ..models.discovery import Layout
 from ..models.layerwise import LayerwiseModel
 from ..recipes.settings import Recipe
 from ..runs.records import LayerEntry, PlanRow, Totals
+from ..runtime.devices import worker_devices
 from ..runtime.memory import free_device_memory, free_memory, resident_memory
 from .probe import measure_time
 from .sizes import Choice, Sizes

@@ -1,1 +1,1 @@
-"""Files, memory, numbers and devices of the machine; nothing of models."""
+"""Files, memory, numerics and devices of the machine; nothing of models."""

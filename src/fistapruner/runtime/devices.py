@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -41,3 +42,29 @@ def cpu_threads(count: int) -> Iterator[None]:
         yield
     finally:
         torch.set_num_threads(before)
+
+
+def worker_devices(name: str, workers: int | None, threads: int | None) -> list[torch.device]:
+    """The device of every worker.
+
+    Args:
+        name: as in the recipe: ``auto`` and ``cuda`` are all GPUs, those with most free memory first; ``cuda:1`` is one.
+        workers: how many; None is one for each GPU, or as many groups of ``threads`` as the CPU has cores for.
+        threads: CPU threads of each; None means groups of eight cores, but at least two groups.
+    """
+    if name != "cpu" and torch.cuda.is_available():
+        devices = [torch.device(name)] if ":" in name else _by_free_memory()
+        return [devices[number % len(devices)] for number in range(workers or len(devices))]
+    cores = available_cores()
+    groups = workers or (max(1, cores // threads) if threads else min(cores, max(2, cores // 8)))
+    return [torch.device("cpu")] * groups
+
+
+def available_cores() -> int:
+    """CPU cores this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def _by_free_memory() -> list[torch.device]:
+    free = {index: torch.cuda.mem_get_info(index)[0] for index in range(torch.cuda.device_count())}
+    return [torch.device("cuda", index) for index in sorted(free, key=lambda index: (-free[index], index))]

@@ -1,0 +1,92 @@
+"""The rooms of the package form layers: no import runs from a lower room to a higher one, and there is no circle."""
+
+from __future__ import annotations
+
+import ast
+from pathlib import Path
+
+import fistapruner
+
+PACKAGE = Path(fistapruner.__file__).parent
+
+LAYERS = (
+    "errors",
+    "runtime",
+    "constraints",
+    "problem",
+    "solvers",
+    "recipes",
+    "models",
+    "activations",
+    "calibration",
+    "runs",
+    "tuning",
+    "sensitivity",
+    "pruning",
+    "sparse",
+    "planning",
+    "execution",
+    "evaluation",
+    "reporting",
+    "pipeline",
+    "cli",
+)
+"""Rooms from low to high. A room may import itself and the rooms before it."""
+
+
+def imports(path: Path) -> set[str]:
+    """Rooms that a module of the package imports, at the top or inside functions."""
+    inside = path.relative_to(PACKAGE).parent.parts
+    rooms = set()
+    for node in ast.walk(ast.parse(path.read_text("utf-8"))):
+        if not isinstance(node, ast.ImportFrom):
+            continue
+        if node.level:
+            base = inside[: len(inside) - (node.level - 1)]
+            target = [*base, *(node.module or "").split(".")]
+        elif node.module is not None and node.module.split(".")[0] == "fistapruner":
+            target = node.module.split(".")[1:]
+        else:
+            continue
+        target = [part for part in target if part]
+        rooms |= {target[0]} if target else {alias.name for alias in node.names}
+    return rooms
+
+
+def test_every_room_has_its_layer() -> None:
+    rooms = {path.relative_to(PACKAGE).with_suffix("").parts[0] for path in PACKAGE.rglob("*.py")}
+    assert rooms - {"__init__", "__main__"} == set(LAYERS)
+
+
+def test_no_import_runs_upward() -> None:
+    upward = []
+    for path in sorted(PACKAGE.rglob("*.py")):
+        room = path.relative_to(PACKAGE).with_suffix("").parts[0]
+        if room not in LAYERS:
+            continue
+        allowed = {*LAYERS[: LAYERS.index(room) + 1], "__version__"}
+        upward += [f"{path.relative_to(PACKAGE)} imports {other}" for other in sorted(imports(path) - allowed)]
+    assert not upward
+
+
+def test_no_circle_inside_a_room() -> None:
+    """Modules that import each other at their top can only be read together."""
+    arrows: dict[Path, set[Path]] = {}
+    for path in PACKAGE.rglob("*.py"):
+        arrows[path] = set()
+        for node in ast.parse(path.read_text("utf-8")).body:
+            if isinstance(node, ast.ImportFrom) and node.level:
+                folder = path.parents[node.level - 1].joinpath(*(node.module or "").split("."))
+                found = [folder.with_suffix(".py"), *(folder / f"{alias.name}.py" for alias in node.names)]
+                arrows[path] |= {module for module in found if module.is_file()}
+    finished: set[Path] = set()
+
+    def visit(module: Path, above: tuple[Path, ...]) -> None:
+        assert module not in above, " -> ".join(str(one.relative_to(PACKAGE)) for one in (*above, module))
+        if module not in finished:
+            for other in sorted(arrows[module]):
+                visit(other, (*above, module))
+            finished.add(module)
+
+    for module in sorted(arrows):
+        visit(module, ())
