@@ -63,7 +63,6 @@ def test_damaged_values_that_pass_the_walk_convert_or_fail_cleanly(tmp_path_fact
     path, out = base / "converted.gguf", base / "converted"
     path.write_bytes(data)
     shutil.rmtree(out, ignore_errors=True)
-    out.mkdir()
     try:
         convert_gguf(path, out)
     except FistaPrunerError as error:

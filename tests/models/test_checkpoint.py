@@ -16,6 +16,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 from fistapruner import FistaPrunerError
 from fistapruner.models.files.checkpoint import Checkpoint
 from fistapruner.models.files.writer import write_checkpoint
+from fistapruner.models.layerwise import LayerwiseModel
 from fistapruner.runtime.files import sha256_file
 
 
@@ -239,6 +240,90 @@ def test_bad_replacements_leave_no_checkpoint(single: Path, tmp_path: Path) -> N
         write_checkpoint(source, tmp_path / "out", nothing)
 
 
+MLP = {"gate_proj": 0, "up_proj": 0, "down_proj": 1}
+"""Dimension of an MLP operator's weight that runs along its hidden channels."""
+
+
+def narrower(source: Checkpoint, channels: dict[int, int]) -> dict[str, torch.Tensor]:
+    """MLP operators of some layers with the first of their hidden channels only."""
+    return {
+        name: source.read(name).narrow(dim, 0, width)
+        for layer, width in channels.items()
+        for operator, dim in MLP.items()
+        for name in [f"model.layers.{layer}.mlp.{operator}.weight"]
+    }
+
+
+def write_narrower(source: Checkpoint, out: Path, channels: dict[int, int], **settings: Any) -> dict[str, torch.Tensor]:
+    tensors = narrower(source, channels)
+    write_checkpoint(source, out, tensors.get, shapes={name: tuple(tensor.shape) for name, tensor in tensors.items()}, **settings)
+    return tensors
+
+
+@pytest.mark.parametrize("kind", ["single", "sharded"])
+def test_a_narrower_model_loads_in_transformers_and_is_the_model_cut_by_hand(
+    kind: str, tmp_path: Path, request: pytest.FixtureRequest
+) -> None:
+    folder = request.getfixturevalue(kind)
+    source = Checkpoint.open(folder)
+    write_narrower(source, tmp_path / "out", dict.fromkeys(range(3), 32), config_changes={"intermediate_size": 32})
+    model = AutoModelForCausalLM.from_pretrained(folder)
+    for layer in model.model.layers:
+        for operator, dim in MLP.items():
+            linear = getattr(layer.mlp, operator)
+            linear.weight = torch.nn.Parameter(linear.weight.detach().narrow(dim, 0, 32).clone())
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    assert loaded.config.intermediate_size == 32
+    state = model.state_dict()
+    assert all(torch.equal(tensor, state[name]) for name, tensor in loaded.state_dict().items())
+    tokens = torch.arange(20)[None]
+    assert torch.equal(loaded(tokens).logits, model(tokens).logits)
+    out = Checkpoint.open(tmp_path / "out")
+    assert out.names() == source.names()
+    if kind == "sharded":
+        metadata = json.loads((tmp_path / "out" / "model.safetensors.index.json").read_text())["metadata"]
+        assert metadata["total_size"] == out.nbytes == source.nbytes - 3 * 3 * 16 * 32 * 2
+    run = LayerwiseModel(out, torch.device("cpu"))
+    with run.layer(1) as layer:
+        assert torch.equal(layer.mlp.down_proj.weight.to(torch.bfloat16), model.model.layers[1].mlp.down_proj.weight)
+
+
+def test_widths_that_the_config_cannot_express_are_written_and_read_back(single: Path, tmp_path: Path) -> None:
+    source = Checkpoint.open(single)
+    tensors = write_narrower(source, tmp_path / "out", {1: 32})
+    out = Checkpoint.open(tmp_path / "out")
+    assert all(torch.equal(out.read(name), tensors.get(name, source.read(name))) for name in source.names())
+    with pytest.raises(FistaPrunerError, match=r"'model\.layers\.1\.mlp\.gate_proj\.weight' is \(32, 32\), the config asks for \(48, 32\)"):
+        LayerwiseModel(out, torch.device("cpu"))
+
+
+def test_config_changes_are_merged(single: Path, tmp_path: Path) -> None:
+    config = json.loads((single / "config.json").read_text())
+    (single / "config.json").write_text(json.dumps(config | {"text_config": {"a": 1, "b": 2}, "quantization_config": {"bits": 4}}))
+    changes = {"text_config": {"a": 3}, "rms_norm_eps": None, "new": [1], "quantization_config": {"quant_method": "x"}}
+    write_checkpoint(Checkpoint.open(single), tmp_path / "out", nothing, config_changes=changes)
+    written = json.loads((tmp_path / "out" / "config.json").read_text())
+    del config["rms_norm_eps"]
+    assert written == config | {"text_config": {"a": 3, "b": 2}, "new": [1], "quantization_config": {"quant_method": "x"}}
+
+
+def test_shapes_that_do_not_fit_are_refused_before_anything_is_written(single: Path, tmp_path: Path) -> None:
+    source = Checkpoint.open(single)
+    for shapes, words in (
+        ({"absent.weight": (1,)}, r"no tensor 'absent\.weight'"),
+        ({"lm_head.weight": (64,)}, r"the new shape \[64\] does not fit a tensor of shape \[64, 32\]"),
+        ({"lm_head.weight": (0, 32)}, r"the new shape \[0, 32\]"),
+    ):
+        with pytest.raises(FistaPrunerError, match=words):
+            write_checkpoint(source, tmp_path / "out", nothing, shapes=shapes)
+        assert not list(tmp_path.glob("out*"))
+    with pytest.raises(FistaPrunerError, match=r"lm_head\.weight: a tensor of the new shape \[8, 32\] is needed"):
+        write_checkpoint(source, tmp_path / "out", nothing, shapes={"lm_head.weight": (8, 32)})
+    with pytest.raises(FistaPrunerError, match="MiB are free"):
+        write_checkpoint(source, tmp_path / "out", nothing, shapes={"lm_head.weight": (2**40, 32)})
+    assert not (tmp_path / "out").exists()
+
+
 class Killed(BaseException):
     """Stands for SIGKILL: no cleanup code of ours runs on it because files are checked afterwards anyway."""
 
@@ -287,10 +372,16 @@ def test_shards_of_a_killed_attempt_are_not_trusted_blindly(sharded: Path, tmp_p
         if name == last:
             raise Killed
 
-    def attempt(identity: str) -> list[str]:
+    def attempt(identity: str, shapes: dict[str, tuple[int, ...]] | None = None) -> list[str]:
         seen: list[str] = []
+
+        def replacement(name: str) -> torch.Tensor | None:
+            seen.append(source.file_of(name))
+            die_at_the_end(name)
+            return torch.ones(shapes[name]) if shapes and name in shapes else None
+
         with pytest.raises(Killed):
-            write_checkpoint(source, out, lambda name: seen.append(source.file_of(name)) or die_at_the_end(name), identity=identity)
+            write_checkpoint(source, out, replacement, shapes=shapes, identity=identity)
         return sorted(set(seen))
 
     files = list(source.files)
@@ -303,3 +394,7 @@ def test_shards_of_a_killed_attempt_are_not_trusted_blindly(sharded: Path, tmp_p
     assert attempt("b") == [files[1], files[-1]]
     os.utime(source.files[files[0]].path, ns=(1, 1))  # another source
     assert attempt("b") == [files[0], files[-1]]
+    first = source.names()[0]
+    for shape in ((8, 32), (9, 32)):  # the same recipe, other widths
+        assert attempt("b", {first: shape}) == [source.file_of(first), files[-1]]
+        assert attempt("b", {first: shape}) == files[-1:]

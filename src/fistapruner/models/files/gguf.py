@@ -19,8 +19,8 @@ from typing import Any
 import torch
 
 from ...errors import FistaPrunerError, MissingExtraError
-from ...runtime.files import sync_folder, write_json_atomic
-from .checkpoint import INDEX, SINGLE
+from .checkpoint import SINGLE
+from .folder import checkpoint_folder, write_index
 from .safetensors import MAX_BYTES, SafetensorsWriter, TensorEntry
 
 MAX_KEYS = 100_000
@@ -154,36 +154,41 @@ def _walk(header: _Header, sizes: dict[int, tuple[int, int]]) -> dict[str, Tenso
     return entries
 
 
-def convert_gguf(path: Path, out: Path, dtype: torch.dtype = torch.bfloat16) -> None:
+def convert_gguf(path: Path, out: Path, dtype: torch.dtype = torch.bfloat16, *, shard_bytes: int = SHARD_BYTES) -> None:
     """De-quantise a GGUF file into a Hugging Face folder; memory holds one tensor.
 
     Args:
         path: the GGUF file of a decoder-only language model.
-        out: folder to fill with weights, config, tokenizer, chat template and generation config. It must exist; making
-            it appear whole is the caller's part.
+        out: folder to make, with weights, config, tokenizer, chat template and generation config; it must not exist.
         dtype: precision of all weights in the folder.
+        shard_bytes: bytes of tensors in one weight file at most; a larger tensor has a file of its own.
 
     Raises:
-        FistaPrunerError: the file is damaged, its architecture is not one that ``transformers`` reads from GGUF, or it
-            is a mixture of experts.
+        FistaPrunerError: ``out`` exists, the disk is full, the file is damaged, its architecture is not one that
+            ``transformers`` reads from GGUF, or it is a mixture of experts.
         MissingExtraError: the ``gguf`` package is missing.
     """
     packed = check_gguf(path)
     if any("_exps." in name for name in packed):
         raise FistaPrunerError(f"{path} is a mixture of experts, which is not supported")
-    with _transformers_faults(path):
+    space = dtype.itemsize * sum(math.prod(entry.shape) for entry in packed.values())
+    with checkpoint_folder(out, space) as partial, _transformers_faults(path):
         from gguf import GGUFReader
 
         model, config, tokenizer = _describe(path, dtype)
         reader = GGUFReader(path)
         names = _name_map(path, reader, model, config)
         entries = _entries(path, model, set(names.values()), dtype)
-        config.save_pretrained(out)
-        tokenizer.save_pretrained(out)
+        config.save_pretrained(partial)
+        tokenizer.save_pretrained(partial)
         if model.can_generate():
-            model.generation_config.save_pretrained(out)
-        _write_weights(path, out, reader, config, names, entries)
-    sync_folder(out)
+            model.generation_config.save_pretrained(partial)
+        shards = list(_shards(entries, shard_bytes))
+        numbered = [f"model-{number:05d}-of-{len(shards):05d}.safetensors" for number in range(1, len(shards) + 1)]
+        files = dict(zip(numbered if len(shards) > 1 else [SINGLE], shards, strict=True))
+        _write_weights(path, partial, reader, config, names, files)
+        if len(files) > 1:
+            write_index(partial, files)
 
 
 def _describe(path: Path, dtype: torch.dtype) -> tuple[Any, Any, Any]:
@@ -218,25 +223,22 @@ def _name_map(path: Path, reader: Any, model: Any, config: Any) -> dict[str, str
     return {tensor.name: table[tensor.name] for tensor in reader.tensors if tensor.name in table}
 
 
-def _entries(path: Path, model: Any, found: set[str], dtype: torch.dtype) -> dict[str, TensorEntry]:
+def _entries(path: Path, model: Any, found: set[str], dtype: torch.dtype) -> list[TensorEntry]:
     state = model.state_dict(keep_vars=True)
     head, embedding = model.get_output_embeddings(), model.get_input_embeddings()
     for name, tensor in state.items():
         tied = head is not None and tensor is head.weight and (model.config.tie_word_embeddings or tensor is embedding.weight)
         if name not in found and not tied:
             raise FistaPrunerError(f"{path} has no tensor for {name!r} of {type(model).__name__}")
-    return {name: TensorEntry.of(name, dtype, tensor.shape) for name, tensor in state.items() if name in found}
+    return [TensorEntry.of(name, dtype, tensor.shape) for name, tensor in state.items() if name in found]
 
 
-def _write_weights(path: Path, out: Path, reader: Any, config: Any, names: dict[str, str], entries: dict[str, TensorEntry]) -> None:
+def _write_weights(path: Path, out: Path, reader: Any, config: Any, names: dict[str, str], files: dict[str, list[TensorEntry]]) -> None:
     from gguf import dequantize
 
     tensors = {names[tensor.name]: tensor for tensor in reader.tensors if tensor.name in names}
     processor = _processor(reader, config)
-    shards = list(_shards(list(entries.values())))
-    places = {}
-    for number, shard in enumerate(shards, 1):
-        file = SINGLE if len(shards) == 1 else f"model-{number:05d}-of-{len(shards):05d}.safetensors"
+    for file, shard in files.items():
         with SafetensorsWriter(out / file, shard, {"format": "pt"}) as writer:
             for entry in shard:
                 source = tensors[entry.name]
@@ -254,16 +256,12 @@ def _write_weights(path: Path, out: Path, reader: Any, config: Any, names: dict[
                         f"{path}: tensor {source.name!r} is {list(tensor.shape)}, the config asks for {list(entry.shape)}"
                     )
                 writer.write(entry.name, tensor.to(entry.dtype))
-                places[entry.name] = file
-    if len(shards) > 1:
-        total = sum(entry.nbytes for entry in entries.values())
-        write_json_atomic(out / INDEX, {"metadata": {"total_size": total}, "weight_map": places})
 
 
-def _shards(entries: list[TensorEntry]) -> Iterator[list[TensorEntry]]:
+def _shards(entries: list[TensorEntry], limit: int) -> Iterator[list[TensorEntry]]:
     shard: list[TensorEntry] = []
     for entry in entries:
-        if shard and sum(other.nbytes for other in shard) + entry.nbytes > SHARD_BYTES:
+        if shard and sum(other.nbytes for other in shard) + entry.nbytes > limit:
             yield shard
             shard = []
         shard.append(entry)

@@ -1,16 +1,16 @@
-"""The safetensors format, read strictly and written tensor by tensor.
+"""The safetensors format, checked by the reference library, read and written tensor by tensor.
 
 A file is 8 bytes (little-endian length of the header), the header (JSON: tensor name to ``dtype``, ``shape`` and
 ``data_offsets``, plus an optional ``__metadata__`` of strings), then the bytes of all tensors, without holes. A
-checkpoint is untrusted data, so everything the header claims is checked against the file's real length before a single
-tensor is allocated; then each tensor is read alone, so that memory never holds more than the one asked for.
+checkpoint is untrusted data: ``safe_open`` checks all that the header claims when a file is opened. Tensors are then
+read by our own code into fresh memory, because reading a memory map of a file that was truncated after it was opened
+ends the process with a bus error.
 """
 
 from __future__ import annotations
 
 import json
 import math
-import os
 import struct
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -19,6 +19,7 @@ from types import TracebackType
 from typing import Any, Self
 
 import torch
+from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from ...errors import FistaPrunerError
@@ -87,20 +88,19 @@ class SafetensorsFile:
         metadata: the header's ``__metadata__``, empty where there is none.
 
     Raises:
-        FistaPrunerError: names the file and what is wrong with it: missing, truncated, a header that is not what the
-            format asks for, tensors that overlap, leave holes or reach beyond the file.
+        FistaPrunerError: names the file and what is wrong with it: missing, truncated, a header that the format or
+            PyTorch does not allow.
     """
 
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path)
         try:
-            with open(self.path, "rb") as file:
-                length = os.fstat(file.fileno()).st_size
-                header = _read_header(file.read, length, self._fault)
+            self.metadata, self.entries, self._offsets = _read_header(self.path)
         except OSError as error:
             raise FistaPrunerError(f"cannot read {self.path}: {error.strerror or error}") from None
-        self._start = 8 + header[1]
-        self.metadata, self.entries, self._offsets = _check_header(header[0], length - self._start, self._fault)
+        except (SafetensorError, ValueError, struct.error, RecursionError) as error:
+            reason = " ".join(str(error).split()).removeprefix("Error while deserializing header: ")[:200]
+            raise FistaPrunerError(f"{self.path} is truncated, damaged or not a safetensors file: {reason}") from None
 
     def read(self, name: str) -> Tensor:
         """Read one tensor into fresh memory.
@@ -113,23 +113,19 @@ class SafetensorsFile:
             raise FistaPrunerError(f"{self.path} has no tensor {name!r}")
         buffer = torch.empty(entry.nbytes, dtype=torch.uint8)
         view = buffer.numpy().data
-        offset = self._start + self._offsets[name]
         try:
             with open(self.path, "rb", buffering=0) as file:
-                file.seek(offset)
+                file.seek(self._offsets[name])
                 while view:
                     count = file.readinto(view[: 2**30])
                     if not count:
-                        raise self._fault(f"ends within tensor {name!r}: it is truncated")
+                        raise FistaPrunerError(f"{self.path} is truncated: it ends within tensor {name!r}")
                     view = view[count:]
         except OSError as error:
             raise FistaPrunerError(f"cannot read {self.path}: {error.strerror or error}") from None
         if entry.dtype is torch.bool:
             return (buffer != 0).view(entry.shape)
         return buffer.view(entry.dtype).view(entry.shape)
-
-    def _fault(self, what: str) -> FistaPrunerError:
-        return FistaPrunerError(f"{self.path} {what}")
 
 
 class SafetensorsWriter:
@@ -200,86 +196,35 @@ class SafetensorsWriter:
         self._file.__exit__(kind, error, trace)
 
 
-def _read_header(read: Any, length: int, fault: Any) -> tuple[dict[str, Any], int]:
-    """The header's JSON object and its bytes; every limit is checked before the bytes are read."""
-    if length < 8:
-        raise fault(f"is not a safetensors file: {length} bytes are too few")
-    size = struct.unpack("<Q", read(8))[0]
-    if size > MAX_HEADER:
-        raise fault(f"claims a header of {size} bytes; at most {MAX_HEADER} are allowed, so it is damaged or not a safetensors file")
-    if size > length - 8:
-        raise fault(f"is truncated: its header needs {size} bytes and the file has {length - 8}")
-    text = read(size)
-    if len(text) != size:
-        raise fault(f"is truncated: its header needs {size} bytes")
-    try:
-        header = json.loads(text.decode("utf-8"), object_pairs_hook=_unique, parse_constant=_no_constant)
-    except (ValueError, RecursionError) as error:
-        raise fault(f"has a header that is not valid JSON: {_short(error)}") from None
-    if not isinstance(header, dict):
-        raise fault("has a header that is not a JSON object")
-    return header, size
+def _read_header(path: Path) -> tuple[dict[str, str], dict[str, TensorEntry], dict[str, int]]:
+    """Metadata, entries in the header's order, and where each tensor's bytes begin in the file.
 
-
-def _check_header(header: dict[str, Any], space: int, fault: Any) -> tuple[dict[str, str], dict[str, TensorEntry], dict[str, int]]:
-    """Metadata, entries and offsets of a header whose every claim fits ``space`` bytes of data."""
-    metadata = header.pop("__metadata__", None)
-    metadata = {} if metadata is None else metadata
-    if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
-        raise fault("has metadata that is not a mapping of strings")
-    entries, offsets = {}, {}
-    for name, claim in header.items():
-        entry, start = _check_tensor(name, claim, fault)
-        entries[name], offsets[name] = entry, start
-    end = 0
-    for name in sorted(offsets, key=lambda name: (offsets[name], entries[name].nbytes)):
-        if offsets[name] != end:
-            what = "overlaps another one" if offsets[name] < end else "leaves a hole before it"
-            raise fault(f"is damaged: tensor {name!r} at offset {offsets[name]} {what} (expected offset {end})")
-        end += entries[name].nbytes
-        if end > space:
-            raise fault(f"is truncated: tensor {name!r} needs {end} bytes of data and the file has {space}")
-    if end != space:
-        raise fault(f"is damaged: its tensors take {end} bytes of data and the file has {space}")
+    The library checks the header: its size, JSON, types, shapes against bytes, and that the tensors cover the file
+    without overlap or hole. Our own checks are what PyTorch and one-line messages ask for beyond it.
+    """
+    with open(path, "rb") as file, safe_open(path, framework="pt") as checked:
+        size = struct.unpack("<Q", file.read(8))[0]
+        header = json.loads(file.read(min(size, MAX_HEADER)))
+        metadata, found = checked.metadata() or {}, {}
+        start, offsets = 8 + size, {}
+        for name in checked.offset_keys():  # by place in the file; there are no holes
+            tensor = checked.get_slice(name)
+            found[name], offsets[name] = _entry(path, name, tensor.get_dtype(), tensor.get_shape()), start
+            start += found[name].nbytes
+    entries = {name: found[name] for name in header if name in found}
+    if len(entries) != len(found):
+        raise FistaPrunerError(f"{path} changed while its header was read")
     return metadata, entries, offsets
 
 
-def _check_tensor(name: str, claim: Any, fault: Any) -> tuple[TensorEntry, int]:
+def _entry(path: Path, name: str, kind: str, shape: list[int]) -> TensorEntry:
     label = name if len(name) <= 200 else name[:200] + "…"
     if not name.isprintable():
-        raise fault(f"is damaged: {label!r} is not a tensor name")
-    if not isinstance(claim, dict) or set(claim) != {"dtype", "shape", "data_offsets"}:
-        raise fault(f"is damaged: tensor {label!r} must have dtype, shape and data_offsets")
-    dtype = DTYPES.get(claim["dtype"]) if isinstance(claim["dtype"], str) else None
+        raise FistaPrunerError(f"{path} is damaged: {label!r} is not a tensor name")
+    dtype = DTYPES.get(kind)
     if dtype is None:
-        raise fault(f"stores tensor {label!r} as {str(claim['dtype'])[:40]!r}; known are {', '.join(DTYPES)}")
-    shape, span = claim["shape"], claim["data_offsets"]
-    if not _sizes(shape) or len(shape) > MAX_DIMENSIONS or math.prod(size for size in shape if size) > MAX_BYTES:
-        raise fault(f"is damaged: tensor {label!r} has shape {str(shape)[:80]}, expected at most {MAX_DIMENSIONS} sizes")
-    if not _sizes(span) or len(span) != 2 or span[1] < span[0]:
-        raise fault(f"is damaged: tensor {label!r} has data_offsets {str(span)[:80]}, expected [begin, end]")
-    nbytes = math.prod(shape) * dtype.itemsize
-    if nbytes != span[1] - span[0]:
-        raise fault(f"is damaged: tensor {label!r} of shape {str(shape)[:80]} does not fit its {span[1] - span[0]} bytes")
-    return TensorEntry(name, dtype, tuple(shape), nbytes), span[0]
-
-
-def _sizes(value: Any) -> bool:
-    """Whether ``value`` is a list of non-negative integers of sane size (JSON's true is no integer)."""
-    return isinstance(value, list) and all(type(item) is int and 0 <= item <= MAX_BYTES for item in value)
-
-
-def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    table = dict(pairs)
-    if len(table) != len(pairs):
-        raise ValueError("a name appears twice")
-    return table
-
-
-def _no_constant(name: str) -> Any:
-    raise ValueError(f"{name} is not JSON")
-
-
-def _short(error: BaseException) -> str:
-    text = " ".join(str(error).split())
-    return text if len(text) <= 120 else text[:120] + "…"
+        raise FistaPrunerError(f"{path} stores tensor {label!r} as {kind}; known are {', '.join(DTYPES)}")
+    if len(shape) > MAX_DIMENSIONS or math.prod(size for size in shape if size) > MAX_BYTES:
+        limit = f"expected at most {MAX_DIMENSIONS} sizes and {MAX_BYTES} elements"
+        raise FistaPrunerError(f"{path} is damaged: tensor {label!r} has shape {str(shape)[:80]}, {limit}")
+    return TensorEntry.of(name, dtype, shape)

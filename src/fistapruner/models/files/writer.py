@@ -1,35 +1,29 @@
 """Write a checkpoint like its source, with some tensors replaced, one tensor in memory at a time.
 
-The folder is built as ``OUT.partial`` and renamed when everything is in it, so a folder under the final name is whole.
-Beside every finished shard lies a record of its checksum; when a run is killed and comes back, shards whose bytes still
-match their record are kept and the others are written again.
+Replaced tensors may have new shapes, and ``config.json`` may be changed with them. The folder is built as
+``OUT.partial`` and renamed when everything is in it. Beside every finished shard lies a record of its checksum: when a
+run is killed and comes back, shards whose bytes still match their record are kept, the others are written again.
 """
 
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from ...errors import FistaPrunerError
-from ...runtime.files import (
-    PARTIAL,
-    copy_atomic,
-    disk_errors,
-    require_space,
-    sha256_file,
-    sync_folder,
-    write_json_atomic,
-    write_text_atomic,
-)
+from ...runtime.files import copy_atomic, disk_errors, require_space, sha256_file, write_json_atomic, write_text_atomic
 from .checkpoint import INDEX, Checkpoint, WeightFile, read_json
+from .folder import checkpoint_folder, copy_companions, write_index
 from .safetensors import SafetensorsWriter, TensorEntry
 
 SHARD_RECORD = ".written.json"
+"""Suffix of the record beside a finished shard."""
 
 
 def write_checkpoint(
@@ -37,6 +31,8 @@ def write_checkpoint(
     out: Path,
     replacement: Callable[[str], Tensor | None],
     *,
+    shapes: Mapping[str, tuple[int, ...]] | None = None,
+    config_changes: Mapping[str, Any] | None = None,
     identity: str = "",
     documents: Mapping[str, str] | None = None,
 ) -> dict[str, str]:
@@ -48,93 +44,120 @@ def write_checkpoint(
     Args:
         source: the checkpoint to copy.
         out: folder to make; it must not exist.
-        replacement: called once for each tensor that is written; gives the tensor to store, in any floating dtype, or
-            None to pass the source's tensor through untouched.
+        replacement: called once for each tensor that is written; returns the tensor to store, in any floating dtype, or
+            None to copy the source's tensor unchanged.
+        shapes: by tensor name, the shape that a tensor has in ``out`` where it is not the source's. ``replacement``
+            must return these tensors. Whether the new config expresses the new shapes is the caller's to know: a
+            folder whose shapes the config cannot express is written, but ``transformers`` refuses to load it.
+        config_changes: changes of ``config.json`` as a JSON merge patch (RFC 7396): nested objects are merged, None
+            removes a key.
         identity: what decides the replaced tensors (a recipe's fingerprint). Shards of a killed attempt are kept only
-            if they were written under the same identity from the same source.
+            if they were written under the same identity, in the same shapes, from the same source.
         documents: more text files by name, such as a model card; they replace the source's.
 
     Returns:
         SHA-256 of every weight file, by name.
 
     Raises:
-        FistaPrunerError: ``out`` exists, the disk is full, a replacement has another shape or leaves the range of the
-            stored dtype, the source is damaged.
+        FistaPrunerError: ``out`` exists, the disk is full, ``shapes`` does not fit the source, a replacement is missing,
+            has another shape or leaves the range of the stored dtype, or the source is damaged.
     """
-    if out.exists():
-        raise FistaPrunerError(f"{out} exists already: remove it, or write to another folder")
-    partial = out.with_name(out.name + PARTIAL)
-    with disk_errors(partial):
-        partial.mkdir(parents=True, exist_ok=True)
-    names = {shard: _safetensors_name(shard) for shard in source.files}
-    sums = {new: _kept(partial, new, source.files[shard], identity) for shard, new in names.items()}
-    require_space(partial, sum(_nbytes(file) for shard, file in source.files.items() if sums[names[shard]] is None))
-
-    written: dict[str, str] = {}
-    for shard, new in names.items():
-        written[new] = sums[new] or _write_shard(partial, new, source.files[shard], replacement, identity)
-    files = set(written) | _write_companions(source, partial)
-    for name, text in (documents or {}).items():
-        write_text_atomic(partial / name, text)
-        files.add(name)
-    if source.index is not None:
-        metadata = read_json(source.folder, source.index).get("metadata")
-        total = {"total_size": source.nbytes}
-        places = {name: names[source.file_of(name)] for name in source.names()}
-        index = {"metadata": {**metadata, **total} if isinstance(metadata, dict) else total, "weight_map": places}
-        write_json_atomic(partial / INDEX, index)
-        files.add(INDEX)
-
-    with disk_errors(out):
-        # Records of the shards, and whatever a killed attempt left: nothing of it belongs into a finished checkpoint.
-        for path in partial.iterdir():
-            if path.is_file() and path.name not in files:
-                path.unlink()
-        sync_folder(partial)
-        os.rename(partial, out)
-        sync_folder(out.parent)
+    shards = _shards(source, shapes or {}, identity)
+    with checkpoint_folder(out, resume=True) as partial:
+        kept = {shard.name: shard.kept(partial) for shard in shards}
+        require_space(partial, sum(entry.nbytes for shard in shards if kept[shard.name] is None for entry in shard.entries))
+        written = {shard.name: kept[shard.name] or shard.write(partial, replacement) for shard in shards}
+        files = set(written) | copy_companions(source, partial) | {"config.json"}
+        _write_config(source, partial, config_changes or {})
+        for name, text in (documents or {}).items():
+            write_text_atomic(partial / name, text)
+            files.add(name)
+        if source.index is not None:
+            metadata = read_json(source.folder, source.index).get("metadata")
+            entries = {shard.name: shard.entries for shard in shards}
+            write_index(partial, entries, metadata if isinstance(metadata, dict) else None)
+            files.add(INDEX)
+        with disk_errors(partial):
+            # Records of the shards, and what a killed attempt left, do not belong into a finished checkpoint.
+            for path in partial.iterdir():
+                if path.is_file() and path.name not in files:
+                    path.unlink()
     return written
 
 
-def _write_shard(partial: Path, name: str, file: WeightFile, replacement: Callable[[str], Tensor | None], identity: str) -> str:
-    path = partial / name
-    with SafetensorsWriter(path, file.entries.values(), file.metadata or {"format": "pt"}) as writer:
-        for entry in file.entries.values():
-            tensor = replacement(entry.name)
-            writer.write(entry.name, file.read(entry.name) if tensor is None else _as_stored(tensor, entry))
-    digest = sha256_file(path)
-    write_json_atomic(partial / (name + SHARD_RECORD), {"identity": identity, "source": _stamp(file), "sha256": digest})
-    return digest
+@dataclass(frozen=True)
+class _Shard:
+    """One weight file to write.
+
+    Args:
+        name: its name in the new folder.
+        source: the source's file.
+        entries: its tensors, in their new shapes.
+        identity: what decides the replaced tensors.
+    """
+
+    name: str
+    source: WeightFile
+    entries: tuple[TensorEntry, ...]
+    identity: str
+
+    def write(self, folder: Path, replacement: Callable[[str], Tensor | None]) -> str:
+        """Write the file and the record of its checksum; returns its SHA-256."""
+        with SafetensorsWriter(folder / self.name, self.entries, self.source.metadata or {"format": "pt"}) as writer:
+            for entry in self.entries:
+                tensor = replacement(entry.name)
+                writer.write(entry.name, self._unchanged(entry) if tensor is None else _as_stored(tensor, entry))
+        digest = sha256_file(folder / self.name)
+        write_json_atomic(folder / (self.name + SHARD_RECORD), self._record(digest))
+        return digest
+
+    def kept(self, folder: Path) -> str | None:
+        """Checksum of the file if a killed attempt finished it, None if it must be written."""
+        try:
+            record = json.loads((folder / (self.name + SHARD_RECORD)).read_bytes())
+            digest = sha256_file(folder / self.name)
+        except (OSError, ValueError):
+            return None
+        return digest if record == self._record(digest) else None
+
+    def _record(self, digest: str) -> dict[str, Any]:
+        """What a finished file was made from: a file of the same name with another record is written again."""
+        status = self.source.path.stat()
+        changed = {entry.name: list(entry.shape) for entry in self.entries if entry != self.source.entries[entry.name]}
+        stamp = f"{status.st_size}@{status.st_mtime_ns}"
+        return {"identity": self.identity, "source": stamp, "shapes": changed, "sha256": digest}
+
+    def _unchanged(self, entry: TensorEntry) -> Tensor:
+        stored = self.source.entries[entry.name].shape
+        if stored != entry.shape:
+            wanted = f"a tensor of the new shape {list(entry.shape)} is needed, the checkpoint's is {list(stored)}"
+            raise FistaPrunerError(f"{entry.name}: {wanted}")
+        return self.source.read(entry.name)
 
 
-def _kept(partial: Path, name: str, file: WeightFile, identity: str) -> str | None:
-    """Checksum of a shard that a killed attempt finished, None if there is none to be trusted."""
-    record = partial / (name + SHARD_RECORD)
-    try:
-        claim = json.loads(record.read_bytes())
-        expected = {"identity": identity, "source": _stamp(file), "sha256": sha256_file(partial / name)}
-    except (OSError, ValueError):
-        return None
-    return str(expected["sha256"]) if claim == expected else None
-
-
-def _stamp(file: WeightFile) -> str:
-    """What tells one source file from another that has the same name: size and time of its last change."""
-    status = file.path.stat()
-    return f"{status.st_size}@{status.st_mtime_ns}"
+def _shards(source: Checkpoint, shapes: Mapping[str, tuple[int, ...]], identity: str) -> list[_Shard]:
+    for name, shape in shapes.items():
+        stored = source.entry(name).shape
+        if len(shape) != len(stored) or not all(type(size) is int and size > 0 for size in shape):
+            raise FistaPrunerError(f"{name}: the new shape {list(shape)} does not fit a tensor of shape {list(stored)}")
+    return [
+        _Shard(
+            _safetensors_name(name),
+            file,
+            tuple(TensorEntry.of(key, entry.dtype, shapes.get(key, entry.shape)) for key, entry in file.entries.items()),
+            identity,
+        )
+        for name, file in source.files.items()
+    ]
 
 
 def _as_stored(tensor: Tensor, entry: TensorEntry) -> Tensor:
     if tuple(tensor.shape) != entry.shape:
-        raise FistaPrunerError(f"{entry.name}: the new tensor is {list(tensor.shape)}, the checkpoint's is {list(entry.shape)}")
+        raise FistaPrunerError(f"{entry.name}: the new tensor is {list(tensor.shape)}, {list(entry.shape)} is expected")
     stored = tensor.to(entry.dtype)
     if stored.dtype.is_floating_point and not bool(torch.isfinite(stored).all()):
         raise FistaPrunerError(f"{entry.name}: the new tensor has values that {entry.dtype} cannot hold")
     return stored
-
-
-def _nbytes(file: WeightFile) -> int:
-    return sum(entry.nbytes for entry in file.entries.values())
 
 
 def _safetensors_name(shard: str) -> str:
@@ -144,16 +167,28 @@ def _safetensors_name(shard: str) -> str:
     return shard.removesuffix(".bin").removeprefix("pytorch_") + ".safetensors"
 
 
-def _write_companions(source: Checkpoint, partial: Path) -> set[str]:
-    """Copy everything that is not weights; the names of the files at the top of the folder."""
-    for name in source.companions:
-        with disk_errors(partial / name):
-            (partial / name).parent.mkdir(exist_ok=True)
-        copy_atomic(source.folder / name, partial / name)
+def _write_config(source: Checkpoint, folder: Path, changes: Mapping[str, Any]) -> None:
+    """Copy ``config.json``, or write it changed. Weights that are all plain have no ``quantization_config``."""
     config = dict(source.config)
     plain = all(entry.dtype.is_floating_point and entry.dtype.itemsize > 1 for entry in map(source.entry, source.names()))
-    if plain and config.pop("quantization_config", None) is not None:
-        write_json_atomic(partial / "config.json", config)
+    if plain:
+        config.pop("quantization_config", None)
+    config = merge_patch(config, changes)
+    if config == source.config:
+        copy_atomic(source.folder / "config.json", folder / "config.json")
     else:
-        copy_atomic(source.folder / "config.json", partial / "config.json")
-    return {name for name in source.companions if "/" not in name} | {"config.json"}
+        write_json_atomic(folder / "config.json", config)
+
+
+def merge_patch(value: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
+    """Apply a JSON merge patch (RFC 7396): nested objects are merged, None removes a key, anything else replaces."""
+    merged = dict(value)
+    for key, change in changes.items():
+        if change is None:
+            merged.pop(key, None)
+        elif isinstance(change, Mapping):
+            held = merged.get(key)
+            merged[key] = merge_patch(held if isinstance(held, Mapping) else {}, change)
+        else:
+            merged[key] = change
+    return merged

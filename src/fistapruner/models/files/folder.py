@@ -1,0 +1,88 @@
+"""Checkpoint folders being written: they appear whole or not at all, with their index and companions."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from ...errors import FistaPrunerError
+from ...runtime.files import PARTIAL, copy_atomic, disk_errors, require_space, sync_folder, write_json_atomic
+from .checkpoint import INDEX, Checkpoint
+from .safetensors import TensorEntry
+
+
+@contextmanager
+def checkpoint_folder(out: Path, nbytes: int = 0, *, resume: bool = False) -> Iterator[Path]:
+    """Make a folder that appears as ``out`` only when the block ends without an error.
+
+    The folder is built as ``OUT.partial``, then fsynced and renamed.
+
+    Args:
+        out: the folder to make; it must not exist.
+        nbytes: bytes that will be written; the disk's free space is checked first.
+        resume: start with the files that a killed attempt left, and keep them when the block raises. By default both
+            are deleted.
+
+    Yields:
+        The temporary folder.
+
+    Raises:
+        FistaPrunerError: ``out`` exists, or the disk is full or refuses the write.
+    """
+    if out.exists():
+        raise FistaPrunerError(f"{out} exists already: remove it, or write to another folder")
+    require_space(out, nbytes)
+    partial = out.with_name(out.name + PARTIAL)
+    with disk_errors(partial):
+        if partial.exists() and not resume:
+            shutil.rmtree(partial)
+        partial.mkdir(parents=True, exist_ok=True)
+    try:
+        yield partial
+        with disk_errors(out):
+            sync_folder(partial)
+            os.rename(partial, out)
+            sync_folder(out.parent)
+    except BaseException:
+        if not resume:
+            shutil.rmtree(partial, ignore_errors=True)
+        raise
+
+
+def write_index(folder: Path, files: Mapping[str, Iterable[TensorEntry]], metadata: Mapping[str, Any] | None = None) -> None:
+    """Write ``model.safetensors.index.json``: which file holds which tensor, and the bytes of all tensors.
+
+    Args:
+        folder: the checkpoint folder.
+        files: tensors of every weight file, by file name.
+        metadata: more entries of the index's ``metadata``; ``total_size`` is computed here.
+
+    Raises:
+        FistaPrunerError: the disk is full or refuses the write.
+    """
+    places, total = {}, 0
+    for name, entries in files.items():
+        for entry in entries:
+            places[entry.name] = name
+            total += entry.nbytes
+    write_json_atomic(folder / INDEX, {"metadata": {**(metadata or {}), "total_size": total}, "weight_map": places})
+
+
+def copy_companions(source: Checkpoint, folder: Path) -> set[str]:
+    """Copy tokenizer, generation settings, templates and licence into ``folder``.
+
+    Returns:
+        Names of the files that were copied to the top of the folder.
+
+    Raises:
+        FistaPrunerError: the disk is full or refuses the write.
+    """
+    for name in source.companions:
+        with disk_errors(folder / name):
+            (folder / name).parent.mkdir(exist_ok=True)
+        copy_atomic(source.folder / name, folder / name)
+    return {name for name in source.companions if "/" not in name}
