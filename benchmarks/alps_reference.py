@@ -11,10 +11,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from fistapruner.constraints.patterns import NM, Sparsity
+from fistapruner.constraints import Constraint
 
 
-def alps_reference(weight: Tensor, gram: Tensor, sparsity: Sparsity, *, rho: float = 0.1, monitor: bool = True) -> tuple[Tensor, int]:
+def alps_reference(weight: Tensor, gram: Tensor, sparsity: Constraint, *, rho: float = 0.1, monitor: bool = True) -> tuple[Tensor, int]:
     """Pruned weights (m, n) and the ADMM iterations it took."""
     h = gram.clone()
     h.diagonal().add_(0.01 * gram.diagonal().mean())
@@ -22,15 +22,16 @@ def alps_reference(weight: Tensor, gram: Tensor, sparsity: Sparsity, *, rho: flo
     h = h / norm / norm[:, None]
     scaled = (weight * norm).T.contiguous()  # (n, m), as its code keeps it
     rhs = (weight * norm @ h).T.contiguous()
-    kept = weight.numel() * sparsity.n / sparsity.m if isinstance(sparsity, NM) else round((1 - sparsity.fraction) * weight.numel())
+    kept = weight.numel() - sparsity.zeros(*weight.shape)
+    group = sparsity.nm
 
     def project(v: Tensor) -> Tensor:
-        if isinstance(sparsity, NM):
-            groups = v.T.reshape(-1, sparsity.m)
-            drop = torch.topk(-(groups**2), sparsity.m - sparsity.n, dim=1).indices
+        if group is not None:
+            groups = v.T.reshape(-1, group.m)
+            drop = torch.topk(-(groups**2), group.m - group.n, dim=1).indices
             return groups.scatter(1, drop, 0.0).reshape(v.shape[1], v.shape[0]).T.contiguous()
         flat = v.reshape(-1).clone()
-        flat[torch.topk(-(flat**2), v.numel() - int(kept)).indices] = 0
+        flat[torch.topk(-(flat**2), v.numel() - kept).indices] = 0
         return flat.reshape(v.shape)
 
     values, vectors = torch.linalg.eigh(h.double())

@@ -25,7 +25,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from fistapruner.constraints.patterns import parse_sparsity, project_mask
+from fistapruner.constraints import parse_sparsity
 from fistapruner.models.source import resolve_model
 from fistapruner.sparse import kernel
 from fistapruner.sparse.linear import SparseLinear
@@ -59,7 +59,7 @@ class WeightOnlyInt8(nn.Module):
 
 
 def prune(weight: Tensor, sparsity: str) -> Tensor:
-    return weight * project_mask(weight.abs().float(), parse_sparsity(sparsity))
+    return weight * parse_sparsity(sparsity).project(weight.abs().float())
 
 
 def dense_model(name: str) -> Any:

@@ -22,7 +22,7 @@ import real_problems
 import torch
 from alps_reference import alps_reference
 
-from fistapruner.constraints.patterns import parse_sparsity
+from fistapruner.constraints import parse_sparsity
 from fistapruner.solvers import solve
 
 METHODS = "magnitude,wanda,wanda+refit,sparsegpt,sparsegpt+refit,admm,admm+refit,fista,fista+refit,alps,proximal"

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from fistapruner import LayerProblem
-from fistapruner.constraints.patterns import parse_sparsity
+from fistapruner.constraints import parse_sparsity
 from fistapruner.runtime.numerics import fast_products, has_bf16_units
 from fistapruner.solvers.base import project_operators
 from fistapruner.solvers.conditioning import alive_gram

@@ -92,7 +92,7 @@ def large(folder: Path, arguments: argparse.Namespace) -> None:
 def paper(folder: Path, arguments: argparse.Namespace) -> None:
     """Peak of LLaMA-70B shapes as a run would plan it. The checkpoint is a file of holes: sizes without bytes."""
     from fistapruner import Recipe
-    from fistapruner.constraints.patterns import parse_sparsity
+    from fistapruner.constraints import parse_sparsity
     from fistapruner.models.discovery import discover
     from fistapruner.models.files.checkpoint import Checkpoint
     from fistapruner.models.layerwise import LayerwiseModel

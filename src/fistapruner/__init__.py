@@ -2,7 +2,7 @@
 
 import sys
 
-from .constraints.patterns import NM, Unstructured, parse_sparsity
+from .constraints import NM, Unstructured, parse_sparsity
 
 if sys.platform == "win32":
     raise ImportError("fistapruner runs on Linux and macOS; on Windows use the Windows Subsystem for Linux (WSL)")

@@ -8,18 +8,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fistapruner import FistaPrunerError
-from fistapruner.constraints.patterns import (
-    NM,
-    Unstructured,
-    _bisect,
-    check_divides,
-    keep_largest,
-    keep_n_of_m,
-    of_rows,
-    parse_sparsity,
-    project_mask,
-    satisfies,
-)
+from fistapruner.constraints import NM, Unstructured, parse_sparsity
+from fistapruner.constraints.selection import bisect_kth_largest, keep_largest, keep_n_of_m
 
 
 @pytest.mark.parametrize(
@@ -49,9 +39,9 @@ def test_parse_refuses_and_names_the_value(wrong: object) -> None:
 
 def test_a_pattern_that_does_not_divide_is_refused_by_name() -> None:
     with pytest.raises(FistaPrunerError, match=r"2:4 .*fc1.*10 inputs"):
-        check_divides(NM(2, 4), 10, "fc1")
-    check_divides(NM(2, 4), 12, "fc1")
-    check_divides(Unstructured(0.5), 10, "fc1")
+        NM(2, 4).check(10, "fc1")
+    NM(2, 4).check(12, "fc1")
+    Unstructured(0.5).check(10, "fc1")
 
 
 @settings(max_examples=60, deadline=None)
@@ -60,9 +50,9 @@ def test_unstructured_is_exact(rows: int, columns: int, share: float, scope: str
     scores = torch.randn(rows, columns, generator=torch.Generator().manual_seed(seed))
     if ties:
         scores = scores.round()
-    mask = project_mask(scores, Unstructured(share), scope)
+    mask = Unstructured(share).project(scores, scope)
     assert int((~mask).sum()) == round(share * rows * columns)
-    assert satisfies(torch.ones(rows, columns) * mask, Unstructured(share))
+    assert Unstructured(share).satisfies(torch.ones(rows, columns) * mask)
     if scope == "operator" and mask.any() and not mask.all():
         assert float(scores[mask].min()) >= float(scores[~mask].max())
     if scope == "row":
@@ -83,7 +73,7 @@ def test_n_of_m_is_exact(m: int, groups: int, rows: int, ties: bool, seed: int, 
     lowest = torch.where(kept, grouped, torch.inf).amin(-1)
     highest = torch.where(kept, -torch.inf, grouped).amax(-1)
     assert bool((lowest >= highest).all())
-    assert satisfies(scores * mask, NM(n, m))
+    assert NM(n, m).satisfies(scores * mask)
 
 
 def test_ties_are_broken_by_position_and_nan_is_smallest() -> None:
@@ -95,12 +85,12 @@ def test_ties_are_broken_by_position_and_nan_is_smallest() -> None:
     assert keep_largest(scores, 4).all()
 
 
-def test_holds_sees_one_weight_too_many() -> None:
+def test_satisfies_sees_one_weight_too_many() -> None:
     weight = torch.tensor([[1.0, 0, 0, 2], [1, 0, 3, 2]])
-    assert not satisfies(weight, NM(2, 4))
-    assert not satisfies(weight, Unstructured(0.5))
-    assert satisfies(weight, Unstructured(0.375))
-    assert not satisfies(torch.zeros(2, 6), NM(2, 4))
+    assert not NM(2, 4).satisfies(weight)
+    assert not Unstructured(0.5).satisfies(weight)
+    assert Unstructured(0.375).satisfies(weight)
+    assert not NM(2, 4).satisfies(torch.zeros(2, 6))
 
 
 @pytest.mark.parametrize("values", ["normal", "tied", "infinite", "half"])
@@ -113,7 +103,7 @@ def test_bisection_finds_the_same_value(values: str) -> None:
     elif values == "half":
         flat = flat.half()
     for count in (1, 2, 500, 800, 1001):
-        assert float(_bisect(flat, count)) == float(flat.sort(descending=True).values[count - 1])
+        assert float(bisect_kth_largest(flat, count)) == float(flat.sort(descending=True).values[count - 1])
 
 
 @settings(max_examples=60, deadline=None)
@@ -122,8 +112,8 @@ def test_rows_alone_have_the_mask_of_the_whole(rows: int, columns: int, share: f
     scores = torch.randn(rows, columns, generator=torch.Generator().manual_seed(seed)).round()
     pattern = Unstructured(share)
     middle = data.draw(st.integers(1, rows - 1))
-    blocks = [project_mask(scores[a:b], of_rows(pattern, rows, columns, a, b), "row") for a, b in ((0, middle), (middle, rows))]
-    assert torch.equal(torch.cat(blocks), project_mask(scores, pattern, "row"))
+    blocks = [pattern.rows_block(rows, columns, a, b).project(scores[a:b], "row") for a, b in ((0, middle), (middle, rows))]
+    assert torch.equal(torch.cat(blocks), pattern.project(scores, "row"))
 
 
 @given(st.integers(1, 200_000), st.floats(0, 1))
@@ -136,7 +126,7 @@ def test_counts_have_a_pattern_that_gives_them_back(weights: int, share: float) 
 
 def test_unknown_scope() -> None:
     with pytest.raises(FistaPrunerError, match="layer"):
-        project_mask(torch.ones(2, 2), Unstructured(0.5), "layer")
+        Unstructured(0.5).project(torch.ones(2, 2), "layer")
 
 
 @pytest.mark.parametrize("make", ["normal", "rounded", "constant", "periodic", "mostly zero"])

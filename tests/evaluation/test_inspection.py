@@ -15,7 +15,6 @@ from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausa
 
 from fistapruner import NM, FistaPrunerError, parse_sparsity
 from fistapruner.cli import main
-from fistapruner.constraints.patterns import project_mask
 from fistapruner.evaluation.inspection import exact_pattern, inspect_checkpoint
 
 PROJECTIONS = (
@@ -37,7 +36,7 @@ def save(model: Any, folder: Path, sparsity: str | None, operators: list[str], t
         for name in operators:
             weight = model.get_submodule(name).weight.data
             view = weight.T if transposed else weight
-            view.mul_(project_mask(view.abs(), pattern))
+            view.mul_(pattern.project(view.abs()))
             claims[name] = {"sparsity": sparsity, "zeros": int((view == 0).sum()), "shape": list(view.shape)}
     model.save_pretrained(folder)
     if sparsity is not None:
@@ -133,7 +132,7 @@ def test_exact_pattern_of_a_projected_weight(n: int, m: int, rows: int, seed: in
     if n >= m:
         return
     weight = torch.randn(rows, 2 * m, generator=torch.Generator().manual_seed(seed))
-    weight *= project_mask(weight.abs(), NM(n, m))
+    weight *= NM(n, m).project(weight.abs())
     found = exact_pattern(weight, int((weight == 0).sum()))
     assert found is not None
     assert found.n / found.m <= n / m

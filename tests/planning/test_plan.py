@@ -16,7 +16,7 @@ import torch
 import tiny
 from fistapruner import Recipe
 from fistapruner.cli import main
-from fistapruner.constraints.patterns import parse_sparsity
+from fistapruner.constraints import parse_sparsity
 from fistapruner.errors import FistaPrunerError
 from fistapruner.models.discovery import Layout, discover
 from fistapruner.models.files.checkpoint import Checkpoint

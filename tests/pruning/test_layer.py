@@ -16,7 +16,7 @@ import tiny
 from fistapruner import Recipe, solve
 from fistapruner.activations.passes import Calls
 from fistapruner.activations.store import HiddenStates, scratch_factory
-from fistapruner.constraints.patterns import parse_sparsity
+from fistapruner.constraints import parse_sparsity
 from fistapruner.models.discovery import Layout, Operator, discover
 from fistapruner.models.files.checkpoint import Checkpoint
 from fistapruner.models.layerwise import LayerwiseModel

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from fistapruner.constraints.patterns import parse_sparsity
+from fistapruner.constraints import parse_sparsity
 from fistapruner.planning.footprint import peak_bytes
 from fistapruner.problem import LayerProblem
 from fistapruner.pruning import partition as parts

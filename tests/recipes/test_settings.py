@@ -11,7 +11,7 @@ import torch
 
 import tiny
 from fistapruner import FistaPrunerError, LayerProblem, Recipe, prune, solve
-from fistapruner.constraints.patterns import NM
+from fistapruner.constraints import NM
 from fistapruner.recipes.settings import load_recipe_settings, merge, parse_bytes, parse_value
 from fistapruner.solvers.fista import Fista
 

@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM
 
 import fistapruner as fp
 import tiny
-from fistapruner.constraints.patterns import NM, satisfies
+from fistapruner.constraints import NM
 from fistapruner.models.coupling import find_links, reordered
 from fistapruner.models.discovery import discover
 from fistapruner.models.files.checkpoint import Checkpoint
@@ -143,7 +143,7 @@ def test_the_default_method_reorders_for_groups_only(tmp_path: Path) -> None:
         report = fp.prune(str(folder), tmp_path / f"run-{number}", **{"sparsity": "2:4", "calibration": SMALL, **settings})
         assert {name.rpartition(".")[2] for name in report.permuted} == ({"o_proj", "down_proj"} if reorders else set())
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "run-0" / "model")
-    assert all(satisfies(layer.mlp.down_proj.weight, NM(2, 4)) for layer in model.model.layers)
+    assert all(NM(2, 4).satisfies(layer.mlp.down_proj.weight) for layer in model.model.layers)
 
 
 def test_every_executor_reorders_alike(tmp_path: Path) -> None:

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 import tiny
 from fistapruner import Recipe, prune
-from fistapruner.constraints.patterns import Unstructured, parse_sparsity
+from fistapruner.constraints import Unstructured, parse_sparsity
 from fistapruner.errors import FistaPrunerError
 from fistapruner.problem import LayerProblem
 from fistapruner.sensitivity.decision import check_allocation, differentiates, measured_by, needs_measuring, permutes

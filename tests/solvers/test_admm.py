@@ -8,11 +8,11 @@ from layer_problems import make_problem
 from torch import Tensor
 
 from fistapruner import LayerProblem
-from fistapruner.constraints.patterns import NM, Sparsity, parse_sparsity
+from fistapruner.constraints import NM, Constraint, parse_sparsity
 from fistapruner.solvers import solve
 
 
-def program(problem: LayerProblem, pattern: Sparsity, growing: int = 15, iterations: int = 20) -> Tensor:
+def program(problem: LayerProblem, pattern: Constraint, growing: int = 15, iterations: int = 20) -> Tensor:
     """(m, n) weights by lib/admm.py of the author's repository: rho is 1, the damping a tenth of the mean diagonal."""
     gram = problem.gram.double()
     norm = gram.diagonal().sqrt()

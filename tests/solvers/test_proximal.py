@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 
 import pytest
 import torch
@@ -11,13 +12,13 @@ from hypothesis import strategies as st
 from layer_problems import make_problem
 
 from fistapruner import LayerProblem
-from fistapruner.constraints.patterns import NM, Unstructured, keep_n_of_m
+from fistapruner.constraints.selection import keep_n_of_m
+from fistapruner.constraints.thresholds import GroupThreshold, SampledThreshold
 from fistapruner.solvers import solve
 from fistapruner.solvers.proximal import Proximal, obs_scale, resolvents
-from fistapruner.solvers.thresholds import GroupThreshold, SampledThreshold
 
 
-@pytest.mark.parametrize("threshold", [SampledThreshold(Unstructured(0.5), 96, 200), GroupThreshold(NM(2, 4))])
+@pytest.mark.parametrize("threshold", [SampledThreshold(9600, 96, 200), GroupThreshold(2, 4)])
 def test_thresholds_ask_a_device_for_no_value(threshold: SampledThreshold | GroupThreshold) -> None:
     """On a GPU that would stall the queue; the meta device, which has no values, refuses it."""
     values, out = torch.empty(96, 200, device="meta"), torch.empty(96, 200, device="meta")
@@ -33,7 +34,7 @@ def test_comparison_network_keeps_the_n_largest(m: int, data: st.DataObject) -> 
     values = torch.randn(rows, groups * m, generator=torch.Generator().manual_seed(data.draw(st.integers(0, 99))))
     spread = values.view(rows, groups, m).transpose(1, 2).reshape(rows, -1).contiguous()
     out = torch.empty_like(spread)
-    GroupThreshold(NM(n, m))(spread, out, correct=False)
+    GroupThreshold(n, m)(spread, out, correct=False)
     expected = values * keep_n_of_m(values.abs(), n, m)
     assert torch.equal(out.view(rows, m, groups).transpose(1, 2).reshape(rows, -1), expected)
 
@@ -42,7 +43,7 @@ def test_comparison_network_keeps_the_n_largest(m: int, data: st.DataObject) -> 
 @pytest.mark.parametrize("share", [0.1, 0.5, 0.9])
 def test_sampled_threshold_settles_near_the_wanted_share(shape: tuple[int, int], share: float) -> None:
     values = torch.randn(*shape, generator=torch.Generator().manual_seed(0)) * torch.logspace(0, 1, shape[1])
-    threshold, out = SampledThreshold(Unstructured(share), *shape), torch.empty(shape)
+    threshold, out = SampledThreshold(round(share * math.prod(shape)), *shape), torch.empty(shape)
     for _ in range(4):
         threshold(values, out, correct=True)
     threshold(values, out, correct=False)

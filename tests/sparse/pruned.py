@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from fistapruner.constraints.patterns import parse_sparsity, project_mask
+from fistapruner.constraints import parse_sparsity
 from tiny import build, tokenizer
 
 
@@ -16,9 +16,9 @@ def prune_linears(model, sparsity: str) -> None:
     head = model.get_output_embeddings()
     for module in model.modules():
         if isinstance(module, nn.Linear) and module is not head:
-            module.weight.data *= project_mask(module.weight.data.abs().float(), parse_sparsity(sparsity))
+            module.weight.data *= parse_sparsity(sparsity).project(module.weight.data.abs().float())
         elif type(module).__name__ == "Conv1D":
-            module.weight.data *= project_mask(module.weight.data.abs().float().T, parse_sparsity(sparsity)).T
+            module.weight.data *= parse_sparsity(sparsity).project(module.weight.data.abs().float().T).T
 
 
 def save_pruned(

@@ -8,7 +8,6 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from fistapruner import NM, FistaPrunerError
-from fistapruner.constraints.patterns import project_mask
 from fistapruner.sparse.format import OperatorSpec, decode, encode, index_bits, operator_fault
 from fistapruner.sparse.pack import choose_layout
 from fistapruner.sparse.packed import pack_operator
@@ -59,7 +58,7 @@ def test_n_of_m_is_lossless(seed, rows, groups, nm, thinned):
     torch.manual_seed(seed)
     pattern = NM(*nm)
     weight = torch.randn(rows, groups * pattern.m).bfloat16()
-    weight *= project_mask(weight.float().abs(), pattern)
+    weight *= pattern.project(weight.float().abs())
     if thinned:  # groups that keep fewer than n, down to none
         weight *= torch.rand_like(weight) < 0.4
     again = through_tensors(pack_operator(weight, pattern))
@@ -95,7 +94,7 @@ def test_sizes(sparsity, limit, columns):
     from fistapruner import parse_sparsity
 
     weight = torch.randn(1536, columns, generator=torch.Generator().manual_seed(0)).bfloat16()
-    weight *= project_mask(weight.float().abs(), parse_sparsity(sparsity))
+    weight *= parse_sparsity(sparsity).project(weight.float().abs())
     operator = pack_operator(weight, choose_layout(weight))
     size = sum(tensor.nbytes for tensor in encode("w", operator).values())
     assert size <= limit * weight.nbytes
@@ -104,8 +103,8 @@ def test_sizes(sparsity, limit, columns):
 def test_layout_is_the_smallest():
     torch.manual_seed(0)
     weight = torch.randn(64, 64)
-    assert choose_layout(weight * project_mask(weight.abs(), NM(2, 4))) == NM(2, 4)
-    assert choose_layout(weight * project_mask(weight.abs(), NM(2, 8))) == NM(2, 8)
+    assert choose_layout(weight * NM(2, 4).project(weight.abs())) == NM(2, 4)
+    assert choose_layout(weight * NM(2, 8).project(weight.abs())) == NM(2, 8)
     assert choose_layout(weight * (torch.rand(64, 64) < 0.5)) is None
     assert choose_layout(weight * (torch.rand(64, 64) < 0.05)) is None  # a mask is smaller than groups filled with zeros
     assert [index_bits(NM(*nm)) for nm in ((1, 2), (2, 4), (4, 8), (8, 16))] == [1, 3, 7, 14]

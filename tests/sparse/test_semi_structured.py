@@ -8,7 +8,6 @@ from torch import nn
 
 import fistapruner
 from fistapruner import NM, FistaPrunerError, to_semi_structured
-from fistapruner.constraints.patterns import project_mask
 from fistapruner.sparse.semi_structured import summary
 
 
@@ -16,7 +15,7 @@ def model():
     torch.manual_seed(0)
     layers = nn.Sequential(nn.Linear(32, 64), nn.Linear(64, 32), nn.Linear(32, 32)).bfloat16()
     for layer in layers[:2]:
-        layer.weight.data *= project_mask(layer.weight.data.float().abs(), NM(2, 4))
+        layer.weight.data *= NM(2, 4).project(layer.weight.data.float().abs())
     return layers
 
 
@@ -72,7 +71,7 @@ def test_a_cpu_model_is_refused():
 def test_on_a_gpu():
     torch.manual_seed(0)
     network = nn.Sequential(nn.Linear(4096, 4096, bias=False)).half().cuda()
-    network[0].weight.data *= project_mask(network[0].weight.data.float().abs(), NM(2, 4))
+    network[0].weight.data *= NM(2, 4).project(network[0].weight.data.float().abs())
     x = torch.randn(512, 4096, device="cuda", dtype=torch.half)
     with torch.inference_mode():
         expected = network(x)

@@ -1,1 +1,33 @@
-"""Sparsity patterns and the exact projections onto them; nothing of models."""
+"""Sparsity patterns: how they are written, how many weights they keep, and the exact projection onto them."""
+
+from __future__ import annotations
+
+from ..errors import FistaPrunerError
+from .base import Constraint, Scope
+from .nm import NM
+from .unstructured import Unstructured
+
+CONSTRAINTS: dict[str, type[Constraint]] = {"unstructured": Unstructured, "n:m": NM}
+"""Every constraint by name; a text is read by the first one whose form it has."""
+
+__all__ = ["CONSTRAINTS", "NM", "Constraint", "Scope", "Unstructured", "parse_sparsity"]
+
+
+def parse_sparsity(value: str | float | Constraint) -> Constraint:
+    """Read a constraint as users write it: ``0.5``, ``"50%"``, ``"2:4"``.
+
+    Args:
+        value: a share of zeros, a percentage, an ``n:m`` pattern (n kept of every m inputs), or a constraint.
+
+    Raises:
+        FistaPrunerError: the value is none of these, or out of range.
+    """
+    if isinstance(value, Constraint):
+        return value
+    text = str(value).strip()
+    for kind in CONSTRAINTS.values():
+        found = kind.parse(text)
+        if found is not None:
+            return found
+    forms = [form for kind in CONSTRAINTS.values() for form in kind.forms]
+    raise FistaPrunerError(f"sparsity {value!r} is not understood: write {', '.join(forms[:-1])} or {forms[-1]}")

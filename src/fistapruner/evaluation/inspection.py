@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..constraints.patterns import NM, Sparsity, parse_sparsity, satisfies
+from ..constraints import NM, Constraint, parse_sparsity
 from ..errors import FistaPrunerError
 from ..models.files.checkpoint import Checkpoint
 from ..models.files.record import read_pruning_record, recorded_claims
@@ -94,7 +94,7 @@ class Inspection:
 
 def inspect_checkpoint(
     folder: str | Path,
-    pattern: str | Sparsity | None = None,
+    pattern: str | Constraint | None = None,
     *,
     allow_pickle: bool = False,
     progress: Callable[[str], None] | None = None,
@@ -177,9 +177,9 @@ def _violation(weight: Tensor, zeros: int, claim: dict[str, Any]) -> str | None:
     promised = claim.get("zeros")
     if type(promised) is int and zeros < promised:
         return f"has {zeros} zeros, {promised} are claimed"
-    if type(promised) is int and not isinstance(sparsity, NM):
+    if type(promised) is int and sparsity.zeros_suffice:
         return None  # the exact count says more than the percentage, which is rounded
-    if weight.ndim != 2 or not satisfies(weight, sparsity):
+    if weight.ndim != 2 or not sparsity.satisfies(weight):
         return f"is not {sparsity} ({zeros / max(weight.numel(), 1):.2%} zeros)"
     return None
 

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from ..activations.passes import Calls, Clock, run_layer
 from ..activations.store import HiddenStates, scratch_factory
-from ..constraints.patterns import Sparsity, parse_sparsity
+from ..constraints import Constraint, parse_sparsity
 from ..errors import FistaPrunerError
 from ..models.discovery import Layout, discover
 from ..models.files.checkpoint import Checkpoint
@@ -59,7 +59,7 @@ class RunContext:
     fingerprint: str
     skeleton: LayerwiseModel
     layout: Layout
-    sparsity: Mapping[str, Sparsity]
+    sparsity: Mapping[str, Constraint]
     tokens: Tensor
     numerics: Mapping[str, Any]
     on_disk: bool

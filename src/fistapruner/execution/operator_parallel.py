@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..constraints.patterns import Sparsity, parse_sparsity
+from ..constraints import Constraint, parse_sparsity
 from ..models.files.safetensors import SafetensorsFile, SafetensorsWriter, TensorEntry
 from ..problem import LayerProblem
 from ..pruning.partition import cut, join, part_of, rows_of, solve_apart, solve_part
@@ -38,7 +38,7 @@ class ParallelSolver:
         self._pool = pool
         self._folder = folder
 
-    def __call__(self, problem: LayerProblem, sparsity: Sequence[Sparsity], steps: Sequence[Method]) -> Solution:
+    def __call__(self, problem: LayerProblem, sparsity: Sequence[Constraint], steps: Sequence[Method]) -> Solution:
         """Solve a group.
 
         Raises:

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from ..activations.store import scratch_factory
 from ..calibration import SELF, calibration_tokens
-from ..constraints.patterns import Sparsity, check_divides, parse_sparsity
+from ..constraints import Constraint, parse_sparsity
 from ..errors import FistaPrunerError
 from ..evaluation.data import load_windows
 from ..execution.context import model_family, open_model
@@ -220,14 +220,14 @@ def _scratch(folder: Path | None) -> Iterator[None]:
             shutil.rmtree(folder, ignore_errors=True)
 
 
-def allocate(recipe: Recipe, layout: Layout) -> dict[str, Sparsity]:
+def allocate(recipe: Recipe, layout: Layout) -> dict[str, Constraint]:
     """Pattern of every operator.
 
     Raises:
         FistaPrunerError: a pattern that matches nothing, or does not divide an operator's inputs.
     """
     operators = layout.operators()
-    chosen: dict[str, Sparsity] = dict.fromkeys((name for name, _ in operators), recipe.pattern)
+    chosen: dict[str, Constraint] = dict.fromkeys((name for name, _ in operators), recipe.pattern)
     if isinstance(recipe.allocation, Mapping):
         for pattern, sparsity in recipe.allocation.items():
             names = [name for name in chosen if matches(name, pattern)]
@@ -235,7 +235,7 @@ def allocate(recipe: Recipe, layout: Layout) -> dict[str, Sparsity]:
                 raise FistaPrunerError(f"allocation: {pattern!r} matches no operator; the first one is called {operators[0][0]!r}")
             chosen.update((name, parse_sparsity(sparsity)) for name in names)
     for name, operator in operators:
-        check_divides(chosen[name], operator.columns, name)
+        chosen[name].check(operator.columns, name)
     return chosen
 
 
@@ -260,7 +260,7 @@ def plan_model(model: str, recipe: Recipe, out: str | Path = ".", *, allow_pickl
     return plan_run(skeleton, layout, recipe, allocate(recipe, layout), Path(out))
 
 
-def plan_run(skeleton: LayerwiseModel, layout: Layout, recipe: Recipe, sparsity: Mapping[str, Sparsity], out: Path) -> Plan:
+def plan_run(skeleton: LayerwiseModel, layout: Layout, recipe: Recipe, sparsity: Mapping[str, Constraint], out: Path) -> Plan:
     """Plan a run with the executor, workers and threads of its recipe (see :func:`~.plan.make_plan`); random token ids stand for the
     calibration windows, which may be long to draw.
     """

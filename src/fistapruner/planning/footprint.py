@@ -10,7 +10,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from ..constraints.patterns import Sparsity
+from ..constraints import Constraint
 from ..problem import LayerProblem
 from ..solvers import solve
 from ..solvers.base import Method
@@ -61,7 +61,7 @@ def peak_bytes(work: Callable[[], object]) -> int:
 
 
 def solve_bytes(
-    rows: Sequence[int], inputs: int, sparsity: Sequence[Sparsity], steps: Sequence[Method], device: torch.device | str = "cpu"
+    rows: Sequence[int], inputs: int, sparsity: Sequence[Constraint], steps: Sequence[Method], device: torch.device | str = "cpu"
 ) -> int:
     """Peak bytes of solving a group of operators: weight, Gram and everything the method chain makes.
 

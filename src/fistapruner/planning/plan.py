@@ -16,7 +16,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from ..constraints.patterns import Sparsity
+from ..constraints import Constraint
 from ..errors import FistaPrunerError
 from ..models.discovery import Layout
 from ..models.layerwise import LayerwiseModel
@@ -107,7 +107,7 @@ def make_plan(
     skeleton: LayerwiseModel,
     layout: Layout,
     recipe: Recipe,
-    sparsity: Mapping[str, Sparsity],
+    sparsity: Mapping[str, Constraint],
     tokens: Tensor,
     batch_size: int,
     out: Path,

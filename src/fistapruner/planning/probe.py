@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ..activations.passes import Calls
 from ..activations.store import HiddenStates, scratch_factory
-from ..constraints.patterns import Sparsity
+from ..constraints import Constraint
 from ..models.discovery import Layout
 from ..models.layerwise import LayerwiseModel
 from ..problem import LayerProblem
@@ -32,7 +32,7 @@ def measure_time(
     skeleton: LayerwiseModel,
     layout: Layout,
     recipe: Recipe,
-    sparsity: Mapping[str, Sparsity],
+    sparsity: Mapping[str, Constraint],
     tokens: Tensor,
     batch_size: int,
     by_operator: bool = False,
@@ -85,14 +85,14 @@ def measure_time(
     return (fixed + solving + matching) * sum(map(bool, layout.layers)) + passing * len(skeleton)
 
 
-def _apart(problem: LayerProblem, patterns: Sequence[Sparsity], recipe: Recipe) -> Iterator[tuple[LayerProblem, Sparsity, int]]:
+def _apart(problem: LayerProblem, patterns: Sequence[Constraint], recipe: Recipe) -> Iterator[tuple[LayerProblem, Constraint, int]]:
     """Of each operator of a group the first of the parts it is solved in, that part's pattern, and how many parts there are."""
     for _, parts in groupby(cut(problem.rows, problem.shape[1], patterns, recipe.steps), key=lambda part: part.operator):
         first, *others = parts
         yield part_of(problem, first), first.sparsity, 1 + len(others)
 
 
-def _solving(problem: LayerProblem, patterns: list[Sparsity], recipe: Recipe) -> float:
+def _solving(problem: LayerProblem, patterns: list[Constraint], recipe: Recipe) -> float:
     """Seconds to solve a problem, estimated from its first rows where it has many."""
     few = max(32, problem.shape[0] // 16)
     if 2 * few >= problem.shape[0]:
@@ -101,7 +101,7 @@ def _solving(problem: LayerProblem, patterns: list[Sparsity], recipe: Recipe) ->
     return once + max(twice - once, 0.0) * (problem.shape[0] - few) / few
 
 
-def _seconds(problem: LayerProblem, patterns: list[Sparsity], recipe: Recipe) -> float:
+def _seconds(problem: LayerProblem, patterns: list[Constraint], recipe: Recipe) -> float:
     begin = time.perf_counter()
     solve(problem, patterns, recipe.steps)
     return time.perf_counter() - begin

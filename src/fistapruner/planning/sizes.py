@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from ..activations.replay import kept_projections
-from ..constraints.patterns import Sparsity
+from ..constraints import Constraint
 from ..models.discovery import Group, Layout
 from ..models.layerwise import Call, LayerwiseModel
 from ..problem import DriftFrom
@@ -131,7 +131,7 @@ class Sizes:
     """Windows that the dense model runs on, by how many there are and how many are in a batch (:func:`~.drift.dense_windows`)."""
 
     @classmethod
-    def measure(cls, skeleton: LayerwiseModel, layout: Layout, recipe: Recipe, sparsity: Mapping[str, Sparsity], tokens: Tensor) -> Sizes:
+    def measure(cls, skeleton: LayerwiseModel, layout: Layout, recipe: Recipe, sparsity: Mapping[str, Constraint], tokens: Tensor) -> Sizes:
         """From the checkpoint's headers, one window through one decoder layer, and a small solve of each group."""
         samples, seqlen = tokens.shape
         checkpoint = skeleton.checkpoint
@@ -301,7 +301,9 @@ def _differentiate(skeleton: LayerwiseModel, hidden: Tensor, call: Call) -> None
         torch.autograd.grad(skeleton.run(0, entering, call).float().sum(), entering)
 
 
-def _group_sizes(group: Group, patterns: list[Sparsity], recipe: Recipe, drift_from: DriftFrom | None, device: torch.device) -> GroupSizes:
+def _group_sizes(
+    group: Group, patterns: list[Constraint], recipe: Recipe, drift_from: DriftFrom | None, device: torch.device
+) -> GroupSizes:
     n = group[0].columns
     rows = [operator.rows for operator in group]
     stacked = solve_bytes(rows, n, patterns, recipe.steps, device)

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from ..activations.passes import Calls, Clock, run_layer
 from ..activations.replay import Replay, kept_projections
 from ..activations.store import HiddenStates, Store
-from ..constraints.patterns import Sparsity
+from ..constraints import Constraint
 from ..models.discovery import Group, Layout
 from ..models.layerwise import LayerwiseModel
 from ..problem import LayerProblem, ProblemSums, unweighted
@@ -68,7 +68,7 @@ class LayerResult:
 Progress = Callable[[str, float | None], None]
 """Told (operator names, relative error or None when their work begins)."""
 
-Solver = Callable[[LayerProblem, Sequence[Sparsity], Sequence[Method]], Solution]
+Solver = Callable[[LayerProblem, Sequence[Constraint], Sequence[Method]], Solution]
 """Solves a group of operators by a chain of methods."""
 
 
@@ -77,7 +77,7 @@ def prune_layer(
     layout: Layout,
     index: int,
     recipe: Recipe,
-    sparsity: Mapping[str, Sparsity],
+    sparsity: Mapping[str, Constraint],
     streams: LayerStreams,
     calls: Calls,
     scratch: Store,
@@ -369,7 +369,7 @@ def _prune_group(
     index: int,
     number: int,
     recipe: Recipe,
-    sparsity: Mapping[str, Sparsity],
+    sparsity: Mapping[str, Constraint],
     sums: ProblemSums,
     clock: Clock,
     inspect: Callable[[int, LayerProblem], None] | None,

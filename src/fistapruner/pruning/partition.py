@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from ..constraints.patterns import Sparsity, of_rows
+from ..constraints import Constraint
 from ..problem import LayerProblem
 from ..solvers import solve
 from ..solvers.base import Method, Solution, Stats
@@ -29,10 +29,10 @@ class Part:
     operator: int
     start: int
     stop: int
-    sparsity: Sparsity
+    sparsity: Constraint
 
 
-def cut(rows: Sequence[int], columns: int, sparsity: Sequence[Sparsity], steps: Sequence[Method]) -> list[Part]:
+def cut(rows: Sequence[int], columns: int, sparsity: Sequence[Constraint], steps: Sequence[Method]) -> list[Part]:
     """The parts of a group of operators.
 
     Args:
@@ -49,19 +49,19 @@ def cut(rows: Sequence[int], columns: int, sparsity: Sequence[Sparsity], steps: 
         blocks = -(-size // ROWS) if apart else 1
         edges = [size * block // blocks for block in range(blocks + 1)]
         for start, stop in pairwise(edges):
-            part = of_rows(pattern, size, columns, start, stop) if blocks > 1 else pattern
+            part = pattern.rows_block(size, columns, start, stop) if blocks > 1 else pattern
             parts.append(Part(operator, begin + start, begin + stop, part))
         begin += size
     return parts
 
 
-def solve_apart(problem: LayerProblem, sparsity: Sequence[Sparsity], steps: Sequence[Method]) -> Solution:
+def solve_apart(problem: LayerProblem, sparsity: Sequence[Constraint], steps: Sequence[Method]) -> Solution:
     """Solve a group part after part, which needs less memory than all of it at once."""
     parts = cut(problem.rows, problem.shape[1], sparsity, steps)
     return join(problem, parts, (solve_part(part_of(problem, part), part.sparsity, steps) for part in parts))
 
 
-def solve_part(problem: LayerProblem, sparsity: Sparsity, steps: Sequence[Method]) -> Solution:
+def solve_part(problem: LayerProblem, sparsity: Constraint, steps: Sequence[Method]) -> Solution:
     """Solve one part."""
     return solve(problem, [sparsity], list(steps))
 

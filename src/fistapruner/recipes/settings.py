@@ -18,7 +18,7 @@ from typing import Annotated, Any, Literal
 import yaml
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PlainSerializer, ValidationError, field_validator
 
-from ..constraints.patterns import Sparsity, parse_sparsity
+from ..constraints import Constraint, parse_sparsity
 from ..errors import FistaPrunerError, explain
 from ..solvers import parse_method
 from ..solvers.base import Method
@@ -172,7 +172,7 @@ class Recipe(Settings):
         return value
 
     @property
-    def pattern(self) -> Sparsity:
+    def pattern(self) -> Constraint:
         """The sparsity, parsed."""
         return self.sparsity  # type: ignore[no-any-return]
 

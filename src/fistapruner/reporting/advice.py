@@ -6,7 +6,7 @@ import re
 from collections.abc import Sequence
 from statistics import median
 
-from ..constraints.patterns import NM, parse_sparsity
+from ..constraints import parse_sparsity
 from ..errors import FistaPrunerError
 from ..runs.records import LayerEntry, OperatorEntry, Report
 from .numbers import percent, significant
@@ -113,7 +113,7 @@ def _calibration(report: Report) -> list[str]:
 def _why_not_uneven(report: Report) -> str:
     """Why another allocation is nothing to try; empty where it is."""
     try:
-        if isinstance(parse_sparsity(report.sparsity), NM):
+        if not parse_sparsity(report.sparsity).supports_allocation:
             return "A fixed n:m pattern cannot be spread unevenly"
     except FistaPrunerError:
         pass

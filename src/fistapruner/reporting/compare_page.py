@@ -9,7 +9,7 @@ from html import escape
 from statistics import mean, stdev
 from typing import Any
 
-from ..constraints.patterns import NM, parse_sparsity
+from ..constraints import parse_sparsity
 from ..errors import FistaPrunerError
 from ..runs.records import CompareRow, Comparison
 from .drawing import INK, SERIES, Drawing, draw, style
@@ -272,7 +272,7 @@ def _protocol(comparison: Comparison) -> str:
 
 def _is_nm(pattern: str) -> bool:
     try:
-        return isinstance(parse_sparsity(pattern), NM)
+        return not parse_sparsity(pattern).zeros_suffice
     except FistaPrunerError:
         return False
 

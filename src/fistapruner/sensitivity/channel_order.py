@@ -15,7 +15,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..constraints.patterns import NM
+from ..constraints import NM
 
 ROWS = 2048
 """Output rows that are looked at while the order is searched, at most."""

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from ..activations.store import Store, scratch_factory
-from ..constraints.patterns import NM, Sparsity, parse_sparsity
+from ..constraints import Constraint, parse_sparsity
 from ..errors import FistaPrunerError
 from ..models.coupling import find_links, reordered
 from ..models.discovery import Layout
@@ -36,7 +36,7 @@ def check_allocation(recipe: Recipe) -> None:
     Raises:
         FistaPrunerError: names the allocation and the pattern.
     """
-    if recipe.allocation in ("owl", "error") and isinstance(recipe.pattern, NM):
+    if recipe.allocation in ("owl", "error") and not recipe.pattern.supports_allocation:
         raise FistaPrunerError(
             f"allocation {recipe.allocation!r} cannot be used with {recipe.pattern}: an n:m pattern has the same sparsity in every "
             f"operator; take --allocation uniform, or an unstructured sparsity such as {100 * recipe.pattern.fraction:g}%"
@@ -57,7 +57,7 @@ class Decision:
             in the old order and in the new one.
     """
 
-    sparsity: dict[str, Sparsity] | None
+    sparsity: dict[str, Constraint] | None
     metrics: list[Tensor] | None
     importance: dict[str, Tensor] | None = None
     orders: dict[str, tuple[int, Tensor]] = field(default_factory=dict)
@@ -67,21 +67,23 @@ class Decision:
 def measured_by(recipe: Recipe) -> str | None:
     """``owl`` or ``error`` where the allocation has to look at the model, else None."""
     if recipe.allocation == "auto":
-        return "error" if _own(recipe) and not isinstance(recipe.pattern, NM) else None
+        return "error" if _own(recipe) and recipe.pattern.supports_allocation else None
     return recipe.allocation if recipe.allocation in ("owl", "error") else None
 
 
 def weighs_rows(recipe: Recipe) -> bool:
     """Whether the importance of output rows is asked for and makes a difference."""
     asked = _own(recipe) if recipe.weighting == "auto" else recipe.weighting == "fisher"
-    return asked and not isinstance(recipe.pattern, NM) and not all(step.rows_independent(recipe.pattern) for step in recipe.steps)
+    if not asked or recipe.pattern.rows_independent():
+        return False
+    return not all(step.rows_independent(recipe.pattern) for step in recipe.steps)
 
 
 def permutes(recipe: Recipe) -> bool:
     """Whether channels are put into another order: asked for, and there is an n:m pattern that feels it."""
     asked = _own(recipe) if recipe.permutation == "auto" else recipe.permutation == "channels"
     given = recipe.allocation.values() if isinstance(recipe.allocation, Mapping) else ()
-    return asked and any(isinstance(parse_sparsity(pattern), NM) for pattern in (recipe.pattern, *given))
+    return asked and any(parse_sparsity(pattern).nm is not None for pattern in (recipe.pattern, *given))
 
 
 def windows_looked_at(samples: int) -> int:
@@ -108,7 +110,7 @@ def decide(
     layout: Layout,
     model: LayerwiseModel,
     tokens: Tensor,
-    sparsity: Mapping[str, Sparsity],
+    sparsity: Mapping[str, Constraint],
     *,
     batch_size: int = 4,
     store: Store | None = None,
@@ -158,7 +160,7 @@ def decide(
         look = Look(ProblemSums, problem_seen)
     elif allocation == "owl" or channels is not None:
         look = Look(InputEnergy, energy_seen)
-    found: dict[str, Sparsity] | None = None
+    found: dict[str, Constraint] | None = None
     metrics: list[Tensor] | None = None
     importance: dict[str, Tensor] | None = None
     if differentiates(recipe):
@@ -204,7 +206,7 @@ class _Outliers:
         if number == len(self._layout.layers[index]) - 1:
             self._shares[index] = outlier_share(self._seen.pop(index))
 
-    def allocation(self, sizes: Mapping[str, int], fraction: float) -> Mapping[str, Sparsity]:
+    def allocation(self, sizes: Mapping[str, int], fraction: float) -> Mapping[str, Constraint]:
         members = {}
         for index in self._shares:
             names = [self._layout.full_name(index, operator) for group in self._layout.layers[index] for operator in group]
@@ -215,7 +217,7 @@ class _Outliers:
 class _Channels:
     """Orders of free channels that feed operators with an n:m pattern."""
 
-    def __init__(self, model: LayerwiseModel, layout: Layout, sparsity: Mapping[str, Sparsity]) -> None:
+    def __init__(self, model: LayerwiseModel, layout: Layout, sparsity: Mapping[str, Constraint]) -> None:
         self._model = model
         self._layout = layout
         self._sparsity = sparsity
@@ -229,8 +231,9 @@ class _Channels:
         weights = dict(zip((operator.name for operator in group), sums.weight.split([operator.rows for operator in group]), strict=True))
         for link in self._links[index]:
             name = self._layout.full_name(index, link.consumer)
-            pattern = self._sparsity.get(name)
-            if link.consumer.name not in weights or not isinstance(pattern, NM) or link.channels % pattern.m:
+            sparsity = self._sparsity.get(name)
+            pattern = None if sparsity is None else sparsity.nm
+            if link.consumer.name not in weights or pattern is None or link.channels % pattern.m:
                 continue
             scores = weights[link.consumer.name].square() * sums.mean()
             order = torch.stack([channel_order(block, pattern) for block in link.by_block(scores)])

@@ -14,7 +14,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from ..constraints.patterns import Unstructured
+from ..constraints import Unstructured
 from ..problem import LayerProblem
 from ..runtime.numerics import fast_products
 from ..solvers.conditioning import alive_gram

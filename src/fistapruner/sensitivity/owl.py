@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping
 import torch
 from torch import Tensor
 
-from ..constraints.patterns import Unstructured
+from ..constraints import Unstructured
 
 OUTLIER = 5.0
 """``M``: scores above so many times the mean are outliers."""

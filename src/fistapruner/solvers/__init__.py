@@ -10,7 +10,7 @@ from dataclasses import replace
 
 import torch
 
-from ..constraints.patterns import Sparsity, check_divides, parse_sparsity
+from ..constraints import Constraint, parse_sparsity
 from ..errors import FistaPrunerError, explain
 from ..problem import LayerProblem
 from .admm import ADMM
@@ -77,7 +77,7 @@ def _parse_step(step: object) -> Method:
 
 def solve(
     problem: LayerProblem,
-    sparsity: str | float | Sparsity | Sequence[Sparsity],
+    sparsity: str | float | Constraint | Sequence[Constraint],
     method: Steps = "proximal",
 ) -> Solution:
     """Prune the operators of a layer problem.
@@ -100,20 +100,20 @@ def solve(
     if not isinstance(problem, LayerProblem):
         raise FistaPrunerError(f"problem is a {type(problem).__name__}, expected a LayerProblem")
     steps = parse_method(method)
-    patterns = (
-        [sparsity] * len(problem.rows) if isinstance(sparsity, (str, float, int)) or not isinstance(sparsity, Sequence) else list(sparsity)
-    )
-    parsed = [parse_sparsity(pattern) for pattern in patterns]
+    if isinstance(sparsity, Sequence) and not isinstance(sparsity, str):
+        parsed = [parse_sparsity(pattern) for pattern in sparsity]
+    else:
+        parsed = [parse_sparsity(sparsity)] * len(problem.rows)
     if len(parsed) != len(problem.rows):
         raise FistaPrunerError(f"{problem.label}: {len(parsed)} sparsities for {len(problem.rows)} operators")
     for pattern, name in zip(parsed, problem.names, strict=True):
-        check_divides(pattern, problem.shape[1], name)
+        pattern.check(problem.shape[1], name)
     problem.check_finite()
     with ONE_AT_A_TIME:
         return _run_steps(problem, parsed, steps)
 
 
-def _run_steps(problem: LayerProblem, parsed: Sequence[Sparsity], steps: Sequence[Method]) -> Solution:
+def _run_steps(problem: LayerProblem, parsed: Sequence[Constraint], steps: Sequence[Method]) -> Solution:
     """Run a chain whose settings, patterns and data have been checked."""
     solution: Solution | None = None
     records: list[list[dict[str, object]]] = [[] for _ in problem.rows]

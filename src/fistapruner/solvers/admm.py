@@ -7,9 +7,8 @@ from typing import ClassVar
 
 import torch
 from pydantic import Field
-from torch import Tensor
 
-from ..constraints.patterns import NM, Sparsity, keep_largest, project_mask
+from ..constraints import Constraint
 from ..problem import LayerProblem
 from .base import Method, Solution
 from .conditioning import alive_gram, damped_cholesky
@@ -50,7 +49,7 @@ class ADMM(Method):
     # (3) There the number of zeros is rounded down. Here it is exact (the operator's promised number).
     # (4) There a dead input's scale is 1e-8. Here it takes part with the mean of the diagonal, as in every solver.
 
-    def solve(self, problem: LayerProblem, sparsity: Sequence[Sparsity], start: Solution | None = None) -> Solution:
+    def solve(self, problem: LayerProblem, sparsity: Sequence[Constraint], start: Solution | None = None) -> Solution:
         gram = alive_gram(problem.gram)
         scale = gram.diagonal().sqrt()
         gram = gram / scale / scale[:, None]
@@ -70,16 +69,9 @@ class ADMM(Method):
             if step <= growing or step == 1:
                 grown = 1.0 - (1.0 - step / growing) ** 3 if growing else 1.0
                 scores = (smooth + dual).abs().split(problem.rows)
-                mask = torch.cat([_grown(part, pattern, grown) for part, pattern in zip(scores, sparsity, strict=True)])
+                mask = torch.cat([pattern.relaxed(part, grown) for part, pattern in zip(scores, sparsity, strict=True)])
             sparse = (smooth + dual) * mask
             dual = dual + smooth - sparse
             smooth = (linear + rho * (sparse - dual)) @ inverse
         weight = (smooth + dual) * mask / scale
         return Solution(weight, mask, tuple({"damping": self.damping, "rho": rho} for _ in problem.rows), tuple(warnings))
-
-
-def _grown(scores: Tensor, pattern: Sparsity, share: float) -> Tensor:
-    """(m, n) mask of one operator on its way from dense (share 0) to the pattern (share 1)."""
-    if isinstance(pattern, NM):
-        scores = scores.masked_fill(project_mask(scores, pattern), torch.inf)
-    return keep_largest(scores, scores.numel() - round(share * pattern.zeros(*scores.shape)))

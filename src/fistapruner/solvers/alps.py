@@ -9,7 +9,7 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from ..constraints.patterns import Sparsity, project_mask
+from ..constraints import Constraint
 from ..problem import LayerProblem
 from .base import Method, Solution, Stats
 from .conditioning import alive_gram
@@ -43,7 +43,7 @@ class ALPS(Method):
     damping: float = Field(0.01, ge=0.0)
     refit: int = Field(10, ge=0)
 
-    def solve(self, problem: LayerProblem, sparsity: Sequence[Sparsity], start: Solution | None = None) -> Solution:
+    def solve(self, problem: LayerProblem, sparsity: Sequence[Constraint], start: Solution | None = None) -> Solution:
         gram = alive_gram(problem.gram)
         gram.diagonal().add_(self.damping * gram.diagonal().mean())
         scale = gram.diagonal().sqrt()
@@ -61,10 +61,10 @@ class ALPS(Method):
         weight, mask = torch.cat(weights), torch.cat(masks)
         return Solution(refit_cg(problem, gram, weight, mask, self.refit), mask, tuple(stats))
 
-    def _admm(self, dense: Tensor, linear: Tensor, values: Tensor, vectors: Tensor, pattern: Sparsity) -> tuple[Tensor, Tensor, Stats]:
+    def _admm(self, dense: Tensor, linear: Tensor, values: Tensor, vectors: Tensor, pattern: Constraint) -> tuple[Tensor, Tensor, Stats]:
         """ADMM of one operator in scaled coordinates: its projected weights, its mask and the records."""
         rho = self.rho
-        support = first = project_mask(dense.abs(), pattern)
+        support = first = pattern.project(dense.abs())
         kept = max(int(first.sum()), 1)
         sparse, dual = dense * first, torch.zeros_like(dense)
         moved = False
@@ -73,7 +73,7 @@ class ALPS(Method):
         for step in range(1, self.iterations + 1):
             smooth = (linear - dual + rho * sparse) @ inverse
             proposal = smooth + dual / rho
-            mask = project_mask(proposal.abs(), pattern)
+            mask = pattern.project(proposal.abs())
             sparse = proposal * mask
             dual = dual + rho * (smooth - sparse)
             if step % 3:
@@ -96,5 +96,5 @@ class ALPS(Method):
             if step > 30 and change < 3e-4 * kept:
                 break
             inverse = (vectors / (values + rho)) @ vectors.T
-        mask = project_mask(smooth.abs(), pattern)
+        mask = pattern.project(smooth.abs())
         return smooth * mask, mask, {"iterations": step, "rho": rho, "path": path}

@@ -17,7 +17,7 @@ import torch
 from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor
 
-from ..constraints.patterns import Sparsity, project_mask
+from ..constraints import Constraint, Scope
 from ..problem import LayerProblem
 
 Stats = dict[str, Any]
@@ -60,7 +60,7 @@ class Method(BaseModel, ABC):
     """Share of the dense target with ``target: auto``, where hidden states are those that :attr:`propagate` says."""
 
     @abstractmethod
-    def solve(self, problem: LayerProblem, sparsity: Sequence[Sparsity], start: Solution | None = None) -> Solution:
+    def solve(self, problem: LayerProblem, sparsity: Sequence[Constraint], start: Solution | None = None) -> Solution:
         """Solve for all operators of ``problem`` at once.
 
         Args:
@@ -78,13 +78,14 @@ class Method(BaseModel, ABC):
         """
         return self
 
-    def rows_independent(self, sparsity: Sparsity) -> bool:
+    def rows_independent(self, sparsity: Constraint) -> bool:
         """Whether a row's answer depends on that row alone, so that blocks of rows may be solved apart from each other."""
         return False
 
 
-def project_operators(scores: Tensor, rows: Sequence[int], sparsity: Sequence[Sparsity], scope: str = "operator") -> Tensor:
-    """(m, n) exact mask of stacked operators, each with its own pattern (see :func:`~fistapruner.constraints.patterns.project_mask`)."""
+def project_operators(scores: Tensor, rows: Sequence[int], sparsity: Sequence[Constraint], scope: Scope = "operator") -> Tensor:
+    """Choose the weights to keep of stacked operators (m, n), each with its own constraint."""
     if len(rows) == 1:
-        return project_mask(scores, sparsity[0], scope)
-    return torch.cat([project_mask(part, pattern, scope) for part, pattern in zip(scores.split(tuple(rows)), sparsity, strict=True)])
+        return sparsity[0].project(scores, scope)
+    parts = zip(scores.split(tuple(rows)), sparsity, strict=True)
+    return torch.cat([pattern.project(part, scope) for part, pattern in parts])

@@ -11,7 +11,7 @@ import torch
 from pydantic import Field, model_validator
 from torch import Tensor
 
-from ..constraints.patterns import Sparsity
+from ..constraints import Constraint
 from ..errors import FistaPrunerError
 from ..problem import LayerProblem
 from ..runtime.numerics import fast_products
@@ -77,7 +77,7 @@ class Fista(Method):
             raise ValueError(f"penalty_start {self.penalty_start:g} is outside penalty_interval {[low, high]}")
         return self
 
-    def solve(self, problem: LayerProblem, sparsity: Sequence[Sparsity], start: Solution | None = None) -> Solution:
+    def solve(self, problem: LayerProblem, sparsity: Sequence[Constraint], start: Solution | None = None) -> Solution:
         start = start or self._warm_start(problem, sparsity)
         operators = problem.operators()
         first, warm_up = self._first_round_start(problem, start)
@@ -116,7 +116,7 @@ class Fista(Method):
             return self.model_copy(update={"warm_start": earlier.warm_start})
         return self.model_copy(update={"warm_start": "sparsegpt" if family() == "opt" else "wanda"})
 
-    def _warm_start(self, problem: LayerProblem, sparsity: Sequence[Sparsity]) -> Solution:
+    def _warm_start(self, problem: LayerProblem, sparsity: Sequence[Constraint]) -> Solution:
         if self.warm_start == "auto":
             raise FistaPrunerError(
                 f"{problem.label}: fista's warm_start auto is chosen by the model's family, which a layer problem does not "

@@ -7,7 +7,7 @@ from typing import ClassVar
 
 import torch
 
-from ..constraints.patterns import NM, Sparsity
+from ..constraints import Constraint
 from ..problem import LayerProblem
 from .base import Method, Solution, project_operators
 
@@ -19,10 +19,10 @@ class Magnitude(Method):
     summary: ClassVar[str] = "smallest weights of each operator go; uses no data"
     reference: ClassVar[str] = "Han et al. 2015, arXiv 1506.02626"
 
-    def solve(self, problem: LayerProblem, sparsity: Sequence[Sparsity], start: Solution | None = None) -> Solution:
+    def solve(self, problem: LayerProblem, sparsity: Sequence[Constraint], start: Solution | None = None) -> Solution:
         scores = problem.weight.abs()
         mask = project_operators(scores, problem.rows, sparsity)
         return Solution(torch.mul(problem.weight, mask, out=scores), mask)
 
-    def rows_independent(self, sparsity: Sparsity) -> bool:
-        return isinstance(sparsity, NM)
+    def rows_independent(self, sparsity: Constraint) -> bool:
+        return sparsity.rows_independent()

@@ -10,13 +10,12 @@ import torch
 from pydantic import Field, field_validator
 from torch import Tensor
 
-from ..constraints.patterns import NM, Sparsity, Unstructured
+from ..constraints import Constraint
 from ..problem import LayerProblem
 from ..runtime.numerics import fast_products, has_bf16_units
 from .base import Method, Positive, Solution, Stats, project_operators
 from .conditioning import alive_gram, damped_cholesky
 from .refit import refit_cg
-from .thresholds import GroupThreshold, SampledThreshold
 
 WATCHED = 4
 """One row of so many is watched for what an iteration changes."""
@@ -77,7 +76,7 @@ class Proximal(Method):
             raise ValueError(f"{list(value)} falls, expected the first penalty and a last one that is not below it")
         return value
 
-    def solve(self, problem: LayerProblem, sparsity: Sequence[Sparsity], start: Solution | None = None) -> Solution:
+    def solve(self, problem: LayerProblem, sparsity: Sequence[Constraint], start: Solution | None = None) -> Solution:
         gram = alive_gram(problem.gram)
         uncertain = 0.0 if problem.tokens is None else min(0.3, self.shrinkage * len(gram) / problem.tokens)
         mean = gram.diagonal().mean()
@@ -86,11 +85,11 @@ class Proximal(Method):
         mask = torch.empty_like(problem.weight, dtype=torch.bool)
         weight = torch.empty_like(problem.weight)
         # Operators of one layout (unstructured, or one group length) iterate together.
-        layouts = sorted({_group_length(pattern) for pattern in sparsity})
+        layouts = sorted({pattern.group_length for pattern in sparsity})
         starts = [sum(problem.rows[:i]) for i in range(len(problem.rows))]
         paths: list[list[Stats]] = [[] for _ in sparsity]
         for length in layouts:
-            chosen = [i for i, pattern in enumerate(sparsity) if _group_length(pattern) == length]
+            chosen = [i for i, pattern in enumerate(sparsity) if pattern.group_length == length]
             rows = torch.cat([torch.arange(starts[i], starts[i] + problem.rows[i]) for i in chosen]).to(weight.device)
             whole = len(chosen) == len(sparsity)
             dense = (problem.weight if whole else problem.weight[rows]) * scale
@@ -117,7 +116,7 @@ class Proximal(Method):
         return solution if start is None else keep_better(problem, solution, start)
 
     def _split(
-        self, dense: Tensor, drift_gradient: Tensor | None, gram: Tensor, rows: Sequence[int], sparsity: Sequence[Sparsity], length: int
+        self, dense: Tensor, drift_gradient: Tensor | None, gram: Tensor, rows: Sequence[int], sparsity: Sequence[Constraint], length: int
     ) -> tuple[Tensor, list[list[Stats]]]:
         """The last Z of operators of one layout, in scaled coordinates (m, n).
 
@@ -129,10 +128,7 @@ class Proximal(Method):
             order = torch.arange(n, device=gram.device).view(-1, length).T.reshape(-1)
             dense, gram = dense[:, order], gram[order][:, order]
             drift_gradient = None if drift_gradient is None else drift_gradient[:, order]
-        threshold = [
-            GroupThreshold(pattern) if isinstance(pattern, NM) else SampledThreshold(pattern, size, n)
-            for pattern, size in zip(sparsity, rows, strict=True)
-        ]
+        threshold = [pattern.threshold(size, n) for pattern, size in zip(sparsity, rows, strict=True)]
         resolvent = resolvents(gram, self.fast)
         growth = (self.rho[1] / self.rho[0]) ** (1 / (self.levels - 1))
         z = dense.clone()
@@ -230,7 +226,3 @@ def resolvents(gram: Tensor, fast: bool) -> Callable[[float], Tensor]:
         return product.float()
 
     return resolvent
-
-
-def _group_length(pattern: Sparsity) -> int:
-    return 1 if isinstance(pattern, Unstructured) else pattern.m

@@ -9,7 +9,7 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from ..constraints.patterns import Sparsity
+from ..constraints import Constraint
 from ..errors import FistaPrunerError
 from ..problem import LayerProblem
 from ..runtime.numerics import fast_products
@@ -41,7 +41,7 @@ class Refit(Method):
     iterations: int = Field(40, ge=1)
     damping: float = Field(0.0, ge=0.0)
 
-    def solve(self, problem: LayerProblem, sparsity: Sequence[Sparsity], start: Solution | None = None) -> Solution:
+    def solve(self, problem: LayerProblem, sparsity: Sequence[Constraint], start: Solution | None = None) -> Solution:
         if start is None:
             raise FistaPrunerError("refit needs the mask of a step before it, such as wanda+refit")
         gram = alive_gram(problem.gram)
@@ -55,7 +55,7 @@ class Refit(Method):
         stats = tuple({"damping": damping, "rows_improved": int(part.sum())} for part in better.split(problem.rows))
         return Solution(weight, start.mask, stats, tuple(warnings))
 
-    def rows_independent(self, sparsity: Sparsity) -> bool:
+    def rows_independent(self, sparsity: Constraint) -> bool:
         return self.solver == "cg"  # exact raises its damping for a batch of rows at a time
 
 

@@ -8,9 +8,8 @@ from typing import ClassVar
 
 import torch
 from pydantic import Field
-from torch import Tensor
 
-from ..constraints.patterns import NM, Sparsity, Unstructured, keep_largest, keep_n_of_m
+from ..constraints import Constraint
 from ..problem import LayerProblem
 from .base import Method, Solution
 from .conditioning import alive_gram, damped_cholesky, dead_inputs
@@ -38,7 +37,7 @@ class SparseGPT(Method):
     damping: float = Field(0.01, ge=0.0)
     block: int = Field(128, ge=1)
 
-    def solve(self, problem: LayerProblem, sparsity: Sequence[Sparsity], start: Solution | None = None) -> Solution:
+    def solve(self, problem: LayerProblem, sparsity: Sequence[Constraint], start: Solution | None = None) -> Solution:
         gram = alive_gram(problem.gram)
         # Reversed order: flip(H) = L L^T gives H = R R^T with R = flip(L) upper, so H^-1 = U^T U for U = R^-1.
         factor, damping, warnings = damped_cholesky(gram.flip(0, 1), self.damping, problem.label)
@@ -53,24 +52,23 @@ class SparseGPT(Method):
         keep = torch.ones_like(columns, dtype=torch.bool)
         starts = [sum(problem.rows[:i]) for i in range(len(problem.rows))]
         # Group lengths of all operators must fall on the boundaries of blocks and of the panels inside them.
-        unit = math.lcm(*(pattern.m for pattern in sparsity if isinstance(pattern, NM)))
+        unit = math.lcm(*(pattern.group_length for pattern in sparsity))
         panel = unit * max(1, 16 // unit)
         width = unit * max(1, self.block // unit)
+        # Masks are chosen group by group where there are groups, else once for the whole block.
+        spans = [pattern.group_length if pattern.group_length > 1 else width for pattern in sparsity]
         inverse_diagonal = upper.diagonal().reciprocal()
         for begin in range(0, len(columns), width):
             end = min(begin + width, len(columns))
-            for first, size, pattern in zip(starts, problem.rows, sparsity, strict=True):
-                if isinstance(pattern, Unstructured):
-                    scores = (columns[begin:end, first : first + size] * inverse_diagonal[begin:end, None]).square()
-                    zeros = pattern.zeros(size, end) - pattern.zeros(size, begin)
-                    keep[begin:end, first : first + size] = keep_largest(scores, scores.numel() - zeros)
             errors = torch.empty_like(columns[begin:end])
             for left in range(begin, end, panel):
                 right = min(left + panel, end)
                 for j in range(left, right):
-                    for first, size, pattern in zip(starts, problem.rows, sparsity, strict=True):
-                        if isinstance(pattern, NM) and j % pattern.m == 0:
-                            _choose_group(columns, keep, inverse_diagonal, j, first, size, pattern)
+                    for first, size, pattern, span in zip(starts, problem.rows, sparsity, spans, strict=True):
+                        if j % span == 0:
+                            chosen = slice(j, min(j + span, len(columns))), slice(first, first + size)
+                            scores = (columns[chosen] * inverse_diagonal[chosen[0], None]).square()
+                            keep[chosen] = pattern.project_columns(scores.T, j).T
                     error = columns[j].masked_fill(keep[j], 0.0) * inverse_diagonal[j]
                     columns[j].masked_fill_(~keep[j], 0.0)
                     errors[j - begin] = error
@@ -82,10 +80,3 @@ class SparseGPT(Method):
                 columns[end:].addmm_(upper[begin:end, end:].T, errors, alpha=-1.0)
         stats = tuple({"damping": damping} for _ in problem.rows)
         return Solution(columns.T.contiguous(), keep.T.contiguous(), stats, tuple(warnings))
-
-
-def _choose_group(columns: Tensor, keep: Tensor, inverse_diagonal: Tensor, j: int, first: int, size: int, pattern: NM) -> None:
-    """Set the mask of the n:m groups of columns j .. j + m of one operator."""
-    group = slice(j, j + pattern.m)
-    scores = (columns[group, first : first + size] * inverse_diagonal[group, None]).square()
-    keep[group, first : first + size] = keep_n_of_m(scores.T, pattern.n, pattern.m).T

@@ -9,7 +9,7 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from ..constraints.patterns import NM, Sparsity
+from ..constraints import Constraint
 from ..errors import FistaPrunerError
 from ..problem import LayerProblem
 from .base import Method, Solution
@@ -45,7 +45,7 @@ class Swap(Method):
     candidates: int = Field(32, ge=1)
     damping: float = Field(1e-4, ge=0.0)
 
-    def solve(self, problem: LayerProblem, sparsity: Sequence[Sparsity], start: Solution | None = None) -> Solution:
+    def solve(self, problem: LayerProblem, sparsity: Sequence[Constraint], start: Solution | None = None) -> Solution:
         if start is None:
             raise FistaPrunerError("swap needs the mask of a step before it, such as alps+swap")
         gram = alive_gram(problem.gram)
@@ -73,21 +73,22 @@ class Swap(Method):
         mask = torch.where(better[:, None], mask, start.mask)
         return Solution(weight, mask, tuple({"swaps": count} for count in counts), tuple(dict.fromkeys(warnings + more)))
 
-    def _exchange(self, problem: LayerProblem, gram: Tensor, mask: Tensor, weight: Tensor, pattern: Sparsity) -> tuple[Tensor, Tensor]:
+    def _exchange(self, problem: LayerProblem, gram: Tensor, mask: Tensor, weight: Tensor, pattern: Constraint) -> tuple[Tensor, Tensor]:
         """The mask of a batch of rows after its swaps, and how many swaps each row took."""
         n = problem.shape[1]
         table, border = _sweep_support(problem, gram, mask, weight)
         mask = mask.clone()
         every = torch.arange(len(mask), device=mask.device)
         count = torch.zeros(len(mask), dtype=torch.long, device=mask.device)
+        length = pattern.group_length
         for _ in range(self.swaps):
             diagonal = table.diagonal(dim1=1, dim2=2)
             magnitude = diagonal.abs().clamp_min(torch.finfo(table.dtype).tiny)
             saliency = border.square() / magnitude  # cost of dropping a kept weight, gain of adding a dropped one
-            if isinstance(pattern, NM):
+            if pattern.exchanges == "group":
                 drop = torch.arange(n, device=mask.device).expand(len(mask), n)
-                group = torch.arange(n, device=mask.device).view(-1, pattern.m).repeat_interleave(pattern.m, 0)
-                add = group.expand(len(mask), n, pattern.m)
+                group = torch.arange(n, device=mask.device).view(-1, length).repeat_interleave(length, 0)
+                add = group.expand(len(mask), n, length)
             else:
                 size = min(self.candidates, n)
                 drop = torch.where(mask, saliency, torch.inf).topk(size, largest=False).indices

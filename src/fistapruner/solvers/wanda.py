@@ -7,7 +7,7 @@ from typing import ClassVar
 
 import torch
 
-from ..constraints.patterns import Sparsity
+from ..constraints import Constraint
 from ..problem import LayerProblem
 from .base import Method, Solution, project_operators
 
@@ -19,10 +19,10 @@ class Wanda(Method):
     summary: ClassVar[str] = "magnitude times input norm, row by row; no weight update"
     reference: ClassVar[str] = "Sun et al. 2023, arXiv 2306.11695"
 
-    def solve(self, problem: LayerProblem, sparsity: Sequence[Sparsity], start: Solution | None = None) -> Solution:
+    def solve(self, problem: LayerProblem, sparsity: Sequence[Constraint], start: Solution | None = None) -> Solution:
         scores = problem.weight.abs().mul_(problem.gram.diagonal().clamp_min(0).sqrt())
         mask = project_operators(scores, problem.rows, sparsity, scope="row")
         return Solution(torch.mul(problem.weight, mask, out=scores), mask)
 
-    def rows_independent(self, sparsity: Sparsity) -> bool:
-        return True
+    def rows_independent(self, sparsity: Constraint) -> bool:
+        return sparsity.rows_independent("row")

@@ -20,7 +20,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..constraints.patterns import NM
+from ..constraints import NM
 from ..errors import FistaPrunerError
 from ..models.files.safetensors import DTYPES, NAMES, TensorEntry
 from .packed import FLOATS, PackedOperator, group_sums, padded_values, row_starts

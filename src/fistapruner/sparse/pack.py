@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..constraints.patterns import NM, parse_sparsity, satisfies
+from ..constraints import NM, parse_sparsity
 from ..errors import FistaPrunerError
 from ..models.files.checkpoint import PACKED_RECORD, PRUNING_RECORD, SINGLE, Checkpoint, WeightFile, inside, read_json
 from ..models.files.folder import checkpoint_folder, copy_companions, write_index
@@ -227,7 +227,7 @@ def choose_layout(weight: Tensor, hint: NM | None = None) -> NM | None:
             continue
         groups = rows * columns // pattern.m
         bits = groups * (pattern.n * size + index_bits(pattern))
-        if bits < best_bits and satisfies(weight, pattern):
+        if bits < best_bits and pattern.satisfies(weight):
             best, best_bits = pattern, bits
     return best
 
@@ -281,7 +281,7 @@ def _hint(known: Mapping[str, Any] | None) -> NM | None:
         pattern = parse_sparsity(str(known["sparsity"])) if known and "sparsity" in known else None
     except FistaPrunerError:
         return None
-    return pattern if isinstance(pattern, NM) else None
+    return None if pattern is None else pattern.nm
 
 
 def _report(source: Checkpoint, plan: dict[str, _Planned]) -> PackReport:

@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..constraints.patterns import NM
+from ..constraints import NM
 from ..errors import FistaPrunerError
 
 PADDING = 64

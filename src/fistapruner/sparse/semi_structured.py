@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from ..constraints.patterns import NM, satisfies
+from ..constraints import NM
 from ..errors import FistaPrunerError
 
 MARGIN = 1.05
@@ -136,7 +136,7 @@ def _check_devices(operators: dict[str, nn.Linear]) -> None:
 def _unfit(weight: Tensor) -> str:
     if weight.dtype not in (torch.float16, torch.bfloat16):
         return f"its dtype is {weight.dtype}, sparse tensor cores take float16 and bfloat16"
-    if not satisfies(weight, NM(2, 4)):
+    if not NM(2, 4).satisfies(weight):
         return "it is not 2:4"
     return ""
 

@@ -1,14 +1,51 @@
-"""Fast hard thresholds for use inside iterations; the exact projection is in :mod:`fistapruner.constraints.patterns`."""
+"""Fast hard thresholds for use inside iterations, where a projection need not be exact."""
 
 from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
-from ..constraints.patterns import NM, Unstructured
-
 SAMPLE = 1 << 13
+"""Values from which the threshold of an operator is estimated."""
+
 BLOCK = 1 << 17
+"""Values compared at once on a CPU: they stay in its cache."""
+
+
+class Threshold(Protocol):
+    """What iterations call in place of a projection."""
+
+    def __call__(self, values: Tensor, out: Tensor, *, correct: bool) -> None:
+        """Write the kept ``values`` (rows, columns, contiguous) to ``out`` of the same shape, zero elsewhere.
+
+        Args:
+            values: columns in strided order (:meth:`~fistapruner.constraints.base.Constraint.threshold`).
+            out: the same shape.
+            correct: spend more time now on an exact number of kept values in the next calls.
+        """
+
+
+class ProjectedThreshold:
+    """Keep exactly what a constraint's projection of the magnitudes keeps: right for any constraint, and slow.
+
+    Args:
+        project: scores (rows, columns) to the mask to keep.
+        group_length: of the constraint; columns arrive in strided order.
+    """
+
+    def __init__(self, project: Callable[[Tensor], Tensor], group_length: int) -> None:
+        self.project = project
+        self.group_length = group_length
+
+    def __call__(self, values: Tensor, out: Tensor, *, correct: bool) -> None:
+        size = values.abs()
+        groups = size.view(len(size), self.group_length, -1).transpose(1, 2)
+        mask = self.project(groups.reshape(size.shape))
+        strided = mask.view(groups.shape).transpose(1, 2).reshape(size.shape)
+        torch.mul(values, strided, out=out)
 
 
 class SampledThreshold:
@@ -18,13 +55,13 @@ class SampledThreshold:
     nothing. The sample's bias is measured now and then on all values and taken out of the wanted quantile.
 
     Args:
-        pattern: sparsity of the operator.
-        rows, columns: its shape.
+        zeros: values that become zero.
+        rows, columns: shape of the operator.
     """
 
-    def __init__(self, pattern: Unstructured, rows: int, columns: int) -> None:
+    def __init__(self, zeros: int, rows: int, columns: int) -> None:
         self.total = rows * columns
-        self.wanted = self.total - pattern.zeros(rows, columns)
+        self.wanted = self.total - zeros
         self.stride = max(1, self.total // SAMPLE)
         while self.stride > 1 and (columns % self.stride == 0 or self.stride % 2 == 0):
             self.stride += 1  # a stride that divides the columns would see a few inputs only
@@ -58,12 +95,13 @@ class GroupThreshold:
     sort) sorts without gathering.
 
     Args:
-        pattern: the n:m pattern.
+        n: values kept of every group.
+        m: group length.
     """
 
-    def __init__(self, pattern: NM) -> None:
-        self.pattern = pattern
-        self.network = _odd_even_merge_sort(pattern.m)
+    def __init__(self, n: int, m: int) -> None:
+        self.n, self.m = n, m
+        self.network = _odd_even_merge_sort(m)
 
     def __call__(self, values: Tensor, out: Tensor, *, correct: bool) -> None:
         """Write ``values`` (rows, columns) to ``out``, zero where they are not among the n largest of their group."""
@@ -73,7 +111,7 @@ class GroupThreshold:
             self._keep(part, kept)
 
     def _keep(self, values: Tensor, out: Tensor) -> None:
-        n, m = self.pattern.n, self.pattern.m
+        n, m = self.n, self.m
         size = values.abs()
         slices = list(size.view(len(size), m, -1).unbind(1))
         for low, high in self.network:

@@ -1,0 +1,75 @@
+"""n:m sparsity: at most n of every m consecutive inputs of a row are kept (2:4 runs on sparse tensor cores)."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from typing import ClassVar, Literal, Self
+
+from torch import Tensor
+
+from ..errors import FistaPrunerError
+from .base import Constraint, Scope
+from .selection import keep_n_of_m
+from .thresholds import GroupThreshold, Threshold
+
+
+@dataclass(frozen=True)
+class NM(Constraint):
+    """Keep the ``n`` best of every ``m`` consecutive inputs of a row: ``NM(2, 4)`` is 2:4.
+
+    Args:
+        n: weights kept in every group, 1 <= n < m.
+        m: group length along the inputs.
+    """
+
+    n: int
+    m: int
+
+    forms: ClassVar[tuple[str, ...]] = ("a pattern (2:4)",)
+    exchanges: ClassVar[Literal["row", "group"] | None] = "group"
+
+    def __post_init__(self) -> None:
+        if not (isinstance(self.n, int) and isinstance(self.m, int) and 1 <= self.n < self.m):
+            raise FistaPrunerError(f"pattern {self.n}:{self.m} is not n:m with 1 <= n < m, such as 2:4 or 4:8")
+
+    @classmethod
+    def parse(cls, text: str) -> Self | None:
+        match = re.fullmatch(r"(\d+)\s*:\s*(\d+)", text)
+        return cls(int(match[1]), int(match[2])) if match else None
+
+    def __str__(self) -> str:
+        return f"{self.n}:{self.m}"
+
+    @property
+    def fraction(self) -> float:
+        """Share of zeros, ``1 - n/m``."""
+        return 1.0 - self.n / self.m
+
+    def zeros(self, rows: int, columns: int) -> int:
+        return rows * columns // self.m * (self.m - self.n)
+
+    def project(self, scores: Tensor, scope: Scope = "operator") -> Tensor:
+        self.check(scores.shape[1])
+        return keep_n_of_m(scores, self.n, self.m)
+
+    def satisfies(self, weight: Tensor) -> bool:
+        rows, columns = weight.shape
+        if columns % self.m:
+            return False
+        return bool(((weight.reshape(rows, -1, self.m) != 0).sum(-1) <= self.n).all())
+
+    @property
+    def group_length(self) -> int:
+        """Inputs of a group, ``m``."""
+        return self.m
+
+    @property
+    def nm(self) -> NM:
+        return self
+
+    def rows_independent(self, scope: Scope = "operator") -> bool:
+        return True
+
+    def threshold(self, rows: int, columns: int) -> Threshold:
+        return GroupThreshold(self.n, self.m)

@@ -1,0 +1,93 @@
+"""Exact selection of the largest scores, of all of them or in groups; ties are broken by position, NaN is smallest."""
+
+from __future__ import annotations
+
+import math
+import struct
+
+import torch
+from torch import Tensor
+
+from ..runtime.numerics import row_blocks
+
+
+def keep_largest(scores: Tensor, count: int) -> Tensor:
+    """Mask of exactly ``count`` largest entries of ``scores`` (any shape), ties broken by position.
+
+    NaN scores count as the smallest.
+    """
+    flat = scores.flatten()
+    total = flat.numel()
+    if count <= 0:
+        return torch.zeros_like(scores, dtype=torch.bool)
+    if count >= total:
+        return torch.ones_like(scores, dtype=torch.bool)
+    # The count-th largest value, then every entry above it, then as many ties as are still missing, first come first kept.
+    if flat.device.type != "cpu":  # no answer from the device is waited for
+        flat = torch.nan_to_num(flat, nan=-math.inf)
+        threshold = torch.topk(flat, count, sorted=False).values.min()
+        mask = flat > threshold
+        tied = flat == threshold
+        mask |= tied & (tied.cumsum(0) <= count - mask.sum())
+        return mask.view_as(scores)
+    if bool(flat.sum().isnan()):
+        flat = torch.nan_to_num(flat, nan=-math.inf)
+    threshold = _kth_largest(flat, count)
+    mask = flat > threshold
+    missing = count - int(torch.count_nonzero(mask))
+    for block in row_blocks(total):
+        if missing:
+            ties = (flat[block] == threshold).nonzero()[:missing, 0]
+            mask[block][ties] = True
+            missing -= len(ties)
+    return mask.view_as(scores)
+
+
+def _kth_largest(flat: Tensor, count: int) -> Tensor:
+    """The ``count``-th largest of a 1-D tensor on the CPU, 0-dim.
+
+    Selection is slow for millions of values and copies them. A sorted sample brackets the answer closely, and only the
+    values inside the bracket are searched; where the bracket misses (many ties, a periodic pattern) bisection finds it.
+    """
+    total = flat.numel()
+    if total < 1 << 17 or flat.dtype == torch.float64:
+        return torch.topk(flat, count, sorted=False).values.min()
+    sample = flat[:: total // 8192 | 1].sort(descending=True).values
+    place, margin = count * len(sample) // total, len(sample) // 50
+    high = sample[max(place - margin, 0)]
+    low = sample[min(place + margin, len(sample) - 1)]
+    above, inside = 0, []
+    for rows in row_blocks(total):
+        block = flat[rows]
+        above += int(torch.count_nonzero(block > high))
+        inside.append(block[(block > low) & (block <= high)])
+    near = torch.cat(inside)
+    if above < count <= above + len(near):
+        return torch.kthvalue(near, len(near) - (count - above) + 1).values
+    return bisect_kth_largest(flat, count)
+
+
+def bisect_kth_largest(flat: Tensor, count: int) -> Tensor:
+    """The same by bisection over all fp32 numbers, which are as many integers in the same order: no copy, 32 passes."""
+
+    def number(key: int) -> float:
+        return float(struct.unpack("<f", struct.pack("<i", key if key >= 0 else key ^ 0x7FFFFFFF))[0])
+
+    low, high = -0x7F800001, 0x7F800000  # of minus and plus infinity
+    while low < high:  # the smallest number that fewer than count values exceed
+        middle = (low + high) // 2
+        if sum(int(torch.count_nonzero(flat[rows].float() > number(middle))) for rows in row_blocks(len(flat))) < count:
+            high = middle
+        else:
+            low = middle + 1
+    return torch.tensor(number(low), dtype=flat.dtype)
+
+
+def keep_n_of_m(scores: Tensor, n: int, m: int) -> Tensor:
+    """Mask of the ``n`` largest of every ``m`` consecutive entries of each row of ``scores`` (rows x columns)."""
+    mask = torch.zeros_like(scores, dtype=torch.bool, memory_format=torch.contiguous_format)
+    for rows in row_blocks(len(scores)):
+        groups = torch.nan_to_num(scores[rows], nan=-math.inf).reshape(-1, m)
+        order = torch.sort(groups, dim=-1, descending=True, stable=True).indices
+        mask[rows].view(-1, m).scatter_(-1, order[:, :n], True)
+    return mask
