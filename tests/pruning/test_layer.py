@@ -24,6 +24,7 @@ from fistapruner.pipeline.prune import prune
 from fistapruner.problem import LayerProblem, ProblemSums
 from fistapruner.pruning.drift import dense_windows, drift_sources
 from fistapruner.pruning.layer import LayerStreams, prune_layer
+from fistapruner.runs.directory import RunDirectory
 from fistapruner.runs.listener import Listener
 from fistapruner.runs.records import LayerEntry
 
@@ -177,6 +178,32 @@ def test_streaming_equals_in_memory_bit_for_bit(
     assert {name.removeprefix("transformer.") for name in streamed} == {name.removeprefix("transformer.") for name in expected}
     for name, tensor in expected.items():
         assert torch.equal(streamed[name if name in streamed else name.removeprefix("transformer.")], tensor), name
+
+
+@pytest.mark.parametrize("method", ["wanda", "sparsegpt", "alps", "admm"])
+def test_without_error_correction_all_operators_see_the_unpruned_layer_behind_pruned_ones(tmp_path: Path, method: str) -> None:
+    """As the programs of the published methods: one pass of the layer before any of its operators is pruned."""
+    folder, seen = tiny.save("llama", tmp_path / "model"), {}
+    prune(
+        str(folder),
+        tmp_path / "run",
+        method=method,
+        error_correction=False,
+        calibration={"source": "python", "samples": SAMPLES, "seqlen": SEQLEN},
+        inspect=lambda layer, group, problem: seen.__setitem__((layer, group), problem),
+    )
+    tokens = RunDirectory(tmp_path / "run").tokens()
+    dense, pruned = (AutoModelForCausalLM.from_pretrained(path).eval() for path in (folder, tmp_path / "run" / "model"))
+    dense.model.layers[0].load_state_dict(pruned.model.layers[0].state_dict())
+    inputs: dict[str, Tensor] = {}
+    for name in ("self_attn.q_proj", "self_attn.o_proj", "mlp.up_proj", "mlp.down_proj"):
+        operator = dense.model.layers[1].get_submodule(name)
+        operator.register_forward_pre_hook(lambda _, args, name=name: inputs.__setitem__(name, args[0].flatten(0, 1)))
+    with torch.no_grad():
+        dense(tokens)
+    for group, x in enumerate(inputs.values()):
+        torch.testing.assert_close(seen[1, group].gram, x.T @ x / len(x), rtol=1e-3, atol=1e-4)
+        assert seen[1, group].drift_gradient is None
 
 
 def test_an_interrupted_run_whose_dense_model_sees_some_of_the_windows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -11,6 +11,7 @@ import torch
 
 import tiny
 from fistapruner import FistaPrunerError, LayerProblem, Recipe, prune, solve
+from fistapruner.cli import main
 from fistapruner.constraints import NM
 from fistapruner.recipes.settings import load_recipe_settings, merge, parse_bytes, parse_value
 from fistapruner.solvers.fista import Fista
@@ -76,6 +77,15 @@ def test_a_run_writes_out_the_penalty_and_warm_start_of_its_preset(tmp_path: Pat
     assert started == {FISTA_PRESETS[preset][family][1]}
     rmtree(model)  # what was chosen stands in the run
     assert prune(str(model), run, recipe=Recipe.build(settings)).recipe == report.recipe
+
+
+def test_error_correction_is_a_flag_of_the_command_line(tmp_path: Path) -> None:
+    command = ["prune", str(tiny.save("llama", tmp_path / "model")), "--calibration", "python", "--samples", "2", "--seqlen", "16"]
+    command += ["--method", "wanda", "--evaluate", "none", "--quiet", "--out"]
+    for flags, expected in (([], True), (["--error-correction"], True), (["--no-error-correction"], False)):
+        run = tmp_path / f"run{len(flags)}{expected}"
+        assert main([*command, str(run), *flags]) == 0
+        assert Recipe.from_yaml((run / "recipe.yaml").read_text()).error_correction == expected
 
 
 def test_a_warm_start_by_family_needs_a_model() -> None:

@@ -2,7 +2,7 @@
 
 All methods see the same calibration windows and are measured on the same text. METHODS are chains as in --method, or names
 of recipes, separated by commas; settings of one method stand after an @ and may be several. A published method without
-settings runs as it was published:
+settings has the hidden states and targets that it was published with; the recipe paper is FISTAPruner to the letter:
 
   fistapruner compare smollm2 --methods magnitude,wanda,sparsegpt --sparsity 50%,2:4 --out compared
   fistapruner compare smollm2 --methods alps,proximal@residual=none,match=64,best --sparsity 70% --seeds 0,1,2 --out deciding

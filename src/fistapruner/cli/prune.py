@@ -74,6 +74,12 @@ def add_recipe_arguments(parser: argparse.ArgumentParser, *, single: bool = True
         choices=("auto", "none", "correct"),
         help="let operators take back the drift of the hidden states they add to (default: auto, as the method)",
     )
+    group.add_argument(
+        "--error-correction",
+        action=argparse.BooleanOptionalAction,
+        help="inside a decoder layer, prune each operator on the inputs that the pruned ones before it leave (default), or all "
+        "on those of the unpruned layer, as the programs of Wanda, SparseGPT, ALPS and ADMM do",
+    )
     group.add_argument("--targets", action="append", metavar="NAME|re:...", help="operators to prune (repeatable; default: all)")
     group.add_argument("--ignore", action="append", metavar="NAME|re:...", help="operators to leave dense (repeatable)")
     group.add_argument(
@@ -137,6 +143,7 @@ def recipe_settings(arguments: argparse.Namespace) -> dict[str, Any]:
             "propagate": arguments.propagate,
             "target": target,
             "residual": arguments.residual,
+            "error_correction": arguments.error_correction,
             "targets": arguments.targets,
             "ignore": arguments.ignore,
             "allocation": allocation,

@@ -122,7 +122,9 @@ class Recipe(Settings):
             model's; it needs ``error_correction`` and a target above 0. ``none`` does not; ``auto`` is ``correct`` for this
             project's own method and ``none`` for published ones.
         error_correction: inside a decoder layer, recompute each operator's inputs with the operators before it already
-            pruned (FISTAPruner's intra-layer error correction). False prunes all operators on dense inputs.
+            pruned (FISTAPruner's intra-layer error correction). False gathers the Grams of all operators in one pass of the
+            unpruned layer, as the programs of Wanda, SparseGPT, ALPS and ADMM do; layers before it are pruned or not, as
+            ``propagate`` says.
         targets: operators to prune, by name or ``re:`` pattern; default is every linear operator of the decoder layers.
         ignore: operators to leave dense, by name or ``re:`` pattern.
         allocation: how the sparsity is spread: ``uniform``, ``owl``, ``error``, a mapping of patterns to sparsities, or ``auto``:

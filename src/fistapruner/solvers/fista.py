@@ -25,7 +25,10 @@ PUBLISHED_START, PUBLISHED_INTERVAL, PUBLISHED_WIDTH = 1e-5, (0.0, 1e6), 1e-6
 
 
 class Fista(Method):
-    """FISTAPruner as published (arXiv 2408.03728): ``min_V f(V)/2 + lambda ||V||_1``, rounded, with an adaptive lambda.
+    """FISTAPruner (arXiv 2408.03728): ``min_V f(V)/2 + lambda ||V||_1``, rounded, with an adaptive lambda.
+
+    Two defaults differ from the paper; the recipe ``paper`` sets both as published:
+    (1) lambda is relative to ``max |B|`` (``penalty``). (2) The warm start is SparseGPT for every model (``warm_start``).
 
     Each round runs FISTA from the best rounded weights so far, rounds by magnitude to the exact pattern, and keeps the
     result if ``E_total = sqrt f(rounded)`` fell. With ``E_fista = sqrt f(V)`` and ``E_round = E_total - E_fista``, lambda
@@ -52,7 +55,7 @@ class Fista(Method):
     """
 
     name: ClassVar[str] = "fista"
-    summary: ClassVar[str] = "FISTAPruner as published: l1 by FISTA, rounding, adaptive lambda"
+    summary: ClassVar[str] = "FISTAPruner: l1 by FISTA, rounding, adaptive lambda (to the letter of the paper: --recipe paper)"
     reference: ClassVar[str] = "Zhao et al. 2024, arXiv 2408.03728"
     propagate: ClassVar[Literal["dense", "pruned"]] = "dense"
     target: ClassVar[float] = 1.0
