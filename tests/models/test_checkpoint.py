@@ -104,7 +104,7 @@ def test_index_cannot_leave_the_folder(sharded: Path, single: Path, name: str) -
         Checkpoint.open(sharded)
 
 
-def test_links_out_of_the_folder_are_refused_but_not_the_hub_cache(single: Path, tmp_path: Path) -> None:
+def test_links_out_of_the_folder_are_refused_but_not_the_hub_cache(single: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     snapshot = tmp_path / "models--a--b" / "snapshots" / "1234"
     snapshot.mkdir(parents=True)
     blobs = tmp_path / "models--a--b" / "blobs"
@@ -112,7 +112,10 @@ def test_links_out_of_the_folder_are_refused_but_not_the_hub_cache(single: Path,
     for name in ("config.json", "model.safetensors"):
         os.rename(single / name, blobs / name)
         (snapshot / name).symlink_to(f"../../blobs/{name}")
-    assert Checkpoint.open(snapshot).names()
+    (tmp_path / "link").symlink_to(snapshot)
+    monkeypatch.chdir(snapshot)
+    for name in (snapshot, Path("."), Path("../1234"), tmp_path / "link"):
+        assert Checkpoint.open(name).names()
     for name in ("config.json", "model.safetensors"):
         (single / name).symlink_to(blobs / name)
     with pytest.raises(FistaPrunerError, match="link out of its folder"):

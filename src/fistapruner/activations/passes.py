@@ -143,7 +143,7 @@ def run_layer(
                 stack.enter_context(enter(lambda: (start, stop)))
             for start, stop in calls.batches(inputs.samples):
                 with clock.phase("io"):
-                    hidden = inputs.read(start, stop).to(model.device)
+                    hidden = inputs.read(start, stop, model.device)
                 with clock.phase("capture"), torch.no_grad():
                     try:
                         out = model.run(index, hidden, calls.by_size[stop - start][index])

@@ -167,7 +167,7 @@ class Replay:
 
     def _giving(self, name: str, batch: Callable[[], tuple[int, int]]) -> Callable[..., Any]:
         def give(*_: object, **__: object) -> Any:
-            value = self._kept[name].read(*batch()).to(self._device, copy=True)  # the layer may work on it in place
+            value = self._kept[name].read(*batch(), self._device)
             others = self._others[name]
             return value if others is None else (value, *(None for _ in range(others)))
 

@@ -16,6 +16,8 @@ from torch import Tensor
 from ..errors import FistaPrunerError
 from ..runtime.files import disk_errors, write_all
 
+CPU = torch.device("cpu")
+
 
 class HiddenStates:
     """(samples, seqlen, width) activations.
@@ -42,10 +44,20 @@ class HiddenStates:
         """Size in bytes."""
         return self.samples * self._window
 
-    def read(self, start: int, stop: int) -> Tensor:
-        """Windows ``start`` to ``stop``: (stop - start, seqlen, width), on the CPU."""
+    def read(self, start: int, stop: int, device: torch.device = CPU, dtype: torch.dtype | None = None) -> Tensor:
+        """Copy windows ``start`` to ``stop`` into fresh memory, which decoder layers may overwrite.
+
+        Args:
+            start: first window.
+            stop: window after the last one.
+            device: where the copy goes.
+            dtype: of the copy; None is that of the activations.
+
+        Returns:
+            (stop - start, seqlen, width).
+        """
         if self._memory is not None:
-            return self._memory[start:stop]
+            return self._memory[start:stop].to(device, dtype or self.dtype, copy=True)
         out = torch.empty(stop - start, self.seqlen, self.width, dtype=self.dtype)
         view = memoryview(out.view(torch.uint8).numpy().data).cast("B")
         done = 0
@@ -54,7 +66,7 @@ class HiddenStates:
             if count <= 0:
                 raise FistaPrunerError(f"{self.file}: hidden states end early at window {start}; remove the file and resume")
             done += count
-        return out
+        return out.to(device, dtype or self.dtype)
 
     def write(self, start: int, values: Tensor) -> None:
         """Store windows from ``start`` on: (count, seqlen, width)."""

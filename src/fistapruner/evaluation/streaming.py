@@ -51,10 +51,10 @@ def last_hidden(model: LayerwiseModel, tokens: Tensor, passes: Passes, what: str
     """
     windows, seqlen = tokens.shape
     batches = [(start, min(start + size, windows)) for size in [passes.batch(seqlen, model.device)] for start in range(0, windows, size)]
+    model.check(compare=True)
     hidden = torch.empty(windows, seqlen, model.width, dtype=model.dtype)
     with torch.no_grad():
         with model.embeddings_and_head(head=False):
-            model.check_calls()
             calls: dict[int, list[Call]] = {}
             for start, stop in batches:
                 first, arguments = model.embed(tokens[start:stop])

@@ -73,7 +73,7 @@ def find_links(model: LayerwiseModel, layout: Layout) -> tuple[tuple[Link, ...],
         if signature not in known:
             with model.layer(index) as module, torch.no_grad():
                 heads = _head_sizes(model.config.get_text_config())
-                known[signature] = _watch(module, heads, lambda i=index: model.run(i, hidden, calls[i]))  # type: ignore[misc]
+                known[signature] = _watch(module, heads, lambda i=index: model.run(i, hidden.clone(), calls[i]))  # type: ignore[misc]
         pruned = {operator.name for group in layout.layers[index] for operator in group}
         found.append(tuple(link for link in known[signature] if link.consumer.name in pruned))
     return tuple(found)

@@ -71,6 +71,10 @@ ALIKE = 1e-3
 """Squared difference of two outputs, as a share of their energy, that summation in another order explains at any precision."""
 
 
+UNUSED = {"expert": " (a mixture of experts)", "cross": " (cross-attention)", "encoder_attn": " (cross-attention)"}
+"""Why an operator does not run once in a forward pass over text, by what its name contains."""
+
+
 @dataclass(frozen=True)
 class Layout:
     """The prunable operators of every decoder layer of a model.
@@ -139,9 +143,8 @@ def discover(model: LayerwiseModel) -> Layout:
         FistaPrunerError: operators that a forward pass does not use exactly once.
     """
     tokens = torch.arange(16).remainder(int(model.config.get_text_config().vocab_size)).unsqueeze(0)
-    model.learn_return_type(tokens)
+    model.check()
     with model.embeddings_and_head(head=False):
-        model.check_calls()
         hidden, calls = model.embed(tokens)
     known: dict[tuple[tuple[str, tuple[int, ...]], ...], tuple[tuple[Group, ...], tuple[str, ...], Mapping[str, OutputProjection]]] = {}
     found = []
@@ -199,19 +202,20 @@ def _watch(
         ]
         try:
             with torch.no_grad():
-                out = model.run(index, hidden, call)
+                out = model.run(index, hidden.clone(), call)
         finally:
             for handle in handles:
                 handle.remove()
         if len({name for name, _ in seen}) == len(seen):
-            writers = _residual_writers(layer, hidden, answers, out, lambda: model.run(index, hidden, call))
+            writers = _residual_writers(layer, hidden, answers, out, lambda: model.run(index, hidden.clone(), call))
     fired = [name for name, _ in seen]
     prefix = f"{model.layers_name}.{index}"
     for name, _ in operators:
         if fired.count(name) != 1:
+            cause = next((cause for part, cause in UNUSED.items() if part in name.lower()), "")
             raise FistaPrunerError(
-                f"{prefix}.{name} ran {fired.count(name)} times in one forward pass of {type(model.model).__name__} "
-                f"(mixture of experts?): this architecture is not supported"
+                f"{prefix}.{name} ran {fired.count(name)} times in one forward pass of {type(model.model).__name__}{cause}, "
+                "and not once: this architecture is not supported"
             )
     modules = dict(operators)
     groups: list[tuple[Tensor, list[Operator]]] = []

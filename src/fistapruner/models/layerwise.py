@@ -5,12 +5,16 @@ are needed and freed after. Two things make this work for architectures nobody l
 run with every decoder layer's ``forward`` replaced by a recorder, which gives the input of the first layer and the exact
 arguments every layer would be called with; and with a recorder that returns given hidden states, which gives the model's
 own final norm and head.
+
+That is right only where a decoder layer is given what the one before it returned, and nothing else happens between them.
+:meth:`Skeleton.check` makes sure of it: it compares the logits of one short window with those of the model's own forward pass.
 """
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,7 +22,7 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import FistaPrunerError
-from ..runtime.numerics import pass_dtype
+from ..runtime.numerics import dtype_name, pass_dtype
 from .files.checkpoint import Checkpoint
 from .names import stored_names
 
@@ -27,6 +31,17 @@ Call = tuple[tuple[Any, ...], dict[str, Any]]
 
 Tick = Callable[[str, int, int], None]
 """Told of a pass through all decoder layers: (what, steps done, steps in all)."""
+
+
+WEIGHT_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+"""How weights may be stored."""
+
+CHECK_TOKENS = 16
+"""Tokens in the window on which the logits are compared with those of the model's own forward pass."""
+
+
+_COMPARED: set[str] = set()
+"""Architectures whose logits were compared in this process."""
 
 
 @dataclass
@@ -57,8 +72,9 @@ class LayerwiseModel:
         self.model = _build(checkpoint, trust_remote_code).eval()
         self.config = self.model.config
         self.layers_name, self.layers = _find_layers(self.model)
-        self._refuse_experts()
-        self._returns_tuple = False
+        self._refuse_tensors()
+        self._returned: Callable[[Tensor], Any] = lambda hidden: hidden  # what a layer returns that answers these hidden states
+        self._checked = False
         self._sources = self._map_names()
         for module in self.model.modules():
             for key, buffer in module._buffers.items():
@@ -127,53 +143,63 @@ class LayerwiseModel:
                 output.weight = nn.Parameter(output.weight.to("meta"), requires_grad=False)
 
     def embed(self, tokens: Tensor) -> tuple[Tensor, list[Call]]:
-        """Input of the first decoder layer, and how every decoder layer is called. Needs :meth:`embeddings_and_head`.
+        """Input of the first decoder layer, and how every decoder layer is called.
+
+        Needs :meth:`embeddings_and_head`, and :meth:`check` before it.
 
         Args:
             tokens: (batch, seqlen) token ids.
 
         Returns:
             (batch, seqlen, width) hidden states and one :data:`Call` for each layer.
-        """
-        calls: list[Call] = []
-        first: list[Tensor] = []
-
-        def record(index: int, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-            hidden, rest, named = _split_hidden(args, kwargs)
-            if index == 0:
-                first.append(hidden)
-            calls.append((rest, named))
-            if index == len(self.layers) - 1:
-                raise _Stop
-            return (hidden,) if self._returns_tuple else hidden
-
-        self._forward(tokens, record)
-        if len(calls) != len(self.layers):
-            raise FistaPrunerError(f"{type(self.model).__name__}: {len(calls)} of {len(self.layers)} decoder layers run in a forward pass")
-        return first[0], calls
-
-    def check_calls(self) -> None:
-        """Make sure that beside hidden states decoder layers are given nothing that depends on the token ids.
-
-        Needs :meth:`embeddings_and_head`.
 
         Raises:
-            FistaPrunerError: they are (Gemma 4's embeddings of every layer), or hand something on to each other (shared keys).
+            FistaPrunerError: ids beyond the vocabulary; a layer is not given what the one before it returned.
         """
-        first, second = (self.embed(torch.full((1, 4), token))[1] for token in (0, 1))
-        for index, (call, other) in enumerate(zip(first, second, strict=True)):
-            for name, value, again in [
-                *zip(range(len(call[0])), call[0], other[0], strict=True),
-                *((k, call[1][k], other[1][k]) for k in call[1]),
-            ]:
-                if not _same(value, again):
-                    raise FistaPrunerError(
-                        f"{type(self.model).__name__}: decoder layer {index} is given {name!r}, which depends on the token ids or on other "
-                        "layers: this architecture is not supported"
-                    )
+        return self._watch(tokens, torch.Tensor.detach)
+
+    def check_tokens(self, tokens: Tensor) -> None:
+        """Refuse token ids that the model's vocabulary does not have.
+
+        Raises:
+            FistaPrunerError: names the id and the size of the vocabulary.
+        """
+        size = int(self.model.get_input_embeddings().weight.shape[0])
+        worst = int(tokens.max()) if int(tokens.min()) >= 0 else int(tokens.min())
+        if not 0 <= worst < size:
+            raise FistaPrunerError(
+                f"{self.checkpoint.folder}: token id {worst} is beyond the model's vocabulary of {size}: "
+                "its tokenizer belongs to another model"
+            )
+
+    def check(self, *, compare: bool = False) -> None:
+        """Make sure that the model can be run layer by layer. Loads the embeddings, then the first decoder layer.
+
+        Decoder layers must run once each, in order; each must be given what the one before it returned, and beside it nothing that
+        depends on the token ids. What was checked is not checked again.
+
+        Args:
+            compare: also compare the logits of one short window with those of the model's own forward pass. Loads every decoder
+                layer twice, one at a time; in each process once for all models with this config.
+
+        Raises:
+            FistaPrunerError: the architecture is not supported; says why.
+        """
+        vocabulary = int(self.model.get_input_embeddings().weight.shape[0])
+        tokens = torch.arange(3, 3 + min(CHECK_TOKENS, self.max_length)).remainder(vocabulary)[None]
+        if not self._checked:
+            with self._told_as_unsupported():
+                self._learn_return_type(tokens)
+                with self.embeddings_and_head(head=False):
+                    self._check_calls()
+            self._checked = True
+        if compare and (architecture := self._architecture()) not in _COMPARED:
+            with self._told_as_unsupported():
+                self._compare(tokens)
+            _COMPARED.add(architecture)
 
     def calls(self, batch: int, seqlen: int) -> list[Call]:
-        """How every decoder layer is called for a batch of full windows; the token ids make no difference (:meth:`check_calls`).
+        """How every decoder layer is called for a batch of full windows; the token ids make no difference (:meth:`check`).
 
         Needs :meth:`embeddings_and_head`.
         """
@@ -182,10 +208,7 @@ class LayerwiseModel:
     def run(self, index: int, hidden: Tensor, call: Call) -> Tensor:
         """Output hidden states of loaded decoder layer ``index``; shapes (batch, seqlen, width)."""
         args, kwargs = call
-        out = self.layers[index](hidden, *args, **kwargs)
-        self._returns_tuple = isinstance(out, tuple)
-        hidden_out: Tensor = out[0] if isinstance(out, tuple) else out
-        return hidden_out
+        return hidden_of(self.layers[index](hidden, *args, **kwargs))
 
     def logits(self, hidden: Tensor, tokens: Tensor, *, gradients: bool = False) -> Tensor:
         """(batch, seqlen, vocabulary) logits from the last decoder layer's output. Needs :meth:`embeddings_and_head`.
@@ -195,27 +218,166 @@ class LayerwiseModel:
             tokens: (batch, seqlen) the token ids it came from.
             gradients: record operations, so that logits can be differentiated with respect to ``hidden``.
         """
+        ran: list[int] = []
 
         def give(index: int, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-            return (hidden,) if self._returns_tuple else hidden
+            self._in_order(index, len(ran))
+            ran.append(index)
+            return self._returned(hidden)
 
         out = self._forward(tokens, give, gradients=gradients)
         logits: Tensor = out.logits
         return logits
 
-    def learn_return_type(self, tokens: Tensor) -> None:
-        """Run layer 0 once on ``tokens`` to see whether its layers return tuples."""
+    def _learn_return_type(self, tokens: Tensor) -> None:
+        """Run layer 0 once on ``tokens`` to see in what its layers return hidden states."""
         first: list[Call] = []
 
         def record(index: int, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+            self._in_order(index, 0)
             first.append((args, kwargs))
             raise _Stop
 
         with self.embeddings_and_head(head=False):
             self._forward(tokens, record)
+        if not first:
+            raise self._unsupported(f"{self.layers_name}.0 does not run in a forward pass")
         args, kwargs = first[0]
         with self.layer(0) as layer, torch.no_grad():
-            self._returns_tuple = isinstance(layer(*args, **kwargs), tuple)
+            out = layer(*args, **kwargs)
+        if isinstance(out, (tuple, list)):
+            kind, others = (list if isinstance(out, list) else tuple), len(out) - 1
+            self._returned = lambda hidden: kind((hidden, *(None for _ in range(others))))
+        elif not isinstance(out, Tensor):
+            raise self._unsupported(f"{self.layers_name}.0 returns a {type(out).__name__}, not hidden states")
+
+    def _check_calls(self) -> None:
+        """Make sure that every layer is given what the one before it returned, and beside it nothing that depends on the token ids.
+
+        Needs :meth:`embeddings_and_head`.
+        """
+        first, second = (self._watch(torch.full((1, 4), token), torch.randn_like)[1] for token in (0, 1))
+        for index, (call, other) in enumerate(zip(first, second, strict=True)):
+            for name, value, again in [
+                *zip(range(len(call[0])), call[0], other[0], strict=True),
+                *((k, call[1][k], other[1][k]) for k in call[1]),
+            ]:
+                if not _same(value, again):
+                    raise self._unsupported(f"decoder layer {index} is given {name!r}, which depends on the token ids or on other layers")
+
+    def _watch(self, tokens: Tensor, stand_in: Callable[[Tensor], Tensor]) -> tuple[Tensor, list[Call]]:
+        """What :meth:`embed` returns.
+
+        Args:
+            tokens: (batch, seqlen) token ids.
+            stand_in: makes what stands for a layer's output of its input.
+        """
+        self.check_tokens(tokens)
+        calls: list[Call] = []
+        first: list[Tensor] = []
+        given: list[tuple[Tensor, int]] = []
+
+        def record(index: int, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+            self._in_order(index, len(calls))
+            hidden, rest, named = self._split_hidden(index, args, kwargs)
+            if index == 0:
+                first.append(hidden)
+            else:
+                returned, version = given.pop()
+                changed = returned._version != version  # in place: what was written over cannot be compared
+                if changed or not (hidden is returned or (hidden.shape == returned.shape and torch.equal(hidden, returned))):
+                    raise self._unsupported(f"what enters {self.layers_name}.{index} is not what {self.layers_name}.{index - 1} returned")
+            calls.append((rest, named))
+            if index == len(self.layers) - 1:
+                raise _Stop
+            output = stand_in(hidden)
+            given.append((output, output._version))
+            return self._returned(output)
+
+        self._forward(tokens, record)
+        if len(calls) != len(self.layers):
+            raise self._unsupported(f"{len(calls)} of the {len(self.layers)} modules in {self.layers_name} run in a forward pass")
+        if first[0].shape != (*tokens.shape, self.width):
+            expected = (*tokens.shape, self.width)
+            raise self._unsupported(f"{self.layers_name}.0 is given {tuple(first[0].shape)} and not {expected} hidden states")
+        return first[0], calls
+
+    def _compare(self, tokens: Tensor) -> None:
+        """Compare the logits of a window (1, seqlen) with those of the model's own forward pass.
+
+        Another window goes through every decoder layer before it, so that what a layer keeps of a pass for the next layers shows.
+        """
+        own = self._own_logits(tokens)
+        with self.embeddings_and_head(head=False):
+            calls = self.calls(*tokens.shape)
+            states = [self.embed(window)[0] for window in (tokens.flip(1), tokens)]
+        for index, call in enumerate(calls):
+            with self.layer(index), torch.no_grad():
+                states = [self.run(index, hidden, call) for hidden in states]
+        with self.embeddings_and_head():
+            ours = self.logits(states[-1], torch.zeros_like(tokens))
+        own, ours = (logits.float().nan_to_num(0.0, 0.0, 0.0) for logits in (own, ours))  # damaged weights are told of elsewhere
+        difference, size = float((own - ours).norm()), float(own.norm())
+        if not difference <= max(1e-5, 4 * torch.finfo(self.dtype).eps) * size:
+            raise self._unsupported(
+                "run layer by layer it predicts otherwise than in one forward pass "
+                f"(its logits differ by {difference / size:.2g} of their size)"
+            )
+
+    def _own_logits(self, tokens: Tensor) -> Tensor:
+        """Logits (batch, seqlen, vocabulary) of the model's own forward pass, with one decoder layer in memory at a time."""
+        ran: list[int] = []
+        with ExitStack() as outside:  # what is outside the layers: needed before the first and after the last of them
+
+            def load_and_run(index: int, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+                self._in_order(index, len(ran))
+                ran.append(index)
+                if index == 0:
+                    outside.close()
+                with self.layer(index) as layer:
+                    replaced = layer.__dict__.pop("forward")
+                    out = layer(*args, **kwargs)
+                    layer.forward = replaced
+                if index == len(self) - 1:
+                    outside.enter_context(self.embeddings_and_head())
+                return out
+
+            outside.enter_context(self.embeddings_and_head(head=False))
+            logits: Tensor = self._forward(tokens, load_and_run).logits
+        return logits
+
+    def _in_order(self, index: int, done: int) -> None:
+        """Make sure that layer ``index`` is the next one to run after ``done`` layers."""
+        if index != done:
+            before = f"after {self.layers_name}.{done - 1}" if done else "first"
+            raise self._unsupported(f"{self.layers_name}.{index} runs {before}: layers have to run once each, in order")
+
+    def _architecture(self) -> str:
+        """What decides whether running the model layer by layer is right."""
+        config = {key: value for key, value in self.config.to_dict().items() if key != "_name_or_path"}
+        return f"{type(self.model).__qualname__} {self.dtype} {self.device.type} {json.dumps(config, sort_keys=True, default=str)}"
+
+    def _unsupported(self, reason: str) -> FistaPrunerError:
+        return FistaPrunerError(f"{type(self.model).__name__}: {reason}: this architecture is not supported")
+
+    @contextmanager
+    def _told_as_unsupported(self) -> Iterator[None]:
+        """Say in one sentence what goes wrong in the model's own code when its layers are replaced."""
+        try:
+            yield
+        except (FistaPrunerError, MemoryError, torch.OutOfMemoryError):
+            raise
+        except Exception as error:  # every architecture has its own code, which fails in its own way
+            reason = f"{type(error).__name__}: {' '.join(str(error).split())[:150]}"
+            raise self._unsupported(f"its forward pass cannot be taken apart into decoder layers ({reason})") from error
+
+    def _split_hidden(self, index: int, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Tensor, tuple[Any, ...], dict[str, Any]]:
+        """A layer call without its hidden states, which come first or by name."""
+        named = dict(kwargs)
+        hidden, rest = (args[0], args[1:]) if args else (named.pop("hidden_states", None), ())
+        if not isinstance(hidden, Tensor):
+            raise self._unsupported(f"{self.layers_name}.{index} is not given hidden states as its first argument")
+        return hidden, rest, named
 
     def _forward(self, tokens: Tensor, instead: Callable[[int, tuple[Any, ...], dict[str, Any]], Any], *, gradients: bool = False) -> Any:
         """The model's own forward pass with every decoder layer's forward replaced."""
@@ -232,7 +394,7 @@ class LayerwiseModel:
             return None
         finally:
             for layer in self.layers:
-                del layer.forward
+                layer.__dict__.pop("forward", None)
 
     def rounded(self, source: str, tensor: Tensor) -> Tensor:
         """``tensor`` as the checkpoint's tensor ``source`` will hold it, in the narrower of the stored dtype and the passes'."""
@@ -269,15 +431,18 @@ class LayerwiseModel:
         else:
             module._buffers[key] = tensor
 
-    def _refuse_experts(self) -> None:
+    def _refuse_tensors(self) -> None:
+        """Refuse decoder layers with weights that are neither matrices nor vectors."""
         for index, layer in enumerate(self.layers):
             for name, parameter in layer.named_parameters():
-                if parameter.ndim > 2:
-                    convolves = isinstance(layer.get_submodule(name.rpartition(".")[0]), nn.Conv1d)
-                    what = "a convolution" if convolves else "a fused mixture of experts"
-                    raise FistaPrunerError(
-                        f"{self.layers_name}.{index}.{name} is a {parameter.ndim}-dimensional weight {tuple(parameter.shape)} ({what} "
-                        f"in {type(self.model).__name__}): this architecture is not supported"
+                if sum(size > 1 for size in parameter.shape) > 2:
+                    what = "a weight"
+                    if isinstance(layer.get_submodule(name.rpartition(".")[0]), (nn.Conv1d, nn.Conv2d)):
+                        what = "a convolution"
+                    elif "expert" in name:
+                        what = "a fused mixture of experts"
+                    raise self._unsupported(
+                        f"{self.layers_name}.{index}.{name} is {what} with {parameter.ndim} dimensions {tuple(parameter.shape)}"
                     )
 
     def _map_names(self) -> dict[str, str]:
@@ -288,18 +453,22 @@ class LayerwiseModel:
         tied = bool(getattr(self.config, "tie_word_embeddings", False))
         sources: dict[str, str] = {}
         missing: list[str] = []
+        twins: dict[str, str] = getattr(self.model, "all_tied_weights_keys", None) or {}  # of tied tensors one is stored
         for name, tensor in self.model.state_dict(keep_vars=True).items():
-            found = names.get(name)
+            found = names.get(name) or names.get(twins.get(name, name))
             is_head = head is not None and tensor is head.weight and embedding is not None and head.weight is not embedding.weight
             if is_head and tied:
                 continue
             if found is None:
                 missing.append(name)
                 continue
-            expected = tuple(tensor.shape)
-            if self.checkpoint.entry(found).shape != expected:
+            entry, expected = self.checkpoint.entry(found), tuple(tensor.shape)
+            if entry.shape != expected:
+                raise FistaPrunerError(f"{self.checkpoint.folder}: tensor {found!r} is {entry.shape}, the config asks for {expected}")
+            if tensor.is_floating_point() and entry.dtype not in WEIGHT_DTYPES:
                 raise FistaPrunerError(
-                    f"{self.checkpoint.folder}: tensor {found!r} is {self.checkpoint.entry(found).shape}, the config asks for {expected}"
+                    f"{self.checkpoint.folder}: tensor {found!r} is stored as {dtype_name(entry.dtype)}, no dtype of dense weights "
+                    "(float32, bfloat16, float16, float64): the checkpoint is quantised or damaged; prune the unquantised one"
                 )
             sources[name] = found
         if missing:
@@ -335,16 +504,23 @@ def _build(checkpoint: Checkpoint, trust_remote_code: bool) -> Any:
         raise FistaPrunerError(f"{folder}: no {config.model_type} causal language model can be built from config.json: {reason}") from None
 
 
-def _find_layers(model: nn.Module) -> tuple[str, list[nn.Module]]:
-    """The decoder layers: the module list, of several modules of one class, that holds the most weights."""
-    best: tuple[int, str, list[nn.Module]] = (0, "", [])
+def _find_layers(model: Any) -> tuple[str, list[nn.Module]]:
+    """The decoder layers: the module list of the text model that has as many modules as the config has layers, or else several of one
+    class, and that holds the most weights.
+
+    The text model is a part of the whole one where that reads images or sound, too.
+    """
+    text = model.get_decoder() if hasattr(model, "get_decoder") else model
+    inside = next((name for name, module in model.named_modules() if module is text), "")
+    count = getattr(model.config.get_text_config(), "num_hidden_layers", None)
+    best: tuple[tuple[bool, int], str, list[nn.Module]] = ((False, 0), "", [])
     for name, module in model.named_modules():
-        if isinstance(module, nn.ModuleList) and len(module) and len({type(item) for item in module}) == 1:
-            size = sum(parameter.numel() for parameter in module.parameters())
-            if size > best[0]:
+        if isinstance(module, nn.ModuleList) and len(module) and f"{name}.".startswith(f"{inside}." if inside else ""):
+            size = (len(module) == count, sum(parameter.numel() for parameter in module.parameters()))
+            if size > best[0] and (size[0] or len({type(item) for item in module}) == 1):
                 best = (size, name, list(module))
     if not best[2]:
-        raise FistaPrunerError(f"{type(model).__name__}: no list of decoder layers found in this architecture")
+        raise FistaPrunerError(f"{type(model).__name__}: no list of decoder layers found: this architecture is not supported")
     return best[1], best[2]
 
 
@@ -359,9 +535,7 @@ def _same(value: Any, again: Any) -> bool:
     return True
 
 
-def _split_hidden(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Tensor, tuple[Any, ...], dict[str, Any]]:
-    """A layer call without its hidden states, which come first or by name."""
-    if args:
-        return args[0], args[1:], kwargs
-    named = dict(kwargs)
-    return named.pop("hidden_states"), (), named
+def hidden_of(out: Any) -> Tensor:
+    """Hidden states in what a decoder layer returned: alone, or first in a tuple or list."""
+    hidden: Tensor = out[0] if isinstance(out, (tuple, list)) else out
+    return hidden

@@ -97,6 +97,7 @@ def prepare(
         raise FistaPrunerError(f"--only-layers {first}-{last}: the model has the decoder layers 0-{len(skeleton) - 1}")
     layout = discover(skeleton).select(recipe)
     sparsity = allocate(recipe, layout)
+    skeleton.check(compare=True)
     if facts:
         refuse_other(run, model, recipe)
         if not run.model.is_dir():
@@ -104,7 +105,7 @@ def prepare(
     tokenizer = load_tokenizer(folder, trust_remote_code=trust_remote_code)
     settings, seqlen = recipe.calibration, window_length(recipe, skeleton)
     if evaluate is not None:
-        load_windows(evaluate, tokenizer, seqlen, evaluate_windows)
+        skeleton.check_tokens(load_windows(evaluate, tokenizer, seqlen, evaluate_windows).tokens)
     if "decided" in facts and _has_its_tokens(run, facts, recipe, skeleton.checkpoint):
         return
     checkpoint = skeleton.checkpoint
@@ -131,6 +132,7 @@ def prepare(
     if drawn is None and settings.source == SELF:  # it takes long: an attempt that was stopped after it has left it
         drawn = run.drawn(drawing)
     tokens, how = drawn or calibration_tokens(settings, tokenizer, seqlen, load_model, listener.say)
+    skeleton.check_tokens(tokens)
     run.write_tokens(tokens, drawing, how)
     metrics_sha256, permuted, begin = None, {}, time.perf_counter()
     if needs_measuring(recipe):

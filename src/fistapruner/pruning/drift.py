@@ -116,7 +116,7 @@ class DenseActivations:
         kept = self._kept.get(number)
         if kept is None or start >= kept.samples:
             return None
-        values = kept.read(start, stop).to(device).flatten(0, 1)
+        values = kept.read(start, stop, device).flatten(0, 1)
         if self._sources[number] == "inputs":
             return values
         bias = self._layer.get_submodule(self._operators[number].name).bias
@@ -173,10 +173,10 @@ class ResidualDrift:
     def drift(self, number: int, start: int, stop: int, device: torch.device) -> Tensor:
         """(tokens, width) ``S - S*`` of group ``number`` in windows ``start`` to ``stop``, long ones cut."""
         if number == self._first:
-            drift = self._dense.read(start, stop).to(device, torch.float32, copy=True).sub_(self._seen.read(start, stop).to(device))
+            drift = self._dense.read(start, stop, device, torch.float32).sub_(self._seen.read(start, stop, device))
         else:
             assert self._kept is not None
-            drift = self._kept.read(start, stop).to(device, torch.float32, copy=True)
+            drift = self._kept.read(start, stop, device, torch.float32)
         drift = drift.reshape(-1, drift.shape[-1])
         length = drift.norm(dim=1, keepdim=True)
         short = (LONGEST * length.median() / length.clamp_min(torch.finfo(torch.float32).tiny)).clamp_max(1.0)
@@ -200,7 +200,7 @@ class ResidualDrift:
 
     def _subtract(self, kept: HiddenStates, start: int, sums: Tensor) -> None:
         stop = start + sums.shape[0]
-        kept.write(start, sums.neg_().add_(kept.read(start, stop).to(sums.device)))
+        kept.write(start, sums.neg_().add_(kept.read(start, stop, sums.device)))
         self._windows += stop - start
 
     @contextmanager
@@ -217,7 +217,7 @@ class ResidualDrift:
             start, stop = batch()
             if start >= kept.samples:
                 return
-            before = inputs.read(start, stop).to(output.device, torch.float32, copy=True)
+            before = inputs.read(start, stop, output.device, torch.float32)
             receive(kept, start, before.add_(output.reshape(before.shape)))
 
         handle = self._before.register_forward_hook(after_forward)

@@ -273,7 +273,9 @@ class _LayerPasses:
             mixed = self._store("aim")
             self._run(streams.pruned, output=mixed)
             for start, stop in self._calls.batches(mixed.samples):
-                mixed.write(start, torch.lerp(mixed.read(start, stop).float(), self.aim.read(start, stop).float(), share))
+                mixed.write(
+                    start, torch.lerp(mixed.read(start, stop, dtype=torch.float32), self.aim.read(start, stop, dtype=torch.float32), share)
+                )
             self._close_aim()
             self.aim = mixed
 
@@ -350,10 +352,10 @@ class _LayerPasses:
         say what capture costs beside it.
         """
         count = dense_out.shape[0]
-        seen = self._streams.seen.read(0, count).to(self._model.device)
+        seen = self._streams.seen.read(0, count, self._model.device)
         with self._clock.phase("plain"), torch.no_grad():
             pruned_out = self._model.run(self._index, seen, self._calls.by_size[count][self._index])
-        dense_in = dense.read(0, count).to(self._model.device)
+        dense_in = dense.read(0, count, self._model.device)
         added = (dense_out.float() - dense_in.float()).square().sum(dtype=torch.float64)
         wrong = (pruned_out.float() - dense_out.float()).square().sum(dtype=torch.float64)
         return float(wrong) / max(float(added), 1e-300)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -22,10 +23,9 @@ def choose_device(name: str) -> torch.device:
             return torch.device("cpu")
         free = [torch.cuda.mem_get_info(index)[0] for index in range(torch.cuda.device_count())]
         return torch.device("cuda", free.index(max(free)))
-    try:
-        device = torch.device(name)
-    except RuntimeError:
-        raise FistaPrunerError(f"device {name!r} is not known: auto, cpu, cuda or cuda:N") from None
+    if not re.fullmatch(r"cpu|cuda(:\d+)?", name):
+        raise FistaPrunerError(f"device {name!r} is not supported: auto, cpu, cuda or cuda:N")
+    device = torch.device(name)
     if device.type == "cuda" and not torch.cuda.is_available():
         raise FistaPrunerError(f"device {name!r}: PyTorch sees no CUDA GPU on this machine")
     if device.type == "cuda" and device.index is not None and device.index >= torch.cuda.device_count():

@@ -155,7 +155,7 @@ def measure_sensitivity(
             handles = [module.get_submodule(operator.name).register_forward_hook(hook(operator.name)) for operator in operators]
             try:
                 for start, stop in batches:
-                    hidden = entering.read(start, stop).to(model.device).requires_grad_()
+                    hidden = entering.read(start, stop, model.device).requires_grad_()
                     above = gradient[start:stop].to(model.device)
                     flat = above.reshape(-1, above.shape[-1]).float()
                     if outputs and metric.ndim == 1:
@@ -257,7 +257,7 @@ def _forward(
                 handles.append(module.get_submodule(group[0].name).register_forward_pre_hook(gather))
             try:
                 for start, stop in batches:
-                    hidden = states[index].read(start, stop).to(model.device)
+                    hidden = states[index].read(start, stop, model.device)
                     states[-1].write(start, model.run(index, hidden, calls[stop - start][index]))
             finally:
                 for handle in handles:

@@ -26,7 +26,7 @@ from torch import Tensor, nn
 from ..activations.passes import Calls, Clock
 from ..activations.store import HiddenStates
 from ..models.discovery import Group
-from ..models.layerwise import LayerwiseModel
+from ..models.layerwise import LayerwiseModel, hidden_of
 from ..runtime.numerics import fast_products
 
 RATE = 0.01
@@ -209,10 +209,10 @@ class _Loss:
         return loss
 
     def inputs(self, window: int) -> Tensor:
-        return self.source.read(window, window + 1).to(self.device)
+        return self.source.read(window, window + 1, self.device)
 
     def target(self, window: int) -> Tensor:
-        return self.wanted.read(window, window + 1).to(self.device).float()
+        return self.wanted.read(window, window + 1, self.device, torch.float32)
 
     def energy(self, difference: Tensor) -> Tensor:
         """(batch, seqlen) squared length in the metric."""
@@ -250,8 +250,7 @@ def _run(model: LayerwiseModel, index: int, values: dict[str, Tensor], hidden: T
     """Output of the layer for one window with ``values`` for parameters."""
     args, kwargs = calls.by_size[1][index]
     out = torch.func.functional_call(model.layers[index], values, (hidden, *args), kwargs)
-    result: Tensor = out[0] if isinstance(out, tuple) else out
-    return result
+    return hidden_of(out)
 
 
 def _held_out(model: LayerwiseModel, index: int, tuned: _Tuned, loss: _Loss, held: list[int], calls: Calls) -> float:

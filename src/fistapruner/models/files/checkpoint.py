@@ -191,7 +191,8 @@ class Checkpoint:
 def inside(folder: Path, name: str) -> Path:
     """Path of a file that an untrusted listing names, if it really is a file of the folder.
 
-    Links are followed only within the folder, or into the ``blobs`` beside a hub cache's ``snapshots``.
+    Links are followed only within the folder, or into the ``blobs`` beside a hub cache's ``snapshots``; however the folder itself is
+    named (``.``, ``..``, a link to it).
 
     Raises:
         FistaPrunerError: not a plain file name, or a link that leads elsewhere.
@@ -201,9 +202,10 @@ def inside(folder: Path, name: str) -> Path:
     path = folder / name
     if not path.is_symlink():
         return path
-    allowed = [folder.resolve()]
-    if folder.parent.name == "snapshots":
-        allowed.append((folder.parent.parent / "blobs").resolve())
+    real = folder.resolve()
+    allowed = [real]
+    if real.parent.name == "snapshots":
+        allowed.append((real.parent.parent / "blobs").resolve())
     target = path.resolve()
     if not any(target.is_relative_to(root) for root in allowed):
         raise FistaPrunerError(f"{path} is a link out of its folder, to {target}: put the file itself there")

@@ -1,0 +1,26 @@
+"""Hidden states: the same numbers in memory and in a file, whatever a reader does with what it was given."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from fistapruner.activations.store import HiddenStates
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("on_disk", [False, True])
+def test_what_is_read_is_a_copy(tmp_path: Path, dtype: torch.dtype, on_disk: bool) -> None:
+    values = torch.randn(5, 3, 8).to(dtype)
+    states = HiddenStates((5, 3, 8), dtype, tmp_path / "states" if on_disk else None)
+    states.write(0, values[:2])
+    states.write(2, values[2:])
+    read = states.read(1, 4)
+    assert torch.equal(read, values[1:4])
+    read.zero_()
+    assert torch.equal(states.read(1, 4), values[1:4])
+    assert torch.equal(states.read(0, 5, dtype=torch.float32), values.float())
+    states.close()
+    assert not list(tmp_path.iterdir())

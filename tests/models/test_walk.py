@@ -1,0 +1,238 @@
+"""Running a model layer by layer is what its own forward pass does, or it is refused in one sentence before any work."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import transformers
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+import fistapruner as fp
+import tiny
+from fistapruner import FistaPrunerError
+from fistapruner.activations.passes import Calls, Clock, run_layer
+from fistapruner.activations.store import HiddenStates
+from fistapruner.evaluation.streaming import Passes, score_windows
+from fistapruner.models.discovery import discover
+from fistapruner.models.files.checkpoint import Checkpoint
+from fistapruner.models.layerwise import LayerwiseModel
+
+CPU = torch.device("cpu")
+SMALL = {"vocab_size": 128, "n_layer": 3, "n_head": 4, "d_model": 32, "emb_dim": 32, "n_layers": 3, "n_heads": 4, "d_inner": 64}
+RECIPE: dict[str, Any] = {"method": "magnitude", "calibration": {"source": "python", "samples": 2, "seqlen": 16}}
+BERT = {**tiny.SIZES, **tiny.WIDE, "is_decoder": True}
+
+
+def save(config: Any, folder: Path) -> Path:
+    torch.manual_seed(0)
+    transformers.AutoModelForCausalLM.from_config(config).save_pretrained(folder)
+    tiny.tokenizer().save_pretrained(folder)
+    return folder
+
+
+def opened(folder: Path) -> LayerwiseModel:
+    """Open a model as every command does before any work."""
+    model = LayerwiseModel(Checkpoint.open(folder), CPU)
+    discover(model)
+    model.check(compare=True)
+    return model
+
+
+def own_sums(folder: Path, tokens: Tensor) -> Tensor:
+    """Summed negative log-likelihood of every window from the model's own forward pass."""
+    model = transformers.AutoModelForCausalLM.from_pretrained(folder).eval()
+    with torch.no_grad():
+        logits = model(input_ids=tokens, use_cache=False).logits[:, :-1]
+    return torch.nn.functional.cross_entropy(logits.transpose(1, 2).double(), tokens[:, 1:], reduction="none").sum(1)
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        # Its layers return lists.
+        transformers.OpenAIGPTConfig(vocab_size=128, n_embd=32, n_layer=3, n_head=4),
+        # Vectors of three dimensions.
+        transformers.RwkvConfig(vocab_size=128, hidden_size=32, num_hidden_layers=3, attention_hidden_size=32),
+        # Two tied biases, of which one is stored.
+        transformers.BertConfig(**BERT),
+    ],
+    ids=lambda config: config.model_type,
+)
+def test_predictions_are_the_models_own(tmp_path: Path, config: Any) -> None:
+    folder = save(config, tmp_path)
+    tokens = torch.randint(3, 128, (3, 24), generator=torch.Generator().manual_seed(0))
+    sums = score_windows(opened(folder), tokens, Passes())
+    torch.testing.assert_close(sums.nll, own_sums(folder, tokens), rtol=1e-5, atol=0)
+
+
+@pytest.mark.parametrize(
+    ("config", "reason"),
+    [
+        (transformers.XLMConfig(**SMALL), r"what enters transformer\.ffns\.1 is not what transformer\.ffns\.0 returned"),
+        (transformers.XLNetConfig(**SMALL), r"rel_attn\.q is a weight with 3 dimensions"),
+        (transformers.BertConfig(**BERT, add_cross_attention=True), r"cross-attention"),
+    ],
+    ids=lambda value: getattr(value, "model_type", ""),
+)
+def test_other_architectures_are_refused_with_the_reason(tmp_path: Path, config: Any, reason: str) -> None:
+    with pytest.raises(FistaPrunerError, match=reason) as caught:
+        opened(save(config, tmp_path))
+    assert "mixture of experts" not in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+class OddConfig(transformers.PretrainedConfig):  # type: ignore[misc]
+    model_type = "odd"
+
+    def __init__(self, trick: str = "", vocab_size: int = 128, hidden_size: int = 16, num_hidden_layers: int = 3, **others: Any) -> None:
+        self.trick, self.vocab_size, self.hidden_size, self.num_hidden_layers = trick, vocab_size, hidden_size, num_hidden_layers
+        super().__init__(**others)
+
+
+class OddLayer(torch.nn.Module):
+    """A residual layer that may tell the others something on a board."""
+
+    def __init__(self, config: OddConfig, board: list[Tensor]) -> None:
+        super().__init__()
+        self.linear = torch.nn.Linear(config.hidden_size, config.hidden_size)
+        self.trick, self.board = config.trick, board
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        if self.trick == "layers tell each other something":
+            self.board.append(hidden)
+            return hidden + self.linear(hidden + self.board[0])
+        if self.trick == "layers work in place":
+            return hidden.add_(self.linear(hidden))
+        return hidden + self.linear(hidden)
+
+
+class OddModel(transformers.PreTrainedModel):  # type: ignore[misc]
+    """A language model that does something beside running its layers one after the other."""
+
+    config_class = OddConfig
+    base_model_prefix = "model"
+
+    def __init__(self, config: OddConfig) -> None:
+        super().__init__(config)
+        self.board: list[Tensor] = []
+        self.embed = torch.nn.Embedding(config.vocab_size, config.hidden_size)
+        self.layers = torch.nn.ModuleList([OddLayer(config, self.board) for _ in range(config.num_hidden_layers)])
+        self.head = torch.nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.post_init()
+
+    def get_input_embeddings(self) -> Any:
+        return self.embed
+
+    def get_output_embeddings(self) -> Any:
+        return self.head
+
+    def forward(self, input_ids: Tensor, **_: Any) -> Any:
+        self.board.clear()
+        trick = self.config.trick
+        first = hidden = self.embed(input_ids)
+        for _ in range(2 if trick == "loops" else 1):
+            entered = hidden
+            for layer in self.layers:
+                entered, hidden = hidden, layer(entered if trick == "layers in parallel" else hidden)
+                if trick == "scales between layers":
+                    hidden = hidden * 2
+                if trick == "scales in place between layers":
+                    hidden.mul_(2)
+                if trick == "breaks":
+                    hidden = hidden.nothing
+        if trick == "adds the embedding at the end":
+            hidden = hidden + first
+        return transformers.modeling_outputs.CausalLMOutput(logits=self.head(hidden))
+
+
+transformers.AutoConfig.register("odd", OddConfig)
+transformers.AutoModelForCausalLM.register(OddConfig, OddModel)
+
+
+@pytest.mark.parametrize("trick", ["", "layers work in place"])
+def test_plain_layers_are_run_as_the_model_runs_them(tmp_path: Path, trick: str) -> None:
+    folder = save(OddConfig(trick), tmp_path)
+    tokens = torch.arange(48).reshape(2, 24)
+    torch.testing.assert_close(score_windows(opened(folder), tokens, Passes()).nll, own_sums(folder, tokens), rtol=1e-5, atol=0)
+
+
+@pytest.mark.parametrize(
+    ("trick", "reason"),
+    [
+        ("loops", r"layers\.0 runs after layers\.2: layers have to run once each, in order"),
+        ("scales between layers", r"what enters layers\.1 is not what layers\.0 returned"),
+        ("scales in place between layers", r"what enters layers\.1 is not what layers\.0 returned"),
+        ("layers in parallel", r"what enters layers\.1 is not what layers\.0 returned"),
+        ("layers tell each other something", "predicts otherwise than in one forward pass"),
+        ("adds the embedding at the end", "predicts otherwise than in one forward pass"),
+        ("breaks", "cannot be taken apart into decoder layers"),
+    ],
+)
+def test_what_happens_between_layers_is_noticed(tmp_path: Path, trick: str, reason: str) -> None:
+    folder = save(OddConfig(trick), tmp_path / "model")
+    for work in (
+        lambda: fp.prune(str(folder), tmp_path / "run", **RECIPE),
+        lambda: fp.evaluate(str(folder), "python", seqlen=16, windows=2),
+    ):
+        with pytest.raises(FistaPrunerError, match=rf"^OddModel: .*{reason}.*: this architecture is not supported$"):
+            work()
+    assert not list((tmp_path / "run").rglob("*.safetensors"))
+
+
+@pytest.mark.parametrize("on_disk", [False, True])
+def test_layers_that_work_in_place_leave_the_stored_hidden_states_alone(tmp_path: Path, on_disk: bool) -> None:
+    model = opened(save(OddConfig("layers work in place"), tmp_path / "model"))
+    values = torch.randn(2, 8, 16)
+    inputs, outputs = (HiddenStates((2, 8, 16), torch.float32, tmp_path / name if on_disk else None) for name in ("in", "out"))
+    inputs.write(0, values)
+    with model.embeddings_and_head(head=False):
+        calls = Calls.of(model, 2, 8, 2)
+    with model.layer(0) as layer:
+        run_layer(model, 0, inputs, calls, Clock(CPU), output=outputs)
+        wanted = values + layer.linear(values)  # type: ignore[operator]
+    assert torch.equal(inputs.read(0, 2), values)
+    torch.testing.assert_close(outputs.read(0, 2), wanted)
+
+
+@pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.int8])
+def test_weights_that_are_not_dense_are_refused_when_the_model_is_opened(tmp_path: Path, dtype: torch.dtype) -> None:
+    folder = tiny.save("llama", tmp_path)
+    tensors = load_file(folder / "model.safetensors")
+    name = "model.layers.1.mlp.up_proj.weight"
+    save_file(tensors | {name: tensors[name].to(dtype)}, folder / "model.safetensors", {"format": "pt"})
+    with pytest.raises(FistaPrunerError, match=rf"{name}' is stored as {str(dtype).removeprefix('torch.')}.*quantised"):
+        LayerwiseModel(Checkpoint.open(folder), CPU)
+
+
+def test_token_ids_beyond_the_vocabulary_are_refused_before_work(tmp_path: Path) -> None:
+    folder = tiny.save("llama", tmp_path / "model", vocab_size=32)  # the tokenizer knows 128
+    for work in (
+        lambda: fp.prune(str(folder), tmp_path / "run", **RECIPE),
+        lambda: fp.evaluate(str(folder), "python", seqlen=16, windows=2),
+    ):
+        with pytest.raises(FistaPrunerError, match=r"token id \d+ is beyond the model's vocabulary of 32"):
+            work()
+
+
+@pytest.mark.parametrize("device", ["mps", "xpu", "vulkan", "meta", "nonsense", "cuda:x"])
+def test_other_devices_are_refused(tmp_path: Path, device: str) -> None:
+    with pytest.raises(FistaPrunerError, match=rf"device '{device}' is not supported: auto, cpu, cuda or cuda:N"):
+        fp.evaluate(str(tmp_path), "python", device=device)
+
+
+def test_the_text_model_is_pruned_where_the_vision_tower_is_larger(tmp_path: Path) -> None:
+    text = {**tiny.SIZES, **tiny.GQA, "head_dim": 8, "sliding_window": 8}
+    tower = {
+        "hidden_size": 64,
+        "intermediate_size": 128,
+        "num_hidden_layers": 5,
+        "num_attention_heads": 4,
+        "image_size": 28,
+        "patch_size": 14,
+    }
+    config = transformers.Gemma3Config(text_config=text, vision_config=tower, mm_tokens_per_image=4, image_token_index=127)
+    assert opened(save(config, tmp_path)).layers_name == "model.language_model.layers"
