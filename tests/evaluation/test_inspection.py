@@ -126,6 +126,24 @@ def test_claims_about_absent_operators_and_damaged_weights(tmp_path: Path) -> No
         inspect_checkpoint(folder)
 
 
+def test_a_gguf_file_is_inspected_as_it_is_pruned(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pytest.importorskip("gguf", reason="needs the extra 'gguf'")
+    from tiny_gguf import write_gguf
+
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    model = write_gguf(tmp_path / "tiny.gguf", kind="F16")
+    assert main(["inspect", str(tmp_path / "tiny.gguf"), "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert len(found["operators"]) == 14
+    assert found["model"]["weights"] == sum(parameter.numel() for parameter in model.parameters())
+    assert main(["inspect", str(tmp_path / "tiny.gguf"), "--pattern", "2:4", "--quiet"]) == 1
+    (tmp_path / "model.bin").touch()
+    with pytest.raises(FistaPrunerError, match="neither a folder"):
+        inspect_checkpoint(tmp_path / "model.bin")
+
+
 @settings(max_examples=60, deadline=None)
 @given(st.integers(1, 7), st.sampled_from([2, 4, 8, 16]), st.integers(1, 4), st.integers(0, 99))
 def test_exact_pattern_of_a_projected_weight(n: int, m: int, rows: int, seed: int) -> None:

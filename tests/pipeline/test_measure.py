@@ -17,7 +17,9 @@ from fistapruner.pipeline.measure import _without, is_run
 from fistapruner.runs.lock import hold
 from fistapruner.runs.records import load_run
 from fistapruner.runs.results import Evaluation, Perplexity, TaskResult
-from fistapruner.sparse.speed import Speed, Variant, measure_speed
+from fistapruner.sparse.bench import record
+from fistapruner.sparse.speed import Speed, measure_speed
+from fistapruner.sparse.variants import Variant, load_variant, weight_bytes
 
 TEXT = "it was the best of times, it was the worst of times, it was the age of wisdom. " * 8
 
@@ -72,21 +74,16 @@ def test_a_perplexity_outlives_tasks_that_fail(
         assert "perplexity" in printed.out
 
 
-def test_speed_of_a_run_is_kept_with_it(made: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    from fistapruner.sparse.speed import load_variant, weight_bytes
-
-    def in_this_process(variants: list[Variant], **settings: Any) -> list[Speed]:
-        settings.pop("threads")
+def test_speed_of_a_run_is_kept_with_it(made: Path) -> None:
+    def in_this_process(variants: list[Variant], *, threads: int | None, **settings: Any) -> list[Speed]:
         return [
             measure_speed(load_variant(variant), variant=variant.name, file_size=weight_bytes(variant.folder), **settings)
             for variant in variants
         ]
 
-    monkeypatch.setattr("fistapruner.sparse.bench.compare", in_this_process)
     run = made / "run"
     assert load_run(run).totals.compressed_bytes is None
-    assert main(["bench", str(run), "--prompt", "4", "--tokens", "3", "--runs", "1", "--json"]) == 0
-    printed = json.loads(capsys.readouterr().out)
+    printed = json.loads(json.dumps(record(fp.bench_run(run, prompt=4, tokens=3, runs=1, measure=in_this_process))))
     report = load_run(run)
     assert report.speed is not None
     assert {key: report.speed[key] for key in printed} == printed

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import json
+
 import pytest
 from pruned import save_pruned
 
 from fistapruner import FistaPrunerError, pack
 from fistapruner.cli import main
-from fistapruner.sparse.bench import bench
-from fistapruner.sparse.speed import Run, Speed, Variant, _serve, compare, load_variant, measure_speed, sentence, time_generation
+from fistapruner.sparse.bench import bench, record, sentence, table
+from fistapruner.sparse.speed import Run, Speed, measure_speed, time_generation
+from fistapruner.sparse.variants import Variant, compare, load_variant, serve
 from tiny import build
 
 
@@ -40,41 +43,58 @@ def test_sentence_tells_wins_losses_and_doubt():
     assert Run(1.0, 2.0).tokens_per_second == 2.0
 
 
-def test_bench_command(tmp_path, capsys, monkeypatch):
-    def in_this_process(variants, **settings):
-        settings.pop("threads")
+def test_every_form_of_a_pruned_model_is_measured(tmp_path):
+    def in_this_process(variants, *, threads, **settings):
         return [measure_speed(load_variant(variant), variant=variant.name, **settings) for variant in variants]
 
-    monkeypatch.setattr("fistapruner.sparse.bench.compare", in_this_process)
     source = save_pruned(tmp_path / "m")
     pack(source, tmp_path / "p")
     for folder in (source, tmp_path / "p"):
-        assert main(["bench", str(folder), "--prompt", "4", "--tokens", "3", "--runs", "1"]) == 0
-        printed = capsys.readouterr().out
-        for name in ("dense float32", "dense bfloat16", "pruned float32", "packed", "packed int8", "On this machine"):
+        speeds = bench(folder, prompt=4, tokens=3, runs=1, measure=in_this_process)
+        printed = table(speeds)
+        for name in ("dense float32", "dense bfloat16", "pruned float32", "pruned bfloat16", "packed", "packed int8"):
             assert name in printed
+        assert record(speeds)["sentence"].startswith("On this machine")
+
+
+def test_the_command_prints_a_table_or_json(tmp_path, capsys, monkeypatch):
+    asked = []
+
+    def measured(model, **settings):
+        asked.append((model, settings))
+        return [speed("dense float32", 10), speed("packed", 20)]
+
+    monkeypatch.setattr("fistapruner.sparse.bench.bench", measured)  # six processes less
+    command = ["bench", str(tmp_path), "--prompt", "4", "--tokens", "3", "--runs", "1", "--threads", "1"]
+    assert main(command) == 0
+    printed = capsys.readouterr().out
+    assert "dense float32" in printed
+    assert "2.00 times faster" in printed
+    assert main([*command, "--json"]) == 0
+    assert [row["variant"] for row in json.loads(capsys.readouterr().out)["speeds"]] == ["dense float32", "packed"]
+    assert asked == 2 * [(str(tmp_path), {"batch": 1, "prompt": 4, "tokens": 3, "runs": 1, "threads": 1})]
+
+
+def test_bad_settings_of_the_command_are_refused(tmp_path, capsys):
+    source = save_pruned(tmp_path / "m")
     assert main(["bench", str(source), "--tokens", "1"]) == 2
+    assert "--tokens 1 is too small" in capsys.readouterr().err
     assert main(["bench", str(tmp_path / "none")]) == 2
 
 
-def test_more_tokens_than_positions_are_refused(tmp_path, monkeypatch):
-    monkeypatch.setattr("fistapruner.sparse.bench.compare", lambda *args, **settings: [])
+def test_more_tokens_than_positions_are_refused(tmp_path):
     source = save_pruned(tmp_path / "m", "gpt2")  # 128 positions
-    assert bench(source, prompt=100, tokens=28) == []
+    assert bench(source, prompt=100, tokens=28, measure=lambda *_, **__: []) == []
     with pytest.raises(FistaPrunerError, match="prompt 100 and 29 new tokens are more than the 128"):
         bench(source, prompt=100, tokens=29)
 
 
-def test_a_process_says_what_went_wrong(tmp_path, monkeypatch):
+def test_a_process_says_what_went_wrong(tmp_path):
     class Pipe(list):
         send = list.append
 
-    def out_of_range(variant):
-        raise IndexError("index out of range in self")
-
-    monkeypatch.setattr("fistapruner.sparse.speed.load_variant", out_of_range)
     pipe = Pipe()
-    _serve(Variant("dense", tmp_path), 1, 4, 4, 1, pipe)
+    serve(Variant("dense", save_pruned(tmp_path / "m", "gpt2")), 1, 200, 4, 1, pipe)  # 128 positions
     assert pipe == [{"error": "IndexError: index out of range in self"}]
 
 

@@ -21,7 +21,7 @@ SUMMARY = "sparsity of every operator; whether claimed patterns hold"
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("checkpoint", metavar="CHECKPOINT", help="model folder (dense or packed), or a finished run directory")
+    parser.add_argument("checkpoint", metavar="CHECKPOINT", help="model folder (dense or packed), GGUF file, or a finished run directory")
     parser.add_argument("--pattern", metavar="2:4|50%", help="claim this of every operator, whatever the checkpoint says")
     parser.add_argument("--allow-pickle", action="store_true", help="read legacy .bin weights (loaded without running code)")
     parser.add_argument("--quiet", action="store_true", help="print totals and violations only")

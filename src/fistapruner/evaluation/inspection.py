@@ -16,6 +16,8 @@ from ..errors import FistaPrunerError
 from ..models.files.checkpoint import Checkpoint
 from ..models.files.record import read_pruning_record, recorded_claims
 from ..models.files.safetensors import TensorEntry
+from ..models.source import resolve_model
+from ..sparse.pack import PackedCheckpoint, is_packed
 
 GROUPS = (2, 4, 8, 16, 32)
 
@@ -102,7 +104,8 @@ def inspect_checkpoint(
     """Look through a checkpoint, one tensor in memory at a time.
 
     Args:
-        folder: a local Hugging Face folder, dense or packed, or a run directory (its finished model is taken).
+        folder: a local Hugging Face folder, dense or packed, a GGUF file (inspected as it is converted for pruning), or
+            a run directory (its finished model is taken).
         pattern: what every operator of the decoder layers is claimed to be (``2:4``, ``50%``), instead of the claims
             that a pruning run leaves in ``fistapruner.json``; the record then says only which way operators are stored.
         allow_pickle: read legacy ``.bin`` weights.
@@ -112,6 +115,8 @@ def inspect_checkpoint(
         FistaPrunerError: no checkpoint there, or a damaged one.
     """
     folder = Path(folder)
+    if folder.is_file():
+        folder = resolve_model(folder)
     if not (folder / "config.json").exists() and (folder / "model" / "config.json").exists():
         folder = folder / "model"
     asked = None if pattern is None else parse_sparsity(pattern)
@@ -186,8 +191,6 @@ def _violation(weight: Tensor, zeros: int, claim: dict[str, Any]) -> str | None:
 
 def _open(folder: Path, allow_pickle: bool) -> tuple[dict[str, TensorEntry], Callable[[str], Tensor], dict[str, Any]]:
     """Entries of all dense tensors, how to read one, and what the pruning run said."""
-    from ..sparse.pack import PackedCheckpoint, is_packed
-
     if is_packed(folder):
         packed = PackedCheckpoint(folder)
         return {entry.name: entry for entries in packed.contents().values() for entry in entries}, packed.tensor, packed.record

@@ -1,8 +1,8 @@
-"""What one machine gains from a pruned model: the forms it can be kept in, side by side."""
+"""What a machine gains from a pruned model: its dense, pruned and packed forms measured side by side."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -11,21 +11,30 @@ from ..errors import FistaPrunerError
 from ..models.files.checkpoint import read_json
 from . import kernel
 from .pack import is_packed, pack, unpack
-from .speed import WARM_UP_TOKENS, Speed, Variant, compare, sentence
+from .speed import WARM_UP_TOKENS, Speed
+from .variants import Variant, compare
 
 
 def bench(
-    model: str | Path, *, batch: int = 1, prompt: int = 128, tokens: int = 128, runs: int = 3, threads: int | None = None
+    model: str | Path,
+    *,
+    batch: int = 1,
+    prompt: int = 128,
+    tokens: int = 128,
+    runs: int = 3,
+    threads: int | None = None,
+    measure: Callable[..., list[Speed]] = compare,
 ) -> list[Speed]:
     """Measure dense, pruned-as-dense, packed and packed int8 forms of a pruned model on the CPU.
 
     Args:
         model: folder of a pruned model, ordinary or packed.
-        batch: sequences at once.
+        batch: sequences per forward pass.
         prompt: prompt tokens.
         tokens: new tokens in a run.
         runs: interleaved rounds.
         threads: CPU threads; None takes torch's default.
+        measure: how the variants are measured, with the arguments of :func:`~.variants.compare`.
 
     Raises:
         FistaPrunerError: no pruned model, it does not fit disk or memory, or it has fewer positions than prompt and tokens.
@@ -49,11 +58,11 @@ def bench(
             Variant("packed", packed, "bfloat16"),
             Variant("packed int8", int8, "bfloat16"),
         ]
-        return compare(variants, batch=batch, prompt=prompt, tokens=tokens, runs=runs, threads=threads)
+        return measure(variants, batch=batch, prompt=prompt, tokens=tokens, runs=runs, threads=threads)
 
 
 def _check_positions(model: Path, prompt: int, tokens: int) -> None:
-    """Refuse a text longer than the model was made for: where positions are learnt there is none to look up."""
+    """Refuse a text longer than the model's positions: learnt position embeddings end there."""
     config = read_json(model, "config.json")
     positions = config.get("max_position_embeddings", config.get("n_positions"))
     tokens = max(tokens, WARM_UP_TOKENS)
@@ -62,7 +71,7 @@ def _check_positions(model: Path, prompt: int, tokens: int) -> None:
 
 
 def record(speeds: Sequence[Speed]) -> dict[str, Any]:
-    """The measurements as JSON values: what ``fistapruner bench --json`` prints and ``report.json`` keeps."""
+    """Return the measurements as JSON values, as ``bench --json`` prints and ``report.json`` stores them."""
     return {
         "speeds": [speed.to_json() for speed in speeds],
         "kernel": kernel_name(),
@@ -70,19 +79,40 @@ def record(speeds: Sequence[Speed]) -> dict[str, Any]:
     }
 
 
+def sentence(speeds: Mapping[str, Speed]) -> str:
+    """Say in one sentence how the fastest packed form compares with the fastest dense one.
+
+    Args:
+        speeds: by variant; names that start with ``packed`` are sparse products, the others dense ones.
+    """
+    by_kind: dict[bool, list[Speed]] = {True: [], False: []}
+    for name, speed in speeds.items():
+        by_kind[name.startswith("packed")].append(speed)
+    packed, dense = (max(by_kind[kind], key=lambda speed: speed.tokens_per_second) for kind in (True, False))
+    ratio = packed.tokens_per_second / dense.tokens_per_second
+    overlap = packed.tokens_per_second_range[0] <= dense.tokens_per_second_range[1] and ratio > 1
+    verdict = "faster" if ratio > 1 else "slower"
+    doubt = ", within the spread of the runs" if overlap else ""
+    memory = packed.peak_memory / dense.peak_memory
+    return (
+        f"On this machine the fastest packed form ({packed.variant}) decodes {max(ratio, 1 / ratio):.2f} times {verdict} "
+        f"than the fastest dense one ({dense.variant}){doubt}, with {memory:.2f} times its peak memory."
+    )
+
+
 def packed_bytes(speeds: Sequence[Speed]) -> int | None:
-    """Bytes of the packed weights whose values are those of the checkpoint, None where that form was not measured."""
+    """Return the bytes of the losslessly packed weights; None if that form was not measured."""
     return next((speed.file_size for speed in speeds if speed.variant == "packed" and speed.file_size), None)
 
 
 def kernel_name() -> str:
-    """The compiled kernel that packed operators use on this machine."""
+    """Name the kernel that packed operators use on this machine."""
     level = kernel.best_level()
     return kernel.LEVELS[level] if level >= 0 else "none (torch)"
 
 
 def table(speeds: Sequence[Speed]) -> str:
-    """The measurements as text, with the machine and the setting they were made in."""
+    """Format the measurements as text, with the machine and the setting."""
     first = speeds[0]
     lines = [
         f"batch {first.batch}, {first.prompt} prompt tokens, {first.tokens} new tokens, {first.runs} interleaved runs, "

@@ -1,0 +1,178 @@
+"""Speed of several forms of a model, compared side by side.
+
+They run in interleaved rounds, each in a process of its own: other load on the machine slows all of them alike, and the
+memory of each is its own.
+"""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from ..errors import FistaPrunerError
+from ..runtime.memory import free_memory, reset_peak_memory
+from .load import load
+from .pack import is_packed
+from .speed import WARM_UP_TOKENS, Run, Speed, peak, prompts, time_generation
+
+
+@dataclass(frozen=True)
+class Variant:
+    """One form of a model, for :func:`compare`.
+
+    Args:
+        name: what to call it.
+        folder: packed or ordinary model folder.
+        dtype: precision, as torch calls it; None takes the checkpoint's.
+        fill: replace zeros of matrices by small numbers: this has the speed of the dense model, since the speed of a
+            dense product does not depend on its numbers.
+    """
+
+    name: str
+    folder: Path
+    dtype: str | None = None
+    fill: bool = False
+
+
+def compare(
+    variants: Sequence[Variant],
+    *,
+    batch: int = 1,
+    prompt: int = 128,
+    tokens: int = 128,
+    runs: int = 3,
+    threads: int | None = None,
+) -> list[Speed]:
+    """Measure several variants on the CPU in interleaved rounds, each in a process of its own.
+
+    If they do not all fit into memory at once, they run one after the other.
+
+    Args:
+        variants: what to measure.
+        batch: sequences per forward pass.
+        prompt: prompt tokens.
+        tokens: new tokens in a run.
+        runs: rounds.
+        threads: CPU threads; None takes torch's default.
+
+    Raises:
+        FistaPrunerError: a variant cannot be loaded, or its process was killed.
+    """
+    sizes = {variant.name: weight_bytes(variant.folder) for variant in variants}
+    # fp32 copies double a bf16 file, and loading holds a tensor twice.
+    together = 2.5 * sum(sizes.values()) < free_memory()
+    done: dict[str, list[Run]] = {variant.name: [] for variant in variants}
+    peaks: dict[str, int] = {}
+    for group in [list(variants)] if together else [[variant] for variant in variants]:
+        workers = {variant.name: _Worker(variant, batch, prompt, tokens, threads) for variant in group}
+        try:
+            for worker in workers.values():
+                worker.receive()  # loaded and warm
+            for _ in range(runs):
+                for name, worker in workers.items():
+                    worker.send("run")
+                    done[name].append(Run(**worker.receive()))
+            for name, worker in workers.items():
+                worker.send("peak")
+                peaks[name] = worker.receive()["peak"]
+        finally:
+            for worker in workers.values():
+                worker.close()
+    threads = threads or torch.get_num_threads()
+    setting: dict[str, Any] = {"batch": batch, "prompt": prompt, "tokens": tokens, "threads": threads, "device": "cpu"}
+    return [
+        Speed.of(name, done[name], peak_memory=peaks[name], file_size=0 if variant.fill else sizes[name], **setting)
+        for variant in variants
+        for name in [variant.name]
+    ]
+
+
+class _Worker:
+    """A process that holds one variant and generates on request."""
+
+    def __init__(self, variant: Variant, batch: int, prompt: int, tokens: int, threads: int | None) -> None:
+        context = multiprocessing.get_context("spawn")
+        self.name = variant.name
+        self._pipe, other = context.Pipe()
+        arguments = (variant, batch, prompt, tokens, threads or torch.get_num_threads(), other)
+        self._process = context.Process(target=serve, args=arguments, daemon=True)
+        self._process.start()
+        other.close()
+
+    def send(self, word: str) -> None:
+        self._pipe.send(word)
+
+    def receive(self) -> dict[str, Any]:
+        try:
+            answer: dict[str, Any] = self._pipe.recv()
+        except EOFError:
+            message = f"the process that measures {self.name!r} ended early; there may be too little memory for it"
+            raise FistaPrunerError(message) from None
+        if "error" in answer:
+            raise FistaPrunerError(f"{self.name}: {answer['error']}")
+        return answer
+
+    def close(self) -> None:
+        self._pipe.close()
+        self._process.join(timeout=10)
+        if self._process.is_alive():
+            self._process.terminate()
+
+
+def serve(variant: Variant, batch: int, prompt: int, tokens: int, threads: int, pipe: Connection) -> None:
+    """Load a variant and answer requests through a pipe, in a process of its own.
+
+    ``"run"`` is answered by the fields of a :class:`Run`, ``"peak"`` by the peak memory; ``None``, or the other side
+    closing the pipe, ends it. An error is sent as one line.
+    """
+    torch.set_num_threads(threads)
+    try:
+        model = load_variant(variant)
+        ids = prompts(model, batch, prompt, seed=0)
+        time_generation(model, ids, WARM_UP_TOKENS)
+        reset_peak_memory(ids.device)
+        pipe.send({})
+        while (word := pipe.recv()) is not None:
+            pipe.send(asdict(time_generation(model, ids, tokens)) if word == "run" else {"peak": peak(ids.device)})
+    except EOFError:
+        return
+    except FistaPrunerError as error:
+        pipe.send({"error": str(error)})
+    except (OSError, ValueError, RuntimeError, LookupError) as error:
+        pipe.send({"error": f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"})
+
+
+def load_variant(variant: Variant) -> Any:
+    """Load the model of a variant onto the CPU."""
+    from transformers import AutoModelForCausalLM
+
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    dtype = getattr(torch, variant.dtype) if variant.dtype else None
+    if is_packed(variant.folder):
+        model = load(variant.folder, dtype=dtype)
+    else:
+        model = AutoModelForCausalLM.from_pretrained(str(variant.folder), dtype=dtype or "auto", local_files_only=True)
+    if variant.fill:
+        fill_zeros(model)
+    return model.eval()
+
+
+def fill_zeros(model: nn.Module) -> None:
+    """Replace the zeros of all matrices by small numbers, in place."""
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.ndim == 2:
+                parameter.masked_fill_(parameter == 0, 1e-3)
+
+
+def weight_bytes(folder: Path) -> int:
+    """Count the bytes of a folder's weight files."""
+    return sum(path.stat().st_size for path in Path(folder).glob("*.safetensors"))
