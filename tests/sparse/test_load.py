@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import json
 import subprocess
 import sys
 
@@ -139,6 +140,43 @@ def test_weights_loaded_into_a_packed_model_are_packed(tmp_path):
     with pytest.raises(RuntimeError, match=r"Missing key.*up_proj.weight"):
         packed.load_state_dict(state)
     assert packed.load_state_dict(state, strict=False).missing_keys == [name]
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"hidden_size": [32]},
+        {"hidden_size": -5},
+        {"num_attention_heads": 0},
+        {"num_attention_heads": 3},
+        {"hidden_act": "nope"},
+        {"model_type": ["llama"]},
+        {"model_type": "t5"},
+        {"model_type": "vit"},
+        {"rope_parameters": "x"},
+        {"dtype": "zzz"},
+        {"num_hidden_layers": 10**9},
+        {"vocab_size": 77},
+    ],
+)
+def test_an_odd_config_is_refused_in_one_line(tmp_path, changes):
+    fistapruner.pack(save_pruned(tmp_path / "m"), tmp_path / "p")
+    path = tmp_path / "p" / "config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
+    with pytest.raises(FistaPrunerError, match=str(tmp_path / "p")) as caught:
+        fistapruner.load(tmp_path / "p")
+    assert "\n" not in str(caught.value)
+
+
+def test_odd_settings_are_refused_in_one_line(tmp_path):
+    fistapruner.pack(save_pruned(tmp_path / "m"), tmp_path / "p")
+    for dtype in ("float32", torch.int8):
+        with pytest.raises(FistaPrunerError, match="no floating-point dtype"):
+            fistapruner.load(tmp_path / "p", dtype=dtype)
+    for text in ("{", "[]"):
+        (tmp_path / "p" / "generation_config.json").write_text(text)
+        with pytest.raises(FistaPrunerError, match=r"generation_config\.json is not understood"):
+            fistapruner.load(tmp_path / "p")
 
 
 def test_another_architecture_is_refused(tmp_path):

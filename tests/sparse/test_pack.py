@@ -113,6 +113,8 @@ def test_what_is_refused(tmp_path):
         pack(source, tmp_path / "p", values="int4")
     with pytest.raises(FistaPrunerError, match="multiple of 64"):
         pack(source, tmp_path / "p", values="int8", group=48)
+    with pytest.raises(FistaPrunerError, match="multiple of 64"):
+        pack(source, tmp_path / "p", values="int8", group="64")
     pack(source, tmp_path / "p")
     with pytest.raises(FistaPrunerError, match="packed already"):
         pack(tmp_path / "p", tmp_path / "q")
@@ -121,6 +123,46 @@ def test_what_is_refused(tmp_path):
     with pytest.raises(FistaPrunerError, match="format version 2"):
         unpack(tmp_path / "p", tmp_path / "u")
     assert not (tmp_path / "u").exists()
+
+
+def test_an_output_never_touches_its_source_or_what_is_there(tmp_path, capsys):
+    source = save_pruned(tmp_path / "m")
+    pack(source, tmp_path / "p")
+    (tmp_path / "link").symlink_to(tmp_path / "nowhere")
+    (tmp_path / "inside").symlink_to(source)
+    before = sorted(path.name for path in tmp_path.rglob("*"))
+    for out, message in (
+        (source / "packed", "is inside"),
+        (source / "new" / "packed", "is inside"),
+        (tmp_path / "inside" / "packed", "is inside"),
+        (source, "exists already"),
+        (tmp_path, "exists already"),
+        (tmp_path / "link", "exists already"),
+        (tmp_path / ("x" * 300), "File name too long"),
+    ):
+        assert main(["pack", str(source), str(out)]) == 2
+        assert message in capsys.readouterr().err
+    for out in (tmp_path / "p", tmp_path / "p" / "u", tmp_path):
+        assert main(["unpack", str(tmp_path / "p"), str(out)]) == 2
+        assert capsys.readouterr().err.count("\n") == 1
+    assert sorted(path.name for path in tmp_path.rglob("*")) == before
+
+
+@pytest.mark.parametrize(
+    ("record", "message"),
+    [
+        ("{", "not valid JSON"),
+        ('{"operators": [1]}', "no mapping of operators"),
+        ('{"operators": {"h.9.mlp": {"sparsity": "2:4"}}}', "is of another checkpoint: h.9.mlp"),
+    ],
+)
+def test_a_damaged_record_is_refused(tmp_path, record, message):
+    source = save_pruned(tmp_path / "m")
+    (source / "fistapruner.json").write_text(record)
+    with pytest.raises(FistaPrunerError, match=message):
+        pack(source, tmp_path / "p")
+    (source / "fistapruner.json").unlink()
+    assert pack(source, tmp_path / "p").operators == 21
 
 
 def test_a_flipped_bit_is_found(tmp_path):

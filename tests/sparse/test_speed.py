@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import json
+import multiprocessing
 
 import pytest
+import torch
 from pruned import save_pruned
 
 from fistapruner import FistaPrunerError, pack
 from fistapruner.cli import main
 from fistapruner.sparse.bench import bench, record, sentence, table
 from fistapruner.sparse.speed import Run, Speed, measure_speed, time_generation
-from fistapruner.sparse.variants import Variant, compare, load_variant, serve
+from fistapruner.sparse.variants import Variant, Worker, compare, load_variant, serve
 from tiny import build
 
 
@@ -87,6 +89,10 @@ def test_more_tokens_than_positions_are_refused(tmp_path):
     assert bench(source, prompt=100, tokens=28, measure=lambda *_, **__: []) == []
     with pytest.raises(FistaPrunerError, match="prompt 100 and 29 new tokens are more than the 128"):
         bench(source, prompt=100, tokens=29)
+    config = json.loads((source / "config.json").read_text())
+    (source / "config.json").write_text(json.dumps({"text_config": {"max_position_embeddings": config.pop("n_positions")}, **config}))
+    with pytest.raises(FistaPrunerError, match="prompt 100 and 29 new tokens are more than the 128"):
+        bench(source, prompt=100, tokens=29)
 
 
 def test_a_process_says_what_went_wrong(tmp_path):
@@ -96,6 +102,23 @@ def test_a_process_says_what_went_wrong(tmp_path):
     pipe = Pipe()
     serve(Variant("dense", save_pruned(tmp_path / "m", "gpt2")), 1, 200, 4, 1, pipe)  # 128 positions
     assert pipe == [{"error": "IndexError: index out of range in self"}]
+
+
+def test_a_process_nobody_listens_to_ends_quietly(tmp_path):
+    here, there = multiprocessing.Pipe()
+    here.close()
+    serve(Variant("dense", save_pruned(tmp_path / "m")), 1, 4, 4, torch.get_num_threads(), there)
+
+
+def test_a_process_that_is_killed_is_named(tmp_path):
+    worker = Worker(Variant("dense", tmp_path), 1, 4, 3, 1)
+    (process,) = multiprocessing.active_children()
+    process.kill()
+    process.join()
+    with pytest.raises(FistaPrunerError, match="'dense' ended early"):
+        worker.send("run")
+    with pytest.raises(FistaPrunerError, match="'dense' ended early"):
+        worker.receive()
 
 
 def test_a_process_of_its_own(tmp_path, monkeypatch):

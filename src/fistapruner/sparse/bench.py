@@ -64,6 +64,8 @@ def bench(
 def _check_positions(model: Path, prompt: int, tokens: int) -> None:
     """Refuse a text longer than the model's positions: learnt position embeddings end there."""
     config = read_json(model, "config.json")
+    text = config.get("text_config")  # of a model with vision
+    config = {**config, **text} if isinstance(text, dict) else config
     positions = config.get("max_position_embeddings", config.get("n_positions"))
     tokens = max(tokens, WARM_UP_TOKENS)
     if isinstance(positions, int) and prompt + tokens > positions:

@@ -39,6 +39,8 @@ def load(folder: str | Path, *, packed: bool = True, int8: bool = False, dtype: 
     """
     from transformers import AutoConfig, GenerationConfig
 
+    if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
+        raise FistaPrunerError(f"dtype {dtype!r} is no floating-point dtype of torch, such as torch.bfloat16")
     source = PackedCheckpoint(folder, verify=verify)
     settings = source.config()
     if "model_type" not in settings:
@@ -46,14 +48,20 @@ def load(folder: str | Path, *, packed: bool = True, int8: bool = False, dtype: 
     kind = settings.pop("model_type")
     try:
         config = AutoConfig.for_model(kind, **settings)
-    except (ValueError, TypeError, KeyError) as error:
-        raise FistaPrunerError(f"{source.folder}: config.json is not understood: {' '.join(str(error).split())[:200]}") from None
+    except Exception as error:  # an untrusted config can make every check of every architecture fail in its own way
+        raise _fault(source.folder / "config.json", "is not understood", error) from None
+    layers, tensors = getattr(config.get_text_config(), "num_hidden_layers", 0), len(source.dense_names()) + len(source.specs)
+    if isinstance(layers, int) and layers > tensors:
+        raise FistaPrunerError(f"{source.folder}: config.json asks for {layers} decoder layers and there are {tensors} tensors")
     dtype = dtype or _main_dtype(source)
     if packed and kernel.best_level() < 0:
         warnings.warn("no kernel was compiled here, so packed operators run slower than dense ones: load with packed=False", stacklevel=2)
     model = _build(source, config, dtype, packed, int8)
     if (source.folder / "generation_config.json").is_file():
-        model.generation_config = GenerationConfig.from_pretrained(str(source.folder))
+        try:
+            model.generation_config = GenerationConfig.from_pretrained(str(source.folder))
+        except (OSError, ValueError, TypeError, AttributeError) as error:
+            raise _fault(source.folder / "generation_config.json", "is not understood", error) from None
     return model.eval()
 
 
@@ -70,8 +78,11 @@ def _build(source: PackedCheckpoint, config: Any, dtype: torch.dtype, packed: bo
     from transformers import AutoModelForCausalLM
     from transformers.initialization import no_init_weights
 
-    with no_init_weights(), init_empty_weights(include_buffers=False):
-        model = AutoModelForCausalLM.from_config(config, dtype=dtype)
+    try:
+        with no_init_weights(), init_empty_weights(include_buffers=False):
+            model = AutoModelForCausalLM.from_config(config, dtype=dtype)
+    except Exception as error:  # again: sizes that are zero, negative or do not divide, names that are not known
+        raise _fault(source.folder / "config.json", "describes no causal language model that can be built", error) from None
     names = stored_names(model, [*source.dense_names(), *source.specs])
     rest: dict[str, Tensor] = {
         target: _cast(source.checkpoint.read(name), dtype) for target, name in names.items() if name not in source.specs
@@ -102,6 +113,11 @@ def _build(source: PackedCheckpoint, config: Any, dtype: torch.dtype, packed: bo
     if missing:
         raise FistaPrunerError(f"{source.folder}: tensor {missing[0]!r} of {type(model).__name__} is not in it")
     return model  # parameters as from_pretrained leaves them: torch multiplies a strided input slowly by a weight without gradient
+
+
+def _fault(path: Path, what: str, error: Exception) -> FistaPrunerError:
+    """The error of a file that transformers refuses, with its reason in one line."""
+    return FistaPrunerError(f"{path} {what}: {' '.join(str(error).split())[:200] or type(error).__name__}")
 
 
 def use_kernels(model: nn.Module) -> None:

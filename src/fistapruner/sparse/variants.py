@@ -72,7 +72,7 @@ def compare(
     done: dict[str, list[Run]] = {variant.name: [] for variant in variants}
     peaks: dict[str, int] = {}
     for group in [list(variants)] if together else [[variant] for variant in variants]:
-        workers = {variant.name: _Worker(variant, batch, prompt, tokens, threads) for variant in group}
+        workers = {variant.name: Worker(variant, batch, prompt, tokens, threads) for variant in group}
         try:
             for worker in workers.values():
                 worker.receive()  # loaded and warm
@@ -95,7 +95,7 @@ def compare(
     ]
 
 
-class _Worker:
+class Worker:
     """A process that holds one variant and generates on request."""
 
     def __init__(self, variant: Variant, batch: int, prompt: int, tokens: int, threads: int | None) -> None:
@@ -108,19 +108,35 @@ class _Worker:
         other.close()
 
     def send(self, word: str) -> None:
-        self._pipe.send(word)
+        """Ask for a run or a figure.
+
+        Raises:
+            FistaPrunerError: the process has ended.
+        """
+        try:
+            self._pipe.send(word)
+        except OSError:
+            raise self._ended() from None
 
     def receive(self) -> dict[str, Any]:
+        """Wait for the answer.
+
+        Raises:
+            FistaPrunerError: the process has ended, or says what went wrong.
+        """
         try:
             answer: dict[str, Any] = self._pipe.recv()
-        except EOFError:
-            message = f"the process that measures {self.name!r} ended early; there may be too little memory for it"
-            raise FistaPrunerError(message) from None
+        except (EOFError, OSError):
+            raise self._ended() from None
         if "error" in answer:
             raise FistaPrunerError(f"{self.name}: {answer['error']}")
         return answer
 
+    def _ended(self) -> FistaPrunerError:
+        return FistaPrunerError(f"the process that measures {self.name!r} ended early; there may be too little memory for it")
+
     def close(self) -> None:
+        """End the process."""
         self._pipe.close()
         self._process.join(timeout=10)
         if self._process.is_alive():
@@ -142,7 +158,7 @@ def serve(variant: Variant, batch: int, prompt: int, tokens: int, threads: int, 
         pipe.send({})
         while (word := pipe.recv()) is not None:
             pipe.send(asdict(time_generation(model, ids, tokens)) if word == "run" else {"peak": peak(ids.device)})
-    except EOFError:
+    except (EOFError, BrokenPipeError, ConnectionResetError):  # nobody listens: another variant cannot be loaded
         return
     except FistaPrunerError as error:
         pipe.send({"error": str(error)})
