@@ -10,9 +10,15 @@ import torch
 from torch import Tensor
 
 import tiny
+from fistapruner.activations.passes import Calls
+from fistapruner.activations.store import HiddenStates
+from fistapruner.models.discovery import discover
 from fistapruner.models.files.checkpoint import Checkpoint
+from fistapruner.models.layerwise import LayerwiseModel
 from fistapruner.pipeline.prune import prune
+from fistapruner.runs.listener import Listener
 from fistapruner.tuning import block_matching as match
+from fistapruner.tuning.block_matching import Matched, MatchSettings, match_layer
 
 SETTINGS: dict[str, Any] = {"method": "wanda", "sparsity": "50%", "calibration": {"source": "python", "samples": 9, "seqlen": 24}}
 WAYS = {
@@ -50,51 +56,62 @@ def test_masks_stay_and_held_out_loss_falls(tmp_path: Path, architecture: str, w
     assert not any("emb" in name or "wte" in name or "wpe" in name for name in changed)
 
 
+class StopsInTheThird(Listener):
+    """Interrupts after the operators of the third layer, before it is matched."""
+
+    def operators(self, index: int, names: str, error: float | None) -> None:
+        if index == 2 and "down_proj" in names and error is not None:
+            raise KeyboardInterrupt
+
+
 @pytest.mark.parametrize("way", WAYS)
-def test_an_interrupted_run_ends_in_the_same_bits(tmp_path: Path, way: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_interrupted_run_ends_in_the_same_bits(tmp_path: Path, way: str) -> None:
     source = tiny.save("llama", tmp_path / "model", dtype=torch.bfloat16)
     settings = {**SETTINGS, **WAYS[way], "match": 6, "allocation": "error"}
     prune(str(source), tmp_path / "whole", **settings)
-
-    from fistapruner.pruning import layer
-
-    done = []
-
-    def stop_at_the_third(*arguments: Any, **named: Any) -> match.Matched:
-        done.append(arguments[1])
-        if len(done) == 3:
-            raise KeyboardInterrupt
-        return match.match_layer(*arguments, **named)
-
-    with monkeypatch.context() as patched:
-        patched.setattr(layer, "match_layer", stop_at_the_third)
-        with pytest.raises(KeyboardInterrupt):
-            prune(str(source), tmp_path / "parts", **settings)
+    with pytest.raises(KeyboardInterrupt):
+        prune(str(source), tmp_path / "parts", **settings, listener=StopsInTheThird())
     prune(str(source), tmp_path / "parts", **settings)
     whole, parts = tensors(tmp_path / "whole" / "model"), tensors(tmp_path / "parts" / "model")
     for name, tensor in whole.items():
         assert torch.equal(tensor, parts[name]), name
 
 
-def test_steps_that_do_harm_are_not_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(match, "RATE", 30.0)
-    source = tiny.save("llama", tmp_path / "model")
-    plain = prune(str(source), tmp_path / "plain", **SETTINGS)
-    wild = prune(str(source), tmp_path / "wild", **SETTINGS, match=16)
-    records = [layer.model_extra["match"] for layer in wild.layers if layer.model_extra]
-    assert all(record["kept_step"] == 0 for record in records)
-    assert all(record["steps"] < 16 for record in records)
-    before, after = tensors(tmp_path / "plain" / "model"), tensors(tmp_path / "wild" / "model")
+def matched(folder: Path, settings: MatchSettings) -> tuple[Matched, dict[str, Tensor], dict[str, Tensor]]:
+    """Match the first layer of a model after half of its operators' weights were removed; also its tensors before and after."""
+    model = LayerwiseModel(Checkpoint.open(folder), torch.device("cpu"))
+    layout = discover(model)
+    tokens = torch.randint(3, tiny.VOCABULARY, (9, 24), generator=torch.Generator().manual_seed(0))
+    inputs, wanted = (HiddenStates((9, 24, model.width), model.dtype) for _ in range(2))
+    with model.embeddings_and_head(head=False):
+        calls = Calls.of(model, 9, 24, 9)
+        inputs.write(0, model.embed(tokens)[0])
+    with model.layer(0) as layer, torch.no_grad():
+        wanted.write(0, model.run(0, inputs.read(0, 9), calls.by_size[9][0]))
+        for group in layout.layers[0]:
+            for operator in group:
+                weight = operator.weight(layer)
+                weight[weight.abs() < weight.abs().median()] = 0
+        before = {name: parameter.clone() for name, parameter in layer.named_parameters()}
+        result = match_layer(model, 0, layout.layers[0], inputs, wanted, calls, settings)
+        return result, before, {name: parameter.clone() for name, parameter in layer.named_parameters()}
+
+
+def test_steps_that_do_harm_are_not_kept(tmp_path: Path) -> None:
+    result, before, after = matched(tiny.save("llama", tmp_path), MatchSettings(steps=16, rate=30.0))
+    assert result.record["kept_step"] == 0
+    assert result.record["steps"] < 16
+    assert not result.weights
     assert all(torch.equal(before[name], after[name]) for name in before)
-    assert [layer.relative_error for layer in plain.layers] == [layer.relative_error for layer in wild.layers]
 
 
-def test_steps_that_were_too_large_become_smaller(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(match, "RATE", 0.3)
-    source = tiny.save("llama", tmp_path / "model")
-    report = prune(str(source), tmp_path / "run", **SETTINGS, match=64)
-    records = [layer.model_extra["match"] for layer in report.layers if layer.model_extra]
-    assert any(record["held_out_after"] < record["held_out_before"] for record in records)
+def test_steps_that_were_too_large_become_smaller(tmp_path: Path) -> None:
+    result, before, after = matched(tiny.save("llama", tmp_path), MatchSettings(steps=64, rate=0.3))
+    assert result.record["held_out_after"] < result.record["held_out_before"]
+    assert result.weights.keys() == {f"model.layers.0.{name}" for name in before}
+    for name, tensor in after.items():
+        assert torch.equal(tensor, result.weights[f"model.layers.0.{name}"])
+        assert torch.equal(tensor == 0, before[name] == 0)
 
 
 def test_a_single_window_is_enough(tmp_path: Path) -> None:

@@ -22,7 +22,7 @@ from ..runs.records import LayerEntry, OperatorEntry
 from ..runtime.memory import release_memory
 from ..solvers import solve
 from ..solvers.base import Method, Solution
-from ..tuning.block_matching import match_layer
+from ..tuning.block_matching import MatchSettings, match_layer
 from .drift import DenseActivations, ResidualDrift, drift_sources
 from .entries import operator_entries
 
@@ -143,18 +143,9 @@ def prune_layer(
 
         matched: dict[str, Any] = {}
         if walk.aim is not None:
-            result = match_layer(
-                model,
-                index,
-                layout.layers[index],
-                streams.seen,
-                walk.aim,
-                calls,
-                clock,
-                steps=recipe.match,
-                seed=recipe.seed,
-                metric=metric,
-            )
+            settings = MatchSettings(recipe.match, recipe.seed, metric)
+            with clock.phase("match"):
+                result = match_layer(model, index, layout.layers[index], streams.seen, walk.aim, calls, settings)
             weights |= result.weights
             matched = {"match": result.record}
         error = walk.pass_on()

@@ -1,66 +1,85 @@
-"""Block matching: adjust a pruned decoder layer as a whole, masks frozen, until it answers as the dense layer did.
+"""Block matching: train a pruned decoder layer, masks frozen, to give the output of the dense layer.
 
-Solvers see one operator at a time. What their errors do together, behind the non-linearities and in the sum of the
-residual stream, only the whole layer shows. So after a layer is pruned, its surviving weights, norms and biases take some
-Adam steps (Kingma & Ba 2015) on
+Solvers see one operator at a time. How their errors combine, behind the non-linearities and in the residual stream, shows
+only in the output of the whole layer. So after a layer is pruned, its surviving weights, norms and biases take some Adam
+steps (Kingma & Ba 2015) on
 
     mean over tokens of  w_t (y_t - y*_t)^T M (y_t - y*_t),
 
 with ``y`` the pruned layer's output, ``y*`` the dense layer's, ``M`` the Fisher second moment of the model's loss at that
 output (:mod:`fistapruner.sensitivity.fisher`; the identity where it was not measured), and ``w_t`` at most 1, smaller for
-the few tokens with massive activations, whose squares would drown all others.
+the few tokens with massive activations, whose squares would dominate the mean.
 
-Some calibration windows are held out of the steps. They decide which step's weights are kept, the pruned layer's own
-being the first candidate, when steps are too large, and when to stop.
+Some calibration windows are for validation only. They decide which step's weights are kept (the pruned layer's own are
+the first candidate), when the step size falls, and when training stops.
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from ..activations.passes import Calls, Clock
+from ..activations.passes import Calls
 from ..activations.store import HiddenStates
 from ..models.discovery import Group
 from ..models.layerwise import LayerwiseModel, hidden_of
 from ..runtime.numerics import fast_products
+from .masked import MaskedParameters
 
 RATE = 0.01
-"""Adam's first step size, as a share of a tensor's root mean square over surviving weights; it falls to 0 by a cosine."""
+"""First step size of Adam, as a share of a tensor's root mean square over surviving weights; a cosine takes it to 0."""
 
 WARM_UP = 0.1
 """Share of the steps over which the step size rises from 0."""
 
 VALIDATE_EVERY = 8
-"""One calibration window of so many is held out,"""
+"""Every 8th calibration window is a validation window,"""
 
 MAX_VALIDATION_WINDOWS = 8
-"""but no more than these: more would not change the choice, and the looks at them take time."""
+"""but at most 8 of them: more would not change the choice, and take time."""
 
 CHECKS = 8
-"""How often the held-out windows are looked at."""
+"""Validation checks, at equal distances."""
 
 BACK_OFF = 0.3
-"""Where a look shows no progress, matching goes back to the best weights and goes on with so much smaller steps."""
+"""Step size factor after a check without improvement; training restarts from the best weights."""
 
 SMALLEST = 0.02
-"""Share of the first step size below which it stops."""
+"""Share of the first step size below which training stops."""
 
 SHRINKAGE = 0.1
-"""Share of the metric that is replaced by its mean eigenvalue: it was measured on few tokens."""
+"""Share of the metric that is replaced by its mean eigenvalue, since it was measured on few tokens."""
+
+
+@dataclass(frozen=True)
+class MatchSettings:
+    """Settings of block matching.
+
+    Args:
+        steps: Adam steps of one window each. In the same time, many small steps lower the loss further than few large ones.
+        seed: draws the windows.
+        metric: (width, width) positive semi-definite weight of output errors, or (width,) its diagonal; None is the identity.
+        rate: first step size, see :data:`RATE`.
+    """
+
+    steps: int
+    seed: int = 0
+    metric: Tensor | None = None
+    rate: float = RATE
 
 
 @dataclass(frozen=True)
 class Matched:
-    """What matching did.
+    """Result of block matching.
 
     Args:
         weights: changed tensors by checkpoint name, rounded as the checkpoint will hold them, on the CPU.
-        record: steps taken, the step that was kept, held-out loss before and after, windows held out.
+        record: steps taken, the step that was kept, validation loss before and after, number of validation windows.
     """
 
     weights: dict[str, Tensor]
@@ -70,62 +89,63 @@ class Matched:
 def match_layer(
     model: LayerwiseModel,
     index: int,
-    groups: tuple[Group, ...],
+    groups: Sequence[Group],
     inputs: HiddenStates,
     wanted: HiddenStates,
     calls: Calls,
-    clock: Clock,
-    *,
-    steps: int,
-    seed: int,
-    metric: Tensor | None = None,
+    settings: MatchSettings,
 ) -> Matched:
-    """Adjust the loaded, pruned decoder layer ``index`` in place.
+    """Train the loaded, pruned decoder layer ``index`` in place.
 
     Args:
         model: the model, layer ``index`` loaded.
-        index: which layer.
+        index: number of the layer.
         groups: its pruned operators; weights of other operators are left alone.
         inputs: hidden states that enter the layer.
         wanted: output hidden states to match.
-        calls: how the layer is called.
-        clock: counts the time as ``match``.
-        steps: Adam steps of one window each: for the same time they lower the loss further than fewer steps of several.
-        seed: draws the windows.
-        metric: (width, width) positive semi-definite weight of output errors, or (width,) its diagonal; None is the identity.
+        calls: arguments of the decoder layers.
+        settings: steps, seed, metric.
     """
     # Activations of a bf16 model have no more digits than its matrix units take.
-    with clock.phase("match"), fast_products(model.dtype == torch.bfloat16):
-        tuned = _Tuned.of(model, index, groups)
-        loss = _Loss.of(model, inputs, wanted, metric)
+    with fast_products(model.dtype == torch.bfloat16):
+        parameters = _parameters(model.layers[index], groups)
+        scales = parameters.root_mean_squares()
+        loss = _Loss.of(model, inputs, wanted, settings.metric)
         held, train = _split(inputs.samples)
-        order = _order(train, steps, torch.Generator().manual_seed(seed * 100_003 + index))
-        optimizer = tuned.optimizer()
-        before = _held_out(model, index, tuned, loss, held, calls)
-        best, best_step, kept, rate = before, 0, tuned.copy(), RATE
-        every = max(1, steps // CHECKS)
+        order = _order(train, settings.steps, torch.Generator().manual_seed(settings.seed * 100_003 + index))
+
+        def validate() -> float:
+            with torch.no_grad():
+                values = parameters.values()
+                losses = (loss(_run(model, index, values, loss.inputs(window), calls), window) for window in held)
+                return sum(map(float, losses)) / len(held)
+
+        optimizer = _optimizer(parameters)
+        before = validate()
+        best, best_step, kept, rate = before, 0, parameters.copy(), settings.rate
+        every = max(1, settings.steps // CHECKS)
         taken = 0
-        for taken in range(1, steps + 1):
-            for group, rms in zip(optimizer.param_groups, tuned.scales, strict=True):
-                group["lr"] = rate * rms * _schedule(taken, steps)
+        for taken in range(1, settings.steps + 1):
+            for group, scale in zip(optimizer.param_groups, scales, strict=True):
+                group["lr"] = rate * scale * _schedule(taken, settings.steps)
             window = order[taken - 1]
             optimizer.zero_grad()
             with torch.enable_grad():
-                value = loss(_run(model, index, tuned.values(), loss.inputs(window), calls), window)
+                value = loss(_run(model, index, parameters.values(), loss.inputs(window), calls), window)
             value.backward()
             optimizer.step()
-            if taken % every == 0 or taken == steps:
-                now = _held_out(model, index, tuned, loss, held, calls)
+            if taken % every == 0 or taken == settings.steps:
+                now = validate()
                 if now < best:
-                    best, best_step, kept = now, taken, tuned.copy()
+                    best, best_step, kept = now, taken, parameters.copy()
                     continue
-                tuned.restore(kept)
-                optimizer = tuned.optimizer()
+                parameters.restore(kept)
+                optimizer = _optimizer(parameters)
                 rate *= BACK_OFF
-                if rate < SMALLEST * RATE:
+                if rate < SMALLEST * settings.rate:
                     break
-        tuned.restore(kept)
-        weights = tuned.store(model, index) if best_step else {}
+        parameters.restore(kept)
+        weights = _write(model, index, parameters) if best_step else {}
         record = {
             "steps": taken,
             "kept_step": best_step,
@@ -136,64 +156,43 @@ def match_layer(
         return Matched(weights, record)
 
 
-@dataclass
-class _Tuned:
-    """The layer's parameters that may change: fp32 copies, masks of pruned ones, root mean squares of what is not zero."""
+def _parameters(layer: nn.Module, groups: Sequence[Group]) -> MaskedParameters:
+    """The parameters of a loaded layer that may change: pruned weights and vectors (norms, biases)."""
+    pruned = {f"{operator.name}.weight" for group in groups for operator in group}
+    tensors = {
+        name: parameter
+        for name, parameter in layer.named_parameters()
+        if parameter.is_floating_point() and (parameter.ndim <= 1 or name in pruned)
+    }
+    return MaskedParameters(tensors, pruned)
 
-    layer: nn.Module
-    masters: dict[str, Tensor]
-    masks: dict[str, Tensor]
-    scales: list[float]
-    dtype: torch.dtype
 
-    @classmethod
-    def of(cls, model: LayerwiseModel, index: int, groups: tuple[Group, ...]) -> _Tuned:
-        layer = model.layers[index]
-        pruned = {f"{operator.name}.weight" for group in groups for operator in group}
-        masters, masks = {}, {}
-        for name, parameter in layer.named_parameters():
-            if not parameter.is_floating_point() or (parameter.ndim > 1 and name not in pruned):
-                continue
-            masters[name] = parameter.detach().float().clone().requires_grad_()
-            if name in pruned:
-                masks[name] = parameter.detach() != 0
-        scales = [float((master.detach().square().sum() / (master != 0).sum().clamp_min(1)).sqrt()) for master in masters.values()]
-        return cls(layer, masters, masks, scales, model.dtype)
+def _optimizer(parameters: MaskedParameters) -> torch.optim.Adam:
+    """A new optimizer with one group a tensor, so that each has its own step size."""
+    groups = [{"params": [master]} for master in parameters.masters.values()]
+    return torch.optim.Adam(groups, betas=(0.9, 0.95), fused=True)
 
-    def optimizer(self) -> torch.optim.Adam:
-        """A new one, with one group a tensor, so that each has its own step size."""
-        return torch.optim.Adam([{"params": [master]} for master in self.masters.values()], betas=(0.9, 0.95), fused=True)
 
-    def values(self) -> dict[str, Tensor]:
-        """The tensors as the forward pass uses them."""
-        return {name: (master * self.masks[name] if name in self.masks else master).to(self.dtype) for name, master in self.masters.items()}
-
-    def copy(self) -> list[Tensor]:
-        return [master.detach().clone() for master in self.masters.values()]
-
-    def restore(self, copied: list[Tensor]) -> None:
-        with torch.no_grad():
-            for master, value in zip(self.masters.values(), copied, strict=True):
-                master.copy_(value)
-
-    @torch.no_grad()
-    def store(self, model: LayerwiseModel, index: int) -> dict[str, Tensor]:
-        """Put the tensors into the layer; returns it by checkpoint name. A surviving weight never becomes zero."""
-        stored = {}
-        parameters = dict(self.layer.named_parameters())
-        for name, exact in self.values().items():
-            parameter = parameters[name]
-            source = model.source(f"{model.layers_name}.{index}.{name}")
-            value = model.rounded(source, exact).to(self.dtype)
-            vanished = self.masks[name] & (value == 0) if name in self.masks else torch.zeros_like(value, dtype=torch.bool)
-            parameter.copy_(torch.where(vanished, parameter, value))
-            stored[source] = model.result(source, parameter.detach())
-        return stored
+def _write(model: LayerwiseModel, index: int, parameters: MaskedParameters) -> dict[str, Tensor]:
+    """Write trained values into the loaded layer, rounded as the checkpoint will hold them; return them by checkpoint name."""
+    sources = {name: model.source(f"{model.layers_name}.{index}.{name}") for name in parameters.masters}
+    parameters.write(lambda name, value: model.rounded(sources[name], value))
+    layer = model.layers[index]
+    return {source: model.result(source, layer.get_parameter(name).detach()) for name, source in sources.items()}
 
 
 @dataclass
 class _Loss:
-    """The metric, the data, the energy beyond which a token's weight falls, and the weights of the windows seen so far."""
+    """The loss of one window: metric, data, token weights.
+
+    Args:
+        device: of the layer.
+        source: hidden states that enter the layer.
+        wanted: output hidden states to match.
+        root: see :func:`_root`.
+        limit: energy above which a token's weight falls below 1.
+        weights: token weights of the windows used so far.
+    """
 
     device: torch.device
     source: HiddenStates
@@ -234,7 +233,7 @@ class _Loss:
 
 
 def _root(metric: Tensor | None, device: torch.device) -> Tensor | None:
-    """``R`` with ``R R^T`` the shrunk metric."""
+    """Return ``R`` with ``R R^T`` the shrunk metric; for a diagonal, its square root."""
     if metric is None:
         return None
     metric = metric.to(device)
@@ -253,14 +252,8 @@ def _run(model: LayerwiseModel, index: int, values: dict[str, Tensor], hidden: T
     return hidden_of(out)
 
 
-def _held_out(model: LayerwiseModel, index: int, tuned: _Tuned, loss: _Loss, held: list[int], calls: Calls) -> float:
-    with torch.no_grad():
-        values = tuned.values()
-        return sum(float(loss(_run(model, index, values, loss.inputs(window), calls), window)) for window in held) / len(held)
-
-
 def _split(samples: int) -> tuple[list[int], list[int]]:
-    """Validation windows (every eighth, 1 to :data:`MAX_VALIDATION_WINDOWS`) and training windows; a single one is both."""
+    """Split into validation windows (1 to :data:`MAX_VALIDATION_WINDOWS`) and training windows; a single one is both."""
     apart = max(VALIDATE_EVERY, -(-samples // MAX_VALIDATION_WINDOWS))
     held = list(range(apart - 1, samples, apart)) or [samples - 1]
     train = [window for window in range(samples) if window not in held] or held
@@ -268,7 +261,7 @@ def _split(samples: int) -> tuple[list[int], list[int]]:
 
 
 def _order(windows: list[int], count: int, generator: torch.Generator) -> list[int]:
-    """``count`` windows: all of them once in random order, again in another, and so on."""
+    """Draw ``count`` windows: all of them once in random order, again in another, and so on."""
     order: list[int] = []
     while len(order) < count:
         order += [windows[place] for place in torch.randperm(len(windows), generator=generator).tolist()]
@@ -276,13 +269,18 @@ def _order(windows: list[int], count: int, generator: torch.Generator) -> list[i
 
 
 def passes(steps: int, samples: int) -> int:
-    """What matching with so many steps and calibration windows costs, in forward passes of one window; backward passes cost two."""
-    looks = 1 + min(steps, CHECKS)
-    return 3 * steps + looks * len(_split(samples)[0])
+    """Cost of block matching, in forward passes of one window (a backward pass counts two).
+
+    Args:
+        steps: Adam steps.
+        samples: calibration windows.
+    """
+    checks = 1 + min(steps, CHECKS)
+    return 3 * steps + checks * len(_split(samples)[0])
 
 
 def _schedule(step: int, steps: int) -> float:
-    """Factor of the step size at ``step`` of ``steps``, from 1."""
+    """Step size factor at ``step`` (from 1) of ``steps``: linear warm-up, then cosine to 0."""
     warm = max(1, round(WARM_UP * steps))
     if step <= warm:
         return step / warm
