@@ -22,6 +22,7 @@ from fistapruner.reporting.page import run_page
 from fistapruner.reporting.theme import DARK, HEAT_DARK, HEAT_LIGHT, LIGHT, heat_colors
 from fistapruner.reporting.write import write_page
 from fistapruner.runs.records import Comparison, Report, parse
+from fistapruner.solvers import METHODS
 
 pytest.importorskip("matplotlib", reason="the extra 'report' is not installed")
 
@@ -124,9 +125,9 @@ def test_text_never_becomes_markup() -> None:
 
 def test_a_solver_s_records_may_be_anything() -> None:
     report = samples.report(2)
-    odd: list[Any] = [{"rounds": "no list"}, {"rounds": [1, 2]}, {"rounds": [{"lambda": None, "e_total": 0}] * 3}, {"path": []}, {}]
-    for operator, step in zip(report.layers[0].operators, odd, strict=False):
-        operator.steps = [step]
+    odd: list[Any] = ["no list", [1, 2], [{"lambda": None, "e_total": 0}] * 3, [{"lambda": 1.0, "e_total": None}] * 2, []]
+    for operator, records in zip(report.layers[0].operators, [*odd, None], strict=False):
+        operator.steps = [{"method": "fista", "rounds": records, "e_total": 1.0}, {"method": "gone"}, {}]
     assert "</html>" in run_page(report)
 
 
@@ -136,7 +137,10 @@ def test_alps_records_are_drawn() -> None:
         for operator in layer.operators:
             path = [{"step": 3 * k, "rho": 0.1 * 1.2**k, "support_change": 0.1 / k} for k in range(1, 6)]
             operator.steps = [{"method": "alps", "relative_error": operator.relative_error, "path": path}]
-    assert "penalty ρ" in run_page(report)
+    text = run_page(report)
+    assert "penalty ρ" in text
+    assert METHODS["alps"].trace is not None
+    assert METHODS["alps"].trace.caption in text
 
 
 def test_seeds_are_gathered() -> None:

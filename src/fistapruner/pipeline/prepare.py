@@ -42,6 +42,7 @@ from ..runtime.files import disk_errors, sha256_file
 from ..runtime.machine import describe_machine, now, versions
 from ..runtime.numerics import dtype_name, windows_at_once
 from ..sensitivity.decision import check_allocation, decide, needs_measuring, permutes
+from ..solvers import check_constraint
 
 log = logging.getLogger("fistapruner")
 
@@ -226,7 +227,7 @@ def allocate(recipe: Recipe, layout: Layout) -> dict[str, Constraint]:
     """Pattern of every operator.
 
     Raises:
-        FistaPrunerError: a pattern that matches nothing, or does not divide an operator's inputs.
+        FistaPrunerError: a pattern that matches nothing, does not fit an operator, or is not supported by the method.
     """
     operators = layout.operators()
     chosen: dict[str, Constraint] = dict.fromkeys((name for name, _ in operators), recipe.pattern)
@@ -237,7 +238,7 @@ def allocate(recipe: Recipe, layout: Layout) -> dict[str, Constraint]:
                 raise FistaPrunerError(f"allocation: {pattern!r} matches no operator; the first one is called {operators[0][0]!r}")
             chosen.update((name, parse_sparsity(sparsity)) for name in names)
     for name, operator in operators:
-        chosen[name].check(operator.columns, name)
+        check_constraint(chosen[name], operator.columns, recipe.steps, name)
     return chosen
 
 

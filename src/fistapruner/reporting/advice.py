@@ -9,6 +9,7 @@ from statistics import median
 from ..constraints import parse_sparsity
 from ..errors import FistaPrunerError
 from ..runs.records import LayerEntry, OperatorEntry, Report
+from ..solvers import METHODS
 from .numbers import percent, significant
 
 
@@ -63,27 +64,30 @@ def _operators(layers: Sequence[LayerEntry], why_not: str) -> list[str]:
 
 def _chain(report: Report) -> list[str]:
     method = report.method
-    if not method or "refit" in method.split("+"):
-        return []
-    refits = {"magnitude", "wanda", "sparsegpt", "fista"}
-    if method.split("+")[-1] in refits:
+    last = METHODS.get(method.split("+")[-1]) if method else None
+    if last is not None and last.refit_helps:
         return [f"A least-squares refit on the kept weights can only lower the error and costs little: `--method {method}+refit`."]
     return []
 
 
 def _search(layers: Sequence[LayerEntry]) -> list[str]:
     tried = kept = 0
+    symbol = ""
     for layer in layers:
         for operator in layer.operators:
             for position, step in enumerate(operator.steps):
-                rounds = step.get("rounds")
-                if isinstance(rounds, list) and rounds and all(isinstance(r, dict) and "e_total" in r for r in rounds):
-                    tried += 1
-                    best = step.get("e_total")
-                    kept += best is not None and all(best < r["e_total"] * (1 - 1e-9) for r in rounds) and position == 0
+                method = METHODS.get(str(step.get("method")))
+                trace = None if method is None else method.trace
+                rounds = [] if trace is None or not trace.search else trace.rounds(step)
+                if trace is None or not rounds:
+                    continue
+                symbol = trace.penalty_label
+                best = step.get(trace.value)
+                beaten = best is not None and all(best < record[trace.value] * (1 - 1e-9) for record in rounds)
+                tried, kept = tried + 1, kept + (beaten and position == 0)
     if tried and kept > tried / 4:
         return [
-            f"In {kept} of {tried} operators no round of the λ search beat its warm start, which was kept. "
+            f"In {kept} of {tried} operators no round of the {symbol} search beat its warm start, which was kept. "
             "A longer search (more rounds without improvement before stopping) or another solver may gain there."
         ]
     return []

@@ -8,6 +8,8 @@ from statistics import median
 from typing import Any
 
 from ..runs.records import LayerEntry, OperatorEntry, Report
+from ..solvers import METHODS
+from ..solvers.base import Trace
 from .drawing import HEAT, HEAT_LEVELS, INK, SERIES, SURFACE, Drawing, draw, heat_level, style
 from .numbers import duration, significant
 
@@ -208,74 +210,67 @@ def chain_errors(layers: Sequence[LayerEntry]) -> Drawing | None:
 
 def solver_path(layers: Sequence[LayerEntry]) -> Drawing | None:
     """How the solver converged on the hardest operators: error by round, and the penalty's path."""
-    chosen = []
+    found = []
     for layer, operator in hardest(layers, 10_000):
-        for step in operator.steps:
-            path = solver_records(step)
-            if path is not None:
-                chosen.append((f"{layer.index} {short_name(operator.name)}", *path))
-                break
-        if len(chosen) == 4:
-            break
-    if not chosen:
+        path = next((path for step in operator.steps if (path := solver_records(step)) is not None), None)
+        if path is not None:
+            found.append((f"{layer.index} {short_name(operator.name)}", *path))
+    if not found:
         return None
-    unit = next(label for _, _, label, _ in chosen)
+    trace = found[0][1]
+    chosen = [(name, values, penalties) for name, other, values, penalties in found if other == trace][:4]
 
     def plot(figure: Any, width: int) -> None:
         above, below = figure.subplots(2, 1, sharex=True, gridspec_kw={"height_ratios": [3, 2]})
-        for color, (name, errors, _, knob) in zip(SERIES, chosen, strict=False):
+        for color, (name, errors, knob) in zip(SERIES, chosen, strict=False):
             finite = [value if value is not None and value > 0 else math.nan for value in errors]
             above.plot(range(1, len(finite) + 1), finite, "o-", color=color, markersize=4, label=name)
             positive = [value if value is not None and value > 0 else math.nan for value in knob]
             below.plot(range(1, len(positive) + 1), positive, "o-", color=color, markersize=4)
-        above.set_ylabel("error, first = 1" if unit == "λ" else "support changed, %")
-        if unit != "λ":
+        above.set_ylabel(trace.value_label)
+        if not trace.of_first:
             above.set_yscale("log")
             _plain_log(above, (1.0,))
         below.set_yscale("log")
-        if _decades(value for _, _, _, knob in chosen for value in knob) < 2:
+        if _decades(value for _, _, knob in chosen for value in knob) < 2:
             _plain_log(below)
-        below.set_ylabel(unit)
-        below.set_xlabel("round" if unit == "λ" else "step of ρ")
+        below.set_ylabel(trace.penalty_label)
+        below.set_xlabel(trace.round_label)
         _whole_numbers(below)
         style(above)
         style(below)
         above.legend(loc="best", title=None, ncols=2 if width > 500 else 1)
 
-    what = (
-        "Error of the rounded weights in each round of the λ search, and the λ it tried, for the hardest operators."
-        if unit == "λ"
-        else "Share of the kept weights that another weight replaced as the penalty ρ grew, for the hardest operators."
-    )
     return draw(
         "solver-path",
         "Solver convergence and its penalty",
         plot,
-        caption=what,
-        description=what + " Operators: " + ", ".join(name for name, *_ in chosen) + ".",
+        caption=trace.caption,
+        description=trace.caption + " Operators: " + ", ".join(name for name, *_ in chosen) + ".",
         height=360,
         table=(
-            ["operator", "round", unit, "error, first = 1" if unit == "λ" else "support changed, %"],
+            ["operator", "round", trace.penalty_label, trace.value_label],
             [
                 [name, str(i + 1), significant(k), significant(e, 4)]
-                for name, errors, _, knob in chosen
+                for name, errors, knob in chosen
                 for i, (e, k) in enumerate(zip(errors, knob, strict=True))
             ],
         ),
     )
 
 
-def solver_records(step: dict[str, Any]) -> tuple[list[float | None], str, list[float | None]] | None:
-    """(errors, name of the penalty, penalties) by round, from what a solver recorded; None if it recorded no path."""
-    for rounds in (step.get("rounds"), step.get("path"), step.get("history")):
-        if not isinstance(rounds, list) or len(rounds) < 2 or not all(isinstance(record, dict) for record in rounds):
-            continue
-        if all("lambda" in record and "e_total" in record for record in rounds):
-            first = next((r["e_total"] for r in rounds if r["e_total"]), 1.0)
-            return [_number(r["e_total"] / first) for r in rounds], "λ", [_number(r["lambda"]) for r in rounds]
-        if all("rho" in record and "support_change" in record for record in rounds):
-            return [_percentage(r["support_change"]) for r in rounds], "ρ", [_number(r["rho"]) for r in rounds]
-    return None
+def solver_records(step: dict[str, Any]) -> tuple[Trace, list[float | None], list[float | None]] | None:
+    """Read (what is shown, results, penalties) by round of a step's records; None if its solver records no rounds."""
+    method = METHODS.get(str(step.get("method")))
+    trace = None if method is None else method.trace
+    rounds = [] if trace is None else trace.rounds(step)
+    if trace is None or len(rounds) < 2:
+        return None
+    values, penalties = [record[trace.value] for record in rounds], [record[trace.penalty] for record in rounds]
+    if not trace.of_first:
+        return trace, [_percentage(value) for value in values], [_number(value) for value in penalties]
+    first = next((value for value in values if value), 1.0)
+    return trace, [_number(value / first) for value in values], [_number(value) for value in penalties]
 
 
 def spectra(layers: Sequence[LayerEntry]) -> Drawing | None:

@@ -75,6 +75,19 @@ def _parse_step(step: object) -> Method:
         raise FistaPrunerError(f"method {name}: {explain(error)}") from None
 
 
+def check_constraint(constraint: Constraint, columns: int, steps: Sequence[Method], name: str = "operator") -> None:
+    """Refuse a constraint that does not fit an operator, or that a step of the method chain does not support.
+
+    Raises:
+        FistaPrunerError: names the operator and its inputs, or the step and the methods that support the constraint.
+    """
+    constraint.check(columns, name)
+    for step in steps:
+        if not step.supports(constraint):
+            able = ", ".join(other for other, method in METHODS.items() if method().supports(constraint))
+            raise FistaPrunerError(f"method {step.name!r} does not support the pattern {constraint}: take one of {able}")
+
+
 def solve(
     problem: LayerProblem,
     sparsity: str | float | Constraint | Sequence[Constraint],
@@ -107,7 +120,7 @@ def solve(
     if len(parsed) != len(problem.rows):
         raise FistaPrunerError(f"{problem.label}: {len(parsed)} sparsities for {len(problem.rows)} operators")
     for pattern, name in zip(parsed, problem.names, strict=True):
-        pattern.check(problem.shape[1], name)
+        check_constraint(pattern, problem.shape[1], steps, name)
     problem.check_finite()
     with ONE_AT_A_TIME:
         return _run_steps(problem, parsed, steps)

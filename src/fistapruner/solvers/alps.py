@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ..constraints import Constraint
 from ..problem import LayerProblem
-from .base import Method, Solution, Stats
+from .base import SUPPORT_CHANGE, Method, Solution, Stats, Trace
 from .conditioning import alive_gram
 from .refit import refit_cg
 
@@ -37,6 +37,7 @@ class ALPS(Method):
     name: ClassVar[str] = "alps"
     summary: ClassVar[str] = "ADMM with hard thresholding and growing penalty, then conjugate gradients"
     reference: ClassVar[str] = "Meng et al. 2024, arXiv 2406.07831"
+    trace: ClassVar[Trace | None] = SUPPORT_CHANGE
 
     rho: float = Field(0.1, gt=0.0)
     iterations: int = Field(300, ge=1)

@@ -9,7 +9,7 @@ the solution of the step before it. Both have the same shape, so they chain: ``w
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Annotated, Any, ClassVar, Literal
 
@@ -42,6 +42,53 @@ class Solution:
     warnings: tuple[str, ...] = field(default=())
 
 
+@dataclass(frozen=True)
+class Trace:
+    """What a solver records of every round, and how a report shows it.
+
+    Args:
+        key: key of the rounds in an operator's ``stats``: a list of one dictionary for each.
+        value: key of a round's result, a number.
+        penalty: key of the penalty that the round used, a number.
+        value_label: axis label of the result.
+        penalty_label: axis label of the penalty, its symbol.
+        round_label: axis label of the rounds.
+        caption: sentence about what is shown.
+        of_first: results are shown as a multiple of the first one, on a linear axis; else in %, on a logarithmic one.
+        search: rounds are candidates: the best of them and of the warm start is the solution.
+    """
+
+    key: str
+    value: str
+    penalty: str
+    value_label: str
+    penalty_label: str
+    round_label: str
+    caption: str
+    of_first: bool = False
+    search: bool = False
+
+    def rounds(self, stats: Mapping[str, Any]) -> list[Stats]:
+        """Read the rounds from what a step recorded; empty where they are missing or incomplete."""
+        rounds = stats.get(self.key)
+        if not isinstance(rounds, list):
+            return []
+        whole = all(isinstance(record, dict) and self.penalty in record for record in rounds)
+        return rounds if whole and all(isinstance(record.get(self.value), (int, float)) for record in rounds) else []
+
+
+SUPPORT_CHANGE = Trace(
+    key="path",
+    value="support_change",
+    penalty="rho",
+    value_label="support changed, %",
+    penalty_label="ρ",
+    round_label="step of ρ",
+    caption="Share of the kept weights that another weight replaced as the penalty ρ grew, for the hardest operators.",
+)
+"""Of solvers whose penalty grows until the support rests."""
+
+
 class Method(BaseModel, ABC):
     """Base of solvers and refinements: settings are fields, validated, unknown ones refused."""
 
@@ -58,6 +105,10 @@ class Method(BaseModel, ABC):
     """Whose hidden states feed a decoder layer with ``propagate: auto``."""
     target: ClassVar[float] = 0.0
     """Share of the dense target with ``target: auto``, where hidden states are those that :attr:`propagate` says."""
+    trace: ClassVar[Trace | None] = None
+    """What is recorded of every round, None where there is nothing to draw."""
+    refit_helps: ClassVar[bool] = False
+    """Whether the kept weights are far from their least-squares values, so that a refit after it is worth its time."""
 
     @abstractmethod
     def solve(self, problem: LayerProblem, sparsity: Sequence[Constraint], start: Solution | None = None) -> Solution:
@@ -77,6 +128,10 @@ class Method(BaseModel, ABC):
             earlier: the same step of the run that is continued: what it chose stays.
         """
         return self
+
+    def supports(self, constraint: Constraint) -> bool:
+        """Tell whether the method can prune to the constraint; most methods can prune to any."""
+        return True
 
     def rows_independent(self, sparsity: Constraint) -> bool:
         """Whether a row's answer depends on that row alone, so that blocks of rows may be solved apart from each other."""

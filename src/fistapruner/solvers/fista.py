@@ -15,7 +15,7 @@ from ..constraints import Constraint
 from ..errors import FistaPrunerError
 from ..problem import LayerProblem
 from ..runtime.numerics import fast_products
-from .base import Method, Positive, Solution, Stats, project_operators
+from .base import Method, Positive, Solution, Stats, Trace, project_operators
 from .conditioning import largest_eigenvalue
 from .magnitude import Magnitude
 from .sparsegpt import SparseGPT
@@ -59,6 +59,18 @@ class Fista(Method):
     reference: ClassVar[str] = "Zhao et al. 2024, arXiv 2408.03728"
     propagate: ClassVar[Literal["dense", "pruned"]] = "dense"
     target: ClassVar[float] = 1.0
+    refit_helps: ClassVar[bool] = True
+    trace: ClassVar[Trace | None] = Trace(
+        key="rounds",
+        value="e_total",
+        penalty="lambda",
+        value_label="error, first = 1",
+        penalty_label="λ",
+        round_label="round",
+        caption="Error of the rounded weights in each round of the λ search, and the λ it tried, for the hardest operators.",
+        of_first=True,
+        search=True,
+    )
 
     iterations: int = Field(20, ge=1)
     tolerance: float = Field(1e-6, ge=0.0)
@@ -79,6 +91,9 @@ class Fista(Method):
         if not low <= self.penalty_start <= high:
             raise ValueError(f"penalty_start {self.penalty_start:g} is outside penalty_interval {[low, high]}")
         return self
+
+    def supports(self, constraint: Constraint) -> bool:
+        return self.warm_start != "sparsegpt" or SparseGPT().supports(constraint)
 
     def solve(self, problem: LayerProblem, sparsity: Sequence[Constraint], start: Solution | None = None) -> Solution:
         start = start or self._warm_start(problem, sparsity)

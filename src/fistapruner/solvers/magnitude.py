@@ -18,6 +18,7 @@ class Magnitude(Method):
     name: ClassVar[str] = "magnitude"
     summary: ClassVar[str] = "smallest weights of each operator go; uses no data"
     reference: ClassVar[str] = "Han et al. 2015, arXiv 1506.02626"
+    refit_helps: ClassVar[bool] = True
 
     def solve(self, problem: LayerProblem, sparsity: Sequence[Constraint], start: Solution | None = None) -> Solution:
         scores = problem.weight.abs()

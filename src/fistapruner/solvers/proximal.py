@@ -13,7 +13,7 @@ from torch import Tensor
 from ..constraints import Constraint
 from ..problem import LayerProblem
 from ..runtime.numerics import fast_products, has_bf16_units
-from .base import Method, Positive, Solution, Stats, project_operators
+from .base import SUPPORT_CHANGE, Method, Positive, Solution, Stats, Trace, project_operators
 from .conditioning import alive_gram, damped_cholesky
 from .refit import refit_cg
 
@@ -59,6 +59,7 @@ class Proximal(Method):
     reference: ClassVar[str] = "this project; splitting: Lions & Mercier 1979; growing penalty: ALPS, arXiv 2406.07831"
     auto_keeps_paper_settings: ClassVar[bool] = False
     target: ClassVar[float] = 0.5
+    trace: ClassVar[Trace | None] = SUPPORT_CHANGE
 
     rho: tuple[Positive, Positive] = (0.15, 1.0)
     levels: int = Field(11, ge=2)

@@ -33,9 +33,13 @@ class SparseGPT(Method):
     name: ClassVar[str] = "sparsegpt"
     summary: ClassVar[str] = "column by column, remaining weights compensate (one pass)"
     reference: ClassVar[str] = "Frantar & Alistarh 2023, arXiv 2301.00774"
+    refit_helps: ClassVar[bool] = True
 
     damping: float = Field(0.01, ge=0.0)
     block: int = Field(128, ge=1)
+
+    def supports(self, constraint: Constraint) -> bool:
+        return constraint.columnwise
 
     def solve(self, problem: LayerProblem, sparsity: Sequence[Constraint], start: Solution | None = None) -> Solution:
         gram = alive_gram(problem.gram)

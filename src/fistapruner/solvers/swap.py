@@ -45,6 +45,9 @@ class Swap(Method):
     candidates: int = Field(32, ge=1)
     damping: float = Field(1e-4, ge=0.0)
 
+    def supports(self, constraint: Constraint) -> bool:
+        return constraint.exchanges is not None
+
     def solve(self, problem: LayerProblem, sparsity: Sequence[Constraint], start: Solution | None = None) -> Solution:
         if start is None:
             raise FistaPrunerError("swap needs the mask of a step before it, such as alps+swap")

@@ -18,6 +18,7 @@ class Wanda(Method):
     name: ClassVar[str] = "wanda"
     summary: ClassVar[str] = "magnitude times input norm, row by row; no weight update"
     reference: ClassVar[str] = "Sun et al. 2023, arXiv 2306.11695"
+    refit_helps: ClassVar[bool] = True
 
     def solve(self, problem: LayerProblem, sparsity: Sequence[Constraint], start: Solution | None = None) -> Solution:
         scores = problem.weight.abs().mul_(problem.gram.diagonal().clamp_min(0).sqrt())
