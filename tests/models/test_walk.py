@@ -14,8 +14,8 @@ from torch import Tensor
 import fistapruner as fp
 import tiny
 from fistapruner import FistaPrunerError
-from fistapruner.activations.passes import Calls, Clock, run_layer
 from fistapruner.activations.store import HiddenStates
+from fistapruner.activations.stream import Calls, check_model, run_layer
 from fistapruner.evaluation.streaming import Passes, score_windows
 from fistapruner.models.discovery import discover
 from fistapruner.models.files.checkpoint import Checkpoint
@@ -38,7 +38,7 @@ def opened(folder: Path) -> LayerwiseModel:
     """Open a model as every command does before any work."""
     model = LayerwiseModel(Checkpoint.open(folder), CPU)
     discover(model)
-    model.check(compare=True)
+    check_model(model)
     return model
 
 
@@ -192,7 +192,7 @@ def test_layers_that_work_in_place_leave_the_stored_hidden_states_alone(tmp_path
     with model.embeddings_and_head(head=False):
         calls = Calls.of(model, 2, 8, 2)
     with model.layer(0) as layer:
-        run_layer(model, 0, inputs, calls, Clock(CPU), output=outputs)
+        run_layer(model, 0, inputs, calls, output=outputs)
         wanted = values + layer.linear(values)  # type: ignore[operator]
     assert torch.equal(inputs.read(0, 2), values)
     torch.testing.assert_close(outputs.read(0, 2), wanted)

@@ -14,8 +14,8 @@ from transformers import AutoModelForCausalLM
 
 import tiny
 from fistapruner import Recipe, solve
-from fistapruner.activations.passes import Calls
 from fistapruner.activations.store import HiddenStates, scratch_factory
+from fistapruner.activations.stream import Calls
 from fistapruner.constraints import parse_sparsity
 from fistapruner.models.discovery import Layout, Operator, discover
 from fistapruner.models.files.checkpoint import Checkpoint

@@ -11,14 +11,14 @@ from transformers import AutoModelForCausalLM
 
 import tiny
 from fistapruner import FistaPrunerError, Recipe, prune
+from fistapruner.activations.store import HiddenStates
 from fistapruner.activations.store import scratch_factory as store
 from fistapruner.models.discovery import discover
 from fistapruner.models.files.checkpoint import Checkpoint
 from fistapruner.models.layerwise import LayerwiseModel
-from fistapruner.sensitivity import fisher as module
 from fistapruner.sensitivity.decision import decide
 from fistapruner.sensitivity.error_curves import predicted_cost
-from fistapruner.sensitivity.fisher import measure_sensitivity, row_importance
+from fistapruner.sensitivity.fisher import draw_labels, loss_gradient, measure_sensitivity, row_importance
 
 WINDOWS, SEQLEN = 3, 12
 
@@ -69,19 +69,20 @@ def test_streamed_equals_whole_model_differentiation(tmp_path: Path, architectur
 
 def test_labels_are_drawn_as_often_as_they_are_likely() -> None:
     probabilities = torch.tensor([0.5, 0.0, 0.2, 0.3, 0.0])
-    drawn = module._draw(probabilities.expand(20000, -1), torch.Generator().manual_seed(0))
+    drawn = draw_labels(probabilities.expand(20000, -1), torch.Generator().manual_seed(0))
     assert drawn.shape == (20000, 1)
     share = torch.bincount(drawn[:, 0], minlength=5) / 20000
     torch.testing.assert_close(share, probabilities, rtol=0, atol=0.01)
     assert share[1] == share[4] == 0
 
 
-def test_the_head_in_slices_changes_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    skeleton = LayerwiseModel(Checkpoint.open(tiny.save("llama", tmp_path / "model")), torch.device("cpu"))
-    hidden = torch.randn(2, SEQLEN, skeleton.width)
-    whole = module._loss_gradient(skeleton, hidden, 0)
-    monkeypatch.setattr(module, "HEAD_TOKENS", 5)
-    torch.testing.assert_close(module._loss_gradient(skeleton, hidden, 0), whole, rtol=1e-4, atol=1e-6)
+def test_the_head_in_slices_changes_nothing(tmp_path: Path) -> None:
+    model = LayerwiseModel(Checkpoint.open(tiny.save("llama", tmp_path / "model")), torch.device("cpu"))
+    hidden, whole, sliced = (HiddenStates((2, SEQLEN, model.width), model.dtype) for _ in range(3))
+    hidden.write(0, torch.randn(2, SEQLEN, model.width))
+    loss_gradient(model, hidden, whole, 0)
+    loss_gradient(model, hidden, sliced, 0, head_tokens=5)
+    torch.testing.assert_close(sliced.read(0, 2), whole.read(0, 2), rtol=1e-4, atol=1e-6)
 
 
 @pytest.mark.parametrize("allocation", ["owl", "error"])

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 import tiny
-from fistapruner.activations.passes import Calls
 from fistapruner.activations.store import HiddenStates
+from fistapruner.activations.stream import Calls
 from fistapruner.models.discovery import discover
 from fistapruner.models.files.checkpoint import Checkpoint
 from fistapruner.models.layerwise import LayerwiseModel

@@ -14,8 +14,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from ..activations.store import HiddenStates, scratch_factory
+from ..activations.stream import check_model, forward
 from ..errors import FistaPrunerError
-from ..models.layerwise import Call, LayerwiseModel, Tick
+from ..models.layerwise import LayerwiseModel, Tick
 from ..runtime.memory import free_memory
 from ..runtime.numerics import windows_at_once
 from .scoring import Head, WindowSums, compare_tokens, score_tokens, slices
@@ -40,36 +42,6 @@ class Passes:
         return self.batch_size or windows_at_once(seqlen, device)
 
 
-def last_hidden(model: LayerwiseModel, tokens: Tensor, passes: Passes, what: str = "") -> Tensor:
-    """(windows, seqlen, width) output of the last decoder layer, on the CPU.
-
-    Args:
-        model: the model.
-        tokens: (windows, seqlen) token ids.
-        passes: batch size and progress.
-        what: what is passed, for progress.
-    """
-    windows, seqlen = tokens.shape
-    batches = [(start, min(start + size, windows)) for size in [passes.batch(seqlen, model.device)] for start in range(0, windows, size)]
-    model.check(compare=True)
-    hidden = torch.empty(windows, seqlen, model.width, dtype=model.dtype)
-    with torch.no_grad():
-        with model.embeddings_and_head(head=False):
-            calls: dict[int, list[Call]] = {}
-            for start, stop in batches:
-                first, arguments = model.embed(tokens[start:stop])
-                hidden[start:stop] = first
-                # Full windows of one batch size are always called the same way: masks and positions do not depend on ids.
-                calls.setdefault(stop - start, arguments)
-        for index in range(len(model)):
-            with model.layer(index):
-                for start, stop in batches:
-                    inputs = hidden[start:stop].to(model.device)
-                    hidden[start:stop] = model.run(index, inputs, calls[stop - start][index])
-            passes.tick(what, index + 1, len(model))
-    return hidden
-
-
 def score_windows(model: LayerwiseModel, tokens: Tensor, passes: Passes, reference: LayerwiseModel | None = None) -> WindowSums:
     """Sums over every window of a model, and of a reference model on the same tokens.
 
@@ -89,7 +61,7 @@ def score_windows(model: LayerwiseModel, tokens: Tensor, passes: Passes, referen
     rows: list[tuple[float, ...]] = []
     for start, stop in slices(windows, each, budget):
         block = tokens[start:stop]
-        states = [last_hidden(model, block, passes, f"decoder layers of {model.checkpoint.folder.name}") for model in models]
+        states = [_last_hidden(model, block, passes) for model in models]
         rows += _reduce(models, states, block)
     columns = torch.tensor(rows, dtype=torch.float64).T
     for position, each_model in enumerate(models):
@@ -102,7 +74,17 @@ def score_windows(model: LayerwiseModel, tokens: Tensor, passes: Passes, referen
     return WindowSums(columns[0], seqlen - 1, columns[1], columns[2], columns[3])
 
 
-def _reduce(models: list[LayerwiseModel], states: list[Tensor], tokens: Tensor) -> list[tuple[float, ...]]:
+def _last_hidden(model: LayerwiseModel, tokens: Tensor, passes: Passes) -> HiddenStates:
+    """Run (windows, seqlen) tokens through all decoder layers; return the output of the last one."""
+    check_model(model)
+    what = f"decoder layers of {model.checkpoint.folder.name}"
+    store = scratch_factory(None, model.dtype)
+    batch_size = passes.batch(tokens.shape[1], model.device)
+    states, _ = forward(model, tokens, batch_size, store, progress=lambda done, total: passes.tick(what, done, total))
+    return states[0]
+
+
+def _reduce(models: list[LayerwiseModel], states: list[HiddenStates], tokens: Tensor) -> list[tuple[float, ...]]:
     """Sums of every window of a block from the last hidden states of one or two models."""
     vocabulary = vocabulary_size(models[0])
     rows: list[tuple[float, ...]] = []
@@ -110,7 +92,8 @@ def _reduce(models: list[LayerwiseModel], states: list[Tensor], tokens: Tensor) 
         heads = [_head(model) for model in models]
         for window in range(len(tokens)):
             targets = tokens[window, 1:].to(models[0].device)
-            hidden = [state[window, :-1].to(model.device) for state, model in zip(states, models, strict=True)]
+            pairs = zip(states, models, strict=True)
+            hidden = [state.read(window, window + 1, model.device)[0, :-1] for state, model in pairs]
             if len(models) == 1:
                 rows.append((score_tokens(hidden[0], targets, heads[0], vocabulary),))
             else:

@@ -15,8 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..activations.passes import Calls, Clock, run_layer
 from ..activations.store import HiddenStates, scratch_factory
+from ..activations.stream import Calls, embed, run_layer
 from ..constraints import Constraint, parse_sparsity
 from ..errors import FistaPrunerError
 from ..models.discovery import Layout, discover
@@ -144,17 +144,8 @@ class RunContext:
             name: of its file.
             on_disk: as for :meth:`store`.
         """
-        samples, seqlen = self.tokens.shape
-        with self.skeleton.embeddings_and_head(head=False):
-            calls = Calls.of(self.skeleton, samples, seqlen, self.numerics["batch_size"])
-            hidden: HiddenStates | None = None
-            for start, stop in calls.batches(samples):
-                batch, _ = self.skeleton.embed(self.tokens[start:stop])
-                if hidden is None:
-                    hidden = self.store(name, on_disk=on_disk)
-                hidden.write(start, batch)
-        assert hidden is not None
-        return hidden, calls
+        hidden = self.store(name, on_disk=on_disk)
+        return hidden, embed(self.skeleton, self.tokens, self.numerics["batch_size"], hidden)
 
     def prune(
         self,
@@ -193,15 +184,14 @@ class RunContext:
 
     def advance(self, index: int, streams: LayerStreams, calls: Calls) -> None:
         """Pass the hidden states through an already pruned decoder layer ``index``."""
-        clock = Clock(self.skeleton.device)
         if streams.dense is not None and streams.dense_out is not None:
             with self.skeleton.layer(index):
-                run_layer(self.skeleton, index, streams.dense, calls, clock, output=streams.dense_out)
+                run_layer(self.skeleton, index, streams.dense, calls, output=streams.dense_out)
         if streams.pruned_out is not None:
             saved = self.run.weights(index)
             pruned = {name: saved.read(name) for name in saved.entries}
             with self.skeleton.layer(index, pruned):
-                run_layer(self.skeleton, index, streams.seen, calls, clock, output=streams.pruned_out)
+                run_layer(self.skeleton, index, streams.seen, calls, output=streams.pruned_out)
 
 
 def open_model(

@@ -20,8 +20,8 @@ from typing import Any
 
 import torch
 
-from ..activations.passes import Calls
 from ..activations.store import HiddenStates
+from ..activations.stream import Calls
 from ..errors import FistaPrunerError
 from ..pruning.layer import LayerStreams
 from .context import RunContext

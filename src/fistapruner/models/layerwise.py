@@ -7,7 +7,8 @@ arguments every layer would be called with; and with a recorder that returns giv
 own final norm and head.
 
 That is right only where a decoder layer is given what the one before it returned, and nothing else happens between them.
-:meth:`Skeleton.check` makes sure of it: it compares the logits of one short window with those of the model's own forward pass.
+:meth:`LayerwiseModel.check` refuses models whose forward pass shows otherwise, and
+:func:`fistapruner.activations.stream.check_model` compares the logits of one short window with the model's own.
 """
 
 from __future__ import annotations
@@ -35,13 +36,6 @@ Tick = Callable[[str, int, int], None]
 
 WEIGHT_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 """How weights may be stored."""
-
-CHECK_TOKENS = 16
-"""Tokens in the window on which the logits are compared with those of the model's own forward pass."""
-
-
-_COMPARED: set[str] = set()
-"""Architectures whose logits were compared in this process."""
 
 
 @dataclass
@@ -172,31 +166,26 @@ class LayerwiseModel:
                 "its tokenizer belongs to another model"
             )
 
-    def check(self, *, compare: bool = False) -> None:
+    def check(self) -> None:
         """Make sure that the model can be run layer by layer. Loads the embeddings, then the first decoder layer.
 
-        Decoder layers must run once each, in order; each must be given what the one before it returned, and beside it nothing that
-        depends on the token ids. What was checked is not checked again.
-
-        Args:
-            compare: also compare the logits of one short window with those of the model's own forward pass. Loads every decoder
-                layer twice, one at a time; in each process once for all models with this config.
+        Decoder layers must run once each, in order; each must be given what the one before it returned, and beside it
+        nothing that depends on the token ids. What was checked is not checked again.
 
         Raises:
             FistaPrunerError: the architecture is not supported; says why.
         """
-        vocabulary = int(self.model.get_input_embeddings().weight.shape[0])
-        tokens = torch.arange(3, 3 + min(CHECK_TOKENS, self.max_length)).remainder(vocabulary)[None]
         if not self._checked:
-            with self._told_as_unsupported():
-                self._learn_return_type(tokens)
+            with self.failures_explained():
+                self._learn_return_type(self.check_window(16))
                 with self.embeddings_and_head(head=False):
                     self._check_calls()
             self._checked = True
-        if compare and (architecture := self._architecture()) not in _COMPARED:
-            with self._told_as_unsupported():
-                self._compare(tokens)
-            _COMPARED.add(architecture)
+
+    def check_window(self, length: int) -> Tensor:
+        """Return (1, length) token ids for a check; fewer where the model takes fewer."""
+        vocabulary = int(self.model.get_input_embeddings().weight.shape[0])
+        return torch.arange(3, 3 + min(length, self.max_length)).remainder(vocabulary)[None]
 
     def calls(self, batch: int, seqlen: int) -> list[Call]:
         """How every decoder layer is called for a batch of full windows; the token ids make no difference (:meth:`check`).
@@ -241,7 +230,7 @@ class LayerwiseModel:
         with self.embeddings_and_head(head=False):
             self._forward(tokens, record)
         if not first:
-            raise self._unsupported(f"{self.layers_name}.0 does not run in a forward pass")
+            raise self.unsupported(f"{self.layers_name}.0 does not run in a forward pass")
         args, kwargs = first[0]
         with self.layer(0) as layer, torch.no_grad():
             out = layer(*args, **kwargs)
@@ -249,7 +238,7 @@ class LayerwiseModel:
             kind, others = (list if isinstance(out, list) else tuple), len(out) - 1
             self._returned = lambda hidden: kind((hidden, *(None for _ in range(others))))
         elif not isinstance(out, Tensor):
-            raise self._unsupported(f"{self.layers_name}.0 returns a {type(out).__name__}, not hidden states")
+            raise self.unsupported(f"{self.layers_name}.0 returns a {type(out).__name__}, not hidden states")
 
     def _check_calls(self) -> None:
         """Make sure that every layer is given what the one before it returned, and beside it nothing that depends on the token ids.
@@ -263,7 +252,7 @@ class LayerwiseModel:
                 *((k, call[1][k], other[1][k]) for k in call[1]),
             ]:
                 if not _same(value, again):
-                    raise self._unsupported(f"decoder layer {index} is given {name!r}, which depends on the token ids or on other layers")
+                    raise self.unsupported(f"decoder layer {index} is given {name!r}, which depends on the token ids or on other layers")
 
     def _watch(self, tokens: Tensor, stand_in: Callable[[Tensor], Tensor]) -> tuple[Tensor, list[Call]]:
         """What :meth:`embed` returns.
@@ -286,7 +275,7 @@ class LayerwiseModel:
                 returned, version = given.pop()
                 changed = returned._version != version  # in place: what was written over cannot be compared
                 if changed or not (hidden is returned or (hidden.shape == returned.shape and torch.equal(hidden, returned))):
-                    raise self._unsupported(f"what enters {self.layers_name}.{index} is not what {self.layers_name}.{index - 1} returned")
+                    raise self.unsupported(f"what enters {self.layers_name}.{index} is not what {self.layers_name}.{index - 1} returned")
             calls.append((rest, named))
             if index == len(self.layers) - 1:
                 raise _Stop
@@ -296,35 +285,13 @@ class LayerwiseModel:
 
         self._forward(tokens, record)
         if len(calls) != len(self.layers):
-            raise self._unsupported(f"{len(calls)} of the {len(self.layers)} modules in {self.layers_name} run in a forward pass")
+            raise self.unsupported(f"{len(calls)} of the {len(self.layers)} modules in {self.layers_name} run in a forward pass")
         if first[0].shape != (*tokens.shape, self.width):
             expected = (*tokens.shape, self.width)
-            raise self._unsupported(f"{self.layers_name}.0 is given {tuple(first[0].shape)} and not {expected} hidden states")
+            raise self.unsupported(f"{self.layers_name}.0 is given {tuple(first[0].shape)} and not {expected} hidden states")
         return first[0], calls
 
-    def _compare(self, tokens: Tensor) -> None:
-        """Compare the logits of a window (1, seqlen) with those of the model's own forward pass.
-
-        Another window goes through every decoder layer before it, so that what a layer keeps of a pass for the next layers shows.
-        """
-        own = self._own_logits(tokens)
-        with self.embeddings_and_head(head=False):
-            calls = self.calls(*tokens.shape)
-            states = [self.embed(window)[0] for window in (tokens.flip(1), tokens)]
-        for index, call in enumerate(calls):
-            with self.layer(index), torch.no_grad():
-                states = [self.run(index, hidden, call) for hidden in states]
-        with self.embeddings_and_head():
-            ours = self.logits(states[-1], torch.zeros_like(tokens))
-        own, ours = (logits.float().nan_to_num(0.0, 0.0, 0.0) for logits in (own, ours))  # damaged weights are told of elsewhere
-        difference, size = float((own - ours).norm()), float(own.norm())
-        if not difference <= max(1e-5, 4 * torch.finfo(self.dtype).eps) * size:
-            raise self._unsupported(
-                "run layer by layer it predicts otherwise than in one forward pass "
-                f"(its logits differ by {difference / size:.2g} of their size)"
-            )
-
-    def _own_logits(self, tokens: Tensor) -> Tensor:
+    def own_logits(self, tokens: Tensor) -> Tensor:
         """Logits (batch, seqlen, vocabulary) of the model's own forward pass, with one decoder layer in memory at a time."""
         ran: list[int] = []
         with ExitStack() as outside:  # what is outside the layers: needed before the first and after the last of them
@@ -350,18 +317,18 @@ class LayerwiseModel:
         """Make sure that layer ``index`` is the next one to run after ``done`` layers."""
         if index != done:
             before = f"after {self.layers_name}.{done - 1}" if done else "first"
-            raise self._unsupported(f"{self.layers_name}.{index} runs {before}: layers have to run once each, in order")
+            raise self.unsupported(f"{self.layers_name}.{index} runs {before}: layers have to run once each, in order")
 
-    def _architecture(self) -> str:
-        """What decides whether running the model layer by layer is right."""
+    def architecture(self) -> str:
+        """Return what decides whether running the model layer by layer is right: class, config, dtype, kind of device."""
         config = {key: value for key, value in self.config.to_dict().items() if key != "_name_or_path"}
         return f"{type(self.model).__qualname__} {self.dtype} {self.device.type} {json.dumps(config, sort_keys=True, default=str)}"
 
-    def _unsupported(self, reason: str) -> FistaPrunerError:
+    def unsupported(self, reason: str) -> FistaPrunerError:
         return FistaPrunerError(f"{type(self.model).__name__}: {reason}: this architecture is not supported")
 
     @contextmanager
-    def _told_as_unsupported(self) -> Iterator[None]:
+    def failures_explained(self) -> Iterator[None]:
         """Say in one sentence what goes wrong in the model's own code when its layers are replaced."""
         try:
             yield
@@ -369,14 +336,14 @@ class LayerwiseModel:
             raise
         except Exception as error:  # every architecture has its own code, which fails in its own way
             reason = f"{type(error).__name__}: {' '.join(str(error).split())[:150]}"
-            raise self._unsupported(f"its forward pass cannot be taken apart into decoder layers ({reason})") from error
+            raise self.unsupported(f"its forward pass cannot be taken apart into decoder layers ({reason})") from error
 
     def _split_hidden(self, index: int, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Tensor, tuple[Any, ...], dict[str, Any]]:
         """A layer call without its hidden states, which come first or by name."""
         named = dict(kwargs)
         hidden, rest = (args[0], args[1:]) if args else (named.pop("hidden_states", None), ())
         if not isinstance(hidden, Tensor):
-            raise self._unsupported(f"{self.layers_name}.{index} is not given hidden states as its first argument")
+            raise self.unsupported(f"{self.layers_name}.{index} is not given hidden states as its first argument")
         return hidden, rest, named
 
     def _forward(self, tokens: Tensor, instead: Callable[[int, tuple[Any, ...], dict[str, Any]], Any], *, gradients: bool = False) -> Any:
@@ -441,7 +408,7 @@ class LayerwiseModel:
                         what = "a convolution"
                     elif "expert" in name:
                         what = "a fused mixture of experts"
-                    raise self._unsupported(
+                    raise self.unsupported(
                         f"{self.layers_name}.{index}.{name} is {what} with {parameter.ndim} dimensions {tuple(parameter.shape)}"
                     )
 

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from ..activations.store import scratch_factory
+from ..activations.stream import check_model
 from ..calibration import SELF, calibration_tokens
 from ..constraints import Constraint, parse_sparsity
 from ..errors import FistaPrunerError
@@ -98,7 +99,7 @@ def prepare(
         raise FistaPrunerError(f"--only-layers {first}-{last}: the model has the decoder layers 0-{len(skeleton) - 1}")
     layout = discover(skeleton).select(recipe)
     sparsity = allocate(recipe, layout)
-    skeleton.check(compare=True)
+    check_model(skeleton)
     if facts:
         refuse_other(run, model, recipe)
         if not run.model.is_dir():

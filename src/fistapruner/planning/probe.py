@@ -8,8 +8,8 @@ from itertools import groupby
 
 from torch import Tensor
 
-from ..activations.passes import Calls
 from ..activations.store import HiddenStates, scratch_factory
+from ..activations.stream import embed
 from ..constraints import Constraint
 from ..models.discovery import Layout
 from ..models.layerwise import LayerwiseModel
@@ -57,10 +57,8 @@ def measure_time(
         else:
             solving += _solving(problem, patterns, recipe)
 
-    with skeleton.embeddings_and_head(head=False):
-        calls = Calls.of(skeleton, len(batch), tokens.shape[1], len(batch))
-        states = HiddenStates((len(batch), tokens.shape[1], skeleton.width), skeleton.dtype)
-        states.write(0, skeleton.embed(batch)[0])
+    states = HiddenStates((len(batch), tokens.shape[1], skeleton.width), skeleton.dtype)
+    calls = embed(skeleton, batch, len(batch), states)
     onward = HiddenStates((len(batch), tokens.shape[1], skeleton.width), skeleton.dtype)
     streams = LayerStreams(states, None, onward, None)
     if recipe.propagate == "pruned":

@@ -284,7 +284,7 @@ class Sizes:
 
     def _states_measured(self) -> int:
         """Layers whose hidden states are kept while the dense model is measured: all of them for a backward pass."""
-        return (self.layers + 1 if self.backward else 2) if self.measured else 0
+        return (self.layers + 1 if self.backward else 1) if self.measured else 0
 
     def disk(self, choice: Choice, workers: int) -> int:
         """Bytes that the run directory takes at its largest."""

@@ -10,15 +10,16 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..activations.passes import Calls, Clock, run_layer
 from ..activations.replay import Replay, kept_projections
 from ..activations.store import HiddenStates, Store
+from ..activations.stream import Calls, Watched, run_layer
 from ..constraints import Constraint
 from ..models.discovery import Group, Layout
 from ..models.layerwise import LayerwiseModel
 from ..problem import LayerProblem, ProblemSums, unweighted
 from ..recipes.settings import Recipe
 from ..runs.records import LayerEntry, OperatorEntry
+from ..runtime.clock import Clock
 from ..runtime.memory import release_memory
 from ..solvers import solve
 from ..solvers.base import Method, Solution
@@ -238,12 +239,10 @@ class _LayerPasses:
                 with self._clock.phase("io"):
                     store.write(start, out)
 
+        groups = [(number, group) for number, group in self.groups if number in self._sums or record.wants(number)]
         self._run(
             streams.dense,
-            groups=[(number, group) for number, group in self.groups if number in self._sums or record.wants(number)],
-            watch=watch,
-            answering=record.answering,
-            answer=keep,
+            watched=Watched(groups, watch, record.answering, keep),
             output=output,
             around=[] if self._residual is None else [self._residual.around_dense_pass],
         )
@@ -280,7 +279,7 @@ class _LayerPasses:
             for other, group in todo:
                 self._sums[other] = self._new_sums(other, group)
             around = [part.around_pass for part in (self._replay, self._residual) if part is not None]
-            self._run(self._streams.seen, groups=todo, watch=self._add, around=around)
+            self._run(self._streams.seen, watched=Watched(todo, self._add), around=around)
         if self._record is not None:
             self._record.close(number)
         return self._sums.pop(number)
@@ -310,7 +309,7 @@ class _LayerPasses:
         return self._output_error(self._streams.dense, self._first_out)
 
     def _run(self, inputs: HiddenStates, **what: Any) -> None:
-        run_layer(self._model, self._index, inputs, self._calls, self._clock, **what)
+        run_layer(self._model, self._index, inputs, self._calls, clock=self._clock, **what)
 
     def _store(self, name: str) -> HiddenStates:
         """For output hidden states of all windows."""

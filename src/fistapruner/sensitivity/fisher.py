@@ -19,17 +19,20 @@ Gradient second moments as a metric for layer-wise errors go back to K-FAC (Mart
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Generic, Protocol, TypeVar
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..activations.store import HiddenStates, Store
+from ..activations.stream import Visit, Watched, backward, forward
 from ..errors import FistaPrunerError
 from ..models.discovery import Layout
-from ..models.layerwise import Call, LayerwiseModel, Tick
+from ..models.layerwise import LayerwiseModel, Tick
 from ..runtime.numerics import add_gram, dtype_name, fast_products, mirror
 
 HEAD_TOKENS = 512
@@ -128,53 +131,42 @@ def measure_sensitivity(
     Raises:
         FistaPrunerError: NaN or infinite gradients; names the operator.
     """
-    batches = _batches(len(tokens), batch_size)
-    states, calls = _forward(model, layout, tokens, batches, store, look, tick)
+    states, calls = forward(
+        model, tokens, batch_size, store, visit=_looking(layout, look), keep=True, progress=partial(tick, "decoder layers, forwards")
+    )
     last = states.pop()
-    gradient = _loss_gradient(model, last.read(0, len(tokens)), seed)
+    gradient = HiddenStates((last.samples, last.seqlen, last.width), last.dtype)
+    loss_gradient(model, last, gradient, seed)
     last.close()
     rows: dict[str, Tensor] = {}
     metrics: list[Tensor] = []
-    width = model.width
-    for index in reversed(range(len(model))):
-        entering = states.pop()
-        metric = torch.zeros(() if not outputs else (width, width) if width <= WIDE else (width,), device=model.device)
+
+    @contextmanager
+    def measure(index: int, layer: nn.Module) -> Iterator[Callable[[Tensor], None]]:
         operators = [operator for group in layout.layers[index] for operator in group]
-        with model.layer(index) as module:
-            sums = {operator.name: torch.zeros(operator.rows, device=model.device) for operator in operators}
+        sums = {operator.name: torch.zeros(operator.rows, device=model.device) for operator in operators}
+        metric = _OutputMetric(model.width, model.device) if outputs else None
 
-            def add(name: str, grad: Tensor, sums: dict[str, Tensor] = sums) -> None:
-                sums[name] += grad.reshape(-1, grad.shape[-1]).float().square().sum(0)
+        def add(name: str, grad: Tensor) -> None:
+            sums[name] += grad.reshape(-1, grad.shape[-1]).float().square().sum(0)
 
-            def hook(name: str) -> Callable[..., None]:
-                def after_forward(_: object, __: object, output: Tensor) -> None:
-                    output.register_hook(lambda grad: add(name, grad))
+        def hook(name: str) -> Callable[..., None]:
+            def after_forward(_: object, __: object, output: Tensor) -> None:
+                output.register_hook(lambda grad: add(name, grad))
 
-                return after_forward
+            return after_forward
 
-            handles = [module.get_submodule(operator.name).register_forward_hook(hook(operator.name)) for operator in operators]
-            try:
-                for start, stop in batches:
-                    hidden = entering.read(start, stop, model.device).requires_grad_()
-                    above = gradient[start:stop].to(model.device)
-                    flat = above.reshape(-1, above.shape[-1]).float()
-                    if outputs and metric.ndim == 1:
-                        metric += flat.square().sum(0)
-                    elif outputs:
-                        with fast_products(above.dtype == torch.bfloat16):
-                            add_gram(metric, flat)
-                    with torch.enable_grad():
-                        out = model.run(index, hidden, calls[stop - start][index])
-                        (below,) = torch.autograd.grad(out, hidden, above)
-                    gradient[start:stop] = below
-            finally:
-                for handle in handles:
-                    handle.remove()
-        entering.close()
-        if outputs:
-            metrics.append((metric if metric.ndim == 1 else mirror(metric)).cpu() / tokens.numel())
-        rows |= {layout.full_name(index, operator): sums[operator.name].cpu() / tokens.numel() for operator in operators}
-        tick("decoder layers, backwards", len(model) - index, len(model))
+        handles = [layer.get_submodule(operator.name).register_forward_hook(hook(operator.name)) for operator in operators]
+        try:
+            yield (lambda above: None) if metric is None else metric.add
+        finally:
+            for handle in handles:
+                handle.remove()
+        if metric is not None:
+            metrics.append(metric.mean(tokens.numel()))
+        rows.update((layout.full_name(index, operator), sums[operator.name].cpu() / tokens.numel()) for operator in operators)
+
+    backward(model, states, calls, gradient, measure, partial(tick, "decoder layers, backwards"))
     for name, values in rows.items():  # from the last decoder layer to the first, as gradients come
         if not bool(values.isfinite().all()):
             raise FistaPrunerError(
@@ -211,87 +203,80 @@ def look_at_inputs(
     tick: Tick = lambda what, done, total: None,
 ) -> None:
     """Run the dense model forwards over some windows; arguments as for :func:`measure_sensitivity`."""
-    states, _ = _forward(model, layout, tokens, _batches(len(tokens), batch_size), store, look, tick, keep=False)
+    progress = partial(tick, "decoder layers, forwards")
+    states, _ = forward(model, tokens, batch_size, store, visit=_looking(layout, look), progress=progress)
     states[-1].close()
 
 
-def _batches(count: int, size: int) -> list[tuple[int, int]]:
-    return [(start, min(start + size, count)) for start in range(0, count, size)]
+def _looking(layout: Layout, look: Look[Any] | None) -> Visit | None:
+    """Gather what ``look`` asks for of the operators' inputs, on a forward pass."""
+    if look is None:
+        return None
 
-
-def _forward(
-    model: LayerwiseModel,
-    layout: Layout,
-    tokens: Tensor,
-    batches: list[tuple[int, int]],
-    store: Store,
-    look: Look[Any] | None,
-    tick: Tick,
-    *,
-    keep: bool = True,
-) -> tuple[list[HiddenStates], dict[int, list[Call]]]:
-    """Hidden states into every decoder layer (closed unless ``keep``) and out of the last one, and how layers are called for
-    each batch size."""
-    calls: dict[int, list[Call]] = {}
-    shape = (tokens.shape[0], tokens.shape[1], model.width)
-    states = [store("sensitivity-0", shape)]
-    with model.embeddings_and_head(head=False):
-        for start, stop in batches:
-            hidden, arguments = model.embed(tokens[start:stop])
-            states[0].write(start, hidden)
-            calls.setdefault(stop - start, arguments)
-    for index in range(len(model)):
-        states.append(store(f"sensitivity-{index + 1}", shape))
-        with model.layer(index) as module, torch.no_grad():
-            sums: list[Any] = []
-            handles = []
-            for group in layout.layers[index]:
-                if look is None:
-                    break
-                stacked = torch.cat([operator.weight(module).float() for operator in group])
-                sums.append(look.sums(stacked))
-
-                def gather(_: object, args: tuple[Tensor, ...], own: Any = sums[-1]) -> None:
-                    own.add(args[0].reshape(-1, args[0].shape[-1]))
-
-                handles.append(module.get_submodule(group[0].name).register_forward_pre_hook(gather))
-            try:
-                for start, stop in batches:
-                    hidden = states[index].read(start, stop, model.device)
-                    states[-1].write(start, model.run(index, hidden, calls[stop - start][index]))
-            finally:
-                for handle in handles:
-                    handle.remove()
-        if not keep:
-            states[index].close()
+    @contextmanager
+    def gather(index: int, layer: nn.Module) -> Iterator[Watched]:
+        groups = list(enumerate(layout.layers[index]))
+        stacks = (torch.cat([operator.weight(layer).float() for operator in group]) for _, group in groups)
+        sums = [look.sums(stacked) for stacked in stacks]
+        yield Watched(groups, lambda number, _, inputs: sums[number].add(inputs.reshape(-1, inputs.shape[-1])))
         for number, own in enumerate(sums):
-            assert look is not None
             look.done(index, number, own)
-        tick("decoder layers, forwards", index + 1, len(model))
-    return states, calls
+
+    return gather
 
 
-def _loss_gradient(model: LayerwiseModel, hidden: Tensor, seed: int) -> Tensor:
-    """Gradient, at the last layer's output, of the summed log-likelihood of labels drawn from the model."""
+class _OutputMetric:
+    """Second moment of the gradient at a decoder layer's output: (width, width), or its diagonal above :data:`WIDE`."""
+
+    def __init__(self, width: int, device: torch.device) -> None:
+        self._sum = torch.zeros((width, width) if width <= WIDE else (width,), device=device)
+
+    def add(self, above: Tensor) -> None:
+        """Add the gradients of a batch, (batch, seqlen, width)."""
+        flat = above.reshape(-1, above.shape[-1]).float()
+        if self._sum.ndim == 1:
+            self._sum += flat.square().sum(0)
+        else:
+            with fast_products(above.dtype == torch.bfloat16):
+                add_gram(self._sum, flat)
+
+    def mean(self, tokens: int) -> Tensor:
+        """Return the mean over tokens, on the CPU."""
+        return (self._sum if self._sum.ndim == 1 else mirror(self._sum)).cpu() / tokens
+
+
+def loss_gradient(
+    model: LayerwiseModel, hidden: HiddenStates, gradient: HiddenStates, seed: int, *, head_tokens: int = HEAD_TOKENS
+) -> None:
+    """Write the gradient, at the last layer's output, of the summed log-likelihood of labels drawn from the model.
+
+    Args:
+        model: the model; its final norm and head are loaded and freed here.
+        hidden: output of the last decoder layer.
+        gradient: receives the gradient, of the same shape.
+        seed: draws the labels.
+        head_tokens: tokens whose logits are made at once.
+    """
     generator = torch.Generator(model.device).manual_seed(seed)
-    gradient = torch.empty_like(hidden)
     with model.embeddings_and_head():
-        for window in range(len(hidden)):
-            for start in range(0, hidden.shape[1], HEAD_TOKENS):
-                part = hidden[window : window + 1, start : start + HEAD_TOKENS].to(model.device).requires_grad_()
+        for window in range(hidden.samples):
+            states = hidden.read(window, window + 1, model.device)
+            below = torch.empty_like(states)
+            for start in range(0, hidden.seqlen, head_tokens):
+                tokens = slice(start, start + head_tokens)
+                part = states[:, tokens].requires_grad_()
                 ids = torch.zeros(part.shape[:2], dtype=torch.int64)
                 with torch.enable_grad():
                     logits = model.logits(part, ids, gradients=True)
                 # The log-likelihood's gradient: 1 at the drawn label, less every label's probability.
                 above = torch.softmax(logits.detach()[0].float(), -1)
-                drawn = _draw(above, generator)
+                drawn = draw_labels(above, generator)
                 above.neg_().scatter_add_(1, drawn, torch.ones_like(above[:, :1]))
-                (below,) = torch.autograd.grad(logits, part, above[None].to(logits.dtype))
-                gradient[window : window + 1, start : start + HEAD_TOKENS] = below
-    return gradient
+                (below[:, tokens],) = torch.autograd.grad(logits, part, above[None].to(logits.dtype))
+            gradient.write(window, below)
 
 
-def _draw(probabilities: Tensor, generator: torch.Generator) -> Tensor:
+def draw_labels(probabilities: Tensor, generator: torch.Generator) -> Tensor:
     """(tokens, 1) a label for each token: where the running sum of its (tokens, vocabulary) probabilities passes a uniform number.
 
     ``torch.multinomial`` draws a number for every word instead, which takes as long as the head.

@@ -24,8 +24,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..activations.passes import Calls
 from ..activations.store import HiddenStates
+from ..activations.stream import Calls
 from ..models.discovery import Group
 from ..models.layerwise import LayerwiseModel, hidden_of
 from ..runtime.numerics import fast_products

@@ -1,0 +1,307 @@
+"""The way of the hidden states through a model: embed, then every decoder layer over every batch.
+
+Follow the hidden states of some windows of tokens:
+
+1. :func:`embed` makes of token ids (windows, seqlen) the hidden states that enter decoder layer 0, a
+   :class:`~.store.HiddenStates` (windows, seqlen, width) in memory or in a file. It also records the other arguments of
+   every decoder layer (:class:`Calls`: masks, positions), which are the same for all batches of one size.
+2. :func:`run_layer` runs every batch through one loaded decoder layer: hidden states in, hidden states out. On the way
+   inputs and outputs of operators can be watched (:class:`Watched`).
+3. What leaves one layer enters the next one. Only one decoder layer is in memory at a time.
+4. After the last layer, ``LayerwiseModel.logits`` applies the model's own final norm and head.
+
+:func:`forward` is 1 to 3 in a row, and :func:`backward` takes a gradient the same way back. Evaluation
+(:mod:`fistapruner.evaluation.streaming`) and sensitivity (:mod:`fistapruner.sensitivity.fisher`) use them. Pruning changes
+the weights on the way, so it does 2 several times for each layer, for the dense and for the pruned model: read
+:mod:`fistapruner.execution.serial` for the walk from layer to layer and :mod:`fistapruner.pruning.layer` for the passes
+inside one layer. :func:`check_model` makes sure before any work that this way gives the model's own predictions.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, ExitStack, nullcontext
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from ..models.discovery import Group, Operator
+from ..models.layerwise import Call, LayerwiseModel
+from ..runtime.clock import Clock
+from .store import HiddenStates, Store, scratch_factory
+
+Receive = Callable[[int, int, Tensor], None]
+"""Receives (group number, first window of the batch, values (batch, seqlen, n))."""
+
+Around = Callable[[Callable[[], tuple[int, int]]], AbstractContextManager[None]]
+"""Entered around a pass, with a function that returns the windows (start, stop) of the batch at work."""
+
+Progress = Callable[[int, int], None]
+"""Receives (decoder layers done, decoder layers in all)."""
+
+CHECK_TOKENS = 16
+"""Tokens in the window on which :func:`check_model` compares logits."""
+
+_COMPARED: set[str] = set()
+"""Architectures whose logits were compared in this process."""
+
+
+def _ignore(number: int, start: int, values: Tensor) -> None:
+    pass
+
+
+@dataclass(frozen=True)
+class Watched:
+    """Operators that are watched while batches run through their decoder layer.
+
+    Args:
+        groups: (number, operators) of the groups whose inputs are watched, in execution order.
+        inputs: receives those inputs, once for each group and batch.
+        operators: (group number, operator) of the operators whose outputs are watched. A pass that stops at the last
+            watched group does not reach those that run later.
+        outputs: receives those outputs.
+    """
+
+    groups: Sequence[tuple[int, Group]] = ()
+    inputs: Receive = _ignore
+    operators: Sequence[tuple[int, Operator]] = ()
+    outputs: Receive = _ignore
+
+
+NOTHING = Watched()
+"""No operator is watched."""
+
+Visit = Callable[[int, nn.Module], AbstractContextManager[Watched]]
+"""Called with (index, loaded decoder layer) before its batches; left after them, when the layer is freed."""
+
+VisitBack = Callable[[int, nn.Module], AbstractContextManager[Callable[[Tensor], None]]]
+"""As :data:`Visit`; what it gives receives the gradient (batch, seqlen, width) at the layer's output of each batch."""
+
+
+@dataclass(frozen=True)
+class Calls:
+    """Arguments of the decoder layers beside hidden states, for full batches and for the last, smaller one.
+
+    Args:
+        batch_size: windows in a full batch.
+        by_size: the :data:`~fistapruner.models.layerwise.Call` of every layer, for each batch size that occurs.
+    """
+
+    batch_size: int
+    by_size: dict[int, list[Call]]
+
+    @classmethod
+    def of(cls, model: LayerwiseModel, samples: int, seqlen: int, batch_size: int) -> Calls:
+        """Record the calls for the batches of ``samples`` windows, and for a single window.
+
+        Needs the model's :meth:`~LayerwiseModel.embeddings_and_head`.
+        """
+        batch_size = min(batch_size, samples)
+        sizes = {batch_size, samples % batch_size, 1} - {0}
+        return cls(batch_size, {size: model.calls(size, seqlen) for size in sizes})
+
+    def batches(self, samples: int) -> Iterator[tuple[int, int]]:
+        """Yield (start, stop) of every batch."""
+        for start in range(0, samples, self.batch_size):
+            yield start, min(start + self.batch_size, samples)
+
+
+def embed(model: LayerwiseModel, tokens: Tensor, batch_size: int, output: HiddenStates) -> Calls:
+    """Embed every window: write the hidden states that enter decoder layer 0.
+
+    Args:
+        model: the model; embeddings are loaded and freed here.
+        tokens: (windows, seqlen) token ids.
+        batch_size: windows in one pass.
+        output: receives the hidden states.
+
+    Returns:
+        How decoder layers are called for these windows.
+    """
+    windows, seqlen = tokens.shape
+    with model.embeddings_and_head(head=False):
+        calls = Calls.of(model, windows, seqlen, batch_size)
+        for start, stop in calls.batches(windows):
+            output.write(start, model.embed(tokens[start:stop])[0])
+    return calls
+
+
+class _Reached(Exception):
+    """The last watched operator was reached; the rest of the layer is not needed."""
+
+
+def run_layer(
+    model: LayerwiseModel,
+    index: int,
+    inputs: HiddenStates,
+    calls: Calls,
+    *,
+    output: HiddenStates | Receive | None = None,
+    watched: Watched = NOTHING,
+    around: Sequence[Around] = (),
+    clock: Clock | None = None,
+) -> None:
+    """Run every window through the loaded decoder layer ``index``.
+
+    Args:
+        model: the model, layer ``index`` loaded.
+        index: number of the layer.
+        inputs: hidden states that enter it.
+        calls: how it is called.
+        output: receives the layer's output, as group -1 if it is a function; may be ``inputs``, which is then overwritten.
+            None: not needed, and every pass stops at the last watched group.
+        watched: the operators to watch.
+        around: entered before the first batch and left after the last.
+        clock: counts the time as ``io`` and ``capture``; functions that receive something count their own.
+    """
+    layer = model.layers[index]
+    phase = (lambda _: nullcontext()) if clock is None else clock.phase
+    start = stop = 0
+
+    def receive_inputs(number: int, last: bool) -> Callable[..., None]:
+        def pre_forward(_: object, args: tuple[Tensor, ...]) -> None:
+            # Some architectures (OPT) flatten batch and sequence inside the layer.
+            watched.inputs(number, start, args[0].reshape(stop - start, -1, args[0].shape[-1]))
+            if last and output is None:
+                raise _Reached
+
+        return pre_forward
+
+    def receive_outputs(number: int) -> Callable[..., None]:
+        def after_forward(_: object, __: object, out: Tensor) -> None:
+            watched.outputs(number, start, out.reshape(stop - start, -1, out.shape[-1]))
+
+        return after_forward
+
+    handles = [
+        layer.get_submodule(group[0].name).register_forward_pre_hook(receive_inputs(number, number == watched.groups[-1][0]))
+        for number, group in watched.groups
+    ]
+    handles += [layer.get_submodule(operator.name).register_forward_hook(receive_outputs(number)) for number, operator in watched.operators]
+    try:
+        with ExitStack() as stack:
+            for enter in around:
+                stack.enter_context(enter(lambda: (start, stop)))
+            for start, stop in calls.batches(inputs.samples):
+                with phase("io"):
+                    hidden = inputs.read(start, stop, model.device)
+                with phase("capture"), torch.no_grad():
+                    try:
+                        out = model.run(index, hidden, calls.by_size[stop - start][index])
+                    except _Reached:
+                        continue
+                if isinstance(output, HiddenStates):
+                    with phase("io"):
+                        output.write(start, out)
+                elif output is not None:
+                    output(-1, start, out)
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def forward(
+    model: LayerwiseModel,
+    tokens: Tensor,
+    batch_size: int,
+    store: Store,
+    *,
+    visit: Visit | None = None,
+    keep: bool = False,
+    progress: Progress = lambda done, total: None,
+) -> tuple[list[HiddenStates], Calls]:
+    """Run every window through the whole model, one decoder layer in memory at a time.
+
+    Args:
+        model: the model.
+        tokens: (windows, seqlen) token ids.
+        batch_size: windows in one pass.
+        store: makes the stores of hidden states.
+        visit: called for every decoder layer; says what to watch in it.
+        keep: keep the hidden states between all layers, for :func:`backward`.
+        progress: receives the number of layers done.
+
+    Returns:
+        With ``keep`` the hidden states that enter each layer and those that leave the last one; without, these alone. The
+        caller closes them. And how decoder layers are called for these windows.
+    """
+    shape = (*tokens.shape, model.width)
+    states = [store("hidden-0", shape)]
+    calls = embed(model, tokens, batch_size, states[0])
+    for index in range(len(model)):
+        entering = states[-1]
+        if keep:
+            states.append(store(f"hidden-{index + 1}", shape))
+        with ExitStack() as visits, model.layer(index) as layer:
+            watched = NOTHING if visit is None else visits.enter_context(visit(index, layer))
+            run_layer(model, index, entering, calls, output=states[-1], watched=watched)
+        progress(index + 1, len(model))
+    return states, calls
+
+
+def backward(
+    model: LayerwiseModel,
+    states: list[HiddenStates],
+    calls: Calls,
+    gradient: HiddenStates,
+    visit: VisitBack,
+    progress: Progress = lambda done, total: None,
+) -> None:
+    """Take a gradient back through the whole model, from the last decoder layer to the first.
+
+    Every layer is loaded and run again with gradients, so that one layer's activations are in memory at a time.
+
+    Args:
+        model: the model.
+        states: hidden states that enter each layer (:func:`forward` with ``keep``, less the last ones). They are closed one
+            after the other.
+        calls: how decoder layers are called.
+        gradient: with respect to the output of the last layer; overwritten by that with respect to the input of the first.
+        visit: called for every decoder layer; its hooks may watch the gradients inside.
+        progress: receives the number of layers done.
+    """
+    for index in reversed(range(len(model))):
+        entering = states.pop()
+        with ExitStack() as visits:
+            with model.layer(index) as layer:
+                receive = visits.enter_context(visit(index, layer))
+                for start, stop in calls.batches(entering.samples):
+                    hidden = entering.read(start, stop, model.device).requires_grad_()
+                    above = gradient.read(start, stop, model.device)
+                    receive(above)
+                    with torch.enable_grad():
+                        out = model.run(index, hidden, calls.by_size[stop - start][index])
+                        (below,) = torch.autograd.grad(out, hidden, above)
+                    gradient.write(start, below)
+            entering.close()
+        progress(len(model) - index, len(model))
+
+
+def check_model(model: LayerwiseModel) -> None:
+    """Compare the logits of one short window, run layer by layer, with those of the model's own forward pass.
+
+    Loads every decoder layer twice, one at a time; in each process once for all models with this config. Another window
+    goes through every layer before the one that is compared, so that what a layer keeps from pass to pass shows.
+
+    Raises:
+        FistaPrunerError: the architecture is not supported; says why.
+    """
+    model.check()
+    architecture = model.architecture()
+    if architecture in _COMPARED:
+        return
+    tokens = model.check_window(CHECK_TOKENS)
+    with model.failures_explained():
+        own = model.own_logits(tokens)
+        states, _ = forward(model, torch.cat([tokens.flip(1), tokens]), 1, scratch_factory(None, model.dtype))
+        with model.embeddings_and_head():
+            ours = model.logits(states[0].read(1, 2, model.device), torch.zeros_like(tokens))
+        own, ours = (logits.float().nan_to_num(0.0, 0.0, 0.0) for logits in (own, ours))  # damaged weights: told elsewhere
+        difference, size = float((own - ours).norm()), float(own.norm())
+        if not difference <= max(1e-5, 4 * torch.finfo(model.dtype).eps) * size:
+            raise model.unsupported(
+                "run layer by layer it predicts otherwise than in one forward pass "
+                f"(its logits differ by {difference / size:.2g} of their size)"
+            )
+    _COMPARED.add(architecture)
