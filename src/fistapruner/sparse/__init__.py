@@ -1,1 +1,1 @@
-"""Sparsity that pays: a packed checkpoint format, and operators that run without their zeros."""
+"""Store and run pruned operators without their zeros."""

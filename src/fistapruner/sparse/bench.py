@@ -1,4 +1,4 @@
-"""What a machine gains from a pruned model: its dense, pruned and packed forms measured side by side."""
+"""Measure dense, pruned and packed forms of a model side by side."""
 
 from __future__ import annotations
 
@@ -37,7 +37,8 @@ def bench(
         measure: how the variants are measured, with the arguments of :func:`~.variants.compare`.
 
     Raises:
-        FistaPrunerError: no pruned model, it does not fit disk or memory, or it has fewer positions than prompt and tokens.
+        FistaPrunerError: no pruned model, it does not fit disk or memory, or it has too few positions for prompt and
+            tokens.
     """
     model = Path(model)
     if not (model / "config.json").is_file():
@@ -69,11 +70,12 @@ def _check_positions(model: Path, prompt: int, tokens: int) -> None:
     positions = config.get("max_position_embeddings", config.get("n_positions"))
     tokens = max(tokens, WARM_UP_TOKENS)
     if isinstance(positions, int) and prompt + tokens > positions:
-        raise FistaPrunerError(f"prompt {prompt} and {tokens} new tokens are more than the {positions} tokens {model} was made for")
+        asked = f"prompt {prompt} and {tokens} new tokens"
+        raise FistaPrunerError(f"{asked} are more than the {positions} tokens {model} was made for")
 
 
 def record(speeds: Sequence[Speed]) -> dict[str, Any]:
-    """Return the measurements as JSON values, as ``bench --json`` prints and ``report.json`` stores them."""
+    """Return the measurements as JSON values, for ``bench --json`` and ``report.json``."""
     return {
         "speeds": [speed.to_json() for speed in speeds],
         "kernel": kernel_name(),
@@ -97,8 +99,8 @@ def sentence(speeds: Mapping[str, Speed]) -> str:
     doubt = ", within the spread of the runs" if overlap else ""
     memory = packed.peak_memory / dense.peak_memory
     return (
-        f"On this machine the fastest packed form ({packed.variant}) decodes {max(ratio, 1 / ratio):.2f} times {verdict} "
-        f"than the fastest dense one ({dense.variant}){doubt}, with {memory:.2f} times its peak memory."
+        f"On this machine the fastest packed form ({packed.variant}) decodes {max(ratio, 1 / ratio):.2f} times "
+        f"{verdict} than the fastest dense one ({dense.variant}){doubt}, with {memory:.2f} times its peak memory."
     )
 
 

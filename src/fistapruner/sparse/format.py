@@ -1,9 +1,8 @@
-"""One packed operator as tensors of a safetensors file, and back; docs/format.md is the specification.
+"""Encode a packed operator as tensors of a safetensors file, and decode it; see docs/format.md.
 
 An operator ``NAME`` is stored as ``NAME.values`` with ``NAME.mask`` and ``NAME.offsets`` (bit mask) or ``NAME.index``
 (n:m), and ``NAME.scales`` where values are int8. What the tensors mean is an :class:`OperatorSpec` in the file's
-metadata. Nothing read from a file is believed before it is checked: a reader either returns exactly what was packed or
-raises.
+metadata. Everything read from a file is checked before it is used: a reader returns exactly what was packed, or raises.
 """
 
 from __future__ import annotations
@@ -41,7 +40,7 @@ MAX_M = 16
 
 @dataclass(frozen=True)
 class OperatorSpec:
-    """What a packed file says of one operator.
+    """Description of one packed operator in a file.
 
     Args:
         shape: rows and columns of the dense weight.
@@ -59,11 +58,11 @@ class OperatorSpec:
 
     @classmethod
     def of(cls, operator: PackedOperator) -> OperatorSpec:
-        """The description of an operator in memory."""
+        """Describe an operator in memory."""
         return cls(operator.shape, operator.dtype, operator.pattern, operator.scales is not None, operator.group)
 
     def to_json(self) -> dict[str, Any]:
-        """As stored in the file's metadata."""
+        """Return the JSON object that the file's metadata holds."""
         return {
             "shape": list(self.shape),
             "dtype": NAMES[self.dtype],
@@ -74,7 +73,7 @@ class OperatorSpec:
 
     @classmethod
     def from_json(cls, claim: Any, fault: Callable[[str], FistaPrunerError]) -> OperatorSpec:
-        """Check and read what :meth:`to_json` wrote.
+        """Read and check what :meth:`to_json` wrote.
 
         Raises:
             FistaPrunerError: anything is missing, unknown or out of range.
@@ -95,7 +94,7 @@ class OperatorSpec:
         return cls((shape[0], shape[1]), dtype, _layout(layout, shape[1], fault), int8, group)
 
     def entries(self, name: str, stored: int) -> list[TensorEntry]:
-        """The tensors of operator ``name`` with ``stored`` values, in the order in which they are stored."""
+        """List the tensors of operator ``name`` with ``stored`` values, in stored order."""
         rows, columns = self.shape
         dtype = torch.int8 if self.int8 else self.dtype
         entries = [TensorEntry.of(f"{name}.values", dtype, (stored,))]
@@ -122,13 +121,13 @@ def _layout(layout: Any, columns: int, fault: Callable[[str], FistaPrunerError])
 
 
 def index_bits(pattern: NM) -> int:
-    """Bits that tell the C(m, n) ways to keep n of m apart: 3 for 2:4, 7 for 4:8."""
+    """Count the bits of an index of the C(m, n) ways to keep n of m: 3 for 2:4, 7 for 4:8."""
     return (math.comb(pattern.m, pattern.n) - 1).bit_length()
 
 
 @cache
 def _ways(pattern: NM) -> np.ndarray:
-    """(C(m, n), m) table: row i is the i-th way to keep n of m positions, in lexicographic order."""
+    """Tabulate (C(m, n), m): row i is the i-th way to keep n of m positions, in lexicographic order."""
     table = np.zeros((math.comb(pattern.m, pattern.n), pattern.m), dtype=np.uint8)
     for row, positions in enumerate(combinations(range(pattern.m), pattern.n)):
         table[row, list(positions)] = 1
@@ -136,7 +135,7 @@ def _ways(pattern: NM) -> np.ndarray:
 
 
 def encode(name: str, operator: PackedOperator) -> dict[str, Tensor]:
-    """The tensors of an operator, by their names in the file."""
+    """Return the tensors of an operator by their names in the file."""
     spec = OperatorSpec.of(operator)
     columns = operator.shape[1]
     tensors = {f"{name}.values": operator.values[: operator.stored]}
@@ -156,7 +155,7 @@ def decode(name: str, spec: OperatorSpec, read: Callable[[str], Tensor], fault: 
     Args:
         name: the operator.
         spec: its description.
-        read: gives a tensor by name; dtypes and shapes were already found to be what :meth:`OperatorSpec.entries` asks.
+        read: returns a tensor by name; dtype and shape are those of :meth:`OperatorSpec.entries`, checked before.
         fault: makes the error of what is wrong.
 
     Raises:
@@ -193,7 +192,7 @@ def decode(name: str, spec: OperatorSpec, read: Callable[[str], Tensor], fault: 
 
 
 def read_specs(metadata: Mapping[str, str], entries: Mapping[str, TensorEntry], origin: str) -> dict[str, OperatorSpec]:
-    """The operators a packed file claims to hold, checked against the tensors it has.
+    """Read the descriptions of a file's packed operators and check them against its tensors.
 
     Args:
         metadata: the file's ``__metadata__``.
@@ -201,7 +200,8 @@ def read_specs(metadata: Mapping[str, str], entries: Mapping[str, TensorEntry], 
         origin: names the file in errors.
 
     Raises:
-        FistaPrunerError: no packed file, an unknown version, or tensors that are missing, left over or of another shape.
+        FistaPrunerError: not a packed file, an unknown version, or tensors that are missing, superfluous or of another
+            shape.
     """
     if METADATA not in metadata:
         raise FistaPrunerError(f"{origin} is not a packed file: its metadata has no {METADATA!r}")
@@ -236,7 +236,7 @@ def read_specs(metadata: Mapping[str, str], entries: Mapping[str, TensorEntry], 
 
 
 def operator_fault(origin: str, name: str) -> Callable[[str], FistaPrunerError]:
-    """Makes the errors of one operator of one file."""
+    """Return a function that makes the errors of one operator of one file."""
     return lambda what: FistaPrunerError(f"{origin} is damaged: operator {name[:200]!r} {what}")
 
 

@@ -1,7 +1,7 @@
-"""The optional compiled kernel: found, checked and called through ctypes.
+"""Find, check and call the optional compiled kernel, through ctypes.
 
-It is built when the package is installed and a C compiler is there (``setup.py``); without it everything works in torch
-alone, only slower. Threads are borrowed from the OpenMP runtime that torch has loaded.
+It is built when the package is installed and a C compiler is found (``setup.py``). Without it torch does the same,
+more slowly. Threads are those of the OpenMP runtime that torch has loaded.
 """
 
 from __future__ import annotations
@@ -36,10 +36,10 @@ TILE = 4
 """Vectors that the kernel multiplies in one pass over the weights (MAX_TILE of packed.h)."""
 
 MAX_MANY = 256
-"""Most vectors given to the matrix units; beyond, unpacking is small beside the product, and torch's product is better."""
+"""Most vectors for the matrix units; with more, unpacking costs little and torch's product is faster."""
 
 MAX_BATCH = 16
-"""Most vectors the kernel is called for; more are cheaper as a dense product on any machine."""
+"""Most vectors for the kernel without matrix units; with more, a dense product is faster everywhere."""
 
 
 class _Operator(ctypes.Structure):
@@ -63,7 +63,7 @@ class _Operator(ctypes.Structure):
 
 @cache
 def library() -> ctypes.CDLL | None:
-    """The compiled kernel, or None where it was not built or was built for another version."""
+    """Load the compiled kernel; None if it was not built, or for another version."""
     for suffix in EXTENSION_SUFFIXES:
         path = Path(__file__).parent / f"_kernel{suffix}"
         if not path.exists():
@@ -92,7 +92,7 @@ def library() -> ctypes.CDLL | None:
 
 
 def _parallel_runtime() -> int | None:
-    """Address of ``GOMP_parallel`` in the OpenMP runtime this process has loaded (libgomp, or a compatible one)."""
+    """Find the address of ``GOMP_parallel`` in the OpenMP runtime that this process has loaded."""
     try:
         lines = Path("/proc/self/maps").read_text().splitlines()
     except OSError:
@@ -108,7 +108,7 @@ def _parallel_runtime() -> int | None:
 
 @cache
 def best_level() -> int:
-    """Index into :data:`LEVELS` of what this processor runs best; -1 where there is no kernel.
+    """Return the index into :data:`LEVELS` of this processor's fastest level; -1 without a kernel.
 
     Raises:
         FistaPrunerError: the environment variable names no level, or one that cannot run here.
@@ -124,7 +124,7 @@ def best_level() -> int:
 
 
 def level_index(name: str) -> int:
-    """Index of a level that must be able to run here.
+    """Return the index of a level, which must be one that runs here.
 
     Raises:
         FistaPrunerError: no such level, no kernel, or a processor that does not have it.
@@ -138,7 +138,7 @@ def level_index(name: str) -> int:
 
 
 def available_levels() -> tuple[str, ...]:
-    """Levels that were built and that this processor runs, slowest first."""
+    """List the levels that were built and run on this processor, slowest first."""
     found = library()
     return () if found is None else LEVELS[: int(found.fistapruner_level()) + 1]
 
@@ -147,7 +147,7 @@ _scratch = threading.local()
 
 
 def scratch(nbytes: int) -> Tensor:
-    """Memory that this thread uses again and again: fresh pages would cost more than what is done with them."""
+    """Return memory that this thread reuses: fresh pages would cost more than the work on them."""
     held: Tensor | None = getattr(_scratch, "bytes", None)
     if held is None or held.numel() < nbytes:
         held = _scratch.bytes = torch.empty(nbytes, dtype=torch.uint8)
@@ -155,7 +155,7 @@ def scratch(nbytes: int) -> Tensor:
 
 
 class Handle:
-    """An operator as the kernel sees it. Keeps the tensors it points into alive.
+    """An operator as the kernel's C structure; keeps the tensors it points into alive.
 
     Args:
         operator: the operator, on the CPU: packed, or a dense contiguous bf16 weight.
@@ -179,20 +179,21 @@ class Handle:
         self.alone = OperatorBatch([self])
 
     def takes_many(self, level: int) -> bool:
-        """Whether matrix units multiply this operator with any number of bf16 vectors."""
+        """Check whether matrix units multiply this operator with any number of bf16 vectors."""
         found = library()
         return found is not None and bool(found.fistapruner_many_bytes(self.address, 1, 1, level))
 
     def unpack(self, first: int, last: int, out: Tensor, level: int) -> None:
-        """Write rows ``first`` to ``last`` densely into contiguous fp32 or bf16 ``out`` (last - first, columns)."""
+        """Unpack rows ``first`` to ``last`` into contiguous fp32 or bf16 ``out`` (last - first, columns)."""
         found = library()
         assert found is not None
         found.fistapruner_unpack(self.address, first, last, out.data_ptr(), TYPES[out.dtype], torch.get_num_threads(), level)
 
 
 class OperatorBatch:
-    """Operators of one kind and as many columns, multiplied with the same vectors in one call: the vectors are prepared
-    and the threads woken once.
+    """Operators with equal columns and value dtype, multiplied with the same vectors in one call.
+
+    The vectors are prepared and the threads woken once.
 
     Args:
         handles: the operators.
@@ -215,7 +216,7 @@ class OperatorBatch:
         )
 
     def multiply(self, x: Tensor, level: int, *, many: bool = False) -> Sequence[Tensor]:
-        """``x @ weight.T + bias`` of every operator.
+        """Compute ``x @ weight.T + bias`` for every operator.
 
         Args:
             x: (batch, columns) contiguous fp32 or bf16 on the CPU; the results have its dtype.
@@ -223,7 +224,7 @@ class OperatorBatch:
             many: use the matrix units; needs bf16 and :meth:`Handle.takes_many`.
 
         Returns:
-            For each operator batch x rows numbers, flat.
+            For each operator, its product as a flat tensor of batch x rows.
         """
         batch = x.shape[0]
         sizes = [batch * rows for rows in self._rows]

@@ -1,4 +1,4 @@
-"""Linear layers for inference: packed ones, and the dense ones beside them."""
+"""Linear layers for inference, with packed or dense weights."""
 
 from __future__ import annotations
 
@@ -20,17 +20,18 @@ TILE_BYTES = 2**26
 class SparseLinear(nn.Module):
     """``nn.Linear`` for inference with a packed weight.
 
-    Up to :data:`kernel.MAX_BATCH` tokens on a CPU go through the compiled kernel, where there is one, and up to
-    :data:`kernel.MAX_MANY` where it has matrix units for them. More tokens, other devices and other dtypes unpack a tile of rows at a time
-    and use torch's dense product, which is always right.
+    The compiled kernel, if there is one, multiplies up to :data:`kernel.MAX_BATCH` tokens on a CPU, with matrix units
+    up to :data:`kernel.MAX_MANY`. With more tokens, on other devices and in other dtypes, a tile of rows at a time is
+    unpacked and multiplied by torch.
 
-    The state dict has the dense ``weight``, so that a saved model is an ordinary checkpoint; loading one packs it again, to
-    the operator's dtype, and to int8 where the operator is.
+    The state dict holds the dense ``weight``, so that a saved model is an ordinary checkpoint. Loading a state dict
+    packs the weight again, in the operator's dtype, or in int8 if the operator is int8.
 
     Args:
         operator: the packed weight.
         bias: (rows,) or None.
-        level: kernel level by name, ``"torch"`` for none; None takes the best one (or what ``FISTAPRUNER_KERNEL`` says).
+        level: kernel level by name, ``"torch"`` for none; None takes the fastest one, or that of
+            ``FISTAPRUNER_KERNEL``.
         transposed: the dense weight is (in_features, out_features), as that of GPT-2's ``Conv1D``.
     """
 
@@ -57,12 +58,12 @@ class SparseLinear(nn.Module):
 
     @property
     def weight(self) -> Tensor:
-        """The dense weight, unpacked anew at every access: for code that looks at it, such as a dtype check."""
+        """The dense weight, unpacked at every access, for code that reads its dtype or values."""
         dense = self.operator.to_dense()
         return dense.T.contiguous() if self.transposed else dense
 
     def forward(self, x: Tensor) -> Tensor:
-        """(…, in_features) to (…, out_features)."""
+        """Map (…, in_features) to (…, out_features)."""
         if self.level >= 0 and x.device.type == "cpu" and x.dtype in kernel.TYPES and not (x.requires_grad and torch.is_grad_enabled()):
             rows = x.numel() // self.in_features if self.in_features else 0
             handle = self._kernel()
@@ -76,18 +77,19 @@ class SparseLinear(nn.Module):
         return self._dense_product(x)
 
     def extra_repr(self) -> str:
-        """Shape, density and kernel."""
+        """Describe shape, density and kernel."""
         rows, columns = self.operator.shape
         density = self.operator.stored / max(rows * columns, 1)
         level = kernel.LEVELS[self.level] if self.level >= 0 else "torch"
-        return f"in_features={columns}, out_features={rows}, density={density:.3f}, values={self.operator.values.dtype}, kernel={level}"
+        shape = f"in_features={columns}, out_features={rows}"
+        return f"{shape}, density={density:.3f}, values={self.operator.values.dtype}, kernel={level}"
 
     def __getstate__(self) -> dict[str, Any]:
-        """Without addresses: a copy makes its own."""
+        """Leave out memory addresses; a copy makes its own."""
         return {**self.__dict__, "_handle": None, "_fused": None}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        """At a kernel level that this machine has."""
+        """Restore with a kernel level that this machine has."""
         super().__setstate__(state)
         self.level = min(self.level, kernel.best_level())
 
@@ -122,7 +124,7 @@ class SparseLinear(nn.Module):
             raise FistaPrunerError(f"the new weight is {list(weight.shape)}, the packed one is {list(held.shape)}")
         weight = weight.detach().to("cpu", held.dtype)
         if torch.equal(weight, held):
-            return  # int8 values as they are, not rounded a second time
+            return  # int8 values stay as they are: they are not rounded again
         operator = pack_operator(weight.T.contiguous() if self.transposed else weight)
         self.operator = operator if self.operator.scales is None else operator.quantised(self.operator.group)
         self._handle = None
@@ -155,11 +157,10 @@ class SparseLinear(nn.Module):
 
 
 class FusedProjections:
-    """Packed projections that a model applies to the same input, one after the other: all are multiplied at the call of the
-    first, and the others find their result waiting.
+    """Packed projections of the same input, multiplied together when the first of them is called.
 
-    A result waits only for the very tensor it was computed from. Where one is never asked for, each layer goes back to
-    multiplying on its own.
+    The results of the others are kept for their calls, which must come with the same tensor. If a result is not used,
+    each projection is multiplied separately from then on.
 
     Args:
         count: number of projections.
@@ -182,13 +183,13 @@ class FusedProjections:
                 layer._fused, layer._place, layer._handle = fused, place, None
 
     def register(self, place: int, handle: kernel.Handle) -> None:
-        """The layer at ``place`` has this handle from now on."""
+        """Set the handle of the layer at ``place``."""
         self._handles[place], self._waiting = handle, None
         present = [item for item in self._handles if item is not None]
         self._batch = kernel.OperatorBatch(present) if len(present) == len(self._handles) else None
 
     def product(self, place: int, x: Tensor, rows: int, level: int, many: bool) -> Tensor:
-        """The product of the layer at ``place`` with ``x`` (``rows`` vectors), flat."""
+        """Multiply the layer at ``place`` with ``x`` (``rows`` vectors); the result is flat."""
         waiting, version = self._waiting, 0 if x.is_inference() else x._version
         if waiting is not None:
             if waiting[0] is x and waiting[1] == version:
@@ -210,20 +211,23 @@ class FusedProjections:
 
 
 class DenseLinear(nn.Linear):
-    """``nn.Linear`` that multiplies a few bf16 vectors with the compiled kernel, where torch leaves memory bandwidth unused."""
+    """``nn.Linear`` that multiplies a few bf16 vectors with the compiled kernel.
+
+    There the kernel uses the memory bandwidth better than torch does.
+    """
 
     _handle: kernel.Handle | None = None
     _seen: tuple[Tensor, int, Tensor | None] | None = None
 
     @classmethod
     def like(cls, linear: nn.Linear) -> DenseLinear:
-        """The same layer, with the same parameters."""
+        """Make a layer that shares the parameters of ``linear``."""
         other = cls(linear.in_features, linear.out_features, linear.bias is not None, device="meta")
         other.weight, other.bias = linear.weight, linear.bias
         return other.train(linear.training)
 
     def forward(self, x: Tensor) -> Tensor:
-        """(…, in_features) to (…, out_features)."""
+        """Map (…, in_features) to (…, out_features)."""
         weight, bias, level = self.weight, self.bias, kernel.best_level()
         rows = x.numel() // self.in_features if self.in_features else 0
         if (
@@ -241,7 +245,7 @@ class DenseLinear(nn.Linear):
         return self._handle.alone.multiply(_rows_of(x, rows), level)[0].view(*x.shape[:-1], self.out_features)
 
     def __getstate__(self) -> dict[str, Any]:
-        """Without addresses: a copy makes its own."""
+        """Leave out memory addresses; a copy makes its own."""
         return {key: value for key, value in self.__dict__.items() if key not in ("_handle", "_seen")}
 
 

@@ -1,4 +1,4 @@
-"""Load a packed checkpoint as a transformers model, with nothing of transformers but its public classes."""
+"""Load a packed checkpoint as a transformers model; uses public classes of transformers only."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def load(folder: str | Path, *, packed: bool = True, int8: bool = False, dtype: 
         folder: folder that ``fistapruner pack`` wrote.
         packed: keep the operators packed (:class:`SparseLinear`): less memory, and faster decoding on a CPU; False
             unpacks them to an ordinary dense model.
-        int8: with ``packed``, turn float values to int8 while loading.
+        int8: with ``packed``, round float values to int8 while loading.
         dtype: precision of activations and dense tensors; None takes the checkpoint's.
         verify: compare the files with their checksums first.
 
@@ -55,7 +55,8 @@ def load(folder: str | Path, *, packed: bool = True, int8: bool = False, dtype: 
         raise FistaPrunerError(f"{source.folder}: config.json asks for {layers} decoder layers and there are {tensors} tensors")
     dtype = dtype or _main_dtype(source)
     if packed and kernel.best_level() < 0:
-        warnings.warn("no kernel was compiled here, so packed operators run slower than dense ones: load with packed=False", stacklevel=2)
+        slow = "no kernel was compiled here, so packed operators run slower than dense ones: load with packed=False"
+        warnings.warn(slow, stacklevel=2)
     model = _build(source, config, dtype, packed, int8)
     if (source.folder / "generation_config.json").is_file():
         try:
@@ -66,10 +67,10 @@ def load(folder: str | Path, *, packed: bool = True, int8: bool = False, dtype: 
 
 
 def _build(source: PackedCheckpoint, config: Any, dtype: torch.dtype, packed: bool, int8: bool) -> Any:
-    """The model with its tensors in place.
+    """Build the model with its tensors.
 
-    The scales of an int8 operator go along its stored rows, which are the inputs of GPT-2's; turned, it is rounded to int8
-    a second time.
+    The scales of an int8 operator run along its stored rows. GPT-2 stores its operators transposed, so theirs are
+    rounded to int8 again after transposing.
 
     Raises:
         FistaPrunerError: a tensor does not fit the architecture, or is missing.
@@ -112,7 +113,9 @@ def _build(source: PackedCheckpoint, config: Any, dtype: torch.dtype, packed: bo
     missing = [name for name, tensor in (*model.named_parameters(), *model.named_buffers()) if tensor.is_meta]
     if missing:
         raise FistaPrunerError(f"{source.folder}: tensor {missing[0]!r} of {type(model).__name__} is not in it")
-    return model  # parameters as from_pretrained leaves them: torch multiplies a strided input slowly by a weight without gradient
+    # Parameters keep requires_grad, as from_pretrained leaves them: torch is slow at multiplying a strided input by a
+    # weight without gradient.
+    return model
 
 
 def _fault(path: Path, what: str, error: Exception) -> FistaPrunerError:
@@ -121,7 +124,7 @@ def _fault(path: Path, what: str, error: Exception) -> FistaPrunerError:
 
 
 def use_kernels(model: nn.Module) -> None:
-    """Once operators are packed: one kernel call for projections of one input, and the kernel for dense operators too."""
+    """Fuse packed projections of one input, and run dense operators with the compiled kernel too."""
     for name, module in list(model.named_modules()):
         if type(module) is nn.Linear:
             replace(model, name, DenseLinear.like(module))
@@ -136,7 +139,7 @@ def _sparse(operator: PackedOperator, bias: Tensor | None, int8: bool, transpose
 
 
 def replace(model: nn.Module, name: str, module: nn.Module) -> None:
-    """Put ``module`` at the dotted ``name`` of ``model``."""
+    """Replace the submodule of ``model`` at the dotted ``name``."""
     parent, _, leaf = name.rpartition(".")
     setattr(model.get_submodule(parent), leaf, module)
 

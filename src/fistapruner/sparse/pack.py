@@ -1,7 +1,6 @@
-"""Packed checkpoints: write one from a pruned checkpoint, read it, unpack it again.
+"""Pack a pruned checkpoint, read a packed one, and unpack it.
 
-Both directions go tensor by tensor. A packed folder is written under a temporary name, ``packed.json`` last of all, and
-renamed when it is complete.
+Both directions go tensor by tensor. A folder is written under a temporary name and renamed when it is complete.
 """
 
 from __future__ import annotations
@@ -27,15 +26,15 @@ from .format import MAX_M, METADATA, QUANT_METHOD, VERSION, OperatorSpec, decode
 from .packed import FLOATS, PackedOperator, pack_operator
 
 MIN_ZEROS = 0.25
-"""Share of zeros from which a matrix counts as pruned when no record of a pruning run says so."""
+"""Least share of zeros of a matrix that counts as pruned if there is no record of a pruning run."""
 
 PATTERNS = (NM(1, 4), NM(2, 4), NM(2, 8), NM(4, 8), NM(8, 16))
-"""n:m patterns that are looked for."""
+"""n:m patterns that are tried as a layout."""
 
 
 @dataclass(frozen=True)
 class PackReport:
-    """Sizes in bytes, of the pruned operators alone and of all weights; dense means what the checkpoint had."""
+    """Bytes of the pruned operators and of all weights; ``dense`` is the size in the checkpoint."""
 
     operators: int
     dense_operators: int
@@ -51,8 +50,8 @@ class PackReport:
         lines = [
             f"{self.operators} pruned operators, {self.zeros:.1%} zeros: {self.dense_operators / mib:.1f} MiB -> "
             f"{self.packed_operators / mib:.1f} MiB ({share:.3f} of their dense size)",
-            f"whole checkpoint, embeddings included: {self.dense_total / mib:.1f} MiB -> {self.packed_total / mib:.1f} MiB "
-            f"({self.packed_total / self.dense_total:.3f})",
+            f"whole checkpoint, embeddings included: {self.dense_total / mib:.1f} MiB -> "
+            f"{self.packed_total / mib:.1f} MiB ({self.packed_total / self.dense_total:.3f})",
         ]
         if self.dense_bf16_operators != self.dense_operators:
             lines.insert(1, f"{self.packed_operators / self.dense_bf16_operators:.3f} of the operators' size in bf16")
@@ -107,7 +106,7 @@ def pack(
 
 
 class PackedCheckpoint:
-    """A packed folder, opened and checked: descriptions in memory, values on disk.
+    """An opened and checked packed folder: descriptions in memory, values on disk.
 
     Args:
         folder: a folder that :func:`pack` wrote.
@@ -116,7 +115,7 @@ class PackedCheckpoint:
     Attributes:
         checkpoint: the folder as a checkpoint of its stored tensors.
         specs: every packed operator's description, by the name of its dense tensor.
-        record: what the pruning run said of the checkpoint, as ``packed.json`` carries it.
+        record: the record of the pruning run, from ``packed.json``.
 
     Raises:
         FistaPrunerError: not a packed folder, another version, a file that is missing, damaged or does not match.
@@ -154,7 +153,7 @@ class PackedCheckpoint:
                 raise FistaPrunerError(f"{path} is damaged: its checksum is not what {PACKED_RECORD} says")
 
     def dense_names(self) -> list[str]:
-        """Names of the tensors that are stored as they are."""
+        """List the names of the tensors that are stored densely."""
         return [name for name in self.checkpoint.names() if name not in self._parts]
 
     def operator(self, name: str) -> PackedOperator:
@@ -171,7 +170,7 @@ class PackedCheckpoint:
         return self.operator(name).to_dense() if name in self.specs else self.checkpoint.read(name)
 
     def contents(self) -> dict[str, list[TensorEntry]]:
-        """For every file, the dense tensors it stands for."""
+        """List the tensors of the dense model by file."""
         out = {}
         for shard, file in self.checkpoint.files.items():
             entries = [entry for entry in file.entries.values() if entry.name not in self._parts]
@@ -180,12 +179,12 @@ class PackedCheckpoint:
         return out
 
     def config(self) -> dict[str, Any]:
-        """config.json of the dense model."""
+        """Return ``config.json`` of the dense model."""
         return {key: value for key, value in self.checkpoint.config.items() if key != "quantization_config"}
 
 
 def unpack(packed: str | Path, out: str | Path) -> Path:
-    """Write a packed checkpoint densely again; float values come back bit for bit, -0.0 as 0.
+    """Write a packed checkpoint densely; float values come back bit for bit, -0.0 as 0.
 
     Args:
         packed: folder that :func:`pack` wrote.
@@ -215,12 +214,12 @@ def unpack(packed: str | Path, out: str | Path) -> Path:
 
 
 def is_packed(folder: str | Path) -> bool:
-    """Whether a folder says that it is a packed checkpoint."""
+    """Check whether a folder is a packed checkpoint."""
     return (Path(folder) / PACKED_RECORD).is_file()
 
 
 def choose_layout(weight: Tensor, hint: NM | None = None) -> NM | None:
-    """The smallest layout for a weight: an n:m pattern that it has, or None for the bit mask."""
+    """Choose the smallest layout of a weight: an n:m pattern that it has, or None for a bit mask."""
     rows, columns = weight.shape
     nonzero, size = int(torch.count_nonzero(weight)), weight.element_size() * 8
     best, best_bits = None, nonzero * size + rows * columns
@@ -237,7 +236,7 @@ def choose_layout(weight: Tensor, hint: NM | None = None) -> NM | None:
 
 @dataclass(frozen=True)
 class _Planned:
-    """How one operator will be stored: found in a first pass, because headers come before values."""
+    """How one operator will be stored; decided in a first pass, because headers precede values."""
 
     spec: OperatorSpec
     stored: int
@@ -279,7 +278,7 @@ def _plan(source: Checkpoint, record: dict[str, Any], values: str, group: int) -
 
 
 def _hint(known: Mapping[str, Any] | None) -> NM | None:
-    """The pattern a pruning run recorded; a wrong record costs nothing, since the weight itself is looked at."""
+    """Return the n:m pattern of a recorded claim; it is checked against the weight later."""
     try:
         pattern = parse_sparsity(str(known["sparsity"])) if known and "sparsity" in known else None
     except FistaPrunerError:
@@ -327,7 +326,7 @@ def _check_place(source: Path, out: Path) -> None:
 
 
 def model_card(report: PackReport, values: str) -> str:
-    """README.md of a packed folder: what it is and how it is loaded."""
+    """Format the README.md of a packed folder: what it is and how to load it."""
     return f"""---
 library_name: transformers
 tags: [pruned, sparse, fistapruner]

@@ -1,4 +1,4 @@
-"""A packed operator in memory: one bit for every weight, and the kept values row by row."""
+"""Hold an operator in memory as one bit per weight and its kept values, row by row."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from ..constraints import NM
 from ..errors import FistaPrunerError
 
 PADDING = 64
-"""Bytes behind the values that vector loads may touch."""
+"""Bytes after the values that vector loads may read."""
 
 FLOATS = (torch.bfloat16, torch.float16, torch.float32)
 
@@ -24,8 +24,8 @@ class PackedOperator:
     Args:
         shape: rows (outputs) and columns (inputs) of the dense weight.
         dtype: dtype of the dense weight.
-        mask: (rows, 8 * words) uint8; bit ``c % 8`` of byte ``c // 8`` says that column ``c`` is stored. Rows are padded
-            with zero bits to whole 64-bit words.
+        mask: (rows, 8 * words) uint8; bit ``c % 8`` of byte ``c // 8`` is set if column ``c`` is stored. Rows are
+            padded with zero bits to whole 64-bit words.
         start: (rows + 1) int64, where each row's values begin.
         values: the stored values in row order, followed by :data:`PADDING` bytes; the dense dtype, or int8.
         scales: for int8, (rows, groups) fp32: value times scale is the weight.
@@ -56,22 +56,22 @@ class PackedOperator:
         return sum(tensor.nbytes for tensor in held if tensor is not None)
 
     def kept(self) -> Tensor:
-        """(rows, columns) boolean mask of the stored weights."""
+        """Return the (rows, columns) boolean mask of the stored weights."""
         bits = np.unpackbits(self.mask.numpy(), axis=1, bitorder="little", count=self.shape[1])
         return torch.from_numpy(bits).bool()
 
     def to_dense(self) -> Tensor:
-        """The dense weight; for float values bit-equal to what was packed, -0.0 having become 0."""
+        """Unpack the dense weight; float values are bit-equal to what was packed, except that -0.0 is 0."""
         kept = self.kept()
         values = self.values[: self.stored]
         if self.scales is not None:
             values = (values.float() * self._value_scales(kept)).to(self.dtype)
         dense = torch.zeros(self.shape, dtype=self.dtype)
-        dense.masked_scatter_(kept, values)  # assignment would pass a single value through a float and quieten a NaN
+        dense.masked_scatter_(kept, values)  # assigning a single value would convert it through float and change a NaN's bits
         return dense
 
     def quantised(self, group: int = 0) -> PackedOperator:
-        """The same operator with symmetric int8 values: the largest magnitude of each row (or group) becomes 127.
+        """Round the values to symmetric int8: the largest magnitude of each row (or group) becomes 127.
 
         Args:
             group: columns that share a scale, a multiple of 64; 0 takes the whole row.
@@ -91,7 +91,7 @@ class PackedOperator:
         groups = -(-columns // width)
         padded = torch.nn.functional.pad(dense, (0, groups * width - columns)).view(rows, groups, width)
         scales = padded.abs().amax(-1) / 127.0
-        # A scale that underflows would divide by zero; such a group is zero to fp32 anyway.
+        # A scale that underflows would divide by zero; such a group is zero in fp32 anyway.
         levels = (padded / torch.where(scales > 0, scales, 1.0)[..., None]).round().clamp(-127, 127).to(torch.int8)
         levels = levels.view(rows, -1)[:, :columns]
         return PackedOperator(
@@ -113,7 +113,7 @@ class PackedOperator:
 
 
 def pack_operator(weight: Tensor, pattern: NM | None = None) -> PackedOperator:
-    """Leave out the zeros of a dense weight.
+    """Pack a dense weight without its zeros.
 
     Args:
         weight: (rows, columns) fp32, bf16 or fp16.
@@ -123,9 +123,8 @@ def pack_operator(weight: Tensor, pattern: NM | None = None) -> PackedOperator:
         FistaPrunerError: not a matrix of such a dtype, or it does not have the pattern.
     """
     if weight.ndim != 2 or weight.dtype not in FLOATS:
-        raise FistaPrunerError(
-            f"a {weight.dtype} tensor of shape {list(weight.shape)} is no operator: expected a matrix of bf16, fp16 or fp32"
-        )
+        found = f"a {weight.dtype} tensor of shape {list(weight.shape)}"
+        raise FistaPrunerError(f"{found} is no operator: expected a matrix of bf16, fp16 or fp32")
     weight = weight.detach().cpu()
     rows, columns = weight.shape
     kept = weight != 0
@@ -154,7 +153,7 @@ def fill_groups(kept: Tensor, pattern: NM) -> Tensor:
 
 
 def mask_bytes(kept: Tensor) -> Tensor:
-    """(rows, columns) booleans as bits, rows padded to whole 64-bit words."""
+    """Pack (rows, columns) booleans into bits, rows padded to whole 64-bit words."""
     rows, columns = kept.shape
     bits = np.packbits(kept.numpy(), axis=1, bitorder="little")
     padded = np.zeros((rows, -(-columns // 64) * 8), dtype=np.uint8)
@@ -163,7 +162,7 @@ def mask_bytes(kept: Tensor) -> Tensor:
 
 
 def row_starts(mask: Tensor) -> Tensor:
-    """(rows + 1) offsets of the rows' values, counted from the mask."""
+    """Compute the (rows + 1) offsets of the rows' values from the mask."""
     start = torch.zeros(mask.shape[0] + 1, dtype=torch.int64)
     if mask.numel():
         counts = np.bitwise_count(mask.numpy().view(np.uint64)).sum(axis=1, dtype=np.int64)
@@ -172,14 +171,14 @@ def row_starts(mask: Tensor) -> Tensor:
 
 
 def padded_values(values: Tensor) -> Tensor:
-    """Contiguous values with :data:`PADDING` zero bytes behind them."""
+    """Copy values into contiguous memory, followed by :data:`PADDING` zero bytes."""
     out = torch.zeros(values.numel() + PADDING // values.element_size(), dtype=values.dtype)
     out[: values.numel()] = values.flatten()
     return out
 
 
 def group_sums(levels: Tensor, width: int) -> Tensor:
-    """(rows, groups) int32 sums of dense int8 levels (rows, columns) over groups of ``width`` columns."""
+    """Sum dense int8 levels (rows, columns) over groups of ``width`` columns: (rows, groups) int32."""
     rows, columns = levels.shape
     groups = -(-columns // width)
     padded = torch.nn.functional.pad(levels, (0, groups * width - columns))

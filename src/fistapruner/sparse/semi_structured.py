@@ -1,7 +1,7 @@
-"""2:4 operators on CUDA: torch's semi-structured kernels, where a measurement shows that they pay.
+"""Run 2:4 operators with torch's semi-structured CUDA kernels where a measurement shows that they pay.
 
-Sparse tensor cores double the arithmetic, not the memory bandwidth left over, and their overhead often outweighs them at
-small batches; so every shape is timed on the device at the user's batch before it is changed.
+Sparse tensor cores double the arithmetic throughput but not the memory bandwidth, and at small batches their overhead
+often costs more. So every shape is timed on the device at the user's batch size before it is changed.
 """
 
 from __future__ import annotations
@@ -17,19 +17,19 @@ from ..constraints import NM
 from ..errors import FistaPrunerError
 
 MARGIN = 1.05
-"""How many times faster the sparse product must be to be used; less is within the noise of a measurement."""
+"""Speed-up from which the sparse product is used; less is within the noise of a measurement."""
 
 REPEATS = 50
 
 
 @dataclass(frozen=True)
 class OperatorChoice:
-    """What was decided for one operator.
+    """The decision for one operator.
 
     Args:
         name: the operator.
-        sparse: whether it now runs on sparse tensor cores.
-        reason: why, in words.
+        sparse: whether it runs on sparse tensor cores now.
+        reason: the reason, as text.
         dense_seconds: time of the dense product, None where it was not measured.
         sparse_seconds: time of the sparse product, None where it was not measured.
     """
@@ -48,13 +48,13 @@ def to_semi_structured(
     to_sparse: Callable[[Tensor], Tensor] | None = None,
     clock: Callable[[Callable[[], Tensor], torch.device], float] | None = None,
 ) -> list[OperatorChoice]:
-    """Turn 2:4 operators into semi-structured ones, in place, where that is faster on their device.
+    """Convert 2:4 operators to semi-structured ones, in place, where that is faster on their device.
 
     Args:
         model: a model on a CUDA device (Ampere or later), in fp16 or bf16, for inference.
         tokens: tokens in one forward pass: the batch when decoding, batch times prompt when not.
         to_sparse: makes the semi-structured weight; None takes ``torch.sparse.to_sparse_semi_structured``.
-        clock: seconds that a call takes on a device; None times it there.
+        clock: returns the seconds of a call on a device; None takes :func:`seconds`.
 
     Returns:
         One :class:`OperatorChoice` for every linear operator: which were changed, which stay dense, and why.
@@ -100,7 +100,7 @@ def to_semi_structured(
 
 
 def summary(choices: list[OperatorChoice]) -> str:
-    """Which operators were changed and which stay dense, in words."""
+    """List which operators were changed and which stay dense, as text."""
     changed = [choice.name for choice in choices if choice.sparse]
     lines = [f"{len(changed)} of {len(choices)} operators run on sparse tensor cores"]
     lines += [f"  left dense: {choice.name} ({choice.reason})" for choice in choices if not choice.sparse]
@@ -108,7 +108,7 @@ def summary(choices: list[OperatorChoice]) -> str:
 
 
 def seconds(call: Callable[[], Tensor], device: torch.device) -> float:
-    """Median seconds of a call on a CUDA device, by its own events."""
+    """Measure the median seconds of a call on a CUDA device, with CUDA events."""
     for _ in range(5):
         call()
     times: list[float] = []
@@ -126,9 +126,8 @@ def _check_devices(operators: dict[str, nn.Linear]) -> None:
     for name, module in operators.items():
         device = module.weight.device
         if device.type != "cuda":
-            raise FistaPrunerError(
-                f"{name} is on {device}: sparse tensor cores need a CUDA device; on a CPU load a packed checkpoint with fistapruner.load"
-            )
+            instead = "on a CPU load a packed checkpoint with fistapruner.load"
+            raise FistaPrunerError(f"{name} is on {device}: sparse tensor cores need a CUDA device; {instead}")
         if torch.cuda.get_device_capability(device) < (8, 0):
             raise FistaPrunerError(f"{torch.cuda.get_device_name(device)} has no sparse tensor cores: Ampere or later is needed")
 

@@ -1,4 +1,4 @@
-"""Decoding speed, time to the first token and peak memory of one model.
+"""Measure decoding speed, time to the first token and peak memory of one model.
 
 Greedy decoding with a cache, one token at a time, as in a chat. :mod:`.variants` compares several models.
 """
@@ -71,7 +71,7 @@ class Speed:
 
     @classmethod
     def of(cls, variant: str, runs: Sequence[Run], **setting: Any) -> Speed:
-        """Summarise timed runs by median and range; ``setting`` gives the fields that are not computed from them."""
+        """Summarise timed runs by median and range; ``setting`` gives all other fields."""
         rates, firsts = [run.tokens_per_second for run in runs], [run.first_token for run in runs]
         return cls(
             variant=variant,
@@ -84,7 +84,7 @@ class Speed:
         )
 
     def to_json(self) -> dict[str, Any]:
-        """Plain dictionary, for a report."""
+        """Return a plain dictionary, for a report."""
         return asdict(self)
 
 
@@ -173,5 +173,5 @@ def prompts(model: Any, batch: int, length: int, seed: int) -> Tensor:
 
 
 def peak(device: torch.device) -> int:
-    """Peak bytes since the last reset: of a GPU's memory, or on a CPU of this process."""
+    """Return the peak bytes since the last reset: a GPU's memory, or on a CPU this process's."""
     return int(torch.cuda.max_memory_allocated(device)) if device.type == "cuda" else peak_memory()

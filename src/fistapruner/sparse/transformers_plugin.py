@@ -1,8 +1,8 @@
-"""Makes ``AutoModelForCausalLM.from_pretrained(PACKED)`` work.
+"""Let ``AutoModelForCausalLM.from_pretrained`` load packed folders.
 
-transformers 5 has a registry of quantisation methods; its interface is semi-private, so everything that touches it is in
-this file. The plug-in leaves ordinary tensors to transformers, reads the packed operators with this package's own
-checked reader, and gives back an ordinary dense model.
+transformers 5 has a registry of quantisation methods. Its interface is semi-private, so all code that uses it is in
+this file. transformers loads the ordinary tensors; the plug-in reads the packed operators with this package's own
+checked reader. The result is an ordinary dense model.
 """
 
 from __future__ import annotations
@@ -28,7 +28,10 @@ REGISTRY = "transformers.quantizers.auto"
 
 
 class _AfterImport(MetaPathFinder):
-    """Registers the format when transformers imports its registry, which takes a second that most commands never need."""
+    """Import hook that registers the format when transformers imports its registry.
+
+    Importing the registry at once would take a second, which most commands do not need.
+    """
 
     def find_spec(self, fullname: str, path: Any, target: ModuleType | None = None) -> ModuleSpec | None:
         if fullname != REGISTRY:
@@ -48,7 +51,7 @@ class _AfterImport(MetaPathFinder):
 
 
 def register_on_import() -> None:
-    """Register now if transformers has its registry loaded, else as soon as it loads it."""
+    """Register the format now if transformers has loaded its registry, else when it does."""
     if REGISTRY in sys.modules:
         register()
     elif not any(isinstance(finder, _AfterImport) for finder in sys.meta_path):
@@ -56,7 +59,7 @@ def register_on_import() -> None:
 
 
 def register() -> bool:
-    """Register the packed format with transformers; False where this transformers has no such registry."""
+    """Register the packed format with transformers; returns False if it has no such registry."""
     try:
         from transformers.quantizers import auto
         from transformers.quantizers.base import HfQuantizer
@@ -75,7 +78,7 @@ def register() -> bool:
             self.dequantize = True
 
     class PackedLoader(HfQuantizer):  # type: ignore[misc]
-        """Reads the packed operators beside transformers' own loading."""
+        """Loads the packed operators; transformers loads the rest."""
 
         requires_calibration = False
 
@@ -89,7 +92,7 @@ def register() -> bool:
                 if tuple(module._parameters[leaf].shape) != self.source.specs[name].shape:
                     shape = tuple(module._parameters[leaf].shape)
                     raise FistaPrunerError(f"{name} is {self.source.specs[name].shape} in the packed folder, the config asks for {shape}")
-                module._is_hf_initialized = True  # its weight comes later, so nothing is to be drawn at random
+                module._is_hf_initialized = True  # its weight is loaded later: no random initialisation
             weights = {f"{parent}.{leaf}" for parent, leaf in self.places.values()}
             names = weights | set(self.source.specs)  # transformers looks for a tensor by its name today and by the stored one
             parts = [re.escape(f"{name}.") + "(values|mask|offsets|index|scales)$" for name in names]
@@ -120,7 +123,7 @@ def register() -> bool:
 
 
 def _places(model: Any, source: PackedCheckpoint) -> dict[str, tuple[str, str]]:
-    """Module and parameter of every packed operator."""
+    """Find module and parameter of every packed operator."""
     found = {name: target for target, name in stored_names(model, [*source.dense_names(), *source.specs]).items()}
     places = {}
     for name in source.specs:

@@ -1,7 +1,7 @@
-"""Speed of several forms of a model, compared side by side.
+"""Compare the speed of several forms of a model.
 
-They run in interleaved rounds, each in a process of its own: other load on the machine slows all of them alike, and the
-memory of each is its own.
+They are measured in interleaved rounds, each in a process of its own: other load on the machine slows all of them
+alike, and the memory of each is its own.
 """
 
 from __future__ import annotations

@@ -1,1 +1,1 @@
-"""Checkpoint files: safetensors, GGUF and legacy pickles; reading and writing them."""
+"""Read and write checkpoint files: safetensors, GGUF and legacy pickles."""

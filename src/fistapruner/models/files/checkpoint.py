@@ -1,8 +1,8 @@
-"""A local Hugging Face folder: which tensors it has, where they are, and reading them one at a time.
+"""Read a local Hugging Face folder one tensor at a time.
 
 Weights are ``model.safetensors``, or shards listed by ``model.safetensors.index.json``, or (only when pickles are
 allowed) the legacy ``pytorch_model.bin`` files. Everything in the folder is untrusted: the index may name plain files
-inside the folder only, every tensor it promises must be in its shard, and a shard that is missing or cut short is named
+inside the folder only, every tensor it lists must be in its shard, and a shard that is missing or cut short is named
 when the folder is opened.
 """
 
@@ -32,7 +32,7 @@ PACKED_RECORD = "packed.json"
 MAX_JSON = 256 * 2**20
 
 Orders = Mapping[str, tuple[int, Tensor]]
-"""By tensor name: the dimension whose entries take another order, and the old place of each new entry."""
+"""By tensor name: the dimension that is reordered, and for each new place the old index."""
 
 COMPANION_SUFFIXES = {".json", ".jinja", ".txt", ".model", ".tiktoken", ".bpe", ".vocab", ".spm"}
 COMPANION_NAMES = ("license", "licence", "notice", "copying", "use_policy", "acceptable_use")
@@ -40,7 +40,7 @@ NOT_COMPANIONS = {INDEX, INDEX_PICKLE, "config.json", PRUNING_RECORD, PACKED_REC
 
 
 class WeightFile(Protocol):
-    """What a checkpoint needs of one of its files."""
+    """Interface of one weight file."""
 
     path: Path
     entries: dict[str, TensorEntry]
@@ -50,7 +50,7 @@ class WeightFile(Protocol):
 
 
 class Checkpoint:
-    """A checkpoint folder, opened: names and shapes in memory, values on disk.
+    """An opened checkpoint folder: names and shapes in memory, values on disk.
 
     Use :meth:`open`.
 
@@ -59,9 +59,10 @@ class Checkpoint:
         config: ``config.json`` as a dictionary.
         files: the weight files by name, in order.
         index: the index file's name, None for a single file.
-        orders: tensors that are read with the entries of a dimension in another order (:mod:`.channels`); none at first.
-        companions: names of the files that belong to the model and are no weights: tokenizer, generation settings, chat
-            templates, licence, the Python code that ``auto_map`` in the config refers to; not ``config.json``.
+        orders: tensors that :meth:`read` returns with a dimension reordered (see :mod:`fistapruner.models.coupling`);
+            empty at first.
+        companions: names of the model's other files: tokenizer, generation settings, chat templates, licence, the
+            Python code that ``auto_map`` in the config names. Not ``config.json``.
     """
 
     def __init__(self, folder: Path, config: dict[str, Any], files: dict[str, WeightFile], index: str | None) -> None:
@@ -79,7 +80,7 @@ class Checkpoint:
 
         Args:
             folder: a local Hugging Face model folder.
-            allow_pickle: read legacy ``.bin`` files, whose pickles are untrusted code unless loaded with care.
+            allow_pickle: read legacy ``.bin`` files; they are unpickled as plain tensors only, without running code.
 
         Raises:
             FistaPrunerError: names the folder or file and what is wrong: not a folder, no config, no weights, pickles
@@ -100,8 +101,8 @@ class Checkpoint:
             raise FistaPrunerError(f"{folder} has no weights: neither {SINGLE} nor {INDEX}")
         if not allow_pickle:
             raise FistaPrunerError(
-                f"{folder} has only legacy pickle weights ({pickles}), which can carry code: convert them to safetensors, "
-                "or trust them with --allow-pickle"
+                f"{folder} has only legacy pickle weights ({pickles}), which can carry code: "
+                "convert them to safetensors, or trust them with --allow-pickle"
             )
         if pickles == INDEX_PICKLE:
             return cls._sharded(folder, config, INDEX_PICKLE, PickleFile)
@@ -133,11 +134,11 @@ class Checkpoint:
         return name in self._places
 
     def names(self) -> list[str]:
-        """Names of all tensors, file by file, in each file's order."""
+        """List the names of all tensors, file by file, in each file's order."""
         return [name for file in self.files.values() for name in file.entries]
 
     def file_of(self, name: str) -> str:
-        """Name of the file that holds a tensor.
+        """Return the name of the file that holds a tensor.
 
         Raises:
             FistaPrunerError: no such tensor.
@@ -147,7 +148,7 @@ class Checkpoint:
         return self._places[name]
 
     def entry(self, name: str) -> TensorEntry:
-        """Dtype, shape and bytes of a tensor.
+        """Return dtype, shape and bytes of a tensor.
 
         Raises:
             FistaPrunerError: no such tensor.
@@ -155,7 +156,7 @@ class Checkpoint:
         return self.files[self.file_of(name)].entries[name]
 
     def read(self, name: str) -> Tensor:
-        """Read one tensor into fresh memory, in the order that :attr:`orders` gives its entries.
+        """Read one tensor into fresh memory, reordered as :attr:`orders` says.
 
         Raises:
             FistaPrunerError: no such tensor, or its file was shortened since it was opened.
@@ -189,10 +190,10 @@ class Checkpoint:
 
 
 def inside(folder: Path, name: str) -> Path:
-    """Path of a file that an untrusted listing names, if it really is a file of the folder.
+    """Return the path of a file that an untrusted listing names, if it is inside the folder.
 
-    Links are followed only within the folder, or into the ``blobs`` beside a hub cache's ``snapshots``; however the folder itself is
-    named (``.``, ``..``, a link to it).
+    Links are followed only within the folder, or into the ``blobs`` beside a hub cache's ``snapshots``; however the
+    folder itself is named (``.``, ``..``, a link to it).
 
     Raises:
         FistaPrunerError: not a plain file name, or a link that leads elsewhere.
@@ -233,7 +234,10 @@ def read_json(folder: Path, name: str) -> dict[str, Any]:
 
 
 def _companions(folder: Path, *, code: bool) -> list[str]:
-    """Files that go with the weights, Python ones with ``code``. A model card is none of them: it describes the model before pruning."""
+    """List the files that belong to the weights; Python files only with ``code``.
+
+    A model card is not among them: it describes the model before pruning.
+    """
     names = []
     for path in sorted(folder.iterdir()):
         wanted = (

@@ -1,4 +1,4 @@
-"""Checkpoint folders being written: they appear whole or not at all, with their index and companions."""
+"""Write checkpoint folders that appear whole or not at all, with their index and companions."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ def checkpoint_folder(out: Path, nbytes: int = 0, *, resume: bool = False) -> It
 
 
 def write_index(folder: Path, files: Mapping[str, Iterable[TensorEntry]], metadata: Mapping[str, Any] | None = None) -> None:
-    """Write ``model.safetensors.index.json``: which file holds which tensor, and the bytes of all tensors.
+    """Write ``model.safetensors.index.json``: the file of every tensor, and the bytes of all.
 
     Args:
         folder: the checkpoint folder.

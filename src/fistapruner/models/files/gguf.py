@@ -1,4 +1,4 @@
-"""GGUF files, de-quantised into a Hugging Face folder one tensor at a time.
+"""De-quantise a GGUF file into a Hugging Face folder, one tensor at a time.
 
 The format is read by the ``gguf`` package; what its names and layouts mean in ``transformers`` (configuration,
 tokenizer, tensor names, permuted attention rows) is taken from ``transformers``' own GGUF loader, whose functions are
@@ -34,7 +34,7 @@ _STRING, _ARRAY = 8, 9
 
 
 class _Header:
-    """A cursor over a mapped GGUF header; every step is checked against the file's end."""
+    """A cursor over a mapped GGUF header; every step is checked against the file's length."""
 
     def __init__(self, path: Path, data: mmap.mmap | bytes) -> None:
         self.path, self.data, self.at = path, data, 0
@@ -64,7 +64,7 @@ class _Header:
             raise self.fault("is damaged: a string in its header is not UTF-8") from None
 
     def value(self, kind: int, key: str) -> Any:
-        """Step over a value; scalars and strings are returned."""
+        """Step over a value; return it if it is a scalar or a string."""
         if kind in _SCALARS:
             return self.number(_SCALARS[kind])
         if kind == _STRING:
@@ -85,7 +85,7 @@ class _Header:
 
 
 def check_gguf(path: Path) -> dict[str, TensorEntry]:
-    """Walk the header of a GGUF file and check that all its claims fit the file.
+    """Walk the header of a GGUF file and check that it fits the file.
 
     Returns:
         Name to entry of every tensor; shapes as PyTorch orders them, ``dtype`` uint8 because the data are packed.
@@ -192,7 +192,7 @@ def convert_gguf(path: Path, out: Path, dtype: torch.dtype = torch.bfloat16, *, 
 
 
 def _describe(path: Path, dtype: torch.dtype) -> tuple[Any, Any, Any]:
-    """The model on the meta device, its configuration and its tokenizer, as ``transformers`` reads them from the file."""
+    """Build the model on the meta device, its configuration and its tokenizer from the file."""
     from accelerate import init_empty_weights
     from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
@@ -208,7 +208,7 @@ def _describe(path: Path, dtype: torch.dtype) -> tuple[Any, Any, Any]:
 
 
 def _processor(reader: Any, config: Any) -> Any:
-    """What ``transformers`` does to this architecture's tensors after de-quantising them (permutations, shifted norms)."""
+    """Return what ``transformers`` applies to tensors of this architecture: permutations, shifted norms."""
     from transformers.modeling_gguf_pytorch_utils import TENSOR_PROCESSORS, TensorProcessor, read_field
 
     architecture = read_field(reader, "general.architecture")[0]
@@ -216,7 +216,7 @@ def _processor(reader: Any, config: Any) -> Any:
 
 
 def _name_map(path: Path, reader: Any, model: Any, config: Any) -> dict[str, str]:
-    """GGUF name to model name of every tensor that the file really has."""
+    """Map the GGUF name of every tensor of the file to the model's name."""
     from transformers.modeling_gguf_pytorch_utils import get_gguf_hf_weights_map
 
     table: dict[str, str] = get_gguf_hf_weights_map(model, _processor(reader, config))
@@ -242,7 +242,7 @@ def _write_weights(path: Path, out: Path, reader: Any, config: Any, names: dict[
         with SafetensorsWriter(out / file, shard, {"format": "pt"}) as writer:
             for entry in shard:
                 source = tensors[entry.name]
-                sidestep: dict[str, Any] = {"tensors": {}}  # where the GPT-2 processor leaves an untied head
+                sidestep: dict[str, Any] = {"tensors": {}}  # the GPT-2 processor puts an untied head here
                 result = processor.process(
                     weights=dequantize(source.data, source.tensor_type),
                     name=source.name,
@@ -252,9 +252,8 @@ def _write_weights(path: Path, out: Path, reader: Any, config: Any, names: dict[
                 values = sidestep["tensors"].get(entry.name, None)
                 tensor = torch.tensor(result.weights) if values is None else values
                 if tuple(tensor.shape) != entry.shape:
-                    raise FistaPrunerError(
-                        f"{path}: tensor {source.name!r} is {list(tensor.shape)}, the config asks for {list(entry.shape)}"
-                    )
+                    found, asked = list(tensor.shape), list(entry.shape)
+                    raise FistaPrunerError(f"{path}: tensor {source.name!r} is {found}, the config asks for {asked}")
                 writer.write(entry.name, tensor.to(entry.dtype))
 
 
@@ -269,7 +268,7 @@ def _shards(entries: list[TensorEntry], limit: int) -> Iterator[list[TensorEntry
 
 
 def _type_sizes() -> dict[int, tuple[int, int]]:
-    """Type number to (elements, bytes) of a block."""
+    """Map every type number to the (elements, bytes) of a block."""
     try:
         from gguf import GGML_QUANT_SIZES
     except ImportError:
@@ -279,7 +278,7 @@ def _type_sizes() -> dict[int, tuple[int, int]]:
 
 @contextmanager
 def _transformers_faults(path: Path) -> Iterator[None]:
-    """One line for whatever ``transformers`` or ``gguf`` finds wrong with the file's contents."""
+    """Turn any error of ``transformers`` or ``gguf`` into one line that names the file."""
     try:
         yield
     except FistaPrunerError:

@@ -1,4 +1,4 @@
-"""Legacy ``.bin`` weight files, opened only when the user trusts them."""
+"""Read legacy ``.bin`` weight files, which are opened only when the user trusts them."""
 
 from __future__ import annotations
 
@@ -13,7 +13,9 @@ from .safetensors import NAMES, TensorEntry
 
 
 class PickleFile:
-    """A legacy ``.bin`` file, unpickled with ``weights_only`` and mapped into memory, so that reading costs one tensor.
+    """A legacy ``.bin`` file, unpickled with ``weights_only`` and mapped into memory.
+
+    Reading needs memory for one tensor.
 
     Args:
         path: the file.
@@ -42,9 +44,8 @@ class PickleFile:
         size = path.stat().st_size
         for name, tensor in loaded.items():
             if tensor.layout != torch.strided or tensor.is_quantized or tensor.dtype not in NAMES or tensor.nbytes > size:
-                raise FistaPrunerError(
-                    f"{path}: tensor {name!r} ({tensor.layout}, {tensor.dtype}, {list(tensor.shape)}) is not a plain tensor"
-                )
+                kind = f"{tensor.layout}, {tensor.dtype}, {list(tensor.shape)}"
+                raise FistaPrunerError(f"{path}: tensor {name!r} ({kind}) is not a plain tensor")
         self._tensors: dict[str, Tensor] = loaded
         self.entries = {name: TensorEntry.of(name, tensor.dtype, tensor.shape) for name, tensor in loaded.items()}
 

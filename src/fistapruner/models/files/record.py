@@ -1,4 +1,4 @@
-"""The record that a pruning run leaves in its model folder: which operator has which sparsity."""
+"""Read the record that a pruning run writes into its model folder: the sparsity of every operator."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def recorded_claims(record: Mapping[str, Any], entries: Container[str], origin: 
         origin: the folder, for errors.
 
     Returns:
-        Claims by tensor name, and a sentence for every claim about a tensor that is not there.
+        Claims by tensor name, and one sentence for every claim about a missing tensor.
 
     Raises:
         FistaPrunerError: the record is damaged.

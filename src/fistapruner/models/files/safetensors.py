@@ -1,4 +1,4 @@
-"""The safetensors format, checked by the reference library, read and written tensor by tensor.
+"""Read and write safetensors files tensor by tensor; the reference library checks their headers.
 
 A file is 8 bytes (little-endian length of the header), the header (JSON: tensor name to ``dtype``, ``shape`` and
 ``data_offsets``, plus an optional ``__metadata__`` of strings), then the bytes of all tensors, without holes. A
@@ -53,7 +53,7 @@ NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
 @dataclass(frozen=True)
 class TensorEntry:
-    """What a checkpoint says of one tensor, without its values.
+    """Name, dtype, shape and bytes of a stored tensor.
 
     Args:
         name: the tensor's name in the checkpoint.
@@ -69,13 +69,13 @@ class TensorEntry:
 
     @classmethod
     def of(cls, name: str, dtype: torch.dtype, shape: Iterable[int]) -> Self:
-        """The entry of a tensor with this dtype and shape; its bytes follow."""
+        """Make the entry of a tensor with this dtype and shape."""
         sizes = tuple(shape)
         return cls(name, dtype, sizes, math.prod(sizes) * dtype.itemsize)
 
 
 class SafetensorsFile:
-    """One safetensors file: its header in memory, its tensors on disk until they are asked for.
+    """A safetensors file: its header in memory, its tensors on disk until they are read.
 
     Holds no open file, so it can be pickled and used from several processes.
 
@@ -129,15 +129,15 @@ class SafetensorsFile:
 
 
 class SafetensorsWriter:
-    """Write a safetensors file tensor by tensor; the file appears only when all of them are there.
+    """Write a safetensors file tensor by tensor; it appears only when all tensors are written.
 
     Use it as a context manager. Tensors may be written in any order; memory holds one at a time. When the block raises,
     or the disk is full, nothing is left behind.
 
     Args:
         path: the file to make.
-        entries: the tensors to come. The header lists them in this order; their bytes are laid out by falling item
-            size, so that every tensor is aligned.
+        entries: the tensors that will be written. The header lists them in this order; their bytes are laid out by
+            falling item size, so that every tensor is aligned.
         metadata: strings for ``__metadata__``; ``{"format": "pt"}`` is what transformers expects.
 
     Raises:
@@ -175,10 +175,10 @@ class SafetensorsWriter:
         return self
 
     def write(self, name: str, tensor: Tensor) -> None:
-        """Write one tensor, from any device, exactly as its entry says.
+        """Write one tensor, from any device.
 
         Raises:
-            FistaPrunerError: the name, dtype or shape is not what the entries promised.
+            FistaPrunerError: the name, dtype or shape is not that of an entry.
         """
         entry = self.entries.get(name)
         if entry is None or tensor.dtype != entry.dtype or tuple(tensor.shape) != entry.shape:
@@ -197,10 +197,10 @@ class SafetensorsWriter:
 
 
 def _read_header(path: Path) -> tuple[dict[str, str], dict[str, TensorEntry], dict[str, int]]:
-    """Metadata, entries in the header's order, and where each tensor's bytes begin in the file.
+    """Read a header: metadata, entries in its order, and the offset of each tensor in the file.
 
-    The library checks the header: its size, JSON, types, shapes against bytes, and that the tensors cover the file
-    without overlap or hole. Our own checks are what PyTorch and one-line messages ask for beyond it.
+    The library checks the header's size, its JSON and types, every shape against its bytes, and that the tensors cover
+    the file without overlap or hole. Only what PyTorch and one-line messages need beyond it is checked here.
     """
     with open(path, "rb") as file, safe_open(path, framework="pt") as checked:
         size = struct.unpack("<Q", file.read(8))[0]

@@ -59,8 +59,8 @@ def write_checkpoint(
         SHA-256 of every weight file, by name.
 
     Raises:
-        FistaPrunerError: ``out`` exists, the disk is full, ``shapes`` does not fit the source, a replacement is missing,
-            has another shape or leaves the range of the stored dtype, or the source is damaged.
+        FistaPrunerError: ``out`` exists, the disk is full, ``shapes`` does not fit the source, a replacement is
+            missing, has another shape or leaves the range of the stored dtype, or the source is damaged.
     """
     shards = _shards(source, shapes or {}, identity)
     with checkpoint_folder(out, resume=True) as partial:
@@ -112,7 +112,7 @@ class _Shard:
         return digest
 
     def kept(self, folder: Path) -> str | None:
-        """Checksum of the file if a killed attempt finished it, None if it must be written."""
+        """Return the SHA-256 of the file if a killed attempt finished it, None if it must be written."""
         try:
             record = json.loads((folder / (self.name + SHARD_RECORD)).read_bytes())
             digest = sha256_file(folder / self.name)
@@ -121,7 +121,7 @@ class _Shard:
         return digest if record == self._record(digest) else None
 
     def _record(self, digest: str) -> dict[str, Any]:
-        """What a finished file was made from: a file of the same name with another record is written again."""
+        """Describe what the file is made from: a file with another record is written again."""
         status = self.source.path.stat()
         changed = {entry.name: list(entry.shape) for entry in self.entries if entry != self.source.entries[entry.name]}
         stamp = f"{status.st_size}@{status.st_mtime_ns}"
@@ -161,14 +161,14 @@ def _as_stored(tensor: Tensor, entry: TensorEntry) -> Tensor:
 
 
 def _safetensors_name(shard: str) -> str:
-    """``pytorch_model-00001-of-00002.bin`` becomes ``model-00001-of-00002.safetensors``; other names stay."""
+    """Turn ``pytorch_model-00001-of-00002.bin`` into ``model-00001-of-00002.safetensors``."""
     if not shard.endswith(".bin"):
         return shard
     return shard.removesuffix(".bin").removeprefix("pytorch_") + ".safetensors"
 
 
 def _write_config(source: Checkpoint, folder: Path, changes: Mapping[str, Any]) -> None:
-    """Copy ``config.json``, or write it changed. Weights that are all plain have no ``quantization_config``."""
+    """Copy ``config.json`` or write it changed; plain weights need no ``quantization_config``."""
     config = dict(source.config)
     plain = all(entry.dtype.is_floating_point and entry.dtype.itemsize > 1 for entry in map(source.entry, source.names()))
     if plain:
@@ -181,7 +181,7 @@ def _write_config(source: Checkpoint, folder: Path, changes: Mapping[str, Any]) 
 
 
 def merge_patch(value: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
-    """Apply a JSON merge patch (RFC 7396): nested objects are merged, None removes a key, anything else replaces."""
+    """Apply a JSON merge patch (RFC 7396): nested objects are merged, None removes a key."""
     merged = dict(value)
     for key, change in changes.items():
         if change is None:
