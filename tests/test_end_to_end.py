@@ -253,7 +253,7 @@ def test_bad_input_is_refused_before_anything_is_generated_or_measured(tmp_path:
         ({"evaluate": "python", "evaluate_windows": 0}, "windows 0 is out of range"),
         ({"evaluate": "nowhere.txt"}, "'nowhere.txt' is neither a file nor a known data set"),
         ({"execution": {"executor": "ray"}}, "--executor ray needs the package 'ray'"),
-        ({"execution": {"memory_limit": "1MiB"}}, "--memory-limit 0.00 GiB is not enough"),
+        ({"execution": {"memory_limit": "1MiB"}}, "--memory-limit 1.00 MiB is not enough"),
         ({"allocation": {"re:[": "40%"}}, "is not a regular expression"),
         ({"calibration": {"source": "self", "seqlen": 4096}}, "seqlen 4096 is more than"),
     ]

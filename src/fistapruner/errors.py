@@ -20,6 +20,13 @@ class MissingExtraError(FistaPrunerError):
         super().__init__(f"{purpose} needs the package {package!r}: pip install 'fistapruner[{extra}]'")
 
 
+def needs_code(folder: object, error: Exception) -> FistaPrunerError | None:
+    """The error of a checkpoint that needs its own Python code and was not trusted; None for any other ``error``."""
+    if "trust_remote_code" not in str(error):
+        return None
+    return FistaPrunerError(f"{folder} needs Python code that comes with it: if you trust that code, add --trust-remote-code")
+
+
 def explain(error: Exception) -> str:
     """One line for a validation error: which setting, what is wrong with it, what it was."""
     if not isinstance(error, ValidationError):

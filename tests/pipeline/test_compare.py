@@ -165,3 +165,39 @@ def test_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Non
     assert not (tmp_path / "out3").exists()
     assert main([*common, "--out", str(tmp_path / "out4"), "--methods", "wanda", "--seed", "5"]) == 0
     assert [row["seed"] for row in json.loads((tmp_path / "out4" / "compare.json").read_text())["rows"]] == [5]
+
+
+@pytest.mark.parametrize("names", [["runs/experiment/notes.txt"], ["runs/", "thesis.tex"]])
+def test_a_folder_that_is_no_comparison_is_refused_and_kept(tmp_path: Path, names: list[str]) -> None:
+    source, out = tiny.save("llama", tmp_path / "model"), tmp_path / "out"
+    for name in names:
+        (out / name).parent.mkdir(parents=True, exist_ok=True)
+        (out / name).mkdir() if name.endswith("/") else (out / name).write_text("years of work")
+    before = sorted(out.rglob("*"))
+    with pytest.raises(FistaPrunerError, match="other things in it"):
+        compare(source, "magnitude", ["50%"], out, settings=SETTINGS, windows=2)
+    assert sorted(out.rglob("*")) == before
+
+
+def test_a_damaged_figure_of_the_dense_model_is_named(tmp_path: Path) -> None:
+    source, out = tiny.save("llama", tmp_path / "model"), tmp_path / "out"
+    out.mkdir()
+    (out / "dense.json").write_text('{"data": "python"}')
+    with pytest.raises(FistaPrunerError, match=r"dense\.json is not what a comparison writes \(split: .*remove it"):
+        compare(source, "magnitude", ["50%"], out, settings=SETTINGS, windows=2)
+
+
+def test_rows_of_a_changed_calibration_text_are_made_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    source, out = tiny.save("llama", tmp_path / "model"), tmp_path / "out"
+    monkeypatch.chdir(tmp_path)
+    Path("text.txt").write_text("it was the best of times, it was the worst of times. " * 20)
+    settings = {"calibration": {"source": "text.txt", "samples": 3, "seqlen": 32}}
+    first = compare(source, "wanda", ["50%"], out, settings=settings, windows=2)
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    settings["calibration"]["source"] = "../text.txt"
+    again = compare(source, "wanda", ["50%"], out, settings=settings, windows=2)
+    assert again.rows == first.rows
+    Path("../text.txt").write_text("it was the age of wisdom, it was the age of foolishness. " * 20)
+    other = compare(source, "wanda", ["50%"], out, settings=settings, windows=2)
+    assert other.rows[0].perplexity != first.rows[0].perplexity

@@ -31,6 +31,7 @@ from fistapruner.planning.plan import DEVICE_RESERVE, Plan, make_plan
 from fistapruner.planning.sizes import Choice, Sizes
 from fistapruner.problem import LayerProblem
 from fistapruner.pruning import partition as parts_module
+from fistapruner.runtime.formatting import size
 from fistapruner.solvers import parse_method, solve
 
 Model = tuple[LayerwiseModel, Layout, torch.Tensor]
@@ -124,7 +125,7 @@ def test_layers_without_operators_are_no_hindrance(model: Model, tmp_path: Path,
 
 def test_impossible_limit_is_refused(model: Model, tmp_path: Path) -> None:
     recipe = Recipe.build({"method": "wanda", "propagate": "dense", "execution": {"memory_limit": "1MiB"}}).resolved()
-    with pytest.raises(FistaPrunerError, match=r"--memory-limit 0\.00 GiB is not enough: .* needs .* GiB"):
+    with pytest.raises(FistaPrunerError, match=r"--memory-limit 1\.00 MiB is not enough: .* needs .* MiB"):
         make_plan(*model[:2], recipe, allocate(recipe, model[1]), model[2], 16, tmp_path)
 
 
@@ -158,7 +159,7 @@ def test_on_a_gpu_hidden_states_take_main_memory(model: Model, tmp_path: Path) -
     for host, choice in ((peak(measured.host_stages(inside)), inside), (peak(measured.host_stages(inside)) - 1, on_disk)):
         assert plan_on_gpu(model, tmp_path, measured, host, AMPLE).choice == choice
     with pytest.raises(
-        FistaPrunerError, match=r"^--memory-limit 0\.00 GiB is not enough: .* needs .* GiB, even with hidden states on disk"
+        FistaPrunerError, match=r"^--memory-limit 1\.00 MiB is not enough: .* needs .* MiB, even with hidden states on disk"
     ):
         plan_on_gpu(model, tmp_path, measured, 2**20, AMPLE)
 
@@ -169,12 +170,12 @@ def test_a_small_gpu_gets_smaller_batches(model: Model, tmp_path: Path) -> None:
     free = peak(measured.stages(Choice(8))) + DEVICE_RESERVE
     made = plan_on_gpu(model, tmp_path, measured, AMPLE, free)
     assert made.choice == Choice(8)
-    assert made.says[0] == f"to fit the {(free - DEVICE_RESERVE) / 2**30:.2f} GiB that are free on cpu: 8 windows at a time instead of 16"
+    assert made.says[0] == f"to fit the {size(free - DEVICE_RESERVE)} that are free on cpu: 8 windows at a time instead of 16"
     groups = tuple(group._replace(stacked=2**31, alone=2**27) for group in measured.groups)
     wide = replace(measured, groups=groups)
     apart = Choice(16, by_operator=True)
     assert plan_on_gpu(model, tmp_path, wide, AMPLE, peak(wide.stages(apart)) + DEVICE_RESERVE).choice == apart
-    with pytest.raises(FistaPrunerError, match=r"^the 0\.00 GiB that are free on cpu is not enough: .* one window at a time; free some"):
+    with pytest.raises(FistaPrunerError, match=r"^the 1\.00 MiB that are free on cpu is not enough: .* one window at a time; free some"):
         plan_on_gpu(model, tmp_path, wide, AMPLE, DEVICE_RESERVE + 2**20)
     with pytest.raises(FistaPrunerError, match="one window at a time"):
         plan_on_gpu(model, tmp_path, wide, AMPLE, 0)
@@ -190,8 +191,8 @@ def test_both_budgets_bind(model: Model, tmp_path: Path) -> None:
     assert [row.quantity for row in made.rows] == ["peak GPU memory", "peak memory", "disk"]
     assert [row.planned for row in made.rows[:2]] == [peak(measured.stages(made.choice)), peak(measured.host_stages(made.choice))]
     assert set(made.stages) > {"the embeddings", "the embeddings (main memory)", "pruning a layer (main memory)"}
-    assert "GiB of GPU memory at its peak" in made.says[-1]
-    assert "GiB of main memory at its peak" in made.says[-1]
+    assert " of GPU memory at its peak" in made.says[-1]
+    assert " of main memory at its peak" in made.says[-1]
 
 
 def test_workers_share_a_gpu(model: Model, tmp_path: Path) -> None:
@@ -219,7 +220,7 @@ def test_a_gpu_without_room_for_one_window_is_named(model: Model, tmp_path: Path
     monkeypatch.setattr(plan_module, "free_device_memory", lambda _: 2**29)
     for name, what in (("measure_time", "16 windows at a time"), ("Sizes", "one window")):
         monkeypatch.setattr(plan_module, name, SimpleNamespace(measure=out_of_memory) if name == "Sizes" else out_of_memory)
-        with pytest.raises(FistaPrunerError, match=f"^the 0.50 GiB that are free on cpu are not enough for {what} through one"):
+        with pytest.raises(FistaPrunerError, match=f"^the 512 MiB that are free on cpu are not enough for {what} through one"):
             make_plan(*model[:2], recipe, allocate(recipe, model[1]), model[2], 16, tmp_path)
 
 

@@ -27,10 +27,10 @@ from fistapruner.reporting.advice import advice
 from fistapruner.reporting.evaluation_text import evaluation_text
 from fistapruner.reporting.figures import hardest
 from fistapruner.reporting.model_card import model_card
-from fistapruner.reporting.numbers import duration, p_value, percent, short_count, significant, size, with_error
 from fistapruner.reporting.status_text import status_facts, status_text
 from fistapruner.runs.records import VERSION, Report, load_run, parse
 from fistapruner.runs.results import Divergence, Evaluation
+from fistapruner.runtime.formatting import duration, p_value, percent, short_count, significant, size, with_error
 
 
 def unfinished(folder: Path, done: int = 3) -> Path:
@@ -211,3 +211,13 @@ def test_any_number_can_be_written(value: float, digits: int) -> None:
         assert float(text.replace(",", "")) == pytest.approx(value, rel=10.0 ** (1 - digits))
     size(abs(value))
     duration(value)
+
+
+def test_model_card_shows_names_as_they_are_and_runs_nothing() -> None:
+    report = samples.report()
+    report.model.source = "/home/me/<img src=x onerror=alert(1)>`|[a](b)\n# title"
+    report.command = "fistapruner prune '```' --out x"
+    _, _, text = model_card(report).split("---\n", 2)
+    assert "\\<img src=x onerror=alert(1)\\>\\`\\|\\[a\\](b) # title" in text
+    assert not re.search(r"(?<!\\)<img", text)
+    assert "\n````bash\n" in text

@@ -7,10 +7,13 @@ public API, prints, returns the exit status). It imports heavy packages inside `
 from __future__ import annotations
 
 import argparse
+import errno
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from importlib import import_module
+from typing import Any, TextIO, cast
 
 VERBS: dict[str, str] = {
     "prune": "prune",
@@ -52,18 +55,68 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Entry point of the ``fistapruner`` command."""
     from ..errors import FistaPrunerError
 
-    parsed = build_parser().parse_args(arguments)
-    _quieten()
+    with _readers_may_leave():
+        parsed = build_parser().parse_args(arguments)
+        _quieten()
+        try:
+            return int(parsed.run(parsed))
+        except FistaPrunerError as error:
+            print(f"fistapruner: {' '.join(str(error).split())}", file=sys.stderr)
+            return 2
+        except KeyboardInterrupt as interruption:
+            print(f"fistapruner: {str(interruption) or 'interrupted'}", file=sys.stderr)
+            return 130
+
+
+class _Output:
+    """A standard stream whose reader may leave: what nobody reads is dropped, and the work goes on.
+
+    Args:
+        stream: the stream; everything but writing is its own.
+    """
+
+    def __init__(self, stream: TextIO) -> None:
+        self._stream = stream
+
+    def write(self, text: str) -> int:
+        """Write text, or drop it where the reader has left."""
+        try:
+            return self._stream.write(text)
+        except OSError as error:
+            self._drop(error)
+            return len(text)
+
+    def flush(self) -> None:
+        """Flush the stream."""
+        try:
+            self._stream.flush()
+        except OSError as error:
+            self._drop(error)
+
+    def _drop(self, error: OSError) -> None:
+        """Send what is still buffered, and all that follows, nowhere."""
+        if error.errno not in (errno.EPIPE, errno.EIO):  # a pipe without a reader, a terminal that was closed
+            raise error
+        null = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(null, self._stream.fileno())
+        os.close(null)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)
+
+
+@contextmanager
+def _readers_may_leave() -> Iterator[None]:
+    """Let output that nobody reads (``2>&1 | head -1``) neither stop the work nor change the exit status."""
+    before = sys.stdout, sys.stderr
+    # A stream that was closed before the program began is None.
+    sys.stdout, sys.stderr = (stream and cast(TextIO, _Output(stream)) for stream in before)
     try:
-        return int(parsed.run(parsed))
-    except FistaPrunerError as error:
-        print(f"fistapruner: {' '.join(str(error).split())}", file=sys.stderr)
-        return 2
-    except BrokenPipeError:
-        return 0
-    except KeyboardInterrupt as interruption:
-        print(f"fistapruner: {str(interruption) or 'interrupted'}", file=sys.stderr)
-        return 130
+        yield
+    finally:
+        for stream in filter(None, (sys.stdout, sys.stderr)):
+            stream.flush()
+        sys.stdout, sys.stderr = before
 
 
 def _quieten() -> None:

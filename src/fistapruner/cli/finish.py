@@ -16,9 +16,10 @@ SUMMARY = "write the checkpoint of a run that was pruned in parts"
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
-    from .prune import add_output_arguments
+    from .prune import add_output_arguments, add_trust_arguments
 
     parser.add_argument("run_directory", metavar="RUN", help="the run directory")
+    add_trust_arguments(parser)
     add_output_arguments(parser)
 
 
@@ -27,6 +28,11 @@ def run(arguments: argparse.Namespace) -> int:
     from .progress import choose_listener
     from .prune import show
 
-    report = finish_run(arguments.run_directory, listener=choose_listener(quiet=arguments.quiet or arguments.json))
+    report = finish_run(
+        arguments.run_directory,
+        allow_pickle=arguments.allow_pickle,
+        trust_remote_code=arguments.trust_remote_code,
+        listener=choose_listener(quiet=arguments.quiet or arguments.json),
+    )
     show(report, arguments.run_directory, as_json=arguments.json)
     return 0

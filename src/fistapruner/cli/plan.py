@@ -28,6 +28,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
 def run(arguments: argparse.Namespace) -> int:
     from ..pipeline.prepare import plan_model
     from ..recipes.settings import Recipe
+    from ..runtime.formatting import size
     from .prune import recipe_settings
 
     recipe = Recipe.build(recipe_settings(arguments))
@@ -44,6 +45,6 @@ def run(arguments: argparse.Namespace) -> int:
         return 0
     for sentence in plan.says:
         print(sentence)
-    for stage, size in sorted(plan.stages.items(), key=lambda item: -item[1]):
-        print(f"  {size / 2**30:8.2f} GiB  {stage}")
+    for stage, nbytes in sorted(plan.stages.items(), key=lambda item: -item[1]):
+        print(f"  {size(nbytes):>10}  {stage}")
     return 0

@@ -8,9 +8,9 @@ import time
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-from ..reporting.numbers import duration
 from ..runs.listener import Listener
 from ..runs.records import LayerEntry
+from ..runtime.formatting import duration
 
 EVERY = 20.0
 """Seconds between two words about one pass."""

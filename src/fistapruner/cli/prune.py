@@ -123,15 +123,15 @@ def recipe_settings(arguments: argparse.Namespace) -> dict[str, Any]:
     """The recipe that the arguments say: --recipe first, single settings over it.
 
     Raises:
-        FistaPrunerError: an unknown recipe, or an allocation that is no mapping.
+        FistaPrunerError: an unknown recipe, or an allocation that is not YAML.
     """
-    from ..recipes.settings import load_recipe_settings, merge, parse_yaml
+    from ..recipes.settings import load_recipe_settings, merge, parse_value
 
     name = arguments.recipe or arguments.quality
     base = load_recipe_settings(name) if name else {}
     allocation = arguments.allocation
-    if allocation and allocation not in ("uniform", "owl", "error", "auto"):
-        allocation = parse_yaml(allocation, "--allocation")
+    if allocation:
+        allocation = parse_value(allocation, "--allocation")
     target = arguments.target
     if target is not None and target not in ("dense", "pruned", "auto"):
         target = _number(target)

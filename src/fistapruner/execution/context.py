@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -52,6 +52,7 @@ class RunContext:
             :mod:`~fistapruner.pruning.partition`), kind of ``device``. Part of the run.
         on_disk: whether hidden states are kept in files.
         part: subfolder of ``RUN/hidden`` this process works in.
+        trust: ``allow_pickle`` and ``trust_remote_code``, as whoever opened the run said; the run directory is not asked.
     """
 
     run: RunDirectory
@@ -64,15 +65,26 @@ class RunContext:
     numerics: Mapping[str, Any]
     on_disk: bool
     part: str = ""
+    trust: Mapping[str, bool] = field(default_factory=dict)
 
     @classmethod
-    def open(cls, folder: Path, device: torch.device | None = None, part: str = "") -> RunContext:
+    def open(
+        cls,
+        folder: Path,
+        device: torch.device | None = None,
+        part: str = "",
+        *,
+        allow_pickle: bool = False,
+        trust_remote_code: bool = False,
+    ) -> RunContext:
         """Open a run that has been prepared.
 
         Args:
             folder: the run directory.
             device: where to work; default is the recipe's.
             part: subfolder of ``RUN/hidden`` to work in, if this is one of several processes that share the run.
+            allow_pickle: read legacy ``.bin`` weights.
+            trust_remote_code: run Python code that comes with the checkpoint.
 
         Raises:
             FistaPrunerError: not a prepared run, or its model or calibration tokens are gone or not those it began with.
@@ -83,14 +95,8 @@ class RunContext:
         if not decided:
             raise FistaPrunerError(f"{folder} is not a prepared run")
         recipe = Recipe.build(facts["recipe"], str(run.run_file))
-        skeleton = open_model(
-            Path(decided["folder"]),
-            recipe,
-            device,
-            dtype=decided["numerics"]["dtype"],
-            allow_pickle=decided["allow_pickle"],
-            trust_remote_code=decided["trust_remote_code"],
-        )
+        trust = {"allow_pickle": allow_pickle, "trust_remote_code": trust_remote_code}
+        skeleton = open_model(Path(decided["folder"]), recipe, device, dtype=decided["numerics"]["dtype"], **trust)
         if decided.get("metrics_sha256"):
             skeleton.checkpoint.orders = run.orders()
         tokens = run.tokens()
@@ -107,6 +113,7 @@ class RunContext:
             numerics=decided["numerics"],
             on_disk=decided["on_disk"],
             part=part,
+            trust=trust,
         )
 
     @property

@@ -66,7 +66,8 @@ class ProcessPool:
         environment = {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": str(numerics["threads"])}
         program = [sys.executable, "-m", "fistapruner.execution.worker"]
         place = [str(self._work.run.folder), self._work.part, str(self._devices[worker]), str(os.getpid())]
-        process = subprocess.Popen([*program, *place], stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=environment)
+        trusted = [name for name, allowed in self._work.trust.items() if allowed]
+        process = subprocess.Popen([*program, *place, *trusted], stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=environment)
         assert process.stdout is not None
         self._processes[worker] = process
         self._unread[worker] = b""

@@ -89,7 +89,7 @@ class RayPool:
         package = str(Path(__file__).parents[2])
         variables = {"OMP_NUM_THREADS": str(threads), "PYTHONPATH": os.pathsep.join(filter(None, [package, os.environ.get("PYTHONPATH")]))}
         self._options = {"num_cpus": threads, "num_gpus": 1 if cuda else 0, "runtime_env": {"env_vars": variables}}
-        self._arguments = (str(work.run.folder.absolute()), work.part, "cuda" if cuda else "cpu")
+        self._arguments = (str(work.run.folder.absolute()), work.part, "cuda" if cuda else "cpu", dict(work.trust))
         self._actor = ray.remote(max_restarts=0)(Actor)
         self._actors: list[Any] = [None] * self.size
         self._streams: dict[Any, int] = {}  # what a running job reports, and its worker
@@ -132,7 +132,7 @@ class RayPool:
 class Actor:
     """A :class:`~fistapruner.execution.worker.Worker` on some node of the cluster."""
 
-    def __init__(self, folder: str, part: str, device: str) -> None:
+    def __init__(self, folder: str, part: str, device: str, trust: dict[str, bool]) -> None:
         from .worker import Worker
 
         self.fault: Event | None = None
@@ -142,7 +142,7 @@ class Actor:
             self.fault = {"event": "failed", "message": message}
             return
         try:
-            self.worker = Worker(Path(folder), part, device, shared=True)
+            self.worker = Worker(Path(folder), part, device, shared=True, **trust)
         except FistaPrunerError as error:
             self.fault = {"event": "failed", "message": f"Ray worker on host {host}: {error}"}
 

@@ -39,13 +39,14 @@ class Worker:
         part: subfolder of ``RUN/hidden`` with this run's hidden states.
         device: where to work.
         shared: other hosts read what is written here, so it is flushed before it is announced.
+        trust: ``allow_pickle`` and ``trust_remote_code``, as the process that started the run was told.
 
     Raises:
         FistaPrunerError: the run directory cannot be opened.
     """
 
-    def __init__(self, folder: Path, part: str, device: str, *, shared: bool = False) -> None:
-        self.work = RunContext.open(folder, torch.device(device), part)
+    def __init__(self, folder: Path, part: str, device: str, *, shared: bool = False, **trust: bool) -> None:
+        self.work = RunContext.open(folder, torch.device(device), part, **trust)
         torch.set_num_threads(self.work.numerics["threads"])
         self.shared = shared
 
@@ -106,9 +107,13 @@ def die_with_parent() -> None:
 
 
 def main(arguments: list[str]) -> None:
-    """Serve jobs from standard input until it ends. Arguments: run directory, part, device, process id of the parent."""
+    """Serve jobs from standard input until it ends.
+
+    Args:
+        arguments: run directory, part, device, process id of the parent, then the names of what is trusted.
+    """
     die_with_parent()
-    folder, part, device, parent = arguments
+    folder, part, device, parent, *trusted = arguments
     if os.getppid() != int(parent):
         return
     # Events have standard output to themselves; whatever a library prints goes to standard error.
@@ -119,7 +124,7 @@ def main(arguments: list[str]) -> None:
         events.write(json.dumps(event) + "\n")
 
     try:
-        worker = Worker(Path(folder), part, device)
+        worker = Worker(Path(folder), part, device, **dict.fromkeys(trusted, True))
     except FistaPrunerError as error:
         tell({"event": "failed", "message": str(error)})
         return

@@ -22,7 +22,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..errors import FistaPrunerError
+from ..errors import FistaPrunerError, needs_code
 from ..runtime.numerics import dtype_name, pass_dtype
 from .files.checkpoint import Checkpoint
 from .names import stored_names
@@ -453,7 +453,8 @@ def _build(checkpoint: Checkpoint, trust_remote_code: bool) -> Any:
     try:
         config = AutoConfig.from_pretrained(str(folder), trust_remote_code=trust_remote_code)
     except Exception as error:  # an untrusted config can make every check of every architecture fail in its own way
-        raise FistaPrunerError(f"{folder}: config.json is not understood: {' '.join(str(error).split())[:300]}") from None
+        fault = FistaPrunerError(f"{folder}: config.json is not understood: {' '.join(str(error).split())[:300]}")
+        raise needs_code(folder, error) or fault from None
     layers = getattr(config.get_text_config(), "num_hidden_layers", 0)
     if isinstance(layers, int) and layers > len(checkpoint.names()):
         raise FistaPrunerError(f"{folder}: config.json asks for {layers} decoder layers and there are {len(checkpoint.names())} tensors")
@@ -468,7 +469,8 @@ def _build(checkpoint: Checkpoint, trust_remote_code: bool) -> Any:
             return AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
     except Exception as error:  # again: sizes that are zero, negative or do not divide, names that are not known
         reason = " ".join(str(error).split())[:200] or type(error).__name__
-        raise FistaPrunerError(f"{folder}: no {config.model_type} causal language model can be built from config.json: {reason}") from None
+        fault = FistaPrunerError(f"{folder}: no {config.model_type} causal language model can be built from config.json: {reason}")
+        raise needs_code(folder, error) or fault from None
 
 
 def _find_layers(model: Any) -> tuple[str, list[nn.Module]]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from ..errors import FistaPrunerError
+from ..errors import FistaPrunerError, needs_code
 
 
 def load_tokenizer(folder: Path, *, trust_remote_code: bool = False) -> Any:
@@ -20,5 +20,5 @@ def load_tokenizer(folder: Path, *, trust_remote_code: bool = False) -> Any:
         return AutoTokenizer.from_pretrained(str(folder), trust_remote_code=trust_remote_code)
     except (OSError, ValueError, KeyError, TypeError, AttributeError, ImportError) as error:
         reason = " ".join(str(error).split())[:200]
-        what = "has no tokenizer that can be loaded (tokenizer.json or its parts)"
-        raise FistaPrunerError(f"{folder} {what}: {reason}") from None
+        fault = FistaPrunerError(f"{folder} has no tokenizer that can be loaded (tokenizer.json or its parts): {reason}")
+        raise needs_code(folder, error) or fault from None

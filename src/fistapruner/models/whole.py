@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from ..errors import FistaPrunerError
+from ..errors import FistaPrunerError, needs_code
 from ..runtime.memory import free_device_memory, free_memory
 from ..runtime.numerics import pass_dtype
 from .files.checkpoint import Checkpoint
@@ -57,10 +57,17 @@ def load_whole(folder: Path, device: torch.device, dtype: torch.dtype | None = N
         dtype: precision of weights and passes; None is :func:`~fistapruner.runtime.numerics.pass_dtype`, as for passes
             layer by layer.
         trust_remote_code: run Python code that comes with the checkpoint.
+
+    Raises:
+        FistaPrunerError: the checkpoint needs its own code, which was not trusted.
     """
     from transformers import AutoModelForCausalLM
 
-    model = AutoModelForCausalLM.from_pretrained(str(folder), dtype=dtype or "auto", trust_remote_code=trust_remote_code).to(device)
+    try:
+        model = AutoModelForCausalLM.from_pretrained(str(folder), dtype=dtype or "auto", trust_remote_code=trust_remote_code)
+    except ValueError as error:
+        raise needs_code(folder, error) or error from None
+    model = model.to(device)
     if dtype is None and pass_dtype(model.dtype, device) == torch.float32:
         # Only to a wider dtype: ``to`` would round what transformers keeps in fp32, such as rotary frequencies.
         model = model.float()

@@ -14,7 +14,6 @@ import hashlib
 import math
 import re
 import shlex
-import shutil
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -22,10 +21,10 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from pydantic import TypeAdapter
+from pydantic import TypeAdapter, ValidationError
 from torch import Tensor
 
-from ..errors import FistaPrunerError, MissingExtraError
+from ..errors import FistaPrunerError, MissingExtraError, explain
 from ..evaluation.data import Windows, load_windows
 from ..evaluation.evaluate import evaluate as run_evaluation
 from ..execution.context import model_family, open_model
@@ -42,7 +41,7 @@ from ..runtime.devices import choose_device
 from ..runtime.files import disk_errors, write_json_atomic, write_text_atomic
 from ..runtime.machine import describe_machine, now, versions
 from ..runtime.numerics import dtype_name
-from .prepare import window_length
+from .prepare import changed_text, refuse_overlap, window_length
 from .prune import prune
 
 _PERPLEXITY = TypeAdapter(Perplexity)
@@ -116,7 +115,7 @@ def _nested(settings: Sequence[str], label: str) -> dict[str, Any]:
 
 
 def compare(
-    model: str,
+    model: str | Path,
     methods: str | Sequence[str],
     sparsities: Sequence[str],
     out: str | Path,
@@ -156,7 +155,7 @@ def compare(
         FistaPrunerError: bad input, named, before anything is pruned.
     """
     listener = listener or Listener()
-    folder = Path(out)
+    model, folder = str(model), Path(out)
     contenders = parse_contenders(methods)
     jobs = []
     for seed in seeds:
@@ -172,12 +171,13 @@ def compare(
     before = _before(folder, model)
     trust: dict[str, Any] = {"allow_pickle": allow_pickle, "trust_remote_code": trust_remote_code}
     source = resolve_model(model, **trust)
+    refuse_overlap(source, folder)
     resolved = partial(Recipe.resolved, family=lambda: model_family(source, allow_pickle=allow_pickle))
     jobs = [(contender, seed, resolved(recipe)) for contender, seed, recipe in jobs]
     skeleton = open_model(source, first, **trust)
     tokenizer = load_tokenizer(source, trust_remote_code=trust_remote_code)
     text = load_windows(data, tokenizer, window_length(first, skeleton), windows)
-    calibration = Recipe.build({"calibration": dict(settings or {}).get("calibration") or {}}).calibration
+    calibration = Recipe.build({"calibration": dict(settings or {}).get("calibration") or {}}).resolved().calibration
     protocol = _Protocol(text, dtype_name(skeleton.dtype), calibration)
     earlier = []
     for row in before:
@@ -308,7 +308,10 @@ def _before(folder: Path, model: str) -> list[CompareRow]:
                 f"--out {folder} holds a comparison of {before.model.source!r}, this one is of {model!r}: name another folder"
             )
         return before.rows
-    if folder.is_dir() and any(entry.name not in ("runs", "dense.json") for entry in folder.iterdir()):
+    # One that was stopped before its first row has left the dense model's figures at most, and runs begun after them.
+    names = {entry.name for entry in folder.iterdir()} if folder.is_dir() else set()
+    begun = (folder / "dense.json").is_file() or not (folder / "runs").is_dir() or not any((folder / "runs").iterdir())
+    if names - {"runs", "dense.json"} or not begun:
         raise FistaPrunerError(f"--out {folder} is a folder with other things in it; name a new folder")
     return []
 
@@ -318,7 +321,7 @@ def _measured(run: RunDirectory, recipe: Recipe, protocol: _Protocol) -> Report 
     if not run.report_file.is_file():
         return None
     report = parse(Report, read_json(run.report_file), str(run.report_file))
-    same = Recipe.build(report.recipe).fingerprint() == recipe.fingerprint()
+    same = Recipe.build(report.recipe).fingerprint() == recipe.fingerprint() and not changed_text(run.facts(), recipe)
     return report if same and report.status == "finished" and _perplexity(report, protocol) is not None else None
 
 
@@ -329,7 +332,12 @@ def _perplexity(report: Report, protocol: _Protocol) -> Perplexity | None:
 
 def _dense(file: Path, protocol: _Protocol) -> Perplexity | None:
     """The dense model's perplexity on the same windows, if it was measured before."""
-    stored = _PERPLEXITY.validate_python(read_json(file)) if file.is_file() else None
+    if not file.is_file():
+        return None
+    try:
+        stored = _PERPLEXITY.validate_python(read_json(file))
+    except ValidationError as error:
+        raise FistaPrunerError(f"{file} is not what a comparison writes ({explain(error)}): remove it, or choose another --out") from None
     return stored if protocol.covers(stored) else None
 
 
@@ -356,8 +364,8 @@ def _adopt(comparison: Comparison, report: Report, protocol: _Protocol) -> None:
 
 def _delete_weights(run: RunDirectory) -> None:
     if run.model.is_dir():
-        shutil.rmtree(run.model)
-    for tensors in [*run.layers.glob("*.safetensors"), run.metrics_file]:
+        run.remove_model()
+    for tensors in [*(record.with_suffix(".safetensors") for record in run.layers.glob("*.json")), run.metrics_file]:
         tensors.unlink(missing_ok=True)
 
 

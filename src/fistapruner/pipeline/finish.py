@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-import shutil
 import time
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -14,21 +12,21 @@ from torch import Tensor
 
 from ..errors import FistaPrunerError
 from ..execution.context import RunContext
-from ..models.files.checkpoint import PRUNING_RECORD
+from ..models.files.checkpoint import PRUNING_RECORD, Checkpoint
 from ..models.files.writer import write_checkpoint
 from ..models.layerwise import LayerwiseModel
 from ..planning.plan import check_plan
 from ..reporting.model_card import model_card
-from ..runs.directory import RunDirectory
+from ..runs.directory import CARD, RunDirectory
 from ..runs.listener import Listener
-from ..runs.records import VERSION, LayerEntry, Report, Totals, load_run, parse, read_json
+from ..runs.records import VERSION, LayerEntry, Report, Totals, load_run, parse
 from ..runs.times import Times
-from ..runtime.files import write_json_atomic
+from ..runtime.files import PARTIAL, sha256_file, write_json_atomic
 from ..runtime.machine import now
 from ..runtime.memory import peak_memory
 
 
-def finish(run: RunDirectory, work: RunContext, times: Times, listener: Listener) -> Report:
+def finish(run: RunDirectory, work: RunContext, times: Times, listener: Listener, earlier: Report | None = None) -> Report:
     """Write the checkpoint and the report of a run whose layers are all journaled.
 
     Args:
@@ -36,6 +34,7 @@ def finish(run: RunDirectory, work: RunContext, times: Times, listener: Listener
         work: the opened run.
         times: wall time of the run so far.
         listener: told of progress.
+        earlier: report of the finished run whose checkpoint is made again: what was measured then still holds.
 
     Raises:
         FistaPrunerError: layers are missing.
@@ -60,16 +59,24 @@ def finish(run: RunDirectory, work: RunContext, times: Times, listener: Listener
             return run.weights(places[name]).read(name)
         return checkpoint.read(name) if name in checkpoint.orders else None
 
-    if run.model.exists() and _written_for(run.model) != work.fingerprint:
-        shutil.rmtree(run.model)  # of a model that has changed since
+    if run.model.exists() and run.model_fault(work.fingerprint):
+        run.remove_model()  # it is damaged, or of a model or calibration text that has changed since
     if not run.model.exists():
         listener.say("writing the checkpoint")
         documents = {
-            "README.md": model_card(report),
+            CARD: model_card(report),
             PRUNING_RECORD: json.dumps(_record(report, work.skeleton), indent=2) + "\n",
         }
-        write_checkpoint(checkpoint, run.model, replacement, identity=work.fingerprint, documents=documents)
+        digests = write_checkpoint(checkpoint, run.model, replacement, identity=work.fingerprint, documents=documents)
+        run.write_model_record(work.fingerprint, digests)
+    elif run.model_record() is None:  # a kill came between the checkpoint and its record
+        (run.model / PARTIAL).unlink(missing_ok=True)
+        digests = {name: sha256_file(file.path) for name, file in Checkpoint.open(run.model).files.items()}
+        run.write_model_record(work.fingerprint, digests)
     times.note()  # before the report calls the run finished: what a kill leaves half-written is then written anew
+    if earlier is not None:
+        report.evaluations, report.generations, report.speed = earlier.evaluations, earlier.generations, earlier.speed
+        report.totals.compressed_bytes = earlier.totals.compressed_bytes
     report.status = "finished"
     report.finished = now()
     report.totals.seconds = times.total()
@@ -119,14 +126,6 @@ def _totals(layers: list[LayerEntry], work: RunContext, seconds: float) -> Total
         forward_tokens_per_second=windows * seqlen / sum(plain) if len(plain) == len(layers) and sum(plain) > 0 else None,
         peak_device_memory=torch.cuda.max_memory_allocated(device) if device.type == "cuda" else None,
     )
-
-
-def _written_for(model: Path) -> str | None:
-    """Fingerprint of the run that wrote a checkpoint, None where it does not say."""
-    try:
-        return read_json(model / PRUNING_RECORD).get("fingerprint")
-    except FistaPrunerError:
-        return None
 
 
 def _record(report: Report, skeleton: LayerwiseModel) -> dict[str, Any]:

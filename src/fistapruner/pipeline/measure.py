@@ -17,7 +17,7 @@ from ..evaluation.generations import generate_side_by_side
 from ..models.tokenizer import load_tokenizer
 from ..reporting.model_card import model_card
 from ..reporting.write import write_page
-from ..runs.directory import RunDirectory
+from ..runs.directory import CARD, RunDirectory
 from ..runs.listener import Listener
 from ..runs.lock import hold
 from ..runs.records import Report, load_run
@@ -30,7 +30,16 @@ from ..sparse.speed import Speed
 from .finish import write_report
 
 
-def measure(run: RunDirectory, report: Report, data: str | None, windows: int | None, listener: Listener) -> Report:
+def measure(
+    run: RunDirectory,
+    report: Report,
+    data: str | None,
+    windows: int | None,
+    listener: Listener,
+    *,
+    allow_pickle: bool = False,
+    trust_remote_code: bool = False,
+) -> Report:
     """Evaluate ``RUN/model`` beside its source and put the figures into the report, the model card and the page.
 
     What the report already holds of the same windows is not measured again.
@@ -41,19 +50,20 @@ def measure(run: RunDirectory, report: Report, data: str | None, windows: int | 
         data: text to evaluate on; None evaluates nothing.
         windows: only its first so many windows.
         listener: told of progress.
+        allow_pickle: read legacy ``.bin`` weights.
+        trust_remote_code: run Python code that comes with the checkpoint.
 
     Raises:
         FistaPrunerError: the text cannot be read.
     """
     decided: dict[str, Any] = run.facts()["decided"]
     source = Path(decided["folder"])
-    trust = {"allow_pickle": decided["allow_pickle"], "trust_remote_code": decided["trust_remote_code"]}
     execution = report.recipe.get("execution", {})
     device, limit = execution.get("device", "auto"), execution.get("memory_limit")
     cut = None
     if data is not None:
         assert report.calibration is not None
-        tokenizer = load_tokenizer(run.model, trust_remote_code=decided["trust_remote_code"])
+        tokenizer = load_tokenizer(run.model, trust_remote_code=trust_remote_code)
         cut = load_windows(data, tokenizer, report.calibration.seqlen, windows)
     measured = {evaluation.perplexity.text_sha256 for evaluation in report.evaluations if evaluation.perplexity is not None}
     if cut is not None and cut.sha256 not in measured:
@@ -66,14 +76,14 @@ def measure(run: RunDirectory, report: Report, data: str | None, windows: int | 
             dtype=report.recipe.get("dtype", "auto"),
             memory_limit=limit and limit // 2,  # the other half is for a layer of each model and the logits
             tick=listener.tick,
-            **trust,
+            allow_pickle=allow_pickle,
+            trust_remote_code=trust_remote_code,
         )
         report.evaluations.append(evaluation)
         write_report(run, report)
     if data is not None and not report.generations:
         try:
-            trust_code = decided["trust_remote_code"]
-            report.generations = generate_side_by_side(source, run.model, choose_device(device), trust_remote_code=trust_code)
+            report.generations = generate_side_by_side(source, run.model, choose_device(device), trust_remote_code=trust_remote_code)
         except (
             RuntimeError,
             ValueError,
@@ -120,8 +130,6 @@ def evaluate_run(
             against = decided.get("folder")
             if against is None or not Path(against).exists():
                 raise FistaPrunerError(f"{folder}: the model it was made from is not at {against}: say where it is with --against")
-        for key in ("allow_pickle", "trust_remote_code"):  # what the run was allowed stays allowed
-            settings[key] = bool(settings.get(key) or decided.get(key))
 
         def keep(found: Evaluation) -> None:
             report.evaluations = [*_without(report.evaluations, found), found]
@@ -157,7 +165,7 @@ def bench_run(folder: str | Path, *, listener: Listener | None = None, **setting
 def publish(run: RunDirectory, report: Report, listener: Listener) -> None:
     """Write a finished run's ``report.json``, its model card, and the page if it can be drawn."""
     write_report(run, report)
-    write_text_atomic(run.model / "README.md", model_card(report))
+    write_text_atomic(run.model / CARD, model_card(report))
     try:
         listener.say(f"report: {write_page(run.folder)}")
     except MissingExtraError as error:
@@ -174,6 +182,8 @@ def _finished(folder: Path) -> Iterator[tuple[RunDirectory, Report]]:
         report = load_run(folder)
         if report.status != "finished" or not run.model.is_dir():
             raise FistaPrunerError(f"{folder} has no finished checkpoint: go on with 'fistapruner resume {folder}'")
+        if (fault := run.model_fault(report.fingerprint or "")) is not None:
+            raise FistaPrunerError(f"{fault}: make the checkpoint again with 'fistapruner resume {folder}'")
         yield run, report
 
 

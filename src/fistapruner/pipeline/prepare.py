@@ -86,6 +86,7 @@ def prepare(
     if recipe.execution.executor == "ray":
         require_ray(recipe.execution.address)
     folder = resolve_model(model, allow_pickle=allow_pickle, trust_remote_code=trust_remote_code)
+    refuse_overlap(folder, run.folder)
     listener.say(f"model {model}: {folder}")
     facts = run.facts()
     before = facts.get("decided", {})
@@ -133,6 +134,7 @@ def prepare(
     drawing = json.dumps([settings.model_dump(mode="json"), seqlen, dtype_name(skeleton.dtype), skeleton.device.type, stamps(checkpoint)])
     if drawn is None and settings.source == SELF:  # it takes long: an attempt that was stopped after it has left it
         drawn = run.drawn(drawing)
+    text_sha256 = _text_sha256(recipe)
     tokens, how = drawn or calibration_tokens(settings, tokenizer, seqlen, load_model, listener.say)
     skeleton.check_tokens(tokens)
     run.write_tokens(tokens, drawing, how)
@@ -175,8 +177,7 @@ def prepare(
     facts["decided"] = {
         "model": absolute(model),
         "folder": str(folder.absolute()),
-        "allow_pickle": allow_pickle,
-        "trust_remote_code": trust_remote_code,
+        "calibration_sha256": text_sha256,
         "numerics": numerics,
         "on_disk": on_disk,
         "sparsity": {name: str(pattern) for name, pattern in sparsity.items()},
@@ -243,7 +244,9 @@ def allocate(recipe: Recipe, layout: Layout) -> dict[str, Constraint]:
     return chosen
 
 
-def plan_model(model: str, recipe: Recipe, out: str | Path = ".", *, allow_pickle: bool = False, trust_remote_code: bool = False) -> Plan:
+def plan_model(
+    model: str | Path, recipe: Recipe, out: str | Path = ".", *, allow_pickle: bool = False, trust_remote_code: bool = False
+) -> Plan:
     """Predict what a run will need, without starting it.
 
     Args:
@@ -280,6 +283,9 @@ def plan_run(skeleton: LayerwiseModel, layout: Layout, recipe: Recipe, sparsity:
 
 def _has_its_tokens(run: RunDirectory, facts: Mapping[str, Any], recipe: Recipe, checkpoint: Checkpoint) -> bool:
     """Whether the stored calibration tokens are whole and the ones the run began with; otherwise they are made again."""
+    if why := changed_text(facts, recipe):
+        log.warning("the calibration tokens are made again: %s", why)
+        return False
     try:
         same = facts["fingerprint"] == fingerprint(recipe, checkpoint, run.tokens(), facts["decided"]["numerics"])
         why = "they or the model are not what the run began with"
@@ -291,6 +297,31 @@ def _has_its_tokens(run: RunDirectory, facts: Mapping[str, Any], recipe: Recipe,
     if not same:
         log.warning("the calibration tokens are made again: %s", why)
     return bool(same)
+
+
+def changed_text(facts: Mapping[str, Any], recipe: Recipe) -> str | None:
+    """That the calibration text is not what the run drew its windows from; None also where the file is gone."""
+    noted, now_there = facts["decided"].get("calibration_sha256"), _text_sha256(recipe)
+    if noted is None or now_there is None or noted == now_there:
+        return None
+    return f"{recipe.calibration.source} is not the text that it was calibrated on"
+
+
+def _text_sha256(recipe: Recipe) -> str | None:
+    """SHA-256 of the calibration text, None where it is no file, or it is gone."""
+    file = recipe.calibration.file
+    return sha256_file(file) if file is not None and file.is_file() else None
+
+
+def refuse_overlap(source: Path, out: Path) -> None:
+    """Refuse an output folder that is, or holds, the model that is read.
+
+    Raises:
+        FistaPrunerError: names both.
+    """
+    inner, outer = source.resolve(), out.resolve()
+    if inner == outer or outer in inner.parents:
+        raise FistaPrunerError(f"--out {out} holds the model {source} itself: name a folder outside of it")
 
 
 def _tell_versions(before: Mapping[str, str], listener: Listener) -> None:

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext, suppress
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -29,13 +29,11 @@ from ..runtime.files import disk_errors
 from ..runtime.memory import reset_peak_memory
 from .finish import finish, write_failure
 from .measure import measure
-from .prepare import prepare, refuse_other
-
-log = logging.getLogger("fistapruner")
+from .prepare import changed_text, prepare, refuse_other
 
 
 def prune(
-    model: str,
+    model: str | Path,
     out: str | Path,
     *,
     recipe: Recipe | None = None,
@@ -78,41 +76,59 @@ def prune(
     """
     told = listener or Listener()
     listener = Logged(told)
+    model = str(model)
+    trust: dict[str, Any] = {"allow_pickle": allow_pickle, "trust_remote_code": trust_remote_code}
     recipe = Recipe.build(merge((recipe or Recipe()).model_dump(mode="json"), settings))
     run = RunDirectory(Path(out))
+    run.check_place()
 
     def family() -> str:
-        folder = resolve_model(model, allow_pickle=allow_pickle, trust_remote_code=trust_remote_code)
-        return model_family(folder, allow_pickle=allow_pickle)
+        return model_family(resolve_model(model, **trust), allow_pickle=allow_pickle)
 
     recipe = recipe.resolved(apart=only_layers is not None, earlier=run.facts().get("recipe"), family=family)
-    report = _finished_report(run, model, recipe)
-    if report is not None:
-        listener.say(f"{out} holds the finished run of this recipe")
+    found = _find(run, model, recipe, allow_pickle)
+    report = found.report
     with _saying_how_to_go_on(run, only_layers), _made(run), hold(run.folder, only_layers), log_file(run.log_file):
+        if found.says:
+            listener.say(found.says)
         if report is None:
             with spent(run.folder, only_layers) as times:
                 device = choose_device(recipe.execution.device)
                 reset_peak_memory(device)
                 with preparing(run.folder):
-                    trust = allow_pickle, trust_remote_code
-                    prepare(model, run, recipe, listener, command, *trust, evaluate, evaluate_windows, tokens, only_layers)
+                    prepare(
+                        model,
+                        run,
+                        recipe,
+                        listener,
+                        command,
+                        allow_pickle,
+                        trust_remote_code,
+                        evaluate,
+                        evaluate_windows,
+                        tokens,
+                        only_layers,
+                    )
                 part = "" if only_layers is None else f"{only_layers[0]}-{only_layers[1]}"
-                work = RunContext.open(run.folder, device, part)
-                with nullcontext() if only_layers else _reporting_failure(run, times):
+                work = RunContext.open(run.folder, device, part, **trust)
+                with nullcontext() if only_layers or found.damaged else _reporting_failure(run, times):
                     _prune_missing(work, recipe, Logged(told, times.note), only_layers, inspect)
                     if only_layers is not None:
                         times.note()
                         return load_run(run.folder)
-                    report = finish(run, work, times, listener)
-        return measure(run, report, evaluate, evaluate_windows, listener)
+                    report = finish(run, work, times, listener, found.damaged)
+        return measure(run, report, evaluate, evaluate_windows, listener, **trust)
 
 
-def resume(out: str | Path, *, listener: Listener | None = None) -> Report:
+def resume(out: str | Path, *, allow_pickle: bool = False, trust_remote_code: bool = False, listener: Listener | None = None) -> Report:
     """Go on with a run as it was begun: its model, recipe and evaluation stand in the run directory.
+
+    What untrusted checkpoints may do does not: it is said anew.
 
     Args:
         out: the run directory.
+        allow_pickle: read legacy ``.bin`` weights.
+        trust_remote_code: run Python code that comes with the checkpoint.
         listener: told of progress.
 
     Raises:
@@ -127,8 +143,8 @@ def resume(out: str | Path, *, listener: Listener | None = None) -> Report:
         decided["model"],
         out,
         recipe=Recipe.build(facts["recipe"], str(run.run_file)),
-        allow_pickle=decided["allow_pickle"],
-        trust_remote_code=decided["trust_remote_code"],
+        allow_pickle=allow_pickle,
+        trust_remote_code=trust_remote_code,
         listener=listener,
         command=facts["command"],
         evaluate=decided["evaluate"],
@@ -136,11 +152,13 @@ def resume(out: str | Path, *, listener: Listener | None = None) -> Report:
     )
 
 
-def finish_run(out: str | Path, *, listener: Listener | None = None) -> Report:
+def finish_run(out: str | Path, *, allow_pickle: bool = False, trust_remote_code: bool = False, listener: Listener | None = None) -> Report:
     """Write checkpoint and report of a run whose layers were pruned in parts (``only_layers``), and evaluate it.
 
     Args:
         out: the run directory.
+        allow_pickle: read legacy ``.bin`` weights.
+        trust_remote_code: run Python code that comes with the checkpoint.
         listener: told of progress.
 
     Raises:
@@ -152,14 +170,19 @@ def finish_run(out: str | Path, *, listener: Listener | None = None) -> Report:
     decided = facts.get("decided")
     if decided is None:
         raise FistaPrunerError(f"{out} is not a run that was begun (it has no run.json)")
-    report = _finished_report(run, decided["model"], Recipe.build(facts["recipe"], str(run.run_file)))
+    run.check_place()
+    trust: dict[str, Any] = {"allow_pickle": allow_pickle, "trust_remote_code": trust_remote_code}
+    found = _find(run, decided["model"], Recipe.build(facts["recipe"], str(run.run_file)), allow_pickle)
+    report = found.report
     with _saying_how_to_go_on(run), hold(run.folder), log_file(run.log_file):
+        if found.says:
+            listener.say(found.says)
         if report is None:
-            work = RunContext.open(run.folder)
+            work = RunContext.open(run.folder, **trust)
             with spent(run.folder) as times:
-                report = finish(run, work, times, listener)
+                report = finish(run, work, times, listener, found.damaged)
             work.clear_hidden()
-        return measure(run, report, decided["evaluate"], decided["evaluate_windows"], listener)
+        return measure(run, report, decided["evaluate"], decided["evaluate_windows"], listener, **trust)
 
 
 def _prune_missing(
@@ -193,37 +216,56 @@ def _prune_missing(
         work.clear_hidden()
 
 
-def _finished_report(run: RunDirectory, model: str, recipe: Recipe) -> Report | None:
-    """The report of a run that is already finished, if it is this run."""
-    if run.folder.exists() and not run.folder.is_dir():
-        raise FistaPrunerError(f"--out {run.folder} is a file; name a folder")
-    if run.folder.is_dir() and any(run.folder.iterdir()) and not run.run_file.exists() and not (run.layers.is_dir()):
-        raise FistaPrunerError(f"--out {run.folder} is a folder with other things in it; name a new folder")
+@dataclass(frozen=True)
+class _Found:
+    """What a run directory holds of a finished run.
+
+    Args:
+        report: of the run, if nothing is left to do.
+        damaged: the report of a run whose checkpoint must be made again from the layers; its measurements stay.
+        says: a sentence on it.
+    """
+
+    report: Report | None = None
+    damaged: Report | None = None
+    says: str | None = None
+
+
+def _find(run: RunDirectory, model: str, recipe: Recipe, allow_pickle: bool) -> _Found:
+    """Look for a finished run of this model and recipe.
+
+    Raises:
+        FistaPrunerError: the directory holds a run of another model or recipe.
+    """
     if not run.run_file.exists():
-        return None
+        return _Found()
     refuse_other(run, model, recipe)
-    if not (run.report_file.exists() and run.model.is_dir()):
-        return None
+    if not run.report_file.exists():
+        return _Found()
     try:
         report = parse(Report, read_json(run.report_file), str(run.report_file))
     except FistaPrunerError as error:
-        log.warning("the report is made again: %s", error)
-        return None
-    return report if report.status == "finished" and _same_model(run, recipe) else None
+        return _Found(says=f"the report is made again: {error}")
+    facts = run.facts()
+    if report.status != "finished" or report.fingerprint != facts["fingerprint"]:
+        return _Found()
+    if (why := changed_text(facts, recipe)) or (why := _changed_model(run, recipe, allow_pickle)):
+        return _Found(says=f"the run is made again: {why}")
+    if (fault := run.model_fault(facts["fingerprint"])) is not None:
+        return _Found(damaged=report, says=f"the checkpoint is made again from the layers: {fault}")
+    return _Found(report=report, says=f"{run.folder} holds the finished run of this recipe")
 
 
-def _same_model(run: RunDirectory, recipe: Recipe) -> bool:
-    """Whether the dense model is still what the run pruned; also where it, or the calibration tokens, are gone and nobody can tell."""
+def _changed_model(run: RunDirectory, recipe: Recipe, allow_pickle: bool) -> str | None:
+    """That the dense model is not what the run pruned; None also where it, or the tokens, are gone and nobody can tell."""
     facts = run.facts()
     decided = facts["decided"]
     try:
-        checkpoint = Checkpoint.open(decided["folder"], allow_pickle=decided["allow_pickle"])
+        checkpoint = Checkpoint.open(decided["folder"], allow_pickle=allow_pickle)
         same = bool(facts["fingerprint"] == fingerprint(recipe, checkpoint, run.tokens(), decided["numerics"]))
     except FistaPrunerError:
-        return True
-    if not same:
-        log.warning("the run is made again: %s is not the model that it pruned", decided["folder"])
-    return same
+        return None
+    return None if same else f"{decided['folder']} is not the model that it pruned"
 
 
 @contextmanager

@@ -23,11 +23,10 @@ from ..models.layerwise import LayerwiseModel
 from ..recipes.settings import Recipe
 from ..runs.records import LayerEntry, PlanRow, Totals
 from ..runtime.devices import worker_devices
+from ..runtime.formatting import size
 from ..runtime.memory import free_device_memory, free_memory, resident_memory
 from .probe import measure_time
 from .sizes import Choice, Sizes
-
-GIB = 2**30
 
 RESERVE = 0.9
 """Share of the free memory that a run without --memory-limit plans with."""
@@ -98,7 +97,7 @@ class _Budget:
         """That not even ``choice`` fits."""
         shared = f" in each of {self.sharing} workers" if self.sharing > 1 else ""
         return FistaPrunerError(
-            f"{self.given} is not enough: {self.worst(choice)} needs {self.peak(choice) / GIB:.2f} GiB{shared}, even with {self.even}; "
+            f"{self.given} is not enough: {self.worst(choice)} needs {size(self.peak(choice))}{shared}, even with {self.even}; "
             f"{self.more}, shorten --seqlen, or choose a lighter --method"
         )
 
@@ -151,7 +150,7 @@ def make_plan(
     disk = model.disk(chosen, workers)
     place = _existing(out)
     if (free := shutil.disk_usage(place).free) < disk:
-        raise FistaPrunerError(f"{out} needs {disk / GIB:.2f} GiB of disk and {place} has {free / GIB:.2f} GiB free")
+        raise FistaPrunerError(f"{out} needs {size(disk)} of disk and {place} has {size(free)} free")
     with _room(skeleton.device, f"{chosen.batch_size} windows at a time"):
         seconds = measure_time(skeleton, layout, recipe, sparsity, tokens, chosen.batch_size, chosen.by_operator)
     budgets.reverse()  # that of the GPU first
@@ -160,8 +159,8 @@ def make_plan(
     if seconds is not None:
         rows.append(PlanRow(quantity=TIME, unit="seconds", planned=seconds))
     duration = "" if seconds is None else f", about {seconds / workers / 60:.1f} min"
-    peaks = ", ".join(f"{budget.peak(chosen) / GIB:.2f} GiB of {budget.kind} at its peak ({budget.worst(chosen)})" for budget in budgets)
-    says.append(f"plan: {peaks}, {disk / GIB:.2f} GiB of disk{duration}")
+    peaks = ", ".join(f"{size(budget.peak(chosen))} of {budget.kind} at its peak ({budget.worst(chosen)})" for budget in budgets)
+    says.append(f"plan: {peaks}, {size(disk)} of disk{duration}")
     stages = {f"{stage}{budget.suffix}": size for budget in budgets for stage, size in budget.stages(chosen).items()}
     return Plan(chosen, stages, tuple(rows), tuple(says))
 
@@ -180,7 +179,7 @@ def check_plan(rows: list[PlanRow], totals: Totals, layers: list[LayerEntry], di
 
 def _host_budget(model: Sizes, recipe: Recipe, limit: int, workers: int, solvers: int) -> _Budget:
     """Of main memory: for everything on a CPU, for what waits there beside a GPU."""
-    given = f"--memory-limit {limit / GIB:.2f} GiB" if recipe.execution.memory_limit else f"the {limit / GIB:.2f} GiB that are free"
+    given = f"--memory-limit {size(limit)}" if recipe.execution.memory_limit else f"the {size(limit)} that are free"
     if not model.cuda:
         return _Budget(given, limit, workers, lambda choice: model.stages(choice, solvers))
     return _Budget(
@@ -203,7 +202,7 @@ def _device_budget(model: Sizes, recipe: Recipe, device: torch.device, workers: 
     free = {place: max(0, free_device_memory(place) - DEVICE_RESERVE * (beside + shares[place])) for place in shares}
     least = min(free, key=lambda place: free[place] / shares[place])
     return _Budget(
-        f"the {free[least] / GIB:.2f} GiB that are free on {least}",
+        f"the {size(free[least])} that are free on {least}",
         free[least],
         shares[least],
         lambda choice: model.stages(choice, beside),
@@ -237,9 +236,8 @@ def _room(device: torch.device, what: str) -> Iterator[None]:
     try:
         yield
     except torch.OutOfMemoryError:
-        free = free_device_memory(device) / GIB
         raise FistaPrunerError(
-            f"the {free:.2f} GiB that are free on {device} are not enough for {what} through one decoder layer: "
+            f"the {size(free_device_memory(device))} that are free on {device} are not enough for {what} through one decoder layer: "
             "free some of it, shorten --seqlen, lower --batch-size, or choose --device cpu"
         ) from None
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import re
 from collections.abc import Callable, Mapping
 from importlib import resources
@@ -23,6 +24,11 @@ from ..errors import FistaPrunerError, explain
 from ..solvers import parse_method
 from ..solvers.base import Method
 
+MAX_SEED = 2**63 - 1
+"""What the random generators take."""
+
+ALLOCATIONS = ("uniform", "owl", "error", "auto")
+
 
 def _user_errors(parse: Any) -> Any:
     """pydantic collects ValueErrors; ours carry the sentence for the user."""
@@ -37,7 +43,23 @@ def _user_errors(parse: Any) -> Any:
 
 
 def _target(value: Any) -> Any:
-    return {"dense": 1.0, "pruned": 0.0}.get(value, value) if isinstance(value, str) else value
+    value = {"dense": 1.0, "pruned": 0.0}.get(value, value) if isinstance(value, str) else value
+    number = isinstance(value, (int, float)) and not isinstance(value, bool)
+    if value != "auto" and not (number and 0 <= value <= 1):
+        raise ValueError("dense, pruned, auto, or a share of the dense output from 0 to 1 is expected")
+    return value
+
+
+def _seed(value: Any) -> Any:
+    if isinstance(value, int) and not 0 <= value <= MAX_SEED:
+        raise ValueError(f"a whole number from 0 to {MAX_SEED} is expected")
+    return value
+
+
+def _allocation(value: Any) -> Any:
+    if not isinstance(value, dict) and value not in ALLOCATIONS:
+        raise ValueError(f"{', '.join(ALLOCATIONS)} or a mapping such as 're:mlp: 60%' is expected")
+    return value
 
 
 def _dump_method(steps: tuple[Method, ...]) -> list[Any]:
@@ -45,6 +67,7 @@ def _dump_method(steps: tuple[Method, ...]) -> list[Any]:
 
 
 SparsitySetting = Annotated[Any, BeforeValidator(_user_errors(parse_sparsity)), PlainSerializer(str)]
+Seed = Annotated[int, BeforeValidator(_seed)]
 MethodSetting = Annotated[Any, BeforeValidator(_user_errors(parse_method)), PlainSerializer(_dump_method)]
 
 
@@ -69,7 +92,12 @@ class Calibration(Settings):
     source: str = "self"
     samples: int = Field(128, ge=1)
     seqlen: int | None = Field(None, ge=8)
-    seed: int = 0
+    seed: Seed = 0
+
+    @property
+    def file(self) -> Path | None:
+        """The file that ``source`` names, None where it is a known name: those have no suffix."""
+        return Path(self.source) if Path(self.source).suffix else None
 
 
 class Execution(Settings):
@@ -154,13 +182,13 @@ class Recipe(Settings):
     error_correction: bool = True
     targets: tuple[str, ...] = ()
     ignore: tuple[str, ...] = ()
-    allocation: Literal["uniform", "owl", "error", "auto"] | dict[str, SparsitySetting] = "auto"
+    allocation: Annotated[Literal["uniform", "owl", "error", "auto"] | dict[str, SparsitySetting], BeforeValidator(_allocation)] = "auto"
     weighting: Literal["auto", "none", "fisher"] = "auto"
     permutation: Literal["auto", "none", "channels"] = "auto"
     match: int = Field(0, ge=0)
     calibration: Calibration = Calibration()
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
-    seed: int = 0
+    seed: Seed = 0
     execution: Execution = Execution()
 
     # Defaults are written as users write them; validate them into patterns and methods too.
@@ -203,6 +231,8 @@ class Recipe(Settings):
     ) -> Recipe:
         """This recipe with ``propagate``, ``target`` and ``residual`` written out where they are ``auto``.
 
+        The path of a calibration file is written out from the root, so that a run can go on from another folder.
+
         Args:
             apart: only a part of the decoder layers will be pruned, apart from the others.
             earlier: the resolved recipe of the run that is continued; its choices stay.
@@ -222,6 +252,8 @@ class Recipe(Settings):
             chosen["method"] = tuple(
                 step.for_model(family, was) for step, was in zip(self.steps, chain(before, repeat(None)), strict=False)
             )
+        if (file := self.calibration.file) is not None:
+            chosen["calibration"] = self.calibration.model_copy(update={"source": os.path.abspath(file)})
         return self.model_copy(update=chosen)
 
     @property

@@ -9,8 +9,8 @@ from statistics import median
 from ..constraints import parse_sparsity
 from ..errors import FistaPrunerError
 from ..runs.records import LayerEntry, OperatorEntry, Report
+from ..runtime.formatting import percent, significant
 from ..solvers import METHODS
-from .numbers import percent, significant
 
 
 def advice(report: Report) -> list[str]:

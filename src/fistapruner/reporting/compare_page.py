@@ -12,11 +12,11 @@ from typing import Any
 from ..constraints import parse_sparsity
 from ..errors import FistaPrunerError
 from ..runs.records import CompareRow, Comparison
+from ..runtime.formatting import duration, percent, significant, size, with_error
 from .drawing import INK, SERIES, Drawing, draw, style
 from .evaluation_text import protocol
 from .html import facts, moment, page, section, table
 from .model_card import base_model_name
-from .numbers import duration, percent, significant, size, with_error
 
 
 @dataclass(frozen=True)

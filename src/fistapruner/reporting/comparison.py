@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from ..runs.records import CompareRow, Comparison
-from .numbers import duration, size
+from ..runtime.formatting import duration, size
 
 HEADER = ("method", "sparsity", "seed", "perplexity", "gap", "layer error", "time", "of it solving", "peak memory", "zeros")
 

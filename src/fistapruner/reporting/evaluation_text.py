@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from ..runs.results import Evaluation, Perplexity, TaskResult
-from .numbers import duration, p_value, with_error
+from ..runtime.formatting import duration, p_value, with_error
 
 
 def evaluation_text(evaluation: Evaluation) -> str:

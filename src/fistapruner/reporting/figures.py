@@ -8,10 +8,10 @@ from statistics import median
 from typing import Any
 
 from ..runs.records import LayerEntry, OperatorEntry, Report
+from ..runtime.formatting import duration, significant
 from ..solvers import METHODS
 from ..solvers.base import Trace
 from .drawing import HEAT, HEAT_LEVELS, INK, SERIES, SURFACE, Drawing, draw, heat_level, style
-from .numbers import duration, significant
 
 PHASES = ("capture", "gram", "solve", "match", "io", "write")
 

@@ -7,8 +7,8 @@ from collections.abc import Sequence
 from typing import Any
 
 from ..runs.results import Evaluation
+from ..runtime.formatting import percent, significant, with_error
 from .drawing import INK, SERIES, Drawing, draw, label_right, style
-from .numbers import percent, significant, with_error
 
 
 def quality_figures(evaluations: Sequence[Evaluation]) -> dict[str, Drawing]:

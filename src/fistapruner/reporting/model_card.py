@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 import yaml
 
 from ..runs.records import Report
+from ..runtime.formatting import count, p_value, percent, significant, size, with_error
 from .evaluation_text import item_count
-from .numbers import count, p_value, percent, significant, size, with_error
 from .size_and_speed import size_rows, speed_rows, speeds
 
 
@@ -88,8 +89,9 @@ def _metadata_results(report: Report) -> list[dict[str, Any]]:
 
 def _introduction(report: Report) -> str:
     totals = report.totals
-    lines = [f"# {base_model(report)}, {report.sparsity} sparse", ""]
-    origin = f"This is `{base_model(report)}` ({report.model.architecture})"
+    name = _plain(base_model(report))
+    lines = [f"# {name}, {report.sparsity} sparse", ""]
+    origin = f"This is {name} ({report.model.architecture})"
     lines.append(f"{origin}, pruned after training to **{report.sparsity}** with `fistapruner`, method `{report.method}`.")
     if totals.operator_weights and totals.operator_zeros is not None:
         share = f"{count(totals.operator_zeros)} of {count(totals.operator_weights)} weights of the pruned operators are zero"
@@ -119,7 +121,7 @@ def _measured(report: Report) -> str:
     for evaluation in report.evaluations:
         text, dense, damage = evaluation.perplexity, evaluation.reference, evaluation.divergence
         if text is not None:
-            protocol = f"{text.data} {text.split}, {text.windows} windows of {text.seqlen}, {text.dtype}"
+            protocol = f"{_plain(text.data)} {text.split}, {text.windows} windows of {text.seqlen}, {text.dtype}"
             before = with_error(dense.perplexity, dense.standard_error) if dense else "–"
             rows.append(("perplexity", protocol, before, with_error(text.perplexity, text.standard_error)))
             if damage is not None:
@@ -128,7 +130,7 @@ def _measured(report: Report) -> str:
         for task in evaluation.tasks:
             before = with_error(task.reference, task.reference_standard_error, 4)
             note = f"{task.shots}-shot, {item_count(task)}" + (f", {p_value(task.p_value)}" if task.p_value is not None else "")
-            rows.append((f"{task.task} ({task.metric})", note, before, with_error(task.value, task.standard_error, 4)))
+            rows.append((f"{_plain(task.task)} ({task.metric})", note, before, with_error(task.value, task.standard_error, 4)))
     if speeds(report):
         costs = size_rows(report) + speed_rows(report)
         rows += [(measure, f"{how} ({change})", before, after) for measure, before, after, change, how in costs]
@@ -144,7 +146,7 @@ def _made(report: Report) -> str:
     if report.calibration:
         used = report.calibration
         how = f" ({used.how})" if used.how else ""
-        lines.append(f"* calibration: {used.samples} windows of {used.seqlen} tokens from {_file_name(used.source)}{how}")
+        lines.append(f"* calibration: {used.samples} windows of {used.seqlen} tokens from {_plain(_file_name(used.source))}{how}")
     if errors:
         lines.append(f"* relative error of the operators' outputs: mean {percent(sum(errors) / len(errors))}, worst {percent(max(errors))}")
     if report.permuted:
@@ -156,14 +158,25 @@ def _made(report: Report) -> str:
     if report.versions:
         lines.append("* " + ", ".join(f"{name} {version}" for name, version in report.versions.items()))
     if report.command:
-        lines += ["", "To make it again:", "", "```bash", report.command, "```"]
+        lines += ["", "To make it again:", "", _code(report.command, "bash")]
     if report.recipe:
         recipe = {key: value for key, value in report.recipe.items() if key != "execution"}
         calibration = recipe.get("calibration")
         if isinstance(calibration, dict) and "source" in calibration:
             recipe["calibration"] = {**calibration, "source": _file_name(str(calibration["source"]))}
-        lines += ["", "Recipe:", "", "```yaml", yaml.safe_dump(recipe, sort_keys=False).strip(), "```"]
+        lines += ["", "Recipe:", "", _code(yaml.safe_dump(recipe, sort_keys=False).strip(), "yaml")]
     return "\n".join(lines) if len(lines) > 2 else ""
+
+
+def _plain(text: str) -> str:
+    """Text of a user as Markdown that shows it letter by letter: no HTML, no link, no table, one line."""
+    return re.sub(r"([\\`*\[\]<>&|~])", r"\\\1", " ".join(text.split()))
+
+
+def _code(text: str, language: str) -> str:
+    """A code block that its text cannot end."""
+    fence = "`" * max(3, 1 + max((len(run) for run in re.findall("`+", text)), default=0))
+    return f"{fence}{language}\n{text}\n{fence}"
 
 
 def _file_name(source: str) -> str:

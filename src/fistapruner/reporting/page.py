@@ -11,6 +11,7 @@ import yaml
 
 from ..runs.records import Report
 from ..runs.results import Evaluation, TaskResult
+from ..runtime.formatting import count, duration, p_value, pattern, percent, short_count, significant, size, with_error
 from .advice import advice
 from .drawing import Drawing
 from .evaluation_text import item_count, protocol
@@ -18,7 +19,6 @@ from .figures import hardest, layer_figures
 from .figures_quality import quality_figures
 from .html import facts, moment, page, section, table, tiles
 from .model_card import base_model
-from .numbers import count, duration, p_value, pattern, percent, short_count, significant, size, with_error
 from .size_and_speed import dense_speed, packed_speeds, size_rows, speed_protocol, speed_rows, speed_table, speeds
 
 

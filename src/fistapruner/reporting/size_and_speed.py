@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from ..runs.records import Report
-from .numbers import duration, significant, size
+from ..runtime.formatting import duration, significant, size
 
 Row = tuple[str, str, str, str, str]
 """Measure, dense, pruned, change, how it was measured."""

@@ -6,8 +6,8 @@ from datetime import UTC, datetime
 from typing import Any
 
 from ..runs.records import Report
+from ..runtime.formatting import duration, percent
 from .figures import hardest, mean_error
-from .numbers import duration, percent
 
 
 def status_facts(report: Report, now: datetime | None = None) -> dict[str, Any]:

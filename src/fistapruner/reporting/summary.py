@@ -6,6 +6,7 @@ import math
 from pathlib import Path
 
 from ..runs.records import Report
+from ..runtime.formatting import size
 
 
 def summary(report: Report, folder: str | Path) -> str:
@@ -47,11 +48,9 @@ def summary(report: Report, folder: str | Path) -> str:
         split = ", ".join(f"{name} {seconds:.0f}" for name, seconds in sorted(totals.time_split.items(), key=lambda item: -item[1]))
         rows.append(("time", f"{totals.seconds:.0f} s ({split})"))
     if totals.peak_memory:
-        rows.append(("peak memory", f"{totals.peak_memory / 2**30:.2f} GiB"))
+        rows.append(("peak memory", size(totals.peak_memory)))
     if totals.checkpoint_bytes:
-        rows.append(
-            ("size on disk", f"{totals.checkpoint_bytes / 2**20:.0f} MiB: zeros are stored; 'fistapruner pack' makes the file smaller")
-        )
+        rows.append(("size on disk", f"{size(totals.checkpoint_bytes)}: zeros are stored; 'fistapruner pack' makes the file smaller"))
     for warning in report.warnings:
         rows.append(("warning", warning))
     rows.append(("checkpoint", str(Path(folder) / "model")))

@@ -295,7 +295,7 @@ def read_json(path: Path) -> dict[str, Any]:
         data = json.loads(path.read_text("utf-8"))
     except FileNotFoundError:
         raise FistaPrunerError(f"{path} does not exist") from None
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise FistaPrunerError(f"{path} cannot be read as JSON: {error}") from None
     if not isinstance(data, dict):
         raise FistaPrunerError(f"{path} is not a JSON object")

@@ -66,6 +66,39 @@ def sync_folder(folder: Path) -> None:
         os.close(descriptor)
 
 
+def claim_folder(folder: Path) -> None:
+    """Make a folder to build an output in, or take over what a killed attempt of ours left there.
+
+    The file :data:`PARTIAL` inside it says that it is ours, until :func:`publish_folder` removes it.
+
+    Raises:
+        FistaPrunerError: the folder holds files and does not say that they are ours, or the disk refuses.
+    """
+    marker = folder / PARTIAL
+    with disk_errors(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+        if not marker.exists():
+            if any(folder.iterdir()):
+                raise FistaPrunerError(f"{folder} holds files that fistapruner did not write: move it away, or name another output")
+            os.close(os.open(marker, os.O_WRONLY | os.O_CREAT | os.O_CLOEXEC, 0o666))
+
+
+def publish_folder(partial: Path, out: Path) -> None:
+    """Give a folder that :func:`claim_folder` made its final name.
+
+    Killed between its two steps, it leaves the empty file :data:`PARTIAL` in a folder that is whole.
+
+    Raises:
+        FistaPrunerError: the disk refuses.
+    """
+    with disk_errors(out):
+        sync_folder(partial)
+        os.rename(partial, out)
+        (out / PARTIAL).unlink(missing_ok=True)
+        sync_folder(out)
+        sync_folder(out.parent)
+
+
 @contextmanager
 def atomic_file(path: Path) -> Iterator[int]:
     """Open a file for writing that appears under ``path`` only when the block ends well.

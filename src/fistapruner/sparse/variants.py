@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..errors import FistaPrunerError
+from ..errors import FistaPrunerError, needs_code
 from ..runtime.memory import free_memory, reset_peak_memory
 from .load import load
 from .pack import is_packed
@@ -175,7 +175,13 @@ def load_variant(variant: Variant) -> Any:
     if is_packed(variant.folder):
         model = load(variant.folder, dtype=dtype)
     else:
-        model = AutoModelForCausalLM.from_pretrained(str(variant.folder), dtype=dtype or "auto", local_files_only=True)
+        settings = {"local_files_only": True, "trust_remote_code": False}
+        try:
+            model = AutoModelForCausalLM.from_pretrained(str(variant.folder), dtype=dtype or "auto", **settings)
+        except ValueError as error:
+            if needs_code(variant.folder, error) is None:
+                raise
+            raise FistaPrunerError(f"{variant.folder} needs Python code of its own: the speed of such models is not measured") from None
     if variant.fill:
         fill_zeros(model)
     return model.eval()

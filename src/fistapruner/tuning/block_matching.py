@@ -112,7 +112,7 @@ def match_layer(
         scales = parameters.root_mean_squares()
         loss = _Loss.of(model, inputs, wanted, settings.metric)
         held, train = _split(inputs.samples)
-        order = _order(train, settings.steps, torch.Generator().manual_seed(settings.seed * 100_003 + index))
+        order = _order(train, settings.steps, torch.Generator().manual_seed((settings.seed * 100_003 + index) % 2**63))
 
         def validate() -> float:
             with torch.no_grad():

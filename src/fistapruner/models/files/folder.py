@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import shutil
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -10,7 +9,15 @@ from pathlib import Path
 from typing import Any
 
 from ...errors import FistaPrunerError
-from ...runtime.files import PARTIAL, copy_atomic, disk_errors, require_space, sync_folder, write_json_atomic
+from ...runtime.files import (
+    PARTIAL,
+    claim_folder,
+    copy_atomic,
+    disk_errors,
+    publish_folder,
+    require_space,
+    write_json_atomic,
+)
 from .checkpoint import INDEX, Checkpoint
 from .safetensors import TensorEntry
 
@@ -31,22 +38,21 @@ def checkpoint_folder(out: Path, nbytes: int = 0, *, resume: bool = False) -> It
         The temporary folder.
 
     Raises:
-        FistaPrunerError: ``out`` exists, or the disk is full or refuses the write.
+        FistaPrunerError: ``out`` exists, the temporary folder holds files of others, or the disk is full or refuses the
+            write.
     """
     if out.exists():
         raise FistaPrunerError(f"{out} exists already: remove it, or write to another folder")
     require_space(out, nbytes)
     partial = out.with_name(out.name + PARTIAL)
-    with disk_errors(partial):
-        if partial.exists() and not resume:
+    claim_folder(partial)
+    if not resume:
+        with disk_errors(partial):
             shutil.rmtree(partial)
-        partial.mkdir(parents=True, exist_ok=True)
+        claim_folder(partial)
     try:
         yield partial
-        with disk_errors(out):
-            sync_folder(partial)
-            os.rename(partial, out)
-            sync_folder(out.parent)
+        publish_folder(partial, out)
     except BaseException:
         if not resume:
             shutil.rmtree(partial, ignore_errors=True)

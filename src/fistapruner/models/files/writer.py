@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from ...errors import FistaPrunerError
-from ...runtime.files import copy_atomic, disk_errors, require_space, sha256_file, write_json_atomic, write_text_atomic
+from ...runtime.files import PARTIAL, copy_atomic, disk_errors, require_space, sha256_file, write_json_atomic, write_text_atomic
 from .checkpoint import INDEX, Checkpoint, WeightFile, read_json
 from .folder import checkpoint_folder, copy_companions, write_index
 from .safetensors import SafetensorsWriter, TensorEntry
@@ -80,7 +80,7 @@ def write_checkpoint(
         with disk_errors(partial):
             # Records of the shards, and what a killed attempt left, do not belong into a finished checkpoint.
             for path in partial.iterdir():
-                if path.is_file() and path.name not in files:
+                if path.is_file() and path.name not in files | {PARTIAL}:
                     path.unlink()
     return written
 

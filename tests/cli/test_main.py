@@ -1,0 +1,89 @@
+"""The command line: output that nobody reads, and messages for what is mistyped."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import tiny
+from fistapruner.cli import main
+from fistapruner.errors import FistaPrunerError
+from fistapruner.recipes.settings import MAX_SEED, Recipe
+
+SETTINGS = ["--calibration", "python", "--samples", "4", "--seqlen", "32", "--method", "magnitude", "--evaluate", "none"]
+
+
+@pytest.mark.parametrize("stream", ["stderr", "stdout"])
+def test_a_reader_that_leaves_does_not_stop_the_work(tmp_path: Path, stream: str) -> None:
+    """``prune … 2>&1 | head -1``: the run ends as if its output had been read."""
+    model, out = tiny.save("llama", tmp_path / "model"), tmp_path / "run"
+    command = [sys.executable, "-m", "fistapruner", "prune", str(model), "--out", str(out), *SETTINGS]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        pipe = getattr(process, stream)
+        if stream == "stderr":
+            assert "model" in pipe.readline()
+        pipe.close()
+        other = process.stdout if stream == "stderr" else process.stderr
+        assert other is not None
+        read = other.read()
+        assert process.wait() == 0
+    assert "BrokenPipe" not in read
+    assert json.loads((out / "report.json").read_text())["status"] == "finished"
+    assert (out / "model" / "config.json").exists()
+
+
+def test_a_run_that_does_not_finish_says_so_in_its_exit_status(tmp_path: Path) -> None:
+    model = tiny.save("llama", tmp_path / "model")
+    file = model / "model.safetensors"
+    file.write_bytes(file.read_bytes()[:-100])
+    command = [sys.executable, "-m", "fistapruner", "prune", str(model), "--out", str(tmp_path / "run"), *SETTINGS]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+        assert process.stderr is not None
+        process.stderr.close()
+        assert process.wait() == 2
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["--target", "2"], ["target", "dense, pruned, auto, or a share of the dense output from 0 to 1", "2.0"]),
+        (["--target", "dnese"], ["target", "dense, pruned, auto", "dnese"]),
+        (["--allocation", "unifrom"], ["allocation", "uniform, owl, error, auto", "unifrom"]),
+        (["--seed", str(2**64)], ["seed", f"from 0 to {MAX_SEED}", str(2**64)]),
+        (["--seed", "-1"], ["seed", f"from 0 to {MAX_SEED}", "-1"]),
+    ],
+)
+def test_what_is_mistyped_is_named_with_what_would_be_right(
+    tmp_path: Path, arguments: list[str], words: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["prune", "nowhere", "--out", str(tmp_path / "run"), *arguments]) == 2
+    said = capsys.readouterr().err
+    assert said.count("\n") == 1
+    for word in words:
+        assert word in said
+
+
+def test_allocations_and_seeds_that_are_right(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert Recipe.build({"target": "dense"}).target == 1.0
+    with pytest.raises(FistaPrunerError, match="target"):
+        Recipe.build({"target": True})
+    model = tiny.save("llama", tmp_path / "model")
+    command = ["prune", str(model), *SETTINGS, "--quiet", "--seed", str(MAX_SEED), "--allocation", "re:mlp: 60%"]
+    assert main([*command, "--out", str(tmp_path / "run")]) == 0
+    assert main([*command[:-2], "--match", "2", "--out", str(tmp_path / "matched")]) == 0
+    recipe = json.loads((tmp_path / "run" / "run.json").read_text())["recipe"]
+    assert recipe["allocation"] == {"re:mlp": "60%"}
+
+
+def test_sizes_are_in_units_that_show_them(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    model = tiny.save("llama", tmp_path / "model")
+    settings = ["--calibration", "python", "--samples", "4", "--seqlen", "32"]
+    assert main(["plan", str(model), *settings]) == 0
+    assert main(["prune", str(model), "--out", str(tmp_path / "run"), *SETTINGS]) == 0
+    said = "".join(capsys.readouterr())
+    assert "KiB of disk" in said
+    assert "0.00 GiB" not in said

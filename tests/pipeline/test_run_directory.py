@@ -1,0 +1,311 @@
+"""The run directory: nothing of others is removed, damage to a finished run is found, permissions and paths are kept apart from it."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import fistapruner as fp
+import tiny
+from fistapruner.cli import main
+from fistapruner.sparse.variants import Variant, load_variant
+
+SETTINGS: dict[str, Any] = {"method": "magnitude", "calibration": {"source": "python", "samples": 2, "seqlen": 16}}
+TEXT = "it was the best of times, it was the worst of times, it was the age of wisdom. "
+
+
+@pytest.fixture(scope="module")
+def dense(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A dense model of several shards."""
+    return tiny.save("llama", tmp_path_factory.mktemp("dense") / "model", shard="60KB", num_hidden_layers=2)
+
+
+@pytest.fixture(scope="module")
+def finished(dense: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A finished run, to be copied."""
+    out = tmp_path_factory.mktemp("finished") / "run"
+    fp.prune(dense, out, evaluate="python", evaluate_windows=2, **SETTINGS)
+    return out
+
+
+@pytest.fixture
+def run(finished: Path, tmp_path: Path) -> Path:
+    """A copy of a finished run."""
+    return Path(shutil.copytree(finished, tmp_path / "run"))
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def weights(run: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in (run / "model").glob("*.safetensors")}
+
+
+@pytest.mark.parametrize(
+    "names",
+    [
+        ["layers/", "model/thesis.tex"],
+        ["layers/mine.txt"],
+        ["layers/0000.json"],
+        ["layers/", "hidden/notes.txt"],
+        ["layers/", "model.partial/notes.txt"],
+        ["layers/", "calibration.safetensors"],
+        ["layers/", "recipe.yaml"],
+        ["report.json"],
+    ],
+    ids=" ".join,
+)
+def test_a_folder_that_is_no_run_is_refused_and_kept(dense: Path, tmp_path: Path, names: list[str]) -> None:
+    out = tmp_path / "project"
+    for name in names:
+        (out / name).parent.mkdir(parents=True, exist_ok=True)
+        (out / name).mkdir() if name.endswith("/") else (out / name).write_text("years of work")
+    before = contents(out)
+    with pytest.raises(fp.FistaPrunerError, match="other things in it"):
+        fp.prune(dense, out, **SETTINGS)
+    assert contents(out) == before
+
+
+def test_the_source_inside_the_output_is_kept(dense: Path, tmp_path: Path) -> None:
+    project = tmp_path / "project"
+    shutil.copytree(dense, project / "model")
+    (project / "layers").mkdir()
+    before = contents(project)
+    for out in (project, project / "model"):
+        with pytest.raises(fp.FistaPrunerError, match="other things in it"):
+            fp.prune(project / "model", out, **SETTINGS)
+    assert contents(project) == before
+
+
+def test_an_output_around_the_source_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A GGUF file is converted into the cache; here that lies in the run directory, which looks new until then."""
+    pytest.importorskip("gguf")
+    from tiny_gguf import write_gguf
+
+    write_gguf(tmp_path / "model.gguf")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "run"))
+    with pytest.raises(fp.FistaPrunerError, match=r"holds the model .* itself: name a folder outside of it"):
+        fp.prune(tmp_path / "model.gguf", tmp_path / "run", **SETTINGS)
+    assert list((tmp_path / "run").rglob("config.json"))
+
+
+def test_an_empty_folder_becomes_a_run(dense: Path, tmp_path: Path) -> None:
+    (tmp_path / "run").mkdir()
+    assert fp.prune(dense, tmp_path / "run", **SETTINGS).status == "finished"
+
+
+def test_files_that_a_run_did_not_write_are_not_removed(run: Path) -> None:
+    """A damaged checkpoint is not made again over files that somebody put beside it, nor one that the run did not write."""
+    shard = next((run / "model").glob("*.safetensors"))
+    shard.write_bytes(shard.read_bytes()[:-1])
+    (run / "model" / "notes.txt").write_text("years of work")
+    before = contents(run / "model")
+    with pytest.raises(fp.FistaPrunerError, match=r"notes\.txt was not written by this run: move it away"):
+        fp.resume(run)
+    assert contents(run / "model") == before
+    shutil.rmtree(run / "model")
+    (run / "model.json").unlink()
+    (run / "model").mkdir()
+    (run / "model" / "thesis.tex").write_text("years of work")
+    with pytest.raises(fp.FistaPrunerError, match=r"was not written by this run"):
+        fp.resume(run)
+    assert (run / "model" / "thesis.tex").exists()
+
+
+def test_a_folder_in_the_way_of_a_temporary_one_is_kept(run: Path, dense: Path, tmp_path: Path) -> None:
+    """Building under a temporary name never takes a folder that is not ours: not even the source under that name."""
+    model = run / "model"
+    model.rename(tmp_path / "out.partial")
+    before = contents(tmp_path / "out.partial")
+    with pytest.raises(fp.FistaPrunerError, match="holds files that fistapruner did not write"):
+        fp.pack(tmp_path / "out.partial", tmp_path / "out")
+    assert contents(tmp_path / "out.partial") == before
+    fp.pack(tmp_path / "out.partial", tmp_path / "packed")
+    (tmp_path / "back.partial").mkdir()
+    (tmp_path / "back.partial" / "thesis.tex").write_text("years of work")
+    with pytest.raises(fp.FistaPrunerError, match="holds files that fistapruner did not write"):
+        fp.unpack(tmp_path / "packed", tmp_path / "back")
+    assert (tmp_path / "back.partial" / "thesis.tex").exists()
+    (run / "model.partial").mkdir()
+    (run / "model.partial" / "thesis.tex").write_text("years of work")
+    with pytest.raises(fp.FistaPrunerError, match="holds files that fistapruner did not write"):
+        fp.resume(run)
+    assert (run / "model.partial" / "thesis.tex").exists()
+
+
+def cut(run: Path) -> None:
+    shard = next((run / "model").glob("*.safetensors"))
+    shard.write_bytes(shard.read_bytes()[:-1])
+
+
+def flip(run: Path) -> None:
+    shard = next((run / "model").glob("*.safetensors"))
+    data = bytearray(shard.read_bytes())
+    data[-3] ^= 1
+    shard.write_bytes(data)
+
+
+def drop_shard(run: Path) -> None:
+    next((run / "model").glob("*.safetensors")).unlink()
+
+
+def drop_config(run: Path) -> None:
+    (run / "model" / "config.json").unlink()
+
+
+def drop_all(run: Path) -> None:
+    shutil.rmtree(run / "model")
+
+
+def cut_without_a_record(run: Path) -> None:
+    (run / "model.json").unlink()
+    cut(run)
+
+
+@pytest.mark.parametrize("damage", [cut, flip, drop_shard, drop_config, drop_all, cut_without_a_record])
+@pytest.mark.parametrize("verb", ["prune", "resume", "finish"])
+def test_a_finished_checkpoint_that_is_damaged_is_made_again(
+    dense: Path, run: Path, damage: Any, verb: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    before, measured = weights(run), json.loads((run / "report.json").read_text())["evaluations"]
+    damage(run)
+    assert weights(run) != before or damage is drop_config
+    if (run / "model").is_dir():
+        assert main(["bench", str(run)]) == 2
+        assert "fistapruner resume" in capsys.readouterr().err
+    if verb == "prune":
+        fp.prune(dense, run, evaluate="python", evaluate_windows=2, **SETTINGS)
+    else:
+        assert main([verb, str(run)]) == 0
+        assert "the checkpoint is made again from the layers" in capsys.readouterr().err
+    assert weights(run) == before
+    assert (run / "model" / "config.json").exists()
+    assert json.loads((run / "report.json").read_text())["evaluations"] == measured
+
+
+def test_what_is_damaged_is_said_where_layers_are_gone_too(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    before = weights(run)
+    cut(run)
+    (run / "layers" / "0001.safetensors").unlink()
+    assert main(["finish", str(run)]) == 2
+    said = capsys.readouterr().err
+    assert "bytes instead of" in said
+    assert "decoder layers 1 are not pruned yet" in said
+    assert main(["resume", str(run)]) == 0  # the dense model is there: the layer is pruned again, to the same bits
+    assert weights(run) == before
+
+
+@pytest.mark.parametrize(("name", "kind"), [("model", "file"), ("log.txt", "folder"), ("run.json", "folder"), ("layers", "file")])
+def test_what_stands_in_the_place_of_a_file_is_named(dense: Path, run: Path, name: str, kind: str) -> None:
+    path = run / name
+    shutil.rmtree(path) if path.is_dir() else path.unlink()
+    path.mkdir() if kind == "folder" else path.write_text("x")
+    with pytest.raises(fp.FistaPrunerError, match=rf"{name} is a {kind} where the run keeps a"):
+        fp.prune(dense, run, **SETTINGS)
+
+
+def own_code(folder: Path) -> Path:
+    """Give a model Python code of its own that leaves a trace when it is run."""
+    (folder / "configuration_own.py").write_text(
+        "import os\nfrom pathlib import Path\nfrom transformers import LlamaConfig\n\n"
+        "Path(os.environ['TRACE']).write_text('run')\n\n"
+        "class OwnConfig(LlamaConfig):\n    model_type = 'own_llama'\n"
+    )
+    (folder / "modeling_own.py").write_text(
+        "from transformers import LlamaForCausalLM\nfrom .configuration_own import OwnConfig\n\n"
+        "class OwnModel(LlamaForCausalLM):\n    config_class = OwnConfig\n"
+    )
+    config = json.loads((folder / "config.json").read_text())
+    code = {"AutoConfig": "configuration_own.OwnConfig", "AutoModelForCausalLM": "modeling_own.OwnModel"}
+    (folder / "config.json").write_text(json.dumps(config | {"model_type": "own_llama", "architectures": ["OwnModel"], "auto_map": code}))
+    return folder
+
+
+@pytest.mark.parametrize("executor", ["serial", "process"])
+def test_code_runs_only_where_this_command_allows_it(
+    tmp_path: Path, executor: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    trace, out = tmp_path / "trace", str(tmp_path / "run")
+    monkeypatch.setenv("TRACE", str(trace))
+    model = own_code(tiny.save("llama", tmp_path / f"model_{executor}"))  # two layers are left for two workers
+    execution = {"executor": executor, "threads": 1, "workers": 2}
+    settings = {**SETTINGS, "propagate": "dense", "execution": execution, "trust_remote_code": True}
+    fp.prune(model, out, only_layers=(0, 0), **settings)
+    assert trace.exists()
+    text = tmp_path / "text.txt"
+    text.write_text(TEXT * 4)
+
+    def refused(*command: str) -> None:
+        trace.unlink(missing_ok=True)
+        assert main([*command, "--quiet"]) == 2
+        assert "--trust-remote-code" in capsys.readouterr().err
+        assert not trace.exists()
+
+    refused("resume", out)
+    refused("finish", out)
+    assert main(["resume", out, "--trust-remote-code", "--quiet"]) == 0
+    evaluation = ("evaluate", out, "--data", str(text), "--seqlen", "16")
+    refused(*evaluation)
+    assert main([*evaluation, "--trust-remote-code", "--quiet"]) == 0
+    assert main(["finish", out, "--quiet"]) == 0  # finished: there is nothing to run
+    trace.unlink(missing_ok=True)
+    with pytest.raises(fp.FistaPrunerError, match="needs Python code of its own"):
+        load_variant(Variant("dense", Path(out) / "model"))
+    assert not trace.exists()
+
+
+def test_pickles_are_read_only_where_this_command_allows_it(dense: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = tiny.save("llama", tmp_path / "model", num_hidden_layers=2)
+    from safetensors.torch import load_file
+
+    torch.save(load_file(folder / "model.safetensors"), folder / "pytorch_model.bin")
+    (folder / "model.safetensors").unlink()
+    out = str(tmp_path / "run")
+    fp.prune(folder, out, only_layers=(0, 0), allow_pickle=True, **SETTINGS)
+    for verb in ("resume", "finish"):
+        assert main([verb, out, "--quiet"]) == 2
+        assert "--allow-pickle" in capsys.readouterr().err
+    assert main(["resume", out, "--allow-pickle", "--quiet"]) == 0
+
+
+def test_a_calibration_file_is_kept_from_the_root(dense: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Stopped before its tokens were drawn again or not: the run goes on from anywhere, and is the same run under any spelling."""
+    (tmp_path / "text.txt").write_text(TEXT * 20)
+    monkeypatch.chdir(tmp_path)
+    settings = {**SETTINGS, "calibration": {**SETTINGS["calibration"], "source": "text.txt"}}
+    fp.prune(dense, "run", only_layers=(0, 0), **settings)
+    (tmp_path / "run" / "calibration.safetensors").unlink()  # it has to be drawn again
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    assert fp.resume(tmp_path / "run").status == "finished"
+    before = (tmp_path / "run" / "model.json").stat().st_mtime_ns
+    for source in ("../text.txt", str(tmp_path / "text.txt"), str(tmp_path / "." / "elsewhere" / ".." / "text.txt")):
+        settings["calibration"]["source"] = source
+        assert fp.prune(dense, tmp_path / "run", propagate="dense", **settings).status == "finished"
+    assert (tmp_path / "run" / "model.json").stat().st_mtime_ns == before
+
+
+def test_a_changed_calibration_text_is_another_run(dense: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    text = tmp_path / "text.txt"
+    text.write_text(TEXT * 20)
+    command = ["prune", str(dense), "--calibration", str(text), "--samples", "2", "--seqlen", "16"]
+    command += ["--method", "wanda", "--evaluate", "none"]
+    assert main([*command, "--out", str(tmp_path / "run")]) == 0
+    first = weights(tmp_path / "run")
+    os.utime(text)
+    assert main([*command, "--out", str(tmp_path / "run")]) == 0
+    assert "holds the finished run" in capsys.readouterr().err
+    text.write_text(TEXT[::-1] * 20)
+    assert main([*command, "--out", str(tmp_path / "run")]) == 0
+    assert f"the run is made again: {text} is not the text that it was calibrated on" in capsys.readouterr().err
+    assert main([*command, "--out", str(tmp_path / "new")]) == 0
+    assert weights(tmp_path / "run") == weights(tmp_path / "new") != first
+    text.unlink()  # nobody can tell
+    assert main(["resume", str(tmp_path / "run")]) == 0
