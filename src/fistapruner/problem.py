@@ -1,24 +1,24 @@
-"""The layer problem: all that a solver ever sees of a model and its data.
+"""The layer problem: everything that a solver sees of a model and its data.
 
-An operator ``W`` (m outputs x n inputs) sees inputs ``X*`` (n x p) in the partly pruned model and ``X`` in the dense
-one. With ``a`` the share of the dense target, a pruned operator ``V`` is judged by
+An operator ``W`` (m outputs x n inputs) has inputs ``X*`` (n x p) in the partly pruned model and ``X`` in the dense
+one. With ``a`` the share of the dense target, the error of a pruned operator ``V`` is
 
-    f(V) = || V X* - T ||_F^2 / p,     T = a W X + (1 - a) W X*,
+    f(V) = || V X* - T ||_F^2 / p,     T = a W X + (1 - a) W X*.
 
-which needs no activations, only three sums over tokens that are gathered in one streaming pass:
+It needs no activations, only three sums over tokens, which one streaming pass accumulates:
 
-    H = X* X*^T / p                     Gram of what the operator will really see        (n x n)
-    R = W (X - X*) X*^T / p             correlation of the drift of its outputs           (m x n)
-    d = rowwise || W (X - X*) ||^2 / p  energy of that drift                              (m)
+    H = X* X*^T / p                     Gram of the inputs in the partly pruned model     (n x n)
+    R = W (X - X*) X*^T / p             correlation of the output drift with the inputs   (m x n)
+    d = rowwise || W (X - X*) ||^2 / p  energy of the output drift                        (m)
 
-With E = V - W this is f(V) = tr(E H E^T) - 2 a <E, R> + a^2 sum(d): the same f as tr(V H V^T) - 2 <V, B> + c with
-B = W H + a R, but written around W, so that fp32 does not lose a small error in the difference of large numbers. R and
-d are zero where nothing was pruned upstream. Operators that read the same tensor share H; they are stacked by rows into
-one problem and every solver works on all of them at once.
+With E = V - W, f(V) = tr(E H E^T) - 2 a <E, R> + a^2 sum(d). This equals tr(V H V^T) - 2 <V, B> + c with
+B = W H + a R, but it is written around W, so that fp32 does not lose a small error in the difference of large numbers.
+R and d are zero if nothing was pruned upstream. Operators with the same inputs share H; they are stacked by rows into
+one problem, and every solver works on all of them at once.
 
-An operator whose output is added to the hidden states may be asked to take their drift back, too (``residual: correct``):
-with S what it adds to in the dense model and S* in the partly pruned one, ``V X* + S*`` is to be ``a (W X + S) + (1 - a)
-(W X* + S*)``. Then ``W (X - X*) + (S - S*)`` stands for ``W (X - X*)`` in R and d, and nothing else changes.
+An operator that writes to the residual stream can also correct the stream's drift (``residual: correct``). With S the
+stream it adds to in the dense model and S* in the partly pruned one, ``V X* + S*`` is to be
+``a (W X + S) + (1 - a) (W X* + S*)``. Then ``W (X - X*) + (S - S*)`` replaces ``W (X - X*)`` in R and d.
 """
 
 from __future__ import annotations
@@ -34,36 +34,41 @@ from .errors import FistaPrunerError
 from .runtime.numerics import add_gram, fast_products, mirror, row_blocks
 
 DriftFrom = Literal["inputs", "outputs"]
-"""What of the dense model tells how far an operator's outputs have drifted."""
+"""The dense model's activations from which the drift of an operator's outputs is computed."""
 
 
 def cheapest_drift(rows: int, columns: int, *, corrected: bool) -> DriftFrom:
-    """What tells the drift of one operator: its outputs where it has no more of them than inputs, or the drift of what they are added to
-    is corrected, too, which only they can tell (:class:`ProblemSums`)."""
+    """Choose the activations from which the drift is computed at the lowest cost (:class:`ProblemSums`).
+
+    Args:
+        rows: outputs of the operator.
+        columns: inputs of the operator.
+        corrected: the drift of the residual stream is corrected, too, which needs the outputs.
+    """
     return "outputs" if corrected or rows <= columns else "inputs"
 
 
 @dataclass(frozen=True)
 class LayerProblem:
-    """Least squares on the outputs of one operator, or of several that share their inputs.
+    """Least squares on the outputs of one operator, or of several operators that share their inputs.
 
-    Tensors of other floating-point types become fp32 (the energies may be fp64), contiguous and without gradients.
+    Tensors of other floating-point types are converted to fp32 (energies may be fp64), contiguous, without gradients.
 
     Args:
         weight: (m, n) fp32 dense weights ``W``, operators stacked by rows.
         gram: (n, n) fp32 ``H``, mean over tokens, symmetric positive semi-definite.
-        drift: (m, n) fp32 ``R``, or None where the inputs have not drifted.
+        drift: (m, n) fp32 ``R``, or None if the inputs have not drifted.
         drift_energy: (m,) ``d``, or None with ``drift``.
-        energy: (m,) mean squared dense output of each row, the denominator of relative errors. Default: of ``W`` on
-            ``H``, which is the same thing when nothing drifted.
+        energy: (m,) mean squared dense output of each row, the denominator of relative errors. Default: computed from
+            ``W`` and ``H``, which is the same if nothing has drifted.
         target: share ``a`` of the dense model's output in the target: 1 is ``target=dense`` (FISTAPruner), 0 is
             ``target=pruned`` (SparseGPT, Wanda, ALPS).
         names: operator names, one for each block of rows.
         rows: rows of each operator, summing to m.
-        tokens: calibration tokens ``p`` behind the means; None where the Gram is to be taken as exact.
+        tokens: number of calibration tokens ``p``; None if the Gram is to be taken as exact.
 
     Raises:
-        FistaPrunerError: shapes, devices or settings disagree, or a tensor is none (the operator is named).
+        FistaPrunerError: shapes, devices or settings disagree, or something is not a tensor; names the operator.
     """
 
     weight: Tensor
@@ -110,7 +115,7 @@ class LayerProblem:
 
     @property
     def label(self) -> str:
-        """The operators' names, for messages."""
+        """Names of the operators, for messages."""
         return "+".join(self.names)
 
     @property
@@ -121,7 +126,7 @@ class LayerProblem:
 
     @property
     def drift_gradient(self) -> Tensor | None:
-        """(m, n) ``a R``: what the drift adds to the gradient at W, None when it adds nothing."""
+        """(m, n) ``a R``, the drift's part of the negative gradient at W; None if it is zero."""
         return None if self.drift is None or self.target == 0.0 else self.drift * self.target
 
     @property
@@ -131,7 +136,7 @@ class LayerProblem:
         return product if self.drift_gradient is None else product + self.drift_gradient
 
     def check_finite(self) -> None:
-        """Refuse NaN and infinity, naming the operator and where they are."""
+        """Refuse NaN and infinity; the error names the operator and the tensor."""
         for name, part in self._named_rows(self.weight):
             if not _all_finite(part):
                 raise FistaPrunerError(f"{name}: the weights contain NaN or infinite values")
@@ -140,7 +145,7 @@ class LayerProblem:
                 raise FistaPrunerError(f"{self.label}: the {what} contains NaN or infinite values")
 
     def row_errors(self, weight: Tensor) -> Tensor:
-        """(m,) fp64 error f of each row of ``weight`` (m, n)."""
+        """Compute the error f of each row of ``weight`` (m, n): (m,) fp64."""
         errors = []
         for rows in row_blocks(len(weight)):
             delta = weight[rows] - self.weight[rows]
@@ -154,29 +159,29 @@ class LayerProblem:
         return total.clamp_min(0)
 
     def errors(self, weight: Tensor) -> list[float]:
-        """Error f of each operator, in the units of mean squared output summed over rows."""
+        """Compute the error f of each operator: squared output error, mean over tokens, summed over rows."""
         return [float(part.sum()) for part in self.row_errors(weight).split(self.rows)]
 
     def relative_errors(self, weight: Tensor) -> list[float]:
-        """Error f of each operator as a share of its dense output's energy, c = ||W X||^2."""
+        """Compute the error f of each operator as a share of its dense output's energy, ``||W X||^2 / p``."""
         return self._shares(self.row_errors(weight))
 
     def dense_errors(self) -> list[float] | None:
-        """Relative error that each operator's dense weights would have: what has drifted. None where nothing has."""
+        """Compute the relative errors of the dense weights, which drift alone causes; None if nothing has drifted."""
         if self.drift_energy is None or not self.target:
             return None
         return self._shares(self.drift_energy.double() * self.target**2)
 
     def gradient(self, weight: Tensor) -> Tensor:
-        """(m, n) half the gradient of f: ``V H - B``."""
+        """Compute half the gradient of f, ``V H - B``: (m, n)."""
         product = (weight - self.weight) @ self.gram
         return product if self.drift_gradient is None else product - self.drift_gradient
 
     def weighted(self, importance: Tensor) -> LayerProblem:
-        """The problem whose error is ``sum_i importance_i f_i`` over rows i: every row scaled by the root of its importance.
+        """Scale every row by the root of its importance, so that the error is ``sum_i importance_i f_i`` over rows i.
 
-        Its solutions are scaled alike: :func:`unweighted` takes them back. Where rows compete for the weights that are kept
-        (an unstructured pattern), important ones keep more; in a row alone nothing changes.
+        Its solutions are scaled, too; :func:`unweighted` reverts that. Important rows keep more weights if rows compete
+        (unstructured sparsity); the least-squares weights of a row do not change.
 
         Args:
             importance: (m,) positive weights of the rows.
@@ -193,12 +198,12 @@ class LayerProblem:
         return replace(self, weight=self.weight * root[:, None], drift=drift, drift_energy=drift_energy, energy=self.energy * importance)
 
     def operators(self) -> list[LayerProblem]:
-        """The stacked operators one by one; tensors are views, the Gram is shared."""
+        """Split the problem into one for each operator; tensors are views, the Gram is shared."""
         starts = [sum(self.rows[:i]) for i in range(len(self.rows))]
         return [self.slice(start, start + size, (name,)) for start, size, name in zip(starts, self.rows, self.names, strict=True)]
 
     def slice(self, start: int, stop: int, names: tuple[str, ...] = ("rows",)) -> LayerProblem:
-        """The problem of rows ``start`` to ``stop`` alone, as one operator."""
+        """Restrict the problem to rows ``start`` to ``stop``, as one operator."""
 
         def part(tensor: Tensor | None) -> Tensor | None:
             return None if tensor is None else tensor[start:stop]
@@ -214,7 +219,7 @@ class LayerProblem:
         )
 
     def to(self, device: torch.device | str) -> LayerProblem:
-        """The same problem with its tensors on ``device``."""
+        """Return the same problem with its tensors on ``device``."""
 
         def move(tensor: Tensor | None) -> Tensor | None:
             return None if tensor is None else tensor.to(device)
@@ -229,7 +234,7 @@ class LayerProblem:
         )
 
     def _shares(self, row_errors: Tensor) -> list[float]:
-        """(m,) fp64 errors by row, as each operator's share of its dense output's energy."""
+        """Divide the errors of each operator's rows, (m,) fp64, by its dense output's energy."""
         assert self.energy is not None
         energies = self.energy.double().split(self.rows)
         return [float(error.sum()) / max(float(c.sum()), 1e-300) for error, c in zip(row_errors.split(self.rows), energies, strict=True)]
@@ -252,9 +257,9 @@ class LayerProblem:
 
         Args:
             weight: (m, n) dense weights.
-            inputs: (p, n) what the operator sees in the pruned model, ``X*`` by tokens.
-            dense_inputs: (p, n) what it sees in the dense model. Default: the same.
-            residual: (p, m) ``S - S*`` by tokens, see above; only with ``dense_inputs``.
+            inputs: (p, n) ``X*`` by tokens, the inputs in the partly pruned model.
+            dense_inputs: (p, n) ``X`` by tokens, the inputs in the dense model. Default: the same.
+            residual: (p, m) ``S - S*`` by tokens, the drift of the residual stream; only with ``dense_inputs``.
             target: share of the dense target.
             name: operator name.
 
@@ -288,20 +293,21 @@ class LayerProblem:
 
 
 class ProblemSums:
-    """The sums of a layer problem, gathered batch by batch in fp32.
+    """Accumulate the sums of a layer problem batch by batch in fp32.
 
-    Where inputs drift, R and d are found from either of two things that the dense model tells of the same tokens: the operators'
-    inputs X, by the sums (X - X*) X*^T and (X - X*)(X - X*)^T (n x n) and a product with W at the end, or their outputs W X, by
-    (W X) X*^T (m x n), from which W H is taken. Outputs are cheaper where an operator has no more of them than inputs, and what
-    they are added to may drift, too.
+    If inputs drift, R and d are computed from one of two activations of the dense model on the same tokens:
+
+    * from the inputs ``X``: the sums (X - X*) X*^T and (X - X*)(X - X*)^T (n x n), and a product with W at the end;
+    * from the outputs ``W X``: the sum (W X) X*^T (m x n), less W H at the end. This is cheaper if an operator has no
+      more outputs than inputs, and it allows the residual stream to drift, too.
+
+    The sums are on the weight's device. bf16 activations are multiplied on the device's bf16 units
+    (:func:`~fistapruner.runtime.numerics.fast_products`). This is exact for H. For the drift, whose factors are rounded
+    to bf16, the error is far below the drift's sampling error.
 
     Args:
         weight: (m, n) dense weights of the operators that share their inputs, stacked by rows.
-        drift_from: what of the dense model will be given with every batch; None where nothing drifts.
-
-    The sums are kept on the weight's device. Activations that are bf16 values are multiplied on the device's bf16 units
-    (:func:`~fistapruner.runtime.numerics.fast_products`): exactly for H; for the drift, whose factors are rounded to bf16, with an error
-    far below the drift's own sampling error.
+        drift_from: the dense model's activations that come with every batch; None if nothing drifts.
     """
 
     def __init__(self, weight: Tensor, *, drift_from: DriftFrom | None = None) -> None:
@@ -311,85 +317,86 @@ class ProblemSums:
         self.tokens = 0
         self.gram = torch.zeros(n, n, device=device)
         self.drift_from = drift_from
-        self._told = 0
-        self._gram_told: Tensor | None = None
+        self._compared = 0
+        self._gram_compared: Tensor | None = None
         self._cross = torch.zeros(n if drift_from == "inputs" else m, n, device=device) if drift_from else None
-        self._moved = torch.zeros(n, n, device=device) if drift_from == "inputs" else None
-        self._energy, self._wanted = torch.zeros(2, m, dtype=torch.float64, device=device)
+        self._input_drift = torch.zeros(n, n, device=device) if drift_from == "inputs" else None
+        self._dense_energy, self._target_energy = torch.zeros(2, m, dtype=torch.float64, device=device)
 
     def add(self, inputs: Tensor, dense: Tensor | None = None, residual: Tensor | None = None) -> None:
         """Add a batch.
 
         Args:
             inputs: (tokens, n) inputs in the partly pruned model.
-            dense: of the same tokens in the dense model, (tokens, n) inputs or (tokens, m) outputs without bias, as ``drift_from`` says;
-                None from the first batch on that the dense model did not see.
-            residual: (tokens, m) ``S - S*``, what the outputs are added to in the dense model less that in the pruned one; only with
-                ``drift_from="outputs"``. Default: it has not drifted.
+            dense: activations of the dense model on the same tokens: (tokens, n) inputs or (tokens, m) outputs without
+                bias, as ``drift_from`` says. None for batches without them, which come after all others.
+            residual: (tokens, m) ``S - S*``, the drift of the residual stream; only with ``drift_from="outputs"``.
+                Default: no drift.
         """
         x = inputs.float()
         self.tokens += x.shape[0]
-        if self._cross is not None and (dense is None) != (self._told < self.tokens - x.shape[0]):
+        if self._cross is not None and (dense is None) != (self._compared < self.tokens - x.shape[0]):
             if dense is not None:
                 raise FistaPrunerError(f"dense {self.drift_from} are for the first batches: one without them was added before")
             if self.drift_from == "outputs":
-                self._gram_told = self.gram.clone()
+                self._gram_compared = self.gram.clone()
         with fast_products(inputs.dtype == torch.bfloat16):
             add_gram(self.gram, x)
             if self._cross is None or dense is None:
                 return
-            self._told += x.shape[0]
-            if self._moved is not None:
+            self._compared += x.shape[0]
+            if self._input_drift is not None:
                 moved = dense.float() - x
-                add_gram(self._moved, moved)
+                add_gram(self._input_drift, moved)
                 self._cross.addmm_(moved.T, x)
                 return
-            wanted = dense.float()
-            self._energy += wanted.square().sum(0, dtype=torch.float64)
+            target_outputs = dense.float()
+            self._dense_energy += target_outputs.square().sum(0, dtype=torch.float64)
             if residual is not None:
-                wanted = wanted + residual
-            self._cross.addmm_(wanted.T, x)
-            self._wanted += wanted.square().sum(0, dtype=torch.float64)
+                target_outputs = target_outputs + residual
+            self._cross.addmm_(target_outputs.T, x)
+            self._target_energy += target_outputs.square().sum(0, dtype=torch.float64)
 
     def problem(self, names: Sequence[str], rows: Sequence[int], target: float, *, release: bool = False) -> LayerProblem:
-        """The layer problem of all tokens added so far (means over tokens).
+        """Make the layer problem of all tokens added so far (means over tokens).
 
         Args:
             names: operator names, one for each block of rows.
             rows: rows of each operator.
             target: share of the dense model's output in the target.
-            release: nothing will be added or asked any more: the Gram's memory becomes the problem's, so that a large one
+            release: these sums will not be used again: the problem takes over the Gram's memory, so that a large Gram
                 is never in memory twice, and the other sums are freed.
 
         Raises:
-            FistaPrunerError: no tokens were added, none of the dense model though ``drift_from``, or something is NaN or infinite.
+            FistaPrunerError: no tokens were added, none with the dense activations that ``drift_from`` needs, or a
+                value is NaN or infinite.
         """
-        if not self.tokens or (self.drift_from and not self._told):
+        if not self.tokens or (self.drift_from and not self._compared):
             where = " in the dense model" if self.tokens else ""
             raise FistaPrunerError(f"{'+'.join(names)}: no calibration tokens reached this operator{where}")
         mean = Tensor.div_ if release else Tensor.div
         gram = mirror(mean(self.gram, self.tokens))
         drift = drift_energy = energy = None
-        if self._cross is not None and self._moved is not None:
-            across = self.weight @ mean(self._cross, self._told)
-            moved = mirror(mean(self._moved, self._told))
+        if self._cross is not None and self._input_drift is not None:
+            across = self.weight @ mean(self._cross, self._compared)
+            moved = mirror(mean(self._input_drift, self._compared))
             drift, drift_energy = across, _row_dots(lambda rows: self.weight[rows] @ moved, self.weight).clamp_min(0)
             # ||W X||^2 = ||W X*||^2 + 2 <W X*, W (X - X*)> + ||W (X - X*)||^2, row by row.
             energy = _row_dots(lambda rows: torch.add(self.weight[rows] @ gram, across[rows], alpha=2.0), self.weight) + drift_energy
         elif self._cross is not None:
-            drift = difference = mean(self._cross, self._told)
-            told = gram if self._gram_told is None else mirror(mean(self._gram_told, self._told))
+            drift = difference = mean(self._cross, self._compared)
+            compared_gram = gram if self._gram_compared is None else mirror(mean(self._gram_compared, self._compared))
 
             def subtract_seen(rows: slice) -> Tensor:
-                seen = self.weight[rows] @ told
+                seen = self.weight[rows] @ compared_gram
                 difference[rows] -= seen
                 return torch.add(seen, difference[rows], alpha=2.0)
 
-            # With T the outputs wanted: ||T - W X*||^2 = ||T||^2 - <W X*, 2 (T - W X*) + W X*>, row by row.
-            drift_energy = (self._wanted / self._told - _row_dots(subtract_seen, self.weight)).clamp_min(0)
-            energy = self._energy / self._told
+            # With T the target outputs: ||T - W X*||^2 = ||T||^2 - <W X*, 2 (T - W X*) + W X*>, row by row.
+            drift_energy = (self._target_energy / self._compared - _row_dots(subtract_seen, self.weight)).clamp_min(0)
+            energy = self._dense_energy / self._compared
         if release:
-            self._cross = self._moved = self._gram_told = None
+            self._cross = self._input_drift = self._gram_compared = None
         problem = LayerProblem(
             weight=self.weight,
             gram=gram,
@@ -406,19 +413,19 @@ class ProblemSums:
 
 
 def unweighted(weight: Tensor, importance: Tensor) -> Tensor:
-    """(m, n) weights of the plain problem from those of the :meth:`~LayerProblem.weighted` one; in place."""
+    """Revert the scaling of :meth:`LayerProblem.weighted` in (m, n) weights; in place."""
     return weight.div_(importance.sqrt()[:, None])
 
 
 def _require_float(tensor: Any, what: str) -> None:
-    """Refuse what is no floating-point tensor; ``what`` names it."""
+    """Refuse anything but a floating-point tensor; ``what`` names it in the error."""
     if not isinstance(tensor, Tensor) or not tensor.is_floating_point():
         found = tensor.dtype if isinstance(tensor, Tensor) else type(tensor).__name__
         raise FistaPrunerError(f"{what} is {found}, expected a floating-point tensor")
 
 
 def _plain(tensor: Any, what: str, *, keep_double: bool = False) -> Tensor:
-    """The tensor as solvers want it: fp32 (or fp64), contiguous, without gradients; the same object where it is so already."""
+    """Convert a tensor to fp32 (or keep fp64), contiguous, without gradients; the same object if it is so already."""
     _require_float(tensor, what)
     plain: Tensor = tensor.detach() if tensor.requires_grad else tensor
     plain = plain if keep_double and plain.dtype == torch.float64 else plain.float()
@@ -426,12 +433,12 @@ def _plain(tensor: Any, what: str, *, keep_double: bool = False) -> Tensor:
 
 
 def _row_dots(left: Callable[[slice], Tensor], right: Tensor) -> Tensor:
-    """(m,) fp64 inner products of the rows of ``right`` (m, n) with those that ``left`` makes, a block at a time."""
+    """Compute inner products of the rows of ``right`` (m, n) with those of ``left``, by blocks: (m,) fp64."""
     return torch.cat([_row_dot(left(rows), right[rows]) for rows in row_blocks(len(right))])
 
 
 def _row_dot(a: Tensor, b: Tensor) -> Tensor:
-    """(m,) fp64 inner products of the rows of two (m, n) blocks."""
+    """Compute inner products of the rows of two (m, n) blocks: (m,) fp64."""
     return (a.double() * b.double()).sum(1)
 
 

@@ -118,11 +118,11 @@ class Constraint(ABC):
 
     @property
     def nm(self) -> NM | None:
-        """The n:m pattern that every weight of this constraint has, for packing, permutation and sparse tensor cores."""
+        """The n:m pattern that all its weights have, if any: for packing, permutation and sparse tensor cores."""
         return None
 
     def rows_independent(self, scope: Scope = "operator") -> bool:
-        """Tell whether each row of a projection depends on the scores of that row alone."""
+        """Return whether each row of a projection depends on the scores of that row alone."""
         return False
 
     def rows_block(self, rows: int, columns: int, start: int, stop: int) -> Constraint:

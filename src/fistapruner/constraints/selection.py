@@ -12,9 +12,9 @@ from ..runtime.numerics import row_blocks
 
 
 def keep_largest(scores: Tensor, count: int) -> Tensor:
-    """Mask of exactly ``count`` largest entries of ``scores`` (any shape), ties broken by position.
+    """Select exactly the ``count`` largest entries of ``scores``: a boolean mask of the same shape.
 
-    NaN scores count as the smallest.
+    The first of tied scores are kept; NaN counts as the smallest.
     """
     flat = scores.flatten()
     total = flat.numel()
@@ -22,8 +22,8 @@ def keep_largest(scores: Tensor, count: int) -> Tensor:
         return torch.zeros_like(scores, dtype=torch.bool)
     if count >= total:
         return torch.ones_like(scores, dtype=torch.bool)
-    # The count-th largest value, then every entry above it, then as many ties as are still missing, first come first kept.
-    if flat.device.type != "cpu":  # no answer from the device is waited for
+    # Every entry above the count-th largest value, then the first ties with it, as many as are missing.
+    if flat.device.type != "cpu":  # without waiting for the device
         flat = torch.nan_to_num(flat, nan=-math.inf)
         threshold = torch.topk(flat, count, sorted=False).values.min()
         mask = flat > threshold
@@ -44,10 +44,10 @@ def keep_largest(scores: Tensor, count: int) -> Tensor:
 
 
 def _kth_largest(flat: Tensor, count: int) -> Tensor:
-    """The ``count``-th largest of a 1-D tensor on the CPU, 0-dim.
+    """Find the ``count``-th largest of a 1-D tensor on the CPU, 0-dim.
 
-    Selection is slow for millions of values and copies them. A sorted sample brackets the answer closely, and only the
-    values inside the bracket are searched; where the bracket misses (many ties, a periodic pattern) bisection finds it.
+    Selection is slow for millions of values and copies them. A sorted sample brackets the result closely, and only the
+    values inside the bracket are searched. If it lies outside (many ties, a periodic pattern), bisection finds it.
     """
     total = flat.numel()
     if total < 1 << 17 or flat.dtype == torch.float64:
@@ -68,12 +68,12 @@ def _kth_largest(flat: Tensor, count: int) -> Tensor:
 
 
 def bisect_kth_largest(flat: Tensor, count: int) -> Tensor:
-    """The same by bisection over all fp32 numbers, which are as many integers in the same order: no copy, 32 passes."""
+    """Find it by bisection over all fp32 numbers, which are ordered as integers: no copy, 32 passes."""
 
     def number(key: int) -> float:
         return float(struct.unpack("<f", struct.pack("<i", key if key >= 0 else key ^ 0x7FFFFFFF))[0])
 
-    low, high = -0x7F800001, 0x7F800000  # of minus and plus infinity
+    low, high = -0x7F800001, 0x7F800000  # keys of minus and plus infinity
     while low < high:  # the smallest number that fewer than count values exceed
         middle = (low + high) // 2
         if sum(int(torch.count_nonzero(flat[rows].float() > number(middle))) for rows in row_blocks(len(flat))) < count:
@@ -84,7 +84,7 @@ def bisect_kth_largest(flat: Tensor, count: int) -> Tensor:
 
 
 def keep_n_of_m(scores: Tensor, n: int, m: int) -> Tensor:
-    """Mask of the ``n`` largest of every ``m`` consecutive entries of each row of ``scores`` (rows x columns)."""
+    """Select the ``n`` largest of every ``m`` consecutive entries of each row of ``scores`` (rows, columns)."""
     mask = torch.zeros_like(scores, dtype=torch.bool, memory_format=torch.contiguous_format)
     for rows in row_blocks(len(scores)):
         groups = torch.nan_to_num(scores[rows], nan=-math.inf).reshape(-1, m)

@@ -49,10 +49,10 @@ class ProjectedThreshold:
 
 
 class SampledThreshold:
-    """Keep about the right share of an operator's values: the threshold is the quantile of a fixed sample of them.
+    """Keep about the right share of an operator's values, with a quantile of a fixed sample as threshold.
 
-    Selecting the k-th largest of all values costs more than the product of an iteration; of eight thousand it costs next to
-    nothing. The sample's bias is measured now and then on all values and taken out of the wanted quantile.
+    Selecting the k-th largest of all values takes longer than the product of an iteration; of eight thousand values the
+    time does not matter. With ``correct``, the bias of the sample is measured on all values and the quantile corrected.
 
     Args:
         zeros: values that become zero.
@@ -64,7 +64,7 @@ class SampledThreshold:
         self.wanted = self.total - zeros
         self.stride = max(1, self.total // SAMPLE)
         while self.stride > 1 and (columns % self.stride == 0 or self.stride % 2 == 0):
-            self.stride += 1  # a stride that divides the columns would see a few inputs only
+            self.stride += 1  # a stride that divides the columns would sample a few inputs only
         self.size = (self.total + self.stride - 1) // self.stride
         self.rank: Tensor | None = None
 
@@ -80,7 +80,7 @@ class SampledThreshold:
         if self.rank is None:
             self.rank = torch.full((), self.size * (self.total - self.wanted) / self.total, device=values.device)
         place = self.rank.round().long().clamp(0, self.size - 1)
-        # Selection is faster than sorting, but wants its rank from the host, which on a GPU would stall the queue; so would indexing.
+        # Selection is faster than sorting, but needs the rank on the host, which would stall a GPU; so would indexing.
         bound = sample.kthvalue(int(place) + 1).values if values.device.type == "cpu" else sample.sort().values.take(place)
         hard_threshold(values, bound, out)
         if correct:
@@ -89,10 +89,10 @@ class SampledThreshold:
 
 
 class GroupThreshold:
-    """Keep the n largest of every m values; ties keep none or halves of them, which iterations do not mind.
+    """Keep the n largest of every m values; of tied values it may keep none, or half of each.
 
-    The m members of group g are ``values[:, i * groups + g]``: slices that a comparison network (Batcher's odd-even merge
-    sort) sorts without gathering.
+    The m members of group g are ``values[:, i * groups + g]``, i.e. slices, which a comparison network (Batcher's
+    odd-even merge sort) sorts without gathering.
 
     Args:
         n: values kept of every group.
@@ -105,7 +105,7 @@ class GroupThreshold:
 
     def __call__(self, values: Tensor, out: Tensor, *, correct: bool) -> None:
         """Write ``values`` (rows, columns) to ``out``, zero where they are not among the n largest of their group."""
-        # On a CPU in blocks of rows that stay in the cache from one comparison to the next.
+        # On a CPU, in blocks of rows that stay in the cache between comparisons.
         block = max(1, BLOCK // values.shape[1]) if values.device.type == "cpu" else len(values)
         for part, kept in zip(values.split(block), out.split(block), strict=True):
             self._keep(part, kept)
@@ -124,9 +124,9 @@ class GroupThreshold:
 
 
 def hard_threshold(values: Tensor, bound: Tensor, out: Tensor) -> None:
-    """``values`` where their magnitude exceeds ``bound`` (0-dim tensor), else zero, into ``out``.
+    """Write ``values`` to ``out``, zero where their magnitude does not exceed ``bound`` (0-dim tensor).
 
-    On a CPU the bound is read by the host and one vectorised pass does it; on a GPU reading it would stall the queue.
+    On a CPU the host reads the bound and one vectorised pass suffices; on a GPU reading it would stall the queue.
     """
     if values.device.type == "cpu":
         torch.ops.aten.hardshrink.out(values, float(bound), out=out)
@@ -135,7 +135,7 @@ def hard_threshold(values: Tensor, bound: Tensor, out: Tensor) -> None:
 
 
 def _odd_even_merge_sort(m: int) -> list[tuple[int, int]]:
-    """Comparators (i, j), i < j, of Batcher's network for any m; after max to i and min to j the order is descending."""
+    """List the comparators (i, j), i < j, of Batcher's network; with max to i and min to j it sorts descending."""
     comparators = []
     p = 1
     while p < m:

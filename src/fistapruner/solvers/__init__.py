@@ -1,4 +1,4 @@
-"""Every solver and refinement by name, and the one function that runs a chain of them."""
+"""Solvers and refinements by name, and the function that runs a chain of them."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ METHODS: dict[str, type[Method]] = {
 }
 
 ONE_AT_A_TIME = threading.RLock()
-"""Held by :func:`solve`: the precision of products is a setting of the process, and a solve changes it."""
+"""Held by :func:`solve`, which changes the precision of products, a setting of the whole process."""
 
 Steps = str | Method | Sequence["str | dict[str, object] | Method"]
 
@@ -54,7 +54,8 @@ def parse_method(value: Steps) -> tuple[Method, ...]:
     if not steps:
         raise FistaPrunerError("method is empty: name one of " + ", ".join(METHODS))
     if steps[0].refines:
-        raise FistaPrunerError(f"method {steps[0].name!r} refines another solution: put a solver before it, such as wanda+{steps[0].name}")
+        first = steps[0].name
+        raise FistaPrunerError(f"method {first!r} refines another solution: put a solver before it, such as wanda+{first}")
     return steps
 
 
@@ -95,20 +96,20 @@ def solve(
 ) -> Solution:
     """Prune the operators of a layer problem.
 
-    Calls from several threads run one after another, so that each gives the bits that it would give alone.
+    Calls from several threads run one after another, so that each call returns the same bits as on its own.
 
     Args:
         problem: the layer problem.
-        sparsity: one pattern for all operators, or one for each.
+        sparsity: one constraint for all operators, or one for each.
         method: a method or a chain (see :func:`parse_method`).
 
     Returns:
-        The solution; its ``stats`` hold, for each operator, ``relative_error``, the method's own records under
-        ``steps`` and the seconds each step took (shared by the operators that were solved together).
+        The solution. For each operator its ``stats`` hold ``relative_error`` and, under ``steps``, one record for
+        each step: the method, its error, its seconds (of all operators together) and what the solver recorded.
 
     Raises:
-        FistaPrunerError: bad settings, a pattern that does not fit, NaN in the data, or settings so extreme that the
-            solution is not finite.
+        FistaPrunerError: bad settings, a constraint that does not fit or is not supported, NaN in the data, or
+            settings so extreme that the solution is not finite.
     """
     if not isinstance(problem, LayerProblem):
         raise FistaPrunerError(f"problem is a {type(problem).__name__}, expected a LayerProblem")
@@ -127,7 +128,7 @@ def solve(
 
 
 def _run_steps(problem: LayerProblem, parsed: Sequence[Constraint], steps: Sequence[Method]) -> Solution:
-    """Run a chain whose settings, patterns and data have been checked."""
+    """Run a chain after its settings, constraints and data have been checked."""
     solution: Solution | None = None
     records: list[list[dict[str, object]]] = [[] for _ in problem.rows]
     warnings: list[str] = []

@@ -1,4 +1,4 @@
-"""ADMM weight update: one inverse, a few steps, the mask chosen anew while the sparsity grows."""
+"""ADMM weight update: one inverse, a few steps, a new mask in each step while the sparsity grows."""
 
 from __future__ import annotations
 
@@ -21,14 +21,15 @@ class ADMM(Method):
 
         Z = (V + U) on the mask;   U = U + V - Z;   V = (B + rho (Z - U)) (H + rho I)^-1.
 
-    The mask keeps the largest ``|V + U|`` of the whole operator. It is chosen anew in the first steps, at a sparsity that
-    grows as ``s (1 - (1 - t/k)^3)``, and then fixed. For n:m the n largest of each group stay, and of all others the
-    smallest of the whole operator go, as many as that sparsity says.
+    The mask keeps the largest ``|V + U|`` of the whole operator. In the first k steps it is chosen anew, at a sparsity
+    that grows as ``s (1 - (1 - t/k)^3)``; then it is fixed. For other constraints than unstructured sparsity, the
+    weights that the projection keeps stay, and the smallest of all others are dropped, as many as that sparsity asks
+    for.
 
     Args:
         rho: penalty, in units of the scaled Gram's diagonal before it is damped (the paper's 1).
         iterations: steps in all (20).
-        growing: steps in which the sparsity grows and the mask is chosen anew (15); 0 takes the mask of the dense weights.
+        growing: k, steps in which the sparsity grows (15); 0 takes the mask of the dense weights.
         damping: added to the scaled Gram's diagonal (0.1).
     """
 
@@ -42,9 +43,9 @@ class ADMM(Method):
     damping: float = Field(0.1, ge=0.0)
 
     # Differs from the author's program (github.com/fmfi-compbio/admm-pruning, lib/admm.py):
-    # (1) There the mask of the whole operator has the final sparsity from the first step on; the schedule is computed, but
-    #     only the masks by row and n:m use it. Here it grows for all of them, as the paper's algorithm 2 says. On Grams of
-    #     SmolLM2 the error is then 1.2 % lower at 50 % and 0.3 % higher at 70 %.
+    # (1) There the mask of the whole operator has the final sparsity from the first step on; the schedule is computed,
+    #     but only the masks by row and n:m use it. Here it grows for all of them, as the paper's algorithm 2 says. On
+    #     Grams of SmolLM2 the error is then 1.2 % lower at 50 % and 0.3 % higher at 70 %.
     # (2) There n:m is 2:4 whatever is asked for. Here it is any n:m.
     # (3) There the number of zeros is rounded down. Here it is exact (the operator's promised number).
     # (4) There a dead input's scale is 1e-8. Here it takes part with the mean of the diagonal, as in every solver.

@@ -1,4 +1,4 @@
-"""ALPS: ADMM between a dense least squares and the sparse set, its penalty raised as the support settles."""
+"""ALPS: ADMM between least squares and the constraint, with a penalty that grows as the support settles."""
 
 from __future__ import annotations
 
@@ -23,13 +23,14 @@ class ALPS(Method):
 
         A = (B~ - U + rho D) Q (l + rho)^-1 Q^T;   D = P(A + U / rho);   U = U + rho (A - D).
 
-    Every third step rho grows by 1.3, 1.2 or 1.1, as the support changes by more than 10 %, more than 0.5 %, or at all; it
-    stops when the support rests (or, after 30 steps, changes by less than 0.03 %), both as the authors' program does. If
-    the support rests before it ever moved much, rho was too large: it falls to a fifth and ADMM starts again.
+    Every third step rho grows by a factor of 1.3, 1.2 or 1.1 if the support changed by more than 10 %, more than 0.5 %,
+    or at all. ADMM stops when the support no longer changes (after 30 steps: by less than 0.03 %). Both rules are those
+    of the authors' program. If the support stops changing before it ever changed by 0.5 %, rho was too large: it falls
+    to a fifth and ADMM starts again.
 
     Args:
         rho: first penalty, in units of the scaled Gram's diagonal.
-        iterations: most ADMM steps.
+        iterations: largest number of ADMM steps.
         damping: added to the diagonal of H, as a share of its mean, in the quadratic and the linear term.
         refit: conjugate gradient steps at the end.
     """
@@ -63,7 +64,7 @@ class ALPS(Method):
         return Solution(refit_cg(problem, gram, weight, mask, self.refit), mask, tuple(stats))
 
     def _admm(self, dense: Tensor, linear: Tensor, values: Tensor, vectors: Tensor, pattern: Constraint) -> tuple[Tensor, Tensor, Stats]:
-        """ADMM of one operator in scaled coordinates: its projected weights, its mask and the records."""
+        """Run ADMM for one operator in scaled coordinates; returns its projected weights, mask and records."""
         rho = self.rho
         support = first = pattern.project(dense.abs())
         kept = max(int(first.sum()), 1)

@@ -1,9 +1,9 @@
-"""What a method is: a frozen settings object that turns a layer problem into a solution.
+"""Base class of methods: a frozen settings object that solves a layer problem.
 
-A *solver* makes a solution from the problem alone (it may use the previous step's as a start). A *refinement* improves
-the solution of the step before it. Both have the same shape, so they chain: ``wanda -> refit``,
-``sparsegpt -> fista -> refit -> swap``. To add one, write one file with one class and name it in
-``solvers/__init__.py``; it then exists in recipes, on the command line, in ``compare`` and in the property tests.
+A *solver* computes a solution from the problem alone; it may start from the previous step's solution. A *refinement*
+improves the previous step's solution. Both have the same interface and can be chained: ``wanda+refit``,
+``sparsegpt+fista+refit+swap``. To add one, write one file with one class and name it in ``solvers/__init__.py``. It is
+then available in recipes, on the command line, in ``compare`` and in the property tests.
 """
 
 from __future__ import annotations
@@ -32,8 +32,8 @@ class Solution:
     Args:
         weight: (m, n) fp32, exactly zero where ``mask`` is False.
         mask: (m, n) bool, True where a weight is kept; exact for every operator's sparsity.
-        stats: one dictionary for each operator (JSON values): what its solver recorded.
-        warnings: sentences for the user, each naming its operator.
+        stats: what the solver recorded of each operator: one dictionary of JSON values for each.
+        warnings: sentences for the user; each names its operator.
     """
 
     weight: Tensor
@@ -44,18 +44,18 @@ class Solution:
 
 @dataclass(frozen=True)
 class Trace:
-    """What a solver records of every round, and how a report shows it.
+    """Describe the record that a solver keeps of every round, so that reports can draw it.
 
     Args:
-        key: key of the rounds in an operator's ``stats``: a list of one dictionary for each.
+        key: key of the rounds in an operator's ``stats``; its value is a list with one dictionary for each round.
         value: key of a round's result, a number.
         penalty: key of the penalty that the round used, a number.
         value_label: axis label of the result.
         penalty_label: axis label of the penalty, its symbol.
         round_label: axis label of the rounds.
-        caption: sentence about what is shown.
-        of_first: results are shown as a multiple of the first one, on a linear axis; else in %, on a logarithmic one.
-        search: rounds are candidates: the best of them and of the warm start is the solution.
+        caption: a sentence that says what is drawn.
+        of_first: draw results relative to the first one on a linear axis; else in % on a logarithmic axis.
+        search: every round is a candidate; the solution is the best of them and of the warm start.
     """
 
     key: str
@@ -69,7 +69,7 @@ class Trace:
     search: bool = False
 
     def rounds(self, stats: Mapping[str, Any]) -> list[Stats]:
-        """Read the rounds from what a step recorded; empty where they are missing or incomplete."""
+        """Read the rounds from a step's record; empty if they are missing or incomplete."""
         rounds = stats.get(self.key)
         if not isinstance(rounds, list):
             return []
@@ -86,11 +86,11 @@ SUPPORT_CHANGE = Trace(
     round_label="step of ρ",
     caption="Share of the kept weights that another weight replaced as the penalty ρ grew, for the hardest operators.",
 )
-"""Of solvers whose penalty grows until the support rests."""
+"""Trace of solvers that raise the penalty until the support stops changing."""
 
 
 class Method(BaseModel, ABC):
-    """Base of solvers and refinements: settings are fields, validated, unknown ones refused."""
+    """Base of solvers and refinements: settings are validated fields; unknown settings are refused."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
@@ -98,17 +98,17 @@ class Method(BaseModel, ABC):
     summary: ClassVar[str]
     reference: ClassVar[str] = ""
     refines: ClassVar[bool] = False
-    """True for a refinement: it needs the solution of a step before it."""
+    """Whether it is a refinement, which needs the solution of a previous step."""
     auto_keeps_paper_settings: ClassVar[bool] = True
-    """``auto`` settings of a recipe leave a published method as it was published, and give this project's own what measured best."""
+    """Whether ``auto`` settings of a recipe are the paper's; if not, they are what measured best."""
     propagate: ClassVar[Literal["dense", "pruned"]] = "pruned"
-    """Whose hidden states feed a decoder layer with ``propagate: auto``."""
+    """The model whose hidden states feed a decoder layer with ``propagate: auto``."""
     target: ClassVar[float] = 0.0
-    """Share of the dense target with ``target: auto``, where hidden states are those that :attr:`propagate` says."""
+    """Share of the dense target with ``target: auto``, if ``propagate`` is the method's own."""
     trace: ClassVar[Trace | None] = None
-    """What is recorded of every round, None where there is nothing to draw."""
+    """The record of every round, or None if the method keeps none."""
     refit_helps: ClassVar[bool] = False
-    """Whether the kept weights are far from their least-squares values, so that a refit after it is worth its time."""
+    """Whether the kept weights are far from their least-squares values, so that a refit lowers the error."""
 
     @abstractmethod
     def solve(self, problem: LayerProblem, sparsity: Sequence[Constraint], start: Solution | None = None) -> Solution:
@@ -116,25 +116,25 @@ class Method(BaseModel, ABC):
 
         Args:
             problem: the layer problem.
-            sparsity: one pattern for each operator.
-            start: the solution of the previous step of a chain.
+            sparsity: one constraint for each operator.
+            start: the solution of the previous step of a chain, or None.
         """
 
     def for_model(self, family: Callable[[], str], earlier: Method | None = None) -> Method:
-        """This method with settings written out that depend on the model it prunes.
+        """Return this method with the settings resolved that depend on the model.
 
         Args:
-            family: tells the model's family (``model_type`` of its config); asked only where a setting depends on it.
-            earlier: the same step of the run that is continued: what it chose stays.
+            family: returns the model's family (``model_type`` of its config); called only if a setting needs it.
+            earlier: the same step of the run that is continued; its choices stay.
         """
         return self
 
     def supports(self, constraint: Constraint) -> bool:
-        """Tell whether the method can prune to the constraint; most methods can prune to any."""
+        """Return whether the method can prune to the constraint; most methods can prune to any."""
         return True
 
     def rows_independent(self, sparsity: Constraint) -> bool:
-        """Whether a row's answer depends on that row alone, so that blocks of rows may be solved apart from each other."""
+        """Return whether each row is solved alone, so that blocks of rows can be solved in parallel."""
         return False
 
 

@@ -1,4 +1,4 @@
-"""What makes a Gram safe to factor: dead inputs, damping raised step by step, a bound on its largest eigenvalue."""
+"""Make a Gram safe to factor: dead inputs, damping, and a bound on its largest eigenvalue."""
 
 from __future__ import annotations
 
@@ -9,12 +9,12 @@ from ..errors import FistaPrunerError
 
 
 def dead_inputs(gram: Tensor) -> Tensor:
-    """(n,) True for inputs that are zero on every calibration token: their weights change no output."""
+    """Find inputs that are zero on every calibration token: (n,) bool. Their weights change no output."""
     return gram.diagonal() <= 0
 
 
 def alive_gram(gram: Tensor) -> Tensor:
-    """The Gram with the mean of its diagonal (1 if all is dead) in place of each dead input's zero: (n, n), a copy if any."""
+    """Replace the diagonal zero of each dead input by the diagonal's mean (1 if all are dead): (n, n), a copy."""
     dead = dead_inputs(gram)
     diagonal = gram.diagonal()
     level = diagonal.clamp_min(0).mean()
@@ -23,22 +23,22 @@ def alive_gram(gram: Tensor) -> Tensor:
 
 
 def damped_cholesky(gram: Tensor, share: float, label: str, most: float = 10.0) -> tuple[Tensor, float, list[str]]:
-    """Lower Cholesky factor of ``gram + d I``, the damping d raised tenfold until the factorisation succeeds.
+    """Factor ``gram + d I`` by Cholesky, raising the damping d tenfold until the factorisation succeeds.
 
     Args:
         gram: (n, n) symmetric positive semi-definite.
-        share: first damping, as a share of the mean of the diagonal (0.01 in SparseGPT and ALPS).
-        label: operators, for the warning.
-        most: largest share that is tried.
+        share: first damping, as a share of the diagonal's mean (0.01 in SparseGPT and ALPS).
+        label: names of the operators, for the warning.
+        most: largest share to try.
 
     Returns:
-        The factor, the share that was needed, and a warning that names the operators if it is not the first one.
+        The lower factor, the share that was used, and a warning that names the operators if it was raised.
 
     Raises:
-        FistaPrunerError: no damping helps; the Gram is not a Gram.
+        FistaPrunerError: no damping helps, so the matrix is not a Gram.
     """
     mean = gram.diagonal().mean()
-    # A pivot as small as the rounding of the diagonal carries no information, even if the factorisation went through.
+    # A pivot as small as the rounding error of the diagonal carries no information, even if the factorisation succeeds.
     floor = gram.shape[0] * torch.finfo(gram.dtype).eps
     used = share
     while used <= most:
@@ -49,17 +49,18 @@ def damped_cholesky(gram: Tensor, share: float, label: str, most: float = 10.0) 
         if int(info) == 0 and bool((pivots > floor).all()):
             warnings = []
             if used != share:
-                warnings = [f"{label}: the Gram is close to singular; damping raised from {share:g} to {used:g} of its mean diagonal"]
+                raised = f"damping raised from {share:g} to {used:g} of its mean diagonal"
+                warnings = [f"{label}: the Gram is close to singular; {raised}"]
             return factor, used, warnings
         used = max(used * 10.0, 1e-6)
     raise FistaPrunerError(f"{label}: the Gram has no Cholesky factor even with {most:g} of its mean diagonal added: check its activations")
 
 
 def largest_eigenvalue(gram: Tensor, steps: int = 40, block: int = 8) -> Tensor:
-    """Largest eigenvalue of a symmetric positive semi-definite ``gram``, from block power iteration (0-dim tensor).
+    """Bound the largest eigenvalue of a positive semi-definite ``gram`` by block power iteration (0-dim tensor).
 
-    The Rayleigh-Ritz value approaches from below; 0.1 % is added so that 1/L stays a safe step. Real Grams have a few
-    massive-activation directions far above the rest, where a handful of iterations already agree to many digits.
+    The Rayleigh-Ritz value approaches it from below; 0.1 % is added so that 1/L is a safe step. Grams of real models
+    have a few massive-activation directions far above the rest, so that a few iterations agree to many digits.
     """
     n = gram.shape[0]
     generator = torch.Generator().manual_seed(0)

@@ -1,4 +1,4 @@
-"""FISTAPruner: an l1-regularised least squares solved by FISTA, rounded to the sparsity, its weight lambda adapted."""
+"""FISTAPruner: l1-regularised least squares by FISTA, rounded to the constraint, with an adaptive lambda."""
 
 from __future__ import annotations
 
@@ -28,30 +28,32 @@ class Fista(Method):
     """FISTAPruner (arXiv 2408.03728): ``min_V f(V)/2 + lambda ||V||_1``, rounded, with an adaptive lambda.
 
     Two defaults differ from the paper; the recipe ``paper`` sets both as published:
-    (1) lambda is relative to ``max |B|`` (``penalty``). (2) The warm start is SparseGPT for every model (``warm_start``).
+    (1) lambda is relative to ``max |B|`` (``penalty``). (2) The warm start is SparseGPT for every model
+    (``warm_start``).
 
-    Each round runs FISTA from the best rounded weights so far, rounds by magnitude to the exact pattern, and keeps the
-    result if ``E_total = sqrt f(rounded)`` fell. With ``E_fista = sqrt f(V)`` and ``E_round = E_total - E_fista``, lambda
-    is raised when ``E_round / E_total > xi`` (the solution is not sparse enough to survive rounding), else lowered, by
-    bisection. The warm start is the first candidate, so the result is never worse than it.
+    Each round runs FISTA from the best rounded weights so far, projects by magnitude onto the constraint, and keeps the
+    result if ``E_total = sqrt f(rounded)`` fell. With ``E_fista = sqrt f(V)`` and ``E_round = E_total - E_fista``, a
+    bisection raises lambda if ``E_round / E_total > xi`` (the solution is too dense to be rounded well), else lowers
+    it. The warm start is the first candidate, so that the result is never worse than the warm start.
 
     Every round also records a certificate of its convex problem: the duality gap as a share of the objective, and the
     fixed-point residual ``||V - prox(V - grad/L)|| / ||V||``.
 
     Args:
-        iterations: K, FISTA steps in a round (paper: 20).
-        tolerance: an operator stops when ``||V_k - V_{k-1}||_F`` falls below it (paper: 1e-6).
+        iterations: K, FISTA steps of a round (paper: 20).
+        tolerance: an operator's FISTA stops when ``||V_k - V_{k-1}||_F`` falls below it (paper: 1e-6).
         xi: share of rounding error above which lambda is raised (paper: 0.3).
-        patience: T, rounds without improvement before it stops (paper: 3).
-        warm_start: solver of the first weights when the chain brings none. ``auto`` is the paper's choice by the model's
-            family: SparseGPT for OPT, Wanda for LLaMA and every other.
+        patience: T, rounds without improvement after which it stops (paper: 3).
+        warm_start: solver of the first weights if the chain has no step before. ``auto`` is the paper's choice by the
+            model's family: SparseGPT for OPT, Wanda for LLaMA and every other.
         penalty: ``relative`` measures lambda in units of ``max |B|``, above which the solution is zero, and bisects its
-            logarithm, so that it does not depend on the scale of weights, activations or tokens. ``published`` takes
-            the paper's numbers literally, on sums over tokens: start 1e-5, interval [0, 1e6], width 1e-6.
+            logarithm, so that lambda does not depend on the scale of weights and activations or the number of tokens.
+            ``published`` takes the paper's numbers literally, on sums over tokens: start 1e-5, interval [0, 1e6],
+            width 1e-6.
         penalty_start: first lambda, in units of ``max |B|`` (``relative`` only).
         penalty_interval: bounds of the bisection, in units of ``max |B|`` (``relative`` only).
-        penalty_width: stops when the interval's ends agree to this factor minus one (``relative`` only).
-        fast: low-precision matrix units inside the iterations; errors and certificates are always fp32.
+        penalty_width: stops when the ends of the interval differ by less than this share (``relative`` only).
+        fast: use low-precision matrix units inside the iterations; errors and certificates are always fp32.
     """
 
     name: ClassVar[str] = "fista"
@@ -137,15 +139,15 @@ class Fista(Method):
     def _warm_start(self, problem: LayerProblem, sparsity: Sequence[Constraint]) -> Solution:
         if self.warm_start == "auto":
             raise FistaPrunerError(
-                f"{problem.label}: fista's warm_start auto is chosen by the model's family, which a layer problem does not "
-                "tell: write sparsegpt (the paper's for OPT) or wanda (for LLaMA)"
+                f"{problem.label}: fista's warm_start auto depends on the model's family, which a layer problem does not "
+                "contain: write sparsegpt (the paper's for OPT) or wanda (for LLaMA)"
             )
         if self.warm_start == "sparsegpt":
             return SparseGPT().solve(problem, sparsity)
         return (Wanda() if self.warm_start == "wanda" else Magnitude()).solve(problem, sparsity)
 
     def _first_round_start(self, problem: LayerProblem, start: Solution) -> tuple[Tensor, str]:
-        """What the first round's FISTA starts from: the warm start, or the dense weights (kept candidate: magnitude)."""
+        """Return the first iterate and its name: the warm start, or the dense weights (candidate: magnitude)."""
         return (problem.weight, "dense") if self.warm_start == "dense" else (start.weight, self.warm_start)
 
     def _search(self, operator: LayerProblem, weight: Tensor, mask: Tensor) -> _Search:
@@ -163,7 +165,7 @@ class Fista(Method):
 
 @dataclass
 class _Search:
-    """The outer loop of one operator: its best rounded weights and the bisection of lambda."""
+    """Outer loop of one operator: its best rounded weights and the bisection of lambda."""
 
     weight: Tensor
     mask: Tensor
@@ -186,7 +188,7 @@ class _Search:
         return self.value * self.unit
 
     def judge(self, weight: Tensor, mask: Tensor, total: float, smooth: float, record: Stats) -> None:
-        """Take in one round's result, then choose the next lambda or stop."""
+        """Judge the result of a round, then choose the next lambda or stop."""
         improved = total < self.best
         rounding = total - smooth
         self.rounds.append(
@@ -208,7 +210,7 @@ class _Search:
 
 
 def _stack(problem: LayerProblem, operators: Sequence[LayerProblem], active: Sequence[int]) -> LayerProblem:
-    """The operators that are still searching, stacked again; the problem itself when that is all of them."""
+    """Stack the operators that are still searching; returns the problem itself if all of them are."""
     if len(active) == len(operators):
         return problem
     parts = [operators[i] for i in active]
@@ -235,20 +237,20 @@ def fista(
     *,
     fast: bool = False,
 ) -> tuple[Tensor, list[int]]:
-    """FISTA (Beck & Teboulle 2009) on ``f(V)/2 + sum_i penalty_i ||V_i||_1``, all operators at once.
+    """Run FISTA (Beck & Teboulle 2009) on ``f(V)/2 + sum_i penalty_i ||V_i||_1``, all operators at once.
 
     Args:
         problem: the layer problem.
         start: (m, n) first iterate.
         penalty: (m, 1) l1 weight of each row.
         lipschitz: 0-dim tensor L, at least the largest eigenvalue of the Gram.
-        iterations: most steps.
-        tolerance: an operator rests once ``||V_k - V_{k-1}||_F`` is below it. Decided on the device, so that no step
-            waits for the host; the host looks every fifth step whether all of them rest.
-        fast: low-precision matrix units for the products.
+        iterations: largest number of steps.
+        tolerance: an operator stops once ``||V_k - V_{k-1}||_F`` is below it. This is decided on the device, so that
+            no step waits for the host; the host checks every fifth step whether all operators have stopped.
+        fast: use low-precision matrix units for the products.
 
     Returns:
-        The last iterate (m, n) and the steps that each operator took.
+        The last iterate (m, n) and the number of steps of each operator.
     """
     rows = torch.tensor(problem.rows, device=start.device)
     owner = torch.repeat_interleave(torch.arange(len(rows), device=start.device), rows, output_size=len(start))
@@ -282,14 +284,14 @@ def fista(
 
 
 def certificate(problem: LayerProblem, weight: Tensor, penalty: Tensor, lipschitz: Tensor) -> list[Stats]:
-    """How nearly ``weight`` solves the l1 problem, for each operator.
+    """Certify how close ``weight`` is to the solution of the l1 problem, for each operator.
 
-    The residual ``T - V X*`` scaled into the dual's feasible set gives, row by row and from the Gram alone, a lower bound
-    of the optimal value: with ``s = min(1, penalty / max|B - V H|)``, ``D = s (c_T - <V, B>) - s^2 f(V) / 2``.
+    The residual ``T - V X*``, scaled into the feasible set of the dual, gives a lower bound of the optimal value from
+    the Gram alone, row by row: with ``s = min(1, penalty / max|B - V H|)``, ``D = s (c_T - <V, B>) - s^2 f(V) / 2``.
 
     Returns:
-        For each operator ``objective``, ``gap`` (objective minus dual value, as a share of the objective: 0 is solved) and
-        ``residual`` (relative fixed-point residual).
+        For each operator ``objective``, ``gap`` (objective minus dual value, as a share of the objective; 0 at the
+        solution) and ``residual`` (relative fixed-point residual).
     """
     gradient = problem.gradient(weight)
     error = problem.row_errors(weight)
@@ -299,7 +301,7 @@ def certificate(problem: LayerProblem, weight: Tensor, penalty: Tensor, lipschit
     steepest = gradient.abs().amax(1).double().clamp_min(torch.finfo(torch.float64).tiny)
     scale = (penalty[:, 0].double() / steepest).clamp_max(1.0)
     dual = scale * (target - inner) - scale.square() * error / 2
-    # The best multiple of the residual is known in closed form; it may be smaller than the largest feasible one.
+    # The best multiple of the residual has a closed form; it may be smaller than the largest feasible multiple.
     best = torch.minimum(scale, ((target - inner) / error.clamp_min(torch.finfo(torch.float64).tiny)).clamp_min(0))
     dual = torch.maximum(dual, best * (target - inner) - best.square() * error / 2)
     z = weight - gradient / lipschitz
@@ -321,7 +323,7 @@ def certificate(problem: LayerProblem, weight: Tensor, penalty: Tensor, lipschit
 
 
 def _target_energy(problem: LayerProblem) -> Tensor:
-    """(m,) fp64 mean squared target of each row: ``||W X* + a W (X - X*)||^2``."""
+    """Compute the mean squared target of each row, ``||W X* + a W (X - X*)||^2``: (m,) fp64."""
     product = (problem.weight @ problem.gram).double()
     if problem.drift_gradient is None:
         return (product * problem.weight.double()).sum(1)

@@ -1,4 +1,4 @@
-"""Magnitude pruning: the weights nearest to zero go."""
+"""Magnitude pruning: drop the weights nearest to zero."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ from .base import Method, Solution, project_operators
 
 
 class Magnitude(Method):
-    """Zero the smallest ``|W|`` of each operator; weights are not updated and no data is used."""
+    """Drop the smallest ``|W|`` of each operator; kept weights are not updated and no data is used."""
 
     name: ClassVar[str] = "magnitude"
-    summary: ClassVar[str] = "smallest weights of each operator go; uses no data"
+    summary: ClassVar[str] = "drops the smallest weights of each operator; uses no data"
     reference: ClassVar[str] = "Han et al. 2015, arXiv 1506.02626"
     refit_helps: ClassVar[bool] = True
 

@@ -1,4 +1,4 @@
-"""Proximal splitting with hard thresholds, in the metric of optimal brain surgeon: the default solver."""
+"""Proximal splitting with hard thresholds in the metric of optimal brain surgeon: the default solver."""
 
 from __future__ import annotations
 
@@ -18,40 +18,42 @@ from .conditioning import alive_gram, damped_cholesky
 from .refit import refit_cg
 
 WATCHED = 4
-"""One row of so many is watched for what an iteration changes."""
+"""Changes of the support are counted on every 4th row."""
 
 
 class Proximal(Method):
-    """Douglas-Rachford splitting of ``f(V)/2`` and the exact pattern, its penalty growing, then a refit on the support.
+    """Douglas-Rachford splitting of ``f(V)/2`` and the constraint with a growing penalty, then a refit.
 
-    Coordinates are scaled by ``s_j^2 = 1 / [(H + mu diag H)^-1]_jj`` (less the mu), the error that removing input j leaves
-    once all others make up for it, so that hard thresholding ranks weights as optimal brain surgeon does, not by
-    magnitude or by input norm alone. In these coordinates one iteration is two proximal maps and one product,
+    Coordinates are scaled by ``s_j^2 = 1 / [(H + mu diag H)^-1]_jj`` (less the mu), the error of removing input j after
+    all others have compensated, so that hard thresholding ranks weights as optimal brain surgeon does, not by magnitude
+    or input norm alone. In these coordinates an iteration is two proximal maps and one product,
 
         D = P(Z);   A = prox_{f / rho}(2 D - Z);   Z = Z + A - D,
 
-    with P the projection onto the pattern. Written around the dense weights it becomes, with ``M = rho (H + rho I)^-1 - I/2``
-    and ``W' = W + 2 a R (H + rho I)^-1``,
+    with P the projection onto the constraint. Written around the dense weights it becomes, with
+    ``M = rho (H + rho I)^-1 - I/2`` and ``W' = W + 2 a R (H + rho I)^-1``,
 
         Z = (Z + W') / 2 + (2 D - Z - W) M,
 
-    one product and four passes over the weights. The product runs on the low-precision matrix units. Thresholds inside the
-    iterations come from a sample (the whole operator) or a comparison network (n:m); the last one is exact. rho grows
-    geometrically: small values let the support wander, large ones freeze it. Weights are then refitted by conjugate
-    gradients, the residual computed in fp32. With a start given, an operator whose error would not fall keeps its start.
+    one product and four passes over the weights. The product runs on low-precision matrix units. Thresholds inside the
+    iterations may be inexact (:meth:`~fistapruner.constraints.base.Constraint.threshold`); the last projection is
+    exact. rho grows geometrically: a small rho lets the support change, a large one fixes it. Then conjugate gradients
+    refit the weights, from a residual in fp32. If a start is given, an operator whose error would not fall keeps its
+    start.
 
     Args:
         rho: first and last penalty, in units of the scaled Gram's diagonal.
-        levels: values of rho between them.
-        steps: iterations at each.
-        damping: ridge towards the dense weights, as a share of the mean of the Gram's diagonal, for the numerics.
-        shrinkage: more of it for what the calibration tokens leave uncertain: inputs / tokens, the order by which a covariance
-            of n variables seen p times is wrong, times this, times the geometric mean of the diagonal (which a few massive
-            inputs do not decide). At most 0.3 of it. 0 gives a lower error on the calibration tokens and a higher one on other
-            text (docs/quality.md). Does nothing where the problem does not say how many tokens there were.
+        levels: number of values of rho, from first to last.
+        steps: iterations at each value.
+        damping: ridge towards the dense weights, as a share of the mean of the Gram's diagonal, for numerical
+            stability.
+        shrinkage: additional ridge for the sampling error of the Gram: this times inputs / tokens (the order of the
+            error of a covariance of n variables from p samples) times the geometric mean of the diagonal (which does
+            not depend on a few massive inputs); the factor is at most 0.3. 0 gives a lower error on the calibration
+            tokens and a higher one on other text (docs/quality.md). Has no effect if the number of tokens is unknown.
         metric_damping: mu.
         refit: conjugate gradient steps at the end, in two halves.
-        fast: low-precision matrix units inside the iterations.
+        fast: use low-precision matrix units inside the iterations.
     """
 
     name: ClassVar[str] = "proximal"
@@ -85,7 +87,7 @@ class Proximal(Method):
         scale, warnings = obs_scale(gram, self.metric_damping, problem.label)
         mask = torch.empty_like(problem.weight, dtype=torch.bool)
         weight = torch.empty_like(problem.weight)
-        # Operators of one layout (unstructured, or one group length) iterate together.
+        # Operators with the same group length iterate together.
         layouts = sorted({pattern.group_length for pattern in sparsity})
         starts = [sum(problem.rows[:i]) for i in range(len(problem.rows))]
         paths: list[list[Stats]] = [[] for _ in sparsity]
@@ -119,13 +121,14 @@ class Proximal(Method):
     def _split(
         self, dense: Tensor, drift_gradient: Tensor | None, gram: Tensor, rows: Sequence[int], sparsity: Sequence[Constraint], length: int
     ) -> tuple[Tensor, list[list[Stats]]]:
-        """The last Z of operators of one layout, in scaled coordinates (m, n).
+        """Iterate operators of one group length in scaled coordinates.
 
-        And for each operator, what share of its support every level after the first changed, with the level's rho; from some of its
-        rows.
+        Returns:
+            The last Z (m, n), and for each operator the share of its support that changed at every level after the
+            first, with the level's rho; counted on some of its rows.
         """
         n = gram.shape[0]
-        if length > 1:  # members of a group n/m columns apart: comparisons then run over contiguous slices
+        if length > 1:  # strided order: comparisons within a group run over contiguous slices
             order = torch.arange(n, device=gram.device).view(-1, length).T.reshape(-1)
             dense, gram = dense[:, order], gram[order][:, order]
             drift_gradient = None if drift_gradient is None else drift_gradient[:, order]
@@ -134,7 +137,7 @@ class Proximal(Method):
         growth = (self.rho[1] / self.rho[0]) ** (1 / (self.levels - 1))
         z = dense.clone()
         sparse, shifted = torch.empty_like(z), torch.empty_like(z)
-        # With the factors held in bf16 nothing is converted inside a product, which large Grams feel most.
+        # With the factors stored in bf16 no product converts them, which saves most time on large Grams.
         half = self.fast and has_bf16_units(z.device)
         factor, product = (torch.empty_like(z, dtype=torch.bfloat16) for _ in range(2)) if half else (z, z)
         drift_gradient = drift_gradient.bfloat16() if half and drift_gradient is not None else drift_gradient
@@ -142,7 +145,7 @@ class Proximal(Method):
         parts = list(zip(threshold, z.split(tuple(rows)), sparse.split(tuple(rows)), strict=True))
         supports = [torch.empty_like(kept[::WATCHED], dtype=torch.bool) for _, _, kept in parts]
         rhos = [self.rho[0] * growth**level for level in range(self.levels)]
-        changes: list[list[Tensor]] = [[] for _ in rows]  # read at the end: a GPU's queue is not to wait for the host
+        changes: list[list[Tensor]] = [[] for _ in rows]  # read at the end, so that a GPU's queue does not wait for the host
         with fast_products(self.fast):
             for level, rho in enumerate(rhos):
                 matrix = resolvent(rho)  # rho (H + rho I)^-1
@@ -159,16 +162,16 @@ class Proximal(Method):
                     if step == self.steps - 1:
                         for (_, _, kept), before, shares in zip(parts, supports, changes, strict=True):
                             now = kept[::WATCHED] != 0
-                            if level:  # half of the differences are entries that came, half those that went
+                            if level:  # half of the differences are new entries, half are dropped ones
                                 shares.append(torch.count_nonzero(now ^ before) / (2 * torch.count_nonzero(now)).clamp_min(1))
                             before.copy_(now)
                     if level and step == 0:
-                        # The dual U = Z - D is in units of rho: rho grew, so it shrinks.
+                        # The dual U = Z - D is in units of rho; as rho grew, it shrinks.
                         torch.lerp(sparse, z, 1.0 / growth, out=z)
                     torch.add(z, dense, out=shifted).add_(sparse, alpha=-2.0)
                     z.lerp_(centre, 0.5)
                     if half:
-                        # Through a buffer that is free: adding bf16 to fp32 would take fresh memory for the conversion.
+                        # Through a free buffer: adding bf16 to fp32 would allocate memory for the conversion.
                         z.add_(shifted.copy_(torch.mm(factor.copy_(shifted), matrix, out=product)))
                     else:
                         z.addmm_(shifted, matrix)
@@ -182,7 +185,7 @@ class Proximal(Method):
 
 
 def keep_better(problem: LayerProblem, solution: Solution, start: Solution) -> Solution:
-    """``solution``, but the operators of ``start`` where those have the lower error."""
+    """Take ``solution``, but ``start`` for operators where that has the lower error."""
     before, after = problem.errors(start.weight), problem.errors(solution.weight)
     better = torch.tensor([a <= b for a, b in zip(after, before, strict=True)], device=solution.weight.device)
     rows = torch.tensor(problem.rows, device=solution.weight.device)
@@ -192,12 +195,14 @@ def keep_better(problem: LayerProblem, solution: Solution, start: Solution) -> S
 
 
 def obs_scale(gram: Tensor, damping: float, label: str) -> tuple[Tensor, list[str]]:
-    """(n,) scale of each input: the square root of its Schur complement in the Gram, geometric mean as in its diagonal.
+    """Scale inputs by the square root of their Schur complements in the Gram: (n,).
+
+    The geometric mean of the scales is that of the diagonal's square roots.
 
     Args:
         gram: (n, n) positive definite.
-        damping: added to the unit diagonal of the Jacobi-scaled Gram, so that near-collinear inputs keep a weight.
-        label: operators, for a warning.
+        damping: added to the unit diagonal of the Jacobi-scaled Gram, so that near-collinear inputs keep some weight.
+        label: names of the operators, for a warning.
     """
     norm = gram.diagonal().sqrt()
     factor, used, warnings = damped_cholesky(gram / norm / norm[:, None], damping, label)
@@ -207,10 +212,11 @@ def obs_scale(gram: Tensor, damping: float, label: str) -> tuple[Tensor, list[st
 
 
 def resolvents(gram: Tensor, fast: bool) -> Callable[[float], Tensor]:
-    """``rho -> rho (H + rho I)^-1`` (n, n): one eigendecomposition on a CPU, a Cholesky factorisation for each rho on a GPU.
+    """Make the function ``rho -> rho (H + rho I)^-1`` (n, n).
 
-    An eigendecomposition costs as much as about ten factorisations on a CPU and far more on a GPU, where it does not run on
-    matrix units. All eigenvalues of the result are in (0, 1], so that low-precision products may form it.
+    On a CPU it uses one eigendecomposition, which costs as much as about ten Cholesky factorisations. On a GPU it
+    factors the matrix for each rho, since an eigendecomposition does not run on matrix units there. All eigenvalues of
+    the result are in (0, 1], so that low-precision products are accurate enough.
     """
     if gram.device.type != "cpu":
         identity = torch.eye(len(gram), dtype=gram.dtype, device=gram.device)

@@ -1,4 +1,4 @@
-"""Refit: the least-squares weights on a fixed support, by conjugate gradients or exactly."""
+"""Refit: least-squares weights on a fixed support, by conjugate gradients or exactly."""
 
 from __future__ import annotations
 
@@ -18,18 +18,18 @@ from .conditioning import alive_gram
 
 
 class Refit(Method):
-    """Minimise f over the weights that a mask keeps; the mask itself does not change.
+    """Minimise f over the weights that a mask keeps; the mask does not change.
 
-    ``cg`` runs conjugate gradients with a Jacobi preconditioner on all rows at once, each row with its own step sizes:
-    one m x n x n product a step. ``exact`` factors the kept block of the Gram of every row by batched Cholesky, which
-    costs about ``n^3 / 3`` times the cube of the kept share for each row. Rows whose error would not fall keep their
-    weights, so the result is never worse.
+    ``cg`` runs conjugate gradients with a Jacobi preconditioner on all rows at once, each row with its own step sizes;
+    a step takes one m x n x n product. ``exact`` factors the kept block of the Gram of every row by batched Cholesky,
+    which costs about ``n^3 / 3`` times the cube of the kept share for each row. Rows whose error would not fall keep
+    their weights, so that the result is never worse.
 
     Args:
         solver: ``cg`` or ``exact``.
         iterations: conjugate gradient steps.
         damping: ridge towards the dense weights, as a share of the mean of the Gram's diagonal. ``exact`` raises it
-            tenfold, with a warning, while a block has no Cholesky factor.
+            tenfold, with a warning, until every block has a Cholesky factor.
     """
 
     name: ClassVar[str] = "refit"
@@ -56,18 +56,18 @@ class Refit(Method):
         return Solution(weight, start.mask, stats, tuple(warnings))
 
     def rows_independent(self, sparsity: Constraint) -> bool:
-        return self.solver == "cg"  # exact raises its damping for a batch of rows at a time
+        return self.solver == "cg"  # exact raises the damping of a whole batch of rows
 
 
 def refit_cg(problem: LayerProblem, gram: Tensor, weight: Tensor, mask: Tensor, iterations: int, *, fast: bool = False) -> Tensor:
-    """Jacobi-preconditioned conjugate gradients on the support, all rows at once.
+    """Refit the support by Jacobi-preconditioned conjugate gradients, all rows at once.
 
     Args:
-        problem: the layer problem (its target; ``gram`` stands in for its Gram).
+        problem: the layer problem; ``gram`` is used in place of its Gram.
         gram: (n, n) positive definite.
         weight: (m, n) first iterate.
         mask: (m, n) True where a weight may change; elsewhere the result is zero.
-        iterations: steps, one product each; the residual is computed once in full precision at the start.
+        iterations: steps, each one product; the residual is computed in fp32 once, at the start.
         fast: low-precision matrix units for the products of the steps.
     """
     return refit_with_residual(problem, gram, weight, mask, iterations, fast=fast)[0]
@@ -76,7 +76,7 @@ def refit_cg(problem: LayerProblem, gram: Tensor, weight: Tensor, mask: Tensor, 
 def refit_with_residual(
     problem: LayerProblem, gram: Tensor, weight: Tensor, mask: Tensor, iterations: int, *, fast: bool = False
 ) -> tuple[Tensor, Tensor]:
-    """As :func:`refit_cg`, and the last residual ``(W - V) H + a R`` (m, n), on the support and off it, at no cost."""
+    """Refit as :func:`refit_cg`; also return the last residual ``(W - V) H + a R`` (m, n), which costs nothing."""
     inverse_diagonal = mask / gram.diagonal()
     weight = weight * mask
     buffer = torch.sub(problem.weight, weight)
@@ -86,12 +86,12 @@ def refit_with_residual(
     direction = residual * inverse_diagonal
     length = torch.linalg.vecdot(residual, direction)
     tiny = torch.finfo(weight.dtype).tiny
-    # Everything is written in place: fresh memory of this size costs more than what is computed in it.
+    # Everything is written in place: allocating memory of this size takes longer than computing in it.
     with fast_products(fast):
         for step in range(iterations):
             curved = torch.mm(direction, gram, out=buffer)
             curvature = torch.linalg.vecdot(direction, curved)
-            # A row that is solved (or has no weights) has nothing left to divide: its step is zero.
+            # A row that is solved, or has no weights, has zero curvature: its step is zero.
             along = torch.where(curvature > tiny, length / curvature.clamp_min(tiny), torch.zeros_like(length))[:, None]
             weight.addcmul_(along, direction)
             residual.addcmul_(along, curved, value=-1.0)
@@ -107,7 +107,7 @@ def refit_with_residual(
 def refit_exact(
     problem: LayerProblem, gram: Tensor, mask: Tensor, damping: float, budget: int = 1 << 26
 ) -> tuple[Tensor, float, list[str]]:
-    """Least squares on the support by batched Cholesky of each row's kept block of the Gram.
+    """Solve least squares on the support by batched Cholesky of each row's kept block of the Gram.
 
     Args:
         problem: the layer problem.
@@ -117,7 +117,7 @@ def refit_exact(
         budget: largest number of values in a batch of blocks.
 
     Returns:
-        Weights (m, n), the largest damping that was needed, and a warning if it had to be raised.
+        Weights (m, n), the largest damping that was used, and a warning if it was raised.
     """
     dropped = torch.where(mask, torch.zeros_like(problem.weight), problem.weight)
     rhs = dropped @ gram
@@ -126,7 +126,7 @@ def refit_exact(
     mean = gram.diagonal().mean()
     kept = mask.sum(1)
     width = max(int(kept.max()), 1)
-    # Each row's kept positions first; the rest of the block is the identity with a zero right-hand side.
+    # A row's kept positions come first; the rest of its block is the identity with a zero right-hand side.
     order = torch.sort(mask.to(torch.int8), dim=1, descending=True, stable=True).indices[:, :width]
     filled = torch.arange(width, device=mask.device) < kept[:, None]
     weight = torch.zeros_like(problem.weight)
@@ -150,7 +150,6 @@ def refit_exact(
         weight[rows] = weight[rows].scatter(1, index, values)
     warnings = []
     if worst != damping:
-        warnings = [
-            f"{problem.label}: a kept block of the Gram is singular; damping raised from {damping:g} to {worst:g} of its mean diagonal"
-        ]
+        raised = f"damping raised from {damping:g} to {worst:g} of its mean diagonal"
+        warnings = [f"{problem.label}: a kept block of the Gram is singular; {raised}"]
     return weight, worst, warnings

@@ -1,4 +1,4 @@
-"""SparseGPT: prune column after column, let the columns to the right make up for it."""
+"""SparseGPT: prune column by column; the columns to the right compensate."""
 
 from __future__ import annotations
 
@@ -16,14 +16,15 @@ from .conditioning import alive_gram, damped_cholesky, dead_inputs
 
 
 class SparseGPT(Method):
-    """Optimal brain surgeon, one column at a time, for all rows at once (Frantar & Alistarh 2023, algorithm 1).
+    """Optimal brain surgeon, one column at a time, all rows at once (Frantar & Alistarh 2023, algorithm 1).
 
-    With U the upper Cholesky factor of the inverse of the damped Gram, a weight of column j costs ``w^2 / U_jj^2`` to
-    remove. Masks are chosen for a block of columns (unstructured) or every m columns (n:m) just before they are reached;
-    the error ``e = (w - q) / U_jj`` of a finished column moves into the columns to its right by ``e U_j``.
+    With U the upper Cholesky factor of the inverse of the damped Gram, removing a weight of column j costs
+    ``w^2 / U_jj^2``. Masks are chosen for each block of columns (unstructured) or each group of m columns (n:m), when
+    they are reached. The error ``e = (w - q) / U_jj`` of a finished column is subtracted from the columns to its right
+    as ``e U_j``.
 
     The published method reproduces ``W X*`` (``target=pruned``). For another target the least-squares weights
-    ``W + a R (H + dI)^-1`` take the place of W: they are where f is lowest, and f grows from there by the same Gram.
+    ``W + a R (H + dI)^-1`` replace W: f is lowest there, and grows from there with the same Gram.
 
     Args:
         damping: added to the diagonal of H, as a share of its mean (the paper's 1 %).
@@ -55,11 +56,11 @@ class SparseGPT(Method):
         columns = weight.T.contiguous()  # (n, m): a column of weights is then one contiguous row
         keep = torch.ones_like(columns, dtype=torch.bool)
         starts = [sum(problem.rows[:i]) for i in range(len(problem.rows))]
-        # Group lengths of all operators must fall on the boundaries of blocks and of the panels inside them.
+        # Groups of all operators must end at the boundaries of blocks and of the panels inside them.
         unit = math.lcm(*(pattern.group_length for pattern in sparsity))
         panel = unit * max(1, 16 // unit)
         width = unit * max(1, self.block // unit)
-        # Masks are chosen group by group where there are groups, else once for the whole block.
+        # Masks are chosen for each group if there are groups, else for the whole block.
         spans = [pattern.group_length if pattern.group_length > 1 else width for pattern in sparsity]
         inverse_diagonal = upper.diagonal().reciprocal()
         for begin in range(0, len(columns), width):

@@ -1,4 +1,4 @@
-"""Swap: exchange a kept and a dropped weight of a row wherever that lowers the error of the refitted row."""
+"""Swap: exchange a kept and a dropped weight of a row while that lowers the refitted row's error."""
 
 from __future__ import annotations
 
@@ -18,21 +18,23 @@ from .refit import refit_exact
 
 
 class Swap(Method):
-    """Best exchanges of one kept and one dropped weight at a time, every row refitted exactly.
+    """Exchange one kept and one dropped weight at a time, the best pair first; every row is refitted exactly.
 
-    Each row keeps the *swept* Gram of its support S (the sweep operator of regression): with ``P = H_SS^-1`` and
-    ``T = H_NS P`` it holds ``-P``, ``T`` and the Schur complements ``H_NN - T H_SN``, bordered by the weights ``w_S`` and
-    the correlations ``g_N`` of the dropped inputs with the row's residual. Replacing s by j then changes f by exactly
+    Each row has the *swept* Gram of its support S (the sweep operator of regression): with ``P = H_SS^-1`` and
+    ``T = H_NS P`` it contains ``-P``, ``T`` and the Schur complements ``H_NN - T H_SN``, bordered by the weights
+    ``w_S`` and the correlations ``g_N`` of the dropped inputs with the row's residual. Replacing s by j changes f by
+    exactly
 
         w_s^2 / P_ss - (g_j + T_js w_s / P_ss)^2 / (schur_j + T_js^2 / P_ss).
 
-    The cheapest ``candidates`` to drop and the best ``candidates`` to add are compared in all pairs (within their group for
-    n:m); the best pair is carried out by two sweeps while it lowers f. The count of each row or group stays as it was.
-    Costs of order ``n^3`` for each row; rows whose error would not fall stay as they are.
+    All pairs of the ``candidates`` cheapest weights to drop and the ``candidates`` best to add are compared (for n:m:
+    all pairs within a group). Two sweeps exchange the best pair, as long as that lowers f. The number of kept weights
+    of each row or group does not change. The cost is of order ``n^3`` for each row. Rows whose error would not fall are
+    left as they are.
 
     Args:
-        swaps: most exchanges in a row.
-        candidates: weights on each side that are compared in all pairs (unstructured).
+        swaps: largest number of exchanges in a row.
+        candidates: weights on each side of which all pairs are compared (unstructured).
         damping: ridge towards the dense weights, as a share of the mean of the Gram's diagonal.
     """
 
@@ -55,7 +57,7 @@ class Swap(Method):
         weight, damping, warnings = refit_exact(problem, gram, start.mask, self.damping)
         gram.diagonal().add_(damping * gram.diagonal().mean())
         n = problem.shape[1]
-        # Small batches on a CPU stay in its cache and stop when their own rows have; a GPU wants many rows at once.
+        # On a CPU, small batches stay in the cache and stop as soon as their rows do; a GPU needs many rows at once.
         batch = max(1, (1 << 22 if gram.device.type == "cpu" else 1 << 28) // (n * n))
         masks, counts = [], []
         operators = zip(problem.operators(), start.mask.split(problem.rows), weight.split(problem.rows), sparsity, strict=True)
@@ -77,7 +79,7 @@ class Swap(Method):
         return Solution(weight, mask, tuple({"swaps": count} for count in counts), tuple(dict.fromkeys(warnings + more)))
 
     def _exchange(self, problem: LayerProblem, gram: Tensor, mask: Tensor, weight: Tensor, pattern: Constraint) -> tuple[Tensor, Tensor]:
-        """The mask of a batch of rows after its swaps, and how many swaps each row took."""
+        """Exchange weights of a batch of rows; returns their masks and the number of swaps of each row."""
         n = problem.shape[1]
         table, border = _sweep_support(problem, gram, mask, weight)
         mask = mask.clone()
@@ -105,7 +107,7 @@ class Swap(Method):
             valid = mask.gather(1, drop)[:, :, None] & ~mask[every[:, None, None], add]
             change = torch.where(valid, change, torch.inf).flatten(1)
             best, place = change.min(1)
-            # Gains at the level of rounding would make two weights trade places for ever.
+            # Gains at the level of rounding errors would exchange two weights for ever.
             moving = best < -1e-6 * problem.row_errors(weight).to(best.dtype)
             if not bool(moving.any()):
                 break
@@ -120,7 +122,7 @@ class Swap(Method):
 
 
 def _sweep_support(problem: LayerProblem, gram: Tensor, mask: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
-    """The swept Gram (rows, n, n) of each row's support and its border (rows, n): weights where kept, correlations elsewhere."""
+    """Sweep the Gram (rows, n, n) on each row's support; its border (rows, n) is weights or correlations."""
     kept = mask.to(gram.dtype)
     pairs = kept[:, :, None] * kept[:, None, :]
     inverse = torch.cholesky_inverse(torch.linalg.cholesky(gram * pairs + torch.diag_embed(1.0 - kept))) * pairs
@@ -136,7 +138,7 @@ def _sweep_support(problem: LayerProblem, gram: Tensor, mask: Tensor, weight: Te
 
 
 def _sweep(table: Tensor, border: Tensor, pivot: Tensor, moving: Tensor, *, removing: bool) -> None:
-    """Sweep each moving row's table on its pivot, in place."""
+    """Sweep the table of each moving row on its pivot, in place."""
     rows = torch.arange(len(table), device=table.device)
     column = table[rows, :, pivot]
     divisor = column.gather(1, pivot[:, None])

@@ -1,4 +1,4 @@
-"""Wanda: weights scored by magnitude times input norm, compared within each row."""
+"""Wanda: score weights by magnitude times input norm and compare them within each row."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from .base import Method, Solution, project_operators
 
 
 class Wanda(Method):
-    """Score ``|W_ij| * sqrt(H_jj)``, prune the lowest of each output row; weights are not updated (Sun et al., eq. 1)."""
+    """Drop the lowest ``|W_ij| sqrt(H_jj)`` of each row; kept weights are not updated (Sun et al., eq. 1)."""
 
     name: ClassVar[str] = "wanda"
     summary: ClassVar[str] = "magnitude times input norm, row by row; no weight update"
