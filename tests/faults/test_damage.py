@@ -98,7 +98,7 @@ def test_damaged_run_json_is_refused(runs: Runs, disk: Path) -> None:
     shutil.copytree(runs.undisturbed, out)
     shutil.rmtree(out / "model")
     content = json.loads((out / "run.json").read_text())
-    content["decided"]["numerics"]["batch_size"] += 1
+    content["decision"]["numerics"]["batch_size"] += 1
     (out / "run.json").write_text(json.dumps(content))
     outcome = runs.run(out)
     assert outcome.status == 2

@@ -14,7 +14,7 @@ from mutations import damaged, damaged_json, fuzz
 
 from fistapruner import FistaPrunerError, Recipe
 from fistapruner.recipes.settings import shipped_recipes
-from fistapruner.runs.directory import RunDirectory
+from fistapruner.runs.journal import LayerJournal
 from fistapruner.runs.records import LayerEntry
 
 WHOLE = Recipe.build({"method": "wanda+refit", "ignore": ["re:down"], "allocation": {"re:mlp": "60%"}})
@@ -43,23 +43,22 @@ WEIGHTS = {"a.weight": torch.arange(6.0).view(2, 3)}
 
 
 @pytest.fixture(scope="module")
-def run(tmp_path_factory: pytest.TempPathFactory) -> tuple[RunDirectory, bytes, bytes, LayerEntry]:
+def journal(tmp_path_factory: pytest.TempPathFactory) -> tuple[LayerJournal, bytes, bytes, LayerEntry]:
     logging.getLogger("fistapruner").setLevel(logging.ERROR)
-    run = RunDirectory(tmp_path_factory.mktemp("run"))
-    run.create()
-    run.write_layer("recipe", WEIGHTS, ENTRY)
-    tensors, record = run.layer_files(0)
-    entry = run.finished(0, "recipe")
+    found = LayerJournal(tmp_path_factory.mktemp("run"))
+    found.write("recipe", WEIGHTS, ENTRY)
+    tensors, record = found.files(0)
+    entry = found.finished(0, "recipe")
     assert entry is not None
-    return run, tensors.read_bytes(), record.read_bytes(), entry
+    return found, tensors.read_bytes(), record.read_bytes(), entry
 
 
 @fuzz
 @given(st.data())
-def test_damaged_layer_is_never_trusted(run: tuple[RunDirectory, bytes, bytes, LayerEntry], data: st.DataObject) -> None:
-    directory, tensors, record, whole = run
+def test_damaged_layer_is_never_trusted(journal: tuple[LayerJournal, bytes, bytes, LayerEntry], data: st.DataObject) -> None:
+    directory, tensors, record, whole = journal
     which = data.draw(st.sampled_from(["tensors", "record"]))
-    paths: tuple[Path, Path] = directory.layer_files(0)
+    paths: tuple[Path, Path] = directory.files(0)
     paths[0].write_bytes(data.draw(damaged(tensors)) if which == "tensors" else tensors)
     paths[1].write_bytes(data.draw(damaged(record)) if which == "record" else record)
     entry = directory.finished(0, "recipe")

@@ -12,10 +12,26 @@ import tiny
 from fistapruner.cli import main
 from fistapruner.errors import FistaPrunerError
 from fistapruner.evaluation.data import cut_windows
-from fistapruner.pipeline import compare as module
 from fistapruner.pipeline.compare import compare, parse_contenders, run_name
+from fistapruner.runs.listener import Listener
 
 SETTINGS: dict[str, Any] = {"calibration": {"source": "python", "samples": 3, "seqlen": 32}}
+
+
+class Counts(Listener):
+    """Counts the rows that are measured, and interrupts a comparison.
+
+    Args:
+        stop: a message that begins so interrupts.
+    """
+
+    def __init__(self, stop: str | None = None) -> None:
+        self.stop, self.measured = stop, 0
+
+    def say(self, message: str) -> None:
+        self.measured += message.startswith("evaluating on")
+        if self.stop and message.startswith(self.stop):
+            raise KeyboardInterrupt
 
 
 def test_methods_and_their_settings() -> None:
@@ -54,28 +70,20 @@ def test_run_names_are_plain_and_different() -> None:
     assert all(set(name) <= set("abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789.+-_") for name in names)
 
 
-def test_one_protocol_and_going_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_one_protocol_and_going_on(tmp_path: Path) -> None:
     source = tiny.save("llama", tmp_path / "model")
     out = tmp_path / "out"
     named = {"settings": SETTINGS, "windows": 3, "seeds": (0, 1)}
     methods = "magnitude,wanda+refit@propagate=pruned,target=pruned,sparsegpt@allocation=owl"
-    real, calls = module.prune, []
-
-    def counted(*arguments: Any, **keywords: Any) -> Any:
-        calls.append(arguments[1])
-        if len(calls) == 6:
-            raise KeyboardInterrupt
-        return real(*arguments, **keywords)
-
-    monkeypatch.setattr(module, "prune", counted)
+    stopped = Counts(stop="6/12")
     with pytest.raises(KeyboardInterrupt):
-        compare(str(source), methods, ["50%", "2:4"], out, **named)
+        compare(str(source), methods, ["50%", "2:4"], out, listener=stopped, **named)
     partial = json.loads((out / "compare.json").read_text())
     assert partial["status"] == "running"
-    before = len(calls)
-    comparison = compare(str(source), methods, ["50%", "2:4"], out, **named)
-    # Five runs of six were over when the sixth was interrupted; of the others owl cannot do 2:4.
-    assert len(calls) - before == 12 - 5
+    resumed = Counts()
+    comparison = compare(str(source), methods, ["50%", "2:4"], out, listener=resumed, **named)
+    # Five runs were over when the sixth was interrupted. Of the other seven two fail: owl cannot do 2:4.
+    assert (stopped.measured, resumed.measured) == (5, 5)
     assert comparison.status == "finished"
     assert len(comparison.rows) == 12
     failed = [row for row in comparison.rows if row.error]
@@ -86,6 +94,9 @@ def test_one_protocol_and_going_on(tmp_path: Path, monkeypatch: pytest.MonkeyPat
         assert row.perplexity is not None
         assert row.perplexity.text_sha256 == comparison.dense.text_sha256
         assert row.gap == pytest.approx(row.perplexity.nll - comparison.dense.nll)
+        assert row.divergence is not None
+        assert row.divergence.kl > 0
+        assert row.divergence.nll_difference == pytest.approx(row.gap, abs=1e-6)
         assert row.operator_zeros is not None
         assert row.operator_weights is not None
         assert row.operator_zeros >= row.operator_weights // 2
@@ -108,7 +119,7 @@ def test_one_protocol_and_going_on(tmp_path: Path, monkeypatch: pytest.MonkeyPat
         compare("another", methods, ["50%"], out, **named)
 
 
-def test_rows_of_one_table_share_text_and_calibration(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_rows_of_one_table_share_text_and_calibration(tmp_path: Path) -> None:
     source = str(tiny.save("llama", tmp_path / "model"))
     for folder, sentence in (("a", "a brown fox jumps over it. "), ("b", "the dog is lazy and sleeps. ")):
         (tmp_path / folder).mkdir()
@@ -116,10 +127,9 @@ def test_rows_of_one_table_share_text_and_calibration(tmp_path: Path, monkeypatc
     one, other = str(tmp_path / "a" / "text.txt"), str(tmp_path / "b" / "text.txt")
     out = tmp_path / "out"
     first = compare(source, "magnitude", ["50%"], out, settings=SETTINGS, data=one, windows=999)
-    real, calls = module.prune, []
-    monkeypatch.setattr(module, "prune", lambda *a, **k: calls.append(a) or real(*a, **k))
-    again = compare(source, "magnitude", ["50%"], out, settings=SETTINGS, data=one, windows=999)
-    assert not calls
+    counts = Counts()
+    again = compare(source, "magnitude", ["50%"], out, settings=SETTINGS, data=one, windows=999, listener=counts)
+    assert not counts.measured
     assert again.rows[0].gap == first.rows[0].gap
     longer: dict[str, Any] = {"calibration": {**SETTINGS["calibration"], "seqlen": 64}}
     more: dict[str, Any] = {"calibration": {**SETTINGS["calibration"], "samples": 4}}
@@ -130,11 +140,11 @@ def test_rows_of_one_table_share_text_and_calibration(tmp_path: Path, monkeypatc
         (more, one, None, "this comparison is on 4 windows of 32 tokens"),
     ):
         with pytest.raises(FistaPrunerError, match=message):
-            compare(source, "wanda", ["50%"], out, settings=settings, data=data, windows=windows)
+            compare(source, "wanda", ["50%"], out, settings=settings, data=data, windows=windows, listener=counts)
     for data, windows in (("nowhere.txt", None), (one, 0)):
         with pytest.raises(FistaPrunerError, match=r"nowhere.txt|windows 0"):
-            compare(source, "wanda", ["50%"], tmp_path / "bad", settings=SETTINGS, data=data, windows=windows)
-    assert not calls
+            compare(source, "wanda", ["50%"], tmp_path / "bad", settings=SETTINGS, data=data, windows=windows, listener=counts)
+    assert not counts.measured
     assert not (tmp_path / "bad").exists()
     # All rows asked for anew on other text: measured again, none of the old figures stays.
     anew = compare(source, "magnitude", ["50%"], out, settings=SETTINGS, data=other)

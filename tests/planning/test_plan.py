@@ -21,7 +21,7 @@ from fistapruner.errors import FistaPrunerError
 from fistapruner.models.discovery import Layout, discover
 from fistapruner.models.files.checkpoint import Checkpoint
 from fistapruner.models.layerwise import LayerwiseModel
-from fistapruner.pipeline.prepare import allocate
+from fistapruner.pipeline.plan import allocate
 from fistapruner.pipeline.prune import prune
 from fistapruner.planning import plan as plan_module
 from fistapruner.planning import probe
@@ -237,8 +237,8 @@ def test_operators_solved_one_by_one(model: Model, tmp_path: Path) -> None:
         patched.setattr("fistapruner.planning.plan.Choice", lambda size, **_: Choice(size, on_disk=True, by_operator=True))
         report = prune(folder, tmp_path / "alone", **settings)
     facts = json.loads((tmp_path / "alone" / "run.json").read_text())
-    assert facts["decided"]["numerics"]["by_operator"]
-    assert facts["decided"]["on_disk"]
+    assert facts["decision"]["numerics"]["by_operator"]
+    assert facts["decision"]["on_disk"]
     stacked, alone = ((tmp_path / out / "model" / "model.safetensors").read_bytes() for out in ("stacked", "alone"))
     assert stacked == alone
     rows = {row.quantity: row for row in report.plan}

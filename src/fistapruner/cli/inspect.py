@@ -47,6 +47,8 @@ def run(arguments: argparse.Namespace) -> int:
 
 
 def _print(found: Inspection, quiet: bool) -> None:
+    from ..reporting.lineage_text import lineage_lines
+
     rows = [
         (
             operator.name,
@@ -78,6 +80,8 @@ def _print(found: Inspection, quiet: bool) -> None:
     every = f", {patterns.pop()} in every group of each" if len(patterns) == 1 and None not in patterns else ""
     print(f"pruned operators: {len(pruned)} of {len(found.operators)}, {_share(zeros, weights)}{every}")
     print(f"whole model: {_share(found.zeros, found.weights)}")
+    if found.lineage is not None:
+        print("made from: " + "\n       then: ".join(lineage_lines(found.lineage)))
     for violation in found.violations:
         print(f"violated: {violation}")
     if not found.violations and any(operator.claim for operator in found.operators):

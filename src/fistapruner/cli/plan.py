@@ -26,7 +26,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
-    from ..pipeline.prepare import plan_model
+    from ..pipeline.plan import plan_model
     from ..recipes.settings import Recipe
     from ..runtime.formatting import size
     from .prune import recipe_settings

@@ -17,6 +17,8 @@ from ..models.files.checkpoint import Checkpoint
 from ..models.files.record import read_pruning_record, recorded_claims
 from ..models.files.safetensors import TensorEntry
 from ..models.source import resolve_model
+from ..runs.lineage import read_lineage
+from ..runs.records import Lineage
 from ..sparse.pack import PackedCheckpoint, is_packed
 
 GROUPS = (2, 4, 8, 16, 32)
@@ -58,6 +60,7 @@ class Inspection:
         operators: the linear operators of its decoder layers, in order.
         zeros: zeros of the whole model; ``weights``: all of its parameters.
         faults: claims about operators that the checkpoint does not have.
+        lineage: how the model was made, None where its record does not say.
     """
 
     folder: Path
@@ -65,6 +68,7 @@ class Inspection:
     zeros: int
     weights: int
     faults: tuple[str, ...] = ()
+    lineage: Lineage | None = None
 
     @property
     def pruned(self) -> tuple[OperatorInspection, ...]:
@@ -89,6 +93,7 @@ class Inspection:
                 "weights": sum(operator.weights for operator in pruned),
             },
             "model": {"zeros": self.zeros, "weights": self.weights},
+            "lineage": self.lineage.model_dump(mode="json") if self.lineage else None,
             "violations": self.violations,
             "ok": not self.violations,
         }
@@ -140,7 +145,9 @@ def inspect_checkpoint(
             operators.append(_inspect(entry, tensor, zero, claim, transposed))
     if asked is not None and not operators:
         faults.append(f"no operator of a decoder layer is there to be {asked}")
-    return Inspection(folder, tuple(operators), zeros, weights, tuple(faults))
+    lineage, fault = read_lineage(record, folder)
+    faults += [fault] if fault else []
+    return Inspection(folder, tuple(operators), zeros, weights, tuple(faults), lineage)
 
 
 def exact_pattern(weight: Tensor, zeros: int) -> NM | None:

@@ -8,27 +8,28 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from ..activations.store import HiddenStates, scratch_factory
 from ..activations.stream import Calls, embed, run_layer
-from ..constraints import Constraint, parse_sparsity
+from ..constraints import Constraint
 from ..errors import FistaPrunerError
 from ..models.discovery import Layout, discover
-from ..models.files.checkpoint import Checkpoint
 from ..models.layerwise import LayerwiseModel
+from ..models.source import UNTRUSTED, ModelSource, Permissions
 from ..pruning.layer import LayerStreams, Progress, Solver, prune_layer
 from ..pruning.partition import solve_apart
 from ..recipes.settings import Recipe
-from ..runs.directory import RunDirectory
+from ..runs.decision import Numerics
 from ..runs.identity import fingerprint
+from ..runs.prune_directory import PruneDirectory
 from ..runs.records import LayerEntry
 from ..runtime.devices import choose_device
+from ..runtime.machine import now
 from ..runtime.memory import peak_memory
 from ..runtime.numerics import DTYPES
 from ..sensitivity.decision import weighs_rows
@@ -37,35 +38,33 @@ from ..solvers import solve
 
 @dataclass
 class RunContext:
-    """An opened run.
+    """An opened pruning run.
 
     Args:
         run: its directory.
         recipe: all settings.
         fingerprint: identity of the run: recipe, model and calibration tokens.
-        skeleton: the model.
+        skeleton: the dense model.
         layout: operators to prune.
         sparsity: pattern of every one of them, by full name.
         tokens: (samples, seqlen) calibration tokens.
-        numerics: what decides the order of sums, and with it the last bits: ``batch_size`` (windows in one forward
-            pass), ``threads`` of a worker, ``by_operator`` (groups are solved in parts,
-            :mod:`~fistapruner.pruning.partition`), kind of ``device``. Part of the run.
-        on_disk: whether hidden states are kept in files.
-        part: subfolder of ``RUN/hidden`` this process works in.
-        trust: ``allow_pickle`` and ``trust_remote_code``, as whoever opened the run said; the run directory is not asked.
+        numerics: what decides the last bits.
+        on_disk: hidden states are kept in files.
+        part: subfolder of ``RUN/hidden`` that this process works in.
+        permissions: what the model's files may do, as the command that opened the run says.
     """
 
-    run: RunDirectory
+    run: PruneDirectory
     recipe: Recipe
     fingerprint: str
     skeleton: LayerwiseModel
     layout: Layout
     sparsity: Mapping[str, Constraint]
     tokens: Tensor
-    numerics: Mapping[str, Any]
+    numerics: Numerics
     on_disk: bool
     part: str = ""
-    trust: Mapping[str, bool] = field(default_factory=dict)
+    permissions: Permissions = UNTRUSTED
 
     @classmethod
     def open(
@@ -73,47 +72,43 @@ class RunContext:
         folder: Path,
         device: torch.device | None = None,
         part: str = "",
-        *,
-        allow_pickle: bool = False,
-        trust_remote_code: bool = False,
+        permissions: Permissions = UNTRUSTED,
     ) -> RunContext:
         """Open a run that has been prepared.
 
         Args:
             folder: the run directory.
-            device: where to work; default is the recipe's.
+            device: where to compute; None is the recipe's device.
             part: subfolder of ``RUN/hidden`` to work in, if this is one of several processes that share the run.
-            allow_pickle: read legacy ``.bin`` weights.
-            trust_remote_code: run Python code that comes with the checkpoint.
+            permissions: what the model's files may do.
 
         Raises:
-            FistaPrunerError: not a prepared run, or its model or calibration tokens are gone or not those it began with.
+            FistaPrunerError: not a prepared run, or its model or calibration tokens are gone or have changed.
         """
-        run = RunDirectory(folder)
-        facts = run.facts()
-        decided: dict[str, Any] = facts.get("decided", {})
-        if not decided:
+        run = PruneDirectory(folder)
+        record = run.record()
+        if record is None:
             raise FistaPrunerError(f"{folder} is not a prepared run")
-        recipe = Recipe.build(facts["recipe"], str(run.run_file))
-        trust = {"allow_pickle": allow_pickle, "trust_remote_code": trust_remote_code}
-        skeleton = open_model(Path(decided["folder"]), recipe, device, dtype=decided["numerics"]["dtype"], **trust)
-        if decided.get("metrics_sha256"):
+        decision = record.decision
+        recipe = Recipe.build(record.recipe, str(run.run_file))
+        skeleton = open_model(permissions.at(decision.folder), recipe, device, dtype=decision.numerics.dtype)
+        if decision.metrics_sha256:
             skeleton.checkpoint.orders = run.orders()
         tokens = run.tokens()
-        if facts["fingerprint"] != fingerprint(recipe, skeleton.checkpoint, tokens, decided["numerics"]):
+        if record.fingerprint != fingerprint(recipe, skeleton.checkpoint, tokens, decision.numerics):
             raise FistaPrunerError(f"{folder}: the model or the calibration tokens are not those the run began with; name another --out")
         return cls(
             run=run,
             recipe=recipe,
-            fingerprint=facts["fingerprint"],
+            fingerprint=record.fingerprint,
             skeleton=skeleton,
             layout=discover(skeleton).select(recipe),
-            sparsity={name: parse_sparsity(pattern) for name, pattern in decided["sparsity"].items()},
+            sparsity=decision.sparsity,
             tokens=tokens,
-            numerics=decided["numerics"],
-            on_disk=decided["on_disk"],
+            numerics=decision.numerics,
+            on_disk=decision.on_disk,
             part=part,
-            trust=trust,
+            permissions=permissions,
         )
 
     @property
@@ -142,7 +137,7 @@ class RunContext:
         """How decoder layers are called."""
         samples, seqlen = self.tokens.shape
         with self.skeleton.embeddings_and_head(head=False):
-            return Calls.of(self.skeleton, samples, seqlen, self.numerics["batch_size"])
+            return Calls.of(self.skeleton, samples, seqlen, self.numerics.batch_size)
 
     def embed(self, name: str = "embedded", *, on_disk: bool | None = None) -> tuple[HiddenStates, Calls]:
         """The input of the first decoder layer for all calibration windows, and how layers are called.
@@ -152,7 +147,7 @@ class RunContext:
             on_disk: as for :meth:`store`.
         """
         hidden = self.store(name, on_disk=on_disk)
-        return hidden, embed(self.skeleton, self.tokens, self.numerics["batch_size"], hidden)
+        return hidden, embed(self.skeleton, self.tokens, self.numerics.batch_size, hidden)
 
     def prune(
         self,
@@ -183,10 +178,11 @@ class RunContext:
             metric,
             importance,
             passed,
-            solver or (solve_apart if self.numerics["by_operator"] else solve),
+            solver or (solve_apart if self.numerics.by_operator else solve),
         )
         result.entry.peak_memory = peak_memory()
-        self.run.write_layer(self.fingerprint, result.weights, result.entry)
+        result.entry.finished = now()
+        self.run.journal.write(self.fingerprint, result.weights, result.entry)
         return result.entry
 
     def advance(self, index: int, streams: LayerStreams, calls: Calls) -> None:
@@ -195,28 +191,24 @@ class RunContext:
             with self.skeleton.layer(index):
                 run_layer(self.skeleton, index, streams.dense, calls, output=streams.dense_out)
         if streams.pruned_out is not None:
-            saved = self.run.weights(index)
+            saved = self.run.journal.weights(index)
             pruned = {name: saved.read(name) for name in saved.entries}
             with self.skeleton.layer(index, pruned):
                 run_layer(self.skeleton, index, streams.seen, calls, output=streams.pruned_out)
 
 
-def open_model(
-    folder: Path,
-    recipe: Recipe,
-    device: torch.device | None = None,
-    *,
-    dtype: str | None = None,
-    allow_pickle: bool = False,
-    trust_remote_code: bool = False,
-) -> LayerwiseModel:
-    """Open a checkpoint folder as a recipe wants it run; ``dtype`` is what the run decided for the passes, if it has begun."""
-    checkpoint = Checkpoint.open(folder, allow_pickle=allow_pickle)
+def open_model(source: ModelSource, recipe: Recipe, device: torch.device | None = None, *, dtype: str | None = None) -> LayerwiseModel:
+    """Open a model as a recipe wants it run.
+
+    Args:
+        source: its folder.
+        recipe: names device and precision.
+        device: where to compute; None is the recipe's device.
+        dtype: precision of forward passes that the run has decided on; None is the recipe's.
+    """
     return LayerwiseModel(
-        checkpoint, device or choose_device(recipe.execution.device), DTYPES.get(dtype or recipe.dtype), trust_remote_code=trust_remote_code
+        source.checkpoint(),
+        device or choose_device(recipe.execution.device),
+        DTYPES.get(dtype or recipe.dtype),
+        trust_remote_code=source.trust_remote_code,
     )
-
-
-def model_family(folder: Path, *, allow_pickle: bool = False) -> str:
-    """``model_type`` of a checkpoint's config, such as ``llama`` or ``opt``."""
-    return str(Checkpoint.open(folder, allow_pickle=allow_pickle).config.get("model_type", ""))

@@ -29,7 +29,7 @@ def prune_layers(
     """Prune the decoder layers in ``todo`` with the executor that ``execution`` names; each is journaled when it is done.
 
     The result does not depend on the executor: whichever it is, a layer is computed by one process on
-    ``work.numerics["threads"]`` threads. With ``propagate=pruned`` a layer is fed by the pruned layers before it: they are
+    ``work.numerics.threads`` threads. With ``propagate=pruned`` a layer is fed by the pruned layers before it: they are
     done one after the other by this process, and the workers solve the parts of its groups of operators side by side.
 
     Args:
@@ -52,7 +52,7 @@ def prune_layers(
             listener.say(f"propagate=pruned, and no group has two operators: executor {executor} has nothing to run side by side")
     if inspect is not None or jobs == 1:
         executor = "serial"
-    with cpu_threads(work.numerics["threads"]):
+    with cpu_threads(work.numerics.threads):
         if executor == "serial":
             prune_serially(work, todo, listener, inspect)
             return
@@ -68,7 +68,7 @@ def prune_layers(
 
 def _pool(work: RunContext, execution: Execution, jobs: int, listener: Listener) -> Pool:
     """The workers of an executor, no more than there are ``jobs`` at once."""
-    count = work.numerics["threads"]
+    count = work.numerics.threads
     if execution.executor == "process":
         devices = worker_devices(execution.device, execution.workers, count)[:jobs]
         listener.say(f"{len(devices)} worker processes of {count} threads on {', '.join(sorted({str(device) for device in devices}))}")

@@ -68,7 +68,7 @@ class _LayerSchedule:
             if number in self._finished and (number == 0 or number - 1 in self._finished):
                 (self._work.hidden / _file(number)).unlink(missing_ok=True)
         if index in self._todo:
-            entry = self._work.run.finished(index, self._work.fingerprint)
+            entry = self._work.run.journal.finished(index, self._work.fingerprint)
             if entry is None:
                 raise FistaPrunerError(f"layer {index} was done by a worker, but {self._work.run.folder} does not hold it")
             self._listener.layer(entry)

@@ -63,11 +63,11 @@ class ProcessPool:
         numerics = self._work.numerics
         package = str(Path(__file__).parents[2])
         path = os.pathsep.join([package, *filter(None, [os.environ.get("PYTHONPATH")])])
-        environment = {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": str(numerics["threads"])}
+        environment = {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": str(numerics.threads)}
         program = [sys.executable, "-m", "fistapruner.execution.worker"]
         place = [str(self._work.run.folder), self._work.part, str(self._devices[worker]), str(os.getpid())]
-        trusted = [name for name, allowed in self._work.trust.items() if allowed]
-        process = subprocess.Popen([*program, *place, *trusted], stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=environment)
+        permitted = [name for name, allowed in self._work.permissions.keywords().items() if allowed]
+        process = subprocess.Popen([*program, *place, *permitted], stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=environment)
         assert process.stdout is not None
         self._processes[worker] = process
         self._unread[worker] = b""

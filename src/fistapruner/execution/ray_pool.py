@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import FistaPrunerError, MissingExtraError
+from ..models.source import Permissions
 from ..recipes.settings import Execution
 from .context import RunContext
 from .pool import Event, Job, PartJob
@@ -78,7 +79,7 @@ class RayPool:
                 raise FistaPrunerError(
                     f"Ray cluster {execution.address!r} cannot be reached: {' '.join(str(error).split())[:200]}"
                 ) from None
-        threads = int(work.numerics["threads"])
+        threads = work.numerics.threads
         resources = ray.cluster_resources()
         cuda = execution.device != "cpu" and resources.get("GPU", 0) >= 1
         room = int(resources["GPU"] if cuda else resources.get("CPU", 0) // threads)
@@ -89,7 +90,7 @@ class RayPool:
         package = str(Path(__file__).parents[2])
         variables = {"OMP_NUM_THREADS": str(threads), "PYTHONPATH": os.pathsep.join(filter(None, [package, os.environ.get("PYTHONPATH")]))}
         self._options = {"num_cpus": threads, "num_gpus": 1 if cuda else 0, "runtime_env": {"env_vars": variables}}
-        self._arguments = (str(work.run.folder.absolute()), work.part, "cuda" if cuda else "cpu", dict(work.trust))
+        self._arguments = (str(work.run.folder.absolute()), work.part, "cuda" if cuda else "cpu", work.permissions)
         self._actor = ray.remote(max_restarts=0)(Actor)
         self._actors: list[Any] = [None] * self.size
         self._streams: dict[Any, int] = {}  # what a running job reports, and its worker
@@ -132,7 +133,7 @@ class RayPool:
 class Actor:
     """A :class:`~fistapruner.execution.worker.Worker` on some node of the cluster."""
 
-    def __init__(self, folder: str, part: str, device: str, trust: dict[str, bool]) -> None:
+    def __init__(self, folder: str, part: str, device: str, permissions: Permissions) -> None:
         from .worker import Worker
 
         self.fault: Event | None = None
@@ -142,7 +143,7 @@ class Actor:
             self.fault = {"event": "failed", "message": message}
             return
         try:
-            self.worker = Worker(Path(folder), part, device, shared=True, **trust)
+            self.worker = Worker(Path(folder), part, device, permissions, shared=True)
         except FistaPrunerError as error:
             self.fault = {"event": "failed", "message": f"Ray worker on host {host}: {error}"}
 

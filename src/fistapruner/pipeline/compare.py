@@ -16,8 +16,7 @@ import re
 import shlex
 import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from functools import partial
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -27,21 +26,23 @@ from torch import Tensor
 from ..errors import FistaPrunerError, MissingExtraError, explain
 from ..evaluation.data import Windows, load_windows
 from ..evaluation.evaluate import evaluate as run_evaluation
-from ..execution.context import model_family, open_model
-from ..models.source import resolve_model
-from ..models.tokenizer import load_tokenizer
+from ..execution.context import open_model
+from ..models.source import ModelSource, Permissions
 from ..recipes.settings import Calibration, Recipe, load_recipe_settings, merge, parse_value, shipped_recipes
 from ..reporting.comparison import comparison_markdown
 from ..reporting.write import write_page
-from ..runs.directory import RunDirectory
+from ..runs.lineage import update_stage
 from ..runs.listener import Listener
+from ..runs.prune_directory import PruneDirectory
 from ..runs.records import CompareRow, Comparison, Report, parse, read_json
 from ..runs.results import Evaluation, Perplexity
 from ..runtime.devices import choose_device
 from ..runtime.files import disk_errors, write_json_atomic, write_text_atomic
 from ..runtime.machine import describe_machine, now, versions
 from ..runtime.numerics import dtype_name
-from .prepare import changed_text, refuse_overlap, window_length
+from .begun import changed_text
+from .plan import window_length
+from .prepare import refuse_overlap
 from .prune import prune
 
 _PERPLEXITY = TypeAdapter(Perplexity)
@@ -154,84 +155,30 @@ def compare(
     Raises:
         FistaPrunerError: bad input, named, before anything is pruned.
     """
-    listener = listener or Listener()
+    listener, permissions = listener or Listener(), Permissions(allow_pickle, trust_remote_code)
     model, folder = str(model), Path(out)
-    contenders = parse_contenders(methods)
-    jobs = []
-    for seed in seeds:
-        for sparsity in sparsities:
-            for contender in contenders:
-                said = merge(dict(settings or {}), {"seed": seed, "calibration": {"seed": seed}})
-                said = merge(merge(said, contender.settings), {"sparsity": sparsity})
-                jobs.append((contender, seed, Recipe.build(said, contender.label)))
-    if not jobs:
-        raise FistaPrunerError("nothing to compare: name methods, sparsities and seeds")
-    first = jobs[0][2]
-    asked = {(contender.label, str(recipe.sparsity), seed) for contender, seed, recipe in jobs}
+    jobs = plan_jobs(parse_contenders(methods), sparsities, seeds, settings or {})
     before = _before(folder, model)
-    trust: dict[str, Any] = {"allow_pickle": allow_pickle, "trust_remote_code": trust_remote_code}
-    source = resolve_model(model, **trust)
-    refuse_overlap(source, folder)
-    resolved = partial(Recipe.resolved, family=lambda: model_family(source, allow_pickle=allow_pickle))
-    jobs = [(contender, seed, resolved(recipe)) for contender, seed, recipe in jobs]
-    skeleton = open_model(source, first, **trust)
-    tokenizer = load_tokenizer(source, trust_remote_code=trust_remote_code)
-    text = load_windows(data, tokenizer, window_length(first, skeleton), windows)
-    calibration = Recipe.build({"calibration": dict(settings or {}).get("calibration") or {}}).resolved().calibration
-    protocol = _Protocol(text, dtype_name(skeleton.dtype), calibration)
-    earlier = []
-    for row in before:
-        kept = (row.label, row.sparsity, row.seed) not in asked
-        protocol.check(row, folder, kept=kept)
-        earlier += [row] if kept else []
+    source = permissions.find(model)
+    refuse_overlap(source.folder, folder)
+    jobs = [replace(job, recipe=job.recipe.resolved(family=source.family)) for job in jobs]
+    protocol = agree_protocol(source, jobs[0].recipe, data, windows, settings or {})
+    rows = _rows_that_stay(before, jobs, protocol, folder)
     with disk_errors(folder):
         (folder / "runs").mkdir(parents=True, exist_ok=True)
     comparison = Comparison(
         command=command or shlex.join(sys.argv),
         started=now(),
         versions=versions(),
-        machine=describe_machine(choose_device(first.execution.device)),
-        rows=earlier,
+        machine=describe_machine(choose_device(protocol.device)),
+        rows=rows,
     )
-
-    def evaluated(checkpoint: Path) -> Evaluation:
-        return run_evaluation(checkpoint, text, device=first.execution.device, dtype=first.dtype, tick=listener.tick, **trust)
-
-    comparison.dense = _dense(folder / "dense.json", protocol)
-    if comparison.dense is None:
-        listener.say(f"evaluating the dense model on {data}")
-        comparison.dense = evaluated(source).perplexity
-        assert comparison.dense is not None
-        write_json_atomic(folder / "dense.json", _PERPLEXITY.dump_python(comparison.dense, mode="json"))
-    calibrated: dict[str, tuple[Tensor, dict[str, Any]]] = {}
-    for number, (contender, seed, recipe) in enumerate(jobs, 1):
-        listener.say(f"{number}/{len(jobs)}: {contender.label}, {recipe.sparsity}, seed {seed}")
-        run = RunDirectory(folder / "runs" / run_name(contender.label, str(recipe.sparsity), seed))
-        row = CompareRow(
-            method=recipe.method_name,
-            label=contender.label,
-            sparsity=str(recipe.sparsity),
-            seed=seed,
-            settings=recipe.model_dump(mode="json", exclude={"execution"}),
-        )
-        try:
-            report = _measured(run, recipe, protocol)
-            if report is None:
-                key = recipe.calibration.model_dump_json()
-                report = prune(model, run.folder, recipe=recipe, listener=listener, tokens=calibrated.get(key), **trust)
-                assert report.calibration is not None
-                calibrated.setdefault(key, (run.tokens(), report.calibration.model_dump()))
-                listener.say(f"evaluating on {data}")
-                report.evaluations.append(evaluated(run.model))
-                write_json_atomic(run.report_file, report.model_dump(mode="json"))
-            if not keep:
-                _delete_weights(run)
-            _adopt(comparison, report, protocol)
-            row = _filled(row, report, protocol, comparison.dense)
-        except FistaPrunerError as error:
-            row.error = str(error)
-            listener.say(f"{contender.label}: {error}")
-        comparison.rows.append(row)
+    bench = _Bench(model, source, folder, protocol, listener, keep)
+    dense = measure_dense(bench)
+    comparison.dense = dense
+    for number, job in enumerate(jobs, 1):
+        listener.say(f"{number}/{len(jobs)}: {job.label}, {job.recipe.sparsity}, seed {job.seed}")
+        comparison.rows.append(run_job(job, bench, comparison, dense))
         _write(folder, comparison)
     comparison.status = "finished"
     comparison.finished = now()
@@ -243,6 +190,148 @@ def compare(
     return comparison
 
 
+@dataclass(frozen=True)
+class Job:
+    """One run of a comparison.
+
+    Args:
+        label: the method as the user wrote it.
+        seed: of the run and of its calibration windows.
+        recipe: all settings.
+    """
+
+    label: str
+    seed: int
+    recipe: Recipe
+
+
+def plan_jobs(contenders: Sequence[Contender], sparsities: Sequence[str], seeds: Sequence[int], settings: Mapping[str, Any]) -> list[Job]:
+    """List the runs of a comparison: every method at every sparsity, seed after seed.
+
+    Raises:
+        FistaPrunerError: nothing to do, or settings that are no recipe.
+    """
+    jobs = []
+    for seed in seeds:
+        for sparsity in sparsities:
+            for contender in contenders:
+                said = merge(dict(settings), {"seed": seed, "calibration": {"seed": seed}})
+                said = merge(merge(said, contender.settings), {"sparsity": sparsity})
+                jobs.append(Job(contender.label, seed, Recipe.build(said, contender.label)))
+    if not jobs:
+        raise FistaPrunerError("nothing to compare: name methods, sparsities and seeds")
+    return jobs
+
+
+def agree_protocol(source: ModelSource, recipe: Recipe, data: str, windows: int | None, settings: Mapping[str, Any]) -> Protocol:
+    """Cut the evaluation text and fix the precision that all rows share, as the first job's ``recipe`` has them."""
+    skeleton = open_model(source, recipe)
+    text = load_windows(data, source.tokenizer(), window_length(recipe, skeleton), windows)
+    calibration = Recipe.build({"calibration": settings.get("calibration") or {}}).resolved().calibration
+    return Protocol(text, dtype_name(skeleton.dtype), calibration, recipe.execution.device, recipe.dtype)
+
+
+def measure_dense(bench: _Bench) -> Perplexity:
+    """Measure the dense model on the windows of the protocol, or read what was measured before."""
+    file, protocol = bench.folder / "dense.json", bench.protocol
+    found = _dense(file, protocol)
+    if found is None:
+        bench.listener.say(f"evaluating the dense model on {protocol.text.data}")
+        found = bench.evaluate(bench.source.folder).perplexity
+        assert found is not None
+        write_json_atomic(file, _PERPLEXITY.dump_python(found, mode="json"))
+    return found
+
+
+def run_job(job: Job, bench: _Bench, comparison: Comparison, dense: Perplexity) -> CompareRow:
+    """Prune and measure one row, or find that it was done before.
+
+    Args:
+        job: what to do.
+        bench: what all jobs share.
+        comparison: receives what all runs have in common.
+        dense: perplexity of the dense model.
+
+    Returns:
+        The row; one without figures says why.
+    """
+    recipe = job.recipe
+    row = CompareRow(
+        method=recipe.method_name,
+        label=job.label,
+        sparsity=str(recipe.sparsity),
+        seed=job.seed,
+        settings=recipe.model_dump(mode="json", exclude={"execution"}),
+    )
+    try:
+        report = bench.report_of(job)
+        _adopt(comparison, report, bench.protocol)
+        return _filled(row, report, bench.protocol, dense)
+    except FistaPrunerError as error:
+        row.error = str(error)
+        bench.listener.say(f"{job.label}: {error}")
+        return row
+
+
+@dataclass(frozen=True)
+class _Bench:
+    """What all jobs of a comparison share.
+
+    Args:
+        model: as the user named it; ``source``: its folder.
+        folder: of the comparison.
+        protocol: how every row is measured.
+        listener: receives progress.
+        keep: keep the pruned checkpoints.
+        calibrated: calibration windows that are drawn, by their settings.
+    """
+
+    model: str
+    source: ModelSource
+    folder: Path
+    protocol: Protocol
+    listener: Listener
+    keep: bool
+    calibrated: dict[str, tuple[Tensor, dict[str, Any]]] = field(default_factory=dict)
+
+    def evaluate(self, checkpoint: Path, against: Path | None = None) -> Evaluation:
+        """Measure a checkpoint on the windows of the protocol."""
+        permissions, protocol = self.source.permissions, self.protocol
+        return run_evaluation(
+            checkpoint,
+            protocol.text,
+            against=against,
+            device=protocol.device,
+            dtype=protocol.asked_dtype,
+            tick=self.listener.tick,
+            **permissions.keywords(),
+        )
+
+    def report_of(self, job: Job) -> Report:
+        """Prune and measure, or read the report of a run that was pruned and measured so before."""
+        run = PruneDirectory(self.folder / "runs" / run_name(job.label, str(job.recipe.sparsity), job.seed))
+        report = _measured(run, job.recipe, self.protocol)
+        if report is None:
+            key = job.recipe.calibration.model_dump_json()
+            report = prune(
+                self.model,
+                run.folder,
+                recipe=job.recipe,
+                listener=self.listener,
+                tokens=self.calibrated.get(key),
+                **self.source.permissions.keywords(),
+            )
+            assert report.calibration is not None
+            self.calibrated.setdefault(key, (run.tokens(), report.calibration.model_dump()))
+            self.listener.say(f"evaluating on {self.protocol.text.data}")
+            report.evaluations.append(self.evaluate(run.model, against=self.source.folder))
+            update_stage(report)
+            run.write_report(report)
+        if not self.keep:
+            _delete_weights(run)
+        return report
+
+
 def run_name(label: str, sparsity: str, seed: int) -> str:
     """Folder name of a run: readable, and different for different labels."""
     plain = re.sub(r"[^A-Za-z0-9.+-]+", "_", f"{label}-{sparsity.replace(':', 'of').replace('%', '')}")[:80]
@@ -250,18 +339,22 @@ def run_name(label: str, sparsity: str, seed: int) -> str:
 
 
 @dataclass(frozen=True)
-class _Protocol:
+class Protocol:
     """What all rows of a comparison share.
 
     Args:
         text: the windows that all models are evaluated on.
         dtype: precision of their passes.
         calibration: where calibration windows come from, but for their seed; a method may have settings of its own.
+        device: where models are evaluated, as recipes name it.
+        asked_dtype: the precision as recipes name it.
     """
 
     text: Windows
     dtype: str
     calibration: Calibration
+    device: str = "auto"
+    asked_dtype: str = "auto"
 
     def covers(self, perplexity: Perplexity | None) -> bool:
         """Whether a figure was measured so."""
@@ -296,6 +389,21 @@ def _said(calibration: Calibration) -> str:
     return f"{calibration.samples} windows of {calibration.seqlen or 'the longest'} tokens from {calibration.source}"
 
 
+def _rows_that_stay(before: list[CompareRow], jobs: Sequence[Job], protocol: Protocol, folder: Path) -> list[CompareRow]:
+    """Rows of an earlier comparison that are not asked for now.
+
+    Raises:
+        FistaPrunerError: a row was made by another protocol.
+    """
+    asked = {(job.label, str(job.recipe.sparsity), job.seed) for job in jobs}
+    stay = []
+    for row in before:
+        kept = (row.label, row.sparsity, row.seed) not in asked
+        protocol.check(row, folder, kept=kept)
+        stay += [row] if kept else []
+    return stay
+
+
 def _before(folder: Path, model: str) -> list[CompareRow]:
     """Rows of the comparison that ``folder`` already holds."""
     if folder.exists() and not folder.is_dir():
@@ -316,21 +424,23 @@ def _before(folder: Path, model: str) -> list[CompareRow]:
     return []
 
 
-def _measured(run: RunDirectory, recipe: Recipe, protocol: _Protocol) -> Report | None:
+def _measured(run: PruneDirectory, recipe: Recipe, protocol: Protocol) -> Report | None:
     """The report of a run that was pruned with these settings and measured on this text."""
     if not run.report_file.is_file():
         return None
     report = parse(Report, read_json(run.report_file), str(run.report_file))
-    same = Recipe.build(report.recipe).fingerprint() == recipe.fingerprint() and not changed_text(run.facts(), recipe)
-    return report if same and report.status == "finished" and _perplexity(report, protocol) is not None else None
+    record = run.record()
+    changed = record is not None and changed_text(record, recipe)
+    same = Recipe.build(report.recipe).fingerprint() == recipe.fingerprint() and not changed
+    return report if same and report.status == "finished" and _evaluation(report, protocol) is not None else None
 
 
-def _perplexity(report: Report, protocol: _Protocol) -> Perplexity | None:
-    found = (evaluation.perplexity for evaluation in report.evaluations)
-    return next((perplexity for perplexity in found if protocol.covers(perplexity)), None)
+def _evaluation(report: Report, protocol: Protocol) -> Evaluation | None:
+    """The report's measurement on the windows of the protocol."""
+    return next((found for found in report.evaluations if protocol.covers(found.perplexity)), None)
 
 
-def _dense(file: Path, protocol: _Protocol) -> Perplexity | None:
+def _dense(file: Path, protocol: Protocol) -> Perplexity | None:
     """The dense model's perplexity on the same windows, if it was measured before."""
     if not file.is_file():
         return None
@@ -341,11 +451,12 @@ def _dense(file: Path, protocol: _Protocol) -> Perplexity | None:
     return stored if protocol.covers(stored) else None
 
 
-def _filled(row: CompareRow, report: Report, protocol: _Protocol, dense: Perplexity) -> CompareRow:
+def _filled(row: CompareRow, report: Report, protocol: Protocol, dense: Perplexity) -> CompareRow:
     """The row with the figures of its report."""
     totals = report.totals
     errors = [operator.relative_error for layer in report.layers for operator in layer.operators if operator.relative_error is not None]
-    row.perplexity = _perplexity(report, protocol)
+    if (measured := _evaluation(report, protocol)) is not None:
+        row.perplexity, row.divergence = measured.perplexity, measured.divergence
     if row.perplexity is not None and math.isfinite(row.perplexity.nll):
         row.gap = row.perplexity.nll - dense.nll
     row.relative_error = sum(errors) / len(errors) if errors else None
@@ -354,7 +465,7 @@ def _filled(row: CompareRow, report: Report, protocol: _Protocol, dense: Perplex
     return row
 
 
-def _adopt(comparison: Comparison, report: Report, protocol: _Protocol) -> None:
+def _adopt(comparison: Comparison, report: Report, protocol: Protocol) -> None:
     """What all runs share, from the first of them; of calibration, from the first that has no settings of its own."""
     if not comparison.model.source:
         comparison.model = report.model
@@ -362,11 +473,11 @@ def _adopt(comparison: Comparison, report: Report, protocol: _Protocol) -> None:
         comparison.calibration = report.calibration
 
 
-def _delete_weights(run: RunDirectory) -> None:
+def _delete_weights(run: PruneDirectory) -> None:
     if run.model.is_dir():
         run.remove_model()
-    for tensors in [*(record.with_suffix(".safetensors") for record in run.layers.glob("*.json")), run.metrics_file]:
-        tensors.unlink(missing_ok=True)
+    run.journal.remove_weights()
+    run.metrics_file.unlink(missing_ok=True)
 
 
 def _write(folder: Path, comparison: Comparison) -> None:

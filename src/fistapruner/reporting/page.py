@@ -18,6 +18,7 @@ from .evaluation_text import item_count, protocol
 from .figures import hardest, layer_figures
 from .figures_quality import quality_figures
 from .html import facts, moment, page, section, table, tiles
+from .lineage_text import lineage_lines
 from .model_card import base_model
 from .size_and_speed import dense_speed, packed_speeds, size_rows, speed_protocol, speed_rows, speed_table, speeds
 
@@ -347,6 +348,7 @@ def _reproduce(report: Report) -> str:
         ("decoder layers", count(model.layers) if model.layers else None),
         ("precision", model.dtype),
         ("fingerprint", report.fingerprint),
+        ("lineage", " → ".join(lineage_lines(report.lineage)) if report.lineage and report.lineage.stages else None),
     ]
     if used is not None:
         pairs += [

@@ -4,25 +4,37 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from ..models.files.checkpoint import Checkpoint
 from ..recipes.settings import Recipe
-from ..runtime.files import sampled_sha256
+from ..runtime.files import sampled_sha256, sha256_file
+from .decision import Numerics
 
 
-def fingerprint(recipe: Recipe, checkpoint: Checkpoint, tokens: Tensor, numerics: Mapping[str, Any]) -> str:
-    """Identity of a run: its settings, the model's files, the calibration tokens, and what decides the last bits."""
-    identity = [recipe.fingerprint(), stamps(checkpoint), checkpoint.config, dict(numerics)]
+def fingerprint(recipe: Recipe, checkpoint: Checkpoint, tokens: Tensor, numerics: Numerics) -> str:
+    """Hash a run's settings, model files and calibration tokens, and what decides the last bits.
+
+    Args:
+        recipe: all settings.
+        checkpoint: the dense model.
+        tokens: (samples, seqlen) calibration token ids.
+        numerics: what decides the last bits.
+    """
+    identity = [recipe.fingerprint(), stamps(checkpoint), checkpoint.config, numerics.model_dump()]
     digest = hashlib.sha256(json.dumps(identity, sort_keys=True).encode())
     digest.update(tokens.to(torch.int64).numpy().tobytes())
     return digest.hexdigest()[:16]
 
 
 def stamps(checkpoint: Checkpoint) -> list[tuple[str, str]]:
-    """What tells a checkpoint's weights from others: name and hash of samples of every file."""
+    """Identify a checkpoint's weights: the name of every file, and a hash of samples of its bytes."""
     return [(name, sampled_sha256(file.path)) for name, file in checkpoint.files.items()]
+
+
+def text_sha256(recipe: Recipe) -> str | None:
+    """Hash the calibration text; None where it is not a file, or the file is gone."""
+    file = recipe.calibration.file
+    return sha256_file(file) if file is not None and file.is_file() else None

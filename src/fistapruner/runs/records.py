@@ -8,15 +8,18 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Annotated, Any, Literal, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 
 from ..errors import FistaPrunerError, explain
 from ..runtime.machine import Machine
 from .results import Divergence, Evaluation, Perplexity
 
 VERSION = 1
+
+Kind = Annotated[Literal["prune", "recover", "align"], BeforeValidator(lambda kind: "prune" if kind == "run" else kind)]
+"""The verb that a run belongs to. Early reports say ``run`` for ``prune``."""
 
 R = TypeVar("R", bound="Record")
 
@@ -181,6 +184,51 @@ class Generation(Record):
     pruned: str | None = None
 
 
+class StageFigures(Record):
+    """What a stage of a model's making measured.
+
+    Args:
+        operator_weights, operator_zeros: in its operators, exact.
+        relative_error: mean over operators of their outputs' error.
+        seconds: wall time.
+        perplexity: of the stage's result; ``reference``: of its input on the same tokens; ``divergence``: of the
+            result from its input. None where nothing was measured.
+    """
+
+    operator_weights: int | None = None
+    operator_zeros: int | None = None
+    relative_error: float | None = None
+    seconds: float | None = None
+    perplexity: Perplexity | None = None
+    reference: Perplexity | None = None
+    divergence: Divergence | None = None
+
+
+class Stage(Record):
+    """One run in the making of a model.
+
+    Args:
+        kind: verb of the run; ``command``: shell line that reproduces it.
+        finished: ISO time; ``fingerprint``: of the settings that decide its result.
+        settings: its recipe; ``versions``: of the libraries; ``figures``: what was measured.
+    """
+
+    kind: Kind = "prune"
+    command: str | None = None
+    finished: str | None = None
+    fingerprint: str | None = None
+    settings: dict[str, Any] = {}
+    versions: dict[str, str] = {}
+    figures: StageFigures = StageFigures()
+
+
+class Lineage(Record):
+    """How a model was made: the dense model, then one stage for each run, in order."""
+
+    source: ModelFacts
+    stages: list[Stage] = []
+
+
 class Report(Record):
     """``RUN/report.json``, and (without layers and totals) ``RUN/run.json`` of an unfinished run.
 
@@ -197,10 +245,11 @@ class Report(Record):
         plan: predictions beside measurements.
         permuted: operators whose input channels were reordered for an n:m pattern, with the share of their weights' importance
             that the pattern keeps in the old order and in the new one.
+        lineage: how the model was made, this run included once it is finished.
     """
 
     version: int = VERSION
-    kind: Literal["run"] = "run"
+    kind: Kind = "prune"
     status: Literal["running", "finished", "failed"] = "running"
     error: str | None = None
     command: str | None = None
@@ -219,6 +268,7 @@ class Report(Record):
     generations: list[Generation] = []
     plan: list[PlanRow] = []
     permuted: dict[str, tuple[float, float]] = {}
+    lineage: Lineage | None = None
     warnings: list[str] = []
 
     @property
@@ -331,7 +381,9 @@ def load_run(folder: Path) -> Report:
             break
     else:
         raise FistaPrunerError(f"{folder} is not a run: it has neither report.json nor run.json")
-    report = parse(Report, read_json(folder / name), str(folder / name))
+    data = read_json(folder / name)
+    data = {key: value for key, value in data.items() if key not in ("decision", "format", "sha256")}  # of run.json
+    report = parse(Report, data, str(folder / name))
     if report.layers or not (folder / "layers").is_dir():
         return report
     for path in sorted((folder / "layers").glob("*.json")):

@@ -11,7 +11,7 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -185,6 +185,11 @@ def sampled_sha256(path: Path) -> str:
             file.seek(place)
             digest.update(file.read(length))
     return digest.hexdigest()
+
+
+def json_sha256(content: Mapping[str, Any]) -> str:
+    """Hash JSON values, whatever the order of their keys."""
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 
 def sha256_file(path: Path) -> str:

@@ -1,0 +1,97 @@
+"""What a run directory holds of an earlier attempt: whether it is this run, and what is left to do."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+from ..errors import FistaPrunerError
+from ..models.source import Permissions
+from ..recipes.settings import Recipe
+from ..runs.decision import PruneRecord
+from ..runs.identity import fingerprint, text_sha256
+from ..runs.prune_directory import PruneDirectory
+from ..runs.records import Report, parse, read_json
+
+
+@dataclass(frozen=True)
+class FinishedRun:
+    """What a run directory holds of a finished run.
+
+    Args:
+        report: of the run, if nothing is left to do.
+        damaged: the report of a run whose checkpoint must be written again from the layers; its measurements stay.
+        says: a sentence for the user.
+    """
+
+    report: Report | None = None
+    damaged: Report | None = None
+    says: str | None = None
+
+
+def find_finished(run: PruneDirectory, model: str, recipe: Recipe, permissions: Permissions) -> FinishedRun:
+    """Look for a finished run of this model and recipe.
+
+    Raises:
+        FistaPrunerError: the directory holds a run of another model or recipe.
+    """
+    record = run.record()
+    if record is None:
+        return FinishedRun()
+    refuse_other(run, record, model, recipe)
+    if not run.report_file.exists():
+        return FinishedRun()
+    try:
+        report = parse(Report, read_json(run.report_file), str(run.report_file))
+    except FistaPrunerError as error:
+        return FinishedRun(says=f"the report is made again: {error}")
+    if report.status != "finished" or report.fingerprint != record.fingerprint:
+        return FinishedRun()
+    if (why := changed_text(record, recipe)) or (why := _changed_model(run, record, recipe, permissions)):
+        return FinishedRun(says=f"the run is made again: {why}")
+    if (fault := run.model_fault(record.fingerprint or "")) is not None:
+        return FinishedRun(damaged=report, says=f"the checkpoint is made again from the layers: {fault}")
+    return FinishedRun(report=report, says=f"{run.folder} holds the finished run of this recipe")
+
+
+def refuse_other(run: PruneDirectory, record: PruneRecord, model: str, recipe: Recipe) -> None:
+    """Refuse to continue a run of other settings or of another model.
+
+    Raises:
+        FistaPrunerError: names the first setting that differs.
+    """
+    now = recipe.model_dump(mode="json")
+    for key in now:
+        if key != "execution" and record.recipe.get(key) != now[key]:
+            raise FistaPrunerError(
+                f"--out {run.folder} holds a run with {key} = {json.dumps(record.recipe.get(key))}, "
+                f"this one has {json.dumps(now[key])}: name another folder, or remove it"
+            )
+    source = record.model.source
+    if source != model and record.decision.model != absolute(model):
+        raise FistaPrunerError(f"--out {run.folder} holds a run of the model {source!r}, this one is of {model!r}: name another folder")
+
+
+def changed_text(record: PruneRecord, recipe: Recipe) -> str | None:
+    """Say that the calibration text has changed since the run began; None where it has not, or is gone."""
+    noted, found = record.decision.calibration_sha256, text_sha256(recipe)
+    if noted is None or found is None or noted == found:
+        return None
+    return f"{recipe.calibration.source} is not the text that it was calibrated on"
+
+
+def _changed_model(run: PruneDirectory, record: PruneRecord, recipe: Recipe, permissions: Permissions) -> str | None:
+    """Say that the dense model has changed; None where it has not, or it or the tokens are gone."""
+    folder = record.decision.folder
+    try:
+        checkpoint = permissions.at(folder).checkpoint()
+        same = record.fingerprint == fingerprint(recipe, checkpoint, run.tokens(), record.decision.numerics)
+    except FistaPrunerError:
+        return None
+    return None if same else f"{folder} is not the model that it pruned"
+
+
+def absolute(name: str) -> str:
+    """Write out a path that exists from the root, so that a run can go on from another folder; other names stay."""
+    return str(Path(name).absolute()) if Path(name).exists() else name

@@ -1,0 +1,93 @@
+"""Plan a pruning run: its patterns, its window length, and what it will need."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+
+from ..constraints import Constraint, parse_sparsity
+from ..errors import FistaPrunerError
+from ..execution.context import open_model
+from ..execution.executors import default_threads
+from ..models.discovery import Layout, discover
+from ..models.layerwise import LayerwiseModel
+from ..models.source import Permissions
+from ..planning.plan import Plan, make_plan
+from ..recipes.settings import Recipe, matches
+from ..runtime.devices import cpu_threads, worker_devices
+from ..runtime.numerics import windows_at_once
+from ..sensitivity.decision import check_allocation
+from ..solvers import check_constraint
+
+DEFAULT_SEQLEN = 2048
+"""Calibration windows are the model's maximum length, at most this: what the papers use for OPT and LLaMA-1."""
+
+
+def window_length(recipe: Recipe, skeleton: LayerwiseModel) -> int:
+    """Tokens in a calibration window.
+
+    Raises:
+        FistaPrunerError: more than the model was made for.
+    """
+    seqlen = recipe.calibration.seqlen or min(skeleton.max_length, DEFAULT_SEQLEN)
+    if seqlen > skeleton.max_length:
+        raise FistaPrunerError(f"seqlen {seqlen} is more than the {skeleton.max_length} tokens {skeleton.checkpoint.folder} was made for")
+    return seqlen
+
+
+def allocate(recipe: Recipe, layout: Layout) -> dict[str, Constraint]:
+    """Pattern of every operator.
+
+    Raises:
+        FistaPrunerError: a pattern that matches nothing, or does not divide an operator's inputs.
+    """
+    operators = layout.operators()
+    chosen: dict[str, Constraint] = dict.fromkeys((name for name, _ in operators), recipe.pattern)
+    if isinstance(recipe.allocation, Mapping):
+        for pattern, sparsity in recipe.allocation.items():
+            names = [name for name in chosen if matches(name, pattern)]
+            if not names:
+                raise FistaPrunerError(f"allocation: {pattern!r} matches no operator; the first one is called {operators[0][0]!r}")
+            chosen.update((name, parse_sparsity(sparsity)) for name in names)
+    for name, operator in operators:
+        check_constraint(chosen[name], operator.columns, recipe.steps, name)
+    return chosen
+
+
+def plan_model(
+    model: str | Path, recipe: Recipe, out: str | Path = ".", *, allow_pickle: bool = False, trust_remote_code: bool = False
+) -> Plan:
+    """Predict what a run will need, without starting it.
+
+    Args:
+        model: as for :func:`fistapruner.prune`.
+        recipe: all settings.
+        out: the run directory to be.
+        allow_pickle: read legacy ``.bin`` weights.
+        trust_remote_code: run Python code that comes with the checkpoint.
+
+    Raises:
+        FistaPrunerError: bad input, or a run that would not fit.
+    """
+    check_allocation(recipe)
+    source = Permissions(allow_pickle, trust_remote_code).find(model)
+    recipe = recipe.resolved(family=source.family)
+    skeleton = open_model(source, recipe)
+    layout = discover(skeleton).select(recipe)
+    return plan_run(skeleton, layout, recipe, allocate(recipe, layout), Path(out))
+
+
+def plan_run(skeleton: LayerwiseModel, layout: Layout, recipe: Recipe, sparsity: Mapping[str, Constraint], out: Path) -> Plan:
+    """Plan a run with the executor, workers and threads of its recipe (see :func:`~.plan.make_plan`); random token ids stand for the
+    calibration windows, which may be long to draw.
+    """
+    execution, seqlen = recipe.execution, window_length(recipe, skeleton)
+    vocabulary = int(skeleton.config.get_text_config().vocab_size)
+    tokens = torch.randint(vocabulary, (recipe.calibration.samples, seqlen), generator=torch.Generator().manual_seed(recipe.seed))
+    batch_size = execution.batch_size or windows_at_once(seqlen, skeleton.device)
+    local = execution.executor == "process"
+    workers = len(worker_devices(execution.device, execution.workers, execution.threads)) if local else 1
+    with cpu_threads(default_threads(execution)):
+        return make_plan(skeleton, layout, recipe, sparsity, tokens, batch_size, out, workers)

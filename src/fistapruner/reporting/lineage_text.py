@@ -1,0 +1,31 @@
+"""The lineage of a model in words: the dense model, then one line for each run that changed it."""
+
+from __future__ import annotations
+
+from ..runs.records import Lineage, Stage, method_label
+from ..runtime.formatting import percent, with_error
+
+DONE = {"prune": "pruned", "recover": "recovered", "align": "aligned"}
+
+
+def lineage_lines(lineage: Lineage) -> list[str]:
+    """One line for the dense model and one for each stage, in order."""
+    source = lineage.source
+    known = [source.architecture, source.dtype, f"revision {source.revision[:12]}" if source.revision else ""]
+    about = ", ".join(part for part in known if part)
+    return [source.source + (f" ({about})" if about else ""), *(_stage_line(stage) for stage in lineage.stages)]
+
+
+def _stage_line(stage: Stage) -> str:
+    """What a run did, what it measured, and when."""
+    figures, settings = stage.figures, stage.settings
+    parts = [DONE[stage.kind]]
+    if settings.get("sparsity"):
+        parts[0] += f" to {settings['sparsity']} with {method_label(settings.get('method', ''))}"
+    if figures.operator_weights and figures.operator_zeros is not None:
+        parts.append(f"{percent(figures.operator_zeros / figures.operator_weights)} zeros in its operators")
+    if (text := figures.perplexity) is not None:
+        parts.append(f"perplexity {with_error(text.perplexity, text.standard_error)} on {text.data}")
+    if stage.finished:
+        parts.append(stage.finished[:10])
+    return ", ".join(parts)

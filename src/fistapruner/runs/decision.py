@@ -1,0 +1,96 @@
+"""What a run decides before its long work, for all of its processes: stored in ``run.json``."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from pydantic import BaseModel, ConfigDict
+
+from ..recipes.settings import SparsitySetting
+from .records import Report
+
+
+class Frozen(BaseModel):
+    """Base of the decisions: they do not change during a run."""
+
+    model_config = ConfigDict(frozen=True, protected_namespaces=())
+
+
+class Numerics(Frozen):
+    """What decides the order of sums, and with it the last bits of the results. Part of the run's identity.
+
+    Args:
+        batch_size: windows in one forward pass.
+        by_operator: operator groups are solved in parts (:mod:`~fistapruner.pruning.partition`).
+        threads: CPU threads of each worker.
+        device: kind of device, ``cpu`` or ``cuda``.
+        dtype: precision of forward passes, such as ``bfloat16``.
+    """
+
+    batch_size: int
+    by_operator: bool
+    threads: int
+    device: str
+    dtype: str
+
+
+class EvaluationRequest(Frozen):
+    """The text on which a run evaluates its result.
+
+    Args:
+        data: name of a data set, or a file, as for :func:`fistapruner.evaluate`.
+        windows: only its first so many windows; None takes all.
+    """
+
+    data: str
+    windows: int | None = None
+
+
+class RunDecision(Frozen):
+    """What the runs of all verbs decide.
+
+    Args:
+        model: the model as the user named it; a path is absolute, so that the run can go on from another folder.
+        folder: the folder of its weights.
+        numerics: what decides the last bits.
+        evaluation: the text to evaluate on; None evaluates nothing.
+    """
+
+    model: str
+    folder: Path
+    numerics: Numerics
+    evaluation: EvaluationRequest | None = None
+
+
+class PruneDecision(RunDecision):
+    """What a pruning run decides.
+
+    Args:
+        sparsity: pattern of every operator, by full name.
+        on_disk: hidden states are kept in files.
+        calibration_sha256: of the calibration text; None where it is not a file.
+        metrics_sha256: of ``metrics.safetensors``; None where nothing was measured on the dense model.
+        sensitivity_seconds: how long measuring on the dense model took; None where nothing was measured.
+    """
+
+    sparsity: dict[str, SparsitySetting]
+    on_disk: bool
+    calibration_sha256: str | None = None
+    metrics_sha256: str | None = None
+    sensitivity_seconds: float | None = None
+
+
+class RunRecord(Report):
+    """The content of ``run.json``: the report as far as it is known before the first result, and the decision."""
+
+    decision: RunDecision
+
+    def report(self) -> Report:
+        """The report alone."""
+        return Report.model_validate(self.model_dump(mode="json", exclude={"decision"}))
+
+
+class PruneRecord(RunRecord):
+    """The content of a pruning run's ``run.json``."""
+
+    decision: PruneDecision

@@ -1,0 +1,92 @@
+"""The journal of decoder layers: every finished layer is stored at once, so that a killed run loses one at most.
+
+    RUN/layers/
+        0003.safetensors    the pruned tensors of a decoder layer
+        0003.json           its part of the report and the checksum of its tensors; written last
+
+A layer counts as finished if its JSON is there, belongs to this run, and the checksum of its tensors is right. Any
+other layer is pruned again.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import re
+from collections.abc import Mapping
+from pathlib import Path
+
+from pydantic import ValidationError
+from torch import Tensor
+
+from ..errors import FistaPrunerError
+from ..models.files.safetensors import SafetensorsFile, SafetensorsWriter, TensorEntry
+from ..runtime.files import PARTIAL, json_sha256, sha256_file, write_json_atomic
+from .records import LayerEntry
+
+log = logging.getLogger("fistapruner")
+
+LAYER_FILE = re.compile(rf"\d{{4,}}\.(json|safetensors)({re.escape(PARTIAL)})?")
+"""Names of the journal's files."""
+
+
+class LayerJournal:
+    """The finished decoder layers of a run.
+
+    Args:
+        folder: where their files are.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+
+    def files(self, index: int) -> tuple[Path, Path]:
+        """Tensors and JSON of decoder layer ``index``."""
+        return self.folder / f"{index:04d}.safetensors", self.folder / f"{index:04d}.json"
+
+    def write(self, fingerprint: str, weights: Mapping[str, Tensor], entry: LayerEntry) -> None:
+        """Journal a finished layer: tensors first, the JSON that makes them count last."""
+        tensors, record = self.files(entry.index)
+        record.unlink(missing_ok=True)
+        entries = [TensorEntry.of(name, tensor.dtype, tuple(tensor.shape)) for name, tensor in weights.items()]
+        with SafetensorsWriter(tensors, entries, {"fingerprint": fingerprint}) as writer:
+            for name, tensor in weights.items():
+                writer.write(name, tensor)
+        content = entry.model_dump(mode="json")
+        content["file"] = {"fingerprint": fingerprint, "sha256": sha256_file(tensors), "bytes": tensors.stat().st_size}
+        content["sha256"] = json_sha256(content)
+        write_json_atomic(record, content)
+
+    def finished(self, index: int, fingerprint: str) -> LayerEntry | None:
+        """The journaled layer ``index``, or None where there is none that can be trusted; says why in the log."""
+        tensors, record = self.files(index)
+        if not record.exists():
+            return None
+        try:
+            content = json.loads(record.read_text("utf-8"))
+            if content.pop("sha256") != json_sha256(content):
+                raise ValueError("its checksum is wrong")
+            file = content["file"]
+            if file["fingerprint"] != fingerprint:
+                raise ValueError("it belongs to another recipe, model or calibration set")
+            if content["index"] != index:
+                raise ValueError(f"it is of layer {content['index']}")
+            if tensors.stat().st_size != file["bytes"] or sha256_file(tensors) != file["sha256"]:
+                raise ValueError(f"{tensors.name} is not the file it was written with")
+            return LayerEntry.model_validate(content)
+        except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError, ValidationError, FistaPrunerError) as error:
+            log.warning("layer %d is done again: %s: %s", index, record.name, error)
+            return None
+
+    def weights(self, index: int) -> SafetensorsFile:
+        """The pruned tensors of a finished layer."""
+        return SafetensorsFile(self.files(index)[0])
+
+    def records(self) -> list[Path]:
+        """The JSON files of all layers that are there, unchecked."""
+        return sorted(self.folder.glob("*.json"))
+
+    def remove_weights(self) -> None:
+        """Remove the tensors of all layers, which are as large as the model; their records stay."""
+        for record in self.records():
+            record.with_suffix(".safetensors").unlink(missing_ok=True)

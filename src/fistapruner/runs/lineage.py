@@ -1,0 +1,97 @@
+"""The lineage of a model: the dense model it was made from, then every run that changed it.
+
+It is kept in ``fistapruner.json`` of the model's folder, and in the report of the run.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from pydantic import ValidationError
+
+from ..errors import FistaPrunerError, explain
+from ..models.files.checkpoint import PRUNING_RECORD
+from ..models.files.record import read_pruning_record
+from ..runtime.files import write_json_atomic
+from .records import Lineage, ModelFacts, Report, Stage, StageFigures
+
+
+def read_lineage(record: Mapping[str, Any], origin: Path) -> tuple[Lineage | None, str | None]:
+    """Read the lineage in a model's record.
+
+    Args:
+        record: content of ``fistapruner.json``.
+        origin: the model's folder, for the message.
+
+    Returns:
+        The lineage, None where there is none; and a sentence where it cannot be read.
+    """
+    if (found := record.get("lineage")) is None:
+        return None, None
+    try:
+        return Lineage.model_validate(found), None
+    except ValidationError as error:
+        return None, f"{origin / PRUNING_RECORD} has a lineage that cannot be read ({explain(error)})"
+
+
+def begin_lineage(folder: Path, model: ModelFacts) -> tuple[Lineage, str | None]:
+    """Begin the lineage of a run's result with that of its input.
+
+    Args:
+        folder: of the input.
+        model: describes the input; the lineage begins with it where the folder has none of its own.
+
+    Returns:
+        The lineage, and a sentence where the folder's own cannot be read.
+    """
+    try:
+        found, fault = read_lineage(read_pruning_record(folder), folder)
+    except FistaPrunerError as error:
+        found, fault = None, str(error)
+    return found or Lineage(source=model), fault
+
+
+def add_stage(report: Report) -> None:
+    """Append the run of a report to its lineage."""
+    if report.lineage is not None:
+        report.lineage.stages.append(stage_of(report))
+
+
+def update_stage(report: Report) -> None:
+    """Renew the run's own stage, the last of its lineage, after a measurement."""
+    if report.lineage is not None and report.lineage.stages:
+        report.lineage.stages[-1] = stage_of(report)
+
+
+def stage_of(report: Report) -> Stage:
+    """Describe a run as a stage of its model's making."""
+    errors = [found.relative_error for layer in report.layers for found in layer.operators]
+    known = [error for error in errors if error is not None and math.isfinite(error)]
+    measured = next((found for found in reversed(report.evaluations) if found.perplexity is not None), None)
+    return Stage(
+        kind=report.kind,
+        command=report.command,
+        finished=report.finished,
+        fingerprint=report.fingerprint,
+        settings={key: value for key, value in report.recipe.items() if key != "execution"},
+        versions=report.versions,
+        figures=StageFigures(
+            operator_weights=report.totals.operator_weights,
+            operator_zeros=report.totals.operator_zeros,
+            relative_error=sum(known) / len(known) if known else None,
+            seconds=report.totals.seconds,
+            perplexity=measured and measured.perplexity,
+            reference=measured and measured.reference,
+            divergence=measured and measured.divergence,
+        ),
+    )
+
+
+def write_lineage(model: Path, lineage: Lineage | None) -> None:
+    """Renew the lineage in ``fistapruner.json`` of a finished model."""
+    record = read_pruning_record(model)
+    if lineage is not None and record:
+        write_json_atomic(model / PRUNING_RECORD, {**record, "lineage": lineage.model_dump(mode="json")})

@@ -1,0 +1,135 @@
+"""The run directory of a pruning run: what it keeps beside the files of every run.
+
+RUN/
+    calibration.safetensors    the token ids
+    metrics.safetensors        what was measured on the dense model: weights of errors, order of channels
+    layers/                    the finished decoder layers (:mod:`fistapruner.runs.journal`)
+    hidden/                    hidden states that are still needed, where memory does not hold them
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..calibration import tokens_sha256
+from ..errors import FistaPrunerError
+from ..models.files.checkpoint import Orders
+from ..models.files.safetensors import SafetensorsFile, SafetensorsWriter, TensorEntry
+from ..runtime.files import PARTIAL
+from .decision import PruneRecord
+from .directory import EARLY, RunDirectory
+from .journal import LAYER_FILE, LayerJournal
+
+DRAWING = "drawing"
+"""Metadata key of the calibration tokens: it distinguishes them from any other file of that name."""
+
+BEFORE_TOKENS = rf"{EARLY}|layers|calibration\.safetensors{re.escape(PARTIAL)}"
+"""Names that an attempt has left that was stopped before it had drawn calibration tokens."""
+
+BEFORE_RUN_FILE = rf"{BEFORE_TOKENS}|hidden|(calibration\.safetensors|metrics\.safetensors|recipe\.yaml|run\.json)({re.escape(PARTIAL)})?"
+"""Names that an attempt has left that was stopped before ``run.json`` was written."""
+
+
+class PruneDirectory(RunDirectory):
+    """Paths and records of one pruning run.
+
+    Args:
+        folder: the run directory.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        super().__init__(folder)
+        self.calibration_file = folder / "calibration.safetensors"
+        self.metrics_file = folder / "metrics.safetensors"
+        self.hidden = folder / "hidden"
+        self.journal = LayerJournal(folder / "layers")
+
+    def create(self) -> None:
+        """Make the folders."""
+        self.journal.folder.mkdir(parents=True, exist_ok=True)
+
+    def own_folders(self) -> tuple[Path, ...]:
+        return (self.journal.folder, self.model, self.hidden)
+
+    def own_files(self) -> tuple[Path, ...]:
+        return (*super().own_files(), self.calibration_file, self.metrics_file)
+
+    def foreign(self) -> list[str]:
+        begun, layers = self._has_own_tokens(), self.journal.folder
+        names = BEFORE_RUN_FILE if begun else BEFORE_TOKENS
+        others = [path.name for path in self.folder.iterdir() if not re.fullmatch(names, path.name)]
+        inside = list(layers.iterdir()) if layers.is_dir() else []
+        others += [f"{layers.name}/{path.name}" for path in inside if not (begun and LAYER_FILE.fullmatch(path.name))]
+        return sorted(others)
+
+    def record(self) -> PruneRecord | None:
+        return self.read_record(PruneRecord)
+
+    def _has_own_tokens(self) -> bool:
+        try:
+            return DRAWING in SafetensorsFile(self.calibration_file).metadata
+        except (FistaPrunerError, OSError):
+            return False
+
+    def write_tokens(self, tokens: Tensor, drawing: str, how: Mapping[str, Any]) -> None:
+        """Store the (samples, seqlen) calibration token ids.
+
+        Args:
+            tokens: the ids.
+            drawing: what decided them: settings, model.
+            how: the facts about them.
+        """
+        entry = TensorEntry.of("tokens", torch.int64, tuple(tokens.shape))
+        with SafetensorsWriter(self.calibration_file, [entry], {DRAWING: drawing, "how": json.dumps(how)}) as writer:
+            writer.write("tokens", tokens.to(torch.int64))
+
+    def drawn(self, drawing: str) -> tuple[Tensor, dict[str, Any]] | None:
+        """Stored token ids and the facts about them, if the same settings and model decided them; None where there are none."""
+        try:
+            file = SafetensorsFile(self.calibration_file)
+            how = json.loads(file.metadata["how"])
+            tokens = file.read("tokens")
+        except (FistaPrunerError, OSError, KeyError, ValueError):
+            return None
+        same = file.metadata.get(DRAWING) == drawing and how.get("sha256") == tokens_sha256(tokens)
+        return (tokens, how) if same else None
+
+    def tokens(self) -> Tensor:
+        """The (samples, seqlen) calibration token ids."""
+        return SafetensorsFile(self.calibration_file).read("tokens")
+
+    def write_metrics(self, metrics: Sequence[Tensor], importance: Mapping[str, Tensor], orders: Orders) -> None:
+        """Store the metric of every decoder layer's output, the importance of every operator's rows, and the order of channels,
+        what there is of them."""
+        tensors = {f"output.{index:04d}": metric for index, metric in enumerate(metrics)}
+        tensors |= {f"rows.{name}": rows for name, rows in importance.items()}
+        tensors |= {f"order.{dim}.{name}": order for name, (dim, order) in orders.items()}
+        with SafetensorsWriter(
+            self.metrics_file, [TensorEntry.of(name, value.dtype, value.shape) for name, value in tensors.items()], {}
+        ) as writer:
+            for name, value in tensors.items():
+                writer.write(name, value)
+
+    def metric(self, index: int) -> Tensor:
+        """The metric of decoder layer ``index``'s output."""
+        return SafetensorsFile(self.metrics_file).read(f"output.{index:04d}")
+
+    def importance(self, names: Sequence[str]) -> dict[str, Tensor]:
+        """The importance of the rows of some operators, by full name."""
+        file = SafetensorsFile(self.metrics_file)
+        return {name: file.read(f"rows.{name}") for name in names}
+
+    def orders(self) -> Orders:
+        """The tensors whose channels take another order; empty where nothing was measured."""
+        if not self.metrics_file.exists():
+            return {}
+        file = SafetensorsFile(self.metrics_file)
+        named = [name.split(".", 2) for name in file.entries if name.startswith("order.")]
+        return {tensor: (int(dim), file.read(f"order.{dim}.{tensor}")) for _, dim, tensor in named}

@@ -1,0 +1,117 @@
+"""A finished model knows its lineage: the dense model, then every run, with command, settings and figures."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import fistapruner as fp
+import tiny
+from fistapruner.cli import main
+from fistapruner.evaluation.inspection import inspect_checkpoint
+from fistapruner.models.source import ModelSource
+from fistapruner.runs.records import load_run
+
+CALIBRATION: dict[str, Any] = {"source": "python", "samples": 2, "seqlen": 16}
+CARD = "---\nlicense: apache-2.0\ntags: [a]\n---\n\n# The dense model\n"
+COMMIT = "0123456789abcdef0123456789abcdef01234567"
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A dense model as the hub's cache holds it, a run of it, and a run of the run's model."""
+    folder = tmp_path_factory.mktemp("lineage")
+    dense = tiny.save("llama", folder / "models--a--b" / "snapshots" / COMMIT, num_hidden_layers=2)
+    (dense / "README.md").write_text(CARD)
+    fp.prune(dense, folder / "once", method="magnitude", sparsity="30%", calibration=CALIBRATION, command="first command")
+    fp.prune(folder / "once" / "model", folder / "twice", method="wanda", calibration=CALIBRATION)
+    return folder
+
+
+def stored(run: Path) -> dict[str, Any]:
+    """The lineage in a finished model's own record."""
+    found: dict[str, Any] = json.loads((run / "model" / "fistapruner.json").read_text())["lineage"]
+    return found
+
+
+def test_every_run_adds_a_stage(runs: Path) -> None:
+    once, twice = stored(runs / "once"), stored(runs / "twice")
+    assert [stage["settings"]["sparsity"] for stage in twice["stages"]] == ["30%", "50%"]
+    assert twice["stages"][0] == once["stages"][0]
+    assert twice["source"] == once["source"]
+    first = twice["stages"][0]
+    assert (first["kind"], first["command"]) == ("prune", "first command")
+    assert first["versions"]["fistapruner"]
+    assert first["finished"]
+    figures = first["figures"]
+    assert figures["operator_zeros"] / figures["operator_weights"] == pytest.approx(0.3, abs=0.01)
+    report = load_run(runs / "twice")
+    assert report.lineage is not None
+    assert report.lineage.model_dump(mode="json") == twice
+
+
+def test_licence_and_revision_are_those_of_the_dense_model(runs: Path) -> None:
+    source = stored(runs / "twice")["source"]
+    assert (source["license"], source["revision"]) == ("apache-2.0", COMMIT)
+    for run in ("once", "twice"):  # the card of a pruned model hands the licence on
+        report = load_run(runs / run)
+        assert report.model.license == "apache-2.0"
+        assert "license: apache-2.0" in (runs / run / "model" / "README.md").read_text()
+    assert load_run(runs / "once").model.revision == COMMIT
+    assert load_run(runs / "twice").model.revision is None
+
+
+@pytest.mark.parametrize("card", ["", "license: mit\n", "---\n: [\n---\n", "---\nlicense: [a, b]\n---\n", "---\nlicense: mit"])
+def test_a_card_without_a_licence_names_none(card: str, tmp_path: Path) -> None:
+    (tmp_path / "README.md").write_text(card)
+    assert ModelSource(tmp_path).license() is None
+    assert ModelSource(tmp_path / "nowhere").license() is None
+    assert ModelSource(tmp_path / "snapshots" / "main").revision() is None
+
+
+def test_what_is_measured_later_reaches_the_stage(runs: Path, tmp_path: Path) -> None:
+    run = Path(shutil.copytree(runs / "twice", tmp_path / "run"))
+    assert stored(run)["stages"][-1]["figures"]["perplexity"] is None
+    found = fp.evaluate_run(run, "python", seqlen=16, windows=2)
+    assert found.perplexity is not None
+    first, last = stored(run)["stages"]
+    assert last["figures"]["perplexity"]["perplexity"] == found.perplexity.perplexity
+    assert last["figures"]["divergence"]["kl"] is not None
+    assert first["figures"]["perplexity"] is None
+    assert f"perplexity {found.perplexity.perplexity:.2f}" in (run / "model" / "README.md").read_text().split("## Lineage")[1]
+    assert fp.resume(run).status == "finished"
+    assert len(stored(run)["stages"]) == 2
+
+
+def test_inspect_and_card_show_the_chain(runs: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["inspect", str(runs / "twice"), "--quiet"]) == 0
+    shown = capsys.readouterr().out
+    assert (
+        shown.index(f"{COMMIT} (LlamaForCausalLM") < shown.index("pruned to 30% with magnitude") < shown.index("pruned to 50% with wanda")
+    )
+    assert main(["inspect", str(runs / "twice"), "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["lineage"] == stored(runs / "twice")
+    card = (runs / "twice" / "model" / "README.md").read_text()
+    assert card.index("1. ") < card.index("2. pruned to 30% with magnitude") < card.index("3. pruned to 50% with wanda")
+    assert str(runs) not in card.split("## Lineage")[1]  # cards are published
+
+
+@pytest.mark.parametrize("record", ['{"lineage": {"stages": 3}}', '{"lineage": [', '{"lineage": {"source": {"source": 1}}}'])
+def test_a_lineage_that_cannot_be_read_is_named_and_left_out(runs: Path, record: str, tmp_path: Path) -> None:
+    dense = next((runs / "models--a--b" / "snapshots").iterdir())
+    folder = Path(shutil.copytree(dense, tmp_path / "dense"))
+    (folder / "fistapruner.json").write_text(record)
+    report = fp.prune(folder, tmp_path / "run", method="magnitude", calibration=CALIBRATION)
+    assert any("fistapruner.json" in warning for warning in report.warnings)
+    assert len(stored(tmp_path / "run")["stages"]) == 1
+    if "[" not in record:
+        assert any("lineage that cannot be read" in fault for fault in inspect_checkpoint(folder).violations)
+
+
+def test_status_knows_when_the_last_layer_was_done(runs: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["status", str(runs / "once"), "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["seconds_since_last_layer"] >= 0

@@ -1,0 +1,107 @@
+"""The run directory serves every verb: a record has a kind, and nothing that only pruning has is needed."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from fistapruner.errors import FistaPrunerError
+from fistapruner.runs.decision import EvaluationRequest, Numerics, PruneRecord, RunDecision, RunRecord
+from fistapruner.runs.directory import RunDirectory
+from fistapruner.runs.listener import Listener
+from fistapruner.runs.lock import hold
+from fistapruner.runs.log import Logged, log_file
+from fistapruner.runs.records import ModelFacts, Report, load_run, parse
+from fistapruner.runs.times import spent
+
+NUMERICS = Numerics(batch_size=2, by_operator=False, threads=1, device="cpu", dtype="float32")
+
+
+class RecoverDecision(RunDecision):
+    """What another verb decides."""
+
+    steps: int
+
+
+class RecoverRecord(RunRecord):
+    """Its run file."""
+
+    decision: RecoverDecision
+
+
+class RecoverDirectory(RunDirectory):
+    """Its run directory."""
+
+    def record(self) -> RecoverRecord | None:
+        return self.read_record(RecoverRecord)
+
+
+def begin(folder: Path) -> RecoverDirectory:
+    """A run of another verb that has begun."""
+    run = RecoverDirectory(folder)
+    run.check_place()
+    run.create()
+    evaluation = EvaluationRequest(data="python", windows=2)
+    decision = RecoverDecision(model="m", folder=folder / "dense", numerics=NUMERICS, evaluation=evaluation, steps=7)
+    run.write_recipe("steps: 7\n")
+    run.write_record(RecoverRecord(kind="recover", model=ModelFacts(source="m"), decision=decision))
+    return run
+
+
+def test_a_verb_keeps_its_own_decision_and_readers_see_what_all_verbs_have(tmp_path: Path) -> None:
+    run = begin(tmp_path / "run")
+    record = run.record()
+    assert record is not None
+    assert (record.kind, record.decision.steps, record.decision.numerics) == ("recover", 7, NUMERICS)
+    common = RunDirectory(run.folder).record()
+    assert common is not None
+    assert common.decision.evaluation == EvaluationRequest(data="python", windows=2)
+    assert common.decision.folder == tmp_path / "run" / "dense"
+    with pytest.raises(FistaPrunerError, match=r"run\.json is damaged \(decision\.sparsity: Field required"):
+        run.read_record(PruneRecord)
+    report = load_run(run.folder)
+    assert (report.kind, report.status) == ("recover", "running")
+    assert report.model_extra == {}
+    assert record.report() == report
+
+
+def test_lock_log_and_times_serve_every_verb(tmp_path: Path) -> None:
+    run = begin(tmp_path / "run")
+    with hold(run.folder), log_file(run.log_file), spent(run.folder) as times:
+        Logged(Listener(), times.note).say("step 3 of 7")
+        times.note()
+    assert "step 3 of 7" in run.log_file.read_text()
+    run.write_report(Report(kind="recover", status="finished"))
+    assert load_run(run.folder).kind == "recover"
+    run.check_place()  # it is a run now, and may be continued
+
+
+def test_a_folder_of_others_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "calibration.safetensors").write_text("not ours")
+    with pytest.raises(FistaPrunerError, match=r"other things in it \(calibration\.safetensors\)"):
+        RecoverDirectory(tmp_path).check_place()
+
+
+def test_a_run_file_that_was_changed_is_refused(tmp_path: Path) -> None:
+    run = begin(tmp_path / "run")
+    content = json.loads(run.run_file.read_text())
+    content["decision"]["steps"] = 8
+    run.run_file.write_text(json.dumps(content))
+    with pytest.raises(FistaPrunerError, match="its checksum is wrong"):
+        run.record()
+
+
+def test_decisions_do_not_change(tmp_path: Path) -> None:
+    record = begin(tmp_path / "run").record()
+    assert record is not None
+    with pytest.raises(ValueError, match="frozen"):
+        record.decision.numerics.threads = 2  # type: ignore[misc]
+
+
+def test_reports_of_before_are_of_pruning_runs() -> None:
+    assert parse(Report, {"kind": "run"}, "report.json").kind == "prune"
+    assert parse(Report, {}, "report.json").kind == "prune"
+    with pytest.raises(FistaPrunerError, match="kind"):
+        parse(Report, {"kind": "bake"}, "report.json")
