@@ -146,6 +146,11 @@ def test_an_output_never_touches_its_source_or_what_is_there(tmp_path, capsys):
         assert main(["unpack", str(tmp_path / "p"), str(out)]) == 2
         assert capsys.readouterr().err.count("\n") == 1
     assert sorted(path.name for path in tmp_path.rglob("*")) == before
+    (tmp_path / "new.partial").mkdir()
+    (tmp_path / "new.partial" / "mine.txt").touch()
+    for command in (["pack", str(source)], ["unpack", str(tmp_path / "p")]):
+        assert main([*command, str(tmp_path / "new")]) == 2
+        assert (tmp_path / "new.partial" / "mine.txt").exists()
 
 
 @pytest.mark.parametrize(
