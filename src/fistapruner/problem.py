@@ -167,7 +167,7 @@ class LayerProblem:
         return self._shares(self.row_errors(weight))
 
     def dense_errors(self) -> list[float] | None:
-        """Compute the relative errors of the dense weights, which drift alone causes; None if nothing has drifted."""
+        """Compute relative errors of the dense weights, the effect of drift alone; None without drift."""
         if self.drift_energy is None or not self.target:
             return None
         return self._shares(self.drift_energy.double() * self.target**2)
@@ -178,10 +178,11 @@ class LayerProblem:
         return product if self.drift_gradient is None else product - self.drift_gradient
 
     def weighted(self, importance: Tensor) -> LayerProblem:
-        """Scale every row by the root of its importance, so that the error is ``sum_i importance_i f_i`` over rows i.
+        """Weight the error of every row by its importance: ``sum_i importance_i f_i`` over rows i.
 
-        Its solutions are scaled, too; :func:`unweighted` reverts that. Important rows keep more weights if rows compete
-        (unstructured sparsity); the least-squares weights of a row do not change.
+        Every row is scaled by the root of its importance. Its solutions are scaled, too; :func:`unweighted` reverts
+        that. Important rows keep more weights if rows compete (unstructured sparsity); the least-squares weights of a
+        row do not change.
 
         Args:
             importance: (m,) positive weights of the rows.
@@ -425,7 +426,7 @@ def _require_float(tensor: Any, what: str) -> None:
 
 
 def _plain(tensor: Any, what: str, *, keep_double: bool = False) -> Tensor:
-    """Convert a tensor to fp32 (or keep fp64), contiguous, without gradients; the same object if it is so already."""
+    """Convert a tensor to fp32 (or keep fp64), contiguous, without gradients; no copy if it is so."""
     _require_float(tensor, what)
     plain: Tensor = tensor.detach() if tensor.requires_grad else tensor
     plain = plain if keep_double and plain.dtype == torch.float64 else plain.float()

@@ -1,4 +1,4 @@
-"""Sparsity patterns: how they are written, how many weights they keep, and the exact projection onto them."""
+"""Sparsity patterns: their text forms, numbers of zeros and exact projections."""
 
 from __future__ import annotations
 

@@ -85,7 +85,7 @@ class Constraint(ABC):
 
     @abstractmethod
     def satisfies(self, weight: Tensor) -> bool:
-        """Check that ``weight`` (rows, columns) has zeros where the constraint demands them; more zeros are allowed."""
+        """Return whether ``weight`` (rows, columns) has the zeros that the constraint asks for, or more."""
 
     def check(self, columns: int, name: str = "operator") -> None:
         """Refuse an operator whose inputs are not a multiple of the group length.

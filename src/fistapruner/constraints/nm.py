@@ -1,4 +1,4 @@
-"""n:m sparsity: at most n of every m consecutive inputs of a row are kept (2:4 runs on sparse tensor cores)."""
+"""n:m sparsity: keep at most n of every m consecutive inputs of a row (2:4: sparse tensor cores)."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Exact selection of the largest scores, of all of them or in groups; ties are broken by position, NaN is smallest."""
+"""Exact selection of the largest scores, overall or in groups; the first of ties, NaN smallest."""
 
 from __future__ import annotations
 
@@ -84,7 +84,7 @@ def bisect_kth_largest(flat: Tensor, count: int) -> Tensor:
 
 
 def keep_n_of_m(scores: Tensor, n: int, m: int) -> Tensor:
-    """Select the ``n`` largest of every ``m`` consecutive entries of each row of ``scores`` (rows, columns)."""
+    """Select the ``n`` largest of every ``m`` consecutive scores of each row (rows, columns)."""
     mask = torch.zeros_like(scores, dtype=torch.bool, memory_format=torch.contiguous_format)
     for rows in row_blocks(len(scores)):
         groups = torch.nan_to_num(scores[rows], nan=-math.inf).reshape(-1, m)

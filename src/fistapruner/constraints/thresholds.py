@@ -29,7 +29,7 @@ class Threshold(Protocol):
 
 
 class ProjectedThreshold:
-    """Keep exactly what a constraint's projection of the magnitudes keeps: right for any constraint, and slow.
+    """Keep exactly what the projection of the magnitudes keeps: for any constraint, but slow.
 
     Args:
         project: scores (rows, columns) to the mask to keep.
@@ -104,7 +104,7 @@ class GroupThreshold:
         self.network = _odd_even_merge_sort(m)
 
     def __call__(self, values: Tensor, out: Tensor, *, correct: bool) -> None:
-        """Write ``values`` (rows, columns) to ``out``, zero where they are not among the n largest of their group."""
+        """Write the n largest ``values`` (rows, columns) of each group to ``out``, zero elsewhere."""
         # On a CPU, in blocks of rows that stay in the cache between comparisons.
         block = max(1, BLOCK // values.shape[1]) if values.device.type == "cpu" else len(values)
         for part, kept in zip(values.split(block), out.split(block), strict=True):
@@ -135,7 +135,7 @@ def hard_threshold(values: Tensor, bound: Tensor, out: Tensor) -> None:
 
 
 def _odd_even_merge_sort(m: int) -> list[tuple[int, int]]:
-    """List the comparators (i, j), i < j, of Batcher's network; with max to i and min to j it sorts descending."""
+    """List the comparators (i, j), i < j, of Batcher's network: max goes to i, min to j."""
     comparators = []
     p = 1
     while p < m:

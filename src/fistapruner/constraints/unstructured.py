@@ -104,9 +104,9 @@ class Unstructured(Constraint):
         return True
 
     def project_columns(self, scores: Tensor, start: int) -> Tensor:
-        """Keep the highest scores of the block, its zeros being the share of all columns so far less those before.
+        """Keep the highest scores of a block of columns.
 
-        Ties are broken column by column, the order in which columns are decided.
+        Its zeros are those of all columns so far less those of the columns before. Of ties the first column is kept.
         """
         rows, columns = scores.shape
         zeros = self.zeros(rows, start + columns) - self.zeros(rows, start)

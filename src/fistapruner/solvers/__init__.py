@@ -77,7 +77,7 @@ def _parse_step(step: object) -> Method:
 
 
 def check_constraint(constraint: Constraint, columns: int, steps: Sequence[Method], name: str = "operator") -> None:
-    """Refuse a constraint that does not fit an operator, or that a step of the method chain does not support.
+    """Refuse a constraint that does not fit an operator or that a step does not support.
 
     Raises:
         FistaPrunerError: names the operator and its inputs, or the step and the methods that support the constraint.

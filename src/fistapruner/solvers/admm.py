@@ -15,9 +15,10 @@ from .conditioning import alive_gram, damped_cholesky
 
 
 class ADMM(Method):
-    """Fast ADMM weight update with gradual pruning (Boza 2024, algorithms 1 and 2, and the author's program).
+    """Fast ADMM weight update with gradual pruning.
 
-    On the Gram scaled to a unit diagonal and damped, with one inverse of ``H + rho I`` for all steps:
+    Algorithms 1 and 2 of Boza 2024, with the author's program. On the Gram scaled to a unit diagonal and damped, with
+    one inverse of ``H + rho I`` for all steps:
 
         Z = (V + U) on the mask;   U = U + V - Z;   V = (B + rho (Z - U)) (H + rho I)^-1.
 

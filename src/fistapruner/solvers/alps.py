@@ -1,4 +1,4 @@
-"""ALPS: ADMM between least squares and the constraint, with a penalty that grows as the support settles."""
+"""ALPS: ADMM between least squares and the constraint, with a growing penalty."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ from .refit import refit_cg
 
 
 class ALPS(Method):
-    """ADMM on the hard-thresholded problem, then conjugate gradients on the support (Meng et al. 2024, algorithm 1).
+    """ADMM with hard thresholding, then conjugate gradients on the support.
 
-    On the Gram scaled to a unit diagonal, ``H~ = Q diag(l) Q^T``:
+    Algorithm 1 of Meng et al. 2024. On the Gram scaled to a unit diagonal, ``H~ = Q diag(l) Q^T``:
 
         A = (B~ - U + rho D) Q (l + rho)^-1 Q^T;   D = P(A + U / rho);   U = U + rho (A - D).
 

@@ -14,7 +14,11 @@ def dead_inputs(gram: Tensor) -> Tensor:
 
 
 def alive_gram(gram: Tensor) -> Tensor:
-    """Replace the diagonal zero of each dead input by the diagonal's mean (1 if all are dead): (n, n), a copy."""
+    """Replace the zero diagonal of dead inputs by the diagonal's mean, or 1 if all are dead.
+
+    Returns:
+        (n, n), a copy.
+    """
     dead = dead_inputs(gram)
     diagonal = gram.diagonal()
     level = diagonal.clamp_min(0).mean()
@@ -57,7 +61,7 @@ def damped_cholesky(gram: Tensor, share: float, label: str, most: float = 10.0) 
 
 
 def largest_eigenvalue(gram: Tensor, steps: int = 40, block: int = 8) -> Tensor:
-    """Bound the largest eigenvalue of a positive semi-definite ``gram`` by block power iteration (0-dim tensor).
+    """Bound the largest eigenvalue of a Gram by block power iteration (0-dim tensor).
 
     The Rayleigh-Ritz value approaches it from below; 0.1 % is added so that 1/L is a safe step. Grams of real models
     have a few massive-activation directions far above the rest, so that a few iterations agree to many digits.

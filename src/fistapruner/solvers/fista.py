@@ -1,4 +1,4 @@
-"""FISTAPruner: l1-regularised least squares by FISTA, rounded to the constraint, with an adaptive lambda."""
+"""FISTAPruner: l1-regularised least squares by FISTA, rounding, and an adaptive lambda."""
 
 from __future__ import annotations
 

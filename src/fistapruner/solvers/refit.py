@@ -76,7 +76,7 @@ def refit_cg(problem: LayerProblem, gram: Tensor, weight: Tensor, mask: Tensor, 
 def refit_with_residual(
     problem: LayerProblem, gram: Tensor, weight: Tensor, mask: Tensor, iterations: int, *, fast: bool = False
 ) -> tuple[Tensor, Tensor]:
-    """Refit as :func:`refit_cg`; also return the last residual ``(W - V) H + a R`` (m, n), which costs nothing."""
+    """Refit as :func:`refit_cg` and return the last residual ``(W - V) H + a R`` (m, n), too."""
     inverse_diagonal = mask / gram.diagonal()
     weight = weight * mask
     buffer = torch.sub(problem.weight, weight)

@@ -16,12 +16,12 @@ from .conditioning import alive_gram, damped_cholesky, dead_inputs
 
 
 class SparseGPT(Method):
-    """Optimal brain surgeon, one column at a time, all rows at once (Frantar & Alistarh 2023, algorithm 1).
+    """Optimal brain surgeon, one column at a time, all rows at once.
 
-    With U the upper Cholesky factor of the inverse of the damped Gram, removing a weight of column j costs
-    ``w^2 / U_jj^2``. Masks are chosen for each block of columns (unstructured) or each group of m columns (n:m), when
-    they are reached. The error ``e = (w - q) / U_jj`` of a finished column is subtracted from the columns to its right
-    as ``e U_j``.
+    Algorithm 1 of Frantar & Alistarh 2023. With U the upper Cholesky factor of the inverse of the damped Gram, removing
+    a weight of column j costs ``w^2 / U_jj^2``. Masks are chosen for each block of columns (unstructured) or each group
+    of m columns (n:m), when they are reached. The error ``e = (w - q) / U_jj`` of a finished column is subtracted from
+    the columns to its right as ``e U_j``.
 
     The published method reproduces ``W X*`` (``target=pruned``). For another target the least-squares weights
     ``W + a R (H + dI)^-1`` replace W: f is lowest there, and grows from there with the same Gram.

@@ -18,7 +18,7 @@ from .refit import refit_exact
 
 
 class Swap(Method):
-    """Exchange one kept and one dropped weight at a time, the best pair first; every row is refitted exactly.
+    """Exchange the best pair of a kept and a dropped weight at a time, with exact refits.
 
     Each row has the *swept* Gram of its support S (the sweep operator of regression): with ``P = H_SS^-1`` and
     ``T = H_NS P`` it contains ``-P``, ``T`` and the Schur complements ``H_NN - T H_SN``, bordered by the weights
