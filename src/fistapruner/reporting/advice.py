@@ -118,7 +118,7 @@ def _why_not_uneven(report: Report) -> str:
     """Why another allocation is nothing to try; empty where it is."""
     try:
         if not parse_sparsity(report.sparsity).supports_allocation:
-            return "A fixed n:m pattern cannot be spread unevenly"
+            return f"The pattern {report.sparsity} has the same sparsity in every operator"
     except FistaPrunerError:
         pass
     patterns = {operator.sparsity for layer in report.layers for operator in layer.operators}

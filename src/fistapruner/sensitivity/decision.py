@@ -38,7 +38,7 @@ def check_allocation(recipe: Recipe) -> None:
     """
     if recipe.allocation in ("owl", "error") and not recipe.pattern.supports_allocation:
         raise FistaPrunerError(
-            f"allocation {recipe.allocation!r} cannot be used with {recipe.pattern}: an n:m pattern has the same sparsity in every "
+            f"allocation {recipe.allocation!r} cannot be used with {recipe.pattern}: that has the same sparsity in every "
             f"operator; take --allocation uniform, or an unstructured sparsity such as {100 * recipe.pattern.fraction:g}%"
         )
 
