@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 WORKERS ?= 2
 
-.PHONY: demo test test-slow install check lint clean
+.PHONY: demo test test-slow install check lint docs clean
 
 # The environment is rebuilt when pyproject.toml changes, and kept otherwise.
 .venv/installed: pyproject.toml
@@ -34,7 +34,12 @@ lint: .venv/installed
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
+# The documentation as a site, in site/; a warning is an error.
+docs: .venv/installed
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[docs]'
+	$(BIN)/zensical build --strict --clean
+
 check: test lint
 
 clean:
-	rm -rf .venv build runs
+	rm -rf .venv build runs site

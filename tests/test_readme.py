@@ -10,7 +10,7 @@ import pytest
 import torch
 
 import tiny
-from fistapruner.cli import main
+from fistapruner.cli import build_parser, main
 from fistapruner.recipes.settings import Recipe, shipped_recipes
 
 ROOT = Path(__file__).parent.parent
@@ -61,7 +61,24 @@ def test_shell_commands(place: Path, capsys: pytest.CaptureFixture[str]) -> None
 def test_python(place: Path) -> None:
     for block in blocks("python"):
         source = block.replace('"smollm2"', '"my-model"').replace('"seqlen": 512', '"seqlen": 32')
-        exec(compile(source, "README.md", "exec"), {"weight": torch.randn(8, 16), "inputs": torch.randn(64, 16)})
+        exec(compile(source, "README.md", "exec"), {})
+
+
+def test_commands_in_the_documentation_are_understood() -> None:
+    """Flags and verbs of every page; nothing runs."""
+    parser = build_parser()
+    found = 0
+    for page in sorted((ROOT / "docs").rglob("*.md")):
+        for block in re.findall(r"```(?:sh|bash)\n(.*?)```", page.read_text("utf-8"), re.DOTALL):
+            for line in block.replace("\\\n", " ").splitlines():
+                if line.startswith("fistapruner "):
+                    arguments = shlex.split(line, comments=True)[1:]
+                    try:
+                        parser.parse_args(arguments)
+                    except SystemExit as refused:
+                        raise AssertionError(f"{page.name}: {line}") from refused
+                    found += 1
+    assert found >= 30
 
 
 def test_make_targets_exist() -> None:
