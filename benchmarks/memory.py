@@ -47,7 +47,7 @@ def main() -> None:
     parser.add_argument("--samples", type=int, default=8)
     parser.add_argument("--seqlen", type=int, default=256)
     parser.add_argument("--method", default="wanda")
-    parser.add_argument("--target", default="dense", help="as of 'fistapruner prune' (default: %(default)s)")
+    parser.add_argument("--dense-target", default="dense", help="as of 'fistapruner prune' (default: %(default)s)")
     parser.add_argument("--plot", type=Path, help="write the memory curves here (depth, large)")
     parser.add_argument("--folder", type=Path, help="where checkpoints and runs are put (default: a temporary folder)")
     arguments = parser.parse_args()
@@ -101,7 +101,7 @@ def paper(folder: Path, arguments: argparse.Namespace) -> None:
     model = write_checkpoint(folder / "model", "70b", 80, holes=True)
     skeleton = LayerwiseModel(Checkpoint.open(model), torch.device("cpu"))
     layout = discover(skeleton)
-    recipe = Recipe.build({"method": arguments.method, "propagate": "dense", "target": arguments.target}).resolved()
+    recipe = Recipe.build({"method": arguments.method, "propagate": "dense", "dense_target": arguments.dense_target}).resolved()
     sparsity = {name: parse_sparsity("50%") for name, _ in layout.operators()}
     sizes = Sizes.measure(skeleton, layout, recipe, sparsity, torch.zeros(arguments.samples, arguments.seqlen, dtype=torch.long))
     print(
@@ -169,7 +169,7 @@ Curve = list[tuple[float, int]]
 def prune(model: Path, out: Path, arguments: argparse.Namespace, *more: str) -> tuple[dict[str, Any], Curve]:
     """Run the command line in a process of its own; its report and its memory."""
     command = [sys.executable, "-m", "fistapruner", "prune", str(model), "--out", str(out), "--calibration", "python", "--device", "cpu"]
-    command += ["--method", arguments.method, "--propagate", "dense", "--target", arguments.target, "--evaluate", "none"]
+    command += ["--method", arguments.method, "--propagate", "dense", "--dense-target", arguments.dense_target, "--evaluate", "none"]
     command += ["--samples", str(arguments.samples), "--seqlen", str(arguments.seqlen)]
     begin, curve = time.perf_counter(), []
     with psutil.Popen([*command, *more], stdout=subprocess.DEVNULL, env={**os.environ, "HF_HUB_OFFLINE": "1"}) as process:

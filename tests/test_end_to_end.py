@@ -25,7 +25,7 @@ SMALL = {"source": "python", "samples": 4, "seqlen": 32}
 @pytest.mark.parametrize("architecture", tiny.ARCHITECTURES)
 def test_every_architecture_is_pruned_exactly_and_loads(tmp_path: Path, architecture: str) -> None:
     folder = tiny.save(architecture, tmp_path / "model", dtype=torch.bfloat16)
-    hard = {"propagate": "pruned", "target": 0.5, "residual": "correct"}
+    hard = {"propagate": "pruned", "dense_target": 0.5, "residual": "correct"}
     report = fp.prune(str(folder), tmp_path / "run", sparsity="2:4", method="wanda+refit", calibration=SMALL, **hard)
     assert report.status == "finished"
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "run" / "model").eval()

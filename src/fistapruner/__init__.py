@@ -12,6 +12,7 @@ from .evaluation.evaluate import evaluate
 from .pipeline.measure import bench_run, evaluate_run
 from .pipeline.prune import finish_run, prune, resume
 from .problem import LayerProblem
+from .recipes.renamed import RENAMED_FUNCTIONS
 from .recipes.settings import Recipe
 from .runs.records import Report
 from .runs.results import Evaluation
@@ -50,8 +51,8 @@ __version__ = "0.1.0"
 
 
 def __getattr__(name: str) -> object:
-    if name == "accelerate":
-        raise FistaPrunerError("fistapruner.accelerate is called fistapruner.to_semi_structured")
+    if name in RENAMED_FUNCTIONS:
+        raise FistaPrunerError(f"fistapruner.{name} is called fistapruner.{RENAMED_FUNCTIONS[name]}")
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 

@@ -61,8 +61,8 @@ class LayerProblem:
         drift_energy: (m,) ``d``, or None with ``drift``.
         energy: (m,) mean squared dense output of each row, the denominator of relative errors. Default: computed from
             ``W`` and ``H``, which is the same if nothing has drifted.
-        target: share ``a`` of the dense model's output in the target: 1 is ``target=dense`` (FISTAPruner), 0 is
-            ``target=pruned`` (SparseGPT, Wanda, ALPS).
+        target: share ``a`` of the dense model's output in the target: 1 is ``dense_target=dense`` (FISTAPruner), 0 is
+            ``dense_target=pruned`` (SparseGPT, Wanda, ALPS).
         names: operator names, one for each block of rows.
         rows: rows of each operator, summing to m.
         tokens: number of calibration tokens ``p``; None if the Gram is to be taken as exact.

@@ -16,10 +16,10 @@ from fistapruner.pruning import layer
 
 SETTINGS: dict[str, Any] = {"method": "sparsegpt", "calibration": {"source": "python", "samples": 5, "seqlen": 24}}
 WAYS = {
-    "dense": {"propagate": "dense", "target": "dense"},
-    "pruned": {"propagate": "pruned", "target": "pruned"},
-    "mixed": {"propagate": "pruned", "target": 0.5},
-    "matched": {"propagate": "pruned", "target": 0.5, "match": 2},
+    "dense": {"propagate": "dense", "dense_target": "dense"},
+    "pruned": {"propagate": "pruned", "dense_target": "pruned"},
+    "mixed": {"propagate": "pruned", "dense_target": 0.5},
+    "matched": {"propagate": "pruned", "dense_target": 0.5, "reconstruct": 2},
 }
 
 

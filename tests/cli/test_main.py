@@ -50,8 +50,8 @@ def test_a_run_that_does_not_finish_says_so_in_its_exit_status(tmp_path: Path) -
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        (["--target", "2"], ["target", "dense, pruned, auto, or a share of the dense output from 0 to 1", "2.0"]),
-        (["--target", "dnese"], ["target", "dense, pruned, auto", "dnese"]),
+        (["--dense-target", "2"], ["target", "dense, pruned, auto, or a share of the dense output from 0 to 1", "2.0"]),
+        (["--dense-target", "dnese"], ["target", "dense, pruned, auto", "dnese"]),
         (["--allocation", "unifrom"], ["allocation", "uniform, owl, error, auto", "unifrom"]),
         (["--seed", str(2**64)], ["seed", f"from 0 to {MAX_SEED}", str(2**64)]),
         (["--seed", "-1"], ["seed", f"from 0 to {MAX_SEED}", "-1"]),
@@ -68,13 +68,13 @@ def test_what_is_mistyped_is_named_with_what_would_be_right(
 
 
 def test_allocations_and_seeds_that_are_right(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert Recipe.build({"target": "dense"}).target == 1.0
-    with pytest.raises(FistaPrunerError, match="target"):
-        Recipe.build({"target": True})
+    assert Recipe.build({"dense_target": "dense"}).dense_target == 1.0
+    with pytest.raises(FistaPrunerError, match="dense_target"):
+        Recipe.build({"dense_target": True})
     model = tiny.save("llama", tmp_path / "model")
     command = ["prune", str(model), *SETTINGS, "--quiet", "--seed", str(MAX_SEED), "--allocation", "re:mlp: 60%"]
     assert main([*command, "--out", str(tmp_path / "run")]) == 0
-    assert main([*command[:-2], "--match", "2", "--out", str(tmp_path / "matched")]) == 0
+    assert main([*command[:-2], "--reconstruct", "2", "--out", str(tmp_path / "matched")]) == 0
     recipe = json.loads((tmp_path / "run" / "run.json").read_text())["recipe"]
     assert recipe["allocation"] == {"re:mlp": "60%"}
 

@@ -30,7 +30,7 @@ from fistapruner.runtime.devices import worker_devices
 SETTINGS: dict[str, Any] = {
     "method": "sparsegpt",
     "propagate": "dense",
-    "target": "dense",
+    "dense_target": "dense",
     "residual": "correct",
     "calibration": {"source": "python", "samples": 6, "seqlen": 24},
 }

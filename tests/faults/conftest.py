@@ -18,7 +18,7 @@ import pytest
 
 import tiny
 
-SETTINGS = ["--method", "sparsegpt", "--target", "0.5", "--residual", "correct", "--sparsity", "2:4"]
+SETTINGS = ["--method", "sparsegpt", "--dense-target", "0.5", "--residual", "correct", "--sparsity", "2:4"]
 SETTINGS += ["--samples", "4", "--seqlen", "16", "--evaluate", "none"]
 
 

@@ -35,14 +35,14 @@ class Counts(Listener):
 
 
 def test_methods_and_their_settings() -> None:
-    contenders = parse_contenders("wanda, alps@propagate=pruned,target=0.5,calibration.samples=4,wanda+refit@allocation=owl,paper")
+    contenders = parse_contenders("wanda, alps@propagate=pruned,dense_target=0.5,calibration.samples=4,wanda+refit@allocation=owl,paper")
     assert [contender.label for contender in contenders] == [
         "wanda",
-        "alps@propagate=pruned,target=0.5,calibration.samples=4",
+        "alps@propagate=pruned,dense_target=0.5,calibration.samples=4",
         "wanda+refit@allocation=owl",
         "paper",
     ]
-    assert contenders[1].settings == {"method": "alps", "propagate": "pruned", "target": 0.5, "calibration": {"samples": 4}}
+    assert contenders[1].settings == {"method": "alps", "propagate": "pruned", "dense_target": 0.5, "calibration": {"samples": 4}}
     assert contenders[2].settings == {"method": "wanda+refit", "allocation": "owl"}
     assert contenders[3].settings["propagate"] == "dense"
     assert "calibration" not in contenders[3].settings
@@ -51,10 +51,10 @@ def test_methods_and_their_settings() -> None:
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("target=0.5,alps", "begins with the setting 'target=0.5'"),
+        ("dense_target=0.5,alps", "begins with the setting 'dense_target=0.5'"),
         ("wanda,,alps", "empty name"),
         ("wanda,wanda", "same method twice"),
-        ("wanda@target", "'target' is not a setting"),
+        ("wanda@dense_target", "'dense_target' is not a setting"),
         ("wanda@target=", "'target=' is not a setting"),
         ("wanda@calibration=3,calibration.samples=4", "calibration is given whole and 'calibration.samples=4' beside it"),
     ],
@@ -65,7 +65,9 @@ def test_what_cannot_be_read_is_refused(text: str, message: str) -> None:
 
 
 def test_run_names_are_plain_and_different() -> None:
-    names = {run_name(label, sparsity, 0) for label in ("wanda", "wanda@target=0", "wanda@target=1") for sparsity in ("50%", "2:4")}
+    names = {
+        run_name(label, sparsity, 0) for label in ("wanda", "wanda@dense_target=0", "wanda@dense_target=1") for sparsity in ("50%", "2:4")
+    }
     assert len(names) == 6
     assert all(set(name) <= set("abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789.+-_") for name in names)
 
@@ -74,7 +76,7 @@ def test_one_protocol_and_going_on(tmp_path: Path) -> None:
     source = tiny.save("llama", tmp_path / "model")
     out = tmp_path / "out"
     named = {"settings": SETTINGS, "windows": 3, "seeds": (0, 1)}
-    methods = "magnitude,wanda+refit@propagate=pruned,target=pruned,sparsegpt@allocation=owl"
+    methods = "magnitude,wanda+refit@propagate=pruned,dense_target=pruned,sparsegpt@allocation=owl"
     stopped = Counts(stop="6/12")
     with pytest.raises(KeyboardInterrupt):
         compare(str(source), methods, ["50%", "2:4"], out, listener=stopped, **named)

@@ -264,13 +264,13 @@ def test_block_matching_is_in_the_estimated_time(model: Model, monkeypatch: pyte
     asked = []
 
     def layer(*arguments: Any, **_: Any) -> Any:
-        asked.append(arguments[3].match)
-        return SimpleNamespace(entry=SimpleNamespace(seconds={"match": 7.0 if arguments[3].match else 0.0}, passed_after=0.0))
+        asked.append(arguments[3].reconstruct)
+        return SimpleNamespace(entry=SimpleNamespace(seconds={"reconstruct": 7.0 if arguments[3].reconstruct else 0.0}, passed_after=0.0))
 
     monkeypatch.setattr(probe, "prune_layer", layer)
     estimates = []
     for steps in (0, 2, 1000):
-        recipe = Recipe.build({"match": steps, "sparsity": "2:4"}).resolved()
+        recipe = Recipe.build({"reconstruct": steps, "sparsity": "2:4"}).resolved()
         estimates.append(probe.measure_time(skeleton, layout, recipe, allocate(recipe, layout), tokens, 16))
     assert asked == [0, 2, probe.MATCHING_STEPS]
     # 64 windows, 8 held out, 16 of them in the probe, 2 held out; looks: one at the start and up to eight.

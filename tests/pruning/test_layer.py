@@ -155,12 +155,12 @@ def calibration() -> Tensor:
 @pytest.mark.parametrize(
     ("settings", "noise"),
     [
-        ({"propagate": "dense", "target": "dense"}, 0),
-        ({"propagate": "pruned", "target": "pruned"}, 0),
-        ({"propagate": "pruned", "target": 0.5}, 0),
-        ({"propagate": "dense", "target": "dense", "residual": "correct"}, 1),
-        ({"propagate": "pruned", "target": 0.5, "residual": "correct"}, 0),
-        ({"propagate": "pruned", "target": 0.5, "residual": "correct"}, 1),
+        ({"propagate": "dense", "dense_target": "dense"}, 0),
+        ({"propagate": "pruned", "dense_target": "pruned"}, 0),
+        ({"propagate": "pruned", "dense_target": 0.5}, 0),
+        ({"propagate": "dense", "dense_target": "dense", "residual": "correct"}, 1),
+        ({"propagate": "pruned", "dense_target": 0.5, "residual": "correct"}, 0),
+        ({"propagate": "pruned", "dense_target": 0.5, "residual": "correct"}, 1),
     ],
     ids=["dense", "pruned", "mixed", "dense-corrected", "mixed-corrected", "mixed-corrected-by-some-windows"],
 )
@@ -236,13 +236,13 @@ def test_windows_of_the_dense_model() -> None:
     assert windows(1536, 128, 1024) == 78
     assert windows(11008, 128, 2048) > 100
     assert windows(1536, 4, 64) == 4
-    for settings in ({"match": 1}, {"propagate": "dense"}, {"target": "pruned"}):
+    for settings in ({"reconstruct": 1}, {"propagate": "dense"}, {"dense_target": "pruned"}):
         assert windows(1536, 128, 1024, **settings) == 128
 
 
 def test_hidden_states_on_disk_change_no_bit(tmp_path: Path) -> None:
     folder = tiny.save("llama", tmp_path / "model", dtype=torch.bfloat16)
-    recipe = Recipe.build({"method": "wanda+refit", "sparsity": "2:4", "propagate": "pruned", "target": 0.5, "residual": "correct"})
+    recipe = Recipe.build({"method": "wanda+refit", "sparsity": "2:4", "propagate": "pruned", "dense_target": 0.5, "residual": "correct"})
     (tmp_path / "scratch").mkdir()
     in_ram, on_disk = stream(folder, recipe, None), stream(folder, recipe, tmp_path / "scratch")
     for name, tensor in in_ram.items():
@@ -255,7 +255,7 @@ def test_drift_is_taken_back(tmp_path: Path) -> None:
     folder = tiny.save("llama", tmp_path / "model", num_hidden_layers=4)
     left = {}
     for residual in ("none", "correct"):
-        settings = {"method": "sparsegpt+refit", "propagate": "pruned", "target": "dense", "residual": residual}
+        settings = {"method": "sparsegpt+refit", "propagate": "pruned", "dense_target": "dense", "residual": residual}
         pruned_model = AutoModelForCausalLM.from_pretrained(folder).eval()
         for name, tensor in stream(folder, Recipe.build(settings), None).items():
             pruned_model.get_parameter(name).data.copy_(tensor)
@@ -276,7 +276,7 @@ def test_results_are_what_the_checkpoint_can_hold_whatever_the_passes_compute_in
     folder = tiny.save("llama", tmp_path / "model", dtype=stored)
     skeleton = LayerwiseModel(Checkpoint.open(folder), torch.device("cpu"))
     assert skeleton.dtype == torch.float32
-    for name, tensor in stream(folder, Recipe.build({"method": "sparsegpt", "match": match}), None).items():
+    for name, tensor in stream(folder, Recipe.build({"method": "sparsegpt", "reconstruct": match}), None).items():
         assert tensor.dtype == stored, name
         if name.endswith("_proj.weight"):
             assert int((tensor == 0).sum()) == tensor.numel() // 2, name
@@ -297,5 +297,5 @@ def test_a_group_is_freed_before_the_next_one(tmp_path: Path, target: str) -> No
         assert not any(tensor() is not None for tensor in alive)
         alive.extend(weakref.ref(tensor) for tensor in (problem.weight, problem.gram, problem.drift) if tensor is not None)
 
-    stream(tiny.save("llama", tmp_path / "model"), Recipe.build({"method": "wanda", "target": target}), None, inspect)
+    stream(tiny.save("llama", tmp_path / "model"), Recipe.build({"method": "wanda", "dense_target": target}), None, inspect)
     assert len(alive) >= 8

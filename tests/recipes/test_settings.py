@@ -30,8 +30,8 @@ PARALLEL = {"execution": {"executor": "process"}}
         ({"method": "sparsegpt+fista+refit"}, ("dense", 1.0, "none")),
         ({"method": "fista", "propagate": "pruned"}, ("pruned", 1.0, "none")),
         ({"propagate": "dense"}, ("dense", 1.0, "correct")),
-        ({"propagate": "dense", "target": "pruned"}, ("dense", 0.0, "correct")),
-        ({"residual": "none", "target": "dense"}, ("pruned", 1.0, "none")),
+        ({"propagate": "dense", "dense_target": "pruned"}, ("dense", 0.0, "correct")),
+        ({"residual": "none", "dense_target": "dense"}, ("pruned", 1.0, "none")),
         (PARALLEL, ("dense", 1.0, "correct")),
         ({"method": "alps", **PARALLEL}, ("dense", 1.0, "none")),
         ({"propagate": "pruned", **PARALLEL}, ("pruned", 0.5, "correct")),
@@ -51,7 +51,7 @@ def test_a_part_of_the_layers_is_fed_by_the_dense_model() -> None:
 def test_who_goes_on_with_a_run_keeps_what_it_settled() -> None:
     earlier = Recipe().resolved().model_dump(mode="json")
     assert Recipe.build(PARALLEL).resolved(earlier=earlier).propagate == "pruned"
-    assert Recipe.build({"target": "dense", **PARALLEL}).resolved(earlier=earlier).dense_share == 1.0
+    assert Recipe.build({"dense_target": "dense", **PARALLEL}).resolved(earlier=earlier).dense_share == 1.0
 
 
 FISTA_PRESETS = {
@@ -90,7 +90,7 @@ def test_error_correction_is_a_flag_of_the_command_line(tmp_path: Path) -> None:
 
 def test_a_warm_start_by_family_needs_a_model() -> None:
     problem = LayerProblem.from_activations(torch.randn(4, 8), torch.randn(32, 8))
-    with pytest.raises(FistaPrunerError, match="operator: fista's warm_start auto is chosen by the model's family"):
+    with pytest.raises(FistaPrunerError, match="operator: fista's warm_start auto depends on the model's family"):
         solve(problem, "50%", [{"fista": {"warm_start": "auto"}}])
 
 

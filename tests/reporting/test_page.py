@@ -155,7 +155,7 @@ def test_seeds_are_gathered() -> None:
 
 
 def test_labels_in_figures_are_short_and_different() -> None:
-    methods = ("wanda@propagate=pruned", "alps", "alps@propagate=pruned,target=pruned")
+    methods = ("wanda@propagate=pruned", "alps", "alps@propagate=pruned,dense_target=pruned")
     found = [Point(method, "50%", 1, 0.5, 0.0, 10.0) for method in methods]
     assert list(short_labels(found).values()) == ["wanda", "alps (1)", "alps (2)"]
 

@@ -151,6 +151,6 @@ def test_every_executor_reorders_alike(tmp_path: Path) -> None:
     runs = []
     for executor in ("serial", "process"):
         execution = {"executor": executor, "workers": 2, "threads": 1} if executor == "process" else {"threads": 1}
-        fp.prune(str(folder), tmp_path / executor, sparsity="2:4", propagate="dense", calibration=SMALL, match=2, execution=execution)
+        fp.prune(str(folder), tmp_path / executor, sparsity="2:4", propagate="dense", calibration=SMALL, reconstruct=2, execution=execution)
         runs.append((tmp_path / executor / "model" / "model.safetensors").read_bytes())
     assert runs[0] == runs[1]

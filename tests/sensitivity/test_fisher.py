@@ -89,7 +89,7 @@ def test_the_head_in_slices_changes_nothing(tmp_path: Path) -> None:
 def test_a_decision_is_deterministic_and_spares_sensitive_operators(tmp_path: Path, allocation: str) -> None:
     skeleton = LayerwiseModel(Checkpoint.open(tiny.save("llama", tmp_path / "model")), torch.device("cpu"))
     layout = discover(skeleton)
-    recipe = Recipe.build({"allocation": allocation, "sparsity": "60%", "match": 2})
+    recipe = Recipe.build({"allocation": allocation, "sparsity": "60%", "reconstruct": 2})
     first, second = (decide(recipe, layout, skeleton, tokens(), {}) for _ in range(2))
     assert first.sparsity == second.sparsity
     assert first.sparsity is not None

@@ -22,9 +22,9 @@ from fistapruner.tuning.block_matching import Matched, MatchSettings, match_laye
 
 SETTINGS: dict[str, Any] = {"method": "wanda", "sparsity": "50%", "calibration": {"source": "python", "samples": 9, "seqlen": 24}}
 WAYS = {
-    "dense": {"propagate": "dense", "target": "dense"},
-    "pruned": {"propagate": "pruned", "target": "pruned"},
-    "mixed": {"propagate": "pruned", "target": 0.5},
+    "dense": {"propagate": "dense", "dense_target": "dense"},
+    "pruned": {"propagate": "pruned", "dense_target": "pruned"},
+    "mixed": {"propagate": "pruned", "dense_target": 0.5},
 }
 
 
@@ -39,8 +39,8 @@ def test_masks_stay_and_held_out_loss_falls(tmp_path: Path, architecture: str, w
     source = tiny.save(architecture, tmp_path / "model")
     settings = {**SETTINGS, **WAYS[way]}
     plain = prune(str(source), tmp_path / "plain", **settings)
-    matched = prune(str(source), tmp_path / "matched", **settings, match=12)
-    records = [layer.model_extra["match"] for layer in matched.layers if layer.model_extra]
+    matched = prune(str(source), tmp_path / "matched", **settings, reconstruct=12)
+    records = [layer.model_extra["reconstruct"] for layer in matched.layers if layer.model_extra]
     assert len(records) == 3
     assert all(record["held_out_after"] <= record["held_out_before"] for record in records)
     assert any(record["kept_step"] for record in records)
@@ -67,7 +67,7 @@ class StopsInTheThird(Listener):
 @pytest.mark.parametrize("way", WAYS)
 def test_an_interrupted_run_ends_in_the_same_bits(tmp_path: Path, way: str) -> None:
     source = tiny.save("llama", tmp_path / "model", dtype=torch.bfloat16)
-    settings = {**SETTINGS, **WAYS[way], "match": 6, "allocation": "error"}
+    settings = {**SETTINGS, **WAYS[way], "reconstruct": 6, "allocation": "error"}
     prune(str(source), tmp_path / "whole", **settings)
     with pytest.raises(KeyboardInterrupt):
         prune(str(source), tmp_path / "parts", **settings, listener=StopsInTheThird())
@@ -117,7 +117,7 @@ def test_steps_that_were_too_large_become_smaller(tmp_path: Path) -> None:
 def test_a_single_window_is_enough(tmp_path: Path) -> None:
     source = tiny.save("llama", tmp_path / "model")
     settings = {**SETTINGS, "calibration": {"source": "python", "samples": 1, "seqlen": 24}, "sparsity": "2:4"}
-    report = prune(str(source), tmp_path / "run", **settings, match=4)
+    report = prune(str(source), tmp_path / "run", **settings, reconstruct=4)
     assert all(operator.density <= 0.5 for layer in report.layers for operator in layer.operators)
 
 

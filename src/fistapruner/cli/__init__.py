@@ -56,9 +56,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     from ..errors import FistaPrunerError
 
     with _readers_may_leave():
-        parsed = build_parser().parse_args(arguments)
-        _quieten()
         try:
+            parsed = build_parser().parse_args(arguments)
+            _quieten()
             return int(parsed.run(parsed))
         except FistaPrunerError as error:
             print(f"fistapruner: {' '.join(str(error).split())}", file=sys.stderr)

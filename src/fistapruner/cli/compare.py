@@ -5,7 +5,7 @@ of recipes, separated by commas; settings of one method stand after an @ and may
 settings has the hidden states and targets that it was published with; the recipe paper is FISTAPruner to the letter:
 
   fistapruner compare smollm2 --methods magnitude,wanda,sparsegpt --sparsity 50%,2:4 --out compared
-  fistapruner compare smollm2 --methods alps,proximal@residual=none,match=64,best --sparsity 70% --seeds 0,1,2 --out deciding
+  fistapruner compare smollm2 --methods alps,proximal@residual=none,reconstruct=64,best --sparsity 70% --seeds 0,1,2 --out deciding
 
 Every run has its directory in DIR/runs; the table is in DIR/compare.json and DIR/compare.md. The same command goes on
 after an interruption.

@@ -18,6 +18,9 @@ import shlex
 import sys
 from typing import TYPE_CHECKING, Any
 
+from ..errors import FistaPrunerError
+from ..recipes.renamed import RENAMED_SETTINGS
+
 if TYPE_CHECKING:
     from ..runs.records import Report
 
@@ -45,6 +48,14 @@ def configure(parser: argparse.ArgumentParser) -> None:
     add_output_arguments(parser)
 
 
+class _RefuseOldFlag(argparse.Action):
+    """Refuse a flag that was renamed. Without it ``--target`` would be read as short for ``--targets``."""
+
+    def __call__(self, parser: object, namespace: object, values: object, option_string: str | None = None) -> None:
+        new = RENAMED_SETTINGS[self.dest].replace("_", "-")
+        raise FistaPrunerError(f"{option_string} is called --{new}")
+
+
 def add_recipe_arguments(parser: argparse.ArgumentParser, *, single: bool = True) -> None:
     """Arguments that are settings of the recipe; ``single`` adds those that ``compare`` has in the plural."""
     group = parser.add_argument_group("recipe (over --recipe)")
@@ -68,7 +79,7 @@ def add_recipe_arguments(parser: argparse.ArgumentParser, *, single: bool = True
         choices=("auto", "dense", "pruned"),
         help="whose hidden states feed the next decoder layer (default: auto, as the method)",
     )
-    group.add_argument("--target", help="output to reproduce: dense, pruned, a share of the dense one such as 0.5, or auto")
+    group.add_argument("--dense-target", help="output to reproduce: dense, pruned, a share of the dense one such as 0.5, or auto")
     group.add_argument(
         "--residual",
         choices=("auto", "none", "correct"),
@@ -93,8 +104,12 @@ def add_recipe_arguments(parser: argparse.ArgumentParser, *, single: bool = True
         choices=("auto", "none", "channels"),
         help="reorder hidden channels for n:m patterns (default: auto, as the method)",
     )
-    group.add_argument("--match", type=int, metavar="STEPS", help="steps of block matching after each decoder layer, a window each")
+    group.add_argument(
+        "--reconstruct", type=int, metavar="STEPS", help="steps of block reconstruction after each decoder layer, a window each"
+    )
     group.add_argument("--dtype", choices=("auto", "float32", "bfloat16", "float16"), help="precision of the forward passes")
+    for old in RENAMED_SETTINGS:
+        parser.add_argument(f"--{old}", action=_RefuseOldFlag, help=argparse.SUPPRESS)
     work = parser.add_argument_group("execution")
     work.add_argument("--device", help="auto, cpu, cuda, cuda:N (default: auto)")
     work.add_argument("--batch-size", type=int, help="windows in one forward pass (default: by device)")
@@ -132,7 +147,7 @@ def recipe_settings(arguments: argparse.Namespace) -> dict[str, Any]:
     allocation = arguments.allocation
     if allocation:
         allocation = parse_value(allocation, "--allocation")
-    target = arguments.target
+    target = arguments.dense_target
     if target is not None and target not in ("dense", "pruned", "auto"):
         target = _number(target)
     return merge(
@@ -141,7 +156,7 @@ def recipe_settings(arguments: argparse.Namespace) -> dict[str, Any]:
             "sparsity": getattr(arguments, "sparsity", None),
             "method": getattr(arguments, "method", None),
             "propagate": arguments.propagate,
-            "target": target,
+            "dense_target": target,
             "residual": arguments.residual,
             "error_correction": arguments.error_correction,
             "targets": arguments.targets,
@@ -149,7 +164,7 @@ def recipe_settings(arguments: argparse.Namespace) -> dict[str, Any]:
             "allocation": allocation,
             "weighting": arguments.weighting,
             "permutation": arguments.permutation,
-            "match": arguments.match,
+            "reconstruct": arguments.reconstruct,
             "dtype": arguments.dtype,
             "seed": getattr(arguments, "seed", None),
             "calibration": {
@@ -213,8 +228,6 @@ def layer_range(text: str) -> tuple[int, int]:
     Raises:
         FistaPrunerError: not a range.
     """
-    from ..errors import FistaPrunerError
-
     match = re.fullmatch(r"(\d+)(?:-(\d+))?", text.strip())
     if not match or int(match[1]) > int(match[2] or match[1]):
         raise FistaPrunerError(f"--only-layers {text!r} is not a range of decoder layers such as 0-9")

@@ -161,7 +161,7 @@ class RunContext:
     ) -> LayerEntry:
         """Prune decoder layer ``index`` and journal it."""
         scratch = scratch_factory(self.hidden if self.on_disk else None, self.skeleton.dtype)
-        metric = self.run.metric(index) if self.recipe.match else None
+        metric = self.run.metric(index) if self.recipe.reconstruct else None
         names = [self.layout.full_name(index, operator) for group in self.layout.layers[index] for operator in group]
         importance = self.run.importance(names) if weighs_rows(self.recipe) else None
         result = prune_layer(

@@ -64,7 +64,7 @@ class Contender:
 def parse_contenders(text: str | Sequence[str]) -> list[Contender]:
     """Read ``--methods``: method chains or recipes, separated by commas, each with settings after an ``@``.
 
-    ``wanda,alps@propagate=pruned,target=pruned,best`` are three: a part with ``=`` in it belongs to the method before it.
+    ``wanda,alps@propagate=pruned,dense_target=pruned,best`` are three: a part with ``=`` in it belongs to the method before it.
     Dots reach into sections: ``alps@calibration.samples=64``. A name of a shipped recipe, or a ``.yaml`` file, is a recipe;
     its calibration section is left aside, since all methods see the same windows.
 
@@ -98,12 +98,12 @@ def parse_contenders(text: str | Sequence[str]) -> list[Contender]:
 
 
 def _nested(settings: Sequence[str], label: str) -> dict[str, Any]:
-    """``["target=0.5", "calibration.samples=64"]`` as a mapping."""
+    """``["dense_target=0.5", "calibration.samples=64"]`` as a mapping."""
     result: dict[str, Any] = {}
     for setting in settings:
         key, equals, value = setting.partition("=")
         if not equals or not key or not value:
-            raise FistaPrunerError(f"--methods {label}: {setting!r} is not a setting such as target=0.5")
+            raise FistaPrunerError(f"--methods {label}: {setting!r} is not a setting such as dense_target=0.5")
         parsed = parse_value(value, f"--methods {label}: the value of {setting!r}")
         section, dot, inner = key.partition(".")
         if dot and not isinstance(result.setdefault(section, {}), dict):

@@ -66,8 +66,8 @@ def measure_time(
         drifted, drifted_on = HiddenStates(shape, skeleton.dtype), HiddenStates(shape, skeleton.dtype)
         drifted.write(0, states.read(0, len(batch)))
         streams = LayerStreams(states, drifted, onward, drifted_on) if recipe.dense_share else LayerStreams(None, drifted, None, drifted_on)
-    few_steps = min(recipe.match, MATCHING_STEPS)
-    cheap = recipe.model_copy(update={"method": Recipe.build({"method": "magnitude"}).steps, "match": few_steps})
+    few_steps = min(recipe.reconstruct, MATCHING_STEPS)
+    cheap = recipe.model_copy(update={"method": Recipe.build({"method": "magnitude"}).steps, "reconstruct": few_steps})
     scratch = scratch_factory(None, skeleton.dtype)
     result = prune_layer(skeleton, layout, index, cheap, sparsity, streams, calls, scratch, inspect=time_solve)
     seconds = result.entry.seconds
@@ -76,10 +76,10 @@ def measure_time(
         windows = dense_windows(recipe, layout, len(tokens), tokens.shape[1], len(batch))
         passing -= max(0.0, (result.entry.passed_after or 0.0) - seconds.get("io", 0.0)) * (1 - windows / len(tokens))
     passing *= len(tokens) / len(batch)
-    fixed = sum(value for phase, value in seconds.items() if phase not in ("capture", "gram", "match"))
+    fixed = sum(value for phase, value in seconds.items() if phase not in ("capture", "gram", "reconstruct"))
     matching = 0.0
     if few_steps:
-        matching = seconds["match"] * passes(recipe.match, len(tokens)) / passes(few_steps, len(batch))
+        matching = seconds["reconstruct"] * passes(recipe.reconstruct, len(tokens)) / passes(few_steps, len(batch))
     return (fixed + solving + matching) * sum(map(bool, layout.layers)) + passing * len(skeleton)
 
 

@@ -148,7 +148,7 @@ class Sizes:
         with skeleton.layer(0):
             with torch.no_grad():
                 forward = peak_bytes(lambda: skeleton.run(0, hidden, calls[0]))
-            backward = peak_bytes(lambda: _differentiate(skeleton, hidden, calls[0])) if differentiates(recipe) or recipe.match else 0
+            backward = peak_bytes(lambda: _differentiate(skeleton, hidden, calls[0])) if differentiates(recipe) or recipe.reconstruct else 0
         index = max(range(len(skeleton)), key=layout.weights)  # where solving takes most
         groups = layout.layers[index]
         told = drift_sources(recipe, layout, index, same=recipe.propagate == "dense")
@@ -160,7 +160,7 @@ class Sizes:
             for number, group in enumerate(groups)
         )
         operators = sum(group.weight for group in rows)
-        passes = recipe.propagate == "pruned" and not recipe.match  # after the last group
+        passes = recipe.propagate == "pruned" and not recipe.reconstruct  # after the last group
         widths = {operator.name: operator.columns for group in groups[: len(groups) - (not passes)] for operator in group}
         endings = kept_projections(layout, index, skeleton.device).values() if recipe.error_correction else ()
         return cls(
@@ -182,11 +182,11 @@ class Sizes:
             samples=samples,
             streams=2,
             dense=recipe.corrects_drift + (0 if recipe.propagate == "dense" or not recipe.dense_share else 2),
-            inside=1 + bool(recipe.match and recipe.dense_share < 1),
+            inside=1 + bool(recipe.reconstruct and recipe.dense_share < 1),
             layers=len(skeleton),
             backward=backward if differentiates(recipe) else 0,
-            matching=backward + (5 * 4 + 1 + itemsize) * operators // 4 + 3 * 4 * skeleton.width**2 if recipe.match else 0,
-            metric=4 * skeleton.width * (skeleton.width if skeleton.width <= WIDE else 1) if recipe.match else 0,
+            matching=backward + (5 * 4 + 1 + itemsize) * operators // 4 + 3 * 4 * skeleton.width**2 if recipe.reconstruct else 0,
+            metric=4 * skeleton.width * (skeleton.width if skeleton.width <= WIDE else 1) if recipe.reconstruct else 0,
             logits=4 * 4 * min(seqlen, HEAD_TOKENS) * int(skeleton.config.get_text_config().vocab_size),
             measured=needs_measuring(recipe),
             reordered=permutes(recipe),

@@ -38,7 +38,7 @@ def dense_windows(recipe: Recipe, layout: Layout, samples: int, seqlen: int, bat
     for an operator of n inputs: they are so many that the widest one's stays below :data:`DRIFT_NOISE`. Block matching aims at the
     dense model's outputs, window by window, and takes all.
     """
-    if recipe.propagate == "dense" or recipe.match or not recipe.dense_share:
+    if recipe.propagate == "dense" or recipe.reconstruct or not recipe.dense_share:
         return samples
     inputs = max((operator.columns for _, operator in layout.operators()), default=0)
     windows = samples * inputs / (inputs + samples * seqlen * DRIFT_NOISE)

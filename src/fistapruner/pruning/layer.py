@@ -106,7 +106,7 @@ def prune_layer(
         scratch: makes a temporary store of a given name and shape, in memory or in a file.
         progress: told of every group.
         inspect: receives every group's problem before it is solved (benchmarks dump them).
-        metric: how block matching weighs errors of the layer's output (see :func:`~.match.match_layer`).
+        metric: how block matching weighs errors of the layer's output (see :func:`~.tuning.block_matching.match_layer`).
         importance: weights of the rows of every operator, by full name; None counts all rows alike.
         passed: told when ``streams.dense_out`` is complete, long before the layer is.
         solver: solves a group of operators: all of it at once, or in parts (:mod:`~fistapruner.pruning.partition`).
@@ -144,11 +144,11 @@ def prune_layer(
 
         matched: dict[str, Any] = {}
         if walk.aim is not None:
-            settings = MatchSettings(recipe.match, recipe.seed, metric)
-            with clock.phase("match"):
+            settings = MatchSettings(recipe.reconstruct, recipe.seed, metric)
+            with clock.phase("reconstruct"):
                 result = match_layer(model, index, layout.layers[index], streams.seen, walk.aim, calls, settings)
             weights |= result.weights
-            matched = {"match": result.record}
+            matched = {"reconstruct": result.record}
         error = walk.pass_on()
         entry = LayerEntry(
             index=index,
@@ -199,14 +199,14 @@ class _LayerPasses:
                 )
         self._replay: Replay | None = None
         if recipe.error_correction:
-            last_passes = int(streams.pruned_out is not None and not recipe.match)
+            last_passes = int(streams.pruned_out is not None and not recipe.reconstruct)
             endings = kept_projections(layout, index, model.device)
             self._replay = Replay(index, self._layer, groups, endings, last_passes, streams.seen, scratch)
         self._sums: dict[int, ProblemSums] = {}
         self._first_out: Tensor | None = None  # of the dense layer: what the report's error is measured on
         self.aim: HiddenStates | None = None
         """Output hidden states that block matching aims at; None without it."""
-        if recipe.match and groups:
+        if recipe.reconstruct and groups:
             self.aim = streams.dense_out or self._store("wanted")
 
     def dense_pass(self) -> bool:
@@ -251,7 +251,7 @@ class _LayerPasses:
     def set_aim(self) -> None:
         """Make what block matching aims at of what the dense pass left there, nothing being pruned yet.
 
-        That is the dense model's output; with ``target=pruned`` the dense layer's on drifted inputs, or a mixture of both, as for
+        That is the dense model's output; with ``dense_target=pruned`` the dense layer's on drifted inputs, or a mixture of both, as for
         single operators.
         """
         if self.aim is None:
@@ -300,7 +300,7 @@ class _LayerPasses:
         if self._residual is not None:
             self._residual.close()
         if self._streams.pruned_out is not None:
-            last = [] if self._recipe.match or self._replay is None else [self._replay.around_pass]
+            last = [] if self._recipe.reconstruct or self._replay is None else [self._replay.around_pass]
             self._run(self._streams.seen, output=self._streams.pruned_out, around=last)
         if self._replay is not None:
             self._replay.close()

@@ -17,12 +17,13 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PlainSerializer, ValidationError, field_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PlainSerializer, ValidationError, field_validator, model_validator
 
 from ..constraints import Constraint, parse_sparsity
 from ..errors import FistaPrunerError, explain
 from ..solvers import parse_method
 from ..solvers.base import Method
+from .renamed import RENAMED_SETTINGS
 
 MAX_SEED = 2**63 - 1
 """What the random generators take."""
@@ -128,7 +129,7 @@ class Execution(Settings):
         return parse_bytes(value) if isinstance(value, str) else value
 
 
-RESOLVED = ("propagate", "target", "residual")
+RESOLVED = ("propagate", "dense_target", "residual")
 """Settings that a run writes out before it begins, where they are ``auto`` (:meth:`Recipe.resolved`)."""
 
 
@@ -142,12 +143,12 @@ class Recipe(Settings):
             be pruned in parallel; FISTAPruner) or those of the already ``pruned`` layers (SparseGPT, ALPS). ``auto`` is
             what the method was published with, ``pruned`` for this project's own (``proximal``), but ``dense`` where layers are
             to be pruned apart from each other: with an executor other than ``serial``, or a part of the layers only.
-        target: which output an operator reproduces from its inputs: ``dense`` (FISTAPruner), ``pruned`` (the dense
+        dense_target: which output an operator reproduces from its inputs: ``dense`` (FISTAPruner), ``pruned`` (the dense
             weight on the drifted inputs; SparseGPT, Wanda, ALPS), or a share of the dense one in [0, 1]. ``auto`` is what the
             method was published with, 0.5 for this project's own, and ``dense`` where ``propagate`` is not the method's.
         residual: ``correct`` lets operators whose output is added to the hidden states (``o_proj``, ``down_proj``) also take
-            back, with the share ``target`` and as far as their inputs can tell, how far these have drifted from the dense
-            model's; it needs ``error_correction`` and a target above 0. ``none`` does not; ``auto`` is ``correct`` for this
+            back, with the share ``dense_target`` and as far as their inputs can tell, how far these have drifted from the dense
+            model's; it needs ``error_correction`` and a ``dense_target`` above 0. ``none`` does not; ``auto`` is ``correct`` for this
             project's own method and ``none`` for published ones.
         error_correction: inside a decoder layer, recompute each operator's inputs with the operators before it already
             pruned (FISTAPruner's intra-layer error correction). False gathers the Grams of all operators in one pass of the
@@ -166,7 +167,7 @@ class Recipe(Settings):
             loses least, without changing what the model computes; adapters (LoRA) and other files that refer to the dense
             model's channels no longer fit then. ``none`` keeps the order; ``auto`` is ``channels`` for this project's own method
             (``proximal``) and ``none`` for published ones. Does nothing to unstructured patterns.
-        match: steps of block matching after each decoder layer, each on one calibration window; 0 is none.
+        reconstruct: steps of block reconstruction after each decoder layer, each on one calibration window; 0 is none.
         calibration: calibration data.
         dtype: precision of the forward passes; ``auto`` is the checkpoint's own, or fp32 on CPUs without matrix
             units for it.
@@ -177,7 +178,7 @@ class Recipe(Settings):
     sparsity: SparsitySetting = "50%"
     method: MethodSetting = "proximal"
     propagate: Literal["auto", "dense", "pruned"] = "auto"
-    target: Annotated[Annotated[float, Field(ge=0.0, le=1.0)] | Literal["auto"], BeforeValidator(_target)] = "auto"
+    dense_target: Annotated[Annotated[float, Field(ge=0.0, le=1.0)] | Literal["auto"], BeforeValidator(_target)] = "auto"
     residual: Literal["auto", "none", "correct"] = "auto"
     error_correction: bool = True
     targets: tuple[str, ...] = ()
@@ -185,7 +186,7 @@ class Recipe(Settings):
     allocation: Annotated[Literal["uniform", "owl", "error", "auto"] | dict[str, SparsitySetting], BeforeValidator(_allocation)] = "auto"
     weighting: Literal["auto", "none", "fisher"] = "auto"
     permutation: Literal["auto", "none", "channels"] = "auto"
-    match: int = Field(0, ge=0)
+    reconstruct: int = Field(0, ge=0)
     calibration: Calibration = Calibration()
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     seed: Seed = 0
@@ -193,6 +194,14 @@ class Recipe(Settings):
 
     # Defaults are written as users write them; validate them into patterns and methods too.
     model_config = ConfigDict(frozen=True, extra="forbid", validate_default=True)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _refuse_old_names(cls, value: Any) -> Any:
+        for old, new in RENAMED_SETTINGS.items():
+            if isinstance(value, dict) and old in value:
+                raise ValueError(f"the setting {old!r} is called {new!r}")
+        return value
 
     @field_validator("targets", "ignore", "allocation", mode="after")
     @classmethod
@@ -213,9 +222,9 @@ class Recipe(Settings):
 
     @property
     def dense_share(self) -> float:
-        """``target`` of a :meth:`resolved` recipe as a number: the share of the dense target."""
-        assert not isinstance(self.target, str)
-        return self.target
+        """``dense_target`` of a :meth:`resolved` recipe as a number: the share of the dense target."""
+        assert not isinstance(self.dense_target, str)
+        return self.dense_target
 
     @property
     def corrects_drift(self) -> bool:
@@ -229,7 +238,7 @@ class Recipe(Settings):
         earlier: Mapping[str, Any] | None = None,
         family: Callable[[], str] | None = None,
     ) -> Recipe:
-        """This recipe with ``propagate``, ``target`` and ``residual`` written out where they are ``auto``.
+        """This recipe with ``propagate``, ``dense_target`` and ``residual`` written out where they are ``auto``.
 
         The path of a calibration file is written out from the root, so that a run can go on from another folder.
 
@@ -243,8 +252,8 @@ class Recipe(Settings):
         chosen = {key: (earlier or {}).get(key, value) if value == "auto" else value for key, value in asked.items()}
         if chosen["propagate"] == "auto":
             chosen["propagate"] = "dense" if apart or self.execution.executor != "serial" else solver.propagate
-        if chosen["target"] == "auto":
-            chosen["target"] = solver.target if chosen["propagate"] == solver.propagate else 1.0
+        if chosen["dense_target"] == "auto":
+            chosen["dense_target"] = solver.dense_target if chosen["propagate"] == solver.propagate else 1.0
         if chosen["residual"] == "auto":
             chosen["residual"] = "none" if solver.auto_keeps_paper_settings else "correct"
         if family is not None:

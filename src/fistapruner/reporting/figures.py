@@ -13,7 +13,7 @@ from ..solvers import METHODS
 from ..solvers.base import Trace
 from .drawing import HEAT, HEAT_LEVELS, INK, SERIES, SURFACE, Drawing, draw, heat_level, style
 
-PHASES = ("capture", "gram", "solve", "match", "io", "write")
+PHASES = ("capture", "gram", "solve", "reconstruct", "io", "write")
 
 
 def layer_figures(report: Report) -> dict[str, Drawing]:

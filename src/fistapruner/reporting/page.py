@@ -283,7 +283,7 @@ PHASES = {
     "capture": "forward passes that collect inputs",
     "gram": "sums of outer products",
     "solve": "the method itself",
-    "match": "block matching",
+    "reconstruct": "block reconstruction",
     "sensitivity": "what the dense model's predictions feel",
     "io": "reading weights, writing results",
     "report": "spectra and errors for this page",

@@ -114,7 +114,7 @@ class LayerEntry(Record):
 
     Args:
         index: from 0; ``name``: in the checkpoint (``model.layers.0``).
-        seconds: wall seconds by phase (``capture``, ``gram``, ``solve``, ``match``, ``io``, …).
+        seconds: wall seconds by phase (``capture``, ``gram``, ``solve``, ``reconstruct``, ``io``, …).
         relative_error: of the layer's output hidden states against the dense layer's, as a share of the energy of what
             the dense layer adds to its input, or whatever ``relative_error_of`` says.
         operators: in execution order.

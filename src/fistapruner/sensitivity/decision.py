@@ -102,7 +102,7 @@ def needs_measuring(recipe: Recipe) -> bool:
 
 def differentiates(recipe: Recipe) -> bool:
     """Whether :func:`decide` needs a backward pass of the model, too."""
-    return measured_by(recipe) == "error" or recipe.match > 0 or weighs_rows(recipe)
+    return measured_by(recipe) == "error" or recipe.reconstruct > 0 or weighs_rows(recipe)
 
 
 def decide(
@@ -119,7 +119,7 @@ def decide(
     """Measure what ``allocation: owl``, ``allocation: error``, ``weighting: fisher``, block matching and channel permutation need.
 
     Args:
-        recipe: its ``allocation``, ``sparsity``, ``weighting``, ``match``, ``permutation`` and ``seed``.
+        recipe: its ``allocation``, ``sparsity``, ``weighting``, ``reconstruct``, ``permutation`` and ``seed``.
         layout: the operators to prune.
         model: the dense model.
         tokens: (samples, seqlen) calibration tokens; the first few windows are used.
@@ -171,7 +171,7 @@ def decide(
             seed=recipe.seed,
             batch_size=batch_size,
             look=look,
-            outputs=recipe.match > 0,
+            outputs=recipe.reconstruct > 0,
             store=store,
             tick=tick,
         )
@@ -180,7 +180,7 @@ def decide(
             found = dict(split_budget(costs, sizes, fraction))
         if weighs_rows(recipe):
             importance = {name: row_importance(rows) for name, rows in sensitivity.rows.items()}
-        if recipe.match:
+        if recipe.reconstruct:
             metrics = sensitivity.outputs
     elif look is not None:
         look_at_inputs(model, layout, tokens, look, batch_size=batch_size, store=store, tick=tick)

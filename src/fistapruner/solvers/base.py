@@ -103,8 +103,8 @@ class Method(BaseModel, ABC):
     """Whether ``auto`` settings of a recipe are the paper's; if not, they are what measured best."""
     propagate: ClassVar[Literal["dense", "pruned"]] = "pruned"
     """The model whose hidden states feed a decoder layer with ``propagate: auto``."""
-    target: ClassVar[float] = 0.0
-    """Share of the dense target with ``target: auto``, if ``propagate`` is the method's own."""
+    dense_target: ClassVar[float] = 0.0
+    """Share of the dense target with ``dense_target: auto``, if ``propagate`` is the method's own."""
     trace: ClassVar[Trace | None] = None
     """The record of every round, or None if the method keeps none."""
     refit_helps: ClassVar[bool] = False

@@ -60,7 +60,7 @@ class Proximal(Method):
     summary: ClassVar[str] = "proximal splitting with hard thresholds in the OBS metric, then refit (default)"
     reference: ClassVar[str] = "this project; splitting: Lions & Mercier 1979; growing penalty: ALPS, arXiv 2406.07831"
     auto_keeps_paper_settings: ClassVar[bool] = False
-    target: ClassVar[float] = 0.5
+    dense_target: ClassVar[float] = 0.5
     trace: ClassVar[Trace | None] = SUPPORT_CHANGE
 
     rho: tuple[Positive, Positive] = (0.15, 1.0)

@@ -23,7 +23,7 @@ class SparseGPT(Method):
     of m columns (n:m), when they are reached. The error ``e = (w - q) / U_jj`` of a finished column is subtracted from
     the columns to its right as ``e U_j``.
 
-    The published method reproduces ``W X*`` (``target=pruned``). For another target the least-squares weights
+    The published method reproduces ``W X*`` (``dense_target=pruned``). For another target the least-squares weights
     ``W + a R (H + dI)^-1`` replace W: f is lowest there, and grows from there with the same Gram.
 
     Args:
