@@ -123,7 +123,8 @@ class LayerwiseModel:
         names = [name for name in self._sources if not name.startswith(prefix)]
         if not head:
             output = self.model.get_output_embeddings()
-            names = [name for name in names if output is None or self.model.get_parameter(name) is not output.weight]
+            tensors = self.model.state_dict(keep_vars=True)
+            names = [name for name in names if output is None or tensors[name] is not output.weight]
         try:
             self._load(names, {})
             output, embedding = self.model.get_output_embeddings(), self.model.get_input_embeddings()
@@ -252,7 +253,8 @@ class LayerwiseModel:
                 *((k, call[1][k], other[1][k]) for k in call[1]),
             ]:
                 if not _same(value, again):
-                    raise self.unsupported(f"decoder layer {index} is given {name!r}, which depends on the token ids or on other layers")
+                    what = f"argument {name + 2}" if isinstance(name, int) else repr(name)
+                    raise self.unsupported(f"decoder layer {index} is given {what}, which depends on the token ids or on other layers")
 
     def _watch(self, tokens: Tensor, stand_in: Callable[[Tensor], Tensor]) -> tuple[Tensor, list[Call]]:
         """What :meth:`embed` returns.
@@ -474,19 +476,22 @@ def _build(checkpoint: Checkpoint, trust_remote_code: bool) -> Any:
 
 
 def _find_layers(model: Any) -> tuple[str, list[nn.Module]]:
-    """The decoder layers: the module list of the text model that has as many modules as the config has layers, or else several of one
-    class, and that holds the most weights.
+    """The decoder layers: the module list that has as many modules as the config has layers, or else several of one class, and that
+    holds the most weights.
 
-    The text model is a part of the whole one where that reads images or sound, too.
+    Lists of the text model go before those of its parts that read images or sound, which have other configs.
     """
-    text = model.get_decoder() if hasattr(model, "get_decoder") else model
-    inside = next((name for name, module in model.named_modules() if module is text), "")
-    count = getattr(model.config.get_text_config(), "num_hidden_layers", None)
-    best: tuple[tuple[bool, int], str, list[nn.Module]] = ((False, 0), "", [])
+    config = model.config.get_text_config()
+    count = getattr(config, "num_hidden_layers", None)
+    best: tuple[tuple[bool, bool, int], str, list[nn.Module]] = ((False, False, 0), "", [])
+    reads_text = {"": True}  # by the name of a module
     for name, module in model.named_modules():
-        if isinstance(module, nn.ModuleList) and len(module) and f"{name}.".startswith(f"{inside}." if inside else ""):
-            size = (len(module) == count, sum(parameter.numel() for parameter in module.parameters()))
-            if size > best[0] and (size[0] or len({type(item) for item in module}) == 1):
+        part = getattr(module, "config", None)
+        own = part is not None and hasattr(part, "model_type")
+        reads_text[name] = isinstance(part, (type(config), type(model.config))) if own else reads_text[name.rpartition(".")[0]]
+        if isinstance(module, nn.ModuleList) and len(module):
+            size = (reads_text[name], len(module) == count, sum(parameter.numel() for parameter in module.parameters()))
+            if size > best[0] and (size[1] or len({type(item) for item in module}) == 1):
                 best = (size, name, list(module))
     if not best[2]:
         raise FistaPrunerError(f"{type(model).__name__}: no list of decoder layers found: this architecture is not supported")

@@ -42,12 +42,11 @@ def load(folder: str | Path, *, packed: bool = True, int8: bool = False, dtype: 
     if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
         raise FistaPrunerError(f"dtype {dtype!r} is no floating-point dtype of torch, such as torch.bfloat16")
     source = PackedCheckpoint(folder, verify=verify)
-    settings = source.config()
-    if "model_type" not in settings:
+    if "model_type" not in source.config():
         raise FistaPrunerError(f"{source.folder / 'config.json'} has no model_type")
-    kind = settings.pop("model_type")
     try:
-        config = AutoConfig.for_model(kind, **settings)
+        config = AutoConfig.from_pretrained(str(source.folder))
+        del config.quantization_config  # how the folder is packed
     except Exception as error:  # an untrusted config can make every check of every architecture fail in its own way
         raise _fault(source.folder / "config.json", "is not understood", error) from None
     layers, tensors = getattr(config.get_text_config(), "num_hidden_layers", 0), len(source.dense_names()) + len(source.specs)

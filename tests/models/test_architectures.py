@@ -1,0 +1,35 @@
+"""A sample of the architectures of the installed transformers; ``benchmarks/architectures.py`` goes through all of them."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import pytest
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+sys.path.append(str(Path(__file__).parents[2] / "benchmarks"))
+import architectures
+
+OUTCOMES = {
+    "llama": "works",
+    "gpt2": "works",
+    "openai-gpt": "works",  # its layers return lists
+    "modernbert-decoder": "works",  # its head is called decoder
+    "git": "works",  # its vision tower is as large as its text model
+    "mamba2": "works",
+    "bart": "refused",
+    "dory": "refused",  # it loops
+    "mixtral": "refused",
+    "reformer": "refused",
+    "xlm": "refused",
+    "xlnet": "refused",
+}
+
+
+@pytest.mark.parametrize("model_type", OUTCOMES)
+def test_it_works_exactly_or_is_refused_in_a_sentence(tmp_path: Path, model_type: str) -> None:
+    if model_type not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
+        pytest.skip(f"the installed transformers has no {model_type}")
+    found = architectures.try_architecture(model_type, tmp_path)
+    assert found.outcome == OUTCOMES[model_type], found
