@@ -24,8 +24,8 @@ from fistapruner.pipeline.prune import prune
 from fistapruner.problem import LayerProblem, ProblemSums
 from fistapruner.pruning.drift import dense_windows, drift_sources
 from fistapruner.pruning.layer import LayerStreams, prune_layer
-from fistapruner.runs.directory import RunDirectory
 from fistapruner.runs.listener import Listener
+from fistapruner.runs.prune_directory import PruneDirectory
 from fistapruner.runs.records import LayerEntry
 
 SAMPLES, SEQLEN, BATCH = 5, 24, 2
@@ -192,7 +192,7 @@ def test_without_error_correction_all_operators_see_the_unpruned_layer_behind_pr
         calibration={"source": "python", "samples": SAMPLES, "seqlen": SEQLEN},
         inspect=lambda layer, group, problem: seen.__setitem__((layer, group), problem),
     )
-    tokens = RunDirectory(tmp_path / "run").tokens()
+    tokens = PruneDirectory(tmp_path / "run").tokens()
     dense, pruned = (AutoModelForCausalLM.from_pretrained(path).eval() for path in (folder, tmp_path / "run" / "model"))
     dense.model.layers[0].load_state_dict(pruned.model.layers[0].state_dict())
     inputs: dict[str, Tensor] = {}
