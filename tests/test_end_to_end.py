@@ -18,6 +18,7 @@ from fistapruner.constraints import NM
 from fistapruner.models.discovery import discover
 from fistapruner.models.files.checkpoint import Checkpoint
 from fistapruner.models.layerwise import LayerwiseModel
+from fistapruner.runs.listener import Listener
 
 SMALL = {"source": "python", "samples": 4, "seqlen": 32}
 
@@ -242,11 +243,12 @@ def test_a_changed_model_is_pruned_anew(tmp_path: Path) -> None:
 def test_bad_input_is_refused_before_anything_is_generated_or_measured(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     folder = str(tiny.save("llama", tmp_path / "model"))
 
-    def never(*_: object, **__: object) -> None:
-        raise AssertionError("long work has begun")
+    class NoLongWork(Listener):
+        """Fails where long work begins."""
 
-    for name in ("calibration_tokens", "decide"):
-        monkeypatch.setattr(f"fistapruner.pipeline.prepare.{name}", never)
+        def say(self, message: str) -> None:
+            assert not message.startswith(("calibration:", "measuring"))
+
     monkeypatch.setattr("fistapruner.execution.ray_pool.find_spec", lambda _: None)
     refused: list[tuple[dict[str, Any], str]] = [
         ({"only_layers": (7, 9)}, "--only-layers 7-9: the model has the decoder layers 0-2"),
@@ -259,7 +261,7 @@ def test_bad_input_is_refused_before_anything_is_generated_or_measured(tmp_path:
     ]
     for settings, message in refused:
         with pytest.raises(fp.FistaPrunerError, match=re.escape(message)):
-            fp.prune(folder, tmp_path / "run", **settings)
+            fp.prune(folder, tmp_path / "run", listener=NoLongWork(), **settings)
 
 
 def test_text_that_a_stopped_attempt_generated_is_not_generated_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

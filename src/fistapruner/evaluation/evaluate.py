@@ -11,10 +11,8 @@ from typing import Any
 import torch
 
 from ..errors import FistaPrunerError
-from ..models.files.checkpoint import Checkpoint
 from ..models.layerwise import LayerwiseModel, Tick
-from ..models.source import resolve_model
-from ..models.tokenizer import load_tokenizer
+from ..models.source import ModelSource, Permissions
 from ..runs.results import Divergence, Evaluation, Perplexity
 from ..runtime.devices import choose_device
 from ..runtime.numerics import DTYPES, dtype_name
@@ -86,23 +84,24 @@ def evaluate(
     begin = time.perf_counter()
     place = choose_device(device)
     known = find_tasks(tasks, Path(tasks_dir) if tasks_dir is not None else None) if tasks else None
-    folder = resolve_model(model, allow_pickle=allow_pickle, trust_remote_code=trust_remote_code)
-    dense = resolve_model(against, allow_pickle=allow_pickle, trust_remote_code=trust_remote_code) if against is not None else None
+    permissions = Permissions(allow_pickle, trust_remote_code)
+    source = permissions.find(model)
+    dense = permissions.find(against) if against is not None else None
     perplexity: Perplexity | None = None
     reference: Perplexity | None = None
     divergence: Divergence | None = None
     forward = 0.0
     if data is not None:
-        tokenizer = load_tokenizer(folder, trust_remote_code=trust_remote_code)
-        skeleton = _skeleton(folder, place, dtype, allow_pickle, trust_remote_code)
+        tokenizer = source.tokenizer()
+        skeleton = _open(source, place, dtype)
         length = data.seqlen if isinstance(data, Windows) else seqlen or min(skeleton.max_length, LONGEST_DEFAULT)
         if length > skeleton.max_length:
             raise FistaPrunerError(f"seqlen {length} is more than the {skeleton.max_length} tokens {model} was made for")
         cut = data if isinstance(data, Windows) else load_windows(data, tokenizer, length, windows, bos)
         other = None
         if dense is not None:
-            other = _skeleton(dense, place, dtype, allow_pickle, trust_remote_code)
-            _check_same_tokens(skeleton, other, tokenizer, load_tokenizer(dense, trust_remote_code=trust_remote_code))
+            other = _open(dense, place, dtype)
+            _check_same_tokens(skeleton, other, tokenizer, dense.tokenizer())
         start = time.perf_counter()
         sums = score_windows(skeleton, cut.tokens, Passes(batch_size, memory_limit, tick), other)
         forward = time.perf_counter() - start
@@ -124,9 +123,9 @@ def evaluate(
         if perplexity is not None:
             keep(found)
         results = evaluate_tasks(
-            folder,
+            source.folder,
             known,
-            against=dense,
+            against=dense.folder if dense else None,
             limit=limit,
             device=place,
             dtype=DTYPES.get(dtype),
@@ -138,9 +137,8 @@ def evaluate(
     return found
 
 
-def _skeleton(folder: Path, device: torch.device, dtype: str, allow_pickle: bool, trust_remote_code: bool) -> LayerwiseModel:
-    checkpoint = Checkpoint.open(folder, allow_pickle=allow_pickle)
-    return LayerwiseModel(checkpoint, device, DTYPES.get(dtype), trust_remote_code=trust_remote_code)
+def _open(source: ModelSource, device: torch.device, dtype: str) -> LayerwiseModel:
+    return LayerwiseModel(source.checkpoint(), device, DTYPES.get(dtype), trust_remote_code=source.trust_remote_code)
 
 
 def _check_same_tokens(model: LayerwiseModel, reference: LayerwiseModel, tokenizer: Any, reference_tokenizer: Any) -> None:
