@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -14,11 +15,14 @@ from transformers import AutoModelForCausalLM
 
 import fistapruner as fp
 import tiny
+from fistapruner.calibration import tokens_sha256
 from fistapruner.constraints import NM
 from fistapruner.models.discovery import discover
 from fistapruner.models.files.checkpoint import Checkpoint
+from fistapruner.models.files.safetensors import SafetensorsFile
 from fistapruner.models.layerwise import LayerwiseModel
 from fistapruner.runs.listener import Listener
+from fistapruner.runs.prune_directory import PruneDirectory
 
 SMALL = {"source": "python", "samples": 4, "seqlen": 32}
 
@@ -264,21 +268,30 @@ def test_bad_input_is_refused_before_anything_is_generated_or_measured(tmp_path:
             fp.prune(folder, tmp_path / "run", listener=NoLongWork(), **settings)
 
 
-def test_text_that_a_stopped_attempt_generated_is_not_generated_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_text_that_a_stopped_attempt_generated_is_not_generated_again(tmp_path: Path) -> None:
     folder, run = str(tiny.save("llama", tmp_path / "model")), tmp_path / "run"
     settings: dict[str, Any] = {"sparsity": "50%", "calibration": {"source": "self", "samples": 4, "seqlen": 32}}
 
-    def interrupted(*_: object, **__: object) -> None:
-        raise KeyboardInterrupt
+    class Stops(Listener):
+        """Interrupts the run once the text is there."""
 
-    with monkeypatch.context() as patch:
-        patch.setattr("fistapruner.pipeline.prepare.decide", interrupted)
-        with pytest.raises(KeyboardInterrupt, match="give the same command again"):
-            fp.prune(folder, run, **settings)
+        def say(self, message: str) -> None:
+            if message.startswith("measuring"):
+                raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt, match="give the same command again"):
+        fp.prune(folder, run, listener=Stops(), **settings)
     assert not (run / "run.json").exists()
-    with monkeypatch.context() as patch:
-        patch.setattr("fistapruner.pipeline.prepare.calibration_tokens", interrupted)
-        report = fp.prune(folder, run, **settings)
+    # Other text in its place is taken for the generated one: nothing is generated again.
+    marked = PruneDirectory(Path(shutil.copytree(run, tmp_path / "marked")))
+    drawing = SafetensorsFile(marked.calibration_file).metadata["drawing"]
+    tokens, how = marked.drawn(drawing) or pytest.fail("the text is not there")
+    sha256 = tokens_sha256(tokens.flip(0))
+    marked.write_tokens(tokens.flip(0), drawing, {**how, "sha256": sha256})
+    taken = fp.prune(folder, marked.folder, **settings).calibration
+    assert taken is not None
+    assert taken.sha256 == sha256
+    report = fp.prune(folder, run, **settings)
     other = fp.prune(folder, tmp_path / "other", **settings)
     assert report.calibration == other.calibration
     assert (run / "model" / "model.safetensors").read_bytes() == (tmp_path / "other" / "model" / "model.safetensors").read_bytes()

@@ -12,7 +12,8 @@ import tiny
 from fistapruner.cli import main
 from fistapruner.errors import FistaPrunerError
 from fistapruner.evaluation.data import cut_windows
-from fistapruner.pipeline.compare import compare, parse_contenders, run_name
+from fistapruner.pipeline.compare import compare, run_name
+from fistapruner.pipeline.contenders import parse_contenders
 from fistapruner.runs.listener import Listener
 
 SETTINGS: dict[str, Any] = {"calibration": {"source": "python", "samples": 3, "seqlen": 32}}

@@ -24,14 +24,14 @@ from pydantic import TypeAdapter, ValidationError
 from torch import Tensor
 
 from ..errors import FistaPrunerError, MissingExtraError, explain
-from ..evaluation.data import Windows, load_windows
+from ..evaluation.data import load_windows
 from ..evaluation.evaluate import evaluate as run_evaluation
 from ..execution.context import open_model
 from ..models.source import ModelSource, Permissions
-from ..recipes.settings import Calibration, Recipe, load_recipe_settings, merge, parse_value, shipped_recipes
+from ..recipes.settings import Recipe, merge
 from ..reporting.comparison import comparison_markdown
 from ..reporting.write import write_page
-from ..runs.lineage import update_stage
+from ..runs.lineage import update_stage, write_lineage
 from ..runs.listener import Listener
 from ..runs.prune_directory import PruneDirectory
 from ..runs.records import CompareRow, Comparison, Report, parse, read_json
@@ -41,78 +41,13 @@ from ..runtime.files import disk_errors, write_json_atomic, write_text_atomic
 from ..runtime.machine import describe_machine, now, versions
 from ..runtime.numerics import dtype_name
 from .begun import changed_text
+from .contenders import Contender, parse_contenders
 from .plan import window_length
 from .prepare import refuse_overlap
+from .protocol import Protocol
 from .prune import prune
 
 _PERPLEXITY = TypeAdapter(Perplexity)
-
-
-@dataclass(frozen=True)
-class Contender:
-    """One method with its settings.
-
-    Args:
-        label: as the user wrote it.
-        settings: recipe settings over those of the comparison.
-    """
-
-    label: str
-    settings: dict[str, Any]
-
-
-def parse_contenders(text: str | Sequence[str]) -> list[Contender]:
-    """Read ``--methods``: method chains or recipes, separated by commas, each with settings after an ``@``.
-
-    ``wanda,alps@propagate=pruned,dense_target=pruned,best`` are three: a part with ``=`` in it belongs to the method before it.
-    Dots reach into sections: ``alps@calibration.samples=64``. A name of a shipped recipe, or a ``.yaml`` file, is a recipe;
-    its calibration section is left aside, since all methods see the same windows.
-
-    Raises:
-        FistaPrunerError: nothing named, an empty part, or a setting before any method.
-    """
-    parts = text.split(",") if isinstance(text, str) else list(text)
-    grouped: list[list[str]] = []
-    for part in (part.strip() for part in parts):
-        name, at, first = part.partition("@")
-        if at or "=" not in part:
-            grouped.append([name, *([first] if first else [])])
-        elif grouped:
-            grouped[-1].append(part)
-        else:
-            raise FistaPrunerError(f"--methods begins with the setting {part!r}: name a method before it, such as alps@{part}")
-    contenders = []
-    for name, *settings in grouped:
-        if not name:
-            raise FistaPrunerError(
-                f"--methods {','.join(parts)!r} has an empty name in it: write names separated by commas, such as wanda,alps"
-            )
-        label = name + ("@" + ",".join(settings) if settings else "")
-        is_recipe = name in shipped_recipes() or name.endswith((".yaml", ".yml"))
-        base = load_recipe_settings(name) if is_recipe else {"method": name}
-        base.pop("calibration", None)
-        contenders.append(Contender(label, merge(base, _nested(settings, label))))
-    if len({contender.label for contender in contenders}) < len(contenders):
-        raise FistaPrunerError(f"--methods {','.join(parts)!r} names the same method twice")
-    return contenders
-
-
-def _nested(settings: Sequence[str], label: str) -> dict[str, Any]:
-    """``["dense_target=0.5", "calibration.samples=64"]`` as a mapping."""
-    result: dict[str, Any] = {}
-    for setting in settings:
-        key, equals, value = setting.partition("=")
-        if not equals or not key or not value:
-            raise FistaPrunerError(f"--methods {label}: {setting!r} is not a setting such as dense_target=0.5")
-        parsed = parse_value(value, f"--methods {label}: the value of {setting!r}")
-        section, dot, inner = key.partition(".")
-        if dot and not isinstance(result.setdefault(section, {}), dict):
-            raise FistaPrunerError(f"--methods {label}: {section} is given whole and {setting!r} beside it: write one of the two")
-        if dot:
-            result[section][inner] = parsed
-        else:
-            result[section] = value if key in ("sparsity", "method") else parsed
-    return result
 
 
 def compare(
@@ -173,12 +108,12 @@ def compare(
         machine=describe_machine(choose_device(protocol.device)),
         rows=rows,
     )
-    bench = _Bench(model, source, folder, protocol, listener, keep)
-    dense = measure_dense(bench)
+    shared = _Shared(model, source, folder, protocol, listener, keep)
+    dense = measure_dense(shared)
     comparison.dense = dense
     for number, job in enumerate(jobs, 1):
         listener.say(f"{number}/{len(jobs)}: {job.label}, {job.recipe.sparsity}, seed {job.seed}")
-        comparison.rows.append(run_job(job, bench, comparison, dense))
+        comparison.rows.append(run_job(job, shared, comparison, dense))
         _write(folder, comparison)
     comparison.status = "finished"
     comparison.finished = now()
@@ -231,24 +166,24 @@ def agree_protocol(source: ModelSource, recipe: Recipe, data: str, windows: int 
     return Protocol(text, dtype_name(skeleton.dtype), calibration, recipe.execution.device, recipe.dtype)
 
 
-def measure_dense(bench: _Bench) -> Perplexity:
+def measure_dense(shared: _Shared) -> Perplexity:
     """Measure the dense model on the windows of the protocol, or read what was measured before."""
-    file, protocol = bench.folder / "dense.json", bench.protocol
+    file, protocol = shared.folder / "dense.json", shared.protocol
     found = _dense(file, protocol)
     if found is None:
-        bench.listener.say(f"evaluating the dense model on {protocol.text.data}")
-        found = bench.evaluate(bench.source.folder).perplexity
+        shared.listener.say(f"evaluating the dense model on {protocol.text.data}")
+        found = shared.evaluate(shared.source.folder).perplexity
         assert found is not None
         write_json_atomic(file, _PERPLEXITY.dump_python(found, mode="json"))
     return found
 
 
-def run_job(job: Job, bench: _Bench, comparison: Comparison, dense: Perplexity) -> CompareRow:
+def run_job(job: Job, shared: _Shared, comparison: Comparison, dense: Perplexity) -> CompareRow:
     """Prune and measure one row, or find that it was done before.
 
     Args:
         job: what to do.
-        bench: what all jobs share.
+        shared: what all jobs share.
         comparison: receives what all runs have in common.
         dense: perplexity of the dense model.
 
@@ -264,17 +199,17 @@ def run_job(job: Job, bench: _Bench, comparison: Comparison, dense: Perplexity) 
         settings=recipe.model_dump(mode="json", exclude={"execution"}),
     )
     try:
-        report = bench.report_of(job)
-        _adopt(comparison, report, bench.protocol)
-        return _filled(row, report, bench.protocol, dense)
+        report = shared.report_of(job)
+        _adopt(comparison, report, shared.protocol)
+        return _filled(row, report, shared.protocol, dense)
     except FistaPrunerError as error:
         row.error = str(error)
-        bench.listener.say(f"{job.label}: {error}")
+        shared.listener.say(f"{job.label}: {error}")
         return row
 
 
 @dataclass(frozen=True)
-class _Bench:
+class _Shared:
     """What all jobs of a comparison share.
 
     Args:
@@ -327,6 +262,7 @@ class _Bench:
             report.evaluations.append(self.evaluate(run.model, against=self.source.folder))
             update_stage(report)
             run.write_report(report)
+            write_lineage(run.model, report.lineage)
         if not self.keep:
             _delete_weights(run)
         return report
@@ -336,57 +272,6 @@ def run_name(label: str, sparsity: str, seed: int) -> str:
     """Folder name of a run: readable, and different for different labels."""
     plain = re.sub(r"[^A-Za-z0-9.+-]+", "_", f"{label}-{sparsity.replace(':', 'of').replace('%', '')}")[:80]
     return f"{plain}-seed{seed}-{hashlib.sha256(f'{label} {sparsity}'.encode()).hexdigest()[:6]}"
-
-
-@dataclass(frozen=True)
-class Protocol:
-    """What all rows of a comparison share.
-
-    Args:
-        text: the windows that all models are evaluated on.
-        dtype: precision of their passes.
-        calibration: where calibration windows come from, but for their seed; a method may have settings of its own.
-        device: where models are evaluated, as recipes name it.
-        asked_dtype: the precision as recipes name it.
-    """
-
-    text: Windows
-    dtype: str
-    calibration: Calibration
-    device: str = "auto"
-    asked_dtype: str = "auto"
-
-    def covers(self, perplexity: Perplexity | None) -> bool:
-        """Whether a figure was measured so."""
-        return perplexity is not None and perplexity.measured_on == (self.text.sha256, self.dtype)
-
-    def shares(self, calibration: Calibration) -> bool:
-        """Whether a run with these settings was calibrated as all are that have none of their own."""
-        return calibration.model_copy(update={"seed": self.calibration.seed}) == self.calibration
-
-    def check(self, row: CompareRow, folder: Path, *, kept: bool) -> None:
-        """Refuse a row of an earlier comparison in ``folder`` that may not stand in one table with this one's.
-
-        Raises:
-            FistaPrunerError: it was calibrated otherwise, or (where it is ``kept`` as it is) measured on other windows.
-        """
-        where, which = f"--out {folder} holds the row {row.label}, {row.sparsity}, seed {row.seed}", "name another folder"
-        if "calibration" in row.settings and "calibration." not in (row.label or ""):
-            calibration = Recipe.build({"calibration": row.settings["calibration"]}, str(folder / "compare.json")).calibration
-            if not self.shares(calibration):
-                raise FistaPrunerError(
-                    f"{where}, calibrated on {_said(calibration)}, this comparison is on {_said(self.calibration)}: {which}"
-                )
-        if kept and row.perplexity is not None and not self.covers(row.perplexity):
-            was, text = row.perplexity, self.text
-            raise FistaPrunerError(
-                f"{where}, measured on {was.windows} windows of {was.seqlen} tokens of {was.data} in {was.dtype}; this comparison is on "
-                f"other text ({len(text.tokens)} windows of {text.seqlen} tokens of {text.data} in {self.dtype}): {which}"
-            )
-
-
-def _said(calibration: Calibration) -> str:
-    return f"{calibration.samples} windows of {calibration.seqlen or 'the longest'} tokens from {calibration.source}"
 
 
 def _rows_that_stay(before: list[CompareRow], jobs: Sequence[Job], protocol: Protocol, folder: Path) -> list[CompareRow]:

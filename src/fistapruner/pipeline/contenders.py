@@ -1,0 +1,77 @@
+"""Read the methods of a comparison: chains or recipes, each with settings of its own."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from ..errors import FistaPrunerError
+from ..recipes.settings import load_recipe_settings, merge, parse_value, shipped_recipes
+
+
+@dataclass(frozen=True)
+class Contender:
+    """One method with its settings.
+
+    Args:
+        label: as the user wrote it.
+        settings: recipe settings over those of the comparison.
+    """
+
+    label: str
+    settings: dict[str, Any]
+
+
+def parse_contenders(text: str | Sequence[str]) -> list[Contender]:
+    """Read ``--methods``: method chains or recipes, separated by commas, each with settings after an ``@``.
+
+    ``wanda,alps@propagate=pruned,dense_target=pruned,best`` are three: a part with ``=`` in it belongs to the method before it.
+    Dots reach into sections: ``alps@calibration.samples=64``. A name of a shipped recipe, or a ``.yaml`` file, is a recipe;
+    its calibration section is left aside, since all methods see the same windows.
+
+    Raises:
+        FistaPrunerError: nothing named, an empty part, or a setting before any method.
+    """
+    parts = text.split(",") if isinstance(text, str) else list(text)
+    grouped: list[list[str]] = []
+    for part in (part.strip() for part in parts):
+        name, at, first = part.partition("@")
+        if at or "=" not in part:
+            grouped.append([name, *([first] if first else [])])
+        elif grouped:
+            grouped[-1].append(part)
+        else:
+            raise FistaPrunerError(f"--methods begins with the setting {part!r}: name a method before it, such as alps@{part}")
+    contenders = []
+    for name, *settings in grouped:
+        if not name:
+            raise FistaPrunerError(
+                f"--methods {','.join(parts)!r} has an empty name in it: write names separated by commas, such as wanda,alps"
+            )
+        label = name + ("@" + ",".join(settings) if settings else "")
+        is_recipe = name in shipped_recipes() or name.endswith((".yaml", ".yml"))
+        base = load_recipe_settings(name) if is_recipe else {"method": name}
+        base.pop("calibration", None)
+        contenders.append(Contender(label, merge(base, _nested(settings, label))))
+    if len({contender.label for contender in contenders}) < len(contenders):
+        raise FistaPrunerError(f"--methods {','.join(parts)!r} names the same method twice")
+    return contenders
+
+
+def _nested(settings: Sequence[str], label: str) -> dict[str, Any]:
+    """``["dense_target=0.5", "calibration.samples=64"]`` as a mapping."""
+    result: dict[str, Any] = {}
+    for setting in settings:
+        key, equals, value = setting.partition("=")
+        if not equals or not key or not value:
+            raise FistaPrunerError(f"--methods {label}: {setting!r} is not a setting such as dense_target=0.5")
+        parsed = parse_value(value, f"--methods {label}: the value of {setting!r}")
+        section, dot, inner = key.partition(".")
+        if dot and not isinstance(result.setdefault(section, {}), dict):
+            raise FistaPrunerError(f"--methods {label}: {section} is given whole and {setting!r} beside it: write one of the two")
+        if dot:
+            result[section][inner] = parsed
+        else:
+            result[section] = value if key in ("sparsity", "method") else parsed
+    return result

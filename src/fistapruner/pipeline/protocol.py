@@ -1,0 +1,63 @@
+"""The protocol of a comparison: what all of its rows share, so that their figures can stand in one table."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from ..errors import FistaPrunerError
+from ..evaluation.data import Windows
+from ..recipes.settings import Calibration, Recipe
+from ..runs.records import CompareRow
+from ..runs.results import Perplexity
+
+
+@dataclass(frozen=True)
+class Protocol:
+    """What all rows of a comparison share.
+
+    Args:
+        text: the windows that all models are evaluated on.
+        dtype: precision of their passes.
+        calibration: where calibration windows come from, but for their seed; a method may have settings of its own.
+        device: where models are evaluated, as recipes name it.
+        asked_dtype: the precision as recipes name it.
+    """
+
+    text: Windows
+    dtype: str
+    calibration: Calibration
+    device: str = "auto"
+    asked_dtype: str = "auto"
+
+    def covers(self, perplexity: Perplexity | None) -> bool:
+        """Whether a figure was measured so."""
+        return perplexity is not None and perplexity.measured_on == (self.text.sha256, self.dtype)
+
+    def shares(self, calibration: Calibration) -> bool:
+        """Whether a run with these settings was calibrated as all are that have none of their own."""
+        return calibration.model_copy(update={"seed": self.calibration.seed}) == self.calibration
+
+    def check(self, row: CompareRow, folder: Path, *, kept: bool) -> None:
+        """Refuse a row of an earlier comparison in ``folder`` that may not stand in one table with this one's.
+
+        Raises:
+            FistaPrunerError: it was calibrated otherwise, or (where it is ``kept`` as it is) measured on other windows.
+        """
+        where, which = f"--out {folder} holds the row {row.label}, {row.sparsity}, seed {row.seed}", "name another folder"
+        if "calibration" in row.settings and "calibration." not in (row.label or ""):
+            calibration = Recipe.build({"calibration": row.settings["calibration"]}, str(folder / "compare.json")).calibration
+            if not self.shares(calibration):
+                raise FistaPrunerError(
+                    f"{where}, calibrated on {_said(calibration)}, this comparison is on {_said(self.calibration)}: {which}"
+                )
+        if kept and row.perplexity is not None and not self.covers(row.perplexity):
+            was, text = row.perplexity, self.text
+            raise FistaPrunerError(
+                f"{where}, measured on {was.windows} windows of {was.seqlen} tokens of {was.data} in {was.dtype}; this comparison is on "
+                f"other text ({len(text.tokens)} windows of {text.seqlen} tokens of {text.data} in {self.dtype}): {which}"
+            )
+
+
+def _said(calibration: Calibration) -> str:
+    return f"{calibration.samples} windows of {calibration.seqlen or 'the longest'} tokens from {calibration.source}"
