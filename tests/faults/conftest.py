@@ -68,12 +68,20 @@ class Runs:
 
 
 def digest(folder: Path) -> str:
-    """Checksum of all files of a checkpoint but the model card, which has times in it."""
-    parts = [
-        f"{path.name} {hashlib.sha256(path.read_bytes()).hexdigest()}" for path in sorted(folder.iterdir()) if path.name != "README.md"
-    ]
+    """Checksum of all files of a checkpoint, but for what has times in it: the model card, and stages of the lineage."""
+    parts = [f"{path.name} {hashlib.sha256(content(path)).hexdigest()}" for path in sorted(folder.iterdir()) if path.name != "README.md"]
     assert len(parts) >= 4
     return hashlib.sha256("\n".join(parts).encode()).hexdigest()
+
+
+def content(path: Path) -> bytes:
+    """The bytes of a file; of the record without the command, date and duration of each stage."""
+    if path.name != "fistapruner.json":
+        return path.read_bytes()
+    record = json.loads(path.read_text())
+    for stage in record["lineage"]["stages"]:
+        del stage["command"], stage["finished"], stage["figures"]["seconds"]
+    return json.dumps(record).encode()
 
 
 @pytest.fixture
