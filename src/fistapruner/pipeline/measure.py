@@ -1,4 +1,4 @@
-"""What the finished checkpoint is worth: perplexity and divergence, zero-shot tasks, speed, generations, model card, page."""
+"""Measure a finished checkpoint: perplexity, divergence, zero-shot tasks, speed; write model card and page."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def measure(
     permissions: Permissions,
     listener: Listener,
 ) -> Report:
-    """Evaluate ``RUN/model`` beside its source; put the figures into the report, the model card and the page.
+    """Evaluate ``RUN/model`` beside its source, and write report, model card and page.
 
     What the report already holds of the same windows is not measured again.
 
@@ -115,7 +115,7 @@ def is_run(folder: str | Path) -> bool:
 def evaluate_run(
     folder: str | Path, data: str | None = None, *, against: str | Path | None = None, listener: Listener | None = None, **settings: Any
 ) -> Evaluation:
-    """Evaluate the checkpoint of a finished run against the model it was made from, and keep the result with the run.
+    """Evaluate a finished run against the model it was made from, and keep the result with the run.
 
     The figures go into ``report.json``, the page and the model card. They take the place of earlier ones of the same
     tokens and precision, or of the same task. If tasks fail, the perplexity before them is there.
@@ -124,7 +124,7 @@ def evaluate_run(
         folder: the run directory.
         data: text for perplexity, see :func:`fistapruner.evaluate`; None measures tasks only.
         against: the dense model; default is the one the run pruned.
-        listener: told that the page was drawn.
+        listener: receives progress.
         **settings: as for :func:`fistapruner.evaluate`, less ``keep``.
 
     Returns:
@@ -156,7 +156,7 @@ def bench_run(folder: str | Path, *, listener: Listener | None = None, **setting
 
     Args:
         folder: the run directory.
-        listener: told that the page was drawn.
+        listener: receives progress.
         **settings: as for :func:`fistapruner.sparse.bench.bench`.
 
     Raises:

@@ -22,11 +22,11 @@ from ..sensitivity.decision import check_allocation
 from ..solvers import check_constraint
 
 DEFAULT_SEQLEN = 2048
-"""Calibration windows are the model's maximum length, at most this: what the papers use for OPT and LLaMA-1."""
+"""Longest calibration window by default: what the papers use for OPT and LLaMA-1."""
 
 
 def window_length(recipe: Recipe, skeleton: LayerwiseModel) -> int:
-    """Tokens in a calibration window.
+    """Decide the tokens in a calibration window.
 
     Raises:
         FistaPrunerError: more than the model was made for.
@@ -38,7 +38,7 @@ def window_length(recipe: Recipe, skeleton: LayerwiseModel) -> int:
 
 
 def allocate(recipe: Recipe, layout: Layout) -> dict[str, Constraint]:
-    """Pattern of every operator.
+    """Decide the pattern of every operator, as the recipe says it.
 
     Raises:
         FistaPrunerError: a pattern that matches nothing, or does not divide an operator's inputs.
@@ -80,8 +80,9 @@ def plan_model(
 
 
 def plan_run(skeleton: LayerwiseModel, layout: Layout, recipe: Recipe, sparsity: Mapping[str, Constraint], out: Path) -> Plan:
-    """Plan a run with the executor, workers and threads of its recipe (see :func:`~.plan.make_plan`); random token ids stand for the
-    calibration windows, which may be long to draw.
+    """Plan a run with the executor, workers and threads of its recipe.
+
+    Random token ids are used instead of the calibration windows, which may take long to draw.
     """
     execution, seqlen = recipe.execution, window_length(recipe, skeleton)
     vocabulary = int(skeleton.config.get_text_config().vocab_size)

@@ -1,4 +1,4 @@
-"""Before the first layer: check the input, plan, draw calibration windows, measure the dense model, and record it all."""
+"""Before the first layer: check the input, plan, draw calibration, measure the dense model, record it all."""
 
 from __future__ import annotations
 
@@ -344,7 +344,7 @@ def _say_permuted(permuted: Mapping[str, tuple[float, float]]) -> str:
 
 @contextmanager
 def _temporary(folder: Path | None) -> Iterator[None]:
-    """Make a folder for the time of the block."""
+    """Make a folder, and remove it after the block."""
     if folder is not None:
         with disk_errors(folder):
             folder.mkdir(parents=True, exist_ok=True)
@@ -356,7 +356,7 @@ def _temporary(folder: Path | None) -> Iterator[None]:
 
 
 def _has_its_tokens(run: PruneDirectory, begun: PruneRecord, recipe: Recipe, inputs: Inputs) -> bool:
-    """Whether the calibration tokens and the measurements are those the run began with; else they are made again."""
+    """Check that calibration tokens and measurements are those the run began with; else they are made again."""
     if why := changed_text(begun, recipe) or _changed_tokens(run, begun, recipe, inputs):
         log.warning("the calibration tokens are made again: %s", why)
         return False
@@ -388,7 +388,7 @@ def refuse_overlap(source: Path, out: Path) -> None:
 
 
 def _say_other_versions(before: Mapping[str, str], listener: Listener) -> None:
-    """Say that a run goes on with other versions than it began with, which may change last bits."""
+    """Warn that a run continues with other versions than it began with, which may change last bits."""
     other = [f"{name} {before.get(name)} (now {version})" for name, version in versions().items() if before.get(name) != version]
     if other:
         listener.say(f"this run began with {', '.join(other)}: results may differ in their last bits from those of one that never stopped")

@@ -1,4 +1,4 @@
-"""The protocol of a comparison: what all of its rows share, so that their figures can stand in one table."""
+"""The protocol of a comparison: what its rows share, so that their figures can be compared."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ class Protocol:
         return calibration.model_copy(update={"seed": self.calibration.seed}) == self.calibration
 
     def check(self, row: CompareRow, folder: Path, *, kept: bool) -> None:
-        """Refuse a row of an earlier comparison in ``folder`` that may not stand in one table with this one's.
+        """Refuse a row of an earlier comparison in ``folder`` that was made by another protocol.
 
         Raises:
             FistaPrunerError: it was calibrated otherwise, or (where it is ``kept`` as it is) measured on other windows.

@@ -131,7 +131,7 @@ def finish_run(
     trust_remote_code: bool = False,
     listener: Listener | None = None,
 ) -> Report:
-    """Write checkpoint and report of a run whose layers were pruned in parts (``only_layers``), and evaluate it.
+    """Write and evaluate the checkpoint of a run whose layers were pruned in parts (``only_layers``).
 
     Args:
         out: the run directory.
@@ -193,7 +193,7 @@ def _prune(
     told: Listener,
     inspect: Inspect | None,
 ) -> Report:
-    """Prepare the run, prune its layers, and write the checkpoint, or with ``only_layers`` stop before it."""
+    """Prepare the run, prune its layers, and write the checkpoint unless only a part of them is pruned."""
     listener, only = Logged(told), request.only_layers
     device = choose_device(request.recipe.execution.device)
     reset_peak_memory(device)

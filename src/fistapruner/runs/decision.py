@@ -81,7 +81,7 @@ class PruneDecision(RunDecision):
 
 
 class RunRecord(Report):
-    """The content of ``run.json``: the report as far as it is known before the first result, and the decision."""
+    """The content of ``run.json``: what is known of the report before the first result, and the decision."""
 
     decision: RunDecision
 

@@ -35,7 +35,7 @@ CARD = "README.md"
 """The model card in ``model/``. It is written anew with every measurement."""
 
 FORMAT = 2
-"""Format of ``run.json`` and the files beside it: raised where a run that was begun before cannot be continued."""
+"""Format of ``run.json`` and the files beside it. A release that cannot continue older runs raises it."""
 
 EARLY = r"log\.txt|lock(\.\d+-\d+)?|times(\.\d+-\d+)?\.json"
 """Names of files that an attempt has left that was stopped before its first result."""
@@ -76,7 +76,7 @@ class RunDirectory:
         return sorted(path.name for path in self.folder.iterdir() if not re.fullmatch(EARLY, path.name))
 
     def check_place(self) -> None:
-        """Refuse a folder that is neither new, nor empty, nor a run, and a run with other things in place of its files.
+        """Refuse a folder that is neither new, nor empty, nor a run, or that has something else in place of a file.
 
         Raises:
             FistaPrunerError: names what is in the way.
@@ -145,7 +145,7 @@ class RunDirectory:
         write_json_atomic(self.report_file, report.model_dump(mode="json"))
 
     def write_model_record(self, fingerprint: str, digests: Mapping[str, str]) -> None:
-        """Journal the finished checkpoint.
+        """Record the files of the finished checkpoint, so that damage is found later.
 
         Args:
             fingerprint: of the run.
@@ -160,7 +160,7 @@ class RunDirectory:
         write_json_atomic(self.model_file, {**content, "sha256": json_sha256(content)})
 
     def model_record(self) -> dict[str, Any] | None:
-        """What :meth:`write_model_record` wrote, None where there is nothing that can be trusted."""
+        """Read ``model.json``; None where it is missing or damaged."""
         try:
             content = read_json(self.model_file)
         except FistaPrunerError:
@@ -168,10 +168,11 @@ class RunDirectory:
         return content if content.pop("sha256", None) == json_sha256(content) else None
 
     def model_fault(self, fingerprint: str) -> str | None:
-        """What is wrong with the finished checkpoint, None where nothing is.
+        """Find what is wrong with the finished checkpoint; None where nothing is.
 
-        Files are compared by their size and by samples of their bytes (:func:`~fistapruner.atomic.sampled_sha256`). A
-        checkpoint whose record is gone must say that it is this run's, and its shards must be whole.
+        Files are compared by their size and by samples of their bytes
+        (:func:`~fistapruner.runtime.files.sampled_sha256`). A checkpoint whose ``model.json`` is missing must name this
+        run in its own record, and its shards must be whole.
 
         Args:
             fingerprint: of the run.
@@ -203,7 +204,7 @@ class RunDirectory:
         return None
 
     def model_fingerprint(self) -> str | None:
-        """Fingerprint of the run that wrote the checkpoint, None where it does not say."""
+        """Read the fingerprint of the run that wrote the checkpoint; None where its record has none."""
         try:
             fingerprint = read_json(self.model / PRUNING_RECORD).get("fingerprint")
         except FistaPrunerError:
@@ -214,7 +215,7 @@ class RunDirectory:
         """Remove the checkpoint: the files that the run wrote.
 
         Raises:
-            FistaPrunerError: the folder holds other files, or nothing says that the run wrote it; nothing is removed then.
+            FistaPrunerError: the folder holds other files, or has no record of a run. Nothing is removed then.
         """
         record = self.model_record()
         if record is None and self.model_fingerprint() is None:

@@ -1,4 +1,4 @@
-"""The journal of decoder layers: every finished layer is stored at once, so that a killed run loses one at most.
+"""The journal of decoder layers: a finished layer is stored at once, so that a killed run loses one at most.
 
     RUN/layers/
         0003.safetensors    the pruned tensors of a decoder layer
@@ -41,11 +41,17 @@ class LayerJournal:
         self.folder = folder
 
     def files(self, index: int) -> tuple[Path, Path]:
-        """Tensors and JSON of decoder layer ``index``."""
+        """Name the tensors and the JSON of decoder layer ``index``."""
         return self.folder / f"{index:04d}.safetensors", self.folder / f"{index:04d}.json"
 
     def write(self, fingerprint: str, weights: Mapping[str, Tensor], entry: LayerEntry) -> None:
-        """Journal a finished layer: tensors first, the JSON that makes them count last."""
+        """Store a finished layer: its tensors first, then the JSON without which they do not count.
+
+        Args:
+            fingerprint: of the run.
+            weights: pruned tensors by their name in the checkpoint.
+            entry: the layer's part of the report.
+        """
         tensors, record = self.files(entry.index)
         record.unlink(missing_ok=True)
         entries = [TensorEntry.of(name, tensor.dtype, tuple(tensor.shape)) for name, tensor in weights.items()]
@@ -58,7 +64,7 @@ class LayerJournal:
         write_json_atomic(record, content)
 
     def finished(self, index: int, fingerprint: str) -> LayerEntry | None:
-        """The journaled layer ``index``, or None where there is none that can be trusted; says why in the log."""
+        """Read the journaled layer ``index``; None, with the reason in the log, where it must be pruned again."""
         tensors, record = self.files(index)
         if not record.exists():
             return None
@@ -79,11 +85,11 @@ class LayerJournal:
             return None
 
     def weights(self, index: int) -> SafetensorsFile:
-        """The pruned tensors of a finished layer."""
+        """Open the pruned tensors of a finished layer."""
         return SafetensorsFile(self.files(index)[0])
 
     def records(self) -> list[Path]:
-        """The JSON files of all layers that are there, unchecked."""
+        """List the JSON files of the layers that are there, unchecked."""
         return sorted(self.folder.glob("*.json"))
 
     def remove_weights(self) -> None:

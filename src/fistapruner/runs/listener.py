@@ -1,4 +1,4 @@
-"""The listener of a run: receives its progress."""
+"""The listener of a run receives its progress."""
 
 from __future__ import annotations
 
@@ -6,22 +6,22 @@ from .records import LayerEntry
 
 
 class Listener:
-    """Told what happens during a run; the command line shows it, tests count it. Every method may be left as it is."""
+    """Receive the progress of a run. A subclass overrides the methods that it needs; these do nothing."""
 
     def say(self, message: str) -> None:
-        """A sentence for the user."""
+        """Receive a sentence for the user."""
 
     def tick(self, what: str, done: int, total: int) -> None:
-        """``done`` of ``total`` steps of a pass through a whole model, before or after the walk: measuring, evaluating."""
+        """Receive progress of a long pass through the whole model, such as an evaluation: ``done`` of ``total``."""
 
     def begin(self, layers: int, done: int) -> None:
-        """The walk begins: ``layers`` in all, ``done`` of them already journaled."""
+        """Receive the beginning of pruning: ``layers`` to prune, ``done`` of them already journaled."""
 
     def operators(self, index: int, names: str, error: float | None) -> None:
-        """Operators of a decoder layer are worked on (``error`` None) or done, with their worst relative error."""
+        """Receive a group of operators: begun (``error`` is None), or done with its worst relative error."""
 
     def layer(self, entry: LayerEntry) -> None:
-        """A decoder layer is done."""
+        """Receive a finished decoder layer."""
 
     def end(self) -> None:
-        """The walk is over."""
+        """Receive the end of pruning."""

@@ -1,4 +1,4 @@
-"""The log of a run: what its listener hears, with times, in ``RUN/log.txt``."""
+"""The log of a run, ``RUN/log.txt``: its progress, with times."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ log = logging.getLogger("fistapruner")
 
 
 class Logged(Listener):
-    """Passes everything on, and writes it to the log.
+    """Write progress to the log, and pass it on.
 
     Args:
-        listener: who is told.
+        listener: receives everything.
         after_layer: called when a decoder layer is done.
     """
 
@@ -54,7 +54,7 @@ class Logged(Listener):
 
 @contextmanager
 def log_file(path: Path) -> Iterator[None]:
-    """Keep the log in a file while the run works."""
+    """Write the log to a file inside the block."""
     handler = logging.FileHandler(path, encoding="utf-8")
     handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
     before = log.level

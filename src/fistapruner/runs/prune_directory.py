@@ -83,15 +83,15 @@ class PruneDirectory(RunDirectory):
 
         Args:
             tokens: the ids.
-            drawing: what decided them: settings, model.
-            how: the facts about them.
+            drawing: the settings and the model that decide them.
+            how: how they were drawn.
         """
         entry = TensorEntry.of("tokens", torch.int64, tuple(tokens.shape))
         with SafetensorsWriter(self.calibration_file, [entry], {DRAWING: drawing, "how": json.dumps(how)}) as writer:
             writer.write("tokens", tokens.to(torch.int64))
 
     def drawn(self, drawing: str) -> tuple[Tensor, dict[str, Any]] | None:
-        """Stored token ids and the facts about them, if the same settings and model decided them; None where there are none."""
+        """Read stored token ids and how they were drawn; None unless by the same settings and model."""
         try:
             file = SafetensorsFile(self.calibration_file)
             how = json.loads(file.metadata["how"])
@@ -102,12 +102,17 @@ class PruneDirectory(RunDirectory):
         return (tokens, how) if same else None
 
     def tokens(self) -> Tensor:
-        """The (samples, seqlen) calibration token ids."""
+        """Read the (samples, seqlen) calibration token ids."""
         return SafetensorsFile(self.calibration_file).read("tokens")
 
     def write_metrics(self, metrics: Sequence[Tensor], importance: Mapping[str, Tensor], orders: Orders) -> None:
-        """Store the metric of every decoder layer's output, the importance of every operator's rows, and the order of channels,
-        what there is of them."""
+        """Store what was measured on the dense model, as far as the recipe needs it.
+
+        Args:
+            metrics: of every decoder layer, the weight of errors of its output.
+            importance: of every operator, by full name, the weights of its rows.
+            orders: of every tensor whose channels are reordered, by name, the dimension and the old places.
+        """
         tensors = {f"output.{index:04d}": metric for index, metric in enumerate(metrics)}
         tensors |= {f"rows.{name}": rows for name, rows in importance.items()}
         tensors |= {f"order.{dim}.{name}": order for name, (dim, order) in orders.items()}
@@ -118,16 +123,16 @@ class PruneDirectory(RunDirectory):
                 writer.write(name, value)
 
     def metric(self, index: int) -> Tensor:
-        """The metric of decoder layer ``index``'s output."""
+        """Read the weight of errors of decoder layer ``index``'s output."""
         return SafetensorsFile(self.metrics_file).read(f"output.{index:04d}")
 
     def importance(self, names: Sequence[str]) -> dict[str, Tensor]:
-        """The importance of the rows of some operators, by full name."""
+        """Read the weights of the rows of some operators, by full name."""
         file = SafetensorsFile(self.metrics_file)
         return {name: file.read(f"rows.{name}") for name in names}
 
     def orders(self) -> Orders:
-        """The tensors whose channels take another order; empty where nothing was measured."""
+        """Read the new order of channels, by tensor; empty where nothing was measured."""
         if not self.metrics_file.exists():
             return {}
         file = SafetensorsFile(self.metrics_file)

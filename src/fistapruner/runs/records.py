@@ -1,4 +1,4 @@
-"""The schema of ``report.json``, of the layer files and of ``compare.json`` (described in ``docs/report.md``).
+"""The schema of ``report.json``, of layer files and of ``compare.json``, as ``docs/report.md`` describes it.
 
 Readers are tolerant: optional parts may be missing, unknown keys are kept. A change that an old reader would
 misunderstand raises :data:`VERSION`.
@@ -25,7 +25,7 @@ R = TypeVar("R", bound="Record")
 
 
 class Record(BaseModel):
-    """Base of all parts: unknown keys are kept, so that an older reader does not lose a newer writer's figures."""
+    """Base of all records. Unknown keys are kept, so that an older reader loses no figures of a newer writer."""
 
     model_config = ConfigDict(extra="allow", protected_namespaces=(), ser_json_inf_nan="null")
 
@@ -79,8 +79,8 @@ class OperatorEntry(Record):
         shape: [outputs, inputs].
         sparsity: pattern asked for (``50%``, ``2:4``).
         zeros: exact number of zeros; ``density``: exact share of weights kept.
-        relative_error: error of its outputs as a share of their energy (``f / c``); ``dense_error``: what its dense weights
-            would have left of the same target, None where inputs and hidden states had not drifted.
+        relative_error: error of its outputs as a share of their energy (``f / c``); ``dense_error``: the same of its dense
+            weights on the same inputs and target, None where inputs and hidden states had not drifted.
         group: operators that share a value read the same inputs and were solved together.
         steps: what each step of the method chain recorded: ``method``, ``relative_error``, ``seconds`` and its own
             keys. The report draws the ones it knows: ``rounds`` of a lambda search (list of {lambda, e_total, …}) and
@@ -105,7 +105,7 @@ class OperatorEntry(Record):
 
     @property
     def loss(self) -> float | None:
-        """What pruning adds to the error that the dense weights would have; 0 where it takes some of that back."""
+        """The error that pruning adds to that of the dense weights; 0 where it removes some of that."""
         return None if self.relative_error is None else max(0.0, self.relative_error - (self.dense_error or 0.0))
 
 
@@ -141,8 +141,7 @@ class Totals(Record):
 
     Args:
         operator_weights, operator_zeros: in pruned operators; ``model_weights``, ``model_zeros``: in the whole model.
-        seconds: wall time of all processes that worked on the run, those that were stopped too; ``time_split``: wall seconds
-            by phase.
+        seconds: total wall time across interruptions; ``time_split``: wall seconds by phase.
         peak_memory: bytes, resident set; ``peak_device_memory``: bytes on the GPU.
         capture_tokens_per_second: calibration tokens a second through capture, all layers;
             ``forward_tokens_per_second``: of one plain forward pass of the same tokens.
@@ -240,11 +239,11 @@ class Report(Record):
         recipe: every setting; ``fingerprint``: of the settings that decide the weights.
         layers: in order of index; for an unfinished run those that are done.
         evaluations: what :func:`fistapruner.evaluate` measured, one for each data set.
-        speed: what ``fistapruner bench RUN`` measured: ``speeds``, a row for each form of the model, ``kernel``, ``sentence``,
-            ``machine``, ``measured`` (ISO time).
+        speed: what ``fistapruner bench RUN`` measured: ``speeds``, a row for each form of the model, ``kernel``,
+            ``sentence``, ``machine``, ``measured`` (ISO time).
         plan: predictions beside measurements.
-        permuted: operators whose input channels were reordered for an n:m pattern, with the share of their weights' importance
-            that the pattern keeps in the old order and in the new one.
+        permuted: operators whose input channels were reordered for an n:m pattern, with the shares of their weights'
+            importance that the pattern keeps in the old order and in the new one.
         lineage: how the model was made, this run included once it is finished.
     """
 
@@ -329,14 +328,18 @@ class Comparison(Record):
 
 
 def method_label(method: Any) -> str:
-    """``wanda+refit`` from a chain as recipes store it (a name, or a list of names and one-entry mappings)."""
+    """Write a method chain as on the command line, such as ``wanda+refit``.
+
+    Args:
+        method: as recipes store it: a name, or a list of names and one-entry mappings.
+    """
     if isinstance(method, str):
         return method
     return "+".join(next(iter(step)) if isinstance(step, dict) and step else str(step) for step in method or ())
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """A JSON object from a file.
+    """Read a JSON object from a file.
 
     Raises:
         FistaPrunerError: no such file, not JSON, or not an object.
@@ -368,7 +371,7 @@ def parse(schema: type[R], data: dict[str, Any], origin: str) -> R:
 
 
 def load_run(folder: Path) -> Report:
-    """The report of a run directory, finished or not.
+    """Read the report of a run directory, finished or not.
 
     A finished run is read from ``report.json``. Otherwise ``run.json`` is read and the layers that are done are added
     from ``layers/NNNN.json``; a layer file that cannot be read is left out, with a warning.

@@ -1,4 +1,4 @@
-"""The wall time that processes have given a run, kept in the run directory: a run that was killed and resumed took them all."""
+"""Total wall time of a run across interruptions, kept in the run directory."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ NAME = "times"
 
 
 class Times:
-    """Seconds of this process and of those before it.
+    """Sum the seconds of this process and of those before it.
 
-    ``RUN/times.json`` (``RUN/times.0-9.json`` for a run of only those layers) is a list with the seconds of each process
-    that worked under the same lock. It is written after every decoder layer, so a process that is killed loses what it
-    spent on the layers in flight. A damaged file counts as empty: it decides nothing.
+    ``RUN/times.json`` is a list with the seconds of each process that worked under the same lock
+    (``RUN/times.0-9.json`` for a run of layers 0 to 9 only). It is written after every decoder layer, so a process that
+    is killed loses the time of its unfinished layers. A damaged file counts as empty: no result depends on it.
 
     Args:
         folder: the run directory.
@@ -34,23 +34,23 @@ class Times:
         self._begin = time.perf_counter()
 
     def note(self) -> None:
-        """Write down what this process has spent so far."""
+        """Record the seconds of this process so far."""
         write_json_atomic(self._file, [*self._before, time.perf_counter() - self._begin])
 
     def total(self) -> float:
-        """Seconds of all processes of the run, this one's up to now."""
+        """Return the seconds of all processes of the run, of this one up to now."""
         others = [path for path in self._folder.glob(f"{NAME}*.json") if path != self._file]
         return sum(self._before) + time.perf_counter() - self._begin + sum(sum(_read(path)) for path in others)
 
 
 @contextmanager
 def spent(folder: Path, layers: tuple[int, int] | None = None) -> Iterator[Times]:
-    """Count the time inside; where the block ends with an error, note it down. A run that ends well has its total in the report."""
+    """Measure the time of the block, and record it if the block fails. Else the report has the total."""
     times = Times(folder, layers)
     try:
         yield times
     except BaseException:
-        with suppress(FistaPrunerError):  # a full disk; whatever ended the block is said already
+        with suppress(FistaPrunerError):  # a full disk; the error that ended the block is reported
             times.note()
         raise
 
