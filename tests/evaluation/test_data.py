@@ -11,7 +11,8 @@ import pytest
 
 import tiny
 from fistapruner import FistaPrunerError
-from fistapruner.evaluation.data import KNOWN, cut_windows, load_windows, read_text
+from fistapruner.calibration.datasets import DATA_SETS
+from fistapruner.evaluation.data import cut_windows, load_windows, read_text
 
 TEXT = "the quick brown fox jumps over the lazy dog; " * 20
 
@@ -90,8 +91,9 @@ def test_bad_input_is_named(arguments: dict[str, Any], message: str) -> None:
 
 
 def test_known_data_sets_are_joined_as_in_the_papers() -> None:
-    assert (KNOWN["wikitext2"].joint, KNOWN["ptb"].joint, KNOWN["c4"].joint) == ("\n\n", " ", " ")
-    assert (KNOWN["c4"].rows, KNOWN["c4"].windows) == (1100, 256)
+    held_out = {name: known.held_out for name, known in DATA_SETS.items()}
+    assert {name: split.joint for name, split in held_out.items()} == {"wikitext2": "\n\n", "ptb": " ", "c4": " "}
+    assert (held_out["c4"].rows, held_out["c4"].windows) == (1100, 256)
 
 
 @pytest.mark.real

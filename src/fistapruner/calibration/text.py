@@ -16,12 +16,6 @@ PYTHON, PYTHON_EVAL = "python", "python-eval"
 PYTHON_EVAL_TOPICS = ("compound", "debugger", "formatstrings")
 """Topics of the language reference that are kept for evaluation: statements, the debugger, format strings."""
 
-TRAINING_SETS: dict[str, tuple[str, str | None, str | None, str, str | None]] = {
-    # name: hub path, configuration, files of the train split, column, what joins all rows to one document
-    "c4": ("allenai/c4", None, "en/c4-train.00000-of-01024.json.gz", "text", None),
-    "wikitext2": ("Salesforce/wikitext", "wikitext-2-raw-v1", None, "text", "\n\n"),
-    "ptb": ("ptb-text-only/ptb_text_only", "penn_treebank", None, "sentence", " "),
-}
 SUFFIXES = (".txt", ".raw", ".md", ".jsonl", ".parquet")
 
 
@@ -77,26 +71,6 @@ def python_documents(part: str = PYTHON) -> list[str]:
         if fresh and (name in PYTHON_EVAL_TOPICS) == (part == PYTHON_EVAL):
             documents.append("\n\n".join(fresh))
     return documents
-
-
-def training_documents(name: str) -> list[str]:
-    """Documents of a known data set's train split, through the ``datasets`` package.
-
-    Raises:
-        FistaPrunerError: the data set cannot be loaded (no network, not in the cache).
-        MissingExtraError: ``datasets`` is missing.
-    """
-    try:
-        import datasets
-    except ImportError:
-        raise MissingExtraError("datasets", "data", f"the data set {name!r}") from None
-    path, configuration, files, column, joint = TRAINING_SETS[name]
-    try:
-        rows = datasets.load_dataset(path, configuration, split="train", data_files={"train": files} if files else None)[column]
-    except Exception as error:  # hub, network and loader each fail in their own ways
-        reason = " ".join(str(error).split())[:200]
-        raise FistaPrunerError(f"data set {name!r} ({path}) could not be loaded: {reason}; a local file works without network") from None
-    return [str(row) for row in rows] if joint is None else [joint.join(str(row) for row in rows)]
 
 
 def adds_bos(tokenizer: Any) -> bool:

@@ -19,8 +19,9 @@ from torch import Tensor
 
 from ..errors import FistaPrunerError
 from ..recipes.settings import Calibration
+from .datasets import DATA_SETS, load_documents
 from .self_generated import generate_tokens
-from .text import PYTHON, PYTHON_EVAL, SUFFIXES, TRAINING_SETS, adds_bos, python_documents, read_documents, training_documents
+from .text import PYTHON, PYTHON_EVAL, SUFFIXES, adds_bos, python_documents, read_documents
 
 SELF = "self"
 JOINT = "\n\n"
@@ -98,11 +99,11 @@ def check_source(source: str) -> None:
     Raises:
         FistaPrunerError: names the source and what there is.
     """
-    if source in (SELF, PYTHON, PYTHON_EVAL) or source in TRAINING_SETS:
+    if source in (SELF, PYTHON, PYTHON_EVAL) or source in DATA_SETS:
         return
     path = Path(source)
     if not path.is_file() or path.suffix.lower() not in SUFFIXES:
-        names = ", ".join((SELF, PYTHON, *TRAINING_SETS))
+        names = ", ".join((SELF, PYTHON, *DATA_SETS))
         raise FistaPrunerError(f"calibration source {source!r} is neither a {'/'.join(SUFFIXES)} file that exists nor one of: {names}")
 
 
@@ -115,8 +116,8 @@ def source_documents(source: str) -> list[str]:
     check_source(source)
     if source in (PYTHON, PYTHON_EVAL):
         documents = python_documents(source)
-    elif source in TRAINING_SETS and not Path(source).is_file():
-        documents = training_documents(source)
+    elif source in DATA_SETS and not Path(source).is_file():
+        documents = load_documents(source)
     else:
         documents = read_documents(source)
     documents = [document for document in documents if document.strip()]

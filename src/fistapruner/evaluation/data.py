@@ -1,9 +1,7 @@
 """Evaluation text as token windows, by the protocol that the pruning papers share.
 
-The rows of the data set are joined to one string, tokenised once, and cut into non-overlapping windows; what does not
-fill a window is dropped. The joining string is part of the protocol: a blank line for WikiText-2, a space for PTB and
-C4. C4 has no small test split, so the papers take its first 1,100 validation documents and of them the first 256
-windows.
+The rows of the data set are joined to one string (:mod:`fistapruner.calibration.datasets`), tokenised once, and cut into
+non-overlapping windows; what does not fill a window is dropped.
 """
 
 from __future__ import annotations
@@ -16,38 +14,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..calibration.datasets import DATA_SETS, load_documents
 from ..calibration.text import PYTHON, PYTHON_EVAL, adds_bos, python_documents, read_documents
-from ..errors import FistaPrunerError, MissingExtraError
-
-
-@dataclass(frozen=True)
-class DataSet:
-    """How a known data set becomes one string.
-
-    Args:
-        path, name, files: what ``datasets.load_dataset`` is given.
-        split: split to evaluate on.
-        column: column of the text.
-        joint: string between rows.
-        rows: rows to take; None takes all.
-        windows: windows to take at most; None takes all.
-    """
-
-    path: str
-    name: str | None
-    split: str
-    column: str
-    joint: str
-    files: str | None = None
-    rows: int | None = None
-    windows: int | None = None
-
-
-KNOWN: dict[str, DataSet] = {
-    "wikitext2": DataSet("Salesforce/wikitext", "wikitext-2-raw-v1", "test", "text", "\n\n"),
-    "ptb": DataSet("ptb-text-only/ptb_text_only", "penn_treebank", "test", "sentence", " "),
-    "c4": DataSet("allenai/c4", None, "validation", "text", " ", "en/c4-validation.00000-of-00008.json.gz", 1100, 256),
-}
+from ..errors import FistaPrunerError
 
 
 @dataclass(frozen=True)
@@ -132,27 +101,12 @@ def cut_windows(
 
 def read_text(data: str) -> tuple[str, str, int | None]:
     """The joined text of a data set or file, its split, and the most windows the protocol takes of it."""
-    if data in KNOWN and not Path(data).is_file():
-        known = KNOWN[data]
-        return known.joint.join(_hub_rows(data, known)), known.split, known.windows
+    if data in DATA_SETS and not Path(data).is_file():
+        split = DATA_SETS[data].held_out
+        (text,) = load_documents(data, held_out=True)
+        return text, split.name, split.windows
     if data == PYTHON and not Path(data).is_file():
         return "\n\n".join(python_documents(PYTHON_EVAL)), "held out", None
     if not Path(data).is_file():
-        raise FistaPrunerError(f"data {data!r} is neither a file nor a known data set ({', '.join([*KNOWN, PYTHON])})")
+        raise FistaPrunerError(f"data {data!r} is neither a file nor a known data set ({', '.join([*DATA_SETS, PYTHON])})")
     return "\n\n".join(read_documents(data)), "file", None
-
-
-def _hub_rows(data: str, known: DataSet) -> list[str]:
-    try:
-        import datasets
-    except ImportError:
-        raise MissingExtraError("datasets", "data", f"the data set {data!r}") from None
-    try:
-        files = {known.split: known.files} if known.files else None
-        rows = datasets.load_dataset(known.path, known.name, split=known.split, data_files=files)
-    except Exception as error:  # the hub, the network and the loader each have their own kinds of failure
-        reason = " ".join(str(error).split())[:200]
-        raise FistaPrunerError(f"data set {data!r} ({known.path}) could not be loaded: {reason}; a local file works offline") from None
-    if known.rows is not None:
-        rows = rows.select(range(min(known.rows, len(rows))))
-    return [str(text) for text in rows[known.column]]

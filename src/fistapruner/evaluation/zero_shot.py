@@ -157,13 +157,13 @@ def task_result(
 
 
 def mcnemar(lost: int, won: int) -> float:
-    """Two-sided exact McNemar test (McNemar 1947): the binomial test of ``lost`` against ``won`` with probability 1/2.
+    """Return the p-value of the two-sided exact McNemar test (McNemar 1947) of ``lost`` against ``won`` items.
 
-    Items that both models get right, or both wrong, say nothing about which one is better and do not enter.
+    Items that both models get right, or both wrong, do not enter.
     """
-    total = lost + won
-    tail = sum(math.comb(total, k) for k in range(min(lost, won) + 1))
-    return min(1.0, float(2 * tail / 2**total))
+    from scipy.stats import binomtest
+
+    return float(binomtest(lost, lost + won).pvalue) if lost + won else 1.0
 
 
 def local_task(path: Path) -> dict[str, Any]:
