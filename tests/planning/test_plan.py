@@ -31,6 +31,7 @@ from fistapruner.planning.plan import DEVICE_RESERVE, Plan, make_plan
 from fistapruner.planning.sizes import Choice, Sizes
 from fistapruner.problem import LayerProblem
 from fistapruner.pruning import partition as parts_module
+from fistapruner.pruning.context import LayerContext, LayerEvents
 from fistapruner.runtime.formatting import size
 from fistapruner.solvers import parse_method, solve
 
@@ -263,9 +264,9 @@ def test_block_matching_is_in_the_estimated_time(model: Model, monkeypatch: pyte
     monkeypatch.setattr(probe, "_seconds", lambda *_: 0.0)
     asked = []
 
-    def layer(*arguments: Any, **_: Any) -> Any:
-        asked.append(arguments[3].reconstruct)
-        return SimpleNamespace(entry=SimpleNamespace(seconds={"reconstruct": 7.0 if arguments[3].reconstruct else 0.0}, passed_after=0.0))
+    def layer(context: LayerContext, *_: Any, **__: Any) -> Any:
+        asked.append(context.recipe.reconstruct)
+        return SimpleNamespace(entry=SimpleNamespace(seconds={"reconstruct": 7.0 if context.recipe.reconstruct else 0.0}, passed_after=0.0))
 
     monkeypatch.setattr(probe, "prune_layer", layer)
     estimates = []
@@ -309,8 +310,8 @@ def test_time_is_of_parts_where_the_run_solves_parts(
         timed.append((problem.shape, len(patterns)))
         return 1.0
 
-    def layer(*_: Any, inspect: Any) -> Any:
-        inspect(0, problem)
+    def layer(*_: Any, events: LayerEvents) -> Any:
+        events.problem(0, problem)
         return SimpleNamespace(entry=SimpleNamespace(seconds={}, passed_after=0.0))
 
     monkeypatch.setattr(probe, "_seconds", seconds)

@@ -22,8 +22,9 @@ from fistapruner.models.files.checkpoint import Checkpoint
 from fistapruner.models.layerwise import LayerwiseModel
 from fistapruner.pipeline.prune import prune
 from fistapruner.problem import LayerProblem, ProblemSums
-from fistapruner.pruning.drift import dense_windows, drift_sources
-from fistapruner.pruning.layer import LayerStreams, prune_layer
+from fistapruner.pruning.context import LayerContext, LayerEvents, LayerStreams
+from fistapruner.pruning.drift import DRIFT_NOISE, dense_windows, drift_sources
+from fistapruner.pruning.layer import prune_layer
 from fistapruner.runs.listener import Listener
 from fistapruner.runs.prune_directory import PruneDirectory
 from fistapruner.runs.records import LayerEntry
@@ -32,7 +33,11 @@ SAMPLES, SEQLEN, BATCH = 5, 24, 2
 
 
 def stream(
-    folder: Path, recipe: Recipe, scratch: Path | None, inspect: Callable[[int, LayerProblem], None] | None = None
+    folder: Path,
+    recipe: Recipe,
+    scratch: Path | None,
+    inspect: Callable[[int, LayerProblem], None] | None = None,
+    noise: float = DRIFT_NOISE,
 ) -> dict[str, Tensor]:
     """Prune all layers of a checkpoint, one in memory at a time."""
     recipe = recipe.resolved()
@@ -47,12 +52,13 @@ def stream(
             assert dense is not None
             dense.write(start, skeleton.embed(tokens[start:stop])[0])
     pruned: HiddenStates | None = None
-    beside = dense_windows(recipe, layout, SAMPLES, SEQLEN, BATCH)
+    beside = dense_windows(recipe, layout, SAMPLES, SEQLEN, BATCH, noise=noise)
     if beside < SAMPLES:
         dense, pruned = HiddenStates((beside, SEQLEN, skeleton.width), skeleton.dtype), dense
         assert pruned is not None
         dense.write(0, pruned.read(0, beside))
     sparsity = {name: parse_sparsity(recipe.sparsity) for name, _ in layout.operators()}
+    context = LayerContext(skeleton, layout, recipe, sparsity, calls, scratch_factory(scratch, skeleton.dtype))
     weights: dict[str, Tensor] = {}
     for index in range(len(skeleton)):
         more = index < len(skeleton) - 1
@@ -63,16 +69,15 @@ def stream(
             HiddenStates((beside, *shape[1:]), skeleton.dtype, scratch and scratch / f"d{index}") if keep_dense else None,
             HiddenStates(shape, skeleton.dtype, scratch and scratch / f"p{index}") if more and recipe.propagate == "pruned" else None,
         )
-        result = prune_layer(
-            skeleton, layout, index, recipe, sparsity, streams, calls, scratch_factory(scratch, skeleton.dtype), inspect=inspect
-        )
+        events = LayerEvents() if inspect is None else LayerEvents(problem=inspect)
+        result = prune_layer(context, index, streams, events=events)
         weights |= result.weights
         dense, pruned = streams.dense_out, streams.pruned_out
         assert all(parameter.is_meta for parameter in skeleton.model.parameters())
     return weights
 
 
-def in_memory(folder: Path, recipe: Recipe, layout: Layout, adding: tuple[str, ...]) -> dict[str, Tensor]:
+def in_memory(folder: Path, recipe: Recipe, layout: Layout, adding: tuple[str, ...], noise: float) -> dict[str, Tensor]:
     """The same by the definition, with two whole models in memory and every operator's inputs kept."""
     dense = AutoModelForCausalLM.from_pretrained(folder).eval()
     pruned = AutoModelForCausalLM.from_pretrained(folder).eval()
@@ -135,7 +140,7 @@ def in_memory(folder: Path, recipe: Recipe, layout: Layout, adding: tuple[str, .
             for start in range(0, SAMPLES, BATCH):
                 stop = min(start + BATCH, SAMPLES)
                 seen = inputs_of(pruned, names[0], start, stop)
-                if source is None or start >= dense_windows(recipe, layout, SAMPLES, SEQLEN, BATCH):
+                if source is None or start >= dense_windows(recipe, layout, SAMPLES, SEQLEN, BATCH, noise=noise):
                     sums.add(seen)
                 else:
                     sums.add(seen, of_dense[source](dense, names[0], start, stop), drift(index, group[0].name, start, stop))
@@ -164,17 +169,15 @@ def calibration() -> Tensor:
     ],
     ids=["dense", "pruned", "mixed", "dense-corrected", "mixed-corrected", "mixed-corrected-by-some-windows"],
 )
-def test_streaming_equals_in_memory_bit_for_bit(
-    tmp_path: Path, architecture: str, settings: dict[str, Any], noise: float, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr("fistapruner.pruning.drift.DRIFT_NOISE", noise)
+def test_streaming_equals_in_memory_bit_for_bit(tmp_path: Path, architecture: str, settings: dict[str, Any], noise: float) -> None:
     folder = tiny.save(architecture, tmp_path / "model")
     recipe = Recipe.build({"method": "sparsegpt", "sparsity": "50%", **settings}).resolved()
     layout = discover(LayerwiseModel(Checkpoint.open(folder), torch.device("cpu")))
     assert layout.residual_writers == (tiny.ADDING[architecture],) * len(layout.layers)
-    assert (dense_windows(recipe, layout, SAMPLES, SEQLEN, BATCH) < SAMPLES) == (noise == 1 and recipe.propagate == "pruned")
-    expected = in_memory(folder, recipe, layout, tiny.ADDING[architecture])
-    streamed = stream(folder, recipe, None)
+    some = dense_windows(recipe, layout, SAMPLES, SEQLEN, BATCH, noise=noise) < SAMPLES
+    assert some == (noise == 1 and recipe.propagate == "pruned")
+    expected = in_memory(folder, recipe, layout, tiny.ADDING[architecture], noise)
+    streamed = stream(folder, recipe, None, noise=noise)
     assert {name.removeprefix("transformer.") for name in streamed} == {name.removeprefix("transformer.") for name in expected}
     for name, tensor in expected.items():
         assert torch.equal(streamed[name if name in streamed else name.removeprefix("transformer.")], tensor), name
@@ -206,18 +209,19 @@ def test_without_error_correction_all_operators_see_the_unpruned_layer_behind_pr
         assert seen[1, group].drift_gradient is None
 
 
-def test_an_interrupted_run_whose_dense_model_sees_some_of_the_windows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_interrupted_run_whose_dense_model_sees_some_of_the_windows(tmp_path: Path) -> None:
     """The hidden states of both models are made again up to where it stopped."""
-    monkeypatch.setattr("fistapruner.pruning.drift.DRIFT_NOISE", 1)
 
     class Stops(Listener):
         def layer(self, entry: LayerEntry) -> None:
             if entry.index == 1:
                 raise KeyboardInterrupt
 
-    folder = tiny.save("llama", tmp_path / "model")
-    settings: dict[str, Any] = {"calibration": {"source": "python", "samples": 5, "seqlen": 24}, "execution": {"batch_size": 2}}
+    folder = tiny.save("llama", tmp_path / "model", max_position_embeddings=256)
+    settings: dict[str, Any] = {"calibration": {"source": "python", "samples": 20, "seqlen": 256}, "execution": {"batch_size": 4}}
     recipe = Recipe.build(settings)
+    layout = discover(LayerwiseModel(Checkpoint.open(folder), torch.device("cpu")))
+    assert dense_windows(recipe.resolved(), layout, 20, 256, 4) < 20
     prune(str(folder), tmp_path / "whole", recipe=recipe)
     with pytest.raises(KeyboardInterrupt):
         prune(str(folder), tmp_path / "parts", recipe=recipe, listener=Stops())

@@ -7,7 +7,7 @@ its worker processes and the nodes of a cluster open the same :class:`RunContext
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -21,7 +21,8 @@ from ..errors import FistaPrunerError
 from ..models.discovery import Layout, discover
 from ..models.layerwise import LayerwiseModel
 from ..models.source import UNTRUSTED, ModelSource, Permissions
-from ..pruning.layer import LayerStreams, Progress, Solver, prune_layer
+from ..pruning.context import LayerContext, LayerEvents, LayerMeasures, LayerStreams, Solver
+from ..pruning.layer import prune_layer
 from ..pruning.partition import solve_apart
 from ..recipes.settings import Recipe
 from ..runs.decision import Numerics
@@ -149,47 +150,31 @@ class RunContext:
         hidden = self.store(name, on_disk=on_disk)
         return hidden, embed(self.skeleton, self.tokens, self.numerics.batch_size, hidden)
 
-    def prune(
-        self,
-        index: int,
-        streams: LayerStreams,
-        calls: Calls,
-        progress: Progress,
-        inspect: Callable[..., None] | None = None,
-        passed: Callable[[], None] = lambda: None,
-        solver: Solver | None = None,
-    ) -> LayerEntry:
+    def prune(self, index: int, streams: LayerStreams, calls: Calls, events: LayerEvents, solver: Solver | None = None) -> LayerEntry:
         """Prune decoder layer ``index`` and journal it.
 
         Args:
             index: which decoder layer.
             streams: hidden states in and out.
             calls: arguments of the decoder layers.
-            progress: receives every group of operators.
-            inspect: receives (group, problem) before each solve.
-            passed: called when the dense output is complete.
+            events: functions that are called on the way.
             solver: solves a group of operators; None solves it in this process.
         """
-        scratch = scratch_factory(self.hidden if self.on_disk else None, self.skeleton.dtype)
-        metric = self.run.metric(index) if self.recipe.reconstruct else None
-        names = [self.layout.full_name(index, operator) for group in self.layout.layers[index] for operator in group]
-        importance = self.run.importance(names) if weighs_rows(self.recipe) else None
-        result = prune_layer(
-            self.skeleton,
-            self.layout,
-            index,
-            self.recipe,
-            self.sparsity,
-            streams,
-            calls,
-            scratch,
-            progress,
-            inspect,
-            metric,
-            importance,
-            passed,
-            solver or (solve_apart if self.numerics.by_operator else solve),
+        context = LayerContext(
+            model=self.skeleton,
+            layout=self.layout,
+            recipe=self.recipe,
+            sparsity=self.sparsity,
+            calls=calls,
+            scratch=scratch_factory(self.hidden if self.on_disk else None, self.skeleton.dtype),
+            solver=solver or (solve_apart if self.numerics.by_operator else solve),
         )
+        names = [name for group in self.layout.layers[index] for name in context.names(index, group)]
+        measures = LayerMeasures(
+            metric=self.run.metric(index) if self.recipe.reconstruct else None,
+            importance=self.run.importance(names) if weighs_rows(self.recipe) else None,
+        )
+        result = prune_layer(context, index, streams, measures, events)
         result.entry.peak_memory = peak_memory()
         result.entry.finished = now()
         self.run.journal.write(self.fingerprint, result.weights, result.entry)

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection
+from dataclasses import replace
+from functools import partial
 
 from ..activations.store import HiddenStates
 from ..models.layerwise import LayerwiseModel
 from ..problem import LayerProblem
+from ..pruning.context import LayerEvents, LayerStreams, Solver
 from ..pruning.drift import dense_windows
-from ..pruning.layer import LayerStreams, Solver
 from ..recipes.settings import Recipe
 from ..runs.listener import Listener
 from .context import RunContext
@@ -50,15 +52,10 @@ def prune_serially(
             work.store(f"pruned-{index + 1}") if pruned_on else None,
         )
         if index in todo:
-
-            def progress(names: str, error: float | None, index: int = index) -> None:
-                listener.operators(index, names, error)
-
-            def look(group: int, problem: LayerProblem, index: int = index) -> None:
-                if inspect is not None:
-                    inspect(index, group, problem)
-
-            listener.layer(work.prune(index, streams, calls, progress, look, solver=solver))
+            events = LayerEvents(operators=partial(listener.operators, index))
+            if inspect is not None:
+                events = replace(events, problem=partial(inspect, index))
+            listener.layer(work.prune(index, streams, calls, events, solver))
         else:
             work.advance(index, streams, calls)
         for store in (dense, pruned):

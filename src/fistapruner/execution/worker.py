@@ -24,7 +24,7 @@ from ..activations.store import HiddenStates
 from ..activations.stream import Calls
 from ..errors import FistaPrunerError
 from ..models.source import Permissions
-from ..pruning.layer import LayerStreams
+from ..pruning.context import LayerEvents, LayerStreams
 from .context import RunContext
 from .operator_parallel import do_part
 from .pool import Event, Job, PartJob
@@ -92,7 +92,7 @@ class Worker:
                 def progress(names: str, error: float | None) -> None:
                     tell({"event": "operators", "names": names, "error": error})
 
-                self.work.prune(job.index, streams, self.calls, progress, passed=passed)
+                self.work.prune(job.index, streams, self.calls, LayerEvents(operators=progress, passed=passed))
             else:
                 self.work.advance(job.index, streams, self.calls)
                 passed()

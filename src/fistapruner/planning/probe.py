@@ -14,8 +14,9 @@ from ..constraints import Constraint
 from ..models.discovery import Layout
 from ..models.layerwise import LayerwiseModel
 from ..problem import LayerProblem
+from ..pruning.context import LayerContext, LayerEvents, LayerStreams
 from ..pruning.drift import dense_windows
-from ..pruning.layer import LayerStreams, prune_layer
+from ..pruning.layer import prune_layer
 from ..pruning.partition import cut, part_of
 from ..recipes.settings import Recipe
 from ..solvers import solve
@@ -68,8 +69,8 @@ def measure_time(
         streams = LayerStreams(states, drifted, onward, drifted_on) if recipe.dense_share else LayerStreams(None, drifted, None, drifted_on)
     few_steps = min(recipe.reconstruct, MATCHING_STEPS)
     cheap = recipe.model_copy(update={"method": Recipe.build({"method": "magnitude"}).steps, "reconstruct": few_steps})
-    scratch = scratch_factory(None, skeleton.dtype)
-    result = prune_layer(skeleton, layout, index, cheap, sparsity, streams, calls, scratch, inspect=time_solve)
+    context = LayerContext(skeleton, layout, cheap, sparsity, calls, scratch_factory(None, skeleton.dtype))
+    result = prune_layer(context, index, streams, events=LayerEvents(problem=time_solve))
     seconds = result.entry.seconds
     passing = seconds.get("capture", 0.0) + seconds.get("gram", 0.0)
     if streams.pruned is not None and streams.dense is not None:

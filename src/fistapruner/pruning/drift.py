@@ -31,17 +31,17 @@ LONGEST = 1.5
 """Longest drift of a token that is corrected, in units of the median over the tokens of a batch (docs/quality.md)."""
 
 
-def dense_windows(recipe: Recipe, layout: Layout, samples: int, seqlen: int, batch_size: int) -> int:
-    """How many of the calibration windows the dense model runs on beside the pruned one: whole batches.
+def dense_windows(recipe: Recipe, layout: Layout, samples: int, seqlen: int, batch_size: int, *, noise: float = DRIFT_NOISE) -> int:
+    """Return how many of the calibration windows the dense model runs on beside the pruned one: whole batches.
 
-    With ``propagate=pruned`` it serves to measure drift only. Fewer tokens add to the noise of that ``n (1 / tokens - 1 / all tokens)``
-    for an operator of n inputs: they are so many that the widest one's stays below :data:`DRIFT_NOISE`. Block matching aims at the
-    dense model's outputs, window by window, and takes all.
+    With ``propagate=pruned`` the dense model serves to measure drift only. Fewer tokens add to the noise of that
+    ``n (1 / tokens - 1 / all tokens)`` for an operator of n inputs: there are as many as keep the widest operator's below
+    ``noise``. Block matching trains towards the dense model's outputs, window by window, and takes all windows.
     """
     if recipe.propagate == "dense" or recipe.reconstruct or not recipe.dense_share:
         return samples
     inputs = max((operator.columns for _, operator in layout.operators()), default=0)
-    windows = samples * inputs / (inputs + samples * seqlen * DRIFT_NOISE)
+    windows = samples * inputs / (inputs + samples * seqlen * noise)
     return min(samples, math.ceil(windows / batch_size) * batch_size)
 
 
@@ -102,7 +102,7 @@ class DenseActivations:
         return self._sources.get(number) == "inputs"
 
     @property
-    def answering(self) -> list[tuple[int, Operator]]:
+    def output_operators(self) -> list[tuple[int, Operator]]:
         """(group, operator) of the operators whose outputs it keeps."""
         return [(number, operator) for number, operator in self._operators.items() if self._sources[number] == "outputs"]
 

@@ -1,0 +1,214 @@
+"""The passes through one decoder layer that pruning needs, and what is kept from one pass to the next.
+
+Where ``propagate`` and ``target`` are ``pruned``, each group has a pass of its own, and a last one makes the output. With
+the dense model beside it there is one dense pass before them, which serves all groups (:meth:`LayerPasses.dense_pass`).
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..activations.replay import Replay, kept_projections
+from ..activations.store import HiddenStates
+from ..activations.stream import Watched, run_layer
+from ..models.discovery import Group
+from ..problem import ProblemSums
+from ..runtime.clock import Clock
+from .context import LayerContext, LayerStreams
+from .drift import DenseActivations, ResidualDrift, drift_sources
+
+
+class LayerPasses:
+    """The passes of the calibration windows through one loaded decoder layer while it is pruned.
+
+    Args:
+        context: model, layout, settings.
+        index: number of the layer.
+        streams: hidden states in and out.
+        clock: counts the time of every phase.
+    """
+
+    def __init__(self, context: LayerContext, index: int, streams: LayerStreams, clock: Clock) -> None:
+        model, layout, recipe = context.model, context.layout, context.recipe
+        self._context, self._index, self._streams, self._clock = context, index, streams, clock
+        self._model, self._recipe = model, recipe
+        self._layer = model.layers[index]
+        groups = layout.layers[index]
+        self.groups: list[tuple[int, Group]] = list(enumerate(groups))
+        same = streams.pruned is None
+        self._sources = {} if streams.dense is None else drift_sources(recipe, layout, index, same=same)
+        self._activations: DenseActivations | None = None
+        self._residual: ResidualDrift | None = None
+        if streams.dense is not None:
+            self._activations = DenseActivations(index, self._layer, groups, self._sources, streams.dense, context.scratch)
+            if recipe.corrects_drift:
+                writers = layout.residual_writers[index]
+                self._residual = ResidualDrift(index, self._layer, writers, groups, streams.dense, streams.seen, context.scratch)
+        self._replay: Replay | None = None
+        if recipe.error_correction:
+            later_passes = int(streams.pruned_out is not None and not recipe.reconstruct)
+            projections = kept_projections(layout, index, model.device)
+            self._replay = Replay(index, self._layer, groups, projections, later_passes, streams.seen, context.scratch)
+        self._sums: dict[int, ProblemSums] = {}
+        self._first_out: Tensor | None = None  # of the dense layer, first batch: the report's error is measured on it
+        self.wanted: HiddenStates | None = None
+        """Output hidden states that block matching trains towards; None without block matching."""
+        if recipe.reconstruct and groups:
+            self.wanted = streams.dense_out or self._store("wanted")
+
+    def dense_pass(self) -> bool:
+        """Run the dense layer once, if the dense model is needed; return whether it was.
+
+        The pass gathers the sums of the groups whose inputs are the same in the pruned layer, keeps the dense inputs or
+        outputs of the others, and writes the dense hidden states for the next layer.
+        """
+        streams = self._streams
+        if streams.dense is None or not (self.groups or streams.dense_out is not None):
+            return False
+        activations = self._activations
+        assert activations is not None
+        shared = [] if streams.pruned is not None else self.groups[:1] if self._recipe.error_correction else self.groups
+        for number, group in shared:
+            self._sums[number] = self._new_sums(number, group)
+
+        def keep(number: int, start: int, values: Tensor) -> None:
+            with self._clock.phase("io"):
+                activations.keep(number, start, values)
+
+        def watch(number: int, start: int, inputs: Tensor) -> None:
+            (self._add if number in self._sums else keep)(number, start, inputs)
+
+        def output(_: int, start: int, out: Tensor) -> None:
+            if self._first_out is None:
+                self._first_out = out
+            store = streams.dense_out or self.wanted
+            if store is not None:
+                with self._clock.phase("io"):
+                    store.write(start, out)
+
+        groups = [(number, group) for number, group in self.groups if number in self._sums or activations.wants(number)]
+        self._run(
+            streams.dense,
+            watched=Watched(groups, watch, activations.output_operators, keep),
+            output=output,
+            around=[] if self._residual is None else [self._residual.around_dense_pass],
+        )
+        return True
+
+    def make_wanted(self) -> None:
+        """Complete the outputs that block matching trains towards, while nothing is pruned yet.
+
+        They are the dense model's outputs, which the dense pass wrote; with ``target=pruned`` the dense layer's on drifted
+        inputs, or a mixture of both, as for single operators.
+        """
+        if self.wanted is None:
+            return
+        streams, share = self._streams, self._recipe.dense_share
+        if streams.dense is None:
+            self._run(streams.seen, output=self.wanted)
+        elif streams.pruned is not None and share < 1.0:
+            mixed = self._store("mixed")
+            self._run(streams.pruned, output=mixed)
+            for start, stop in self._context.calls.batches(mixed.samples):
+                mixed.write(
+                    start,
+                    torch.lerp(mixed.read(start, stop, dtype=torch.float32), self.wanted.read(start, stop, dtype=torch.float32), share),
+                )
+            self._close_wanted()
+            self.wanted = mixed
+
+    def sums_of(self, number: int) -> ProblemSums:
+        """Hand over the sums of group ``number``, from a pass with the groups before it pruned.
+
+        Without error correction all groups are solved on the inputs of the unpruned layer: one pass gathers them all.
+        """
+        if number not in self._sums:
+            todo = self.groups[number : number + 1] if self._recipe.error_correction else self.groups[number:]
+            for other, group in todo:
+                self._sums[other] = self._new_sums(other, group)
+            around = [part.around_pass for part in (self._replay, self._residual) if part is not None]
+            self._run(self._streams.seen, watched=Watched(todo, self._add), around=around)
+        if self._activations is not None:
+            self._activations.close(number)
+        return self._sums.pop(number)
+
+    def pruned(self, number: int) -> None:
+        """Note that the operators of group ``number`` have their final weights in the layer."""
+        if self._replay is not None:
+            self._replay.pruned(number)
+
+    def output_pass(self) -> float | None:
+        """Write the pruned layer's output for the next layer, and release what was kept.
+
+        Returns:
+            Squared difference of the pruned and the dense layer's output, as a share of what the dense layer adds to its
+            input; None where the dense output was not computed.
+        """
+        self._close_wanted()
+        if self._residual is not None:
+            self._residual.close()
+        if self._streams.pruned_out is not None:
+            last = [] if self._recipe.reconstruct or self._replay is None else [self._replay.around_pass]
+            self._run(self._streams.seen, output=self._streams.pruned_out, around=last)
+        if self._replay is not None:
+            self._replay.close()
+        if not self.groups or self._first_out is None or self._streams.dense is None:
+            return None
+        return self._output_error(self._streams.dense, self._first_out)
+
+    def _run(self, inputs: HiddenStates, **what: Any) -> None:
+        run_layer(self._model, self._index, inputs, self._context.calls, clock=self._clock, **what)
+
+    def _store(self, name: str) -> HiddenStates:
+        """Make a store for output hidden states of all windows."""
+        seen = self._streams.seen
+        return self._context.scratch(f"{name}-{self._index}", (seen.samples, seen.seqlen, self._model.width))
+
+    def _new_sums(self, number: int, group: Group) -> ProblemSums:
+        with self._clock.phase("gram"):
+            return ProblemSums(_stacked(self._layer, group), drift_from=self._sources.get(number))
+
+    def _add(self, number: int, start: int, inputs: Tensor) -> None:
+        """Add the inputs of a batch of windows, (windows, seqlen, n), to the sums of group ``number``."""
+        stop = start + inputs.shape[0]
+        with self._clock.phase("gram"):
+            dense = drift = None
+            if self._activations is not None:
+                dense = self._activations.read(number, start, stop, inputs.device)
+            if dense is not None and self._residual is not None and number in self._residual:
+                drift = self._residual.drift(number, start, stop, inputs.device)
+            self._sums[number].add(inputs.reshape(-1, inputs.shape[-1]), dense, drift)
+
+    def _close_wanted(self) -> None:
+        if self.wanted is not None and self.wanted is not self._streams.dense_out:
+            self.wanted.close()
+
+    def _output_error(self, dense: HiddenStates, dense_out: Tensor) -> float:
+        """Compute what :meth:`output_pass` returns, on the first batch.
+
+        It takes a pass of that batch with nothing watched, timed as ``plain``: the report compares it with ``capture``.
+
+        Args:
+            dense: hidden states that enter the dense layer.
+            dense_out: the dense layer's output of the first batch.
+        """
+        count = dense_out.shape[0]
+        seen = self._streams.seen.read(0, count, self._model.device)
+        with self._clock.phase("plain"), torch.no_grad():
+            pruned_out = self._model.run(self._index, seen, self._context.calls.by_size[count][self._index])
+        dense_in = dense.read(0, count, self._model.device)
+        added = (dense_out.float() - dense_in.float()).square().sum(dtype=torch.float64)
+        wrong = (pruned_out.float() - dense_out.float()).square().sum(dtype=torch.float64)
+        return float(wrong) / max(float(added), 1e-300)
+
+
+def _stacked(module: nn.Module, group: Group) -> Tensor:
+    """Stack the weights of a group's operators by rows, in fp32."""
+    weights = [operator.weight(module) for operator in group]
+    stacked = torch.empty(sum(len(weight) for weight in weights), weights[0].shape[1], device=weights[0].device)
+    for part, weight in zip(stacked.split([len(weight) for weight in weights]), weights, strict=True):
+        part.copy_(weight)
+    return stacked
