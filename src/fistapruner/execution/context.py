@@ -1,7 +1,7 @@
 """The context of a run: what every process needs to prune layers, opened from the run directory alone.
 
-The process that starts a run decides everything once (:func:`fistapruner.pipeline.prune.prune`) and records it. Then it,
-its worker processes and the nodes of a cluster open the same :class:`RunContext`, and agree on every bit.
+The process that starts a run decides everything once (:func:`fistapruner.pipeline.prune.prune`) and records it. Then
+it, its worker processes and the nodes of a cluster open the same :class:`RunContext`, and agree on every bit.
 """
 
 from __future__ import annotations

@@ -93,5 +93,5 @@ def _changed_model(run: PruneDirectory, record: PruneRecord, recipe: Recipe, per
 
 
 def absolute(name: str) -> str:
-    """Make a path that exists absolute, so that a run can be continued from another folder; other names stay."""
+    """Make a path that exists absolute, so that a run can continue from another folder; keep other names."""
     return str(Path(name).absolute()) if Path(name).exists() else name

@@ -159,7 +159,7 @@ def plan_jobs(contenders: Sequence[Contender], sparsities: Sequence[str], seeds:
 
 
 def agree_protocol(source: ModelSource, recipe: Recipe, data: str, windows: int | None, settings: Mapping[str, Any]) -> Protocol:
-    """Fix what all rows share, from the first job's ``recipe``: evaluation windows, precision, calibration."""
+    """Fix what all rows share, from the first ``recipe``: evaluation windows, precision, calibration."""
     skeleton = open_model(source, recipe)
     text = load_windows(data, source.tokenizer(), window_length(recipe, skeleton), windows)
     calibration = Recipe.build({"calibration": settings.get("calibration") or {}}).resolved().calibration

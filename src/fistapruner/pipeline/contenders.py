@@ -24,11 +24,11 @@ class Contender:
 
 
 def parse_contenders(text: str | Sequence[str]) -> list[Contender]:
-    """Read ``--methods``: method chains or recipes, separated by commas, each with settings after an ``@``.
+    """Read ``--methods``: method chains or recipes separated by commas, each with settings after an ``@``.
 
     ``wanda,alps@propagate=pruned,dense_target=pruned,best`` are three: a part with ``=`` belongs to the method before
-    it. Dots name settings of a section: ``alps@calibration.samples=64``. The name of a shipped recipe, or a ``.yaml`` file,
-    is a recipe; its calibration section is left out, since all methods use the same windows.
+    it. Dots name settings of a section: ``alps@calibration.samples=64``. The name of a shipped recipe, or a ``.yaml``
+    file, is a recipe; its calibration section is left out, since all methods use the same windows.
 
     Raises:
         FistaPrunerError: nothing named, an empty part, or a setting before any method.

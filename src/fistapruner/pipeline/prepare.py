@@ -356,7 +356,7 @@ def _temporary(folder: Path | None) -> Iterator[None]:
 
 
 def _has_its_tokens(run: PruneDirectory, begun: PruneRecord, recipe: Recipe, inputs: Inputs) -> bool:
-    """Check that calibration tokens and measurements are those the run began with; else they are made again."""
+    """Check that tokens and measurements are those the run began with; else they are made again."""
     if why := changed_text(begun, recipe) or _changed_tokens(run, begun, recipe, inputs):
         log.warning("the calibration tokens are made again: %s", why)
         return False

@@ -76,7 +76,7 @@ class RunDirectory:
         return sorted(path.name for path in self.folder.iterdir() if not re.fullmatch(EARLY, path.name))
 
     def check_place(self) -> None:
-        """Refuse a folder that is neither new, nor empty, nor a run, or that has something else in place of a file.
+        """Refuse a folder that is neither new, nor empty, nor a run, or that has others' files in it.
 
         Raises:
             FistaPrunerError: names what is in the way.

@@ -12,7 +12,7 @@ class Listener:
         """Receive a sentence for the user."""
 
     def tick(self, what: str, done: int, total: int) -> None:
-        """Receive progress of a long pass through the whole model, such as an evaluation: ``done`` of ``total``."""
+        """Receive progress of a pass through the whole model, such as an evaluation: ``done`` of ``total``."""
 
     def begin(self, layers: int, done: int) -> None:
         """Receive the beginning of pruning: ``layers`` to prune, ``done`` of them already journaled."""

@@ -79,8 +79,8 @@ class OperatorEntry(Record):
         shape: [outputs, inputs].
         sparsity: pattern asked for (``50%``, ``2:4``).
         zeros: exact number of zeros; ``density``: exact share of weights kept.
-        relative_error: error of its outputs as a share of their energy (``f / c``); ``dense_error``: the same of its dense
-            weights on the same inputs and target, None where inputs and hidden states had not drifted.
+        relative_error: error of its outputs as a share of their energy (``f / c``); ``dense_error``: the same of its
+            dense weights on the same inputs and target, None where inputs and hidden states had not drifted.
         group: operators that share a value read the same inputs and were solved together.
         steps: what each step of the method chain recorded: ``method``, ``relative_error``, ``seconds`` and its own
             keys. The report draws the ones it knows: ``rounds`` of a lambda search (list of {lambda, e_total, …}) and
