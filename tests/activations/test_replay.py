@@ -12,7 +12,7 @@ import tiny
 from fistapruner.activations.replay import Replay
 from fistapruner.models.files.checkpoint import Checkpoint
 from fistapruner.pipeline.prune import prune
-from fistapruner.pruning import layer
+from fistapruner.pruning import passes
 
 SETTINGS: dict[str, Any] = {"method": "sparsegpt", "calibration": {"source": "python", "samples": 5, "seqlen": 24}}
 WAYS = {
@@ -59,7 +59,7 @@ def test_the_same_bits_in_fewer_passes(tmp_path: Path, architecture: str, way: s
         assert given == ["self_attn"] * {"dense": 3, "pruned": 5, "mixed": 5, "matched": 3}[way]
         attention, mlp = "self_attn.o_proj", "mlp.down_proj"
         assert continued == ([attention] * 3 if way in ("dense", "matched") else [attention, mlp] * 2 + [attention])
-    monkeypatch.setattr(layer, "Replay", Without)
+    monkeypatch.setattr(passes, "Replay", Without)
     prune(source, tmp_path / "without", **SETTINGS, **WAYS[way], execution=execution)
     one, other = weights(tmp_path / "with"), weights(tmp_path / "without")
     assert one.keys() == other.keys()

@@ -1,10 +1,10 @@
-"""Parts of a decoder layer that are done are not computed again in its later passes.
+"""Cache outputs of sub-modules whose weights are final, so later passes through a layer skip them.
 
 Every group of operators needs a pass of the calibration windows with the groups before it pruned. Once all operators of a
-child module (the attention) have their final weights, and with them everything that runs before it, the module's output is
-the same in every pass that follows: the first of them keeps it, the others are given it. The first one, too, need not compute
-the whole module where that ends with the operators pruned last (``o_proj``, ``down_proj``): the pass that gathered their inputs
-has kept them. On a GPU, to compute again takes less time than to move so much.
+child module (the attention), and all that run before it, have their final weights, the module's output is the same in
+every later pass: the first of these passes stores it, the others read it. The first one need not compute the whole module
+either, where the module ends with the operators pruned last (``o_proj``, ``down_proj``): the pass that gathered their
+inputs has stored them. On a GPU computing again is faster than moving so much data; there inputs are not stored.
 """
 
 from __future__ import annotations
@@ -21,12 +21,12 @@ from .store import HiddenStates, Store
 
 
 def kept_projections(layout: Layout, index: int, device: torch.device) -> Mapping[str, OutputProjection]:
-    """The projections in decoder layer ``index`` whose inputs are worth keeping on ``device``."""
+    """Return the output projections of decoder layer ``index`` whose inputs are worth storing on ``device``."""
     return layout.output_projections[index] if device.type == "cpu" else {}
 
 
 class Replay:
-    """What passes through one decoder layer have computed for good.
+    """Stored inputs and outputs of finished sub-modules of one decoder layer.
 
     Modules that return anything but one tensor of hidden states (alone, or followed by None) are computed in every pass.
 
@@ -75,13 +75,13 @@ class Replay:
                     self._projections[name] = projection
 
     def pruned(self, number: int) -> None:
-        """The operators of group ``number`` have their final weights."""
+        """Note that the operators of group ``number`` have their final weights."""
         self._settled.update(self._settled_by.get(number, ()))
         self._next = number + 1
 
     @contextmanager
     def around_pass(self, batch: Callable[[], tuple[int, int]]) -> Iterator[None]:
-        """Keep inputs and outputs, and give those that are kept, in the pass inside; ``batch`` tells the windows at hand."""
+        """Store and reuse inputs and outputs in the pass inside; ``batch`` returns the windows (start, stop) at work."""
         handles, replaced = [], []
         for name in self._settled_by.get(self._next, ()):
             projection = self._projections.get(name)
@@ -115,7 +115,7 @@ class Replay:
                 self._forget(self._projections[name].operator)
 
     def close(self) -> None:
-        """Release what is kept."""
+        """Release everything that is stored."""
         for name in list(self._entering):
             self._forget(name)
         for store in self._kept.values():

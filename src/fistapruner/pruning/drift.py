@@ -1,13 +1,12 @@
-"""What the dense model tells of a decoder layer that sees drifted hidden states: how far off its operators' inputs are, and what they
-add to.
+"""Record dense activations, so that targets can correct drift of the pruned hidden states.
 
-*Inputs.* A target that is, in part, the dense model's output (docs/methods.md) asks for what every group of operators reads in the dense
-model, or answers there. The layer's dense pass keeps it until the group's own pass.
+*Inputs.* A target that is, in part, the dense model's output (docs/methods.md) needs what every group of operators reads
+in the dense model, or its output there. The layer's dense pass stores it until the group's own pass.
 
-*Residuals* (``residual: correct``). The output of ``o_proj`` and ``down_proj`` is added to the hidden states that pass through a decoder
-layer. What earlier pruning did to these is seen by every later layer, and the adding operator is where it can be taken back: its target
-becomes what the dense model has after the addition. A few tokens with massive activations would decide that target alone, so the
-drift of a token is cut to a length that is typical of the batch.
+*Residuals* (``residual: correct``). The outputs of ``o_proj`` and ``down_proj`` are added to the residual stream. Drift of
+that stream from earlier pruning reaches every later layer, and these operators can correct it: their target becomes what
+the dense model has after the addition. A few tokens with massive activations would dominate that target, so the drift of a
+token is cut to a length that is typical of the batch.
 """
 
 from __future__ import annotations
@@ -46,13 +45,13 @@ def dense_windows(recipe: Recipe, layout: Layout, samples: int, seqlen: int, bat
 
 
 def drift_sources(recipe: Recipe, layout: Layout, index: int, *, same: bool) -> dict[int, DriftFrom]:
-    """What of the dense model tells the drift of the groups of layer ``index``: inputs, where operators share them, or the cheaper.
+    """Choose what to record of each group whose inputs drift: inputs where operators share them, else the cheaper.
 
     Args:
         recipe: settings.
         layout: the operators to prune.
         index: which decoder layer.
-        same: it is fed what the dense model feeds it.
+        same: the layer gets the dense model's hidden states.
 
     Returns:
         By number, the groups whose inputs drift, if the target cares.
@@ -70,12 +69,12 @@ def drift_sources(recipe: Recipe, layout: Layout, index: int, *, same: bool) -> 
 
 
 def kept_width(group: Group, source: DriftFrom) -> int:
-    """Values a token that are kept of ``group``."""
+    """Return the number of values stored for each token of ``group``."""
     return group[0].columns if source == "inputs" else group[0].rows
 
 
 class DenseActivations:
-    """What the dense pass of one decoder layer keeps of the groups whose inputs drift, until their own pass.
+    """Activations of one dense decoder layer, stored for the groups whose inputs drift until their own pass.
 
     Args:
         index: of the decoder layer; other workers keep theirs in the same folder.
@@ -98,16 +97,16 @@ class DenseActivations:
         }
 
     def wants(self, number: int) -> bool:
-        """Whether it keeps the inputs of group ``number``."""
+        """Return whether the inputs of group ``number`` are recorded."""
         return self._sources.get(number) == "inputs"
 
     @property
     def output_operators(self) -> list[tuple[int, Operator]]:
-        """(group, operator) of the operators whose outputs it keeps."""
+        """(group, operator) of the operators whose outputs are recorded."""
         return [(number, operator) for number, operator in self._operators.items() if self._sources[number] == "outputs"]
 
     def keep(self, number: int, start: int, values: Tensor) -> None:
-        """Store what passes of group ``number`` from window ``start`` on: (windows, seqlen, n or m)."""
+        """Store activations of group ``number`` from window ``start`` on: (windows, seqlen, n or m)."""
         self._kept[number].write(start, values)
 
     def read(self, number: int, start: int, stop: int, device: torch.device) -> Tensor | None:
@@ -129,7 +128,7 @@ class DenseActivations:
 
 
 class ResidualDrift:
-    """``S - S*`` for the adding operators of one decoder layer: what they add to in the dense model and in the pruned one.
+    """Drift ``S - S*`` of the residual stream where operators of one decoder layer add to it.
 
     The first of them adds to what enters the layer, the second to that and the first one's output. Known architectures have no third.
 
@@ -167,7 +166,7 @@ class ResidualDrift:
         self._windows = 0
 
     def __contains__(self, number: object) -> bool:
-        """Whether group ``number`` is an adding operator whose hidden states have drifted."""
+        """Return whether group ``number`` adds to a residual stream that has drifted."""
         return number is not None and number in (self._first, self._second)
 
     def drift(self, number: int, start: int, stop: int, device: torch.device) -> Tensor:

@@ -1,16 +1,16 @@
-"""How much the model's predictions feel an error in the output of each operator and of each decoder layer.
+"""Fisher sensitivity of the predictions to output errors of operators and layers.
 
-An error ``e_t`` in some output of the dense model at token ``t`` moves the predicted distributions by
+An error ``e_t`` in some output of the dense model at token ``t`` changes the predicted distributions by
 
     KL(dense || perturbed) = 1/2 sum_t E[(g_t . e_t)^2] + higher orders,
 
 where ``g_t`` is the gradient of the log-likelihood of labels *drawn from the model itself* with respect to that output: its
-second moment is the Fisher information. One forward and one backward pass over some calibration windows measure it, decoder
-layer by decoder layer, so that one layer is in memory at a time. The second moment is kept as
+second moment is the Fisher information. One forward and one backward pass over some calibration windows measure it, one
+decoder layer in memory at a time (:mod:`fistapruner.activations.stream`). The second moment is stored as
 
-* for each operator, ``E[g_i^2]`` of every output row ``i``: with it, a layer problem's row errors become a prediction of
-  nats (:mod:`.error`);
-* for each decoder layer, the matrix ``E[g g^T]`` of its output hidden states (if asked for): the metric of block matching
+* ``E[g_i^2]`` of every output row ``i`` of each operator: with it, a layer problem's row errors become a prediction in
+  nats (:mod:`.error_curves`);
+* the matrix ``E[g g^T]`` of each decoder layer's output hidden states (if asked for): the metric of block matching
   (:mod:`fistapruner.tuning.block_matching`).
 
 Gradient second moments as a metric for layer-wise errors go back to K-FAC (Martens & Grosse 2015, arXiv 1503.05671).
