@@ -128,38 +128,112 @@ def make_plan(
     Raises:
         FistaPrunerError: no choice fits the memory (main or the GPU's), or the disk is too small; names the stage and the bytes.
     """
-    limit = recipe.execution.memory_limit or int((free_memory() + resident_memory()) * RESERVE)
-    with _room(skeleton.device, "one window"):
+    with room_for(skeleton.device, "one window"):
         model = Sizes.measure(skeleton, layout, recipe, sparsity, tokens)
-    sequential = recipe.propagate == "pruned"  # parts are what may be spread then, so groups are always cut
+    resources = Resources.of_this_machine(recipe, skeleton.device, workers)
+    fitted = fit(model, recipe, resources, batch_size, workers)
+    chosen = fitted.choice
+    disk = model.disk(chosen, fitted.workers)
+    place = _existing(out)
+    if (free := shutil.disk_usage(place).free) < disk:
+        raise FistaPrunerError(f"{out} needs {size(disk)} of disk and {place} has {size(free)} free")
+    with room_for(skeleton.device, f"{chosen.batch_size} windows at a time"):
+        seconds = measure_time(skeleton, layout, recipe, sparsity, tokens, chosen.batch_size, chosen.by_operator)
+    return written(fitted, disk, seconds)
+
+
+@dataclass(frozen=True)
+class Resources:
+    """Memory that a run may take.
+
+    Args:
+        limit: bytes of main memory for all workers together.
+        device: that the layers run on.
+        free: bytes that each GPU with workers has free; empty on a CPU.
+        places: the device of each worker.
+    """
+
+    limit: int
+    device: torch.device
+    free: Mapping[torch.device, int]
+    places: tuple[torch.device, ...]
+
+    @classmethod
+    def of_this_machine(cls, recipe: Recipe, device: torch.device, workers: int) -> Resources:
+        """Look up what this machine has free."""
+        execution = recipe.execution
+        limit = execution.memory_limit or int((free_memory() + resident_memory()) * RESERVE)
+        alone = device.type != "cuda" or workers <= 1
+        places = [device] if alone else worker_devices(execution.device, workers, execution.threads)
+        free = {place: free_device_memory(place) for place in {device, *places} if place.type == "cuda"}
+        return cls(limit, device, free, tuple(places))
+
+
+@dataclass(frozen=True)
+class Fitted:
+    """A choice that fits, and the budgets that it fits.
+
+    Args:
+        choice: what was chosen.
+        workers: processes that work on a layer each.
+        budgets: of the GPU, if there is one, and of main memory.
+        changed: sentence on what was changed to fit; None where nothing was.
+    """
+
+    choice: Choice
+    workers: int
+    budgets: tuple[_Budget, ...]
+    changed: str | None
+
+
+def fit(model: Sizes, recipe: Recipe, resources: Resources, batch_size: int, workers: int = 1) -> Fitted:
+    """Choose how to carry out a run so that it fits.
+
+    Args:
+        model: the sizes that its memory is made of.
+        recipe: settings.
+        resources: memory that it may take.
+        batch_size: windows in one forward pass, if they fit.
+        workers: processes of this machine that work at once.
+
+    Raises:
+        FistaPrunerError: no choice fits; names the stage and the bytes.
+    """
+    sequential = recipe.propagate == "pruned"  # workers then share the parts of a group, so groups are always cut
     solvers, workers = (workers, 1) if sequential and workers > 1 else (0, workers)
-    budgets = [_host_budget(model, recipe, limit, workers, solvers)]
+    budgets = [_host_budget(model, recipe, resources.limit, workers, solvers)]
     if model.cuda:
-        budgets.append(_device_budget(model, recipe, skeleton.device, workers, solvers))
+        budgets.append(_device_budget(model, resources, workers, solvers))
     choices = _choices(batch_size, recipe, workers, sequential, model.cuda)
     chosen = next((choice for choice in choices if all(budget.holds(choice) for budget in budgets)), None)
     if chosen is None:
         raise next(budget for budget in budgets if not budget.holds(choices[-1])).refusal(choices[-1])
-    says = []
+    sentence = None
     if chosen != choices[0]:
         changed = ["hidden states go to disk"] if chosen.on_disk and not choices[0].on_disk else []
         changed += [f"{chosen.batch_size} windows at a time instead of {batch_size}"] if chosen.batch_size != batch_size else []
         changed += ["groups are solved in parts"] if chosen.by_operator and not sequential else []
         given = " and ".join(budget.given for budget in budgets if not budget.holds(choices[0]))
-        says.append(f"to fit {given}: {', '.join(changed)}")
-    disk = model.disk(chosen, workers)
-    place = _existing(out)
-    if (free := shutil.disk_usage(place).free) < disk:
-        raise FistaPrunerError(f"{out} needs {size(disk)} of disk and {place} has {size(free)} free")
-    with _room(skeleton.device, f"{chosen.batch_size} windows at a time"):
-        seconds = measure_time(skeleton, layout, recipe, sparsity, tokens, chosen.batch_size, chosen.by_operator)
-    budgets.reverse()  # that of the GPU first
+        sentence = f"to fit {given}: {', '.join(changed)}"
+    return Fitted(chosen, workers, tuple(reversed(budgets)), sentence)
+
+
+def written(fitted: Fitted, disk: int, seconds: float | None) -> Plan:
+    """Write a plan as sentences and as rows of the report.
+
+    Args:
+        fitted: what was chosen.
+        disk: bytes of disk that the run needs.
+        seconds: estimated time with one worker; None where it was not estimated.
+    """
+    chosen, budgets = fitted.choice, fitted.budgets
     rows = [PlanRow(quantity=budget.quantity, unit="bytes", planned=budget.peak(chosen)) for budget in budgets]
     rows.append(PlanRow(quantity=DISK, unit="bytes", planned=disk))
     if seconds is not None:
         rows.append(PlanRow(quantity=TIME, unit="seconds", planned=seconds))
-    duration = "" if seconds is None else f", about {seconds / workers / 60:.1f} min"
+    duration = "" if seconds is None else f", about {seconds / fitted.workers / 60:.1f} min"
     peaks = ", ".join(f"{size(budget.peak(chosen))} of {budget.kind} at its peak ({budget.worst(chosen)})" for budget in budgets)
+    says = [] if fitted.changed is None else [fitted.changed]
     says.append(f"plan: {peaks}, {size(disk)} of disk{duration}")
     stages = {f"{stage}{budget.suffix}": size for budget in budgets for stage, size in budget.stages(chosen).items()}
     return Plan(chosen, stages, tuple(rows), tuple(says))
@@ -192,14 +266,12 @@ def _host_budget(model: Sizes, recipe: Recipe, limit: int, workers: int, solvers
     )
 
 
-def _device_budget(model: Sizes, recipe: Recipe, device: torch.device, workers: int, solvers: int) -> _Budget:
-    """Of the GPU that has least free for each worker there; with solvers, of the one where they work beside this process."""
-    execution = recipe.execution
-    count = max(workers, solvers)
-    together = Counter(worker_devices(execution.device, count, execution.threads) if count > 1 else [device])
+def _device_budget(model: Sizes, resources: Resources, workers: int, solvers: int) -> _Budget:
+    """Budget of the GPU with least memory free for each worker; with solvers, of the GPU where they run beside this process."""
+    together = Counter(resources.places if max(workers, solvers) > 1 else [resources.device])
     beside = max(together.values()) if solvers else 0
-    shares = {device: 1} if solvers else together
-    free = {place: max(0, free_device_memory(place) - DEVICE_RESERVE * (beside + shares[place])) for place in shares}
+    shares = {resources.device: 1} if solvers else together
+    free = {place: max(0, resources.free[place] - DEVICE_RESERVE * (beside + shares[place])) for place in shares}
     least = min(free, key=lambda place: free[place] / shares[place])
     return _Budget(
         f"the {size(free[least])} that are free on {least}",
@@ -231,8 +303,16 @@ def _choices(batch_size: int, recipe: Recipe, workers: int, sequential: bool, cu
 
 
 @contextmanager
-def _room(device: torch.device, what: str) -> Iterator[None]:
-    """Say of a GPU that has no room for ``what`` that is tried inside what would be right."""
+def room_for(device: torch.device, what: str) -> Iterator[None]:
+    """Turn a GPU's out-of-memory error inside the block into one line that says what would be right.
+
+    Args:
+        device: the GPU.
+        what: that is tried inside, such as ``one window``.
+
+    Raises:
+        FistaPrunerError: the GPU has no room for ``what``.
+    """
     try:
         yield
     except torch.OutOfMemoryError:

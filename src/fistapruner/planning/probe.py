@@ -1,9 +1,10 @@
-"""How long a run will take, from the first batch of calibration windows in one decoder layer."""
+"""Estimate the time of a run from the first batch of calibration windows in one decoder layer."""
 
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from itertools import groupby
 
 from torch import Tensor
@@ -19,88 +20,162 @@ from ..pruning.drift import dense_windows
 from ..pruning.layer import prune_layer
 from ..pruning.partition import cut, part_of
 from ..recipes.settings import Recipe
+from ..runs.records import LayerEntry
 from ..solvers import solve
 from ..tuning.block_matching import passes
 
-WORTH_A_PROBE = 2e10
-"""Multiplications of one pass of the calibration tokens through the model, below which no time is estimated: it is seconds."""
+WORTH_MEASURING = 2e10
+"""Multiplications of one pass of the calibration tokens through the model, below which a run takes seconds."""
 
-MATCHING_STEPS = 4
-"""Steps of block matching that are timed."""
+TIMED_STEPS = 4
+"""Steps of block reconstruction that are timed."""
+
+
+@dataclass(frozen=True)
+class Scale:
+    """From one timed batch in one decoder layer to a whole run.
+
+    Args:
+        windows: calibration windows; ``batch``: windows that were timed.
+        dense: windows of the dense pass where it runs beside the pruned one; None where both are one pass.
+        layers: decoder layers; ``pruned``: those with operators to prune.
+        steps: steps of block reconstruction; ``timed_steps``: steps that were timed.
+    """
+
+    windows: int
+    batch: int
+    dense: int | None
+    layers: int
+    pruned: int
+    steps: int = 0
+    timed_steps: int = 0
 
 
 def measure_time(
-    skeleton: LayerwiseModel,
+    model: LayerwiseModel,
     layout: Layout,
     recipe: Recipe,
     sparsity: Mapping[str, Constraint],
     tokens: Tensor,
     batch_size: int,
     by_operator: bool = False,
+    least: float = WORTH_MEASURING,
 ) -> float | None:
-    """Seconds to prune all layers, from the first batch of windows in one layer; None where that is not worth measuring.
+    """Estimate the seconds to prune all layers from the first batch of windows in one layer.
 
-    Passes are measured as they are, with magnitude pruning instead of the method. The method is timed on the first rows of
-    each group's problem, twice as many the second time, so that what does not grow with the rows is told from what does. Where
-    the run solves groups ``by_operator``, that is done of a part of each operator. Of block matching a few steps are timed.
+    Passes are measured as they are, with magnitude pruning in place of the method. The method is timed apart, on a part of
+    each group's rows (:func:`time_solve`), and of block reconstruction a few steps are timed.
+
+    Args:
+        model: the model.
+        layout: operators to prune.
+        recipe: settings.
+        sparsity: pattern of every operator, by full name.
+        tokens: (samples, seqlen) calibration tokens.
+        batch_size: windows in one forward pass.
+        by_operator: the run solves the operators of a group one by one.
+        least: multiplications of one pass of the tokens below which nothing is measured.
+
+    Returns:
+        Seconds, or None where a run is too short to be worth measuring.
     """
     index = next(index for index, groups in enumerate(layout.layers) if groups)
-    if sum(map(layout.weights, range(len(skeleton)))) * tokens.numel() < WORTH_A_PROBE:
+    if sum(map(layout.weights, range(len(model)))) * tokens.numel() < least:
         return None
     batch = tokens[:batch_size]
+    shape = (len(batch), tokens.shape[1], model.width)
     solving = 0.0
 
-    def time_solve(number: int, problem: LayerProblem) -> None:
+    def timed(number: int, problem: LayerProblem) -> None:
         nonlocal solving
-        patterns = [sparsity[name] for name in problem.names]
-        if by_operator:
-            solving += sum(count * _solving(part, [pattern], recipe) for part, pattern, count in _apart(problem, patterns, recipe))
-        else:
-            solving += _solving(problem, patterns, recipe)
+        solving += time_solve(problem, [sparsity[name] for name in problem.names], recipe, by_operator=by_operator)
 
-    states = HiddenStates((len(batch), tokens.shape[1], skeleton.width), skeleton.dtype)
-    calls = embed(skeleton, batch, len(batch), states)
-    onward = HiddenStates((len(batch), tokens.shape[1], skeleton.width), skeleton.dtype)
+    states, onward = HiddenStates(shape, model.dtype), HiddenStates(shape, model.dtype)
+    calls = embed(model, batch, len(batch), states)
     streams = LayerStreams(states, None, onward, None)
     if recipe.propagate == "pruned":
-        shape = (len(batch), tokens.shape[1], skeleton.width)
-        drifted, drifted_on = HiddenStates(shape, skeleton.dtype), HiddenStates(shape, skeleton.dtype)
+        drifted, drifted_on = HiddenStates(shape, model.dtype), HiddenStates(shape, model.dtype)
         drifted.write(0, states.read(0, len(batch)))
-        streams = LayerStreams(states, drifted, onward, drifted_on) if recipe.dense_share else LayerStreams(None, drifted, None, drifted_on)
-    few_steps = min(recipe.reconstruct, MATCHING_STEPS)
-    cheap = recipe.model_copy(update={"method": Recipe.build({"method": "magnitude"}).steps, "reconstruct": few_steps})
-    context = LayerContext(skeleton, layout, cheap, sparsity, calls, scratch_factory(None, skeleton.dtype))
-    result = prune_layer(context, index, streams, events=LayerEvents(problem=time_solve))
-    seconds = result.entry.seconds
+        streams = LayerStreams(None, drifted, None, drifted_on)
+        if recipe.dense_share:
+            streams = LayerStreams(states, drifted, onward, drifted_on)
+    timed_steps = min(recipe.reconstruct, TIMED_STEPS)
+    cheap = recipe.model_copy(update={"method": Recipe.build({"method": "magnitude"}).steps, "reconstruct": timed_steps})
+    context = LayerContext(model, layout, cheap, sparsity, calls, scratch_factory(None, model.dtype))
+    entry = prune_layer(context, index, streams, events=LayerEvents(problem=timed)).entry
+    both = streams.pruned is not None and streams.dense is not None
+    scale = Scale(
+        windows=len(tokens),
+        batch=len(batch),
+        dense=dense_windows(recipe, layout, len(tokens), tokens.shape[1], len(batch)) if both else None,
+        layers=len(model),
+        pruned=sum(map(bool, layout.layers)),
+        steps=recipe.reconstruct,
+        timed_steps=timed_steps,
+    )
+    return extrapolate(entry, solving, scale)
+
+
+def extrapolate(entry: LayerEntry, solving: float, scale: Scale) -> float:
+    """Estimate the seconds of a run from one timed decoder layer.
+
+    Args:
+        entry: what was measured of the layer.
+        solving: seconds to solve all of its problems.
+        scale: from the layer to the run.
+    """
+    seconds = entry.seconds
     passing = seconds.get("capture", 0.0) + seconds.get("gram", 0.0)
-    if streams.pruned is not None and streams.dense is not None:
-        windows = dense_windows(recipe, layout, len(tokens), tokens.shape[1], len(batch))
-        passing -= max(0.0, (result.entry.passed_after or 0.0) - seconds.get("io", 0.0)) * (1 - windows / len(tokens))
-    passing *= len(tokens) / len(batch)
+    if scale.dense is not None:
+        dense_pass = max(0.0, (entry.passed_after or 0.0) - seconds.get("io", 0.0))
+        passing -= dense_pass * (1 - scale.dense / scale.windows)
+    passing *= scale.windows / scale.batch
     fixed = sum(value for phase, value in seconds.items() if phase not in ("capture", "gram", "reconstruct"))
-    matching = 0.0
-    if few_steps:
-        matching = seconds["reconstruct"] * passes(recipe.reconstruct, len(tokens)) / passes(few_steps, len(batch))
-    return (fixed + solving + matching) * sum(map(bool, layout.layers)) + passing * len(skeleton)
+    tuning = 0.0
+    if scale.timed_steps:
+        share = passes(scale.steps, scale.windows) / passes(scale.timed_steps, scale.batch)
+        tuning = seconds["reconstruct"] * share
+    return (fixed + solving + tuning) * scale.pruned + passing * scale.layers
 
 
-def _apart(problem: LayerProblem, patterns: Sequence[Constraint], recipe: Recipe) -> Iterator[tuple[LayerProblem, Constraint, int]]:
-    """Of each operator of a group the first of the parts it is solved in, that part's pattern, and how many parts there are."""
-    for _, parts in groupby(cut(problem.rows, problem.shape[1], patterns, recipe.steps), key=lambda part: part.operator):
-        first, *others = parts
-        yield part_of(problem, first), first.sparsity, 1 + len(others)
-
-
-def _solving(problem: LayerProblem, patterns: list[Constraint], recipe: Recipe) -> float:
-    """Seconds to solve a problem, estimated from its first rows where it has many."""
-    few = max(32, problem.shape[0] // 16)
-    if 2 * few >= problem.shape[0]:
-        return _seconds(problem, patterns, recipe)
-    once, twice = (_seconds(problem.slice(0, count), patterns[:1], recipe) for count in (few, 2 * few))
-    return once + max(twice - once, 0.0) * (problem.shape[0] - few) / few
+Timer = Callable[[LayerProblem, list[Constraint], Recipe], float]
+"""Seconds to solve a problem."""
 
 
 def _seconds(problem: LayerProblem, patterns: list[Constraint], recipe: Recipe) -> float:
     begin = time.perf_counter()
     solve(problem, patterns, recipe.steps)
     return time.perf_counter() - begin
+
+
+def time_solve(problem: LayerProblem, patterns: list[Constraint], recipe: Recipe, *, by_operator: bool, timer: Timer = _seconds) -> float:
+    """Estimate the seconds to solve a group of operators from its first rows.
+
+    The solve is timed on some rows and on twice as many, which separates what grows with the rows from what does not.
+
+    Args:
+        problem: the group.
+        patterns: pattern of each operator.
+        recipe: settings.
+        by_operator: the operators are solved one by one, in parts: one part of each is timed.
+        timer: solves a problem and returns the seconds.
+    """
+    if by_operator:
+        parts = _first_parts(problem, patterns, recipe)
+        return sum(count * _from_first_rows(part, [pattern], recipe, timer) for part, pattern, count in parts)
+    return _from_first_rows(problem, patterns, recipe, timer)
+
+
+def _first_parts(problem: LayerProblem, patterns: Sequence[Constraint], recipe: Recipe) -> Iterator[tuple[LayerProblem, Constraint, int]]:
+    """Yield each operator's first part, its pattern, and how many parts the operator has."""
+    for _, parts in groupby(cut(problem.rows, problem.shape[1], patterns, recipe.steps), key=lambda part: part.operator):
+        first, *others = parts
+        yield part_of(problem, first), first.sparsity, 1 + len(others)
+
+
+def _from_first_rows(problem: LayerProblem, patterns: list[Constraint], recipe: Recipe, timer: Timer) -> float:
+    few = max(32, problem.shape[0] // 16)
+    if 2 * few >= problem.shape[0]:
+        return timer(problem, patterns, recipe)
+    once, twice = (timer(problem.slice(0, count), patterns[:1], recipe) for count in (few, 2 * few))
+    return once + max(twice - once, 0.0) * (problem.shape[0] - few) / few
