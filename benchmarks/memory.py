@@ -83,7 +83,7 @@ def large(folder: Path, arguments: argparse.Namespace) -> None:
         f"time {report['totals']['seconds']:.0f} s, zeros {report['totals']['operator_zeros'] / report['totals']['operator_weights']:.4%}"
     )
     if arguments.plot:
-        from fistapruner.recipes.settings import parse_bytes
+        from fistapruner.recipes.loading import parse_bytes
 
         lines = {f"checkpoint, {size_of(model) / GIB:.2f} GiB": size_of(model), f"limit, {arguments.limit}": parse_bytes(arguments.limit)}
         plot({f"7B shapes, {arguments.layers} layers": curve}, lines, arguments.plot)

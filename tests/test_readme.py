@@ -11,7 +11,8 @@ import torch
 
 import tiny
 from fistapruner.cli import build_parser, main
-from fistapruner.recipes.settings import Recipe, shipped_recipes
+from fistapruner.recipes.loading import shipped_recipes
+from fistapruner.recipes.settings import Recipe
 
 ROOT = Path(__file__).parent.parent
 TEXT = "The quick brown fox jumps over the lazy dog, and then it does so again. " * 200

@@ -1,29 +1,36 @@
-"""FISTAPruner: make a trained language model sparse, and know what that did to it."""
+"""Make trained language models sparse after training, and measure what that costs and gains.
+
+Public names are imported on first use (PEP 562), so that ``import fistapruner`` and the quick verbs need no torch.
+"""
 
 import sys
-
-from .constraints import NM, Unstructured, parse_sparsity
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
 
 if sys.platform == "win32":
     raise ImportError("fistapruner runs on Linux and macOS; on Windows use the Windows Subsystem for Linux (WSL)")
 
 from .errors import FistaPrunerError
-from .evaluation.evaluate import evaluate
-from .pipeline.measure import bench_run, evaluate_run
-from .pipeline.prune import finish_run, prune, resume
-from .problem import LayerProblem
 from .recipes.renamed import RENAMED_FUNCTIONS
-from .recipes.settings import Recipe
-from .runs.records import Report
-from .runs.results import Evaluation
-from .solvers import solve
-from .solvers.base import Solution
-from .sparse.linear import SparseLinear
-from .sparse.load import load
-from .sparse.pack import pack, unpack
-from .sparse.semi_structured import to_semi_structured
-from .sparse.transformers_plugin import register_on_import
+from .sparse.import_hook import register_on_import
 
+if TYPE_CHECKING:
+    from .constraints import NM, Unstructured, parse_sparsity
+    from .evaluation.evaluate import evaluate
+    from .pipeline.measure import bench_run, evaluate_run
+    from .pipeline.prune import finish_run, prune, resume
+    from .problem import LayerProblem
+    from .recipes.settings import Recipe
+    from .runs.records import Report
+    from .runs.results import Evaluation
+    from .solvers import solve
+    from .solvers.base import Solution
+    from .sparse.linear import SparseLinear
+    from .sparse.load import load
+    from .sparse.pack import pack, unpack
+    from .sparse.semi_structured import to_semi_structured
+
+__version__ = "0.1.0"
 __all__ = [
     "NM",
     "Evaluation",
@@ -47,13 +54,37 @@ __all__ = [
     "to_semi_structured",
     "unpack",
 ]
-__version__ = "0.1.0"
+
+_MODULES = {
+    "constraints": ("NM", "Unstructured", "parse_sparsity"),
+    "evaluation.evaluate": ("evaluate",),
+    "pipeline.measure": ("bench_run", "evaluate_run"),
+    "pipeline.prune": ("finish_run", "prune", "resume"),
+    "problem": ("LayerProblem",),
+    "recipes.settings": ("Recipe",),
+    "runs.records": ("Report",),
+    "runs.results": ("Evaluation",),
+    "solvers": ("solve",),
+    "solvers.base": ("Solution",),
+    "sparse.linear": ("SparseLinear",),
+    "sparse.load": ("load",),
+    "sparse.pack": ("pack", "unpack"),
+    "sparse.semi_structured": ("to_semi_structured",),
+}
 
 
-def __getattr__(name: str) -> object:
+def __getattr__(name: str) -> Any:
+    for module, names in _MODULES.items():
+        if name in names:
+            value = globals()[name] = getattr(import_module(f".{module}", __name__), name)
+            return value
     if name in RENAMED_FUNCTIONS:
         raise FistaPrunerError(f"fistapruner.{name} is called fistapruner.{RENAMED_FUNCTIONS[name]}")
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})
 
 
 # AutoModelForCausalLM.from_pretrained finds packed folders once this package is imported.

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from mutations import damaged, damaged_json, fuzz
 
 from fistapruner import FistaPrunerError, Recipe
-from fistapruner.recipes.settings import shipped_recipes
+from fistapruner.recipes.loading import shipped_recipes
 from fistapruner.runs.journal import LayerJournal
 from fistapruner.runs.records import LayerEntry
 

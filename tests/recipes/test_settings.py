@@ -13,7 +13,7 @@ import tiny
 from fistapruner import FistaPrunerError, LayerProblem, Recipe, prune, solve
 from fistapruner.cli import main
 from fistapruner.constraints import NM
-from fistapruner.recipes.settings import load_recipe_settings, merge, parse_bytes, parse_value
+from fistapruner.recipes.loading import load_recipe_settings, merge, parse_bytes, parse_value
 from fistapruner.solvers.fista import Fista
 
 PARALLEL = {"execution": {"executor": "process"}}

@@ -25,7 +25,7 @@ from fistapruner.cli import main
 from fistapruner.evaluation.scoring import perplexity_of
 from fistapruner.reporting.advice import advice
 from fistapruner.reporting.evaluation_text import evaluation_text
-from fistapruner.reporting.figures import hardest
+from fistapruner.reporting.layer_errors import hardest
 from fistapruner.reporting.model_card import model_card
 from fistapruner.reporting.status_text import status_facts, status_text
 from fistapruner.runs.records import VERSION, Report, load_run, parse
@@ -158,7 +158,8 @@ def test_what_dense_weights_would_leave_is_no_operators_loss() -> None:
 
 
 def test_the_allocation_that_advice_gives_is_understood() -> None:
-    from fistapruner.recipes.settings import matches, parse_yaml
+    from fistapruner.recipes.loading import parse_yaml
+    from fistapruner.recipes.patterns import matches
 
     line = next(line for line in advice(samples.report()) if '--allocation "' in line)
     mapping = parse_yaml(re.search(r'--allocation "(\{.*\})"', line)[1], "advice")  # type: ignore[index]

@@ -31,6 +31,9 @@ VERBS: dict[str, str] = {
     "methods": "methods",
 }
 
+QUIET = {"TOKENIZERS_PARALLELISM": "false", "TRANSFORMERS_VERBOSITY": "error", "HF_HUB_DISABLE_PROGRESS_BARS": "1"}
+"""Environment variables that keep other libraries quiet. Importing transformers to say so would take seconds."""
+
 
 def build_parser() -> argparse.ArgumentParser:
     """The parser of all verbs."""
@@ -121,8 +124,10 @@ def _readers_may_leave() -> Iterator[None]:
 
 def _quieten() -> None:
     """Keep other libraries' bars and advice out of our output; their errors still show."""
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    from transformers.utils import logging
+    for name, value in QUIET.items():
+        os.environ.setdefault(name, value)
+    if "transformers" in sys.modules:  # too late for environment variables
+        from transformers.utils import logging
 
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
+        logging.set_verbosity_error()
+        logging.disable_progress_bar()

@@ -62,7 +62,7 @@ def run(arguments: argparse.Namespace) -> int:
     from ..errors import FistaPrunerError
     from ..evaluation.evaluate import evaluate
     from ..pipeline.measure import evaluate_run, is_run
-    from ..recipes.settings import parse_bytes
+    from ..recipes.loading import parse_bytes
     from ..reporting.evaluation_text import evaluation_text
     from ..runs.results import Evaluation
     from .progress import choose_listener

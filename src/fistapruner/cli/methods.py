@@ -1,6 +1,9 @@
-"""List the solvers and refinements, their settings and where they come from.
+"""List the solvers and refinements, or describe one of them with its settings.
 
-Chain them with '+': --method wanda+refit, --method alps+swap.
+Chain them with '+': --method wanda+refit, --method alps+swap. Settings of a method are given in a recipe file.
+
+  fistapruner methods
+  fistapruner methods fista
 """
 
 from __future__ import annotations
@@ -12,32 +15,50 @@ SUMMARY = "list the pruning methods"
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("name", nargs="?", metavar="NAME", help="describe this method and its settings")
     parser.add_argument("--json", action="store_true", help="print machine-readable JSON")
 
 
 def run(arguments: argparse.Namespace) -> int:
-    from ..solvers import METHODS
+    if arguments.name:
+        _print_method(arguments.name, as_json=arguments.json)
+    else:
+        _print_list(as_json=arguments.json)
+    return 0
 
-    if arguments.json:
-        table = {
-            name: {
-                "summary": method.summary,
-                "reference": method.reference,
-                "refines": method.refines,
-                "settings": method.model_json_schema().get("properties", {}),
-            }
-            for name, method in METHODS.items()
-        }
-        print(json.dumps(table, indent=2))
-        return 0
+
+def _print_list(*, as_json: bool) -> None:
+    from ..solvers.catalogue import CATALOGUE
+
+    if as_json:
+        rows = {entry.name: {"summary": entry.summary, "reference": entry.reference, "refines": entry.refines} for entry in CATALOGUE}
+        print(json.dumps(rows, indent=2))
+        return
     for refines, title in ((False, "Solvers"), (True, "Refinements (after a solver: wanda+refit)")):
         print(title)
-        for name, method in METHODS.items():
-            if method.refines is refines:
-                print(f"  {name:<12} {method.summary}")
-                defaults = ", ".join(f"{key}={field.default}" for key, field in method.model_fields.items())
-                if defaults:
-                    print(f"  {'':<12} settings: {defaults}")
-                if method.reference:
-                    print(f"  {'':<12} {method.reference}")
-    return 0
+        for entry in CATALOGUE:
+            if entry.refines is refines:
+                print(f"  {entry.name:<12} {entry.summary}")
+                print(f"  {'':<12} {entry.reference}")
+    print("Settings of one method: fistapruner methods NAME")
+
+
+def _print_method(name: str, *, as_json: bool) -> None:
+    from ..errors import FistaPrunerError
+    from ..solvers import METHODS
+    from ..solvers.catalogue import CATALOGUE
+
+    found = [entry for entry in CATALOGUE if entry.name == name]
+    if not found:
+        raise FistaPrunerError(f"method {name!r} is not known: one of {', '.join(entry.name for entry in CATALOGUE)}")
+    (entry,) = found
+    method = METHODS[name]
+    if as_json:
+        facts = {"name": name, "summary": entry.summary, "reference": entry.reference, "refines": entry.refines}
+        print(json.dumps({**facts, "settings": method.model_json_schema().get("properties", {})}, indent=2))
+        return
+    print(f"{name}: {entry.summary}\n{entry.reference}")
+    for key, field in method.model_fields.items():
+        print(f"  {key} = {json.dumps(field.default)}")
+        if field.description:
+            print(f"      {field.description}")

@@ -140,7 +140,7 @@ def recipe_settings(arguments: argparse.Namespace) -> dict[str, Any]:
     Raises:
         FistaPrunerError: an unknown recipe, or an allocation that is not YAML.
     """
-    from ..recipes.settings import load_recipe_settings, merge, parse_value
+    from ..recipes.loading import load_recipe_settings, merge, parse_value
 
     name = arguments.recipe or arguments.quality
     base = load_recipe_settings(name) if name else {}

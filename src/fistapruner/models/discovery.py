@@ -16,7 +16,8 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from ..errors import FistaPrunerError
-from ..recipes.settings import Recipe, matches
+from ..recipes.patterns import matches
+from ..recipes.settings import Recipe
 from .layerwise import Call, LayerwiseModel
 
 

@@ -28,7 +28,8 @@ from ..evaluation.data import load_windows
 from ..evaluation.evaluate import evaluate as run_evaluation
 from ..execution.context import open_model
 from ..models.source import ModelSource, Permissions
-from ..recipes.settings import Recipe, merge
+from ..recipes.loading import merge
+from ..recipes.settings import Recipe
 from ..reporting.comparison import comparison_markdown
 from ..reporting.write import write_page
 from ..runs.lineage import update_stage, write_lineage

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from ..errors import FistaPrunerError
-from ..recipes.settings import load_recipe_settings, merge, parse_value, shipped_recipes
+from ..recipes.loading import load_recipe_settings, merge, parse_value, shipped_recipes
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,8 @@ from ..models.discovery import Layout, discover
 from ..models.layerwise import LayerwiseModel
 from ..models.source import Permissions
 from ..planning.plan import Plan, make_plan
-from ..recipes.settings import Recipe, matches
+from ..recipes.patterns import matches
+from ..recipes.settings import Recipe
 from ..runtime.devices import cpu_threads, worker_devices
 from ..runtime.numerics import windows_at_once
 from ..sensitivity.decision import check_allocation

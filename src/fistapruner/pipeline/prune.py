@@ -14,7 +14,8 @@ from ..execution.context import RunContext
 from ..execution.executors import prune_layers
 from ..models.source import Permissions
 from ..problem import LayerProblem
-from ..recipes.settings import Recipe, merge
+from ..recipes.loading import merge
+from ..recipes.settings import Recipe
 from ..runs.decision import EvaluationRequest, PruneRecord
 from ..runs.listener import Listener
 from ..runs.lock import hold, preparing

@@ -7,11 +7,12 @@ from collections.abc import Iterable, Sequence
 from statistics import median
 from typing import Any
 
-from ..runs.records import LayerEntry, OperatorEntry, Report
+from ..runs.records import LayerEntry, Report
 from ..runtime.formatting import duration, significant
 from ..solvers import METHODS
 from ..solvers.base import Trace
 from .drawing import HEAT, HEAT_LEVELS, INK, SERIES, SURFACE, Drawing, draw, heat_level, style
+from .layer_errors import hardest, mean_error
 
 PHASES = ("capture", "gram", "solve", "reconstruct", "io", "write")
 
@@ -28,12 +29,6 @@ def layer_figures(report: Report) -> dict[str, Drawing]:
         time_by_layer(report.layers),
     ]
     return {drawing.key: drawing for drawing in drawings if drawing is not None}
-
-
-def hardest(layers: Sequence[LayerEntry], count: int) -> list[tuple[LayerEntry, OperatorEntry]]:
-    """The operators whose error pruning has raised most, largest first."""
-    pairs = [(layer, operator) for layer in layers for operator in layer.operators if operator.loss is not None]
-    return sorted(pairs, key=lambda pair: -(pair[1].loss or 0.0))[:count]
 
 
 def short_name(name: str) -> str:
@@ -346,12 +341,6 @@ def time_by_layer(layers: Sequence[LayerEntry]) -> Drawing | None:
         description="Stacked bars. In all: " + ", ".join(f"{phase} {duration(value)}" for phase, value in totals.items()) + ".",
         table=(["phase", "seconds"], [[phase, significant(value)] for phase, value in totals.items()]),
     )
-
-
-def mean_error(layer: LayerEntry) -> float | None:
-    """Mean relative error of a layer's operators."""
-    errors = [operator.relative_error for operator in layer.operators if operator.relative_error is not None]
-    return sum(errors) / len(errors) if errors else None
 
 
 def _percentage(share: Any) -> float | None:

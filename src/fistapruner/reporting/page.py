@@ -15,9 +15,10 @@ from ..runtime.formatting import count, duration, p_value, pattern, percent, sho
 from .advice import advice
 from .drawing import Drawing
 from .evaluation_text import item_count, protocol
-from .figures import hardest, layer_figures
+from .figures import layer_figures
 from .figures_quality import quality_figures
 from .html import facts, moment, page, section, table, tiles
+from .layer_errors import hardest
 from .lineage_text import lineage_lines
 from .model_card import base_model
 from .size_and_speed import dense_speed, packed_speeds, size_rows, speed_protocol, speed_rows, speed_table, speeds

@@ -7,7 +7,7 @@ from typing import Any
 
 from ..runs.records import Report
 from ..runtime.formatting import duration, percent
-from .figures import hardest, mean_error
+from .layer_errors import hardest, mean_error
 
 
 def status_facts(report: Report, now: datetime | None = None) -> dict[str, Any]:

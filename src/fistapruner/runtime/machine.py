@@ -7,10 +7,13 @@ import platform
 from datetime import UTC, datetime
 from importlib import metadata
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import psutil
-import torch
 from pydantic import BaseModel, ConfigDict
+
+if TYPE_CHECKING:
+    import torch
 
 INSTRUCTIONS = ("avx2", "avx512f", "avx512_vnni", "avx512_bf16", "avx512_vbmi2", "amx_bf16", "amx_int8")
 
@@ -40,7 +43,9 @@ class Machine(BaseModel):
 
 
 def describe_machine(device: torch.device) -> Machine:
-    """Processor, memory and device, for the report."""
+    """Describe processor, memory and device, for the report."""
+    import torch  # here, so that reading a report does not need it
+
     name, flags = platform.processor(), set()
     cpuinfo = Path("/proc/cpuinfo")
     if cpuinfo.exists():

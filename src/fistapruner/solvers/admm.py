@@ -35,8 +35,6 @@ class ADMM(Method):
     """
 
     name: ClassVar[str] = "admm"
-    summary: ClassVar[str] = "ADMM weight update, sparsity grows over the first steps"
-    reference: ClassVar[str] = "Boza 2024, arXiv 2401.02938"
 
     rho: float = Field(1.0, gt=0.0)
     iterations: int = Field(20, ge=1)

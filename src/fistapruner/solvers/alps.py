@@ -36,8 +36,6 @@ class ALPS(Method):
     """
 
     name: ClassVar[str] = "alps"
-    summary: ClassVar[str] = "ADMM with hard thresholding and growing penalty, then conjugate gradients"
-    reference: ClassVar[str] = "Meng et al. 2024, arXiv 2406.07831"
     trace: ClassVar[Trace | None] = SUPPORT_CHANGE
 
     rho: float = Field(0.1, gt=0.0)

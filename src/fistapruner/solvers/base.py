@@ -2,7 +2,7 @@
 
 A *solver* computes a solution from the problem alone; it may start from the previous step's solution. A *refinement*
 improves the previous step's solution. Both have the same interface and can be chained: ``wanda+refit``,
-``sparsegpt+fista+refit+swap``. To add one, write one file with one class and name it in ``solvers/__init__.py``. It is
+``sparsegpt+fista+refit+swap``. To add one, write one file with one class and add a line to ``solvers/catalogue.py``. It is
 then available in recipes, on the command line, in ``compare`` and in the property tests.
 """
 
@@ -95,8 +95,6 @@ class Method(BaseModel, ABC):
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
     name: ClassVar[str]
-    summary: ClassVar[str]
-    reference: ClassVar[str] = ""
     refines: ClassVar[bool] = False
     """Whether it is a refinement, which needs the solution of a previous step."""
     auto_keeps_paper_settings: ClassVar[bool] = True

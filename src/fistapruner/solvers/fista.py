@@ -57,8 +57,6 @@ class Fista(Method):
     """
 
     name: ClassVar[str] = "fista"
-    summary: ClassVar[str] = "FISTAPruner: l1 by FISTA, rounding, adaptive lambda (to the letter of the paper: --recipe paper)"
-    reference: ClassVar[str] = "Zhao et al. 2024, arXiv 2408.03728"
     propagate: ClassVar[Literal["dense", "pruned"]] = "dense"
     dense_target: ClassVar[float] = 1.0
     refit_helps: ClassVar[bool] = True

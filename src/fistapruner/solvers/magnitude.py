@@ -16,8 +16,6 @@ class Magnitude(Method):
     """Drop the smallest ``|W|`` of each operator; kept weights are not updated and no data is used."""
 
     name: ClassVar[str] = "magnitude"
-    summary: ClassVar[str] = "drops the smallest weights of each operator; uses no data"
-    reference: ClassVar[str] = "Han et al. 2015, arXiv 1506.02626"
     refit_helps: ClassVar[bool] = True
 
     def solve(self, problem: LayerProblem, sparsity: Sequence[Constraint], start: Solution | None = None) -> Solution:

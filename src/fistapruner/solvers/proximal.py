@@ -57,8 +57,6 @@ class Proximal(Method):
     """
 
     name: ClassVar[str] = "proximal"
-    summary: ClassVar[str] = "proximal splitting with hard thresholds in the OBS metric, then refit (default)"
-    reference: ClassVar[str] = "this project; splitting: Lions & Mercier 1979; growing penalty: ALPS, arXiv 2406.07831"
     auto_keeps_paper_settings: ClassVar[bool] = False
     dense_target: ClassVar[float] = 0.5
     trace: ClassVar[Trace | None] = SUPPORT_CHANGE

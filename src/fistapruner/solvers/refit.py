@@ -33,8 +33,6 @@ class Refit(Method):
     """
 
     name: ClassVar[str] = "refit"
-    summary: ClassVar[str] = "least squares on the mask of the step before"
-    reference: ClassVar[str] = "conjugate gradients: Hestenes & Stiefel 1952; per-row steps as in ALPS, arXiv 2406.07831"
     refines: ClassVar[bool] = True
 
     solver: Literal["cg", "exact"] = "cg"

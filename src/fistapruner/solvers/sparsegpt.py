@@ -32,8 +32,6 @@ class SparseGPT(Method):
     """
 
     name: ClassVar[str] = "sparsegpt"
-    summary: ClassVar[str] = "column by column, remaining weights compensate (one pass)"
-    reference: ClassVar[str] = "Frantar & Alistarh 2023, arXiv 2301.00774"
     refit_helps: ClassVar[bool] = True
 
     damping: float = Field(0.01, ge=0.0)

@@ -39,8 +39,6 @@ class Swap(Method):
     """
 
     name: ClassVar[str] = "swap"
-    summary: ClassVar[str] = "exchange kept and dropped weights of a row while that lowers its error"
-    reference: ClassVar[str] = "single exchanges for best subsets, Miller 2002; the sweep operator, Goodnight 1979"
     refines: ClassVar[bool] = True
 
     swaps: int = Field(32, ge=1)

@@ -16,8 +16,6 @@ class Wanda(Method):
     """Drop the lowest ``|W_ij| sqrt(H_jj)`` of each row; kept weights are not updated (Sun et al., eq. 1)."""
 
     name: ClassVar[str] = "wanda"
-    summary: ClassVar[str] = "magnitude times input norm, row by row; no weight update"
-    reference: ClassVar[str] = "Sun et al. 2023, arXiv 2306.11695"
     refit_helps: ClassVar[bool] = True
 
     def solve(self, problem: LayerProblem, sparsity: Sequence[Constraint], start: Solution | None = None) -> Solution:

@@ -8,12 +8,7 @@ checked reader. The result is an ordinary dense model.
 from __future__ import annotations
 
 import re
-import sys
-from importlib.abc import MetaPathFinder
-from importlib.machinery import ModuleSpec
-from importlib.util import find_spec
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import torch
@@ -23,39 +18,6 @@ from ..errors import FistaPrunerError
 from ..models.names import stored_names
 from .format import QUANT_METHOD
 from .pack import PackedCheckpoint
-
-REGISTRY = "transformers.quantizers.auto"
-
-
-class _AfterImport(MetaPathFinder):
-    """Import hook that registers the format when transformers imports its registry.
-
-    Importing the registry at once would take a second, which most commands do not need.
-    """
-
-    def find_spec(self, fullname: str, path: Any, target: ModuleType | None = None) -> ModuleSpec | None:
-        if fullname != REGISTRY:
-            return None
-        sys.meta_path.remove(self)
-        spec = find_spec(fullname)
-        if spec is None or spec.loader is None:
-            return spec
-        run = spec.loader.exec_module
-
-        def run_and_register(module: ModuleType) -> None:
-            run(module)
-            register()
-
-        spec.loader.exec_module = run_and_register  # type: ignore[method-assign]
-        return spec
-
-
-def register_on_import() -> None:
-    """Register the format now if transformers has loaded its registry, else when it does."""
-    if REGISTRY in sys.modules:
-        register()
-    elif not any(isinstance(finder, _AfterImport) for finder in sys.meta_path):
-        sys.meta_path.insert(0, _AfterImport())
 
 
 def register() -> bool:

@@ -1,0 +1,114 @@
+"""Read settings as users write them: YAML, sizes, recipe files and the recipes that come with the package."""
+
+from __future__ import annotations
+
+import re
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from ..errors import FistaPrunerError
+
+
+class _PlainLoader(yaml.SafeLoader):
+    """YAML without aliases, a few nested ones of which stand for more text than any memory holds once a message prints them; numbers
+    are those of YAML 1.2, so that ``2:4`` is a pattern and not 124 (base 60), and nothing is a date.
+    """
+
+    def compose_node(self, parent: Any, index: Any) -> Any:
+        if self.check_event(yaml.events.AliasEvent):
+            raise yaml.YAMLError(f"aliases (*{self.peek_event().anchor}) are not read: write the value out")
+        return super().compose_node(parent, index)
+
+
+_PlainLoader.yaml_implicit_resolvers = {
+    first: [(tag, pattern) for tag, pattern in resolvers if tag.rpartition(":")[2] not in ("int", "float", "timestamp")]
+    for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
+}
+_PlainLoader.add_implicit_resolver("tag:yaml.org,2002:int", re.compile(r"[-+]?[0-9]+$"), list("-+0123456789"))
+_PlainLoader.add_implicit_resolver(
+    "tag:yaml.org,2002:float",
+    re.compile(r"(?:[-+]?(?:\.[0-9]+|[0-9]+(?:\.[0-9]*)?)(?:[eE][-+]?[0-9]+)?|[-+]?\.(?:inf|Inf|INF)|\.(?:nan|NaN|NAN))$"),
+    list("-+.0123456789"),
+)
+
+
+def parse_value(text: str, origin: str) -> Any:
+    """Safe-load a YAML value.
+
+    Raises:
+        FistaPrunerError: the text is not YAML.
+    """
+    try:
+        return yaml.load(text, _PlainLoader)
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
+        raise FistaPrunerError(f"{origin} is not valid YAML: {' '.join(str(error).split())}") from None
+
+
+def parse_yaml(text: str, origin: str) -> dict[str, Any]:
+    """Safe-load a YAML mapping.
+
+    Raises:
+        FistaPrunerError: the text is not YAML or not a mapping.
+    """
+    settings = parse_value(text, origin)
+    if settings is None:
+        return {}
+    if not isinstance(settings, dict) or not all(isinstance(key, str) for key in settings):
+        raise FistaPrunerError(f"{origin} is not a mapping of settings to values")
+    return settings
+
+
+def shipped_recipes() -> dict[str, str]:
+    """Name and YAML text of the recipes that come with the package."""
+    folder = resources.files(__package__) / "shipped"
+    files = sorted((entry for entry in folder.iterdir() if entry.name.endswith(".yaml")), key=lambda entry: entry.name)
+    return {file.name.removesuffix(".yaml"): file.read_text("utf-8") for file in files}
+
+
+def load_recipe_settings(name_or_file: str) -> dict[str, Any]:
+    """Settings of a shipped recipe (``best``) or of a YAML file.
+
+    Raises:
+        FistaPrunerError: neither exists, or the file is not a mapping.
+    """
+    shipped = shipped_recipes()
+    if name_or_file in shipped:
+        return parse_yaml(shipped[name_or_file], f"recipe {name_or_file}")
+    path = Path(name_or_file)
+    if not path.is_file():
+        raise FistaPrunerError(f"recipe {name_or_file!r} is neither a file nor a shipped recipe ({', '.join(shipped)})")
+    try:
+        return parse_yaml(path.read_text("utf-8"), str(path))
+    except UnicodeDecodeError:
+        raise FistaPrunerError(f"recipe {path} is not UTF-8 text") from None
+
+
+def merge(base: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
+    """``base`` with ``changes`` over it, section by section; None in ``changes`` means "not said"."""
+    merged = dict(base)
+    for key, value in changes.items():
+        if value is None:
+            continue
+        if isinstance(value, dict) and key in ("calibration", "execution"):
+            section = merged.get(key) or {}
+            # A section that is no mapping is left as it is, for the recipe to be refused by its name.
+            merged[key] = merge(section, value) if isinstance(section, dict) else section
+        else:
+            merged[key] = value
+    return merged
+
+
+def parse_bytes(text: str) -> int:
+    """Bytes from ``"8GiB"``, ``"500MB"`` or ``"1e9"``.
+
+    Raises:
+        ValueError: not a size.
+    """
+    match = re.fullmatch(r"\s*([0-9]+\.?[0-9]*(?:e[0-9]{1,2})?)\s*([kmgt]?)(i?)b?\s*", text.lower())
+    if not match:
+        raise ValueError(f"{text!r} is not a size: write 8GiB, 500MB or a number of bytes")
+    base = 1024 if match[3] or not match[2] else 1000
+    return int(float(match[1]) * base ** " kmgt".index(match[2] or " "))

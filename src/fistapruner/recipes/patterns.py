@@ -1,0 +1,25 @@
+"""Match names of operators: plain names and ``re:`` patterns."""
+
+from __future__ import annotations
+
+import re
+
+
+def check_pattern(pattern: str) -> None:
+    """Refuse a ``re:`` pattern that does not compile.
+
+    Raises:
+        ValueError: names the pattern and the fault.
+    """
+    if pattern.startswith("re:"):
+        try:
+            re.compile(pattern[3:])
+        except re.error as error:
+            raise ValueError(f"{pattern!r} is not a regular expression: {error}") from None
+
+
+def matches(name: str, pattern: str) -> bool:
+    """Whether an operator name matches: ``re:`` patterns search, plain ones equal the name or end it at a dot."""
+    if pattern.startswith("re:"):
+        return re.search(pattern[3:], name) is not None
+    return name == pattern or name.endswith("." + pattern)

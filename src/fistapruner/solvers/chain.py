@@ -1,0 +1,148 @@
+"""Read a chain of methods as users write it, and run it on a layer problem."""
+
+from __future__ import annotations
+
+import math
+import threading
+import time
+from collections.abc import Sequence
+from dataclasses import replace
+from importlib import import_module
+
+import torch
+
+from ..constraints import Constraint, parse_sparsity
+from ..errors import FistaPrunerError, explain
+from ..problem import LayerProblem
+from .base import Method, Solution
+from .catalogue import CATALOGUE
+
+METHODS: dict[str, type[Method]] = {
+    entry.name: getattr(import_module(f".{entry.module}", __package__), entry.class_name) for entry in CATALOGUE
+}
+"""Classes of the methods by name."""
+
+ONE_AT_A_TIME = threading.RLock()
+"""Held by :func:`solve`, which changes the precision of products, a setting of the whole process."""
+
+Steps = str | Method | Sequence["str | dict[str, object] | Method"]
+
+
+def parse_method(value: Steps) -> tuple[Method, ...]:
+    """Read a method as users write it.
+
+    Args:
+        value: a name (``"fista"``), names joined by ``+`` (``"alps+swap"``), or a list of names, of one-entry
+            dictionaries with settings (``[sparsegpt, {fista: {iterations: 50}}, refit]``) or of method objects.
+
+    Raises:
+        FistaPrunerError: an unknown name or setting, or a refinement with nothing before it.
+    """
+    if isinstance(value, (Method, dict)):
+        value = [value]
+    if isinstance(value, str):
+        value = value.split("+")
+    if not isinstance(value, (list, tuple)):
+        raise FistaPrunerError(f"method {value!r} is not a name, names joined by '+', or a list of names and settings")
+    steps = tuple(_parse_step(step) for step in value)
+    if not steps:
+        raise FistaPrunerError("method is empty: name one of " + ", ".join(METHODS))
+    if steps[0].refines:
+        first = steps[0].name
+        raise FistaPrunerError(f"method {first!r} refines another solution: put a solver before it, such as wanda+{first}")
+    return steps
+
+
+def _parse_step(step: object) -> Method:
+    if isinstance(step, Method):
+        return step
+    settings: object = {}
+    if isinstance(step, dict):
+        if len(step) != 1:
+            raise FistaPrunerError(f"method step {step!r} is not one name with its settings, such as {{fista: {{iterations: 50}}}}")
+        ((step, settings),) = step.items()
+    name = str(step).strip()
+    if name not in METHODS:
+        raise FistaPrunerError(f"method {name!r} is not known: one of {', '.join(METHODS)}")
+    try:
+        return METHODS[name].model_validate(settings or {})
+    except ValueError as error:
+        raise FistaPrunerError(f"method {name}: {explain(error)}") from None
+
+
+def check_constraint(constraint: Constraint, columns: int, steps: Sequence[Method], name: str = "operator") -> None:
+    """Refuse a constraint that does not fit an operator or that a step does not support.
+
+    Raises:
+        FistaPrunerError: names the operator and its inputs, or the step and the methods that support the constraint.
+    """
+    constraint.check(columns, name)
+    for step in steps:
+        if not step.supports(constraint):
+            able = ", ".join(other for other, method in METHODS.items() if method().supports(constraint))
+            raise FistaPrunerError(f"method {step.name!r} does not support the pattern {constraint}: take one of {able}")
+
+
+def solve(
+    problem: LayerProblem,
+    sparsity: str | float | Constraint | Sequence[Constraint],
+    method: Steps = "proximal",
+) -> Solution:
+    """Prune the operators of a layer problem.
+
+    Calls from several threads run one after another, so that each call returns the same bits as on its own.
+
+    Args:
+        problem: the layer problem.
+        sparsity: one constraint for all operators, or one for each.
+        method: a method or a chain (see :func:`parse_method`).
+
+    Returns:
+        The solution. For each operator its ``stats`` hold ``relative_error`` and, under ``steps``, one record for
+        each step: the method, its error, its seconds (of all operators together) and what the solver recorded.
+
+    Raises:
+        FistaPrunerError: bad settings, a constraint that does not fit or is not supported, NaN in the data, or
+            settings so extreme that the solution is not finite.
+    """
+    if not isinstance(problem, LayerProblem):
+        raise FistaPrunerError(f"problem is a {type(problem).__name__}, expected a LayerProblem")
+    steps = parse_method(method)
+    if isinstance(sparsity, Sequence) and not isinstance(sparsity, str):
+        parsed = [parse_sparsity(pattern) for pattern in sparsity]
+    else:
+        parsed = [parse_sparsity(sparsity)] * len(problem.rows)
+    if len(parsed) != len(problem.rows):
+        raise FistaPrunerError(f"{problem.label}: {len(parsed)} sparsities for {len(problem.rows)} operators")
+    for pattern, name in zip(parsed, problem.names, strict=True):
+        check_constraint(pattern, problem.shape[1], steps, name)
+    problem.check_finite()
+    with ONE_AT_A_TIME:
+        return _run_steps(problem, parsed, steps)
+
+
+def _run_steps(problem: LayerProblem, parsed: Sequence[Constraint], steps: Sequence[Method]) -> Solution:
+    """Run a chain after its settings, constraints and data have been checked."""
+    solution: Solution | None = None
+    records: list[list[dict[str, object]]] = [[] for _ in problem.rows]
+    warnings: list[str] = []
+    for step in steps:
+        begin = time.perf_counter()
+        if all(pattern.zeros(rows, problem.shape[1]) == 0 for pattern, rows in zip(parsed, problem.rows, strict=True)):
+            solution = Solution(problem.weight.clone(), torch.ones_like(problem.weight, dtype=torch.bool))
+        else:
+            solution = step.solve(problem, parsed, solution)
+        seconds = time.perf_counter() - begin
+        warnings += solution.warnings
+        errors = problem.relative_errors(solution.weight)
+        if not all(map(math.isfinite, errors)) and not bool(solution.weight.isfinite().all()):
+            said = step.model_dump(exclude_defaults=True) or "its defaults"
+            raise FistaPrunerError(
+                f"{problem.label}: {step.name} with {said} ended in NaN or infinite weights: take settings nearer to the defaults"
+            )
+        for index, record in enumerate(records):
+            extra = solution.stats[index] if solution.stats else {}
+            record.append({"method": step.name, "relative_error": errors[index], "seconds": seconds, **extra})
+    assert solution is not None
+    stats = tuple({"relative_error": record[-1]["relative_error"], "steps": record} for record in records)
+    return replace(solution, stats=stats, warnings=tuple(warnings))
