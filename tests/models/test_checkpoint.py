@@ -285,6 +285,7 @@ def test_a_narrower_model_loads_in_transformers_and_is_the_model_cut_by_hand(
     assert out.names() == source.names()
     if kind == "sharded":
         metadata = json.loads((tmp_path / "out" / "model.safetensors.index.json").read_text())["metadata"]
+        assert metadata["total_parameters"] == loaded.num_parameters()
         assert metadata["total_size"] == out.nbytes == source.nbytes - 3 * 3 * 16 * 32 * 2
     run = LayerwiseModel(out, torch.device("cpu"))
     with run.layer(1) as layer:

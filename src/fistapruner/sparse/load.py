@@ -118,7 +118,7 @@ def _build(source: PackedCheckpoint, config: Any, dtype: torch.dtype, packed: bo
 
 
 def _fault(path: Path, what: str, error: Exception) -> FistaPrunerError:
-    """The error of a file that transformers refuses, with its reason in one line."""
+    """Make the error of a file that transformers refuses, with its reason in one line."""
     return FistaPrunerError(f"{path} {what}: {' '.join(str(error).split())[:200] or type(error).__name__}")
 
 

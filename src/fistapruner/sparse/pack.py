@@ -6,7 +6,6 @@ Both directions go tensor by tensor. A folder is written under a temporary name 
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,10 +17,10 @@ from torch import Tensor
 from ..constraints import NM, parse_sparsity
 from ..errors import FistaPrunerError
 from ..models.files.checkpoint import PACKED_RECORD, PRUNING_RECORD, SINGLE, Checkpoint, WeightFile, inside, read_json
-from ..models.files.folder import checkpoint_folder, copy_companions, write_index
+from ..models.files.folder import checkpoint_folder, copy_companions, require_new, write_index
 from ..models.files.record import read_pruning_record, recorded_claims
 from ..models.files.safetensors import SafetensorsWriter, TensorEntry
-from ..runtime.files import disk_errors, sha256_file, write_json_atomic, write_text_atomic
+from ..runtime.files import sha256_file, write_json_atomic, write_text_atomic
 from .format import MAX_M, METADATA, QUANT_METHOD, VERSION, OperatorSpec, decode, encode, index_bits, operator_fault, read_specs
 from .packed import FLOATS, PackedOperator, pack_operator
 
@@ -81,7 +80,7 @@ def pack(
     if not isinstance(group, int) or group < 0 or group % 64:
         raise FistaPrunerError(f"group {group!r} is not a multiple of 64 columns (or 0 for a whole row)")
     source, out = Checkpoint.open(checkpoint), Path(out)
-    _check_place(source.folder, out)
+    require_new(out, source.folder)
     if (source.folder / PACKED_RECORD).exists():
         raise FistaPrunerError(f"{source.folder} is packed already")
     record = read_pruning_record(source.folder)
@@ -194,7 +193,7 @@ def unpack(packed: str | Path, out: str | Path) -> Path:
         FistaPrunerError: the packed folder is damaged, ``out`` exists, the disk is full.
     """
     source, out = PackedCheckpoint(packed), Path(out)
-    _check_place(source.folder, out)
+    require_new(out, source.folder)
     for name in source.specs:  # every operator is checked before the first byte is written
         source.operator(name)
     contents = source.contents()
@@ -314,15 +313,6 @@ def _pack_file(path: Path, file: WeightFile, plan: dict[str, _Planned], progress
             if progress:
                 progress(name)
     return entries
-
-
-def _check_place(source: Path, out: Path) -> None:
-    """Refuse an output that is there already or inside its source."""
-    with disk_errors(out):
-        if out.exists() or out.is_symlink():
-            raise FistaPrunerError(f"{out} exists already: remove it, or write to another folder")
-        if Path(os.path.realpath(out)).is_relative_to(os.path.realpath(source)):
-            raise FistaPrunerError(f"{out} is inside {source}, which it is made from: write to another folder")
 
 
 def model_card(report: PackReport, values: str) -> str:

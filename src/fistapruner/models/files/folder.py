@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -20,6 +21,19 @@ from ...runtime.files import (
 )
 from .checkpoint import INDEX, Checkpoint
 from .safetensors import TensorEntry
+
+
+def require_new(out: Path, source: Path | None = None) -> None:
+    """Refuse an output folder that exists already or lies inside its source.
+
+    Raises:
+        FistaPrunerError: names the folder and what is wrong with it.
+    """
+    with disk_errors(out):
+        if out.exists() or out.is_symlink():
+            raise FistaPrunerError(f"{out} exists already: remove it, or write to another folder")
+        if source is not None and Path(os.path.realpath(out)).is_relative_to(os.path.realpath(source)):
+            raise FistaPrunerError(f"{out} is inside {source}, which it is made from: write to another folder")
 
 
 @contextmanager
@@ -41,8 +55,7 @@ def checkpoint_folder(out: Path, nbytes: int = 0, *, resume: bool = False) -> It
         FistaPrunerError: ``out`` exists, the temporary folder holds files of others, or the disk is full or refuses the
             write.
     """
-    if out.exists():
-        raise FistaPrunerError(f"{out} exists already: remove it, or write to another folder")
+    require_new(out)
     require_space(out, nbytes)
     partial = out.with_name(out.name + PARTIAL)
     claim_folder(partial)

@@ -8,6 +8,7 @@ run is killed and comes back, shards whose bytes still match their record are ke
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -73,9 +74,7 @@ def write_checkpoint(
             write_text_atomic(partial / name, text)
             files.add(name)
         if source.index is not None:
-            metadata = read_json(source.folder, source.index).get("metadata")
-            entries = {shard.name: shard.entries for shard in shards}
-            write_index(partial, entries, metadata if isinstance(metadata, dict) else None)
+            write_index(partial, {shard.name: shard.entries for shard in shards}, _index_metadata(source, shards))
             files.add(INDEX)
         with disk_errors(partial):
             # Records of the shards, and what a killed attempt left, do not belong into a finished checkpoint.
@@ -149,6 +148,18 @@ def _shards(source: Checkpoint, shapes: Mapping[str, tuple[int, ...]], identity:
         )
         for name, file in source.files.items()
     ]
+
+
+def _index_metadata(source: Checkpoint, shards: list[_Shard]) -> dict[str, Any]:
+    """Copy the metadata of the source's index; the number of parameters follows the new shapes."""
+    assert source.index is not None
+    metadata = read_json(source.folder, source.index).get("metadata")
+    if not isinstance(metadata, dict):
+        return {}
+    if type(metadata.get("total_parameters")) is int:
+        change = sum(math.prod(entry.shape) - math.prod(source.entry(entry.name).shape) for shard in shards for entry in shard.entries)
+        metadata["total_parameters"] += change
+    return metadata
 
 
 def _as_stored(tensor: Tensor, entry: TensorEntry) -> Tensor:
