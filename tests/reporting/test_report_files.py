@@ -30,7 +30,7 @@ from fistapruner.reporting.model_card import model_card
 from fistapruner.reporting.status_text import status_facts, status_text
 from fistapruner.runs.records import VERSION, Report, load_run, parse
 from fistapruner.runs.results import Divergence, Evaluation
-from fistapruner.runtime.formatting import duration, p_value, percent, short_count, significant, size, with_error
+from fistapruner.runtime.formatting import align_columns, duration, p_value, percent, short_count, significant, size, with_error
 
 
 def unfinished(folder: Path, done: int = 3) -> Path:
@@ -203,6 +203,13 @@ def test_numbers_for_people() -> None:
     assert (percent(0.5), percent(0.123456), percent(None)) == ("50.0 %", "12.3 %", "–")
     assert (short_count(134515008), p_value(0.0001), p_value(0.15)) == ("135M", "p < 0.001", "p = 0.150")
     assert (with_error(25.321, 0.414), with_error(25.321, float("nan"))) == ("25.32 ± 0.41", "25.32")
+
+
+def test_columns_of_a_text_table_are_aligned() -> None:
+    rows = [("name", "zeros", ""), ("q", "1", "holds"), ("mlp.down_proj", "12345", "")]
+    lines = align_columns(rows, right=(1,)).splitlines()
+    assert lines == ["name           zeros", "q                  1  holds", "mlp.down_proj  12345"]
+    assert align_columns([]) == ""
 
 
 @given(st.floats(-1e300, 1e300) | st.just(float("nan")) | st.just(float("inf")), st.integers(1, 6))

@@ -48,6 +48,7 @@ def run(arguments: argparse.Namespace) -> int:
 
 def _print(found: Inspection, quiet: bool) -> None:
     from ..reporting.lineage_text import lineage_lines
+    from ..runtime.formatting import align_columns
 
     rows = [
         (
@@ -70,9 +71,7 @@ def _print(found: Inspection, quiet: bool) -> None:
             table.add_row(*row, style="red" if row[-1] == "VIOLATED" else None)
         Console(markup=False).print(table)  # names come from the checkpoint
     elif not quiet:
-        widths = [max(len(row[column]) for row in (headings, *rows)) for column in range(len(headings))]
-        for row in (headings, *rows):
-            print("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())
+        print(align_columns((headings, *rows)))
         print()
     pruned = found.pruned
     zeros, weights = sum(operator.zeros for operator in pruned), sum(operator.weights for operator in pruned)

@@ -28,7 +28,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
 def run(arguments: argparse.Namespace) -> int:
     from ..pipeline.plan import plan_model
     from ..recipes.settings import Recipe
-    from ..runtime.formatting import size
+    from ..runtime.formatting import align_columns, size
     from .prune import recipe_settings
 
     recipe = Recipe.build(recipe_settings(arguments))
@@ -45,6 +45,6 @@ def run(arguments: argparse.Namespace) -> int:
         return 0
     for sentence in plan.says:
         print(sentence)
-    for stage, nbytes in sorted(plan.stages.items(), key=lambda item: -item[1]):
-        print(f"  {size(nbytes):>10}  {stage}")
+    stages = sorted(plan.stages.items(), key=lambda item: -item[1])
+    print(align_columns([("", size(nbytes), stage) for stage, nbytes in stages], right=(1,)))
     return 0

@@ -3,17 +3,15 @@
 from __future__ import annotations
 
 from ..runs.records import CompareRow, Comparison
-from ..runtime.formatting import duration, size
+from ..runtime.formatting import align_columns, duration, size
 
 HEADER = ("method", "sparsity", "seed", "perplexity", "gap", "layer error", "time", "of it solving", "peak memory", "zeros")
 
 
 def comparison_table(comparison: Comparison) -> str:
     """The rows in aligned columns, the protocol above them."""
-    rows = [HEADER, *(_cells(row) for row in comparison.rows)]
-    widths = [max(len(row[column]) for row in rows) for column in range(len(HEADER))]
-    lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
-    return "\n".join([*protocol(comparison), "", *lines, *_failures(comparison)])
+    table = align_columns([HEADER, *(_cells(row) for row in comparison.rows)])
+    return "\n".join([*protocol(comparison), "", table, *_failures(comparison)])
 
 
 def comparison_markdown(comparison: Comparison) -> str:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from ..runs.results import Evaluation, Perplexity, TaskResult
-from ..runtime.formatting import duration, p_value, with_error
+from ..runtime.formatting import align_columns, duration, p_value, with_error
 
 
 def evaluation_text(evaluation: Evaluation) -> str:
@@ -23,8 +23,7 @@ def evaluation_text(evaluation: Evaluation) -> str:
         rows.append(("measured on", protocol(evaluation.perplexity)))
     rows += [(f"{task.task} {task.metric}", task_text(task)) for task in evaluation.tasks]
     rows.append(("time", f"{duration(evaluation.seconds)} on {evaluation.device}"))
-    width = max(len(name) for name, _ in rows)
-    return "\n".join(f"{name:<{width}}  {value}" for name, value in rows)
+    return align_columns(rows)
 
 
 def protocol(text: Perplexity) -> str:

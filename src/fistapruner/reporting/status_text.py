@@ -6,7 +6,7 @@ from datetime import UTC, datetime
 from typing import Any
 
 from ..runs.records import Report
-from ..runtime.formatting import duration, percent
+from ..runtime.formatting import align_columns, duration, percent
 from .layer_errors import hardest, mean_error
 
 
@@ -62,9 +62,12 @@ def status_text(report: Report, *, alive: bool | None = None, now: datetime | No
             f"relative error: mean {percent(found['mean_relative_error'])}, worst {percent(operator.relative_error)} "
             f"(layer {layer.index}, {operator.name})"
         )
-    for layer in report.layers:
-        spent = duration(sum(layer.seconds.values())) if layer.seconds else "–"
-        lines.append(f"  layer {layer.index:>3}  error {percent(mean_error(layer)):>8}  {spent:>12}")
+    spent = [duration(sum(layer.seconds.values())) if layer.seconds else "–" for layer in report.layers]
+    rows = [
+        ("", f"layer {layer.index:>3}", f"error {percent(mean_error(layer)):>8}", time)
+        for layer, time in zip(report.layers, spent, strict=True)
+    ]
+    lines += [align_columns(rows, right=(3,))] if rows else []
     lines += [f"warning: {warning}" for warning in report.warnings]
     return "\n".join(lines)
 

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import math
 from pathlib import Path
 
 from ..runs.records import Report
-from ..runtime.formatting import size
+from ..runtime.formatting import align_columns, size, with_error
 
 
 def summary(report: Report, folder: str | Path) -> str:
@@ -26,8 +25,8 @@ def summary(report: Report, folder: str | Path) -> str:
             continue
         how = f"{pruned.data} ({pruned.split}), {pruned.windows} windows of {pruned.seqlen} tokens, {pruned.dtype}"
         if dense is not None:
-            rows.append(("perplexity, dense", f"{_with_error(dense.perplexity, dense.standard_error)}  {how}"))
-        rows.append(("perplexity, pruned", f"{_with_error(pruned.perplexity, pruned.standard_error)}  {how}"))
+            rows.append(("perplexity, dense", f"{with_error(dense.perplexity, dense.standard_error)}  {how}"))
+        rows.append(("perplexity, pruned", f"{with_error(pruned.perplexity, pruned.standard_error)}  {how}"))
         if evaluation.divergence is not None:
             divergence = evaluation.divergence
             rows.append(("divergence", f"KL {divergence.kl:.3f} nats a token, same top token at {100 * divergence.top1_agreement:.1f} %"))
@@ -54,9 +53,4 @@ def summary(report: Report, folder: str | Path) -> str:
     for warning in report.warnings:
         rows.append(("warning", warning))
     rows.append(("checkpoint", str(Path(folder) / "model")))
-    width = max(len(name) for name, _ in rows)
-    return "\n".join(f"{name:<{width}}  {value}" for name, value in rows)
-
-
-def _with_error(value: float, error: float) -> str:
-    return f"{value:.2f}" if math.isnan(error) else f"{value:.2f} ± {error:.2f}"
+    return align_columns(rows)

@@ -1,8 +1,9 @@
-"""How numbers are written for people."""
+"""Format numbers and tables for people."""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Collection, Iterable, Sequence
 
 
 def size(count: float | None) -> str:
@@ -89,3 +90,21 @@ def p_value(value: float | None) -> str:
     if value is None or not math.isfinite(value):
         return "p –"
     return "p < 0.001" if value < 0.001 else f"p = {value:.3f}"
+
+
+def align_columns(rows: Iterable[Sequence[str]], right: Collection[int] = ()) -> str:
+    """Align the cells of a text table: one line for each row, two spaces between columns.
+
+    Args:
+        rows: cells, equally many in each row; a heading is a row too.
+        right: columns that are set flush right.
+    """
+    rows = list(rows)
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    lines = []
+    for row in rows:
+        cells = (
+            cell.rjust(width) if place in right else cell.ljust(width) for place, (cell, width) in enumerate(zip(row, widths, strict=True))
+        )
+        lines.append("  ".join(cells).rstrip())
+    return "\n".join(lines)

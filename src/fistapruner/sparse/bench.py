@@ -9,6 +9,7 @@ from typing import Any
 
 from ..errors import FistaPrunerError
 from ..models.files.checkpoint import read_json
+from ..runtime.formatting import align_columns
 from . import kernel
 from .pack import is_packed, pack, unpack
 from .speed import WARM_UP_TOKENS, Speed
@@ -118,16 +119,16 @@ def kernel_name() -> str:
 def table(speeds: Sequence[Speed]) -> str:
     """Format the measurements as text, with the machine and the setting."""
     first = speeds[0]
-    lines = [
+    setting = (
         f"batch {first.batch}, {first.prompt} prompt tokens, {first.tokens} new tokens, {first.runs} interleaved runs, "
-        f"{first.threads} threads, kernel: {kernel_name()}; median (slowest - fastest)",
-        f"{'':<18}{'tokens/s':>22}{'first token, ms':>24}{'peak memory, MiB':>18}{'file, MiB':>11}",
-    ]
+        f"{first.threads} threads, kernel: {kernel_name()}; median (slowest - fastest)"
+    )
+    rows = [("", "tokens/s", "first token, ms", "peak memory, MiB", "file, MiB")]
     for speed in speeds:
         low, high = speed.tokens_per_second_range
         early, late = (1000 * value for value in speed.first_token_range)
         rate = f"{speed.tokens_per_second:.1f} ({low:.1f} - {high:.1f})"
         latency = f"{1000 * speed.first_token:.0f} ({early:.0f} - {late:.0f})"
         size = f"{speed.file_size / 2**20:.1f}" if speed.file_size else "-"
-        lines.append(f"{speed.variant:<18}{rate:>22}{latency:>24}{speed.peak_memory / 2**20:>18.0f}{size:>11}")
-    return "\n".join(lines)
+        rows.append((speed.variant, rate, latency, f"{speed.peak_memory / 2**20:.0f}", size))
+    return f"{setting}\n{align_columns(rows, right=(1, 2, 3, 4))}"
