@@ -22,7 +22,6 @@ from fistapruner.execution.pool import Event, Job, PartJob
 from fistapruner.execution.process_pool import ProcessPool
 from fistapruner.execution.serial import prune_serially
 from fistapruner.pipeline.prune import finish_run, prune, resume
-from fistapruner.pruning import partition as parts
 from fistapruner.runs.directory import RunDirectory
 from fistapruner.runs.listener import Listener
 from fistapruner.runtime.devices import worker_devices
@@ -141,9 +140,8 @@ def test_parts_are_joined(model: Path, expected: bytes, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("method", ["sparsegpt", "wanda+refit"])
-def test_parts_of_groups_side_by_side(model: Path, tmp_path: Path, method: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """With propagate=pruned: operators, and blocks of rows where the method treats rows alone, on 2 and 3 devices."""
-    monkeypatch.setattr(parts, "ROWS", 10)
+def test_parts_of_groups_side_by_side(model: Path, tmp_path: Path, method: str) -> None:
+    """With propagate=pruned the operators of a group are solved on 2 and 3 devices."""
     said: list[str] = []
 
     class Says(Listener):
@@ -194,10 +192,7 @@ def test_worker_that_dies_of_a_part_is_replaced(model: Path, tmp_path: Path) -> 
         ("ray://127.0.0.1:10001", "is not HOST:PORT"),
     ],
 )
-def test_an_address_without_a_cluster_is_refused_at_once(
-    model: Path, tmp_path: Path, address: str, message: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr("fistapruner.execution.ray_pool.find_spec", lambda name: object())  # whether it is installed or not
+def test_an_address_without_a_cluster_is_refused_at_once(model: Path, tmp_path: Path, address: str, message: str) -> None:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         address = address.format(closed=free.getsockname()[1])  # nothing listens there

@@ -8,8 +8,7 @@ import torch
 from fistapruner.constraints import parse_sparsity
 from fistapruner.planning.footprint import peak_bytes
 from fistapruner.problem import LayerProblem
-from fistapruner.pruning import partition as parts
-from fistapruner.pruning.partition import cut, solve_apart
+from fistapruner.pruning.partition import cut, solve_in_parts
 from fistapruner.solvers import METHODS, parse_method, solve
 
 ROWS, COLUMNS = (40, 13), 24
@@ -32,18 +31,15 @@ def chains() -> list[str]:
 
 @pytest.mark.parametrize("pattern", PATTERNS)
 @pytest.mark.parametrize("chain", chains())
-def test_blocks_of_rows_change_nothing_where_they_are_made(
-    problem: LayerProblem, chain: str, pattern: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_blocks_of_rows_change_nothing_where_they_are_made(problem: LayerProblem, chain: str, pattern: str) -> None:
     """Every operator is a part; one whose method treats rows alone is cut on, and its solution is that of the whole."""
-    monkeypatch.setattr(parts, "ROWS", 6)
     steps, sparsity = parse_method(chain), [parse_sparsity(pattern)] * 2
-    made = cut(ROWS, COLUMNS, sparsity, steps)
+    made = cut(ROWS, COLUMNS, sparsity, steps, block=6)
     assert [made[0].start, *(part.stop for part in made)] == [*(part.start for part in made), sum(ROWS)]
     for operator, rows in enumerate(ROWS):
         zeros = sum(part.sparsity.zeros(part.stop - part.start, COLUMNS) for part in made if part.operator == operator)
         assert zeros == sparsity[0].zeros(rows, COLUMNS)
-    apart, whole = solve_apart(problem, sparsity, steps), solve(problem, sparsity, steps)
+    apart, whole = solve_in_parts(problem, sparsity, steps, block=6), solve(problem, sparsity, steps)
     alone = [step.rows_independent(sparsity[0]) for step in steps]
     assert len(made) == (7 + 3 if all(alone) else 2)
     if all(alone):

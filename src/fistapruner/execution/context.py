@@ -23,7 +23,7 @@ from ..models.layerwise import LayerwiseModel
 from ..models.source import UNTRUSTED, ModelSource, Permissions
 from ..pruning.context import LayerContext, LayerEvents, LayerMeasures, LayerStreams, Solver
 from ..pruning.layer import prune_layer
-from ..pruning.partition import solve_apart
+from ..pruning.partition import solve_in_parts
 from ..recipes.settings import Recipe
 from ..runs.decision import Numerics
 from ..runs.identity import fingerprint
@@ -167,7 +167,7 @@ class RunContext:
             sparsity=self.sparsity,
             calls=calls,
             scratch=scratch_factory(self.hidden if self.on_disk else None, self.skeleton.dtype),
-            solver=solver or (solve_apart if self.numerics.by_operator else solve),
+            solver=solver or (solve_in_parts if self.numerics.by_operator else solve),
         )
         names = [name for group in self.layout.layers[index] for name in context.names(index, group)]
         measures = LayerMeasures(

@@ -18,7 +18,7 @@ from torch import Tensor
 from ..constraints import Constraint, parse_sparsity
 from ..models.files.safetensors import SafetensorsFile, SafetensorsWriter, TensorEntry
 from ..problem import LayerProblem
-from ..pruning.partition import cut, join, part_of, rows_of, solve_apart, solve_part
+from ..pruning.partition import cut, join, part_of, rows_of, solve_in_parts, solve_part
 from ..solvers.base import Method, Solution
 from .pool import Event, PartJob, Pool, run_jobs
 
@@ -27,7 +27,7 @@ GRAM = "gram"
 
 
 class ParallelSolver:
-    """Solve groups of operators on the workers of a pool; same result as :func:`~fistapruner.pruning.partition.solve_apart`.
+    """Solve groups of operators on the workers of a pool; same result as :func:`~fistapruner.pruning.partition.solve_in_parts`.
 
     Args:
         pool: the workers; the caller closes it.
@@ -46,7 +46,7 @@ class ParallelSolver:
         """
         parts = cut(problem.rows, problem.shape[1], sparsity, steps)
         if len(parts) == 1:
-            return solve_apart(problem, sparsity, steps)
+            return solve_in_parts(problem, sparsity, steps)
         jobs = [
             PartJob(
                 problem=f"part-{number}",

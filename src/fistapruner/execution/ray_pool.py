@@ -40,10 +40,14 @@ def require_ray(address: str | None) -> None:
         MissingExtraError: names the extra.
         FistaPrunerError: names the address and what is wrong with it.
     """
+    if address not in (None, "auto"):
+        _require_cluster(address)
     if find_spec("ray") is None:
         raise MissingExtraError("ray", "ray", "--executor ray")
-    if address is None or address == "auto":
-        return
+
+
+def _require_cluster(address: str) -> None:
+    """Refuse an address where nothing listens."""
     host, _, port = address.rpartition(":")
     if not host or "/" in host or not port.isdigit():
         raise FistaPrunerError(f"--address {address!r} is not HOST:PORT of a Ray cluster's head, such as 10.0.0.5:6379, or auto")

@@ -32,21 +32,22 @@ class Part:
     sparsity: Constraint
 
 
-def cut(rows: Sequence[int], columns: int, sparsity: Sequence[Constraint], steps: Sequence[Method]) -> list[Part]:
-    """The parts of a group of operators.
+def cut(rows: Sequence[int], columns: int, sparsity: Sequence[Constraint], steps: Sequence[Method], block: int = ROWS) -> list[Part]:
+    """Cut a group of operators into parts that are solved independently.
 
     Args:
         rows: outputs of each operator.
         columns: inputs.
         sparsity: pattern of each operator.
         steps: the method chain.
+        block: most rows of a part, where the method treats rows independently.
     """
     parts: list[Part] = []
     begin = 0
     for operator, (size, pattern) in enumerate(zip(rows, sparsity, strict=True)):
         some_left = pattern.zeros(size, columns) <= size * (columns - 1)
-        apart = some_left and all(step.rows_independent(pattern) for step in steps)
-        blocks = -(-size // ROWS) if apart else 1
+        independent = some_left and all(step.rows_independent(pattern) for step in steps)
+        blocks = -(-size // block) if independent else 1
         edges = [size * block // blocks for block in range(blocks + 1)]
         for start, stop in pairwise(edges):
             part = pattern.rows_block(size, columns, start, stop) if blocks > 1 else pattern
@@ -55,9 +56,9 @@ def cut(rows: Sequence[int], columns: int, sparsity: Sequence[Constraint], steps
     return parts
 
 
-def solve_apart(problem: LayerProblem, sparsity: Sequence[Constraint], steps: Sequence[Method]) -> Solution:
-    """Solve a group part after part, which needs less memory than all of it at once."""
-    parts = cut(problem.rows, problem.shape[1], sparsity, steps)
+def solve_in_parts(problem: LayerProblem, sparsity: Sequence[Constraint], steps: Sequence[Method], block: int = ROWS) -> Solution:
+    """Solve a group part after part, which needs less memory than all of it at once; arguments as for :func:`cut`."""
+    parts = cut(problem.rows, problem.shape[1], sparsity, steps, block)
     return join(problem, parts, (solve_part(part_of(problem, part), part.sparsity, steps) for part in parts))
 
 
