@@ -20,4 +20,4 @@ sys.path.insert(0, str(Path(__file__).parent))
 def _quick_pages(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     """Pages without their drawings, which take longer than the rest of a tiny run; tests of reporting draw them."""
     if "reporting" not in request.path.parts:
-        monkeypatch.setattr("fistapruner.reporting.drawing._svg", lambda key, plot, width, height: "<svg></svg>")
+        monkeypatch.setenv("FISTAPRUNER_FIGURES", "0")

@@ -16,12 +16,14 @@ sys.path.insert(0, str(Path(__file__).parent))
 
 import samples
 
+from fistapruner import reporting
 from fistapruner.reporting.compare_page import Point, comparison_page, points, short_labels
 from fistapruner.reporting.drawing import HEAT_LEVELS
+from fistapruner.reporting.model_card import model_card
 from fistapruner.reporting.page import run_page
-from fistapruner.reporting.theme import DARK, HEAT_DARK, HEAT_LIGHT, LIGHT, heat_colors
+from fistapruner.reporting.summary import summary
 from fistapruner.reporting.write import write_page
-from fistapruner.runs.records import Comparison, Report, parse
+from fistapruner.runs.records import Comparison, Lineage, ModelFacts, Report, Stage, parse
 from fistapruner.solvers import METHODS
 
 pytest.importorskip("matplotlib", reason="the extra 'report' is not installed")
@@ -118,9 +120,42 @@ def test_text_never_becomes_markup() -> None:
     report.recipe = {"method": hostile, "sparsity": hostile}
     report.layers[0].operators[0].name = hostile
     report.layers[0].operators[0].steps[0]["method"] = hostile
+    report.lineage = Lineage(source=ModelFacts(source=hostile), stages=[Stage(kind="prune", settings={"sparsity": hostile})])
     text = run_page(report)
     assert "<script" not in text
     assert "&lt;script&gt;" in text
+    compared = samples.comparison()
+    compared.model.source = compared.rows[0].method = compared.rows[-1].error = compared.command = hostile
+    compared.warnings = [hostile]
+    text = comparison_page(compared)
+    assert "<script" not in text
+    assert "&lt;script&gt;" in text
+
+
+def test_the_lineage_is_shown_stage_by_stage() -> None:
+    report = samples.report(2)
+    report.lineage = Lineage(
+        source=ModelFacts(source="owner/dense"),
+        stages=[Stage(kind="prune", settings={"sparsity": "50%", "method": "wanda"}), Stage(kind="recover")],
+    )
+    lines = ("owner/dense", "pruned to 50% with wanda", "recovered")
+    assert [unescape(line) for line in re.findall(r"<li>(.*?)</li>", run_page(report).partition("<h3>Lineage</h3>")[2])][:3] == [*lines]
+    card, summed = model_card(report), summary(report, "runs/first")
+    assert all(line in card and line in summed for line in lines)
+    assert "Lineage" not in sample_page()
+
+
+def test_markup_stands_in_templates() -> None:
+    folder = Path(reporting.__file__).parent
+    for path in folder.glob("*.py"):
+        assert not re.search(r"</?(div|p|h\d|table|t[hdr]|section|span|ul|li|style)\b[^a-z]", path.read_text("utf-8")), path.name
+
+
+def test_figures_can_be_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("FISTAPRUNER_FIGURES", "0")
+    text = run_page(samples.report(2))
+    assert "<svg" not in text
+    assert 'id="figure-layer-errors"' in text
 
 
 def test_a_solver_s_records_may_be_anything() -> None:
@@ -167,6 +202,14 @@ def test_write_page_chooses_by_what_is_there(tmp_path: Path) -> None:
     assert write_page(tmp_path) == tmp_path / "compare.html"
 
 
+def themes() -> list[dict[str, str]]:
+    """The colours that a page defines for the light and for the dark scheme."""
+    style = re.search(r"<style>(.*?)</style>", sample_page(), re.DOTALL)
+    assert style is not None
+    blocks = re.findall(r":root \{(.*?)\}", style[1], re.DOTALL)
+    return [found for block in blocks if (found := dict(re.findall(r"--([\w-]+): (#[0-9a-f]{6});", block)))]
+
+
 def luminance(color: str) -> float:
     parts = [int(color[place : place + 2], 16) / 255 for place in (1, 3, 5)]
     linear = [part / 12.92 if part <= 0.04045 else ((part + 0.055) / 1.055) ** 2.4 for part in parts]
@@ -178,15 +221,16 @@ def contrast(a: str, b: str) -> float:
     return (high + 0.05) / (low + 0.05)
 
 
-@pytest.mark.parametrize(("theme", "heat"), [(LIGHT, HEAT_LIGHT), (DARK, HEAT_DARK)])
-def test_contrast_of_type_and_lines(theme: dict[str, str], heat: tuple[tuple[str, str], tuple[str, str]]) -> None:
+@pytest.mark.parametrize("scheme", [0, 1], ids=["light", "dark"])
+def test_contrast_of_type_and_lines(scheme: int) -> None:
+    theme = themes()[scheme]
+    assert theme.keys() == themes()[0].keys()
     for ground in ("surface", "page"):
         for name in ("ink", "muted", "accent", "good", "bad"):
             assert contrast(theme[name], theme[ground]) >= 4.5, (name, ground)
     for name in (name for name in theme if name.startswith("series")):
         assert contrast(theme[name], theme["surface"]) >= 3, name
-    colors = heat_colors(heat)
-    assert len(colors) == HEAT_LEVELS
+    colors = [theme[f"heat-{level}"] for level in range(HEAT_LEVELS)]
     for level, color in enumerate(colors):
         assert contrast(color, theme["ink"] if level < HEAT_LEVELS // 2 else theme["surface"]) >= 4.5, level
     lights = [luminance(color) for color in colors]

@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from html import escape
 from statistics import mean, stdev
 from typing import Any
 
@@ -15,8 +14,8 @@ from ..runs.records import CompareRow, Comparison
 from ..runtime.formatting import duration, percent, significant, size, with_error
 from .drawing import INK, SERIES, Drawing, draw, style
 from .evaluation_text import protocol
-from .html import facts, moment, page, section, table
 from .model_card import base_model_name
+from .rendering import Table, moment, present, render
 
 
 @dataclass(frozen=True)
@@ -38,31 +37,30 @@ class Point:
 
 
 def comparison_page(comparison: Comparison) -> str:
-    """The page of a comparison, finished or not, as HTML.
+    """Draw the page of a comparison, finished or not, as HTML.
 
     Raises:
         MissingExtraError: matplotlib is not installed.
     """
-    title = f"Pruning methods on {base_model_name(comparison.model.source) or 'a model'}"
     found = points(comparison.rows)
-    status = f'<span class="status {comparison.status}">{comparison.status}</span>'
-    when = moment(comparison.finished or comparison.started)
-    header = f'<h1>{escape(title)}</h1><p class="meta">{status} {escape(when)}</p><p class="lead">{escape(verdict(comparison, found))}</p>'
     drawings = [quality_against_sparsity(found), *(quality_against_time(found, pattern) for pattern in patterns(found))]
-    figures = "".join(drawing.html() for drawing in drawings if drawing is not None)
-    warnings = "".join(f"<li>{escape(line)}</li>" for line in comparison.warnings)
-    sections = [
-        section("Gap by method and sparsity", _overview(found)),
-        section("Quality against sparsity and time", f'<div class="figures">{figures}</div>' if figures else ""),
-        section("Every run", _results(comparison)),
-        section("Warnings", f'<div class="card warning"><ul>{warnings}</ul></div>' if warnings else ""),
-        section("Protocol", _protocol(comparison)),
-    ]
-    return page(title, header, "".join(sections), f"fistapruner {comparison.versions.get('fistapruner', '')}")
+    return render(
+        "compare.html.j2",
+        title=f"Pruning methods on {base_model_name(comparison.model.source) or 'a model'}",
+        status=comparison.status,
+        about=moment(comparison.finished or comparison.started),
+        verdict=verdict(comparison, found),
+        program=f"fistapruner {comparison.versions.get('fistapruner', '')}".strip(),
+        overview=_overview(found),
+        drawings=[drawing for drawing in drawings if drawing is not None],
+        results=_results(comparison),
+        warnings=comparison.warnings,
+        protocol=_protocol(comparison),
+    )
 
 
 def points(rows: Sequence[CompareRow]) -> list[Point]:
-    """Rows with a gap, gathered over seeds, in the order of first appearance."""
+    """Gather rows with a gap over their seeds, in the order of first appearance."""
     groups: dict[tuple[str, str], list[CompareRow]] = {}
     for row in rows:
         if row.gap is not None and math.isfinite(row.gap):
@@ -77,7 +75,7 @@ def points(rows: Sequence[CompareRow]) -> list[Point]:
 
 
 def short_labels(found: Sequence[Point]) -> dict[str, str]:
-    """Labels that fit into figures: without the settings after ``@``, numbered where that makes two methods alike."""
+    """Shorten labels so that they fit into figures: without the settings after ``@``, numbered where that makes two methods alike."""
     methods = list(dict.fromkeys(point.method for point in found))
     bases = [method.partition("@")[0] for method in methods]
     return {
@@ -87,12 +85,12 @@ def short_labels(found: Sequence[Point]) -> dict[str, str]:
 
 
 def patterns(found: Sequence[Point]) -> list[str]:
-    """Sparsities that occur, in order of first appearance."""
+    """List the sparsities that occur, in order of first appearance."""
     return list(dict.fromkeys(point.sparsity for point in found))
 
 
 def verdict(comparison: Comparison, found: Sequence[Point]) -> str:
-    """Which method kept most, at each sparsity."""
+    """Say which method has the smallest gap at each sparsity."""
     sentences = []
     for pattern in patterns(found):
         here = sorted((point for point in found if point.sparsity == pattern), key=lambda point: point.gap)
@@ -105,7 +103,7 @@ def verdict(comparison: Comparison, found: Sequence[Point]) -> str:
 
 
 def quality_against_sparsity(found: Sequence[Point]) -> Drawing | None:
-    """Gap of every method by sparsity."""
+    """Draw the gap of every method by sparsity."""
     order = sorted(patterns(found), key=lambda pattern: (_is_nm(pattern), _zeros(pattern)))
     methods = list(dict.fromkeys(point.method for point in found))
     if not found:
@@ -133,7 +131,7 @@ def quality_against_sparsity(found: Sequence[Point]) -> Drawing | None:
         axes.set_xticks(range(len(order)), order)
         axes.set_xlim(-0.4, len(order) - 0.6)
         axes.set_yscale("log")
-        _plain(axes)
+        _plain(axes.yaxis)
         axes.set_ylabel("gap, nats a token (lower is better)")
         axes.set_xlabel("sparsity")
         style(axes)
@@ -155,7 +153,7 @@ def quality_against_sparsity(found: Sequence[Point]) -> Drawing | None:
 
 
 def quality_against_time(found: Sequence[Point], pattern: str) -> Drawing | None:
-    """Gap of every method at one sparsity against the time of its whole run."""
+    """Draw the gap of every method at one sparsity against the time of its whole run."""
     methods = list(dict.fromkeys(point.method for point in found))
     here = [point for point in found if point.sparsity == pattern and point.seconds]
     short = short_labels(found)
@@ -175,7 +173,7 @@ def quality_against_time(found: Sequence[Point], pattern: str) -> Drawing | None
             )
         axes.set_xscale("log")
         axes.margins(x=0.2, y=0.2)
-        _plain_x(axes)
+        _plain(axes.xaxis)
         axes.set_xlabel("seconds of the whole run")
         axes.set_ylabel("gap, nats a token")
         style(axes, grid="both")
@@ -191,7 +189,7 @@ def quality_against_time(found: Sequence[Point], pattern: str) -> Drawing | None
     )
 
 
-def _overview(found: Sequence[Point]) -> str:
+def _overview(found: Sequence[Point]) -> Table:
     """Methods by sparsities: the mean gap, with its deviation over seeds; a star at the smallest of a column."""
     columns = sorted(patterns(found), key=lambda pattern: (_is_nm(pattern), _zeros(pattern)))
     best = {pattern: min(point.gap for point in found if point.sparsity == pattern) for pattern in columns}
@@ -200,14 +198,10 @@ def _overview(found: Sequence[Point]) -> str:
     short = short_labels(found)
     names = {method: method if short[method] in (method, method.partition("@")[0]) else f"{short[method]}: {method}" for method in methods}
     rows = [(names[method], *(cells.get((method, pattern), "–") for pattern in columns)) for method in methods]
-    if not rows:
-        return ""
-    made = table(("method", *columns), rows, "Gap by method and sparsity", numeric=range(1, len(columns) + 1))
-    note = "ln of the ratio of the pruned to the dense perplexity, in nats a token; ± is one standard deviation over seeds, ★ the smallest."
-    return f'<div class="card"><p class="meta">{note}</p>{made}</div>'
+    return Table("Gap by method and sparsity", ("method", *columns), rows, numeric=range(1, len(columns) + 1))
 
 
-def _results(comparison: Comparison) -> str:
+def _results(comparison: Comparison) -> Table:
     head: tuple[str, ...] = (
         "method",
         "sparsity",
@@ -245,14 +239,14 @@ def _results(comparison: Comparison) -> str:
         )
     if not any(row.divergence for row in comparison.rows):  # a comparison measures perplexity alone
         head, rows = _without(head, 5), [_without(row, 5) for row in rows]
-    return f'<div class="card">{table(head, rows, "Results", numeric=range(3, len(head)))}</div>' if rows else ""
+    return Table("Results", head, rows, numeric=range(3, len(head)))
 
 
 def _without(row: tuple[str, ...], column: int) -> tuple[str, ...]:
     return (*row[:column], *row[column + 1 :])
 
 
-def _protocol(comparison: Comparison) -> str:
+def _protocol(comparison: Comparison) -> list[tuple[str, str]]:
     used, machine = comparison.calibration, comparison.machine
     text = comparison.dense or next((row.perplexity for row in comparison.rows if row.perplexity), None)
     calibration = None
@@ -267,7 +261,7 @@ def _protocol(comparison: Comparison) -> str:
         ("versions", ", ".join(f"{name} {version}" for name, version in comparison.versions.items())),
         ("command", comparison.command),
     ]
-    return f'<div class="card">{facts(pairs)}</div>'
+    return present(pairs)
 
 
 def _is_nm(pattern: str) -> bool:
@@ -288,17 +282,10 @@ def _marker(index: int) -> str:
     return "osD^vPX*"[index % 8]
 
 
-def _plain(axes: Any) -> None:
+def _plain(axis: Any) -> None:
+    """Label a logarithmic axis with plain numbers."""
     from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
-    axes.yaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
-    axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
-    axes.yaxis.set_minor_formatter(NullFormatter())
-
-
-def _plain_x(axes: Any) -> None:
-    from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
-
-    axes.xaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
-    axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
-    axes.xaxis.set_minor_formatter(NullFormatter())
+    axis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
+    axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+    axis.set_minor_formatter(NullFormatter())

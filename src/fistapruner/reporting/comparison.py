@@ -4,27 +4,31 @@ from __future__ import annotations
 
 from ..runs.records import CompareRow, Comparison
 from ..runtime.formatting import align_columns, duration, size
+from .rendering import render
 
 HEADER = ("method", "sparsity", "seed", "perplexity", "gap", "layer error", "time", "of it solving", "peak memory", "zeros")
 
 
 def comparison_table(comparison: Comparison) -> str:
-    """The rows in aligned columns, the protocol above them."""
+    """Write the rows in aligned columns, the protocol above them."""
     table = align_columns([HEADER, *(_cells(row) for row in comparison.rows)])
     return "\n".join([*protocol(comparison), "", table, *_failures(comparison)])
 
 
 def comparison_markdown(comparison: Comparison) -> str:
-    """The same as Markdown, ``DIR/compare.md``."""
-    lines = [f"# {comparison.model.source or 'Comparison'}: methods compared", ""]
-    lines += [f"{line}  " for line in protocol(comparison)]
-    lines += ["", "| " + " | ".join(HEADER) + " |", "|" + "|".join("---" for _ in HEADER) + "|"]
-    lines += ["| " + " | ".join(cell.replace("|", "\\|") for cell in _cells(row)) + " |" for row in comparison.rows]
-    return "\n".join([*lines, *_failures(comparison)]) + "\n"
+    """Write the comparison as Markdown, ``DIR/compare.md``."""
+    return render(
+        "compare.md.j2",
+        source=comparison.model.source,
+        protocol=protocol(comparison),
+        head=HEADER,
+        rows=[_cells(row) for row in comparison.rows],
+        failures=_failures(comparison),
+    )
 
 
 def protocol(comparison: Comparison) -> list[str]:
-    """What all rows share, a sentence a line."""
+    """Say what all rows share, one sentence a line."""
     lines = []
     if (dense := comparison.dense) is not None:
         lines.append(

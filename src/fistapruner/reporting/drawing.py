@@ -2,16 +2,17 @@
 
 Matplotlib draws with place-holder colours that are then replaced by CSS variables, so one drawing serves the light and
 the dark theme and prints well. Every figure is drawn twice, for a wide page and for a phone, at the same size of type;
-the page shows the one that fits.
+the page shows the one that fits. With ``FISTAPRUNER_FIGURES=0`` in the environment nothing is drawn: titles, captions and
+the numbers behind the figures remain.
 """
 
 from __future__ import annotations
 
 import io
+import os
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from html import escape
 from typing import Any
 
 from ..errors import MissingExtraError
@@ -50,25 +51,6 @@ class Drawing:
     narrow: str
     full: bool = False
     table: tuple[Sequence[str], Sequence[Sequence[str]]] | None = None
-
-    def html(self) -> str:
-        """The figure element."""
-        data = ""
-        if self.table:
-            head = "".join(f'<th scope="col">{escape(name)}</th>' for name in self.table[0])
-            rows = "".join("<tr>" + "".join(f"<td>{escape(cell)}</td>" for cell in row) + "</tr>" for row in self.table[1])
-            data = (
-                f'<details><summary>Numbers<span class="hidden"> of: {escape(self.title)}</span></summary>'
-                f'<div class="scroll" tabindex="0" role="region" aria-label="{escape(self.title)}: numbers">'
-                f"<table><thead><tr>{head}</tr></thead><tbody>{rows}</tbody></table></div></details>"
-            )
-        return (
-            f'<figure id="figure-{self.key}"{" class=full" if self.full else ""}>'
-            f"<h3>{escape(self.title)}</h3>"
-            f'<div class="wide" role="img" aria-label="{escape(self.description)}">{self.wide}</div>'
-            f'<div class="narrow" role="img" aria-label="{escape(self.description)}">{self.narrow}</div>'
-            f"<figcaption>{escape(self.caption)}</figcaption>{data}</figure>"
-        )
 
 
 def draw(
@@ -122,6 +104,8 @@ def heat_level(value: float, low: float, high: float) -> int:
 
 
 def _svg(key: str, plot: Plot, width: int, height: int) -> str:
+    if os.environ.get("FISTAPRUNER_FIGURES") == "0":
+        return ""
     try:
         import matplotlib as mpl
         from matplotlib.backends.backend_svg import FigureCanvasSVG

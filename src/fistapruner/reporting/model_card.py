@@ -2,42 +2,42 @@
 
 from __future__ import annotations
 
-import re
 from typing import Any
-
-import yaml
 
 from ..runs.records import Report
 from ..runtime.formatting import count, p_value, percent, significant, size, with_error
 from .evaluation_text import item_count
 from .lineage_text import lineage_lines
+from .rendering import plain_markdown, render
 from .size_and_speed import size_rows, speed_rows, speeds
 
 
 def model_card(report: Report) -> str:
-    """Markdown with a Hugging Face metadata block.
+    """Write the model card: Markdown with a Hugging Face metadata block.
 
     Args:
         report: of the run; figures that are not in it are left out of the card.
     """
-    parts = [
-        "---\n" + yaml.safe_dump(_metadata(report), sort_keys=False, allow_unicode=True) + "---",
-        _introduction(report),
-        _use(),
-        _measured(report),
-        _made(report),
-        _lineage(report),
-    ]
-    return "\n\n".join(part.strip() for part in parts if part) + "\n"
+    return render(
+        "model_card.md.j2",
+        report=report,
+        metadata=_metadata(report),
+        name=base_model(report),
+        zeros=_zeros(report),
+        measured=_measured(report),
+        made=_made(report),
+        recipe=_recipe(report),
+        lineage=_lineage(report),
+    )
 
 
 def base_model(report: Report) -> str:
-    """The base model as a card may name it: a hub id stays, a path of this machine is cut to its last part."""
+    """Name the base model as a card may: a hub id stays, a path of this machine is cut to its last part."""
     return base_model_name(report.model.source)
 
 
 def base_model_name(source: str) -> str:
-    """The same for the name a user gave."""
+    """Do the same for the name that a user gave."""
     is_hub_id = source.count("/") == 1 and not source.startswith((".", "/", "~")) and not source.endswith(".gguf")
     return source if is_hub_id else source.rstrip("/").rsplit("/", 1)[-1]
 
@@ -89,41 +89,25 @@ def _metadata_results(report: Report) -> list[dict[str, Any]]:
     return results
 
 
-def _introduction(report: Report) -> str:
+def _zeros(report: Report) -> str:
+    """Say how many weights are zero; empty where that is not known."""
     totals = report.totals
-    name = _plain(base_model(report))
-    lines = [f"# {name}, {report.sparsity} sparse", ""]
-    origin = f"This is {name} ({report.model.architecture})"
-    lines.append(f"{origin}, pruned after training to **{report.sparsity}** with `fistapruner`, method `{report.method}`.")
-    if totals.operator_weights and totals.operator_zeros is not None:
-        share = f"{count(totals.operator_zeros)} of {count(totals.operator_weights)} weights of the pruned operators are zero"
-        lines.append(f"{share} ({percent(totals.operator_zeros / totals.operator_weights, 4)})")
-        if totals.model_weights and totals.model_zeros is not None:
-            lines[-1] += f", {percent(totals.model_zeros / totals.model_weights)} of the whole model."
-        else:
-            lines[-1] += "."
-    lines += [
-        "",
-        "The zeros are stored as ordinary numbers: in this form the checkpoint is neither smaller nor faster than the dense one.",
-        "`fistapruner pack` makes it smaller.",
-    ]
-    return "\n".join(lines)
+    if not totals.operator_weights or totals.operator_zeros is None:
+        return ""
+    share = f"{count(totals.operator_zeros)} of {count(totals.operator_weights)} weights of the pruned operators are zero"
+    text = f"{share} ({percent(totals.operator_zeros / totals.operator_weights, 4)})"
+    if totals.model_weights and totals.model_zeros is not None:
+        text += f", {percent(totals.model_zeros / totals.model_weights)} of the whole model"
+    return text + "."
 
 
-def _use() -> str:
-    return (
-        "## Use\n\n```python\nfrom transformers import AutoModelForCausalLM, AutoTokenizer\n\n"
-        'model = AutoModelForCausalLM.from_pretrained("PATH", dtype="auto")\n'
-        'tokenizer = AutoTokenizer.from_pretrained("PATH")\n```'
-    )
-
-
-def _measured(report: Report) -> str:
+def _measured(report: Report) -> list[tuple[str, str, str, str]]:
+    """Measure, how it was measured, dense and pruned value."""
     rows = []
     for evaluation in report.evaluations:
         text, dense, damage = evaluation.perplexity, evaluation.reference, evaluation.divergence
         if text is not None:
-            protocol = f"{_plain(text.data)} {text.split}, {text.windows} windows of {text.seqlen}, {text.dtype}"
+            protocol = f"{plain_markdown(text.data)} {text.split}, {text.windows} windows of {text.seqlen}, {text.dtype}"
             before = with_error(dense.perplexity, dense.standard_error) if dense else "–"
             rows.append(("perplexity", protocol, before, with_error(text.perplexity, text.standard_error)))
             if damage is not None:
@@ -132,63 +116,49 @@ def _measured(report: Report) -> str:
         for task in evaluation.tasks:
             before = with_error(task.reference, task.reference_standard_error, 4)
             note = f"{task.shots}-shot, {item_count(task)}" + (f", {p_value(task.p_value)}" if task.p_value is not None else "")
-            rows.append((f"{_plain(task.task)} ({task.metric})", note, before, with_error(task.value, task.standard_error, 4)))
+            rows.append((f"{plain_markdown(task.task)} ({task.metric})", note, before, with_error(task.value, task.standard_error, 4)))
     if speeds(report):
         costs = size_rows(report) + speed_rows(report)
         rows += [(measure, f"{how} ({change})", before, after) for measure, before, after, change, how in costs]
-    if not rows:
-        return ""
-    table = ["| measure | how | dense | pruned |", "|---|---|---|---|", *(f"| {a} | {b} | {c} | {d} |" for a, b, c, d in rows)]
-    return "## Measured\n\n" + "\n".join(table) + "\n\n± is one standard error (over windows, or binomial over items)."
+    return rows
 
 
-def _made(report: Report) -> str:
-    lines = ["## How it was made", ""]
+def _made(report: Report) -> list[str]:
+    lines = []
     errors = [operator.relative_error for layer in report.layers for operator in layer.operators if operator.relative_error is not None]
     if report.calibration:
         used = report.calibration
         how = f" ({used.how})" if used.how else ""
-        lines.append(f"* calibration: {used.samples} windows of {used.seqlen} tokens from {_plain(_file_name(used.source))}{how}")
+        lines.append(f"calibration: {used.samples} windows of {used.seqlen} tokens from {plain_markdown(_file_name(used.source))}{how}")
     if errors:
-        lines.append(f"* relative error of the operators' outputs: mean {percent(sum(errors) / len(errors))}, worst {percent(max(errors))}")
+        lines.append(f"relative error of the operators' outputs: mean {percent(sum(errors) / len(errors))}, worst {percent(max(errors))}")
     if report.permuted:
-        lines.append(f"* hidden channels read by {len(report.permuted)} operators are in another order than in the dense model")
+        lines.append(f"hidden channels read by {len(report.permuted)} operators are in another order than in the dense model")
     if report.totals.seconds:
         machine = report.machine.device_name or report.machine.cpu or report.machine.device
         peak = f", peak memory {size(report.totals.peak_memory)}" if report.totals.peak_memory else ""
-        lines.append(f"* {significant(report.totals.seconds)} s on {machine}{peak}")
+        lines.append(f"{significant(report.totals.seconds)} s on {machine}{peak}")
     if report.versions:
-        lines.append("* " + ", ".join(f"{name} {version}" for name, version in report.versions.items()))
-    if report.command:
-        lines += ["", "To make it again:", "", _code(report.command, "bash")]
-    if report.recipe:
-        recipe = {key: value for key, value in report.recipe.items() if key != "execution"}
-        calibration = recipe.get("calibration")
-        if isinstance(calibration, dict) and "source" in calibration:
-            recipe["calibration"] = {**calibration, "source": _file_name(str(calibration["source"]))}
-        lines += ["", "Recipe:", "", _code(yaml.safe_dump(recipe, sort_keys=False).strip(), "yaml")]
-    return "\n".join(lines) if len(lines) > 2 else ""
+        lines.append(", ".join(f"{name} {version}" for name, version in report.versions.items()))
+    return lines
 
 
-def _lineage(report: Report) -> str:
-    """The runs that made the model, where there is more to say than its own: the dense model first."""
+def _recipe(report: Report) -> dict[str, Any]:
+    """The recipe without what depends on the machine."""
+    recipe = {key: value for key, value in report.recipe.items() if key != "execution"}
+    calibration = recipe.get("calibration")
+    if isinstance(calibration, dict) and "source" in calibration:
+        recipe["calibration"] = {**calibration, "source": _file_name(str(calibration["source"]))}
+    return recipe
+
+
+def _lineage(report: Report) -> list[str]:
+    """The runs that made the model, where they are known: the dense model first."""
     if report.lineage is None or not report.lineage.stages:
-        return ""
+        return []
     source = report.lineage.source
-    shown = report.lineage.model_copy(update={"source": source.model_copy(update={"source": base_model_name(source.source)})})
-    lines = [f"{number}. {_plain(line)}" for number, line in enumerate(lineage_lines(shown), 1)]
-    return "## Lineage\n\n" + "\n".join(lines)
-
-
-def _plain(text: str) -> str:
-    """Text of a user as Markdown that shows it letter by letter: no HTML, no link, no table, one line."""
-    return re.sub(r"([\\`*\[\]<>&|~])", r"\\\1", " ".join(text.split()))
-
-
-def _code(text: str, language: str) -> str:
-    """A code block that its text cannot end."""
-    fence = "`" * max(3, 1 + max((len(run) for run in re.findall("`+", text)), default=0))
-    return f"{fence}{language}\n{text}\n{fence}"
+    shown = source.model_copy(update={"source": base_model_name(source.source)})
+    return lineage_lines(report.lineage.model_copy(update={"source": shown}))
 
 
 def _file_name(source: str) -> str:

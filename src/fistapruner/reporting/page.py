@@ -2,70 +2,57 @@
 
 from __future__ import annotations
 
-import math
-import re
-from collections.abc import Mapping, Sequence
-from html import escape
-
 import yaml
 
 from ..runs.records import Report
-from ..runs.results import Evaluation, TaskResult
-from ..runtime.formatting import count, duration, p_value, pattern, percent, short_count, significant, size, with_error
+from ..runtime.formatting import count, duration, pattern, percent, short_count, significant, size, with_error
 from .advice import advice
-from .drawing import Drawing
-from .evaluation_text import item_count, protocol
 from .figures import layer_figures
 from .figures_quality import quality_figures
-from .html import facts, moment, page, section, table, tiles
 from .layer_errors import hardest
 from .lineage_text import lineage_lines
 from .model_card import base_model
+from .quality_rows import mean_score, one_metric, quality_rows
+from .rendering import Table, moment, present, render
 from .size_and_speed import dense_speed, packed_speeds, size_rows, speed_protocol, speed_rows, speed_table, speeds
 
 
 def run_page(report: Report) -> str:
-    """The page of a run, finished or not, as HTML.
+    """Draw the page of a run, finished or not, as HTML.
 
     Raises:
         MissingExtraError: matplotlib is not installed.
     """
-    figures = layer_figures(report) | quality_figures(report.evaluations)
-    sections = [
-        _summary(report),
-        _warnings(report),
-        section("Quality", _figures(figures, "perplexity", "divergence", "zero-shot")),
-        _generations(report),
-        section("Where the error is", _figures(figures, "error-map", "layer-errors", "layer-sparsity")),
-        _next(report),
-        section("How the solver got there", _figures(figures, "chain-errors", "solver-path", "spectra") + _hardest(report)),
-        section("Cost", _cost(report, figures)),
-        _reproduce(report),
-    ]
-    title = f"{base_model(report) or 'Model'} at {report.sparsity or 'unknown'} sparsity"
-    return page(title, _header(report, title), "".join(sections), f"fistapruner {report.versions.get('fistapruner', '')}")
-
-
-def _figures(figures: Mapping[str, Drawing], *keys: str) -> str:
-    shown = [figures[key] for key in keys if key in figures]
-    kind = "figures"
-    if not any(figure.full for figure in shown):
-        kind += {1: " one", 3: " three"}.get(len(shown), "")
-    return f'<div class="{kind}">{"".join(figure.html() for figure in shown)}</div>' if shown else ""
-
-
-def _header(report: Report, title: str) -> str:
     done = f"{len(report.layers)} of {report.model.layers} decoder layers" if report.status != "finished" else ""
-    parts = [report.method, report.model.architecture, done, moment(report.finished or report.started)]
-    meta = " · ".join(escape(part) for part in parts if part)
-    return (
-        f'<h1>{escape(title)}</h1><p class="meta"><span class="status {report.status}">{report.status}</span> {meta}</p>'
-        f'<p class="lead">{escape(verdict(report))}</p>'
+    about = (report.method, report.model.architecture, done, moment(report.finished or report.started))
+    return render(
+        "run.html.j2",
+        title=f"{base_model(report) or 'Model'} at {report.sparsity or 'unknown'} sparsity",
+        status=report.status,
+        about=" · ".join(part for part in about if part),
+        verdict=verdict(report),
+        program=f"fistapruner {report.versions.get('fistapruner', '')}".strip(),
+        report=report,
+        figures=layer_figures(report) | quality_figures(report.evaluations),
+        tiles=_tiles(report),
+        measured=_measured(report),
+        speed=_speed(report),
+        speed_sentence=str((report.speed or {}).get("sentence") or ""),
+        speed_measured=_speed_measured(report),
+        warnings=_warnings(report),
+        advice=advice(report),
+        hardest=_hardest(report),
+        time_split=_time_split(report),
+        plan=_plan(report),
+        rates=_rates(report),
+        used=_used(report),
+        lineage=lineage_lines(report.lineage) if report.lineage and report.lineage.stages else [],
+        recipe=yaml.safe_dump(report.recipe, sort_keys=False).strip() if report.recipe else "",
     )
 
 
 def verdict(report: Report) -> str:
-    """What happened to the model, in two or three sentences."""
+    """Say what happened to the model, in two or three sentences."""
     totals = report.totals
     sentences = []
     if totals.operator_weights and totals.operator_zeros is not None:
@@ -95,7 +82,8 @@ def verdict(report: Report) -> str:
     return " ".join(sentences)
 
 
-def _summary(report: Report) -> str:
+def _tiles(report: Report) -> list[tuple[str, str, str]]:
+    """Name, value and note of the figures that matter most."""
     totals = report.totals
     items = []
     evaluation = next((e for e in report.evaluations if e.perplexity is not None), None)
@@ -122,9 +110,9 @@ def _summary(report: Report) -> str:
         items.append(
             ("Mean relative error", percent(sum(errors) / len(errors)), f"worst of {len(errors)} operators {percent(max(errors))}")
         )
-    tasks = _one_metric([task for evaluation in report.evaluations for task in evaluation.tasks])
+    tasks = one_metric([task for evaluation in report.evaluations for task in evaluation.tasks])
     if len(tasks) > 1:
-        mean, _, dense_mean, _ = _mean_score(tasks)
+        mean, _, dense_mean, _ = mean_score(tasks)
         note = f"mean of {len(tasks)} tasks" + (f"; dense {100 * dense_mean:.1f} %" if dense_mean is not None else "")
         items.insert(2 if items else 0, ("Zero-shot", f"{100 * mean:.1f} %", note))
     if totals.checkpoint_bytes:
@@ -138,117 +126,35 @@ def _summary(report: Report) -> str:
     if totals.seconds:
         peak = f"peak memory {size(totals.peak_memory)}" if totals.peak_memory else ""
         items.append(("Time to prune", duration(totals.seconds), peak))
-    rows = [*_measurements(report.evaluations), *size_rows(report), *speed_rows(report)]
-    measured = ""
-    if rows:
-        head = ("measure", "dense", "pruned", "change", "how it was measured")
-        measured = f'<div class="card">{table(head, rows, "Measured results", numeric=(1, 2, 3), stack=True)}</div>'
-    return f'<section><h2 class="hidden">Summary</h2>{tiles(items)}{measured}{_speed(report)}</section>'
+    return items
 
 
-def _measurements(evaluations: Sequence[Evaluation]) -> list[tuple[str, ...]]:
-    rows: list[tuple[str, ...]] = []
-    for evaluation in evaluations:
-        text, dense, damage = evaluation.perplexity, evaluation.reference, evaluation.divergence
-        if text is not None:
-            change = f"×{significant(text.perplexity / dense.perplexity)}" if dense is not None else "–"
-            before = with_error(dense.perplexity, dense.standard_error) if dense is not None else "–"
-            rows.append((f"Perplexity, {text.data}", before, with_error(text.perplexity, text.standard_error), change, protocol(text)))
-        if damage is not None:
-            gap = with_error(damage.nll_difference, damage.nll_difference_standard_error, 3)
-            rows.append(("NLL gap, nats a token", "0", gap, "", "ln of the ratio of the perplexities, paired over windows"))
-            kl = with_error(damage.kl, damage.kl_standard_error, 3)
-            rows.append(("KL from dense, nats a token", "0", kl, "", "mean over the same tokens of KL(dense || pruned)"))
-            agreement = with_error(100 * damage.top1_agreement, 100 * damage.top1_standard_error, 1)
-            rows.append(("Top-1 agreement, %", "100", agreement, "", "tokens whose most likely successor is the same in both models"))
-    tasks = [task for evaluation in evaluations for task in evaluation.tasks]
-    for task in tasks:
-        before, change, how = "–", "–", f"{task.shots}-shot, {item_count(task)}, {task.source}"
-        if task.reference is not None and task.reference_standard_error is not None:
-            before = with_error(100 * task.reference, 100 * task.reference_standard_error, 1)
-            change = points(task.value - task.reference)
-            verdict = "a real difference" if task.significant else "within noise"
-            how += f"; {task.lost} lost, {task.won} won, McNemar {p_value(task.p_value)}: {verdict}"
-        rows.append((f"{task.task}, {task.metric}, %", before, with_error(100 * task.value, 100 * task.standard_error, 1), change, how))
-    together = _one_metric(tasks)
-    if len(together) > 1:
-        mean, error, dense_mean, dense_error = _mean_score(together)
-        before = with_error(100 * dense_mean, 100 * (dense_error or 0), 1) if dense_mean is not None else "–"
-        change = points(mean - dense_mean) if dense_mean is not None else "–"
-        how = "unweighted mean over " + ", ".join(f"{task.task} {task.metric}" for task in together)
-        rows.append((f"Mean of {len(together)} tasks, %", before, with_error(100 * mean, 100 * error, 1), change, how))
-    return rows
+def _measured(report: Report) -> Table:
+    """Every figure that was measured on the dense and the pruned model."""
+    rows = [*quality_rows(report.evaluations), *size_rows(report), *speed_rows(report)]
+    head = ("measure", "dense", "pruned", "change", "how it was measured")
+    return Table("Measured results", head, rows, numeric=(1, 2, 3), stack=True)
 
 
-def points(difference: float) -> str:
-    """A difference of two shares in percentage points, with its sign."""
-    return f"{100 * difference:+.1f}".replace("-", "−")
-
-
-def _one_metric(tasks: Sequence[TaskResult]) -> list[TaskResult]:
-    """One result a task, for a mean: plain accuracy where there is one."""
-    chosen: dict[str, TaskResult] = {}
-    for task in tasks:
-        if task.task not in chosen or task.metric == "acc":
-            chosen[task.task] = task
-    return list(chosen.values())
-
-
-def _mean_score(tasks: Sequence[TaskResult]) -> tuple[float, float, float | None, float | None]:
-    """Mean score and its standard error (tasks are independent), and the dense model's if every task has them."""
-    count = len(tasks)
-    mean = sum(task.value for task in tasks) / count
-    error = math.hypot(*(task.standard_error for task in tasks)) / count
-    dense = [task.reference for task in tasks if task.reference is not None]
-    errors = [task.reference_standard_error for task in tasks if task.reference_standard_error is not None]
-    if len(dense) < count or len(errors) < count:
-        return mean, error, None, None
-    return mean, error, sum(dense) / count, math.hypot(*errors) / count
-
-
-ZEROS = (
-    "Zeros in a checkpoint are stored and multiplied like any other number: in engines that read dense weights this model is as large and "
-    "as fast as the dense one. Only packed, in this program's own format and kernels, can it be smaller or faster."
-)
-
-
-def _speed(report: Report) -> str:
-    if report.status != "finished":
-        return ""
-    if not speeds(report):
-        how = "<p>No speed was measured: <code>fistapruner bench RUN</code> does that and adds it here.</p>"
-        return f'<div class="card"><h3>What sparsity gives here</h3><p>{escape(ZEROS)}</p>{how}</div>'
+def _speed(report: Report) -> Table:
     head = ("form of the model", "tokens/s", "slowest to fastest", "first token", "peak memory", "file size")
-    made = table(head, speed_table(report), "Speed and size of every form", numeric=(1, 2, 3, 4, 5), stack=True)
+    return Table("Speed and size of every form", head, speed_table(report), numeric=(1, 2, 3, 4, 5), stack=True)
+
+
+def _speed_measured(report: Report) -> str:
+    """How the speeds were measured."""
     kernel = (report.speed or {}).get("kernel")
-    how = speed_protocol(report, speeds(report)[0]) + (f", kernel {kernel}" if kernel else "")
-    words = f"<p>{escape(str((report.speed or {}).get('sentence') or ''))}</p><p>{escape(ZEROS)}</p>"
-    note = f'<p class="meta">Measured: {escape(how)}. Rows named dense hold the same weights with their zeros filled in.</p>'
-    return f'<div class="card"><h3>What sparsity gives here</h3>{words}{made}{note}</div>'
+    return ", ".join([speed_protocol(report, row) for row in speeds(report)[:1]] + ([f"kernel {kernel}"] if kernel else []))
 
 
-def _warnings(report: Report) -> str:
-    if not report.warnings and not report.error:
-        return ""
+def _warnings(report: Report, most: int = 20) -> list[str]:
+    """The error that stopped the run, then its warnings, each once."""
     lines = ([f"Stopped: {report.error}"] if report.error else []) + list(dict.fromkeys(report.warnings))
-    shown = "".join(f"<li>{escape(line)}</li>" for line in lines[:20])
-    more = f"<li>and {len(lines) - 20} more in report.json</li>" if len(lines) > 20 else ""
-    return section("Warnings", f'<div class="card warning"><ul>{shown}{more}</ul></div>')
+    more = len(lines) - most
+    return lines[:most] + ([f"and {more} more in report.json"] if more > 0 else [])
 
 
-def _next(report: Report) -> str:
-    lines = advice(report)
-    if not lines:
-        return ""
-    return section("What to try next", f'<div class="card next"><ul>{"".join(f"<li>{_options(line)}</li>" for line in lines)}</ul></div>')
-
-
-def _options(line: str) -> str:
-    """A sentence with what stands between backticks set as code."""
-    return re.sub(r"`([^`]+)`", r'<code class="option">\1</code>', escape(line))
-
-
-def _hardest(report: Report) -> str:
+def _hardest(report: Report) -> Table:
     rows = [
         (
             f"layer {layer.index}, {operator.name}",
@@ -259,25 +165,8 @@ def _hardest(report: Report) -> str:
         )
         for layer, operator in hardest(report.layers, 8)
     ]
-    if not rows:
-        return ""
     head = ("operator", "relative error", "of dense weights", "shape, pattern", "error after each step")
-    made = table(head, rows, "The hardest operators", numeric=(1, 2), stack=True)
-    return f'<div class="card below"><h3>The hardest operators</h3>{made}</div>'
-
-
-def _generations(report: Report) -> str:
-    cards = []
-    for sample in report.generations:
-        prompt = f'<span class="prompt">{escape(sample.prompt)}</span>'
-        texts = [
-            f'<div><p class="who">{name}</p><p class="text">{prompt}{escape(text or "–")}</p></div>'
-            for name, text in (("Dense", sample.dense), ("Pruned", sample.pruned))
-        ]
-        cards.append(f'<div class="card split">{"".join(texts)}</div>')
-    if cards:
-        cards.insert(0, '<p class="meta">Prompts (grey) continued greedily by both models.</p>')
-    return section("Side by side", "".join(cards))
+    return Table("The hardest operators", head, rows, numeric=(1, 2), stack=True)
 
 
 PHASES = {
@@ -285,62 +174,53 @@ PHASES = {
     "gram": "sums of outer products",
     "solve": "the method itself",
     "reconstruct": "block reconstruction",
-    "sensitivity": "what the dense model's predictions feel",
+    "sensitivity": "sensitivity of the dense model's predictions",
     "io": "reading weights, writing results",
     "report": "spectra and errors for this page",
-    "plain": "one unwatched forward pass, to compare",
+    "plain": "one forward pass without hooks, to compare",
     "write": "writing the checkpoint",
 }
+"""What the phases of a run's time are."""
 
 
-def _cost(report: Report, figures: Mapping[str, Drawing]) -> str:
+def _time_split(report: Report) -> Table:
+    times = report.totals.time_split
+    whole = sum(times.values()) or 1.0
+    rows = [
+        (name, duration(value), f"{100 * value / whole:.1f} %", PHASES.get(name, ""))
+        for name, value in sorted(times.items(), key=lambda pair: -pair[1])
+    ]
+    return Table("Time split", ("phase", "time", "share", "what it is"), rows, numeric=(1, 2), stack=True)
+
+
+def _plan(report: Report) -> Table:
+    units = {"bytes": size, "seconds": duration}
+    rows = []
+    for row in report.plan:
+        shown = units.get(row.unit, significant)
+        rows.append((row.quantity, shown(row.planned), shown(row.actual), _ratio(row.planned, row.actual)))
+    head = ("quantity", "planned", "measured", "measured / planned")
+    return Table("Plan and reality", head, rows, numeric=(1, 2, 3), stack=True)
+
+
+def _rates(report: Report) -> list[tuple[str, str]]:
     totals = report.totals
-    blocks = [figures["time-by-layer"].html()] if "time-by-layer" in figures else []
-    if totals.time_split:
-        whole = sum(totals.time_split.values()) or 1.0
-        split = [
-            (name, duration(value), f"{100 * value / whole:.1f} %", PHASES.get(name, ""))
-            for name, value in sorted(totals.time_split.items(), key=lambda pair: -pair[1])
-        ]
-        made = table(("phase", "time", "share", "what it is"), split, "Time split", numeric=(1, 2), stack=True)
-        blocks.append(f'<div class="card"><h3>Time split</h3>{made}</div>')
-    if report.plan:
-        shown = {"bytes": size, "seconds": duration}
-        rows = [
-            (
-                row.quantity,
-                *(shown.get(row.unit, significant)(value) for value in (row.planned, row.actual)),
-                _ratio(row.planned, row.actual),
-            )
-            for row in report.plan
-        ]
-        head = ("quantity", "planned", "measured", "measured / planned")
-        blocks.append(
-            f'<div class="card"><h3>Plan and reality</h3>{table(head, rows, "Plan and reality", numeric=(1, 2, 3), stack=True)}</div>'
-        )
+    capture, forward = totals.capture_tokens_per_second, totals.forward_tokens_per_second
     pairs = [
         ("peak memory", size(totals.peak_memory) if totals.peak_memory else None),
         ("peak GPU memory", size(totals.peak_device_memory) if totals.peak_device_memory else None),
-        ("capture", f"{significant(totals.capture_tokens_per_second)} tokens/s" if totals.capture_tokens_per_second else None),
-        (
-            "one plain forward pass",
-            f"{significant(totals.forward_tokens_per_second)} tokens/s" if totals.forward_tokens_per_second else None,
-        ),
+        ("capture", f"{significant(capture)} tokens/s" if capture else None),
+        ("one plain forward pass", f"{significant(forward)} tokens/s" if forward else None),
     ]
-    rates = facts(pairs)
-    if rates:
-        blocks.append(f'<div class="card"><h3>Rates and memory</h3>{rates}</div>')
-    return f'<div class="figures">{"".join(blocks)}</div>' if blocks else ""
+    return present(pairs)
 
 
 def _ratio(planned: float | None, actual: float | None) -> str:
     return significant(actual / planned) if planned and actual is not None else "–"
 
 
-def _reproduce(report: Report) -> str:
-    blocks = []
-    if report.command:
-        blocks.append(f'<div class="card"><h3>Command</h3><pre>{escape(report.command)}</pre></div>')
+def _used(report: Report) -> list[tuple[str, str]]:
+    """Model, data, machine and versions: what another run needs to give the same result."""
     used, machine, model = report.calibration, report.machine, report.model
     pairs: list[tuple[str, str | None]] = [
         ("model", model.source),
@@ -349,7 +229,6 @@ def _reproduce(report: Report) -> str:
         ("decoder layers", count(model.layers) if model.layers else None),
         ("precision", model.dtype),
         ("fingerprint", report.fingerprint),
-        ("lineage", " → ".join(lineage_lines(report.lineage)) if report.lineage and report.lineage.stages else None),
     ]
     if used is not None:
         pairs += [
@@ -367,8 +246,4 @@ def _reproduce(report: Report) -> str:
         ("started", moment(report.started)),
         ("finished", moment(report.finished)),
     ]
-    blocks.append(f'<div class="card"><h3>What was used</h3>{facts(pairs)}</div>')
-    if report.recipe:
-        recipe = yaml.safe_dump(report.recipe, sort_keys=False).strip()
-        blocks.append(f'<div class="card"><h3>Recipe</h3><pre>{escape(recipe)}</pre></div>')
-    return section("Make it again", "".join(blocks))
+    return present(pairs)

@@ -1,4 +1,4 @@
-"""A finished run in a few lines, for the terminal."""
+"""Sum a finished run up in a few lines, for the terminal."""
 
 from __future__ import annotations
 
@@ -6,10 +6,11 @@ from pathlib import Path
 
 from ..runs.records import Report
 from ..runtime.formatting import align_columns, size, with_error
+from .lineage_text import lineage_lines
 
 
 def summary(report: Report, folder: str | Path) -> str:
-    """The short table printed at the end of ``fistapruner prune``.
+    """Write the short table printed at the end of ``fistapruner prune``.
 
     Args:
         report: the finished run.
@@ -50,6 +51,9 @@ def summary(report: Report, folder: str | Path) -> str:
         rows.append(("peak memory", size(totals.peak_memory)))
     if totals.checkpoint_bytes:
         rows.append(("size on disk", f"{size(totals.checkpoint_bytes)}: zeros are stored; 'fistapruner pack' makes the file smaller"))
+    if report.lineage is not None and len(report.lineage.stages) > 1:
+        names = ("made from", *("then" for _ in report.lineage.stages))
+        rows += zip(names, lineage_lines(report.lineage), strict=True)
     for warning in report.warnings:
         rows.append(("warning", warning))
     rows.append(("checkpoint", str(Path(folder) / "model")))

@@ -1,0 +1,72 @@
+"""Quality of a pruned model beside the dense one: rows of the page's table of measured results."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+from ..runs.results import Evaluation, TaskResult
+from ..runtime.formatting import p_value, significant, with_error
+from .evaluation_text import item_count, protocol
+from .size_and_speed import Row
+
+
+def quality_rows(evaluations: Sequence[Evaluation]) -> list[Row]:
+    """Perplexity, divergence from the dense model and task scores: one row for each."""
+    rows: list[Row] = []
+    for evaluation in evaluations:
+        text, dense, damage = evaluation.perplexity, evaluation.reference, evaluation.divergence
+        if text is not None:
+            change = f"×{significant(text.perplexity / dense.perplexity)}" if dense is not None else "–"
+            before = with_error(dense.perplexity, dense.standard_error) if dense is not None else "–"
+            rows.append((f"Perplexity, {text.data}", before, with_error(text.perplexity, text.standard_error), change, protocol(text)))
+        if damage is not None:
+            gap = with_error(damage.nll_difference, damage.nll_difference_standard_error, 3)
+            rows.append(("NLL gap, nats a token", "0", gap, "", "ln of the ratio of the perplexities, paired over windows"))
+            kl = with_error(damage.kl, damage.kl_standard_error, 3)
+            rows.append(("KL from dense, nats a token", "0", kl, "", "mean over the same tokens of KL(dense || pruned)"))
+            agreement = with_error(100 * damage.top1_agreement, 100 * damage.top1_standard_error, 1)
+            rows.append(("Top-1 agreement, %", "100", agreement, "", "tokens whose most likely successor is the same in both models"))
+    tasks = [task for evaluation in evaluations for task in evaluation.tasks]
+    for task in tasks:
+        before, change, how = "–", "–", f"{task.shots}-shot, {item_count(task)}, {task.source}"
+        if task.reference is not None and task.reference_standard_error is not None:
+            before = with_error(100 * task.reference, 100 * task.reference_standard_error, 1)
+            change = points(task.value - task.reference)
+            verdict = "a real difference" if task.significant else "within noise"
+            how += f"; {task.lost} lost, {task.won} won, McNemar {p_value(task.p_value)}: {verdict}"
+        rows.append((f"{task.task}, {task.metric}, %", before, with_error(100 * task.value, 100 * task.standard_error, 1), change, how))
+    together = one_metric(tasks)
+    if len(together) > 1:
+        mean, error, dense_mean, dense_error = mean_score(together)
+        before = with_error(100 * dense_mean, 100 * (dense_error or 0), 1) if dense_mean is not None else "–"
+        change = points(mean - dense_mean) if dense_mean is not None else "–"
+        how = "unweighted mean over " + ", ".join(f"{task.task} {task.metric}" for task in together)
+        rows.append((f"Mean of {len(together)} tasks, %", before, with_error(100 * mean, 100 * error, 1), change, how))
+    return rows
+
+
+def points(difference: float) -> str:
+    """Format a difference of two shares in percentage points, with its sign."""
+    return f"{100 * difference:+.1f}".replace("-", "−")
+
+
+def one_metric(tasks: Sequence[TaskResult]) -> list[TaskResult]:
+    """Choose one result of each task for a mean: plain accuracy where there is one."""
+    chosen: dict[str, TaskResult] = {}
+    for task in tasks:
+        if task.task not in chosen or task.metric == "acc":
+            chosen[task.task] = task
+    return list(chosen.values())
+
+
+def mean_score(tasks: Sequence[TaskResult]) -> tuple[float, float, float | None, float | None]:
+    """Average scores: mean and its standard error (tasks are independent), the dense model's if every task has them."""
+    count = len(tasks)
+    mean = sum(task.value for task in tasks) / count
+    error = math.hypot(*(task.standard_error for task in tasks)) / count
+    dense = [task.reference for task in tasks if task.reference is not None]
+    errors = [task.reference_standard_error for task in tasks if task.reference_standard_error is not None]
+    if len(dense) < count or len(errors) < count:
+        return mean, error, None, None
+    return mean, error, sum(dense) / count, math.hypot(*errors) / count
