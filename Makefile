@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 WORKERS ?= 2
 
-.PHONY: demo test test-slow install check lint docs clean
+.PHONY: demo test test-slow install check lint docs reference clean
 
 # The environment is rebuilt when pyproject.toml changes, and kept otherwise.
 .venv/installed: pyproject.toml
@@ -38,6 +38,10 @@ lint: .venv/installed
 docs: .venv/installed
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[docs]'
 	$(BIN)/zensical build --strict --clean
+
+# The reference page, from the program's own arguments and settings; a test says when it is out of date.
+reference: .venv/installed
+	$(BIN)/python -m fistapruner.cli.reference > docs/reference.md
 
 check: test lint
 

@@ -50,7 +50,7 @@ def test_a_run_that_does_not_finish_says_so_in_its_exit_status(tmp_path: Path) -
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        (["--dense-target", "2"], ["target", "dense, pruned, auto, or a share of the dense output from 0 to 1", "2.0"]),
+        (["--dense-target", "2"], ["target", "dense, pruned, auto, or a share of the dense output from 0 to 1", "2"]),
         (["--dense-target", "dnese"], ["target", "dense, pruned, auto", "dnese"]),
         (["--allocation", "unifrom"], ["allocation", "uniform, owl, error, auto", "unifrom"]),
         (["--seed", str(2**64)], ["seed", f"from 0 to {MAX_SEED}", str(2**64)]),

@@ -18,7 +18,7 @@ import json
 import shlex
 import sys
 
-from .prune import add_output_arguments, add_recipe_arguments, add_trust_arguments, recipe_settings
+from .arguments import add_output_arguments, add_recipe_arguments, add_trust_arguments, recipe_settings
 
 SUMMARY = "prune in many ways and measure all of them alike"
 

@@ -15,12 +15,12 @@ from __future__ import annotations
 import argparse
 import json
 
+from .arguments import add_output_arguments, add_trust_arguments
+
 SUMMARY = "perplexity, divergence from the dense model, zero-shot tasks"
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
-    from .prune import add_output_arguments, add_trust_arguments
-
     parser.add_argument("model", metavar="RUN|MODEL", help="run directory, hub id, local folder, GGUF file, or smollm2")
     parser.add_argument(
         "--against",

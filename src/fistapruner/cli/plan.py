@@ -12,12 +12,12 @@ from __future__ import annotations
 import argparse
 import json
 
+from .arguments import add_recipe_arguments, add_trust_arguments, recipe_settings
+
 SUMMARY = "predict memory, disk and time of a run"
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
-    from .prune import add_recipe_arguments, add_trust_arguments
-
     parser.add_argument("model", metavar="MODEL", help="hub id, local folder, GGUF file, or smollm2")
     parser.add_argument("--out", default=".", metavar="RUN", help="run directory, whose disk is asked for its space (default: here)")
     parser.add_argument("--json", action="store_true", help="print machine-readable JSON")
@@ -29,7 +29,6 @@ def run(arguments: argparse.Namespace) -> int:
     from ..pipeline.plan import plan_model
     from ..recipes.settings import Recipe
     from ..runtime.formatting import align_columns, size
-    from .prune import recipe_settings
 
     recipe = Recipe.build(recipe_settings(arguments))
     plan = plan_model(

@@ -11,12 +11,12 @@ from __future__ import annotations
 
 import argparse
 
+from .arguments import add_output_arguments, add_trust_arguments
+
 SUMMARY = "go on with an interrupted run"
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
-    from .prune import add_output_arguments, add_trust_arguments
-
     parser.add_argument("run_directory", metavar="RUN", help="the run directory")
     add_trust_arguments(parser)
     add_output_arguments(parser)

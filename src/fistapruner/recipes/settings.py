@@ -10,15 +10,26 @@ import hashlib
 import json
 import os
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from itertools import chain, repeat
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import yaml
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PlainSerializer, ValidationError, field_validator, model_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    PlainSerializer,
+    ValidationError,
+    field_validator,
+    model_validator,
+)
 
 from ..errors import FistaPrunerError, explain
-from .loading import parse_bytes, parse_yaml
+from .loading import parse_bytes, parse_value, parse_yaml
 from .patterns import check_pattern
 from .renamed import RENAMED_SETTINGS
 
@@ -51,21 +62,26 @@ def _method(value: Any) -> tuple[Method, ...]:
         raise ValueError(str(error)) from None
 
 
-def _target(value: Any) -> Any:
-    value = {"dense": 1.0, "pruned": 0.0}.get(value, value) if isinstance(value, str) else value
+def _dense_target(value: Any) -> Any:
+    if isinstance(value, str):
+        value = {"dense": 1.0, "pruned": 0.0}.get(value, value)
+        with suppress(ValueError):
+            value = float(value)
     number = isinstance(value, (int, float)) and not isinstance(value, bool)
     if value != "auto" and not (number and 0 <= value <= 1):
         raise ValueError("dense, pruned, auto, or a share of the dense output from 0 to 1 is expected")
     return value
 
 
-def _seed(value: Any) -> Any:
-    if isinstance(value, int) and not 0 <= value <= MAX_SEED:
+def _seed(value: int) -> int:
+    if not 0 <= value <= MAX_SEED:
         raise ValueError(f"a whole number from 0 to {MAX_SEED} is expected")
     return value
 
 
 def _allocation(value: Any) -> Any:
+    if isinstance(value, str) and value not in ALLOCATIONS:
+        value = parse_value(value, repr(value))
     if not isinstance(value, dict) and value not in ALLOCATIONS:
         raise ValueError(f"{', '.join(ALLOCATIONS)} or a mapping such as 're:mlp: 60%' is expected")
     return value
@@ -76,7 +92,7 @@ def _dump_method(steps: tuple[Method, ...]) -> list[Any]:
 
 
 SparsitySetting = Annotated[Any, BeforeValidator(_sparsity), PlainSerializer(str)]
-Seed = Annotated[int, BeforeValidator(_seed)]
+Seed = Annotated[int, AfterValidator(_seed)]
 MethodSetting = Annotated[Any, BeforeValidator(_method), PlainSerializer(_dump_method)]
 
 
@@ -87,21 +103,28 @@ class Settings(BaseModel):
 
 
 class Calibration(Settings):
-    """Where the calibration tokens come from.
+    """Set where the calibration tokens come from."""
 
-    Args:
-        source: ``self`` (text the model generates itself), ``python`` (the language reference every Python ships
-            with), a ``.txt``, ``.jsonl`` or ``.parquet`` file, or a data set known to the ``datasets`` extra (``c4``,
-            ``wikitext2``, ``ptb``).
-        samples: number of token windows. 128 is the papers' choice.
-        seqlen: tokens in a window; None takes the model's maximum length, at most 2048.
-        seed: draws the windows (and the self-generated text).
-    """
-
-    source: str = "self"
-    samples: int = Field(128, ge=1)
-    seqlen: int | None = Field(None, ge=8)
-    seed: Seed = 0
+    source: str = Field(
+        "self",
+        description="Calibration text: self (text that the model generates), python (the language reference "
+        "that comes with every Python), a .txt, .jsonl or .parquet file, or a data set of the "
+        "extra 'data': c4, wikitext2, ptb.",
+    )
+    samples: int = Field(
+        128,
+        ge=1,
+        description="Number of calibration windows. 128 is the papers' choice.",
+    )
+    seqlen: int | None = Field(
+        None,
+        ge=8,
+        description="Tokens in a window; without it the model's maximum length, at most 2048.",
+    )
+    seed: Seed = Field(
+        0,
+        description="Seed that draws the windows, and generates the text of self.",
+    )
 
     @property
     def file(self) -> Path | None:
@@ -110,26 +133,40 @@ class Calibration(Settings):
 
 
 class Execution(Settings):
-    """How the work is carried out. Never part of a run's identity.
+    """Set how the work is carried out. Never part of a run's identity."""
 
-    Args:
-        device: ``auto`` takes a CUDA GPU when there is one.
-        batch_size: calibration windows in one forward pass; None chooses by memory.
-        memory_limit: bytes of main memory the run may use, as a number or ``"8GiB"``; None takes what the machine has free. A GPU is
-            taken for what it has free.
-        executor: ``serial``, ``process`` or ``ray``.
-        workers: layer jobs at once (``process``, ``ray``); None takes one per GPU, or one per core group.
-        threads: CPU threads for each worker; None divides the machine's cores.
-        address: ``HOST:PORT`` of a Ray cluster's head, or ``auto`` for the one that runs on this machine; None starts one.
-    """
-
-    device: str = "auto"
-    batch_size: int | None = Field(None, ge=1)
-    memory_limit: int | None = None
-    executor: Literal["serial", "process", "ray"] = "serial"
-    workers: int | None = Field(None, ge=1)
-    threads: int | None = Field(None, ge=1)
-    address: str | None = None
+    device: str = Field(
+        "auto",
+        description="auto, cpu, cuda or cuda:N; auto takes a CUDA GPU if there is one.",
+    )
+    batch_size: int | None = Field(
+        None,
+        ge=1,
+        description="Calibration windows in one forward pass; without it chosen by device and memory.",
+    )
+    memory_limit: int | None = Field(
+        None,
+        description="Main memory that the run may use, in bytes or as 8GiB; without it what the machine has "
+        "free. A GPU's memory is limited by what it has free.",
+    )
+    executor: Literal["serial", "process", "ray"] = Field(
+        "serial",
+        description="Who prunes the decoder layers: this process (serial), processes of this machine (process), or a Ray cluster (ray).",
+    )
+    workers: int | None = Field(
+        None,
+        ge=1,
+        description="Layers pruned at once by process and ray; without it one for each GPU or group of cores.",
+    )
+    threads: int | None = Field(
+        None,
+        ge=1,
+        description="CPU threads of each worker; without it the machine's cores are shared out. The last bits of the weights depend on it.",
+    )
+    address: str | None = Field(
+        None,
+        description="HOST:PORT of the head of a Ray cluster, or auto for the one on this machine; without it one is started here.",
+    )
 
     @field_validator("memory_limit", mode="before")
     @classmethod
@@ -142,63 +179,92 @@ RESOLVED = ("propagate", "dense_target", "residual")
 
 
 class Recipe(Settings):
-    """All settings of a pruning run.
+    """Hold all settings of a pruning run."""
 
-    Args:
-        sparsity: pattern of every pruned operator: ``50%``, ``0.5``, ``2:4``, ``4:8``.
-        method: a method, or a chain of a solver and refinements.
-        propagate: which hidden states feed a decoder layer: the ``dense`` model's (layers are then independent and can
-            be pruned in parallel; FISTAPruner) or those of the already ``pruned`` layers (SparseGPT, ALPS). ``auto`` is
-            what the method was published with, ``pruned`` for this project's own (``proximal``), but ``dense`` where layers are
-            to be pruned apart from each other: with an executor other than ``serial``, or a part of the layers only.
-        dense_target: which output an operator reproduces from its inputs: ``dense`` (FISTAPruner), ``pruned`` (the dense
-            weight on the drifted inputs; SparseGPT, Wanda, ALPS), or a share of the dense one in [0, 1]. ``auto`` is what the
-            method was published with, 0.5 for this project's own, and ``dense`` where ``propagate`` is not the method's.
-        residual: ``correct`` lets operators whose output is added to the hidden states (``o_proj``, ``down_proj``) also take
-            back, with the share ``dense_target`` and as far as their inputs can tell, how far these have drifted from the dense
-            model's; it needs ``error_correction`` and a ``dense_target`` above 0. ``none`` does not; ``auto`` is ``correct`` for this
-            project's own method and ``none`` for published ones.
-        error_correction: inside a decoder layer, recompute each operator's inputs with the operators before it already
-            pruned (FISTAPruner's intra-layer error correction). False gathers the Grams of all operators in one pass of the
-            unpruned layer, as the programs of Wanda, SparseGPT, ALPS and ADMM do; layers before it are pruned or not, as
-            ``propagate`` says.
-        targets: operators to prune, by name or ``re:`` pattern; default is every linear operator of the decoder layers.
-        ignore: operators to leave dense, by name or ``re:`` pattern.
-        allocation: how the sparsity is spread: ``uniform``, ``owl``, ``error``, a mapping of patterns to sparsities, or ``auto``:
-            ``error`` for this project's own method (``proximal``), ``uniform`` for published ones and for n:m patterns, which
-            know nothing else.
-        weighting: how the errors of an operator's output rows are weighed where rows compete for the weights that are kept:
-            ``none`` counts them alike; ``fisher`` by how much the model's predictions feel them, measured on the dense model
-            (no rows compete in an n:m pattern, or where each row has its own sparsity, so nothing is measured then); ``auto``
-            is ``fisher`` for this project's own method (``proximal``) and ``none`` for published ones.
-        permutation: ``channels`` puts the hidden channels of MLPs and of attention heads into the order in which an n:m pattern
-            loses least, without changing what the model computes; adapters (LoRA) and other files that refer to the dense
-            model's channels no longer fit then. ``none`` keeps the order; ``auto`` is ``channels`` for this project's own method
-            (``proximal``) and ``none`` for published ones. Does nothing to unstructured patterns.
-        reconstruct: steps of block reconstruction after each decoder layer, each on one calibration window; 0 is none.
-        calibration: calibration data.
-        dtype: precision of the forward passes; ``auto`` is the checkpoint's own, or fp32 on CPUs without matrix
-            units for it.
-        seed: seeds everything random that is not calibration data.
-        execution: how the work is carried out.
-    """
-
-    sparsity: SparsitySetting = "50%"
-    method: MethodSetting = "proximal"
-    propagate: Literal["auto", "dense", "pruned"] = "auto"
-    dense_target: Annotated[Annotated[float, Field(ge=0.0, le=1.0)] | Literal["auto"], BeforeValidator(_target)] = "auto"
-    residual: Literal["auto", "none", "correct"] = "auto"
-    error_correction: bool = True
-    targets: tuple[str, ...] = ()
-    ignore: tuple[str, ...] = ()
-    allocation: Annotated[Literal["uniform", "owl", "error", "auto"] | dict[str, SparsitySetting], BeforeValidator(_allocation)] = "auto"
-    weighting: Literal["auto", "none", "fisher"] = "auto"
-    permutation: Literal["auto", "none", "channels"] = "auto"
-    reconstruct: int = Field(0, ge=0)
-    calibration: Calibration = Calibration()
-    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
-    seed: Seed = 0
-    execution: Execution = Execution()
+    sparsity: SparsitySetting = Field(
+        "50%",
+        description="Sparsity pattern of every pruned operator: 50%, 0.5, 2:4, 4:8, ...",
+    )
+    method: MethodSetting = Field(
+        "proximal",
+        description="A solver, or a chain of a solver and refinements such as wanda+refit; 'fistapruner methods' lists them.",
+    )
+    propagate: Literal["auto", "dense", "pruned"] = Field(
+        "auto",
+        description="Hidden states that feed a decoder layer: the dense model's (layers are then independent "
+        "and can be pruned in parallel; FISTAPruner), or those of the layers pruned before it "
+        "(SparseGPT, ALPS). auto is the paper's choice, pruned for proximal, and dense if layers "
+        "are pruned in parallel or in parts.",
+    )
+    dense_target: Annotated[Annotated[float, Field(ge=0.0, le=1.0)] | Literal["auto"], BeforeValidator(_dense_target)] = Field(
+        "auto",
+        description="Output that an operator reproduces: dense (the dense model's; FISTAPruner), pruned (the "
+        "dense weight's on the drifted inputs; SparseGPT, Wanda, ALPS), or a share of the dense "
+        "one from 0 to 1. auto is the paper's choice, 0.5 for proximal, and dense if propagate is "
+        "not the method's own.",
+    )
+    residual: Literal["auto", "none", "correct"] = Field(
+        "auto",
+        description="Residual-drift correction: operators whose output is added to the hidden states (o_proj, "
+        "down_proj) also correct, with the share dense_target, the drift of these hidden states "
+        "from the dense model's. Needs error_correction and a dense_target above 0. auto is "
+        "correct for proximal and none for published methods.",
+    )
+    error_correction: bool = Field(
+        True,
+        description="Intra-layer error correction (FISTAPruner): recompute each operator's inputs with the "
+        "operators before it in the decoder layer already pruned. Without it the Grams of all "
+        "operators come from one pass of the unpruned layer, as in the programs of Wanda, "
+        "SparseGPT, ALPS and ADMM.",
+    )
+    targets: tuple[str, ...] = Field(
+        (),
+        description="Operators to prune, by name or re: pattern; without it every linear operator of the decoder layers.",
+    )
+    ignore: tuple[str, ...] = Field(
+        (),
+        description="Operators to leave dense, by name or re: pattern.",
+    )
+    allocation: Annotated[Literal["uniform", "owl", "error", "auto"] | dict[str, SparsitySetting], BeforeValidator(_allocation)] = Field(
+        "auto",
+        description="Distribution of the sparsity over layers and operators: uniform, owl, error (by measured "
+        "error), or a mapping of name patterns to sparsities. auto is error for proximal, and "
+        "uniform for published methods and for n:m patterns.",
+    )
+    weighting: Literal["auto", "none", "fisher"] = Field(
+        "auto",
+        description="Weights of an operator's output rows where rows compete for the kept weights: none "
+        "(equal), or fisher (Fisher sensitivity of the predictions, measured on the dense model). "
+        "auto is fisher for proximal and none for published methods.",
+    )
+    permutation: Literal["auto", "none", "channels"] = Field(
+        "auto",
+        description="Order of the hidden channels of MLPs and attention heads under an n:m pattern: none "
+        "(kept), or channels (reordered so that the pattern loses least; the model computes the "
+        "same, but adapters of the dense model no longer fit). auto is channels for proximal and "
+        "none for published methods.",
+    )
+    reconstruct: int = Field(
+        0,
+        ge=0,
+        description="Steps of block reconstruction after each decoder layer, each on one calibration window; 0 is none.",
+    )
+    calibration: Calibration = Field(
+        Calibration(),
+        description="Calibration data.",
+    )
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
+        "auto",
+        description="Precision of the forward passes; auto is the checkpoint's own, or float32 on CPUs without matrix units for it.",
+    )
+    seed: Seed = Field(
+        0,
+        description="Seed of everything random that is not calibration data.",
+    )
+    execution: Execution = Field(
+        Execution(),
+        description="How the work is carried out; not part of a run's identity.",
+    )
 
     # Defaults are written as users write them; validate them into patterns and methods too.
     model_config = ConfigDict(frozen=True, extra="forbid", validate_default=True)

@@ -26,20 +26,14 @@ class ADMM(Method):
     that grows as ``s (1 - (1 - t/k)^3)``; then it is fixed. For other constraints than unstructured sparsity, the
     weights that the projection keeps stay, and the smallest of all others are dropped, as many as that sparsity asks
     for.
-
-    Args:
-        rho: penalty, in units of the scaled Gram's diagonal before it is damped (the paper's 1).
-        iterations: steps in all (20).
-        growing: k, steps in which the sparsity grows (15); 0 takes the mask of the dense weights.
-        damping: added to the scaled Gram's diagonal (0.1).
     """
 
     name: ClassVar[str] = "admm"
 
-    rho: float = Field(1.0, gt=0.0)
-    iterations: int = Field(20, ge=1)
-    growing: int = Field(15, ge=0)
-    damping: float = Field(0.1, ge=0.0)
+    rho: float = Field(1.0, gt=0.0, description="Penalty, in units of the scaled Gram's diagonal before it is damped (the paper's 1).")
+    iterations: int = Field(20, ge=1, description="Steps in all (20).")
+    growing: int = Field(15, ge=0, description="k, steps in which the sparsity grows (15); 0 takes the mask of the dense weights.")
+    damping: float = Field(0.1, ge=0.0, description="Added to the scaled Gram's diagonal (0.1).")
 
     # Differs from the author's program (github.com/fmfi-compbio/admm-pruning, lib/admm.py):
     # (1) There the mask of the whole operator has the final sparsity from the first step on; the schedule is computed,

@@ -27,21 +27,17 @@ class ALPS(Method):
     or at all. ADMM stops when the support no longer changes (after 30 steps: by less than 0.03 %). Both rules are those
     of the authors' program. If the support stops changing before it ever changed by 0.5 %, rho was too large: it falls
     to a fifth and ADMM starts again.
-
-    Args:
-        rho: first penalty, in units of the scaled Gram's diagonal.
-        iterations: largest number of ADMM steps.
-        damping: added to the diagonal of H, as a share of its mean, in the quadratic and the linear term.
-        refit: conjugate gradient steps at the end.
     """
 
     name: ClassVar[str] = "alps"
     trace: ClassVar[Trace | None] = SUPPORT_CHANGE
 
-    rho: float = Field(0.1, gt=0.0)
-    iterations: int = Field(300, ge=1)
-    damping: float = Field(0.01, ge=0.0)
-    refit: int = Field(10, ge=0)
+    rho: float = Field(0.1, gt=0.0, description="First penalty, in units of the scaled Gram's diagonal.")
+    iterations: int = Field(300, ge=1, description="Largest number of ADMM steps.")
+    damping: float = Field(
+        0.01, ge=0.0, description="Added to the diagonal of H, as a share of its mean, in the quadratic and the linear term."
+    )
+    refit: int = Field(10, ge=0, description="Conjugate gradient steps at the end.")
 
     def solve(self, problem: LayerProblem, sparsity: Sequence[Constraint], start: Solution | None = None) -> Solution:
         gram = alive_gram(problem.gram)

@@ -38,22 +38,6 @@ class Fista(Method):
 
     Every round also records a certificate of its convex problem: the duality gap as a share of the objective, and the
     fixed-point residual ``||V - prox(V - grad/L)|| / ||V||``.
-
-    Args:
-        iterations: K, FISTA steps of a round (paper: 20).
-        tolerance: an operator's FISTA stops when ``||V_k - V_{k-1}||_F`` falls below it (paper: 1e-6).
-        xi: share of rounding error above which lambda is raised (paper: 0.3).
-        patience: T, rounds without improvement after which it stops (paper: 3).
-        warm_start: solver of the first weights if the chain has no step before. ``auto`` is the paper's choice by the
-            model's family: SparseGPT for OPT, Wanda for LLaMA and every other.
-        penalty: ``relative`` measures lambda in units of ``max |B|``, above which the solution is zero, and bisects its
-            logarithm, so that lambda does not depend on the scale of weights and activations or the number of tokens.
-            ``published`` takes the paper's numbers literally, on sums over tokens: start 1e-5, interval [0, 1e6],
-            width 1e-6.
-        penalty_start: first lambda, in units of ``max |B|`` (``relative`` only).
-        penalty_interval: bounds of the bisection, in units of ``max |B|`` (``relative`` only).
-        penalty_width: stops when the ends of the interval differ by less than this share (``relative`` only).
-        fast: use low-precision matrix units inside the iterations; errors and certificates are always fp32.
     """
 
     name: ClassVar[str] = "fista"
@@ -72,16 +56,30 @@ class Fista(Method):
         search=True,
     )
 
-    iterations: int = Field(20, ge=1)
-    tolerance: float = Field(1e-6, ge=0.0)
-    xi: float = Field(0.3, gt=0.0, lt=1.0)
-    patience: int = Field(3, ge=1)
-    warm_start: Literal["auto", "sparsegpt", "wanda", "magnitude", "dense"] = "sparsegpt"
-    penalty: Literal["relative", "published"] = "relative"
-    penalty_start: float = Field(1e-5, gt=0.0, lt=1.0)
-    penalty_interval: tuple[Positive, Positive] = (1e-7, 1.0)
-    penalty_width: float = Field(0.01, gt=0.0)
-    fast: bool = True
+    iterations: int = Field(20, ge=1, description="K, FISTA steps of a round (paper: 20).")
+    tolerance: float = Field(1e-6, ge=0.0, description="An operator's FISTA stops when ||V_k - V_{k-1}||_F falls below it (paper: 1e-6).")
+    xi: float = Field(0.3, gt=0.0, lt=1.0, description="Share of rounding error above which lambda is raised (paper: 0.3).")
+    patience: int = Field(3, ge=1, description="T, rounds without improvement after which it stops (paper: 3).")
+    warm_start: Literal["auto", "sparsegpt", "wanda", "magnitude", "dense"] = Field(
+        "sparsegpt",
+        description="Solver of the first weights if the chain has no step before. auto is the paper's choice "
+        "by the model's family: SparseGPT for OPT, Wanda for LLaMA and every other.",
+    )
+    penalty: Literal["relative", "published"] = Field(
+        "relative",
+        description="relative measures lambda in units of max |B|, above which the solution is zero, and "
+        "bisects its logarithm, so that lambda does not depend on the scale of weights and "
+        "activations or the number of tokens. published takes the paper's numbers literally, on "
+        "sums over tokens: start 1e-5, interval [0, 1e6], width 1e-6.",
+    )
+    penalty_start: float = Field(1e-5, gt=0.0, lt=1.0, description="First lambda, in units of max |B| (relative only).")
+    penalty_interval: tuple[Positive, Positive] = Field(
+        (1e-7, 1.0), description="Bounds of the bisection, in units of max |B| (relative only)."
+    )
+    penalty_width: float = Field(
+        0.01, gt=0.0, description="Stops when the ends of the interval differ by less than this share (relative only)."
+    )
+    fast: bool = Field(True, description="Use low-precision matrix units inside the iterations; errors and certificates are always fp32.")
 
     @model_validator(mode="after")
     def _start_inside(self) -> Fista:

@@ -40,20 +40,6 @@ class Proximal(Method):
     exact. rho grows geometrically: a small rho lets the support change, a large one fixes it. Then conjugate gradients
     refit the weights, from a residual in fp32. If a start is given, an operator whose error would not fall keeps its
     start.
-
-    Args:
-        rho: first and last penalty, in units of the scaled Gram's diagonal.
-        levels: number of values of rho, from first to last.
-        steps: iterations at each value.
-        damping: ridge towards the dense weights, as a share of the mean of the Gram's diagonal, for numerical
-            stability.
-        shrinkage: additional ridge for the sampling error of the Gram: this times inputs / tokens (the order of the
-            error of a covariance of n variables from p samples) times the geometric mean of the diagonal (which does
-            not depend on a few massive inputs); the factor is at most 0.3. 0 gives a lower error on the calibration
-            tokens and a higher one on other text (docs/quality.md). Has no effect if the number of tokens is unknown.
-        metric_damping: mu.
-        refit: conjugate gradient steps at the end, in two halves.
-        fast: use low-precision matrix units inside the iterations.
     """
 
     name: ClassVar[str] = "proximal"
@@ -61,14 +47,26 @@ class Proximal(Method):
     dense_target: ClassVar[float] = 0.5
     trace: ClassVar[Trace | None] = SUPPORT_CHANGE
 
-    rho: tuple[Positive, Positive] = (0.15, 1.0)
-    levels: int = Field(11, ge=2)
-    steps: int = Field(3, ge=1)
-    damping: float = Field(0.001, ge=0.0)
-    shrinkage: float = Field(3.0, ge=0.0)
-    metric_damping: float = Field(0.1, gt=0.0)
-    refit: int = Field(4, ge=0)
-    fast: bool = True
+    rho: tuple[Positive, Positive] = Field((0.15, 1.0), description="First and last penalty, in units of the scaled Gram's diagonal.")
+    levels: int = Field(11, ge=2, description="Number of values of rho, from first to last.")
+    steps: int = Field(3, ge=1, description="Iterations at each value.")
+    damping: float = Field(
+        0.001,
+        ge=0.0,
+        description="Ridge towards the dense weights, as a share of the mean of the Gram's diagonal, for numerical stability.",
+    )
+    shrinkage: float = Field(
+        3.0,
+        ge=0.0,
+        description="Additional ridge for the sampling error of the Gram: this times inputs / tokens (the "
+        "order of the error of a covariance of n variables from p samples) times the geometric "
+        "mean of the diagonal (which does not depend on a few massive inputs); the factor is at "
+        "most 0.3. 0 gives a lower error on the calibration tokens and a higher one on other text "
+        "(docs/quality.md). Has no effect if the number of tokens is unknown.",
+    )
+    metric_damping: float = Field(0.1, gt=0.0, description="mu, damping of the metric, as a share of each diagonal element of H.")
+    refit: int = Field(4, ge=0, description="Conjugate gradient steps at the end, in two halves.")
+    fast: bool = Field(True, description="Use low-precision matrix units inside the iterations.")
 
     @field_validator("rho")
     @classmethod

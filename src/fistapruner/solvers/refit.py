@@ -24,20 +24,19 @@ class Refit(Method):
     a step takes one m x n x n product. ``exact`` factors the kept block of the Gram of every row by batched Cholesky,
     which costs about ``n^3 / 3`` times the cube of the kept share for each row. Rows whose error would not fall keep
     their weights, so that the result is never worse.
-
-    Args:
-        solver: ``cg`` or ``exact``.
-        iterations: conjugate gradient steps.
-        damping: ridge towards the dense weights, as a share of the mean of the Gram's diagonal. ``exact`` raises it
-            tenfold, with a warning, until every block has a Cholesky factor.
     """
 
     name: ClassVar[str] = "refit"
     refines: ClassVar[bool] = True
 
-    solver: Literal["cg", "exact"] = "cg"
-    iterations: int = Field(40, ge=1)
-    damping: float = Field(0.0, ge=0.0)
+    solver: Literal["cg", "exact"] = Field("cg", description="cg (conjugate gradients) or exact (Cholesky).")
+    iterations: int = Field(40, ge=1, description="Conjugate gradient steps.")
+    damping: float = Field(
+        0.0,
+        ge=0.0,
+        description="Ridge towards the dense weights, as a share of the mean of the Gram's diagonal. exact "
+        "raises it tenfold, with a warning, until every block has a Cholesky factor.",
+    )
 
     def solve(self, problem: LayerProblem, sparsity: Sequence[Constraint], start: Solution | None = None) -> Solution:
         if start is None:

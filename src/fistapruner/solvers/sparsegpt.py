@@ -25,17 +25,13 @@ class SparseGPT(Method):
 
     The published method reproduces ``W X*`` (``dense_target=pruned``). For another target the least-squares weights
     ``W + a R (H + dI)^-1`` replace W: f is lowest there, and grows from there with the same Gram.
-
-    Args:
-        damping: added to the diagonal of H, as a share of its mean (the paper's 1 %).
-        block: columns whose mask is chosen together (the paper's 128).
     """
 
     name: ClassVar[str] = "sparsegpt"
     refit_helps: ClassVar[bool] = True
 
-    damping: float = Field(0.01, ge=0.0)
-    block: int = Field(128, ge=1)
+    damping: float = Field(0.01, ge=0.0, description="Added to the diagonal of H, as a share of its mean (the paper's 1 %).")
+    block: int = Field(128, ge=1, description="Columns whose mask is chosen together (the paper's 128).")
 
     def supports(self, constraint: Constraint) -> bool:
         return constraint.columnwise

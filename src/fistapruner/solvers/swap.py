@@ -31,19 +31,14 @@ class Swap(Method):
     all pairs within a group). Two sweeps exchange the best pair, as long as that lowers f. The number of kept weights
     of each row or group does not change. The cost is of order ``n^3`` for each row. Rows whose error would not fall are
     left as they are.
-
-    Args:
-        swaps: largest number of exchanges in a row.
-        candidates: weights on each side of which all pairs are compared (unstructured).
-        damping: ridge towards the dense weights, as a share of the mean of the Gram's diagonal.
     """
 
     name: ClassVar[str] = "swap"
     refines: ClassVar[bool] = True
 
-    swaps: int = Field(32, ge=1)
-    candidates: int = Field(32, ge=1)
-    damping: float = Field(1e-4, ge=0.0)
+    swaps: int = Field(32, ge=1, description="Largest number of exchanges in a row.")
+    candidates: int = Field(32, ge=1, description="Weights on each side of which all pairs are compared (unstructured).")
+    damping: float = Field(1e-4, ge=0.0, description="Ridge towards the dense weights, as a share of the mean of the Gram's diagonal.")
 
     def supports(self, constraint: Constraint) -> bool:
         return constraint.exchanges is not None

@@ -1,0 +1,131 @@
+"""Arguments that several verbs share. Those of recipe settings are made from the fields of :class:`Recipe`."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Iterator
+from typing import Any, Literal, get_args, get_origin
+
+from pydantic.fields import FieldInfo
+
+from ..errors import FistaPrunerError
+from ..recipes.loading import load_recipe_settings, merge
+from ..recipes.renamed import RENAMED_SETTINGS
+from ..recipes.settings import Calibration, Execution, Recipe, Settings
+
+SECTIONS: dict[str, type[Settings]] = {"calibration": Calibration, "execution": Execution}
+
+FLAGS = {"calibration.source": "--calibration"}
+"""Flags that are not called as their setting."""
+
+SAME_FLAG = {"calibration.seed": "seed"}
+"""Settings that take their value from the flag of another setting."""
+
+METAVARS = {
+    "sparsity": "PATTERN",
+    "method": "METHOD",
+    "dense_target": "TARGET",
+    "targets": "NAME|re:...",
+    "ignore": "NAME|re:...",
+    "allocation": "NAME|YAML",
+    "reconstruct": "STEPS",
+    "calibration.source": "SOURCE",
+    "execution.device": "DEVICE",
+    "execution.memory_limit": "SIZE",
+    "execution.address": "HOST:PORT",
+}
+"""Placeholders in the help; ``N`` if not given here."""
+
+PLURAL = ("sparsity", "method", "seed")
+"""Settings for which ``compare`` has arguments of its own, each with several values."""
+
+DEST = "recipe."
+"""Prefix of these arguments in the parsed namespace; the path of the setting follows."""
+
+
+def settings() -> Iterator[tuple[str, FieldInfo]]:
+    """Yield every setting of a recipe with its path, such as ``calibration.samples``."""
+    for name, field in Recipe.model_fields.items():
+        if name not in SECTIONS:
+            yield name, field
+            continue
+        for key, inner in SECTIONS[name].model_fields.items():
+            yield f"{name}.{key}", inner
+
+
+def flag_of(path: str) -> str:
+    """Return the flag of a setting."""
+    return FLAGS.get(path, "--" + path.rpartition(".")[2].replace("_", "-"))
+
+
+def add_recipe_arguments(parser: argparse.ArgumentParser, *, single: bool = True) -> None:
+    """Add the recipe's settings.
+
+    Args:
+        parser: of the verb.
+        single: add those settings too of which ``compare`` takes several values.
+    """
+    group = parser.add_argument_group("recipe (over --recipe)")
+    source = group.add_mutually_exclusive_group()
+    source.add_argument("--recipe", metavar="NAME|FILE", help="a shipped recipe (best, fast, fista, paper, ...) or a YAML file")
+    source.add_argument("--quality", choices=("fast", "default", "best"), help="how much time to spend: one of three shipped recipes")
+    execution = parser.add_argument_group("execution")
+    for path, field in settings():
+        if path in SAME_FLAG or (path in PLURAL and not single):
+            continue
+        _add_setting(execution if path.startswith("execution.") else group, path, field)
+    for old in RENAMED_SETTINGS:
+        parser.add_argument(f"--{old}", action=_RefuseOldFlag, help=argparse.SUPPRESS)
+
+
+def _add_setting(group: argparse._ArgumentGroup, path: str, field: FieldInfo) -> None:
+    """Add one setting: its flag, choices and help are those of the field, which also checks the value."""
+    default = field.default
+    shown = "" if default is None or default == () or field.annotation is bool else f" (default: {default})"
+    options: dict[str, Any] = {"dest": DEST + path, "default": None, "help": f"{field.description}{shown}".replace("%", "%%")}
+    if field.annotation is bool:
+        options["action"] = argparse.BooleanOptionalAction
+    elif get_origin(field.annotation) is Literal:
+        options["choices"] = get_args(field.annotation)
+    else:
+        options["metavar"] = METAVARS.get(path, "N")
+        if isinstance(default, tuple):
+            options["action"] = "append"
+            options["help"] += " May be given several times."
+    group.add_argument(flag_of(path), **options)
+
+
+def recipe_settings(arguments: argparse.Namespace) -> dict[str, Any]:
+    """Collect the recipe that the arguments name: ``--recipe`` or ``--quality`` first, single settings over it.
+
+    Raises:
+        FistaPrunerError: an unknown recipe.
+    """
+    name = arguments.recipe or arguments.quality
+    changes: dict[str, Any] = {}
+    for path, _ in settings():
+        value = getattr(arguments, DEST + SAME_FLAG.get(path, path), None)
+        section, _, key = path.rpartition(".")
+        (changes.setdefault(section, {}) if section else changes)[key] = value
+    return merge(load_recipe_settings(name) if name else {}, changes)
+
+
+class _RefuseOldFlag(argparse.Action):
+    """Refuse a flag that was renamed. Without it ``--target`` would be read as short for ``--targets``."""
+
+    def __call__(self, parser: object, namespace: object, values: object, option_string: str | None = None) -> None:
+        raise FistaPrunerError(f"{option_string} is called {flag_of(RENAMED_SETTINGS[self.dest])}")
+
+
+def add_trust_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add what an untrusted checkpoint may do; nothing by default."""
+    group = parser.add_argument_group("trust")
+    group.add_argument("--allow-pickle", action="store_true", help="read legacy .bin weights (loaded without running code)")
+    group.add_argument("--trust-remote-code", action="store_true", help="run Python code that comes with the checkpoint")
+
+
+def add_output_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add how much is printed."""
+    group = parser.add_argument_group("output")
+    group.add_argument("--quiet", action="store_true", help="print only errors and the result")
+    group.add_argument("--json", action="store_true", help="print the result as JSON")

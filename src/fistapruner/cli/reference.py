@@ -1,0 +1,87 @@
+"""Write the reference page: verbs with their arguments, recipe settings, methods with their settings.
+
+``python -m fistapruner.cli.reference`` prints it; ``make reference`` writes ``docs/reference.md``.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Iterable
+from typing import Any, Literal, get_args, get_origin
+
+from pydantic.fields import FieldInfo
+
+from ..solvers import METHODS
+from ..solvers.catalogue import CATALOGUE
+from . import VERBS, build_parser
+from .arguments import DEST, SAME_FLAG, flag_of, settings
+
+HEAD = """# Reference
+
+Made from the program by `make reference`; do not edit. The pages on the verbs show how they are used.
+"""
+
+
+def reference() -> str:
+    """Return the page as Markdown."""
+    return "\n".join([HEAD, *_verbs(), *_recipe(), *_methods()])
+
+
+def _verbs() -> Iterable[str]:
+    yield "## Verbs\n"
+    (verbs,) = (action for action in build_parser()._actions if isinstance(action, argparse._SubParsersAction))
+    for verb in VERBS:
+        parser = verbs.choices[verb]
+        yield f"### fistapruner {verb}\n"
+        yield f"{(parser.description or '').strip().splitlines()[0]}\n"
+        rows = []
+        for action in parser._actions:
+            if action.help in (None, argparse.SUPPRESS) or action.dest == "help" or action.dest.startswith(DEST):
+                continue
+            flags = " / ".join(action.option_strings)
+            values = "|".join(map(str, action.choices)) if action.choices else action.metavar or action.dest.upper()
+            name = " ".join(filter(None, (flags, "" if action.nargs == 0 else str(values))))
+            rows.append((f"`{name}`", str(action.help) % {"default": action.default}))
+        if any(action.dest.startswith(DEST) for action in parser._actions):
+            yield "Also every [recipe setting](#recipe-settings) by its flag.\n"
+        yield from _table(("argument", "meaning"), rows)
+
+
+def _recipe() -> Iterable[str]:
+    yield "## Recipe settings\n"
+    yield "A recipe is a YAML mapping of these; `calibration` and `execution` are sections.\n"
+    rows = [(f"`{path}`", f"`{flag_of(SAME_FLAG.get(path, path))}`", *_describe(field)) for path, field in settings()]
+    yield from _table(("setting", "flag", "default", "meaning"), rows)
+
+
+def _methods() -> Iterable[str]:
+    yield "## Methods\n"
+    for entry in CATALOGUE:
+        kind = "Refinement" if entry.refines else "Solver"
+        yield f"### {entry.name}\n"
+        yield f"{kind}: {entry.summary}. Source: {entry.reference}.\n"
+        if fields := METHODS[entry.name].model_fields:
+            yield from _table(("setting", "default", "meaning"), [(f"`{name}`", *_describe(field)) for name, field in fields.items()])
+
+
+def _describe(field: FieldInfo) -> tuple[str, str]:
+    """Return a setting's default and its meaning."""
+    default = field.default if isinstance(field.default, str) else json.dumps(field.default)
+    return f"`{default}`", f"{_values(field.annotation)}{field.description}"
+
+
+def _values(annotation: Any) -> str:
+    """Return the values of a choice, as the beginning of its description."""
+    if get_origin(annotation) is not Literal:
+        return ""
+    return ", ".join(f"`{value}`" for value in get_args(annotation)) + ". "
+
+
+def _table(head: tuple[str, ...], rows: Iterable[tuple[str, ...]]) -> Iterable[str]:
+    lines = [head, ("---",) * len(head), *(tuple(" ".join(cell.replace("|", "\\|").split()) for cell in row) for row in rows)]
+    yield "\n".join(f"| {' | '.join(line)} |" for line in lines) + "\n"
+
+
+if __name__ == "__main__":
+    print(reference(), end="")

@@ -1,0 +1,67 @@
+"""Settings are described once, on their fields; command line and reference page follow."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+import pytest
+
+from fistapruner.cli import build_parser
+from fistapruner.cli.arguments import add_recipe_arguments, recipe_settings, settings
+from fistapruner.cli.reference import reference
+from fistapruner.recipes.settings import Recipe
+from fistapruner.solvers import METHODS
+
+PAGE = Path(__file__).parents[2] / "docs" / "reference.md"
+
+
+def read(*words: str) -> Recipe:
+    parser = argparse.ArgumentParser()
+    add_recipe_arguments(parser)
+    return Recipe.build(recipe_settings(parser.parse_args(words)))
+
+
+def test_the_reference_page_is_up_to_date() -> None:
+    assert PAGE.read_text("utf-8") == reference(), "make reference"
+
+
+def test_every_setting_is_described() -> None:
+    fields = [*settings(), *((f"{name}.{key}", field) for name, m in METHODS.items() for key, field in m.model_fields.items())]
+    assert [path for path, field in fields if not field.description] == []
+
+
+@pytest.mark.parametrize(
+    ("flag", "value", "path", "expected"),
+    [
+        ("--dense-target", "0.5", "dense_target", 0.5),
+        ("--dense-target", "dense", "dense_target", 1.0),
+        ("--samples", "7", "calibration.samples", 7),
+        ("--calibration", "python", "calibration.source", "python"),
+        ("--seed", "3", "seed", 3),
+        ("--seed", "3", "calibration.seed", 3),
+        ("--memory-limit", "8GiB", "execution.memory_limit", 8 << 30),
+        ("--targets", "q_proj", "targets", ("q_proj",)),
+        ("--allocation", "owl", "allocation", "owl"),
+        ("--reconstruct", "4", "reconstruct", 4),
+    ],
+)
+def test_a_flag_sets_its_setting(flag: str, value: str, path: str, expected: object) -> None:
+    found: object = read(flag, value)
+    for name in path.split("."):
+        found = getattr(found, name)
+    assert found == expected
+
+
+def test_no_flags_leave_the_recipe_as_it_is() -> None:
+    assert read() == Recipe()
+    assert read("--recipe", "fast", "--samples", "9") == read("--quality", "fast", "--samples", "9")
+    assert read("--no-error-correction").error_correction is False
+    assert {str(s) for s in read("--allocation", "{re:mlp: 60%, re:attn: 2:4}").allocation.values()} == {"60%", "2:4"}  # type: ignore[union-attr]
+
+
+def test_every_verb_has_help(capsys: pytest.CaptureFixture[str]) -> None:
+    for verb in ("prune", "compare", "evaluate", "methods"):
+        with pytest.raises(SystemExit):
+            build_parser().parse_args([verb, "--help"])
+    assert "(default: 50%)" in capsys.readouterr().out
