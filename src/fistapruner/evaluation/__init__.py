@@ -1,4 +1,4 @@
-"""What pruning did to a model: perplexity, divergence from the dense model, zero-shot tasks, speed."""
+"""Measure a pruned model: perplexity, divergence from the dense model, zero-shot tasks."""
 
 from ..runs.results import Divergence, Evaluation, Perplexity, TaskResult
 

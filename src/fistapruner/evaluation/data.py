@@ -1,7 +1,7 @@
-"""Evaluation text as token windows, by the protocol that the pruning papers share.
+"""Cut evaluation text into token windows, by the protocol that the pruning papers share.
 
-The rows of the data set are joined to one string (:mod:`fistapruner.calibration.datasets`), tokenised once, and cut into
-non-overlapping windows; what does not fill a window is dropped.
+The rows of the data set are joined to one string (:mod:`fistapruner.calibration.datasets`), tokenised once, and cut
+into non-overlapping windows; what does not fill a window is dropped.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ class Windows:
 
     @property
     def sha256(self) -> str:
-        """Hash of the token ids and of how they are cut: two evaluations with the same hash saw the same windows."""
+        """Hash of the token ids and their shape; equal hashes mean the same windows."""
         shape = "x".join(map(str, self.tokens.shape)).encode()
         return hashlib.sha256(shape + self.tokens.to(torch.int32).contiguous().numpy().tobytes()).hexdigest()
 
@@ -57,10 +57,10 @@ def load_windows(data: str, tokenizer: Any, seqlen: int, windows: int | None = N
             by blank lines).
         tokenizer: a ``transformers`` tokenizer.
         seqlen: tokens in a window.
-        windows: take only the first so many.
+        windows: take only this many, from the start.
         bos: ``auto`` puts BOS in front of every window exactly if the tokenizer adds it to a text by its own setting;
-            ``text`` leaves it where the tokenizer put it, once in front of the whole text, as the scripts of most papers
-            do; ``none`` and ``window`` say what they mean.
+            ``text`` leaves it where the tokenizer put it, once in front of the whole text, as the scripts of most
+            papers do; ``none`` has no BOS; ``window`` has one in front of every window.
 
     Raises:
         FistaPrunerError: no such data, a text too short for one window, or a setting out of range.
@@ -100,7 +100,7 @@ def cut_windows(
 
 
 def read_text(data: str) -> tuple[str, str, int | None]:
-    """The joined text of a data set or file, its split, and the most windows the protocol takes of it."""
+    """Read the joined text of a data set or file, its split, and the most windows the protocol takes."""
     if data in DATA_SETS and not Path(data).is_file():
         split = DATA_SETS[data].held_out
         (text,) = load_documents(data, held_out=True)

@@ -1,4 +1,4 @@
-"""``fistapruner.evaluate``: perplexity, divergence from the dense model and zero-shot tasks in one call."""
+"""Measure perplexity, divergence from the dense model and zero-shot tasks: ``fistapruner.evaluate``."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from .streaming import Passes, score_windows, vocabulary_size
 from .zero_shot import evaluate_tasks, find_tasks
 
 LONGEST_DEFAULT = 2048
-"""Windows are the model's maximum length, at most this, unless the user says otherwise."""
+"""Default length of a window: the model's maximum, at most this."""
 
 
 def evaluate(
@@ -55,20 +55,21 @@ def evaluate(
         data: text for perplexity: ``wikitext2``, ``ptb``, ``c4``, ``python`` or a local ``.txt``, ``.jsonl``,
             ``.parquet`` file; or windows that were cut before, by the models' tokenizer. None measures tasks only.
         seqlen: tokens in a window; default is the model's maximum, at most 2048. A perplexity depends on it.
-        windows: only the first so many windows.
+        windows: take only this many, from the start.
         against: the dense model; adds its perplexity, KL divergence, top-1 agreement and paired tests.
         tasks: zero-shot tasks, by ``lm-eval`` name, or by file name where ``tasks_dir`` is given.
         tasks_dir: folder of local ``.jsonl`` tasks.
-        limit: only the first so many items of each task.
+        limit: take only this many items of each task, from the start.
         device: ``auto``, ``cpu``, ``cuda``, ``cuda:N``.
-        dtype: precision of the forward passes; ``auto`` is the checkpoint's own, or fp32 on CPUs without matrix units for it.
+        dtype: precision of the forward passes; ``auto`` is the checkpoint's own, or fp32 on CPUs without matrix units
+            for it.
         batch_size: windows in one forward pass.
         memory_limit: bytes that hidden states may take; default is half of what is free.
         bos: where BOS tokens stand, see :func:`~fistapruner.evaluation.data.load_windows`.
         allow_pickle: read legacy ``.bin`` weights.
         trust_remote_code: run Python code that comes with a checkpoint.
-        tick: told of progress: (what, steps done, steps in all).
-        keep: given what is measured before the tasks begin, so that it is not lost if they fail.
+        tick: called with progress: (what, steps done, steps in all).
+        keep: called with what is measured before the tasks begin, so that it is not lost if they fail.
 
     Raises:
         FistaPrunerError: bad input, named; settings and tasks before any long work.
@@ -93,19 +94,19 @@ def evaluate(
     forward = 0.0
     if data is not None:
         tokenizer = source.tokenizer()
-        skeleton = _open(source, place, dtype)
-        length = data.seqlen if isinstance(data, Windows) else seqlen or min(skeleton.max_length, LONGEST_DEFAULT)
-        if length > skeleton.max_length:
-            raise FistaPrunerError(f"seqlen {length} is more than the {skeleton.max_length} tokens {model} was made for")
+        opened = _open(source, place, dtype)
+        length = data.seqlen if isinstance(data, Windows) else seqlen or min(opened.max_length, LONGEST_DEFAULT)
+        if length > opened.max_length:
+            raise FistaPrunerError(f"seqlen {length} is more than the {opened.max_length} tokens {model} was made for")
         cut = data if isinstance(data, Windows) else load_windows(data, tokenizer, length, windows, bos)
         other = None
         if dense is not None:
             other = _open(dense, place, dtype)
-            _check_same_tokens(skeleton, other, tokenizer, dense.tokenizer())
+            _check_same_tokens(opened, other, tokenizer, dense.tokenizer())
         start = time.perf_counter()
-        sums = score_windows(skeleton, cut.tokens, Passes(batch_size, memory_limit, tick), other)
+        sums = score_windows(opened, cut.tokens, Passes(batch_size, memory_limit, tick), other)
         forward = time.perf_counter() - start
-        perplexity = perplexity_of(sums.nll, sums.length, **_protocol(cut, skeleton))
+        perplexity = perplexity_of(sums.nll, sums.length, **_protocol(cut, opened))
         if other is not None and sums.reference_nll is not None:
             reference = perplexity_of(sums.reference_nll, sums.length, **_protocol(cut, other))
             divergence = divergence_of(sums)
@@ -146,17 +147,17 @@ def _check_same_tokens(model: LayerwiseModel, reference: LayerwiseModel, tokeniz
     ours, theirs = vocabulary_size(model), vocabulary_size(reference)
     if ours != theirs or tokenizer.get_vocab() != reference_tokenizer.get_vocab():
         raise FistaPrunerError(
-            f"{model.checkpoint.folder} and {reference.checkpoint.folder} do not share a vocabulary ({ours} and {theirs} tokens): "
-            "only a model and what was made of it can be compared"
+            f"{model.checkpoint.folder} and {reference.checkpoint.folder} do not share a vocabulary "
+            f"({ours} and {theirs} tokens): only a model and what was made of it can be compared"
         )
 
 
-def _protocol(windows: Windows, skeleton: LayerwiseModel) -> dict[str, Any]:
+def _protocol(windows: Windows, opened: LayerwiseModel) -> dict[str, Any]:
     return {
         "data": windows.data,
         "split": windows.split,
         "seqlen": windows.seqlen,
-        "dtype": dtype_name(skeleton.dtype),
+        "dtype": dtype_name(opened.dtype),
         "bos": windows.bos,
         "sha256": windows.sha256,
     }

@@ -1,4 +1,4 @@
-"""The same prompts continued by the dense and the pruned model."""
+"""Continue the same prompts with the dense and the pruned model."""
 
 from __future__ import annotations
 

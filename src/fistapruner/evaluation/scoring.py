@@ -1,4 +1,4 @@
-"""Numbers from logits: token NLL, KL divergence, top-1 agreement, and their standard errors over windows.
+"""Reduce logits to token NLL, KL divergence, top-1 agreement, and standard errors over windows.
 
 A vocabulary of 128,000 entries makes logits the largest tensor of an evaluation: half a megabyte a token in fp32, and a
 window of 2,048 would be a gigabyte. So hidden states go through the head in slices of some hundred tokens, and each
@@ -23,7 +23,7 @@ Head = Callable[[Tensor], Tensor]
 
 @dataclass
 class WindowSums:
-    """Sums over the predicted tokens of each window, fp64: all that statistics need.
+    """Sums over the predicted tokens of each window, in fp64.
 
     Args:
         nll: (windows,) negative log-likelihoods of the model; ``reference_nll``: of the reference model.
@@ -39,21 +39,27 @@ class WindowSums:
 
 
 HEAD_BUDGET = 128 * 2**20
-"""Bytes of fp32 logits made at once: few enough to bound memory, enough tokens to pay for reading the head's weights."""
+"""Bytes of fp32 logits made at once: bounds memory, and is large enough to pay for reading the head's weights."""
 
 ROWS_BUDGET = 2 * 2**20
-"""Bytes of fp32 logits reduced at once on a CPU: what stays in a core's cache (measured: half the time of large slices)."""
+"""Bytes of fp32 logits reduced at once on a CPU, to stay in a core's cache.
+
+Measured: half the time of large slices.
+"""
 
 
 def slices(count: int, row_bytes: int, budget: int) -> list[tuple[int, int]]:
-    """Cut ``count`` rows into the fewest nearly equal slices of at most ``budget`` bytes (at least one row each)."""
+    """Cut ``count`` rows into the fewest nearly equal slices of at most ``budget`` bytes.
+
+    Each slice has at least one row.
+    """
     parts = max(1, -(-count // max(1, budget // row_bytes)))
     bounds = [count * part // parts for part in range(parts + 1)]
     return [(start, stop) for start, stop in itertools.pairwise(bounds) if stop > start]
 
 
 def token_nll(logits: Tensor, targets: Tensor) -> Tensor:
-    """(tokens,) fp32 negative log-likelihood of ``targets`` (tokens,) under ``logits`` (tokens, vocabulary)."""
+    """Return the (tokens,) fp32 NLL of ``targets`` (tokens,) under ``logits`` (tokens, vocabulary)."""
     rows = logits.float()
     return torch.logsumexp(rows, dim=-1) - rows.gather(1, targets[:, None]).squeeze(1)
 
@@ -62,8 +68,8 @@ def token_divergence(logits: Tensor, reference: Tensor, targets: Tensor) -> tupl
     """Compare two models' logits (tokens, vocabulary) of the same tokens.
 
     Returns:
-        (tokens,) fp32 each: NLL of ``targets`` under the model, under the reference, KL(reference || model), and whether
-        both have the same most likely token.
+        (tokens,) fp32 each: NLL of ``targets`` under the model, under the reference, KL(reference || model), and
+        whether both have the same most likely token.
     """
     p, q = logits.float(), reference.float()
     index = targets[:, None]
@@ -71,8 +77,8 @@ def token_divergence(logits: Tensor, reference: Tensor, targets: Tensor) -> tupl
     shift, norm = torch.logsumexp(p, dim=-1), torch.logsumexp(q, dim=-1)
     nll = shift - p.gather(1, index).squeeze(1)
     reference_nll = norm - q.gather(1, index).squeeze(1)
-    # KL = sum q (log q - log p). Where the reference gives a token no chance at all (the -inf of a padded vocabulary) the
-    # term is 0 whatever the model says; 0 * inf would be NaN.
+    # KL = sum q (log q - log p). Where the reference gives a token probability 0 (logit -inf, a padded vocabulary), the
+    # term is 0 for any model; 0 * inf would be NaN.
     weight = (q - norm[:, None]).exp_()
     gap = (q - p).masked_fill_(weight == 0, 0.0)
     kl = torch.linalg.vecdot(weight, gap) + shift - norm
@@ -80,7 +86,7 @@ def token_divergence(logits: Tensor, reference: Tensor, targets: Tensor) -> tupl
 
 
 def score_tokens(hidden: Tensor, targets: Tensor, head: Head, vocabulary: int) -> float:
-    """Sum of the NLL of ``targets``.
+    """Sum the NLL of ``targets``.
 
     Args:
         hidden: (tokens, hidden) output of the last decoder layer where each target is predicted.
@@ -99,7 +105,7 @@ def score_tokens(hidden: Tensor, targets: Tensor, head: Head, vocabulary: int) -
 def compare_tokens(
     hidden: Tensor, reference_hidden: Tensor, targets: Tensor, head: Head, reference_head: Head, vocabulary: int
 ) -> tuple[float, float, float, float]:
-    """Sums over ``targets``: NLL, reference NLL, KL, top-1 agreements (see :func:`score_tokens`)."""
+    """Sum NLL, reference NLL, KL and top-1 agreements over ``targets`` (see :func:`score_tokens`)."""
     total = torch.zeros(4, dtype=torch.float64)
     for start, stop in slices(len(targets), 4 * vocabulary, HEAD_BUDGET // 2):
         p, q, wanted = head(hidden[start:stop]), reference_head(reference_hidden[start:stop]), targets[start:stop]
@@ -110,13 +116,13 @@ def compare_tokens(
 
 
 def _rows(logits: Tensor) -> list[tuple[int, int]]:
-    """Rows to reduce at once: what fits a core's cache on a CPU, all of them on a GPU."""
+    """Choose rows to reduce at once: what fits a core's cache on a CPU, all of them on a GPU."""
     tokens, vocabulary = logits.shape
     return slices(tokens, 4 * vocabulary, ROWS_BUDGET) if logits.device.type == "cpu" else [(0, tokens)]
 
 
 def mean_and_error(sums: Tensor, length: int) -> tuple[float, float]:
-    """Mean over tokens and its standard error over windows, from (windows,) sums of ``length`` tokens each.
+    """Average (windows,) sums of ``length`` tokens each: mean over tokens, standard error over windows.
 
     Tokens of one window depend on each other, so the windows are the independent observations. The error of a single
     window is not defined: NaN.
@@ -128,7 +134,7 @@ def mean_and_error(sums: Tensor, length: int) -> tuple[float, float]:
 
 
 def perplexity_of(sums: Tensor, length: int, *, data: str, split: str, seqlen: int, dtype: str, bos: str, sha256: str) -> Perplexity:
-    """The perplexity record of (windows,) NLL sums."""
+    """Make the perplexity record of (windows,) NLL sums."""
     nll, error = mean_and_error(sums, length)
     value = math.exp(nll) if nll < 700 else math.inf
     return Perplexity(
@@ -148,7 +154,7 @@ def perplexity_of(sums: Tensor, length: int, *, data: str, split: str, seqlen: i
 
 
 def divergence_of(sums: WindowSums) -> Divergence:
-    """The divergence record of sums that have a reference."""
+    """Make the divergence record of sums that have a reference."""
     if sums.reference_nll is None or sums.kl is None or sums.agree is None:
         raise ValueError("these sums have no reference model")
     kl, kl_error = mean_and_error(sums.kl, sums.length)

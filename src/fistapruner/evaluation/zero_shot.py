@@ -1,10 +1,10 @@
-"""Zero-shot tasks by ``lm-eval``, with paired tests so that noise is not sold as a difference.
+"""Score zero-shot tasks with ``lm-eval``, with paired tests against the dense model.
 
-A task is an ``lm-eval`` name (its data comes from the hub), or a local ``.jsonl`` file, which needs no network. Files are
-told apart by their fields:
+A task is an ``lm-eval`` name (its data comes from the hub), or a local ``.jsonl`` file, which needs no network. The
+fields of a file say what kind of task it is:
 
-* ``query``, ``choices``, ``gold``: the choice with the highest likelihood after the query (ARC, PIQA, BoolQ, HellaSwag).
-  A query that asks a ``Question:`` gets ``Answer:`` on a line of its own, as ``lm-eval`` writes these tasks.
+* ``query``, ``choices``, ``gold``: the choice with the highest likelihood after the query (ARC, PIQA, BoolQ,
+  HellaSwag). A query that asks a ``Question:`` gets ``Answer:`` on a line of its own, as in ``lm-eval``.
 * ``context``, ``continuation``: right if greedy decoding gives exactly the continuation (LAMBADA).
 * ``context_options``, ``continuation``, ``gold``: the context after which the continuation is likeliest (WinoGrande).
 """
@@ -40,7 +40,7 @@ KINDS = (("query", "choices", "gold"), ("context_options", "continuation", "gold
 
 @dataclass(frozen=True)
 class Tasks:
-    """Tasks that are there, by :func:`find_tasks`.
+    """Tasks that :func:`find_tasks` found.
 
     Args:
         specifications: names or configurations, as ``lm-eval`` takes them.
@@ -98,9 +98,9 @@ def evaluate_tasks(
         folder: the model's Hugging Face folder.
         tasks: what :func:`find_tasks` found.
         against: the dense model's folder.
-        limit: only the first so many items of each task.
+        limit: take only this many items of each task, from the start.
         device, dtype, batch_size, trust_remote_code: how the models are run.
-        tick: told of progress.
+        tick: called with progress.
 
     Raises:
         FistaPrunerError: ``lm-eval`` fails: task data that cannot be loaded or has items it cannot ask.
@@ -127,7 +127,11 @@ def task_result(
     source: str = "",
     available: int | None = None,
 ) -> TaskResult:
-    """Score, standard error and paired test from right (1) and wrong (0) by item number, of the ``available`` items.
+    """Compute score, standard error and paired test of a task.
+
+    Args:
+        task, metric, source, available: recorded as they are; ``available`` is the number of items the task has.
+        items: right (1) or wrong (0) by item number; ``reference``: the same of the dense model.
 
     Raises:
         FistaPrunerError: the two models answered different items.
@@ -157,9 +161,9 @@ def task_result(
 
 
 def mcnemar(lost: int, won: int) -> float:
-    """Return the p-value of the two-sided exact McNemar test (McNemar 1947) of ``lost`` against ``won`` items.
+    """Return the p-value of the two-sided exact McNemar test of ``lost`` against ``won`` items.
 
-    Items that both models get right, or both wrong, do not enter.
+    McNemar 1947. Items that both models get right, or both wrong, do not enter.
     """
     from scipy.stats import binomtest
 
@@ -167,11 +171,13 @@ def mcnemar(lost: int, won: int) -> float:
 
 
 def local_task(path: Path) -> dict[str, Any]:
-    """``lm-eval`` configuration of a local ``.jsonl`` task; its kind is read from the first line, all lines are checked.
+    """Make the ``lm-eval`` configuration of a local ``.jsonl`` task.
+
+    The first line gives the kind of task; all lines are checked.
 
     Raises:
-        FistaPrunerError: the file is empty, has none of the known sets of fields, or a line (its number is given) that is not
-            UTF-8 JSON or has not the fields of the first.
+        FistaPrunerError: the file is empty, has none of the known sets of fields, or a line (its number is given) that
+            is not UTF-8 JSON or lacks the fields of the first.
     """
     fields = _fields_of_file(path)
     task: dict[str, Any] = {
@@ -207,7 +213,7 @@ def local_task(path: Path) -> dict[str, Any]:
 
 
 def _fields_of_file(path: Path) -> tuple[str, ...]:
-    """Which of :data:`KINDS` every line of a file is.
+    """Find the one of :data:`KINDS` that every line of a file is.
 
     Raises:
         FistaPrunerError: see :func:`local_task`.
@@ -232,7 +238,7 @@ def _fields_of_file(path: Path) -> tuple[str, ...]:
 
 
 def _kind_of(path: Path, item: Mapping[str, Any]) -> dict[str, type]:
-    """The fields that make an item a task, with the type of each.
+    """Find the fields that make an item a task, with the type of each.
 
     Raises:
         FistaPrunerError: the item has not all fields of any kind.
@@ -284,7 +290,7 @@ def _run(
     batch_size: int | None,
     trust_remote_code: bool,
 ) -> tuple[Outcomes, dict[str, int]]:
-    """Outcomes of one model, and how many items each task has."""
+    """Return the outcomes of one model, and how many items each task has."""
     from lm_eval import simple_evaluate
     from lm_eval.models.huggingface import HFLM
 
@@ -313,7 +319,7 @@ def _run(
 
 
 def _score(items: Mapping[int, float]) -> tuple[float, float]:
-    """Mean and its standard error with the sample variance, as ``lm-eval`` gives it."""
+    """Return the mean and its standard error with the sample variance, as ``lm-eval`` does."""
     count = len(items)
     mean = sum(items.values()) / count
     error = math.sqrt(mean * (1 - mean) / (count - 1)) if count > 1 else math.nan

@@ -1,4 +1,4 @@
-"""Results to JSON, and JSON to one self-contained page."""
+"""Draw pages and write model cards from the JSON of a run."""
 
 from ..runs.records import Comparison, LayerEntry, OperatorEntry, Report, load_run
 

@@ -1,4 +1,7 @@
-"""What to try next, in words, from the numbers of a run. What counts of an operator's error is what pruning added to it."""
+"""Advise what to try next, from the figures of a run.
+
+An operator's error counts without the part that its dense weights would have too: only what pruning added.
+"""
 
 from __future__ import annotations
 
@@ -14,7 +17,10 @@ from ..solvers import METHODS
 
 
 def advice(report: Report) -> list[str]:
-    """Sentences, most useful first; what is to be typed stands between backticks. Empty when nothing stands out."""
+    """Write advice as sentences, most useful first; options stand between backticks.
+
+    Empty when nothing stands out.
+    """
     why = _why_not_uneven(report)
     found = [*_layers(report.layers, why), *_operators(report.layers, why)]
     return [*found, *_chain(report), *_search(report.layers), *_calibration(report)]
@@ -27,12 +33,13 @@ def _layers(layers: Sequence[LayerEntry], why_not: str) -> list[str]:
     middle = median(means.values())
     outliers = sorted((index for index, mean in means.items() if mean > 2 * middle), key=lambda index: -means[index])
     if not outliers:
-        return [f"No decoder layer stands out: the largest mean error is {significant(max(means.values()) / middle, 2)} times the median."]
+        ratio = significant(max(means.values()) / middle, 2)
+        return [f"No decoder layer stands out: the largest mean error is {ratio} times the median."]
     shown = ", ".join(f"{index} ({percent(means[index], 2)})" for index in outliers[:4])
     name = next(layer.name for layer in layers if layer.index == outliers[0]) or f"layers.{outliers[0]}"
     one = len(outliers) == 1
-    them = "it" if one else "them"
-    stands = f"Decoder layer{'' if one else 's'} {shown} stand{'s' if one else ''} out against a median error of {percent(middle, 2)}."
+    subject, them = (f"Decoder layer {shown} stands", "it") if one else (f"Decoder layers {shown} stand", "them")
+    stands = f"{subject} out against a median error of {percent(middle, 2)}."
     pattern = f"re:{re.escape(name)}\\."
     if why_not:
         return [f"{stands} {why_not}; `--ignore '{pattern}'` leaves {'the layer' if one else name} dense."]
@@ -57,8 +64,8 @@ def _operators(layers: Sequence[LayerEntry], why_not: str) -> list[str]:
         return []
     spread = "" if why_not else "`--allocation error` moves sparsity away from it; "
     return [
-        f"{worst} loses most of all operators: {percent(means[worst], 2)} on average, against a median of {percent(middle, 2)}. "
-        f"{spread}`--ignore {worst.rsplit('.', 1)[-1]}` leaves it dense."
+        f"{worst} loses most of all operators: {percent(means[worst], 2)} on average, "
+        f"against a median of {percent(middle, 2)}. {spread}`--ignore {worst.rsplit('.', 1)[-1]}` leaves it dense."
     ]
 
 
@@ -66,7 +73,8 @@ def _chain(report: Report) -> list[str]:
     method = report.method
     last = METHODS.get(method.split("+")[-1]) if method else None
     if last is not None and last.refit_helps:
-        return [f"A least-squares refit on the kept weights can only lower the error and costs little: `--method {method}+refit`."]
+        refit = f"`--method {method}+refit`"
+        return [f"A least-squares refit on the kept weights can only lower the error and costs little: {refit}."]
     return []
 
 
@@ -101,21 +109,21 @@ def _calibration(report: Report) -> list[str]:
     widest = max((operator.shape[1] for layer in report.layers for operator in layer.operators), default=0)
     if used.tokens < 4 * widest:
         found.append(
-            f"{used.tokens} calibration tokens are few for operators of {widest} inputs: their Grams are poorly determined. "
-            "Use more `--samples` or a longer `--seqlen`."
+            f"{used.tokens} calibration tokens are few for operators of {widest} inputs: "
+            "their Grams are poorly determined. Use more `--samples` or a longer `--seqlen`."
         )
     elif used.samples < 128:
         found.append(f"Calibration used {used.samples} windows; the papers use 128, and quality drops quickly with fewer.")
     if used.source in ("python", "self") and report.evaluations:
         found.append(
-            f"Calibration text was {used.source!r}. Text like what the model will be used for usually gives a better model: "
-            "`--calibration FILE` or `--calibration c4`."
+            f"Calibration text was {used.source!r}. Text like what the model will be used for usually gives "
+            "a better model: `--calibration FILE` or `--calibration c4`."
         )
     return found
 
 
 def _why_not_uneven(report: Report) -> str:
-    """Why another allocation is nothing to try; empty where it is."""
+    """Say why another allocation is not worth trying; empty where it is."""
     try:
         if not parse_sparsity(report.sparsity).supports_allocation:
             return f"The pattern {report.sparsity} has the same sparsity in every operator"

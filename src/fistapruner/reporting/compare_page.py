@@ -1,4 +1,4 @@
-"""``compare.html``: many methods under one protocol, from ``compare.json`` alone."""
+"""Draw ``compare.html``, many methods under one protocol, from ``compare.json`` alone."""
 
 from __future__ import annotations
 
@@ -75,7 +75,10 @@ def points(rows: Sequence[CompareRow]) -> list[Point]:
 
 
 def short_labels(found: Sequence[Point]) -> dict[str, str]:
-    """Shorten labels so that they fit into figures: without the settings after ``@``, numbered where that makes two methods alike."""
+    """Shorten labels to fit into figures: without the settings after ``@``.
+
+    Methods that this makes alike are numbered.
+    """
     methods = list(dict.fromkeys(point.method for point in found))
     bases = [method.partition("@")[0] for method in methods]
     return {
@@ -96,7 +99,8 @@ def verdict(comparison: Comparison, found: Sequence[Point]) -> str:
         here = sorted((point for point in found if point.sparsity == pattern), key=lambda point: point.gap)
         if len(here) > 1:
             best, second = here[:2]
-            sentences.append(f"At {pattern}, {best.method} has the smallest gap ({best.gap:.3f}), then {second.method} ({second.gap:.3f}).")
+            first = f"At {pattern}, {best.method} has the smallest gap ({best.gap:.3f})"
+            sentences.append(f"{first}, then {second.method} ({second.gap:.3f}).")
     if comparison.status == "running":
         sentences.append("The comparison is not finished.")
     return " ".join(sentences)
@@ -141,7 +145,7 @@ def quality_against_sparsity(found: Sequence[Point]) -> Drawing | None:
         "gap-sparsity",
         "Quality against sparsity",
         plot,
-        caption="Gap: ln of the ratio of the pruned to the dense perplexity. Lines are one standard deviation over seeds.",
+        caption="Gap: ln(pruned perplexity / dense perplexity). Lines are one standard deviation over seeds.",
         description="; ".join(f"{p.method} at {p.sparsity}: {significant(p.gap)}" for p in found),
         height=360,
         narrow_height=420,
@@ -190,7 +194,7 @@ def quality_against_time(found: Sequence[Point], pattern: str) -> Drawing | None
 
 
 def _overview(found: Sequence[Point]) -> Table:
-    """Methods by sparsities: the mean gap, with its deviation over seeds; a star at the smallest of a column."""
+    """Tabulate the mean gap by method and sparsity, with its deviation over seeds; ★ marks the smallest."""
     columns = sorted(patterns(found), key=lambda pattern: (_is_nm(pattern), _zeros(pattern)))
     best = {pattern: min(point.gap for point in found if point.sparsity == pattern) for pattern in columns}
     cells = {(p.method, p.sparsity): with_error(p.gap, p.spread or None, 3) + (" ★" if p.gap == best[p.sparsity] else "") for p in found}

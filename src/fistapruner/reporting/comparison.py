@@ -1,4 +1,4 @@
-"""A comparison as a table, for the terminal and in Markdown."""
+"""Write a comparison as a table, for the terminal and in Markdown."""
 
 from __future__ import annotations
 
@@ -32,11 +32,12 @@ def protocol(comparison: Comparison) -> list[str]:
     lines = []
     if (dense := comparison.dense) is not None:
         lines.append(
-            f"dense: perplexity {dense.perplexity:.2f} on {dense.data} ({dense.split}), {dense.windows} windows of {dense.seqlen} tokens, "
-            f"{dense.dtype}; gap = ln(perplexity) - ln(dense perplexity)"
+            f"dense: perplexity {dense.perplexity:.2f} on {dense.data} ({dense.split}), {dense.windows} windows of "
+            f"{dense.seqlen} tokens, {dense.dtype}; gap = ln(perplexity) - ln(dense perplexity)"
         )
     if (facts := comparison.calibration) is not None:
-        lines.append(f"calibration: {facts.source}, {facts.samples} windows of {facts.seqlen} tokens, {facts.how}, seed as in the table")
+        text = f"{facts.source}, {facts.samples} windows of {facts.seqlen} tokens, {facts.how}"
+        lines.append(f"calibration: {text}, seed as in the table")
     machine = comparison.machine
     if machine.cpu or machine.device_name:
         lines.append(f"machine: {machine.device_name or machine.cpu}, {machine.threads} threads")
@@ -44,7 +45,7 @@ def protocol(comparison: Comparison) -> list[str]:
 
 
 def _cells(row: CompareRow) -> tuple[str, ...]:
-    zeros = "–" if not row.operator_weights or row.operator_zeros is None else f"{100 * row.operator_zeros / row.operator_weights:.4f} %"
+    share = row.operator_zeros / row.operator_weights if row.operator_weights and row.operator_zeros is not None else None
     return (
         row.label or row.method,
         row.sparsity,
@@ -55,7 +56,7 @@ def _cells(row: CompareRow) -> tuple[str, ...]:
         duration(row.seconds),
         duration(row.time_split.get("solve")),
         size(row.peak_memory),
-        zeros,
+        "–" if share is None else f"{100 * share:.4f} %",
     )
 
 

@@ -1,9 +1,9 @@
-"""Figures as inline SVG that follow the page's theme, at any width.
+"""Draw figures as inline SVG that follow the page's theme, at any width.
 
 Matplotlib draws with place-holder colours that are then replaced by CSS variables, so one drawing serves the light and
 the dark theme and prints well. Every figure is drawn twice, for a wide page and for a phone, at the same size of type;
-the page shows the one that fits. With ``FISTAPRUNER_FIGURES=0`` in the environment nothing is drawn: titles, captions and
-the numbers behind the figures remain.
+the page shows the one that fits. With ``FISTAPRUNER_FIGURES=0`` in the environment nothing is drawn: titles, captions
+and the numbers behind the figures remain.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ class Drawing:
         key: short unique name.
         title: heading above it.
         caption: how to read it, in a sentence or two.
-        description: what is seen, for who cannot see it.
+        description: what is seen, for readers who cannot see it.
         wide, narrow: SVG.
         full: whether it takes the full width of the page.
         table: column names and rows of the numbers behind it.
@@ -82,7 +82,7 @@ def draw(
 
 
 def style(axes: Any, *, grid: str | None = "y") -> None:
-    """No box, a quiet grid behind the data, quiet ticks."""
+    """Style axes: no box, a light grid behind the data, no tick marks."""
     for side in ("top", "right"):
         axes.spines[side].set_visible(False)
     axes.set_axisbelow(True)
@@ -97,7 +97,7 @@ def label_right(axes: Any, x: float, y: float, text: str) -> None:
 
 
 def heat_level(value: float, low: float, high: float) -> int:
-    """Level of the heat scale of ``value`` between ``low`` and ``high``."""
+    """Return the level of ``value`` on the heat scale from ``low`` to ``high``."""
     if not high > low:
         return 0
     return min(HEAT_LEVELS - 1, max(0, int((value - low) / (high - low) * HEAT_LEVELS)))
@@ -137,13 +137,13 @@ def _svg(key: str, plot: Plot, width: int, height: int) -> str:
         figure = Figure(figsize=(width / 72, height / 72), dpi=72, layout="constrained")
         plot(figure, width)
         out = io.StringIO()
-        # What savefig calls, without its rehearsal: half the time of a page.
+        # What savefig calls, without its first trial drawing: half the time of a page.
         FigureCanvasSVG(figure).print_svg(out, metadata={"Date": None, "Creator": None, "Format": None, "Type": None})
     return _inline(out.getvalue(), key, width)
 
 
 def _inline(svg: str, key: str, width: int) -> str:
-    """An SVG document as an element of the page: no header, unique ids, the page's colours and type."""
+    """Turn an SVG document into an element of a page: no header, unique ids, the page's colours and type."""
     svg = svg[svg.index("<svg") :]
     svg = re.sub(r"<metadata>.*?</metadata>", "", svg, flags=re.DOTALL)
     svg = re.sub(r"<!--.*?-->", "", svg, flags=re.DOTALL)

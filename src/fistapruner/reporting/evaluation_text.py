@@ -1,4 +1,4 @@
-"""An evaluation in a few lines, for the terminal."""
+"""Write an evaluation in a few lines, for the terminal."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from ..runtime.formatting import align_columns, duration, p_value, with_error
 
 
 def evaluation_text(evaluation: Evaluation) -> str:
-    """Lines of ``name  value``, every perplexity with what it depends on."""
+    """Write lines of ``name  value``; every perplexity says what it depends on."""
     rows: list[tuple[str, str]] = []
     if evaluation.perplexity is not None:
         rows.append(("perplexity", with_error(evaluation.perplexity.perplexity, evaluation.perplexity.standard_error)))
@@ -27,13 +27,17 @@ def evaluation_text(evaluation: Evaluation) -> str:
 
 
 def protocol(text: Perplexity) -> str:
-    """What a perplexity depends on, in one line."""
+    """Say what a perplexity depends on, in one line."""
     bos = {"none": "no BOS", "text": "BOS before the text", "window": "BOS in every window"}.get(text.bos, text.bos)
-    return f"{text.data} ({text.split}), {text.windows} windows of {text.seqlen} tokens, {bos}, {text.dtype}; ± one standard error"
+    windows = f"{text.windows} windows of {text.seqlen} tokens"
+    return f"{text.data} ({text.split}), {windows}, {bos}, {text.dtype}; ± one standard error"
 
 
 def task_text(task: TaskResult) -> str:
-    """``41.2 ± 1.0 % of 2376 items (dense 43.0 ± 1.0 %; 120 lost, 98 won, p = 0.15: within noise)``."""
+    """Write a task's score, with the paired test where there is a dense model.
+
+    ``41.2 ± 1.0 % of 2376 items (dense 43.0 ± 1.0 %; 120 lost, 98 won, p = 0.15: within noise)``
+    """
     text = f"{with_error(100 * task.value, 100 * task.standard_error, 1)} % of {item_count(task)}"
     if task.reference is None or task.reference_standard_error is None:
         return text
@@ -43,5 +47,5 @@ def task_text(task: TaskResult) -> str:
 
 
 def item_count(task: TaskResult) -> str:
-    """``2376 items``, or ``the first 400 of 2376 items`` where not all were used."""
+    """Write ``2376 items``, or ``the first 400 of 2376 items`` where not all were used."""
     return f"{task.items} items" if task.available in (None, task.items) else f"the first {task.items} of {task.available} items"

@@ -1,4 +1,7 @@
-"""Figures of a run's decoder layers, solver and time. Each returns None when the report lacks what it shows."""
+"""Draw figures of a run's decoder layers, solver and time.
+
+Each function returns None when the report lacks what it shows.
+"""
 
 from __future__ import annotations
 
@@ -18,7 +21,7 @@ PHASES = ("capture", "gram", "solve", "reconstruct", "io", "write")
 
 
 def layer_figures(report: Report) -> dict[str, Drawing]:
-    """All of these that the report has data for, by key."""
+    """Draw all figures that the report has data for, by key."""
     drawings = [
         error_map(report.layers),
         layer_errors(report.layers),
@@ -32,12 +35,12 @@ def layer_figures(report: Report) -> dict[str, Drawing]:
 
 
 def short_name(name: str) -> str:
-    """``self_attn.q_proj`` to ``q_proj``: the part that tells operators of one layer apart."""
+    """Shorten ``self_attn.q_proj`` to ``q_proj``, which is unique inside a decoder layer."""
     return name.rsplit(".", 1)[-1]
 
 
 def error_map(layers: Sequence[LayerEntry]) -> Drawing | None:
-    """Relative error of every operator: decoder layers by operators."""
+    """Draw the relative error of every operator: decoder layers by operators."""
     names = list(dict.fromkeys(operator.name for layer in layers for operator in layer.operators))
     values = {
         (layer.index, op.name): 100 * op.relative_error for layer in layers for op in layer.operators if op.relative_error is not None
@@ -75,18 +78,19 @@ def error_map(layers: Sequence[LayerEntry]) -> Drawing | None:
             axes.spines[side].set_visible(False)
         _scale(scale, low, high, vertical=wide)
 
-    caption = "Squared error of an operator's outputs as a share of their energy, in %, on the calibration tokens; logarithmic scale."
+    caption = "Squared error of the outputs as a share of their energy, in %, on calibration tokens; logarithmic scale."
     if any(operator.dense_error for layer in layers for operator in layer.operators):
-        caption += " What drifted before an operator counts: its dense weights would have part of this error too."
+        caption += " Drift of an operator's inputs counts: its dense weights would have part of this error too."
     height = 70 + 30 * len(names)
     worst = max(values, key=lambda key: values[key])
+    middle = significant(median(values.values()), 2)
     return draw(
         "error-map",
         "Relative error of every operator",
         plot,
         caption=caption,
         description=f"Heat map of {len(indexes)} decoder layers by {len(names)} operators. The largest error is "
-        f"{significant(values[worst], 2)} % at layer {worst[0]}, {worst[1]}; the median is {significant(median(values.values()), 2)} %.",
+        f"{significant(values[worst], 2)} % at layer {worst[0]}, {worst[1]}; the median is {middle} %.",
         height=max(150, height),
         narrow_height=max(320, 150 + 15 * len(indexes)),
         width=1120,
@@ -99,7 +103,7 @@ def error_map(layers: Sequence[LayerEntry]) -> Drawing | None:
 
 
 def layer_errors(layers: Sequence[LayerEntry]) -> Drawing | None:
-    """Error of every decoder layer's output, beside the mean of its operators."""
+    """Draw the error of every decoder layer's output, beside the mean of its operators."""
     output = [(layer.index, 100 * layer.relative_error) for layer in layers if layer.relative_error is not None]
     means = [(layer.index, 100 * mean) for layer in layers if (mean := mean_error(layer)) is not None]
     if not means:
@@ -125,7 +129,7 @@ def layer_errors(layers: Sequence[LayerEntry]) -> Drawing | None:
         "Error by decoder layer",
         plot,
         caption="Mean over the operators of a layer" + (f"; and of the layer's output, {of}." if output and of else "."),
-        description=f"Line plot over {len(means)} layers. Largest mean {significant(worst[1], 2)} % at layer {worst[0]}.",
+        description=f"Line plot over {len(means)} layers. Largest mean {significant(worst[1], 2)} %, layer {worst[0]}.",
         table=(
             ["layer", "mean of operators, %", "output, %"],
             [[str(i), significant(value), significant(dict(output).get(i))] for i, value in means],
@@ -134,7 +138,7 @@ def layer_errors(layers: Sequence[LayerEntry]) -> Drawing | None:
 
 
 def layer_sparsity(layers: Sequence[LayerEntry]) -> Drawing | None:
-    """Share of zeros of every decoder layer: mean and span over its operators."""
+    """Draw the share of zeros of every decoder layer: mean and span over its operators."""
     rows = []
     for layer in layers:
         weights = [math.prod(operator.shape) for operator in layer.operators]
@@ -156,19 +160,19 @@ def layer_sparsity(layers: Sequence[LayerEntry]) -> Drawing | None:
         _whole_numbers(axes)
         style(axes)
 
-    values = [row[1] for row in rows]
+    least, most = (significant(end([row[1] for row in rows])) for end in (min, max))
     return draw(
         "layer-sparsity",
         "Sparsity by decoder layer",
         plot,
-        caption="Exact share of zeros in the pruned operators of each layer. A line spans its operators where they differ.",
-        description=f"Bars over {len(rows)} layers, from {significant(min(values))} % to {significant(max(values))} % zeros.",
+        caption="Exact share of zeros in the pruned operators. A line spans a layer's operators where they differ.",
+        description=f"Bars over {len(rows)} layers, from {least} % to {most} % zeros.",
         table=(["layer", "zeros, %", "least", "most"], [[str(row[0]), *(significant(v, 5) for v in row[1:])] for row in rows]),
     )
 
 
 def chain_errors(layers: Sequence[LayerEntry]) -> Drawing | None:
-    """What each step of the method chain left of the error, over all operators."""
+    """Draw the error after each step of the method chain, over all operators."""
     chains = [[(str(s.get("method", "?")), s.get("relative_error")) for s in op.steps] for layer in layers for op in layer.operators]
     chains = [chain for chain in chains if chain and all(isinstance(error, (int, float)) for _, error in chain)]
     if not chains or max(len(chain) for chain in chains) < 2:
@@ -204,7 +208,7 @@ def chain_errors(layers: Sequence[LayerEntry]) -> Drawing | None:
 
 
 def solver_path(layers: Sequence[LayerEntry]) -> Drawing | None:
-    """How the solver converged on the hardest operators: error by round, and the penalty's path."""
+    """Draw how the solver converged on the hardest operators: error by round, and the penalty's path."""
     found = []
     for layer, operator in hardest(layers, 10_000):
         path = next((path for step in operator.steps if (path := solver_records(step)) is not None), None)
@@ -255,7 +259,7 @@ def solver_path(layers: Sequence[LayerEntry]) -> Drawing | None:
 
 
 def solver_records(step: dict[str, Any]) -> tuple[Trace, list[float | None], list[float | None]] | None:
-    """Read (what is shown, results, penalties) by round of a step's records; None if its solver records no rounds."""
+    """Read (trace, results, penalties) by round of a step's records; None if its solver records no rounds."""
     method = METHODS.get(str(step.get("method")))
     trace = None if method is None else method.trace
     rounds = [] if trace is None else trace.rounds(step)
@@ -269,7 +273,7 @@ def solver_records(step: dict[str, Any]) -> tuple[Trace, list[float | None], lis
 
 
 def spectra(layers: Sequence[LayerEntry]) -> Drawing | None:
-    """Eigenvalues of the Grams of the hardest operators."""
+    """Draw the eigenvalues of the Grams of the hardest operators."""
     seen: set[tuple[int, int | str]] = set()
     chosen = []
     for layer, operator in hardest(layers, 10_000):
@@ -292,7 +296,7 @@ def spectra(layers: Sequence[LayerEntry]) -> Drawing | None:
         axes.set_xlabel("rank of the eigenvalue")
         axes.set_ylabel("share of the largest")
         style(axes, grid="both")
-        axes.minorticks_off()  # a hundred over fourteen decades, which nobody sees
+        axes.minorticks_off()  # over fourteen decades they would be a hundred
         axes.legend(loc="lower left")
 
     conditions = [f"{name} {significant(op.condition, 2)}" for name, op in chosen if op.condition]
@@ -300,8 +304,8 @@ def spectra(layers: Sequence[LayerEntry]) -> Drawing | None:
         "spectra",
         "Spectrum of the hardest operators' inputs",
         plot,
-        caption="Eigenvalues of the Gram. A cliff after the first few is the mark of massive activations; a steep tail means few "
-        "directions carry the inputs, and more calibration text may fill it.",
+        caption="Eigenvalues of the Gram. A cliff after the first few is the mark of massive activations; a steep "
+        "tail means few directions carry the inputs, and more calibration text may fill it.",
         description="Log-log lines of eigenvalues by rank. Largest eigenvalue over the mean: "
         + (", ".join(conditions) or "not recorded")
         + ".",
@@ -311,7 +315,7 @@ def spectra(layers: Sequence[LayerEntry]) -> Drawing | None:
 
 
 def time_by_layer(layers: Sequence[LayerEntry]) -> Drawing | None:
-    """Wall time of every decoder layer by phase."""
+    """Draw the wall time of every decoder layer by phase."""
     timed = [layer for layer in layers if layer.seconds]
     if not timed:
         return None
@@ -349,7 +353,7 @@ def _percentage(share: Any) -> float | None:
 
 
 def _decades(values: Iterable[float | None]) -> float:
-    """Powers of ten that positive values span."""
+    """Return the powers of ten that positive values span."""
     logs = [math.log10(value) for value in values if value is not None and value > 0]
     return max(logs, default=0.0) - min(logs, default=0.0)
 
@@ -359,13 +363,16 @@ def _number(value: Any) -> float | None:
 
 
 def _log_range(values: list[float]) -> tuple[float, float]:
-    """Ends of a logarithmic scale: a few operators that are nearly exact (the lowest twentieth) do not stretch it."""
+    """Return the ends of a logarithmic scale.
+
+    The lowest twentieth, operators that are nearly exact, does not stretch it.
+    """
     logs = sorted(math.log(max(value, 1e-12)) for value in values)
     return logs[len(logs) // 20], logs[-1]
 
 
 def _brief(value: float) -> str:
-    """A percentage in at most five signs, for a cell of the heat map."""
+    """Format a percentage in at most five characters, for a cell of the heat map."""
     return "<0.01" if value < 0.01 else f"{value:.2f}" if value < 1 else f"{value:.1f}" if value < 99.95 else f"{value:.0f}"
 
 
@@ -376,7 +383,7 @@ def _cell(column: int, row: int, color: str) -> Any:
 
 
 def _scale(axes: Any, low: float, high: float, *, vertical: bool) -> None:
-    """The heat map's colour scale."""
+    """Draw the heat map's colour scale."""
     from matplotlib.patches import Rectangle
 
     for level, color in enumerate(HEAT):

@@ -1,4 +1,4 @@
-"""Figures of what was measured on the pruned model: perplexity, divergence, zero-shot tasks."""
+"""Draw what was measured on the pruned model: perplexity, divergence, zero-shot tasks."""
 
 from __future__ import annotations
 
@@ -10,15 +10,17 @@ from ..runs.results import Evaluation
 from ..runtime.formatting import percent, significant, with_error
 from .drawing import INK, SERIES, Drawing, draw, label_right, style
 
+OVER_WINDOWS = "Lines are one standard error over windows."
+
 
 def quality_figures(evaluations: Sequence[Evaluation]) -> dict[str, Drawing]:
-    """All of these that there is data for, by key."""
+    """Draw all figures that there is data for, by key."""
     drawings = [perplexities(evaluations), divergences(evaluations), zero_shot(evaluations)]
     return {drawing.key: drawing for drawing in drawings if drawing is not None}
 
 
 def perplexities(evaluations: Sequence[Evaluation]) -> Drawing | None:
-    """Perplexity of the dense and the pruned model, with standard errors."""
+    """Draw the perplexity of the dense and the pruned model, with standard errors."""
     rows = [(e.perplexity, e.reference) for e in evaluations if e.perplexity is not None and math.isfinite(e.perplexity.perplexity)]
     if not rows:
         return None
@@ -48,8 +50,8 @@ def perplexities(evaluations: Sequence[Evaluation]) -> Drawing | None:
         "perplexity",
         "Perplexity",
         plot,
-        caption="exp of the mean NLL of a token over non-overlapping windows; lines are one standard error over windows. "
-        "Both models saw the same tokens.",
+        caption="exp of the mean NLL of a token over non-overlapping windows; "
+        "lines are one standard error over windows. Both models saw the same tokens.",
         description="; ".join(
             f"{p.data}: pruned {with_error(p.perplexity, p.standard_error)}"
             + (f", dense {with_error(d.perplexity, d.standard_error)}" if d else "")
@@ -74,7 +76,7 @@ def perplexities(evaluations: Sequence[Evaluation]) -> Drawing | None:
 
 
 def divergences(evaluations: Sequence[Evaluation]) -> Drawing | None:
-    """KL divergence from the dense model, and tokens whose most likely successor changed."""
+    """Draw the KL divergence from the dense model, and tokens whose most likely successor changed."""
     rows = [(e.perplexity.data, e.divergence) for e in evaluations if e.divergence is not None and e.perplexity is not None]
     if not rows:
         return None
@@ -106,7 +108,7 @@ def divergences(evaluations: Sequence[Evaluation]) -> Drawing | None:
         "divergence",
         "Distance from the dense model",
         plot,
-        caption="How far next-token distributions moved: damage that perplexity can hide. Lines are one standard error over windows.",
+        caption=f"How far next-token distributions moved: damage that perplexity can hide. {OVER_WINDOWS}",
         description="; ".join(
             f"{data}: KL {with_error(d.kl, d.kl_standard_error, 3)}, top-1 agreement {percent(d.top1_agreement)}" for data, d in rows
         ),
@@ -123,7 +125,7 @@ def divergences(evaluations: Sequence[Evaluation]) -> Drawing | None:
 
 
 def zero_shot(evaluations: Sequence[Evaluation]) -> Drawing | None:
-    """Zero-shot scores of the dense and the pruned model, with standard errors."""
+    """Draw the zero-shot scores of the dense and the pruned model, with standard errors."""
     tasks = [task for e in evaluations for task in e.tasks]
     if not tasks:
         return None
@@ -148,8 +150,8 @@ def zero_shot(evaluations: Sequence[Evaluation]) -> Drawing | None:
         "zero-shot",
         "Zero-shot tasks",
         plot,
-        caption="Lines are one standard error over items. A star marks a difference that the exact McNemar test on the same items finds "
-        "unlikely to be chance (p < 0.05); without it, the difference is within noise.",
+        caption="Lines are one standard error over items. A star marks a difference that the exact McNemar test "
+        "on the same items finds unlikely to be chance (p < 0.05); without it, the difference is within noise.",
         description="; ".join(
             f"{t.task} {t.metric}: {percent(t.value)}" + (f", dense {percent(t.reference)}" if t.reference is not None else "")
             for t in tasks

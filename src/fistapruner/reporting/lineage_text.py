@@ -1,4 +1,4 @@
-"""The lineage of a model in words: the dense model, then one line for each run that changed it."""
+"""Write the lineage of a model: the dense model, then one line for each run that changed it."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ DONE = {"prune": "pruned", "recover": "recovered", "align": "aligned"}
 
 
 def lineage_lines(lineage: Lineage) -> list[str]:
-    """One line for the dense model and one for each stage, in order."""
+    """Write one line for the dense model and one for each stage, in order."""
     source = lineage.source
     known = [source.architecture, source.dtype, f"revision {source.revision[:12]}" if source.revision else ""]
     about = ", ".join(part for part in known if part)
@@ -17,7 +17,7 @@ def lineage_lines(lineage: Lineage) -> list[str]:
 
 
 def _stage_line(stage: Stage) -> str:
-    """What a run did, what it measured, and when."""
+    """Say what a run did, what it measured, and when."""
     figures, settings = stage.figures, stage.settings
     parts = [DONE[stage.kind]]
     if settings.get("sparsity"):

@@ -1,4 +1,4 @@
-"""The model card of a pruned checkpoint: what it was made from, how, and what was measured."""
+"""Write the model card of a pruned checkpoint: its source, how it was made, what was measured."""
 
 from __future__ import annotations
 
@@ -102,7 +102,7 @@ def _zeros(report: Report) -> str:
 
 
 def _measured(report: Report) -> list[tuple[str, str, str, str]]:
-    """Measure, how it was measured, dense and pruned value."""
+    """List measure, how it was measured, dense and pruned value."""
     rows = []
     for evaluation in report.evaluations:
         text, dense, damage = evaluation.perplexity, evaluation.reference, evaluation.divergence
@@ -129,9 +129,11 @@ def _made(report: Report) -> list[str]:
     if report.calibration:
         used = report.calibration
         how = f" ({used.how})" if used.how else ""
-        lines.append(f"calibration: {used.samples} windows of {used.seqlen} tokens from {plain_markdown(_file_name(used.source))}{how}")
+        source = plain_markdown(_file_name(used.source))
+        lines.append(f"calibration: {used.samples} windows of {used.seqlen} tokens from {source}{how}")
     if errors:
-        lines.append(f"relative error of the operators' outputs: mean {percent(sum(errors) / len(errors))}, worst {percent(max(errors))}")
+        mean, worst = percent(sum(errors) / len(errors)), percent(max(errors))
+        lines.append(f"relative error of the operators' outputs: mean {mean}, worst {worst}")
     if report.permuted:
         lines.append(f"hidden channels read by {len(report.permuted)} operators are in another order than in the dense model")
     if report.totals.seconds:
@@ -144,7 +146,7 @@ def _made(report: Report) -> list[str]:
 
 
 def _recipe(report: Report) -> dict[str, Any]:
-    """The recipe without what depends on the machine."""
+    """Return the recipe without what depends on the machine."""
     recipe = {key: value for key, value in report.recipe.items() if key != "execution"}
     calibration = recipe.get("calibration")
     if isinstance(calibration, dict) and "source" in calibration:
@@ -153,7 +155,7 @@ def _recipe(report: Report) -> dict[str, Any]:
 
 
 def _lineage(report: Report) -> list[str]:
-    """The runs that made the model, where they are known: the dense model first."""
+    """List the runs that made the model, where they are known: the dense model first."""
     if report.lineage is None or not report.lineage.stages:
         return []
     source = report.lineage.source
@@ -162,5 +164,5 @@ def _lineage(report: Report) -> list[str]:
 
 
 def _file_name(source: str) -> str:
-    """A calibration source without the folders of the machine it was made on: cards are published."""
+    """Cut a calibration source to its last part: cards are published, folders of a machine are not."""
     return source.rsplit("/", 1)[-1]

@@ -1,4 +1,4 @@
-"""``report.html`` of a run: one file that needs nothing else, made from the report alone."""
+"""Draw ``report.html`` of a run: one file that loads nothing, made from the report alone."""
 
 from __future__ import annotations
 
@@ -56,24 +56,21 @@ def verdict(report: Report) -> str:
     totals = report.totals
     sentences = []
     if totals.operator_weights and totals.operator_zeros is not None:
-        sentences.append(
-            f"{percent(totals.operator_zeros / totals.operator_weights, 4)} of the pruned operators' weights are exactly zero."
-        )
+        share = percent(totals.operator_zeros / totals.operator_weights, 4)
+        sentences.append(f"{share} of the pruned operators' weights are exactly zero.")
     for evaluation in report.evaluations[:1]:
         text, dense = evaluation.perplexity, evaluation.reference
         if text is not None and dense is not None:
-            ratio = text.perplexity / dense.perplexity
-            sentences.append(
-                f"Perplexity on {text.data} went from {dense.perplexity:.2f} to {text.perplexity:.2f} (×{significant(ratio)})."
-            )
+            ratio = significant(text.perplexity / dense.perplexity)
+            change = f"from {dense.perplexity:.2f} to {text.perplexity:.2f} (×{ratio})"
+            sentences.append(f"Perplexity on {text.data} went {change}.")
         if evaluation.divergence is not None:
-            sentences.append(
-                f"The most likely next token stayed the same for {percent(evaluation.divergence.top1_agreement)} of the tokens."
-            )
+            same = percent(evaluation.divergence.top1_agreement)
+            sentences.append(f"The most likely next token stayed the same for {same} of the tokens.")
     if report.permuted:
         sentences.append(
-            f"The hidden channels that {len(report.permuted)} operators read were reordered for the pattern: adapters made for the "
-            "dense model do not fit this one."
+            f"The hidden channels that {len(report.permuted)} operators read were reordered for the pattern: "
+            "adapters made for the dense model do not fit this one."
         )
     if report.status == "failed":
         sentences.append(f"The run stopped: {report.error or 'reason unknown'}.")
@@ -83,7 +80,7 @@ def verdict(report: Report) -> str:
 
 
 def _tiles(report: Report) -> list[tuple[str, str, str]]:
-    """Name, value and note of the figures that matter most."""
+    """List name, value and note of the figures that matter most."""
     totals = report.totals
     items = []
     evaluation = next((e for e in report.evaluations if e.perplexity is not None), None)
@@ -130,7 +127,7 @@ def _tiles(report: Report) -> list[tuple[str, str, str]]:
 
 
 def _measured(report: Report) -> Table:
-    """Every figure that was measured on the dense and the pruned model."""
+    """Tabulate what was measured on the dense and the pruned model."""
     rows = [*quality_rows(report.evaluations), *size_rows(report), *speed_rows(report)]
     head = ("measure", "dense", "pruned", "change", "how it was measured")
     return Table("Measured results", head, rows, numeric=(1, 2, 3), stack=True)
@@ -142,13 +139,13 @@ def _speed(report: Report) -> Table:
 
 
 def _speed_measured(report: Report) -> str:
-    """How the speeds were measured."""
+    """Say how the speeds were measured."""
     kernel = (report.speed or {}).get("kernel")
     return ", ".join([speed_protocol(report, row) for row in speeds(report)[:1]] + ([f"kernel {kernel}"] if kernel else []))
 
 
 def _warnings(report: Report, most: int = 20) -> list[str]:
-    """The error that stopped the run, then its warnings, each once."""
+    """List the error that stopped the run, then its warnings, each once."""
     lines = ([f"Stopped: {report.error}"] if report.error else []) + list(dict.fromkeys(report.warnings))
     more = len(lines) - most
     return lines[:most] + ([f"and {more} more in report.json"] if more > 0 else [])
@@ -220,7 +217,7 @@ def _ratio(planned: float | None, actual: float | None) -> str:
 
 
 def _used(report: Report) -> list[tuple[str, str]]:
-    """Model, data, machine and versions: what another run needs to give the same result."""
+    """List model, data, machine and versions: what another run needs to give the same result."""
     used, machine, model = report.calibration, report.machine, report.model
     pairs: list[tuple[str, str | None]] = [
         ("model", model.source),

@@ -1,4 +1,4 @@
-"""Quality of a pruned model beside the dense one: rows of the page's table of measured results."""
+"""List the quality of a pruned model beside the dense one, for the page's table of measured results."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from .size_and_speed import Row
 
 
 def quality_rows(evaluations: Sequence[Evaluation]) -> list[Row]:
-    """Perplexity, divergence from the dense model and task scores: one row for each."""
+    """List perplexity, divergence from the dense model and task scores, one row for each."""
     rows: list[Row] = []
     for evaluation in evaluations:
         text, dense, damage = evaluation.perplexity, evaluation.reference, evaluation.divergence
@@ -61,7 +61,11 @@ def one_metric(tasks: Sequence[TaskResult]) -> list[TaskResult]:
 
 
 def mean_score(tasks: Sequence[TaskResult]) -> tuple[float, float, float | None, float | None]:
-    """Average scores: mean and its standard error (tasks are independent), the dense model's if every task has them."""
+    """Average scores, tasks taken as independent.
+
+    Returns:
+        Mean and its standard error; the same of the dense model, None unless every task has them.
+    """
     count = len(tasks)
     mean = sum(task.value for task in tasks) / count
     error = math.hypot(*(task.standard_error for task in tasks)) / count

@@ -32,7 +32,10 @@ class Table:
 
 
 def render(template: str, **values: Any) -> str:
-    """Render a template of ``templates/``. Every text is escaped in HTML; in Markdown the templates do it."""
+    """Render a template of ``templates/``.
+
+    Every text is escaped in HTML; Markdown templates escape what comes from users by the filter ``plain``.
+    """
     return _environment().get_template(template).render(values)
 
 
@@ -50,7 +53,7 @@ def present(pairs: Sequence[tuple[str, str | None]]) -> list[tuple[str, str]]:
 
 
 def plain_markdown(text: str) -> str:
-    """Escape a user's text, so that Markdown shows it letter by letter: no HTML, no link, no table, one line."""
+    """Escape a user's text for Markdown: no HTML, no link, no table, one line."""
     return re.sub(r"([\\`*\[\]<>&|~])", r"\\\1", " ".join(text.split()))
 
 

@@ -1,4 +1,7 @@
-"""Size and speed of a pruned model beside the dense one, in words; what was not measured is said to be so."""
+"""List size and speed of a pruned model beside the dense one.
+
+What was not measured is listed as such.
+"""
 
 from __future__ import annotations
 
@@ -14,23 +17,23 @@ NOT_MEASURED = "not measured; 'fistapruner bench RUN' measures it"
 
 
 def speeds(report: Report) -> list[dict[str, Any]]:
-    """The rows of a speed measurement, one for each form of the model."""
+    """Return the rows of a speed measurement, one for each form of the model."""
     rows = (report.speed or {}).get("speeds")
     return [row for row in rows if isinstance(row, dict)] if isinstance(rows, list) else []
 
 
 def dense_speed(report: Report) -> dict[str, Any] | None:
-    """The fastest form that multiplies zeros like other numbers: what a packed form is compared with."""
+    """Find the fastest dense form, with which packed forms are compared."""
     return _fastest([row for row in speeds(report) if not _is_packed(row)])
 
 
 def packed_speeds(report: Report) -> list[dict[str, Any]]:
-    """The packed forms, in the order in which they were measured."""
+    """Return the packed forms, in the order in which they were measured."""
     return [row for row in speeds(report) if _is_packed(row) and _rate(row)]
 
 
 def size_rows(report: Report) -> list[Row]:
-    """The checkpoint as written, and packed."""
+    """List the size of the checkpoint as written, and packed."""
     totals, dense = report.totals, report.model.bytes
     rows = []
     if totals.checkpoint_bytes:
@@ -43,7 +46,10 @@ def size_rows(report: Report) -> list[Row]:
 
 
 def speed_rows(report: Report) -> list[Row]:
-    """Decoding and memory: every packed form against the fastest dense one. One row that says so where nothing was measured."""
+    """List decoding speed and memory of every packed form against the fastest dense one.
+
+    A finished run without measurements has one row that says so.
+    """
     dense, packed = dense_speed(report), packed_speeds(report)
     if dense is None or not packed:
         return [("Decoding speed, tokens/s", "–", "–", "", NOT_MEASURED)] if report.status == "finished" else []
@@ -61,7 +67,7 @@ def speed_rows(report: Report) -> list[Row]:
 
 
 def speed_protocol(report: Report, row: dict[str, Any]) -> str:
-    """What a speed depends on, in one line."""
+    """Say what a speed depends on, in one line."""
     parts = [
         "greedy",
         f"batch {row['batch']}" if "batch" in row else "",
@@ -75,7 +81,7 @@ def speed_protocol(report: Report, row: dict[str, Any]) -> str:
 
 
 def speed_table(report: Report) -> list[tuple[str, ...]]:
-    """Every form that was measured: form, tokens/s, slowest to fastest, first token, peak memory, file size."""
+    """List form, tokens/s, slowest to fastest, first token, peak memory, file size of every form."""
     return [
         (
             str(row.get("variant", "?")),

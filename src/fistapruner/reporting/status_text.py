@@ -1,4 +1,4 @@
-"""Where a run stands, for a look from another terminal."""
+"""Say where a run stands, for another terminal."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ from .layer_errors import hardest, mean_error
 
 
 def status_facts(report: Report, now: datetime | None = None) -> dict[str, Any]:
-    """Progress as JSON values: layers done, mean error, seconds since the start, an estimate of seconds left.
+    """Return progress as JSON values: layers done, mean error, seconds since the start and left.
 
-    The estimate takes the mean time of the finished layers for the others; it is None before the first one.
+    The seconds left are an estimate from the mean time of the finished layers; None before the first one.
     """
     now = now or datetime.now(UTC)
     done, total = len(report.layers), report.model.layers
@@ -38,12 +38,12 @@ def status_facts(report: Report, now: datetime | None = None) -> dict[str, Any]:
 
 
 def status_text(report: Report, *, alive: bool | None = None, now: datetime | None = None) -> str:
-    """The same in words, with a line for every finished layer.
+    """Write progress as text, with a line for every finished layer.
 
     Args:
         report: of the run, finished or not.
         alive: whether a process works on it now; None if that is not known.
-        now: time of the look.
+        now: time that durations end at; the present by default.
     """
     found = status_facts(report, now)
     state = str(found["status"])
