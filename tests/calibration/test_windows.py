@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
-from transformers.cache_utils import DynamicLayer
+from transformers.cache_utils import DynamicCache
 
 from fistapruner import FistaPrunerError
 from fistapruner.calibration import calibration_tokens
@@ -164,10 +164,10 @@ def test_sampling_follows_the_whole_past() -> None:
     assert torch.allclose(torch.stack(seen, 1), whole[:, :-1], atol=1e-5)
 
 
-def test_windows_longer_than_a_text_pack_several(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("fistapruner.calibration.self_generated.TEXT_LENGTH", 16)
+def test_windows_longer_than_a_text_pack_several() -> None:
     steps: list[tuple[int, int]] = []
-    tokens = generate_tokens(tiny("llama"), letters_tokenizer(bos=True), 3, 39, progress=lambda *at: steps.append(at))
+    tokenizer = letters_tokenizer(bos=True)
+    tokens = generate_tokens(tiny("llama"), tokenizer, 3, 39, text_length=16, progress=lambda *at: steps.append(at))
     assert tokens.shape == (3, 39)
     assert (tokens[:, [0, 13, 26]] == 1).all()
     assert steps[-1] == (117, 117)
@@ -205,18 +205,18 @@ def test_generation_says_how_far_it_is() -> None:
     assert said[-1].startswith("generating calibration text: 58 of 64 tokens, about ")
 
 
-def test_keys_and_values_are_freed_with_their_batch(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_keys_and_values_are_freed_with_their_batch() -> None:
     alive: list[weakref.ref[Any]] = []
-    make = DynamicLayer.__init__
 
-    def made(layer: Any, *arguments: Any, **keywords: Any) -> None:
-        alive.append(weakref.ref(layer))
-        make(layer, *arguments, **keywords)
+    def watch(_: Any, __: Any, arguments: dict[str, Any]) -> None:
+        caches = [value for value in arguments.values() if isinstance(value, DynamicCache)]
+        alive.extend(weakref.ref(layer) for cache in caches for layer in cache.layers)
 
-    monkeypatch.setattr(DynamicLayer, "__init__", made)
+    model = tiny("llama")
+    model.register_forward_pre_hook(watch, with_kwargs=True)
     gc.disable()
     try:
-        generate_tokens(tiny("llama"), letters_tokenizer(), 2, 16)
+        generate_tokens(model, letters_tokenizer(), 2, 16)
         assert alive
         assert not any(layer() is not None for layer in alive)
     finally:

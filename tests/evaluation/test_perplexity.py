@@ -102,13 +102,12 @@ def test_models_of_different_vocabulary_are_refused(tmp_path: Path, text: Path) 
         ({"tasks": ["absent"], "tasks_dir": "nowhere"}, r"nowhere holds no \.jsonl task"),
     ],
 )
-def test_bad_settings_are_named_before_any_work(
-    tmp_path: Path, text: Path, settings: dict[str, Any], message: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr("fistapruner.evaluation.evaluate.score_windows", None)
+def test_bad_settings_are_named_before_any_work(tmp_path: Path, text: Path, settings: dict[str, Any], message: str) -> None:
+    passes: list[str] = []
     folder = tiny.save("llama", tmp_path / "model")
     with pytest.raises(fp.FistaPrunerError, match=message):
-        fp.evaluate(folder, **{"data": str(text), **settings})
+        fp.evaluate(folder, **{"data": str(text), **settings}, tick=lambda what, done, total: passes.append(what))
+    assert not passes
 
 
 def test_a_model_that_gives_nan_is_refused(tmp_path: Path, text: Path) -> None:

@@ -9,8 +9,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fistapruner.evaluation import scoring
-from fistapruner.evaluation.scoring import compare_tokens, mean_and_error, score_tokens, slices, token_divergence, token_nll
+from fistapruner.evaluation.scoring import Budgets, compare_tokens, mean_and_error, score_tokens, slices, token_divergence, token_nll
 
 
 @settings(max_examples=60, deadline=None)
@@ -52,18 +51,15 @@ def test_slices_cover_everything_once_within_the_budget(count: int, row: int, bu
     assert all((stop - start) * row <= max(budget, row) for start, stop in parts)
 
 
-def test_slicing_does_not_change_the_sums(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_slicing_does_not_change_the_sums() -> None:
     weight, other = torch.randn(40, 8), torch.randn(40, 8)
     hidden, targets = torch.randn(33, 8), torch.randint(40, (33,))
 
-    def both() -> tuple[float, ...]:
-        single = score_tokens(hidden, targets, lambda x: x @ weight.T, 40)
-        return (single, *compare_tokens(hidden, hidden, targets, lambda x: x @ weight.T, lambda x: x @ other.T, 40))
+    def both(budgets: Budgets) -> tuple[float, ...]:
+        single = score_tokens(hidden, targets, lambda x: x @ weight.T, 40, budgets)
+        return (single, *compare_tokens(hidden, hidden, targets, lambda x: x @ weight.T, lambda x: x @ other.T, 40, budgets))
 
-    whole = both()
-    monkeypatch.setattr(scoring, "HEAD_BUDGET", 4 * 40 * 5)
-    monkeypatch.setattr(scoring, "ROWS_BUDGET", 4 * 40 * 2)
-    assert both() == pytest.approx(whole, rel=1e-5)
+    assert both(Budgets(head=4 * 40 * 5, rows=4 * 40 * 2)) == pytest.approx(both(Budgets()), rel=1e-5)
 
 
 def test_standard_error_is_over_windows() -> None:

@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import fistapruner as fp
 import tiny
-from fistapruner.evaluation.zero_shot import evaluate_tasks, find_tasks, local_task, mcnemar, task_result
+from fistapruner.evaluation.zero_shot import TaskSettings, evaluate_tasks, find_tasks, local_task, mcnemar, task_result
 
 CHOICES = [
     {"query": f"Question: what comes after {i}?", "choices": [f"{i + 1}", f"{i + 2} or so", "none"], "gold": i % 3} for i in range(12)
@@ -136,7 +136,7 @@ def test_local_tasks_offline(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
     assert scores["choices", "acc"].value == by_hand["acc,none"]
     assert scores["choices", "acc_norm"].value == by_hand["acc_norm,none"]
 
-    limited = evaluate_tasks(other, find_tasks(["choices"], tmp_path / "tasks"), limit=5)
+    limited = evaluate_tasks(other, find_tasks(["choices"], tmp_path / "tasks"), TaskSettings(limit=5))
     assert {task.items for task in limited} == {5}
     assert limited[0].reference is None
 

@@ -12,27 +12,25 @@ from fistapruner.evaluation.generations import generate_side_by_side
 from fistapruner.models.files.checkpoint import Checkpoint
 from fistapruner.models.layerwise import LayerwiseModel
 from fistapruner.models.whole import load_whole, whole_bytes
+from fistapruner.runtime.numerics import pass_dtype
 
 CPU = torch.device("cpu")
 
 
-@pytest.mark.parametrize("units", [False, True])
 @pytest.mark.parametrize("stored", [torch.float16, torch.bfloat16, torch.float32], ids=str)
-def test_the_precision_of_passes(tmp_path: Path, stored: torch.dtype, units: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("fistapruner.runtime.numerics.has_bf16_units", lambda device: units)
+def test_the_precision_of_passes(tmp_path: Path, stored: torch.dtype) -> None:
+    for units in (False, True):
+        assert pass_dtype(stored, CPU, units) == (torch.bfloat16 if units and stored == torch.bfloat16 else torch.float32)
+    assert pass_dtype(stored, torch.device("cuda")) == stored
     folder = tiny.save("llama", tmp_path / "model", dtype=stored)
     model = load_whole(folder, CPU)
-    assert model.dtype == LayerwiseModel(Checkpoint.open(folder), CPU).dtype
-    assert model.dtype == (torch.bfloat16 if units and stored == torch.bfloat16 else torch.float32)
+    assert model.dtype == LayerwiseModel(Checkpoint.open(folder), CPU).dtype == pass_dtype(stored, CPU)
     assert not model.training
     assert load_whole(folder, CPU, stored).dtype == stored
 
 
-def test_nothing_is_generated_where_the_model_would_not_fit_in_the_precision_it_runs_in(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_nothing_is_generated_where_the_model_would_not_fit_in_the_precision_it_runs_in(tmp_path: Path) -> None:
     folder = tiny.save("llama", tmp_path / "model", dtype=torch.bfloat16)
     needed = whole_bytes(Checkpoint.open(folder), CPU)
     assert needed == sum(parameter.nbytes for parameter in load_whole(folder, CPU).parameters())
-    monkeypatch.setattr("fistapruner.models.whole.free_memory", lambda: int(needed / 0.75) - 1)
-    assert generate_side_by_side(folder, folder, CPU) == []
+    assert generate_side_by_side(folder, folder, CPU, memory_limit=int(needed / 0.75) - 1) == []

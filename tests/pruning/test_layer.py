@@ -38,10 +38,11 @@ def stream(
     scratch: Path | None,
     inspect: Callable[[int, LayerProblem], None] | None = None,
     noise: float = DRIFT_NOISE,
+    dtype: torch.dtype | None = None,
 ) -> dict[str, Tensor]:
     """Prune all layers of a checkpoint, one in memory at a time."""
     recipe = recipe.resolved()
-    skeleton = LayerwiseModel(Checkpoint.open(folder), torch.device("cpu"))
+    skeleton = LayerwiseModel(Checkpoint.open(folder), torch.device("cpu"), dtype)
     layout = discover(skeleton)
     tokens = calibration()
     shape = (SAMPLES, SEQLEN, skeleton.width)
@@ -273,24 +274,13 @@ def test_drift_is_taken_back(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("stored", [torch.float16, torch.bfloat16, torch.float32], ids=str)
 @pytest.mark.parametrize("match", [0, 2])
-def test_results_are_what_the_checkpoint_can_hold_whatever_the_passes_compute_in(
-    tmp_path: Path, stored: torch.dtype, match: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr("fistapruner.runtime.numerics.has_bf16_units", lambda device: False)
+def test_results_are_what_the_checkpoint_can_hold_whatever_the_passes_compute_in(tmp_path: Path, stored: torch.dtype, match: int) -> None:
     folder = tiny.save("llama", tmp_path / "model", dtype=stored)
-    skeleton = LayerwiseModel(Checkpoint.open(folder), torch.device("cpu"))
-    assert skeleton.dtype == torch.float32
-    for name, tensor in stream(folder, Recipe.build({"method": "sparsegpt", "reconstruct": match}), None).items():
+    recipe = Recipe.build({"method": "sparsegpt", "reconstruct": match})
+    for name, tensor in stream(folder, recipe, None, dtype=torch.float32).items():
         assert tensor.dtype == stored, name
         if name.endswith("_proj.weight"):
             assert int((tensor == 0).sum()) == tensor.numel() // 2, name
-
-
-def test_bf16_passes_where_the_processor_has_units_for_them(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("fistapruner.runtime.numerics.has_bf16_units", lambda device: True)
-    for stored, used in ((torch.bfloat16, torch.bfloat16), (torch.float16, torch.float32)):
-        checkpoint = Checkpoint.open(tiny.save("llama", tmp_path / str(stored), dtype=stored))
-        assert LayerwiseModel(checkpoint, torch.device("cpu")).dtype == used
 
 
 @pytest.mark.parametrize("target", ["dense", "pruned"])

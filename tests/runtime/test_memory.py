@@ -31,7 +31,7 @@ def test_every_group_above_the_process_limits_it(tmp_path: Path, version: int) -
     group(top / "slurm", version, "4000", 1500, 100)  # of the whole node
     group(top / "slurm/job_7", version, "2000", 1200, 300)
     group(top / "slurm/job_7/step_0", version, unlimited, 1200, 300)
-    left = list(memory._left_in_groups(own, tmp_path))
+    left = list(memory.left_in_groups(own, tmp_path))
     assert sorted(left)[:2] == [1100, 2600]
     assert len(left) == (3 if version == 1 else 2)
 
@@ -41,17 +41,18 @@ def test_inside_a_container_its_group_is_the_topmost_one(tmp_path: Path, path: s
     own = tmp_path / "cgroup"
     own.write_text(V2.format(path))
     group(tmp_path / "mounted", 2, "1000", 900, 50)
-    assert list(memory._left_in_groups(own, tmp_path / "mounted")) == [150]
+    assert list(memory.left_in_groups(own, tmp_path / "mounted")) == [150]
 
 
-def test_without_control_groups_the_machine_decides(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    assert list(memory._left_in_groups(tmp_path / "none", tmp_path)) == []
-    monkeypatch.setattr(memory, "_left_in_groups", lambda: [])
-    assert 0 < memory.free_memory() <= psutil.virtual_memory().total
-    monkeypatch.setattr(memory, "_left_in_groups", lambda: [3 * 2**20])
-    assert memory.free_memory() == 3 * 2**20
-    monkeypatch.setattr(memory, "_left_in_groups", lambda: [-1])
-    assert memory.free_memory() == 0
+def test_free_memory_is_the_least_of_the_machine_and_the_control_groups(tmp_path: Path) -> None:
+    own = tmp_path / "cgroup"
+    assert list(memory.left_in_groups(own, tmp_path)) == []
+    assert 0 < memory.free_memory(own, tmp_path) <= psutil.virtual_memory().total
+    own.write_text(V2.format("job"))
+    group(tmp_path / "job", 2, str(4 * 2**20), 2**20, 0)
+    assert memory.free_memory(own, tmp_path) == 3 * 2**20
+    group(tmp_path / "job", 2, str(4 * 2**20), 4 * 2**20 + 1, 0)
+    assert memory.free_memory(own, tmp_path) == 0
 
 
 def test_the_peak_holds_what_was_held() -> None:

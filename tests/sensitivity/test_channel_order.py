@@ -17,7 +17,6 @@ from fistapruner.models.coupling import find_links, reordered
 from fistapruner.models.discovery import discover
 from fistapruner.models.files.checkpoint import Checkpoint
 from fistapruner.models.layerwise import LayerwiseModel
-from fistapruner.sensitivity import channel_order as permutation
 from fistapruner.sensitivity.channel_order import channel_order, kept_share
 
 SMALL = {"source": "python", "samples": 4, "seqlen": 32}
@@ -64,11 +63,9 @@ def test_close_to_the_best_of_all_orders() -> None:
     assert sum(shares) / len(shares) >= 0.5, shares
 
 
-def test_chunks_of_groups_and_samples_of_rows_are_orders_too(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_chunks_of_groups_and_samples_of_rows_are_orders_too() -> None:
     values = scores(40, 96)
-    monkeypatch.setattr(permutation, "GROUPS", 5)
-    monkeypatch.setattr(permutation, "ROWS", 13)
-    order = channel_order(values, NM(2, 4))
+    order = channel_order(values, NM(2, 4), rows=13, groups=5)
     assert sorted(order.tolist()) == list(range(96))
     assert kept_share(values[:, order], NM(2, 4)) > kept_share(values, NM(2, 4))
 

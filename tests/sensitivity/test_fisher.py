@@ -18,7 +18,7 @@ from fistapruner.models.files.checkpoint import Checkpoint
 from fistapruner.models.layerwise import LayerwiseModel
 from fistapruner.sensitivity.decision import decide
 from fistapruner.sensitivity.error_curves import predicted_cost
-from fistapruner.sensitivity.fisher import draw_labels, loss_gradient, measure_sensitivity, row_importance
+from fistapruner.sensitivity.fisher import DensePasses, draw_labels, loss_gradient, measure_sensitivity, row_importance
 
 WINDOWS, SEQLEN = 3, 12
 
@@ -33,9 +33,8 @@ def test_streamed_equals_whole_model_differentiation(tmp_path: Path, architectur
     folder = tiny.save(architecture, tmp_path / "model", **({"word_embed_proj_dim": 32} if architecture == "opt" else {}))
     skeleton = LayerwiseModel(Checkpoint.open(folder), torch.device("cpu"))
     layout = discover(skeleton)
-    found = measure_sensitivity(
-        skeleton, layout, tokens(), seed=5, batch_size=2, store=store(tmp_path if on_disk else None, skeleton.dtype)
-    )
+    passes = DensePasses(store(tmp_path if on_disk else None, skeleton.dtype), batch_size=2)
+    found = measure_sensitivity(skeleton, layout, tokens(), passes, seed=5)
     assert all(parameter.is_meta for parameter in skeleton.model.parameters())
 
     model = AutoModelForCausalLM.from_pretrained(folder).eval()

@@ -1,10 +1,11 @@
 """Cache outputs of sub-modules whose weights are final, so later passes through a layer skip them.
 
-Every group of operators needs a pass of the calibration windows with the groups before it pruned. Once all operators of a
-child module (the attention), and all that run before it, have their final weights, the module's output is the same in
-every later pass: the first of these passes stores it, the others read it. The first one need not compute the whole module
-either, where the module ends with the operators pruned last (``o_proj``, ``down_proj``): the pass that gathered their
-inputs has stored them. On a GPU computing again is faster than moving so much data; there inputs are not stored.
+Every group of operators needs a pass of the calibration windows with the groups before it pruned. Once all operators
+of a child module (the attention), and all that run before it, have their final weights, the module's output is the
+same in every later pass: the first of these passes stores it, the others read it. The first one need not compute the
+whole module either, where the module ends with the operators pruned last (``o_proj``, ``down_proj``): the pass that
+gathered their inputs has stored them. On a GPU computing again is faster than moving so much data; there inputs are
+not stored.
 """
 
 from __future__ import annotations
@@ -21,24 +22,24 @@ from .store import HiddenStates, Store
 
 
 def kept_projections(layout: Layout, index: int, device: torch.device) -> Mapping[str, OutputProjection]:
-    """Return the output projections of decoder layer ``index`` whose inputs are worth storing on ``device``."""
+    """Return the output projections of decoder layer ``index`` whose inputs are stored on ``device``."""
     return layout.output_projections[index] if device.type == "cpu" else {}
 
 
 class Replay:
-    """Stored inputs and outputs of finished sub-modules of one decoder layer.
+    """Cached inputs and outputs of final sub-modules of one decoder layer.
 
-    Modules that return anything but one tensor of hidden states (alone, or followed by None) are computed in every pass.
+    Modules whose output is not one tensor of hidden states (alone, or followed by None) are computed in every pass.
 
     Args:
-        index: of the decoder layer; other workers keep theirs in the same folder.
+        index: number of the decoder layer; it is part of the stores' names.
         layer: the loaded decoder layer.
         groups: its pruned operators in execution order.
-        projections: by child module, the output projections (:class:`~fistapruner.models.discovery.OutputProjection`) whose
-            inputs are worth keeping.
+        projections: by child module, the output projections whose inputs are stored
+            (:class:`~fistapruner.models.discovery.OutputProjection`).
         passes: number of passes after the last group is pruned.
         inputs: hidden states that enter the layer; their number, length and dtype.
-        store: where inputs and outputs are kept.
+        store: makes the stores.
     """
 
     def __init__(
@@ -81,14 +82,14 @@ class Replay:
 
     @contextmanager
     def around_pass(self, batch: Callable[[], tuple[int, int]]) -> Iterator[None]:
-        """Store and reuse inputs and outputs in the pass inside; ``batch`` returns the windows (start, stop) at work."""
+        """Store and reuse activations in the pass inside; ``batch`` returns its windows (start, stop)."""
         handles, replaced = [], []
         for name in self._settled_by.get(self._next, ()):
             projection = self._projections.get(name)
             if projection is not None:
                 self._complete[projection.operator] = 0
                 operator = self._layer.get_submodule(projection.operator)
-                # Before those that watch, since the last of them ends the pass.
+                # Before the other hooks, since the last of them ends the pass.
                 handles.append(operator.register_forward_pre_hook(self._keeping_inputs(projection.operator, batch), prepend=True))
         for name in self._settled:
             child = self._layer.get_submodule(name)
@@ -100,7 +101,7 @@ class Replay:
             if projection is not None and self._complete.get(projection.operator) == self._inputs.samples:
                 child.forward = self._going_on(projection, batch)
                 replaced.append(child)
-            if self._again[name] > 1:  # one pass keeps the output, so at least one more has to follow
+            if self._again[name] > 1:  # one pass stores the output; another one has to read it
                 self._complete[name] = 0
                 handles.append(child.register_forward_hook(self._keeping(name, batch)))
         try:
@@ -123,12 +124,13 @@ class Replay:
         self._kept.clear()
 
     def _forget(self, operator: str) -> None:
+        """Release the stored inputs of an output projection."""
         if operator in self._entering:
             self._entering.pop(operator).close()
             self._complete[operator] = 0
 
     def _keep(self, stores: dict[str, HiddenStates], name: str, value: Tensor, windows: tuple[int, int]) -> bool:
-        """Write what passed of some windows, if it is hidden states of these, and count them; whether it was."""
+        """Write a value if it is hidden states of ``windows``, and count them; return whether it was."""
         start, stop = windows
         if value.ndim != 3 or value.shape[:2] != (stop - start, self._inputs.seqlen) or value.dtype != self._inputs.dtype:
             return False
@@ -140,12 +142,15 @@ class Replay:
         return True
 
     def _keeping_inputs(self, operator: str, batch: Callable[[], tuple[int, int]]) -> Callable[..., None]:
+        """Make the hook that stores the inputs of an output projection."""
+
         def keep(_: object, args: tuple[Tensor, ...]) -> None:
             self._keep(self._entering, operator, args[0], batch())
 
         return keep
 
     def _going_on(self, projection: OutputProjection, batch: Callable[[], tuple[int, int]]) -> Callable[..., Any]:
+        """Make the forward that computes only the output projection, from its stored inputs."""
         operator = self._layer.get_submodule(projection.operator)
 
         def go_on(*_: object, **__: object) -> Any:
@@ -155,6 +160,8 @@ class Replay:
         return go_on
 
     def _keeping(self, name: str, batch: Callable[[], tuple[int, int]]) -> Callable[..., None]:
+        """Make the hook that stores the output of a module."""
+
         def keep(_: object, __: object, output: Any) -> None:
             value, others = (output[0], output[1:]) if isinstance(output, tuple) else (output, ())
             if not isinstance(value, Tensor) or any(other is not None for other in others):
@@ -166,6 +173,8 @@ class Replay:
         return keep
 
     def _giving(self, name: str, batch: Callable[[], tuple[int, int]]) -> Callable[..., Any]:
+        """Make the forward that reads the stored output of a module."""
+
         def give(*_: object, **__: object) -> Any:
             value = self._kept[name].read(*batch(), self._device)
             others = self._others[name]

@@ -1,7 +1,7 @@
-"""Hidden states of all calibration windows, in memory or in a file.
+"""Store hidden states of all calibration windows, in memory or in a file.
 
-A file is read and written with plain system calls, not mapped: pages that the kernel keeps for it are not the process's,
-so the memory a run needs does not grow with the calibration tokens.
+A file is read and written with system calls and not memory-mapped: its cached pages then do not count as memory of the
+process, so the memory of a run does not grow with the calibration tokens.
 """
 
 from __future__ import annotations
@@ -20,12 +20,12 @@ CPU = torch.device("cpu")
 
 
 class HiddenStates:
-    """(samples, seqlen, width) activations.
+    """A store of (samples, seqlen, width) activations.
 
     Args:
         shape: samples, seqlen, width.
         dtype: of the activations.
-        file: where they are kept; None keeps them in memory.
+        file: file that holds them; None keeps them in memory.
     """
 
     def __init__(self, shape: tuple[int, int, int], dtype: torch.dtype, file: Path | None = None) -> None:
@@ -45,13 +45,13 @@ class HiddenStates:
         return self.samples * self._window
 
     def read(self, start: int, stop: int, device: torch.device = CPU, dtype: torch.dtype | None = None) -> Tensor:
-        """Copy windows ``start`` to ``stop`` into fresh memory, which decoder layers may overwrite.
+        """Copy windows ``start`` to ``stop`` into new memory, which decoder layers may overwrite.
 
         Args:
             start: first window.
             stop: window after the last one.
-            device: where the copy goes.
-            dtype: of the copy; None is that of the activations.
+            device: device of the copy.
+            dtype: of the copy; None is the stored one.
 
         Returns:
             (stop - start, seqlen, width).
@@ -80,7 +80,7 @@ class HiddenStates:
             write_all(self._descriptor, view, start * self._window)
 
     def sync(self) -> None:
-        """Make what was written survive a crash."""
+        """Flush written values to the disk, so that they survive a crash."""
         if self._descriptor >= 0:
             os.fsync(self._descriptor)
 
@@ -95,11 +95,11 @@ class HiddenStates:
 
 
 Store = Callable[[str, tuple[int, int, int]], HiddenStates]
-"""Makes a store of a given name and shape, in memory or in a file."""
+"""Makes a store from its name and shape."""
 
 
 def scratch_factory(folder: Path | None, dtype: torch.dtype) -> Store:
-    """Temporary stores in ``folder``, or in memory when it is None."""
+    """Return a factory of temporary stores in ``folder``, or in memory where it is None."""
 
     def make(name: str, shape: tuple[int, int, int]) -> HiddenStates:
         return HiddenStates(shape, dtype, None if folder is None else folder / name)

@@ -1,9 +1,9 @@
-"""Calibration text that the model writes itself: no data set, no licence, no network.
+"""Generate calibration text with the model itself: no data set, no licence, no network.
 
 Texts are sampled from the model's own distribution at temperature 1. They begin with BOS where the tokenizer begins
-texts with it, else with a random token, as in LLM-QAT (arXiv 2305.17888). A text has at most :data:`TEXT_LENGTH` tokens,
-which is about the mean length of a C4 document, and a window packs as many as it holds: long texts cost more per token.
-After an end-of-text token a new text begins at once; other special tokens are never drawn.
+texts with it, else with a random token, as in LLM-QAT (arXiv 2305.17888). A text has at most :data:`TEXT_LENGTH`
+tokens, which is about the mean length of a C4 document, and a window packs as many as it holds: long texts cost more
+per token. After an end-of-text token a new text begins at once; other special tokens are never drawn.
 """
 
 from __future__ import annotations
@@ -34,12 +34,13 @@ def generate_tokens(
     seqlen: int,
     *,
     seed: int = 0,
+    text_length: int = TEXT_LENGTH,
     progress: Callable[[int, int], None] | None = None,
 ) -> Tensor:
     """Sample windows of tokens from a causal language model.
 
     The same model, seed and kind of device give the same tokens: random numbers are drawn on the CPU, and the batch
-    follows from the model's shape, never from the machine.
+    size depends on the model's shape, not on the machine.
 
     Args:
         model: a ``transformers`` causal language model, loaded.
@@ -47,7 +48,8 @@ def generate_tokens(
         samples: windows.
         seqlen: tokens in a window.
         seed: of the random numbers.
-        progress: called with tokens done and tokens in all after each step.
+        text_length: tokens of a text, at most.
+        progress: receives (tokens done, tokens in all) after each step.
 
     Returns:
         (samples, seqlen) int64 token ids.
@@ -57,7 +59,7 @@ def generate_tokens(
     """
     random = torch.Generator().manual_seed(seed)
     vocabulary = _Vocabulary(tokenizer, int(model.config.get_text_config().vocab_size))
-    pieces = math.ceil(seqlen / TEXT_LENGTH)
+    pieces = math.ceil(seqlen / text_length)
     length = math.ceil(seqlen / pieces)
     texts = samples * pieces
     batch = batch_size(model, length)
@@ -74,7 +76,7 @@ def generate_tokens(
 
 
 def batch_size(model: Any, length: int) -> int:
-    """Texts of ``length`` tokens generated side by side: their keys and values take at most :data:`CACHE_BYTES`."""
+    """Choose how many texts are generated at once: their keys and values take at most :data:`CACHE_BYTES`."""
     config = model.config.get_text_config()
     heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
     width = named_size(config, "head_dim") or config.hidden_size // config.num_attention_heads
@@ -83,7 +85,7 @@ def batch_size(model: Any, length: int) -> int:
 
 
 class _Vocabulary:
-    """Which tokens may begin a text, and which may follow.
+    """Tokens that may begin a text, and tokens that may follow.
 
     Args:
         tokenizer: the tokenizer.
@@ -104,12 +106,12 @@ class _Vocabulary:
         self.first = torch.tensor([tokenizer.bos_token_id]) if adds_bos(tokenizer) else words.nonzero().flatten()
 
     def begin(self, count: int, random: torch.Generator) -> Tensor:
-        """(count,) first tokens of new texts."""
+        """Draw the (count,) first tokens of new texts."""
         return self.first[torch.randint(len(self.first), (count,), generator=random)]
 
 
 def _sample(model: Any, vocabulary: _Vocabulary, count: int, length: int, random: torch.Generator, report: Callable[[int], None]) -> Tensor:
-    """(count, length) tokens, one column a step, with the keys and values of the columns before in a cache."""
+    """Sample (count, length) tokens, one column in each step, with a key-value cache."""
     from transformers.cache_utils import DynamicCache, DynamicLayer
 
     cache = DynamicCache(config=model.config)
@@ -141,15 +143,15 @@ def _sample(model: Any, vocabulary: _Vocabulary, count: int, length: int, random
 
 
 def _draw(logits: Tensor, random: torch.Generator) -> Tensor:
-    """(count,) tokens drawn from the softmax of (count, vocabulary) logits by inverting the cumulative distribution."""
+    """Draw (count,) tokens from (count, vocabulary) logits by inverting the cumulative distribution."""
     cumulative = logits.softmax(-1).cumsum(-1, dtype=torch.float64)
-    # Uniform in (0, 1]: a token of chance zero adds no step to the sum, so it is never the first to reach the height.
+    # Uniform in (0, 1]: a token of probability 0 adds nothing to the sum, so it is never the first to reach the height.
     height = (1 - torch.rand(len(logits), 1, generator=random, dtype=torch.float64)) * cumulative[:, -1:]
     return torch.searchsorted(cumulative, height).flatten()
 
 
 def _update_in_place(layer: Any, room: int, keys: Tensor, values: Tensor, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
-    """A cache layer's ``update`` that writes into space for ``room`` tokens, where the original copies all it has each step."""
+    """Update a cache layer in place, in space for ``room`` tokens, where the original copies the cache."""
     if not layer.is_initialized:
         layer.lazy_initialization(keys, values)
         layer.space = tuple(states.new_empty(*states.shape[:-2], room, states.shape[-1]) for states in (keys, values))

@@ -19,7 +19,7 @@ from ..runtime.numerics import DTYPES, dtype_name
 from .data import Windows, load_windows
 from .scoring import divergence_of, perplexity_of
 from .streaming import Passes, score_windows, vocabulary_size
-from .zero_shot import evaluate_tasks, find_tasks
+from .zero_shot import TaskSettings, evaluate_tasks, find_tasks
 
 LONGEST_DEFAULT = 2048
 """Default length of a window: the model's maximum, at most this."""
@@ -123,22 +123,14 @@ def evaluate(
     if known is not None:
         if perplexity is not None:
             keep(found)
-        results = evaluate_tasks(
-            source.folder,
-            known,
-            against=dense.folder if dense else None,
-            limit=limit,
-            device=place,
-            dtype=DTYPES.get(dtype),
-            batch_size=batch_size,
-            trust_remote_code=trust_remote_code,
-            tick=tick,
-        )
+        settings = TaskSettings(limit, place, DTYPES.get(dtype), batch_size, trust_remote_code)
+        results = evaluate_tasks(source.folder, known, settings, against=dense.folder if dense else None, tick=tick)
         found = replace(found, tasks=results, seconds=time.perf_counter() - begin)
     return found
 
 
 def _open(source: ModelSource, device: torch.device, dtype: str) -> LayerwiseModel:
+    """Open a model for layer-by-layer passes."""
     return LayerwiseModel(source.checkpoint(), device, DTYPES.get(dtype), trust_remote_code=source.trust_remote_code)
 
 

@@ -24,27 +24,30 @@ def generate_side_by_side(
     *,
     prompts: tuple[str, ...] = PROMPTS,
     tokens: int = 32,
+    memory_limit: int | None = None,
     trust_remote_code: bool = False,
 ) -> list[Generation]:
     """Continue prompts greedily with both models.
 
-    Both are loaded whole, one after the other. Where one would not fit in three quarters of the free memory, nothing is
-    generated.
+    Both are loaded whole, one after the other. Nothing is generated where the model would not fit into three quarters
+    of the free memory.
 
     Args:
         dense, pruned: Hugging Face folders.
         device: where the models run.
         prompts: texts to continue.
-        tokens: new tokens for each.
+        tokens: new tokens for each prompt.
+        memory_limit: bytes of main memory that the process may use; None is the free memory.
         trust_remote_code: run Python code that comes with the checkpoints.
     """
-    if not whole_fits(Checkpoint.open(pruned), device):
+    if not whole_fits(Checkpoint.open(pruned), device, memory_limit):
         return []
     texts = [_continue(folder, device, prompts, tokens, trust_remote_code) for folder in (dense, pruned)]
     return [Generation(prompt=prompt, dense=a, pruned=b) for prompt, a, b in zip(prompts, *texts, strict=True)]
 
 
 def _continue(folder: Path, device: torch.device, prompts: tuple[str, ...], tokens: int, trust_remote_code: bool) -> list[str]:
+    """Continue prompts greedily with one model."""
     from transformers import AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(str(folder), trust_remote_code=trust_remote_code)
@@ -52,7 +55,7 @@ def _continue(folder: Path, device: torch.device, prompts: tuple[str, ...], toke
     texts = []
     for prompt in prompts:
         found = tokenizer(prompt, return_tensors="pt", return_attention_mask=True).to(device)
-        # A tokenizer may give more than this, such as token_type_ids, which generate() refuses.
+        # A tokenizer may return more, such as token_type_ids, which generate() refuses.
         ids = {name: found[name] for name in ("input_ids", "attention_mask")}
         with torch.no_grad():
             out = model.generate(**ids, max_new_tokens=tokens, do_sample=False, pad_token_id=tokenizer.eos_token_id)

@@ -1,8 +1,9 @@
 """Reduce logits to token NLL, KL divergence, top-1 agreement, and standard errors over windows.
 
-A vocabulary of 128,000 entries makes logits the largest tensor of an evaluation: half a megabyte a token in fp32, and a
-window of 2,048 would be a gigabyte. So hidden states go through the head in slices of some hundred tokens, and each
-slice is reduced to a few numbers a token, row by row in the processor's cache, before the next one is made.
+With a vocabulary of 128,000 entries, logits are the largest tensor of an evaluation: half a megabyte for each token
+in fp32, 1 GB for a window of 2,048. So hidden states go through the head in slices of some hundred tokens. Each slice
+is reduced to a few numbers for each token, in blocks of rows that fit the processor's cache, before the next slice is
+computed.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from torch import Tensor
 from ..runs.results import Divergence, Perplexity
 
 Head = Callable[[Tensor], Tensor]
-"""Hidden states of the last decoder layer (tokens, hidden) to logits (tokens, vocabulary)."""
+"""Maps hidden states of the last decoder layer (tokens, width) to logits (tokens, vocabulary)."""
 
 
 @dataclass
@@ -38,21 +39,24 @@ class WindowSums:
     agree: Tensor | None = None
 
 
-HEAD_BUDGET = 128 * 2**20
-"""Bytes of fp32 logits made at once: bounds memory, and is large enough to pay for reading the head's weights."""
+@dataclass(frozen=True)
+class Budgets:
+    """Bytes of fp32 logits at once.
 
-ROWS_BUDGET = 2 * 2**20
-"""Bytes of fp32 logits reduced at once on a CPU, to stay in a core's cache.
+    Args:
+        head: logits computed at once: few enough to bound memory, enough tokens to pay for reading the head's weights.
+        rows: logits reduced at once on a CPU: they stay in a core's cache (measured: half the time of large slices).
+    """
 
-Measured: half the time of large slices.
-"""
+    head: int = 128 * 2**20
+    rows: int = 2 * 2**20
+
+
+BUDGETS = Budgets()
 
 
 def slices(count: int, row_bytes: int, budget: int) -> list[tuple[int, int]]:
-    """Cut ``count`` rows into the fewest nearly equal slices of at most ``budget`` bytes.
-
-    Each slice has at least one row.
-    """
+    """Cut ``count`` rows into the fewest nearly equal slices of at most ``budget`` bytes, or one row."""
     parts = max(1, -(-count // max(1, budget // row_bytes)))
     bounds = [count * part // parts for part in range(parts + 1)]
     return [(start, stop) for start, stop in itertools.pairwise(bounds) if stop > start]
@@ -85,47 +89,54 @@ def token_divergence(logits: Tensor, reference: Tensor, targets: Tensor) -> tupl
     return nll, reference_nll, kl.clamp_min_(0.0), (top_p == top_q).float()
 
 
-def score_tokens(hidden: Tensor, targets: Tensor, head: Head, vocabulary: int) -> float:
+def score_tokens(hidden: Tensor, targets: Tensor, head: Head, vocabulary: int, budgets: Budgets = BUDGETS) -> float:
     """Sum the NLL of ``targets``.
 
     Args:
-        hidden: (tokens, hidden) output of the last decoder layer where each target is predicted.
+        hidden: (tokens, width) output of the last decoder layer at the token before each target.
         targets: (tokens,) token ids.
         head: final norm and language-model head.
         vocabulary: width of the logits.
+        budgets: bytes of logits at once.
     """
     total = 0.0
-    for start, stop in slices(len(targets), 4 * vocabulary, HEAD_BUDGET):
+    for start, stop in slices(len(targets), 4 * vocabulary, budgets.head):
         logits, wanted = head(hidden[start:stop]), targets[start:stop]
-        parts = [token_nll(logits[a:b], wanted[a:b]) for a, b in _rows(logits)]
+        parts = [token_nll(logits[a:b], wanted[a:b]) for a, b in _rows(logits, budgets)]
         total += float(torch.cat(parts).double().sum())
     return total
 
 
 def compare_tokens(
-    hidden: Tensor, reference_hidden: Tensor, targets: Tensor, head: Head, reference_head: Head, vocabulary: int
+    hidden: Tensor,
+    reference_hidden: Tensor,
+    targets: Tensor,
+    head: Head,
+    reference_head: Head,
+    vocabulary: int,
+    budgets: Budgets = BUDGETS,
 ) -> tuple[float, float, float, float]:
     """Sum NLL, reference NLL, KL and top-1 agreements over ``targets`` (see :func:`score_tokens`)."""
     total = torch.zeros(4, dtype=torch.float64)
-    for start, stop in slices(len(targets), 4 * vocabulary, HEAD_BUDGET // 2):
+    for start, stop in slices(len(targets), 4 * vocabulary, budgets.head // 2):
         p, q, wanted = head(hidden[start:stop]), reference_head(reference_hidden[start:stop]), targets[start:stop]
-        parts = [torch.stack(token_divergence(p[a:b], q[a:b], wanted[a:b])) for a, b in _rows(p)]
+        parts = [torch.stack(token_divergence(p[a:b], q[a:b], wanted[a:b])) for a, b in _rows(p, budgets)]
         total += torch.cat(parts, dim=1).double().sum(1).cpu()
     nll, reference_nll, kl, agree = total.tolist()
     return nll, reference_nll, kl, agree
 
 
-def _rows(logits: Tensor) -> list[tuple[int, int]]:
-    """Choose rows to reduce at once: what fits a core's cache on a CPU, all of them on a GPU."""
+def _rows(logits: Tensor, budgets: Budgets) -> list[tuple[int, int]]:
+    """Cut rows into slices that are reduced at once: of a core's cache on a CPU, all of them on a GPU."""
     tokens, vocabulary = logits.shape
-    return slices(tokens, 4 * vocabulary, ROWS_BUDGET) if logits.device.type == "cpu" else [(0, tokens)]
+    return slices(tokens, 4 * vocabulary, budgets.rows) if logits.device.type == "cpu" else [(0, tokens)]
 
 
 def mean_and_error(sums: Tensor, length: int) -> tuple[float, float]:
     """Average (windows,) sums of ``length`` tokens each: mean over tokens, standard error over windows.
 
-    Tokens of one window depend on each other, so the windows are the independent observations. The error of a single
-    window is not defined: NaN.
+    A window has ``length`` tokens. They depend on each other, so windows are the independent observations. The error
+    of a single window is not defined: NaN.
     """
     means = sums.double() / length
     if means.numel() < 2:

@@ -29,7 +29,7 @@ from ..models.whole import load_whole
 from ..runs.results import TaskResult
 
 METRICS = ("acc", "acc_norm", "exact_match")
-"""Metrics that are right or wrong item by item; ``acc_norm`` divides a choice's log-likelihood by its length."""
+"""Metrics of single items; ``acc_norm`` divides a choice's log-likelihood by its length."""
 
 Outcomes = dict[tuple[str, str], dict[int, float]]
 """(task, metric) to item number to 1 (right) or 0 (wrong)."""
@@ -45,7 +45,7 @@ class Tasks:
     Args:
         specifications: names or configurations, as ``lm-eval`` takes them.
         manager: ``lm-eval``'s ``TaskManager`` that knows them.
-        source: where their items come from.
+        source: source of their items, for the report.
     """
 
     specifications: tuple[Any, ...]
@@ -69,10 +69,10 @@ def find_tasks(tasks: Sequence[str], tasks_dir: Path | None = None) -> Tasks:
     _require_lm_eval()
     from lm_eval.tasks import TaskManager
 
-    # Its warnings are about models given by name; ours are given loaded.
+    # lm-eval's warnings concern models given by name; here they are loaded.
     logging.getLogger("lm_eval").setLevel(logging.ERROR)
     if local is not None:
-        # Local tasks need no table of all the tasks that lm-eval knows, which takes seconds to read.
+        # Local tasks do not need lm-eval's own tasks, whose table takes seconds to read.
         return Tasks(local, TaskManager(include_defaults=False), "local file")
     manager = TaskManager()
     if unknown := [task for task in tasks if task not in manager.all_tasks]:
@@ -80,16 +80,31 @@ def find_tasks(tasks: Sequence[str], tasks_dir: Path | None = None) -> Tasks:
     return Tasks(tuple(tasks), manager, "lm-eval")
 
 
+@dataclass(frozen=True)
+class TaskSettings:
+    """How models are run on tasks.
+
+    Args:
+        limit: items of each task, the first ones; None takes all.
+        device: device of the models; None is the CPU.
+        dtype: precision of weights and passes; None as in :func:`~fistapruner.models.whole.load_whole`.
+        batch_size: requests in one forward pass; None is 4 on a CPU, 16 on a GPU.
+        trust_remote_code: run Python code that comes with a checkpoint.
+    """
+
+    limit: int | None = None
+    device: torch.device | None = None
+    dtype: torch.dtype | None = None
+    batch_size: int | None = None
+    trust_remote_code: bool = False
+
+
 def evaluate_tasks(
     folder: Path,
     tasks: Tasks,
+    settings: TaskSettings = TaskSettings(),
     *,
     against: Path | None = None,
-    limit: int | None = None,
-    device: torch.device | None = None,
-    dtype: torch.dtype | None = None,
-    batch_size: int | None = None,
-    trust_remote_code: bool = False,
     tick: Tick = lambda what, done, total: None,
 ) -> tuple[TaskResult, ...]:
     """Score a model on zero-shot tasks, and a reference model on the same items.
@@ -97,10 +112,9 @@ def evaluate_tasks(
     Args:
         folder: the model's Hugging Face folder.
         tasks: what :func:`find_tasks` found.
+        settings: how the models are run.
         against: the dense model's folder.
-        limit: take only this many items of each task, from the start.
-        device, dtype, batch_size, trust_remote_code: how the models are run.
-        tick: called with progress.
+        tick: receives progress: (what, steps done, steps in all).
 
     Raises:
         FistaPrunerError: ``lm-eval`` fails: task data that cannot be loaded or has items it cannot ask.
@@ -110,7 +124,7 @@ def evaluate_tasks(
     available: dict[str, int] = {}
     for done, path in enumerate(models):
         tick(f"zero-shot tasks of {path.name}", done, len(models))
-        found, available = _run(path, tasks, limit, device, dtype, batch_size, trust_remote_code)
+        found, available = _run(path, tasks, settings)
         outcomes.append(found)
     tick("zero-shot tasks", len(models), len(models))
     return tuple(
@@ -253,15 +267,22 @@ def _kind_of(path: Path, item: Mapping[str, Any]) -> dict[str, type]:
 
 
 def _question(item: Mapping[str, Any]) -> str:
+    """Return the prompt of an item; a query with ``Question:`` gets a line ``Answer:``."""
     query = str(item["query"]).strip()
     return f"{query}\nAnswer:" if "Question:" in query else query
 
 
 def _mean(metric: str) -> dict[str, Any]:
+    """Return the ``lm-eval`` configuration of a metric."""
     return {"metric": metric, "aggregation": "mean", "higher_is_better": True}
 
 
 def _local_files(tasks: Sequence[str], tasks_dir: Path) -> list[Path]:
+    """Find the files of local tasks.
+
+    Raises:
+        FistaPrunerError: the folder has no tasks, or not this one.
+    """
     present = sorted(tasks_dir.glob("*.jsonl")) if tasks_dir.is_dir() else []
     if not present:
         raise FistaPrunerError(f"--tasks-dir {tasks_dir} holds no .jsonl task")
@@ -275,35 +296,29 @@ def _local_files(tasks: Sequence[str], tasks_dir: Path) -> list[Path]:
 
 
 def _require_lm_eval() -> None:
+    """Refuse tasks where ``lm-eval`` is not installed."""
     from importlib.util import find_spec
 
     if find_spec("lm_eval") is None:
         raise MissingExtraError("lm-eval", "eval", "a zero-shot task")
 
 
-def _run(
-    folder: Path,
-    tasks: Tasks,
-    limit: int | None,
-    device: torch.device | None,
-    dtype: torch.dtype | None,
-    batch_size: int | None,
-    trust_remote_code: bool,
-) -> tuple[Outcomes, dict[str, int]]:
-    """Return the outcomes of one model, and how many items each task has."""
+def _run(folder: Path, tasks: Tasks, settings: TaskSettings) -> tuple[Outcomes, dict[str, int]]:
+    """Run one model on tasks; return its outcomes and the number of items of each task."""
     from lm_eval import simple_evaluate
     from lm_eval.models.huggingface import HFLM
 
-    model = load_whole(folder, device or torch.device("cpu"), dtype, trust_remote_code=trust_remote_code)
-    tokenizer = load_tokenizer(folder, trust_remote_code=trust_remote_code)
-    runner = HFLM(pretrained=model, tokenizer=tokenizer, batch_size=batch_size or (4 if model.device.type == "cpu" else 16))
+    model = load_whole(folder, settings.device or torch.device("cpu"), settings.dtype, trust_remote_code=settings.trust_remote_code)
+    tokenizer = load_tokenizer(folder, trust_remote_code=settings.trust_remote_code)
+    batch_size = settings.batch_size or (4 if model.device.type == "cpu" else 16)
+    runner = HFLM(pretrained=model, tokenizer=tokenizer, batch_size=batch_size)
     wanted = list(tasks.specifications)
     try:
-        found = simple_evaluate(runner, tasks=wanted, limit=limit, bootstrap_iters=0, log_samples=True, task_manager=tasks.manager)
+        found = simple_evaluate(runner, tasks=wanted, limit=settings.limit, bootstrap_iters=0, log_samples=True, task_manager=tasks.manager)
     except (OSError, ConnectionError) as error:
         reason = " ".join(str(error).split())[:200]
         raise FistaPrunerError(f"task data could not be loaded: {reason}; --tasks-dir takes local files and needs no network") from None
-    except Exception as error:  # items that a task does not expect fail in as many ways as there are tasks
+    except Exception as error:  # every task has its own code for unexpected items
         reason = " ".join(f"{type(error).__name__}: {error}".split())[:200]
         raise FistaPrunerError(f"lm-eval could not evaluate the tasks on {folder}: {reason}") from error
     finally:

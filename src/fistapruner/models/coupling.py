@@ -1,9 +1,9 @@
-"""Channels between two operators of a decoder layer whose order is free.
+"""Find the channels between operators of a decoder layer that can be permuted.
 
-The hidden channels of an MLP have no order of their own: exchange two rows of ``up_proj`` (and ``gate_proj``) and the same two
-columns of ``down_proj``, and the layer computes what it did. So it is with the channels of ``v_proj`` inside an attention head
-and the columns of ``o_proj`` that read that head. Nothing is listed by architecture here either: channels of operators whose
-sizes fit are exchanged on a small forward pass, and a link is what leaves its output the same.
+Permute the rows of ``up_proj`` (and ``gate_proj``) and, in the same way, the columns of ``down_proj``: the output of
+the layer does not change. The same holds for the channels of ``v_proj`` inside an attention head and the columns of
+``o_proj`` that read that head. No architecture is listed by name: channels of operators whose sizes fit are permuted
+at random in a small forward pass. Operators are linked where the output stays the same.
 """
 
 from __future__ import annotations
@@ -23,13 +23,13 @@ from .layerwise import LayerwiseModel
 
 @dataclass(frozen=True)
 class Link:
-    """Operators whose output channels become the input channels of another one, in the same order, and nothing else's.
+    """Operators whose output channels are the input channels of one other operator, in the same order.
 
     Args:
         producers: names inside the decoder layer, such as ``mlp.gate_proj`` and ``mlp.up_proj``.
         consumer: the operator that reads the channels, such as ``mlp.down_proj``.
-        blocks: heads; channels may be exchanged inside one of them only. An MLP is one block.
-        repeats: how often in a row the consumer reads each block: query heads that share a value head.
+        blocks: heads; channels are permuted inside a head only. An MLP is one block.
+        repeats: consecutive times that the consumer reads each block: query heads that share a value head.
     """
 
     producers: tuple[str, ...]
@@ -43,11 +43,11 @@ class Link:
         return self.consumer.columns // (self.blocks * self.repeats)
 
     def by_block(self, values: Tensor) -> Tensor:
-        """(blocks, m * repeats, channels): what the consumer's columns of ``values`` (m, columns) say of each block's channels."""
+        """Rearrange ``values`` (m, columns) of the consumer by block: (blocks, m * repeats, channels)."""
         return values.view(len(values), self.blocks, self.repeats, self.channels).transpose(0, 1).reshape(self.blocks, -1, self.channels)
 
     def places(self, order: Tensor) -> tuple[Tensor, Tensor]:
-        """Old place of each of the producers' rows, and of each of the consumer's columns.
+        """Return the old position of each row of the producers and of each column of the consumer.
 
         Args:
             order: (blocks, channels) old place inside its block of each new channel.
@@ -59,9 +59,9 @@ class Link:
 
 
 def find_links(model: LayerwiseModel, layout: Layout) -> tuple[tuple[Link, ...], ...]:
-    """The links of every decoder layer to operators of ``layout``; an operator is in one link at most.
+    """Find the links of every decoder layer to operators of ``layout``, disjoint ones.
 
-    Layers with the same operators are looked at once. Loads the embeddings and one decoder layer.
+    Layers with the same operators are run once. Loads the embeddings and one decoder layer.
     """
     tokens = torch.arange(16).remainder(int(model.config.get_text_config().vocab_size)).unsqueeze(0)
     with model.embeddings_and_head(head=False):
@@ -80,7 +80,7 @@ def find_links(model: LayerwiseModel, layout: Layout) -> tuple[tuple[Link, ...],
 
 
 def reordered(model: LayerwiseModel, index: int, link: Link, order: Tensor) -> dict[str, tuple[int, Tensor]]:
-    """How the tensors of a link of decoder layer ``index`` change when its channels take another order.
+    """Return how the tensors of a link of decoder layer ``index`` are reordered.
 
     Args:
         order: (blocks, channels) old place inside its block of each new channel.
@@ -93,26 +93,27 @@ def reordered(model: LayerwiseModel, index: int, link: Link, order: Tensor) -> d
 
 
 def _head_sizes(config: Any) -> set[int]:
-    """Channels of an attention head, as far as the config tells."""
+    """Return the possible sizes of an attention head, from the config."""
     heads = getattr(config, "num_attention_heads", None) or 1
     sizes = {named_size(config, "head_dim"), named_size(config, "v_head_dim"), config.hidden_size // heads}
     return {size for size in sizes if isinstance(size, int) and size > 0}
 
 
 def named_size(config: Any, name: str) -> Any:
-    """A size that a config may name, else None: one whose layers differ refuses to name one for all."""
+    """Return a size from a config, None where it has none; configs with different layers raise an error."""
     with suppress(RuntimeError):
         return getattr(config, name, None)
     return None
 
 
 def _watch(layer: nn.Module, heads: set[int], run: Callable[[], Tensor]) -> list[Link]:
+    """Find the links of a loaded decoder layer."""
     operators = [Operator.of(name, module) for name, module in linear_modules(layer)]
     links: list[Link] = []
     for consumer in operators:
         parent = consumer.name.rpartition(".")[0]
         beside = [operator for operator in operators if operator.name.rpartition(".")[0] == parent and operator is not consumer]
-        # All that have the consumer's channels for rows, together; or one whose heads are read.
+        # All operators with as many rows as the consumer has columns, together; or one operator with heads.
         whole = Link(tuple(operator.name for operator in beside if operator.rows == consumer.columns), consumer)
         candidates = [whole] if whole.producers else []
         for operator in beside:
@@ -127,7 +128,7 @@ def _watch(layer: nn.Module, heads: set[int], run: Callable[[], Tensor]) -> list
 
 
 def _is_free(layer: nn.Module, link: Link, run: Callable[[], Tensor]) -> bool:
-    """Whether the layer and the consumer answer the same with the link's channels exchanged at random."""
+    """Check that layer and consumer have the same output with the link's channels permuted at random."""
     generator = torch.Generator().manual_seed(0)
     order = torch.stack([torch.randperm(link.channels, generator=generator) for _ in range(link.blocks)])
     answers: list[Tensor] = []
@@ -147,7 +148,7 @@ def _is_free(layer: nn.Module, link: Link, run: Callable[[], Tensor]) -> bool:
 
 
 def _changes(layer: nn.Module, link: Link, order: Tensor) -> dict[str, tuple[int, Tensor]]:
-    """For each tensor that holds a link's channels, by its name inside the layer: the dimension that does, and the old places."""
+    """Return dimension and order of the channels of each tensor of a link, by name inside the layer."""
     rows, columns = link.places(order)
     changes = {}
     for name in link.producers:
@@ -160,4 +161,5 @@ def _changes(layer: nn.Module, link: Link, order: Tensor) -> dict[str, tuple[int
 
 
 def _exchange(parameter: Tensor, dim: int, order: Tensor) -> None:
+    """Reorder a parameter in place along one dimension."""
     parameter.copy_(parameter.index_select(dim, order.to(parameter.device)))

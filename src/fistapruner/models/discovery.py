@@ -1,8 +1,8 @@
-"""Which linear operators a decoder layer has, which of them read the same tensor, and in which order they run.
+"""Find the linear operators of a decoder layer, their groups and their execution order.
 
-Nothing is listed by architecture: one small batch runs through one decoder layer and hooks watch. Operators that receive
-the same tensor form a group (q, k, v; gate, up) and are solved together; groups come in execution order, which is the
-order of intra-layer error correction.
+No architecture is listed by name: one small batch runs through one decoder layer with hooks on its modules. Operators
+that read the same tensor form a group (q, k, v; gate, up) and are solved together. Groups are in execution order,
+which is the order of intra-layer error correction.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ class Operator:
         name: name inside the decoder layer, such as ``self_attn.q_proj``.
         rows: outputs m.
         columns: inputs n.
-        transposed: stored as (n, m), as GPT-2's ``Conv1D`` does.
+        transposed: stored as (n, m), as in GPT-2's ``Conv1D``.
     """
 
     name: str
@@ -45,7 +45,7 @@ class Operator:
         return cls(name, rows, columns, transposed)
 
     def weight(self, layer: nn.Module) -> Tensor:
-        """(m, n) view of the operator's weight in a loaded decoder layer."""
+        """Return an (m, n) view of the operator's weight in a loaded decoder layer."""
         weight = layer.get_submodule(self.name).weight
         assert isinstance(weight, Tensor)
         return weight.T if self.transposed else weight
@@ -57,11 +57,11 @@ Group = tuple[Operator, ...]
 
 @dataclass(frozen=True)
 class OutputProjection:
-    """The operator whose output is what a child module of a decoder layer returns: ``o_proj`` of ``self_attn``.
+    """The operator whose output a child module of a decoder layer returns: ``o_proj`` of ``self_attn``.
 
     Args:
         operator: its name inside the decoder layer.
-        others: how many None follow its output in the tuple that the child returns; None where it returns the output alone.
+        others: number of None after the output in the tuple that the child returns; None where it returns no tuple.
     """
 
     operator: str
@@ -69,11 +69,11 @@ class OutputProjection:
 
 
 ALIKE = 1e-3
-"""Squared difference of two outputs, as a share of their energy, that summation in another order explains at any precision."""
+"""Largest relative squared difference of outputs that differ in the order of summation only."""
 
 
 UNUSED = {"expert": " (a mixture of experts)", "cross": " (cross-attention)", "encoder_attn": " (cross-attention)"}
-"""Why an operator does not run once in a forward pass over text, by what its name contains."""
+"""Reasons why an operator does not run exactly once in a pass over text, by a part of its name."""
 
 
 @dataclass(frozen=True)
@@ -82,10 +82,10 @@ class Layout:
 
     Args:
         prefix: name of the list of decoder layers, such as ``model.layers``.
-        layers: for each decoder layer its groups, in execution order.
-        residual_writers: for each decoder layer, in execution order, the operators (selected or not) whose output is added to the
-            hidden states that pass through it, and to nothing else: ``self_attn.o_proj``, ``mlp.down_proj``.
-        output_projections: for each decoder layer, the operator that a child module ends with, by the child's name, where it ends with one.
+        layers: groups of each decoder layer, in execution order.
+        residual_writers: for each decoder layer, in execution order, the operators (selected or not) whose output is
+            only added to the residual stream: ``self_attn.o_proj``, ``mlp.down_proj``.
+        output_projections: for each decoder layer, the last operator of its child modules, by the child's name.
     """
 
     prefix: str
@@ -94,11 +94,11 @@ class Layout:
     output_projections: tuple[Mapping[str, OutputProjection], ...]
 
     def full_name(self, index: int, operator: Operator) -> str:
-        """The operator's name in the model: ``model.layers.3.self_attn.q_proj``."""
+        """Return the operator's name in the model: ``model.layers.3.self_attn.q_proj``."""
         return f"{self.prefix}.{index}.{operator.name}"
 
     def operators(self) -> list[tuple[str, Operator]]:
-        """Full name and shape of every operator, in order."""
+        """Return the full name and the operator of all operators, in order."""
         return [
             (self.full_name(index, operator), operator)
             for index, groups in enumerate(self.layers)
@@ -107,11 +107,11 @@ class Layout:
         ]
 
     def weights(self, index: int) -> int:
-        """Weights of the operators of one decoder layer."""
+        """Count the weights of the operators of one decoder layer."""
         return sum(operator.rows * operator.columns for group in self.layers[index] for operator in group)
 
     def select(self, recipe: Recipe) -> Layout:
-        """Only the operators that the recipe's ``targets`` and ``ignore`` leave.
+        """Select operators by the recipe's ``targets`` and ``ignore``.
 
         Raises:
             FistaPrunerError: a pattern matches no operator, or nothing is left to prune.
@@ -136,9 +136,9 @@ class Layout:
 
 
 def discover(model: LayerwiseModel) -> Layout:
-    """Find the operators of every decoder layer by watching one small forward pass.
+    """Find the operators of every decoder layer with hooks in one small forward pass.
 
-    Layers with the same operators are watched once. Loads the embeddings, then one decoder layer at a time.
+    Layers with the same operators are run once. Loads the embeddings, then one decoder layer at a time.
 
     Raises:
         FistaPrunerError: operators that a forward pass does not use exactly once.
@@ -159,12 +159,12 @@ def discover(model: LayerwiseModel) -> Layout:
 
 
 def linear_modules(layer: nn.Module) -> list[tuple[str, nn.Linear | Conv1D]]:
-    """Name and module of every linear operator in a decoder layer."""
+    """Return the name and module of every linear operator in a decoder layer."""
     return [(name, module) for name, module in layer.named_modules() if isinstance(module, (nn.Linear, Conv1D))]
 
 
 def alike(a: Tensor, b: Tensor) -> bool:
-    """Whether two tensors of one shape differ by no more than sums in another order explain at any precision."""
+    """Check whether two tensors of one shape are equal up to the order of summation, at any precision."""
     a, b = a.float(), b.float()
     return float((a - b).square().sum()) <= ALIKE * float(a.square().sum())
 
@@ -172,10 +172,10 @@ def alike(a: Tensor, b: Tensor) -> bool:
 def _watch(
     model: LayerwiseModel, index: int, hidden: Tensor, call: Call
 ) -> tuple[tuple[Group, ...], tuple[str, ...], Mapping[str, OutputProjection]]:
-    """Groups of decoder layer ``index``, the operators whose output is added to the hidden states, and those that children end with."""
+    """Find the groups, residual writers and output projections of decoder layer ``index``."""
     seen: list[tuple[str, Tensor]] = []
     answers: dict[str, Tensor] = {}
-    returned: dict[str, Tensor] = {}  # the tensors themselves: alive, their addresses tell them apart
+    returned: dict[str, Tensor] = {}  # not copies: while they are alive, their addresses differ
     projections: dict[str, OutputProjection] = {}
 
     def answered(name: str, output: Tensor) -> None:
@@ -235,13 +235,16 @@ def _watch(
 def _residual_writers(
     layer: nn.Module, hidden: Tensor, answers: dict[str, Tensor], out: Tensor, run: Callable[[], Tensor]
 ) -> tuple[str, ...]:
-    """Operators whose output is added to the hidden states: more of it is as much more in the layer's output, while the
-    operators that run later answer as they did; and what entered the layer with all of theirs is what leaves it.
+    """Find the operators whose output is only added to the residual stream.
+
+    Noise on the output of such an operator, with the outputs of later operators fixed, appears unchanged in the
+    layer's output. The layer's input plus the outputs of all of them must be the layer's output; otherwise none is
+    returned.
 
     Args:
-        hidden: what entered the layer.
-        answers: what each operator answered, in execution order.
-        out: what the layer answered.
+        hidden: input of the layer.
+        answers: output of each operator, in execution order.
+        out: output of the layer.
         run: runs the layer again.
     """
     found = []

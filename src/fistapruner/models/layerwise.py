@@ -1,13 +1,16 @@
-"""A causal language model of which one decoder layer is in memory at a time.
+"""Run a causal language model with one decoder layer in memory at a time.
 
-The architecture is built on the meta device, so it costs nothing; decoder layers are read from the checkpoint when they
-are needed and freed after. Two things make this work for architectures nobody listed: the model's own ``forward`` is
-run with every decoder layer's ``forward`` replaced by a recorder, which gives the input of the first layer and the exact
-arguments every layer would be called with; and with a recorder that returns given hidden states, which gives the model's
-own final norm and head.
+The architecture is built on the meta device, without weights; decoder layers are read from the checkpoint when they are
+needed and freed afterwards. No architecture is listed by name. Instead, the model's own ``forward`` runs with every
+decoder layer's ``forward`` replaced:
 
-That is right only where a decoder layer is given what the one before it returned, and nothing else happens between them.
-:meth:`LayerwiseModel.check` refuses models whose forward pass shows otherwise, and
+* by a recorder, which gives the input of the first layer and the exact arguments of every layer
+  (:meth:`LayerwiseModel.embed`);
+* by a function that returns given hidden states, which gives the model's own final norm and head
+  (:meth:`LayerwiseModel.logits`).
+
+This is right only where every decoder layer receives the output of the layer before it, and nothing else happens
+between them. :meth:`LayerwiseModel.check` refuses models whose forward pass differs, and
 :func:`fistapruner.activations.stream.check_model` compares the logits of one short window with the model's own.
 """
 
@@ -22,39 +25,35 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..errors import FistaPrunerError, needs_code
-from ..runtime.numerics import dtype_name, pass_dtype
+from ..errors import FistaPrunerError
+from ..runtime.numerics import pass_dtype
+from .architecture import build_model, checkpoint_names, find_decoder_layers, refuse_tensors, unsupported
 from .files.checkpoint import Checkpoint
-from .names import stored_names
 
 Call = tuple[tuple[Any, ...], dict[str, Any]]
-"""Arguments of a decoder layer after its hidden states: positional ones, keyword ones."""
+"""Positional and keyword arguments of a decoder layer, without its hidden states."""
 
 Tick = Callable[[str, int, int], None]
-"""Told of a pass through all decoder layers: (what, steps done, steps in all)."""
-
-
-WEIGHT_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
-"""How weights may be stored."""
+"""Receives the progress of a pass through all decoder layers: (what, steps done, steps in all)."""
 
 
 @dataclass
 class _Stop(Exception):
-    """Ends a forward pass early."""
+    """End a forward pass early."""
 
 
 class LayerwiseModel:
     """A model whose decoder layers are loaded one by one.
 
     Args:
-        checkpoint: where the weights are.
-        device: where layers run.
-        dtype: precision of the passes; None takes the checkpoint's own, or fp32 where the device has no matrix units for it
-            (CPUs for fp16, most of them for bf16 too) and would compute several times slower.
+        checkpoint: the model's weights.
+        device: device of the passes.
+        dtype: precision of the passes; None is the checkpoint's own, or fp32 where the device has no matrix units for
+            it (CPUs for fp16, most CPUs for bf16) and would be several times slower.
         trust_remote_code: run the checkpoint's own Python code.
 
     Raises:
-        FistaPrunerError: the architecture is not a plain decoder-only language model, or tensors are missing.
+        FistaPrunerError: the architecture is not a plain decoder-only language model, or a tensor is missing.
     """
 
     def __init__(
@@ -63,13 +62,13 @@ class LayerwiseModel:
         self.checkpoint = checkpoint
         self.device = device
         self.dtype = dtype or pass_dtype(checkpoint.dtype, device)
-        self.model = _build(checkpoint, trust_remote_code).eval()
+        self.model = build_model(checkpoint, trust_remote_code=trust_remote_code).eval()
         self.config = self.model.config
-        self.layers_name, self.layers = _find_layers(self.model)
-        self._refuse_tensors()
-        self._returned: Callable[[Tensor], Any] = lambda hidden: hidden  # what a layer returns that answers these hidden states
+        self.layers_name, self.layers = find_decoder_layers(self.model)
+        refuse_tensors(self.model, self.layers_name, self.layers)
+        self._returned: Callable[[Tensor], Any] = lambda hidden: hidden  # hidden states as a layer returns them
         self._checked = False
-        self._sources = self._map_names()
+        self._sources = checkpoint_names(self.model, checkpoint)
         for module in self.model.modules():
             for key, buffer in module._buffers.items():
                 if buffer is not None and not buffer.is_meta:
@@ -89,21 +88,21 @@ class LayerwiseModel:
         return int(getattr(self.config.get_text_config(), "max_position_embeddings", 2048) or 2048)
 
     def source(self, parameter: str) -> str:
-        """Name in the checkpoint of one of the model's parameters."""
+        """Return the name in the checkpoint of one of the model's parameters."""
         return self._sources[parameter]
 
     def layer_parameters(self, index: int) -> list[str]:
-        """Names in the model of the parameters of decoder layer ``index``."""
+        """Return the names in the model of the parameters of decoder layer ``index``."""
         prefix = f"{self.layers_name}.{index}."
         return [name for name in self._sources if name.startswith(prefix)]
 
     @contextmanager
     def layer(self, index: int, replaced: Mapping[str, Tensor] | None = None) -> Iterator[nn.Module]:
-        """Decoder layer ``index`` with its weights in memory.
+        """Load decoder layer ``index`` for the block, and free its weights afterwards.
 
         Args:
-            index: which layer.
-            replaced: tensors to use instead of the checkpoint's, by checkpoint name (pruned weights).
+            index: number of the layer.
+            replaced: tensors that replace the checkpoint's, by name in the checkpoint (pruned weights).
         """
         names = self.layer_parameters(index)
         try:
@@ -114,10 +113,10 @@ class LayerwiseModel:
 
     @contextmanager
     def embeddings_and_head(self, *, head: bool = True) -> Iterator[None]:
-        """Everything outside the decoder layers in memory: embeddings, final norm, head.
+        """Load everything outside the decoder layers for the block: embeddings, final norm, head.
 
         Args:
-            head: False leaves the output head out, which :meth:`embed` does not need.
+            head: False leaves out the output head, which :meth:`embed` does not need.
         """
         prefix = self.layers_name + "."
         names = [name for name in self._sources if not name.startswith(prefix)]
@@ -138,7 +137,7 @@ class LayerwiseModel:
                 output.weight = nn.Parameter(output.weight.to("meta"), requires_grad=False)
 
     def embed(self, tokens: Tensor) -> tuple[Tensor, list[Call]]:
-        """Input of the first decoder layer, and how every decoder layer is called.
+        """Record the input of the first decoder layer and the arguments of every decoder layer.
 
         Needs :meth:`embeddings_and_head`, and :meth:`check` before it.
 
@@ -149,12 +148,12 @@ class LayerwiseModel:
             (batch, seqlen, width) hidden states and one :data:`Call` for each layer.
 
         Raises:
-            FistaPrunerError: ids beyond the vocabulary; a layer is not given what the one before it returned.
+            FistaPrunerError: ids beyond the vocabulary; a layer does not receive the output of the layer before it.
         """
         return self._watch(tokens, torch.Tensor.detach)
 
     def check_tokens(self, tokens: Tensor) -> None:
-        """Refuse token ids that the model's vocabulary does not have.
+        """Refuse token ids outside the model's vocabulary.
 
         Raises:
             FistaPrunerError: names the id and the size of the vocabulary.
@@ -168,13 +167,14 @@ class LayerwiseModel:
             )
 
     def check(self) -> None:
-        """Make sure that the model can be run layer by layer. Loads the embeddings, then the first decoder layer.
+        """Check that the model can be run layer by layer; done once.
 
-        Decoder layers must run once each, in order; each must be given what the one before it returned, and beside it
-        nothing that depends on the token ids. What was checked is not checked again.
+        Loads the embeddings, then the first decoder layer.
+        Every decoder layer must run once, in order. It must receive the output of the layer before it, and no other
+        argument that depends on the token ids.
 
         Raises:
-            FistaPrunerError: the architecture is not supported; says why.
+            FistaPrunerError: the architecture is not supported; gives the reason.
         """
         if not self._checked:
             with self.failures_explained():
@@ -189,24 +189,27 @@ class LayerwiseModel:
         return torch.arange(3, 3 + min(length, self.max_length)).remainder(vocabulary)[None]
 
     def calls(self, batch: int, seqlen: int) -> list[Call]:
-        """How every decoder layer is called for a batch of full windows; the token ids make no difference (:meth:`check`).
+        """Record the arguments of every decoder layer for a batch of full windows (of any ids: :meth:`check`).
 
         Needs :meth:`embeddings_and_head`.
         """
         return self.embed(torch.zeros(batch, seqlen, dtype=torch.long))[1]
 
     def run(self, index: int, hidden: Tensor, call: Call) -> Tensor:
-        """Output hidden states of loaded decoder layer ``index``; shapes (batch, seqlen, width)."""
+        """Run loaded decoder layer ``index`` on (batch, seqlen, width) hidden states; return its output."""
         args, kwargs = call
         return hidden_of(self.layers[index](hidden, *args, **kwargs))
 
     def logits(self, hidden: Tensor, tokens: Tensor, *, gradients: bool = False) -> Tensor:
-        """(batch, seqlen, vocabulary) logits from the last decoder layer's output. Needs :meth:`embeddings_and_head`.
+        """Compute logits from the last decoder layer's output. Needs :meth:`embeddings_and_head`.
 
         Args:
             hidden: (batch, seqlen, width) output of the last decoder layer.
-            tokens: (batch, seqlen) the token ids it came from.
+            tokens: (batch, seqlen) token ids that ``hidden`` was computed from.
             gradients: record operations, so that logits can be differentiated with respect to ``hidden``.
+
+        Returns:
+            (batch, seqlen, vocabulary).
         """
         ran: list[int] = []
 
@@ -220,7 +223,7 @@ class LayerwiseModel:
         return logits
 
     def _learn_return_type(self, tokens: Tensor) -> None:
-        """Run layer 0 once on ``tokens`` to see in what its layers return hidden states."""
+        """Run layer 0 once on ``tokens`` to find the type in which layers return hidden states."""
         first: list[Call] = []
 
         def record(index: int, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -242,7 +245,7 @@ class LayerwiseModel:
             raise self.unsupported(f"{self.layers_name}.0 returns a {type(out).__name__}, not hidden states")
 
     def _check_calls(self) -> None:
-        """Make sure that every layer is given what the one before it returned, and beside it nothing that depends on the token ids.
+        """Check that layers receive the output of the layer before them, and no argument of the token ids.
 
         Needs :meth:`embeddings_and_head`.
         """
@@ -257,11 +260,11 @@ class LayerwiseModel:
                     raise self.unsupported(f"decoder layer {index} is given {what}, which depends on the token ids or on other layers")
 
     def _watch(self, tokens: Tensor, stand_in: Callable[[Tensor], Tensor]) -> tuple[Tensor, list[Call]]:
-        """What :meth:`embed` returns.
+        """Record what :meth:`embed` returns.
 
         Args:
             tokens: (batch, seqlen) token ids.
-            stand_in: makes what stands for a layer's output of its input.
+            stand_in: makes a stand-in for a layer's output from its input.
         """
         self.check_tokens(tokens)
         calls: list[Call] = []
@@ -275,7 +278,7 @@ class LayerwiseModel:
                 first.append(hidden)
             else:
                 returned, version = given.pop()
-                changed = returned._version != version  # in place: what was written over cannot be compared
+                changed = returned._version != version  # in place: overwritten hidden states cannot be compared
                 if changed or not (hidden is returned or (hidden.shape == returned.shape and torch.equal(hidden, returned))):
                     raise self.unsupported(f"what enters {self.layers_name}.{index} is not what {self.layers_name}.{index - 1} returned")
             calls.append((rest, named))
@@ -294,9 +297,16 @@ class LayerwiseModel:
         return first[0], calls
 
     def own_logits(self, tokens: Tensor) -> Tensor:
-        """Logits (batch, seqlen, vocabulary) of the model's own forward pass, with one decoder layer in memory at a time."""
+        """Compute the logits of the model's own forward pass, with one decoder layer in memory at a time.
+
+        Args:
+            tokens: (batch, seqlen) token ids.
+
+        Returns:
+            (batch, seqlen, vocabulary).
+        """
         ran: list[int] = []
-        with ExitStack() as outside:  # what is outside the layers: needed before the first and after the last of them
+        with ExitStack() as outside:  # embeddings before the first layer, norm and head after the last one
 
             def load_and_run(index: int, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
                 self._in_order(index, len(ran))
@@ -316,22 +326,23 @@ class LayerwiseModel:
         return logits
 
     def _in_order(self, index: int, done: int) -> None:
-        """Make sure that layer ``index`` is the next one to run after ``done`` layers."""
+        """Check that layer ``index`` is the next one to run after ``done`` layers."""
         if index != done:
             before = f"after {self.layers_name}.{done - 1}" if done else "first"
             raise self.unsupported(f"{self.layers_name}.{index} runs {before}: layers have to run once each, in order")
 
     def architecture(self) -> str:
-        """Return what decides whether running the model layer by layer is right: class, config, dtype, kind of device."""
+        """Describe everything that layer-by-layer passes depend on: class, config, dtype, kind of device."""
         config = {key: value for key, value in self.config.to_dict().items() if key != "_name_or_path"}
         return f"{type(self.model).__qualname__} {self.dtype} {self.device.type} {json.dumps(config, sort_keys=True, default=str)}"
 
     def unsupported(self, reason: str) -> FistaPrunerError:
-        return FistaPrunerError(f"{type(self.model).__name__}: {reason}: this architecture is not supported")
+        """Make the error that refuses this model's architecture."""
+        return unsupported(self.model, reason)
 
     @contextmanager
     def failures_explained(self) -> Iterator[None]:
-        """Say in one sentence what goes wrong in the model's own code when its layers are replaced."""
+        """Turn errors of the model's own code, run with replaced layers, into one sentence."""
         try:
             yield
         except (FistaPrunerError, MemoryError, torch.OutOfMemoryError):
@@ -341,7 +352,7 @@ class LayerwiseModel:
             raise self.unsupported(f"its forward pass cannot be taken apart into decoder layers ({reason})") from error
 
     def _split_hidden(self, index: int, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Tensor, tuple[Any, ...], dict[str, Any]]:
-        """A layer call without its hidden states, which come first or by name."""
+        """Separate the hidden states, which come first or by name, from the other arguments of a layer."""
         named = dict(kwargs)
         hidden, rest = (args[0], args[1:]) if args else (named.pop("hidden_states", None), ())
         if not isinstance(hidden, Tensor):
@@ -349,7 +360,7 @@ class LayerwiseModel:
         return hidden, rest, named
 
     def _forward(self, tokens: Tensor, instead: Callable[[int, tuple[Any, ...], dict[str, Any]], Any], *, gradients: bool = False) -> Any:
-        """The model's own forward pass with every decoder layer's forward replaced."""
+        """Run the model's own forward pass with every decoder layer's forward replaced."""
 
         def replacement(index: int) -> Callable[..., Any]:
             return lambda *args, **kwargs: instead(index, args, kwargs)
@@ -366,13 +377,13 @@ class LayerwiseModel:
                 layer.__dict__.pop("forward", None)
 
     def rounded(self, source: str, tensor: Tensor) -> Tensor:
-        """``tensor`` as the checkpoint's tensor ``source`` will hold it, in the narrower of the stored dtype and the passes'."""
+        """Round ``tensor`` to the stored dtype of ``source``, and to the passes' dtype where that is narrower."""
         stored = self.checkpoint.entry(source).dtype
         tensor = tensor.to(stored)
         return tensor if stored.itemsize <= self.dtype.itemsize else tensor.to(self.dtype)
 
     def result(self, source: str, tensor: Tensor) -> Tensor:
-        """A copy of ``tensor`` in main memory, :meth:`rounded`."""
+        """Copy ``tensor`` to main memory, :meth:`rounded`."""
         rounded = self.rounded(source, tensor).cpu()
         return rounded.clone() if rounded.data_ptr() == tensor.data_ptr() else rounded
 
@@ -400,106 +411,9 @@ class LayerwiseModel:
         else:
             module._buffers[key] = tensor
 
-    def _refuse_tensors(self) -> None:
-        """Refuse decoder layers with weights that are neither matrices nor vectors."""
-        for index, layer in enumerate(self.layers):
-            for name, parameter in layer.named_parameters():
-                if sum(size > 1 for size in parameter.shape) > 2:
-                    what = "a weight"
-                    if isinstance(layer.get_submodule(name.rpartition(".")[0]), (nn.Conv1d, nn.Conv2d)):
-                        what = "a convolution"
-                    elif "expert" in name:
-                        what = "a fused mixture of experts"
-                    raise self.unsupported(
-                        f"{self.layers_name}.{index}.{name} is {what} with {parameter.ndim} dimensions {tuple(parameter.shape)}"
-                    )
-
-    def _map_names(self) -> dict[str, str]:
-        """Checkpoint name of every parameter and persistent buffer of the model, all of which must be there."""
-        names = stored_names(self.model, self.checkpoint.names())
-        head = self.model.get_output_embeddings()
-        embedding = self.model.get_input_embeddings()
-        tied = bool(getattr(self.config, "tie_word_embeddings", False))
-        sources: dict[str, str] = {}
-        missing: list[str] = []
-        twins: dict[str, str] = getattr(self.model, "all_tied_weights_keys", None) or {}  # of tied tensors one is stored
-        for name, tensor in self.model.state_dict(keep_vars=True).items():
-            found = names.get(name) or names.get(twins.get(name, name))
-            is_head = head is not None and tensor is head.weight and embedding is not None and head.weight is not embedding.weight
-            if is_head and tied:
-                continue
-            if found is None:
-                missing.append(name)
-                continue
-            entry, expected = self.checkpoint.entry(found), tuple(tensor.shape)
-            if entry.shape != expected:
-                raise FistaPrunerError(f"{self.checkpoint.folder}: tensor {found!r} is {entry.shape}, the config asks for {expected}")
-            if tensor.is_floating_point() and entry.dtype not in WEIGHT_DTYPES:
-                raise FistaPrunerError(
-                    f"{self.checkpoint.folder}: tensor {found!r} is stored as {dtype_name(entry.dtype)}, no dtype of dense weights "
-                    "(float32, bfloat16, float16, float64): the checkpoint is quantised or damaged; prune the unquantised one"
-                )
-            sources[name] = found
-        if missing:
-            more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
-            raise FistaPrunerError(f"{self.checkpoint.folder}: tensor {missing[0]!r}{more} of {type(self.model).__name__} is not in it")
-        return sources
-
-
-def _build(checkpoint: Checkpoint, trust_remote_code: bool) -> Any:
-    from accelerate import init_empty_weights
-    from transformers import AutoConfig, AutoModelForCausalLM
-    from transformers.initialization import no_init_weights
-
-    folder = checkpoint.folder
-    try:
-        config = AutoConfig.from_pretrained(str(folder), trust_remote_code=trust_remote_code)
-    except Exception as error:  # an untrusted config can make every check of every architecture fail in its own way
-        fault = FistaPrunerError(f"{folder}: config.json is not understood: {' '.join(str(error).split())[:300]}")
-        raise needs_code(folder, error) or fault from None
-    layers = getattr(config.get_text_config(), "num_hidden_layers", 0)
-    if isinstance(layers, int) and layers > len(checkpoint.names()):
-        raise FistaPrunerError(f"{folder}: config.json asks for {layers} decoder layers and there are {len(checkpoint.names())} tensors")
-    if getattr(config, "is_encoder_decoder", False):
-        raise FistaPrunerError(f"{folder}: {config.model_type} is an encoder-decoder; only decoder-only language models are pruned")
-    if getattr(config, "quantization_config", None):
-        if "fistapruner" in str(config.quantization_config):
-            raise FistaPrunerError(f"{folder} is a packed checkpoint: make it an ordinary one first, with fistapruner unpack {folder} OUT")
-        raise FistaPrunerError(f"{folder}: the checkpoint is quantised ({config.quantization_config}); prune the unquantised one")
-    try:
-        with no_init_weights(), init_empty_weights(include_buffers=False):
-            return AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
-    except Exception as error:  # again: sizes that are zero, negative or do not divide, names that are not known
-        reason = " ".join(str(error).split())[:200] or type(error).__name__
-        fault = FistaPrunerError(f"{folder}: no {config.model_type} causal language model can be built from config.json: {reason}")
-        raise needs_code(folder, error) or fault from None
-
-
-def _find_layers(model: Any) -> tuple[str, list[nn.Module]]:
-    """The decoder layers: the module list that has as many modules as the config has layers, or else several of one class, and that
-    holds the most weights.
-
-    Lists of the text model go before those of its parts that read images or sound, which have other configs.
-    """
-    config = model.config.get_text_config()
-    count = getattr(config, "num_hidden_layers", None)
-    best: tuple[tuple[bool, bool, int], str, list[nn.Module]] = ((False, False, 0), "", [])
-    reads_text = {"": True}  # by the name of a module
-    for name, module in model.named_modules():
-        part = getattr(module, "config", None)
-        own = part is not None and hasattr(part, "model_type")
-        reads_text[name] = isinstance(part, (type(config), type(model.config))) if own else reads_text[name.rpartition(".")[0]]
-        if isinstance(module, nn.ModuleList) and len(module):
-            size = (reads_text[name], len(module) == count, sum(parameter.numel() for parameter in module.parameters()))
-            if size > best[0] and (size[1] or len({type(item) for item in module}) == 1):
-                best = (size, name, list(module))
-    if not best[2]:
-        raise FistaPrunerError(f"{type(model).__name__}: no list of decoder layers found: this architecture is not supported")
-    return best[1], best[2]
-
 
 def _same(value: Any, again: Any) -> bool:
-    """Whether two passes gave a layer the same; an empty dictionary, which layers are to fill, is never the same."""
+    """Compare one argument in two passes; an empty dictionary, which layers would fill, is never the same."""
     if isinstance(value, Tensor):
         return torch.equal(value, again)
     if isinstance(value, (tuple, list)):
@@ -510,6 +424,6 @@ def _same(value: Any, again: Any) -> bool:
 
 
 def hidden_of(out: Any) -> Tensor:
-    """Hidden states in what a decoder layer returned: alone, or first in a tuple or list."""
+    """Return the hidden states of a decoder layer's output: alone, or first in a tuple or list."""
     hidden: Tensor = out[0] if isinstance(out, (tuple, list)) else out
     return hidden

@@ -98,10 +98,17 @@ def _generate(run: RunDirectory, report: Report, source: Path, permissions: Perm
     """Continue a few prompts with both models."""
     if report.generations:
         return
-    device = choose_device(report.recipe.get("execution", {}).get("device", "auto"))
+    execution = report.recipe.get("execution", {})
+    device = choose_device(execution.get("device", "auto"))
     faults = RuntimeError, ValueError, TypeError, AttributeError, IndexError, KeyError
     try:
-        report.generations = generate_side_by_side(source, run.model, device, trust_remote_code=permissions.trust_remote_code)
+        report.generations = generate_side_by_side(
+            source,
+            run.model,
+            device,
+            memory_limit=execution.get("memory_limit"),
+            trust_remote_code=permissions.trust_remote_code,
+        )
     except faults as error:  # of the models' own code: an example is no figure
         listener.say(f"no examples: {type(error).__name__}: {' '.join(str(error).split())[:200]}")
 

@@ -1,12 +1,12 @@
 """Record dense activations, so that targets can correct drift of the pruned hidden states.
 
-*Inputs.* A target that is, in part, the dense model's output (docs/methods.md) needs what every group of operators reads
-in the dense model, or its output there. The layer's dense pass stores it until the group's own pass.
+*Inputs.* A target that is, in part, the dense model's output (docs/methods.md) needs what every group of operators
+reads in the dense model, or its output there. The layer's dense pass stores it until the group's own pass.
 
-*Residuals* (``residual: correct``). The outputs of ``o_proj`` and ``down_proj`` are added to the residual stream. Drift of
-that stream from earlier pruning reaches every later layer, and these operators can correct it: their target becomes what
-the dense model has after the addition. A few tokens with massive activations would dominate that target, so the drift of a
-token is cut to a length that is typical of the batch.
+*Residuals* (``residual: correct``). The outputs of ``o_proj`` and ``down_proj`` are added to the residual stream.
+Drift of that stream from earlier pruning reaches every later layer, and these operators can correct it: their target
+becomes what the dense model has after the addition. A few tokens with massive activations would dominate that target,
+so the drift of a token is cut to a length that is typical of the batch.
 """
 
 from __future__ import annotations
@@ -24,18 +24,18 @@ from ..problem import DriftFrom, cheapest_drift
 from ..recipes.settings import Recipe
 
 DRIFT_NOISE = 1 / 128
-"""Noise that measuring drift on a part of the calibration windows may add to it, in inputs / tokens (docs/quality.md)."""
+"""Largest noise of drift from measuring it on fewer windows, in inputs / tokens (docs/quality.md)."""
 
 LONGEST = 1.5
-"""Longest drift of a token that is corrected, in units of the median over the tokens of a batch (docs/quality.md)."""
+"""Longest corrected drift of a token, in medians over the tokens of a batch (docs/quality.md)."""
 
 
 def dense_windows(recipe: Recipe, layout: Layout, samples: int, seqlen: int, batch_size: int, *, noise: float = DRIFT_NOISE) -> int:
-    """Return how many of the calibration windows the dense model runs on beside the pruned one: whole batches.
+    """Return the number of windows that the dense model runs on beside the pruned one: whole batches.
 
     With ``propagate=pruned`` the dense model serves to measure drift only. Fewer tokens add to the noise of that
-    ``n (1 / tokens - 1 / all tokens)`` for an operator of n inputs: there are as many as keep the widest operator's below
-    ``noise``. Block matching trains towards the dense model's outputs, window by window, and takes all windows.
+    ``n (1 / tokens - 1 / all tokens)`` for an operator of n inputs: there are as many as keep the widest operator's
+    below ``noise``. Block matching trains towards the dense model's outputs, window by window, and takes all windows.
     """
     if recipe.propagate == "dense" or recipe.reconstruct or not recipe.dense_share:
         return samples
@@ -45,16 +45,16 @@ def dense_windows(recipe: Recipe, layout: Layout, samples: int, seqlen: int, bat
 
 
 def drift_sources(recipe: Recipe, layout: Layout, index: int, *, same: bool) -> dict[int, DriftFrom]:
-    """Choose what to record of each group whose inputs drift: inputs where operators share them, else the cheaper.
+    """Choose what to record of each group: inputs where operators share them, else the cheaper.
 
     Args:
         recipe: settings.
         layout: the operators to prune.
-        index: which decoder layer.
-        same: the layer gets the dense model's hidden states.
+        index: number of the decoder layer.
+        same: the layer's input is the dense model's.
 
     Returns:
-        By number, the groups whose inputs drift, if the target cares.
+        By number, the groups whose inputs drift; empty where the target does not depend on it.
     """
     groups = layout.layers[index]
     if not recipe.dense_share or (same and not recipe.error_correction):
@@ -74,15 +74,15 @@ def kept_width(group: Group, source: DriftFrom) -> int:
 
 
 class DenseActivations:
-    """Activations of one dense decoder layer, stored for the groups whose inputs drift until their own pass.
+    """Activations of one dense decoder layer, stored until the passes of the groups that need them.
 
     Args:
-        index: of the decoder layer; other workers keep theirs in the same folder.
+        index: number of the decoder layer; it is part of the stores' names.
         layer: the loaded decoder layer.
         groups: its pruned operators.
         sources: :func:`drift_sources`.
         dense: hidden states that enter the dense layer; perhaps of the first windows only.
-        store: where what is kept goes.
+        store: makes the stores.
     """
 
     def __init__(
@@ -110,8 +110,12 @@ class DenseActivations:
         self._kept[number].write(start, values)
 
     def read(self, number: int, start: int, stop: int, device: torch.device) -> Tensor | None:
-        """(tokens, n) inputs or (tokens, m) outputs without bias of group ``number`` in windows ``start`` to ``stop``; None where nothing
-        drifts or the dense model did not see them."""
+        """Read the activations of group ``number`` in windows ``start`` to ``stop``.
+
+        Returns:
+            (tokens, n) inputs or (tokens, m) outputs without bias; None where the inputs do not drift, or the dense
+            model did not run on these windows.
+        """
         kept = self._kept.get(number)
         if kept is None or start >= kept.samples:
             return None
@@ -122,7 +126,7 @@ class DenseActivations:
         return values if bias is None else values.float() - bias.float()  # type: ignore[operator]
 
     def close(self, number: int) -> None:
-        """Release what is kept of group ``number``."""
+        """Release the stored activations of group ``number``."""
         if number in self._kept:
             self._kept.pop(number).close()
 
@@ -130,23 +134,23 @@ class DenseActivations:
 class ResidualDrift:
     """Drift ``S - S*`` of the residual stream where operators of one decoder layer add to it.
 
-    The first of them adds to what enters the layer, the second to that and the first one's output. Known architectures have no third.
+    The first writer adds to the layer's input, the second to the sum. Known architectures have no third.
 
     Args:
-        index: of the decoder layer; other workers keep theirs in the same folder.
+        index: number of the decoder layer; it is part of the store's name.
         layer: the loaded decoder layer.
-        adding: names of the operators whose output is added to the hidden states, in execution order.
+        writers: names of the operators that write to the residual stream, in execution order.
         groups: the pruned operators.
         dense: hidden states that enter the dense layer; perhaps of the first windows only.
         seen: hidden states that enter the pruned layer; the same object where nothing was pruned before.
-        store: where hidden states are kept.
+        store: makes the store.
     """
 
     def __init__(
         self,
         index: int,
         layer: nn.Module,
-        adding: Sequence[str],
+        writers: Sequence[str],
         groups: Sequence[Group],
         dense: HiddenStates,
         seen: HiddenStates,
@@ -155,12 +159,12 @@ class ResidualDrift:
         self._dense = dense
         self._seen = seen
         alone = {group[0].name: number for number, group in enumerate(groups) if len(group) == 1}
-        first, second = (alone.get(name) for name in (*adding, "", "")[:2])
+        first, second = (alone.get(name) for name in (*writers, "", "")[:2])
         self._first = first if seen is not dense else None
         self._second = second
         self._kept: HiddenStates | None = None
         if second is not None:
-            self._before = layer.get_submodule(adding[0])
+            self._before = layer.get_submodule(writers[0])
             # The dense model's hidden states, then their difference from the pruned model's.
             self._kept = store(f"residual-{index}", (dense.samples, dense.seqlen, dense.width))
         self._windows = 0
@@ -170,7 +174,11 @@ class ResidualDrift:
         return number is not None and number in (self._first, self._second)
 
     def drift(self, number: int, start: int, stop: int, device: torch.device) -> Tensor:
-        """(tokens, width) ``S - S*`` of group ``number`` in windows ``start`` to ``stop``, long ones cut."""
+        """Compute ``S - S*`` of group ``number`` in windows ``start`` to ``stop``.
+
+        Returns:
+            (tokens, width); drift longer than :data:`LONGEST` is cut.
+        """
         if number == self._first:
             drift = self._dense.read(start, stop, device, torch.float32).sub_(self._seen.read(start, stop, device))
         else:
@@ -182,17 +190,17 @@ class ResidualDrift:
         return drift.mul_(short)
 
     def around_dense_pass(self, batch: Callable[[], tuple[int, int]]) -> AbstractContextManager[None]:
-        """Keep what the second operator adds to in the dense pass inside; ``batch`` tells the windows at hand."""
+        """Store the dense stream before the second writer; ``batch`` returns the windows (start, stop)."""
         return self._after_first(self._dense, batch, HiddenStates.write)
 
     def around_pass(self, batch: Callable[[], tuple[int, int]]) -> AbstractContextManager[None]:
-        """Take the difference in the first pass inside in which the first operator answers: it does so for good then."""
+        """Subtract the pruned stream in the first pass that runs the first writer, whose output is final then."""
         if self._kept is None or self._windows == self._kept.samples:
             return nullcontext()
         return self._after_first(self._seen, batch, self._subtract)
 
     def close(self) -> None:
-        """Release what is kept."""
+        """Release the store."""
         if self._kept is not None:
             self._kept.close()
             self._kept = None
@@ -206,7 +214,7 @@ class ResidualDrift:
     def _after_first(
         self, inputs: HiddenStates, batch: Callable[[], tuple[int, int]], receive: Callable[[HiddenStates, int, Tensor], None]
     ) -> Iterator[None]:
-        """Give ``receive`` what the second operator adds to: (store, first window, hidden states)."""
+        """Pass the stream before the second writer to ``receive``: (store, first window, hidden states)."""
         if self._kept is None:
             yield
             return

@@ -1,4 +1,4 @@
-"""What the report says of solved operators."""
+"""Make the report's entries of solved operators."""
 
 from __future__ import annotations
 
@@ -12,21 +12,21 @@ from ..runs.records import OperatorEntry
 from ..solvers.base import Solution
 
 SPECTRUM_LIMIT = 2048
-"""Largest number of inputs for which the Gram's eigenvalues are recorded; they cost O(n^3) and only feed the report."""
+"""Largest number of inputs for which the Gram's eigenvalues are recorded: they cost O(n^3)."""
 
 
 def operator_entries(
     problem: LayerProblem, solution: Solution, errors: Sequence[float], group: Group, number: int, patterns: list[str]
 ) -> list[OperatorEntry]:
-    """One entry for each operator of a group.
+    """Make the entry of each operator of a group.
 
     Args:
-        problem: as it was solved, not weighted.
-        solution: its weights as the checkpoint will hold them.
+        problem: the solved problem, without row weights.
+        solution: weights rounded as in the checkpoint.
         errors: relative error of each operator.
         group: the operators.
         number: of the group in its decoder layer.
-        patterns: sparsity of each operator, as it is written.
+        patterns: sparsity of each operator, as text.
     """
     spectrum, ranks, condition = _spectrum(problem)
     entries = []
@@ -35,7 +35,7 @@ def operator_entries(
     for operator, pattern, part, error, dense_error, stats in zip(
         group, patterns, parts, errors, dense_errors, solution.stats, strict=True
     ):
-        zeros = part.numel() - int(torch.count_nonzero(part))  # a sum of booleans would be one of int64
+        zeros = part.numel() - int(torch.count_nonzero(part))  # summing booleans would convert them to int64
         entries.append(
             OperatorEntry(
                 name=operator.name,
@@ -56,6 +56,7 @@ def operator_entries(
 
 
 def _spectrum(problem: LayerProblem) -> tuple[list[float] | None, list[int] | None, float | None]:
+    """Compute relative eigenvalues of the Gram, their ranks, and its largest over the mean diagonal."""
     n = problem.shape[1]
     if n > SPECTRUM_LIMIT:
         return None, None, None

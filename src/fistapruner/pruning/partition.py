@@ -1,7 +1,7 @@
-"""A group of operators cut into parts that are solved apart.
+"""Cut a group of operators into parts that are solved independently.
 
-A part is an operator; where every step of the method treats rows alone, a block of its rows. The cut depends on the
-shapes and the recipe only, never on how many devices there are, so the results do not either.
+A part is an operator or, where every step of the method treats rows independently, a block of its rows. The cut
+depends on shapes and recipe only, not on the number of devices, so neither do the results.
 """
 
 from __future__ import annotations
@@ -19,12 +19,12 @@ from ..solvers import solve
 from ..solvers.base import Method, Solution, Stats
 
 ROWS = 1024
-"""Rows of a block, at most, where blocks change nothing: enough for fast products, few enough to share out."""
+"""Rows of a block, at most: enough for fast products, few enough for many workers."""
 
 
 @dataclass(frozen=True)
 class Part:
-    """Rows ``start`` to ``stop`` of a group's stacked operators, all of operator ``operator``, and their pattern."""
+    """Rows ``start`` to ``stop`` of a group's stacked operators, within one operator, and their pattern."""
 
     operator: int
     start: int
@@ -57,7 +57,7 @@ def cut(rows: Sequence[int], columns: int, sparsity: Sequence[Constraint], steps
 
 
 def solve_in_parts(problem: LayerProblem, sparsity: Sequence[Constraint], steps: Sequence[Method], block: int = ROWS) -> Solution:
-    """Solve a group part after part, which needs less memory than all of it at once; arguments as for :func:`cut`."""
+    """Solve a group part by part, in less memory than stacked; arguments as for :func:`cut`."""
     parts = cut(problem.rows, problem.shape[1], sparsity, steps, block)
     return join(problem, parts, (solve_part(part_of(problem, part), part.sparsity, steps) for part in parts))
 
@@ -68,19 +68,19 @@ def solve_part(problem: LayerProblem, sparsity: Constraint, steps: Sequence[Meth
 
 
 def part_of(problem: LayerProblem, part: Part) -> LayerProblem:
-    """Its rows as a problem. They begin where a file read into fresh memory would: alignment decides last bits."""
+    """Make the problem of a part, with tensors aligned as from a file: alignment changes last bits."""
     sliced = problem.slice(part.start, part.stop, (problem.names[part.operator],))
     return replace(sliced, **{name: tensor if tensor.data_ptr() % 64 == 0 else tensor.clone() for name, tensor in rows_of(sliced).items()})
 
 
 def rows_of(problem: LayerProblem) -> dict[str, Any]:
-    """The tensors of a problem that have its rows, by the names of its arguments."""
+    """Return the tensors of a problem that have its rows, by argument name."""
     tensors = {"weight": problem.weight, "drift": problem.drift, "drift_energy": problem.drift_energy, "energy": problem.energy}
     return {name: tensor for name, tensor in tensors.items() if tensor is not None}
 
 
 def join(problem: LayerProblem, parts: Sequence[Part], solutions: Iterable[Solution]) -> Solution:
-    """The group's solution from those of its parts."""
+    """Join the solutions of the parts of a group."""
     weight, mask = torch.empty_like(problem.weight), torch.empty_like(problem.weight, dtype=torch.bool)
     stats: list[list[tuple[float, Stats]]] = [[] for _ in problem.rows]
     warnings: dict[str, None] = {}
@@ -93,7 +93,7 @@ def join(problem: LayerProblem, parts: Sequence[Part], solutions: Iterable[Solut
 
 
 def _join_stats(parts: list[tuple[float, Stats]]) -> Stats:
-    """What is said of an operator from what is said of its blocks of rows, each with the energy of its dense outputs."""
+    """Join the statistics of an operator's blocks of rows, each with its dense output energy."""
     if len(parts) == 1:
         return parts[0][1]
     whole = max(sum(energy for energy, _ in parts), 1e-300)
@@ -102,7 +102,7 @@ def _join_stats(parts: list[tuple[float, Stats]]) -> Stats:
         if key == "relative_error":
             return sum(energy * value for (energy, _), value in zip(parts, values, strict=True)) / whole
         if key == "seconds" or (isinstance(values[0], int) and not isinstance(values[0], bool)):
-            return sum(values)  # counts, of rows and the like
+            return sum(values)  # counts, such as rows
         return max(values) if isinstance(values[0], float) else values[0]
 
     chains = [stats["steps"] for _, stats in parts]

@@ -1,4 +1,4 @@
-"""Memory of this process: what it can still get and what it has used, of the machine and of a GPU."""
+"""Measure the free and the used memory of this process, on the host and on a GPU."""
 
 from __future__ import annotations
 
@@ -17,27 +17,38 @@ CONTROL_GROUPS = (
     ("memory.max", "memory.current", "inactive_file"),
     ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file"),
 )
-"""Files of a control group's limit and use, and the entry of its ``memory.stat`` that the kernel gives back first: version 2 and 1."""
+"""Files of a control group's limit and use, and its ``memory.stat`` entry of cache (versions 2, 1)."""
+
+OWN_GROUPS = Path("/proc/self/cgroup")
+"""Control groups of this process, on Linux."""
+
+MOUNTED_GROUPS = Path("/sys/fs/cgroup")
+"""Where Linux mounts control groups."""
 
 
-def free_memory() -> int:
-    """Bytes this process can still get: of the machine, or of the control groups it is in (a container's, Slurm's) where that is less."""
-    return max(0, min([psutil.virtual_memory().available, *_left_in_groups()]))
+def free_memory(own: Path = OWN_GROUPS, mounted: Path = MOUNTED_GROUPS) -> int:
+    """Bytes that this process can still allocate on the machine and in its control groups.
+
+    Args:
+        own: file with the control groups of this process (a container's, Slurm's).
+        mounted: folder where control groups are mounted.
+    """
+    return max(0, min([psutil.virtual_memory().available, *left_in_groups(own, mounted)]))
 
 
 def free_device_memory(device: torch.device) -> int:
-    """Bytes this process can still get of a GPU: what is free there, and what PyTorch holds unused."""
+    """Bytes that this process can still allocate on a GPU: free ones, and those that PyTorch has reserved."""
     held = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
     return torch.cuda.mem_get_info(device)[0] + held
 
 
 def resident_memory() -> int:
-    """Bytes of main memory that this process holds now."""
+    """Bytes of main memory that this process uses now (resident set)."""
     return int(psutil.Process().memory_info().rss)
 
 
 def peak_memory() -> int:
-    """Most bytes of main memory that this process has held since :func:`reset_peak_memory`."""
+    """Peak bytes of main memory that this process has used since :func:`reset_peak_memory`."""
     status = Path("/proc/self/status")
     if status.exists():
         for line in status.read_text().splitlines():
@@ -48,26 +59,29 @@ def peak_memory() -> int:
 
 
 def reset_peak_memory(device: torch.device) -> None:
-    """Start a new measurement of peak memory, where the system can: elsewhere the peak counts from the start of the process.
+    """Reset the peak of used memory where the system can, else it counts from the process's start.
 
     Args:
-        device: where it is a GPU, its peak starts anew, too.
+        device: a GPU's peak is reset too.
     """
     with suppress(OSError):
         Path("/proc/self/clear_refs").write_text("5")
     if device.type == "cuda":
-        torch.cuda.init()  # else PyTorch knows no such device yet
+        torch.cuda.init()  # before it, PyTorch does not know the device
         torch.cuda.reset_peak_memory_stats(device)
 
 
 def release_memory() -> None:
-    """Let the C library give freed memory back to the system; of itself it keeps blocks below 32 MiB and what lies under others."""
+    """Return freed memory to the system; glibc itself keeps blocks below 32 MiB."""
     with suppress(OSError, AttributeError):  # not glibc
         ctypes.CDLL("libc.so.6").malloc_trim(0)
 
 
-def _left_in_groups(own: Path = Path("/proc/self/cgroup"), mounted: Path = Path("/sys/fs/cgroup")) -> Iterator[int]:
-    """Bytes that each control group above this process still allows; file cache that would be given back counts as free."""
+def left_in_groups(own: Path = OWN_GROUPS, mounted: Path = MOUNTED_GROUPS) -> Iterator[int]:
+    """Yield the bytes that each control group of this process, and each above it, still allows.
+
+    File cache that the kernel can reclaim counts as free. Arguments as for :func:`free_memory`.
+    """
     try:
         lines = own.read_text().splitlines()
     except OSError:
@@ -80,7 +94,7 @@ def _left_in_groups(own: Path = Path("/proc/self/cgroup"), mounted: Path = Path(
         limit, used, cache = CONTROL_GROUPS[bool(controllers)]
         group = top / path.lstrip("/")
         for folder in (group, *group.parents):
-            with suppress(OSError, ValueError):  # not seen from inside a container, or "max": no limit
+            with suppress(OSError, ValueError):  # not visible inside a container, or "max": no limit
                 left = int((folder / limit).read_text()) - int((folder / used).read_text())
                 held = re.search(rf"^{cache} (\d+)$", (folder / "memory.stat").read_text(), re.MULTILINE)
                 yield left + (int(held[1]) if held else 0)

@@ -1,4 +1,4 @@
-"""How large products are carried out: their precision, one switch for CPU and CUDA, and in which blocks of rows."""
+"""Set the precision of large products, one switch for CPU and CUDA, and cut them into blocks of rows."""
 
 from __future__ import annotations
 
@@ -11,12 +11,14 @@ import torch
 from torch import Tensor
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-"""Precisions that a forward pass can have, by name."""
+"""Precisions of forward passes, by name."""
 
 
 def windows_at_once(seqlen: int, device: torch.device) -> int:
-    """Windows in one forward pass, where nothing else is asked for: on a CPU so few that what is made of them stays in its caches
-    (with twice as many tokens SmolLM2's layers take a tenth longer, sums over their inputs two fifths), on a GPU enough to keep it busy.
+    """Default batch size in windows: about 2,048 tokens on a CPU, 16,384 on a GPU.
+
+    On a CPU activations of 2,048 tokens fit the caches: measured with twice as many, SmolLM2's layers take 10 %
+    longer, sums over their inputs 40 %. A GPU needs the larger batch to be busy.
     """
     return max(1, (2048 if device.type == "cpu" else 16384) // seqlen)
 
@@ -27,12 +29,12 @@ def fast_products(enabled: bool = True) -> Iterator[None]:
 
     On CPUs with AMX or AVX512-BF16, inputs of a product are rounded to bf16 (8 significant bits); on CUDA, to TF32 (11
     bits). Where the inputs *are* bf16 values, as activations of a bf16 model, every product is exact, so Grams lose
-    nothing. Elsewhere use it for iterations only and judge the result outside of it.
+    nothing. Elsewhere use it for iterations only, and compute errors of the result outside of it.
 
-    The precision is a setting of the process: it holds for the products of all threads until the last thread has left.
+    The precision is a setting of the process: it holds for the products of all threads until the last block has ended.
 
     Args:
-        enabled: False makes this a no-op, so that a setting can be passed straight through.
+        enabled: False changes nothing.
     """
     if not enabled:
         yield
@@ -45,7 +47,7 @@ def fast_products(enabled: bool = True) -> Iterator[None]:
 
 
 class _Precision:
-    """The process's precision of fp32 products, and how many blocks of :func:`fast_products` have lowered it."""
+    """The process's precision of fp32 products, and the number of open blocks of :func:`fast_products`."""
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
@@ -76,23 +78,24 @@ _precision = _Precision()
 
 
 def add_gram(sums: Tensor, rows: Tensor) -> None:
-    """``sums += rows^T rows`` on and above the diagonal blocks only, which saves 20 to 40 % of the product.
+    """Add ``rows^T rows`` to ``sums``, on and above the diagonal blocks only.
 
-    What lies below is left as it was: :func:`mirror` fills it when all rows are in.
+    This saves 20 to 40 % of the product.
+    Entries below are not changed: call :func:`mirror` after the last rows.
 
     Args:
         sums: (n, n).
         rows: (p, n).
     """
     n = len(sums)
-    size = -(-n // min(8, max(1, n // 256)))  # smaller blocks save no more, and cost their products' efficiency
+    size = -(-n // min(8, max(1, n // 256)))  # smaller blocks save no more, and their products are less efficient
     for start in range(0, n, size):
         block = slice(start, start + size)
         sums[block, start:].addmm_(rows[:, block].T, rows[:, start:])
 
 
 def mirror(sums: Tensor) -> Tensor:
-    """Make ``sums`` (n, n) symmetric in place, from what is on and above its diagonal; returns it."""
+    """Make ``sums`` (n, n) symmetric in place, from its entries on and above the diagonal; return it."""
     for start in range(0, len(sums), 1024):
         block, after = slice(start, start + 1024), slice(start + 1024, None)
         sums[block, block] = sums[block, block].triu() + sums[block, block].triu(1).T
@@ -101,28 +104,36 @@ def mirror(sums: Tensor) -> Tensor:
 
 
 def row_blocks(rows: int) -> list[slice]:
-    """Sixteenths of ``rows``: what is computed row by row goes block by block, so that its temporaries stay small.
+    """Cut ``rows`` into sixteen blocks, so that temporaries of row-wise computations stay small.
 
-    A share rather than a number of rows, so that the memory of a small problem predicts that of a large one
+    A share and not a number of rows, so that the memory of a small problem predicts that of a large one
     (:func:`~fistapruner.planning.footprint.solve_bytes`).
     """
     size = max(1, -(-rows // 16))
     return [slice(start, min(start + size, rows)) for start in range(0, rows, size)]
 
 
-def pass_dtype(stored: torch.dtype, device: torch.device) -> torch.dtype:
-    """Precision of forward passes where none is asked for: the checkpoint's own, ``stored``, or fp32 on a CPU that has no matrix
-    units for it, where passes in it are many times slower."""
-    return torch.float32 if device.type == "cpu" and not (stored == torch.bfloat16 and has_bf16_units(device)) else stored
+def pass_dtype(stored: torch.dtype, device: torch.device, bf16_units: bool | None = None) -> torch.dtype:
+    """Choose the default precision of passes: the stored one, or fp32 on a CPU without units for it.
+
+    Args:
+        stored: dtype of the checkpoint's weights.
+        device: device of the passes.
+        bf16_units: whether the device has matrix units for bf16; None is :func:`has_bf16_units`.
+    """
+    if device.type != "cpu":
+        return stored
+    units = stored == torch.bfloat16 and (has_bf16_units(device) if bf16_units is None else bf16_units)
+    return stored if units else torch.float32
 
 
 def dtype_name(dtype: torch.dtype) -> str:
-    """``bfloat16`` of ``torch.bfloat16``."""
+    """Return the name of a dtype without ``torch.``: ``bfloat16``."""
     return str(dtype).removeprefix("torch.")
 
 
 def has_bf16_units(device: torch.device) -> bool:
-    """Whether products of bf16 tensors run on matrix units there; elsewhere they are slower than fp32 ones."""
+    """Check whether a device multiplies bf16 tensors on matrix units; without, they are slower than fp32."""
     if device.type == "cuda":
         return bool(torch.cuda.is_bf16_supported(including_emulation=False))
     names = ("_is_amx_tile_supported", "_is_avx512_bf16_supported")

@@ -1,1 +1,1 @@
-"""What is measured on the dense model and decided from it: sparsities, row weights, channel order."""
+"""Measure the dense model and decide sparsities, row weights and channel orders from it."""

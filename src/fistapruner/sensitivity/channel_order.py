@@ -1,13 +1,12 @@
-"""Channel permutation: which input channels share a group of an n:m pattern.
+"""Permute input channels, so that an n:m pattern keeps more of the important weights.
 
 An n:m pattern keeps n of every m neighbouring weights of a row, however important the others are. Where the order of an
-operator's input channels is free (:mod:`fistapruner.models.coupling`), channels can be dealt out so that important weights
-of a row meet in one group as seldom as possible. The model computes what it did.
+operator's input channels is free (:mod:`fistapruner.models.coupling`), channels can be ordered so that the important
+weights of a row are spread over the groups. The dense model's outputs do not change.
 
-The order is found as in RIA (Zhang et al. 2024, "Plug-and-Play: An Efficient Post-training Pruning Method for Large Language
-Models", ICLR): channels are dealt to groups by importance, then one member of every group at a time is reassigned by the best
-matching of members to groups (a linear sum assignment). Channel permutation for n:m sparsity goes back to Pool & Yu 2021
-(NeurIPS).
+The order is found as in RIA (Zhang et al. 2024, "Plug-and-Play: An Efficient Post-training Pruning Method for Large
+Language Models", ICLR): channels are dealt to groups by importance, then one member of every group at a time is
+reassigned by a linear sum assignment. Channel permutation for n:m sparsity goes back to Pool & Yu 2021 (NeurIPS).
 """
 
 from __future__ import annotations
@@ -18,25 +17,27 @@ from torch import Tensor
 from ..constraints import NM
 
 ROWS = 2048
-"""Output rows that are looked at while the order is searched, at most."""
+"""Output rows that the search for an order samples, at most."""
 
 GROUPS = 1024
-"""Groups that exchange members at once, at most: an assignment costs their number to the third."""
+"""Groups that exchange members in one assignment, at most: its cost is cubic in their number."""
 
 
 def kept_share(scores: Tensor, pattern: NM) -> float:
-    """Share of the sum of ``scores`` (rows, channels) that the n largest of every group hold."""
+    """Compute the share of the sum of ``scores`` (rows, channels) in the n largest of every group."""
     groups = scores.view(len(scores), -1, pattern.m)
     kept = groups.topk(pattern.n, dim=2).values.sum(dtype=torch.float64)
     return float(kept / scores.sum(dtype=torch.float64).clamp_min(1e-300))
 
 
-def channel_order(scores: Tensor, pattern: NM) -> Tensor:
-    """The order of the input channels in which a pattern keeps much of what matters; the same for the same scores.
+def channel_order(scores: Tensor, pattern: NM, *, rows: int = ROWS, groups: int = GROUPS) -> Tensor:
+    """Find an order of the input channels in which a pattern keeps a large share of the scores.
 
     Args:
         scores: (rows, channels) non-negative importance of every weight.
-        pattern: n:m, with m dividing the channels.
+        pattern: n:m; m divides the number of channels.
+        rows: output rows that the search samples, at most.
+        groups: groups that exchange members in one assignment, at most.
 
     Returns:
         (channels,) int64: new channel i is old channel ``order[i]``. The identity where no better order was found.
@@ -44,10 +45,10 @@ def channel_order(scores: Tensor, pattern: NM) -> Tensor:
     identity = torch.arange(scores.shape[1], device=scores.device)
     if scores.shape[1] == pattern.m:
         return identity
-    few = scores[:: -(-len(scores) // ROWS)]
-    # Dealt by importance, strongest channels first: group g gets ranks g, groups + g, 2 groups + g, ...
+    few = scores[:: -(-len(scores) // rows)]
+    # Deal by importance, strongest channels first: of G groups, group g gets ranks g, G + g, 2 G + g, ...
     members = few.sum(0).argsort(descending=True, stable=True).view(pattern.m, -1).T.contiguous()
-    chunks = -(-len(members) // GROUPS)
+    chunks = -(-len(members) // groups)
     for place in range(pattern.m):
         for first in range(chunks):  # groups of a chunk lie far apart, so that it holds channels of every rank
             chunk = members[first::chunks]
@@ -57,7 +58,7 @@ def channel_order(scores: Tensor, pattern: NM) -> Tensor:
 
 
 def _assignment(scores: Tensor, members: Tensor, place: int, pattern: NM) -> Tensor:
-    """For each group (groups, m), whose member at ``place`` to take so that all groups together keep most."""
+    """Reassign the members at ``place`` of all groups (groups, m), so that the groups keep most."""
     from scipy.optimize import linear_sum_assignment
 
     others = torch.cat([members[:, :place], members[:, place + 1 :]], 1)

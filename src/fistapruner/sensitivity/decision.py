@@ -1,5 +1,8 @@
-"""What is measured on the dense model before anything is pruned: every operator's sparsity, the importance of its rows, the
-metric of block matching, the order of channels in n:m patterns."""
+"""Measure the dense model and decide from it, before anything is pruned.
+
+Decided are the sparsity of every operator, the weights of its rows, the metric of block matching, and the order of
+channels in n:m patterns.
+"""
 
 from __future__ import annotations
 
@@ -20,18 +23,18 @@ from ..problem import ProblemSums
 from ..recipes.settings import Recipe
 from .channel_order import channel_order, kept_share
 from .error_curves import predicted_cost, row_error_curves, sparsity_grid, split_budget
-from .fisher import InputEnergy, Look, look_at_inputs, measure_sensitivity, row_importance
+from .fisher import DensePasses, InputEnergy, Look, gather_inputs, measure_sensitivity, row_importance
 from .owl import outlier_share, owl_allocation
 
 WINDOWS = 8
-"""Calibration windows that are looked at, at most: second moments over some thousand tokens are enough to rank operators."""
+"""Calibration windows that are measured, at most: a few thousand tokens are enough to rank operators."""
 
 SHARE = 4
-"""One calibration window of so many is looked at, so that measuring costs a fixed share of the passes that a run makes anyway."""
+"""One calibration window in 4 is measured, so that the cost is a fixed share of a run's passes."""
 
 
 def check_allocation(recipe: Recipe) -> None:
-    """Refuse a measured allocation of an n:m pattern, whose sparsity is the same everywhere by its nature.
+    """Refuse a measured allocation of an n:m pattern, whose sparsity is the same in every operator.
 
     Raises:
         FistaPrunerError: names the allocation and the pattern.
@@ -45,16 +48,16 @@ def check_allocation(recipe: Recipe) -> None:
 
 @dataclass(frozen=True)
 class Decision:
-    """What was measured on the dense model before the first decoder layer is pruned.
+    """Results of the measurements on the dense model.
 
     Args:
-        sparsity: of every operator, or None where the recipe says it without measuring.
-        metrics: how block matching weighs the output errors of each decoder layer, or None without block matching:
-            (width, width) second moments of the loss's gradient, or their (width,) diagonals where the model is wide.
-        importance: (m,) weight of every output row of each operator, or None where rows count alike. Rows are in the new order.
-        orders: the tensors whose channels take another order (:mod:`.permutation`).
-        permuted: for each operator whose input channels do, by full name, the share of its importance that its pattern keeps
-            in the old order and in the new one.
+        sparsity: of every operator; None where the recipe gives it without measuring.
+        metrics: metric of the output errors of each decoder layer in block matching: (width, width) second moments of
+            the gradient, or their (width,) diagonals for a wide model. None without block matching.
+        importance: (m,) weights of the output rows of each operator, in the new order; None where rows count alike.
+        orders: the tensors whose channels are permuted (:mod:`.channel_order`), with dimension and order.
+        permuted: by full name, for each operator with permuted input channels, the share of its scores that its
+            pattern keeps in the old and in the new order.
     """
 
     sparsity: dict[str, Constraint] | None
@@ -65,14 +68,14 @@ class Decision:
 
 
 def measured_by(recipe: Recipe) -> str | None:
-    """``owl`` or ``error`` where the allocation has to look at the model, else None."""
+    """Return ``owl`` or ``error`` where the allocation is measured on the model, else None."""
     if recipe.allocation == "auto":
         return "error" if _own(recipe) and recipe.pattern.supports_allocation else None
     return recipe.allocation if recipe.allocation in ("owl", "error") else None
 
 
 def weighs_rows(recipe: Recipe) -> bool:
-    """Whether the importance of output rows is asked for and makes a difference."""
+    """Check whether weights of output rows are asked for and can change the result."""
     asked = _own(recipe) if recipe.weighting == "auto" else recipe.weighting == "fisher"
     if not asked or recipe.pattern.rows_independent():
         return False
@@ -80,28 +83,29 @@ def weighs_rows(recipe: Recipe) -> bool:
 
 
 def permutes(recipe: Recipe) -> bool:
-    """Whether channels are put into another order: asked for, and there is an n:m pattern that feels it."""
+    """Check whether channels are permuted: asked for, and some operator has an n:m pattern."""
     asked = _own(recipe) if recipe.permutation == "auto" else recipe.permutation == "channels"
     given = recipe.allocation.values() if isinstance(recipe.allocation, Mapping) else ()
     return asked and any(parse_sparsity(pattern).nm is not None for pattern in (recipe.pattern, *given))
 
 
 def windows_looked_at(samples: int) -> int:
-    """How many of the calibration windows are looked at: at least two where there are two."""
+    """Return the number of calibration windows that are measured: at least two where there are two."""
     return min(WINDOWS, samples, max(2, samples // SHARE))
 
 
 def _own(recipe: Recipe) -> bool:
+    """Check whether ``auto`` settings leave the papers': no, where every step keeps its paper's settings."""
     return not all(step.auto_keeps_paper_settings for step in recipe.steps)
 
 
 def needs_measuring(recipe: Recipe) -> bool:
-    """Whether :func:`decide` has to look at the model."""
+    """Check whether :func:`decide` runs passes of the model."""
     return measured_by(recipe) == "owl" or permutes(recipe) or differentiates(recipe)
 
 
 def differentiates(recipe: Recipe) -> bool:
-    """Whether :func:`decide` needs a backward pass of the model, too."""
+    """Check whether :func:`decide` also runs a backward pass of the model."""
     return measured_by(recipe) == "error" or recipe.reconstruct > 0 or weighs_rows(recipe)
 
 
@@ -116,17 +120,17 @@ def decide(
     store: Store | None = None,
     tick: Tick = lambda what, done, total: None,
 ) -> Decision:
-    """Measure what ``allocation: owl``, ``allocation: error``, ``weighting: fisher``, block matching and channel permutation need.
+    """Measure the dense model for allocation, row weights, block matching and channel permutation.
 
     Args:
         recipe: its ``allocation``, ``sparsity``, ``weighting``, ``reconstruct``, ``permutation`` and ``seed``.
         layout: the operators to prune.
         model: the dense model.
         tokens: (samples, seqlen) calibration tokens; the first few windows are used.
-        sparsity: pattern of every operator, by full name, as the recipe says it without measuring.
+        sparsity: pattern of every operator, by full name, that the recipe gives without measuring.
         batch_size: windows in one pass.
-        store: where hidden states between the decoder layers are kept; None keeps them in memory.
-        tick: told of progress: (what, steps done, steps in all).
+        store: makes the stores of hidden states between decoder layers; None keeps them in memory.
+        tick: receives progress: (what, steps done, steps in all).
 
     Raises:
         FistaPrunerError: a measured allocation of an n:m pattern.
@@ -135,7 +139,7 @@ def decide(
     if not needs_measuring(recipe):
         return Decision(None, None)
     tokens = tokens[: windows_looked_at(len(tokens))]
-    store = store or scratch_factory(None, model.dtype)
+    passes = DensePasses(store or scratch_factory(None, model.dtype), batch_size, tick)
     sizes = {name: operator.rows * operator.columns for name, operator in layout.operators()}
     fraction = recipe.pattern.fraction
     errors: dict[str, Tensor] = {}
@@ -164,17 +168,7 @@ def decide(
     metrics: list[Tensor] | None = None
     importance: dict[str, Tensor] | None = None
     if differentiates(recipe):
-        sensitivity = measure_sensitivity(
-            model,
-            layout,
-            tokens,
-            seed=recipe.seed,
-            batch_size=batch_size,
-            look=look,
-            outputs=recipe.reconstruct > 0,
-            store=store,
-            tick=tick,
-        )
+        sensitivity = measure_sensitivity(model, layout, tokens, passes, seed=recipe.seed, look=look, outputs=recipe.reconstruct > 0)
         if allocation == "error":
             costs = {name: predicted_cost(errors[name], sensitivity.rows[name]) for name in sizes}
             found = dict(split_budget(costs, sizes, fraction))
@@ -183,7 +177,7 @@ def decide(
         if recipe.reconstruct:
             metrics = sensitivity.outputs
     elif look is not None:
-        look_at_inputs(model, layout, tokens, look, batch_size=batch_size, store=store, tick=tick)
+        gather_inputs(model, layout, tokens, passes, look)
     if allocation == "owl":
         found = dict(outliers.allocation(sizes, fraction))
     if channels is None:
@@ -194,7 +188,7 @@ def decide(
 
 
 class _Outliers:
-    """Shares of outliers, decoder layer by decoder layer."""
+    """Gather the share of outliers in every decoder layer."""
 
     def __init__(self, layout: Layout) -> None:
         self._layout = layout
@@ -202,11 +196,13 @@ class _Outliers:
         self._shares: dict[int, float] = {}
 
     def add(self, index: int, number: int, sums: InputEnergy) -> None:
+        """Add the mean squared inputs of group ``number`` of decoder layer ``index``."""
         self._seen.setdefault(index, []).append((sums.weight, sums.mean().sqrt()))
         if number == len(self._layout.layers[index]) - 1:
             self._shares[index] = outlier_share(self._seen.pop(index))
 
     def allocation(self, sizes: Mapping[str, int], fraction: float) -> Mapping[str, Constraint]:
+        """Compute OWL's sparsities; ``sizes`` are the numbers of weights by full name."""
         members = {}
         for index in self._shares:
             names = [self._layout.full_name(index, operator) for group in self._layout.layers[index] for operator in group]
@@ -215,7 +211,7 @@ class _Outliers:
 
 
 class _Channels:
-    """Orders of free channels that feed operators with an n:m pattern."""
+    """Find orders of the free input channels of operators with an n:m pattern."""
 
     def __init__(self, model: LayerwiseModel, layout: Layout, sparsity: Mapping[str, Constraint]) -> None:
         self._model = model
@@ -227,6 +223,7 @@ class _Channels:
         self.rows: dict[str, Tensor] = {}
 
     def add(self, index: int, number: int, sums: InputEnergy) -> None:
+        """Order the input channels of group ``number`` of decoder layer ``index``."""
         group = self._layout.layers[index][number]
         weights = dict(zip((operator.name for operator in group), sums.weight.split([operator.rows for operator in group]), strict=True))
         for link in self._links[index]:

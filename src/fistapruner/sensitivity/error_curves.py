@@ -1,9 +1,10 @@
-"""Split a budget of zeros so that the predicted effect on the model's predictions is least.
+"""Allocate sparsity to operators so that the predicted KL divergence from the dense model is least.
 
-For every operator the errors of its output rows are estimated at a few sparsities from its own Gram in the dense model, and
-weighed with the rows' sensitivity (:mod:`.sensitivity`): that is a curve from zeros to predicted nats. Curves of all
-operators add up, so the best split takes zeros where the next one costs least. Between the measured sparsities the logarithm
-of a curve is interpolated; a curve's slope is made non-decreasing, so that taking the cheapest step first is optimal.
+For every operator the errors of its output rows are estimated at a few sparsities, from its Gram in the dense model,
+and weighted with the rows' Fisher sensitivity (:mod:`.fisher`). This gives a curve from zeros to nats for every
+operator. The predicted cost of the model is the sum of the curves, so zeros are taken greedily where the next one
+costs least. Between the grid's sparsities the logarithm of a curve is interpolated; slopes are made non-decreasing,
+so that the greedy choice is optimal.
 """
 
 from __future__ import annotations
@@ -21,40 +22,49 @@ from ..solvers.conditioning import alive_gram
 from ..solvers.refit import refit_with_residual
 
 REACH = 0.15
-"""An operator's sparsity is at most this far from the asked one: curves are extrapolations of one operator pruned alone."""
+"""Largest distance of an operator's sparsity from the asked one: curves ignore other operators."""
 
 POINTS = 4
-"""Sparsities at which errors are estimated."""
+"""Number of sparsities at which errors are estimated."""
 
 REFIT_STEPS = 2
-"""Conjugate gradient steps behind each estimate: with 4, sparsities of SmolLM2's operators at 50 % differ by 0.6 points on average."""
+"""Conjugate gradient steps of each estimate.
+
+Measured: with 4 steps, sparsities of SmolLM2's operators at 50 % change by 0.6 points on average.
+"""
 
 ROWS = 4
-"""Errors are estimated on every 4th output row: it moves sparsities of SmolLM2's operators at 50 % by 0.3 points on average."""
+"""Errors are estimated on every 4th output row.
+
+Measured: it changes sparsities of SmolLM2's operators at 50 % by 0.3 points on average.
+"""
 
 STEPS = 240
-"""Equal steps of an operator's range that are given out one by one."""
+"""Equal steps into which an operator's range of sparsities is divided."""
 
 SAMPLE = 1 << 15
-"""Scores from which an operator's threshold is estimated; a curve needs no exact one."""
+"""Number of scores from which an operator's threshold is estimated; a curve needs no exact threshold."""
 
 
 def sparsity_grid(fraction: float) -> list[float]:
-    """The sparsities, between the bounds of an operator's own one, at which errors are estimated."""
+    """Return the sparsities at which errors are estimated, evenly spaced between :func:`bounds`."""
     low, high = bounds(fraction)
     return [low + (high - low) * point / (POINTS - 1) for point in range(POINTS)]
 
 
 def bounds(fraction: float) -> tuple[float, float]:
-    """Lowest and highest sparsity of an operator when ``fraction`` is asked for."""
+    """Return the lowest and the highest sparsity of an operator when ``fraction`` is asked for."""
     return max(fraction - REACH, fraction / 4), min(fraction + REACH, 1 - (1 - fraction) / 4)
 
 
 def row_error_curves(problem: LayerProblem, grid: Sequence[float]) -> list[Tensor]:
-    """Estimated errors of some of each operator's rows (:func:`looked_at`) at each sparsity: (len(grid), those rows) each.
+    """Estimate the errors of sampled rows (:func:`sampled_rows`) of each operator at each sparsity.
 
-    The mask keeps the largest weights in units of their input's standard deviation (Wanda's score, over the operator), and a
-    few conjugate gradient steps refit what is kept: an upper bound on what a good solver reaches, of the same shape.
+    The mask keeps the largest scores ``|W_ij| sqrt(G_jj)`` of an operator (Wanda's score), and a few conjugate
+    gradient steps refit the kept weights. This is an upper bound on the error of a good solver, with a similar shape.
+
+    Returns:
+        (len(grid), sampled rows) for each operator.
     """
     problem = _thinned(problem)
     gram = alive_gram(problem.gram)
@@ -64,7 +74,7 @@ def row_error_curves(problem: LayerProblem, grid: Sequence[float]) -> list[Tenso
     curves: list[list[Tensor]] = [[] for _ in problem.rows]
     for fraction in grid:
         mask = torch.cat([part > _threshold(part, fraction) for part in scores])
-        with fast_products():  # a curve needs no last digits
+        with fast_products():  # a curve needs no exact products
             weight, residual = refit_with_residual(problem, gram, problem.weight, mask, REFIT_STEPS, fast=True)
         errors = torch.linalg.vecdot(residual, problem.weight - weight)
         for curve, part in zip(curves, errors.split(problem.rows), strict=True):
@@ -72,45 +82,48 @@ def row_error_curves(problem: LayerProblem, grid: Sequence[float]) -> list[Tenso
     return [torch.stack(curve) for curve in curves]
 
 
-def looked_at(rows: int) -> slice:
-    """The rows of an operator whose errors are estimated: every fourth, more of them where there are few."""
+def sampled_rows(rows: int) -> slice:
+    """Return the rows of an operator whose errors are estimated: every 4th, more where there are few."""
     return slice(None, None, max(1, min(ROWS, rows // 64)))
 
 
 def predicted_cost(errors: Tensor, sensitivity: Tensor) -> Tensor:
-    """(points,) nats a token that pruning an operator costs.
+    """Predict the cost of pruning an operator, in nats a token.
 
     Args:
-        errors: (points, some rows) of :func:`row_error_curves`.
+        errors: (points, sampled rows) of :func:`row_error_curves`.
         sensitivity: (rows,) mean squared gradients of all its outputs.
+
+    Returns:
+        (points,).
     """
-    sampled = sensitivity[looked_at(len(sensitivity))]
+    sampled = sensitivity[sampled_rows(len(sensitivity))]
     share = sampled.sum() / sensitivity.sum()
-    if not bool(share > 0):  # none of the sampled rows reaches a prediction, or by less than fp32 can tell
+    if not bool(share > 0):  # no sampled row affects a prediction, or the sum underflows fp32
         share = torch.tensor(len(sampled) / len(sensitivity))
     return torch.mv(errors, sampled) / (2 * share)
 
 
 def _thinned(problem: LayerProblem) -> LayerProblem:
-    """The problem of the rows that are looked at."""
+    """Make the problem of the sampled rows."""
 
     def thinned(tensor: Tensor) -> list[Tensor]:
-        return [part[looked_at(len(part))] for part in tensor.split(problem.rows)]
+        return [part[sampled_rows(len(part))] for part in tensor.split(problem.rows)]
 
     assert problem.energy is not None
     weights = thinned(problem.weight)
-    # The energy is passed on: left out, it would be computed anew, which takes a product.
+    # Without the energy the problem would compute it again, which takes a product.
     return replace(problem, weight=torch.cat(weights), energy=torch.cat(thinned(problem.energy)), rows=tuple(map(len, weights)))
 
 
 def _threshold(scores: Tensor, fraction: float) -> Tensor:
-    """The score below which about ``fraction`` of them lie, from an evenly spaced sample."""
+    """Estimate the ``fraction`` quantile of scores from an evenly spaced sample."""
     sample = scores.flatten()[:: max(1, scores.numel() // SAMPLE)]
     return sample.kthvalue(max(1, round(fraction * len(sample)))).values
 
 
 def split_budget(curves: Mapping[str, Tensor], sizes: Mapping[str, int], fraction: float) -> dict[str, Unstructured]:
-    """Give out zeros where they cost least.
+    """Allocate zeros to operators where they cost least.
 
     Args:
         curves: (points,) predicted cost of each operator at the sparsities of :func:`sparsity_grid`.
@@ -143,7 +156,7 @@ def split_budget(curves: Mapping[str, Tensor], sizes: Mapping[str, int], fractio
 
 
 def interpolate(x: Tensor, y: Tensor, at: Tensor) -> Tensor:
-    """Piecewise linear through (x, y), x ascending."""
+    """Interpolate linearly between the points (x, y), x ascending."""
     right = torch.searchsorted(x, at).clamp(1, len(x) - 1)
     left = right - 1
     share = (at - x[left]) / (x[right] - x[left])

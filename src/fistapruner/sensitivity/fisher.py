@@ -4,9 +4,10 @@ An error ``e_t`` in some output of the dense model at token ``t`` changes the pr
 
     KL(dense || perturbed) = 1/2 sum_t E[(g_t . e_t)^2] + higher orders,
 
-where ``g_t`` is the gradient of the log-likelihood of labels *drawn from the model itself* with respect to that output: its
-second moment is the Fisher information. One forward and one backward pass over some calibration windows measure it, one
-decoder layer in memory at a time (:mod:`fistapruner.activations.stream`). The second moment is stored as
+where ``g_t`` is the gradient of the log-likelihood of labels *drawn from the model itself* with respect to that
+output: its second moment is the Fisher information. One forward and one backward pass over some calibration windows
+measure it, one decoder layer in memory at a time (:mod:`fistapruner.activations.stream`). The second moment is stored
+as
 
 * ``E[g_i^2]`` of every output row ``i`` of each operator: with it, a layer problem's row errors become a prediction in
   nats (:mod:`.error_curves`);
@@ -36,14 +37,14 @@ from ..models.layerwise import LayerwiseModel, Tick
 from ..runtime.numerics import add_gram, dtype_name, fast_products, mirror
 
 HEAD_TOKENS = 512
-"""Tokens whose logits are made at once."""
+"""Tokens whose logits are computed at once."""
 
 WIDE = 4096
-"""Hidden size above which only the diagonal of a decoder layer's matrix is kept: the whole ones would fill memory and disk."""
+"""Hidden size above which only diagonals of the decoder layers' matrices are stored, to save memory."""
 
 
 class InputEnergy:
-    """Mean squared input of operators that read the same tensor, gathered batch by batch: the diagonal of their Gram.
+    """Mean squared inputs of operators that read the same tensor: the diagonal of their Gram.
 
     Args:
         weight: (m, n) dense weights, stacked by rows.
@@ -60,14 +61,15 @@ class InputEnergy:
         self.tokens += len(inputs)
 
     def mean(self) -> Tensor:
-        """(n,) mean over tokens."""
+        """Return the (n,) mean over tokens."""
         return self._squares / self.tokens
 
 
 class Sums(Protocol):
-    """What is gathered of an operator group's inputs."""
+    """Sums over an operator group's inputs."""
 
-    def add(self, inputs: Tensor, /) -> None: ...
+    def add(self, inputs: Tensor, /) -> None:
+        """Add a batch of (tokens, n) inputs."""
 
 
 S = TypeVar("S", bound=Sums)
@@ -75,11 +77,11 @@ S = TypeVar("S", bound=Sums)
 
 @dataclass(frozen=True)
 class Look(Generic[S]):
-    """What to gather on a forward pass of the dense model.
+    """Sums to gather in a forward pass of the dense model.
 
     Args:
-        sums: makes an operator group's sums from its (m, n) fp32 weights, stacked by rows.
-        done: receives (layer, group, sums) when all windows have passed.
+        sums: makes the sums of an operator group from its (m, n) fp32 weights, stacked by rows.
+        done: receives (layer, group, sums) after all windows.
     """
 
     sums: Callable[[Tensor], S]
@@ -88,13 +90,13 @@ class Look(Generic[S]):
 
 @dataclass(frozen=True)
 class Sensitivity:
-    """What one forward and one backward pass of the dense model measured.
+    """Second moments of gradients, from one forward and one backward pass of the dense model.
 
     Args:
-        rows: (m,) mean squared gradient of every output row of each operator, by full name.
-        outputs: (width, width) second moment of the gradient at each decoder layer's output, in order, or their (width,)
-            diagonals where the model is wider than :data:`WIDE`. Empty if it was not asked for.
-        tokens: tokens behind the means.
+        rows: by full name, (m,) mean squared gradients of the output rows of each operator.
+        outputs: (width, width) second moment of the gradient at each decoder layer's output, in order, or their
+            (width,) diagonals where the model is wider than :data:`WIDE`. Empty where not measured.
+        tokens: tokens that the means are over.
     """
 
     rows: dict[str, Tensor]
@@ -102,38 +104,48 @@ class Sensitivity:
     tokens: int
 
 
+@dataclass(frozen=True)
+class DensePasses:
+    """How passes of the dense model are carried out.
+
+    Args:
+        store: makes the stores of hidden states between decoder layers.
+        batch_size: windows in one pass.
+        tick: receives progress: (what, steps done, steps in all).
+    """
+
+    store: Store
+    batch_size: int = 4
+    tick: Tick = lambda what, done, total: None
+
+
 def measure_sensitivity(
     model: LayerwiseModel,
     layout: Layout,
     tokens: Tensor,
+    passes: DensePasses,
     *,
     seed: int = 0,
-    batch_size: int = 4,
     look: Look[Any] | None = None,
     outputs: bool = True,
-    store: Store,
-    tick: Tick = lambda what, done, total: None,
 ) -> Sensitivity:
     """Run the dense model forwards and backwards over some windows.
 
     Args:
         model: the dense model.
         layout: its operators.
-        tokens: (windows, seqlen) token ids. Hidden states between all layers are stored for them, ``(layers + 1) * windows *
-            seqlen * width`` values.
-        seed: draws the labels.
-        batch_size: windows in one pass.
-        look: what else to gather on the way.
+        tokens: (windows, seqlen) token ids. Hidden states between all layers are stored for them, ``(layers + 1) *
+            windows * seqlen * width`` values.
+        passes: how the passes are carried out.
+        seed: of the drawn labels.
+        look: what else to gather in the forward pass.
         outputs: whether to measure the decoder layers' outputs too.
-        store: where hidden states are kept.
-        tick: told of progress: (what, steps done, steps in all).
 
     Raises:
         FistaPrunerError: NaN or infinite gradients; names the operator.
     """
-    states, calls = forward(
-        model, tokens, batch_size, store, visit=_looking(layout, look), keep=True, progress=partial(tick, "decoder layers, forwards")
-    )
+    progress = partial(passes.tick, "decoder layers, forwards")
+    states, calls = forward(model, tokens, passes.batch_size, passes.store, visit=_looking(layout, look), keep=True, progress=progress)
     last = states.pop()
     gradient = HiddenStates((last.samples, last.seqlen, last.width), last.dtype)
     loss_gradient(model, last, gradient, seed)
@@ -166,7 +178,7 @@ def measure_sensitivity(
             metrics.append(metric.mean(tokens.numel()))
         rows.update((layout.full_name(index, operator), sums[operator.name].cpu() / tokens.numel()) for operator in operators)
 
-    backward(model, states, calls, gradient, measure, partial(tick, "decoder layers, backwards"))
+    backward(model, states, calls, gradient, measure, partial(passes.tick, "decoder layers, backwards"))
     for name, values in rows.items():  # from the last decoder layer to the first, as gradients come
         if not bool(values.isfinite().all()):
             raise FistaPrunerError(
@@ -177,39 +189,30 @@ def measure_sensitivity(
 
 
 def row_importance(sensitivity: Tensor) -> Tensor:
-    """Weights of an operator's rows in its layer problem, from their mean squared gradients (m,); their mean is 1.
+    """Compute weights of mean 1 for an operator's rows from their (m,) mean squared gradients.
 
-    The root of the sensitivity, not the sensitivity itself: it was measured on few tokens, and an error that is spread
-    unevenly leaves the range in which the second moment describes its effect.
+    The square root of the sensitivity, not the sensitivity itself: it is measured on few tokens, and where errors are
+    spread unevenly, the second moment no longer describes their effect.
     """
     largest = float(sensitivity.max())
-    if largest == 0.0:  # no row reaches a prediction: none counts more than another
+    if largest == 0.0:  # no row affects a prediction: all count alike
         return torch.ones_like(sensitivity)
-    # Times a power of four, whose root is exact: no bit of the result depends on it, and nothing underflows.
+    # Scale by a power of four, whose square root is exact: nothing underflows, and no bit of the result changes.
     sensitivity = (sensitivity.double() * 4.0 ** (-math.frexp(largest)[1] // 2)).float()
-    floor = 1e-8 * sensitivity.mean()  # rows that reach no prediction keep a weight
+    floor = 1e-8 * sensitivity.mean()  # rows that affect no prediction keep a weight
     root = sensitivity.clamp_min(floor).sqrt()
     return root / root.mean()
 
 
-def look_at_inputs(
-    model: LayerwiseModel,
-    layout: Layout,
-    tokens: Tensor,
-    look: Look[Any],
-    *,
-    batch_size: int = 4,
-    store: Store,
-    tick: Tick = lambda what, done, total: None,
-) -> None:
-    """Run the dense model forwards over some windows; arguments as for :func:`measure_sensitivity`."""
-    progress = partial(tick, "decoder layers, forwards")
-    states, _ = forward(model, tokens, batch_size, store, visit=_looking(layout, look), progress=progress)
+def gather_inputs(model: LayerwiseModel, layout: Layout, tokens: Tensor, passes: DensePasses, look: Look[Any]) -> None:
+    """Gather sums of operator inputs in a forward pass; arguments as for :func:`measure_sensitivity`."""
+    progress = partial(passes.tick, "decoder layers, forwards")
+    states, _ = forward(model, tokens, passes.batch_size, passes.store, visit=_looking(layout, look), progress=progress)
     states[-1].close()
 
 
 def _looking(layout: Layout, look: Look[Any] | None) -> Visit | None:
-    """Gather what ``look`` asks for of the operators' inputs, on a forward pass."""
+    """Make the visitor of a forward pass that gathers the sums of ``look``."""
     if look is None:
         return None
 
@@ -226,7 +229,7 @@ def _looking(layout: Layout, look: Look[Any] | None) -> Visit | None:
 
 
 class _OutputMetric:
-    """Second moment of the gradient at a decoder layer's output: (width, width), or its diagonal above :data:`WIDE`."""
+    """Second moment of the gradient at a decoder layer's output; its diagonal above :data:`WIDE`."""
 
     def __init__(self, width: int, device: torch.device) -> None:
         self._sum = torch.zeros((width, width) if width <= WIDE else (width,), device=device)
@@ -248,14 +251,14 @@ class _OutputMetric:
 def loss_gradient(
     model: LayerwiseModel, hidden: HiddenStates, gradient: HiddenStates, seed: int, *, head_tokens: int = HEAD_TOKENS
 ) -> None:
-    """Write the gradient, at the last layer's output, of the summed log-likelihood of labels drawn from the model.
+    """Write the gradient of drawn labels' summed log-likelihood with respect to the last layer's output.
 
     Args:
         model: the model; its final norm and head are loaded and freed here.
         hidden: output of the last decoder layer.
         gradient: receives the gradient, of the same shape.
-        seed: draws the labels.
-        head_tokens: tokens whose logits are made at once.
+        seed: of the labels, which are drawn from the model's predictions.
+        head_tokens: tokens whose logits are computed at once.
     """
     generator = torch.Generator(model.device).manual_seed(seed)
     with model.embeddings_and_head():
@@ -268,7 +271,7 @@ def loss_gradient(
                 ids = torch.zeros(part.shape[:2], dtype=torch.int64)
                 with torch.enable_grad():
                     logits = model.logits(part, ids, gradients=True)
-                # The log-likelihood's gradient: 1 at the drawn label, less every label's probability.
+                # Gradient of the log-likelihood: 1 at the drawn label, minus every label's probability.
                 above = torch.softmax(logits.detach()[0].float(), -1)
                 drawn = draw_labels(above, generator)
                 above.neg_().scatter_add_(1, drawn, torch.ones_like(above[:, :1]))
@@ -277,9 +280,9 @@ def loss_gradient(
 
 
 def draw_labels(probabilities: Tensor, generator: torch.Generator) -> Tensor:
-    """(tokens, 1) a label for each token: where the running sum of its (tokens, vocabulary) probabilities passes a uniform number.
+    """Draw (tokens, 1) labels from (tokens, vocabulary) probabilities by inverting the distribution.
 
-    ``torch.multinomial`` draws a number for every word instead, which takes as long as the head.
+    ``torch.multinomial`` draws a number for every vocabulary entry instead, which takes as long as the head.
     """
     sums = probabilities.cumsum(-1)
     uniform = torch.rand(len(sums), 1, device=sums.device, generator=generator)

@@ -1,4 +1,4 @@
-"""OWL: decoder layers with more outliers keep more weights (Yin et al. 2023, arXiv 2310.05175)."""
+"""Allocate sparsity by outliers of decoder layers: OWL (Yin et al. 2023, arXiv 2310.05175)."""
 
 from __future__ import annotations
 
@@ -10,14 +10,14 @@ from torch import Tensor
 from ..constraints import Unstructured
 
 OUTLIER = 5.0
-"""``M``: scores above so many times the mean are outliers."""
+"""``M``: scores above this multiple of the mean are outliers."""
 
 REACH = 0.08
 """``lambda``: largest distance of a layer's sparsity from the asked one."""
 
 
 def outlier_share(operators: Iterable[tuple[Tensor, Tensor]]) -> float:
-    """Share of a decoder layer's scores ``|W_ij| ||X_j||`` that are more than ``M`` times their mean over the layer.
+    """Compute the share of a layer's scores ``|W_ij| ||X_j||`` above ``M`` times their mean.
 
     Args:
         operators: (m, n) weight and (n,) root mean square of its inputs, for every operator of the layer.
@@ -29,11 +29,11 @@ def outlier_share(operators: Iterable[tuple[Tensor, Tensor]]) -> float:
 
 
 def owl_allocation(shares: Mapping[int, float], members: Mapping[int, Mapping[str, int]], fraction: float) -> dict[str, Unstructured]:
-    """Sparsities from outlier shares: mapped linearly to a range of ``2 lambda``, shifted so that the total is exact.
+    """Map outlier shares linearly to sparsities in a range of ``2 lambda``, with an exact total.
 
     Args:
         shares: share of outliers in each decoder layer.
-        members: operators of each decoder layer with their number of weights.
+        members: numbers of weights of the operators of each decoder layer.
         fraction: the sparsity of all operators together.
     """
     low, high = min(shares.values()), max(shares.values())
@@ -48,9 +48,9 @@ def owl_allocation(shares: Mapping[int, float], members: Mapping[int, Mapping[st
 
 
 def exact_total(wanted: Mapping[str, tuple[float, int]], budget: int) -> dict[str, Unstructured]:
-    """Round (fraction, size) of each operator to whole zeros that sum to ``budget``: cumulative rounding, in order.
+    """Round (fraction, size) of each operator to zeros that sum to ``budget``, by cumulative rounding.
 
-    Near a sparsity of 1 rounding may ask for more zeros than an operator has weights: its neighbours take them.
+    Near a sparsity of 1 rounding may give an operator more zeros than weights: the rest goes to its neighbours.
     """
     result: dict[str, Unstructured] = {}
     running, given = 0.0, 0

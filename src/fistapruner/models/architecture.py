@@ -1,0 +1,144 @@
+"""Build a checkpoint's architecture without weights, find its decoder layers, or refuse it.
+
+Nothing is listed by architecture: the model class comes from ``config.json``, decoder layers are found by their
+number and size, and every tensor that the class asks for must be in the checkpoint with that shape.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import nn
+
+from ..errors import FistaPrunerError, needs_code
+from ..runtime.numerics import dtype_name
+from .files.checkpoint import Checkpoint
+from .names import stored_names
+
+WEIGHT_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+"""Dtypes of dense weights in a checkpoint."""
+
+
+def build_model(checkpoint: Checkpoint, *, trust_remote_code: bool = False) -> Any:
+    """Build a checkpoint's causal language model on the meta device, without weights.
+
+    Raises:
+        FistaPrunerError: ``config.json`` describes no decoder-only model with plain weights, or needs code that was
+            not trusted.
+    """
+    from accelerate import init_empty_weights
+    from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers.initialization import no_init_weights
+
+    folder = checkpoint.folder
+    try:
+        config = AutoConfig.from_pretrained(str(folder), trust_remote_code=trust_remote_code)
+    except Exception as error:  # an untrusted config can make every check of every architecture fail in its own way
+        fault = FistaPrunerError(f"{folder}: config.json is not understood: {' '.join(str(error).split())[:300]}")
+        raise needs_code(folder, error) or fault from None
+    layers = getattr(config.get_text_config(), "num_hidden_layers", 0)
+    if isinstance(layers, int) and layers > len(checkpoint.names()):
+        raise FistaPrunerError(f"{folder}: config.json asks for {layers} decoder layers and there are {len(checkpoint.names())} tensors")
+    if getattr(config, "is_encoder_decoder", False):
+        raise FistaPrunerError(f"{folder}: {config.model_type} is an encoder-decoder; only decoder-only language models are pruned")
+    if getattr(config, "quantization_config", None):
+        if "fistapruner" in str(config.quantization_config):
+            raise FistaPrunerError(f"{folder} is a packed checkpoint: make it an ordinary one first, with fistapruner unpack {folder} OUT")
+        raise FistaPrunerError(f"{folder}: the checkpoint is quantised ({config.quantization_config}); prune the unquantised one")
+    try:
+        with no_init_weights(), init_empty_weights(include_buffers=False):
+            return AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
+    except Exception as error:  # again: sizes that are zero, negative or do not divide, names that are not known
+        reason = " ".join(str(error).split())[:200] or type(error).__name__
+        fault = FistaPrunerError(f"{folder}: no {config.model_type} causal language model can be built from config.json: {reason}")
+        raise needs_code(folder, error) or fault from None
+
+
+def find_decoder_layers(model: Any) -> tuple[str, list[nn.Module]]:
+    """Find the decoder layers of a model; return the name of their list and the modules.
+
+    They are the module list that has as many modules as the config has layers, or else several of one class, and that
+    holds the most weights. Lists of the text model go before those of its parts that read images or sound, which have
+    other configs.
+
+    Raises:
+        FistaPrunerError: the model has no such list.
+    """
+    config = model.config.get_text_config()
+    count = getattr(config, "num_hidden_layers", None)
+    best: tuple[tuple[bool, bool, int], str, list[nn.Module]] = ((False, False, 0), "", [])
+    reads_text = {"": True}  # by the name of a module
+    for name, module in model.named_modules():
+        part = getattr(module, "config", None)
+        own = part is not None and hasattr(part, "model_type")
+        reads_text[name] = isinstance(part, (type(config), type(model.config))) if own else reads_text[name.rpartition(".")[0]]
+        if isinstance(module, nn.ModuleList) and len(module):
+            size = (reads_text[name], len(module) == count, sum(parameter.numel() for parameter in module.parameters()))
+            if size > best[0] and (size[1] or len({type(item) for item in module}) == 1):
+                best = (size, name, list(module))
+    if not best[2]:
+        raise unsupported(model, "no list of decoder layers found")
+    return best[1], best[2]
+
+
+def refuse_tensors(model: Any, layers_name: str, layers: list[nn.Module]) -> None:
+    """Refuse decoder layers with weights that are neither matrices nor vectors.
+
+    Raises:
+        FistaPrunerError: names the weight, what it is and its shape.
+    """
+    for index, layer in enumerate(layers):
+        for name, parameter in layer.named_parameters():
+            if sum(size > 1 for size in parameter.shape) > 2:
+                what = "a weight"
+                if isinstance(layer.get_submodule(name.rpartition(".")[0]), (nn.Conv1d, nn.Conv2d)):
+                    what = "a convolution"
+                elif "expert" in name:
+                    what = "a fused mixture of experts"
+                raise unsupported(
+                    model, f"{layers_name}.{index}.{name} is {what} with {parameter.ndim} dimensions {tuple(parameter.shape)}"
+                )
+
+
+def checkpoint_names(model: Any, checkpoint: Checkpoint) -> dict[str, str]:
+    """Map every parameter and persistent buffer of a model to its name in the checkpoint.
+
+    A tied output head has no entry: it is the embedding's.
+
+    Raises:
+        FistaPrunerError: a tensor is missing, has another shape than the config says, or is quantised.
+    """
+    names = stored_names(model, checkpoint.names())
+    head = model.get_output_embeddings()
+    embedding = model.get_input_embeddings()
+    tied = bool(getattr(model.config, "tie_word_embeddings", False))
+    sources: dict[str, str] = {}
+    missing: list[str] = []
+    twins: dict[str, str] = getattr(model, "all_tied_weights_keys", None) or {}  # of tied tensors one is stored
+    for name, tensor in model.state_dict(keep_vars=True).items():
+        found = names.get(name) or names.get(twins.get(name, name))
+        is_head = head is not None and tensor is head.weight and embedding is not None and head.weight is not embedding.weight
+        if is_head and tied:
+            continue
+        if found is None:
+            missing.append(name)
+            continue
+        entry, expected = checkpoint.entry(found), tuple(tensor.shape)
+        if entry.shape != expected:
+            raise FistaPrunerError(f"{checkpoint.folder}: tensor {found!r} is {entry.shape}, the config asks for {expected}")
+        if tensor.is_floating_point() and entry.dtype not in WEIGHT_DTYPES:
+            raise FistaPrunerError(
+                f"{checkpoint.folder}: tensor {found!r} is stored as {dtype_name(entry.dtype)}, no dtype of dense weights "
+                "(float32, bfloat16, float16, float64): the checkpoint is quantised or damaged; prune the unquantised one"
+            )
+        sources[name] = found
+    if missing:
+        more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
+        raise FistaPrunerError(f"{checkpoint.folder}: tensor {missing[0]!r}{more} of {type(model).__name__} is not in it")
+    return sources
+
+
+def unsupported(model: Any, reason: str) -> FistaPrunerError:
+    """Make the error that refuses an architecture, in one sentence."""
+    return FistaPrunerError(f"{type(model).__name__}: {reason}: this architecture is not supported")
