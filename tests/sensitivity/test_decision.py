@@ -17,7 +17,7 @@ from fistapruner.constraints import Unstructured, parse_sparsity
 from fistapruner.errors import FistaPrunerError
 from fistapruner.problem import LayerProblem
 from fistapruner.sensitivity.decision import check_allocation, differentiates, measured_by, needs_measuring, permutes
-from fistapruner.sensitivity.error_curves import POINTS, bounds, looked_at, predicted_cost, row_error_curves, sparsity_grid, split_budget
+from fistapruner.sensitivity.error_curves import POINTS, bounds, predicted_cost, row_error_curves, sampled_rows, sparsity_grid, split_budget
 from fistapruner.sensitivity.owl import REACH, outlier_share, owl_allocation
 
 SIZES = st.lists(st.integers(40, 5000), min_size=1, max_size=6)
@@ -89,7 +89,7 @@ def test_some_rows_stand_for_all() -> None:
     for curve, rows in zip(curves, (slice(0, 320), slice(320, 480)), strict=True):
         own = sensitivity[rows]
         estimate = predicted_cost(curve, own)
-        exact = predicted_cost(torch.ones(POINTS, len(own[looked_at(len(own))])), own)
+        exact = predicted_cost(torch.ones(POINTS, len(own[sampled_rows(len(own))])), own)
         assert exact.tolist() == pytest.approx([float(own.sum()) / 2] * POINTS)
         assert bool((estimate.diff() > 0).all())
     assert predicted_cost(torch.ones(POINTS, 80), torch.zeros(320)).tolist() == [0.0] * POINTS

@@ -25,7 +25,7 @@ from ..pruning.drift import dense_windows, drift_sources, kept_width
 from ..pruning.partition import cut
 from ..recipes.settings import Recipe
 from ..runtime.memory import resident_memory
-from ..sensitivity.decision import differentiates, needs_measuring, permutes, weighs_rows, windows_looked_at
+from ..sensitivity.decision import differentiates, needs_measuring, permutes, weighs_rows, windows_measured
 from ..sensitivity.fisher import HEAD_TOKENS, WIDE
 from .footprint import peak_bytes, solve_bytes
 
@@ -232,7 +232,7 @@ class Sizes:
         if self.matching:
             found["block matching"] = base + self.layer + states + done + self.matching + 4 * self.window
         if self.measured:
-            states = 0 if self.cuda else self._states_looked_at(choice)
+            states = 0 if self.cuda else self._states_in_memory(choice)
             passed = self.layer + min(choice.batch_size, 4) * max(self.backward, self.forward + self.float_input)
             sums = sum(group.gram * bool(self.backward) + group.weight for group in self.groups)
             if self.reordered:  # scores of the largest operator, twice, and the rows that are looked at
@@ -267,7 +267,7 @@ class Sizes:
             found["block matching"] = states + 2 * done + self.metric + moving
         if self.measured:
             metrics = self.metric * self.layers
-            found["measuring the dense model"] = self._states_looked_at(choice) + metrics + max(moving, 2 * self.largest)
+            found["measuring the dense model"] = self._states_in_memory(choice) + metrics + max(moving, 2 * self.largest)
         return {name: round(self.base + (1 + UNCOUNTED) * size) for name, size in found.items()}
 
     def _waiting(self, choice: Choice) -> tuple[int, int, int]:
@@ -278,9 +278,9 @@ class Sizes:
         states = ((self.streams + self.inside) * self.samples + self.dense * beside) * self.window
         return self.window * self.samples, states, self.kept * beside + self.entering * self.samples
 
-    def _states_looked_at(self, choice: Choice) -> int:
+    def _states_in_memory(self, choice: Choice) -> int:
         """Bytes in main memory while the dense model is measured: of hidden states, and of the gradient or what takes its place."""
-        return (1 + (0 if choice.on_disk else self._states_measured())) * windows_looked_at(self.samples) * self.window
+        return (1 + (0 if choice.on_disk else self._states_measured())) * windows_measured(self.samples) * self.window
 
     def _states_measured(self) -> int:
         """Layers whose hidden states are kept while the dense model is measured: all of them for a backward pass."""
@@ -291,7 +291,7 @@ class Sizes:
         whole = (self.streams + workers - 1 + self.inside * workers) * self.window + self.entering * workers
         beside = self.dense_windows(self.samples, batch_size=min(choice.batch_size, self.samples))
         states = whole * self.samples + (self.dense * self.window + self.kept) * workers * beside
-        measuring = self._states_measured() * windows_looked_at(self.samples) * self.window
+        measuring = self._states_measured() * windows_measured(self.samples) * self.window
         return self.checkpoint + self.pruned + (max(states, measuring) if choice.on_disk else 0)
 
 

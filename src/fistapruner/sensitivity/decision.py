@@ -89,7 +89,7 @@ def permutes(recipe: Recipe) -> bool:
     return asked and any(parse_sparsity(pattern).nm is not None for pattern in (recipe.pattern, *given))
 
 
-def windows_looked_at(samples: int) -> int:
+def windows_measured(samples: int) -> int:
     """Return the number of calibration windows that are measured: at least two where there are two."""
     return min(WINDOWS, samples, max(2, samples // SHARE))
 
@@ -138,7 +138,7 @@ def decide(
     check_allocation(recipe)
     if not needs_measuring(recipe):
         return Decision(None, None)
-    tokens = tokens[: windows_looked_at(len(tokens))]
+    tokens = tokens[: windows_measured(len(tokens))]
     passes = DensePasses(store or scratch_factory(None, model.dtype), batch_size, tick)
     sizes = {name: operator.rows * operator.columns for name, operator in layout.operators()}
     fraction = recipe.pattern.fraction
