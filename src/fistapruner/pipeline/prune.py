@@ -26,7 +26,7 @@ from ..runs.times import Times, spent
 from ..runtime.devices import choose_device
 from ..runtime.files import disk_errors
 from ..runtime.memory import reset_peak_memory
-from .begun import FinishedRun, find_finished
+from .begun import FinishedRun, absolute, find_finished
 from .finish import finish, write_failure
 from .measure import measure
 from .prepare import RunRequest, prepare
@@ -85,7 +85,10 @@ def prune(
         earlier=begun.recipe if begun else None,
         family=lambda: permissions.find(model).family(),
     )
-    evaluation = None if evaluate is None else EvaluationRequest(data=evaluate, windows=evaluate_windows)
+    evaluation = None
+    if evaluate is not None:
+        text = absolute(evaluate) if Path(evaluate).is_file() else evaluate
+        evaluation = EvaluationRequest(data=text, windows=evaluate_windows)
     request = RunRequest(str(model), recipe, permissions, command, evaluation, tokens, only_layers)
     return _run(run, request, listener or Listener(), inspect)
 
