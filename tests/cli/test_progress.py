@@ -34,10 +34,9 @@ def test_every_long_pass_is_told(tmp_path: Path) -> None:
         assert [(done, total) for name, done, total in told if name == what] == [(done, layers) for done in range(1, layers + 1)], what
 
 
-def test_it_is_said_at_intervals_and_not_at_the_end(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_it_is_said_at_intervals_and_not_at_the_end(capsys: pytest.CaptureFixture[str]) -> None:
     now = 100.0
-    monkeypatch.setattr(progress.time, "monotonic", lambda: now)
-    listener = progress.PlainListener()
+    listener = progress.PlainListener(lambda: now)
     for done in range(1, 31):
         listener.tick("decoder layers of model", done, 30)
         now += progress.EVERY / 10
@@ -46,10 +45,9 @@ def test_it_is_said_at_intervals_and_not_at_the_end(capsys: pytest.CaptureFixtur
     assert capsys.readouterr().err == ""
 
 
-def test_a_layer_says_what_is_left(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_layer_says_what_is_left(capsys: pytest.CaptureFixture[str]) -> None:
     now = 100.0
-    monkeypatch.setattr(progress.time, "monotonic", lambda: now)
-    listener = progress.PlainListener()
+    listener = progress.PlainListener(lambda: now)
     listener.begin(33, 30)
     for index in range(30, 33):
         now += 4000.0

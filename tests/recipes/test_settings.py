@@ -40,12 +40,12 @@ PARALLEL = {"execution": {"executor": "process"}}
 def test_auto_is_what_the_method_was_published_with_or_ours_measured_best(settings: dict[str, Any], expected: tuple[Any, ...]) -> None:
     recipe = Recipe.build(settings).resolved()
     assert (recipe.propagate, recipe.dense_share, recipe.residual) == expected
-    assert recipe.resolved(apart=True) == recipe  # what is resolved stays
+    assert recipe.resolved(in_parts=True) == recipe  # what is resolved stays
     assert Recipe.from_yaml(recipe.to_yaml()) == recipe
 
 
 def test_a_part_of_the_layers_is_fed_by_the_dense_model() -> None:
-    assert Recipe().resolved(apart=True).propagate == "dense"
+    assert Recipe().resolved(in_parts=True).propagate == "dense"
 
 
 def test_who_goes_on_with_a_run_keeps_what_it_settled() -> None:

@@ -1,7 +1,7 @@
-"""The command line: a dictionary from verb to module, and nothing else that decides anything.
+"""The command line: one module for each verb.
 
 A verb's module has ``SUMMARY`` (one line), ``configure(parser)`` (its arguments) and ``run(arguments)`` (calls the
-public API, prints, returns the exit status). It imports heavy packages inside ``run``, so that ``--help`` is quick.
+public API, prints, returns the exit status). It imports torch and what needs it inside ``run``, so that ``--help`` is quick.
 """
 
 from __future__ import annotations
@@ -32,16 +32,16 @@ VERBS: dict[str, str] = {
 }
 
 QUIET = {"TOKENIZERS_PARALLELISM": "false", "TRANSFORMERS_VERBOSITY": "error", "HF_HUB_DISABLE_PROGRESS_BARS": "1"}
-"""Environment variables that keep other libraries quiet. Importing transformers to say so would take seconds."""
+"""Environment variables that hide other libraries' output; importing transformers for it would take seconds."""
 
 
 def build_parser() -> argparse.ArgumentParser:
-    """The parser of all verbs."""
+    """Build the parser of all verbs."""
     from .. import __version__
 
     parser = argparse.ArgumentParser(
         prog="fistapruner",
-        description="Make a trained language model sparse after training, and see what that did to it.",
+        description="Prune trained language models, and measure what that costs and gains.",
         epilog="'fistapruner VERB --help' explains each verb. Exit status: 0 done, 1 a check failed, 2 bad input, 130 interrupted.",
     )
     parser.add_argument("--version", action="version", version=f"fistapruner {__version__}")
@@ -55,7 +55,7 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Entry point of the ``fistapruner`` command."""
+    """Run the ``fistapruner`` command and return its exit status."""
     from ..errors import FistaPrunerError
 
     with _readers_may_leave():
@@ -72,7 +72,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 class _Output:
-    """A standard stream whose reader may leave: what nobody reads is dropped, and the work goes on.
+    """Wrap a standard stream so that a closed reader does not stop the work; unread output is dropped.
 
     Args:
         stream: the stream; everything but writing is its own.
@@ -82,7 +82,7 @@ class _Output:
         self._stream = stream
 
     def write(self, text: str) -> int:
-        """Write text, or drop it where the reader has left."""
+        """Write text, or drop it if the reader is gone."""
         try:
             return self._stream.write(text)
         except OSError as error:
@@ -97,7 +97,7 @@ class _Output:
             self._drop(error)
 
     def _drop(self, error: OSError) -> None:
-        """Send what is still buffered, and all that follows, nowhere."""
+        """Drop buffered and later output."""
         if error.errno not in (errno.EPIPE, errno.EIO):  # a pipe without a reader, a terminal that was closed
             raise error
         null = os.open(os.devnull, os.O_WRONLY)
@@ -110,7 +110,7 @@ class _Output:
 
 @contextmanager
 def _readers_may_leave() -> Iterator[None]:
-    """Let output that nobody reads (``2>&1 | head -1``) neither stop the work nor change the exit status."""
+    """Keep working, with the same exit status, if output is not read to its end (``2>&1 | head -1``)."""
     before = sys.stdout, sys.stderr
     # A stream that was closed before the program began is None.
     sys.stdout, sys.stderr = (stream and cast(TextIO, _Output(stream)) for stream in before)
@@ -123,7 +123,7 @@ def _readers_may_leave() -> Iterator[None]:
 
 
 def _quieten() -> None:
-    """Keep other libraries' bars and advice out of our output; their errors still show."""
+    """Hide progress bars and warnings of other libraries; their errors are shown."""
     for name, value in QUIET.items():
         os.environ.setdefault(name, value)
     if "transformers" in sys.modules:  # too late for environment variables

@@ -1,10 +1,10 @@
-"""Measure what this machine gains from a pruned model: dense, pruned but stored densely, packed, packed with int8.
+"""Measure speed, memory and size of a pruned model: dense, sparse in dense format, packed, packed with int8.
 
-Every form runs in its own process, in interleaved rounds. The dense model is the pruned one with its zeros filled, since
-the speed of a dense product does not depend on the numbers in it; fp32 and bf16 are both measured, because which of them
-is faster depends on the processor.
+Every variant runs in its own process, in interleaved rounds. The dense model is the pruned one with its zeros filled,
+since the speed of a dense product does not depend on its values. fp32 and bf16 are both measured, because which of
+them is faster depends on the processor.
 
-A run directory means its checkpoint: the figures then go into RUN/report.json, the page and the model card too.
+Of a run directory the checkpoint is measured, and the figures are added to RUN/report.json, the page and the model card.
 
   fistapruner bench runs/first
   fistapruner bench packed-folder --batch 4 --json

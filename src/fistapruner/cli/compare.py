@@ -1,14 +1,14 @@
 """Compare pruning methods on one model with one protocol.
 
-All methods see the same calibration windows and are measured on the same text. METHODS are chains as in --method, or names
-of recipes, separated by commas; settings of one method stand after an @ and may be several. A published method without
-settings has the hidden states and targets that it was published with; the recipe paper is FISTAPruner to the letter:
+All methods get the same calibration windows and are measured on the same text. METHODS are chains as in --method, or
+names of recipes, separated by commas. Settings of one method follow an @, separated by commas. A published method
+without settings gets the hidden states and targets of its paper; the recipe paper is FISTAPruner exactly as published:
 
   fistapruner compare smollm2 --methods magnitude,wanda,sparsegpt --sparsity 50%,2:4 --out compared
-  fistapruner compare smollm2 --methods alps,proximal@residual=none,reconstruct=64,best --sparsity 70% --seeds 0,1,2 --out deciding
+  fistapruner compare smollm2 --methods alps,proximal@residual=none,best --sparsity 70% --seeds 0,1,2 --out seeds
 
-Every run has its directory in DIR/runs; the table is in DIR/compare.json and DIR/compare.md. The same command goes on
-after an interruption.
+Every run has its directory in DIR/runs; the table is in DIR/compare.json and DIR/compare.md. The same command
+continues an interrupted comparison.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ import sys
 
 from .arguments import add_output_arguments, add_recipe_arguments, add_trust_arguments, recipe_settings
 
-SUMMARY = "prune in many ways and measure all of them alike"
+SUMMARY = "compare methods with one protocol"
 
 
 def configure(parser: argparse.ArgumentParser) -> None:

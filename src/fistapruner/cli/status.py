@@ -1,4 +1,4 @@
-"""See where a run stands, from another terminal or after it stopped.
+"""Show the progress of a run, from another terminal or after it stopped.
 
 fistapruner status runs/first
 fistapruner status runs/first --json

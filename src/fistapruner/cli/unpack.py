@@ -1,4 +1,4 @@
-"""Write a packed checkpoint densely again.
+"""Restore the dense checkpoint of a packed one.
 
 The whole packed folder is checked (checksums, masks, offsets) before the first byte is written.
 """
@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import argparse
 
-SUMMARY = "write a packed checkpoint densely again"
+SUMMARY = "restore the dense checkpoint of a packed one"
 
 
 def configure(parser: argparse.ArgumentParser) -> None:

@@ -81,7 +81,7 @@ def prune(
     run.check_place()
     begun = run.record()
     recipe = Recipe.build(merge((recipe or Recipe()).model_dump(mode="json"), settings)).resolved(
-        apart=only_layers is not None,
+        in_parts=only_layers is not None,
         earlier=begun.recipe if begun else None,
         family=lambda: permissions.find(model).family(),
     )

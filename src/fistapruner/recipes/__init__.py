@@ -1,1 +1,1 @@
-"""Settings of a run, how they are read, and the recipes that come with the package."""
+"""Settings of a run, how they are read, and the recipes of the package."""

@@ -13,8 +13,10 @@ from ..errors import FistaPrunerError
 
 
 class _PlainLoader(yaml.SafeLoader):
-    """YAML without aliases, a few nested ones of which stand for more text than any memory holds once a message prints them; numbers
-    are those of YAML 1.2, so that ``2:4`` is a pattern and not 124 (base 60), and nothing is a date.
+    """Load YAML without aliases and dates, with the numbers of YAML 1.2.
+
+    A few nested aliases can expand to more text than fits in memory. In YAML 1.1 ``2:4`` is the number 124 (base 60);
+    here it stays a pattern.
     """
 
     def compose_node(self, parent: Any, index: Any) -> Any:
@@ -36,7 +38,7 @@ _PlainLoader.add_implicit_resolver(
 
 
 def parse_value(text: str, origin: str) -> Any:
-    """Safe-load a YAML value.
+    """Load a YAML value safely.
 
     Raises:
         FistaPrunerError: the text is not YAML.
@@ -48,7 +50,7 @@ def parse_value(text: str, origin: str) -> Any:
 
 
 def parse_yaml(text: str, origin: str) -> dict[str, Any]:
-    """Safe-load a YAML mapping.
+    """Load a YAML mapping safely.
 
     Raises:
         FistaPrunerError: the text is not YAML or not a mapping.
@@ -62,14 +64,14 @@ def parse_yaml(text: str, origin: str) -> dict[str, Any]:
 
 
 def shipped_recipes() -> dict[str, str]:
-    """Name and YAML text of the recipes that come with the package."""
+    """Return the package's recipes: name to YAML text."""
     folder = resources.files(__package__) / "shipped"
     files = sorted((entry for entry in folder.iterdir() if entry.name.endswith(".yaml")), key=lambda entry: entry.name)
     return {file.name.removesuffix(".yaml"): file.read_text("utf-8") for file in files}
 
 
 def load_recipe_settings(name_or_file: str) -> dict[str, Any]:
-    """Settings of a shipped recipe (``best``) or of a YAML file.
+    """Read the settings of a shipped recipe (``best``) or of a YAML file.
 
     Raises:
         FistaPrunerError: neither exists, or the file is not a mapping.
@@ -87,14 +89,14 @@ def load_recipe_settings(name_or_file: str) -> dict[str, Any]:
 
 
 def merge(base: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
-    """``base`` with ``changes`` over it, section by section; None in ``changes`` means "not said"."""
+    """Return ``base`` updated by ``changes``, section by section; None in ``changes`` changes nothing."""
     merged = dict(base)
     for key, value in changes.items():
         if value is None:
             continue
         if isinstance(value, dict) and key in ("calibration", "execution"):
             section = merged.get(key) or {}
-            # A section that is no mapping is left as it is, for the recipe to be refused by its name.
+            # A section that is not a mapping stays, so that validation names it.
             merged[key] = merge(section, value) if isinstance(section, dict) else section
         else:
             merged[key] = value
@@ -102,7 +104,7 @@ def merge(base: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
 
 
 def parse_bytes(text: str) -> int:
-    """Bytes from ``"8GiB"``, ``"500MB"`` or ``"1e9"``.
+    """Parse a number of bytes: ``"8GiB"``, ``"500MB"`` or ``"1e9"``.
 
     Raises:
         ValueError: not a size.

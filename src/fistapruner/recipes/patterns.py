@@ -19,7 +19,7 @@ def check_pattern(pattern: str) -> None:
 
 
 def matches(name: str, pattern: str) -> bool:
-    """Whether an operator name matches: ``re:`` patterns search, plain ones equal the name or end it at a dot."""
+    """Return whether a pattern matches an operator: ``re:`` searches, a plain name equals its last parts."""
     if pattern.startswith("re:"):
         return re.search(pattern[3:], name) is not None
     return name == pattern or name.endswith("." + pattern)

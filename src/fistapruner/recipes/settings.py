@@ -1,7 +1,8 @@
-"""The one settings object: what a YAML recipe, the command line and the API can say.
+"""Define the settings of a run, for YAML recipes, the command line and the API.
 
-Everything that decides the pruned weights is in :class:`Recipe`; everything that only decides how the work is carried
-out (device, memory, executor) is in its ``execution`` section and never changes which run a recipe belongs to.
+Everything that determines the pruned weights is in :class:`Recipe`. Its section ``execution`` (device, memory,
+executor) only says how the work is carried out and is not part of a run's identity. A setting is described once, on its
+field: the command line and the reference page are made from the fields.
 """
 
 from __future__ import annotations
@@ -38,13 +39,13 @@ if TYPE_CHECKING:
     from ..solvers.base import Method
 
 MAX_SEED = 2**63 - 1
-"""What the random generators take."""
+"""Largest seed that torch's random generators accept."""
 
 ALLOCATIONS = ("uniform", "owl", "error", "auto")
 
 
 def _sparsity(value: Any) -> Constraint:
-    """Parse a sparsity. pydantic collects ValueErrors; ours carry the sentence for the user."""
+    """Parse a sparsity; the error is a ValueError, which pydantic collects."""
     from ..constraints import parse_sparsity  # imports torch, which reading the settings' descriptions does not need
 
     try:
@@ -97,7 +98,7 @@ MethodSetting = Annotated[Any, BeforeValidator(_method), PlainSerializer(_dump_m
 
 
 class Settings(BaseModel):
-    """Base of all sections: immutable, unknown keys refused."""
+    """Base of all sections: frozen; unknown keys are refused."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
@@ -128,7 +129,7 @@ class Calibration(Settings):
 
     @property
     def file(self) -> Path | None:
-        """The file that ``source`` names, None where it is a known name: those have no suffix."""
+        """The file that ``source`` names; None for a known name, which has no suffix."""
         return Path(self.source) if Path(self.source).suffix else None
 
 
@@ -175,7 +176,7 @@ class Execution(Settings):
 
 
 RESOLVED = ("propagate", "dense_target", "residual")
-"""Settings that a run writes out before it begins, where they are ``auto`` (:meth:`Recipe.resolved`)."""
+"""Settings whose ``auto`` is resolved before a run begins (:meth:`Recipe.resolved`)."""
 
 
 class Recipe(Settings):
@@ -266,7 +267,7 @@ class Recipe(Settings):
         description="How the work is carried out; not part of a run's identity.",
     )
 
-    # Defaults are written as users write them; validate them into patterns and methods too.
+    # Defaults are written as users write them; validation turns them into constraints and methods.
     model_config = ConfigDict(frozen=True, extra="forbid", validate_default=True)
 
     @model_validator(mode="before")
@@ -296,36 +297,36 @@ class Recipe(Settings):
 
     @property
     def dense_share(self) -> float:
-        """``dense_target`` of a :meth:`resolved` recipe as a number: the share of the dense target."""
+        """Share of the dense target: ``dense_target`` of a :meth:`resolved` recipe as a number."""
         assert not isinstance(self.dense_target, str)
         return self.dense_target
 
     @property
     def corrects_drift(self) -> bool:
-        """Whether ``residual: correct`` of a :meth:`resolved` recipe has something to work with."""
+        """Whether ``residual: correct`` has an effect; for a :meth:`resolved` recipe."""
         return self.residual == "correct" and self.dense_share > 0.0 and self.error_correction
 
     def resolved(
         self,
         *,
-        apart: bool = False,
+        in_parts: bool = False,
         earlier: Mapping[str, Any] | None = None,
         family: Callable[[], str] | None = None,
     ) -> Recipe:
-        """This recipe with ``propagate``, ``dense_target`` and ``residual`` written out where they are ``auto``.
+        """Return this recipe with ``auto`` of ``propagate``, ``dense_target`` and ``residual`` resolved.
 
-        The path of a calibration file is written out from the root, so that a run can go on from another folder.
+        The path of a calibration file becomes absolute, so that a run can be continued from another folder.
 
         Args:
-            apart: only a part of the decoder layers will be pruned, apart from the others.
+            in_parts: only a part of the decoder layers is pruned (``--only-layers``), independently of the others.
             earlier: the resolved recipe of the run that is continued; its choices stay.
-            family: tells the model's family, for settings of methods that depend on it. None leaves these open.
+            family: returns the model's family, for settings of methods that depend on it. None leaves these unresolved.
         """
         solver = [step for step in self.steps if not step.refines][-1]
         asked = {key: getattr(self, key) for key in RESOLVED}
         chosen = {key: (earlier or {}).get(key, value) if value == "auto" else value for key, value in asked.items()}
         if chosen["propagate"] == "auto":
-            chosen["propagate"] = "dense" if apart or self.execution.executor != "serial" else solver.propagate
+            chosen["propagate"] = "dense" if in_parts or self.execution.executor != "serial" else solver.propagate
         if chosen["dense_target"] == "auto":
             chosen["dense_target"] = solver.dense_target if chosen["propagate"] == solver.propagate else 1.0
         if chosen["residual"] == "auto":
@@ -341,16 +342,16 @@ class Recipe(Settings):
 
     @property
     def method_name(self) -> str:
-        """The chain as the command line writes it: ``wanda+refit``."""
+        """Name of the chain as on the command line: ``wanda+refit``."""
         return "+".join(step.name for step in self.steps)
 
     def fingerprint(self) -> str:
-        """Hash of everything that decides the pruned weights."""
+        """Return a hash of everything that determines the pruned weights."""
         identity = json.dumps(self.model_dump(mode="json", exclude={"execution"}), sort_keys=True)
         return hashlib.sha256(identity.encode()).hexdigest()[:16]
 
     def to_yaml(self) -> str:
-        """The recipe as YAML, every setting written out."""
+        """Return the recipe as YAML with every setting."""
         return str(yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False))
 
     @classmethod
