@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import json
+import sys
+from importlib.machinery import ModuleSpec
 from pathlib import Path
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import pytest
@@ -12,7 +15,6 @@ import torch
 import fistapruner as fp
 import tiny
 from fistapruner.cli import main
-from fistapruner.errors import FistaPrunerError
 from fistapruner.pipeline.measure import _without, is_run
 from fistapruner.runs.lock import hold
 from fistapruner.runs.records import load_run
@@ -58,16 +60,24 @@ def test_an_evaluation_of_a_run_is_kept_with_it(made: Path, capsys: pytest.Captu
 def test_a_perplexity_outlives_tasks_that_fail(
     made: Path, of_run: bool, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def failing(*arguments: Any, **settings: Any) -> tuple[TaskResult, ...]:
-        raise FistaPrunerError("no room for the whole model")
+    def failing(*arguments: Any, **settings: Any) -> None:
+        raise OSError("the hub is down")
 
-    monkeypatch.setattr("fistapruner.evaluation.evaluate.find_tasks", lambda names, folder: names)  # without lm-eval
-    monkeypatch.setattr("fistapruner.evaluation.evaluate.evaluate_tasks", failing)
+    for name, content in (
+        ("lm_eval", {"simple_evaluate": failing}),
+        ("lm_eval.tasks", {"TaskManager": lambda: SimpleNamespace(all_tasks=["boolq"])}),
+        ("lm_eval.models", {}),
+        ("lm_eval.models.huggingface", {"HFLM": SimpleNamespace}),
+    ):  # a stand-in for lm-eval, installed or not
+        module = ModuleType(name)
+        module.__spec__ = ModuleSpec(name, None)
+        vars(module).update(content)
+        monkeypatch.setitem(sys.modules, name, module)
     target = made / "run" if of_run else made / "dense"
     command = ["evaluate", str(target), "--data", str(made / "text.txt"), "--seqlen", "16", "--windows", "3", "--quiet"]
     assert main([*command, "--tasks", "boolq"]) == 2
     printed = capsys.readouterr()
-    assert "no room for the whole model" in printed.err
+    assert "the hub is down" in printed.err
     if of_run:
         assert 3 in [evaluation.perplexity.windows for evaluation in load_run(target).evaluations if evaluation.perplexity]
     else:

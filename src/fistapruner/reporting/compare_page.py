@@ -147,8 +147,7 @@ def quality_against_sparsity(found: Sequence[Point]) -> Drawing | None:
         plot,
         caption="Gap: ln(pruned perplexity / dense perplexity). Lines are one standard deviation over seeds.",
         description="; ".join(f"{p.method} at {p.sparsity}: {significant(p.gap)}" for p in found),
-        height=360,
-        narrow_height=420,
+        heights=(360, 420),
         table=(
             ["method", "sparsity", "seeds", "gap"],
             [[p.method, p.sparsity, str(p.seeds), with_error(p.gap, p.spread or None, 3)] for p in found],
@@ -188,7 +187,7 @@ def quality_against_time(found: Sequence[Point], pattern: str) -> Drawing | None
         plot,
         caption="Down and to the left is better.",
         description="; ".join(f"{p.method}: gap {significant(p.gap)} in {duration(p.seconds)}" for p in here),
-        height=360,
+        heights=(360, 360),
         table=(["method", "seconds", "gap"], [[p.method, significant(p.seconds), with_error(p.gap, p.spread or None, 3)] for p in here]),
     )
 

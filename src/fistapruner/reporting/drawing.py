@@ -22,8 +22,8 @@ SERIES = tuple(f"#1100{index:02x}" for index in range(1, 9))
 HEAT_LEVELS = 24
 HEAT = tuple(f"#2200{index:02x}" for index in range(HEAT_LEVELS))
 
-NARROW = 340
-"""Width in pixels of the drawings for phones."""
+NARROW, HALF, FULL = 340, 540, 1120
+"""Widths in pixels of drawings: on phones, in half of a page, over a full page."""
 
 Plot = Callable[[Any, int], None]
 """Draws on a matplotlib ``Figure`` of a given width in pixels."""
@@ -60,9 +60,7 @@ def draw(
     *,
     caption: str,
     description: str,
-    height: int = 300,
-    narrow_height: int | None = None,
-    width: int = 540,
+    heights: tuple[int, int] = (300, 300),
     full: bool = False,
     table: tuple[Sequence[str], Sequence[Sequence[str]]] | None = None,
 ) -> Drawing:
@@ -71,13 +69,13 @@ def draw(
     Args:
         key, title, caption, description, full, table: see :class:`Drawing`.
         plot: draws on a figure; called once for each width.
-        width, height, narrow_height: pixels.
+        heights: pixels of the wide and of the narrow drawing.
 
     Raises:
         MissingExtraError: matplotlib is not installed.
     """
-    wide = _svg(f"{key}-w", plot, width, height)
-    narrow = _svg(f"{key}-n", plot, NARROW, narrow_height or height)
+    wide = _svg(f"{key}-w", plot, FULL if full else HALF, heights[0])
+    narrow = _svg(f"{key}-n", plot, NARROW, heights[1])
     return Drawing(key, title, caption, description, wide, narrow, full, table)
 
 

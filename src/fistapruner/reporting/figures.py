@@ -81,7 +81,6 @@ def error_map(layers: Sequence[LayerEntry]) -> Drawing | None:
     caption = "Squared error of the outputs as a share of their energy, in %, on calibration tokens; logarithmic scale."
     if any(operator.dense_error for layer in layers for operator in layer.operators):
         caption += " Drift of an operator's inputs counts: its dense weights would have part of this error too."
-    height = 70 + 30 * len(names)
     worst = max(values, key=lambda key: values[key])
     middle = significant(median(values.values()), 2)
     return draw(
@@ -91,9 +90,7 @@ def error_map(layers: Sequence[LayerEntry]) -> Drawing | None:
         caption=caption,
         description=f"Heat map of {len(indexes)} decoder layers by {len(names)} operators. The largest error is "
         f"{significant(values[worst], 2)} % at layer {worst[0]}, {worst[1]}; the median is {middle} %.",
-        height=max(150, height),
-        narrow_height=max(320, 150 + 15 * len(indexes)),
-        width=1120,
+        heights=(max(150, 70 + 30 * len(names)), max(320, 150 + 15 * len(indexes))),
         full=True,
         table=(
             ["layer", *(short_name(name) for name in names)],
@@ -246,7 +243,7 @@ def solver_path(layers: Sequence[LayerEntry]) -> Drawing | None:
         plot,
         caption=trace.caption,
         description=trace.caption + " Operators: " + ", ".join(name for name, *_ in chosen) + ".",
-        height=360,
+        heights=(360, 360),
         table=(
             ["operator", "round", trace.penalty_label, trace.value_label],
             [
@@ -309,7 +306,7 @@ def spectra(layers: Sequence[LayerEntry]) -> Drawing | None:
         description="Log-log lines of eigenvalues by rank. Largest eigenvalue over the mean: "
         + (", ".join(conditions) or "not recorded")
         + ".",
-        height=330,
+        heights=(330, 330),
         table=(["operator", "largest over mean"], [[name, significant(op.condition)] for name, op in chosen]),
     )
 

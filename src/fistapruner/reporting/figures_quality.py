@@ -57,7 +57,7 @@ def perplexities(evaluations: Sequence[Evaluation]) -> Drawing | None:
             + (f", dense {with_error(d.perplexity, d.standard_error)}" if d else "")
             for p, d in rows
         ),
-        height=90 + 62 * len(rows),
+        heights=(90 + 62 * len(rows), 90 + 62 * len(rows)),
         table=(
             ["data", "windows", "tokens in each", "precision", "dense", "pruned"],
             [
@@ -112,8 +112,7 @@ def divergences(evaluations: Sequence[Evaluation]) -> Drawing | None:
         description="; ".join(
             f"{data}: KL {with_error(d.kl, d.kl_standard_error, 3)}, top-1 agreement {percent(d.top1_agreement)}" for data, d in rows
         ),
-        height=110 + 44 * len(rows),
-        narrow_height=190 + 60 * len(rows),
+        heights=(110 + 44 * len(rows), 190 + 60 * len(rows)),
         table=(
             ["data", "KL, nats a token", "top-1 agreement, %"],
             [
@@ -156,7 +155,7 @@ def zero_shot(evaluations: Sequence[Evaluation]) -> Drawing | None:
             f"{t.task} {t.metric}: {percent(t.value)}" + (f", dense {percent(t.reference)}" if t.reference is not None else "")
             for t in tasks
         ),
-        height=80 + 44 * len(tasks),
+        heights=(80 + 44 * len(tasks), 80 + 44 * len(tasks)),
         table=(
             ["task", "metric", "items", "dense, %", "pruned, %", "lost", "won", "p"],
             [
