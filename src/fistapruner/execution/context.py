@@ -45,7 +45,7 @@ class RunContext:
         run: its directory.
         recipe: all settings.
         fingerprint: identity of the run: recipe, model and calibration tokens.
-        skeleton: the dense model.
+        model: the dense model.
         layout: operators to prune.
         sparsity: pattern of every one of them, by full name.
         tokens: (samples, seqlen) calibration tokens.
@@ -58,7 +58,7 @@ class RunContext:
     run: PruneDirectory
     recipe: Recipe
     fingerprint: str
-    skeleton: LayerwiseModel
+    model: LayerwiseModel
     layout: Layout
     sparsity: Mapping[str, Constraint]
     tokens: Tensor
@@ -92,18 +92,18 @@ class RunContext:
             raise FistaPrunerError(f"{folder} is not a prepared run")
         decision = record.decision
         recipe = Recipe.build(record.recipe, str(run.run_file))
-        skeleton = open_model(permissions.at(decision.folder), recipe, device, dtype=decision.numerics.dtype)
+        model = open_model(permissions.at(decision.folder), recipe, device, dtype=decision.numerics.dtype)
         if decision.metrics_sha256:
-            skeleton.checkpoint.orders = run.orders()
+            model.checkpoint.orders = run.orders()
         tokens = run.tokens()
-        if record.fingerprint != fingerprint(recipe, skeleton.checkpoint, tokens, decision.numerics):
+        if record.fingerprint != fingerprint(recipe, model.checkpoint, tokens, decision.numerics):
             raise FistaPrunerError(f"{folder}: the model or the calibration tokens are not those the run began with; name another --out")
         return cls(
             run=run,
             recipe=recipe,
             fingerprint=record.fingerprint,
-            skeleton=skeleton,
-            layout=discover(skeleton).select(recipe),
+            model=model,
+            layout=discover(model).select(recipe),
             sparsity=decision.sparsity,
             tokens=tokens,
             numerics=decision.numerics,
@@ -132,13 +132,13 @@ class RunContext:
         seqlen = self.tokens.shape[1]
         samples = len(self.tokens) if samples is None else samples
         on_disk = self.on_disk if on_disk is None else on_disk
-        return HiddenStates((samples, seqlen, self.skeleton.width), self.skeleton.dtype, self.hidden / name if on_disk else None)
+        return HiddenStates((samples, seqlen, self.model.width), self.model.dtype, self.hidden / name if on_disk else None)
 
     def calls(self) -> Calls:
         """Record the arguments that decoder layers are called with."""
         samples, seqlen = self.tokens.shape
-        with self.skeleton.embeddings_and_head(head=False):
-            return Calls.of(self.skeleton, samples, seqlen, self.numerics.batch_size)
+        with self.model.embeddings_and_head(head=False):
+            return Calls.of(self.model, samples, seqlen, self.numerics.batch_size)
 
     def embed(self, name: str = "embedded", *, on_disk: bool | None = None) -> tuple[HiddenStates, Calls]:
         """The input of the first decoder layer for all calibration windows, and how layers are called.
@@ -148,7 +148,7 @@ class RunContext:
             on_disk: as for :meth:`store`.
         """
         hidden = self.store(name, on_disk=on_disk)
-        return hidden, embed(self.skeleton, self.tokens, self.numerics.batch_size, hidden)
+        return hidden, embed(self.model, self.tokens, self.numerics.batch_size, hidden)
 
     def prune(self, index: int, streams: LayerStreams, calls: Calls, events: LayerEvents, solver: Solver | None = None) -> LayerEntry:
         """Prune decoder layer ``index`` and journal it.
@@ -161,12 +161,12 @@ class RunContext:
             solver: solves a group of operators; None solves it in this process.
         """
         context = LayerContext(
-            model=self.skeleton,
+            model=self.model,
             layout=self.layout,
             recipe=self.recipe,
             sparsity=self.sparsity,
             calls=calls,
-            scratch=scratch_factory(self.hidden if self.on_disk else None, self.skeleton.dtype),
+            scratch=scratch_factory(self.hidden if self.on_disk else None, self.model.dtype),
             solver=solver or (solve_in_parts if self.numerics.by_operator else solve),
         )
         names = [name for group in self.layout.layers[index] for name in context.names(index, group)]
@@ -183,13 +183,13 @@ class RunContext:
     def advance(self, index: int, streams: LayerStreams, calls: Calls) -> None:
         """Pass the hidden states through an already pruned decoder layer ``index``."""
         if streams.dense is not None and streams.dense_out is not None:
-            with self.skeleton.layer(index):
-                run_layer(self.skeleton, index, streams.dense, calls, output=streams.dense_out)
+            with self.model.layer(index):
+                run_layer(self.model, index, streams.dense, calls, output=streams.dense_out)
         if streams.pruned_out is not None:
             saved = self.run.journal.weights(index)
             pruned = {name: saved.read(name) for name in saved.entries}
-            with self.skeleton.layer(index, pruned):
-                run_layer(self.skeleton, index, streams.seen, calls, output=streams.pruned_out)
+            with self.model.layer(index, pruned):
+                run_layer(self.model, index, streams.seen, calls, output=streams.pruned_out)
 
 
 def open_model(source: ModelSource, recipe: Recipe, device: torch.device | None = None, *, dtype: str | None = None) -> LayerwiseModel:

@@ -44,7 +44,7 @@ def prune_serially(
         for start, stop in calls.batches(samples):
             dense.write(start, stream.read(start, stop))
     for index in range(last + 1):
-        dense_on, pruned_on = _needed_after(work.recipe, work.skeleton, index, last)
+        dense_on, pruned_on = _needed_after(work.recipe, work.model, index, last)
         streams = LayerStreams(
             dense,
             pruned,
@@ -64,7 +64,7 @@ def prune_serially(
         dense, pruned = streams.dense_out, streams.pruned_out
 
 
-def _needed_after(recipe: Recipe, skeleton: LayerwiseModel, index: int, last: int) -> tuple[bool, bool]:
+def _needed_after(recipe: Recipe, model: LayerwiseModel, index: int, last: int) -> tuple[bool, bool]:
     """Whether the layer after ``index`` needs (dense, pruned) hidden states."""
     if index == last:
         return False, False

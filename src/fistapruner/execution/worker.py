@@ -66,7 +66,7 @@ class Worker:
         torch.set_num_threads(self.work.numerics.threads)
         try:
             if "solution" in job:
-                do_part(PartJob(**job), self.work.hidden, self.work.recipe.steps, self.work.skeleton.device)
+                do_part(PartJob(**job), self.work.hidden, self.work.recipe.steps, self.work.model.device)
             else:
                 self._do_layer(Job(**job), tell)
             tell({"event": "done"})

@@ -161,10 +161,10 @@ def plan_jobs(contenders: Sequence[Contender], sparsities: Sequence[str], seeds:
 
 def agree_protocol(source: ModelSource, recipe: Recipe, data: str, windows: int | None, settings: Mapping[str, Any]) -> Protocol:
     """Fix what all rows share, from the first ``recipe``: evaluation windows, precision, calibration."""
-    skeleton = open_model(source, recipe)
-    text = load_windows(data, source.tokenizer(), window_length(recipe, skeleton), windows)
+    opened = open_model(source, recipe)
+    text = load_windows(data, source.tokenizer(), window_length(recipe, opened), windows)
     calibration = Recipe.build({"calibration": settings.get("calibration") or {}}).resolved().calibration
-    return Protocol(text, dtype_name(skeleton.dtype), calibration, recipe.execution.device, recipe.dtype)
+    return Protocol(text, dtype_name(opened.dtype), calibration, recipe.execution.device, recipe.dtype)
 
 
 def measure_dense(shared: _Shared) -> Perplexity:

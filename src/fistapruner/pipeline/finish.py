@@ -78,7 +78,7 @@ def write_failure(run: RunDirectory, error: BaseException, times: Times) -> None
 
 def _finished_layers(context: RunContext) -> list[LayerEntry]:
     journal = context.run.journal
-    entries = [journal.finished(index, context.fingerprint) for index in range(len(context.skeleton))]
+    entries = [journal.finished(index, context.fingerprint) for index in range(len(context.model))]
     if missing := [str(index) for index, entry in enumerate(entries) if entry is None]:
         raise FistaPrunerError(f"{context.run.folder}: decoder layers {', '.join(missing)} are not pruned yet; run the same command again")
     return [entry for entry in entries if entry is not None]
@@ -86,8 +86,8 @@ def _finished_layers(context: RunContext) -> list[LayerEntry]:
 
 def _write_model(context: RunContext, report: Report, listener: Listener) -> None:
     """Write the checkpoint, unless a whole one of this run is there."""
-    run, journal, checkpoint = context.run, context.run.journal, context.skeleton.checkpoint
-    layers = range(len(context.skeleton))
+    run, journal, checkpoint = context.run, context.run.journal, context.model.checkpoint
+    layers = range(len(context.model))
     places = {name: index for index in layers for name in journal.weights(index).entries}
 
     def replacement(name: str) -> Tensor | None:
@@ -101,7 +101,7 @@ def _write_model(context: RunContext, report: Report, listener: Listener) -> Non
         listener.say("writing the checkpoint")
         documents = {
             CARD: model_card(report),
-            PRUNING_RECORD: json.dumps(_record(report, context.skeleton), indent=2) + "\n",
+            PRUNING_RECORD: json.dumps(_record(report, context.model), indent=2) + "\n",
         }
         digests = write_checkpoint(checkpoint, run.model, replacement, identity=context.fingerprint, documents=documents)
         run.write_model_record(context.fingerprint, digests)
@@ -116,7 +116,7 @@ def _bytes(folder: Path) -> int:
 
 
 def _totals(layers: list[LayerEntry], context: RunContext, seconds: float) -> Totals:
-    checkpoint, tokens, device = context.skeleton.checkpoint, context.tokens, context.skeleton.device
+    checkpoint, tokens, device = context.model.checkpoint, context.tokens, context.model.device
     split: dict[str, float] = {}
     for layer in layers:
         for phase, value in layer.seconds.items():
@@ -140,14 +140,14 @@ def _totals(layers: list[LayerEntry], context: RunContext, seconds: float) -> To
     )
 
 
-def _record(report: Report, skeleton: LayerwiseModel) -> dict[str, Any]:
+def _record(report: Report, model: LayerwiseModel) -> dict[str, Any]:
     """Describe the checkpoint (``fistapruner.json``): the claims that ``inspect`` checks, and the lineage."""
     operators = {}
     for layer in report.layers:
         for operator in layer.operators:
             name = f"{layer.name}.{operator.name}"
             claim = {"operator": name, "sparsity": operator.sparsity, "zeros": operator.zeros, "shape": list(operator.shape)}
-            operators[skeleton.source(f"{name}.weight")] = claim
+            operators[model.source(f"{name}.weight")] = claim
     return {
         "version": VERSION,
         "fingerprint": report.fingerprint,

@@ -26,15 +26,15 @@ DEFAULT_SEQLEN = 2048
 """Longest calibration window by default: what the papers use for OPT and LLaMA-1."""
 
 
-def window_length(recipe: Recipe, skeleton: LayerwiseModel) -> int:
+def window_length(recipe: Recipe, model: LayerwiseModel) -> int:
     """Decide the tokens in a calibration window.
 
     Raises:
         FistaPrunerError: more than the model was made for.
     """
-    seqlen = recipe.calibration.seqlen or min(skeleton.max_length, DEFAULT_SEQLEN)
-    if seqlen > skeleton.max_length:
-        raise FistaPrunerError(f"seqlen {seqlen} is more than the {skeleton.max_length} tokens {skeleton.checkpoint.folder} was made for")
+    seqlen = recipe.calibration.seqlen or min(model.max_length, DEFAULT_SEQLEN)
+    if seqlen > model.max_length:
+        raise FistaPrunerError(f"seqlen {seqlen} is more than the {model.max_length} tokens {model.checkpoint.folder} was made for")
     return seqlen
 
 
@@ -75,21 +75,21 @@ def plan_model(
     check_allocation(recipe)
     source = Permissions(allow_pickle, trust_remote_code).find(model)
     recipe = recipe.resolved(family=source.family)
-    skeleton = open_model(source, recipe)
-    layout = discover(skeleton).select(recipe)
-    return plan_run(skeleton, layout, recipe, allocate(recipe, layout), Path(out))
+    opened = open_model(source, recipe)
+    layout = discover(opened).select(recipe)
+    return plan_run(opened, layout, recipe, allocate(recipe, layout), Path(out))
 
 
-def plan_run(skeleton: LayerwiseModel, layout: Layout, recipe: Recipe, sparsity: Mapping[str, Constraint], out: Path) -> Plan:
+def plan_run(model: LayerwiseModel, layout: Layout, recipe: Recipe, sparsity: Mapping[str, Constraint], out: Path) -> Plan:
     """Plan a run with the executor, workers and threads of its recipe.
 
     Random token ids are used instead of the calibration windows, which may take long to draw.
     """
-    execution, seqlen = recipe.execution, window_length(recipe, skeleton)
-    vocabulary = int(skeleton.config.get_text_config().vocab_size)
+    execution, seqlen = recipe.execution, window_length(recipe, model)
+    vocabulary = int(model.config.get_text_config().vocab_size)
     tokens = torch.randint(vocabulary, (recipe.calibration.samples, seqlen), generator=torch.Generator().manual_seed(recipe.seed))
-    batch_size = execution.batch_size or windows_at_once(seqlen, skeleton.device)
+    batch_size = execution.batch_size or windows_at_once(seqlen, model.device)
     local = execution.executor == "process"
     workers = len(worker_devices(execution.device, execution.workers, execution.threads)) if local else 1
     with cpu_threads(default_threads(execution)):
-        return make_plan(skeleton, layout, recipe, sparsity, tokens, batch_size, out, workers)
+        return make_plan(model, layout, recipe, sparsity, tokens, batch_size, out, workers)

@@ -77,7 +77,7 @@ class Inputs:
 
     Args:
         source: the dense model's folder.
-        skeleton: the dense model.
+        model: the dense model.
         layout: operators to prune.
         sparsity: the recipe's pattern of every one of them, by full name.
         tokenizer: of the model.
@@ -85,7 +85,7 @@ class Inputs:
     """
 
     source: ModelSource
-    skeleton: LayerwiseModel
+    model: LayerwiseModel
     layout: Layout
     sparsity: Mapping[str, Constraint]
     tokenizer: Any
@@ -176,25 +176,25 @@ def check_inputs(run: PruneDirectory, request: RunRequest, begun: PruneRecord | 
     source = request.permissions.find(request.model)
     refuse_overlap(source.folder, run.folder)
     listener.say(f"model {request.model}: {source.folder}")
-    skeleton = open_model(source, recipe, dtype=begun.decision.numerics.dtype if begun else None)
-    if recipe.dtype == "auto" and skeleton.dtype != skeleton.checkpoint.dtype:
-        stored, used = dtype_name(skeleton.checkpoint.dtype), dtype_name(skeleton.dtype)
+    model = open_model(source, recipe, dtype=begun.decision.numerics.dtype if begun else None)
+    if recipe.dtype == "auto" and model.dtype != model.checkpoint.dtype:
+        stored, used = dtype_name(model.checkpoint.dtype), dtype_name(model.dtype)
         listener.say(f"passes in {used}: this processor has no matrix units for the checkpoint's {stored}")
-    first, last = request.only_layers or (0, len(skeleton) - 1)
-    if not 0 <= first <= last < len(skeleton):
-        raise FistaPrunerError(f"--only-layers {first}-{last}: the model has the decoder layers 0-{len(skeleton) - 1}")
-    layout = discover(skeleton).select(recipe)
+    first, last = request.only_layers or (0, len(model) - 1)
+    if not 0 <= first <= last < len(model):
+        raise FistaPrunerError(f"--only-layers {first}-{last}: the model has the decoder layers 0-{len(model) - 1}")
+    layout = discover(model).select(recipe)
     sparsity = allocate(recipe, layout)
-    check_model(skeleton)
+    check_model(model)
     if begun is not None:
         refuse_other(run, begun, request.model, recipe)
         if not run.model.is_dir():
             _say_other_versions(begun.versions, listener)
-    tokenizer, seqlen = source.tokenizer(), window_length(recipe, skeleton)
+    tokenizer, seqlen = source.tokenizer(), window_length(recipe, model)
     if request.evaluation is not None:  # a fault in the text shows now
         text = load_windows(request.evaluation.data, tokenizer, seqlen, request.evaluation.windows)
-        skeleton.check_tokens(text.tokens)
-    return Inputs(source, skeleton, layout, sparsity, tokenizer, seqlen)
+        model.check_tokens(text.tokens)
+    return Inputs(source, model, layout, sparsity, tokenizer, seqlen)
 
 
 def choose_plan(
@@ -207,38 +207,38 @@ def choose_plan(
     """
     if begun is not None:
         return begun.decision.numerics, begun.decision.on_disk, begun.plan
-    found = plan_run(inputs.skeleton, inputs.layout, recipe, inputs.sparsity, run.folder)
+    found = plan_run(inputs.model, inputs.layout, recipe, inputs.sparsity, run.folder)
     for sentence in found.says:
         listener.say(sentence)
     numerics = Numerics(
         batch_size=found.choice.batch_size,
         by_operator=found.choice.by_operator,
         threads=default_threads(recipe.execution),
-        device=inputs.skeleton.device.type,
-        dtype=dtype_name(inputs.skeleton.dtype),
+        device=inputs.model.device.type,
+        dtype=dtype_name(inputs.model.dtype),
     )
     return numerics, found.choice.on_disk, list(found.rows)
 
 
 def draw_calibration(run: PruneDirectory, request: RunRequest, inputs: Inputs, listener: Listener) -> Calibrated:
     """Draw the calibration windows and store them."""
-    settings, skeleton, seqlen = request.recipe.calibration, inputs.skeleton, inputs.seqlen
+    settings, model, seqlen = request.recipe.calibration, inputs.model, inputs.seqlen
     listener.say(f"calibration: {settings.samples} windows of {seqlen} tokens from {settings.source}")
 
     def load_model() -> Any:
         limit = request.recipe.execution.memory_limit
-        require_whole(skeleton.checkpoint, skeleton.device, limit, "--calibration self")
+        require_whole(model.checkpoint, model.device, limit, "--calibration self")
         trusted = inputs.source.trust_remote_code
-        return load_whole(inputs.source.folder, skeleton.device, skeleton.dtype, trust_remote_code=trusted)
+        return load_whole(inputs.source.folder, model.device, model.dtype, trust_remote_code=trusted)
 
-    place = [seqlen, dtype_name(skeleton.dtype), skeleton.device.type, stamps(skeleton.checkpoint)]
+    place = [seqlen, dtype_name(model.dtype), model.device.type, stamps(model.checkpoint)]
     drawing = json.dumps([settings.model_dump(mode="json"), *place])
     drawn = request.drawn
     if drawn is None and settings.source == SELF:  # it takes long: an attempt that was stopped after it has left it
         drawn = run.drawn(drawing)
     text = text_sha256(request.recipe)
     tokens, how = drawn or calibration_tokens(settings, inputs.tokenizer, seqlen, load_model, listener.say)
-    skeleton.check_tokens(tokens)
+    model.check_tokens(tokens)
     run.write_tokens(tokens, drawing, how)
     return Calibrated(tokens, how, text)
 
@@ -271,11 +271,11 @@ def measure_dense(
         found = decide(
             recipe,
             inputs.layout,
-            inputs.skeleton,
+            inputs.model,
             tokens,
             inputs.sparsity,
             batch_size=min(4, numerics.batch_size),
-            store=scratch_factory(states, inputs.skeleton.dtype),
+            store=scratch_factory(states, inputs.model.dtype),
             tick=listener.tick,
         )
     digest = None
@@ -297,21 +297,21 @@ def record(
     permuted: Mapping[str, tuple[float, float]],
 ) -> None:
     """Write ``recipe.yaml`` and ``run.json``: from here on the run can be resumed."""
-    recipe, skeleton, tokens = request.recipe, inputs.skeleton, calibrated.tokens
-    checkpoint = skeleton.checkpoint
+    recipe, model, tokens = request.recipe, inputs.model, calibrated.tokens
+    checkpoint = model.checkpoint
     sizes = {"samples": tokens.shape[0], "seqlen": inputs.seqlen, "tokens": tokens.numel()}
-    model = ModelFacts(
+    facts = ModelFacts(
         source=request.model,
         revision=inputs.source.revision(),
-        architecture=type(skeleton.model).__name__,
-        layers=len(skeleton),
-        hidden_size=skeleton.width,
+        architecture=type(model.model).__name__,
+        layers=len(model),
+        hidden_size=model.width,
         parameters=sum(math.prod(checkpoint.entry(name).shape) for name in checkpoint.names()),
         dtype=dtype_name(checkpoint.dtype),
         bytes=checkpoint.nbytes,
         license=inputs.source.license(),
     )
-    lineage, warning = begin_lineage(inputs.source.folder, model)
+    lineage, warning = begin_lineage(inputs.source.folder, facts)
     run.write_recipe(recipe.to_yaml())
     run.write_record(
         PruneRecord(
@@ -320,8 +320,8 @@ def record(
             recipe=recipe.model_dump(mode="json"),
             fingerprint=fingerprint(recipe, checkpoint, tokens, decision.numerics),
             versions=versions(),
-            machine=describe_machine(skeleton.device),
-            model=model,
+            machine=describe_machine(model.device),
+            model=facts,
             lineage=lineage,
             warnings=[warning] if warning else [],
             calibration=CalibrationFacts.model_validate({**calibrated.how, **sizes}),
@@ -366,7 +366,7 @@ def _has_its_tokens(run: PruneDirectory, begun: PruneRecord, recipe: Recipe, inp
 def _changed_tokens(run: PruneDirectory, begun: PruneRecord, recipe: Recipe, inputs: Inputs) -> str | None:
     decision = begun.decision
     try:
-        if begun.fingerprint != fingerprint(recipe, inputs.skeleton.checkpoint, run.tokens(), decision.numerics):
+        if begun.fingerprint != fingerprint(recipe, inputs.model.checkpoint, run.tokens(), decision.numerics):
             return "they or the model are not what the run began with"
     except FistaPrunerError as error:
         return str(error)

@@ -215,7 +215,7 @@ def _prune(
 
 def _prune_missing(context: RunContext, request: RunRequest, listener: Listener, inspect: Inspect | None) -> None:
     """Prune the layers, all or a part of them, that are not journaled yet."""
-    layers, numerics = range(len(context.skeleton)), context.numerics
+    layers, numerics = range(len(context.model)), context.numerics
     first, last = request.only_layers or (0, len(layers) - 1)
     done = {index for index in layers if context.run.journal.finished(index, context.fingerprint)}
     todo = set(range(first, last + 1)) - done
@@ -224,7 +224,7 @@ def _prune_missing(context: RunContext, request: RunRequest, listener: Listener,
             f"--only-layers {first}-{last} with propagate=pruned needs the layers before it pruned first, and "
             f"{min(missing)} is not: parts can run side by side with --propagate dense only"
         )
-    device = context.skeleton.device.type
+    device = context.model.device.type
     if numerics.device != device:
         listener.say(f"this run began on {numerics.device}; on {device} its last bits may differ")
     if request.recipe.execution.threads not in (None, numerics.threads):

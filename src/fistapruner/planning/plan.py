@@ -103,7 +103,7 @@ class _Budget:
 
 
 def make_plan(
-    skeleton: LayerwiseModel,
+    model: LayerwiseModel,
     layout: Layout,
     recipe: Recipe,
     sparsity: Mapping[str, Constraint],
@@ -115,7 +115,7 @@ def make_plan(
     """Plan a run.
 
     Args:
-        skeleton: the model.
+        model: the model.
         layout: operators to prune.
         recipe: settings; ``execution.memory_limit`` is what all workers together may use of main memory. A GPU is taken for as much
             as it has free.
@@ -128,17 +128,17 @@ def make_plan(
     Raises:
         FistaPrunerError: no choice fits the memory (main or the GPU's), or the disk is too small; names the stage and the bytes.
     """
-    with room_for(skeleton.device, "one window"):
-        model = Sizes.measure(skeleton, layout, recipe, sparsity, tokens)
-    resources = Resources.of_this_machine(recipe, skeleton.device, workers)
-    fitted = fit(model, recipe, resources, batch_size, workers)
+    with room_for(model.device, "one window"):
+        needs = Sizes.measure(model, layout, recipe, sparsity, tokens)
+    resources = Resources.of_this_machine(recipe, model.device, workers)
+    fitted = fit(needs, recipe, resources, batch_size, workers)
     chosen = fitted.choice
-    disk = model.disk(chosen, fitted.workers)
+    disk = needs.disk(chosen, fitted.workers)
     place = _existing(out)
     if (free := shutil.disk_usage(place).free) < disk:
         raise FistaPrunerError(f"{out} needs {size(disk)} of disk and {place} has {size(free)} free")
-    with room_for(skeleton.device, f"{chosen.batch_size} windows at a time"):
-        seconds = measure_time(skeleton, layout, recipe, sparsity, tokens, chosen.batch_size, chosen.by_operator)
+    with room_for(model.device, f"{chosen.batch_size} windows at a time"):
+        seconds = measure_time(model, layout, recipe, sparsity, tokens, chosen.batch_size, chosen.by_operator)
     return written(fitted, disk, seconds)
 
 
@@ -186,11 +186,11 @@ class Fitted:
     changed: str | None
 
 
-def fit(model: Sizes, recipe: Recipe, resources: Resources, batch_size: int, workers: int = 1) -> Fitted:
+def fit(needs: Sizes, recipe: Recipe, resources: Resources, batch_size: int, workers: int = 1) -> Fitted:
     """Choose how to carry out a run so that it fits.
 
     Args:
-        model: the sizes that its memory is made of.
+        needs: the sizes that its memory is made of.
         recipe: settings.
         resources: memory that it may take.
         batch_size: windows in one forward pass, if they fit.
@@ -201,10 +201,10 @@ def fit(model: Sizes, recipe: Recipe, resources: Resources, batch_size: int, wor
     """
     sequential = recipe.propagate == "pruned"  # workers then share the parts of a group, so groups are always cut
     solvers, workers = (workers, 1) if sequential and workers > 1 else (0, workers)
-    budgets = [_host_budget(model, recipe, resources.limit, workers, solvers)]
-    if model.cuda:
-        budgets.append(_device_budget(model, resources, workers, solvers))
-    choices = _choices(batch_size, recipe, workers, sequential, model.cuda)
+    budgets = [_host_budget(needs, recipe, resources.limit, workers, solvers)]
+    if needs.cuda:
+        budgets.append(_device_budget(needs, resources, workers, solvers))
+    choices = _choices(batch_size, recipe, workers, sequential, needs.cuda)
     chosen = next((choice for choice in choices if all(budget.holds(choice) for budget in budgets)), None)
     if chosen is None:
         raise next(budget for budget in budgets if not budget.holds(choices[-1])).refusal(choices[-1])
@@ -251,22 +251,22 @@ def check_plan(rows: list[PlanRow], totals: Totals, layers: list[LayerEntry], di
     return [row.model_copy(update={"actual": measured.get(row.quantity)}) for row in rows]
 
 
-def _host_budget(model: Sizes, recipe: Recipe, limit: int, workers: int, solvers: int) -> _Budget:
+def _host_budget(needs: Sizes, recipe: Recipe, limit: int, workers: int, solvers: int) -> _Budget:
     """Of main memory: for everything on a CPU, for what waits there beside a GPU."""
     given = f"--memory-limit {size(limit)}" if recipe.execution.memory_limit else f"the {size(limit)} that are free"
-    if not model.cuda:
-        return _Budget(given, limit, workers, lambda choice: model.stages(choice, solvers))
+    if not needs.cuda:
+        return _Budget(given, limit, workers, lambda choice: needs.stages(choice, solvers))
     return _Budget(
         given if recipe.execution.memory_limit else f"{given} of main memory",
         limit,
         workers,
-        lambda choice: model.host_stages(choice, solvers),
+        lambda choice: needs.host_stages(choice, solvers),
         kind="main memory",
         suffix=" (main memory)",
     )
 
 
-def _device_budget(model: Sizes, resources: Resources, workers: int, solvers: int) -> _Budget:
+def _device_budget(needs: Sizes, resources: Resources, workers: int, solvers: int) -> _Budget:
     """Budget of the GPU with least memory free for each worker; with solvers, of the GPU where they run beside this process."""
     together = Counter(resources.places if max(workers, solvers) > 1 else [resources.device])
     beside = max(together.values()) if solvers else 0
@@ -277,7 +277,7 @@ def _device_budget(model: Sizes, resources: Resources, workers: int, solvers: in
         f"the {size(free[least])} that are free on {least}",
         free[least],
         shares[least],
-        lambda choice: model.stages(choice, beside),
+        lambda choice: needs.stages(choice, beside),
         kind="GPU memory",
         quantity=DEVICE,
         even="one window at a time",

@@ -131,67 +131,65 @@ class Sizes:
     """Windows that the dense model runs on, by how many there are and how many are in a batch (:func:`~.drift.dense_windows`)."""
 
     @classmethod
-    def measure(cls, skeleton: LayerwiseModel, layout: Layout, recipe: Recipe, sparsity: Mapping[str, Constraint], tokens: Tensor) -> Sizes:
+    def measure(cls, model: LayerwiseModel, layout: Layout, recipe: Recipe, sparsity: Mapping[str, Constraint], tokens: Tensor) -> Sizes:
         """From the checkpoint's headers, one window through one decoder layer, and a small solve of each group."""
         samples, seqlen = tokens.shape
-        checkpoint = skeleton.checkpoint
-        itemsize = skeleton.dtype.itemsize
+        checkpoint = model.checkpoint
+        itemsize = model.dtype.itemsize
         stored = min(itemsize, checkpoint.dtype.itemsize)
-        in_layers = [{skeleton.source(name) for name in skeleton.layer_parameters(index)} for index in range(len(skeleton))]
+        in_layers = [{model.source(name) for name in model.layer_parameters(index)} for index in range(len(model))]
         outside = set(checkpoint.names()).difference(*in_layers)
 
         def size(names: set[str]) -> int:
             return sum(math.prod(checkpoint.entry(name).shape) for name in names) * itemsize
 
-        with skeleton.embeddings_and_head(head=False):
-            hidden, calls = skeleton.embed(tokens[:1])
-        with skeleton.layer(0):
+        with model.embeddings_and_head(head=False):
+            hidden, calls = model.embed(tokens[:1])
+        with model.layer(0):
             with torch.no_grad():
-                forward = peak_bytes(lambda: skeleton.run(0, hidden, calls[0]))
-            backward = peak_bytes(lambda: _differentiate(skeleton, hidden, calls[0])) if differentiates(recipe) or recipe.reconstruct else 0
-        index = max(range(len(skeleton)), key=layout.weights)  # where solving takes most
+                forward = peak_bytes(lambda: model.run(0, hidden, calls[0]))
+            backward = peak_bytes(lambda: _differentiate(model, hidden, calls[0])) if differentiates(recipe) or recipe.reconstruct else 0
+        index = max(range(len(model)), key=layout.weights)  # where solving takes most
         groups = layout.layers[index]
         told = drift_sources(recipe, layout, index, same=recipe.propagate == "dense")
         kept = [kept_width(groups[number], source) for number, source in told.items()]
         rows = tuple(
-            _group_sizes(
-                group, [sparsity[layout.full_name(index, operator)] for operator in group], recipe, told.get(number), skeleton.device
-            )
+            _group_sizes(group, [sparsity[layout.full_name(index, operator)] for operator in group], recipe, told.get(number), model.device)
             for number, group in enumerate(groups)
         )
         operators = sum(group.weight for group in rows)
         passes = recipe.propagate == "pruned" and not recipe.reconstruct  # after the last group
         widths = {operator.name: operator.columns for group in groups[: len(groups) - (not passes)] for operator in group}
-        endings = kept_projections(layout, index, skeleton.device).values() if recipe.error_correction else ()
+        endings = kept_projections(layout, index, model.device).values() if recipe.error_correction else ()
         return cls(
             base=resident_memory() + RETAINED,
             ends=size(outside),
             largest=max(checkpoint.entry(name).nbytes for name in checkpoint.names()),
             checkpoint=checkpoint.nbytes,
-            pruned=sum(map(layout.weights, range(len(skeleton)))) * stored,
+            pruned=sum(map(layout.weights, range(len(model)))) * stored,
             layer=max(size(names) for names in in_layers),
             stored=stored,
             together=not recipe.error_correction,
-            window=seqlen * skeleton.width * itemsize,
+            window=seqlen * model.width * itemsize,
             forward=forward,
             groups=rows,
             float_input=4 * seqlen * max(operator.columns for group in groups for operator in group),
-            float_residual=2 * 4 * seqlen * skeleton.width * recipe.corrects_drift,
+            float_residual=2 * 4 * seqlen * model.width * recipe.corrects_drift,
             kept=sum(kept) * seqlen * itemsize,
             entering=max((seqlen * widths[ending.operator] * itemsize for ending in endings if ending.operator in widths), default=0),
             samples=samples,
             streams=2,
             dense=recipe.corrects_drift + (0 if recipe.propagate == "dense" or not recipe.dense_share else 2),
             inside=1 + bool(recipe.reconstruct and recipe.dense_share < 1),
-            layers=len(skeleton),
+            layers=len(model),
             backward=backward if differentiates(recipe) else 0,
-            matching=backward + (5 * 4 + 1 + itemsize) * operators // 4 + 3 * 4 * skeleton.width**2 if recipe.reconstruct else 0,
-            metric=4 * skeleton.width * (skeleton.width if skeleton.width <= WIDE else 1) if recipe.reconstruct else 0,
-            logits=4 * 4 * min(seqlen, HEAD_TOKENS) * int(skeleton.config.get_text_config().vocab_size),
+            matching=backward + (5 * 4 + 1 + itemsize) * operators // 4 + 3 * 4 * model.width**2 if recipe.reconstruct else 0,
+            metric=4 * model.width * (model.width if model.width <= WIDE else 1) if recipe.reconstruct else 0,
+            logits=4 * 4 * min(seqlen, HEAD_TOKENS) * int(model.config.get_text_config().vocab_size),
             measured=needs_measuring(recipe),
             reordered=permutes(recipe),
             weighted=weighs_rows(recipe),
-            cuda=skeleton.device.type == "cuda",
+            cuda=model.device.type == "cuda",
             dense_windows=partial(dense_windows, recipe, layout, seqlen=seqlen),
         )
 
@@ -295,10 +293,10 @@ class Sizes:
         return self.checkpoint + self.pruned + (max(states, measuring) if choice.on_disk else 0)
 
 
-def _differentiate(skeleton: LayerwiseModel, hidden: Tensor, call: Call) -> None:
+def _differentiate(model: LayerwiseModel, hidden: Tensor, call: Call) -> None:
     with torch.enable_grad():
         entering = hidden.detach().requires_grad_()
-        torch.autograd.grad(skeleton.run(0, entering, call).float().sum(), entering)
+        torch.autograd.grad(model.run(0, entering, call).float().sum(), entering)
 
 
 def _group_sizes(
