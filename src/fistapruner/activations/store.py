@@ -41,7 +41,7 @@ class HiddenStates:
 
     @property
     def nbytes(self) -> int:
-        """Size in bytes."""
+        """Return the size in bytes."""
         return self.samples * self._window
 
     def read(self, start: int, stop: int, device: torch.device = CPU, dtype: torch.dtype | None = None) -> Tensor:

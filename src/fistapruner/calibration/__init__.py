@@ -1,4 +1,4 @@
-"""Calibration data: texts, the windows of tokens drawn from them, and text the model writes itself."""
+"""Make calibration windows from texts, data sets, or text that the model generates."""
 
 from .text import adds_bos, read_documents
 from .windows import SELF, calibration_tokens, tokens_sha256

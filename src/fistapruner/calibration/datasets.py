@@ -1,8 +1,8 @@
-"""The known data sets: one table for calibration (train split) and evaluation (held-out split).
+"""Load the known data sets: one table for calibration (train split) and evaluation (held-out split).
 
-The string that joins rows and the rows that are taken are part of the protocol that the pruning papers share: a blank
-line for WikiText-2, a space for Penn Treebank and C4. C4 has no small test split, so the papers take its first 1,100
-validation documents, and of them the first 256 windows.
+The rows and the string that joins them follow the protocol of the pruning papers: a blank line for WikiText-2, a
+space for Penn Treebank and C4. C4 has no small test split, so the papers use its first 1,100 validation documents,
+and of these the first 256 windows.
 """
 
 from __future__ import annotations
@@ -18,10 +18,10 @@ class Split:
 
     Args:
         name: as ``datasets.load_dataset`` takes it.
-        joint: string between rows; None keeps every row as a document of its own.
-        files: files of the repository that hold it; None takes the data set's own list.
-        rows: most rows to take; None takes all.
-        windows: most windows to take; None takes all.
+        joint: string that joins rows; None keeps every row as a document.
+        files: files of the split in the repository; None is the data set's own list.
+        rows: maximum number of rows; None takes all.
+        windows: maximum number of windows; None takes all.
     """
 
     name: str
@@ -33,13 +33,13 @@ class Split:
 
 @dataclass(frozen=True)
 class DataSet:
-    """A data set of the hub.
+    """A data set on the Hugging Face hub.
 
     Args:
-        path: repository; ``configuration``: of it.
-        column: column of the text.
-        training: split that calibration reads.
-        held_out: split that evaluation reads.
+        path: repository; ``configuration``: its configuration.
+        column: column with the text.
+        training: split for calibration.
+        held_out: split for evaluation.
     """
 
     path: str
@@ -82,7 +82,7 @@ def load_documents(name: str, *, held_out: bool = False) -> list[str]:
     try:
         files = {split.name: split.files} if split.files else None
         rows = datasets.load_dataset(known.path, known.configuration, split=split.name, data_files=files)
-    except Exception as error:  # the hub, the network and the loader each fail in their own ways
+    except Exception as error:  # the hub, the network and the loader have their own errors
         reason = " ".join(str(error).split())[:200]
         raise FistaPrunerError(
             f"data set {name!r} ({known.path}) could not be loaded: {reason}; a local file works without network"

@@ -23,8 +23,13 @@ from ..models.coupling import named_size
 from .text import adds_bos
 
 TEXT_LENGTH = 512
+"""Tokens of a generated text, at most."""
+
 CACHE_BYTES = 2**30
+"""Bytes of keys and values of a batch, at most."""
+
 MAX_BATCH = 128
+"""Texts of a batch, at most."""
 
 
 def generate_tokens(
@@ -164,6 +169,7 @@ def _update_in_place(layer: Any, room: int, keys: Tensor, values: Tensor, *_: An
 
 
 def _cannot(model: Any, reason: str) -> FistaPrunerError:
+    """Make the error that a model cannot generate text."""
     return FistaPrunerError(
         f"{type(model).__name__} cannot generate calibration text: {reason}; give a text source with --calibration instead"
     )

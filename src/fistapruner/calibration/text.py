@@ -1,6 +1,6 @@
-"""Texts as lists of documents: local files, the language reference that every Python ships with, known data sets.
+"""Read texts as lists of documents: local files and the language reference that Python ships with.
 
-Used for calibration and for evaluation alike, so that both read a file in the same way.
+Calibration and evaluation both use it, so that they read a file in the same way.
 """
 
 from __future__ import annotations
@@ -14,13 +14,15 @@ from ..errors import FistaPrunerError, MissingExtraError
 
 PYTHON, PYTHON_EVAL = "python", "python-eval"
 PYTHON_EVAL_TOPICS = ("compound", "debugger", "formatstrings")
-"""Topics of the language reference that are kept for evaluation: statements, the debugger, format strings."""
+"""Topics of the language reference for evaluation only: statements, the debugger, format strings."""
 
 SUFFIXES = (".txt", ".raw", ".md", ".jsonl", ".parquet")
 
 
 def read_documents(path: str | Path) -> list[str]:
-    """Documents of a local file: a text file is one; a ``.jsonl`` line or a Parquet row (field ``text``) is one.
+    """Read the documents of a local file: a whole text file, a ``.jsonl`` line or a Parquet row each.
+
+    Lines and rows have their text in the field ``text``.
 
     Raises:
         FistaPrunerError: no such file, another suffix, not UTF-8, a broken line (its number is given), no ``text``.
@@ -46,22 +48,22 @@ def read_documents(path: str | Path) -> list[str]:
 
 
 def python_documents(part: str = PYTHON) -> list[str]:
-    """The language reference that every Python ships with (``pydoc_data.topics``), a topic a document.
+    """Read the language reference that Python ships with (``pydoc_data.topics``), one topic a document.
 
-    The reference repeats itself, so paragraphs count once; those of :data:`PYTHON_EVAL_TOPICS` are in the part
-    ``python-eval`` only and all others in the part ``python`` only: no paragraph is in both.
+    Repeated paragraphs are taken once. Paragraphs of :data:`PYTHON_EVAL_TOPICS` are in the part ``python-eval`` only,
+    all others in the part ``python`` only.
 
     Args:
         part: ``python`` (calibration) or ``python-eval`` (evaluation).
 
     Raises:
-        FistaPrunerError: this Python comes without its documentation.
+        FistaPrunerError: this Python has no ``pydoc_data``.
     """
     try:
         from pydoc_data.topics import topics
     except ImportError:
         raise FistaPrunerError(f"text {part!r}: this Python comes without the module pydoc_data.topics") from None
-    # Large topics first: they hold whole chapters, of which the small ones are extracts.
+    # Large topics first: they are whole chapters; small topics repeat parts of them.
     order = sorted(topics, key=lambda name: (name not in PYTHON_EVAL_TOPICS, -len(topics[name]), name))
     seen: set[str] = set()
     documents = []
@@ -74,7 +76,7 @@ def python_documents(part: str = PYTHON) -> list[str]:
 
 
 def adds_bos(tokenizer: Any) -> bool:
-    """Whether the tokenizer, left to its own settings, begins a text with its BOS token."""
+    """Check whether the tokenizer, by its own settings, begins a text with BOS."""
     if tokenizer.bos_token_id is None:
         return False
     ids = tokenizer("a", return_attention_mask=False)["input_ids"]
@@ -82,6 +84,7 @@ def adds_bos(tokenizer: Any) -> bool:
 
 
 def _text_of_line(line: bytes, where: str) -> str:
+    """Read the text of one ``.jsonl`` line; ``where`` names it in messages."""
     try:
         record = json.loads(line.decode("utf-8"))
     except UnicodeDecodeError:
@@ -94,6 +97,7 @@ def _text_of_line(line: bytes, where: str) -> str:
 
 
 def _parquet_documents(path: Path) -> Iterator[str]:
+    """Yield the texts of a Parquet file."""
     try:
         import pyarrow
         import pyarrow.parquet

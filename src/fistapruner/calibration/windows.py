@@ -1,8 +1,8 @@
-"""Windows of calibration tokens.
+"""Draw windows of calibration tokens.
 
-As the papers' loader does it: documents longer than a window are drawn at random and of each one random window is
-taken. Where too few documents are that long, windows are drawn from the concatenation of all; the facts returned with
-the tokens say which of the two was done.
+As in the papers' loader, documents longer than a window are drawn at random, and one random window of each is taken.
+Where too few documents are that long, windows are drawn from the concatenation of all. The facts returned with the
+tokens record the choice.
 """
 
 from __future__ import annotations
@@ -25,7 +25,8 @@ from .text import PYTHON, PYTHON_EVAL, SUFFIXES, adds_bos, python_documents, rea
 
 SELF = "self"
 JOINT = "\n\n"
-ENOUGH = 16  # of the tokens needed: the concatenation of a very large source stops there
+ENOUGH = 16
+"""The concatenation of a large source stops at this multiple of the tokens needed."""
 
 
 def calibration_tokens(
@@ -37,14 +38,14 @@ def calibration_tokens(
 ) -> tuple[Tensor, dict[str, Any]]:
     """Draw the calibration windows.
 
-    Tokenizers that begin a text with BOS by their own setting get one at the start of every window.
+    Where the tokenizer by its own settings begins a text with BOS, every window begins with BOS.
 
     Args:
         settings: source, number of windows, seed.
         tokenizer: a ``transformers`` tokenizer.
         seqlen: tokens in a window.
-        load_model: gives the model that writes the text of the source ``self``; it is called for that source only.
-        say: told in a sentence, now and then, how far the generation of text is.
+        load_model: loads the model that generates text; called for the source ``self`` only.
+        say: receives the progress of text generation, as sentences.
 
     Returns:
         (samples, seqlen) int64 token ids, and the facts: ``source``, ``how`` (how windows were drawn), ``documents``
@@ -75,12 +76,12 @@ def calibration_tokens(
 
 
 def tokens_sha256(tokens: Tensor) -> str:
-    """Hash of calibration token ids, as the facts about them have it."""
+    """Hash token ids with SHA-256."""
     return hashlib.sha256(tokens.contiguous().numpy().tobytes()).hexdigest()
 
 
 def _tenths(say: Callable[[str], None]) -> Callable[[int, int], None]:
-    """A progress callback that speaks at every tenth of the work."""
+    """Make a progress callback that calls ``say`` at every tenth of the work."""
     begin, said = time.monotonic(), 0
 
     def progress(done: int, total: int) -> None:
@@ -94,10 +95,10 @@ def _tenths(say: Callable[[str], None]) -> Callable[[int, int], None]:
 
 
 def check_source(source: str) -> None:
-    """Refuse a calibration source that is neither a known name nor a readable kind of file, without reading it.
+    """Refuse a calibration source that is neither a known name nor a file of a known kind.
 
     Raises:
-        FistaPrunerError: names the source and what there is.
+        FistaPrunerError: names the source and the known ones.
     """
     if source in (SELF, PYTHON, PYTHON_EVAL) or source in DATA_SETS:
         return
@@ -108,7 +109,7 @@ def check_source(source: str) -> None:
 
 
 def source_documents(source: str) -> list[str]:
-    """Documents of a text source (anything but ``self``).
+    """Read the documents of a text source (any but ``self``).
 
     Raises:
         FistaPrunerError: unknown, unreadable, or empty.
@@ -129,18 +130,18 @@ def source_documents(source: str) -> list[str]:
 def draw_windows(
     documents: list[str], tokenizer: Any, samples: int, seqlen: int, *, seed: int = 0, source: str = "text"
 ) -> tuple[Tensor, str]:
-    """Draw ``samples`` windows of ``seqlen`` tokens, and say how it was done.
+    """Draw ``samples`` windows of ``seqlen`` tokens; return them and a sentence on the method.
 
     Args:
         documents: the texts.
         tokenizer: a ``transformers`` tokenizer.
         samples: number of windows.
         seqlen: tokens in a window, BOS included.
-        seed: the same seed draws the same windows.
+        seed: of the random numbers.
         source: name of the text, for messages.
 
     Raises:
-        FistaPrunerError: the text has fewer tokens than are needed for so many different windows.
+        FistaPrunerError: the text is too short for ``samples`` different windows.
     """
     random = Random(seed)
     bos = [tokenizer.bos_token_id] if adds_bos(tokenizer) else []
@@ -186,12 +187,12 @@ def draw_windows(
 
 
 def _tokenise(documents: list[str], tokenizer: Any, source: str) -> Iterator[list[int]]:
-    """Token ids of documents one after the other, tokenised a batch at a time."""
+    """Tokenise documents in batches; yield the token ids of each."""
     for start in range(0, len(documents), 64):
         batch = documents[start : start + 64]
         try:
             ids = tokenizer(batch, add_special_tokens=False, return_attention_mask=False, verbose=False)["input_ids"]
-        except Exception as error:  # tokenizers are extensions with their own exceptions
+        except Exception as error:  # tokenizers have their own exceptions
             raise FistaPrunerError(
                 f"the tokenizer cannot read the calibration text {source!r}: {' '.join(str(error).split())[:200]}"
             ) from None

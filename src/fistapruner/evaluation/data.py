@@ -38,7 +38,7 @@ class Windows:
 
     @property
     def seqlen(self) -> int:
-        """Tokens in a window."""
+        """Return the number of tokens in a window."""
         return int(self.tokens.shape[1])
 
     @property

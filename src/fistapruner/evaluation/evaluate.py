@@ -145,6 +145,7 @@ def _check_same_tokens(model: LayerwiseModel, reference: LayerwiseModel, tokeniz
 
 
 def _protocol(windows: Windows, opened: LayerwiseModel) -> dict[str, Any]:
+    """Return the settings that a perplexity depends on, for its record."""
     return {
         "data": windows.data,
         "split": windows.split,

@@ -47,7 +47,7 @@ class OperatorInspection:
 
     @property
     def sparsity(self) -> float:
-        """Share of zeros."""
+        """Return the share of zeros."""
         return self.zeros / max(self.weights, 1)
 
 
@@ -72,13 +72,13 @@ class Inspection:
 
     @property
     def pruned(self) -> tuple[OperatorInspection, ...]:
-        """Operators with a claim; if there are no claims, those with at least 1% zeros."""
+        """Return the operators with a claim; without claims, those with at least 1% zeros."""
         claimed = tuple(operator for operator in self.operators if operator.claim is not None)
         return claimed or tuple(operator for operator in self.operators if operator.sparsity >= 0.01)
 
     @property
     def violations(self) -> list[str]:
-        """All faults, one sentence each."""
+        """Return all faults, one sentence each."""
         return [*self.faults, *(f"{operator.name}: {operator.fault}" for operator in self.operators if operator.fault)]
 
     def to_json(self) -> dict[str, Any]:
@@ -172,6 +172,7 @@ def exact_pattern(weight: Tensor, zeros: int) -> NM | None:
 
 
 def _inspect(entry: TensorEntry, tensor: Tensor, zeros: int, claim: dict[str, Any] | None, transposed: bool) -> OperatorInspection:
+    """Inspect one operator."""
     weight = (tensor.T if transposed else tensor).contiguous()
     pattern = exact_pattern(weight, zeros) if weight.ndim == 2 else None
     fault = None if bool(torch.isfinite(tensor).all()) else "has NaN or infinite weights"
@@ -182,7 +183,7 @@ def _inspect(entry: TensorEntry, tensor: Tensor, zeros: int, claim: dict[str, An
 
 
 def _violation(weight: Tensor, zeros: int, claim: dict[str, Any]) -> str | None:
-    """Say how a weight (rows, columns) violates a claim; None if it does not."""
+    """Describe how a weight (rows, columns) violates a claim; None if it does not."""
     try:
         sparsity = parse_sparsity(claim["sparsity"])
     except (FistaPrunerError, KeyError) as error:

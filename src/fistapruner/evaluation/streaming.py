@@ -1,9 +1,9 @@
-"""Forward passes for evaluation, layer by layer: the model is never whole in memory.
+"""Run forward passes for evaluation layer by layer; the model is never whole in memory.
 
-All windows of a block go through one decoder layer before the next layer is read, so a checkpoint larger than memory can
-be evaluated, each layer is read once for a block, and its weights stay warm in the cache. Only hidden states are kept,
-``seqlen * width`` numbers a window. If those of all windows do not fit, the windows are cut into blocks and the
-checkpoint is read once for each.
+All windows of a block go through one decoder layer before the next layer is read. So a checkpoint larger than memory
+can be evaluated, and each layer is read once for a block. Only hidden states are stored, ``seqlen * width`` numbers
+for each window. If those of all windows do not fit, the windows are cut into blocks, and the checkpoint is read once
+for each block.
 """
 
 from __future__ import annotations
@@ -25,12 +25,13 @@ from .scoring import Head, WindowSums, compare_tokens, score_tokens, slices
 
 @dataclass(frozen=True)
 class Passes:
-    """How forward passes are carried out.
+    """Settings of forward passes.
 
     Args:
-        batch_size: windows in one forward pass; None takes as many as make about 2,048 tokens on a CPU, 16,384 on a GPU.
-        memory_limit: bytes that hidden states may take; None takes half of what is free.
-        tick: told of progress.
+        batch_size: windows in one forward pass; None takes as many as make about 2,048 tokens on a CPU, 16,384 on a
+            GPU.
+        memory_limit: bytes of hidden states; None is half of the free memory.
+        tick: receives progress: (what, steps done, steps in all).
     """
 
     batch_size: int | None = None
@@ -38,17 +39,17 @@ class Passes:
     tick: Tick = lambda what, done, total: None
 
     def batch(self, seqlen: int, device: torch.device) -> int:
-        """Windows in one forward pass."""
+        """Return the number of windows in one forward pass."""
         return self.batch_size or windows_at_once(seqlen, device)
 
 
 def score_windows(model: LayerwiseModel, tokens: Tensor, passes: Passes, reference: LayerwiseModel | None = None) -> WindowSums:
-    """Sums over every window of a model, and of a reference model on the same tokens.
+    """Compute sums over every window of a model, and of a reference model on the same tokens.
 
     Args:
         model: the model.
         tokens: (windows, seqlen) token ids.
-        passes: how to carry it out.
+        passes: settings of the passes.
         reference: the dense model, or None.
 
     Raises:
@@ -85,7 +86,7 @@ def _last_hidden(model: LayerwiseModel, tokens: Tensor, passes: Passes) -> Hidde
 
 
 def _reduce(models: list[LayerwiseModel], states: list[HiddenStates], tokens: Tensor) -> list[tuple[float, ...]]:
-    """Sums of every window of a block from the last hidden states of one or two models."""
+    """Compute sums of every window of a block from the last hidden states of one or two models."""
     vocabulary = vocabulary_size(models[0])
     rows: list[tuple[float, ...]] = []
     with torch.no_grad(), models[0].embeddings_and_head(), models[-1].embeddings_and_head() if len(models) == 2 else nullcontext():
@@ -102,12 +103,12 @@ def _reduce(models: list[LayerwiseModel], states: list[HiddenStates], tokens: Te
 
 
 def vocabulary_size(model: LayerwiseModel) -> int:
-    """Width of the model's logits."""
+    """Return the width of the model's logits."""
     return int(model.config.get_text_config().vocab_size)
 
 
 def _head(model: LayerwiseModel) -> Head:
-    """The model's own final norm, head and logit scaling. They act on each token alone, so any tokens may be given."""
+    """Return the model's own final norm and head, which act on each token alone, whatever the ids."""
 
     def head(hidden: Tensor) -> Tensor:
         ids = torch.zeros(1, len(hidden), dtype=torch.int64)

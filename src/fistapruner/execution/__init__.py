@@ -1,1 +1,1 @@
-"""Who prunes which decoder layer: this process, processes of this machine, or a cluster."""
+"""Distribute the decoder layers over this process, worker processes or a cluster."""

@@ -1,4 +1,4 @@
-"""Who works on which decoder layer: this process, several processes of this machine, or a Ray cluster."""
+"""Choose who prunes which decoder layer: this process, worker processes or a Ray cluster."""
 
 from __future__ import annotations
 
@@ -26,21 +26,22 @@ def prune_layers(
     listener: Listener,
     inspect: Callable[[int, int, LayerProblem], None] | None = None,
 ) -> None:
-    """Prune the decoder layers in ``todo`` with the executor that ``execution`` names; each is journaled when it is done.
+    """Prune the decoder layers in ``todo`` with an executor; each layer is journaled when it is done.
 
-    The result does not depend on the executor: whichever it is, a layer is computed by one process on
-    ``work.numerics.threads`` threads. With ``propagate=pruned`` a layer is fed by the pruned layers before it: they are
-    done one after the other by this process, and the workers solve the parts of its groups of operators side by side.
+    The result does not depend on the executor: with any of them, a layer is computed by one process on
+    ``work.numerics.threads`` threads. With ``propagate=pruned`` the input of a layer is the output of the pruned
+    layer before
+    it: this process prunes layers in order, and workers solve the parts of its groups of operators in parallel.
 
     Args:
         work: the opened run.
         todo: indices of layers that are not journaled yet.
         execution: executor, workers, device.
-        listener: told of progress.
-        inspect: receives (layer, group, problem) before each solve; only a run in this process can give it.
+        listener: receives progress.
+        inspect: receives (layer, group, problem) before each solve; it makes the run serial.
 
     Raises:
-        FistaPrunerError: the executor is not to be had, or bad data.
+        FistaPrunerError: the executor is not available, or bad data.
     """
     if not todo:
         return
@@ -67,7 +68,7 @@ def prune_layers(
 
 
 def _pool(work: RunContext, execution: Execution, jobs: int, listener: Listener) -> Pool:
-    """The workers of an executor, no more than there are ``jobs`` at once."""
+    """Start the workers of an executor, at most one for each of ``jobs``."""
     count = work.numerics.threads
     if execution.executor == "process":
         devices = worker_devices(execution.device, execution.workers, count)[:jobs]
@@ -81,7 +82,7 @@ def _pool(work: RunContext, execution: Execution, jobs: int, listener: Listener)
 
 
 def _parts(work: RunContext, index: int) -> list[list[Part]]:
-    """The parts of every group of decoder layer ``index``."""
+    """Cut every group of decoder layer ``index`` into parts."""
     found: list[list[Part]] = [[]]
     for group in work.layout.layers[index]:
         patterns = [work.sparsity[work.layout.full_name(index, operator)] for operator in group]
@@ -90,7 +91,7 @@ def _parts(work: RunContext, index: int) -> list[list[Part]]:
 
 
 def default_threads(execution: Execution) -> int:
-    """CPU threads of each worker: all cores for one, an equal share for several. Decided once for a run and recorded."""
+    """Choose the CPU threads of each worker: an equal share of the cores. Recorded once for a run."""
     if execution.threads:
         return execution.threads
     if execution.executor == "serial":

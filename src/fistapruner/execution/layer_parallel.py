@@ -1,8 +1,8 @@
-"""Prune decoder layers on several workers at once, every layer fed by the dense model.
+"""Prune decoder layers in parallel, each on the hidden states of the dense model.
 
-The dense model's hidden states pass through all layers once, from worker to worker. The job of layer i begins with the
-layer's dense pass, which also gives the input of layer i + 1. As soon as that file is written the next worker starts on
-it, while the first one goes on to solve.
+The dense model's hidden states pass through all layers once. The job of layer i begins with the layer's dense pass,
+which also writes the input of layer i + 1. When that file is complete, the next worker starts on it, while the first
+one solves.
 """
 
 from __future__ import annotations
@@ -24,17 +24,17 @@ def prune_layers_in_parallel(work: RunContext, todo: Collection[int], pool: Pool
         work: the opened run; ``propagate`` is ``dense``.
         todo: indices of layers that are not journaled yet.
         pool: the workers; the caller closes it.
-        listener: told of progress.
+        listener: receives progress.
 
     Raises:
-        FistaPrunerError: a worker reports an error of the user's input, or dies of the same layer again and again.
+        FistaPrunerError: a worker reports an error of the user's input, or dies repeatedly at the same layer.
     """
     work.embed(_file(0), on_disk=True)[0].close(keep=True)
     run_jobs(pool, _LayerSchedule(work, todo, listener))
 
 
 class _LayerSchedule:
-    """Decoder layers in order, each as soon as its input is written; the files of hidden states in between."""
+    """Schedule decoder layers in order, each when its input is written; remove files that are read."""
 
     def __init__(self, work: RunContext, todo: Collection[int], listener: Listener) -> None:
         self._work, self._todo, self._listener = work, todo, listener

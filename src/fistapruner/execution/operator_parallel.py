@@ -1,8 +1,8 @@
 """Solve the parts of a group of operators on several workers.
 
-With ``propagate=pruned`` decoder layers are done one after the other, but the parts of a group of operators
-(:mod:`fistapruner.pruning.partition`) are independent. A job names two files in ``RUN/hidden``, the Gram of the group and
-the part's rows of everything else, and a third for the solution.
+With ``propagate=pruned`` decoder layers are pruned in order, but the parts of a group of operators
+(:mod:`fistapruner.pruning.partition`) are independent. A job names three files in ``RUN/hidden``: the Gram of the
+group, the part's rows of the other tensors, and the solution.
 """
 
 from __future__ import annotations
@@ -23,11 +23,13 @@ from ..solvers.base import Method, Solution
 from .pool import Event, PartJob, Pool, run_jobs
 
 GRAM = "gram"
-"""Name of the file of a group's Gram."""
+"""Name of the file with a group's Gram."""
 
 
 class ParallelSolver:
-    """Solve groups of operators on the workers of a pool; same result as :func:`~fistapruner.pruning.partition.solve_in_parts`.
+    """Solve groups of operators on the workers of a pool.
+
+    The result is that of :func:`~fistapruner.pruning.partition.solve_in_parts`.
 
     Args:
         pool: the workers; the caller closes it.
@@ -42,7 +44,7 @@ class ParallelSolver:
         """Solve a group.
 
         Raises:
-            FistaPrunerError: bad data, or a worker that dies of the same part again and again.
+            FistaPrunerError: bad data, or a worker that dies repeatedly at the same part.
         """
         parts = cut(problem.rows, problem.shape[1], sparsity, steps)
         if len(parts) == 1:
@@ -69,7 +71,7 @@ class ParallelSolver:
 
 
 class _PartSchedule:
-    """Parts in any order; none depends on another."""
+    """Schedule parts in any order; they are independent."""
 
     def __init__(self, jobs: Sequence[PartJob]) -> None:
         self._queue = list(jobs)
@@ -85,7 +87,7 @@ class _PartSchedule:
         self._queue.insert(0, job)
 
     def progress(self, job: PartJob, event: Event) -> None:
-        """Parts report nothing before their end."""
+        """Ignore the event: parts report only their end."""
 
     def done(self, job: PartJob) -> None:
         self._left -= 1
@@ -95,10 +97,10 @@ def do_part(job: PartJob, folder: Path, steps: Sequence[Method], device: torch.d
     """Solve a part in a worker.
 
     Args:
-        job: which.
+        job: the part.
         folder: ``RUN/hidden``.
         steps: the method chain.
-        device: where.
+        device: device of the solve.
 
     Raises:
         FistaPrunerError: bad data, or a full disk.
@@ -113,6 +115,7 @@ def do_part(job: PartJob, folder: Path, steps: Sequence[Method], device: torch.d
 
 
 def _write(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str] | None = None) -> None:
+    """Write tensors to a safetensors file."""
     entries = [TensorEntry.of(name, tensor.dtype, tensor.shape) for name, tensor in tensors.items()]
     with SafetensorsWriter(path, entries, metadata) as writer:
         for name, tensor in tensors.items():
@@ -120,6 +123,7 @@ def _write(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str] | No
 
 
 def _read_solution(path: Path, device: torch.device) -> Solution:
+    """Read the solution of a part."""
     file = SafetensorsFile(path)
     record = json.loads(file.metadata["record"])
     return Solution(file.read("weight").to(device), file.read("mask").to(device), (record["stats"],), tuple(record["warnings"]))

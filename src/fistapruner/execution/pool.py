@@ -1,8 +1,8 @@
-"""Jobs, events and the one loop that runs jobs on a pool of workers.
+"""Run jobs on a pool of workers: jobs, events and the loop.
 
-A job carries indices and file names, never tensors; what it makes is written by the worker itself. So whatever dies loses
-only the jobs that were running. A :class:`Pool` starts jobs and reports events (processes of this machine, a Ray cluster);
-a :class:`Schedule` knows which job may start next and what follows from its end.
+A job carries indices and file names, never tensors; what it makes is written by the worker itself. So whatever dies
+loses only the jobs that were running. A :class:`Pool` starts jobs and reports events (processes of this machine, a
+Ray cluster); a :class:`Schedule` knows which job may start next and what follows from its end.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Workers as processes of this machine: one for each GPU, or one for each group of CPU cores."""
+"""Run workers as processes of this machine: one for each GPU, or for each group of CPU cores."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ class ProcessPool:
         """Give an idle worker a job."""
         pipe = self._processes[worker].stdin
         assert pipe is not None
-        with suppress(BrokenPipeError):  # it died while idle; its closed output says so in wait()
+        with suppress(BrokenPipeError):  # the worker died while idle; wait() sees its closed output
             pipe.write(json.dumps(job.to_json()).encode() + b"\n")
             pipe.flush()
 
@@ -74,7 +74,7 @@ class ProcessPool:
         self._selector.register(process.stdout, selectors.EVENT_READ, worker)
 
     def close(self) -> None:
-        """End all workers; what they have journaled stays."""
+        """Kill all workers; journaled layers stay."""
         for process in self._processes.values():
             process.kill()
         for process in self._processes.values():
@@ -87,6 +87,7 @@ class ProcessPool:
 
 
 def _describe(status: int) -> str:
+    """Describe how a process ended."""
     if status == -signal.SIGKILL:
         return "killed, as by the system when memory runs out"
     return f"signal {-status}" if status < 0 else f"exit status {status}"

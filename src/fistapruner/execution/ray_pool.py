@@ -1,7 +1,7 @@
-"""Workers as actors of a Ray cluster, which places them by GPUs and cores. Needs the extra ``ray``.
+"""Run workers as actors of a Ray cluster, placed by GPUs and cores. Needs the extra ``ray``.
 
 Every node must see the run directory and the model under the same path (a shared file system) and have fistapruner
-installed; a node that does not see the run directory says so at once.
+installed. A node that does not see the run directory fails at once with a message.
 """
 
 from __future__ import annotations
@@ -22,23 +22,23 @@ from .context import RunContext
 from .pool import Event, Job, PartJob
 
 ENDS = ("done", "failed", "broken", "lost")
-"""Events after which a job says nothing more."""
+"""Events that end a job."""
 
 REACH_SECONDS = 10.0
-"""How long a cluster's head may take to answer."""
+"""Timeout of the connection to a cluster's head, in seconds."""
 
 
 def require_ray(address: str | None) -> None:
-    """Refuse ``--executor ray`` where Ray is not installed, or nothing listens at a cluster's address.
+    """Refuse ``--executor ray`` where Ray is not installed or a cluster cannot be reached.
 
-    Ray itself would wait for minutes there, and a signal would not end it.
+    Ray itself would wait for minutes, and a signal would not end it.
 
     Args:
-        address: ``HOST:PORT`` of the cluster's head, ``auto`` for the one that runs on this machine, or None to start one.
+        address: ``HOST:PORT`` of the cluster's head, ``auto`` for a cluster on this machine, or None to start one.
 
     Raises:
         MissingExtraError: names the extra.
-        FistaPrunerError: names the address and what is wrong with it.
+        FistaPrunerError: names the address and the fault.
     """
     if address not in (None, "auto"):
         _require_cluster(address)
@@ -63,7 +63,7 @@ class RayPool:
     Args:
         work: the opened run.
         execution: ``address`` of the cluster (None starts one on this machine), ``workers``, ``device``.
-        jobs: how many there will be at once; more workers than that are not started.
+        jobs: number of parallel jobs; no more workers are started.
 
     Raises:
         MissingExtraError: Ray is not installed.
@@ -97,7 +97,7 @@ class RayPool:
         self._arguments = (str(work.run.folder.absolute()), work.part, "cuda" if cuda else "cpu", work.permissions)
         self._actor = ray.remote(max_restarts=0)(Actor)
         self._actors: list[Any] = [None] * self.size
-        self._streams: dict[Any, int] = {}  # what a running job reports, and its worker
+        self._streams: dict[Any, int] = {}  # event stream of a running job to its worker
         for worker in range(self.size):
             self.revive(worker)
 
@@ -123,7 +123,7 @@ class RayPool:
         return events
 
     def revive(self, worker: int) -> None:
-        """Start a worker, or start it again, wherever the cluster has room."""
+        """Start a worker, or start it again, on any node with room."""
         self._actors[worker] = self._actor.options(**self._options).remote(*self._arguments)
 
     def close(self) -> None:
@@ -152,7 +152,7 @@ class Actor:
             self.fault = {"event": "failed", "message": f"Ray worker on host {host}: {error}"}
 
     def run(self, job: dict[str, Any]) -> Iterator[Event]:
-        """Do a job, and give its events while it goes on."""
+        """Run a job; yield its events while it runs."""
         if self.fault is not None:
             yield self.fault
             return

@@ -1,4 +1,4 @@
-"""Walk the decoder layers one after the other in this process."""
+"""Prune decoder layers one after the other in this process."""
 
 from __future__ import annotations
 
@@ -23,14 +23,14 @@ def prune_serially(
     inspect: Callable[[int, int, LayerProblem], None] | None = None,
     solver: Solver | None = None,
 ) -> None:
-    """Prune the decoder layers in ``todo``; the others are only passed through, as they stand in the journal.
+    """Prune the decoder layers in ``todo``; run hidden states through the others, as journaled.
 
     Args:
         work: the opened run.
         todo: indices of layers that are not journaled yet.
-        listener: told of progress.
+        listener: receives progress.
         inspect: receives (layer, group, problem) before each solve.
-        solver: solves a group of operators; None does it here.
+        solver: solves a group of operators; None solves it in this process.
     """
     if not todo:
         return
@@ -65,7 +65,7 @@ def prune_serially(
 
 
 def _needed_after(recipe: Recipe, model: LayerwiseModel, index: int, last: int) -> tuple[bool, bool]:
-    """Whether the layer after ``index`` needs (dense, pruned) hidden states."""
+    """Check whether the layer after ``index`` needs (dense, pruned) hidden states."""
     if index == last:
         return False, False
     if recipe.propagate == "dense":

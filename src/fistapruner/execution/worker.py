@@ -1,8 +1,8 @@
-"""A worker opens the run directory, then prunes the decoder layers, or solves the parts of groups, it is given.
+"""Run a worker: open the run directory, then prune decoder layers or solve parts of groups.
 
 As a program (``python -m fistapruner.execution.worker``) it reads one JSON job a line and writes one JSON event a line
-(:mod:`fistapruner.execution.pool`). It is a plain program rather than a child of :mod:`multiprocessing`, so it needs
-nothing of the script that started the run.
+(:mod:`fistapruner.execution.pool`). It is not a child of :mod:`multiprocessing`, so it does not import the script that
+started the run.
 """
 
 from __future__ import annotations
@@ -33,14 +33,14 @@ PR_SET_PDEATHSIG = 1
 
 
 class Worker:
-    """One worker process, with the run opened.
+    """A worker with an opened run.
 
     Args:
         folder: the run directory.
         part: subfolder of ``RUN/hidden`` with this run's hidden states.
-        device: where to work.
-        shared: other hosts read what is written here, so it is flushed before it is announced.
-        permissions: what the model's files may do, as the command that started the run says.
+        device: device of the passes and solves.
+        shared: other hosts read the files that are written, so they are flushed before an event names them.
+        permissions: permissions for the model's files, given with the command that started the run.
 
     Raises:
         FistaPrunerError: the run directory cannot be opened.
@@ -53,11 +53,11 @@ class Worker:
 
     @cached_property
     def calls(self) -> Calls:
-        """The arguments that decoder layers are called with."""
+        """Record the arguments of the decoder layers, once."""
         return self.work.calls()
 
     def run(self, job: dict[str, Any], tell: Callable[[Event], None]) -> None:
-        """Do a job and report every outcome, faults too, as an event.
+        """Run a job and report every outcome, errors too, as an event.
 
         Args:
             job: a :class:`Job` or a :class:`PartJob` as JSON values.
@@ -76,6 +76,7 @@ class Worker:
             tell({"event": "broken", "message": traceback.format_exc()})
 
     def _do_layer(self, job: Job, tell: Callable[[Event], None]) -> None:
+        """Prune one decoder layer, or run hidden states through it."""
         source = self._open(job.source)
         target = None if job.target is None else self._open(job.target)
 
@@ -102,27 +103,28 @@ class Worker:
                 target.close(keep=True)
 
     def _open(self, name: str) -> HiddenStates:
+        """Open a store of hidden states in the run directory."""
         return self.work.store(name, on_disk=True)
 
 
 def die_with_parent() -> None:
-    """Let the kernel kill this process when its parent dies, so that it never writes into a later run."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole terminal; the parent decides what follows
+    """Ask the kernel to kill this process when its parent dies, so that it never writes into a later run."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches all processes of the terminal; the parent handles it
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
 
 
 def main(arguments: list[str]) -> None:
-    """Serve jobs from standard input until it ends.
+    """Run jobs from standard input until it ends.
 
     Args:
-        arguments: run directory, part, device, process id of the parent, then the names of what is permitted.
+        arguments: run directory, part, device, process id of the parent, then names of permissions.
     """
     die_with_parent()
     folder, part, device, parent, *permitted = arguments
     if os.getppid() != int(parent):
         return
-    # Events have standard output to themselves; whatever a library prints goes to standard error.
+    # Only events go to standard output; what libraries print goes to standard error.
     events = os.fdopen(os.dup(1), "w", buffering=1)
     os.dup2(2, 1)
 

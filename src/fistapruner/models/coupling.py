@@ -39,7 +39,7 @@ class Link:
 
     @property
     def channels(self) -> int:
-        """Channels in a block."""
+        """Return the number of channels of a block."""
         return self.consumer.columns // (self.blocks * self.repeats)
 
     def by_block(self, values: Tensor) -> Tensor:

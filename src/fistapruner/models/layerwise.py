@@ -79,12 +79,12 @@ class LayerwiseModel:
 
     @property
     def width(self) -> int:
-        """Width of the hidden states between decoder layers."""
+        """Return the width of the hidden states between decoder layers."""
         return int(self.config.get_text_config().hidden_size)
 
     @property
     def max_length(self) -> int:
-        """The model's maximum sequence length in tokens."""
+        """Return the model's maximum sequence length in tokens."""
         return int(getattr(self.config.get_text_config(), "max_position_embeddings", 2048) or 2048)
 
     def source(self, parameter: str) -> str:
@@ -388,6 +388,7 @@ class LayerwiseModel:
         return rounded.clone() if rounded.data_ptr() == tensor.data_ptr() else rounded
 
     def _load(self, names: list[str], replaced: Mapping[str, Tensor]) -> None:
+        """Load parameters and buffers to the device, in the passes' dtype."""
         for name in names:
             source = self._sources[name]
             tensor = replaced[source] if source in replaced else self.checkpoint.read(source)
@@ -396,6 +397,7 @@ class LayerwiseModel:
             self._assign(name, tensor.to(self.device))
 
     def _free(self, names: list[str]) -> None:
+        """Move parameters and buffers to the meta device."""
         for name in names:
             parent, _, key = name.rpartition(".")
             module = self.model.get_submodule(parent)
@@ -404,6 +406,7 @@ class LayerwiseModel:
                 self._assign(name, held.to("meta"))
 
     def _assign(self, name: str, tensor: Tensor) -> None:
+        """Replace a parameter or buffer."""
         parent, _, key = name.rpartition(".")
         module = self.model.get_submodule(parent)
         if key in module._parameters:

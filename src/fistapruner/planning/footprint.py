@@ -1,4 +1,4 @@
-"""How many bytes of tensors a piece of work holds at its peak, found by doing it once, small."""
+"""Measure the peak bytes of tensors of a computation, by running it once, small."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ from ..solvers import solve
 from ..solvers.base import Method
 
 PROBE_INPUTS = 256
-"""Inputs of the small problem that stands for a large one: terms that do not grow with both sides fade against n^2."""
+"""Inputs of the small problem: enough that terms linear in the size are small against n^2."""
 
 WORKSPACES = {"_linalg_eigh": 2}
-"""Workspace of LAPACK's divide-and-conquer, in matrices of the operand's size: PyTorch allocates it where nobody sees it."""
+"""Workspace of LAPACK's divide-and-conquer, in matrices of the operand's size: not visible to PyTorch."""
 
 
 class _LiveBytes(TorchDispatchMode):
-    """Counts the bytes of storages that operations inside make, while they live."""
+    """Count the bytes of live storages that operations inside the block allocate."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -46,6 +46,8 @@ class _LiveBytes(TorchDispatchMode):
         return out
 
     def _gone(self, key: int, size: int) -> Callable[[Any], None]:
+        """Make the callback that subtracts a freed storage."""
+
         def forget(_: Any) -> None:
             self._known.pop(key, None)
             self.live -= size
@@ -54,7 +56,7 @@ class _LiveBytes(TorchDispatchMode):
 
 
 def peak_bytes(work: Callable[[], object]) -> int:
-    """Peak of the bytes that ``work`` allocates in tensors on top of what was there before it."""
+    """Measure the peak bytes of the tensors that ``work`` allocates."""
     with _LiveBytes() as counter:
         work()
     return int(counter.peak)
@@ -63,17 +65,17 @@ def peak_bytes(work: Callable[[], object]) -> int:
 def solve_bytes(
     rows: Sequence[int], inputs: int, sparsity: Sequence[Constraint], steps: Sequence[Method], device: torch.device | str = "cpu"
 ) -> int:
-    """Peak bytes of solving a group of operators: weight, Gram and everything the method chain makes.
+    """Estimate the peak bytes of solving a group of operators: weight, Gram and all of the method chain.
 
-    All large tensors of a solver are (m, n) or (n, n), so the peak is quadratic in the size: a small problem of the same
-    proportions is solved and its peak scaled.
+    All large tensors of a solver are (m, n) or (n, n), so the peak is quadratic in the size: a small problem of the
+    same proportions is solved and its peak scaled.
 
     Args:
         rows: outputs of each operator.
         inputs: n.
         sparsity: pattern of each operator.
         steps: the method chain.
-        device: where it will be solved; on a GPU some things are computed in other ways.
+        device: device of the solve; on a GPU some steps are computed differently.
     """
     small = min(inputs, PROBE_INPUTS)
     scale = inputs / small

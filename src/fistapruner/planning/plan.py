@@ -1,7 +1,7 @@
-"""What a run will need, before it begins: memory, disk and time; and what is chosen so that it fits.
+"""Plan a run before it begins: predict memory, disk and time, and choose settings that fit.
 
-Memory and disk are counted (:mod:`fistapruner.planning.sizes`), time is measured on the first batch of calibration windows
-(:mod:`fistapruner.planning.probe`). The predictions are kept and stand beside the measurements in the report.
+Memory and disk are counted (:mod:`fistapruner.planning.sizes`); time is measured on the first batch of calibration
+windows (:mod:`fistapruner.planning.probe`). The report shows predictions beside measurements.
 """
 
 from __future__ import annotations
@@ -29,10 +29,10 @@ from .probe import measure_time
 from .sizes import Choice, Sizes
 
 RESERVE = 0.9
-"""Share of the free memory that a run without --memory-limit plans with."""
+"""Share of the free memory that a run without --memory-limit may use."""
 
 DEVICE_RESERVE = 2**29
-"""Bytes of a GPU's free memory that are left to each process for its context, workspaces of libraries and pieces between blocks."""
+"""Bytes of a GPU's free memory reserved in each process for CUDA context, workspaces and fragments."""
 
 MEMORY, TIME, DISK, DEVICE = "peak memory", "pruning, one worker", "disk", "peak GPU memory"
 
@@ -42,11 +42,11 @@ class Plan:
     """A plan that fits.
 
     Args:
-        choice: what was chosen.
-        stages: bytes of main memory at the peak of each stage; for the work on a GPU those of the GPU, and beside them those of main
-            memory, whose names say so.
+        choice: the chosen settings.
+        stages: peak bytes of each stage, of main memory; on a GPU those of the GPU, then those of main memory with
+            ``(main memory)`` in their names.
         rows: the predictions, for the report.
-        says: sentences on what was chosen, and why.
+        says: sentences on the choice and its reasons.
     """
 
     choice: Choice
@@ -57,17 +57,17 @@ class Plan:
 
 @dataclass(frozen=True)
 class _Budget:
-    """What a run may take of main memory, or of a GPU's, and what it would.
+    """Budget of a run in main memory or in a GPU's, and its predicted use.
 
     Args:
         given: the budget, in messages.
         limit: bytes.
-        sharing: processes that each take what the stages say.
-        stages: bytes at the peak of every stage, by choice.
-        kind: of memory, in messages.
+        sharing: processes that each need the bytes of the stages.
+        stages: peak bytes of every stage, as a function of the choice.
+        kind: kind of memory, in messages.
         quantity: row of the report.
-        suffix: what is said of its stages where there are others.
-        even: the last that was tried; ``more``: what else may help.
+        suffix: added to names of stages.
+        even: the smallest settings, in messages; ``more``: advice in messages.
     """
 
     given: str
@@ -81,20 +81,20 @@ class _Budget:
     more: str = "give more"
 
     def worst(self, choice: Choice) -> str:
-        """The stage that needs most."""
+        """Return the stage that needs most."""
         stages = self.stages(choice)
         return max(stages, key=lambda name: stages[name])
 
     def peak(self, choice: Choice) -> int:
-        """Bytes that it needs."""
+        """Return the peak bytes of all stages."""
         return max(self.stages(choice).values())
 
     def holds(self, choice: Choice) -> bool:
-        """Whether a run as ``choice`` says fits."""
+        """Check whether a run with ``choice`` fits."""
         return self.peak(choice) * self.sharing <= self.limit
 
     def refusal(self, choice: Choice) -> FistaPrunerError:
-        """That not even ``choice`` fits."""
+        """Make the error that ``choice`` does not fit."""
         shared = f" in each of {self.sharing} workers" if self.sharing > 1 else ""
         return FistaPrunerError(
             f"{self.given} is not enough: {self.worst(choice)} needs {size(self.peak(choice))}{shared}, even with {self.even}; "
@@ -117,16 +117,17 @@ def make_plan(
     Args:
         model: the model.
         layout: operators to prune.
-        recipe: settings; ``execution.memory_limit`` is what all workers together may use of main memory. A GPU is taken for as much
-            as it has free.
+        recipe: settings; ``execution.memory_limit`` is for all workers together, in main memory. Of a GPU, all free
+            memory may be used.
         sparsity: pattern of every operator, by full name.
         tokens: (samples, seqlen) calibration tokens; only their number matters for memory.
         batch_size: windows in one forward pass, if they fit.
-        out: the run directory, whose disk is asked for its free space.
-        workers: processes of this machine that work at once: on layers, or with ``propagate=pruned`` on parts of a group.
+        out: the run directory; its disk must have the free space.
+        workers: parallel processes on this machine: on layers, or with ``propagate=pruned`` on parts of a group.
 
     Raises:
-        FistaPrunerError: no choice fits the memory (main or the GPU's), or the disk is too small; names the stage and the bytes.
+        FistaPrunerError: no choice fits the memory (main or the GPU's), or the disk is too small; names the stage and
+            the bytes.
     """
     with room_for(model.device, "one window"):
         needs = Sizes.measure(model, layout, recipe, sparsity, tokens)
@@ -148,8 +149,8 @@ class Resources:
 
     Args:
         limit: bytes of main memory for all workers together.
-        device: that the layers run on.
-        free: bytes that each GPU with workers has free; empty on a CPU.
+        device: device of the layers.
+        free: free bytes of each GPU with workers; empty on a CPU.
         places: the device of each worker.
     """
 
@@ -160,7 +161,7 @@ class Resources:
 
     @classmethod
     def of_this_machine(cls, recipe: Recipe, device: torch.device, workers: int) -> Resources:
-        """Look up what this machine has free."""
+        """Measure the free memory of this machine."""
         execution = recipe.execution
         limit = execution.memory_limit or int((free_memory() + resident_memory()) * RESERVE)
         alone = device.type != "cuda" or workers <= 1
@@ -174,10 +175,10 @@ class Fitted:
     """A choice that fits, and the budgets that it fits.
 
     Args:
-        choice: what was chosen.
-        workers: processes that work on a layer each.
+        choice: the chosen settings.
+        workers: processes that prune a layer each.
         budgets: of the GPU, if there is one, and of main memory.
-        changed: sentence on what was changed to fit; None where nothing was.
+        changed: sentence on the changed settings; None where none changed.
     """
 
     choice: Choice
@@ -187,19 +188,19 @@ class Fitted:
 
 
 def fit(needs: Sizes, recipe: Recipe, resources: Resources, batch_size: int, workers: int = 1) -> Fitted:
-    """Choose how to carry out a run so that it fits.
+    """Choose settings of a run that fit into memory.
 
     Args:
-        needs: the sizes that its memory is made of.
+        needs: sizes of the parts of memory.
         recipe: settings.
-        resources: memory that it may take.
+        resources: memory that the run may use.
         batch_size: windows in one forward pass, if they fit.
-        workers: processes of this machine that work at once.
+        workers: parallel processes on this machine.
 
     Raises:
         FistaPrunerError: no choice fits; names the stage and the bytes.
     """
-    sequential = recipe.propagate == "pruned"  # workers then share the parts of a group, so groups are always cut
+    sequential = recipe.propagate == "pruned"  # workers solve parts of a group, so groups are always cut
     solvers, workers = (workers, 1) if sequential and workers > 1 else (0, workers)
     budgets = [_host_budget(needs, recipe, resources.limit, workers, solvers)]
     if needs.cuda:
@@ -219,10 +220,10 @@ def fit(needs: Sizes, recipe: Recipe, resources: Resources, batch_size: int, wor
 
 
 def written(fitted: Fitted, disk: int, seconds: float | None) -> Plan:
-    """Write a plan as sentences and as rows of the report.
+    """Make a plan's sentences and rows of the report.
 
     Args:
-        fitted: what was chosen.
+        fitted: the choice.
         disk: bytes of disk that the run needs.
         seconds: estimated time with one worker; None where it was not estimated.
     """
@@ -240,7 +241,7 @@ def written(fitted: Fitted, disk: int, seconds: float | None) -> Plan:
 
 
 def check_plan(rows: list[PlanRow], totals: Totals, layers: list[LayerEntry], disk: int) -> list[PlanRow]:
-    """Put what was measured beside what was planned."""
+    """Add measured values to the rows of a plan."""
     peaks = [layer.peak_memory for layer in layers if layer.peak_memory] + [totals.peak_memory or 0]
     measured = {
         MEMORY: float(max(peaks)),
@@ -252,7 +253,7 @@ def check_plan(rows: list[PlanRow], totals: Totals, layers: list[LayerEntry], di
 
 
 def _host_budget(needs: Sizes, recipe: Recipe, limit: int, workers: int, solvers: int) -> _Budget:
-    """Of main memory: for everything on a CPU, for what waits there beside a GPU."""
+    """Make the budget of main memory, for a run on a CPU or beside a GPU."""
     given = f"--memory-limit {size(limit)}" if recipe.execution.memory_limit else f"the {size(limit)} that are free"
     if not needs.cuda:
         return _Budget(given, limit, workers, lambda choice: needs.stages(choice, solvers))
@@ -267,7 +268,7 @@ def _host_budget(needs: Sizes, recipe: Recipe, limit: int, workers: int, solvers
 
 
 def _device_budget(needs: Sizes, resources: Resources, workers: int, solvers: int) -> _Budget:
-    """Budget of the GPU with least memory free for each worker; with solvers, of the GPU where they run beside this process."""
+    """Make the budget of the GPU with least free memory for each worker, or of this process's GPU."""
     together = Counter(resources.places if max(workers, solvers) > 1 else [resources.device])
     beside = max(together.values()) if solvers else 0
     shares = {resources.device: 1} if solvers else together
@@ -286,9 +287,9 @@ def _device_budget(needs: Sizes, resources: Resources, workers: int, solvers: in
 
 
 def _choices(batch_size: int, recipe: Recipe, workers: int, sequential: bool, cuda: bool) -> list[Choice]:
-    """Ways to carry a run out, the ones that are liked better first, the one that needs least last.
+    """List the possible choices, the preferred ones first, the one that needs least memory last.
 
-    On a CPU all of them save the same memory. Beside a GPU, files save main memory, small batches and parts save the GPU's.
+    On a CPU all of them save main memory. With a GPU, files save main memory; small batches and parts save the GPU's.
     """
     sizes = [batch_size]
     while sizes[-1] > 1 and not recipe.execution.batch_size:
@@ -304,11 +305,11 @@ def _choices(batch_size: int, recipe: Recipe, workers: int, sequential: bool, cu
 
 @contextmanager
 def room_for(device: torch.device, what: str) -> Iterator[None]:
-    """Turn a GPU's out-of-memory error inside the block into one line that says what would be right.
+    """Turn a GPU's out-of-memory error inside the block into one line with advice.
 
     Args:
         device: the GPU.
-        what: that is tried inside, such as ``one window``.
+        what: the work inside the block, such as ``one window``.
 
     Raises:
         FistaPrunerError: the GPU has no room for ``what``.
@@ -323,6 +324,7 @@ def room_for(device: torch.device, what: str) -> Iterator[None]:
 
 
 def _existing(path: Path) -> Path:
+    """Return the nearest folder of ``path`` that exists."""
     path = path.absolute()
     while not path.is_dir():
         path = path.parent

@@ -25,7 +25,7 @@ from ..solvers import solve
 from ..tuning.block_matching import passes
 
 WORTH_MEASURING = 2e10
-"""Multiplications of one pass of the calibration tokens through the model, below which a run takes seconds."""
+"""Multiplications of a pass of all calibration tokens, below which a run takes seconds."""
 
 TIMED_STEPS = 4
 """Steps of block reconstruction that are timed."""
@@ -33,7 +33,7 @@ TIMED_STEPS = 4
 
 @dataclass(frozen=True)
 class Scale:
-    """From one timed batch in one decoder layer to a whole run.
+    """Scale factors from one timed batch in one decoder layer to a whole run.
 
     Args:
         windows: calibration windows; ``batch``: windows that were timed.
@@ -63,8 +63,8 @@ def measure_time(
 ) -> float | None:
     """Estimate the seconds to prune all layers from the first batch of windows in one layer.
 
-    Passes are measured as they are, with magnitude pruning in place of the method. The method is timed apart, on a part of
-    each group's rows (:func:`time_solve`), and of block reconstruction a few steps are timed.
+    Passes are measured as they are, with magnitude pruning in place of the method. The method is timed apart, on a
+    part of each group's rows (:func:`time_solve`), and of block reconstruction a few steps are timed.
 
     Args:
         model: the model.
@@ -120,9 +120,9 @@ def extrapolate(entry: LayerEntry, solving: float, scale: Scale) -> float:
     """Estimate the seconds of a run from one timed decoder layer.
 
     Args:
-        entry: what was measured of the layer.
+        entry: the layer's measured times.
         solving: seconds to solve all of its problems.
-        scale: from the layer to the run.
+        scale: factors from the layer to the run.
     """
     seconds = entry.seconds
     passing = seconds.get("capture", 0.0) + seconds.get("gram", 0.0)
@@ -143,6 +143,7 @@ Timer = Callable[[LayerProblem, list[Constraint], Recipe], float]
 
 
 def _seconds(problem: LayerProblem, patterns: list[Constraint], recipe: Recipe) -> float:
+    """Measure the seconds to solve a problem."""
     begin = time.perf_counter()
     solve(problem, patterns, recipe.steps)
     return time.perf_counter() - begin
@@ -174,6 +175,7 @@ def _first_parts(problem: LayerProblem, patterns: Sequence[Constraint], recipe: 
 
 
 def _from_first_rows(problem: LayerProblem, patterns: list[Constraint], recipe: Recipe, timer: Timer) -> float:
+    """Estimate the seconds to solve a problem from two sizes of its first rows."""
     few = max(32, problem.shape[0] // 16)
     if 2 * few >= problem.shape[0]:
         return timer(problem, patterns, recipe)

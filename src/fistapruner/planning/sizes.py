@@ -1,8 +1,7 @@
-"""The bytes that a run's memory and disk are made of.
+"""Count the bytes of a run's memory and disk.
 
-Memory is a sum of things whose sizes are known (embeddings, one decoder layer, hidden states, Grams) and of two that are
-found by doing them once, small: a forward pass of one window, and the solve of each group of operators
-(:mod:`fistapruner.planning.footprint`).
+Memory is a sum of known sizes (embeddings, one decoder layer, hidden states, Grams) and of two measured ones: a
+forward pass of one window, and a small solve of each group of operators (:mod:`fistapruner.planning.footprint`).
 """
 
 from __future__ import annotations
@@ -32,7 +31,7 @@ from .footprint import peak_bytes, solve_bytes
 
 @dataclass(frozen=True)
 class Choice:
-    """What a plan may change to make a run fit.
+    """Settings that a plan may change to make a run fit.
 
     Args:
         batch_size: windows in one forward pass.
@@ -46,15 +45,26 @@ class Choice:
 
 
 RETAINED = 96 * 2**20
-"""Freed memory that the C library keeps: twice its largest threshold for handing blocks back (32 MiB), and pieces between blocks."""
+"""Freed memory that the C library keeps: twice its largest block threshold (32 MiB), and fragments."""
 
 UNCOUNTED = 1 / 12
-"""Share that is added to what was counted, for small temporaries and pieces between blocks: the peak of 7B shapes was 7 % above
-the count without it (``benchmarks/memory.py large``)."""
+"""Share added to the counted bytes, for small temporaries and fragments.
+
+Measured: the peak of 7B shapes is 7 % above the count without it (``benchmarks/memory.py large``).
+"""
 
 
 class GroupSizes(NamedTuple):
-    """Of a group of operators, in bytes: its Gram, its stacked weight in fp32, a solve of it stacked, and one of its largest part."""
+    """Sizes of a group of operators in bytes.
+
+    Args:
+        names: of the operators, for messages.
+        gram: of the Gram.
+        weight: of the stacked fp32 weight.
+        drift_from: what is recorded of drifting inputs; None where they do not drift.
+        stacked: peak of solving the stacked group.
+        alone: peak of solving its largest part.
+    """
 
     names: str
     gram: int
@@ -64,17 +74,17 @@ class GroupSizes(NamedTuple):
     alone: int
 
     def sums(self, partly: bool) -> int:
-        """Gram, weight and what drifting inputs add (problem.py), perhaps told by a part of the windows."""
+        """Sum Gram, weight and sums of drift (problem.py); ``partly``: drift is measured on some windows."""
         drift = {None: 0, "inputs": 2 * self.gram, "outputs": self.weight + self.gram * partly}[self.drift_from]
         return self.gram + self.weight + drift
 
 
 @dataclass(frozen=True)
 class Sizes:
-    """The sizes, in bytes, that the memory of a run is made of: see :meth:`measure`."""
+    """Sizes, in bytes, of the parts of a run's memory; see :meth:`measure`."""
 
     base: int
-    """Main memory that the process takes before the run."""
+    """Main memory of the process before the run."""
 
     ends: int
     largest: int
@@ -82,10 +92,10 @@ class Sizes:
     pruned: int
     layer: int
     stored: int
-    """Bytes of a weight in the checkpoint, or in the passes where that is less."""
+    """Bytes of one weight, in the checkpoint or the passes, whichever is less."""
 
     together: bool
-    """Without error correction one pass serves all groups, and their sums are in memory together."""
+    """Whether sums of all groups are in memory at once: without error correction, one pass gathers them."""
 
     window: int
     forward: int
@@ -93,34 +103,37 @@ class Sizes:
 
     float_input: int
     float_residual: int
-    """Beside the inputs of a window, what residual correction needs of it in fp32: the drift and its length. 0 without."""
+    """Residual drift of a window and its norms, in fp32; 0 without residual correction."""
 
     kept: int
-    """Dense inputs or outputs of all groups, of a window."""
+    """Stored dense inputs or outputs of all groups, of one window."""
 
     entering: int
-    """Of a window, the largest inputs that replay keeps of a child's last operator."""
+    """Largest inputs of an output projection that replay stores, of one window."""
 
     samples: int
     streams: int
-    """Stores of hidden states of all windows into and out of a layer."""
+    """Number of stores of hidden states of all windows: input and output of a layer."""
 
     dense: int
-    """Stores of the dense pass's windows: hidden states into and out of a layer beside pruned ones, what operators add to."""
+    """Number of stores of the dense pass's windows: input and output of a layer, residual drift."""
 
     inside: int
-    """Stores that a layer needs while it is pruned: what replay keeps, what block matching aims at where that is in no other."""
+    """Number of stores while a layer is pruned: replay, targets of block matching that no other holds."""
 
     layers: int
     backward: int
-    """Of a forward and backward pass of one window through a decoder layer; 0 where nothing is measured on the dense model."""
+    """Peak of a forward and backward pass of one window through a layer; 0 where none is needed."""
 
     matching: int
-    """Block matching of one layer: fp32 weights, their gradients, Adam's two moments, the best so far, masks, what a pass uses; a
-    forward and backward pass of one window; the metric. 0 without."""
+    """Block matching of one layer; 0 without.
+
+    The sum of fp32 weights, gradients, Adam's two moments, best weights, masks and the weights of a pass; of a
+    forward and backward pass of one window; and of the metric.
+    """
 
     metric: int
-    """How block matching weighs the output errors of one layer, as it waits in main memory. 0 without."""
+    """Metric of one layer's output errors in block matching, in main memory; 0 without."""
 
     logits: int
     measured: bool
@@ -128,11 +141,11 @@ class Sizes:
     weighted: bool
     cuda: bool
     dense_windows: Callable[..., int]
-    """Windows that the dense model runs on, by how many there are and how many are in a batch (:func:`~.drift.dense_windows`)."""
+    """Number of windows of the dense model, from samples and batch size (:func:`~.drift.dense_windows`)."""
 
     @classmethod
     def measure(cls, model: LayerwiseModel, layout: Layout, recipe: Recipe, sparsity: Mapping[str, Constraint], tokens: Tensor) -> Sizes:
-        """From the checkpoint's headers, one window through one decoder layer, and a small solve of each group."""
+        """Measure sizes: the checkpoint's headers, one window through one layer, a small solve of each group."""
         samples, seqlen = tokens.shape
         checkpoint = model.checkpoint
         itemsize = model.dtype.itemsize
@@ -149,7 +162,7 @@ class Sizes:
             with torch.no_grad():
                 forward = peak_bytes(lambda: model.run(0, hidden, calls[0]))
             backward = peak_bytes(lambda: _differentiate(model, hidden, calls[0])) if differentiates(recipe) or recipe.reconstruct else 0
-        index = max(range(len(model)), key=layout.weights)  # where solving takes most
+        index = max(range(len(model)), key=layout.weights)  # the layer whose solves need most
         groups = layout.layers[index]
         told = drift_sources(recipe, layout, index, same=recipe.propagate == "dense")
         kept = [kept_width(groups[number], source) for number, source in told.items()]
@@ -194,11 +207,13 @@ class Sizes:
         )
 
     def stages(self, choice: Choice, solvers: int = 0) -> dict[str, int]:
-        """Bytes at the peak of every stage of a run, by what the stage is called in messages: of main memory, or of the GPU that works.
+        """Compute the peak bytes of every stage of a run, by the stage's name in messages.
+
+        The bytes are of main memory on a CPU, or of the GPU.
 
         Args:
-            choice: how the run is carried out.
-            solvers: processes beside this one that solve parts on the same device.
+            choice: settings of the run.
+            solvers: other processes that solve parts on the same device.
         """
         base, largest = (0, 0) if self.cuda else (self.base, self.largest)
         batch = min(choice.batch_size, self.samples)
@@ -214,7 +229,7 @@ class Sizes:
         if self.cuda:
             del found["writing the checkpoint"]
         drifts = self.kept > 0
-        done = 0  # weights of the groups that are solved, in main memory as the checkpoint will hold them
+        done = 0  # solved weights in main memory, in the checkpoint's dtype
         for number, group in enumerate(self.groups):
             names, gram, weight, source, stacked, alone = group
             waiting = sum(later.sums(partly) for later in self.groups[number + 1 :]) if self.together else 0
@@ -222,9 +237,9 @@ class Sizes:
             done += 0 if self.cuda else weight * self.stored // 4
             gather = passing + group.sums(partly) + batch * (self.float_input * (3 if drifts else 1) + self.float_residual)
             found[f"a pass up to {names}"] = loaded + gather
-            found[f"the problem of {names}"] = loaded + group.sums(partly) + weight * (source == "inputs") + weight // 2  # a block in fp64
+            found[f"the problem of {names}"] = loaded + group.sums(partly) + weight * (source == "inputs") + weight // 2
             apart = choice.by_operator and alone < stacked
-            # The solution is gathered beside the weight, fp32 and a mask of bytes; its errors are computed in blocks of rows.
+            # The solution, fp32 and a byte mask, is joined beside the weight; errors are computed in blocks of rows.
             solving = gram + 9 * weight // 4 + (solvers * (base + alone) or max(alone - gram, weight // 2)) if apart else stacked
             found[f"solving {names}"] = loaded + solving + (weight if drifts else 0) * (2 if self.weighted else 1) + weight * self.weighted
         if self.matching:
@@ -233,21 +248,21 @@ class Sizes:
             states = 0 if self.cuda else self._states_in_memory(choice)
             passed = self.layer + min(choice.batch_size, 4) * max(self.backward, self.forward + self.float_input)
             sums = sum(group.gram * bool(self.backward) + group.weight for group in self.groups)
-            if self.reordered:  # scores of the largest operator, twice, and the rows that are looked at
+            if self.reordered:  # scores of the largest operator, twice, and its sampled rows
                 sums += 3 * max(group.weight for group in self.groups)
             head = self.ends + self.logits if self.backward else 0
             found["measuring the dense model"] = base + states + max(passed + sums, head)
         return {name: round(size + UNCOUNTED * (size - base)) for name, size in found.items()}
 
     def host_stages(self, choice: Choice, solvers: int = 0) -> dict[str, int]:
-        """Bytes of main memory at the peak of every stage of a run whose work is on GPUs, by what the stage is called in messages.
+        """Compute the peak bytes of main memory of every stage of a run on GPUs, by the stage's name.
 
-        A tensor of the checkpoint or a batch of windows is here on its way to the GPU and back; hidden states are kept here, and so are
-        the weights of the operators that are solved until their layer is done.
+        Main memory holds a tensor of the checkpoint or a batch of windows on the way to or from the GPU, the hidden
+        states, and the solved weights until their layer is done.
 
         Args:
-            choice: how the run is carried out.
-            solvers: processes beside this one that solve parts, on any device.
+            choice: settings of the run.
+            solvers: other processes that solve parts, on any device.
         """
         first, states, kept = self._waiting(choice)
         moving = min(choice.batch_size, self.samples) * (2 * self.window + self.float_input)
@@ -269,7 +284,7 @@ class Sizes:
         return {name: round(self.base + (1 + UNCOUNTED) * size) for name, size in found.items()}
 
     def _waiting(self, choice: Choice) -> tuple[int, int, int]:
-        """Bytes of all windows in main memory: of the first hidden states, of all stores of them, of what a layer keeps beside."""
+        """Count bytes of stores in main memory: first hidden states, all hidden states, others of a layer."""
         if choice.on_disk:
             return 0, 0, 0
         beside = self.dense_windows(self.samples, batch_size=min(choice.batch_size, self.samples))
@@ -277,15 +292,15 @@ class Sizes:
         return self.window * self.samples, states, self.kept * beside + self.entering * self.samples
 
     def _states_in_memory(self, choice: Choice) -> int:
-        """Bytes in main memory while the dense model is measured: of hidden states, and of the gradient or what takes its place."""
+        """Count the bytes of hidden states and gradient in memory while the dense model is measured."""
         return (1 + (0 if choice.on_disk else self._states_measured())) * windows_measured(self.samples) * self.window
 
     def _states_measured(self) -> int:
-        """Layers whose hidden states are kept while the dense model is measured: all of them for a backward pass."""
+        """Count the stores while the dense model is measured: of all layers for a backward pass."""
         return (self.layers + 1 if self.backward else 1) if self.measured else 0
 
     def disk(self, choice: Choice, workers: int) -> int:
-        """Bytes that the run directory takes at its largest."""
+        """Compute the peak bytes of the run directory."""
         whole = (self.streams + workers - 1 + self.inside * workers) * self.window + self.entering * workers
         beside = self.dense_windows(self.samples, batch_size=min(choice.batch_size, self.samples))
         states = whole * self.samples + (self.dense * self.window + self.kept) * workers * beside
@@ -294,6 +309,7 @@ class Sizes:
 
 
 def _differentiate(model: LayerwiseModel, hidden: Tensor, call: Call) -> None:
+    """Run a forward and a backward pass through decoder layer 0."""
     with torch.enable_grad():
         entering = hidden.detach().requires_grad_()
         torch.autograd.grad(model.run(0, entering, call).float().sum(), entering)
@@ -302,6 +318,7 @@ def _differentiate(model: LayerwiseModel, hidden: Tensor, call: Call) -> None:
 def _group_sizes(
     group: Group, patterns: list[Constraint], recipe: Recipe, drift_from: DriftFrom | None, device: torch.device
 ) -> GroupSizes:
+    """Measure the sizes of a group of operators."""
     n = group[0].columns
     rows = [operator.rows for operator in group]
     stacked = solve_bytes(rows, n, patterns, recipe.steps, device)

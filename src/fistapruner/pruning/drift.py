@@ -102,7 +102,7 @@ class DenseActivations:
 
     @property
     def output_operators(self) -> list[tuple[int, Operator]]:
-        """(group, operator) of the operators whose outputs are recorded."""
+        """Return (group, operator) of the operators whose outputs are recorded."""
         return [(number, operator) for number, operator in self._operators.items() if self._sources[number] == "outputs"]
 
     def keep(self, number: int, start: int, values: Tensor) -> None:
@@ -206,6 +206,7 @@ class ResidualDrift:
             self._kept = None
 
     def _subtract(self, kept: HiddenStates, start: int, sums: Tensor) -> None:
+        """Replace the stored dense stream by its difference from the pruned one, ``sums``."""
         stop = start + sums.shape[0]
         kept.write(start, sums.neg_().add_(kept.read(start, stop, sums.device)))
         self._windows += stop - start

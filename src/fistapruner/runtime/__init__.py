@@ -1,1 +1,1 @@
-"""Files, memory, numerics and devices of the machine; nothing of models."""
+"""Use the machine: files, memory, numerics and devices; independent of models."""

@@ -1,4 +1,4 @@
-"""Wall time by phase."""
+"""Measure wall time by phase."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import torch
 
 @dataclass
 class Clock:
-    """Wall seconds by phase. Phases nest: time in an inner phase is not counted in the outer one."""
+    """Wall seconds by phase; time in a nested phase is not counted in the outer one."""
 
     device: torch.device
     seconds: dict[str, float] = field(default_factory=dict)
@@ -20,7 +20,7 @@ class Clock:
 
     @contextmanager
     def phase(self, name: str) -> Iterator[None]:
-        """Count the time inside as ``name``."""
+        """Add the time inside the block to phase ``name``."""
         now = self._now()
         if self._stack:
             outer, since = self._stack[-1]
@@ -39,6 +39,7 @@ class Clock:
         self.seconds[name] = self.seconds.get(name, 0.0) + seconds
 
     def _now(self) -> float:
+        """Return the time after all work of the device."""
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
         return time.perf_counter()

@@ -13,10 +13,10 @@ from ..errors import FistaPrunerError
 
 
 def choose_device(name: str) -> torch.device:
-    """The device a recipe names; ``auto`` takes the GPU with most free memory, or the CPU.
+    """Return the device that a recipe names; ``auto`` is the GPU with most free memory, or the CPU.
 
     Raises:
-        FistaPrunerError: no such device here.
+        FistaPrunerError: this machine has no such device.
     """
     if name == "auto":
         if not torch.cuda.is_available():
@@ -35,7 +35,7 @@ def choose_device(name: str) -> torch.device:
 
 @contextmanager
 def cpu_threads(count: int) -> Iterator[None]:
-    """Compute on ``count`` CPU threads inside; products are split among threads, so their last bits depend on it."""
+    """Compute on ``count`` CPU threads inside the block; the last bits of products depend on it."""
     before = torch.get_num_threads()
     torch.set_num_threads(count)
     try:
@@ -45,12 +45,13 @@ def cpu_threads(count: int) -> Iterator[None]:
 
 
 def worker_devices(name: str, workers: int | None, threads: int | None) -> list[torch.device]:
-    """The device of every worker.
+    """Choose the device of every worker.
 
     Args:
-        name: as in the recipe: ``auto`` and ``cuda`` are all GPUs, those with most free memory first; ``cuda:1`` is one.
-        workers: how many; None is one for each GPU, or as many groups of ``threads`` as the CPU has cores for.
-        threads: CPU threads of each; None means groups of eight cores, but at least two groups.
+        name: as in the recipe: ``auto`` and ``cuda`` are all GPUs, those with most free memory first; ``cuda:1`` is
+            one.
+        workers: number of workers; None is one for each GPU, or one for every ``threads`` cores of the CPU.
+        threads: CPU threads of each worker; None is eight, or fewer for at least two workers.
     """
     if name != "cpu" and torch.cuda.is_available():
         devices = [torch.device(name)] if ":" in name else _by_free_memory()
@@ -61,10 +62,11 @@ def worker_devices(name: str, workers: int | None, threads: int | None) -> list[
 
 
 def available_cores() -> int:
-    """CPU cores this process may use."""
+    """Count the CPU cores that this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def _by_free_memory() -> list[torch.device]:
+    """Return all GPUs, those with most free memory first."""
     free = {index: torch.cuda.mem_get_info(index)[0] for index in range(torch.cuda.device_count())}
     return [torch.device("cuda", index) for index in sorted(free, key=lambda index: (-free[index], index))]

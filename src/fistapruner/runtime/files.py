@@ -1,7 +1,7 @@
-"""Files that are either whole or absent: written to a temporary name, fsynced, renamed, the folder fsynced.
+"""Write files atomically: under a temporary name, fsynced, renamed, the folder fsynced.
 
-Readers therefore never see half a file under its final name, whatever kills the writer. The temporary name is fixed
-(``NAME.partial``), so a second attempt overwrites what a killed one left behind.
+Readers never see a part of a file under its final name, even if the writer is killed. The temporary name is fixed
+(``NAME.partial``), so a second attempt overwrites the file of a killed one.
 """
 
 from __future__ import annotations
@@ -23,10 +23,10 @@ PARTIAL = ".partial"
 
 @contextmanager
 def disk_errors(path: Path) -> Iterator[None]:
-    """Turn the faults of a disk (full, over quota, read-only, forbidden) into one line that says where.
+    """Turn errors of a disk (full, over quota, read-only, forbidden) into one line with the path.
 
     Raises:
-        FistaPrunerError: names the path and what is wrong with its disk.
+        FistaPrunerError: names the path and the error.
     """
     try:
         yield
@@ -37,10 +37,10 @@ def disk_errors(path: Path) -> Iterator[None]:
 
 
 def require_space(path: Path, nbytes: int) -> None:
-    """Refuse to begin a file or folder that cannot fit its disk.
+    """Refuse a file or folder that does not fit on its disk.
 
     Args:
-        path: where it will be written; the nearest folder that exists is asked.
+        path: the file or folder; free space is that of the nearest existing folder.
         nbytes: bytes needed.
 
     Raises:
@@ -58,7 +58,7 @@ def require_space(path: Path, nbytes: int) -> None:
 
 
 def sync_folder(folder: Path) -> None:
-    """Make renames inside ``folder`` survive a power loss."""
+    """Flush a folder to the disk, so that renames inside it survive a power loss."""
     descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
     try:
         os.fsync(descriptor)
@@ -67,12 +67,12 @@ def sync_folder(folder: Path) -> None:
 
 
 def claim_folder(folder: Path) -> None:
-    """Make a folder to build an output in, or take over what a killed attempt of ours left there.
+    """Make a folder for an unfinished output, or take over the folder of a killed attempt.
 
-    The file :data:`PARTIAL` inside it says that it is ours, until :func:`publish_folder` removes it.
+    The file :data:`PARTIAL` inside marks it as written by fistapruner, until :func:`publish_folder` removes it.
 
     Raises:
-        FistaPrunerError: the folder holds files and does not say that they are ours, or the disk refuses.
+        FistaPrunerError: the folder holds files and has no mark, or the disk refuses.
     """
     marker = folder / PARTIAL
     with disk_errors(folder):
@@ -84,9 +84,9 @@ def claim_folder(folder: Path) -> None:
 
 
 def publish_folder(partial: Path, out: Path) -> None:
-    """Give a folder that :func:`claim_folder` made its final name.
+    """Rename a folder of :func:`claim_folder` to its final name.
 
-    Killed between its two steps, it leaves the empty file :data:`PARTIAL` in a folder that is whole.
+    A process killed between the two steps leaves the empty file :data:`PARTIAL` in a complete folder.
 
     Raises:
         FistaPrunerError: the disk refuses.
@@ -101,11 +101,11 @@ def publish_folder(partial: Path, out: Path) -> None:
 
 @contextmanager
 def atomic_file(path: Path) -> Iterator[int]:
-    """Open a file for writing that appears under ``path`` only when the block ends well.
+    """Open a file for writing that replaces ``path`` only when the block ends without an error.
 
     Yields:
         An open file descriptor (``os.write``, ``os.pwrite``). When the block raises, the temporary file is removed and
-        whatever was under ``path`` before is still there.
+        the file under ``path`` is unchanged.
 
     Raises:
         FistaPrunerError: the disk is full or refuses the write.
@@ -128,7 +128,7 @@ def atomic_file(path: Path) -> Iterator[int]:
 
 
 def write_all(descriptor: int, data: memoryview | bytes, offset: int) -> None:
-    """Write all of ``data`` at ``offset`` of an open file, however many calls it takes."""
+    """Write all of ``data`` at ``offset`` of an open file, in as many calls as needed."""
     view = memoryview(data)
     while view:
         written = os.pwrite(descriptor, view[: 2**30], offset)
@@ -169,10 +169,13 @@ def copy_atomic(source: Path, target: Path) -> None:
 
 
 def sampled_sha256(path: Path) -> str:
-    """SHA-256, in hexadecimal, of a file's size, its first and last MiB and 256 evenly spaced blocks of 4 KiB.
+    """Hash a file's size, its first and last MiB and 256 evenly spaced blocks of 4 KiB with SHA-256.
 
-    Tells a changed file of many GB apart at the cost of 3 MiB read: weights that were trained further or converted differ
-    everywhere. A change that touches none of the blocks is not seen. Files up to 4 MiB are read whole.
+    It reads 3 MiB of a file of many GB. Weights that were trained further or converted differ in every block; a
+    change outside the blocks is not detected. Files up to 4 MiB are read whole.
+
+    Returns:
+        Hexadecimal digest.
     """
     with open(path, "rb") as file:
         size = os.fstat(file.fileno()).st_size
@@ -188,11 +191,11 @@ def sampled_sha256(path: Path) -> str:
 
 
 def json_sha256(content: Mapping[str, Any]) -> str:
-    """Hash JSON values, whatever the order of their keys."""
+    """Hash JSON values with SHA-256, independent of the order of keys."""
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 
 def sha256_file(path: Path) -> str:
-    """SHA-256 of a file's bytes, in hexadecimal, read in small pieces."""
+    """Hash a file's bytes with SHA-256, in hexadecimal; the file is read in small pieces."""
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()

@@ -7,7 +7,7 @@ from collections.abc import Collection, Iterable, Sequence
 
 
 def size(count: float | None) -> str:
-    """Bytes: ``512 B``, ``1.4 GiB``."""
+    """Format bytes: ``512 B``, ``1.4 GiB``."""
     if count is None:
         return "–"
     value = float(count)
@@ -19,7 +19,7 @@ def size(count: float | None) -> str:
 
 
 def duration(seconds: float | None) -> str:
-    """Seconds: ``840 ms``, ``12.3 s``, ``4 min 05 s``, ``3 h 20 min``."""
+    """Format seconds: ``840 ms``, ``12.3 s``, ``4 min 05 s``, ``3 h 20 min``."""
     if seconds is None or not math.isfinite(seconds):
         return "–"
     if seconds < 1:
@@ -34,7 +34,7 @@ def duration(seconds: float | None) -> str:
 
 
 def significant(value: float | None, digits: int = 3) -> str:
-    """A number with ``digits`` significant digits, without an exponent where that stays short."""
+    """Format a number with ``digits`` significant digits, without an exponent where that is short."""
     if value is None or math.isnan(value):
         return "–"
     if math.isinf(value):
@@ -48,14 +48,14 @@ def significant(value: float | None, digits: int = 3) -> str:
 
 
 def percent(share: float | None, digits: int = 3) -> str:
-    """A share as a percentage: ``50.0 %``; an exact whole percentage without decimals."""
+    """Format a share as a percentage: ``50.0 %``."""
     if share is None or not math.isfinite(share):
         return "–"
     return f"{significant(100 * share, digits)} %"
 
 
 def pattern(sparsity: str) -> str:
-    """A sparsity pattern: ``50%`` and ``2:4`` as they are, an exact share such as ``0.606249397183642`` as ``60.6 %``."""
+    """Format a sparsity pattern: ``50%`` and ``2:4`` unchanged, ``0.606249397183642`` as ``60.6 %``."""
     try:
         return percent(float(sparsity))
     except ValueError:
@@ -63,12 +63,12 @@ def pattern(sparsity: str) -> str:
 
 
 def count(value: int | None) -> str:
-    """A whole number with thin separators: ``134,515,008``."""
+    """Format a whole number with separators: ``134,515,008``."""
     return "–" if value is None else f"{value:,}"
 
 
 def short_count(value: int | None) -> str:
-    """A whole number as people say it: ``134.5M``."""
+    """Format a whole number with a unit: ``135M``."""
     if value is None:
         return "–"
     for unit, base in (("T", 1e12), ("B", 1e9), ("M", 1e6), ("k", 1e3)):
@@ -78,7 +78,7 @@ def short_count(value: int | None) -> str:
 
 
 def with_error(value: float | None, error: float | None, digits: int = 2) -> str:
-    """``25.32 ± 0.41``; without the error where it is unknown."""
+    """Format a value with its error: ``25.32 ± 0.41``; without an unknown error."""
     if value is None or not math.isfinite(value):
         return significant(value)
     text = f"{value:,.{digits}f}"
@@ -86,7 +86,7 @@ def with_error(value: float | None, error: float | None, digits: int = 2) -> str
 
 
 def p_value(value: float | None) -> str:
-    """``p = 0.034``, ``p < 0.001``."""
+    """Format a p-value: ``p = 0.034``, ``p < 0.001``."""
     if value is None or not math.isfinite(value):
         return "p –"
     return "p < 0.001" if value < 0.001 else f"p = {value:.3f}"

@@ -1,4 +1,4 @@
-"""What this machine is."""
+"""Describe this machine."""
 
 from __future__ import annotations
 
@@ -16,13 +16,14 @@ if TYPE_CHECKING:
     import torch
 
 INSTRUCTIONS = ("avx2", "avx512f", "avx512_vnni", "avx512_bf16", "avx512_vbmi2", "amx_bf16", "amx_int8")
+"""Vector instruction sets that are recorded."""
 
 
 class Machine(BaseModel):
-    """The machine that made the run.
+    """The machine of a run.
 
     Args:
-        cpu: its name; ``instructions``: the vector instruction sets that matter (``avx2``, ``avx512_bf16``, ``amx_bf16``).
+        cpu: its name; ``instructions``: those of :data:`INSTRUCTIONS` that it has.
         cores: logical cores; ``threads``: threads used.
         memory: bytes of main memory.
         device: ``cpu`` or ``cuda``; ``device_name``: the GPU's name; ``device_memory``: its bytes.
@@ -44,7 +45,7 @@ class Machine(BaseModel):
 
 def describe_machine(device: torch.device) -> Machine:
     """Describe processor, memory and device, for the report."""
-    import torch  # here, so that reading a report does not need it
+    import torch  # imported here, so that reading a report does not import torch
 
     name, flags = platform.processor(), set()
     cpuinfo = Path("/proc/cpuinfo")
@@ -72,7 +73,7 @@ def describe_machine(device: torch.device) -> Machine:
 
 
 def versions() -> dict[str, str]:
-    """Versions of everything that decides the numbers."""
+    """Return the versions of Python and of the packages that results depend on."""
     found = {"python": platform.python_version()}
     for package in ("fistapruner", "torch", "transformers", "safetensors", "tokenizers"):
         try:
@@ -83,5 +84,5 @@ def versions() -> dict[str, str]:
 
 
 def now() -> str:
-    """The time, in UTC, as ISO 8601."""
+    """Return the time, in UTC, as ISO 8601."""
     return datetime.now(UTC).isoformat(timespec="seconds")

@@ -27,7 +27,7 @@ MOUNTED_GROUPS = Path("/sys/fs/cgroup")
 
 
 def free_memory(own: Path = OWN_GROUPS, mounted: Path = MOUNTED_GROUPS) -> int:
-    """Bytes that this process can still allocate on the machine and in its control groups.
+    """Measure the bytes that this process can still allocate on the machine and in its control groups.
 
     Args:
         own: file with the control groups of this process (a container's, Slurm's).
@@ -37,18 +37,18 @@ def free_memory(own: Path = OWN_GROUPS, mounted: Path = MOUNTED_GROUPS) -> int:
 
 
 def free_device_memory(device: torch.device) -> int:
-    """Bytes that this process can still allocate on a GPU: free ones, and those that PyTorch has reserved."""
+    """Measure the bytes that this process can still allocate on a GPU, with unused reserved ones."""
     held = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
     return torch.cuda.mem_get_info(device)[0] + held
 
 
 def resident_memory() -> int:
-    """Bytes of main memory that this process uses now (resident set)."""
+    """Measure the bytes of main memory that this process uses now (resident set)."""
     return int(psutil.Process().memory_info().rss)
 
 
 def peak_memory() -> int:
-    """Peak bytes of main memory that this process has used since :func:`reset_peak_memory`."""
+    """Measure the peak bytes of main memory of this process since :func:`reset_peak_memory`."""
     status = Path("/proc/self/status")
     if status.exists():
         for line in status.read_text().splitlines():

@@ -15,7 +15,7 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch
 
 
 def windows_at_once(seqlen: int, device: torch.device) -> int:
-    """Default batch size in windows: about 2,048 tokens on a CPU, 16,384 on a GPU.
+    """Return the default batch size in windows: about 2,048 tokens on a CPU, 16,384 on a GPU.
 
     On a CPU activations of 2,048 tokens fit the caches: measured with twice as many, SmolLM2's layers take 10 %
     longer, sums over their inputs 40 %. A GPU needs the larger batch to be busy.
@@ -55,6 +55,7 @@ class _Precision:
         self._before: tuple[str, str] = ("none", "none")
 
     def lower(self) -> None:
+        """Begin a block with lower precision."""
         cpu, cuda = self._backends()
         with self._lock:
             if self._blocks == 0:
@@ -63,6 +64,7 @@ class _Precision:
             self._blocks += 1
 
     def restore(self) -> None:
+        """End a block; the last one restores the precision from before the first."""
         cpu, cuda = self._backends()
         with self._lock:
             self._blocks -= 1

@@ -1,4 +1,4 @@
-"""Fisher sensitivity of the predictions to output errors of operators and layers.
+"""Measure the Fisher sensitivity of predictions to output errors of operators and layers.
 
 An error ``e_t`` in some output of the dense model at token ``t`` changes the predicted distributions by
 
