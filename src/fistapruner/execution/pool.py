@@ -17,7 +17,7 @@ from ..errors import FistaPrunerError
 log = logging.getLogger("fistapruner")
 
 ATTEMPTS = 3
-"""Attempts at one job before the run stops: a job that kills its worker every time would do so for ever."""
+"""Attempts at one job before the run stops, since a job may kill its worker every time."""
 
 Event = dict[str, Any]
 """What a worker reports: ``{"event": name, ...}``, with the names
@@ -63,7 +63,7 @@ class PartJob:
         solution: file to write there.
         name: of the operator.
         sparsity: pattern of these rows.
-        target: share of the dense target.
+        target: share of the dense output in the target.
         tokens: calibration tokens behind the means.
     """
 
