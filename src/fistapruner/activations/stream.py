@@ -297,7 +297,7 @@ def check_model(model: LayerwiseModel) -> None:
         states, _ = forward(model, torch.cat([tokens.flip(1), tokens]), 1, scratch_factory(None, model.dtype))
         with model.embeddings_and_head():
             ours = model.logits(states[0].read(1, 2, model.device), torch.zeros_like(tokens))
-        own, ours = (logits.float().nan_to_num(0.0, 0.0, 0.0) for logits in (own, ours))  # damaged weights: told elsewhere
+        own, ours = (logits.float().nan_to_num(0.0, 0.0, 0.0) for logits in (own, ours))  # damaged weights: found later
         difference, size = float((own - ours).norm()), float(own.norm())
         if not difference <= max(1e-5, 4 * torch.finfo(model.dtype).eps) * size:
             raise model.unsupported(

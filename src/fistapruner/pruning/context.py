@@ -1,4 +1,4 @@
-"""What pruning a decoder layer is given: the run's settings, the hidden states around the layer, who is told of it."""
+"""Define what pruning a decoder layer takes: settings of the run, hidden states, measures, events."""
 
 from __future__ import annotations
 
@@ -23,16 +23,16 @@ Solver = Callable[[LayerProblem, Sequence[Constraint], Sequence[Method]], Soluti
 
 @dataclass(frozen=True)
 class LayerContext:
-    """Everything that pruning needs and that is the same for all decoder layers of a run.
+    """Settings and model of a run: the same for all its decoder layers.
 
     Args:
         model: the dense model.
         layout: the operators to prune.
         recipe: settings.
         sparsity: pattern of every operator, by full name.
-        calls: how decoder layers are called.
-        scratch: makes a temporary store of a given name and shape, in memory or in a file.
-        solver: solves a group of operators: all of it at once, or in parts (:mod:`~fistapruner.pruning.partition`).
+        calls: arguments of the decoder layers.
+        scratch: makes a temporary store from its name and shape.
+        solver: solves a group of operators, stacked or in parts (:mod:`~fistapruner.pruning.partition`).
     """
 
     model: LayerwiseModel
@@ -50,14 +50,14 @@ class LayerContext:
 
 @dataclass(frozen=True)
 class LayerStreams:
-    """The hidden states around one decoder layer.
+    """Stores of the hidden states into and out of one decoder layer.
 
     Args:
-        dense: what enters the layer in the dense model; None where neither target nor propagation needs the dense model.
-            Beside ``pruned`` it may hold the first windows only (:func:`~.drift.dense_windows`).
-        pruned: what enters the layer in the pruned model; None with ``propagate=dense``, where ``dense`` enters it.
-        dense_out: receives the dense layer's output; None if nobody needs it.
-        pruned_out: receives the pruned layer's output; None if nobody needs it.
+        dense: the layer's input in the dense model; None where neither target nor propagation needs the dense model.
+            With ``pruned`` it may hold the first windows only (:func:`~.drift.dense_windows`).
+        pruned: the layer's input in the pruned model; None with ``propagate=dense``, where ``dense`` is the input.
+        dense_out: receives the dense layer's output; None where it is not needed.
+        pruned_out: receives the pruned layer's output; None where it is not needed.
     """
 
     dense: HiddenStates | None
@@ -67,7 +67,7 @@ class LayerStreams:
 
     @property
     def seen(self) -> HiddenStates:
-        """What the pruned operators are solved on."""
+        """Return the input that the layer problems are solved on."""
         stream = self.pruned or self.dense
         assert stream is not None
         return stream
@@ -75,10 +75,10 @@ class LayerStreams:
 
 @dataclass(frozen=True)
 class LayerMeasures:
-    """What was measured on the dense model for one decoder layer (:mod:`fistapruner.sensitivity.decision`).
+    """Measures of one decoder layer of the dense model (:mod:`fistapruner.sensitivity.decision`).
 
     Args:
-        metric: weight of errors of the layer's output in block matching (:class:`~fistapruner.tuning.block_matching.MatchSettings`).
+        metric: metric of output errors in block matching (:class:`~fistapruner.tuning.block_matching.MatchSettings`).
         importance: weights of the rows of every operator, by full name; None counts all rows alike.
     """
 
@@ -87,7 +87,7 @@ class LayerMeasures:
 
 
 NOT_MEASURED = LayerMeasures()
-"""The recipe needs no measures."""
+"""Measures of a recipe that needs none."""
 
 
 @dataclass(frozen=True)
@@ -106,4 +106,4 @@ class LayerEvents:
 
 
 NO_EVENTS = LayerEvents()
-"""Nobody is told."""
+"""Events that nothing receives."""
