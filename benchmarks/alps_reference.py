@@ -14,7 +14,9 @@ from torch import Tensor
 from fistapruner.constraints import Constraint
 
 
-def alps_reference(weight: Tensor, gram: Tensor, sparsity: Constraint, *, rho: float = 0.1, monitor: bool = True) -> tuple[Tensor, int]:
+def alps_reference(
+    weight: Tensor, gram: Tensor, sparsity: Constraint, *, rho: float = 0.1, monitor: bool = True
+) -> tuple[Tensor, int]:
     """Pruned weights (m, n) and the ADMM iterations it took."""
     h = gram.clone()
     h.diagonal().add_(0.01 * gram.diagonal().mean())

@@ -1,10 +1,10 @@
 """Which architectures of the installed `transformers` are pruned?
 
 Builds every decoder-only language model tiny and random, and looks what becomes of it. An architecture works if the
-log-likelihood of a text computed layer by layer is the model's own to 1e-5, and the model, its operators pruned by magnitude,
-packed and unpacked again, has the same tensors bit for bit and is loaded from the packed checkpoint with the same logits. Or it
-is refused in one sentence. Anything else is a defect: it is marked, and the exit status is 1. Types that transformers cannot build
-that small, or not without another package, are told apart. Prints a Markdown table.
+log-likelihood of a text computed layer by layer is the model's own to 1e-5, and the model, its operators pruned by
+magnitude, packed and unpacked again, has the same tensors bit for bit and is loaded from the packed checkpoint with the
+same logits. Or it is refused in one sentence. Anything else is a defect: it is marked, and the exit status is 1. Types
+that transformers cannot build that small, or not without another package, are told apart. Prints a Markdown table.
 
     python benchmarks/architectures.py                        # all, a few seconds each
     python benchmarks/architectures.py llama xlm openai-gpt   # some
@@ -95,8 +95,20 @@ TRIED: tuple[dict[str, Any], ...] = (
 """Further settings, of which the first that a model of a type can be built with is taken; None leaves a setting out."""
 
 BY_LAYER = {"vocab_size_per_layer_input": VOCABULARY, "hidden_size_per_layer_input": 8, "num_kv_shared_layers": 0}
-INDEXER = {"indexer_n_heads": 2, "indexer_kv_heads": 1, "indexer_head_dim": 8, "indexer_budget": 16, "indexer_compress_ratio": 4}
-NGRAMS = {"ngram_vocab_size_base": 64, "hc_lowrank": 4, "linear_num_value_heads": 4, "linear_num_key_heads": 4, "split_ngram_parts": 1}
+INDEXER = {
+    "indexer_n_heads": 2,
+    "indexer_kv_heads": 1,
+    "indexer_head_dim": 8,
+    "indexer_budget": 16,
+    "indexer_compress_ratio": 4,
+}
+NGRAMS = {
+    "ngram_vocab_size_base": 64,
+    "hc_lowrank": 4,
+    "linear_num_value_heads": 4,
+    "linear_num_key_heads": 4,
+    "split_ngram_parts": 1,
+}
 ROPE = {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [2, 1, 1]}
 
 CHANGES: dict[str, dict[str, Any]] = {
@@ -186,7 +198,10 @@ def tiny_model(model_type: str) -> Any:
         try:
             config = shrunk(CONFIG_MAPPING[model_type], {**tried, **CHANGES.get(model_type, {})})
             with torch.device("meta"):
-                size = sum(parameter.numel() for parameter in transformers.AutoModelForCausalLM.from_config(config).parameters())
+                size = sum(
+                    parameter.numel()
+                    for parameter in transformers.AutoModelForCausalLM.from_config(config).parameters()
+                )
             if size > LARGEST:
                 raise ValueError(f"{size} parameters are not tiny")
             torch.manual_seed(0)
@@ -217,7 +232,9 @@ def shrunk(kind: Any, changes: dict[str, Any]) -> Any:
     for name in getattr(kind, "sub_configs", {}):
         if getattr(default, name, None) is not None:
             settings[name] = shrunk(type(getattr(default, name)), changes.get(name, {})).to_dict()
-    settings |= {key: value for key, value in changes.items() if key not in settings or not isinstance(settings[key], dict)}
+    settings |= {
+        key: value for key, value in changes.items() if key not in settings or not isinstance(settings[key], dict)
+    }
     return kind(**{key: value for key, value in settings.items() if value is not None})
 
 
@@ -259,7 +276,9 @@ def table(outcomes: list[Outcome]) -> str:
     counted = ", ".join(f"{totals[key]} {key}" for key in (WORKS, REFUSED, UNBUILT, DEFECT) if totals[key])
     lines = [f"transformers {transformers.__version__}, {len(outcomes)} types: {counted}."]
     lines += ["", "| type | class | outcome | reason |", "|---|---|---|---|"]
-    lines += [f"| {row.type} | {row.architecture} | {row.outcome} | {row.reason.replace('|', '/')} |" for row in outcomes]
+    lines += [
+        f"| {row.type} | {row.architecture} | {row.outcome} | {row.reason.replace('|', '/')} |" for row in outcomes
+    ]
     return "\n".join(lines)
 
 

@@ -6,8 +6,8 @@
     python benchmarks/decode.py prefill                  # many tokens
 
 Everything that is compared runs in one process, in interleaved rounds; the ratios are of medians. The head and the
-embeddings are dense in every variant. Dense int8 is torch's, in its two forms: weight-only (``_weight_int8pack_mm``) and
-dynamic quantisation.
+embeddings are dense in every variant. Dense int8 is torch's, in its two forms: weight-only (``_weight_int8pack_mm``)
+and dynamic quantisation.
 """
 
 from __future__ import annotations
@@ -111,7 +111,9 @@ def model_variants(name: str, sparsities: list[str], openvino: bool = False) -> 
     for sparsity in sparsities:
         packed = derive(base, lambda linear, s=sparsity: SparseLinear(pack_operator(prune(linear.weight, s))), alike)
         variants[f"packed {sparsity}"] = packed
-        variants[f"packed int8 {sparsity}"] = derive(packed, lambda layer: SparseLinear(layer.operator.quantised()), alike)
+        variants[f"packed int8 {sparsity}"] = derive(
+            packed, lambda layer: SparseLinear(layer.operator.quantised()), alike
+        )
     for label, model in variants.items():
         if label.startswith("packed"):
             use_kernels(model)  # as fistapruner.load does
@@ -153,14 +155,24 @@ def run_models(arguments: argparse.Namespace) -> dict[str, Any]:
     dense = max((name for name in middle if name.startswith("dense") and "int8" not in name), key=middle.__getitem__)
     dense8 = max((name for name in middle if name.startswith("dense int8")), key=middle.__getitem__)
     print(
-        f"{arguments.model}, batch {arguments.batch}, {arguments.prompt} prompt and {arguments.tokens} new tokens, {arguments.runs} rounds"
+        f"{arguments.model}, batch {arguments.batch}, {arguments.prompt} prompt and {arguments.tokens} new tokens, "
+        f"{arguments.runs} rounds"
     )
     print(f"{'':<26}{'tokens/s':>26}{'first token, ms':>18}{'x ' + dense:>20}{'x ' + dense8:>28}")
     for name, values in rates.items():
         spread = f"{middle[name]:.1f} ({min(values):.1f} - {max(values):.1f})"
         first = 1000 * statistics.median(firsts[name])
-        print(f"{name:<26}{spread:>26}{first:>18.0f}{middle[name] / middle[dense]:>20.2f}{middle[name] / middle[dense8]:>28.2f}")
-    return {"model": arguments.model, "rates": rates, "first_token": firsts, "fastest_dense": dense, "fastest_dense_int8": dense8}
+        print(
+            f"{name:<26}{spread:>26}{first:>18.0f}"
+            f"{middle[name] / middle[dense]:>20.2f}{middle[name] / middle[dense8]:>28.2f}"
+        )
+    return {
+        "model": arguments.model,
+        "rates": rates,
+        "first_token": firsts,
+        "fastest_dense": dense,
+        "fastest_dense_int8": dense8,
+    }
 
 
 def rounds(calls: dict[str, Callable[[], Any]], seconds: float) -> dict[str, float]:
@@ -189,7 +201,9 @@ def run_operators(arguments: argparse.Namespace) -> list[dict[str, Any]]:
             return choices[turn[0] % len(choices)]
 
         for zeros in (0.3, 0.5, 0.6, 0.7, 0.8, 0.9):
-            layers = [SparseLinear(pack_operator(prune(weight, str(zeros)))) for weight in weights[: max(2, copies // 2)]]
+            layers = [
+                SparseLinear(pack_operator(prune(weight, str(zeros)))) for weight in weights[: max(2, copies // 2)]
+            ]
             int8 = [SparseLinear(layer.operator.quantised()) for layer in layers]
             calls = {
                 "bfloat16": lambda x=x, w=weights, p=pick: functional.linear(x, p(w)),
@@ -234,10 +248,19 @@ def run_prefill(arguments: argparse.Namespace) -> list[dict[str, Any]]:
         for tokens in (2, 4, 8, 16, 32, 128, 512):
             x = torch.randn(tokens, columns).bfloat16()
             with torch.inference_mode():
-                found = rounds({"dense": lambda x=x: functional.linear(x, weight), "packed": lambda x=x: layer(x)}, arguments.seconds)  # noqa: B023
+                found = rounds(
+                    {
+                        "dense": lambda x=x, weight=weight: functional.linear(x, weight),
+                        "packed": lambda x=x, layer=layer: layer(x),
+                    },
+                    arguments.seconds,
+                )
             results.append({"rows": rows, "columns": columns, "tokens": tokens, **found})
             ratio = found["dense"] / found["packed"]
-            print(f"{rows}x{columns}, {tokens} tokens: dense {1e6 * found['dense']:.0f} us, packed x{ratio:.2f}", flush=True)
+            print(
+                f"{rows}x{columns}, {tokens} tokens: dense {1e6 * found['dense']:.0f} us, packed x{ratio:.2f}",
+                flush=True,
+            )
     return results
 
 
@@ -246,7 +269,11 @@ def main() -> None:
     parser.add_argument("question", choices=["model", "operator", "prefill"])
     parser.add_argument("model", nargs="?", default="smollm2", help="llama-1b, smollm2 or a folder")
     parser.add_argument("--sparsity", default="50%,70%")
-    parser.add_argument("--openvino", action="store_true", help="an OpenVINO engine with int8 weights beside them (pip install openvino)")
+    parser.add_argument(
+        "--openvino",
+        action="store_true",
+        help="an OpenVINO engine with int8 weights beside them (pip install openvino)",
+    )
     parser.add_argument("--batch", type=int, default=1)
     parser.add_argument("--prompt", type=int, default=32)
     parser.add_argument("--tokens", type=int, default=32)
@@ -255,7 +282,10 @@ def main() -> None:
     parser.add_argument("--plot", help="file for the plot of 'operator'")
     parser.add_argument("--json", help="file for the raw times")
     arguments = parser.parse_args()
-    print(f"{torch.get_num_threads()} threads, kernel {(*kernel.LEVELS, 'none')[kernel.best_level()]}, torch {torch.__version__}")
+    print(
+        f"{torch.get_num_threads()} threads, kernel {(*kernel.LEVELS, 'none')[kernel.best_level()]}, torch "
+        f"{torch.__version__}"
+    )
     results = {"model": run_models, "operator": run_operators, "prefill": run_prefill}[arguments.question](arguments)
     if arguments.json:
         with open(arguments.json, "w", encoding="utf-8") as file:

@@ -58,7 +58,9 @@ def main() -> None:
         sums = score_windows(skeleton, windows.tokens, passes)
         times["bare"].append(middle - begin)
         times["evaluation"].append(time.perf_counter() - middle)
-        print(f"bare {times['bare'][-1]:.2f} s, evaluation {times['evaluation'][-1]:.2f} s", file=sys.stderr, flush=True)
+        print(
+            f"bare {times['bare'][-1]:.2f} s, evaluation {times['evaluation'][-1]:.2f} s", file=sys.stderr, flush=True
+        )
     text = perplexity_of(
         sums.nll,
         sums.length,

@@ -1,7 +1,7 @@
 """How does the cost of each solver grow with the number of inputs?
 
-Square operators on synthetic Grams with one spectrum (a power law and a massive direction), n doubling. Prints seconds, the
-ratio to the previous n (8 is n^3) and the ratio to the default solver at the same n.
+Square operators on synthetic Grams with one spectrum (a power law and a massive direction), n doubling. Prints seconds,
+the ratio to the previous n (8 is n^3) and the ratio to the default solver at the same n.
 
     python benchmarks/growth.py
     python benchmarks/growth.py --sizes 576,1152,2304,4608,8192 --methods wanda,sparsegpt,proximal
@@ -18,7 +18,9 @@ from fistapruner.solvers import solve
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--sizes", default="576,1152,2304", help="inputs (default: %(default)s; the full range is 576 to 8192)")
+    parser.add_argument(
+        "--sizes", default="576,1152,2304", help="inputs (default: %(default)s; the full range is 576 to 8192)"
+    )
     parser.add_argument("--methods", default="proximal,wanda,sparsegpt,admm,fista,alps")
     parser.add_argument("--sparsity", default="50%")
     parser.add_argument("--device", default="cpu")
@@ -32,7 +34,9 @@ def main() -> None:
         problem = problem_of((size,), size, arguments.device)
         line, first = f"{size:>6}", 0.0
         for method in methods:
-            took = seconds(lambda p=problem, name=method: solve(p, arguments.sparsity, name), arguments.device, arguments.repeats)  # type: ignore[misc]
+            took = seconds(
+                lambda p=problem, name=method: solve(p, arguments.sparsity, name), arguments.device, arguments.repeats
+            )  # type: ignore[misc]
             first = first or took
             growth = f"{took / before[method]:.2f}" if method in before else "-"
             line += f"{took:>10.3f}{growth:>9}{took / first:>9.2f}"

@@ -1,9 +1,9 @@
 """Which solver leaves the lowest layer error, and what does it cost?
 
 On real Grams (gathered by the benchmark itself), each solver prunes each operator group of some decoder layers at each
-sparsity. Errors and times are given as ratios to what the public ALPS program computes on the same Gram in the same run. The
-Gram is taken as exact (no shrinkage for its sampling error): what is compared is the optimisation. --held-out judges the
-weights on the Gram of other text instead, with the shrinkage that a run has.
+sparsity. Errors and times are given as ratios to what the public ALPS program computes on the same Gram in the same
+run. The Gram is taken as exact (no shrinkage for its sampling error): what is compared is the optimisation. --held-out
+judges the weights on the Gram of other text instead, with the shrinkage that a run has.
 
     python benchmarks/layer_error.py
     python benchmarks/layer_error.py --layers 14 --sparsity 50%,2:4 --methods wanda,sparsegpt,proximal
@@ -78,7 +78,9 @@ def main() -> None:
         mine = [row for row in rows if row["method"] == method]
         ratios = [ratio for row in mine for ratio in row["ratios"]]
         times = [row["time"] for row in mine]
-        share = sum(row["time"] * row["reference_seconds"] for row in mine) / sum(row["reference_seconds"] for row in mine)
+        share = sum(row["time"] * row["reference_seconds"] for row in mine) / sum(
+            row["reference_seconds"] for row in mine
+        )
         print(
             f"{method:<18}{statistics.mean(ratios):>13.4f}{max(ratios):>8.3f}{statistics.mean(times):>13.4f}{max(times):>8.3f}{share:>9.4f}"
         )

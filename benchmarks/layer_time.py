@@ -1,8 +1,8 @@
 """How near to its matrix products does the default solver run, and what would that mean for large models?
 
 Times one decoder layer's operator groups on any device, phase by phase, beside what the products alone cost at the rate
-that the same machine reaches on the same shapes in the same run. Then extrapolates to 7B, 70B and 405B shapes from those
-rates: products by their count of operations, factorisations by n^3, everything else by its measured share.
+that the same machine reaches on the same shapes in the same run. Then extrapolates to 7B, 70B and 405B shapes from
+those rates: products by their count of operations, factorisations by n^3, everything else by its measured share.
 
     python benchmarks/layer_time.py
     python benchmarks/layer_time.py --device cuda --hidden 4096 --intermediate 14336 --kv 1024
@@ -46,7 +46,9 @@ def problem_of(rows: tuple[int, ...], n: int, device: str, seed: int = 0) -> Lay
     """Random weights on a Gram with a power-law spectrum and one massive direction, as real ones have."""
     generator = torch.Generator().manual_seed(seed)
     tokens = min(4 * n, 8192)
-    inputs = torch.randn(tokens, n, generator=generator) * torch.logspace(0.5, -1, n)[torch.randperm(n, generator=generator)]
+    inputs = (
+        torch.randn(tokens, n, generator=generator) * torch.logspace(0.5, -1, n)[torch.randperm(n, generator=generator)]
+    )
     inputs += 3 * torch.randn(tokens, 1, generator=generator) * torch.randn(n, generator=generator)
     inputs = inputs.to(device)
     weight = torch.randn(sum(rows), n, generator=generator).to(device)
@@ -73,7 +75,8 @@ def _wait(device: str) -> None:
 
 
 def product_rate(m: int, n: int, k: int, device: str, fast: bool = True) -> float:
-    """FLOP/s of an (m, k) by (k, n) product: of bf16 tensors where there are units for them and ``fast``, else of fp32 ones."""
+    """FLOP/s of an (m, k) by (k, n) product: of bf16 tensors where there are units for them and ``fast``, else of fp32
+    ones."""
     half = fast and has_bf16_units(torch.device(device))
     dtype = torch.bfloat16 if half else torch.float32
     a, b = torch.randn(m, k, device=device, dtype=dtype), torch.randn(k, n, device=device, dtype=dtype)
@@ -118,9 +121,13 @@ def main() -> None:
         mask = project_operators((problem.weight * scale).abs(), rows, patterns)
         metric = seconds(lambda g=gram, t=name: obs_scale(g, method.metric_damping, t), device)  # type: ignore[misc]
         eigen = seconds(lambda g=scaled: resolvents(g, True), device)  # type: ignore[misc]
-        exact = seconds(lambda p=problem, s=scale, r=rows, q=patterns: project_operators((p.weight * s).abs(), r, q), device)  # type: ignore[misc]
+        exact = seconds(
+            lambda p=problem, s=scale, r=rows, q=patterns: project_operators((p.weight * s).abs(), r, q), device
+        )  # type: ignore[misc]
         refit = seconds(
-            lambda p=problem, g=gram, k=mask: refit_cg(p, g, refit_cg(p, g, p.weight, k, half, fast=True), k, half, fast=True),  # type: ignore[misc]
+            lambda p=problem, g=gram, k=mask: refit_cg(
+                p, g, refit_cg(p, g, p.weight, k, half, fast=True), k, half, fast=True
+            ),  # type: ignore[misc]
             device,
         )
         rate, square = product_rate(m, n, n, device), product_rate(n, n, n, device)
@@ -140,16 +147,25 @@ def main() -> None:
     size = 2048 if device == "cpu" else 8192
     fast, full = product_rate(size, size, size, device), product_rate(size, size, size, device, fast=False)
     print(f"\nProducts of {size} x {size}: {fast / 1e12:.2f} TFLOP/s low precision, {full / 1e12:.2f} TFLOP/s fp32")
-    print(f"Extrapolated to {arguments.tokens} tokens: products at these rates, other work of an iteration in its measured proportion")
+    print(
+        f"Extrapolated to {arguments.tokens} tokens: products at these rates, other work of an iteration in its "
+        "measured proportion"
+    )
     overhead = max(rest_total / limit, 0.0)
     print(f"{'model':<16}{'forward h':>10}{'Grams h':>9}{'iterate h':>10}{'factor h':>10}{'total h':>9}")
     for name, (layers, hidden, kv, intermediate) in MODELS.items():
         shapes = groups(hidden, kv, intermediate).values()
         weights = sum(sum(rows) * n for rows, n in shapes)
-        # One dense pass, one pass with pruned operators (each group's capture continues where the last one stopped), outputs.
+        # One dense pass, one pass with pruned operators (each group's capture continues where the last one stopped),
+        # outputs.
         forward = layers * 2 * 2.0 * weights * arguments.tokens / fast
         grams = layers * sum(2.0 * n * n * arguments.tokens for _, n in shapes) / fast
-        iterate = layers * sum(2.0 * sum(rows) * n * n * steps + 2.0 * n**3 * method.levels for rows, n in shapes) / fast * (1 + overhead)
+        iterate = (
+            layers
+            * sum(2.0 * sum(rows) * n * n * steps + 2.0 * n**3 * method.levels for rows, n in shapes)
+            / fast
+            * (1 + overhead)
+        )
         factor = layers * sum(n**3 for _, n in shapes) * factor_total / cubes
         hours = [t / 3600 for t in (forward, grams, iterate, factor)]
         print(f"{name:<16}{hours[0]:>10.2f}{hours[1]:>9.2f}{hours[2]:>10.2f}{hours[3]:>10.2f}{sum(hours):>9.2f}")

@@ -1,11 +1,11 @@
 """How does the memory of a run grow with the model? Prunes checkpoints of random weights and real shapes.
 
-    python benchmarks/memory.py depth            # 6, 24 and 48 layers of one width: the same peak (--plot FILE: as curves)
-    python benchmarks/memory.py large            # a 7B-shaped checkpoint under a memory limit far below its size
-    python benchmarks/memory.py paper            # LLaMA-70B shapes, by the plan's own calculation
+    python benchmarks/memory.py depth            # 6, 24 and 48 layers of one width: the same peak (--plot FILE: as
+    curves) python benchmarks/memory.py large            # a 7B-shaped checkpoint under a memory limit far below its
+    size python benchmarks/memory.py paper            # LLaMA-70B shapes, by the plan's own calculation
 
-Each run is a process of its own; its peak is the resident set's high-water mark that the kernel kept (VmHWM). Curves are
-samples of the resident set, ten a second, from the process's start to its end.
+Each run is a process of its own; its peak is the resident set's high-water mark that the kernel kept (VmHWM). Curves
+are samples of the resident set, ten a second, from the process's start to its end.
 """
 
 from __future__ import annotations
@@ -42,7 +42,9 @@ SHAPES: dict[str, dict[str, Any]] = {
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("what", choices=("depth", "large", "paper"))
-    parser.add_argument("--layers", type=int, default=12, help="decoder layers of the large checkpoint (default: %(default)s)")
+    parser.add_argument(
+        "--layers", type=int, default=12, help="decoder layers of the large checkpoint (default: %(default)s)"
+    )
     parser.add_argument("--limit", default="3GiB", help="its memory limit (default: %(default)s)")
     parser.add_argument("--samples", type=int, default=8)
     parser.add_argument("--seqlen", type=int, default=256)
@@ -65,7 +67,9 @@ def depth(folder: Path, arguments: argparse.Namespace) -> None:
     peaks, curves = {}, {}
     for layers in (6, 24, 48):
         model = write_checkpoint(folder / f"model-{layers}", "small", layers)
-        report, curves[f"{layers} layers, checkpoint {size_of(model) / GIB:.2f} GiB"] = prune(model, folder / f"run-{layers}", arguments)
+        report, curves[f"{layers} layers, checkpoint {size_of(model) / GIB:.2f} GiB"] = prune(
+            model, folder / f"run-{layers}", arguments
+        )
         peaks[layers] = report["totals"]["peak_memory"]
         print(f"{layers:3d} layers, checkpoint {size_of(model) / GIB:.3f} GiB: {describe(report)}", flush=True)
     spread = max(peaks.values()) / min(peaks.values()) - 1
@@ -78,14 +82,21 @@ def large(folder: Path, arguments: argparse.Namespace) -> None:
     """A checkpoint that does not fit the limit."""
     model = write_checkpoint(folder / "model", "7b", arguments.layers)
     report, curve = prune(model, folder / "run", arguments, "--memory-limit", arguments.limit)
-    print(f"7B shapes, {arguments.layers} layers, checkpoint {size_of(model) / GIB:.2f} GiB, limit {arguments.limit}: {describe(report)}")
     print(
-        f"time {report['totals']['seconds']:.0f} s, zeros {report['totals']['operator_zeros'] / report['totals']['operator_weights']:.4%}"
+        f"7B shapes, {arguments.layers} layers, checkpoint {size_of(model) / GIB:.2f} GiB, limit {arguments.limit}: "
+        f"{describe(report)}"
+    )
+    print(
+        f"time {report['totals']['seconds']:.0f} s, zeros "
+        f"{report['totals']['operator_zeros'] / report['totals']['operator_weights']:.4%}"
     )
     if arguments.plot:
         from fistapruner.recipes.loading import parse_bytes
 
-        lines = {f"checkpoint, {size_of(model) / GIB:.2f} GiB": size_of(model), f"limit, {arguments.limit}": parse_bytes(arguments.limit)}
+        lines = {
+            f"checkpoint, {size_of(model) / GIB:.2f} GiB": size_of(model),
+            f"limit, {arguments.limit}": parse_bytes(arguments.limit),
+        }
         plot({f"7B shapes, {arguments.layers} layers": curve}, lines, arguments.plot)
 
 
@@ -101,11 +112,16 @@ def paper(folder: Path, arguments: argparse.Namespace) -> None:
     model = write_checkpoint(folder / "model", "70b", 80, holes=True)
     skeleton = LayerwiseModel(Checkpoint.open(model), torch.device("cpu"))
     layout = discover(skeleton)
-    recipe = Recipe.build({"method": arguments.method, "propagate": "dense", "dense_target": arguments.dense_target}).resolved()
+    recipe = Recipe.build(
+        {"method": arguments.method, "propagate": "dense", "dense_target": arguments.dense_target}
+    ).resolved()
     sparsity = {name: parse_sparsity("50%") for name, _ in layout.operators()}
-    sizes = Sizes.measure(skeleton, layout, recipe, sparsity, torch.zeros(arguments.samples, arguments.seqlen, dtype=torch.long))
+    sizes = Sizes.measure(
+        skeleton, layout, recipe, sparsity, torch.zeros(arguments.samples, arguments.seqlen, dtype=torch.long)
+    )
     print(
-        f"LLaMA-70B shapes, checkpoint {size_of(model) / GIB:.0f} GiB, {arguments.method}, {arguments.samples} x {arguments.seqlen} tokens"
+        f"LLaMA-70B shapes, checkpoint {size_of(model) / GIB:.0f} GiB, {arguments.method}, {arguments.samples} x "
+        f"{arguments.seqlen} tokens"
     )
     for choice in (Choice(1, on_disk=True), Choice(1, on_disk=True, by_operator=True)):
         stages = sizes.stages(choice)
@@ -114,19 +130,28 @@ def paper(folder: Path, arguments: argparse.Namespace) -> None:
 
 
 def write_checkpoint(folder: Path, shape: str, layers: int, *, holes: bool = False) -> Path:
-    """A Llama checkpoint of random bf16 weights, written tensor by tensor; with ``holes``, of zeros that take no disk."""
+    """A Llama checkpoint of random bf16 weights, written tensor by tensor; with ``holes``, of zeros that take no
+    disk."""
     from accelerate import init_empty_weights
     from transformers import AutoModelForCausalLM, LlamaConfig
 
     from fistapruner.models.files.safetensors import SafetensorsWriter, TensorEntry
 
     folder.mkdir(parents=True)
-    settings = {**SHAPES[shape], "num_hidden_layers": layers, "bos_token_id": 1, "eos_token_id": 2, "torch_dtype": "bfloat16"}
+    settings = {
+        **SHAPES[shape],
+        "num_hidden_layers": layers,
+        "bos_token_id": 1,
+        "eos_token_id": 2,
+        "torch_dtype": "bfloat16",
+    }
     config = LlamaConfig(**settings)
     config.architectures = ["LlamaForCausalLM"]
     config.save_pretrained(folder)
     with init_empty_weights():
-        names = {name: tuple(tensor.shape) for name, tensor in AutoModelForCausalLM.from_config(config).state_dict().items()}
+        names = {
+            name: tuple(tensor.shape) for name, tensor in AutoModelForCausalLM.from_config(config).state_dict().items()
+        }
     entries = [TensorEntry.of(name, torch.bfloat16, sizes) for name, sizes in names.items()]
     generator = torch.Generator().manual_seed(0)
     if holes:
@@ -134,7 +159,9 @@ def write_checkpoint(folder: Path, shape: str, layers: int, *, holes: bool = Fal
         return folder
     with SafetensorsWriter(folder / "model.safetensors", entries, {"format": "pt"}) as writer:
         for name, sizes in names.items():
-            tensor = torch.ones(sizes) if len(sizes) == 1 else torch.randn(sizes, generator=generator) * sizes[-1] ** -0.5
+            tensor = (
+                torch.ones(sizes) if len(sizes) == 1 else torch.randn(sizes, generator=generator) * sizes[-1] ** -0.5
+            )
             writer.write(name, tensor.to(torch.bfloat16))
     write_tokenizer(folder)
     return folder
@@ -156,10 +183,14 @@ def write_tokenizer(folder: Path) -> None:
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
 
-    vocabulary = {"<unk>": 0, "<s>": 1, "</s>": 2} | {symbol: 3 + i for i, symbol in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))}
+    vocabulary = {"<unk>": 0, "<s>": 1, "</s>": 2} | {
+        symbol: 3 + i for i, symbol in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))
+    }
     core = Tokenizer(models.BPE(vocab=vocabulary, merges=[], unk_token="<unk>"))
     core.pre_tokenizer, core.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
-    PreTrainedTokenizerFast(tokenizer_object=core, bos_token="<s>", eos_token="</s>", unk_token="<unk>").save_pretrained(folder)
+    PreTrainedTokenizerFast(
+        tokenizer_object=core, bos_token="<s>", eos_token="</s>", unk_token="<unk>"
+    ).save_pretrained(folder)
 
 
 Curve = list[tuple[float, int]]
@@ -168,11 +199,34 @@ Curve = list[tuple[float, int]]
 
 def prune(model: Path, out: Path, arguments: argparse.Namespace, *more: str) -> tuple[dict[str, Any], Curve]:
     """Run the command line in a process of its own; its report and its memory."""
-    command = [sys.executable, "-m", "fistapruner", "prune", str(model), "--out", str(out), "--calibration", "python", "--device", "cpu"]
-    command += ["--method", arguments.method, "--propagate", "dense", "--dense-target", arguments.dense_target, "--evaluate", "none"]
+    command = [
+        sys.executable,
+        "-m",
+        "fistapruner",
+        "prune",
+        str(model),
+        "--out",
+        str(out),
+        "--calibration",
+        "python",
+        "--device",
+        "cpu",
+    ]
+    command += [
+        "--method",
+        arguments.method,
+        "--propagate",
+        "dense",
+        "--dense-target",
+        arguments.dense_target,
+        "--evaluate",
+        "none",
+    ]
     command += ["--samples", str(arguments.samples), "--seqlen", str(arguments.seqlen)]
     begin, curve = time.perf_counter(), []
-    with psutil.Popen([*command, *more], stdout=subprocess.DEVNULL, env={**os.environ, "HF_HUB_OFFLINE": "1"}) as process:
+    with psutil.Popen(
+        [*command, *more], stdout=subprocess.DEVNULL, env={**os.environ, "HF_HUB_OFFLINE": "1"}
+    ) as process:
         while process.poll() is None:
             with contextlib.suppress(psutil.Error):
                 curve.append((time.perf_counter() - begin, process.memory_info().rss))

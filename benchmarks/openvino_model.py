@@ -1,8 +1,9 @@
-"""A Llama model as an OpenVINO graph with int8 weights, for ``decode.py model ... --openvino``; needs ``pip install openvino``.
+"""A Llama model as an OpenVINO graph with int8 weights, for ``decode.py model ... --openvino``; needs ``pip install
+openvino``.
 
 Built operator by operator the way optimum-intel exports one: a stateful key-value cache that the CPU plug-in fuses with
-attention, and weights as int8 constants with a scale for each output (``int8`` also for embedding and head, which is that
-exporter's default). Everything else about the engine is its own choice.
+attention, and weights as int8 constants with a scale for each output (``int8`` also for embedding and head, which is
+that exporter's default). Everything else about the engine is its own choice.
 """
 
 from __future__ import annotations
@@ -42,13 +43,20 @@ class OpenVinoLlama(nn.Module):
         graph = self._graph(model, head and int8)
         self._request = ov.Core().compile_model(graph, "CPU", settings).create_infer_request()
 
-    def forward(self, input_ids: Tensor, past_key_values: int | None = None, use_cache: bool = True, logits_to_keep: int = 1) -> Any:
+    def forward(
+        self, input_ids: Tensor, past_key_values: int | None = None, use_cache: bool = True, logits_to_keep: int = 1
+    ) -> Any:
         seen, length = past_key_values or 0, input_ids.shape[1]
         if not seen:
             self._request.reset_state()
         positions = np.arange(seen, seen + length)
         mask = np.where(positions[:, None] >= np.arange(seen + length)[None], 0.0, -1e9).astype(np.float32)
-        feed = {"ids": input_ids.numpy(), "positions": positions[None], "mask": mask[None, None], "beam": np.zeros(1, np.int32)}
+        feed = {
+            "ids": input_ids.numpy(),
+            "positions": positions[None],
+            "mask": mask[None, None],
+            "beam": np.zeros(1, np.int32),
+        }
         out = self._request.infer(feed, share_inputs=True)[0]
         return SimpleNamespace(logits=torch.from_numpy(np.array(out)), past_key_values=seen + length)
 
@@ -56,7 +64,9 @@ class OpenVinoLlama(nn.Module):
         if int8:
             levels, scales = _levels(weight)
             return ops.multiply(ops.convert(ops.constant(levels), "f32"), ops.constant(scales))
-        half = ov.op.Constant(ov.Tensor(weight.detach().bfloat16().view(torch.uint16).numpy().copy(), weight.shape, ov.Type.bf16))
+        half = ov.op.Constant(
+            ov.Tensor(weight.detach().bfloat16().view(torch.uint16).numpy().copy(), weight.shape, ov.Type.bf16)
+        )
         return ops.convert(half, "f32")
 
     def _linear(self, x: Any, linear: nn.Linear) -> Any:
@@ -81,7 +91,9 @@ class OpenVinoLlama(nn.Module):
         x = ops.gather(table, ids, np.int32(0))
         frequency = body.rotary_emb.inv_freq.float().numpy().reshape(1, -1, 1)
         angle = ops.transpose(
-            ops.matmul(ops.constant(frequency), ops.convert(ops.unsqueeze(positions, np.int32(1)), "f32"), False, False),
+            ops.matmul(
+                ops.constant(frequency), ops.convert(ops.unsqueeze(positions, np.int32(1)), "f32"), False, False
+            ),
             np.array([0, 2, 1]),
         )
         angle = ops.unsqueeze(ops.concat([angle, angle], -1), np.int32(1))
@@ -100,14 +112,18 @@ class OpenVinoLlama(nn.Module):
             info = VariableInfo()
             info.data_shape, info.data_type, info.variable_id = ov.PartialShape([-1, kept, -1, size]), ov.Type.f32, name
             variable = ov.op.util.Variable(info)
-            start = ops.broadcast(np.float32(0), ops.concat([ops.shape_of(beam, "i64"), ops.constant(np.array([kept, 0, size]))], 0))
+            start = ops.broadcast(
+                np.float32(0), ops.concat([ops.shape_of(beam, "i64"), ops.constant(np.array([kept, 0, size]))], 0)
+            )
             past = ops.gather(ops.read_value(start, variable), beam, np.int32(0))
             whole = ops.concat([past, y], 2)
             assigned.append(ops.assign(whole, variable))
             if heads == kept:
                 return whole
             wide = ops.unsqueeze(whole, np.int32(2))
-            wide = ops.broadcast(wide, ops.constant(np.array([1, 1, heads // kept, 1, 1])), broadcast_spec="BIDIRECTIONAL")
+            wide = ops.broadcast(
+                wide, ops.constant(np.array([1, 1, heads // kept, 1, 1])), broadcast_spec="BIDIRECTIONAL"
+            )
             return ops.reshape(wide, np.array([0, heads, -1, size]), True)
 
         for index, layer in enumerate(body.layers):
@@ -123,6 +139,8 @@ class OpenVinoLlama(nn.Module):
             gate = ops.swish(self._linear(hidden, mlp.gate_proj))
             x = ops.add(x, self._linear(ops.multiply(gate, self._linear(hidden, mlp.up_proj)), mlp.down_proj))
         last = ops.gather(self._norm(x, body.norm), ops.constant(np.array([-1])), np.int32(1))
-        head = table if model.lm_head.weight is body.embed_tokens.weight else self._weight(model.lm_head.weight, int8_ends)
+        head = (
+            table if model.lm_head.weight is body.embed_tokens.weight else self._weight(model.lm_head.weight, int8_ends)
+        )
         logits = ops.matmul(last, head, False, True)
         return ov.Model([ops.result(logits)], assigned, [ids, positions, mask, beam])

@@ -2,14 +2,15 @@
 
 gap = ln(perplexity) - ln(dense perplexity). Every setting is pruned and measured by ``fistapruner compare`` with one
 calibration set for each seed; ALPS and SparseGPT run as published (pruned hidden states, pruned targets). Printed
-are, for each setting and sparsity, the gap, its ratio to ALPS's gap and the whole run's time as a multiple of SparseGPT's, all
-of this one comparison. Finished runs are kept: the same command goes on.
+are, for each setting and sparsity, the gap, its ratio to ALPS's gap and the whole run's time as a multiple of
+SparseGPT's, all of this one comparison. Finished runs are kept: the same command goes on.
 
     python benchmarks/quality.py --data DATA --out runs/quality --sparsity 50%,2:4 --seeds 0,1,2
-    python benchmarks/quality.py --data DATA --out runs/search --settings proximal@residual=none,proximal@allocation=uniform
+    python benchmarks/quality.py --data DATA --out runs/search --settings
+    proximal@residual=none,proximal@allocation=uniform
 
-DATA holds c4/*.jsonl (training text) and wikitext2/test_joined.txt (the test split joined by blank lines). Without it, text
-that comes with Python is used for both; the numbers are then of that text.
+DATA holds c4/*.jsonl (training text) and wikitext2/test_joined.txt (the test split joined by blank lines). Without it,
+text that comes with Python is used for both; the numbers are then of that text.
 """
 
 from __future__ import annotations
@@ -33,7 +34,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="smollm2")
     parser.add_argument("--out", required=True, help="folder of the comparison")
-    parser.add_argument("--data", default=os.environ.get("FISTAPRUNER_DATA"), help="folder of texts (default: $FISTAPRUNER_DATA)")
+    parser.add_argument(
+        "--data", default=os.environ.get("FISTAPRUNER_DATA"), help="folder of texts (default: $FISTAPRUNER_DATA)"
+    )
     parser.add_argument("--settings", default=SETTINGS, help="as --methods of 'fistapruner compare'")
     parser.add_argument("--sparsity", default="50%")
     parser.add_argument("--seeds", default="0")
@@ -67,7 +70,9 @@ def ratios(comparison: Comparison) -> str:
     for row in comparison.rows:
         if row.gap is not None and row.seconds is not None:
             cells.setdefault((row.sparsity, row.label or row.method), []).append((row.gap, row.seconds))
-    means = {key: (mean(gap for gap, _ in values), mean(seconds for _, seconds in values)) for key, values in cells.items()}
+    means = {
+        key: (mean(gap for gap, _ in values), mean(seconds for _, seconds in values)) for key, values in cells.items()
+    }
     for (sparsity, label), (gap, seconds) in means.items():
         alps, sparsegpt = means.get((sparsity, ALPS)), means.get((sparsity, SPARSEGPT))
         to_alps = f"{gap / alps[0]:.3f}" if alps else "–"

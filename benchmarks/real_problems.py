@@ -21,13 +21,17 @@ GROUPS = (("q_proj", "k_proj", "v_proj"), ("o_proj",), ("gate_proj", "up_proj"),
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options that say which layer problems a benchmark runs on."""
     parser.add_argument("--layers", default="4,14,29", help="decoder layers, comma-separated (default: %(default)s)")
-    parser.add_argument("--samples", type=int, default=40, help="calibration windows of 1024 tokens (default: %(default)s)")
+    parser.add_argument(
+        "--samples", type=int, default=40, help="calibration windows of 1024 tokens (default: %(default)s)"
+    )
     parser.add_argument(
         "--data",
         default=os.environ.get("FISTAPRUNER_DATA"),
         help="folder with c4/*.jsonl; default: FISTAPRUNER_DATA, else the language reference that Python ships with",
     )
-    parser.add_argument("--cache", default=".benchmark_cache", help="folder for the gathered Grams (default: %(default)s)")
+    parser.add_argument(
+        "--cache", default=".benchmark_cache", help="folder for the gathered Grams (default: %(default)s)"
+    )
 
 
 def load(arguments: argparse.Namespace, *, held_out: bool = False) -> dict[str, LayerProblem]:

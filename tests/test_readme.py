@@ -46,7 +46,12 @@ def small(arguments: list[str]) -> list[str]:
         if option in out:
             out[out.index(option) + 1] = value
     if out[0] == "prune":
-        out += [word for option, value in (("--samples", "4"), ("--seqlen", "32")) if option not in out for word in (option, value)]
+        out += [
+            word
+            for option, value in (("--samples", "4"), ("--seqlen", "32"))
+            if option not in out
+            for word in (option, value)
+        ]
         out += ["--evaluate", "text.txt", "--evaluate-windows", "2"]
     return out
 
@@ -93,4 +98,7 @@ def test_make_targets_exist() -> None:
 def test_shipped_recipes_run(place: Path, name: str) -> None:
     recipe = Recipe.from_yaml(shipped_recipes()[name], name)
     assert Recipe.from_yaml(recipe.to_yaml()) == recipe
-    assert main(small(["prune", "my-model", "--out", "run", "--recipe", name, "--calibration", "text.jsonl", "--quiet"])) == 0
+    assert (
+        main(small(["prune", "my-model", "--out", "run", "--recipe", name, "--calibration", "text.jsonl", "--quiet"]))
+        == 0
+    )

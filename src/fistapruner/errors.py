@@ -24,7 +24,9 @@ def needs_code(folder: object, error: Exception) -> FistaPrunerError | None:
     """The error of a checkpoint that needs its own Python code and was not trusted; None for any other ``error``."""
     if "trust_remote_code" not in str(error):
         return None
-    return FistaPrunerError(f"{folder} needs Python code that comes with it: if you trust that code, add --trust-remote-code")
+    return FistaPrunerError(
+        f"{folder} needs Python code that comes with it: if you trust that code, add --trust-remote-code"
+    )
 
 
 def explain(error: Exception) -> str:

@@ -88,14 +88,20 @@ class LayerProblem:
                 energies = name in ("drift_energy", "energy")
                 object.__setattr__(self, name, _plain(tensor, f"{self.label}: the {name}", keep_double=energies))
         if self.weight.ndim != 2 or not self.weight.numel():
-            raise FistaPrunerError(f"{self.label}: the weight is {tuple(self.weight.shape)}, expected (outputs, inputs)")
+            raise FistaPrunerError(
+                f"{self.label}: the weight is {tuple(self.weight.shape)}, expected (outputs, inputs)"
+            )
         m, n = self.weight.shape
         if self.gram.shape != (n, n):
-            raise FistaPrunerError(f"{self.label}: the Gram is {tuple(self.gram.shape)}, expected ({n}, {n}) for {n} inputs")
+            raise FistaPrunerError(
+                f"{self.label}: the Gram is {tuple(self.gram.shape)}, expected ({n}, {n}) for {n} inputs"
+            )
         if not self.rows:
             object.__setattr__(self, "rows", (m,))
         if sum(self.rows) != m or len(self.rows) != len(self.names) or min(self.rows) < 1:
-            raise FistaPrunerError(f"{self.label}: rows {self.rows} do not describe {len(self.names)} operators of {m} rows in all")
+            raise FistaPrunerError(
+                f"{self.label}: rows {self.rows} do not describe {len(self.names)} operators of {m} rows in all"
+            )
         if (self.drift is None) != (self.drift_energy is None):
             raise FistaPrunerError(f"{self.label}: drift and drift_energy come together")
         if self.drift is not None and self.drift.shape != (m, n):
@@ -105,9 +111,13 @@ class LayerProblem:
                 raise FistaPrunerError(f"{self.label}: {name} is {tuple(energy.shape)}, expected ({m},)")
         for name, tensor in (("gram", self.gram), ("drift", self.drift)):
             if tensor is not None and tensor.device != self.weight.device:
-                raise FistaPrunerError(f"{self.label}: the weight is on {self.weight.device}, its {name} on {tensor.device}")
+                raise FistaPrunerError(
+                    f"{self.label}: the weight is on {self.weight.device}, its {name} on {tensor.device}"
+                )
         if self.tokens is not None and self.tokens < 1:
-            raise FistaPrunerError(f"{self.label}: tokens {self.tokens} is not a number of calibration tokens (1 or more, or None)")
+            raise FistaPrunerError(
+                f"{self.label}: tokens {self.tokens} is not a number of calibration tokens (1 or more, or None)"
+            )
         if not 0.0 <= self.target <= 1.0:
             raise FistaPrunerError(f"{self.label}: target {self.target} is not a share of the dense target in [0, 1]")
         if self.energy is None:
@@ -191,17 +201,28 @@ class LayerProblem:
             FistaPrunerError: a weight is zero, negative, NaN or infinite.
         """
         if not bool(((importance > 0) & importance.isfinite()).all()):
-            raise FistaPrunerError(f"{self.label}: the importance of a row is zero, negative, NaN or infinite, expected positive numbers")
+            raise FistaPrunerError(
+                f"{self.label}: the importance of a row is zero, negative, NaN or infinite, expected positive numbers"
+            )
         root = importance.sqrt()
         drift = None if self.drift is None else self.drift * root[:, None]
         drift_energy = None if self.drift_energy is None else self.drift_energy * importance
         assert self.energy is not None
-        return replace(self, weight=self.weight * root[:, None], drift=drift, drift_energy=drift_energy, energy=self.energy * importance)
+        return replace(
+            self,
+            weight=self.weight * root[:, None],
+            drift=drift,
+            drift_energy=drift_energy,
+            energy=self.energy * importance,
+        )
 
     def operators(self) -> list[LayerProblem]:
         """Split the problem into one for each operator; tensors are views, the Gram is shared."""
         starts = [sum(self.rows[:i]) for i in range(len(self.rows))]
-        return [self.slice(start, start + size, (name,)) for start, size, name in zip(starts, self.rows, self.names, strict=True)]
+        return [
+            self.slice(start, start + size, (name,))
+            for start, size, name in zip(starts, self.rows, self.names, strict=True)
+        ]
 
     def slice(self, start: int, stop: int, names: tuple[str, ...] = ("rows",)) -> LayerProblem:
         """Restrict the problem to rows ``start`` to ``stop``, as one operator."""
@@ -238,7 +259,10 @@ class LayerProblem:
         """Divide the errors of each operator's rows, (m,) fp64, by its dense output's energy."""
         assert self.energy is not None
         energies = self.energy.double().split(self.rows)
-        return [float(error.sum()) / max(float(c.sum()), 1e-300) for error, c in zip(row_errors.split(self.rows), energies, strict=True)]
+        return [
+            float(error.sum()) / max(float(c.sum()), 1e-300)
+            for error, c in zip(row_errors.split(self.rows), energies, strict=True)
+        ]
 
     def _named_rows(self, tensor: Tensor) -> list[tuple[str, Tensor]]:
         return list(zip(self.names, tensor.split(self.rows), strict=True))
@@ -338,7 +362,9 @@ class ProblemSums:
         self.tokens += x.shape[0]
         if self._cross is not None and (dense is None) != (self._compared < self.tokens - x.shape[0]):
             if dense is not None:
-                raise FistaPrunerError(f"dense {self.drift_from} are for the first batches: one without them was added before")
+                raise FistaPrunerError(
+                    f"dense {self.drift_from} are for the first batches: one without them was added before"
+                )
             if self.drift_from == "outputs":
                 self._gram_compared = self.gram.clone()
         with fast_products(inputs.dtype == torch.bfloat16):
@@ -358,7 +384,9 @@ class ProblemSums:
             self._cross.addmm_(target_outputs.T, x)
             self._target_energy += target_outputs.square().sum(0, dtype=torch.float64)
 
-    def problem(self, names: Sequence[str], rows: Sequence[int], target: float, *, release: bool = False) -> LayerProblem:
+    def problem(
+        self, names: Sequence[str], rows: Sequence[int], target: float, *, release: bool = False
+    ) -> LayerProblem:
         """Make the layer problem of all tokens added so far (means over tokens).
 
         Args:
@@ -383,7 +411,10 @@ class ProblemSums:
             moved = mirror(mean(self._input_drift, self._compared))
             drift, drift_energy = across, _row_dots(lambda rows: self.weight[rows] @ moved, self.weight).clamp_min(0)
             # ||W X||^2 = ||W X*||^2 + 2 <W X*, W (X - X*)> + ||W (X - X*)||^2, row by row.
-            energy = _row_dots(lambda rows: torch.add(self.weight[rows] @ gram, across[rows], alpha=2.0), self.weight) + drift_energy
+            energy = (
+                _row_dots(lambda rows: torch.add(self.weight[rows] @ gram, across[rows], alpha=2.0), self.weight)
+                + drift_energy
+            )
         elif self._cross is not None:
             drift = difference = mean(self._cross, self._compared)
             compared_gram = gram if self._gram_compared is None else mirror(mean(self._gram_compared, self._compared))

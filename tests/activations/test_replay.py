@@ -37,7 +37,9 @@ def weights(folder: Path) -> dict[str, torch.Tensor]:
 
 @pytest.mark.parametrize("way", WAYS)
 @pytest.mark.parametrize("architecture", ["llama", "opt", "gpt_neox", "gpt2", "falcon", "gemma2"])
-def test_the_same_bits_in_fewer_passes(tmp_path: Path, architecture: str, way: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_same_bits_in_fewer_passes(
+    tmp_path: Path, architecture: str, way: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     source = str(tiny.save(architecture, tmp_path / "model", dtype=torch.bfloat16))
     given: list[str] = []
     continued: list[str] = []

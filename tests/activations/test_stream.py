@@ -35,7 +35,9 @@ def opened(folder: Path) -> LayerwiseModel:
 def whole_model_inputs(folder: Path, layers: str) -> tuple[list[Tensor], Tensor]:
     """What enters every decoder layer of the whole model, differentiable, and what leaves the last one."""
     model = AutoModelForCausalLM.from_pretrained(folder).eval()
-    prefix = layers if any(name == layers for name, _ in model.named_modules()) else f"{model.base_model_prefix}.{layers}"
+    prefix = (
+        layers if any(name == layers for name, _ in model.named_modules()) else f"{model.base_model_prefix}.{layers}"
+    )
     seen: list[Tensor] = []
 
     def leave(_: object, __: object, output: Tensor | tuple[Tensor, ...]) -> None:

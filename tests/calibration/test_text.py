@@ -62,7 +62,8 @@ def test_absent_file(tmp_path: Path) -> None:
 
 def test_language_reference_is_split_without_overlap() -> None:
     paragraphs = [
-        {part.strip() for document in python_documents(kind) for part in document.split("\n\n")} for kind in ("python", PYTHON_EVAL)
+        {part.strip() for document in python_documents(kind) for part in document.split("\n\n")}
+        for kind in ("python", PYTHON_EVAL)
     ]
     assert not paragraphs[0] & paragraphs[1]
     sizes = [sum(map(len, python_documents(kind))) for kind in ("python", PYTHON_EVAL)]

@@ -30,7 +30,9 @@ def letters_tokenizer(bos: bool = False) -> PreTrainedTokenizerFast:
     inner = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
     inner.pre_tokenizer = pre_tokenizers.Split("", "isolated")
     if bos:
-        inner.post_processor = processors.TemplateProcessing(single="<s> $A", pair="<s> $A $B", special_tokens=[("<s>", 1)])
+        inner.post_processor = processors.TemplateProcessing(
+            single="<s> $A", pair="<s> $A $B", special_tokens=[("<s>", 1)]
+        )
     return PreTrainedTokenizerFast(tokenizer_object=inner, unk_token="<unk>", bos_token="<s>", eos_token="</s>")
 
 
@@ -75,7 +77,12 @@ def test_bos_begins_every_window_where_the_tokenizer_wants_it() -> None:
 
 
 @settings(max_examples=60, deadline=None)
-@given(st.lists(st.text(LETTERS, max_size=40), min_size=1, max_size=12), st.integers(1, 6), st.integers(2, 20), st.booleans())
+@given(
+    st.lists(st.text(LETTERS, max_size=40), min_size=1, max_size=12),
+    st.integers(1, 6),
+    st.integers(2, 20),
+    st.booleans(),
+)
 def test_windows_are_pieces_of_the_text_or_refused(documents: list[str], samples: int, seqlen: int, bos: bool) -> None:
     tokenizer = letters_tokenizer(bos)
     try:
@@ -112,7 +119,9 @@ def test_short_empty_and_unknown_sources_are_refused(tmp_path: Path) -> None:
 
 def test_facts_say_what_was_drawn(tmp_path: Path) -> None:
     (tmp_path / "a.jsonl").write_text('{"text": "abcdefghijklmn"}\n' * 5)
-    tokens, facts = calibration_tokens(Calibration(source=str(tmp_path / "a.jsonl"), samples=3, seed=5), letters_tokenizer(), 8)
+    tokens, facts = calibration_tokens(
+        Calibration(source=str(tmp_path / "a.jsonl"), samples=3, seed=5), letters_tokenizer(), 8
+    )
     assert tokens.shape == (3, 8)
     assert facts["documents"] == 5
     assert facts["seed"] == 5
@@ -125,9 +134,16 @@ def test_facts_say_what_was_drawn(tmp_path: Path) -> None:
 def tiny(kind: str, vocabulary: int = 40) -> Any:
     torch.manual_seed(0)
     if kind == "gpt2":
-        return GPT2LMHeadModel(GPT2Config(vocab_size=vocabulary, n_positions=128, n_embd=16, n_layer=2, n_head=2)).eval()
+        return GPT2LMHeadModel(
+            GPT2Config(vocab_size=vocabulary, n_positions=128, n_embd=16, n_layer=2, n_head=2)
+        ).eval()
     config = LlamaConfig(
-        vocab_size=vocabulary, hidden_size=16, intermediate_size=16, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2
+        vocab_size=vocabulary,
+        hidden_size=16,
+        intermediate_size=16,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
     )
     return LlamaForCausalLM(config).eval()
 
@@ -200,7 +216,9 @@ def test_draws_follow_the_distribution() -> None:
 
 def test_generation_says_how_far_it_is() -> None:
     said: list[str] = []
-    calibration_tokens(Calibration(source="self", samples=2), letters_tokenizer(), 32, lambda: tiny("llama"), said.append)
+    calibration_tokens(
+        Calibration(source="self", samples=2), letters_tokenizer(), 32, lambda: tiny("llama"), said.append
+    )
     assert len(said) == 9
     assert said[-1].startswith("generating calibration text: 58 of 64 tokens, about ")
 

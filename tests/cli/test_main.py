@@ -14,7 +14,18 @@ from fistapruner.cli import main
 from fistapruner.errors import FistaPrunerError
 from fistapruner.recipes.settings import MAX_SEED, Recipe
 
-SETTINGS = ["--calibration", "python", "--samples", "4", "--seqlen", "32", "--method", "magnitude", "--evaluate", "none"]
+SETTINGS = [
+    "--calibration",
+    "python",
+    "--samples",
+    "4",
+    "--seqlen",
+    "32",
+    "--method",
+    "magnitude",
+    "--evaluate",
+    "none",
+]
 
 
 @pytest.mark.parametrize("stream", ["stderr", "stdout"])

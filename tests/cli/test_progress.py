@@ -30,8 +30,15 @@ def test_every_long_pass_is_told(tmp_path: Path) -> None:
         calibration={"source": "python", "samples": 4, "seqlen": 32},
     )
     layers = len(report.layers)
-    for what in ("decoder layers, forwards", "decoder layers, backwards", "decoder layers of dense", "decoder layers of model"):
-        assert [(done, total) for name, done, total in told if name == what] == [(done, layers) for done in range(1, layers + 1)], what
+    for what in (
+        "decoder layers, forwards",
+        "decoder layers, backwards",
+        "decoder layers of dense",
+        "decoder layers of model",
+    ):
+        assert [(done, total) for name, done, total in told if name == what] == [
+            (done, layers) for done in range(1, layers + 1)
+        ], what
 
 
 def test_it_is_said_at_intervals_and_not_at_the_end(capsys: pytest.CaptureFixture[str]) -> None:

@@ -55,5 +55,7 @@ def test_every_public_name_can_be_imported() -> None:
 
 
 def test_the_catalogue_describes_the_classes() -> None:
-    assert [(entry.name, entry.refines) for entry in CATALOGUE] == [(name, method.refines) for name, method in METHODS.items()]
+    assert [(entry.name, entry.refines) for entry in CATALOGUE] == [
+        (name, method.refines) for name, method in METHODS.items()
+    ]
     assert all(entry.name == METHODS[entry.name].name and entry.summary and entry.reference for entry in CATALOGUE)

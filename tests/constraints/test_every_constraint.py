@@ -165,4 +165,6 @@ def test_thresholds_keep_what_the_projection_keeps(constraint: Constraint) -> No
 def test_a_free_share_of_zeros_is_what_allocation_needs(constraint: Constraint) -> None:
     if constraint.supports_allocation:
         assert constraint.zeros_suffice
-    assert constraint.zeros(4, 40 * constraint.group_length) == pytest.approx(constraint.fraction * 160 * constraint.group_length, abs=1)
+    assert constraint.zeros(4, 40 * constraint.group_length) == pytest.approx(
+        constraint.fraction * 160 * constraint.group_length, abs=1
+    )

@@ -45,7 +45,14 @@ def test_a_pattern_that_does_not_divide_is_refused_by_name() -> None:
 
 
 @settings(max_examples=60, deadline=None)
-@given(st.integers(1, 12), st.integers(1, 12), st.floats(0, 0.99), st.sampled_from(["operator", "row"]), st.booleans(), st.integers(0, 99))
+@given(
+    st.integers(1, 12),
+    st.integers(1, 12),
+    st.floats(0, 0.99),
+    st.sampled_from(["operator", "row"]),
+    st.booleans(),
+    st.integers(0, 99),
+)
 def test_unstructured_is_exact(rows: int, columns: int, share: float, scope: str, ties: bool, seed: int) -> None:
     scores = torch.randn(rows, columns, generator=torch.Generator().manual_seed(seed))
     if ties:
@@ -108,11 +115,15 @@ def test_bisection_finds_the_same_value(values: str) -> None:
 
 @settings(max_examples=60, deadline=None)
 @given(st.integers(3, 12), st.integers(2, 12), st.floats(0, 0.99), st.integers(0, 99), st.data())
-def test_rows_alone_have_the_mask_of_the_whole(rows: int, columns: int, share: float, seed: int, data: st.DataObject) -> None:
+def test_rows_alone_have_the_mask_of_the_whole(
+    rows: int, columns: int, share: float, seed: int, data: st.DataObject
+) -> None:
     scores = torch.randn(rows, columns, generator=torch.Generator().manual_seed(seed)).round()
     pattern = Unstructured(share)
     middle = data.draw(st.integers(1, rows - 1))
-    blocks = [pattern.rows_block(rows, columns, a, b).project(scores[a:b], "row") for a, b in ((0, middle), (middle, rows))]
+    blocks = [
+        pattern.rows_block(rows, columns, a, b).project(scores[a:b], "row") for a, b in ((0, middle), (middle, rows))
+    ]
     assert torch.equal(torch.cat(blocks), pattern.project(scores, "row"))
 
 

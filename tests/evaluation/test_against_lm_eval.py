@@ -27,12 +27,21 @@ Item = dict[str, Any]
 def arc(item: Item) -> Item:
     labels = list("ABCDE"[: len(item["choices"])])
     question = item["query"].removeprefix("Question: ").strip()
-    return {"question": question, "choices": {"text": item["choices"], "label": labels}, "answerKey": labels[item["gold"]]}
+    return {
+        "question": question,
+        "choices": {"text": item["choices"], "label": labels},
+        "answerKey": labels[item["gold"]],
+    }
 
 
 def piqa(item: Item) -> Item:
     first, second = item["choices"]
-    return {"goal": item["query"].removeprefix("Question: ").strip(), "sol1": first, "sol2": second, "label": item["gold"]}
+    return {
+        "goal": item["query"].removeprefix("Question: ").strip(),
+        "sol1": first,
+        "sol2": second,
+        "label": item["gold"],
+    }
 
 
 def lambada(item: Item) -> Item:
@@ -42,7 +51,12 @@ def lambada(item: Item) -> Item:
 def winogrande(item: Item) -> Item:
     start = os.path.commonprefix(item["context_options"])  # noqa: RUF071 (characters are meant)
     options = [context.removeprefix(start) for context in item["context_options"]]
-    return {"sentence": f"{start}_ {item['continuation']}", "option1": options[0], "option2": options[1], "answer": str(item["gold"] + 1)}
+    return {
+        "sentence": f"{start}_ {item['continuation']}",
+        "option1": options[0],
+        "option2": options[1],
+        "answer": str(item["gold"] + 1),
+    }
 
 
 AS_ON_THE_HUB: dict[str, tuple[str, Callable[[Item], Item]]] = {
@@ -96,7 +110,15 @@ def test_zero_shot_scores_are_those_of_lm_eval_s_own_tasks(
         path.write_text("".join(json.dumps(convert(json.loads(line))) + "\n" for line in lines))
         local = {"data_files": {split: str(path)}}
         # Everything but where the data lies is lm-eval's own definition of the task.
-        tasks.append({"task": name, "dataset_path": "json", "dataset_name": None, "training_split": None, "dataset_kwargs": local})
+        tasks.append(
+            {
+                "task": name,
+                "dataset_path": "json",
+                "dataset_name": None,
+                "training_split": None,
+                "dataset_kwargs": local,
+            }
+        )
         tasks[-1] |= {"validation_split" if split == "validation" else "test_split": split}
         tasks[-1] |= {"test_split": None} if split == "validation" else {"validation_split": None}
     theirs = simple_evaluate(runner, tasks=tasks, bootstrap_iters=0, task_manager=TaskManager())["results"]

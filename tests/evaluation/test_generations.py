@@ -15,7 +15,9 @@ from fistapruner.evaluation.generations import generate_side_by_side
 def test_what_a_model_does_not_take_of_its_tokenizer_is_left_out(tmp_path: Path) -> None:
     folder = tiny.save("llama", tmp_path / "model")
     settings = folder / "tokenizer_config.json"
-    settings.write_text(json.dumps({**json.loads(settings.read_text()), "model_input_names": ["input_ids", "token_type_ids"]}))
+    settings.write_text(
+        json.dumps({**json.loads(settings.read_text()), "model_input_names": ["input_ids", "token_type_ids"]})
+    )
     assert set(AutoTokenizer.from_pretrained(folder)("once")) == {"input_ids", "token_type_ids"}
     (found,) = generate_side_by_side(folder, folder, torch.device("cpu"), prompts=("once upon",), tokens=4)
     assert found.dense == found.pruned

@@ -47,13 +47,27 @@ def save(model: Any, folder: Path, sparsity: str | None, operators: list[str], t
 def llama(folder: Path, sparsity: str | None = None) -> Path:
     torch.manual_seed(0)
     config = LlamaConfig(
-        vocab_size=32, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2
+        vocab_size=32,
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
     )
-    return save(LlamaForCausalLM(config), folder, sparsity, [f"model.layers.{i}.{name}" for i in range(2) for name in PROJECTIONS])
+    return save(
+        LlamaForCausalLM(config),
+        folder,
+        sparsity,
+        [f"model.layers.{i}.{name}" for i in range(2) for name in PROJECTIONS],
+    )
 
 
-@pytest.mark.parametrize(("sparsity", "pattern"), [("2:4", "2:4"), ("1:4", "1:4"), ("4:8", "4:8"), ("50%", None), ("80%", None)])
-def test_true_claims_hold(tmp_path: Path, sparsity: str, pattern: str | None, capsys: pytest.CaptureFixture[str]) -> None:
+@pytest.mark.parametrize(
+    ("sparsity", "pattern"), [("2:4", "2:4"), ("1:4", "1:4"), ("4:8", "4:8"), ("50%", None), ("80%", None)]
+)
+def test_true_claims_hold(
+    tmp_path: Path, sparsity: str, pattern: str | None, capsys: pytest.CaptureFixture[str]
+) -> None:
     folder = llama(tmp_path / "model", sparsity)
     found = inspect_checkpoint(folder)
     assert len(found.operators) == 14
@@ -98,7 +112,11 @@ def test_pattern_of_a_checkpoint_that_claims_nothing(tmp_path: Path, capsys: pyt
 def test_transposed_operators_are_read_along_their_inputs(tmp_path: Path) -> None:
     torch.manual_seed(0)
     model = GPT2LMHeadModel(GPT2Config(vocab_size=32, n_positions=16, n_embd=32, n_layer=2, n_head=2))
-    names = [f"transformer.h.{i}.{name}" for i in range(2) for name in ("attn.c_attn", "attn.c_proj", "mlp.c_fc", "mlp.c_proj")]
+    names = [
+        f"transformer.h.{i}.{name}"
+        for i in range(2)
+        for name in ("attn.c_attn", "attn.c_proj", "mlp.c_fc", "mlp.c_proj")
+    ]
     folder = save(model, tmp_path / "gpt2", "2:4", names, transposed=True)
     found = inspect_checkpoint(folder)
     assert found.violations == []

@@ -102,7 +102,9 @@ def test_models_of_different_vocabulary_are_refused(tmp_path: Path, text: Path) 
         ({"tasks": ["absent"], "tasks_dir": "nowhere"}, r"nowhere holds no \.jsonl task"),
     ],
 )
-def test_bad_settings_are_named_before_any_work(tmp_path: Path, text: Path, settings: dict[str, Any], message: str) -> None:
+def test_bad_settings_are_named_before_any_work(
+    tmp_path: Path, text: Path, settings: dict[str, Any], message: str
+) -> None:
     passes: list[str] = []
     folder = tiny.save("llama", tmp_path / "model")
     with pytest.raises(fp.FistaPrunerError, match=message):
@@ -120,9 +122,13 @@ def test_a_model_that_gives_nan_is_refused(tmp_path: Path, text: Path) -> None:
         fp.evaluate(tmp_path / "model", str(text), seqlen=16)
 
 
-def test_the_command_line_prints_what_the_figure_depends_on(tmp_path: Path, text: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_command_line_prints_what_the_figure_depends_on(
+    tmp_path: Path, text: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     folder = tiny.save("llama", tmp_path / "model")
-    assert main(["evaluate", str(folder), "--data", str(text), "--seqlen", "16", "--against", str(folder), "--quiet"]) == 0
+    assert (
+        main(["evaluate", str(folder), "--data", str(text), "--seqlen", "16", "--against", str(folder), "--quiet"]) == 0
+    )
     printed = capsys.readouterr().out
     for part in ("perplexity", "dense", "KL", "top-1", "text.txt (file)", "windows of 16 tokens", "float32"):
         assert part in printed
@@ -139,7 +145,11 @@ def test_an_undefined_error_is_null_in_json(tmp_path: Path, text: Path) -> None:
         (back,) = Report.model_validate_json(json.dumps({"evaluations": [written]}, allow_nan=False)).evaluations
         assert back.perplexity is not None
         assert back.divergence is not None
-        errors = (back.perplexity.nll_standard_error, back.divergence.kl_standard_error, *(task.standard_error for task in back.tasks))
+        errors = (
+            back.perplexity.nll_standard_error,
+            back.divergence.kl_standard_error,
+            *(task.standard_error for task in back.tasks),
+        )
         assert all(math.isnan(error) for error in errors)
         assert [task.reference for task in back.tasks] == [1.0, None]
         assert math.isnan(back.tasks[0].reference_standard_error or 0.0)

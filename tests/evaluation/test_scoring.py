@@ -9,7 +9,15 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fistapruner.evaluation.scoring import Budgets, compare_tokens, mean_and_error, score_tokens, slices, token_divergence, token_nll
+from fistapruner.evaluation.scoring import (
+    Budgets,
+    compare_tokens,
+    mean_and_error,
+    score_tokens,
+    slices,
+    token_divergence,
+    token_nll,
+)
 
 
 @settings(max_examples=60, deadline=None)
@@ -25,7 +33,9 @@ def test_divergence_is_what_its_definition_says(seed: int, tokens: int, vocabula
     torch.testing.assert_close(reference_nll.double(), -log_q.gather(1, targets[:, None])[:, 0], rtol=1e-4, atol=1e-4)
     torch.testing.assert_close(kl.double(), (log_q.exp() * (log_q - log_p)).sum(-1), rtol=1e-3, atol=1e-3)
     assert agree.tolist() == (p.argmax(-1) == q.argmax(-1)).float().tolist()
-    torch.testing.assert_close(token_nll(p, targets), torch.nn.functional.cross_entropy(p, targets, reduction="none"), rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(
+        token_nll(p, targets), torch.nn.functional.cross_entropy(p, targets, reduction="none"), rtol=1e-4, atol=1e-4
+    )
 
 
 def test_a_model_does_not_differ_from_itself() -> None:
@@ -57,7 +67,10 @@ def test_slicing_does_not_change_the_sums() -> None:
 
     def both(budgets: Budgets) -> tuple[float, ...]:
         single = score_tokens(hidden, targets, lambda x: x @ weight.T, 40, budgets)
-        return (single, *compare_tokens(hidden, hidden, targets, lambda x: x @ weight.T, lambda x: x @ other.T, 40, budgets))
+        return (
+            single,
+            *compare_tokens(hidden, hidden, targets, lambda x: x @ weight.T, lambda x: x @ other.T, 40, budgets),
+        )
 
     assert both(Budgets(head=4 * 40 * 5, rows=4 * 40 * 2)) == pytest.approx(both(Budgets()), rel=1e-5)
 

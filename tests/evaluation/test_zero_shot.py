@@ -18,10 +18,13 @@ import tiny
 from fistapruner.evaluation.zero_shot import TaskSettings, evaluate_tasks, find_tasks, local_task, mcnemar, task_result
 
 CHOICES = [
-    {"query": f"Question: what comes after {i}?", "choices": [f"{i + 1}", f"{i + 2} or so", "none"], "gold": i % 3} for i in range(12)
+    {"query": f"Question: what comes after {i}?", "choices": [f"{i + 1}", f"{i + 2} or so", "none"], "gold": i % 3}
+    for i in range(12)
 ]
 GREEDY = [{"context": f"one two three {i}", "continuation": "four"} for i in range(6)]
-PARTIAL = [{"context_options": [f"a cat {i}", f"a dog {i}"], "continuation": "ran away.", "gold": i % 2} for i in range(8)]
+PARTIAL = [
+    {"context_options": [f"a cat {i}", f"a dog {i}"], "continuation": "ran away.", "gold": i % 2} for i in range(8)
+]
 
 
 def write(folder: Path, name: str, items: list[dict[str, Any]]) -> None:
@@ -132,7 +135,9 @@ def test_local_tasks_offline(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
 
     model = AutoModelForCausalLM.from_pretrained(other, dtype=torch.float32).eval()
     runner = HFLM(pretrained=model, tokenizer=AutoTokenizer.from_pretrained(other), batch_size=16, device="cpu")
-    by_hand = simple_evaluate(runner, tasks=[local_task(tmp_path / "tasks" / "choices.jsonl")], bootstrap_iters=0)["results"]["choices"]
+    by_hand = simple_evaluate(runner, tasks=[local_task(tmp_path / "tasks" / "choices.jsonl")], bootstrap_iters=0)[
+        "results"
+    ]["choices"]
     assert scores["choices", "acc"].value == by_hand["acc,none"]
     assert scores["choices", "acc_norm"].value == by_hand["acc_norm,none"]
 

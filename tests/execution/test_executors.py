@@ -55,7 +55,9 @@ def weights(out: Path) -> bytes:
 
 def prune_command(model: Path, out: Path) -> list[str]:
     """A run with the same settings in a process of its own."""
-    settings = "--method sparsegpt --residual correct --calibration python --samples 6 --seqlen 24 --threads 1 --evaluate none"
+    settings = (
+        "--method sparsegpt --residual correct --calibration python --samples 6 --seqlen 24 --threads 1 --evaluate none"
+    )
     return [sys.executable, "-m", "fistapruner", "prune", str(model), "--out", str(out), *settings.split()]
 
 
@@ -66,7 +68,13 @@ def test_two_processes(model: Path, expected: bytes, tmp_path: Path) -> None:
         def layer(self, entry: Any) -> None:
             seen.append(entry.index)
 
-    prune(str(model), tmp_path / "run", **SETTINGS, execution={"executor": "process", "workers": 2, "threads": 1}, listener=Seen())
+    prune(
+        str(model),
+        tmp_path / "run",
+        **SETTINGS,
+        execution={"executor": "process", "workers": 2, "threads": 1},
+        listener=Seen(),
+    )
     assert sorted(seen) == list(range(LAYERS))
     assert weights(tmp_path / "run") == expected
 
@@ -131,7 +139,10 @@ def test_parts_are_joined(model: Path, expected: bytes, tmp_path: Path) -> None:
     out = tmp_path / "run"
     command = prune_command(model, out)
     command += ["--quiet"]
-    parts = [subprocess.Popen([*command, "--only-layers", part], stdout=subprocess.PIPE, text=True) for part in ("0-1", "2-4")]
+    parts = [
+        subprocess.Popen([*command, "--only-layers", part], stdout=subprocess.PIPE, text=True)
+        for part in ("0-1", "2-4")
+    ]
     assert [part.wait() for part in parts] == [0, 0]
     assert f"fistapruner finish {out}" in parts[0].communicate()[0] + parts[1].communicate()[0]
     finish_run(out)
@@ -160,7 +171,9 @@ def test_parts_of_groups_side_by_side(model: Path, tmp_path: Path, method: str) 
         assert weights(out) == weights(tmp_path / "serial")
         assert not (out / "hidden").exists()
         for one, other in zip(report.layers, spread.layers, strict=True):
-            assert [entry.relative_error for entry in one.operators] == [entry.relative_error for entry in other.operators]
+            assert [entry.relative_error for entry in one.operators] == [
+                entry.relative_error for entry in other.operators
+            ]
 
 
 def test_worker_that_dies_of_a_part_is_replaced(model: Path, tmp_path: Path) -> None:
@@ -192,7 +205,9 @@ def test_worker_that_dies_of_a_part_is_replaced(model: Path, tmp_path: Path) -> 
         ("ray://127.0.0.1:10001", "is not HOST:PORT"),
     ],
 )
-def test_an_address_without_a_cluster_is_refused_at_once(model: Path, tmp_path: Path, address: str, message: str) -> None:
+def test_an_address_without_a_cluster_is_refused_at_once(
+    model: Path, tmp_path: Path, address: str, message: str
+) -> None:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         address = address.format(closed=free.getsockname()[1])  # nothing listens there

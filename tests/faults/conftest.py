@@ -24,7 +24,8 @@ SETTINGS += ["--samples", "4", "--seqlen", "16", "--evaluate", "none"]
 
 @dataclass
 class Outcome:
-    """How a run ended: exit status (negative: the signal that killed it), disk calls it made, which of them were writes, what it said."""
+    """How a run ended: exit status (negative: the signal that killed it), disk calls it made, which of them were
+    writes, what it said."""
 
     status: int
     calls: int
@@ -68,8 +69,13 @@ class Runs:
 
 
 def digest(folder: Path) -> str:
-    """Checksum of all files of a checkpoint, but for what has times in it: the model card, and stages of the lineage."""
-    parts = [f"{path.name} {hashlib.sha256(content(path)).hexdigest()}" for path in sorted(folder.iterdir()) if path.name != "README.md"]
+    """Checksum of all files of a checkpoint, but for what has times in it: the model card, and stages of the
+    lineage."""
+    parts = [
+        f"{path.name} {hashlib.sha256(content(path)).hexdigest()}"
+        for path in sorted(folder.iterdir())
+        if path.name != "README.md"
+    ]
     assert len(parts) >= 4
     return hashlib.sha256("\n".join(parts).encode()).hexdigest()
 
@@ -86,7 +92,8 @@ def content(path: Path) -> bytes:
 
 @pytest.fixture
 def disk(tmp_path: Path) -> Iterator[Path]:
-    """A folder in main memory where the system has one: hundreds of runs would wait minutes for fsync on a real disk."""
+    """A folder in main memory where the system has one: hundreds of runs would wait minutes for fsync on a real
+    disk."""
     shared = Path("/dev/shm")
     if not os.access(shared, os.W_OK):
         yield tmp_path
@@ -103,7 +110,9 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Runs]:
     text.write_text("\n".join(f"{number} is followed by {number + 1}, as everybody knows." for number in range(200)))
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
     script = str(Path(__file__).with_name("zygote.py"))
-    with subprocess.Popen([sys.executable, script], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment) as process:
+    with subprocess.Popen(
+        [sys.executable, script], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment
+    ) as process:
         assert process.stdout is not None
         assert process.stdout.readline() == "ready\n"
         made = Runs(process, model, text, folder / "undisturbed")
@@ -111,7 +120,11 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Runs]:
         outcome = made.run(made.undisturbed)
         made.seconds = time.perf_counter() - begin
         assert outcome.status == 0, outcome.stderr
-        made.expected, made.calls, made.writes = digest(made.undisturbed / "model"), outcome.calls, tuple(outcome.writes)
+        made.expected, made.calls, made.writes = (
+            digest(made.undisturbed / "model"),
+            outcome.calls,
+            tuple(outcome.writes),
+        )
         yield made
         assert process.stdin is not None
         process.stdin.close()

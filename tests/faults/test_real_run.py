@@ -1,4 +1,5 @@
-"""A run of the small real model, killed three times at random and resumed, ends with the bytes of one that nothing stopped."""
+"""A run of the small real model, killed three times at random and resumed, ends with the bytes of one that nothing
+stopped."""
 
 from __future__ import annotations
 
@@ -12,7 +13,20 @@ from pathlib import Path
 
 import pytest
 
-SETTINGS = ["--calibration", "python", "--samples", "4", "--seqlen", "64", "--method", "wanda", "--threads", "1", "--evaluate", "none"]
+SETTINGS = [
+    "--calibration",
+    "python",
+    "--samples",
+    "4",
+    "--seqlen",
+    "64",
+    "--method",
+    "wanda",
+    "--threads",
+    "1",
+    "--evaluate",
+    "none",
+]
 
 
 @pytest.mark.slow
@@ -36,6 +50,9 @@ def test_killed_three_times(tmp_path: Path) -> None:
         assert process.returncode == -9
     subprocess.run([sys.executable, "-m", "fistapruner", "resume", str(killed)], check=True)
     subprocess.run(command(tmp_path / "whole"), check=True)
-    sums = [hashlib.sha256((tmp_path / out / "model" / "model.safetensors").read_bytes()).hexdigest() for out in ("killed", "whole")]
+    sums = [
+        hashlib.sha256((tmp_path / out / "model" / "model.safetensors").read_bytes()).hexdigest()
+        for out in ("killed", "whole")
+    ]
     print(*sums)
     assert sums[0] == sums[1]

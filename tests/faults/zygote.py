@@ -1,8 +1,8 @@
 """A warm process that forks one child for each run of the command line, and lets a fault happen to it.
 
 Importing PyTorch takes seconds; a fork takes milliseconds, so that hundreds of killed runs fit a test. Started as a
-script, it reads one JSON request a line and answers with one: {"status": exit status or -signal, "calls": disk calls the
-run made, "writes": which of them were writes, "stderr": what it said}.
+script, it reads one JSON request a line and answers with one: {"status": exit status or -signal, "calls": disk calls
+the run made, "writes": which of them were writes, "stderr": what it said}.
 
 Faults, all optional:
     {"kill_after": seconds}      SIGKILL at that instant
@@ -130,8 +130,8 @@ def serve() -> None:
     import fistapruner.pipeline.prune  # noqa: F401
 
     torch.set_num_threads(1)  # a fork does not bring threads along
-    # Drawing report.html takes longer than the rest of a tiny run, and happens after everything a fault could spoil: as if
-    # the extra were not installed.
+    # Drawing report.html takes longer than the rest of a tiny run, and happens after everything a fault could spoil: as
+    # if the extra were not installed.
     sys.modules["matplotlib"] = None  # type: ignore[assignment]
     print("ready", flush=True)
     for line in sys.stdin:

@@ -90,7 +90,9 @@ def damaged(data: bytes, upto: int | None = None) -> st.SearchStrategy[bytes]:
     kinds = st.sampled_from(["flip", "byte", "int32", "int64", "delete", "insert", "repeat", "cut"])
     share = 1.0 if upto is None else upto / len(data)
     place = st.floats(0, share, allow_nan=False, exclude_max=True)
-    edit = st.builds(_edit, place, kinds, st.one_of(st.sampled_from(NUMBERS), st.integers(0, 2**64 - 1)), st.integers(1, 64))
+    edit = st.builds(
+        _edit, place, kinds, st.one_of(st.sampled_from(NUMBERS), st.integers(0, 2**64 - 1)), st.integers(1, 64)
+    )
     return st.lists(edit, min_size=1, max_size=4).map(lambda edits: _apply(edits, data))
 
 
@@ -102,7 +104,23 @@ json_values = st.recursive(
         st.integers(-(2**70), 2**70),
         st.floats(),
         st.text(max_size=6),
-        st.sampled_from(["../x", "/etc/passwd", "model.safetensors", "F32", "BF16", "F64", "I64", "BOOL", "50%", "2:4", "re:(", "nan", ""]),
+        st.sampled_from(
+            [
+                "../x",
+                "/etc/passwd",
+                "model.safetensors",
+                "F32",
+                "BF16",
+                "F64",
+                "I64",
+                "BOOL",
+                "50%",
+                "2:4",
+                "re:(",
+                "nan",
+                "",
+            ]
+        ),
     ),
     lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=6), inner, max_size=3),
     max_leaves=6,

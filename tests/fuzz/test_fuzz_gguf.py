@@ -58,7 +58,9 @@ def test_damaged_header(tmp_path_factory: pytest.TempPathFactory, data: bytes) -
 
 @settings(fuzz, max_examples=max(EXAMPLES // 20, 1))
 @given(damaged(WHOLE, upto=START).filter(_passes_the_walk))
-def test_damaged_values_that_pass_the_walk_convert_or_fail_cleanly(tmp_path_factory: pytest.TempPathFactory, data: bytes) -> None:
+def test_damaged_values_that_pass_the_walk_convert_or_fail_cleanly(
+    tmp_path_factory: pytest.TempPathFactory, data: bytes
+) -> None:
     base = tmp_path_factory.getbasetemp()
     path, out = base / "converted.gguf", base / "converted"
     path.write_bytes(data)

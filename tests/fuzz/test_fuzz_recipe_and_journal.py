@@ -1,4 +1,5 @@
-"""Damaged recipes and layer journals: a clean error or a valid recipe; a layer that is trusted only when it is whole."""
+"""Damaged recipes and layer journals: a clean error or a valid recipe; a layer that is trusted only when it is
+whole."""
 
 from __future__ import annotations
 
@@ -55,7 +56,9 @@ def journal(tmp_path_factory: pytest.TempPathFactory) -> tuple[LayerJournal, byt
 
 @fuzz
 @given(st.data())
-def test_damaged_layer_is_never_trusted(journal: tuple[LayerJournal, bytes, bytes, LayerEntry], data: st.DataObject) -> None:
+def test_damaged_layer_is_never_trusted(
+    journal: tuple[LayerJournal, bytes, bytes, LayerEntry], data: st.DataObject
+) -> None:
     directory, tensors, record, whole = journal
     which = data.draw(st.sampled_from(["tensors", "record"]))
     paths: tuple[Path, Path] = directory.files(0)

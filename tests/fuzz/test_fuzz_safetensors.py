@@ -38,7 +38,12 @@ def _with_header(header: Any) -> bytes:
 
 
 @fuzz
-@given(damaged(WHOLE) | damaged(WHOLE, upto=len(WHOLE) - len(DATA)) | damaged_json(HEADER).map(_with_header) | st.binary(max_size=64))
+@given(
+    damaged(WHOLE)
+    | damaged(WHOLE, upto=len(WHOLE) - len(DATA))
+    | damaged_json(HEADER).map(_with_header)
+    | st.binary(max_size=64)
+)
 def test_damaged_file(tmp_path_factory: pytest.TempPathFactory, data: bytes) -> None:
     path = tmp_path_factory.getbasetemp() / "fuzzed.safetensors"
     path.write_bytes(data)
@@ -84,7 +89,10 @@ INDEX = {
 
 
 @fuzz
-@given(damaged_json_text(INDEX) | st.text(max_size=40).map(lambda name: json.dumps({"weight_map": {"secret": name}}).encode()))
+@given(
+    damaged_json_text(INDEX)
+    | st.text(max_size=40).map(lambda name: json.dumps({"weight_map": {"secret": name}}).encode())
+)
 def test_damaged_index(folder: Path, index: bytes) -> None:
     (folder / "model.safetensors.index.json").write_bytes(index)
     try:

@@ -1,4 +1,5 @@
-"""A sample of the architectures of the installed transformers; ``benchmarks/architectures.py`` goes through all of them."""
+"""A sample of the architectures of the installed transformers; ``benchmarks/architectures.py`` goes through all of
+them."""
 
 from __future__ import annotations
 

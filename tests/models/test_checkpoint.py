@@ -23,7 +23,12 @@ from fistapruner.runtime.files import sha256_file
 def tiny_llama() -> LlamaForCausalLM:
     torch.manual_seed(0)
     config = LlamaConfig(
-        vocab_size=64, hidden_size=32, intermediate_size=48, num_hidden_layers=3, num_attention_heads=4, num_key_value_heads=2
+        vocab_size=64,
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=3,
+        num_attention_heads=4,
+        num_key_value_heads=2,
     )
     return LlamaForCausalLM(config).bfloat16()
 
@@ -97,14 +102,18 @@ def test_missing_pieces_are_named(sharded: Path, tmp_path: Path) -> None:
         Checkpoint.open(sharded)
 
 
-@pytest.mark.parametrize("name", ["../single/model.safetensors", "/etc/passwd", "a/b.safetensors", "..", "", "a\\b", "x\0.safetensors"])
+@pytest.mark.parametrize(
+    "name", ["../single/model.safetensors", "/etc/passwd", "a/b.safetensors", "..", "", "a\\b", "x\0.safetensors"]
+)
 def test_index_cannot_leave_the_folder(sharded: Path, single: Path, name: str) -> None:
     edit_index(sharded, lambda index: index["weight_map"].update({"lm_head.weight": name}))
     with pytest.raises(FistaPrunerError, match="not the name of a file inside"):
         Checkpoint.open(sharded)
 
 
-def test_links_out_of_the_folder_are_refused_but_not_the_hub_cache(single: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_links_out_of_the_folder_are_refused_but_not_the_hub_cache(
+    single: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     snapshot = tmp_path / "models--a--b" / "snapshots" / "1234"
     snapshot.mkdir(parents=True)
     blobs = tmp_path / "models--a--b" / "blobs"
@@ -123,7 +132,9 @@ def test_links_out_of_the_folder_are_refused_but_not_the_hub_cache(single: Path,
 
 
 def test_index_that_lies_is_refused(sharded: Path) -> None:
-    edit_index(sharded, lambda index: index["weight_map"].update({"extra.weight": index["weight_map"]["lm_head.weight"]}))
+    edit_index(
+        sharded, lambda index: index["weight_map"].update({"extra.weight": index["weight_map"]["lm_head.weight"]})
+    )
     with pytest.raises(FistaPrunerError, match=r"promises tensor 'extra\.weight'"):
         Checkpoint.open(sharded)
     edit_index(sharded, lambda index: index.update(weight_map=[1]))
@@ -259,7 +270,9 @@ def narrower(source: Checkpoint, channels: dict[int, int]) -> dict[str, torch.Te
 
 def write_narrower(source: Checkpoint, out: Path, channels: dict[int, int], **settings: Any) -> dict[str, torch.Tensor]:
     tensors = narrower(source, channels)
-    write_checkpoint(source, out, tensors.get, shapes={name: tuple(tensor.shape) for name, tensor in tensors.items()}, **settings)
+    write_checkpoint(
+        source, out, tensors.get, shapes={name: tuple(tensor.shape) for name, tensor in tensors.items()}, **settings
+    )
     return tensors
 
 
@@ -297,18 +310,27 @@ def test_widths_that_the_config_cannot_express_are_written_and_read_back(single:
     tensors = write_narrower(source, tmp_path / "out", {1: 32})
     out = Checkpoint.open(tmp_path / "out")
     assert all(torch.equal(out.read(name), tensors.get(name, source.read(name))) for name in source.names())
-    with pytest.raises(FistaPrunerError, match=r"'model\.layers\.1\.mlp\.gate_proj\.weight' is \(32, 32\), the config asks for \(48, 32\)"):
+    with pytest.raises(
+        FistaPrunerError,
+        match=r"'model\.layers\.1\.mlp\.gate_proj\.weight' is \(32, 32\), the config asks for \(48, 32\)",
+    ):
         LayerwiseModel(out, torch.device("cpu"))
 
 
 def test_config_changes_are_merged(single: Path, tmp_path: Path) -> None:
     config = json.loads((single / "config.json").read_text())
-    (single / "config.json").write_text(json.dumps(config | {"text_config": {"a": 1, "b": 2}, "quantization_config": {"bits": 4}}))
+    (single / "config.json").write_text(
+        json.dumps(config | {"text_config": {"a": 1, "b": 2}, "quantization_config": {"bits": 4}})
+    )
     changes = {"text_config": {"a": 3}, "rms_norm_eps": None, "new": [1], "quantization_config": {"quant_method": "x"}}
     write_checkpoint(Checkpoint.open(single), tmp_path / "out", nothing, config_changes=changes)
     written = json.loads((tmp_path / "out" / "config.json").read_text())
     del config["rms_norm_eps"]
-    assert written == config | {"text_config": {"a": 3, "b": 2}, "new": [1], "quantization_config": {"quant_method": "x"}}
+    assert written == config | {
+        "text_config": {"a": 3, "b": 2},
+        "new": [1],
+        "quantization_config": {"quant_method": "x"},
+    }
 
 
 def test_shapes_that_do_not_fit_are_refused_before_anything_is_written(single: Path, tmp_path: Path) -> None:
@@ -332,7 +354,9 @@ class Killed(BaseException):
     """Stands for SIGKILL: no cleanup code of ours runs on it because files are checked afterwards anyway."""
 
 
-def test_killed_at_any_disk_call_it_goes_on_to_the_same_bytes(sharded: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_killed_at_any_disk_call_it_goes_on_to_the_same_bytes(
+    sharded: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     source = Checkpoint.open(sharded)
     whole = tmp_path / "whole"
     write_checkpoint(source, whole, nothing, identity="a")

@@ -15,7 +15,9 @@ from fistapruner.models.layerwise import LayerwiseModel
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("architecture", tiny.ARCHITECTURES)
-def test_operators_that_add_to_the_hidden_states_are_found(tmp_path: Path, architecture: str, dtype: torch.dtype) -> None:
+def test_operators_that_add_to_the_hidden_states_are_found(
+    tmp_path: Path, architecture: str, dtype: torch.dtype
+) -> None:
     folder = tiny.save(architecture, tmp_path, dtype=dtype)
     layout = discover(LayerwiseModel(Checkpoint.open(folder), torch.device("cpu"), dtype))
     assert layout.residual_writers == (tiny.ADDING[architecture],) * len(layout.layers)
@@ -32,13 +34,18 @@ def test_what_is_added_to_something_else_is_not(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("architecture", "endings"),
     [
-        ("llama", {"self_attn": OutputProjection("self_attn.o_proj", 1), "mlp": OutputProjection("mlp.down_proj", None)}),
+        (
+            "llama",
+            {"self_attn": OutputProjection("self_attn.o_proj", 1), "mlp": OutputProjection("mlp.down_proj", None)},
+        ),
         ("opt", {"self_attn": OutputProjection("self_attn.out_proj", 1)}),  # its MLP is no module
         ("gpt2", {"attn": OutputProjection("attn.c_proj", 1), "mlp": OutputProjection("mlp.c_proj", None)}),
         ("bloom", {}),  # both add to the hidden states themselves
     ],
 )
-def test_operators_that_modules_end_with_are_found(tmp_path: Path, architecture: str, endings: dict[str, OutputProjection]) -> None:
+def test_operators_that_modules_end_with_are_found(
+    tmp_path: Path, architecture: str, endings: dict[str, OutputProjection]
+) -> None:
     folder = tiny.save(architecture, tmp_path)
     layout = discover(LayerwiseModel(Checkpoint.open(folder), torch.device("cpu")))
     assert layout.output_projections == (endings,) * len(layout.layers)

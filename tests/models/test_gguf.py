@@ -133,7 +133,9 @@ def whole_file(tmp_path_factory: pytest.TempPathFactory) -> bytes:
 
 
 @pytest.mark.parametrize("fault", HEADER_FAULTS)
-def test_hostile_headers_are_refused_before_the_library_sees_them(tmp_path: Path, whole_file: bytes, fault: str) -> None:
+def test_hostile_headers_are_refused_before_the_library_sees_them(
+    tmp_path: Path, whole_file: bytes, fault: str
+) -> None:
     change, words = HEADER_FAULTS[fault]
     path = tmp_path / "bad.gguf"
     path.write_bytes(change(whole_file))

@@ -19,7 +19,16 @@ from fistapruner import FistaPrunerError
 from fistapruner.models.files.safetensors import DTYPES, SafetensorsFile, SafetensorsWriter, TensorEntry
 from fistapruner.runtime.files import require_space, sha256_file, write_json_atomic, write_text_atomic
 
-SHARED_DTYPES = [torch.bool, torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64, torch.float16, torch.bfloat16]
+SHARED_DTYPES = [
+    torch.bool,
+    torch.uint8,
+    torch.int8,
+    torch.int16,
+    torch.int32,
+    torch.int64,
+    torch.float16,
+    torch.bfloat16,
+]
 SHARED_DTYPES += [torch.float32, torch.float64, torch.float8_e4m3fn, torch.float8_e5m2]
 
 
@@ -27,7 +36,11 @@ def _tensor(dtype: torch.dtype, shape: tuple[int, ...], seed: int) -> torch.Tens
     generator = torch.Generator().manual_seed(seed)
     if dtype is torch.bool:
         return torch.randint(0, 2, shape, generator=generator).bool()
-    return (torch.randn(shape, generator=generator) * 20).to(dtype) if dtype.is_floating_point else torch.randint(0, 99, shape).to(dtype)
+    return (
+        (torch.randn(shape, generator=generator) * 20).to(dtype)
+        if dtype.is_floating_point
+        else torch.randint(0, 99, shape).to(dtype)
+    )
 
 
 def _same(a: torch.Tensor, b: torch.Tensor) -> bool:
@@ -51,7 +64,9 @@ tensors_strategy = st.dictionaries(
 
 @settings(max_examples=60, deadline=None)
 @given(tensors_strategy)
-def test_agrees_with_the_reference_library_both_ways(tmp_path_factory: pytest.TempPathFactory, plan: dict[str, Any]) -> None:
+def test_agrees_with_the_reference_library_both_ways(
+    tmp_path_factory: pytest.TempPathFactory, plan: dict[str, Any]
+) -> None:
     folder = tmp_path_factory.mktemp("st")
     tensors = {name: _tensor(*spec) for name, spec in plan.items()}
     safetensors.torch.save_file(tensors, folder / "theirs.safetensors", metadata={"format": "pt"})
@@ -73,7 +88,9 @@ def test_agrees_with_the_reference_library_both_ways(tmp_path_factory: pytest.Te
 
 
 def test_every_dtype_survives(tmp_path: Path) -> None:
-    tensors = {name: torch.arange(16, dtype=torch.uint8).view(dtype) for name, dtype in DTYPES.items() if name != "BOOL"}
+    tensors = {
+        name: torch.arange(16, dtype=torch.uint8).view(dtype) for name, dtype in DTYPES.items() if name != "BOOL"
+    }
     with SafetensorsWriter(tmp_path / "x", [TensorEntry.of(n, t.dtype, t.shape) for n, t in tensors.items()]) as writer:
         for name, tensor in tensors.items():
             writer.write(name, tensor)
@@ -102,7 +119,11 @@ FAULTS: dict[str, tuple[Any, bytes, str]] = {
     "empty list for metadata": ({"__metadata__": []}, b"", "expected a map"),
     "missing field": ({"a": {"dtype": "F32", "shape": [2]}}, b"", "data_offsets"),
     "dtype": ({"a": F32 | {"dtype": "F31"}}, bytes(8), "F31"),
-    "dtype that torch has not": ({"a": F32 | {"dtype": "F4", "shape": [16]}}, bytes(8), "stores tensor 'a' as F4; known are BOOL"),
+    "dtype that torch has not": (
+        {"a": F32 | {"dtype": "F4", "shape": [16]}},
+        bytes(8),
+        "stores tensor 'a' as F4; known are BOOL",
+    ),
     "dtype type": ({"a": F32 | {"dtype": [1]}}, bytes(8), "expected string"),
     "shape type": ({"a": F32 | {"shape": [2.0]}}, bytes(8), "floating point"),
     "shape bool": ({"a": F32 | {"shape": [True, 2]}}, bytes(8), "boolean"),

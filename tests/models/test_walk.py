@@ -1,4 +1,5 @@
-"""Running a model layer by layer is what its own forward pass does, or it is refused in one sentence before any work."""
+"""Running a model layer by layer is what its own forward pass does, or it is refused in one sentence before any
+work."""
 
 from __future__ import annotations
 
@@ -22,7 +23,16 @@ from fistapruner.models.files.checkpoint import Checkpoint
 from fistapruner.models.layerwise import LayerwiseModel
 
 CPU = torch.device("cpu")
-SMALL = {"vocab_size": 128, "n_layer": 3, "n_head": 4, "d_model": 32, "emb_dim": 32, "n_layers": 3, "n_heads": 4, "d_inner": 64}
+SMALL = {
+    "vocab_size": 128,
+    "n_layer": 3,
+    "n_head": 4,
+    "d_model": 32,
+    "emb_dim": 32,
+    "n_layers": 3,
+    "n_heads": 4,
+    "d_inner": 64,
+}
 RECIPE: dict[str, Any] = {"method": "magnitude", "calibration": {"source": "python", "samples": 2, "seqlen": 16}}
 BERT = {**tiny.SIZES, **tiny.WIDE, "is_decoder": True}
 
@@ -72,7 +82,10 @@ def test_predictions_are_the_models_own(tmp_path: Path, config: Any) -> None:
 @pytest.mark.parametrize(
     ("config", "reason"),
     [
-        (transformers.XLMConfig(**SMALL), r"what enters transformer\.ffns\.1 is not what transformer\.ffns\.0 returned"),
+        (
+            transformers.XLMConfig(**SMALL),
+            r"what enters transformer\.ffns\.1 is not what transformer\.ffns\.0 returned",
+        ),
         (transformers.XLNetConfig(**SMALL), r"rel_attn\.q is a weight with 3 dimensions"),
         (transformers.BertConfig(**BERT, add_cross_attention=True), r"cross-attention"),
     ],
@@ -88,8 +101,15 @@ def test_other_architectures_are_refused_with_the_reason(tmp_path: Path, config:
 class OddConfig(transformers.PretrainedConfig):  # type: ignore[misc]
     model_type = "odd"
 
-    def __init__(self, trick: str = "", vocab_size: int = 128, hidden_size: int = 16, num_hidden_layers: int = 3, **others: Any) -> None:
-        self.trick, self.vocab_size, self.hidden_size, self.num_hidden_layers = trick, vocab_size, hidden_size, num_hidden_layers
+    def __init__(
+        self, trick: str = "", vocab_size: int = 128, hidden_size: int = 16, num_hidden_layers: int = 3, **others: Any
+    ) -> None:
+        self.trick, self.vocab_size, self.hidden_size, self.num_hidden_layers = (
+            trick,
+            vocab_size,
+            hidden_size,
+            num_hidden_layers,
+        )
         super().__init__(**others)
 
 
@@ -157,7 +177,9 @@ transformers.AutoModelForCausalLM.register(OddConfig, OddModel)
 def test_plain_layers_are_run_as_the_model_runs_them(tmp_path: Path, trick: str) -> None:
     folder = save(OddConfig(trick), tmp_path)
     tokens = torch.arange(48).reshape(2, 24)
-    torch.testing.assert_close(score_windows(opened(folder), tokens, Passes()).nll, own_sums(folder, tokens), rtol=1e-5, atol=0)
+    torch.testing.assert_close(
+        score_windows(opened(folder), tokens, Passes()).nll, own_sums(folder, tokens), rtol=1e-5, atol=0
+    )
 
 
 @pytest.mark.parametrize(
@@ -187,7 +209,9 @@ def test_what_happens_between_layers_is_noticed(tmp_path: Path, trick: str, reas
 def test_layers_that_work_in_place_leave_the_stored_hidden_states_alone(tmp_path: Path, on_disk: bool) -> None:
     model = opened(save(OddConfig("layers work in place"), tmp_path / "model"))
     values = torch.randn(2, 8, 16)
-    inputs, outputs = (HiddenStates((2, 8, 16), torch.float32, tmp_path / name if on_disk else None) for name in ("in", "out"))
+    inputs, outputs = (
+        HiddenStates((2, 8, 16), torch.float32, tmp_path / name if on_disk else None) for name in ("in", "out")
+    )
     inputs.write(0, values)
     with model.embeddings_and_head(head=False):
         calls = Calls.of(model, 2, 8, 2)
@@ -234,5 +258,7 @@ def test_the_text_model_is_pruned_where_the_vision_tower_is_larger(tmp_path: Pat
         "image_size": 28,
         "patch_size": 14,
     }
-    config = transformers.Gemma3Config(text_config=text, vision_config=tower, mm_tokens_per_image=4, image_token_index=127)
+    config = transformers.Gemma3Config(
+        text_config=text, vision_config=tower, mm_tokens_per_image=4, image_token_index=127
+    )
     assert opened(save(config, tmp_path)).layers_name == "model.language_model.layers"

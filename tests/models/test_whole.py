@@ -20,7 +20,9 @@ CPU = torch.device("cpu")
 @pytest.mark.parametrize("stored", [torch.float16, torch.bfloat16, torch.float32], ids=str)
 def test_the_precision_of_passes(tmp_path: Path, stored: torch.dtype) -> None:
     for units in (False, True):
-        assert pass_dtype(stored, CPU, units) == (torch.bfloat16 if units and stored == torch.bfloat16 else torch.float32)
+        assert pass_dtype(stored, CPU, units) == (
+            torch.bfloat16 if units and stored == torch.bfloat16 else torch.float32
+        )
     assert pass_dtype(stored, torch.device("cuda")) == stored
     folder = tiny.save("llama", tmp_path / "model", dtype=stored)
     model = load_whole(folder, CPU)

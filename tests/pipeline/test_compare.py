@@ -36,14 +36,21 @@ class Counts(Listener):
 
 
 def test_methods_and_their_settings() -> None:
-    contenders = parse_contenders("wanda, alps@propagate=pruned,dense_target=0.5,calibration.samples=4,wanda+refit@allocation=owl,paper")
+    contenders = parse_contenders(
+        "wanda, alps@propagate=pruned,dense_target=0.5,calibration.samples=4,wanda+refit@allocation=owl,paper"
+    )
     assert [contender.label for contender in contenders] == [
         "wanda",
         "alps@propagate=pruned,dense_target=0.5,calibration.samples=4",
         "wanda+refit@allocation=owl",
         "paper",
     ]
-    assert contenders[1].settings == {"method": "alps", "propagate": "pruned", "dense_target": 0.5, "calibration": {"samples": 4}}
+    assert contenders[1].settings == {
+        "method": "alps",
+        "propagate": "pruned",
+        "dense_target": 0.5,
+        "calibration": {"samples": 4},
+    }
     assert contenders[2].settings == {"method": "wanda+refit", "allocation": "owl"}
     assert contenders[3].settings["propagate"] == "dense"
     assert "calibration" not in contenders[3].settings
@@ -57,7 +64,10 @@ def test_methods_and_their_settings() -> None:
         ("wanda,wanda", "same method twice"),
         ("wanda@dense_target", "'dense_target' is not a setting"),
         ("wanda@target=", "'target=' is not a setting"),
-        ("wanda@calibration=3,calibration.samples=4", "calibration is given whole and 'calibration.samples=4' beside it"),
+        (
+            "wanda@calibration=3,calibration.samples=4",
+            "calibration is given whole and 'calibration.samples=4' beside it",
+        ),
     ],
 )
 def test_what_cannot_be_read_is_refused(text: str, message: str) -> None:
@@ -67,7 +77,9 @@ def test_what_cannot_be_read_is_refused(text: str, message: str) -> None:
 
 def test_run_names_are_plain_and_different() -> None:
     names = {
-        run_name(label, sparsity, 0) for label in ("wanda", "wanda@dense_target=0", "wanda@dense_target=1") for sparsity in ("50%", "2:4")
+        run_name(label, sparsity, 0)
+        for label in ("wanda", "wanda@dense_target=0", "wanda@dense_target=1")
+        for sparsity in ("50%", "2:4")
     }
     assert len(names) == 6
     assert all(set(name) <= set("abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789.+-_") for name in names)
@@ -146,7 +158,16 @@ def test_rows_of_one_table_share_text_and_calibration(tmp_path: Path) -> None:
             compare(source, "wanda", ["50%"], out, settings=settings, data=data, windows=windows, listener=counts)
     for data, windows in (("nowhere.txt", None), (one, 0)):
         with pytest.raises(FistaPrunerError, match=r"nowhere.txt|windows 0"):
-            compare(source, "wanda", ["50%"], tmp_path / "bad", settings=SETTINGS, data=data, windows=windows, listener=counts)
+            compare(
+                source,
+                "wanda",
+                ["50%"],
+                tmp_path / "bad",
+                settings=SETTINGS,
+                data=data,
+                windows=windows,
+                listener=counts,
+            )
     assert not counts.measured
     assert not (tmp_path / "bad").exists()
     # All rows asked for anew on other text: measured again, none of the old figures stays.
@@ -166,8 +187,24 @@ def test_a_cut_text_is_another_text() -> None:
 
 def test_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     source = tiny.save("llama", tmp_path / "model")
-    common = ["compare", str(source), "--calibration", "python", "--samples", "2", "--seqlen", "32", "--evaluate-windows", "2"]
-    assert main([*common, "--out", str(tmp_path / "out"), "--methods", "magnitude,wanda", "--sparsity", "50%,2:4", "--keep"]) == 0
+    common = [
+        "compare",
+        str(source),
+        "--calibration",
+        "python",
+        "--samples",
+        "2",
+        "--seqlen",
+        "32",
+        "--evaluate-windows",
+        "2",
+    ]
+    assert (
+        main(
+            [*common, "--out", str(tmp_path / "out"), "--methods", "magnitude,wanda", "--sparsity", "50%,2:4", "--keep"]
+        )
+        == 0
+    )
     printed = capsys.readouterr().out
     assert printed.count("50.0000 %") == 4
     assert "dense: perplexity" in printed

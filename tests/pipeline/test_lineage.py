@@ -27,7 +27,9 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("lineage")
     dense = tiny.save("llama", folder / "models--a--b" / "snapshots" / COMMIT, num_hidden_layers=2)
     (dense / "README.md").write_text(CARD)
-    fp.prune(dense, folder / "once", method="magnitude", sparsity="30%", calibration=CALIBRATION, command="first command")
+    fp.prune(
+        dense, folder / "once", method="magnitude", sparsity="30%", calibration=CALIBRATION, command="first command"
+    )
     fp.prune(folder / "once" / "model", folder / "twice", method="wanda", calibration=CALIBRATION)
     return folder
 
@@ -65,7 +67,9 @@ def test_licence_and_revision_are_those_of_the_dense_model(runs: Path) -> None:
     assert load_run(runs / "twice").model.revision is None
 
 
-@pytest.mark.parametrize("card", ["", "license: mit\n", "---\n: [\n---\n", "---\nlicense: [a, b]\n---\n", "---\nlicense: mit"])
+@pytest.mark.parametrize(
+    "card", ["", "license: mit\n", "---\n: [\n---\n", "---\nlicense: [a, b]\n---\n", "---\nlicense: mit"]
+)
 def test_a_card_without_a_licence_names_none(card: str, tmp_path: Path) -> None:
     (tmp_path / "README.md").write_text(card)
     assert ModelSource(tmp_path).license() is None
@@ -82,7 +86,10 @@ def test_what_is_measured_later_reaches_the_stage(runs: Path, tmp_path: Path) ->
     assert last["figures"]["perplexity"]["perplexity"] == found.perplexity.perplexity
     assert last["figures"]["divergence"]["kl"] is not None
     assert first["figures"]["perplexity"] is None
-    assert f"perplexity {found.perplexity.perplexity:.2f}" in (run / "model" / "README.md").read_text().split("## Lineage")[1]
+    assert (
+        f"perplexity {found.perplexity.perplexity:.2f}"
+        in (run / "model" / "README.md").read_text().split("## Lineage")[1]
+    )
     assert fp.resume(run).status == "finished"
     assert len(stored(run)["stages"]) == 2
 
@@ -91,7 +98,9 @@ def test_inspect_and_card_show_the_chain(runs: Path, capsys: pytest.CaptureFixtu
     assert main(["inspect", str(runs / "twice"), "--quiet"]) == 0
     shown = capsys.readouterr().out
     assert (
-        shown.index(f"{COMMIT} (LlamaForCausalLM") < shown.index("pruned to 30% with magnitude") < shown.index("pruned to 50% with wanda")
+        shown.index(f"{COMMIT} (LlamaForCausalLM")
+        < shown.index("pruned to 30% with magnitude")
+        < shown.index("pruned to 50% with wanda")
     )
     assert main(["inspect", str(runs / "twice"), "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["lineage"] == stored(runs / "twice")
@@ -100,7 +109,9 @@ def test_inspect_and_card_show_the_chain(runs: Path, capsys: pytest.CaptureFixtu
     assert str(runs) not in card.split("## Lineage")[1]  # cards are published
 
 
-@pytest.mark.parametrize("record", ['{"lineage": {"stages": 3}}', '{"lineage": [', '{"lineage": {"source": {"source": 1}}}'])
+@pytest.mark.parametrize(
+    "record", ['{"lineage": {"stages": 3}}', '{"lineage": [', '{"lineage": {"source": {"source": 1}}}']
+)
 def test_a_lineage_that_cannot_be_read_is_named_and_left_out(runs: Path, record: str, tmp_path: Path) -> None:
     dense = next((runs / "models--a--b" / "snapshots").iterdir())
     folder = Path(shutil.copytree(dense, tmp_path / "dense"))

@@ -79,7 +79,9 @@ def test_a_perplexity_outlives_tasks_that_fail(
     printed = capsys.readouterr()
     assert "the hub is down" in printed.err
     if of_run:
-        assert 3 in [evaluation.perplexity.windows for evaluation in load_run(target).evaluations if evaluation.perplexity]
+        assert 3 in [
+            evaluation.perplexity.windows for evaluation in load_run(target).evaluations if evaluation.perplexity
+        ]
     else:
         assert "perplexity" in printed.out
 
@@ -87,7 +89,9 @@ def test_a_perplexity_outlives_tasks_that_fail(
 def test_speed_of_a_run_is_kept_with_it(made: Path) -> None:
     def in_this_process(variants: list[Variant], *, threads: int | None, **settings: Any) -> list[Speed]:
         return [
-            measure_speed(load_variant(variant), variant=variant.name, file_size=weight_bytes(variant.folder), **settings)
+            measure_speed(
+                load_variant(variant), variant=variant.name, file_size=weight_bytes(variant.folder), **settings
+            )
             for variant in variants
         ]
 
@@ -98,7 +102,9 @@ def test_speed_of_a_run_is_kept_with_it(made: Path) -> None:
     assert report.speed is not None
     assert {key: report.speed[key] for key in printed} == printed
     assert report.speed["machine"]["threads"]
-    assert report.totals.compressed_bytes == next(row["file_size"] for row in printed["speeds"] if row["variant"] == "packed")
+    assert report.totals.compressed_bytes == next(
+        row["file_size"] for row in printed["speeds"] if row["variant"] == "packed"
+    )
     card = (run / "model" / "README.md").read_text()
     assert "Decoding, packed, tokens/s" in card
     assert "Compressed checkpoint" in card
@@ -118,7 +124,15 @@ def test_a_run_that_cannot_be_measured_says_why(made: Path, tmp_path: Path, caps
     try:
         assert main(["evaluate", str(made / "run"), "--data", str(made / "text.txt"), "--seqlen", "16"]) == 2
         assert "--against" in capsys.readouterr().err
-        arguments = ["--data", str(made / "text.txt"), "--seqlen", "16", "--against", str(made / "elsewhere"), "--quiet"]
+        arguments = [
+            "--data",
+            str(made / "text.txt"),
+            "--seqlen",
+            "16",
+            "--against",
+            str(made / "elsewhere"),
+            "--quiet",
+        ]
         assert main(["evaluate", str(made / "run"), *arguments]) == 0
     finally:
         (made / "elsewhere").rename(moved)

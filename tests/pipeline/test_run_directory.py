@@ -1,4 +1,5 @@
-"""The run directory: nothing of others is removed, damage to a finished run is found, permissions and paths are kept apart from it."""
+"""The run directory: nothing of others is removed, damage to a finished run is found, permissions and paths are kept
+apart from it."""
 
 from __future__ import annotations
 
@@ -102,7 +103,8 @@ def test_an_empty_folder_becomes_a_run(dense: Path, tmp_path: Path) -> None:
 
 
 def test_files_that_a_run_did_not_write_are_not_removed(run: Path) -> None:
-    """A damaged checkpoint is not made again over files that somebody put beside it, nor one that the run did not write."""
+    """A damaged checkpoint is not made again over files that somebody put beside it, nor one that the run did not
+    write."""
     shard = next((run / "model").glob("*.safetensors"))
     shard.write_bytes(shard.read_bytes()[:-1])
     (run / "model" / "notes.txt").write_text("years of work")
@@ -202,7 +204,9 @@ def test_what_is_damaged_is_said_where_layers_are_gone_too(run: Path, capsys: py
     assert weights(run) == before
 
 
-@pytest.mark.parametrize(("name", "kind"), [("model", "file"), ("log.txt", "folder"), ("run.json", "folder"), ("layers", "file")])
+@pytest.mark.parametrize(
+    ("name", "kind"), [("model", "file"), ("log.txt", "folder"), ("run.json", "folder"), ("layers", "file")]
+)
 def test_what_stands_in_the_place_of_a_file_is_named(dense: Path, run: Path, name: str, kind: str) -> None:
     path = run / name
     shutil.rmtree(path) if path.is_dir() else path.unlink()
@@ -224,7 +228,9 @@ def own_code(folder: Path) -> Path:
     )
     config = json.loads((folder / "config.json").read_text())
     code = {"AutoConfig": "configuration_own.OwnConfig", "AutoModelForCausalLM": "modeling_own.OwnModel"}
-    (folder / "config.json").write_text(json.dumps(config | {"model_type": "own_llama", "architectures": ["OwnModel"], "auto_map": code}))
+    (folder / "config.json").write_text(
+        json.dumps(config | {"model_type": "own_llama", "architectures": ["OwnModel"], "auto_map": code})
+    )
     return folder
 
 
@@ -261,7 +267,9 @@ def test_code_runs_only_where_this_command_allows_it(
     assert not trace.exists()
 
 
-def test_pickles_are_read_only_where_this_command_allows_it(dense: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_pickles_are_read_only_where_this_command_allows_it(
+    dense: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     folder = tiny.save("llama", tmp_path / "model", num_hidden_layers=2)
     from safetensors.torch import load_file
 
@@ -276,7 +284,8 @@ def test_pickles_are_read_only_where_this_command_allows_it(dense: Path, tmp_pat
 
 
 def test_a_calibration_file_is_kept_from_the_root(dense: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Stopped before its tokens were drawn again or not: the run goes on from anywhere, and is the same run under any spelling."""
+    """Stopped before its tokens were drawn again or not: the run goes on from anywhere, and is the same run under any
+    spelling."""
     (tmp_path / "text.txt").write_text(TEXT * 20)
     monkeypatch.chdir(tmp_path)
     settings = {**SETTINGS, "calibration": {**SETTINGS["calibration"], "source": "text.txt"}}
@@ -292,7 +301,9 @@ def test_a_calibration_file_is_kept_from_the_root(dense: Path, tmp_path: Path, m
     assert (tmp_path / "run" / "model.json").stat().st_mtime_ns == before
 
 
-def test_a_changed_calibration_text_is_another_run(dense: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_changed_calibration_text_is_another_run(
+    dense: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     text = tmp_path / "text.txt"
     text.write_text(TEXT * 20)
     command = ["prune", str(dense), "--calibration", str(text), "--samples", "2", "--seqlen", "16"]

@@ -74,7 +74,12 @@ def test_choices_only_save_memory(model: Model) -> None:
     measured = sizes(model)
     peaks = [
         max(measured.stages(choice).values())
-        for choice in (Choice(16), Choice(16, on_disk=True), Choice(1, on_disk=True), Choice(1, on_disk=True, by_operator=True))
+        for choice in (
+            Choice(16),
+            Choice(16, on_disk=True),
+            Choice(1, on_disk=True),
+            Choice(1, on_disk=True, by_operator=True),
+        )
     ]
     assert peaks == sorted(peaks, reverse=True)
 
@@ -152,26 +157,37 @@ def test_on_a_gpu_hidden_states_take_main_memory(model: Model) -> None:
     states = 3 * 6400 * measured.window
     assert peak(measured.host_stages(inside)) - peak(measured.host_stages(on_disk)) > 0.9 * states
     assert peak(measured.stages(inside)) == peak(measured.stages(on_disk)) < states
-    for host, choice in ((peak(measured.host_stages(inside)), inside), (peak(measured.host_stages(inside)) - 1, on_disk)):
+    for host, choice in (
+        (peak(measured.host_stages(inside)), inside),
+        (peak(measured.host_stages(inside)) - 1, on_disk),
+    ):
         assert fit_on_gpu(measured, host, AMPLE).choice == choice
     with pytest.raises(
-        FistaPrunerError, match=r"^--memory-limit 1\.00 MiB is not enough: .* needs .* MiB, even with hidden states on disk"
+        FistaPrunerError,
+        match=r"^--memory-limit 1\.00 MiB is not enough: .* needs .* MiB, even with hidden states on disk",
     ):
         fit_on_gpu(measured, 2**20, AMPLE)
 
 
 def test_a_small_gpu_gets_smaller_batches(model: Model) -> None:
-    """And groups in parts where not even one window's pass would be what is too large; hidden states stay in main memory."""
+    """And groups in parts where not even one window's pass would be what is too large; hidden states stay in main
+    memory."""
     measured = replace(sizes(model), cuda=True, samples=6400, forward=2**24)
     free = peak(measured.stages(Choice(8))) + DEVICE_RESERVE
     made = fit_on_gpu(measured, AMPLE, free)
     assert made.choice == Choice(8)
-    assert made.changed == f"to fit the {size(free - DEVICE_RESERVE)} that are free on cuda:0: 8 windows at a time instead of 16"
+    assert (
+        made.changed
+        == f"to fit the {size(free - DEVICE_RESERVE)} that are free on cuda:0: 8 windows at a time instead of 16"
+    )
     groups = tuple(group._replace(stacked=2**31, alone=2**27) for group in measured.groups)
     wide = replace(measured, groups=groups)
     apart = Choice(16, by_operator=True)
     assert fit_on_gpu(wide, AMPLE, peak(wide.stages(apart)) + DEVICE_RESERVE).choice == apart
-    with pytest.raises(FistaPrunerError, match=r"^the 1\.00 MiB that are free on cuda:0 is not enough: .* one window at a time; free some"):
+    with pytest.raises(
+        FistaPrunerError,
+        match=r"^the 1\.00 MiB that are free on cuda:0 is not enough: .* one window at a time; free some",
+    ):
         fit_on_gpu(wide, AMPLE, DEVICE_RESERVE + 2**20)
     with pytest.raises(FistaPrunerError, match="one window at a time"):
         fit_on_gpu(wide, AMPLE, 0)
@@ -215,7 +231,9 @@ def test_workers_share_a_gpu(model: Model) -> None:
 def test_a_gpu_without_room_for_one_window_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(plan_module, "free_device_memory", lambda _: 2**29)
     with (
-        pytest.raises(FistaPrunerError, match=r"^the 512 MiB that are free on cuda:0 are not enough for one window through"),
+        pytest.raises(
+            FistaPrunerError, match=r"^the 512 MiB that are free on cuda:0 are not enough for one window through"
+        ),
         room_for(GPU, "one window"),
     ):
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
@@ -231,7 +249,9 @@ def test_operators_solved_one_by_one(model: Model, tmp_path: Path) -> None:
     }
     prune(folder, tmp_path / "stacked", **settings)
     with pytest.MonkeyPatch.context() as patched:
-        patched.setattr("fistapruner.planning.plan.Choice", lambda size, **_: Choice(size, on_disk=True, by_operator=True))
+        patched.setattr(
+            "fistapruner.planning.plan.Choice", lambda size, **_: Choice(size, on_disk=True, by_operator=True)
+        )
         report = prune(folder, tmp_path / "alone", **settings)
     facts = json.loads((tmp_path / "alone" / "run.json").read_text())
     assert facts["decision"]["numerics"]["by_operator"]
@@ -245,7 +265,17 @@ def test_operators_solved_one_by_one(model: Model, tmp_path: Path) -> None:
 
 def test_plan_on_the_command_line(model: Model, capsys: pytest.CaptureFixture[str]) -> None:
     """Without a time estimate: a tiny model takes seconds."""
-    command = ["plan", str(model[0].checkpoint.folder), "--samples", "4", "--seqlen", "32", "--method", "sparsegpt", "--json"]
+    command = [
+        "plan",
+        str(model[0].checkpoint.folder),
+        "--samples",
+        "4",
+        "--seqlen",
+        "32",
+        "--method",
+        "sparsegpt",
+        "--json",
+    ]
     assert main(command) == 0
     said = json.loads(capsys.readouterr().out)
     assert {row["quantity"] for row in said["rows"]} == {"peak memory", "disk"}

@@ -67,8 +67,12 @@ def stream(
         streams = LayerStreams(
             dense,
             pruned,
-            HiddenStates((beside, *shape[1:]), skeleton.dtype, scratch and scratch / f"d{index}") if keep_dense else None,
-            HiddenStates(shape, skeleton.dtype, scratch and scratch / f"p{index}") if more and recipe.propagate == "pruned" else None,
+            HiddenStates((beside, *shape[1:]), skeleton.dtype, scratch and scratch / f"d{index}")
+            if keep_dense
+            else None,
+            HiddenStates(shape, skeleton.dtype, scratch and scratch / f"p{index}")
+            if more and recipe.propagate == "pruned"
+            else None,
         )
         events = LayerEvents() if inspect is None else LayerEvents(problem=inspect)
         result = prune_layer(context, index, streams, events=events)
@@ -87,7 +91,9 @@ def in_memory(folder: Path, recipe: Recipe, layout: Layout, adding: tuple[str, .
 
     def inputs_of(model: Any, name: str, start: int, stop: int) -> Tensor:
         seen: list[Tensor] = []
-        handle = model.get_submodule(name).register_forward_pre_hook(lambda _, args: seen.append(args[0].detach().clone()))
+        handle = model.get_submodule(name).register_forward_pre_hook(
+            lambda _, args: seen.append(args[0].detach().clone())
+        )
         with torch.no_grad():
             model(tokens[start:stop])
         handle.remove()
@@ -95,7 +101,9 @@ def in_memory(folder: Path, recipe: Recipe, layout: Layout, adding: tuple[str, .
 
     def outputs_of(model: Any, name: str, start: int, stop: int) -> Tensor:
         seen: list[Tensor] = []
-        handle = model.get_submodule(name).register_forward_hook(lambda _, __, output: seen.append(output.detach().clone()))
+        handle = model.get_submodule(name).register_forward_hook(
+            lambda _, __, output: seen.append(output.detach().clone())
+        )
         with torch.no_grad():
             model(tokens[start:stop])
         handle.remove()
@@ -111,7 +119,9 @@ def in_memory(folder: Path, recipe: Recipe, layout: Layout, adding: tuple[str, .
         first: list[Tensor] = []
         handles = [
             layer.register_forward_pre_hook(lambda _, args: hidden.append(args[0].detach().clone())),
-            layer.get_submodule(adding[0]).register_forward_hook(lambda _, __, output: first.append(output.detach().clone())),
+            layer.get_submodule(adding[0]).register_forward_hook(
+                lambda _, __, output: first.append(output.detach().clone())
+            ),
         ]
         with torch.no_grad():
             model(tokens[start:stop])
@@ -120,7 +130,11 @@ def in_memory(folder: Path, recipe: Recipe, layout: Layout, adding: tuple[str, .
         return (hidden[0] if name == adding[0] else hidden[0] + first[0]).flatten(0, 1)
 
     def drift(index: int, name: str, start: int, stop: int) -> Tensor | None:
-        if recipe.residual == "none" or name not in adding or ((recipe.propagate == "dense" or index == 0) and name == adding[0]):
+        if (
+            recipe.residual == "none"
+            or name not in adding
+            or ((recipe.propagate == "dense" or index == 0) and name == adding[0])
+        ):
             return None
         drift = added_to(dense, index, name, start, stop) - added_to(pruned, index, name, start, stop)
         length = drift.norm(dim=1, keepdim=True)
@@ -136,7 +150,9 @@ def in_memory(folder: Path, recipe: Recipe, layout: Layout, adding: tuple[str, .
             drifts = number > 0 or (index > 0 and recipe.propagate == "pruned")
             source = drift_sources(recipe, layout, index, same=False).get(number) if drifts else None
             names = [layout.full_name(index, operator) for operator in group]
-            stacked = torch.cat([operator.weight(dense.get_submodule(f"{layout.prefix}.{index}")) for operator in group])
+            stacked = torch.cat(
+                [operator.weight(dense.get_submodule(f"{layout.prefix}.{index}")) for operator in group]
+            )
             sums = ProblemSums(stacked.detach(), drift_from=source)
             for start in range(0, SAMPLES, BATCH):
                 stop = min(start + BATCH, SAMPLES)
@@ -144,7 +160,9 @@ def in_memory(folder: Path, recipe: Recipe, layout: Layout, adding: tuple[str, .
                 if source is None or start >= dense_windows(recipe, layout, SAMPLES, SEQLEN, BATCH, noise=noise):
                     sums.add(seen)
                 else:
-                    sums.add(seen, of_dense[source](dense, names[0], start, stop), drift(index, group[0].name, start, stop))
+                    sums.add(
+                        seen, of_dense[source](dense, names[0], start, stop), drift(index, group[0].name, start, stop)
+                    )
             problem = sums.problem(names, [operator.rows for operator in group], recipe.dense_share)
             solution = solve(problem, recipe.pattern, recipe.steps)
             for operator, name, part in zip(group, names, solution.weight.split(problem.rows), strict=True):
@@ -170,7 +188,9 @@ def calibration() -> Tensor:
     ],
     ids=["dense", "pruned", "mixed", "dense-corrected", "mixed-corrected", "mixed-corrected-by-some-windows"],
 )
-def test_streaming_equals_in_memory_bit_for_bit(tmp_path: Path, architecture: str, settings: dict[str, Any], noise: float) -> None:
+def test_streaming_equals_in_memory_bit_for_bit(
+    tmp_path: Path, architecture: str, settings: dict[str, Any], noise: float
+) -> None:
     folder = tiny.save(architecture, tmp_path / "model")
     recipe = Recipe.build({"method": "sparsegpt", "sparsity": "50%", **settings}).resolved()
     layout = discover(LayerwiseModel(Checkpoint.open(folder), torch.device("cpu")))
@@ -179,13 +199,17 @@ def test_streaming_equals_in_memory_bit_for_bit(tmp_path: Path, architecture: st
     assert some == (noise == 1 and recipe.propagate == "pruned")
     expected = in_memory(folder, recipe, layout, tiny.ADDING[architecture], noise)
     streamed = stream(folder, recipe, None, noise=noise)
-    assert {name.removeprefix("transformer.") for name in streamed} == {name.removeprefix("transformer.") for name in expected}
+    assert {name.removeprefix("transformer.") for name in streamed} == {
+        name.removeprefix("transformer.") for name in expected
+    }
     for name, tensor in expected.items():
         assert torch.equal(streamed[name if name in streamed else name.removeprefix("transformer.")], tensor), name
 
 
 @pytest.mark.parametrize("method", ["wanda", "sparsegpt", "alps", "admm"])
-def test_without_error_correction_all_operators_see_the_unpruned_layer_behind_pruned_ones(tmp_path: Path, method: str) -> None:
+def test_without_error_correction_all_operators_see_the_unpruned_layer_behind_pruned_ones(
+    tmp_path: Path, method: str
+) -> None:
     """As the programs of the published methods: one pass of the layer before any of its operators is pruned."""
     folder, seen = tiny.save("llama", tmp_path / "model"), {}
     prune(
@@ -219,7 +243,10 @@ def test_an_interrupted_run_whose_dense_model_sees_some_of_the_windows(tmp_path:
                 raise KeyboardInterrupt
 
     folder = tiny.save("llama", tmp_path / "model", max_position_embeddings=256)
-    settings: dict[str, Any] = {"calibration": {"source": "python", "samples": 20, "seqlen": 256}, "execution": {"batch_size": 4}}
+    settings: dict[str, Any] = {
+        "calibration": {"source": "python", "samples": 20, "seqlen": 256},
+        "execution": {"batch_size": 4},
+    }
     recipe = Recipe.build(settings)
     layout = discover(LayerwiseModel(Checkpoint.open(folder), torch.device("cpu")))
     assert dense_windows(recipe.resolved(), layout, 20, 256, 4) < 20
@@ -232,7 +259,8 @@ def test_an_interrupted_run_whose_dense_model_sees_some_of_the_windows(tmp_path:
 
 
 def test_windows_of_the_dense_model() -> None:
-    """As many as keep the noise they add small: about half of 128 windows of 1,024 tokens for 1,536 inputs, more for wider operators."""
+    """As many as keep the noise they add small: about half of 128 windows of 1,024 tokens for 1,536 inputs, more for
+    wider operators."""
 
     def windows(columns: int, samples: int, seqlen: int, **settings: Any) -> int:
         layout = Layout("layers", (((Operator("down", 8, columns, False),),),), ((),), ({},))
@@ -247,7 +275,9 @@ def test_windows_of_the_dense_model() -> None:
 
 def test_hidden_states_on_disk_change_no_bit(tmp_path: Path) -> None:
     folder = tiny.save("llama", tmp_path / "model", dtype=torch.bfloat16)
-    recipe = Recipe.build({"method": "wanda+refit", "sparsity": "2:4", "propagate": "pruned", "dense_target": 0.5, "residual": "correct"})
+    recipe = Recipe.build(
+        {"method": "wanda+refit", "sparsity": "2:4", "propagate": "pruned", "dense_target": 0.5, "residual": "correct"}
+    )
     (tmp_path / "scratch").mkdir()
     in_ram, on_disk = stream(folder, recipe, None), stream(folder, recipe, tmp_path / "scratch")
     for name, tensor in in_ram.items():
@@ -274,7 +304,9 @@ def test_drift_is_taken_back(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("stored", [torch.float16, torch.bfloat16, torch.float32], ids=str)
 @pytest.mark.parametrize("match", [0, 2])
-def test_results_are_what_the_checkpoint_can_hold_whatever_the_passes_compute_in(tmp_path: Path, stored: torch.dtype, match: int) -> None:
+def test_results_are_what_the_checkpoint_can_hold_whatever_the_passes_compute_in(
+    tmp_path: Path, stored: torch.dtype, match: int
+) -> None:
     folder = tiny.save("llama", tmp_path / "model", dtype=stored)
     recipe = Recipe.build({"method": "sparsegpt", "reconstruct": match})
     for name, tensor in stream(folder, recipe, None, dtype=torch.float32).items():
@@ -289,7 +321,11 @@ def test_a_group_is_freed_before_the_next_one(tmp_path: Path, target: str) -> No
 
     def inspect(_: int, problem: LayerProblem) -> None:
         assert not any(tensor() is not None for tensor in alive)
-        alive.extend(weakref.ref(tensor) for tensor in (problem.weight, problem.gram, problem.drift) if tensor is not None)
+        alive.extend(
+            weakref.ref(tensor) for tensor in (problem.weight, problem.gram, problem.drift) if tensor is not None
+        )
 
-    stream(tiny.save("llama", tmp_path / "model"), Recipe.build({"method": "wanda", "dense_target": target}), None, inspect)
+    stream(
+        tiny.save("llama", tmp_path / "model"), Recipe.build({"method": "wanda", "dense_target": target}), None, inspect
+    )
     assert len(alive) >= 8

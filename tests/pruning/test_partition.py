@@ -53,7 +53,8 @@ def test_blocks_of_rows_change_nothing_where_they_are_made(problem: LayerProblem
 
 
 def test_rows_that_would_lose_everything_stay_together() -> None:
-    """23.7 of 24 weights in a row: the first rows of the operator have none left, and no pattern says that of a block."""
+    """23.7 of 24 weights in a row: the first rows of the operator have none left, and no pattern says that of a
+    block."""
     sparsity = [parse_sparsity(23.7 / 24)]
     assert len(cut((4096,), COLUMNS, sparsity, parse_method("wanda"))) == 1
 

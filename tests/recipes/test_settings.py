@@ -37,7 +37,9 @@ PARALLEL = {"execution": {"executor": "process"}}
         ({"propagate": "pruned", **PARALLEL}, ("pruned", 0.5, "correct")),
     ],
 )
-def test_auto_is_what_the_method_was_published_with_or_ours_measured_best(settings: dict[str, Any], expected: tuple[Any, ...]) -> None:
+def test_auto_is_what_the_method_was_published_with_or_ours_measured_best(
+    settings: dict[str, Any], expected: tuple[Any, ...]
+) -> None:
     recipe = Recipe.build(settings).resolved()
     assert (recipe.propagate, recipe.dense_share, recipe.residual) == expected
     assert recipe.resolved(in_parts=True) == recipe  # what is resolved stays
@@ -71,16 +73,32 @@ def test_a_run_writes_out_the_penalty_and_warm_start_of_its_preset(tmp_path: Pat
     (step,) = written.steps
     assert isinstance(step, Fista)
     assert (step.penalty, step.warm_start) == FISTA_PRESETS[preset][family]
-    assert (written.propagate, written.dense_share, written.residual, written.error_correction) == ("dense", 1.0, "none", True)
+    assert (written.propagate, written.dense_share, written.residual, written.error_correction) == (
+        "dense",
+        1.0,
+        "none",
+        True,
+    )
     assert Recipe.build(report.recipe) == written
-    started = {record["warm_start"] for layer in report.layers for operator in layer.operators for record in operator.steps}
+    started = {
+        record["warm_start"] for layer in report.layers for operator in layer.operators for record in operator.steps
+    }
     assert started == {FISTA_PRESETS[preset][family][1]}
     rmtree(model)  # what was chosen stands in the run
     assert prune(str(model), run, recipe=Recipe.build(settings)).recipe == report.recipe
 
 
 def test_error_correction_is_a_flag_of_the_command_line(tmp_path: Path) -> None:
-    command = ["prune", str(tiny.save("llama", tmp_path / "model")), "--calibration", "python", "--samples", "2", "--seqlen", "16"]
+    command = [
+        "prune",
+        str(tiny.save("llama", tmp_path / "model")),
+        "--calibration",
+        "python",
+        "--samples",
+        "2",
+        "--seqlen",
+        "16",
+    ]
     command += ["--method", "wanda", "--evaluate", "none", "--quiet", "--out"]
     for flags, expected in (([], True), (["--error-correction"], True), (["--no-error-correction"], False)):
         run = tmp_path / f"run{len(flags)}{expected}"
@@ -96,7 +114,16 @@ def test_a_warm_start_by_family_needs_a_model() -> None:
 
 def test_patterns_and_dates_are_words_in_yaml() -> None:
     assert Recipe.from_yaml("sparsity: 2:4").pattern == NM(2, 4)
-    values = {"2:4": "2:4", "1e-3": 0.001, "-5": -5, "3.5": 3.5, "1.": 1.0, "2024-13-45": "2024-13-45", "1_000": "1_000", "true": True}
+    values = {
+        "2:4": "2:4",
+        "1e-3": 0.001,
+        "-5": -5,
+        "3.5": 3.5,
+        "1.": 1.0,
+        "2024-13-45": "2024-13-45",
+        "1_000": "1_000",
+        "true": True,
+    }
     assert {text: parse_value(text, "x") for text in values} == values
     for text in ("'", "[1", "*a", "!!python/name:os.system x"):
         with pytest.raises(FistaPrunerError, match="x is not valid YAML"):

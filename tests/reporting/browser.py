@@ -1,4 +1,5 @@
-"""Headless Chromium over its debugging pipe: open a page, see its console, requests and accessibility. Standard library only."""
+"""Headless Chromium over its debugging pipe: open a page, see its console, requests and accessibility. Standard library
+only."""
 
 from __future__ import annotations
 
@@ -31,7 +32,9 @@ os.execv(sys.argv[3], sys.argv[3:])
 
 def find_chromium() -> str | None:
     """The browser's program: ``$FISTAPRUNER_CHROMIUM``, or what is on the path."""
-    return os.environ.get("FISTAPRUNER_CHROMIUM") or next((path for name in NAMES if (path := shutil.which(name))), None)
+    return os.environ.get("FISTAPRUNER_CHROMIUM") or next(
+        (path for name in NAMES if (path := shutil.which(name))), None
+    )
 
 
 class Browser:
@@ -124,9 +127,25 @@ def open_browser(program: str, profile: Path) -> Iterator[Browser]:
     """Start a browser with a fresh profile; it is ended with the block."""
     child_reads, to_browser = os.pipe()
     from_browser, child_writes = os.pipe()
-    arguments = ["--headless=new", "--no-sandbox", "--disable-gpu", "--hide-scrollbars", "--no-first-run", "--remote-debugging-pipe"]
+    arguments = [
+        "--headless=new",
+        "--no-sandbox",
+        "--disable-gpu",
+        "--hide-scrollbars",
+        "--no-first-run",
+        "--remote-debugging-pipe",
+    ]
     process = subprocess.Popen(
-        [sys.executable, "-c", LAUNCH, str(child_reads), str(child_writes), program, *arguments, f"--user-data-dir={profile}"],
+        [
+            sys.executable,
+            "-c",
+            LAUNCH,
+            str(child_reads),
+            str(child_writes),
+            program,
+            *arguments,
+            f"--user-data-dir={profile}",
+        ],
         pass_fds=(child_reads, child_writes),
         stdout=subprocess.DEVNULL,
         stderr=subprocess.DEVNULL,

@@ -20,7 +20,9 @@ OPERATORS = (
 
 
 def perplexity(value: float, data: str = "wikitext2") -> Perplexity:
-    return Perplexity(data, "test", 1024, 60, 60 * 1023, "bfloat16", value, value * 0.02, math.log(value), 0.02, "none", "ab" * 32)
+    return Perplexity(
+        data, "test", 1024, 60, 60 * 1023, "bfloat16", value, value * 0.02, math.log(value), 0.02, "none", "ab" * 32
+    )
 
 
 def layer(index: int, count: int) -> dict[str, Any]:
@@ -29,7 +31,13 @@ def layer(index: int, count: int) -> dict[str, Any]:
     for name, shape, group, factor in OPERATORS:
         error = 0.02 * factor * (1 + 0.4 * math.sin(index)) * (4 if index == 1 else 1)
         rounds = [
-            {"lambda": 1e-4 * 3 ** (k % 4), "e_total": 1 - 0.05 * k + 0.012 * k * k, "e_fista": 0.8, "e_round": 0.2, "steps": 20}
+            {
+                "lambda": 1e-4 * 3 ** (k % 4),
+                "e_total": 1 - 0.05 * k + 0.012 * k * k,
+                "e_fista": 0.8,
+                "e_round": 0.2,
+                "steps": 20,
+            }
             for k in range(6)
         ]
         steps: list[dict[str, Any]] = [
@@ -66,7 +74,14 @@ def layer(index: int, count: int) -> dict[str, Any]:
 def speed(variant: str, rate: float) -> dict[str, Any]:
     spread = [0.95 * rate, 1.04 * rate]
     sizes = {"peak_memory": 900 * 2**20, "file_size": 250 * 2**20}
-    return {"variant": variant, "tokens_per_second": rate, "tokens_per_second_range": spread, "first_token": 0.2, "runs": 5, **sizes}
+    return {
+        "variant": variant,
+        "tokens_per_second": rate,
+        "tokens_per_second_range": spread,
+        "first_token": 0.2,
+        "runs": 5,
+        **sizes,
+    }
 
 
 def report(layers: int = 12) -> Report:
@@ -92,7 +107,14 @@ def report(layers: int = 12) -> Report:
             "recipe": {"sparsity": "50%", "method": [{"sparsegpt": {}}, {"fista": {"iterations": 20}}], "seed": 0},
             "fingerprint": "0123456789abcdef",
             "versions": {"fistapruner": "0.1.0", "torch": "2.8.0"},
-            "machine": {"cpu": "a processor", "instructions": ["avx2"], "cores": 2, "threads": 2, "memory": 2**34, "system": "Linux"},
+            "machine": {
+                "cpu": "a processor",
+                "instructions": ["avx2"],
+                "cores": 2,
+                "threads": 2,
+                "memory": 2**34,
+                "system": "Linux",
+            },
             "model": {
                 "source": "small",
                 "architecture": "LlamaForCausalLM",
@@ -100,7 +122,13 @@ def report(layers: int = 12) -> Report:
                 "parameters": 134515008,
                 "dtype": "bfloat16",
             },
-            "calibration": {"source": "c4.jsonl", "how": "windows over the concatenation", "samples": 32, "seqlen": 1024, "tokens": 32768},
+            "calibration": {
+                "source": "c4.jsonl",
+                "how": "windows over the concatenation",
+                "samples": 32,
+                "seqlen": 1024,
+                "tokens": 32768,
+            },
             "layers": [layer(index, layers) for index in range(layers)],
             "totals": {
                 "operator_weights": weights,
@@ -115,8 +143,13 @@ def report(layers: int = 12) -> Report:
                 "checkpoint_bytes": 269_000_000,
             },
             "evaluations": [evaluation.to_dict() for evaluation in evaluations],
-            "speed": {"speeds": [speed("dense bfloat16", 20.0), speed("packed", 26.0)], "sentence": "Packed decodes 1.30 times faster."},
-            "generations": [{"prompt": "The capital of France is", "dense": " Paris.", "pruned": " Paris, the capital."}],
+            "speed": {
+                "speeds": [speed("dense bfloat16", 20.0), speed("packed", 26.0)],
+                "sentence": "Packed decodes 1.30 times faster.",
+            },
+            "generations": [
+                {"prompt": "The capital of France is", "dense": " Paris.", "pruned": " Paris, the capital."}
+            ],
             "plan": [
                 {"quantity": "time", "unit": "seconds", "planned": 380, "actual": 412},
                 {"quantity": "peak memory", "unit": "bytes", "planned": 2e9, "actual": 1.9e9},

@@ -69,7 +69,9 @@ def test_page(browser: Browser, pages: dict[str, Path], name: str, width: int, s
     axe = os.environ.get("FISTAPRUNER_AXE")
     if axe:
         browser.evaluate(Path(axe).read_text() + ";0")
-        violations = browser.evaluate("axe.run().then(r => r.violations.map(v => v.id + ': ' + v.nodes.map(n => n.target).join(' ')))")
+        violations = browser.evaluate(
+            "axe.run().then(r => r.violations.map(v => v.id + ': ' + v.nodes.map(n => n.target).join(' ')))"
+        )
         assert violations == []
     browser.screenshot(SCREENSHOTS / f"{name}-{width}-{scheme}.png")
 
@@ -79,8 +81,9 @@ def test_every_figure_is_seen_at_a_readable_size(browser: Browser, pages: dict[s
     for width in (390, 768, 1440):
         browser.open(pages["report"], width, "light")
         seen = browser.evaluate(
-            "[...document.querySelectorAll('figure')].filter(f => [...f.querySelectorAll('svg')].filter(s => s.checkVisibility() "
-            "&& s.getBoundingClientRect().width > 200).length === 1).map(f => f.id.replace('figure-', ''))"
+            "[...document.querySelectorAll('figure')].filter(f => [...f.querySelectorAll('svg')].filter(s => "
+            "s.checkVisibility() && s.getBoundingClientRect().width > 200).length === 1).map(f => "
+            "f.id.replace('figure-', ''))"
         )
         assert set(seen) == FIGURES
         # Type in figures is drawn at 9.5 px or more; a figure that is shrunk to fit must not make it unreadable.
@@ -94,7 +97,9 @@ def test_every_figure_is_seen_at_a_readable_size(browser: Browser, pages: dict[s
 @pytest.mark.slow
 def test_print_is_light_and_complete(browser: Browser, pages: dict[str, Path]) -> None:
     browser.open(pages["report"], 1000, "dark")
-    browser.call("Emulation.setEmulatedMedia", media="print", features=[{"name": "prefers-color-scheme", "value": "dark"}])
+    browser.call(
+        "Emulation.setEmulatedMedia", media="print", features=[{"name": "prefers-color-scheme", "value": "dark"}]
+    )
     assert browser.evaluate("getComputedStyle(document.body).backgroundColor") == "rgb(255, 255, 255)"
     assert browser.evaluate("getComputedStyle(document.body).color") == "rgb(22, 32, 43)"
     browser.call("Emulation.setEmulatedMedia", media="screen")

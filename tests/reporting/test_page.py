@@ -105,7 +105,11 @@ def test_an_empty_run_has_a_page() -> None:
 
 def test_operators_may_lack_all_that_is_optional() -> None:
     operator = {"name": "mlp.up", "shape": [4, 4], "sparsity": "50%", "zeros": 8, "density": 0.5}
-    data = {"status": "failed", "error": "the disk is full", "layers": [{"index": 0, "operators": [operator]}, {"index": 1}]}
+    data = {
+        "status": "failed",
+        "error": "the disk is full",
+        "layers": [{"index": 0, "operators": [operator]}, {"index": 1}],
+    }
     text = run_page(parse(Report, data, "sample"))
     assert "the disk is full" in text
     assert "figure-layer-sparsity" in text
@@ -120,7 +124,9 @@ def test_text_never_becomes_markup() -> None:
     report.recipe = {"method": hostile, "sparsity": hostile}
     report.layers[0].operators[0].name = hostile
     report.layers[0].operators[0].steps[0]["method"] = hostile
-    report.lineage = Lineage(source=ModelFacts(source=hostile), stages=[Stage(kind="prune", settings={"sparsity": hostile})])
+    report.lineage = Lineage(
+        source=ModelFacts(source=hostile), stages=[Stage(kind="prune", settings={"sparsity": hostile})]
+    )
     text = run_page(report)
     assert "<script" not in text
     assert "&lt;script&gt;" in text
@@ -139,7 +145,9 @@ def test_the_lineage_is_shown_stage_by_stage() -> None:
         stages=[Stage(kind="prune", settings={"sparsity": "50%", "method": "wanda"}), Stage(kind="recover")],
     )
     lines = ("owner/dense", "pruned to 50% with wanda", "recovered")
-    assert [unescape(line) for line in re.findall(r"<li>(.*?)</li>", run_page(report).partition("<h3>Lineage</h3>")[2])][:3] == [*lines]
+    assert [
+        unescape(line) for line in re.findall(r"<li>(.*?)</li>", run_page(report).partition("<h3>Lineage</h3>")[2])
+    ][:3] == [*lines]
     card, summed = model_card(report), summary(report, "runs/first")
     assert all(line in card and line in summed for line in lines)
     assert "Lineage" not in sample_page()
@@ -148,7 +156,9 @@ def test_the_lineage_is_shown_stage_by_stage() -> None:
 def test_markup_stands_in_templates() -> None:
     folder = Path(reporting.__file__).parent
     for path in folder.glob("*.py"):
-        assert not re.search(r"</?(div|p|h\d|table|t[hdr]|section|span|ul|li|style)\b[^a-z]", path.read_text("utf-8")), path.name
+        assert not re.search(
+            r"</?(div|p|h\d|table|t[hdr]|section|span|ul|li|style)\b[^a-z]", path.read_text("utf-8")
+        ), path.name
 
 
 def test_figures_can_be_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -160,7 +170,13 @@ def test_figures_can_be_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_a_solver_s_records_may_be_anything() -> None:
     report = samples.report(2)
-    odd: list[Any] = ["no list", [1, 2], [{"lambda": None, "e_total": 0}] * 3, [{"lambda": 1.0, "e_total": None}] * 2, []]
+    odd: list[Any] = [
+        "no list",
+        [1, 2],
+        [{"lambda": None, "e_total": 0}] * 3,
+        [{"lambda": 1.0, "e_total": None}] * 2,
+        [],
+    ]
     for operator, records in zip(report.layers[0].operators, [*odd, None], strict=False):
         operator.steps = [{"method": "fista", "rounds": records, "e_total": 1.0}, {"method": "gone"}, {}]
     assert "</html>" in run_page(report)
@@ -247,7 +263,10 @@ def test_columns_of_numbers_are_flush_right_and_no_others(kind: str) -> None:
         assert body is not None
         if ' class="n"' not in table:  # the data behind a figure
             continue
-        rows = [re.findall(r"<t[hd]([^>]*)>(.*?)</t[hd]>", row, re.DOTALL) for row in re.findall(r"<tr.*?</tr>", body[1], re.DOTALL)]
+        rows = [
+            re.findall(r"<t[hd]([^>]*)>(.*?)</t[hd]>", row, re.DOTALL)
+            for row in re.findall(r"<tr.*?</tr>", body[1], re.DOTALL)
+        ]
         for column in zip(*rows, strict=True):
             cells = [unescape(cell) for _, cell in column]
             flush = [' class="n"' in attributes for attributes, _ in column]

@@ -30,7 +30,16 @@ from fistapruner.reporting.model_card import model_card
 from fistapruner.reporting.status_text import status_facts, status_text
 from fistapruner.runs.records import VERSION, Report, load_run, parse
 from fistapruner.runs.results import Divergence, Evaluation
-from fistapruner.runtime.formatting import align_columns, duration, p_value, percent, short_count, significant, size, with_error
+from fistapruner.runtime.formatting import (
+    align_columns,
+    duration,
+    p_value,
+    percent,
+    short_count,
+    significant,
+    size,
+    with_error,
+)
 
 
 def unfinished(folder: Path, done: int = 3) -> Path:
@@ -70,9 +79,14 @@ def test_infinite_figures_become_null_not_broken_json() -> None:
 
 def test_a_model_that_gives_a_token_no_chance_has_an_infinite_perplexity() -> None:
     """It is null in JSON, infinite when read back, and said to be infinite wherever it is shown."""
-    sums, settings = torch.tensor([math.inf, 12.0]), {"data": "text", "split": "test", "seqlen": 9, "dtype": "float32", "bos": "none"}
+    sums, settings = (
+        torch.tensor([math.inf, 12.0]),
+        {"data": "text", "split": "test", "seqlen": 9, "dtype": "float32", "bos": "none"},
+    )
     found = perplexity_of(sums, 8, **settings, sha256="ab")
-    evaluation = Evaluation("model", "dense", found, samples.perplexity(12.0), Divergence(math.inf, math.nan, 0.5, 0.1, math.inf, math.nan))
+    evaluation = Evaluation(
+        "model", "dense", found, samples.perplexity(12.0), Divergence(math.inf, math.nan, 0.5, 0.1, math.inf, math.nan)
+    )
     data = samples.report(1).model_dump(mode="json") | {"evaluations": [evaluation.to_dict()]}
     data = json.loads(json.dumps(data, allow_nan=False))
     assert data["evaluations"][0]["perplexity"]["perplexity"] is None
@@ -120,7 +134,12 @@ def test_status_of_an_unfinished_run(tmp_path: Path, capsys: pytest.CaptureFixtu
     facts = status_facts(load_run(run), now)
     spent = sum(sum(layer.seconds.values()) for layer in load_run(run).layers)
     assert facts["seconds_left"] == pytest.approx(9 * spent / 3)
-    assert (facts["layers_done"], facts["layers"], facts["seconds_since_start"], facts["seconds_since_last_layer"]) == (3, 12, 360, 60)
+    assert (facts["layers_done"], facts["layers"], facts["seconds_since_start"], facts["seconds_since_last_layer"]) == (
+        3,
+        12,
+        360,
+        60,
+    )
     assert "no process works on it" in status_text(load_run(run), alive=False, now=now)
     assert main(["status", str(run)]) == 0
     printed = capsys.readouterr().out
@@ -199,7 +218,12 @@ def test_model_card_of_a_local_model_names_no_folder_of_this_machine() -> None:
 
 def test_numbers_for_people() -> None:
     assert (size(512), size(1536), size(3 * 2**30)) == ("512 B", "1.50 KiB", "3.00 GiB")
-    assert (duration(0.84), duration(12.34), duration(245), duration(12000)) == ("840 ms", "12.3 s", "4 min 05 s", "3 h 20 min")
+    assert (duration(0.84), duration(12.34), duration(245), duration(12000)) == (
+        "840 ms",
+        "12.3 s",
+        "4 min 05 s",
+        "3 h 20 min",
+    )
     assert (percent(0.5), percent(0.123456), percent(None)) == ("50.0 %", "12.3 %", "–")
     assert (short_count(134515008), p_value(0.0001), p_value(0.15)) == ("135M", "p < 0.001", "p = 0.150")
     assert (with_error(25.321, 0.414), with_error(25.321, float("nan"))) == ("25.32 ± 0.41", "25.32")

@@ -86,7 +86,10 @@ def test_links_are_found_and_reordering_changes_nothing(tmp_path: Path, architec
     mlp = MLP.get(architecture, (("mlp.gate_proj", "mlp.up_proj"), "mlp.down_proj"))
     for found in links:
         assert {(link.producers, link.consumer.name) for link in found} == {heads, mlp} - {None}
-        assert {(link.blocks > 1, link.consumer.name.startswith("self_attn.")) for link in found} <= {(True, True), (False, False)}
+        assert {(link.blocks > 1, link.consumer.name.startswith("self_attn.")) for link in found} <= {
+            (True, True),
+            (False, False),
+        }
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
     tokens = torch.randint(3, tiny.VOCABULARY, (2, 12))
     before = model(tokens).logits
@@ -105,13 +108,21 @@ def test_a_run_reorders_everything_that_belongs_together(tmp_path: Path, archite
     """With the weights that pruning removed put back, the model must answer as the dense one does."""
     folder = tiny.save(architecture, tmp_path / "model")
     _, consumer = MLP.get(architecture) or ((), "mlp.down_proj")
-    settings = {"sparsity": "2:4", "method": "magnitude", "permutation": "channels", "targets": [consumer], "calibration": SMALL}
+    settings = {
+        "sparsity": "2:4",
+        "method": "magnitude",
+        "permutation": "channels",
+        "targets": [consumer],
+        "calibration": SMALL,
+    }
     report = fp.prune(str(folder), tmp_path / "run", **settings)
     assert len(report.permuted) == 3
     assert all(after > before for before, after in report.permuted.values())
     source = AutoModelForCausalLM.from_pretrained(folder).eval()
     pruned = AutoModelForCausalLM.from_pretrained(tmp_path / "run" / "model").eval()
-    changed = [name for name, tensor in source.state_dict().items() if not torch.equal(tensor, pruned.state_dict()[name])]
+    changed = [
+        name for name, tensor in source.state_dict().items() if not torch.equal(tensor, pruned.state_dict()[name])
+    ]
     assert any("bias" in name for name in changed) == (architecture != "llama")
     for name, module in source.named_modules():
         if name.endswith("." + consumer):
@@ -137,7 +148,9 @@ def test_the_default_method_reorders_for_groups_only(tmp_path: Path) -> None:
     for number, (settings, reorders) in enumerate(
         [({}, True), ({"method": "wanda"}, False), ({"permutation": "none"}, False), ({"sparsity": "50%"}, False)]
     ):
-        report = fp.prune(str(folder), tmp_path / f"run-{number}", **{"sparsity": "2:4", "calibration": SMALL, **settings})
+        report = fp.prune(
+            str(folder), tmp_path / f"run-{number}", **{"sparsity": "2:4", "calibration": SMALL, **settings}
+        )
         assert {name.rpartition(".")[2] for name in report.permuted} == ({"o_proj", "down_proj"} if reorders else set())
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "run-0" / "model")
     assert all(NM(2, 4).satisfies(layer.mlp.down_proj.weight) for layer in model.model.layers)
@@ -148,6 +161,14 @@ def test_every_executor_reorders_alike(tmp_path: Path) -> None:
     runs = []
     for executor in ("serial", "process"):
         execution = {"executor": executor, "workers": 2, "threads": 1} if executor == "process" else {"threads": 1}
-        fp.prune(str(folder), tmp_path / executor, sparsity="2:4", propagate="dense", calibration=SMALL, reconstruct=2, execution=execution)
+        fp.prune(
+            str(folder),
+            tmp_path / executor,
+            sparsity="2:4",
+            propagate="dense",
+            calibration=SMALL,
+            reconstruct=2,
+            execution=execution,
+        )
         runs.append((tmp_path / executor / "model" / "model.safetensors").read_bytes())
     assert runs[0] == runs[1]

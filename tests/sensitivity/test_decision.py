@@ -17,7 +17,15 @@ from fistapruner.constraints import Unstructured, parse_sparsity
 from fistapruner.errors import FistaPrunerError
 from fistapruner.problem import LayerProblem
 from fistapruner.sensitivity.decision import check_allocation, differentiates, measured_by, needs_measuring, permutes
-from fistapruner.sensitivity.error_curves import POINTS, bounds, predicted_cost, row_error_curves, sampled_rows, sparsity_grid, split_budget
+from fistapruner.sensitivity.error_curves import (
+    POINTS,
+    bounds,
+    predicted_cost,
+    row_error_curves,
+    sampled_rows,
+    sparsity_grid,
+    split_budget,
+)
 from fistapruner.sensitivity.owl import REACH, outlier_share, owl_allocation
 
 SIZES = st.lists(st.integers(40, 5000), min_size=1, max_size=6)
@@ -33,7 +41,10 @@ def budget(sizes: dict[str, int], fraction: float) -> int:
 def test_the_total_is_exact_and_every_operator_within_its_bounds(counts: list[int], fraction: float, seed: int) -> None:
     generator = torch.Generator().manual_seed(seed)
     sizes = {f"op{number}": count for number, count in enumerate(counts)}
-    curves = {name: torch.rand(POINTS, generator=generator).cumsum(0) * 10 ** (4 * torch.rand(1, generator=generator)) for name in sizes}
+    curves = {
+        name: torch.rand(POINTS, generator=generator).cumsum(0) * 10 ** (4 * torch.rand(1, generator=generator))
+        for name in sizes
+    }
     split = split_budget(curves, sizes, fraction)
     assert sum(pattern.zeros(1, sizes[name]) for name, pattern in split.items()) == budget(sizes, fraction)
     low, high = bounds(fraction)
@@ -97,7 +108,9 @@ def test_some_rows_stand_for_all() -> None:
 
 @settings(deadline=None, max_examples=40)
 @given(SIZES, FRACTIONS, st.integers(0, 1000))
-def test_owl_keeps_more_where_outliers_are_and_its_total_is_exact(counts: list[int], fraction: float, seed: int) -> None:
+def test_owl_keeps_more_where_outliers_are_and_its_total_is_exact(
+    counts: list[int], fraction: float, seed: int
+) -> None:
     generator = torch.Generator().manual_seed(seed)
     shares = {layer: float(torch.rand(1, generator=generator)) for layer in range(len(counts))}
     members = {layer: {f"{layer}.a": count, f"{layer}.b": 2 * count} for layer, count in enumerate(counts)}
@@ -155,7 +168,9 @@ def test_auto_measures_for_our_own_method_where_the_pattern_leaves_a_choice(
 
 
 @pytest.mark.parametrize("allocation", ["error", "owl"])
-def test_at_a_sparsity_that_keeps_nothing_of_small_operators_the_total_is_still_exact(tmp_path: Path, allocation: str) -> None:
+def test_at_a_sparsity_that_keeps_nothing_of_small_operators_the_total_is_still_exact(
+    tmp_path: Path, allocation: str
+) -> None:
     model = tiny.save("llama", tmp_path / "model", hidden_size=8, intermediate_size=12, num_attention_heads=2)
     settings = {"source": "python", "samples": 3, "seqlen": 16}
     report = prune(str(model), tmp_path / "run", sparsity="99.9%", allocation=allocation, calibration=settings)

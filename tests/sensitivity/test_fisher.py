@@ -30,7 +30,9 @@ def tokens() -> Tensor:
 @pytest.mark.parametrize("on_disk", [False, True])
 @pytest.mark.parametrize("architecture", ["llama", "gpt2", "opt", "gpt_neox"])
 def test_streamed_equals_whole_model_differentiation(tmp_path: Path, architecture: str, on_disk: bool) -> None:
-    folder = tiny.save(architecture, tmp_path / "model", **({"word_embed_proj_dim": 32} if architecture == "opt" else {}))
+    folder = tiny.save(
+        architecture, tmp_path / "model", **({"word_embed_proj_dim": 32} if architecture == "opt" else {})
+    )
     skeleton = LayerwiseModel(Checkpoint.open(folder), torch.device("cpu"))
     layout = discover(skeleton)
     passes = DensePasses(store(tmp_path if on_disk else None, skeleton.dtype), batch_size=2)
@@ -93,7 +95,9 @@ def test_a_decision_is_deterministic_and_spares_sensitive_operators(tmp_path: Pa
     assert first.sparsity == second.sparsity
     assert first.sparsity is not None
     sizes = {name: operator.rows * operator.columns for name, operator in layout.operators()}
-    assert sum(first.sparsity[name].zeros(1, size) for name, size in sizes.items()) == sum(round(0.6 * size) for size in sizes.values())
+    assert sum(first.sparsity[name].zeros(1, size) for name, size in sizes.items()) == sum(
+        round(0.6 * size) for size in sizes.values()
+    )
     assert len({pattern.fraction for pattern in first.sparsity.values()}) > 1
     assert first.metrics is not None
     assert [tuple(metric.shape) for metric in first.metrics] == [(skeleton.width, skeleton.width)] * len(skeleton)
@@ -104,7 +108,11 @@ def test_rows_that_reach_no_prediction_count_alike_and_tiny_gradients_like_large
     rows = torch.tensor([0.0, 1.0, 2.0, 4.0, 0.5])
     usual = row_importance(rows)
     assert bool((usual > 0).all())
-    for scale in (2.0**-126, 2.0**-146, 2.0**120):  # of the first two, rows or their sums are below what fp32 holds in full
+    for scale in (
+        2.0**-126,
+        2.0**-146,
+        2.0**120,
+    ):  # of the first two, rows or their sums are below what fp32 holds in full
         torch.testing.assert_close(row_importance(rows * scale), usual, rtol=1e-5, atol=0)
 
 
@@ -124,7 +132,12 @@ def test_operators_that_reach_no_prediction_are_pruned_by_the_default_method(tmp
                 weight.zero_()
     model.save_pretrained(tmp_path / "model")
     tiny.tokenizer().save_pretrained(tmp_path / "model")
-    report = prune(str(tmp_path / "model"), tmp_path / "run", sparsity="50%", calibration={"source": "python", "samples": 4, "seqlen": 16})
+    report = prune(
+        str(tmp_path / "model"),
+        tmp_path / "run",
+        sparsity="50%",
+        calibration={"source": "python", "samples": 4, "seqlen": 16},
+    )
     assert report.totals.operator_zeros >= 0.5 * report.totals.operator_weights
 
 
@@ -135,13 +148,17 @@ def test_gradients_that_are_no_numbers_are_named(tmp_path: Path) -> None:
         model.get_input_embeddings().weight.zero_()
     model.save_pretrained(tmp_path / "model")
     tiny.tokenizer().save_pretrained(tmp_path / "model")
-    with pytest.raises(FistaPrunerError, match=r"layers\.\d.*: the gradients of the predictions are NaN or infinite in float32 passes"):
+    with pytest.raises(
+        FistaPrunerError, match=r"layers\.\d.*: the gradients of the predictions are NaN or infinite in float32 passes"
+    ):
         prune(str(tmp_path / "model"), tmp_path / "run", calibration={"source": "python", "samples": 4, "seqlen": 16})
 
 
 def test_nothing_is_measured_when_nothing_needs_it(tmp_path: Path) -> None:
     skeleton = LayerwiseModel(Checkpoint.open(tiny.save("llama", tmp_path / "model")), torch.device("cpu"))
-    decision = decide(Recipe.build({"weighting": "none", "allocation": "uniform"}), discover(skeleton), skeleton, tokens(), {})
+    decision = decide(
+        Recipe.build({"weighting": "none", "allocation": "uniform"}), discover(skeleton), skeleton, tokens(), {}
+    )
     assert decision.sparsity is None
     assert decision.metrics is None
     assert decision.importance is None

@@ -18,7 +18,12 @@ def activations(n: int, tokens: int, seed: int = 0) -> Tensor:
 
 
 def make_problem(
-    rows: tuple[int, ...] = (24,), n: int = 32, tokens: int = 400, seed: int = 0, drift: float = 0.0, target: float = 1.0
+    rows: tuple[int, ...] = (24,),
+    n: int = 32,
+    tokens: int = 400,
+    seed: int = 0,
+    drift: float = 0.0,
+    target: float = 1.0,
 ) -> LayerProblem:
     """A problem of stacked random operators; ``drift`` moves the pruned inputs away from the dense ones."""
     generator = torch.Generator().manual_seed(seed + 1)

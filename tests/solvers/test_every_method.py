@@ -32,7 +32,9 @@ def test_exact_pattern_for_any_shape(chain: str, data: st.DataObject) -> None:
     rows = tuple(data.draw(st.lists(st.integers(1, 9), min_size=1, max_size=3), label="rows"))
     pattern = st.one_of(st.floats(0.0, 0.95).map(Unstructured), st.integers(1, m - 1).map(lambda kept: NM(kept, m)))
     patterns = [data.draw(pattern) for _ in rows]
-    problem = make_problem(rows, n, tokens=data.draw(st.sampled_from([3, 60])), drift=data.draw(st.sampled_from([0.0, 0.1])))
+    problem = make_problem(
+        rows, n, tokens=data.draw(st.sampled_from([3, 60])), drift=data.draw(st.sampled_from([0.0, 0.1]))
+    )
     solution = solve(problem, patterns, chain)
     assert bool(torch.isfinite(solution.weight).all())
     parts = zip(solution.weight.split(rows), solution.mask.split(rows), patterns, strict=True)
@@ -62,7 +64,10 @@ def test_never_worse_than_the_step_before(name: str, sparsity: str, drift: float
 @pytest.mark.parametrize("chain", USES_DATA)
 def test_beats_magnitude(chain: str) -> None:
     problem = make_problem((48,), 64)
-    assert solve(problem, 0.6, chain).stats[0]["relative_error"] < solve(problem, 0.6, "magnitude").stats[0]["relative_error"]
+    assert (
+        solve(problem, 0.6, chain).stats[0]["relative_error"]
+        < solve(problem, 0.6, "magnitude").stats[0]["relative_error"]
+    )
 
 
 @pytest.mark.parametrize("chain", CHAINS)
@@ -70,7 +75,9 @@ def test_beats_magnitude(chain: str) -> None:
 def test_scaling_the_activations_changes_nothing(chain: str, sparsity: str) -> None:
     problem = make_problem((12, 20))
     factor = 2.0**-12  # a power of four: square roots stay exact too
-    scaled = LayerProblem(weight=problem.weight, gram=problem.gram * factor, names=problem.names, rows=problem.rows, tokens=problem.tokens)
+    scaled = LayerProblem(
+        weight=problem.weight, gram=problem.gram * factor, names=problem.names, rows=problem.rows, tokens=problem.tokens
+    )
     one, two = solve(problem, sparsity, chain), solve(scaled, sparsity, chain)
     assert [r["relative_error"] for r in one.stats] == pytest.approx([r["relative_error"] for r in two.stats], rel=2e-3)
 
@@ -93,7 +100,10 @@ def test_stacked_equals_one_by_one(chain: str, patterns: tuple[str, ...]) -> Non
     # bf16 products round differently for different shapes: compare the algorithm, not that.
     steps = [{"proximal": {"fast": False}}] if chain == "proximal" else chain
     together = [record["relative_error"] for record in solve(problem, parsed, steps).stats]
-    alone = [solve(part, pattern, steps).stats[0]["relative_error"] for part, pattern in zip(problem.operators(), parsed, strict=True)]
+    alone = [
+        solve(part, pattern, steps).stats[0]["relative_error"]
+        for part, pattern in zip(problem.operators(), parsed, strict=True)
+    ]
     assert together == pytest.approx(alone, rel=2e-3)
 
 
@@ -161,12 +171,22 @@ def test_a_sparsity_that_keeps_nothing_of_a_small_operator_gives_zeros(chain: st
 @pytest.mark.parametrize(
     ("method", "message"),
     [
-        *(({name: {"rho": value}}, f"method {name}: rho") for name in ("alps", "admm") for value in (math.nan, math.inf, 0, -1)),
+        *(
+            ({name: {"rho": value}}, f"method {name}: rho")
+            for name in ("alps", "admm")
+            for value in (math.nan, math.inf, 0, -1)
+        ),
         *(({"proximal": {"rho": [0.1, value]}}, r"method proximal: rho\.1") for value in (math.nan, math.inf, 0, -1)),
         ({"proximal": {"rho": [1, 0.1]}}, r"method proximal: rho: \[1\.0, 0\.1\] falls"),
-        *(({"fista": {"penalty_interval": [value, 1]}}, r"penalty_interval\.0") for value in (math.nan, math.inf, 0, -1)),
+        *(
+            ({"fista": {"penalty_interval": [value, 1]}}, r"penalty_interval\.0")
+            for value in (math.nan, math.inf, 0, -1)
+        ),
         ({"fista": {"penalty_interval": [1, 1e-7]}}, r"penalty_interval \[1\.0, 1e-07\] is empty"),
-        ({"fista": {"penalty_interval": [1e-3, 1]}}, r"penalty_start 1e-05 is outside penalty_interval \[0\.001, 1\.0\]"),
+        (
+            {"fista": {"penalty_interval": [1e-3, 1]}},
+            r"penalty_start 1e-05 is outside penalty_interval \[0\.001, 1\.0\]",
+        ),
         ({"sparsegpt": {"damping": math.inf}}, "method sparsegpt: damping"),
         ({"fista": {"tolerance": math.inf}}, "method fista: tolerance"),
     ],
@@ -176,7 +196,9 @@ def test_settings_without_a_meaning_are_refused(method: dict[str, object], messa
         parse_method([method])
 
 
-@pytest.mark.parametrize("method", [{"alps": {"rho": 1e300}}, {"proximal": {"rho": [0.15, 1e300]}}, {"alps": {"damping": 1e300}}])
+@pytest.mark.parametrize(
+    "method", [{"alps": {"rho": 1e300}}, {"proximal": {"rho": [0.15, 1e300]}}, {"alps": {"damping": 1e300}}]
+)
 def test_settings_beyond_fp32_end_in_a_sentence(method: dict[str, object]) -> None:
     with pytest.raises(FistaPrunerError, match=r"operator0: .*1e\+300.* ended in NaN or infinite weights"):
         solve(make_problem(), "50%", [method])

@@ -50,7 +50,9 @@ def test_converged_fista_is_the_lasso_solution(share: float, drift: float, targe
     for row in range(3):
         oracle = lasso(problem, row, float(penalty[row]))
         ours = weight[row].double()
-        assert _objective(problem, row, ours, penalty) <= _objective(problem, row, oracle, penalty) + 1e-5 * abs(record["objective"])
+        assert _objective(problem, row, ours, penalty) <= _objective(problem, row, oracle, penalty) + 1e-5 * abs(
+            record["objective"]
+        )
 
 
 def _objective(problem: LayerProblem, row: int, weight: torch.Tensor, penalty: torch.Tensor) -> float:
@@ -67,7 +69,10 @@ def test_the_gap_bounds_the_distance_to_the_optimum() -> None:
     for iterations in (1, 5, 25, 200):
         weight, _ = fista(problem, problem.weight, penalty, bound, iterations)
         (record,) = certificate(problem, weight, penalty, bound)
-        assert record["objective"] - optimum["objective"] <= record["gap"] * record["objective"] + 1e-6 * record["objective"]
+        assert (
+            record["objective"] - optimum["objective"]
+            <= record["gap"] * record["objective"] + 1e-6 * record["objective"]
+        )
 
 
 def test_above_the_largest_linear_term_the_solution_is_zero() -> None:
@@ -121,4 +126,10 @@ def test_faithful_defaults() -> None:
     from fistapruner.solvers.fista import Fista
 
     method = Fista()
-    assert (method.iterations, method.tolerance, method.xi, method.patience, method.warm_start) == (20, 1e-6, 0.3, 3, "sparsegpt")
+    assert (method.iterations, method.tolerance, method.xi, method.patience, method.warm_start) == (
+        20,
+        1e-6,
+        0.3,
+        3,
+        "sparsegpt",
+    )

@@ -96,7 +96,10 @@ def test_shrinkage_helps_where_tokens_are_few() -> None:
     generator = torch.Generator().manual_seed(0)
     weight, mixing = (torch.randn(64, 64, generator=generator) for _ in range(2))
     mixing = mixing / 16 + torch.eye(64)
-    few, many = (LayerProblem.from_activations(weight, torch.randn(count, 64, generator=generator) @ mixing) for count in (200, 20000))
+    few, many = (
+        LayerProblem.from_activations(weight, torch.randn(count, 64, generator=generator) @ mixing)
+        for count in (200, 20000)
+    )
 
     def solved(problem: LayerProblem, shrinkage: float) -> torch.Tensor:
         return solve(problem, "50%", [Proximal(shrinkage=shrinkage)]).weight

@@ -65,14 +65,19 @@ def test_hard_grams(chain: str, spoil: object, sparsity: str) -> None:
 def test_awkward_shapes(chain: str, shape: tuple[int, int]) -> None:
     rows, columns = shape
     weight = torch.randn(rows, columns, generator=torch.Generator().manual_seed(0))
-    problem = LayerProblem.from_activations(weight, activations(columns, 400) if columns > 3 else torch.randn(50, columns))
+    problem = LayerProblem.from_activations(
+        weight, activations(columns, 400) if columns > 3 else torch.randn(50, columns)
+    )
     solution = solve(problem, 0.5, chain)
     assert int((~solution.mask).sum()) == round(0.5 * rows * columns)
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_half_precision_weights_and_activations(dtype: torch.dtype) -> None:
-    weight, inputs = torch.randn(8, 16, generator=torch.Generator().manual_seed(0)).to(dtype), activations(16, 100).to(dtype)
+    weight, inputs = (
+        torch.randn(8, 16, generator=torch.Generator().manual_seed(0)).to(dtype),
+        activations(16, 100).to(dtype),
+    )
     problem = LayerProblem.from_activations(weight, inputs)
     assert problem.weight.dtype == torch.float32
     for chain in CHAINS:
@@ -95,7 +100,9 @@ def test_a_matrix_that_is_no_gram_is_refused() -> None:
 
 def test_singular_support_is_damped_with_a_warning() -> None:
     inputs = collinear(activations(24, 200))
-    problem = LayerProblem.from_activations(torch.randn(4, 24, generator=torch.Generator().manual_seed(0)), inputs, name="fc1")
+    problem = LayerProblem.from_activations(
+        torch.randn(4, 24, generator=torch.Generator().manual_seed(0)), inputs, name="fc1"
+    )
     solution = solve(problem, 0.1, ["wanda", {"refit": {"solver": "exact"}}])
     assert any("fc1" in warning for warning in solution.warnings)
     assert bool(torch.isfinite(solution.weight).all())

@@ -22,13 +22,21 @@ def prune_linears(model, sparsity: str) -> None:
 
 
 def save_pruned(
-    folder: Path, architecture: str = "llama", *, sparsity: str = "50%", dtype=torch.bfloat16, shard: str = "50GB", **changes
+    folder: Path,
+    architecture: str = "llama",
+    *,
+    sparsity: str = "50%",
+    dtype=torch.bfloat16,
+    shard: str = "50GB",
+    **changes,
 ) -> Path:
     """A tiny pruned model with its tokenizer; some of its zeros are negative."""
     model = build(architecture, **changes).to(dtype)
     prune_linears(model, sparsity)
     for parameter in model.parameters():
-        parameter.data = torch.where((parameter == 0) & (torch.rand(parameter.shape) < 0.5), -0.0, parameter.data).to(dtype)
+        parameter.data = torch.where((parameter == 0) & (torch.rand(parameter.shape) < 0.5), -0.0, parameter.data).to(
+            dtype
+        )
     model.save_pretrained(folder, max_shard_size=shard)
     tokenizer().save_pretrained(folder)
     return folder

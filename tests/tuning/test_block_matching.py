@@ -20,7 +20,11 @@ from fistapruner.runs.listener import Listener
 from fistapruner.tuning import block_matching as match
 from fistapruner.tuning.block_matching import Matched, MatchSettings, match_layer
 
-SETTINGS: dict[str, Any] = {"method": "wanda", "sparsity": "50%", "calibration": {"source": "python", "samples": 9, "seqlen": 24}}
+SETTINGS: dict[str, Any] = {
+    "method": "wanda",
+    "sparsity": "50%",
+    "calibration": {"source": "python", "samples": 9, "seqlen": 24},
+}
 WAYS = {
     "dense": {"propagate": "dense", "dense_target": "dense"},
     "pruned": {"propagate": "pruned", "dense_target": "pruned"},
@@ -78,7 +82,8 @@ def test_an_interrupted_run_ends_in_the_same_bits(tmp_path: Path, way: str) -> N
 
 
 def matched(folder: Path, settings: MatchSettings) -> tuple[Matched, dict[str, Tensor], dict[str, Tensor]]:
-    """Match the first layer of a model after half of its operators' weights were removed; also its tensors before and after."""
+    """Match the first layer of a model after half of its operators' weights were removed; also its tensors before and
+    after."""
     model = LayerwiseModel(Checkpoint.open(folder), torch.device("cpu"))
     layout = discover(model)
     tokens = torch.randint(3, tiny.VOCABULARY, (9, 24), generator=torch.Generator().manual_seed(0))

@@ -20,7 +20,8 @@ OPTIMIZERS: dict[str, Callable[[list[Tensor]], torch.optim.Optimizer]] = {
 
 
 def pruned(seed: int, dtype: torch.dtype, n: int = 0, m: int = 0) -> dict[str, Tensor]:
-    """Tensors as of a pruned layer: two pruned operators (half, or n:m), a dense one and a vector; one zero is negative."""
+    """Tensors as of a pruned layer: two pruned operators (half, or n:m), a dense one and a vector; one zero is
+    negative."""
     generator = torch.Generator().manual_seed(seed)
     tensors = {name: torch.randn(12, 16, generator=generator).to(dtype) for name in ("first", "second", "dense")}
     for name in ("first", "second"):

@@ -67,7 +67,11 @@ class Replay:
         self._settled_by: dict[int, list[str]] = {}
         self._again: dict[str, int] = {}
         for name, child in layer.named_children():
-            inside = [number for number, group in enumerate(groups) if any(operator.name.startswith(name + ".") for operator in group)]
+            inside = [
+                number
+                for number, group in enumerate(groups)
+                if any(operator.name.startswith(name + ".") for operator in group)
+            ]
             if inside and any(True for _ in child.children()):
                 self._settled_by.setdefault(inside[-1], []).append(name)
                 self._again[name] = len(groups) - 1 - inside[-1] + passes
@@ -90,7 +94,9 @@ class Replay:
                 self._complete[projection.operator] = 0
                 operator = self._layer.get_submodule(projection.operator)
                 # Before the other hooks, since the last of them ends the pass.
-                handles.append(operator.register_forward_pre_hook(self._keeping_inputs(projection.operator, batch), prepend=True))
+                handles.append(
+                    operator.register_forward_pre_hook(self._keeping_inputs(projection.operator, batch), prepend=True)
+                )
         for name in self._settled:
             child = self._layer.get_submodule(name)
             if self._complete.get(name) == self._inputs.samples:
@@ -132,7 +138,11 @@ class Replay:
     def _keep(self, stores: dict[str, HiddenStates], name: str, value: Tensor, windows: tuple[int, int]) -> bool:
         """Write a value if it is hidden states of ``windows``, and count them; return whether it was."""
         start, stop = windows
-        if value.ndim != 3 or value.shape[:2] != (stop - start, self._inputs.seqlen) or value.dtype != self._inputs.dtype:
+        if (
+            value.ndim != 3
+            or value.shape[:2] != (stop - start, self._inputs.seqlen)
+            or value.dtype != self._inputs.dtype
+        ):
             return False
         if name not in stores:
             shape = (self._inputs.samples, self._inputs.seqlen, value.shape[-1])

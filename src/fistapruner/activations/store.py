@@ -64,7 +64,9 @@ class HiddenStates:
         while done < len(view):
             count = os.preadv(self._descriptor, [view[done:]], start * self._window + done)
             if count <= 0:
-                raise FistaPrunerError(f"{self.file}: hidden states end early at window {start}; remove the file and resume")
+                raise FistaPrunerError(
+                    f"{self.file}: hidden states end early at window {start}; remove the file and resume"
+                )
             done += count
         return out.to(device, dtype or self.dtype)
 

@@ -11,8 +11,8 @@ Follow the hidden states of some windows of tokens:
 4. After the last layer, ``LayerwiseModel.logits`` applies the model's own final norm and head.
 
 :func:`forward` is 1 to 3 in a row, and :func:`backward` takes a gradient the same way back. Evaluation
-(:mod:`fistapruner.evaluation.streaming`) and sensitivity (:mod:`fistapruner.sensitivity.fisher`) use them. Pruning changes
-the weights on the way, so it does 2 several times for each layer, for the dense and for the pruned model: read
+(:mod:`fistapruner.evaluation.streaming`) and sensitivity (:mod:`fistapruner.sensitivity.fisher`) use them. Pruning
+changes the weights on the way, so it does 2 several times for each layer, for the dense and for the pruned model: read
 :mod:`fistapruner.execution.serial` for the walk from layer to layer and :mod:`fistapruner.pruning.layer` for the passes
 inside one layer. :func:`check_model` makes sure before any work that this way gives the model's own predictions.
 """
@@ -149,7 +149,8 @@ def run_layer(
         index: number of the layer.
         inputs: hidden states that enter it.
         calls: how it is called.
-        output: receives the layer's output, as group -1 if it is a function; may be ``inputs``, which is then overwritten.
+        output: receives the layer's output, as group -1 if it is a function; may be ``inputs``, which is then
+            overwritten.
             None: not needed, and every pass stops at the last watched group.
         watched: the operators to watch.
         around: entered before the first batch and left after the last.
@@ -175,10 +176,15 @@ def run_layer(
         return after_forward
 
     handles = [
-        layer.get_submodule(group[0].name).register_forward_pre_hook(receive_inputs(number, number == watched.groups[-1][0]))
+        layer.get_submodule(group[0].name).register_forward_pre_hook(
+            receive_inputs(number, number == watched.groups[-1][0])
+        )
         for number, group in watched.groups
     ]
-    handles += [layer.get_submodule(operator.name).register_forward_hook(receive_outputs(number)) for number, operator in watched.operators]
+    handles += [
+        layer.get_submodule(operator.name).register_forward_hook(receive_outputs(number))
+        for number, operator in watched.operators
+    ]
     try:
         with ExitStack() as stack:
             for enter in around:
@@ -223,8 +229,8 @@ def forward(
         progress: receives the number of layers done.
 
     Returns:
-        With ``keep`` the hidden states that enter each layer and those that leave the last one; without, these alone. The
-        caller closes them. And how decoder layers are called for these windows.
+        With ``keep`` the hidden states that enter each layer and those that leave the last one; without, these alone.
+        The caller closes them. And how decoder layers are called for these windows.
     """
     shape = (*tokens.shape, model.width)
     states = [store("hidden-0", shape)]
@@ -254,10 +260,11 @@ def backward(
 
     Args:
         model: the model.
-        states: hidden states that enter each layer (:func:`forward` with ``keep``, less the last ones). They are closed one
-            after the other.
+        states: hidden states that enter each layer (:func:`forward` with ``keep``, less the last ones). They are closed
+            one after the other.
         calls: how decoder layers are called.
-        gradient: with respect to the output of the last layer; overwritten by that with respect to the input of the first.
+        gradient: with respect to the output of the last layer; overwritten by that with respect to the input of the
+            first.
         visit: called for every decoder layer; its hooks may watch the gradients inside.
         progress: receives the number of layers done.
     """

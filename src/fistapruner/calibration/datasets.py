@@ -50,7 +50,9 @@ class DataSet:
 
 
 DATA_SETS: dict[str, DataSet] = {
-    "wikitext2": DataSet("Salesforce/wikitext", "wikitext-2-raw-v1", "text", Split("train", "\n\n"), Split("test", "\n\n")),
+    "wikitext2": DataSet(
+        "Salesforce/wikitext", "wikitext-2-raw-v1", "text", Split("train", "\n\n"), Split("test", "\n\n")
+    ),
     "ptb": DataSet("ptb-text-only/ptb_text_only", "penn_treebank", "sentence", Split("train", " "), Split("test", " ")),
     "c4": DataSet(
         "allenai/c4",

@@ -104,7 +104,9 @@ class _Vocabulary:
         words[len(tokenizer) :] = False
         words[[token for token in special if token < size]] = False
         if not bool(words.any()):
-            raise FistaPrunerError("the tokenizer has no tokens but special ones: the model cannot generate calibration text")
+            raise FistaPrunerError(
+                "the tokenizer has no tokens but special ones: the model cannot generate calibration text"
+            )
         self.forbidden = ~words
         if self.end is not None and self.end < size:
             self.forbidden[self.end] = False
@@ -115,7 +117,9 @@ class _Vocabulary:
         return self.first[torch.randint(len(self.first), (count,), generator=random)]
 
 
-def _sample(model: Any, vocabulary: _Vocabulary, count: int, length: int, random: torch.Generator, report: Callable[[int], None]) -> Tensor:
+def _sample(
+    model: Any, vocabulary: _Vocabulary, count: int, length: int, random: torch.Generator, report: Callable[[int], None]
+) -> Tensor:
     """Sample (count, length) tokens, one column in each step, with a key-value cache."""
     from transformers.cache_utils import DynamicCache, DynamicLayer
 
@@ -171,5 +175,6 @@ def _update_in_place(layer: Any, room: int, keys: Tensor, values: Tensor, *_: An
 def _cannot(model: Any, reason: str) -> FistaPrunerError:
     """Make the error that a model cannot generate text."""
     return FistaPrunerError(
-        f"{type(model).__name__} cannot generate calibration text: {reason}; give a text source with --calibration instead"
+        f"{type(model).__name__} cannot generate calibration text: {reason}; give a text source with --calibration "
+        "instead"
     )

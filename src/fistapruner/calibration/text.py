@@ -40,7 +40,9 @@ def read_documents(path: str | Path) -> list[str]:
         if suffix != ".jsonl":
             return [path.read_text("utf-8")]
         with open(path, "rb") as lines:
-            return [_text_of_line(line, f"{path}, line {number}") for number, line in enumerate(lines, 1) if line.strip()]
+            return [
+                _text_of_line(line, f"{path}, line {number}") for number, line in enumerate(lines, 1) if line.strip()
+            ]
     except UnicodeDecodeError as error:
         raise FistaPrunerError(f"{path} is not UTF-8 text (byte {error.start})") from None
     except OSError as error:
@@ -68,7 +70,9 @@ def python_documents(part: str = PYTHON) -> list[str]:
     seen: set[str] = set()
     documents = []
     for name in order:
-        fresh = [paragraph for paragraph in topics[name].split("\n\n") if paragraph.strip() not in seen and paragraph.strip()]
+        fresh = [
+            paragraph for paragraph in topics[name].split("\n\n") if paragraph.strip() not in seen and paragraph.strip()
+        ]
         seen.update(paragraph.strip() for paragraph in fresh)
         if fresh and (name in PYTHON_EVAL_TOPICS) == (part == PYTHON_EVAL):
             documents.append("\n\n".join(fresh))
@@ -106,7 +110,9 @@ def _parquet_documents(path: Path) -> Iterator[str]:
     try:
         with pyarrow.parquet.ParquetFile(path) as file:
             if "text" not in file.schema_arrow.names:
-                raise FistaPrunerError(f"{path} has no column 'text', only {', '.join(map(str, file.schema_arrow.names))}")
+                raise FistaPrunerError(
+                    f"{path} has no column 'text', only {', '.join(map(str, file.schema_arrow.names))}"
+                )
             for batch in file.iter_batches(columns=["text"]):
                 for value in batch.column(0).to_pylist():
                     if not isinstance(value, str):

@@ -1,7 +1,8 @@
 """The command line: one module for each verb.
 
 A verb's module has ``SUMMARY`` (one line), ``configure(parser)`` (its arguments) and ``run(arguments)`` (calls the
-public API, prints, returns the exit status). It imports torch and what needs it inside ``run``, so that ``--help`` is quick.
+public API, prints, returns the exit status). It imports torch and what needs it inside ``run``, so that ``--help`` is
+quick.
 """
 
 from __future__ import annotations
@@ -42,13 +43,16 @@ def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="fistapruner",
         description="Prune trained language models, and measure what that costs and gains.",
-        epilog="'fistapruner VERB --help' explains each verb. Exit status: 0 done, 1 a check failed, 2 bad input, 130 interrupted.",
+        epilog="'fistapruner VERB --help' explains each verb. Exit status: 0 done, 1 a check failed, 2 bad input, "
+        "130 interrupted.",
     )
     parser.add_argument("--version", action="version", version=f"fistapruner {__version__}")
     verbs = parser.add_subparsers(dest="verb", metavar="VERB", required=True)
     for verb, name in VERBS.items():
         module = import_module(f".{name}", __package__)
-        sub = verbs.add_parser(verb, help=module.SUMMARY, description=module.__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+        sub = verbs.add_parser(
+            verb, help=module.SUMMARY, description=module.__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        )
         module.configure(sub)
         sub.set_defaults(run=module.run)
     return parser

@@ -67,8 +67,12 @@ def add_recipe_arguments(parser: argparse.ArgumentParser, *, single: bool = True
     """
     group = parser.add_argument_group("recipe (over --recipe)")
     source = group.add_mutually_exclusive_group()
-    source.add_argument("--recipe", metavar="NAME|FILE", help="a shipped recipe (best, fast, fista, paper, ...) or a YAML file")
-    source.add_argument("--quality", choices=("fast", "default", "best"), help="how much time to spend: one of three shipped recipes")
+    source.add_argument(
+        "--recipe", metavar="NAME|FILE", help="a shipped recipe (best, fast, fista, paper, ...) or a YAML file"
+    )
+    source.add_argument(
+        "--quality", choices=("fast", "default", "best"), help="how much time to spend: one of three shipped recipes"
+    )
     execution = parser.add_argument_group("execution")
     for path, field in settings():
         if path in SAME_FLAG or (path in PLURAL and not single):
@@ -82,7 +86,11 @@ def _add_setting(group: argparse._ArgumentGroup, path: str, field: FieldInfo) ->
     """Add one setting: its flag, choices and help are those of the field, which also checks the value."""
     default = field.default
     shown = "" if default is None or default == () or field.annotation is bool else f" (default: {default})"
-    options: dict[str, Any] = {"dest": DEST + path, "default": None, "help": f"{field.description}{shown}".replace("%", "%%")}
+    options: dict[str, Any] = {
+        "dest": DEST + path,
+        "default": None,
+        "help": f"{field.description}{shown}".replace("%", "%%"),
+    }
     if field.annotation is bool:
         options["action"] = argparse.BooleanOptionalAction
     elif get_origin(field.annotation) is Literal:
@@ -120,8 +128,12 @@ class _RefuseOldFlag(argparse.Action):
 def add_trust_arguments(parser: argparse.ArgumentParser) -> None:
     """Add what an untrusted checkpoint may do; nothing by default."""
     group = parser.add_argument_group("trust")
-    group.add_argument("--allow-pickle", action="store_true", help="read legacy .bin weights (loaded without running code)")
-    group.add_argument("--trust-remote-code", action="store_true", help="run Python code that comes with the checkpoint")
+    group.add_argument(
+        "--allow-pickle", action="store_true", help="read legacy .bin weights (loaded without running code)"
+    )
+    group.add_argument(
+        "--trust-remote-code", action="store_true", help="run Python code that comes with the checkpoint"
+    )
 
 
 def add_output_arguments(parser: argparse.ArgumentParser) -> None:

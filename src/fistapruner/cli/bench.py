@@ -4,7 +4,8 @@ Every variant runs in its own process, in interleaved rounds. The dense model is
 since the speed of a dense product does not depend on its values. fp32 and bf16 are both measured, because which of
 them is faster depends on the processor.
 
-Of a run directory the checkpoint is measured, and the figures are added to RUN/report.json, the page and the model card.
+Of a run directory the checkpoint is measured, and the figures are added to RUN/report.json, the page and the model
+card.
 
   fistapruner bench runs/first
   fistapruner bench packed-folder --batch 4 --json
@@ -18,7 +19,9 @@ SUMMARY = "measure tokens per second, memory and size of a pruned model"
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("model", metavar="RUN|MODEL", help="run directory, or folder of a pruned model, ordinary or packed")
+    parser.add_argument(
+        "model", metavar="RUN|MODEL", help="run directory, or folder of a pruned model, ordinary or packed"
+    )
     parser.add_argument("--batch", type=int, default=1, help="sequences at once (default: 1)")
     parser.add_argument("--prompt", type=int, default=128, help="prompt tokens (default: 128)")
     parser.add_argument("--tokens", type=int, default=128, help="new tokens in a run (default: 128)")

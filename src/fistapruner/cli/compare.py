@@ -25,14 +25,25 @@ SUMMARY = "compare methods with one protocol"
 
 def configure(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("model", metavar="MODEL", help="hub id, local folder, GGUF file, or smollm2")
-    parser.add_argument("--out", required=True, metavar="DIR", help="folder of the comparison; one that was begun is continued")
-    parser.add_argument("--methods", required=True, metavar="A,B@KEY=VALUE,...", help="methods, chains or recipes, with their settings")
-    parser.add_argument("--sparsity", default="50%", metavar="S,...", help="sparsities, separated by commas (default: 50%%)")
+    parser.add_argument(
+        "--out", required=True, metavar="DIR", help="folder of the comparison; one that was begun is continued"
+    )
+    parser.add_argument(
+        "--methods", required=True, metavar="A,B@KEY=VALUE,...", help="methods, chains or recipes, with their settings"
+    )
+    parser.add_argument(
+        "--sparsity", default="50%", metavar="S,...", help="sparsities, separated by commas (default: 50%%)"
+    )
     parser.add_argument("--seeds", default="0", metavar="N,...", help="seeds of calibration windows (default: 0)")
     parser.add_argument(
-        "--evaluate", default="python", metavar="DATA", help="text for perplexity: wikitext2, ptb, c4, python or a file (default: python)"
+        "--evaluate",
+        default="python",
+        metavar="DATA",
+        help="text for perplexity: wikitext2, ptb, c4, python or a file (default: python)",
     )
-    parser.add_argument("--evaluate-windows", type=int, default=None, metavar="N", help="windows of that text (default: all)")
+    parser.add_argument(
+        "--evaluate-windows", type=int, default=None, metavar="N", help="windows of that text (default: all)"
+    )
     parser.add_argument("--keep", action="store_true", help="keep the pruned checkpoints")
     add_recipe_arguments(parser, single=False)
     add_trust_arguments(parser)
@@ -48,7 +59,9 @@ def run(arguments: argparse.Namespace) -> int:
     try:
         seeds = [int(seed) for seed in arguments.seeds.split(",")]
     except ValueError:
-        raise FistaPrunerError(f"--seeds {arguments.seeds!r} are not whole numbers separated by commas, such as 0,1,2") from None
+        raise FistaPrunerError(
+            f"--seeds {arguments.seeds!r} are not whole numbers separated by commas, such as 0,1,2"
+        ) from None
     comparison = compare(
         arguments.model,
         arguments.methods,

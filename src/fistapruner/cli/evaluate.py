@@ -25,20 +25,24 @@ def configure(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--against",
         metavar="DENSE",
-        help="the dense model: adds its figures, KL divergence and paired tests (default for a run: the model it was made from)",
+        help="the dense model: adds its figures, KL divergence and paired tests (default for a run: the model it "
+        "was made from)",
     )
     text = parser.add_argument_group("perplexity")
     text.add_argument(
-        "--data", help="wikitext2, ptb, c4, python, or a .txt/.jsonl/.parquet file (default: python, unless --tasks is given)"
+        "--data",
+        help="wikitext2, ptb, c4, python, or a .txt/.jsonl/.parquet file (default: python, unless --tasks is given)",
     )
-    text.add_argument("--seqlen", type=int, metavar="N", help="tokens in a window (default: the model's maximum, at most 2048)")
+    text.add_argument(
+        "--seqlen", type=int, metavar="N", help="tokens in a window (default: the model's maximum, at most 2048)"
+    )
     text.add_argument("--windows", type=int, metavar="N", help="only the first N windows (default: all)")
     text.add_argument(
         "--bos",
         default="auto",
         choices=("auto", "none", "text", "window"),
-        help="position of the BOS token: auto is 'window' for tokenizers that add one, else 'none'; 'text' puts it once "
-        "before the whole text, as the scripts of most papers do",
+        help="position of the BOS token: auto is 'window' for tokenizers that add one, else 'none'; 'text' puts "
+        "it once before the whole text, as the scripts of most papers do",
     )
     tasks = parser.add_argument_group("zero-shot tasks")
     tasks.add_argument("--tasks", metavar="A,B,...", help="lm-eval tasks; with --tasks-dir names of its files, or all")
@@ -53,7 +57,9 @@ def configure(parser: argparse.ArgumentParser) -> None:
         help="precision (default: the checkpoint's, or float32 on CPUs slow with it)",
     )
     work.add_argument("--batch-size", type=int, metavar="N", help="windows in one forward pass (default: by device)")
-    work.add_argument("--memory-limit", metavar="SIZE", help="memory that hidden states may take (default: half of what is free)")
+    work.add_argument(
+        "--memory-limit", metavar="SIZE", help="memory that hidden states may take (default: half of what is free)"
+    )
     add_trust_arguments(parser)
     add_output_arguments(parser)
 

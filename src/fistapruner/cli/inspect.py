@@ -21,9 +21,17 @@ SUMMARY = "sparsity of every operator; whether claimed patterns hold"
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("checkpoint", metavar="CHECKPOINT", help="model folder (dense or packed), GGUF file, or a finished run directory")
-    parser.add_argument("--pattern", metavar="2:4|50%", help="claim this of every operator, whatever the checkpoint says")
-    parser.add_argument("--allow-pickle", action="store_true", help="read legacy .bin weights (loaded without running code)")
+    parser.add_argument(
+        "checkpoint",
+        metavar="CHECKPOINT",
+        help="model folder (dense or packed), GGUF file, or a finished run directory",
+    )
+    parser.add_argument(
+        "--pattern", metavar="2:4|50%", help="claim this of every operator, whatever the checkpoint says"
+    )
+    parser.add_argument(
+        "--allow-pickle", action="store_true", help="read legacy .bin weights (loaded without running code)"
+    )
     parser.add_argument("--quiet", action="store_true", help="print totals and violations only")
     parser.add_argument("--json", action="store_true", help="print machine-readable JSON")
 
@@ -37,7 +45,10 @@ def run(arguments: argparse.Namespace) -> int:
     console = Console(stderr=True)
     with console.status("") as status:
         found = inspect_checkpoint(
-            arguments.checkpoint, arguments.pattern, allow_pickle=arguments.allow_pickle, progress=lambda name: status.update(Text(name))
+            arguments.checkpoint,
+            arguments.pattern,
+            allow_pickle=arguments.allow_pickle,
+            progress=lambda name: status.update(Text(name)),
         )
     if arguments.json:
         print(json.dumps(found.to_json(), indent=2))

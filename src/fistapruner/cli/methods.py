@@ -31,7 +31,10 @@ def _print_list(*, as_json: bool) -> None:
     from ..solvers.catalogue import CATALOGUE
 
     if as_json:
-        rows = {entry.name: {"summary": entry.summary, "reference": entry.reference, "refines": entry.refines} for entry in CATALOGUE}
+        rows = {
+            entry.name: {"summary": entry.summary, "reference": entry.reference, "refines": entry.refines}
+            for entry in CATALOGUE
+        }
         print(json.dumps(rows, indent=2))
         return
     for refines, title in ((False, "Solvers"), (True, "Refinements (after a solver: wanda+refit)")):

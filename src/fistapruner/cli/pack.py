@@ -16,9 +16,18 @@ def configure(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("checkpoint", help="folder of a pruned Hugging Face model")
     parser.add_argument("out", help="folder to make")
     parser.add_argument(
-        "--values", choices=["same", "bf16", "int8"], default="same", help="how kept values are stored (default: same, lossless)"
+        "--values",
+        choices=["same", "bf16", "int8"],
+        default="same",
+        help="how kept values are stored (default: same, lossless)",
     )
-    parser.add_argument("--group", type=int, default=0, metavar="COLUMNS", help="columns that share an int8 scale (default: the whole row)")
+    parser.add_argument(
+        "--group",
+        type=int,
+        default=0,
+        metavar="COLUMNS",
+        help="columns that share an int8 scale (default: the whole row)",
+    )
 
 
 def run(arguments: argparse.Namespace) -> int:

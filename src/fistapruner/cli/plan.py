@@ -19,7 +19,9 @@ SUMMARY = "predict memory, disk and time of a run"
 
 def configure(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("model", metavar="MODEL", help="hub id, local folder, GGUF file, or smollm2")
-    parser.add_argument("--out", default=".", metavar="RUN", help="run directory, whose disk must have the space (default: here)")
+    parser.add_argument(
+        "--out", default=".", metavar="RUN", help="run directory, whose disk must have the space (default: here)"
+    )
     parser.add_argument("--json", action="store_true", help="print machine-readable JSON")
     add_recipe_arguments(parser)
     add_trust_arguments(parser)

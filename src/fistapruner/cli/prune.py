@@ -29,16 +29,20 @@ SUMMARY = "prune a model"
 
 def configure(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("model", metavar="MODEL", help="hub id, local folder, GGUF file, or smollm2")
-    parser.add_argument("--out", required=True, metavar="RUN", help="run directory; an unfinished run of the same recipe is continued")
+    parser.add_argument(
+        "--out", required=True, metavar="RUN", help="run directory; an unfinished run of the same recipe is continued"
+    )
     add_recipe_arguments(parser)
     parser.add_argument(
         "--evaluate",
         default="python",
         metavar="DATA",
-        help="text for the perplexity before and after: wikitext2, ptb, c4, a file, python (a part of Python's language "
-        "reference that is not used for calibration), or none (default: %(default)s)",
+        help="text for the perplexity before and after: wikitext2, ptb, c4, a file, python (a part of Python's "
+        "language reference that is not used for calibration), or none (default: %(default)s)",
     )
-    parser.add_argument("--evaluate-windows", type=int, default=None, metavar="N", help="windows of that text (default: all)")
+    parser.add_argument(
+        "--evaluate-windows", type=int, default=None, metavar="N", help="windows of that text (default: all)"
+    )
     parser.add_argument(
         "--only-layers",
         metavar="FIRST-LAST",

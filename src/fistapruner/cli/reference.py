@@ -62,7 +62,9 @@ def _methods() -> Iterable[str]:
         yield f"### {entry.name}\n"
         yield f"{kind}: {entry.summary}. Source: {entry.reference}.\n"
         if fields := METHODS[entry.name].model_fields:
-            yield from _table(("setting", "default", "meaning"), [(f"`{name}`", *_describe(field)) for name, field in fields.items()])
+            yield from _table(
+                ("setting", "default", "meaning"), [(f"`{name}`", *_describe(field)) for name, field in fields.items()]
+            )
 
 
 def _describe(field: FieldInfo) -> tuple[str, str]:
@@ -79,7 +81,11 @@ def _values(annotation: Any) -> str:
 
 
 def _table(head: tuple[str, ...], rows: Iterable[tuple[str, ...]]) -> Iterable[str]:
-    lines = [head, ("---",) * len(head), *(tuple(" ".join(cell.replace("|", "\\|").split()) for cell in row) for row in rows)]
+    lines = [
+        head,
+        ("---",) * len(head),
+        *(tuple(" ".join(cell.replace("|", "\\|").split()) for cell in row) for row in rows),
+    ]
     yield "\n".join(f"| {' | '.join(line)} |" for line in lines) + "\n"
 
 

@@ -1,7 +1,7 @@
 """Continue an interrupted run.
 
-Model, recipe and evaluation are read from the run directory. Finished layers are kept, and the checkpoint is bit for bit
-that of a run without interruption. The prune command, given again, does the same. --allow-pickle and
+Model, recipe and evaluation are read from the run directory. Finished layers are kept, and the checkpoint is bit for
+bit that of a run without interruption. The prune command, given again, does the same. --allow-pickle and
 --trust-remote-code hold for one command and must be given again.
 
   fistapruner resume runs/first

@@ -27,5 +27,9 @@ def run(arguments: argparse.Namespace) -> int:
     folder = Path(arguments.run_directory)
     report = load_run(folder)
     alive = bool(holders(folder))
-    print(json.dumps({**status_facts(report), "working": alive}, indent=2) if arguments.json else status_text(report, alive=alive))
+    print(
+        json.dumps({**status_facts(report), "working": alive}, indent=2)
+        if arguments.json
+        else status_text(report, alive=alive)
+    )
     return 0

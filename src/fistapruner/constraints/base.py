@@ -94,7 +94,9 @@ class Constraint(ABC):
             FistaPrunerError: names the operator, its inputs and the constraint.
         """
         if columns % self.group_length:
-            raise FistaPrunerError(f"pattern {self} does not fit {name}: its {columns} inputs are not a multiple of {self.group_length}")
+            raise FistaPrunerError(
+                f"pattern {self} does not fit {name}: its {columns} inputs are not a multiple of {self.group_length}"
+            )
 
     def relaxed(self, scores: Tensor, share: float) -> Tensor:
         """Choose the weights to keep on the way from dense (share 0) to the constraint (share 1).

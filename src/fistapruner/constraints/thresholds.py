@@ -81,7 +81,9 @@ class SampledThreshold:
             self.rank = torch.full((), self.size * (self.total - self.wanted) / self.total, device=values.device)
         place = self.rank.round().long().clamp(0, self.size - 1)
         # Selection is faster than sorting, but needs the rank on the host, which would stall a GPU; so would indexing.
-        bound = sample.kthvalue(int(place) + 1).values if values.device.type == "cpu" else sample.sort().values.take(place)
+        bound = (
+            sample.kthvalue(int(place) + 1).values if values.device.type == "cpu" else sample.sort().values.take(place)
+        )
         hard_threshold(values, bound, out)
         if correct:
             kept = torch.count_nonzero(out != 0)  # of booleans: several times faster
@@ -115,7 +117,10 @@ class GroupThreshold:
         size = values.abs()
         slices = list(size.view(len(size), m, -1).unbind(1))
         for low, high in self.network:
-            slices[low], slices[high] = torch.maximum(slices[low], slices[high]), torch.minimum(slices[low], slices[high])
+            slices[low], slices[high] = (
+                torch.maximum(slices[low], slices[high]),
+                torch.minimum(slices[low], slices[high]),
+            )
         bound = (slices[n - 1] + slices[n]) * 0.5
         shape = (len(values), m, -1)
         # sign(|z| - bound) is 1 above and -1 below: (sign + 1) / 2 is the mask, without a boolean tensor.
@@ -142,7 +147,9 @@ def _odd_even_merge_sort(m: int) -> list[tuple[int, int]]:
         k = p
         while k >= 1:
             for j in range(k % p, m - k, 2 * k):
-                comparators += [(i + j, i + j + k) for i in range(min(k, m - j - k)) if (i + j) // (2 * p) == (i + j + k) // (2 * p)]
+                comparators += [
+                    (i + j, i + j + k) for i in range(min(k, m - j - k)) if (i + j) // (2 * p) == (i + j + k) // (2 * p)
+                ]
             k //= 2
         p *= 2
     return comparators

@@ -33,7 +33,9 @@ class Unstructured(Constraint):
 
     def __post_init__(self) -> None:
         if not (isinstance(self.share, (int, float)) and 0.0 <= self.share < 1.0):
-            raise FistaPrunerError(f"sparsity {self.share!r} is out of range: a share of zeros in [0, 1), such as 0.5 or 50%")
+            raise FistaPrunerError(
+                f"sparsity {self.share!r} is out of range: a share of zeros in [0, 1), such as 0.5 or 50%"
+            )
 
     @classmethod
     def of_counts(cls, zeros: int, weights: int) -> Unstructured:
@@ -47,7 +49,9 @@ class Unstructured(Constraint):
         except ValueError:
             return None
         if math.isfinite(number) and number >= 1 and not text.endswith("%"):
-            raise FistaPrunerError(f"sparsity {text} is out of range: a share of zeros in [0, 1), or write '{number:g}%'")
+            raise FistaPrunerError(
+                f"sparsity {text} is out of range: a share of zeros in [0, 1), or write '{number:g}%'"
+            )
         return cls(number)
 
     def __str__(self) -> str:

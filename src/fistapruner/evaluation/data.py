@@ -76,7 +76,14 @@ def load_windows(data: str, tokenizer: Any, seqlen: int, windows: int | None = N
 
 
 def cut_windows(
-    text: str, tokenizer: Any, seqlen: int, windows: int | None = None, *, bos: str = "auto", data: str = "text", split: str = "text"
+    text: str,
+    tokenizer: Any,
+    seqlen: int,
+    windows: int | None = None,
+    *,
+    bos: str = "auto",
+    data: str = "text",
+    split: str = "text",
 ) -> Windows:
     """Tokenise ``text`` once and cut it; see :func:`load_windows`."""
     if bos not in ("auto", "none", "text", "window"):
@@ -92,7 +99,9 @@ def cut_windows(
     available = len(ids) // room
     count = available if windows is None else min(windows, available)
     if count == 0:
-        raise FistaPrunerError(f"{data}: {len(ids)} tokens do not fill one window of {seqlen}: take a longer text or a smaller seqlen")
+        raise FistaPrunerError(
+            f"{data}: {len(ids)} tokens do not fill one window of {seqlen}: take a longer text or a smaller seqlen"
+        )
     tokens = torch.tensor(ids[: count * room], dtype=torch.int64).view(count, room)
     if bos == "window":
         tokens = torch.cat([torch.full((count, 1), tokenizer.bos_token_id), tokens], dim=1)
@@ -108,5 +117,7 @@ def read_text(data: str) -> tuple[str, str, int | None]:
     if data == PYTHON and not Path(data).is_file():
         return "\n\n".join(python_documents(PYTHON_EVAL)), "held out", None
     if not Path(data).is_file():
-        raise FistaPrunerError(f"data {data!r} is neither a file nor a known data set ({', '.join([*DATA_SETS, PYTHON])})")
+        raise FistaPrunerError(
+            f"data {data!r} is neither a file nor a known data set ({', '.join([*DATA_SETS, PYTHON])})"
+        )
     return "\n\n".join(read_documents(data)), "file", None

@@ -76,10 +76,17 @@ def evaluate(
         MissingExtraError: a data set needs the extra ``data``, tasks need the extra ``eval``.
     """
     if data is None and not tasks:
-        raise FistaPrunerError("nothing to evaluate: give data for perplexity (wikitext2, ptb, c4, python or a file) or tasks")
+        raise FistaPrunerError(
+            "nothing to evaluate: give data for perplexity (wikitext2, ptb, c4, python or a file) or tasks"
+        )
     if dtype != "auto" and dtype not in DTYPES:
         raise FistaPrunerError(f"dtype {dtype!r} is not known: auto, {', '.join(DTYPES)}")
-    for name, value, least in (("seqlen", seqlen, 2), ("windows", windows, 1), ("limit", limit, 1), ("batch_size", batch_size, 1)):
+    for name, value, least in (
+        ("seqlen", seqlen, 2),
+        ("windows", windows, 1),
+        ("limit", limit, 1),
+        ("batch_size", batch_size, 1),
+    ):
         if value is not None and value < least:
             raise FistaPrunerError(f"{name} {value} is out of range: at least {least}, or leave it out")
     begin = time.perf_counter()
@@ -134,7 +141,9 @@ def _open(source: ModelSource, device: torch.device, dtype: str) -> LayerwiseMod
     return LayerwiseModel(source.checkpoint(), device, DTYPES.get(dtype), trust_remote_code=source.trust_remote_code)
 
 
-def _check_same_tokens(model: LayerwiseModel, reference: LayerwiseModel, tokenizer: Any, reference_tokenizer: Any) -> None:
+def _check_same_tokens(
+    model: LayerwiseModel, reference: LayerwiseModel, tokenizer: Any, reference_tokenizer: Any
+) -> None:
     """Refuse two models that do not predict the same tokens."""
     ours, theirs = vocabulary_size(model), vocabulary_size(reference)
     if ours != theirs or tokenizer.get_vocab() != reference_tokenizer.get_vocab():

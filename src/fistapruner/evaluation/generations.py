@@ -46,7 +46,9 @@ def generate_side_by_side(
     return [Generation(prompt=prompt, dense=a, pruned=b) for prompt, a, b in zip(prompts, *texts, strict=True)]
 
 
-def _continue(folder: Path, device: torch.device, prompts: tuple[str, ...], tokens: int, trust_remote_code: bool) -> list[str]:
+def _continue(
+    folder: Path, device: torch.device, prompts: tuple[str, ...], tokens: int, trust_remote_code: bool
+) -> list[str]:
     """Continue prompts greedily with one model."""
     from transformers import AutoTokenizer
 

@@ -171,7 +171,9 @@ def exact_pattern(weight: Tensor, zeros: int) -> NM | None:
     return NM(n, m) if share <= 1 - zeros / weight.numel() + 0.05 else None
 
 
-def _inspect(entry: TensorEntry, tensor: Tensor, zeros: int, claim: dict[str, Any] | None, transposed: bool) -> OperatorInspection:
+def _inspect(
+    entry: TensorEntry, tensor: Tensor, zeros: int, claim: dict[str, Any] | None, transposed: bool
+) -> OperatorInspection:
     """Inspect one operator."""
     weight = (tensor.T if transposed else tensor).contiguous()
     pattern = exact_pattern(weight, zeros) if weight.ndim == 2 else None
@@ -179,7 +181,9 @@ def _inspect(entry: TensorEntry, tensor: Tensor, zeros: int, claim: dict[str, An
     if claim is not None and fault is None:
         fault = _violation(weight, zeros, claim)
     said = None if claim is None else str(claim.get("sparsity"))
-    return OperatorInspection(entry.name, entry.shape, zeros, tensor.numel(), None if pattern is None else str(pattern), said, fault)
+    return OperatorInspection(
+        entry.name, entry.shape, zeros, tensor.numel(), None if pattern is None else str(pattern), said, fault
+    )
 
 
 def _violation(weight: Tensor, zeros: int, claim: dict[str, Any]) -> str | None:
@@ -202,7 +206,11 @@ def _open(folder: Path, allow_pickle: bool) -> tuple[dict[str, TensorEntry], Cal
     """Open a folder: entries of all dense tensors, a function that reads one, and the run's record."""
     if is_packed(folder):
         packed = PackedCheckpoint(folder)
-        return {entry.name: entry for entries in packed.contents().values() for entry in entries}, packed.tensor, packed.record
+        return (
+            {entry.name: entry for entries in packed.contents().values() for entry in entries},
+            packed.tensor,
+            packed.record,
+        )
     checkpoint = Checkpoint.open(folder, allow_pickle)
     entries = {name: checkpoint.entry(name) for name in checkpoint.names()}
     return entries, checkpoint.read, read_pruning_record(folder)
@@ -216,4 +224,8 @@ def _is_transposed(claims: dict[str, dict[str, Any]], entries: dict[str, TensorE
 
 def _is_operator(entry: TensorEntry) -> bool:
     """Check for a matrix inside a numbered layer; names of embeddings and heads have no number."""
-    return len(entry.shape) == 2 and entry.name.endswith(".weight") and re.search(r"\.\d+\.|^\d+\.", entry.name) is not None
+    return (
+        len(entry.shape) == 2
+        and entry.name.endswith(".weight")
+        and re.search(r"\.\d+\.|^\d+\.", entry.name) is not None
+    )

@@ -144,7 +144,9 @@ def mean_and_error(sums: Tensor, length: int) -> tuple[float, float]:
     return float(means.mean()), float(means.std(unbiased=True) / math.sqrt(means.numel()))
 
 
-def perplexity_of(sums: Tensor, length: int, *, data: str, split: str, seqlen: int, dtype: str, bos: str, sha256: str) -> Perplexity:
+def perplexity_of(
+    sums: Tensor, length: int, *, data: str, split: str, seqlen: int, dtype: str, bos: str, sha256: str
+) -> Perplexity:
     """Make the perplexity record of (windows,) NLL sums."""
     nll, error = mean_and_error(sums, length)
     value = math.exp(nll) if nll < 700 else math.inf

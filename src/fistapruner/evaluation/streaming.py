@@ -43,7 +43,9 @@ class Passes:
         return self.batch_size or windows_at_once(seqlen, device)
 
 
-def score_windows(model: LayerwiseModel, tokens: Tensor, passes: Passes, reference: LayerwiseModel | None = None) -> WindowSums:
+def score_windows(
+    model: LayerwiseModel, tokens: Tensor, passes: Passes, reference: LayerwiseModel | None = None
+) -> WindowSums:
     """Compute sums over every window of a model, and of a reference model on the same tokens.
 
     Args:
@@ -68,7 +70,8 @@ def score_windows(model: LayerwiseModel, tokens: Tensor, passes: Passes, referen
     for position, each_model in enumerate(models):
         if bool(columns[position].isnan().any()):
             raise FistaPrunerError(
-                f"{each_model.checkpoint.folder}: the forward pass gives NaN (dtype {each_model.dtype}); try --dtype float32"
+                f"{each_model.checkpoint.folder}: the forward pass gives NaN (dtype {each_model.dtype}); try --dtype "
+                "float32"
             )
     if reference is None:
         return WindowSums(columns[0], seqlen - 1)
@@ -89,7 +92,11 @@ def _reduce(models: list[LayerwiseModel], states: list[HiddenStates], tokens: Te
     """Compute sums of every window of a block from the last hidden states of one or two models."""
     vocabulary = vocabulary_size(models[0])
     rows: list[tuple[float, ...]] = []
-    with torch.no_grad(), models[0].embeddings_and_head(), models[-1].embeddings_and_head() if len(models) == 2 else nullcontext():
+    with (
+        torch.no_grad(),
+        models[0].embeddings_and_head(),
+        models[-1].embeddings_and_head() if len(models) == 2 else nullcontext(),
+    ):
         heads = [_head(model) for model in models]
         for window in range(len(tokens)):
             targets = tokens[window, 1:].to(models[0].device)

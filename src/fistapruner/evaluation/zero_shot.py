@@ -76,7 +76,9 @@ def find_tasks(tasks: Sequence[str], tasks_dir: Path | None = None) -> Tasks:
         return Tasks(local, TaskManager(include_defaults=False), "local file")
     manager = TaskManager()
     if unknown := [task for task in tasks if task not in manager.all_tasks]:
-        raise FistaPrunerError(f"task {unknown[0]!r} is not known to lm-eval (see 'lm-eval ls tasks'); --tasks-dir takes local files")
+        raise FistaPrunerError(
+            f"task {unknown[0]!r} is not known to lm-eval (see 'lm-eval ls tasks'); --tasks-dir takes local files"
+        )
     return Tasks(tuple(tasks), manager, "lm-eval")
 
 
@@ -128,7 +130,14 @@ def evaluate_tasks(
         outcomes.append(found)
     tick("zero-shot tasks", len(models), len(models))
     return tuple(
-        task_result(task, metric, items, outcomes[1][task, metric] if against is not None else None, tasks.source, available.get(task))
+        task_result(
+            task,
+            metric,
+            items,
+            outcomes[1][task, metric] if against is not None else None,
+            tasks.source,
+            available.get(task),
+        )
         for (task, metric), items in outcomes[0].items()
     )
 
@@ -245,7 +254,9 @@ def _fields_of_file(path: Path) -> tuple[str, ...]:
             kind = kind or _kind_of(path, fields)
             for field, expected in kind.items():
                 if type(fields.get(field)) is not expected:
-                    raise FistaPrunerError(f"{path}, line {number}: {field!r} is not there, or of another type than in the first line")
+                    raise FistaPrunerError(
+                        f"{path}, line {number}: {field!r} is not there, or of another type than in the first line"
+                    )
     if not kind:
         raise FistaPrunerError(f"{path} is empty: a task has one JSON object a line")
     return tuple(kind)
@@ -308,16 +319,22 @@ def _run(folder: Path, tasks: Tasks, settings: TaskSettings) -> tuple[Outcomes, 
     from lm_eval import simple_evaluate
     from lm_eval.models.huggingface import HFLM
 
-    model = load_whole(folder, settings.device or torch.device("cpu"), settings.dtype, trust_remote_code=settings.trust_remote_code)
+    model = load_whole(
+        folder, settings.device or torch.device("cpu"), settings.dtype, trust_remote_code=settings.trust_remote_code
+    )
     tokenizer = load_tokenizer(folder, trust_remote_code=settings.trust_remote_code)
     batch_size = settings.batch_size or (4 if model.device.type == "cpu" else 16)
     runner = HFLM(pretrained=model, tokenizer=tokenizer, batch_size=batch_size)
     wanted = list(tasks.specifications)
     try:
-        found = simple_evaluate(runner, tasks=wanted, limit=settings.limit, bootstrap_iters=0, log_samples=True, task_manager=tasks.manager)
+        found = simple_evaluate(
+            runner, tasks=wanted, limit=settings.limit, bootstrap_iters=0, log_samples=True, task_manager=tasks.manager
+        )
     except (OSError, ConnectionError) as error:
         reason = " ".join(str(error).split())[:200]
-        raise FistaPrunerError(f"task data could not be loaded: {reason}; --tasks-dir takes local files and needs no network") from None
+        raise FistaPrunerError(
+            f"task data could not be loaded: {reason}; --tasks-dir takes local files and needs no network"
+        ) from None
     except Exception as error:  # every task has its own code for unexpected items
         reason = " ".join(f"{type(error).__name__}: {error}".split())[:200]
         raise FistaPrunerError(f"lm-eval could not evaluate the tasks on {folder}: {reason}") from error

@@ -97,7 +97,9 @@ class RunContext:
             model.checkpoint.orders = run.orders()
         tokens = run.tokens()
         if record.fingerprint != fingerprint(recipe, model.checkpoint, tokens, decision.numerics):
-            raise FistaPrunerError(f"{folder}: the model or the calibration tokens are not those the run began with; name another --out")
+            raise FistaPrunerError(
+                f"{folder}: the model or the calibration tokens are not those the run began with; name another --out"
+            )
         return cls(
             run=run,
             recipe=recipe,
@@ -132,7 +134,9 @@ class RunContext:
         seqlen = self.tokens.shape[1]
         samples = len(self.tokens) if samples is None else samples
         on_disk = self.on_disk if on_disk is None else on_disk
-        return HiddenStates((samples, seqlen, self.model.width), self.model.dtype, self.hidden / name if on_disk else None)
+        return HiddenStates(
+            (samples, seqlen, self.model.width), self.model.dtype, self.hidden / name if on_disk else None
+        )
 
     def calls(self) -> Calls:
         """Record the arguments that decoder layers are called with."""
@@ -150,7 +154,9 @@ class RunContext:
         hidden = self.store(name, on_disk=on_disk)
         return hidden, embed(self.model, self.tokens, self.numerics.batch_size, hidden)
 
-    def prune(self, index: int, streams: LayerStreams, calls: Calls, events: LayerEvents, solver: Solver | None = None) -> LayerEntry:
+    def prune(
+        self, index: int, streams: LayerStreams, calls: Calls, events: LayerEvents, solver: Solver | None = None
+    ) -> LayerEntry:
         """Prune decoder layer ``index`` and journal it.
 
         Args:
@@ -192,7 +198,9 @@ class RunContext:
                 run_layer(self.model, index, streams.seen, calls, output=streams.pruned_out)
 
 
-def open_model(source: ModelSource, recipe: Recipe, device: torch.device | None = None, *, dtype: str | None = None) -> LayerwiseModel:
+def open_model(
+    source: ModelSource, recipe: Recipe, device: torch.device | None = None, *, dtype: str | None = None
+) -> LayerwiseModel:
     """Open a model as a recipe wants it run.
 
     Args:

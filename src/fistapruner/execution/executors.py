@@ -50,7 +50,9 @@ def prune_layers(
     if executor != "serial" and work.recipe.propagate == "pruned":
         jobs = max(len(parts) for index in todo for parts in _parts(work, index))
         if jobs == 1:
-            listener.say(f"propagate=pruned, and no group has two operators: executor {executor} has nothing to run side by side")
+            listener.say(
+                f"propagate=pruned, and no group has two operators: executor {executor} has nothing to run side by side"
+            )
     if inspect is not None or jobs == 1:
         executor = "serial"
     with cpu_threads(work.numerics.threads):
@@ -72,7 +74,10 @@ def _pool(work: RunContext, execution: Execution, jobs: int, listener: Listener)
     count = work.numerics.threads
     if execution.executor == "process":
         devices = worker_devices(execution.device, execution.workers, count)[:jobs]
-        listener.say(f"{len(devices)} worker processes of {count} threads on {', '.join(sorted({str(device) for device in devices}))}")
+        listener.say(
+            f"{len(devices)} worker processes of {count} threads on "
+            f"{', '.join(sorted({str(device) for device in devices}))}"
+        )
         return ProcessPool(work, devices)
     from .ray_pool import RayPool
 

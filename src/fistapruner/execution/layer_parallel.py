@@ -70,7 +70,9 @@ class _LayerSchedule:
         if index in self._todo:
             entry = self._work.run.journal.finished(index, self._work.fingerprint)
             if entry is None:
-                raise FistaPrunerError(f"layer {index} was done by a worker, but {self._work.run.folder} does not hold it")
+                raise FistaPrunerError(
+                    f"layer {index} was done by a worker, but {self._work.run.folder} does not hold it"
+                )
             self._listener.layer(entry)
 
 

@@ -64,7 +64,9 @@ class ParallelSolver:
         for part, job in zip(parts, jobs, strict=True):
             _write(self._folder / job.problem, rows_of(part_of(problem, part)))
         run_jobs(self._pool, _PartSchedule(jobs))
-        solution = join(problem, parts, (_read_solution(self._folder / job.solution, problem.weight.device) for job in jobs))
+        solution = join(
+            problem, parts, (_read_solution(self._folder / job.solution, problem.weight.device) for job in jobs)
+        )
         for name in [GRAM, *(name for job in jobs for name in (job.problem, job.solution))]:
             (self._folder / name).unlink()
         return solution
@@ -126,4 +128,6 @@ def _read_solution(path: Path, device: torch.device) -> Solution:
     """Read the solution of a part."""
     file = SafetensorsFile(path)
     record = json.loads(file.metadata["record"])
-    return Solution(file.read("weight").to(device), file.read("mask").to(device), (record["stats"],), tuple(record["warnings"]))
+    return Solution(
+        file.read("weight").to(device), file.read("mask").to(device), (record["stats"],), tuple(record["warnings"])
+    )

@@ -67,7 +67,9 @@ class ProcessPool:
         program = [sys.executable, "-m", "fistapruner.execution.worker"]
         place = [str(self._work.run.folder), self._work.part, str(self._devices[worker]), str(os.getpid())]
         permitted = [name for name, allowed in self._work.permissions.keywords().items() if allowed]
-        process = subprocess.Popen([*program, *place, *permitted], stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=environment)
+        process = subprocess.Popen(
+            [*program, *place, *permitted], stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=environment
+        )
         assert process.stdout is not None
         self._processes[worker] = process
         self._unread[worker] = b""

@@ -50,7 +50,9 @@ def _require_cluster(address: str) -> None:
     """Refuse an address where nothing listens."""
     host, _, port = address.rpartition(":")
     if not host or "/" in host or not port.isdigit():
-        raise FistaPrunerError(f"--address {address!r} is not HOST:PORT of a Ray cluster's head, such as 10.0.0.5:6379, or auto")
+        raise FistaPrunerError(
+            f"--address {address!r} is not HOST:PORT of a Ray cluster's head, such as 10.0.0.5:6379, or auto"
+        )
     try:
         socket.create_connection((host.strip("[]"), int(port)), REACH_SECONDS).close()
     except (OSError, OverflowError) as error:
@@ -78,7 +80,11 @@ class RayPool:
         self._started = not ray.is_initialized()
         if self._started:
             try:
-                ray.init(address=execution.address, include_dashboard=False if execution.address is None else None, log_to_driver=False)
+                ray.init(
+                    address=execution.address,
+                    include_dashboard=False if execution.address is None else None,
+                    log_to_driver=False,
+                )
             except (ConnectionError, RuntimeError, ValueError) as error:
                 raise FistaPrunerError(
                     f"Ray cluster {execution.address!r} cannot be reached: {' '.join(str(error).split())[:200]}"
@@ -89,10 +95,15 @@ class RayPool:
         room = int(resources["GPU"] if cuda else resources.get("CPU", 0) // threads)
         if room < 1:
             self.close()
-            raise FistaPrunerError(f"the Ray cluster has {resources.get('CPU', 0):g} cores, a worker needs {threads}: set --threads")
+            raise FistaPrunerError(
+                f"the Ray cluster has {resources.get('CPU', 0):g} cores, a worker needs {threads}: set --threads"
+            )
         self.size = min(execution.workers or room, room, jobs)
         package = str(Path(__file__).parents[2])
-        variables = {"OMP_NUM_THREADS": str(threads), "PYTHONPATH": os.pathsep.join(filter(None, [package, os.environ.get("PYTHONPATH")]))}
+        variables = {
+            "OMP_NUM_THREADS": str(threads),
+            "PYTHONPATH": os.pathsep.join(filter(None, [package, os.environ.get("PYTHONPATH")])),
+        }
         self._options = {"num_cpus": threads, "num_gpus": 1 if cuda else 0, "runtime_env": {"env_vars": variables}}
         self._arguments = (str(work.run.folder.absolute()), work.part, "cuda" if cuda else "cpu", work.permissions)
         self._actor = ray.remote(max_restarts=0)(Actor)
@@ -143,7 +154,9 @@ class Actor:
         self.fault: Event | None = None
         host = os.uname().nodename
         if not (Path(folder) / "run.json").exists():
-            message = f"the Ray worker on host {host} does not see {folder}: put --out on a file system that all nodes share"
+            message = (
+                f"the Ray worker on host {host} does not see {folder}: put --out on a file system that all nodes share"
+            )
             self.fault = {"event": "failed", "message": message}
             return
         try:

@@ -39,19 +39,29 @@ def build_model(checkpoint: Checkpoint, *, trust_remote_code: bool = False) -> A
         raise needs_code(folder, error) or fault from None
     layers = getattr(config.get_text_config(), "num_hidden_layers", 0)
     if isinstance(layers, int) and layers > len(checkpoint.names()):
-        raise FistaPrunerError(f"{folder}: config.json asks for {layers} decoder layers and there are {len(checkpoint.names())} tensors")
+        raise FistaPrunerError(
+            f"{folder}: config.json asks for {layers} decoder layers and there are {len(checkpoint.names())} tensors"
+        )
     if getattr(config, "is_encoder_decoder", False):
-        raise FistaPrunerError(f"{folder}: {config.model_type} is an encoder-decoder; only decoder-only language models are pruned")
+        raise FistaPrunerError(
+            f"{folder}: {config.model_type} is an encoder-decoder; only decoder-only language models are pruned"
+        )
     if getattr(config, "quantization_config", None):
         if "fistapruner" in str(config.quantization_config):
-            raise FistaPrunerError(f"{folder} is a packed checkpoint: make it an ordinary one first, with fistapruner unpack {folder} OUT")
-        raise FistaPrunerError(f"{folder}: the checkpoint is quantised ({config.quantization_config}); prune the unquantised one")
+            raise FistaPrunerError(
+                f"{folder} is a packed checkpoint: make it an ordinary one first, with fistapruner unpack {folder} OUT"
+            )
+        raise FistaPrunerError(
+            f"{folder}: the checkpoint is quantised ({config.quantization_config}); prune the unquantised one"
+        )
     try:
         with no_init_weights(), init_empty_weights(include_buffers=False):
             return AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
     except Exception as error:  # again: sizes that are zero, negative or do not divide, names that are not known
         reason = " ".join(str(error).split())[:200] or type(error).__name__
-        fault = FistaPrunerError(f"{folder}: no {config.model_type} causal language model can be built from config.json: {reason}")
+        fault = FistaPrunerError(
+            f"{folder}: no {config.model_type} causal language model can be built from config.json: {reason}"
+        )
         raise needs_code(folder, error) or fault from None
 
 
@@ -72,7 +82,9 @@ def find_decoder_layers(model: Any) -> tuple[str, list[nn.Module]]:
     for name, module in model.named_modules():
         part = getattr(module, "config", None)
         own = part is not None and hasattr(part, "model_type")
-        reads_text[name] = isinstance(part, (type(config), type(model.config))) if own else reads_text[name.rpartition(".")[0]]
+        reads_text[name] = (
+            isinstance(part, (type(config), type(model.config))) if own else reads_text[name.rpartition(".")[0]]
+        )
         if isinstance(module, nn.ModuleList) and len(module):
             size = (reads_text[name], len(module) == count, sum(parameter.numel() for parameter in module.parameters()))
             if size > best[0] and (size[1] or len({type(item) for item in module}) == 1):
@@ -97,7 +109,8 @@ def refuse_tensors(model: Any, layers_name: str, layers: list[nn.Module]) -> Non
                 elif "expert" in name:
                     what = "a fused mixture of experts"
                 raise unsupported(
-                    model, f"{layers_name}.{index}.{name} is {what} with {parameter.ndim} dimensions {tuple(parameter.shape)}"
+                    model,
+                    f"{layers_name}.{index}.{name} is {what} with {parameter.ndim} dimensions {tuple(parameter.shape)}",
                 )
 
 
@@ -118,7 +131,9 @@ def checkpoint_names(model: Any, checkpoint: Checkpoint) -> dict[str, str]:
     twins: dict[str, str] = getattr(model, "all_tied_weights_keys", None) or {}  # of tied tensors one is stored
     for name, tensor in model.state_dict(keep_vars=True).items():
         found = names.get(name) or names.get(twins.get(name, name))
-        is_head = head is not None and tensor is head.weight and embedding is not None and head.weight is not embedding.weight
+        is_head = (
+            head is not None and tensor is head.weight and embedding is not None and head.weight is not embedding.weight
+        )
         if is_head and tied:
             continue
         if found is None:
@@ -126,16 +141,21 @@ def checkpoint_names(model: Any, checkpoint: Checkpoint) -> dict[str, str]:
             continue
         entry, expected = checkpoint.entry(found), tuple(tensor.shape)
         if entry.shape != expected:
-            raise FistaPrunerError(f"{checkpoint.folder}: tensor {found!r} is {entry.shape}, the config asks for {expected}")
+            raise FistaPrunerError(
+                f"{checkpoint.folder}: tensor {found!r} is {entry.shape}, the config asks for {expected}"
+            )
         if tensor.is_floating_point() and entry.dtype not in WEIGHT_DTYPES:
             raise FistaPrunerError(
-                f"{checkpoint.folder}: tensor {found!r} is stored as {dtype_name(entry.dtype)}, no dtype of dense weights "
-                "(float32, bfloat16, float16, float64): the checkpoint is quantised or damaged; prune the unquantised one"
+                f"{checkpoint.folder}: tensor {found!r} is stored as {dtype_name(entry.dtype)}, no dtype of dense "
+                "weights (float32, bfloat16, float16, float64): the checkpoint is quantised or damaged; prune the "
+                "unquantised one"
             )
         sources[name] = found
     if missing:
         more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
-        raise FistaPrunerError(f"{checkpoint.folder}: tensor {missing[0]!r}{more} of {type(model).__name__} is not in it")
+        raise FistaPrunerError(
+            f"{checkpoint.folder}: tensor {missing[0]!r}{more} of {type(model).__name__} is not in it"
+        )
     return sources
 
 

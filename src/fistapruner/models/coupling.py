@@ -44,7 +44,11 @@ class Link:
 
     def by_block(self, values: Tensor) -> Tensor:
         """Rearrange ``values`` (m, columns) of the consumer by block: (blocks, m * repeats, channels)."""
-        return values.view(len(values), self.blocks, self.repeats, self.channels).transpose(0, 1).reshape(self.blocks, -1, self.channels)
+        return (
+            values.view(len(values), self.blocks, self.repeats, self.channels)
+            .transpose(0, 1)
+            .reshape(self.blocks, -1, self.channels)
+        )
 
     def places(self, order: Tensor) -> tuple[Tensor, Tensor]:
         """Return the old position of each row of the producers and of each column of the consumer.
@@ -54,7 +58,9 @@ class Link:
         """
         order = order.cpu()
         rows = order + self.channels * torch.arange(self.blocks)[:, None]
-        columns = order.repeat_interleave(self.repeats, 0) + self.channels * torch.arange(self.blocks * self.repeats)[:, None]
+        columns = (
+            order.repeat_interleave(self.repeats, 0) + self.channels * torch.arange(self.blocks * self.repeats)[:, None]
+        )
         return rows.reshape(-1), columns.reshape(-1)
 
 
@@ -112,14 +118,20 @@ def _watch(layer: nn.Module, heads: set[int], run: Callable[[], Tensor]) -> list
     links: list[Link] = []
     for consumer in operators:
         parent = consumer.name.rpartition(".")[0]
-        beside = [operator for operator in operators if operator.name.rpartition(".")[0] == parent and operator is not consumer]
+        beside = [
+            operator
+            for operator in operators
+            if operator.name.rpartition(".")[0] == parent and operator is not consumer
+        ]
         # All operators with as many rows as the consumer has columns, together; or one operator with heads.
         whole = Link(tuple(operator.name for operator in beside if operator.rows == consumer.columns), consumer)
         candidates = [whole] if whole.producers else []
         for operator in beside:
             for size in heads:
                 if operator.rows % size == 0 and consumer.columns % operator.rows == 0:
-                    candidates.append(Link((operator.name,), consumer, operator.rows // size, consumer.columns // operator.rows))
+                    candidates.append(
+                        Link((operator.name,), consumer, operator.rows // size, consumer.columns // operator.rows)
+                    )
         for link in candidates:
             used = {name for other in links for name in (*other.producers, other.consumer.name)}
             if not used & {*link.producers, consumer.name} and _is_free(layer, link, run):

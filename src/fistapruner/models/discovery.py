@@ -120,7 +120,9 @@ class Layout:
         for key, patterns in (("targets", recipe.targets), ("ignore", recipe.ignore)):
             for pattern in patterns:
                 if not any(matches(name, pattern) for name in names):
-                    raise FistaPrunerError(f"{key}: {pattern!r} matches no operator; the first one is called {names[0]!r}")
+                    raise FistaPrunerError(
+                        f"{key}: {pattern!r} matches no operator; the first one is called {names[0]!r}"
+                    )
 
         def chosen(name: str) -> bool:
             wanted = not recipe.targets or any(matches(name, pattern) for pattern in recipe.targets)
@@ -128,7 +130,9 @@ class Layout:
 
         layers = []
         for index, groups in enumerate(self.layers):
-            kept = (tuple(operator for operator in group if chosen(self.full_name(index, operator))) for group in groups)
+            kept = (
+                tuple(operator for operator in group if chosen(self.full_name(index, operator))) for group in groups
+            )
             layers.append(tuple(group for group in kept if group))
         if not any(layers):
             raise FistaPrunerError("targets and ignore leave no operator to prune")
@@ -147,7 +151,10 @@ def discover(model: LayerwiseModel) -> Layout:
     model.check()
     with model.embeddings_and_head(head=False):
         hidden, calls = model.embed(tokens)
-    known: dict[tuple[tuple[str, tuple[int, ...]], ...], tuple[tuple[Group, ...], tuple[str, ...], Mapping[str, OutputProjection]]] = {}
+    known: dict[
+        tuple[tuple[str, tuple[int, ...]], ...],
+        tuple[tuple[Group, ...], tuple[str, ...], Mapping[str, OutputProjection]],
+    ] = {}
     found = []
     for index, layer in enumerate(model.layers):
         signature = tuple((name, tuple(module.weight.shape)) for name, module in linear_modules(layer))
@@ -195,8 +202,14 @@ def _watch(
     writers: tuple[str, ...] = ()
     with model.layer(index) as layer:
         operators = linear_modules(layer)
-        handles = [module.register_forward_pre_hook(lambda _, args, name=name: seen.append((name, args[0]))) for name, module in operators]
-        handles += [module.register_forward_hook(lambda _, __, output, name=name: answered(name, output)) for name, module in operators]
+        handles = [
+            module.register_forward_pre_hook(lambda _, args, name=name: seen.append((name, args[0])))
+            for name, module in operators
+        ]
+        handles += [
+            module.register_forward_hook(lambda _, __, output, name=name: answered(name, output))
+            for name, module in operators
+        ]
         handles += [
             child.register_forward_hook(lambda _, __, output, name=name: child_answered(name, output))
             for name, child in layer.named_children()
@@ -215,8 +228,8 @@ def _watch(
         if fired.count(name) != 1:
             cause = next((cause for part, cause in UNUSED.items() if part in name.lower()), "")
             raise FistaPrunerError(
-                f"{prefix}.{name} ran {fired.count(name)} times in one forward pass of {type(model.model).__name__}{cause}, "
-                "and not once: this architecture is not supported"
+                f"{prefix}.{name} ran {fired.count(name)} times in one forward pass of "
+                f"{type(model.model).__name__}{cause}, and not once: this architecture is not supported"
             )
     modules = dict(operators)
     groups: list[tuple[Tensor, list[Operator]]] = []
@@ -252,10 +265,15 @@ def _residual_writers(
     for place, name in enumerate(names):
         if answers[name].numel() != out.numel() or answers[name].shape[-1] != out.shape[-1]:
             continue
-        noise = torch.randn(out.shape, generator=torch.Generator().manual_seed(0)).to(out) * out.float().square().mean().sqrt().to(out)
-        more = {name: answers[name] + noise.reshape(answers[name].shape)} | {later: answers[later] for later in names[place + 1 :]}
+        noise = torch.randn(out.shape, generator=torch.Generator().manual_seed(0)).to(
+            out
+        ) * out.float().square().mean().sqrt().to(out)
+        more = {name: answers[name] + noise.reshape(answers[name].shape)} | {
+            later: answers[later] for later in names[place + 1 :]
+        }
         handles = [
-            layer.get_submodule(key).register_forward_hook(lambda _, __, ___, value=value: value.clone()) for key, value in more.items()
+            layer.get_submodule(key).register_forward_hook(lambda _, __, ___, value=value: value.clone())
+            for key, value in more.items()
         ]
         try:
             with torch.no_grad():

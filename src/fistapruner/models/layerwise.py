@@ -57,7 +57,12 @@ class LayerwiseModel:
     """
 
     def __init__(
-        self, checkpoint: Checkpoint, device: torch.device, dtype: torch.dtype | None = None, *, trust_remote_code: bool = False
+        self,
+        checkpoint: Checkpoint,
+        device: torch.device,
+        dtype: torch.dtype | None = None,
+        *,
+        trust_remote_code: bool = False,
     ) -> None:
         self.checkpoint = checkpoint
         self.device = device
@@ -257,7 +262,9 @@ class LayerwiseModel:
             ]:
                 if not _same(value, again):
                     what = f"argument {name + 2}" if isinstance(name, int) else repr(name)
-                    raise self.unsupported(f"decoder layer {index} is given {what}, which depends on the token ids or on other layers")
+                    raise self.unsupported(
+                        f"decoder layer {index} is given {what}, which depends on the token ids or on other layers"
+                    )
 
     def _watch(self, tokens: Tensor, stand_in: Callable[[Tensor], Tensor]) -> tuple[Tensor, list[Call]]:
         """Record what :meth:`embed` returns.
@@ -279,8 +286,12 @@ class LayerwiseModel:
             else:
                 returned, version = given.pop()
                 changed = returned._version != version  # in place: overwritten hidden states cannot be compared
-                if changed or not (hidden is returned or (hidden.shape == returned.shape and torch.equal(hidden, returned))):
-                    raise self.unsupported(f"what enters {self.layers_name}.{index} is not what {self.layers_name}.{index - 1} returned")
+                if changed or not (
+                    hidden is returned or (hidden.shape == returned.shape and torch.equal(hidden, returned))
+                ):
+                    raise self.unsupported(
+                        f"what enters {self.layers_name}.{index} is not what {self.layers_name}.{index - 1} returned"
+                    )
             calls.append((rest, named))
             if index == len(self.layers) - 1:
                 raise _Stop
@@ -290,10 +301,14 @@ class LayerwiseModel:
 
         self._forward(tokens, record)
         if len(calls) != len(self.layers):
-            raise self.unsupported(f"{len(calls)} of the {len(self.layers)} modules in {self.layers_name} run in a forward pass")
+            raise self.unsupported(
+                f"{len(calls)} of the {len(self.layers)} modules in {self.layers_name} run in a forward pass"
+            )
         if first[0].shape != (*tokens.shape, self.width):
             expected = (*tokens.shape, self.width)
-            raise self.unsupported(f"{self.layers_name}.0 is given {tuple(first[0].shape)} and not {expected} hidden states")
+            raise self.unsupported(
+                f"{self.layers_name}.0 is given {tuple(first[0].shape)} and not {expected} hidden states"
+            )
         return first[0], calls
 
     def own_logits(self, tokens: Tensor) -> Tensor:
@@ -334,7 +349,8 @@ class LayerwiseModel:
     def architecture(self) -> str:
         """Describe everything that layer-by-layer passes depend on: class, config, dtype, kind of device."""
         config = {key: value for key, value in self.config.to_dict().items() if key != "_name_or_path"}
-        return f"{type(self.model).__qualname__} {self.dtype} {self.device.type} {json.dumps(config, sort_keys=True, default=str)}"
+        settings = json.dumps(config, sort_keys=True, default=str)
+        return f"{type(self.model).__qualname__} {self.dtype} {self.device.type} {settings}"
 
     def unsupported(self, reason: str) -> FistaPrunerError:
         """Make the error that refuses this model's architecture."""
@@ -351,7 +367,9 @@ class LayerwiseModel:
             reason = f"{type(error).__name__}: {' '.join(str(error).split())[:150]}"
             raise self.unsupported(f"its forward pass cannot be taken apart into decoder layers ({reason})") from error
 
-    def _split_hidden(self, index: int, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Tensor, tuple[Any, ...], dict[str, Any]]:
+    def _split_hidden(
+        self, index: int, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[Tensor, tuple[Any, ...], dict[str, Any]]:
         """Separate the hidden states, which come first or by name, from the other arguments of a layer."""
         named = dict(kwargs)
         hidden, rest = (args[0], args[1:]) if args else (named.pop("hidden_states", None), ())
@@ -359,7 +377,9 @@ class LayerwiseModel:
             raise self.unsupported(f"{self.layers_name}.{index} is not given hidden states as its first argument")
         return hidden, rest, named
 
-    def _forward(self, tokens: Tensor, instead: Callable[[int, tuple[Any, ...], dict[str, Any]], Any], *, gradients: bool = False) -> Any:
+    def _forward(
+        self, tokens: Tensor, instead: Callable[[int, tuple[Any, ...], dict[str, Any]], Any], *, gradients: bool = False
+    ) -> Any:
         """Run the model's own forward pass with every decoder layer's forward replaced."""
 
         def replacement(index: int) -> Callable[..., Any]:

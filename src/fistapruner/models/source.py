@@ -146,7 +146,13 @@ def resolve_model(
     if path.suffix.lower() == ".gguf" or not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", text) or text.startswith("."):
         known = f"a local folder, a .gguf file, a hub id (name/model) or {SMALL_MODEL!r}"
         raise FistaPrunerError(f"model {text!r} does not exist: give {known}")
-    patterns = ["*.safetensors", *(f"*{suffix}" for suffix in sorted(COMPANION_SUFFIXES)), "LICENSE*", "NOTICE*", "README.md"]
+    patterns = [
+        "*.safetensors",
+        *(f"*{suffix}" for suffix in sorted(COMPANION_SUFFIXES)),
+        "LICENSE*",
+        "NOTICE*",
+        "README.md",
+    ]
     if trust_remote_code:
         patterns.append("*.py")
     folder = _snapshot(text, patterns, download)

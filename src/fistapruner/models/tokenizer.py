@@ -20,5 +20,7 @@ def load_tokenizer(folder: Path, *, trust_remote_code: bool = False) -> Any:
         return AutoTokenizer.from_pretrained(str(folder), trust_remote_code=trust_remote_code)
     except (OSError, ValueError, KeyError, TypeError, AttributeError, ImportError) as error:
         reason = " ".join(str(error).split())[:200]
-        fault = FistaPrunerError(f"{folder} has no tokenizer that can be loaded (tokenizer.json or its parts): {reason}")
+        fault = FistaPrunerError(
+            f"{folder} has no tokenizer that can be loaded (tokenizer.json or its parts): {reason}"
+        )
         raise needs_code(folder, error) or fault from None

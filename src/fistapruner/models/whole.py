@@ -48,7 +48,9 @@ def require_whole(checkpoint: Checkpoint, device: torch.device, limit: int | Non
         )
 
 
-def load_whole(folder: Path, device: torch.device, dtype: torch.dtype | None = None, *, trust_remote_code: bool = False) -> Any:
+def load_whole(
+    folder: Path, device: torch.device, dtype: torch.dtype | None = None, *, trust_remote_code: bool = False
+) -> Any:
     """Load a ``transformers`` model for forward passes.
 
     Args:
@@ -64,7 +66,9 @@ def load_whole(folder: Path, device: torch.device, dtype: torch.dtype | None = N
     from transformers import AutoModelForCausalLM
 
     try:
-        model = AutoModelForCausalLM.from_pretrained(str(folder), dtype=dtype or "auto", trust_remote_code=trust_remote_code)
+        model = AutoModelForCausalLM.from_pretrained(
+            str(folder), dtype=dtype or "auto", trust_remote_code=trust_remote_code
+        )
     except ValueError as error:
         raise needs_code(folder, error) or error from None
     model = model.to(device)

@@ -70,7 +70,9 @@ def refuse_other(run: PruneDirectory, record: PruneRecord, model: str, recipe: R
             )
     source = record.model.source
     if source != model and record.decision.model != absolute(model):
-        raise FistaPrunerError(f"--out {run.folder} holds a run of the model {source!r}, this one is of {model!r}: name another folder")
+        raise FistaPrunerError(
+            f"--out {run.folder} holds a run of the model {source!r}, this one is of {model!r}: name another folder"
+        )
 
 
 def changed_text(record: PruneRecord, recipe: Recipe) -> str | None:

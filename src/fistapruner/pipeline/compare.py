@@ -141,7 +141,9 @@ class Job:
     recipe: Recipe
 
 
-def plan_jobs(contenders: Sequence[Contender], sparsities: Sequence[str], seeds: Sequence[int], settings: Mapping[str, Any]) -> list[Job]:
+def plan_jobs(
+    contenders: Sequence[Contender], sparsities: Sequence[str], seeds: Sequence[int], settings: Mapping[str, Any]
+) -> list[Job]:
     """List the runs of a comparison: every method at every sparsity, seed after seed.
 
     Raises:
@@ -159,7 +161,9 @@ def plan_jobs(contenders: Sequence[Contender], sparsities: Sequence[str], seeds:
     return jobs
 
 
-def agree_protocol(source: ModelSource, recipe: Recipe, data: str, windows: int | None, settings: Mapping[str, Any]) -> Protocol:
+def agree_protocol(
+    source: ModelSource, recipe: Recipe, data: str, windows: int | None, settings: Mapping[str, Any]
+) -> Protocol:
     """Fix what all rows share, from the first ``recipe``: evaluation windows, precision, calibration."""
     opened = open_model(source, recipe)
     text = load_windows(data, source.tokenizer(), window_length(recipe, opened), windows)
@@ -275,7 +279,9 @@ def run_name(label: str, sparsity: str, seed: int) -> str:
     return f"{plain}-seed{seed}-{hashlib.sha256(f'{label} {sparsity}'.encode()).hexdigest()[:6]}"
 
 
-def _rows_that_stay(before: list[CompareRow], jobs: Sequence[Job], protocol: Protocol, folder: Path) -> list[CompareRow]:
+def _rows_that_stay(
+    before: list[CompareRow], jobs: Sequence[Job], protocol: Protocol, folder: Path
+) -> list[CompareRow]:
     """Select the rows of an earlier comparison that are not asked for now.
 
     Raises:
@@ -299,7 +305,8 @@ def _before(folder: Path, model: str) -> list[CompareRow]:
         before = parse(Comparison, read_json(file), str(file))
         if before.model.source and before.model.source != model:
             raise FistaPrunerError(
-                f"--out {folder} holds a comparison of {before.model.source!r}, this one is of {model!r}: name another folder"
+                f"--out {folder} holds a comparison of {before.model.source!r}, this one is of {model!r}: name another "
+                "folder"
             )
         return before.rows
     # One that was stopped before its first row has left the dense model's figures at most, and runs begun after them.
@@ -333,14 +340,21 @@ def _dense(file: Path, protocol: Protocol) -> Perplexity | None:
     try:
         stored = _PERPLEXITY.validate_python(read_json(file))
     except ValidationError as error:
-        raise FistaPrunerError(f"{file} is not what a comparison writes ({explain(error)}): remove it, or choose another --out") from None
+        raise FistaPrunerError(
+            f"{file} is not what a comparison writes ({explain(error)}): remove it, or choose another --out"
+        ) from None
     return stored if protocol.covers(stored) else None
 
 
 def _filled(row: CompareRow, report: Report, protocol: Protocol, dense: Perplexity) -> CompareRow:
     """Fill a row with the figures of its report."""
     totals = report.totals
-    errors = [operator.relative_error for layer in report.layers for operator in layer.operators if operator.relative_error is not None]
+    errors = [
+        operator.relative_error
+        for layer in report.layers
+        for operator in layer.operators
+        if operator.relative_error is not None
+    ]
     if (measured := _evaluation(report, protocol)) is not None:
         row.perplexity, row.divergence = measured.perplexity, measured.divergence
     if row.perplexity is not None and math.isfinite(row.perplexity.nll):

@@ -42,12 +42,15 @@ def parse_contenders(text: str | Sequence[str]) -> list[Contender]:
         elif grouped:
             grouped[-1].append(part)
         else:
-            raise FistaPrunerError(f"--methods begins with the setting {part!r}: name a method before it, such as alps@{part}")
+            raise FistaPrunerError(
+                f"--methods begins with the setting {part!r}: name a method before it, such as alps@{part}"
+            )
     contenders = []
     for name, *settings in grouped:
         if not name:
             raise FistaPrunerError(
-                f"--methods {','.join(parts)!r} has an empty name in it: write names separated by commas, such as wanda,alps"
+                f"--methods {','.join(parts)!r} has an empty name in it: write names separated by commas, such as "
+                "wanda,alps"
             )
         label = name + ("@" + ",".join(settings) if settings else "")
         is_recipe = name in shipped_recipes() or name.endswith((".yaml", ".yml"))
@@ -69,7 +72,9 @@ def _nested(settings: Sequence[str], label: str) -> dict[str, Any]:
         parsed = parse_value(value, f"--methods {label}: the value of {setting!r}")
         section, dot, inner = key.partition(".")
         if dot and not isinstance(result.setdefault(section, {}), dict):
-            raise FistaPrunerError(f"--methods {label}: {section} is given whole and {setting!r} beside it: write one of the two")
+            raise FistaPrunerError(
+                f"--methods {label}: {section} is given whole and {setting!r} beside it: write one of the two"
+            )
         if dot:
             result[section][inner] = parsed
         else:

@@ -80,7 +80,9 @@ def _finished_layers(context: RunContext) -> list[LayerEntry]:
     journal = context.run.journal
     entries = [journal.finished(index, context.fingerprint) for index in range(len(context.model))]
     if missing := [str(index) for index, entry in enumerate(entries) if entry is None]:
-        raise FistaPrunerError(f"{context.run.folder}: decoder layers {', '.join(missing)} are not pruned yet; run the same command again")
+        raise FistaPrunerError(
+            f"{context.run.folder}: decoder layers {', '.join(missing)} are not pruned yet; run the same command again"
+        )
     return [entry for entry in entries if entry is not None]
 
 
@@ -103,7 +105,9 @@ def _write_model(context: RunContext, report: Report, listener: Listener) -> Non
             CARD: model_card(report),
             PRUNING_RECORD: json.dumps(_record(report, context.model), indent=2) + "\n",
         }
-        digests = write_checkpoint(checkpoint, run.model, replacement, identity=context.fingerprint, documents=documents)
+        digests = write_checkpoint(
+            checkpoint, run.model, replacement, identity=context.fingerprint, documents=documents
+        )
         run.write_model_record(context.fingerprint, digests)
     elif run.model_record() is None:  # a kill came between the checkpoint and its record
         (run.model / PARTIAL).unlink(missing_ok=True)
@@ -135,7 +139,9 @@ def _totals(layers: list[LayerEntry], context: RunContext, seconds: float) -> To
         time_split=split,
         peak_memory=peak_memory(),
         capture_tokens_per_second=tokens.numel() / split["capture"] if split.get("capture") else None,
-        forward_tokens_per_second=windows * seqlen / sum(plain) if len(plain) == len(layers) and sum(plain) > 0 else None,
+        forward_tokens_per_second=windows * seqlen / sum(plain)
+        if len(plain) == len(layers) and sum(plain) > 0
+        else None,
         peak_device_memory=torch.cuda.max_memory_allocated(device) if device.type == "cuda" else None,
     )
 
@@ -146,7 +152,12 @@ def _record(report: Report, model: LayerwiseModel) -> dict[str, Any]:
     for layer in report.layers:
         for operator in layer.operators:
             name = f"{layer.name}.{operator.name}"
-            claim = {"operator": name, "sparsity": operator.sparsity, "zeros": operator.zeros, "shape": list(operator.shape)}
+            claim = {
+                "operator": name,
+                "sparsity": operator.sparsity,
+                "zeros": operator.zeros,
+                "shape": list(operator.shape),
+            }
             operators[model.source(f"{name}.weight")] = claim
     return {
         "version": VERSION,

@@ -116,11 +116,18 @@ def _generate(run: RunDirectory, report: Report, source: Path, permissions: Perm
 def is_run(folder: str | Path) -> bool:
     """Whether a path is a run directory, and not a model or anything else."""
     folder = Path(folder)
-    return not (folder / "config.json").exists() and any((folder / name).is_file() for name in ("run.json", "report.json"))
+    return not (folder / "config.json").exists() and any(
+        (folder / name).is_file() for name in ("run.json", "report.json")
+    )
 
 
 def evaluate_run(
-    folder: str | Path, data: str | None = None, *, against: str | Path | None = None, listener: Listener | None = None, **settings: Any
+    folder: str | Path,
+    data: str | None = None,
+    *,
+    against: str | Path | None = None,
+    listener: Listener | None = None,
+    **settings: Any,
 ) -> Evaluation:
     """Evaluate a finished run against the model it was made from, and keep the result with the run.
 
@@ -145,7 +152,9 @@ def evaluate_run(
             record = run.record()
             against = record.decision.folder if record else None
             if against is None or not Path(against).exists():
-                raise FistaPrunerError(f"{folder}: the model it was made from is not at {against}: say where it is with --against")
+                raise FistaPrunerError(
+                    f"{folder}: the model it was made from is not at {against}: say where it is with --against"
+                )
 
         def keep(found: Evaluation) -> None:
             report.evaluations = [*_without(report.evaluations, found), found]

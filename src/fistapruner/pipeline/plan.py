@@ -34,7 +34,9 @@ def window_length(recipe: Recipe, model: LayerwiseModel) -> int:
     """
     seqlen = recipe.calibration.seqlen or min(model.max_length, DEFAULT_SEQLEN)
     if seqlen > model.max_length:
-        raise FistaPrunerError(f"seqlen {seqlen} is more than the {model.max_length} tokens {model.checkpoint.folder} was made for")
+        raise FistaPrunerError(
+            f"seqlen {seqlen} is more than the {model.max_length} tokens {model.checkpoint.folder} was made for"
+        )
     return seqlen
 
 
@@ -50,7 +52,9 @@ def allocate(recipe: Recipe, layout: Layout) -> dict[str, Constraint]:
         for pattern, sparsity in recipe.allocation.items():
             names = [name for name in chosen if matches(name, pattern)]
             if not names:
-                raise FistaPrunerError(f"allocation: {pattern!r} matches no operator; the first one is called {operators[0][0]!r}")
+                raise FistaPrunerError(
+                    f"allocation: {pattern!r} matches no operator; the first one is called {operators[0][0]!r}"
+                )
             chosen.update((name, parse_sparsity(sparsity)) for name in names)
     for name, operator in operators:
         check_constraint(chosen[name], operator.columns, recipe.steps, name)
@@ -58,7 +62,12 @@ def allocate(recipe: Recipe, layout: Layout) -> dict[str, Constraint]:
 
 
 def plan_model(
-    model: str | Path, recipe: Recipe, out: str | Path = ".", *, allow_pickle: bool = False, trust_remote_code: bool = False
+    model: str | Path,
+    recipe: Recipe,
+    out: str | Path = ".",
+    *,
+    allow_pickle: bool = False,
+    trust_remote_code: bool = False,
 ) -> Plan:
     """Predict what a run will need, without starting it.
 
@@ -80,14 +89,18 @@ def plan_model(
     return plan_run(opened, layout, recipe, allocate(recipe, layout), Path(out))
 
 
-def plan_run(model: LayerwiseModel, layout: Layout, recipe: Recipe, sparsity: Mapping[str, Constraint], out: Path) -> Plan:
+def plan_run(
+    model: LayerwiseModel, layout: Layout, recipe: Recipe, sparsity: Mapping[str, Constraint], out: Path
+) -> Plan:
     """Plan a run with the executor, workers and threads of its recipe.
 
     Random token ids are used instead of the calibration windows, which may take long to draw.
     """
     execution, seqlen = recipe.execution, window_length(recipe, model)
     vocabulary = int(model.config.get_text_config().vocab_size)
-    tokens = torch.randint(vocabulary, (recipe.calibration.samples, seqlen), generator=torch.Generator().manual_seed(recipe.seed))
+    tokens = torch.randint(
+        vocabulary, (recipe.calibration.samples, seqlen), generator=torch.Generator().manual_seed(recipe.seed)
+    )
     batch_size = execution.batch_size or windows_at_once(seqlen, model.device)
     local = execution.executor == "process"
     workers = len(worker_devices(execution.device, execution.workers, execution.threads)) if local else 1

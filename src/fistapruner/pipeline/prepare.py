@@ -389,6 +389,13 @@ def refuse_overlap(source: Path, out: Path) -> None:
 
 def _say_other_versions(before: Mapping[str, str], listener: Listener) -> None:
     """Warn that a run continues with other versions than it began with, which may change last bits."""
-    other = [f"{name} {before.get(name)} (now {version})" for name, version in versions().items() if before.get(name) != version]
+    other = [
+        f"{name} {before.get(name)} (now {version})"
+        for name, version in versions().items()
+        if before.get(name) != version
+    ]
     if other:
-        listener.say(f"this run began with {', '.join(other)}: results may differ in their last bits from those of one that never stopped")
+        listener.say(
+            f"this run began with {', '.join(other)}: results may differ in their last bits from those of one that "
+            "never stopped"
+        )

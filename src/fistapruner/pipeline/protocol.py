@@ -44,18 +44,25 @@ class Protocol:
         Raises:
             FistaPrunerError: it was calibrated otherwise, or (where it is ``kept`` as it is) measured on other windows.
         """
-        where, which = f"--out {folder} holds the row {row.label}, {row.sparsity}, seed {row.seed}", "name another folder"
+        where, which = (
+            f"--out {folder} holds the row {row.label}, {row.sparsity}, seed {row.seed}",
+            "name another folder",
+        )
         if "calibration" in row.settings and "calibration." not in (row.label or ""):
-            calibration = Recipe.build({"calibration": row.settings["calibration"]}, str(folder / "compare.json")).calibration
+            calibration = Recipe.build(
+                {"calibration": row.settings["calibration"]}, str(folder / "compare.json")
+            ).calibration
             if not self.shares(calibration):
                 raise FistaPrunerError(
-                    f"{where}, calibrated on {_said(calibration)}, this comparison is on {_said(self.calibration)}: {which}"
+                    f"{where}, calibrated on {_said(calibration)}, this comparison is on {_said(self.calibration)}: "
+                    f"{which}"
                 )
         if kept and row.perplexity is not None and not self.covers(row.perplexity):
             was, text = row.perplexity, self.text
             raise FistaPrunerError(
-                f"{where}, measured on {was.windows} windows of {was.seqlen} tokens of {was.data} in {was.dtype}; this comparison is on "
-                f"other text ({len(text.tokens)} windows of {text.seqlen} tokens of {text.data} in {self.dtype}): {which}"
+                f"{where}, measured on {was.windows} windows of {was.seqlen} tokens of {was.data} in {was.dtype}; "
+                f"this comparison is on other text ({len(text.tokens)} windows of {text.seqlen} tokens of {text.data} "
+                f"in {self.dtype}): {which}"
             )
 
 

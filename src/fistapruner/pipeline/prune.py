@@ -268,5 +268,7 @@ def _saying_how_to_continue(run: PruneDirectory, only_layers: tuple[int, int] | 
     except KeyboardInterrupt:
         done = len(run.journal.records())
         whole = run.run_file.exists() and only_layers is None
-        how = f"go on with: fistapruner resume {run.folder}" if whole else "nothing is lost: give the same command again"
+        how = (
+            f"go on with: fistapruner resume {run.folder}" if whole else "nothing is lost: give the same command again"
+        )
         raise KeyboardInterrupt(f"interrupted with {done} decoder layers done; {how}") from None

@@ -63,7 +63,11 @@ def peak_bytes(work: Callable[[], object]) -> int:
 
 
 def solve_bytes(
-    rows: Sequence[int], inputs: int, sparsity: Sequence[Constraint], steps: Sequence[Method], device: torch.device | str = "cpu"
+    rows: Sequence[int],
+    inputs: int,
+    sparsity: Sequence[Constraint],
+    steps: Sequence[Method],
+    device: torch.device | str = "cpu",
 ) -> int:
     """Estimate the peak bytes of solving a group of operators: weight, Gram and all of the method chain.
 

@@ -97,8 +97,8 @@ class _Budget:
         """Make the error that ``choice`` does not fit."""
         shared = f" in each of {self.sharing} workers" if self.sharing > 1 else ""
         return FistaPrunerError(
-            f"{self.given} is not enough: {self.worst(choice)} needs {size(self.peak(choice))}{shared}, even with {self.even}; "
-            f"{self.more}, shorten --seqlen, or choose a lighter --method"
+            f"{self.given} is not enough: {self.worst(choice)} needs {size(self.peak(choice))}{shared}, even with "
+            f"{self.even}; {self.more}, shorten --seqlen, or choose a lighter --method"
         )
 
 
@@ -212,7 +212,11 @@ def fit(needs: Sizes, recipe: Recipe, resources: Resources, batch_size: int, wor
     sentence = None
     if chosen != choices[0]:
         changed = ["hidden states go to disk"] if chosen.on_disk and not choices[0].on_disk else []
-        changed += [f"{chosen.batch_size} windows at a time instead of {batch_size}"] if chosen.batch_size != batch_size else []
+        changed += (
+            [f"{chosen.batch_size} windows at a time instead of {batch_size}"]
+            if chosen.batch_size != batch_size
+            else []
+        )
         changed += ["groups are solved in parts"] if chosen.by_operator and not sequential else []
         given = " and ".join(budget.given for budget in budgets if not budget.holds(choices[0]))
         sentence = f"to fit {given}: {', '.join(changed)}"
@@ -233,7 +237,9 @@ def written(fitted: Fitted, disk: int, seconds: float | None) -> Plan:
     if seconds is not None:
         rows.append(PlanRow(quantity=TIME, unit="seconds", planned=seconds))
     duration = "" if seconds is None else f", about {seconds / fitted.workers / 60:.1f} min"
-    peaks = ", ".join(f"{size(budget.peak(chosen))} of {budget.kind} at its peak ({budget.worst(chosen)})" for budget in budgets)
+    peaks = ", ".join(
+        f"{size(budget.peak(chosen))} of {budget.kind} at its peak ({budget.worst(chosen)})" for budget in budgets
+    )
     says = [] if fitted.changed is None else [fitted.changed]
     says.append(f"plan: {peaks}, {size(disk)} of disk{duration}")
     stages = {f"{stage}{budget.suffix}": size for budget in budgets for stage, size in budget.stages(chosen).items()}
@@ -318,8 +324,8 @@ def room_for(device: torch.device, what: str) -> Iterator[None]:
         yield
     except torch.OutOfMemoryError:
         raise FistaPrunerError(
-            f"the {size(free_device_memory(device))} that are free on {device} are not enough for {what} through one decoder layer: "
-            "free some of it, shorten --seqlen, lower --batch-size, or choose --device cpu"
+            f"the {size(free_device_memory(device))} that are free on {device} are not enough for {what} through one "
+            "decoder layer: free some of it, shorten --seqlen, lower --batch-size, or choose --device cpu"
         ) from None
 
 

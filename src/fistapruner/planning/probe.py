@@ -100,7 +100,9 @@ def measure_time(
         if recipe.dense_share:
             streams = LayerStreams(states, drifted, onward, drifted_on)
     timed_steps = min(recipe.reconstruct, TIMED_STEPS)
-    cheap = recipe.model_copy(update={"method": Recipe.build({"method": "magnitude"}).steps, "reconstruct": timed_steps})
+    cheap = recipe.model_copy(
+        update={"method": Recipe.build({"method": "magnitude"}).steps, "reconstruct": timed_steps}
+    )
     context = LayerContext(model, layout, cheap, sparsity, calls, scratch_factory(None, model.dtype))
     entry = prune_layer(context, index, streams, events=LayerEvents(problem=timed)).entry
     both = streams.pruned is not None and streams.dense is not None
@@ -149,7 +151,9 @@ def _seconds(problem: LayerProblem, patterns: list[Constraint], recipe: Recipe) 
     return time.perf_counter() - begin
 
 
-def time_solve(problem: LayerProblem, patterns: list[Constraint], recipe: Recipe, *, by_operator: bool, timer: Timer = _seconds) -> float:
+def time_solve(
+    problem: LayerProblem, patterns: list[Constraint], recipe: Recipe, *, by_operator: bool, timer: Timer = _seconds
+) -> float:
     """Estimate the seconds to solve a group of operators from its first rows.
 
     The solve is timed on some rows and on twice as many, which separates what grows with the rows from what does not.
@@ -167,9 +171,13 @@ def time_solve(problem: LayerProblem, patterns: list[Constraint], recipe: Recipe
     return _from_first_rows(problem, patterns, recipe, timer)
 
 
-def _first_parts(problem: LayerProblem, patterns: Sequence[Constraint], recipe: Recipe) -> Iterator[tuple[LayerProblem, Constraint, int]]:
+def _first_parts(
+    problem: LayerProblem, patterns: Sequence[Constraint], recipe: Recipe
+) -> Iterator[tuple[LayerProblem, Constraint, int]]:
     """Yield each operator's first part, its pattern, and how many parts the operator has."""
-    for _, parts in groupby(cut(problem.rows, problem.shape[1], patterns, recipe.steps), key=lambda part: part.operator):
+    for _, parts in groupby(
+        cut(problem.rows, problem.shape[1], patterns, recipe.steps), key=lambda part: part.operator
+    ):
         first, *others = parts
         yield part_of(problem, first), first.sparsity, 1 + len(others)
 

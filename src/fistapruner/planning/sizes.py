@@ -144,7 +144,9 @@ class Sizes:
     """Number of windows of the dense model, from samples and batch size (:func:`~.drift.dense_windows`)."""
 
     @classmethod
-    def measure(cls, model: LayerwiseModel, layout: Layout, recipe: Recipe, sparsity: Mapping[str, Constraint], tokens: Tensor) -> Sizes:
+    def measure(
+        cls, model: LayerwiseModel, layout: Layout, recipe: Recipe, sparsity: Mapping[str, Constraint], tokens: Tensor
+    ) -> Sizes:
         """Measure sizes: the checkpoint's headers, one window through one layer, a small solve of each group."""
         samples, seqlen = tokens.shape
         checkpoint = model.checkpoint
@@ -161,18 +163,30 @@ class Sizes:
         with model.layer(0):
             with torch.no_grad():
                 forward = peak_bytes(lambda: model.run(0, hidden, calls[0]))
-            backward = peak_bytes(lambda: _differentiate(model, hidden, calls[0])) if differentiates(recipe) or recipe.reconstruct else 0
+            backward = (
+                peak_bytes(lambda: _differentiate(model, hidden, calls[0]))
+                if differentiates(recipe) or recipe.reconstruct
+                else 0
+            )
         index = max(range(len(model)), key=layout.weights)  # the layer whose solves need most
         groups = layout.layers[index]
         told = drift_sources(recipe, layout, index, same=recipe.propagate == "dense")
         kept = [kept_width(groups[number], source) for number, source in told.items()]
         rows = tuple(
-            _group_sizes(group, [sparsity[layout.full_name(index, operator)] for operator in group], recipe, told.get(number), model.device)
+            _group_sizes(
+                group,
+                [sparsity[layout.full_name(index, operator)] for operator in group],
+                recipe,
+                told.get(number),
+                model.device,
+            )
             for number, group in enumerate(groups)
         )
         operators = sum(group.weight for group in rows)
         passes = recipe.propagate == "pruned" and not recipe.reconstruct  # after the last group
-        widths = {operator.name: operator.columns for group in groups[: len(groups) - (not passes)] for operator in group}
+        widths = {
+            operator.name: operator.columns for group in groups[: len(groups) - (not passes)] for operator in group
+        }
         endings = kept_projections(layout, index, model.device).values() if recipe.error_correction else ()
         return cls(
             base=resident_memory() + RETAINED,
@@ -189,14 +203,19 @@ class Sizes:
             float_input=4 * seqlen * max(operator.columns for group in groups for operator in group),
             float_residual=2 * 4 * seqlen * model.width * recipe.corrects_drift,
             kept=sum(kept) * seqlen * itemsize,
-            entering=max((seqlen * widths[ending.operator] * itemsize for ending in endings if ending.operator in widths), default=0),
+            entering=max(
+                (seqlen * widths[ending.operator] * itemsize for ending in endings if ending.operator in widths),
+                default=0,
+            ),
             samples=samples,
             streams=2,
             dense=recipe.corrects_drift + (0 if recipe.propagate == "dense" or not recipe.dense_share else 2),
             inside=1 + bool(recipe.reconstruct and recipe.dense_share < 1),
             layers=len(model),
             backward=backward if differentiates(recipe) else 0,
-            matching=backward + (5 * 4 + 1 + itemsize) * operators // 4 + 3 * 4 * model.width**2 if recipe.reconstruct else 0,
+            matching=backward + (5 * 4 + 1 + itemsize) * operators // 4 + 3 * 4 * model.width**2
+            if recipe.reconstruct
+            else 0,
             metric=4 * model.width * (model.width if model.width <= WIDE else 1) if recipe.reconstruct else 0,
             logits=4 * 4 * min(seqlen, HEAD_TOKENS) * int(model.config.get_text_config().vocab_size),
             measured=needs_measuring(recipe),
@@ -235,13 +254,21 @@ class Sizes:
             waiting = sum(later.sums(partly) for later in self.groups[number + 1 :]) if self.together else 0
             loaded = base + self.layer + states + kept + waiting + done
             done += 0 if self.cuda else weight * self.stored // 4
-            gather = passing + group.sums(partly) + batch * (self.float_input * (3 if drifts else 1) + self.float_residual)
+            gather = (
+                passing + group.sums(partly) + batch * (self.float_input * (3 if drifts else 1) + self.float_residual)
+            )
             found[f"a pass up to {names}"] = loaded + gather
             found[f"the problem of {names}"] = loaded + group.sums(partly) + weight * (source == "inputs") + weight // 2
             apart = choice.by_operator and alone < stacked
             # The solution, fp32 and a byte mask, is joined beside the weight; errors are computed in blocks of rows.
-            solving = gram + 9 * weight // 4 + (solvers * (base + alone) or max(alone - gram, weight // 2)) if apart else stacked
-            found[f"solving {names}"] = loaded + solving + (weight if drifts else 0) * (2 if self.weighted else 1) + weight * self.weighted
+            solving = (
+                gram + 9 * weight // 4 + (solvers * (base + alone) or max(alone - gram, weight // 2))
+                if apart
+                else stacked
+            )
+            found[f"solving {names}"] = (
+                loaded + solving + (weight if drifts else 0) * (2 if self.weighted else 1) + weight * self.weighted
+            )
         if self.matching:
             found["block matching"] = base + self.layer + states + done + self.matching + 4 * self.window
         if self.measured:
@@ -280,7 +307,9 @@ class Sizes:
             found["block matching"] = states + 2 * done + self.metric + moving
         if self.measured:
             metrics = self.metric * self.layers
-            found["measuring the dense model"] = self._states_in_memory(choice) + metrics + max(moving, 2 * self.largest)
+            found["measuring the dense model"] = (
+                self._states_in_memory(choice) + metrics + max(moving, 2 * self.largest)
+            )
         return {name: round(self.base + (1 + UNCOUNTED) * size) for name, size in found.items()}
 
     def _waiting(self, choice: Choice) -> tuple[int, int, int]:
@@ -324,6 +353,10 @@ def _group_sizes(
     stacked = solve_bytes(rows, n, patterns, recipe.steps, device)
     parts = cut(rows, n, patterns, recipe.steps)
     largest = max(parts, key=lambda part: part.stop - part.start)
-    alone = stacked if len(parts) == 1 else solve_bytes([largest.stop - largest.start], n, [largest.sparsity], recipe.steps, device)
+    alone = (
+        stacked
+        if len(parts) == 1
+        else solve_bytes([largest.stop - largest.start], n, [largest.sparsity], recipe.steps, device)
+    )
     names = "+".join(operator.name.rpartition(".")[2] for operator in group)
     return GroupSizes(names, 4 * n * n, 4 * sum(rows) * n, drift_from, stacked, alone)

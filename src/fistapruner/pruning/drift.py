@@ -30,7 +30,9 @@ LONGEST = 1.5
 """Longest corrected drift of a token, in medians over the tokens of a batch (docs/quality.md)."""
 
 
-def dense_windows(recipe: Recipe, layout: Layout, samples: int, seqlen: int, batch_size: int, *, noise: float = DRIFT_NOISE) -> int:
+def dense_windows(
+    recipe: Recipe, layout: Layout, samples: int, seqlen: int, batch_size: int, *, noise: float = DRIFT_NOISE
+) -> int:
     """Return the number of windows that the dense model runs on beside the pruned one: whole batches.
 
     With ``propagate=pruned`` the dense model serves to measure drift only. Fewer tokens add to the noise of that
@@ -86,7 +88,13 @@ class DenseActivations:
     """
 
     def __init__(
-        self, index: int, layer: nn.Module, groups: Sequence[Group], sources: Mapping[int, DriftFrom], dense: HiddenStates, store: Store
+        self,
+        index: int,
+        layer: nn.Module,
+        groups: Sequence[Group],
+        sources: Mapping[int, DriftFrom],
+        dense: HiddenStates,
+        store: Store,
     ) -> None:
         self._layer = layer
         self._operators = {number: groups[number][0] for number in sources}
@@ -103,7 +111,9 @@ class DenseActivations:
     @property
     def output_operators(self) -> list[tuple[int, Operator]]:
         """Return (group, operator) of the operators whose outputs are recorded."""
-        return [(number, operator) for number, operator in self._operators.items() if self._sources[number] == "outputs"]
+        return [
+            (number, operator) for number, operator in self._operators.items() if self._sources[number] == "outputs"
+        ]
 
     def keep(self, number: int, start: int, values: Tensor) -> None:
         """Store activations of group ``number`` from window ``start`` on: (windows, seqlen, n or m)."""
@@ -213,7 +223,10 @@ class ResidualDrift:
 
     @contextmanager
     def _after_first(
-        self, inputs: HiddenStates, batch: Callable[[], tuple[int, int]], receive: Callable[[HiddenStates, int, Tensor], None]
+        self,
+        inputs: HiddenStates,
+        batch: Callable[[], tuple[int, int]],
+        receive: Callable[[HiddenStates, int, Tensor], None],
     ) -> Iterator[None]:
         """Pass the stream before the second writer to ``receive``: (store, first window, hidden states)."""
         if self._kept is None:

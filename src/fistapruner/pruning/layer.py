@@ -59,8 +59,8 @@ def prune_layer(
     """Prune decoder layer ``index``, group after group.
 
     One dense pass serves all groups: it fills the first group's Gram (nothing is pruned before it), keeps the dense
-    inputs or outputs of the other groups for the cross terms, and gives the next layer its dense hidden states. Then each
-    group gets one pass with the operators before it pruned, stopped where the group begins.
+    inputs or outputs of the other groups for the cross terms, and gives the next layer its dense hidden states. Then
+    each group gets one pass with the operators before it pruned, stopped where the group begins.
 
     Args:
         context: model, layout, settings.

@@ -32,7 +32,9 @@ class Part:
     sparsity: Constraint
 
 
-def cut(rows: Sequence[int], columns: int, sparsity: Sequence[Constraint], steps: Sequence[Method], block: int = ROWS) -> list[Part]:
+def cut(
+    rows: Sequence[int], columns: int, sparsity: Sequence[Constraint], steps: Sequence[Method], block: int = ROWS
+) -> list[Part]:
     """Cut a group of operators into parts that are solved independently.
 
     Args:
@@ -56,7 +58,9 @@ def cut(rows: Sequence[int], columns: int, sparsity: Sequence[Constraint], steps
     return parts
 
 
-def solve_in_parts(problem: LayerProblem, sparsity: Sequence[Constraint], steps: Sequence[Method], block: int = ROWS) -> Solution:
+def solve_in_parts(
+    problem: LayerProblem, sparsity: Sequence[Constraint], steps: Sequence[Method], block: int = ROWS
+) -> Solution:
     """Solve a group part by part, in less memory than stacked; arguments as for :func:`cut`."""
     parts = cut(problem.rows, problem.shape[1], sparsity, steps, block)
     return join(problem, parts, (solve_part(part_of(problem, part), part.sparsity, steps) for part in parts))
@@ -70,12 +74,20 @@ def solve_part(problem: LayerProblem, sparsity: Constraint, steps: Sequence[Meth
 def part_of(problem: LayerProblem, part: Part) -> LayerProblem:
     """Make the problem of a part, with tensors aligned as from a file: alignment changes last bits."""
     sliced = problem.slice(part.start, part.stop, (problem.names[part.operator],))
-    return replace(sliced, **{name: tensor if tensor.data_ptr() % 64 == 0 else tensor.clone() for name, tensor in rows_of(sliced).items()})
+    return replace(
+        sliced,
+        **{name: tensor if tensor.data_ptr() % 64 == 0 else tensor.clone() for name, tensor in rows_of(sliced).items()},
+    )
 
 
 def rows_of(problem: LayerProblem) -> dict[str, Any]:
     """Return the tensors of a problem that have its rows, by argument name."""
-    tensors = {"weight": problem.weight, "drift": problem.drift, "drift_energy": problem.drift_energy, "energy": problem.energy}
+    tensors = {
+        "weight": problem.weight,
+        "drift": problem.drift,
+        "drift_energy": problem.drift_energy,
+        "energy": problem.energy,
+    }
     return {name: tensor for name, tensor in tensors.items() if tensor is not None}
 
 

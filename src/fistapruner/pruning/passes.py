@@ -1,7 +1,8 @@
 """The passes through one decoder layer that pruning needs, and what is kept from one pass to the next.
 
-Where ``propagate`` and ``target`` are ``pruned``, each group has a pass of its own, and a last one makes the output. With
-the dense model beside it there is one dense pass before them, which serves all groups (:meth:`LayerPasses.dense_pass`).
+Where ``propagate`` and ``target`` are ``pruned``, each group has a pass of its own, and a last one makes the output.
+With the dense model beside it there is one dense pass before them, which serves all groups
+(:meth:`LayerPasses.dense_pass`).
 """
 
 from __future__ import annotations
@@ -43,10 +44,14 @@ class LayerPasses:
         self._activations: DenseActivations | None = None
         self._residual: ResidualDrift | None = None
         if streams.dense is not None:
-            self._activations = DenseActivations(index, self._layer, groups, self._sources, streams.dense, context.scratch)
+            self._activations = DenseActivations(
+                index, self._layer, groups, self._sources, streams.dense, context.scratch
+            )
             if recipe.corrects_drift:
                 writers = layout.residual_writers[index]
-                self._residual = ResidualDrift(index, self._layer, writers, groups, streams.dense, streams.seen, context.scratch)
+                self._residual = ResidualDrift(
+                    index, self._layer, writers, groups, streams.dense, streams.seen, context.scratch
+                )
         self._replay: Replay | None = None
         if recipe.error_correction:
             later_passes = int(streams.pruned_out is not None and not recipe.reconstruct)
@@ -101,8 +106,8 @@ class LayerPasses:
     def make_wanted(self) -> None:
         """Complete the outputs that block matching trains towards, while nothing is pruned yet.
 
-        They are the dense model's outputs, which the dense pass wrote; with ``target=pruned`` the dense layer's on drifted
-        inputs, or a mixture of both, as for single operators.
+        They are the dense model's outputs, which the dense pass wrote; with ``target=pruned`` the dense layer's on
+        drifted inputs, or a mixture of both, as for single operators.
         """
         if self.wanted is None:
             return
@@ -115,7 +120,11 @@ class LayerPasses:
             for start, stop in self._context.calls.batches(mixed.samples):
                 mixed.write(
                     start,
-                    torch.lerp(mixed.read(start, stop, dtype=torch.float32), self.wanted.read(start, stop, dtype=torch.float32), share),
+                    torch.lerp(
+                        mixed.read(start, stop, dtype=torch.float32),
+                        self.wanted.read(start, stop, dtype=torch.float32),
+                        share,
+                    ),
                 )
             self._close_wanted()
             self.wanted = mixed
@@ -144,8 +153,8 @@ class LayerPasses:
         """Write the pruned layer's output for the next layer, and release what was kept.
 
         Returns:
-            Squared difference of the pruned and the dense layer's output, as a share of what the dense layer adds to its
-            input; None where the dense output was not computed.
+            Squared difference of the pruned and the dense layer's output, as a share of what the dense layer adds to
+            its input; None where the dense output was not computed.
         """
         self._close_wanted()
         if self._residual is not None:

@@ -152,7 +152,8 @@ class Execution(Settings):
     )
     executor: Literal["serial", "process", "ray"] = Field(
         "serial",
-        description="Who prunes the decoder layers: this process (serial), processes of this machine (process), or a Ray cluster (ray).",
+        description="Who prunes the decoder layers: this process (serial), processes of this machine (process), "
+        "or a Ray cluster (ray).",
     )
     workers: int | None = Field(
         None,
@@ -162,11 +163,13 @@ class Execution(Settings):
     threads: int | None = Field(
         None,
         ge=1,
-        description="CPU threads of each worker; without it the machine's cores are shared out. The last bits of the weights depend on it.",
+        description="CPU threads of each worker; without it the machine's cores are shared out. The last bits of "
+        "the weights depend on it.",
     )
     address: str | None = Field(
         None,
-        description="HOST:PORT of the head of a Ray cluster, or auto for the one on this machine; without it one is started here.",
+        description="HOST:PORT of the head of a Ray cluster, or auto for the one on this machine; without it one "
+        "is started here.",
     )
 
     @field_validator("memory_limit", mode="before")
@@ -188,7 +191,8 @@ class Recipe(Settings):
     )
     method: MethodSetting = Field(
         "proximal",
-        description="A solver, or a chain of a solver and refinements such as wanda+refit; 'fistapruner methods' lists them.",
+        description="A solver, or a chain of a solver and refinements such as wanda+refit; 'fistapruner methods' "
+        "lists them.",
     )
     propagate: Literal["auto", "dense", "pruned"] = Field(
         "auto",
@@ -197,7 +201,9 @@ class Recipe(Settings):
         "(SparseGPT, ALPS). auto is the paper's choice, pruned for proximal, and dense if layers "
         "are pruned in parallel or in parts.",
     )
-    dense_target: Annotated[Annotated[float, Field(ge=0.0, le=1.0)] | Literal["auto"], BeforeValidator(_dense_target)] = Field(
+    dense_target: Annotated[
+        Annotated[float, Field(ge=0.0, le=1.0)] | Literal["auto"], BeforeValidator(_dense_target)
+    ] = Field(
         "auto",
         description="Output that an operator reproduces: dense (the dense model's; FISTAPruner), pruned (the "
         "dense weight's on the drifted inputs; SparseGPT, Wanda, ALPS), or a share of the dense "
@@ -220,13 +226,16 @@ class Recipe(Settings):
     )
     targets: tuple[str, ...] = Field(
         (),
-        description="Operators to prune, by name or re: pattern; without it every linear operator of the decoder layers.",
+        description="Operators to prune, by name or re: pattern; without it every linear operator of the decoder "
+        "layers.",
     )
     ignore: tuple[str, ...] = Field(
         (),
         description="Operators to leave dense, by name or re: pattern.",
     )
-    allocation: Annotated[Literal["uniform", "owl", "error", "auto"] | dict[str, SparsitySetting], BeforeValidator(_allocation)] = Field(
+    allocation: Annotated[
+        Literal["uniform", "owl", "error", "auto"] | dict[str, SparsitySetting], BeforeValidator(_allocation)
+    ] = Field(
         "auto",
         description="Distribution of the sparsity over layers and operators: uniform, owl, error (by measured "
         "error), or a mapping of name patterns to sparsities. auto is error for proximal, and "
@@ -248,7 +257,8 @@ class Recipe(Settings):
     reconstruct: int = Field(
         0,
         ge=0,
-        description="Steps of block reconstruction after each decoder layer, each on one calibration window; 0 is none.",
+        description="Steps of block reconstruction after each decoder layer, each on one calibration window; 0 is "
+        "none.",
     )
     calibration: Calibration = Field(
         Calibration(),
@@ -256,7 +266,8 @@ class Recipe(Settings):
     )
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
         "auto",
-        description="Precision of the forward passes; auto is the checkpoint's own, or float32 on CPUs without matrix units for it.",
+        description="Precision of the forward passes; auto is the checkpoint's own, or float32 on CPUs without "
+        "matrix units for it.",
     )
     seed: Seed = Field(
         0,

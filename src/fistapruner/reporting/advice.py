@@ -113,7 +113,9 @@ def _calibration(report: Report) -> list[str]:
             "their Grams are poorly determined. Use more `--samples` or a longer `--seqlen`."
         )
     elif used.samples < 128:
-        found.append(f"Calibration used {used.samples} windows; the papers use 128, and quality drops quickly with fewer.")
+        found.append(
+            f"Calibration used {used.samples} windows; the papers use 128, and quality drops quickly with fewer."
+        )
     if used.source in ("python", "self") and report.evaluations:
         found.append(
             f"Calibration text was {used.source!r}. Text like what the model will be used for usually gives "

@@ -120,8 +120,15 @@ def quality_against_sparsity(found: Sequence[Point]) -> Drawing | None:
         for index, method in enumerate(methods):
             color = SERIES[index % len(SERIES)]
             for nm in (False, True):
-                mine = sorted((p for p in found if p.method == method and _is_nm(p.sparsity) is nm), key=lambda p: places[p.sparsity])
-                label = short[method] if not nm or not any(p.method == method and not _is_nm(p.sparsity) for p in found) else None
+                mine = sorted(
+                    (p for p in found if p.method == method and _is_nm(p.sparsity) is nm),
+                    key=lambda p: places[p.sparsity],
+                )
+                label = (
+                    short[method]
+                    if not nm or not any(p.method == method and not _is_nm(p.sparsity) for p in found)
+                    else None
+                )
                 axes.errorbar(
                     [places[p.sparsity] for p in mine],
                     [p.gap for p in mine],
@@ -168,11 +175,25 @@ def quality_against_time(found: Sequence[Point], pattern: str) -> Drawing | None
         for order, point in enumerate(sorted(here, key=lambda point: (point.seconds or 0.0, point.gap))):
             index = methods.index(point.method)
             axes.errorbar(
-                point.seconds, point.gap, yerr=point.spread, fmt=_marker(index), color=SERIES[index % len(SERIES)], markersize=8, capsize=2
+                point.seconds,
+                point.gap,
+                yerr=point.spread,
+                fmt=_marker(index),
+                color=SERIES[index % len(SERIES)],
+                markersize=8,
+                capsize=2,
             )
-            shift, side = ((0, 8), "bottom") if order % 2 == 0 else ((0, -8), "top")  # neighbours' labels on opposite sides
+            shift, side = (
+                ((0, 8), "bottom") if order % 2 == 0 else ((0, -8), "top")
+            )  # neighbours' labels on opposite sides
             axes.annotate(
-                short[point.method], (point.seconds, point.gap), xytext=shift, textcoords="offset points", ha="center", va=side, color=INK
+                short[point.method],
+                (point.seconds, point.gap),
+                xytext=shift,
+                textcoords="offset points",
+                ha="center",
+                va=side,
+                color=INK,
             )
         axes.set_xscale("log")
         axes.margins(x=0.2, y=0.2)
@@ -188,7 +209,10 @@ def quality_against_time(found: Sequence[Point], pattern: str) -> Drawing | None
         caption="Down and to the left is better.",
         description="; ".join(f"{p.method}: gap {significant(p.gap)} in {duration(p.seconds)}" for p in here),
         heights=(360, 360),
-        table=(["method", "seconds", "gap"], [[p.method, significant(p.seconds), with_error(p.gap, p.spread or None, 3)] for p in here]),
+        table=(
+            ["method", "seconds", "gap"],
+            [[p.method, significant(p.seconds), with_error(p.gap, p.spread or None, 3)] for p in here],
+        ),
     )
 
 
@@ -196,10 +220,16 @@ def _overview(found: Sequence[Point]) -> Table:
     """Tabulate the mean gap by method and sparsity, with its deviation over seeds; ★ marks the smallest."""
     columns = sorted(patterns(found), key=lambda pattern: (_is_nm(pattern), _zeros(pattern)))
     best = {pattern: min(point.gap for point in found if point.sparsity == pattern) for pattern in columns}
-    cells = {(p.method, p.sparsity): with_error(p.gap, p.spread or None, 3) + (" ★" if p.gap == best[p.sparsity] else "") for p in found}
+    cells = {
+        (p.method, p.sparsity): with_error(p.gap, p.spread or None, 3) + (" ★" if p.gap == best[p.sparsity] else "")
+        for p in found
+    }
     methods = list(dict.fromkeys(point.method for point in found))
     short = short_labels(found)
-    names = {method: method if short[method] in (method, method.partition("@")[0]) else f"{short[method]}: {method}" for method in methods}
+    names = {
+        method: method if short[method] in (method, method.partition("@")[0]) else f"{short[method]}: {method}"
+        for method in methods
+    }
     rows = [(names[method], *(cells.get((method, pattern), "–") for pattern in columns)) for method in methods]
     return Table("Gap by method and sparsity", ("method", *columns), rows, numeric=range(1, len(columns) + 1))
 
@@ -224,7 +254,11 @@ def _results(comparison: Comparison) -> Table:
         rows.append(("dense", "–", "–", dense, "0", "0", "0", "–", "–", "–", "–"))
     for row in comparison.rows:
         text = row.perplexity
-        share = row.operator_zeros / row.operator_weights if row.operator_weights and row.operator_zeros is not None else None
+        share = (
+            row.operator_zeros / row.operator_weights
+            if row.operator_weights and row.operator_zeros is not None
+            else None
+        )
         rows.append(
             (
                 row.label or row.method,
@@ -254,7 +288,9 @@ def _protocol(comparison: Comparison) -> list[tuple[str, str]]:
     text = comparison.dense or next((row.perplexity for row in comparison.rows if row.perplexity), None)
     calibration = None
     if used is not None:
-        calibration = f"{used.source}: {used.samples} windows of {used.seqlen} tokens" + (f", {used.how}" if used.how else "")
+        calibration = f"{used.source}: {used.samples} windows of {used.seqlen} tokens" + (
+            f", {used.how}" if used.how else ""
+        )
     pairs = [
         ("model", comparison.model.source),
         ("evaluated on", protocol(text) if text else None),

@@ -6,7 +6,18 @@ from ..runs.records import CompareRow, Comparison
 from ..runtime.formatting import align_columns, duration, size
 from .rendering import render
 
-HEADER = ("method", "sparsity", "seed", "perplexity", "gap", "layer error", "time", "of it solving", "peak memory", "zeros")
+HEADER = (
+    "method",
+    "sparsity",
+    "seed",
+    "perplexity",
+    "gap",
+    "layer error",
+    "time",
+    "of it solving",
+    "peak memory",
+    "zeros",
+)
 
 
 def comparison_table(comparison: Comparison) -> str:
@@ -45,7 +56,9 @@ def protocol(comparison: Comparison) -> list[str]:
 
 
 def _cells(row: CompareRow) -> tuple[str, ...]:
-    share = row.operator_zeros / row.operator_weights if row.operator_weights and row.operator_zeros is not None else None
+    share = (
+        row.operator_zeros / row.operator_weights if row.operator_weights and row.operator_zeros is not None else None
+    )
     return (
         row.label or row.method,
         row.sparsity,
@@ -61,5 +74,9 @@ def _cells(row: CompareRow) -> tuple[str, ...]:
 
 
 def _failures(comparison: Comparison) -> list[str]:
-    failed = [f"{row.label or row.method}, {row.sparsity}, seed {row.seed}: {row.error}" for row in comparison.rows if row.error]
+    failed = [
+        f"{row.label or row.method}, {row.sparsity}, seed {row.seed}: {row.error}"
+        for row in comparison.rows
+        if row.error
+    ]
     return ["", *failed] if failed else []

@@ -91,7 +91,9 @@ def style(axes: Any, *, grid: str | None = "y") -> None:
 
 def label_right(axes: Any, x: float, y: float, text: str) -> None:
     """Write ``text`` just right of a point."""
-    axes.annotate(text, (x, y), xytext=(6, 0), textcoords="offset points", va="center", ha="left", color=INK, fontsize=11)
+    axes.annotate(
+        text, (x, y), xytext=(6, 0), textcoords="offset points", va="center", ha="left", color=INK, fontsize=11
+    )
 
 
 def heat_level(value: float, low: float, high: float) -> int:

@@ -15,7 +15,12 @@ def evaluation_text(evaluation: Evaluation) -> str:
         rows.append(("  dense", with_error(evaluation.reference.perplexity, evaluation.reference.standard_error)))
     if evaluation.divergence is not None:
         damage = evaluation.divergence
-        rows.append(("NLL gap", f"{with_error(damage.nll_difference, damage.nll_difference_standard_error, 4)} nats a token (paired)"))
+        rows.append(
+            (
+                "NLL gap",
+                f"{with_error(damage.nll_difference, damage.nll_difference_standard_error, 4)} nats a token (paired)",
+            )
+        )
         rows.append(("KL from dense", f"{with_error(damage.kl, damage.kl_standard_error, 4)} nats a token"))
         agreement = with_error(100 * damage.top1_agreement, 100 * damage.top1_standard_error, 1)
         rows.append(("top-1 agreement", f"{agreement} % of tokens"))
@@ -48,4 +53,8 @@ def task_text(task: TaskResult) -> str:
 
 def item_count(task: TaskResult) -> str:
     """Write ``2376 items``, or ``the first 400 of 2376 items`` where not all were used."""
-    return f"{task.items} items" if task.available in (None, task.items) else f"the first {task.items} of {task.available} items"
+    return (
+        f"{task.items} items"
+        if task.available in (None, task.items)
+        else f"the first {task.items} of {task.available} items"
+    )

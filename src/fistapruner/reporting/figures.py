@@ -43,7 +43,10 @@ def error_map(layers: Sequence[LayerEntry]) -> Drawing | None:
     """Draw the relative error of every operator: decoder layers by operators."""
     names = list(dict.fromkeys(operator.name for layer in layers for operator in layer.operators))
     values = {
-        (layer.index, op.name): 100 * op.relative_error for layer in layers for op in layer.operators if op.relative_error is not None
+        (layer.index, op.name): 100 * op.relative_error
+        for layer in layers
+        for op in layer.operators
+        if op.relative_error is not None
     }
     if not values:
         return None
@@ -125,7 +128,8 @@ def layer_errors(layers: Sequence[LayerEntry]) -> Drawing | None:
         "layer-errors",
         "Error by decoder layer",
         plot,
-        caption="Mean over the operators of a layer" + (f"; and of the layer's output, {of}." if output and of else "."),
+        caption="Mean over the operators of a layer"
+        + (f"; and of the layer's output, {of}." if output and of else "."),
         description=f"Line plot over {len(means)} layers. Largest mean {significant(worst[1], 2)} %, layer {worst[0]}.",
         table=(
             ["layer", "mean of operators, %", "output, %"],
@@ -141,13 +145,26 @@ def layer_sparsity(layers: Sequence[LayerEntry]) -> Drawing | None:
         weights = [math.prod(operator.shape) for operator in layer.operators]
         if sum(weights):
             shares = [100 * operator.zeros / size for operator, size in zip(layer.operators, weights, strict=True)]
-            rows.append((layer.index, 100 * sum(operator.zeros for operator in layer.operators) / sum(weights), min(shares), max(shares)))
+            rows.append(
+                (
+                    layer.index,
+                    100 * sum(operator.zeros for operator in layer.operators) / sum(weights),
+                    min(shares),
+                    max(shares),
+                )
+            )
     if not rows:
         return None
 
     def plot(figure: Any, width: int) -> None:
         axes = figure.subplots()
-        axes.bar([row[0] for row in rows], [row[1] for row in rows], width=0.72, color=SERIES[0], label="all operators of the layer")
+        axes.bar(
+            [row[0] for row in rows],
+            [row[1] for row in rows],
+            width=0.72,
+            color=SERIES[0],
+            label="all operators of the layer",
+        )
         for index, _, least, most in rows:
             if most - least > 0.05:
                 axes.plot([index, index], [least, most], color=INK, linewidth=1.2)
@@ -164,13 +181,20 @@ def layer_sparsity(layers: Sequence[LayerEntry]) -> Drawing | None:
         plot,
         caption="Exact share of zeros in the pruned operators. A line spans a layer's operators where they differ.",
         description=f"Bars over {len(rows)} layers, from {least} % to {most} % zeros.",
-        table=(["layer", "zeros, %", "least", "most"], [[str(row[0]), *(significant(v, 5) for v in row[1:])] for row in rows]),
+        table=(
+            ["layer", "zeros, %", "least", "most"],
+            [[str(row[0]), *(significant(v, 5) for v in row[1:])] for row in rows],
+        ),
     )
 
 
 def chain_errors(layers: Sequence[LayerEntry]) -> Drawing | None:
     """Draw the error after each step of the method chain, over all operators."""
-    chains = [[(str(s.get("method", "?")), s.get("relative_error")) for s in op.steps] for layer in layers for op in layer.operators]
+    chains = [
+        [(str(s.get("method", "?")), s.get("relative_error")) for s in op.steps]
+        for layer in layers
+        for op in layer.operators
+    ]
     chains = [chain for chain in chains if chain and all(isinstance(error, (int, float)) for _, error in chain)]
     if not chains or max(len(chain) for chain in chains) < 2:
         return None
@@ -196,7 +220,9 @@ def chain_errors(layers: Sequence[LayerEntry]) -> Drawing | None:
         "Error after each step",
         plot,
         caption="A dot is an operator, the bar their median, after each step of the method chain.",
-        description="Medians: " + ", ".join(f"{name} {significant(value)} %" for name, value in zip(names, medians, strict=True)) + ".",
+        description="Medians: "
+        + ", ".join(f"{name} {significant(value)} %" for name, value in zip(names, medians, strict=True))
+        + ".",
         table=(
             ["step", "median error, %", "largest, %"],
             [[name, significant(median(v)), significant(max(v))] for name, v in zip(names, columns, strict=True)],
@@ -286,7 +312,9 @@ def spectra(layers: Sequence[LayerEntry]) -> Drawing | None:
     def plot(figure: Any, width: int) -> None:
         axes = figure.subplots()
         for color, (name, operator) in zip(SERIES, chosen, strict=False):
-            pairs = [(r, v) for r, v in zip(operator.spectrum_ranks or [], operator.spectrum or [], strict=True) if v > 1e-14]
+            pairs = [
+                (r, v) for r, v in zip(operator.spectrum_ranks or [], operator.spectrum or [], strict=True) if v > 1e-14
+            ]
             axes.plot([r for r, _ in pairs], [v for _, v in pairs], color=color, label=name)
         axes.set_xscale("log")
         axes.set_yscale("log")
@@ -339,7 +367,9 @@ def time_by_layer(layers: Sequence[LayerEntry]) -> Drawing | None:
         "Time by decoder layer",
         plot,
         caption="Wall time by phase: forward passes (capture), Gram sums (gram), solver (solve), files (io).",
-        description="Stacked bars. In all: " + ", ".join(f"{phase} {duration(value)}" for phase, value in totals.items()) + ".",
+        description="Stacked bars. In all: "
+        + ", ".join(f"{phase} {duration(value)}" for phase, value in totals.items())
+        + ".",
         table=(["phase", "seconds"], [[phase, significant(value)] for phase, value in totals.items()]),
     )
 
@@ -370,7 +400,15 @@ def _log_range(values: list[float]) -> tuple[float, float]:
 
 def _brief(value: float) -> str:
     """Format a percentage in at most five characters, for a cell of the heat map."""
-    return "<0.01" if value < 0.01 else f"{value:.2f}" if value < 1 else f"{value:.1f}" if value < 99.95 else f"{value:.0f}"
+    return (
+        "<0.01"
+        if value < 0.01
+        else f"{value:.2f}"
+        if value < 1
+        else f"{value:.1f}"
+        if value < 99.95
+        else f"{value:.0f}"
+    )
 
 
 def _cell(column: int, row: int, color: str) -> Any:

@@ -21,7 +21,11 @@ def quality_figures(evaluations: Sequence[Evaluation]) -> dict[str, Drawing]:
 
 def perplexities(evaluations: Sequence[Evaluation]) -> Drawing | None:
     """Draw the perplexity of the dense and the pruned model, with standard errors."""
-    rows = [(e.perplexity, e.reference) for e in evaluations if e.perplexity is not None and math.isfinite(e.perplexity.perplexity)]
+    rows = [
+        (e.perplexity, e.reference)
+        for e in evaluations
+        if e.perplexity is not None and math.isfinite(e.perplexity.perplexity)
+    ]
     if not rows:
         return None
 
@@ -42,7 +46,11 @@ def perplexities(evaluations: Sequence[Evaluation]) -> Drawing | None:
             position += 0.6
         axes.set_yticks([p for p, _ in ticks], [label for _, label in ticks])
         axes.set_ylim(position - 0.9, -0.7)
-        axes.set_xlim(0, 1.25 * max(max(p.perplexity + (p.standard_error if math.isfinite(p.standard_error) else 0), 0) for p, _ in rows))
+        axes.set_xlim(
+            0,
+            1.25
+            * max(max(p.perplexity + (p.standard_error if math.isfinite(p.standard_error) else 0), 0) for p, _ in rows),
+        )
         axes.set_xlabel("perplexity (lower is better)")
         style(axes, grid="x")
 
@@ -77,7 +85,9 @@ def perplexities(evaluations: Sequence[Evaluation]) -> Drawing | None:
 
 def divergences(evaluations: Sequence[Evaluation]) -> Drawing | None:
     """Draw the KL divergence from the dense model, and tokens whose most likely successor changed."""
-    rows = [(e.perplexity.data, e.divergence) for e in evaluations if e.divergence is not None and e.perplexity is not None]
+    rows = [
+        (e.perplexity.data, e.divergence) for e in evaluations if e.divergence is not None and e.perplexity is not None
+    ]
     if not rows:
         return None
 
@@ -110,13 +120,18 @@ def divergences(evaluations: Sequence[Evaluation]) -> Drawing | None:
         plot,
         caption=f"How far next-token distributions moved: damage that perplexity can hide. {OVER_WINDOWS}",
         description="; ".join(
-            f"{data}: KL {with_error(d.kl, d.kl_standard_error, 3)}, top-1 agreement {percent(d.top1_agreement)}" for data, d in rows
+            f"{data}: KL {with_error(d.kl, d.kl_standard_error, 3)}, top-1 agreement {percent(d.top1_agreement)}"
+            for data, d in rows
         ),
         heights=(110 + 44 * len(rows), 190 + 60 * len(rows)),
         table=(
             ["data", "KL, nats a token", "top-1 agreement, %"],
             [
-                [n, with_error(d.kl, d.kl_standard_error, 4), with_error(100 * d.top1_agreement, 100 * d.top1_standard_error, 2)]
+                [
+                    n,
+                    with_error(d.kl, d.kl_standard_error, 4),
+                    with_error(100 * d.top1_agreement, 100 * d.top1_standard_error, 2),
+                ]
                 for n, d in rows
             ],
         ),
@@ -139,7 +154,9 @@ def zero_shot(evaluations: Sequence[Evaluation]) -> Drawing | None:
             for value, error, shift, color, marker in pairs:
                 if value is not None:
                     spread = 100 * error if error is not None and math.isfinite(error) else 0.0
-                    axes.errorbar(100 * value, row + shift, xerr=spread, fmt=marker, color=color, markersize=6, capsize=3)
+                    axes.errorbar(
+                        100 * value, row + shift, xerr=spread, fmt=marker, color=color, markersize=6, capsize=3
+                    )
         axes.set_yticks(range(len(tasks)), [f"{t.task}{' *' if t.significant else ''}\n{t.metric}" for t in tasks])
         axes.set_ylim(len(tasks) - 0.5, -0.5)
         axes.set_xlabel("right answers, %  (square dense, dot pruned)")
@@ -152,7 +169,8 @@ def zero_shot(evaluations: Sequence[Evaluation]) -> Drawing | None:
         caption="Lines are one standard error over items. A star marks a difference that the exact McNemar test "
         "on the same items finds unlikely to be chance (p < 0.05); without it, the difference is within noise.",
         description="; ".join(
-            f"{t.task} {t.metric}: {percent(t.value)}" + (f", dense {percent(t.reference)}" if t.reference is not None else "")
+            f"{t.task} {t.metric}: {percent(t.value)}"
+            + (f", dense {percent(t.reference)}" if t.reference is not None else "")
             for t in tasks
         ),
         heights=(80 + 44 * len(tasks), 80 + 44 * len(tasks)),

@@ -52,7 +52,13 @@ def _metadata(report: Report) -> dict[str, Any]:
         block["base_model_relation"] = "finetune"
     block["library_name"] = "transformers"
     block["pipeline_tag"] = "text-generation"
-    block["tags"] = ["pruning", "sparsity", "fistapruner", report.method.replace("+", "-"), report.sparsity.replace("%", "-percent")]
+    block["tags"] = [
+        "pruning",
+        "sparsity",
+        "fistapruner",
+        report.method.replace("+", "-"),
+        report.sparsity.replace("%", "-percent"),
+    ]
     block["tags"] = [tag for tag in block["tags"] if tag]
     results = _metadata_results(report)
     if results:
@@ -82,7 +88,9 @@ def _metadata_results(report: Report) -> list[dict[str, Any]]:
             {
                 "task": {"type": "text-generation"},
                 "dataset": {"name": task.task, "type": task.task},
-                "metrics": [{"type": task.metric, "value": round(task.value, 4), "name": f"{task.metric}, {task.shots}-shot"}],
+                "metrics": [
+                    {"type": task.metric, "value": round(task.value, 4), "name": f"{task.metric}, {task.shots}-shot"}
+                ],
             }
             for task in evaluation.tasks
         ]
@@ -94,7 +102,9 @@ def _zeros(report: Report) -> str:
     totals = report.totals
     if not totals.operator_weights or totals.operator_zeros is None:
         return ""
-    share = f"{count(totals.operator_zeros)} of {count(totals.operator_weights)} weights of the pruned operators are zero"
+    share = (
+        f"{count(totals.operator_zeros)} of {count(totals.operator_weights)} weights of the pruned operators are zero"
+    )
     text = f"{share} ({percent(totals.operator_zeros / totals.operator_weights, 4)})"
     if totals.model_weights and totals.model_zeros is not None:
         text += f", {percent(totals.model_zeros / totals.model_weights)} of the whole model"
@@ -107,16 +117,29 @@ def _measured(report: Report) -> list[tuple[str, str, str, str]]:
     for evaluation in report.evaluations:
         text, dense, damage = evaluation.perplexity, evaluation.reference, evaluation.divergence
         if text is not None:
-            protocol = f"{plain_markdown(text.data)} {text.split}, {text.windows} windows of {text.seqlen}, {text.dtype}"
+            protocol = (
+                f"{plain_markdown(text.data)} {text.split}, {text.windows} windows of {text.seqlen}, {text.dtype}"
+            )
             before = with_error(dense.perplexity, dense.standard_error) if dense else "–"
             rows.append(("perplexity", protocol, before, with_error(text.perplexity, text.standard_error)))
             if damage is not None:
-                rows.append(("KL from dense (nats/token)", protocol, "0", with_error(damage.kl, damage.kl_standard_error, 4)))
+                rows.append(
+                    ("KL from dense (nats/token)", protocol, "0", with_error(damage.kl, damage.kl_standard_error, 4))
+                )
                 rows.append(("top-1 agreement", protocol, "100 %", percent(damage.top1_agreement)))
         for task in evaluation.tasks:
             before = with_error(task.reference, task.reference_standard_error, 4)
-            note = f"{task.shots}-shot, {item_count(task)}" + (f", {p_value(task.p_value)}" if task.p_value is not None else "")
-            rows.append((f"{plain_markdown(task.task)} ({task.metric})", note, before, with_error(task.value, task.standard_error, 4)))
+            note = f"{task.shots}-shot, {item_count(task)}" + (
+                f", {p_value(task.p_value)}" if task.p_value is not None else ""
+            )
+            rows.append(
+                (
+                    f"{plain_markdown(task.task)} ({task.metric})",
+                    note,
+                    before,
+                    with_error(task.value, task.standard_error, 4),
+                )
+            )
     if speeds(report):
         costs = size_rows(report) + speed_rows(report)
         rows += [(measure, f"{how} ({change})", before, after) for measure, before, after, change, how in costs]
@@ -125,7 +148,12 @@ def _measured(report: Report) -> list[tuple[str, str, str, str]]:
 
 def _made(report: Report) -> list[str]:
     lines = []
-    errors = [operator.relative_error for layer in report.layers for operator in layer.operators if operator.relative_error is not None]
+    errors = [
+        operator.relative_error
+        for layer in report.layers
+        for operator in layer.operators
+        if operator.relative_error is not None
+    ]
     if report.calibration:
         used = report.calibration
         how = f" ({used.how})" if used.how else ""
@@ -135,7 +163,9 @@ def _made(report: Report) -> list[str]:
         mean, worst = percent(sum(errors) / len(errors)), percent(max(errors))
         lines.append(f"relative error of the operators' outputs: mean {mean}, worst {worst}")
     if report.permuted:
-        lines.append(f"hidden channels read by {len(report.permuted)} operators are in another order than in the dense model")
+        lines.append(
+            f"hidden channels read by {len(report.permuted)} operators are in another order than in the dense model"
+        )
     if report.totals.seconds:
         machine = report.machine.device_name or report.machine.cpu or report.machine.device
         peak = f", peak memory {size(report.totals.peak_memory)}" if report.totals.peak_memory else ""

@@ -98,14 +98,26 @@ def _tiles(report: Report) -> list[tuple[str, str, str]]:
                 )
             )
     if totals.operator_weights and totals.operator_zeros is not None:
-        whole = f"{percent(totals.model_zeros / totals.model_weights)} of the model" if totals.model_weights and totals.model_zeros else ""
+        whole = (
+            f"{percent(totals.model_zeros / totals.model_weights)} of the model"
+            if totals.model_weights and totals.model_zeros
+            else ""
+        )
         items.append(
-            ("Zeros", percent(totals.operator_zeros / totals.operator_weights), f"{count(totals.operator_zeros)}; {whole}".rstrip("; "))
+            (
+                "Zeros",
+                percent(totals.operator_zeros / totals.operator_weights),
+                f"{count(totals.operator_zeros)}; {whole}".rstrip("; "),
+            )
         )
     errors = [op.relative_error for layer in report.layers for op in layer.operators if op.relative_error is not None]
     if errors:
         items.append(
-            ("Mean relative error", percent(sum(errors) / len(errors)), f"worst of {len(errors)} operators {percent(max(errors))}")
+            (
+                "Mean relative error",
+                percent(sum(errors) / len(errors)),
+                f"worst of {len(errors)} operators {percent(max(errors))}",
+            )
         )
     tasks = one_metric([task for evaluation in report.evaluations for task in evaluation.tasks])
     if len(tasks) > 1:
@@ -113,12 +125,16 @@ def _tiles(report: Report) -> list[tuple[str, str, str]]:
         note = f"mean of {len(tasks)} tasks" + (f"; dense {100 * dense_mean:.1f} %" if dense_mean is not None else "")
         items.insert(2 if items else 0, ("Zero-shot", f"{100 * mean:.1f} %", note))
     if totals.checkpoint_bytes:
-        packed = f"compressed {size(totals.compressed_bytes)}" if totals.compressed_bytes else "zeros are stored as they are"
+        packed = (
+            f"compressed {size(totals.compressed_bytes)}" if totals.compressed_bytes else "zeros are stored as they are"
+        )
         items.append(("Size on disk", size(totals.checkpoint_bytes), packed))
     baseline, fast = dense_speed(report), packed_speeds(report)
     if baseline is not None and fast:
         ratio = float(fast[0]["tokens_per_second"]) / float(baseline["tokens_per_second"])
-        note = f"{significant(fast[0]['tokens_per_second'])} tokens/s, {fast[0]['variant']}, against {baseline['variant']}"
+        note = (
+            f"{significant(fast[0]['tokens_per_second'])} tokens/s, {fast[0]['variant']}, against {baseline['variant']}"
+        )
         items.append(("Decoding speed", f"×{significant(ratio)}", note))
     if totals.seconds:
         peak = f"peak memory {size(totals.peak_memory)}" if totals.peak_memory else ""
@@ -141,7 +157,9 @@ def _speed(report: Report) -> Table:
 def _speed_measured(report: Report) -> str:
     """Say how the speeds were measured."""
     kernel = (report.speed or {}).get("kernel")
-    return ", ".join([speed_protocol(report, row) for row in speeds(report)[:1]] + ([f"kernel {kernel}"] if kernel else []))
+    return ", ".join(
+        [speed_protocol(report, row) for row in speeds(report)[:1]] + ([f"kernel {kernel}"] if kernel else [])
+    )
 
 
 def _warnings(report: Report, most: int = 20) -> list[str]:
@@ -158,7 +176,9 @@ def _hardest(report: Report) -> Table:
             percent(operator.relative_error),
             percent(operator.dense_error or 0.0),
             f"{operator.shape[0]} × {operator.shape[1]}, {pattern(operator.sparsity)}",
-            " → ".join(f"{step.get('method', '?')} {percent(step.get('relative_error'), 2)}" for step in operator.steps),
+            " → ".join(
+                f"{step.get('method', '?')} {percent(step.get('relative_error'), 2)}" for step in operator.steps
+            ),
         )
         for layer, operator in hardest(report.layers, 8)
     ]
@@ -229,8 +249,15 @@ def _used(report: Report) -> list[tuple[str, str]]:
     ]
     if used is not None:
         pairs += [
-            ("calibration", f"{used.source}: {used.samples} windows of {used.seqlen} tokens" + (f", {used.how}" if used.how else "")),
-            ("calibration tokens", f"{count(used.tokens)}, sha256 {used.sha256[:16]}" if used.sha256 else count(used.tokens)),
+            (
+                "calibration",
+                f"{used.source}: {used.samples} windows of {used.seqlen} tokens"
+                + (f", {used.how}" if used.how else ""),
+            ),
+            (
+                "calibration tokens",
+                f"{count(used.tokens)}, sha256 {used.sha256[:16]}" if used.sha256 else count(used.tokens),
+            ),
             ("calibration seed", None if used.seed is None else str(used.seed)),
         ]
     pairs += [

@@ -19,14 +19,34 @@ def quality_rows(evaluations: Sequence[Evaluation]) -> list[Row]:
         if text is not None:
             change = f"×{significant(text.perplexity / dense.perplexity)}" if dense is not None else "–"
             before = with_error(dense.perplexity, dense.standard_error) if dense is not None else "–"
-            rows.append((f"Perplexity, {text.data}", before, with_error(text.perplexity, text.standard_error), change, protocol(text)))
+            rows.append(
+                (
+                    f"Perplexity, {text.data}",
+                    before,
+                    with_error(text.perplexity, text.standard_error),
+                    change,
+                    protocol(text),
+                )
+            )
         if damage is not None:
             gap = with_error(damage.nll_difference, damage.nll_difference_standard_error, 3)
-            rows.append(("NLL gap, nats a token", "0", gap, "", "ln of the ratio of the perplexities, paired over windows"))
+            rows.append(
+                ("NLL gap, nats a token", "0", gap, "", "ln of the ratio of the perplexities, paired over windows")
+            )
             kl = with_error(damage.kl, damage.kl_standard_error, 3)
-            rows.append(("KL from dense, nats a token", "0", kl, "", "mean over the same tokens of KL(dense || pruned)"))
+            rows.append(
+                ("KL from dense, nats a token", "0", kl, "", "mean over the same tokens of KL(dense || pruned)")
+            )
             agreement = with_error(100 * damage.top1_agreement, 100 * damage.top1_standard_error, 1)
-            rows.append(("Top-1 agreement, %", "100", agreement, "", "tokens whose most likely successor is the same in both models"))
+            rows.append(
+                (
+                    "Top-1 agreement, %",
+                    "100",
+                    agreement,
+                    "",
+                    "tokens whose most likely successor is the same in both models",
+                )
+            )
     tasks = [task for evaluation in evaluations for task in evaluation.tasks]
     for task in tasks:
         before, change, how = "–", "–", f"{task.shots}-shot, {item_count(task)}, {task.source}"
@@ -35,7 +55,15 @@ def quality_rows(evaluations: Sequence[Evaluation]) -> list[Row]:
             change = points(task.value - task.reference)
             verdict = "a real difference" if task.significant else "within noise"
             how += f"; {task.lost} lost, {task.won} won, McNemar {p_value(task.p_value)}: {verdict}"
-        rows.append((f"{task.task}, {task.metric}, %", before, with_error(100 * task.value, 100 * task.standard_error, 1), change, how))
+        rows.append(
+            (
+                f"{task.task}, {task.metric}, %",
+                before,
+                with_error(100 * task.value, 100 * task.standard_error, 1),
+                change,
+                how,
+            )
+        )
     together = one_metric(tasks)
     if len(together) > 1:
         mean, error, dense_mean, dense_error = mean_score(together)

@@ -87,14 +87,20 @@ class RunDirectory:
             return
         if not self.run_file.exists() and (others := self.foreign()):
             shown = ", ".join(others[:3]) + (" and more" if len(others) > 3 else "")
-            raise FistaPrunerError(f"--out {self.folder} is a folder with other things in it ({shown}); name a new folder")
+            raise FistaPrunerError(
+                f"--out {self.folder} is a folder with other things in it ({shown}); name a new folder"
+            )
         for path in self.own_folders():
             if path.is_symlink() or (path.exists() and not path.is_dir()):
                 what = "a link" if path.is_symlink() else "a file"
-                raise FistaPrunerError(f"{path} is {what} where the run keeps a folder: move it away, or choose another --out")
+                raise FistaPrunerError(
+                    f"{path} is {what} where the run keeps a folder: move it away, or choose another --out"
+                )
         for path in self.own_files():
             if path.is_dir():
-                raise FistaPrunerError(f"{path} is a folder where the run keeps a file: move it away, or choose another --out")
+                raise FistaPrunerError(
+                    f"{path} is a folder where the run keeps a file: move it away, or choose another --out"
+                )
 
     def record(self) -> RunRecord | None:
         """Read ``run.json``, as far as all verbs have it; None where there is none yet.
@@ -152,7 +158,11 @@ class RunDirectory:
             digests: SHA-256 of every weight file, by name.
         """
         shards = {
-            name: {"bytes": (self.model / name).stat().st_size, "sha256": digest, "sampled": sampled_sha256(self.model / name)}
+            name: {
+                "bytes": (self.model / name).stat().st_size,
+                "sha256": digest,
+                "sampled": sampled_sha256(self.model / name),
+            }
             for name, digest in digests.items()
         }
         others = sorted(name for name in self._model_names() if name not in shards)
@@ -219,10 +229,14 @@ class RunDirectory:
         """
         record = self.model_record()
         if record is None and self.model_fingerprint() is None:
-            raise FistaPrunerError(f"{self.model} was not written by this run (it has no {PRUNING_RECORD}): move it away")
+            raise FistaPrunerError(
+                f"{self.model} was not written by this run (it has no {PRUNING_RECORD}): move it away"
+            )
         names = self._model_names()
         if record is not None and (others := sorted(names - {*record["files"], *record["others"]})):
-            raise FistaPrunerError(f"{self.model / others[0]} was not written by this run: move it away, and run the same command again")
+            raise FistaPrunerError(
+                f"{self.model / others[0]} was not written by this run: move it away, and run the same command again"
+            )
         with disk_errors(self.model):
             self.model_file.unlink(missing_ok=True)
             shutil.rmtree(self.model)

@@ -80,7 +80,16 @@ class LayerJournal:
             if tensors.stat().st_size != file["bytes"] or sha256_file(tensors) != file["sha256"]:
                 raise ValueError(f"{tensors.name} is not the file it was written with")
             return LayerEntry.model_validate(content)
-        except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError, ValidationError, FistaPrunerError) as error:
+        except (
+            OSError,
+            ValueError,
+            KeyError,
+            TypeError,
+            AttributeError,
+            RecursionError,
+            ValidationError,
+            FistaPrunerError,
+        ) as error:
             log.warning("layer %d is done again: %s: %s", index, record.name, error)
             return None
 

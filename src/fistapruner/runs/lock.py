@@ -1,9 +1,9 @@
 """One process at a time on a run directory, or on a range of its decoder layers.
 
-The holder's host, process id and start time stand in ``RUN/lock`` (``RUN/lock.0-9`` for a run of only those layers), and
-the holder keeps the file locked (``flock``). On the same host the kernel drops that lock when the holder dies, whatever
-kills it, so a file that nobody keeps locked is stale and is taken over. Between hosts the kernel's word is not to be
-relied on (network file systems differ), so a file that names another host is believed until somebody removes it.
+The holder's host, process id and start time stand in ``RUN/lock`` (``RUN/lock.0-9`` for a run of only those layers),
+and the holder keeps the file locked (``flock``). On the same host the kernel drops that lock when the holder dies,
+whatever kills it, so a file that nobody keeps locked is stale and is taken over. Between hosts the kernel's word is not
+to be relied on (network file systems differ), so a file that names another host is believed until somebody removes it.
 """
 
 from __future__ import annotations
@@ -68,7 +68,8 @@ def preparing(folder: Path) -> Iterator[None]:
 
 
 def holders(folder: Path) -> list[dict[str, Any]]:
-    """Records (``host``, ``pid``, ``started``) of the processes that seem to work on a run directory now. Takes no lock."""
+    """Records (``host``, ``pid``, ``started``) of the processes that seem to work on a run directory now. Takes no
+    lock."""
     found = []
     for path in sorted(folder.glob(f"{NAME}*")):
         with suppress(OSError, ValueError, RecursionError):
@@ -144,9 +145,12 @@ def _may_live(holder: dict[str, Any]) -> bool:
 def _refusal(path: Path, holder: dict[str, Any]) -> FistaPrunerError:
     host, pid = holder.get("host", "an unknown host"), holder.get("pid", "unknown")
     if host == platform.node():
-        return FistaPrunerError(f"{path.parent} is in use by process {pid} on this machine ({host}): wait for it, or end it and try again")
+        return FistaPrunerError(
+            f"{path.parent} is in use by process {pid} on this machine ({host}): wait for it, or end it and try again"
+        )
     return FistaPrunerError(
-        f"{path.parent} is in use by process {pid} on host {host}: wait for it; if that process is surely gone, remove {path} and try again"
+        f"{path.parent} is in use by process {pid} on host {host}: wait for it; if that process is surely gone, remove "
+        f"{path} and try again"
     )
 
 

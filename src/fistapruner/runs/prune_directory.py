@@ -33,7 +33,10 @@ DRAWING = "drawing"
 BEFORE_TOKENS = rf"{EARLY}|layers|calibration\.safetensors{re.escape(PARTIAL)}"
 """Names that an attempt has left that was stopped before it had drawn calibration tokens."""
 
-BEFORE_RUN_FILE = rf"{BEFORE_TOKENS}|hidden|(calibration\.safetensors|metrics\.safetensors|recipe\.yaml|run\.json)({re.escape(PARTIAL)})?"
+BEFORE_RUN_FILE = (
+    rf"{BEFORE_TOKENS}|hidden|"
+    rf"(calibration\.safetensors|metrics\.safetensors|recipe\.yaml|run\.json)({re.escape(PARTIAL)})?"
+)
 """Names that an attempt has left that was stopped before ``run.json`` was written."""
 
 

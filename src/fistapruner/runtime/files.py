@@ -32,7 +32,9 @@ def disk_errors(path: Path) -> Iterator[None]:
         yield
     except OSError as error:
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
-            raise FistaPrunerError(f"the disk is full: cannot write {path}; free some space and run the same command again") from error
+            raise FistaPrunerError(
+                f"the disk is full: cannot write {path}; free some space and run the same command again"
+            ) from error
         raise FistaPrunerError(f"cannot write {path}: {error.strerror or error}") from error
 
 
@@ -79,7 +81,9 @@ def claim_folder(folder: Path) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         if not marker.exists():
             if any(folder.iterdir()):
-                raise FistaPrunerError(f"{folder} holds files that fistapruner did not write: move it away, or name another output")
+                raise FistaPrunerError(
+                    f"{folder} holds files that fistapruner did not write: move it away, or name another output"
+                )
             os.close(os.open(marker, os.O_WRONLY | os.O_CREAT | os.O_CLOEXEC, 0o666))
 
 

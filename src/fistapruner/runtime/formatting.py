@@ -104,7 +104,8 @@ def align_columns(rows: Iterable[Sequence[str]], right: Collection[int] = ()) ->
     lines = []
     for row in rows:
         cells = (
-            cell.rjust(width) if place in right else cell.ljust(width) for place, (cell, width) in enumerate(zip(row, widths, strict=True))
+            cell.rjust(width) if place in right else cell.ljust(width)
+            for place, (cell, width) in enumerate(zip(row, widths, strict=True))
         )
         lines.append("  ".join(cells).rstrip())
     return "\n".join(lines)

@@ -41,8 +41,9 @@ def check_allocation(recipe: Recipe) -> None:
     """
     if recipe.allocation in ("owl", "error") and not recipe.pattern.supports_allocation:
         raise FistaPrunerError(
-            f"allocation {recipe.allocation!r} cannot be used with {recipe.pattern}: that has the same sparsity in every "
-            f"operator; take --allocation uniform, or an unstructured sparsity such as {100 * recipe.pattern.fraction:g}%"
+            f"allocation {recipe.allocation!r} cannot be used with {recipe.pattern}: that has the same sparsity in "
+            "every operator; take --allocation uniform, or an unstructured sparsity such as "
+            f"{100 * recipe.pattern.fraction:g}%"
         )
 
 
@@ -168,7 +169,9 @@ def decide(
     metrics: list[Tensor] | None = None
     importance: dict[str, Tensor] | None = None
     if differentiates(recipe):
-        sensitivity = measure_sensitivity(model, layout, tokens, passes, seed=recipe.seed, look=look, outputs=recipe.reconstruct > 0)
+        sensitivity = measure_sensitivity(
+            model, layout, tokens, passes, seed=recipe.seed, look=look, outputs=recipe.reconstruct > 0
+        )
         if allocation == "error":
             costs = {name: predicted_cost(errors[name], sensitivity.rows[name]) for name in sizes}
             found = dict(split_budget(costs, sizes, fraction))
@@ -205,7 +208,9 @@ class _Outliers:
         """Compute OWL's sparsities; ``sizes`` are the numbers of weights by full name."""
         members = {}
         for index in self._shares:
-            names = [self._layout.full_name(index, operator) for group in self._layout.layers[index] for operator in group]
+            names = [
+                self._layout.full_name(index, operator) for group in self._layout.layers[index] for operator in group
+            ]
             members[index] = {name: sizes[name] for name in names}
         return owl_allocation(self._shares, members, fraction)
 
@@ -225,7 +230,13 @@ class _Channels:
     def add(self, index: int, number: int, sums: InputEnergy) -> None:
         """Order the input channels of group ``number`` of decoder layer ``index``."""
         group = self._layout.layers[index][number]
-        weights = dict(zip((operator.name for operator in group), sums.weight.split([operator.rows for operator in group]), strict=True))
+        weights = dict(
+            zip(
+                (operator.name for operator in group),
+                sums.weight.split([operator.rows for operator in group]),
+                strict=True,
+            )
+        )
         for link in self._links[index]:
             name = self._layout.full_name(index, link.consumer)
             sparsity = self._sparsity.get(name)
@@ -236,5 +247,8 @@ class _Channels:
             order = torch.stack([channel_order(block, pattern) for block in link.by_block(scores)])
             rows, columns = link.places(order)
             self.orders |= reordered(self._model, index, link, order)
-            self.permuted[name] = (kept_share(scores, pattern), kept_share(scores[:, columns.to(scores.device)], pattern))
+            self.permuted[name] = (
+                kept_share(scores, pattern),
+                kept_share(scores[:, columns.to(scores.device)], pattern),
+            )
             self.rows |= {f"{self._layout.prefix}.{index}.{producer}": rows for producer in link.producers}

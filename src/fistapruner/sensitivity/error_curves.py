@@ -113,7 +113,9 @@ def _thinned(problem: LayerProblem) -> LayerProblem:
     assert problem.energy is not None
     weights = thinned(problem.weight)
     # Without the energy the problem would compute it again, which takes a product.
-    return replace(problem, weight=torch.cat(weights), energy=torch.cat(thinned(problem.energy)), rows=tuple(map(len, weights)))
+    return replace(
+        problem, weight=torch.cat(weights), energy=torch.cat(thinned(problem.energy)), rows=tuple(map(len, weights))
+    )
 
 
 def _threshold(scores: Tensor, fraction: float) -> Tensor:
@@ -144,7 +146,9 @@ def split_budget(curves: Mapping[str, Tensor], sizes: Mapping[str, int], fractio
         zeros[name] = steps[0]
         logs = interpolate(grid, curve.double().clamp_min(1e-30).log(), fine)
         slopes = (logs.exp().diff() / sizes[name]).cummax(0).values
-        offers += [(float(slope), name, after - before) for slope, before, after in zip(slopes, steps, steps[1:], strict=False)]
+        offers += [
+            (float(slope), name, after - before) for slope, before, after in zip(slopes, steps, steps[1:], strict=False)
+        ]
     left = budget - sum(zeros.values())
     for _, name, size in sorted(offers, key=lambda offer: offer[0]):  # stable: an operator's steps stay in order
         taken = min(size, left)

@@ -145,7 +145,9 @@ def measure_sensitivity(
         FistaPrunerError: NaN or infinite gradients; names the operator.
     """
     progress = partial(passes.tick, "decoder layers, forwards")
-    states, calls = forward(model, tokens, passes.batch_size, passes.store, visit=_looking(layout, look), keep=True, progress=progress)
+    states, calls = forward(
+        model, tokens, passes.batch_size, passes.store, visit=_looking(layout, look), keep=True, progress=progress
+    )
     last = states.pop()
     gradient = HiddenStates((last.samples, last.seqlen, last.width), last.dtype)
     loss_gradient(model, last, gradient, seed)
@@ -168,7 +170,9 @@ def measure_sensitivity(
 
             return after_forward
 
-        handles = [layer.get_submodule(operator.name).register_forward_hook(hook(operator.name)) for operator in operators]
+        handles = [
+            layer.get_submodule(operator.name).register_forward_hook(hook(operator.name)) for operator in operators
+        ]
         try:
             yield (lambda above: None) if metric is None else metric.add
         finally:
@@ -176,14 +180,16 @@ def measure_sensitivity(
                 handle.remove()
         if metric is not None:
             metrics.append(metric.mean(tokens.numel()))
-        rows.update((layout.full_name(index, operator), sums[operator.name].cpu() / tokens.numel()) for operator in operators)
+        rows.update(
+            (layout.full_name(index, operator), sums[operator.name].cpu() / tokens.numel()) for operator in operators
+        )
 
     backward(model, states, calls, gradient, measure, partial(passes.tick, "decoder layers, backwards"))
     for name, values in rows.items():  # from the last decoder layer to the first, as gradients come
         if not bool(values.isfinite().all()):
             raise FistaPrunerError(
-                f"{name}: the gradients of the predictions are NaN or infinite in {dtype_name(model.dtype)} passes: take "
-                "--dtype float32, or --allocation uniform and --weighting none, which need none"
+                f"{name}: the gradients of the predictions are NaN or infinite in {dtype_name(model.dtype)} passes: "
+                "take --dtype float32, or --allocation uniform and --weighting none, which need none"
             )
     return Sensitivity(rows, metrics[::-1], tokens.numel())
 

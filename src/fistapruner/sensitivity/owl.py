@@ -28,7 +28,9 @@ def outlier_share(operators: Iterable[tuple[Tensor, Tensor]]) -> float:
     return sum(int(torch.count_nonzero(score > OUTLIER * mean)) for score in scores) / count
 
 
-def owl_allocation(shares: Mapping[int, float], members: Mapping[int, Mapping[str, int]], fraction: float) -> dict[str, Unstructured]:
+def owl_allocation(
+    shares: Mapping[int, float], members: Mapping[int, Mapping[str, int]], fraction: float
+) -> dict[str, Unstructured]:
     """Map outlier shares linearly to sparsities in a range of ``2 lambda``, with an exact total.
 
     Args:
@@ -43,7 +45,9 @@ def owl_allocation(shares: Mapping[int, float], members: Mapping[int, Mapping[st
     total = sum(sum(sizes.values()) for sizes in members.values())
     mean = sum(raw[layer] * sum(sizes.values()) for layer, sizes in members.items()) / total
     budget = sum(Unstructured(fraction).zeros(1, size) for sizes in members.values() for size in sizes.values())
-    flat = {name: (fraction + raw[layer] - mean, size) for layer, sizes in members.items() for name, size in sizes.items()}
+    flat = {
+        name: (fraction + raw[layer] - mean, size) for layer, sizes in members.items() for name, size in sizes.items()
+    }
     return exact_total(flat, budget)
 
 

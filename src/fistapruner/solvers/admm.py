@@ -30,9 +30,13 @@ class ADMM(Method):
 
     name: ClassVar[str] = "admm"
 
-    rho: float = Field(1.0, gt=0.0, description="Penalty, in units of the scaled Gram's diagonal before it is damped (the paper's 1).")
+    rho: float = Field(
+        1.0, gt=0.0, description="Penalty, in units of the scaled Gram's diagonal before it is damped (the paper's 1)."
+    )
     iterations: int = Field(20, ge=1, description="Steps in all (20).")
-    growing: int = Field(15, ge=0, description="k, steps in which the sparsity grows (15); 0 takes the mask of the dense weights.")
+    growing: int = Field(
+        15, ge=0, description="k, steps in which the sparsity grows (15); 0 takes the mask of the dense weights."
+    )
     damping: float = Field(0.1, ge=0.0, description="Added to the scaled Gram's diagonal (0.1).")
 
     # Differs from the author's program (github.com/fmfi-compbio/admm-pruning, lib/admm.py):
@@ -68,4 +72,6 @@ class ADMM(Method):
             dual = dual + smooth - sparse
             smooth = (linear + rho * (sparse - dual)) @ inverse
         weight = (smooth + dual) * mask / scale
-        return Solution(weight, mask, tuple({"damping": self.damping, "rho": rho} for _ in problem.rows), tuple(warnings))
+        return Solution(
+            weight, mask, tuple({"damping": self.damping, "rho": rho} for _ in problem.rows), tuple(warnings)
+        )

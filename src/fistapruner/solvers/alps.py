@@ -35,7 +35,9 @@ class ALPS(Method):
     rho: float = Field(0.1, gt=0.0, description="First penalty, in units of the scaled Gram's diagonal.")
     iterations: int = Field(300, ge=1, description="Largest number of ADMM steps.")
     damping: float = Field(
-        0.01, ge=0.0, description="Added to the diagonal of H, as a share of its mean, in the quadratic and the linear term."
+        0.01,
+        ge=0.0,
+        description="Added to the diagonal of H, as a share of its mean, in the quadratic and the linear term.",
     )
     refit: int = Field(10, ge=0, description="Conjugate gradient steps at the end.")
 
@@ -57,7 +59,9 @@ class ALPS(Method):
         weight, mask = torch.cat(weights), torch.cat(masks)
         return Solution(refit_cg(problem, gram, weight, mask, self.refit), mask, tuple(stats))
 
-    def _admm(self, dense: Tensor, linear: Tensor, values: Tensor, vectors: Tensor, pattern: Constraint) -> tuple[Tensor, Tensor, Stats]:
+    def _admm(
+        self, dense: Tensor, linear: Tensor, values: Tensor, vectors: Tensor, pattern: Constraint
+    ) -> tuple[Tensor, Tensor, Stats]:
         """Run ADMM for one operator in scaled coordinates; returns its projected weights, mask and records."""
         rho = self.rho
         support = first = pattern.project(dense.abs())

@@ -2,8 +2,8 @@
 
 A *solver* computes a solution from the problem alone; it may start from the previous step's solution. A *refinement*
 improves the previous step's solution. Both have the same interface and can be chained: ``wanda+refit``,
-``sparsegpt+fista+refit+swap``. To add one, write one file with one class and add a line to ``solvers/catalogue.py``. It is
-then available in recipes, on the command line, in ``compare`` and in the property tests.
+``sparsegpt+fista+refit+swap``. To add one, write one file with one class and add a line to ``solvers/catalogue.py``. It
+is then available in recipes, on the command line, in ``compare`` and in the property tests.
 """
 
 from __future__ import annotations
@@ -136,7 +136,9 @@ class Method(BaseModel, ABC):
         return False
 
 
-def project_operators(scores: Tensor, rows: Sequence[int], sparsity: Sequence[Constraint], scope: Scope = "operator") -> Tensor:
+def project_operators(
+    scores: Tensor, rows: Sequence[int], sparsity: Sequence[Constraint], scope: Scope = "operator"
+) -> Tensor:
     """Choose the weights to keep of stacked operators (m, n), each with its own constraint."""
     if len(rows) == 1:
         return sparsity[0].project(scores, scope)

@@ -49,7 +49,9 @@ def parse_method(value: Steps) -> tuple[Method, ...]:
         raise FistaPrunerError("method is empty: name one of " + ", ".join(METHODS))
     if steps[0].refines:
         first = steps[0].name
-        raise FistaPrunerError(f"method {first!r} refines another solution: put a solver before it, such as wanda+{first}")
+        raise FistaPrunerError(
+            f"method {first!r} refines another solution: put a solver before it, such as wanda+{first}"
+        )
     return steps
 
 
@@ -59,7 +61,9 @@ def _parse_step(step: object) -> Method:
     settings: object = {}
     if isinstance(step, dict):
         if len(step) != 1:
-            raise FistaPrunerError(f"method step {step!r} is not one name with its settings, such as {{fista: {{iterations: 50}}}}")
+            raise FistaPrunerError(
+                f"method step {step!r} is not one name with its settings, such as {{fista: {{iterations: 50}}}}"
+            )
         ((step, settings),) = step.items()
     name = str(step).strip()
     if name not in METHODS:
@@ -80,7 +84,9 @@ def check_constraint(constraint: Constraint, columns: int, steps: Sequence[Metho
     for step in steps:
         if not step.supports(constraint):
             able = ", ".join(other for other, method in METHODS.items() if method().supports(constraint))
-            raise FistaPrunerError(f"method {step.name!r} does not support the pattern {constraint}: take one of {able}")
+            raise FistaPrunerError(
+                f"method {step.name!r} does not support the pattern {constraint}: take one of {able}"
+            )
 
 
 def solve(
@@ -138,7 +144,8 @@ def _run_steps(problem: LayerProblem, parsed: Sequence[Constraint], steps: Seque
         if not all(map(math.isfinite, errors)) and not bool(solution.weight.isfinite().all()):
             said = step.model_dump(exclude_defaults=True) or "its defaults"
             raise FistaPrunerError(
-                f"{problem.label}: {step.name} with {said} ended in NaN or infinite weights: take settings nearer to the defaults"
+                f"{problem.label}: {step.name} with {said} ended in NaN or infinite weights: take settings nearer to "
+                "the defaults"
             )
         for index, record in enumerate(records):
             extra = solution.stats[index] if solution.stats else {}

@@ -57,7 +57,9 @@ def damped_cholesky(gram: Tensor, share: float, label: str, most: float = 10.0) 
                 warnings = [f"{label}: the Gram is close to singular; {raised}"]
             return factor, used, warnings
         used = max(used * 10.0, 1e-6)
-    raise FistaPrunerError(f"{label}: the Gram has no Cholesky factor even with {most:g} of its mean diagonal added: check its activations")
+    raise FistaPrunerError(
+        f"{label}: the Gram has no Cholesky factor even with {most:g} of its mean diagonal added: check its activations"
+    )
 
 
 def largest_eigenvalue(gram: Tensor, steps: int = 40, block: int = 8) -> Tensor:

@@ -51,14 +51,19 @@ class Fista(Method):
         value_label="error, first = 1",
         penalty_label="λ",
         round_label="round",
-        caption="Error of the rounded weights in each round of the λ search, and the λ it tried, for the hardest operators.",
+        caption="Error of the rounded weights in each round of the λ search, and the λ it tried, for the hardest "
+        "operators.",
         of_first=True,
         search=True,
     )
 
     iterations: int = Field(20, ge=1, description="K, FISTA steps of a round (paper: 20).")
-    tolerance: float = Field(1e-6, ge=0.0, description="An operator's FISTA stops when ||V_k - V_{k-1}||_F falls below it (paper: 1e-6).")
-    xi: float = Field(0.3, gt=0.0, lt=1.0, description="Share of rounding error above which lambda is raised (paper: 0.3).")
+    tolerance: float = Field(
+        1e-6, ge=0.0, description="An operator's FISTA stops when ||V_k - V_{k-1}||_F falls below it (paper: 1e-6)."
+    )
+    xi: float = Field(
+        0.3, gt=0.0, lt=1.0, description="Share of rounding error above which lambda is raised (paper: 0.3)."
+    )
     patience: int = Field(3, ge=1, description="T, rounds without improvement after which it stops (paper: 3).")
     warm_start: Literal["auto", "sparsegpt", "wanda", "magnitude", "dense"] = Field(
         "sparsegpt",
@@ -79,7 +84,10 @@ class Fista(Method):
     penalty_width: float = Field(
         0.01, gt=0.0, description="Stops when the ends of the interval differ by less than this share (relative only)."
     )
-    fast: bool = Field(True, description="Use low-precision matrix units inside the iterations; errors and certificates are always fp32.")
+    fast: bool = Field(
+        True,
+        description="Use low-precision matrix units inside the iterations; errors and certificates are always fp32.",
+    )
 
     @model_validator(mode="after")
     def _start_inside(self) -> Fista:
@@ -100,15 +108,17 @@ class Fista(Method):
         lipschitz = largest_eigenvalue(problem.gram)
         searches = [
             self._search(operator, weight, mask)
-            for operator, weight, mask in zip(operators, start.weight.split(problem.rows), start.mask.split(problem.rows), strict=True)
+            for operator, weight, mask in zip(
+                operators, start.weight.split(problem.rows), start.mask.split(problem.rows), strict=True
+            )
         ]
         inputs = list(first.split(problem.rows))
         while any(search.running for search in searches):
             active = [index for index, search in enumerate(searches) if search.running]
             stack = _stack(problem, operators, active)
-            penalties = torch.cat([torch.full((problem.rows[i], 1), searches[i].penalty, dtype=problem.weight.dtype) for i in active]).to(
-                problem.weight.device
-            )
+            penalties = torch.cat(
+                [torch.full((problem.rows[i], 1), searches[i].penalty, dtype=problem.weight.dtype) for i in active]
+            ).to(problem.weight.device)
             begin = torch.cat([inputs[i] for i in active])
             relaxed, steps = fista(stack, begin, penalties, lipschitz, self.iterations, self.tolerance, fast=self.fast)
             certificates = certificate(stack, relaxed, penalties, lipschitz)
@@ -135,8 +145,8 @@ class Fista(Method):
     def _warm_start(self, problem: LayerProblem, sparsity: Sequence[Constraint]) -> Solution:
         if self.warm_start == "auto":
             raise FistaPrunerError(
-                f"{problem.label}: fista's warm_start auto depends on the model's family, which a layer problem does not "
-                "contain: write sparsegpt (the paper's for OPT) or wanda (for LLaMA)"
+                f"{problem.label}: fista's warm_start auto depends on the model's family, which a layer problem does "
+                "not contain: write sparsegpt (the paper's for OPT) or wanda (for LLaMA)"
             )
         if self.warm_start == "sparsegpt":
             return SparseGPT().solve(problem, sparsity)
@@ -153,7 +163,11 @@ class Fista(Method):
             low, high = PUBLISHED_INTERVAL
             width = PUBLISHED_WIDTH
         else:
-            unit, log, start = max(float(operator.linear.abs().max()), torch.finfo(weight.dtype).tiny), True, self.penalty_start
+            unit, log, start = (
+                max(float(operator.linear.abs().max()), torch.finfo(weight.dtype).tiny),
+                True,
+                self.penalty_start,
+            )
             low, high = self.penalty_interval
             width = self.penalty_width
         return _Search(weight, mask, math.sqrt(error), unit, start, low, high, width, log, self.xi, self.patience, [])
@@ -188,7 +202,14 @@ class _Search:
         improved = total < self.best
         rounding = total - smooth
         self.rounds.append(
-            {"lambda": self.penalty, "lambda_setting": self.value, "e_total": total, "e_fista": smooth, "e_round": rounding, **record}
+            {
+                "lambda": self.penalty,
+                "lambda_setting": self.value,
+                "e_total": total,
+                "e_fista": smooth,
+                "e_round": rounding,
+                **record,
+            }
         )
         if improved:
             self.weight, self.mask, self.best = weight, mask, total
@@ -214,7 +235,9 @@ def _stack(problem: LayerProblem, operators: Sequence[LayerProblem], active: Seq
         weight=torch.cat([p.weight for p in parts]),
         gram=problem.gram,
         drift=None if problem.drift is None else torch.cat([p.drift for p in parts if p.drift is not None]),
-        drift_energy=None if problem.drift is None else torch.cat([p.drift_energy for p in parts if p.drift_energy is not None]),
+        drift_energy=None
+        if problem.drift is None
+        else torch.cat([p.drift_energy for p in parts if p.drift_energy is not None]),
         energy=torch.cat([p.energy for p in parts if p.energy is not None]),
         target=problem.target,
         names=tuple(p.names[0] for p in parts),

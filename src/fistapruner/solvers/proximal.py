@@ -47,13 +47,16 @@ class Proximal(Method):
     dense_target: ClassVar[float] = 0.5
     trace: ClassVar[Trace | None] = SUPPORT_CHANGE
 
-    rho: tuple[Positive, Positive] = Field((0.15, 1.0), description="First and last penalty, in units of the scaled Gram's diagonal.")
+    rho: tuple[Positive, Positive] = Field(
+        (0.15, 1.0), description="First and last penalty, in units of the scaled Gram's diagonal."
+    )
     levels: int = Field(11, ge=2, description="Number of values of rho, from first to last.")
     steps: int = Field(3, ge=1, description="Iterations at each value.")
     damping: float = Field(
         0.001,
         ge=0.0,
-        description="Ridge towards the dense weights, as a share of the mean of the Gram's diagonal, for numerical stability.",
+        description="Ridge towards the dense weights, as a share of the mean of the Gram's diagonal, for "
+        "numerical stability.",
     )
     shrinkage: float = Field(
         3.0,
@@ -64,7 +67,9 @@ class Proximal(Method):
         "most 0.3. 0 gives a lower error on the calibration tokens and a higher one on other text "
         "(docs/quality.md). Has no effect if the number of tokens is unknown.",
     )
-    metric_damping: float = Field(0.1, gt=0.0, description="mu, damping of the metric, as a share of each diagonal element of H.")
+    metric_damping: float = Field(
+        0.1, gt=0.0, description="mu, damping of the metric, as a share of each diagonal element of H."
+    )
     refit: int = Field(4, ge=0, description="Conjugate gradient steps at the end, in two halves.")
     fast: bool = Field(True, description="Use low-precision matrix units inside the iterations.")
 
@@ -115,7 +120,13 @@ class Proximal(Method):
         return solution if start is None else keep_better(problem, solution, start)
 
     def _split(
-        self, dense: Tensor, drift_gradient: Tensor | None, gram: Tensor, rows: Sequence[int], sparsity: Sequence[Constraint], length: int
+        self,
+        dense: Tensor,
+        drift_gradient: Tensor | None,
+        gram: Tensor,
+        rows: Sequence[int],
+        sparsity: Sequence[Constraint],
+        length: int,
     ) -> tuple[Tensor, list[list[Stats]]]:
         """Iterate operators of one group length in scaled coordinates.
 
@@ -141,7 +152,9 @@ class Proximal(Method):
         parts = list(zip(threshold, z.split(tuple(rows)), sparse.split(tuple(rows)), strict=True))
         supports = [torch.empty_like(kept[::WATCHED], dtype=torch.bool) for _, _, kept in parts]
         rhos = [self.rho[0] * growth**level for level in range(self.levels)]
-        changes: list[list[Tensor]] = [[] for _ in rows]  # read at the end, so that a GPU's queue does not wait for the host
+        changes: list[list[Tensor]] = [
+            [] for _ in rows
+        ]  # read at the end, so that a GPU's queue does not wait for the host
         with fast_products(self.fast):
             for level, rho in enumerate(rhos):
                 matrix = resolvent(rho)  # rho (H + rho I)^-1
@@ -159,7 +172,9 @@ class Proximal(Method):
                         for (_, _, kept), before, shares in zip(parts, supports, changes, strict=True):
                             now = kept[::WATCHED] != 0
                             if level:  # half of the differences are new entries, half are dropped ones
-                                shares.append(torch.count_nonzero(now ^ before) / (2 * torch.count_nonzero(now)).clamp_min(1))
+                                shares.append(
+                                    torch.count_nonzero(now ^ before) / (2 * torch.count_nonzero(now)).clamp_min(1)
+                                )
                             before.copy_(now)
                     if level and step == 0:
                         # The dual U = Z - D is in units of rho; as rho grew, it shrinks.
@@ -174,7 +189,10 @@ class Proximal(Method):
         if length > 1:
             z = z.view(len(z), length, -1).transpose(1, 2).reshape(z.shape)
         path = [
-            [{"rho": rho, "support_change": share} for rho, share in zip(rhos[1:], torch.stack(shares).tolist(), strict=True)]
+            [
+                {"rho": rho, "support_change": share}
+                for rho, share in zip(rhos[1:], torch.stack(shares).tolist(), strict=True)
+            ]
             for shares in changes
         ]
         return z, path

@@ -46,7 +46,11 @@ class Refit(Method):
             weight, damping, warnings = refit_exact(problem, gram, start.mask, self.damping)
         else:
             gram.diagonal().add_(self.damping * gram.diagonal().mean())
-            weight, damping, warnings = refit_cg(problem, gram, start.weight, start.mask, self.iterations), self.damping, []
+            weight, damping, warnings = (
+                refit_cg(problem, gram, start.weight, start.mask, self.iterations),
+                self.damping,
+                [],
+            )
         better = problem.row_errors(weight) < problem.row_errors(start.weight)
         weight = torch.where(better[:, None], weight, start.weight)
         stats = tuple({"damping": damping, "rows_improved": int(part.sum())} for part in better.split(problem.rows))
@@ -56,7 +60,9 @@ class Refit(Method):
         return self.solver == "cg"  # exact raises the damping of a whole batch of rows
 
 
-def refit_cg(problem: LayerProblem, gram: Tensor, weight: Tensor, mask: Tensor, iterations: int, *, fast: bool = False) -> Tensor:
+def refit_cg(
+    problem: LayerProblem, gram: Tensor, weight: Tensor, mask: Tensor, iterations: int, *, fast: bool = False
+) -> Tensor:
     """Refit the support by Jacobi-preconditioned conjugate gradients, all rows at once.
 
     Args:
@@ -140,7 +146,9 @@ def refit_exact(
                 break
             used = max(used * 10.0, 1e-7)
             if used > 10.0:
-                raise FistaPrunerError(f"{problem.label}: the kept block of a row has no Cholesky factor; check its activations")
+                raise FistaPrunerError(
+                    f"{problem.label}: the kept block of a row has no Cholesky factor; check its activations"
+                )
         worst = max(worst, used)
         change = torch.cholesky_solve((rhs[rows].gather(1, index) * real)[:, :, None], factor)[:, :, 0]
         values = torch.where(real, problem.weight[rows].gather(1, index) + change, torch.zeros_like(mean))

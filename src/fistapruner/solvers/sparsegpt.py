@@ -30,7 +30,9 @@ class SparseGPT(Method):
     name: ClassVar[str] = "sparsegpt"
     refit_helps: ClassVar[bool] = True
 
-    damping: float = Field(0.01, ge=0.0, description="Added to the diagonal of H, as a share of its mean (the paper's 1 %).")
+    damping: float = Field(
+        0.01, ge=0.0, description="Added to the diagonal of H, as a share of its mean (the paper's 1 %)."
+    )
     block: int = Field(128, ge=1, description="Columns whose mask is chosen together (the paper's 128).")
 
     def supports(self, constraint: Constraint) -> bool:
@@ -41,7 +43,9 @@ class SparseGPT(Method):
         # Reversed order: flip(H) = L L^T gives H = R R^T with R = flip(L) upper, so H^-1 = U^T U for U = R^-1.
         factor, damping, warnings = damped_cholesky(gram.flip(0, 1), self.damping, problem.label)
         upper = factor.flip(0, 1)
-        upper = torch.linalg.solve_triangular(upper, torch.eye(len(upper), dtype=upper.dtype, device=upper.device), upper=True)
+        upper = torch.linalg.solve_triangular(
+            upper, torch.eye(len(upper), dtype=upper.dtype, device=upper.device), upper=True
+        )
         weight = problem.weight
         if problem.drift_gradient is not None:
             weight = weight + (problem.drift_gradient @ upper.T) @ upper
@@ -74,7 +78,9 @@ class SparseGPT(Method):
                     if j + 1 < right:
                         columns[j + 1 : right].addr_(upper[j, j + 1 : right], error, alpha=-1.0)
                 if right < end:
-                    columns[right:end].addmm_(upper[left:right, right:end].T, errors[left - begin : right - begin], alpha=-1.0)
+                    columns[right:end].addmm_(
+                        upper[left:right, right:end].T, errors[left - begin : right - begin], alpha=-1.0
+                    )
             if end < len(columns):
                 columns[end:].addmm_(upper[begin:end, end:].T, errors, alpha=-1.0)
         stats = tuple({"damping": damping} for _ in problem.rows)

@@ -37,8 +37,12 @@ class Swap(Method):
     refines: ClassVar[bool] = True
 
     swaps: int = Field(32, ge=1, description="Largest number of exchanges in a row.")
-    candidates: int = Field(32, ge=1, description="Weights on each side of which all pairs are compared (unstructured).")
-    damping: float = Field(1e-4, ge=0.0, description="Ridge towards the dense weights, as a share of the mean of the Gram's diagonal.")
+    candidates: int = Field(
+        32, ge=1, description="Weights on each side of which all pairs are compared (unstructured)."
+    )
+    damping: float = Field(
+        1e-4, ge=0.0, description="Ridge towards the dense weights, as a share of the mean of the Gram's diagonal."
+    )
 
     def supports(self, constraint: Constraint) -> bool:
         return constraint.exchanges is not None
@@ -53,7 +57,9 @@ class Swap(Method):
         # On a CPU, small batches stay in the cache and stop as soon as their rows do; a GPU needs many rows at once.
         batch = max(1, (1 << 22 if gram.device.type == "cpu" else 1 << 28) // (n * n))
         masks, counts = [], []
-        operators = zip(problem.operators(), start.mask.split(problem.rows), weight.split(problem.rows), sparsity, strict=True)
+        operators = zip(
+            problem.operators(), start.mask.split(problem.rows), weight.split(problem.rows), sparsity, strict=True
+        )
         for operator, mask, values, pattern in operators:
             done = torch.zeros(len(mask), dtype=torch.long, device=mask.device)
             parts = []
@@ -69,9 +75,13 @@ class Swap(Method):
         better = problem.row_errors(moved) < problem.row_errors(start.weight)
         weight = torch.where(better[:, None], moved, start.weight)
         mask = torch.where(better[:, None], mask, start.mask)
-        return Solution(weight, mask, tuple({"swaps": count} for count in counts), tuple(dict.fromkeys(warnings + more)))
+        return Solution(
+            weight, mask, tuple({"swaps": count} for count in counts), tuple(dict.fromkeys(warnings + more))
+        )
 
-    def _exchange(self, problem: LayerProblem, gram: Tensor, mask: Tensor, weight: Tensor, pattern: Constraint) -> tuple[Tensor, Tensor]:
+    def _exchange(
+        self, problem: LayerProblem, gram: Tensor, mask: Tensor, weight: Tensor, pattern: Constraint
+    ) -> tuple[Tensor, Tensor]:
         """Exchange weights of a batch of rows; returns their masks and the number of swaps of each row."""
         n = problem.shape[1]
         table, border = _sweep_support(problem, gram, mask, weight)
@@ -90,7 +100,9 @@ class Swap(Method):
             else:
                 size = min(self.candidates, n)
                 drop = torch.where(mask, saliency, torch.inf).topk(size, largest=False).indices
-                add = torch.where(mask, -torch.inf, saliency).topk(size).indices[:, None, :].expand(len(mask), size, size)
+                add = (
+                    torch.where(mask, -torch.inf, saliency).topk(size).indices[:, None, :].expand(len(mask), size, size)
+                )
             cross = table[every[:, None, None], drop[:, :, None], add]
             inverse = 1.0 / magnitude.gather(1, drop)[:, :, None]
             shift = border.gather(1, drop)[:, :, None] * inverse
@@ -142,7 +154,9 @@ def _sweep(table: Tensor, border: Tensor, pivot: Tensor, moving: Tensor, *, remo
     table.baddbmm_(step[:, :, None], column[:, None, :], alpha=-1.0)
     border.addcmul_(step, value, value=-1.0)
     turned = torch.where(moving[:, None], (-column if removing else column) / divisor, column)
-    turned.scatter_(1, pivot[:, None], torch.where(moving[:, None], -1.0 / divisor, divisor * 0 + column.gather(1, pivot[:, None])))
+    turned.scatter_(
+        1, pivot[:, None], torch.where(moving[:, None], -1.0 / divisor, divisor * 0 + column.gather(1, pivot[:, None]))
+    )
     table[rows, :, pivot] = turned
     table[rows, pivot, :] = turned
     own = torch.where(moving[:, None], (-value if removing else value) / divisor, value)

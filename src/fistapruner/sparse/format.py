@@ -81,7 +81,11 @@ class OperatorSpec:
         if not isinstance(claim, dict) or set(claim) != {"shape", "dtype", "layout", "values", "group"}:
             raise fault("must have shape, dtype, layout, values and group")
         shape, group, layout = claim["shape"], claim["group"], claim["layout"]
-        if not (isinstance(shape, list) and len(shape) == 2 and all(type(size) is int and 0 < size < 2**31 for size in shape)):
+        if not (
+            isinstance(shape, list)
+            and len(shape) == 2
+            and all(type(size) is int and 0 < size < 2**31 for size in shape)
+        ):
             raise fault(f"has shape {str(shape)[:60]}, expected two sizes")
         dtype = DTYPES.get(claim["dtype"]) if isinstance(claim["dtype"], str) else None
         if dtype not in FLOATS:
@@ -103,9 +107,13 @@ class OperatorSpec:
             entries.append(TensorEntry.of(f"{name}.offsets", torch.int64, (-(-rows // BLOCK) + 1,)))
         else:
             groups = columns // self.layout.m
-            entries.append(TensorEntry.of(f"{name}.index", torch.uint8, (rows, -(-groups * index_bits(self.layout) // 8))))
+            entries.append(
+                TensorEntry.of(f"{name}.index", torch.uint8, (rows, -(-groups * index_bits(self.layout) // 8)))
+            )
         if self.int8:
-            entries.append(TensorEntry.of(f"{name}.scales", torch.float32, (rows, -(-columns // self.group) if self.group else 1)))
+            entries.append(
+                TensorEntry.of(f"{name}.scales", torch.float32, (rows, -(-columns // self.group) if self.group else 1))
+            )
         return entries
 
 
@@ -149,7 +157,9 @@ def encode(name: str, operator: PackedOperator) -> dict[str, Tensor]:
     return tensors
 
 
-def decode(name: str, spec: OperatorSpec, read: Callable[[str], Tensor], fault: Callable[[str], FistaPrunerError]) -> PackedOperator:
+def decode(
+    name: str, spec: OperatorSpec, read: Callable[[str], Tensor], fault: Callable[[str], FistaPrunerError]
+) -> PackedOperator:
     """Rebuild an operator from its tensors, checking every invariant of the format.
 
     Args:
@@ -182,7 +192,9 @@ def decode(name: str, spec: OperatorSpec, read: Callable[[str], Tensor], fault: 
         scales = read(f"{name}.scales")
         if not bool((torch.isfinite(scales) & (scales >= 0)).all()):
             raise fault("has scales that are negative or not finite")
-    operator = PackedOperator(spec.shape, spec.dtype, mask, start, padded_values(values), scales, None, spec.group, spec.layout)
+    operator = PackedOperator(
+        spec.shape, spec.dtype, mask, start, padded_values(values), scales, None, spec.group, spec.layout
+    )
     if not spec.int8:
         return operator
     levels = torch.zeros(spec.shape, dtype=torch.int8)
@@ -209,10 +221,16 @@ def read_specs(metadata: Mapping[str, str], entries: Mapping[str, TensorEntry], 
         claim = json.loads(metadata[METADATA])
     except (ValueError, RecursionError):
         claim = None
-    if not isinstance(claim, dict) or not isinstance(claim.get("operators"), dict) or set(claim) != {"version", "operators"}:
+    if (
+        not isinstance(claim, dict)
+        or not isinstance(claim.get("operators"), dict)
+        or set(claim) != {"version", "operators"}
+    ):
         raise FistaPrunerError(f"{origin} is damaged: its metadata {METADATA!r} must hold a version and operators")
     if type(claim["version"]) is not int or claim["version"] != VERSION:
-        raise FistaPrunerError(f"{origin} has format version {str(claim['version'])[:20]}; this program reads version {VERSION}")
+        raise FistaPrunerError(
+            f"{origin} has format version {str(claim['version'])[:20]}; this program reads version {VERSION}"
+        )
     specs: dict[str, OperatorSpec] = {}
     owned: set[str] = set()
     for name, description in claim["operators"].items():
@@ -221,8 +239,13 @@ def read_specs(metadata: Mapping[str, str], entries: Mapping[str, TensorEntry], 
         values = entries.get(f"{name}.values")
         if values is None or len(values.shape) != 1:
             raise fault("has no list of values")
-        if spec.layout is not None and values.shape[0] != spec.shape[0] * spec.shape[1] // spec.layout.m * spec.layout.n:
-            raise fault(f"has {values.shape[0]} values, which is not {spec.layout} of {spec.shape[0]} x {spec.shape[1]}")
+        if (
+            spec.layout is not None
+            and values.shape[0] != spec.shape[0] * spec.shape[1] // spec.layout.m * spec.layout.n
+        ):
+            raise fault(
+                f"has {values.shape[0]} values, which is not {spec.layout} of {spec.shape[0]} x {spec.shape[1]}"
+            )
         for expected in spec.entries(name, values.shape[0]):
             if entries.get(expected.name) != expected:
                 raise fault(f"needs a tensor {expected.name!r} of {expected.dtype} {list(expected.shape)}")

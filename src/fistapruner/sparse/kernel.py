@@ -133,7 +133,9 @@ def level_index(name: str) -> int:
         raise FistaPrunerError(f"kernel level {name!r} is not known: torch, {', '.join(LEVELS)}")
     available = available_levels()
     if name not in available:
-        raise FistaPrunerError(f"kernel level {name!r} cannot run here; what can: torch{''.join(', ' + level for level in available)}")
+        raise FistaPrunerError(
+            f"kernel level {name!r} cannot run here; what can: torch{''.join(', ' + level for level in available)}"
+        )
     return LEVELS.index(name)
 
 
@@ -166,7 +168,12 @@ class Handle:
         added = None if bias is None else bias.detach().float().contiguous()
         held: tuple[Tensor | None, ...]
         if isinstance(operator, Tensor):
-            held, words, group, values = (None, None, operator, None, None, added), -(-operator.shape[1] // 64), 0, operator.dtype
+            held, words, group, values = (
+                (None, None, operator, None, None, added),
+                -(-operator.shape[1] // 64),
+                0,
+                operator.dtype,
+            )
         else:
             held = (operator.mask, operator.start, operator.values, operator.scales, operator.sums, added)
             words, group, values = operator.mask.shape[1] // 8, operator.group // 64, operator.values.dtype
@@ -174,7 +181,9 @@ class Handle:
         mask, start, stored, scales, sums, shift = (None if tensor is None else tensor.data_ptr() for tensor in held)
         self.rows, self.columns = operator.shape
         kind = VALUES[values]
-        self._struct = _Operator(self.rows, self.columns, words, mask, start, stored, shift, scales, sums, max(group or words, 1), kind, 0)
+        self._struct = _Operator(
+            self.rows, self.columns, words, mask, start, stored, shift, scales, sums, max(group or words, 1), kind, 0
+        )
         self.address = ctypes.addressof(self._struct)
         self.alone = OperatorBatch([self])
 
@@ -187,7 +196,9 @@ class Handle:
         """Unpack rows ``first`` to ``last`` into contiguous fp32 or bf16 ``out`` (last - first, columns)."""
         found = library()
         assert found is not None
-        found.fistapruner_unpack(self.address, first, last, out.data_ptr(), TYPES[out.dtype], torch.get_num_threads(), level)
+        found.fistapruner_unpack(
+            self.address, first, last, out.data_ptr(), TYPES[out.dtype], torch.get_num_threads(), level
+        )
 
 
 class OperatorBatch:
@@ -232,7 +243,11 @@ class OperatorBatch:
         threads = min(torch.get_num_threads(), self._blocks)
         if many:
             memory = scratch(self._many_bytes(self._first, batch, threads, level))
-            self._multiply_many(self._addresses, self._count, x.data_ptr(), out.data_ptr(), batch, threads, memory.data_ptr())
-        elif self._multiply(self._addresses, self._count, x.data_ptr(), out.data_ptr(), TYPES[x.dtype], batch, threads, level):
+            self._multiply_many(
+                self._addresses, self._count, x.data_ptr(), out.data_ptr(), batch, threads, memory.data_ptr()
+            )
+        elif self._multiply(
+            self._addresses, self._count, x.data_ptr(), out.data_ptr(), TYPES[x.dtype], batch, threads, level
+        ):
             raise MemoryError("no memory for the kernel's vectors")
         return (out,) if self._count == 1 else out.split(sizes)

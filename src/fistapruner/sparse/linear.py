@@ -35,7 +35,14 @@ class SparseLinear(nn.Module):
         transposed: the dense weight is (in_features, out_features), as that of GPT-2's ``Conv1D``.
     """
 
-    def __init__(self, operator: PackedOperator, bias: Tensor | None = None, level: str | None = None, *, transposed: bool = False) -> None:
+    def __init__(
+        self,
+        operator: PackedOperator,
+        bias: Tensor | None = None,
+        level: str | None = None,
+        *,
+        transposed: bool = False,
+    ) -> None:
         super().__init__()
         self.out_features, self.in_features = operator.shape
         self.operator = operator
@@ -51,7 +58,9 @@ class SparseLinear(nn.Module):
         self._place = 0
 
     @classmethod
-    def from_dense(cls, linear: nn.Linear, *, int8: bool = False, group: int = 0, level: str | None = None) -> SparseLinear:
+    def from_dense(
+        cls, linear: nn.Linear, *, int8: bool = False, group: int = 0, level: str | None = None
+    ) -> SparseLinear:
         """Pack the weight of an ``nn.Linear``; ``int8`` and ``group`` as in :meth:`PackedOperator.quantised`."""
         operator = pack_operator(linear.weight)
         return cls(operator.quantised(group) if int8 else operator, linear.bias, level)
@@ -64,7 +73,12 @@ class SparseLinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Map (…, in_features) to (…, out_features)."""
-        if self.level >= 0 and x.device.type == "cpu" and x.dtype in kernel.TYPES and not (x.requires_grad and torch.is_grad_enabled()):
+        if (
+            self.level >= 0
+            and x.device.type == "cpu"
+            and x.dtype in kernel.TYPES
+            and not (x.requires_grad and torch.is_grad_enabled())
+        ):
             rows = x.numel() // self.in_features if self.in_features else 0
             handle = self._kernel()
             many = kernel.TILE < rows <= kernel.MAX_MANY and x.dtype is torch.bfloat16 and handle.takes_many(self.level)
@@ -176,7 +190,13 @@ class FusedProjections:
         """Fuse layers of equal width, value dtype, scale group and kernel level; others stay separate."""
         if (
             len(layers) > 1
-            and len({(layer.in_features, layer.operator.values.dtype, layer.operator.group, layer.level) for layer in layers}) == 1
+            and len(
+                {
+                    (layer.in_features, layer.operator.values.dtype, layer.operator.group, layer.level)
+                    for layer in layers
+                }
+            )
+            == 1
         ):
             fused = FusedProjections(len(layers))
             for place, layer in enumerate(layers):
@@ -240,7 +260,13 @@ class DenseLinear(nn.Linear):
         ):
             return super().forward(x)
         seen = self._seen
-        if self._handle is None or seen is None or seen[0] is not weight or seen[1] != weight.data_ptr() or seen[2] is not bias:
+        if (
+            self._handle is None
+            or seen is None
+            or seen[0] is not weight
+            or seen[1] != weight.data_ptr()
+            or seen[2] is not bias
+        ):
             self._handle, self._seen = kernel.Handle(weight.detach(), bias), (weight, weight.data_ptr(), bias)
         return self._handle.alone.multiply(_rows_of(x, rows), level)[0].view(*x.shape[:-1], self.out_features)
 

@@ -20,7 +20,14 @@ SAME_INPUT = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"), ("w1", "
 """Projections of one input in the architectures of transformers, by their usual names."""
 
 
-def load(folder: str | Path, *, packed: bool = True, int8: bool = False, dtype: torch.dtype | None = None, verify: bool = True) -> Any:
+def load(
+    folder: str | Path,
+    *,
+    packed: bool = True,
+    int8: bool = False,
+    dtype: torch.dtype | None = None,
+    verify: bool = True,
+) -> Any:
     """Load a packed checkpoint.
 
     Args:
@@ -49,9 +56,14 @@ def load(folder: str | Path, *, packed: bool = True, int8: bool = False, dtype: 
         del config.quantization_config  # how the folder is packed
     except Exception as error:  # an untrusted config can make every check of every architecture fail in its own way
         raise _fault(source.folder / "config.json", "is not understood", error) from None
-    layers, tensors = getattr(config.get_text_config(), "num_hidden_layers", 0), len(source.dense_names()) + len(source.specs)
+    layers, tensors = (
+        getattr(config.get_text_config(), "num_hidden_layers", 0),
+        len(source.dense_names()) + len(source.specs),
+    )
     if isinstance(layers, int) and layers > tensors:
-        raise FistaPrunerError(f"{source.folder}: config.json asks for {layers} decoder layers and there are {tensors} tensors")
+        raise FistaPrunerError(
+            f"{source.folder}: config.json asks for {layers} decoder layers and there are {tensors} tensors"
+        )
     dtype = dtype or _main_dtype(source)
     if packed and kernel.best_level() < 0:
         slow = "no kernel was compiled here, so packed operators run slower than dense ones: load with packed=False"
@@ -82,7 +94,9 @@ def _build(source: PackedCheckpoint, config: Any, dtype: torch.dtype, packed: bo
         with no_init_weights(), init_empty_weights(include_buffers=False):
             model = AutoModelForCausalLM.from_config(config, dtype=dtype)
     except Exception as error:  # again: sizes that are zero, negative or do not divide, names that are not known
-        raise _fault(source.folder / "config.json", "describes no causal language model that can be built", error) from None
+        raise _fault(
+            source.folder / "config.json", "describes no causal language model that can be built", error
+        ) from None
     names = stored_names(model, [*source.dense_names(), *source.specs])
     rest: dict[str, Tensor] = {
         target: _cast(source.checkpoint.read(name), dtype) for target, name in names.items() if name not in source.specs
@@ -93,7 +107,11 @@ def _build(source: PackedCheckpoint, config: Any, dtype: torch.dtype, packed: bo
         operator = source.operator(name)
         parent, _, leaf = target.rpartition(".")
         module = model.get_submodule(parent) if packed else None
-        if leaf == "weight" and isinstance(module, nn.Linear) and (module.out_features, module.in_features) == operator.shape:
+        if (
+            leaf == "weight"
+            and isinstance(module, nn.Linear)
+            and (module.out_features, module.in_features) == operator.shape
+        ):
             replace(model, parent, _sparse(operator, rest.pop(f"{parent}.bias", None), int8))
         elif leaf == "weight" and type(module).__name__ == "Conv1D":  # GPT-2 stores (inputs, outputs)
             turned = pack_operator(operator.to_dense().T.contiguous())
@@ -107,7 +125,9 @@ def _build(source: PackedCheckpoint, config: Any, dtype: torch.dtype, packed: bo
     try:
         model.load_state_dict(rest, strict=False, assign=True)
     except RuntimeError as error:
-        raise FistaPrunerError(f"{source.folder} does not fit {type(model).__name__}: {' '.join(str(error).split())[:300]}") from None
+        raise FistaPrunerError(
+            f"{source.folder} does not fit {type(model).__name__}: {' '.join(str(error).split())[:300]}"
+        ) from None
     model.tie_weights()
     missing = [name for name, tensor in (*model.named_parameters(), *model.named_buffers()) if tensor.is_meta]
     if missing:
@@ -134,7 +154,9 @@ def use_kernels(model: nn.Module) -> None:
 
 
 def _sparse(operator: PackedOperator, bias: Tensor | None, int8: bool, transposed: bool = False) -> SparseLinear:
-    return SparseLinear(operator.quantised() if int8 and operator.scales is None else operator, bias, transposed=transposed)
+    return SparseLinear(
+        operator.quantised() if int8 and operator.scales is None else operator, bias, transposed=transposed
+    )
 
 
 def replace(model: nn.Module, name: str, module: nn.Module) -> None:

@@ -21,7 +21,18 @@ from ..models.files.folder import checkpoint_folder, copy_companions, require_ne
 from ..models.files.record import read_pruning_record, recorded_claims
 from ..models.files.safetensors import SafetensorsWriter, TensorEntry
 from ..runtime.files import sha256_file, write_json_atomic, write_text_atomic
-from .format import MAX_M, METADATA, QUANT_METHOD, VERSION, OperatorSpec, decode, encode, index_bits, operator_fault, read_specs
+from .format import (
+    MAX_M,
+    METADATA,
+    QUANT_METHOD,
+    VERSION,
+    OperatorSpec,
+    decode,
+    encode,
+    index_bits,
+    operator_fault,
+    read_specs,
+)
 from .packed import FLOATS, PackedOperator, pack_operator
 
 MIN_ZEROS = 0.25
@@ -58,7 +69,12 @@ class PackReport:
 
 
 def pack(
-    checkpoint: str | Path, out: str | Path, *, values: str = "same", group: int = 0, progress: Callable[[str], None] | None = None
+    checkpoint: str | Path,
+    out: str | Path,
+    *,
+    values: str = "same",
+    group: int = 0,
+    progress: Callable[[str], None] | None = None,
 ) -> PackReport:
     """Write a pruned checkpoint without its zeros.
 
@@ -128,7 +144,9 @@ class PackedCheckpoint:
         if about.get("format") != "fistapruner-packed" or type(about.get("version")) is not int:
             raise FistaPrunerError(f"{self.folder / PACKED_RECORD} does not describe a packed checkpoint")
         if about["version"] != VERSION:
-            raise FistaPrunerError(f"{self.folder} has format version {about['version']}; this program reads version {VERSION}")
+            raise FistaPrunerError(
+                f"{self.folder} has format version {about['version']}; this program reads version {VERSION}"
+            )
         self.record: dict[str, Any] = about["record"] if isinstance(about.get("record"), dict) else {}
         self.checkpoint = Checkpoint.open(self.folder)
         self._check_files(about.get("files"), verify)
@@ -147,7 +165,9 @@ class PackedCheckpoint:
         for name, claim in files.items():
             path = inside(self.folder, name)
             if not isinstance(claim, dict) or claim.get("bytes") != path.stat().st_size:
-                raise FistaPrunerError(f"{path} is {path.stat().st_size} bytes long, {PACKED_RECORD} says otherwise: it is damaged")
+                raise FistaPrunerError(
+                    f"{path} is {path.stat().st_size} bytes long, {PACKED_RECORD} says otherwise: it is damaged"
+                )
             if verify and claim.get("sha256") != sha256_file(path):
                 raise FistaPrunerError(f"{path} is damaged: its checksum is not what {PACKED_RECORD} says")
 
@@ -293,7 +313,9 @@ def _report(source: Checkpoint, plan: dict[str, _Planned]) -> PackReport:
     return PackReport(len(plan), dense, packed, 2 * weights, source.nbytes, source.nbytes - dense + packed, zeros)
 
 
-def _pack_file(path: Path, file: WeightFile, plan: dict[str, _Planned], progress: Callable[[str], None] | None) -> list[TensorEntry]:
+def _pack_file(
+    path: Path, file: WeightFile, plan: dict[str, _Planned], progress: Callable[[str], None] | None
+) -> list[TensorEntry]:
     """Write one file of the packed folder; returns its tensors."""
     mine = {name: plan[name] for name in file.entries if name in plan}
     entries: list[TensorEntry] = []

@@ -67,7 +67,9 @@ class PackedOperator:
         if self.scales is not None:
             values = (values.float() * self._value_scales(kept)).to(self.dtype)
         dense = torch.zeros(self.shape, dtype=self.dtype)
-        dense.masked_scatter_(kept, values)  # assigning a single value would convert it through float and change a NaN's bits
+        dense.masked_scatter_(
+            kept, values
+        )  # assigning a single value would convert it through float and change a NaN's bits
         return dense
 
     def quantised(self, group: int = 0) -> PackedOperator:
@@ -130,7 +132,9 @@ def pack_operator(weight: Tensor, pattern: NM | None = None) -> PackedOperator:
     kept = weight != 0
     if pattern is not None:
         kept = fill_groups(kept, pattern)
-    values = torch.where(weight != 0, weight, torch.zeros((), dtype=weight.dtype))[kept]  # -0.0 that fills a group becomes 0
+    values = torch.where(weight != 0, weight, torch.zeros((), dtype=weight.dtype))[
+        kept
+    ]  # -0.0 that fills a group becomes 0
     mask = mask_bytes(kept)
     return PackedOperator((rows, columns), weight.dtype, mask, row_starts(mask), padded_values(values), pattern=pattern)
 

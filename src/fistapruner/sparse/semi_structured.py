@@ -129,7 +129,9 @@ def _check_devices(operators: dict[str, nn.Linear]) -> None:
             instead = "on a CPU load a packed checkpoint with fistapruner.load"
             raise FistaPrunerError(f"{name} is on {device}: sparse tensor cores need a CUDA device; {instead}")
         if torch.cuda.get_device_capability(device) < (8, 0):
-            raise FistaPrunerError(f"{torch.cuda.get_device_name(device)} has no sparse tensor cores: Ampere or later is needed")
+            raise FistaPrunerError(
+                f"{torch.cuda.get_device_name(device)} has no sparse tensor cores: Ampere or later is needed"
+            )
 
 
 def _unfit(weight: Tensor) -> str:
@@ -145,4 +147,6 @@ def _time_both(
 ) -> tuple[float, float]:
     x = torch.randn(tokens, weight.shape[1], dtype=weight.dtype, device=weight.device)
     with torch.inference_mode():
-        return clock(lambda: functional.linear(x, weight), weight.device), clock(lambda: functional.linear(x, converted), weight.device)
+        return clock(lambda: functional.linear(x, weight), weight.device), clock(
+            lambda: functional.linear(x, converted), weight.device
+        )

@@ -53,22 +53,30 @@ def register() -> bool:
                 module = model.get_submodule(parent)
                 if tuple(module._parameters[leaf].shape) != self.source.specs[name].shape:
                     shape = tuple(module._parameters[leaf].shape)
-                    raise FistaPrunerError(f"{name} is {self.source.specs[name].shape} in the packed folder, the config asks for {shape}")
+                    raise FistaPrunerError(
+                        f"{name} is {self.source.specs[name].shape} in the packed folder, the config asks for {shape}"
+                    )
                 module._is_hf_initialized = True  # its weight is loaded later: no random initialisation
             weights = {f"{parent}.{leaf}" for parent, leaf in self.places.values()}
-            names = weights | set(self.source.specs)  # transformers looks for a tensor by its name today and by the stored one
+            names = weights | set(
+                self.source.specs
+            )  # transformers looks for a tensor by its name today and by the stored one
             parts = [re.escape(f"{name}.") + "(values|mask|offsets|index|scales)$" for name in names]
             # transformers wants a set, or a list in some releases; both take the union with a set of patterns.
             ignored = set(getattr(model, "_keys_to_ignore_on_load_unexpected", None) or ())
             model._keys_to_ignore_on_load_unexpected = ignored | set(parts)
             later = {re.escape(name) + "$" for name in weights}
-            model._keys_to_ignore_on_load_missing = set(getattr(model, "_keys_to_ignore_on_load_missing", None) or ()) | later
+            model._keys_to_ignore_on_load_missing = (
+                set(getattr(model, "_keys_to_ignore_on_load_missing", None) or ()) | later
+            )
 
         def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> Any:
             device = next((item.device for item in model.parameters() if not item.is_meta), torch.device("cpu"))
             for name, (parent, leaf) in self.places.items():
                 module = model.get_submodule(parent)
-                module._parameters[leaf] = nn.Parameter(self.source.tensor(name).to(device, module._parameters[leaf].dtype))
+                module._parameters[leaf] = nn.Parameter(
+                    self.source.tensor(name).to(device, module._parameters[leaf].dtype)
+                )
             model.tie_weights()
             return model
 

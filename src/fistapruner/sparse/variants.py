@@ -133,7 +133,9 @@ class Worker:
         return answer
 
     def _ended(self) -> FistaPrunerError:
-        return FistaPrunerError(f"the process that measures {self.name!r} ended early; there may be too little memory for it")
+        return FistaPrunerError(
+            f"the process that measures {self.name!r} ended early; there may be too little memory for it"
+        )
 
     def close(self) -> None:
         """End the process."""
@@ -181,7 +183,9 @@ def load_variant(variant: Variant) -> Any:
         except ValueError as error:
             if needs_code(variant.folder, error) is None:
                 raise
-            raise FistaPrunerError(f"{variant.folder} needs Python code of its own: the speed of such models is not measured") from None
+            raise FistaPrunerError(
+                f"{variant.folder} needs Python code of its own: the speed of such models is not measured"
+            ) from None
     if variant.fill:
         fill_zeros(model)
     return model.eval()

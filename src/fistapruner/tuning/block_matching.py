@@ -1,14 +1,14 @@
 """Block matching: train a pruned decoder layer, masks frozen, to give the output of the dense layer.
 
-Solvers see one operator at a time. How their errors combine, behind the non-linearities and in the residual stream, shows
-only in the output of the whole layer. So after a layer is pruned, its surviving weights, norms and biases take some Adam
-steps (Kingma & Ba 2015) on
+Solvers see one operator at a time. How their errors combine, behind the non-linearities and in the residual stream,
+shows only in the output of the whole layer. So after a layer is pruned, its surviving weights, norms and biases take
+some Adam steps (Kingma & Ba 2015) on
 
     mean over tokens of  w_t (y_t - y*_t)^T M (y_t - y*_t),
 
-with ``y`` the pruned layer's output, ``y*`` the dense layer's, ``M`` the Fisher second moment of the model's loss at that
-output (:mod:`fistapruner.sensitivity.fisher`; the identity where it was not measured), and ``w_t`` at most 1, smaller for
-the few tokens with massive activations, whose squares would dominate the mean.
+with ``y`` the pruned layer's output, ``y*`` the dense layer's, ``M`` the Fisher second moment of the model's loss at
+that output (:mod:`fistapruner.sensitivity.fisher`; the identity where it was not measured), and ``w_t`` at most 1,
+smaller for the few tokens with massive activations, whose squares would dominate the mean.
 
 Some calibration windows are for validation only. They decide which step's weights are kept (the pruned layer's own are
 the first candidate), when the step size falls, and when training stops.
@@ -61,9 +61,11 @@ class MatchSettings:
     """Settings of block matching.
 
     Args:
-        steps: Adam steps of one window each. In the same time, many small steps lower the loss further than few large ones.
+        steps: Adam steps of one window each. In the same time, many small steps lower the loss further than few large
+            ones.
         seed: draws the windows.
-        metric: (width, width) positive semi-definite weight of output errors, or (width,) its diagonal; None is the identity.
+        metric: (width, width) positive semi-definite weight of output errors, or (width,) its diagonal; None is the
+            identity.
         rate: first step size, see :data:`RATE`.
     """
 
@@ -174,7 +176,8 @@ def _optimizer(parameters: MaskedParameters) -> torch.optim.Adam:
 
 
 def _write(model: LayerwiseModel, index: int, parameters: MaskedParameters) -> dict[str, Tensor]:
-    """Write trained values into the loaded layer, rounded as the checkpoint will hold them; return them by checkpoint name."""
+    """Write trained values into the loaded layer, rounded as the checkpoint will hold them; return them by checkpoint
+    name."""
     sources = {name: model.source(f"{model.layers_name}.{index}.{name}") for name in parameters.masters}
     parameters.write(lambda name, value: model.rounded(sources[name], value))
     layer = model.layers[index]
@@ -253,7 +256,8 @@ def _run(model: LayerwiseModel, index: int, values: dict[str, Tensor], hidden: T
 
 
 def _split(samples: int) -> tuple[list[int], list[int]]:
-    """Split into validation windows (1 to :data:`MAX_VALIDATION_WINDOWS`) and training windows; a single one is both."""
+    """Split into validation windows (1 to :data:`MAX_VALIDATION_WINDOWS`) and training windows; a single one is
+    both."""
     apart = max(VALIDATE_EVERY, -(-samples // MAX_VALIDATION_WINDOWS))
     held = list(range(apart - 1, samples, apart)) or [samples - 1]
     train = [window for window in range(samples) if window not in held] or held

@@ -40,7 +40,10 @@ class MaskedParameters:
 
     def root_mean_squares(self) -> list[float]:
         """Root mean square of each master over its values that are not zero, in order."""
-        return [float((master.detach().square().sum() / (master != 0).sum().clamp_min(1)).sqrt()) for master in self.masters.values()]
+        return [
+            float((master.detach().square().sum() / (master != 0).sum().clamp_min(1)).sqrt())
+            for master in self.masters.values()
+        ]
 
     def values(self) -> dict[str, Tensor]:
         """Return the tensors as the forward pass uses them: masked, in its dtype, differentiable."""

@@ -109,7 +109,9 @@ class Checkpoint:
         return cls(folder, config, {SINGLE_PICKLE: PickleFile(inside(folder, SINGLE_PICKLE))}, None)
 
     @classmethod
-    def _sharded(cls, folder: Path, config: dict[str, Any], index: str, kind: Callable[[Path], WeightFile]) -> Checkpoint:
+    def _sharded(
+        cls, folder: Path, config: dict[str, Any], index: str, kind: Callable[[Path], WeightFile]
+    ) -> Checkpoint:
         places = read_json(folder, index).get("weight_map")
         if not isinstance(places, dict) or not all(isinstance(shard, str) for shard in places.values()) or not places:
             raise FistaPrunerError(f"{folder / index} has no weight_map of tensor names to file names")
@@ -241,7 +243,9 @@ def _companions(folder: Path, *, code: bool) -> list[str]:
     names = []
     for path in sorted(folder.iterdir()):
         wanted = (
-            (code and path.suffix == ".py") or path.suffix.lower() in COMPANION_SUFFIXES or path.name.lower().startswith(COMPANION_NAMES)
+            (code and path.suffix == ".py")
+            or path.suffix.lower() in COMPANION_SUFFIXES
+            or path.name.lower().startswith(COMPANION_NAMES)
         )
         if wanted and path.name not in NOT_COMPANIONS and path.is_file():
             names.append(inside(folder, path.name).name)

@@ -72,7 +72,9 @@ def checkpoint_folder(out: Path, nbytes: int = 0, *, resume: bool = False) -> It
         raise
 
 
-def write_index(folder: Path, files: Mapping[str, Iterable[TensorEntry]], metadata: Mapping[str, Any] | None = None) -> None:
+def write_index(
+    folder: Path, files: Mapping[str, Iterable[TensorEntry]], metadata: Mapping[str, Any] | None = None
+) -> None:
     """Write ``model.safetensors.index.json``: the file of every tensor, and the bytes of all.
 
     Args:

@@ -144,7 +144,9 @@ def _walk(header: _Header, sizes: dict[int, tuple[int, int]]) -> dict[str, Tenso
         block, block_bytes = sizes[kind]
         elements = math.prod(shape)
         if not 0 < elements <= MAX_BYTES or shape[-1] % block or offset % alignment:
-            raise header.fault(f"is damaged: tensor {name!r} of shape {list(shape)} at offset {offset} does not fit its type")
+            raise header.fault(
+                f"is damaged: tensor {name!r} of shape {list(shape)} at offset {offset} does not fit its type"
+            )
         entries[name] = TensorEntry(name, torch.uint8, shape, elements // block * block_bytes)
         ends.append((offset + entries[name].nbytes, name))
     start = -(-header.at // alignment) * alignment
@@ -227,13 +229,19 @@ def _entries(path: Path, model: Any, found: set[str], dtype: torch.dtype) -> lis
     state = model.state_dict(keep_vars=True)
     head, embedding = model.get_output_embeddings(), model.get_input_embeddings()
     for name, tensor in state.items():
-        tied = head is not None and tensor is head.weight and (model.config.tie_word_embeddings or tensor is embedding.weight)
+        tied = (
+            head is not None
+            and tensor is head.weight
+            and (model.config.tie_word_embeddings or tensor is embedding.weight)
+        )
         if name not in found and not tied:
             raise FistaPrunerError(f"{path} has no tensor for {name!r} of {type(model).__name__}")
     return [TensorEntry.of(name, dtype, tensor.shape) for name, tensor in state.items() if name in found]
 
 
-def _write_weights(path: Path, out: Path, reader: Any, config: Any, names: dict[str, str], files: dict[str, list[TensorEntry]]) -> None:
+def _write_weights(
+    path: Path, out: Path, reader: Any, config: Any, names: dict[str, str], files: dict[str, list[TensorEntry]]
+) -> None:
     from gguf import dequantize
 
     tensors = {names[tensor.name]: tensor for tensor in reader.tensors if tensor.name in names}
@@ -287,4 +295,6 @@ def _transformers_faults(path: Path) -> Iterator[None]:
         import transformers
 
         reason = " ".join(str(error).split())[:200] or type(error).__name__
-        raise FistaPrunerError(f"{path} cannot be converted with transformers {transformers.__version__}: {reason}") from error
+        raise FistaPrunerError(
+            f"{path} cannot be converted with transformers {transformers.__version__}: {reason}"
+        ) from error

@@ -39,11 +39,18 @@ class PickleFile:
         except Exception as error:  # an untrusted pickle can make the unpickler raise anything
             reason = (str(error).splitlines() or [type(error).__name__])[0][:200]
             raise FistaPrunerError(f"{path} is not a whole PyTorch weight file: {reason}") from None
-        if not isinstance(loaded, dict) or not all(isinstance(k, str) and isinstance(v, Tensor) for k, v in loaded.items()):
+        if not isinstance(loaded, dict) or not all(
+            isinstance(k, str) and isinstance(v, Tensor) for k, v in loaded.items()
+        ):
             raise FistaPrunerError(f"{path} is not a mapping of names to tensors")
         size = path.stat().st_size
         for name, tensor in loaded.items():
-            if tensor.layout != torch.strided or tensor.is_quantized or tensor.dtype not in NAMES or tensor.nbytes > size:
+            if (
+                tensor.layout != torch.strided
+                or tensor.is_quantized
+                or tensor.dtype not in NAMES
+                or tensor.nbytes > size
+            ):
                 kind = f"{tensor.layout}, {tensor.dtype}, {list(tensor.shape)}"
                 raise FistaPrunerError(f"{path}: tensor {name!r} ({kind}) is not a plain tensor")
         self._tensors: dict[str, Tensor] = loaded

@@ -15,7 +15,9 @@ def read_pruning_record(folder: Path) -> dict[str, Any]:
     return read_json(folder, PRUNING_RECORD) if (folder / PRUNING_RECORD).exists() else {}
 
 
-def recorded_claims(record: Mapping[str, Any], entries: Container[str], origin: str | Path) -> tuple[dict[str, dict[str, Any]], list[str]]:
+def recorded_claims(
+    record: Mapping[str, Any], entries: Container[str], origin: str | Path
+) -> tuple[dict[str, dict[str, Any]], list[str]]:
     """Read a record's claims about operators.
 
     Args:

@@ -144,7 +144,9 @@ class SafetensorsWriter:
         FistaPrunerError: the disk is full, a tensor differs from its entry, or some were never written.
     """
 
-    def __init__(self, path: str | Path, entries: Iterable[TensorEntry], metadata: Mapping[str, str] | None = None) -> None:
+    def __init__(
+        self, path: str | Path, entries: Iterable[TensorEntry], metadata: Mapping[str, str] | None = None
+    ) -> None:
         self.path = Path(path)
         self.entries = {entry.name: entry for entry in entries}
         offsets, end = {}, 0
@@ -154,7 +156,11 @@ class SafetensorsWriter:
         header: dict[str, Any] = {"__metadata__": dict(metadata)} if metadata else {}
         for name, entry in self.entries.items():
             start = offsets[name]
-            header[name] = {"dtype": NAMES[entry.dtype], "shape": list(entry.shape), "data_offsets": [start, start + entry.nbytes]}
+            header[name] = {
+                "dtype": NAMES[entry.dtype],
+                "shape": list(entry.shape),
+                "data_offsets": [start, start + entry.nbytes],
+            }
         text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
         text += b" " * (-len(text) % 8)
         self._header = struct.pack("<Q", len(text)) + text
@@ -183,12 +189,16 @@ class SafetensorsWriter:
         entry = self.entries.get(name)
         if entry is None or tensor.dtype != entry.dtype or tuple(tensor.shape) != entry.shape:
             promised = "nothing of that name" if entry is None else f"{entry.dtype} {list(entry.shape)}"
-            raise FistaPrunerError(f"{self.path}: tensor {name!r} is {tensor.dtype} {list(tensor.shape)}, the header promises {promised}")
+            raise FistaPrunerError(
+                f"{self.path}: tensor {name!r} is {tensor.dtype} {list(tensor.shape)}, the header promises {promised}"
+            )
         data = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
         write_all(self._descriptor, data.numpy().data, self._offsets[name])
         self._missing.discard(name)
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         if kind is None and self._missing:
             error = FistaPrunerError(f"{self.path}: tensor {min(self._missing)!r} was never written")
             self._file.__exit__(type(error), error, None)

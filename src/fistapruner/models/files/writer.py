@@ -18,7 +18,15 @@ import torch
 from torch import Tensor
 
 from ...errors import FistaPrunerError
-from ...runtime.files import PARTIAL, copy_atomic, disk_errors, require_space, sha256_file, write_json_atomic, write_text_atomic
+from ...runtime.files import (
+    PARTIAL,
+    copy_atomic,
+    disk_errors,
+    require_space,
+    sha256_file,
+    write_json_atomic,
+    write_text_atomic,
+)
 from .checkpoint import INDEX, Checkpoint, WeightFile, read_json
 from .folder import checkpoint_folder, copy_companions, write_index
 from .safetensors import SafetensorsWriter, TensorEntry
@@ -66,7 +74,9 @@ def write_checkpoint(
     shards = _shards(source, shapes or {}, identity)
     with checkpoint_folder(out, resume=True) as partial:
         kept = {shard.name: shard.kept(partial) for shard in shards}
-        require_space(partial, sum(entry.nbytes for shard in shards if kept[shard.name] is None for entry in shard.entries))
+        require_space(
+            partial, sum(entry.nbytes for shard in shards if kept[shard.name] is None for entry in shard.entries)
+        )
         written = {shard.name: kept[shard.name] or shard.write(partial, replacement) for shard in shards}
         files = set(written) | copy_companions(source, partial) | {"config.json"}
         _write_config(source, partial, config_changes or {})
@@ -143,7 +153,9 @@ def _shards(source: Checkpoint, shapes: Mapping[str, tuple[int, ...]], identity:
         _Shard(
             _safetensors_name(name),
             file,
-            tuple(TensorEntry.of(key, entry.dtype, shapes.get(key, entry.shape)) for key, entry in file.entries.items()),
+            tuple(
+                TensorEntry.of(key, entry.dtype, shapes.get(key, entry.shape)) for key, entry in file.entries.items()
+            ),
             identity,
         )
         for name, file in source.files.items()
@@ -157,7 +169,11 @@ def _index_metadata(source: Checkpoint, shards: list[_Shard]) -> dict[str, Any]:
     if not isinstance(metadata, dict):
         return {}
     if type(metadata.get("total_parameters")) is int:
-        change = sum(math.prod(entry.shape) - math.prod(source.entry(entry.name).shape) for shard in shards for entry in shard.entries)
+        change = sum(
+            math.prod(entry.shape) - math.prod(source.entry(entry.name).shape)
+            for shard in shards
+            for entry in shard.entries
+        )
         metadata["total_parameters"] += change
     return metadata
 
@@ -181,7 +197,9 @@ def _safetensors_name(shard: str) -> str:
 def _write_config(source: Checkpoint, folder: Path, changes: Mapping[str, Any]) -> None:
     """Copy ``config.json`` or write it changed; plain weights need no ``quantization_config``."""
     config = dict(source.config)
-    plain = all(entry.dtype.is_floating_point and entry.dtype.itemsize > 1 for entry in map(source.entry, source.names()))
+    plain = all(
+        entry.dtype.is_floating_point and entry.dtype.itemsize > 1 for entry in map(source.entry, source.names())
+    )
     if plain:
         config.pop("quantization_config", None)
     config = merge_patch(config, changes)
