@@ -1,4 +1,4 @@
-"""The rooms of the package form layers: no import runs from a lower room to a higher one, and there is no circle."""
+"""The rooms of the package form layers: no import runs upward, there is no circle; and rules of the house."""
 
 from __future__ import annotations
 
@@ -90,3 +90,30 @@ def test_no_circle_inside_a_room() -> None:
 
     for module in sorted(arrows):
         visit(module, ())
+
+
+def test_patterns_are_asked_and_not_told_apart() -> None:
+    """Outside of ``constraints/`` nothing depends on the class of a sparsity pattern."""
+    asked = [
+        f"{path.relative_to(PACKAGE)}:{node.lineno}"
+        for path in sorted(PACKAGE.rglob("*.py"))
+        if path.relative_to(PACKAGE).parts[0] != "constraints"
+        for node in ast.walk(ast.parse(path.read_text("utf-8")))
+        if isinstance(node, ast.Call)
+        and isinstance(node.func, ast.Name)
+        and node.func.id == "isinstance"
+        and {name.id for name in ast.walk(node.args[1]) if isinstance(name, ast.Name)} & {"Unstructured", "NM"}
+    ]
+    assert not asked
+
+
+def test_first_lines_of_docstrings_are_short() -> None:
+    """At most 100 characters, so that they can be read in a list."""
+    long = [
+        f"{path.relative_to(PACKAGE)}: {first}"
+        for path in sorted(PACKAGE.rglob("*.py"))
+        for node in ast.walk(ast.parse(path.read_text("utf-8")))
+        if isinstance(node, (ast.Module, ast.ClassDef, ast.FunctionDef))
+        and len(first := (ast.get_docstring(node) or "").split("\n")[0]) > 100
+    ]
+    assert not long

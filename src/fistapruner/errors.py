@@ -21,7 +21,7 @@ class MissingExtraError(FistaPrunerError):
 
 
 def needs_code(folder: object, error: Exception) -> FistaPrunerError | None:
-    """The error of a checkpoint that needs its own Python code and was not trusted; None for any other ``error``."""
+    """Return the error of a checkpoint whose own Python code was not trusted; None for other errors."""
     if "trust_remote_code" not in str(error):
         return None
     return FistaPrunerError(

@@ -81,7 +81,7 @@ VisitBack = Callable[[int, nn.Module], AbstractContextManager[Callable[[Tensor],
 
 @dataclass(frozen=True)
 class Calls:
-    """Arguments of the decoder layers beside hidden states, for full batches and for the last, smaller one.
+    """Arguments of the decoder layers beside hidden states, for each batch size that occurs.
 
     Args:
         batch_size: windows in a full batch.
@@ -286,7 +286,7 @@ def backward(
 
 
 def check_model(model: LayerwiseModel) -> None:
-    """Compare the logits of one short window, run layer by layer, with those of the model's own forward pass.
+    """Compare the logits of one short window, run layer by layer, with the model's own.
 
     Loads every decoder layer twice, one at a time; in each process once for all models with this config. Another window
     goes through every layer before the one that is compared, so that what a layer keeps from pass to pass shows.

@@ -1,4 +1,6 @@
-"""Arguments that several verbs share. Those of recipe settings are made from the fields of :class:`Recipe`."""
+"""Arguments that several verbs share.
+
+Those of recipe settings are made from the fields of :class:`Recipe`."""
 
 from __future__ import annotations
 
@@ -104,7 +106,7 @@ def _add_setting(group: argparse._ArgumentGroup, path: str, field: FieldInfo) ->
 
 
 def recipe_settings(arguments: argparse.Namespace) -> dict[str, Any]:
-    """Collect the recipe that the arguments name: ``--recipe`` or ``--quality`` first, single settings over it.
+    """Collect the recipe of the arguments: ``--recipe`` or ``--quality``, single settings over it.
 
     Raises:
         FistaPrunerError: an unknown recipe.

@@ -1,4 +1,4 @@
-"""Measure speed, memory and size of a pruned model: dense, sparse in dense format, packed, packed with int8.
+"""Measure speed, memory and size of a pruned model: dense, stored densely, packed, packed int8.
 
 Every variant runs in its own process, in interleaved rounds. The dense model is the pruned one with its zeros filled,
 since the speed of a dense product does not depend on its values. fp32 and bf16 are both measured, because which of

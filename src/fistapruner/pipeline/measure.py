@@ -1,4 +1,4 @@
-"""Measure a finished checkpoint: perplexity, divergence, zero-shot tasks, speed; write model card and page."""
+"""Measure a finished checkpoint (quality, speed) and write the figures into report, card and page."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Before the first layer: check the input, plan, draw calibration, measure the dense model, record it all."""
+"""Prepare a run: check input, plan, draw calibration, measure the dense model, record it all."""
 
 from __future__ import annotations
 

@@ -117,7 +117,7 @@ def _prune_group(
     events: LayerEvents,
     record: _LayerRecord,
 ) -> float:
-    """Solve group ``number`` and write the solution into the loaded layer; return its worst relative error.
+    """Solve group ``number``, write the solution into the layer, return its worst relative error.
 
     The problem is freed on return.
     """
@@ -185,7 +185,7 @@ def _match(
 
 
 def _write(model: LayerwiseModel, module: nn.Module, group: Group, names: Sequence[str], solution: Solution) -> bool:
-    """Write the solution into the loaded layer and back into itself, rounded as the checkpoint will hold it.
+    """Write the solution into the layer and back into itself, rounded as the checkpoint will hold it.
 
     Returns:
         Whether rounding changed nothing.

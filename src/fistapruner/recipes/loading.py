@@ -1,4 +1,4 @@
-"""Read settings as users write them: YAML, sizes, recipe files and the recipes that come with the package."""
+"""Read settings as users write them: YAML, sizes, recipe files and shipped recipes."""
 
 from __future__ import annotations
 

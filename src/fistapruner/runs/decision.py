@@ -17,7 +17,7 @@ class Frozen(BaseModel):
 
 
 class Numerics(Frozen):
-    """What decides the order of sums, and with it the last bits of the results. Part of the run's identity.
+    """Settings that decide the order of sums, and so the last bits; part of the run's identity.
 
     Args:
         batch_size: windows in one forward pass.

@@ -1,4 +1,4 @@
-"""The journal of decoder layers: a finished layer is stored at once, so that a killed run loses one at most.
+"""The journal of decoder layers: each is stored when it is finished, so a kill loses one at most.
 
     RUN/layers/
         0003.safetensors    the pruned tensors of a decoder layer

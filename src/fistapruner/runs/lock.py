@@ -56,7 +56,7 @@ def hold(folder: Path, layers: tuple[int, int] | None = None) -> Iterator[None]:
 
 @contextmanager
 def preparing(folder: Path) -> Iterator[None]:
-    """Let one process of a host at a time decide the settings of a run; the others wait and find them decided."""
+    """Let one process of a host at a time decide a run's settings; the others wait for it."""
     with disk_errors(folder):
         descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
     try:
@@ -68,8 +68,7 @@ def preparing(folder: Path) -> Iterator[None]:
 
 
 def holders(folder: Path) -> list[dict[str, Any]]:
-    """Records (``host``, ``pid``, ``started``) of the processes that seem to work on a run directory now. Takes no
-    lock."""
+    """Return records (``host``, ``pid``, ``started``) of the processes that work on a run. Takes no lock."""
     found = []
     for path in sorted(folder.glob(f"{NAME}*")):
         with suppress(OSError, ValueError, RecursionError):
@@ -128,7 +127,7 @@ def _read(descriptor: int) -> dict[str, Any]:
 
 
 def _may_live(holder: dict[str, Any]) -> bool:
-    """Whether the process that a record names may still be at work, given that its file is not locked here."""
+    """Return whether a record's process may still be at work, given that its file is not locked here."""
     host, pid, started = holder.get("host"), holder.get("pid"), holder.get("started")
     if not isinstance(host, str) or not isinstance(pid, int) or not isinstance(started, (int, float)):
         return False

@@ -1,4 +1,4 @@
-"""The schema of ``report.json``, of layer files and of ``compare.json``, as ``docs/report.md`` describes it.
+"""The schema of ``report.json``, layer files and ``compare.json``; see ``docs/report.md``.
 
 Readers are tolerant: optional parts may be missing, unknown keys are kept. A change that an old reader would
 misunderstand raises :data:`VERSION`.
@@ -25,7 +25,7 @@ R = TypeVar("R", bound="Record")
 
 
 class Record(BaseModel):
-    """Base of all records. Unknown keys are kept, so that an older reader loses no figures of a newer writer."""
+    """Base of all records; unknown keys are kept, so an older reader loses no newer figures."""
 
     model_config = ConfigDict(extra="allow", protected_namespaces=(), ser_json_inf_nan="null")
 

@@ -1,4 +1,4 @@
-"""List the solvers and refinements. Imports no method and no torch, so that ``fistapruner methods`` is quick."""
+"""List the solvers and refinements, without importing a method or torch."""
 
 from __future__ import annotations
 

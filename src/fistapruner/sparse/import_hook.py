@@ -1,4 +1,4 @@
-"""Register the packed format with transformers once transformers is imported; imports neither it nor torch itself."""
+"""Register the packed format when transformers is imported, without importing it or torch."""
 
 from __future__ import annotations
 

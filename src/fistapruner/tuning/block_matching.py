@@ -176,8 +176,7 @@ def _optimizer(parameters: MaskedParameters) -> torch.optim.Adam:
 
 
 def _write(model: LayerwiseModel, index: int, parameters: MaskedParameters) -> dict[str, Tensor]:
-    """Write trained values into the loaded layer, rounded as the checkpoint will hold them; return them by checkpoint
-    name."""
+    """Write trained values into the layer, rounded as stored; return them by checkpoint name."""
     sources = {name: model.source(f"{model.layers_name}.{index}.{name}") for name in parameters.masters}
     parameters.write(lambda name, value: model.rounded(sources[name], value))
     layer = model.layers[index]
@@ -256,8 +255,7 @@ def _run(model: LayerwiseModel, index: int, values: dict[str, Tensor], hidden: T
 
 
 def _split(samples: int) -> tuple[list[int], list[int]]:
-    """Split into validation windows (1 to :data:`MAX_VALIDATION_WINDOWS`) and training windows; a single one is
-    both."""
+    """Split windows into validation (1 to :data:`MAX_VALIDATION_WINDOWS`) and training; one is both."""
     apart = max(VALIDATE_EVERY, -(-samples // MAX_VALIDATION_WINDOWS))
     held = list(range(apart - 1, samples, apart)) or [samples - 1]
     train = [window for window in range(samples) if window not in held] or held

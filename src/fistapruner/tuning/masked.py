@@ -1,4 +1,4 @@
-"""Train parameters with the zeros of pruned weights kept: fp32 masters, frozen masks, a lossless way back.
+"""Train parameters with every zero kept: fp32 masters, frozen masks, lossless round trip.
 
 The mask of a pruned tensor is taken once, from the weights that training starts with. A master is the fp32 value of a
 tensor; the forward pass uses ``master * mask``, so gradients of pruned weights are zero and any step of an optimizer
