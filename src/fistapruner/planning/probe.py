@@ -22,7 +22,7 @@ from ..pruning.partition import cut, part_of
 from ..recipes.settings import Recipe
 from ..runs.records import LayerEntry
 from ..solvers import solve
-from ..tuning.block_matching import passes
+from ..tuning.block_reconstruction import passes
 
 WORTH_MEASURING = 2e10
 """Multiplications of a pass of all calibration tokens, below which a run takes seconds."""

@@ -119,21 +119,21 @@ class Sizes:
     """Number of stores of the dense pass's windows: input and output of a layer, residual drift."""
 
     inside: int
-    """Number of stores while a layer is pruned: replay, targets of block matching that no other holds."""
+    """Number of stores while a layer is pruned: replay, targets of block reconstruction that no other holds."""
 
     layers: int
     backward: int
     """Peak of a forward and backward pass of one window through a layer; 0 where none is needed."""
 
-    matching: int
-    """Block matching of one layer; 0 without.
+    reconstruction: int
+    """Block reconstruction of one layer; 0 without.
 
     The sum of fp32 weights, gradients, Adam's two moments, best weights, masks and the weights of a pass; of a
     forward and backward pass of one window; and of the metric.
     """
 
     metric: int
-    """Metric of one layer's output errors in block matching, in main memory; 0 without."""
+    """Metric of one layer's output errors in block reconstruction, in main memory; 0 without."""
 
     logits: int
     measured: bool
@@ -213,7 +213,7 @@ class Sizes:
             inside=1 + bool(recipe.reconstruct and recipe.dense_share < 1),
             layers=len(model),
             backward=backward if differentiates(recipe) else 0,
-            matching=backward + (5 * 4 + 1 + itemsize) * operators // 4 + 3 * 4 * model.width**2
+            reconstruction=backward + (5 * 4 + 1 + itemsize) * operators // 4 + 3 * 4 * model.width**2
             if recipe.reconstruct
             else 0,
             metric=4 * model.width * (model.width if model.width <= WIDE else 1) if recipe.reconstruct else 0,
@@ -269,8 +269,8 @@ class Sizes:
             found[f"solving {names}"] = (
                 loaded + solving + (weight if drifts else 0) * (2 if self.weighted else 1) + weight * self.weighted
             )
-        if self.matching:
-            found["block matching"] = base + self.layer + states + done + self.matching + 4 * self.window
+        if self.reconstruction:
+            found["block reconstruction"] = base + self.layer + states + done + self.reconstruction + 4 * self.window
         if self.measured:
             states = 0 if self.cuda else self._states_in_memory(choice)
             passed = self.layer + min(choice.batch_size, 4) * max(self.backward, self.forward + self.float_input)
@@ -303,8 +303,8 @@ class Sizes:
             "pruning a layer": states + kept + max(loading, done + max(moving, solving)),
             "writing the checkpoint": 2 * self.largest,
         }
-        if self.matching:
-            found["block matching"] = states + 2 * done + self.metric + moving
+        if self.reconstruction:
+            found["block reconstruction"] = states + 2 * done + self.metric + moving
         if self.measured:
             metrics = self.metric * self.layers
             found["measuring the dense model"] = (

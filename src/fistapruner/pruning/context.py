@@ -78,7 +78,8 @@ class LayerMeasures:
     """Measures of one decoder layer of the dense model (:mod:`fistapruner.sensitivity.decision`).
 
     Args:
-        metric: metric of output errors in block matching (:class:`~fistapruner.tuning.block_matching.MatchSettings`).
+        metric: metric of output errors in block reconstruction
+            (:class:`~fistapruner.tuning.block_reconstruction.ReconstructionSettings`).
         importance: weights of the rows of every operator, by full name; None counts all rows alike.
     """
 

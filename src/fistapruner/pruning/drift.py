@@ -37,7 +37,8 @@ def dense_windows(
 
     With ``propagate=pruned`` the dense model serves to measure drift only. Fewer tokens add to the noise of that
     ``n (1 / tokens - 1 / all tokens)`` for an operator of n inputs: there are as many as keep the widest operator's
-    below ``noise``. Block matching trains towards the dense model's outputs, window by window, and takes all windows.
+    below ``noise``. Block reconstruction trains towards the dense model's outputs, window by window, and takes all
+    windows.
     """
     if recipe.propagate == "dense" or recipe.reconstruct or not recipe.dense_share:
         return samples

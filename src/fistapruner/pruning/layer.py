@@ -17,7 +17,7 @@ from ..runs.records import LayerEntry, OperatorEntry
 from ..runtime.clock import Clock
 from ..runtime.memory import release_memory
 from ..solvers.base import Solution
-from ..tuning.block_matching import MatchSettings, match_layer
+from ..tuning.block_reconstruction import ReconstructionSettings, reconstruct_layer
 from .context import NO_EVENTS, NOT_MEASURED, LayerContext, LayerEvents, LayerMeasures, LayerStreams
 from .entries import operator_entries
 from .passes import LayerPasses
@@ -90,7 +90,7 @@ def prune_layer(
             record.weights |= _weights(context, index, group)
             passes.pruned(number)
             events.operators(names, worst)
-        _match(context, index, streams, passes, clock, measures, record)
+        _reconstruct(context, index, streams, passes, clock, measures, record)
         error = passes.output_pass()
     entry = LayerEntry(
         index=index,
@@ -164,7 +164,7 @@ def _solve(context: LayerContext, problem: LayerProblem, names: Sequence[str], m
     return solution
 
 
-def _match(
+def _reconstruct(
     context: LayerContext,
     index: int,
     streams: LayerStreams,
@@ -173,13 +173,13 @@ def _match(
     measures: LayerMeasures,
     record: _LayerRecord,
 ) -> None:
-    """Match the pruned layer's output to the wanted one, if the recipe asks for it."""
+    """Reconstruct the pruned layer as a block, if the recipe asks for it."""
     if passes.wanted is None:
         return
     recipe, groups = context.recipe, context.layout.layers[index]
-    settings = MatchSettings(recipe.reconstruct, recipe.seed, measures.metric)
+    settings = ReconstructionSettings(recipe.reconstruct, recipe.seed, measures.metric)
     with clock.phase("reconstruct"):
-        result = match_layer(context.model, index, groups, streams.seen, passes.wanted, context.calls, settings)
+        result = reconstruct_layer(context.model, index, groups, streams.seen, passes.wanted, context.calls, settings)
     record.weights |= result.weights
     record.extra["reconstruct"] = result.record
 

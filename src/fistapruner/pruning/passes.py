@@ -60,7 +60,7 @@ class LayerPasses:
         self._sums: dict[int, ProblemSums] = {}
         self._first_out: Tensor | None = None  # of the dense layer, first batch: the report's error is measured on it
         self.wanted: HiddenStates | None = None
-        """Output hidden states that block matching trains towards; None without block matching."""
+        """Output hidden states that block reconstruction trains towards; None without block reconstruction."""
         if recipe.reconstruct and groups:
             self.wanted = streams.dense_out or self._store("wanted")
 
@@ -104,7 +104,7 @@ class LayerPasses:
         return True
 
     def make_wanted(self) -> None:
-        """Complete the outputs that block matching trains towards, while nothing is pruned yet.
+        """Complete the outputs that block reconstruction trains towards, while nothing is pruned yet.
 
         They are the dense model's outputs, which the dense pass wrote; with ``target=pruned`` the dense layer's on
         drifted inputs, or a mixture of both, as for single operators.

@@ -1,7 +1,7 @@
 """Measure the dense model and decide from it, before anything is pruned.
 
-Decided are the sparsity of every operator, the weights of its rows, the metric of block matching, and the order of
-channels in n:m patterns.
+Decided are the sparsity of every operator, the weights of its rows, the metric of block reconstruction, and the order
+of channels in n:m patterns.
 """
 
 from __future__ import annotations
@@ -53,8 +53,8 @@ class Decision:
 
     Args:
         sparsity: of every operator; None where the recipe gives it without measuring.
-        metrics: metric of the output errors of each decoder layer in block matching: (width, width) second moments of
-            the gradient, or their (width,) diagonals for a wide model. None without block matching.
+        metrics: metric of the output errors of each decoder layer in block reconstruction: (width, width) second
+            moments of the gradient, or their (width,) diagonals for a wide model. None without block reconstruction.
         importance: (m,) weights of the output rows of each operator, in the new order; None where rows count alike.
         orders: the tensors whose channels are permuted (:mod:`.channel_order`), with dimension and order.
         permuted: by full name, for each operator with permuted input channels, the share of its scores that its
@@ -121,7 +121,7 @@ def decide(
     store: Store | None = None,
     tick: Tick = lambda what, done, total: None,
 ) -> Decision:
-    """Measure the dense model for allocation, row weights, block matching and channel permutation.
+    """Measure the dense model for allocation, row weights, block reconstruction and channel permutation.
 
     Args:
         recipe: its ``allocation``, ``sparsity``, ``weighting``, ``reconstruct``, ``permutation`` and ``seed``.

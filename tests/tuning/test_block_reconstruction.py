@@ -1,4 +1,5 @@
-"""Block matching: masks stay, the layer comes closer, the same bits every time, nothing is kept that does not help."""
+"""Block reconstruction: masks stay, the layer comes closer, the same bits every time, nothing is kept that does not
+help."""
 
 from __future__ import annotations
 
@@ -17,8 +18,8 @@ from fistapruner.models.files.checkpoint import Checkpoint
 from fistapruner.models.layerwise import LayerwiseModel
 from fistapruner.pipeline.prune import prune
 from fistapruner.runs.listener import Listener
-from fistapruner.tuning import block_matching as match
-from fistapruner.tuning.block_matching import Matched, MatchSettings, match_layer
+from fistapruner.tuning import block_reconstruction
+from fistapruner.tuning.block_reconstruction import Reconstructed, ReconstructionSettings, reconstruct_layer
 
 SETTINGS: dict[str, Any] = {
     "method": "wanda",
@@ -81,7 +82,9 @@ def test_an_interrupted_run_ends_in_the_same_bits(tmp_path: Path, way: str) -> N
         assert torch.equal(tensor, parts[name]), name
 
 
-def matched(folder: Path, settings: MatchSettings) -> tuple[Matched, dict[str, Tensor], dict[str, Tensor]]:
+def reconstructed(
+    folder: Path, settings: ReconstructionSettings
+) -> tuple[Reconstructed, dict[str, Tensor], dict[str, Tensor]]:
     """Match the first layer of a model after half of its operators' weights were removed; also its tensors before and
     after."""
     model = LayerwiseModel(Checkpoint.open(folder), torch.device("cpu"))
@@ -98,12 +101,12 @@ def matched(folder: Path, settings: MatchSettings) -> tuple[Matched, dict[str, T
                 weight = operator.weight(layer)
                 weight[weight.abs() < weight.abs().median()] = 0
         before = {name: parameter.clone() for name, parameter in layer.named_parameters()}
-        result = match_layer(model, 0, layout.layers[0], inputs, wanted, calls, settings)
+        result = reconstruct_layer(model, 0, layout.layers[0], inputs, wanted, calls, settings)
         return result, before, {name: parameter.clone() for name, parameter in layer.named_parameters()}
 
 
 def test_steps_that_do_harm_are_not_kept(tmp_path: Path) -> None:
-    result, before, after = matched(tiny.save("llama", tmp_path), MatchSettings(steps=16, rate=30.0))
+    result, before, after = reconstructed(tiny.save("llama", tmp_path), ReconstructionSettings(steps=16, rate=30.0))
     assert result.record["kept_step"] == 0
     assert result.record["steps"] < 16
     assert not result.weights
@@ -111,7 +114,7 @@ def test_steps_that_do_harm_are_not_kept(tmp_path: Path) -> None:
 
 
 def test_steps_that_were_too_large_become_smaller(tmp_path: Path) -> None:
-    result, before, after = matched(tiny.save("llama", tmp_path), MatchSettings(steps=64, rate=0.3))
+    result, before, after = reconstructed(tiny.save("llama", tmp_path), ReconstructionSettings(steps=64, rate=0.3))
     assert result.record["held_out_after"] < result.record["held_out_before"]
     assert result.weights.keys() == {f"model.layers.0.{name}" for name in before}
     for name, tensor in after.items():
@@ -129,23 +132,25 @@ def test_a_single_window_is_enough(tmp_path: Path) -> None:
 def test_the_metric_is_shrunk_and_factored() -> None:
     rows = torch.randn(3, 8)
     metric = rows.T @ rows
-    root = match._root(metric, torch.device("cpu"))
+    root = block_reconstruction._root(metric, torch.device("cpu"))
     assert root is not None
-    expected = (1 - match.SHRINKAGE) * metric + match.SHRINKAGE * metric.diagonal().mean() * torch.eye(8)
+    expected = (
+        1 - block_reconstruction.SHRINKAGE
+    ) * metric + block_reconstruction.SHRINKAGE * metric.diagonal().mean() * torch.eye(8)
     torch.testing.assert_close(root @ root.T, expected)
-    diagonal = match._root(metric.diagonal(), torch.device("cpu"))
+    diagonal = block_reconstruction._root(metric.diagonal(), torch.device("cpu"))
     assert diagonal is not None
     torch.testing.assert_close(diagonal.square(), expected.diagonal())
 
 
 def test_windows_are_split_and_ordered() -> None:
-    held, train = match._split(32)
+    held, train = block_reconstruction._split(32)
     assert held == [7, 15, 23, 31]
     assert sorted(held + train) == list(range(32))
-    assert match._split(1) == ([0], [0])
-    order = match._order(train, 56, torch.Generator().manual_seed(1))
+    assert block_reconstruction._split(1) == ([0], [0])
+    order = block_reconstruction._order(train, 56, torch.Generator().manual_seed(1))
     assert sorted(order[:28]) == train
     assert sorted(order[28:]) == train
-    held, train = match._split(129)
+    held, train = block_reconstruction._split(129)
     assert len(held) == 7  # as many as fit evenly, at most MAX_VALIDATION_WINDOWS
     assert sorted(held + train) == list(range(129))

@@ -1,4 +1,4 @@
-"""Block matching: train a pruned decoder layer, masks frozen, to give the output of the dense layer.
+"""Block reconstruction: train a pruned decoder layer, masks frozen, to give the output of the dense layer.
 
 Solvers see one operator at a time. How their errors combine, behind the non-linearities and in the residual stream,
 shows only in the output of the whole layer. So after a layer is pruned, its surviving weights, norms and biases take
@@ -57,8 +57,8 @@ SHRINKAGE = 0.1
 
 
 @dataclass(frozen=True)
-class MatchSettings:
-    """Settings of block matching.
+class ReconstructionSettings:
+    """Settings of block reconstruction.
 
     Args:
         steps: Adam steps of one window each. In the same time, many small steps lower the loss further than few large
@@ -76,8 +76,8 @@ class MatchSettings:
 
 
 @dataclass(frozen=True)
-class Matched:
-    """Result of block matching.
+class Reconstructed:
+    """Result of block reconstruction.
 
     Args:
         weights: changed tensors by checkpoint name, rounded as the checkpoint will hold them, on the CPU.
@@ -88,15 +88,15 @@ class Matched:
     record: dict[str, Any]
 
 
-def match_layer(
+def reconstruct_layer(
     model: LayerwiseModel,
     index: int,
     groups: Sequence[Group],
     inputs: HiddenStates,
     wanted: HiddenStates,
     calls: Calls,
-    settings: MatchSettings,
-) -> Matched:
+    settings: ReconstructionSettings,
+) -> Reconstructed:
     """Train the loaded, pruned decoder layer ``index`` in place.
 
     Args:
@@ -155,7 +155,7 @@ def match_layer(
             "held_out_before": before,
             "held_out_after": best,
         }
-        return Matched(weights, record)
+        return Reconstructed(weights, record)
 
 
 def _parameters(layer: nn.Module, groups: Sequence[Group]) -> MaskedParameters:
@@ -271,7 +271,7 @@ def _order(windows: list[int], count: int, generator: torch.Generator) -> list[i
 
 
 def passes(steps: int, samples: int) -> int:
-    """Cost of block matching, in forward passes of one window (a backward pass counts two).
+    """Cost of block reconstruction, in forward passes of one window (a backward pass counts two).
 
     Args:
         steps: Adam steps.
