@@ -1,4 +1,4 @@
-"""Block reconstruction: train a pruned decoder layer, masks frozen, to give the output of the dense layer.
+"""Block reconstruction: train a pruned decoder layer to give the dense layer's output, masks frozen.
 
 Solvers see one operator at a time. How their errors combine, behind the non-linearities and in the residual stream,
 shows only in the output of the whole layer. So after a layer is pruned, its surviving weights, norms and biases take
