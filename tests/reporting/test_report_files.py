@@ -145,6 +145,13 @@ def test_status_of_an_unfinished_run(tmp_path: Path, capsys: pytest.CaptureFixtu
     printed = capsys.readouterr().out
     assert "3 of 12 decoder layers" in printed
     assert "layer   2" in printed
+    errors = {
+        operator.relative_error: f"(layer {layer.index}, {operator.name})"
+        for layer in load_run(run).layers
+        for operator in layer.operators
+        if operator.relative_error is not None
+    }
+    assert errors[max(errors)] in printed
     assert main(["status", str(run), "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["working"] is False
 

@@ -7,7 +7,7 @@ from typing import Any
 
 from ..runs.records import Report
 from ..runtime.formatting import align_columns, duration, percent
-from .layer_errors import hardest, mean_error
+from .layer_errors import mean_error
 
 
 def status_facts(report: Report, now: datetime | None = None) -> dict[str, Any]:
@@ -57,7 +57,8 @@ def status_text(report: Report, *, alive: bool | None = None, now: datetime | No
     left = f", about {duration(found['seconds_left'])} left" if found["seconds_left"] and alive is not False else ""
     lines.append(f"{bar} {done} of {total} decoder layers{left}")
     if found["mean_relative_error"] is not None:
-        ((layer, operator),) = hardest(report.layers, 1)
+        operators = [(layer, operator) for layer in report.layers for operator in layer.operators]
+        layer, operator = max(operators, key=lambda pair: pair[1].relative_error or 0.0)
         lines.append(
             f"relative error: mean {percent(found['mean_relative_error'])}, worst {percent(operator.relative_error)} "
             f"(layer {layer.index}, {operator.name})"
