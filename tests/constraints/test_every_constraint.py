@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from fistapruner import FistaPrunerError
-from fistapruner.constraints import CONSTRAINTS, Constraint, Scope, parse_sparsity
+from fistapruner.constraints import CONSTRAINTS, NM, Constraint, Scope, parse_sparsity
 from toy_constraints import EXAMPLES, every_constraint, registered
 
 SCOPES: tuple[Scope, Scope] = ("operator", "row")
@@ -145,7 +145,7 @@ def test_independent_rows_are_projected_alike_in_blocks(constraint: Constraint, 
 def test_its_nm_pattern_is_true_of_every_projection(constraint: Constraint) -> None:
     if constraint.nm is not None:
         scores = make_scores(constraint)
-        assert constraint.nm.satisfies(scores * constraint.project(scores))
+        assert NM(*constraint.nm).satisfies(scores * constraint.project(scores))
 
 
 @over_every_constraint

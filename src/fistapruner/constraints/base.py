@@ -8,7 +8,7 @@ a constraint through the methods below and never for its class.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from typing import TYPE_CHECKING, ClassVar, Literal, Self
+from typing import ClassVar, Literal, Self
 
 import torch
 from torch import Tensor
@@ -16,9 +16,6 @@ from torch import Tensor
 from ..errors import FistaPrunerError
 from .selection import keep_largest
 from .thresholds import ProjectedThreshold, Threshold
-
-if TYPE_CHECKING:
-    from .nm import NM
 
 Scope = Literal["operator", "row"]
 """Where scores compete, for constraints that leave it open: in the whole operator, or within each row."""
@@ -119,8 +116,8 @@ class Constraint(ABC):
         return 1
 
     @property
-    def nm(self) -> NM | None:
-        """The n:m pattern that all its weights have, if any: for packing, permutation and sparse tensor cores."""
+    def nm(self) -> tuple[int, int] | None:
+        """(n, m) if all weights have an n:m pattern: for packing, permutation and sparse tensor cores."""
         return None
 
     def rows_independent(self, scope: Scope = "operator") -> bool:

@@ -65,8 +65,8 @@ class NM(Constraint):
         return self.m
 
     @property
-    def nm(self) -> NM:
-        return self
+    def nm(self) -> tuple[int, int]:
+        return self.n, self.m
 
     def rows_independent(self, scope: Scope = "operator") -> bool:
         return True

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from ..activations.store import Store, scratch_factory
-from ..constraints import Constraint, parse_sparsity
+from ..constraints import NM, Constraint, parse_sparsity
 from ..errors import FistaPrunerError
 from ..models.coupling import find_links, reordered
 from ..models.discovery import Layout
@@ -240,8 +240,10 @@ class _Channels:
         for link in self._links[index]:
             name = self._layout.full_name(index, link.consumer)
             sparsity = self._sparsity.get(name)
-            pattern = None if sparsity is None else sparsity.nm
-            if link.consumer.name not in weights or pattern is None or link.channels % pattern.m:
+            if link.consumer.name not in weights or sparsity is None or sparsity.nm is None:
+                continue
+            pattern = NM(*sparsity.nm)
+            if link.channels % pattern.m:
                 continue
             scores = weights[link.consumer.name].square() * sums.mean()
             order = torch.stack([channel_order(block, pattern) for block in link.by_block(scores)])

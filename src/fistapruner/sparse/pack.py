@@ -302,7 +302,7 @@ def _hint(known: Mapping[str, Any] | None) -> NM | None:
         pattern = parse_sparsity(str(known["sparsity"])) if known and "sparsity" in known else None
     except FistaPrunerError:
         return None
-    return None if pattern is None else pattern.nm
+    return None if pattern is None or pattern.nm is None else NM(*pattern.nm)
 
 
 def _report(source: Checkpoint, plan: dict[str, _Planned]) -> PackReport:
