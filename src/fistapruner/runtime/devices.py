@@ -21,8 +21,7 @@ def choose_device(name: str) -> torch.device:
     if name == "auto":
         if not torch.cuda.is_available():
             return torch.device("cpu")
-        free = [torch.cuda.mem_get_info(index)[0] for index in range(torch.cuda.device_count())]
-        return torch.device("cuda", free.index(max(free)))
+        return _by_free_memory()[0]
     if not re.fullmatch(r"cpu|cuda(:\d+)?", name):
         raise FistaPrunerError(f"device {name!r} is not supported: auto, cpu, cuda or cuda:N")
     device = torch.device(name)
