@@ -90,19 +90,36 @@ def load_recipe_settings(name_or_file: str) -> dict[str, Any]:
         raise FistaPrunerError(f"recipe {path} is not UTF-8 text") from None
 
 
+SECTIONS = ("calibration", "data", "execution")
+"""Settings that are sections with settings of their own."""
+
+
 def merge(base: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
     """Return ``base`` updated by ``changes``, section by section; None in ``changes`` changes nothing."""
     merged = dict(base)
     for key, value in changes.items():
         if value is None:
             continue
-        if isinstance(value, dict) and key in ("calibration", "execution"):
+        if isinstance(value, dict) and key in SECTIONS:
             section = merged.get(key) or {}
             # A section that is not a mapping stays, so that validation names it.
             merged[key] = merge(section, value) if isinstance(section, dict) else section
         else:
             merged[key] = value
     return merged
+
+
+def parse_count(text: str) -> int:
+    """Parse a count with a decimal suffix: ``"500k"``, ``"1.5M"`` or ``"4096"``.
+
+    Raises:
+        ValueError: not a count.
+    """
+    match = re.fullmatch(r"\s*([0-9]+\.?[0-9]*)\s*([kmg]?)\s*", text.lower())
+    count = float(match[1]) * 1000 ** " kmg".index(match[2] or " ") if match else 0.5
+    if count != int(count):
+        raise ValueError(f"{text!r} is not a whole number: write 4096, 500k or 1.5M")
+    return int(count)
 
 
 def parse_bytes(text: str) -> int:
