@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from random import Random
 from typing import Any
@@ -61,7 +61,7 @@ def calibration_tokens(
             raise FistaPrunerError(
                 "calibration source 'self' needs the model to generate text: give a text source instead"
             )
-        progress = None if say is None else _tenths(say)
+        progress = None if say is None else tenths(say)
         tokens = generate_tokens(
             load_model(), tokenizer, settings.samples, seqlen, seed=settings.seed, progress=progress
         )
@@ -86,8 +86,8 @@ def tokens_sha256(tokens: Tensor) -> str:
     return hashlib.sha256(tokens.contiguous().numpy().tobytes()).hexdigest()
 
 
-def _tenths(say: Callable[[str], None]) -> Callable[[int, int], None]:
-    """Make a progress callback that calls ``say`` at every tenth of the work."""
+def tenths(say: Callable[[str], None], purpose: str = "calibration") -> Callable[[int, int], None]:
+    """Make a progress callback of text generation that calls ``say`` at every tenth of the work."""
     begin, said = time.monotonic(), 0
 
     def progress(done: int, total: int) -> None:
@@ -95,13 +95,17 @@ def _tenths(say: Callable[[str], None]) -> Callable[[int, int], None]:
         if done * 10 // total > said and done < total:
             said = done * 10 // total
             left = (time.monotonic() - begin) * (total - done) / done
-            say(f"generating calibration text: {done} of {total} tokens, about {left:.0f} s left")
+            say(f"generating {purpose} text: {done} of {total} tokens, about {left:.0f} s left")
 
     return progress
 
 
-def check_source(source: str) -> None:
-    """Refuse a calibration source that is neither a known name nor a file of a known kind.
+def check_source(source: str, purpose: str = "calibration") -> None:
+    """Refuse a source of text that is neither a known name nor a file of a known kind.
+
+    Args:
+        source: name or path.
+        purpose: what the text is for, in messages.
 
     Raises:
         FistaPrunerError: names the source and the known ones.
@@ -112,17 +116,21 @@ def check_source(source: str) -> None:
     if not path.is_file() or path.suffix.lower() not in SUFFIXES:
         names = ", ".join((SELF, PYTHON, *DATA_SETS))
         raise FistaPrunerError(
-            f"calibration source {source!r} is neither a {'/'.join(SUFFIXES)} file that exists nor one of: {names}"
+            f"{purpose} source {source!r} is neither a {'/'.join(SUFFIXES)} file that exists nor one of: {names}"
         )
 
 
-def source_documents(source: str) -> list[str]:
+def source_documents(source: str, purpose: str = "calibration") -> list[str]:
     """Read the documents of a text source (any but ``self``).
+
+    Args:
+        source: name or path.
+        purpose: what the text is for, in messages.
 
     Raises:
         FistaPrunerError: unknown, unreadable, or empty.
     """
-    check_source(source)
+    check_source(source, purpose)
     if source in (PYTHON, PYTHON_EVAL):
         documents = python_documents(source)
     elif source in DATA_SETS and not Path(source).is_file():
@@ -131,7 +139,7 @@ def source_documents(source: str) -> list[str]:
         documents = read_documents(source)
     documents = [document for document in documents if document.strip()]
     if not documents:
-        raise FistaPrunerError(f"calibration text {source!r} is empty")
+        raise FistaPrunerError(f"{purpose} text {source!r} is empty")
     return documents
 
 
@@ -163,7 +171,7 @@ def draw_windows(
     ]
     windows: list[list[int]] = []
     if len(long) >= samples:
-        for ids in _tokenise(long, tokenizer, source):
+        for ids in tokenise(long, tokenizer, source):
             if len(ids) > room:
                 start = random.randrange(len(ids) - room + 1)
                 windows.append(bos + ids[start : start + room])
@@ -174,7 +182,7 @@ def draw_windows(
 
     separator = tokenizer(JOINT, add_special_tokens=False, return_attention_mask=False)["input_ids"]
     stream: list[int] = []
-    for ids in _tokenise([documents[i] for i in order], tokenizer, source):
+    for ids in tokenise([documents[i] for i in order], tokenizer, source):
         stream += (separator if stream else []) + ids
         if len(stream) >= ENOUGH * samples * seqlen and len(documents) > 1:
             break
@@ -198,16 +206,27 @@ def draw_windows(
     return torch.tensor([bos + stream[start : start + room] for start in starts], dtype=torch.int64), how
 
 
-def _tokenise(documents: list[str], tokenizer: Any, source: str) -> Iterator[list[int]]:
-    """Tokenise documents in batches; yield the token ids of each."""
+def tokenise(
+    documents: Sequence[str], tokenizer: Any, source: str, purpose: str = "calibration"
+) -> Iterator[list[int]]:
+    """Tokenise documents in batches, without special tokens; yield the token ids of each.
+
+    Args:
+        documents: the texts.
+        tokenizer: a ``transformers`` tokenizer.
+        source: name of the text, in messages; ``purpose``: what it is for.
+
+    Raises:
+        FistaPrunerError: the tokenizer fails, or makes no tokens of 64 documents.
+    """
     for start in range(0, len(documents), 64):
-        batch = documents[start : start + 64]
+        batch = list(documents[start : start + 64])
         try:
             ids = tokenizer(batch, add_special_tokens=False, return_attention_mask=False, verbose=False)["input_ids"]
         except Exception as error:  # tokenizers have their own exceptions
             raise FistaPrunerError(
-                f"the tokenizer cannot read the calibration text {source!r}: {' '.join(str(error).split())[:200]}"
+                f"the tokenizer cannot read the {purpose} text {source!r}: {' '.join(str(error).split())[:200]}"
             ) from None
         if not any(ids):
-            raise FistaPrunerError(f"the tokenizer makes no tokens of the calibration text {source!r}")
+            raise FistaPrunerError(f"the tokenizer makes no tokens of the {purpose} text {source!r}")
         yield from ids

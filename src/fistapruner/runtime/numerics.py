@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -113,6 +115,20 @@ def row_blocks(rows: int) -> list[slice]:
     """
     size = max(1, -(-rows // 16))
     return [slice(start, min(start + size, rows)) for start in range(0, rows, size)]
+
+
+def seeded(seed: int, *purpose: str | int) -> torch.Generator:
+    """Make a CPU random generator from a seed and what it is for.
+
+    Generators for different purposes are independent of each other, of torch's global generator, and of the order in
+    which they are used.
+
+    Args:
+        seed: of the run.
+        purpose: names and numbers, such as ``"order", 3``.
+    """
+    digest = hashlib.sha256(json.dumps([seed, *purpose]).encode()).digest()
+    return torch.Generator().manual_seed(int.from_bytes(digest[:8]) % 2**63)
 
 
 def pass_dtype(stored: torch.dtype, device: torch.device, bf16_units: bool | None = None) -> torch.dtype:
