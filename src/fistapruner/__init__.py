@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from .sparse.load import load
     from .sparse.pack import pack, unpack
     from .sparse.semi_structured import to_semi_structured
+    from .tuning.hold_mask import hold_mask
 
 __version__ = "0.1.0"
 __all__ = [
@@ -45,6 +46,7 @@ __all__ = [
     "evaluate",
     "evaluate_run",
     "finish_run",
+    "hold_mask",
     "load",
     "pack",
     "parse_sparsity",
@@ -70,6 +72,7 @@ _MODULES = {
     "sparse.load": ("load",),
     "sparse.pack": ("pack", "unpack"),
     "sparse.semi_structured": ("to_semi_structured",),
+    "tuning.hold_mask": ("hold_mask",),
 }
 
 

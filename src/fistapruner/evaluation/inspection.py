@@ -14,7 +14,7 @@ from torch import Tensor
 from ..constraints import NM, Constraint, parse_sparsity
 from ..errors import FistaPrunerError
 from ..models.files.checkpoint import Checkpoint
-from ..models.files.record import read_pruning_record, recorded_claims
+from ..models.files.record import MIN_ZEROS, read_pruning_record, recorded_claims
 from ..models.files.safetensors import TensorEntry
 from ..models.source import resolve_model
 from ..runs.lineage import read_lineage
@@ -74,7 +74,7 @@ class Inspection:
     def pruned(self) -> tuple[OperatorInspection, ...]:
         """Return the operators with a claim; without claims, those with at least 1% zeros."""
         claimed = tuple(operator for operator in self.operators if operator.claim is not None)
-        return claimed or tuple(operator for operator in self.operators if operator.sparsity >= 0.01)
+        return claimed or tuple(operator for operator in self.operators if operator.sparsity >= MIN_ZEROS)
 
     @property
     def violations(self) -> list[str]:

@@ -9,6 +9,9 @@ from typing import Any
 from ...errors import FistaPrunerError
 from .checkpoint import PRUNING_RECORD, read_json
 
+MIN_ZEROS = 0.01
+"""Least share of zeros of an operator that counts as pruned where no record says so."""
+
 
 def read_pruning_record(folder: Path) -> dict[str, Any]:
     """Read ``fistapruner.json`` of a model folder; empty where there is none."""

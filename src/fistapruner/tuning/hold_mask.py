@@ -1,0 +1,255 @@
+"""Keep the zeros of a pruned model while somebody else's trainer works on it.
+
+    with fistapruner.hold_mask(model):
+        train(model)
+
+or ``Trainer(model, ..., callbacks=[fistapruner.hold_mask(model)])``. The masks are taken once, from the weights as they
+are then. Gradients of pruned weights are set to 0, so that clipping and the optimizer's moments see surviving weights
+only, and pruned weights are set to 0 after every optimizer step, because weight decay, momentum and rounding move
+weights without a gradient too. At the end every pruned weight is checked.
+
+Every ``torch.optim.Optimizer`` calls torch's global step hooks, also inside of ``accelerate``'s wrapper and behind a
+gradient scaler; an optimizer that is made later needs no registration. Trainers that keep their own copies of the
+weights (DeepSpeed, Apex O2) overwrite a model's weights after the hooks; the check at the end reports them.
+"""
+
+from __future__ import annotations
+
+import re
+import weakref
+from collections.abc import Iterator
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+import torch
+from torch import Tensor, nn
+from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
+from transformers import TrainerCallback
+from transformers.pytorch_utils import Conv1D
+
+from ..errors import FistaPrunerError
+from ..models.files.checkpoint import PRUNING_RECORD
+from ..models.files.record import MIN_ZEROS, read_pruning_record
+
+WRAPPERS = re.compile(r"(^|\.)(module|_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module|base_layer)(?=\.|$)")
+"""Parts of a parameter's name that wrappers add: data parallelism, compilation, checkpointing, adapters."""
+
+
+def hold_mask(model: nn.Module) -> HoldMask:
+    """Keep every zero of a pruned model while it is trained by any PyTorch trainer.
+
+    Args:
+        model: the pruned model. Held are the operators that the ``fistapruner.json`` of its folder
+            (``model.name_or_path``) lists; without one, the linear weights of numbered layers with at least 1 % zeros
+            (all-zero ones are new adapters and are not held).
+
+    Returns:
+        A context manager for the training, which is also a ``transformers.TrainerCallback``. The masks take one byte
+        for each held weight.
+
+    Raises:
+        FistaPrunerError: nothing is pruned, or an operator of ``fistapruner.json`` is missing or has lost zeros.
+    """
+    return HoldMask(model)
+
+
+class HoldMask(TrainerCallback):  # type: ignore[misc]
+    """Set gradients and weights to 0 where a model is pruned; see :func:`hold_mask`.
+
+    The model may be moved, cast, compiled or sharded (FSDP2) after the masks were taken.
+
+    Args:
+        model: the pruned model.
+
+    Attributes:
+        operators: names of the held weights.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        found = _held(model)
+        self._modules = {name: module for name, (module, _) in found.items()}
+        self._pruned = {name: pruned for name, (_, pruned) in found.items()}
+        self._handles: list[Any] = []
+
+    @property
+    def operators(self) -> tuple[str, ...]:
+        """Return the names of the held weights."""
+        return tuple(self._modules)
+
+    def __enter__(self) -> Self:
+        if not self._handles:
+            own = weakref.ref(self)  # the hooks are global: they must not keep a model alive whose training failed
+
+            def before(optimizer: Any, *_: Any) -> None:
+                if (held := own()) is not None:
+                    held._mask(optimizer, gradients=True)
+
+            def after(optimizer: Any, *_: Any) -> None:
+                if (held := own()) is not None:
+                    held._mask(optimizer, gradients=False)
+
+            self._handles = [register_optimizer_step_pre_hook(before), register_optimizer_step_post_hook(after)]
+            for name, parameter in self._parameters():
+                if parameter.requires_grad:
+                    hook = self._gradient_hook(name)
+                    self._handles.append(parameter.register_post_accumulate_grad_hook(hook))
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.release()
+        if kind is None:
+            self.verify()
+
+    def release(self) -> None:
+        """Stop masking."""
+        for handle in self._handles:
+            handle.remove()
+        self._handles = []
+
+    @torch.no_grad()
+    def apply(self) -> None:
+        """Set every pruned weight to 0."""
+        for name, parameter in self._parameters():
+            self._clear(name, parameter)
+
+    @torch.no_grad()
+    def verify(self) -> None:
+        """Check that every pruned weight is 0. Where weights are sharded, all processes must call it.
+
+        Raises:
+            FistaPrunerError: names the first operator with lost zeros.
+        """
+        lost, sharded = [], None
+        for name, parameter in self._parameters():
+            lost.append((_local(parameter)[self._local_pruned(name, parameter)] != 0).sum())
+            sharded = parameter if hasattr(parameter, "to_local") else sharded
+        counts = torch.stack([count.cpu() for count in lost])
+        if sharded is not None and torch.distributed.is_initialized():  # all processes come to the same verdict
+            counts = counts.to(sharded.device)
+            torch.distributed.all_reduce(counts, torch.distributed.ReduceOp.MAX)
+        for name, count in zip(self._modules, counts.tolist(), strict=True):
+            if count:
+                raise FistaPrunerError(
+                    f"{name}: {count} of its pruned weights are not 0 any more: something other than a step of a "
+                    "torch.optim optimizer has changed them (a merged adapter, a trainer with its own copy of the "
+                    "weights); hold_mask(...).apply() sets them back to 0"
+                )
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Begin to mask (called by the trainer)."""
+        self.__enter__()
+
+    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Stop masking and check the zeros (called by the trainer)."""
+        self.__exit__(None, None, None)
+
+    def _parameters(self) -> Iterator[tuple[str, Tensor]]:
+        """Yield the held weights, which sharding and casting may have replaced since the masks were taken."""
+        for name, module in self._modules.items():
+            weight = module.weight
+            assert isinstance(weight, Tensor)
+            yield name, weight
+
+    def _gradient_hook(self, name: str) -> Any:
+        own = weakref.ref(self)
+
+        @torch.no_grad()
+        def hook(parameter: Tensor) -> None:
+            if (held := own()) is not None and parameter.grad is not None:
+                held._clear(name, parameter.grad)
+
+        return hook
+
+    @torch.no_grad()
+    def _mask(self, optimizer: torch.optim.Optimizer, *, gradients: bool) -> None:
+        """Clear the pruned places of the weights of an optimizer, or of their gradients."""
+        own = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
+        for name, parameter in self._parameters():
+            tensor = parameter.grad if gradients else parameter
+            if id(parameter) in own and tensor is not None:
+                self._clear(name, tensor)
+
+    def _clear(self, name: str, tensor: Tensor) -> None:
+        _local(tensor).masked_fill_(self._local_pruned(name, tensor), 0.0)
+
+    def _local_pruned(self, name: str, tensor: Tensor) -> Tensor:
+        """Return the pruned places of a weight, of this process's shard if the weight is sharded."""
+        pruned, local = self._pruned[name], _local(tensor)
+        if pruned.shape != local.shape and hasattr(tensor, "to_local") and pruned.shape == tensor.shape:
+            from torch.distributed.tensor import DTensor, distribute_tensor
+
+            assert isinstance(tensor, DTensor)
+            # Every process has the whole mask and keeps its own part: nothing is sent.
+            whole = pruned.to(local.device)
+            pruned = distribute_tensor(whole, tensor.device_mesh, tensor.placements, src_data_rank=None).to_local()
+        if pruned.shape != local.shape:
+            raise FistaPrunerError(
+                f"{name} has shape {list(local.shape)}, its mask {list(pruned.shape)}: weights that are flattened "
+                "(FSDP1, DeepSpeed ZeRO 3) cannot be held; use FSDP2"
+            )
+        if pruned is not self._pruned[name] or pruned.device != local.device:
+            pruned = self._pruned[name] = pruned.to(local.device)
+        return pruned
+
+
+def _local(tensor: Tensor) -> Tensor:
+    """Return this process's part of a tensor, in the same memory."""
+    if hasattr(tensor, "to_local"):
+        part: Tensor = tensor.to_local()
+        return part
+    return tensor.detach()
+
+
+def _held(model: nn.Module) -> dict[str, tuple[nn.Module, Tensor]]:
+    """Find the weights to hold: their modules and pruned places, by the weight's name."""
+    linear = {name: module for name, module in model.named_modules() if isinstance(module, (nn.Linear, Conv1D))}
+    names = (getattr(module, "name_or_path", None) for module in model.modules())  # of the model inside its wrappers
+    folder = Path(next((name for name in names if isinstance(name, str) and name), ""))
+    record = read_pruning_record(folder) if (folder / PRUNING_RECORD).is_file() else {}
+    claims = record.get("operators") or {}
+    if claims:
+        return _claimed(linear, claims, folder / PRUNING_RECORD)
+    found = {}
+    for name, module in linear.items():
+        share = _zeros(module) / module.weight.numel() if re.search(r"(^|\.)\d+\.", name) else 0.0
+        if MIN_ZEROS <= share < 1.0:
+            found[f"{name}.weight"] = module, _local(module.weight) == 0
+    if not found:
+        raise FistaPrunerError(
+            f"no linear weight of {type(model).__name__} has at least {MIN_ZEROS:.0%} zeros: there is no mask to hold"
+        )
+    return found
+
+
+def _claimed(linear: dict[str, Any], claims: Any, origin: Path) -> dict[str, tuple[nn.Module, Tensor]]:
+    """Find the operators that ``fistapruner.json`` lists, and check that they still have their zeros."""
+    names = {WRAPPERS.sub("", name).strip("."): name for name in linear}
+    if not isinstance(claims, dict) or not all(isinstance(claim, dict) for claim in claims.values()):
+        raise FistaPrunerError(f"{origin} has no mapping of operators to claims")
+    found = {}
+    for stored, claim in claims.items():
+        operator = str(claim.get("operator") or stored).removesuffix(".weight")
+        name = names.get(operator) or next(
+            (own for plain, own in names.items() if plain.endswith("." + operator) or operator.endswith("." + plain)),
+            None,
+        )
+        if name is None:
+            raise FistaPrunerError(f"{origin} lists the operator {operator}, which the model does not have")
+        zeros, said = _zeros(linear[name]), claim.get("zeros")
+        if isinstance(said, int) and zeros < said:
+            raise FistaPrunerError(f"{name} has {zeros} zeros, {origin} says {said}: they were lost before")
+        if zeros:
+            found[f"{name}.weight"] = linear[name], _local(linear[name].weight) == 0
+    if not found:
+        raise FistaPrunerError(f"the operators that {origin} lists have no zeros: there is no mask to hold")
+    return found
+
+
+@torch.no_grad()
+def _zeros(module: Any) -> int:
+    """Count the zeros of a weight, over all processes where it is sharded."""
+    count = (module.weight == 0).sum()
+    return int(count.full_tensor() if hasattr(count, "full_tensor") else count)

@@ -1,0 +1,311 @@
+"""Other trainers keep the zeros of a pruned model under ``hold_mask``, and lose them without."""
+
+from __future__ import annotations
+
+import json
+import socket
+from collections.abc import Callable
+from contextlib import nullcontext
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import transformers
+from torch import Tensor, nn
+
+import fistapruner as fp
+import tiny
+from fistapruner.constraints import parse_sparsity
+from fistapruner.errors import FistaPrunerError
+
+OPTIMIZERS: dict[str, Callable[..., torch.optim.Optimizer]] = {
+    "adamw": lambda tensors: torch.optim.AdamW(tensors, lr=0.01, weight_decay=0.1),
+    "adam with L2": lambda tensors: torch.optim.Adam(tensors, lr=0.01, weight_decay=0.1),
+    "sgd": lambda tensors: torch.optim.SGD(tensors, lr=0.05, momentum=0.9, nesterov=True, weight_decay=0.1),
+    "adafactor": lambda tensors: torch.optim.Adafactor(tensors, lr=0.05),
+}
+
+
+def pruned(architecture: str = "llama", sparsity: str = "50%", seed: int = 0, **changes: Any) -> Any:
+    """A model whose decoder layers are pruned."""
+    model = tiny.build(architecture, seed=seed, num_hidden_layers=2, **changes)
+    for name, parameter in model.named_parameters():
+        if parameter.ndim == 2 and ".layers." in name:
+            parameter.data *= parse_sparsity(sparsity).project(parameter.data.abs())
+    return model
+
+
+def zeros(model: nn.Module) -> dict[str, Tensor]:
+    return {
+        name: parameter.detach() == 0
+        for name, parameter in model.named_parameters()
+        if parameter.ndim == 2 and ".layers." in name
+    }
+
+
+def lost(model: nn.Module, before: dict[str, Tensor]) -> int:
+    """Number of zeros that are none any more."""
+    after = zeros(model)
+    return sum(int((before[name] & ~after[name]).sum()) for name in before)
+
+
+def tokens(rows: int = 4) -> Tensor:
+    return torch.randint(0, tiny.VOCABULARY, (rows, 12), generator=torch.Generator().manual_seed(0))
+
+
+def train(model: Any, make: Callable[..., torch.optim.Optimizer], steps: int = 3) -> None:
+    optimizer = make(list(model.parameters()))
+    for _ in range(steps):
+        optimizer.zero_grad()
+        model(input_ids=tokens(), labels=tokens()).loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+
+
+@pytest.mark.parametrize("sparsity", ["50%", "2:4"])
+@pytest.mark.parametrize("optimizer", OPTIMIZERS)
+def test_every_optimizer_keeps_every_zero(optimizer: str, sparsity: str) -> None:
+    model, control = pruned(sparsity=sparsity), pruned(sparsity=sparsity)
+    before = zeros(model)
+    with fp.hold_mask(model) as held:
+        train(model, OPTIMIZERS[optimizer])
+    assert len(held.operators) == 14
+    assert lost(model, before) == 0
+    for name, mask in zeros(model).items():
+        assert (mask == before[name]).float().mean() > 0.99, name  # survivors are trained, not zeroed
+    assert any(not torch.equal(a, b) for a, b in zip(model.parameters(), control.parameters(), strict=True))
+    train(control, OPTIMIZERS[optimizer])
+    assert lost(control, before) > 1000
+
+
+def test_clipping_and_moments_see_survivors_only() -> None:
+    """Under the mask, AdamW does what it does on a model that has no gradient at pruned weights at all."""
+    model, other = pruned(), pruned()
+    with fp.hold_mask(model):
+        train(model, OPTIMIZERS["adamw"])
+    masks = {name: ~mask for name, mask in zeros(other).items()}
+    for name, parameter in other.named_parameters():
+        if name in masks:
+            parameter.register_hook(lambda gradient, mask=masks[name]: gradient * mask)
+    train(other, OPTIMIZERS["adamw"])
+    for (name, a), b in zip(model.named_parameters(), other.parameters(), strict=True):
+        assert torch.equal(a, b), name
+
+
+def trainer(model: Any, folder: Path, callbacks: list[Any], **settings: Any) -> transformers.Trainer:
+    data = [{"input_ids": row, "labels": row} for row in tokens(16)]
+    arguments = transformers.TrainingArguments(
+        str(folder),
+        max_steps=4,
+        per_device_train_batch_size=2,
+        gradient_accumulation_steps=2,
+        learning_rate=0.01,
+        weight_decay=0.1,
+        lr_scheduler_type="constant",
+        report_to=[],
+        use_cpu=True,
+        disable_tqdm=True,
+        save_strategy="no",
+        dataloader_pin_memory=False,
+        **settings,
+    )
+    return transformers.Trainer(model, arguments, train_dataset=data, callbacks=callbacks)
+
+
+def test_a_trainer_run_keeps_every_zero_and_without_the_mask_it_does_not(tmp_path: Path) -> None:
+    before = zeros(pruned())
+    callback, context, control = pruned(), pruned(), pruned()
+    trainer(callback, tmp_path, [fp.hold_mask(callback)]).train()
+    with fp.hold_mask(context):
+        trainer(context, tmp_path, []).train()
+    trainer(control, tmp_path, []).train()
+    assert lost(callback, before) == lost(context, before) == 0
+    assert lost(control, before) > 1000
+    for a, b in zip(callback.parameters(), context.parameters(), strict=True):
+        assert torch.equal(a, b)
+
+
+def test_a_trainer_run_with_momentum_keeps_every_zero(tmp_path: Path) -> None:
+    before = zeros(pruned())
+    for hold in (True, False):
+        model = pruned()
+        callbacks = [fp.hold_mask(model)] if hold else []
+        trainer(model, tmp_path, callbacks, optim="sgd", optim_args="momentum=0.9").train()
+        assert (lost(model, before) == 0) == hold
+
+
+def test_nothing_is_masked_afterwards() -> None:
+    model = pruned()
+    before = zeros(model)
+    with fp.hold_mask(model):
+        pass
+    train(model, OPTIMIZERS["adamw"])
+    assert lost(model, before) > 1000
+
+
+def test_a_model_is_not_kept_alive_by_a_training_that_failed() -> None:
+    import weakref
+
+    held = fp.hold_mask(pruned())
+    held.on_train_begin(None, None, None)
+    gone = weakref.ref(held)
+    del held
+    assert gone() is None
+    train(pruned(seed=1), OPTIMIZERS["sgd"], steps=1)
+
+
+def test_other_models_are_left_alone() -> None:
+    model, other = pruned(), pruned(seed=1)
+    before = zeros(other)
+    with fp.hold_mask(model):
+        train(other, OPTIMIZERS["adamw"], steps=1)
+    assert lost(other, before) > 1000
+
+
+def test_the_end_names_an_operator_with_lost_zeros() -> None:
+    model = pruned()
+    weight = model.model.layers[1].mlp.up_proj.weight
+    held = fp.hold_mask(model)
+    with (
+        pytest.raises(FistaPrunerError, match=r"model\.layers\.1\.mlp\.up_proj\.weight: 3 of its pruned weights"),
+        held,
+    ):
+        weight.data[weight == 0] = torch.cat([torch.ones(3), torch.zeros(int((weight == 0).sum()) - 3)])
+    held.apply()
+    held.verify()
+
+
+def test_an_error_of_the_training_is_not_hidden_by_the_check() -> None:
+    model = pruned()
+
+    def fail() -> None:
+        model.model.layers[0].mlp.up_proj.weight.data.fill_(1.0)
+        raise RuntimeError("out of data")
+
+    with pytest.raises(RuntimeError, match="out of data"), fp.hold_mask(model):
+        fail()
+
+
+def test_zeros_become_positive_and_not_a_number_goes() -> None:
+    model = pruned()
+    weight = model.model.layers[0].mlp.up_proj.weight
+    with torch.no_grad():
+        weight[weight == 0] = -0.0
+    held = fp.hold_mask(model)
+    mask = weight == 0
+    weight.data[mask] = torch.nan
+    held.apply()
+    assert not weight[mask].signbit().any()
+    assert not weight.isnan().any()
+
+
+def test_a_model_may_be_cast_and_wrapped_afterwards() -> None:
+    model = pruned()
+    before = zeros(model)
+    held = fp.hold_mask(model)
+    model.to(torch.bfloat16)
+    with held:
+        train(model, OPTIMIZERS["adamw"])
+    assert lost(model, before) == 0
+
+
+def test_operators_of_the_record_are_held_whatever_their_share(tmp_path: Path) -> None:
+    model = pruned()
+    few = model.model.layers[0].mlp.up_proj.weight
+    few.data = torch.randn_like(few)
+    few.data[0, 0] = 0.0
+    model.save_pretrained(tmp_path)
+    claims = {
+        f"{name}.weight": {"operator": name, "sparsity": "1%", "zeros": count, "shape": [48, 32]}
+        for name, count in (("model.layers.0.mlp.up_proj", 1), ("model.layers.0.mlp.gate_proj", 768))
+    }
+    (tmp_path / "fistapruner.json").write_text(json.dumps({"operators": claims}))
+    loaded = transformers.AutoModelForCausalLM.from_pretrained(tmp_path)
+    held = fp.hold_mask(loaded)
+    assert set(held.operators) == {*claims}
+    assert set(fp.hold_mask(nn.DataParallel(loaded)).operators) == {f"module.{name}" for name in claims}
+    loaded.model.layers[0].mlp.up_proj.weight.data.fill_(1.0)
+    with pytest.raises(FistaPrunerError, match=r"up_proj has 0 zeros, .*fistapruner\.json says 1"):
+        fp.hold_mask(loaded)
+    (tmp_path / "fistapruner.json").write_text(json.dumps({"operators": {"model.layers.9.x.weight": {}}}))
+    with pytest.raises(
+        FistaPrunerError, match=r"lists the operator model\.layers\.9\.x, which the model does not have"
+    ):
+        fp.hold_mask(loaded)
+
+
+def test_a_model_without_zeros_is_refused() -> None:
+    with pytest.raises(FistaPrunerError, match="no linear weight of LlamaForCausalLM has at least 1% zeros"):
+        fp.hold_mask(tiny.build("llama"))
+
+
+def test_new_adapters_and_heads_are_not_held() -> None:
+    model = pruned()
+    layer = model.model.layers[0].mlp
+    layer.adapter = nn.Linear(4, 4)
+    layer.adapter.weight.data.zero_()
+    model.lm_head.weight.data[:20] = 0.0
+    assert not [name for name in fp.hold_mask(model).operators if "adapter" in name or "head" in name]
+
+
+def test_transposed_weights_are_held() -> None:
+    model = tiny.build("gpt2", n_layer=1)
+    weight = model.transformer.h[0].mlp.c_fc.weight
+    weight.data *= parse_sparsity("50%").project(weight.data.abs())
+    with fp.hold_mask(model) as held:
+        train(model, OPTIMIZERS["adamw"], steps=1)
+    assert held.operators == ("transformer.h.0.mlp.c_fc.weight",)
+    assert int((weight == 0).sum()) == weight.numel() // 2
+
+
+def sharded_training(rank: int, port: int, when: str, out: Path) -> None:
+    """One of two processes: train a model that FSDP2 shards before or after the masks are taken."""
+    import torch.distributed as dist
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard
+
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=2)
+    try:
+        mesh = init_device_mesh("cpu", (2,))
+        model = pruned(intermediate_size=49)  # 49 rows do not divide
+        held = fp.hold_mask(model) if when == "before" else None
+        for layer in model.model.layers:
+            fully_shard(layer, mesh=mesh)
+        fully_shard(model, mesh=mesh)
+        with held or (fp.hold_mask(model) if when == "after" else nullcontext()):
+            train(model, OPTIMIZERS["adamw"])
+        if held is not None:
+            weight = model.model.layers[1].mlp.up_proj.weight.to_local()
+            with torch.no_grad():
+                weight += float(rank == 1)
+            with pytest.raises(FistaPrunerError, match="up_proj"):  # on both, though one of them has lost zeros
+                held.verify()
+            with torch.no_grad():
+                weight -= float(rank == 1)
+            held.apply()
+        whole = {name: parameter.full_tensor() for name, parameter in model.named_parameters()}
+        if rank == 0:
+            torch.save(whole, out)
+    finally:
+        dist.destroy_process_group()
+
+
+@pytest.mark.skipif(not torch.distributed.is_available(), reason="torch without torch.distributed")
+@pytest.mark.parametrize("when", ["before", "after", "never"])
+def test_shards_of_two_processes_keep_every_zero(when: str, tmp_path: Path) -> None:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    torch.multiprocessing.spawn(sharded_training, (port, when, tmp_path / "model.pt"), nprocs=2)
+    model = pruned(intermediate_size=49)
+    before = zeros(model)
+    model.load_state_dict(torch.load(tmp_path / "model.pt"), strict=False)
+    assert (lost(model, before) == 0) == (when != "never")
+    whole = pruned(intermediate_size=49)
+    if when != "never":
+        with fp.hold_mask(whole):
+            train(whole, OPTIMIZERS["adamw"])
+        for (name, a), b in zip(model.named_parameters(), whole.parameters(), strict=True):
+            assert torch.allclose(a, b, atol=1e-4), name
