@@ -22,6 +22,7 @@ LAYERS = (
     "runs",
     "tuning",
     "sensitivity",
+    "structured",
     "pruning",
     "sparse",
     "planning",

@@ -240,6 +240,46 @@ class LayerProblem:
             rows=(stop - start,),
         )
 
+    def restricted(self, keep: Tensor) -> LayerProblem:
+        """Restrict the problem to some input channels: the problem of the smaller operator.
+
+        A weight V of the smaller operator has the error here that [V, 0] has in the whole problem. With K the kept and
+        P the other channels it is a problem with the full target and the drift
+
+            R' = W_P H_PK + a R_K,    d'_i = w_P H_PP w_P^T + 2 a w_P r_P^T + a^2 d_i    (w, r: row i of W, R)
+
+        so :meth:`dense_errors` are the errors of dropping the other channels, and a refit makes up for them.
+
+        Args:
+            keep: (k,) int64 places of the kept channels, distinct, in the order that they are to have.
+
+        Raises:
+            FistaPrunerError: no channel is kept, or one is out of range or named twice.
+        """
+        n = self.shape[1]
+        keep = keep.to(self.weight.device)
+        if not keep.numel() or int(keep.min()) < 0 or int(keep.max()) >= n or len(keep.unique()) != len(keep):
+            raise FistaPrunerError(f"{self.label}: the kept channels are not distinct places among {n} inputs")
+        dropped = torch.ones(n, dtype=torch.bool, device=keep.device)
+        dropped[keep] = False
+        removed = self.weight[:, dropped]
+        drift = removed @ self.gram[dropped][:, keep]
+        across = removed @ self.gram[dropped][:, dropped]
+        if self.drift is not None and self.target:
+            drift += self.target * self.drift[:, keep]
+            across += 2 * self.target * self.drift[:, dropped]
+        energy = _row_dots(lambda rows: across[rows], removed)
+        if self.drift_energy is not None and self.target:
+            energy += self.target**2 * self.drift_energy.double()
+        return replace(
+            self,
+            weight=self.weight[:, keep],
+            gram=self.gram[keep][:, keep],
+            drift=drift,
+            drift_energy=energy.clamp_min(0),
+            target=1.0,
+        )
+
     def to(self, device: torch.device | str) -> LayerProblem:
         """Return the same problem with its tensors on ``device``."""
 

@@ -11,9 +11,10 @@ from typing import Any, Literal, get_args, get_origin
 from pydantic.fields import FieldInfo
 
 from ..errors import FistaPrunerError
+from ..recipes.base import Settings
 from ..recipes.loading import load_recipe_settings, merge
 from ..recipes.renamed import RENAMED_SETTINGS
-from ..recipes.settings import Calibration, Execution, Recipe, Settings
+from ..recipes.settings import Calibration, Execution, Recipe
 
 SECTIONS: dict[str, type[Settings]] = {"calibration": Calibration, "execution": Execution}
 

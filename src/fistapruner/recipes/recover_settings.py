@@ -10,9 +10,10 @@ import yaml
 from pydantic import BeforeValidator, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from ..errors import FistaPrunerError, explain
+from .base import Settings
 from .loading import parse_count, parse_yaml
 from .patterns import check_pattern
-from .settings import Execution, Seed, Settings
+from .settings import Execution, Seed
 
 Parameters = Literal["lora", "full", "spp", "hira", "norms"]
 """What is trained: how an operator's effective weight is made from trained tensors."""

@@ -19,7 +19,6 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import yaml
 from pydantic import (
     AfterValidator,
-    BaseModel,
     BeforeValidator,
     ConfigDict,
     Field,
@@ -30,6 +29,7 @@ from pydantic import (
 )
 
 from ..errors import FistaPrunerError, explain
+from .base import Settings
 from .loading import parse_bytes, parse_value, parse_yaml
 from .patterns import check_pattern
 from .renamed import RENAMED_SETTINGS
@@ -95,12 +95,6 @@ def _dump_method(steps: tuple[Method, ...]) -> list[Any]:
 SparsitySetting = Annotated[Any, BeforeValidator(_sparsity), PlainSerializer(str)]
 Seed = Annotated[int, AfterValidator(_seed)]
 MethodSetting = Annotated[Any, BeforeValidator(_method), PlainSerializer(_dump_method)]
-
-
-class Settings(BaseModel):
-    """Base of all sections: frozen; unknown keys are refused."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
 
 
 class Calibration(Settings):

@@ -1,0 +1,98 @@
+"""Define the recipe section ``structure``: how much of a model is removed, and how it is chosen."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from typing import Annotated, Any, Literal
+
+from pydantic import BeforeValidator, Field
+
+from .base import Settings
+
+StructureMethod = Literal["obs", "energy", "flap", "magnitude"]
+"""Ways to choose the channels that are removed."""
+
+EXPECTED = "a share such as 25%, mlp=20% (share of the channels), or mlp=1024 (width to keep) is expected"
+
+
+def _share(value: Any) -> float | None:
+    """Read a share between 0 and 1, exclusive, written as ``25%`` or ``0.25``; None where it is none."""
+    if isinstance(value, bool) or not isinstance(value, (str, int, float)):
+        return None
+    match = re.fullmatch(r"\s*([0-9]*\.?[0-9]+)\s*(%?)\s*", str(value))
+    share = float(match[1]) / (100 if match[2] else 1) if match else 0.0
+    return share if 0 < share < 1 else None
+
+
+def _remove(value: Any) -> Any:
+    """Write an amount in one way: ``25%``, ``mlp=20%`` or ``mlp=1024``."""
+    if value is None or (isinstance(value, str) and value.strip() in ("", "none")):
+        return None
+    if (share := _share(value)) is not None:
+        return f"{100 * share:.10g}%"
+    if isinstance(value, str):
+        value = dict(part.split("=", 1) for part in value.split(",")) if "=" in value else value
+    if not isinstance(value, Mapping):
+        raise ValueError(EXPECTED)
+    units = {str(name).strip(): amount for name, amount in value.items()}
+    if set(units) != {"mlp"}:
+        raise ValueError(f"{', '.join(units)}: the only unit that is removed is mlp (channels of MLPs); {EXPECTED}")
+    if (share := _share(units["mlp"])) is not None:
+        return f"mlp={100 * share:.10g}%"
+    if re.fullmatch(r"\s*[1-9][0-9]*\s*", str(units["mlp"])):
+        return f"mlp={int(units['mlp'])}"
+    raise ValueError(EXPECTED)
+
+
+def _shrink(value: Any) -> Any:
+    if isinstance(value, str) and value != "auto":
+        try:
+            return float(value)
+        except ValueError:
+            raise ValueError("auto, or a number from 0 to 1 is expected") from None
+    return value
+
+
+class Structure(Settings):
+    """Set how many whole channels of MLPs are removed; the result is a smaller dense model."""
+
+    remove: Annotated[str | None, BeforeValidator(_remove)] = Field(
+        None,
+        description="Share of the decoder layers' parameters to remove as whole MLP channels: 25%, or of the channels: "
+        "mlp=20%, or the width to keep: mlp=1024. The result is an ordinary smaller model. Without it nothing is "
+        "removed.",
+    )
+    method: StructureMethod = Field(
+        "obs",
+        description="Choice of the channels: greedy elimination with the error that the other channels cannot make up "
+        "for (obs), energy of the channel's outputs (energy), its fluctuation (flap), or the norm of its weights "
+        "(magnitude).",
+    )
+    compensate: Literal["refit", "none"] = Field(
+        "refit",
+        description="Least-squares weights of the remaining channels (refit), or their weights as they were (none).",
+    )
+    shrink: Annotated[Literal["auto"] | Annotated[float, Field(ge=0.0, le=1.0)], BeforeValidator(_shrink)] = Field(
+        "auto",
+        description="Shrinkage of the Gram towards its diagonal for obs and refit, from 0 (none) to 1; auto is chosen "
+        "by cross-validation for each layer.",
+    )
+    multiple: int = Field(
+        64,
+        ge=1,
+        description="Widths are rounded to a multiple of this; a width that is given is taken as it is.",
+    )
+
+    @property
+    def share(self) -> float | None:
+        """Share of the decoder layers' parameters to remove; None where another amount is given, or none."""
+        return None if self.remove is None or "=" in self.remove else _share(self.remove)
+
+    @property
+    def channels(self) -> float | int | None:
+        """Share of the MLP channels to remove (float) or their number to keep (int); None without."""
+        if self.remove is None or "=" not in self.remove:
+            return None
+        amount = self.remove.removeprefix("mlp=")
+        return _share(amount) if amount.endswith("%") else int(amount)

@@ -1,0 +1,1 @@
+"""Remove whole channels of a decoder layer, and let the remaining ones make up for them."""

@@ -1,0 +1,80 @@
+"""Remove input channels one by one, always the one whose removal costs least (OBS for columns).
+
+Without constraint the least-squares weights are ``V = W + a R H^-1``. Removing channel j, and letting the others make
+up for it, costs ``||V_j||^2 / [H^-1]_jj``, with V_j column j; then V and H^-1 are those of the other channels. The
+costs add up to the exact error of every number of removed channels. ZipLM (Kurtic et al. 2023, NeurIPS) and OSSCAR
+(Meng et al. 2024, ICML) remove columns in this way.
+
+H^-1 is computed once. Its changes are kept as columns of a thin matrix C, so a step costs a product with C and one
+rank-one change of V instead of a change of an n x n matrix.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ..problem import LayerProblem
+from ..solvers.conditioning import alive_gram, damped_cholesky, dead_inputs
+
+ROUNDS = 256
+"""Rounds of a long elimination: in each, the cheapest channels go before costs are compared again."""
+
+
+@dataclass(frozen=True)
+class Elimination:
+    """Channels in the order in which they were removed.
+
+    Args:
+        order: (count,) int64 channels.
+        costs: (count,) fp64 what each of them added to the error of the least-squares weights.
+        warnings: sentences.
+    """
+
+    order: Tensor
+    costs: Tensor
+    warnings: tuple[str, ...] = ()
+
+
+def eliminate(problem: LayerProblem, count: int) -> Elimination:
+    """Choose ``count`` input channels to remove, greedily.
+
+    Ties go to the first channel. Channels that are zero on every token go first, at no cost.
+
+    Args:
+        problem: the layer problem of the operator that reads the channels.
+        count: channels to remove, less than all.
+    """
+    gram = alive_gram(problem.gram.double())
+    factor, _, warnings = damped_cholesky(gram, 0.0, problem.label)
+    inverse = torch.cholesky_inverse(factor)
+    weight = problem.weight.double()
+    if problem.drift_gradient is not None:
+        weight = weight + torch.cholesky_solve(problem.drift_gradient.double().T, factor).T
+    weight = torch.where(dead_inputs(problem.gram), 0.0, weight)
+    diagonal = inverse.diagonal().clone()
+    steps = torch.zeros(len(gram), count, dtype=gram.dtype, device=gram.device)
+    alive = torch.ones(len(gram), dtype=torch.bool, device=gram.device)
+    order: list[int] = []
+    costs: list[Tensor] = []
+    per_round = -(-count // ROUNDS)
+    while len(order) < count:
+        # Where rounding has left nothing of a pivot, another channel has taken over: what is left of it costs nothing.
+        price = weight.square().sum(0) / diagonal.clamp_min(torch.finfo(diagonal.dtype).tiny)
+        price = torch.where(alive, price, torch.inf)
+        chosen = price.argsort(stable=True)[: min(per_round, count - len(order))]
+        for channel in chosen.tolist():
+            done = len(order)
+            column = inverse[:, channel] - steps[:, :done] @ steps[channel, :done]
+            pivot = column[channel]
+            removed = weight[:, channel].clone()
+            costs.append(removed.square().sum() / pivot)
+            order.append(channel)
+            alive[channel] = False
+            steps[:, done] = column / pivot.sqrt()
+            diagonal -= steps[:, done].square()
+            weight.addr_(removed, column / pivot, alpha=-1.0)
+            weight[:, channel] = 0.0
+    return Elimination(torch.tensor(order, dtype=torch.int64), torch.stack(costs), tuple(warnings))

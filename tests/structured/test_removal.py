@@ -1,0 +1,230 @@
+"""Removing input channels: formulas against brute force, optimality, shrinkage by cross-validation."""
+
+from __future__ import annotations
+
+from itertools import combinations
+
+import pytest
+import torch
+from torch import Tensor
+
+from fistapruner import FistaPrunerError, LayerProblem
+from fistapruner.recipes.structure_settings import Structure
+from fistapruner.solvers import solve
+from fistapruner.structured.elimination import eliminate
+from fistapruner.structured.removal import ChannelStatistics, choose_share, remove_channels
+from fistapruner.structured.scores import channel_scores
+from fistapruner.structured.shrinkage import GRID, refitted, shrunk, validation_errors
+
+ROWS, CHANNELS, TOKENS = 5, 8, 200
+
+
+def make(drift: float, target: float = 1.0, seed: int = 0, channels: int = CHANNELS) -> LayerProblem:
+    generator = torch.Generator().manual_seed(seed)
+    mixing = torch.randn(channels, channels, generator=generator)
+    dense = torch.randn(TOKENS, channels, generator=generator) @ mixing
+    seen = dense + drift * torch.randn(TOKENS, channels, generator=generator)
+    weight = torch.randn(ROWS, channels, generator=generator)
+    return LayerProblem.from_activations(weight, seen, dense if drift else None, target=target)
+
+
+def brute(problem: LayerProblem, keep: Tensor) -> float:
+    """Smallest error with the other channels zero: a solve in fp64 of f = tr(V H V') - 2 <V, B> + c,
+    written around W."""
+    gram, weight = problem.gram.double(), problem.weight.double()
+    linear = weight @ gram
+    if problem.drift_gradient is not None:
+        linear = linear + problem.drift_gradient.double()
+    values = torch.linalg.solve(gram[keep][:, keep], linear[:, keep].T).T
+    full = torch.zeros_like(weight)
+    full[:, keep] = values
+    change = full - weight
+    error = ((change @ gram) * change).sum()
+    if problem.drift is not None and problem.drift_energy is not None:
+        error += problem.target**2 * problem.drift_energy.double().sum()
+        error -= 2 * problem.target * (change * problem.drift.double()).sum()
+    return float(error)
+
+
+def statistics(weight: Tensor, inputs: Tensor) -> ChannelStatistics:
+    half = len(inputs) // 2
+    grams = [part.T @ part / len(part) for part in (inputs[:half], inputs[half:])]
+    return ChannelStatistics(LayerProblem.from_activations(weight, inputs), inputs.mean(0), (grams[0], grams[1]))
+
+
+@pytest.mark.parametrize(("drift", "target"), [(0.0, 1.0), (0.3, 1.0), (0.3, 0.5), (0.3, 0.0)])
+def test_a_restricted_problem_has_the_errors_of_the_whole_one(drift: float, target: float) -> None:
+    problem = make(drift, target)
+    keep = torch.tensor([6, 0, 3, 4])
+    small = problem.restricted(keep)
+    values = torch.randn(ROWS, 4, generator=torch.Generator().manual_seed(1))
+    whole = torch.zeros(ROWS, CHANNELS)
+    whole[:, keep] = values
+    torch.testing.assert_close(small.row_errors(values), problem.row_errors(whole), rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(small.gradient(values), problem.gradient(whole)[:, keep], rtol=1e-4, atol=1e-3)
+    assert small.relative_errors(values) == pytest.approx(problem.relative_errors(whole), rel=1e-4)
+    dropped = torch.zeros(ROWS, CHANNELS)
+    dropped[:, keep] = problem.weight[:, keep]
+    assert small.dense_errors() == pytest.approx(problem.relative_errors(dropped), rel=1e-4)
+    # It is a problem as any other: of its parts, in its own parts, and solved with zeros on top.
+    again = problem.restricted(torch.tensor([0, 3, 4, 6])).restricted(torch.tensor([3, 1]))
+    direct = problem.restricted(torch.tensor([6, 3]))
+    torch.testing.assert_close(again.row_errors(values[:, :2]), direct.row_errors(values[:, :2]), rtol=1e-4, atol=1e-4)
+    sparse = solve(small, "50%", "wanda+refit")
+    whole[:, keep] = sparse.weight
+    assert sparse.stats[0]["relative_error"] == pytest.approx(problem.relative_errors(whole)[0], rel=1e-3)
+
+
+@pytest.mark.parametrize("keep", [[], [0, 0], [8], [-1, 2]])
+def test_channels_that_cannot_be_kept_are_refused(keep: list[int]) -> None:
+    with pytest.raises(FistaPrunerError, match="operator: the kept channels are not distinct places among 8 inputs"):
+        make(0.0).restricted(torch.tensor(keep, dtype=torch.int64))
+
+
+@pytest.mark.parametrize(("drift", "target"), [(0.0, 1.0), (0.3, 0.5)])
+def test_every_subset_has_its_least_squares_weights(drift: float, target: float) -> None:
+    problem = make(drift, target)
+    for size in (1, 4, 7):
+        for kept in combinations(range(CHANNELS), size):
+            keep = torch.tensor(kept)
+            small = problem.restricted(keep)
+            weight, warnings = refitted(small)
+            assert not warnings
+            assert float(small.row_errors(weight).sum()) == pytest.approx(brute(problem, keep), rel=1e-4, abs=1e-4)
+            scale = float(problem.linear.abs().max())
+            assert float(small.gradient(weight).abs().max()) < 1e-4 * scale
+            assert small.relative_errors(weight)[0] <= small.dense_errors()[0] + 1e-6  # type: ignore[index]
+
+
+@pytest.mark.parametrize(("drift", "target"), [(0.0, 1.0), (0.3, 0.5)])
+@pytest.mark.parametrize("share", [0.0, 0.4])
+def test_costs_add_up_to_the_exact_error_of_every_number(drift: float, target: float, share: float) -> None:
+    problem = shrunk(make(drift, target), share)
+    found = eliminate(problem, CHANNELS - 1)
+    assert len(set(found.order.tolist())) == CHANNELS - 1
+    least = brute(problem, torch.arange(CHANNELS))
+    for count in range(1, CHANNELS):
+        keep = torch.tensor([i for i in range(CHANNELS) if i not in found.order[:count].tolist()])
+        assert least + float(found.costs[:count].sum()) == pytest.approx(brute(problem, keep), rel=1e-4, abs=1e-4)
+    # The first one is the best of all, and the costs of a greedy choice of more never fall below it.
+    singles = [brute(problem, torch.tensor([i for i in range(CHANNELS) if i != j])) for j in range(CHANNELS)]
+    assert int(found.order[0]) == min(range(CHANNELS), key=lambda j: singles[j])
+
+
+def test_long_eliminations_remove_several_channels_a_round() -> None:
+    generator = torch.Generator().manual_seed(0)
+    inputs = torch.randn(900, 700, generator=generator) * torch.rand(700, generator=generator)
+    problem = LayerProblem.from_activations(torch.randn(4, 700, generator=generator), inputs)
+    found = eliminate(problem, 600)
+    keep = torch.tensor(sorted(set(range(700)) - set(found.order.tolist())))
+    assert float(found.costs.sum()) == pytest.approx(brute(problem, keep), rel=1e-3)
+
+
+def test_channels_that_others_replace_go_first_at_no_cost() -> None:
+    generator = torch.Generator().manual_seed(0)
+    inputs = torch.randn(TOKENS, CHANNELS, generator=generator)
+    inputs[:, 5] = inputs[:, 2]  # equal
+    inputs[:, 7] = 0.0  # dead
+    weight = torch.randn(ROWS, CHANNELS, generator=generator)
+    found = eliminate(LayerProblem.from_activations(weight, inputs), 3)
+    assert found.order[0] == 7
+    assert float(found.costs[0]) == 0.0
+    assert int(found.order[1]) in (2, 5)
+    assert float(found.costs[1]) < 1e-4 * float(found.costs[2])
+    removal = remove_channels(statistics(weight, inputs), 6, Structure(shrink=0.0))
+    kept = [c for c in (2, 5) if c in removal.keep.tolist()]
+    assert len(kept) == 1
+    column = removal.weight[:, removal.keep.tolist().index(kept[0])]
+    torch.testing.assert_close(column, weight[:, 2] + weight[:, 5], rtol=1e-3, atol=1e-3)
+    assert removal.refitted < 1e-6
+
+
+def test_full_shrinkage_changes_no_weight_and_keeps_the_order_of_energy() -> None:
+    problem = make(0.0)
+    removal = remove_channels(ChannelStatistics(problem, torch.zeros(CHANNELS), None), 5, Structure(shrink=1.0))
+    scores = channel_scores("energy", problem, torch.zeros(CHANNELS))
+    assert set(removal.keep.tolist()) == set(scores.argsort(descending=True)[:5].tolist())
+    torch.testing.assert_close(removal.weight, problem.weight[:, removal.keep])
+    assert removal.refitted == pytest.approx(removal.dropped, rel=1e-5)
+
+
+def test_scores_are_what_they_are_called() -> None:
+    generator = torch.Generator().manual_seed(0)
+    inputs = torch.randn(TOKENS, CHANNELS, generator=generator) + torch.arange(CHANNELS)
+    weight = torch.randn(ROWS, CHANNELS, generator=generator)
+    known = statistics(weight, inputs)
+    outputs = inputs[:, None, :] * weight  # (tokens, rows, channels)
+    energy = outputs.double().square().sum(1).mean(0)
+    torch.testing.assert_close(channel_scores("energy", known.problem, known.mean), energy, rtol=1e-4, atol=1e-4)
+    flap = weight.double().square().sum(0) * inputs.double().var(0, correction=0)
+    torch.testing.assert_close(channel_scores("flap", known.problem, known.mean), flap, rtol=1e-3, atol=1e-3)
+    magnitude = channel_scores("magnitude", known.problem, known.mean)
+    torch.testing.assert_close(magnitude, weight.double().square().sum(0), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("method", ["obs", "energy", "flap", "magnitude"])
+def test_a_refit_is_never_worse_than_dropping_on_its_own_tokens(method: str) -> None:
+    generator = torch.Generator().manual_seed(1)
+    inputs = torch.randn(60, 24, generator=generator) @ torch.randn(24, 24, generator=generator)
+    weight = torch.randn(10, 24, generator=generator)
+    known = statistics(weight, inputs)
+    fitted = remove_channels(known, 16, Structure(method=method))
+    assert fitted.refitted <= fitted.dropped
+    assert fitted.shrink in GRID
+    assert fitted.validated is not None
+    assert fitted.validated_dropped is not None
+    alone = remove_channels(known, 16, Structure(method=method, compensate="none"))
+    assert alone.refitted == pytest.approx(alone.dropped)
+    assert torch.equal(alone.weight, weight[:, alone.keep])
+
+
+def test_the_share_is_near_the_best_on_fresh_tokens_and_grows_as_tokens_fall() -> None:
+    generator = torch.Generator().manual_seed(0)
+    channels, keep = 64, torch.arange(44)
+    factors = torch.randn(8, channels, generator=generator) * 0.5
+    weight = torch.randn(16, channels, generator=generator)
+
+    def draw(tokens: int) -> Tensor:
+        common = torch.randn(tokens, 8, generator=generator) @ factors
+        return common + torch.randn(tokens, channels, generator=generator)
+
+    fresh_inputs = draw(50_000)
+    fresh = fresh_inputs.T @ fresh_inputs / len(fresh_inputs)
+    chosen = []
+    for tokens in (100, 400, 6400):
+        half = tokens // 2
+        inputs = draw(tokens)
+        grams = [part.T @ part / len(part) for part in (inputs[:half], inputs[half:])]
+        problem = LayerProblem.from_activations(weight, inputs)
+        share = choose_share(validation_errors(problem, grams, keep))
+        errors = []
+        for candidate in GRID:  # what a fit on one half is worth on the truth
+            fitted = refitted(shrunk(LayerProblem(weight, grams[0]), candidate).restricted(keep))[0]
+            errors.append(float(LayerProblem(weight, fresh).restricted(keep).row_errors(fitted).sum()))
+        assert abs(GRID.index(share) - GRID.index(choose_share(errors))) <= 1
+        chosen.append(share)
+    assert chosen == sorted(chosen, reverse=True)
+    assert chosen[0] > chosen[-1]
+
+
+def test_importance_of_rows_decides_which_channels_stay() -> None:
+    """A channel that only an unimportant row reads goes."""
+    weight = torch.eye(2).repeat(1, 2)  # row 0 reads channels 0 and 2, row 1 channels 1 and 3
+    inputs = torch.randn(TOKENS, 4, generator=torch.Generator().manual_seed(0))
+    known = statistics(weight, inputs)
+    for first, second, kept in ((1.0, 1e-6, [0, 2]), (1e-6, 1.0, [1, 3])):
+        removal = remove_channels(known, 2, Structure(shrink=0.5), torch.tensor([first, second]))
+        assert removal.keep.tolist() == kept
+
+
+def test_amounts_are_read_as_users_write_them() -> None:
+    for written, text in ((0.25, "25%"), ("12.5%", "12.5%"), ("mlp=20%", "mlp=20%"), ({"mlp": 1024}, "mlp=1024")):
+        settings = Structure(remove=written)
+        assert settings.remove == text
+        assert Structure.model_validate(settings.model_dump()) == settings
+    assert Structure(remove="25%").share == 0.25
+    assert Structure(remove="mlp=20%").channels == 0.2
+    assert Structure(remove="mlp=64").channels == 64
+    for wrong in ("100%", "0%", "-5%", "much", "mlp=0", "heads=1", "mlp=20%,heads=1", True, 3):
+        with pytest.raises(ValueError, match="is expected"):
+            Structure(remove=wrong)
