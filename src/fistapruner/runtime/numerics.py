@@ -48,6 +48,21 @@ def fast_products(enabled: bool = True) -> Iterator[None]:
         _precision.restore()
 
 
+@contextmanager
+def exact_products() -> Iterator[None]:
+    """Compute fp32 products in fp32, even inside a block of :func:`fast_products`.
+
+    The precision is a setting of the process: use it where no other thread computes.
+    """
+    cpu, cuda = _precision.backends()
+    before = cpu.fp32_precision, cuda.fp32_precision
+    cpu.fp32_precision = cuda.fp32_precision = "ieee"
+    try:
+        yield
+    finally:
+        cpu.fp32_precision, cuda.fp32_precision = before
+
+
 class _Precision:
     """The process's precision of fp32 products, and the number of open blocks of :func:`fast_products`."""
 
@@ -58,7 +73,7 @@ class _Precision:
 
     def lower(self) -> None:
         """Begin a block with lower precision."""
-        cpu, cuda = self._backends()
+        cpu, cuda = self.backends()
         with self._lock:
             if self._blocks == 0:
                 self._before = cpu.fp32_precision, cuda.fp32_precision
@@ -67,14 +82,14 @@ class _Precision:
 
     def restore(self) -> None:
         """End a block; the last one restores the precision from before the first."""
-        cpu, cuda = self._backends()
+        cpu, cuda = self.backends()
         with self._lock:
             self._blocks -= 1
             if self._blocks == 0:
                 cpu.fp32_precision, cuda.fp32_precision = self._before
 
     @staticmethod
-    def _backends() -> tuple[Any, Any]:
+    def backends() -> tuple[Any, Any]:
         return torch.backends.mkldnn.matmul, torch.backends.cuda.matmul  # type: ignore[attr-defined]
 
 

@@ -16,7 +16,6 @@ the first candidate), when the step size falls, and when training stops.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -29,28 +28,17 @@ from ..activations.stream import Calls
 from ..models.discovery import Group
 from ..models.layerwise import LayerwiseModel, hidden_of
 from ..runtime.numerics import fast_products
+from .adamw import CHECKS, Patience, Verdict, check_due, schedule
 from .masked import MaskedParameters
 
 RATE = 0.01
 """First step size of Adam, as a share of a tensor's root mean square over surviving weights; a cosine takes it to 0."""
-
-WARM_UP = 0.1
-"""Share of the steps over which the step size rises from 0."""
 
 VALIDATE_EVERY = 8
 """Every 8th calibration window is a validation window,"""
 
 MAX_VALIDATION_WINDOWS = 8
 """but at most 8 of them: more would not change the choice, and take time."""
-
-CHECKS = 8
-"""Validation checks, at equal distances."""
-
-BACK_OFF = 0.3
-"""Step size factor after a check without improvement; training restarts from the best weights."""
-
-SMALLEST = 0.02
-"""Share of the first step size below which training stops."""
 
 SHRINKAGE = 0.1
 """Share of the metric that is replaced by its mean eigenvalue, since it was measured on few tokens."""
@@ -124,36 +112,35 @@ def reconstruct_layer(
 
         optimizer = _optimizer(parameters)
         before = validate()
-        best, best_step, kept, rate = before, 0, parameters.copy(), settings.rate
-        every = max(1, settings.steps // CHECKS)
+        patience, kept = Patience.begin(before, settings.rate), parameters.copy()
         taken = 0
         for taken in range(1, settings.steps + 1):
             for group, scale in zip(optimizer.param_groups, scales, strict=True):
-                group["lr"] = rate * scale * _schedule(taken, settings.steps)
+                group["lr"] = patience.rate * scale * schedule(taken, settings.steps)
             window = order[taken - 1]
             optimizer.zero_grad()
             with torch.enable_grad():
                 value = loss(_run(model, index, parameters.values(), loss.inputs(window), calls), window)
             value.backward()
             optimizer.step()
-            if taken % every == 0 or taken == settings.steps:
-                now = validate()
-                if now < best:
-                    best, best_step, kept = now, taken, parameters.copy()
-                    continue
-                parameters.restore(kept)
-                optimizer = _optimizer(parameters)
-                rate *= BACK_OFF
-                if rate < SMALLEST * settings.rate:
-                    break
+            if not check_due(taken, settings.steps):
+                continue
+            verdict = patience.check(taken, validate())
+            if verdict is Verdict.BETTER:
+                kept = parameters.copy()
+                continue
+            parameters.restore(kept)
+            optimizer = _optimizer(parameters)
+            if verdict is Verdict.STOP:
+                break
         parameters.restore(kept)
-        weights = _write(model, index, parameters) if best_step else {}
+        weights = _write(model, index, parameters) if patience.best_step else {}
         record = {
             "steps": taken,
-            "kept_step": best_step,
+            "kept_step": patience.best_step,
             "held_out_windows": len(held),
             "held_out_before": before,
-            "held_out_after": best,
+            "held_out_after": patience.best,
         }
         return Reconstructed(weights, record)
 
@@ -279,11 +266,3 @@ def passes(steps: int, samples: int) -> int:
     """
     checks = 1 + min(steps, CHECKS)
     return 3 * steps + checks * len(_split(samples)[0])
-
-
-def _schedule(step: int, steps: int) -> float:
-    """Step size factor at ``step`` (from 1) of ``steps``: linear warm-up, then cosine to 0."""
-    warm = max(1, round(WARM_UP * steps))
-    if step <= warm:
-        return step / warm
-    return 0.5 * (1 + math.cos(math.pi * (step - warm) / (steps - warm + 1)))

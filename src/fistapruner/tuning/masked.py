@@ -1,8 +1,9 @@
 """Train parameters with every zero kept: fp32 masters, frozen masks, lossless round trip.
 
-The mask of a pruned tensor is taken once, from the weights that training starts with. A master is the fp32 value of a
-tensor; the forward pass uses ``master * mask``, so gradients of pruned weights are zero and any step of an optimizer
-leaves them zero. Values go back into the tensors they came from, rounded; an unchanged value goes back bit for bit.
+The mask of a pruned tensor is taken from the weights that training starts with, never from trained ones. A master is an
+fp32 tensor that is trained; a form (:mod:`fistapruner.tuning.forms`) makes the effective weight from the masters of a
+pruned tensor, zero wherever the mask is. Values go back into the tensors they came from, or to a checkpoint, rounded;
+an unchanged value goes back bit for bit.
 """
 
 from __future__ import annotations
@@ -12,44 +13,144 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 import torch
 from torch import Tensor
 
+from ..runtime.numerics import exact_products
+from .forms import ITSELF, Dense, Form
+
 Rounding = Callable[[str, Tensor], Tensor]
 """Round the named tensor to the precision in which it will be stored."""
 
 
+def _generator(name: str) -> torch.Generator:
+    return torch.Generator().manual_seed(0)
+
+
 class MaskedParameters:
-    """Trainable fp32 copies of named tensors, some of which keep their zeros.
+    """Trainable fp32 masters of named tensors, some of which keep their zeros.
 
     Works for the parameters of one decoder layer as for any other named set of tensors of a model.
+
+    Attributes:
+        masters: trained leaves by name; of a pruned tensor by its name, a dot and the form's short name, or by its name
+            alone where the form trains the weight itself.
+        origin: name of the tensor that a master belongs to.
+        masks: where pruned tensors are not zero, as (m, n) matrices (see ``transposed``).
 
     Args:
         tensors: start values by name, all of one floating-point dtype, on one device. They are only read until
             :meth:`write`, and give the dtype of the forward pass.
         pruned: names of the tensors whose zeros are kept.
+        form: of the pruned tensors; None is :class:`~fistapruner.tuning.forms.Dense`.
+        transposed: pruned names that are stored as (n, m).
+        masters: trained values by the names of :attr:`masters`; those that are not in it start anew. Copied.
+        generator: makes the generator of a tensor's random start values from its name.
 
     Raises:
         ValueError: a pruned name is not among the tensors.
     """
 
-    def __init__(self, tensors: Mapping[str, Tensor], pruned: Collection[str] = ()) -> None:
+    def __init__(
+        self,
+        tensors: Mapping[str, Tensor],
+        pruned: Collection[str] = (),
+        form: Form | None = None,
+        *,
+        transposed: Collection[str] = (),
+        masters: Mapping[str, Tensor] | None = None,
+        generator: Callable[[str], torch.Generator] = _generator,
+    ) -> None:
         unknown = sorted(set(pruned) - set(tensors))
         if unknown:
             raise ValueError(f"pruned: {unknown[0]!r} is not one of the {len(tensors)} tensors")
+        self.form = form or Dense()
         self._tensors = dict(tensors)
-        self.masters = {name: tensor.detach().float().clone().requires_grad_() for name, tensor in tensors.items()}
-        self.masks = {name: tensors[name].detach() != 0 for name in tensors if name in pruned}
+        self._transposed = set(transposed)
+        self.masks = {name: self._matrix(name, tensors[name].detach()) != 0 for name in tensors if name in pruned}
+        self.masters: dict[str, Tensor] = {}
+        self.origin: dict[str, str] = {}
+        self._short: dict[str, dict[str, str]] = {}
+        for name, tensor in tensors.items():
+            start = tensor.detach().float()
+            if name in self.masks:
+                started = self.form.start(self._matrix(name, start), self.masks[name], generator(name))
+            else:
+                started = {ITSELF: start.clone()}
+            self._short[name] = {short: f"{name}.{short}" if short else name for short in started}
+            for short, value in started.items():
+                key = self._short[name][short]
+                known = value if masters is None or key not in masters else masters[key].detach().to(value).clone()
+                self.masters[key] = known.requires_grad_()
+                self.origin[key] = name
+
+    def _matrix(self, name: str, tensor: Tensor) -> Tensor:
+        """Turn a tensor as stored into (m, n) and back."""
+        return tensor.T if name in self._transposed else tensor
 
     def root_mean_squares(self) -> list[float]:
         """Root mean square of each master over its values that are not zero, in order."""
-        return [
-            float((master.detach().square().sum() / (master != 0).sum().clamp_min(1)).sqrt())
-            for master in self.masters.values()
-        ]
+        return [root_mean_square(master.detach()) for master in self.masters.values()]
+
+    def exact(self, masters: Mapping[str, Tensor] | None = None) -> dict[str, Tensor]:
+        """Return the effective tensors in fp32, differentiable.
+
+        Args:
+            masters: values in place of :attr:`masters`, by the same names.
+        """
+        masters = self.masters if masters is None else masters
+        values = {}
+        for name, shorts in self._short.items():
+            trained = {short: masters[key] for short, key in shorts.items()}
+            if name in self.masks:
+                weight = self._matrix(name, self._tensors[name].detach().float())
+                values[name] = self._matrix(name, self.form.weight(weight, self.masks[name], trained))
+            else:
+                values[name] = trained[ITSELF]
+        return values
 
     def values(self) -> dict[str, Tensor]:
         """Return the tensors as the forward pass uses them: masked, in its dtype, differentiable."""
+        return {name: value.to(self._tensors[name].dtype) for name, value in self.exact().items()}
+
+    @torch.no_grad()
+    def rounded(
+        self, rounding: Rounding = lambda name, value: value, masters: Mapping[str, Tensor] | None = None
+    ) -> dict[str, Tensor]:
+        """Return the tensors rounded as they will be stored, in the dtype of the forward pass.
+
+        A surviving weight that rounds to zero keeps its start value, so the mask stays what it was.
+
+        Args:
+            rounding: precision of the checkpoint, where that is lower than the tensors' own.
+            masters: values in place of :attr:`masters`, by the same names.
+        """
+        values = {}
+        for name, exact in self.exact(masters).items():
+            tensor = self._tensors[name]
+            value = rounding(name, exact.to(tensor.dtype)).to(tensor.dtype)
+            if name in self.masks:
+                value = torch.where(self._matrix(name, self.masks[name]) & (value != 0), value, tensor)
+            values[name] = value
+        return values
+
+    def chain(self, gradients: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Compute gradients with respect to the masters from those with respect to :meth:`rounded` tensors.
+
+        Rounding counts as the identity (a straight-through estimate).
+
+        Args:
+            gradients: by the names of the tensors; a tensor without one has gradient zero.
+        """
+        with torch.enable_grad():
+            values = {name: value for name, value in self.exact().items() if name in gradients}
+        with exact_products():
+            found = torch.autograd.grad(
+                list(values.values()),
+                list(self.masters.values()),
+                [gradients[name].to(value.dtype) for name, value in values.items()],
+                allow_unused=True,
+            )
         return {
-            name: (master * self.masks[name] if name in self.masks else master).to(self._tensors[name].dtype)
-            for name, master in self.masters.items()
+            key: torch.zeros_like(master) if gradient is None else gradient
+            for (key, master), gradient in zip(self.masters.items(), found, strict=True)
         }
 
     def copy(self) -> list[Tensor]:
@@ -64,16 +165,11 @@ class MaskedParameters:
 
     @torch.no_grad()
     def write(self, rounding: Rounding = lambda name, value: value) -> None:
-        """Write the values into the tensors that they started from.
+        """Write the values into the tensors that they started from, :meth:`rounded`."""
+        for name, value in self.rounded(rounding).items():
+            self._tensors[name].copy_(value)
 
-        A surviving weight that rounds to zero keeps its start value, so the mask stays what it was.
 
-        Args:
-            rounding: precision of the checkpoint, where that is lower than the tensors' own.
-        """
-        for name, exact in self.values().items():
-            tensor = self._tensors[name]
-            value = rounding(name, exact).to(tensor.dtype)
-            if name in self.masks:
-                value = torch.where(self.masks[name] & (value == 0), tensor, value)
-            tensor.copy_(value)
+def root_mean_square(tensor: Tensor) -> float:
+    """Root mean square of a tensor over its values that are not zero; 0 without any."""
+    return float((tensor.square().sum() / (tensor != 0).sum().clamp_min(1)).sqrt())

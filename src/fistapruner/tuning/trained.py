@@ -1,0 +1,211 @@
+"""The trained tensors and the optimizer's state of all decoder layers of a pruned model.
+
+Decoder layers are visited one at a time. A layer that is visited is loaded with the weights of the input checkpoint,
+which are only read: masks and start values come from it. A trained tensor that was never updated is not kept anywhere,
+since its start value can be made again. Everything goes by names of the checkpoint, so the order of visits does not
+matter.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor, nn
+
+from ..models.discovery import Layout, linear_modules
+from ..models.layerwise import LayerwiseModel
+from ..recipes.recover_settings import RecoverRecipe
+from .adamw import adamw_step
+from .forms import first_rate, form_of
+from .masked import MaskedParameters, root_mean_square
+
+KINDS = ("trained", "first_moment", "second_moment", "best")
+"""What is kept of each trained tensor: its value, AdamW's moments, its value at the best step."""
+
+
+class Trained:
+    """Trained tensors and optimizer state, layer by layer.
+
+    Args:
+        model: the pruned model.
+        layout: operators to train, all of them with zeros; other operators stay as they are.
+        recipe: form, optimizer, rates, seed.
+    """
+
+    def __init__(self, model: LayerwiseModel, layout: Layout, recipe: RecoverRecipe) -> None:
+        self.model = model
+        self.recipe = recipe
+        self.form = form_of(recipe)
+        self._pruned: list[set[str]] = []
+        self._transposed: list[set[str]] = []
+        self._sources: list[dict[str, str]] = []  # parameter inside the layer -> name in the checkpoint
+        for index, layer in enumerate(model.layers):
+            operators = [operator for group in layout.layers[index] for operator in group] if self.form else []
+            chosen = {f"{operator.name}.weight" for operator in operators} | vectors(layer, recipe.also)
+            sources = {
+                name: model.source(f"{model.layers_name}.{index}.{name}")
+                for name, _ in layer.named_parameters()
+                if name in chosen
+            }
+            self._sources.append(sources)
+            self._pruned.append({sources[f"{operator.name}.weight"] for operator in operators})
+            self._transposed.append(
+                {sources[f"{operator.name}.weight"] for operator in operators if operator.transposed}
+            )
+        self._state: dict[str, list[dict[str, Tensor]]] = {kind: [{} for _ in model.layers] for kind in KINDS}
+        self._steps = [0 for _ in model.layers]
+
+    def __len__(self) -> int:
+        return len(self._sources)
+
+    def values(self, index: int, layer: nn.Module) -> dict[str, Tensor]:
+        """Return the trained parameters of a layer as the passes use them, by name inside the layer.
+
+        They are rounded as the checkpoint will hold them, so the passes are those of the model that will be written.
+
+        Args:
+            index: number of the layer.
+            layer: the loaded layer of the input checkpoint.
+        """
+        values = self._parameters(index, layer).rounded(self.model.rounded)
+        return {name: values[source] for name, source in self._sources[index].items()}
+
+    def update(self, index: int, layer: nn.Module, gradients: Mapping[str, Tensor], factor: float) -> float:
+        """Take one step of AdamW with the trained tensors of a layer.
+
+        Args:
+            index: number of the layer.
+            layer: the loaded layer of the input checkpoint.
+            gradients: of the step's loss with respect to the :meth:`values`, by name inside the layer.
+            factor: of the first learning rate: schedule and patience.
+
+        Returns:
+            The squared norm of the gradients with respect to the trained tensors.
+        """
+        if not self._sources[index]:
+            return 0.0
+        parameters = self._parameters(index, layer)
+        sources = self._sources[index]
+        found = parameters.chain({sources[name]: gradient for name, gradient in gradients.items()})
+        firsts, seconds = self._state["first_moment"][index], self._state["second_moment"][index]
+        rates = self._rates(index, layer, parameters)
+        self._steps[index] += 1
+        trained, squares = {}, 0.0
+        for name, master in parameters.masters.items():
+            gradient = found[name]
+            squares += float(gradient.double().square().sum())
+            for moments in (firsts, seconds):
+                if name not in moments:
+                    moments[name] = torch.zeros_like(gradient)
+            adamw_step(
+                master,
+                gradient,
+                firsts[name],
+                seconds[name],
+                self._steps[index],
+                rates[name] * factor,
+                self.recipe.betas,
+                self.recipe.decay if parameters.origin[name] in self._pruned[index] else 0.0,
+            )
+            trained[name] = master.detach()
+        self._state["trained"][index] = trained
+        return squares
+
+    def result(self, index: int, layer: nn.Module) -> dict[str, Tensor]:
+        """Return the changed tensors of a layer by checkpoint name, rounded once, in main memory.
+
+        Zeros are those of the file that was read, and ``+0.0``.
+        """
+        if not self._state["trained"][index]:
+            return {}
+        found = {}
+        for source, value in self._parameters(index, layer).rounded(self.model.rounded).items():
+            before = self.model.checkpoint.read(source)
+            after = self.model.result(source, value).to(before.dtype)
+            if source in self._pruned[index]:
+                # A weight of the file may be zero in the passes' dtype only.
+                after = torch.where((before == 0) | (after == 0), before + 0.0, after)
+            if not torch.equal(after, before):
+                found[source] = after
+        return found
+
+    def keep(self) -> None:
+        """Remember the trained tensors as the best so far."""
+        self._state["best"] = [dict(trained) for trained in self._state["trained"]]  # updates make new tensors
+
+    def restore(self) -> None:
+        """Go back to the best trained tensors (the start, if none were kept), with new moments."""
+        self._state["trained"] = [dict(best) for best in self._state["best"]]
+        self._steps = [0 for _ in self._steps]
+        for kind in ("first_moment", "second_moment"):
+            self._state[kind] = [{} for _ in self._steps]
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Return everything that a snapshot holds, by names that do not depend on any order."""
+        state = {
+            f"{kind}/{name}": tensor
+            for kind in KINDS
+            for tensors in self._state[kind]
+            for name, tensor in tensors.items()
+        }
+        return {**state, "steps": torch.tensor(self._steps)}
+
+    def load(self, tensors: Mapping[str, Tensor]) -> None:
+        """Take over what :meth:`tensors` returned, copied."""
+        owner = {source: index for index, sources in enumerate(self._sources) for source in sources.values()}
+        state: dict[str, list[dict[str, Tensor]]] = {kind: [{} for _ in self._steps] for kind in KINDS}
+        for full, tensor in tensors.items():
+            kind, _, name = full.partition("/")
+            if kind == "steps":
+                self._steps = [int(step) for step in tensor]
+                continue
+            source = name if name in owner else name.rpartition(".")[0]
+            # Cloned: products of tensors in a mapped file may round otherwise, since they are not aligned in memory.
+            state[kind][owner[source]][name] = tensor.to(self.model.device, copy=True)
+        self._state = state
+
+    def _parameters(self, index: int, layer: nn.Module) -> MaskedParameters:
+        """The trained parameters of a loaded layer, by checkpoint name."""
+        tensors = {source: layer.get_parameter(name) for name, source in self._sources[index].items()}
+        return MaskedParameters(
+            tensors,
+            self._pruned[index],
+            self.form,
+            transposed=self._transposed[index],
+            masters=self._state["trained"][index],
+            generator=lambda name: seeded(self.recipe.seed, "start", name),
+        )
+
+    def _rates(self, index: int, layer: nn.Module, parameters: MaskedParameters) -> dict[str, float]:
+        """First learning rate of each trained tensor."""
+        tensors = {source: layer.get_parameter(name) for name, source in self._sources[index].items()}
+        rates = {}
+        for name in parameters.masters:
+            source = parameters.origin[name]
+            if name == source:  # a weight or vector itself
+                columns, rms = None, root_mean_square(tensors[source].float())
+            else:
+                columns = parameters.masks[source].shape[1]
+                rms = (3 * columns) ** -0.5
+            rates[name] = first_rate(self.recipe, columns, self.model.width, rms)
+        return rates
+
+
+def vectors(layer: nn.Module, also: tuple[str, ...]) -> set[str]:
+    """Return the names of a decoder layer's vectors: biases of linear operators, and others, called norms.
+
+    Args:
+        layer: the layer; its weights may be on the meta device.
+        also: ``norms``, ``biases``.
+    """
+    biases = {f"{name}.bias" for name, module in linear_modules(layer) if module.bias is not None}
+    found = {name for name, tensor in layer.named_parameters() if tensor.ndim <= 1 and tensor.is_floating_point()}
+    return {name for name in found if ("biases" if name in biases else "norms") in also}
+
+
+def seeded(seed: int, *purpose: str | int) -> torch.Generator:
+    """Make a generator (of the CPU) from a seed and the purpose of its numbers."""
+    digest = hashlib.sha256("\0".join(map(str, (seed, *purpose))).encode()).digest()
+    return torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") % 2**63)

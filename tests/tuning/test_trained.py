@@ -1,0 +1,163 @@
+"""Trained tensors of a model: the start is the checkpoint, zeros stay, the live values are those that are written."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+import tiny
+from fistapruner.models.discovery import Layout, discover
+from fistapruner.models.files.checkpoint import Checkpoint
+from fistapruner.models.layerwise import LayerwiseModel
+from fistapruner.recipes.recover_settings import RecoverRecipe
+from fistapruner.tuning.trained import Trained
+
+FORMS = ["full", "lora", "spp", "hira", "norms"]
+
+
+def pruned(architecture: str, folder: Path, dtype: torch.dtype = torch.float32, *, two_four: bool = False) -> Path:
+    """Save a tiny model whose decoder layers' matrices are half zeros, one of them negative."""
+    model = tiny.build(architecture)
+    with torch.no_grad():
+        for name, weight in model.named_parameters():
+            if weight.ndim == 2 and any(part in name for part in ("layers.", ".h.")):
+                groups = weight.view(-1, 4) if two_four else weight.view(1, -1)
+                dropped = groups.abs().topk(groups.shape[1] // 2, largest=False).indices
+                groups.scatter_(1, dropped, 0.0)
+                flat = weight.view(-1)
+                flat[flat.eq(0).nonzero()[0]] = -0.0
+    model.to(dtype).save_pretrained(folder)
+    return folder
+
+
+def opened(folder: Path) -> tuple[LayerwiseModel, Layout]:
+    model = LayerwiseModel(Checkpoint.open(folder), torch.device("cpu"))
+    return model, discover(model)
+
+
+def recipe(**settings: Any) -> RecoverRecipe:
+    return RecoverRecipe.build({"lr": 0.01, "lr_unit": "absolute", "rank": 4, **settings})
+
+
+def gradients(values: Mapping[str, Tensor], seed: int) -> dict[str, Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    return {name: torch.randn(value.shape, generator=generator) for name, value in sorted(values.items())}
+
+
+def step(trained: Trained, seed: int, order: list[int] | None = None) -> None:
+    """Take one step with random gradients, layers in the given order."""
+    for index in order or range(len(trained)):
+        with trained.model.layer(index) as layer:
+            values = trained.values(index, layer)
+            assert trained.update(index, layer, gradients(values, 100 * seed + index), 1.0) > 0
+
+
+def live(trained: Trained) -> dict[str, Tensor]:
+    found = {}
+    for index in range(len(trained)):
+        with trained.model.layer(index) as layer:
+            found.update({f"{index}.{name}": value for name, value in trained.values(index, layer).items()})
+    return found
+
+
+def written(trained: Trained) -> dict[str, Tensor]:
+    found: dict[str, Tensor] = {}
+    for index in range(len(trained)):
+        with trained.model.layer(index) as layer:
+            found.update(trained.result(index, layer))
+    return found
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("form", FORMS)
+def test_the_start_is_the_checkpoint_bit_for_bit(tmp_path: Path, form: str, dtype: torch.dtype) -> None:
+    model, layout = opened(pruned("gpt2", tmp_path, dtype))
+    trained = Trained(model, layout, recipe(parameters=form))
+    for index in range(len(model)):
+        with model.layer(index) as layer:
+            for name, value in trained.values(index, layer).items():
+                before = layer.get_parameter(name)
+                assert value.dtype == before.dtype
+                assert torch.equal(value, before)
+                assert torch.equal(value.signbit(), before.signbit())
+    assert not written(trained)
+    assert trained.tensors().keys() == {"steps"}
+
+
+@pytest.mark.parametrize("architecture", ["llama", "gpt2", "opt"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("form", FORMS)
+def test_zeros_stay_and_the_live_model_is_the_one_that_is_written(
+    tmp_path: Path, form: str, dtype: torch.dtype, architecture: str
+) -> None:
+    model, layout = opened(pruned(architecture, tmp_path, dtype, two_four=True))
+    trained = Trained(model, layout, recipe(parameters=form))
+    for seed in range(3):
+        step(trained, seed)
+    result = written(trained)
+    operators = {f"{name}.weight" for name, _ in layout.operators()}
+    changed = {name for name in result if result[name].ndim == 2}
+    assert changed == (set() if form == "norms" else {model.source(name) for name in operators})
+    assert any(tensor.ndim == 1 for tensor in result.values())
+    for name, tensor in result.items():
+        before = model.checkpoint.read(name)
+        assert tensor.dtype == before.dtype
+        assert not torch.equal(tensor, before)
+        if tensor.ndim == 2:
+            assert torch.equal(tensor == 0, before == 0)
+            assert not tensor[tensor == 0].signbit().any()
+    for full, value in live(trained).items():
+        name = model.source(f"{model.layers_name}.{full}")
+        assert torch.equal(value.to(dtype), result.get(name, model.checkpoint.read(name)))
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_the_order_of_layers_and_a_snapshot_change_no_bit(tmp_path: Path, form: str) -> None:
+    model, layout = opened(pruned("llama", tmp_path))
+    ahead, back = (Trained(model, layout, recipe(parameters=form)) for _ in range(2))
+    for seed in range(2):
+        step(ahead, seed, [0, 1, 2])
+        step(back, seed, [2, 1, 0])
+    again = Trained(model, layout, recipe(parameters=form))
+    again.load(ahead.tensors())
+    step(ahead, 5)
+    step(again, 5)
+    step(back, 5)
+    for other in (back, again):
+        assert other.tensors().keys() == ahead.tensors().keys()
+        assert all(torch.equal(tensor, ahead.tensors()[name]) for name, tensor in other.tensors().items())
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_going_back_restores_the_best_and_begins_anew(tmp_path: Path, form: str) -> None:
+    model, layout = opened(pruned("llama", tmp_path))
+    trained, fresh = (Trained(model, layout, recipe(parameters=form)) for _ in range(2))
+    start = live(trained)
+    step(trained, 0)
+    trained.restore()  # nothing was kept: the start is the best
+    assert all(torch.equal(value, start[name]) for name, value in live(trained).items())
+    step(trained, 1)
+    step(fresh, 1)
+    assert all(torch.equal(value, live(fresh)[name]) for name, value in live(trained).items())
+    trained.keep()
+    kept = live(trained)
+    step(trained, 2)
+    trained.restore()
+    assert all(torch.equal(value, kept[name]) for name, value in live(trained).items())
+    assert not any(name.startswith("first_moment") for name in trained.tensors())
+
+
+@pytest.mark.parametrize("also", [(), ("norms",), ("biases",)])
+def test_vectors_are_trained_as_asked(tmp_path: Path, also: tuple[str, ...]) -> None:
+    model, layout = opened(pruned("opt", tmp_path))
+    trained = Trained(model, layout, recipe(parameters="full", also=also))
+    step(trained, 0)
+    names = {name for name, tensor in written(trained).items() if tensor.ndim == 1}
+    norms = {name for name in model.checkpoint.names() if "layer_norm" in name and "layers." in name}
+    biases = {name for name in model.checkpoint.names() if name.endswith("bias") and "layers." in name} - norms
+    assert names == {(): set(), ("norms",): norms, ("biases",): biases}[also]
