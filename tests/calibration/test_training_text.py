@@ -13,7 +13,8 @@ from hypothesis import strategies as st
 from test_windows import LETTERS, letters_tokenizer, text_of, tiny
 
 from fistapruner import FistaPrunerError
-from fistapruner.calibration.training_text import order, pack_documents, passages, split_documents, training_text
+from fistapruner.calibration.packing import pack_documents, passages
+from fistapruner.calibration.training_text import order, split_documents, training_text
 from fistapruner.recipes.recover_settings import TrainingData
 
 EOS = "</s>"
@@ -98,7 +99,7 @@ def test_windows_of_both_sides_are_cut_apart(tmp_path: Path) -> None:
     facts = text.facts["tasks"][data.source]
     assert facts["documents"] == 2 * len(documents)
     assert facts["duplicates"] == len(documents)
-    assert facts["tokens"] == 63 * 32
+    assert facts["trained"]["tokens"] == 63 * 32
     assert facts["held_out"]["windows"] == 16
     assert len(text.facts["sha256"]) == 64
     again = training_text(data, tokenizer, 32)

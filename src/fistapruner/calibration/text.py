@@ -39,12 +39,27 @@ def read_documents(path: str | Path) -> list[str]:
             return list(_parquet_documents(path))
         if suffix != ".jsonl":
             return [path.read_text("utf-8")]
-        with open(path, "rb") as lines:
-            return [
-                _text_of_line(line, f"{path}, line {number}") for number, line in enumerate(lines, 1) if line.strip()
-            ]
+        return [_text(record, where) for where, record in read_lines(path)]
     except UnicodeDecodeError as error:
         raise FistaPrunerError(f"{path} is not UTF-8 text (byte {error.start})") from None
+    except OSError as error:
+        raise FistaPrunerError(f"cannot read {path}: {error.strerror or error}") from None
+
+
+def read_lines(path: str | Path) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Yield the records of a ``.jsonl`` file, each with its place: file and line, for messages.
+
+    A line that is not a mapping is a record without fields.
+
+    Raises:
+        FistaPrunerError: a line that is not UTF-8 or not JSON; an unreadable file.
+    """
+    try:
+        with open(path, "rb") as lines:
+            for number, line in enumerate(lines, 1):
+                if line.strip():
+                    where = f"{path}, line {number}"
+                    yield where, _record(line, where)
     except OSError as error:
         raise FistaPrunerError(f"cannot read {path}: {error.strerror or error}") from None
 
@@ -87,15 +102,20 @@ def adds_bos(tokenizer: Any) -> bool:
     return bool(len(ids) > 1 and ids[0] == tokenizer.bos_token_id)
 
 
-def _text_of_line(line: bytes, where: str) -> str:
-    """Read the text of one ``.jsonl`` line; ``where`` names it in messages."""
+def _record(line: bytes, where: str) -> dict[str, Any]:
+    """Read the record of one ``.jsonl`` line; ``where`` names it in messages."""
     try:
         record = json.loads(line.decode("utf-8"))
     except UnicodeDecodeError:
         raise FistaPrunerError(f"{where} is not UTF-8 text") from None
     except (ValueError, RecursionError) as error:
         raise FistaPrunerError(f"{where} is not JSON: {str(error)[:100]}") from None
-    if not isinstance(record, dict) or not isinstance(record.get("text"), str):
+    return record if isinstance(record, dict) else {}
+
+
+def _text(record: dict[str, Any], where: str) -> str:
+    """Return the text of a record."""
+    if not isinstance(record.get("text"), str):
         raise FistaPrunerError(f"{where} has no field 'text' with a string in it")
     return str(record["text"])
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -16,18 +17,20 @@ from torch import Tensor
 
 from ..errors import FistaPrunerError
 from ..recipes.recover_settings import TrainingData
-from ..runtime.numerics import seeded
+from .examples import Example, read_training_file
+from .mixtures import Mixture, shuffled
+from .packing import PURPOSE, Packed, pack_documents, pack_examples, passages
 from .self_generated import generate_tokens
-from .text import adds_bos
-from .windows import JOINT, SELF, source_documents, tenths, tokenise, tokens_sha256
+from .windows import GENERATED, SELF, check_source, source_documents, tenths, tokens_sha256
 
 MAX_HELD_OUT_WINDOWS = 16
-"""More would take time at every validation check and hardly change the choice."""
+"""Held-out windows of all tasks: more would take time at every check and hardly change the choice."""
 
 CHARACTERS_PER_TOKEN = 4
 """A source of one document is cut into passages of about one window, at this many characters a token."""
 
-PURPOSE = "training"
+SHARED = 3
+"""Documents named by :func:`shared_documents`."""
 
 
 @dataclass(frozen=True)
@@ -40,9 +43,10 @@ class TrainingText:
         held_out: (windows,) bool: windows for validation only.
         task: (windows,) int64 index into ``tasks``.
         tasks: names of the texts; the source where there is one.
-        facts: for each task its source, how windows were made, documents, windows and tokens on either side; ``seed``;
-            ``sha256`` of the tokens.
-        documents: hashes of the documents trained on, for :func:`shared_documents`; not stored.
+        facts: ``seed``, ``sha256`` of the tokens, and for each of ``tasks`` its source, how windows were made,
+            documents, duplicates, examples that are too long, and the windows, documents, tokens and tokens with loss
+            of either side.
+        documents: hashes of the documents read, for :func:`shared_documents`; not stored.
     """
 
     tokens: Tensor
@@ -55,18 +59,71 @@ class TrainingText:
 
 
 @dataclass(frozen=True)
-class Cut:
-    """Windows of one side of one text.
+class _Side:
+    """Windows of one side of one task: token ids, marks, documents (None for generated text), tokens."""
 
-    Args:
-        windows: (windows, seqlen) token ids.
-        documents: number of documents that were read for them.
-        tokens: tokens of these documents.
-    """
+    tokens: Tensor
+    marks: Tensor
+    documents: int | None
+    filled: int
 
-    windows: list[list[int]]
-    documents: int
-    tokens: int
+    @classmethod
+    def of(cls, packed: Packed, seqlen: int) -> _Side:
+        tokens = torch.tensor(packed.windows, dtype=torch.int64).view(-1, seqlen)
+        marks = torch.tensor(packed.marks, dtype=torch.bool).view(-1, seqlen)
+        return cls(tokens, marks, packed.documents, packed.filled)
+
+    def facts(self) -> dict[str, int | None]:
+        return {
+            "documents": self.documents,
+            "windows": len(self.tokens),
+            "tokens": self.filled,
+            "loss_tokens": int(self.marks[:, 1:].sum()),
+        }
+
+
+@dataclass(frozen=True)
+class _Task:
+    """Both sides of one task, its facts, and the hashes of the documents read."""
+
+    trained: _Side
+    held_out: _Side
+    facts: dict[str, Any]
+    hashes: frozenset[str] = frozenset()
+
+
+class _Source:
+    """One text source, read: plain documents, examples, or nothing for text that the model generates."""
+
+    def __init__(self, source: str, seqlen: int) -> None:
+        self.source = source
+        self.documents: list[str] = []
+        self.examples: dict[str, Example] = {}
+        self.whole: str | None = None
+        self.how = GENERATED
+        if source == SELF:
+            return
+        found = _read(source)
+        self.how = "documents joined by end-of-text tokens, windows that do not overlap"
+        if found and isinstance(found[0], Example):
+            self.examples = {item.text: item for item in found if isinstance(item, Example)}
+            self.how = "whole examples, loss on the answers only"
+        self.documents = [item.text if isinstance(item, Example) else item for item in found]
+        if len(found) == 1 and not self.examples:
+            self.whole = self.documents[0]
+            self.documents = passages(self.whole, CHARACTERS_PER_TOKEN * seqlen)
+            self.how = f"one document, cut into {len(self.documents)} passages; {self.how}"
+
+    @property
+    def characters(self) -> int:
+        """Characters of all documents."""
+        return sum(map(len, self.documents))
+
+    def pack(self, documents: Sequence[str], tokenizer: Any, seqlen: int, windows: int | None) -> Packed:
+        """Pack documents of this source into at most that many windows."""
+        if self.examples:
+            return pack_examples([self.examples[text] for text in documents], tokenizer, seqlen, windows)
+        return pack_documents(documents, tokenizer, seqlen, windows, self.source)
 
 
 def training_text(
@@ -79,59 +136,92 @@ def training_text(
     """Make the training windows, as many as the asked tokens need, and the held-out windows.
 
     Args:
-        data: source, tokens, share that is held out, seed.
+        data: source or tasks, tokens, share that is held out, seed.
         tokenizer: a ``transformers`` tokenizer. Where it begins a text with BOS, every window begins with BOS.
         seqlen: tokens in a window.
         load_model: loads the model that generates text; called for the source ``self`` only.
-        say: receives the progress of text generation, as sentences.
+        say: receives the progress of text generation, and what is left out, as sentences.
 
     Raises:
-        FistaPrunerError: no source, an unknown, unreadable or empty one, or a text too short for one window on
-            either side.
+        FistaPrunerError: no source, an unknown, unreadable or empty one, a text too short for one window on either
+            side, or fewer windows than the mixture needs.
     """
-    if data.source is None:
+    named = data.tasks or ({} if data.source is None else {data.source: data.source})
+    if not named:
         raise FistaPrunerError("there is no training text: give one with --data")
-    windows = -(-data.tokens // seqlen)
-    documents: set[str] = set()
-    if data.source == SELF:
-        trained, held, facts = _generated(data, tokenizer, seqlen, windows, load_model, say)
-    else:
-        trained, held, facts = _documents(data, data.source, tokenizer, seqlen, windows, documents)
-    tokens = torch.cat([trained, held])
-    held_out = torch.arange(len(tokens)) >= len(trained)
+    sources = [_Source(source, seqlen) for source in named.values()]
+    windows = _windows_of_tasks(data, sources, -(-data.tokens // seqlen))
+    most = max(1, MAX_HELD_OUT_WINDOWS // len(sources))
+    tasks: dict[int, _Task] = {}
+    # Text that the model generates comes last: it takes long, and the others may be refused.
+    for number in sorted(range(len(sources)), key=lambda number: sources[number].source == SELF):
+        if sources[number].source == SELF:
+            tasks[number] = _generated(data, tokenizer, seqlen, windows[number], most, load_model, say)
+        else:
+            tasks[number] = _cut(sources[number], data, tokenizer, seqlen, windows[number], most, say)
+    parts = [(number, held_out) for held_out in (False, True) for number in range(len(sources))]
+    sides = [tasks[number].held_out if held_out else tasks[number].trained for number, held_out in parts]
+    counts = torch.tensor([len(side.tokens) for side in sides])
+    tokens = torch.cat([side.tokens for side in sides])
+    facts = {name: tasks[number].facts for number, name in enumerate(named)}
     return TrainingText(
         tokens=tokens,
-        marks=torch.ones_like(tokens, dtype=torch.bool),
-        held_out=held_out,
-        task=torch.zeros(len(tokens), dtype=torch.int64),
-        tasks=(data.source,),
-        facts={"seed": data.seed, "sha256": tokens_sha256(tokens), "tasks": {data.source: facts}},
-        documents=frozenset(documents),
+        marks=torch.cat([side.marks for side in sides]),
+        held_out=torch.tensor([held_out for _, held_out in parts]).repeat_interleave(counts),
+        task=torch.tensor([number for number, _ in parts]).repeat_interleave(counts),
+        tasks=tuple(named),
+        facts={"seed": data.seed, "sha256": tokens_sha256(tokens), "tasks": facts},
+        documents=frozenset().union(*(task.hashes for task in tasks.values())),
     )
 
 
 def order(text: TrainingText, steps: int, windows_per_step: int, data: TrainingData) -> Tensor:
     """Draw the windows of every step: all training windows once, then all again in another order.
 
+    With several tasks and ``mixture: uniform``, tasks are drawn in rounds (:class:`Mixture`), and so are the windows of
+    each task: all once, then all again.
+
     Args:
         text: the training text.
         steps: optimizer steps.
         windows_per_step: windows of a step.
-        data: its seed decides the order.
+        data: its mixture and seed decide the order.
 
     Returns:
         (steps, windows_per_step) int64 numbers of windows.
+
+    Raises:
+        FistaPrunerError: fewer windows than the mixture needs.
     """
-    numbers = (~text.held_out).nonzero().flatten()
-    return repeated(numbers, steps * windows_per_step, data.seed, "order").view(steps, windows_per_step)
+    numbers, count = (~text.held_out).nonzero().flatten(), steps * windows_per_step
+    if len(text.tasks) == 1 or data.mixture == "pooled":
+        return shuffled(numbers, count, data.seed, "windows").view(steps, windows_per_step)
+    drawn = Mixture(len(text.tasks), data.per_round, data.seed).draw(count)
+    windows = torch.empty_like(drawn)
+    for task in range(len(text.tasks)):
+        own = numbers[text.task[numbers] == task]
+        places = drawn == task
+        windows[places] = shuffled(own, int(places.sum()), data.seed, "windows", task)
+    return windows.view(steps, windows_per_step)
 
 
-def repeated(numbers: Tensor, count: int, seed: int, *purpose: str | int) -> Tensor:
-    """Draw ``count`` of the numbers: all once in a random order, then all again in another, and so on."""
-    rounds = -(-count // len(numbers))
-    return torch.cat(
-        [numbers[torch.randperm(len(numbers), generator=seeded(seed, *purpose, turn))] for turn in range(rounds)]
-    )[:count]
+def shared_documents(text: TrainingText, documents: Sequence[str], name: str) -> str | None:
+    """Warn that evaluation text has documents of the training text; None where it has none.
+
+    Args:
+        text: the training text, as :func:`training_text` made it.
+        documents: of the evaluation text.
+        name: of the evaluation text.
+    """
+    shared = [document for document in documents if document_hash(document) in text.documents]
+    if not shared:
+        return None
+    examples = ", ".join(repr(" ".join(document[:200].split())[:40]) for document in shared[:SHARED])
+    more = " and more" if len(shared) > SHARED else ""
+    return (
+        f"{len(shared)} of the {len(documents)} documents of the evaluation text {name!r} are also in the training "
+        f"text ({examples}{more}): figures on it are too good"
+    )
 
 
 def document_hash(text: str, seed: int | None = None) -> str:
@@ -159,85 +249,85 @@ def split_documents(documents: Sequence[str], share: float, seed: int) -> tuple[
     return [by_hash[digest] for digest in hashes], max(1, below)
 
 
-def pack_documents(documents: Sequence[str], tokenizer: Any, seqlen: int, windows: int | None, source: str) -> Cut:
-    """Join documents by EOS and cut windows that do not overlap; what does not fill a window is dropped.
-
-    Args:
-        documents: the texts; no more of them are tokenised than the windows need.
-        tokenizer: a ``transformers`` tokenizer.
-        seqlen: tokens in a window, BOS included.
-        windows: at most; None cuts all.
-        source: name of the text, for messages.
-    """
-    bos = [tokenizer.bos_token_id] if adds_bos(tokenizer) else []
-    room = seqlen - len(bos)
-    joint = [tokenizer.eos_token_id] if tokenizer.eos_token_id is not None else _joint(tokenizer)
-    stream: list[int] = []
-    read = tokens = 0
-    for ids in tokenise(documents, tokenizer, source, PURPOSE):
-        stream += ids + joint
-        read += 1
-        tokens += len(ids)
-        if windows is not None and len(stream) >= windows * room:
-            break
-    count = len(stream) // room if windows is None else min(windows, len(stream) // room)
-    return Cut([bos + stream[start : start + room] for start in range(0, count * room, room)], read, tokens)
+def _read(source: str) -> Sequence[str | Example]:
+    """Read the documents of a source, or its examples."""
+    check_source(source, PURPOSE)
+    path = Path(source)
+    if path.suffix.lower() != ".jsonl" or not path.is_file():
+        return source_documents(source, PURPOSE)
+    found = [item for item in read_training_file(path) if isinstance(item, Example) or item.strip()]
+    if not found:
+        raise FistaPrunerError(f"{PURPOSE} text {source!r} is empty")
+    return found
 
 
-def passages(text: str, characters: int) -> list[str]:
-    """Cut a text into passages of at most ``characters``, where it has blank lines, line ends or spaces."""
-    parts, start = [], 0
-    while start < len(text):
-        end = start + characters
-        if end < len(text):
-            for separator in ("\n\n", "\n", " "):
-                place = text.rfind(separator, start + 1, end)
-                if place > 0:
-                    end = place + len(separator)
-                    break
-        parts.append(text[start:end].rstrip())
-        start = end
-    return [part for part in parts if part]
+def _windows_of_tasks(data: TrainingData, sources: Sequence[_Source], windows: int) -> list[int]:
+    """Share the training windows out among the tasks, as the mixture will draw them."""
+    if len(sources) == 1:
+        return [windows]
+    if data.mixture == "uniform":
+        drawn = Mixture(len(sources), data.per_round, data.seed).draw(windows)
+        return [max(1, int(count)) for count in torch.bincount(drawn, minlength=len(sources))]
+    # In one heap every task has its share of all the text; generated text has as much as the others on average.
+    sizes = [source.characters for source in sources]
+    known = [size for size in sizes if size]
+    average = sum(known) / len(known) if known else 1.0
+    total = sum(size or average for size in sizes)
+    return [max(1, round(windows * (size or average) / total)) for size in sizes]
 
 
-def _joint(tokenizer: Any) -> list[int]:
-    """Tokenise the string that joins documents where there is no EOS."""
-    return list(tokenizer(JOINT, add_special_tokens=False, return_attention_mask=False)["input_ids"])
+def _cut(
+    source: _Source,
+    data: TrainingData,
+    tokenizer: Any,
+    seqlen: int,
+    windows: int,
+    most: int,
+    say: Callable[[str], None] | None,
+) -> _Task:
+    """Split the documents of a source, and pack ``windows`` to train on and at most ``most`` held out."""
 
+    def pack(documents: Sequence[str], windows: int | None) -> Packed:
+        return source.pack(documents, tokenizer, seqlen, windows)
 
-def _documents(
-    data: TrainingData, source: str, tokenizer: Any, seqlen: int, windows: int, hashes: set[str]
-) -> tuple[Tensor, Tensor, dict[str, Any]]:
-    """Make the windows of a text source; the hashes of the documents trained on are added to ``hashes``."""
-    documents = source_documents(source, PURPOSE)
-    read = len(documents)
-    how = "documents joined by end-of-text tokens, windows that do not overlap"
-    if read == 1:
-        hashes.add(document_hash(documents[0]))
-        documents = passages(documents[0], CHARACTERS_PER_TOKEN * seqlen)
-        how = f"one document, cut into {len(documents)} passages; {how}"
-    ordered, held = split_documents(documents, data.held_out, data.seed)
+    ordered, held = split_documents(source.documents, data.held_out, data.seed)
     # A held-out side without a whole window would measure nothing.
-    held = max(held, pack_documents(ordered, tokenizer, seqlen, 1, source).documents)
-    validated = pack_documents(ordered[:held], tokenizer, seqlen, MAX_HELD_OUT_WINDOWS, source)
-    trained = pack_documents(ordered[held:], tokenizer, seqlen, windows, source)
-    if not trained.windows or not validated.windows:
-        there = pack_documents(ordered, tokenizer, seqlen, None, source).tokens
-        raise FistaPrunerError(
-            f"training text {source!r} is too short: its {there} tokens do not fill one window of {seqlen} to train on "
-            f"and one to validate on, and {data.tokens} tokens are asked; take a longer text or a smaller --seqlen"
-        )
-    hashes.update(map(document_hash, ordered[held : held + trained.documents]))
+    held = max(held, pack(ordered, 1).first)
+    held_out, trained = pack(ordered[:held], most), pack(ordered[held:], windows)
+    if not trained.windows or not held_out.windows:
+        raise _too_short(source, pack(ordered, None), len(ordered), data.tokens, seqlen)
+    too_long = held_out.too_long + trained.too_long
+    if too_long and say is not None:
+        tried = held_out.documents + trained.documents
+        say(f"{too_long} of {tried} examples of {source.source} have more than {seqlen} tokens and were left out")
+    read = [*ordered[: held_out.documents], *ordered[held : held + trained.documents]]
+    hashes = {document_hash(document) for document in read}
+    if source.whole is not None:
+        hashes.add(document_hash(source.whole))
+    sides = _Side.of(trained, seqlen), _Side.of(held_out, seqlen)
     facts = {
-        "source": source,
-        "how": how,
-        "documents": read,
-        "duplicates": len(documents) - len(ordered),
-        "trained": {"documents": trained.documents, "windows": len(trained.windows)},
-        "held_out": {"documents": validated.documents, "windows": len(validated.windows)},
-        "tokens": len(trained.windows) * seqlen,
+        "source": source.source,
+        "how": source.how,
+        "documents": len(source.documents) if source.whole is None else 1,
+        "duplicates": len(source.documents) - len(ordered),
+        "too_long": too_long,
     }
-    return _tensor(trained.windows), _tensor(validated.windows), facts
+    return _Task(*sides, {**facts, **_both(*sides)}, frozenset(hashes))
+
+
+def _too_short(source: _Source, whole: Packed, documents: int, asked: int, seqlen: int) -> FistaPrunerError:
+    """Make the error that a source does not fill one window on either side."""
+    if source.examples:
+        fitting = documents - whole.too_long
+        there = f"{fitting} of its {documents} examples have at most {seqlen} tokens, and two are needed:"
+        there += " one to train on and one to validate on"
+    else:
+        there = f"its {whole.tokens} tokens do not fill one window of {seqlen} to train on and one to validate on"
+    remedy = "a larger --seqlen" if whole.too_long else "a smaller --seqlen"
+    return FistaPrunerError(
+        f"{PURPOSE} text {source.source!r} is too short: {there}; {asked} tokens are asked; take a longer text or "
+        f"{remedy}"
+    )
 
 
 def _generated(
@@ -245,26 +335,24 @@ def _generated(
     tokenizer: Any,
     seqlen: int,
     windows: int,
+    most: int,
     load_model: Callable[[], Any] | None,
     say: Callable[[str], None] | None,
-) -> tuple[Tensor, Tensor, dict[str, Any]]:
+) -> _Task:
     """Let the model generate the windows; whole windows are held out."""
     if load_model is None:
         raise FistaPrunerError("training source 'self' needs the model to generate text: give a text source instead")
-    held = max(1, min(MAX_HELD_OUT_WINDOWS, round(data.held_out * windows)))
+    held = max(1, min(most, round(data.held_out * windows)))
     progress = None if say is None else tenths(say, PURPOSE)
     tokens = generate_tokens(load_model(), tokenizer, windows + held, seqlen, seed=data.seed, progress=progress)
-    facts = {
-        "source": SELF,
-        "how": "generated by the model at temperature 1",
-        "documents": None,
-        "duplicates": 0,
-        "trained": {"documents": None, "windows": windows},
-        "held_out": {"documents": None, "windows": held},
-        "tokens": windows * seqlen,
-    }
-    return tokens[held:], tokens[:held], facts
+    marks = torch.ones_like(tokens, dtype=torch.bool)
+    sides = (
+        _Side(tokens[held:], marks[held:], None, windows * seqlen),
+        _Side(tokens[:held], marks[:held], None, held * seqlen),
+    )
+    facts = {"source": SELF, "how": GENERATED, "documents": None, "duplicates": 0, "too_long": 0}
+    return _Task(*sides, {**facts, **_both(*sides)})
 
 
-def _tensor(windows: list[list[int]]) -> Tensor:
-    return torch.tensor(windows, dtype=torch.int64)
+def _both(trained: _Side, held_out: _Side) -> dict[str, Any]:
+    return {"trained": trained.facts(), "held_out": held_out.facts()}

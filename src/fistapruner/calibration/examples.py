@@ -1,0 +1,186 @@
+"""Read examples with an answer: ``.jsonl`` lines with prompt and completion, or with messages.
+
+Only answers carry loss: completions with the end-of-text token behind them, or the turns of the assistant as the
+tokenizer's chat template writes them.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ..errors import FistaPrunerError
+from .text import adds_bos, read_lines
+
+KINDS = {"text": "text", "prompt": "prompt and completion", "messages": "messages"}
+"""Kinds of lines, and how they are called in messages."""
+
+
+@dataclass(frozen=True)
+class Example:
+    """One line of a file.
+
+    Args:
+        kind: ``prompt`` or ``messages``.
+        content: (prompt, completion), or (role, content) of every message.
+        where: file and line, for messages.
+    """
+
+    kind: str
+    content: tuple[Any, ...]
+    where: str
+
+    @property
+    def text(self) -> str:
+        """The content as one string: equal examples have equal strings."""
+        return json.dumps([self.kind, self.content])
+
+    def encode(self, tokenizer: Any) -> tuple[list[int], list[bool]]:
+        """Tokenise the example; return token ids and which of them carry loss.
+
+        Raises:
+            FistaPrunerError: the tokenizer has no chat template, or the template refuses the messages.
+        """
+        if self.kind == "prompt":
+            prompt, completion = self.content
+            ids = [tokenizer.bos_token_id] if adds_bos(tokenizer) else []
+            ids, marks = _encode(((prompt, False), (completion, True)), tokenizer, ids, self.where)
+            if tokenizer.eos_token_id is not None:
+                ids, marks = [*ids, tokenizer.eos_token_id], [*marks, True]
+        else:
+            ids, marks = _encode(_turns(self.content, tokenizer, self.where), tokenizer, [], self.where)
+        # The first token has nothing before it in its own example.
+        return ids, [False, *marks[1:]]
+
+
+def read_training_file(path: str | Path) -> list[str | Example]:
+    """Read a ``.jsonl`` file: documents where its lines have ``text``, else examples.
+
+    Raises:
+        FistaPrunerError: a broken line, a missing or empty field, lines of several kinds; file and line are named.
+    """
+    found: list[str | Example] = []
+    first = None
+    for where, record in read_lines(path):
+        kind = _kind(record)
+        if first is not None and kind != first:
+            raise FistaPrunerError(
+                f"{where} has {KINDS[kind]}, and the lines before it have {KINDS[first]}: one kind a file"
+            )
+        first = kind
+        found.append(_READERS[kind](record, where))
+    return found
+
+
+def _kind(record: dict[str, Any]) -> str:
+    if "messages" in record:
+        return "messages"
+    return "prompt" if "completion" in record or ("prompt" in record and "text" not in record) else "text"
+
+
+def _text(record: dict[str, Any], where: str) -> str:
+    text = record.get("text")
+    if not isinstance(text, str):
+        raise FistaPrunerError(
+            f"{where} has no field 'text' with a string in it (nor prompt and completion, nor messages)"
+        )
+    return text
+
+
+def _completion(record: dict[str, Any], where: str) -> Example:
+    for field in ("prompt", "completion"):
+        if not isinstance(record.get(field), str):
+            raise FistaPrunerError(f"{where} has no field {field!r} with a string in it")
+    if not record["completion"].strip():
+        raise FistaPrunerError(f"{where}: the completion is empty, so that there is nothing to learn")
+    return Example("prompt", (record["prompt"], record["completion"]), where)
+
+
+def _messages(record: dict[str, Any], where: str) -> Example:
+    messages = record["messages"]
+    if not isinstance(messages, list) or not messages:
+        raise FistaPrunerError(f"{where}: 'messages' is not a list of messages with role and content")
+    for number, message in enumerate(messages, 1):
+        for field in ("role", "content"):
+            if not isinstance(message, dict) or not isinstance(message.get(field), str):
+                raise FistaPrunerError(f"{where}: message {number} has no field {field!r} with a string in it")
+        if message["role"] == "assistant" and not message["content"].strip():
+            raise FistaPrunerError(f"{where}: message {number} is an empty answer of the assistant")
+    if not any(message["role"] == "assistant" for message in messages):
+        raise FistaPrunerError(f"{where} has no message of the role 'assistant', so that there is nothing to learn")
+    return Example("messages", tuple((message["role"], message["content"]) for message in messages), where)
+
+
+_READERS: dict[str, Callable[[dict[str, Any], str], str | Example]] = {
+    "text": _text,
+    "prompt": _completion,
+    "messages": _messages,
+}
+
+
+def _turns(content: Sequence[tuple[str, str]], tokenizer: Any, where: str) -> list[tuple[str, bool]]:
+    """Write messages by the chat template; return pieces of text and whether they are turns of the assistant.
+
+    What follows the last turn of the assistant is left out.
+    """
+    if not getattr(tokenizer, "chat_template", None):
+        raise FistaPrunerError(
+            f"{where} has messages, and the tokenizer has no chat template: write prompt and completion instead"
+        )
+    messages = [{"role": role, "content": text} for role, text in content]
+
+    def written(count: int, prompt: bool = False) -> str:
+        try:
+            return str(tokenizer.apply_chat_template(messages[:count], tokenize=False, add_generation_prompt=prompt))
+        except Exception as error:  # templates raise errors of their own
+            reason = " ".join(str(error).split())[:200]
+            raise FistaPrunerError(f"{where}: the tokenizer's chat template refuses the messages: {reason}") from None
+
+    pieces: list[tuple[str, bool]] = []
+    done = ""
+    for number, message in enumerate(messages):
+        if message["role"] != "assistant":
+            continue
+        whole = written(number + 1)
+        before = next((text for text in (written(number, True), written(number)) if whole.startswith(text)), None)
+        if before is None or not before.startswith(done):
+            raise FistaPrunerError(
+                f"{where}: the tokenizer's chat template changes earlier messages at message {number + 1}, so that it "
+                "cannot be told what the assistant says: write prompt and completion instead"
+            )
+        pieces += [(before[len(done) :], False), (whole[len(before) :], True)]
+        done = whole
+    return pieces
+
+
+def _encode(
+    pieces: Sequence[tuple[str, bool]], tokenizer: Any, start: list[int], where: str
+) -> tuple[list[int], list[bool]]:
+    """Tokenise pieces of one text, so that no token reaches from one piece into the next.
+
+    Args:
+        pieces: text, and whether it carries loss.
+        tokenizer: a ``transformers`` tokenizer.
+        start: token ids before the text.
+        where: file and line, for messages.
+    """
+    text = ""
+    ids: list[int] = []
+    marks: list[bool] = []
+    for piece, carries in pieces:
+        text += piece
+        try:
+            whole, alone = (
+                list(tokenizer(part, add_special_tokens=False, return_attention_mask=False, verbose=False)["input_ids"])
+                for part in (text, piece)
+            )
+        except Exception as error:  # tokenizers have their own exceptions
+            reason = " ".join(str(error).split())[:200]
+            raise FistaPrunerError(f"{where}: the tokenizer cannot read the text: {reason}") from None
+        added = whole[len(ids) :] if whole[: len(ids)] == ids else alone
+        ids += added
+        marks += [carries] * len(added)
+    return start + ids, [False] * len(start) + marks

@@ -1,0 +1,85 @@
+"""Draw windows from several tasks: model-agnostic multitask fine-tuning (MAMF, arXiv 2203.04904).
+
+A round draws n of the N tasks uniformly without replacement and takes the same number of tokens from each, so that
+the mixture is uniform over tasks and not over examples. There are as many rounds as it takes until each task is missed
+with a probability of at most 1e-3.
+
+1. Differs from the published program, which rounds the number of rounds to the nearest: this breaks its own bound, for
+   N = 10 with n = 3 and 8. Here it is rounded up.
+2. Differs from the published program, which trains on one task after the other in a round, each with new optimizer
+   state: here the windows of a round alternate between its tasks, and the optimizer goes on.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ..errors import FistaPrunerError
+from ..runtime.numerics import seeded
+
+MISSED = 1e-3
+"""Probability with which a task may be missed by all rounds."""
+
+
+@dataclass(frozen=True)
+class Mixture:
+    """A uniform mixture of tasks.
+
+    Args:
+        tasks: number of tasks, N.
+        per_round: tasks of a round, n; None is all.
+        seed: draws the tasks.
+    """
+
+    tasks: int
+    per_round: int | None = None
+    seed: int = 0
+
+    @property
+    def rounds(self) -> int:
+        """Number of rounds, ``ceil(ln 1e-3 / ln(1 - n/N))``; one where a round has all tasks."""
+        if self.per_round is None or self.per_round >= self.tasks:
+            return 1
+        # log1p is exact for small n/N; the margin keeps an exact quotient from being rounded up.
+        return math.ceil(math.log(MISSED) / math.log1p(-self.per_round / self.tasks) - 1e-9)
+
+    def draw(self, windows: int) -> Tensor:
+        """Draw the task of each window.
+
+        Rounds have the same number of windows, and so have the tasks of a round, to within one window.
+
+        Args:
+            windows: in all.
+
+        Returns:
+            (windows,) int64 numbers of tasks.
+
+        Raises:
+            FistaPrunerError: a round would have fewer windows than tasks.
+        """
+        rounds, per_round = self.rounds, min(self.per_round or self.tasks, self.tasks)
+        if windows < rounds * per_round:
+            raise FistaPrunerError(
+                f"a mixture of {self.tasks} tasks, {per_round} a round, needs {rounds * per_round} windows for its "
+                f"{rounds} round{'s' if rounds > 1 else ''}, and there are {windows}: take more windows or more tasks "
+                "a round"
+            )
+        parts = []
+        for number in range(rounds):
+            size = windows * (number + 1) // rounds - windows * number // rounds
+            chosen = torch.randperm(self.tasks, generator=seeded(self.seed, "tasks", number))[:per_round]
+            parts.append(shuffled(chosen, size, self.seed, "round", number))
+        return torch.cat(parts)
+
+
+def shuffled(numbers: Tensor, count: int, seed: int, *purpose: str | int) -> Tensor:
+    """Draw ``count`` of the numbers: all once in a random order, then all again in another, and so on."""
+    turns = -(-count // max(len(numbers), 1))
+    orders = [
+        numbers[torch.randperm(len(numbers), generator=seeded(seed, *purpose, turn))] for turn in range(max(turns, 1))
+    ]
+    return torch.cat(orders)[:count]

@@ -1,0 +1,188 @@
+"""Examples with answers: which tokens carry loss, packing without splitting, every line that is refused."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from test_windows import LETTERS, letters_tokenizer, text_of
+
+from fistapruner import FistaPrunerError
+from fistapruner.calibration.examples import Example, read_training_file
+from fistapruner.calibration.packing import pack_examples
+from fistapruner.calibration.training_text import training_text
+from fistapruner.recipes.recover_settings import TrainingData
+
+CHAT = (
+    "{% for message in messages %}{% if message.role == 'tool' %}{{ raise_exception('no tools') }}{% endif %}"
+    "{{ message.role[0] }}\n{{ message.content }}</s>{% endfor %}{% if add_generation_prompt %}a\n{% endif %}"
+)
+FORGETFUL = "{{ messages[-1].role[0] }}\n{{ messages[-1].content }}</s>"
+
+
+def chat_tokenizer(template: str | None = CHAT, bos: bool = False) -> Any:
+    tokenizer = letters_tokenizer(bos)
+    tokenizer.chat_template = template
+    return tokenizer
+
+
+def write(path: Path, records: list[Any]) -> str:
+    path.write_text("".join(json.dumps(record) + "\n" for record in records))
+    return str(path)
+
+
+def pieces(tokenizer: Any, ids: list[int], marks: list[bool], carries: bool) -> str:
+    """The text of the tokens that carry loss, or of the others."""
+    return text_of(tokenizer, torch.tensor([i for i, mark in zip(ids, marks, strict=True) if mark == carries]))
+
+
+@pytest.mark.parametrize("bos", [False, True])
+def test_completions_carry_loss_and_prompts_do_not(bos: bool) -> None:
+    tokenizer = letters_tokenizer(bos)
+    ids, marks = Example("prompt", ("abc", "xyz"), "here").encode(tokenizer)
+    assert pieces(tokenizer, ids, marks, True) == "xyz</s>"
+    assert pieces(tokenizer, ids, marks, False) == "<s>" * bos + "abc"
+    ids, marks = Example("prompt", ("", "xyz"), "here").encode(tokenizer)
+    assert text_of(tokenizer, torch.tensor(ids)) == "<s>" * bos + "xyz</s>"
+    assert marks == [False, True, True, True] + [True] * bos  # nothing comes before the first token
+
+
+def test_turns_of_the_assistant_carry_loss() -> None:
+    tokenizer = chat_tokenizer()
+    content = (
+        ("system", "pp"),
+        ("user", "qq"),
+        ("assistant", "xx"),
+        ("user", "rr"),
+        ("assistant", "yy"),
+        ("user", "z"),
+    )
+    ids, marks = Example("messages", content, "here").encode(tokenizer)
+    assert pieces(tokenizer, ids, marks, True) == "xx</s>yy</s>"
+    assert pieces(tokenizer, ids, marks, False) == "s\npp</s>u\nqq</s>a\nu\nrr</s>a\n"
+    whole = tokenizer.apply_chat_template(
+        [{"role": role, "content": text} for role, text in content[:5]], tokenize=False
+    )
+    assert ids == tokenizer(whole, add_special_tokens=False)["input_ids"]
+
+
+ANSWERS = st.tuples(st.text(LETTERS, max_size=12), st.text(LETTERS, min_size=1, max_size=12))
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.lists(ANSWERS, min_size=1, max_size=30), st.integers(8, 30), st.integers(1, 12), st.booleans())
+def test_examples_are_packed_whole(answers: list[tuple[str, str]], seqlen: int, windows: int, bos: bool) -> None:
+    tokenizer = letters_tokenizer(bos)
+    examples = [Example("prompt", answer, "here") for answer in answers]
+    packed = pack_examples(examples, tokenizer, seqlen, windows)
+    assert len(packed.windows) <= windows
+    whole = [example.encode(tokenizer) for example in examples[: packed.documents]]
+    fitting = [example for example in whole if len(example[0]) <= seqlen]
+    assert packed.too_long == len(whole) - len(fitting)
+    assert packed.filled == sum(len(ids) for ids, _ in fitting)
+    found = []
+    for ids, marks in zip(packed.windows, packed.marks, strict=True):
+        assert len(ids) == len(marks) == seqlen
+        rest = list(zip(ids, marks, strict=True))
+        while rest:  # the window is read back as examples, each up to its EOS, and padding
+            end = next(place for place, (token, _) in enumerate(rest) if token == 2) + 1
+            if end == 1:  # padding is EOS, as the tokenizer has no padding token
+                assert set(rest) == {(2, False)}
+                break
+            found.append(([token for token, _ in rest[:end]], [mark for _, mark in rest[:end]]))
+            rest = rest[end:]
+    assert sorted(found) == sorted(fitting)
+    # First fit: no window but the first could have taken what another begins with.
+    if packed.documents < len(examples):
+        ids, _ = examples[packed.documents].encode(tokenizer)
+        assert len(packed.windows) == windows
+        used = [max((place for place, mark in enumerate(marks) if mark), default=-1) + 1 for marks in packed.marks]
+        assert all(seqlen - length < len(ids) for length in used)
+
+
+def test_examples_become_training_windows(tmp_path: Path) -> None:
+    records = [{"prompt": a + b, "completion": b * 3} for a in LETTERS for b in LETTERS]
+    records += [{"prompt": "a", "completion": "x" * 40}] * 2
+    said: list[str] = []
+    data = TrainingData(source=write(tmp_path / "a.jsonl", records), tokens="1k", held_out=0.1)
+    text = training_text(data, letters_tokenizer(), 32, say=said.append)
+    assert int((~text.held_out).sum()) == 32
+    sides = []
+    for rows in (text.held_out, ~text.held_out):
+        words = "".join(text_of(letters_tokenizer(), window) for window in text.tokens[rows]).split("</s>")
+        sides.append({word for word in words if word})
+    assert not sides[0] & sides[1]
+    assert all(word[1:] == word[-1] * 4 for side in sides for word in side)
+    assert not bool(text.marks[:, :2].any())
+    facts = text.facts["tasks"][data.source]
+    assert facts["documents"] == len(records)
+    assert facts["duplicates"] == 1
+    assert facts["trained"]["loss_tokens"] * 6 == facts["trained"]["tokens"] * 4  # bbb</s> of abbbb</s>
+    whole = training_text(data.model_copy(update={"tokens": 10**6}), letters_tokenizer(), 32, say=said.append)
+    assert whole.facts["tasks"][data.source]["too_long"] == 1
+    assert said[-1].endswith(f"examples of {data.source} have more than 32 tokens and were left out")
+
+
+GOOD = {"prompt": "a", "completion": "b"}
+ASK = {"role": "user", "content": "a"}
+ANSWER = {"role": "assistant", "content": "b"}
+
+
+@pytest.mark.parametrize(
+    ("record", "words"),
+    [
+        ({"prompt": "a", "completion": " \n"}, "the completion is empty"),
+        ({"prompt": "a"}, "no field 'completion' with a string"),
+        ({"completion": "b"}, "no field 'prompt' with a string"),
+        ({"prompt": [ASK], "completion": "b"}, "no field 'prompt' with a string"),
+        ({"question": "b"}, "no field 'text' with a string"),
+        ([1], "no field 'text' with a string"),
+        ({"text": None}, "no field 'text' with a string"),
+        ({"messages": []}, "not a list of messages"),
+        ({"messages": "a"}, "not a list of messages"),
+        ({"messages": [ASK, "b"]}, "message 2 has no field 'role'"),
+        ({"messages": [ASK, {"role": "assistant", "content": None}]}, "message 2 has no field 'content'"),
+        ({"messages": [ASK, {"role": "assistant", "content": " "}]}, "message 2 is an empty answer"),
+        ({"messages": [ASK]}, "no message of the role 'assistant'"),
+    ],
+)
+def test_bad_lines_are_named(tmp_path: Path, record: Any, words: str) -> None:
+    path = write(tmp_path / "a.jsonl", [record])
+    with pytest.raises(FistaPrunerError, match=words) as caught:
+        read_training_file(path)
+    assert f"{path}, line 1" in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("records", "words"),
+    [
+        ([GOOD, {"text": "a"}], "line 2 has text, and the lines before it have prompt and completion: one kind a file"),
+        ([{"text": "a"}, {"messages": [ASK, ANSWER]}], "line 2 has messages, and the lines before it have text"),
+    ],
+)
+def test_mixed_kinds_are_refused(tmp_path: Path, records: list[Any], words: str) -> None:
+    with pytest.raises(FistaPrunerError, match=words):
+        training_text(TrainingData(source=write(tmp_path / "a.jsonl", records)), letters_tokenizer(), 16)
+
+
+def test_chats_that_the_template_cannot_write_are_refused(tmp_path: Path) -> None:
+    source = write(tmp_path / "a.jsonl", [{"messages": [ASK, ANSWER]}, {"messages": [ASK, ANSWER, ASK, ANSWER]}])
+    tools = write(tmp_path / "b.jsonl", [{"messages": [{"role": "tool", "content": "a"}, ANSWER]}])
+    for path, template, words in (
+        (source, None, r"line \d has messages, and the tokenizer has no chat template"),
+        (tools, CHAT, "line 1: the tokenizer's chat template refuses the messages: no tools"),
+        (source, FORGETFUL, r"line \d: the tokenizer's chat template changes earlier messages at message [24]"),
+    ):
+        with pytest.raises(FistaPrunerError, match=words):
+            training_text(TrainingData(source=path), chat_tokenizer(template), 16)
+
+
+def test_too_few_examples_that_fit_are_refused(tmp_path: Path) -> None:
+    source = write(tmp_path / "a.jsonl", [GOOD, {"prompt": "a", "completion": "b" * 40}, GOOD])
+    with pytest.raises(FistaPrunerError, match=r"1 of its 2 examples have at most 16 tokens.* larger --seqlen"):
+        training_text(TrainingData(source=source), letters_tokenizer(), 16)

@@ -1,0 +1,143 @@
+"""Task mixtures: enough rounds that no task is missed, the same number of tokens from each task of a round."""
+
+from __future__ import annotations
+
+import random
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from test_windows import LETTERS, letters_tokenizer, tiny
+
+from fistapruner import FistaPrunerError
+from fistapruner.calibration.mixtures import Mixture
+from fistapruner.calibration.training_text import TrainingText, order, shared_documents, training_text
+from fistapruner.recipes.recover_settings import TrainingData
+
+
+def texts(folder: Path, sizes: dict[str, int]) -> dict[str, str]:
+    """Write one file of random documents for each task; a task's documents begin with its name."""
+    generator = random.Random(0)
+    sources = {}
+    for name, size in sizes.items():
+        documents = [name + "".join(generator.choices(LETTERS, k=20)) for _ in range(size)]
+        path = folder / f"{name}.jsonl"
+        path.write_text("".join(f'{{"text": "{document}"}}\n' for document in documents))
+        sources[name] = str(path)
+    return sources
+
+
+@pytest.mark.parametrize(
+    ("tasks", "per_round", "rounds"), [(10, 3, 20), (10, 8, 5), (20, 5, 25), (10, 2, 31), (2, 1, 10)]
+)
+def test_rounds_follow_the_formula(tasks: int, per_round: int, rounds: int) -> None:
+    """The first three are cases in which the published program stays below the bound; 2 of 1 is 2^-10 < 1e-3."""
+    assert Mixture(tasks, per_round).rounds == rounds
+    assert (1 - per_round / tasks) ** rounds <= 1e-3 < (1 - per_round / tasks) ** (rounds - 1)
+    assert Mixture(tasks, tasks).rounds == Mixture(tasks).rounds == 1
+
+
+def test_no_task_is_missed_too_often() -> None:
+    tasks, per_round, draws = 5, 2, 4000
+    rounds = Mixture(tasks, per_round).rounds
+    missed = torch.zeros(tasks)
+    for seed in range(draws):
+        drawn = Mixture(tasks, per_round, seed).draw(rounds * per_round)
+        missed += torch.bincount(drawn, minlength=tasks) == 0
+    # The probability is 0.6^14 = 7.8e-4, so 3.1 are expected of each task; 12 has a probability below 1e-4.
+    assert int(missed.max()) <= 12
+    assert 3 <= int(missed.sum()) <= 32
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.integers(1, 12), st.data(), st.integers(0, 999))
+def test_tasks_of_a_round_get_the_same_number_of_windows(tasks: int, data: st.DataObject, extra: int) -> None:
+    per_round = data.draw(st.integers(1, tasks))
+    mixture = Mixture(tasks, per_round, extra)
+    windows = mixture.rounds * per_round + extra
+    drawn = mixture.draw(windows).tolist()
+    assert len(drawn) == windows
+    for number in range(mixture.rounds):
+        part = drawn[windows * number // mixture.rounds : windows * (number + 1) // mixture.rounds]
+        counts = [part.count(task) for task in set(part)]
+        assert len(counts) == per_round
+        assert max(counts) - min(counts) <= 1
+    with pytest.raises(FistaPrunerError, match="and there are"):
+        mixture.draw(mixture.rounds * per_round - 1)
+
+
+def test_uniform_and_pooled(tmp_path: Path) -> None:
+    data = TrainingData(tasks=texts(tmp_path, {"a": 400, "b": 100, "c": 100}), tokens=60 * 32)
+    uniform = training_text(data, letters_tokenizer(), 32)
+    pooled = training_text(data.model_copy(update={"mixture": "pooled"}), letters_tokenizer(), 32)
+    assert uniform.tasks == ("a", "b", "c")
+    assert torch.bincount(uniform.task[~uniform.held_out]).tolist() == [20, 20, 20]
+    assert torch.bincount(pooled.task[~pooled.held_out]).tolist() == [40, 10, 10]
+    assert torch.equal(uniform.tokens[uniform.held_out], pooled.tokens[pooled.held_out])
+    for text in (uniform, pooled):
+        assert set(text.task[text.held_out].tolist()) == {0, 1, 2}
+        assert int(text.held_out.sum()) <= 16
+        assert set(text.facts["tasks"]) == {"a", "b", "c"}
+    for task, name in enumerate("abc"):
+        first = letters_tokenizer().convert_tokens_to_ids(name)
+        windows = uniform.tokens[uniform.task == task]
+        after_end = windows[:, 1:][windows[:, :-1] == 2]
+        assert set(after_end.tolist()) == {first}
+
+
+@pytest.mark.parametrize("per_round", [None, 2])
+def test_order_takes_the_same_number_of_tokens_from_each_task(tmp_path: Path, per_round: int | None) -> None:
+    data = TrainingData(tasks=texts(tmp_path, {"a": 200, "b": 40, "c": 40}), tokens=70 * 32, per_round=per_round)
+    text = training_text(data, letters_tokenizer(), 32)
+    drawn = order(text, 35, 2, data)
+    assert torch.equal(drawn, order(text, 35, 2, data))
+    assert not bool(text.held_out[drawn].any())
+    tasks = text.task[drawn].flatten()
+    assert torch.equal(tasks, Mixture(3, per_round, data.seed).draw(70))
+    for task in range(3):
+        own = drawn.flatten()[tasks == task].tolist()
+        there = int(((text.task == task) & ~text.held_out).sum())
+        for start in range(0, len(own) - there + 1, there):
+            assert len(set(own[start : start + there])) == there
+    pooled = data.model_copy(update={"mixture": "pooled"})
+    assert not torch.equal(drawn, order(text, 35, 2, pooled))
+    with pytest.raises(FistaPrunerError, match="needs"):
+        order(text, 1, 2, data)
+
+
+def test_generated_text_is_a_task_too(tmp_path: Path) -> None:
+    sources = {"own": "self", **texts(tmp_path, {"a": 100})}
+    for mixture in ("uniform", "pooled"):
+        data = TrainingData(tasks=sources, tokens=20 * 32, mixture=mixture)
+        text = training_text(data, letters_tokenizer(), 32, lambda: tiny("llama"))
+        assert torch.bincount(text.task[~text.held_out]).tolist() == [10, 10]
+
+
+def test_too_few_windows_are_refused_before_text_is_generated(tmp_path: Path) -> None:
+    sources = {"own": "self", **texts(tmp_path, {"a": 100, "b": 100})}
+    with pytest.raises(FistaPrunerError, match=r"3 tasks, 1 a round, needs 18 windows .* there are 10"):
+        training_text(TrainingData(tasks=sources, tokens=320, per_round=1), letters_tokenizer(), 32)
+
+
+def test_shared_documents_are_named(tmp_path: Path) -> None:
+    sources = texts(tmp_path, {"a": 100, "b": 3})
+    data = TrainingData(source=sources["a"], tokens=10**5)
+    text = training_text(data, letters_tokenizer(), 32)
+    other = Path(sources["b"]).read_text().splitlines()
+    documents = [line[10:-2] for line in Path(sources["a"]).read_text().splitlines()]
+    assert shared_documents(text, other, "b.jsonl") is None
+    said = shared_documents(text, [*other, *documents[:7]], "b.jsonl")
+    assert said is not None
+    assert said.startswith("7 of the 10 documents of the evaluation text 'b.jsonl' are also in the training text (")
+    assert documents[0] in said
+    (tmp_path / "c.txt").write_text("\n\n".join(documents))
+    whole = training_text(TrainingData(source=str(tmp_path / "c.txt"), tokens=64), letters_tokenizer(), 32)
+    assert shared_documents(whole, ["\n\n".join(documents)], "c.txt") is not None
+
+
+def test_absent_hashes_share_nothing() -> None:
+    nothing = torch.zeros(0, 8)
+    text = TrainingText(nothing.long(), nothing.bool(), torch.zeros(0).bool(), torch.zeros(0).long(), ("a",), {})
+    assert shared_documents(text, ["a"], "b") is None
