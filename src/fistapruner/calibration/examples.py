@@ -122,7 +122,7 @@ _READERS: dict[str, Callable[[dict[str, Any], str], str | Example]] = {
 
 
 def _turns(content: Sequence[tuple[str, str]], tokenizer: Any, where: str) -> list[tuple[str, bool]]:
-    """Write messages by the chat template; return pieces of text and whether they are turns of the assistant.
+    """Write messages by the chat template, as pieces of text that are the assistant's or not.
 
     What follows the last turn of the assistant is left out.
     """
