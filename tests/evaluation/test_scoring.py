@@ -10,14 +10,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fistapruner.evaluation.scoring import (
-    Budgets,
     compare_tokens,
     mean_and_error,
     score_tokens,
-    slices,
     token_divergence,
     token_nll,
 )
+from fistapruner.runtime.numerics import Budgets, slices
 
 
 @settings(max_examples=60, deadline=None)

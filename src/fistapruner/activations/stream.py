@@ -19,9 +19,10 @@ inside one layer. :func:`check_model` makes sure before any work that this way g
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, nullcontext
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -78,6 +79,15 @@ Visit = Callable[[int, nn.Module], AbstractContextManager[Watched]]
 VisitBack = Callable[[int, nn.Module], AbstractContextManager[Callable[[Tensor], None]]]
 """As :data:`Visit`; what it gives receives the gradient (batch, seqlen, width) at the layer's output of each batch."""
 
+Values = Callable[[int, nn.Module], Mapping[str, Tensor]]
+"""Gives for (index, loaded decoder layer) the tensors to use in place of parameters, by name inside the layer."""
+
+Variants = Callable[[int, nn.Module], Iterable[Mapping[str, Tensor]]]
+"""Gives several :data:`Values` of a layer, one after the other; each is used before the next one is asked for."""
+
+Update = Callable[[int, nn.Module, dict[str, Tensor]], None]
+"""Receives (index, loaded decoder layer, fp32 gradients with respect to its values, summed over all windows)."""
+
 
 @dataclass(frozen=True)
 class Calls:
@@ -97,9 +107,15 @@ class Calls:
 
         Needs the model's :meth:`~LayerwiseModel.embeddings_and_head`.
         """
-        batch_size = min(batch_size, samples)
-        sizes = {batch_size, samples % batch_size, 1} - {0}
-        return cls(batch_size, {size: model.calls(size, seqlen) for size in sizes})
+        calls = cls(min(batch_size, samples), {})
+        calls.record(model, samples, seqlen)
+        calls.record(model, 1, seqlen)
+        return calls
+
+    def record(self, model: LayerwiseModel, samples: int, seqlen: int) -> None:
+        """Record what the batches of ``samples`` windows need beyond what is there; as :meth:`of`."""
+        for size in {min(self.batch_size, samples), samples % self.batch_size} - {0, *self.by_size}:
+            self.by_size[size] = model.calls(size, seqlen)
 
     def batches(self, samples: int) -> Iterator[tuple[int, int]]:
         """Yield (start, stop) of every batch."""
@@ -107,7 +123,9 @@ class Calls:
             yield start, min(start + self.batch_size, samples)
 
 
-def embed(model: LayerwiseModel, tokens: Tensor, batch_size: int, output: HiddenStates) -> Calls:
+def embed(
+    model: LayerwiseModel, tokens: Tensor, batch_size: int, output: HiddenStates, calls: Calls | None = None
+) -> Calls:
     """Embed every window: write the hidden states that enter decoder layer 0.
 
     Args:
@@ -115,13 +133,16 @@ def embed(model: LayerwiseModel, tokens: Tensor, batch_size: int, output: Hidden
         tokens: (windows, seqlen) token ids.
         batch_size: windows in one pass.
         output: receives the hidden states.
+        calls: of other windows with this seqlen and batch size; what is missing is recorded into it.
 
     Returns:
         How decoder layers are called for these windows.
     """
     windows, seqlen = tokens.shape
     with model.embeddings_and_head(head=False):
-        calls = Calls.of(model, windows, seqlen, batch_size)
+        if calls is None:
+            calls = Calls.of(model, windows, seqlen, batch_size)
+        calls.record(model, windows, seqlen)
         for start, stop in calls.batches(windows):
             output.write(start, model.embed(tokens[start:stop])[0])
     return calls
@@ -138,6 +159,7 @@ def run_layer(
     calls: Calls,
     *,
     output: HiddenStates | Receive | None = None,
+    values: Mapping[str, Tensor] | None = None,
     watched: Watched = NOTHING,
     around: Sequence[Around] = (),
     clock: Clock | None = None,
@@ -152,6 +174,7 @@ def run_layer(
         output: receives the layer's output, as group -1 if it is a function; may be ``inputs``, which is then
             overwritten.
             None: not needed, and every pass stops at the last watched group.
+        values: tensors to use in place of parameters, by name inside the layer.
         watched: the operators to watch.
         around: entered before the first batch and left after the last.
         clock: counts the time as ``io`` and ``capture``; functions that receive something count their own.
@@ -194,7 +217,7 @@ def run_layer(
                     hidden = inputs.read(start, stop, model.device)
                 with phase("capture"), torch.no_grad():
                     try:
-                        out = model.run(index, hidden, calls.by_size[stop - start][index])
+                        out = model.run(index, hidden, calls.by_size[stop - start][index], values)
                     except _Reached:
                         continue
                 if isinstance(output, HiddenStates):
@@ -215,6 +238,8 @@ def forward(
     *,
     visit: Visit | None = None,
     keep: bool = False,
+    values: Values | None = None,
+    calls: Calls | None = None,
     progress: Progress = lambda done, total: None,
 ) -> tuple[list[HiddenStates], Calls]:
     """Run every window through the whole model, one decoder layer in memory at a time.
@@ -226,6 +251,8 @@ def forward(
         store: makes the stores of hidden states.
         visit: called for every decoder layer; says what to watch in it.
         keep: keep the hidden states between all layers, for :func:`backward`.
+        values: gives the tensors to use in place of a layer's parameters.
+        calls: as for :func:`embed`.
         progress: receives the number of layers done.
 
     Returns:
@@ -234,14 +261,55 @@ def forward(
     """
     shape = (*tokens.shape, model.width)
     states = [store("hidden-0", shape)]
-    calls = embed(model, tokens, batch_size, states[0])
+    calls = embed(model, tokens, batch_size, states[0], calls)
     for index in range(len(model)):
         entering = states[-1]
         if keep:
             states.append(store(f"hidden-{index + 1}", shape))
         with ExitStack() as visits, model.layer(index) as layer:
             watched = NOTHING if visit is None else visits.enter_context(visit(index, layer))
-            run_layer(model, index, entering, calls, output=states[-1], watched=watched)
+            used = None if values is None else values(index, layer)
+            run_layer(model, index, entering, calls, output=states[-1], values=used, watched=watched)
+        progress(index + 1, len(model))
+    return states, calls
+
+
+def forward_variants(
+    model: LayerwiseModel,
+    tokens: Tensor,
+    batch_size: int,
+    store: Store,
+    variants: Variants,
+    *,
+    calls: Calls | None = None,
+    progress: Progress = lambda done, total: None,
+) -> tuple[list[HiddenStates], Calls]:
+    """Run every window through several variants of the model; each layer is loaded once for all.
+
+    Args:
+        variants: gives the tensors of each variant; for every layer the same number of variants.
+
+    Other arguments as for :func:`forward`.
+
+    Returns:
+        The hidden states that leave the last layer of each variant; the caller closes them. And the calls.
+    """
+    shape = (*tokens.shape, model.width)
+    embedded = store("hidden-0", shape)
+    calls = embed(model, tokens, batch_size, embedded, calls)
+    states: list[HiddenStates] = []
+    for index in range(len(model)):
+        with model.layer(index) as layer:
+            number = 0
+            for number, values in enumerate(variants(index, layer), 1):
+                if index == 0:
+                    states.append(store(f"hidden-{number}", shape))
+                entering, leaving = states[number - 1] if index else embedded, states[number - 1]
+                run_layer(model, index, entering, calls, output=leaving, values=values)
+            if number != len(states):
+                raise ValueError(f"{number} variants of layer {index}, {len(states)} of the layers before it")
+        if index == 0:
+            embedded.close()
         progress(index + 1, len(model))
     return states, calls
 
@@ -251,8 +319,11 @@ def backward(
     states: list[HiddenStates],
     calls: Calls,
     gradient: HiddenStates,
-    visit: VisitBack,
+    visit: VisitBack | None = None,
     progress: Progress = lambda done, total: None,
+    *,
+    values: Values | None = None,
+    update: Update | None = None,
 ) -> None:
     """Take a gradient back through the whole model, from the last decoder layer to the first.
 
@@ -264,25 +335,79 @@ def backward(
             one after the other.
         calls: how decoder layers are called.
         gradient: with respect to the output of the last layer; overwritten by that with respect to the input of the
-            first.
+            first, where there is no ``update``.
         visit: called for every decoder layer; its hooks may watch the gradients inside.
         progress: receives the number of layers done.
+        values: the tensors that :func:`forward` used in place of a layer's parameters.
+        update: receives the gradients with respect to them, as soon as those of a layer are complete. No other
+            gradients of weights are computed.
     """
     for index in reversed(range(len(model))):
         entering = states.pop()
         with ExitStack() as visits:
             with model.layer(index) as layer:
-                receive = visits.enter_context(visit(index, layer))
+                receive = None if visit is None else visits.enter_context(visit(index, layer))
+                used = {} if values is None else dict(values(index, layer))
+                if update is not None:
+                    used = {name: value.detach().requires_grad_() for name, value in used.items()}
+                sums: dict[str, Tensor] = {}
                 for start, stop in calls.batches(entering.samples):
-                    hidden = entering.read(start, stop, model.device).requires_grad_()
+                    hidden = entering.read(start, stop, model.device)
                     above = gradient.read(start, stop, model.device)
-                    receive(above)
-                    with torch.enable_grad():
-                        out = model.run(index, hidden, calls.by_size[stop - start][index])
-                        (below,) = torch.autograd.grad(out, hidden, above)
-                    gradient.write(start, below)
+                    if receive is not None:
+                        receive(above)
+                    below = _differentiate(
+                        partial(model.run, index, call=calls.by_size[stop - start][index], values=used),
+                        hidden,
+                        above,
+                        used if update is not None else {},
+                        sums,
+                        inputs=index > 0 or update is None,
+                    )
+                    if below is not None:
+                        gradient.write(start, below)
+                if update is not None:
+                    update(index, layer, sums)
             entering.close()
         progress(len(model) - index, len(model))
+
+
+def _differentiate(
+    run: Callable[[Tensor], Tensor],
+    hidden: Tensor,
+    above: Tensor,
+    values: Mapping[str, Tensor],
+    sums: dict[str, Tensor],
+    *,
+    inputs: bool,
+) -> Tensor | None:
+    """Run a layer again on one batch and take the gradient ``above`` back through it.
+
+    Args:
+        run: runs the layer.
+        hidden: (batch, seqlen, width) hidden states that enter it.
+        above: gradient with respect to its output.
+        values: tensors to differentiate with respect to.
+        sums: receives their gradients, added in fp32; zeros where the output does not depend on a tensor.
+        inputs: whether the gradient with respect to ``hidden`` is needed.
+
+    Returns:
+        That gradient, or None.
+    """
+    wanted = ([hidden.requires_grad_()] if inputs else []) + list(values.values())
+    gradients: list[Tensor | None] = [None] * len(wanted)
+    if wanted:
+        with torch.enable_grad():
+            out = run(hidden)
+        if out.requires_grad:
+            gradients = list(torch.autograd.grad(out, wanted, above, allow_unused=bool(values)))
+    below = gradients.pop(0) if inputs else None
+    for (name, value), found in zip(values.items(), gradients, strict=True):
+        if name not in sums:
+            sums[name] = torch.zeros_like(value, dtype=torch.float32) if found is None else found.float()
+        elif found is not None:
+            sums[name] = sums[name] + found  # not in place: autograd may give one tensor for two parameters
+    return below
 
 
 def check_model(model: LayerwiseModel) -> None:

@@ -18,7 +18,7 @@ from ..runtime.devices import choose_device
 from ..runtime.numerics import DTYPES, dtype_name
 from .data import Windows, load_windows
 from .scoring import divergence_of, perplexity_of
-from .streaming import Passes, score_windows, vocabulary_size
+from .streaming import Passes, score_windows
 from .zero_shot import TaskSettings, evaluate_tasks, find_tasks
 
 LONGEST_DEFAULT = 2048
@@ -145,7 +145,7 @@ def _check_same_tokens(
     model: LayerwiseModel, reference: LayerwiseModel, tokenizer: Any, reference_tokenizer: Any
 ) -> None:
     """Refuse two models that do not predict the same tokens."""
-    ours, theirs = vocabulary_size(model), vocabulary_size(reference)
+    ours, theirs = model.vocabulary, reference.vocabulary
     if ours != theirs or tokenizer.get_vocab() != reference_tokenizer.get_vocab():
         raise FistaPrunerError(
             f"{model.checkpoint.folder} and {reference.checkpoint.folder} do not share a vocabulary "

@@ -8,7 +8,6 @@ computed.
 
 from __future__ import annotations
 
-import itertools
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -17,6 +16,7 @@ import torch
 from torch import Tensor
 
 from ..runs.results import Divergence, Perplexity
+from ..runtime.numerics import BUDGETS, Budgets, slices
 
 Head = Callable[[Tensor], Tensor]
 """Maps hidden states of the last decoder layer (tokens, width) to logits (tokens, vocabulary)."""
@@ -37,29 +37,6 @@ class WindowSums:
     reference_nll: Tensor | None = None
     kl: Tensor | None = None
     agree: Tensor | None = None
-
-
-@dataclass(frozen=True)
-class Budgets:
-    """Bytes of fp32 logits at once.
-
-    Args:
-        head: logits computed at once: few enough to bound memory, enough tokens to pay for reading the head's weights.
-        rows: logits reduced at once on a CPU: they stay in a core's cache (measured: half the time of large slices).
-    """
-
-    head: int = 128 * 2**20
-    rows: int = 2 * 2**20
-
-
-BUDGETS = Budgets()
-
-
-def slices(count: int, row_bytes: int, budget: int) -> list[tuple[int, int]]:
-    """Cut ``count`` rows into the fewest nearly equal slices of at most ``budget`` bytes, or one row."""
-    parts = max(1, -(-count // max(1, budget // row_bytes)))
-    bounds = [count * part // parts for part in range(parts + 1)]
-    return [(start, stop) for start, stop in itertools.pairwise(bounds) if stop > start]
 
 
 def token_nll(logits: Tensor, targets: Tensor) -> Tensor:
@@ -102,7 +79,7 @@ def score_tokens(hidden: Tensor, targets: Tensor, head: Head, vocabulary: int, b
     total = 0.0
     for start, stop in slices(len(targets), 4 * vocabulary, budgets.head):
         logits, wanted = head(hidden[start:stop]), targets[start:stop]
-        parts = [token_nll(logits[a:b], wanted[a:b]) for a, b in _rows(logits, budgets)]
+        parts = [token_nll(logits[a:b], wanted[a:b]) for a, b in budgets.cache(logits)]
         total += float(torch.cat(parts).double().sum())
     return total
 
@@ -120,16 +97,10 @@ def compare_tokens(
     total = torch.zeros(4, dtype=torch.float64)
     for start, stop in slices(len(targets), 4 * vocabulary, budgets.head // 2):
         p, q, wanted = head(hidden[start:stop]), reference_head(reference_hidden[start:stop]), targets[start:stop]
-        parts = [torch.stack(token_divergence(p[a:b], q[a:b], wanted[a:b])) for a, b in _rows(p, budgets)]
+        parts = [torch.stack(token_divergence(p[a:b], q[a:b], wanted[a:b])) for a, b in budgets.cache(p)]
         total += torch.cat(parts, dim=1).double().sum(1).cpu()
     nll, reference_nll, kl, agree = total.tolist()
     return nll, reference_nll, kl, agree
-
-
-def _rows(logits: Tensor, budgets: Budgets) -> list[tuple[int, int]]:
-    """Cut rows into slices that are reduced at once: of a core's cache on a CPU, all of them on a GPU."""
-    tokens, vocabulary = logits.shape
-    return slices(tokens, 4 * vocabulary, budgets.rows) if logits.device.type == "cpu" else [(0, tokens)]
 
 
 def mean_and_error(sums: Tensor, length: int) -> tuple[float, float]:

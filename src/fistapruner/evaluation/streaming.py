@@ -19,8 +19,8 @@ from ..activations.stream import check_model, forward
 from ..errors import FistaPrunerError
 from ..models.layerwise import LayerwiseModel, Tick
 from ..runtime.memory import free_memory
-from ..runtime.numerics import windows_at_once
-from .scoring import Head, WindowSums, compare_tokens, score_tokens, slices
+from ..runtime.numerics import slices, windows_at_once
+from .scoring import WindowSums, compare_tokens, score_tokens
 
 
 @dataclass(frozen=True)
@@ -90,14 +90,14 @@ def _last_hidden(model: LayerwiseModel, tokens: Tensor, passes: Passes) -> Hidde
 
 def _reduce(models: list[LayerwiseModel], states: list[HiddenStates], tokens: Tensor) -> list[tuple[float, ...]]:
     """Compute sums of every window of a block from the last hidden states of one or two models."""
-    vocabulary = vocabulary_size(models[0])
+    vocabulary = models[0].vocabulary
     rows: list[tuple[float, ...]] = []
     with (
         torch.no_grad(),
         models[0].embeddings_and_head(),
         models[-1].embeddings_and_head() if len(models) == 2 else nullcontext(),
     ):
-        heads = [_head(model) for model in models]
+        heads = [model.head for model in models]
         for window in range(len(tokens)):
             targets = tokens[window, 1:].to(models[0].device)
             pairs = zip(states, models, strict=True)
@@ -107,18 +107,3 @@ def _reduce(models: list[LayerwiseModel], states: list[HiddenStates], tokens: Te
             else:
                 rows.append(compare_tokens(hidden[0], hidden[1], targets, heads[0], heads[1], vocabulary))
     return rows
-
-
-def vocabulary_size(model: LayerwiseModel) -> int:
-    """Return the width of the model's logits."""
-    return int(model.config.get_text_config().vocab_size)
-
-
-def _head(model: LayerwiseModel) -> Head:
-    """Return the model's own final norm and head, which act on each token alone, whatever the ids."""
-
-    def head(hidden: Tensor) -> Tensor:
-        ids = torch.zeros(1, len(hidden), dtype=torch.int64)
-        return model.logits(hidden[None], ids)[0]
-
-    return head

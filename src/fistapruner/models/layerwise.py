@@ -73,6 +73,7 @@ class LayerwiseModel:
         refuse_tensors(self.model, self.layers_name, self.layers)
         self._returned: Callable[[Tensor], Any] = lambda hidden: hidden  # hidden states as a layer returns them
         self._checked = False
+        self._open: set[int | str] = set()  # numbers of loaded decoder layers, and "ends"
         self._sources = checkpoint_names(self.model, checkpoint)
         for module in self.model.modules():
             for key, buffer in module._buffers.items():
@@ -92,6 +93,11 @@ class LayerwiseModel:
         """Return the model's maximum sequence length in tokens."""
         return int(getattr(self.config.get_text_config(), "max_position_embeddings", 2048) or 2048)
 
+    @property
+    def vocabulary(self) -> int:
+        """Return the width of the logits."""
+        return int(self.config.get_text_config().vocab_size)
+
     def source(self, parameter: str) -> str:
         """Return the name in the checkpoint of one of the model's parameters."""
         return self._sources[parameter]
@@ -105,24 +111,42 @@ class LayerwiseModel:
     def layer(self, index: int, replaced: Mapping[str, Tensor] | None = None) -> Iterator[nn.Module]:
         """Load decoder layer ``index`` for the block, and free its weights afterwards.
 
+        Inside another block that holds the layer nothing is loaded or freed.
+
         Args:
             index: number of the layer.
             replaced: tensors that replace the checkpoint's, by name in the checkpoint (pruned weights).
+
+        Raises:
+            ValueError: ``replaced`` inside another block that holds the layer.
         """
+        if index in self._open:
+            if replaced:
+                raise ValueError(f"layer {index} is loaded with other weights")
+            yield self.layers[index]
+            return
         names = self.layer_parameters(index)
         try:
             self._load(names, replaced or {})
+            self._open.add(index)
             yield self.layers[index]
         finally:
+            self._open.discard(index)
             self._free(names)
 
     @contextmanager
-    def embeddings_and_head(self, *, head: bool = True) -> Iterator[None]:
+    def embeddings_and_head(self, *, head: bool = True, like: LayerwiseModel | None = None) -> Iterator[None]:
         """Load everything outside the decoder layers for the block: embeddings, final norm, head.
+
+        Inside another block that holds all of it nothing is loaded or freed.
 
         Args:
             head: False leaves out the output head, which :meth:`embed` does not need.
+            like: another model; its loaded tensors of the same name and value are used too, and not loaded twice.
         """
+        if "ends" in self._open:
+            yield
+            return
         prefix = self.layers_name + "."
         names = [name for name in self._sources if not name.startswith(prefix)]
         if not head:
@@ -130,16 +154,34 @@ class LayerwiseModel:
             tensors = self.model.state_dict(keep_vars=True)
             names = [name for name in names if output is None or tensors[name] is not output.weight]
         try:
-            self._load(names, {})
+            self._load(names, {}, like)
             output, embedding = self.model.get_output_embeddings(), self.model.get_input_embeddings()
-            if head and output is not None and output.weight.is_meta:
-                output.weight = embedding.weight
+            if head:
+                if output is not None and output.weight.is_meta:
+                    output.weight = embedding.weight
+                self._open.add("ends")
             yield
         finally:
+            if head:
+                self._open.discard("ends")
             self._free(names)
             output = self.model.get_output_embeddings()
             if output is not None and not output.weight.is_meta:
                 output.weight = nn.Parameter(output.weight.to("meta"), requires_grad=False)
+
+    @contextmanager
+    def resident(self, *, layers: bool = True, like: LayerwiseModel | None = None) -> Iterator[None]:
+        """Keep weights loaded for the block; inside it nothing of them is loaded or freed again.
+
+        Args:
+            layers: keep the decoder layers too, and not only embeddings, final norm and head.
+            like: see :meth:`embeddings_and_head`.
+        """
+        with ExitStack() as loaded:
+            loaded.enter_context(self.embeddings_and_head(like=like))
+            for index in range(len(self) if layers else 0):
+                loaded.enter_context(self.layer(index))
+            yield
 
     def embed(self, tokens: Tensor) -> tuple[Tensor, list[Call]]:
         """Record the input of the first decoder layer and the arguments of every decoder layer.
@@ -200,10 +242,34 @@ class LayerwiseModel:
         """
         return self.embed(torch.zeros(batch, seqlen, dtype=torch.long))[1]
 
-    def run(self, index: int, hidden: Tensor, call: Call) -> Tensor:
-        """Run loaded decoder layer ``index`` on (batch, seqlen, width) hidden states; return its output."""
+    def run(self, index: int, hidden: Tensor, call: Call, values: Mapping[str, Tensor] | None = None) -> Tensor:
+        """Run loaded decoder layer ``index``.
+
+        Args:
+            index: number of the layer.
+            hidden: (batch, seqlen, width) hidden states that enter it.
+            call: its other arguments.
+            values: tensors to use in place of parameters, by name inside the layer.
+
+        Returns:
+            (batch, seqlen, width) output.
+        """
         args, kwargs = call
-        return hidden_of(self.layers[index](hidden, *args, **kwargs))
+        layer = self.layers[index]
+        if not values:
+            return hidden_of(layer(hidden, *args, **kwargs))
+        return hidden_of(torch.func.functional_call(layer, dict(values), (hidden, *args), kwargs))
+
+    def head(self, rows: Tensor, *, gradients: bool = False) -> Tensor:
+        """Compute the logits (tokens, vocabulary) of single tokens, whatever their ids: final norm and head.
+
+        Needs :meth:`embeddings_and_head`.
+
+        Args:
+            rows: (tokens, width) output of the last decoder layer, at most :attr:`max_length` tokens.
+            gradients: as for :meth:`logits`.
+        """
+        return self.logits(rows[None], torch.zeros(1, len(rows), dtype=torch.int64), gradients=gradients)[0]
 
     def logits(self, hidden: Tensor, tokens: Tensor, *, gradients: bool = False) -> Tensor:
         """Compute logits from the last decoder layer's output. Needs :meth:`embeddings_and_head`.
@@ -407,14 +473,27 @@ class LayerwiseModel:
         rounded = self.rounded(source, tensor).cpu()
         return rounded.clone() if rounded.data_ptr() == tensor.data_ptr() else rounded
 
-    def _load(self, names: list[str], replaced: Mapping[str, Tensor]) -> None:
-        """Load parameters and buffers to the device, in the passes' dtype."""
+    def _load(self, names: list[str], replaced: Mapping[str, Tensor], like: LayerwiseModel | None = None) -> None:
+        """Load parameters and buffers to the device, in the passes' dtype; see :meth:`embeddings_and_head`."""
         for name in names:
             source = self._sources[name]
             tensor = replaced[source] if source in replaced else self.checkpoint.read(source)
             if tensor.is_floating_point():
                 tensor = tensor.to(self.dtype)
-            self._assign(name, tensor.to(self.device))
+            tensor = tensor.to(self.device)
+            twin = None if like is None else like._held(name)
+            same = twin is not None and twin.dtype == tensor.dtype and twin.device == tensor.device
+            self._assign(name, twin if twin is not None and same and torch.equal(twin, tensor) else tensor)
+
+    def _held(self, name: str) -> Tensor | None:
+        """Return a loaded parameter or buffer; None where it is not there or not loaded."""
+        parent, _, key = name.rpartition(".")
+        try:
+            module = self.model.get_submodule(parent)
+        except AttributeError:
+            return None
+        held = module._parameters.get(key) if key in module._parameters else module._buffers.get(key)
+        return None if held is None or held.is_meta else held.detach()
 
     def _free(self, names: list[str]) -> None:
         """Move parameters and buffers to the meta device."""

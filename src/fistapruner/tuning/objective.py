@@ -1,0 +1,207 @@
+"""Compute the training loss of windows, and its gradient, walking through the decoder layers.
+
+A gradient takes three walks: forwards, keeping the hidden states between layers; through the head, in slices; and
+backwards, where each layer runs again with gradients. So one layer's activations are in memory at a time, and as soon
+as all windows have come back through a layer its gradient is complete: it is handed over and dropped. Whether the
+layers stay loaded (:meth:`Objective.resident`) or are read one after the other changes no bit.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+
+import torch
+from torch import Tensor
+
+from ..activations.store import HiddenStates, Store
+from ..activations.stream import Calls, Update, Values, Variants, backward, check_model, forward, forward_variants
+from ..calibration.training_text import TrainingText
+from ..errors import FistaPrunerError
+from ..models.layerwise import LayerwiseModel
+from ..runtime.numerics import BUDGETS, Budgets, slices
+from .losses import Loss
+from .teacher import Teacher
+
+
+class Objective:
+    """The loss of windows of a text under a model with some of its tensors replaced.
+
+    Args:
+        model: the pruned model. Its embeddings, final norm and head are used as they are.
+        text: the windows, and which of their tokens carry loss.
+        loss: what is computed of each token.
+        teacher: the dense model's predictions; needed where the loss has a divergence.
+        batch_size: windows in one pass through a layer.
+        store: makes the stores of hidden states between layers.
+        budgets: bytes of logits at once.
+
+    Raises:
+        FistaPrunerError: the architecture is not supported; the dense model has another vocabulary.
+    """
+
+    def __init__(
+        self,
+        model: LayerwiseModel,
+        text: TrainingText,
+        loss: Loss,
+        teacher: Teacher | None,
+        batch_size: int,
+        store: Store,
+        budgets: Budgets = BUDGETS,
+    ) -> None:
+        if loss.share > 0 and teacher is None:
+            raise ValueError("a divergence needs the dense model")
+        if teacher is not None and teacher.dense.vocabulary != model.vocabulary:
+            raise FistaPrunerError(
+                f"{model.checkpoint.folder} has {model.vocabulary} tokens and the dense model "
+                f"{teacher.dense.checkpoint.folder} has {teacher.dense.vocabulary}: the loss kl compares predictions "
+                "of the same tokens"
+            )
+        check_model(model)
+        self.model, self.text, self.loss, self.store, self.budgets = model, text, loss, store, budgets
+        self.teacher = teacher if loss.share > 0 else None
+        self._calls = Calls(batch_size, {})
+
+    @contextmanager
+    def resident(self, *, layers: bool = True) -> Iterator[None]:
+        """Keep weights loaded for the block: the ends of both models, and the model's decoder layers.
+
+        Args:
+            layers: False reads the decoder layers anew in every walk.
+        """
+        with ExitStack() as loaded:
+            loaded.enter_context(self.model.resident(layers=layers))
+            if self.teacher is not None and self.teacher.ends is not None:
+                loaded.enter_context(self.teacher.ends.resident(layers=False, like=self.model))
+            yield
+
+    def counts(self, numbers: Sequence[int]) -> Tensor:
+        """Count the (windows,) tokens of each window that carry loss."""
+        return self._where(numbers).sum(1)
+
+    def losses(self, numbers: Sequence[int], variants: Variants) -> Tensor:
+        """Compute the loss of windows under several variants of the model.
+
+        Args:
+            numbers: window numbers.
+            variants: gives the tensors of each variant of a layer; a variant without tensors is the model itself.
+
+        Returns:
+            (variants, windows) fp64 sums over the tokens that carry loss (:meth:`counts`).
+        """
+        tokens = self.text.tokens[list(numbers)]
+        states, _ = forward_variants(
+            self.model, tokens, self._calls.batch_size, self.store, variants, calls=self._calls
+        )
+        sums = self._reduce(states, numbers)
+        for state in states:
+            state.close()
+        return sums
+
+    def gradient(self, numbers: Sequence[int], values: Values, update: Update) -> float:
+        """Compute the mean loss over all tokens of some windows that carry loss, and its gradient.
+
+        Args:
+            numbers: window numbers.
+            values: gives a layer's tensors; called on the way forwards and again on the way back.
+            update: receives the gradient with respect to them, from the last layer to the first.
+
+        Returns:
+            The loss. Where it is not finite, there is no gradient and ``update`` is not called.
+        """
+        tokens = self.text.tokens[list(numbers)]
+        count = max(1, int(self.counts(numbers).sum()))
+        states, calls = forward(
+            self.model,
+            tokens,
+            self._calls.batch_size,
+            self.store,
+            keep=True,
+            values=values,
+            calls=self._calls,
+        )
+        last = states.pop()
+        gradient = self.store("gradient", (last.samples, last.seqlen, last.width))
+        loss = float(self._reduce([last], numbers, gradient, 1 / count).sum()) / count
+        last.close()
+        if math.isfinite(loss):
+            backward(self.model, states, calls, gradient, values=values, update=update)
+        for state in [*states, gradient]:
+            state.close()
+        return loss
+
+    def _where(self, numbers: Sequence[int]) -> Tensor:
+        """(windows, seqlen) positions whose next token carries loss."""
+        marks = self.text.marks[list(numbers)]
+        return torch.cat([marks[:, 1:], torch.zeros_like(marks[:, :1])], 1)
+
+    def _reduce(
+        self,
+        states: Sequence[HiddenStates],
+        numbers: Sequence[int],
+        gradient: HiddenStates | None = None,
+        factor: float = 1.0,
+    ) -> Tensor:
+        """Pass the last layer's output through the head.
+
+        Args:
+            states: hidden states of each variant.
+            numbers: their windows.
+            gradient: receives the gradient of the first variant's loss with respect to its hidden states,
+            factor: times this.
+
+        Returns:
+            (variants, windows) fp64 sums.
+        """
+        sums = torch.zeros(len(states), len(numbers), dtype=torch.float64)
+        with ExitStack() as loaded:
+            loaded.enter_context(self.model.embeddings_and_head())
+            if self.teacher is not None and self.teacher.ends is not None:
+                loaded.enter_context(self.teacher.ends.embeddings_and_head(like=self.model))
+            for start, stop in self._calls.batches(len(numbers)):
+                self._reduce_batch(states, list(numbers[start:stop]), start, sums, gradient, factor)
+        return sums
+
+    def _reduce_batch(
+        self,
+        states: Sequence[HiddenStates],
+        numbers: list[int],
+        start: int,
+        sums: Tensor,
+        gradient: HiddenStates | None,
+        factor: float,
+    ) -> None:
+        """Reduce windows ``start`` to ``start + len(numbers)``; see :meth:`_reduce`."""
+        where = self._where(numbers)
+        device = self.model.device
+        windows, positions = where.nonzero(as_tuple=True)
+        targets = self.text.tokens[numbers][windows, positions + 1].to(device)
+        predictions = None if self.teacher is None else self.teacher.predictions(numbers, where)
+        hidden = [state.read(start, start + len(numbers), device) for state in states]
+        rows = [each[where.to(device)] for each in hidden]
+        below = None if gradient is None else torch.zeros_like(rows[0])
+        losses: list[list[Tensor]] = [[] for _ in states]
+        for a, b in slices(len(targets), 4 * self.model.vocabulary, self._budget()):
+            reference = None if predictions is None else predictions.rows(a, b)
+            for variant, each in enumerate(rows):
+                part = each[a:b].requires_grad_(below is not None)
+                logits = self.model.head(part, gradients=below is not None)
+                found, above = self.loss.tokens(
+                    logits, targets[a:b], reference, None if below is None else factor, self.budgets
+                )
+                losses[variant].append(found.double().cpu())
+                if below is not None:
+                    (below[a:b],) = torch.autograd.grad(logits, part, above)
+        for variant, parts in enumerate(losses):
+            if parts:
+                sums[variant].index_add_(0, windows + start, torch.cat(parts))
+        if gradient is not None and below is not None:
+            whole = torch.zeros_like(hidden[0])
+            whole[where.to(device)] = below
+            gradient.write(start, whole)
+
+    def _budget(self) -> int:
+        """Bytes of fp32 logits of one model at once; no more rows than the model takes in one window."""
+        return min(self.budgets.head // 2, 4 * self.model.vocabulary * self.model.max_length)

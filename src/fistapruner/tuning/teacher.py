@@ -1,0 +1,293 @@
+"""Store the dense model's predictions of a text on disk, in blocks of windows.
+
+Recovery leaves embeddings and head alone, so what the dense model predicts is its own final norm and head applied to
+its last decoder layer's output. That output is stored (:data:`HIDDEN`): ``width`` values a token, in the checkpoint's
+precision. For wide models on small disks the most likely tokens can be stored instead (:data:`TOP`), the rest of the
+probability as one bucket (:class:`~.losses.TopTokens`). Either way each window passes through the dense model once, one
+decoder layer in memory.
+
+A block is ``00007.safetensors`` and ``00007.json``, which is written last and holds a checksum of every window. A block
+that is missing, unfinished or damaged is made again, with the same bytes. Where the disk does not hold all windows the
+blocks follow the training order, in rounds: old ones make room for new ones.
+"""
+
+from __future__ import annotations
+
+import json
+import zlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from ..activations.store import scratch_factory
+from ..activations.stream import check_model, forward
+from ..errors import FistaPrunerError
+from ..models.files.safetensors import SafetensorsFile, SafetensorsWriter, TensorEntry
+from ..models.layerwise import LayerwiseModel, Tick
+from ..runtime.files import disk_errors, write_json_atomic
+from ..runtime.numerics import BUDGETS, slices
+from .losses import DenseLogits, Reference, TopTokens
+
+Kind = Literal["hidden", "top128"]
+
+TOP = 128
+"""Tokens stored for each position by ``top128``."""
+
+BLOCK_TOKENS = 32768
+"""Tokens in a block: few enough to lose little when a run is killed, enough to pay for reading the dense model."""
+
+FORMAT = 1
+"""Of the files of a block."""
+
+STORED: dict[Kind, tuple[str, ...]] = {"hidden": ("hidden",), "top128": ("tokens", "log_p", "rest")}
+"""Names of what is stored for a window."""
+
+
+@dataclass(frozen=True)
+class Predictions:
+    """The dense model's predictions of some tokens.
+
+    Args:
+        dense: the dense model.
+        stored: what is stored for each of them, by name.
+    """
+
+    dense: LayerwiseModel
+    stored: dict[str, Tensor]
+
+    def rows(self, start: int, stop: int) -> Reference:
+        """Return the predictions of tokens ``start`` to ``stop``; see :attr:`Teacher.ends`."""
+        part = {name: values[start:stop] for name, values in self.stored.items()}
+        if "hidden" in part:
+            return DenseLogits(self.dense.head(part["hidden"].to(self.dense.dtype)))
+        return TopTokens(part["tokens"], part["log_p"], part["rest"])
+
+
+class Teacher:
+    """The dense model's predictions of every window of a text.
+
+    Args:
+        dense: the dense model.
+        tokens: (windows, seqlen) token ids.
+        folder: holds the blocks; made if it is not there.
+        batch_size: windows in one pass.
+        kind: what is stored.
+        identity: what else decides the stored values (a hash of the dense model's files and of the text).
+        order: window numbers in the order of training.
+        held_out: windows that are needed again and again; their blocks stay.
+        windows_on_disk: windows that fit on the disk; None is all of them, and ``order`` is not needed.
+        tick: receives progress: (what, steps done, steps in all).
+
+    Attributes:
+        ends: the dense model, whose final norm and head :meth:`Predictions.rows` needs; None where it does not.
+
+    Raises:
+        FistaPrunerError: the disk does not hold the held-out windows and two more.
+    """
+
+    def __init__(
+        self,
+        dense: LayerwiseModel,
+        tokens: Tensor,
+        folder: Path,
+        *,
+        batch_size: int,
+        kind: Kind = "hidden",
+        identity: str = "",
+        order: Sequence[int] = (),
+        held_out: Sequence[int] = (),
+        windows_on_disk: int | None = None,
+        tick: Tick = lambda what, done, total: None,
+    ) -> None:
+        self.dense, self.tokens, self.folder, self.kind, self.tick = dense, tokens, folder, kind, tick
+        self.identity, self.order = identity, list(order)
+        windows, seqlen = tokens.shape
+        size = max(1, BLOCK_TOKENS // (seqlen * batch_size)) * batch_size
+        self.rounds = windows_on_disk is not None and windows_on_disk < windows
+        if not self.rounds:
+            self.batch_size, self.permanent = batch_size, -(-windows // size)
+            self.blocks = _cut(list(range(windows)), size)
+        else:
+            assert windows_on_disk is not None
+            held = list(held_out)
+            room = (windows_on_disk - len(held)) // 2
+            if room < 1:
+                raise FistaPrunerError(
+                    f"the disk holds the dense model's predictions of {windows_on_disk} windows: "
+                    f"at least {len(held) + 2} are needed"
+                )
+            # A pass of one window, so that what is stored for a window does not depend on its block.
+            self.batch_size = 1
+            self.blocks = _cut(held, size)
+            self.permanent = len(self.blocks)
+            self._round = min(size, room)
+            self.blocks += _cut(self.order, self._round)
+        self.ends = dense if kind == "hidden" else None
+        self._open: dict[int, tuple[SafetensorsFile, dict[str, int]]] = {}
+        self._of: dict[int, int] = {window: n for n in range(self.permanent) for window in self.blocks[n]}
+        with disk_errors(folder):
+            folder.mkdir(parents=True, exist_ok=True)
+        if self.rounds:
+            for number in range(self.permanent, len(self.blocks)):
+                if self._path(number, ".json").exists():
+                    self._of.update(dict.fromkeys(self.blocks[number], number))
+
+    def __len__(self) -> int:
+        return len(self.blocks)
+
+    def prepare(self) -> None:
+        """Make all blocks that stay and are not there yet."""
+        for number in range(self.permanent):
+            self._opened(number)
+
+    def predictions(self, windows: Sequence[int], where: Tensor) -> Predictions:
+        """Return the predictions of some tokens; blocks that are not there are made.
+
+        Args:
+            windows: window numbers; in rounds, consecutive in the order of training, or held out.
+            where: (windows, seqlen) bool: the positions that are wanted.
+        """
+        self._require(windows)
+        found = [self._read(window) for window in windows]
+        names = found[0]
+        device = self.dense.device
+        stored = {name: torch.stack([each[name] for each in found])[where].to(device) for name in names}
+        return Predictions(self.dense, stored)
+
+    def _require(self, windows: Sequence[int]) -> None:
+        """In rounds: make the blocks of ``windows``, and remove older ones than the last two."""
+        if all(window in self._of for window in windows):
+            return
+        count = len(windows)
+        places = [at for at in range(len(self.order) - count + 1) if self.order[at : at + count] == list(windows)]
+        if not places:
+            raise ValueError(f"windows {list(windows)[:8]} do not follow each other in the order of training")
+        last = max(self._of.values(), default=0)
+        ahead = [at for at in places if self.permanent + at // self._round >= last]
+        at = ahead[0] if ahead else places[-1]
+        needed = range(self.permanent + at // self._round, self.permanent + (at + count - 1) // self._round + 1)
+        self._of = {window: block for window, block in self._of.items() if block < self.permanent or block in needed}
+        for number in range(self.permanent, len(self.blocks)):
+            if number not in needed:
+                self._open.pop(number, None)
+                with disk_errors(self.folder):
+                    self._path(number, ".json").unlink(missing_ok=True)
+                    self._path(number, ".safetensors").unlink(missing_ok=True)
+        for number in needed:
+            self._opened(number)
+            self._of.update(dict.fromkeys(self.blocks[number], number))
+
+    def _read(self, window: int) -> dict[str, Tensor]:
+        """Read what is stored for a window; a damaged block is made again."""
+        number = self._of[window]
+        try:
+            values = self._values(number, window)
+        except (FistaPrunerError, _DamagedError):
+            self._open.pop(number, None)
+            self._make(number)
+            values = self._values(number, window)
+        return values
+
+    def _values(self, number: int, window: int) -> dict[str, Tensor]:
+        file, sums = self._opened(number)
+        values = {name: file.read(f"{window}.{name}") for name in STORED[self.kind]}
+        if _checksum(values) != sums[str(window)]:
+            raise _DamagedError
+        return values
+
+    def _opened(self, number: int) -> tuple[SafetensorsFile, dict[str, int]]:
+        """Open a block; it is made where it is not there."""
+        if number not in self._open:
+            try:
+                record = json.loads(self._path(number, ".json").read_bytes())
+                sums = record.pop("checksums")
+                if record != self._record(number) or set(sums) != {str(window) for window in self.blocks[number]}:
+                    raise _DamagedError
+                self._open[number] = SafetensorsFile(self._path(number, ".safetensors")), sums
+            except (OSError, ValueError, TypeError, KeyError, AttributeError, FistaPrunerError, _DamagedError):
+                self._make(number)
+        return self._open[number]
+
+    def _make(self, number: int) -> None:
+        """Pass a block's windows through the dense model and write its files."""
+        windows = sorted(set(self.blocks[number]))
+        check_model(self.dense)
+        what = f"predictions of the dense model, block {number + 1} of {len(self.blocks)}"
+        (last,), _ = forward(
+            self.dense,
+            self.tokens[windows],
+            self.batch_size,
+            scratch_factory(None, self.dense.dtype),
+            progress=lambda done, total: self.tick(what, done, total),
+        )
+        seqlen, width, stored = last.seqlen, last.width, self.dense.checkpoint.dtype
+        top = min(TOP, self.dense.vocabulary)
+        shapes: dict[str, tuple[torch.dtype, tuple[int, ...]]] = {"hidden": (stored, (seqlen, width))}
+        if self.kind == "top128":
+            shapes = {
+                "tokens": (torch.int32, (seqlen, top)),
+                "log_p": (torch.float16, (seqlen, top)),
+                "rest": (torch.float32, (seqlen,)),
+            }
+        entries = [
+            TensorEntry.of(f"{window}.{name}", dtype, shape)
+            for window in windows
+            for name, (dtype, shape) in shapes.items()
+        ]
+        sums = {}
+        path = self._path(number, ".safetensors")
+        with SafetensorsWriter(path, entries) as writer, self.dense.embeddings_and_head(), torch.no_grad():
+            for place, window in enumerate(windows):
+                hidden = last.read(place, place + 1, self.dense.device)[0]
+                values = {"hidden": hidden} if self.kind == "hidden" else self._top(hidden)
+                values = {name: value.to("cpu", shapes[name][0]) for name, value in values.items()}
+                for name, value in values.items():
+                    writer.write(f"{window}.{name}", value)
+                sums[str(window)] = _checksum(values)
+        last.close()
+        write_json_atomic(self._path(number, ".json"), {**self._record(number), "checksums": sums})
+        self._open[number] = SafetensorsFile(path), sums
+
+    def _top(self, hidden: Tensor) -> dict[str, Tensor]:
+        """Return the most likely tokens at every position of a window."""
+        budget = min(BUDGETS.head, 4 * self.dense.vocabulary * self.dense.max_length)
+        parts = [
+            TopTokens.of(self.dense.head(hidden[start:stop]), TOP)
+            for start, stop in slices(len(hidden), 4 * self.dense.vocabulary, budget)
+        ]
+        return {name: torch.cat([getattr(part, name) for part in parts]) for name in STORED["top128"]}
+
+    def _record(self, number: int) -> dict[str, Any]:
+        """Describe what a block is made from: one with another record is made again."""
+        return {
+            "format": FORMAT,
+            "kind": self.kind,
+            "identity": self.identity,
+            "dtype": str(self.dense.dtype).removeprefix("torch."),
+            "seqlen": self.tokens.shape[1],
+            "batch_size": self.batch_size,
+            "windows": self.blocks[number],
+        }
+
+    def _path(self, number: int, suffix: str) -> Path:
+        return self.folder / f"{number:05d}{suffix}"
+
+
+class _DamagedError(Exception):
+    """A block does not hold what its record says."""
+
+
+def _cut(windows: list[int], size: int) -> list[list[int]]:
+    return [windows[start : start + size] for start in range(0, len(windows), size)]
+
+
+def _checksum(values: dict[str, Tensor]) -> int:
+    """CRC of a window's values."""
+    total = 0
+    for name in sorted(values):
+        total = zlib.crc32(values[name].contiguous().view(torch.uint8).numpy().data, total)
+    return total
