@@ -6,14 +6,19 @@ number and size, and every tensor that the class asks for must be in the checkpo
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
 from torch import nn
 
 from ..errors import FistaPrunerError, needs_code
+from ..runtime.files import copy_atomic, write_json_atomic
 from ..runtime.numerics import dtype_name
 from .files.checkpoint import Checkpoint
+from .files.writer import merge_patch
 from .names import stored_names
 
 WEIGHT_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
@@ -63,6 +68,27 @@ def build_model(checkpoint: Checkpoint, *, trust_remote_code: bool = False) -> A
             f"{folder}: no {config.model_type} causal language model can be built from config.json: {reason}"
         )
         raise needs_code(folder, error) or fault from None
+
+
+def build_changed(checkpoint: Checkpoint, changes: Mapping[str, Any], *, trust_remote_code: bool = False) -> Any:
+    """Build a checkpoint's model without weights, as ``config.json`` would have it with some changes.
+
+    Args:
+        checkpoint: the checkpoint.
+        changes: of ``config.json``, as a JSON merge patch.
+        trust_remote_code: run the checkpoint's own Python code.
+
+    Raises:
+        FistaPrunerError: the changed config describes no model.
+    """
+    config = merge_patch(checkpoint.config, changes)
+    with TemporaryDirectory() as name:
+        folder = Path(name)
+        write_json_atomic(folder / "config.json", config)
+        for code in (file for file in checkpoint.companions if file.endswith(".py")):
+            copy_atomic(checkpoint.folder / code, folder / code)
+        changed = Checkpoint(folder, config, checkpoint.files, checkpoint.index)
+        return build_model(changed, trust_remote_code=trust_remote_code)
 
 
 def find_decoder_layers(model: Any) -> tuple[str, list[nn.Module]]:

@@ -94,7 +94,7 @@ def reordered(model: LayerwiseModel, index: int, link: Link, order: Tensor) -> d
     Returns:
         See :data:`.checkpoint.Orders`.
     """
-    changes = _changes(model.layers[index], link, order)
+    changes = link_tensors(model.layers[index], link, order)
     return {model.source(f"{model.layers_name}.{index}.{name}"): change for name, change in changes.items()}
 
 
@@ -145,7 +145,7 @@ def _is_free(layer: nn.Module, link: Link, run: Callable[[], Tensor]) -> bool:
     order = torch.stack([torch.randperm(link.channels, generator=generator) for _ in range(link.blocks)])
     answers: list[Tensor] = []
     handle = layer.get_submodule(link.consumer.name).register_forward_hook(lambda _, __, output: answers.append(output))
-    changes = _changes(layer, link, order)
+    changes = link_tensors(layer, link, order)
     try:
         answers.append(run())
         for name, (dim, places) in changes.items():
@@ -159,8 +159,14 @@ def _is_free(layer: nn.Module, link: Link, run: Callable[[], Tensor]) -> bool:
     return alike(consumer, consumer_after) and alike(whole, whole_after)
 
 
-def _changes(layer: nn.Module, link: Link, order: Tensor) -> dict[str, tuple[int, Tensor]]:
-    """Return dimension and order of the channels of each tensor of a link, by name inside the layer."""
+def link_tensors(layer: nn.Module, link: Link, order: Tensor) -> dict[str, tuple[int, Tensor]]:
+    """Return dimension and order of the channels of each tensor of a link, by name inside the layer.
+
+    Args:
+        layer: the decoder layer; its weights need not be loaded.
+        link: the link.
+        order: (blocks, channels) old place inside its block of each new channel; fewer where some are removed.
+    """
     rows, columns = link.places(order)
     changes = {}
     for name in link.producers:

@@ -24,6 +24,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
 
 from ..errors import FistaPrunerError
 from ..runtime.numerics import pass_dtype
@@ -506,12 +507,19 @@ class LayerwiseModel:
 
     def _assign(self, name: str, tensor: Tensor) -> None:
         """Replace a parameter or buffer."""
-        parent, _, key = name.rpartition(".")
-        module = self.model.get_submodule(parent)
-        if key in module._parameters:
-            module._parameters[key] = nn.Parameter(tensor, requires_grad=False)
-        else:
-            module._buffers[key] = tensor
+        assign(self.model, name, tensor)
+
+
+def assign(module: nn.Module, name: str, tensor: Tensor) -> None:
+    """Replace a parameter or buffer of a module by its name; the tensor may have another shape."""
+    parent, _, key = name.rpartition(".")
+    module = module.get_submodule(parent)
+    if key in module._parameters:
+        module._parameters[key] = nn.Parameter(tensor, requires_grad=False)
+    else:
+        module._buffers[key] = tensor
+    if isinstance(module, Conv1D):
+        module.nf = module.weight.shape[1]  # its forward pass makes the output in this shape
 
 
 def _same(value: Any, again: Any) -> bool:

@@ -1,0 +1,96 @@
+"""MLP channels are found and proved for every architecture, or refused by name before any work."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+import tiny
+from fistapruner import FistaPrunerError
+from fistapruner.models.discovery import discover
+from fistapruner.models.files.checkpoint import Checkpoint
+from fistapruner.models.layerwise import LayerwiseModel
+from fistapruner.recipes.settings import Recipe
+from fistapruner.recipes.structure_settings import Structure
+from fistapruner.structured.proof import Widths, plan_widths
+from fistapruner.structured.units import channel_weights, layer_weights, resized
+
+ENTRIES = {"opt": "ffn_dim", "gpt2": "n_inner", "falcon": "ffn_hidden_size"}
+"""The entry of the config that holds the width, where it is not ``intermediate_size``."""
+
+REFUSED = {
+    "bloom": "no entry of config.json makes BloomForCausalLM a model whose MLPs have",
+    "phi3": "mlp.gate_up_proj writes the gate and the channels of mlp.down_proj as one tensor",
+}
+
+
+def planned(
+    folder: Path, amount: str, multiple: int = 8, **selection: tuple[str, ...]
+) -> tuple[LayerwiseModel, Widths]:
+    model = LayerwiseModel(Checkpoint.open(folder), torch.device("cpu"))
+    layout = discover(model).select(Recipe(**selection))
+    return model, plan_widths(model, layout, Structure(remove=amount, multiple=multiple))
+
+
+@pytest.mark.parametrize("architecture", tiny.ARCHITECTURES)
+def test_channels_are_found_and_proved_or_refused(tmp_path: Path, architecture: str) -> None:
+    folder = tiny.save(architecture, tmp_path / "model", dtype=torch.bfloat16)
+    if architecture in REFUSED:
+        with pytest.raises(FistaPrunerError, match=REFUSED[architecture]):
+            planned(folder, "mlp=25%")
+        return
+    model, widths = planned(folder, "mlp=25%")
+    assert widths.after == round(widths.before * 0.75 / 8) * 8
+    assert widths.config == {ENTRIES.get(architecture, "intermediate_size"): widths.after}
+    assert all(len(links) == 1 for links in widths.units)
+    # Nothing of the model was changed by the proof.
+    assert planned(folder, "mlp=25%")[1] == widths
+    before = dict(discover(model).operators())
+    after = dict(resized(discover(model), widths.units, widths.after).operators())
+    for name, operator in before.items():
+        link = widths.units[0][0]
+        rows = widths.after if name.endswith(link.producers) else operator.rows
+        columns = widths.after if name.endswith(link.consumer.name) else operator.columns
+        assert (after[name].rows, after[name].columns) == (rows, columns)
+
+
+def test_a_forward_pass_that_depends_on_the_width_is_refused(tmp_path: Path) -> None:
+    """Its channels can be permuted, so only the surgery shows it."""
+    model = LayerwiseModel(Checkpoint.open(tiny.save("llama", tmp_path)), torch.device("cpu"))
+    for layer in model.layers:
+        layer.mlp.register_forward_hook(lambda mlp, _, out: out * mlp.down_proj.weight.shape[1] / 48)
+    with pytest.raises(FistaPrunerError, match=r"cutting channels of mlp\.down_proj does not give the outputs"):
+        plan_widths(model, discover(model), Structure(remove="25%", multiple=8))
+
+
+def test_a_share_of_the_parameters_becomes_a_width(tmp_path: Path) -> None:
+    folder = tiny.save("llama", tmp_path)  # 32 wide, 48 channels: 3 x 32 weights a channel
+    model, widths = planned(folder, "25%")
+    gone = (widths.before - widths.after) * channel_weights(model, widths.units)
+    assert abs(gone / layer_weights(model) - 0.25) <= 4 * channel_weights(model, widths.units) / layer_weights(model)
+    assert widths.after % 8 == 0
+    assert planned(folder, "mlp=31")[1].after == 31
+
+
+@pytest.mark.parametrize(
+    ("amount", "multiple", "said"),
+    [
+        ("90%", 8, r"structure: 90% of the decoder layers' \d+ parameters is more than their MLP channels can give"),
+        ("mlp=95%", 8, "structure: mlp=95% leaves fewer than 8 of the 48 channels of every MLP"),
+        ("mlp=1%", 8, "structure: mlp=1% removes less than half of 8 of the 48 channels of every MLP, so none"),
+        ("mlp=48", 8, "structure: mlp=48 is not less than the 48 channels"),
+        ("25%", 64, "structure: widths are multiples of 64 and the model's MLPs have 48 channels"),
+    ],
+)
+def test_amounts_that_leave_or_remove_nothing_are_refused(
+    tmp_path: Path, amount: str, multiple: int, said: str
+) -> None:
+    with pytest.raises(FistaPrunerError, match=said):
+        planned(tiny.save("llama", tmp_path), amount, multiple)
+
+
+def test_layers_that_are_left_out_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(FistaPrunerError, match=r"structure: model.layers.1: .*targets and ignore leave"):
+        planned(tiny.save("llama", tmp_path), "25%", ignore=("re:layers.1.mlp.down",))
