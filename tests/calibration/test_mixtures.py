@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -12,9 +13,12 @@ from hypothesis import strategies as st
 from test_windows import LETTERS, letters_tokenizer, tiny
 
 from fistapruner import FistaPrunerError
+from fistapruner.calibration import calibration_tokens
 from fistapruner.calibration.mixtures import Mixture
 from fistapruner.calibration.training_text import TrainingText, order, shared_documents, training_text
+from fistapruner.recipes.loading import merge
 from fistapruner.recipes.recover_settings import TrainingData
+from fistapruner.recipes.settings import Calibration, Recipe
 
 
 def texts(folder: Path, sizes: dict[str, int]) -> dict[str, str]:
@@ -141,3 +145,49 @@ def test_absent_hashes_share_nothing() -> None:
     nothing = torch.zeros(0, 8)
     text = TrainingText(nothing.long(), nothing.bool(), torch.zeros(0).bool(), torch.zeros(0).long(), ("a",), {})
     assert shared_documents(text, ["a"], "b") is None
+
+
+def test_calibration_draws_uniformly_over_tasks(tmp_path: Path) -> None:
+    sources = texts(tmp_path, {"a": 300, "b": 60, "c": 60})
+    settings_ = Calibration(tasks={"own": "self", **sources}, samples=14, seed=3)
+    tokens, facts = calibration_tokens(settings_, letters_tokenizer(), 24, lambda: tiny("llama"))
+    assert tokens.shape == (14, 24)
+    assert facts["source"] == "own, a, b, c"
+    assert facts["documents"] == 420
+    assert sorted(task["samples"] for task in facts["tasks"].values()) == [3, 3, 4, 4]
+    assert facts["tasks"]["own"]["how"].startswith("generated")
+    assert facts["tasks"]["a"]["source"] == sources["a"]
+    assert "windows of a.jsonl" in facts["how"]
+    assert str(tmp_path) not in facts["how"]
+    for task, name in enumerate("abc", start=1):
+        # Windows of one task alone are drawn as without the mixture.
+        alone = Calibration(source=sources[name], samples=facts["tasks"][name]["samples"], seed=3)
+        expected, _ = calibration_tokens(alone, letters_tokenizer(), 24)
+        assert torch.equal(tokens[Mixture(4, seed=3).draw(14) == task], expected)
+
+
+def test_one_calibration_source_or_several_tasks() -> None:
+    def built(**settings_: Any) -> Calibration:
+        return Recipe.build({"calibration": settings_}).calibration
+
+    assert built(tasks={"a": "c4"}).sources == {"a": "c4"}
+    assert built(source=None).source == "self"
+    assert built(source="c4", tasks={}).sources == {"c4": "c4"}
+    mixed = built(tasks={"a": "python", "b": "x.txt"})
+    assert (mixed.name, mixed.source, mixed.files) == ("a, b", None, (Path("x.txt"),))
+    assert mixed.with_absolute_files().tasks == {"a": "python", "b": str(Path("x.txt").absolute())}
+    assert Recipe.from_yaml(Recipe.build({"calibration": mixed.model_dump()}).to_yaml()).calibration == mixed
+    for wrong, words in (
+        ({"source": "c4", "tasks": {"a": "c4"}}, "either one source or tasks"),
+        ({"samples": 1, "tasks": {"a": "c4", "b": "python"}}, "samples is 1, and each of the 2 tasks needs a window"),
+    ):
+        with pytest.raises(FistaPrunerError, match=words):
+            built(**wrong)
+
+
+def test_a_source_replaces_tasks_of_the_recipe_under_it() -> None:
+    base = {"calibration": {"tasks": {"a": "c4"}, "samples": 4}}
+    assert merge(base, {"calibration": {"source": "python"}}) == {"calibration": {"source": "python", "samples": 4}}
+    base = {"calibration": {"source": "c4", "tasks": {}}}
+    assert merge(base, {"calibration": {"tasks": {"a": "b"}}}) == {"calibration": {"tasks": {"a": "b"}}}
+    assert merge(base, {"calibration": {"source": None, "tasks": None}}) == base

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from random import Random
 from typing import Any
@@ -20,6 +20,7 @@ from torch import Tensor
 from ..errors import FistaPrunerError
 from ..recipes.settings import Calibration
 from .datasets import DATA_SETS, load_documents
+from .mixtures import Mixture
 from .self_generated import generate_tokens
 from .text import PYTHON, PYTHON_EVAL, SUFFIXES, adds_bos, python_documents, read_documents
 
@@ -39,10 +40,11 @@ def calibration_tokens(
 ) -> tuple[Tensor, dict[str, Any]]:
     """Draw the calibration windows.
 
-    Where the tokenizer by its own settings begins a text with BOS, every window begins with BOS.
+    Where the tokenizer by its own settings begins a text with BOS, every window begins with BOS. Tasks give the same
+    number of windows each, to within one, and their windows alternate.
 
     Args:
-        settings: source, number of windows, seed.
+        settings: source or tasks, number of windows, seed.
         tokenizer: a ``transformers`` tokenizer.
         seqlen: tokens in a window.
         load_model: loads the model that generates text; called for the source ``self`` only.
@@ -50,36 +52,61 @@ def calibration_tokens(
 
     Returns:
         (samples, seqlen) int64 token ids, and the facts: ``source``, ``how`` (how windows were drawn), ``documents``
-        (read; None for ``self``), ``seed``, ``sha256`` of the token ids.
+        (read; None for ``self``), ``seed``, ``sha256`` of the token ids, and for tasks ``tasks``: of each its source,
+        how, documents and samples.
 
     Raises:
         FistaPrunerError: unknown source, unreadable, empty or too short text, a tokenizer that gives no tokens, a model
             that cannot generate.
     """
-    documents: list[str] | None = None
-    if settings.source == SELF:
-        if load_model is None:
-            raise FistaPrunerError(
-                "calibration source 'self' needs the model to generate text: give a text source instead"
-            )
-        progress = None if say is None else tenths(say)
-        tokens = generate_tokens(
-            load_model(), tokenizer, settings.samples, seqlen, seed=settings.seed, progress=progress
+    for source in settings.sources.values():
+        check_source(source)
+    drawn = Mixture(len(settings.sources), seed=settings.seed).draw(settings.samples)
+    tokens = torch.empty(settings.samples, seqlen, dtype=torch.int64)
+    tasks: dict[str, dict[str, Any]] = {}
+    for number, (name, source) in enumerate(settings.sources.items()):
+        samples = int((drawn == number).sum())
+        tokens[drawn == number], how, documents = _draw_source(
+            source, samples, settings.seed, tokenizer, seqlen, load_model, say
         )
-        how = GENERATED
-    else:
-        documents = source_documents(settings.source)
-        tokens, how = draw_windows(
-            documents, tokenizer, settings.samples, seqlen, seed=settings.seed, source=settings.source
-        )
+        tasks[name] = {"source": source, "how": how, "documents": documents, "samples": samples}
     facts = {
-        "source": settings.source,
-        "how": how,
-        "documents": None if documents is None else len(documents),
+        "source": settings.name,
+        "how": _said(tasks) if settings.tasks else tasks[settings.name]["how"],
+        "documents": sum(task["documents"] or 0 for task in tasks.values()) or None,
         "seed": settings.seed,
         "sha256": tokens_sha256(tokens),
     }
-    return tokens, facts
+    return tokens, {**facts, "tasks": tasks} if settings.tasks else facts
+
+
+def _draw_source(
+    source: str,
+    samples: int,
+    seed: int,
+    tokenizer: Any,
+    seqlen: int,
+    load_model: Callable[[], Any] | None,
+    say: Callable[[str], None] | None,
+) -> tuple[Tensor, str, int | None]:
+    """Draw the windows of one source; return them, a sentence on the method, and the number of documents read."""
+    if source != SELF:
+        documents = source_documents(source)
+        tokens, how = draw_windows(documents, tokenizer, samples, seqlen, seed=seed, source=source)
+        return tokens, how, len(documents)
+    if load_model is None:
+        raise FistaPrunerError("calibration source 'self' needs the model to generate text: give a text source instead")
+    progress = None if say is None else tenths(say)
+    tokens = generate_tokens(load_model(), tokenizer, samples, seqlen, seed=seed, progress=progress)
+    return tokens, GENERATED, None
+
+
+def _said(tasks: Mapping[str, Mapping[str, Any]]) -> str:
+    """Say of which texts a mixture is made."""
+    return "; ".join(
+        f"{name}: {task['samples']} windows of {Path(task['source']).name}, {task['how']}"
+        for name, task in tasks.items()
+    )
 
 
 def tokens_sha256(tokens: Tensor) -> str:

@@ -80,7 +80,7 @@ def changed_text(record: PruneRecord, recipe: Recipe) -> str | None:
     noted, found = record.decision.calibration_sha256, text_sha256(recipe)
     if noted is None or found is None or noted == found:
         return None
-    return f"{recipe.calibration.source} is not the text that it was calibrated on"
+    return f"{recipe.calibration.name} is not the text that it was calibrated on"
 
 
 def _changed_model(run: PruneDirectory, record: PruneRecord, recipe: Recipe, permissions: Permissions) -> str | None:

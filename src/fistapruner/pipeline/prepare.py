@@ -223,7 +223,7 @@ def choose_plan(
 def draw_calibration(run: PruneDirectory, request: RunRequest, inputs: Inputs, listener: Listener) -> Calibrated:
     """Draw the calibration windows and store them."""
     settings, model, seqlen = request.recipe.calibration, inputs.model, inputs.seqlen
-    listener.say(f"calibration: {settings.samples} windows of {seqlen} tokens from {settings.source}")
+    listener.say(f"calibration: {settings.samples} windows of {seqlen} tokens from {settings.name}")
 
     def load_model() -> Any:
         limit = request.recipe.execution.memory_limit
@@ -234,7 +234,9 @@ def draw_calibration(run: PruneDirectory, request: RunRequest, inputs: Inputs, l
     place = [seqlen, dtype_name(model.dtype), model.device.type, stamps(model.checkpoint)]
     drawing = json.dumps([settings.model_dump(mode="json"), *place])
     drawn = request.drawn
-    if drawn is None and settings.source == SELF:  # it takes long: an attempt that was stopped after it has left it
+    if (
+        drawn is None and SELF in settings.sources.values()
+    ):  # it takes long: an attempt that was stopped after it has left it
         drawn = run.drawn(drawing)
     text = text_sha256(request.recipe)
     tokens, how = drawn or calibration_tokens(settings, inputs.tokenizer, seqlen, load_model, listener.say)

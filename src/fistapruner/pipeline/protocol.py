@@ -67,4 +67,4 @@ class Protocol:
 
 
 def _said(calibration: Calibration) -> str:
-    return f"{calibration.samples} windows of {calibration.seqlen or 'the longest'} tokens from {calibration.source}"
+    return f"{calibration.samples} windows of {calibration.seqlen or 'the longest'} tokens from {calibration.name}"

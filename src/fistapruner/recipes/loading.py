@@ -95,8 +95,14 @@ SECTIONS = ("calibration", "data", "execution")
 
 
 def merge(base: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
-    """Return ``base`` updated by ``changes``, section by section; None in ``changes`` changes nothing."""
+    """Return ``base`` updated by ``changes``, section by section; None in ``changes`` changes nothing.
+
+    Of a text, ``source`` replaces ``tasks``, and the other way round.
+    """
     merged = dict(base)
+    for key, other in (("source", "tasks"), ("tasks", "source")):
+        if changes.get(key) and not changes.get(other):
+            merged.pop(other, None)
     for key, value in changes.items():
         if value is None:
             continue

@@ -100,11 +100,15 @@ MethodSetting = Annotated[Any, BeforeValidator(_method), PlainSerializer(_dump_m
 class Calibration(Settings):
     """Set where the calibration tokens come from."""
 
-    source: str = Field(
+    source: str | None = Field(
         "self",
         description="Calibration text: self (text that the model generates), python (the language reference "
         "that comes with every Python), a .txt, .jsonl or .parquet file, or a data set of the "
         "extra 'data': c4, wikitext2, ptb.",
+    )
+    tasks: dict[str, str] = Field(
+        {},
+        description="Several calibration texts by name instead of one source; each gives the same number of windows.",
     )
     samples: int = Field(
         128,
@@ -121,10 +125,42 @@ class Calibration(Settings):
         description="Seed that draws the windows, and generates the text of self.",
     )
 
+    @model_validator(mode="before")
+    @classmethod
+    def _one_or_several(cls, value: Any) -> Any:
+        if not isinstance(value, dict):
+            return value
+        if value.get("tasks"):
+            if value.get("source") is not None:
+                raise ValueError("give either one source or tasks, not both")
+            return {**value, "source": None}
+        return {key: inner for key, inner in value.items() if key != "source" or inner is not None}
+
+    @model_validator(mode="after")
+    def _a_window_each(self) -> Calibration:
+        if self.samples < len(self.tasks):
+            raise ValueError(f"samples is {self.samples}, and each of the {len(self.tasks)} tasks needs a window")
+        return self
+
     @property
-    def file(self) -> Path | None:
-        """The file that ``source`` names; None for a known name, which has no suffix."""
-        return Path(self.source) if Path(self.source).suffix else None
+    def sources(self) -> dict[str, str]:
+        """The sources by name; a single one is called as it is."""
+        return self.tasks if self.source is None else {self.source: self.source}
+
+    @property
+    def name(self) -> str:
+        """The source, or the names of the tasks."""
+        return ", ".join(self.sources)
+
+    @property
+    def files(self) -> tuple[Path, ...]:
+        """The files among the sources; known names have no suffix."""
+        return tuple(Path(source) for source in self.sources.values() if Path(source).suffix)
+
+    def with_absolute_files(self) -> Calibration:
+        """Return these settings with the absolute path of every file."""
+        paths = {name: os.path.abspath(text) if Path(text).suffix else text for name, text in self.sources.items()}
+        return self.model_copy(update={"tasks": paths} if self.tasks else {"source": paths[self.name]})
 
 
 class Execution(Settings):
@@ -341,8 +377,7 @@ class Recipe(Settings):
             chosen["method"] = tuple(
                 step.for_model(family, was) for step, was in zip(self.steps, chain(before, repeat(None)), strict=False)
             )
-        if (file := self.calibration.file) is not None:
-            chosen["calibration"] = self.calibration.model_copy(update={"source": os.path.abspath(file)})
+        chosen["calibration"] = self.calibration.with_absolute_files()
         return self.model_copy(update=chosen)
 
     @property

@@ -35,6 +35,9 @@ def stamps(checkpoint: Checkpoint) -> list[tuple[str, str]]:
 
 
 def text_sha256(recipe: Recipe) -> str | None:
-    """Hash the calibration text; None where it is not a file, or the file is gone."""
-    file = recipe.calibration.file
-    return sha256_file(file) if file is not None and file.is_file() else None
+    """Hash the calibration files, several as one; None where there is none, or one is gone."""
+    files = recipe.calibration.files
+    if not files or not all(file.is_file() for file in files):
+        return None
+    hashes = [sha256_file(file) for file in files]
+    return hashes[0] if len(hashes) == 1 else hashlib.sha256("".join(hashes).encode()).hexdigest()
