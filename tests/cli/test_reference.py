@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from fistapruner import FistaPrunerError
 from fistapruner.cli import build_parser
 from fistapruner.cli.arguments import add_recipe_arguments, recipe_settings, settings
 from fistapruner.cli.reference import reference
@@ -41,6 +42,7 @@ def test_every_setting_is_described() -> None:
         ("--dense-target", "dense", "dense_target", 1.0),
         ("--samples", "7", "calibration.samples", 7),
         ("--calibration", "python", "calibration.source", "python"),
+        ("--calibration", "a=c4", "calibration.tasks", {"a": "c4"}),
         ("--seed", "3", "seed", 3),
         ("--seed", "3", "calibration.seed", 3),
         ("--memory-limit", "8GiB", "execution.memory_limit", 8 << 30),
@@ -61,6 +63,19 @@ def test_no_flags_leave_the_recipe_as_it_is() -> None:
     assert read("--recipe", "fast", "--samples", "9") == read("--quality", "fast", "--samples", "9")
     assert read("--no-error-correction").error_correction is False
     assert {str(s) for s in read("--allocation", "{re:mlp: 60%, re:attn: 2:4}").allocation.values()} == {"60%", "2:4"}  # type: ignore[union-attr]
+
+
+def test_several_calibration_texts_have_names() -> None:
+    calibration = read("--calibration", "sql=a.jsonl", "--calibration", "chat=c4").calibration
+    assert calibration.sources == {"sql": "a.jsonl", "chat": "c4"}
+    assert read("--calibration", "/data/key=value.txt").calibration.source == "/data/key=value.txt"
+    for words, message in (
+        (("a.jsonl", "b.jsonl"), "--calibration a.jsonl --calibration b.jsonl: several texts need a name each"),
+        (("sql=a.jsonl", "c4"), "several texts need a name each"),
+        (("sql=a.jsonl", "sql=c4"), "one name stands twice"),
+    ):
+        with pytest.raises(FistaPrunerError, match=message):
+            read(*(word for text in words for word in ("--calibration", text)))
 
 
 def test_every_verb_has_help(capsys: pytest.CaptureFixture[str]) -> None:

@@ -15,6 +15,7 @@ import torch
 import fistapruner as fp
 import tiny
 from fistapruner.cli import main
+from fistapruner.runs.records import load_run
 from fistapruner.sparse.variants import Variant, load_variant
 
 SETTINGS: dict[str, Any] = {"method": "magnitude", "calibration": {"source": "python", "samples": 2, "seqlen": 16}}
@@ -318,5 +319,25 @@ def test_a_changed_calibration_text_is_another_run(
     assert f"the run is made again: {text} is not the text that it was calibrated on" in capsys.readouterr().err
     assert main([*command, "--out", str(tmp_path / "new")]) == 0
     assert weights(tmp_path / "run") == weights(tmp_path / "new") != first
+
+
+def test_several_calibration_texts_are_known_by_name_and_content(
+    dense: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    text = tmp_path / "text.txt"
+    text.write_text(TEXT * 20)
+    command = ["prune", str(dense), "--calibration", f"own={text}", "--calibration", "generated=self"]
+    command += ["--samples", "3", "--seqlen", "16", "--method", "wanda", "--evaluate", "none"]
+    assert main([*command, "--out", str(tmp_path / "run")]) == 0
+    calibration = load_run(tmp_path / "run").calibration
+    assert calibration is not None
+    assert calibration.source == "own, generated"
+    assert sorted(task.samples for task in calibration.tasks.values()) == [1, 2]
+    assert calibration.tasks["own"].source == str(text)
+    assert main([*command, "--out", str(tmp_path / "run")]) == 0
+    assert "holds the finished run" in capsys.readouterr().err
+    text.write_text(TEXT[::-1] * 20)
+    assert main([*command, "--out", str(tmp_path / "run")]) == 0
+    assert "own, generated is not the text that it was calibrated on" in capsys.readouterr().err
     text.unlink()  # nobody can tell
     assert main(["resume", str(tmp_path / "run")]) == 0

@@ -89,7 +89,7 @@ def _draw_source(
     load_model: Callable[[], Any] | None,
     say: Callable[[str], None] | None,
 ) -> tuple[Tensor, str, int | None]:
-    """Draw the windows of one source; return them, a sentence on the method, and the number of documents read."""
+    """Draw the windows of one source; return them, a sentence on the method, and the documents read."""
     if source != SELF:
         documents = source_documents(source)
         tokens, how = draw_windows(documents, tokenizer, samples, seqlen, seed=seed, source=source)

@@ -5,7 +5,9 @@ Those of recipe settings are made from the fields of :class:`Recipe`."""
 from __future__ import annotations
 
 import argparse
-from collections.abc import Iterator
+import re
+from collections.abc import Iterator, Sequence
+from pathlib import Path
 from typing import Any, Literal, get_args, get_origin
 
 from pydantic.fields import FieldInfo
@@ -21,7 +23,7 @@ SECTIONS: dict[str, type[Settings]] = {"calibration": Calibration, "execution": 
 FLAGS = {"calibration.source": "--calibration"}
 """Flags that are not called as their setting."""
 
-SAME_FLAG = {"calibration.seed": "seed"}
+SAME_FLAG = {"calibration.seed": "seed", "calibration.tasks": "calibration.source"}
 """Settings that take their value from the flag of another setting."""
 
 METAVARS = {
@@ -32,12 +34,15 @@ METAVARS = {
     "ignore": "NAME|re:...",
     "allocation": "NAME|YAML",
     "reconstruct": "STEPS",
-    "calibration.source": "SOURCE",
+    "calibration.source": "SOURCE|NAME=SOURCE",
     "execution.device": "DEVICE",
     "execution.memory_limit": "SIZE",
     "execution.address": "HOST:PORT",
 }
 """Placeholders in the help; ``N`` if not given here."""
+
+REPEATED = ("targets", "ignore", "calibration.source")
+"""Settings whose flag may be given several times."""
 
 PLURAL = ("sparsity", "method", "seed")
 """Settings for which ``compare`` has arguments of its own, each with several values."""
@@ -100,7 +105,7 @@ def _add_setting(group: argparse._ArgumentGroup, path: str, field: FieldInfo) ->
         options["choices"] = get_args(field.annotation)
     else:
         options["metavar"] = METAVARS.get(path, "N")
-        if isinstance(default, tuple):
+        if path in REPEATED:
             options["action"] = "append"
             options["help"] += " May be given several times."
     group.add_argument(flag_of(path), **options)
@@ -110,7 +115,7 @@ def recipe_settings(arguments: argparse.Namespace) -> dict[str, Any]:
     """Collect the recipe of the arguments: ``--recipe`` or ``--quality``, single settings over it.
 
     Raises:
-        FistaPrunerError: an unknown recipe.
+        FistaPrunerError: an unknown recipe, or several calibration texts without names.
     """
     name = arguments.recipe or arguments.quality
     changes: dict[str, Any] = {}
@@ -118,7 +123,34 @@ def recipe_settings(arguments: argparse.Namespace) -> dict[str, Any]:
         value = getattr(arguments, DEST + SAME_FLAG.get(path, path), None)
         section, _, key = path.rpartition(".")
         (changes.setdefault(section, {}) if section else changes)[key] = value
+    changes["calibration"] |= read_texts(changes["calibration"].pop("source"), "--calibration")
     return merge(load_recipe_settings(name) if name else {}, changes)
+
+
+def read_texts(texts: Sequence[str] | None, flag: str) -> dict[str, Any]:
+    """Read the values of a flag that names texts: one SOURCE, or NAME=SOURCE for each task.
+
+    Args:
+        texts: the values.
+        flag: for messages.
+
+    Returns:
+        The settings ``source`` and ``tasks``, either of them None.
+
+    Raises:
+        FistaPrunerError: several texts of which one has no name, or a name that is given twice.
+    """
+    texts = texts or []
+    found = [(text, re.fullmatch(r"([\w.-]+)=(.+)", text)) for text in texts]
+    named = [(match[1], match[2]) for text, match in found if match and not Path(text).exists()]
+    if not named and len(texts) <= 1:
+        return {"source": texts[0] if texts else None, "tasks": None}
+    given = " ".join(f"{flag} {text}" for text in texts)
+    if len(named) < len(texts):
+        raise FistaPrunerError(f"{given}: several texts need a name each, as in {flag} NAME=SOURCE")
+    if len(dict(named)) < len(named):
+        raise FistaPrunerError(f"{given}: one name stands twice")
+    return {"source": None, "tasks": dict(named)}
 
 
 class _RefuseOldFlag(argparse.Action):
