@@ -26,6 +26,7 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -38,7 +39,13 @@ ITSELF = ""
 
 
 class Form(ABC):
-    """Interface of a form."""
+    """Interface of a form.
+
+    Attributes:
+        names: short names of the trained tensors.
+    """
+
+    names: ClassVar[tuple[str, ...]]
 
     @abstractmethod
     def start(self, weight: Tensor, mask: Tensor, generator: torch.Generator) -> dict[str, Tensor]:
@@ -72,6 +79,8 @@ class Dense(Form):
     gives other bits on another layout.
     """
 
+    names: ClassVar = (ITSELF,)
+
     def start(self, weight: Tensor, mask: Tensor, generator: torch.Generator) -> dict[str, Tensor]:
         return {ITSELF: weight.clone()}
 
@@ -83,11 +92,16 @@ class Dense(Form):
 class Full(Form):
     """Every surviving weight, as one vector in row-major order of (m, n)."""
 
+    names: ClassVar = (ITSELF,)
+
     def start(self, weight: Tensor, mask: Tensor, generator: torch.Generator) -> dict[str, Tensor]:
         return {ITSELF: weight[mask]}
 
     def weight(self, weight: Tensor, mask: Tensor, trained: Mapping[str, Tensor]) -> Tensor:
-        return torch.zeros_like(weight).masked_scatter(mask, trained[ITSELF])
+        # Faster on a CPU than masked_scatter and its gradient.
+        places = mask.flatten().nonzero().squeeze(1)
+        flat = torch.zeros(weight.numel(), dtype=weight.dtype, device=weight.device)
+        return flat.index_copy(0, places, trained[ITSELF]).view(weight.shape)
 
 
 @dataclass(frozen=True)
@@ -99,6 +113,8 @@ class Lora(Form):
         scale: c.
     """
 
+    names: ClassVar = ("A", "B")
+
     rank: int
     scale: float
 
@@ -108,7 +124,7 @@ class Lora(Form):
         return {"A": _uniform(rank, weight, generator), "B": weight.new_zeros(m, rank)}
 
     def weight(self, weight: Tensor, mask: Tensor, trained: Mapping[str, Tensor]) -> Tensor:
-        return weight + self.scale * _product(trained) * mask
+        return torch.addcmul(weight, _product(trained), mask.to(weight.dtype), value=self.scale)
 
 
 @dataclass(frozen=True)
@@ -118,6 +134,8 @@ class Hira(Form):
     Args:
         rank: r; at most min(m, n) is used.
     """
+
+    names: ClassVar = ("A", "B")
 
     rank: int
 
@@ -138,6 +156,8 @@ class Spp(Hira):
         rank: r blocks of consecutive outputs; at most min(m, n) are used.
         scale: c.
     """
+
+    names: ClassVar = ("A", "b")
 
     scale: float
 

@@ -41,7 +41,8 @@ class MaskedParameters:
         pruned: names of the tensors whose zeros are kept.
         form: of the pruned tensors; None is :class:`~fistapruner.tuning.forms.Dense`.
         transposed: pruned names that are stored as (n, m).
-        masters: trained values by the names of :attr:`masters`; those that are not in it start anew. Copied.
+        masters: trained values by the names of :attr:`masters`, on the same device, not copied; tensors that are not in
+            it start anew.
         generator: makes the generator of a tensor's random start values from its name.
 
     Raises:
@@ -69,17 +70,19 @@ class MaskedParameters:
         self.origin: dict[str, str] = {}
         self._short: dict[str, dict[str, str]] = {}
         for name, tensor in tensors.items():
-            start = tensor.detach().float()
-            if name in self.masks:
-                started = self.form.start(self._matrix(name, start), self.masks[name], generator(name))
-            else:
-                started = {ITSELF: start.clone()}
-            self._short[name] = {short: f"{name}.{short}" if short else name for short in started}
-            for short, value in started.items():
-                key = self._short[name][short]
-                known = value if masters is None or key not in masters else masters[key].detach().to(value).clone()
-                self.masters[key] = known.requires_grad_()
+            shorts = self.form.names if name in self.masks else (ITSELF,)
+            keys = {short: f"{name}.{short}" if short else name for short in shorts}
+            start = {} if masters is None else {short: masters[key] for short, key in keys.items() if key in masters}
+            if len(start) < len(keys):
+                exact = tensor.detach().float()
+                if name in self.masks:
+                    start = self.form.start(self._matrix(name, exact), self.masks[name], generator(name))
+                else:
+                    start = {ITSELF: exact.clone()}
+            for short, key in keys.items():
+                self.masters[key] = start[short].detach().requires_grad_()
                 self.origin[key] = name
+            self._short[name] = keys
 
     def _matrix(self, name: str, tensor: Tensor) -> Tensor:
         """Turn a tensor as stored into (m, n) and back."""
@@ -125,9 +128,11 @@ class MaskedParameters:
         values = {}
         for name, exact in self.exact(masters).items():
             tensor = self._tensors[name]
-            value = rounding(name, exact.to(tensor.dtype)).to(tensor.dtype)
+            value = rounding(name, exact.to(tensor.dtype)).to(tensor.dtype).contiguous()
             if name in self.masks:
-                value = torch.where(self._matrix(name, self.masks[name]) & (value != 0), value, tensor)
+                mask, kept = self._matrix(name, self.masks[name]), value != 0
+                if not torch.equal(mask, kept):
+                    value = torch.where(mask & kept, value, tensor)
             values[name] = value
         return values
 

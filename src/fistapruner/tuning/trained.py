@@ -56,6 +56,7 @@ class Trained:
             )
         self._state: dict[str, list[dict[str, Tensor]]] = {kind: [{} for _ in model.layers] for kind in KINDS}
         self._steps = [0 for _ in model.layers]
+        self._rates: list[dict[str, float]] = [{} for _ in model.layers]
 
     def __len__(self) -> int:
         return len(self._sources)
@@ -86,16 +87,18 @@ class Trained:
         """
         if not self._sources[index]:
             return 0.0
-        parameters = self._parameters(index, layer)
+        # Copied, since the best tensors may be these.
+        masters = {name: tensor.clone() for name, tensor in self._state["trained"][index].items()}
+        parameters = self._parameters(index, layer, masters)
         sources = self._sources[index]
         found = parameters.chain({sources[name]: gradient for name, gradient in gradients.items()})
         firsts, seconds = self._state["first_moment"][index], self._state["second_moment"][index]
-        rates = self._rates(index, layer, parameters)
+        rates = self._rates[index] = self._rates[index] or self._first_rates(index, layer, parameters)
         self._steps[index] += 1
         trained, squares = {}, 0.0
         for name, master in parameters.masters.items():
             gradient = found[name]
-            squares += float(gradient.double().square().sum())
+            squares += float(torch.linalg.vector_norm(gradient, dtype=torch.float64)) ** 2
             for moments in (firsts, seconds):
                 if name not in moments:
                     moments[name] = torch.zeros_like(gradient)
@@ -166,7 +169,9 @@ class Trained:
             state[kind][owner[source]][name] = tensor.to(self.model.device, copy=True)
         self._state = state
 
-    def _parameters(self, index: int, layer: nn.Module) -> MaskedParameters:
+    def _parameters(
+        self, index: int, layer: nn.Module, masters: Mapping[str, Tensor] | None = None
+    ) -> MaskedParameters:
         """The trained parameters of a loaded layer, by checkpoint name."""
         tensors = {source: layer.get_parameter(name) for name, source in self._sources[index].items()}
         return MaskedParameters(
@@ -174,11 +179,11 @@ class Trained:
             self._pruned[index],
             self.form,
             transposed=self._transposed[index],
-            masters=self._state["trained"][index],
+            masters=self._state["trained"][index] if masters is None else masters,
             generator=lambda name: seeded(self.recipe.seed, "start", name),
         )
 
-    def _rates(self, index: int, layer: nn.Module, parameters: MaskedParameters) -> dict[str, float]:
+    def _first_rates(self, index: int, layer: nn.Module, parameters: MaskedParameters) -> dict[str, float]:
         """First learning rate of each trained tensor."""
         tensors = {source: layer.get_parameter(name) for name, source in self._sources[index].items()}
         rates = {}
