@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from .constraints import NM, Unstructured, parse_sparsity
     from .evaluation.evaluate import evaluate
     from .pipeline.measure import bench_run, evaluate_run
+    from .pipeline.merge import MergeReport, merge_adapter
     from .pipeline.prune import finish_run, prune, resume
     from .problem import LayerProblem
     from .recipes.settings import Recipe
@@ -37,6 +38,7 @@ __all__ = [
     "Evaluation",
     "FistaPrunerError",
     "LayerProblem",
+    "MergeReport",
     "Recipe",
     "Report",
     "Solution",
@@ -48,6 +50,7 @@ __all__ = [
     "finish_run",
     "hold_mask",
     "load",
+    "merge_adapter",
     "pack",
     "parse_sparsity",
     "prune",
@@ -61,6 +64,7 @@ _MODULES = {
     "constraints": ("NM", "Unstructured", "parse_sparsity"),
     "evaluation.evaluate": ("evaluate",),
     "pipeline.measure": ("bench_run", "evaluate_run"),
+    "pipeline.merge": ("MergeReport", "merge_adapter"),
     "pipeline.prune": ("finish_run", "prune", "resume"),
     "problem": ("LayerProblem",),
     "recipes.settings": ("Recipe",),

@@ -14,6 +14,7 @@ from torch import Tensor
 from ..errors import FistaPrunerError
 from ..execution.context import RunContext
 from ..models.files.checkpoint import PRUNING_RECORD, Checkpoint
+from ..models.files.record import permuted_tensors, read_pruning_record
 from ..models.files.writer import write_checkpoint
 from ..models.layerwise import LayerwiseModel
 from ..planning.plan import check_plan
@@ -166,5 +167,15 @@ def _record(report: Report, model: LayerwiseModel) -> dict[str, Any]:
         "model": report.model.source,
         "versions": report.versions,
         "operators": operators,
+        "permuted": sorted(_permuted(model.checkpoint)),
         "lineage": report.lineage.model_dump(mode="json") if report.lineage else None,
     }
+
+
+def _permuted(checkpoint: Checkpoint) -> set[str]:
+    """Name the tensors whose channels this run or one before it has reordered."""
+    try:
+        earlier = permuted_tensors(read_pruning_record(checkpoint.folder))
+    except FistaPrunerError:  # the report says so: the lineage is in the same file
+        earlier = set()
+    return earlier | set(checkpoint.orders)

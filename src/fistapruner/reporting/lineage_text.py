@@ -5,7 +5,7 @@ from __future__ import annotations
 from ..runs.records import Lineage, Stage, method_label
 from ..runtime.formatting import percent, with_error
 
-DONE = {"prune": "pruned", "recover": "recovered", "align": "aligned"}
+DONE = {"prune": "pruned", "recover": "recovered", "align": "aligned", "merge": "merged with an adapter"}
 
 
 def lineage_lines(lineage: Lineage) -> list[str]:

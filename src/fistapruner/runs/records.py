@@ -18,8 +18,10 @@ from .results import Divergence, Evaluation, Perplexity
 
 VERSION = 1
 
-Kind = Annotated[Literal["prune", "recover", "align"], BeforeValidator(lambda kind: "prune" if kind == "run" else kind)]
-"""The verb that a run belongs to. Early reports say ``run`` for ``prune``."""
+Kind = Annotated[
+    Literal["prune", "recover", "align", "merge"], BeforeValidator(lambda kind: "prune" if kind == "run" else kind)
+]
+"""The verb that a run belongs to; ``merge`` is that of an adapter. Early reports say ``run`` for ``prune``."""
 
 R = TypeVar("R", bound="Record")
 

@@ -18,6 +18,12 @@ def read_pruning_record(folder: Path) -> dict[str, Any]:
     return read_json(folder, PRUNING_RECORD) if (folder / PRUNING_RECORD).exists() else {}
 
 
+def permuted_tensors(record: Mapping[str, Any]) -> set[str]:
+    """Read the names of the tensors whose channels are in another order than in the dense model."""
+    names = record.get("permuted")
+    return {name for name in names if isinstance(name, str)} if isinstance(names, list) else set()
+
+
 def recorded_claims(
     record: Mapping[str, Any], entries: Container[str], origin: str | Path
 ) -> tuple[dict[str, dict[str, Any]], list[str]]:

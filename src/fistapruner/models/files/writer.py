@@ -44,6 +44,7 @@ def write_checkpoint(
     config_changes: Mapping[str, Any] | None = None,
     identity: str = "",
     documents: Mapping[str, str] | None = None,
+    resume: bool = True,
 ) -> dict[str, str]:
     """Write ``source`` to the folder ``out`` with some tensors replaced.
 
@@ -63,6 +64,7 @@ def write_checkpoint(
         identity: what decides the replaced tensors (a recipe's fingerprint). Shards of a killed attempt are kept only
             if they were written under the same identity, in the same shapes, from the same source.
         documents: more text files by name, such as a model card; they replace the source's.
+        resume: keep the finished shards of a killed attempt, and of this one when it fails. Otherwise nothing is left.
 
     Returns:
         SHA-256 of every weight file, by name.
@@ -72,7 +74,7 @@ def write_checkpoint(
             missing, has another shape or leaves the range of the stored dtype, or the source is damaged.
     """
     shards = _shards(source, shapes or {}, identity)
-    with checkpoint_folder(out, resume=True) as partial:
+    with checkpoint_folder(out, resume=resume) as partial:
         kept = {shard.name: shard.kept(partial) for shard in shards}
         require_space(
             partial, sum(entry.nbytes for shard in shards if kept[shard.name] is None for entry in shard.entries)

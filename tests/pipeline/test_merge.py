@@ -1,0 +1,274 @@
+"""An adapter of another library is merged into a pruned checkpoint: the zeros stay, the report says what it cost."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+
+import fistapruner as fp
+import tiny
+from fistapruner.constraints import parse_sparsity
+from fistapruner.errors import FistaPrunerError
+from fistapruner.evaluation.inspection import inspect_checkpoint
+from fistapruner.models.files.checkpoint import Checkpoint
+
+OPERATORS = {
+    "llama": ("model.layers.0.self_attn.q_proj", "model.layers.1.mlp.down_proj"),
+    "gpt2": ("transformer.h.0.attn.c_attn", "transformer.h.1.mlp.c_proj"),
+    "opt": ("model.decoder.layers.0.self_attn.q_proj", "model.decoder.layers.1.fc2"),
+}
+LORA = {"peft_type": "LORA", "r": 2, "lora_alpha": 4}
+
+
+def draw(*shape: int, seed: int) -> Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed)) * 0.3
+
+
+def pruned(
+    folder: Path, architecture: str = "llama", sparsity: str = "50%", dtype: torch.dtype = torch.bfloat16
+) -> Any:
+    """A pruned model, saved; its first operator is dense."""
+    model = tiny.build(architecture).to(dtype)
+    first = OPERATORS[architecture][0]
+    for name, module in model.named_modules():
+        kind = type(module).__name__
+        if kind in ("Linear", "Conv1D") and any(part.isdigit() for part in name.split(".")) and name != first:
+            weight = module.weight.data.T if kind == "Conv1D" else module.weight.data
+            weight *= parse_sparsity(sparsity).project(weight.float().abs())
+    model.save_pretrained(folder)
+    tiny.tokenizer().save_pretrained(folder)
+    return model
+
+
+def adapter(folder: Path, model: Any, kind: str, names: tuple[str, ...], **config: Any) -> dict[str, dict[str, Tensor]]:
+    """Save an adapter of some operators of a model; returns its tensors by operator and part."""
+    made: dict[str, dict[str, Tensor]] = {}
+    files = {}
+    for seed, name in enumerate(names):
+        weight = model.get_submodule(name).weight
+        rows, columns = weight.shape[::-1] if type(model.get_submodule(name)).__name__ == "Conv1D" else weight.shape
+        if kind == "IA3":
+            made[name] = {"l": 1 + draw(*((rows, 1) if seed == 0 else (1, columns)), seed=seed)}
+        else:
+            made[name] = {"A": draw(2, columns, seed=seed), "B": draw(rows, 2, seed=seed + 10)}
+        end = ".weight" if kind == "LORA" else ""
+        prefix = "" if kind == "IA3" else kind.lower() + "_"
+        for part, tensor in made[name].items():
+            files[f"base_model.model.{name}.{'ia3_l' if kind == 'IA3' else prefix + part}{end}"] = tensor
+    folder.mkdir()
+    save_file(files, folder / "adapter_model.safetensors")
+    basic = {"LORA": LORA, "HIRA": {"peft_type": "HIRA", "r": 2}, "IA3": {"peft_type": "IA3"}}[kind]
+    (folder / "adapter_config.json").write_text(json.dumps({**basic, **config}))
+    return made
+
+
+def expected(weight: Tensor, kind: str, parts: dict[str, Tensor]) -> Tensor:
+    """The unmasked effective weight (m, n) in fp32."""
+    weight = weight.float()
+    if kind == "IA3":
+        return weight * parts["l"]
+    return weight + 2 * parts["B"] @ parts["A"] if kind == "LORA" else weight * (1 + parts["B"] @ parts["A"])
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+@pytest.mark.parametrize("kind", ["LORA", "HIRA", "IA3"])
+@pytest.mark.parametrize("architecture", OPERATORS)
+def test_merged_weights_are_masked_and_rounded_once(
+    architecture: str, kind: str, dtype: torch.dtype, tmp_path: Path
+) -> None:
+    model = pruned(tmp_path / "model", architecture, dtype=dtype)
+    dense, sparse = OPERATORS[architecture]
+    made = adapter(tmp_path / "adapter", model, kind, (dense, sparse))
+    report = fp.merge_adapter(tmp_path / "model", tmp_path / "adapter", tmp_path / "out")
+    before, after = Checkpoint.open(tmp_path / "model"), Checkpoint.open(tmp_path / "out")
+    merged = {}
+    for name, parts in made.items():
+        stored = next(tensor for tensor in before.names() if name.endswith(tensor.removesuffix(".weight")))
+        old, new = before.read(stored), after.read(stored)
+        merged[stored] = name
+        transposed = architecture == "gpt2"
+        filled = expected(old.T if transposed else old, kind, parts)
+        filled = (filled.T if transposed else filled).to(dtype)
+        if name == sparse:
+            assert torch.equal(new == 0, old == 0)
+            assert not new[new == 0].signbit().any()
+            filled = torch.where(old == 0, 0.0, filled.float()).to(dtype)
+        assert torch.allclose(new.float(), filled.float(), rtol=0.01 if dtype == torch.bfloat16 else 1e-5, atol=1e-6)
+        assert not torch.equal(new, old)
+    bias = dense.removeprefix("transformer.") + ".bias"
+    for name in before.names():
+        if name in merged:
+            continue
+        if kind == "IA3" and name in (bias, dense + ".bias"):
+            factor = made[dense]["l"][:, 0]
+            assert torch.equal(after.read(name), (before.read(name).float() * factor).to(dtype))
+        else:
+            assert torch.equal(after.read(name), before.read(name)), name
+    by_name = {operator.name: operator for operator in report.operators}
+    assert by_name[dense].zeros == by_name[dense].masked == 0
+    found = by_name[sparse]
+    assert found.zeros == found.weights // 2
+    assert report.densification == (1.0 if kind == "LORA" else 0.0)
+    assert (0.3 < found.masked / found.change < 0.7) == (kind == "LORA")
+    assert "all kept" in str(report)
+
+
+def test_the_report_counts_what_the_mask_took(tmp_path: Path) -> None:
+    model = pruned(tmp_path / "model", dtype=torch.float32)
+    name = OPERATORS["llama"][1]
+    parts = adapter(tmp_path / "adapter", model, "LORA", (name,))[name]
+    weight = model.get_submodule(name).weight.detach()
+    parts["B"][3] = 0.0  # row 3 of the operator stays as it is: its zeros would not be filled
+    save_file(
+        {f"base_model.model.{name}.lora_{part}.weight": tensor for part, tensor in parts.items()},
+        tmp_path / "adapter" / "adapter_model.safetensors",
+    )
+    report = fp.merge_adapter(tmp_path / "model", tmp_path / "adapter", tmp_path / "out")
+    change = 2 * parts["B"] @ parts["A"]
+    zero = weight == 0
+    rest = torch.ones(len(weight), dtype=torch.bool)
+    rest[3] = False
+    assert report.densification == pytest.approx(float(zero[rest].sum() / zero.sum()))
+    assert report.masked_share == pytest.approx(float((change * zero).square().sum() / change.square().sum()), rel=1e-4)
+    assert f"fills {report.densification * 100:.3g}" in str(report)
+
+
+def test_a_survivor_that_becomes_zero_keeps_its_value(tmp_path: Path) -> None:
+    model = pruned(tmp_path / "model")
+    name = OPERATORS["llama"][1]
+    adapter(tmp_path / "adapter", model, "IA3", (name,))
+    rows = model.get_submodule(name).weight.shape[0]
+    factor = torch.ones(rows, 1)
+    factor[2] = 0.0
+    save_file({f"{name}.ia3_l": factor}, tmp_path / "adapter" / "adapter_model.safetensors")
+    report = fp.merge_adapter(tmp_path / "model", tmp_path / "adapter", tmp_path / "out")
+    old, new = (Checkpoint.open(tmp_path / folder).read(f"{name}.weight") for folder in ("model", "out"))
+    assert torch.equal(old, new)
+    assert report.operators[0].restored == int((old[2] != 0).sum()) > 0
+    assert "surviving weights that the adapter makes 0 keep their values" in str(report)
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A finished 2:4 run with reordered channels."""
+    folder = tmp_path_factory.mktemp("merge")
+    dense = tiny.save("llama", folder / "dense", num_hidden_layers=2)
+    fp.prune(
+        dense,
+        folder / "run",
+        method="wanda",
+        sparsity="2:4",
+        permutation="channels",
+        calibration={"source": "python", "samples": 2, "seqlen": 16},
+    )
+    return folder / "run"
+
+
+def test_claims_and_lineage_go_on(run: Path, tmp_path: Path) -> None:
+    import transformers
+
+    model = transformers.AutoModelForCausalLM.from_pretrained(run / "model")
+    names = tuple(f"model.layers.{index}.self_attn.{name}" for index in (0, 1) for name in ("q_proj", "k_proj"))
+    adapter(tmp_path / "adapter", model, "LORA", names)
+    report = fp.merge_adapter(run, tmp_path / "adapter", tmp_path / "out", command="the command")
+    assert len(report.operators) == 4
+    found = inspect_checkpoint(tmp_path / "out")
+    assert not found.violations
+    assert {operator.pattern for operator in found.pruned} == {"2:4"}
+    assert len(found.pruned) == 14
+    assert found.lineage is not None
+    assert [stage.kind for stage in found.lineage.stages] == ["prune", "merge"]
+    assert found.lineage.stages[1].settings["adapter"] == "adapter"
+    assert found.lineage.stages[1].command == "the command"
+    record = json.loads((run / "model" / "fistapruner.json").read_text())
+    assert json.loads((tmp_path / "out" / "fistapruner.json").read_text())["operators"] == record["operators"]
+    loaded = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    with fp.hold_mask(loaded) as held:
+        assert len(held.operators) == 14
+    assert "A pruned model with a merged adapter" in (tmp_path / "out" / "README.md").read_text()
+
+
+@pytest.mark.parametrize(
+    "name", ["mlp.down_proj", "mlp.up_proj", "mlp.gate_proj", "self_attn.v_proj", "self_attn.o_proj"]
+)
+def test_adapters_of_another_order_of_channels_are_refused(run: Path, name: str, tmp_path: Path) -> None:
+    """Both sides of reordered channels: who reads them, and who writes them."""
+    import transformers
+
+    model = transformers.AutoModelForCausalLM.from_pretrained(run / "model")
+    operator = f"model.layers.0.{name}"
+    for place, base in enumerate((None, str(run.parent / "dense"), str(run / "model"))):
+        folder = tmp_path / f"adapter{place}"
+        adapter(folder, model, "LORA", (operator,), base_model_name_or_path=base)
+        if base == str(run / "model"):  # it was trained on the pruned model itself
+            fp.merge_adapter(run, folder, tmp_path / "out")
+        else:
+            with pytest.raises(FistaPrunerError, match=rf"{operator}: its channels were reordered .* trained on"):
+                fp.merge_adapter(run, folder, tmp_path / "out")
+
+
+def test_the_order_of_channels_is_remembered_by_the_next_run(run: Path, tmp_path: Path) -> None:
+    first = json.loads((run / "model" / "fistapruner.json").read_text())["permuted"]
+    assert "model.layers.0.mlp.down_proj.weight" in first
+    assert "model.layers.0.mlp.up_proj.weight" in first
+    assert "model.layers.0.self_attn.q_proj.weight" not in first
+    calibration = {"source": "python", "samples": 2, "seqlen": 16}
+    fp.prune(run / "model", tmp_path / "again", method="magnitude", sparsity="60%", calibration=calibration)
+    assert json.loads((tmp_path / "again" / "model" / "fistapruner.json").read_text())["permuted"] == first
+
+
+@pytest.mark.parametrize(
+    ("names", "said"),
+    [
+        (("lm_head",), "changes lm_head, which is no operator of a decoder layer"),
+        (("model.embed_tokens",), "changes model.embed_tokens"),
+    ],
+)
+def test_only_operators_of_decoder_layers_are_changed(names: tuple[str, ...], said: str, tmp_path: Path) -> None:
+    model = pruned(tmp_path / "model")
+    adapter(tmp_path / "adapter", model, "LORA", names)
+    with pytest.raises(FistaPrunerError, match=said):
+        fp.merge_adapter(tmp_path / "model", tmp_path / "adapter", tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_mistakes_are_named_before_any_work(tmp_path: Path) -> None:
+    model = pruned(tmp_path / "model")
+    name = OPERATORS["llama"][1]
+    adapter(tmp_path / "adapter", model, "LORA", (name,))
+    wide = tiny.build("llama", intermediate_size=64)
+    adapter(tmp_path / "wide", wide, "LORA", (name,))
+    with pytest.raises(
+        FistaPrunerError, match=r"down_proj has A \[2, 64\], .* 32 outputs and 48 inputs: the adapter belongs"
+    ):
+        fp.merge_adapter(tmp_path / "model", tmp_path / "wide", tmp_path / "out")
+    with pytest.raises(FistaPrunerError, match=r"no adapter_config\.json"):
+        fp.merge_adapter(tmp_path / "model", tmp_path / "model", tmp_path / "out")
+    with pytest.raises(FistaPrunerError, match="exists already"):
+        fp.merge_adapter(tmp_path / "model", tmp_path / "adapter", tmp_path / "wide")
+    fp.pack(tmp_path / "model", tmp_path / "packed")
+    with pytest.raises(FistaPrunerError, match="fistapruner unpack"):
+        fp.merge_adapter(tmp_path / "packed", tmp_path / "adapter", tmp_path / "out")
+    claims = {f"{name}.weight": {"operator": name, "sparsity": "90%", "zeros": 1400, "shape": [32, 48]}}
+    (tmp_path / "model" / "fistapruner.json").write_text(json.dumps({"operators": claims}))
+    with pytest.raises(FistaPrunerError, match=r"has 768 zeros, fistapruner\.json claims 1400"):
+        fp.merge_adapter(tmp_path / "model", tmp_path / "adapter", tmp_path / "out")
+    (tmp_path / "model" / "fistapruner.json").write_text(json.dumps({"operators": {"gone": {}}}))
+    with pytest.raises(FistaPrunerError, match="has no such operator"):
+        fp.merge_adapter(tmp_path / "model", tmp_path / "adapter", tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_change_that_the_checkpoint_cannot_hold_is_refused(tmp_path: Path) -> None:
+    model = pruned(tmp_path / "model", dtype=torch.float16)
+    name = OPERATORS["llama"][1]
+    adapter(tmp_path / "adapter", model, "LORA", (name,), lora_alpha=10**8)
+    with pytest.raises(FistaPrunerError, match=r"values that torch\.float16 cannot hold"):
+        fp.merge_adapter(tmp_path / "model", tmp_path / "adapter", tmp_path / "out")
+    assert {path.name for path in tmp_path.iterdir()} == {"model", "adapter"}
