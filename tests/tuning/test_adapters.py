@@ -13,7 +13,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from fistapruner.errors import FistaPrunerError
-from fistapruner.tuning.adapters import Adapter, spp_as_hira, write_hira_adapter
+from fistapruner.tuning.adapters import Adapter, write_hira_adapter
 
 Q = "model.layers.0.self_attn.q_proj"
 LORA = {"peft_type": "LORA", "r": 2, "lora_alpha": 6, "bias": "none", "lora_dropout": 0.1, "use_dora": False}
@@ -151,14 +151,6 @@ def test_other_folders_are_refused(tmp_path: Path) -> None:
     save(tmp_path, LORA, {name: tensor.fill_(math.inf) for name, tensor in lora().items()})
     with pytest.raises(FistaPrunerError, match="NaN or infinite"):
         Adapter(tmp_path).read(Q)
-
-
-@pytest.mark.parametrize(("rows", "rank"), [(8, 2), (7, 3), (5, 5), (4, 8)])
-def test_spp_is_a_hira_change(rows: int, rank: int) -> None:
-    a, b, weight = draw(rank, 6), draw(rows, 1, seed=1), draw(rows, 6, seed=2)
-    hira_a, hira_b = spp_as_hira(a, b, 2.0)
-    repeated = torch.stack([a[i * rank // rows] for i in range(rows)])
-    assert torch.allclose(weight * (1 + hira_b @ hira_a), weight * (1 + 2.0 * repeated * b))
 
 
 def test_a_written_hira_adapter_is_read_back(tmp_path: Path) -> None:

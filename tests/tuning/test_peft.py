@@ -14,7 +14,8 @@ import fistapruner as fp
 import tiny
 from fistapruner.constraints import parse_sparsity
 from fistapruner.errors import FistaPrunerError
-from fistapruner.tuning.adapters import spp_as_hira, write_hira_adapter
+from fistapruner.tuning.adapters import write_hira_adapter
+from fistapruner.tuning.forms import Spp
 
 peft = pytest.importorskip("peft", minversion="0.21")
 pytestmark = pytest.mark.filterwarnings("ignore")
@@ -142,7 +143,8 @@ def test_an_exported_adapter_loads_in_peft_and_gives_the_same_logits(
         rank = 3 if place == 1 else 4
         a, b = torch.randn(rank, columns, generator=generator), torch.randn(rows, 1, generator=generator) * 0.2
         if form == "spp":
-            operators[name] = spp_as_hira(a, b, 2.0)
+            hira = Spp(rank, 2.0).as_hira({"A": a, "b": b})
+            operators[name] = hira["A"], hira["B"]
         else:
             operators[name] = a, torch.randn(rows, rank, generator=generator) * 0.1
     for name, parameter in model.named_parameters():

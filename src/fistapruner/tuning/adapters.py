@@ -236,26 +236,6 @@ class Adapter:
             )
 
 
-def spp_as_hira(a: Tensor, b: Tensor, scale: float) -> tuple[Tensor, Tensor]:
-    """Write an SPP change ``W⊙(1 + c·rep(A)⊙b)`` as the HiRA change ``W⊙(1 + B A)`` that it is.
-
-    Row i belongs to block ``q(i) = ⌊i·r/m⌋``; ``B`` is ``c·b_i`` there and 0 elsewhere (arXiv 2405.16057).
-
-    Args:
-        a: (r, n).
-        b: (m, 1).
-        scale: c.
-
-    Returns:
-        ``A`` (r, n) and ``B`` (m, r).
-    """
-    rows, rank = len(b), len(a)
-    blocks = torch.arange(rows, device=b.device) * rank // rows
-    spread = b.new_zeros(rows, rank)
-    spread[torch.arange(rows, device=b.device), blocks] = scale * b.reshape(-1)
-    return a, spread
-
-
 def write_hira_adapter(
     folder: str | Path,
     base: str | Path,
@@ -270,8 +250,8 @@ def write_hira_adapter(
         folder: folder to make; it must not exist.
         base: the pruned checkpoint that the adapter belongs to, written into its config.
         operators: ``A`` (r, n) and ``B`` (m, r) by the operator's name in the model, such as
-            ``model.layers.0.mlp.up_proj``; see :func:`spp_as_hira` for SPP. All are written with the highest rank,
-            filled up with zeros: peft 0.21 ignores the ``rank_pattern`` of HiRA.
+            ``model.layers.0.mlp.up_proj``; for SPP see :meth:`.forms.Spp.as_hira`. All are written with the highest
+            rank, filled up with zeros: peft 0.21 ignores the ``rank_pattern`` of HiRA.
         whole: trained parameters of other modules (norms) by name, such as ``model.norm.weight``. PEFT replaces
             whole modules (``modules_to_save``), so all parameters of a module must be there.
         transposed: the model stores weights as (inputs, outputs), as GPT-2 does.
