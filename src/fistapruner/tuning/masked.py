@@ -109,26 +109,31 @@ class MaskedParameters:
                 values[name] = trained[ITSELF]
         return values
 
-    def values(self) -> dict[str, Tensor]:
-        """Return the tensors as the forward pass uses them: masked, in its dtype, differentiable."""
-        return {name: value.to(self._tensors[name].dtype) for name, value in self.exact().items()}
+    def values(self, masters: Mapping[str, Tensor] | None = None) -> dict[str, Tensor]:
+        """Return the tensors as the forward pass uses them: masked, in its dtype, differentiable.
+
+        Args:
+            masters: values in place of :attr:`masters`, by the same names.
+        """
+        return {name: value.to(self._tensors[name].dtype) for name, value in self.exact(masters).items()}
+
+    def starts(self) -> Mapping[str, Tensor]:
+        """Return the tensors that training starts from, by name."""
+        return self._tensors
 
     @torch.no_grad()
-    def rounded(
-        self, rounding: Rounding = lambda name, value: value, masters: Mapping[str, Tensor] | None = None
-    ) -> dict[str, Tensor]:
+    def rounded(self, rounding: Rounding = lambda name, value: value) -> dict[str, Tensor]:
         """Return the tensors rounded as they will be stored, in the dtype of the forward pass.
 
         A surviving weight that rounds to zero keeps its start value, so the mask stays what it was.
 
         Args:
             rounding: precision of the checkpoint, where that is lower than the tensors' own.
-            masters: values in place of :attr:`masters`, by the same names.
         """
         values = {}
-        for name, exact in self.exact(masters).items():
+        for name, exact in self.exact().items():
             tensor = self._tensors[name]
-            value = rounding(name, exact.to(tensor.dtype)).to(tensor.dtype).contiguous()
+            value = rounding(name, exact.detach().to(tensor.dtype)).to(tensor.dtype).contiguous()
             if name in self.masks:
                 mask, kept = self._matrix(name, self.masks[name]), value != 0
                 if not torch.equal(mask, kept):

@@ -21,6 +21,8 @@ from .adamw import adamw_step
 from .forms import first_rate, form_of
 from .masked import MaskedParameters, root_mean_square
 
+CPU = torch.device("cpu")
+
 KINDS = ("trained", "first_moment", "second_moment", "best")
 """What is kept of each trained tensor: its value, AdamW's moments, its value at the best step."""
 
@@ -70,7 +72,10 @@ class Trained:
             index: number of the layer.
             layer: the loaded layer of the input checkpoint.
         """
-        values = self._parameters(index, layer).rounded(self.model.rounded)
+        return self.inside(index, self.parameters(index, layer).rounded(self.model.rounded))
+
+    def inside(self, index: int, values: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Rename tensors of a layer from names in the checkpoint to names inside the layer."""
         return {name: values[source] for name, source in self._sources[index].items()}
 
     def update(self, index: int, layer: nn.Module, gradients: Mapping[str, Tensor], factor: float) -> float:
@@ -89,11 +94,11 @@ class Trained:
             return 0.0
         # Copied, since the best tensors may be these.
         masters = {name: tensor.clone() for name, tensor in self._state["trained"][index].items()}
-        parameters = self._parameters(index, layer, masters)
+        parameters = self.parameters(index, layer, masters)
         sources = self._sources[index]
         found = parameters.chain({sources[name]: gradient for name, gradient in gradients.items()})
         firsts, seconds = self._state["first_moment"][index], self._state["second_moment"][index]
-        rates = self._rates[index] = self._rates[index] or self._first_rates(index, layer, parameters)
+        rates = self.rates(index, parameters)
         self._steps[index] += 1
         trained, squares = {}, 0.0
         for name, master in parameters.masters.items():
@@ -110,10 +115,10 @@ class Trained:
                 self._steps[index],
                 rates[name] * factor,
                 self.recipe.betas,
-                self.recipe.decay if parameters.origin[name] in self._pruned[index] else 0.0,
+                self.decay(index, parameters.origin[name]),
             )
             trained[name] = master.detach()
-        self._state["trained"][index] = trained
+        self.replace(index, trained)
         return squares
 
     def result(self, index: int, layer: nn.Module) -> dict[str, Tensor]:
@@ -124,7 +129,7 @@ class Trained:
         if not self._state["trained"][index]:
             return {}
         found = {}
-        for source, value in self._parameters(index, layer).rounded(self.model.rounded).items():
+        for source, value in self.parameters(index, layer).rounded(self.model.rounded).items():
             before = self.model.checkpoint.read(source)
             after = self.model.result(source, value).to(before.dtype)
             if source in self._pruned[index]:
@@ -133,6 +138,42 @@ class Trained:
             if not torch.equal(after, before):
                 found[source] = after
         return found
+
+    def parameters(self, index: int, layer: nn.Module, masters: Mapping[str, Tensor] | None = None) -> MaskedParameters:
+        """Return the masked parameters of a loaded layer, by names in the checkpoint.
+
+        Args:
+            index: number of the layer.
+            layer: the loaded layer of the input checkpoint.
+            masters: trained tensors in place of the present ones.
+        """
+        return MaskedParameters(
+            {source: layer.get_parameter(name) for name, source in self._sources[index].items()},
+            self._pruned[index],
+            self.form,
+            transposed=self._transposed[index],
+            masters=self._state["trained"][index] if masters is None else masters,
+            generator=lambda name: seeded(self.recipe.seed, "start", name),
+        )
+
+    def rates(self, index: int, parameters: MaskedParameters) -> dict[str, float]:
+        """Return the first learning rate of each trained tensor of a layer; computed once."""
+        rates, starts = self._rates[index], parameters.starts()
+        for name, source in parameters.origin.items() if not rates else ():
+            if name == source:  # a weight or vector itself
+                rates[name] = first_rate(self.recipe, None, self.model.width, root_mean_square(starts[source].float()))
+            else:
+                n = parameters.masks[source].shape[1]
+                rates[name] = first_rate(self.recipe, n, self.model.width, (3 * n) ** -0.5)
+        return rates
+
+    def decay(self, index: int, source: str) -> float:
+        """Return the weight decay of the trained tensors of a tensor: none for vectors."""
+        return self.recipe.decay if source in self._pruned[index] else 0.0
+
+    def replace(self, index: int, trained: Mapping[str, Tensor]) -> None:
+        """Set the trained tensors of a layer, which are not copied."""
+        self._state["trained"][index] = dict(trained)
 
     def keep(self) -> None:
         """Remember the trained tensors as the best so far."""
@@ -169,34 +210,6 @@ class Trained:
             state[kind][owner[source]][name] = tensor.to(self.model.device, copy=True)
         self._state = state
 
-    def _parameters(
-        self, index: int, layer: nn.Module, masters: Mapping[str, Tensor] | None = None
-    ) -> MaskedParameters:
-        """The trained parameters of a loaded layer, by checkpoint name."""
-        tensors = {source: layer.get_parameter(name) for name, source in self._sources[index].items()}
-        return MaskedParameters(
-            tensors,
-            self._pruned[index],
-            self.form,
-            transposed=self._transposed[index],
-            masters=self._state["trained"][index] if masters is None else masters,
-            generator=lambda name: seeded(self.recipe.seed, "start", name),
-        )
-
-    def _first_rates(self, index: int, layer: nn.Module, parameters: MaskedParameters) -> dict[str, float]:
-        """First learning rate of each trained tensor."""
-        tensors = {source: layer.get_parameter(name) for name, source in self._sources[index].items()}
-        rates = {}
-        for name in parameters.masters:
-            source = parameters.origin[name]
-            if name == source:  # a weight or vector itself
-                columns, rms = None, root_mean_square(tensors[source].float())
-            else:
-                columns = parameters.masks[source].shape[1]
-                rms = (3 * columns) ** -0.5
-            rates[name] = first_rate(self.recipe, columns, self.model.width, rms)
-        return rates
-
 
 def vectors(layer: nn.Module, also: tuple[str, ...]) -> set[str]:
     """Return the names of a decoder layer's vectors: biases of linear operators, and others, called norms.
@@ -210,7 +223,7 @@ def vectors(layer: nn.Module, also: tuple[str, ...]) -> set[str]:
     return {name for name in found if ("biases" if name in biases else "norms") in also}
 
 
-def seeded(seed: int, *purpose: str | int) -> torch.Generator:
-    """Make a generator (of the CPU) from a seed and the purpose of its numbers."""
+def seeded(seed: int, *purpose: str | int, device: torch.device = CPU) -> torch.Generator:
+    """Make a generator from a seed and the purpose of its numbers."""
     digest = hashlib.sha256("\0".join(map(str, (seed, *purpose))).encode()).digest()
-    return torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") % 2**63)
+    return torch.Generator(device).manual_seed(int.from_bytes(digest[:8], "little") % 2**63)
