@@ -20,7 +20,7 @@ from fistapruner.recipes.recover_settings import TrainingData
 
 CHAT = (
     "{% for message in messages %}{% if message.role == 'tool' %}{{ raise_exception('no tools') }}{% endif %}"
-    "{{ message.role[0] }}\n{{ message.content }}</s>{% endfor %}{% if add_generation_prompt %}a\n{% endif %}"
+    "{{ message.role[0] }}\n{{ message.content }}</s>\n{% endfor %}{% if add_generation_prompt %}a\n{% endif %}"
 )
 FORGETFUL = "{{ messages[-1].role[0] }}\n{{ messages[-1].content }}</s>"
 
@@ -43,11 +43,11 @@ def pieces(tokenizer: Any, ids: list[int], marks: list[bool], carries: bool) -> 
 
 @pytest.mark.parametrize("bos", [False, True])
 def test_completions_carry_loss_and_prompts_do_not(bos: bool) -> None:
-    tokenizer = letters_tokenizer(bos)
-    ids, marks = Example("prompt", ("abc", "xyz"), "here").encode(tokenizer)
+    tokenizer, start = letters_tokenizer(bos), [1] if bos else []
+    ids, marks = Example("prompt", ("abc", "xyz"), "here").encode(tokenizer, start)
     assert pieces(tokenizer, ids, marks, True) == "xyz</s>"
     assert pieces(tokenizer, ids, marks, False) == "<s>" * bos + "abc"
-    ids, marks = Example("prompt", ("", "xyz"), "here").encode(tokenizer)
+    ids, marks = Example("prompt", ("", "xyz"), "here").encode(tokenizer, start)
     assert text_of(tokenizer, torch.tensor(ids)) == "<s>" * bos + "xyz</s>"
     assert marks == [False, True, True, True] + [True] * bos  # nothing comes before the first token
 
@@ -64,11 +64,11 @@ def test_turns_of_the_assistant_carry_loss() -> None:
     )
     ids, marks = Example("messages", content, "here").encode(tokenizer)
     assert pieces(tokenizer, ids, marks, True) == "xx</s>yy</s>"
-    assert pieces(tokenizer, ids, marks, False) == "s\npp</s>u\nqq</s>a\nu\nrr</s>a\n"
+    assert pieces(tokenizer, ids, marks, False) == "s\npp</s>\nu\nqq</s>\na\n\nu\nrr</s>\na\n"
     whole = tokenizer.apply_chat_template(
         [{"role": role, "content": text} for role, text in content[:5]], tokenize=False
     )
-    assert ids == tokenizer(whole, add_special_tokens=False)["input_ids"]
+    assert ids == tokenizer(whole.removesuffix("\n"), add_special_tokens=False)["input_ids"]
 
 
 ANSWERS = st.tuples(st.text(LETTERS, max_size=12), st.text(LETTERS, min_size=1, max_size=12))
@@ -80,8 +80,9 @@ def test_examples_are_packed_whole(answers: list[tuple[str, str]], seqlen: int, 
     tokenizer = letters_tokenizer(bos)
     examples = [Example("prompt", answer, "here") for answer in answers]
     packed = pack_examples(examples, tokenizer, seqlen, windows)
+    start = [1] if bos else []
     assert len(packed.windows) <= windows
-    whole = [example.encode(tokenizer) for example in examples[: packed.documents]]
+    whole = [example.encode(tokenizer, start) for example in examples[: packed.documents]]
     fitting = [example for example in whole if len(example[0]) <= seqlen]
     assert packed.too_long == len(whole) - len(fitting)
     assert packed.filled == sum(len(ids) for ids, _ in fitting)
@@ -99,7 +100,7 @@ def test_examples_are_packed_whole(answers: list[tuple[str, str]], seqlen: int, 
     assert sorted(found) == sorted(fitting)
     # First fit: no window but the first could have taken what another begins with.
     if packed.documents < len(examples):
-        ids, _ = examples[packed.documents].encode(tokenizer)
+        ids, _ = examples[packed.documents].encode(tokenizer, start)
         assert len(packed.windows) == windows
         used = [max((place for place, mark in enumerate(marks) if mark), default=-1) + 1 for marks in packed.marks]
         assert all(seqlen - length < len(ids) for length in used)

@@ -16,6 +16,7 @@ from fistapruner import FistaPrunerError
 from fistapruner.calibration import calibration_tokens
 from fistapruner.calibration.mixtures import Mixture
 from fistapruner.calibration.training_text import TrainingText, order, shared_documents, training_text
+from fistapruner.evaluation.data import evaluation_documents
 from fistapruner.recipes.loading import merge
 from fistapruner.recipes.recover_settings import TrainingData
 from fistapruner.recipes.settings import Calibration, Recipe
@@ -127,18 +128,19 @@ def test_too_few_windows_are_refused_before_text_is_generated(tmp_path: Path) ->
 
 def test_shared_documents_are_named(tmp_path: Path) -> None:
     sources = texts(tmp_path, {"a": 100, "b": 3})
-    data = TrainingData(source=sources["a"], tokens=10**5)
-    text = training_text(data, letters_tokenizer(), 32)
-    other = Path(sources["b"]).read_text().splitlines()
-    documents = [line[10:-2] for line in Path(sources["a"]).read_text().splitlines()]
+    text = training_text(TrainingData(source=sources["a"], tokens=10**5), letters_tokenizer(), 32)
+    other, documents = evaluation_documents(sources["b"]), evaluation_documents(sources["a"])
     assert shared_documents(text, other, "b.jsonl") is None
     said = shared_documents(text, [*other, *documents[:7]], "b.jsonl")
     assert said is not None
     assert said.startswith("7 of the 10 documents of the evaluation text 'b.jsonl' are also in the training text (")
     assert documents[0] in said
     (tmp_path / "c.txt").write_text("\n\n".join(documents))
-    whole = training_text(TrainingData(source=str(tmp_path / "c.txt"), tokens=64), letters_tokenizer(), 32)
-    assert shared_documents(whole, ["\n\n".join(documents)], "c.txt") is not None
+    source = str(tmp_path / "c.txt")
+    whole = training_text(TrainingData(source=source, tokens=64), letters_tokenizer(), 32)
+    assert shared_documents(whole, evaluation_documents(source), "c.txt") is not None
+    python = training_text(TrainingData(source="python", tokens=256), letters_tokenizer(), 32)
+    assert shared_documents(python, evaluation_documents("python"), "python") is None
 
 
 def test_absent_hashes_share_nothing() -> None:

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import FistaPrunerError
-from .text import adds_bos, read_lines
+from .text import read_lines
 
 KINDS = {"text": "text", "prompt": "prompt and completion", "messages": "messages"}
 """Kinds of lines, and how they are called in messages."""
@@ -38,20 +38,23 @@ class Example:
         """The content as one string: equal examples have equal strings."""
         return json.dumps([self.kind, self.content])
 
-    def encode(self, tokenizer: Any) -> tuple[list[int], list[bool]]:
+    def encode(self, tokenizer: Any, bos: Sequence[int] = ()) -> tuple[list[int], list[bool]]:
         """Tokenise the example; return token ids and which of them carry loss.
+
+        Args:
+            tokenizer: a ``transformers`` tokenizer.
+            bos: what begins a prompt; a chat template writes its own.
 
         Raises:
             FistaPrunerError: the tokenizer has no chat template, or the template refuses the messages.
         """
         if self.kind == "prompt":
             prompt, completion = self.content
-            ids = [tokenizer.bos_token_id] if adds_bos(tokenizer) else []
-            ids, marks = _encode(((prompt, False), (completion, True)), tokenizer, ids, self.where)
+            ids, marks = _encode(((prompt, False), (completion, True)), tokenizer, bos, self.where)
             if tokenizer.eos_token_id is not None:
                 ids, marks = [*ids, tokenizer.eos_token_id], [*marks, True]
         else:
-            ids, marks = _encode(_turns(self.content, tokenizer, self.where), tokenizer, [], self.where)
+            ids, marks = _encode(_turns(self.content, tokenizer, self.where), tokenizer, (), self.where)
         # The first token has nothing before it in its own example.
         return ids, [False, *marks[1:]]
 
@@ -145,19 +148,24 @@ def _turns(content: Sequence[tuple[str, str]], tokenizer: Any, where: str) -> li
         if message["role"] != "assistant":
             continue
         whole = written(number + 1)
-        before = next((text for text in (written(number, True), written(number)) if whole.startswith(text)), None)
+        before = next((text for prompt in (True, False) if whole.startswith(text := written(number, prompt))), None)
         if before is None or not before.startswith(done):
             raise FistaPrunerError(
                 f"{where}: the tokenizer's chat template changes earlier messages at message {number + 1}, so that it "
                 "cannot be told what the assistant says: write prompt and completion instead"
             )
-        pieces += [(before[len(done) :], False), (whole[len(before) :], True)]
-        done = whole
+        answer = whole[len(before) :]
+        # What a template writes behind the end of a turn, such as a line break, is not said by the assistant.
+        said, end, rest = answer.rpartition(tokenizer.eos_token or "\0")
+        if end and not rest.strip():
+            answer = said + end
+        pieces += [(before[len(done) :], False), (answer, True)]
+        done = before + answer
     return pieces
 
 
 def _encode(
-    pieces: Sequence[tuple[str, bool]], tokenizer: Any, start: list[int], where: str
+    pieces: Sequence[tuple[str, bool]], tokenizer: Any, start: Sequence[int], where: str
 ) -> tuple[list[int], list[bool]]:
     """Tokenise pieces of one text, so that no token reaches from one piece into the next.
 
@@ -172,15 +180,17 @@ def _encode(
     marks: list[bool] = []
     for piece, carries in pieces:
         text += piece
-        try:
-            whole, alone = (
-                list(tokenizer(part, add_special_tokens=False, return_attention_mask=False, verbose=False)["input_ids"])
-                for part in (text, piece)
-            )
-        except Exception as error:  # tokenizers have their own exceptions
-            reason = " ".join(str(error).split())[:200]
-            raise FistaPrunerError(f"{where}: the tokenizer cannot read the text: {reason}") from None
-        added = whole[len(ids) :] if whole[: len(ids)] == ids else alone
+        whole = _tokens(text, tokenizer, where)
+        added = whole[len(ids) :] if whole[: len(ids)] == ids else _tokens(piece, tokenizer, where)
         ids += added
         marks += [carries] * len(added)
-    return start + ids, [False] * len(start) + marks
+    return [*start, *ids], [False] * len(start) + marks
+
+
+def _tokens(text: str, tokenizer: Any, where: str) -> list[int]:
+    """Tokenise a text without special tokens; ``where`` names it in messages."""
+    try:
+        return list(tokenizer(text, add_special_tokens=False, return_attention_mask=False, verbose=False)["input_ids"])
+    except Exception as error:  # tokenizers have their own exceptions
+        reason = " ".join(str(error).split())[:200]
+        raise FistaPrunerError(f"{where}: the tokenizer cannot read the text: {reason}") from None

@@ -45,7 +45,7 @@ def pack_documents(documents: Sequence[str], tokenizer: Any, seqlen: int, window
         windows: at most; None cuts all.
         source: name of the text, for messages.
     """
-    bos = [tokenizer.bos_token_id] if adds_bos(tokenizer) else []
+    bos = _bos(tokenizer)
     room = seqlen - len(bos)
     stream: list[int] = []
     read = tokens = first = 0
@@ -75,27 +75,31 @@ def pack_examples(examples: Sequence[Example], tokenizer: Any, seqlen: int, wind
     """
     packed: list[list[int]] = []
     marked: list[list[bool]] = []
+    rooms: list[int] = []
     read = tokens = first = too_long = 0
+    bos = _bos(tokenizer)
     for example in examples:
-        ids, marks = example.encode(tokenizer)
+        ids, marks = example.encode(tokenizer, bos)
         if len(ids) > seqlen:
             read, too_long, tokens = read + 1, too_long + 1, tokens + len(ids)
             continue
-        place = next((place for place, held in enumerate(packed) if len(held) + len(ids) <= seqlen), len(packed))
+        place = next((place for place, room in enumerate(rooms) if room >= len(ids)), len(rooms))
         if place == len(packed):
             if place == windows:
                 break
             packed.append([])
             marked.append([])
+            rooms.append(seqlen)
         packed[place] += ids
         marked[place] += marks
+        rooms[place] -= len(ids)
         read, tokens = read + 1, tokens + len(ids)
         first = first or read
     padding = next((token for token in (tokenizer.pad_token_id, tokenizer.eos_token_id) if token is not None), 0)
     filled = sum(map(len, packed))
-    for window, its_marks in zip(packed, marked, strict=True):
-        its_marks.extend([False] * (seqlen - len(window)))
-        window.extend([padding] * (seqlen - len(window)))
+    for window, its_marks, room in zip(packed, marked, rooms, strict=True):
+        its_marks.extend([False] * room)
+        window.extend([padding] * room)
     return Packed(packed, marked, read, first or read, tokens, filled, too_long)
 
 
@@ -113,6 +117,11 @@ def passages(text: str, characters: int) -> list[str]:
         parts.append(text[start:end].rstrip())
         start = end
     return [part for part in parts if part]
+
+
+def _bos(tokenizer: Any) -> list[int]:
+    """Return what begins a text by the tokenizer's own settings."""
+    return [tokenizer.bos_token_id] if adds_bos(tokenizer) else []
 
 
 def _joint(tokenizer: Any) -> list[int]:

@@ -21,7 +21,7 @@ from .examples import Example, read_training_file
 from .mixtures import Mixture, shuffled
 from .packing import PURPOSE, Packed, pack_documents, pack_examples, passages
 from .self_generated import generate_tokens
-from .windows import GENERATED, SELF, check_source, source_documents, tenths, tokens_sha256
+from .windows import GENERATED, SELF, check_source, describe_tasks, source_documents, tenths, tokens_sha256
 
 MAX_HELD_OUT_WINDOWS = 16
 """Held-out windows of all tasks: more would take time at every check and hardly change the choice."""
@@ -43,9 +43,8 @@ class TrainingText:
         held_out: (windows,) bool: windows for validation only.
         task: (windows,) int64 index into ``tasks``.
         tasks: names of the texts; the source where there is one.
-        facts: ``seed``, ``sha256`` of the tokens, and for each of ``tasks`` its source, how windows were made,
-            documents, duplicates, examples that are too long, and the windows, documents, tokens and tokens with loss
-            of either side.
+        facts: ``how`` windows were made, ``documents`` read, ``seed``, ``sha256`` of the tokens, and ``tasks``, for
+            each the same and the windows, documents, tokens and tokens with loss of either side.
         documents: hashes of the documents read, for :func:`shared_documents`; not stored.
     """
 
@@ -163,14 +162,20 @@ def training_text(
     sides = [tasks[number].held_out if held_out else tasks[number].trained for number, held_out in parts]
     counts = torch.tensor([len(side.tokens) for side in sides])
     tokens = torch.cat([side.tokens for side in sides])
-    facts = {name: tasks[number].facts for number, name in enumerate(named)}
+    about = {name: tasks[number].facts for number, name in enumerate(named)}
     return TrainingText(
         tokens=tokens,
         marks=torch.cat([side.marks for side in sides]),
         held_out=torch.tensor([held_out for _, held_out in parts]).repeat_interleave(counts),
         task=torch.tensor([number for number, _ in parts]).repeat_interleave(counts),
         tasks=tuple(named),
-        facts={"seed": data.seed, "sha256": tokens_sha256(tokens), "tasks": facts},
+        facts={
+            "how": describe_tasks(about) if data.tasks else about[str(data.source)]["how"],
+            "documents": sum(task["documents"] or 0 for task in about.values()) or None,
+            "seed": data.seed,
+            "sha256": tokens_sha256(tokens),
+            "tasks": about,
+        },
         documents=frozenset().union(*(task.hashes for task in tasks.values())),
     )
 
@@ -355,4 +360,5 @@ def _generated(
 
 
 def _both(trained: _Side, held_out: _Side) -> dict[str, Any]:
-    return {"trained": trained.facts(), "held_out": held_out.facts()}
+    samples = len(trained.tokens) + len(held_out.tokens)
+    return {"samples": samples, "trained": trained.facts(), "held_out": held_out.facts()}

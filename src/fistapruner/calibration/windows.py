@@ -72,7 +72,7 @@ def calibration_tokens(
         tasks[name] = {"source": source, "how": how, "documents": documents, "samples": samples}
     facts = {
         "source": settings.name,
-        "how": _said(tasks) if settings.tasks else tasks[settings.name]["how"],
+        "how": describe_tasks(tasks) if settings.tasks else tasks[settings.name]["how"],
         "documents": sum(task["documents"] or 0 for task in tasks.values()) or None,
         "seed": settings.seed,
         "sha256": tokens_sha256(tokens),
@@ -101,7 +101,7 @@ def _draw_source(
     return tokens, GENERATED, None
 
 
-def _said(tasks: Mapping[str, Mapping[str, Any]]) -> str:
+def describe_tasks(tasks: Mapping[str, Mapping[str, Any]]) -> str:
     """Say of which texts a mixture is made."""
     return "; ".join(
         f"{name}: {task['samples']} windows of {Path(task['source']).name}, {task['how']}"

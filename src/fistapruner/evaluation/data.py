@@ -110,14 +110,21 @@ def cut_windows(
 
 def read_text(data: str) -> tuple[str, str, int | None]:
     """Read the joined text of a data set or file, its split, and the most windows the protocol takes."""
-    if data in DATA_SETS and not Path(data).is_file():
-        split = DATA_SETS[data].held_out
-        (text,) = load_documents(data, held_out=True)
-        return text, split.name, split.windows
-    if data == PYTHON and not Path(data).is_file():
-        return "\n\n".join(python_documents(PYTHON_EVAL)), "held out", None
-    if not Path(data).is_file():
-        raise FistaPrunerError(
-            f"data {data!r} is neither a file nor a known data set ({', '.join([*DATA_SETS, PYTHON])})"
-        )
-    return "\n\n".join(read_documents(data)), "file", None
+    known = DATA_SETS.get(data) if not Path(data).is_file() else None
+    split = known.held_out.name if known else "file" if Path(data).is_file() else "held out"
+    return "\n\n".join(evaluation_documents(data)), split, known.held_out.windows if known else None
+
+
+def evaluation_documents(data: str) -> list[str]:
+    """Read the documents of a data set or file for evaluation; a data set with a protocol is one document.
+
+    Raises:
+        FistaPrunerError: no such data, or it cannot be read.
+    """
+    if Path(data).is_file():
+        return read_documents(data)
+    if data in DATA_SETS:
+        return load_documents(data, held_out=True)
+    if data == PYTHON:
+        return python_documents(PYTHON_EVAL)
+    raise FistaPrunerError(f"data {data!r} is neither a file nor a known data set ({', '.join([*DATA_SETS, PYTHON])})")
