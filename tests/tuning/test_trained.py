@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 import tiny
+from fistapruner.errors import FistaPrunerError
 from fistapruner.models.discovery import Layout, discover
 from fistapruner.models.files.checkpoint import Checkpoint
 from fistapruner.models.layerwise import LayerwiseModel
@@ -150,6 +151,57 @@ def test_going_back_restores_the_best_and_begins_anew(tmp_path: Path, form: str)
     trained.restore()
     assert all(torch.equal(value, kept[name]) for name, value in live(trained).items())
     assert not any(name.startswith("first_moment") for name in trained.tensors())
+
+
+@pytest.mark.parametrize("form", ["full", "lora"])
+def test_files_in_place_of_memory_change_no_bit(tmp_path: Path, form: str) -> None:
+    model, layout = opened(pruned("gpt2", tmp_path / "model"))
+    in_memory = Trained(model, layout, recipe(parameters=form))
+    (tmp_path / "states").mkdir()
+    (tmp_path / "states" / "trained-0000.safetensors").write_text("of a killed process")
+    in_files = Trained(model, layout, recipe(parameters=form), tmp_path / "states")
+
+    def same() -> None:
+        there, here = in_files.tensors(), in_memory.tensors()
+        assert there.keys() == here.keys()
+        assert all(torch.equal(tensor, there[name]) for name, tensor in here.items())
+
+    same()
+    for trained in (in_memory, in_files):
+        step(trained, 0)
+        trained.keep()
+        step(trained, 1)
+        trained.write_snapshot(tmp_path / "snapshot.safetensors")
+        step(trained, 2)
+    same()
+    for trained in (in_memory, in_files):
+        trained.restore()
+    same()
+    for trained in (in_memory, in_files):
+        step(trained, 3)
+    same()
+    assert written(in_files).keys() == written(in_memory).keys()
+    for trained in (in_memory, in_files):
+        trained.read_snapshot(tmp_path / "snapshot.safetensors")
+    same()
+    fresh = Trained(model, layout, recipe(parameters=form), tmp_path / "states")
+    for seed in (0, 1):
+        step(fresh, seed)
+    for name, tensor in fresh.tensors().items():
+        assert torch.equal(tensor, in_memory.tensors()[name])
+    assert {name for name in in_memory.tensors() if name not in fresh.tensors()} == {
+        name for name in in_memory.tensors() if name.startswith("best/")
+    }
+
+
+def test_a_snapshot_of_other_tensors_is_refused(tmp_path: Path) -> None:
+    model, layout = opened(pruned("llama", tmp_path / "model"))
+    trained = Trained(model, layout, recipe(parameters="lora"))
+    step(trained, 0)
+    snapshot = tmp_path / "snapshot.safetensors"
+    trained.write_snapshot(snapshot)
+    with pytest.raises(FistaPrunerError, match=r"snapshot's tensor 'trained/.*q_proj.weight.A' is not trained"):
+        Trained(model, layout, recipe(parameters="norms")).read_snapshot(snapshot)
 
 
 @pytest.mark.parametrize("also", [(), ("norms",), ("biases",)])

@@ -9,22 +9,29 @@ matter.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
+from ..errors import FistaPrunerError
 from ..models.discovery import Layout, linear_modules
+from ..models.files.safetensors import SafetensorsFile, SafetensorsWriter, TensorEntry
 from ..models.layerwise import LayerwiseModel
 from ..recipes.recover_settings import RecoverRecipe
 from .adamw import adamw_step
 from .forms import first_rate, form_of
 from .masked import MaskedParameters, root_mean_square
+from .states import FileStates, MemoryStates
 
 CPU = torch.device("cpu")
 
 KINDS = ("trained", "first_moment", "second_moment", "best")
 """What is kept of each trained tensor: its value, AdamW's moments, its value at the best step."""
+
+STEPS = "steps"
+"""Name of the numbers of steps since the moments of each layer were zero."""
 
 
 class Trained:
@@ -34,9 +41,13 @@ class Trained:
         model: the pruned model.
         layout: operators to train, all of them with zeros; other operators stay as they are.
         recipe: form, optimizer, rates, seed.
+        folder: keeps everything in files there, and one layer at a time in memory; None keeps it in memory. The bits
+            are the same.
     """
 
-    def __init__(self, model: LayerwiseModel, layout: Layout, recipe: RecoverRecipe) -> None:
+    def __init__(
+        self, model: LayerwiseModel, layout: Layout, recipe: RecoverRecipe, folder: Path | None = None
+    ) -> None:
         self.model = model
         self.recipe = recipe
         self.form = form_of(recipe)
@@ -56,7 +67,7 @@ class Trained:
             self._transposed.append(
                 {sources[f"{operator.name}.weight"] for operator in operators if operator.transposed}
             )
-        self._state: dict[str, list[dict[str, Tensor]]] = {kind: [{} for _ in model.layers] for kind in KINDS}
+        self._states = MemoryStates() if folder is None else FileStates(folder, model.device)
         self._steps = [0 for _ in model.layers]
         self._rates: list[dict[str, float]] = [{} for _ in model.layers]
 
@@ -93,11 +104,11 @@ class Trained:
         if not self._sources[index]:
             return 0.0
         # Copied, since the best tensors may be these.
-        masters = {name: tensor.clone() for name, tensor in self._state["trained"][index].items()}
+        masters = {name: tensor.clone() for name, tensor in self._states.get("trained", index).items()}
         parameters = self.parameters(index, layer, masters)
         sources = self._sources[index]
         found = parameters.chain({sources[name]: gradient for name, gradient in gradients.items()})
-        firsts, seconds = self._state["first_moment"][index], self._state["second_moment"][index]
+        firsts, seconds = self._states.get("first_moment", index), self._states.get("second_moment", index)
         rates = self.rates(index, parameters)
         self._steps[index] += 1
         trained, squares = {}, 0.0
@@ -119,6 +130,8 @@ class Trained:
             )
             trained[name] = master.detach()
         self.replace(index, trained)
+        self._states.put("first_moment", index, firsts)
+        self._states.put("second_moment", index, seconds)
         return squares
 
     def result(self, index: int, layer: nn.Module) -> dict[str, Tensor]:
@@ -126,7 +139,7 @@ class Trained:
 
         Zeros are those of the file that was read, and ``+0.0``.
         """
-        if not self._state["trained"][index]:
+        if not self._states.entries("trained", index):
             return {}
         found = {}
         for source, value in self.parameters(index, layer).rounded(self.model.rounded).items():
@@ -152,7 +165,7 @@ class Trained:
             self._pruned[index],
             self.form,
             transposed=self._transposed[index],
-            masters=self._state["trained"][index] if masters is None else masters,
+            masters=self._states.get("trained", index) if masters is None else masters,
             generator=lambda name: seeded(self.recipe.seed, "start", name),
         )
 
@@ -173,42 +186,79 @@ class Trained:
 
     def replace(self, index: int, trained: Mapping[str, Tensor]) -> None:
         """Set the trained tensors of a layer, which are not copied."""
-        self._state["trained"][index] = dict(trained)
+        self._states.put("trained", index, trained)
 
     def keep(self) -> None:
         """Remember the trained tensors as the best so far."""
-        self._state["best"] = [dict(trained) for trained in self._state["trained"]]  # updates make new tensors
+        self._states.copy("trained", "best", len(self))
 
     def restore(self) -> None:
         """Go back to the best trained tensors (the start, if none were kept), with new moments."""
-        self._state["trained"] = [dict(best) for best in self._state["best"]]
+        self._states.copy("best", "trained", len(self))
         self._steps = [0 for _ in self._steps]
         for kind in ("first_moment", "second_moment"):
-            self._state[kind] = [{} for _ in self._steps]
+            self._states.drop(kind, len(self))
 
     def tensors(self) -> dict[str, Tensor]:
-        """Return everything that a snapshot holds, by names that do not depend on any order."""
+        """Return everything that a snapshot holds, by names that do not depend on any order; not copied."""
         state = {
             f"{kind}/{name}": tensor
             for kind in KINDS
-            for tensors in self._state[kind]
-            for name, tensor in tensors.items()
+            for index in range(len(self))
+            for name, tensor in self._states.get(kind, index).items()
         }
-        return {**state, "steps": torch.tensor(self._steps)}
+        return {**state, STEPS: torch.tensor(self._steps)}
 
     def load(self, tensors: Mapping[str, Tensor]) -> None:
         """Take over what :meth:`tensors` returned, copied."""
+        self._load(tensors, lambda name: tensors[name])
+
+    def write_snapshot(self, path: Path) -> None:
+        """Write :meth:`tensors` to a safetensors file, one layer at a time.
+
+        Raises:
+            FistaPrunerError: the disk is full or refuses the write.
+        """
+        steps = torch.tensor(self._steps)
+        entries = [
+            TensorEntry.of(f"{kind}/{name}", entry.dtype, entry.shape)
+            for kind in KINDS
+            for index in range(len(self))
+            for name, entry in self._states.entries(kind, index).items()
+        ]
+        with SafetensorsWriter(path, [*entries, TensorEntry.of(STEPS, steps.dtype, steps.shape)]) as writer:
+            writer.write(STEPS, steps)
+            for kind in KINDS:
+                for index in range(len(self)):
+                    for name, tensor in self._states.get(kind, index).items():
+                        writer.write(f"{kind}/{name}", tensor)
+
+    def read_snapshot(self, path: Path) -> None:
+        """Take over a file of :meth:`write_snapshot`, one layer at a time.
+
+        Raises:
+            FistaPrunerError: the file is missing, damaged, or of other trained tensors.
+        """
+        file = SafetensorsFile(path)
+        self._load(file.entries, file.read)
+
+    def _load(self, names: Iterable[str], read: Callable[[str], Tensor]) -> None:
         owner = {source: index for index, sources in enumerate(self._sources) for source in sources.values()}
-        state: dict[str, list[dict[str, Tensor]]] = {kind: [{} for _ in self._steps] for kind in KINDS}
-        for full, tensor in tensors.items():
+        found: dict[tuple[str, int], list[str]] = {}
+        for full in names:
             kind, _, name = full.partition("/")
-            if kind == "steps":
-                self._steps = [int(step) for step in tensor]
-                continue
-            source = name if name in owner else name.rpartition(".")[0]
-            # Cloned: products of tensors in a mapped file may round otherwise, since they are not aligned in memory.
-            state[kind][owner[source]][name] = tensor.to(self.model.device, copy=True)
-        self._state = state
+            index = owner.get(name, owner.get(name.rpartition(".")[0]))
+            if kind in KINDS and index is not None:
+                found.setdefault((kind, index), []).append(name)
+            elif full != STEPS:
+                raise FistaPrunerError(f"the snapshot's tensor {full!r} is not trained by this recipe")
+        self._steps = [int(step) for step in read(STEPS)]
+        for kind in KINDS:
+            self._states.drop(kind, len(self))
+        for (kind, index), members in found.items():
+            # Copied: products of tensors in a mapped file may round otherwise, since they are not aligned in memory.
+            tensors = {name: read(f"{kind}/{name}").to(self.model.device, copy=True) for name in members}
+            self._states.put(kind, index, tensors)
 
 
 def vectors(layer: nn.Module, also: tuple[str, ...]) -> set[str]:

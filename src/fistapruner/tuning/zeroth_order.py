@@ -131,7 +131,10 @@ class ZerothOrder:
         return both
 
     def slope(self, losses: Tensor | Iterable[float]) -> float | None:
-        """Estimate the slope g along the direction from the losses on both sides; None where one is not finite."""
+        """Estimate the slope g along the direction from the losses on both sides.
+
+        None where one of them is not finite.
+        """
         ahead, behind = (float(loss) for loss in losses)
         slope = (ahead - behind) / (2 * self.eps)
         return slope if math.isfinite(slope) else None
