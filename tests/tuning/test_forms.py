@@ -58,6 +58,7 @@ def test_the_start_is_the_weight_and_zeros_stay(name: str, shape: tuple[int, int
     form, weight = FORMS[name], matrix(*shape)
     start = form.start(weight, weight != 0, torch.Generator().manual_seed(0))
     assert tuple(start) == form.names
+    assert form.numbers(*shape, int((weight != 0).sum())) == sum(value.numel() for value in start.values())
     assert torch.equal(form.weight(weight, weight != 0, start), weight)
     moved = form.weight(weight, weight != 0, drawn(form, weight))
     assert torch.equal(moved != 0, weight != 0)

@@ -194,6 +194,20 @@ def test_files_in_place_of_memory_change_no_bit(tmp_path: Path, form: str) -> No
     }
 
 
+@pytest.mark.parametrize("form", ["spp", "hira", "lora"])
+def test_rescalings_are_those_of_the_written_weights(tmp_path: Path, form: str) -> None:
+    model, layout = opened(pruned("gpt2", tmp_path))
+    trained = Trained(model, layout, recipe(parameters=form))
+    assert not trained.rescalings()
+    step(trained, 0)
+    result, found = written(trained), trained.rescalings()
+    assert found.keys() == (set() if form == "lora" else {name for name, _ in layout.operators()})
+    for name, (a, b) in found.items():
+        source = model.source(f"{name}.weight")
+        expected = model.checkpoint.read(source) * (1 + b @ a).T
+        torch.testing.assert_close(result[source], expected)
+
+
 def test_a_snapshot_of_other_tensors_is_refused(tmp_path: Path) -> None:
     model, layout = opened(pruned("llama", tmp_path / "model"))
     trained = Trained(model, layout, recipe(parameters="lora"))

@@ -70,6 +70,10 @@ class Form(ABC):
             trained: by short name, of the weight's dtype.
         """
 
+    @abstractmethod
+    def numbers(self, rows: int, columns: int, survivors: int) -> int:
+        """Count the trained numbers of an (m, n) operator with so many surviving weights."""
+
 
 @dataclass(frozen=True)
 class Dense(Form):
@@ -87,6 +91,9 @@ class Dense(Form):
     def weight(self, weight: Tensor, mask: Tensor, trained: Mapping[str, Tensor]) -> Tensor:
         return trained[ITSELF] * mask
 
+    def numbers(self, rows: int, columns: int, survivors: int) -> int:
+        return rows * columns
+
 
 @dataclass(frozen=True)
 class Full(Form):
@@ -102,6 +109,9 @@ class Full(Form):
         places = mask.flatten().nonzero().squeeze(1)
         flat = torch.zeros(weight.numel(), dtype=weight.dtype, device=weight.device)
         return flat.index_copy(0, places, trained[ITSELF]).view(weight.shape)
+
+    def numbers(self, rows: int, columns: int, survivors: int) -> int:
+        return survivors
 
 
 @dataclass(frozen=True)
@@ -126,6 +136,9 @@ class Lora(Form):
     def weight(self, weight: Tensor, mask: Tensor, trained: Mapping[str, Tensor]) -> Tensor:
         return torch.addcmul(weight, _product(trained), mask.to(weight.dtype), value=self.scale)
 
+    def numbers(self, rows: int, columns: int, survivors: int) -> int:
+        return min(self.rank, rows, columns) * (rows + columns)
+
 
 @dataclass(frozen=True)
 class Hira(Form):
@@ -146,6 +159,13 @@ class Hira(Form):
 
     def weight(self, weight: Tensor, mask: Tensor, trained: Mapping[str, Tensor]) -> Tensor:
         return weight * (1 + _product(trained))
+
+    def as_hira(self, trained: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Return A and B of the same effective weight as :class:`Hira`."""
+        return dict(trained)
+
+    def numbers(self, rows: int, columns: int, survivors: int) -> int:
+        return min(self.rank, rows, columns) * (rows + columns)
 
 
 @dataclass(frozen=True)
@@ -169,11 +189,13 @@ class Spp(Hira):
         return super().weight(weight, mask, self.as_hira(trained))
 
     def as_hira(self, trained: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Return A and B of the same effective weight as :class:`Hira`."""
         rank, m = len(trained["A"]), len(trained["b"])
         blocks = torch.arange(m, device=trained["b"].device) * rank // m
         indicator = torch.nn.functional.one_hot(blocks, rank).to(trained["b"].dtype)
         return {"A": trained["A"], "B": self.scale * trained["b"] * indicator}
+
+    def numbers(self, rows: int, columns: int, survivors: int) -> int:
+        return min(self.rank, rows, columns) * columns + rows
 
 
 def form_of(recipe: RecoverRecipe) -> Form | None:

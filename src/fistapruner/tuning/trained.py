@@ -21,7 +21,7 @@ from ..models.files.safetensors import SafetensorsFile, SafetensorsWriter, Tenso
 from ..models.layerwise import LayerwiseModel
 from ..recipes.recover_settings import RecoverRecipe
 from .adamw import adamw_step
-from .forms import first_rate, form_of
+from .forms import Hira, first_rate, form_of
 from .masked import MaskedParameters, root_mean_square
 from .states import FileStates, MemoryStates
 
@@ -150,6 +150,24 @@ class Trained:
                 after = torch.where((before == 0) | (after == 0), before + 0.0, after)
             if not torch.equal(after, before):
                 found[source] = after
+        return found
+
+    def rescalings(self) -> dict[str, tuple[Tensor, Tensor]]:
+        """Return A (r, n) and B (m, r) of the operators that hira or spp have trained, by name in the model.
+
+        Their effective weight is ``W * (1 + B A)``. Other forms have none.
+        """
+        found: dict[str, tuple[Tensor, Tensor]] = {}
+        form = self.form
+        if not isinstance(form, Hira):
+            return found
+        for index, sources in enumerate(self._sources):
+            trained = self._states.get("trained", index)
+            for name, source in sources.items():
+                if source in self._pruned[index] and trained:
+                    factors = form.as_hira({short: trained[f"{source}.{short}"] for short in form.names})
+                    operator = f"{self.model.layers_name}.{index}.{name.removesuffix('.weight')}"
+                    found[operator] = (factors["A"], factors["B"])
         return found
 
     def parameters(self, index: int, layer: nn.Module, masters: Mapping[str, Tensor] | None = None) -> MaskedParameters:

@@ -1,4 +1,4 @@
-"""Train without gradients: two losses a step, along random directions that can be drawn again (MeZO, SubZero).
+"""Train without gradients: two losses a step, along random directions that can be drawn again.
 
     z = direction(seed, step, tensor), masked      g = (L(theta + eps z) - L(theta - eps z)) / (2 eps)
     theta <- theta - rate g z
