@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -187,3 +188,38 @@ def test_too_few_examples_that_fit_are_refused(tmp_path: Path) -> None:
     source = write(tmp_path / "a.jsonl", [GOOD, {"prompt": "a", "completion": "b" * 40}, GOOD])
     with pytest.raises(FistaPrunerError, match=r"1 of its 2 examples have at most 16 tokens.* larger --seqlen"):
         training_text(TrainingData(source=source), letters_tokenizer(), 16)
+
+
+JSON = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.text(max_size=4),
+    lambda inner: (
+        st.lists(inner, max_size=3)
+        | st.dictionaries(st.sampled_from(["role", "content", "text", "prompt", "completion", "messages"]), inner)
+    ),
+    max_leaves=8,
+)
+
+
+@settings(max_examples=200, deadline=None)
+@given(st.lists(JSON, max_size=4))
+def test_any_line_is_read_or_refused_with_its_number(records: list[Any]) -> None:
+    with tempfile.TemporaryDirectory() as folder:
+        path = write(Path(folder) / "a.jsonl", records)
+        try:
+            found = read_training_file(path)
+        except FistaPrunerError as error:
+            assert f"{path}, line " in str(error)  # noqa: PT017
+            return
+    assert len(found) == len(records)
+    for item in found:
+        if isinstance(item, Example) and item.kind == "prompt":
+            ids, marks = item.encode(letters_tokenizer())
+            assert len(ids) == len(marks) > 0
+
+
+def test_text_that_no_tokenizer_reads_is_named(tmp_path: Path) -> None:
+    lone = "\ud800"
+    for record in ({"prompt": "a", "completion": lone}, {"text": lone * 20}):
+        source = write(tmp_path / "a.jsonl", [record, {**record, next(iter(record)): lone}])
+        with pytest.raises(FistaPrunerError, match="the tokenizer cannot read the"):
+            training_text(TrainingData(source=source), letters_tokenizer(), 16)

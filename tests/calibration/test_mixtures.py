@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import random
+import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -193,3 +195,26 @@ def test_a_source_replaces_tasks_of_the_recipe_under_it() -> None:
     base = {"calibration": {"source": "c4", "tasks": {}}}
     assert merge(base, {"calibration": {"tasks": {"a": "b"}}}) == {"calibration": {"tasks": {"a": "b"}}}
     assert merge(base, {"calibration": {"source": None, "tasks": None}}) == base
+
+
+@settings(max_examples=25, deadline=None)
+@given(st.lists(st.text(LETTERS[:4], min_size=10, max_size=20), min_size=4, max_size=16, unique=True), st.data())
+def test_a_document_that_one_task_holds_out_is_trained_on_by_none(documents: list[str], data: st.DataObject) -> None:
+    halves = [data.draw(st.lists(st.sampled_from(documents), min_size=3, unique=True)) for _ in range(2)]
+    with tempfile.TemporaryDirectory() as folder:
+        sources = {}
+        for name, half in zip("ab", halves, strict=True):
+            sources[name] = f"{folder}/{name}.jsonl"
+            records = ({"prompt": "", "completion": document} for document in half)
+            Path(sources[name]).write_text("".join(json.dumps(record) + "\n" for record in records))
+        try:
+            text = training_text(TrainingData(tasks=sources, tokens=10**4), letters_tokenizer(), 24)
+        except FistaPrunerError as error:
+            assert "too short" in str(error)  # noqa: PT017
+            return
+    sides = []
+    for rows in (text.held_out, ~text.held_out):
+        ids = letters_tokenizer().convert_ids_to_tokens(text.tokens[rows].flatten().tolist())
+        sides.append({word for word in "".join(ids).split("</s>") if word})
+    assert sides[0]
+    assert not sides[0] & sides[1]

@@ -150,6 +150,10 @@ def training_text(
         raise FistaPrunerError("there is no training text: give one with --data")
     sources = [_Source(source, seqlen) for source in named.values()]
     windows = _windows_of_tasks(data, sources, -(-data.tokens // seqlen))
+    splits = [_split(source, data, tokenizer, seqlen) for source in sources]
+    held = {document for split in splits for document in split[0]}
+    # A document that one task holds out is trained on by none.
+    splits = [(own, [document for document in rest if document not in held]) for own, rest in splits]
     most = max(1, MAX_HELD_OUT_WINDOWS // len(sources))
     tasks: dict[int, _Task] = {}
     # Text that the model generates comes last: it takes long, and the others may be refused.
@@ -157,7 +161,7 @@ def training_text(
         if sources[number].source == SELF:
             tasks[number] = _generated(data, tokenizer, seqlen, windows[number], most, load_model, say)
         else:
-            tasks[number] = _cut(sources[number], data, tokenizer, seqlen, windows[number], most, say)
+            tasks[number] = _cut(sources[number], splits[number], data, tokenizer, seqlen, windows[number], most, say)
     parts = [(number, held_out) for held_out in (False, True) for number in range(len(sources))]
     sides = [tasks[number].held_out if held_out else tasks[number].trained for number, held_out in parts]
     counts = torch.tensor([len(side.tokens) for side in sides])
@@ -281,8 +285,19 @@ def _windows_of_tasks(data: TrainingData, sources: Sequence[_Source], windows: i
     return [max(1, round(windows * (size or average) / total)) for size in sizes]
 
 
+def _split(source: _Source, data: TrainingData, tokenizer: Any, seqlen: int) -> tuple[list[str], list[str]]:
+    """Split the documents of a source into those held out and the others; nothing for generated text."""
+    if not source.documents:
+        return [], []
+    ordered, held = split_documents(source.documents, data.held_out, data.seed)
+    # A held-out side without a whole window would measure nothing.
+    held = max(held, source.pack(ordered, tokenizer, seqlen, 1).first)
+    return ordered[:held], ordered[held:]
+
+
 def _cut(
     source: _Source,
+    split: tuple[list[str], list[str]],
     data: TrainingData,
     tokenizer: Any,
     seqlen: int,
@@ -290,23 +305,17 @@ def _cut(
     most: int,
     say: Callable[[str], None] | None,
 ) -> _Task:
-    """Split the documents of a source, and pack ``windows`` to train on and at most ``most`` held out."""
-
-    def pack(documents: Sequence[str], windows: int | None) -> Packed:
-        return source.pack(documents, tokenizer, seqlen, windows)
-
-    ordered, held = split_documents(source.documents, data.held_out, data.seed)
-    # A held-out side without a whole window would measure nothing.
-    held = max(held, pack(ordered, 1).first)
-    held_out, trained = pack(ordered[:held], most), pack(ordered[held:], windows)
+    """Pack both sides of a source: ``windows`` to train on, at most ``most`` held out."""
+    held, rest = split
+    held_out = source.pack(held, tokenizer, seqlen, most)
+    trained = source.pack(rest, tokenizer, seqlen, windows)
     if not trained.windows or not held_out.windows:
-        raise _too_short(source, pack(ordered, None), len(ordered), data.tokens, seqlen)
+        raise _too_short(source, source.pack([*held, *rest], tokenizer, seqlen, None), data.tokens, seqlen)
     too_long = held_out.too_long + trained.too_long
     if too_long and say is not None:
         tried = held_out.documents + trained.documents
         say(f"{too_long} of {tried} examples of {source.source} have more than {seqlen} tokens and were left out")
-    read = [*ordered[: held_out.documents], *ordered[held : held + trained.documents]]
-    hashes = {document_hash(document) for document in read}
+    hashes = {document_hash(text) for text in (*held[: held_out.documents], *rest[: trained.documents])}
     if source.whole is not None:
         hashes.add(document_hash(source.whole))
     sides = _Side.of(trained, seqlen), _Side.of(held_out, seqlen)
@@ -314,17 +323,17 @@ def _cut(
         "source": source.source,
         "how": source.how,
         "documents": len(source.documents) if source.whole is None else 1,
-        "duplicates": len(source.documents) - len(ordered),
+        "duplicates": len(source.documents) - len(set(source.documents)),
         "too_long": too_long,
     }
     return _Task(*sides, {**facts, **_both(*sides)}, frozenset(hashes))
 
 
-def _too_short(source: _Source, whole: Packed, documents: int, asked: int, seqlen: int) -> FistaPrunerError:
+def _too_short(source: _Source, whole: Packed, asked: int, seqlen: int) -> FistaPrunerError:
     """Make the error that a source does not fill one window on either side."""
     if source.examples:
-        fitting = documents - whole.too_long
-        there = f"{fitting} of its {documents} examples have at most {seqlen} tokens, and two are needed:"
+        fitting = whole.documents - whole.too_long
+        there = f"{fitting} of its {whole.documents} examples have at most {seqlen} tokens, and two are needed:"
         there += " one to train on and one to validate on"
     else:
         there = f"its {whole.tokens} tokens do not fill one window of {seqlen} to train on and one to validate on"
