@@ -259,53 +259,89 @@ def test_transposed_weights_are_held() -> None:
     assert int((weight == 0).sum()) == weight.numel() // 2
 
 
-def sharded_training(rank: int, port: int, when: str, out: Path) -> None:
-    """One of two processes: train a model that FSDP2 shards before or after the masks are taken."""
+def parallel_training(rank: int, port: int, folder: Path) -> None:
+    """One of two processes: train with FSDP2, sharded before or after the masks are taken, and with DDP."""
     import torch.distributed as dist
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import fully_shard
+    from torch.nn.parallel import DistributedDataParallel
 
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=2)
     try:
         mesh = init_device_mesh("cpu", (2,))
-        model = pruned(intermediate_size=49)  # 49 rows do not divide
-        held = fp.hold_mask(model) if when == "before" else None
-        for layer in model.model.layers:
-            fully_shard(layer, mesh=mesh)
-        fully_shard(model, mesh=mesh)
-        with held or (fp.hold_mask(model) if when == "after" else nullcontext()):
-            train(model, OPTIMIZERS["adamw"])
-        if held is not None:
-            weight = model.model.layers[1].mlp.up_proj.weight.to_local()
-            with torch.no_grad():
-                weight += float(rank == 1)
-            with pytest.raises(FistaPrunerError, match="up_proj"):  # on both, though one of them has lost zeros
-                held.verify()
-            with torch.no_grad():
-                weight -= float(rank == 1)
-            held.apply()
-        whole = {name: parameter.full_tensor() for name, parameter in model.named_parameters()}
-        if rank == 0:
-            torch.save(whole, out)
+        for when in ("mask, shard", "shard, mask", "shard", "replicate, mask", "replicate"):
+            model = wrapped = pruned(intermediate_size=49)  # 49 rows do not divide
+            held = fp.hold_mask(model) if when == "mask, shard" else None
+            if "shard" in when:
+                for layer in model.model.layers:
+                    fully_shard(layer, mesh=mesh)
+                fully_shard(model, mesh=mesh)
+            else:
+                wrapped = DistributedDataParallel(model)
+            held = fp.hold_mask(wrapped) if when.endswith(", mask") else held
+            with held or nullcontext():
+                train(wrapped, OPTIMIZERS["adamw"])
+            if when == "mask, shard":
+                assert held is not None
+                weight = model.model.layers[1].mlp.up_proj.weight.to_local()
+                with torch.no_grad():
+                    weight += float(rank == 1)
+                with pytest.raises(FistaPrunerError, match="up_proj"):  # on both, though one of them has lost zeros
+                    held.verify()
+                with torch.no_grad():
+                    weight -= float(rank == 1)
+                held.apply()
+            whole = {
+                name: parameter.full_tensor() if "shard" in when else parameter
+                for name, parameter in model.named_parameters()
+            }
+            if rank == 0:
+                torch.save(whole, folder / f"{when}.pt")
     finally:
         dist.destroy_process_group()
 
 
 @pytest.mark.skipif(not torch.distributed.is_available(), reason="torch without torch.distributed")
-@pytest.mark.parametrize("when", ["before", "after", "never"])
-def test_shards_of_two_processes_keep_every_zero(when: str, tmp_path: Path) -> None:
+def test_two_processes_keep_every_zero(tmp_path: Path) -> None:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    torch.multiprocessing.spawn(sharded_training, (port, when, tmp_path / "model.pt"), nprocs=2)
-    model = pruned(intermediate_size=49)
-    before = zeros(model)
-    model.load_state_dict(torch.load(tmp_path / "model.pt"), strict=False)
-    assert (lost(model, before) == 0) == (when != "never")
+    torch.multiprocessing.spawn(parallel_training, (port, tmp_path), nprocs=2)
     whole = pruned(intermediate_size=49)
-    if when != "never":
-        with fp.hold_mask(whole):
-            train(whole, OPTIMIZERS["adamw"])
-        for (name, a), b in zip(model.named_parameters(), whole.parameters(), strict=True):
-            assert torch.allclose(a, b, atol=1e-4), name
+    before = zeros(whole)
+    with fp.hold_mask(whole):
+        train(whole, OPTIMIZERS["adamw"])
+    for path in sorted(tmp_path.glob("*.pt")):
+        model = pruned(intermediate_size=49)
+        model.load_state_dict(torch.load(path), strict=False)
+        assert (lost(model, before) == 0) == ("mask" in path.stem), path.stem
+        if "mask" in path.stem:
+            for (name, a), b in zip(model.named_parameters(), whole.parameters(), strict=True):
+                assert torch.allclose(a, b, atol=1e-4), (path.stem, name)
+    assert len(list(tmp_path.glob("*.pt"))) == 5
+
+
+@pytest.mark.parametrize("hold", [True, False])
+def test_accelerate_and_a_gradient_scaler(hold: bool) -> None:
+    from accelerate import Accelerator
+
+    model = pruned()
+    before = zeros(model)
+    accelerator = Accelerator(cpu=True, gradient_accumulation_steps=2)
+    scaler = torch.amp.GradScaler("cpu", init_scale=2.0**20)
+    wrapped, optimizer = accelerator.prepare(model, torch.optim.AdamW(model.parameters(), lr=0.01, weight_decay=0.1))
+    with fp.hold_mask(wrapped) if hold else nullcontext():
+        for _ in range(4):
+            with accelerator.accumulate(wrapped):
+                accelerator.backward(wrapped(input_ids=tokens(), labels=tokens()).loss)
+                optimizer.step()
+                optimizer.zero_grad()
+        plain = torch.optim.AdamW(model.parameters(), lr=0.01, weight_decay=0.1)
+        for factor in (1.0, torch.inf, 1.0):  # the second step is skipped
+            plain.zero_grad()
+            scaler.scale(model(input_ids=tokens(), labels=tokens()).loss * factor).backward()
+            scaler.step(plain)
+            scaler.update()
+    assert not any(parameter.isnan().any() for parameter in model.parameters())
+    assert (lost(model, before) == 0) == hold
