@@ -224,6 +224,25 @@ def test_the_order_of_channels_is_remembered_by_the_next_run(run: Path, tmp_path
 
 
 @pytest.mark.parametrize(
+    ("architecture", "prefix", "name"),
+    [
+        ("llama", "base_model.model.", "layers.1.mlp.down_proj"),
+        ("gpt2", "", "h.1.mlp.c_proj"),
+    ],
+)
+def test_names_of_a_model_with_another_prefix_are_found(
+    architecture: str, prefix: str, name: str, tmp_path: Path
+) -> None:
+    model = pruned(tmp_path / "model", architecture)
+    operator = OPERATORS[architecture][1]
+    parts = adapter(tmp_path / "adapter", model, "LORA", (operator,))[operator]
+    files = {f"{prefix}{name}.lora_{part}.weight": tensor for part, tensor in parts.items()}
+    save_file(files, tmp_path / "adapter" / "adapter_model.safetensors")
+    report = fp.merge_adapter(tmp_path / "model", tmp_path / "adapter", tmp_path / "out")
+    assert [operator.name for operator in report.operators] == [operator]
+
+
+@pytest.mark.parametrize(
     ("names", "said"),
     [
         (("lm_head",), "changes lm_head, which is no operator of a decoder layer"),
@@ -272,3 +291,15 @@ def test_a_change_that_the_checkpoint_cannot_hold_is_refused(tmp_path: Path) -> 
     with pytest.raises(FistaPrunerError, match=r"values that torch\.float16 cannot hold"):
         fp.merge_adapter(tmp_path / "model", tmp_path / "adapter", tmp_path / "out")
     assert {path.name for path in tmp_path.iterdir()} == {"model", "adapter"}
+
+
+@pytest.mark.parametrize(
+    "name", ["mlp.down_proj", "vision_tower.model.layers.1.mlp.down_proj", "model.layers.9.mlp.down_proj"]
+)
+def test_names_that_are_no_or_several_operators_are_refused(name: str, tmp_path: Path) -> None:
+    model = pruned(tmp_path / "model")
+    parts = adapter(tmp_path / "adapter", model, "LORA", (OPERATORS["llama"][1],))[OPERATORS["llama"][1]]
+    files = {f"{name}.lora_{part}.weight": tensor for part, tensor in parts.items()}
+    save_file(files, tmp_path / "adapter" / "adapter_model.safetensors")
+    with pytest.raises(FistaPrunerError, match=rf"changes {name}, which is no operator of a decoder layer"):
+        fp.merge_adapter(tmp_path / "model", tmp_path / "adapter", tmp_path / "out")
