@@ -30,6 +30,7 @@ from torch import Tensor, nn
 from ..models.discovery import Group, Operator
 from ..models.layerwise import Call, LayerwiseModel
 from ..runtime.clock import Clock
+from ..runtime.numerics import ordered_attention
 from .store import HiddenStates, Store, scratch_factory
 
 Receive = Callable[[int, int, Tensor], None]
@@ -351,6 +352,7 @@ def backward(
                 if update is not None:
                     used = {name: value.detach().requires_grad_() for name, value in used.items()}
                 sums: dict[str, Tensor] = {}
+                visits.enter_context(ordered_attention(model.device))
                 for start, stop in calls.batches(entering.samples):
                     hidden = entering.read(start, stop, model.device)
                     above = gradient.read(start, stop, model.device)

@@ -24,6 +24,7 @@ from ..pruning.drift import dense_windows, drift_sources, kept_width
 from ..pruning.partition import cut
 from ..recipes.settings import Recipe
 from ..runtime.memory import resident_memory
+from ..runtime.numerics import ordered_attention
 from ..sensitivity.decision import differentiates, needs_measuring, permutes, weighs_rows, windows_measured
 from ..sensitivity.fisher import HEAD_TOKENS, WIDE
 from .footprint import peak_bytes, solve_bytes
@@ -339,7 +340,7 @@ class Sizes:
 
 def _differentiate(model: LayerwiseModel, hidden: Tensor, call: Call) -> None:
     """Run a forward and a backward pass through decoder layer 0."""
-    with torch.enable_grad():
+    with torch.enable_grad(), ordered_attention(model.device):
         entering = hidden.detach().requires_grad_()
         torch.autograd.grad(model.run(0, entering, call).float().sum(), entering)
 

@@ -7,12 +7,13 @@ import itertools
 import json
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 """Precisions of forward passes, by name."""
@@ -96,6 +97,19 @@ class _Precision:
 
 
 _precision = _Precision()
+
+
+def ordered_attention(device: torch.device) -> AbstractContextManager[None]:
+    """Let the backward pass of attention add in a fixed order inside the block.
+
+    On CUDA, the backward passes of the fused attention kernels add with atomics, so that two runs differ in their last
+    bits. Inside the block attention is two plain products and a softmax, which needs memory for (heads, seqlen, seqlen)
+    values of each window. Nothing changes on a CPU.
+
+    Args:
+        device: of the passes.
+    """
+    return sdpa_kernel(SDPBackend.MATH) if device.type == "cuda" else nullcontext()
 
 
 def add_gram(sums: Tensor, rows: Tensor) -> None:

@@ -266,7 +266,7 @@ def loss_gradient(
         seed: of the labels, which are drawn from the model's predictions.
         head_tokens: tokens whose logits are computed at once.
     """
-    generator = torch.Generator(model.device).manual_seed(seed)
+    generator = torch.Generator().manual_seed(seed)
     with model.embeddings_and_head():
         for window in range(hidden.samples):
             states = hidden.read(window, window + 1, model.device)
@@ -280,7 +280,7 @@ def loss_gradient(
                 # Gradient of the log-likelihood: 1 at the drawn label, minus every label's probability.
                 above = torch.softmax(logits.detach()[0].float(), -1)
                 drawn = draw_labels(above, generator)
-                above.neg_().scatter_add_(1, drawn, torch.ones_like(above[:, :1]))
+                above.neg_().scatter_(1, drawn, 1 + above.gather(1, drawn))
                 (below[:, tokens],) = torch.autograd.grad(logits, part, above[None].to(logits.dtype))
             gradient.write(window, below)
 
@@ -289,7 +289,11 @@ def draw_labels(probabilities: Tensor, generator: torch.Generator) -> Tensor:
     """Draw (tokens, 1) labels from (tokens, vocabulary) probabilities by inverting the distribution.
 
     ``torch.multinomial`` draws a number for every vocabulary entry instead, which takes as long as the head.
+
+    Args:
+        probabilities: (tokens, vocabulary), on any device.
+        generator: of the CPU, so that labels do not depend on the device but for rounding.
     """
     sums = probabilities.cumsum(-1)
-    uniform = torch.rand(len(sums), 1, device=sums.device, generator=generator)
+    uniform = torch.rand(len(sums), 1, generator=generator).to(sums.device)
     return torch.searchsorted(sums, uniform * sums[:, -1:])

@@ -1,0 +1,24 @@
+"""Stand-in GPUs for every test of this folder that asks for them, and for the processes that it starts."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from standin.gpu import StandIn
+
+GPUS = 2
+
+
+@pytest.fixture
+def gpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[StandIn]:
+    """Two stand-in GPUs."""
+    site = str(Path(__file__).parent / "site")
+    path = os.pathsep.join(filter(None, [site, os.environ.get("PYTHONPATH")]))
+    monkeypatch.setenv("STAND_IN_GPUS", str(GPUS))
+    monkeypatch.setenv("PYTHONPATH", path)
+    with StandIn(GPUS) as standin:
+        yield standin

@@ -1,0 +1,11 @@
+"""Give a process that a test starts the stand-in GPUs of the test (conftest.py); Python runs this when it starts."""
+
+import os
+import sys
+from pathlib import Path
+
+if count := int(os.environ.get("STAND_IN_GPUS", "0")):
+    sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+    from standin.gpu import StandIn
+
+    StandIn(count).__enter__()

@@ -1,0 +1,126 @@
+"""Whole runs on stand-in GPUs: every method, every executor, evaluation, and a packed model."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+import fistapruner
+import tiny
+from fistapruner.recipes.loading import load_recipe_settings, merge
+from fistapruner.runs.records import Report
+from standin.gpu import StandIn
+
+GPU = "cuda:1"
+METHODS: dict[str, Any] = {
+    **{name: name for name in ("magnitude", "wanda", "sparsegpt", "admm", "proximal", "wanda+refit")},
+    "alps+swap": [{"alps": {"iterations": 9}}, {"swap": {"swaps": 2}}],
+    "fista": {"fista": {"iterations": 3}},
+}
+"""Method chains; iterations are cut where there are many, since every operator is slow on the stand-in."""
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tiny.save("llama", tmp_path_factory.mktemp("gpu") / "model", dtype=torch.bfloat16, num_hidden_layers=2)
+
+
+def prune(model: Path, out: Path, device: str = GPU, **settings: Any) -> Report:
+    base = {
+        "calibration": {"source": "python", "samples": 4, "seqlen": 16},
+        "execution": {"device": device, "threads": 1},
+        "dtype": "bfloat16",
+    }
+    return fistapruner.prune(str(model), out, **merge(base, settings))
+
+
+def errors(report: Report) -> list[float]:
+    """Relative errors of all operators."""
+    return [operator.relative_error or 0.0 for layer in report.layers for operator in layer.operators]
+
+
+def weights(out: Path) -> dict[str, torch.Tensor]:
+    return load_file(out / "model" / "model.safetensors")
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_every_method(gpu: StandIn, model: Path, tmp_path: Path, method: str) -> None:
+    """Nothing is decided in no fixed order; nothing is left on the device."""
+    report = prune(model, tmp_path / "run", method=METHODS[method])
+    assert {layer.device for layer in report.layers} == {GPU}
+    assert not gpu.unordered
+    assert sum(gpu.live.values()) < 100  # rotary frequencies, in modules that wait for the garbage collector
+    assert gpu.kernels["mm"] + gpu.kernels["addmm"] + gpu.kernels["addmm_"] > 0
+
+
+@pytest.mark.parametrize("method", ["sparsegpt", "proximal"])
+def test_the_result_is_the_cpus_but_for_rounding(gpu: StandIn, model: Path, tmp_path: Path, method: str) -> None:
+    """In fp32: in bf16, rounding changes some of the few labels that sensitivity is measured with."""
+    there = prune(model, tmp_path / "there", method=method, dtype="float32")
+    here = prune(model, tmp_path / "here", "cpu", method=method, dtype="float32")
+    assert errors(there) == pytest.approx(errors(here), rel=0.05)
+
+
+@pytest.mark.parametrize("sparsity", ["50%", "2:4"])
+def test_best_quality(gpu: StandIn, model: Path, tmp_path: Path, sparsity: str) -> None:
+    """Allocation by error, row weights, channel order, block reconstruction."""
+    settings = merge(load_recipe_settings("best"), {"sparsity": sparsity, "reconstruct": 8})
+    report = prune(model, tmp_path / "run", **settings)
+    assert len(report.layers) == 2
+    assert not gpu.unordered
+    assert sum(gpu.live.values()) < 100
+
+
+@pytest.mark.parametrize("architecture", ["opt", "gpt2", "gemma3"])
+def test_other_architectures(gpu: StandIn, tmp_path: Path, architecture: str) -> None:
+    folder = tiny.save(architecture, tmp_path / "model", dtype=torch.bfloat16)
+    report = prune(folder, tmp_path / "run", method="sparsegpt")
+    assert {layer.device for layer in report.layers} == {GPU}
+
+
+def test_owl_measures_outliers(gpu: StandIn, model: Path, tmp_path: Path) -> None:
+    prune(model, tmp_path / "run", method="wanda", allocation="owl")
+    assert not gpu.unordered
+
+
+@pytest.mark.parametrize("propagate", ["dense", pytest.param("pruned", marks=pytest.mark.slow)])
+def test_workers_on_two_gpus_write_the_same_bytes(gpu: StandIn, model: Path, tmp_path: Path, propagate: str) -> None:
+    """Of decoder layers with the dense model's hidden states, of parts of a group with the pruned ones."""
+    settings: dict[str, Any] = {"method": "sparsegpt", "propagate": propagate, "execution": {"executor": "process"}}
+    both = prune(model, tmp_path / "process", "auto", **settings)
+    if propagate == "dense":
+        assert {layer.device for layer in both.layers} == {"cuda:0", "cuda:1"}
+    alone = prune(model, tmp_path / "serial", **merge(settings, {"execution": {"executor": "serial"}}))
+    if propagate == "pruned":  # with workers, groups are solved in parts
+        assert errors(both) == pytest.approx(errors(alone), rel=0.02)
+        return
+    written = [weights(tmp_path / name) for name in ("process", "serial")]
+    assert all(torch.equal(written[0][name], written[1][name]) for name in written[0])
+
+
+def test_a_run_is_evaluated_and_resumed(gpu: StandIn, model: Path, tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    fistapruner.prune(
+        str(model),
+        out,
+        method="wanda",
+        only_layers=(0, 0),
+        calibration={"source": "python", "samples": 4, "seqlen": 16},
+        execution={"device": GPU, "threads": 1},
+    )
+    report = fistapruner.resume(out)
+    assert {layer.device for layer in report.layers} == {GPU}
+    found = fistapruner.evaluate(out / "model", "python", windows=2, seqlen=16, against=model, device=GPU)
+    here = fistapruner.evaluate(out / "model", "python", windows=2, seqlen=16, against=model, device="cpu")
+    assert found.device == GPU
+    assert found.perplexity is not None
+    assert here.perplexity is not None
+    assert found.perplexity.nll == pytest.approx(here.perplexity.nll, rel=0.02)
+
+
+def test_calibration_text_of_the_model_itself(gpu: StandIn, model: Path, tmp_path: Path) -> None:
+    prune(model, tmp_path / "run", method="wanda", calibration={"source": "self", "samples": 2})

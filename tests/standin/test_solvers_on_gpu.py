@@ -1,0 +1,62 @@
+"""Solvers on a stand-in GPU: no tensor of another device, the CPU's result, no wait inside the default's iterations."""
+
+from __future__ import annotations
+
+from collections import Counter
+
+import pytest
+import torch
+
+from fistapruner.problem import LayerProblem, ProblemSums
+from fistapruner.pruning.partition import solve_in_parts
+from fistapruner.recipes.settings import Recipe
+from fistapruner.solvers import solve
+from standin.gpu import DeviceTensor, StandIn
+
+CHAINS = ["magnitude", "wanda", "sparsegpt", "alps", "admm", "fista", "proximal", "wanda+refit", "wanda+swap"]
+
+
+def problem(device: str, drift_from: str = "inputs") -> LayerProblem:
+    """Two operators of 12 rows and 32 inputs that drift."""
+    generator = torch.Generator().manual_seed(0)
+    weight, inputs = torch.randn(24, 32, generator=generator), torch.randn(120, 32, generator=generator)
+    dense = inputs + 0.1 * torch.randn(120, 32, generator=generator)
+    sums = ProblemSums(weight.to(device), drift_from=drift_from)  # type: ignore[arg-type]
+    sums.add(inputs.to(device), (dense if drift_from == "inputs" else dense @ weight.T).to(device))
+    return sums.problem(("a", "b"), (12, 12), 0.5)
+
+
+@pytest.mark.parametrize("sparsity", ["50%", "2:4"])
+@pytest.mark.parametrize("chain", [*CHAINS, "sparsegpt+proximal"])
+def test_the_result_is_the_cpus(gpu: StandIn, chain: str, sparsity: str) -> None:
+    solution, there = solve(problem("cuda:1"), sparsity, chain), solve(problem("cpu"), sparsity, chain)
+    assert isinstance(solution.weight, DeviceTensor)
+    assert solution.weight.device == solution.mask.device == torch.device("cuda", 1)
+    for stats, expected in zip(solution.stats, there.stats, strict=True):
+        assert stats["relative_error"] == pytest.approx(expected["relative_error"], rel=0.03)
+    assert not gpu.unordered
+
+
+@pytest.mark.parametrize("drift_from", ["inputs", "outputs"])
+def test_sums_of_drift_are_the_cpus(gpu: StandIn, drift_from: str) -> None:
+    there, here = problem("cuda:0", drift_from), problem("cpu", drift_from)
+    for name in ("gram", "drift", "drift_energy", "energy"):
+        assert torch.allclose(getattr(there, name).cpu(), getattr(here, name), rtol=1e-3, atol=1e-4), name
+
+
+def test_parts_of_a_group(gpu: StandIn) -> None:
+    recipe = Recipe.build({"method": "sparsegpt", "sparsity": "2:4"})
+    solution = solve_in_parts(problem("cuda:0"), [recipe.pattern] * 2, recipe.steps, block=4)
+    there = solve_in_parts(problem("cpu"), [recipe.pattern] * 2, recipe.steps, block=4)
+    assert torch.allclose(solution.weight.cpu(), there.weight, atol=1e-4)
+
+
+@pytest.mark.parametrize("sparsity", ["50%", "2:4"])
+def test_iterations_of_the_default_wait_for_nothing(gpu: StandIn, sparsity: str) -> None:
+    """More of them cause no more waits of the host for the device."""
+    waits = []
+    for steps in (2, 5):
+        gpu.waits.clear()
+        solve(problem("cuda:0"), sparsity, [{"proximal": {"steps": steps, "refit": 2 * steps}}])
+        waits.append(Counter(gpu.waits))
+    assert waits[0] == waits[1]
