@@ -156,6 +156,8 @@ class Objective:
             (variants, windows) fp64 sums.
         """
         sums = torch.zeros(len(states), len(numbers), dtype=torch.float64)
+        if self.teacher is not None:
+            self.teacher.require(numbers)
         with ExitStack() as loaded:
             loaded.enter_context(self.model.embeddings_and_head())
             if self.teacher is not None and self.teacher.ends is not None:

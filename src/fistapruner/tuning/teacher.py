@@ -7,8 +7,8 @@ probability as one bucket (:class:`~.losses.TopTokens`). Either way each window 
 decoder layer in memory.
 
 A block is ``00007.safetensors`` and ``00007.json``, which is written last and holds a checksum of every window. A block
-that is missing, unfinished or damaged is made again, with the same bytes. Where the disk does not hold all windows the
-blocks follow the training order, in rounds: old ones make room for new ones.
+that is missing, unfinished or damaged is made again, with the same bytes. Where the disk does not hold all windows,
+training goes in rounds: the windows of the next steps are stored, used, and make room for those of the next round.
 """
 
 from __future__ import annotations
@@ -77,16 +77,17 @@ class Teacher:
         batch_size: windows in one pass.
         kind: what is stored.
         identity: what else decides the stored values (a hash of the dense model's files and of the text).
-        order: window numbers in the order of training.
+        order: window numbers in the order of training, for rounds.
+        windows_per_step: windows of one step: a round is a number of whole steps.
         held_out: windows that are needed again and again; their blocks stay.
-        windows_on_disk: windows that fit on the disk; None is all of them, and ``order`` is not needed.
+        windows_on_disk: windows that fit on the disk; None is all of them.
         tick: receives progress: (what, steps done, steps in all).
 
     Attributes:
         ends: the dense model, whose final norm and head :meth:`Predictions.rows` needs; None where it does not.
 
     Raises:
-        FistaPrunerError: the disk does not hold the held-out windows and two more.
+        FistaPrunerError: the disk does not hold the held-out windows and those of one step.
     """
 
     def __init__(
@@ -99,6 +100,7 @@ class Teacher:
         kind: Kind = "hidden",
         identity: str = "",
         order: Sequence[int] = (),
+        windows_per_step: int = 1,
         held_out: Sequence[int] = (),
         windows_on_disk: int | None = None,
         tick: Tick = lambda what, done, total: None,
@@ -107,34 +109,30 @@ class Teacher:
         self.identity, self.order = identity, list(order)
         windows, seqlen = tokens.shape
         size = max(1, BLOCK_TOKENS // (seqlen * batch_size)) * batch_size
-        self.rounds = windows_on_disk is not None and windows_on_disk < windows
-        if not self.rounds:
-            self.batch_size, self.permanent = batch_size, -(-windows // size)
-            self.blocks = _cut(list(range(windows)), size)
-        else:
-            assert windows_on_disk is not None
-            held = list(held_out)
-            room = (windows_on_disk - len(held)) // 2
-            if room < 1:
+        self.batch_size = batch_size
+        self.blocks = _cut(range(windows), size)
+        self.permanent = len(self.blocks)
+        self._round = 0
+        if windows_on_disk is not None and windows_on_disk < windows:
+            room = windows_on_disk - len(held_out)
+            if room < windows_per_step:
                 raise FistaPrunerError(
-                    f"the disk holds the dense model's predictions of {windows_on_disk} windows: "
-                    f"at least {len(held) + 2} are needed"
+                    f"the disk has room for the dense model's predictions of {windows_on_disk} windows: "
+                    f"{len(held_out)} held-out windows and {windows_per_step} of one step are needed"
                 )
-            # A pass of one window, so that what is stored for a window does not depend on its block.
-            self.batch_size = 1
-            self.blocks = _cut(held, size)
+            self.batch_size = 1  # so that what is stored for a window does not depend on the round
+            self.blocks = _cut(held_out, size)
             self.permanent = len(self.blocks)
-            self._round = min(size, room)
+            self._round = max(1, min(size, room) // windows_per_step) * windows_per_step
             self.blocks += _cut(self.order, self._round)
         self.ends = dense if kind == "hidden" else None
         self._open: dict[int, tuple[SafetensorsFile, dict[str, int]]] = {}
         self._of: dict[int, int] = {window: n for n in range(self.permanent) for window in self.blocks[n]}
         with disk_errors(folder):
             folder.mkdir(parents=True, exist_ok=True)
-        if self.rounds:
-            for number in range(self.permanent, len(self.blocks)):
-                if self._path(number, ".json").exists():
-                    self._of.update(dict.fromkeys(self.blocks[number], number))
+        for number in range(self.permanent, len(self.blocks)):
+            if self._path(number, ".json").exists():
+                self._of.update(dict.fromkeys(self.blocks[number], number))
 
     def __len__(self) -> int:
         return len(self.blocks)
@@ -144,42 +142,55 @@ class Teacher:
         for number in range(self.permanent):
             self._opened(number)
 
-    def predictions(self, windows: Sequence[int], where: Tensor) -> Predictions:
-        """Return the predictions of some tokens; blocks that are not there are made.
+    def require(self, windows: Sequence[int]) -> None:
+        """Make the blocks of some windows that are not there yet.
 
         Args:
-            windows: window numbers; in rounds, consecutive in the order of training, or held out.
+            windows: held-out windows, or those of one step; in rounds, where they follow each other in the order of
+                training, other rounds make room for theirs.
+        """
+        if any(window not in self._of for window in windows):
+            needed = self._rounds_of(list(windows))
+            self._of = {window: at for window, at in self._of.items() if at < self.permanent or at in needed}
+            for number in range(self.permanent, len(self.blocks)):
+                if number not in needed:
+                    self._remove(number)
+            for number in needed:
+                self._of.update(dict.fromkeys(self.blocks[number], number))
+        for number in sorted({self._of[window] for window in windows}):
+            self._opened(number)
+
+    def _rounds_of(self, windows: list[int]) -> range:
+        """Return the numbers of the blocks of the round in which ``windows`` are used next."""
+        count = len(windows)
+        places = [at for at in range(len(self.order) - count + 1) if self.order[at : at + count] == windows]
+        if not places:
+            raise ValueError(f"windows {windows[:8]} do not follow each other in the order of training")
+        first = [self.permanent + at // self._round for at in places]
+        now = max(self._of.values(), default=0)
+        block = min((block for block in first if block >= now), default=first[0])
+        last = self.permanent + (places[first.index(block)] + count - 1) // self._round
+        return range(block, last + 1)
+
+    def _remove(self, number: int) -> None:
+        """Remove a block's files, the record first."""
+        self._open.pop(number, None)
+        with disk_errors(self.folder):
+            self._path(number, ".json").unlink(missing_ok=True)
+            self._path(number, ".safetensors").unlink(missing_ok=True)
+
+    def predictions(self, windows: Sequence[int], where: Tensor) -> Predictions:
+        """Return the predictions of some tokens. Needs :meth:`require`.
+
+        Args:
+            windows: window numbers.
             where: (windows, seqlen) bool: the positions that are wanted.
         """
-        self._require(windows)
         found = [self._read(window) for window in windows]
-        names = found[0]
-        device = self.dense.device
-        stored = {name: torch.stack([each[name] for each in found])[where].to(device) for name in names}
+        stored = {
+            name: torch.stack([each[name] for each in found])[where].to(self.dense.device) for name in STORED[self.kind]
+        }
         return Predictions(self.dense, stored)
-
-    def _require(self, windows: Sequence[int]) -> None:
-        """In rounds: make the blocks of ``windows``, and remove older ones than the last two."""
-        if all(window in self._of for window in windows):
-            return
-        count = len(windows)
-        places = [at for at in range(len(self.order) - count + 1) if self.order[at : at + count] == list(windows)]
-        if not places:
-            raise ValueError(f"windows {list(windows)[:8]} do not follow each other in the order of training")
-        last = max(self._of.values(), default=0)
-        ahead = [at for at in places if self.permanent + at // self._round >= last]
-        at = ahead[0] if ahead else places[-1]
-        needed = range(self.permanent + at // self._round, self.permanent + (at + count - 1) // self._round + 1)
-        self._of = {window: block for window, block in self._of.items() if block < self.permanent or block in needed}
-        for number in range(self.permanent, len(self.blocks)):
-            if number not in needed:
-                self._open.pop(number, None)
-                with disk_errors(self.folder):
-                    self._path(number, ".json").unlink(missing_ok=True)
-                    self._path(number, ".safetensors").unlink(missing_ok=True)
-        for number in needed:
-            self._opened(number)
-            self._of.update(dict.fromkeys(self.blocks[number], number))
 
     def _read(self, window: int) -> dict[str, Tensor]:
         """Read what is stored for a window; a damaged block is made again."""
@@ -281,8 +292,8 @@ class _DamagedError(Exception):
     """A block does not hold what its record says."""
 
 
-def _cut(windows: list[int], size: int) -> list[list[int]]:
-    return [windows[start : start + size] for start in range(0, len(windows), size)]
+def _cut(windows: Sequence[int], size: int) -> list[list[int]]:
+    return [list(windows[start : start + size]) for start in range(0, len(windows), size)]
 
 
 def _checksum(values: dict[str, Tensor]) -> int:
