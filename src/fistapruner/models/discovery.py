@@ -7,9 +7,9 @@ which is the order of intra-layer error correction.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -17,7 +17,6 @@ from transformers.pytorch_utils import Conv1D
 
 from ..errors import FistaPrunerError
 from ..recipes.patterns import matches
-from ..recipes.settings import Recipe
 from .layerwise import Call, LayerwiseModel
 
 
@@ -53,6 +52,16 @@ class Operator:
 
 Group = tuple[Operator, ...]
 """Operators that read the same tensor."""
+
+
+class Selection(Protocol):
+    """Settings that select operators by name or ``re:`` pattern."""
+
+    @property
+    def targets(self) -> tuple[str, ...]: ...
+
+    @property
+    def ignore(self) -> tuple[str, ...]: ...
 
 
 @dataclass(frozen=True)
@@ -110,8 +119,12 @@ class Layout:
         """Count the weights of the operators of one decoder layer."""
         return sum(operator.rows * operator.columns for group in self.layers[index] for operator in group)
 
-    def select(self, recipe: Recipe) -> Layout:
+    def select(self, recipe: Selection, purpose: str = "prune") -> Layout:
         """Select operators by the recipe's ``targets`` and ``ignore``.
+
+        Args:
+            recipe: names them.
+            purpose: what is done with them, for messages.
 
         Raises:
             FistaPrunerError: a pattern matches no operator, or nothing is left to prune.
@@ -128,14 +141,19 @@ class Layout:
             wanted = not recipe.targets or any(matches(name, pattern) for pattern in recipe.targets)
             return wanted and not any(matches(name, pattern) for pattern in recipe.ignore)
 
+        selected = self.only({name for name in names if chosen(name)})
+        if not any(selected.layers):
+            raise FistaPrunerError(f"targets and ignore leave no operator to {purpose}")
+        return selected
+
+    def only(self, names: Collection[str]) -> Layout:
+        """Return the layout with the named operators only."""
         layers = []
         for index, groups in enumerate(self.layers):
             kept = (
-                tuple(operator for operator in group if chosen(self.full_name(index, operator))) for group in groups
+                tuple(operator for operator in group if self.full_name(index, operator) in names) for group in groups
             )
             layers.append(tuple(group for group in kept if group))
-        if not any(layers):
-            raise FistaPrunerError("targets and ignore leave no operator to prune")
         return replace(self, layers=tuple(layers))
 
 

@@ -48,7 +48,7 @@ def find_finished(run: PruneDirectory, model: str, recipe: Recipe, permissions: 
         return FinishedRun(says=f"the report is made again: {error}")
     if report.status != "finished" or report.fingerprint != record.fingerprint:
         return FinishedRun()
-    if (why := changed_text(record, recipe)) or (why := _changed_model(run, record, recipe, permissions)):
+    if (why := changed_text(record, recipe)) or (why := changed_model(run, record, recipe, permissions)):
         return FinishedRun(says=f"the run is made again: {why}")
     if (fault := run.model_fault(record.fingerprint or "")) is not None:
         return FinishedRun(damaged=report, says=f"the checkpoint is made again from the layers: {fault}")
@@ -83,7 +83,7 @@ def changed_text(record: PruneRecord, recipe: Recipe) -> str | None:
     return f"{recipe.calibration.name} is not the text that it was calibrated on"
 
 
-def _changed_model(run: PruneDirectory, record: PruneRecord, recipe: Recipe, permissions: Permissions) -> str | None:
+def changed_model(run: PruneDirectory, record: PruneRecord, recipe: Recipe, permissions: Permissions) -> str | None:
     """Say that the dense model has changed; None where it has not, or it or the tokens are gone."""
     folder = record.decision.folder
     try:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import time
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -61,8 +62,8 @@ def finish(context: RunContext, times: Times, listener: Listener, earlier: Repor
     report.finished = now()
     report.totals.seconds = times.total()
     report.totals.time_split["write"] = time.perf_counter() - begin
-    report.totals.checkpoint_bytes = _bytes(run.model)
-    disk = _bytes(run.journal.folder) + report.totals.checkpoint_bytes
+    report.totals.checkpoint_bytes = folder_bytes(run.model)
+    disk = folder_bytes(run.journal.folder) + report.totals.checkpoint_bytes
     report.plan = check_plan(report.plan, report.totals, report.layers, disk)
     update_stage(report)
     run.write_report(report)
@@ -98,25 +99,44 @@ def _write_model(context: RunContext, report: Report, listener: Listener) -> Non
             return journal.weights(places[name]).read(name)
         return checkpoint.read(name) if name in checkpoint.orders else None
 
-    if run.model.exists() and run.model_fault(context.fingerprint):
+    def documents() -> dict[str, str]:
+        record = json.dumps(_record(report, context.model), indent=2) + "\n"
+        return {CARD: model_card(report), PRUNING_RECORD: record}
+
+    write_model(run, checkpoint, context.fingerprint, replacement, documents, listener)
+
+
+def write_model(
+    run: RunDirectory,
+    checkpoint: Checkpoint,
+    fingerprint: str,
+    replacement: Callable[[str], Tensor | None],
+    documents: Callable[[], Mapping[str, str]],
+    listener: Listener,
+) -> None:
+    """Write a run's checkpoint, unless a whole one of this run is there.
+
+    Args:
+        run: the run directory.
+        checkpoint: the model that the run has changed.
+        fingerprint: of the run.
+        replacement: returns a tensor of the new checkpoint by name; None keeps the old one.
+        documents: returns the text files beside the weights.
+        listener: receives progress.
+    """
+    if run.model.exists() and run.model_fault(fingerprint):
         run.remove_model()  # it is damaged, or of a model or calibration text that has changed since
     if not run.model.exists():
         listener.say("writing the checkpoint")
-        documents = {
-            CARD: model_card(report),
-            PRUNING_RECORD: json.dumps(_record(report, context.model), indent=2) + "\n",
-        }
-        digests = write_checkpoint(
-            checkpoint, run.model, replacement, identity=context.fingerprint, documents=documents
-        )
-        run.write_model_record(context.fingerprint, digests)
+        digests = write_checkpoint(checkpoint, run.model, replacement, identity=fingerprint, documents=documents())
+        run.write_model_record(fingerprint, digests)
     elif run.model_record() is None:  # a kill came between the checkpoint and its record
         (run.model / PARTIAL).unlink(missing_ok=True)
         digests = {name: sha256_file(file.path) for name, file in Checkpoint.open(run.model).files.items()}
-        run.write_model_record(context.fingerprint, digests)
+        run.write_model_record(fingerprint, digests)
 
 
-def _bytes(folder: Path) -> int:
+def folder_bytes(folder: Path) -> int:
     return sum(path.stat().st_size for path in folder.iterdir() if path.is_file())
 
 

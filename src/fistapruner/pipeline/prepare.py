@@ -300,19 +300,8 @@ def record(
 ) -> None:
     """Write ``recipe.yaml`` and ``run.json``: from here on the run can be resumed."""
     recipe, model, tokens = request.recipe, inputs.model, calibrated.tokens
-    checkpoint = model.checkpoint
     sizes = {"samples": tokens.shape[0], "seqlen": inputs.seqlen, "tokens": tokens.numel()}
-    facts = ModelFacts(
-        source=request.model,
-        revision=inputs.source.revision(),
-        architecture=type(model.model).__name__,
-        layers=len(model),
-        hidden_size=model.width,
-        parameters=sum(math.prod(checkpoint.entry(name).shape) for name in checkpoint.names()),
-        dtype=dtype_name(checkpoint.dtype),
-        bytes=checkpoint.nbytes,
-        license=inputs.source.license(),
-    )
+    facts = describe_model(inputs.source, request.model, model)
     lineage, warning = begin_lineage(inputs.source.folder, facts)
     run.write_recipe(recipe.to_yaml())
     run.write_record(
@@ -320,7 +309,7 @@ def record(
             command=request.command or shlex.join(sys.argv),
             started=now(),
             recipe=recipe.model_dump(mode="json"),
-            fingerprint=fingerprint(recipe, checkpoint, tokens, decision.numerics),
+            fingerprint=fingerprint(recipe, model.checkpoint, tokens, decision.numerics),
             versions=versions(),
             machine=describe_machine(model.device),
             model=facts,
@@ -331,6 +320,28 @@ def record(
             permuted=dict(permuted),
             decision=decision,
         )
+    )
+
+
+def describe_model(source: ModelSource, name: str, model: LayerwiseModel) -> ModelFacts:
+    """Describe the model that a run changes.
+
+    Args:
+        source: its folder.
+        name: as the user named it.
+        model: the opened model.
+    """
+    checkpoint = model.checkpoint
+    return ModelFacts(
+        source=name,
+        revision=source.revision(),
+        architecture=type(model.model).__name__,
+        layers=len(model),
+        hidden_size=model.width,
+        parameters=sum(math.prod(checkpoint.entry(tensor).shape) for tensor in checkpoint.names()),
+        dtype=dtype_name(checkpoint.dtype),
+        bytes=checkpoint.nbytes,
+        license=source.license(),
     )
 
 

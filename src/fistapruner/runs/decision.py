@@ -40,10 +40,12 @@ class EvaluationRequest(Frozen):
     Args:
         data: name of a data set, or a file, as for :func:`fistapruner.evaluate`.
         windows: only its first so many windows; None takes all.
+        seqlen: tokens in a window; None is that of the run's own text.
     """
 
     data: str
     windows: int | None = None
+    seqlen: int | None = None
 
 
 class RunDecision(Frozen):
@@ -60,6 +62,11 @@ class RunDecision(Frozen):
     folder: Path
     numerics: Numerics
     evaluation: EvaluationRequest | None = None
+
+    @property
+    def reference(self) -> Path:
+        """Folder of the model that the result is compared with."""
+        return self.folder
 
 
 class PruneDecision(RunDecision):
@@ -80,6 +87,34 @@ class PruneDecision(RunDecision):
     sensitivity_seconds: float | None = None
 
 
+class RecoverDecision(RunDecision):
+    """What a recovery run decides.
+
+    Args:
+        dense: folder of the dense model; None where it is not known.
+        dense_stamps: names and hashes of its weight files, so that a change is found.
+        resident: the decoder layers stay in memory; else each is read from the checkpoint when it is needed.
+        operators: pruned operators by full name, and the sparsity that the input's record claims.
+        windows_sha256: of ``windows.safetensors``.
+        text_sha256: of the files that the text comes from, by path.
+        steps: optimizer steps to take.
+        teacher_blocks: blocks of the dense model's predictions that the disk may hold at once; None is all.
+    """
+
+    dense: Path | None = None
+    dense_stamps: tuple[tuple[str, str], ...] = ()
+    resident: bool = True
+    operators: dict[str, str] = {}
+    windows_sha256: str = ""
+    text_sha256: dict[str, str] = {}
+    steps: int
+    teacher_blocks: int | None = None
+
+    @property
+    def reference(self) -> Path:
+        return self.dense or self.folder
+
+
 class RunRecord(Report):
     """The content of ``run.json``: what is known of the report before the first result, and the decision."""
 
@@ -94,3 +129,9 @@ class PruneRecord(RunRecord):
     """The content of a pruning run's ``run.json``."""
 
     decision: PruneDecision
+
+
+class RecoverRecord(RunRecord):
+    """The content of a recovery run's ``run.json``."""
+
+    decision: RecoverDecision

@@ -4,26 +4,31 @@ from __future__ import annotations
 
 import hashlib
 import json
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from ..models.files.checkpoint import Checkpoint
+from ..recipes.recover_settings import RecoverRecipe
 from ..recipes.settings import Recipe
 from ..runtime.files import sampled_sha256, sha256_file
 from .decision import Numerics
 
 
-def fingerprint(recipe: Recipe, checkpoint: Checkpoint, tokens: Tensor, numerics: Numerics) -> str:
-    """Hash a run's settings, model files and calibration tokens, and what decides the last bits.
+def fingerprint(
+    recipe: Recipe | RecoverRecipe, checkpoint: Checkpoint, tokens: Tensor, numerics: Numerics, *more: Any
+) -> str:
+    """Hash a run's settings, model files and tokens, and what decides the last bits.
 
     Args:
         recipe: all settings.
-        checkpoint: the dense model.
-        tokens: (samples, seqlen) calibration token ids.
+        checkpoint: the model that the run changes.
+        tokens: (samples, seqlen) token ids of calibration or training.
         numerics: what decides the last bits.
+        *more: what else decides the result, as JSON values.
     """
-    identity = [recipe.fingerprint(), stamps(checkpoint), checkpoint.config, numerics.model_dump()]
+    identity = [recipe.fingerprint(), stamps(checkpoint), checkpoint.config, numerics.model_dump(), *more]
     digest = hashlib.sha256(json.dumps(identity, sort_keys=True).encode())
     digest.update(tokens.to(torch.int64).numpy().tobytes())
     return digest.hexdigest()[:16]

@@ -126,6 +126,7 @@ class OperatorEntry(Record):
         spectrum: eigenvalues of its Gram divided by the largest, at log-spaced ranks, descending; ``spectrum_ranks``:
             the ranks, from 1.
         condition: largest eigenvalue over the mean of the diagonal.
+        change: of a recovery run: norm of the weight's change over its norm.
     """
 
     name: str
@@ -140,6 +141,7 @@ class OperatorEntry(Record):
     spectrum: list[float] | None = None
     spectrum_ranks: list[int] | None = None
     condition: float | None = None
+    change: float | None = None
 
     @property
     def loss(self) -> float | None:
@@ -221,6 +223,50 @@ class Generation(Record):
     pruned: str | None = None
 
 
+class Check(Record):
+    """One check on the held-out windows: loss per token, whether the weights were kept; ``by_task``: loss of each."""
+
+    step: int
+    held_out: float
+    kept: bool = False
+    by_task: dict[str, float] = {}
+
+
+class Recovery(Record):
+    """What a recovery run trained, on what, and what that changed.
+
+    Args:
+        parameters, optimizer, loss: as resolved; ``lr``: first learning rates by kind of tensor, as used.
+        trained: numbers that were trained; ``operators``: operators among them.
+        steps: optimizer steps taken; ``asked_steps``; ``kept_step``: the step whose weights were written; 0 is the
+            input's own.
+        tokens: tokens passed in training; ``windows``, ``held_out_windows``, ``documents``, ``held_out_documents``.
+        checks: on the held-out windows, in order, that of step 0 first; ``curve``: (step, training loss), at most 500.
+        changed: share of the operators' surviving weights that changed; ``change``: norm of their change over their norm.
+        before: the input on the evaluation text, against the dense model.
+    """
+
+    parameters: str = ""
+    optimizer: str = ""
+    loss: str = ""
+    lr: dict[str, float] = {}
+    trained: int = 0
+    operators: int = 0
+    steps: int = 0
+    asked_steps: int = 0
+    kept_step: int = 0
+    tokens: int = 0
+    windows: int = 0
+    held_out_windows: int = 0
+    documents: int | None = None
+    held_out_documents: int | None = None
+    checks: list[Check] = []
+    curve: list[tuple[int, float]] = []
+    changed: float | None = None
+    change: float | None = None
+    before: Evaluation | None = None
+
+
 class StageFigures(Record):
     """What a stage of a model's making measured.
 
@@ -283,6 +329,7 @@ class Report(Record):
         permuted: operators whose input channels were reordered for an n:m pattern, with the shares of their weights'
             importance that the pattern keeps in the old order and in the new one.
         lineage: how the model was made, this run included once it is finished.
+        recovery: what a recovery run trained.
     """
 
     version: int = VERSION
@@ -306,6 +353,7 @@ class Report(Record):
     plan: list[PlanRow] = []
     permuted: dict[str, tuple[float, float]] = {}
     lineage: Lineage | None = None
+    recovery: Recovery | None = None
     warnings: list[str] = []
 
     @property

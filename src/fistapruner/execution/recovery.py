@@ -1,0 +1,156 @@
+"""The context of a recovery run: what every process needs to train, opened from the run directory alone."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from ..activations.store import scratch_factory
+from ..calibration.training_text import TrainingText, order
+from ..errors import FistaPrunerError
+from ..models.discovery import Layout, discover
+from ..models.layerwise import LayerwiseModel
+from ..models.source import UNTRUSTED, ModelSource, Permissions
+from ..recipes.recover_settings import RecoverRecipe
+from ..runs.decision import RecoverDecision
+from ..runs.identity import fingerprint, stamps
+from ..runs.listener import Listener
+from ..runs.recover_directory import RecoverDirectory
+from ..runtime.devices import choose_device, cpu_threads
+from ..runtime.files import sha256_file
+from ..runtime.numerics import DTYPES
+from ..tuning.objective import Objective
+from ..tuning.steppers import FirstOrder, ZerothOrder
+from ..tuning.teacher import Teacher
+from ..tuning.trained import Trained
+from ..tuning.trainer import Stepper, Trainer, TrainingState
+
+
+@dataclass
+class RecoverContext:
+    """An opened recovery run.
+
+    Args:
+        run: its directory.
+        recipe: all settings, resolved.
+        fingerprint: its identity.
+        model: the pruned model that goes in.
+        layout: the operators that are trained.
+        text: the training text.
+        decision: what the run has decided.
+        permissions: what the models' files may do.
+    """
+
+    run: RecoverDirectory
+    recipe: RecoverRecipe
+    fingerprint: str
+    model: LayerwiseModel
+    layout: Layout
+    text: TrainingText
+    decision: RecoverDecision
+    permissions: Permissions = UNTRUSTED
+
+    @classmethod
+    def open(cls, folder: Path, permissions: Permissions = UNTRUSTED) -> RecoverContext:
+        """Open a run that has been prepared.
+
+        Raises:
+            FistaPrunerError: not a prepared run, or its models or windows are gone or have changed.
+        """
+        run = RecoverDirectory(folder)
+        record = run.record()
+        if record is None:
+            raise FistaPrunerError(f"{folder} is not a prepared run")
+        decision, recipe = record.decision, RecoverRecipe.build(record.recipe, str(run.run_file))
+        text = run.text()
+        if text is None or sha256_file(run.windows_file) != decision.windows_sha256:
+            raise FistaPrunerError(f"{run.windows_file} is gone or damaged: name another --out")
+        model = open_model(permissions.at(decision.folder), recipe, decision.numerics.dtype)
+        if record.fingerprint != identity(recipe, model, text, decision):
+            raise FistaPrunerError(f"{folder}: the model is not the one that the run began with; name another --out")
+        layout = discover(model).only(decision.operators)
+        return cls(run, recipe, record.fingerprint, model, layout, text, decision, permissions)
+
+    @property
+    def trained(self) -> Trained:
+        """The tensors to train, at their start."""
+        return Trained(self.model, self.layout, self.recipe)
+
+    def train(self, trained: Trained, listener: Listener, after_snapshot: Callable[[], None]) -> TrainingState:
+        """Train, or go on training, and leave the best weights in ``trained``.
+
+        Raises:
+            FistaPrunerError: the dense model is gone or has changed, or the disk is full.
+        """
+        numerics = self.decision.numerics
+        hidden = None if self.decision.resident else self.run.hidden
+        with cpu_threads(numerics.threads), self.model.resident(layers=self.decision.resident):
+            objective = Objective(
+                self.model,
+                self.text,
+                self.recipe,
+                teacher=self._teacher(listener),
+                batch_size=numerics.batch_size,
+                store=scratch_factory(hidden, self.model.dtype),
+            )
+            trainer = Trainer(
+                self.run,
+                self.fingerprint,
+                self.recipe,
+                self.text,
+                self._order(),
+                self._stepper(objective, trained),
+                say=listener.say,
+                tick=lambda done, total: listener.tick("recovery steps", done, total),
+                after_snapshot=after_snapshot,
+            )
+            return trainer.train()
+
+    def _order(self) -> Tensor:
+        return order(self.text, self.decision.steps, self.recipe.windows_per_step, self.recipe.data)
+
+    def _stepper(self, objective: Objective, trained: Trained) -> Stepper:
+        kind = ZerothOrder if self.recipe.zeroth_order else FirstOrder
+        return kind(objective, trained, self.recipe)
+
+    def _teacher(self, listener: Listener) -> Teacher | None:
+        """The dense model's predictions, cached; None where the loss does not need them."""
+        if self.recipe.loss == "ce" or self.decision.dense is None:
+            return None
+        dense = open_model(self.permissions.at(self.decision.dense), self.recipe, self.decision.numerics.dtype)
+        if tuple(stamps(dense.checkpoint)) != self.decision.dense_stamps:
+            raise FistaPrunerError(f"{self.decision.dense} is not the dense model that the run began with")
+        return Teacher(
+            self.run.teacher,
+            dense,
+            self.text.tokens,
+            kind=self.recipe.teacher,
+            batch_size=self.decision.numerics.batch_size,
+            fingerprint=self.fingerprint,
+            blocks=self.decision.teacher_blocks,
+            tick=listener.tick,
+        )
+
+
+def open_model(source: ModelSource, recipe: RecoverRecipe, dtype: str | None = None) -> LayerwiseModel:
+    """Open a model as a recipe wants it run.
+
+    Args:
+        source: its folder.
+        recipe: names device and precision.
+        dtype: precision of the passes that the run has decided on; None is the recipe's.
+    """
+    device = choose_device(recipe.execution.device)
+    chosen: torch.dtype | None = DTYPES.get(dtype or recipe.dtype)
+    return LayerwiseModel(source.checkpoint(), device, chosen, trust_remote_code=source.trust_remote_code)
+
+
+def identity(recipe: RecoverRecipe, model: LayerwiseModel, text: TrainingText, decision: RecoverDecision) -> str:
+    """Hash what decides the run's result."""
+    more = [list(decision.dense_stamps), sorted(decision.operators), decision.windows_sha256, decision.steps]
+    return fingerprint(recipe, model.checkpoint, text.tokens, decision.numerics, *more)
+

@@ -1,0 +1,197 @@
+"""After the last step: the checkpoint with the zeros of the input, and the report of what was trained."""
+
+from __future__ import annotations
+
+import json
+import math
+import shutil
+import time
+from collections.abc import Mapping
+from functools import lru_cache
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..errors import FistaPrunerError
+from ..execution.recovery import RecoverContext
+from ..models.files.checkpoint import PRUNING_RECORD, Checkpoint
+from ..models.files.record import read_pruning_record
+from ..reporting.model_card import model_card
+from ..runs.directory import CARD
+from ..runs.lineage import add_stage, update_stage
+from ..runs.listener import Listener
+from ..runs.records import VERSION, LayerEntry, OperatorEntry, Report, Totals
+from ..runs.times import Times
+from ..runtime.machine import now
+from ..runtime.memory import peak_memory
+from ..tuning.trained import Trained
+from ..tuning.trainer import TrainingState, curve
+from .finish import folder_bytes, write_model
+
+
+def finish(
+    context: RecoverContext,
+    trained: Trained,
+    state: TrainingState,
+    times: Times,
+    listener: Listener,
+    earlier: Report | None = None,
+) -> Report:
+    """Write the checkpoint and the report of a run that has trained.
+
+    Args:
+        context: the opened run.
+        trained: holds the best weights.
+        state: where training ended.
+        times: wall time of the run so far.
+        listener: receives progress.
+        earlier: report of the finished run whose checkpoint is written again; its measurements still hold.
+
+    Raises:
+        FistaPrunerError: the written checkpoint does not have the zeros of the input, or the disk is full.
+    """
+    begin, run = time.perf_counter(), context.run
+    record = run.record()
+    assert record is not None  # the context was opened with it
+    report = record.report()
+    report.layers = [_describe(context, trained, index) for index in range(len(context.model))]
+    _describe_training(context, trained, state, report)
+    if state.fault:
+        report.warnings.append(f"training stopped: {state.fault}; the weights of step {state.best_step} are kept")
+    report.totals = _totals(context, report, times.total())
+    report.finished = now()
+    add_stage(report)
+    _write(context, trained, report, listener)
+    _check_zeros(context)
+    times.note()  # before the report calls the run finished: what a kill leaves half-written is then written again
+    if earlier is not None:
+        report.evaluations, report.generations, report.speed = earlier.evaluations, earlier.generations, earlier.speed
+    report.status = "finished"
+    report.finished = now()
+    report.totals.seconds = times.total()
+    report.totals.time_split["write"] = time.perf_counter() - begin
+    report.totals.checkpoint_bytes = folder_bytes(run.model)
+    update_stage(report)
+    run.write_report(report)
+    for folder in (run.teacher, run.hidden):  # the snapshots stay: the checkpoint can be written again from them
+        shutil.rmtree(folder, ignore_errors=True)
+    return report
+
+
+def _describe(context: RecoverContext, trained: Trained, index: int) -> LayerEntry:
+    """Describe one decoder layer: zeros of its operators, and how far they moved."""
+    model, claims, entry = context.model, context.decision.operators, LayerEntry(index=index)
+    entry.name = f"{context.layout.prefix}.{index}"
+    with model.layer(index) as layer:
+        new = trained.result(index, layer)
+    for group in context.layout.layers[index]:
+        for operator in group:
+            name = context.layout.full_name(index, operator)
+            source = model.source(f"{name}.weight")
+            before = model.checkpoint.read(source).float()
+            after = new[source].float() if source in new else before
+            zeros = before.numel() - int(torch.count_nonzero(before))
+            entry.operators.append(
+                OperatorEntry(
+                    name=operator.name,
+                    shape=(operator.rows, operator.columns),
+                    sparsity=claims[name],
+                    zeros=zeros,
+                    density=1 - zeros / before.numel(),
+                    change=float((after - before).norm() / before.norm().clamp_min(1e-30)),
+                    changed=int((after != before).sum()),
+                )
+            )
+    return entry
+
+
+def _describe_training(context: RecoverContext, trained: Trained, state: TrainingState, report: Report) -> None:
+    losses, checks, tokens = curve(context.run)
+    operators = [operator for layer in report.layers for operator in layer.operators]
+    survivors = sum(math.prod(operator.shape) - operator.zeros for operator in operators)
+    found = report.recovery
+    assert found is not None
+    found.trained, found.operators = trained.numbers(), len(operators)
+    found.lr = trained.rates()
+    found.steps, found.kept_step, found.tokens = state.step, state.best_step, tokens
+    found.curve, found.checks = losses, checks
+    found.changed = sum(operator.changed for operator in operators) / max(1, survivors)
+    found.change = max((operator.change or 0.0 for operator in operators), default=None)
+
+
+def _write(context: RecoverContext, trained: Trained, report: Report, listener: Listener) -> None:
+    model, prefix = context.model, f"{context.model.layers_name}."
+    places = {
+        model.source(name): int(name.removeprefix(prefix).partition(".")[0])
+        for index in range(len(model))
+        for name in model.layer_parameters(index)
+    }
+
+    @lru_cache(maxsize=1)
+    def layer_result(index: int) -> Mapping[str, Tensor]:
+        with model.layer(index) as layer:
+            return trained.result(index, layer)
+
+    def replacement(name: str) -> Tensor | None:
+        return layer_result(places[name]).get(name) if name in places else None
+
+    def documents() -> dict[str, str]:
+        return {CARD: model_card(report), PRUNING_RECORD: json.dumps(_record(context, report), indent=2) + "\n"}
+
+    write_model(context.run, model.checkpoint, context.fingerprint, replacement, documents, listener)
+
+
+def _record(context: RecoverContext, report: Report) -> dict[str, Any]:
+    """Describe the checkpoint (``fistapruner.json``): the claims of the input, and the lineage."""
+    earlier = read_pruning_record(context.decision.folder)
+    claims = earlier.get("operators") or {}
+    for layer in report.layers:
+        for operator in layer.operators:
+            name = f"{layer.name}.{operator.name}"
+            claim = {
+                "operator": name,
+                "sparsity": operator.sparsity,
+                "zeros": operator.zeros,
+                "shape": list(operator.shape),
+            }
+            claims.setdefault(context.model.source(f"{name}.weight"), claim)
+    return {
+        **earlier,
+        "version": VERSION,
+        "fingerprint": report.fingerprint,
+        "recipe": report.recipe,
+        "model": report.model.source,
+        "versions": report.versions,
+        "operators": claims,
+        "lineage": report.lineage.model_dump(mode="json") if report.lineage else None,
+    }
+
+
+def _check_zeros(context: RecoverContext) -> None:
+    """Compare the zeros of every operator in the written file with those of the input.
+
+    Raises:
+        FistaPrunerError: names the operator.
+    """
+    written = Checkpoint.open(context.run.model)
+    for name, _ in context.layout.operators():
+        source = context.model.source(f"{name}.weight")
+        before, after = context.model.checkpoint.read(source), written.read(source)
+        if not torch.equal(before == 0, after == 0):
+            raise FistaPrunerError(f"{context.run.model}: {name} does not have the zeros of its input (a fault in recovery)")
+
+
+def _totals(context: RecoverContext, report: Report, seconds: float) -> Totals:
+    checkpoint, device = context.model.checkpoint, context.model.device
+    operators = [operator for layer in report.layers for operator in layer.operators]
+    zeros = sum(operator.zeros for operator in operators)
+    return Totals(
+        operator_weights=sum(math.prod(operator.shape) for operator in operators),
+        operator_zeros=zeros,
+        model_weights=sum(math.prod(checkpoint.entry(name).shape) for name in checkpoint.names()),
+        model_zeros=zeros,
+        seconds=seconds,
+        peak_memory=peak_memory(),
+        peak_device_memory=torch.cuda.max_memory_allocated(device) if device.type == "cuda" else None,
+    )

@@ -1,0 +1,421 @@
+"""Prepare a recovery run: find the dense model and the text, check input, plan, cut windows, record it all."""
+
+from __future__ import annotations
+
+import json
+import os
+import shlex
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ..activations.stream import check_model
+from ..calibration import SELF
+from ..calibration.training_text import TrainingText, training_text
+from ..calibration.windows import check_source
+from ..errors import FistaPrunerError
+from ..evaluation.data import load_windows
+from ..evaluation.inspection import inspect_checkpoint
+from ..evaluation.streaming import vocabulary_size
+from ..execution.executors import default_threads
+from ..execution.recovery import identity, open_model
+from ..models.discovery import Layout, discover
+from ..models.files.record import read_pruning_record
+from ..models.layerwise import LayerwiseModel
+from ..models.source import UNTRUSTED, ModelSource, Permissions
+from ..models.whole import load_whole, require_whole
+from ..recipes.recover_settings import RecoverRecipe
+from ..recipes.settings import Recipe
+from ..runs.decision import EvaluationRequest, Numerics, RecoverDecision, RecoverRecord
+from ..runs.directory import RunDirectory
+from ..runs.identity import stamps
+from ..runs.lineage import begin_lineage, read_lineage
+from ..runs.listener import Listener
+from ..runs.prune_directory import PruneDirectory
+from ..runs.records import CalibrationFacts, PlanRow, Recovery
+from ..runs.recover_directory import RecoverDirectory
+from ..runtime.files import sha256_file
+from ..runtime.machine import describe_machine, now, versions
+from ..runtime.numerics import dtype_name, windows_at_once
+from ..sparse.pack import is_packed
+from .begun import absolute, changed_model
+from .prepare import describe_model, refuse_overlap
+
+DEFAULT_SEQLEN = 1024
+"""Longest training window by default."""
+
+
+@dataclass(frozen=True)
+class RecoverRequest:
+    """What a command asks of a recovery run.
+
+    Args:
+        model: run directory or checkpoint, as the user named it.
+        recipe: all settings, as asked.
+        dense: the dense model, as the user named it; None takes what the input says.
+        permissions: what the models' files may do.
+        command: shell line that reproduces the run; None is that of this process.
+        evaluation: the text to evaluate on after the run; None takes that of the input's run, where there is one.
+        evaluates: evaluate at all.
+    """
+
+    model: str
+    recipe: RecoverRecipe
+    dense: str | None = None
+    permissions: Permissions = UNTRUSTED
+    command: str | None = None
+    evaluation: EvaluationRequest | None = None
+    evaluates: bool = True
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """The checked input of a recovery run.
+
+    Args:
+        source: the pruned model's folder; ``model``: the model; ``layout``: the operators to train.
+        claims: sparsity of each of these, by full name, as the input's record has it or as it was found.
+        dense: the dense model; None where it is not known.
+        recipe: all settings, resolved.
+        tokenizer: of the model; ``seqlen``: tokens in a window.
+        evaluation: the text to evaluate on.
+    """
+
+    source: ModelSource
+    model: LayerwiseModel
+    layout: Layout
+    claims: dict[str, str]
+    dense: LayerwiseModel | None
+    dense_source: ModelSource | None
+    recipe: RecoverRecipe
+    tokenizer: Any
+    seqlen: int
+    evaluation: EvaluationRequest | None
+
+
+def prepare(run: RecoverDirectory, request: RecoverRequest, listener: Listener) -> None:
+    """Check the input, then decide and record what the whole run will use.
+
+    Args:
+        run: the run directory, made.
+        request: what to do.
+        listener: receives progress.
+
+    Raises:
+        FistaPrunerError: bad input, named.
+    """
+    inputs = check_inputs(run, request, listener)
+    numerics, resident, rows = choose_plan(inputs)
+    text, sources = cut_text(run, inputs, listener)
+    decision = RecoverDecision(
+        model=absolute(request.model),
+        folder=inputs.source.folder.absolute(),
+        numerics=numerics,
+        evaluation=inputs.evaluation,
+        dense=inputs.dense_source and inputs.dense_source.folder.absolute(),
+        dense_stamps=tuple(stamps(inputs.dense.checkpoint)) if inputs.dense else (),
+        resident=resident,
+        operators=inputs.claims,
+        windows_sha256=sha256_file(run.windows_file),
+        text_sha256=sources,
+        steps=inputs.recipe.steps or max(1, round(inputs.recipe.data.tokens / step_tokens(inputs))),
+    )
+    record(run, request, inputs, text, decision, rows)
+
+
+def check_inputs(run: RecoverDirectory, request: RecoverRequest, listener: Listener) -> Inputs:
+    """Check everything that can be checked before any long work.
+
+    Raises:
+        FistaPrunerError: bad input, named.
+    """
+    permissions, origin = request.permissions, input_run(request.model)
+    source = find_input(request.model, permissions)
+    refuse_overlap(source.folder, run.folder)
+    listener.say(f"model {request.model}: {source.folder}")
+    dense_source = _find_dense(request, origin, source)
+    recipe = resolve(request.recipe, origin, dense_source is not None)
+    model = open_model(source, recipe)
+    layout, claims = _operators(source.folder, model, recipe)
+    check_model(model)
+    dense = None
+    if recipe.loss != "ce":
+        assert dense_source is not None
+        refuse_overlap(dense_source.folder, run.folder)
+        dense = open_model(dense_source, recipe)
+        _check_dense(dense, model)
+    elif request.recipe.loss == "auto":
+        listener.say("the dense model is not known, so the loss is that of the text (ce): --dense MODEL would be better")
+    tokenizer, seqlen = source.tokenizer(), window_length(recipe, model)
+    evaluation = request.evaluation or (_evaluation_of(origin) if request.evaluates else None)
+    if evaluation is not None:  # a fault in the text shows now
+        cut = load_windows(evaluation.data, tokenizer, evaluation.seqlen or seqlen, evaluation.windows)
+        model.check_tokens(cut.tokens)
+    return Inputs(source, model, layout, claims, dense, dense_source, recipe, tokenizer, seqlen, evaluation)
+
+
+def input_run(model: str) -> RunDirectory | None:
+    """Return the run directory that the input is, or is the ``model`` folder of; None for any other."""
+    for folder in (Path(model), Path(model).parent if Path(model).name == "model" else None):
+        if folder is not None and (folder / "run.json").is_file():
+            return RunDirectory(folder)
+    return None
+
+
+def find_input(model: str, permissions: Permissions) -> ModelSource:
+    """Find the pruned checkpoint of a run, or any other model.
+
+    Raises:
+        FistaPrunerError: an unfinished run, a packed folder, or no such model.
+    """
+    folder = Path(model)
+    if (folder / "run.json").is_file() and not (folder / "config.json").exists():
+        run = RunDirectory(folder)
+        if not run.model.is_dir():
+            raise FistaPrunerError(f"{folder} has no finished checkpoint: go on with 'fistapruner resume {folder}'")
+        folder = run.model
+    if is_packed(folder):
+        raise FistaPrunerError(f"{folder} is packed: unpack it first with 'fistapruner unpack {folder} --out DIR'")
+    return permissions.find(folder if folder.is_dir() else model)
+
+
+def _find_dense(request: RecoverRequest, origin: RunDirectory | None, source: ModelSource) -> ModelSource | None:
+    """Find the dense model: as the user says it, else as the input's run or lineage names it.
+
+    Raises:
+        FistaPrunerError: the loss needs it and it is not found, or it has changed since.
+    """
+    permissions, recipe = request.permissions, request.recipe
+    if recipe.loss == "ce":
+        return None
+    if request.dense is not None:
+        return permissions.find(request.dense)
+    named: str | Path | None = None
+    if origin is not None:
+        named = dense_of(origin)
+        if (why := _changed_dense(origin, permissions)) is not None:
+            raise FistaPrunerError(f"{why}: name the dense model with --dense, or take --loss ce")
+    if named is None:
+        lineage, _ = read_lineage(read_pruning_record(source.folder), source.folder)
+        named = lineage and lineage.source.source
+    try:
+        found = None if named is None else permissions.find(named)
+    except FistaPrunerError as error:
+        if recipe.loss == "auto":
+            return None
+        raise FistaPrunerError(f"the dense model: {error}; say where it is with --dense") from None
+    if found is None and recipe.loss != "auto":
+        raise FistaPrunerError(
+            f"--loss {recipe.loss} needs the dense model, which {source.folder} does not name: give --dense MODEL"
+        )
+    return found
+
+
+def dense_of(run: RunDirectory) -> Path | None:
+    """Return the folder of the dense model that a run's result goes back to."""
+    if (record := run.record()) is None:
+        return None
+    if record.kind == "prune":
+        return record.decision.folder
+    return RecoverDirectory(run.folder).record().decision.dense  # type: ignore[union-attr]
+
+
+def _changed_dense(run: RunDirectory, permissions: Permissions) -> str | None:
+    """Say that the dense model of the input's run has changed since; None where it has not, or is gone."""
+    record = run.record()
+    if record is None or record.kind != "prune":
+        return None  # a recovery run checks its dense model's hashes when it is opened
+    pruned = PruneDirectory(run.folder)
+    found = pruned.record()
+    assert found is not None
+    return changed_model(pruned, found, Recipe.build(found.recipe, str(run.run_file)), permissions)
+
+
+def resolve(recipe: RecoverRecipe, origin: RunDirectory | None, dense: bool) -> RecoverRecipe:
+    """Return the recipe with ``auto`` resolved and the text named.
+
+    Raises:
+        FistaPrunerError: the text is not said and the input is no run that names one.
+    """
+    data = recipe.data
+    if data.source is None and not data.tasks:
+        known = origin.record() if origin is not None else None
+        if known is None or known.calibration is None:
+            raise FistaPrunerError("say what to train on with --data: self, python, c4, or a text file")
+        data = data.model_copy(update={"source": known.calibration.source})
+    for text in data.tasks.values() if data.tasks else (data.source,):
+        check_source(str(text))
+    paths = {name: _absolute_file(text) for name, text in data.tasks.items()}
+    data = data.model_copy(update={"source": data.source and _absolute_file(data.source), "tasks": paths})
+    chosen = {
+        "data": data,
+        "parameters": "lora" if recipe.parameters == "auto" else recipe.parameters,
+        "loss": ("kl" if dense else "ce") if recipe.loss == "auto" else recipe.loss,
+    }
+    return recipe.model_copy(update=chosen)
+
+
+def _absolute_file(text: str) -> str:
+    return os.path.abspath(text) if Path(text).suffix else text
+
+
+def window_length(recipe: RecoverRecipe, model: LayerwiseModel) -> int:
+    """Decide the tokens in a training window.
+
+    Raises:
+        FistaPrunerError: more than the model was made for.
+    """
+    seqlen = recipe.data.seqlen or min(model.max_length, DEFAULT_SEQLEN)
+    if seqlen > model.max_length:
+        raise FistaPrunerError(
+            f"data.seqlen {seqlen} is more than the {model.max_length} tokens {model.checkpoint.folder} was made for"
+        )
+    return seqlen
+
+
+def _operators(folder: Path, model: LayerwiseModel, recipe: RecoverRecipe) -> tuple[Layout, dict[str, str]]:
+    """Find the operators to train and check the claims about their zeros.
+
+    Raises:
+        FistaPrunerError: a claim does not hold, or no operator has zeros.
+    """
+    found = inspect_checkpoint(folder)
+    if found.violations:
+        raise FistaPrunerError(
+            f"{folder} is not what its record claims: {found.violations[0]}; 'fistapruner inspect {folder}' shows all"
+        )
+    pruned = {operator.name: operator for operator in found.pruned}
+    layout = discover(model)
+    claims = {}
+    for name, _ in layout.operators():
+        operator = pruned.get(model.source(f"{name}.weight"))
+        if operator is not None:
+            claims[name] = operator.claim or operator.pattern or f"{operator.sparsity:.4%}"
+    if not claims:
+        raise FistaPrunerError(f"{folder}: no operator has zeros to keep; prune it first")
+    layout = layout.only(claims).select(recipe, "train")
+    names = {name for name, _ in layout.operators()}
+    return layout, {name: claim for name, claim in claims.items() if name in names}
+
+
+def _check_dense(dense: LayerwiseModel, model: LayerwiseModel) -> None:
+    """Refuse a dense model whose predictions cannot be compared.
+
+    Raises:
+        FistaPrunerError: another vocabulary; both sizes are named.
+    """
+    theirs, ours = vocabulary_size(dense), vocabulary_size(model)
+    if theirs != ours:
+        raise FistaPrunerError(
+            f"the dense model {dense.checkpoint.folder} predicts {theirs} tokens, {model.checkpoint.folder} {ours}: "
+            "--dense must name the model that was pruned"
+        )
+    check_model(dense)
+
+
+def _evaluation_of(origin: RunDirectory | None) -> EvaluationRequest | None:
+    """Take the text that the input's run was evaluated on, so that figures can be compared."""
+    record = origin.record() if origin is not None else None
+    if record is None or record.decision.evaluation is None:
+        return None
+    seqlen = record.decision.evaluation.seqlen or (record.calibration.seqlen if record.calibration else None)
+    return record.decision.evaluation.model_copy(update={"seqlen": seqlen})
+
+
+def choose_plan(inputs: Inputs) -> tuple[Numerics, bool, list[PlanRow]]:
+    """Decide what sets the last bits, and whether the decoder layers stay in memory."""
+    execution, device = inputs.recipe.execution, inputs.model.device
+    batch_size = min(inputs.recipe.windows_per_step, execution.batch_size or windows_at_once(inputs.seqlen, device))
+    numerics = Numerics(
+        batch_size=batch_size,
+        by_operator=False,
+        threads=default_threads(execution),
+        device=device.type,
+        dtype=dtype_name(inputs.model.dtype),
+    )
+    return numerics, True, []
+
+
+def step_tokens(inputs: Inputs) -> int:
+    """Return the tokens of one step."""
+    return inputs.recipe.windows_per_step * inputs.seqlen
+
+
+def cut_text(run: RecoverDirectory, inputs: Inputs, listener: Listener) -> tuple[TrainingText, dict[str, str]]:
+    """Read the text, hold documents out, cut windows, and store them.
+
+    Returns:
+        The text, and SHA-256 of the files that it comes from.
+    """
+    data, generator = inputs.recipe.data, inputs.dense or inputs.model
+    texts = list(data.tasks.values()) or [str(data.source)]
+    files = {text: sha256_file(Path(text)) for text in texts if Path(text).is_file()}
+    place = [inputs.seqlen, generator.device.type, dtype_name(generator.dtype), files]
+    if SELF in texts:
+        place.append(stamps(generator.checkpoint))
+    drawing = json.dumps([data.model_dump(mode="json"), *place])
+    kept = run.text(drawing)  # it may take long: an attempt that was stopped after it has left it
+    if kept is not None:
+        return kept, files
+    listener.say(f"training text: {data.tokens} tokens in windows of {inputs.seqlen} from {', '.join(texts)}")
+
+    def load_model() -> Any:
+        require_whole(generator.checkpoint, generator.device, inputs.recipe.execution.memory_limit, "--data self")
+        source = inputs.dense_source or inputs.source
+        trusted = source.trust_remote_code
+        return load_whole(source.folder, generator.device, generator.dtype, trust_remote_code=trusted)
+
+    text = training_text(data, inputs.tokenizer, inputs.seqlen, load_model, listener.say)
+    inputs.model.check_tokens(text.tokens)
+    run.write_text(text, drawing)
+    return text, files
+
+
+def record(
+    run: RecoverDirectory,
+    request: RecoverRequest,
+    inputs: Inputs,
+    text: TrainingText,
+    decision: RecoverDecision,
+    rows: list[PlanRow],
+) -> None:
+    """Write ``recipe.yaml`` and ``run.json``: from here on the run can be resumed."""
+    recipe, model = inputs.recipe, inputs.model
+    facts = describe_model(inputs.source, request.model, model)
+    lineage, warning = begin_lineage(inputs.source.folder, facts)
+    run.write_recipe(recipe.to_yaml())
+    run.write_record(
+        RecoverRecord(
+            kind="recover",
+            command=request.command or shlex.join(sys.argv),
+            started=now(),
+            recipe=recipe.model_dump(mode="json"),
+            fingerprint=identity(recipe, model, text, decision),
+            versions=versions(),
+            machine=describe_machine(model.device),
+            model=facts,
+            lineage=lineage,
+            warnings=[warning] if warning else [],
+            calibration=CalibrationFacts.model_validate(
+                {
+                    **text.facts,
+                    "source": recipe.data.source or ", ".join(recipe.data.tasks),
+                    "samples": len(text.tokens),
+                    "seqlen": inputs.seqlen,
+                    "tokens": text.tokens.numel(),
+                    "seed": recipe.data.seed,
+                }
+            ),
+            plan=rows,
+            recovery=Recovery(
+                parameters=recipe.parameters,
+                optimizer=recipe.optimizer,
+                loss=recipe.loss,
+                asked_steps=decision.steps,
+                windows=int((~text.held_out).sum()),
+                held_out_windows=int(text.held_out.sum()),
+            ),
+            decision=decision,
+        )
+    )

@@ -1,0 +1,205 @@
+"""A whole recovery run: prepare, train, write the checkpoint, measure it, report."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any
+
+from ..errors import FistaPrunerError
+from ..execution.recovery import RecoverContext
+from ..models.source import Permissions
+from ..recipes.loading import merge
+from ..recipes.recover_settings import RecoverRecipe
+from ..runs.decision import EvaluationRequest, RecoverRecord
+from ..runs.listener import Listener
+from ..runs.lock import hold
+from ..runs.log import Logged, log_file
+from ..runs.records import Report, parse, read_json
+from ..runs.recover_directory import RecoverDirectory
+from ..runs.steps import read_steps
+from ..runs.times import spent
+from ..runtime.devices import choose_device
+from ..runtime.files import disk_errors, sha256_file
+from ..runtime.memory import reset_peak_memory
+from .begun import absolute
+from .finish import write_failure
+from .finish_recover import finish
+from .measure import measure
+from .prepare_recover import RecoverRequest, prepare
+
+
+def recover(
+    model: str | Path,
+    out: str | Path,
+    *,
+    recipe: RecoverRecipe | None = None,
+    dense: str | Path | None = None,
+    allow_pickle: bool = False,
+    trust_remote_code: bool = False,
+    listener: Listener | None = None,
+    command: str | None = None,
+    evaluate: str | None = "auto",
+    evaluate_windows: int | None = None,
+    **settings: Any,
+) -> Report:
+    """Train a pruned model, with every zero kept, to win back what pruning lost.
+
+    Args:
+        model: run directory of :func:`fistapruner.prune` or of this function, or a checkpoint with zeros.
+        out: the run directory. One that holds an unfinished run of the same recipe is continued.
+        recipe: all settings; None is the default recipe.
+        dense: the dense model; None takes the one that the run or the checkpoint's record names.
+        allow_pickle: read legacy ``.bin`` weights.
+        trust_remote_code: run Python code that comes with the checkpoint.
+        listener: receives progress.
+        command: shell line that reproduces the run, for the report.
+        evaluate: text for the perplexity, as :func:`fistapruner.evaluate` takes it; ``auto`` is that of the input's run
+            (``python`` where there is none), None evaluates nothing.
+        evaluate_windows: only its first so many windows.
+        **settings: single settings over the recipe, as in a recipe file: ``parameters="full"``, ``lr=1e-3``,
+            ``data={"tokens": "500k"}``.
+
+    Returns:
+        The report, as in ``out/report.json``; the checkpoint is in ``out/model``.
+
+    Raises:
+        FistaPrunerError: bad input, named; before any long work where that can be known.
+    """
+    run, permissions = RecoverDirectory(Path(out)), Permissions(allow_pickle, trust_remote_code)
+    run.check_place()
+    recipe = RecoverRecipe.build(merge((recipe or RecoverRecipe()).model_dump(mode="json"), settings))
+    evaluation = None
+    if evaluate not in (None, "auto"):
+        text = absolute(evaluate) if Path(evaluate).is_file() else evaluate
+        evaluation = EvaluationRequest(data=text, windows=evaluate_windows)
+    request = RecoverRequest(
+        str(model), recipe, None if dense is None else str(dense), permissions, command, evaluation, evaluate == "auto"
+    )
+    return _run(run, request, listener or Listener())
+
+
+def resume_recovery(run: RecoverDirectory, record: RecoverRecord, permissions: Permissions, listener: Listener) -> Report:
+    """Continue a run as it was begun.
+
+    Args:
+        run: its directory.
+        record: what it has recorded.
+        permissions: what the models' files may do.
+        listener: receives progress.
+    """
+    recipe = RecoverRecipe.build(record.recipe, str(run.run_file))
+    decision = record.decision
+    dense = None if decision.dense is None else str(decision.dense)
+    request = RecoverRequest(
+        decision.model, recipe, dense, permissions, record.command, decision.evaluation, evaluates=False
+    )
+    return _run(run, request, listener)
+
+
+def _run(run: RecoverDirectory, request: RecoverRequest, told: Listener) -> Report:
+    """Do what is left of a run: nothing, its measurements, its checkpoint, or all of it."""
+    listener = Logged(told)
+    with disk_errors(run.folder):
+        run.create()
+    with _saying_how_to_continue(run), hold(run.folder), log_file(run.log_file):
+        begun = run.record()
+        if begun is not None:
+            _refuse_other(run, begun, request)
+            _say_changed_text(begun, listener)
+        report = _finished(run, begun)
+        fault = None if report is None else run.model_fault(report.fingerprint or "")
+        if report is None or fault:
+            if fault:
+                listener.say(f"the checkpoint is made again from the last state: {fault}")
+            with spent(run.folder) as times, _reporting_failure(run, times):
+                reset_peak_memory(choose_device(request.recipe.execution.device))
+                if begun is None:
+                    prepare(run, request, listener)
+                context = RecoverContext.open(run.folder, request.permissions)
+                trained = context.trained
+                state = context.train(trained, listener, times.note)
+                report = finish(context, trained, state, times, listener, report)
+        else:
+            listener.say(f"{run.folder} holds the finished run of this recipe")
+        record = run.record()
+        assert record is not None
+        return measure(run, report, record.decision.evaluation, request.permissions, listener)
+
+
+def _finished(run: RecoverDirectory, record: RecoverRecord | None) -> Report | None:
+    """Read the report of a finished run; None where something is left to do."""
+    if record is None or not run.report_file.exists():
+        return None
+    with suppress(FistaPrunerError):  # a damaged report is made again
+        report = parse(Report, read_json(run.report_file), str(run.report_file))
+        if report.status == "finished" and report.fingerprint == record.fingerprint:
+            return report
+    return None
+
+
+def _refuse_other(run: RecoverDirectory, begun: RecoverRecord, request: RecoverRequest) -> None:
+    """Refuse to continue a run of other settings or of another model; ``auto`` keeps what was decided.
+
+    Raises:
+        FistaPrunerError: names the first setting that differs.
+    """
+    if begun.kind != "recover":
+        raise FistaPrunerError(f"--out {run.folder} holds a run of 'fistapruner {begun.kind}': name another folder")
+    asked, held = _flat(request.recipe.model_dump(mode="json")), _flat(begun.recipe)
+    for key, value in asked.items():
+        if value not in ("auto", None, {}, []) and held.get(key) != value:
+            raise FistaPrunerError(
+                f"--out {run.folder} holds a run with {key} = {json.dumps(held.get(key))}, this one has "
+                f"{json.dumps(value)}: name another folder, or remove it"
+            )
+    if begun.decision.model != absolute(request.model):
+        raise FistaPrunerError(
+            f"--out {run.folder} holds a run of {begun.decision.model!r}, this one is of {request.model!r}: name "
+            "another folder"
+        )
+
+
+def _flat(recipe: Mapping[str, Any]) -> dict[str, Any]:
+    """Flatten the section ``data``; leave ``execution`` out."""
+    data = {f"data.{key}": value for key, value in dict(recipe.get("data") or {}).items()}
+    for key in ("data.source",):
+        if isinstance(data.get(key), str) and Path(data[key]).suffix:
+            data[key] = str(Path(data[key]).absolute())
+    if isinstance(tasks := data.get("data.tasks"), dict):
+        data["data.tasks"] = {
+            name: str(Path(text).absolute()) if Path(text).suffix else text for name, text in tasks.items()
+        }
+    return {**{key: value for key, value in recipe.items() if key not in ("data", "execution")}, **data}
+
+
+def _say_changed_text(begun: RecoverRecord, listener: Listener) -> None:
+    for name, digest in begun.decision.text_sha256.items():
+        if Path(name).is_file() and sha256_file(Path(name)) != digest:
+            listener.say(f"{name} has changed since this run began, which goes on with the windows it has cut")
+
+
+@contextmanager
+def _reporting_failure(run: RecoverDirectory, times: Any) -> Iterator[None]:
+    """Let ``report.json`` say why the run fails, if it does."""
+    try:
+        yield
+    except Exception as error:
+        if run.run_file.exists():
+            with suppress(FistaPrunerError):  # a full disk, most likely the very error
+                write_failure(run, error, times)
+        raise
+
+
+@contextmanager
+def _saying_how_to_continue(run: RecoverDirectory) -> Iterator[None]:
+    """Let an interruption carry the command that continues the run."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        done = len(read_steps(run.steps_file))
+        whole = run.run_file.exists()
+        how = f"go on with: fistapruner resume {run.folder}" if whole else "give the same command again"
+        raise KeyboardInterrupt(f"interrupted at step {max(0, done - 1)}; {how}") from None

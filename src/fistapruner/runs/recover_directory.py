@@ -1,0 +1,96 @@
+"""The run directory of a recovery run: what it keeps beside the files of every run.
+
+RUN/
+    windows.safetensors    the training text: token ids, which of them carry loss, which windows are held out
+    teacher/               the dense model's predictions of these windows (:mod:`fistapruner.tuning.teacher`)
+    steps.jsonl            one line a step (:mod:`fistapruner.runs.steps`)
+    states/                the newest training states (:mod:`fistapruner.runs.snapshots`)
+    hidden/                hidden states between decoder layers, where memory does not hold them
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ..calibration.training_text import TrainingText
+from ..errors import FistaPrunerError
+from ..models.files.safetensors import SafetensorsFile, SafetensorsWriter, TensorEntry
+from ..runtime.files import PARTIAL
+from .decision import RecoverRecord
+from .directory import EARLY, RunDirectory
+from .snapshots import Snapshots
+
+TEXT = "training"
+"""Metadata key of the windows: the settings and the model that decide them."""
+
+BEFORE_RUN_FILE = rf"{EARLY}|(windows\.safetensors|recipe\.yaml|run\.json)({re.escape(PARTIAL)})?"
+"""Names that an attempt has left that was stopped before ``run.json`` was written."""
+
+
+class RecoverDirectory(RunDirectory):
+    """Paths and records of one recovery run.
+
+    Args:
+        folder: the run directory.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        super().__init__(folder)
+        self.windows_file = folder / "windows.safetensors"
+        self.steps_file = folder / "steps.jsonl"
+        self.teacher = folder / "teacher"
+        self.hidden = folder / "hidden"
+        self.states = Snapshots(folder / "states")
+
+    def own_folders(self) -> tuple[Path, ...]:
+        return (self.model, self.teacher, self.hidden, self.states.folder)
+
+    def own_files(self) -> tuple[Path, ...]:
+        return (*super().own_files(), self.windows_file, self.steps_file)
+
+    def foreign(self) -> list[str]:
+        return sorted(path.name for path in self.folder.iterdir() if not re.fullmatch(BEFORE_RUN_FILE, path.name))
+
+    def record(self) -> RecoverRecord | None:
+        return self.read_record(RecoverRecord)
+
+    def write_text(self, text: TrainingText, drawing: str) -> None:
+        """Store the training text.
+
+        Args:
+            text: its windows.
+            drawing: the settings and the model that decide them.
+        """
+        tensors = {"tokens": text.tokens, "marks": text.marks, "held_out": text.held_out, "task": text.task}
+        entries = [TensorEntry.of(name, value.dtype, tuple(value.shape)) for name, value in tensors.items()]
+        about = {"tasks": list(text.tasks), "facts": text.facts}
+        with SafetensorsWriter(self.windows_file, entries, {TEXT: drawing, "about": json.dumps(about)}) as writer:
+            for name, value in tensors.items():
+                writer.write(name, value)
+
+    def text(self, drawing: str | None = None) -> TrainingText | None:
+        """Read the training text; None where there is none, or it was cut by other settings.
+
+        Args:
+            drawing: what must have decided it; None takes any.
+        """
+        try:
+            file = SafetensorsFile(self.windows_file)
+            about: dict[str, Any] = json.loads(file.metadata["about"])
+            if drawing is not None and file.metadata.get(TEXT) != drawing:
+                return None
+            return TrainingText(
+                tokens=file.read("tokens"),
+                marks=file.read("marks").to(torch.bool),
+                held_out=file.read("held_out").to(torch.bool),
+                task=file.read("task"),
+                tasks=tuple(about["tasks"]),
+                facts=about["facts"],
+            )
+        except (FistaPrunerError, OSError, KeyError, ValueError, TypeError):
+            return None

@@ -1,0 +1,106 @@
+"""Snapshots of a training state, so that a killed run goes on with the same bits.
+
+RUN/states/
+    00000128.safetensors    every tensor of the state after step 128
+    00000128.json           its plain values and the checksum of its tensors; written last
+
+A snapshot counts if its JSON is there, belongs to this run, and the checksum of its tensors is right. The newest two are
+kept.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from ..errors import FistaPrunerError
+from ..models.files.safetensors import SafetensorsFile, SafetensorsWriter, TensorEntry
+from ..runtime.files import PARTIAL, disk_errors, json_sha256, sha256_file, write_json_atomic
+
+log = logging.getLogger("fistapruner")
+
+KEPT = 2
+"""Snapshots that are kept."""
+
+STATE_FILE = re.compile(rf"\d{{8}}\.(json|safetensors)({re.escape(PARTIAL)})?")
+"""Names of the snapshots' files."""
+
+
+@dataclass(frozen=True)
+class Snapshot:
+    """A stored training state.
+
+    Args:
+        step: optimizer steps that were taken.
+        values: its plain values.
+        tensors: its tensors, on disk until they are read.
+    """
+
+    step: int
+    values: dict[str, Any]
+    tensors: SafetensorsFile
+
+
+class Snapshots:
+    """The snapshots of a run.
+
+    Args:
+        folder: where their files are.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+
+    def write(self, fingerprint: str, step: int, values: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> None:
+        """Store a state, and remove all but the newest :data:`KEPT`.
+
+        Args:
+            fingerprint: of the run.
+            step: optimizer steps that were taken.
+            values: plain values, as JSON takes them.
+            tensors: tensors by name.
+        """
+        with disk_errors(self.folder):
+            self.folder.mkdir(parents=True, exist_ok=True)
+        file, record = self._files(step)
+        record.unlink(missing_ok=True)
+        entries = [TensorEntry.of(name, tensor.dtype, tuple(tensor.shape)) for name, tensor in tensors.items()]
+        with SafetensorsWriter(file, entries, {"fingerprint": fingerprint}) as writer:
+            for name, tensor in tensors.items():
+                writer.write(name, tensor)
+        content = {"fingerprint": fingerprint, "step": step, "values": dict(values), "file": sha256_file(file)}
+        write_json_atomic(record, {**content, "sha256": json_sha256(content)})
+        for old in self._steps()[:-KEPT]:
+            for path in reversed(self._files(old)):  # the JSON first: without it the tensors do not count
+                path.unlink(missing_ok=True)
+
+    def newest(self, fingerprint: str) -> Snapshot | None:
+        """Find the newest snapshot of this run that is whole; None where there is none."""
+        for step in reversed(self._steps()):
+            file, record = self._files(step)
+            try:
+                content = json.loads(record.read_text("utf-8"))
+                if content.pop("sha256") != json_sha256(content):
+                    raise ValueError("its checksum is wrong")
+                if content["fingerprint"] != fingerprint:
+                    raise ValueError("it belongs to another run")
+                if content["step"] != step or sha256_file(file) != content["file"]:
+                    raise ValueError(f"{file.name} is not the file it was written with")
+                return Snapshot(step, content["values"], SafetensorsFile(file))
+            except (OSError, ValueError, KeyError, TypeError, RecursionError, FistaPrunerError) as error:
+                log.warning("snapshot %s is not used: %s", record.name, error)
+        return None
+
+    def _files(self, step: int) -> tuple[Path, Path]:
+        return self.folder / f"{step:08d}.safetensors", self.folder / f"{step:08d}.json"
+
+    def _steps(self) -> list[int]:
+        """Steps of all snapshots, in order, unchecked."""
+        return sorted(int(path.stem) for path in self.folder.glob("*.json") if STATE_FILE.fullmatch(path.name))

@@ -1,0 +1,295 @@
+"""Train a pruned model end to end: steps, checks on held-out windows, snapshots.
+
+A step is a pure function of (run, state, number), so a run that was killed goes on with the same bits. Every step
+appends a line to the journal. At equal distances the loss of the held-out windows is checked: the best weights are
+kept, the start being the first candidate, so the result is never worse than the start on these windows.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from typing import Any, Protocol
+
+from torch import Tensor
+
+from ..calibration.training_text import TrainingText
+from ..recipes.recover_settings import RecoverRecipe
+from ..runs.records import Check
+from ..runs.recover_directory import RecoverDirectory
+from ..runs.snapshots import Snapshot
+from ..runs.steps import StepJournal, read_steps
+from ..runtime.formatting import duration
+from .adamw import rate_factor
+from .patience import Patience
+
+log = logging.getLogger("fistapruner")
+
+SNAPSHOT_SECONDS = 900.0
+"""A snapshot is written at every check, and after this time."""
+
+MAX_NOT_FINITE = 3
+"""Steps without a finite loss in a row after which an optimizer without gradients stops."""
+
+
+@dataclass(frozen=True)
+class StepResult:
+    """What a step measured.
+
+    Args:
+        loss: of its windows, per token, before the step.
+        size: norm of the gradient; of an optimizer without gradients the directional derivative.
+    """
+
+    loss: float
+    size: float
+
+
+class Stepper(Protocol):
+    """What a trainer needs of an optimizer and the tensors that it trains."""
+
+    def losses(self, windows: list[int]) -> Tensor:
+        """Compute the (windows,) fp64 sums of the loss over each window's loss tokens."""
+
+    def step(self, number: int, since: int, windows: list[int], factor: float) -> StepResult:
+        """Take step ``number``, the ``since``-th since the moments are new, at ``factor`` times the first rate."""
+
+    def replay(self, number: int, since: int, size: float, factor: float) -> None:
+        """Take a journaled step again without passes; for optimizers without gradients only."""
+
+    def keep(self) -> None:
+        """Remember the present weights as the best."""
+
+    def restore(self) -> None:
+        """Go back to the best weights, with new moments."""
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Return the tensors of the whole state."""
+
+    def load(self, read: Callable[[str], Tensor]) -> None:
+        """Read the tensors of a state."""
+
+
+@dataclass
+class TrainingState:
+    """The plain values of a training state.
+
+    Args:
+        step: steps taken; ``since``: steps since the moments are new.
+        before: held-out loss of the start; ``best``: the lowest so far; ``best_step``: where it was.
+        factor: of the learning rate, smaller after checks without improvement.
+        stopped: no further steps are taken.
+        not_finite: steps in a row whose loss was not finite.
+        fault: why training stopped early, a sentence.
+    """
+
+    step: int = 0
+    since: int = 0
+    before: float = math.nan
+    best: float = math.nan
+    best_step: int = 0
+    factor: float = 1.0
+    stopped: bool = False
+    not_finite: int = 0
+    fault: str | None = None
+
+
+Say = Callable[[str], None]
+Tick = Callable[[int, int], None]
+
+
+@dataclass
+class Trainer:
+    """One training run.
+
+    Args:
+        run: its directory.
+        fingerprint: its identity.
+        recipe: all settings, resolved.
+        text: the training text.
+        order: (steps, windows_per_step) window numbers.
+        stepper: optimizer and trained tensors.
+        say: receives sentences.
+        tick: receives (steps done, steps in all).
+        after_snapshot: called when a state is on the disk.
+    """
+
+    run: RecoverDirectory
+    fingerprint: str
+    recipe: RecoverRecipe
+    text: TrainingText
+    order: Tensor
+    stepper: Stepper
+    say: Say = lambda sentence: None
+    tick: Tick = lambda done, total: None
+    after_snapshot: Callable[[], None] = lambda: None
+
+    def __post_init__(self) -> None:
+        self.state = TrainingState()
+        self.held_out = self.text.held_out.nonzero().flatten().tolist()
+        self.counts = self.text.marks[:, 1:].sum(1)
+        self.every = max(1, math.ceil(len(self.order) / self.recipe.validation_checks))
+        self._differs = False
+
+    def train(self) -> TrainingState:
+        """Take the steps that are left; the best weights are restored at the end."""
+        snapshot = self.run.states.newest(self.fingerprint)
+        if snapshot is not None:
+            self._resume(snapshot)
+        steps, last = len(self.order), time.monotonic()
+        with StepJournal(self.run.steps_file, self.state.step if snapshot is not None else -1) as journal:
+            if snapshot is None:
+                self._begin(journal)
+            elif self.recipe.zeroth_order:
+                self._replay(journal)
+            begun = self.state.step
+            begin = time.monotonic()
+            while self.state.step < steps and not self.state.stopped:
+                check = self._step(journal)
+                self.tick(self.state.step, steps)
+                if check is not None:
+                    done = self.state.step - begun
+                    left = (time.monotonic() - begin) / done * (steps - self.state.step)
+                    self._say_check(check, 0.0 if self.state.stopped else left)
+                if check is not None or time.monotonic() - last > SNAPSHOT_SECONDS:
+                    journal.sync()
+                    self._snapshot()
+                    last = time.monotonic()
+        self.stepper.restore()
+        return self.state
+
+    def _resume(self, snapshot: Snapshot) -> None:
+        self.state = TrainingState(**snapshot.values)
+        self.stepper.load(snapshot.tensors.read)
+        self.say(f"going on after step {self.state.step} of {len(self.order)}")
+
+    def _begin(self, journal: StepJournal) -> None:
+        """Check the start, which is the first candidate."""
+        self.say(f"the loss on {len(self.held_out)} held-out windows before training")
+        held_out, by_task = self._held_out()
+        self.state.before = self.state.best = held_out
+        self.stepper.keep()
+        journal.append({"step": 0, "held_out": held_out, "kept": True, "by_task": by_task})
+        journal.sync()
+        self._snapshot()
+        if not math.isfinite(held_out):
+            self._stop(f"the loss of the held-out windows is {held_out} before training")
+        else:
+            self.say(f"held-out loss {held_out:.4f}")
+
+    def _replay(self, journal: StepJournal) -> None:
+        """Take the journaled steps after the snapshot again, without passes."""
+        for number in sorted(journal.dropped):
+            line = journal.dropped[number]
+            if number != self.state.step + 1:
+                break
+            if line.get("size") is not None:
+                self.state.since += 1
+                factor = self._factor()
+                self.stepper.replay(number, self.state.since, line["size"], factor)
+            self.state.step = number
+            self.state.not_finite = 0 if line.get("size") is not None else self.state.not_finite + 1
+            if "held_out" in line:
+                self._decide(line["held_out"])
+            journal.append(line)
+
+    def _factor(self) -> float:
+        """Return the factor of the learning rate of the next step."""
+        return self.state.factor * rate_factor(
+            self.state.step + 1, len(self.order), self.recipe.warm_up, self.recipe.schedule
+        )
+
+    def _step(self, journal: StepJournal) -> Check | None:
+        """Take one step, journal it, and check the held-out windows where that is due."""
+        begin = time.perf_counter()
+        number, since = self.state.step + 1, self.state.since + 1
+        windows = self.order[number - 1].tolist()
+        factor = self._factor()
+        found = self.stepper.step(number, since, windows, factor)
+        finite = math.isfinite(found.loss) and math.isfinite(found.size)
+        line: dict[str, Any] = {
+            "step": number,
+            "loss": found.loss if finite else None,
+            "lr": factor,
+            "size": found.size if finite else None,
+            "tokens": int(self.counts[windows].sum()),
+        }
+        self.state.step = number
+        check = None
+        if finite:
+            self.state.since, self.state.not_finite = since, 0
+            if number % self.every == 0 or number == len(self.order):
+                held_out, by_task = self._held_out()
+                check = Check(step=number, held_out=held_out, kept=self._decide(held_out), by_task=by_task)
+                line |= {"held_out": held_out, "kept": check.kept, "by_task": by_task}
+        else:
+            self.state.not_finite += 1
+            if not self.recipe.zeroth_order or self.state.not_finite >= MAX_NOT_FINITE:
+                self._stop(f"the loss is {found.loss} at step {number} (learning rate {factor:.3g} of the first)")
+        self._compare(journal.dropped.pop(number, None), line)
+        journal.append({**line, "seconds": round(time.perf_counter() - begin, 3)})
+        return check
+
+    def _decide(self, held_out: float) -> bool:
+        """Keep the present weights if they are the best so far; else, with patience, go back."""
+        state = self.state
+        if held_out < state.best:
+            state.best, state.best_step = held_out, state.step
+            self.stepper.keep()
+            return True
+        if self.recipe.patience:
+            self.stepper.restore()
+            state.since = 0
+            state.factor = self.patience.smaller(state.factor)
+            state.stopped = self.patience.exhausted(state.factor)
+        return False
+
+    def _stop(self, fault: str) -> None:
+        self.state.stopped, self.state.fault = True, fault
+        self.say(fault)
+
+    def _held_out(self) -> tuple[float, dict[str, float]]:
+        """Return the held-out loss per token, as the mean over tasks, and that of each task if there are several."""
+        sums, counts = self.stepper.losses(self.held_out), self.counts[self.held_out]
+        tasks = self.text.task[self.held_out]
+        by_task = {
+            name: float(sums[tasks == number].sum() / counts[tasks == number].sum())
+            for number, name in enumerate(self.text.tasks)
+            if bool((tasks == number).any())
+        }
+        return sum(by_task.values()) / len(by_task), by_task if len(by_task) > 1 else {}
+
+    def _compare(self, before: dict[str, Any] | None, line: dict[str, Any]) -> None:
+        """Say once where a step that is made again differs from the one that was lost."""
+        if before is not None and before.get("loss") != line["loss"] and not self._differs:
+            self._differs = True
+            self.say(
+                f"step {line['step']} has the loss {line['loss']} and had {before.get('loss')} before the interruption: "
+                "this machine rounds otherwise"
+            )
+
+    def _say_check(self, check: Check, left: float) -> None:
+        kept = "kept" if check.kept else "not better"
+        lines = f", about {duration(left)} left" if left else ""
+        self.say(
+            f"step {check.step} of {len(self.order)}: held-out loss {check.held_out:.4f} "
+            f"(before {self.state.before:.4f}): {kept}{lines}"
+        )
+
+    def _snapshot(self) -> None:
+        self.run.states.write(self.fingerprint, self.state.step, asdict(self.state), self.stepper.tensors())
+        self.after_snapshot()
+
+
+def curve(run: RecoverDirectory, points: int = 500) -> tuple[list[tuple[int, float]], list[Check], int]:
+    """Read the journal: the training loss (thinned), the checks, and the tokens passed."""
+    lines = read_steps(run.steps_file)
+    losses = [(line["step"], line["loss"]) for line in lines if line.get("loss") is not None]
+    every = max(1, -(-len(losses) // points))
+    checks = [Check.model_validate(line) for line in lines if line.get("held_out") is not None]
+    return losses[::every], checks, sum(line.get("tokens", 0) for line in lines)
+
+
