@@ -19,8 +19,11 @@ if TYPE_CHECKING:
     from .evaluation.evaluate import evaluate
     from .pipeline.measure import bench_run, evaluate_run
     from .pipeline.merge import MergeReport, merge_adapter
-    from .pipeline.prune import finish_run, prune, resume
+    from .pipeline.prune import finish_run, prune
+    from .pipeline.recover import recover
+    from .pipeline.resume import resume
     from .problem import LayerProblem
+    from .recipes.recover_settings import RecoverRecipe
     from .recipes.settings import Recipe
     from .runs.records import Report
     from .runs.results import Evaluation
@@ -40,6 +43,7 @@ __all__ = [
     "LayerProblem",
     "MergeReport",
     "Recipe",
+    "RecoverRecipe",
     "Report",
     "Solution",
     "SparseLinear",
@@ -54,6 +58,7 @@ __all__ = [
     "pack",
     "parse_sparsity",
     "prune",
+    "recover",
     "resume",
     "solve",
     "to_semi_structured",
@@ -65,8 +70,11 @@ _MODULES = {
     "evaluation.evaluate": ("evaluate",),
     "pipeline.measure": ("bench_run", "evaluate_run"),
     "pipeline.merge": ("MergeReport", "merge_adapter"),
-    "pipeline.prune": ("finish_run", "prune", "resume"),
+    "pipeline.prune": ("finish_run", "prune"),
+    "pipeline.recover": ("recover",),
+    "pipeline.resume": ("resume",),
     "problem": ("LayerProblem",),
+    "recipes.recover_settings": ("RecoverRecipe",),
     "recipes.settings": ("Recipe",),
     "runs.records": ("Report",),
     "runs.results": ("Evaluation",),

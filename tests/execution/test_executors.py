@@ -21,7 +21,8 @@ from fistapruner.execution.operator_parallel import ParallelSolver
 from fistapruner.execution.pool import Event, Job, PartJob
 from fistapruner.execution.process_pool import ProcessPool
 from fistapruner.execution.serial import prune_serially
-from fistapruner.pipeline.prune import finish_run, prune, resume
+from fistapruner.pipeline.prune import finish_run, prune
+from fistapruner.pipeline.resume import resume
 from fistapruner.runs.directory import RunDirectory
 from fistapruner.runs.listener import Listener
 from fistapruner.runtime.devices import worker_devices

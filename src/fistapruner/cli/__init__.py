@@ -18,6 +18,7 @@ from typing import Any, TextIO, cast
 
 VERBS: dict[str, str] = {
     "prune": "prune",
+    "recover": "recover",
     "plan": "plan",
     "resume": "resume",
     "finish": "finish",

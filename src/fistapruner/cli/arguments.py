@@ -15,16 +15,23 @@ from pydantic.fields import FieldInfo
 from ..errors import FistaPrunerError
 from ..recipes.base import Settings
 from ..recipes.loading import load_recipe_settings, merge
+from ..recipes.recover_settings import RecoverRecipe
 from ..recipes.renamed import RENAMED_SETTINGS
-from ..recipes.settings import Calibration, Execution, Recipe
+from ..recipes.settings import Recipe
 
-SECTIONS: dict[str, type[Settings]] = {"calibration": Calibration, "execution": Execution}
-
-FLAGS = {"calibration.source": "--calibration"}
+FLAGS = {"calibration.source": "--calibration", "data.source": "--data"}
 """Flags that are not called as their setting."""
 
-SAME_FLAG = {"calibration.seed": "seed", "calibration.tasks": "calibration.source"}
+SAME_FLAG = {
+    "calibration.seed": "seed",
+    "calibration.tasks": "calibration.source",
+    "data.seed": "seed",
+    "data.tasks": "data.source",
+}
 """Settings that take their value from the flag of another setting."""
+
+NOT_FOR_RECOVERY = ("execution.executor", "execution.workers", "execution.address")
+"""Settings of execution that recovery has no use for."""
 
 METAVARS = {
     "sparsity": "PATTERN",
@@ -35,13 +42,18 @@ METAVARS = {
     "allocation": "NAME|YAML",
     "reconstruct": "STEPS",
     "calibration.source": "SOURCE|NAME=SOURCE",
+    "lr": "RATE",
+    "also": "NAME,...",
+    "betas": "B1,B2",
+    "data.source": "SOURCE|NAME=SOURCE",
+    "data.tokens": "TOKENS",
     "execution.device": "DEVICE",
     "execution.memory_limit": "SIZE",
     "execution.address": "HOST:PORT",
 }
 """Placeholders in the help; ``N`` if not given here."""
 
-REPEATED = ("targets", "ignore", "calibration.source")
+REPEATED = ("targets", "ignore", "calibration.source", "data.source")
 """Settings whose flag may be given several times."""
 
 PLURAL = ("sparsity", "method", "seed")
@@ -51,14 +63,15 @@ DEST = "recipe."
 """Prefix of these arguments in the parsed namespace; the path of the setting follows."""
 
 
-def settings() -> Iterator[tuple[str, FieldInfo]]:
+def settings(recipe: type[Settings] = Recipe) -> Iterator[tuple[str, FieldInfo]]:
     """Yield every setting of a recipe with its path, such as ``calibration.samples``."""
-    for name, field in Recipe.model_fields.items():
-        if name not in SECTIONS:
+    for name, field in recipe.model_fields.items():
+        if not isinstance(field.default, Settings):
             yield name, field
             continue
-        for key, inner in SECTIONS[name].model_fields.items():
-            yield f"{name}.{key}", inner
+        for key, inner in type(field.default).model_fields.items():
+            if recipe is not RecoverRecipe or f"{name}.{key}" not in NOT_FOR_RECOVERY:
+                yield f"{name}.{key}", inner
 
 
 def flag_of(path: str) -> str:
@@ -90,6 +103,16 @@ def add_recipe_arguments(parser: argparse.ArgumentParser, *, single: bool = True
         parser.add_argument(f"--{old}", action=_RefuseOldFlag, help=argparse.SUPPRESS)
 
 
+def add_recover_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the settings of a recovery recipe."""
+    group = parser.add_argument_group("recipe (over --recipe)")
+    group.add_argument("--recipe", metavar="NAME|FILE", help="a shipped recipe (spp-paper, ...) or a YAML file")
+    execution = parser.add_argument_group("execution")
+    for path, field in settings(RecoverRecipe):
+        if path not in SAME_FLAG:
+            _add_setting(execution if path.startswith("execution.") else group, path, field)
+
+
 def _add_setting(group: argparse._ArgumentGroup, path: str, field: FieldInfo) -> None:
     """Add one setting: its flag, choices and help are those of the field, which also checks the value."""
     default = field.default
@@ -117,13 +140,33 @@ def recipe_settings(arguments: argparse.Namespace) -> dict[str, Any]:
     Raises:
         FistaPrunerError: an unknown recipe, or several calibration texts without names.
     """
-    name = arguments.recipe or arguments.quality
+    return _over(arguments.recipe or arguments.quality, arguments, Recipe, "calibration")
+
+
+def recover_settings(arguments: argparse.Namespace) -> dict[str, Any]:
+    """Collect the recovery recipe of the arguments: ``--recipe``, single settings over it.
+
+    Raises:
+        FistaPrunerError: an unknown recipe, or several training texts without names.
+    """
+    return _over(arguments.recipe, arguments, RecoverRecipe, "data")
+
+
+def _over(name: str | None, arguments: argparse.Namespace, recipe: type[Settings], texts: str) -> dict[str, Any]:
+    """Collect the settings that flags change, over a recipe.
+
+    Args:
+        name: of the recipe; None is none.
+        arguments: the parsed flags.
+        recipe: whose settings.
+        texts: section whose ``source`` and ``tasks`` share a flag.
+    """
     changes: dict[str, Any] = {}
-    for path, _ in settings():
+    for path, _ in settings(recipe):
         value = getattr(arguments, DEST + SAME_FLAG.get(path, path), None)
         section, _, key = path.rpartition(".")
         (changes.setdefault(section, {}) if section else changes)[key] = value
-    changes["calibration"] |= read_texts(changes["calibration"].pop("source"), "--calibration")
+    changes[texts] |= read_texts(changes[texts].pop("source"), flag_of(f"{texts}.source"))
     return merge(load_recipe_settings(name) if name else {}, changes)
 
 

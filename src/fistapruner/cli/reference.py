@@ -12,6 +12,8 @@ from typing import Any, Literal, get_args, get_origin
 
 from pydantic.fields import FieldInfo
 
+from ..recipes.recover_settings import RecoverRecipe
+from ..recipes.settings import Recipe, Settings
 from ..solvers import METHODS
 from ..solvers.catalogue import CATALOGUE
 from . import VERBS, build_parser
@@ -25,7 +27,7 @@ Made from the program by `make reference`; do not edit. The pages on the verbs s
 
 def reference() -> str:
     """Return the page as Markdown."""
-    return "\n".join([HEAD, *_verbs(), *_recipe(), *_methods()])
+    return "\n".join([HEAD, *_verbs(), *_recipe(), *_recover_recipe(), *_methods()])
 
 
 def _verbs() -> Iterable[str]:
@@ -44,14 +46,27 @@ def _verbs() -> Iterable[str]:
             name = " ".join(filter(None, (flags, "" if action.nargs == 0 else str(values))))
             rows.append((f"`{name}`", str(action.help) % {"default": action.default}))
         if any(action.dest.startswith(DEST) for action in parser._actions):
-            yield "Also every [recipe setting](#recipe-settings) by its flag.\n"
+            kind = "recovery" if verb == "recover" else "recipe"
+            yield f"Also every [{kind} setting](#{kind}-settings) by its flag.\n"
         yield from _table(("argument", "meaning"), rows)
 
 
 def _recipe() -> Iterable[str]:
     yield "## Recipe settings\n"
     yield "A recipe is a YAML mapping of these; `calibration` and `execution` are sections.\n"
-    rows = [(f"`{path}`", f"`{flag_of(SAME_FLAG.get(path, path))}`", *_describe(field)) for path, field in settings()]
+    yield from _settings(Recipe)
+
+
+def _recover_recipe() -> Iterable[str]:
+    yield "## Recovery settings\n"
+    yield "The recipe of `recover`; `data` and `execution` are sections.\n"
+    yield from _settings(RecoverRecipe)
+
+
+def _settings(recipe: type[Settings]) -> Iterable[str]:
+    rows = [
+        (f"`{path}`", f"`{flag_of(SAME_FLAG.get(path, path))}`", *_describe(field)) for path, field in settings(recipe)
+    ]
     yield from _table(("setting", "flag", "default", "meaning"), rows)
 
 

@@ -23,7 +23,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
-    from ..pipeline.prune import resume
+    from ..pipeline.resume import resume
     from .progress import choose_listener
     from .prune import show
 

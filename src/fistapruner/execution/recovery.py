@@ -153,4 +153,3 @@ def identity(recipe: RecoverRecipe, model: LayerwiseModel, text: TrainingText, d
     """Hash what decides the run's result."""
     more = [list(decision.dense_stamps), sorted(decision.operators), decision.windows_sha256, decision.steps]
     return fingerprint(recipe, model.checkpoint, text.tokens, decision.numerics, *more)
-

@@ -116,7 +116,7 @@ def _describe_training(context: RecoverContext, trained: Trained, state: Trainin
     found.lr = trained.rates()
     found.steps, found.kept_step, found.tokens = state.step, state.best_step, tokens
     found.curve, found.checks = losses, checks
-    found.changed = sum(operator.changed for operator in operators) / max(1, survivors)
+    found.changed = sum(operator.changed or 0 for operator in operators) / max(1, survivors)
     found.change = max((operator.change or 0.0 for operator in operators), default=None)
 
 
@@ -179,7 +179,9 @@ def _check_zeros(context: RecoverContext) -> None:
         source = context.model.source(f"{name}.weight")
         before, after = context.model.checkpoint.read(source), written.read(source)
         if not torch.equal(before == 0, after == 0):
-            raise FistaPrunerError(f"{context.run.model}: {name} does not have the zeros of its input (a fault in recovery)")
+            raise FistaPrunerError(
+                f"{context.run.model}: {name} does not have the zeros of its input (a fault in recovery)"
+            )
 
 
 def _totals(context: RecoverContext, report: Report, seconds: float) -> Totals:

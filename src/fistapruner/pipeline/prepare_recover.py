@@ -146,7 +146,9 @@ def check_inputs(run: RecoverDirectory, request: RecoverRequest, listener: Liste
         dense = open_model(dense_source, recipe)
         _check_dense(dense, model)
     elif request.recipe.loss == "auto":
-        listener.say("the dense model is not known, so the loss is that of the text (ce): --dense MODEL would be better")
+        listener.say(
+            "the dense model is not known, so the loss is that of the text (ce): --dense MODEL would be better"
+        )
     tokenizer, seqlen = source.tokenizer(), window_length(recipe, model)
     evaluation = request.evaluation or (_evaluation_of(origin) if request.evaluates else None)
     if evaluation is not None:  # a fault in the text shows now

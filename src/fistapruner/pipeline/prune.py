@@ -93,38 +93,25 @@ def prune(
     return _run(run, request, listener or Listener(), inspect)
 
 
-def resume(
-    out: str | Path,
-    *,
-    allow_pickle: bool = False,
-    trust_remote_code: bool = False,
-    listener: Listener | None = None,
-) -> Report:
+def resume_pruning(run: PruneDirectory, permissions: Permissions, listener: Listener) -> Report:
     """Continue a run as it was begun: its model, recipe and evaluation are recorded in the run directory.
 
-    What the model's files may do is not recorded: it is said with every command.
-
     Args:
-        out: the run directory.
-        allow_pickle: read legacy ``.bin`` weights.
-        trust_remote_code: run Python code that comes with the checkpoint.
+        run: its directory.
+        permissions: what the model's files may do; it is not recorded but said with every command.
         listener: receives progress.
-
-    Raises:
-        FistaPrunerError: not a run, or a run that was stopped before anything was decided.
     """
-    begun = _begun(PruneDirectory(Path(out)), "can be resumed", "give its prune command again")
+    begun = _begun(run, "can be resumed", "give its prune command again")
     evaluation = begun.decision.evaluation
     return prune(
         begun.decision.model,
-        out,
-        recipe=Recipe.build(begun.recipe, str(PruneDirectory(Path(out)).run_file)),
-        allow_pickle=allow_pickle,
-        trust_remote_code=trust_remote_code,
+        run.folder,
+        recipe=Recipe.build(begun.recipe, str(run.run_file)),
         listener=listener,
         command=begun.command,
         evaluate=evaluation.data if evaluation else None,
         evaluate_windows=evaluation.windows if evaluation else None,
+        **permissions.keywords(),
     )
 
 

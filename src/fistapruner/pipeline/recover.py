@@ -81,15 +81,16 @@ def recover(
     return _run(run, request, listener or Listener())
 
 
-def resume_recovery(run: RecoverDirectory, record: RecoverRecord, permissions: Permissions, listener: Listener) -> Report:
+def resume_recovery(run: RecoverDirectory, permissions: Permissions, listener: Listener) -> Report:
     """Continue a run as it was begun.
 
     Args:
-        run: its directory.
-        record: what it has recorded.
+        run: its directory, with a record.
         permissions: what the models' files may do.
         listener: receives progress.
     """
+    record = run.record()
+    assert record is not None
     recipe = RecoverRecipe.build(record.recipe, str(run.run_file))
     decision = record.decision
     dense = None if decision.dense is None else str(decision.dense)

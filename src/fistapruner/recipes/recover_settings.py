@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from typing import Annotated, Any, Literal, get_args
+from typing import Annotated, Any, Literal
 
 import yaml
 from pydantic import BeforeValidator, ConfigDict, Field, ValidationError, field_validator, model_validator
@@ -15,10 +15,8 @@ from .loading import parse_count, parse_yaml
 from .patterns import check_pattern
 from .settings import Execution, Seed
 
-Parameters = Literal["lora", "full", "spp", "hira", "norms"]
+PARAMETERS = ("lora", "full", "spp", "hira", "norms")
 """What is trained: how an operator's effective weight is made from trained tensors."""
-
-PARAMETERS: tuple[str, ...] = get_args(Parameters)
 
 
 def _count(value: Any) -> Any:
@@ -50,9 +48,9 @@ class TrainingData(Settings):
 
     source: str | None = Field(
         None,
-        description="Training text: a calibration source (self, python, c4, wikitext2, ptb), a .txt or .parquet file, or "
-        "a .jsonl file whose lines have text, prompt and completion, or messages. Without it the calibration source of "
-        "the run that pruned the model.",
+        description="Training text: a calibration source (self, python, c4, wikitext2, ptb), a .txt or .parquet "
+        "file, or a .jsonl file whose lines have text, prompt and completion, or messages. Without it the calibration "
+        "source of the run that pruned the model.",
     )
     tasks: dict[str, str] = Field(
         {},
@@ -94,7 +92,7 @@ class TrainingData(Settings):
 class RecoverRecipe(Settings):
     """Hold all settings of a recovery run."""
 
-    parameters: Literal["auto"] | Parameters = Field(
+    parameters: Literal["auto", "lora", "full", "spp", "hira", "norms"] = Field(
         "auto",
         description="What is trained: lora (a masked low-rank change, merged exactly), full (every surviving weight), "
         "spp and hira (surviving weights are rescaled), or norms (norms and biases only). auto is lora.",
@@ -135,7 +133,9 @@ class RecoverRecipe(Settings):
         description="Unit of lr: share (of the root mean square of a tensor's surviving weights) or absolute. auto is "
         "share for full and norms, absolute for the others.",
     )
-    betas: tuple[float, float] = Field((0.9, 0.95), description="Decay rates of AdamW's moments.")
+    betas: Annotated[tuple[float, float], BeforeValidator(_words)] = Field(
+        (0.9, 0.95), description="Decay rates of AdamW's moments."
+    )
     decay: float = Field(0.0, ge=0.0, description="Decoupled weight decay of AdamW.")
     warm_up: float = Field(
         0.1, ge=0.0, lt=1.0, description="Share of the steps in which the learning rate rises from 0."
@@ -183,6 +183,8 @@ class RecoverRecipe(Settings):
 
     @model_validator(mode="after")
     def _consistent(self) -> RecoverRecipe:
+        if self.execution.executor != "serial":
+            raise ValueError(f"execution.executor {self.execution.executor}: recovery has its own way to many devices")
         tasks = self.data.tasks
         if tasks and self.data.source is not None:
             raise ValueError("data: give either one source or tasks, not both")

@@ -126,7 +126,7 @@ class OperatorEntry(Record):
         spectrum: eigenvalues of its Gram divided by the largest, at log-spaced ranks, descending; ``spectrum_ranks``:
             the ranks, from 1.
         condition: largest eigenvalue over the mean of the diagonal.
-        change: of a recovery run: norm of the weight's change over its norm.
+        change: of a recovery run: norm of the weight's change over its norm; ``changed``: weights that changed.
     """
 
     name: str
@@ -142,6 +142,7 @@ class OperatorEntry(Record):
     spectrum_ranks: list[int] | None = None
     condition: float | None = None
     change: float | None = None
+    changed: int | None = None
 
     @property
     def loss(self) -> float | None:
@@ -242,7 +243,8 @@ class Recovery(Record):
             input's own.
         tokens: tokens passed in training; ``windows``, ``held_out_windows``, ``documents``, ``held_out_documents``.
         checks: on the held-out windows, in order, that of step 0 first; ``curve``: (step, training loss), at most 500.
-        changed: share of the operators' surviving weights that changed; ``change``: norm of their change over their norm.
+        changed: share of the operators' surviving weights that changed; ``change``: largest norm of an operator's
+            change over its norm.
         before: the input on the evaluation text, against the dense model.
     """
 

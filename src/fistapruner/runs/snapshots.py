@@ -4,8 +4,8 @@ RUN/states/
     00000128.safetensors    every tensor of the state after step 128
     00000128.json           its plain values and the checksum of its tensors; written last
 
-A snapshot counts if its JSON is there, belongs to this run, and the checksum of its tensors is right. The newest two are
-kept.
+A snapshot counts if its JSON is there, belongs to this run, and the checksum of its tensors is right. The newest two
+are kept.
 """
 
 from __future__ import annotations

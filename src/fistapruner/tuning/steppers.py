@@ -11,7 +11,6 @@ from ..recipes.recover_settings import RecoverRecipe
 from .objective import Objective
 from .trained import Trained
 from .trainer import StepResult
-from .zeroth_order import Directions
 
 
 class FirstOrder:

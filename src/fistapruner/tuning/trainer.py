@@ -24,7 +24,6 @@ from ..runs.snapshots import Snapshot
 from ..runs.steps import StepJournal, read_steps
 from ..runtime.formatting import duration
 from .adamw import rate_factor
-from .patience import Patience
 
 log = logging.getLogger("fistapruner")
 
@@ -267,8 +266,8 @@ class Trainer:
         if before is not None and before.get("loss") != line["loss"] and not self._differs:
             self._differs = True
             self.say(
-                f"step {line['step']} has the loss {line['loss']} and had {before.get('loss')} before the interruption: "
-                "this machine rounds otherwise"
+                f"step {line['step']} has the loss {line['loss']} and had {before.get('loss')} before the "
+                "interruption: this machine rounds otherwise"
             )
 
     def _say_check(self, check: Check, left: float) -> None:
@@ -291,5 +290,3 @@ def curve(run: RecoverDirectory, points: int = 500) -> tuple[list[tuple[int, flo
     every = max(1, -(-len(losses) // points))
     checks = [Check.model_validate(line) for line in lines if line.get("held_out") is not None]
     return losses[::every], checks, sum(line.get("tokens", 0) for line in lines)
-
-

@@ -1,0 +1,63 @@
+"""Train a pruned model to win back what pruning lost, with every zero kept.
+
+MODEL is a run directory of prune or recover, or a checkpoint with zeros. The dense model and the training text are
+those of the run unless --dense and --data say otherwise. Only surviving weights change, so the sparsity pattern stays
+bit for bit. Held-out documents decide which step is kept. The finished checkpoint is in RUN/model.
+
+  fistapruner recover runs/first --out runs/recovered
+  fistapruner recover runs/first --out runs/recovered --tokens 1M --data c4
+  fistapruner recover ./pruned --dense meta-llama/Llama-3.2-1B --data text.jsonl --out runs/mine --parameters full
+  fistapruner recover runs/first --out runs/tasks --data sql=sql.jsonl --data chat=chat.jsonl --per-round 1
+"""
+
+from __future__ import annotations
+
+import argparse
+import shlex
+import sys
+
+from .arguments import add_output_arguments, add_recover_arguments, add_trust_arguments, recover_settings
+
+SUMMARY = "train a pruned model, every zero kept"
+
+
+def configure(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("model", metavar="MODEL", help="run directory, or a checkpoint with zeros")
+    parser.add_argument(
+        "--out", required=True, metavar="RUN", help="run directory; an unfinished run of the same recipe is continued"
+    )
+    parser.add_argument("--dense", metavar="MODEL", help="the dense model (default: the one that was pruned)")
+    add_recover_arguments(parser)
+    parser.add_argument(
+        "--evaluate",
+        default="auto",
+        metavar="DATA",
+        help="text for the perplexity: as for prune, or auto, that of the run that goes in (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--evaluate-windows", type=int, default=None, metavar="N", help="windows of that text (default: all)"
+    )
+    add_trust_arguments(parser)
+    add_output_arguments(parser)
+
+
+def run(arguments: argparse.Namespace) -> int:
+    from ..pipeline.recover import recover
+    from ..recipes.recover_settings import RecoverRecipe
+    from .progress import choose_listener
+    from .prune import show
+
+    report = recover(
+        arguments.model,
+        arguments.out,
+        recipe=RecoverRecipe.build(recover_settings(arguments)),
+        dense=arguments.dense,
+        allow_pickle=arguments.allow_pickle,
+        trust_remote_code=arguments.trust_remote_code,
+        evaluate=None if arguments.evaluate == "none" else arguments.evaluate,
+        evaluate_windows=arguments.evaluate_windows,
+        listener=choose_listener(quiet=arguments.quiet or arguments.json),
+        command=shlex.join(["fistapruner", *sys.argv[1:]]),
+    )
+    show(report, arguments.out, as_json=arguments.json)
+    return 1 if any(warning.startswith("training stopped") for warning in report.warnings) else 0

@@ -1,0 +1,45 @@
+"""Continue a run of any verb."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from ..errors import FistaPrunerError
+from ..models.source import Permissions
+from ..runs.directory import RunDirectory
+from ..runs.listener import Listener
+from ..runs.prune_directory import PruneDirectory
+from ..runs.records import Report
+from ..runs.recover_directory import RecoverDirectory
+from .prune import resume_pruning
+from .recover import resume_recovery
+
+
+def resume(
+    out: str | Path,
+    *,
+    allow_pickle: bool = False,
+    trust_remote_code: bool = False,
+    listener: Listener | None = None,
+) -> Report:
+    """Continue a run as it was begun: its model, recipe and evaluation are recorded in the run directory.
+
+    What the model's files may do is not recorded: it is said with every command.
+
+    Args:
+        out: the run directory.
+        allow_pickle: read legacy ``.bin`` weights.
+        trust_remote_code: run Python code that comes with the checkpoint.
+        listener: receives progress.
+
+    Raises:
+        FistaPrunerError: not a run, or a run that was stopped before anything was decided.
+    """
+    record = RunDirectory(Path(out)).record()
+    permissions, listener = Permissions(allow_pickle, trust_remote_code), listener or Listener()
+    if record is None:
+        advice = "give its command again"
+        raise FistaPrunerError(f"{out} is not a run that can be resumed (it has no run.json): {advice}")
+    if record.kind == "recover":
+        return resume_recovery(RecoverDirectory(Path(out)), permissions, listener)
+    return resume_pruning(PruneDirectory(Path(out)), permissions, listener)
