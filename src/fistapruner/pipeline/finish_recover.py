@@ -58,7 +58,7 @@ def finish(
     report.layers = [_describe(context, trained, index) for index in range(len(context.model))]
     _describe_training(context, trained, state, report)
     if state.fault:
-        report.warnings.append(f"training stopped: {state.fault}; the weights of step {state.best_step} are kept")
+        report.warnings.append(f"training stopped: {state.fault}; the weights of step {state.patience.best_step} are kept")
     report.totals = _totals(context, report, times.total())
     report.finished = now()
     add_stage(report)
@@ -114,7 +114,7 @@ def _describe_training(context: RecoverContext, trained: Trained, state: Trainin
     assert found is not None
     found.trained, found.operators = trained.numbers(), len(operators)
     found.lr = trained.rates()
-    found.steps, found.kept_step, found.tokens = state.step, state.best_step, tokens
+    found.steps, found.kept_step, found.tokens = state.step, state.patience.best_step, tokens
     found.curve, found.checks = losses, checks
     found.changed = sum(operator.changed or 0 for operator in operators) / max(1, survivors)
     found.change = max((operator.change or 0.0 for operator in operators), default=None)

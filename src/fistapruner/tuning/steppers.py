@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Mapping
 
 from torch import Tensor
 
@@ -28,16 +28,16 @@ class FirstOrder:
     def losses(self, windows: list[int]) -> Tensor:
         return self.objective.losses(windows, lambda index, layer: [self.trained.values(index, layer)])[0]
 
-    def step(self, number: int, since: int, windows: list[int], factor: float) -> StepResult:
+    def step(self, number: int, windows: list[int], factor: float) -> StepResult:
         squares: list[float] = []
 
         def update(index: int, layer: object, gradients: dict[str, Tensor]) -> None:
-            squares.append(self.trained.update(index, layer, gradients, factor, since))
+            squares.append(self.trained.update(index, layer, gradients, factor))
 
         loss = self.objective.gradient(windows, self.trained.values, update)
         return StepResult(loss, math.sqrt(sum(squares)))
 
-    def replay(self, number: int, since: int, size: float, factor: float) -> None:
+    def replay(self, number: int, size: float, factor: float) -> None:
         raise NotImplementedError("steps by backpropagation cannot be taken again without passes")
 
     def keep(self) -> None:
@@ -49,5 +49,5 @@ class FirstOrder:
     def tensors(self) -> dict[str, Tensor]:
         return self.trained.tensors()
 
-    def load(self, read: Callable[[str], Tensor]) -> None:
-        self.trained.load(read)
+    def load(self, tensors: Mapping[str, Tensor]) -> None:
+        self.trained.load(tensors)

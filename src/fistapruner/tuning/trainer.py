@@ -10,8 +10,8 @@ from __future__ import annotations
 import logging
 import math
 import time
-from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass, field
 from typing import Any, Protocol
 
 from torch import Tensor
@@ -53,10 +53,10 @@ class Stepper(Protocol):
     def losses(self, windows: list[int]) -> Tensor:
         """Compute the (windows,) fp64 sums of the loss over each window's loss tokens."""
 
-    def step(self, number: int, since: int, windows: list[int], factor: float) -> StepResult:
-        """Take step ``number``, the ``since``-th since the moments are new, at ``factor`` times the first rate."""
+    def step(self, number: int, windows: list[int], factor: float) -> StepResult:
+        """Take step ``number`` at ``factor`` times the first learning rate."""
 
-    def replay(self, number: int, since: int, size: float, factor: float) -> None:
+    def replay(self, number: int, size: float, factor: float) -> None:
         """Take a journaled step again without passes; for optimizers without gradients only."""
 
     def keep(self) -> None:
@@ -68,8 +68,8 @@ class Stepper(Protocol):
     def tensors(self) -> dict[str, Tensor]:
         """Return the tensors of the whole state."""
 
-    def load(self, read: Callable[[str], Tensor]) -> None:
-        """Read the tensors of a state."""
+    def load(self, tensors: Mapping[str, Tensor]) -> None:
+        """Take over the tensors of a state."""
 
 
 @dataclass
@@ -77,20 +77,17 @@ class TrainingState:
     """The plain values of a training state.
 
     Args:
-        step: steps taken; ``since``: steps since the moments are new.
-        before: held-out loss of the start; ``best``: the lowest so far; ``best_step``: where it was.
-        factor: of the learning rate, smaller after checks without improvement.
+        step: steps taken.
+        before: held-out loss of the start.
+        patience: the best loss and step so far, and the factor of the learning rate.
         stopped: no further steps are taken.
         not_finite: steps in a row whose loss was not finite.
         fault: why training stopped early, a sentence.
     """
 
     step: int = 0
-    since: int = 0
     before: float = math.nan
-    best: float = math.nan
-    best_step: int = 0
-    factor: float = 1.0
+    patience: Patience = field(default_factory=lambda: Patience.begin(math.nan))
     stopped: bool = False
     not_finite: int = 0
     fault: str | None = None
@@ -130,7 +127,6 @@ class Trainer:
         self.state = TrainingState()
         self.held_out = self.text.held_out.nonzero().flatten().tolist()
         self.counts = self.text.marks[:, 1:].sum(1)
-        self.every = max(1, math.ceil(len(self.order) / self.recipe.validation_checks))
         self._differs = False
 
     def train(self) -> TrainingState:
@@ -161,15 +157,17 @@ class Trainer:
         return self.state
 
     def _resume(self, snapshot: Snapshot) -> None:
-        self.state = TrainingState(**snapshot.values)
-        self.stepper.load(snapshot.tensors.read)
+        values = snapshot.values
+        self.state = TrainingState(**{**values, "patience": Patience(**values["patience"])})
+        self.stepper.load({name: snapshot.tensors.read(name) for name in snapshot.tensors.entries})
         self.say(f"going on after step {self.state.step} of {len(self.order)}")
 
     def _begin(self, journal: StepJournal) -> None:
         """Check the start, which is the first candidate."""
         self.say(f"the loss on {len(self.held_out)} held-out windows before training")
         held_out, by_task = self._held_out()
-        self.state.before = self.state.best = held_out
+        self.state.before = held_out
+        self.state.patience = Patience.begin(held_out, on=self.recipe.patience)
         self.stepper.keep()
         journal.append({"step": 0, "held_out": held_out, "kept": True, "by_task": by_task})
         journal.sync()
@@ -186,9 +184,7 @@ class Trainer:
             if number != self.state.step + 1:
                 break
             if line.get("size") is not None:
-                self.state.since += 1
-                factor = self._factor()
-                self.stepper.replay(number, self.state.since, line["size"], factor)
+                self.stepper.replay(number, line["size"], self._factor())
             self.state.step = number
             self.state.not_finite = 0 if line.get("size") is not None else self.state.not_finite + 1
             if "held_out" in line:
@@ -197,17 +193,16 @@ class Trainer:
 
     def _factor(self) -> float:
         """Return the factor of the learning rate of the next step."""
-        return self.state.factor * rate_factor(
-            self.state.step + 1, len(self.order), self.recipe.warm_up, self.recipe.schedule
-        )
+        fall = schedule(self.state.step + 1, len(self.order), self.recipe.warm_up, self.recipe.schedule)
+        return self.state.patience.rate * fall
 
     def _step(self, journal: StepJournal) -> Check | None:
         """Take one step, journal it, and check the held-out windows where that is due."""
         begin = time.perf_counter()
-        number, since = self.state.step + 1, self.state.since + 1
+        number = self.state.step + 1
         windows = self.order[number - 1].tolist()
         factor = self._factor()
-        found = self.stepper.step(number, since, windows, factor)
+        found = self.stepper.step(number, windows, factor)
         finite = math.isfinite(found.loss) and math.isfinite(found.size)
         line: dict[str, Any] = {
             "step": number,
@@ -219,8 +214,8 @@ class Trainer:
         self.state.step = number
         check = None
         if finite:
-            self.state.since, self.state.not_finite = since, 0
-            if number % self.every == 0 or number == len(self.order):
+            self.state.not_finite = 0
+            if check_due(number, len(self.order), self.recipe.validation_checks):
                 held_out, by_task = self._held_out()
                 check = Check(step=number, held_out=held_out, kept=self._decide(held_out), by_task=by_task)
                 line |= {"held_out": held_out, "kept": check.kept, "by_task": by_task}
@@ -234,17 +229,13 @@ class Trainer:
 
     def _decide(self, held_out: float) -> bool:
         """Keep the present weights if they are the best so far; else, with patience, go back."""
-        state = self.state
-        if held_out < state.best:
-            state.best, state.best_step = held_out, state.step
+        verdict = self.state.patience.check(self.state.step, held_out)
+        if verdict is Verdict.BETTER:
             self.stepper.keep()
-            return True
-        if self.recipe.patience:
+        elif verdict is not Verdict.WORSE:
             self.stepper.restore()
-            state.since = 0
-            state.factor = self.patience.smaller(state.factor)
-            state.stopped = self.patience.exhausted(state.factor)
-        return False
+            self.state.stopped = verdict is Verdict.STOP
+        return verdict is Verdict.BETTER
 
     def _stop(self, fault: str) -> None:
         self.state.stopped, self.state.fault = True, fault
