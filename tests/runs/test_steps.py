@@ -1,0 +1,77 @@
+"""The journal of steps and the snapshots: what is whole is read, what is torn is made again."""
+
+from __future__ import annotations
+
+import random
+from pathlib import Path
+
+import pytest
+import torch
+
+from fistapruner.runs.snapshots import Snapshots
+from fistapruner.runs.steps import StepJournal, read_steps
+
+
+def write(path: Path, count: int) -> list[dict[str, object]]:
+    lines: list[dict[str, object]] = [{"step": step, "loss": 1 / 3 + step * 1e-17, "g": None} for step in range(count)]
+    with StepJournal(path, -1) as journal:
+        for line in lines:
+            journal.append(line)
+    return lines
+
+
+def test_lines_read_back_with_the_same_bits(tmp_path: Path) -> None:
+    assert read_steps(tmp_path / "steps.jsonl") == []
+    lines = write(tmp_path / "steps.jsonl", 40)
+    assert read_steps(tmp_path / "steps.jsonl") == lines
+
+
+def test_a_journal_that_is_cut_or_changed_anywhere_gives_its_first_whole_lines(tmp_path: Path) -> None:
+    lines = write(tmp_path / "steps.jsonl", 12)
+    data = (tmp_path / "steps.jsonl").read_bytes()
+    draw = random.Random(0)
+    for _ in range(300):
+        place = draw.randrange(len(data))
+        damaged = data[:place] if draw.random() < 0.5 else data[:place] + bytes([data[place] ^ 1]) + data[place + 1 :]
+        (tmp_path / "steps.jsonl").write_bytes(damaged)
+        assert read_steps(tmp_path / "steps.jsonl") == lines[: data[:place].count(b"\n")]
+
+
+def test_lines_after_the_last_kept_step_are_dropped_and_can_be_compared(tmp_path: Path) -> None:
+    path = tmp_path / "steps.jsonl"
+    lines = write(path, 9)
+    with open(path, "ab") as file:
+        file.write(b'{"step": 9, "lo')
+    with StepJournal(path, 5) as journal:
+        assert journal.dropped == {step: lines[step] for step in (6, 7, 8)}
+        journal.append({"step": 6, "loss": 2.0})
+    assert read_steps(path) == [*lines[:6], {"step": 6, "loss": 2.0}]
+
+
+def test_the_newest_whole_snapshot_of_the_run_is_taken(tmp_path: Path) -> None:
+    states = Snapshots(tmp_path / "states")
+    assert states.newest("run") is None
+    for step in (1, 2, 3):
+        states.write("run", step, {"best": step / 3}, {"theta": torch.full((3,), float(step)), "empty": torch.ones(0)})
+    assert sorted(path.stem for path in states.folder.glob("*.json")) == ["00000002", "00000003"]
+    found = states.newest("run")
+    assert found is not None and found.step == 3 and found.values == {"best": 1.0}
+    assert torch.equal(found.tensors.read("theta"), torch.full((3,), 3.0))
+    assert states.newest("another run") is None
+
+
+@pytest.mark.parametrize("suffix", ["json", "safetensors"])
+@pytest.mark.parametrize("damage", ["cut", "flip", "gone"])
+def test_a_damaged_snapshot_leaves_the_one_before(tmp_path: Path, suffix: str, damage: str) -> None:
+    states = Snapshots(tmp_path / "states")
+    for step in (7, 8):
+        states.write("run", step, {}, {"theta": torch.full((300,), float(step))})
+    file = states.folder / f"00000008.{suffix}"
+    data = file.read_bytes()
+    if damage == "gone":
+        file.unlink()
+    else:
+        half = len(data) // 2
+        file.write_bytes(data[:half] if damage == "cut" else data[:half] + bytes([data[half] ^ 4]) + data[half + 1 :])
+    found = states.newest("run")
+    assert found is not None and found.step == 7
