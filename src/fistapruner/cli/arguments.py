@@ -41,6 +41,7 @@ METAVARS = {
     "ignore": "NAME|re:...",
     "allocation": "NAME|YAML",
     "reconstruct": "STEPS",
+    "recover": "TOKENS",
     "calibration.source": "SOURCE|NAME=SOURCE",
     "lr": "RATE",
     "also": "NAME,...",

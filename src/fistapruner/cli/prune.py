@@ -77,7 +77,8 @@ def run(arguments: argparse.Namespace) -> int:
             f"when all are: fistapruner finish {arguments.out}"
         )
     else:
-        show(report, arguments.out, as_json=arguments.json)
+        recovered = report.kind == "recover"
+        show(report, f"{arguments.out}/recovered" if recovered else arguments.out, as_json=arguments.json)
     return 0
 
 

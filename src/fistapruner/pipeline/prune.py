@@ -15,7 +15,7 @@ from ..execution.executors import prune_layers
 from ..models.source import Permissions
 from ..problem import LayerProblem
 from ..recipes.loading import merge
-from ..recipes.settings import Recipe
+from ..recipes.settings import Execution, Recipe
 from ..runs.decision import EvaluationRequest, PruneRecord
 from ..runs.listener import Listener
 from ..runs.lock import hold, preparing
@@ -30,6 +30,7 @@ from .begun import FinishedRun, absolute, find_finished
 from .finish import finish, write_failure
 from .measure import measure
 from .prepare import RunRequest, prepare
+from .recover import recover
 
 Inspect = Callable[[int, int, LayerProblem], None]
 """Receives (layer, group, problem) before each solve."""
@@ -71,7 +72,8 @@ def prune(
             ``calibration={"samples": 32}``.
 
     Returns:
-        The report, as in ``out/report.json``; the checkpoint is in ``out/model``. With ``only_layers`` the report of
+        The report, as in ``out/report.json``; the checkpoint is in ``out/model``. With ``recover`` in the recipe the
+        report of the recovery, whose run directory is ``out/recovered``. With ``only_layers`` the report of
         the unfinished run, with the layers that are done so far.
 
     Raises:
@@ -90,7 +92,8 @@ def prune(
         text = absolute(evaluate) if Path(evaluate).is_file() else evaluate
         evaluation = EvaluationRequest(data=text, windows=evaluate_windows)
     request = RunRequest(str(model), recipe, permissions, command, evaluation, tokens, only_layers)
-    return _run(run, request, listener or Listener(), inspect)
+    report = _run(run, request, listener or Listener(), inspect)
+    return report if only_layers else _recover(run, report, recipe, permissions, listener)
 
 
 def resume_pruning(run: PruneDirectory, permissions: Permissions, listener: Listener) -> Report:
@@ -148,7 +151,30 @@ def finish_run(
             with spent(run.folder) as times:
                 report = finish(context, times, listener, found.damaged)
             context.clear_hidden()
-        return measure(run, report, begun.decision.evaluation, permissions, listener)
+        report = measure(run, report, begun.decision.evaluation, permissions, listener)
+    return _recover(run, report, recipe, permissions, listener)
+
+
+def _recover(
+    run: PruneDirectory, report: Report, recipe: Recipe, permissions: Permissions, listener: Listener | None
+) -> Report:
+    """Recover the pruned model where the recipe asks for it; returns the report of the last run."""
+    if recipe.recover is None:
+        return report
+    following = recipe.recover.model_copy(update={"execution": recover_execution(recipe.execution)})
+    return recover(
+        run.folder,
+        run.recovered,
+        recipe=following,
+        listener=listener,
+        command=report.command,
+        **permissions.keywords(),
+    )
+
+
+def recover_execution(execution: Execution) -> Execution:
+    """Return how a recovery is carried out that follows a pruning run."""
+    return execution.model_copy(update={"executor": "serial", "workers": None, "address": None, "batch_size": None})
 
 
 def _begun(run: PruneDirectory, what: str, hint: str = "") -> PruneRecord:

@@ -63,6 +63,24 @@ def _method(value: Any) -> tuple[Method, ...]:
         raise ValueError(str(error)) from None
 
 
+def _recover(value: Any) -> Any:
+    """Parse a recovery recipe, or the tokens of one."""
+    from .recover_settings import RecoverRecipe  # stands on this module
+
+    if value is None or isinstance(value, RecoverRecipe):
+        return value
+    if not isinstance(value, Mapping):
+        value = {"data": {"tokens": value}}
+    try:
+        return RecoverRecipe.build(dict(value))
+    except FistaPrunerError as error:
+        raise ValueError(str(error).removeprefix("recipe: ")) from None
+
+
+def _dump_recover(value: Any) -> Any:
+    return None if value is None else value.model_dump(mode="json", exclude={"execution"})
+
+
 def _dense_target(value: Any) -> Any:
     if isinstance(value, str):
         value = {"dense": 1.0, "pruned": 0.0}.get(value, value)
@@ -208,6 +226,9 @@ class Execution(Settings):
         return parse_bytes(value) if isinstance(value, str) else value
 
 
+NO_IDENTITY = ("execution", "recover")
+"""Settings that do not determine the pruned weights."""
+
 RESOLVED = ("propagate", "dense_target", "residual")
 """Settings whose ``auto`` is resolved before a run begins (:meth:`Recipe.resolved`)."""
 
@@ -299,6 +320,11 @@ class Recipe(Settings):
         description="Precision of the forward passes; auto is the checkpoint's own, or float32 on CPUs without "
         "matrix units for it.",
     )
+    recover: Annotated[Any, BeforeValidator(_recover), PlainSerializer(_dump_recover)] = Field(
+        None,
+        description="Recovery after pruning: tokens to train on, such as 500k, or the settings of 'recover'; its "
+        "result is in RUN/recovered. Not part of the pruning run's identity.",
+    )
     seed: Seed = Field(
         0,
         description="Seed of everything random that is not calibration data.",
@@ -387,7 +413,7 @@ class Recipe(Settings):
 
     def fingerprint(self) -> str:
         """Return a hash of everything that determines the pruned weights."""
-        identity = json.dumps(self.model_dump(mode="json", exclude={"execution"}), sort_keys=True)
+        identity = json.dumps(self.model_dump(mode="json", exclude=set(NO_IDENTITY)), sort_keys=True)
         return hashlib.sha256(identity.encode()).hexdigest()[:16]
 
     def to_yaml(self) -> str:

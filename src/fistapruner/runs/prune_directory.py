@@ -5,6 +5,7 @@ RUN/
     metrics.safetensors        what was measured on the dense model: weights of errors, order of channels
     layers/                    the finished decoder layers (:mod:`fistapruner.runs.journal`)
     hidden/                    hidden states that are still needed, where memory does not hold them
+    recovered/                 the run directory of the recovery that follows, where the recipe asks for one
 """
 
 from __future__ import annotations
@@ -52,6 +53,7 @@ class PruneDirectory(RunDirectory):
         self.calibration_file = folder / "calibration.safetensors"
         self.metrics_file = folder / "metrics.safetensors"
         self.hidden = folder / "hidden"
+        self.recovered = folder / "recovered"
         self.journal = LayerJournal(folder / "layers")
 
     def create(self) -> None:
@@ -59,7 +61,7 @@ class PruneDirectory(RunDirectory):
         self.journal.folder.mkdir(parents=True, exist_ok=True)
 
     def own_folders(self) -> tuple[Path, ...]:
-        return (self.journal.folder, self.model, self.hidden)
+        return (self.journal.folder, self.model, self.hidden, self.recovered)
 
     def own_files(self) -> tuple[Path, ...]:
         return (*super().own_files(), self.calibration_file, self.metrics_file)
