@@ -55,10 +55,12 @@ def finish(
     record = run.record()
     assert record is not None  # the context was opened with it
     report = record.report()
-    report.layers = [_describe(context, trained, index) for index in range(len(context.model))]
-    _describe_training(context, trained, state, report)
+    report.layers = [_describe(context, trained, index, report) for index in range(len(context.model))]
+    _describe_training(context, state, report)
     if state.fault:
-        report.warnings.append(f"training stopped: {state.fault}; the weights of step {state.patience.best_step} are kept")
+        report.warnings.append(
+            f"training stopped: {state.fault}; the weights of step {state.patience.best_step} are kept"
+        )
     report.totals = _totals(context, report, times.total())
     report.finished = now()
     add_stage(report)
@@ -79,12 +81,17 @@ def finish(
     return report
 
 
-def _describe(context: RecoverContext, trained: Trained, index: int) -> LayerEntry:
-    """Describe one decoder layer: zeros of its operators, and how far they moved."""
+def _describe(context: RecoverContext, trained: Trained, index: int, report: Report) -> LayerEntry:
+    """Describe one decoder layer: zeros of its operators, how far they moved; add what was trained to the report."""
     model, claims, entry = context.model, context.decision.operators, LayerEntry(index=index)
     entry.name = f"{context.layout.prefix}.{index}"
     with model.layer(index) as layer:
         new = trained.result(index, layer)
+        numbers, rates = trained.describe(index, layer)
+    assert report.recovery is not None
+    report.recovery.trained += numbers
+    known = [*report.recovery.lr.values(), *rates]
+    report.recovery.lr = {"lowest": min(known), "highest": max(known)} if known else {}
     for group in context.layout.layers[index]:
         for operator in group:
             name = context.layout.full_name(index, operator)
@@ -106,14 +113,13 @@ def _describe(context: RecoverContext, trained: Trained, index: int) -> LayerEnt
     return entry
 
 
-def _describe_training(context: RecoverContext, trained: Trained, state: TrainingState, report: Report) -> None:
+def _describe_training(context: RecoverContext, state: TrainingState, report: Report) -> None:
     losses, checks, tokens = curve(context.run)
     operators = [operator for layer in report.layers for operator in layer.operators]
     survivors = sum(math.prod(operator.shape) - operator.zeros for operator in operators)
     found = report.recovery
     assert found is not None
-    found.trained, found.operators = trained.numbers(), len(operators)
-    found.lr = trained.rates()
+    found.operators = len(operators)
     found.steps, found.kept_step, found.tokens = state.step, state.patience.best_step, tokens
     found.curve, found.checks = losses, checks
     found.changed = sum(operator.changed or 0 for operator in operators) / max(1, survivors)

@@ -237,7 +237,7 @@ class Recovery(Record):
     """What a recovery run trained, on what, and what that changed.
 
     Args:
-        parameters, optimizer, loss: as resolved; ``lr``: first learning rates by kind of tensor, as used.
+        parameters, optimizer, loss: as resolved; ``lr``: the lowest and the highest first learning rate.
         trained: numbers that were trained; ``operators``: operators among them.
         steps: optimizer steps taken; ``asked_steps``; ``kept_step``: the step whose weights were written; 0 is the
             input's own.

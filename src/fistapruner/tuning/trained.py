@@ -152,6 +152,14 @@ class Trained:
                 found[source] = after
         return found
 
+    def describe(self, index: int, layer: nn.Module) -> tuple[int, list[float]]:
+        """Count the trained numbers of a layer, and list their tensors' first learning rates."""
+        if not self._sources[index]:
+            return 0, []
+        parameters = self._parameters(index, layer)
+        numbers = sum(master.numel() for master in parameters.masters.values())
+        return numbers, list(self._rates(index, layer, parameters).values())
+
     def rescalings(self) -> dict[str, tuple[Tensor, Tensor]]:
         """Return A (r, n) and B (m, r) of the operators that hira or spp have trained, by name in the model.
 

@@ -23,7 +23,6 @@ from ..runs.recover_directory import RecoverDirectory
 from ..runs.snapshots import Snapshot
 from ..runs.steps import StepJournal, read_steps
 from ..runtime.formatting import duration
-from .adamw import rate_factor
 
 log = logging.getLogger("fistapruner")
 
