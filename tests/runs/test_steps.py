@@ -55,7 +55,9 @@ def test_the_newest_whole_snapshot_of_the_run_is_taken(tmp_path: Path) -> None:
         states.write("run", step, {"best": step / 3}, {"theta": torch.full((3,), float(step)), "empty": torch.ones(0)})
     assert sorted(path.stem for path in states.folder.glob("*.json")) == ["00000002", "00000003"]
     found = states.newest("run")
-    assert found is not None and found.step == 3 and found.values == {"best": 1.0}
+    assert found is not None
+    assert found.step == 3
+    assert found.values == {"best": 1.0}
     assert torch.equal(found.tensors.read("theta"), torch.full((3,), 3.0))
     assert states.newest("another run") is None
 
@@ -74,4 +76,5 @@ def test_a_damaged_snapshot_leaves_the_one_before(tmp_path: Path, suffix: str, d
         half = len(data) // 2
         file.write_bytes(data[:half] if damage == "cut" else data[:half] + bytes([data[half] ^ 4]) + data[half + 1 :])
     found = states.newest("run")
-    assert found is not None and found.step == 7
+    assert found is not None
+    assert found.step == 7

@@ -12,8 +12,9 @@ from typing import Any, Literal, get_args, get_origin
 
 from pydantic.fields import FieldInfo
 
+from ..recipes.base import Settings
 from ..recipes.recover_settings import RecoverRecipe
-from ..recipes.settings import Recipe, Settings
+from ..recipes.settings import Recipe
 from ..solvers import METHODS
 from ..solvers.catalogue import CATALOGUE
 from . import VERBS, build_parser

@@ -1,8 +1,10 @@
-"""The context of a recovery run: what every process needs to train, opened from the run directory alone."""
+"""The context of a recovery run, opened from the run directory alone."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import shutil
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -21,10 +23,11 @@ from ..runs.identity import fingerprint, stamps
 from ..runs.listener import Listener
 from ..runs.recover_directory import RecoverDirectory
 from ..runtime.devices import choose_device, cpu_threads
-from ..runtime.files import sha256_file
+from ..runtime.files import disk_errors, sha256_file
 from ..runtime.numerics import DTYPES
+from ..tuning.losses import Loss
 from ..tuning.objective import Objective
-from ..tuning.steppers import FirstOrder, ZerothOrder
+from ..tuning.steppers import FirstOrder
 from ..tuning.teacher import Teacher
 from ..tuning.trained import Trained
 from ..tuning.trainer import Stepper, Trainer, TrainingState
@@ -86,38 +89,38 @@ class RecoverContext:
         Raises:
             FistaPrunerError: the dense model is gone or has changed, or the disk is full.
         """
-        numerics = self.decision.numerics
+        numerics, windows = self.decision.numerics, self._order()
         hidden = None if self.decision.resident else self.run.hidden
-        with cpu_threads(numerics.threads), self.model.resident(layers=self.decision.resident):
+        with cpu_threads(numerics.threads), _made(hidden):
             objective = Objective(
                 self.model,
                 self.text,
-                self.recipe,
-                teacher=self._teacher(listener),
-                batch_size=numerics.batch_size,
-                store=scratch_factory(hidden, self.model.dtype),
+                Loss.named(str(self.recipe.loss), self.recipe.mix),
+                self._teacher(windows, listener),
+                numerics.batch_size,
+                scratch_factory(hidden, self.model.dtype),
             )
             trainer = Trainer(
                 self.run,
                 self.fingerprint,
                 self.recipe,
                 self.text,
-                self._order(),
+                windows,
                 self._stepper(objective, trained),
                 say=listener.say,
                 tick=lambda done, total: listener.tick("recovery steps", done, total),
                 after_snapshot=after_snapshot,
             )
-            return trainer.train()
+            with objective.resident(layers=self.decision.resident):
+                return trainer.train()
 
     def _order(self) -> Tensor:
         return order(self.text, self.decision.steps, self.recipe.windows_per_step, self.recipe.data)
 
     def _stepper(self, objective: Objective, trained: Trained) -> Stepper:
-        kind = ZerothOrder if self.recipe.zeroth_order else FirstOrder
-        return kind(objective, trained, self.recipe)
+        return FirstOrder(objective, trained)
 
-    def _teacher(self, listener: Listener) -> Teacher | None:
+    def _teacher(self, windows: Tensor, listener: Listener) -> Teacher | None:
         """The dense model's predictions, cached; None where the loss does not need them."""
         if self.recipe.loss == "ce" or self.decision.dense is None:
             return None
@@ -125,15 +128,31 @@ class RecoverContext:
         if tuple(stamps(dense.checkpoint)) != self.decision.dense_stamps:
             raise FistaPrunerError(f"{self.decision.dense} is not the dense model that the run began with")
         return Teacher(
-            self.run.teacher,
             dense,
             self.text.tokens,
-            kind=self.recipe.teacher,
+            self.run.teacher,
             batch_size=self.decision.numerics.batch_size,
-            fingerprint=self.fingerprint,
-            blocks=self.decision.teacher_blocks,
+            kind=self.recipe.teacher,
+            identity=self.fingerprint,
+            order=windows.flatten().tolist(),
+            held_out=self.text.held_out.nonzero().flatten().tolist(),
+            windows_on_disk=self.decision.teacher_windows,
             tick=listener.tick,
         )
+
+
+@contextmanager
+def _made(folder: Path | None) -> Iterator[None]:
+    """Make the folder of hidden states, if there is one, and remove it after the block."""
+    if folder is not None:
+        shutil.rmtree(folder, ignore_errors=True)
+        with disk_errors(folder):
+            folder.mkdir(parents=True)
+    try:
+        yield
+    finally:
+        if folder is not None:
+            shutil.rmtree(folder, ignore_errors=True)
 
 
 def open_model(source: ModelSource, recipe: RecoverRecipe, dtype: str | None = None) -> LayerwiseModel:
@@ -151,5 +170,11 @@ def open_model(source: ModelSource, recipe: RecoverRecipe, dtype: str | None = N
 
 def identity(recipe: RecoverRecipe, model: LayerwiseModel, text: TrainingText, decision: RecoverDecision) -> str:
     """Hash what decides the run's result."""
-    more = [list(decision.dense_stamps), sorted(decision.operators), decision.windows_sha256, decision.steps]
+    more = [
+        list(decision.dense_stamps),
+        sorted(decision.operators),
+        decision.windows_sha256,
+        decision.steps,
+        decision.teacher_windows,
+    ]
     return fingerprint(recipe, model.checkpoint, text.tokens, decision.numerics, *more)

@@ -82,7 +82,7 @@ def finish(
 
 
 def _describe(context: RecoverContext, trained: Trained, index: int, report: Report) -> LayerEntry:
-    """Describe one decoder layer: zeros of its operators, how far they moved; add what was trained to the report."""
+    """Describe one decoder layer, and add what was trained in it to the report."""
     model, claims, entry = context.model, context.decision.operators, LayerEntry(index=index)
     entry.name = f"{context.layout.prefix}.{index}"
     with model.layer(index) as layer:

@@ -1,4 +1,4 @@
-"""Prepare a recovery run: find the dense model and the text, check input, plan, cut windows, record it all."""
+"""Prepare a recovery run: find the dense model, check input, plan, cut the text, record it all."""
 
 from __future__ import annotations
 
@@ -17,7 +17,6 @@ from ..calibration.windows import check_source
 from ..errors import FistaPrunerError
 from ..evaluation.data import load_windows
 from ..evaluation.inspection import inspect_checkpoint
-from ..evaluation.streaming import vocabulary_size
 from ..execution.executors import default_threads
 from ..execution.recovery import identity, open_model
 from ..models.discovery import Layout, discover
@@ -200,7 +199,7 @@ def _find_dense(request: RecoverRequest, origin: RunDirectory | None, source: Mo
             raise FistaPrunerError(f"{why}: name the dense model with --dense, or take --loss ce")
     if named is None:
         lineage, _ = read_lineage(read_pruning_record(source.folder), source.folder)
-        named = lineage and lineage.source.source
+        named = None if lineage is None else lineage.source.source
     try:
         found = None if named is None else permissions.find(named)
     except FistaPrunerError as error:
@@ -307,7 +306,7 @@ def _check_dense(dense: LayerwiseModel, model: LayerwiseModel) -> None:
     Raises:
         FistaPrunerError: another vocabulary; both sizes are named.
     """
-    theirs, ours = vocabulary_size(dense), vocabulary_size(model)
+    theirs, ours = dense.vocabulary, model.vocabulary
     if theirs != ours:
         raise FistaPrunerError(
             f"the dense model {dense.checkpoint.folder} predicts {theirs} tokens, {model.checkpoint.folder} {ours}: "

@@ -98,7 +98,7 @@ class RecoverDecision(RunDecision):
         windows_sha256: of ``windows.safetensors``.
         text_sha256: of the files that the text comes from, by path.
         steps: optimizer steps to take.
-        teacher_blocks: blocks of the dense model's predictions that the disk may hold at once; None is all.
+        teacher_windows: windows whose predictions by the dense model the disk holds at once; None is all.
     """
 
     dense: Path | None = None
@@ -108,7 +108,7 @@ class RecoverDecision(RunDecision):
     windows_sha256: str = ""
     text_sha256: dict[str, str] = {}
     steps: int
-    teacher_blocks: int | None = None
+    teacher_windows: int | None = None
 
     @property
     def reference(self) -> Path:

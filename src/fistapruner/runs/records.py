@@ -225,7 +225,12 @@ class Generation(Record):
 
 
 class Check(Record):
-    """One check on the held-out windows: loss per token, whether the weights were kept; ``by_task``: loss of each."""
+    """One check on the held-out windows of a recovery run.
+
+    Args:
+        step: after which it was made; ``held_out``: loss per token; ``by_task``: of each of several tasks.
+        kept: its weights are the best so far.
+    """
 
     step: int
     held_out: float

@@ -5,9 +5,8 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 
-from torch import Tensor
+from torch import Tensor, nn
 
-from ..recipes.recover_settings import RecoverRecipe
 from .objective import Objective
 from .trained import Trained
 from .trainer import StepResult
@@ -19,10 +18,9 @@ class FirstOrder:
     Args:
         objective: the loss.
         trained: what is trained.
-        recipe: all settings, resolved.
     """
 
-    def __init__(self, objective: Objective, trained: Trained, recipe: RecoverRecipe) -> None:
+    def __init__(self, objective: Objective, trained: Trained) -> None:
         self.objective, self.trained = objective, trained
 
     def losses(self, windows: list[int]) -> Tensor:
@@ -31,7 +29,7 @@ class FirstOrder:
     def step(self, number: int, windows: list[int], factor: float) -> StepResult:
         squares: list[float] = []
 
-        def update(index: int, layer: object, gradients: dict[str, Tensor]) -> None:
+        def update(index: int, layer: nn.Module, gradients: dict[str, Tensor]) -> None:
             squares.append(self.trained.update(index, layer, gradients, factor))
 
         loss = self.objective.gradient(windows, self.trained.values, update)

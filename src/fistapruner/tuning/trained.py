@@ -156,9 +156,9 @@ class Trained:
         """Count the trained numbers of a layer, and list their tensors' first learning rates."""
         if not self._sources[index]:
             return 0, []
-        parameters = self._parameters(index, layer)
+        parameters = self.parameters(index, layer)
         numbers = sum(master.numel() for master in parameters.masters.values())
-        return numbers, list(self._rates(index, layer, parameters).values())
+        return numbers, list(self.rates(index, parameters).values())
 
     def rescalings(self) -> dict[str, tuple[Tensor, Tensor]]:
         """Return A (r, n) and B (m, r) of the operators that hira or spp have trained, by name in the model.

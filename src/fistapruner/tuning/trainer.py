@@ -23,6 +23,7 @@ from ..runs.recover_directory import RecoverDirectory
 from ..runs.snapshots import Snapshot
 from ..runs.steps import StepJournal, read_steps
 from ..runtime.formatting import duration
+from .adamw import Patience, Verdict, check_due, schedule
 
 log = logging.getLogger("fistapruner")
 
@@ -241,7 +242,7 @@ class Trainer:
         self.say(fault)
 
     def _held_out(self) -> tuple[float, dict[str, float]]:
-        """Return the held-out loss per token, as the mean over tasks, and that of each task if there are several."""
+        """Return the held-out loss per token, the mean over tasks, and that of each of several tasks."""
         sums, counts = self.stepper.losses(self.held_out), self.counts[self.held_out]
         tasks = self.text.task[self.held_out]
         by_task = {
@@ -278,5 +279,10 @@ def curve(run: RecoverDirectory, points: int = 500) -> tuple[list[tuple[int, flo
     lines = read_steps(run.steps_file)
     losses = [(line["step"], line["loss"]) for line in lines if line.get("loss") is not None]
     every = max(1, -(-len(losses) // points))
-    checks = [Check.model_validate(line) for line in lines if line.get("held_out") is not None]
+    known = Check.model_fields
+    checks = [
+        Check.model_validate({key: line[key] for key in line if key in known})
+        for line in lines
+        if line.get("held_out") is not None
+    ]
     return losses[::every], checks, sum(line.get("tokens", 0) for line in lines)
