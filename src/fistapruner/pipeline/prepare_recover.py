@@ -12,10 +12,10 @@ from typing import Any
 
 from ..activations.stream import check_model
 from ..calibration import SELF
-from ..calibration.training_text import TrainingText, training_text
+from ..calibration.training_text import TrainingText, order, shared_documents, training_text
 from ..calibration.windows import check_source
 from ..errors import FistaPrunerError
-from ..evaluation.data import load_windows
+from ..evaluation.data import evaluation_documents, load_windows
 from ..evaluation.inspection import inspect_checkpoint
 from ..execution.executors import default_threads
 from ..execution.recovery import identity, open_model
@@ -107,6 +107,8 @@ def prepare(run: RecoverDirectory, request: RecoverRequest, listener: Listener) 
     inputs = check_inputs(run, request, listener)
     numerics, resident, rows = choose_plan(inputs)
     text, sources = cut_text(run, inputs, listener)
+    steps = inputs.recipe.steps or max(1, round(inputs.recipe.data.tokens / step_tokens(inputs)))
+    order(text, steps, inputs.recipe.windows_per_step, inputs.recipe.data)  # too few steps for the tasks show now
     decision = RecoverDecision(
         model=absolute(request.model),
         folder=inputs.source.folder.absolute(),
@@ -118,7 +120,7 @@ def prepare(run: RecoverDirectory, request: RecoverRequest, listener: Listener) 
         operators=inputs.claims,
         windows_sha256=sha256_file(run.windows_file),
         text_sha256=sources,
-        steps=inputs.recipe.steps or max(1, round(inputs.recipe.data.tokens / step_tokens(inputs))),
+        steps=steps,
     )
     record(run, request, inputs, text, decision, rows)
 
@@ -244,7 +246,9 @@ def resolve(recipe: RecoverRecipe, origin: RunDirectory | None, dense: bool) -> 
         known = origin.record() if origin is not None else None
         if known is None or known.calibration is None:
             raise FistaPrunerError("say what to train on with --data: self, python, c4, or a text file")
-        data = data.model_copy(update={"source": known.calibration.source})
+        tasks = known.calibration.tasks or {}
+        said: dict[str, Any] = {"tasks": {name: str(task.source) for name, task in tasks.items()}}
+        data = data.model_copy(update=said if len(tasks) > 1 else {"source": known.calibration.source})
     for text in data.tasks.values() if data.tasks else (data.source,):
         check_source(str(text))
     paths = {name: _absolute_file(text) for name, text in data.tasks.items()}
@@ -368,6 +372,10 @@ def cut_text(run: RecoverDirectory, inputs: Inputs, listener: Listener) -> tuple
         return load_whole(source.folder, generator.device, generator.dtype, trust_remote_code=trusted)
 
     text = training_text(data, inputs.tokenizer, inputs.seqlen, load_model, listener.say)
+    if inputs.evaluation is not None:
+        name = inputs.evaluation.data
+        if warning := shared_documents(text, evaluation_documents(name), name):
+            listener.say(warning)
     inputs.model.check_tokens(text.tokens)
     run.write_text(text, drawing)
     return text, files
