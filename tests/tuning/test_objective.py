@@ -242,6 +242,18 @@ def test_values_take_the_place_of_parameters(tmp_path: Path) -> None:
         assert all("mlp" in name or "norm" in name for name in found)
 
 
+def test_gradients_of_several_passes_are_added_in_fp32(tmp_path: Path) -> None:
+    """In bf16 passes, too: the mean of the passes' own gradients, with no bit lost."""
+    folder = tiny.save("llama", tmp_path / "model", dtype=torch.bfloat16)
+    model = opened(folder, torch.bfloat16)
+    objective = Objective(model, make_text(), Loss(0.0), None, 1, scratch_factory(None, torch.bfloat16))
+    both, first, second = (gradients_of(objective, numbers)[1] for numbers in ([1, 2], [1], [2]))
+    for name, grad in both.items():
+        assert first[name].dtype == torch.float32
+        assert torch.equal(grad, first[name] / 2 + second[name] / 2)
+        assert not torch.equal(grad, grad.bfloat16().float())
+
+
 def test_a_loss_that_is_not_finite_has_no_gradient(tmp_path: Path) -> None:
     folder = tiny.save("llama", tmp_path / "model")
     objective = Objective(opened(folder), make_text(), Loss(0.0), None, 2, scratch_factory(None, torch.float32))

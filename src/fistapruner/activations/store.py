@@ -26,14 +26,17 @@ class HiddenStates:
         shape: samples, seqlen, width.
         dtype: of the activations.
         file: file that holds them; None keeps them in memory.
+        device: whose memory that is.
     """
 
-    def __init__(self, shape: tuple[int, int, int], dtype: torch.dtype, file: Path | None = None) -> None:
+    def __init__(
+        self, shape: tuple[int, int, int], dtype: torch.dtype, file: Path | None = None, device: torch.device = CPU
+    ) -> None:
         self.samples, self.seqlen, self.width = shape
         self.dtype = dtype
         self.file = file
         self._window = self.seqlen * self.width * dtype.itemsize
-        self._memory = torch.empty(shape, dtype=dtype) if file is None else None
+        self._memory = torch.empty(shape, dtype=dtype, device=device) if file is None else None
         self._descriptor = -1
         if file is not None:
             with disk_errors(file):
@@ -72,10 +75,10 @@ class HiddenStates:
 
     def write(self, start: int, values: Tensor) -> None:
         """Store windows from ``start`` on: (count, seqlen, width)."""
-        values = values.to(device="cpu", dtype=self.dtype).contiguous()
         if self._memory is not None:
             self._memory[start : start + len(values)] = values
             return
+        values = values.to(device="cpu", dtype=self.dtype).contiguous()
         view = memoryview(values.view(torch.uint8).numpy().data).cast("B")
         assert self.file is not None
         with disk_errors(self.file):
@@ -100,10 +103,10 @@ Store = Callable[[str, tuple[int, int, int]], HiddenStates]
 """Makes a store from its name and shape."""
 
 
-def scratch_factory(folder: Path | None, dtype: torch.dtype) -> Store:
-    """Return a factory of temporary stores in ``folder``, or in memory where it is None."""
+def scratch_factory(folder: Path | None, dtype: torch.dtype, device: torch.device = CPU) -> Store:
+    """Return a factory of temporary stores in ``folder``, or in the memory of ``device`` where it is None."""
 
     def make(name: str, shape: tuple[int, int, int]) -> HiddenStates:
-        return HiddenStates(shape, dtype, None if folder is None else folder / name)
+        return HiddenStates(shape, dtype, None if folder is None else folder / name, device)
 
     return make

@@ -152,4 +152,4 @@ class Loss:
             return value, target
         value = self.share * value - (1 - self.share) * own.gather(1, index)[:, 0]
         target = target.mul_(self.share)
-        return value, target.scatter_add_(1, index, torch.full_like(index, 1 - self.share, dtype=target.dtype))
+        return value, target.scatter_(1, index, target.gather(1, index) + (1 - self.share))

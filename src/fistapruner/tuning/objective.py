@@ -182,7 +182,8 @@ class Objective:
         targets = self.text.tokens[numbers][windows, positions + 1].to(device)
         predictions = None if self.teacher is None else self.teacher.predictions(numbers, where)
         hidden = [state.read(start, start + len(numbers), device) for state in states]
-        rows = [each[where.to(device)] for each in hidden]
+        place = windows.to(device), positions.to(device)
+        rows = [each[place] for each in hidden]
         below = None if gradient is None else torch.zeros_like(rows[0])
         losses: list[list[Tensor]] = [[] for _ in states]
         for a, b in slices(len(targets), 4 * self.model.vocabulary, self._budget()):
@@ -201,7 +202,7 @@ class Objective:
                 sums[variant].index_add_(0, windows + start, torch.cat(parts))
         if gradient is not None and below is not None:
             whole = torch.zeros_like(hidden[0])
-            whole[where.to(device)] = below
+            whole[place] = below
             gradient.write(start, whole)
 
     def _budget(self) -> int:

@@ -1,0 +1,55 @@
+"""Losses and gradients of recovery on a stand-in GPU."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import tiny
+from fistapruner.activations.store import scratch_factory
+from fistapruner.calibration.training_text import TrainingText
+from fistapruner.models.files.checkpoint import Checkpoint
+from fistapruner.models.layerwise import LayerwiseModel
+from fistapruner.tuning.losses import Loss
+from fistapruner.tuning.objective import Objective
+from fistapruner.tuning.teacher import Kind, Teacher
+from standin.gpu import StandIn
+
+
+@pytest.mark.parametrize("kind", ["hidden", "top128"])
+def test_gradients_are_the_cpus(gpu: StandIn, tmp_path: Path, kind: Kind) -> None:
+    """Nothing adds in no fixed order; hidden states stay on the device; nothing is left there."""
+    folders = [tiny.save("llama", tmp_path / str(seed), seed=seed) for seed in (1, 2)]
+    tokens = torch.randint(3, tiny.VOCABULARY, (3, 12), generator=torch.Generator().manual_seed(0))
+    nothing = torch.zeros(3, dtype=torch.int64)
+    text = TrainingText(tokens, torch.ones_like(tokens).bool(), nothing.bool(), nothing, ("text",), {})
+
+    def values(index: int, layer: nn.Module) -> dict[str, Tensor]:
+        return {name: parameter.detach() for name, parameter in layer.named_parameters()}
+
+    def measured(place: str) -> tuple[float, Tensor, dict[str, Tensor]]:
+        device = torch.device(place)
+        dense, model = (LayerwiseModel(Checkpoint.open(folder), device) for folder in folders)
+        teacher = Teacher(dense, tokens, tmp_path / f"{place[:3]} {kind}", batch_size=2, kind=kind)
+        objective = Objective(model, text, Loss(0.5), teacher, 2, scratch_factory(None, model.dtype, device))
+        found: dict[str, Tensor] = {}
+        with objective.resident():
+            sums = objective.losses([0, 1, 2], lambda index, layer: [{}, values(index, layer)])
+            gpu.moved.clear()
+            loss = objective.gradient(
+                [2, 0], values, lambda index, _, grads: found.update({f"{index}.{n}": g for n, g in grads.items()})
+            )
+        return loss, sums, {name: gradient.cpu() for name, gradient in found.items()}
+
+    loss, sums, gradients = measured("cuda:0")
+    assert not gpu.unordered
+    assert not any("store" in place for _, place in gpu.moved)
+    assert sum(gpu.live.values()) < 100
+    expected = measured("cpu")
+    assert loss == pytest.approx(expected[0], rel=1e-5)
+    torch.testing.assert_close(sums, expected[1], rtol=1e-5, atol=1e-5)
+    for name, gradient in gradients.items():
+        torch.testing.assert_close(gradient, expected[2][name], rtol=1e-4, atol=1e-6)
