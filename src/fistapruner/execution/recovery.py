@@ -98,7 +98,7 @@ class RecoverContext:
                 Loss.named(str(self.recipe.loss), self.recipe.mix),
                 self._teacher(windows, listener),
                 numerics.batch_size,
-                scratch_factory(hidden, self.model.dtype),
+                scratch_factory(hidden, self.model.dtype, self.model.device),
             )
             trainer = Trainer(
                 self.run,
@@ -135,6 +135,7 @@ class RecoverContext:
             kind=self.recipe.teacher,
             identity=self.fingerprint,
             order=windows.flatten().tolist(),
+            windows_per_step=self.recipe.windows_per_step,
             held_out=self.text.held_out.nonzero().flatten().tolist(),
             windows_on_disk=self.decision.teacher_windows,
             tick=listener.tick,
