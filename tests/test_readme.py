@@ -53,6 +53,8 @@ def small(arguments: list[str]) -> list[str]:
             for word in (option, value)
         ]
         out += ["--evaluate", "text.txt", "--evaluate-windows", "2"]
+    if "--structure" in out:
+        out += ["--structure-multiple", "8"]
     return out
 
 

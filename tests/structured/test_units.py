@@ -14,8 +14,8 @@ from fistapruner.models.files.checkpoint import Checkpoint
 from fistapruner.models.layerwise import LayerwiseModel
 from fistapruner.recipes.settings import Recipe
 from fistapruner.recipes.structure_settings import Structure
-from fistapruner.structured.proof import Widths, plan_widths
-from fistapruner.structured.units import channel_weights, layer_weights, resized
+from fistapruner.structured.proof import plan_widths
+from fistapruner.structured.units import Widths, channel_weights, layer_weights, resized
 
 ENTRIES = {"opt": "ffn_dim", "gpt2": "n_inner", "falcon": "ffn_hidden_size"}
 """The entry of the config that holds the width, where it is not ``intermediate_size``."""
@@ -48,7 +48,7 @@ def test_channels_are_found_and_proved_or_refused(tmp_path: Path, architecture: 
     # Nothing of the model was changed by the proof.
     assert planned(folder, "mlp=25%")[1] == widths
     before = dict(discover(model).operators())
-    after = dict(resized(discover(model), widths.units, widths.after).operators())
+    after = dict(resized(discover(model), widths).operators())
     for name, operator in before.items():
         link = widths.units[0][0]
         rows = widths.after if name.endswith(link.producers) else operator.rows

@@ -18,8 +18,14 @@ from ..recipes.loading import load_recipe_settings, merge
 from ..recipes.recover_settings import RecoverRecipe
 from ..recipes.renamed import RENAMED_SETTINGS
 from ..recipes.settings import Recipe
+from ..recipes.structure_settings import Structure
 
-FLAGS = {"calibration.source": "--calibration", "data.source": "--data"}
+FLAGS = {
+    "calibration.source": "--calibration",
+    "data.source": "--data",
+    "structure.remove": "--structure",
+    **{f"structure.{name}": f"--structure-{name}" for name in Structure.model_fields if name != "remove"},
+}
 """Flags that are not called as their setting."""
 
 SAME_FLAG = {
@@ -42,6 +48,8 @@ METAVARS = {
     "allocation": "NAME|YAML",
     "reconstruct": "STEPS",
     "recover": "TOKENS",
+    "structure.remove": "SHARE|mlp=...",
+    "structure.shrink": "auto|SHARE",
     "calibration.source": "SOURCE|NAME=SOURCE",
     "lr": "RATE",
     "also": "NAME,...",

@@ -90,6 +90,9 @@ def _print(found: Inspection, quiet: bool) -> None:
     every = f", {patterns.pop()} in every group of each" if len(patterns) == 1 and None not in patterns else ""
     print(f"pruned operators: {len(pruned)} of {len(found.operators)}, {_share(zeros, weights)}{every}")
     print(f"whole model: {_share(found.zeros, found.weights)}")
+    for before, after in sorted({(before, after) for _, before, after in found.widths}):
+        layers = sum((before, after) == (old, new) for _, old, new in found.widths)
+        print(f"MLP channels: {before} -> {after} in {layers} decoder layers")
     if found.lineage is not None:
         print("made from: " + "\n       then: ".join(lineage_lines(found.lineage)))
     for violation in found.violations:

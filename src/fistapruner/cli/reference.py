@@ -54,7 +54,7 @@ def _verbs() -> Iterable[str]:
 
 def _recipe() -> Iterable[str]:
     yield "## Recipe settings\n"
-    yield "A recipe is a YAML mapping of these; `calibration` and `execution` are sections.\n"
+    yield "A recipe is a YAML mapping of these; `structure`, `calibration` and `execution` are sections.\n"
     yield from _settings(Recipe)
 
 

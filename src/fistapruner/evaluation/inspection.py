@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -13,7 +13,7 @@ from torch import Tensor
 
 from ..constraints import NM, Constraint, parse_sparsity
 from ..errors import FistaPrunerError
-from ..models.files.checkpoint import Checkpoint
+from ..models.files.checkpoint import PRUNING_RECORD, Checkpoint
 from ..models.files.record import MIN_ZEROS, read_pruning_record, recorded_claims
 from ..models.files.safetensors import TensorEntry
 from ..models.source import resolve_model
@@ -59,7 +59,8 @@ class Inspection:
         folder: the checkpoint's folder.
         operators: the linear operators of its decoder layers, in order.
         zeros: zeros of the whole model; ``weights``: all of its parameters.
-        faults: claims about operators that the checkpoint does not have.
+        faults: claims about operators that the checkpoint does not have, or that have another shape.
+        widths: MLP channels of each decoder layer before and after the removal that the record tells of, by layer.
         lineage: how the model was made, None where its record does not say.
     """
 
@@ -68,6 +69,7 @@ class Inspection:
     zeros: int
     weights: int
     faults: tuple[str, ...] = ()
+    widths: tuple[tuple[str, int, int], ...] = ()
     lineage: Lineage | None = None
 
     @property
@@ -93,6 +95,7 @@ class Inspection:
                 "weights": sum(operator.weights for operator in pruned),
             },
             "model": {"zeros": self.zeros, "weights": self.weights},
+            "widths": [{"layer": layer, "before": before, "after": after} for layer, before, after in self.widths],
             "lineage": self.lineage.model_dump(mode="json") if self.lineage else None,
             "violations": self.violations,
             "ok": not self.violations,
@@ -147,7 +150,35 @@ def inspect_checkpoint(
         faults.append(f"no operator of a decoder layer is there to be {asked}")
     lineage, fault = read_lineage(record, folder)
     faults += [fault] if fault else []
-    return Inspection(folder, tuple(operators), zeros, weights, tuple(faults), lineage)
+    widths = () if asked is not None else _widths(record, folder)
+    faults += [
+        f"{layer}: {name} has the shape {list(entries[name].shape)}, {after} channels are claimed"
+        for layer, _, after, names in widths
+        for name in names
+        if name in entries and after not in entries[name].shape
+    ]
+    shown = tuple((layer, before, after) for layer, before, after, _ in widths)
+    return Inspection(folder, tuple(operators), zeros, weights, tuple(faults), shown, lineage)
+
+
+def _widths(record: Mapping[str, Any], folder: Path) -> tuple[tuple[str, int, int, tuple[str, ...]], ...]:
+    """Read a record's widths: layer, channels before and after, tensors with that width.
+
+    Raises:
+        FistaPrunerError: the record is damaged.
+    """
+    try:
+        return tuple(
+            (
+                str(entry["layer"]),
+                int(entry["before"]),
+                int(entry["after"]),
+                tuple(f"{entry['layer']}.{name}.weight" for name in (*entry["producers"], entry["consumer"])),
+            )
+            for entry in record.get("widths", [])
+        )
+    except (KeyError, TypeError, ValueError):
+        raise FistaPrunerError(f"{folder / PRUNING_RECORD} has a list of widths that cannot be read") from None
 
 
 def exact_pattern(weight: Tensor, zeros: int) -> NM | None:

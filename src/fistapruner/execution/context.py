@@ -35,6 +35,7 @@ from ..runtime.memory import peak_memory
 from ..runtime.numerics import DTYPES
 from ..sensitivity.decision import weighs_rows
 from ..solvers import solve
+from ..structured.units import Widths, resized
 
 
 @dataclass
@@ -46,13 +47,14 @@ class RunContext:
         recipe: all settings.
         fingerprint: identity of the run: recipe, model and calibration tokens.
         model: the dense model.
-        layout: operators to prune.
+        layout: operators to prune, in the shapes that they are to have.
         sparsity: pattern of every one of them, by full name.
         tokens: (samples, seqlen) calibration tokens.
         numerics: what decides the last bits.
         on_disk: hidden states are kept in files.
         part: subfolder of ``RUN/hidden`` that this process works in.
         permissions: what the model's files may do, as the command that opened the run says.
+        widths: whose channels are removed; None where none are.
     """
 
     run: PruneDirectory
@@ -66,6 +68,7 @@ class RunContext:
     on_disk: bool
     part: str = ""
     permissions: Permissions = UNTRUSTED
+    widths: Widths | None = None
 
     @classmethod
     def open(
@@ -100,18 +103,23 @@ class RunContext:
             raise FistaPrunerError(
                 f"{folder}: the model or the calibration tokens are not those the run began with; name another --out"
             )
+        layout, widths = discover(model).select(recipe), None
+        if decision.structure is not None:
+            widths = Widths.of(decision.structure, layout)
+            layout = resized(layout, widths)
         return cls(
             run=run,
             recipe=recipe,
             fingerprint=record.fingerprint,
             model=model,
-            layout=discover(model).select(recipe),
+            layout=layout,
             sparsity=decision.sparsity,
             tokens=tokens,
             numerics=decision.numerics,
             on_disk=decision.on_disk,
             part=part,
             permissions=permissions,
+            widths=widths,
         )
 
     @property
@@ -174,6 +182,7 @@ class RunContext:
             calls=calls,
             scratch=scratch_factory(self.hidden if self.on_disk else None, self.model.dtype),
             solver=solver or (solve_in_parts if self.numerics.by_operator else solve),
+            widths=self.widths,
         )
         names = [name for group in self.layout.layers[index] for name in context.names(index, group)]
         measures = LayerMeasures(

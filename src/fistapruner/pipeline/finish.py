@@ -103,7 +103,16 @@ def _write_model(context: RunContext, report: Report, listener: Listener) -> Non
         record = json.dumps(_record(report, context.model), indent=2) + "\n"
         return {CARD: model_card(report), PRUNING_RECORD: record}
 
-    write_model(run, checkpoint, context.fingerprint, replacement, documents, listener)
+    write_model(
+        run,
+        checkpoint,
+        context.fingerprint,
+        replacement,
+        documents,
+        listener,
+        shapes=_new_shapes(context),
+        config_changes=None if context.widths is None else context.widths.config,
+    )
 
 
 def write_model(
@@ -113,6 +122,9 @@ def write_model(
     replacement: Callable[[str], Tensor | None],
     documents: Callable[[], Mapping[str, str]],
     listener: Listener,
+    *,
+    shapes: Mapping[str, tuple[int, ...]] | None = None,
+    config_changes: Mapping[str, Any] | None = None,
 ) -> None:
     """Write a run's checkpoint, unless a whole one of this run is there.
 
@@ -123,17 +135,54 @@ def write_model(
         replacement: returns a tensor of the new checkpoint by name; None keeps the old one.
         documents: returns the text files beside the weights.
         listener: receives progress.
+        shapes: new shapes of tensors, by name; ``config_changes``: of ``config.json``, as a JSON merge patch.
     """
     if run.model.exists() and run.model_fault(fingerprint):
         run.remove_model()  # it is damaged, or of a model or calibration text that has changed since
     if not run.model.exists():
         listener.say("writing the checkpoint")
-        digests = write_checkpoint(checkpoint, run.model, replacement, identity=fingerprint, documents=documents())
+        digests = write_checkpoint(
+            checkpoint,
+            run.model,
+            replacement,
+            shapes=shapes,
+            config_changes=config_changes,
+            identity=fingerprint,
+            documents=documents(),
+        )
         run.write_model_record(fingerprint, digests)
     elif run.model_record() is None:  # a kill came between the checkpoint and its record
         (run.model / PARTIAL).unlink(missing_ok=True)
         digests = {name: sha256_file(file.path) for name, file in Checkpoint.open(run.model).files.items()}
         run.write_model_record(fingerprint, digests)
+
+
+def _new_shapes(context: RunContext) -> dict[str, tuple[int, ...]]:
+    """Return the new shapes of the tensors that lost channels, by checkpoint name."""
+    if context.widths is None:
+        return {}
+    return {
+        name: entry.shape
+        for index in range(len(context.model))
+        for name, entry in context.run.journal.weights(index).entries.items()
+        if entry.shape != context.model.checkpoint.entry(name).shape
+    }
+
+
+def _flops(model: LayerwiseModel, gone: int) -> tuple[int, int]:
+    """Count the floating-point operations of a token in the dense model, and in one with fewer parameters.
+
+    Those of the matrices of the decoder layers and of the output head: two for each weight. Attention between tokens
+    comes on top, the same in both.
+
+    Args:
+        model: the dense model.
+        gone: weights of matrices of the decoder layers that were removed.
+    """
+    layers = sum(parameter.numel() for layer in model.layers for parameter in layer.parameters() if parameter.ndim > 1)
+    head = model.model.get_output_embeddings()
+    outside = 0 if head is None else head.weight.numel()
+    return 2 * (layers + outside), 2 * (layers - gone + outside)
 
 
 def folder_bytes(folder: Path) -> int:
@@ -151,11 +200,20 @@ def _totals(layers: list[LayerEntry], context: RunContext, seconds: float) -> To
     # Every layer timed one pass of its first batch without hooks: together, a plain forward pass of these windows.
     plain = [layer.seconds["plain"] for layer in layers if "plain" in layer.seconds]
     windows, seqlen = min(context.numerics.batch_size, tokens.shape[0]), tokens.shape[1]
+    shapes = _new_shapes(context)
+    gone = {name: math.prod(checkpoint.entry(name).shape) - math.prod(shape) for name, shape in shapes.items()}
+    dense_flops, flops = (
+        _flops(context.model, sum(count for name, count in gone.items() if len(shapes[name]) > 1))
+        if shapes
+        else (None, None)
+    )
     return Totals(
         operator_weights=sum(math.prod(operator.shape) for operator in operators),
         operator_zeros=zeros,
-        model_weights=sum(math.prod(checkpoint.entry(name).shape) for name in checkpoint.names()),
+        model_weights=sum(math.prod(checkpoint.entry(name).shape) for name in checkpoint.names()) - sum(gone.values()),
         model_zeros=zeros,
+        dense_flops_per_token=dense_flops,
+        flops_per_token=flops,
         seconds=seconds,
         time_split=split,
         peak_memory=peak_memory(),
@@ -180,6 +238,11 @@ def _record(report: Report, model: LayerwiseModel) -> dict[str, Any]:
                 "shape": list(operator.shape),
             }
             operators[model.source(f"{name}.weight")] = claim
+    widths = [
+        {"layer": layer.name, **removal.model_dump(include={"unit", "producers", "consumer", "before", "after"})}
+        for layer in report.layers
+        for removal in layer.removals
+    ]
     return {
         "version": VERSION,
         "fingerprint": report.fingerprint,
@@ -188,6 +251,7 @@ def _record(report: Report, model: LayerwiseModel) -> dict[str, Any]:
         "versions": report.versions,
         "operators": operators,
         "permuted": sorted(_permuted(model.checkpoint)),
+        **({"widths": widths} if widths else {}),
         "lineage": report.lineage.model_dump(mode="json") if report.lineage else None,
     }
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -21,6 +22,8 @@ from ..runtime.devices import cpu_threads, worker_devices
 from ..runtime.numerics import windows_at_once
 from ..sensitivity.decision import check_allocation
 from ..solvers import check_constraint
+from ..structured.proof import plan_widths
+from ..structured.units import Widths, layer_weights, removed_weights, resized
 
 DEFAULT_SEQLEN = 2048
 """Longest calibration window by default: what the papers use for OPT and LLaMA-1."""
@@ -61,6 +64,33 @@ def allocate(recipe: Recipe, layout: Layout) -> dict[str, Constraint]:
     return chosen
 
 
+def change_widths(
+    model: LayerwiseModel, layout: Layout, recipe: Recipe, permissions: Permissions
+) -> tuple[Layout, Widths | None]:
+    """Decide the widths of the result, where the recipe removes channels.
+
+    Returns:
+        The operators in their new shapes, and whose channels are removed; the layout itself and None where none are.
+
+    Raises:
+        FistaPrunerError: channels that cannot be removed, or an amount that removes none or all of them.
+    """
+    if recipe.structure.remove is None:
+        return layout, None
+    widths = plan_widths(model, layout, recipe.structure, trust_remote_code=permissions.trust_remote_code)
+    return resized(layout, widths), widths
+
+
+def say_widths(model: LayerwiseModel, widths: Widths) -> str:
+    """Say in one sentence what is removed from a model."""
+    before = layer_weights(model)
+    gone = removed_weights(model, widths)
+    return (
+        f"structure: {widths.after} of {widths.before} MLP channels stay in every decoder layer, "
+        f"{before - gone} of the layers' {before} parameters ({gone / before:.1%} fewer)"
+    )
+
+
 def plan_model(
     model: str | Path,
     recipe: Recipe,
@@ -85,12 +115,18 @@ def plan_model(
     source = Permissions(allow_pickle, trust_remote_code).find(model)
     recipe = recipe.resolved(family=source.family)
     opened = open_model(source, recipe)
-    layout = discover(opened).select(recipe)
-    return plan_run(opened, layout, recipe, allocate(recipe, layout), Path(out))
+    layout, widths = change_widths(opened, discover(opened).select(recipe), recipe, source.permissions)
+    plan = plan_run(opened, layout, recipe, allocate(recipe, layout), Path(out), widths)
+    return plan if widths is None else replace(plan, says=(say_widths(opened, widths), *plan.says))
 
 
 def plan_run(
-    model: LayerwiseModel, layout: Layout, recipe: Recipe, sparsity: Mapping[str, Constraint], out: Path
+    model: LayerwiseModel,
+    layout: Layout,
+    recipe: Recipe,
+    sparsity: Mapping[str, Constraint],
+    out: Path,
+    widths: Widths | None = None,
 ) -> Plan:
     """Plan a run with the executor, workers and threads of its recipe.
 
@@ -105,4 +141,4 @@ def plan_run(
     local = execution.executor == "process"
     workers = len(worker_devices(execution.device, execution.workers, execution.threads)) if local else 1
     with cpu_threads(default_threads(execution)):
-        return make_plan(model, layout, recipe, sparsity, tokens, batch_size, out, workers)
+        return make_plan(model, layout, recipe, sparsity, tokens, batch_size, out, workers, widths)

@@ -42,8 +42,9 @@ from ..runtime.files import disk_errors, sha256_file
 from ..runtime.machine import describe_machine, now, versions
 from ..runtime.numerics import dtype_name
 from ..sensitivity.decision import check_allocation, decide, needs_measuring, permutes
+from ..structured.units import Widths
 from .begun import absolute, changed_text, refuse_other
-from .plan import allocate, plan_run, window_length
+from .plan import allocate, change_widths, plan_run, say_widths, window_length
 
 log = logging.getLogger("fistapruner")
 
@@ -79,6 +80,7 @@ class Inputs:
         source: the dense model's folder.
         model: the dense model.
         layout: operators to prune.
+        smaller: the same in the shapes that they are to have; ``widths``: whose channels are removed, None where none.
         sparsity: the recipe's pattern of every one of them, by full name.
         tokenizer: of the model.
         seqlen: tokens in a calibration window.
@@ -87,6 +89,8 @@ class Inputs:
     source: ModelSource
     model: LayerwiseModel
     layout: Layout
+    smaller: Layout
+    widths: Widths | None
     sparsity: Mapping[str, Constraint]
     tokenizer: Any
     seqlen: int
@@ -153,6 +157,7 @@ def prepare(run: PruneDirectory, request: RunRequest, listener: Listener) -> Non
         calibration_sha256=calibrated.text_sha256,
         metrics_sha256=measured.metrics_sha256,
         sensitivity_seconds=measured.seconds,
+        structure=None if inputs.widths is None else inputs.widths.decision(),
     )
     record(run, request, inputs, calibrated, decision, rows, measured.permuted)
 
@@ -184,8 +189,11 @@ def check_inputs(run: PruneDirectory, request: RunRequest, begun: PruneRecord | 
     if not 0 <= first <= last < len(model):
         raise FistaPrunerError(f"--only-layers {first}-{last}: the model has the decoder layers 0-{len(model) - 1}")
     layout = discover(model).select(recipe)
-    sparsity = allocate(recipe, layout)
     check_model(model)
+    smaller, widths = change_widths(model, layout, recipe, source.permissions)
+    sparsity = allocate(recipe, smaller)
+    if widths is not None and begun is None:
+        listener.say(say_widths(model, widths))
     if begun is not None:
         refuse_other(run, begun, request.model, recipe)
         if not run.model.is_dir():
@@ -194,7 +202,7 @@ def check_inputs(run: PruneDirectory, request: RunRequest, begun: PruneRecord | 
     if request.evaluation is not None:  # a fault in the text shows now
         text = load_windows(request.evaluation.data, tokenizer, seqlen, request.evaluation.windows)
         model.check_tokens(text.tokens)
-    return Inputs(source, model, layout, sparsity, tokenizer, seqlen)
+    return Inputs(source, model, layout, smaller, widths, sparsity, tokenizer, seqlen)
 
 
 def choose_plan(
@@ -207,7 +215,7 @@ def choose_plan(
     """
     if begun is not None:
         return begun.decision.numerics, begun.decision.on_disk, begun.plan
-    found = plan_run(inputs.model, inputs.layout, recipe, inputs.sparsity, run.folder)
+    found = plan_run(inputs.model, inputs.smaller, recipe, inputs.sparsity, run.folder, inputs.widths)
     for sentence in found.says:
         listener.say(sentence)
     numerics = Numerics(
@@ -279,6 +287,7 @@ def measure_dense(
             batch_size=min(4, numerics.batch_size),
             store=scratch_factory(states, inputs.model.dtype),
             tick=listener.tick,
+            smaller=inputs.smaller,
         )
     digest = None
     if found.metrics or found.importance or found.orders:

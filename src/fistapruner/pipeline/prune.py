@@ -82,7 +82,8 @@ def prune(
     run, permissions = PruneDirectory(Path(out)), Permissions(allow_pickle, trust_remote_code)
     run.check_place()
     begun = run.record()
-    recipe = Recipe.build(merge((recipe or Recipe()).model_dump(mode="json"), settings)).resolved(
+    given = recipe.model_dump(mode="json", exclude_unset=True) if recipe else {}
+    recipe = Recipe.build(merge(given, settings)).resolved(
         in_parts=only_layers is not None,
         earlier=begun.recipe if begun else None,
         family=lambda: permissions.find(model).family(),

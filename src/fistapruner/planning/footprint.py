@@ -12,8 +12,10 @@ from torch.utils._pytree import tree_leaves
 
 from ..constraints import Constraint
 from ..problem import LayerProblem
+from ..recipes.structure_settings import Structure
 from ..solvers import solve
 from ..solvers.base import Method
+from ..structured.removal import ChannelStatistics, remove_channels
 
 PROBE_INPUTS = 256
 """Inputs of the small problem: enough that terms linear in the size are small against n^2."""
@@ -60,6 +62,28 @@ def peak_bytes(work: Callable[[], object]) -> int:
     with _LiveBytes() as counter:
         work()
     return int(counter.peak)
+
+
+def removal_bytes(rows: int, inputs: int, kept: int, settings: Structure, device: torch.device | str = "cpu") -> int:
+    """Estimate the peak bytes of removing channels of an operator, by removing some of a small one.
+
+    Args:
+        rows: outputs of the operator.
+        inputs: its channels; ``kept``: those that stay.
+        settings: how channels are chosen.
+        device: device of the work.
+    """
+    small = min(inputs, PROBE_INPUTS)
+    scale = inputs / small
+    generator = torch.Generator().manual_seed(0)
+    activations = torch.randn(2 * small, small, generator=generator)
+    gram = (activations.T @ activations / len(activations)).to(device)
+    weight = torch.randn(max(1, round(rows / scale)), small, generator=generator).to(device)
+    problem = LayerProblem(weight, gram, torch.zeros_like(weight), torch.zeros(len(weight), device=device))
+    known = ChannelStatistics(problem, torch.zeros(small, device=device), (gram.clone(), gram.clone()))
+    held = 4 * (3 * gram.numel() + 2 * weight.numel())
+    few = min(max(1, round(kept / scale)), small - 1)
+    return int((held + peak_bytes(lambda: remove_channels(known, few, settings))) * scale**2)
 
 
 def solve_bytes(

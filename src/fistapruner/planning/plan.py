@@ -25,6 +25,7 @@ from ..runs.records import LayerEntry, PlanRow, Totals
 from ..runtime.devices import worker_devices
 from ..runtime.formatting import size
 from ..runtime.memory import free_device_memory, free_memory, resident_memory
+from ..structured.units import Widths
 from .probe import measure_time
 from .sizes import Choice, Sizes
 
@@ -111,6 +112,7 @@ def make_plan(
     batch_size: int,
     out: Path,
     workers: int = 1,
+    widths: Widths | None = None,
 ) -> Plan:
     """Plan a run.
 
@@ -124,13 +126,14 @@ def make_plan(
         batch_size: windows in one forward pass, if they fit.
         out: the run directory; its disk must have the free space.
         workers: parallel processes on this machine: on layers, or with ``propagate=pruned`` on parts of a group.
+        widths: whose channels are removed; ``layout`` has the shapes afterwards.
 
     Raises:
         FistaPrunerError: no choice fits the memory (main or the GPU's), or the disk is too small; names the stage and
             the bytes.
     """
     with room_for(model.device, "one window"):
-        needs = Sizes.measure(model, layout, recipe, sparsity, tokens)
+        needs = Sizes.measure(model, layout, recipe, sparsity, tokens, widths)
     resources = Resources.of_this_machine(recipe, model.device, workers)
     fitted = fit(needs, recipe, resources, batch_size, workers)
     chosen = fitted.choice
@@ -139,7 +142,9 @@ def make_plan(
     if (free := shutil.disk_usage(place).free) < disk:
         raise FistaPrunerError(f"{out} needs {size(disk)} of disk and {place} has {size(free)} free")
     with room_for(model.device, f"{chosen.batch_size} windows at a time"):
-        seconds = measure_time(model, layout, recipe, sparsity, tokens, chosen.batch_size, chosen.by_operator)
+        seconds = measure_time(
+            model, layout, recipe, sparsity, tokens, chosen.batch_size, chosen.by_operator, widths=widths
+        )
     return written(fitted, disk, seconds)
 
 

@@ -22,6 +22,7 @@ from ..pruning.partition import cut, part_of
 from ..recipes.settings import Recipe
 from ..runs.records import LayerEntry
 from ..solvers import solve
+from ..structured.units import Widths
 from ..tuning.block_reconstruction import passes
 
 WORTH_MEASURING = 2e10
@@ -60,6 +61,8 @@ def measure_time(
     batch_size: int,
     by_operator: bool = False,
     least: float = WORTH_MEASURING,
+    *,
+    widths: Widths | None = None,
 ) -> float | None:
     """Estimate the seconds to prune all layers from the first batch of windows in one layer.
 
@@ -75,6 +78,7 @@ def measure_time(
         batch_size: windows in one forward pass.
         by_operator: the run solves the operators of a group one by one.
         least: multiplications of one pass of the tokens below which nothing is measured.
+        widths: whose channels are removed; ``layout`` has the shapes afterwards.
 
     Returns:
         Seconds, or None where a run is too short to be worth measuring.
@@ -103,7 +107,7 @@ def measure_time(
     cheap = recipe.model_copy(
         update={"method": Recipe.build({"method": "magnitude"}).steps, "reconstruct": timed_steps}
     )
-    context = LayerContext(model, layout, cheap, sparsity, calls, scratch_factory(None, model.dtype))
+    context = LayerContext(model, layout, cheap, sparsity, calls, scratch_factory(None, model.dtype), widths=widths)
     entry = prune_layer(context, index, streams, events=LayerEvents(problem=timed)).entry
     both = streams.pruned is not None and streams.dense is not None
     scale = Scale(

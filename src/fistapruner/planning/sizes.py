@@ -20,6 +20,7 @@ from ..constraints import Constraint
 from ..models.discovery import Group, Layout
 from ..models.layerwise import Call, LayerwiseModel
 from ..problem import DriftFrom
+from ..pruning.context import solved_groups
 from ..pruning.drift import dense_windows, drift_sources, kept_width
 from ..pruning.partition import cut
 from ..recipes.settings import Recipe
@@ -27,7 +28,8 @@ from ..runtime.memory import resident_memory
 from ..runtime.numerics import ordered_attention
 from ..sensitivity.decision import differentiates, needs_measuring, permutes, weighs_rows, windows_measured
 from ..sensitivity.fisher import HEAD_TOKENS, WIDE
-from .footprint import peak_bytes, solve_bytes
+from ..structured.units import Widths, removed_weights
+from .footprint import peak_bytes, removal_bytes, solve_bytes
 
 
 @dataclass(frozen=True)
@@ -133,6 +135,9 @@ class Sizes:
     forward and backward pass of one window; and of the metric.
     """
 
+    removal: int
+    """Peak of choosing the channels that are removed, and of the weights that remain; 0 without."""
+
     metric: int
     """Metric of one layer's output errors in block reconstruction, in main memory; 0 without."""
 
@@ -146,9 +151,18 @@ class Sizes:
 
     @classmethod
     def measure(
-        cls, model: LayerwiseModel, layout: Layout, recipe: Recipe, sparsity: Mapping[str, Constraint], tokens: Tensor
+        cls,
+        model: LayerwiseModel,
+        layout: Layout,
+        recipe: Recipe,
+        sparsity: Mapping[str, Constraint],
+        tokens: Tensor,
+        widths: Widths | None = None,
     ) -> Sizes:
-        """Measure sizes: the checkpoint's headers, one window through one layer, a small solve of each group."""
+        """Measure sizes: the checkpoint's headers, one window through one layer, a small solve of each group.
+
+        With ``widths`` channels are removed, and ``layout`` has the shapes afterwards.
+        """
         samples, seqlen = tokens.shape
         checkpoint = model.checkpoint
         itemsize = model.dtype.itemsize
@@ -171,7 +185,12 @@ class Sizes:
             )
         index = max(range(len(model)), key=layout.weights)  # the layer whose solves need most
         groups = layout.layers[index]
-        told = drift_sources(recipe, layout, index, same=recipe.propagate == "dense")
+        touched = [set() if widths is None else widths.touched(number) for number in range(len(model))]
+        solved = [solved_groups(layout, number, sparsity, cut=widths is not None) for number in range(len(model))]
+        consumers = set() if widths is None else widths.consumers(index)
+        cut_numbers = [number for number, group in enumerate(groups) if group[0].name in consumers]
+        same = recipe.propagate == "dense"
+        told = drift_sources(recipe, layout, index, same=same, solved=solved[index], cut=cut_numbers)
         kept = [kept_width(groups[number], source) for number, source in told.items()]
         rows = tuple(
             _group_sizes(
@@ -185,7 +204,7 @@ class Sizes:
         )
         operators = sum(group.weight for group in rows)
         passes = recipe.propagate == "pruned" and not recipe.reconstruct  # after the last group
-        widths = {
+        columns = {
             operator.name: operator.columns for group in groups[: len(groups) - (not passes)] for operator in group
         }
         endings = kept_projections(layout, index, model.device).values() if recipe.error_correction else ()
@@ -193,19 +212,37 @@ class Sizes:
             base=resident_memory() + RETAINED,
             ends=size(outside),
             largest=max(checkpoint.entry(name).nbytes for name in checkpoint.names()),
-            checkpoint=checkpoint.nbytes,
-            pruned=sum(map(layout.weights, range(len(model)))) * stored,
+            checkpoint=checkpoint.nbytes - removed_weights(model, widths) * checkpoint.dtype.itemsize,
+            pruned=stored
+            * sum(
+                operator.rows * operator.columns
+                for number, layer in enumerate(layout.layers)
+                for place, group in enumerate(layer)
+                for operator in group
+                if place in solved[number] or operator.name in touched[number]
+            ),
             layer=max(size(names) for names in in_layers),
             stored=stored,
             together=not recipe.error_correction,
             window=seqlen * model.width * itemsize,
             forward=forward,
             groups=rows,
-            float_input=4 * seqlen * max(operator.columns for group in groups for operator in group),
+            float_input=4
+            * seqlen
+            * max(0 if widths is None else widths.before, *(op.columns for group in groups for op in group)),
+            removal=0
+            if widths is None
+            else removal_bytes(
+                max(link.consumer.rows for link in widths.units[index]),
+                widths.before,
+                widths.after,
+                recipe.structure,
+                model.device,
+            ),
             float_residual=2 * 4 * seqlen * model.width * recipe.corrects_drift,
             kept=sum(kept) * seqlen * itemsize,
             entering=max(
-                (seqlen * widths[ending.operator] * itemsize for ending in endings if ending.operator in widths),
+                (seqlen * columns[ending.operator] * itemsize for ending in endings if ending.operator in columns),
                 default=0,
             ),
             samples=samples,
@@ -270,6 +307,8 @@ class Sizes:
             found[f"solving {names}"] = (
                 loaded + solving + (weight if drifts else 0) * (2 if self.weighted else 1) + weight * self.weighted
             )
+        if self.removal:
+            found["removing channels"] = base + self.layer + states + kept + done + self.removal
         if self.reconstruction:
             found["block reconstruction"] = base + self.layer + states + done + self.reconstruction + 4 * self.window
         if self.measured:

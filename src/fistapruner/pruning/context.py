@@ -10,15 +10,34 @@ from torch import Tensor
 from ..activations.store import HiddenStates, Store
 from ..activations.stream import Calls
 from ..constraints import Constraint
+from ..models.coupling import Link
 from ..models.discovery import Group, Layout
 from ..models.layerwise import LayerwiseModel
 from ..problem import LayerProblem
 from ..recipes.settings import Recipe
 from ..solvers import solve
 from ..solvers.base import Method, Solution
+from ..structured.units import Widths
 
 Solver = Callable[[LayerProblem, Sequence[Constraint], Sequence[Method]], Solution]
 """Solves a group of operators by a chain of methods."""
+
+
+def solved_groups(layout: Layout, index: int, sparsity: Mapping[str, Constraint], *, cut: bool) -> list[int]:
+    """Return the numbers of the groups that are solved.
+
+    Args:
+        layout: the operators to prune, in the shapes that they are to have.
+        index: number of the decoder layer.
+        sparsity: pattern of every operator, by full name.
+        cut: channels of the layer are removed: groups without zeros are then left alone.
+    """
+    return [
+        number
+        for number, group in enumerate(layout.layers[index])
+        if not cut
+        or any(sparsity[layout.full_name(index, operator)].zeros(operator.rows, operator.columns) for operator in group)
+    ]
 
 
 @dataclass(frozen=True)
@@ -27,12 +46,13 @@ class LayerContext:
 
     Args:
         model: the dense model.
-        layout: the operators to prune.
+        layout: the operators to prune, in the shapes that they are to have.
         recipe: settings.
         sparsity: pattern of every operator, by full name.
         calls: arguments of the decoder layers.
         scratch: makes a temporary store from its name and shape.
         solver: solves a group of operators, stacked or in parts (:mod:`~fistapruner.pruning.partition`).
+        widths: whose channels are removed, and how many stay; None where all of them do.
     """
 
     model: LayerwiseModel
@@ -42,6 +62,15 @@ class LayerContext:
     calls: Calls
     scratch: Store
     solver: Solver = solve
+    widths: Widths | None = None
+
+    def links(self, index: int) -> tuple[Link, ...]:
+        """Return the links of decoder layer ``index`` whose channels are removed."""
+        return () if self.widths is None else self.widths.units[index]
+
+    def solved(self, index: int) -> list[int]:
+        """Return the numbers of the groups that are solved: all, or beside a removal those that get zeros."""
+        return solved_groups(self.layout, index, self.sparsity, cut=bool(self.links(index)))
 
     def names(self, index: int, group: Group) -> list[str]:
         """Return the full names of a group's operators."""

@@ -12,7 +12,7 @@ so the drift of a token is cut to a length that is typical of the batch.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 
 import torch
@@ -47,7 +47,15 @@ def dense_windows(
     return min(samples, math.ceil(windows / batch_size) * batch_size)
 
 
-def drift_sources(recipe: Recipe, layout: Layout, index: int, *, same: bool) -> dict[int, DriftFrom]:
+def drift_sources(
+    recipe: Recipe,
+    layout: Layout,
+    index: int,
+    *,
+    same: bool,
+    solved: Collection[int] | None = None,
+    cut: Collection[int] = (),
+) -> dict[int, DriftFrom]:
     """Choose what to record of each group: inputs where operators share them, else the cheaper.
 
     Args:
@@ -55,20 +63,29 @@ def drift_sources(recipe: Recipe, layout: Layout, index: int, *, same: bool) -> 
         layout: the operators to prune.
         index: number of the decoder layer.
         same: the layer's input is the dense model's.
+        solved: numbers of the groups that are solved; None is all.
+        cut: numbers of the groups, of one operator each, that lose input channels. Their outputs are recorded, since
+            their inputs are others afterwards, and these drift wherever channels are missing.
 
     Returns:
         By number, the groups whose inputs drift; empty where the target does not depend on it.
     """
     groups = layout.layers[index]
-    if not recipe.dense_share or (same and not recipe.error_correction):
+    if not recipe.dense_share:
         return {}
+    solved = range(len(groups)) if solved is None else solved
 
-    def source(group: Group) -> DriftFrom:
-        operator, *others = group
+    def source(number: int) -> DriftFrom:
+        operator, *others = groups[number]
         corrected = recipe.corrects_drift and operator.name in layout.residual_writers[index]
         return "inputs" if others else cheapest_drift(operator.rows, operator.columns, corrected=corrected)
 
-    return {number: source(groups[number]) for number in range(int(same), len(groups))}
+    drifting: Collection[int] = () if same and not recipe.error_correction else range(int(same), len(groups))
+    found: dict[int, DriftFrom] = {number: source(number) for number in drifting if number in solved}
+    for number in cut:
+        if not same or number in solved or (recipe.error_correction and any(other < number for other in solved)):
+            found[number] = "outputs"
+    return dict(sorted(found.items()))
 
 
 def kept_width(group: Group, source: DriftFrom) -> int:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -21,6 +21,7 @@ from ..tuning.block_reconstruction import ReconstructionSettings, reconstruct_la
 from .context import NO_EVENTS, NOT_MEASURED, LayerContext, LayerEvents, LayerMeasures, LayerStreams
 from .entries import operator_entries
 from .passes import LayerPasses
+from .removal import remove_units
 
 ERROR_OF = "what the dense layer adds to its input, first batch of calibration windows"
 """What a layer's relative error is relative to, as the report says it."""
@@ -47,6 +48,8 @@ class _LayerRecord:
     operators: list[OperatorEntry]
     warnings: list[str]
     extra: dict[str, Any]
+    rows: dict[str, Tensor] = field(default_factory=dict)
+    """Kept rows of the operators that lost some, by name inside the layer."""
 
 
 def prune_layer(
@@ -83,6 +86,11 @@ def prune_layer(
         passed_after = sum(clock.seconds.values())
         passes.make_wanted()
         for number, group in passes.groups:
+            if number == passes.cut_before:
+                _remove(context, index, passes, clock, measures, events, record)
+            if number not in passes.solved:
+                passes.pruned(number)
+                continue
             names = "+".join(operator.name.rpartition(".")[2] for operator in group)
             events.operators(names, None)
             worst = _prune_group(context, index, number, passes.sums_of(number), clock, measures, events, record)
@@ -129,7 +137,7 @@ def _prune_group(
         problem = sums.problem(names, rows, context.recipe.dense_share, release=True)
     events.problem(number, problem)
     with clock.phase("solve"):
-        solution = _solve(context, problem, names, measures)
+        solution = _solve(context, problem, names, _importance(context, index, group, measures, record))
         unrounded = _write(model, model.layers[index], group, names, solution)
     with clock.phase("report"):
         # Solvers that keep dense weights leave nothing to round: their error is known, and costs as much as a pass.
@@ -153,15 +161,49 @@ def _weights(context: LayerContext, index: int, group: Group) -> dict[str, Tenso
     return weights
 
 
-def _solve(context: LayerContext, problem: LayerProblem, names: Sequence[str], measures: LayerMeasures) -> Solution:
+def _importance(
+    context: LayerContext, index: int, group: Group, measures: LayerMeasures, record: _LayerRecord
+) -> Tensor | None:
+    """Return the weights of a group's rows, (m,); None where they count alike."""
+    if measures.importance is None:
+        return None
+    parts = []
+    for operator in group:
+        rows = measures.importance[context.layout.full_name(index, operator)]
+        parts.append(rows[record.rows[operator.name]] if operator.name in record.rows else rows)
+    return torch.cat(parts)
+
+
+def _solve(context: LayerContext, problem: LayerProblem, names: Sequence[str], importance: Tensor | None) -> Solution:
     """Solve a group's problem, its rows weighted by their importance."""
     patterns, steps = [context.sparsity[name] for name in names], context.recipe.steps
-    if measures.importance is None:
+    if importance is None:
         return context.solver(problem, patterns, steps)
-    rows = torch.cat([measures.importance[name] for name in names]).to(problem.weight.device)
+    rows = importance.to(problem.weight.device)
     solution = context.solver(problem.weighted(rows), patterns, steps)
     unweighted(solution.weight, rows)
     return solution
+
+
+def _remove(
+    context: LayerContext,
+    index: int,
+    passes: LayerPasses,
+    clock: Clock,
+    measures: LayerMeasures,
+    events: LayerEvents,
+    record: _LayerRecord,
+) -> None:
+    """Remove the channels of the layer that are to go, and note what was done."""
+    names = "+".join(link.consumer.name.rpartition(".")[2] for link in context.links(index))
+    events.operators(names, None)
+    found = remove_units(context, index, passes, clock, measures, events.operators)
+    record.weights |= found.weights
+    record.operators += found.operators
+    record.warnings += found.warnings
+    record.rows |= found.rows
+    record.extra["removals"] = found.removals
+    release_memory()
 
 
 def _reconstruct(

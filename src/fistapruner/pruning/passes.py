@@ -18,6 +18,8 @@ from ..activations.stream import Watched, run_layer
 from ..models.discovery import Group
 from ..problem import ProblemSums
 from ..runtime.clock import Clock
+from ..structured.removal import ChannelStatistics
+from ..structured.statistics import ChannelSums
 from .context import LayerContext, LayerStreams
 from .drift import DenseActivations, ResidualDrift, drift_sources
 
@@ -39,8 +41,22 @@ class LayerPasses:
         self._layer = model.layers[index]
         groups = layout.layers[index]
         self.groups: list[tuple[int, Group]] = list(enumerate(groups))
+        self.solved = context.solved(index)
+        """Numbers of the groups that are solved."""
+        links = context.links(index)
+        consumers = {link.consumer.name for link in links}
+        self._cut = [number for number, group in self.groups if group[0].name in consumers]
+        touched = consumers | {name for link in links for name in link.producers}
+        self._touched = {number for number, group in self.groups if any(operator.name in touched for operator in group)}
+        self.cut_before = min(self._touched, default=-1) if recipe.error_correction else 0
+        """Number of the group before which channels are removed; below 0 where none are."""
+        self._channels: dict[int, ChannelSums] = {}
         same = streams.pruned is None
-        self._sources = {} if streams.dense is None else drift_sources(recipe, layout, index, same=same)
+        self._sources = (
+            {}
+            if streams.dense is None
+            else drift_sources(recipe, layout, index, same=same, solved=self.solved, cut=self._cut)
+        )
         self._activations: DenseActivations | None = None
         self._residual: ResidualDrift | None = None
         if streams.dense is not None:
@@ -75,16 +91,24 @@ class LayerPasses:
             return False
         activations = self._activations
         assert activations is not None
-        shared = [] if streams.pruned is not None else self.groups[:1] if self._recipe.error_correction else self.groups
-        for number, group in shared:
-            self._sums[number] = self._new_sums(number, group)
+        if streams.pruned is None:
+            shared = self.groups[:1] if self._recipe.error_correction else [] if self._cut else self.groups
+            for number, group in shared:
+                if number in self.solved and number not in self._touched:
+                    self._sums[number] = self._new_sums(number, group)
+            for number in self._cut:
+                if not any(other < self.cut_before for other in self.solved):
+                    self._channels[number] = self._new_channel_sums(number, drifted=False)
 
         def keep(number: int, start: int, values: Tensor) -> None:
             with self._clock.phase("io"):
                 activations.keep(number, start, values)
 
         def watch(number: int, start: int, inputs: Tensor) -> None:
-            (self._add if number in self._sums else keep)(number, start, inputs)
+            if number in self._channels:
+                self._add_channels(number, start, inputs, drifted=False)
+            else:
+                (self._add if number in self._sums else keep)(number, start, inputs)
 
         def output(_: int, start: int, out: Tensor) -> None:
             if self._first_out is None:
@@ -94,7 +118,11 @@ class LayerPasses:
                 with self._clock.phase("io"):
                     store.write(start, out)
 
-        groups = [(number, group) for number, group in self.groups if number in self._sums or activations.wants(number)]
+        groups = [
+            (number, group)
+            for number, group in self.groups
+            if number in self._sums or number in self._channels or activations.wants(number)
+        ]
         self._run(
             streams.dense,
             watched=Watched(groups, watch, activations.output_operators, keep),
@@ -136,6 +164,7 @@ class LayerPasses:
         """
         if number not in self._sums:
             todo = self.groups[number : number + 1] if self._recipe.error_correction else self.groups[number:]
+            todo = [(other, group) for other, group in todo if other in self.solved and other not in self._sums]
             for other, group in todo:
                 self._sums[other] = self._new_sums(other, group)
             around = [part.around_pass for part in (self._replay, self._residual) if part is not None]
@@ -143,6 +172,28 @@ class LayerPasses:
         if self._activations is not None:
             self._activations.close(number)
         return self._sums.pop(number)
+
+    def channels_of(self, number: int) -> ChannelStatistics:
+        """Hand over what is known of the inputs of group ``number``, one operator that loses some of them.
+
+        They come from a pass with the groups before it pruned, while all of its channels are still there.
+        """
+        (operator,) = self._context.layout.layers[self._index][number]
+        if number not in self._channels:
+            drifted = number in self._sources
+            self._channels[number] = self._new_channel_sums(number, drifted=drifted)
+
+            def add(number: int, start: int, inputs: Tensor) -> None:
+                self._add_channels(number, start, inputs, drifted=drifted)
+
+            parts = (self._replay, self._residual if self._first_writer_is_final() else None)
+            around = [part.around_pass for part in parts if part is not None]
+            self._run(self._streams.seen, watched=Watched([(number, (operator,))], add), around=around)
+        if self._activations is not None and number not in self.solved:
+            self._activations.close(number)
+        with self._clock.phase("gram"):
+            name = self._context.layout.full_name(self._index, operator)
+            return self._channels.pop(number).statistics(name, self._recipe.dense_share)
 
     def pruned(self, number: int) -> None:
         """Note that the operators of group ``number`` have their final weights in the layer."""
@@ -180,16 +231,42 @@ class LayerPasses:
         with self._clock.phase("gram"):
             return ProblemSums(_stacked(self._layer, group), drift_from=self._sources.get(number))
 
+    def _new_channel_sums(self, number: int, *, drifted: bool) -> ChannelSums:
+        with self._clock.phase("gram"):
+            weight = _stacked(self._layer, self._context.layout.layers[self._index][number])
+            source = self._sources.get(number) if drifted else None
+            return ChannelSums(weight, self._streams.seen.samples, drift_from=source)
+
     def _add(self, number: int, start: int, inputs: Tensor) -> None:
         """Add the inputs of a batch of windows, (windows, seqlen, n), to the sums of group ``number``."""
-        stop = start + inputs.shape[0]
         with self._clock.phase("gram"):
-            dense = drift = None
-            if self._activations is not None:
-                dense = self._activations.read(number, start, stop, inputs.device)
-            if dense is not None and self._residual is not None and number in self._residual:
-                drift = self._residual.drift(number, start, stop, inputs.device)
+            dense, drift = self._drift(number, start, inputs)
             self._sums[number].add(inputs.reshape(-1, inputs.shape[-1]), dense, drift)
+
+    def _add_channels(self, number: int, start: int, inputs: Tensor, *, drifted: bool) -> None:
+        """Add the inputs of a batch of windows to what is known of the channels of group ``number``."""
+        with self._clock.phase("gram"):
+            dense, drift = self._drift(number, start, inputs) if drifted else (None, None)
+            self._channels[number].add(start, inputs, dense, drift if self._first_writer_is_final() else None)
+
+    def _first_writer_is_final(self) -> bool:
+        """Return whether the first writer to the residual stream is final when channels are removed."""
+        first = self._context.layout.residual_writers[self._index][:1]
+        return not any(
+            number in self.solved and number >= self.cut_before
+            for number, group in self.groups
+            if group[0].name in first
+        )
+
+    def _drift(self, number: int, start: int, inputs: Tensor) -> tuple[Tensor | None, Tensor | None]:
+        """Read what the dense model has in place of ``inputs``, and the residual stream's drift."""
+        stop = start + inputs.shape[0]
+        dense = drift = None
+        if self._activations is not None:
+            dense = self._activations.read(number, start, stop, inputs.device)
+        if dense is not None and self._residual is not None and number in self._residual:
+            drift = self._residual.drift(number, start, stop, inputs.device)
+        return dense, drift
 
     def _close_wanted(self) -> None:
         if self.wanted is not None and self.wanted is not self._streams.dense_out:

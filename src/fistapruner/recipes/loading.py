@@ -90,7 +90,7 @@ def load_recipe_settings(name_or_file: str) -> dict[str, Any]:
         raise FistaPrunerError(f"recipe {path} is not UTF-8 text") from None
 
 
-SECTIONS = ("calibration", "data", "execution")
+SECTIONS = ("calibration", "data", "execution", "structure")
 """Settings that are sections with settings of their own."""
 
 

@@ -33,6 +33,7 @@ from .base import Settings
 from .loading import parse_bytes, parse_value, parse_yaml
 from .patterns import check_pattern
 from .renamed import RENAMED_SETTINGS
+from .structure_settings import Structure
 
 if TYPE_CHECKING:
     from ..constraints import Constraint
@@ -108,6 +109,11 @@ def _allocation(value: Any) -> Any:
 
 def _dump_method(steps: tuple[Method, ...]) -> list[Any]:
     return [{step.name: step.model_dump()} for step in steps]
+
+
+def _structure(value: Any) -> Any:
+    """Read an amount alone, ``25%``, as the section with this amount."""
+    return value if value is None or isinstance(value, (Mapping, Structure)) else {"remove": value}
 
 
 SparsitySetting = Annotated[Any, BeforeValidator(_sparsity), PlainSerializer(str)]
@@ -238,7 +244,8 @@ class Recipe(Settings):
 
     sparsity: SparsitySetting = Field(
         "50%",
-        description="Sparsity pattern of every pruned operator: 50%, 0.5, 2:4, 4:8, ...",
+        description="Sparsity pattern of every pruned operator: 50%, 0.5, 2:4, 4:8, ... With structure the default is "
+        "0%: the result is then a smaller model without zeros.",
     )
     method: MethodSetting = Field(
         "proximal",
@@ -305,6 +312,10 @@ class Recipe(Settings):
         "same, but adapters of the dense model no longer fit). auto is channels for proximal and "
         "none for published methods.",
     )
+    structure: Annotated[Structure, BeforeValidator(_structure)] = Field(
+        Structure(),
+        description="Whole channels that are removed.",
+    )
     reconstruct: int = Field(
         0,
         ge=0,
@@ -344,6 +355,17 @@ class Recipe(Settings):
             if isinstance(value, dict) and old in value:
                 raise ValueError(f"the setting {old!r} is called {new!r}")
         return value
+
+    @model_validator(mode="before")
+    @classmethod
+    def _only_structure(cls, value: Any) -> Any:
+        """Without a sparsity, a recipe that removes structure sets no weights to zero."""
+        if not isinstance(value, dict) or "sparsity" in value:
+            return value
+        section = value.get("structure")
+        amount = section.remove if isinstance(section, Structure) else section
+        amount = amount.get("remove") if isinstance(amount, Mapping) else amount
+        return value if amount is None else {**value, "sparsity": "0%"}
 
     @field_validator("targets", "ignore", "allocation", mode="after")
     @classmethod

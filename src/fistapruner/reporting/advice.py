@@ -11,7 +11,7 @@ from statistics import median
 
 from ..constraints import parse_sparsity
 from ..errors import FistaPrunerError
-from ..runs.records import LayerEntry, OperatorEntry, Report
+from ..runs.records import LayerEntry, OperatorEntry, Report, method_label
 from ..runtime.formatting import percent, significant
 from ..solvers import METHODS
 
@@ -21,6 +21,8 @@ def advice(report: Report) -> list[str]:
 
     Empty when nothing stands out.
     """
+    if report.only_structure:
+        return _calibration(report)
     why = _why_not_uneven(report)
     found = [*_layers(report.layers, why), *_operators(report.layers, why)]
     return [*found, *_chain(report), *_search(report.layers), *_calibration(report)]
@@ -70,7 +72,7 @@ def _operators(layers: Sequence[LayerEntry], why_not: str) -> list[str]:
 
 
 def _chain(report: Report) -> list[str]:
-    method = report.method
+    method = method_label(report.recipe.get("method", ""))
     last = METHODS.get(method.split("+")[-1]) if method else None
     if last is not None and last.refit_helps:
         refit = f"`--method {method}+refit`"
@@ -127,8 +129,8 @@ def _calibration(report: Report) -> list[str]:
 def _why_not_uneven(report: Report) -> str:
     """Say why another allocation is not worth trying; empty where it is."""
     try:
-        if not parse_sparsity(report.sparsity).supports_allocation:
-            return f"The pattern {report.sparsity} has the same sparsity in every operator"
+        if not parse_sparsity(report.recipe.get("sparsity", "")).supports_allocation:
+            return f"The pattern {report.recipe['sparsity']} has the same sparsity in every operator"
     except FistaPrunerError:
         pass
     patterns = {operator.sparsity for layer in report.layers for operator in layer.operators}

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from ..runs.records import Lineage, Stage, method_label
-from ..runtime.formatting import percent, with_error
+from ..runs.records import Lineage, Stage, amount_label, methods_label
+from ..runtime.formatting import count, percent, with_error
 
 DONE = {"prune": "pruned", "recover": "recovered", "align": "aligned", "merge": "merged with an adapter"}
 
@@ -21,8 +21,11 @@ def _stage_line(stage: Stage) -> str:
     figures, settings = stage.figures, stage.settings
     parts = [DONE[stage.kind]]
     if settings.get("sparsity"):
-        parts[0] += f" to {settings['sparsity']} with {method_label(settings.get('method', ''))}"
-    if figures.operator_weights and figures.operator_zeros is not None:
+        less = bool((settings.get("structure") or {}).get("remove"))
+        parts[0] += f" {'by' if less else 'to'} {amount_label(settings)} with {methods_label(settings)}"
+    if figures.parameters:
+        parts.append(f"{count(figures.parameters)} parameters")
+    if figures.operator_weights and figures.operator_zeros is not None and settings.get("sparsity") != "0%":
         parts.append(f"{percent(figures.operator_zeros / figures.operator_weights)} zeros in its operators")
     if (text := figures.perplexity) is not None:
         parts.append(f"perplexity {with_error(text.perplexity, text.standard_error)} on {text.data}")

@@ -10,6 +10,7 @@ from .evaluation_text import item_count
 from .lineage_text import lineage_lines
 from .rendering import plain_markdown, render
 from .size_and_speed import size_rows, speed_rows, speeds
+from .structure_text import structure_sentence
 
 
 def model_card(report: Report) -> str:
@@ -23,12 +24,19 @@ def model_card(report: Report) -> str:
         report=report,
         metadata=_metadata(report),
         name=base_model(report),
+        amount=amount(report),
+        smaller=structure_sentence(report),
         zeros=_zeros(report),
         measured=_measured(report),
         made=_made(report),
         recipe=_recipe(report),
         lineage=_lineage(report),
     )
+
+
+def amount(report: Report) -> str:
+    """Say how much was pruned: ``50% sparse``, or what structure was removed."""
+    return report.sparsity if report.structured else f"{report.sparsity} sparse"
 
 
 def base_model(report: Report) -> str:
@@ -56,13 +64,14 @@ def _metadata(report: Report) -> dict[str, Any]:
         "pruning",
         "sparsity",
         "fistapruner",
-        report.method.replace("+", "-"),
-        report.sparsity.replace("%", "-percent"),
+        *(["structured-pruning"] if report.structured else []),
+        *(method.strip().replace("+", "-") for method in report.method.split(",")),
+        "" if report.only_structure else str(report.recipe.get("sparsity", "")).replace("%", "-percent"),
     ]
     block["tags"] = [tag for tag in block["tags"] if tag]
     results = _metadata_results(report)
     if results:
-        block["model-index"] = [{"name": f"{base_model(report)}, {report.sparsity} sparse", "results": results}]
+        block["model-index"] = [{"name": f"{base_model(report)}, {amount(report)}", "results": results}]
     return block
 
 
@@ -100,7 +109,7 @@ def _metadata_results(report: Report) -> list[dict[str, Any]]:
 def _zeros(report: Report) -> str:
     """Say how many weights are zero; empty where that is not known."""
     totals = report.totals
-    if not totals.operator_weights or totals.operator_zeros is None:
+    if not totals.operator_weights or totals.operator_zeros is None or report.only_structure:
         return ""
     share = (
         f"{count(totals.operator_zeros)} of {count(totals.operator_weights)} weights of the pruned operators are zero"

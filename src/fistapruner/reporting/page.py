@@ -15,6 +15,7 @@ from .model_card import base_model
 from .quality_rows import mean_score, one_metric, quality_rows
 from .rendering import Table, moment, present, render
 from .size_and_speed import dense_speed, packed_speeds, size_rows, speed_protocol, speed_rows, speed_table, speeds
+from .structure_text import structure_rows, structure_sentence, structure_table
 
 
 def run_page(report: Report) -> str:
@@ -27,7 +28,7 @@ def run_page(report: Report) -> str:
     about = (report.method, report.model.architecture, done, moment(report.finished or report.started))
     return render(
         "run.html.j2",
-        title=f"{base_model(report) or 'Model'} at {report.sparsity or 'unknown'} sparsity",
+        title=_title(report),
         status=report.status,
         about=" · ".join(part for part in about if part),
         verdict=verdict(report),
@@ -42,6 +43,8 @@ def run_page(report: Report) -> str:
         warnings=_warnings(report),
         advice=advice(report),
         hardest=_hardest(report),
+        removed=structure_table(report),
+        smaller=structure_rows(report),
         time_split=_time_split(report),
         plan=_plan(report),
         rates=_rates(report),
@@ -51,11 +54,17 @@ def run_page(report: Report) -> str:
     )
 
 
+def _title(report: Report) -> str:
+    """Name the model and what was removed from it."""
+    name = base_model(report) or "Model"
+    return f"{name}, {report.sparsity}" if report.structured else f"{name} at {report.sparsity or 'unknown'} sparsity"
+
+
 def verdict(report: Report) -> str:
     """Say what happened to the model, in two or three sentences."""
     totals = report.totals
-    sentences = []
-    if totals.operator_weights and totals.operator_zeros is not None:
+    sentences = [structure_sentence(report)] if report.widths else []
+    if totals.operator_weights and totals.operator_zeros is not None and not report.only_structure:
         share = percent(totals.operator_zeros / totals.operator_weights, 4)
         sentences.append(f"{share} of the pruned operators' weights are exactly zero.")
     for evaluation in report.evaluations[:1]:
@@ -97,7 +106,11 @@ def _tiles(report: Report) -> list[tuple[str, str, str]]:
                     f"KL {with_error(agreement.kl, agreement.kl_standard_error, 3)} nats",
                 )
             )
-    if totals.operator_weights and totals.operator_zeros is not None:
+    if report.widths and totals.model_weights and report.model.parameters:
+        share = percent(1 - totals.model_weights / report.model.parameters)
+        channels = f"MLP channels {count(report.widths[0])} → {count(report.widths[1])}"
+        items.append(("Parameters removed", share, f"{short_count(totals.model_weights)} stay; {channels}"))
+    if totals.operator_weights and totals.operator_zeros is not None and not report.only_structure:
         whole = (
             f"{percent(totals.model_zeros / totals.model_weights)} of the model"
             if totals.model_weights and totals.model_zeros
@@ -126,7 +139,11 @@ def _tiles(report: Report) -> list[tuple[str, str, str]]:
         items.insert(2 if items else 0, ("Zero-shot", f"{100 * mean:.1f} %", note))
     if totals.checkpoint_bytes:
         packed = (
-            f"compressed {size(totals.compressed_bytes)}" if totals.compressed_bytes else "zeros are stored as they are"
+            f"compressed {size(totals.compressed_bytes)}"
+            if totals.compressed_bytes
+            else f"dense {size(report.model.bytes)}"
+            if report.only_structure
+            else "zeros are stored as they are"
         )
         items.append(("Size on disk", size(totals.checkpoint_bytes), packed))
     baseline, fast = dense_speed(report), packed_speeds(report)
@@ -189,6 +206,7 @@ def _hardest(report: Report) -> Table:
 PHASES = {
     "capture": "forward passes that collect inputs",
     "gram": "sums of outer products",
+    "structure": "choosing channels to remove, and the weights of those that remain",
     "solve": "the method itself",
     "reconstruct": "block reconstruction",
     "sensitivity": "sensitivity of the dense model's predictions",

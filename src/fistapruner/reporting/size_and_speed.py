@@ -38,9 +38,10 @@ def size_rows(report: Report) -> list[Row]:
     rows = []
     if totals.checkpoint_bytes:
         change = _times(totals.checkpoint_bytes, dense)
-        rows.append(
-            ("Checkpoint on disk", size(dense), size(totals.checkpoint_bytes), change, "zeros are stored as they are")
-        )
+        how = "fewer parameters" if report.only_structure else "zeros are stored as they are"
+        rows.append(("Checkpoint on disk", size(dense), size(totals.checkpoint_bytes), change, how))
+        if report.only_structure:
+            return rows
         packed = totals.compressed_bytes
         how = "packed, the same weights bit for bit: a mask and the kept values" if packed else NOT_MEASURED
         rows.append(("Compressed checkpoint", "–", size(packed), _times(packed, dense), how))

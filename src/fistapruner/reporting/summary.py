@@ -7,6 +7,7 @@ from pathlib import Path
 from ..runs.records import Report
 from ..runtime.formatting import align_columns, size, with_error
 from .lineage_text import lineage_lines
+from .structure_text import structure_rows
 
 
 def summary(report: Report, folder: str | Path) -> str:
@@ -49,7 +50,8 @@ def summary(report: Report, folder: str | Path) -> str:
             f", {facts.how}" if facts.how else ""
         )
         rows.append(("calibration", text))
-    if totals.operator_weights and totals.operator_zeros is not None:
+    rows += structure_rows(report)
+    if totals.operator_weights and totals.operator_zeros is not None and not report.only_structure:
         share = 100 * totals.operator_zeros / totals.operator_weights
         rows.append(
             (
@@ -82,7 +84,9 @@ def summary(report: Report, folder: str | Path) -> str:
         rows.append(
             (
                 "size on disk",
-                f"{size(totals.checkpoint_bytes)}: zeros are stored; 'fistapruner pack' makes the file smaller",
+                f"{size(totals.checkpoint_bytes)}; the dense model has {size(report.model.bytes)}"
+                if report.only_structure
+                else f"{size(totals.checkpoint_bytes)}: zeros are stored; 'fistapruner pack' makes the file smaller",
             )
         )
     if report.lineage is not None and len(report.lineage.stages) > 1:

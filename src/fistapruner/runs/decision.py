@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 from pydantic import BaseModel, ConfigDict
 
@@ -69,6 +70,28 @@ class RunDecision(Frozen):
         return self.folder
 
 
+class UnitDecision(Frozen):
+    """Operators that share channels to remove: ``producers`` write them, ``consumer`` reads them."""
+
+    producers: tuple[str, ...]
+    consumer: str
+
+
+class StructureDecision(Frozen):
+    """The widths that a run has decided on.
+
+    Args:
+        units: of each decoder layer.
+        before: channels of every unit in the dense model; ``after``: in the result.
+        config: change of ``config.json``, as a JSON merge patch.
+    """
+
+    units: tuple[tuple[UnitDecision, ...], ...]
+    before: int
+    after: int
+    config: dict[str, Any]
+
+
 class PruneDecision(RunDecision):
     """What a pruning run decides.
 
@@ -78,6 +101,7 @@ class PruneDecision(RunDecision):
         calibration_sha256: of the calibration text; None where it is not a file.
         metrics_sha256: of ``metrics.safetensors``; None where nothing was measured on the dense model.
         sensitivity_seconds: how long measuring on the dense model took; None where nothing was measured.
+        structure: the widths of the result; None where they are the dense model's.
     """
 
     sparsity: dict[str, SparsitySetting]
@@ -85,6 +109,7 @@ class PruneDecision(RunDecision):
     calibration_sha256: str | None = None
     metrics_sha256: str | None = None
     sensitivity_seconds: float | None = None
+    structure: StructureDecision | None = None
 
 
 class RecoverDecision(RunDecision):

@@ -81,6 +81,7 @@ def stage_of(report: Report) -> Stage:
         figures=StageFigures(
             operator_weights=report.totals.operator_weights,
             operator_zeros=report.totals.operator_zeros,
+            parameters=report.totals.model_weights if report.widths else None,
             relative_error=sum(known) / len(known) if known else None,
             seconds=report.totals.seconds,
             perplexity=measured and measured.perplexity,

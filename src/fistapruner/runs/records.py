@@ -150,6 +150,38 @@ class OperatorEntry(Record):
         return None if self.relative_error is None else max(0.0, self.relative_error - (self.dense_error or 0.0))
 
 
+class RemovalEntry(Record):
+    """Channels that were removed from a decoder layer.
+
+    Args:
+        unit: what was removed (``MLP channels``).
+        producers, consumer: the operators that write and read the channels.
+        before, after: their number.
+        method: how they were chosen; ``compensate``: how the remaining weights make up for them.
+        shrink: share of shrinkage of the Gram.
+        dense_error: relative error of the consumer's outputs with all channels, from drift alone; ``dropped_error``:
+            without the removed ones, the others' weights as they were; ``relative_error``: with the new weights.
+        validated_error, validated_dropped: the same two on tokens that were not fitted (half of the windows).
+        permuted: shares of the weights' importance that an n:m pattern keeps in the old and in the new order of the
+            remaining channels.
+    """
+
+    unit: str
+    producers: list[str] = []
+    consumer: str = ""
+    before: int
+    after: int
+    method: str = ""
+    compensate: str = ""
+    shrink: float | None = None
+    dense_error: float | None = None
+    dropped_error: float | None = None
+    relative_error: float | None = None
+    validated_error: float | None = None
+    validated_dropped: float | None = None
+    permuted: tuple[float, float] | None = None
+
+
 class LayerEntry(Record):
     """One pruned decoder layer; also the content of ``RUN/layers/NNNN.json``.
 
@@ -158,7 +190,7 @@ class LayerEntry(Record):
         seconds: wall seconds by phase (``capture``, ``gram``, ``solve``, ``reconstruct``, ``io``, …).
         relative_error: of the layer's output hidden states against the dense layer's, as a share of the energy of what
             the dense layer adds to its input, or whatever ``relative_error_of`` says.
-        operators: in execution order.
+        operators: in execution order; ``removals``: the channels that were removed.
         passed_after: seconds until the dense hidden states were ready for the next layer.
         finished: ISO time; ``device``: that solved it; ``peak_memory``: bytes while it ran.
         warnings: sentences.
@@ -170,6 +202,7 @@ class LayerEntry(Record):
     relative_error: float | None = None
     relative_error_of: str | None = None
     operators: list[OperatorEntry] = []
+    removals: list[RemovalEntry] = []
     passed_after: float | None = None
     finished: str | None = None
     device: str | None = None
@@ -182,6 +215,8 @@ class Totals(Record):
 
     Args:
         operator_weights, operator_zeros: in pruned operators; ``model_weights``, ``model_zeros``: in the whole model.
+        dense_flops_per_token, flops_per_token: floating-point operations of the matrices of the decoder layers and of
+            the head for a token, before and after channels were removed; None where none were.
         seconds: total wall time across interruptions; ``time_split``: wall seconds by phase.
         peak_memory: bytes, resident set; ``peak_device_memory``: bytes on the GPU.
         capture_tokens_per_second: calibration tokens a second through capture, all layers;
@@ -193,6 +228,8 @@ class Totals(Record):
     operator_zeros: int | None = None
     model_weights: int | None = None
     model_zeros: int | None = None
+    dense_flops_per_token: int | None = None
+    flops_per_token: int | None = None
     seconds: float | None = None
     time_split: dict[str, float] = {}
     peak_memory: int | None = None
@@ -279,6 +316,7 @@ class StageFigures(Record):
 
     Args:
         operator_weights, operator_zeros: in its operators, exact.
+        parameters: of its result; None where it has as many as its input.
         relative_error: mean over operators of their outputs' error.
         seconds: wall time.
         perplexity: of the stage's result; ``reference``: of its input on the same tokens; ``divergence``: of the
@@ -287,6 +325,7 @@ class StageFigures(Record):
 
     operator_weights: int | None = None
     operator_zeros: int | None = None
+    parameters: int | None = None
     relative_error: float | None = None
     seconds: float | None = None
     perplexity: Perplexity | None = None
@@ -365,13 +404,29 @@ class Report(Record):
 
     @property
     def sparsity(self) -> str:
-        """Pattern of the recipe."""
-        return str(self.recipe.get("sparsity", ""))
+        """Pattern of the recipe; with structure what is removed, and the pattern where there is one beside it."""
+        return amount_label(self.recipe)
 
     @property
     def method(self) -> str:
-        """Method chain of the recipe as the command line writes it."""
-        return method_label(self.recipe.get("method", ""))
+        """Method chain of the recipe as the command line writes it; with structure that of its removal, too."""
+        return methods_label(self.recipe)
+
+    @property
+    def structured(self) -> bool:
+        """Whether the recipe removes structure."""
+        return bool((self.recipe.get("structure") or {}).get("remove"))
+
+    @property
+    def only_structure(self) -> bool:
+        """Whether the recipe removes structure and sets no weights to zero."""
+        return self.structured and self.recipe.get("sparsity") == "0%"
+
+    @property
+    def widths(self) -> tuple[int, int] | None:
+        """Channels of the MLPs before and after; None where none are removed."""
+        found = [removal for layer in self.layers for removal in layer.removals]
+        return (found[0].before, found[0].after) if found else None
 
 
 class CompareRow(Record):
@@ -429,6 +484,24 @@ def method_label(method: Any) -> str:
     if isinstance(method, str):
         return method
     return "+".join(next(iter(step)) if isinstance(step, dict) and step else str(step) for step in method or ())
+
+
+def amount_label(recipe: dict[str, Any]) -> str:
+    """Say what a recipe removes: ``2:4``, ``structure 25%``, or both: ``structure 25% and 2:4``."""
+    removed, sparsity = (recipe.get("structure") or {}).get("remove"), str(recipe.get("sparsity", ""))
+    if not removed:
+        return sparsity
+    return f"structure {removed}" + ("" if sparsity in ("", "0%") else f" and {sparsity}")
+
+
+def methods_label(recipe: dict[str, Any]) -> str:
+    """Write how a recipe prunes: the choice of structure and the method chain, where they have work."""
+    chain, structure = method_label(recipe.get("method", "")), recipe.get("structure") or {}
+    if not structure.get("remove"):
+        return chain
+    refit = "+refit" if structure.get("compensate") == "refit" else ""
+    own = f"{structure.get('method')}{refit}"
+    return own if recipe.get("sparsity") == "0%" else f"{own}, {chain}"
 
 
 def read_json(path: Path) -> dict[str, Any]:

@@ -70,6 +70,8 @@ class Decision:
 
 def measured_by(recipe: Recipe) -> str | None:
     """Return ``owl`` or ``error`` where the allocation is measured on the model, else None."""
+    if recipe.pattern.fraction == 0 and recipe.structure.remove is not None:
+        return None  # no zeros to distribute
     if recipe.allocation == "auto":
         return "error" if _own(recipe) and recipe.pattern.supports_allocation else None
     return recipe.allocation if recipe.allocation in ("owl", "error") else None
@@ -80,6 +82,8 @@ def weighs_rows(recipe: Recipe) -> bool:
     asked = _own(recipe) if recipe.weighting == "auto" else recipe.weighting == "fisher"
     if not asked or recipe.pattern.rows_independent():
         return False
+    if recipe.weighting == "auto" and recipe.pattern.fraction == 0 and recipe.structure.remove is not None:
+        return False  # no zeros to compete for
     return not all(step.rows_independent(recipe.pattern) for step in recipe.steps)
 
 
@@ -120,6 +124,7 @@ def decide(
     batch_size: int = 4,
     store: Store | None = None,
     tick: Tick = lambda what, done, total: None,
+    smaller: Layout | None = None,
 ) -> Decision:
     """Measure the dense model for allocation, row weights, block reconstruction and channel permutation.
 
@@ -132,6 +137,8 @@ def decide(
         batch_size: windows in one pass.
         store: makes the stores of hidden states between decoder layers; None keeps them in memory.
         tick: receives progress: (what, steps done, steps in all).
+        smaller: the operators in the shapes that they are to have, where channels are removed. Zeros are distributed
+            over these shapes; the order of channels that are removed is chosen with them.
 
     Raises:
         FistaPrunerError: a measured allocation of an n:m pattern.
@@ -141,11 +148,14 @@ def decide(
         return Decision(None, None)
     tokens = tokens[: windows_measured(len(tokens))]
     passes = DensePasses(store or scratch_factory(None, model.dtype), batch_size, tick)
-    sizes = {name: operator.rows * operator.columns for name, operator in layout.operators()}
+    after = dict((smaller or layout).operators())
+    sizes = {name: operator.rows * operator.columns for name, operator in after.items()}
+    cut = {name for name, operator in layout.operators() if after[name].columns != operator.columns}
     fraction = recipe.pattern.fraction
     errors: dict[str, Tensor] = {}
     outliers = _Outliers(layout)
-    channels = _Channels(model, layout, sparsity) if permutes(recipe) else None
+    kept = {name: pattern for name, pattern in sparsity.items() if name not in cut}
+    channels = _Channels(model, layout, kept) if permutes(recipe) else None
     allocation = measured_by(recipe)
 
     def problem_seen(index: int, number: int, sums: ProblemSums) -> None:

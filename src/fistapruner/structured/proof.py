@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -23,30 +22,13 @@ from ..models.coupling import Link, link_tensors
 from ..models.discovery import Layout, linear_modules
 from ..models.layerwise import Call, LayerwiseModel, assign, hidden_of
 from ..recipes.structure_settings import Structure
-from .units import Units, cut_channels, find_units, kept_width
+from .units import Units, Widths, cut_channels, find_units, kept_width
 
 SAME = 1e-4
 """Largest relative squared difference between zeroed and removed channels: bf16 rounding is a hundredth of it."""
 
 WIDTH_NAMES = r"inner|inter|ffn|mlp"
 """Entries of a config that may be None and hold the width of an MLP."""
-
-
-@dataclass(frozen=True)
-class Widths:
-    """How many channels a model keeps.
-
-    Args:
-        units: for each decoder layer, the links whose channels are removed.
-        before: channels of each of them.
-        after: channels that each of them keeps.
-        config: change of ``config.json``, as a JSON merge patch.
-    """
-
-    units: Units
-    before: int
-    after: int
-    config: Mapping[str, Any]
 
 
 def plan_widths(
@@ -61,8 +43,8 @@ def plan_widths(
         trust_remote_code: run the checkpoint's own Python code.
 
     Raises:
-        FistaPrunerError: channels that cannot be removed, or an amount that leaves or removes nothing; names the operator
-            or the amount.
+        FistaPrunerError: channels that cannot be removed, or an amount that leaves or removes nothing; names the
+            operator or the amount.
     """
     units = find_units(model, layout)
     before = units[0][0].channels

@@ -40,7 +40,6 @@ class Removal:
         shrink: share of shrinkage that was used; None where nothing depended on it.
         dense: relative error of the operator with all its channels, from drift alone; None without drift.
         dropped: relative error with the channels removed and the other weights as they were.
-        refitted: relative error with ``weight``.
         validated: mean relative error on tokens that the weights were not fitted on (half of the windows, drift left
             out), for the share used; ``validated_dropped``: without making up for the removed channels.
         warnings: sentences.
@@ -51,7 +50,6 @@ class Removal:
     shrink: float | None
     dense: float | None
     dropped: float
-    refitted: float
     validated: float | None = None
     validated_dropped: float | None = None
     warnings: tuple[str, ...] = ()
@@ -97,7 +95,6 @@ def remove_channels(
         shrink=shrink if used else None,
         dense=None if dense is None else dense[0],
         dropped=dropped[0],
-        refitted=small.relative_errors(weight)[0],
         validated=errors[0] if errors else None,
         validated_dropped=errors[1] if errors else None,
         warnings=tuple(dict.fromkeys(warnings)),

@@ -6,7 +6,9 @@ candidates; :mod:`.proof` shows that they can be cut.
 
 from __future__ import annotations
 
-from dataclasses import replace
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -16,9 +18,57 @@ from ..models.coupling import Link, find_links, link_tensors
 from ..models.discovery import Layout, Operator, linear_modules
 from ..models.layerwise import LayerwiseModel, assign
 from ..recipes.structure_settings import Structure
+from ..runs.decision import StructureDecision, UnitDecision
 
 Units = tuple[tuple[Link, ...], ...]
 """For each decoder layer the links whose channels can be removed."""
+
+
+@dataclass(frozen=True)
+class Widths:
+    """How many channels a model keeps.
+
+    Args:
+        units: for each decoder layer, the links whose channels are removed.
+        before: channels of each of them.
+        after: channels that each of them keeps.
+        config: change of ``config.json``, as a JSON merge patch.
+    """
+
+    units: Units
+    before: int
+    after: int
+    config: Mapping[str, Any]
+
+    @classmethod
+    def of(cls, decision: StructureDecision, layout: Layout) -> Widths:
+        """Read what a run has decided.
+
+        Args:
+            decision: of the run.
+            layout: the dense model's operators.
+        """
+        units = []
+        for groups, links in zip(layout.layers, decision.units, strict=True):
+            operators = {operator.name: operator for group in groups for operator in group}
+            units.append(tuple(Link(link.producers, operators[link.consumer]) for link in links))
+        return cls(tuple(units), decision.before, decision.after, decision.config)
+
+    def decision(self) -> StructureDecision:
+        """Return the same as a record for ``run.json``."""
+        units = tuple(
+            tuple(UnitDecision(producers=link.producers, consumer=link.consumer.name) for link in links)
+            for links in self.units
+        )
+        return StructureDecision(units=units, before=self.before, after=self.after, config=dict(self.config))
+
+    def consumers(self, index: int) -> set[str]:
+        """Return the names of the operators of decoder layer ``index`` that lose input channels."""
+        return {link.consumer.name for link in self.units[index]}
+
+    def touched(self, index: int) -> set[str]:
+        """Return the names of the operators of decoder layer ``index`` that lose inputs or outputs."""
+        return self.consumers(index) | {name for link in self.units[index] for name in link.producers}
 
 
 def find_units(model: LayerwiseModel, layout: Layout) -> Units:
@@ -108,10 +158,15 @@ def channel_weights(model: LayerwiseModel, units: Units) -> int:
     return count
 
 
-def resized(layout: Layout, units: Units, width: int) -> Layout:
+def removed_weights(model: LayerwiseModel, widths: Widths | None) -> int:
+    """Count the parameters that are removed from a model."""
+    return 0 if widths is None else (widths.before - widths.after) * channel_weights(model, widths.units)
+
+
+def resized(layout: Layout, widths: Widths) -> Layout:
     """Return the layout with the shapes that operators have after the removal."""
     layers = []
-    for groups, links in zip(layout.layers, units, strict=True):
+    for groups, links in zip(layout.layers, widths.units, strict=True):
         producers = {name for link in links for name in link.producers}
         consumers = {link.consumer.name for link in links}
         layers.append(
@@ -119,8 +174,8 @@ def resized(layout: Layout, units: Units, width: int) -> Layout:
                 tuple(
                     replace(
                         operator,
-                        rows=width if operator.name in producers else operator.rows,
-                        columns=width if operator.name in consumers else operator.columns,
+                        rows=widths.after if operator.name in producers else operator.rows,
+                        columns=widths.after if operator.name in consumers else operator.columns,
                     )
                     for operator in group
                 )

@@ -1,0 +1,65 @@
+"""Say what structure was removed from a model: widths, parameters, operations, errors."""
+
+from __future__ import annotations
+
+from ..runs.records import Report
+from ..runtime.formatting import count, percent, significant
+from .rendering import Table
+
+
+def structure_rows(report: Report) -> list[tuple[str, str]]:
+    """List name and value of what was removed; empty where nothing was."""
+    if report.widths is None:
+        return []
+    before, after = report.widths
+    totals, rows = report.totals, [("structure", f"{after} of {before} MLP channels in every decoder layer")]
+    if totals.model_weights and report.model.parameters:
+        rows.append(("parameters", change(report.model.parameters, totals.model_weights)))
+    if totals.flops_per_token and totals.dense_flops_per_token:
+        how = "matrices of the decoder layers and head; attention between tokens comes on top"
+        rows.append(("FLOP a token", f"{change(totals.dense_flops_per_token, totals.flops_per_token)}  {how}"))
+    return rows
+
+
+def structure_sentence(report: Report) -> str:
+    """Say in one sentence what was removed; empty where nothing was."""
+    if report.widths is None:
+        return ""
+    before, after = report.widths
+    text = f"Every decoder layer keeps {count(after)} of {count(before)} MLP channels"
+    weights, dense = report.totals.model_weights, report.model.parameters
+    return f"{text}: {count(weights)} of {count(dense)} parameters." if weights and dense else f"{text}."
+
+
+def structure_table(report: Report) -> Table:
+    """Tabulate the widths and errors of every decoder layer."""
+    rows = [
+        (
+            str(layer.index),
+            f"{removal.before} → {removal.after}",
+            significant(removal.shrink) if removal.shrink is not None else "–",
+            percent(removal.dense_error or 0.0),
+            percent(removal.dropped_error),
+            percent(removal.relative_error),
+            "–" if removal.validated_dropped is None else percent(removal.validated_dropped),
+            "–" if removal.validated_error is None else percent(removal.validated_error),
+        )
+        for layer in report.layers
+        for removal in layer.removals
+    ]
+    head = (
+        "layer",
+        "channels",
+        "shrinkage",
+        "error of all channels",
+        "others as they were",
+        "others refitted",
+        "fresh, as they were",
+        "fresh, refitted",
+    )
+    return Table("Removed channels by layer", head, rows, numeric=(0, 2, 3, 4, 5, 6, 7), stack=True)
+
+
+def change(before: float, after: float) -> str:
+    """Write a count before and after, and the change in percent."""
+    return f"{count(round(before))} → {count(round(after))} ({100 * (after / before - 1):+.1f} %)"

@@ -1,0 +1,67 @@
+"""Gather what is known of the input channels of an operator, batch by batch."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ..problem import DriftFrom, ProblemSums
+from ..runtime.numerics import mirror
+from .removal import ChannelStatistics
+
+
+class ChannelSums:
+    """The sums of a layer problem, the means of its inputs, and the Gram of the first half of the windows.
+
+    Windows are drawn at random, so the two halves are samples of the same text. A batch that has windows of both is
+    cut, so the halves do not depend on the batch size.
+
+    Args:
+        weight: (m, n) dense weights of the operator.
+        windows: calibration windows in all.
+        drift_from: as for :class:`~fistapruner.problem.ProblemSums`.
+    """
+
+    def __init__(self, weight: Tensor, windows: int, *, drift_from: DriftFrom | None = None) -> None:
+        self._sums = ProblemSums(weight, drift_from=drift_from)
+        self._half = windows // 2
+        self._total = torch.zeros(weight.shape[1], dtype=torch.float64, device=weight.device)
+        self._first: tuple[Tensor, int] | None = None
+
+    def add(self, start: int, inputs: Tensor, dense: Tensor | None = None, residual: Tensor | None = None) -> None:
+        """Add a batch of windows.
+
+        Args:
+            start: number of its first window; batches come in order.
+            inputs: (windows, seqlen, n).
+            dense: as for :meth:`~fistapruner.problem.ProblemSums.add`, by tokens.
+            residual: likewise.
+        """
+        before = self._half - start
+        if 0 < before < len(inputs):
+            cut = before * inputs.shape[1]
+            first, second = [(None, None) if part is None else (part[:cut], part[cut:]) for part in (dense, residual)]
+            self.add(start, inputs[:before], first[0], second[0])
+            self.add(start + before, inputs[before:], first[1], second[1])
+            return
+        flat = inputs.reshape(-1, inputs.shape[-1])
+        self._total += flat.sum(0, dtype=torch.float64)
+        self._sums.add(flat, dense, residual)
+        if before == len(inputs):
+            self._first = self._sums.gram.clone(), self._sums.tokens
+
+    def statistics(self, name: str, target: float) -> ChannelStatistics:
+        """Return the statistics of all windows; the sums are used up.
+
+        Args:
+            name: full name of the operator.
+            target: share of the dense target.
+        """
+        sums, halves = self._sums, None
+        mean = self._total / max(sums.tokens, 1)
+        if self._first is not None:
+            gram, tokens = self._first
+            self._first = None
+            rest = mirror((sums.gram - gram).div_(sums.tokens - tokens))
+            halves = mirror(gram.div_(tokens)), rest
+        return ChannelStatistics(sums.problem((name,), (len(sums.weight),), target, release=True), mean, halves)

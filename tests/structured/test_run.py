@@ -1,0 +1,342 @@
+"""A run that removes structure: the result is an ordinary smaller model, whose errors are those of the definition."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from transformers import AutoModelForCausalLM
+
+import fistapruner as fp
+import tiny
+from fistapruner.cli import main
+from fistapruner.constraints import NM
+from fistapruner.evaluation.inspection import inspect_checkpoint
+from fistapruner.models.files.checkpoint import Checkpoint
+from fistapruner.runs.listener import Listener
+from fistapruner.runs.prune_directory import PruneDirectory
+from fistapruner.runs.records import LayerEntry, Report
+
+SMALL = {"source": "python", "samples": 4, "seqlen": 32}
+LESS: dict[str, Any] = {"structure": {"remove": "mlp=25%", "multiple": 4}, "calibration": SMALL}
+MLP = {
+    "opt": ("fc1", "fc2"),
+    "phi": ("mlp.fc1", "mlp.fc2"),
+    "gpt_neox": ("mlp.dense_h_to_4h", "mlp.dense_4h_to_h"),
+    "gpt2": ("mlp.c_fc", "mlp.c_proj"),
+    "falcon": ("mlp.dense_h_to_4h", "mlp.dense_4h_to_h"),
+}
+"""The operators that write and read the MLP's channels, where they are not up_proj (and gate_proj) and down_proj."""
+
+LOAD = """
+import sys, json
+sys.modules["fistapruner"] = None  # importing it fails
+import torch
+from transformers import AutoModelForCausalLM
+model = AutoModelForCausalLM.from_pretrained(sys.argv[1]).eval()
+tokens = torch.tensor([json.loads(sys.argv[2])])
+logits = model(tokens).logits[0, -1].tolist()
+print(json.dumps([logits, model.generate(tokens, max_new_tokens=5, do_sample=False, pad_token_id=0)[0].tolist()]))
+"""
+
+
+def oriented(weight: Tensor, architecture: str) -> Tensor:
+    """(outputs, inputs) of a stored weight: GPT-2 stores the transpose."""
+    return weight.T if architecture == "gpt2" else weight
+
+
+def kept_rows(dense: Tensor, small: Tensor) -> Tensor:
+    """Places of the rows of ``small`` in ``dense``, bit for bit."""
+    same = (dense[None] == small[:, None]).all(2)
+    assert (same.sum(1) >= 1).all()
+    return same.float().argmax(1)
+
+
+@pytest.mark.parametrize("architecture", sorted(set(tiny.ARCHITECTURES) - {"bloom", "phi3"}))
+def test_the_result_computes_what_the_dense_model_with_zeroed_channels_does(tmp_path: Path, architecture: str) -> None:
+    folder = tiny.save(architecture, tmp_path / "model")
+    report = fp.prune(str(folder), tmp_path / "run", **LESS)
+    out = tmp_path / "run" / "model"
+    small = AutoModelForCausalLM.from_pretrained(out).eval()
+    dense = AutoModelForCausalLM.from_pretrained(folder).eval()
+    producer, consumer = MLP.get(architecture, ("mlp.up_proj", "mlp.down_proj"))
+    changed = set()
+    assert report.widths is not None
+    for layer in report.layers:
+        (removal,) = layer.removals
+        before, after = dense.get_submodule(layer.name), small.get_submodule(layer.name)
+        write = [oriented(model.get_parameter(f"{producer}.weight"), architecture) for model in (before, after)]
+        keep = kept_rows(*write)
+        assert [len(weight) for weight in write] == list(report.widths)
+        assert removal.consumer == consumer
+        with torch.no_grad():
+            whole = oriented(before.get_parameter(f"{consumer}.weight"), architecture)
+            whole.zero_()
+            whole[:, keep] = oriented(after.get_parameter(f"{consumer}.weight"), architecture)
+        changed |= {
+            f"{layer.name}.{name}.{kind}" for name in (*removal.producers, consumer) for kind in ("weight", "bias")
+        }
+    tokens = torch.randint(3, tiny.VOCABULARY, (2, 16), generator=torch.Generator().manual_seed(0))
+    torch.testing.assert_close(small(tokens).logits, dense(tokens).logits, rtol=1e-4, atol=1e-4)
+    with_cache = small.generate(tokens, max_new_tokens=4, do_sample=False, pad_token_id=0)
+    assert torch.equal(with_cache, dense.generate(tokens, max_new_tokens=4, do_sample=False, pad_token_id=0))
+    for name, tensor in dense.state_dict().items():
+        if name not in changed:
+            assert torch.equal(small.state_dict()[name], tensor), name
+    # It is an ordinary model: it can be trained and saved.
+    small(tokens, labels=tokens).loss.backward()
+    small.save_pretrained(tmp_path / "again")
+    assert Checkpoint.open(tmp_path / "again").nbytes == Checkpoint.open(out).nbytes
+
+
+def test_the_result_loads_without_this_package(tmp_path: Path) -> None:
+    folder = tiny.save("llama", tmp_path / "model", shard="20KB")
+    report = fp.prune(str(folder), tmp_path / "run", **LESS)
+    out = tmp_path / "run" / "model"
+    tokens = [5, 6, 7, 8]
+    run = subprocess.run(
+        [sys.executable, "-c", LOAD, str(out), json.dumps(tokens)], capture_output=True, text=True, check=True
+    )
+    logits, generated = json.loads(run.stdout.splitlines()[-1])
+    model = AutoModelForCausalLM.from_pretrained(out).eval()
+    torch.testing.assert_close(torch.tensor(logits), model(torch.tensor([tokens])).logits[0, -1])
+    assert len(generated) == 9
+    parameters = sum(parameter.numel() for parameter in model.parameters())
+    assert report.totals.model_weights == parameters < (report.model.parameters or 0)
+    assert sum(entry.nbytes for file in Checkpoint.open(out).files.values() for entry in file.entries.values()) == (
+        4 * parameters
+    )
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"method": "proximal", "residual": "none"},
+        {"propagate": "pruned", "dense_target": 1.0, "residual": "none"},
+        {"propagate": "dense", "dense_target": 1.0, "residual": "none"},
+        {"method": "wanda"},
+    ],
+    ids=["half the dense target", "dense target", "dense inputs", "pruned target"],
+)
+def test_errors_are_those_of_the_definition(tmp_path: Path, settings: dict[str, Any]) -> None:
+    """With two whole models in memory: inputs of the operator in the smaller one, outputs of the dense one."""
+    folder = tiny.save("llama", tmp_path / "model")
+    report = fp.prune(str(folder), tmp_path / "run", **LESS, **settings)
+    recipe = fp.Recipe.build(report.recipe)
+    tokens = PruneDirectory(tmp_path / "run").tokens()
+    dense = AutoModelForCausalLM.from_pretrained(folder).eval()
+    small = AutoModelForCausalLM.from_pretrained(tmp_path / "run" / "model").eval()
+    for layer in report.layers:
+        (removal,) = layer.removals
+        keep = kept_rows(
+            dense.get_parameter(f"{layer.name}.mlp.up_proj.weight"),
+            small.get_parameter(f"{layer.name}.mlp.up_proj.weight"),
+        )
+        new = small.get_parameter(f"{layer.name}.mlp.down_proj.weight").detach().double()
+        mixed = AutoModelForCausalLM.from_pretrained(folder).eval()  # the layer itself is whole, those before are not
+        if recipe.propagate == "pruned":
+            for index in range(layer.index):
+                mixed.model.layers[index] = small.model.layers[index]
+        seen = inputs_of(mixed, f"{layer.name}.mlp.down_proj", tokens)
+        true = inputs_of(dense, f"{layer.name}.mlp.down_proj", tokens)
+        weight = dense.get_parameter(f"{layer.name}.mlp.down_proj.weight").detach().double()
+        share = recipe.dense_share
+        wanted = (share * true + (1 - share) * seen) @ weight.T
+        energy = float(((true if share else seen) @ weight.T).square().sum())
+        dropped = float((seen[:, keep] @ weight[:, keep].T - wanted).square().sum()) / energy
+        fitted = float((seen[:, keep] @ new.T - wanted).square().sum()) / energy
+        assert removal.dropped_error == pytest.approx(dropped, rel=1e-3)
+        assert removal.relative_error == pytest.approx(fitted, rel=1e-3)
+        assert fitted < dropped
+
+
+def inputs_of(model: Any, name: str, tokens: Tensor) -> Tensor:
+    """(tokens, n) fp64 inputs of an operator."""
+    seen: list[Tensor] = []
+    handle = model.get_submodule(name).register_forward_pre_hook(lambda _, args: seen.append(args[0].detach()))
+    with torch.no_grad():
+        model(tokens)
+    handle.remove()
+    return seen[0].flatten(0, 1).double()
+
+
+def test_residual_drift_is_corrected(tmp_path: Path) -> None:
+    """With the residual's correction, the hidden states after the first layers are nearer to the dense model's."""
+    folder = tiny.save("llama", tmp_path / "model")
+    errors = []
+    for residual in ("none", "correct"):
+        settings = {"propagate": "pruned", "dense_target": 1.0, "residual": residual}
+        less = {"structure": {"remove": "mlp=50%", "multiple": 4, "shrink": 0.0}, "calibration": SMALL}
+        report = fp.prune(str(folder), tmp_path / residual, **less, **settings)
+        errors.append(report.layers[1].relative_error or 0.0)
+    assert errors[0] != errors[1]
+
+
+class Stopping(Listener):
+    """Interrupts a run after so many layers."""
+
+    def __init__(self, after: int) -> None:
+        self.left = after
+
+    def layer(self, entry: LayerEntry) -> None:
+        self.left -= 1
+        if not self.left:
+            raise KeyboardInterrupt
+
+
+@pytest.mark.parametrize("sparsity", ["0%", "2:4"])
+def test_an_interrupted_run_goes_on_to_the_same_bytes(tmp_path: Path, sparsity: str) -> None:
+    for architecture in ("llama", "gpt2"):
+        place = tmp_path / architecture
+        folder = tiny.save(architecture, place / "model", dtype=torch.bfloat16)
+        settings = {**LESS, "sparsity": sparsity, "propagate": "pruned"}
+        fp.prune(str(folder), place / "whole", **settings)
+        with pytest.raises(KeyboardInterrupt):
+            fp.prune(str(folder), place / "parts", listener=Stopping(2), **settings)
+        report = fp.resume(place / "parts")
+        assert report.status == "finished"
+        files = [(place / run / "model" / "model.safetensors").read_bytes() for run in ("whole", "parts")]
+        assert files[0] == files[1]
+        configs = [json.loads((place / run / "model" / "config.json").read_text()) for run in ("whole", "parts")]
+        assert configs[0] == configs[1]
+
+
+def test_structure_and_sparsity_in_one_run(tmp_path: Path) -> None:
+    folder = tiny.save("llama", tmp_path / "model", dtype=torch.bfloat16)
+    for run, settings in {
+        "nm": {"sparsity": "2:4"},
+        "share": {"sparsity": "50%"},
+        "attention": {"sparsity": "50%", "allocation": {"re:.": "0%", "re:self_attn": "50%"}},
+        "sequential": {"sparsity": "2:4", "method": "wanda+refit", "error_correction": False},
+        "dense": {"sparsity": "50%", "propagate": "dense", "method": "sparsegpt"},
+    }.items():
+        report = fp.prune(str(folder), tmp_path / run, **LESS, **settings)
+        model = AutoModelForCausalLM.from_pretrained(tmp_path / run / "model").eval()
+        zeros = sum(int((module.weight == 0).sum()) for layer in model.model.layers for module in linear(layer))
+        assert zeros == report.totals.operator_zeros
+        names = {operator.name for operator in report.layers[0].operators}
+        assert len(names) == (5 if run == "attention" else 7)
+        for layer in model.model.layers:
+            assert layer.mlp.down_proj.weight.shape[1] == layer.mlp.up_proj.weight.shape[0] == 36
+            for module in linear(layer):
+                weight = module.weight
+                if settings["sparsity"] == "2:4":
+                    assert NM(2, 4).satisfies(weight)
+        if run == "share":  # over the smaller shapes, exactly
+            weights = sum(module.weight.numel() for layer in model.model.layers for module in linear(layer))
+            assert abs(zeros - weights / 2) <= len(model.model.layers) * 7
+        assert not inspect_checkpoint(tmp_path / run).violations
+        assert torch.isfinite(model(torch.arange(3, 19)[None]).logits).all()
+
+
+def linear(layer: Any) -> list[Any]:
+    return [module for module in layer.modules() if isinstance(module, torch.nn.Linear)]
+
+
+def test_zeros_and_structure_aim_at_the_dense_outputs(tmp_path: Path) -> None:
+    """The reported error of a sparse operator with fewer inputs is against the dense operator with all of them."""
+    folder = tiny.save("llama", tmp_path / "model")
+    settings = {"sparsity": "2:4", "propagate": "dense", "dense_target": 1.0, "residual": "none"}
+    report = fp.prune(str(folder), tmp_path / "run", **LESS, **settings)
+    tokens = PruneDirectory(tmp_path / "run").tokens()
+    dense = AutoModelForCausalLM.from_pretrained(folder).eval()
+    small = AutoModelForCausalLM.from_pretrained(tmp_path / "run" / "model").eval()
+    for layer in report.layers:
+        name = f"{layer.name}.mlp.down_proj"
+        mixed = AutoModelForCausalLM.from_pretrained(folder).eval()
+        mixed.model.layers[layer.index] = small.model.layers[layer.index]
+        weight = dense.get_parameter(f"{name}.weight").detach().double()
+        wanted = inputs_of(dense, name, tokens) @ weight.T
+        new = small.get_parameter(f"{name}.weight").detach().double()
+        error = float((inputs_of(mixed, name, tokens) @ new.T - wanted).square().sum() / wanted.square().sum())
+        entry = next(operator for operator in layer.operators if operator.name == "mlp.down_proj")
+        assert entry.relative_error == pytest.approx(error, rel=1e-3)
+
+
+@pytest.mark.parametrize("method", ["energy", "flap", "magnitude"])
+def test_other_choices_and_no_compensation(tmp_path: Path, method: str) -> None:
+    folder = tiny.save("opt", tmp_path / "model")
+    structure = {**LESS["structure"], "method": method, "compensate": "none"}
+    report = fp.prune(str(folder), tmp_path / "run", calibration=SMALL, structure=structure)
+    for layer in report.layers:
+        assert layer.removals[0].relative_error == pytest.approx(layer.removals[0].dropped_error, rel=1e-5)
+        assert layer.removals[0].shrink is None
+
+
+def test_the_rooms_speak_of_shapes(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = tiny.save("llama", tmp_path / "model")
+    out = tmp_path / "run"
+    flags = ["--structure", "mlp=25%", "--structure-multiple", "4", "--calibration", "python"]
+    small = [*flags, "--samples", "4", "--seqlen", "32"]
+    assert main(["plan", str(folder), *small]) == 0
+    said = capsys.readouterr().out
+    assert "structure: 36 of 48 MLP channels stay in every decoder layer" in said
+    assert "removing channels" in said
+    assert main(["prune", str(folder), "--out", str(out), *small, "--evaluate", "none"]) == 0
+    said = capsys.readouterr().out
+    assert "36 of 48 MLP channels in every decoder layer" in said
+    assert "operator weights are zero" not in said
+    report = Report.model_validate_json((out / "report.json").read_text())
+    assert report.recipe["sparsity"] == "0%"
+    per_channel, layers = 3 * 32, 3
+    dense_weights = sum(parameter.numel() for parameter in AutoModelForCausalLM.from_pretrained(folder).parameters())
+    assert report.totals.model_weights == dense_weights - 12 * per_channel * layers
+    assert report.totals.dense_flops_per_token is not None
+    assert report.totals.flops_per_token == report.totals.dense_flops_per_token - 2 * 12 * per_channel * layers
+    assert [(row.before, row.after) for layer in report.layers for row in layer.removals] == [(48, 36)] * 3
+    card = (out / "model" / "README.md").read_text()
+    assert "Every decoder layer keeps 36 of 48 MLP channels" in card
+    assert "zeros" not in card.split("## How it was made")[0]
+    page = (out / "report.html").read_text()
+    assert "Removed channels by layer" in page
+    assert "FLOP a token" in page
+    assert main(["inspect", str(out), "--quiet"]) == 0
+    said = capsys.readouterr().out
+    assert "MLP channels: 48 -> 36 in 3 decoder layers" in said
+    assert f"pruned by structure mlp=25% with obs+refit, {report.totals.model_weights:,} parameters" in said
+    planned = {row.quantity: (row.planned or 0.0, row.actual or 0.0) for row in report.plan}
+    assert planned["peak memory"][1] <= 1.1 * planned["peak memory"][0]
+    assert planned["disk"][1] <= planned["disk"][0] + 64 * 1024  # tokenizer and records are not counted
+
+
+def test_a_model_with_other_widths_than_its_record_is_found_out(tmp_path: Path) -> None:
+    folder = tiny.save("llama", tmp_path / "model")
+    fp.prune(str(folder), tmp_path / "run", **LESS)
+    record = tmp_path / "run" / "model" / "fistapruner.json"
+    content = json.loads(record.read_text())
+    content["widths"][1]["after"] = 20
+    record.write_text(json.dumps(content))
+    found = inspect_checkpoint(tmp_path / "run")
+    assert any("model.layers.1: model.layers.1.mlp" in fault and "20 channels" in fault for fault in found.violations)
+
+
+@pytest.mark.parametrize(
+    ("architecture", "flags", "said"),
+    [
+        (
+            "llama",
+            ["--structure", "25%"],
+            "structure: widths are multiples of 64 and the model's MLPs have 48 channels",
+        ),
+        ("llama", ["--structure", "mlp=99%", "--structure-multiple", "4"], "leaves fewer than 4 of the 48 channels"),
+        ("llama", ["--structure", "many"], "structure"),
+        ("llama", ["--structure", "heads=1"], "the only unit that is removed is mlp"),
+        ("llama", ["--structure", "mlp=30", "--sparsity", "2:4"], "model.layers.0.mlp.down_proj"),
+        ("bloom", ["--structure", "mlp=25%", "--structure-multiple", "4"], "no entry of config.json"),
+        ("phi3", ["--structure", "mlp=25%", "--structure-multiple", "4"], "mlp.gate_up_proj writes the gate"),
+    ],
+)
+def test_bad_input_is_refused_before_work(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], architecture: str, flags: list[str], said: str
+) -> None:
+    folder = tiny.save(architecture, tmp_path / "model")
+    arguments = ["--calibration", "python", "--samples", "2", "--seqlen", "16", *flags]
+    assert main(["prune", str(folder), "--out", str(tmp_path / "run"), *arguments]) != 0
+    assert said in capsys.readouterr().err
+    assert not (tmp_path / "run" / "calibration.safetensors").exists()
