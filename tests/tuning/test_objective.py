@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -140,7 +141,9 @@ def test_divergence_is_that_of_the_whole_models(
     teacher = teacher_of(dense, text, tmp_path / "teacher")
     budgets = Budgets(head=2 * 4 * tiny.VOCABULARY * 7, rows=4 * tiny.VOCABULARY * 3)  # slices of 7 and 3 tokens
     for some in (Budgets(), budgets):
-        objective = Objective(opened(folder), text, Loss(share), teacher, 2, scratch_factory(None, torch.float32), some)
+        objective = Objective(
+            opened(folder), text, Loss(share), teacher, 2, scratch_factory(None, torch.float32), budgets=some
+        )
         value, found = gradients_of(objective, numbers)
         assert value == pytest.approx(loss.item(), rel=1e-6)
         compare(found, expected, close)
@@ -219,6 +222,40 @@ def test_resident_streaming_and_stores_on_disk_give_the_same_bits(tmp_path: Path
     assert not list(tmp_path.glob("hidden-*")) + list(tmp_path.glob("gradient"))
 
 
+@pytest.mark.parametrize("architecture", ["llama", "gpt2", "gemma2", "opt", "falcon"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_kept_graphs_give_the_same_bits(tmp_path: Path, architecture: str, dtype: torch.dtype) -> None:
+    folder = tiny.save(architecture, tmp_path / "model", dtype=dtype)
+    text = make_text(marked=0.8)
+
+    def measured(**settings: bool) -> tuple[float, dict[str, Tensor]]:
+        model = opened(folder, dtype)
+        objective = Objective(model, text, Loss(0.0), None, 2, scratch_factory(None, dtype), **settings)
+        result = gradients_of(objective, [2, 0, 3])
+        assert all(parameter.is_meta for parameter in model.model.parameters())
+        return result
+
+    (value, found), (expected_value, expected) = measured(keep_graphs=True), measured()
+    assert value == expected_value
+    assert found.keys() == expected.keys()
+    compare(found, expected, identical)
+
+
+def test_gradients_do_not_underflow_in_fp16(tmp_path: Path) -> None:
+    """Those of a mean over many tokens would: they are computed of a sum."""
+    folder = tiny.save("llama", tmp_path / "model", dtype=torch.float16)
+    text = make_text(windows=40, seqlen=100)
+    numbers = list(range(40))
+    found, expected = (
+        gradients_of(Objective(opened(folder, dtype), text, Loss(0.0), None, 8, scratch_factory(None, dtype)), numbers)[
+            1
+        ]
+        for dtype in (torch.float16, torch.float32)
+    )
+    for name, grad in found.items():
+        assert float((grad - expected[name]).norm()) < 0.02 * float(expected[name].norm())
+
+
 def test_values_take_the_place_of_parameters(tmp_path: Path) -> None:
     """Losses and gradients are those of a whole model with the values written into it; variants do not mix."""
     folder = tiny.save("qwen3", tmp_path / "model")
@@ -264,7 +301,8 @@ def test_a_loss_that_is_not_finite_has_no_gradient(tmp_path: Path) -> None:
     def update(index: int, layer: nn.Module, gradients: dict[str, Tensor]) -> None:
         raise AssertionError
 
-    assert objective.gradient([0, 1], broken, update) != objective.gradient([0, 1], broken, update)  # NaN
+    for objective.keep_graphs in (False, True):
+        assert math.isnan(objective.gradient([0, 1], broken, update))
 
 
 def test_another_vocabulary_is_refused(tmp_path: Path) -> None:

@@ -405,11 +405,74 @@ def _differentiate(
             gradients = list(torch.autograd.grad(out, wanted, above, allow_unused=bool(values)))
     below = gradients.pop(0) if inputs else None
     for (name, value), found in zip(values.items(), gradients, strict=True):
-        if name not in sums:
-            sums[name] = torch.zeros_like(value, dtype=torch.float32) if found is None else found.float()
-        elif found is not None:
-            sums[name] = sums[name] + found  # not in place: autograd may give one tensor for two parameters
+        _add(sums, name, torch.zeros_like(value) if found is None else found)
     return below
+
+
+def _add(sums: dict[str, Tensor], name: str, gradient: Tensor) -> None:
+    """Add a gradient in fp32."""
+    # Not in place: autograd may give one tensor for two parameters.
+    sums[name] = sums[name] + gradient if name in sums else gradient.float()
+
+
+def forward_backward(
+    model: LayerwiseModel,
+    tokens: Tensor,
+    batch_size: int,
+    above: Callable[[int, Tensor], Tensor],
+    values: Values,
+    update: Update,
+    calls: Calls | None = None,
+) -> None:
+    """Run every window through the whole model and take a gradient back; no layer runs twice.
+
+    In memory are all decoder layers and their values, the activations of all layers for one batch, and the gradients of
+    all values. The gradients are those of :func:`forward` and :func:`backward`; on a CPU bit for bit.
+
+    Args:
+        model: the model.
+        tokens: (windows, seqlen) token ids.
+        batch_size: windows in one pass.
+        above: receives (first window of the batch, output of the last layer); returns the gradient with respect to it.
+        values: gives the tensors to use in place of a layer's parameters.
+        update: receives the gradients with respect to them, from the last layer to the first, after all windows.
+        calls: as for :func:`embed`.
+    """
+    with model.resident():
+        calls = calls or Calls(batch_size, {})
+        calls.record(model, *tokens.shape)
+        leaves: list[dict[str, Tensor]] = []
+        sums: list[dict[str, Tensor]] = []
+
+        def collect(index: int, name: str) -> Callable[[Tensor], None]:
+            def add(leaf: Tensor) -> None:
+                assert leaf.grad is not None
+                _add(sums[index], name, leaf.grad)
+                leaf.grad = None
+
+            return add
+
+        for index, layer in enumerate(model.layers):
+            used = {name: value.detach().requires_grad_() for name, value in values(index, layer).items()}
+            for name, leaf in used.items():
+                leaf.register_post_accumulate_grad_hook(collect(index, name))
+            leaves.append(used)
+            sums.append({})
+        wanted = [leaf for used in leaves for leaf in used.values()]
+        for start, stop in calls.batches(len(tokens)):
+            hidden = model.embed(tokens[start:stop])[0]
+            with torch.enable_grad(), ordered_attention(model.device):
+                for index, used in enumerate(leaves):
+                    hidden = model.run(index, hidden, calls.by_size[stop - start][index], used)
+                gradient = above(start, hidden.detach())
+                if hidden.requires_grad:
+                    torch.autograd.backward(hidden, gradient, inputs=wanted)
+        for index in reversed(range(len(model))):
+            used = leaves.pop()
+            for name, leaf in used.items():
+                if name not in sums[index]:
+                    sums[index][name] = torch.zeros_like(leaf, dtype=torch.float32)
+            update(index, model.layers[index], sums.pop())
 
 
 def check_model(model: LayerwiseModel) -> None:
