@@ -149,7 +149,8 @@ def recipe_settings(arguments: argparse.Namespace) -> dict[str, Any]:
     Raises:
         FistaPrunerError: an unknown recipe, or several calibration texts without names.
     """
-    return _over(arguments.recipe or arguments.quality, arguments, Recipe, "calibration")
+    name = arguments.recipe or arguments.quality
+    return _over(load_recipe_settings(name) if name else {}, arguments, Recipe, "calibration")
 
 
 def recover_settings(arguments: argparse.Namespace) -> dict[str, Any]:
@@ -158,14 +159,15 @@ def recover_settings(arguments: argparse.Namespace) -> dict[str, Any]:
     Raises:
         FistaPrunerError: an unknown recipe, or several training texts without names.
     """
-    return _over(arguments.recipe, arguments, RecoverRecipe, "data")
+    base = load_recipe_settings(arguments.recipe, "recover") if arguments.recipe else {}
+    return _over(base, arguments, RecoverRecipe, "data")
 
 
-def _over(name: str | None, arguments: argparse.Namespace, recipe: type[Settings], texts: str) -> dict[str, Any]:
-    """Collect the settings that flags change, over a recipe.
+def _over(base: dict[str, Any], arguments: argparse.Namespace, recipe: type[Settings], texts: str) -> dict[str, Any]:
+    """Collect the settings that flags change, over those of a recipe.
 
     Args:
-        name: of the recipe; None is none.
+        base: settings of the recipe.
         arguments: the parsed flags.
         recipe: whose settings.
         texts: section whose ``source`` and ``tasks`` share a flag.
@@ -176,7 +178,7 @@ def _over(name: str | None, arguments: argparse.Namespace, recipe: type[Settings
         section, _, key = path.rpartition(".")
         (changes.setdefault(section, {}) if section else changes)[key] = value
     changes[texts] |= read_texts(changes[texts].pop("source"), flag_of(f"{texts}.source"))
-    return merge(load_recipe_settings(name) if name else {}, changes)
+    return merge(base, changes)
 
 
 def read_texts(texts: Sequence[str] | None, flag: str) -> dict[str, Any]:

@@ -7,7 +7,13 @@ bit for bit. Held-out documents decide which step is kept. The finished checkpoi
   fistapruner recover runs/first --out runs/recovered
   fistapruner recover runs/first --out runs/recovered --tokens 1M --data c4
   fistapruner recover ./pruned --dense meta-llama/Llama-3.2-1B --data text.jsonl --out runs/mine --parameters full
+  fistapruner recover runs/first --out runs/spp --recipe spp --data alpaca.jsonl
   fistapruner recover runs/first --out runs/tasks --data sql=sql.jsonl --data chat=chat.jsonl --per-round 1
+
+Two more ways to a checkpoint with the same zeros, without training here; OUT is then a plain model folder:
+
+  fistapruner recover runs/first --merge adapter --out merged        a PEFT adapter (LoRA, HiRA, IA3), masked
+  fistapruner recover runs/first --replay steps.jsonl --out again    the journal of a run with mezo or subzero
 """
 
 from __future__ import annotations
@@ -25,6 +31,11 @@ def configure(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("model", metavar="MODEL", help="run directory, or a checkpoint with zeros")
     parser.add_argument(
         "--out", required=True, metavar="RUN", help="run directory; an unfinished run of the same recipe is continued"
+    )
+    others = parser.add_mutually_exclusive_group()
+    others.add_argument("--merge", metavar="ADAPTER", help="merge a PEFT adapter, every zero kept; nothing is trained")
+    others.add_argument(
+        "--replay", metavar="STEPS", help="take the steps of a steps.jsonl of mezo or subzero again; nothing is trained"
     )
     parser.add_argument("--dense", metavar="MODEL", help="the dense model (default: the one that was pruned)")
     add_recover_arguments(parser)
@@ -47,6 +58,8 @@ def run(arguments: argparse.Namespace) -> int:
     from .progress import choose_listener
     from .prune import show
 
+    if arguments.merge or arguments.replay:
+        return _without_training(arguments)
     report = recover(
         arguments.model,
         arguments.out,
@@ -61,3 +74,19 @@ def run(arguments: argparse.Namespace) -> int:
     )
     show(report, arguments.out, as_json=arguments.json)
     return 1 if any(warning.startswith("training stopped") for warning in report.warnings) else 0
+
+
+def _without_training(arguments: argparse.Namespace) -> int:
+    """Merge an adapter or replay a journal."""
+    from ..pipeline.merge import merge_adapter
+    from ..pipeline.replay import replay
+    from .progress import choose_listener
+
+    listener = choose_listener(quiet=arguments.quiet or arguments.json)
+    trust = {"allow_pickle": arguments.allow_pickle, "trust_remote_code": arguments.trust_remote_code}
+    if arguments.replay:
+        print(replay(arguments.model, arguments.replay, arguments.out, say=listener.say, **trust))
+    else:
+        command = shlex.join(["fistapruner", *sys.argv[1:]])
+        print(merge_adapter(arguments.model, arguments.merge, arguments.out, command=command, **trust))
+    return 0

@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -27,7 +28,7 @@ from ..runtime.files import disk_errors, sha256_file
 from ..runtime.numerics import DTYPES
 from ..tuning.losses import Loss
 from ..tuning.objective import Objective
-from ..tuning.steppers import FirstOrder
+from ..tuning.steppers import FirstOrder, ForwardOnly
 from ..tuning.teacher import Teacher
 from ..tuning.trained import Trained
 from ..tuning.trainer import Stepper, Trainer, TrainingState
@@ -107,6 +108,7 @@ class RecoverContext:
                 self.text,
                 windows,
                 self._stepper(objective, trained),
+                about=self._about(),
                 say=listener.say,
                 tick=lambda done, total: listener.tick("recovery steps", done, total),
                 after_snapshot=after_snapshot,
@@ -117,8 +119,21 @@ class RecoverContext:
     def _order(self) -> Tensor:
         return order(self.text, self.decision.steps, self.recipe.windows_per_step, self.recipe.data)
 
+    def _about(self) -> dict[str, Any]:
+        """Describe the run for the journal, so that steps without gradients can be taken again from it alone."""
+        numerics = self.decision.numerics
+        return {
+            "recipe": self.recipe.model_dump(mode="json", exclude={"execution"}),
+            "steps": self.decision.steps,
+            "operators": sorted(self.decision.operators),
+            "weights": stamps(self.model.checkpoint),
+            "device": numerics.device,
+            "dtype": numerics.dtype,
+            "torch": torch.__version__,
+        }
+
     def _stepper(self, objective: Objective, trained: Trained) -> Stepper:
-        return FirstOrder(objective, trained)
+        return (ForwardOnly if self.recipe.zeroth_order else FirstOrder)(objective, trained)
 
     def _teacher(self, windows: Tensor, listener: Listener) -> Teacher | None:
         """The dense model's predictions, cached; None where the loss does not need them."""

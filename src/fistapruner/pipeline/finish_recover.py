@@ -6,7 +6,7 @@ import json
 import math
 import shutil
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from functools import lru_cache
 from typing import Any
 
@@ -17,6 +17,7 @@ from ..errors import FistaPrunerError
 from ..execution.recovery import RecoverContext
 from ..models.files.checkpoint import PRUNING_RECORD, Checkpoint
 from ..models.files.record import read_pruning_record
+from ..models.layerwise import LayerwiseModel
 from ..reporting.model_card import model_card
 from ..runs.directory import CARD
 from ..runs.lineage import add_stage, update_stage
@@ -127,7 +128,20 @@ def _describe_training(context: RecoverContext, state: TrainingState, report: Re
 
 
 def _write(context: RecoverContext, trained: Trained, report: Report, listener: Listener) -> None:
-    model, prefix = context.model, f"{context.model.layers_name}."
+    model = context.model
+
+    def documents() -> dict[str, str]:
+        return {CARD: model_card(report), PRUNING_RECORD: json.dumps(_record(context, report), indent=2) + "\n"}
+
+    write_model(context.run, model.checkpoint, context.fingerprint, replacements(model, trained), documents, listener)
+
+
+def replacements(model: LayerwiseModel, trained: Trained) -> Callable[[str], Tensor | None]:
+    """Return a function that gives the trained tensors by checkpoint name, None for all others.
+
+    One layer's tensors are in memory at a time.
+    """
+    prefix = f"{model.layers_name}."
     places = {
         model.source(name): int(name.removeprefix(prefix).partition(".")[0])
         for index in range(len(model))
@@ -139,13 +153,7 @@ def _write(context: RecoverContext, trained: Trained, report: Report, listener: 
         with model.layer(index) as layer:
             return trained.result(index, layer)
 
-    def replacement(name: str) -> Tensor | None:
-        return layer_result(places[name]).get(name) if name in places else None
-
-    def documents() -> dict[str, str]:
-        return {CARD: model_card(report), PRUNING_RECORD: json.dumps(_record(context, report), indent=2) + "\n"}
-
-    write_model(context.run, model.checkpoint, context.fingerprint, replacement, documents, listener)
+    return lambda name: layer_result(places[name]).get(name) if name in places else None
 
 
 def _record(context: RecoverContext, report: Report) -> dict[str, Any]:

@@ -150,6 +150,7 @@ def prepare(run: PruneDirectory, request: RunRequest, listener: Listener) -> Non
     decision = PruneDecision(
         model=absolute(request.model),
         folder=inputs.source.folder.absolute(),
+        stamps=tuple(stamps(inputs.model.checkpoint)),
         numerics=numerics,
         evaluation=request.evaluation,
         sparsity=dict(measured.sparsity),

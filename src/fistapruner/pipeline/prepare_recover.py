@@ -25,20 +25,18 @@ from ..models.layerwise import LayerwiseModel
 from ..models.source import UNTRUSTED, ModelSource, Permissions
 from ..models.whole import load_whole, require_whole
 from ..recipes.recover_settings import RecoverRecipe
-from ..recipes.settings import Recipe
 from ..runs.decision import EvaluationRequest, Numerics, RecoverDecision, RecoverRecord
 from ..runs.directory import RunDirectory
 from ..runs.identity import stamps
 from ..runs.lineage import begin_lineage, read_lineage
 from ..runs.listener import Listener
-from ..runs.prune_directory import PruneDirectory
 from ..runs.records import CalibrationFacts, PlanRow, Recovery
 from ..runs.recover_directory import RecoverDirectory
 from ..runtime.files import sha256_file
 from ..runtime.machine import describe_machine, now, versions
 from ..runtime.numerics import dtype_name, windows_at_once
 from ..sparse.pack import is_packed
-from .begun import absolute, changed_model
+from .begun import absolute
 from .prepare import describe_model, refuse_overlap
 
 DEFAULT_SEQLEN = 1024
@@ -112,6 +110,7 @@ def prepare(run: RecoverDirectory, request: RecoverRequest, listener: Listener) 
     decision = RecoverDecision(
         model=absolute(request.model),
         folder=inputs.source.folder.absolute(),
+        stamps=tuple(stamps(inputs.model.checkpoint)),
         numerics=numerics,
         evaluation=inputs.evaluation,
         dense=inputs.dense_source and inputs.dense_source.folder.absolute(),
@@ -197,8 +196,6 @@ def _find_dense(request: RecoverRequest, origin: RunDirectory | None, source: Mo
     named: str | Path | None = None
     if origin is not None:
         named = dense_of(origin)
-        if (why := _changed_dense(origin, permissions)) is not None:
-            raise FistaPrunerError(f"{why}: name the dense model with --dense, or take --loss ce")
     if named is None:
         lineage, _ = read_lineage(read_pruning_record(source.folder), source.folder)
         named = None if lineage is None else lineage.source.source
@@ -208,6 +205,8 @@ def _find_dense(request: RecoverRequest, origin: RunDirectory | None, source: Mo
         if recipe.loss == "auto":
             return None
         raise FistaPrunerError(f"the dense model: {error}; say where it is with --dense") from None
+    if found is not None and origin is not None and (why := _changed_dense(origin, found)) is not None:
+        raise FistaPrunerError(f"{why}; name the right one with --dense, or take --loss ce")
     if found is None and recipe.loss != "auto":
         raise FistaPrunerError(
             f"--loss {recipe.loss} needs the dense model, which {source.folder} does not name: give --dense MODEL"
@@ -224,15 +223,16 @@ def dense_of(run: RunDirectory) -> Path | None:
     return RecoverDirectory(run.folder).record().decision.dense  # type: ignore[union-attr]
 
 
-def _changed_dense(run: RunDirectory, permissions: Permissions) -> str | None:
-    """Say that the dense model of the input's run has changed since; None where it has not, or is gone."""
+def _changed_dense(run: RunDirectory, dense: ModelSource) -> str | None:
+    """Say that the dense model of the input's run has changed since; None where it has not, or that is not known."""
     record = run.record()
-    if record is None or record.kind != "prune":
-        return None  # a recovery run checks its dense model's hashes when it is opened
-    pruned = PruneDirectory(run.folder)
-    found = pruned.record()
-    assert found is not None
-    return changed_model(pruned, found, Recipe.build(found.recipe, str(run.run_file)), permissions)
+    noted: tuple[tuple[str, str], ...] = record.decision.stamps if record is not None else ()
+    if record is not None and record.kind == "recover":
+        recovered = RecoverDirectory(run.folder).record()
+        assert recovered is not None
+        noted = recovered.decision.dense_stamps
+    same = not noted or tuple(stamps(dense.checkpoint())) == noted
+    return None if same else f"{dense.folder} is not the model that was pruned: its files have changed"
 
 
 def resolve(recipe: RecoverRecipe, origin: RunDirectory | None, dense: bool) -> RecoverRecipe:

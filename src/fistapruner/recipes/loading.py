@@ -65,20 +65,24 @@ def parse_yaml(text: str, origin: str) -> dict[str, Any]:
     return settings
 
 
-def shipped_recipes() -> dict[str, str]:
-    """Return the package's recipes: name to YAML text."""
-    folder = resources.files(__package__) / "shipped"
+def shipped_recipes(verb: str = "prune") -> dict[str, str]:
+    """Return the package's recipes for a verb: name to YAML text."""
+    folder = resources.files(__package__) / "shipped" / ("" if verb == "prune" else verb)
     files = sorted((entry for entry in folder.iterdir() if entry.name.endswith(".yaml")), key=lambda entry: entry.name)
     return {file.name.removesuffix(".yaml"): file.read_text("utf-8") for file in files}
 
 
-def load_recipe_settings(name_or_file: str) -> dict[str, Any]:
+def load_recipe_settings(name_or_file: str, verb: str = "prune") -> dict[str, Any]:
     """Read the settings of a shipped recipe (``best``) or of a YAML file.
+
+    Args:
+        name_or_file: the recipe.
+        verb: whose recipe it is.
 
     Raises:
         FistaPrunerError: neither exists, or the file is not a mapping.
     """
-    shipped = shipped_recipes()
+    shipped = shipped_recipes(verb)
     if name_or_file in shipped:
         return parse_yaml(shipped[name_or_file], f"recipe {name_or_file}")
     path = Path(name_or_file)

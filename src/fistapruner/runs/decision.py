@@ -55,12 +55,14 @@ class RunDecision(Frozen):
     Args:
         model: the model as the user named it; a path is absolute, so that the run can go on from another folder.
         folder: the folder of its weights.
+        stamps: names and hashes of its weight files, so that a change is found.
         numerics: what decides the last bits.
         evaluation: the text to evaluate on; None evaluates nothing.
     """
 
     model: str
     folder: Path
+    stamps: tuple[tuple[str, str], ...] = ()
     numerics: Numerics
     evaluation: EvaluationRequest | None = None
 
@@ -116,8 +118,7 @@ class RecoverDecision(RunDecision):
     """What a recovery run decides.
 
     Args:
-        dense: folder of the dense model; None where it is not known.
-        dense_stamps: names and hashes of its weight files, so that a change is found.
+        dense: folder of the dense model; None where it is not known; ``dense_stamps``: of its weight files.
         resident: the decoder layers stay in memory; else each is read from the checkpoint when it is needed.
         operators: pruned operators by full name, and the sparsity that the input's record claims.
         windows_sha256: of ``windows.safetensors``.

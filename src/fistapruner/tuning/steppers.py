@@ -10,9 +10,33 @@ from torch import Tensor, nn
 from .objective import Objective
 from .trained import Trained
 from .trainer import StepResult
+from .zeroth_order import ZerothOrder
 
 
-class FirstOrder:
+class _State:
+    """The state of the trained tensors, which steps of all kinds share.
+
+    Args:
+        trained: what is trained.
+    """
+
+    def __init__(self, trained: Trained) -> None:
+        self.trained = trained
+
+    def keep(self) -> None:
+        self.trained.keep()
+
+    def restore(self) -> None:
+        self.trained.restore()
+
+    def tensors(self) -> dict[str, Tensor]:
+        return self.trained.tensors()
+
+    def load(self, tensors: Mapping[str, Tensor]) -> None:
+        self.trained.load(tensors)
+
+
+class FirstOrder(_State):
     """AdamW steps by backpropagation; each layer takes its step as soon as its gradient is complete.
 
     Args:
@@ -21,7 +45,8 @@ class FirstOrder:
     """
 
     def __init__(self, objective: Objective, trained: Trained) -> None:
-        self.objective, self.trained = objective, trained
+        super().__init__(trained)
+        self.objective = objective
 
     def losses(self, windows: list[int]) -> Tensor:
         return self.objective.losses(windows, lambda index, layer: [self.trained.values(index, layer)])[0]
@@ -38,14 +63,44 @@ class FirstOrder:
     def replay(self, number: int, size: float, factor: float) -> None:
         raise NotImplementedError("steps by backpropagation cannot be taken again without passes")
 
-    def keep(self) -> None:
-        self.trained.keep()
 
-    def restore(self) -> None:
-        self.trained.restore()
+class Replayed(_State):
+    """Steps without gradients that are taken again from their slopes alone (:mod:`.zeroth_order`)."""
 
-    def tensors(self) -> dict[str, Tensor]:
-        return self.trained.tensors()
+    def __init__(self, trained: Trained) -> None:
+        super().__init__(trained)
+        self.moves = ZerothOrder(trained)
 
-    def load(self, tensors: Mapping[str, Tensor]) -> None:
-        self.trained.load(tensors)
+    def losses(self, windows: list[int]) -> Tensor:
+        raise NotImplementedError("there are no passes")
+
+    def step(self, number: int, windows: list[int], factor: float) -> StepResult:
+        raise NotImplementedError("there are no passes")
+
+    def replay(self, number: int, size: float | None, factor: float) -> None:
+        for index in range(len(self.trained)):
+            with self.trained.model.layer(index) as layer:
+                self.moves.update(index, layer, number, size, factor)
+
+
+class ForwardOnly(Replayed):
+    """Steps without gradients: two losses a step, along a random direction.
+
+    Args:
+        objective: the loss.
+        trained: what is trained.
+    """
+
+    def __init__(self, objective: Objective, trained: Trained) -> None:
+        super().__init__(trained)
+        self.objective = objective
+
+    def losses(self, windows: list[int]) -> Tensor:
+        return self.objective.losses(windows, lambda index, layer: [self.trained.values(index, layer)])[0]
+
+    def step(self, number: int, windows: list[int], factor: float) -> StepResult:
+        sums = self.objective.losses(windows, self.moves.variants(number)).sum(1)
+        both = sums / self.objective.counts(windows).sum().clamp_min(1)
+        slope = self.moves.slope(both)
+        self.replay(number, slope, factor)
+        return StepResult(float(both.mean()), math.nan if slope is None else slope)

@@ -108,6 +108,7 @@ class Trainer:
         text: the training text.
         order: (steps, windows_per_step) window numbers.
         stepper: optimizer and trained tensors.
+        about: what the first line of the journal says of the run.
         say: receives sentences.
         tick: receives (steps done, steps in all).
         after_snapshot: called when a state is on the disk.
@@ -119,6 +120,7 @@ class Trainer:
     text: TrainingText
     order: Tensor
     stepper: Stepper
+    about: dict[str, Any] = field(default_factory=dict)
     say: Say = lambda sentence: None
     tick: Tick = lambda done, total: None
     after_snapshot: Callable[[], None] = lambda: None
@@ -169,7 +171,7 @@ class Trainer:
         self.state.before = held_out
         self.state.patience = Patience.begin(held_out, on=self.recipe.patience)
         self.stepper.keep()
-        journal.append({"step": 0, "held_out": held_out, "kept": True, "by_task": by_task})
+        journal.append({"step": 0, "held_out": held_out, "kept": True, "by_task": by_task, "run": self.about})
         journal.sync()
         self._snapshot()
         if not math.isfinite(held_out):
@@ -180,28 +182,17 @@ class Trainer:
     def _replay(self, journal: StepJournal) -> None:
         """Take the journaled steps after the snapshot again, without passes."""
         for number in sorted(journal.dropped):
-            line = journal.dropped[number]
             if number != self.state.step + 1:
                 break
-            if line.get("size") is not None:
-                self.stepper.replay(number, line["size"], self._factor())
-            self.state.step = number
-            self.state.not_finite = 0 if line.get("size") is not None else self.state.not_finite + 1
-            if "held_out" in line:
-                self._decide(line["held_out"])
-            journal.append(line)
-
-    def _factor(self) -> float:
-        """Return the factor of the learning rate of the next step."""
-        fall = schedule(self.state.step + 1, len(self.order), self.recipe.warm_up, self.recipe.schedule)
-        return self.state.patience.rate * fall
+            take_again(self.state, journal.dropped[number], self.stepper, self.recipe, len(self.order))
+            journal.append(journal.dropped[number])
 
     def _step(self, journal: StepJournal) -> Check | None:
         """Take one step, journal it, and check the held-out windows where that is due."""
         begin = time.perf_counter()
         number = self.state.step + 1
         windows = self.order[number - 1].tolist()
-        factor = self._factor()
+        factor = rate_factor(self.state, self.recipe, len(self.order))
         found = self.stepper.step(number, windows, factor)
         finite = math.isfinite(found.loss) and math.isfinite(found.size)
         line: dict[str, Any] = {
@@ -217,7 +208,9 @@ class Trainer:
             self.state.not_finite = 0
             if check_due(number, len(self.order), self.recipe.validation_checks):
                 held_out, by_task = self._held_out()
-                check = Check(step=number, held_out=held_out, kept=self._decide(held_out), by_task=by_task)
+                check = Check(
+                    step=number, held_out=held_out, kept=decide(self.state, self.stepper, held_out), by_task=by_task
+                )
                 line |= {"held_out": held_out, "kept": check.kept, "by_task": by_task}
         else:
             self.state.not_finite += 1
@@ -226,16 +219,6 @@ class Trainer:
         self._compare(journal.dropped.pop(number, None), line)
         journal.append({**line, "seconds": round(time.perf_counter() - begin, 3)})
         return check
-
-    def _decide(self, held_out: float) -> bool:
-        """Keep the present weights if they are the best so far; else, with patience, go back."""
-        verdict = self.state.patience.check(self.state.step, held_out)
-        if verdict is Verdict.BETTER:
-            self.stepper.keep()
-        elif verdict is not Verdict.WORSE:
-            self.stepper.restore()
-            self.state.stopped = verdict is Verdict.STOP
-        return verdict is Verdict.BETTER
 
     def _stop(self, fault: str) -> None:
         self.state.stopped, self.state.fault = True, fault
@@ -272,6 +255,43 @@ class Trainer:
     def _snapshot(self) -> None:
         self.run.states.write(self.fingerprint, self.state.step, asdict(self.state), self.stepper.tensors())
         self.after_snapshot()
+
+
+def rate_factor(state: TrainingState, recipe: RecoverRecipe, steps: int) -> float:
+    """Return the factor of the learning rate of the next of ``steps`` steps."""
+    return state.patience.rate * schedule(state.step + 1, steps, recipe.warm_up, recipe.schedule)
+
+
+def decide(state: TrainingState, stepper: Stepper, held_out: float) -> bool:
+    """Keep the present weights if they are the best so far; else, with patience, go back."""
+    verdict = state.patience.check(state.step, held_out)
+    if verdict is Verdict.BETTER:
+        stepper.keep()
+    elif verdict is not Verdict.WORSE:
+        stepper.restore()
+        state.stopped = verdict is Verdict.STOP
+    return verdict is Verdict.BETTER
+
+
+def take_again(
+    state: TrainingState, line: Mapping[str, Any], stepper: Stepper, recipe: RecoverRecipe, steps: int
+) -> None:
+    """Take a journaled step of an optimizer without gradients again, without passes.
+
+    Args:
+        state: after the step before; changed.
+        line: of the journal.
+        stepper: optimizer and trained tensors.
+        recipe: all settings, resolved.
+        steps: of the whole run.
+    """
+    if line.get("size") is not None:
+        stepper.replay(line["step"], line["size"], rate_factor(state, recipe, steps))
+    state.step = line["step"]
+    state.not_finite = 0 if line.get("size") is not None else state.not_finite + 1
+    state.stopped = state.not_finite >= MAX_NOT_FINITE
+    if line.get("held_out") is not None:
+        decide(state, stepper, line["held_out"])
 
 
 def curve(run: RecoverDirectory, points: int = 500) -> tuple[list[tuple[int, float]], list[Check], int]:
