@@ -65,7 +65,7 @@ class MaskedParameters:
         self.form = form or Dense()
         self._tensors = dict(tensors)
         self._transposed = set(transposed)
-        self.masks = {name: self._matrix(name, tensors[name].detach()) != 0 for name in tensors if name in pruned}
+        self.masks = {name: self._matrix(name, tensors[name].detach()).bool() for name in tensors if name in pruned}
         self.masters: dict[str, Tensor] = {}
         self.origin: dict[str, str] = {}
         self._short: dict[str, dict[str, str]] = {}
@@ -135,7 +135,7 @@ class MaskedParameters:
             tensor = self._tensors[name]
             value = rounding(name, exact.detach().to(tensor.dtype)).to(tensor.dtype).contiguous()
             if name in self.masks:
-                mask, kept = self._matrix(name, self.masks[name]), value != 0
+                mask, kept = self._matrix(name, self.masks[name]), value.bool()
                 if not torch.equal(mask, kept):
                     value = torch.where(mask & kept, value, tensor)
             values[name] = value
