@@ -19,6 +19,8 @@ def test_what_a_model_does_not_take_of_its_tokenizer_is_left_out(tmp_path: Path)
         json.dumps({**json.loads(settings.read_text()), "model_input_names": ["input_ids", "token_type_ids"]})
     )
     assert set(AutoTokenizer.from_pretrained(folder)("once")) == {"input_ids", "token_type_ids"}
-    (found,) = generate_side_by_side(folder, folder, torch.device("cpu"), prompts=("once upon",), tokens=4)
+    models = {"dense": folder, "pruned": folder}
+    (found,) = generate_side_by_side(models, torch.device("cpu"), prompts=("once upon",), tokens=4)
     assert found.dense == found.pruned
+    assert found.recovered is None
     assert found.dense

@@ -35,4 +35,4 @@ def test_nothing_is_generated_where_the_model_would_not_fit_in_the_precision_it_
     folder = tiny.save("llama", tmp_path / "model", dtype=torch.bfloat16)
     needed = whole_bytes(Checkpoint.open(folder), CPU)
     assert needed == sum(parameter.nbytes for parameter in load_whole(folder, CPU).parameters())
-    assert generate_side_by_side(folder, folder, CPU, memory_limit=int(needed / 0.75) - 1) == []
+    assert generate_side_by_side({"dense": folder, "pruned": folder}, CPU, memory_limit=int(needed / 0.75) - 1) == []

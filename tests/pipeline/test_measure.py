@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import shutil
 import sys
+from dataclasses import replace
 from importlib.machinery import ModuleSpec
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
@@ -15,13 +17,29 @@ import torch
 import fistapruner as fp
 import tiny
 from fistapruner.cli import main
-from fistapruner.pipeline.measure import _without, is_run
+from fistapruner.models.source import UNTRUSTED
+from fistapruner.pipeline.measure import _without, is_run, measure
+from fistapruner.reporting.recovery_text import gain
+from fistapruner.runs.decision import EvaluationRequest, Numerics, RecoverDecision, RecoverRecord
+from fistapruner.runs.listener import Listener
 from fistapruner.runs.lock import hold
-from fistapruner.runs.records import load_run
+from fistapruner.runs.records import Lineage, Recovery, Report, Stage, load_run
+from fistapruner.runs.recover_directory import RecoverDirectory
 from fistapruner.runs.results import Evaluation, Perplexity, TaskResult
 from fistapruner.sparse.bench import record
 from fistapruner.sparse.speed import Speed, measure_speed
 from fistapruner.sparse.variants import Variant, load_variant, weight_bytes
+
+
+class Said(Listener):
+    """Keep what a run says."""
+
+    def __init__(self) -> None:
+        self.lines: list[str] = []
+
+    def say(self, message: str) -> None:
+        self.lines.append(message)
+
 
 TEXT = "it was the best of times, it was the worst of times, it was the age of wisdom. " * 8
 
@@ -54,6 +72,99 @@ def test_an_evaluation_of_a_run_is_kept_with_it(made: Path, capsys: pytest.Captu
     fp.evaluate_run(run, text, seqlen=16, windows=2)
     windows = [evaluation.perplexity.windows for evaluation in load_run(run).evaluations if evaluation.perplexity]
     assert windows == [printed["perplexity"]["windows"], 2]
+
+
+def recovery_of(pruned: Path, folder: Path, dense: Path | None) -> RecoverDirectory:
+    """A finished recovery run of a pruning run, as far as measuring reads it; its weights are the dense model's."""
+    run, before = RecoverDirectory(folder), load_run(pruned)
+    run.create()
+    shutil.copytree(pruned.parent / "dense", run.model)
+    (run.model / "fistapruner.json").write_text((pruned / "model" / "fistapruner.json").read_text())
+    own = Stage(kind="recover", fingerprint="recovered")
+    assert before.lineage is not None
+    lineage = Lineage(source=before.lineage.source, stages=[*before.lineage.stages, own])
+    decision = RecoverDecision(
+        model=str(pruned),
+        folder=pruned / "model",
+        numerics=Numerics(batch_size=1, by_operator=False, threads=1, device="cpu", dtype="bfloat16"),
+        dense=dense,
+        steps=4,
+    )
+    facts = before.model_dump(exclude={"layers", "totals", "evaluations", "generations", "speed", "recipe", "lineage"})
+    changes = {"kind": "recover", "fingerprint": "recovered", "lineage": lineage, "recovery": Recovery(loss="kl")}
+    run.write_record(RecoverRecord(**{**facts, **changes, "decision": decision}))
+    run.write_report(Report(**{**facts, **changes}))
+    run.write_model_record("recovered", {})
+    return run
+
+
+def test_a_recovery_is_measured_beside_its_input(made: Path, tmp_path: Path) -> None:
+    text, pruned = str(made / "text.txt"), made / "run"
+    run = recovery_of(pruned, tmp_path / "recovered", made / "dense")
+    said = Said()
+    request = EvaluationRequest(data=text, windows=3, seqlen=24)
+    report = measure(run, load_run(run.folder), request, UNTRUSTED, said)
+    (after,), (before,) = report.evaluations, report.recovery.before  # type: ignore[union-attr]
+    dense = fp.evaluate(made / "dense", text, seqlen=24, windows=3).perplexity
+    assert after.perplexity == after.reference == dense
+    assert before.perplexity == fp.evaluate(pruned / "model", text, seqlen=24, windows=3).perplexity
+    assert before.reference == dense
+    assert load_run(run.folder).recovery.before == [before]  # type: ignore[union-attr]
+    assert any("before recovery" in line for line in said.lines)
+    assert {name for name, text in vars(report.generations[0]).items() if text} == {
+        "prompt",
+        "dense",
+        "pruned",
+        "recovered",
+    }
+    assert load_run(run.folder).lineage.stages[-1].figures.perplexity == replace(dense, window_nlls=())  # type: ignore
+    # Nothing is measured twice, and what the input's run has measured is taken from it.
+    said.lines.clear()
+    measure(run, report, request, UNTRUSTED, said)
+    assert not [line for line in said.lines if line.startswith("evaluating")]
+    known = fp.evaluate_run(pruned, text, seqlen=20, windows=4)
+    fp.evaluate_run(run.folder, text, seqlen=20, windows=4, listener=said)
+    assert not [line for line in said.lines if line.startswith("evaluating the model before recovery")]
+    assert load_run(run.folder).recovery.before == [before, known]  # type: ignore[union-attr]
+    fp.evaluate_run(run.folder, text, seqlen=20, windows=2, listener=said)
+    assert [line for line in said.lines if line.startswith("evaluating the model before recovery")]
+    assert len(load_run(run.folder).recovery.before) == 3  # type: ignore[union-attr]
+
+
+def test_figures_of_another_model_are_not_those_before_recovery(made: Path, tmp_path: Path) -> None:
+    """The input's run was made again since, with another result; or it was measured against another model."""
+    text, pruned = str(made / "text.txt"), tmp_path / "pruned"
+    shutil.copytree(made / "run", pruned)
+    shutil.copytree(made / "dense", tmp_path / "dense")
+    run = recovery_of(pruned, tmp_path / "recovered", made / "dense")
+    fp.evaluate_run(pruned, text, seqlen=16, windows=5, against=tmp_path / "dense")
+    said = Said()
+    fp.evaluate_run(run.folder, text, seqlen=16, windows=5, listener=said)
+    assert [line for line in said.lines if line.startswith("evaluating the model before recovery")]
+    (kept,) = load_run(run.folder).recovery.before  # type: ignore[union-attr]
+    assert kept.against == str(made / "dense")
+    fp.evaluate_run(pruned, text, seqlen=16, windows=6)
+    report = json.loads((pruned / "report.json").read_text())
+    (pruned / "report.json").write_text(json.dumps({**report, "fingerprint": "another"}))
+    said.lines.clear()
+    fp.evaluate_run(run.folder, text, seqlen=16, windows=6, listener=said)
+    assert [line for line in said.lines if line.startswith("evaluating the model before recovery")]
+
+
+def test_a_recovery_without_a_dense_model_is_compared_with_its_input(made: Path, tmp_path: Path) -> None:
+    pruned = tmp_path / "pruned"
+    shutil.copytree(made / "run" / "model", pruned / "model")  # no run that names the dense model
+    shutil.copytree(made / "dense", tmp_path / "dense")
+    (pruned / "report.json").write_text((made / "run" / "report.json").read_text())
+    run = recovery_of(pruned, tmp_path / "recovered", None)
+    request = EvaluationRequest(data=str(made / "text.txt"), windows=3, seqlen=24)
+    report = measure(run, load_run(run.folder), request, UNTRUSTED, Said())
+    (after,), (before,) = report.evaluations, report.recovery.before  # type: ignore[union-attr]
+    assert after.against is before.against is after.reference is None
+    found = gain(before, after)
+    assert found is not None
+    assert found.nats == pytest.approx(before.perplexity.nll - after.perplexity.nll)  # type: ignore[union-attr]
+    assert report.generations[0].dense is None
 
 
 @pytest.mark.parametrize("of_run", [True, False])

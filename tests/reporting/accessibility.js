@@ -52,7 +52,7 @@
   const walker = document.createTreeWalker(document.body, NodeFilter.SHOW_TEXT);
   while (walker.nextNode()) {
     const element = walker.currentNode.parentElement;
-    if (!walker.currentNode.data.trim() || !shown(element) || element.closest(".hidden,.skip,style,script,#figure-error-map svg")) continue;
+    if (!walker.currentNode.data.trim() || !shown(element) || element.closest(".hidden,.skip,style,script,#figure-error-map svg,#figure-change-map svg")) continue;
     const style = getComputedStyle(element);
     const color = rgba(element.closest("svg") ? style.fill : style.color);
     const large = parseFloat(style.fontSize) >= 24 || (parseFloat(style.fontSize) >= 18.66 && Number(style.fontWeight) >= 700);

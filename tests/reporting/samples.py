@@ -20,8 +20,11 @@ OPERATORS = (
 
 
 def perplexity(value: float, data: str = "wikitext2") -> Perplexity:
+    nll = math.log(value)
+    windows = tuple(nll + 0.15 * math.sin(window) + 0.01 * math.sin(value * window) for window in range(60))
+    sizes = (1024, 60, 60 * 1023)
     return Perplexity(
-        data, "test", 1024, 60, 60 * 1023, "bfloat16", value, value * 0.02, math.log(value), 0.02, "none", "ab" * 32
+        data, "test", *sizes, "bfloat16", value, value * 0.02, nll, 0.02, "none", data.ljust(64, "0"), windows
     )
 
 
@@ -155,6 +158,114 @@ def report(layers: int = 12) -> Report:
                 {"quantity": "peak memory", "unit": "bytes", "planned": 2e9, "actual": 1.9e9},
             ],
             "warnings": ["model.layers.3.mlp.down_proj: damping was raised"],
+        },
+        "sample",
+    )
+
+
+def recovery(layers: int = 12, *, tasks: bool = False) -> Report:
+    """A finished recovery run of the run that :func:`report` is of."""
+    pruned = report(layers)
+    data = pruned.model_dump(mode="json")
+    for layer in data["layers"]:
+        for place, operator in enumerate(layer["operators"]):
+            kept = {key: operator[key] for key in ("name", "shape", "sparsity", "zeros", "density")}
+            change = 0.004 * (1 + place) * (1 + 0.3 * math.sin(layer["index"]))
+            layer["operators"][place] = {**kept, "change": change, "changed": math.prod(operator["shape"]) // 2}
+        for key in ("seconds", "relative_error", "relative_error_of"):
+            del layer[key]
+    texts = {"sql": "texts/sql.jsonl", "chat": "texts/chat.jsonl"} if tasks else {"c4.jsonl": "c4.jsonl"}
+    side = {"documents": 300, "windows": 120, "tokens": 122_880, "loss_tokens": 122_760}
+    checks = []
+    for step in range(0, 61, 12):
+        loss = 0.9 * math.exp(-step / 60) + 0.1 + (0.08 if step == 48 else 0)
+        by_task = {name: loss + 0.1 * place for place, name in enumerate(texts)} if tasks else {}
+        checks.append({"step": step, "held_out": loss, "kept": step != 48, "by_task": by_task})
+    after, dense = perplexity(31.9), perplexity(25.32)
+    stage = {
+        "kind": "prune",
+        "settings": data["recipe"],
+        "finished": data["finished"],
+        "fingerprint": "0123456789abcdef",
+    }
+    settings = {
+        "parameters": "lora",
+        "optimizer": "adamw",
+        "loss": "kl",
+        "windows_per_step": 4,
+        "data": {"source": None, "tasks": texts} if tasks else {"source": "/home/someone/c4.jsonl", "tasks": {}},
+        "seed": 0,
+    }
+    figures = {"tokens": 245_520, "operator_weights": 1000, "operator_zeros": 500, "perplexity": vars(after)}
+    return parse(
+        Report,
+        {
+            **data,
+            "kind": "recover",
+            "command": "fistapruner recover runs/first --out runs/recovered",
+            "recipe": settings,
+            "model": {**data["model"], "source": "runs/first"},
+            "calibration": {
+                "source": ", ".join(texts) if tasks else "/home/someone/c4.jsonl",
+                "how": "documents joined by end-of-text tokens, windows that do not overlap",
+                "samples": 250,
+                "seqlen": 1024,
+                "tokens": 256_000,
+                "sha256": "cd" * 32,
+                "tasks": {
+                    name: {
+                        "source": source,
+                        "how": "whole examples, loss on the answers only",
+                        "trained": side,
+                        "held_out": {**side, "documents": 12, "windows": 5},
+                    }
+                    for name, source in texts.items()
+                },
+            },
+            "recovery": {
+                "parameters": "lora",
+                "optimizer": "adamw",
+                "loss": "kl",
+                "lr": {"lowest": 0.0005, "highest": 0.002},
+                "trained": 2_551_808,
+                "operators": 7 * layers,
+                "steps": 60,
+                "asked_steps": 60,
+                "kept_step": 60,
+                "tokens": 245_520,
+                "windows": 240,
+                "held_out_windows": 10,
+                "documents": 600,
+                "held_out_documents": 24,
+                "checks": checks,
+                "curve": [
+                    [step, 0.95 * math.exp(-step / 60) + 0.1 + 0.05 * math.sin(7 * step)] for step in range(1, 61)
+                ],
+                "changed": 0.998,
+                "change": 0.03,
+                "seconds": 300.0,
+                "before": [pruned.evaluations[0].to_dict()],
+            },
+            "evaluations": [
+                Evaluation(
+                    "run/model", "small", after, dense, Divergence(0.3, 0.01, 0.75, 0.004, 0.231, 0.01)
+                ).to_dict()
+            ],
+            "generations": [
+                {
+                    "prompt": "The capital of France is",
+                    "dense": " Paris.",
+                    "pruned": " a city, the city",
+                    "recovered": " Paris, the capital.",
+                }
+            ],
+            "totals": {**data["totals"], "time_split": {"train": 300.0, "write": 12.0}},
+            "lineage": {
+                "source": {**data["model"], "source": "owner/small", "license": "apache-2.0"},
+                "stages": [stage, {"kind": "recover", "settings": settings, "figures": figures}],
+            },
+            "plan": [],
+            "warnings": [],
         },
         "sample",
     )

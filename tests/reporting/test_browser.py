@@ -42,9 +42,14 @@ FIGURES = {
 @pytest.fixture(scope="module")
 def pages(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     folder = tmp_path_factory.mktemp("pages")
-    for name, text in (("report", run_page(samples.report())), ("compare", comparison_page(samples.comparison()))):
+    texts = {
+        "report": run_page(samples.report()),
+        "recovery": run_page(samples.recovery(tasks=True)),
+        "compare": comparison_page(samples.comparison()),
+    }
+    for name, text in texts.items():
         (folder / f"{name}.html").write_text(text, "utf-8")
-    return {name: folder / f"{name}.html" for name in ("report", "compare")}
+    return {name: folder / f"{name}.html" for name in texts}
 
 
 @pytest.fixture(scope="module")
@@ -59,7 +64,7 @@ def browser(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Browser]:
 @pytest.mark.slow
 @pytest.mark.parametrize("scheme", ["light", "dark"])
 @pytest.mark.parametrize("width", [390, 768, 1440])
-@pytest.mark.parametrize("name", ["report", "compare"])
+@pytest.mark.parametrize("name", ["report", "recovery", "compare"])
 def test_page(browser: Browser, pages: dict[str, Path], name: str, width: int, scheme: str) -> None:
     browser.open(pages[name], width, scheme)
     assert browser.console == []

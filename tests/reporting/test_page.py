@@ -23,7 +23,7 @@ from fistapruner.reporting.model_card import model_card
 from fistapruner.reporting.page import run_page
 from fistapruner.reporting.summary import summary
 from fistapruner.reporting.write import write_page
-from fistapruner.runs.records import Comparison, Lineage, ModelFacts, Report, Stage, parse
+from fistapruner.runs.records import CalibrationTask, Comparison, Lineage, ModelFacts, Recovery, Report, Stage, parse
 from fistapruner.solvers import METHODS
 
 pytest.importorskip("matplotlib", reason="the extra 'report' is not installed")
@@ -33,6 +33,12 @@ pytest.importorskip("matplotlib", reason="the extra 'report' is not installed")
 def sample_page() -> str:
     """The page of the sample run, drawn once."""
     return run_page(samples.report(4))
+
+
+@cache
+def recovery_page() -> str:
+    """The page of the sample recovery run of two tasks, drawn once."""
+    return run_page(samples.recovery(4, tasks=True))
 
 
 def test_headline_numbers_are_the_report_s() -> None:
@@ -54,7 +60,7 @@ def test_headline_numbers_are_the_report_s() -> None:
 
 
 def test_one_file_that_asks_for_nothing() -> None:
-    for text in (sample_page(), comparison_page(samples.comparison())):
+    for text in (sample_page(), recovery_page(), comparison_page(samples.comparison())):
         assert "<script" not in text
         assert re.findall(r"(?:src|href)=\"(?!#|data:)[^\"]*\"", text) == []
         assert "@import" not in text
@@ -130,6 +136,15 @@ def test_text_never_becomes_markup() -> None:
     text = run_page(report)
     assert "<script" not in text
     assert "&lt;script&gt;" in text
+    recovered = samples.recovery(2, tasks=True)
+    assert recovered.recovery is not None
+    assert recovered.calibration is not None
+    recovered.recovery.parameters = recovered.recovery.loss = recovered.generations[0].recovered = hostile
+    recovered.recovery.checks[0].by_task = recovered.recovery.checks[-1].by_task = {hostile: 1.0}
+    recovered.calibration.tasks = {hostile: CalibrationTask(source=hostile, how=hostile)}
+    text = run_page(recovered)
+    assert "<script" not in text
+    assert "&lt;script&gt;" in text
     compared = samples.comparison()
     compared.model.source = compared.rows[0].method = compared.rows[-1].error = compared.command = hostile
     compared.warnings = [hostile]
@@ -151,6 +166,58 @@ def test_the_lineage_is_shown_stage_by_stage() -> None:
     card, summed = model_card(report), summary(report, "runs/first")
     assert all(line in card and line in summed for line in lines)
     assert "Lineage" not in sample_page()
+
+
+def test_a_recovery_page_says_what_was_won_on_what() -> None:
+    text = unescape(recovery_page())
+    for part in (
+        "owner/small at 50% sparsity, recovered",
+        "recovered: lora, kl, 246k tokens",
+        "from 46.53 to 31.90, against 25.32 of the dense model: 62.0 ± 0.2 % of the gap is closed",
+        "1.0000 → 0.4311 at step 60 of 60, which is kept",
+        "2,551,808 numbers",
+        "120 windows of 300 documents to train on, 5 windows of 12 documents held out",
+        "sql: texts/sql.jsonl",
+        "Time to recover",
+    ):
+        assert part in text, part
+    drawn = set(re.findall(r'<figure id="figure-([\w-]+)"', text))
+    assert {"training", "change-map", "perplexity", "divergence", "layer-sparsity"} == drawn
+    sections = re.findall(r"<h2[^>]*>(.*?)</h2>", text)
+    assert {"Training", "What changed", "Side by side"} <= {*sections}
+    assert not {"Where the error is", "How the solver got there"} & {*sections}
+    assert not re.search(r"--method|--calibration|--allocation", text)
+    assert "Training" not in re.findall(r"<h2[^>]*>(.*?)</h2>", sample_page())
+
+
+@pytest.mark.parametrize("missing", ["layers", "evaluations", "calibration", "lineage", "recipe", "totals"])
+def test_any_part_of_a_recovery_may_be_missing(missing: str) -> None:
+    data = samples.recovery(2).model_dump(mode="json")
+    del data[missing]
+    report = parse(Report, data, "sample")
+    assert "</html>" in run_page(report)
+    assert summary(report, "runs/recovered")
+    assert model_card(report)
+
+
+def test_a_recovery_that_has_just_begun_has_a_page(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("FISTAPRUNER_FIGURES", "0")
+    text = run_page(Report(kind="recover", recovery=Recovery(parameters="lora", asked_steps=8)))
+    assert "0 of 8 steps" in text
+    assert "this page shows the steps that are done" in text
+    assert "<figure" not in text
+
+
+def test_a_recovery_that_won_nothing_says_so() -> None:
+    report = samples.recovery(2)
+    assert report.recovery is not None
+    report.recovery.kept_step = 0
+    for check in report.recovery.checks[1:]:
+        check.kept, check.held_out = False, 2.0
+    report.recovery.before = [report.evaluations[0]]
+    for text in (run_page(report), summary(report, "runs/recovered"), model_card(report)):
+        assert "none of 5 checks is better, the weights of the input are kept" in text
+        assert "0.0 ± 0.0 %" in text
 
 
 def test_markup_stands_in_templates() -> None:
@@ -253,9 +320,10 @@ def test_contrast_of_type_and_lines(scheme: int) -> None:
     assert all(a > b for a, b in itertools.pairwise(lights)) or all(a < b for a, b in itertools.pairwise(lights))
 
 
-@pytest.mark.parametrize("kind", ["run", "comparison"])
+@pytest.mark.parametrize("kind", ["run", "recovery", "comparison"])
 def test_columns_of_numbers_are_flush_right_and_no_others(kind: str) -> None:
-    text = sample_page() if kind == "run" else comparison_page(samples.comparison())
+    pages = {"run": sample_page, "recovery": recovery_page}
+    text = pages[kind]() if kind in pages else comparison_page(samples.comparison())
     number = re.compile(r"[-−×~<≤]?\s?\d[\d.,' ]*")
     seen = 0
     for table in re.findall(r"<table.*?</table>", text, re.DOTALL):

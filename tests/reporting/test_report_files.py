@@ -6,6 +6,7 @@ import json
 import math
 import re
 import sys
+from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -27,9 +28,11 @@ from fistapruner.reporting.advice import advice
 from fistapruner.reporting.evaluation_text import evaluation_text
 from fistapruner.reporting.layer_errors import hardest
 from fistapruner.reporting.model_card import model_card
+from fistapruner.reporting.recovery_text import closed_text, gain
 from fistapruner.reporting.status_text import status_facts, status_text
 from fistapruner.runs.records import VERSION, Report, load_run, parse
 from fistapruner.runs.results import Divergence, Evaluation
+from fistapruner.runs.steps import StepJournal
 from fistapruner.runtime.formatting import (
     align_columns,
     duration,
@@ -192,6 +195,153 @@ def test_the_allocation_that_advice_gives_is_understood() -> None:
     (pattern,) = mapping
     assert matches("model.layers.1.mlp.up_proj", pattern)
     assert not matches("model.layers.11.mlp.up_proj", pattern)
+
+
+def unfinished_recovery(folder: Path, lines: list[dict[str, Any]]) -> Path:
+    """A recovery run that has just begun, and its journal."""
+    facts = samples.recovery().model_dump(mode="json", exclude={"layers", "totals", "evaluations", "generations"})
+    parts = ("parameters", "optimizer", "loss", "asked_steps", "windows", "held_out_windows")
+    begun = {"recovery": {part: facts["recovery"][part] for part in parts}, "status": "running", "finished": None}
+    folder.mkdir(parents=True)
+    (folder / "run.json").write_text(json.dumps({**facts, **begun}))
+    with StepJournal(folder / "steps.jsonl", -1) as journal:
+        for line in lines:
+            journal.append(line)
+    return folder
+
+
+STEPS = [
+    {"step": 0, "held_out": 0.9, "kept": True, "by_task": {}},
+    {"step": 1, "loss": 1.1, "tokens": 100, "seconds": 2.0},
+    {"step": 2, "loss": None, "tokens": 100, "seconds": 2.0},
+    {"step": 3, "loss": 0.8, "tokens": 100, "seconds": 5.0, "held_out": 0.7, "kept": True, "by_task": {}},
+    {"step": 4, "loss": 0.6, "tokens": 100, "seconds": 3.0, "held_out": 0.8, "kept": False, "by_task": {}},
+]
+
+
+def test_status_of_an_unfinished_recovery(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run = unfinished_recovery(tmp_path / "run", STEPS)
+    assert main(["status", str(run), "--json"]) == 0
+    facts = json.loads(capsys.readouterr().out)
+    assert (facts["steps_done"], facts["steps"], facts["kept_step"], facts["tokens"]) == (4, 60, 3, 400)
+    assert facts["seconds_left"] == pytest.approx(12 / 4 * 56)
+    assert facts["training_loss"] == pytest.approx((1.1 + 0.8 + 0.6) / 3)
+    assert [(check["step"], check["loss"], check["kept"]) for check in facts["held_out"]] == [
+        (0, 0.9, True),
+        (3, 0.7, True),
+        (4, 0.8, False),
+    ]
+    assert 0 <= facts["seconds_since_last_step"] < 3600
+    assert "layers" not in facts
+    assert main(["status", str(run)]) == 0
+    printed = capsys.readouterr().out
+    for part in (
+        "4 of 60 steps",
+        "0.9000 → 0.7000 at step 3",
+        "step 4",
+        "not better",
+        "recovery (lora, kl, 246k tokens)",
+    ):
+        assert part in printed, part
+    assert "decoder layers" not in printed
+
+
+def test_a_recovery_without_a_step_has_a_status(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["status", str(unfinished_recovery(tmp_path / "run", []))]) == 0
+    assert "0 of 60 steps" in capsys.readouterr().out
+
+
+def test_the_curve_in_a_report_is_bounded(tmp_path: Path) -> None:
+    lines = [{"step": step, "loss": 1 / step, "tokens": 10, "seconds": 0.1} for step in range(1, 1302)]
+    found = load_run(unfinished_recovery(tmp_path / "run", lines)).recovery
+    assert found is not None
+    assert (found.steps, found.tokens) == (1301, 13_010)
+    assert 400 < len(found.curve) <= 500
+
+
+def test_a_held_out_loss_without_bound_survives_the_file(tmp_path: Path) -> None:
+    run = unfinished_recovery(tmp_path / "run", [{"step": 0, "held_out": math.inf, "kept": True, "by_task": {}}])
+    report = parse(Report, json.loads(load_run(run).model_dump_json()), "x")
+    assert report.recovery is not None
+    assert report.recovery.checks[0].held_out == math.inf
+
+
+def test_a_recovery_is_named_by_what_was_trained_and_by_its_operators() -> None:
+    report = samples.recovery(2)
+    assert (report.method, report.sparsity) == ("recovered: lora, kl, 246k tokens", "50%")
+    operators = [operator for layer in report.layers for operator in layer.operators]
+    operators[0].sparsity = "2:4"
+    assert report.sparsity == "50%", "what the model was pruned to"
+    report.lineage = None
+    assert report.sparsity == "50.0 %", "the share of zeros"
+    for operator in operators:
+        operator.sparsity = "2:4"
+    assert report.sparsity == "2:4"
+    report = samples.recovery(2)
+    assert report.lineage is not None
+    report.lineage.stages[0].settings |= {"structure": {"remove": "25%"}, "sparsity": "0%"}
+    assert report.sparsity == "structure 25%"
+    assert report.only_structure
+    assert "owner/small, structure 25%, recovered" in model_card(report)
+
+
+def test_the_gap_s_error_is_that_of_a_resampled_ratio() -> None:
+    """An independent estimate: the jackknife over windows."""
+    generator = torch.Generator().manual_seed(0)
+    dense = 3.0 + 0.3 * torch.randn(200, generator=generator)
+    before = dense + 0.5 + 0.1 * torch.randn(200, generator=generator)
+    after = 0.5 * (before + dense) + 0.05 * torch.randn(200, generator=generator)
+    settings = {"data": "text", "split": "test", "seqlen": 2, "dtype": "float32", "bos": "none", "sha256": "ab"}
+    records = [perplexity_of(values.double(), 1, **settings) for values in (dense, before, after)]
+    found = gain(Evaluation("a", "d", records[1], records[0]), Evaluation("b", "d", records[2], records[0]))
+    assert found is not None
+
+    def closed(keep: torch.Tensor) -> float:
+        return float(1 - (after - dense)[keep].double().mean() / (before - dense)[keep].double().mean())
+
+    everything = torch.ones(200, dtype=torch.bool)
+    left_out = torch.tensor([closed(everything & (torch.arange(200) != window)) for window in range(200)])
+    jackknife = math.sqrt(199 / 200 * float((left_out.double() - left_out.double().mean()).square().sum()))
+    assert found.closed == pytest.approx(closed(everything), abs=1e-5)
+    assert found.closed_error == pytest.approx(jackknife, rel=0.02)
+    assert found.nats_error == pytest.approx(float((before - after).double().std()) / math.sqrt(200), rel=1e-3)
+
+
+def test_a_gain_needs_the_same_windows_and_a_gap() -> None:
+    def evaluation(value: float, data: str = "a") -> Evaluation:
+        return Evaluation("m", "dense", samples.perplexity(value, data), samples.perplexity(10.0, data))
+
+    assert gain(evaluation(20.0), evaluation(15.0, "b")) is None
+    assert gain(Evaluation("m"), evaluation(15.0)) is None
+    better_than_dense = gain(evaluation(9.0), evaluation(8.0))
+    assert better_than_dense is not None
+    assert better_than_dense.closed is None
+    alone = gain(replace(evaluation(20.0), reference=None), replace(evaluation(15.0), reference=None))
+    assert alone is not None
+    assert (alone.nats, alone.closed) == (pytest.approx(math.log(20 / 15)), None)
+    short = replace(samples.perplexity(20.0), window_nlls=())
+    unpaired = gain(replace(evaluation(20.0, "wikitext2"), perplexity=short), evaluation(15.0, "wikitext2"))
+    assert unpaired is not None
+    assert unpaired.closed == pytest.approx(1 - math.log(1.5) / math.log(2))
+    assert math.isnan(unpaired.closed_error or 0.0)
+    assert "±" not in closed_text(unpaired)
+
+
+def test_model_card_of_a_recovery() -> None:
+    report = samples.recovery()
+    block, text = card_parts(report)
+    assert block["base_model"] == ["owner/small"], "the dense model, not the run that went in"
+    assert block["license"] == "apache-2.0"
+    assert "recovery" in block["tags"]
+    for part in (
+        "# owner/small, 50% sparse, recovered",
+        "2,551,808 numbers (`lora`) were trained on 246k tokens of c4.jsonl to match the dense model's predictions",
+        "62.0 ± 0.2 % of the gap",
+        "| 25.32 ± 0.51 | 46.53 ± 0.93 | 31.90 ± 0.64 |",
+        "recovered: lora, kl, 246k tokens of c4.jsonl",
+    ):
+        assert part in text, part
+    assert "/home/someone" not in text
 
 
 def card_parts(report: Report) -> tuple[dict[str, Any], str]:

@@ -1,6 +1,6 @@
 """Draw the page of a run or a comparison again, from its JSON.
 
-For an unfinished run the page shows the layers that are done.
+For an unfinished run the page shows the layers or steps that are done.
 
   fistapruner report runs/first      writes runs/first/report.html
 """

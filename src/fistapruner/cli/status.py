@@ -9,7 +9,7 @@ from __future__ import annotations
 import argparse
 import json
 
-SUMMARY = "progress of a run: layers done, errors so far, time left"
+SUMMARY = "progress of a run: layers or steps done, errors or losses so far, time left"
 
 
 def configure(parser: argparse.ArgumentParser) -> None:

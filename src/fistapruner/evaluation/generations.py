@@ -1,7 +1,8 @@
-"""Continue the same prompts with the dense and the pruned model."""
+"""Continue the same prompts with several models: the dense one and what was made of it."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 
 import torch
@@ -18,8 +19,7 @@ PROMPTS = (
 
 
 def generate_side_by_side(
-    dense: Path,
-    pruned: Path,
+    models: Mapping[str, Path],
     device: torch.device,
     *,
     prompts: tuple[str, ...] = PROMPTS,
@@ -27,23 +27,26 @@ def generate_side_by_side(
     memory_limit: int | None = None,
     trust_remote_code: bool = False,
 ) -> list[Generation]:
-    """Continue prompts greedily with both models.
+    """Continue prompts greedily with every model.
 
-    Both are loaded whole, one after the other. Nothing is generated where the model would not fit into three quarters
+    They are loaded whole, one after the other. Nothing is generated where the last would not fit into three quarters
     of the free memory.
 
     Args:
-        dense, pruned: Hugging Face folders.
+        models: Hugging Face folders, by the field of :class:`Generation` that they fill; the run's result last.
         device: where the models run.
         prompts: texts to continue.
         tokens: new tokens for each prompt.
         memory_limit: bytes of main memory that the process may use; None is the free memory.
         trust_remote_code: run Python code that comes with the checkpoints.
     """
-    if not whole_fits(Checkpoint.open(pruned), device, memory_limit):
+    if not whole_fits(Checkpoint.open(list(models.values())[-1]), device, memory_limit):
         return []
-    texts = [_continue(folder, device, prompts, tokens, trust_remote_code) for folder in (dense, pruned)]
-    return [Generation(prompt=prompt, dense=a, pruned=b) for prompt, a, b in zip(prompts, *texts, strict=True)]
+    texts = {name: _continue(folder, device, prompts, tokens, trust_remote_code) for name, folder in models.items()}
+    return [
+        Generation.model_validate({"prompt": prompt, **{name: found[place] for name, found in texts.items()}})
+        for place, prompt in enumerate(prompts)
+    ]
 
 
 def _continue(

@@ -134,6 +134,7 @@ def perplexity_of(
         nll_standard_error=error,
         bos=bos,
         text_sha256=sha256,
+        window_nlls=tuple(round(value, 6) for value in (sums.double() / length).tolist()),
     )
 
 

@@ -27,7 +27,7 @@ from ..runs.times import Times
 from ..runtime.machine import now
 from ..runtime.memory import peak_memory
 from ..tuning.trained import Trained
-from ..tuning.trainer import TrainingState, curve
+from ..tuning.trainer import TrainingState
 from .finish import folder_bytes, write_model
 
 
@@ -70,9 +70,14 @@ def finish(
     times.note()  # before the report calls the run finished: what a kill leaves half-written is then written again
     if earlier is not None:
         report.evaluations, report.generations, report.speed = earlier.evaluations, earlier.generations, earlier.speed
+        report.totals.compressed_bytes = earlier.totals.compressed_bytes
+        if report.recovery is not None and earlier.recovery is not None:
+            report.recovery.before = earlier.recovery.before
     report.status = "finished"
     report.finished = now()
     report.totals.seconds = times.total()
+    if report.recovery is not None:
+        report.totals.time_split["train"] = report.recovery.seconds
     report.totals.time_split["write"] = time.perf_counter() - begin
     report.totals.checkpoint_bytes = folder_bytes(run.model)
     update_stage(report)
@@ -115,14 +120,12 @@ def _describe(context: RecoverContext, trained: Trained, index: int, report: Rep
 
 
 def _describe_training(context: RecoverContext, state: TrainingState, report: Report) -> None:
-    losses, checks, tokens = curve(context.run)
     operators = [operator for layer in report.layers for operator in layer.operators]
     survivors = sum(math.prod(operator.shape) - operator.zeros for operator in operators)
     found = report.recovery
     assert found is not None
-    found.operators = len(operators)
-    found.steps, found.kept_step, found.tokens = state.step, state.patience.best_step, tokens
-    found.curve, found.checks = losses, checks
+    found.read_journal(context.run.steps_file)
+    found.operators, found.steps, found.kept_step = len(operators), state.step, state.patience.best_step
     found.changed = sum(operator.changed or 0 for operator in operators) / max(1, survivors)
     found.change = max((operator.change or 0.0 for operator in operators), default=None)
 

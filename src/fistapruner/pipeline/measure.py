@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +16,7 @@ from ..evaluation.evaluate import evaluate as run_evaluation
 from ..evaluation.generations import generate_side_by_side
 from ..models.source import Permissions
 from ..reporting.model_card import model_card
+from ..reporting.recovery_text import gain_text
 from ..reporting.write import write_page
 from ..runs.decision import EvaluationRequest
 from ..runs.directory import CARD, RunDirectory
@@ -23,6 +24,7 @@ from ..runs.lineage import update_stage, write_lineage
 from ..runs.listener import Listener
 from ..runs.lock import hold
 from ..runs.records import Report, load_run
+from ..runs.recover_directory import dense_of, input_run
 from ..runs.results import Evaluation
 from ..runtime.devices import choose_device
 from ..runtime.files import write_text_atomic
@@ -32,6 +34,26 @@ from ..sparse.bench import record as speed_record
 from ..sparse.speed import Speed
 
 
+@dataclass(frozen=True)
+class Compared:
+    """The models that the result of a run is compared with.
+
+    Args:
+        dense: folder of the dense model, which may be gone; None where it is not known.
+        before: folder of the pruned model that a recovery run began with; None for a pruning run.
+    """
+
+    dense: Path | None
+    before: Path | None = None
+
+    @classmethod
+    def of(cls, run: RunDirectory) -> Compared:
+        """Find them in what the run has decided."""
+        record = run.record()
+        before = None if record is None or record.kind == "prune" else record.decision.folder
+        return cls(dense_of(run), before)
+
+
 def measure(
     run: RunDirectory,
     report: Report,
@@ -39,9 +61,10 @@ def measure(
     permissions: Permissions,
     listener: Listener,
 ) -> Report:
-    """Evaluate ``RUN/model`` beside its source, and write report, model card and page.
+    """Evaluate ``RUN/model`` beside the dense model, and write report, model card and page.
 
-    What the report already holds of the same windows is not measured again.
+    The model that a recovery run began with is evaluated on the same windows. What the report already holds of these
+    is not measured again.
 
     Args:
         run: the run directory, with a finished checkpoint.
@@ -54,11 +77,11 @@ def measure(
         FistaPrunerError: the text cannot be read.
     """
     if request is not None:
-        record = run.record()
-        assert record is not None
-        source = record.decision.folder
-        _evaluate(run, report, source, request, permissions, listener)
-        _generate(run, report, source, permissions, listener)
+        compared = Compared.of(run)
+        if report.recovery is not None and compared.dense is not None and not compared.dense.exists():
+            compared = replace(compared, dense=None)  # its predictions are stored, so that training did not need it
+        _evaluate(run, report, compared, request, permissions, listener)
+        _generate(run, report, compared, permissions, listener)
     publish(run, report, listener)
     return report
 
@@ -66,7 +89,7 @@ def measure(
 def _evaluate(
     run: RunDirectory,
     report: Report,
-    source: Path,
+    compared: Compared,
     request: EvaluationRequest,
     permissions: Permissions,
     listener: Listener,
@@ -75,36 +98,91 @@ def _evaluate(
     execution = report.recipe.get("execution", {})
     limit = execution.get("memory_limit")
     assert report.calibration is not None
-    cut = load_windows(request.data, permissions.at(run.model).tokenizer(), report.calibration.seqlen, request.windows)
-    measured = {found.perplexity.text_sha256 for found in report.evaluations if found.perplexity is not None}
-    if cut.sha256 in measured:
-        return
-    listener.say(f"evaluating the dense and the pruned model on {request.data}")
-    evaluation = run_evaluation(
-        run.model,
-        cut,
-        against=source,
-        device=execution.get("device", "auto"),
-        dtype=report.recipe.get("dtype", "auto"),
-        memory_limit=limit and limit // 2,  # the other half is for a layer of each model and the logits
-        tick=listener.tick,
+    seqlen = request.seqlen or report.calibration.seqlen
+    cut = load_windows(request.data, permissions.at(run.model).tokenizer(), seqlen, request.windows)
+    settings = {
+        "device": execution.get("device", "auto"),
+        "dtype": report.recipe.get("dtype", "auto"),
+        "memory_limit": limit and limit // 2,  # the other half is for a layer of each model and the logits
+        "tick": listener.tick,
         **permissions.keywords(),
+    }
+    measured = (
+        found for found in report.evaluations if found.perplexity and found.perplexity.text_sha256 == cut.sha256
     )
-    report.evaluations.append(evaluation)
-    run.write_report(report)
+    found = next(measured, None)
+    if found is None:
+        what = "pruned" if report.kind == "prune" else "recovered"
+        listener.say(f"evaluating the {'dense and the ' if compared.dense else ''}{what} model on {request.data}")
+        found = run_evaluation(run.model, cut, against=compared.dense, **settings)
+        report.evaluations.append(found)
+        run.write_report(report)
+    if _evaluate_input(report, compared, found, listener, data=cut, **settings):
+        run.write_report(report)
 
 
-def _generate(run: RunDirectory, report: Report, source: Path, permissions: Permissions, listener: Listener) -> None:
-    """Continue a few prompts with both models."""
+def _evaluate_input(report: Report, compared: Compared, found: Evaluation, listener: Listener, **settings: Any) -> bool:
+    """Know the figures of the model that a recovery run began with, on the windows of its result.
+
+    They are taken from the report of the run that made it, where they were measured there against the same dense model;
+    else they are measured.
+
+    Args:
+        report: receives them.
+        compared: the models.
+        found: the figures of the result.
+        listener: receives progress.
+        **settings: as for :func:`fistapruner.evaluate`.
+
+    Returns:
+        Whether the report has changed.
+    """
+    if report.recovery is None or compared.before is None or found.perplexity is None:
+        return False
+    known = next((before for before in report.recovery.before if _same_comparison(before, found)), None)
+    changed = known is None
+    if known is None:
+        known = next((before for before in _of_input(report, compared.before) if _same_comparison(before, found)), None)
+    if known is None:
+        if not compared.before.exists():
+            listener.say(f"no figures of the model before recovery, which is not at {compared.before}")
+            return False
+        listener.say(f"evaluating the model before recovery on {found.perplexity.data}")
+        known = run_evaluation(compared.before, against=found.against, **settings)
+    if changed:
+        report.recovery.before = [*(one for one in report.recovery.before if not _same_text(one, found)), known]
+    if gain := gain_text(known, found):
+        listener.say(gain)
+    return changed
+
+
+def _of_input(report: Report, before: Path) -> list[Evaluation]:
+    """Return what was measured on a recovery run's input, by the run that made it."""
+    origin, stages = input_run(str(before)), report.lineage.stages if report.lineage else []
+    if origin is None or len(stages) < 2:
+        return []
+    try:
+        made = load_run(origin.folder)
+    except FistaPrunerError:
+        return []
+    return made.evaluations if made.fingerprint == stages[-2].fingerprint else []
+
+
+def _generate(
+    run: RunDirectory, report: Report, compared: Compared, permissions: Permissions, listener: Listener
+) -> None:
+    """Continue a few prompts with the dense model, the run's result, and the model before recovery."""
     if report.generations:
         return
     execution = report.recipe.get("execution", {})
     device = choose_device(execution.get("device", "auto"))
+    models = {"dense": compared.dense, "pruned": compared.before, "recovered": run.model}
+    if compared.before is None:
+        models = {"dense": compared.dense, "pruned": run.model}
     faults = RuntimeError, ValueError, TypeError, AttributeError, IndexError, KeyError
     try:
         report.generations = generate_side_by_side(
-            source,
-            run.model,
+            {name: folder for name, folder in models.items() if folder is not None and folder.exists()},
             device,
             memory_limit=execution.get("memory_limit"),
             trust_remote_code=permissions.trust_remote_code,
@@ -129,15 +207,16 @@ def evaluate_run(
     listener: Listener | None = None,
     **settings: Any,
 ) -> Evaluation:
-    """Evaluate a finished run against the model it was made from, and keep the result with the run.
+    """Evaluate a finished run against its dense model, and keep the result with the run.
 
     The figures go into ``report.json``, the page and the model card. They take the place of earlier ones of the same
-    tokens and precision, or of the same task. If tasks fail, the perplexity before them is there.
+    tokens and precision, or of the same task. If tasks fail, the perplexity before them is there. The model that a
+    recovery run began with is evaluated on the same text too, unless its own run has done that.
 
     Args:
         folder: the run directory.
         data: text for perplexity, see :func:`fistapruner.evaluate`; None measures tasks only.
-        against: the dense model; default is the one the run pruned.
+        against: the dense model; default is the one that was pruned.
         listener: receives progress.
         **settings: as for :func:`fistapruner.evaluate`, less ``keep``.
 
@@ -148,20 +227,26 @@ def evaluate_run(
         FistaPrunerError: not a finished run, its dense model is gone, or bad settings.
     """
     with _finished(Path(folder)) as (run, report):
+        compared = Compared.of(run)
         if against is None:
-            record = run.record()
-            against = record.decision.folder if record else None
-            if against is None or not Path(against).exists():
+            against = compared.dense
+            if against is None:
+                raise FistaPrunerError(f"{folder} names no dense model: say where it is with --against")
+            if not Path(against).exists():
                 raise FistaPrunerError(
                     f"{folder}: the model it was made from is not at {against}: say where it is with --against"
                 )
+        told = listener or Listener()
 
         def keep(found: Evaluation) -> None:
             report.evaluations = [*_without(report.evaluations, found), found]
-            publish(run, report, listener or Listener())
+            publish(run, report, told)
 
         found = run_evaluation(run.model, data, against=against, keep=keep, **settings)
         keep(found)
+        text = {name: value for name, value in settings.items() if name not in ("tasks", "tasks_dir", "limit")}
+        if _evaluate_input(report, compared, found, told, data=data, **text):
+            publish(run, report, told)
     return found
 
 
@@ -226,6 +311,12 @@ def _without(earlier: Sequence[Evaluation], found: Evaluation) -> list[Evaluatio
         if rest.perplexity is not None or rest.tasks:
             kept.append(rest)
     return kept
+
+
+def _same_comparison(a: Evaluation, b: Evaluation) -> bool:
+    """Whether two evaluations are of the same windows in the same precision, against the same dense model."""
+    dense = [None if one.against is None else Path(one.against).resolve() for one in (a, b)]
+    return dense[0] == dense[1] and _same_text(a, b)
 
 
 def _same_text(a: Evaluation, b: Evaluation) -> bool:

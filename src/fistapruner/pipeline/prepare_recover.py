@@ -31,7 +31,7 @@ from ..runs.identity import stamps
 from ..runs.lineage import begin_lineage, read_lineage
 from ..runs.listener import Listener
 from ..runs.records import CalibrationFacts, PlanRow, Recovery
-from ..runs.recover_directory import RecoverDirectory
+from ..runs.recover_directory import RecoverDirectory, dense_of, input_run
 from ..runtime.files import sha256_file
 from ..runtime.machine import describe_machine, now, versions
 from ..runtime.numerics import dtype_name, windows_at_once
@@ -157,14 +157,6 @@ def check_inputs(run: RecoverDirectory, request: RecoverRequest, listener: Liste
     return Inputs(source, model, layout, claims, dense, dense_source, recipe, tokenizer, seqlen, evaluation)
 
 
-def input_run(model: str) -> RunDirectory | None:
-    """Return the run directory that the input is, or is the ``model`` folder of; None for any other."""
-    for folder in (Path(model), Path(model).parent if Path(model).name == "model" else None):
-        if folder is not None and (folder / "run.json").is_file():
-            return RunDirectory(folder)
-    return None
-
-
 def find_input(model: str, permissions: Permissions) -> ModelSource:
     """Find the pruned checkpoint of a run, or any other model.
 
@@ -212,15 +204,6 @@ def _find_dense(request: RecoverRequest, origin: RunDirectory | None, source: Mo
             f"--loss {recipe.loss} needs the dense model, which {source.folder} does not name: give --dense MODEL"
         )
     return found
-
-
-def dense_of(run: RunDirectory) -> Path | None:
-    """Return the folder of the dense model that a run's result goes back to."""
-    if (record := run.record()) is None:
-        return None
-    if record.kind == "prune":
-        return record.decision.folder
-    return RecoverDirectory(run.folder).record().decision.dense  # type: ignore[union-attr]
 
 
 def _changed_dense(run: RunDirectory, dense: ModelSource) -> str | None:
@@ -410,6 +393,7 @@ def record(
                 {
                     **text.facts,
                     "source": recipe.data.source or ", ".join(recipe.data.tasks),
+                    "how": "; ".join(dict.fromkeys(task["how"] for task in text.facts["tasks"].values())),
                     "samples": len(text.tokens),
                     "seqlen": inputs.seqlen,
                     "tokens": text.tokens.numel(),
@@ -424,7 +408,15 @@ def record(
                 asked_steps=decision.steps,
                 windows=int((~text.held_out).sum()),
                 held_out_windows=int(text.held_out.sum()),
+                documents=_documents(text, "trained"),
+                held_out_documents=_documents(text, "held_out"),
             ),
             decision=decision,
         )
     )
+
+
+def _documents(text: TrainingText, side: str) -> int | None:
+    """Count the documents of one side, ``trained`` or ``held_out``; None where a text has none."""
+    counts = [task[side]["documents"] for task in text.facts["tasks"].values()]
+    return None if None in counts else sum(counts)

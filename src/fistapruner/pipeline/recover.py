@@ -184,7 +184,9 @@ def _say_changed_text(begun: RecoverRecord, listener: Listener) -> None:
 
 @contextmanager
 def _reporting_failure(run: RecoverDirectory, times: Any) -> Iterator[None]:
-    """Let ``report.json`` say why the run fails, if it does."""
+    """Let ``report.json`` say why the run fails, if it does; that of an earlier attempt is removed."""
+    with disk_errors(run.report_file):
+        run.report_file.unlink(missing_ok=True)
     try:
         yield
     except Exception as error:

@@ -11,7 +11,7 @@ from statistics import median
 
 from ..constraints import parse_sparsity
 from ..errors import FistaPrunerError
-from ..runs.records import LayerEntry, OperatorEntry, Report, method_label
+from ..runs.records import LayerEntry, OperatorEntry, Recovery, Report, method_label
 from ..runtime.formatting import percent, significant
 from ..solvers import METHODS
 
@@ -21,11 +21,22 @@ def advice(report: Report) -> list[str]:
 
     Empty when nothing stands out.
     """
+    if report.recovery is not None:
+        return _recovery(report.recovery)
     if report.only_structure:
         return _calibration(report)
     why = _why_not_uneven(report)
     found = [*_layers(report.layers, why), *_operators(report.layers, why)]
     return [*found, *_chain(report), *_search(report.layers), *_calibration(report)]
+
+
+def _recovery(found: Recovery) -> list[str]:
+    checks = len(found.checks)
+    if checks > 1 and found.kept_step == 0:
+        return ["No check was better than the start: try a smaller `--lr`, or a text closer to the model's own use."]
+    if checks > 1 and found.kept_step == found.asked_steps:
+        return ["The held-out loss was lowest at the last step: more `--tokens` may win more."]
+    return []
 
 
 def _layers(layers: Sequence[LayerEntry], why_not: str) -> list[str]:

@@ -6,7 +6,7 @@ Each function returns None when the report lacks what it shows.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from statistics import median
 from typing import Any
 
@@ -23,6 +23,7 @@ PHASES = ("capture", "gram", "solve", "reconstruct", "io", "write")
 def layer_figures(report: Report) -> dict[str, Drawing]:
     """Draw all figures that the report has data for, by key."""
     drawings = [
+        change_map(report.layers),
         error_map(report.layers),
         layer_errors(report.layers),
         layer_sparsity(report.layers),
@@ -41,15 +42,48 @@ def short_name(name: str) -> str:
 
 def error_map(layers: Sequence[LayerEntry]) -> Drawing | None:
     """Draw the relative error of every operator: decoder layers by operators."""
-    names = list(dict.fromkeys(operator.name for layer in layers for operator in layer.operators))
     values = {
         (layer.index, op.name): 100 * op.relative_error
         for layer in layers
         for op in layer.operators
         if op.relative_error is not None
     }
+    caption = "Squared error of the outputs as a share of their energy, in %, on calibration tokens; logarithmic scale."
+    if any(operator.dense_error for layer in layers for operator in layer.operators):
+        caption += " Drift of an operator's inputs counts: its dense weights would have part of this error too."
+    return _map("error-map", "Relative error of every operator", layers, values, caption, "error")
+
+
+def change_map(layers: Sequence[LayerEntry]) -> Drawing | None:
+    """Draw how far recovery moved the weights of every operator: decoder layers by operators."""
+    values = {
+        (layer.index, op.name): 100 * op.change for layer in layers for op in layer.operators if op.change is not None
+    }
+    if not any(values.values()):  # the input's weights were kept
+        return None
+    caption = "‖ΔW‖ / ‖W‖ in %: norm of the change of an operator's weights over their norm before; logarithmic scale."
+    return _map("change-map", "Change of every operator", layers, values, caption, "change")
+
+
+def _map(
+    key: str,
+    title: str,
+    layers: Sequence[LayerEntry],
+    values: Mapping[tuple[Any, Any], float],
+    caption: str,
+    what: str,
+) -> Drawing | None:
+    """Draw percentages by (decoder layer, operator) as a heat map; None without any.
+
+    Args:
+        key, title, caption: see :class:`Drawing`.
+        layers: of the run.
+        values: in percent.
+        what: the quantity in a word, for the description.
+    """
     if not values:
         return None
+    names = list(dict.fromkeys(operator.name for layer in layers for operator in layer.operators))
     low, high = _log_range(list(values.values()))
     indexes = [layer.index for layer in layers]
 
@@ -81,17 +115,14 @@ def error_map(layers: Sequence[LayerEntry]) -> Drawing | None:
             axes.spines[side].set_visible(False)
         _scale(scale, low, high, vertical=wide)
 
-    caption = "Squared error of the outputs as a share of their energy, in %, on calibration tokens; logarithmic scale."
-    if any(operator.dense_error for layer in layers for operator in layer.operators):
-        caption += " Drift of an operator's inputs counts: its dense weights would have part of this error too."
     worst = max(values, key=lambda key: values[key])
     middle = significant(median(values.values()), 2)
     return draw(
-        "error-map",
-        "Relative error of every operator",
+        key,
+        title,
         plot,
         caption=caption,
-        description=f"Heat map of {len(indexes)} decoder layers by {len(names)} operators. The largest error is "
+        description=f"Heat map of {len(indexes)} decoder layers by {len(names)} operators. The largest {what} is "
         f"{significant(values[worst], 2)} % at layer {worst[0]}, {worst[1]}; the median is {middle} %.",
         heights=(max(150, 70 + 30 * len(names)), max(320, 150 + 15 * len(indexes))),
         full=True,

@@ -1,56 +1,60 @@
-"""Draw what was measured on the pruned model: perplexity, divergence, zero-shot tasks."""
+"""Draw what was measured on the result of a run: perplexity, divergence, zero-shot tasks."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from typing import Any
 
-from ..runs.results import Evaluation
+from ..runs.records import Report
 from ..runtime.formatting import percent, significant, with_error
 from .drawing import INK, SERIES, Drawing, draw, label_right, style
+from .lineage_text import DONE
+from .recovery_text import gain_of
 
 OVER_WINDOWS = "Lines are one standard error over windows."
 
 
-def quality_figures(evaluations: Sequence[Evaluation]) -> dict[str, Drawing]:
+def quality_figures(report: Report) -> dict[str, Drawing]:
     """Draw all figures that there is data for, by key."""
-    drawings = [perplexities(evaluations), divergences(evaluations), zero_shot(evaluations)]
+    drawings = [perplexities(report), divergences(report), zero_shot(report)]
     return {drawing.key: drawing for drawing in drawings if drawing is not None}
 
 
-def perplexities(evaluations: Sequence[Evaluation]) -> Drawing | None:
-    """Draw the perplexity of the dense and the pruned model, with standard errors."""
-    rows = [
-        (e.perplexity, e.reference)
-        for e in evaluations
-        if e.perplexity is not None and math.isfinite(e.perplexity.perplexity)
-    ]
+def perplexities(report: Report) -> Drawing | None:
+    """Draw perplexities with standard errors: dense model, before recovery, result."""
+    name, rows = DONE[report.kind], []
+    for evaluation in report.evaluations:
+        text = evaluation.perplexity
+        if text is not None and math.isfinite(text.perplexity):
+            earlier = gain_of(report, evaluation)
+            bars = [
+                ("dense", evaluation.reference, SERIES[2]),
+                ("before", earlier[0].perplexity if earlier else None, SERIES[1]),
+                (name, text, SERIES[0]),
+            ]
+            known = [(label, found, color) for label, found, color in bars if found is not None]
+            rows.append([bar for bar in known if math.isfinite(bar[1].perplexity)])
     if not rows:
         return None
+    ends = [p.perplexity + _finite(p.standard_error) for row in rows for _, p, _ in row]
+    bars_in_all = sum(map(len, rows))
 
     def plot(figure: Any, width: int) -> None:
         axes = figure.subplots()
         position = 0.0
         ticks = []
-        for pruned, dense in rows:
-            pair = [(dense, SERIES[2], "dense"), (pruned, SERIES[0], "pruned")]
-            for text, color, label in pair:
-                if text is not None:
-                    error = text.standard_error if math.isfinite(text.standard_error) else 0.0
-                    axes.barh(position, text.perplexity, height=0.72, color=color)
-                    axes.errorbar(text.perplexity, position, xerr=error, color=INK, capsize=3, linewidth=1.2)
-                    label_right(axes, text.perplexity + error, position, f"{text.perplexity:.2f}")
-                    ticks.append((position, f"{text.data}, {label}"))
-                    position += 1
+        for row in rows:
+            for label, found, color in row:
+                error = _finite(found.standard_error)
+                axes.barh(position, found.perplexity, height=0.72, color=color)
+                axes.errorbar(found.perplexity, position, xerr=error, color=INK, capsize=3, linewidth=1.2)
+                label_right(axes, found.perplexity + error, position, f"{found.perplexity:.2f}")
+                ticks.append((position, f"{found.data}, {label}"))
+                position += 1
             position += 0.6
         axes.set_yticks([p for p, _ in ticks], [label for _, label in ticks])
         axes.set_ylim(position - 0.9, -0.7)
-        axes.set_xlim(
-            0,
-            1.25
-            * max(max(p.perplexity + (p.standard_error if math.isfinite(p.standard_error) else 0), 0) for p, _ in rows),
-        )
+        axes.set_xlim(0, 1.25 * max(ends))
         axes.set_xlabel("perplexity (lower is better)")
         style(axes, grid="x")
 
@@ -59,35 +63,40 @@ def perplexities(evaluations: Sequence[Evaluation]) -> Drawing | None:
         "Perplexity",
         plot,
         caption="exp of the mean NLL of a token over non-overlapping windows; "
-        "lines are one standard error over windows. Both models saw the same tokens.",
+        "lines are one standard error over windows. All models saw the same tokens.",
         description="; ".join(
-            f"{p.data}: pruned {with_error(p.perplexity, p.standard_error)}"
-            + (f", dense {with_error(d.perplexity, d.standard_error)}" if d else "")
-            for p, d in rows
+            f"{row[-1][1].data}: "
+            + ", ".join(f"{label} {with_error(p.perplexity, p.standard_error)}" for label, p, _ in reversed(row))
+            for row in rows
         ),
-        heights=(90 + 62 * len(rows), 90 + 62 * len(rows)),
+        heights=(90 + 31 * bars_in_all, 90 + 31 * bars_in_all),
         table=(
-            ["data", "windows", "tokens in each", "precision", "dense", "pruned"],
+            ["data", "windows", "tokens in each", "precision", "model", "perplexity"],
             [
                 [
                     f"{p.data} ({p.split})",
                     str(p.windows),
                     str(p.seqlen),
                     p.dtype,
-                    with_error(d.perplexity, d.standard_error) if d else "–",
+                    label,
                     with_error(p.perplexity, p.standard_error),
                 ]
-                for p, d in rows
+                for row in rows
+                for label, p, _ in row
             ],
         ),
     )
 
 
-def divergences(evaluations: Sequence[Evaluation]) -> Drawing | None:
+def divergences(report: Report) -> Drawing | None:
     """Draw the KL divergence from the dense model, and tokens whose most likely successor changed."""
-    rows = [
-        (e.perplexity.data, e.divergence) for e in evaluations if e.divergence is not None and e.perplexity is not None
-    ]
+    rows = []
+    for evaluation in report.evaluations:
+        if evaluation.perplexity is not None and evaluation.divergence is not None:
+            data, earlier = evaluation.perplexity.data, gain_of(report, evaluation)
+            if earlier is not None and earlier[0].divergence is not None:
+                rows.append((f"{data}, before", earlier[0].divergence))
+            rows.append((data if report.recovery is None else f"{data}, recovered", evaluation.divergence))
     if not rows:
         return None
 
@@ -104,7 +113,7 @@ def divergences(evaluations: Sequence[Evaluation]) -> Drawing | None:
             ),
         ):
             for position, (value, error) in enumerate(zip(values, errors, strict=True)):
-                spread = error if math.isfinite(error) else 0.0
+                spread = _finite(error)
                 axes.barh(position, value, height=0.6, color=color)
                 axes.errorbar(value, position, xerr=spread, color=INK, capsize=3, linewidth=1.2)
                 label_right(axes, value + spread, position, significant(value))
@@ -138,9 +147,9 @@ def divergences(evaluations: Sequence[Evaluation]) -> Drawing | None:
     )
 
 
-def zero_shot(evaluations: Sequence[Evaluation]) -> Drawing | None:
-    """Draw the zero-shot scores of the dense and the pruned model, with standard errors."""
-    tasks = [task for e in evaluations for task in e.tasks]
+def zero_shot(report: Report) -> Drawing | None:
+    """Draw the zero-shot scores of the dense model and of the result, with standard errors."""
+    tasks, name = [task for e in report.evaluations for task in e.tasks], DONE[report.kind]
     if not tasks:
         return None
 
@@ -159,7 +168,7 @@ def zero_shot(evaluations: Sequence[Evaluation]) -> Drawing | None:
                     )
         axes.set_yticks(range(len(tasks)), [f"{t.task}{' *' if t.significant else ''}\n{t.metric}" for t in tasks])
         axes.set_ylim(len(tasks) - 0.5, -0.5)
-        axes.set_xlabel("right answers, %  (square dense, dot pruned)")
+        axes.set_xlabel(f"right answers, %  (square dense, dot {name})")
         style(axes, grid="x")
 
     return draw(
@@ -175,7 +184,7 @@ def zero_shot(evaluations: Sequence[Evaluation]) -> Drawing | None:
         ),
         heights=(80 + 44 * len(tasks), 80 + 44 * len(tasks)),
         table=(
-            ["task", "metric", "items", "dense, %", "pruned, %", "lost", "won", "p"],
+            ["task", "metric", "items", "dense, %", f"{name}, %", "lost", "won", "p"],
             [
                 [
                     t.task,
@@ -195,3 +204,8 @@ def zero_shot(evaluations: Sequence[Evaluation]) -> Drawing | None:
 
 def _scaled(share: float | None) -> float | None:
     return None if share is None else 100 * share
+
+
+def _finite(error: float) -> float:
+    """Return a standard error, 0 where it is not defined."""
+    return error if math.isfinite(error) else 0.0

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from ..runs.records import Lineage, Stage, amount_label, methods_label
+from ..runs.records import Lineage, Stage, amount_label, methods_label, recovery_label
 from ..runtime.formatting import count, percent, with_error
 
 DONE = {"prune": "pruned", "recover": "recovered", "align": "aligned", "merge": "merged with an adapter"}
@@ -20,7 +20,12 @@ def _stage_line(stage: Stage) -> str:
     """Say what a run did, what it measured, and when."""
     figures, settings = stage.figures, stage.settings
     parts = [DONE[stage.kind]]
-    if settings.get("sparsity"):
+    if stage.kind == "recover":
+        parts[0] = recovery_label(settings, figures.tokens)
+        data = settings.get("data") or {}
+        if text := data.get("source") or ", ".join(data.get("tasks") or ()):
+            parts[0] += f" of {file_name(str(text))}"
+    elif settings.get("sparsity"):
         less = bool((settings.get("structure") or {}).get("remove"))
         parts[0] += f" {'by' if less else 'to'} {amount_label(settings)} with {methods_label(settings)}"
     if figures.parameters:
@@ -32,3 +37,8 @@ def _stage_line(stage: Stage) -> str:
     if stage.finished:
         parts.append(stage.finished[:10])
     return ", ".join(parts)
+
+
+def file_name(source: str) -> str:
+    """Cut the name of a text to its last part: cards are published, folders of a machine are not."""
+    return source.rsplit("/", 1)[-1]

@@ -1,13 +1,16 @@
-"""Write the model card of a pruned checkpoint: its source, how it was made, what was measured."""
+"""Write the model card of a run's checkpoint: its source, how it was made, what was measured."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 from ..runs.records import Report
-from ..runtime.formatting import count, p_value, percent, significant, size, with_error
+from ..runs.results import Evaluation
+from ..runtime.formatting import count, p_value, percent, short_count, significant, size, with_error
 from .evaluation_text import item_count
-from .lineage_text import lineage_lines
+from .lineage_text import DONE, file_name, lineage_lines
+from .recovery_text import change_text, closed_text, gain_of, held_out_text
 from .rendering import plain_markdown, render
 from .size_and_speed import size_rows, speed_rows, speeds
 from .structure_text import structure_sentence
@@ -26,6 +29,8 @@ def model_card(report: Report) -> str:
         name=base_model(report),
         amount=amount(report),
         smaller=structure_sentence(report),
+        done=DONE[report.kind],
+        training=_training(report),
         zeros=_zeros(report),
         measured=_measured(report),
         made=_made(report),
@@ -36,12 +41,13 @@ def model_card(report: Report) -> str:
 
 def amount(report: Report) -> str:
     """Say how much was pruned: ``50% sparse``, or what structure was removed."""
-    return report.sparsity if report.structured else f"{report.sparsity} sparse"
+    text = report.sparsity if report.structured else f"{report.sparsity} sparse"
+    return text if report.recovery is None else f"{text}, recovered"
 
 
 def base_model(report: Report) -> str:
-    """Name the base model as a card may: a hub id stays, a path of this machine is cut to its last part."""
-    return base_model_name(report.model.source)
+    """Name the dense model as a card may: a hub id stays, a path of this machine is cut to its last part."""
+    return base_model_name(report.origin.source)
 
 
 def base_model_name(source: str) -> str:
@@ -51,10 +57,11 @@ def base_model_name(source: str) -> str:
 
 
 def _metadata(report: Report) -> dict[str, Any]:
-    source = report.model.source
+    origin = report.origin
+    source, license_name = origin.source, origin.license or report.model.license
     block: dict[str, Any] = {}
-    if report.model.license:
-        block["license"] = report.model.license
+    if license_name:
+        block["license"] = license_name
     if base_model(report) == source and "/" in source:
         block["base_model"] = [source]
         block["base_model_relation"] = "finetune"
@@ -65,8 +72,12 @@ def _metadata(report: Report) -> dict[str, Any]:
         "sparsity",
         "fistapruner",
         *(["structured-pruning"] if report.structured else []),
-        *(method.strip().replace("+", "-") for method in report.method.split(",")),
-        "" if report.only_structure else str(report.recipe.get("sparsity", "")).replace("%", "-percent"),
+        *(
+            ["recovery"]
+            if report.recovery
+            else (method.strip().replace("+", "-") for method in report.method.split(","))
+        ),
+        "" if report.only_structure else str(report.pruning.get("sparsity", report.sparsity)).replace("%", "-percent"),
     ]
     block["tags"] = [tag for tag in block["tags"] if tag]
     results = _metadata_results(report)
@@ -120,10 +131,49 @@ def _zeros(report: Report) -> str:
     return text + "."
 
 
-def _measured(report: Report) -> list[tuple[str, str, str, str]]:
-    """List measure, how it was measured, dense and pruned value."""
-    rows = []
+def _training(report: Report) -> str:
+    """Say what a recovery run trained, on what, and what that won; empty for another run."""
+    found, used = report.recovery, report.calibration
+    if found is None:
+        return ""
+    loss = {
+        "kl": "the dense model's predictions",
+        "ce": "the next token",
+        "mix": "the dense model's predictions and the text",
+    }
+    text = f"It was recovered: {count(found.trained)} numbers (`{found.parameters}`) were trained"
+    text += f" on {short_count(found.tokens)} tokens" + (
+        f" of {plain_markdown(file_name(used.source))}" if used else ""
+    )
+    text += f" to match {loss.get(found.loss, found.loss)}, with every zero kept."
+    for evaluation in report.evaluations[:1]:
+        earlier = gain_of(report, evaluation)
+        if earlier is not None and earlier[1].closed is not None and evaluation.perplexity is not None:
+            closed, data = closed_text(earlier[1]), plain_markdown(evaluation.perplexity.data)
+            text += f" {closed} of the gap to the dense model, ln of the ratio of perplexities on {data}, is closed."
+    return text
+
+
+def _measured(report: Report) -> list[tuple[str, ...]]:
+    """List measure, how it was measured, and the values: dense, before recovery, result."""
+    rows: list[tuple[str, ...]] = []
     for evaluation in report.evaluations:
+        earlier = gain_of(report, evaluation)
+        known = {(name, how): value for name, how, _, value in _values([earlier[0]])} if earlier else {}
+        for name, how, dense, value in _values([evaluation]):
+            before = (known.get((name, how), "–"),) if report.recovery is not None else ()
+            rows.append((name, how, dense, *before, value))
+    if speeds(report):
+        before = ("–",) if report.recovery is not None else ()
+        costs = size_rows(report) + speed_rows(report)
+        rows += [(measure, f"{how} ({change})", dense, *before, after) for measure, dense, after, change, how in costs]
+    return rows
+
+
+def _values(evaluations: Sequence[Evaluation]) -> list[tuple[str, str, str, str]]:
+    """List measure, how it was measured, the value of the dense model and of the evaluated one."""
+    rows = []
+    for evaluation in evaluations:
         text, dense, damage = evaluation.perplexity, evaluation.reference, evaluation.divergence
         if text is not None:
             protocol = (
@@ -149,9 +199,6 @@ def _measured(report: Report) -> list[tuple[str, str, str, str]]:
                     with_error(task.value, task.standard_error, 4),
                 )
             )
-    if speeds(report):
-        costs = size_rows(report) + speed_rows(report)
-        rows += [(measure, f"{how} ({change})", before, after) for measure, before, after, change, how in costs]
     return rows
 
 
@@ -166,8 +213,13 @@ def _made(report: Report) -> list[str]:
     if report.calibration:
         used = report.calibration
         how = f" ({used.how})" if used.how else ""
-        source = plain_markdown(_file_name(used.source))
-        lines.append(f"calibration: {used.samples} windows of {used.seqlen} tokens from {source}{how}")
+        source = plain_markdown(file_name(used.source))
+        what = "calibration" if report.recovery is None else "training text"
+        lines.append(f"{what}: {used.samples} windows of {used.seqlen} tokens from {source}{how}")
+    if report.recovery is not None and (text := held_out_text(report.recovery)):
+        lines.append(f"loss on {report.recovery.held_out_windows} windows held out from training: {text}")
+    if text := change_text(report):
+        lines.append(f"changed: {text}")
     if errors:
         mean, worst = percent(sum(errors) / len(errors)), percent(max(errors))
         lines.append(f"relative error of the operators' outputs: mean {mean}, worst {worst}")
@@ -187,9 +239,12 @@ def _made(report: Report) -> list[str]:
 def _recipe(report: Report) -> dict[str, Any]:
     """Return the recipe without what depends on the machine."""
     recipe = {key: value for key, value in report.recipe.items() if key != "execution"}
-    calibration = recipe.get("calibration")
-    if isinstance(calibration, dict) and "source" in calibration:
-        recipe["calibration"] = {**calibration, "source": _file_name(str(calibration["source"]))}
+    for section in ("calibration", "data"):
+        text = recipe.get(section)
+        if isinstance(text, dict) and text.get("source"):
+            recipe[section] = text = {**text, "source": file_name(str(text["source"]))}
+        if isinstance(text, dict) and isinstance(tasks := text.get("tasks"), dict):
+            recipe[section] = {**text, "tasks": {name: file_name(str(source)) for name, source in tasks.items()}}
     return recipe
 
 
@@ -200,8 +255,3 @@ def _lineage(report: Report) -> list[str]:
     source = report.lineage.source
     shown = source.model_copy(update={"source": base_model_name(source.source)})
     return lineage_lines(report.lineage.model_copy(update={"source": shown}))
-
-
-def _file_name(source: str) -> str:
-    """Cut a calibration source to its last part: cards are published, folders of a machine are not."""
-    return source.rsplit("/", 1)[-1]

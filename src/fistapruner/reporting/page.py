@@ -4,15 +4,27 @@ from __future__ import annotations
 
 import yaml
 
-from ..runs.records import Report
+from ..runs.records import Recovery, Report, TextSide
+from ..runs.results import Evaluation
 from ..runtime.formatting import count, duration, pattern, percent, short_count, significant, size, with_error
 from .advice import advice
 from .figures import layer_figures
 from .figures_quality import quality_figures
+from .figures_recovery import training_figures
 from .layer_errors import hardest
-from .lineage_text import lineage_lines
+from .lineage_text import DONE, lineage_lines
 from .model_card import base_model
-from .quality_rows import mean_score, one_metric, quality_rows
+from .quality_rows import mean_score, one_metric, quality_rows, recovery_rows
+from .recovery_text import (
+    Gain,
+    change_text,
+    closed_text,
+    documents_text,
+    gain_of,
+    held_out_text,
+    task_losses,
+    trained_text,
+)
 from .rendering import Table, moment, present, render
 from .size_and_speed import dense_speed, packed_speeds, size_rows, speed_protocol, speed_rows, speed_table, speeds
 from .structure_text import structure_rows, structure_sentence, structure_table
@@ -24,7 +36,11 @@ def run_page(report: Report) -> str:
     Raises:
         MissingExtraError: matplotlib is not installed.
     """
-    done = f"{len(report.layers)} of {report.model.layers} decoder layers" if report.status != "finished" else ""
+    done = f"{len(report.layers)} of {report.model.layers} decoder layers"
+    if report.recovery is not None:
+        done = f"{report.recovery.steps} of {report.recovery.asked_steps} steps"
+    if report.status == "finished":
+        done = ""
     about = (report.method, report.model.architecture, done, moment(report.finished or report.started))
     return render(
         "run.html.j2",
@@ -34,13 +50,17 @@ def run_page(report: Report) -> str:
         verdict=verdict(report),
         program=f"fistapruner {report.versions.get('fistapruner', '')}".strip(),
         report=report,
-        figures=layer_figures(report) | quality_figures(report.evaluations),
+        figures=layer_figures(report) | quality_figures(report) | training_figures(report),
         tiles=_tiles(report),
         measured=_measured(report),
         speed=_speed(report),
         speed_sentence=str((report.speed or {}).get("sentence") or ""),
         speed_measured=_speed_measured(report),
         warnings=_warnings(report),
+        training=_training(report),
+        tasks=_tasks(report),
+        texts=_texts(report),
+        samples=_samples(report),
         advice=advice(report),
         hardest=_hardest(report),
         removed=structure_table(report),
@@ -57,7 +77,8 @@ def run_page(report: Report) -> str:
 def _title(report: Report) -> str:
     """Name the model and what was removed from it."""
     name = base_model(report) or "Model"
-    return f"{name}, {report.sparsity}" if report.structured else f"{name} at {report.sparsity or 'unknown'} sparsity"
+    amount = f", {report.sparsity}" if report.structured else f" at {report.sparsity or 'unknown'} sparsity"
+    return name + amount + ("" if report.recovery is None else ", recovered")
 
 
 def verdict(report: Report) -> str:
@@ -66,16 +87,22 @@ def verdict(report: Report) -> str:
     sentences = [structure_sentence(report)] if report.widths else []
     if totals.operator_weights and totals.operator_zeros is not None and not report.only_structure:
         share = percent(totals.operator_zeros / totals.operator_weights, 4)
-        sentences.append(f"{share} of the pruned operators' weights are exactly zero.")
+        kept = ", the same as before recovery" if report.recovery is not None else ""
+        sentences.append(f"{share} of the pruned operators' weights are exactly zero{kept}.")
+    if report.recovery is not None and (losses := held_out_text(report.recovery)):
+        sentences.append(f"Held-out loss: {losses}.")
     for evaluation in report.evaluations[:1]:
         text, dense = evaluation.perplexity, evaluation.reference
-        if text is not None and dense is not None:
+        if (earlier := gain_of(report, evaluation)) is not None and text is not None:
+            sentences.append(_won(*earlier, evaluation))
+        elif text is not None and dense is not None:
             ratio = significant(text.perplexity / dense.perplexity)
             change = f"from {dense.perplexity:.2f} to {text.perplexity:.2f} (×{ratio})"
             sentences.append(f"Perplexity on {text.data} went {change}.")
         if evaluation.divergence is not None:
             same = percent(evaluation.divergence.top1_agreement)
-            sentences.append(f"The most likely next token stayed the same for {same} of the tokens.")
+            stayed = "stayed the same" if report.recovery is None else "is that of the dense model"
+            sentences.append(f"The most likely next token {stayed} for {same} of the tokens.")
     if report.permuted:
         sentences.append(
             f"The hidden channels that {len(report.permuted)} operators read were reordered for the pattern: "
@@ -84,8 +111,20 @@ def verdict(report: Report) -> str:
     if report.status == "failed":
         sentences.append(f"The run stopped: {report.error or 'reason unknown'}.")
     if report.status == "running":
-        sentences.append("The run is not finished; this page shows the layers that are done.")
+        what = "layers" if report.recovery is None else "steps"
+        sentences.append(f"The run is not finished; this page shows the {what} that are done.")
     return " ".join(sentences)
+
+
+def _won(before: Evaluation, won: Gain, after: Evaluation) -> str:
+    """Say how perplexity changed by recovery, beside that of the dense model."""
+    old, new, dense = before.perplexity, after.perplexity, after.reference
+    assert old is not None  # there is no gain without them
+    assert new is not None
+    text = f"Perplexity on {new.data} went from {old.perplexity:.2f} to {new.perplexity:.2f}"
+    if dense is None or won.closed is None:
+        return f"{text}."
+    return f"{text}, against {dense.perplexity:.2f} of the dense model: {closed_text(won)} of the gap is closed."
 
 
 def _tiles(report: Report) -> list[tuple[str, str, str]]:
@@ -94,9 +133,15 @@ def _tiles(report: Report) -> list[tuple[str, str, str]]:
     items = []
     evaluation = next((e for e in report.evaluations if e.perplexity is not None), None)
     if evaluation is not None and evaluation.perplexity is not None:
-        text, dense = evaluation.perplexity, evaluation.reference
-        before = f"dense {with_error(dense.perplexity, dense.standard_error)}; " if dense is not None else ""
-        items.append(("Perplexity", f"{text.perplexity:.2f}", f"{before}{text.data}, windows of {text.seqlen}"))
+        text, dense, earlier = evaluation.perplexity, evaluation.reference, gain_of(report, evaluation)
+        note = f"dense {with_error(dense.perplexity, dense.standard_error)}; " if dense is not None else ""
+        if earlier is not None and earlier[0].perplexity is not None:
+            note += f"before {with_error(earlier[0].perplexity.perplexity, earlier[0].perplexity.standard_error)}; "
+        items.append(("Perplexity", f"{text.perplexity:.2f}", f"{note}{text.data}, windows of {text.seqlen}"))
+        if earlier is not None and earlier[1].closed is not None:
+            items.append(
+                ("Gap closed", closed_text(earlier[1]), "of ln(perplexity before / dense), paired over windows")
+            )
         if evaluation.divergence is not None:
             agreement = evaluation.divergence
             items.append(
@@ -106,6 +151,8 @@ def _tiles(report: Report) -> list[tuple[str, str, str]]:
                     f"KL {with_error(agreement.kl, agreement.kl_standard_error, 3)} nats",
                 )
             )
+    if report.recovery is not None:
+        items += _held_out_tile(report.recovery)
     if report.widths and totals.model_weights and report.model.parameters:
         share = percent(1 - totals.model_weights / report.model.parameters)
         channels = f"MLP channels {count(report.widths[0])} → {count(report.widths[1])}"
@@ -155,15 +202,94 @@ def _tiles(report: Report) -> list[tuple[str, str, str]]:
         items.append(("Decoding speed", f"×{significant(ratio)}", note))
     if totals.seconds:
         peak = f"peak memory {size(totals.peak_memory)}" if totals.peak_memory else ""
-        items.append(("Time to prune", duration(totals.seconds), peak))
+        items.append((f"Time to {report.kind}", duration(totals.seconds), peak))
     return items
 
 
+def _held_out_tile(found: Recovery) -> list[tuple[str, str, str]]:
+    start, best = found.start, found.best
+    if start is None or best is None:
+        return []
+    note = f"{start.held_out:.4f} before; step {best.step} of {found.asked_steps} is kept"
+    return [("Held-out loss", f"{best.held_out:.4f}", note)]
+
+
 def _measured(report: Report) -> Table:
-    """Tabulate what was measured on the dense and the pruned model."""
-    rows = [*quality_rows(report.evaluations), *size_rows(report), *speed_rows(report)]
-    head = ("measure", "dense", "pruned", "change", "how it was measured")
-    return Table("Measured results", head, rows, numeric=(1, 2, 3), stack=True)
+    """Tabulate what was measured on the dense model and on the result, and before recovery."""
+    costs = [*size_rows(report), *speed_rows(report)]
+    name, how = DONE[report.kind], "how it was measured"
+    if report.recovery is None:
+        rows = [*quality_rows(report.evaluations), *costs]
+        return Table("Measured results", ("measure", "dense", name, "change", how), rows, numeric=(1, 2, 3), stack=True)
+    beside = [(measure, dense, "–", *others) for measure, dense, *others in costs]
+    head = ("measure", "dense", "before", name, "against dense", how)
+    return Table("Measured results", head, [*recovery_rows(report), *beside], numeric=(1, 2, 3, 4), stack=True)
+
+
+def _training(report: Report) -> list[tuple[str, str]]:
+    """List what a recovery run trained, how, and how far the weights moved."""
+    found = report.recovery
+    if found is None:
+        return []
+    windows = found.steps * report.recipe.get("windows_per_step", 0)
+    passes = f", {significant(windows / found.windows, 2)} passes over the text" if windows and found.windows else ""
+    pairs = [
+        ("trained", f"{found.parameters}: {trained_text(found)}" if found.trained else found.parameters),
+        ("optimizer", found.optimizer),
+        ("loss", found.loss),
+        ("steps", f"{count(found.steps)} of {count(found.asked_steps)}{passes}"),
+        ("tokens with loss", count(found.tokens)),
+        ("kept", held_out_text(found)),
+        ("changed", change_text(report)),
+    ]
+    return present(pairs)
+
+
+def _tasks(report: Report) -> Table:
+    """Tabulate the held-out loss of every task of a mixture."""
+    rows = [
+        (name, f"{start:.4f}", f"{best:.4f}", f"{best - start:+.4f}".replace("-", "−"))
+        for name, start, best in (task_losses(report.recovery) if report.recovery is not None else [])
+    ]
+    return Table("Held-out loss by task", ("task", "before", "recovered", "change"), rows, numeric=(1, 2, 3))
+
+
+def _texts(report: Report) -> Table:
+    """Tabulate the texts of a recovery run."""
+    rows = []
+    texts = report.calibration.tasks if report.calibration is not None and report.recovery is not None else {}
+    for name, facts in texts.items():
+        sides = [_side(side) for side in (facts.trained, facts.held_out)]
+        windows = f"{sides[0]} to train on, {sides[1]} held out" if all(sides) else f"{facts.samples} windows"
+        rows.append((name if facts.source == name else f"{name}: {facts.source}", windows, facts.how))
+    return Table("Training text", ("text", "windows", "how they were made"), rows, stack=True)
+
+
+def _side(side: TextSide | None) -> str:
+    """Write the windows and documents of one side of a text; empty where there is none."""
+    if side is None:
+        return ""
+    return f"{count(side.windows)} windows" + (f" of {documents_text(side.documents)}" if side.documents else "")
+
+
+def _samples(report: Report) -> list[tuple[str, list[tuple[str, str]]]]:
+    """List prompts, each with the continuations of the models by name."""
+    recovered = report.recovery is not None
+    return [
+        (
+            sample.prompt,
+            [
+                (name, text or "–")
+                for name, text in (
+                    ("Dense", sample.dense),
+                    ("Before recovery" if recovered else "Pruned", sample.pruned),
+                    ("Recovered", sample.recovered),
+                )
+                if text is not None or (name == "Pruned")
+            ],
+        )
+        for sample in report.generations
+    ]
 
 
 def _speed(report: Report) -> Table:
@@ -213,6 +339,7 @@ PHASES = {
     "io": "reading weights, writing results",
     "report": "spectra and errors for this page",
     "plain": "one forward pass without hooks, to compare",
+    "train": "optimizer steps and checks on held-out windows",
     "write": "writing the checkpoint",
 }
 """What the phases of a run's time are."""
@@ -266,17 +393,18 @@ def _used(report: Report) -> list[tuple[str, str]]:
         ("fingerprint", report.fingerprint),
     ]
     if used is not None:
+        text = "calibration" if report.recovery is None else "training text"
         pairs += [
             (
-                "calibration",
+                text,
                 f"{used.source}: {used.samples} windows of {used.seqlen} tokens"
                 + (f", {used.how}" if used.how else ""),
             ),
             (
-                "calibration tokens",
+                f"{text} tokens",
                 f"{count(used.tokens)}, sha256 {used.sha256[:16]}" if used.sha256 else count(used.tokens),
             ),
-            ("calibration seed", None if used.seed is None else str(used.seed)),
+            (f"{text} seed", None if used.seed is None else str(used.seed)),
         ]
     pairs += [
         ("seed", str(report.recipe["seed"]) if "seed" in report.recipe else None),

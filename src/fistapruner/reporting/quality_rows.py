@@ -5,14 +5,38 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
+from ..runs.records import Report
 from ..runs.results import Evaluation, TaskResult
 from ..runtime.formatting import p_value, significant, with_error
 from .evaluation_text import item_count, protocol
+from .recovery_text import closed_text, gain_of
 from .size_and_speed import Row
 
 
 def quality_rows(evaluations: Sequence[Evaluation]) -> list[Row]:
     """List perplexity, divergence from the dense model and task scores, one row for each."""
+    return [*_text_rows(evaluations), *_task_rows(evaluations)]
+
+
+def recovery_rows(report: Report) -> list[tuple[str, ...]]:
+    """List the same of a recovered model, with the figures before recovery as third column."""
+    rows: list[tuple[str, ...]] = []
+    for evaluation in report.evaluations:
+        earlier = gain_of(report, evaluation)
+        rows += _beside(_text_rows([evaluation]), _text_rows([earlier[0]] if earlier else []))
+        if earlier is not None and earlier[1].closed is not None:
+            how = "share of ln(perplexity before / dense), paired over windows"
+            rows.append(("Gap closed, %", "", "0", closed_text(earlier[1]).removesuffix(" %"), "", how))
+    before = report.recovery.before if report.recovery else []
+    return rows + _beside(_task_rows(report.evaluations), _task_rows(before))
+
+
+def _beside(rows: Sequence[Row], before: Sequence[Row]) -> list[tuple[str, ...]]:
+    known = {name: value for name, _, value, _, _ in before}
+    return [(name, dense, known.get(name, "–"), value, change, how) for name, dense, value, change, how in rows]
+
+
+def _text_rows(evaluations: Sequence[Evaluation]) -> list[Row]:
     rows: list[Row] = []
     for evaluation in evaluations:
         text, dense, damage = evaluation.perplexity, evaluation.reference, evaluation.divergence
@@ -34,9 +58,7 @@ def quality_rows(evaluations: Sequence[Evaluation]) -> list[Row]:
                 ("NLL gap, nats a token", "0", gap, "", "ln of the ratio of the perplexities, paired over windows")
             )
             kl = with_error(damage.kl, damage.kl_standard_error, 3)
-            rows.append(
-                ("KL from dense, nats a token", "0", kl, "", "mean over the same tokens of KL(dense || pruned)")
-            )
+            rows.append(("KL from dense, nats a token", "0", kl, "", "mean over the same tokens of KL(dense || model)"))
             agreement = with_error(100 * damage.top1_agreement, 100 * damage.top1_standard_error, 1)
             rows.append(
                 (
@@ -47,6 +69,11 @@ def quality_rows(evaluations: Sequence[Evaluation]) -> list[Row]:
                     "tokens whose most likely successor is the same in both models",
                 )
             )
+    return rows
+
+
+def _task_rows(evaluations: Sequence[Evaluation]) -> list[Row]:
+    rows: list[Row] = []
     tasks = [task for evaluation in evaluations for task in evaluation.tasks]
     for task in tasks:
         before, change, how = "–", "–", f"{task.shots}-shot, {item_count(task)}, {task.source}"

@@ -34,7 +34,7 @@ def packed_speeds(report: Report) -> list[dict[str, Any]]:
 
 def size_rows(report: Report) -> list[Row]:
     """List the size of the checkpoint as written, and packed."""
-    totals, dense = report.totals, report.model.bytes
+    totals, dense = report.totals, report.origin.bytes
     rows = []
     if totals.checkpoint_bytes:
         change = _times(totals.checkpoint_bytes, dense)

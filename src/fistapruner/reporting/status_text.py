@@ -5,40 +5,67 @@ from __future__ import annotations
 from datetime import UTC, datetime
 from typing import Any
 
-from ..runs.records import Report
+from ..runs.records import Recovery, Report
 from ..runtime.formatting import align_columns, duration, percent
 from .layer_errors import mean_error
+from .recovery_text import held_out_text
+
+LOSSES = 8
+"""Steps whose mean is shown as the training loss: that of one step is noisy."""
 
 
 def status_facts(report: Report, now: datetime | None = None) -> dict[str, Any]:
-    """Return progress as JSON values: layers done, mean error, seconds since the start and left.
+    """Return progress as JSON values: layers or steps done, errors or losses, times.
 
-    The seconds left are an estimate from the mean time of the finished layers; None before the first one.
+    The seconds left are an estimate from the mean time of the finished layers or steps; None before the first one.
     """
     now = now or datetime.now(UTC)
+    facts = {
+        "status": report.status,
+        "error": report.error,
+        "model": report.model.source,
+        "method": report.method,
+        "sparsity": report.sparsity,
+    }
+    progress = _layer_facts(report, now) if report.recovery is None else _step_facts(report, report.recovery, now)
+    since = {"seconds_since_start": _since(report.started, now)}
+    return {**facts, **progress, **since, "warnings": report.warnings}
+
+
+def _step_facts(report: Report, found: Recovery, now: datetime) -> dict[str, Any]:
+    left = None
+    if report.status == "running" and found.steps:
+        left = found.seconds / found.steps * (found.asked_steps - found.steps)
+    recent = [loss for _, loss in found.curve[-LOSSES:]]
+    return {
+        "steps_done": found.steps,
+        "steps": found.asked_steps,
+        "training_loss": sum(recent) / len(recent) if recent else None,
+        "held_out": [{"step": check.step, "loss": check.held_out, "kept": check.kept} for check in found.checks],
+        "kept_step": found.kept_step,
+        "tokens": found.tokens,
+        "seconds_since_last_step": _since(found.last_step, now),
+        "seconds_left": left,
+    }
+
+
+def _layer_facts(report: Report, now: datetime) -> dict[str, Any]:
     done, total = len(report.layers), report.model.layers
     times = [sum(layer.seconds.values()) for layer in report.layers if layer.seconds]
     left = None if report.status != "running" or not times else (total - done) * sum(times) / len(times)
     errors = [op.relative_error for layer in report.layers for op in layer.operators if op.relative_error is not None]
     last = [layer.finished for layer in report.layers if layer.finished]
     return {
-        "status": report.status,
-        "error": report.error,
-        "model": report.model.source,
-        "method": report.method,
-        "sparsity": report.sparsity,
         "layers_done": done,
         "layers": total,
         "mean_relative_error": sum(errors) / len(errors) if errors else None,
-        "seconds_since_start": _since(report.started, now),
         "seconds_since_last_layer": _since(max(last), now) if last else None,
         "seconds_left": left,
-        "warnings": report.warnings,
     }
 
 
 def status_text(report: Report, *, alive: bool | None = None, now: datetime | None = None) -> str:
-    """Write progress as text, with a line for every finished layer.
+    """Write progress as text, with a line for every finished layer or every check on held-out windows.
 
     Args:
         report: of the run, finished or not.
@@ -49,13 +76,41 @@ def status_text(report: Report, *, alive: bool | None = None, now: datetime | No
     state = str(found["status"])
     if state == "running" and alive is not None:
         state = "running" if alive else "stopped: no process works on it; give the same command again to go on"
-    lines = [f"{found['model']}: {found['method']}, {found['sparsity']}: {state}"]
+    about = f"{found['model']}: {found['method']}, {found['sparsity']}"
+    if report.recovery is not None:
+        about = f"{found['model']}, {found['sparsity']}, recovery ({found['method'].partition(': ')[2]})"
+    lines = [f"{about}: {state}"]
     if report.error:
         lines.append(f"error: {report.error}")
-    done, total = found["layers_done"], found["layers"]
-    bar = "█" * round(30 * done / total) + "░" * (30 - round(30 * done / total)) if total else ""
     left = f", about {duration(found['seconds_left'])} left" if found["seconds_left"] and alive is not False else ""
-    lines.append(f"{bar} {done} of {total} decoder layers{left}")
+    if report.recovery is None:
+        lines += [f"{_bar(found['layers_done'], found['layers'])} decoder layers{left}", *_layer_lines(report, found)]
+    else:
+        lines += [f"{_bar(found['steps_done'], found['steps'])} steps{left}", *_step_lines(report.recovery, found)]
+    lines += [f"warning: {warning}" for warning in report.warnings]
+    return "\n".join(lines)
+
+
+def _bar(done: int, total: int) -> str:
+    filled = round(30 * done / total) if total else 0
+    return ("█" * filled + "░" * (30 - filled) if total else "") + f" {done} of {total}"
+
+
+def _step_lines(found: Recovery, facts: dict[str, Any]) -> list[str]:
+    """Write the training loss, and a line for every check on held-out windows."""
+    lines = [] if facts["training_loss"] is None else [f"training loss {facts['training_loss']:.4f}"]
+    if text := held_out_text(found):
+        lines.append(f"held-out loss {text}")
+    rows = [
+        ("", f"step {check.step}", f"held-out loss {check.held_out:.4f}", "kept" if check.kept else "not better")
+        for check in found.checks
+    ]
+    return lines + ([align_columns(rows)] if rows else [])
+
+
+def _layer_lines(report: Report, found: dict[str, Any]) -> list[str]:
+    """Write the mean and the largest error, and a line for every finished layer."""
+    lines = []
     if found["mean_relative_error"] is not None:
         operators = [(layer, operator) for layer in report.layers for operator in layer.operators]
         layer, operator = max(operators, key=lambda pair: pair[1].relative_error or 0.0)
@@ -68,9 +123,7 @@ def status_text(report: Report, *, alive: bool | None = None, now: datetime | No
         ("", f"layer {layer.index:>3}", f"error {percent(mean_error(layer)):>8}", time)
         for layer, time in zip(report.layers, spent, strict=True)
     ]
-    lines += [align_columns(rows, right=(3,))] if rows else []
-    lines += [f"warning: {warning}" for warning in report.warnings]
-    return "\n".join(lines)
+    return lines + ([align_columns(rows, right=(3,))] if rows else [])
 
 
 def _since(moment: str | None, now: datetime) -> float | None:

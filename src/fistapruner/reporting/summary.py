@@ -6,17 +6,73 @@ from pathlib import Path
 
 from ..runs.records import Report
 from ..runtime.formatting import align_columns, size, with_error
+from .evaluation_text import protocol
 from .lineage_text import lineage_lines
+from .recovery_text import change_text, closed_text, gain_of, held_out_text, task_losses, text_used, trained_text
 from .structure_text import structure_rows
 
 
 def summary(report: Report, folder: str | Path) -> str:
-    """Write the short table printed at the end of ``fistapruner prune``.
+    """Write the short table printed at the end of ``fistapruner prune`` and ``fistapruner recover``.
 
     Args:
         report: the finished run.
         folder: the run directory.
     """
+    rows: list[tuple[str, str]] = [
+        ("model", f"{report.model.source} ({report.model.architecture}, {report.model.dtype})")
+    ]
+    rows += _pruned(report) if report.recovery is None else _recovered(report)
+    rows += _cost(report)
+    if report.lineage is not None and len(report.lineage.stages) > 1:
+        names = ("made from", *("then" for _ in report.lineage.stages))
+        rows += zip(names, lineage_lines(report.lineage), strict=True)
+    for warning in report.warnings:
+        rows.append(("warning", warning))
+    rows.append(("checkpoint", str(Path(folder) / "model")))
+    return align_columns(rows)
+
+
+def _recovered(report: Report) -> list[tuple[str, str]]:
+    """List what a recovery run trained, on what, and what that won."""
+    found, totals = report.recovery, report.totals
+    assert found is not None
+    what, _, how = report.method.partition(": ")
+    rows = [(what, f"{how}; {report.sparsity}"), ("trained", trained_text(found))]
+    if text := held_out_text(found):
+        rows.append(("held-out loss", text))
+    rows += [(f"  {name}", f"{start:.4f} → {best:.4f}") for name, start, best in task_losses(found)]
+    for evaluation in report.evaluations:
+        dense, after = evaluation.reference, evaluation.perplexity
+        if after is None:
+            continue
+        earlier = gain_of(report, evaluation)
+        shown = [("dense", dense), ("before", earlier and earlier[0].perplexity), ("recovered", after)]
+        for name, one in shown:
+            if one is not None:
+                rows.append(
+                    (f"perplexity, {name}", f"{with_error(one.perplexity, one.standard_error)}  {protocol(one)}")
+                )
+        if earlier is not None and earlier[1].closed is not None:
+            rows.append(("gap closed", f"{closed_text(earlier[1])} of ln(before / dense); error paired over windows"))
+        damage, old = evaluation.divergence, earlier and earlier[0].divergence
+        if damage is not None:
+            start = f"{old.kl:.3f} → " if old else ""
+            agreed = f"{100 * old.top1_agreement:.1f} → " if old else ""
+            same = f"{agreed}{100 * damage.top1_agreement:.1f} %"
+            rows.append(("divergence", f"KL {start}{damage.kl:.3f} nats a token, same top token at {same}"))
+    if text := change_text(report):
+        rows.append(("changed", text))
+    if totals.operator_weights and totals.operator_zeros is not None:
+        share = 100 * totals.operator_zeros / totals.operator_weights
+        kept = f"{totals.operator_zeros} of {totals.operator_weights} operator weights are zero, the same as before"
+        rows.append(("zeros kept", f"{kept} ({share:.4f} %)"))
+    rows.append(("training text", text_used(report)))
+    return rows
+
+
+def _pruned(report: Report) -> list[tuple[str, str]]:
+    """List how a model was pruned and what that did to it."""
     totals = report.totals
     errors = [
         operator.relative_error
@@ -24,10 +80,7 @@ def summary(report: Report, folder: str | Path) -> str:
         for operator in layer.operators
         if operator.relative_error is not None
     ]
-    rows: list[tuple[str, str]] = [
-        ("model", f"{report.model.source} ({report.model.architecture}, {report.model.dtype})")
-    ]
-    rows.append(("method", f"{report.method}, {report.sparsity}"))
+    rows = [("method", f"{report.method}, {report.sparsity}")]
     for evaluation in report.evaluations:
         dense, pruned = evaluation.reference, evaluation.perplexity
         if pruned is None:
@@ -73,6 +126,13 @@ def summary(report: Report, folder: str | Path) -> str:
                 f"{100 * sum(errors) / len(errors):.2f} % of the outputs' energy, mean over {len(errors)} operators",
             )
         )
+    return rows
+
+
+def _cost(report: Report) -> list[tuple[str, str]]:
+    """List time, memory and size."""
+    totals = report.totals
+    rows: list[tuple[str, str]] = []
     if totals.seconds is not None:
         split = ", ".join(
             f"{name} {seconds:.0f}" for name, seconds in sorted(totals.time_split.items(), key=lambda item: -item[1])
@@ -84,15 +144,9 @@ def summary(report: Report, folder: str | Path) -> str:
         rows.append(
             (
                 "size on disk",
-                f"{size(totals.checkpoint_bytes)}; the dense model has {size(report.model.bytes)}"
+                f"{size(totals.checkpoint_bytes)}; the dense model has {size(report.origin.bytes)}"
                 if report.only_structure
                 else f"{size(totals.checkpoint_bytes)}: zeros are stored; 'fistapruner pack' makes the file smaller",
             )
         )
-    if report.lineage is not None and len(report.lineage.stages) > 1:
-        names = ("made from", *("then" for _ in report.lineage.stages))
-        rows += zip(names, lineage_lines(report.lineage), strict=True)
-    for warning in report.warnings:
-        rows.append(("warning", warning))
-    rows.append(("checkpoint", str(Path(folder) / "model")))
-    return align_columns(rows)
+    return rows

@@ -66,11 +66,6 @@ class RunDecision(Frozen):
     numerics: Numerics
     evaluation: EvaluationRequest | None = None
 
-    @property
-    def reference(self) -> Path:
-        """Folder of the model that the result is compared with."""
-        return self.folder
-
 
 class UnitDecision(Frozen):
     """Operators that share channels to remove: ``producers`` write them, ``consumer`` reads them."""
@@ -135,10 +130,6 @@ class RecoverDecision(RunDecision):
     text_sha256: dict[str, str] = {}
     steps: int
     teacher_windows: int | None = None
-
-    @property
-    def reference(self) -> Path:
-        return self.dense or self.folder
 
 
 class RunRecord(Report):

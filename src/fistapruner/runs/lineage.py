@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from ..models.files.checkpoint import PRUNING_RECORD
 from ..models.files.record import read_pruning_record
 from ..runtime.files import write_json_atomic
 from .records import Lineage, ModelFacts, Report, Stage, StageFigures
+from .results import Perplexity
 
 
 def read_lineage(record: Mapping[str, Any], origin: Path) -> tuple[Lineage | None, str | None]:
@@ -84,11 +86,17 @@ def stage_of(report: Report) -> Stage:
             parameters=report.totals.model_weights if report.widths else None,
             relative_error=sum(known) / len(known) if known else None,
             seconds=report.totals.seconds,
-            perplexity=measured and measured.perplexity,
-            reference=measured and measured.reference,
+            tokens=report.recovery.tokens if report.recovery else None,
+            perplexity=_short(measured.perplexity if measured else None),
+            reference=_short(measured.reference if measured else None),
             divergence=measured and measured.divergence,
         ),
     )
+
+
+def _short(found: Perplexity | None) -> Perplexity | None:
+    """Leave out the figures of single windows: a lineage is copied from model to model."""
+    return None if found is None else replace(found, window_nlls=())
 
 
 def write_lineage(model: Path, lineage: Lineage | None) -> None:

@@ -7,14 +7,19 @@ misunderstand raises :data:`VERSION`.
 from __future__ import annotations
 
 import json
+import math
+from collections.abc import Mapping
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 
 from ..errors import FistaPrunerError, explain
+from ..runtime.formatting import percent, short_count
 from ..runtime.machine import Machine
-from .results import Divergence, Evaluation, Perplexity
+from .results import Divergence, Evaluation, Loss, Perplexity
+from .steps import read_steps
 
 VERSION = 1
 
@@ -22,6 +27,9 @@ Kind = Annotated[
     Literal["prune", "recover", "align", "merge"], BeforeValidator(lambda kind: "prune" if kind == "run" else kind)
 ]
 """The verb that a run belongs to; ``merge`` is that of an adapter. Early reports say ``run`` for ``prune``."""
+
+CURVE_POINTS = 500
+"""Most points of a training curve in a report."""
 
 R = TypeVar("R", bound="Record")
 
@@ -254,11 +262,12 @@ class PlanRow(Record):
 
 
 class Generation(Record):
-    """The same prompt continued greedily by the dense and the pruned model."""
+    """The same prompt continued greedily by the dense, the pruned and the recovered model."""
 
     prompt: str
     dense: str | None = None
     pruned: str | None = None
+    recovered: str | None = None
 
 
 class Check(Record):
@@ -270,9 +279,9 @@ class Check(Record):
     """
 
     step: int
-    held_out: float
+    held_out: Loss
     kept: bool = False
-    by_task: dict[str, float] = {}
+    by_task: dict[str, Loss] = {}
 
 
 class Recovery(Record):
@@ -285,9 +294,10 @@ class Recovery(Record):
             input's own.
         tokens: tokens passed in training; ``windows``, ``held_out_windows``, ``documents``, ``held_out_documents``.
         checks: on the held-out windows, in order, that of step 0 first; ``curve``: (step, training loss), at most 500.
+        seconds: of steps and checks, all processes; ``last_step``: ISO time of the last step.
         changed: share of the operators' surviving weights that changed; ``change``: largest norm of an operator's
             change over its norm.
-        before: the input on the evaluation text, against the dense model.
+        before: the input on the texts that the result was evaluated on, against the same dense model.
     """
 
     parameters: str = ""
@@ -308,7 +318,37 @@ class Recovery(Record):
     curve: list[tuple[int, float]] = []
     changed: float | None = None
     change: float | None = None
-    before: Evaluation | None = None
+    seconds: float = 0.0
+    last_step: str | None = None
+    before: list[Evaluation] = []
+
+    @property
+    def start(self) -> Check | None:
+        """The check before the first step."""
+        return next((check for check in self.checks if check.step == 0), None)
+
+    @property
+    def best(self) -> Check | None:
+        """The check of the step that is kept."""
+        return next((check for check in self.checks if check.step == self.kept_step), None)
+
+    def read_journal(self, path: Path) -> None:
+        """Take steps, losses and times from a journal (:mod:`fistapruner.runs.steps`).
+
+        Raises:
+            FistaPrunerError: the file cannot be read.
+        """
+        if not (lines := read_steps(path)):
+            return
+        losses = [(line["step"], line["loss"]) for line in lines if line.get("loss") is not None]
+        self.steps = lines[-1]["step"]
+        self.tokens = sum(line.get("tokens", 0) for line in lines)
+        self.seconds = sum(line.get("seconds", 0.0) for line in lines)
+        self.last_step = datetime.fromtimestamp(path.stat().st_mtime, UTC).isoformat()
+        self.curve = losses[:: -(-len(losses) // CURVE_POINTS) or 1]
+        checks = [line for line in lines if line.get("held_out") is not None]
+        self.checks = [Check.model_validate({key: line.get(key) for key in Check.model_fields}) for line in checks]
+        self.kept_step = next((check.step for check in reversed(self.checks) if check.kept), 0)
 
 
 class StageFigures(Record):
@@ -319,6 +359,7 @@ class StageFigures(Record):
         parameters: of its result; None where it has as many as its input.
         relative_error: mean over operators of their outputs' error.
         seconds: wall time.
+        tokens: passed in training.
         perplexity: of the stage's result; ``reference``: of its input on the same tokens; ``divergence``: of the
             result from its input. None where nothing was measured.
     """
@@ -328,6 +369,7 @@ class StageFigures(Record):
     parameters: int | None = None
     relative_error: float | None = None
     seconds: float | None = None
+    tokens: int | None = None
     perplexity: Perplexity | None = None
     reference: Perplexity | None = None
     divergence: Divergence | None = None
@@ -404,29 +446,63 @@ class Report(Record):
 
     @property
     def sparsity(self) -> str:
-        """Pattern of the recipe; with structure what is removed, and the pattern where there is one beside it."""
-        return amount_label(self.recipe)
+        """Pattern of the recipe; with structure what is removed, and the pattern where there is one beside it.
+
+        Of a recovery run it is the pattern that its operators claim. Where they claim several, it is what the model was
+        pruned to, or else the share of zeros.
+        """
+        if self.kind == "prune" or self.structured:
+            return amount_label(self.pruning)
+        operators = [operator for layer in self.layers for operator in layer.operators]
+        claims = {operator.sparsity for operator in operators}
+        if len(claims) == 1:
+            return claims.pop()
+        if not operators or self.pruning:
+            return amount_label(self.pruning)
+        return percent(sum(operator.zeros for operator in operators) / sum(math.prod(op.shape) for op in operators))
 
     @property
-    def method(self) -> str:
-        """Method chain of the recipe as the command line writes it; with structure that of its removal, too."""
-        return methods_label(self.recipe)
+    def pruning(self) -> dict[str, Any]:
+        """Settings that the model was pruned with: the recipe, or that of the last pruning run in the lineage."""
+        if self.kind == "prune":
+            return self.recipe
+        stages = self.lineage.stages if self.lineage else []
+        return next((stage.settings for stage in reversed(stages) if stage.kind == "prune"), {})
 
     @property
     def structured(self) -> bool:
-        """Whether the recipe removes structure."""
-        return bool((self.recipe.get("structure") or {}).get("remove"))
+        """Whether structure was removed."""
+        return bool((self.pruning.get("structure") or {}).get("remove"))
 
     @property
     def only_structure(self) -> bool:
-        """Whether the recipe removes structure and sets no weights to zero."""
-        return self.structured and self.recipe.get("sparsity") == "0%"
+        """Whether structure was removed and no weights were set to zero."""
+        return self.structured and self.pruning.get("sparsity") == "0%"
 
     @property
     def widths(self) -> tuple[int, int] | None:
         """Channels of the MLPs before and after; None where none are removed."""
         found = [removal for layer in self.layers for removal in layer.removals]
         return (found[0].before, found[0].after) if found else None
+
+    @property
+    def origin(self) -> ModelFacts:
+        """The dense model: a run may have begun with what other runs made of it."""
+        stages = self.lineage.stages if self.lineage else []
+        return self.lineage.source if self.lineage and (len(stages) > 1 or self.kind != "prune") else self.model
+
+    @property
+    def method(self) -> str:
+        """Method chain as the command line writes it; of a recovery run what was trained.
+
+        With structure it has that of its removal, too.
+        """
+        if self.recovery is None:
+            return methods_label(self.recipe)
+        found, seqlen = self.recovery, self.calibration.seqlen if self.calibration else 0
+        asked = found.asked_steps * self.recipe.get("windows_per_step", 0) * (seqlen - 1)  # the first has no loss
+        tokens = found.tokens if self.status == "finished" else asked
+        return recovery_label({**self.recipe, "parameters": found.parameters, "loss": found.loss}, tokens)
 
 
 class CompareRow(Record):
@@ -504,6 +580,23 @@ def methods_label(recipe: dict[str, Any]) -> str:
     return own if recipe.get("sparsity") == "0%" else f"{own}, {chain}"
 
 
+def recovery_label(settings: Mapping[str, Any], tokens: int | None) -> str:
+    """Say what a recovery run trains: ``recovered: lora, kl, 256k tokens``.
+
+    Args:
+        settings: its recipe, resolved.
+        tokens: passed in training; None where that is not known.
+    """
+    optimizer = settings.get("optimizer")
+    parts = [
+        settings.get("parameters"),
+        None if optimizer == "adamw" else optimizer,
+        settings.get("loss"),
+        f"{short_count(tokens)} tokens" if tokens else None,
+    ]
+    return ": ".join(filter(None, ("recovered", ", ".join(str(part) for part in parts if part))))
+
+
 def read_json(path: Path) -> dict[str, Any]:
     """Read a JSON object from a file.
 
@@ -540,7 +633,8 @@ def load_run(folder: Path) -> Report:
     """Read the report of a run directory, finished or not.
 
     A finished run is read from ``report.json``. Otherwise ``run.json`` is read and the layers that are done are added
-    from ``layers/NNNN.json``; a layer file that cannot be read is left out, with a warning.
+    from ``layers/NNNN.json``; a layer file that cannot be read is left out, with a warning. The steps of a recovery run
+    that is not finished are read from ``steps.jsonl``.
 
     Raises:
         FistaPrunerError: ``folder`` holds neither file, or they are broken.
@@ -553,6 +647,8 @@ def load_run(folder: Path) -> Report:
     data = read_json(folder / name)
     data = {key: value for key, value in data.items() if key not in ("decision", "format", "sha256")}  # of run.json
     report = parse(Report, data, str(folder / name))
+    if report.recovery is not None and report.status != "finished":
+        report.recovery.read_journal(folder / "steps.jsonl")
     if report.layers or not (folder / "layers").is_dir():
         return report
     for path in sorted((folder / "layers").glob("*.json")):

@@ -94,3 +94,25 @@ class RecoverDirectory(RunDirectory):
             )
         except (FistaPrunerError, OSError, KeyError, ValueError, TypeError):
             return None
+
+
+def input_run(model: str) -> RunDirectory | None:
+    """Return the run directory that the input is, or is the ``model`` folder of; None for any other."""
+    for folder in (Path(model), Path(model).parent if Path(model).name == "model" else None):
+        if folder is not None and (folder / "run.json").is_file():
+            return RunDirectory(folder)
+    return None
+
+
+def dense_of(run: RunDirectory) -> Path | None:
+    """Return the folder of the dense model that a run's result goes back to; None where no run names it."""
+    if (record := run.record()) is None:
+        return None
+    if record.kind == "prune":
+        return record.decision.folder
+    recovery = RecoverDirectory(run.folder).record()
+    assert recovery is not None
+    if recovery.decision.dense is not None:
+        return recovery.decision.dense
+    origin = input_run(recovery.decision.model)  # the loss did not need the dense model
+    return None if origin is None else dense_of(origin)

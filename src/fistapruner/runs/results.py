@@ -40,6 +40,8 @@ class Perplexity:
         nll: mean negative log-likelihood of a token, in nats.
         nll_standard_error: of ``nll``, over windows.
         text_sha256: hash of the windows' token ids, so that two figures can be known to be of the same windows.
+        window_nlls: mean token NLL of each window, in order, to six decimals: figures of the same windows are compared
+            pair by pair. Empty where it was not recorded.
     """
 
     data: str
@@ -54,6 +56,7 @@ class Perplexity:
     nll_standard_error: StandardError
     bos: str = "none"
     text_sha256: str = ""
+    window_nlls: tuple[Loss, ...] = ()
 
     @property
     def measured_on(self) -> tuple[str, str]:

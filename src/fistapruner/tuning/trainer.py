@@ -21,7 +21,7 @@ from ..recipes.recover_settings import RecoverRecipe
 from ..runs.records import Check
 from ..runs.recover_directory import RecoverDirectory
 from ..runs.snapshots import Snapshot
-from ..runs.steps import StepJournal, read_steps
+from ..runs.steps import StepJournal
 from ..runtime.formatting import duration
 from .adamw import Patience, Verdict, check_due, schedule
 
@@ -292,17 +292,3 @@ def take_again(
     state.stopped = state.not_finite >= MAX_NOT_FINITE
     if line.get("held_out") is not None:
         decide(state, stepper, line["held_out"])
-
-
-def curve(run: RecoverDirectory, points: int = 500) -> tuple[list[tuple[int, float]], list[Check], int]:
-    """Read the journal: the training loss (thinned), the checks, and the tokens passed."""
-    lines = read_steps(run.steps_file)
-    losses = [(line["step"], line["loss"]) for line in lines if line.get("loss") is not None]
-    every = max(1, -(-len(losses) // points))
-    known = Check.model_fields
-    checks = [
-        Check.model_validate({key: line[key] for key in line if key in known})
-        for line in lines
-        if line.get("held_out") is not None
-    ]
-    return losses[::every], checks, sum(line.get("tokens", 0) for line in lines)

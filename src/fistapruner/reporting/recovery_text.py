@@ -1,0 +1,154 @@
+"""Say in words and numbers what a recovery run won back."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from ..runs.records import Recovery, Report
+from ..runs.results import Evaluation, Perplexity
+from ..runtime.formatting import count, percent, short_count, significant, with_error
+
+
+@dataclass(frozen=True)
+class Gain:
+    """What recovery changed on one text.
+
+    Args:
+        nats: mean token NLL before minus after; ``nats_error``: its standard error, paired over windows.
+        closed: share of the gap to the dense model, ln(perplexity before / dense), that is closed; ``closed_error``:
+            its standard error, paired over windows (delta method). None where there is no gap or no dense model.
+    """
+
+    nats: float
+    nats_error: float
+    closed: float | None = None
+    closed_error: float | None = None
+
+
+def gain(before: Evaluation, after: Evaluation) -> Gain | None:
+    """Compare two evaluations of the same windows; None where they are not.
+
+    With the gaps b and a before and after recovery, the share r = 1 - a / b is closed. To first order its error is
+    that of the mean of (a - (1 - r) b) / b over windows.
+    """
+    old, new = before.perplexity, after.perplexity
+    if old is None or new is None or old.measured_on != new.measured_on or not math.isfinite(old.nll - new.nll):
+        return None
+    nats, nats_error = old.nll - new.nll, _error(_differences(old, new))
+    dense = after.reference or before.reference
+    if dense is None or dense.measured_on != new.measured_on or not old.nll - dense.nll > 0:
+        return Gain(nats, nats_error)
+    gap = old.nll - dense.nll
+    left = (new.nll - dense.nll) / gap
+    pairs = zip(_differences(new, dense), _differences(old, dense), strict=False)
+    return Gain(nats, nats_error, 1 - left, _error([(a - left * b) / gap for a, b in pairs]))
+
+
+def gain_of(report: Report, after: Evaluation) -> tuple[Evaluation, Gain] | None:
+    """Find the evaluation of a run's input that belongs to one of its result."""
+    for before in report.recovery.before if report.recovery else []:
+        if (found := gain(before, after)) is not None:
+            return before, found
+    return None
+
+
+def closed_text(found: Gain) -> str:
+    """Write the share of the gap that is closed: ``34.1 ± 1.2 %``."""
+    if found.closed is None:
+        return "–"
+    error = found.closed_error
+    return with_error(100 * found.closed, None if error is None else 100 * error, 1) + " %"
+
+
+def gain_text(before: Evaluation, after: Evaluation) -> str:
+    """Say in one line what recovery won on a text; empty where that is not known."""
+    found, old, new = gain(before, after), before.perplexity, after.perplexity
+    if found is None or old is None or new is None:
+        return ""
+    dense = after.reference
+    text = f"perplexity on {new.data}: {old.perplexity:.2f} before recovery, {new.perplexity:.2f} after it"
+    if dense is not None:
+        text += f", {dense.perplexity:.2f} dense"
+    return text if found.closed is None else f"{text}: {closed_text(found)} of the gap is closed"
+
+
+def held_out_text(found: Recovery) -> str:
+    """Say how the held-out loss changed and which step is kept; empty before the first check."""
+    start, best = found.start, found.best
+    if start is None or best is None:
+        return ""
+    if best.step == 0:
+        others = len(found.checks) - 1
+        return f"{start.held_out:.4f} before training" + (
+            f": none of {others} checks is better, the weights of the input are kept" if others else ""
+        )
+    return f"{start.held_out:.4f} → {best.held_out:.4f} at step {best.step} of {found.asked_steps}, which is kept"
+
+
+def task_losses(found: Recovery) -> list[tuple[str, float, float]]:
+    """List name, held-out loss before and at the kept step of every task; empty where there is one text."""
+    start, best = found.start, found.best
+    if start is None or best is None:
+        return []
+    return [(name, loss, best.by_task[name]) for name, loss in start.by_task.items() if name in best.by_task]
+
+
+def trained_text(found: Recovery) -> str:
+    """Say how many numbers were trained and at which first learning rates."""
+    rates = sorted(set(found.lr.values()))
+    spread = " to ".join(significant(rate, 2) for rate in (rates if len(rates) < 2 else [rates[0], rates[-1]]))
+    text = f"{count(found.trained)} numbers of {count(found.operators)} operators"
+    return text + (f", first learning rate {spread}" if rates else "")
+
+
+def change_text(report: Report) -> str:
+    """Say what share of the surviving weights changed, and where most; empty where unknown."""
+    found = report.recovery
+    if found is None or found.changed is None:
+        return ""
+    text = f"{percent(found.changed)} of the surviving weights"
+    moved = [(operator.change, layer.index, operator.name) for layer in report.layers for operator in layer.operators]
+    known = [(change, index, name) for change, index, name in moved if change is not None]
+    if known:
+        change, index, name = max(known)
+        text += f"; largest ‖ΔW‖ / ‖W‖ {percent(change, 2)} (layer {index}, {name})"
+    return text
+
+
+def documents_text(documents: int) -> str:
+    """Write a number of documents: ``1 document``, ``1,200 documents``."""
+    return f"{count(documents)} document{'' if documents == 1 else 's'}"
+
+
+def text_used(report: Report) -> str:
+    """Say on what a recovery run trained: text, windows and documents of either side."""
+    found, used = report.recovery, report.calibration
+    if found is None or used is None:
+        return ""
+    sides = [
+        (found.windows, found.documents, "to train on"),
+        (found.held_out_windows, found.held_out_documents, "held out"),
+    ]
+    shown = [
+        f"{count(windows)} windows{f' ({documents_text(documents)})' if documents else ''} {what}"
+        for windows, documents, what in sides
+    ]
+    passed = f"; {short_count(found.tokens)} tokens passed" if found.tokens else ""
+    return f"{used.source}: {', '.join(shown)}, {used.seqlen} tokens each{passed}"
+
+
+def _differences(a: Perplexity, b: Perplexity) -> list[float]:
+    """Subtract window by window; empty where the figures of single windows were not recorded."""
+    if len(a.window_nlls) != len(b.window_nlls):
+        return []
+    return [x - y for x, y in zip(a.window_nlls, b.window_nlls, strict=True)]
+
+
+def _error(values: Sequence[float]) -> float:
+    """Return the standard error of a mean; NaN for fewer than two values."""
+    if len(values) < 2:
+        return math.nan
+    mean = math.fsum(values) / len(values)
+    return math.sqrt(math.fsum((value - mean) ** 2 for value in values) / (len(values) - 1) / len(values))
