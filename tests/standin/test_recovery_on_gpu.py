@@ -20,7 +20,8 @@ from standin.gpu import StandIn
 
 
 @pytest.mark.parametrize("kind", ["hidden", "top128"])
-def test_gradients_are_the_cpus(gpu: StandIn, tmp_path: Path, kind: Kind) -> None:
+@pytest.mark.parametrize("keep_graphs", [False, True])
+def test_gradients_are_the_cpus(gpu: StandIn, tmp_path: Path, kind: Kind, keep_graphs: bool) -> None:
     """Nothing adds in no fixed order; hidden states stay on the device; nothing is left there."""
     folders = [tiny.save("llama", tmp_path / str(seed), seed=seed) for seed in (1, 2)]
     tokens = torch.randint(3, tiny.VOCABULARY, (3, 12), generator=torch.Generator().manual_seed(0))
@@ -34,7 +35,8 @@ def test_gradients_are_the_cpus(gpu: StandIn, tmp_path: Path, kind: Kind) -> Non
         device = torch.device(place)
         dense, model = (LayerwiseModel(Checkpoint.open(folder), device) for folder in folders)
         teacher = Teacher(dense, tokens, tmp_path / f"{place[:3]} {kind}", batch_size=2, kind=kind)
-        objective = Objective(model, text, Loss(0.5), teacher, 2, scratch_factory(None, model.dtype, device))
+        store = scratch_factory(None, model.dtype, device)
+        objective = Objective(model, text, Loss(0.5), teacher, 2, store, keep_graphs=keep_graphs)
         found: dict[str, Tensor] = {}
         with objective.resident():
             sums = objective.losses([0, 1, 2], lambda index, layer: [{}, values(index, layer)])

@@ -427,7 +427,7 @@ def forward_backward(
     """Run every window through the whole model and take a gradient back; no layer runs twice.
 
     In memory are all decoder layers and their values, the activations of all layers for one batch, and the gradients of
-    all values. The gradients are those of :func:`forward` and :func:`backward`; on a CPU bit for bit.
+    all values. The gradients are those of :func:`forward` and :func:`backward`, bit for bit.
 
     Args:
         model: the model.

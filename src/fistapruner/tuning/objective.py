@@ -33,7 +33,7 @@ from ..activations.stream import (
 from ..calibration.training_text import TrainingText
 from ..errors import FistaPrunerError
 from ..models.layerwise import LayerwiseModel
-from ..runtime.numerics import BUDGETS, Budgets, slices
+from ..runtime.numerics import BUDGETS, Budgets, ordered_attention, slices
 from .losses import Loss
 from .teacher import Teacher
 
@@ -52,8 +52,7 @@ class Objective:
         batch_size: windows in one pass through a layer.
         store: makes the stores of hidden states between layers.
         keep_graphs: keep the activations of all layers for one batch, see
-            :func:`~fistapruner.activations.stream.forward_backward`. On a CPU no bit of the result changes; on a GPU
-            last bits do.
+            :func:`~fistapruner.activations.stream.forward_backward`; the bits of the result are the same.
         budgets: bytes of logits at once.
 
     Raises:
@@ -166,9 +165,10 @@ class Objective:
 
     def _walk_twice(self, tokens: Tensor, numbers: Sequence[int], above: Above, values: Values, update: Update) -> None:
         """Run every layer forwards, and again on the way back."""
-        states, calls = forward(
-            self.model, tokens, self._calls.batch_size, self.store, keep=True, values=values, calls=self._calls
-        )
+        with ordered_attention(self.model.device):  # as on the way back, so that the loss is that of the gradient
+            states, calls = forward(
+                self.model, tokens, self._calls.batch_size, self.store, keep=True, values=values, calls=self._calls
+            )
         last = states.pop()
         gradient = self.store("gradient", (last.samples, last.seqlen, last.width))
         with self._ends(numbers):
