@@ -31,7 +31,7 @@ import torch
 from torch import Tensor
 
 from .errors import FistaPrunerError
-from .runtime.numerics import add_gram, fast_products, mirror, row_blocks
+from .runtime.numerics import add_gram, exact_in_fast_products, fast_products, mirror, row_blocks
 
 DriftFrom = Literal["inputs", "outputs"]
 """The dense model's activations from which the drift of an operator's outputs is computed."""
@@ -366,8 +366,8 @@ class ProblemSums:
     * from the outputs ``W X``: the sum (W X) X*^T (m x n), less W H at the end. This is cheaper if an operator has no
       more outputs than inputs, and it allows the residual stream to drift, too.
 
-    The sums are on the weight's device. bf16 activations are multiplied on the device's bf16 units
-    (:func:`~fistapruner.runtime.numerics.fast_products`). This is exact for H. For the drift, whose factors are rounded
+    The sums are on the weight's device. bf16 activations, and fp16 ones on CUDA, are multiplied on the device's matrix
+    units (:func:`~fistapruner.runtime.numerics.fast_products`). This is exact for H. For the drift, whose factors are rounded
     to bf16, the error is far below the drift's sampling error.
 
     Args:
@@ -407,7 +407,7 @@ class ProblemSums:
                 )
             if self.drift_from == "outputs":
                 self._gram_compared = self.gram.clone()
-        with fast_products(inputs.dtype == torch.bfloat16):
+        with fast_products(exact_in_fast_products(inputs.dtype, inputs.device)):
             add_gram(self.gram, x)
             if self._cross is None or dense is None:
                 return

@@ -242,6 +242,24 @@ def test_token_ids_beyond_the_vocabulary_are_refused_before_work(tmp_path: Path)
             work()
 
 
+@pytest.mark.parametrize(
+    ("tensor", "message"),
+    [
+        ("model.layers.1.input_layernorm.weight", r"model\.layers\.1\.input_layernorm\.weight contains NaN"),
+        ("model.norm.weight", r"model\.norm\.weight contains NaN"),
+        ("lm_head.weight", "the predictions are NaN or infinite in float32 passes"),
+    ],
+)
+def test_nan_outside_of_operators_is_one_line(tmp_path: Path, tensor: str, message: str) -> None:
+    """The labels that sensitivity is measured with would be drawn from NaN."""
+    folder = tiny.save("llama", tmp_path / "model", tie_word_embeddings=False)
+    weights = load_file(folder / "model.safetensors")
+    weights[tensor].view(-1)[0] = torch.nan
+    save_file(weights, folder / "model.safetensors", {"format": "pt"})
+    with pytest.raises(FistaPrunerError, match=message):
+        fp.prune(str(folder), tmp_path / "run", calibration={"source": "python", "samples": 2, "seqlen": 16})
+
+
 @pytest.mark.parametrize("device", ["mps", "xpu", "vulkan", "meta", "nonsense", "cuda:x"])
 def test_other_devices_are_refused(tmp_path: Path, device: str) -> None:
     with pytest.raises(FistaPrunerError, match=rf"device '{device}' is not supported: auto, cpu, cuda or cuda:N"):

@@ -23,7 +23,9 @@ def test_the_precision_of_passes(tmp_path: Path, stored: torch.dtype) -> None:
         assert pass_dtype(stored, CPU, units) == (
             torch.bfloat16 if units and stored == torch.bfloat16 else torch.float32
         )
-    assert pass_dtype(stored, torch.device("cuda")) == stored
+    assert pass_dtype(stored, torch.device("cuda"), True) == stored
+    without = pass_dtype(stored, torch.device("cuda"), False)  # a GPU before Ampere
+    assert without == (torch.float32 if stored == torch.bfloat16 else stored)
     folder = tiny.save("llama", tmp_path / "model", dtype=stored)
     model = load_whole(folder, CPU)
     assert model.dtype == LayerwiseModel(Checkpoint.open(folder), CPU).dtype == pass_dtype(stored, CPU)

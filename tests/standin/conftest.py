@@ -18,7 +18,7 @@ def gpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[StandIn]:
     """Two stand-in GPUs."""
     site = str(Path(__file__).parent / "site")
     path = os.pathsep.join(filter(None, [site, os.environ.get("PYTHONPATH")]))
-    monkeypatch.setenv("STAND_IN_GPUS", str(GPUS))
+    monkeypatch.setenv("STAND_IN_GPUS", ",".join("0" * GPUS))
     monkeypatch.setenv("PYTHONPATH", path)
     with StandIn(GPUS) as standin:
         yield standin

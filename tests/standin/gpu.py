@@ -21,7 +21,7 @@ import re
 import sys
 import weakref
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from types import SimpleNamespace
 from typing import Any
@@ -139,13 +139,14 @@ class StandIn(TorchDispatchMode):
         memory: bytes of each.
         capability: compute capability of each.
         name: of each.
+        taken: bytes of each GPU that other programs hold.
 
     Attributes:
         waits, moved, unordered: waits, copied bytes and operators without a fixed order, by (what, line of the
             package).
         kernels: operators computed on a device, by name.
         live, peak: bytes by device.
-        emptied: number of ``torch.cuda.empty_cache`` calls.
+        emptied: number of ``torch.cuda.empty_cache`` calls; ``refused``: allocations for which there was no memory.
         touched: devices that a call has made a CUDA context on.
     """
 
@@ -157,8 +158,10 @@ class StandIn(TorchDispatchMode):
         memory: int = 80 * 2**30,
         capability: tuple[int, int] = (9, 0),
         name: str = "stand-in",
+        taken: Sequence[int] = (),
     ) -> None:
         super().__init__()
+        self.taken = dict(enumerate(taken))
         self.count, self.memory, self.capability, self.name = count, memory, capability, name
         self.waits, self.moved, self.unordered, self.kernels = (
             Counter[Any](),
@@ -167,7 +170,7 @@ class StandIn(TorchDispatchMode):
             Counter[str](),
         )
         self.live, self.peak = Counter[torch.device](), Counter[torch.device]()
-        self.emptied = 0
+        self.emptied = self.refused = 0
         self.touched: set[torch.device] = set()
         self._asked: torch.device | None = None
         self._around: torch.device | None = None
@@ -200,7 +203,7 @@ class StandIn(TorchDispatchMode):
 
         def free(device: Any = None) -> tuple[int, int]:
             self.touched.add(at(device))
-            return self.memory - self.live[at(device)], self.memory
+            return self.memory - self.taken.get(at(device).index, 0) - self.live[at(device)], self.memory
 
         def empty() -> None:
             self.emptied += 1
@@ -224,6 +227,7 @@ class StandIn(TorchDispatchMode):
             "cuda.get_device_properties": lambda device=None: properties,
             "cuda.init": lambda: None,
             "cuda.is_available": lambda: self.count > 0,
+            "cuda.is_initialized": lambda: self.count > 0,
             "cuda.is_bf16_supported": lambda including_emulation=True: including_emulation or native_bf16,
             "cuda.max_memory_allocated": lambda device=None: self.peak[at(device)],
             "cuda.mem_get_info": free,
@@ -331,7 +335,8 @@ class StandIn(TorchDispatchMode):
         self.touched.add(place)
         if key in self._known:
             return
-        if self.live[place] + size > self.memory:
+        if self.live[place] + size > self.memory - self.taken.get(place.index, 0):
+            self.refused += 1
             raise torch.OutOfMemoryError(f"CUDA out of memory. Tried to allocate {size / 2**20:.2f} MiB. (stand-in)")
 
         def forget(_: Any) -> None:

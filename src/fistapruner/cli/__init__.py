@@ -71,6 +71,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
         except FistaPrunerError as error:
             print(f"fistapruner: {' '.join(str(error).split())}", file=sys.stderr)
             return 2
+        except RuntimeError as error:
+            if type(error).__name__ != "OutOfMemoryError":  # PyTorch's, which --help does not import
+                raise
+            advice = "free some of it, lower --batch-size or --seqlen, or choose --device cpu"
+            print(f"fistapruner: the GPU's memory ran out: {advice}", file=sys.stderr)
+            return 2
         except KeyboardInterrupt as interruption:
             print(f"fistapruner: {str(interruption) or 'interrupted'}", file=sys.stderr)
             return 130

@@ -6,10 +6,13 @@ it, its worker processes and the nodes of a cluster open the same :class:`RunCon
 
 from __future__ import annotations
 
+import gc
+import logging
 import shutil
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import TypeVar
 
 import torch
 from torch import Tensor
@@ -31,11 +34,15 @@ from ..runs.prune_directory import PruneDirectory
 from ..runs.records import LayerEntry
 from ..runtime.devices import choose_device
 from ..runtime.machine import now
-from ..runtime.memory import peak_memory
+from ..runtime.memory import peak_memory, release_device_memory
 from ..runtime.numerics import DTYPES
 from ..sensitivity.decision import weighs_rows
 from ..solvers import solve
 from ..structured.units import Widths, resized
+
+log = logging.getLogger("fistapruner")
+
+T = TypeVar("T")
 
 
 @dataclass
@@ -50,7 +57,8 @@ class RunContext:
         layout: operators to prune, in the shapes that they are to have.
         sparsity: pattern of every one of them, by full name.
         tokens: (samples, seqlen) calibration tokens.
-        numerics: what decides the last bits.
+        numerics: what decides the last bits. Where the GPU's memory runs out, this process goes on with a smaller batch
+            size and groups in parts; the fingerprint stays.
         on_disk: hidden states are kept in files.
         part: subfolder of ``RUN/hidden`` that this process works in.
         permissions: what the model's files may do, as the command that opened the run says.
@@ -69,6 +77,8 @@ class RunContext:
     part: str = ""
     permissions: Permissions = UNTRUSTED
     widths: Widths | None = None
+    _reduced: bool = field(default=False, init=False)  # numerics are no longer what the run decided
+    _own_calls: Calls | None = field(default=None, init=False)  # for the reduced batch size
 
     @classmethod
     def open(
@@ -107,7 +117,7 @@ class RunContext:
         if decision.structure is not None:
             widths = Widths.of(decision.structure, layout)
             layout = resized(layout, widths)
-        return cls(
+        context = cls(
             run=run,
             recipe=recipe,
             fingerprint=record.fingerprint,
@@ -121,6 +131,9 @@ class RunContext:
             permissions=permissions,
             widths=widths,
         )
+        if model.device.type == "cuda" and (smaller := run.journal.reduced(record.fingerprint)):
+            context._reduce(*smaller)
+        return context
 
     @property
     def hidden(self) -> Path:
@@ -160,7 +173,9 @@ class RunContext:
             on_disk: as for :meth:`store`.
         """
         hidden = self.store(name, on_disk=on_disk)
-        return hidden, embed(self.model, self.tokens, self.numerics.batch_size, hidden)
+        return hidden, self._fitting(
+            "embeddings", lambda: embed(self.model, self.tokens, self.numerics.batch_size, hidden)
+        )
 
     def prune(
         self, index: int, streams: LayerStreams, calls: Calls, events: LayerEvents, solver: Solver | None = None
@@ -173,7 +188,35 @@ class RunContext:
             calls: arguments of the decoder layers.
             events: functions that are called on the way.
             solver: solves a group of operators; None solves it in this process.
+
+        Raises:
+            FistaPrunerError: bad data, or too little memory on the GPU.
         """
+        passed: list[bool] = []
+        warnings: list[str] = []
+
+        def note_passed() -> None:
+            passed.append(True)
+            events.passed()
+
+        def attempt() -> LayerEntry:
+            # Another process may read the dense output already, so a second attempt does not write it again.
+            left = replace(streams, dense_out=None) if passed else streams
+            noted = replace(events, passed=(lambda: None) if passed else note_passed)
+            return self._prune(index, left, self._calls_now(calls), noted, solver, warnings)
+
+        return self._fitting(f"layer {index}", attempt, warnings)
+
+    def _prune(
+        self,
+        index: int,
+        streams: LayerStreams,
+        calls: Calls,
+        events: LayerEvents,
+        solver: Solver | None,
+        warnings: list[str],
+    ) -> LayerEntry:
+        """Do what :meth:`prune` does, once; ``warnings`` are added to the layer's."""
         context = LayerContext(
             model=self.model,
             layout=self.layout,
@@ -190,6 +233,9 @@ class RunContext:
             importance=self.run.importance(names) if weighs_rows(self.recipe) else None,
         )
         result = prune_layer(context, index, streams, measures, events)
+        if self._reduced:
+            result.entry.batch_size, result.entry.by_operator = self.numerics.batch_size, self.numerics.by_operator
+        result.entry.warnings += warnings
         result.entry.peak_memory = peak_memory()
         result.entry.finished = now()
         self.run.journal.write(self.fingerprint, result.weights, result.entry)
@@ -197,6 +243,10 @@ class RunContext:
 
     def advance(self, index: int, streams: LayerStreams, calls: Calls) -> None:
         """Pass the hidden states through an already pruned decoder layer ``index``."""
+        self._fitting(f"layer {index}", lambda: self._advance(index, streams, self._calls_now(calls)))
+
+    def _advance(self, index: int, streams: LayerStreams, calls: Calls) -> None:
+        """Do what :meth:`advance` does, once."""
         if streams.dense is not None and streams.dense_out is not None:
             with self.model.layer(index):
                 run_layer(self.model, index, streams.dense, calls, output=streams.dense_out)
@@ -205,6 +255,56 @@ class RunContext:
             pruned = {name: saved.read(name) for name in saved.entries}
             with self.model.layer(index, pruned):
                 run_layer(self.model, index, streams.seen, calls, output=streams.pruned_out)
+
+    def _fitting(self, what: str, work: Callable[[], T], warnings: list[str] | None = None) -> T:
+        """Work; where the GPU's memory runs out, work again with half the batch size, and groups in parts.
+
+        Args:
+            what: names the work, in messages.
+            work: may be done again from its beginning.
+            warnings: receives a sentence where memory ran out.
+
+        Raises:
+            FistaPrunerError: memory runs out with one window at a time.
+        """
+        while True:
+            try:
+                return work()
+            except torch.OutOfMemoryError:
+                if self.numerics.batch_size == 1 and self.numerics.by_operator:
+                    raise FistaPrunerError(
+                        f"{what}: the memory of {self.model.device} ran out, even with one window at a time and groups "
+                        "of operators in parts: free some of it, or choose --device cpu, and resume; or shorten "
+                        "--seqlen, or choose a lighter --method"
+                    ) from None
+            # Here the error is gone, and with it the tensors that its frames held.
+            before = min(self.numerics.batch_size, len(self.tokens))
+            self._reduce(before // _smallest_divisor(before), True)
+            said = (
+                f"{what}: the memory of {self.model.device} ran out with {before} windows at a time; it goes on with "
+                f"{self.numerics.batch_size}, and groups of operators are solved in parts"
+            )
+            log.warning("%s", said)
+            if warnings is not None:
+                warnings.append(said)
+
+    def _reduce(self, batch_size: int, by_operator: bool) -> None:
+        """Use a smaller batch size from now on; it divides the one before, so batches end at the same windows."""
+        gc.collect()
+        release_device_memory()
+        self.numerics = self.numerics.model_copy(update={"batch_size": batch_size, "by_operator": by_operator})
+        self._reduced, self._own_calls = True, None
+
+    def _calls_now(self, calls: Calls) -> Calls:
+        """Return the caller's arguments of the decoder layers, or those for a reduced batch size."""
+        if self._reduced and self._own_calls is None:
+            self._own_calls = self.calls()
+        return self._own_calls or calls
+
+
+def _smallest_divisor(number: int) -> int:
+    """Return the smallest divisor above 1, or 1 of 1."""
+    return next((divisor for divisor in range(2, number + 1) if number % divisor == 0), 1)
 
 
 def open_model(

@@ -11,6 +11,8 @@ from ..pruning.partition import Part, cut
 from ..recipes.settings import Execution
 from ..runs.listener import Listener
 from ..runtime.devices import available_cores, cpu_threads, worker_devices
+from ..runtime.memory import release_device_memory
+from ..runtime.numerics import exact_products
 from .context import RunContext
 from .layer_parallel import prune_layers_in_parallel
 from .operator_parallel import ParallelSolver
@@ -55,7 +57,7 @@ def prune_layers(
             )
     if inspect is not None or jobs == 1:
         executor = "serial"
-    with cpu_threads(work.numerics.threads):
+    with cpu_threads(work.numerics.threads), exact_products():
         if executor == "serial":
             prune_serially(work, todo, listener, inspect)
             return
@@ -72,6 +74,7 @@ def prune_layers(
 def _pool(work: RunContext, execution: Execution, jobs: int, listener: Listener) -> Pool:
     """Start the workers of an executor, at most one for each of ``jobs``."""
     count = work.numerics.threads
+    release_device_memory()  # for the workers that share this process's GPU
     if execution.executor == "process":
         devices = worker_devices(execution.device, execution.workers, count)[:jobs]
         listener.say(

@@ -25,6 +25,7 @@ from ..activations.stream import Calls
 from ..errors import FistaPrunerError
 from ..models.source import Permissions
 from ..pruning.context import LayerEvents, LayerStreams
+from ..runtime.numerics import exact_products
 from .context import RunContext
 from .operator_parallel import do_part
 from .pool import Event, Job, PartJob
@@ -65,13 +66,17 @@ class Worker:
         """
         torch.set_num_threads(self.work.numerics.threads)
         try:
-            if "solution" in job:
-                do_part(PartJob(**job), self.work.hidden, self.work.recipe.steps, self.work.model.device)
-            else:
-                self._do_layer(Job(**job), tell)
+            with exact_products():
+                if "solution" in job:
+                    do_part(PartJob(**job), self.work.hidden, self.work.recipe.steps, self.work.model.device)
+                else:
+                    self._do_layer(Job(**job), tell)
             tell({"event": "done"})
         except FistaPrunerError as error:
             tell({"event": "failed", "message": str(error)})
+        except torch.OutOfMemoryError:  # of a part: layers step down (RunContext.prune)
+            message = f"the memory of {self.work.model.device} ran out: use fewer --workers, then resume"
+            tell({"event": "failed", "message": message})
         except Exception:
             tell({"event": "broken", "message": traceback.format_exc()})
 

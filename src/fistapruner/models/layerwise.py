@@ -76,6 +76,7 @@ class LayerwiseModel:
         self._checked = False
         self._open: set[int | str] = set()  # numbers of loaded decoder layers, and "ends"
         self._sources = checkpoint_names(self.model, checkpoint)
+        self._parameters = {name for name, _ in self.model.named_parameters()}
         for module in self.model.modules():
             for key, buffer in module._buffers.items():
                 if buffer is not None and not buffer.is_meta:
@@ -480,6 +481,9 @@ class LayerwiseModel:
             source = self._sources[name]
             tensor = replaced[source] if source in replaced else self.checkpoint.read(source)
             if tensor.is_floating_point():
+                # Weights of operators are checked where they are pruned; here norms and biases, which are small.
+                if tensor.ndim == 1 and name in self._parameters and not bool(tensor.isfinite().all()):
+                    raise FistaPrunerError(f"{self.checkpoint.folder}: {source} contains NaN or infinite values")
                 tensor = tensor.to(self.dtype)
             tensor = tensor.to(self.device)
             twin = None if like is None else like._held(name)

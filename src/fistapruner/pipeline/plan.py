@@ -19,7 +19,7 @@ from ..planning.plan import Plan, make_plan
 from ..recipes.patterns import matches
 from ..recipes.settings import Recipe
 from ..runtime.devices import cpu_threads, worker_devices
-from ..runtime.numerics import windows_at_once
+from ..runtime.numerics import exact_products, windows_at_once
 from ..sensitivity.decision import check_allocation
 from ..solvers import check_constraint
 from ..structured.proof import plan_widths
@@ -140,5 +140,5 @@ def plan_run(
     batch_size = execution.batch_size or windows_at_once(seqlen, model.device)
     local = execution.executor == "process"
     workers = len(worker_devices(execution.device, execution.workers, execution.threads)) if local else 1
-    with cpu_threads(default_threads(execution)):
+    with cpu_threads(default_threads(execution)), exact_products():
         return make_plan(model, layout, recipe, sparsity, tokens, batch_size, out, workers, widths)

@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from ..activations.store import scratch_factory
@@ -40,7 +41,8 @@ from ..runs.records import CalibrationFacts, ModelFacts, PlanRow
 from ..runtime.devices import cpu_threads
 from ..runtime.files import disk_errors, sha256_file
 from ..runtime.machine import describe_machine, now, versions
-from ..runtime.numerics import dtype_name
+from ..runtime.memory import release_device_memory
+from ..runtime.numerics import dtype_name, exact_products
 from ..sensitivity.decision import check_allocation, decide, needs_measuring, permutes
 from ..structured.units import Widths
 from .begun import absolute, changed_text, refuse_other
@@ -185,7 +187,7 @@ def check_inputs(run: PruneDirectory, request: RunRequest, begun: PruneRecord | 
     model = open_model(source, recipe, dtype=begun.decision.numerics.dtype if begun else None)
     if recipe.dtype == "auto" and model.dtype != model.checkpoint.dtype:
         stored, used = dtype_name(model.checkpoint.dtype), dtype_name(model.dtype)
-        listener.say(f"passes in {used}: this processor has no matrix units for the checkpoint's {stored}")
+        listener.say(f"passes in {used}: this device has no matrix units for the checkpoint's {stored}")
     first, last = request.only_layers or (0, len(model) - 1)
     if not 0 <= first <= last < len(model):
         raise FistaPrunerError(f"--only-layers {first}-{last}: the model has the decoder layers 0-{len(model) - 1}")
@@ -278,18 +280,30 @@ def measure_dense(
         return Measured(inputs.sparsity, {})
     begin = time.perf_counter()
     listener.say("measuring sensitivity on the dense model")
-    with cpu_threads(numerics.threads), _temporary(states):
-        found = decide(
-            recipe,
-            inputs.layout,
-            inputs.model,
-            tokens,
-            inputs.sparsity,
-            batch_size=min(4, numerics.batch_size),
-            store=scratch_factory(states, inputs.model.dtype),
-            tick=listener.tick,
-            smaller=inputs.smaller,
-        )
+    with cpu_threads(numerics.threads), exact_products(), _temporary(states):
+        found = None
+        for batch_size in (min(4, numerics.batch_size), 1):
+            try:
+                found = decide(
+                    recipe,
+                    inputs.layout,
+                    inputs.model,
+                    tokens,
+                    inputs.sparsity,
+                    batch_size=batch_size,
+                    store=scratch_factory(states, inputs.model.dtype),
+                    tick=listener.tick,
+                    smaller=inputs.smaller,
+                )
+                break
+            except torch.OutOfMemoryError:
+                listener.say(f"the memory of {inputs.model.device} ran out with {batch_size} windows at a time")
+            release_device_memory()
+        if found is None:
+            raise FistaPrunerError(
+                f"the memory of {inputs.model.device} is not enough to measure sensitivity: free some of it, shorten "
+                "--seqlen, or take --allocation uniform and --weighting none, which need none"
+            )
     digest = None
     if found.metrics or found.importance or found.orders:
         run.write_metrics(found.metrics or [], found.importance or {}, found.orders)

@@ -23,7 +23,7 @@ from ..runs.log import Logged, log_file
 from ..runs.prune_directory import PruneDirectory
 from ..runs.records import Report, load_run
 from ..runs.times import Times, spent
-from ..runtime.devices import choose_device
+from ..runtime.devices import choose_device, device_title
 from ..runtime.files import disk_errors
 from ..runtime.memory import reset_peak_memory
 from .begun import FinishedRun, absolute, find_finished
@@ -238,9 +238,8 @@ def _prune_missing(context: RunContext, request: RunRequest, listener: Listener,
             f"--only-layers {first}-{last} with propagate=pruned needs the layers before it pruned first, and "
             f"{min(missing)} is not: parts can run side by side with --propagate dense only"
         )
-    device = context.model.device.type
-    if numerics.device != device:
-        listener.say(f"this run began on {numerics.device}; on {device} its last bits may differ")
+    if (began := _began_on(context.run)) != (device := device_title(context.model.device)):
+        listener.say(f"this run began on {began}; on {device} its last bits may differ")
     if request.recipe.execution.threads not in (None, numerics.threads):
         listener.say(f"this run began with {numerics.threads} threads for each worker and keeps them")
     context.clear_hidden()
@@ -252,6 +251,13 @@ def _prune_missing(context: RunContext, request: RunRequest, listener: Listener,
     finally:
         listener.end()
         context.clear_hidden()
+
+
+def _began_on(run: PruneDirectory) -> str:
+    """Name the device that a run began on."""
+    record = run.record()
+    assert record is not None
+    return record.machine.device_name or record.decision.numerics.device
 
 
 @contextmanager

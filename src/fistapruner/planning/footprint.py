@@ -23,6 +23,9 @@ PROBE_INPUTS = 256
 WORKSPACES = {"_linalg_eigh": 2}
 """Workspace of LAPACK's divide-and-conquer, in matrices of the operand's size: not visible to PyTorch."""
 
+CUDA_WORKSPACES = {**WORKSPACES, "cholesky_inverse": 1}
+"""On CUDA the factor is copied, too, beside the inverse (PyTorch's ``cholesky_inverse_kernel_impl_cusolver``)."""
+
 
 class _LiveBytes(TorchDispatchMode):
     """Count the bytes of live storages that operations inside the block allocate."""
@@ -36,7 +39,10 @@ class _LiveBytes(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         out = func(*args, **(kwargs or {}))
         name = func.__name__.split(".")[0]
-        extra = sum(size * args[0].nbytes for key, size in WORKSPACES.items() if key in name)
+        first = args[0] if args else None
+        cuda = isinstance(first, torch.Tensor) and first.device.type == "cuda"
+        workspaces = CUDA_WORKSPACES if cuda else WORKSPACES
+        extra = sum(size * args[0].nbytes for key, size in workspaces.items() if key in name)
         known = {id(leaf.untyped_storage()) for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, torch.Tensor)}
         for leaf in tree_leaves(out):
             if isinstance(leaf, torch.Tensor):
@@ -92,6 +98,8 @@ def solve_bytes(
     sparsity: Sequence[Constraint],
     steps: Sequence[Method],
     device: torch.device | str = "cpu",
+    *,
+    drift: bool = False,
 ) -> int:
     """Estimate the peak bytes of solving a group of operators: weight, Gram and all of the method chain.
 
@@ -104,6 +112,7 @@ def solve_bytes(
         sparsity: pattern of each operator.
         steps: the method chain.
         device: device of the solve; on a GPU some steps are computed differently.
+        drift: the problem has drift, which is counted with the weight.
     """
     small = min(inputs, PROBE_INPUTS)
     scale = inputs / small
@@ -112,6 +121,14 @@ def solve_bytes(
     activations = torch.randn(2 * small, small, generator=generator)
     gram = activations.T @ activations / len(activations)
     weight = torch.randn(sum(few), small, generator=generator)
-    problem = LayerProblem(weight, gram, names=tuple(map(str, range(len(few)))), rows=tuple(few)).to(device)
-    held = 4 * (gram.numel() + problem.weight.numel())
+    problem = LayerProblem(
+        weight,
+        gram,
+        drift=torch.randn(weight.shape, generator=generator) if drift else None,
+        drift_energy=torch.ones(len(weight)) if drift else None,
+        target=0.5,
+        names=tuple(map(str, range(len(few)))),
+        rows=tuple(few),
+    ).to(device)
+    held = 4 * (gram.numel() + problem.weight.numel() * (1 + drift))
     return int((held + peak_bytes(lambda: solve(problem, list(sparsity), list(steps)))) * scale**2)

@@ -22,9 +22,9 @@ from ..models.discovery import Layout
 from ..models.layerwise import LayerwiseModel
 from ..recipes.settings import Recipe
 from ..runs.records import LayerEntry, PlanRow, Totals
-from ..runtime.devices import worker_devices
+from ..runtime.devices import free_memory_of_gpus, worker_devices
 from ..runtime.formatting import size
-from ..runtime.memory import free_device_memory, free_memory, resident_memory
+from ..runtime.memory import free_device_memory, free_memory, release_device_memory, resident_memory
 from ..structured.units import Widths
 from .probe import measure_time
 from .sizes import Choice, Sizes
@@ -169,9 +169,13 @@ class Resources:
         """Measure the free memory of this machine."""
         execution = recipe.execution
         limit = execution.memory_limit or int((free_memory() + resident_memory()) * RESERVE)
+        release_device_memory()
         alone = device.type != "cuda" or workers <= 1
         places = [device] if alone else worker_devices(execution.device, workers, execution.threads)
-        free = {place: free_device_memory(place) for place in {device, *places} if place.type == "cuda"}
+        if device.type != "cuda":
+            return cls(limit, device, {}, tuple(places))
+        free = {place: free_memory_of_gpus(torch.cuda.device_count())[place.index] for place in places}
+        free[device] = free_device_memory(device)
         return cls(limit, device, free, tuple(places))
 
 

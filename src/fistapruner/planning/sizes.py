@@ -65,7 +65,7 @@ class GroupSizes(NamedTuple):
         gram: of the Gram.
         weight: of the stacked fp32 weight.
         drift_from: what is recorded of drifting inputs; None where they do not drift.
-        stacked: peak of solving the stacked group.
+        stacked: peak of solving the stacked group, with its drift.
         alone: peak of solving its largest part.
     """
 
@@ -299,14 +299,13 @@ class Sizes:
             found[f"the problem of {names}"] = loaded + group.sums(partly) + weight * (source == "inputs") + weight // 2
             apart = choice.by_operator and alone < stacked
             # The solution, fp32 and a byte mask, is joined beside the weight; errors are computed in blocks of rows.
+            drifted = weight if source is not None else 0
             solving = (
-                gram + 9 * weight // 4 + (solvers * (base + alone) or max(alone - gram, weight // 2))
+                gram + 9 * weight // 4 + drifted + (solvers * (base + alone) or max(alone - gram, weight // 2))
                 if apart
                 else stacked
             )
-            found[f"solving {names}"] = (
-                loaded + solving + (weight if drifts else 0) * (2 if self.weighted else 1) + weight * self.weighted
-            )
+            found[f"solving {names}"] = loaded + solving + (weight + drifted) * self.weighted
         if self.removal:
             found["removing channels"] = base + self.layer + states + kept + done + self.removal
         if self.reconstruction:
@@ -390,13 +389,14 @@ def _group_sizes(
     """Measure the sizes of a group of operators."""
     n = group[0].columns
     rows = [operator.rows for operator in group]
-    stacked = solve_bytes(rows, n, patterns, recipe.steps, device)
+    drift = drift_from is not None
+    stacked = solve_bytes(rows, n, patterns, recipe.steps, device, drift=drift)
     parts = cut(rows, n, patterns, recipe.steps)
     largest = max(parts, key=lambda part: part.stop - part.start)
     alone = (
         stacked
         if len(parts) == 1
-        else solve_bytes([largest.stop - largest.start], n, [largest.sparsity], recipe.steps, device)
+        else solve_bytes([largest.stop - largest.start], n, [largest.sparsity], recipe.steps, device, drift=drift)
     )
     names = "+".join(operator.name.rpartition(".")[2] for operator in group)
     return GroupSizes(names, 4 * n * n, 4 * sum(rows) * n, drift_from, stacked, alone)

@@ -60,7 +60,10 @@ def _spectrum(problem: LayerProblem) -> tuple[list[float] | None, list[int] | No
     n = problem.shape[1]
     if n > SPECTRUM_LIMIT:
         return None, None, None
-    values = torch.linalg.eigvalsh(problem.gram).flip(0).clamp_min(0)
+    try:
+        values = torch.linalg.eigvalsh(problem.gram).flip(0).clamp_min(0)
+    except RuntimeError:  # no convergence, or no memory: it is for the report only
+        return None, None, None
     top = float(values[0])
     if top <= 0:
         return None, None, None

@@ -93,6 +93,18 @@ class LayerJournal:
             log.warning("layer %d is done again: %s: %s", index, record.name, error)
             return None
 
+    def reduced(self, fingerprint: str) -> tuple[int, bool] | None:
+        """Read the smallest (batch size, groups solved in parts) that layers of a run came down to; None: none did."""
+        found = []
+        for record in self.records():
+            try:
+                content = json.loads(record.read_text("utf-8"))
+                if content["file"]["fingerprint"] == fingerprint and content["batch_size"] is not None:
+                    found.append((int(content["batch_size"]), bool(content["by_operator"])))
+            except (OSError, ValueError, KeyError, TypeError):  # a damaged layer is pruned again (see finished)
+                continue
+        return min(found, default=None)
+
     def weights(self, index: int) -> SafetensorsFile:
         """Open the pruned tensors of a finished layer."""
         return SafetensorsFile(self.files(index)[0])

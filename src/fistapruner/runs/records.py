@@ -202,6 +202,8 @@ class LayerEntry(Record):
         passed_after: seconds until the dense hidden states were ready for the next layer.
         finished: ISO time; ``device``: that solved it; ``peak_memory``: bytes while it ran.
         warnings: sentences.
+        batch_size, by_operator: windows in one forward pass, and whether groups were solved in parts, where the GPU's
+            memory ran out and they are no longer what the run decided.
     """
 
     index: int
@@ -216,6 +218,8 @@ class LayerEntry(Record):
     device: str | None = None
     peak_memory: int | None = None
     warnings: list[str] = []
+    batch_size: int | None = None
+    by_operator: bool | None = None
 
 
 class Totals(Record):

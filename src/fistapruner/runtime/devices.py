@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import os
 import re
+import subprocess
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import lru_cache
 
 import torch
 
@@ -15,13 +18,13 @@ from ..errors import FistaPrunerError
 def choose_device(name: str) -> torch.device:
     """Return the device that a recipe names; ``auto`` is the GPU with most free memory, or the CPU.
 
+    ``cuda`` is that GPU too. It is chosen once in a process.
+
     Raises:
         FistaPrunerError: this machine has no such device.
     """
     if name == "auto":
-        if not torch.cuda.is_available():
-            return torch.device("cpu")
-        return _by_free_memory()[0]
+        return _by_free_memory()[0] if torch.cuda.is_available() else torch.device("cpu")
     if not re.fullmatch(r"cpu|cuda(:\d+)?", name):
         raise FistaPrunerError(f"device {name!r} is not supported: auto, cpu, cuda or cuda:N")
     device = torch.device(name)
@@ -29,7 +32,12 @@ def choose_device(name: str) -> torch.device:
         raise FistaPrunerError(f"device {name!r}: PyTorch sees no CUDA GPU on this machine")
     if device.type == "cuda" and device.index is not None and device.index >= torch.cuda.device_count():
         raise FistaPrunerError(f"device {name!r}: this machine has {torch.cuda.device_count()} CUDA GPUs")
-    return device
+    return _by_free_memory()[0] if name == "cuda" else device
+
+
+def device_title(device: torch.device) -> str:
+    """Name a device by what decides last bits: ``cpu``, or the name of the GPU."""
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
 
 
 @contextmanager
@@ -67,5 +75,24 @@ def available_cores() -> int:
 
 def _by_free_memory() -> list[torch.device]:
     """Return all GPUs, those with most free memory first."""
-    free = {index: torch.cuda.mem_get_info(index)[0] for index in range(torch.cuda.device_count())}
-    return [torch.device("cuda", index) for index in sorted(free, key=lambda index: (-free[index], index))]
+    free = free_memory_of_gpus(torch.cuda.device_count())
+    return [torch.device("cuda", index) for index in sorted(range(len(free)), key=lambda index: (-free[index], index))]
+
+
+@lru_cache
+def free_memory_of_gpus(count: int) -> tuple[int, ...]:
+    """Measure the free bytes of all GPUs, once in a process.
+
+    A process that asks CUDA for a GPU's free memory makes a context there, which takes hundreds of megabytes until it
+    ends. So where there are several GPUs a short-lived process asks.
+
+    Args:
+        count: number of GPUs.
+    """
+    if count > 1:
+        asked = "import torch; print(*(torch.cuda.mem_get_info(gpu)[0] for gpu in range(torch.cuda.device_count())))"
+        done = subprocess.run([sys.executable, "-c", asked], capture_output=True, text=True, check=False)
+        free = tuple(map(int, done.stdout.split())) if done.returncode == 0 else ()
+        if len(free) == count:
+            return free
+    return tuple(torch.cuda.mem_get_info(gpu)[0] for gpu in range(count))

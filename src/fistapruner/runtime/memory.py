@@ -77,6 +77,12 @@ def release_memory() -> None:
         ctypes.CDLL("libc.so.6").malloc_trim(0)
 
 
+def release_device_memory() -> None:
+    """Return memory that this process has freed to its GPUs, for other processes and for larger blocks."""
+    if torch.cuda.is_initialized():
+        torch.cuda.empty_cache()
+
+
 def left_in_groups(own: Path = OWN_GROUPS, mounted: Path = MOUNTED_GROUPS) -> Iterator[int]:
     """Yield the bytes that each control group of this process, and each above it, still allows.
 

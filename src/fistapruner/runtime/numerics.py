@@ -66,6 +66,14 @@ def exact_products() -> Iterator[None]:
         cpu.fp32_precision, cuda.fp32_precision = before
 
 
+def exact_in_fast_products(dtype: torch.dtype, device: torch.device) -> bool:
+    """Check whether :func:`fast_products` computes products of two such tensors exactly.
+
+    The matrix units keep as many significant bits as the values have: 8 of bf16 everywhere, 11 of fp16 on CUDA.
+    """
+    return dtype == torch.bfloat16 or (dtype == torch.float16 and device.type == "cuda")
+
+
 class _Precision:
     """The process's precision of fp32 products, and the number of open blocks of :func:`fast_products`."""
 
@@ -194,16 +202,19 @@ BUDGETS = Budgets()
 
 
 def pass_dtype(stored: torch.dtype, device: torch.device, bf16_units: bool | None = None) -> torch.dtype:
-    """Choose the default precision of passes: the stored one, or fp32 on a CPU without units for it.
+    """Choose the default precision of passes: the stored one, or fp32 on a device without units for it.
+
+    On a CPU these are units for bf16. A GPU has some for fp16; those before Ampere have none for bf16, and would
+    emulate it. (In fp16 hidden states of bf16 models may overflow.)
 
     Args:
         stored: dtype of the checkpoint's weights.
         device: device of the passes.
         bf16_units: whether the device has matrix units for bf16; None is :func:`has_bf16_units`.
     """
-    if device.type != "cpu":
-        return stored
-    units = stored == torch.bfloat16 and (has_bf16_units(device) if bf16_units is None else bf16_units)
+    if stored != torch.bfloat16:
+        return stored if device.type != "cpu" else torch.float32
+    units = has_bf16_units(device) if bf16_units is None else bf16_units
     return stored if units else torch.float32
 
 

@@ -34,7 +34,7 @@ from ..activations.stream import Visit, Watched, backward, forward
 from ..errors import FistaPrunerError
 from ..models.discovery import Layout
 from ..models.layerwise import LayerwiseModel, Tick
-from ..runtime.numerics import add_gram, dtype_name, fast_products, mirror
+from ..runtime.numerics import add_gram, dtype_name, exact_in_fast_products, fast_products, mirror
 
 HEAD_TOKENS = 512
 """Tokens whose logits are computed at once."""
@@ -246,7 +246,7 @@ class _OutputMetric:
         if self._sum.ndim == 1:
             self._sum += flat.square().sum(0)
         else:
-            with fast_products(above.dtype == torch.bfloat16):
+            with fast_products(exact_in_fast_products(above.dtype, above.device)):
                 add_gram(self._sum, flat)
 
     def mean(self, tokens: int) -> Tensor:
@@ -265,6 +265,9 @@ def loss_gradient(
         gradient: receives the gradient, of the same shape.
         seed: of the labels, which are drawn from the model's predictions.
         head_tokens: tokens whose logits are computed at once.
+
+    Raises:
+        FistaPrunerError: predictions are NaN or infinite.
     """
     generator = torch.Generator().manual_seed(seed)
     with model.embeddings_and_head():
@@ -279,6 +282,11 @@ def loss_gradient(
                     logits = model.logits(part, ids, gradients=True)
                 # Gradient of the log-likelihood: 1 at the drawn label, minus every label's probability.
                 above = torch.softmax(logits.detach()[0].float(), -1)
+                if not bool(above.isfinite().all()):
+                    raise FistaPrunerError(
+                        f"{model.checkpoint.folder}: the predictions are NaN or infinite in {dtype_name(model.dtype)} "
+                        "passes: take --dtype float32, or check the weights"
+                    )
                 drawn = draw_labels(above, generator)
                 above.neg_().scatter_(1, drawn, 1 + above.gather(1, drawn))
                 (below[:, tokens],) = torch.autograd.grad(logits, part, above[None].to(logits.dtype))

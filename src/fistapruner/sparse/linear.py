@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping, Sequence
 from typing import Any, cast
 
@@ -12,6 +13,12 @@ from torch.nn import functional
 from ..errors import FistaPrunerError
 from . import kernel
 from .packed import PackedOperator, pack_operator
+
+ON_GPU = (
+    "packed operators are unpacked on the CPU for every product on {device}: on a GPU, load with packed=False, or 2:4 "
+    "operators with fistapruner.to_semi_structured"
+)
+"""Warning of a packed operator whose input is on a GPU."""
 
 TILE_BYTES = 2**26
 """Dense bytes unpacked at a time for many tokens; operators of most models are one tile."""
@@ -154,6 +161,8 @@ class SparseLinear(nn.Module):
     def _dense_product(self, x: Tensor) -> Tensor:
         bias = cast("Tensor | None", self.bias)
         bias = None if bias is None else bias.to(x.dtype)
+        if x.device.type != "cpu":
+            warnings.warn(ON_GPU.format(device=x.device), stacklevel=3)
         if self.level < 0 or x.dtype not in kernel.TYPES or x.device.type != "cpu":
             return functional.linear(x, self.operator.to_dense().to(x.device, x.dtype), bias)
         handle, parts = self._kernel(), []

@@ -27,7 +27,7 @@ from ..activations.store import HiddenStates
 from ..activations.stream import Calls
 from ..models.discovery import Group
 from ..models.layerwise import LayerwiseModel, hidden_of
-from ..runtime.numerics import fast_products, ordered_attention
+from ..runtime.numerics import exact_in_fast_products, fast_products, ordered_attention
 from .adamw import CHECKS, Patience, Verdict, check_due, schedule
 from .masked import MaskedParameters
 
@@ -97,7 +97,7 @@ def reconstruct_layer(
         settings: steps, seed, metric.
     """
     # Activations of a bf16 model have no more digits than its matrix units take.
-    with fast_products(model.dtype == torch.bfloat16), ordered_attention(model.device):
+    with fast_products(exact_in_fast_products(model.dtype, model.device)), ordered_attention(model.device):
         parameters = _parameters(model.layers[index], groups)
         scales = parameters.root_mean_squares()
         loss = _Loss.of(model, inputs, wanted, settings.metric)

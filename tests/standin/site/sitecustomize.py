@@ -4,8 +4,8 @@ import os
 import sys
 from pathlib import Path
 
-if count := int(os.environ.get("STAND_IN_GPUS", "0")):
+if taken := os.environ.get("STAND_IN_GPUS"):  # bytes of each GPU that other programs hold
     sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
     from standin.gpu import StandIn
 
-    StandIn(count).__enter__()
+    StandIn(taken.count(",") + 1, taken=list(map(int, taken.split(",")))).__enter__()

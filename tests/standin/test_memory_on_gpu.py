@@ -1,0 +1,108 @@
+"""The memory of a GPU: planned as it is used, and a run that goes on with less where it runs out."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import fistapruner
+import tiny
+from fistapruner.errors import FistaPrunerError
+from fistapruner.recipes.loading import load_recipe_settings, merge
+from fistapruner.runs.listener import Listener
+from fistapruner.runs.records import LayerEntry, Report
+from standin.gpu import StandIn
+
+CUDA = torch.device("cuda:0")
+WIDE = {"hidden_size": 192, "intermediate_size": 512, "num_attention_heads": 4, "num_key_value_heads": 2}
+
+
+def prune(folder: Path, out: Path, **settings: Any) -> Report:
+    base = {
+        "calibration": {"source": "python", "samples": 8, "seqlen": 64},
+        "execution": {"device": "cuda:0", "threads": 1},
+        "dtype": "bfloat16",
+    }
+    return fistapruner.prune(str(folder), out, **merge(base, settings))
+
+
+@pytest.fixture(scope="module")
+def wide(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """One decoder layer, wide enough that its matrices are most of the memory."""
+    folder = tmp_path_factory.mktemp("gpu-memory") / "wide"
+    return tiny.save("llama", folder, dtype=torch.bfloat16, num_hidden_layers=1, **WIDE)
+
+
+@pytest.fixture(scope="module")
+def deep(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Three decoder layers."""
+    folder = tmp_path_factory.mktemp("gpu-memory") / "deep"
+    return tiny.save("llama", folder, dtype=torch.bfloat16)
+
+
+SETTINGS: dict[str, dict[str, Any]] = {
+    "default": {},
+    "best": {**load_recipe_settings("best"), "reconstruct": 4},
+    "drift from outputs": {"method": "sparsegpt", "dense_target": "dense", "residual": "correct"},
+    "dense, together": {"method": "sparsegpt", "propagate": "dense", "error_correction": False},
+}
+
+
+@pytest.mark.parametrize("name", SETTINGS)
+def test_the_plan_counts_what_the_device_holds(gpu: StandIn, wide: Path, tmp_path: Path, name: str) -> None:
+    report = prune(wide, tmp_path / "run", **SETTINGS[name])
+    row = next(row for row in report.plan if row.quantity == "peak GPU memory")
+    assert row.planned is not None
+    assert row.actual is not None
+    assert row.actual <= row.planned < 2.5 * row.actual
+
+
+class Shrinking(Listener):
+    """Leaves less memory on the GPUs after a decoder layer, and may stop the run after another."""
+
+    def __init__(self, gpu: StandIn, memory: int, after: int = 0, stop: int | None = None) -> None:
+        self.gpu, self.memory, self.after, self.stop = gpu, memory, after, stop
+
+    def layer(self, entry: LayerEntry) -> None:
+        if entry.index == self.after:
+            self.gpu.memory = self.memory
+        if entry.index == self.stop:
+            raise KeyboardInterrupt
+
+
+def test_a_run_goes_on_with_smaller_batches_where_memory_runs_out(gpu: StandIn, deep: Path, tmp_path: Path) -> None:
+    """It says so, layers that are done stay, and a resumed run does not try the larger batches again."""
+    whole = prune(deep, tmp_path / "whole", method="sparsegpt")
+    less = int(0.7 * gpu.peak[CUDA])
+    with pytest.raises(KeyboardInterrupt):
+        prune(deep, tmp_path / "run", method="sparsegpt", listener=Shrinking(gpu, less, stop=1))
+    assert gpu.refused > 0
+    gpu.refused = 0
+    report = fistapruner.resume(tmp_path / "run")
+    assert gpu.refused == 0
+    assert [layer.batch_size for layer in report.layers] == [None, 4, 4]
+    assert "cuda:0 ran out with 8 windows at a time; it goes on with 4" in report.layers[1].warnings[0]
+    for layer, expected in zip(report.layers, whole.layers, strict=True):
+        errors, others = ([operator.relative_error for operator in one.operators] for one in (layer, expected))
+        assert errors == pytest.approx(others, rel=0.2)
+
+
+def test_dense_hidden_states_are_written_once(gpu: StandIn, deep: Path, tmp_path: Path) -> None:
+    """With the dense model's hidden states, too, which another process may be reading."""
+    prune(deep, tmp_path / "whole", method="sparsegpt", propagate="dense")
+    less = int(0.7 * gpu.peak[CUDA])
+    report = prune(deep, tmp_path / "run", method="sparsegpt", propagate="dense", listener=Shrinking(gpu, less))
+    assert report.layers[2].batch_size in (1, 2, 4)
+
+
+def test_too_little_memory_is_one_line(gpu: StandIn, deep: Path, tmp_path: Path) -> None:
+    with pytest.raises(FistaPrunerError, match=r"^layer 1: the memory of cuda:0 ran out, even with one window"):
+        prune(deep, tmp_path / "run", method="sparsegpt", listener=Shrinking(gpu, 10_000))
+
+
+def test_freed_memory_is_given_back_before_the_plan(gpu: StandIn, deep: Path, tmp_path: Path) -> None:
+    prune(deep, tmp_path / "run", method="magnitude")
+    assert gpu.emptied >= 1
