@@ -367,8 +367,8 @@ class ProblemSums:
       more outputs than inputs, and it allows the residual stream to drift, too.
 
     The sums are on the weight's device. bf16 activations, and fp16 ones on CUDA, are multiplied on the device's matrix
-    units (:func:`~fistapruner.runtime.numerics.fast_products`). This is exact for H. For the drift, whose factors are rounded
-    to bf16, the error is far below the drift's sampling error.
+    units (:func:`~fistapruner.runtime.numerics.fast_products`). This is exact for H. For the drift, whose factors are
+    rounded to bf16, the error is far below the drift's sampling error.
 
     Args:
         weight: (m, n) dense weights of the operators that share their inputs, stacked by rows.

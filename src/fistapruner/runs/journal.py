@@ -94,7 +94,14 @@ class LayerJournal:
             return None
 
     def reduced(self, fingerprint: str) -> tuple[int, bool] | None:
-        """Read the smallest (batch size, groups solved in parts) that layers of a run came down to; None: none did."""
+        """Read the smallest batch size that layers came down to.
+
+        Args:
+            fingerprint: of the run.
+
+        Returns:
+            (batch size, whether groups were solved in parts); None where no layer had to.
+        """
         found = []
         for record in self.records():
             try:
