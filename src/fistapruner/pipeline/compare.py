@@ -14,6 +14,7 @@ import hashlib
 import math
 import re
 import shlex
+import shutil
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -35,7 +36,8 @@ from ..reporting.write import write_page
 from ..runs.lineage import update_stage, write_lineage
 from ..runs.listener import Listener
 from ..runs.prune_directory import PruneDirectory
-from ..runs.records import CompareRow, Comparison, Report, parse, read_json
+from ..runs.records import CompareRow, Comparison, Report, load_run, parse, read_json
+from ..runs.recover_directory import RecoverDirectory
 from ..runs.results import Evaluation, Perplexity
 from ..runtime.devices import choose_device
 from ..runtime.files import disk_errors, write_json_atomic, write_text_atomic
@@ -46,7 +48,8 @@ from .contenders import Contender, parse_contenders
 from .plan import window_length
 from .prepare import refuse_overlap
 from .protocol import Protocol
-from .prune import prune
+from .prune import prune, recover_execution
+from .recover import recover
 
 _PERPLEXITY = TypeAdapter(Perplexity)
 
@@ -204,9 +207,9 @@ def run_job(job: Job, shared: _Shared, comparison: Comparison, dense: Perplexity
         settings=recipe.model_dump(mode="json", exclude={"execution"}),
     )
     try:
-        report = shared.report_of(job)
+        report, recovery = shared.reports_of(job)
         _adopt(comparison, report, shared.protocol)
-        return _filled(row, report, shared.protocol, dense)
+        return _filled(row, report, recovery, shared.protocol, dense)
     except FistaPrunerError as error:
         row.error = str(error)
         shared.listener.say(f"{job.label}: {error}")
@@ -247,8 +250,12 @@ class _Shared:
             **permissions.keywords(),
         )
 
-    def report_of(self, job: Job) -> Report:
-        """Prune and measure, or read the report of a run that was pruned and measured so before."""
+    def reports_of(self, job: Job) -> tuple[Report, Report | None]:
+        """Prune and measure, or read the report of a run that was pruned and measured so before.
+
+        Returns:
+            The report of pruning, and that of the recovery where the recipe asks for one.
+        """
         run = PruneDirectory(self.folder / "runs" / run_name(job.label, str(job.recipe.sparsity), job.seed))
         report = _measured(run, job.recipe, self.protocol)
         if report is None:
@@ -256,7 +263,7 @@ class _Shared:
             report = prune(
                 self.model,
                 run.folder,
-                recipe=job.recipe,
+                recipe=job.recipe.model_copy(update={"recover": None}),
                 listener=self.listener,
                 tokens=self.calibrated.get(key),
                 **self.source.permissions.keywords(),
@@ -268,8 +275,33 @@ class _Shared:
             update_stage(report)
             run.write_report(report)
             write_lineage(run.model, report.lineage)
+        recovery = None if job.recipe.recover is None else self._recover(run, job)
         if not self.keep:
             _delete_weights(run)
+        return report, recovery
+
+    def _recover(self, run: PruneDirectory, job: Job) -> Report:
+        """Recover a pruned row and measure it, or read the report of a recovery that was measured so before."""
+        following = RecoverDirectory(run.recovered)
+        recipe = job.recipe.recover.model_copy(update={"execution": recover_execution(job.recipe.execution)})
+        report = None if not following.report_file.is_file() else load_run(following.folder)
+        if report is None or report.status != "finished" or _evaluation(report, self.protocol) is None:
+            report = recover(
+                run.folder,
+                following.folder,
+                recipe=recipe,
+                evaluate=None,
+                listener=self.listener,
+                **self.source.permissions.keywords(),
+            )
+            self.listener.say(f"evaluating on {self.protocol.text.data}")
+            report.evaluations.append(self.evaluate(following.model, against=self.source.folder))
+            update_stage(report)
+            following.write_report(report)
+            write_lineage(following.model, report.lineage)
+        if not self.keep and following.model.is_dir():
+            following.remove_model()
+            shutil.rmtree(following.states.folder, ignore_errors=True)
         return report
 
 
@@ -346,8 +378,10 @@ def _dense(file: Path, protocol: Protocol) -> Perplexity | None:
     return stored if protocol.covers(stored) else None
 
 
-def _filled(row: CompareRow, report: Report, protocol: Protocol, dense: Perplexity) -> CompareRow:
-    """Fill a row with the figures of its report."""
+def _filled(
+    row: CompareRow, report: Report, recovery: Report | None, protocol: Protocol, dense: Perplexity
+) -> CompareRow:
+    """Fill a row with the figures of its reports: quality after the recovery, where there is one."""
     totals = report.totals
     errors = [
         operator.relative_error
@@ -355,13 +389,17 @@ def _filled(row: CompareRow, report: Report, protocol: Protocol, dense: Perplexi
         for operator in layer.operators
         if operator.relative_error is not None
     ]
-    if (measured := _evaluation(report, protocol)) is not None:
+    if (measured := _evaluation(recovery or report, protocol)) is not None:
         row.perplexity, row.divergence = measured.perplexity, measured.divergence
     if row.perplexity is not None and math.isfinite(row.perplexity.nll):
         row.gap = row.perplexity.nll - dense.nll
     row.relative_error = sum(errors) / len(errors) if errors else None
     row.seconds, row.time_split, row.peak_memory = totals.seconds, totals.time_split, totals.peak_memory
     row.operator_weights, row.operator_zeros = totals.operator_weights, totals.operator_zeros
+    if recovery is not None and recovery.totals.seconds is not None:
+        row.seconds = (row.seconds or 0.0) + recovery.totals.seconds
+        row.time_split = {**row.time_split, "recovery": recovery.totals.seconds}
+        row.peak_memory = max(row.peak_memory or 0, recovery.totals.peak_memory or 0)
     return row
 
 
