@@ -161,12 +161,3 @@ class ZerothOrder:
             decayed = master.detach() * (1 - rate * self.trained.decay(index, parameters.origin[name]))
             moved[name] = decayed.add_(drawn[name], alpha=-rate * slope)
         self.trained.replace(index, moved)
-
-    def replay(self, steps: Iterable[tuple[int, float | None, float]]) -> None:
-        """Take steps again from what was written of them, without any pass: (step, slope, factor) of each."""
-        taken = list(steps)
-        model = self.trained.model
-        for index in range(len(self.trained)):
-            with model.layer(index) as layer:
-                for step, slope, factor in taken:
-                    self.update(index, layer, step, slope, factor)
