@@ -19,6 +19,7 @@ from fistapruner.models.discovery import Layout, discover
 from fistapruner.models.files.checkpoint import Checkpoint
 from fistapruner.models.layerwise import LayerwiseModel
 from fistapruner.recipes.recover_settings import RecoverRecipe
+from fistapruner.runs.snapshots import Snapshots
 from fistapruner.tuning.losses import Loss
 from fistapruner.tuning.objective import Objective
 from fistapruner.tuning.trained import Trained
@@ -166,6 +167,8 @@ def test_files_in_place_of_memory_change_no_bit(tmp_path: Path, form: str) -> No
     (tmp_path / "states" / "trained-0000.safetensors").write_text("of a killed process")
     in_files = Trained(model, layout, recipe(parameters=form), tmp_path / "states")
 
+    snapshots = Snapshots(tmp_path / "snapshots")
+
     def same() -> None:
         there, here = in_files.tensors(), in_memory.tensors()
         assert there.keys() == here.keys()
@@ -176,7 +179,7 @@ def test_files_in_place_of_memory_change_no_bit(tmp_path: Path, form: str) -> No
         step(trained, 0)
         trained.keep()
         step(trained, 1)
-        trained.write_snapshot(tmp_path / "snapshot.safetensors")
+        snapshots.write("run", 2, {}, trained.tensors())
         step(trained, 2)
     same()
     for trained in (in_memory, in_files):
@@ -187,7 +190,9 @@ def test_files_in_place_of_memory_change_no_bit(tmp_path: Path, form: str) -> No
     same()
     assert written(in_files).keys() == written(in_memory).keys()
     for trained in (in_memory, in_files):
-        trained.read_snapshot(tmp_path / "snapshot.safetensors")
+        snapshot = snapshots.newest("run")
+        assert snapshot is not None
+        trained.load({name: snapshot.tensors.read(name) for name in snapshot.tensors.entries})
     same()
     fresh = Trained(model, layout, recipe(parameters=form), tmp_path / "states")
     for seed in (0, 1):
@@ -217,10 +222,8 @@ def test_a_snapshot_of_other_tensors_is_refused(tmp_path: Path) -> None:
     model, layout = opened(pruned("llama", tmp_path / "model"))
     trained = Trained(model, layout, recipe(parameters="lora"))
     step(trained, 0)
-    snapshot = tmp_path / "snapshot.safetensors"
-    trained.write_snapshot(snapshot)
     with pytest.raises(FistaPrunerError, match=r"snapshot's tensor 'trained/.*q_proj.weight.A' is not trained"):
-        Trained(model, layout, recipe(parameters="norms")).read_snapshot(snapshot)
+        Trained(model, layout, recipe(parameters="norms")).load(trained.tensors())
 
 
 def effective(form: str, weight: Tensor, trained: dict[str, Tensor]) -> Tensor:

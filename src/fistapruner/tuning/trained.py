@@ -9,7 +9,7 @@ matter.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 
 import torch
@@ -17,7 +17,6 @@ from torch import Tensor, nn
 
 from ..errors import FistaPrunerError
 from ..models.discovery import Layout, linear_modules
-from ..models.files.safetensors import SafetensorsFile, SafetensorsWriter, TensorEntry
 from ..models.layerwise import LayerwiseModel
 from ..recipes.recover_settings import RecoverRecipe
 from .adamw import adamw_step
@@ -236,55 +235,27 @@ class Trained:
         return {**state, STEPS: torch.tensor(self._steps)}
 
     def load(self, tensors: Mapping[str, Tensor]) -> None:
-        """Take over what :meth:`tensors` returned, copied."""
-        self._load(tensors, lambda name: tensors[name])
-
-    def write_snapshot(self, path: Path) -> None:
-        """Write :meth:`tensors` to a safetensors file, one layer at a time.
+        """Take over what :meth:`tensors` returned, copied, one layer at a time.
 
         Raises:
-            FistaPrunerError: the disk is full or refuses the write.
+            FistaPrunerError: a tensor that this recipe does not train.
         """
-        steps = torch.tensor(self._steps)
-        entries = [
-            TensorEntry.of(f"{kind}/{name}", entry.dtype, entry.shape)
-            for kind in KINDS
-            for index in range(len(self))
-            for name, entry in self._states.entries(kind, index).items()
-        ]
-        with SafetensorsWriter(path, [*entries, TensorEntry.of(STEPS, steps.dtype, steps.shape)]) as writer:
-            writer.write(STEPS, steps)
-            for kind in KINDS:
-                for index in range(len(self)):
-                    for name, tensor in self._states.get(kind, index).items():
-                        writer.write(f"{kind}/{name}", tensor)
-
-    def read_snapshot(self, path: Path) -> None:
-        """Take over a file of :meth:`write_snapshot`, one layer at a time.
-
-        Raises:
-            FistaPrunerError: the file is missing, damaged, or of other trained tensors.
-        """
-        file = SafetensorsFile(path)
-        self._load(file.entries, file.read)
-
-    def _load(self, names: Iterable[str], read: Callable[[str], Tensor]) -> None:
         owner = {source: index for index, sources in enumerate(self._sources) for source in sources.values()}
         found: dict[tuple[str, int], list[str]] = {}
-        for full in names:
+        for full in tensors:
             kind, _, name = full.partition("/")
             index = owner.get(name, owner.get(name.rpartition(".")[0]))
             if kind in KINDS and index is not None:
                 found.setdefault((kind, index), []).append(name)
             elif full != STEPS:
                 raise FistaPrunerError(f"the snapshot's tensor {full!r} is not trained by this recipe")
-        self._steps = [int(step) for step in read(STEPS)]
+        self._steps = [int(step) for step in tensors[STEPS]]
         for kind in KINDS:
             self._states.drop(kind, len(self))
-        for (kind, index), members in found.items():
+        for (kind, index), names in found.items():
             # Copied: products of tensors in a mapped file may round otherwise, since they are not aligned in memory.
-            tensors = {name: read(f"{kind}/{name}").to(self.model.device, copy=True) for name in members}
-            self._states.put(kind, index, tensors)
+            copies = {name: tensors[f"{kind}/{name}"].to(self.model.device, copy=True) for name in names}
+            self._states.put(kind, index, copies)
 
 
 def vectors(layer: nn.Module, also: tuple[str, ...]) -> set[str]:
