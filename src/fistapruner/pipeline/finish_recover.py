@@ -58,10 +58,7 @@ def finish(
     report = record.report()
     report.layers = [_describe(context, trained, index, report) for index in range(len(context.model))]
     _describe_training(context, state, report)
-    if state.fault:
-        report.warnings.append(
-            f"training stopped: {state.fault}; the weights of step {state.patience.best_step} are kept"
-        )
+    _warn(state, report)
     report.totals = _totals(context, report, times.total())
     report.finished = now()
     add_stage(report)
@@ -128,6 +125,23 @@ def _describe_training(context: RecoverContext, state: TrainingState, report: Re
     found.operators, found.steps, found.kept_step = len(operators), state.step, state.patience.best_step
     found.changed = sum(operator.changed or 0 for operator in operators) / max(1, survivors)
     found.change = max((operator.change or 0.0 for operator in operators), default=None)
+
+
+def _warn(state: TrainingState, report: Report) -> None:
+    """Say in the report that training has failed, or has not helped."""
+    found = report.recovery
+    assert found is not None
+    rates = f"learning rates {found.lr['lowest']:.2g} to {found.lr['highest']:.2g}" if found.lr else ""
+    if state.fault:
+        report.warnings.append(
+            f"training stopped: {state.fault}; the weights of step {state.patience.best_step} are kept ({rates}: try "
+            "a lower --lr)"
+        )
+    elif state.patience.best_step == 0:
+        report.warnings.append(
+            "no step was better than the start on the held-out windows, so the weights are those of the input "
+            f"({rates}: try a lower --lr, or more --tokens)"
+        )
 
 
 def _write(context: RecoverContext, trained: Trained, report: Report, listener: Listener) -> None:

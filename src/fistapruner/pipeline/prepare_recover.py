@@ -10,8 +10,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from ..activations.stream import check_model
 from ..calibration import SELF
+from ..calibration.packing import PURPOSE
 from ..calibration.training_text import TrainingText, order, shared_documents, training_text
 from ..calibration.windows import check_source
 from ..errors import FistaPrunerError
@@ -24,10 +27,10 @@ from ..models.files.record import read_pruning_record
 from ..models.layerwise import LayerwiseModel
 from ..models.source import UNTRUSTED, ModelSource, Permissions
 from ..models.whole import load_whole, require_whole
-from ..recipes.recover_settings import RecoverRecipe
+from ..recipes.recover_settings import RecoverRecipe, TrainingData
 from ..runs.decision import EvaluationRequest, Numerics, RecoverDecision, RecoverRecord
 from ..runs.directory import RunDirectory
-from ..runs.identity import stamps
+from ..runs.identity import changed_files, stamps
 from ..runs.lineage import begin_lineage, read_lineage
 from ..runs.listener import Listener
 from ..runs.records import CalibrationFacts, PlanRow, Recovery
@@ -77,6 +80,7 @@ class Inputs:
         recipe: all settings, resolved.
         tokenizer: of the model; ``seqlen``: tokens in a window.
         evaluation: the text to evaluate on.
+        warnings: for the report.
     """
 
     source: ModelSource
@@ -89,6 +93,7 @@ class Inputs:
     tokenizer: Any
     seqlen: int
     evaluation: EvaluationRequest | None
+    warnings: list[str]
 
 
 def prepare(run: RecoverDirectory, request: RecoverRequest, listener: Listener) -> None:
@@ -113,6 +118,7 @@ def prepare(run: RecoverDirectory, request: RecoverRequest, listener: Listener) 
         stamps=tuple(stamps(inputs.model.checkpoint)),
         numerics=numerics,
         evaluation=inputs.evaluation,
+        asked=asked(request.recipe),
         dense=inputs.dense_source and inputs.dense_source.folder.absolute(),
         dense_stamps=tuple(stamps(inputs.dense.checkpoint)) if inputs.dense else (),
         resident=resident,
@@ -137,24 +143,25 @@ def check_inputs(run: RecoverDirectory, request: RecoverRequest, listener: Liste
     dense_source = _find_dense(request, origin, source)
     recipe = resolve(request.recipe, origin, dense_source is not None)
     model = open_model(source, recipe)
+    _check_precision(recipe, model)
     layout, claims = _operators(source.folder, model, recipe)
+    _say_rank(recipe, layout, listener)
     check_model(model)
-    dense = None
+    dense, warnings = None, []
     if recipe.loss != "ce":
         assert dense_source is not None
         refuse_overlap(dense_source.folder, run.folder)
         dense = open_model(dense_source, recipe)
         _check_dense(dense, model)
     elif request.recipe.loss == "auto":
-        listener.say(
-            "the dense model is not known, so the loss is that of the text (ce): --dense MODEL would be better"
-        )
+        warnings.append("the dense model is not known, so the loss is that of the text (ce): better give --dense MODEL")
+        listener.say(warnings[0])
     tokenizer, seqlen = source.tokenizer(), window_length(recipe, model)
     evaluation = request.evaluation or (_evaluation_of(origin) if request.evaluates else None)
     if evaluation is not None:  # a fault in the text shows now
         cut = load_windows(evaluation.data, tokenizer, evaluation.seqlen or seqlen, evaluation.windows)
         model.check_tokens(cut.tokens)
-    return Inputs(source, model, layout, claims, dense, dense_source, recipe, tokenizer, seqlen, evaluation)
+    return Inputs(source, model, layout, claims, dense, dense_source, recipe, tokenizer, seqlen, evaluation, warnings)
 
 
 def find_input(model: str, permissions: Permissions) -> ModelSource:
@@ -184,7 +191,10 @@ def _find_dense(request: RecoverRequest, origin: RunDirectory | None, source: Mo
     if recipe.loss == "ce":
         return None
     if request.dense is not None:
-        return permissions.find(request.dense)
+        try:
+            return permissions.find(request.dense)
+        except FistaPrunerError as error:
+            raise FistaPrunerError(f"--dense: {error}") from None
     named: str | Path | None = None
     if origin is not None:
         named = dense_of(origin)
@@ -214,8 +224,7 @@ def _changed_dense(run: RunDirectory, dense: ModelSource) -> str | None:
         recovered = RecoverDirectory(run.folder).record()
         assert recovered is not None
         noted = recovered.decision.dense_stamps
-    same = not noted or tuple(stamps(dense.checkpoint())) == noted
-    return None if same else f"{dense.folder} is not the model that was pruned: its files have changed"
+    return changed_files(noted, dense) if noted else None
 
 
 def resolve(recipe: RecoverRecipe, origin: RunDirectory | None, dense: bool) -> RecoverRecipe:
@@ -233,19 +242,27 @@ def resolve(recipe: RecoverRecipe, origin: RunDirectory | None, dense: bool) -> 
         said: dict[str, Any] = {"tasks": {name: str(task.source) for name, task in tasks.items()}}
         data = data.model_copy(update=said if len(tasks) > 1 else {"source": known.calibration.source})
     for text in data.tasks.values() if data.tasks else (data.source,):
-        check_source(str(text))
-    paths = {name: _absolute_file(text) for name, text in data.tasks.items()}
-    data = data.model_copy(update={"source": data.source and _absolute_file(data.source), "tasks": paths})
+        check_source(str(text), PURPOSE)
     chosen = {
-        "data": data,
+        "data": _with_absolute_files(data),
         "parameters": "lora" if recipe.parameters == "auto" else recipe.parameters,
         "loss": ("kl" if dense else "ce") if recipe.loss == "auto" else recipe.loss,
     }
     return recipe.model_copy(update=chosen)
 
 
-def _absolute_file(text: str) -> str:
-    return os.path.abspath(text) if Path(text).suffix else text
+def asked(recipe: RecoverRecipe) -> dict[str, Any]:
+    """Return what identifies a recipe as a user asked for it: all settings but ``execution``, with absolute paths."""
+    recipe = recipe.model_copy(update={"data": _with_absolute_files(recipe.data)})
+    return recipe.model_dump(mode="json", exclude={"execution"})
+
+
+def _with_absolute_files(data: TrainingData) -> TrainingData:
+    def absolute_file(text: str) -> str:
+        return os.path.abspath(text) if Path(text).suffix else text
+
+    tasks = {name: absolute_file(text) for name, text in data.tasks.items()}
+    return data.model_copy(update={"source": data.source and absolute_file(data.source), "tasks": tasks})
 
 
 def window_length(recipe: RecoverRecipe, model: LayerwiseModel) -> int:
@@ -285,6 +302,30 @@ def _operators(folder: Path, model: LayerwiseModel, recipe: RecoverRecipe) -> tu
     layout = layout.only(claims).select(recipe, "train")
     names = {name for name, _ in layout.operators()}
     return layout, {name: claim for name, claim in claims.items() if name in names}
+
+
+def _check_precision(recipe: RecoverRecipe, model: LayerwiseModel) -> None:
+    """Refuse passes that would lose the gradient and gain nothing.
+
+    Raises:
+        FistaPrunerError: float16 on a CPU.
+    """
+    if model.device.type == "cpu" and model.dtype == torch.float16:
+        smallest = torch.finfo(torch.float16).smallest_normal * torch.finfo(torch.float16).eps
+        raise FistaPrunerError(
+            f"dtype float16: gradients below {smallest:.1g} become 0 in it, and a CPU is not faster with it: take "
+            "float32 or bfloat16"
+        )
+
+
+def _say_rank(recipe: RecoverRecipe, layout: Layout, listener: Listener) -> None:
+    sizes = {name: min(operator.rows, operator.columns) for name, operator in layout.operators()}
+    smaller = [name for name, size in sizes.items() if size < recipe.rank]
+    if recipe.parameters in ("lora", "hira", "spp") and smaller:
+        listener.say(
+            f"{len(smaller)} of {len(sizes)} operators have no rank {recipe.rank}: that of {smaller[0]} is "
+            f"{sizes[smaller[0]]}, which it takes"
+        )
 
 
 def _check_dense(dense: LayerwiseModel, model: LayerwiseModel) -> None:
@@ -359,6 +400,7 @@ def cut_text(run: RecoverDirectory, inputs: Inputs, listener: Listener) -> tuple
         name = inputs.evaluation.data
         if warning := shared_documents(text, evaluation_documents(name), name):
             listener.say(warning)
+            inputs.warnings.append(warning)
     inputs.model.check_tokens(text.tokens)
     run.write_text(text, drawing)
     return text, files
@@ -388,7 +430,7 @@ def record(
             machine=describe_machine(model.device),
             model=facts,
             lineage=lineage,
-            warnings=[warning] if warning else [],
+            warnings=[*inputs.warnings, *([warning] if warning else [])],
             calibration=CalibrationFacts.model_validate(
                 {
                     **text.facts,

@@ -14,6 +14,7 @@ from ..models.source import Permissions
 from ..recipes.loading import merge
 from ..recipes.recover_settings import RecoverRecipe
 from ..runs.decision import EvaluationRequest, RecoverRecord
+from ..runs.identity import changed_files
 from ..runs.listener import Listener
 from ..runs.lock import hold
 from ..runs.log import Logged, log_file
@@ -28,7 +29,7 @@ from .begun import absolute
 from .finish import write_failure
 from .finish_recover import finish
 from .measure import measure
-from .prepare_recover import RecoverRequest, prepare
+from .prepare_recover import RecoverRequest, asked, prepare
 
 
 def recover(
@@ -97,10 +98,10 @@ def resume_recovery(run: RecoverDirectory, permissions: Permissions, listener: L
     request = RecoverRequest(
         decision.model, recipe, dense, permissions, record.command, decision.evaluation, evaluates=False
     )
-    return _run(run, request, listener)
+    return _run(run, request, listener, resumed=True)
 
 
-def _run(run: RecoverDirectory, request: RecoverRequest, told: Listener) -> Report:
+def _run(run: RecoverDirectory, request: RecoverRequest, told: Listener, *, resumed: bool = False) -> Report:
     """Do what is left of a run: nothing, its measurements, its checkpoint, or all of it."""
     listener = Logged(told)
     with disk_errors(run.folder):
@@ -108,12 +109,14 @@ def _run(run: RecoverDirectory, request: RecoverRequest, told: Listener) -> Repo
     with _saying_how_to_continue(run), hold(run.folder), log_file(run.log_file):
         begun = run.record()
         if begun is not None:
-            _refuse_other(run, begun, request)
+            if not resumed:
+                _refuse_other(run, begun, request)
+            _refuse_changed(run, begun, request.permissions)
             _say_changed_text(begun, listener)
         report = _finished(run, begun)
         fault = None if report is None else run.model_fault(report.fingerprint or "")
         if report is None or fault:
-            if fault:
+            if report is not None:
                 listener.say(f"the checkpoint is made again from the last state: {fault}")
             with spent(run.folder) as times, _reporting_failure(run, times):
                 reset_peak_memory(choose_device(request.recipe.execution.device))
@@ -127,7 +130,8 @@ def _run(run: RecoverDirectory, request: RecoverRequest, told: Listener) -> Repo
             listener.say(f"{run.folder} holds the finished run of this recipe")
         record = run.record()
         assert record is not None
-        return measure(run, report, record.decision.evaluation, request.permissions, listener)
+        evaluation = request.evaluation or (record.decision.evaluation if request.evaluates else None)
+        return measure(run, report, evaluation, request.permissions, listener)
 
 
 def _finished(run: RecoverDirectory, record: RecoverRecord | None) -> Report | None:
@@ -142,44 +146,52 @@ def _finished(run: RecoverDirectory, record: RecoverRecord | None) -> Report | N
 
 
 def _refuse_other(run: RecoverDirectory, begun: RecoverRecord, request: RecoverRequest) -> None:
-    """Refuse to continue a run of other settings or of another model; ``auto`` keeps what was decided.
+    """Refuse to continue a run of other settings or of other models.
 
     Raises:
         FistaPrunerError: names the first setting that differs.
     """
-    if begun.kind != "recover":
-        raise FistaPrunerError(f"--out {run.folder} holds a run of 'fistapruner {begun.kind}': name another folder")
-    asked, held = _flat(request.recipe.model_dump(mode="json")), _flat(begun.recipe)
-    for key, value in asked.items():
-        if value not in ("auto", None, {}, []) and held.get(key) != value:
+    decision, now = begun.decision, _flat(asked(request.recipe))
+    held = _flat(decision.asked)
+    for key in now:
+        if held.get(key) != now[key]:
             raise FistaPrunerError(
                 f"--out {run.folder} holds a run with {key} = {json.dumps(held.get(key))}, this one has "
-                f"{json.dumps(value)}: name another folder, or remove it"
+                f"{json.dumps(now[key])}: name another folder, or remove it"
             )
-    if begun.decision.model != absolute(request.model):
-        raise FistaPrunerError(
-            f"--out {run.folder} holds a run of {begun.decision.model!r}, this one is of {request.model!r}: name "
-            "another folder"
-        )
+    models: dict[str, tuple[str | None, str]] = {"a run of": (decision.model, absolute(request.model))}
+    if request.dense is not None and request.recipe.loss != "ce":
+        dense = request.permissions.find(request.dense).folder.absolute()
+        models["a run with the dense model"] = (decision.dense and str(decision.dense), str(dense))
+    for what, (before, after) in models.items():
+        if before != after:
+            raise FistaPrunerError(
+                f"--out {run.folder} holds {what} {before}, not {after}: name another folder, or remove it"
+            )
 
 
 def _flat(recipe: Mapping[str, Any]) -> dict[str, Any]:
-    """Flatten the section ``data``; leave ``execution`` out."""
+    """Name the settings of the section ``data`` as in messages."""
     data = {f"data.{key}": value for key, value in dict(recipe.get("data") or {}).items()}
-    for key in ("data.source",):
-        if isinstance(data.get(key), str) and Path(data[key]).suffix:
-            data[key] = str(Path(data[key]).absolute())
-    if isinstance(tasks := data.get("data.tasks"), dict):
-        data["data.tasks"] = {
-            name: str(Path(text).absolute()) if Path(text).suffix else text for name, text in tasks.items()
-        }
-    return {**{key: value for key, value in recipe.items() if key not in ("data", "execution")}, **data}
+    return {**{key: value for key, value in recipe.items() if key != "data"}, **data}
+
+
+def _refuse_changed(run: RecoverDirectory, begun: RecoverRecord, permissions: Permissions) -> None:
+    """Refuse a run whose models are not those that it began with; models that are gone are nothing to a finished run.
+
+    Raises:
+        FistaPrunerError: names the file and its checksums.
+    """
+    decision = begun.decision
+    for folder, stamps in ((decision.folder, decision.stamps), (decision.dense, decision.dense_stamps)):
+        if folder is not None and folder.is_dir() and (why := changed_files(stamps, permissions.at(folder))):
+            raise FistaPrunerError(f"{why} since the run in {run.folder} began: name another --out")
 
 
 def _say_changed_text(begun: RecoverRecord, listener: Listener) -> None:
     for name, digest in begun.decision.text_sha256.items():
         if Path(name).is_file() and sha256_file(Path(name)) != digest:
-            listener.say(f"{name} has changed since this run began, which goes on with the windows it has cut")
+            listener.say(f"{name} has changed since this run began, which keeps the windows that it cut then")
 
 
 @contextmanager

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 from typing import Annotated, Any, Literal
 
 import yaml
@@ -30,6 +31,14 @@ def _number(value: Any) -> Any:
             return float(value)
         except ValueError:
             return value
+    return value
+
+
+def _rate(value: Any) -> Any:
+    value = _number(value)
+    number = isinstance(value, (int, float)) and not isinstance(value, bool)
+    if value != "auto" and not (number and 0 < value < math.inf):
+        raise ValueError("auto or a number above 0 is expected")
     return value
 
 
@@ -124,7 +133,7 @@ class RecoverRecipe(Settings):
         None, ge=1, description="Optimizer steps; without it tokens / (windows_per_step * seqlen)."
     )
     windows_per_step: int = Field(4, ge=1, description="Windows of one optimizer step.")
-    lr: Annotated[Literal["auto"] | Annotated[float, Field(gt=0.0)], BeforeValidator(_number)] = Field(
+    lr: Annotated[Literal["auto"] | float, BeforeValidator(_rate)] = Field(
         "auto",
         description="First learning rate; auto is measured for each form (docs/recovery.md).",
     )

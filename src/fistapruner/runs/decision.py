@@ -113,6 +113,7 @@ class RecoverDecision(RunDecision):
     """What a recovery run decides.
 
     Args:
+        asked: settings of the recipe as they were asked for, with ``auto`` unresolved; ``execution`` is left out.
         dense: folder of the dense model; None where it is not known; ``dense_stamps``: of its weight files.
         resident: the decoder layers stay in memory; else each is read from the checkpoint when it is needed.
         operators: pruned operators by full name, and the sparsity that the input's record claims.
@@ -122,6 +123,7 @@ class RecoverDecision(RunDecision):
         teacher_windows: windows whose predictions by the dense model the disk holds at once; None is all.
     """
 
+    asked: dict[str, Any] = {}
     dense: Path | None = None
     dense_stamps: tuple[tuple[str, str], ...] = ()
     resident: bool = True

@@ -110,11 +110,15 @@ class RunDirectory:
         """
         return self.read_record(RunRecord)
 
-    def read_record(self, schema: type[R]) -> R | None:
+    def read_record(self, schema: type[R], verb: str | None = None) -> R | None:
         """Read ``run.json`` as the record of one verb; None where there is none yet.
 
+        Args:
+            schema: of the record.
+            verb: whose runs have it; None takes those of all.
+
         Raises:
-            FistaPrunerError: the file is not what a run of this verb writes, or what a run of another release wrote.
+            FistaPrunerError: it is a run of another verb, the file is damaged, or a run of another release wrote it.
         """
         if not self.run_file.exists():
             return None
@@ -130,6 +134,10 @@ class RunDirectory:
             raise FistaPrunerError(
                 f"{self.run_file} was written by another release of fistapruner ({by}) in a format that this one does "
                 "not read: go on with that release, or choose another --out"
+            )
+        if verb not in (None, found := content.get("kind", "prune")):
+            raise FistaPrunerError(
+                f"{self.folder} holds a run of 'fistapruner {found}', not of {verb}: name another folder"
             )
         try:
             return schema.model_validate(content)

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Iterable
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from ..models.files.checkpoint import Checkpoint
+from ..models.source import ModelSource
 from ..recipes.recover_settings import RecoverRecipe
 from ..recipes.settings import Recipe
 from ..runtime.files import sampled_sha256, sha256_file
@@ -37,6 +39,24 @@ def fingerprint(
 def stamps(checkpoint: Checkpoint) -> list[tuple[str, str]]:
     """Identify a checkpoint's weights: the name of every file, and a hash of samples of its bytes."""
     return [(name, sampled_sha256(file.path)) for name, file in checkpoint.files.items()]
+
+
+def changed_files(before: Iterable[tuple[str, str]], source: ModelSource) -> str | None:
+    """Say which weight file of a model is not what it was; None where all are.
+
+    Args:
+        before: its :func:`stamps` then.
+        source: the model.
+
+    Raises:
+        FistaPrunerError: it cannot be opened.
+    """
+    old, new = dict(before), dict(stamps(source.checkpoint()))
+    for name in sorted({*old, *new}):
+        if old.get(name) != new.get(name):
+            was, now = (str(found.get(name, "missing"))[:12] for found in (old, new))
+            return f"{source.folder / name} has changed: its checksum was {was} and is {now}"
+    return None
 
 
 def text_sha256(recipe: Recipe) -> str | None:

@@ -75,7 +75,7 @@ class PruneDirectory(RunDirectory):
         return sorted(others)
 
     def record(self) -> PruneRecord | None:
-        return self.read_record(PruneRecord)
+        return self.read_record(PruneRecord, "prune")
 
     def _has_own_tokens(self) -> bool:
         try:

@@ -57,7 +57,7 @@ class RecoverDirectory(RunDirectory):
         return sorted(path.name for path in self.folder.iterdir() if not re.fullmatch(BEFORE_RUN_FILE, path.name))
 
     def record(self) -> RecoverRecord | None:
-        return self.read_record(RecoverRecord)
+        return self.read_record(RecoverRecord, "recover")
 
     def write_text(self, text: TrainingText, drawing: str) -> None:
         """Store the training text.

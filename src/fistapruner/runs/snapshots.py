@@ -59,7 +59,7 @@ class Snapshots:
         self.folder = folder
 
     def write(self, fingerprint: str, step: int, values: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> None:
-        """Store a state, and remove all but the newest :data:`KEPT`.
+        """Store a state, and remove all but the newest :data:`KEPT`, and those of later steps, which are void.
 
         Args:
             fingerprint: of the run.
@@ -67,23 +67,33 @@ class Snapshots:
             values: plain values, as JSON takes them.
             tensors: tensors by name.
         """
+        file, record = self._files(step)
         with disk_errors(self.folder):
             self.folder.mkdir(parents=True, exist_ok=True)
-        file, record = self._files(step)
-        record.unlink(missing_ok=True)
+            record.unlink(missing_ok=True)
         entries = [TensorEntry.of(name, tensor.dtype, tuple(tensor.shape)) for name, tensor in tensors.items()]
         with SafetensorsWriter(file, entries, {"fingerprint": fingerprint}) as writer:
             for name, tensor in tensors.items():
                 writer.write(name, tensor)
         content = {"fingerprint": fingerprint, "step": step, "values": dict(values), "file": sha256_file(file)}
         write_json_atomic(record, {**content, "sha256": json_sha256(content)})
-        for old in self._steps()[:-KEPT]:
-            for path in reversed(self._files(old)):  # the JSON first: without it the tensors do not count
-                path.unlink(missing_ok=True)
+        kept = [other for other in self._steps() if other <= step][-KEPT:]
+        with disk_errors(self.folder):
+            # The JSON first: without it the tensors do not count. Tensors without it are of an attempt that was killed.
+            for path in sorted(self.folder.iterdir()):
+                if STATE_FILE.fullmatch(path.name) and (int(path.name[:8]) not in kept or path.name.endswith(PARTIAL)):
+                    path.unlink(missing_ok=True)
 
-    def newest(self, fingerprint: str) -> Snapshot | None:
-        """Find the newest snapshot of this run that is whole; None where there is none."""
+    def newest(self, fingerprint: str, last: int | None = None) -> Snapshot | None:
+        """Find the newest snapshot of this run that is whole; None where there is none.
+
+        Args:
+            fingerprint: of the run.
+            last: newest step that counts; None takes any.
+        """
         for step in reversed(self._steps()):
+            if last is not None and step > last:
+                continue
             file, record = self._files(step)
             try:
                 content = json.loads(record.read_text("utf-8"))

@@ -133,7 +133,9 @@ class Trainer:
 
     def train(self) -> TrainingState:
         """Take the steps that are left; the best weights are restored at the end."""
-        snapshot = self.run.states.newest(self.fingerprint)
+        lines = read_steps(self.run.steps_file)
+        # A snapshot counts if the journal is whole up to its step: what was measured belongs to the run, too.
+        snapshot = self.run.states.newest(self.fingerprint, lines[-1]["step"]) if lines else None
         if snapshot is not None:
             self._resume(snapshot)
         steps, last = len(self.order), time.monotonic()
@@ -151,7 +153,7 @@ class Trainer:
                     done = self.state.step - begun
                     left = (time.monotonic() - begin) / done * (steps - self.state.step)
                     self._say_check(check, 0.0 if self.state.stopped else left)
-                if check is not None or time.monotonic() - last > SNAPSHOT_SECONDS:
+                if check is not None or self.state.stopped or time.monotonic() - last > SNAPSHOT_SECONDS:
                     journal.sync()
                     self._snapshot()
                     last = time.monotonic()
@@ -172,12 +174,12 @@ class Trainer:
         self.state.patience = Patience.begin(held_out, on=self.recipe.patience)
         self.stepper.keep()
         journal.append({"step": 0, "held_out": held_out, "kept": True, "by_task": by_task, "run": self.about})
+        if math.isfinite(held_out):
+            self.say(f"held-out loss {held_out:.4f}")
+        else:
+            self._stop(f"the loss of the held-out windows is {held_out} before training")
         journal.sync()
         self._snapshot()
-        if not math.isfinite(held_out):
-            self._stop(f"the loss of the held-out windows is {held_out} before training")
-        else:
-            self.say(f"held-out loss {held_out:.4f}")
 
     def _replay(self, journal: StepJournal) -> None:
         """Take the journaled steps after the snapshot again, without passes."""
@@ -203,26 +205,24 @@ class Trainer:
             "tokens": int(self.counts[windows].sum()),
         }
         self.state.step = number
+        self.state.not_finite = 0 if finite else self.state.not_finite + 1
         check = None
-        if finite:
-            self.state.not_finite = 0
-            if check_due(number, len(self.order), self.recipe.validation_checks):
-                held_out, by_task = self._held_out()
-                check = Check(
-                    step=number, held_out=held_out, kept=decide(self.state, self.stepper, held_out), by_task=by_task
-                )
-                line |= {"held_out": held_out, "kept": check.kept, "by_task": by_task}
-        else:
-            self.state.not_finite += 1
-            if not self.recipe.zeroth_order or self.state.not_finite >= MAX_NOT_FINITE:
-                self._stop(f"the loss is {found.loss} at step {number} (learning rate {factor:.3g} of the first)")
+        if not finite and (not self.recipe.zeroth_order or self.state.not_finite >= MAX_NOT_FINITE):
+            what = f"loss is {found.loss}" if not math.isfinite(found.loss) else f"gradient is {found.size}"
+            line["fault"] = self._stop(f"the {what} at step {number}, at {factor:.3g} of the first learning rate")
+        elif check_due(number, len(self.order), self.recipe.validation_checks):
+            held_out, by_task = self._held_out()
+            kept = decide(self.state, self.stepper, held_out)
+            check = Check(step=number, held_out=held_out, kept=kept, by_task=by_task)
+            line |= {"held_out": held_out, "kept": check.kept, "by_task": by_task}
         self._compare(journal.dropped.pop(number, None), line)
         journal.append({**line, "seconds": round(time.perf_counter() - begin, 3)})
         return check
 
-    def _stop(self, fault: str) -> None:
+    def _stop(self, fault: str) -> str:
         self.state.stopped, self.state.fault = True, fault
         self.say(fault)
+        return fault
 
     def _held_out(self) -> tuple[float, dict[str, float]]:
         """Return the held-out loss per token, the mean over tasks, and that of each of several tasks."""
@@ -292,3 +292,5 @@ def take_again(
     state.stopped = state.not_finite >= MAX_NOT_FINITE
     if line.get("held_out") is not None:
         decide(state, stepper, line["held_out"])
+    if "fault" in line:
+        state.stopped, state.fault = True, line["fault"]

@@ -1,0 +1,520 @@
+"""Recovery from end to end: every zero kept bit for bit, never worse on held-out text, told in report and lineage."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.nn.functional import kl_div, log_softmax
+from transformers import AutoModelForCausalLM
+
+import fistapruner as fp
+import tiny
+from fistapruner.cli import main
+from fistapruner.evaluation.inspection import inspect_checkpoint
+from fistapruner.models.files.checkpoint import Checkpoint
+from fistapruner.models.files.safetensors import SafetensorsFile
+from fistapruner.runs.listener import Listener
+from fistapruner.runs.lock import hold
+from fistapruner.runs.records import Report, load_run
+from fistapruner.sparse.pack import is_packed
+
+SEQLEN = 16
+SETTINGS: dict[str, Any] = {
+    "evaluate": None,
+    "steps": 4,
+    "windows_per_step": 2,
+    "validation_checks": 2,
+    "rank": 4,
+}
+
+
+class Bench:
+    """Dense and pruned models, made once each, and their text."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.text = folder / "text.jsonl"
+        lines = (f"{number} is followed by {number + 1}, as everybody knows." for number in range(60))
+        self.text.write_text("".join(json.dumps({"text": line}) + "\n" for line in lines))
+
+    def dense(self, architecture: str = "llama", **changes: Any) -> Path:
+        """A dense model of two layers."""
+        name = "-".join([architecture, *map(str, changes.values())])
+        layers = "n_layer" if architecture == "gpt2" else "num_hidden_layers"
+        if not (self.folder / name).exists():
+            tiny.save(architecture, self.folder / name, **{layers: 2, **changes})
+        return self.folder / name
+
+    def pruned(self, architecture: str = "llama", sparsity: str = "2:4") -> Path:
+        """A pruning run of it."""
+        run = self.folder / f"{architecture} pruned to {sparsity.replace('%', ' percent')}"
+        if not run.exists():
+            calibration = {"source": str(self.text), "samples": 2, "seqlen": SEQLEN}
+            fp.prune(self.dense(architecture), run, method="wanda", sparsity=sparsity, calibration=calibration)
+        return run
+
+    @cached_property
+    def recovered(self) -> Path:
+        """A recovery of the pruned Llama, to be copied."""
+        recover(self.pruned(), self.folder / "recovered", command="the command")
+        return self.folder / "recovered"
+
+
+@pytest.fixture(scope="module")
+def bench(tmp_path_factory: pytest.TempPathFactory) -> Bench:
+    return Bench(tmp_path_factory.mktemp("recover"))
+
+
+class Said(Listener):
+    """Keeps the sentences."""
+
+    def __init__(self) -> None:
+        self.sentences: list[str] = []
+
+    def say(self, sentence: str) -> None:
+        self.sentences.append(sentence)
+
+
+def recover(model: Path, out: Path, **settings: Any) -> Report:
+    """A short recovery."""
+    data = {"seqlen": SEQLEN, "tokens": 300, **settings.pop("data", {})}
+    return fp.recover(model, out, **{**SETTINGS, "data": data, **settings})
+
+
+def tensors(folder: Path) -> dict[str, Tensor]:
+    checkpoint = Checkpoint.open(folder)
+    return {name: checkpoint.read(name) for name in checkpoint.names()}
+
+
+def weights(run: Path) -> bytes:
+    return (run / "model" / "model.safetensors").read_bytes()
+
+
+@torch.no_grad()
+def held_out_loss(run: Path, model: Path, dense: Path) -> float:
+    """The divergence of a model from the dense one on the run's held-out windows, by transformers and torch."""
+    file = SafetensorsFile(run / "windows.safetensors")
+    tokens = file.read("tokens")[file.read("held_out").to(torch.bool)]
+    ours, theirs = (
+        log_softmax(AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)(tokens).logits[:, :-1], -1)
+        for folder in (model, dense)
+    )
+    return float(kl_div(ours, theirs, reduction="none", log_target=True).sum(-1).mean())
+
+
+CASES = [
+    ("llama", "2:4", "lora"),
+    ("gpt2", "50%", "full"),
+    ("opt", "2:4", "spp"),
+    ("gemma2", "50%", "norms"),
+    ("gpt2", "2:4", "hira"),
+]
+
+
+@pytest.mark.parametrize(("architecture", "sparsity", "parameters"), CASES)
+def test_the_written_model_has_the_zeros_and_is_better(
+    bench: Bench, tmp_path: Path, architecture: str, sparsity: str, parameters: str
+) -> None:
+    """On transposed and fused weights (gpt2), with biases (opt), with norms around the operators (gemma2)."""
+    pruned, out = bench.pruned(architecture, sparsity), tmp_path / "out"
+    report = recover(pruned, out, parameters=parameters)
+    before, after, dense = (tensors(folder) for folder in (pruned / "model", out / "model", bench.dense(architecture)))
+    assert before.keys() == after.keys()
+    operators = inspect_checkpoint(pruned / "model").pruned
+    assert operators
+    for operator in operators:
+        name = operator.name
+        assert torch.equal(after[name] == 0, before[name] == 0)
+        assert parameters == "norms" or not torch.signbit(after[name][after[name] == 0]).any()  # +0.0
+    changed = {name for name in after if not torch.equal(after[name], before[name])}
+    assert changed
+    vectors = {name for name in after if after[name].ndim == 1}
+    names = {operator.name for operator in operators}
+    assert changed <= (vectors if parameters == "norms" else vectors | names)
+    outside = [name for name in after if ".layers." not in name and ".h." not in name]
+    assert outside
+    assert all(torch.equal(after[name], dense[name]) for name in outside)
+    # Never worse on the held-out windows, by another implementation of model and loss.
+    assert report.recovery is not None
+    checks = report.recovery.checks
+    losses = [held_out_loss(out, model / "model", bench.dense(architecture)) for model in (pruned, out)]
+    assert losses[1] < losses[0]
+    assert checks[0].held_out == pytest.approx(losses[0], rel=1e-4)
+    assert min(check.held_out for check in checks) == pytest.approx(losses[1], rel=1e-4)
+    assert not inspect_checkpoint(out / "model").violations
+    assert main(["inspect", str(out / "model")]) == 0
+
+
+def test_the_report_tells_what_was_trained_and_the_lineage_where_the_model_comes_from(bench: Bench) -> None:
+    run = bench.recovered
+    report = load_run(run)
+    assert (report.kind, report.status, report.warnings) == ("recover", "finished", [])
+    found = report.recovery
+    assert found is not None
+    assert (found.parameters, found.optimizer, found.loss) == ("lora", "adamw", "kl")
+    assert (found.steps, found.asked_steps, found.operators) == (4, 4, 14)
+    assert found.tokens == 4 * 2 * (SEQLEN - 1)  # the first token of a window is not predicted
+    assert [check.step for check in found.checks] == [0, 2, 4]
+    assert found.kept_step == min(found.checks, key=lambda check: check.held_out).step
+    assert [step for step, _ in found.curve] == [1, 2, 3, 4]
+    file = SafetensorsFile(run / "windows.safetensors")
+    assert int(file.read("held_out").sum()) == found.held_out_windows
+    assert len(file.read("held_out")) == found.windows + found.held_out_windows
+    before, after = tensors(bench.pruned() / "model"), tensors(run / "model")
+    names = [operator.name for operator in inspect_checkpoint(run / "model").pruned]
+    survivors = sum(int((before[name] != 0).sum()) for name in names)
+    assert found.changed == sum(int((after[name] != before[name]).sum()) for name in names) / survivors
+    norms = [float((after[name] - before[name]).norm() / before[name].norm()) for name in names]
+    assert found.change == pytest.approx(max(norms))
+    assert [layer.name for layer in report.layers] == ["model.layers.0", "model.layers.1"]
+    record = json.loads((run / "model" / "fistapruner.json").read_text())
+    assert [stage["kind"] for stage in record["lineage"]["stages"]] == ["prune", "recover"]
+    assert record["lineage"]["source"]["source"] == str(bench.dense())
+    assert record["lineage"]["stages"][1]["command"] == "the command"
+    assert report.lineage is not None
+    assert report.lineage.model_dump(mode="json") == record["lineage"]
+    assert record["operators"] == json.loads((bench.pruned() / "model" / "fistapruner.json").read_text())["operators"]
+
+
+def test_a_recovered_run_is_recovered_again(bench: Bench, tmp_path: Path) -> None:
+    """The dense model and the text are those of the chain's first run."""
+    report = recover(bench.recovered, tmp_path / "again", parameters="norms")
+    assert report.recovery is not None
+    assert report.recovery.loss == "kl"
+    first = load_run(bench.recovered).recovery
+    assert first is not None
+    assert report.recovery.checks[0].held_out == pytest.approx(min(check.held_out for check in first.checks), rel=1e-5)
+    record = json.loads((tmp_path / "again" / "model" / "fistapruner.json").read_text())
+    assert [stage["kind"] for stage in record["lineage"]["stages"]] == ["prune", "recover", "recover"]
+    assert not inspect_checkpoint(tmp_path / "again" / "model").violations
+
+
+def test_a_plain_checkpoint_with_zeros_is_recovered(bench: Bench, tmp_path: Path) -> None:
+    """Somebody else's: no record, so the zeros themselves say which operators are pruned."""
+    plain = Path(shutil.copytree(bench.pruned() / "model", tmp_path / "plain"))
+    (plain / "fistapruner.json").unlink()
+    report = recover(plain, tmp_path / "out", dense=bench.dense(), data={"source": str(bench.text)})
+    before, after = tensors(plain), tensors(tmp_path / "out" / "model")
+    assert all(torch.equal(after[name] == 0, before[name] == 0) for name in before if before[name].ndim == 2)
+    assert report.recovery is not None
+    assert report.recovery.operators == 14
+    assert (tmp_path / "out" / "model" / "model.safetensors").read_bytes() == weights(bench.recovered)
+    without = recover(plain, tmp_path / "text only", data={"source": str(bench.text)})
+    assert without.recovery is not None
+    assert without.recovery.loss == "ce"
+    assert any("dense model is not known" in warning for warning in without.warnings)
+
+
+def test_a_rate_that_is_too_high_gives_the_input_back(
+    bench: Bench, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    command = ["recover", str(bench.pruned()), "--out", str(tmp_path / "out"), "--evaluate", "none", "--quiet"]
+    command += ["--steps", "4", "--seqlen", str(SEQLEN), "--tokens", "300", "--windows-per-step", "2"]
+    assert main([*command, "--lr", "1000"]) == 0
+    assert weights(tmp_path / "out") == weights(bench.pruned())
+    report = load_run(tmp_path / "out")
+    assert report.recovery is not None
+    assert report.recovery.kept_step == 0
+    assert (report.recovery.changed, report.recovery.change) == (0, 0)
+    assert "no step was better than the start" in report.warnings[0]
+    assert "no step was better than the start" in capsys.readouterr().out
+
+
+def test_a_loss_that_is_not_a_number_keeps_the_best_weights_and_fails(
+    bench: Bench, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The same command says it again and does nothing. A report is JSON, which has no NaN."""
+    command = ["recover", str(bench.pruned()), "--evaluate", "none", "--quiet", "--lr", "1e30"]
+    command += ["--steps", "4", "--seqlen", str(SEQLEN), "--tokens", "300", "--windows-per-step", "2"]
+    out = tmp_path / "out"
+    for _ in range(2):
+        assert main([*command, "--out", str(out), "--validation-checks", "1"]) == 1
+        assert weights(out) == weights(bench.pruned())
+        report = load_run(out)
+        assert report.status == "finished"
+        assert "training stopped: the loss is nan at step 2" in report.warnings[0]
+        assert "e+29 to 1e+30: try a lower --lr" in report.warnings[0]
+        assert "training stopped: the loss is nan at step 2" in capsys.readouterr().out
+
+
+def test_held_out_losses_that_are_not_numbers_are_not_better(bench: Bench, tmp_path: Path) -> None:
+    def refuse(constant: str) -> None:
+        raise AssertionError(f"{constant} is not JSON")
+
+    report = recover(bench.pruned(), tmp_path / "out", lr=1e30, validation_checks=4)
+    assert "no step was better than the start" in report.warnings[0]
+    assert weights(tmp_path / "out") == weights(bench.pruned())
+    json.loads((tmp_path / "out" / "report.json").read_text(), parse_constant=refuse)
+    again = recover(bench.pruned(), tmp_path / "out", lr=1e30, validation_checks=4)
+    assert again.recovery == report.recovery
+
+
+# --- bad input: one line each, before any long work
+
+
+def plain(bench: Bench, folder: Path) -> Path:
+    """A copy of the pruned checkpoint."""
+    return Path(shutil.copytree(bench.pruned() / "model", folder / "plain"))
+
+
+def without_zeros(bench: Bench, folder: Path) -> dict[str, Any]:
+    return {"model": bench.dense(), "dense": bench.dense(), "data": {"source": str(bench.text)}}
+
+
+def claim_violated(bench: Bench, folder: Path) -> dict[str, Any]:
+    from safetensors.torch import load_file, save_file
+
+    model = plain(bench, folder)
+    stored = load_file(model / "model.safetensors")
+    stored["model.layers.0.self_attn.q_proj.weight"][0] = 1.0
+    save_file(stored, model / "model.safetensors", {"format": "pt"})
+    return {"model": model, "data": {"source": str(bench.text)}}
+
+
+def packed(bench: Bench, folder: Path) -> dict[str, Any]:
+    assert main(["pack", str(bench.pruned() / "model"), str(folder / "packed")]) == 0
+    assert is_packed(folder / "packed")
+    return {"model": folder / "packed"}
+
+
+def other_vocabulary(bench: Bench, folder: Path) -> dict[str, Any]:
+    return {"dense": bench.dense(vocab_size=160)}
+
+
+def no_dense(bench: Bench, folder: Path) -> dict[str, Any]:
+    model = plain(bench, folder)
+    (model / "fistapruner.json").unlink()
+    return {"model": model, "loss": "kl", "data": {"source": str(bench.text)}}
+
+
+def dense_not_there(bench: Bench, folder: Path) -> dict[str, Any]:
+    return {"dense": folder / "nowhere"}
+
+
+def dense_changed(bench: Bench, folder: Path) -> dict[str, Any]:
+    """Of a pruning run."""
+    dense = Path(shutil.copytree(bench.dense(), folder / "dense"))
+    calibration = {"source": str(bench.text), "samples": 2, "seqlen": SEQLEN}
+    fp.prune(dense, folder / "run", method="magnitude", calibration=calibration)
+    tiny.save("llama", dense, num_hidden_layers=2, seed=7)
+    return {"model": folder / "run"}
+
+
+def dense_changed_since_recovery(bench: Bench, folder: Path) -> dict[str, Any]:
+    dense = Path(shutil.copytree(bench.dense(), folder / "dense"))
+    recover(bench.pruned(), folder / "run", dense=dense, steps=1)
+    tiny.save("llama", dense, num_hidden_layers=2, seed=7)
+    return {"model": folder / "run"}
+
+
+def short_text(bench: Bench, folder: Path) -> dict[str, Any]:
+    (folder / "short.txt").write_text("too short")
+    return {"data": {"source": str(folder / "short.txt")}}
+
+
+def mixed_text(bench: Bench, folder: Path) -> dict[str, Any]:
+    (folder / "mixed.jsonl").write_text('{"text": "a b c"}\n{"prompt": "a", "completion": "b"}\n')
+    return {"data": {"source": str(folder / "mixed.jsonl")}}
+
+
+def unfinished(bench: Bench, folder: Path) -> dict[str, Any]:
+    run = Path(shutil.copytree(bench.pruned(), folder / "run"))
+    shutil.rmtree(run / "model")
+    return {"model": run}
+
+
+def out_is_the_input(bench: Bench, folder: Path) -> dict[str, Any]:
+    return {"out": bench.pruned()}
+
+
+def out_is_the_input_model(bench: Bench, folder: Path) -> dict[str, Any]:
+    return {"out": bench.pruned() / "model"}
+
+
+def out_holds_the_dense_model(bench: Bench, folder: Path) -> dict[str, Any]:
+    out = Path(shutil.copytree(bench.recovered, folder / "out"))
+    (out / "run.json").unlink()
+    return {"out": out}
+
+
+BAD: dict[str, tuple[Callable[[Bench, Path], dict[str, Any]], str]] = {
+    "no zeros": (without_zeros, r"no operator has zeros to keep; prune it first"),
+    "claim violated": (
+        claim_violated,
+        r"q_proj\.weight: has \d+ zeros, 512 are claimed; 'fistapruner inspect .*plain'",
+    ),
+    "packed": (packed, r"is packed: unpack it first with 'fistapruner unpack .*packed --out DIR'"),
+    "other vocabulary": (other_vocabulary, r"predicts 160 tokens, .* 128: --dense must name the model"),
+    "no dense model": (no_dense, r"--loss kl needs the dense model, which .*plain does not name: give --dense MODEL"),
+    "dense model not there": (dense_not_there, r"--dense: model '.*nowhere' does not exist"),
+    "dense model changed": (dense_changed, r"dense is not the model that it pruned: give the dense model .* --dense"),
+    "dense model changed since a recovery": (
+        dense_changed_since_recovery,
+        r"dense.model\.safetensors has changed: its checksum was [0-9a-f]{12} and is [0-9a-f]{12}: give the dense",
+    ),
+    "short text": (short_text, r"its 9 tokens do not fill one window of 16 .* 300 tokens are asked"),
+    "mixed text": (mixed_text, r"mixed.jsonl, line 2 has prompt and completion, .*: one kind a file"),
+    "no text": (lambda bench, folder: {"data": {"source": ""}}, r"training source '' is neither"),
+    "text not there": (lambda bench, folder: {"data": {"source": "nowhere.txt"}}, r"training source 'nowhere\.txt' is"),
+    "long windows": (lambda bench, folder: {"data": {"seqlen": 10**6}}, r"data\.seqlen 1000000 is more than the 2048"),
+    "unfinished": (unfinished, r"has no finished checkpoint: go on with 'fistapruner resume .*run'"),
+    "no model": (lambda bench, folder: {"model": folder / "nowhere"}, r"model '.*nowhere' does not exist"),
+    "out is the input": (out_is_the_input, r"holds a run of 'fistapruner prune', not of recover: name another folder"),
+    "out is the model": (out_is_the_input_model, r"is a folder with other things in it"),
+    "fp16 on a CPU": (lambda bench, folder: {"dtype": "float16"}, r"gradients below 6e-08 become 0"),
+    "operators": (lambda bench, folder: {"targets": ["nowhere"]}, r"'nowhere' matches no operator"),
+    "rate": (lambda bench, folder: {"lr": 0}, r"lr: auto or a number above 0 is expected \(got 0\)"),
+    "rate not finite": (lambda bench, folder: {"lr": "inf"}, r"lr: auto or a number above 0 is expected \(got 'inf'\)"),
+    "rank": (lambda bench, folder: {"rank": 0}, r"rank: .* \(got 0\)"),
+    "steps": (lambda bench, folder: {"steps": 0}, r"steps: .* \(got 0\)"),
+    "held out": (lambda bench, folder: {"data": {"held_out": 0.7}}, r"data\.held_out: .* 0\.5 \(got 0\.7\)"),
+    "tasks in a round": (lambda bench, folder: {"data": {"per_round": 3}}, r"data\.per_round is 3: there are 0 tasks"),
+}
+
+
+@pytest.mark.parametrize(("case", "message"), BAD.values(), ids=BAD)
+def test_bad_input_is_one_line_before_any_work(
+    bench: Bench, tmp_path: Path, case: Callable[[Bench, Path], dict[str, Any]], message: str
+) -> None:
+    settings = {"model": bench.pruned(), "out": tmp_path / "out", **case(bench, tmp_path)}
+    with pytest.raises(fp.FistaPrunerError, match=message) as refused:
+        recover(**settings)
+    assert "\n" not in str(refused.value)
+    assert not (tmp_path / "out" / "run.json").exists()
+
+
+def test_a_rank_that_operators_do_not_have_is_said_once(bench: Bench, tmp_path: Path) -> None:
+    said = Said()
+    recover(bench.pruned(), tmp_path / "out", rank=1000, steps=1, listener=said)
+    assert [sentence for sentence in said.sentences if "no rank" in sentence] == [
+        "14 of 14 operators have no rank 1000: that of model.layers.0.self_attn.q_proj is 32, which it takes"
+    ]
+
+
+# --- the run directory
+
+
+@pytest.fixture
+def run(bench: Bench, tmp_path: Path) -> Path:
+    """A copy of the finished recovery."""
+    return Path(shutil.copytree(bench.recovered, tmp_path / "run"))
+
+
+def test_a_finished_run_is_not_made_again(bench: Bench, run: Path) -> None:
+    said, stamp = Said(), (run / "model" / "model.safetensors").stat().st_mtime_ns
+    assert recover(bench.pruned(), run, listener=said).status == "finished"
+    assert (run / "model" / "model.safetensors").stat().st_mtime_ns == stamp
+    assert any("holds the finished run of this recipe" in sentence for sentence in said.sentences)
+
+
+OTHERS: dict[str, tuple[dict[str, Any], str]] = {
+    "form": ({"parameters": "full"}, r'parameters = "auto", this one has "full"'),
+    "rate": ({"lr": 1e-3}, r'lr = "auto", this one has 0\.001'),
+    "tokens": ({"data": {"tokens": 400}}, r"data\.tokens = 300, this one has 400"),
+}
+
+
+@pytest.mark.parametrize(("settings", "message"), OTHERS.values(), ids=OTHERS)
+def test_another_recipe_is_refused(bench: Bench, run: Path, settings: dict[str, Any], message: str) -> None:
+    with pytest.raises(fp.FistaPrunerError, match=message):
+        recover(bench.pruned(), run, **settings)
+
+
+def test_a_setting_that_is_automatic_now_and_was_not_is_another_recipe(bench: Bench, tmp_path: Path) -> None:
+    recover(bench.pruned(), tmp_path / "out", parameters="norms", lr=1e-3, steps=1)
+    with pytest.raises(fp.FistaPrunerError, match=r'parameters = "norms", this one has "auto"'):
+        recover(bench.pruned(), tmp_path / "out", lr=1e-3, steps=1)
+    with pytest.raises(fp.FistaPrunerError, match=r'lr = 0\.001, this one has "auto"'):
+        recover(bench.pruned(), tmp_path / "out", parameters="norms", steps=1)
+
+
+def test_other_models_are_refused(bench: Bench, run: Path, tmp_path: Path) -> None:
+    with pytest.raises(fp.FistaPrunerError, match=r"holds a run of .*2:4, not .*50 percent: name another folder"):
+        recover(bench.pruned("llama", "50%"), run)
+    other = Path(shutil.copytree(bench.dense(), tmp_path / "other"))
+    with pytest.raises(fp.FistaPrunerError, match=r"holds a run with the dense model .*llama, not .*other: name"):
+        recover(bench.pruned(), run, dense=other)
+
+
+@pytest.mark.parametrize("finished", [True, False], ids=["finished", "unfinished"])
+@pytest.mark.parametrize("which", ["model", "dense"])
+def test_a_model_that_has_changed_since_is_refused(bench: Bench, tmp_path: Path, which: str, finished: bool) -> None:
+    dense, model = (
+        Path(shutil.copytree(folder, tmp_path / folder.name)) for folder in (bench.dense(), bench.pruned() / "model")
+    )
+    arguments = {
+        "model": model,
+        "out": tmp_path / "out",
+        "dense": dense,
+        "data": {"source": str(bench.text)},
+        "steps": 1,
+    }
+    recover(**arguments)
+    if not finished:
+        (tmp_path / "out" / "report.json").unlink()
+    file = (model if which == "model" else dense) / "model.safetensors"
+    content = bytearray(file.read_bytes())
+    content[-1] ^= 1
+    file.write_bytes(content)
+    with pytest.raises(
+        fp.FistaPrunerError, match=r"model\.safetensors has changed: its checksum was .* name another --out"
+    ):
+        recover(**arguments)
+
+
+def test_models_that_are_gone_are_nothing_to_a_finished_run(bench: Bench, tmp_path: Path) -> None:
+    model = plain(bench, tmp_path)
+    arguments = {"model": model, "out": tmp_path / "out", "data": {"source": str(bench.text)}, "steps": 1}
+    recover(**arguments)
+    shutil.rmtree(model)
+    assert fp.resume(tmp_path / "out").status == "finished"
+
+
+def test_a_run_goes_on_from_another_folder(bench: Bench, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Paths are kept absolute; the same file by another way to write it is the same."""
+    (tmp_path / "a").mkdir()
+    (tmp_path / "b").mkdir()
+    shutil.copy(bench.text, tmp_path / "text.jsonl")
+    monkeypatch.chdir(tmp_path / "a")
+    arguments = {"model": bench.pruned(), "out": tmp_path / "out", "steps": 1}
+    recover(**arguments, data={"source": "../text.jsonl"})
+    assert recover(**arguments, data={"source": "../text.jsonl"}).status == "finished"
+    monkeypatch.chdir(tmp_path / "b")
+    assert recover(**arguments, data={"source": "../a/../text.jsonl"}).status == "finished"
+    (tmp_path / "out" / "report.json").unlink()
+    assert fp.resume(Path("../out")).status == "finished"
+
+
+def test_pruning_into_a_recovery_is_refused(bench: Bench, run: Path) -> None:
+    with pytest.raises(fp.FistaPrunerError, match=r"holds a run of 'fistapruner recover', not of prune"):
+        fp.prune(bench.dense(), run, method="magnitude", calibration={"source": str(bench.text), "samples": 2})
+
+
+def test_a_second_process_is_refused(bench: Bench, run: Path) -> None:
+    with hold(run), pytest.raises(fp.FistaPrunerError, match=r"is in use by process \d+"):
+        recover(bench.pruned(), run)
+
+
+def test_a_damaged_checkpoint_is_written_again(bench: Bench, run: Path) -> None:
+    """From the last state; what was measured stays."""
+    whole, report = weights(run), load_run(run)
+    (run / "model" / "model.safetensors").write_bytes(whole[:-1])
+    said = Said()
+    assert recover(bench.pruned(), run, listener=said).recovery == report.recovery
+    assert weights(run) == whole
+    assert any("the checkpoint is made again from the last state" in sentence for sentence in said.sentences)
+    assert not (run / "teacher").exists()
+    assert not any("held-out loss" in sentence for sentence in said.sentences)  # nothing was trained again
+
+
+def test_a_finished_run_is_evaluated_where_a_command_asks_for_it(bench: Bench, run: Path) -> None:
+    evaluated = recover(bench.pruned(), run, evaluate="python", evaluate_windows=1)
+    assert len(evaluated.evaluations) == 1
