@@ -162,7 +162,7 @@ def _refuse_other(run: RecoverDirectory, begun: RecoverRecord, request: RecoverR
     models: dict[str, tuple[str | None, str]] = {"a run of": (decision.model, absolute(request.model))}
     if request.dense is not None and request.recipe.loss != "ce":
         dense = request.permissions.find(request.dense).folder.absolute()
-        models["a run with the dense model"] = (decision.dense and str(decision.dense), str(dense))
+        models["a run with the dense model"] = (None if decision.dense is None else str(decision.dense), str(dense))
     for what, (before, after) in models.items():
         if before != after:
             raise FistaPrunerError(

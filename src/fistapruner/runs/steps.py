@@ -55,7 +55,8 @@ class StepJournal:
 
     def __enter__(self) -> Self:
         with disk_errors(self.path):
-            os.ftruncate(self._descriptor, self._end)
+            if os.fstat(self._descriptor).st_size > self._end:  # its date is that of the last step
+                os.ftruncate(self._descriptor, self._end)
         return self
 
     def append(self, line: Mapping[str, Any]) -> None:

@@ -21,7 +21,7 @@ from ..recipes.recover_settings import RecoverRecipe
 from ..runs.records import Check
 from ..runs.recover_directory import RecoverDirectory
 from ..runs.snapshots import Snapshot
-from ..runs.steps import StepJournal
+from ..runs.steps import StepJournal, read_steps
 from ..runtime.formatting import duration
 from .adamw import Patience, Verdict, check_due, schedule
 
