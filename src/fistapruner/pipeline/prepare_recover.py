@@ -143,7 +143,7 @@ def check_inputs(run: RecoverDirectory, request: RecoverRequest, listener: Liste
     dense_source = _find_dense(request, origin, source)
     recipe = resolve(request.recipe, origin, dense_source is not None)
     model = open_model(source, recipe)
-    _check_precision(recipe, model)
+    _check_precision(model)
     layout, claims = _operators(source.folder, model, recipe)
     _say_rank(recipe, layout, listener)
     check_model(model)
@@ -217,7 +217,7 @@ def _find_dense(request: RecoverRequest, origin: RunDirectory | None, source: Mo
 
 
 def _changed_dense(run: RunDirectory, dense: ModelSource) -> str | None:
-    """Say that the dense model of the input's run has changed since; None where it has not, or that is not known."""
+    """Say that the dense model of the input's run has changed since; None where that is not known."""
     record = run.record()
     noted: tuple[tuple[str, str], ...] = record.decision.stamps if record is not None else ()
     if record is not None and record.kind == "recover":
@@ -252,7 +252,7 @@ def resolve(recipe: RecoverRecipe, origin: RunDirectory | None, dense: bool) -> 
 
 
 def asked(recipe: RecoverRecipe) -> dict[str, Any]:
-    """Return what identifies a recipe as a user asked for it: all settings but ``execution``, with absolute paths."""
+    """Return all settings as a user asked for them, with absolute paths; ``execution`` is left out."""
     recipe = recipe.model_copy(update={"data": _with_absolute_files(recipe.data)})
     return recipe.model_dump(mode="json", exclude={"execution"})
 
@@ -304,17 +304,17 @@ def _operators(folder: Path, model: LayerwiseModel, recipe: RecoverRecipe) -> tu
     return layout, {name: claim for name, claim in claims.items() if name in names}
 
 
-def _check_precision(recipe: RecoverRecipe, model: LayerwiseModel) -> None:
-    """Refuse passes that would lose the gradient and gain nothing.
+def _check_precision(model: LayerwiseModel) -> None:
+    """Refuse passes that lose range and gain nothing.
 
     Raises:
         FistaPrunerError: float16 on a CPU.
     """
     if model.device.type == "cpu" and model.dtype == torch.float16:
-        smallest = torch.finfo(torch.float16).smallest_normal * torch.finfo(torch.float16).eps
+        most = torch.finfo(torch.float16).max
         raise FistaPrunerError(
-            f"dtype float16: gradients below {smallest:.1g} become 0 in it, and a CPU is not faster with it: take "
-            "float32 or bfloat16"
+            f"dtype float16: it holds no values above {most:,.0f}, and passes on a CPU are no faster in it than in "
+            "float32: take float32 or bfloat16"
         )
 
 

@@ -177,7 +177,7 @@ def _flat(recipe: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _refuse_changed(run: RecoverDirectory, begun: RecoverRecord, permissions: Permissions) -> None:
-    """Refuse a run whose models are not those that it began with; models that are gone are nothing to a finished run.
+    """Refuse a run whose models are not those that it began with; missing ones are left to who reads them.
 
     Raises:
         FistaPrunerError: names the file and its checksums.

@@ -1,4 +1,4 @@
-"""Rebuild a model from the journal of a run without gradients: input checkpoint and ``steps.jsonl`` are enough."""
+"""Rebuild a model from the journal of a run without gradients, and from nothing but its input."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def replay(
     allow_pickle: bool = False,
     trust_remote_code: bool = False,
 ) -> Path:
-    """Rebuild the result of a run with ``mezo`` or ``subzero`` from its ``steps.jsonl``, without text or passes.
+    """Rebuild the result of a run with ``mezo`` or ``subzero`` from its ``steps.jsonl``, without passes.
 
     Args:
         model: the checkpoint that the run began with.
