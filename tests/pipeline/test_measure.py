@@ -167,6 +167,38 @@ def test_a_recovery_without_a_dense_model_is_compared_with_its_input(made: Path,
     assert report.generations[0].dense is None
 
 
+class Stopping(Listener):
+    """Interrupt a run when it begins to train."""
+
+    def say(self, message: str) -> None:
+        if "held-out windows" in message:
+            raise KeyboardInterrupt
+
+
+def test_what_was_measured_outlives_a_checkpoint_that_is_made_again(made: Path, tmp_path: Path) -> None:
+    settings: dict[str, Any] = {"data": {"source": "python", "tokens": 512, "seqlen": 32}, "evaluate": None}
+    out, text = tmp_path / "recovered", str(made / "text.txt")
+    fp.recover(made / "run", out, **settings)
+    fp.evaluate_run(out, text, seqlen=16, windows=2)
+    before = load_run(out).recovery.before  # type: ignore[union-attr]
+    assert len(before) == 1
+    shutil.rmtree(out / "model")
+    again = fp.recover(made / "run", out, **settings)
+    assert again.recovery.before == before  # type: ignore[union-attr]
+    assert "before recovery" in (out / "model" / "README.md").read_text()
+
+
+def test_the_failure_of_an_earlier_attempt_is_not_the_state_of_a_run(made: Path, tmp_path: Path) -> None:
+    settings: dict[str, Any] = {"data": {"source": "python", "tokens": 512, "seqlen": 32}, "evaluate": None}
+    out = tmp_path / "recovered"
+    with pytest.raises(KeyboardInterrupt):
+        fp.recover(made / "run", out, listener=Stopping(), **settings)
+    (out / "report.json").write_text(load_run(out).model_copy(update={"status": "failed"}).model_dump_json())
+    with pytest.raises(KeyboardInterrupt):
+        fp.recover(made / "run", out, listener=Stopping(), **settings)
+    assert load_run(out).status == "running"
+
+
 @pytest.mark.parametrize("of_run", [True, False])
 def test_a_perplexity_outlives_tasks_that_fail(
     made: Path, of_run: bool, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
