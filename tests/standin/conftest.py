@@ -9,13 +9,15 @@ from pathlib import Path
 import pytest
 
 from standin.gpu import StandIn
-
-GPUS = 2
+from standin.hardware import GPUS, REAL, RealGPUs
 
 
 @pytest.fixture
-def gpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[StandIn]:
-    """Two stand-in GPUs."""
+def gpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[StandIn | RealGPUs]:
+    """Two stand-in GPUs, or those of the machine."""
+    if REAL:
+        yield RealGPUs()
+        return
     site = str(Path(__file__).parent / "site")
     path = os.pathsep.join(filter(None, [site, os.environ.get("PYTHONPATH")]))
     monkeypatch.setenv("STAND_IN_GPUS", ",".join("0" * GPUS))
