@@ -86,6 +86,34 @@ class Counted:
             self.made.append(what)
 
 
+def test_blocks_are_made_when_they_are_needed(tmp_path: Path) -> None:
+    """Held-out windows first, then in the order of training; windows that are never used are not passed."""
+    folder = tiny.save("llama", tmp_path / "model")
+    tokens, counted = some_tokens(12), Counted()
+    expected = own_logits(folder, tokens)
+    order = [9, 4, 7, 1, 0, 11, 9, 7]
+
+    def teacher(**settings: Any) -> Teacher:
+        return Teacher(
+            opened(folder),
+            tokens,
+            tmp_path / "teacher",
+            batch_size=2,
+            block_tokens=2 * SEQLEN,
+            tick=counted,
+            **settings,
+        )
+
+    used = teacher(order=order, held_out=[5, 2, 8])
+    assert used.blocks == [[5, 2], [8], [9, 4], [7, 1], [0, 11]]
+    for windows, made in (([8, 2, 5], 2), ([9, 4], 3), ([7, 1], 4), ([9, 4], 4), ([0, 11], 5), ([9, 7], 5)):
+        torch.testing.assert_close(logits_of(used, windows), expected[windows])
+        assert len(counted.made) == made
+    again = teacher(order=order, held_out=[5, 2, 8])
+    again.prepare()
+    assert len(counted.made) == 5
+
+
 def test_each_window_passes_through_the_dense_model_once(tmp_path: Path) -> None:
     folder = tiny.save("llama", tmp_path / "model")
     tokens, counted = some_tokens(4), Counted()

@@ -68,7 +68,9 @@ class Predictions:
 
 
 class Teacher:
-    """The dense model's predictions of every window of a text.
+    """The dense model's predictions of the windows of a text: held-out ones first, then in the order of training.
+
+    A block is made when its first window is asked for.
 
     Args:
         dense: the dense model.
@@ -77,10 +79,11 @@ class Teacher:
         batch_size: windows in one pass.
         kind: what is stored.
         identity: what else decides the stored values (a hash of the dense model's files and of the text).
-        order: window numbers in the order of training, for rounds.
+        order: window numbers in the order of training; without it in the order of their numbers.
         windows_per_step: windows of one step: a round is a number of whole steps.
         held_out: windows that are needed again and again; their blocks stay.
         windows_on_disk: windows that fit on the disk; None is all of them.
+        block_tokens: tokens in a block, rounded to whole passes.
         tick: receives progress: (what, steps done, steps in all).
 
     Attributes:
@@ -103,17 +106,21 @@ class Teacher:
         windows_per_step: int = 1,
         held_out: Sequence[int] = (),
         windows_on_disk: int | None = None,
+        block_tokens: int = BLOCK_TOKENS,
         tick: Tick = lambda what, done, total: None,
     ) -> None:
         self.dense, self.tokens, self.folder, self.kind, self.tick = dense, tokens, folder, kind, tick
         self.identity, self.order = identity, list(order)
         windows, seqlen = tokens.shape
-        size = max(1, BLOCK_TOKENS // (seqlen * batch_size)) * batch_size
+        size = max(1, block_tokens // (seqlen * batch_size)) * batch_size
+        train = [window for window in dict.fromkeys(self.order or range(windows)) if window not in set(held_out)]
         self.batch_size = batch_size
-        self.blocks = _cut(range(windows), size)
-        self.permanent = len(self.blocks)
+        self.blocks = _cut(held_out, size)
         self._round = 0
-        if windows_on_disk is not None and windows_on_disk < windows:
+        if windows_on_disk is None or windows_on_disk >= len(held_out) + len(train):
+            self.blocks += _cut(train, size)
+            self.permanent = len(self.blocks)
+        else:
             room = windows_on_disk - len(held_out)
             if room < windows_per_step:
                 raise FistaPrunerError(
@@ -121,7 +128,6 @@ class Teacher:
                     f"{len(held_out)} held-out windows and {windows_per_step} of one step are needed"
                 )
             self.batch_size = 1  # so that what is stored for a window does not depend on the round
-            self.blocks = _cut(held_out, size)
             self.permanent = len(self.blocks)
             self._round = max(1, min(size, room) // windows_per_step) * windows_per_step
             self.blocks += _cut(self.order, self._round)
