@@ -125,6 +125,19 @@ def test_long_eliminations_remove_several_channels_a_round() -> None:
     assert float(found.costs.sum()) == pytest.approx(brute(problem, keep), rel=1e-3)
 
 
+@pytest.mark.parametrize(("drift", "target"), [(0.0, 1.0), (0.3, 0.5)])
+def test_costs_of_blocks_add_up_too(drift: float, target: float) -> None:
+    problem = shrunk(make(drift, target, channels=12), 0.2)
+    found = eliminate(problem, 3, block=3)
+    least = brute(problem, torch.arange(12))
+    for count in (1, 2, 3):
+        gone = found.order[:count].tolist()
+        keep = torch.tensor([i for i in range(12) if i // 3 not in gone])
+        assert least + float(found.costs[:count].sum()) == pytest.approx(brute(problem, keep), rel=1e-4, abs=1e-4)
+    singles = [brute(problem, torch.tensor([i for i in range(12) if i // 3 != j])) for j in range(4)]
+    assert int(found.order[0]) == min(range(4), key=lambda j: singles[j])
+
+
 def test_channels_that_others_replace_go_first_at_no_cost() -> None:
     generator = torch.Generator().manual_seed(0)
     inputs = torch.randn(TOKENS, CHANNELS, generator=generator)
@@ -225,13 +238,34 @@ def test_importance_of_rows_decides_which_channels_stay() -> None:
 
 
 def test_amounts_are_read_as_users_write_them() -> None:
-    for written, text in ((0.25, "25%"), ("12.5%", "12.5%"), ("mlp=20%", "mlp=20%"), ({"mlp": 1024}, "mlp=1024")):
+    for written, text in (
+        (0.25, "25%"),
+        ("12.5%", "12.5%"),
+        ("mlp=20%", "mlp=20%"),
+        ({"mlp": 1024}, "mlp=1024"),
+        ({"mlp": 0.2, "heads": 1}, "mlp=20%,heads=1"),
+    ):
         settings = Structure(remove=written)
         assert settings.remove == text
         assert Structure.model_validate(settings.model_dump()) == settings
     assert Structure(remove="25%").share == 0.25
     assert Structure(remove="mlp=20%").channels == 0.2
     assert Structure(remove="mlp=64").channels == 64
-    for wrong in ("100%", "0%", "-5%", "much", "mlp=0", "heads=1", "mlp=20%,heads=1", True, 3):
+    assert Structure(remove="mlp=64").heads == 0
+    assert (Structure(remove="heads=2").heads, Structure(remove="heads=2").channels) == (2, None)
+    for wrong in (
+        "100%",
+        "0%",
+        "-5%",
+        "much",
+        "mlp=0",
+        "experts=1",
+        "heads=0",
+        "heads=20%",
+        "25%,heads=1",
+        "mlp=8,mlp=9",
+        True,
+        3,
+    ):
         with pytest.raises(ValueError, match="is expected"):
             Structure(remove=wrong)

@@ -67,13 +67,12 @@ def test_the_result_computes_what_the_dense_model_with_zeroed_channels_does(tmp_
     dense = AutoModelForCausalLM.from_pretrained(folder).eval()
     producer, consumer = MLP.get(architecture, ("mlp.up_proj", "mlp.down_proj"))
     changed = set()
-    assert report.widths is not None
     for layer in report.layers:
         (removal,) = layer.removals
         before, after = dense.get_submodule(layer.name), small.get_submodule(layer.name)
         write = [oriented(model.get_parameter(f"{producer}.weight"), architecture) for model in (before, after)]
         keep = kept_rows(*write)
-        assert [len(weight) for weight in write] == list(report.widths)
+        assert [len(weight) for weight in write] == list(report.widths["MLP channels"])
         assert removal.consumer == consumer
         with torch.no_grad():
             whole = oriented(before.get_parameter(f"{consumer}.weight"), architecture)
@@ -156,6 +155,56 @@ def test_errors_are_those_of_the_definition(tmp_path: Path, settings: dict[str, 
         assert fitted < dropped
 
 
+@pytest.mark.parametrize("architecture", ["llama", "qwen2", "qwen3", "gemma3"])
+@pytest.mark.parametrize("amount", ["heads=1", "mlp=25%,heads=1"])
+def test_key_value_groups_are_removed(tmp_path: Path, architecture: str, amount: str) -> None:
+    """The result computes what the dense model with the group's columns zero does, also when it generates."""
+    folder = tiny.save(architecture, tmp_path / "model")
+    report = fp.prune(str(folder), tmp_path / "run", calibration=SMALL, structure={"remove": amount, "multiple": 4})
+    small = AutoModelForCausalLM.from_pretrained(tmp_path / "run" / "model").eval()
+    dense = AutoModelForCausalLM.from_pretrained(folder).eval()
+    assert report.widths["key/value groups"] == (2, 1)
+    assert (small.config.num_attention_heads, small.config.num_key_value_heads) == (2, 1)
+    assert len(report.layers[0].removals) == 1 + amount.startswith("mlp")
+    with torch.no_grad():
+        for before, after in zip(dense.model.layers, small.model.layers, strict=True):
+            keep = kept_rows(before.self_attn.q_proj.weight, after.self_attn.q_proj.weight)
+            assert len(keep) == len(before.self_attn.q_proj.weight) // 2
+            assert torch.equal(keep, torch.arange(len(keep)) + keep[0])  # a whole group
+            before.self_attn.o_proj.weight.zero_()
+            before.self_attn.o_proj.weight[:, keep] = after.self_attn.o_proj.weight
+            channels = kept_rows(before.mlp.up_proj.weight, after.mlp.up_proj.weight)
+            before.mlp.down_proj.weight.zero_()
+            before.mlp.down_proj.weight[:, channels] = after.mlp.down_proj.weight
+    tokens = torch.randint(3, tiny.VOCABULARY, (2, 16), generator=torch.Generator().manual_seed(0))
+    torch.testing.assert_close(small(tokens).logits, dense(tokens).logits, rtol=1e-4, atol=1e-4)
+    with_cache = small.generate(tokens, max_new_tokens=4, do_sample=False, pad_token_id=0)
+    assert torch.equal(with_cache, dense.generate(tokens, max_new_tokens=4, do_sample=False, pad_token_id=0))
+    assert not inspect_checkpoint(tmp_path / "run").violations
+
+
+def test_removed_heads_and_channels_aim_at_the_dense_outputs(tmp_path: Path) -> None:
+    """MLP channels are chosen, and both refitted, on the layer without its heads; with zeros on top, too."""
+    folder = tiny.save("llama", tmp_path / "model")
+    for sparsity in ("0%", "2:4"):
+        settings = {"sparsity": sparsity, "propagate": "dense", "dense_target": 1.0, "residual": "none"}
+        structure = {"remove": "mlp=25%,heads=1", "multiple": 4}
+        report = fp.prune(str(folder), tmp_path / sparsity, calibration=SMALL, structure=structure, **settings)
+        tokens = PruneDirectory(tmp_path / sparsity).tokens()
+        dense = AutoModelForCausalLM.from_pretrained(folder).eval()
+        small = AutoModelForCausalLM.from_pretrained(tmp_path / sparsity / "model").eval()
+        for layer in report.layers:
+            mixed = AutoModelForCausalLM.from_pretrained(folder).eval()
+            mixed.model.layers[layer.index] = small.model.layers[layer.index]
+            for name in ("self_attn.o_proj", "mlp.down_proj"):
+                full = f"{layer.name}.{name}"
+                weight, new = (model.get_parameter(f"{full}.weight").detach().double() for model in (dense, small))
+                wanted = inputs_of(dense, full, tokens) @ weight.T
+                error = (inputs_of(mixed, full, tokens) @ new.T - wanted).square().sum() / wanted.square().sum()
+                entry = next(operator for operator in layer.operators if operator.name == name)
+                assert entry.relative_error == pytest.approx(float(error), rel=1e-3), (sparsity, full)
+
+
 def inputs_of(model: Any, name: str, tokens: Tensor) -> Tensor:
     """(tokens, n) fp64 inputs of an operator."""
     seen: list[Tensor] = []
@@ -195,7 +244,9 @@ def test_an_interrupted_run_goes_on_to_the_same_bytes(tmp_path: Path, sparsity: 
     for architecture in ("llama", "gpt2"):
         place = tmp_path / architecture
         folder = tiny.save(architecture, place / "model", dtype=torch.bfloat16)
-        settings = {**LESS, "sparsity": sparsity, "propagate": "pruned"}
+        remove = "mlp=25%,heads=1" if architecture == "llama" else "mlp=25%"
+        less = {"structure": {"remove": remove, "multiple": 4}, "calibration": SMALL}
+        settings = {**less, "sparsity": sparsity, "propagate": "pruned"}
         fp.prune(str(folder), place / "whole", **settings)
         with pytest.raises(KeyboardInterrupt):
             fp.prune(str(folder), place / "parts", listener=Stopping(2), **settings)
@@ -294,7 +345,7 @@ def test_the_rooms_speak_of_shapes(tmp_path: Path, capsys: pytest.CaptureFixture
     assert "Every decoder layer keeps 36 of 48 MLP channels" in card
     assert "zeros" not in card.split("## How it was made")[0]
     page = (out / "report.html").read_text()
-    assert "Removed channels by layer" in page
+    assert "Removed structure by layer" in page
     assert "FLOP a token" in page
     assert main(["inspect", str(out), "--quiet"]) == 0
     said = capsys.readouterr().out
@@ -313,7 +364,9 @@ def test_a_model_with_other_widths_than_its_record_is_found_out(tmp_path: Path) 
     content["widths"][1]["after"] = 20
     record.write_text(json.dumps(content))
     found = inspect_checkpoint(tmp_path / "run")
-    assert any("model.layers.1: model.layers.1.mlp" in fault and "20 channels" in fault for fault in found.violations)
+    assert any(
+        "model.layers.1: model.layers.1.mlp" in fault and "20 MLP channels" in fault for fault in found.violations
+    )
 
 
 @pytest.mark.parametrize(
@@ -326,7 +379,10 @@ def test_a_model_with_other_widths_than_its_record_is_found_out(tmp_path: Path) 
         ),
         ("llama", ["--structure", "mlp=99%", "--structure-multiple", "4"], "leaves fewer than 4 of the 48 channels"),
         ("llama", ["--structure", "many"], "structure"),
-        ("llama", ["--structure", "heads=1"], "the only unit that is removed is mlp"),
+        ("llama", ["--structure", "experts=1"], "what is removed is mlp or heads"),
+        ("llama", ["--structure", "heads=2"], "heads=2 leaves none of the 2 key/value groups"),
+        ("opt", ["--structure", "heads=1"], "the config of OPTForCausalLM cannot express 3 of 4 key/value groups"),
+        ("gpt2", ["--structure", "heads=1"], "no separate query, key and value operators"),
         ("llama", ["--structure", "mlp=30", "--sparsity", "2:4"], "model.layers.0.mlp.down_proj"),
         ("bloom", ["--structure", "mlp=25%", "--structure-multiple", "4"], "no entry of config.json"),
         ("phi3", ["--structure", "mlp=25%", "--structure-multiple", "4"], "mlp.gate_up_proj writes the gate"),

@@ -15,7 +15,7 @@ from fistapruner.models.layerwise import LayerwiseModel
 from fistapruner.recipes.settings import Recipe
 from fistapruner.recipes.structure_settings import Structure
 from fistapruner.structured.proof import plan_widths
-from fistapruner.structured.units import Widths, channel_weights, layer_weights, resized
+from fistapruner.structured.units import Widths, channel_weights, layer_weights, removed_weights, resized
 
 ENTRIES = {"opt": "ffn_dim", "gpt2": "n_inner", "falcon": "ffn_hidden_size"}
 """The entry of the config that holds the width, where it is not ``intermediate_size``."""
@@ -42,17 +42,17 @@ def test_channels_are_found_and_proved_or_refused(tmp_path: Path, architecture: 
             planned(folder, "mlp=25%")
         return
     model, widths = planned(folder, "mlp=25%")
-    assert widths.after == round(widths.before * 0.75 / 8) * 8
-    assert widths.config == {ENTRIES.get(architecture, "intermediate_size"): widths.after}
-    assert all(len(links) == 1 for links in widths.units)
+    unit = widths.units[0][0]
+    assert unit.after == round(unit.before * 0.75 / 8) * 8
+    assert widths.config == {ENTRIES.get(architecture, "intermediate_size"): unit.after}
+    assert all(len(units) == 1 for units in widths.units)
     # Nothing of the model was changed by the proof.
     assert planned(folder, "mlp=25%")[1] == widths
     before = dict(discover(model).operators())
     after = dict(resized(discover(model), widths).operators())
     for name, operator in before.items():
-        link = widths.units[0][0]
-        rows = widths.after if name.endswith(link.producers) else operator.rows
-        columns = widths.after if name.endswith(link.consumer.name) else operator.columns
+        rows = unit.after if name.endswith(unit.producers) else operator.rows
+        columns = unit.after if name.endswith(unit.consumer.name) else operator.columns
         assert (after[name].rows, after[name].columns) == (rows, columns)
 
 
@@ -61,17 +61,45 @@ def test_a_forward_pass_that_depends_on_the_width_is_refused(tmp_path: Path) -> 
     model = LayerwiseModel(Checkpoint.open(tiny.save("llama", tmp_path)), torch.device("cpu"))
     for layer in model.layers:
         layer.mlp.register_forward_hook(lambda mlp, _, out: out * mlp.down_proj.weight.shape[1] / 48)
-    with pytest.raises(FistaPrunerError, match=r"cutting channels of mlp\.down_proj does not give the outputs"):
+    with pytest.raises(FistaPrunerError, match=r"cutting MLP channels of mlp\.down_proj does not give the outputs"):
         plan_widths(model, discover(model), Structure(remove="25%", multiple=8))
 
 
 def test_a_share_of_the_parameters_becomes_a_width(tmp_path: Path) -> None:
     folder = tiny.save("llama", tmp_path)  # 32 wide, 48 channels: 3 x 32 weights a channel
     model, widths = planned(folder, "25%")
-    gone = (widths.before - widths.after) * channel_weights(model, widths.units)
+    gone = removed_weights(model, widths)
     assert abs(gone / layer_weights(model) - 0.25) <= 4 * channel_weights(model, widths.units) / layer_weights(model)
-    assert widths.after % 8 == 0
-    assert planned(folder, "mlp=31")[1].after == 31
+    assert widths.units[0][0].after % 8 == 0
+    assert planned(folder, "mlp=31")[1].units[0][0].after == 31
+
+
+HEADS = {"llama", "qwen2", "qwen3", "gemma2", "gemma3", "mistral", "phi"}
+"""Architectures whose key/value groups can be removed, at these sizes."""
+
+
+@pytest.mark.parametrize("architecture", tiny.ARCHITECTURES)
+def test_key_value_groups_are_found_and_proved_or_refused(tmp_path: Path, architecture: str) -> None:
+    folder = tiny.save(architecture, tmp_path / "model", dtype=torch.bfloat16)
+    if architecture not in HEADS:
+        with pytest.raises(FistaPrunerError, match=r"structure: .*(cannot express|no separate query, key and value)"):
+            planned(folder, "heads=1")
+        return
+    amount = "heads=2" if architecture == "phi" else "heads=1"  # its head count must divide the hidden size
+    model, widths = planned(folder, amount)
+    unit = widths.units[0][0]
+    assert (unit.before, unit.after) == ((4, 2) if architecture == "phi" else (2, 1))
+    assert widths.config["num_key_value_heads"] == unit.after
+    assert removed_weights(model, widths) >= 3 * 32 * 8 * 4
+
+
+def test_counts_of_heads_that_would_do_are_named(tmp_path: Path) -> None:
+    """Llama refuses a number of heads that does not divide the hidden size."""
+    folder = tiny.save("llama", tmp_path, hidden_size=32, num_attention_heads=8, num_key_value_heads=8)
+    said = "cannot express 5 of 8 key/value groups; heads=4 or heads=6 or heads=7 would do"
+    with pytest.raises(FistaPrunerError, match=said):
+        planned(folder, "heads=3")
+    assert planned(folder, "heads=4")[1].config["num_attention_heads"] == 4
 
 
 @pytest.mark.parametrize(

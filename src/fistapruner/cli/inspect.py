@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import json
 import sys
+from collections import Counter
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -90,9 +91,8 @@ def _print(found: Inspection, quiet: bool) -> None:
     every = f", {patterns.pop()} in every group of each" if len(patterns) == 1 and None not in patterns else ""
     print(f"pruned operators: {len(pruned)} of {len(found.operators)}, {_share(zeros, weights)}{every}")
     print(f"whole model: {_share(found.zeros, found.weights)}")
-    for before, after in sorted({(before, after) for _, before, after in found.widths}):
-        layers = sum((before, after) == (old, new) for _, old, new in found.widths)
-        print(f"MLP channels: {before} -> {after} in {layers} decoder layers")
+    for (unit, before, after), layers in Counter(width[1:] for width in found.widths).items():
+        print(f"{unit}: {before} -> {after} in {layers} decoder layers")
     if found.lineage is not None:
         print("made from: " + "\n       then: ".join(lineage_lines(found.lineage)))
     for violation in found.violations:

@@ -60,7 +60,7 @@ class Inspection:
         operators: the linear operators of its decoder layers, in order.
         zeros: zeros of the whole model; ``weights``: all of its parameters.
         faults: claims about operators that the checkpoint does not have, or that have another shape.
-        widths: MLP channels of each decoder layer before and after the removal that the record tells of, by layer.
+        widths: what the record tells of removed structure: decoder layer, what was removed, number before and after.
         lineage: how the model was made, None where its record does not say.
     """
 
@@ -69,7 +69,7 @@ class Inspection:
     zeros: int
     weights: int
     faults: tuple[str, ...] = ()
-    widths: tuple[tuple[str, int, int], ...] = ()
+    widths: tuple[tuple[str, str, int, int], ...] = ()
     lineage: Lineage | None = None
 
     @property
@@ -95,7 +95,10 @@ class Inspection:
                 "weights": sum(operator.weights for operator in pruned),
             },
             "model": {"zeros": self.zeros, "weights": self.weights},
-            "widths": [{"layer": layer, "before": before, "after": after} for layer, before, after in self.widths],
+            "widths": [
+                {"layer": layer, "unit": unit, "before": before, "after": after}
+                for layer, unit, before, after in self.widths
+            ],
             "lineage": self.lineage.model_dump(mode="json") if self.lineage else None,
             "violations": self.violations,
             "ok": not self.violations,
@@ -152,17 +155,17 @@ def inspect_checkpoint(
     faults += [fault] if fault else []
     widths = () if asked is not None else _widths(record, folder)
     faults += [
-        f"{layer}: {name} has the shape {list(entries[name].shape)}, {after} channels are claimed"
-        for layer, _, after, names in widths
-        for name in names
-        if name in entries and after not in entries[name].shape
+        f"{layer}: {name} has the shape {list(entries[name].shape)}, {after} {unit} are claimed"
+        for layer, unit, _, after, sizes in widths
+        for name, size in sizes.items()
+        if name in entries and after * size not in entries[name].shape
     ]
-    shown = tuple((layer, before, after) for layer, before, after, _ in widths)
+    shown = tuple((layer, unit, before, after) for layer, unit, before, after, _ in widths)
     return Inspection(folder, tuple(operators), zeros, weights, tuple(faults), shown, lineage)
 
 
-def _widths(record: Mapping[str, Any], folder: Path) -> tuple[tuple[str, int, int, tuple[str, ...]], ...]:
-    """Read a record's widths: layer, channels before and after, tensors with that width.
+def _widths(record: Mapping[str, Any], folder: Path) -> tuple[tuple[str, str, int, int, dict[str, int]], ...]:
+    """Read a record's widths: layer, unit, number before and after, rows or columns of one by tensor.
 
     Raises:
         FistaPrunerError: the record is damaged.
@@ -171,13 +174,14 @@ def _widths(record: Mapping[str, Any], folder: Path) -> tuple[tuple[str, int, in
         return tuple(
             (
                 str(entry["layer"]),
+                str(entry["unit"]),
                 int(entry["before"]),
                 int(entry["after"]),
-                tuple(f"{entry['layer']}.{name}.weight" for name in (*entry["producers"], entry["consumer"])),
+                {f"{entry['layer']}.{name}.weight": int(size) for name, size in entry["sizes"].items()},
             )
             for entry in record.get("widths", [])
         )
-    except (KeyError, TypeError, ValueError):
+    except (KeyError, TypeError, ValueError, AttributeError):
         raise FistaPrunerError(f"{folder / PRUNING_RECORD} has a list of widths that cannot be read") from None
 
 

@@ -100,7 +100,7 @@ def _write_model(context: RunContext, report: Report, listener: Listener) -> Non
         return checkpoint.read(name) if name in checkpoint.orders else None
 
     def documents() -> dict[str, str]:
-        record = json.dumps(_record(report, context.model), indent=2) + "\n"
+        record = json.dumps(_record(report, context), indent=2) + "\n"
         return {CARD: model_card(report), PRUNING_RECORD: record}
 
     write_model(
@@ -225,9 +225,9 @@ def _totals(layers: list[LayerEntry], context: RunContext, seconds: float) -> To
     )
 
 
-def _record(report: Report, model: LayerwiseModel) -> dict[str, Any]:
+def _record(report: Report, context: RunContext) -> dict[str, Any]:
     """Describe the checkpoint (``fistapruner.json``): the claims that ``inspect`` checks, and the lineage."""
-    operators = {}
+    model, operators = context.model, {}
     for layer in report.layers:
         for operator in layer.operators:
             name = f"{layer.name}.{operator.name}"
@@ -239,9 +239,15 @@ def _record(report: Report, model: LayerwiseModel) -> dict[str, Any]:
             }
             operators[model.source(f"{name}.weight")] = claim
     widths = [
-        {"layer": layer.name, **removal.model_dump(include={"unit", "producers", "consumer", "before", "after"})}
-        for layer in report.layers
-        for removal in layer.removals
+        {
+            "layer": f"{context.layout.prefix}.{index}",
+            "unit": unit.kind,
+            "before": unit.before,
+            "after": unit.after,
+            "sizes": dict(zip(unit.names, (*unit.rows, unit.columns), strict=True)),
+        }
+        for index, units in enumerate(context.widths.units if context.widths else ())
+        for unit in units
     ]
     return {
         "version": VERSION,

@@ -85,9 +85,10 @@ def say_widths(model: LayerwiseModel, widths: Widths) -> str:
     """Say in one sentence what is removed from a model."""
     before = layer_weights(model)
     gone = removed_weights(model, widths)
+    stay = " and ".join(f"{unit.after} of {unit.before} {unit.kind}" for unit in widths.units[0])
     return (
-        f"structure: {widths.after} of {widths.before} MLP channels stay in every decoder layer, "
-        f"{before - gone} of the layers' {before} parameters ({gone / before:.1%} fewer)"
+        f"structure: {stay} stay in every decoder layer, {before - gone} of the layers' {before} parameters "
+        f"({gone / before:.1%} fewer)"
     )
 
 

@@ -187,7 +187,8 @@ class Sizes:
         groups = layout.layers[index]
         touched = [set() if widths is None else widths.touched(number) for number in range(len(model))]
         solved = [solved_groups(layout, number, sparsity, cut=widths is not None) for number in range(len(model))]
-        consumers = set() if widths is None else widths.consumers(index)
+        units = () if widths is None else widths.units[index]
+        consumers = {unit.consumer.name for unit in units}
         cut_numbers = [number for number, group in enumerate(groups) if group[0].name in consumers]
         same = recipe.propagate == "dense"
         told = drift_sources(recipe, layout, index, same=same, solved=solved[index], cut=cut_numbers)
@@ -229,15 +230,19 @@ class Sizes:
             groups=rows,
             float_input=4
             * seqlen
-            * max(0 if widths is None else widths.before, *(op.columns for group in groups for op in group)),
-            removal=0
-            if widths is None
-            else removal_bytes(
-                max(link.consumer.rows for link in widths.units[index]),
-                widths.before,
-                widths.after,
-                recipe.structure,
-                model.device,
+            * max(*(unit.consumer.columns for unit in units), *(op.columns for group in groups for op in group)),
+            removal=max(
+                (
+                    removal_bytes(
+                        unit.consumer.rows,
+                        unit.consumer.columns,
+                        unit.after * unit.columns,
+                        recipe.structure,
+                        model.device,
+                    )
+                    for unit in units
+                ),
+                default=0,
             ),
             float_residual=2 * 4 * seqlen * model.width * recipe.corrects_drift,
             kept=sum(kept) * seqlen * itemsize,

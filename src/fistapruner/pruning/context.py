@@ -10,14 +10,13 @@ from torch import Tensor
 from ..activations.store import HiddenStates, Store
 from ..activations.stream import Calls
 from ..constraints import Constraint
-from ..models.coupling import Link
 from ..models.discovery import Group, Layout
 from ..models.layerwise import LayerwiseModel
 from ..problem import LayerProblem
 from ..recipes.settings import Recipe
 from ..solvers import solve
 from ..solvers.base import Method, Solution
-from ..structured.units import Widths
+from ..structured.units import Unit, Widths
 
 Solver = Callable[[LayerProblem, Sequence[Constraint], Sequence[Method]], Solution]
 """Solves a group of operators by a chain of methods."""
@@ -64,13 +63,13 @@ class LayerContext:
     solver: Solver = solve
     widths: Widths | None = None
 
-    def links(self, index: int) -> tuple[Link, ...]:
-        """Return the links of decoder layer ``index`` whose channels are removed."""
+    def units(self, index: int) -> tuple[Unit, ...]:
+        """Return the channels of decoder layer ``index`` that are removed."""
         return () if self.widths is None else self.widths.units[index]
 
     def solved(self, index: int) -> list[int]:
         """Return the numbers of the groups that are solved: all, or beside a removal those that get zeros."""
-        return solved_groups(self.layout, index, self.sparsity, cut=bool(self.links(index)))
+        return solved_groups(self.layout, index, self.sparsity, cut=bool(self.units(index)))
 
     def names(self, index: int, group: Group) -> list[str]:
         """Return the full names of a group's operators."""

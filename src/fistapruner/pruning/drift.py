@@ -83,7 +83,8 @@ def drift_sources(
     drifting: Collection[int] = () if same and not recipe.error_correction else range(int(same), len(groups))
     found: dict[int, DriftFrom] = {number: source(number) for number in drifting if number in solved}
     for number in cut:
-        if not same or number in solved or (recipe.error_correction and any(other < number for other in solved)):
+        earlier = recipe.error_correction and any(other < number for other in (*solved, *cut))
+        if not same or number in solved or earlier:
             found[number] = "outputs"
     return dict(sorted(found.items()))
 

@@ -86,8 +86,8 @@ def prune_layer(
         passed_after = sum(clock.seconds.values())
         passes.make_wanted()
         for number, group in passes.groups:
-            if number == passes.cut_before:
-                _remove(context, index, passes, clock, measures, events, record)
+            if consumers := passes.cut_before(number):
+                _remove(context, index, consumers, passes, clock, measures, events, record)
             if number not in passes.solved:
                 passes.pruned(number)
                 continue
@@ -188,21 +188,20 @@ def _solve(context: LayerContext, problem: LayerProblem, names: Sequence[str], i
 def _remove(
     context: LayerContext,
     index: int,
+    consumers: Sequence[int],
     passes: LayerPasses,
     clock: Clock,
     measures: LayerMeasures,
     events: LayerEvents,
     record: _LayerRecord,
 ) -> None:
-    """Remove the channels of the layer that are to go, and note what was done."""
-    names = "+".join(link.consumer.name.rpartition(".")[2] for link in context.links(index))
-    events.operators(names, None)
-    found = remove_units(context, index, passes, clock, measures, events.operators)
+    """Remove inputs of the groups ``consumers``, one operator each, and note what was done."""
+    found = remove_units(context, index, consumers, passes, clock, measures, events.operators)
     record.weights |= found.weights
     record.operators += found.operators
     record.warnings += found.warnings
     record.rows |= found.rows
-    record.extra["removals"] = found.removals
+    record.extra.setdefault("removals", []).extend(found.removals)
     release_memory()
 
 

@@ -43,13 +43,14 @@ class LayerPasses:
         self.groups: list[tuple[int, Group]] = list(enumerate(groups))
         self.solved = context.solved(index)
         """Numbers of the groups that are solved."""
-        links = context.links(index)
-        consumers = {link.consumer.name for link in links}
-        self._cut = [number for number, group in self.groups if group[0].name in consumers]
-        touched = consumers | {name for link in links for name in link.producers}
-        self._touched = {number for number, group in self.groups if any(operator.name in touched for operator in group)}
-        self.cut_before = min(self._touched, default=-1) if recipe.error_correction else 0
-        """Number of the group before which channels are removed; below 0 where none are."""
+        numbers = {operator.name: number for number, group in self.groups for operator in group}
+        self._cut: dict[int, int] = {}
+        """By number of the group that loses inputs, the number of the group before which its channels are removed."""
+        self._touched: set[int] = set()
+        for unit in context.units(index):
+            touched = {numbers[name] for name in unit.names if name in numbers}
+            self._touched |= touched
+            self._cut[numbers[unit.consumer.name]] = min(touched) if recipe.error_correction else 0
         self._channels: dict[int, ChannelSums] = {}
         same = streams.pruned is None
         self._sources = (
@@ -96,8 +97,9 @@ class LayerPasses:
             for number, group in shared:
                 if number in self.solved and number not in self._touched:
                     self._sums[number] = self._new_sums(number, group)
-            for number in self._cut:
-                if not any(other < self.cut_before for other in self.solved):
+            for number, due in self._cut.items():
+                earlier = any(other < number for other in self._cut) and self._recipe.error_correction
+                if not earlier and not any(other < due for other in self.solved):
                     self._channels[number] = self._new_channel_sums(number, drifted=False)
 
         def keep(number: int, start: int, values: Tensor) -> None:
@@ -173,6 +175,10 @@ class LayerPasses:
             self._activations.close(number)
         return self._sums.pop(number)
 
+    def cut_before(self, number: int) -> list[int]:
+        """Return the groups whose inputs are removed before group ``number`` is pruned."""
+        return [consumer for consumer, due in sorted(self._cut.items()) if due == number]
+
     def channels_of(self, number: int) -> ChannelStatistics:
         """Hand over what is known of the inputs of group ``number``, one operator that loses some of them.
 
@@ -186,7 +192,7 @@ class LayerPasses:
             def add(number: int, start: int, inputs: Tensor) -> None:
                 self._add_channels(number, start, inputs, drifted=drifted)
 
-            parts = (self._replay, self._residual if self._first_writer_is_final() else None)
+            parts = (self._replay, self._residual if self._first_writer_is_final(number) else None)
             around = [part.around_pass for part in parts if part is not None]
             self._run(self._streams.seen, watched=Watched([(number, (operator,))], add), around=around)
         if self._activations is not None and number not in self.solved:
@@ -247,14 +253,14 @@ class LayerPasses:
         """Add the inputs of a batch of windows to what is known of the channels of group ``number``."""
         with self._clock.phase("gram"):
             dense, drift = self._drift(number, start, inputs) if drifted else (None, None)
-            self._channels[number].add(start, inputs, dense, drift if self._first_writer_is_final() else None)
+            self._channels[number].add(start, inputs, dense, drift if self._first_writer_is_final(number) else None)
 
-    def _first_writer_is_final(self) -> bool:
-        """Return whether the first writer to the residual stream is final when channels are removed."""
+    def _first_writer_is_final(self, number: int) -> bool:
+        """Return whether the first writer to the residual stream is final when group ``number`` loses inputs."""
         first = self._context.layout.residual_writers[self._index][:1]
         return not any(
-            number in self.solved and number >= self.cut_before
-            for number, group in self.groups
+            other in self.solved and other >= self._cut[number]
+            for other, group in self.groups
             if group[0].name in first
         )
 

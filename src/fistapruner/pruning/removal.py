@@ -6,25 +6,21 @@ comes after sees a smaller layer, whose targets are still the dense model's outp
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from ..constraints import NM
-from ..models.coupling import Link, link_tensors
 from ..runs.records import OperatorEntry, RemovalEntry
 from ..runtime.clock import Clock
 from ..sensitivity.channel_order import channel_order, kept_share
 from ..sensitivity.decision import permutes
-from ..structured.removal import Removal, remove_channels
-from ..structured.units import cut_channels
+from ..structured.removal import Removal, block_places, remove_channels
+from ..structured.units import Unit, cut_channels
 from .context import LayerContext, LayerMeasures
 from .passes import LayerPasses
-
-UNIT = "MLP channels"
-"""What is removed, as the report says it."""
 
 
 class LayerRemoval:
@@ -46,37 +42,37 @@ class LayerRemoval:
         self.warnings: list[str] = []
 
     def add(
-        self, context: LayerContext, index: int, link: Link, removal: Removal, keep: Tensor, weight: Tensor
+        self, context: LayerContext, index: int, unit: Unit, removal: Removal, keep: Tensor, weight: Tensor
     ) -> None:
-        """Cut a link in the loaded layer, write the weights of its consumer, and note all of it.
+        """Cut channels out of the loaded layer, write the weights of their consumer, and note all of it.
 
         Args:
             context: model and recipe.
             index: number of the layer.
-            link: whose channels are removed.
+            unit: the channels.
             removal: which, and why.
             keep: (k,) kept channels in their new order.
-            weight: (m, k) weights of the consumer; on return rounded as the checkpoint will hold them.
+            weight: (m, inputs of k channels) weights of the consumer; rounded on return.
         """
         model, layer = context.model, context.model.layers[index]
         places = keep.cpu()
-        tensors = link_tensors(layer, link, places[None])
-        cut_channels(layer, link, places)
-        target = link.consumer.weight(layer)
-        target.copy_(model.rounded(model.source(f"{context.layout.full_name(index, link.consumer)}.weight"), weight))
+        tensors = unit.tensors(layer, places)
+        cut_channels(layer, unit, places)
+        target = unit.consumer.weight(layer)
+        target.copy_(model.rounded(model.source(f"{context.layout.full_name(index, unit.consumer)}.weight"), weight))
         weight.copy_(target)
         for name in tensors:
             source = model.source(f"{context.layout.prefix}.{index}.{name}")
             self.weights[source] = model.result(source, layer.get_parameter(name).detach())
-        self.rows |= dict.fromkeys(link.producers, places)
+        self.rows |= {name: block_places(places, rows) for name, rows in zip(unit.producers, unit.rows, strict=True)}
         self.warnings += removal.warnings
         settings = context.recipe.structure
         self.removals.append(
             RemovalEntry(
-                unit=UNIT,
-                producers=list(link.producers),
-                consumer=link.consumer.name,
-                before=link.channels,
+                unit=unit.kind,
+                producers=list(unit.producers),
+                consumer=unit.consumer.name,
+                before=unit.before,
                 after=len(keep),
                 method=settings.method,
                 compensate=settings.compensate,
@@ -92,64 +88,67 @@ class LayerRemoval:
 def remove_units(
     context: LayerContext,
     index: int,
+    consumers: Sequence[int],
     passes: LayerPasses,
     clock: Clock,
     measures: LayerMeasures,
-    done: Callable[[str, float], None],
+    told: Callable[[str, float | None], None],
 ) -> LayerRemoval:
-    """Remove the channels of all links of decoder layer ``index``.
+    """Remove inputs of some groups of a decoder layer, one operator each, and the outputs they read.
 
     Args:
         context: model, layout, widths.
         index: number of the layer, which is loaded.
-        passes: passes through it.
+        consumers: numbers of the groups.
+        passes: passes through the layer.
         clock: counts the time.
         measures: what was measured on the dense model for this layer.
-        done: receives the name of the operator that read the channels, and its relative error.
+        told: receives the name of each operator: with None before the work on it, then with its relative error.
 
     Returns:
         The new tensors and the report's entries.
     """
     found = LayerRemoval()
-    for link in context.links(index):
-        name = context.layout.full_name(index, link.consumer)
-        number = next(
-            number for number, group in passes.groups if link.consumer.name in (operator.name for operator in group)
-        )
+    for number in consumers:
+        (operator,) = context.layout.layers[index][number]
+        unit = next(unit for unit in context.units(index) if unit.consumer.name == operator.name)
+        name, short = context.layout.full_name(index, operator), operator.name.rpartition(".")[2]
+        told(short, None)
         known = passes.channels_of(number)
         importance = None if measures.importance is None else measures.importance[name].to(context.model.device)
         with clock.phase("structure"):
-            assert context.widths is not None
-            removal = remove_channels(known, context.widths.after, context.recipe.structure, importance)
-            keep, weight, shares = _ordered(context, name, removal, known.problem.gram)
-            found.add(context, index, link, removal, keep, weight)
-            error = known.problem.restricted(keep).relative_errors(weight)[0]
+            removal = remove_channels(known, unit.after, context.recipe.structure, importance, unit.columns)
+            keep, places, weight, shares = _ordered(context, name, unit, removal, known.problem.gram)
+            found.add(context, index, unit, removal, keep, weight)
+            error = known.problem.restricted(places).relative_errors(weight)[0]
         found.removals[-1].relative_error, found.removals[-1].permuted = error, shares
         if number not in passes.solved:
-            found.operators.append(_entry(context, link, number, removal, weight, error))
-        done(link.consumer.name.rpartition(".")[2], error)
+            found.operators.append(_entry(context, unit, number, removal, weight, error))
+        told(short, error)
     return found
 
 
 def _ordered(
-    context: LayerContext, name: str, removal: Removal, gram: Tensor
-) -> tuple[Tensor, Tensor, tuple[float, float] | None]:
-    """Return the kept channels, in the order that an n:m pattern asks for, and the weights.
+    context: LayerContext, name: str, unit: Unit, removal: Removal, gram: Tensor
+) -> tuple[Tensor, Tensor, Tensor, tuple[float, float] | None]:
+    """Return the kept channels in the order that an n:m pattern asks for, their inputs, and the weights.
 
-    Also the shares of the importance that the pattern keeps in the old and the new order, where it was changed.
+    Also the shares of the importance that the pattern keeps in the old and the new order, where it was changed. Groups
+    of heads stay in their order.
     """
     nm = context.sparsity[name].nm
-    if nm is None or not permutes(context.recipe):
-        return removal.keep, removal.weight, None
+    if nm is None or unit.columns > 1 or not permutes(context.recipe):
+        return removal.keep, removal.places, removal.weight, None
     pattern = NM(*nm)
     scores = removal.weight.square() * gram.diagonal()[removal.keep]
     order = channel_order(scores, pattern)
     shares = kept_share(scores, pattern), kept_share(scores[:, order], pattern)
-    return removal.keep[order], removal.weight[:, order].contiguous(), shares
+    keep = removal.keep[order]
+    return keep, keep, removal.weight[:, order].contiguous(), shares
 
 
 def _entry(
-    context: LayerContext, link: Link, number: int, removal: Removal, weight: Tensor, error: float
+    context: LayerContext, unit: Unit, number: int, removal: Removal, weight: Tensor, error: float
 ) -> OperatorEntry:
     """Make the report's entry of an operator that lost inputs and gets no zeros."""
     zeros = weight.numel() - int(torch.count_nonzero(weight))
@@ -158,7 +157,7 @@ def _entry(
     if settings.compensate == "refit":
         steps.append({"method": "refit", "relative_error": error})
     return OperatorEntry(
-        name=link.consumer.name,
+        name=unit.consumer.name,
         shape=(weight.shape[0], weight.shape[1]),
         sparsity="0%",
         zeros=zeros,

@@ -13,7 +13,10 @@ from .base import Settings
 StructureMethod = Literal["obs", "energy", "flap", "magnitude"]
 """Ways to choose the channels that are removed."""
 
-EXPECTED = "a share such as 25%, mlp=20% (share of the channels), or mlp=1024 (width to keep) is expected"
+EXPECTED = (
+    "a share such as 25%, or mlp=20% (share of the channels), mlp=1024 (width to keep), heads=1 (key/value groups to "
+    "remove), or several of these with commas is expected"
+)
 
 
 def _share(value: Any) -> float | None:
@@ -32,17 +35,30 @@ def _remove(value: Any) -> Any:
     if (share := _share(value)) is not None:
         return f"{100 * share:.10g}%"
     if isinstance(value, str):
-        value = dict(part.split("=", 1) for part in value.split(",")) if "=" in value else value
+        parts = [part.partition("=") for part in value.split(",")]
+        value = {name: amount for name, equals, amount in parts if equals}
+        if len(value) < len(parts):
+            raise ValueError(EXPECTED)
     if not isinstance(value, Mapping):
         raise ValueError(EXPECTED)
     units = {str(name).strip(): amount for name, amount in value.items()}
-    if set(units) != {"mlp"}:
-        raise ValueError(f"{', '.join(units)}: the only unit that is removed is mlp (channels of MLPs); {EXPECTED}")
-    if (share := _share(units["mlp"])) is not None:
-        return f"mlp={100 * share:.10g}%"
-    if re.fullmatch(r"\s*[1-9][0-9]*\s*", str(units["mlp"])):
-        return f"mlp={int(units['mlp'])}"
-    raise ValueError(EXPECTED)
+    if others := set(units) - {"mlp", "heads"}:
+        raise ValueError(f"{', '.join(sorted(others))}: what is removed is mlp or heads; {EXPECTED}")
+    written = []
+    if "mlp" in units and (share := _share(units["mlp"])) is not None:
+        written.append(f"mlp={100 * share:.10g}%")
+    elif "mlp" in units:
+        written.append(f"mlp={_count(units['mlp'])}")
+    if "heads" in units:
+        written.append(f"heads={_count(units['heads'])}")
+    return ",".join(written)
+
+
+def _count(value: Any) -> int:
+    """Read a number of 1 or more."""
+    if isinstance(value, bool) or not re.fullmatch(r"\s*[1-9][0-9]*\s*", str(value)):
+        raise ValueError(EXPECTED)
+    return int(value)
 
 
 def _shrink(value: Any) -> Any:
@@ -55,13 +71,13 @@ def _shrink(value: Any) -> Any:
 
 
 class Structure(Settings):
-    """Set how many whole channels of MLPs are removed; the result is a smaller dense model."""
+    """Set how many channels and heads are removed; the result is a smaller dense model."""
 
     remove: Annotated[str | None, BeforeValidator(_remove)] = Field(
         None,
         description="Share of the decoder layers' parameters to remove as whole MLP channels: 25%, or of the channels: "
-        "mlp=20%, or the width to keep: mlp=1024. The result is an ordinary smaller model. Without it nothing is "
-        "removed.",
+        "mlp=20%, or the width to keep: mlp=1024; and key/value groups of attention heads to remove: heads=1 or "
+        "mlp=20%,heads=1. The result is an ordinary smaller model. Without it nothing is removed.",
     )
     method: StructureMethod = Field(
         "obs",
@@ -92,7 +108,16 @@ class Structure(Settings):
     @property
     def channels(self) -> float | int | None:
         """Share of the MLP channels to remove (float) or their number to keep (int); None without."""
+        amount = self._unit("mlp")
+        return None if amount is None else _share(amount) if amount.endswith("%") else int(amount)
+
+    @property
+    def heads(self) -> int:
+        """Key/value groups to remove from every decoder layer."""
+        return int(self._unit("heads") or 0)
+
+    def _unit(self, name: str) -> str | None:
+        """Return the amount of one unit; None where it is not given."""
         if self.remove is None or "=" not in self.remove:
             return None
-        amount = self.remove.removeprefix("mlp=")
-        return _share(amount) if amount.endswith("%") else int(amount)
+        return dict(part.split("=", 1) for part in self.remove.split(",")).get(name)

@@ -155,8 +155,8 @@ def _tiles(report: Report) -> list[tuple[str, str, str]]:
         items += _held_out_tile(report.recovery)
     if report.widths and totals.model_weights and report.model.parameters:
         share = percent(1 - totals.model_weights / report.model.parameters)
-        channels = f"MLP channels {count(report.widths[0])} → {count(report.widths[1])}"
-        items.append(("Parameters removed", share, f"{short_count(totals.model_weights)} stay; {channels}"))
+        units = [f"{unit} {count(before)} → {count(after)}" for unit, (before, after) in report.widths.items()]
+        items.append(("Parameters removed", share, "; ".join([f"{short_count(totals.model_weights)} stay", *units])))
     if totals.operator_weights and totals.operator_zeros is not None and not report.only_structure:
         whole = (
             f"{percent(totals.model_zeros / totals.model_weights)} of the model"

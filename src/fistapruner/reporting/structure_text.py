@@ -9,10 +9,13 @@ from .rendering import Table
 
 def structure_rows(report: Report) -> list[tuple[str, str]]:
     """List name and value of what was removed; empty where nothing was."""
-    if report.widths is None:
+    if not report.widths:
         return []
-    before, after = report.widths
-    totals, rows = report.totals, [("structure", f"{after} of {before} MLP channels in every decoder layer")]
+    totals = report.totals
+    rows = [
+        ("structure", f"{after} of {before} {unit} in every decoder layer")
+        for unit, (before, after) in report.widths.items()
+    ]
     if totals.model_weights and report.model.parameters:
         rows.append(("parameters", change(report.model.parameters, totals.model_weights)))
     if totals.flops_per_token and totals.dense_flops_per_token:
@@ -23,10 +26,10 @@ def structure_rows(report: Report) -> list[tuple[str, str]]:
 
 def structure_sentence(report: Report) -> str:
     """Say in one sentence what was removed; empty where nothing was."""
-    if report.widths is None:
+    if not report.widths:
         return ""
-    before, after = report.widths
-    text = f"Every decoder layer keeps {count(after)} of {count(before)} MLP channels"
+    units = [f"{count(after)} of {count(before)} {unit}" for unit, (before, after) in report.widths.items()]
+    text = f"Every decoder layer keeps {' and '.join(units)}"
     weights, dense = report.totals.model_weights, report.model.parameters
     return f"{text}: {count(weights)} of {count(dense)} parameters." if weights and dense else f"{text}."
 
@@ -36,7 +39,7 @@ def structure_table(report: Report) -> Table:
     rows = [
         (
             str(layer.index),
-            f"{removal.before} → {removal.after}",
+            f"{removal.unit} {removal.before} → {removal.after}",
             significant(removal.shrink) if removal.shrink is not None else "–",
             percent(removal.dense_error or 0.0),
             percent(removal.dropped_error),
@@ -49,7 +52,7 @@ def structure_table(report: Report) -> Table:
     ]
     head = (
         "layer",
-        "channels",
+        "removed",
         "shrinkage",
         "error of all channels",
         "others as they were",
@@ -57,7 +60,7 @@ def structure_table(report: Report) -> Table:
         "fresh, as they were",
         "fresh, refitted",
     )
-    return Table("Removed channels by layer", head, rows, numeric=(0, 2, 3, 4, 5, 6, 7), stack=True)
+    return Table("Removed structure by layer", head, rows, numeric=(0, 2, 3, 4, 5, 6, 7), stack=True)
 
 
 def change(before: float, after: float) -> str:

@@ -68,10 +68,21 @@ class RunDecision(Frozen):
 
 
 class UnitDecision(Frozen):
-    """Operators that share channels to remove: ``producers`` write them, ``consumer`` reads them."""
+    """Channels that are removed together from several operators of a decoder layer.
 
+    Args:
+        kind: what they are, as the report says it.
+        producers: operators that write them; ``rows``: rows of each of them for one channel.
+        consumer: the operator that reads them; ``columns``: its columns for one channel.
+        after: channels that stay.
+    """
+
+    kind: str
     producers: tuple[str, ...]
+    rows: tuple[int, ...]
     consumer: str
+    columns: int
+    after: int
 
 
 class StructureDecision(Frozen):
@@ -79,13 +90,10 @@ class StructureDecision(Frozen):
 
     Args:
         units: of each decoder layer.
-        before: channels of every unit in the dense model; ``after``: in the result.
         config: change of ``config.json``, as a JSON merge patch.
     """
 
     units: tuple[tuple[UnitDecision, ...], ...]
-    before: int
-    after: int
     config: dict[str, Any]
 
 

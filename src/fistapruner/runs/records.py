@@ -484,10 +484,9 @@ class Report(Record):
         return self.structured and self.pruning.get("sparsity") == "0%"
 
     @property
-    def widths(self) -> tuple[int, int] | None:
-        """Channels of the MLPs before and after; None where none are removed."""
-        found = [removal for layer in self.layers for removal in layer.removals]
-        return (found[0].before, found[0].after) if found else None
+    def widths(self) -> dict[str, tuple[int, int]]:
+        """Numbers before and after of what was removed, by what it is called; empty where nothing was."""
+        return {removal.unit: (removal.before, removal.after) for layer in self.layers for removal in layer.removals}
 
     @property
     def origin(self) -> ModelFacts:

@@ -38,14 +38,15 @@ class Elimination:
     warnings: tuple[str, ...] = ()
 
 
-def eliminate(problem: LayerProblem, count: int) -> Elimination:
-    """Choose ``count`` input channels to remove, greedily.
+def eliminate(problem: LayerProblem, count: int, block: int = 1) -> Elimination:
+    """Choose ``count`` input channels, or blocks of them, to remove, greedily.
 
     Ties go to the first channel. Channels that are zero on every token go first, at no cost.
 
     Args:
         problem: the layer problem of the operator that reads the channels.
         count: channels to remove, less than all.
+        block: consecutive inputs of a channel; more than one are removed together, as those of an attention head.
     """
     gram = alive_gram(problem.gram.double())
     factor, _, warnings = damped_cholesky(gram, 0.0, problem.label)
@@ -54,6 +55,8 @@ def eliminate(problem: LayerProblem, count: int) -> Elimination:
     if problem.drift_gradient is not None:
         weight = weight + torch.cholesky_solve(problem.drift_gradient.double().T, factor).T
     weight = torch.where(dead_inputs(problem.gram), 0.0, weight)
+    if block > 1:
+        return _eliminate_blocks(inverse, weight, count, block, tuple(warnings))
     diagonal = inverse.diagonal().clone()
     steps = torch.zeros(len(gram), count, dtype=gram.dtype, device=gram.device)
     alive = torch.ones(len(gram), dtype=torch.bool, device=gram.device)
@@ -78,3 +81,34 @@ def eliminate(problem: LayerProblem, count: int) -> Elimination:
             weight.addr_(removed, column / pivot, alpha=-1.0)
             weight[:, channel] = 0.0
     return Elimination(torch.tensor(order, dtype=torch.int64), torch.stack(costs), tuple(warnings))
+
+
+def _eliminate_blocks(
+    inverse: Tensor, weight: Tensor, count: int, block: int, warnings: tuple[str, ...]
+) -> Elimination:
+    """Remove blocks P of inputs, each at the cost ``tr(V_P ([H^-1]_PP)^-1 V_P^T)``.
+
+    Args:
+        inverse: (n, n) fp64 inverse of the Gram; it is changed.
+        weight: (m, n) fp64 least-squares weights; they are changed.
+        count: blocks to remove; ``block``: inputs of each.
+        warnings: sentences to pass on.
+    """
+    places = torch.arange(weight.shape[1], device=weight.device).view(-1, block)
+    alive = list(range(len(places)))
+    order: list[int] = []
+    costs: list[Tensor] = []
+    for _ in range(count):
+        prices = []
+        for number in alive:
+            inside, removed = inverse[places[number]][:, places[number]], weight[:, places[number]]
+            prices.append((torch.linalg.solve(inside, removed.T) * removed.T).sum())
+        best = min(range(len(alive)), key=lambda place: (float(prices[place]), place))
+        chosen = places[alive[best]]
+        solved = torch.linalg.solve(inverse[chosen][:, chosen], inverse[chosen])
+        weight -= weight[:, chosen] @ solved
+        inverse -= inverse[:, chosen] @ solved
+        weight[:, chosen] = 0.0
+        costs.append(prices[best].clamp_min(0))
+        order.append(alive.pop(best))
+    return Elimination(torch.tensor(order, dtype=torch.int64), torch.stack(costs), warnings)

@@ -1,4 +1,4 @@
-"""Prove that a model without some of its MLP channels is right, before any work.
+"""Prove that a model without some of its channels or heads is right, before any work.
 
 How ``config.json`` must change is found by trying: an entry that equals the old width is changed, the model is built on
 the meta device, and all of its tensors must have the wanted shapes. Then comes surgery, once for each shape of decoder
@@ -9,7 +9,7 @@ is, and that of the changed config), and all must have the same outputs. What do
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -18,11 +18,11 @@ from torch.func import functional_call
 
 from ..errors import FistaPrunerError
 from ..models.architecture import build_changed, find_decoder_layers
-from ..models.coupling import Link, link_tensors
 from ..models.discovery import Layout, linear_modules
+from ..models.files.writer import merge_patch
 from ..models.layerwise import Call, LayerwiseModel, assign, hidden_of
 from ..recipes.structure_settings import Structure
-from .units import Units, Widths, cut_channels, find_units, kept_width
+from .units import MLP, Unit, Units, Widths, cut_channels, find_units
 
 SAME = 1e-4
 """Largest relative squared difference between zeroed and removed channels: bf16 rounding is a hundredth of it."""
@@ -46,66 +46,120 @@ def plan_widths(
         FistaPrunerError: channels that cannot be removed, or an amount that leaves or removes nothing; names the
             operator or the amount.
     """
-    units = find_units(model, layout)
-    before = units[0][0].channels
-    after = kept_width(model, units, settings)
-    config, smaller = _find_config(model, units, before, after, trust_remote_code)
-    _prove(model, units, after, smaller)
-    return Widths(units, before, after, config)
+    units = find_units(model, layout, settings)
+    config: dict[str, Any] = {}
+    for kind in dict.fromkeys(unit.kind for unit in units[0]):
+        config = _find_config(model, units, kind, config, trust_remote_code)
+    _prove(model, units, build_changed(model.checkpoint, config, trust_remote_code=trust_remote_code).eval())
+    return Widths(units, config)
 
 
 def _find_config(
-    model: LayerwiseModel, units: Units, before: int, after: int, trust_remote_code: bool
-) -> tuple[dict[str, Any], Any]:
-    """Find the change of ``config.json`` that gives every tensor its new shape.
+    model: LayerwiseModel, units: Units, kind: str, config: Mapping[str, Any], trust_remote_code: bool
+) -> dict[str, Any]:
+    """Find the change of ``config.json`` that gives the tensors of one kind of unit their new shapes.
+
+    Args:
+        model: the dense model.
+        units: of every decoder layer.
+        kind: which of them.
+        config: changes for the other kinds that were found before, as a JSON merge patch.
+        trust_remote_code: run the checkpoint's own Python code.
 
     Returns:
-        The change as a JSON merge patch, and the smaller model on the meta device.
+        All changes together.
 
     Raises:
-        FistaPrunerError: no entry does that; names the width.
+        FistaPrunerError: no entry does that; names the width, and numbers of groups that would do.
     """
-    wanted = {name: tuple(tensor.shape) for name, tensor in model.model.state_dict(keep_vars=True).items()}
-    for index, links in enumerate(units):
-        for link in links:
-            for name, (dim, _) in link_tensors(model.layers[index], link, torch.arange(link.channels)[None]).items():
-                full = f"{model.layers_name}.{index}.{name}"
-                wanted[full] = (*wanted[full][:dim], after, *wanted[full][dim + 1 :])
-    for change in _candidates(model, before, after):
-        try:
-            smaller = build_changed(model.checkpoint, change, trust_remote_code=trust_remote_code)
-        except FistaPrunerError:
-            continue
-        if {name: tuple(tensor.shape) for name, tensor in smaller.state_dict(keep_vars=True).items()} == wanted:
-            return change, smaller.eval()
+    unit = next(unit for unit in units[0] if unit.kind == kind)
+    found = _fitting(model, units, kind, unit.after, config, trust_remote_code)
+    if found is not None:
+        return found
+    name = type(model.model).__name__
+    if kind == MLP:
+        raise FistaPrunerError(
+            f"structure: no entry of config.json makes {name} a model whose MLPs have {unit.after} channels instead of "
+            f"{unit.before}: its channels are not removed"
+        )
+    others = [
+        str(unit.before - after)
+        for after in reversed(range(1, unit.before))
+        if after != unit.after and _fitting(model, units, kind, after, config, trust_remote_code) is not None
+    ]
+    would = f"; heads={' or heads='.join(others)} would do" if others else ": its key/value groups are not removed"
     raise FistaPrunerError(
-        f"structure: no entry of config.json makes {type(model.model).__name__} a model whose MLPs have {after} "
-        f"channels instead of {before}: its channels are not removed"
+        f"structure: the config of {name} cannot express {unit.after} of {unit.before} key/value groups{would}"
     )
 
 
-def _candidates(model: LayerwiseModel, before: int, after: int) -> Iterator[dict[str, Any]]:
-    """Yield changes of ``config.json`` that may change a width, likely ones first."""
-    text = model.config.get_text_config()
-    section = None
+def _fitting(
+    model: LayerwiseModel, units: Units, kind: str, after: int, config: Mapping[str, Any], trust_remote_code: bool
+) -> dict[str, Any] | None:
+    """Return the change of ``config.json`` for ``after`` channels of one kind; None if none fits."""
+    kinds = list(dict.fromkeys(found.kind for found in units[0]))
+    expressed = kinds[: kinds.index(kind) + 1]
+    wanted = {name: tuple(tensor.shape) for name, tensor in model.model.state_dict(keep_vars=True).items()}
+    for index, layer in enumerate(units):
+        for unit in layer:
+            if unit.kind not in expressed:
+                continue
+            width = after if unit.kind == kind else unit.after
+            for name, (dim, places) in unit.tensors(model.layers[index], torch.arange(width)).items():
+                full = f"{model.layers_name}.{index}.{name}"
+                wanted[full] = (*wanted[full][:dim], len(places), *wanted[full][dim + 1 :])
+    unit = next(unit for unit in units[0] if unit.kind == kind)
+    changes = _widths(model, unit.before, after) if kind == MLP else _head_counts(model, unit, after)
+    for change in changes:
+        both = merge_patch(config, change)
+        try:
+            smaller = build_changed(model.checkpoint, both, trust_remote_code=trust_remote_code)
+        except FistaPrunerError:
+            continue
+        if {name: tuple(tensor.shape) for name, tensor in smaller.state_dict(keep_vars=True).items()} == wanted:
+            return both
+    return None
+
+
+def _widths(model: LayerwiseModel, before: int, after: int) -> Iterator[dict[str, Any]]:
+    """Yield changes of ``config.json`` that may change the width of the MLPs, likely ones first."""
+    entries, in_section = _entries(model)
+    likely = sorted(entries, key=lambda name: re.search(WIDTH_NAMES, name) is None)
+    for name in likely:
+        if type(entries[name]) is int and entries[name] == before:
+            yield in_section({name: after})
+    for name in likely:
+        if isinstance(entries[name], list) and set(map(str, entries[name])) == {str(before)}:
+            yield in_section({name: [after] * len(entries[name])})
+    for name in likely:
+        if entries[name] is None and re.search(WIDTH_NAMES, name):
+            yield in_section({name: after})
+
+
+def _head_counts(model: LayerwiseModel, unit: Unit, after: int) -> Iterator[dict[str, Any]]:
+    """Yield the change of ``config.json`` for other numbers of heads; a head's size is written out."""
+    entries, in_section = _entries(model)
+    rows = sorted(unit.rows)
+    repeats = rows[-1] // rows[0]
+    counts = {repeats * unit.before: repeats * after, unit.before: after}
+    change = {
+        name: counts[value]
+        for name, value in entries.items()
+        if "head" in name and type(value) is int and value in counts and "dim" not in name
+    }
+    yield in_section({**change, "head_dim": rows[0]})
+
+
+def _entries(model: LayerwiseModel) -> tuple[dict[str, Any], Callable[[dict[str, Any]], dict[str, Any]]]:
+    """Return the entries of the text config, and what puts changes of it where ``config.json`` has it."""
+    text, section = model.config.get_text_config(), None
     if text is not model.config:
         inner = {key: value for key, value in model.checkpoint.config.items() if isinstance(value, dict)}
         section = next((key for key, value in inner.items() if value.get("model_type") == text.model_type), None)
-    entries = text.to_dict()
-    likely = sorted(entries, key=lambda name: re.search(WIDTH_NAMES, name) is None)
-    changes: list[tuple[str, Any]] = [
-        (name, after) for name in likely if type(entries[name]) is int and entries[name] == before
-    ]
-    lists = [
-        name for name in likely if isinstance(entries[name], list) and set(map(str, entries[name])) == {str(before)}
-    ]
-    changes += [(name, [after] * len(entries[name])) for name in lists]
-    changes += [(name, after) for name in likely if entries[name] is None and re.search(WIDTH_NAMES, name)]
-    for name, value in changes:
-        yield {name: value} if section is None else {section: {name: value}}
+    return text.to_dict(), lambda change: change if section is None else {section: change}
 
 
-def _prove(model: LayerwiseModel, units: Units, after: int, smaller: Any) -> None:
+def _prove(model: LayerwiseModel, units: Units, smaller: Any) -> None:
     """Prove by surgery that cutting channels is the same as setting their weights to zero.
 
     Raises:
@@ -116,67 +170,82 @@ def _prove(model: LayerwiseModel, units: Units, after: int, smaller: Any) -> Non
         hidden, calls = model.embed(tokens)
     layers = find_decoder_layers(smaller)[1]
     known = set()
-    for index, links in enumerate(units):
+    for index, layer_units in enumerate(units):
         shapes = tuple((name, tuple(module.weight.shape)) for name, module in linear_modules(model.layers[index]))
         if shapes in known:
             continue
         known.add(shapes)
         with model.layer(index) as layer, torch.no_grad(), model.failures_explained():
-            if not _surgery(layer, layers[index], links, after, hidden, calls[index]):
-                names = ", ".join(link.consumer.name for link in links)
-                raise FistaPrunerError(
-                    f"structure: {model.layers_name}.{index}: cutting channels of {names} does not give the outputs "
-                    "that zeros in their place give: its channels are not removed"
-                )
+            for unit in layer_units:
+                if not _surgery(layer, (unit,), hidden, calls[index]):
+                    raise _refusal(model, index, unit.kind, unit.consumer.name)
+            if not _surgery(layer, layer_units, hidden, calls[index], layers[index]):
+                names = ", ".join(unit.consumer.name for unit in layer_units)
+                raise _refusal(model, index, " and ".join(unit.kind for unit in layer_units), names)
+
+
+def _refusal(model: LayerwiseModel, index: int, kind: str, names: str) -> FistaPrunerError:
+    return FistaPrunerError(
+        f"structure: {model.layers_name}.{index}: cutting {kind} of {names} does not give the outputs that zeros in "
+        "their place give: they are not removed"
+    )
 
 
 def _surgery(
-    layer: nn.Module, smaller: nn.Module, links: tuple[Link, ...], after: int, hidden: Tensor, call: Call
+    layer: nn.Module, units: tuple[Unit, ...], hidden: Tensor, call: Call, smaller: nn.Module | None = None
 ) -> bool:
-    """Compare a layer with zeroed channels to two with them cut: itself, and that of the new config."""
+    """Compare a layer with zeroed channels to one with them cut: itself, or that of the new config.
+
+    Args:
+        layer: the loaded decoder layer; it is as before on return.
+        units: whose channels are cut.
+        hidden: (1, seqlen, width) hidden states that enter it.
+        call: its other arguments.
+        smaller: the decoder layer of the new config; None is the layer itself.
+    """
     generator = torch.Generator().manual_seed(0)
-    keeps = [torch.randperm(link.channels, generator=generator)[:after].sort().values for link in links]
+    keeps = [torch.randperm(unit.before, generator=generator)[: unit.after].sort().values for unit in units]
     whole = {name: tensor.clone() for name, tensor in layer.state_dict().items()}
     args, kwargs = call
-    found: list[list[Tensor]] = []
 
-    def run(module: nn.Module, tensors: Mapping[str, Tensor]) -> None:
-        found.append([])
+    def run(module: nn.Module, tensors: Mapping[str, Tensor]) -> list[Tensor]:
+        found: list[Tensor] = []
         handles = [
-            module.get_submodule(link.consumer.name).register_forward_hook(
-                lambda _, __, output: found[-1].append(output.clone())
+            module.get_submodule(unit.consumer.name).register_forward_hook(
+                lambda _, __, output: found.append(output.clone())
             )
-            for link in links
+            for unit in units
         ]
         try:
             out = functional_call(module, dict(tensors), (hidden.clone(), *args), kwargs)
-            found[-1].append(hidden_of(out) - hidden)
         finally:
             for handle in handles:
                 handle.remove()
+        return [*found, hidden_of(out) - hidden]
 
     zeroed, cut = dict(whole), dict(whole)
-    for link, keep in zip(links, keeps, strict=True):
-        for name, (dim, places) in link_tensors(layer, link, keep[None]).items():
+    for unit, keep in zip(units, keeps, strict=True):
+        for name, (dim, places) in unit.tensors(layer, keep).items():
             cut[name] = whole[name].index_select(dim, places.to(whole[name].device))
-            if name == f"{link.consumer.name}.weight":
+            if name == f"{unit.consumer.name}.weight":
                 zeroed[name] = torch.zeros_like(whole[name]).index_copy(dim, places.to(whole[name].device), cut[name])
-    for module in smaller.modules():
-        for key, buffer in module._buffers.items():
-            if buffer is not None and not buffer.is_meta:
-                module._buffers[key] = buffer.to(hidden.device)
-    run(layer, zeroed)
-    run(smaller, cut)
+    expected = run(layer, zeroed)
     try:
-        for link, keep in zip(links, keeps, strict=True):
-            cut_channels(layer, link, keep)  # also what a module notes of its shape
-        run(layer, cut)
+        if smaller is None:
+            for unit, keep in zip(units, keeps, strict=True):
+                cut_channels(layer, unit, keep)  # also what a module notes of its shape
+        else:
+            for module in smaller.modules():
+                for key, buffer in module._buffers.items():
+                    if buffer is not None and not buffer.is_meta:
+                        module._buffers[key] = buffer.to(hidden.device)
+        found = run(smaller or layer, cut)
+    except (RuntimeError, ValueError, TypeError, AttributeError, IndexError):
+        return False  # the forward pass does not follow the shapes of its weights
     finally:
         for name, tensor in whole.items():
             assign(layer, name, tensor)
-    expected, *others = found
     return all(
-        float((a.float() - b.float()).square().sum()) <= SAME * float(a.float().square().sum())
-        for other in others
-        for a, b in zip(expected, other, strict=True)
+        a.shape == b.shape and float((a.float() - b.float()).square().sum()) <= SAME * float(a.float().square().sum())
+        for a, b in zip(expected, found, strict=True)
     )

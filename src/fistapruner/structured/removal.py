@@ -36,7 +36,8 @@ class Removal:
 
     Args:
         keep: (k,) int64 places of the kept channels, ascending.
-        weight: (m, k) fp32 weights of the operator.
+        places: (k * block,) the inputs that belong to them.
+        weight: (m, k * block) fp32 weights of the operator.
         shrink: share of shrinkage that was used; None where nothing depended on it.
         dense: relative error of the operator with all its channels, from drift alone; None without drift.
         dropped: relative error with the channels removed and the other weights as they were.
@@ -46,6 +47,7 @@ class Removal:
     """
 
     keep: Tensor
+    places: Tensor
     weight: Tensor
     shrink: float | None
     dense: float | None
@@ -56,7 +58,7 @@ class Removal:
 
 
 def remove_channels(
-    known: ChannelStatistics, kept: int, settings: Structure, importance: Tensor | None = None
+    known: ChannelStatistics, kept: int, settings: Structure, importance: Tensor | None = None, block: int = 1
 ) -> Removal:
     """Choose ``kept`` channels of one operator, and refit its weights.
 
@@ -65,32 +67,35 @@ def remove_channels(
         kept: channels to keep, fewer than all.
         settings: how they are chosen and made up for.
         importance: (m,) weights of the rows in the choice; None counts all alike.
+        block: consecutive inputs of each channel, which stay or go together.
     """
     problem = known.problem
     rated = problem if importance is None else problem.weighted(importance)
-    count = problem.shape[1] - kept
+    channels = problem.shape[1] // block
     warnings: list[str] = []
-    first = _kept(channel_scores("energy" if settings.method == "obs" else settings.method, rated, known.mean), kept)
-    shrink, validated = _shrink(known, first, settings)
-    keep = first
+    scores = channel_scores("energy" if settings.method == "obs" else settings.method, rated, known.mean)
+    keep = _kept(scores.view(-1, block).sum(1), kept)
+    shrink, validated = _shrink(known, block_places(keep, block), settings)
     if settings.method == "obs":
-        found = eliminate(shrunk(rated, shrink), count)
+        found = eliminate(shrunk(rated, shrink), channels - kept, block)
         warnings += found.warnings
-        remaining = torch.ones(problem.shape[1], dtype=torch.bool)
+        remaining = torch.ones(channels, dtype=torch.bool)
         remaining[found.order] = False
         keep = remaining.nonzero()[:, 0].to(problem.weight.device)
-    small = problem.restricted(keep)
+    places = block_places(keep, block)
+    small = problem.restricted(places)
     weight = small.weight
     if settings.compensate == "refit":
-        weight, more = refitted(shrunk(problem, shrink).restricted(keep))
+        weight, more = refitted(shrunk(problem, shrink).restricted(places))
         warnings += more
     used = settings.compensate == "refit" or settings.method == "obs"
-    errors = validation_errors(problem, known.halves, keep, (shrink, 1.0)) if validated and known.halves else None
+    errors = validation_errors(problem, known.halves, places, (shrink, 1.0)) if validated and known.halves else None
     dense = problem.dense_errors()
     dropped = small.dense_errors()
     assert dropped is not None
     return Removal(
         keep=keep,
+        places=places,
         weight=weight,
         shrink=shrink if used else None,
         dense=None if dense is None else dense[0],
@@ -99,6 +104,11 @@ def remove_channels(
         validated_dropped=errors[1] if errors else None,
         warnings=tuple(dict.fromkeys(warnings)),
     )
+
+
+def block_places(keep: Tensor, block: int) -> Tensor:
+    """Return the places of the inputs of some channels of ``block`` consecutive inputs each."""
+    return (keep[:, None] * block + torch.arange(block, device=keep.device)).reshape(-1)
 
 
 def choose_share(errors: Sequence[float], shares: Sequence[float] = GRID) -> float:

@@ -1,7 +1,7 @@
-"""Find the MLP channels that can be removed, and decide how many of them stay.
+"""Find MLP channels and key/value groups that can be removed, and decide how many of them stay.
 
-No architecture is listed by name. Channels that can be permuted (:mod:`fistapruner.models.coupling`) are the
-candidates; :mod:`.proof` shows that they can be cut.
+No architecture is listed by name. MLP channels that can be permuted (:mod:`fistapruner.models.coupling`) and heads
+whose sizes fit are the candidates; :mod:`.proof` shows that they can be cut.
 """
 
 from __future__ import annotations
@@ -12,16 +12,74 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
 
 from ..errors import FistaPrunerError
-from ..models.coupling import Link, find_links, link_tensors
+from ..models.coupling import Link, find_links, named_size
 from ..models.discovery import Layout, Operator, linear_modules
 from ..models.layerwise import LayerwiseModel, assign
 from ..recipes.structure_settings import Structure
 from ..runs.decision import StructureDecision, UnitDecision
+from .removal import block_places
 
-Units = tuple[tuple[Link, ...], ...]
-"""For each decoder layer the links whose channels can be removed."""
+MLP, GROUPS = "MLP channels", "key/value groups"
+"""Kinds of units, as reports call them."""
+
+
+@dataclass(frozen=True)
+class Unit:
+    """Channels that are removed together from several operators: of an MLP, or groups of heads.
+
+    A key/value group is a key and a value head, with the query heads that share them.
+
+    Args:
+        kind: :data:`MLP` or :data:`GROUPS`.
+        producers: operators that write the channels, by their names inside the decoder layer.
+        rows: rows of each of them that belong to one channel.
+        consumer: the operator that reads the channels.
+        columns: its columns that belong to one channel.
+        after: channels that stay.
+    """
+
+    kind: str
+    producers: tuple[str, ...]
+    rows: tuple[int, ...]
+    consumer: Operator
+    columns: int = 1
+    after: int = 0
+
+    @property
+    def before(self) -> int:
+        """Return the number of channels in the dense model."""
+        return self.consumer.columns // self.columns
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """Return the names of all its operators."""
+        return (*self.producers, self.consumer.name)
+
+    def tensors(self, layer: nn.Module, keep: Tensor) -> dict[str, tuple[int, Tensor]]:
+        """Return the dimension and the places of some channels in each tensor, by name inside the layer.
+
+        Args:
+            layer: the decoder layer; its weights need not be loaded.
+            keep: (k,) channels, in any order.
+        """
+        keep = keep.cpu()
+        found = {}
+        for name, rows in zip(self.producers, self.rows, strict=True):
+            module = layer.get_submodule(name)
+            places = block_places(keep, rows)
+            found[f"{name}.weight"] = (1 if isinstance(module, Conv1D) else 0, places)
+            if module.bias is not None:
+                found[f"{name}.bias"] = (0, places)
+        places = block_places(keep, self.columns)
+        found[f"{self.consumer.name}.weight"] = (0 if self.consumer.transposed else 1, places)
+        return found
+
+
+Units = tuple[tuple[Unit, ...], ...]
+"""For each decoder layer the channels that can be removed."""
 
 
 @dataclass(frozen=True)
@@ -29,15 +87,11 @@ class Widths:
     """How many channels a model keeps.
 
     Args:
-        units: for each decoder layer, the links whose channels are removed.
-        before: channels of each of them.
-        after: channels that each of them keeps.
+        units: for each decoder layer, the channels that are removed.
         config: change of ``config.json``, as a JSON merge patch.
     """
 
     units: Units
-    before: int
-    after: int
     config: Mapping[str, Any]
 
     @classmethod
@@ -48,57 +102,145 @@ class Widths:
             decision: of the run.
             layout: the dense model's operators.
         """
-        units = []
-        for groups, links in zip(layout.layers, decision.units, strict=True):
+        layers = []
+        for groups, units in zip(layout.layers, decision.units, strict=True):
             operators = {operator.name: operator for group in groups for operator in group}
-            units.append(tuple(Link(link.producers, operators[link.consumer]) for link in links))
-        return cls(tuple(units), decision.before, decision.after, decision.config)
+            layers.append(
+                tuple(
+                    Unit(unit.kind, unit.producers, unit.rows, operators[unit.consumer], unit.columns, unit.after)
+                    for unit in units
+                )
+            )
+        return cls(tuple(layers), decision.config)
 
     def decision(self) -> StructureDecision:
         """Return the same as a record for ``run.json``."""
-        units = tuple(
-            tuple(UnitDecision(producers=link.producers, consumer=link.consumer.name) for link in links)
-            for links in self.units
+        layers = tuple(
+            tuple(
+                UnitDecision(
+                    kind=unit.kind,
+                    producers=unit.producers,
+                    rows=unit.rows,
+                    consumer=unit.consumer.name,
+                    columns=unit.columns,
+                    after=unit.after,
+                )
+                for unit in units
+            )
+            for units in self.units
         )
-        return StructureDecision(units=units, before=self.before, after=self.after, config=dict(self.config))
+        return StructureDecision(units=layers, config=dict(self.config))
 
     def consumers(self, index: int) -> set[str]:
         """Return the names of the operators of decoder layer ``index`` that lose input channels."""
-        return {link.consumer.name for link in self.units[index]}
+        return {unit.consumer.name for unit in self.units[index]}
 
     def touched(self, index: int) -> set[str]:
         """Return the names of the operators of decoder layer ``index`` that lose inputs or outputs."""
-        return self.consumers(index) | {name for link in self.units[index] for name in link.producers}
+        return {name for unit in self.units[index] for name in unit.names}
 
 
-def find_units(model: LayerwiseModel, layout: Layout) -> Units:
-    """Find the links of every decoder layer whose channels can be removed.
+def find_units(model: LayerwiseModel, layout: Layout, settings: Structure) -> Units:
+    """Find the channels of every decoder layer that are removed, and decide how many stay.
 
     Raises:
-        FistaPrunerError: a layer without such a link, or links of several widths; names it.
+        FistaPrunerError: a layer without them, several widths, or an amount that leaves or removes nothing.
     """
-    found = []
-    for index, links in enumerate(find_links(model, layout)):
-        units = tuple(link for link in links if _is_whole(model.layers[index], link))
-        alone = {group[0].name for group in layout.layers[index] if len(group) == 1}
-        if not units or not all(link.consumer.name in alone for link in units):
+    kinds = []
+    if settings.share is not None or settings.channels is not None:
+        channels = _mlp_channels(model, layout)
+        kinds.append(_with_width(channels, kept_width(model, channels, settings)))
+    if settings.heads:
+        groups = key_value_groups(model, layout)
+        before = groups[0][0].before
+        if settings.heads >= before:
             raise FistaPrunerError(
-                f"structure: {layout.prefix}.{index}: {_why_not(model.layers[index], layout, index)}"
+                f"structure: heads={settings.heads} leaves none of the {before} key/value groups of every layer: one "
+                "stays at least"
             )
-        found.append(units)
+        kinds.append(_with_width(groups, before - settings.heads))
+    found = tuple(tuple(unit for units in layers for unit in units) for layers in zip(*kinds, strict=True))
     sources = [
         model.source(f"{layout.prefix}.{index}.{name}")
         for index, units in enumerate(found)
-        for link in units
-        for name in link_tensors(model.layers[index], link, torch.arange(link.channels)[None])
+        for unit in units
+        for name in unit.tensors(model.layers[index], torch.arange(unit.before))
     ]
     if twice := next((name for name in sources if sources.count(name) > 1), None):
         raise FistaPrunerError(f"structure: tensor {twice!r} is used in several places: its channels are not removed")
-    widths = {link.channels for units in found for link in units}
+    return found
+
+
+def _with_width(units: Units, after: int) -> Units:
+    return tuple(tuple(replace(unit, after=after) for unit in layer) for layer in units)
+
+
+def _mlp_channels(model: LayerwiseModel, layout: Layout) -> Units:
+    """Find the MLP channels of every decoder layer.
+
+    Raises:
+        FistaPrunerError: a layer without them, or several widths; names it.
+    """
+    found = []
+    for index, links in enumerate(find_links(model, layout)):
+        whole = [link for link in links if _is_whole(model.layers[index], link)]
+        alone = {group[0].name for group in layout.layers[index] if len(group) == 1}
+        if not whole or not all(link.consumer.name in alone for link in whole):
+            raise FistaPrunerError(
+                f"structure: {layout.prefix}.{index}: {_why_not(model.layers[index], layout, index)}"
+            )
+        found.append(tuple(Unit(MLP, link.producers, (1,) * len(link.producers), link.consumer) for link in whole))
+    widths = {unit.before for units in found for unit in units}
     if len(widths) > 1:
         shown = ", ".join(map(str, sorted(widths)))
         raise FistaPrunerError(f"structure: the MLPs have different widths ({shown}), which one config cannot change")
     return tuple(found)
+
+
+def key_value_groups(model: LayerwiseModel, layout: Layout) -> Units:
+    """Find the key/value groups of every decoder layer.
+
+    They are taken from sizes alone; :mod:`.proof` shows whether they can be cut.
+
+    Raises:
+        FistaPrunerError: a layer without separate query, key and value operators, or with one group only; names it.
+    """
+    config = model.config.get_text_config()
+    heads = named_size(config, "num_attention_heads") or 1
+    groups = named_size(config, "num_key_value_heads") or heads
+    found = []
+    for index in range(len(model)):
+        prefix = f"{layout.prefix}.{index}"
+        operators = {operator.name: operator for group in layout.layers[index] for operator in group}
+        alone = {group[0].name for group in layout.layers[index] if len(group) == 1}
+        units = [
+            unit
+            for consumer in operators.values()
+            if consumer.name in alone and (unit := _attention(consumer, operators, heads, groups))
+        ]
+        if len(units) != 1:
+            raise FistaPrunerError(
+                f"structure: {prefix}: no separate query, key and value operators of {heads} and {groups} heads were "
+                "found (fused ones are not cut): its key/value groups are not removed"
+            )
+        if groups == 1:
+            raise FistaPrunerError(f"structure: {prefix}: the model has one key/value head, which stays")
+        found.append(tuple(units))
+    return tuple(found)
+
+
+def _attention(consumer: Operator, operators: Mapping[str, Operator], heads: int, groups: int) -> Unit | None:
+    """Return the key/value groups that an operator reads; None where it reads none."""
+    parent = consumer.name.rpartition(".")[0]
+    beside = [other for other in operators.values() if other.name.rpartition(".")[0] == parent and other != consumer]
+    size = consumer.columns // heads
+    if len(beside) != 3 or consumer.columns % heads or heads % groups:
+        return None
+    rows = sorted(operator.rows for operator in beside)
+    if rows != [size * groups, size * groups, size * heads]:
+        return None
+    blocks = tuple(operator.rows // groups for operator in beside)
+    return Unit(GROUPS, tuple(operator.name for operator in beside), blocks, consumer, size * heads // groups)
 
 
 def kept_width(model: LayerwiseModel, units: Units, settings: Structure) -> int:
@@ -107,7 +249,7 @@ def kept_width(model: LayerwiseModel, units: Units, settings: Structure) -> int:
     Raises:
         FistaPrunerError: the amount removes no channel, or all of them.
     """
-    before, step, asked = units[0][0].channels, settings.multiple, settings.remove
+    before, step, asked = units[0][0].before, settings.multiple, settings.remove
     if isinstance(settings.channels, int):
         if not settings.channels < before:
             raise FistaPrunerError(f"structure: {asked} is not less than the {before} channels of the model's MLPs")
@@ -150,32 +292,39 @@ def layer_weights(model: LayerwiseModel) -> int:
 
 def channel_weights(model: LayerwiseModel, units: Units) -> int:
     """Count the parameters that go if every unit of the model loses one channel."""
-    count = 0
-    for index, links in enumerate(units):
-        for link in links:
-            for name in link_tensors(model.layers[index], link, torch.arange(link.channels)[None]):
-                count += model.layers[index].get_parameter(name).numel() // link.channels
-    return count
+    return sum(
+        model.layers[index].get_parameter(name).numel() // unit.before
+        for index, layer in enumerate(units)
+        for unit in layer
+        for name in unit.tensors(model.layers[index], torch.arange(unit.before))
+    )
 
 
 def removed_weights(model: LayerwiseModel, widths: Widths | None) -> int:
     """Count the parameters that are removed from a model."""
-    return 0 if widths is None else (widths.before - widths.after) * channel_weights(model, widths.units)
+    if widths is None:
+        return 0
+    return sum(
+        (unit.before - unit.after)
+        * channel_weights(model, tuple((unit,) if i == index else () for i in range(len(model))))
+        for index, units in enumerate(widths.units)
+        for unit in units
+    )
 
 
 def resized(layout: Layout, widths: Widths) -> Layout:
     """Return the layout with the shapes that operators have after the removal."""
     layers = []
-    for groups, links in zip(layout.layers, widths.units, strict=True):
-        producers = {name for link in links for name in link.producers}
-        consumers = {link.consumer.name for link in links}
+    for groups, units in zip(layout.layers, widths.units, strict=True):
+        rows = {name: size * unit.after for unit in units for name, size in zip(unit.producers, unit.rows, strict=True)}
+        columns = {unit.consumer.name: unit.columns * unit.after for unit in units}
         layers.append(
             tuple(
                 tuple(
                     replace(
                         operator,
-                        rows=widths.after if operator.name in producers else operator.rows,
-                        columns=widths.after if operator.name in consumers else operator.columns,
+                        rows=rows.get(operator.name, operator.rows),
+                        columns=columns.get(operator.name, operator.columns),
                     )
                     for operator in group
                 )
@@ -185,15 +334,15 @@ def resized(layout: Layout, widths: Widths) -> Layout:
     return replace(layout, layers=tuple(layers))
 
 
-def cut_channels(layer: nn.Module, link: Link, keep: Tensor) -> None:
-    """Remove channels from the loaded tensors of a link.
+def cut_channels(layer: nn.Module, unit: Unit, keep: Tensor) -> None:
+    """Remove channels from the loaded tensors of a decoder layer.
 
     Args:
         layer: the decoder layer.
-        link: its link.
-        keep: (k,) places of the channels that stay, in their new order.
+        unit: the channels.
+        keep: (k,) places of those that stay, in their new order.
     """
-    for name, (dim, places) in link_tensors(layer, link, keep[None]).items():
+    for name, (dim, places) in unit.tensors(layer, keep).items():
         parameter = layer.get_parameter(name).detach()
         assign(layer, name, parameter.index_select(dim, places.to(parameter.device)))
 
