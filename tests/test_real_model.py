@@ -36,9 +36,13 @@ def pruned(folder: Path, method: str) -> fp.Report:
 
 
 @pytest.fixture(scope="module")
-def reports(tmp_path_factory: pytest.TempPathFactory) -> dict[str, fp.Report]:
-    folder = tmp_path_factory.mktemp("runs")
-    return {method: pruned(folder / method, method) for method in ("magnitude", "sparsegpt", "proximal")}
+def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("runs")
+
+
+@pytest.fixture(scope="module")
+def reports(runs: Path) -> dict[str, fp.Report]:
+    return {method: pruned(runs / method, method) for method in ("magnitude", "sparsegpt", "proximal")}
 
 
 def perplexity(report: fp.Report) -> float:
@@ -59,6 +63,18 @@ def test_exactly_two_of_four_and_better_methods_are_better(reports: dict[str, fp
     assert dense is not None
     for method in ("proximal", "sparsegpt"):
         assert dense.perplexity < perplexity(reports[method]) < perplexity(reports["magnitude"])
+
+
+def test_recovery_lowers_perplexity_and_keeps_every_zero(reports: dict[str, fp.Report], runs: Path) -> None:
+    pruned = runs / "sparsegpt"
+    report = fp.recover(pruned, pruned.parent / "recovered", data={"tokens": 8192, "seqlen": 512}, windows_per_step=2)
+    found = report.recovery
+    assert found is not None
+    before, after = found.checks[0].held_out, min(check.held_out for check in found.checks)
+    assert after < 0.9 * before
+    assert perplexity(report) < 0.9 * perplexity(reports["sparsegpt"])
+    assert report.totals.operator_zeros == reports["sparsegpt"].totals.operator_zeros
+    assert main(["inspect", str(pruned.parent / "recovered" / "model")]) == 0
 
 
 def test_the_layer_error_falls(reports: dict[str, fp.Report]) -> None:
