@@ -45,6 +45,16 @@ def test_sentence_tells_wins_losses_and_doubt():
     assert Run(1.0, 2.0).tokens_per_second == 2.0
 
 
+def test_sentence_compares_the_smaller_model_with_the_dense_one():
+    forms = {"dense float32": speed("dense float32", 10), "smaller float32": speed("smaller float32", 15)}
+    said = sentence(forms)
+    assert "fastest form of the smaller model (smaller float32) decodes 1.50 times faster" in said
+    assert "reads a prompt of 4 tokens 1.00 times" in said
+    both = sentence({**forms, "packed": speed("packed", 20)})
+    assert "packed form (packed) decodes 2.00 times faster than the fastest dense one (dense float32)" in both
+    assert "nothing to compare with" in sentence({"smaller float32": speed("smaller float32", 15)})
+
+
 def test_every_form_of_a_pruned_model_is_measured(tmp_path):
     def in_this_process(variants, *, threads, **settings):
         return [measure_speed(load_variant(variant), variant=variant.name, **settings) for variant in variants]

@@ -22,6 +22,8 @@ from fistapruner.models.files.checkpoint import Checkpoint
 from fistapruner.runs.listener import Listener
 from fistapruner.runs.prune_directory import PruneDirectory
 from fistapruner.runs.records import LayerEntry, Report
+from fistapruner.sparse.speed import Speed, measure_speed
+from fistapruner.sparse.variants import Variant, load_variant
 
 SMALL = {"source": "python", "samples": 4, "seqlen": 32}
 LESS: dict[str, Any] = {"structure": {"remove": "mlp=25%", "multiple": 4}, "calibration": SMALL}
@@ -367,6 +369,25 @@ def test_a_model_with_other_widths_than_its_record_is_found_out(tmp_path: Path) 
     assert any(
         "model.layers.1: model.layers.1.mlp" in fault and "20 MLP channels" in fault for fault in found.violations
     )
+
+
+@pytest.mark.parametrize("sparsity", ["0%", "50%"])
+def test_the_smaller_model_is_timed_beside_the_dense_one(tmp_path: Path, sparsity: str) -> None:
+    def in_this_process(variants: list[Variant], *, threads: int | None, **settings: Any) -> list[Speed]:
+        return [measure_speed(load_variant(variant), variant=variant.name, **settings) for variant in variants]
+
+    folder = tiny.save("llama", tmp_path / "model")
+    out = tmp_path / "run"
+    fp.prune(str(folder), out, sparsity=sparsity, method="wanda", **LESS)
+    found = fp.bench_run(out, prompt=4, tokens=3, runs=1, measure=in_this_process)
+    names = [speed.variant for speed in found]
+    packed = [] if sparsity == "0%" else ["packed", "packed int8"]
+    assert names == ["dense float32", "dense bfloat16", "smaller float32", "smaller bfloat16", *packed]
+    card, page = (out / "model" / "README.md").read_text(), (out / "report.html").read_text()
+    for text in (card, page):
+        assert "Decoding, smaller float32, tokens/s" in text
+        assert "Reading the prompt, smaller bfloat16, tokens/s" in text
+        assert ("Decoding, packed, tokens/s" in text) == bool(packed)
 
 
 @pytest.mark.parametrize(

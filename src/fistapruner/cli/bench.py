@@ -1,8 +1,9 @@
 """Measure speed, memory and size of a pruned model: dense, stored densely, packed, packed int8.
 
 Every variant runs in its own process, in interleaved rounds. The dense model is the pruned one with its zeros filled,
-since the speed of a dense product does not depend on its values. fp32 and bf16 are both measured, because which of
-them is faster depends on the processor.
+since the speed of a dense product does not depend on its values. A run that removed channels or heads is measured as
+the smaller model beside the dense one that it was. fp32 and bf16 are both measured, because which of them is faster
+depends on the processor.
 
 Of a run directory the checkpoint is measured, and the figures are added to RUN/report.json, the page and the model
 card.

@@ -264,7 +264,9 @@ def bench_run(folder: str | Path, *, listener: Listener | None = None, **setting
         FistaPrunerError: not a finished run, or it does not fit disk or memory.
     """
     with _finished(Path(folder)) as (run, report):
-        found = bench(run.model, **settings)
+        record = run.record() if report.kind == "prune" and report.structured else None
+        before = record.decision.folder if record is not None and record.decision.folder.is_dir() else None
+        found = bench(run.model, before=before, **settings)
         machine = describe_machine(torch.device("cpu")).model_dump(mode="json")
         report.speed = {**speed_record(found), "machine": machine, "measured": now()}
         report.totals.compressed_bytes = packed_bytes(found)

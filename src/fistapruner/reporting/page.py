@@ -26,7 +26,16 @@ from .recovery_text import (
     trained_text,
 )
 from .rendering import Table, moment, present, render
-from .size_and_speed import dense_speed, packed_speeds, size_rows, speed_protocol, speed_rows, speed_table, speeds
+from .size_and_speed import (
+    dense_speed,
+    packed_speeds,
+    size_rows,
+    smaller_speeds,
+    speed_protocol,
+    speed_rows,
+    speed_table,
+    speeds,
+)
 from .structure_text import structure_rows, structure_sentence, structure_table
 
 
@@ -193,7 +202,7 @@ def _tiles(report: Report) -> list[tuple[str, str, str]]:
             else "zeros are stored as they are"
         )
         items.append(("Size on disk", size(totals.checkpoint_bytes), packed))
-    baseline, fast = dense_speed(report), packed_speeds(report)
+    baseline, fast = dense_speed(report), packed_speeds(report) or smaller_speeds(report)
     if baseline is not None and fast:
         ratio = float(fast[0]["tokens_per_second"]) / float(baseline["tokens_per_second"])
         note = (

@@ -23,8 +23,13 @@ def speeds(report: Report) -> list[dict[str, Any]]:
 
 
 def dense_speed(report: Report) -> dict[str, Any] | None:
-    """Find the fastest dense form, with which packed forms are compared."""
-    return _fastest([row for row in speeds(report) if not _is_packed(row)])
+    """Find the fastest dense form, with which the others are compared."""
+    return _fastest([row for row in speeds(report) if not _is_packed(row) and not _is_smaller(row)])
+
+
+def smaller_speeds(report: Report) -> list[dict[str, Any]]:
+    """Return the forms of a model that has lost channels or heads, the fastest first."""
+    return sorted((row for row in speeds(report) if _is_smaller(row) and _rate(row)), key=lambda row: -_rate(row))
 
 
 def packed_speeds(report: Report) -> list[dict[str, Any]]:
@@ -49,19 +54,27 @@ def size_rows(report: Report) -> list[Row]:
 
 
 def speed_rows(report: Report) -> list[Row]:
-    """List decoding speed and memory of every packed form against the fastest dense one.
+    """List decoding speed and memory of every packed or smaller form against the fastest dense one.
 
     A finished run without measurements has one row that says so.
     """
-    dense, packed = dense_speed(report), packed_speeds(report)
-    if dense is None or not packed:
+    dense, packed, smaller = dense_speed(report), packed_speeds(report), smaller_speeds(report)
+    if dense is None or not (packed or smaller):
         return [("Decoding speed, tokens/s", "–", "–", "", NOT_MEASURED)] if report.status == "finished" else []
     rows = []
-    for row in packed:
+    for row in (*smaller, *packed):
         name = f"Decoding, {row['variant']}, tokens/s"
         how = f"against {dense['variant']}, the fastest dense form; {speed_protocol(report, row)}"
         rows.append((name, _rate_text(dense), _rate_text(row), _times(_rate(row), _rate(dense)), how))
-    best = _fastest(packed) or packed[0]
+    for row in smaller:
+        name = f"Reading the prompt, {row['variant']}, tokens/s"
+        whole = max(
+            (other for other in speeds(report) if not _is_packed(other) and not _is_smaller(other)), key=_prefill
+        )
+        change = _times(_prefill(row), _prefill(whole))
+        how = f"against {whole['variant']}; {speed_protocol(report, row)}"
+        rows.append((name, significant(_prefill(whole)), significant(_prefill(row)), change, how))
+    best = _fastest(packed or smaller) or [*packed, *smaller][0]
     how = f"of the process that decodes, {best['variant']} against {dense['variant']}"
     memory = best.get("peak_memory"), dense.get("peak_memory")
     if all(memory):
@@ -100,6 +113,17 @@ def speed_table(report: Report) -> list[tuple[str, ...]]:
 
 def _is_packed(row: dict[str, Any]) -> bool:
     return str(row.get("variant", "")).startswith("packed")
+
+
+def _is_smaller(row: dict[str, Any]) -> bool:
+    return str(row.get("variant", "")).startswith("smaller")
+
+
+def _prefill(row: dict[str, Any]) -> float:
+    """Compute the prompt tokens that are read in a second; 0 where the time is not known."""
+    first, prompt, batch = (row.get(key) for key in ("first_token", "prompt", "batch"))
+    known = all(isinstance(value, (int, float)) for value in (first, prompt, batch))
+    return float(prompt) * float(batch) / float(first) if known and first else 0.0  # type: ignore[arg-type]
 
 
 def _rate(row: dict[str, Any]) -> float:

@@ -9,11 +9,15 @@ from typing import Any
 
 from ..errors import FistaPrunerError
 from ..models.files.checkpoint import read_json
+from ..models.files.record import has_zeros, lost_structure, read_pruning_record
 from ..runtime.formatting import align_columns
 from . import kernel
 from .pack import is_packed, pack, unpack
 from .speed import WARM_UP_TOKENS, Speed
 from .variants import Variant, compare
+
+DTYPES = ("float32", "bfloat16")
+"""Precisions of dense products: which of them is faster depends on the processor."""
 
 
 def bench(
@@ -25,8 +29,12 @@ def bench(
     runs: int = 3,
     threads: int | None = None,
     measure: Callable[..., list[Speed]] = compare,
+    before: str | Path | None = None,
 ) -> list[Speed]:
     """Measure dense, pruned-as-dense, packed and packed int8 forms of a pruned model on the CPU.
+
+    A model that has lost channels or heads is measured as ``smaller``, beside the dense model that it was. Without
+    zeros it is not packed.
 
     Args:
         model: folder of a pruned model, ordinary or packed.
@@ -36,6 +44,7 @@ def bench(
         runs: interleaved rounds.
         threads: CPU threads; None takes torch's default.
         measure: how the variants are measured, with the arguments of :func:`~.variants.compare`.
+        before: folder of the dense model that a model without some of its channels was; None does not measure it.
 
     Raises:
         FistaPrunerError: no pruned model, it does not fit disk or memory, or it has too few positions for prompt and
@@ -46,20 +55,21 @@ def bench(
         raise FistaPrunerError(f"{model} is not a folder with a pruned model")
     _check_positions(model, prompt, tokens)
     with TemporaryDirectory(prefix="fistapruner-bench-") as scratch:
+        about = {} if is_packed(model) else read_pruning_record(model)
+        whole = [] if before is None else [Variant(f"dense {dtype}", Path(before), dtype) for dtype in DTYPES]
         dense, packed, int8 = model, Path(scratch) / "packed", Path(scratch) / "int8"
         if is_packed(model):
             dense, packed = unpack(model, Path(scratch) / "dense"), model
+        if lost_structure(about):
+            variants = [*whole, *(Variant(f"smaller {dtype}", dense, dtype) for dtype in DTYPES)]
         else:
-            pack(model, packed)
-        pack(dense, int8, values="int8")
-        variants = [
-            Variant("dense float32", dense, "float32", fill=True),
-            Variant("dense bfloat16", dense, "bfloat16", fill=True),
-            Variant("pruned float32", dense, "float32"),
-            Variant("pruned bfloat16", dense, "bfloat16"),
-            Variant("packed", packed, "bfloat16"),
-            Variant("packed int8", int8, "bfloat16"),
-        ]
+            variants = [Variant(f"dense {dtype}", dense, dtype, fill=True) for dtype in DTYPES]
+            variants += [Variant(f"pruned {dtype}", dense, dtype) for dtype in DTYPES]
+        if has_zeros(about):
+            if not is_packed(model):
+                pack(model, packed)
+            pack(dense, int8, values="int8")
+            variants += [Variant("packed", packed, "bfloat16"), Variant("packed int8", int8, "bfloat16")]
         return measure(variants, batch=batch, prompt=prompt, tokens=tokens, runs=runs, threads=threads)
 
 
@@ -85,22 +95,40 @@ def record(speeds: Sequence[Speed]) -> dict[str, Any]:
 
 
 def sentence(speeds: Mapping[str, Speed]) -> str:
-    """Say in one sentence how the fastest packed form compares with the fastest dense one.
+    """Say in a few words how the fastest packed or smaller form compares with the fastest dense one.
 
     Args:
-        speeds: by variant; names that start with ``packed`` are sparse products, the others dense ones.
+        speeds: by variant; names that start with ``packed`` are sparse products, those with ``smaller`` models that
+            have lost channels or heads, the others dense ones.
     """
-    by_kind: dict[bool, list[Speed]] = {True: [], False: []}
+    by_kind: dict[str, list[Speed]] = {"packed": [], "smaller": [], "dense": []}
     for name, speed in speeds.items():
-        by_kind[name.startswith("packed")].append(speed)
-    packed, dense = (max(by_kind[kind], key=lambda speed: speed.tokens_per_second) for kind in (True, False))
+        by_kind.get(name.split()[0], by_kind["dense"]).append(speed)
+    fastest = {kind: max(found, key=lambda speed: speed.tokens_per_second) for kind, found in by_kind.items() if found}
+    dense = fastest.get("dense")
+    if dense is None:
+        return "The dense model that this smaller one was is not at hand: nothing to compare with."
+    said = [_against(fastest["packed"], dense, "packed form")] if "packed" in fastest else []
+    if "smaller" in fastest:
+        smaller, prefill = fastest["smaller"], min(by_kind["smaller"], key=lambda speed: speed.first_token)
+        whole = min(by_kind["dense"], key=lambda speed: speed.first_token)
+        reading = whole.first_token / prefill.first_token
+        said.append(
+            f"{_against(smaller, dense, 'form of the smaller model')} It reads a prompt of {prefill.prompt} tokens "
+            f"{max(reading, 1 / reading):.2f} times {'faster' if reading > 1 else 'slower'}."
+        )
+    return " ".join(said)
+
+
+def _against(packed: Speed, dense: Speed, what: str) -> str:
+    """Compare the fastest form of some kind with the fastest dense one."""
     ratio = packed.tokens_per_second / dense.tokens_per_second
     overlap = packed.tokens_per_second_range[0] <= dense.tokens_per_second_range[1] and ratio > 1
     verdict = "faster" if ratio > 1 else "slower"
     doubt = ", within the spread of the runs" if overlap else ""
     memory = packed.peak_memory / dense.peak_memory
     return (
-        f"On this machine the fastest packed form ({packed.variant}) decodes {max(ratio, 1 / ratio):.2f} times "
+        f"On this machine the fastest {what} ({packed.variant}) decodes {max(ratio, 1 / ratio):.2f} times "
         f"{verdict} than the fastest dense one ({dense.variant}){doubt}, with {memory:.2f} times its peak memory."
     )
 

@@ -24,6 +24,22 @@ def permuted_tensors(record: Mapping[str, Any]) -> set[str]:
     return {name for name in names if isinstance(name, str)} if isinstance(names, list) else set()
 
 
+def lost_structure(record: Mapping[str, Any]) -> bool:
+    """Return whether a model's record says that channels or heads were removed on its way."""
+    lineage = record.get("lineage")
+    stages = lineage.get("stages") if isinstance(lineage, Mapping) else None
+    settings = [stage.get("settings") for stage in stages or () if isinstance(stage, Mapping)]
+    sections = [found.get("structure") for found in settings if isinstance(found, Mapping)]
+    return any(isinstance(section, Mapping) and section.get("remove") for section in sections)
+
+
+def has_zeros(record: Mapping[str, Any]) -> bool:
+    """Return whether a model's record claims zeros of any operator; True where it claims nothing."""
+    operators = record.get("operators")
+    claims = operators.values() if isinstance(operators, Mapping) else ()
+    return not claims or any(not isinstance(claim, Mapping) or claim.get("sparsity") != "0%" for claim in claims)
+
+
 def recorded_claims(
     record: Mapping[str, Any], entries: Container[str], origin: str | Path
 ) -> tuple[dict[str, dict[str, Any]], list[str]]:
