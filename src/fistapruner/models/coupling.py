@@ -69,7 +69,7 @@ def find_links(model: LayerwiseModel, layout: Layout) -> tuple[tuple[Link, ...],
 
     Layers with the same operators are run once. Loads the embeddings and one decoder layer.
     """
-    tokens = torch.arange(16).remainder(int(model.config.get_text_config().vocab_size)).unsqueeze(0)
+    tokens = torch.arange(16).remainder(model.vocabulary).unsqueeze(0)
     with model.embeddings_and_head(head=False):
         hidden, calls = model.embed(tokens)
     known: dict[tuple[tuple[str, tuple[int, ...]], ...], list[Link]] = {}

@@ -165,7 +165,7 @@ def discover(model: LayerwiseModel) -> Layout:
     Raises:
         FistaPrunerError: operators that a forward pass does not use exactly once.
     """
-    tokens = torch.arange(16).remainder(int(model.config.get_text_config().vocab_size)).unsqueeze(0)
+    tokens = torch.arange(16).remainder(model.vocabulary).unsqueeze(0)
     model.check()
     with model.embeddings_and_head(head=False):
         hidden, calls = model.embed(tokens)

@@ -134,7 +134,7 @@ def plan_run(
     Random token ids are used instead of the calibration windows, which may take long to draw.
     """
     execution, seqlen = recipe.execution, window_length(recipe, model)
-    vocabulary = int(model.config.get_text_config().vocab_size)
+    vocabulary = model.vocabulary
     tokens = torch.randint(
         vocabulary, (recipe.calibration.samples, seqlen), generator=torch.Generator().manual_seed(recipe.seed)
     )

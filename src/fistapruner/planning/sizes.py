@@ -260,7 +260,7 @@ class Sizes:
             if recipe.reconstruct
             else 0,
             metric=4 * model.width * (model.width if model.width <= WIDE else 1) if recipe.reconstruct else 0,
-            logits=4 * 4 * min(seqlen, HEAD_TOKENS) * int(model.config.get_text_config().vocab_size),
+            logits=4 * 4 * min(seqlen, HEAD_TOKENS) * model.vocabulary,
             measured=needs_measuring(recipe),
             reordered=permutes(recipe),
             weighted=weighs_rows(recipe),
