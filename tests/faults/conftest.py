@@ -17,9 +17,13 @@ from typing import Any
 import pytest
 
 import tiny
+from fistapruner.runs.steps import read_steps
 
 SETTINGS = ["--method", "sparsegpt", "--dense-target", "0.5", "--residual", "correct", "--sparsity", "2:4"]
 SETTINGS += ["--samples", "4", "--seqlen", "16", "--evaluate", "none"]
+
+RECOVERY = ["--steps", "6", "--windows-per-step", "2", "--seqlen", "16", "--tokens", "200", "--held-out", "0.1"]
+RECOVERY += ["--validation-checks", "3", "--rank", "4", "--evaluate", "none"]
 
 
 @dataclass
@@ -35,11 +39,13 @@ class Outcome:
 
 @dataclass
 class Runs:
-    """Starts runs of one tiny model with faults, and knows the checkpoint they must end with."""
+    """Starts runs of one tiny model with faults, and knows the checkpoint they must end with.
+
+    ``begin`` is the command less ``--out``; ``undisturbed`` the run directory of a run that nothing happened to.
+    """
 
     process: subprocess.Popen[str]
-    model: Path
-    text: Path
+    begin: tuple[str, ...]
     undisturbed: Path
     expected: str = ""
     calls: int = 0
@@ -47,7 +53,7 @@ class Runs:
     seconds: float = 0.0
 
     def command(self, out: Path, *more: str) -> list[str]:
-        return ["prune", str(self.model), "--out", str(out), "--calibration", str(self.text), *SETTINGS, *more]
+        return [*self.begin, "--out", str(out), *more]
 
     def run(self, out: Path, *more: str, **fault: Any) -> Outcome:
         return self.do(self.command(out, *more), **fault)
@@ -59,13 +65,27 @@ class Runs:
         self.process.stdin.flush()
         return Outcome(**json.loads(self.process.stdout.readline()))
 
+    def measure(self) -> None:
+        """Make the run that nothing happens to."""
+        begin = time.perf_counter()
+        outcome = self.run(self.undisturbed)
+        self.seconds = time.perf_counter() - begin
+        assert outcome.status == 0, outcome.stderr
+        self.expected, self.calls, self.writes = (
+            digest(self.undisturbed / "model"),
+            outcome.calls,
+            tuple(outcome.writes),
+        )
+
     def check_resumed(self, out: Path, *more: str) -> None:
         """The same command again must end well, with the bytes of the undisturbed run, and leave nothing behind."""
         outcome = self.run(out, *more)
         assert outcome.status == 0, outcome.stderr
         assert digest(out / "model") == self.expected
         assert not [path for path in out.rglob("*") if path.name.endswith(".partial")]
-        assert not [*out.glob("lock*"), *out.glob("hidden")]
+        assert not [*out.glob("lock*"), *out.glob("hidden"), *out.glob("teacher")]
+        assert steps(out) == steps(self.undisturbed)
+        assert len([*out.glob("states/*")]) == len([*self.undisturbed.glob("states/*")])
 
 
 def digest(folder: Path) -> str:
@@ -88,6 +108,11 @@ def content(path: Path) -> bytes:
     for stage in record["lineage"]["stages"]:
         del stage["command"], stage["finished"], stage["figures"]["seconds"]
     return json.dumps(record).encode()
+
+
+def steps(out: Path) -> list[dict[str, Any]]:
+    """The journal of a recovery without times; empty for other runs."""
+    return [{key: line[key] for key in line if key != "seconds"} for line in read_steps(out / "steps.jsonl")]
 
 
 @pytest.fixture
@@ -115,16 +140,23 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Runs]:
     ) as process:
         assert process.stdout is not None
         assert process.stdout.readline() == "ready\n"
-        made = Runs(process, model, text, folder / "undisturbed")
-        begin = time.perf_counter()
-        outcome = made.run(made.undisturbed)
-        made.seconds = time.perf_counter() - begin
-        assert outcome.status == 0, outcome.stderr
-        made.expected, made.calls, made.writes = (
-            digest(made.undisturbed / "model"),
-            outcome.calls,
-            tuple(outcome.writes),
-        )
+        begin = ("prune", str(model), "--calibration", str(text), *SETTINGS)
+        made = Runs(process, begin, folder / "undisturbed")
+        made.measure()
         yield made
         assert process.stdin is not None
         process.stdin.close()
+
+
+@pytest.fixture(scope="session", params=["adamw", pytest.param("mezo", marks=pytest.mark.slow)])
+def recoveries(runs: Runs, tmp_path_factory: pytest.TempPathFactory, request: pytest.FixtureRequest) -> Runs:
+    """Recoveries of the pruned model, by backpropagation and by forward passes only."""
+    return recovery(runs, tmp_path_factory.mktemp("recoveries"), request.param)
+
+
+def recovery(runs: Runs, folder: Path, optimizer: str) -> Runs:
+    """Recoveries of the pruned model; the first is made."""
+    begin = ("recover", str(runs.undisturbed), "--optimizer", optimizer, *RECOVERY)
+    made = Runs(runs.process, begin, folder / "undisturbed")
+    made.measure()
+    return made

@@ -6,7 +6,7 @@ import json
 import os
 import shlex
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -35,7 +35,7 @@ from ..runs.lineage import begin_lineage, read_lineage
 from ..runs.listener import Listener
 from ..runs.records import CalibrationFacts, PlanRow, Recovery
 from ..runs.recover_directory import RecoverDirectory, dense_of, input_run
-from ..runtime.files import sha256_file
+from ..runtime.files import disk_errors, sha256_file
 from ..runtime.machine import describe_machine, now, versions
 from ..runtime.numerics import dtype_name, windows_at_once
 from ..sparse.pack import is_packed
@@ -404,6 +404,28 @@ def cut_text(run: RecoverDirectory, inputs: Inputs, listener: Listener) -> tuple
     inputs.model.check_tokens(text.tokens)
     run.write_text(text, drawing)
     return text, files
+
+
+def restore_text(run: RecoverDirectory, begun: RecoverRecord, request: RecoverRequest, listener: Listener) -> None:
+    """Cut the windows of a run again if they are gone or damaged.
+
+    Raises:
+        FistaPrunerError: the text has changed since, or is gone.
+    """
+    decision = begun.decision
+    if run.windows_file.is_file() and sha256_file(run.windows_file) == decision.windows_sha256:
+        return
+    listener.say(f"{run.windows_file} is gone or damaged: the windows are cut again")
+    with disk_errors(run.windows_file):
+        run.windows_file.unlink(missing_ok=True)
+    recipe = RecoverRecipe.build(begun.recipe, str(run.run_file))
+    dense = None if decision.dense is None else str(decision.dense)
+    same = replace(request, model=decision.model, recipe=recipe, dense=dense, evaluation=None, evaluates=False)
+    cut_text(run, check_inputs(run, same, listener), listener)
+    if sha256_file(run.windows_file) != decision.windows_sha256:
+        raise FistaPrunerError(
+            f"{run.windows_file} is gone or damaged, and the text has changed since: name another --out"
+        )
 
 
 def record(

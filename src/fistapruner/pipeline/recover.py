@@ -29,7 +29,7 @@ from .begun import absolute
 from .finish import write_failure
 from .finish_recover import finish
 from .measure import measure
-from .prepare_recover import RecoverRequest, asked, prepare
+from .prepare_recover import RecoverRequest, asked, prepare, restore_text
 
 
 def recover(
@@ -122,6 +122,8 @@ def _run(run: RecoverDirectory, request: RecoverRequest, told: Listener, *, resu
                 reset_peak_memory(choose_device(request.recipe.execution.device))
                 if begun is None:
                     prepare(run, request, listener)
+                else:
+                    restore_text(run, begun, request, listener)
                 context = RecoverContext.open(run.folder, request.permissions)
                 trained = context.trained
                 state = context.train(trained, listener, times.note)
@@ -214,7 +216,10 @@ def _saying_how_to_continue(run: RecoverDirectory) -> Iterator[None]:
     try:
         yield
     except KeyboardInterrupt:
-        done = len(read_steps(run.steps_file))
-        whole = run.run_file.exists()
-        how = f"go on with: fistapruner resume {run.folder}" if whole else "give the same command again"
-        raise KeyboardInterrupt(f"interrupted at step {max(0, done - 1)}; {how}") from None
+        how, where = "give the same command again", "before the first step"
+        with suppress(FistaPrunerError):
+            if (record := run.record()) is not None:
+                how = f"go on with: fistapruner resume {run.folder}"
+                if (lines := read_steps(run.steps_file)) and lines[-1]["step"] > 0:
+                    where = f"after step {lines[-1]['step']} of {record.decision.steps}"
+        raise KeyboardInterrupt(f"interrupted {where}; {how}") from None

@@ -183,11 +183,15 @@ class Trainer:
 
     def _replay(self, journal: StepJournal) -> None:
         """Take the journaled steps after the snapshot again, without passes."""
+        before = self.state.step
         for number in sorted(journal.dropped):
             if number != self.state.step + 1:
                 break
             take_again(self.state, journal.dropped[number], self.stepper, self.recipe, len(self.order))
             journal.append(journal.dropped[number])
+        if self.state.step > before:
+            journal.sync()
+            self._snapshot()
 
     def _step(self, journal: StepJournal) -> Check | None:
         """Take one step, journal it, and check the held-out windows where that is due."""
