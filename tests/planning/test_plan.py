@@ -150,9 +150,27 @@ def peak(stages: dict[str, int]) -> int:
     return max(stages.values())
 
 
-def test_on_a_gpu_hidden_states_take_main_memory(model: Model) -> None:
-    """They wait there however much the GPU has free; where they do not fit they go to disk, and batches stay."""
+def test_hidden_states_stay_on_a_gpu_with_room_for_them(model: Model) -> None:
+    """And for full batches beside them; parts are no reason to leave, layers in parallel share files."""
     measured = replace(sizes(model), cuda=True, samples=6400)
+    resident = Choice(16, on_device=True)
+    states = 3 * 6400 * measured.window
+    assert peak(measured.stages(resident)) - peak(measured.stages(Choice(16))) > 0.9 * states
+    assert peak(measured.host_stages(resident)) == peak(measured.host_stages(Choice(16, on_disk=True)))
+    enough = peak(measured.stages(resident)) + DEVICE_RESERVE
+    made = fit_on_gpu(measured, AMPLE, enough)
+    assert made.choice == resident
+    assert made.changed is None
+    without = fit_on_gpu(measured, AMPLE, enough - 1)
+    assert without.choice == Choice(16)
+    assert without.changed is None
+    assert fit_on_gpu(measured, AMPLE, AMPLE, ["cuda:0", "cuda:1"]).choice == Choice(16, on_disk=True)
+
+
+def test_beside_a_gpu_hidden_states_take_main_memory(model: Model) -> None:
+    """Where they do not fit on the GPU they wait there, where they do not fit there they go to disk; batches stay."""
+    measured = replace(sizes(model), cuda=True, samples=6400)
+    free = peak(measured.stages(Choice(16))) + DEVICE_RESERVE
     inside, on_disk = Choice(16), Choice(16, on_disk=True)
     states = 3 * 6400 * measured.window
     assert peak(measured.host_stages(inside)) - peak(measured.host_stages(on_disk)) > 0.9 * states
@@ -161,7 +179,7 @@ def test_on_a_gpu_hidden_states_take_main_memory(model: Model) -> None:
         (peak(measured.host_stages(inside)), inside),
         (peak(measured.host_stages(inside)) - 1, on_disk),
     ):
-        assert fit_on_gpu(measured, host, AMPLE).choice == choice
+        assert fit_on_gpu(measured, host, free).choice == choice
     with pytest.raises(
         FistaPrunerError,
         match=r"^--memory-limit 1\.00 MiB is not enough: .* needs .* [MG]iB, even with hidden states on disk",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ import torch
 import fistapruner
 import tiny
 from fistapruner.errors import FistaPrunerError
+from fistapruner.planning.plan import DEVICE_RESERVE
 from fistapruner.recipes.loading import load_recipe_settings, merge
 from fistapruner.runs.listener import Listener
 from fistapruner.runs.records import LayerEntry, Report
@@ -74,7 +76,7 @@ class Shrinking(Listener):
 
 
 def test_a_run_goes_on_with_smaller_batches_where_memory_runs_out(gpu: StandIn, deep: Path, tmp_path: Path) -> None:
-    """It says so, layers that are done stay, and a resumed run does not try the larger batches again."""
+    """First hidden states leave the GPU. It says so, layers that are done stay, a resumed run does not try again."""
     whole = prune(deep, tmp_path / "whole", method="sparsegpt")
     less = int(0.7 * gpu.peak[CUDA])
     with pytest.raises(KeyboardInterrupt):
@@ -84,7 +86,9 @@ def test_a_run_goes_on_with_smaller_batches_where_memory_runs_out(gpu: StandIn, 
     report = fistapruner.resume(tmp_path / "run")
     assert gpu.refused == 0
     assert [layer.batch_size for layer in report.layers] == [None, 4, 4]
-    assert "cuda:0 ran out with 8 windows at a time; it goes on with 4" in report.layers[1].warnings[0]
+    first, second = report.layers[1].warnings
+    assert first == "layer 1: the memory of cuda:0 ran out with 8 windows at a time; hidden states go to main memory"
+    assert "cuda:0 ran out with 8 windows at a time; it goes on with 4, and groups" in second
     for layer, expected in zip(report.layers, whole.layers, strict=True):
         errors, others = ([operator.relative_error for operator in one.operators] for one in (layer, expected))
         assert errors == pytest.approx(others, rel=0.2)
@@ -106,3 +110,26 @@ def test_too_little_memory_is_one_line(gpu: StandIn, deep: Path, tmp_path: Path)
 def test_freed_memory_is_given_back_before_the_plan(gpu: StandIn, deep: Path, tmp_path: Path) -> None:
     prune(deep, tmp_path / "run", method="magnitude")
     assert gpu.emptied >= 1
+
+
+def test_hidden_states_stay_on_the_device_where_they_fit(gpu: StandIn, deep: Path, tmp_path: Path) -> None:
+    """No pass copies them; where they do not fit they wait in main memory, with the same bits."""
+    settings: dict[str, Any] = {
+        "method": "sparsegpt",
+        "dense_target": "dense",
+        "residual": "correct",
+        "calibration": {"samples": 64},
+        "execution": {"batch_size": 2},
+    }
+    gpu.moved.clear()
+    prune(deep, tmp_path / "there", **settings)
+    assert not [place for _, place in gpu.moved if "activations/store" in place]
+    gpu.memory = DEVICE_RESERVE + 700_000
+    prune(deep, tmp_path / "here", **settings)
+    assert [place for _, place in gpu.moved if "activations/store" in place]
+    decisions = [
+        json.loads((tmp_path / name / "run.json").read_text())["decision"]["on_device"] for name in ("there", "here")
+    ]
+    assert decisions == [True, False]
+    there, here = ((tmp_path / name / "model" / "model.safetensors").read_bytes() for name in ("there", "here"))
+    assert there == here

@@ -47,20 +47,27 @@ class HiddenStates:
         """Return the size in bytes."""
         return self.samples * self._window
 
-    def read(self, start: int, stop: int, device: torch.device = CPU, dtype: torch.dtype | None = None) -> Tensor:
+    def to_main_memory(self) -> None:
+        """Move activations from a GPU's memory to main memory."""
+        if self._memory is not None:
+            self._memory = self._memory.cpu()
+
+    def read(
+        self, start: int, stop: int, device: torch.device | None = None, dtype: torch.dtype | None = None
+    ) -> Tensor:
         """Copy windows ``start`` to ``stop`` into new memory, which decoder layers may overwrite.
 
         Args:
             start: first window.
             stop: window after the last one.
-            device: device of the copy.
+            device: device of the copy; None is where they are stored, the CPU for a file.
             dtype: of the copy; None is the stored one.
 
         Returns:
             (stop - start, seqlen, width).
         """
         if self._memory is not None:
-            return self._memory[start:stop].to(device, dtype or self.dtype, copy=True)
+            return self._memory[start:stop].to(device or self._memory.device, dtype or self.dtype, copy=True)
         out = torch.empty(stop - start, self.seqlen, self.width, dtype=self.dtype)
         view = memoryview(out.view(torch.uint8).numpy().data).cast("B")
         done = 0
@@ -71,7 +78,7 @@ class HiddenStates:
                     f"{self.file}: hidden states end early at window {start}; remove the file and resume"
                 )
             done += count
-        return out.to(device, dtype or self.dtype)
+        return out.to(device or CPU, dtype or self.dtype)
 
     def write(self, start: int, values: Tensor) -> None:
         """Store windows from ``start`` on: (count, seqlen, width)."""

@@ -10,6 +10,7 @@ import gc
 import logging
 import shutil
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TypeVar
@@ -17,7 +18,7 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
-from ..activations.store import HiddenStates, scratch_factory
+from ..activations.store import CPU, HiddenStates, scratch_factory
 from ..activations.stream import Calls, embed, run_layer
 from ..constraints import Constraint
 from ..errors import FistaPrunerError
@@ -60,6 +61,7 @@ class RunContext:
         numerics: what decides the last bits. Where the GPU's memory runs out, this process goes on with a smaller batch
             size and groups in parts; the fingerprint stays.
         on_disk: hidden states are kept in files.
+        on_device: hidden states are kept in the GPU's memory.
         part: subfolder of ``RUN/hidden`` that this process works in.
         permissions: what the model's files may do, as the command that opened the run says.
         widths: whose channels are removed; None where none are.
@@ -74,6 +76,7 @@ class RunContext:
     tokens: Tensor
     numerics: Numerics
     on_disk: bool
+    on_device: bool = False
     part: str = ""
     permissions: Permissions = UNTRUSTED
     widths: Widths | None = None
@@ -127,6 +130,7 @@ class RunContext:
             tokens=tokens,
             numerics=decision.numerics,
             on_disk=decision.on_disk,
+            on_device=decision.on_device and model.device.type == "cuda",
             part=part,
             permissions=permissions,
             widths=widths,
@@ -152,12 +156,18 @@ class RunContext:
             samples: how many windows; None is all.
             on_disk: keep it in a file; None is what the run has decided.
         """
-        seqlen = self.tokens.shape[1]
-        samples = len(self.tokens) if samples is None else samples
+        shape = (len(self.tokens) if samples is None else samples, self.tokens.shape[1], self.model.width)
         on_disk = self.on_disk if on_disk is None else on_disk
-        return HiddenStates(
-            (samples, seqlen, self.model.width), self.model.dtype, self.hidden / name if on_disk else None
-        )
+        if on_disk:
+            return HiddenStates(shape, self.model.dtype, self.hidden / name)
+        with suppress(torch.OutOfMemoryError):
+            return HiddenStates(shape, self.model.dtype, None, self._place)
+        return HiddenStates(shape, self.model.dtype)
+
+    @property
+    def _place(self) -> torch.device:
+        """Return the device whose memory keeps hidden states that are not in files."""
+        return self.model.device if self.on_device else CPU
 
     def calls(self) -> Calls:
         """Record the arguments that decoder layers are called with."""
@@ -174,7 +184,9 @@ class RunContext:
         """
         hidden = self.store(name, on_disk=on_disk)
         return hidden, self._fitting(
-            "embeddings", lambda: embed(self.model, self.tokens, self.numerics.batch_size, hidden)
+            "embeddings",
+            lambda: embed(self.model, self.tokens, self.numerics.batch_size, hidden),
+            LayerStreams(hidden, None, None, None),
         )
 
     def prune(
@@ -205,7 +217,7 @@ class RunContext:
             noted = replace(events, passed=(lambda: None) if passed else note_passed)
             return self._prune(index, left, self._calls_now(calls), noted, solver, warnings)
 
-        return self._fitting(f"layer {index}", attempt, warnings)
+        return self._fitting(f"layer {index}", attempt, streams, warnings)
 
     def _prune(
         self,
@@ -223,7 +235,7 @@ class RunContext:
             recipe=self.recipe,
             sparsity=self.sparsity,
             calls=calls,
-            scratch=scratch_factory(self.hidden if self.on_disk else None, self.model.dtype),
+            scratch=scratch_factory(self.hidden if self.on_disk else None, self.model.dtype, self._place),
             solver=solver or (solve_in_parts if self.numerics.by_operator else solve),
             widths=self.widths,
         )
@@ -243,7 +255,7 @@ class RunContext:
 
     def advance(self, index: int, streams: LayerStreams, calls: Calls) -> None:
         """Pass the hidden states through an already pruned decoder layer ``index``."""
-        self._fitting(f"layer {index}", lambda: self._advance(index, streams, self._calls_now(calls)))
+        self._fitting(f"layer {index}", lambda: self._advance(index, streams, self._calls_now(calls)), streams)
 
     def _advance(self, index: int, streams: LayerStreams, calls: Calls) -> None:
         """Do what :meth:`advance` does, once."""
@@ -256,12 +268,15 @@ class RunContext:
             with self.model.layer(index, pruned):
                 run_layer(self.model, index, streams.seen, calls, output=streams.pruned_out)
 
-    def _fitting(self, what: str, work: Callable[[], T], warnings: list[str] | None = None) -> T:
-        """Work; where the GPU's memory runs out, work again with half the batch size, and groups in parts.
+    def _fitting(self, what: str, work: Callable[[], T], streams: LayerStreams, warnings: list[str] | None = None) -> T:
+        """Work; where the GPU's memory runs out, work again with less.
+
+        First hidden states go to main memory, then each time the batch size is halved and groups are solved in parts.
 
         Args:
             what: names the work, in messages.
             work: may be done again from its beginning.
+            streams: hidden states in and out.
             warnings: receives a sentence where memory ran out.
 
         Raises:
@@ -279,19 +294,28 @@ class RunContext:
                     ) from None
             # Here the error is gone, and with it the tensors that its frames held.
             before = min(self.numerics.batch_size, len(self.tokens))
-            self._reduce(before // _smallest_divisor(before), True)
-            said = (
-                f"{what}: the memory of {self.model.device} ran out with {before} windows at a time; it goes on with "
-                f"{self.numerics.batch_size}, and groups of operators are solved in parts"
-            )
+            if self.on_device:
+                for store in (streams.dense, streams.pruned, streams.dense_out, streams.pruned_out):
+                    if store is not None:
+                        store.to_main_memory()
+                self._reduce(self.numerics.batch_size, self.numerics.by_operator)
+                then = "hidden states go to main memory"
+            else:
+                self._reduce(before // _smallest_divisor(before), True)
+                then = f"it goes on with {self.numerics.batch_size}, and groups of operators are solved in parts"
+            said = f"{what}: the memory of {self.model.device} ran out with {before} windows at a time; {then}"
             log.warning("%s", said)
             if warnings is not None:
                 warnings.append(said)
 
     def _reduce(self, batch_size: int, by_operator: bool) -> None:
-        """Use a smaller batch size from now on; it divides the one before, so batches end at the same windows."""
+        """Use less of a GPU's memory from now on: main memory for hidden states, and a smaller batch size.
+
+        It divides the one before, so that batches end at the same windows.
+        """
         gc.collect()
         release_device_memory()
+        self.on_device = False
         self.numerics = self.numerics.model_copy(update={"batch_size": batch_size, "by_operator": by_operator})
         self._reduced, self._own_calls = True, None
 

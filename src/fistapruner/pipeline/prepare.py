@@ -31,6 +31,7 @@ from ..models.discovery import Layout, discover
 from ..models.layerwise import LayerwiseModel
 from ..models.source import UNTRUSTED, ModelSource, Permissions
 from ..models.whole import load_whole, require_whole
+from ..planning.sizes import Choice
 from ..recipes.settings import Recipe
 from ..runs.decision import EvaluationRequest, Numerics, PruneDecision, PruneRecord
 from ..runs.identity import fingerprint, stamps, text_sha256
@@ -145,9 +146,9 @@ def prepare(run: PruneDirectory, request: RunRequest, listener: Listener) -> Non
     inputs = check_inputs(run, request, begun, listener)
     if begun is not None and _has_its_tokens(run, begun, request.recipe, inputs):
         return
-    numerics, on_disk, rows = choose_plan(run, request.recipe, inputs, begun, listener)
+    numerics, choice, rows = choose_plan(run, request.recipe, inputs, begun, listener)
     calibrated = draw_calibration(run, request, inputs, listener)
-    states = run.hidden / "sensitivity" if on_disk else None
+    states = run.hidden / "sensitivity" if choice.on_disk else None
     measured = measure_dense(run, request.recipe, inputs, calibrated.tokens, numerics, states, listener)
     decision = PruneDecision(
         model=absolute(request.model),
@@ -156,7 +157,8 @@ def prepare(run: PruneDirectory, request: RunRequest, listener: Listener) -> Non
         numerics=numerics,
         evaluation=request.evaluation,
         sparsity=dict(measured.sparsity),
-        on_disk=on_disk,
+        on_disk=choice.on_disk,
+        on_device=choice.on_device,
         calibration_sha256=calibrated.text_sha256,
         metrics_sha256=measured.metrics_sha256,
         sensitivity_seconds=measured.seconds,
@@ -210,14 +212,17 @@ def check_inputs(run: PruneDirectory, request: RunRequest, begun: PruneRecord | 
 
 def choose_plan(
     run: PruneDirectory, recipe: Recipe, inputs: Inputs, begun: PruneRecord | None, listener: Listener
-) -> tuple[Numerics, bool, list[PlanRow]]:
+) -> tuple[Numerics, Choice, list[PlanRow]]:
     """Plan the run; one that has begun keeps what it decided, and with it its last bits.
 
     Returns:
-        What decides the last bits, whether hidden states are kept in files, and the predictions for the report.
+        What decides the last bits, the plan's choice, and the predictions for the report.
     """
     if begun is not None:
-        return begun.decision.numerics, begun.decision.on_disk, begun.plan
+        decision = begun.decision
+        numerics = decision.numerics
+        choice = Choice(numerics.batch_size, decision.on_disk, numerics.by_operator, decision.on_device)
+        return numerics, choice, begun.plan
     found = plan_run(inputs.model, inputs.smaller, recipe, inputs.sparsity, run.folder, inputs.widths)
     for sentence in found.says:
         listener.say(sentence)
@@ -228,7 +233,7 @@ def choose_plan(
         device=inputs.model.device.type,
         dtype=dtype_name(inputs.model.dtype),
     )
-    return numerics, found.choice.on_disk, list(found.rows)
+    return numerics, found.choice, list(found.rows)
 
 
 def draw_calibration(run: PruneDirectory, request: RunRequest, inputs: Inputs, listener: Listener) -> Calibrated:

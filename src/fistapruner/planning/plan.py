@@ -143,7 +143,15 @@ def make_plan(
         raise FistaPrunerError(f"{out} needs {size(disk)} of disk and {place} has {size(free)} free")
     with room_for(model.device, f"{chosen.batch_size} windows at a time"):
         seconds = measure_time(
-            model, layout, recipe, sparsity, tokens, chosen.batch_size, chosen.by_operator, widths=widths
+            model,
+            layout,
+            recipe,
+            sparsity,
+            tokens,
+            chosen.batch_size,
+            chosen.by_operator,
+            on_device=chosen.on_device,
+            widths=widths,
         )
     return written(fitted, disk, seconds)
 
@@ -219,15 +227,16 @@ def fit(needs: Sizes, recipe: Recipe, resources: Resources, batch_size: int, wor
     if chosen is None:
         raise next(budget for budget in budgets if not budget.holds(choices[-1])).refusal(choices[-1])
     sentence = None
-    if chosen != choices[0]:
-        changed = ["hidden states go to disk"] if chosen.on_disk and not choices[0].on_disk else []
+    asked = next(choice for choice in choices if not choice.on_device)
+    if chosen != asked and not chosen.on_device:
+        changed = ["hidden states go to disk"] if chosen.on_disk and not asked.on_disk else []
         changed += (
             [f"{chosen.batch_size} windows at a time instead of {batch_size}"]
             if chosen.batch_size != batch_size
             else []
         )
         changed += ["groups are solved in parts"] if chosen.by_operator and not sequential else []
-        given = " and ".join(budget.given for budget in budgets if not budget.holds(choices[0]))
+        given = " and ".join(budget.given for budget in budgets if not budget.holds(asked))
         sentence = f"to fit {given}: {', '.join(changed)}"
     return Fitted(chosen, workers, tuple(reversed(budgets)), sentence)
 
@@ -304,7 +313,8 @@ def _device_budget(needs: Sizes, resources: Resources, workers: int, solvers: in
 def _choices(batch_size: int, recipe: Recipe, workers: int, sequential: bool, cuda: bool) -> list[Choice]:
     """List the possible choices, the preferred ones first, the one that needs least memory last.
 
-    On a CPU all of them save main memory. With a GPU, files save main memory; small batches and parts save the GPU's.
+    On a CPU all of them save main memory. With a GPU, hidden states stay there where that costs nothing else; files
+    save main memory; small batches and parts save the GPU's.
     """
     sizes = [batch_size]
     while sizes[-1] > 1 and not recipe.execution.batch_size:
@@ -312,7 +322,9 @@ def _choices(batch_size: int, recipe: Recipe, workers: int, sequential: bool, cu
     if cuda:
         places = (True,) if workers > 1 else (False, True)
         ways = (True,) if sequential else (False, True)
-        return [Choice(size, on_disk=place, by_operator=way) for way in ways for size in sizes for place in places]
+        resident = [] if workers > 1 else [Choice(batch_size, by_operator=sequential, on_device=True)]
+        others = [Choice(size, on_disk=place, by_operator=way) for way in ways for size in sizes for place in places]
+        return resident + others
     choices = [Choice(batch_size, on_disk=workers > 1, by_operator=sequential)]
     choices += [Choice(size, on_disk=True, by_operator=sequential) for size in sizes]
     return [*choices, Choice(sizes[-1], on_disk=True, by_operator=True)]

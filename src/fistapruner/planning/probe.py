@@ -7,9 +7,10 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import groupby
 
+import torch
 from torch import Tensor
 
-from ..activations.store import HiddenStates, scratch_factory
+from ..activations.store import scratch_factory
 from ..activations.stream import embed
 from ..constraints import Constraint
 from ..models.discovery import Layout
@@ -63,6 +64,7 @@ def measure_time(
     least: float = WORTH_MEASURING,
     *,
     widths: Widths | None = None,
+    on_device: bool = False,
 ) -> float | None:
     """Estimate the seconds to prune all layers from the first batch of windows in one layer.
 
@@ -79,6 +81,7 @@ def measure_time(
         by_operator: the run solves the operators of a group one by one.
         least: multiplications of one pass of the tokens below which nothing is measured.
         widths: whose channels are removed; ``layout`` has the shapes afterwards.
+        on_device: the run keeps hidden states in the GPU's memory.
 
     Returns:
         Seconds, or None where a run is too short to be worth measuring.
@@ -94,11 +97,12 @@ def measure_time(
         nonlocal solving
         solving += time_solve(problem, [sparsity[name] for name in problem.names], recipe, by_operator=by_operator)
 
-    states, onward = HiddenStates(shape, model.dtype), HiddenStates(shape, model.dtype)
+    store = scratch_factory(None, model.dtype, model.device if on_device else torch.device("cpu"))
+    states, onward = store("states", shape), store("onward", shape)
     calls = embed(model, batch, len(batch), states)
     streams = LayerStreams(states, None, onward, None)
     if recipe.propagate == "pruned":
-        drifted, drifted_on = HiddenStates(shape, model.dtype), HiddenStates(shape, model.dtype)
+        drifted, drifted_on = store("drifted", shape), store("drifted-on", shape)
         drifted.write(0, states.read(0, len(batch)))
         streams = LayerStreams(None, drifted, None, drifted_on)
         if recipe.dense_share:
@@ -107,7 +111,7 @@ def measure_time(
     cheap = recipe.model_copy(
         update={"method": Recipe.build({"method": "magnitude"}).steps, "reconstruct": timed_steps}
     )
-    context = LayerContext(model, layout, cheap, sparsity, calls, scratch_factory(None, model.dtype), widths=widths)
+    context = LayerContext(model, layout, cheap, sparsity, calls, store, widths=widths)
     entry = prune_layer(context, index, streams, events=LayerEvents(problem=timed)).entry
     both = streams.pruned is not None and streams.dense is not None
     scale = Scale(

@@ -40,11 +40,13 @@ class Choice:
         batch_size: windows in one forward pass.
         on_disk: hidden states in files instead of memory.
         by_operator: groups of operators are solved in parts (:mod:`~fistapruner.pruning.partition`) instead of stacked.
+        on_device: hidden states in the GPU's memory.
     """
 
     batch_size: int
     on_disk: bool = False
     by_operator: bool = False
+    on_device: bool = False
 
 
 RETAINED = 96 * 2**20
@@ -281,7 +283,8 @@ class Sizes:
         batch = min(choice.batch_size, self.samples)
         beside = self.dense_windows(self.samples, batch_size=batch)
         partly = beside < self.samples
-        first, states, kept = (0, 0, 0) if self.cuda else self._waiting(choice)
+        here = not self.cuda or choice.on_device
+        first, states, kept = self._waiting(choice) if here else (0, 0, 0)
         passing = batch * (self.forward + 2 * self.window)
         found = {
             "the embeddings": base + self.ends + largest,
@@ -335,7 +338,7 @@ class Sizes:
             choice: settings of the run.
             solvers: other processes that solve parts, on any device.
         """
-        first, states, kept = self._waiting(choice)
+        first, states, kept = (0, 0, 0) if choice.on_device else self._waiting(choice)
         moving = min(choice.batch_size, self.samples) * (2 * self.window + self.float_input)
         loading = min(2 * self.largest, self.layer)
         done = sum(group.weight for group in self.groups) * self.stored // 4
@@ -357,7 +360,7 @@ class Sizes:
         return {name: round(self.base + (1 + UNCOUNTED) * size) for name, size in found.items()}
 
     def _waiting(self, choice: Choice) -> tuple[int, int, int]:
-        """Count bytes of stores in main memory: first hidden states, all hidden states, others of a layer."""
+        """Count bytes of stores in memory: first hidden states, all hidden states, others of a layer."""
         if choice.on_disk:
             return 0, 0, 0
         beside = self.dense_windows(self.samples, batch_size=min(choice.batch_size, self.samples))

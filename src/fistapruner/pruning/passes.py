@@ -151,8 +151,8 @@ class LayerPasses:
                 mixed.write(
                     start,
                     torch.lerp(
-                        mixed.read(start, stop, dtype=torch.float32),
-                        self.wanted.read(start, stop, dtype=torch.float32),
+                        mixed.read(start, stop, self._model.device, torch.float32),
+                        self.wanted.read(start, stop, self._model.device, torch.float32),
                         share,
                     ),
                 )

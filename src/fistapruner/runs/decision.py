@@ -102,7 +102,7 @@ class PruneDecision(RunDecision):
 
     Args:
         sparsity: pattern of every operator, by full name.
-        on_disk: hidden states are kept in files.
+        on_disk: hidden states are kept in files; ``on_device``: in the GPU's memory. Main memory otherwise.
         calibration_sha256: of the calibration text; None where it is not a file.
         metrics_sha256: of ``metrics.safetensors``; None where nothing was measured on the dense model.
         sensitivity_seconds: how long measuring on the dense model took; None where nothing was measured.
@@ -111,6 +111,7 @@ class PruneDecision(RunDecision):
 
     sparsity: dict[str, SparsitySetting]
     on_disk: bool
+    on_device: bool = False
     calibration_sha256: str | None = None
     metrics_sha256: str | None = None
     sensitivity_seconds: float | None = None

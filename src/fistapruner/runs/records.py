@@ -203,7 +203,7 @@ class LayerEntry(Record):
         finished: ISO time; ``device``: that solved it; ``peak_memory``: bytes while it ran.
         warnings: sentences.
         batch_size, by_operator: windows in one forward pass, and whether groups were solved in parts, where the GPU's
-            memory ran out and they are no longer what the run decided.
+            memory ran out and the run went on with less of it than it had decided.
     """
 
     index: int

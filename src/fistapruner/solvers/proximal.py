@@ -233,8 +233,15 @@ def resolvents(gram: Tensor, fast: bool) -> Callable[[float], Tensor]:
     the result are in (0, 1], so that low-precision products are accurate enough.
     """
     if gram.device.type != "cpu":
-        identity = torch.eye(len(gram), dtype=gram.dtype, device=gram.device)
-        return lambda rho: torch.cholesky_inverse(torch.linalg.cholesky_ex(gram + rho * identity)[0]) * rho
+
+        def factored(rho: float) -> Tensor:
+            shifted = gram.clone()
+            shifted.diagonal().add_(rho)
+            factor = torch.linalg.cholesky_ex(shifted)[0]
+            del shifted
+            return torch.cholesky_inverse(factor).mul_(rho)
+
+        return factored
     values, vectors = torch.linalg.eigh(gram)
     values = values.clamp_min(0.0)
 
