@@ -15,6 +15,7 @@ from torch import Tensor
 
 from ..errors import FistaPrunerError
 from ..execution.recovery import RecoverContext
+from ..models.discovery import linear_modules
 from ..models.files.checkpoint import PRUNING_RECORD, Checkpoint
 from ..models.files.record import read_pruning_record
 from ..models.layerwise import LayerwiseModel
@@ -26,6 +27,7 @@ from ..runs.records import VERSION, LayerEntry, OperatorEntry, Report, Totals
 from ..runs.times import Times
 from ..runtime.machine import now
 from ..runtime.memory import peak_memory
+from ..tuning.adapters import write_hira_adapter
 from ..tuning.trained import Trained
 from ..tuning.trainer import TrainingState
 from .finish import folder_bytes, write_model
@@ -64,6 +66,7 @@ def finish(
     add_stage(report)
     _write(context, trained, report, listener)
     _check_zeros(context)
+    _write_adapter(context, trained, listener)
     times.note()  # before the report calls the run finished: what a kill leaves half-written is then written again
     if earlier is not None:
         report.evaluations, report.generations, report.speed = earlier.evaluations, earlier.generations, earlier.speed
@@ -213,6 +216,28 @@ def _check_zeros(context: RecoverContext) -> None:
             raise FistaPrunerError(
                 f"{context.run.model}: {name} does not have the zeros of its input (a fault in recovery)"
             )
+
+
+def _write_adapter(context: RecoverContext, trained: Trained, listener: Listener) -> None:
+    """Write what ``spp`` or ``hira`` has trained as a PEFT adapter of the input, too."""
+    operators, model, folder = trained.rescalings(), context.model, context.run.adapter
+    if not operators:
+        return
+    whole: dict[str, Tensor] = {}
+    left_out = 0
+    for index in range(len(model)):
+        with model.layer(index) as layer:
+            linear = {name for name, _ in linear_modules(layer)}
+            for name, value in trained.values(index, layer).items():
+                if name.rpartition(".")[0] not in linear:
+                    whole[f"{model.layers_name}.{index}.{name}"] = value
+                else:
+                    left_out += name.endswith(".bias")
+    shutil.rmtree(folder, ignore_errors=True)
+    transposed = any(operator.transposed for _, operator in context.layout.operators())
+    write_hira_adapter(folder, context.decision.folder, operators, whole=whole, transposed=transposed)
+    without = f", without {left_out} trained biases, which PEFT's HiRA cannot hold" if left_out else ""
+    listener.say(f"the same as a PEFT adapter (HiRA): {folder}{without}")
 
 
 def _totals(context: RecoverContext, report: Report, seconds: float) -> Totals:

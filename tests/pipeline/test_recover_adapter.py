@@ -1,0 +1,28 @@
+"""What ``spp`` trains is also an adapter: merged into the input, it gives the recovered checkpoint."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file
+
+import fistapruner as fp
+import tiny
+
+
+def test_the_adapter_of_a_recovery_merged_into_its_input_gives_its_checkpoint(tmp_path: Path) -> None:
+    dense = tiny.save("llama", tmp_path / "dense", num_hidden_layers=1)
+    calibration = {"source": "python", "samples": 2, "seqlen": 32}
+    fp.prune(dense, tmp_path / "pruned", method="magnitude", calibration=calibration)
+    data = {"tokens": 256, "seqlen": 32}
+    fp.recover(tmp_path / "pruned", tmp_path / "run", parameters="spp", also="none", data=data, windows_per_step=2)
+    fp.merge_adapter(tmp_path / "pruned", tmp_path / "run" / "adapter", tmp_path / "merged")
+    before, trained, merged = (
+        load_file(folder / "model.safetensors")
+        for folder in (tmp_path / "pruned" / "model", tmp_path / "run" / "model", tmp_path / "merged")
+    )
+    assert any(not torch.equal(trained[name], before[name]) for name in before)
+    for name in before:
+        torch.testing.assert_close(merged[name], trained[name], rtol=1e-6, atol=1e-7)
+        assert torch.equal(merged[name] == 0, trained[name] == 0)
