@@ -14,7 +14,7 @@ from fistapruner.solvers import solve
 from fistapruner.structured.elimination import eliminate
 from fistapruner.structured.removal import ChannelStatistics, Removal, choose_share, remove_channels
 from fistapruner.structured.scores import channel_scores
-from fistapruner.structured.shrinkage import GRID, refitted, shrunk, validation_errors
+from fistapruner.structured.shrinkage import GRID, for_twice_the_tokens, refitted, shrunk, validation_errors
 
 ROWS, CHANNELS, TOKENS = 5, 8, 200
 
@@ -190,7 +190,7 @@ def test_a_refit_is_never_worse_than_dropping_on_its_own_tokens(method: str) -> 
     known = statistics(weight, inputs)
     fitted = remove_channels(known, 16, Structure(method=method))
     assert error(fitted, known) <= fitted.dropped
-    assert fitted.shrink in GRID
+    assert fitted.shrink in [for_twice_the_tokens(share) for share in GRID]
     assert fitted.validated is not None
     assert fitted.validated_dropped is not None
     alone = remove_channels(known, 16, Structure(method=method, compensate="none"))
@@ -217,11 +217,16 @@ def test_the_share_is_near_the_best_on_fresh_tokens_and_grows_as_tokens_fall() -
         grams = [part.T @ part / len(part) for part in (inputs[:half], inputs[half:])]
         problem = LayerProblem.from_activations(weight, inputs)
         share = choose_share(validation_errors(problem, grams, keep))
-        errors = []
-        for candidate in GRID:  # what a fit on one half is worth on the truth
-            fitted = refitted(shrunk(LayerProblem(weight, grams[0]), candidate).restricted(keep))[0]
-            errors.append(float(LayerProblem(weight, fresh).restricted(keep).row_errors(fitted).sum()))
-        assert abs(GRID.index(share) - GRID.index(choose_share(errors))) <= 1
+        truth = LayerProblem(weight, fresh).restricted(keep)
+
+        def worth(gram: Tensor, truth: LayerProblem = truth) -> float:
+            """The share with the least error on the truth of a fit on a Gram."""
+            fits = [refitted(shrunk(LayerProblem(weight, gram), share).restricted(keep))[0] for share in GRID]
+            return choose_share([float(truth.row_errors(fit).sum()) for fit in fits])
+
+        assert abs(GRID.index(share) - GRID.index(worth(grams[0]))) <= 1
+        distances = [abs(other - for_twice_the_tokens(share)) for other in GRID]
+        assert abs(distances.index(min(distances)) - GRID.index(worth(problem.gram))) <= 1
         chosen.append(share)
     assert chosen == sorted(chosen, reverse=True)
     assert chosen[0] > chosen[-1]

@@ -28,7 +28,7 @@ from ..runtime.memory import resident_memory
 from ..runtime.numerics import ordered_attention
 from ..sensitivity.decision import differentiates, needs_measuring, permutes, weighs_rows, windows_measured
 from ..sensitivity.fisher import HEAD_TOKENS, WIDE
-from ..structured.units import Widths, removed_weights
+from ..structured.units import Unit, Widths, removed_weights
 from .footprint import peak_bytes, removal_bytes, solve_bytes
 
 
@@ -67,7 +67,7 @@ class GroupSizes(NamedTuple):
         gram: of the Gram.
         weight: of the stacked fp32 weight.
         drift_from: what is recorded of drifting inputs; None where they do not drift.
-        stacked: peak of solving the stacked group, with its drift.
+        stacked: peak of solving the stacked group, with its drift; 0 where it only loses inputs.
         alone: peak of solving its largest part.
     """
 
@@ -190,22 +190,28 @@ class Sizes:
         touched = [set() if widths is None else widths.touched(number) for number in range(len(model))]
         solved = [solved_groups(layout, number, sparsity, cut=widths is not None) for number in range(len(model))]
         units = () if widths is None else widths.units[index]
-        consumers = {unit.consumer.name for unit in units}
-        cut_numbers = [number for number, group in enumerate(groups) if group[0].name in consumers]
+        cut_units = {
+            number: unit for number, group in enumerate(groups) for unit in units if group[0].name == unit.consumer.name
+        }
         same = recipe.propagate == "dense"
-        told = drift_sources(recipe, layout, index, same=same, solved=solved[index], cut=cut_numbers)
+        told = drift_sources(recipe, layout, index, same=same, solved=solved[index], cut=cut_units)
         kept = [kept_width(groups[number], source) for number, source in told.items()]
-        rows = tuple(
-            _group_sizes(
-                group,
-                [sparsity[layout.full_name(index, operator)] for operator in group],
-                recipe,
-                told.get(number),
-                model.device,
-            )
-            for number, group in enumerate(groups)
+        cut = [_cut_sizes(unit, told.get(number)) for number, unit in cut_units.items() if number not in solved[index]]
+        rows = (
+            *cut,
+            *(
+                _group_sizes(
+                    group,
+                    [sparsity[layout.full_name(index, operator)] for operator in group],
+                    recipe,
+                    told.get(number),
+                    model.device,
+                )
+                for number, group in enumerate(groups)
+                if number in solved[index]
+            ),
         )
-        operators = sum(group.weight for group in rows)
+        operators = sum(4 * operator.rows * operator.columns for group in groups for operator in group)
         passes = recipe.propagate == "pruned" and not recipe.reconstruct  # after the last group
         columns = {
             operator.name: operator.columns for group in groups[: len(groups) - (not passes)] for operator in group
@@ -313,7 +319,8 @@ class Sizes:
                 if apart
                 else stacked
             )
-            found[f"solving {names}"] = loaded + solving + (weight + drifted) * self.weighted
+            if stacked:  # else it only loses inputs
+                found[f"solving {names}"] = loaded + solving + (weight + drifted) * self.weighted
         if self.removal:
             found["removing channels"] = base + self.layer + states + kept + done + self.removal
         if self.reconstruction:
@@ -389,6 +396,12 @@ def _differentiate(model: LayerwiseModel, hidden: Tensor, call: Call) -> None:
     with torch.enable_grad(), ordered_attention(model.device):
         entering = hidden.detach().requires_grad_()
         torch.autograd.grad(model.run(0, entering, call).float().sum(), entering)
+
+
+def _cut_sizes(unit: Unit, drift_from: DriftFrom | None) -> GroupSizes:
+    """Count the sizes of an operator that only loses inputs, with the Grams of both halves."""
+    n, operator = unit.consumer.columns, unit.consumer
+    return GroupSizes(operator.name.rpartition(".")[2], 2 * 4 * n * n, 4 * operator.rows * n, drift_from, 0, 0)
 
 
 def _group_sizes(

@@ -12,7 +12,7 @@ from ..problem import LayerProblem
 from ..recipes.structure_settings import Structure
 from .elimination import eliminate
 from .scores import channel_scores
-from .shrinkage import GRID, refitted, shrunk, validation_errors
+from .shrinkage import GRID, for_twice_the_tokens, refitted, shrunk, validation_errors
 
 
 @dataclass(frozen=True)
@@ -41,8 +41,8 @@ class Removal:
         shrink: share of shrinkage that was used; None where nothing depended on it.
         dense: relative error of the operator with all its channels, from drift alone; None without drift.
         dropped: relative error with the channels removed and the other weights as they were.
-        validated: mean relative error on tokens that the weights were not fitted on (half of the windows, drift left
-            out), for the share used; ``validated_dropped``: without making up for the removed channels.
+        validated: mean relative error on tokens that the weights were not fitted on (fitted on half of the windows,
+            tested on the other, drift left out); ``validated_dropped``: without making up for the removed channels.
         warnings: sentences.
     """
 
@@ -75,7 +75,7 @@ def remove_channels(
     warnings: list[str] = []
     scores = channel_scores("energy" if settings.method == "obs" else settings.method, rated, known.mean)
     keep = _kept(scores.view(-1, block).sum(1), kept)
-    shrink, validated = _shrink(known, block_places(keep, block), settings)
+    shrink, tested = _shrink(known, block_places(keep, block), settings)
     if settings.method == "obs":
         found = eliminate(shrunk(rated, shrink), channels - kept, block)
         warnings += found.warnings
@@ -89,7 +89,9 @@ def remove_channels(
         weight, more = refitted(shrunk(problem, shrink).restricted(places))
         warnings += more
     used = settings.compensate == "refit" or settings.method == "obs"
-    errors = validation_errors(problem, known.halves, places, (shrink, 1.0)) if validated and known.halves else None
+    errors = None
+    if tested is not None and known.halves is not None:
+        errors = validation_errors(problem, known.halves, places, (tested, 1.0))
     dense = problem.dense_errors()
     dropped = small.dense_errors()
     assert dropped is not None
@@ -116,13 +118,14 @@ def choose_share(errors: Sequence[float], shares: Sequence[float] = GRID) -> flo
     return min(zip(errors, (-share for share in shares), strict=True))[1] * -1.0
 
 
-def _shrink(known: ChannelStatistics, keep: Tensor, settings: Structure) -> tuple[float, bool]:
-    """Return the share of shrinkage, and whether it was chosen by cross-validation."""
+def _shrink(known: ChannelStatistics, keep: Tensor, settings: Structure) -> tuple[float, float | None]:
+    """Return the share of shrinkage, and the one cross-validation chose for half of the tokens."""
     if settings.shrink != "auto":
-        return float(settings.shrink), False
+        return float(settings.shrink), None
     if known.halves is None or (settings.compensate == "none" and settings.method != "obs"):
-        return 0.5, False
-    return choose_share(validation_errors(known.problem, known.halves, keep)), True
+        return 0.5, None
+    best = choose_share(validation_errors(known.problem, known.halves, keep))
+    return for_twice_the_tokens(best), best
 
 
 def _kept(scores: Tensor, count: int) -> Tensor:
