@@ -222,3 +222,22 @@ def test_windows_that_cannot_be_cut_again_are_refused(recoveries: Runs, disk: Pa
     assert outcome.status == 2
     assert "windows.safetensors" in outcome.stderr.splitlines()[-1]
     assert "the text has changed" in outcome.stderr.splitlines()[-1]
+
+
+def test_what_may_change_the_last_bits_is_told(recoveries: Runs, disk: Path) -> None:
+    out = begun(recoveries, disk / "run")
+    rewrite(out, lambda content: content["versions"].update(torch="1.0"))
+    outcome = recoveries.run(out, "--threads", "7")
+    assert outcome.status == 0, outcome.stderr
+    log = (out / "log.txt").read_text()
+    assert "began with torch 1.0" in log
+    assert "this run began with 1 threads and keeps them" in log
+
+
+def test_steps_without_gradients_are_taken_again_on_the_same_kind_of_device_only(runs: Runs, disk: Path) -> None:
+    mezo = recovery(runs, disk, "mezo")
+    out = begun(mezo, disk / "run")
+    rewrite(out, lambda content: content["decision"]["numerics"].update(device="cuda"))
+    outcome = mezo.run(out)
+    assert outcome.status == 2
+    assert "began on cuda, and mezo draws other random numbers on cpu: go on there" in outcome.stderr.splitlines()[-1]

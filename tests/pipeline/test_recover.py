@@ -498,6 +498,17 @@ def test_a_run_goes_on_from_another_folder(bench: Bench, tmp_path: Path, monkeyp
     assert fp.resume(Path("../out")).status == "finished"
 
 
+@pytest.mark.parametrize("which", ["model", "dense model"])
+def test_an_unfinished_run_says_which_model_is_gone(bench: Bench, tmp_path: Path, which: str) -> None:
+    dense, model = Path(shutil.copytree(bench.dense(), tmp_path / "dense")), plain(bench, tmp_path)
+    recover(model, tmp_path / "out", dense=dense, data={"source": str(bench.text)}, steps=1)
+    (tmp_path / "out" / "report.json").unlink()
+    gone = model if which == "model" else dense
+    shutil.rmtree(gone)
+    with pytest.raises(fp.FistaPrunerError, match=f"the {which} of the run in .*out is not at {gone} any more"):
+        fp.resume(tmp_path / "out")
+
+
 def test_pruning_into_a_recovery_is_refused(bench: Bench, run: Path) -> None:
     with pytest.raises(fp.FistaPrunerError, match=r"holds a run of 'fistapruner recover', not of prune"):
         fp.prune(bench.dense(), run, method="magnitude", calibration={"source": str(bench.text), "samples": 2})
@@ -518,6 +529,35 @@ def test_a_damaged_checkpoint_is_written_again(bench: Bench, run: Path) -> None:
     assert any("the checkpoint is made again from the last state" in sentence for sentence in said.sentences)
     assert not (run / "teacher").exists()
     assert not any("held-out loss" in sentence for sentence in said.sentences)  # nothing was trained again
+
+
+def test_the_report_of_a_finished_run_outlives_a_failure(bench: Bench, tmp_path: Path) -> None:
+    """Its checkpoint is gone and cannot be made again, since the input has gone too."""
+    model = plain(bench, tmp_path)
+    recover(model, tmp_path / "out", data={"source": str(bench.text)}, steps=1)
+    before = (tmp_path / "out" / "report.json").read_text()
+    shutil.rmtree(tmp_path / "out" / "model")
+    shutil.rmtree(model)
+    with pytest.raises(fp.FistaPrunerError, match=r"plain"):
+        fp.resume(tmp_path / "out")
+    assert (tmp_path / "out" / "report.json").read_text() == before
+
+
+FOLLOWING: dict[str, tuple[dict[str, Any], str]] = {
+    "text not there": ({"data": {"source": "nowhere.txt"}}, r"training source 'nowhere\.txt'"),
+    "long windows": ({"data": {"seqlen": 10**6}}, r"data\.seqlen 1000000 is more than the 2048"),
+    "short text": ({"data": {"seqlen": 2000}}, r"is too short"),
+}
+
+
+@pytest.mark.parametrize(("following", "message"), FOLLOWING.values(), ids=FOLLOWING)
+def test_bad_input_of_a_recovery_that_follows_shows_before_pruning(
+    bench: Bench, tmp_path: Path, following: dict[str, Any], message: str
+) -> None:
+    calibration = {"source": str(bench.text), "samples": 2, "seqlen": SEQLEN}
+    with pytest.raises(fp.FistaPrunerError, match=message):
+        fp.prune(bench.dense(), tmp_path / "run", method="magnitude", calibration=calibration, recover=following)
+    assert not (tmp_path / "run" / "run.json").exists()
 
 
 def test_a_finished_run_is_evaluated_where_a_command_asks_for_it(bench: Bench, run: Path) -> None:

@@ -202,7 +202,7 @@ def check_inputs(run: PruneDirectory, request: RunRequest, begun: PruneRecord | 
     if begun is not None:
         refuse_other(run, begun, request.model, recipe)
         if not run.model.is_dir():
-            _say_other_versions(begun.versions, listener)
+            say_other_versions(begun.versions, listener)
     tokenizer, seqlen = source.tokenizer(), window_length(recipe, model)
     if request.evaluation is not None:  # a fault in the text shows now
         text = load_windows(request.evaluation.data, tokenizer, seqlen, request.evaluation.windows)
@@ -429,7 +429,7 @@ def refuse_overlap(source: Path, out: Path) -> None:
         raise FistaPrunerError(f"--out {out} holds the model {source} itself: name a folder outside of it")
 
 
-def _say_other_versions(before: Mapping[str, str], listener: Listener) -> None:
+def say_other_versions(before: Mapping[str, str], listener: Listener) -> None:
     """Warn that a run continues with other versions than it began with, which may change last bits."""
     other = [
         f"{name} {before.get(name)} (now {version})"

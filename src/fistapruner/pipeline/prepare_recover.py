@@ -28,6 +28,7 @@ from ..models.layerwise import LayerwiseModel
 from ..models.source import UNTRUSTED, ModelSource, Permissions
 from ..models.whole import load_whole, require_whole
 from ..recipes.recover_settings import RecoverRecipe, TrainingData
+from ..recipes.settings import Recipe
 from ..runs.decision import EvaluationRequest, Numerics, RecoverDecision, RecoverRecord
 from ..runs.directory import RunDirectory
 from ..runs.identity import changed_files, stamps
@@ -162,6 +163,28 @@ def check_inputs(run: RecoverDirectory, request: RecoverRequest, listener: Liste
         cut = load_windows(evaluation.data, tokenizer, evaluation.seqlen or seqlen, evaluation.windows)
         model.check_tokens(cut.tokens)
     return Inputs(source, model, layout, claims, dense, dense_source, recipe, tokenizer, seqlen, evaluation, warnings)
+
+
+def check_following(recipe: Recipe, dense: ModelSource) -> None:
+    """Check, before a model is pruned, the text of the recovery that follows.
+
+    Args:
+        recipe: of the pruning run, with the section ``recover``.
+        dense: the model.
+
+    Raises:
+        FistaPrunerError: a text that cannot be read, or is too short for the windows.
+    """
+    following, calibration = recipe.recover, recipe.calibration
+    data = following.data
+    if data.source is None and not data.tasks:
+        data = data.model_copy(update={"source": calibration.source, "tasks": calibration.tasks})
+    for text in data.tasks.values() if data.tasks else (data.source,):
+        check_source(str(text), PURPOSE)
+    model = open_model(dense, following)
+    seqlen = window_length(following, model)
+    if SELF not in (data.source, *data.tasks.values()):
+        training_text(data, dense.tokenizer(), seqlen)
 
 
 def find_input(model: str, permissions: Permissions) -> ModelSource:

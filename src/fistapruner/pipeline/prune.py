@@ -30,6 +30,7 @@ from .begun import FinishedRun, absolute, find_finished
 from .finish import finish, write_failure
 from .measure import measure
 from .prepare import RunRequest, prepare
+from .prepare_recover import check_following
 from .recover import recover
 
 Inspect = Callable[[int, int, LayerProblem], None]
@@ -215,6 +216,8 @@ def _prune(
     listener, only = Logged(told), request.only_layers
     device = choose_device(request.recipe.execution.device)
     reset_peak_memory(device)
+    if request.recipe.recover is not None and not run.run_file.exists():
+        check_following(request.recipe, request.permissions.find(request.model))
     with preparing(run.folder):
         prepare(run, request, listener)
     part = "" if only is None else f"{only[0]}-{only[1]}"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +29,7 @@ from .begun import absolute
 from .finish import write_failure
 from .finish_recover import finish
 from .measure import measure
+from .prepare import say_other_versions
 from .prepare_recover import RecoverRequest, asked, prepare, restore_text
 
 
@@ -111,18 +112,21 @@ def _run(run: RecoverDirectory, request: RecoverRequest, told: Listener, *, resu
         if begun is not None:
             if not resumed:
                 _refuse_other(run, begun, request)
-            _refuse_changed(run, begun, request.permissions)
             _say_changed_text(begun, listener)
         report = _finished(run, begun)
+        if begun is not None:
+            _refuse_changed(run, begun, request.permissions, finished=report is not None)
         fault = None if report is None else run.model_fault(report.fingerprint or "")
         if report is None or fault:
             if report is not None:
                 listener.say(f"the checkpoint is made again from the last state: {fault}")
-            with spent(run.folder) as times, _reporting_failure(run, times):
+            # The report of a finished run stays, whatever becomes of its checkpoint.
+            with spent(run.folder) as times, nullcontext() if report else _reporting_failure(run, times):
                 reset_peak_memory(choose_device(request.recipe.execution.device))
                 if begun is None:
                     prepare(run, request, listener)
                 else:
+                    _check_machine(run, begun, request, listener)
                     restore_text(run, begun, request, listener)
                 context = RecoverContext.open(run.folder, request.permissions)
                 trained = context.trained
@@ -178,16 +182,41 @@ def _flat(recipe: Mapping[str, Any]) -> dict[str, Any]:
     return {**{key: value for key, value in recipe.items() if key != "data"}, **data}
 
 
-def _refuse_changed(run: RecoverDirectory, begun: RecoverRecord, permissions: Permissions) -> None:
-    """Refuse a run whose models are not those that it began with; missing ones are left to who reads them.
+def _refuse_changed(run: RecoverDirectory, begun: RecoverRecord, permissions: Permissions, *, finished: bool) -> None:
+    """Refuse a run whose models are not those that it began with, or are gone and needed.
 
     Raises:
-        FistaPrunerError: names the file and its checksums.
+        FistaPrunerError: names the folder, or the file and its checksums.
     """
     decision = begun.decision
-    for folder, stamps in ((decision.folder, decision.stamps), (decision.dense, decision.dense_stamps)):
-        if folder is not None and folder.is_dir() and (why := changed_files(stamps, permissions.at(folder))):
+    models = {"model": (decision.folder, decision.stamps)}
+    if decision.dense is not None:
+        models["dense model"] = (decision.dense, decision.dense_stamps)
+    for what, (folder, stamps) in models.items():
+        if not folder.is_dir():
+            if not finished:
+                raise FistaPrunerError(f"the {what} of the run in {run.folder} is not at {folder} any more")
+        elif why := changed_files(stamps, permissions.at(folder)):
             raise FistaPrunerError(f"{why} since the run in {run.folder} began: name another --out")
+
+
+def _check_machine(run: RecoverDirectory, begun: RecoverRecord, request: RecoverRequest, listener: Listener) -> None:
+    """Say what may change the last bits of a run that goes on.
+
+    Raises:
+        FistaPrunerError: another kind of device, on which steps without gradients cannot be taken again.
+    """
+    say_other_versions(begun.versions, listener)
+    numerics, execution = begun.decision.numerics, request.recipe.execution
+    if execution.threads not in (None, numerics.threads):
+        listener.say(f"this run began with {numerics.threads} threads and keeps them")
+    if (device := choose_device(execution.device).type) != numerics.device:
+        if request.recipe.zeroth_order:
+            raise FistaPrunerError(
+                f"the run in {run.folder} began on {numerics.device}, and {request.recipe.optimizer} draws other "
+                f"random numbers on {device}: go on there (--device {numerics.device}), or name another --out"
+            )
+        listener.say(f"this run began on {numerics.device}; on {device} its last bits may differ")
 
 
 def _say_changed_text(begun: RecoverRecord, listener: Listener) -> None:
