@@ -82,7 +82,8 @@ class RecoverContext:
     @property
     def trained(self) -> Trained:
         """The tensors to train, at their start."""
-        return Trained(self.model, self.layout, self.recipe)
+        folder = self.run.trained if self.decision.states_on_disk else None
+        return Trained(self.model, self.layout, self.recipe, folder)
 
     def train(self, trained: Trained, listener: Listener, after_snapshot: Callable[[], None]) -> TrainingState:
         """Train, or go on training, and leave the best weights in ``trained``.
@@ -91,7 +92,7 @@ class RecoverContext:
             FistaPrunerError: the dense model is gone or has changed, or the disk is full.
         """
         numerics, windows = self.decision.numerics, self._order()
-        hidden = None if self.decision.resident else self.run.hidden
+        hidden = self.run.hidden if self.decision.hidden_on_disk else None
         with cpu_threads(numerics.threads), _made(hidden):
             objective = Objective(
                 self.model,
@@ -191,6 +192,6 @@ def identity(recipe: RecoverRecipe, model: LayerwiseModel, text: TrainingText, d
         sorted(decision.operators),
         decision.windows_sha256,
         decision.steps,
-        decision.teacher_windows,
+        decision.teacher_windows is not None,  # in rounds windows pass one by one, however many fit
     ]
     return fingerprint(recipe, model.checkpoint, text.tokens, decision.numerics, *more)

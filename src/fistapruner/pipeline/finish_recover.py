@@ -82,7 +82,11 @@ def finish(
     report.totals.checkpoint_bytes = folder_bytes(run.model)
     update_stage(report)
     run.write_report(report)
-    for folder in (run.teacher, run.hidden):  # the snapshots stay: the checkpoint can be written again from them
+    for folder in (
+        run.teacher,
+        run.hidden,
+        run.trained,
+    ):  # the snapshots stay: the checkpoint can be written again from them
         shutil.rmtree(folder, ignore_errors=True)
     return report
 

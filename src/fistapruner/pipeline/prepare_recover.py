@@ -27,6 +27,7 @@ from ..models.files.record import read_pruning_record
 from ..models.layerwise import LayerwiseModel
 from ..models.source import UNTRUSTED, ModelSource, Permissions
 from ..models.whole import load_whole, require_whole
+from ..planning.recover_plan import RecoverChoice, Task, plan_recovery
 from ..recipes.recover_settings import RecoverRecipe, TrainingData
 from ..recipes.settings import Recipe
 from ..runs.decision import EvaluationRequest, Numerics, RecoverDecision, RecoverRecord
@@ -36,9 +37,10 @@ from ..runs.lineage import begin_lineage, read_lineage
 from ..runs.listener import Listener
 from ..runs.records import CalibrationFacts, PlanRow, Recovery
 from ..runs.recover_directory import RecoverDirectory, dense_of, input_run
+from ..runtime.devices import cpu_threads
 from ..runtime.files import disk_errors, sha256_file
 from ..runtime.machine import describe_machine, now, versions
-from ..runtime.numerics import dtype_name, windows_at_once
+from ..runtime.numerics import dtype_name
 from ..sparse.pack import is_packed
 from .begun import absolute
 from .prepare import describe_model, refuse_overlap
@@ -76,7 +78,8 @@ class Inputs:
 
     Args:
         source: the pruned model's folder; ``model``: the model; ``layout``: the operators to train.
-        claims: sparsity of each of these, by full name, as the input's record has it or as it was found.
+        claims: sparsity of each of these, by full name, as the input's record has it or as it was found;
+            ``survivors``: its weights that are not zero.
         dense: the dense model; None where it is not known.
         recipe: all settings, resolved.
         tokenizer: of the model; ``seqlen``: tokens in a window.
@@ -88,6 +91,7 @@ class Inputs:
     model: LayerwiseModel
     layout: Layout
     claims: dict[str, str]
+    survivors: dict[str, int]
     dense: LayerwiseModel | None
     dense_source: ModelSource | None
     recipe: RecoverRecipe
@@ -109,7 +113,7 @@ def prepare(run: RecoverDirectory, request: RecoverRequest, listener: Listener) 
         FistaPrunerError: bad input, named.
     """
     inputs = check_inputs(run, request, listener)
-    numerics, resident, rows = choose_plan(inputs)
+    numerics, choice, rows = choose_plan(run.folder, inputs, listener)
     text, sources = cut_text(run, inputs, listener)
     steps = inputs.recipe.steps or max(1, round(inputs.recipe.data.tokens / step_tokens(inputs)))
     order(text, steps, inputs.recipe.windows_per_step, inputs.recipe.data)  # too few steps for the tasks show now
@@ -122,7 +126,10 @@ def prepare(run: RecoverDirectory, request: RecoverRequest, listener: Listener) 
         asked=asked(request.recipe),
         dense=inputs.dense_source and inputs.dense_source.folder.absolute(),
         dense_stamps=tuple(stamps(inputs.dense.checkpoint)) if inputs.dense else (),
-        resident=resident,
+        resident=choice.resident,
+        states_on_disk=choice.states_on_disk,
+        hidden_on_disk=choice.hidden_on_disk,
+        teacher_windows=choice.teacher_windows,
         operators=inputs.claims,
         windows_sha256=sha256_file(run.windows_file),
         text_sha256=sources,
@@ -145,7 +152,7 @@ def check_inputs(run: RecoverDirectory, request: RecoverRequest, listener: Liste
     recipe = resolve(request.recipe, origin, dense_source is not None)
     model = open_model(source, recipe)
     _check_precision(model)
-    layout, claims = _operators(source.folder, model, recipe)
+    layout, claims, survivors = _operators(source.folder, model, recipe)
     _say_rank(recipe, layout, listener)
     check_model(model)
     dense, warnings = None, []
@@ -162,7 +169,20 @@ def check_inputs(run: RecoverDirectory, request: RecoverRequest, listener: Liste
     if evaluation is not None:  # a fault in the text shows now
         cut = load_windows(evaluation.data, tokenizer, evaluation.seqlen or seqlen, evaluation.windows)
         model.check_tokens(cut.tokens)
-    return Inputs(source, model, layout, claims, dense, dense_source, recipe, tokenizer, seqlen, evaluation, warnings)
+    return Inputs(
+        source,
+        model,
+        layout,
+        claims,
+        survivors,
+        dense,
+        dense_source,
+        recipe,
+        tokenizer,
+        seqlen,
+        evaluation,
+        warnings,
+    )
 
 
 def check_following(recipe: Recipe, dense: ModelSource) -> None:
@@ -302,8 +322,10 @@ def window_length(recipe: RecoverRecipe, model: LayerwiseModel) -> int:
     return seqlen
 
 
-def _operators(folder: Path, model: LayerwiseModel, recipe: RecoverRecipe) -> tuple[Layout, dict[str, str]]:
-    """Find the operators to train and check the claims about their zeros.
+def _operators(
+    folder: Path, model: LayerwiseModel, recipe: RecoverRecipe
+) -> tuple[Layout, dict[str, str], dict[str, int]]:
+    """Find the operators to train and check the claims about their zeros; count their other weights.
 
     Raises:
         FistaPrunerError: a claim does not hold, or no operator has zeros.
@@ -315,16 +337,17 @@ def _operators(folder: Path, model: LayerwiseModel, recipe: RecoverRecipe) -> tu
         )
     pruned = {operator.name: operator for operator in found.pruned}
     layout = discover(model)
-    claims = {}
+    claims, survivors = {}, {}
     for name, _ in layout.operators():
         operator = pruned.get(model.source(f"{name}.weight"))
         if operator is not None:
             claims[name] = operator.claim or operator.pattern or f"{operator.sparsity:.4%}"
+            survivors[name] = operator.weights - operator.zeros
     if not claims:
         raise FistaPrunerError(f"{folder}: no operator has zeros to keep; prune it first")
     layout = layout.only(claims).select(recipe, "train")
     names = {name for name, _ in layout.operators()}
-    return layout, {name: claim for name, claim in claims.items() if name in names}
+    return layout, {name: claim for name, claim in claims.items() if name in names}, survivors
 
 
 def _check_precision(model: LayerwiseModel) -> None:
@@ -375,18 +398,30 @@ def _evaluation_of(origin: RunDirectory | None) -> EvaluationRequest | None:
     return record.decision.evaluation.model_copy(update={"seqlen": seqlen})
 
 
-def choose_plan(inputs: Inputs) -> tuple[Numerics, bool, list[PlanRow]]:
-    """Decide what sets the last bits, and whether the decoder layers stay in memory."""
-    execution, device = inputs.recipe.execution, inputs.model.device
-    batch_size = min(inputs.recipe.windows_per_step, execution.batch_size or windows_at_once(inputs.seqlen, device))
+def choose_plan(out: Path, inputs: Inputs, listener: Listener) -> tuple[Numerics, RecoverChoice, list[PlanRow]]:
+    """Plan the run: what sets the last bits, and how memory and disk are used.
+
+    Raises:
+        FistaPrunerError: it does not fit; names what is too large.
+    """
+    execution = inputs.recipe.execution
+    with cpu_threads(default_threads(execution)):
+        found = plan_recovery(task_of(out, inputs))
+    for sentence in found.says:
+        listener.say(sentence)
     numerics = Numerics(
-        batch_size=batch_size,
+        batch_size=found.choice.batch_size,
         by_operator=False,
         threads=default_threads(execution),
-        device=device.type,
+        device=inputs.model.device.type,
         dtype=dtype_name(inputs.model.dtype),
     )
-    return numerics, True, []
+    return numerics, found.choice, found.rows
+
+
+def task_of(out: Path, inputs: Inputs) -> Task:
+    """Return what is to be planned, for a run in ``out``."""
+    return Task(inputs.model, inputs.layout, inputs.dense, inputs.recipe, inputs.survivors, inputs.seqlen, out)
 
 
 def step_tokens(inputs: Inputs) -> int:

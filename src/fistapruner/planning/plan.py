@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Generic, TypeVar
 
 import torch
 from torch import Tensor
@@ -20,6 +21,7 @@ from ..constraints import Constraint
 from ..errors import FistaPrunerError
 from ..models.discovery import Layout
 from ..models.layerwise import LayerwiseModel
+from ..recipes.recover_settings import RecoverRecipe
 from ..recipes.settings import Recipe
 from ..runs.records import LayerEntry, PlanRow, Totals
 from ..runtime.devices import free_memory_of_gpus, worker_devices
@@ -56,8 +58,12 @@ class Plan:
     says: tuple[str, ...]
 
 
+Settings = TypeVar("Settings")
+"""The settings that a plan chooses: :class:`~.sizes.Choice`, or those of another verb."""
+
+
 @dataclass(frozen=True)
-class _Budget:
+class Budget(Generic[Settings]):
     """Budget of a run in main memory or in a GPU's, and its predicted use.
 
     Args:
@@ -68,38 +74,39 @@ class _Budget:
         kind: kind of memory, in messages.
         quantity: row of the report.
         suffix: added to names of stages.
-        even: the smallest settings, in messages; ``more``: advice in messages.
+        even: the smallest settings, in messages; ``more``, ``lighter``: advice in messages.
     """
 
     given: str
     limit: int
     sharing: int
-    stages: Callable[[Choice], dict[str, int]]
+    stages: Callable[[Settings], dict[str, int]]
     kind: str = "memory"
     quantity: str = MEMORY
     suffix: str = ""
     even: str = "hidden states on disk and one window at a time"
     more: str = "give more"
+    lighter: str = "shorten --seqlen, or choose a lighter --method"
 
-    def worst(self, choice: Choice) -> str:
+    def worst(self, choice: Settings) -> str:
         """Return the stage that needs most."""
         stages = self.stages(choice)
         return max(stages, key=lambda name: stages[name])
 
-    def peak(self, choice: Choice) -> int:
+    def peak(self, choice: Settings) -> int:
         """Return the peak bytes of all stages."""
         return max(self.stages(choice).values())
 
-    def holds(self, choice: Choice) -> bool:
+    def holds(self, choice: Settings) -> bool:
         """Check whether a run with ``choice`` fits."""
         return self.peak(choice) * self.sharing <= self.limit
 
-    def refusal(self, choice: Choice) -> FistaPrunerError:
+    def refusal(self, choice: Settings) -> FistaPrunerError:
         """Make the error that ``choice`` does not fit."""
         shared = f" in each of {self.sharing} workers" if self.sharing > 1 else ""
         return FistaPrunerError(
             f"{self.given} is not enough: {self.worst(choice)} needs {size(self.peak(choice))}{shared}, even with "
-            f"{self.even}; {self.more}, shorten --seqlen, or choose a lighter --method"
+            f"{self.even}; {self.more}, {self.lighter}"
         )
 
 
@@ -138,7 +145,7 @@ def make_plan(
     fitted = fit(needs, recipe, resources, batch_size, workers)
     chosen = fitted.choice
     disk = needs.disk(chosen, fitted.workers)
-    place = _existing(out)
+    place = existing_folder(out)
     if (free := shutil.disk_usage(place).free) < disk:
         raise FistaPrunerError(f"{out} needs {size(disk)} of disk and {place} has {size(free)} free")
     with room_for(model.device, f"{chosen.batch_size} windows at a time"):
@@ -173,7 +180,7 @@ class Resources:
     places: tuple[torch.device, ...]
 
     @classmethod
-    def of_this_machine(cls, recipe: Recipe, device: torch.device, workers: int) -> Resources:
+    def of_this_machine(cls, recipe: Recipe | RecoverRecipe, device: torch.device, workers: int) -> Resources:
         """Measure the free memory of this machine."""
         execution = recipe.execution
         limit = execution.memory_limit or int((free_memory() + resident_memory()) * RESERVE)
@@ -200,7 +207,7 @@ class Fitted:
 
     choice: Choice
     workers: int
-    budgets: tuple[_Budget, ...]
+    budgets: tuple[Budget[Choice], ...]
     changed: str | None
 
 
@@ -264,24 +271,38 @@ def written(fitted: Fitted, disk: int, seconds: float | None) -> Plan:
     return Plan(chosen, stages, tuple(rows), tuple(says))
 
 
-def check_plan(rows: list[PlanRow], totals: Totals, layers: list[LayerEntry], disk: int) -> list[PlanRow]:
-    """Add measured values to the rows of a plan."""
+def check_plan(
+    rows: list[PlanRow],
+    totals: Totals,
+    layers: list[LayerEntry],
+    disk: int,
+    seconds: Mapping[str, float | None] | None = None,
+) -> list[PlanRow]:
+    """Add measured values to the rows of a plan.
+
+    Args:
+        rows: the predictions.
+        totals, layers: what the run measured.
+        disk: bytes of the run directory.
+        seconds: times by quantity; None has that of pruning, the sum over the layers.
+    """
     peaks = [layer.peak_memory for layer in layers if layer.peak_memory] + [totals.peak_memory or 0]
-    measured = {
+    measured: dict[str, float | None] = {
         MEMORY: float(max(peaks)),
         DEVICE: None if totals.peak_device_memory is None else float(totals.peak_device_memory),
         DISK: float(disk),
         TIME: sum(sum(layer.seconds.values()) for layer in layers),
+        **(seconds or {}),
     }
     return [row.model_copy(update={"actual": measured.get(row.quantity)}) for row in rows]
 
 
-def _host_budget(needs: Sizes, recipe: Recipe, limit: int, workers: int, solvers: int) -> _Budget:
+def _host_budget(needs: Sizes, recipe: Recipe, limit: int, workers: int, solvers: int) -> Budget[Choice]:
     """Make the budget of main memory, for a run on a CPU or beside a GPU."""
     given = f"--memory-limit {size(limit)}" if recipe.execution.memory_limit else f"the {size(limit)} that are free"
     if not needs.cuda:
-        return _Budget(given, limit, workers, lambda choice: needs.stages(choice, solvers))
-    return _Budget(
+        return Budget(given, limit, workers, lambda choice: needs.stages(choice, solvers))
+    return Budget(
         given if recipe.execution.memory_limit else f"{given} of main memory",
         limit,
         workers,
@@ -291,14 +312,14 @@ def _host_budget(needs: Sizes, recipe: Recipe, limit: int, workers: int, solvers
     )
 
 
-def _device_budget(needs: Sizes, resources: Resources, workers: int, solvers: int) -> _Budget:
+def _device_budget(needs: Sizes, resources: Resources, workers: int, solvers: int) -> Budget[Choice]:
     """Make the budget of the GPU with least free memory for each worker, or of this process's GPU."""
     together = Counter(resources.places if max(workers, solvers) > 1 else [resources.device])
     beside = max(together.values()) if solvers else 0
     shares = {resources.device: 1} if solvers else together
     free = {place: max(0, resources.free[place] - DEVICE_RESERVE * (beside + shares[place])) for place in shares}
     least = min(free, key=lambda place: free[place] / shares[place])
-    return _Budget(
+    return Budget(
         f"the {size(free[least])} that are free on {least}",
         free[least],
         shares[least],
@@ -350,7 +371,7 @@ def room_for(device: torch.device, what: str) -> Iterator[None]:
         ) from None
 
 
-def _existing(path: Path) -> Path:
+def existing_folder(path: Path) -> Path:
     """Return the nearest folder of ``path`` that exists."""
     path = path.absolute()
     while not path.is_dir():

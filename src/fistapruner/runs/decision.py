@@ -125,6 +125,9 @@ class RecoverDecision(RunDecision):
         asked: settings of the recipe as they were asked for, with ``auto`` unresolved; ``execution`` is left out.
         dense: folder of the dense model; None where it is not known; ``dense_stamps``: of its weight files.
         resident: the decoder layers stay in memory; else each is read from the checkpoint when it is needed.
+        states_on_disk: trained tensors and the optimizer's state are kept in files.
+        hidden_on_disk: hidden states between decoder layers are kept in files. Like the two before it, this is no part
+            of the run's identity: it changes no bit.
         operators: pruned operators by full name, and the sparsity that the input's record claims.
         windows_sha256: of ``windows.safetensors``.
         text_sha256: of the files that the text comes from, by path.
@@ -136,6 +139,8 @@ class RecoverDecision(RunDecision):
     dense: Path | None = None
     dense_stamps: tuple[tuple[str, str], ...] = ()
     resident: bool = True
+    states_on_disk: bool = False
+    hidden_on_disk: bool = False
     operators: dict[str, str] = {}
     windows_sha256: str = ""
     text_sha256: dict[str, str] = {}

@@ -6,6 +6,7 @@ RUN/
     steps.jsonl            one line a step (:mod:`fistapruner.runs.steps`)
     states/                the newest training states (:mod:`fistapruner.runs.snapshots`)
     hidden/                hidden states between decoder layers, where memory does not hold them
+    trained/               trained tensors and optimizer state, where memory does not hold them
     adapter/               what spp or hira has trained, as a PEFT adapter of the input
 """
 
@@ -46,11 +47,12 @@ class RecoverDirectory(RunDirectory):
         self.steps_file = folder / "steps.jsonl"
         self.teacher = folder / "teacher"
         self.hidden = folder / "hidden"
+        self.trained = folder / "trained"
         self.adapter = folder / "adapter"
         self.states = Snapshots(folder / "states")
 
     def own_folders(self) -> tuple[Path, ...]:
-        return (self.model, self.adapter, self.teacher, self.hidden, self.states.folder)
+        return (self.model, self.adapter, self.teacher, self.hidden, self.trained, self.states.folder)
 
     def own_files(self) -> tuple[Path, ...]:
         return (*super().own_files(), self.windows_file, self.steps_file)

@@ -113,11 +113,12 @@ class Objective:
             (variants, windows) fp64 sums over the tokens that carry loss (:meth:`counts`).
         """
         tokens = self.text.tokens[list(numbers)]
+        self._require(numbers)
         states, _ = forward_variants(
             self.model, tokens, self._calls.batch_size, self.store, variants, calls=self._calls
         )
         sums = torch.zeros(len(states), len(numbers), dtype=torch.float64)
-        with self._ends(numbers):
+        with self._ends():
             for start, stop in self._calls.batches(len(numbers)):
                 hidden = [state.read(start, stop, self.model.device) for state in states]
                 sums[:, start:stop], _ = self._reduce(hidden, list(numbers[start:stop]))
@@ -138,6 +139,7 @@ class Objective:
         """
         tokens = self.text.tokens[list(numbers)]
         count = max(1, int(self.counts(numbers).sum()))
+        self._require(numbers)
         # A power of two, which changes no bit where nothing underflows; in fp16 gradients of a mean would.
         scale = 2.0 ** math.ceil(math.log2(count)) if self.model.dtype == torch.float16 else 1.0
         sums = torch.zeros(len(numbers), dtype=torch.float64)
@@ -155,15 +157,15 @@ class Objective:
                 )
 
         walk = self._walk_once if self.keep_graphs else self._walk_twice
-        walk(tokens, numbers, above, values, unscaled)
+        walk(tokens, above, values, unscaled)
         return float(sums.sum()) / count
 
-    def _walk_once(self, tokens: Tensor, numbers: Sequence[int], above: Above, values: Values, update: Update) -> None:
+    def _walk_once(self, tokens: Tensor, above: Above, values: Values, update: Update) -> None:
         """Run every layer once and keep its graph."""
-        with self._ends(numbers):
+        with self._ends():
             forward_backward(self.model, tokens, self._calls.batch_size, above, values, update, self._calls)
 
-    def _walk_twice(self, tokens: Tensor, numbers: Sequence[int], above: Above, values: Values, update: Update) -> None:
+    def _walk_twice(self, tokens: Tensor, above: Above, values: Values, update: Update) -> None:
         """Run every layer forwards, and again on the way back."""
         with ordered_attention(self.model.device):  # as on the way back, so that the loss is that of the gradient
             states, calls = forward(
@@ -171,7 +173,7 @@ class Objective:
             )
         last = states.pop()
         gradient = self.store("gradient", (last.samples, last.seqlen, last.width))
-        with self._ends(numbers):
+        with self._ends():
             for start, stop in calls.batches(len(tokens)):
                 gradient.write(start, above(start, last.read(start, stop, self.model.device)))
         last.close()
@@ -183,11 +185,14 @@ class Objective:
         marks = self.text.marks[list(numbers)]
         return torch.cat([marks[:, 1:], torch.zeros_like(marks[:, :1])], 1)
 
-    @contextmanager
-    def _ends(self, numbers: Sequence[int]) -> Iterator[None]:
-        """Load what predictions of some windows need: the ends of both models."""
+    def _require(self, numbers: Sequence[int]) -> None:
+        """Make missing predictions of the dense model, before hidden states take memory."""
         if self.teacher is not None:
             self.teacher.require(numbers)
+
+    @contextmanager
+    def _ends(self) -> Iterator[None]:
+        """Load what predictions need: the ends of both models."""
         with ExitStack() as loaded:
             loaded.enter_context(self.model.embeddings_and_head())
             if self.teacher is not None and self.teacher.ends is not None:
