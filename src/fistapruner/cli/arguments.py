@@ -88,12 +88,13 @@ def flag_of(path: str) -> str:
     return FLAGS.get(path, "--" + path.rpartition(".")[2].replace("_", "-"))
 
 
-def add_recipe_arguments(parser: argparse.ArgumentParser, *, single: bool = True) -> None:
+def add_recipe_arguments(parser: argparse.ArgumentParser, *, single: bool = True, without: Sequence[str] = ()) -> None:
     """Add the recipe's settings.
 
     Args:
         parser: of the verb.
         single: add those settings too of which ``compare`` takes several values.
+        without: settings that the verb has an argument of its own for.
     """
     group = parser.add_argument_group("recipe (over --recipe)")
     source = group.add_mutually_exclusive_group()
@@ -105,7 +106,7 @@ def add_recipe_arguments(parser: argparse.ArgumentParser, *, single: bool = True
     )
     execution = parser.add_argument_group("execution")
     for path, field in settings():
-        if path in SAME_FLAG or (path in PLURAL and not single):
+        if path in SAME_FLAG or path in without or (path in PLURAL and not single):
             continue
         _add_setting(execution if path.startswith("execution.") else group, path, field)
     for old in RENAMED_SETTINGS:
@@ -120,6 +121,32 @@ def add_recover_arguments(parser: argparse.ArgumentParser) -> None:
     for path, field in settings(RecoverRecipe):
         if path not in SAME_FLAG:
             _add_setting(execution if path.startswith("execution.") else group, path, field)
+
+
+def add_recovery_beside(parser: argparse.ArgumentParser) -> None:
+    """Add the settings of a recovery recipe to a parser with those of pruning; flags of both are there already."""
+    group = parser.add_argument_group("recovery (with --recover)")
+    for path, field in settings(RecoverRecipe):
+        if path not in SAME_FLAG and flag_of(path) not in flags_of(Recipe):
+            _add_setting(group, path, field)
+
+
+def flags_of(recipe: type[Settings]) -> dict[str, str]:
+    """Return the flags of a recipe's settings, and the path of the setting of each."""
+    return {flag_of(path): path for path, _ in settings(recipe) if path not in SAME_FLAG}
+
+
+def refuse_other_flags(
+    arguments: argparse.Namespace, recipe: type[Settings], other: type[Settings], reason: str
+) -> None:
+    """Refuse flags that only another recipe has.
+
+    Raises:
+        FistaPrunerError: names the flag and gives the reason.
+    """
+    for flag, path in flags_of(other).items():
+        if flag not in flags_of(recipe) and getattr(arguments, DEST + path, None) is not None:
+            raise FistaPrunerError(f"{flag}: {reason}")
 
 
 def _add_setting(group: argparse._ArgumentGroup, path: str, field: FieldInfo) -> None:
@@ -174,7 +201,9 @@ def _over(base: dict[str, Any], arguments: argparse.Namespace, recipe: type[Sett
     """
     changes: dict[str, Any] = {}
     for path, _ in settings(recipe):
-        value = getattr(arguments, DEST + SAME_FLAG.get(path, path), None)
+        own = SAME_FLAG.get(path, path)
+        beside = flags_of(Recipe).get(flag_of(own), own)  # where a verb has the settings of both recipes
+        value = getattr(arguments, DEST + own, getattr(arguments, DEST + beside, None))
         section, _, key = path.rpartition(".")
         (changes.setdefault(section, {}) if section else changes)[key] = value
     changes[texts] |= read_texts(changes[texts].pop("source"), flag_of(f"{texts}.source"))

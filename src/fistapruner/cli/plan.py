@@ -1,10 +1,12 @@
-"""Predict what pruning a model needs, without pruning it.
+"""Predict what pruning or recovering a model needs, without doing it.
 
 Memory, disk and time are predicted from the model's sizes and a short measurement, with the choices that a run would
 make to fit the memory. A run makes the same plan before its first layer; its report compares it with what was measured.
+With --recover MODEL is a run or a pruned checkpoint, and the settings are those of recover.
 
   fistapruner plan smollm2 --sparsity 50%
   fistapruner plan meta-llama/Llama-3.1-8B --memory-limit 12GiB --method wanda
+  fistapruner plan runs/first --recover --tokens 1M --memory-limit 16GiB
 """
 
 from __future__ import annotations
@@ -12,26 +14,44 @@ from __future__ import annotations
 import argparse
 import json
 
-from .arguments import add_recipe_arguments, add_trust_arguments, recipe_settings
+from .arguments import (
+    add_recipe_arguments,
+    add_recovery_beside,
+    add_trust_arguments,
+    recipe_settings,
+    recover_settings,
+    refuse_other_flags,
+)
 
 SUMMARY = "predict memory, disk and time of a run"
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("model", metavar="MODEL", help="hub id, local folder, GGUF file, or smollm2")
+    parser.add_argument(
+        "model", metavar="MODEL", help="hub id, local folder, GGUF file, or smollm2; with --recover a run too"
+    )
     parser.add_argument(
         "--out", default=".", metavar="RUN", help="run directory, whose disk must have the space (default: here)"
     )
+    parser.add_argument(
+        "--recover", action="store_true", help="plan the recovery of MODEL, which is pruned, with each form"
+    )
+    parser.add_argument("--dense", metavar="MODEL", help="with --recover: the dense model (default: as for recover)")
     parser.add_argument("--json", action="store_true", help="print machine-readable JSON")
-    add_recipe_arguments(parser)
+    add_recipe_arguments(parser, without=("recover",))
+    add_recovery_beside(parser)
     add_trust_arguments(parser)
 
 
 def run(arguments: argparse.Namespace) -> int:
     from ..pipeline.plan import plan_model
+    from ..recipes.recover_settings import RecoverRecipe
     from ..recipes.settings import Recipe
     from ..runtime.formatting import align_columns, size
 
+    if arguments.recover:
+        return _recovery(arguments)
+    refuse_other_flags(arguments, Recipe, RecoverRecipe, "a setting of recovery, planned with --recover")
     recipe = Recipe.build(recipe_settings(arguments))
     plan = plan_model(
         arguments.model,
@@ -48,4 +68,52 @@ def run(arguments: argparse.Namespace) -> int:
         print(sentence)
     stages = sorted(plan.stages.items(), key=lambda item: -item[1])
     print(align_columns([("", size(nbytes), stage) for stage, nbytes in stages], right=(1,)))
+    return 0
+
+
+def _recovery(arguments: argparse.Namespace) -> int:
+    """Plan a recovery: one line for each form, then what a run would choose."""
+    from ..errors import FistaPrunerError
+    from ..pipeline.plan_recover import plan_recovery_of
+    from ..recipes.recover_settings import RecoverRecipe
+    from ..recipes.settings import Recipe
+    from ..runtime.formatting import align_columns, duration, size
+
+    refuse_other_flags(arguments, RecoverRecipe, Recipe, "a setting of pruning, and --recover plans a recovery")
+    if arguments.quality:
+        raise FistaPrunerError("--quality: a setting of pruning, and --recover plans a recovery")
+    recipe = RecoverRecipe.build(recover_settings(arguments))
+    chosen, forms = plan_recovery_of(
+        arguments.model,
+        recipe,
+        arguments.out,
+        dense=arguments.dense,
+        allow_pickle=arguments.allow_pickle,
+        trust_remote_code=arguments.trust_remote_code,
+    )
+    says = chosen.says if chosen.fits else [str(chosen.refusal)]
+    if arguments.json:
+        print(json.dumps({"says": says, "chosen": chosen.to_json(), "forms": [form.to_json() for form in forms]}))
+        return 0 if chosen.fits else 2
+    rows = [("form", "memory", "disk", "a step", "in all", "")]
+    for form in forms:
+        needs, choice = form.needs, form.choice
+        rows.append(
+            (
+                form.parameters,
+                size(needs.peak(choice)),
+                size(sum(needs.disk(choice).values())),
+                duration(needs.step_seconds(choice)),
+                duration(needs.seconds(choice)),
+                ", ".join(choice.words()) if form.fits else "does not fit",
+            )
+        )
+    print(align_columns(rows, right=(1, 2, 3, 4)))
+    print(f"\n{chosen.parameters}, by stage:")
+    stages = sorted(chosen.stages.items(), key=lambda item: -item[1])
+    print(align_columns([("", size(nbytes), stage) for stage, nbytes in stages], right=(1,)))
+    if not chosen.fits:
+        raise FistaPrunerError(str(chosen.refusal))
+    for sentence in says:
+        print(sentence)
     return 0

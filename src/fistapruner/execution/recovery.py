@@ -101,6 +101,7 @@ class RecoverContext:
                 self._teacher(windows, listener),
                 numerics.batch_size,
                 scratch_factory(hidden, self.model.dtype, self.model.device),
+                keep_graphs=self.decision.keep_graphs,
             )
             trainer = Trainer(
                 self.run,
@@ -193,5 +194,6 @@ def identity(recipe: RecoverRecipe, model: LayerwiseModel, text: TrainingText, d
         decision.windows_sha256,
         decision.steps,
         decision.teacher_windows is not None,  # in rounds windows pass one by one, however many fit
+        decision.keep_graphs and decision.numerics.device != "cpu",  # on a CPU no bit depends on it
     ]
     return fingerprint(recipe, model.checkpoint, text.tokens, decision.numerics, *more)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import shutil
+import statistics
 import time
 from collections.abc import Callable, Mapping
 from functools import lru_cache
@@ -19,11 +20,14 @@ from ..models.discovery import linear_modules
 from ..models.files.checkpoint import PRUNING_RECORD, Checkpoint
 from ..models.files.record import read_pruning_record
 from ..models.layerwise import LayerwiseModel
+from ..planning.plan import check_plan
+from ..planning.recover_plan import STEP, TRAINING
 from ..reporting.model_card import model_card
 from ..runs.directory import CARD
 from ..runs.lineage import add_stage, update_stage
 from ..runs.listener import Listener
 from ..runs.records import VERSION, LayerEntry, OperatorEntry, Report, Totals
+from ..runs.steps import read_steps
 from ..runs.times import Times
 from ..runtime.machine import now
 from ..runtime.memory import peak_memory
@@ -80,13 +84,11 @@ def finish(
         report.totals.time_split["train"] = report.recovery.seconds
     report.totals.time_split["write"] = time.perf_counter() - begin
     report.totals.checkpoint_bytes = folder_bytes(run.model)
+    report.plan = check_plan(report.plan, report.totals, [], folder_bytes(run.folder), _seconds(context))
     update_stage(report)
     run.write_report(report)
-    for folder in (
-        run.teacher,
-        run.hidden,
-        run.trained,
-    ):  # the snapshots stay: the checkpoint can be written again from them
+    # The snapshots stay: the checkpoint can be written again from them.
+    for folder in (run.teacher, run.hidden, run.trained):
         shutil.rmtree(folder, ignore_errors=True)
     return report
 
@@ -149,6 +151,14 @@ def _warn(state: TrainingState, report: Report) -> None:
             "no step was better than the start on the held-out windows, so the weights are those of the input "
             f"({rates}: try a lower --lr, or more --tokens)"
         )
+
+
+def _seconds(context: RecoverContext) -> dict[str, float | None]:
+    """Return the measured times of the plan: training as a whole, and a step without a check."""
+    lines = read_steps(context.run.steps_file)
+    steps = [line["seconds"] for line in lines if "held_out" not in line]
+    whole = sum(line.get("seconds", 0.0) for line in lines)
+    return {TRAINING: whole, STEP: statistics.median(steps) if steps else None}
 
 
 def _write(context: RecoverContext, trained: Trained, report: Report, listener: Listener) -> None:

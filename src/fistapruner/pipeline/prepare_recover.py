@@ -129,6 +129,7 @@ def prepare(run: RecoverDirectory, request: RecoverRequest, listener: Listener) 
         resident=choice.resident,
         states_on_disk=choice.states_on_disk,
         hidden_on_disk=choice.hidden_on_disk,
+        keep_graphs=choice.keep_graphs,
         teacher_windows=choice.teacher_windows,
         operators=inputs.claims,
         windows_sha256=sha256_file(run.windows_file),

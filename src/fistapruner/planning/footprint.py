@@ -92,6 +92,15 @@ def removal_bytes(rows: int, inputs: int, kept: int, settings: Structure, device
     return int((held + peak_bytes(lambda: remove_channels(known, few, settings))) * scale**2)
 
 
+def kept_bytes(work: Callable[[], object]) -> int:
+    """Measure the bytes of the tensors that live while the result of ``work`` is held: with gradients, its graph."""
+    with _LiveBytes() as counter:
+        result = work()
+        kept = counter.live
+        del result
+    return int(kept)
+
+
 def solve_bytes(
     rows: Sequence[int],
     inputs: int,

@@ -14,9 +14,9 @@ import shutil
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -39,7 +39,7 @@ from ..tuning.losses import Loss, Reference, TopTokens
 from ..tuning.teacher import BLOCK_TOKENS, TOP, Predictions
 from ..tuning.trained import Trained, vectors
 from ..tuning.zeroth_order import ZerothOrder
-from .footprint import peak_bytes
+from .footprint import kept_bytes, peak_bytes
 from .plan import DEVICE, DEVICE_RESERVE, DISK, MEMORY, Budget, Resources, existing_folder, room_for
 from .sizes import RETAINED, UNCOUNTED
 
@@ -63,6 +63,7 @@ class RecoverChoice:
         states_on_disk: trained tensors and optimizer state in files instead of memory.
         hidden_on_disk: hidden states in files instead of memory.
         teacher_windows: windows whose predictions by the dense model the disk holds at once; None is all.
+        keep_graphs: no decoder layer runs twice for a gradient: the activations of all of them stay in memory.
     """
 
     batch_size: int
@@ -70,10 +71,12 @@ class RecoverChoice:
     states_on_disk: bool = False
     hidden_on_disk: bool = False
     teacher_windows: int | None = None
+    keep_graphs: bool = False
 
     def words(self) -> list[str]:
-        """List what differs from a run with everything in memory."""
+        """List what differs from a run that keeps layers, trained tensors and hidden states in memory."""
         return [
+            *(["no layer runs twice"] if self.keep_graphs else []),
             *([] if self.resident else ["one decoder layer in memory at a time"]),
             *(["trained tensors in files"] if self.states_on_disk else []),
             *(["hidden states in files"] if self.hidden_on_disk else []),
@@ -162,6 +165,9 @@ class ModelSizes:
 
     inside: int
     """Peak of a forward and backward pass of one window, without gradients of weights."""
+
+    graph: int
+    """Activations of one window in one layer that are kept for the way back."""
 
     head: int
     """Peak of the loss of one slice of logits, with its gradient where steps need it."""
@@ -254,8 +260,7 @@ class RecoverSizes:
         model, form, batch = self.model, self.form, choice.batch_size
         base = 0 if model.cuda else model.base
         hidden = {
-            name: 0 if model.cuda or choice.hidden_on_disk else windows * model.window
-            for name, windows in self._stores().items()
+            name: 0 if choice.hidden_on_disk else windows * model.window for name, windows in self._stores().items()
         }
         state = 0 if choice.states_on_disk else self.state
         at_hand = 3 * form.trained_layer if choice.states_on_disk else 0  # of the layer at work, read from its files
@@ -265,12 +270,12 @@ class RecoverSizes:
         passing = model.forward * batch + 2 * batch * model.window
         changing = at_hand + max(form.values, form.effective + passing)
         found = {
-            "the embeddings": base + model.ends + 2 * model.largest,
+            "the embeddings": base + model.ends + model.largest,
             "the held-out loss": layer + hidden["held out"] + changing,
         }
         if model.stored:
             together = 1 if choice.teacher_windows is not None else batch
-            block = 0 if model.cuda else self._block(choice) * model.window
+            block = 0 if model.cuda else self._block(choice) * model.window  # in main memory
             found["the dense model's predictions"] = (
                 loaded + model.layer + block + together * (model.forward + 2 * model.window)
             )
@@ -279,6 +284,10 @@ class RecoverSizes:
             found["the passes of a step"] = layer + hidden["forwards"] + changing + 3 * form.trained_layer
             found["the head"] = loaded + max(hidden["head"], hidden["held out"]) + rows + model.head
             found["the step of a layer"] = layer + at_hand + form.update
+        elif choice.keep_graphs:
+            kept = model.layers * (batch * model.graph + form.effective + form.gradients)
+            inside = max(rows + model.head, form.backward + (batch - 1) * model.inside + model.largest_operator)
+            found["the step, with the graphs of all layers"] = layer + kept + max(inside, form.values, form.update)
         else:
             found["the forward pass of a step"] = layer + hidden["forwards"] + changing
             found["the head"] = loaded + max(hidden["head"], hidden["held out"]) + rows + model.head
@@ -291,7 +300,13 @@ class RecoverSizes:
             )
         found["writing a snapshot"] = loaded + at_hand
         found["writing the checkpoint"] = (
-            base + state + model.layer + at_hand + form.values + form.effective + 2 * model.largest
+            base
+            + state
+            + model.layer
+            + at_hand
+            + form.values
+            + form.effective
+            + max(model.largest, 5 * model.largest_operator)
         )
         return {name: round(each + UNCOUNTED * (each - base)) for name, each in found.items()}
 
@@ -299,16 +314,14 @@ class RecoverSizes:
         """Compute the peak bytes of main memory of every stage of a run on a GPU."""
         model, form = self.model, self.form
         moving = 2 * choice.batch_size * model.window
-        counts = self._stores()
         found = {
-            "the embeddings": 2 * model.largest,
-            "the held-out loss": counts.pop("held out") * model.window * (not choice.hidden_on_disk) + moving,
-            "a step": max(counts.values()) * model.window * (not choice.hidden_on_disk) + moving,
+            "the embeddings": model.largest,
+            "a step": moving + 2 * model.largest_operator,
             "writing a snapshot": form.trained_layer,
-            "writing the checkpoint": form.effective + 2 * model.largest + model.largest_operator,
+            "writing the checkpoint": form.effective + max(model.largest, 5 * model.largest_operator),
         }
         if model.stored:
-            found["the dense model's predictions"] = self._block(choice) * model.window + moving + 2 * model.largest
+            found["the dense model's predictions"] = self._block(choice) * model.window + moving + model.largest
         return {name: round(model.base + (1 + UNCOUNTED) * each) for name, each in found.items()}
 
     def peak(self, choice: RecoverChoice) -> int:
@@ -351,8 +364,9 @@ class RecoverSizes:
             seconds = model.layers * (form.values_seconds + 2 * windows * model.forward_seconds + form.update_seconds)
             seconds += windows * model.head_seconds
         else:
-            passing = windows * (model.forward_seconds + form.backward_seconds)
-            seconds = model.layers * (2 * form.values_seconds + passing + form.update_seconds)
+            walks = 1 if choice.keep_graphs else 2
+            passing = windows * ((walks - 1) * model.forward_seconds + form.backward_seconds)
+            seconds = model.layers * (walks * form.values_seconds + passing + form.update_seconds)
             seconds += windows * model.head_seconds
         if not choice.resident:
             seconds += 2 * model.layers * model.load_seconds
@@ -423,6 +437,18 @@ class FormPlan:
             found |= {f"{name} (main memory)": each for name, each in self.needs.host_stages(self.choice).items()}
         return found
 
+    def to_json(self) -> dict[str, Any]:
+        """Return the plan as JSON values."""
+        return {
+            "parameters": self.parameters,
+            "fits": self.fits,
+            "refusal": self.refusal,
+            "choice": asdict(self.choice),
+            "rows": [row.model_dump(mode="json", exclude={"actual"}) for row in self.rows],
+            "stages": self.stages,
+            "disk": self.needs.disk(self.choice),
+        }
+
     @property
     def says(self) -> list[str]:
         """Say what was changed to fit; then memory, disk and time."""
@@ -472,7 +498,8 @@ def plan_forms(task: Task, measured: ModelSizes | None = None, names: Sequence[s
 def fit(needs: RecoverSizes, resources: Resources) -> FormPlan:
     """Choose settings of a run that fit into memory and onto the disk.
 
-    Decoder layers stay in memory if they can; then trained tensors, if they can; then as many windows pass at once as
+    If memory holds the graphs of all layers, no layer runs twice. Else decoder layers stay in memory if they can; then
+    trained tensors, if they can; then as many windows pass at once as
     fit; then hidden states stay in memory, if they can.
 
     Args:
@@ -484,7 +511,8 @@ def fit(needs: RecoverSizes, resources: Resources) -> FormPlan:
     sizes = [task.batch_size]
     while sizes[-1] > 1 and not task.recipe.execution.batch_size:
         sizes.append(sizes[-1] // 2)
-    choices = [
+    choices = [] if task.recipe.zeroth_order else [RecoverChoice(sizes[0], keep_graphs=True)]
+    choices += [
         RecoverChoice(count, resident, in_files, hidden)
         for resident, in_files in ((True, False), (False, False), (False, True))
         for count in sizes
@@ -513,7 +541,8 @@ def fit(needs: RecoverSizes, resources: Resources) -> FormPlan:
             f"{size(free)} free"
         )
         return FormPlan(parameters, chosen, False, refusal, None, needs)
-    given = [budget.given for budget in budgets if not budget.holds(choices[0])]
+    first = RecoverChoice(task.batch_size)
+    given = [budget.given for budget in budgets if not budget.holds(first) and not chosen.keep_graphs]
     given += [] if chosen.teacher_windows is None else [f"the {size(free)} that are free in {place}"]
     words = chosen.words()
     if chosen.batch_size != task.batch_size:
@@ -596,6 +625,7 @@ def measure_model(task: Task) -> ModelSizes:
         forward = peak_bytes(lambda: model.run(index, hidden, calls[index]))
         _, forward_seconds = _timed(lambda: model.run(index, hidden, calls[index]))
         inside = 0 if task.recipe.zeroth_order else peak_bytes(lambda: _through(task, hidden, calls[index], {}))
+        graph = 0 if task.recipe.zeroth_order else kept_bytes(lambda: _out(task, hidden, calls[index]))
     ends, head, head_seconds = _measure_head(task)
     entries = [each.checkpoint.entry(name) for each in both for name in each.checkpoint.names()]
     return ModelSizes(
@@ -611,6 +641,7 @@ def measure_model(task: Task) -> ModelSizes:
         window=task.seqlen * model.width * itemsize,
         forward=forward,
         inside=inside,
+        graph=graph,
         head=head,
         stored=_stored(task),
         text=whole_bytes(dense.checkpoint, dense.device) if dense is not None and _generates(task) else 0,
@@ -676,6 +707,20 @@ def _measure_head(task: Task) -> tuple[int, int, float]:
 
         head, seconds = _timed(lambda: peak_bytes(reduce))
     return ends, head, seconds * task.seqlen / rows
+
+
+def _out(task: Task, hidden: Tensor, call: Call) -> Tensor:
+    """Run one window through the largest layer, so that its output can be differentiated."""
+    with torch.enable_grad(), ordered_attention(task.model.device):
+        weights = {name: each.detach().requires_grad_() for name, each in _weights(task).items()}
+        return task.model.run(largest_layer(task), hidden.detach().requires_grad_(), call, weights)
+
+
+def _weights(task: Task) -> dict[str, Tensor]:
+    """Return the weights of the largest layer's operators to train, by name inside the layer."""
+    index = largest_layer(task)
+    names = [f"{operator.name}.weight" for group in task.layout.layers[index] for operator in group]
+    return {name: task.model.layers[index].get_parameter(name) for name in names}
 
 
 def _through(task: Task, hidden: Tensor, call: Call, values: Mapping[str, Tensor]) -> None:

@@ -128,6 +128,7 @@ class RecoverDecision(RunDecision):
         states_on_disk: trained tensors and the optimizer's state are kept in files.
         hidden_on_disk: hidden states between decoder layers are kept in files. Like the two before it, this is no part
             of the run's identity: it changes no bit.
+        keep_graphs: no layer runs twice for a gradient, at the cost of memory. On a CPU this changes no bit either.
         operators: pruned operators by full name, and the sparsity that the input's record claims.
         windows_sha256: of ``windows.safetensors``.
         text_sha256: of the files that the text comes from, by path.
@@ -141,6 +142,7 @@ class RecoverDecision(RunDecision):
     resident: bool = True
     states_on_disk: bool = False
     hidden_on_disk: bool = False
+    keep_graphs: bool = False
     operators: dict[str, str] = {}
     windows_sha256: str = ""
     text_sha256: dict[str, str] = {}

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import suppress
 from pathlib import Path
 
@@ -12,6 +12,30 @@ from torch import Tensor
 
 from ..models.files.safetensors import SafetensorsFile, SafetensorsWriter, TensorEntry
 from ..runtime.files import PARTIAL, copy_atomic, disk_errors
+
+
+class LazyTensors(Mapping[str, Tensor]):
+    """Tensors by name, each of them made or read when it is asked for.
+
+    Args:
+        names: of the tensors.
+        read: gives the tensor of a name.
+    """
+
+    def __init__(self, names: Iterable[str], read: Callable[[str], Tensor]) -> None:
+        self._names = dict.fromkeys(names)
+        self._read = read
+
+    def __getitem__(self, name: str) -> Tensor:
+        if name not in self._names:
+            raise KeyError(name)
+        return self._read(name)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._names)
+
+    def __len__(self) -> int:
+        return len(self._names)
 
 
 class MemoryStates:
@@ -29,6 +53,10 @@ class MemoryStates:
         return {
             name: TensorEntry.of(name, tensor.dtype, tensor.shape) for name, tensor in self.get(kind, index).items()
         }
+
+    def read(self, kind: str, index: int, name: str) -> Tensor:
+        """Return one tensor of a layer."""
+        return self._tensors[kind, index][name]
 
     def put(self, kind: str, index: int, tensors: Mapping[str, Tensor]) -> None:
         """Keep the tensors of a layer, not copied, in place of those before."""
@@ -81,6 +109,10 @@ class FileStates:
         """Return what :meth:`get` would, without the values."""
         path = self._path(kind, index)
         return SafetensorsFile(path).entries if path.exists() else {}
+
+    def read(self, kind: str, index: int, name: str) -> Tensor:
+        """Return one tensor of a layer, read into new memory."""
+        return SafetensorsFile(self._path(kind, index)).read(name).to(self.device)
 
     def put(self, kind: str, index: int, tensors: Mapping[str, Tensor]) -> None:
         """Write the tensors of a layer in place of those before."""

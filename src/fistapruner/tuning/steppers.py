@@ -29,7 +29,7 @@ class _State:
     def restore(self) -> None:
         self.trained.restore()
 
-    def tensors(self) -> dict[str, Tensor]:
+    def tensors(self) -> Mapping[str, Tensor]:
         return self.trained.tensors()
 
     def load(self, tensors: Mapping[str, Tensor]) -> None:

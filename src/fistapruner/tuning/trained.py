@@ -22,7 +22,7 @@ from ..recipes.recover_settings import RecoverRecipe
 from .adamw import adamw_step
 from .forms import Hira, first_rate, form_of
 from .masked import MaskedParameters, root_mean_square
-from .states import FileStates, MemoryStates
+from .states import FileStates, LazyTensors, MemoryStates
 
 CPU = torch.device("cpu")
 
@@ -224,15 +224,22 @@ class Trained:
         for kind in ("first_moment", "second_moment"):
             self._states.drop(kind, len(self))
 
-    def tensors(self) -> dict[str, Tensor]:
-        """Return everything that a snapshot holds, by names that do not depend on any order; not copied."""
-        state = {
-            f"{kind}/{name}": tensor
+    def tensors(self) -> Mapping[str, Tensor]:
+        """Return everything that a snapshot holds, by names that do not depend on any order.
+
+        Tensors are not copied; those in files are read one by one, as they are asked for.
+        """
+        places = {
+            f"{kind}/{name}": (kind, index, name)
             for kind in KINDS
             for index in range(len(self))
-            for name, tensor in self._states.get(kind, index).items()
+            for name in self._states.entries(kind, index)
         }
-        return {**state, STEPS: torch.tensor(self._steps)}
+
+        def read(name: str) -> Tensor:
+            return torch.tensor(self._steps) if name == STEPS else self._states.read(*places[name])
+
+        return LazyTensors([*places, STEPS], read)
 
     def load(self, tensors: Mapping[str, Tensor]) -> None:
         """Take over what :meth:`tensors` returned, copied, one layer at a time.

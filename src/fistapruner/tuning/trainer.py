@@ -24,6 +24,7 @@ from ..runs.snapshots import Snapshot
 from ..runs.steps import StepJournal, read_steps
 from ..runtime.formatting import duration
 from .adamw import Patience, Verdict, check_due, schedule
+from .states import LazyTensors
 
 log = logging.getLogger("fistapruner")
 
@@ -65,7 +66,7 @@ class Stepper(Protocol):
     def restore(self) -> None:
         """Go back to the best weights, with new moments."""
 
-    def tensors(self) -> dict[str, Tensor]:
+    def tensors(self) -> Mapping[str, Tensor]:
         """Return the tensors of the whole state."""
 
     def load(self, tensors: Mapping[str, Tensor]) -> None:
@@ -163,17 +164,19 @@ class Trainer:
     def _resume(self, snapshot: Snapshot) -> None:
         values = snapshot.values
         self.state = TrainingState(**{**values, "patience": Patience(**values["patience"])})
-        self.stepper.load({name: snapshot.tensors.read(name) for name in snapshot.tensors.entries})
+        self.stepper.load(LazyTensors(snapshot.tensors.entries, snapshot.tensors.read))
         self.say(f"going on after step {self.state.step} of {len(self.order)}")
 
     def _begin(self, journal: StepJournal) -> None:
         """Check the start, which is the first candidate."""
+        begin = time.perf_counter()
         self.say(f"the loss on {len(self.held_out)} held-out windows before training")
         held_out, by_task = self._held_out()
         self.state.before = held_out
         self.state.patience = Patience.begin(held_out, on=self.recipe.patience)
         self.stepper.keep()
-        journal.append({"step": 0, "held_out": held_out, "kept": True, "by_task": by_task, "run": self.about})
+        line = {"step": 0, "held_out": held_out, "kept": True, "by_task": by_task, "run": self.about}
+        journal.append({**line, "seconds": round(time.perf_counter() - begin, 3)})
         if math.isfinite(held_out):
             self.say(f"held-out loss {held_out:.4f}")
         else:

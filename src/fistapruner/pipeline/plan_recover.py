@@ -1,0 +1,55 @@
+"""Plan a recovery run without starting it: one plan for each form."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from ..execution.executors import default_threads
+from ..models.source import Permissions
+from ..planning.recover_plan import FormPlan, plan_forms
+from ..recipes.recover_settings import RecoverRecipe
+from ..runs.listener import Listener
+from ..runs.recover_directory import RecoverDirectory
+from ..runtime.devices import cpu_threads
+from .prepare_recover import RecoverRequest, check_inputs, input_run, task_of
+
+STAND_IN = "python"
+"""Text that a plan takes where none is named: only its number of tokens matters."""
+
+
+def plan_recovery_of(
+    model: str | Path,
+    recipe: RecoverRecipe,
+    out: str | Path = ".",
+    *,
+    dense: str | Path | None = None,
+    allow_pickle: bool = False,
+    trust_remote_code: bool = False,
+) -> tuple[FormPlan, list[FormPlan]]:
+    """Predict what recovering a pruned model will need, without starting it.
+
+    Args:
+        model: run directory, or a checkpoint with zeros.
+        recipe: all settings.
+        out: folder whose disk must have the space.
+        dense: the dense model; None takes what the input says.
+        allow_pickle: read legacy ``.bin`` weights.
+        trust_remote_code: run Python code that comes with the checkpoint.
+
+    Returns:
+        The plan of the recipe's own form, and those of all forms; those that do not fit say why.
+
+    Raises:
+        FistaPrunerError: bad input.
+    """
+    permissions = Permissions(allow_pickle, trust_remote_code)
+    origin = input_run(str(model))
+    record = origin.record() if origin is not None else None
+    if recipe.data.source is None and not recipe.data.tasks and (record is None or record.calibration is None):
+        recipe = recipe.model_copy(update={"data": recipe.data.model_copy(update={"source": STAND_IN})})
+    request = RecoverRequest(str(model), recipe, None if dense is None else str(dense), permissions, evaluates=False)
+    folder = Path(out) / "run"  # of a run in that folder
+    inputs = check_inputs(RecoverDirectory(folder), request, Listener())
+    with cpu_threads(default_threads(recipe.execution)):
+        forms = plan_forms(task_of(folder, inputs))
+    return next(form for form in forms if form.parameters == inputs.recipe.parameters), forms
