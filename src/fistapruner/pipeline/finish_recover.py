@@ -84,7 +84,8 @@ def finish(
         report.totals.time_split["train"] = report.recovery.seconds
     report.totals.time_split["write"] = time.perf_counter() - begin
     report.totals.checkpoint_bytes = folder_bytes(run.model)
-    report.plan = check_plan(report.plan, report.totals, [], folder_bytes(run.folder), _seconds(context))
+    disk = sum(path.stat().st_size for path in run.folder.rglob("*") if path.is_file())
+    report.plan = check_plan(report.plan, report.totals, [], disk, _seconds(context))
     update_stage(report)
     run.write_report(report)
     # The snapshots stay: the checkpoint can be written again from them.

@@ -9,9 +9,9 @@ from ..models.source import Permissions
 from ..planning.recover_plan import FormPlan, plan_forms
 from ..recipes.recover_settings import RecoverRecipe
 from ..runs.listener import Listener
-from ..runs.recover_directory import RecoverDirectory
+from ..runs.recover_directory import RecoverDirectory, input_run
 from ..runtime.devices import cpu_threads
-from .prepare_recover import RecoverRequest, check_inputs, input_run, task_of
+from .prepare_recover import RecoverRequest, check_inputs, task_of
 
 STAND_IN = "python"
 """Text that a plan takes where none is named: only its number of tokens matters."""

@@ -112,10 +112,8 @@ class Task:
 
     @property
     def held_out(self) -> int:
-        """Held-out windows, at most."""
-        tasks, share = max(1, len(self.recipe.data.tasks)), self.recipe.data.held_out
-        asked = math.ceil(self.windows * share / (1 - share)) + tasks
-        return min(max(MAX_HELD_OUT_WINDOWS, tasks), asked)
+        """Held-out windows, at most: whole documents are held out, so a small share may fill many windows."""
+        return max(MAX_HELD_OUT_WINDOWS, len(self.recipe.data.tasks))
 
     @property
     def steps(self) -> int:
