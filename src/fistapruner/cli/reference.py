@@ -48,7 +48,8 @@ def _verbs() -> Iterable[str]:
             rows.append((f"`{name}`", str(action.help) % {"default": action.default}))
         if any(action.dest.startswith(DEST) for action in parser._actions):
             kind = "recovery" if verb == "recover" else "recipe"
-            yield f"Also every [{kind} setting](#{kind}-settings) by its flag.\n"
+            also = ", with `--recover` every [recovery setting](#recovery-settings)" if verb == "plan" else ""
+            yield f"Also every [{kind} setting](#{kind}-settings){also} by its flag.\n"
         yield from _table(("argument", "meaning"), rows)
 
 

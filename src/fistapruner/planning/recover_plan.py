@@ -463,14 +463,18 @@ class FormPlan:
         ]
 
 
-def plan_recovery(task: Task) -> FormPlan:
+def plan_recovery(task: Task, measured: ModelSizes | None = None) -> FormPlan:
     """Plan a recovery run.
+
+    Args:
+        task: what is to be planned.
+        measured: sizes of the model; None measures them.
 
     Raises:
         FistaPrunerError: no choice fits the memory (main or the GPU's) or the disk; names the stage and the bytes, and
             what would fit.
     """
-    measured = measure_model(task)
+    measured = measured or measure_model(task)
     resources = Resources.of_this_machine(task.recipe, task.model.device, 1)
     found = fit(RecoverSizes(task, measured, measure_form(task)), resources)
     if found.fits:
@@ -493,7 +497,7 @@ def plan_forms(task: Task, measured: ModelSizes | None = None, names: Sequence[s
     return found
 
 
-def fit(needs: RecoverSizes, resources: Resources) -> FormPlan:
+def fit(needs: RecoverSizes, resources: Resources, free: int | None = None) -> FormPlan:
     """Choose settings of a run that fit into memory and onto the disk.
 
     If memory holds the graphs of all layers, no layer runs twice. Else decoder layers stay in memory if they can; then
@@ -503,6 +507,7 @@ def fit(needs: RecoverSizes, resources: Resources) -> FormPlan:
     Args:
         needs: sizes of the parts.
         resources: memory that the run may use.
+        free: free bytes of the disk; None measures them.
     """
     task = needs.task
     parameters = str(task.recipe.parameters)
@@ -523,7 +528,7 @@ def fit(needs: RecoverSizes, resources: Resources) -> FormPlan:
         over = next(budget for budget in budgets if not budget.holds(least))
         return FormPlan(parameters, least, False, str(over.refusal(least)), None, needs)
     place = existing_folder(task.out)
-    free = shutil.disk_usage(place).free
+    free = shutil.disk_usage(place).free if free is None else free
     room = round(free * DISK_SHARE)
     parts = needs.disk(chosen)
     if sum(parts.values()) > room and needs.model.stored:

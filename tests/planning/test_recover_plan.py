@@ -1,0 +1,299 @@
+"""The plan before a recovery: what it predicts, what it changes to fit, when it refuses, and that no bit changes."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import fistapruner as fp
+import tiny
+from fistapruner.cli import main
+from fistapruner.errors import FistaPrunerError
+from fistapruner.models.discovery import discover
+from fistapruner.models.files.checkpoint import Checkpoint
+from fistapruner.models.layerwise import LayerwiseModel
+from fistapruner.planning.plan import Resources
+from fistapruner.planning.recover_plan import (
+    FormPlan,
+    RecoverChoice,
+    RecoverSizes,
+    Task,
+    fit,
+    measure_form,
+    measure_model,
+    plan_recovery,
+)
+from fistapruner.recipes.recover_settings import RecoverRecipe
+from fistapruner.runs.listener import Listener
+from fistapruner.runs.records import Report
+from fistapruner.runs.recover_directory import RecoverDirectory
+
+CPU = torch.device("cpu")
+AMPLE = 2**50
+SMALLEST = RecoverChoice(1, resident=False, states_on_disk=True, hidden_on_disk=True)
+
+
+def task_for(folder: Path, layers: int = 2, *, out: Path | None = None, **settings: Any) -> Task:
+    """A task on a tiny Llama, half of whose weights count as zeros."""
+    place = folder / f"llama-{layers}"
+    if not place.exists():
+        tiny.save("llama", place, num_hidden_layers=layers)
+    model = LayerwiseModel(Checkpoint.open(place), CPU)
+    layout = discover(model)
+    data = {"source": "python", "tokens": 1024, "seqlen": 32}
+    recipe = RecoverRecipe.build({"parameters": "lora", "loss": "kl", "rank": 2, "data": data, **settings})
+    survivors = {name: operator.rows * operator.columns // 2 for name, operator in layout.operators()}
+    dense = None if recipe.loss == "ce" else LayerwiseModel(Checkpoint.open(place), CPU)
+    return Task(model, layout, dense, recipe, survivors, 32, out or folder)
+
+
+def sizes(task: Task) -> RecoverSizes:
+    """What is measured for a task, without the memory of this process."""
+    return RecoverSizes(task, replace(measure_model(task), base=0), measure_form(task))
+
+
+def planned(needs: RecoverSizes, limit: int = AMPLE, free: int = AMPLE) -> FormPlan:
+    return fit(needs, Resources(limit, CPU, {}, (CPU,)), free)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("plan")
+
+
+@pytest.fixture(scope="module")
+def needs(folder: Path) -> RecoverSizes:
+    return sizes(task_for(folder, 6))
+
+
+def test_each_way_to_save_memory_saves_it(needs: RecoverSizes) -> None:
+    peaks = [
+        needs.peak(choice)
+        for choice in (
+            RecoverChoice(4, keep_graphs=True),
+            RecoverChoice(4),
+            RecoverChoice(4, hidden_on_disk=True),
+            RecoverChoice(4, resident=False, hidden_on_disk=True),
+            RecoverChoice(4, resident=False, states_on_disk=True, hidden_on_disk=True),
+            SMALLEST,
+        )
+    ]
+    assert peaks == sorted(peaks, reverse=True)
+    assert len(set(peaks)) > 3
+
+
+def test_a_limit_takes_the_first_choice_that_fits(needs: RecoverSizes) -> None:
+    """The first is everything in memory with the graphs of all layers; layers stay before all windows pass at once."""
+    assert planned(needs).choice == RecoverChoice(4, keep_graphs=True)
+    for choice in (RecoverChoice(4), RecoverChoice(4, hidden_on_disk=True)):
+        found = planned(needs, needs.peak(choice))
+        assert found.choice == choice
+        assert found.fits
+    less = planned(needs, needs.peak(RecoverChoice(4, hidden_on_disk=True)) - 1).choice
+    assert less.resident == (less.batch_size < 4)
+    streaming = planned(needs, needs.peak(RecoverChoice(1, resident=False, hidden_on_disk=True)))
+    assert not streaming.choice.resident
+    assert not streaming.choice.states_on_disk
+    assert "one decoder layer in memory at a time" in streaming.says[0]
+    assert planned(needs, needs.peak(SMALLEST)).choice.states_on_disk
+
+
+def test_given_windows_a_pass_are_kept(folder: Path) -> None:
+    needs = sizes(task_for(folder, 6, execution={"batch_size": 4}))
+    assert planned(needs, needs.peak(RecoverChoice(4, False, True, True))).choice.batch_size == 4
+    assert not planned(needs, needs.peak(SMALLEST)).fits
+
+
+@pytest.mark.parametrize("parameters", ["lora", "full"])
+def test_memory_does_not_grow_with_depth_when_layers_are_read(folder: Path, parameters: str) -> None:
+    shallow, deep = (sizes(task_for(folder, layers, parameters=parameters)) for layers in (2, 6))
+    assert shallow.stages(SMALLEST) == deep.stages(SMALLEST)
+    assert max(shallow.stages(RecoverChoice(1)).values()) < max(deep.stages(RecoverChoice(1)).values())
+    assert sum(shallow.disk(SMALLEST).values()) < sum(deep.disk(SMALLEST).values())
+
+
+def test_forms_are_ordered_by_what_they_train(folder: Path) -> None:
+    forms = {name: sizes(task_for(folder, parameters=name)) for name in ("full", "lora", "hira", "spp", "norms")}
+    states = [forms[name].state for name in ("full", "lora", "spp", "norms")]
+    assert states == sorted(states, reverse=True)
+    assert forms["lora"].state == forms["hira"].state
+    assert forms["norms"].form.gradients < forms["lora"].form.gradients
+    moments = sizes(task_for(folder, parameters="full")).state
+    without = sizes(task_for(folder, parameters="full", optimizer="mezo")).state
+    assert without == moments / 2  # the values and the best ones
+    one_check = sizes(task_for(folder, parameters="full", validation_checks=1)).state
+    assert one_check == moments * 3 / 4
+
+
+def test_trained_numbers_are_those_of_the_training(folder: Path) -> None:
+    """Counted from the shapes, and held by the optimizer after a step of the layer: values and two moments."""
+    from fistapruner.tuning.trained import Trained
+
+    for name in ("full", "lora", "spp", "norms"):
+        task = task_for(folder, parameters=name)
+        trained = Trained(task.model, task.layout, task.recipe)
+        survivors, held = {}, 0
+        for index in range(len(task.model)):
+            with task.model.layer(index) as layer:
+                for group in task.layout.layers[index]:
+                    for operator in group:
+                        full_name = task.layout.full_name(index, operator)
+                        survivors[full_name] = int((operator.weight(layer) != 0).sum())
+                values = trained.values(index, layer)
+                trained.update(index, layer, {key: torch.ones_like(value) for key, value in values.items()}, 1.0)
+        held = sum(tensor.nbytes for key, tensor in trained.tensors().items() if key.startswith("trained/"))
+        assert measure_form(replace(task, survivors=survivors)).trained == held
+
+
+def test_predictions_go_in_rounds_where_the_disk_is_small(needs: RecoverSizes) -> None:
+    parts = needs.disk(RecoverChoice(4))
+    whole = sum(parts.values())
+    assert planned(needs, free=2 * whole).choice.teacher_windows is None
+    short = (whole - parts["the dense model's predictions"] // 4) / 0.95
+    found = planned(needs, free=round(short))
+    assert found.fits
+    assert needs.task.held_out + 4 <= (found.choice.teacher_windows or 0) < needs.used_windows()
+    assert sum(needs.disk(found.choice).values()) <= short
+    assert found.says[0].endswith("the dense model's predictions in rounds")
+    refused = planned(needs, free=parts["the checkpoint"])
+    assert not refused.fits
+    assert "of disk" in str(refused.refusal)
+
+
+def test_a_refusal_names_the_stage_and_what_would_fit(folder: Path) -> None:
+    task = task_for(folder, 2, parameters="full", loss="ce")
+    measured = replace(measure_model(task), base=0, head=0)  # of so small a model the head is the largest part
+    full = RecoverSizes(task, measured, measure_form(task))
+    norms = replace(task, recipe=task.recipe.model_copy(update={"parameters": "norms"}))
+    least = RecoverSizes(norms, measured, measure_form(norms)).peak(SMALLEST)
+    assert least < full.peak(SMALLEST)
+    execution = task.recipe.execution.model_copy(update={"memory_limit": least})
+    limited = replace(task, recipe=task.recipe.model_copy(update={"execution": execution}))
+    stage = max(full.stages(SMALLEST), key=lambda name: full.stages(SMALLEST)[name])
+    with pytest.raises(
+        FistaPrunerError, match=rf"^--memory-limit .* is not enough: {stage} needs .* --parameters norms"
+    ):
+        plan_recovery(limited, measured)
+    tiny_limit = execution.model_copy(update={"memory_limit": 1})
+    with pytest.raises(FistaPrunerError, match=r"--memory-limit 1 B is not enough: .* needs") as caught:
+        plan_recovery(replace(task, recipe=task.recipe.model_copy(update={"execution": tiny_limit})), measured)
+    assert "would fit" not in str(caught.value)
+
+
+@pytest.mark.parametrize("settings", [{"optimizer": "mezo"}, {"optimizer": "subzero"}, {"loss": "ce"}])
+def test_other_optimizers_and_losses_are_planned(folder: Path, settings: dict[str, Any]) -> None:
+    needs = sizes(task_for(folder, **settings))
+    found = planned(needs)
+    assert found.fits
+    assert not found.choice.keep_graphs or "optimizer" not in settings
+    assert ("the dense model's predictions" in found.stages) == ("loss" not in settings)
+    assert all(row.planned and row.planned > 0 for row in found.rows)
+
+
+# Runs
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A pruning run of a tiny Llama, and a text beside it."""
+    place = tmp_path_factory.mktemp("runs")
+    text = place / "text.jsonl"
+    lines = (f"{number} is followed by {number + 1}, as everybody knows." for number in range(60))
+    text.write_text("".join(json.dumps({"text": line}) + "\n" for line in lines))
+    calibration = {"source": str(text), "samples": 2, "seqlen": 16}
+    dense = tiny.save("llama", place / "dense", num_hidden_layers=2)
+    fp.prune(dense, place / "run", method="wanda", sparsity="2:4", calibration=calibration)
+    return place / "run"
+
+
+class Said(Listener):
+    """Keeps the sentences."""
+
+    def __init__(self) -> None:
+        self.sentences: list[str] = []
+
+    def say(self, sentence: str) -> None:
+        self.sentences.append(sentence)
+
+
+def recover(run: Path, out: Path, **settings: Any) -> Report:
+    data = {"seqlen": 16, "tokens": 300}
+    fixed = {"steps": 4, "windows_per_step": 2, "validation_checks": 2, "rank": 4, "evaluate": None}
+    return fp.recover(run, out, **{"data": data, **fixed, **settings})
+
+
+def weights(folder: Path) -> bytes:
+    return (folder / "model" / "model.safetensors").read_bytes()
+
+
+@pytest.mark.parametrize("parameters", ["lora", "full"])
+def test_how_memory_is_used_changes_no_bit(run: Path, tmp_path: Path, parameters: str) -> None:
+    """The plan is said and stands beside the measurement; other choices give the same bytes and leave no files."""
+    told = Said()
+    report = recover(run, tmp_path / "first", parameters=parameters, listener=told)
+    assert any(sentence.startswith(f"plan: {parameters}, ") for sentence in told.sentences)
+    rows = {row.quantity: row for row in report.plan}
+    assert list(rows) == ["peak memory", "disk", "one step", "training"]
+    assert all(row.planned is not None and row.actual is not None for row in rows.values())
+    first = RecoverDirectory(tmp_path / "first")
+    record = first.record()
+    assert record is not None
+    assert record.decision.keep_graphs
+    for number, other in enumerate(
+        (
+            {"keep_graphs": False},
+            {"keep_graphs": False, "resident": False, "hidden_on_disk": True},
+            {"keep_graphs": False, "resident": False, "hidden_on_disk": True, "states_on_disk": True},
+        )
+    ):
+        begun = RecoverDirectory(tmp_path / str(number))
+        shutil.copytree(first.folder, begun.folder)
+        shutil.rmtree(begun.model)
+        shutil.rmtree(begun.states.folder)
+        begun.steps_file.unlink()
+        begun.report_file.unlink()
+        begun.write_record(record.model_copy(update={"decision": record.decision.model_copy(update=other)}))
+        recover(run, begun.folder, parameters=parameters)
+        assert weights(begun.folder) == weights(first.folder)
+        assert not any(path.exists() for path in (begun.hidden, begun.trained, begun.teacher))
+
+
+def test_plan_of_a_run_and_of_a_checkpoint(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["plan", str(run), "--recover", "--rank", "4", "--seqlen", "16", "--parameters", "full"]) == 0
+    out = capsys.readouterr().out
+    lines = [line.split()[0] for line in out.splitlines() if line.strip()]
+    assert lines[:6] == ["form", "lora", "full", "spp", "hira", "norms"]
+    assert "plan: full, " in out
+    copy = shutil.copytree(run / "model", tmp_path / "model")
+    (copy / "fistapruner.json").unlink()
+    command = ["plan", str(copy), "--recover", "--json", "--tokens", "4k", "--seqlen", "32"]
+    assert main([*command, "--dense", str(run.parent / "dense")]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert [form["parameters"] for form in found["forms"]] == ["lora", "full", "spp", "hira", "norms"]
+    assert found["chosen"]["parameters"] == "lora"
+    assert found["chosen"]["disk"]["the dense model's predictions"] > 0
+    assert not list(tmp_path.glob("run*"))
+
+
+@pytest.mark.parametrize(
+    ("flags", "expected"),
+    [
+        (["--recover", "--sparsity", "50%"], "--sparsity: a setting of pruning"),
+        (["--recover", "--quality", "best"], "--quality: a setting of pruning"),
+        (["--windows-per-step", "2"], "--windows-per-step: a setting of recovery"),
+        (["--recover", "--memory-limit", "1MiB"], "--memory-limit 1.00 MiB is not enough: "),
+    ],
+)
+def test_plan_refuses_in_one_line(
+    run: Path, capsys: pytest.CaptureFixture[str], flags: list[str], expected: str
+) -> None:
+    assert main(["plan", str(run), "--seqlen", "16", *flags]) == 2
+    message = capsys.readouterr().err.strip()
+    assert expected in message
+    assert "\n" not in message
