@@ -124,7 +124,7 @@ def add_recover_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def add_recovery_beside(parser: argparse.ArgumentParser) -> None:
-    """Add the settings of a recovery recipe to a parser with those of pruning; flags of both are there already."""
+    """Add the settings of a recovery recipe that pruning has not, to a parser with those of pruning."""
     group = parser.add_argument_group("recovery (with --recover)")
     for path, field in settings(RecoverRecipe):
         if path not in SAME_FLAG and flag_of(path) not in flags_of(Recipe):

@@ -93,7 +93,7 @@ def removal_bytes(rows: int, inputs: int, kept: int, settings: Structure, device
 
 
 def kept_bytes(work: Callable[[], object]) -> int:
-    """Measure the bytes of the tensors that live while the result of ``work`` is held: with gradients, its graph."""
+    """Measure the bytes of tensors that live while the result of ``work`` is held, with its graph."""
     with _LiveBytes() as counter:
         result = work()
         kept = counter.live

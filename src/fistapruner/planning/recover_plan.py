@@ -329,15 +329,13 @@ class RecoverSizes:
     def _block(self, choice: RecoverChoice) -> int:
         """Count the windows of a block of the dense model's predictions."""
         task = self.task
-        most = task.windows + task.held_out if choice.teacher_windows is None else choice.teacher_windows
+        most = self.used_windows() if choice.teacher_windows is None else choice.teacher_windows
         return min(max(1, BLOCK_TOKENS // (task.seqlen * choice.batch_size)) * choice.batch_size, most)
 
     def used_windows(self) -> int:
         """Windows that pass through the dense model, at most."""
         task = self.task
-        taken = task.steps * task.recipe.windows_per_step + task.held_out
-        together = self._block(RecoverChoice(task.batch_size))  # a block is made as a whole
-        return min(task.windows + task.held_out, taken * together)
+        return min(task.windows, task.steps * task.recipe.windows_per_step) + task.held_out
 
     def disk(self, choice: RecoverChoice) -> dict[str, int]:
         """Compute the peak bytes of the run directory's parts, by name in messages."""

@@ -68,9 +68,10 @@ class Predictions:
 
 
 class Teacher:
-    """The dense model's predictions of the windows of a text: held-out ones first, then in the order of training.
+    """The dense model's predictions of the windows of a text.
 
-    A block is made when its first window is asked for.
+    Held-out windows come first, then those of training in its order. A block is made when its first window is asked
+    for.
 
     Args:
         dense: the dense model.
