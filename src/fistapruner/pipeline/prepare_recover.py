@@ -40,6 +40,7 @@ from ..runs.recover_directory import RecoverDirectory, dense_of, input_run
 from ..runtime.devices import cpu_threads
 from ..runtime.files import disk_errors, sha256_file
 from ..runtime.machine import describe_machine, now, versions
+from ..runtime.memory import release_memory
 from ..runtime.numerics import dtype_name
 from ..sparse.pack import is_packed
 from .begun import absolute
@@ -408,6 +409,7 @@ def choose_plan(out: Path, inputs: Inputs, listener: Listener) -> tuple[Numerics
     execution = inputs.recipe.execution
     with cpu_threads(default_threads(execution)):
         found = plan_recovery(task_of(out, inputs))
+    release_memory()  # what the measurement has freed
     for sentence in found.says:
         listener.say(sentence)
     numerics = Numerics(
@@ -462,6 +464,7 @@ def cut_text(run: RecoverDirectory, inputs: Inputs, listener: Listener) -> tuple
             inputs.warnings.append(warning)
     inputs.model.check_tokens(text.tokens)
     run.write_text(text, drawing)
+    release_memory()  # documents
     return text, files
 
 

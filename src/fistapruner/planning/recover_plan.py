@@ -598,7 +598,7 @@ def largest_layer(task: Task) -> int:
 
 @contextmanager
 def _loaded(task: Task) -> Iterator[tuple[Tensor, Call]]:
-    """Load the largest layer for the block; give one window's hidden states that enter it, and how it is called."""
+    """Load the largest layer for the block; give hidden states of one window, and how it is called."""
     model, index = task.model, largest_layer(task)
     with model.embeddings_and_head(head=False):
         hidden, calls = model.embed(torch.arange(task.seqlen).remainder(model.vocabulary)[None])
@@ -674,7 +674,7 @@ def _unique_bytes(values: Sequence[object]) -> int:
 
 
 def _measure_head(task: Task) -> tuple[int, int, float]:
-    """Return the bytes of the models' ends, the peak of one slice of logits, and the seconds of one window."""
+    """Return the bytes of the models' ends, the peak of a slice of logits, the seconds of a window."""
     model, dense, recipe = task.model, task.dense, task.recipe
     loss = Loss.named(str(recipe.loss), recipe.mix)
     gradients = not recipe.zeroth_order
