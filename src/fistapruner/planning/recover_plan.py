@@ -607,7 +607,7 @@ def _loaded(task: Task) -> Iterator[tuple[Tensor, Call]]:
 
 
 def measure_model(task: Task) -> ModelSizes:
-    """Measure what does not depend on the trained tensors: one window through one layer, one slice of logits."""
+    """Measure what no trained tensor changes: one window through one layer, one slice of logits."""
     model, dense, index = task.model, task.dense, largest_layer(task)
     both = [each for each in (model, dense) if each is not None]
     layers = [sorted({each.source(name) for name in each.layer_parameters(at)}) for each in both for at in (index,)]
