@@ -244,7 +244,8 @@ def _record(report: Report, context: RunContext) -> dict[str, Any]:
             "unit": unit.kind,
             "before": unit.before,
             "after": unit.after,
-            "sizes": dict(zip(unit.names, (*unit.rows, unit.columns), strict=True)),
+            "sizes": {name: len(rows) for name, rows in unit.kept_rows(torch.tensor([0])).items()}
+            | {unit.consumer.name: unit.columns},
         }
         for index, units in enumerate(context.widths.units if context.widths else ())
         for unit in units

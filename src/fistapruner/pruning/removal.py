@@ -17,7 +17,7 @@ from ..runs.records import OperatorEntry, RemovalEntry
 from ..runtime.clock import Clock
 from ..sensitivity.channel_order import channel_order, kept_share
 from ..sensitivity.decision import permutes
-from ..structured.removal import Removal, block_places, remove_channels
+from ..structured.removal import Removal, remove_channels
 from ..structured.units import Unit, cut_channels
 from .context import LayerContext, LayerMeasures
 from .passes import LayerPasses
@@ -64,7 +64,7 @@ class LayerRemoval:
         for name in tensors:
             source = model.source(f"{context.layout.prefix}.{index}.{name}")
             self.weights[source] = model.result(source, layer.get_parameter(name).detach())
-        self.rows |= {name: block_places(places, rows) for name, rows in zip(unit.producers, unit.rows, strict=True)}
+        self.rows |= unit.kept_rows(places)
         self.warnings += removal.warnings
         settings = context.recipe.structure
         self.removals.append(

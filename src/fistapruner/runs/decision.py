@@ -72,7 +72,8 @@ class UnitDecision(Frozen):
 
     Args:
         kind: what they are, as the report says it.
-        producers: operators that write them; ``rows``: rows of each of them for one channel.
+        producers: operators that write them; ``rows``: rows of each of them for one channel; ``copies``: parts of each
+            of them that have all channels in order, one after the other (2 where gate and up are one tensor).
         consumer: the operator that reads them; ``columns``: its columns for one channel.
         after: channels that stay.
     """
@@ -80,6 +81,7 @@ class UnitDecision(Frozen):
     kind: str
     producers: tuple[str, ...]
     rows: tuple[int, ...]
+    copies: tuple[int, ...]
     consumer: str
     columns: int
     after: int

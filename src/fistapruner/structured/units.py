@@ -35,7 +35,9 @@ class Unit:
     Args:
         kind: :data:`MLP` or :data:`GROUPS`.
         producers: operators that write the channels, by their names inside the decoder layer.
-        rows: rows of each of them that belong to one channel.
+        rows: rows of each of them that belong to one channel, in each copy.
+        copies: parts of each of them that have all channels in order, one after the other: 2 where gate and up are one
+            tensor.
         consumer: the operator that reads the channels.
         columns: its columns that belong to one channel.
         after: channels that stay.
@@ -44,6 +46,7 @@ class Unit:
     kind: str
     producers: tuple[str, ...]
     rows: tuple[int, ...]
+    copies: tuple[int, ...]
     consumer: Operator
     columns: int = 1
     after: int = 0
@@ -58,6 +61,14 @@ class Unit:
         """Return the names of all its operators."""
         return (*self.producers, self.consumer.name)
 
+    def kept_rows(self, keep: Tensor) -> dict[str, Tensor]:
+        """Return the rows of each producer that belong to the channels ``keep`` (k,)."""
+        keep = keep.cpu()
+        return {
+            name: torch.cat([block_places(keep + part * self.before, rows) for part in range(copies)])
+            for name, rows, copies in zip(self.producers, self.rows, self.copies, strict=True)
+        }
+
     def tensors(self, layer: nn.Module, keep: Tensor) -> dict[str, tuple[int, Tensor]]:
         """Return the dimension and the places of some channels in each tensor, by name inside the layer.
 
@@ -67,9 +78,8 @@ class Unit:
         """
         keep = keep.cpu()
         found = {}
-        for name, rows in zip(self.producers, self.rows, strict=True):
+        for name, places in self.kept_rows(keep).items():
             module = layer.get_submodule(name)
-            places = block_places(keep, rows)
             found[f"{name}.weight"] = (1 if isinstance(module, Conv1D) else 0, places)
             if module.bias is not None:
                 found[f"{name}.bias"] = (0, places)
@@ -107,7 +117,15 @@ class Widths:
             operators = {operator.name: operator for group in groups for operator in group}
             layers.append(
                 tuple(
-                    Unit(unit.kind, unit.producers, unit.rows, operators[unit.consumer], unit.columns, unit.after)
+                    Unit(
+                        unit.kind,
+                        unit.producers,
+                        unit.rows,
+                        unit.copies,
+                        operators[unit.consumer],
+                        unit.columns,
+                        unit.after,
+                    )
                     for unit in units
                 )
             )
@@ -121,6 +139,7 @@ class Widths:
                     kind=unit.kind,
                     producers=unit.producers,
                     rows=unit.rows,
+                    copies=unit.copies,
                     consumer=unit.consumer.name,
                     columns=unit.columns,
                     after=unit.after,
@@ -183,13 +202,18 @@ def _mlp_channels(model: LayerwiseModel, layout: Layout) -> Units:
     """
     found = []
     for index, links in enumerate(find_links(model, layout)):
-        whole = [link for link in links if _is_whole(model.layers[index], link)]
+        units = tuple(
+            Unit(MLP, link.producers, (1,) * len(link.producers), (1,) * len(link.producers), link.consumer)
+            for link in links
+            if _is_whole(model.layers[index], link)
+        )
+        units = units or _fused(layout, index)
         alone = {group[0].name for group in layout.layers[index] if len(group) == 1}
-        if not whole or not all(link.consumer.name in alone for link in whole):
+        if not units or not all(unit.consumer.name in alone for unit in units):
             raise FistaPrunerError(
                 f"structure: {layout.prefix}.{index}: {_why_not(model.layers[index], layout, index)}"
             )
-        found.append(tuple(Unit(MLP, link.producers, (1,) * len(link.producers), link.consumer) for link in whole))
+        found.append(units)
     widths = {unit.before for units in found for unit in units}
     if len(widths) > 1:
         shown = ", ".join(map(str, sorted(widths)))
@@ -240,7 +264,8 @@ def _attention(consumer: Operator, operators: Mapping[str, Operator], heads: int
     if rows != [size * groups, size * groups, size * heads]:
         return None
     blocks = tuple(operator.rows // groups for operator in beside)
-    return Unit(GROUPS, tuple(operator.name for operator in beside), blocks, consumer, size * heads // groups)
+    names = tuple(operator.name for operator in beside)
+    return Unit(GROUPS, names, blocks, (1, 1, 1), consumer, size * heads // groups)
 
 
 def kept_width(model: LayerwiseModel, units: Units, settings: Structure) -> int:
@@ -316,7 +341,9 @@ def resized(layout: Layout, widths: Widths) -> Layout:
     """Return the layout with the shapes that operators have after the removal."""
     layers = []
     for groups, units in zip(layout.layers, widths.units, strict=True):
-        rows = {name: size * unit.after for unit in units for name, size in zip(unit.producers, unit.rows, strict=True)}
+        rows = {
+            name: len(places) for unit in units for name, places in unit.kept_rows(torch.arange(unit.after)).items()
+        }
         columns = {unit.consumer.name: unit.columns * unit.after for unit in units}
         layers.append(
             tuple(
@@ -360,18 +387,28 @@ def _is_whole(layer: nn.Module, link: Link) -> bool:
     return link.blocks == 1 and link.repeats == 1 and set(link.producers) == beside
 
 
+def _fused(layout: Layout, index: int) -> tuple[Unit, ...]:
+    """Return the MLP channels of a decoder layer where gate and up are one tensor, one after the other.
+
+    The largest operator that has twice as many outputs as another one beside it has inputs. :mod:`.proof` shows whether
+    it is what it seems.
+    """
+    operators = [operator for group in layout.layers[index] for operator in group]
+    pairs = [
+        (writer.rows, writer.name, reader)
+        for reader in operators
+        for writer in operators
+        if writer.name.rpartition(".")[0] == reader.name.rpartition(".")[0] and writer.rows == 2 * reader.columns
+    ]
+    if not pairs:
+        return ()
+    _, name, reader = max(pairs, key=lambda pair: pair[0])
+    return (Unit(MLP, (name,), (1,), (2,), reader),)
+
+
 def _why_not(layer: nn.Module, layout: Layout, index: int) -> str:
     """Say why no channels of a decoder layer can be removed."""
     operators = {operator.name: operator for group in layout.layers[index] for operator in group}
-    fused = [
-        (other.rows, other.name, name)
-        for name, operator in operators.items()
-        for other in operators.values()
-        if other.name.rpartition(".")[0] == name.rpartition(".")[0] and other.rows == 2 * operator.columns
-    ]
-    if fused:
-        _, other, name = max(fused)
-        return f"{other} writes the gate and the channels of {name} as one tensor, which is not cut"
     present = {name for name, _ in linear_modules(layer)}
     if left := sorted(present - set(operators)):
         return f"targets and ignore leave no MLP whose channels can be removed ({left[0]} is left out)"
