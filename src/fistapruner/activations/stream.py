@@ -22,7 +22,6 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, nullcontext
 from dataclasses import dataclass
-from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -86,8 +85,11 @@ Values = Callable[[int, nn.Module], Mapping[str, Tensor]]
 Variants = Callable[[int, nn.Module], Iterable[Mapping[str, Tensor]]]
 """Gives several :data:`Values` of a layer, one after the other; each is used before the next one is asked for."""
 
-Update = Callable[[int, nn.Module, dict[str, Tensor]], None]
-"""Receives (index, loaded decoder layer, fp32 gradients with respect to its values, summed over all windows)."""
+Take = Callable[[int, nn.Module, dict[str, Tensor]], None]
+"""Receives (index, loaded decoder layer, gradients of one batch with respect to its values)."""
+
+Done = Callable[[int, nn.Module], None]
+"""Called with (index, loaded decoder layer) when the gradients of all batches were received."""
 
 
 @dataclass(frozen=True)
@@ -324,7 +326,8 @@ def backward(
     progress: Progress = lambda done, total: None,
     *,
     values: Values | None = None,
-    update: Update | None = None,
+    take: Take | None = None,
+    done: Done = lambda index, layer: None,
 ) -> None:
     """Take a gradient back through the whole model, from the last decoder layer to the first.
 
@@ -336,12 +339,13 @@ def backward(
             one after the other.
         calls: how decoder layers are called.
         gradient: with respect to the output of the last layer; overwritten by that with respect to the input of the
-            first, where there is no ``update``.
+            first, where there is no ``take``.
         visit: called for every decoder layer; its hooks may watch the gradients inside.
         progress: receives the number of layers done.
         values: the tensors that :func:`forward` used in place of a layer's parameters.
-        update: receives the gradients with respect to them, as soon as those of a layer are complete. No other
-            gradients of weights are computed.
+        take: receives the gradients with respect to them, of one batch after the other; those of each decoder layer
+            before those of the layer before it. No other gradients of weights are computed.
+        done: called after the last batch of each decoder layer.
     """
     for index in reversed(range(len(model))):
         entering = states.pop()
@@ -349,70 +353,52 @@ def backward(
             with model.layer(index) as layer:
                 receive = None if visit is None else visits.enter_context(visit(index, layer))
                 used = {} if values is None else dict(values(index, layer))
-                if update is not None:
+                if take is not None:
                     used = {name: value.detach().requires_grad_() for name, value in used.items()}
-                sums: dict[str, Tensor] = {}
                 visits.enter_context(ordered_attention(model.device))
                 for start, stop in calls.batches(entering.samples):
                     hidden = entering.read(start, stop, model.device)
                     above = gradient.read(start, stop, model.device)
                     if receive is not None:
                         receive(above)
-                    below = _differentiate(
-                        partial(model.run, index, call=calls.by_size[stop - start][index], values=used),
-                        hidden,
-                        above,
-                        used if update is not None else {},
-                        sums,
-                        inputs=index > 0 or update is None,
-                    )
+                    wanted = hidden.requires_grad_() if index > 0 or take is None else None
+                    with torch.enable_grad():
+                        out = model.run(index, hidden, calls.by_size[stop - start][index], used)
+                    below, found = _differentiate(out, above, wanted, {} if take is None else used)
+                    del out
                     if below is not None:
                         gradient.write(start, below)
-                if update is not None:
-                    update(index, layer, sums)
+                    if take is not None:
+                        take(index, layer, found)
+                done(index, layer)
             entering.close()
         progress(len(model) - index, len(model))
 
 
 def _differentiate(
-    run: Callable[[Tensor], Tensor],
-    hidden: Tensor,
-    above: Tensor,
-    values: Mapping[str, Tensor],
-    sums: dict[str, Tensor],
-    *,
-    inputs: bool,
-) -> Tensor | None:
-    """Run a layer again on one batch and take the gradient ``above`` back through it.
+    out: Tensor, above: Tensor, hidden: Tensor | None, values: Mapping[str, Tensor]
+) -> tuple[Tensor | None, dict[str, Tensor]]:
+    """Take the gradient ``above`` back through one decoder layer, for one batch.
 
     Args:
-        run: runs the layer.
-        hidden: (batch, seqlen, width) hidden states that enter it.
-        above: gradient with respect to its output.
+        out: output of the layer.
+        above: gradient with respect to it.
+        hidden: (batch, seqlen, width) hidden states that have entered the layer; None if their gradient is not needed.
         values: tensors to differentiate with respect to.
-        sums: receives their gradients, added in fp32; zeros where the output does not depend on a tensor.
-        inputs: whether the gradient with respect to ``hidden`` is needed.
 
     Returns:
-        That gradient, or None.
+        The gradient with respect to ``hidden``, or None; and those with respect to ``values``, zeros where the output
+        does not depend on one.
     """
-    wanted = ([hidden.requires_grad_()] if inputs else []) + list(values.values())
-    gradients: list[Tensor | None] = [None] * len(wanted)
-    if wanted:
-        with torch.enable_grad():
-            out = run(hidden)
-        if out.requires_grad:
-            gradients = list(torch.autograd.grad(out, wanted, above, allow_unused=bool(values)))
-    below = gradients.pop(0) if inputs else None
-    for (name, value), found in zip(values.items(), gradients, strict=True):
-        _add(sums, name, torch.zeros_like(value) if found is None else found)
-    return below
-
-
-def _add(sums: dict[str, Tensor], name: str, gradient: Tensor) -> None:
-    """Add a gradient in fp32."""
-    # Not in place: autograd may give one tensor for two parameters.
-    sums[name] = sums[name] + gradient if name in sums else gradient.float()
+    wanted = [*([] if hidden is None else [hidden]), *values.values()]
+    found: list[Tensor | None] = [None] * len(wanted)
+    if wanted and out.requires_grad:
+        found = list(torch.autograd.grad(out, wanted, above, allow_unused=bool(values)))
+    below = None if hidden is None else found.pop(0)
+    return below, {
+        name: torch.zeros_like(value) if gradient is None else gradient
+        for (name, value), gradient in zip(values.items(), found, strict=True)
+    }
 
 
 def forward_backward(
@@ -421,13 +407,14 @@ def forward_backward(
     batch_size: int,
     above: Callable[[int, Tensor], Tensor],
     values: Values,
-    update: Update,
+    take: Take,
+    done: Done,
     calls: Calls | None = None,
 ) -> None:
     """Run every window through the whole model and take a gradient back; no layer runs twice.
 
-    In memory are all decoder layers and their values, the activations of all layers for one batch, and the gradients of
-    all values. The gradients are those of :func:`forward` and :func:`backward`, bit for bit.
+    In memory are all decoder layers and their values, and the activations of all layers for one batch. The gradients
+    are those of :func:`forward` and :func:`backward`, bit for bit.
 
     Args:
         model: the model.
@@ -435,44 +422,36 @@ def forward_backward(
         batch_size: windows in one pass.
         above: receives (first window of the batch, output of the last layer); returns the gradient with respect to it.
         values: gives the tensors to use in place of a layer's parameters.
-        update: receives the gradients with respect to them, from the last layer to the first, after all windows.
+        take: as for :func:`backward`; receives the gradients of all layers for one batch, then those for the next.
+        done: called for each decoder layer, from the last to the first, after all batches.
         calls: as for :func:`embed`.
     """
     with model.resident():
         calls = calls or Calls(batch_size, {})
         calls.record(model, *tokens.shape)
-        leaves: list[dict[str, Tensor]] = []
-        sums: list[dict[str, Tensor]] = []
-
-        def collect(index: int, name: str) -> Callable[[Tensor], None]:
-            def add(leaf: Tensor) -> None:
-                assert leaf.grad is not None
-                _add(sums[index], name, leaf.grad)
-                leaf.grad = None
-
-            return add
-
-        for index, layer in enumerate(model.layers):
-            used = {name: value.detach().requires_grad_() for name, value in values(index, layer).items()}
-            for name, leaf in used.items():
-                leaf.register_post_accumulate_grad_hook(collect(index, name))
-            leaves.append(used)
-            sums.append({})
-        wanted = [leaf for used in leaves for leaf in used.values()]
+        leaves = [
+            {name: value.detach().requires_grad_() for name, value in values(index, layer).items()}
+            for index, layer in enumerate(model.layers)
+        ]
         for start, stop in calls.batches(len(tokens)):
             hidden = model.embed(tokens[start:stop])[0]
-            with torch.enable_grad(), ordered_attention(model.device):
+            graphs: list[tuple[Tensor | None, Tensor]] = []
+            with ordered_attention(model.device):
                 for index, used in enumerate(leaves):
-                    hidden = model.run(index, hidden, calls.by_size[stop - start][index], used)
-                gradient = above(start, hidden.detach())
-                if hidden.requires_grad:
-                    torch.autograd.backward(hidden, gradient, inputs=wanted)
-        for index in reversed(range(len(model))):
-            used = leaves.pop()
-            for name, leaf in used.items():
-                if name not in sums[index]:
-                    sums[index][name] = torch.zeros_like(leaf, dtype=torch.float32)
-            update(index, model.layers[index], sums.pop())
+                    entering = hidden.detach().requires_grad_() if index else None
+                    with torch.enable_grad():
+                        into = hidden if entering is None else entering
+                        hidden = model.run(index, into, calls.by_size[stop - start][index], used)
+                    graphs.append((entering, hidden))
+                gradient: Tensor | None = above(start, hidden.detach())
+                for index in reversed(range(len(leaves))):
+                    entering, out = graphs.pop()
+                    assert gradient is not None
+                    gradient, found = _differentiate(out, gradient, entering, leaves[index])
+                    del out, entering
+                    take(index, model.layers[index], found)
+        for index in reversed(range(len(leaves))):
+            done(index, model.layers[index])
 
 
 def check_model(model: LayerwiseModel) -> None:

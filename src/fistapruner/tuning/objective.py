@@ -7,12 +7,15 @@ layers stay loaded (:meth:`Objective.resident`) or are read one after the other 
 
 Where memory holds the activations of all layers for one batch and the gradients of all layers, no layer needs to run
 twice (``keep_graphs``), which saves a quarter of the time.
+
+Several processes (:mod:`~fistapruner.runtime.ranks`) share the passes. Losses are kept by window and gradients are
+added in the order of the passes, so the number of processes changes no bit either.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 
 import torch
@@ -21,7 +24,8 @@ from torch import Tensor, nn
 from ..activations.store import Store
 from ..activations.stream import (
     Calls,
-    Update,
+    Done,
+    Take,
     Values,
     Variants,
     backward,
@@ -34,11 +38,20 @@ from ..calibration.training_text import TrainingText
 from ..errors import FistaPrunerError
 from ..models.layerwise import LayerwiseModel
 from ..runtime.numerics import BUDGETS, Budgets, ordered_attention, slices
+from ..runtime.ranks import ALONE, OrderedSum, Ranks
 from .losses import Loss
 from .teacher import Teacher
 
 Above = Callable[[int, Tensor], Tensor]
 """Receives (first window of a batch, output of the last layer); returns the gradient with respect to it."""
+
+Gradients = dict[str, Tensor]
+
+Update = Callable[[int, nn.Module, Gradients], None]
+"""Receives (index, loaded decoder layer, fp32 gradients summed over all windows)."""
+
+Chain = Callable[[int, nn.Module, Mapping[str, Tensor]], Gradients]
+"""Turns the gradients of a batch with respect to a loaded layer's values into those that are summed."""
 
 
 class Objective:
@@ -54,6 +67,7 @@ class Objective:
         keep_graphs: keep the activations of all layers for one batch, see
             :func:`~fistapruner.activations.stream.forward_backward`; the bits of the result are the same.
         budgets: bytes of logits at once.
+        ranks: the processes that share the passes. All of them ask for the same losses and gradients.
 
     Raises:
         FistaPrunerError: the architecture is not supported; the dense model has another vocabulary.
@@ -70,6 +84,7 @@ class Objective:
         *,
         keep_graphs: bool = False,
         budgets: Budgets = BUDGETS,
+        ranks: Ranks = ALONE,
     ) -> None:
         if loss.share > 0 and teacher is None:
             raise ValueError("a divergence needs the dense model")
@@ -82,7 +97,7 @@ class Objective:
         check_model(model)
         self.model, self.text, self.loss, self.store, self.budgets = model, text, loss, store, budgets
         self.teacher = teacher if loss.share > 0 else None
-        self.keep_graphs = keep_graphs
+        self.keep_graphs, self.ranks, self.batch_size = keep_graphs, ranks, batch_size
         self._calls = Calls(batch_size, {})
 
     @contextmanager
@@ -112,64 +127,86 @@ class Objective:
         Returns:
             (variants, windows) fp64 sums over the tokens that carry loss (:meth:`counts`).
         """
-        tokens = self.text.tokens[list(numbers)]
         self._require(numbers)
+        mine = self.ranks.mine(numbers, self.batch_size)
+        sums = None if self.ranks.size > 1 and not mine else self._losses(mine, variants)
+        return self.ranks.windows(sums, len(numbers), self.batch_size)
+
+    def _losses(self, numbers: list[int], variants: Variants) -> Tensor:
+        """Compute :meth:`losses` of the windows of this process."""
         states, _ = forward_variants(
-            self.model, tokens, self._calls.batch_size, self.store, variants, calls=self._calls
+            self.model, self.text.tokens[numbers], self.batch_size, self.store, variants, calls=self._calls
         )
         sums = torch.zeros(len(states), len(numbers), dtype=torch.float64)
         with self._ends():
             for start, stop in self._calls.batches(len(numbers)):
                 hidden = [state.read(start, stop, self.model.device) for state in states]
-                sums[:, start:stop], _ = self._reduce(hidden, list(numbers[start:stop]))
+                sums[:, start:stop], _ = self._reduce(hidden, numbers[start:stop])
         for state in states:
             state.close()
         return sums
 
-    def gradient(self, numbers: Sequence[int], values: Values, update: Update) -> float:
+    def gradient(
+        self,
+        numbers: Sequence[int],
+        values: Values,
+        update: Update,
+        chain: Chain = lambda index, layer, gradients: dict(gradients),
+    ) -> float:
         """Compute the mean loss over all tokens of some windows that carry loss, and its gradient.
 
         Args:
-            numbers: window numbers.
+            numbers: window numbers, of at least one pass for each process.
             values: gives a layer's tensors; called on the way forwards and again on the way back.
             update: receives the gradient with respect to them, from the last layer to the first.
+            chain: turns the gradients of a pass into others, which are summed instead: those with respect to few
+                trained numbers are quickly exchanged.
 
         Returns:
             The loss. Where it is not finite, there is no gradient and ``update`` is not called.
         """
-        tokens = self.text.tokens[list(numbers)]
-        count = max(1, int(self.counts(numbers).sum()))
         self._require(numbers)
+        mine, count = self.ranks.mine(numbers, self.batch_size), max(1, int(self.counts(numbers).sum()))
         # A power of two, which changes no bit where nothing underflows; in fp16 gradients of a mean would.
         scale = 2.0 ** math.ceil(math.log2(count)) if self.model.dtype == torch.float16 else 1.0
-        sums = torch.zeros(len(numbers), dtype=torch.float64)
+        sums = torch.zeros(1, len(mine), dtype=torch.float64)
+        totals: dict[int, OrderedSum] = {}
+        loss: list[float] = []
 
         def above(start: int, hidden: Tensor) -> Tensor:
             stop = start + len(hidden)
-            (sums[start:stop],), gradient = self._reduce([hidden], list(numbers[start:stop]), scale / count)
+            sums[:, start:stop], gradient = self._reduce([hidden], mine[start:stop], scale / count)
             assert gradient is not None
             return gradient
 
-        def unscaled(index: int, layer: nn.Module, gradients: dict[str, Tensor]) -> None:
-            if math.isfinite(float(sums.sum())):
-                update(
-                    index, layer, {name: each / scale for name, each in gradients.items()} if scale > 1 else gradients
-                )
+        def take(index: int, layer: nn.Module, gradients: Gradients) -> None:
+            if index not in totals:
+                totals[index] = self.ranks.sums(-(-len(numbers) // self.batch_size))
+            totals[index].add(chain(index, layer, gradients))
+
+        def done(index: int, layer: nn.Module) -> None:
+            for total in totals.values():
+                total.complete()
+            if not loss:
+                loss.append(float(self.ranks.windows(sums, len(numbers), self.batch_size).sum()) / count)
+            found = totals.pop(index).result()
+            if math.isfinite(loss[0]):
+                update(index, layer, {name: each / scale for name, each in found.items()} if scale > 1 else found)
 
         walk = self._walk_once if self.keep_graphs else self._walk_twice
-        walk(tokens, above, values, unscaled)
-        return float(sums.sum()) / count
+        walk(self.text.tokens[mine], above, values, take, done)
+        return loss[0]
 
-    def _walk_once(self, tokens: Tensor, above: Above, values: Values, update: Update) -> None:
+    def _walk_once(self, tokens: Tensor, above: Above, values: Values, take: Take, done: Done) -> None:
         """Run every layer once and keep its graph."""
         with self._ends():
-            forward_backward(self.model, tokens, self._calls.batch_size, above, values, update, self._calls)
+            forward_backward(self.model, tokens, self.batch_size, above, values, take, done, self._calls)
 
-    def _walk_twice(self, tokens: Tensor, above: Above, values: Values, update: Update) -> None:
+    def _walk_twice(self, tokens: Tensor, above: Above, values: Values, take: Take, done: Done) -> None:
         """Run every layer forwards, and again on the way back."""
         with ordered_attention(self.model.device):  # as on the way back, so that the loss is that of the gradient
             states, calls = forward(
-                self.model, tokens, self._calls.batch_size, self.store, keep=True, values=values, calls=self._calls
+                self.model, tokens, self.batch_size, self.store, keep=True, values=values, calls=self._calls
             )
         last = states.pop()
         gradient = self.store("gradient", (last.samples, last.seqlen, last.width))
@@ -177,18 +214,18 @@ class Objective:
             for start, stop in calls.batches(len(tokens)):
                 gradient.write(start, above(start, last.read(start, stop, self.model.device)))
         last.close()
-        backward(self.model, states, calls, gradient, values=values, update=update)
+        backward(self.model, states, calls, gradient, values=values, take=take, done=done)
         gradient.close()
+
+    def _require(self, numbers: Sequence[int]) -> None:
+        """Let the dense model's predictions of some windows be there."""
+        if self.teacher is not None:
+            self.teacher.require(numbers)
 
     def _where(self, numbers: Sequence[int]) -> Tensor:
         """(windows, seqlen) positions whose next token carries loss."""
         marks = self.text.marks[list(numbers)]
         return torch.cat([marks[:, 1:], torch.zeros_like(marks[:, :1])], 1)
-
-    def _require(self, numbers: Sequence[int]) -> None:
-        """Make missing predictions of the dense model, before hidden states take memory."""
-        if self.teacher is not None:
-            self.teacher.require(numbers)
 
     @contextmanager
     def _ends(self) -> Iterator[None]:

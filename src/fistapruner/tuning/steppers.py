@@ -55,9 +55,9 @@ class FirstOrder(_State):
         squares: list[float] = []
 
         def update(index: int, layer: nn.Module, gradients: dict[str, Tensor]) -> None:
-            squares.append(self.trained.update(index, layer, gradients, factor))
+            squares.append(self.trained.step(index, layer, gradients, factor))
 
-        loss = self.objective.gradient(windows, self.trained.values, update)
+        loss = self.objective.gradient(windows, self.trained.values, update, self.trained.chain)
         return StepResult(loss, math.sqrt(sum(squares)))
 
     def replay(self, number: int, size: float, factor: float) -> None:

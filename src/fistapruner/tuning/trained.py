@@ -9,6 +9,7 @@ matter.
 from __future__ import annotations
 
 import hashlib
+import zlib
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -100,19 +101,42 @@ class Trained:
         Returns:
             The squared norm of the gradients with respect to the trained tensors.
         """
+        return self.step(index, layer, self.chain(index, layer, gradients), factor)
+
+    def chain(self, index: int, layer: nn.Module, gradients: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Turn gradients with respect to a layer's :meth:`values` into those with respect to its trained tensors.
+
+        Args:
+            index: number of the layer.
+            layer: the loaded layer of the input checkpoint.
+            gradients: by name inside the layer.
+        """
+        sources = self._sources[index]
+        if not sources:
+            return {}
+        found = {sources[name]: gradient for name, gradient in gradients.items()}
+        return self.parameters(index, layer).chain(found)
+
+    def step(self, index: int, layer: nn.Module, gradients: Mapping[str, Tensor], factor: float) -> float:
+        """Take one step of AdamW, as :meth:`update`.
+
+        Args:
+            index: number of the layer.
+            layer: the loaded layer of the input checkpoint.
+            gradients: of the step's loss with respect to the trained tensors (:meth:`chain`).
+            factor: of the first learning rate: schedule and patience.
+        """
         if not self._sources[index]:
             return 0.0
         # Copied, since the best tensors may be these.
         masters = {name: tensor.clone() for name, tensor in self._states.get("trained", index).items()}
         parameters = self.parameters(index, layer, masters)
-        sources = self._sources[index]
-        found = parameters.chain({sources[name]: gradient for name, gradient in gradients.items()})
         firsts, seconds = self._states.get("first_moment", index), self._states.get("second_moment", index)
         rates = self.rates(index, parameters)
         self._steps[index] += 1
         trained, squares = {}, 0.0
         for name, master in parameters.masters.items():
-            gradient = found[name]
+            gradient = gradients[name]
             squares += float(torch.linalg.vector_norm(gradient, dtype=torch.float64)) ** 2
             for moments in (firsts, seconds):
                 if name not in moments:
@@ -158,6 +182,14 @@ class Trained:
         parameters = self.parameters(index, layer)
         numbers = sum(master.numel() for master in parameters.masters.values())
         return numbers, list(self.rates(index, parameters).values())
+
+    def digest(self) -> int:
+        """Return a CRC-32 of the trained tensors, to compare processes."""
+        crc = 0
+        for index in range(len(self)):
+            for _, tensor in sorted(self._states.get("trained", index).items()):
+                crc = zlib.crc32(tensor.contiguous().cpu().numpy().data, crc)
+        return crc
 
     def rescalings(self) -> dict[str, tuple[Tensor, Tensor]]:
         """Return A (r, n) and B (m, r) of the operators that hira or spp have trained, by name in the model.

@@ -1,0 +1,310 @@
+"""The processes that ``torchrun`` or ``accelerate launch`` started for one run: ranks of ``torch.distributed``.
+
+The ranks share the passes of a step: pass p is done by rank ``p mod size``. Whatever is added over passes is added in
+the order of the passes, so results do not depend on the number of ranks. Rank 0 alone decides and writes; the others
+wait for it. Objects and waiting go through the backend gloo, sums of tensors on GPUs through nccl.
+"""
+
+from __future__ import annotations
+
+import itertools
+import os
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from datetime import timedelta
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor
+
+from ..errors import FistaPrunerError
+
+T = TypeVar("T")
+
+PATIENCE = timedelta(days=7)
+"""How long a rank waits for the others. A rank that ends is noticed at once, whatever this is."""
+
+VISIBLE_SECONDS = 60.0
+"""How long a file that another rank wrote may take to be seen; network file systems remember what was not there."""
+
+_runs = itertools.count()
+"""Numbers the runs of this process: every rank takes part in the same runs."""
+
+
+class OtherRankFailed(FistaPrunerError):
+    """Another rank has failed, which says why; this one has nothing to add."""
+
+
+@dataclass(frozen=True)
+class Ranks:
+    """This process's place among the ranks of a run. Without arguments there are no others.
+
+    Args:
+        rank: number of this process.
+        size: number of processes.
+        local_size: number of them on this machine.
+        group: the process group for objects and for tensors in main memory.
+        number: of the run, in this process.
+    """
+
+    rank: int = 0
+    size: int = 1
+    local_size: int = 1
+    group: Any = None
+    number: int = 0
+
+    @property
+    def first(self) -> bool:
+        """Whether this is the rank that decides and writes."""
+        return self.rank == 0
+
+    def passes(self, count: int) -> range:
+        """Return the numbers of the passes of this rank, of ``count`` in all."""
+        return range(self.rank, count, self.size)
+
+    def mine(self, windows: Sequence[int], batch_size: int) -> list[int]:
+        """Return the windows of this rank's passes, each of ``batch_size`` windows or, the last one, fewer."""
+        starts = range(0, len(windows), batch_size)
+        return [window for number in self.passes(len(starts)) for window in windows[starts[number] :][:batch_size]]
+
+    def share(self, value: T | None = None) -> T:
+        """Return rank 0's value on all ranks."""
+        if self.size == 1:
+            return value  # type: ignore[return-value]
+        values = [value]
+        with self.peers_may_fail():
+            torch.distributed.broadcast_object_list(values, src=0, group=self.group)
+        return values[0]  # type: ignore[return-value]
+
+    def gather(self, value: T) -> list[T]:
+        """Return the values of all ranks, in their order, on all ranks."""
+        if self.size == 1:
+            return [value]
+        values: list[Any] = [None] * self.size
+        with self.peers_may_fail():
+            torch.distributed.all_gather_object(values, value, group=self.group)
+        return values
+
+    def wait(self) -> None:
+        """Wait until all ranks are here."""
+        self.gather(None)
+
+    def see(self, path: Path) -> None:
+        """Wait until a file that another rank has written can be seen.
+
+        Raises:
+            FistaPrunerError: it cannot.
+        """
+        end = time.monotonic() + VISIBLE_SECONDS
+        while not path.exists():
+            if self.size == 1 or time.monotonic() > end:
+                raise FistaPrunerError(
+                    f"{path}, which another process has written, is not there: all machines must share the run's folder"
+                )
+            time.sleep(0.2)
+
+    def group_of(self, tensor: Tensor) -> Any:
+        """Return the process group for a tensor's device; None is the default one."""
+        return self.group if tensor.device.type == "cpu" else None
+
+    @contextmanager
+    def peers_may_fail(self) -> Iterator[None]:
+        """Turn the error of a connection that another rank has left into one with the message of that rank.
+
+        Raises:
+            OtherRankFailed: another rank has failed.
+        """
+        try:
+            yield
+        except RuntimeError as error:
+            message = f"another process of this run has ended ({' '.join(str(error).split())[:100]})"
+            with suppress(RuntimeError, ValueError):
+                store, key = self._message()
+                if store.check([key]):
+                    message = store.get(key).decode()
+            raise OtherRankFailed(message) from None
+
+    def tell(self, message: str) -> None:
+        """Leave a message for the others, unless one of them has left one."""
+        with suppress(RuntimeError, ValueError):
+            store, key = self._message()
+            if not store.check([key]):
+                store.set(key, message)
+
+    def _message(self) -> tuple[Any, str]:
+        """Return the store of the message of the first rank that fails, and its key."""
+        return torch.distributed.distributed_c10d._get_default_store(), f"fistapruner/failed/{self.number}"
+
+    def sums(self, count: int) -> OrderedSum:
+        """Begin a sum of ``count`` contributions, one a pass."""
+        return OrderedSum(self, count)
+
+    def windows(self, sums: Tensor | None, windows: int, batch_size: int) -> Tensor:
+        """Join what every rank has of its own windows (:meth:`mine`).
+
+        Args:
+            sums: (k, windows of this rank); None where it has none.
+            windows: of all ranks.
+            batch_size: windows in a pass.
+
+        Returns:
+            (k, windows), in order, on all ranks.
+        """
+        if self.size == 1:
+            assert sums is not None
+            return sums
+        parts = self.gather(sums)
+        known = next(part for part in parts if part is not None)
+        whole = known.new_zeros(len(known), windows)
+        for rank, part in enumerate(parts):
+            if part is not None:
+                whole[:, Ranks(rank, self.size).mine(range(windows), batch_size)] = part
+        return whole
+
+
+ALONE = Ranks()
+"""One process for the whole run."""
+
+
+class OrderedSum:
+    """An fp32 sum of tensors by name over passes, in the order of the passes, the same bits on all ranks.
+
+    With several ranks a reduce-scatter and an all-gather: every rank adds one slice of the numbers, of all passes in
+    order. So a rank sends and receives no more than for an ordinary all-reduce. All passes have the same names and
+    shapes.
+
+    Args:
+        ranks: the processes; a rank has at least one pass.
+        count: passes of all ranks.
+    """
+
+    def __init__(self, ranks: Ranks, count: int) -> None:
+        self.ranks, self.count = ranks, count
+        self._done = 0  # passes of this rank
+        self._shapes: dict[str, torch.Size] = {}
+        self._sums: dict[str, Tensor] = {}
+        self._slice: Tensor | None = None  # of the sum
+
+    def add(self, tensors: Mapping[str, Tensor]) -> None:
+        """Add a pass of this rank; its passes come in order."""
+        if self.ranks.size == 1:
+            for name, tensor in tensors.items():
+                # Not in place: autograd may give one tensor for two names.
+                self._sums[name] = self._sums[name] + tensor if name in self._sums else tensor.float()
+            return
+        self._shapes = {name: tensor.shape for name, tensor in tensors.items()}
+        numbers = [tensor.flatten().float() for tensor in tensors.values()]
+        length = sum(map(len, numbers))
+        if length:
+            padding = numbers[0].new_zeros(-length % self.ranks.size)
+            self._exchange(torch.cat([*numbers, padding]))
+        self._done += 1
+
+    def _exchange(self, own: Tensor) -> None:
+        """Send one slice of a pass to every rank, and add what comes to this rank's slice of the sum."""
+        ranks, received = self.ranks, torch.empty_like(own)
+        with ranks.peers_may_fail():
+            torch.distributed.all_to_all_single(received, own, group=ranks.group_of(own))
+        passes = min(ranks.size, self.count - self._done * ranks.size)
+        for part in received.view(ranks.size, -1)[:passes]:
+            self._slice = part.clone() if self._slice is None else self._slice.add_(part)
+
+    def complete(self) -> None:
+        """Take part in the exchange of the last pass where others have one more; after this rank's own passes."""
+        if self._slice is not None and self._done * self.ranks.size < self.count:
+            self._exchange(self._slice.new_zeros(len(self._slice) * self.ranks.size))
+            self._done += 1
+
+    def result(self) -> dict[str, Tensor]:
+        """Return the sum, when :meth:`complete`."""
+        if self.ranks.size == 1:
+            return self._sums
+        if self._slice is None:  # nothing but names
+            return {}
+        whole = self._slice.new_empty(len(self._slice) * self.ranks.size)
+        with self.ranks.peers_may_fail():
+            slices = list(whole.chunk(self.ranks.size))
+            torch.distributed.all_gather(slices, self._slice, group=self.ranks.group_of(whole))
+        found, start = {}, 0
+        for name, shape in self._shapes.items():
+            found[name] = whole[start : start + shape.numel()].view(shape)
+            start += shape.numel()
+        return found
+
+
+@contextmanager
+def ranks_of_run(device: str) -> Iterator[Ranks]:
+    """Join the other processes of a run for the block, where a launcher has started several.
+
+    An error in the block ends the others, too: they raise :class:`OtherRankFailed`. A process group that is there
+    already is used.
+
+    Args:
+        device: that the recipe names.
+
+    Raises:
+        FistaPrunerError: torch without ``torch.distributed``, or the others cannot be reached.
+    """
+    size = int(os.environ.get("WORLD_SIZE", "1") or 1)
+    own = not (torch.distributed.is_available() and torch.distributed.is_initialized())
+    if own and size == 1:
+        yield ALONE
+        return
+    if own:
+        _join(device)
+    rank, size = torch.distributed.get_rank(), torch.distributed.get_world_size()
+    group = torch.distributed.new_group(backend="gloo", timeout=PATIENCE)
+    local_size = int(os.environ.get("LOCAL_WORLD_SIZE", "") or size)
+    ranks = Ranks(rank, size, local_size, group, next(_runs)) if size > 1 else ALONE
+    try:
+        yield ranks
+    except OtherRankFailed:
+        raise
+    except BaseException as error:
+        if size > 1:
+            ranks.tell(f"rank {rank}: {error or type(error).__name__}")
+        if rank and isinstance(error, KeyboardInterrupt):  # rank 0 says how to go on
+            raise OtherRankFailed("interrupted") from None
+        if rank and isinstance(error, FistaPrunerError):
+            error.args = (f"rank {rank}: {error}",)
+        raise
+    finally:
+        with suppress(RuntimeError, ValueError):
+            torch.distributed.destroy_process_group(None if own else group)
+
+
+def _join(device: str) -> None:
+    """Make the process group that a launcher's environment variables describe."""
+    if not torch.distributed.is_available():
+        raise FistaPrunerError("several processes were started, and this PyTorch has no torch.distributed")
+    local = int(os.environ.get("LOCAL_RANK", "0") or 0)
+    gpu = device != "cpu" and torch.cuda.is_available()
+    if gpu:
+        torch.cuda.set_device(local_gpu(device, local))
+    try:
+        torch.distributed.init_process_group("cpu:gloo,cuda:nccl" if gpu else "gloo", timeout=PATIENCE)
+    except (RuntimeError, ValueError) as error:
+        raise FistaPrunerError(f"the other processes cannot be reached: {' '.join(str(error).split())}") from None
+
+
+def local_gpu(device: str, local: int) -> int:
+    """Return the number of the GPU of a process.
+
+    Args:
+        device: that the recipe names.
+        local: rank of the process on its machine.
+
+    Raises:
+        FistaPrunerError: there are more processes than GPUs, or all are told to take one.
+    """
+    count, processes = torch.cuda.device_count(), int(os.environ.get("LOCAL_WORLD_SIZE", "1") or 1)
+    if processes > 1 and ":" in device:
+        raise FistaPrunerError(f"device {device!r}: {processes} processes need a GPU each; name cuda without a number")
+    if local >= count:
+        raise FistaPrunerError(
+            f"{processes} processes on a machine with {count} GPUs: start at most one for each GPU, or take device cpu"
+        )
+    return int(device.partition(":")[2]) if ":" in device else local
