@@ -13,6 +13,10 @@ class FistaPrunerError(Exception):
     """
 
 
+class OtherRankFailed(FistaPrunerError):
+    """Another process of the same run has failed, and says why; this one has nothing to add."""
+
+
 class MissingExtraError(FistaPrunerError):
     """An optional dependency is not installed; the message names the extra that brings it."""
 

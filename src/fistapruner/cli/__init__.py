@@ -61,13 +61,15 @@ def build_parser() -> argparse.ArgumentParser:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the ``fistapruner`` command and return its exit status."""
-    from ..errors import FistaPrunerError
+    from ..errors import FistaPrunerError, OtherRankFailed
 
     with _readers_may_leave():
         try:
             parsed = build_parser().parse_args(arguments)
             _quieten()
             return int(parsed.run(parsed))
+        except OtherRankFailed:  # it says why
+            return 2
         except FistaPrunerError as error:
             print(f"fistapruner: {' '.join(str(error).split())}", file=sys.stderr)
             return 2

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import re
 import shlex
 import sys
@@ -83,7 +84,9 @@ def run(arguments: argparse.Namespace) -> int:
 
 
 def show(report: Report, out: str, *, as_json: bool) -> None:
-    """Print the result of a run."""
+    """Print the result of a run; of several processes that ``torchrun`` has started, the first one prints it."""
+    if int(os.environ.get("RANK") or 0) > 0:
+        return
     from ..reporting.summary import summary
 
     print(json.dumps(report.model_dump(mode="json")) if as_json else summary(report, out))

@@ -26,6 +26,7 @@ from ..runs.recover_directory import RecoverDirectory
 from ..runtime.devices import choose_device, cpu_threads
 from ..runtime.files import disk_errors, sha256_file
 from ..runtime.numerics import DTYPES
+from ..runtime.ranks import ALONE, Ranks
 from ..tuning.losses import Loss
 from ..tuning.objective import Objective
 from ..tuning.steppers import FirstOrder, ForwardOnly
@@ -47,6 +48,7 @@ class RecoverContext:
         text: the training text.
         decision: what the run has decided.
         permissions: what the models' files may do.
+        ranks: the processes that train together.
     """
 
     run: RecoverDirectory
@@ -57,13 +59,15 @@ class RecoverContext:
     text: TrainingText
     decision: RecoverDecision
     permissions: Permissions = UNTRUSTED
+    ranks: Ranks = ALONE
 
     @classmethod
-    def open(cls, folder: Path, permissions: Permissions = UNTRUSTED) -> RecoverContext:
+    def open(cls, folder: Path, permissions: Permissions = UNTRUSTED, ranks: Ranks = ALONE) -> RecoverContext:
         """Open a run that has been prepared.
 
         Raises:
-            FistaPrunerError: not a prepared run, or its models or windows are gone or have changed.
+            FistaPrunerError: not a prepared run, its models or windows are gone or have changed, or a step has fewer
+                passes than there are processes.
         """
         run = RecoverDirectory(folder)
         record = run.record()
@@ -76,13 +80,19 @@ class RecoverContext:
         model = open_model(permissions.at(decision.folder), recipe, decision.numerics.dtype)
         if record.fingerprint != identity(recipe, model, text, decision):
             raise FistaPrunerError(f"{folder}: the model is not the one that the run began with; name another --out")
+        passes = -(-recipe.windows_per_step // decision.numerics.batch_size)
+        if passes < ranks.size:
+            raise FistaPrunerError(
+                f"{folder}: a step has {passes} passes of {decision.numerics.batch_size} windows, and {ranks.size} "
+                f"processes share them: start at most {passes}"
+            )
         layout = discover(model).only(decision.operators)
-        return cls(run, recipe, record.fingerprint, model, layout, text, decision, permissions)
+        return cls(run, recipe, record.fingerprint, model, layout, text, decision, permissions, ranks)
 
     @property
     def trained(self) -> Trained:
         """The tensors to train, at their start."""
-        folder = self.run.trained if self.decision.states_on_disk else None
+        folder = self._own(self.run.trained) if self.decision.states_on_disk else None
         return Trained(self.model, self.layout, self.recipe, folder)
 
     def train(self, trained: Trained, listener: Listener, after_snapshot: Callable[[], None]) -> TrainingState:
@@ -92,7 +102,7 @@ class RecoverContext:
             FistaPrunerError: the dense model is gone or has changed, or the disk is full.
         """
         numerics, windows = self.decision.numerics, self._order()
-        hidden = self.run.hidden if self.decision.hidden_on_disk else None
+        hidden = self._own(self.run.hidden) if self.decision.hidden_on_disk else None
         with cpu_threads(numerics.threads), _made(hidden):
             objective = Objective(
                 self.model,
@@ -102,6 +112,7 @@ class RecoverContext:
                 numerics.batch_size,
                 scratch_factory(hidden, self.model.dtype, self.model.device),
                 keep_graphs=self.decision.keep_graphs,
+                ranks=self.ranks,
             )
             trainer = Trainer(
                 self.run,
@@ -114,9 +125,14 @@ class RecoverContext:
                 say=listener.say,
                 tick=lambda done, total: listener.tick("recovery steps", done, total),
                 after_snapshot=after_snapshot,
+                ranks=self.ranks,
             )
             with objective.resident(layers=self.decision.resident):
                 return trainer.train()
+
+    def _own(self, folder: Path) -> Path:
+        """Return the part of a scratch folder that is this process's."""
+        return folder if self.ranks.size == 1 else folder / str(self.ranks.rank)
 
     def _order(self) -> Tensor:
         return order(self.text, self.decision.steps, self.recipe.windows_per_step, self.recipe.data)
@@ -156,6 +172,7 @@ class RecoverContext:
             held_out=self.text.held_out.nonzero().flatten().tolist(),
             windows_on_disk=self.decision.teacher_windows,
             tick=listener.tick,
+            ranks=self.ranks,
         )
 
 

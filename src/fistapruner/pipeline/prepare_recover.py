@@ -37,11 +37,12 @@ from ..runs.lineage import begin_lineage, read_lineage
 from ..runs.listener import Listener
 from ..runs.records import CalibrationFacts, PlanRow, Recovery
 from ..runs.recover_directory import RecoverDirectory, dense_of, input_run
-from ..runtime.devices import cpu_threads
+from ..runtime.devices import available_cores, cpu_threads
 from ..runtime.files import disk_errors, sha256_file
 from ..runtime.machine import describe_machine, now, versions
-from ..runtime.memory import release_memory
+from ..runtime.memory import free_memory, release_memory
 from ..runtime.numerics import dtype_name
+from ..runtime.ranks import ALONE, Ranks
 from ..sparse.pack import is_packed
 from .begun import absolute
 from .prepare import describe_model, refuse_overlap
@@ -62,6 +63,7 @@ class RecoverRequest:
         command: shell line that reproduces the run; None is that of this process.
         evaluation: the text to evaluate on after the run; None takes that of the input's run, where there is one.
         evaluates: evaluate at all.
+        ranks: the processes that share the work.
     """
 
     model: str
@@ -71,6 +73,7 @@ class RecoverRequest:
     command: str | None = None
     evaluation: EvaluationRequest | None = None
     evaluates: bool = True
+    ranks: Ranks = ALONE
 
 
 @dataclass(frozen=True)
@@ -114,9 +117,9 @@ def prepare(run: RecoverDirectory, request: RecoverRequest, listener: Listener) 
         FistaPrunerError: bad input, named.
     """
     inputs = check_inputs(run, request, listener)
-    numerics, choice, rows = choose_plan(run.folder, inputs, listener)
+    numerics, choice, rows = choose_plan(run.folder, share_of(inputs, request.ranks), listener)
     text, sources = cut_text(run, inputs, listener)
-    steps = inputs.recipe.steps or max(1, round(inputs.recipe.data.tokens / step_tokens(inputs)))
+    steps = steps_of(inputs)
     order(text, steps, inputs.recipe.windows_per_step, inputs.recipe.data)  # too few steps for the tasks show now
     decision = RecoverDecision(
         model=absolute(request.model),
@@ -425,6 +428,35 @@ def choose_plan(out: Path, inputs: Inputs, listener: Listener) -> tuple[Numerics
 def task_of(out: Path, inputs: Inputs) -> Task:
     """Return what is to be planned, for a run in ``out``."""
     return Task(inputs.model, inputs.layout, inputs.dense, inputs.recipe, inputs.survivors, inputs.seqlen, out)
+
+
+def share_of(inputs: Inputs, ranks: Ranks) -> Inputs:
+    """Return what one of several processes has to do, to plan it.
+
+    Raises:
+        FistaPrunerError: there are more processes than windows in a step.
+    """
+    if ranks.size == 1:
+        return inputs
+    recipe, execution = inputs.recipe, inputs.recipe.execution
+    if recipe.windows_per_step < ranks.size:
+        raise FistaPrunerError(
+            f"windows_per_step is {recipe.windows_per_step} for {ranks.size} processes: each needs at least one window "
+            "of a step"
+        )
+    limit = execution.memory_limit or free_memory() // ranks.local_size
+    threads = execution.threads or max(1, available_cores() // ranks.local_size)
+    changes = {
+        "windows_per_step": recipe.windows_per_step // ranks.size,
+        "steps": steps_of(inputs),
+        "execution": execution.model_copy(update={"memory_limit": limit, "threads": threads}),
+    }
+    return replace(inputs, recipe=recipe.model_copy(update=changes))
+
+
+def steps_of(inputs: Inputs) -> int:
+    """Return the number of optimizer steps."""
+    return inputs.recipe.steps or max(1, round(inputs.recipe.data.tokens / step_tokens(inputs)))
 
 
 def step_tokens(inputs: Inputs) -> int:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, nullcontext, suppress
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,7 @@ from ..runs.times import spent
 from ..runtime.devices import choose_device
 from ..runtime.files import disk_errors, sha256_file
 from ..runtime.memory import reset_peak_memory
+from ..runtime.ranks import ranks_of_run
 from .begun import absolute
 from .finish import write_failure
 from .finish_recover import finish
@@ -63,6 +65,9 @@ def recover(
         evaluate_windows: only its first so many windows.
         **settings: single settings over the recipe, as in a recipe file: ``parameters="full"``, ``lr=1e-3``,
             ``data={"tokens": "500k"}``.
+
+    Several processes that ``torchrun`` or ``accelerate launch`` has started share the work; each calls this function
+    with the same arguments and gets the report.
 
     Returns:
         The report, as in ``out/report.json``; the checkpoint is in ``out/model``.
@@ -103,8 +108,23 @@ def resume_recovery(run: RecoverDirectory, permissions: Permissions, listener: L
 
 
 def _run(run: RecoverDirectory, request: RecoverRequest, told: Listener, *, resumed: bool = False) -> Report:
+    """Do what is left of a run, together with the other processes if there are any."""
+    with ranks_of_run(request.recipe.execution.device) as ranks:
+        if ranks.first:
+            report = _lead(run, replace(request, ranks=ranks), told, resumed=resumed)
+            ranks.share(report.model_dump(mode="json"))
+            return report
+        if ranks.share():
+            ranks.see(run.run_file)
+            context = RecoverContext.open(run.folder, request.permissions, ranks)
+            context.train(context.trained, Listener(), lambda: None)
+        found: dict[str, Any] = ranks.share({})
+        return Report.model_validate(found)
+
+
+def _lead(run: RecoverDirectory, request: RecoverRequest, told: Listener, *, resumed: bool) -> Report:
     """Do what is left of a run: nothing, its measurements, its checkpoint, or all of it."""
-    listener = Logged(told)
+    listener, ranks = Logged(told), request.ranks
     with disk_errors(run.folder):
         run.create()
     with _saying_how_to_continue(run), hold(run.folder), log_file(run.log_file):
@@ -128,11 +148,13 @@ def _run(run: RecoverDirectory, request: RecoverRequest, told: Listener, *, resu
                 else:
                     _check_machine(run, begun, request, listener)
                     restore_text(run, begun, request, listener)
-                context = RecoverContext.open(run.folder, request.permissions)
+                ranks.share(True)  # the others train, too
+                context = RecoverContext.open(run.folder, request.permissions, ranks)
                 trained = context.trained
                 state = context.train(trained, listener, times.note)
                 report = finish(context, trained, state, times, listener, report)
         else:
+            ranks.share(False)
             listener.say(f"{run.folder} holds the finished run of this recipe")
         record = run.record()
         assert record is not None

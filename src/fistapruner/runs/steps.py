@@ -86,6 +86,26 @@ class StepJournal:
             os.close(self._descriptor)
 
 
+class ForeignJournal(StepJournal):
+    """A journal that another process writes; what is appended here is dropped."""
+
+    def __init__(self, path: Path, last: int) -> None:
+        self.path = path
+        self.dropped = {line["step"]: line for line in _read(path)[0] if line["step"] > last}
+
+    def __enter__(self) -> Self:
+        return self
+
+    def append(self, line: Mapping[str, Any]) -> None:
+        """Drop a line."""
+
+    def sync(self) -> None:
+        """Do nothing."""
+
+    def __exit__(self, *_: object) -> None:
+        pass
+
+
 def _read(path: Path) -> tuple[list[dict[str, Any]], list[int]]:
     """Read the whole lines and the offset behind each; steps must follow each other."""
     try:

@@ -18,13 +18,14 @@ from ..errors import FistaPrunerError
 def choose_device(name: str) -> torch.device:
     """Return the device that a recipe names; ``auto`` is the GPU with most free memory, or the CPU.
 
-    ``cuda`` is that GPU too. It is chosen once in a process.
+    ``cuda`` is that GPU too. It is chosen once in a process. Of several processes that ``torchrun`` has started on a
+    machine, each takes the GPU of its number.
 
     Raises:
         FistaPrunerError: this machine has no such device.
     """
     if name == "auto":
-        return _by_free_memory()[0] if torch.cuda.is_available() else torch.device("cpu")
+        return _gpu() if torch.cuda.is_available() else torch.device("cpu")
     if not re.fullmatch(r"cpu|cuda(:\d+)?", name):
         raise FistaPrunerError(f"device {name!r} is not supported: auto, cpu, cuda or cuda:N")
     device = torch.device(name)
@@ -32,7 +33,13 @@ def choose_device(name: str) -> torch.device:
         raise FistaPrunerError(f"device {name!r}: PyTorch sees no CUDA GPU on this machine")
     if device.type == "cuda" and device.index is not None and device.index >= torch.cuda.device_count():
         raise FistaPrunerError(f"device {name!r}: this machine has {torch.cuda.device_count()} CUDA GPUs")
-    return _by_free_memory()[0] if name == "cuda" else device
+    return _gpu() if name == "cuda" else device
+
+
+def _gpu() -> torch.device:
+    """Return the GPU of this process."""
+    local, processes = int(os.environ.get("LOCAL_RANK") or 0), int(os.environ.get("LOCAL_WORLD_SIZE") or 1)
+    return torch.device("cuda", local) if 1 < processes <= torch.cuda.device_count() else _by_free_memory()[0]
 
 
 def device_title(device: torch.device) -> str:

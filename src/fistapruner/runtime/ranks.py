@@ -20,7 +20,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
-from ..errors import FistaPrunerError
+from ..errors import FistaPrunerError, OtherRankFailed
 
 T = TypeVar("T")
 
@@ -32,10 +32,6 @@ VISIBLE_SECONDS = 60.0
 
 _runs = itertools.count()
 """Numbers the runs of this process: every rank takes part in the same runs."""
-
-
-class OtherRankFailed(FistaPrunerError):
-    """Another rank has failed, which says why; this one has nothing to add."""
 
 
 @dataclass(frozen=True)

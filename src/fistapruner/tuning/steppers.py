@@ -23,6 +23,9 @@ class _State:
     def __init__(self, trained: Trained) -> None:
         self.trained = trained
 
+    def digest(self) -> int:
+        return self.trained.digest()
+
     def keep(self) -> None:
         self.trained.keep()
 

@@ -30,6 +30,7 @@ from ..models.files.safetensors import SafetensorsFile, SafetensorsWriter, Tenso
 from ..models.layerwise import LayerwiseModel, Tick
 from ..runtime.files import disk_errors, write_json_atomic
 from ..runtime.numerics import BUDGETS, slices
+from ..runtime.ranks import ALONE, Ranks
 from .losses import DenseLogits, Reference, TopTokens
 
 Kind = Literal["hidden", "top128"]
@@ -86,6 +87,7 @@ class Teacher:
         windows_on_disk: windows that fit on the disk; None is all of them.
         block_tokens: tokens in a block, rounded to whole passes.
         tick: receives progress: (what, steps done, steps in all).
+        ranks: the processes that share the folder: each makes some of the blocks. All of them require the same windows.
 
     Attributes:
         ends: the dense model, whose final norm and head :meth:`Predictions.rows` needs; None where it does not.
@@ -109,7 +111,10 @@ class Teacher:
         windows_on_disk: int | None = None,
         block_tokens: int = BLOCK_TOKENS,
         tick: Tick = lambda what, done, total: None,
+        ranks: Ranks = ALONE,
     ) -> None:
+        self.ranks = ranks
+        self._there: set[int] = set()  # blocks that all ranks may read
         self.dense, self.tokens, self.folder, self.kind, self.tick = dense, tokens, folder, kind, tick
         self.identity, self.order = identity, list(order)
         windows, seqlen = tokens.shape
@@ -140,14 +145,14 @@ class Teacher:
         for number in range(self.permanent, len(self.blocks)):
             if self._path(number, ".json").exists():
                 self._of.update(dict.fromkeys(self.blocks[number], number))
+        ranks.wait()  # until all have seen the same blocks
 
     def __len__(self) -> int:
         return len(self.blocks)
 
     def prepare(self) -> None:
         """Make all blocks that stay and are not there yet."""
-        for number in range(self.permanent):
-            self._opened(number)
+        self._share(list(range(self.permanent)))
 
     def require(self, windows: Sequence[int]) -> None:
         """Make the blocks of some windows that are not there yet.
@@ -164,8 +169,43 @@ class Teacher:
                     self._remove(number)
             for number in needed:
                 self._of.update(dict.fromkeys(self.blocks[number], number))
-        for number in sorted({self._of[window] for window in windows}):
-            self._opened(number)
+        self._share(sorted({self._of[window] for window in windows}))
+
+    def _share(self, numbers: list[int]) -> None:
+        """Make the blocks that are not there yet, together with the other ranks: each makes some of them."""
+        if self.ranks.size == 1:
+            for number in numbers:
+                self._opened(number)
+        elif not self._there.issuperset(numbers):
+            missing = self.ranks.share(self._missing(numbers) if self.ranks.first else None)
+            for number in missing[self.ranks.rank :: self.ranks.size]:
+                self._make(number)
+            self.ranks.wait()
+            for number in missing:
+                self.ranks.see(self._path(number, ".json"))
+            self._there.update(numbers, missing)
+
+    def _missing(self, numbers: list[int]) -> list[int]:
+        """Return the blocks that are to be made, and as many of the next ones as there are idle ranks."""
+        found = [number for number in numbers if not self._whole(number)]
+        for number in range(max(found, default=0) + 1, self.permanent):
+            if len(found) % self.ranks.size == 0:
+                break
+            if number not in self._there and number not in numbers and not self._whole(number):
+                found.append(number)
+        return found
+
+    def _whole(self, number: int) -> bool:
+        """Whether a block is there and every window in it is what was stored."""
+        if not self._load(number):
+            return False
+        try:
+            for window in self.blocks[number]:
+                self._values(number, window)
+        except (FistaPrunerError, _DamagedError):
+            self._open.pop(number, None)
+            return False
+        return True
 
     def _rounds_of(self, windows: list[int]) -> range:
         """Return the numbers of the blocks of the round in which ``windows`` are used next."""
@@ -182,6 +222,9 @@ class Teacher:
     def _remove(self, number: int) -> None:
         """Remove a block's files, the record first."""
         self._open.pop(number, None)
+        self._there.discard(number)
+        if not self.ranks.first:
+            return
         with disk_errors(self.folder):
             self._path(number, ".json").unlink(missing_ok=True)
             self._path(number, ".safetensors").unlink(missing_ok=True)
@@ -205,6 +248,9 @@ class Teacher:
         try:
             values = self._values(number, window)
         except (FistaPrunerError, _DamagedError):
+            if self.ranks.size > 1:  # the others may be reading it
+                path = self._path(number, ".safetensors")
+                raise FistaPrunerError(f"{path} is damaged: give the same command again") from None
             self._open.pop(number, None)
             self._make(number)
             values = self._values(number, window)
@@ -219,16 +265,22 @@ class Teacher:
 
     def _opened(self, number: int) -> tuple[SafetensorsFile, dict[str, int]]:
         """Open a block; it is made where it is not there."""
+        if not self._load(number):
+            self._make(number)
+        return self._open[number]
+
+    def _load(self, number: int) -> bool:
+        """Open a block if it is there."""
         if number not in self._open:
             try:
                 record = json.loads(self._path(number, ".json").read_bytes())
                 sums = record.pop("checksums")
                 if record != self._record(number) or set(sums) != {str(window) for window in self.blocks[number]}:
-                    raise _DamagedError
+                    return False
                 self._open[number] = SafetensorsFile(self._path(number, ".safetensors")), sums
-            except (OSError, ValueError, TypeError, KeyError, AttributeError, FistaPrunerError, _DamagedError):
-                self._make(number)
-        return self._open[number]
+            except (OSError, ValueError, TypeError, KeyError, AttributeError, FistaPrunerError):
+                return False
+        return True
 
     def _make(self, number: int) -> None:
         """Pass a block's windows through the dense model and write its files."""

@@ -17,12 +17,14 @@ from typing import Any, Protocol
 from torch import Tensor
 
 from ..calibration.training_text import TrainingText
+from ..errors import FistaPrunerError
 from ..recipes.recover_settings import RecoverRecipe
 from ..runs.records import Check
 from ..runs.recover_directory import RecoverDirectory
 from ..runs.snapshots import Snapshot
-from ..runs.steps import StepJournal, read_steps
+from ..runs.steps import ForeignJournal, StepJournal, read_steps
 from ..runtime.formatting import duration
+from ..runtime.ranks import ALONE, Ranks
 from .adamw import Patience, Verdict, check_due, schedule
 from .states import LazyTensors
 
@@ -59,6 +61,9 @@ class Stepper(Protocol):
 
     def replay(self, number: int, size: float, factor: float) -> None:
         """Take a journaled step again without passes; for optimizers without gradients only."""
+
+    def digest(self) -> int:
+        """Return a checksum of the trained tensors."""
 
     def keep(self) -> None:
         """Remember the present weights as the best."""
@@ -113,6 +118,7 @@ class Trainer:
         say: receives sentences.
         tick: receives (steps done, steps in all).
         after_snapshot: called when a state is on the disk.
+        ranks: the processes that train together. Each takes every step; rank 0 writes.
     """
 
     run: RecoverDirectory
@@ -125,6 +131,7 @@ class Trainer:
     say: Say = lambda sentence: None
     tick: Tick = lambda done, total: None
     after_snapshot: Callable[[], None] = lambda: None
+    ranks: Ranks = ALONE
 
     def __post_init__(self) -> None:
         self.state = TrainingState()
@@ -139,8 +146,13 @@ class Trainer:
         snapshot = self.run.states.newest(self.fingerprint, lines[-1]["step"]) if lines else None
         if snapshot is not None:
             self._resume(snapshot)
+        self._agree("begins at step", self.state.step)
         steps, last = len(self.order), time.monotonic()
-        with StepJournal(self.run.steps_file, self.state.step if snapshot is not None else -1) as journal:
+        opened = (StepJournal if self.ranks.first else ForeignJournal)(
+            self.run.steps_file, self.state.step if snapshot is not None else -1
+        )
+        self.ranks.wait()  # until all have read the journal
+        with opened as journal:
             if snapshot is None:
                 self._begin(journal)
             elif self.recipe.zeroth_order:
@@ -222,6 +234,7 @@ class Trainer:
             kept = decide(self.state, self.stepper, held_out)
             check = Check(step=number, held_out=held_out, kept=kept, by_task=by_task)
             line |= {"held_out": held_out, "kept": check.kept, "by_task": by_task}
+            self._agree(f"has after step {number} weights with the CRC", self.stepper.digest)
         self._compare(journal.dropped.pop(number, None), line)
         journal.append({**line, "seconds": round(time.perf_counter() - begin, 3)})
         return check
@@ -259,7 +272,25 @@ class Trainer:
             f"(before {self.state.before:.4f}): {kept}{lines}"
         )
 
+    def _agree(self, what: str, value: int | Callable[[], int]) -> None:
+        """Compare a value with those of the other processes.
+
+        Raises:
+            FistaPrunerError: it differs; names the first process whose value does.
+        """
+        if self.ranks.size == 1:
+            return
+        values = self.ranks.gather(value() if callable(value) else value)
+        for rank, other in enumerate(values):
+            if other != values[0]:
+                raise FistaPrunerError(
+                    f"process {rank} {what} {other}, process 0 {values[0]}: all machines must share the run's folder "
+                    "and compute alike"
+                )
+
     def _snapshot(self) -> None:
+        if not self.ranks.first:
+            return
         self.run.states.write(self.fingerprint, self.state.step, asdict(self.state), self.stepper.tensors())
         self.after_snapshot()
 
