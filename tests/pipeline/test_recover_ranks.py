@@ -1,0 +1,179 @@
+"""Recovery by several processes: the bytes of one process, whoever did what; errors and kills."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+import torch
+
+import fistapruner as fp
+import tiny
+from fistapruner.errors import FistaPrunerError, OtherRankFailed
+from fistapruner.models.files.checkpoint import Checkpoint
+from fistapruner.runs.listener import Listener
+from fistapruner.runs.records import Report, load_run
+from fistapruner.runs.steps import read_steps
+from fistapruner.runtime.ranks import ALONE, ranks_of_run
+
+pytestmark = pytest.mark.skipif(not torch.distributed.is_available(), reason="torch without torch.distributed")
+
+SEQLEN = 16
+SETTINGS: dict[str, Any] = {
+    "evaluate": None,
+    "steps": 3,
+    "windows_per_step": 3,  # one process has two passes, the other one
+    "validation_checks": 3,
+    "rank": 4,
+    "data": {"seqlen": SEQLEN, "tokens": 300},
+    "execution": {"threads": 1},
+}
+RUNS: dict[str, dict[str, Any]] = {
+    "lora": {},
+    "full": {"parameters": "full", "loss": "ce"},
+    "mezo": {"optimizer": "mezo", "lr": 1e-3, "validation_checks": 1},
+}
+
+
+class Stopping(Listener):
+    """Fails when two steps are done."""
+
+    def tick(self, what: str, done: int, total: int) -> None:
+        if what == "recovery steps" and done == 2:
+            raise FistaPrunerError("enough")
+
+
+@pytest.fixture(scope="module")
+def pruned(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A pruning run of a Llama with two layers."""
+    folder = tmp_path_factory.mktemp("ranks")
+    text = folder / "text.jsonl"
+    lines = (f"{number} is followed by {number + 1}, as everybody knows." for number in range(60))
+    text.write_text("".join(json.dumps({"text": line}) + "\n" for line in lines))
+    dense = tiny.save("llama", folder / "dense", num_hidden_layers=2)
+    calibration = {"source": str(text), "samples": 2, "seqlen": SEQLEN}
+    fp.prune(dense, folder / "pruned", method="wanda", sparsity="2:4", calibration=calibration)
+    return folder / "pruned"
+
+
+def failure(rank: int, work: Any) -> dict[str, str]:
+    """The error of a piece of work."""
+    try:
+        work()
+    except FistaPrunerError as error:
+        return {"kind": type(error).__name__, "message": str(error)}
+    return {"kind": "none", "message": ""}
+
+
+def together(rank: int, pruned: Path, folder: Path) -> None:
+    """One of two processes."""
+    torch.set_num_threads(1)
+    torch.distributed.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
+
+    def recover(name: str, **settings: Any) -> Report:
+        return fp.recover(pruned, folder / name, **{**SETTINGS, **settings})
+
+    def fails_on_one() -> None:
+        with ranks_of_run("cpu") as ranks:
+            if not ranks.first:
+                raise FistaPrunerError("its disk is full")
+            ranks.wait()
+
+    try:
+        reports = {name: recover(name, **settings).model_dump(mode="json") for name, settings in RUNS.items()}
+        said = {
+            "stopped": failure(rank, lambda: recover("again", listener=Stopping())),
+            "on one": failure(rank, fails_on_one),
+            "too many": failure(rank, lambda: recover("few", windows_per_step=1)),
+        }
+        reports["again"] = recover("again").model_dump(mode="json")
+        (folder / f"{rank}.json").write_text(json.dumps({"reports": reports, "said": said}))
+    finally:
+        torch.distributed.destroy_process_group()
+
+
+def written(run: Path) -> bytes:
+    return (run / "model" / "model.safetensors").read_bytes()
+
+
+def zeros(model: Path) -> dict[str, torch.Tensor]:
+    checkpoint = Checkpoint.open(model)
+    return {name: checkpoint.read(name) == 0 for name in checkpoint.names() if "_proj" in name}
+
+
+def test_two_processes_write_the_bytes_of_one(pruned: Path, tmp_path: Path) -> None:
+    torch.multiprocessing.spawn(together, (pruned, tmp_path), nprocs=2)
+    found = [json.loads((tmp_path / f"{rank}.json").read_text()) for rank in range(2)]
+    assert found[0]["reports"] == found[1]["reports"]
+    for name, settings in RUNS.items():
+        alone = fp.recover(
+            pruned, tmp_path / "alone" / name, **{**SETTINGS, **settings, "execution": {"threads": 1, "batch_size": 1}}
+        )
+        assert written(tmp_path / name) == written(tmp_path / "alone" / name) != written(pruned)
+        lines = [
+            [{**line, "seconds": 0.0} for line in read_steps(folder / name / "steps.jsonl")]
+            for folder in (tmp_path, tmp_path / "alone")
+        ]
+        assert lines[0] == lines[1]
+        assert found[0]["reports"][name]["fingerprint"] == alone.fingerprint
+        before, after = zeros(pruned / "model"), zeros(tmp_path / name / "model")
+        assert before
+        assert all(torch.equal(before[operator], after[operator]) for operator in before)
+    # One process fails, and both end; the run goes on with the same bytes.
+    first, second = (each["said"] for each in found)
+    assert first["stopped"] == {"kind": "FistaPrunerError", "message": "enough"}
+    assert second["stopped"] == {"kind": OtherRankFailed.__name__, "message": "rank 0: enough"}
+    assert second["on one"] == {"kind": "FistaPrunerError", "message": "rank 1: its disk is full"}
+    assert first["on one"] == {"kind": OtherRankFailed.__name__, "message": "rank 1: its disk is full"}
+    assert "windows_per_step is 1 for 2 processes" in first["too many"]["message"]
+    assert written(tmp_path / "again") == written(tmp_path / "lora")
+    # One process goes on where two had begun, too.
+    again = fp.recover(pruned, tmp_path / "again", **SETTINGS)
+    assert again.fingerprint == found[0]["reports"]["lora"]["fingerprint"]
+
+
+def test_passes_are_shared_in_order() -> None:
+    for count in (1, 2, 5):
+        for size in (1, 2, 3):
+            places = [type(ALONE)(rank, size).mine(range(2 * count - 1), 2) for rank in range(size)]
+            assert sorted(window for each in places for window in each) == list(range(2 * count - 1))
+            assert [len(each) for each in places] == sorted((len(each) for each in places), reverse=True)
+
+
+def launch(run: Path, *words: str) -> subprocess.Popen[str]:
+    """Start two processes of the command line."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "-m", "fistapruner"]
+    return subprocess.Popen([*command, *words], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+
+@pytest.mark.slow
+def test_a_killed_process_ends_the_run_which_goes_on_with_the_same_bytes(pruned: Path, tmp_path: Path) -> None:
+    settings = ["--steps", "40", "--windows-per-step", "2", "--validation-checks", "4", "--rank", "4", "--threads", "1"]
+    words = ["recover", str(pruned), "--evaluate", "none", "--seqlen", str(SEQLEN), "--tokens", "300", *settings]
+    whole = launch(tmp_path, *words, "--out", str(tmp_path / "whole"))
+    assert whole.wait(300) == 0
+    assert (whole.stdout and whole.stdout.read().count("checkpoint ")) == 1  # the first process prints alone
+    for victim in range(2):
+        out = tmp_path / f"killed {victim}"
+        run = launch(tmp_path, *words, "--out", str(out))
+        end = time.monotonic() + 240
+        while not (out / "steps.jsonl").exists() or len(read_steps(out / "steps.jsonl")) < 15:
+            assert run.poll() is None
+            assert time.monotonic() < end
+            time.sleep(0.01)
+        ranks = [child for child in psutil.Process(run.pid).children() if child.environ().get("RANK") == str(victim)]
+        os.kill(ranks[0].pid, signal.SIGKILL)
+        assert run.wait(120) != 0
+        assert load_run(out).status != "finished"
+    assert launch(tmp_path, "resume", str(tmp_path / "killed 0")).wait(300) == 0
+    fp.resume(tmp_path / "killed 1")
+    for victim in range(2):
+        assert written(tmp_path / f"killed {victim}") == written(tmp_path / "whole")
