@@ -84,7 +84,7 @@ def run(arguments: argparse.Namespace) -> int:
 
 
 def show(report: Report, out: str, *, as_json: bool) -> None:
-    """Print the result of a run; of several processes that ``torchrun`` has started, the first one prints it."""
+    """Print the result of a run, in the first of several processes."""
     if int(os.environ.get("RANK") or 0) > 0:
         return
     from ..reporting.summary import summary

@@ -104,7 +104,7 @@ class Trained:
         return self.step(index, layer, self.chain(index, layer, gradients), factor)
 
     def chain(self, index: int, layer: nn.Module, gradients: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Turn gradients with respect to a layer's :meth:`values` into those with respect to its trained tensors.
+        """Turn gradients with respect to :meth:`values` into those with respect to trained tensors.
 
         Args:
             index: number of the layer.
