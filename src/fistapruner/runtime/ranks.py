@@ -1,8 +1,8 @@
-"""The processes that ``torchrun`` or ``accelerate launch`` started for one run: ranks of ``torch.distributed``.
+"""Processes that ``torchrun`` or ``accelerate launch`` started for one run.
 
-The ranks share the passes of a step: pass p is done by rank ``p mod size``. Whatever is added over passes is added in
-the order of the passes, so results do not depend on the number of ranks. Rank 0 alone decides and writes; the others
-wait for it. Objects and waiting go through the backend gloo, sums of tensors on GPUs through nccl.
+They are ranks of ``torch.distributed`` and share the passes of a step: pass p is done by rank ``p mod size``. Whatever
+is added over passes is added in the order of the passes, so results do not depend on the number of ranks. Rank 0 alone
+decides, and writes what all read. Objects go through the backend gloo, sums of tensors on GPUs through nccl.
 """
 
 from __future__ import annotations
