@@ -118,7 +118,7 @@ def test_hidden_states_stay_on_the_device_where_they_fit(gpu: StandIn, deep: Pat
         "method": "sparsegpt",
         "dense_target": "dense",
         "residual": "correct",
-        "calibration": {"samples": 64},
+        "calibration": {"samples": 32},
         "execution": {"batch_size": 2},
     }
     gpu.moved.clear()

@@ -76,7 +76,7 @@ def test_best_quality(gpu: StandIn, model: Path, tmp_path: Path, sparsity: str) 
     assert sum(gpu.live.values()) < 100
 
 
-@pytest.mark.parametrize("architecture", ["opt", "gpt2", "gemma3"])
+@pytest.mark.parametrize("architecture", ["opt", "gpt2", pytest.param("gemma3", marks=pytest.mark.slow)])
 def test_other_architectures(gpu: StandIn, tmp_path: Path, architecture: str) -> None:
     folder = tiny.save(architecture, tmp_path / "model", dtype=torch.bfloat16)
     report = prune(folder, tmp_path / "run", method="sparsegpt")
@@ -125,3 +125,58 @@ def test_a_run_is_evaluated_and_resumed(gpu: StandIn, model: Path, tmp_path: Pat
 
 def test_calibration_text_of_the_model_itself(gpu: StandIn, model: Path, tmp_path: Path) -> None:
     prune(model, tmp_path / "run", method="wanda", calibration={"source": "self", "samples": 2})
+
+
+def test_channels_are_removed(gpu: StandIn, model: Path, tmp_path: Path) -> None:
+    """Alone, then with sparsity; the smaller layers are those of the CPU."""
+    there, here = (
+        prune(model, tmp_path / device[:3], device, structure={"remove": "mlp=25%", "multiple": 4}, dtype="float32")
+        for device in (GPU, "cpu")
+    )
+    assert [operator.shape for layer in there.layers for operator in layer.operators] == [
+        operator.shape for layer in here.layers for operator in layer.operators
+    ]
+    assert errors(there) == pytest.approx(errors(here), rel=0.05)
+    assert not gpu.unordered
+    assert sum(gpu.live.values()) < 100
+
+
+RECOVERIES = [
+    pytest.param(settings, id=next(iter(settings.values())), marks=[pytest.mark.slow] if slow else [])
+    for settings, slow in (
+        ({"parameters": "lora"}, False),
+        ({"parameters": "full"}, False),
+        ({"parameters": "spp"}, True),
+        ({"parameters": "hira"}, True),
+        ({"optimizer": "mezo"}, False),
+        ({"optimizer": "subzero"}, True),
+    )
+]
+
+
+@pytest.mark.parametrize("settings", RECOVERIES)
+def test_recovery(gpu: StandIn, model: Path, tmp_path: Path, settings: dict[str, str]) -> None:
+    """Nothing is summed in no fixed order; every zero stays; the loss is that of the CPU but for rounding."""
+    prune(model, tmp_path / "pruned", method="wanda", sparsity="2:4")
+    base: dict[str, Any] = {
+        "evaluate": None,
+        "steps": 3,
+        "windows_per_step": 2,
+        "validation_checks": 1,
+        "rank": 2,
+        "data": {"source": "python", "seqlen": 16, "tokens": 400},
+        "dtype": "float32",
+    }
+    reports = {}
+    for device in (GPU, "cpu"):
+        out, execution = tmp_path / device[:3], {"device": device, "threads": 1}
+        reports[device] = fistapruner.recover(tmp_path / "pruned", out, execution=execution, **base, **settings)
+    assert not gpu.unordered
+    assert sum(gpu.live.values()) < 100
+    before, after = weights(tmp_path / "pruned"), weights(tmp_path / GPU[:3])
+    zeros = [name for name, tensor in before.items() if "_proj" in name]
+    assert all(bool((after[name][before[name] == 0] == 0).all()) for name in zeros)
+    there, here = (reports[device].recovery for device in (GPU, "cpu"))
+    assert there is not None
+    assert here is not None
+    assert [loss for _, loss in there.curve] == pytest.approx([loss for _, loss in here.curve], rel=0.01)
