@@ -49,6 +49,9 @@ TRAINING, STEP = "training", "one step"
 DISK_RATE = 500e6
 """Assumed bytes a second of files that are written, or read again: nothing is written to measure it."""
 
+GROWTH = 64 * 2**20
+"""Memory of the process that comes after the plan: code loaded on first use, the text, fragments (measured: 50 MiB)."""
+
 DISK_SHARE = 0.95
 """Share of the free disk that a plan may use."""
 
@@ -617,7 +620,7 @@ def measure_model(task: Task) -> ModelSizes:
         return sum(math.prod(each.checkpoint.entry(name).shape) for name in names) * itemsize
 
     names = [{model.source(name) for name in model.layer_parameters(at)} for at in range(len(model))]
-    base = resident_memory() + RETAINED
+    base = resident_memory() + RETAINED + GROWTH
     with room_for(model.device, "one window"), model.embeddings_and_head(head=False):
         hidden, calls = model.embed(torch.arange(task.seqlen).remainder(model.vocabulary)[None])
     begin = time.perf_counter()

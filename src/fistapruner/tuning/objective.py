@@ -37,6 +37,7 @@ from ..activations.stream import (
 from ..calibration.training_text import TrainingText
 from ..errors import FistaPrunerError
 from ..models.layerwise import LayerwiseModel
+from ..runtime.memory import release_memory
 from ..runtime.numerics import BUDGETS, Budgets, ordered_attention, slices
 from ..runtime.ranks import ALONE, OrderedSum, Ranks
 from .losses import Loss
@@ -230,6 +231,7 @@ class Objective:
     @contextmanager
     def _ends(self) -> Iterator[None]:
         """Load what predictions need: the ends of both models."""
+        release_memory()  # what the layers have freed
         with ExitStack() as loaded:
             loaded.enter_context(self.model.embeddings_and_head())
             if self.teacher is not None and self.teacher.ends is not None:
