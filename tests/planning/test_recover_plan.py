@@ -123,7 +123,7 @@ def test_forms_are_ordered_by_what_they_train(folder: Path) -> None:
     states = [forms[name].state for name in ("full", "lora", "spp", "norms")]
     assert states == sorted(states, reverse=True)
     assert forms["lora"].state == forms["hira"].state
-    assert forms["norms"].form.gradients < forms["lora"].form.gradients
+    assert forms["norms"].form.chain < forms["lora"].form.chain
     moments = sizes(task_for(folder, parameters="full")).state
     without = sizes(task_for(folder, parameters="full", optimizer="mezo")).state
     assert without == moments / 2  # the values and the best ones

@@ -206,8 +206,8 @@ class FormSizes:
     effective: int
     """Effective weights of a layer, in the passes' precision."""
 
-    gradients: int
-    """Gradients of a layer's effective weights in fp32; 0 without backward passes."""
+    chain: int
+    """Peak of turning the gradients of a layer's weights into those of its trained tensors, with them."""
 
     backward: int
     """Peak of a forward and backward pass of one window through a layer, with gradients of its weights."""
@@ -217,6 +217,7 @@ class FormSizes:
 
     values_seconds: float
     backward_seconds: float
+    chain_seconds: float
     update_seconds: float
 
 
@@ -286,18 +287,21 @@ class RecoverSizes:
             found["the head"] = loaded + max(hidden["head"], hidden["held out"]) + rows + model.head
             found["the step of a layer"] = layer + at_hand + form.update
         elif choice.keep_graphs:
-            kept = model.layers * (batch * model.graph + form.effective + form.gradients)
-            inside = max(rows + model.head, form.backward + (batch - 1) * model.inside + model.largest_operator)
+            kept = model.layers * (batch * model.graph + form.effective) + form.trained
+            inside = max(rows + model.head, form.backward + (batch - 1) * model.inside, form.chain + form.trained_layer)
             found["the step, with the graphs of all layers"] = layer + kept + max(inside, form.values, form.update)
         else:
             found["the forward pass of a step"] = layer + hidden["forwards"] + changing
             found["the head"] = loaded + max(hidden["head"], hidden["held out"]) + rows + model.head
-            again = self.task.recipe.windows_per_step > batch or self.task.model.dtype != torch.float32
-            sums = (form.gradients + model.largest_operator) * again
-            inside = form.backward + (batch - 1) * model.inside + sums
-            step = form.gradients + form.update + 3 * batch * model.window
+            inside = max(form.backward + (batch - 1) * model.inside, form.chain + form.trained_layer, form.update)
             found["the gradient of a layer"] = (
-                layer + hidden["backwards"] + at_hand + form.effective + 2 * batch * model.window + max(inside, step)
+                layer
+                + hidden["backwards"]
+                + at_hand
+                + form.effective
+                + form.trained_layer  # sum over the passes
+                + 3 * batch * model.window
+                + inside
             )
         found["writing a snapshot"] = loaded + at_hand
         found["writing the checkpoint"] = (
@@ -365,12 +369,14 @@ class RecoverSizes:
         else:
             walks = 1 if choice.keep_graphs else 2
             passing = windows * ((walks - 1) * model.forward_seconds + form.backward_seconds)
+            passing += math.ceil(windows / choice.batch_size) * form.chain_seconds
             seconds = model.layers * (walks * form.values_seconds + passing + form.update_seconds)
             seconds += windows * model.head_seconds
         if not choice.resident:
             seconds += 2 * model.layers * model.load_seconds
         if choice.states_on_disk:
-            traffic += 8 * form.trained  # values are read twice, values and moments for the step, and written
+            chains = math.ceil(windows / choice.batch_size) * (not task.recipe.zeroth_order)
+            traffic += (8 + chains) * form.trained  # values are read on both ways, with the moments, and written
         if choice.hidden_on_disk:
             traffic += 2 * self._stores()["forwards"] * model.window
         return seconds + traffic / DISK_RATE
@@ -502,8 +508,8 @@ def fit(needs: RecoverSizes, resources: Resources, free: int | None = None) -> F
     """Choose settings of a run that fit into memory and onto the disk.
 
     If memory holds the graphs of all layers, no layer runs twice. Else decoder layers stay in memory if they can; then
-    trained tensors, if they can; then as many windows pass at once as
-    fit; then hidden states stay in memory, if they can.
+    trained tensors, if they can; then as many windows pass at once as fit; then hidden states stay in memory, if they
+    can.
 
     Args:
         needs: sizes of the parts.
@@ -765,19 +771,23 @@ def measure_form(task: Task) -> FormSizes:
 
         def update() -> None:
             if moves is None:
-                trained.update(index, layer, gradients, 1.0)
+                trained.step(index, layer, of_trained, 1.0)
             else:
                 moves.update(index, layer, 1, 1.0, 1.0)
 
         values = trained.values(index, layer)
         effective = _unique_bytes(list(values.values()))
-        gradients = {name: torch.zeros_like(value, dtype=torch.float32) for name, value in values.items()}
+        of_weights = {name: torch.zeros_like(value) for name, value in values.items()}
+        of_trained = {} if moves else trained.chain(index, layer, of_weights)
         update()  # makes the state
+        chain, chain_seconds = 0, 0.0
         if moves is None:
             making = peak_bytes(lambda: trained.values(index, layer))
             _, values_seconds = _timed(lambda: trained.values(index, layer))
             backward = peak_bytes(lambda: _through(task, hidden, call, values))
             _, backward_seconds = _timed(lambda: _through(task, hidden, call, values))
+            chain = effective + peak_bytes(lambda: trained.chain(index, layer, of_weights))
+            _, chain_seconds = _timed(lambda: trained.chain(index, layer, of_weights))
         else:
             making = peak_bytes(lambda: [None for _ in moves.variants(1)(index, layer)])
             _, values_seconds = _timed(lambda: [None for _ in moves.variants(1)(index, layer)])
@@ -790,10 +800,11 @@ def measure_form(task: Task) -> FormSizes:
         frames=frames,
         values=making,
         effective=effective,
-        gradients=0 if recipe.zeroth_order else sum(gradient.nbytes for gradient in gradients.values()),
+        chain=chain,
         backward=backward,
         update=stepping,
         values_seconds=values_seconds,
         backward_seconds=backward_seconds,
+        chain_seconds=chain_seconds,
         update_seconds=update_seconds,
     )
