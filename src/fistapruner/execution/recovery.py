@@ -211,6 +211,5 @@ def identity(recipe: RecoverRecipe, model: LayerwiseModel, text: TrainingText, d
         decision.windows_sha256,
         decision.steps,
         decision.teacher_windows is not None,  # in rounds windows pass one by one, however many fit
-        decision.keep_graphs and decision.numerics.device != "cpu",  # on a CPU no bit depends on it
     ]
     return fingerprint(recipe, model.checkpoint, text.tokens, decision.numerics, *more)

@@ -128,9 +128,9 @@ class RecoverDecision(RunDecision):
         dense: folder of the dense model; None where it is not known; ``dense_stamps``: of its weight files.
         resident: the decoder layers stay in memory; else each is read from the checkpoint when it is needed.
         states_on_disk: trained tensors and the optimizer's state are kept in files.
-        hidden_on_disk: hidden states between decoder layers are kept in files. Like the two before it, this is no part
-            of the run's identity: it changes no bit.
-        keep_graphs: no layer runs twice for a gradient, at the cost of memory. On a CPU this changes no bit either.
+        hidden_on_disk: hidden states between decoder layers are kept in files.
+        keep_graphs: no layer runs twice for a gradient, at the cost of memory. Like the three before it, this is no
+            part of the run's identity: it changes no bit.
         operators: pruned operators by full name, and the sparsity that the input's record claims.
         windows_sha256: of ``windows.safetensors``.
         text_sha256: of the files that the text comes from, by path.
