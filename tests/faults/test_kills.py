@@ -36,6 +36,18 @@ def test_kill_at_every_third_disk_call(runs: Runs, disk: Path, first: int) -> No
         shutil.rmtree(out)
 
 
+def test_kills_of_a_run_that_removes_structure(runs: Runs, disk: Path) -> None:
+    """Tensors in new shapes, and a changed config: killed at every thirtieth disk call."""
+    structure = ("--structure", "mlp=25%,heads=1", "--structure-multiple", "4")
+    smaller = Runs(runs.process, (*runs.begin, *structure), disk / "undisturbed")
+    smaller.measure()
+    for at in range(1, smaller.calls + 1, 30):
+        out = disk / str(at)
+        assert smaller.run(out, at=at, then="kill").status == -9
+        smaller.check_resumed(out)
+        shutil.rmtree(out)
+
+
 @pytest.mark.parametrize("then", ["tear", "power"])
 def test_torn_writes_and_lost_power(runs: Runs, disk: Path, then: str) -> None:
     """Die half-way through every third write; die at every sixth call and lose what no fsync had made safe."""
