@@ -469,8 +469,8 @@ def check_model(model: LayerwiseModel) -> None:
         return
     tokens = model.check_window(CHECK_TOKENS)
     with model.failures_explained():
-        own = model.own_logits(tokens)
-        states, _ = forward(model, torch.cat([tokens.flip(1), tokens]), 1, scratch_factory(None, model.dtype))
+        own, store = model.own_logits(tokens), scratch_factory(None, model.dtype, model.device)
+        states, _ = forward(model, torch.cat([tokens.flip(1), tokens]), 1, store)
         with model.embeddings_and_head():
             ours = model.logits(states[0].read(1, 2, model.device), torch.zeros_like(tokens))
         own, ours = (logits.float().nan_to_num(0.0, 0.0, 0.0) for logits in (own, ours))  # damaged weights: found later
