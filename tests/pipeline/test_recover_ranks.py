@@ -19,10 +19,13 @@ import fistapruner as fp
 import tiny
 from fistapruner.errors import FistaPrunerError, OtherRankFailed
 from fistapruner.models.files.checkpoint import Checkpoint
+from fistapruner.models.layerwise import LayerwiseModel
 from fistapruner.runs.listener import Listener
 from fistapruner.runs.records import Report, load_run
+from fistapruner.runs.recover_directory import RecoverDirectory
 from fistapruner.runs.steps import read_steps
-from fistapruner.runtime.ranks import ALONE, ranks_of_run
+from fistapruner.runtime.ranks import ALONE, Ranks, ranks_of_run
+from fistapruner.tuning.teacher import Teacher
 
 pytestmark = pytest.mark.skipif(not torch.distributed.is_available(), reason="torch without torch.distributed")
 
@@ -81,6 +84,17 @@ def together(rank: int, pruned: Path, folder: Path) -> None:
     def recover(name: str, **settings: Any) -> Report:
         return fp.recover(pruned, folder / name, **{**SETTINGS, **settings})
 
+    def stream() -> None:
+        """Let the run go on with everything in files, which is no part of its identity."""
+        if rank == 0:
+            run = RecoverDirectory(folder / "again")
+            record = run.record()
+            assert record is not None
+            changes = {"resident": False, "states_on_disk": True, "hidden_on_disk": True}
+            record.decision = record.decision.model_copy(update=changes)
+            run.write_record(record)
+        torch.distributed.barrier()
+
     def fails_on_one() -> None:
         with ranks_of_run("cpu") as ranks:
             if not ranks.first:
@@ -94,10 +108,37 @@ def together(rank: int, pruned: Path, folder: Path) -> None:
             "on one": failure(rank, fails_on_one),
             "too many": failure(rank, lambda: recover("few", windows_per_step=1)),
         }
+        stream()
         reports["again"] = recover("again").model_dump(mode="json")
+        with ranks_of_run("cpu") as ranks:
+            read = [predictions(pruned, folder / f"teacher {windows}", ranks, windows) for windows in (None, 4)]
+        torch.save(read, folder / f"{rank}.pt")
         (folder / f"{rank}.json").write_text(json.dumps({"reports": reports, "said": said}))
     finally:
         torch.distributed.destroy_process_group()
+
+
+def predictions(pruned: Path, folder: Path, ranks: Ranks, windows: int | None) -> dict[str, torch.Tensor]:
+    """The dense model's last hidden states of six steps of two windows, after a block was damaged."""
+    tokens = torch.randint(3, tiny.VOCABULARY, (8, SEQLEN), generator=torch.Generator().manual_seed(0))
+    order = [4, 1, 3, 6, 7, 2, 5, 4, 1, 3, 6, 7]
+    found = {}
+    for attempt in range(2):
+        dense = LayerwiseModel(Checkpoint.open(pruned.parent / "dense"), torch.device("cpu"))
+        settings = {"order": order, "windows_per_step": 2, "held_out": [0], "windows_on_disk": windows}
+        teacher = Teacher(dense, tokens, folder, batch_size=1, block_tokens=2 * SEQLEN, ranks=ranks, **settings)
+        for step, first in enumerate([-1, *range(0, 12, 2)]):
+            numbers = order[first : first + 2] if first >= 0 else [0]
+            teacher.require(numbers)
+            for window in ranks.mine(numbers, 1):
+                values = teacher.predictions([window], torch.ones(1, SEQLEN, dtype=torch.bool)).stored["hidden"]
+                found[f"{attempt} {step} {window}"] = values.clone()
+        ranks.wait()
+        if ranks.first:
+            damaged = folder / "00000.safetensors"
+            damaged.write_bytes(damaged.read_bytes()[:-4] + b"\0\0\0\0")
+        ranks.wait()
+    return found
 
 
 def written(run: Path) -> bytes:
@@ -135,6 +176,12 @@ def test_two_processes_write_the_bytes_of_one(pruned: Path, tmp_path: Path) -> N
     assert first["on one"] == {"kind": OtherRankFailed.__name__, "message": "rank 1: its disk is full"}
     assert "windows_per_step is 1 for 2 processes" in first["too many"]["message"]
     assert written(tmp_path / "again") == written(tmp_path / "lora")
+    ours = [torch.load(tmp_path / f"{rank}.pt") for rank in range(2)]
+    for place, windows in enumerate((None, 4)):
+        joined = ours[0][place] | ours[1][place]
+        theirs = predictions(pruned, tmp_path / "alone" / f"teacher {windows}", ALONE, windows)
+        assert len(joined) == len(theirs) == 26
+        assert all(torch.equal(joined[key], theirs[key]) for key in theirs)
     # One process goes on where two had begun, too.
     again = fp.recover(pruned, tmp_path / "again", **SETTINGS)
     assert again.fingerprint == found[0]["reports"]["lora"]["fingerprint"]

@@ -244,7 +244,7 @@ def ranks_of_run(device: str) -> Iterator[Ranks]:
     Raises:
         FistaPrunerError: torch without ``torch.distributed``, or the others cannot be reached.
     """
-    size = int(os.environ.get("WORLD_SIZE", "1") or 1)
+    size = int(os.environ.get("WORLD_SIZE") or 1) if os.environ.get("RANK") else 1
     own = not (torch.distributed.is_available() and torch.distributed.is_initialized())
     if own and size == 1:
         yield ALONE

@@ -163,6 +163,7 @@ class Teacher:
         """
         if any(window not in self._of for window in windows):
             needed = self._rounds_of(list(windows))
+            self.ranks.wait()  # until all have read what makes room
             self._of = {window: at for window, at in self._of.items() if at < self.permanent or at in needed}
             for number in range(self.permanent, len(self.blocks)):
                 if number not in needed:
