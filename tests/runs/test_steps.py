@@ -78,3 +78,19 @@ def test_a_damaged_snapshot_leaves_the_one_before(tmp_path: Path, suffix: str, d
     found = states.newest("run")
     assert found is not None
     assert found.step == 7
+
+
+def test_what_a_killed_attempt_left_is_removed(tmp_path: Path) -> None:
+    """States of steps that the run has not come to again, and tensors without a record."""
+    states = Snapshots(tmp_path / "states")
+    states.tidy(-1)  # there is nothing yet
+    for step in (3, 5):
+        states.write("run", step, {}, {"theta": torch.ones(3)})
+    (states.folder / "00000004.safetensors").write_bytes(b"")
+    (states.folder / "00000005.safetensors.partial").write_bytes(b"")
+    (states.folder / "notes.txt").write_text("mine")
+    states.tidy(5)
+    names = ["00000003.json", "00000003.safetensors", "00000005.json", "00000005.safetensors", "notes.txt"]
+    assert sorted(path.name for path in states.folder.iterdir()) == names
+    states.write("run", 4, {}, {"theta": torch.ones(3)})
+    assert sorted(path.stem for path in states.folder.glob("*.json")) == ["00000003", "00000004"]

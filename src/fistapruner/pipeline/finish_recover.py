@@ -87,10 +87,10 @@ def finish(
     disk = sum(path.stat().st_size for path in run.folder.rglob("*") if path.is_file())
     report.plan = check_plan(report.plan, report.totals, [], disk, _seconds(context))
     update_stage(report)
-    run.write_report(report)
-    # The snapshots stay: the checkpoint can be written again from them.
+    # The snapshots stay: the checkpoint can be written again from them. A finished run leaves nothing else behind.
     for folder in (run.teacher, run.hidden, run.trained):
         shutil.rmtree(folder, ignore_errors=True)
+    run.write_report(report)
     return report
 
 

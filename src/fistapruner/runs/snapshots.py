@@ -59,7 +59,7 @@ class Snapshots:
         self.folder = folder
 
     def write(self, fingerprint: str, step: int, values: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> None:
-        """Store a state, and remove all but the newest :data:`KEPT`, and those of later steps, which are void.
+        """Store a state, and remove those that it replaces (:meth:`tidy`).
 
         Args:
             fingerprint: of the run.
@@ -77,10 +77,18 @@ class Snapshots:
                 writer.write(name, tensor)
         content = {"fingerprint": fingerprint, "step": step, "values": dict(values), "file": sha256_file(file)}
         write_json_atomic(record, {**content, "sha256": json_sha256(content)})
+        self.tidy(step)
+
+    def tidy(self, step: int) -> None:
+        """Remove all but the newest :data:`KEPT`, what an attempt has left that was killed, and later states.
+
+        Args:
+            step: that the run is at; what was stored of later ones is void.
+        """
         kept = [other for other in self._steps() if other <= step][-KEPT:]
         with disk_errors(self.folder):
-            # The JSON first: without it the tensors do not count. Tensors without it are of an attempt that was killed.
-            for path in sorted(self.folder.iterdir()):
+            # The JSON first: without it the tensors do not count.
+            for path in sorted(self.folder.glob("*")):
                 if STATE_FILE.fullmatch(path.name) and (int(path.name[:8]) not in kept or path.name.endswith(PARTIAL)):
                     path.unlink(missing_ok=True)
 

@@ -151,7 +151,9 @@ class Trainer:
         opened = (StepJournal if self.ranks.first else ForeignJournal)(
             self.run.steps_file, self.state.step if snapshot is not None else -1
         )
-        self.ranks.wait()  # until all have read the journal
+        self.ranks.wait()  # until all have read journal and state
+        if self.ranks.first:
+            self.run.states.tidy(self.state.step if snapshot is not None else -1)
         with opened as journal:
             if snapshot is None:
                 self._begin(journal)
