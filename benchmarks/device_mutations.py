@@ -2,6 +2,7 @@
 
     python benchmarks/device_mutations.py                          # every mutant
     python benchmarks/device_mutations.py --only solvers --every 3  # every third one of these files
+    python benchmarks/device_mutations.py --quick                   # solvers and --quality best only
 
 A mutant is the package with one ``.to(device)``, ``device=...`` or ``.cpu()`` removed; on a CPU most of them compute
 the same, so that no other test can see them. Each runs the tests of ``tests/standin`` until one fails. Prints each
@@ -19,7 +20,7 @@ import subprocess
 import sys
 import tempfile
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -27,7 +28,7 @@ REPOSITORY = Path(__file__).resolve().parents[1]
 PACKAGE = REPOSITORY / "src" / "fistapruner"
 TESTS = REPOSITORY / "tests" / "standin"
 STAGES = (
-    ["test_solvers_on_gpu.py", "test_runs_on_gpu.py::test_best_quality"],
+    ["test_runs_on_gpu.py::test_best_quality", "test_solvers_on_gpu.py"],
     ["test_runs_on_gpu.py", "--deselect", "tests/standin/test_runs_on_gpu.py::test_best_quality"],
 )
 """Tests that run one after the other: those that reach most first."""
@@ -95,7 +96,7 @@ def _of_torch(node: ast.Call) -> bool:
     )
 
 
-def caught(mutant: Mutant, folder: Path) -> bool:
+def caught(mutant: Mutant, folder: Path, stages: Sequence[list[str]]) -> bool:
     """Return whether a test fails with the mutant."""
     file = folder / "fistapruner" / mutant.path
     whole = file.read_bytes()
@@ -103,7 +104,7 @@ def caught(mutant: Mutant, folder: Path) -> bool:
     ast.parse(changed)
     file.write_bytes(changed)
     try:
-        return any(_fails(stage, folder) for stage in STAGES)
+        return any(_fails(stage, folder) for stage in stages)
     finally:
         file.write_bytes(whole)
 
@@ -123,6 +124,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", action="append", help="files with this in their path; may be repeated")
     parser.add_argument("--every", type=int, default=1, help="take every N-th mutant")
+    parser.add_argument("--quick", action="store_true", help="take the first of the two stages of tests only")
     parser.add_argument("--list", action="store_true", help="print the mutants and stop")
     arguments = parser.parse_args()
     found = [mutant for path in sorted(PACKAGE.rglob("*.py")) for mutant in mutants(path)]
@@ -135,11 +137,12 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
         shutil.copytree(PACKAGE, folder / "fistapruner", ignore=shutil.ignore_patterns("__pycache__"))
-        if any(_fails(stage, folder) for stage in STAGES):
+        stages = STAGES[: 1 if arguments.quick else None]
+        if any(_fails(stage, folder) for stage in stages):
             raise SystemExit("the tests fail without a mutant")
         for one in found:
             room = one.path.parts[0]
-            killed = caught(one, folder)
+            killed = caught(one, folder, stages)
             all_of[room] += 1
             seen[room] += killed
             print("caught" if killed else "missed", one, flush=True)
