@@ -17,6 +17,7 @@ import torch
 
 import fistapruner as fp
 import tiny
+from fistapruner.cli import main
 from fistapruner.errors import FistaPrunerError, OtherRankFailed
 from fistapruner.models.files.checkpoint import Checkpoint
 from fistapruner.models.layerwise import LayerwiseModel
@@ -193,6 +194,18 @@ def test_passes_are_shared_in_order() -> None:
             places = [type(ALONE)(rank, size).mine(range(2 * count - 1), 2) for rank in range(size)]
             assert sorted(window for each in places for window in each) == list(range(2 * count - 1))
             assert [len(each) for each in places] == sorted((len(each) for each in places), reverse=True)
+
+
+def test_several_processes_are_refused_where_one_does_the_work(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for name, value in {"TORCHELASTIC_RUN_ID": "none", "WORLD_SIZE": "2"}.items():
+        monkeypatch.setenv(name, value)
+    for rank, lines in (("0", 1), ("1", 0)):
+        monkeypatch.setenv("RANK", rank)
+        for words in (["prune", "smollm2", "--out", "x"], ["recover", "x", "--merge", "y", "--out", "z"]):
+            assert main(words) == 2
+            assert capsys.readouterr().err.count("torchrun has started several processes") == lines
 
 
 def launch(run: Path, *words: str) -> subprocess.Popen[str]:

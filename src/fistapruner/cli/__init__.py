@@ -67,6 +67,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         try:
             parsed = build_parser().parse_args(arguments)
             _quieten()
+            _refuse_processes(parsed)
             return int(parsed.run(parsed))
         except OtherRankFailed:  # it says why
             return 2
@@ -82,6 +83,24 @@ def main(arguments: Sequence[str] | None = None) -> int:
         except KeyboardInterrupt as interruption:
             print(f"fistapruner: {str(interruption) or 'interrupted'}", file=sys.stderr)
             return 130
+
+
+def _refuse_processes(arguments: argparse.Namespace) -> None:
+    """Refuse several processes of ``torchrun`` for what one process does.
+
+    Raises:
+        FistaPrunerError: names the verb; in the first process.
+    """
+    from ..errors import FistaPrunerError, OtherRankFailed
+
+    several = "TORCHELASTIC_RUN_ID" in os.environ and os.environ.get("WORLD_SIZE", "1") != "1"
+    shared = arguments.verb == "recover" and not (arguments.merge or arguments.replay)
+    if several and not shared and arguments.verb != "resume":
+        if os.environ.get("RANK", "0") != "0":
+            raise OtherRankFailed
+        raise FistaPrunerError(
+            f"torchrun has started several processes, and {arguments.verb} is done by one: leave it out"
+        )
 
 
 class _Output:
