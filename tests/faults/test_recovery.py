@@ -101,7 +101,7 @@ def test_status_of_a_run_that_was_killed(recoveries: Runs, disk: Path, capsys: p
 def test_stopped_between_training_and_writing(recoveries: Runs, disk: Path) -> None:
     """Nothing is trained again."""
     out = Path(shutil.copytree(recoveries.undisturbed, disk / "run"))
-    for name in ("report.json", "report.html", "model.json", "log.txt"):
+    for name in ("report.json", "model.json", "log.txt"):
         (out / name).unlink()
     shutil.rmtree(out / "model")
     assert recoveries.do(["resume", str(out)]).status == 0
