@@ -19,16 +19,9 @@ from fistapruner.models.discovery import discover
 from fistapruner.models.files.checkpoint import Checkpoint
 from fistapruner.models.layerwise import LayerwiseModel
 from fistapruner.planning.plan import Resources
-from fistapruner.planning.recover_plan import (
-    FormPlan,
-    RecoverChoice,
-    RecoverSizes,
-    Task,
-    fit,
-    measure_form,
-    measure_model,
-    plan_recovery,
-)
+from fistapruner.planning.recover_plan import FormPlan, fit, plan_recovery
+from fistapruner.planning.recover_probe import measure_form, measure_model
+from fistapruner.planning.recover_sizes import RecoverChoice, RecoverSizes, Task
 from fistapruner.recipes.recover_settings import RecoverRecipe
 from fistapruner.runs.listener import Listener
 from fistapruner.runs.records import Report

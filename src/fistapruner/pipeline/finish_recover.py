@@ -21,7 +21,7 @@ from ..models.files.checkpoint import PRUNING_RECORD, Checkpoint
 from ..models.files.record import read_pruning_record
 from ..models.layerwise import LayerwiseModel
 from ..planning.plan import check_plan
-from ..planning.recover_plan import STEP, TRAINING
+from ..planning.recover_sizes import STEP, TRAINING
 from ..reporting.model_card import model_card
 from ..runs.directory import CARD
 from ..runs.lineage import add_stage, update_stage

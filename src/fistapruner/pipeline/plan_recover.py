@@ -11,7 +11,8 @@ from ..recipes.recover_settings import RecoverRecipe
 from ..runs.listener import Listener
 from ..runs.recover_directory import RecoverDirectory, input_run
 from ..runtime.devices import cpu_threads
-from .prepare_recover import RecoverRequest, check_inputs, task_of
+from .prepare_recover import task_of
+from .recover_inputs import RecoverRequest, check_inputs
 
 STAND_IN = "python"
 """Text that a plan takes where none is named: only its number of tokens matters."""

@@ -30,8 +30,8 @@ from .begun import FinishedRun, absolute, find_finished
 from .finish import finish, write_failure
 from .measure import measure
 from .prepare import RunRequest, prepare
-from .prepare_recover import check_following
 from .recover import recover
+from .recover_inputs import check_following
 
 Inspect = Callable[[int, int, LayerProblem], None]
 """Receives (layer, group, problem) before each solve."""

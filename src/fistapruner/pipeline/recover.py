@@ -32,7 +32,8 @@ from .finish import write_failure
 from .finish_recover import finish
 from .measure import measure
 from .prepare import say_other_versions
-from .prepare_recover import RecoverRequest, asked, prepare, restore_text
+from .prepare_recover import prepare, restore_text
+from .recover_inputs import RecoverRequest, asked
 
 
 def recover(

@@ -23,7 +23,7 @@ from ..tuning.steppers import Replayed
 from ..tuning.trained import Trained
 from ..tuning.trainer import TrainingState, take_again
 from .finish_recover import replacements
-from .prepare_recover import find_input
+from .recover_inputs import find_input
 
 
 def replay(

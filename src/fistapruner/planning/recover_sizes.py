@@ -1,0 +1,366 @@
+"""Count the memory, disk and time of a recovery run from measured sizes of its parts."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from ..calibration.training_text import MAX_HELD_OUT_WINDOWS
+from ..models.discovery import Layout
+from ..models.layerwise import LayerwiseModel
+from ..recipes.recover_settings import RecoverRecipe
+from ..runs.snapshots import KEPT
+from ..runtime.numerics import windows_at_once
+from ..tuning.teacher import BLOCK_TOKENS
+from .sizes import UNCOUNTED
+
+TRAINING, STEP = "training", "one step"
+"""Quantities of time in the report: all steps, checks and predictions of the dense model; a step without a check."""
+
+DISK_RATE = 500e6
+"""Assumed bytes a second of files that are written, or read again: nothing is written to measure it."""
+
+
+@dataclass(frozen=True)
+class RecoverChoice:
+    """Settings that a plan may change to make a recovery run fit.
+
+    Args:
+        batch_size: windows in one pass.
+        resident: the decoder layers stay in memory; else each is read when it is needed.
+        states_on_disk: trained tensors and optimizer state in files instead of memory.
+        hidden_on_disk: hidden states in files instead of memory.
+        teacher_windows: windows whose predictions by the dense model the disk holds at once; None is all.
+        keep_graphs: no decoder layer runs twice for a gradient: the activations of all of them stay in memory.
+    """
+
+    batch_size: int
+    resident: bool = True
+    states_on_disk: bool = False
+    hidden_on_disk: bool = False
+    teacher_windows: int | None = None
+    keep_graphs: bool = False
+
+    def words(self) -> list[str]:
+        """List what differs from a run that keeps layers, trained tensors and hidden states in memory."""
+        return [
+            *(["no layer runs twice"] if self.keep_graphs else []),
+            *([] if self.resident else ["one decoder layer in memory at a time"]),
+            *(["trained tensors in files"] if self.states_on_disk else []),
+            *(["hidden states in files"] if self.hidden_on_disk else []),
+            *([] if self.teacher_windows is None else ["the dense model's predictions in rounds"]),
+        ]
+
+
+@dataclass(frozen=True)
+class Task:
+    """What is to be planned.
+
+    Args:
+        model: the pruned model; ``layout``: its operators to train.
+        dense: the dense model; None where the loss does not need it.
+        recipe: all settings, resolved.
+        survivors: weights of each operator that are not zero, by full name; an operator that is missing has all.
+        seqlen: tokens in a window.
+        out: the run directory; its disk must have the free space.
+    """
+
+    model: LayerwiseModel
+    layout: Layout
+    dense: LayerwiseModel | None
+    recipe: RecoverRecipe
+    survivors: Mapping[str, int]
+    seqlen: int
+    out: Path
+
+    @property
+    def windows(self) -> int:
+        """Windows to train on, at most."""
+        return max(1, math.ceil(self.recipe.data.tokens / self.seqlen))
+
+    @property
+    def held_out(self) -> int:
+        """Held-out windows, at most: whole documents are held out, so a small share may fill many windows."""
+        return max(MAX_HELD_OUT_WINDOWS, len(self.recipe.data.tasks))
+
+    @property
+    def steps(self) -> int:
+        """Optimizer steps."""
+        recipe = self.recipe
+        return recipe.steps or max(1, round(recipe.data.tokens / (recipe.windows_per_step * self.seqlen)))
+
+    @property
+    def batch_size(self) -> int:
+        """Windows in one pass, if they fit."""
+        asked = self.recipe.execution.batch_size or windows_at_once(self.seqlen, self.model.device)
+        return min(self.recipe.windows_per_step, asked)
+
+
+@dataclass(frozen=True)
+class ModelSizes:
+    """Bytes and seconds of what does not depend on the trained tensors; see :meth:`measure`."""
+
+    base: int
+    """Main memory of the process before the run."""
+
+    ends: int
+    """Embeddings, final norms and heads of both models; what they share counts once."""
+
+    largest: int
+    """Largest tensor of the checkpoints, as stored and in the passes' precision."""
+
+    largest_operator: int
+    """Largest operator's weight in fp32."""
+
+    checkpoint: int
+    layer: int
+    """Weights of the largest decoder layer, of either model, in the passes' precision."""
+
+    weights: int
+    """Weights of all decoder layers of the model."""
+
+    layers: int
+    calls: int
+    """Arguments of the decoder layers beside hidden states, for one window."""
+
+    window: int
+    """Hidden states of one window, in the passes' precision."""
+
+    forward: int
+    """Peak of a forward pass of one window through a layer."""
+
+    inside: int
+    """Peak of a forward and backward pass of one window, without gradients of weights."""
+
+    graph: int
+    """Activations of one window in one layer that are kept for the way back."""
+
+    head: int
+    """Peak of the loss of one slice of logits, with its gradient where steps need it."""
+
+    stored: int
+    """What is stored of the dense model's predictions of one window; 0 without it."""
+
+    text: int
+    """The dense model as a whole, where it generates the training text; else 0."""
+
+    load_seconds: float
+    forward_seconds: float
+    """Of one window through one layer."""
+
+    head_seconds: float
+    """Of one window, with the gradient."""
+
+    cuda: bool
+
+
+@dataclass(frozen=True)
+class FormSizes:
+    """Bytes and seconds of the trained tensors; see :meth:`measure`."""
+
+    trained: int
+    """Trained numbers of all layers, in fp32."""
+
+    trained_layer: int
+    frames: int
+    """Subspaces of subzero; else 0."""
+
+    values: int
+    """Peak of computing a layer's effective weights, with the result."""
+
+    effective: int
+    """Effective weights of a layer, in the passes' precision."""
+
+    chain: int
+    """Peak of turning the gradients of a layer's weights into those of its trained tensors, with them."""
+
+    backward: int
+    """Peak of a forward and backward pass of one window through a layer, with gradients of its weights."""
+
+    update: int
+    """Peak of one optimizer step of a layer, beside its state."""
+
+    values_seconds: float
+    backward_seconds: float
+    chain_seconds: float
+    update_seconds: float
+
+
+@dataclass(frozen=True)
+class RecoverSizes:
+    """Predict memory, disk and time of a recovery run from measured parts."""
+
+    task: Task
+    model: ModelSizes
+    form: FormSizes
+
+    @property
+    def copies(self) -> int:
+        """Copies of the trained numbers at the peak: values, two moments, best values."""
+        recipe = self.task.recipe
+        best = min(self.task.steps, recipe.validation_checks) > 1
+        return (1 if recipe.zeroth_order else 3) + best
+
+    @property
+    def state(self) -> int:
+        """Bytes of trained tensors and optimizer state."""
+        return self.copies * self.form.trained
+
+    def _stores(self) -> dict[str, int]:
+        """Count windows of hidden states that are kept in each stage."""
+        step, held_out = self.task.recipe.windows_per_step, self.task.held_out
+        if self.task.recipe.zeroth_order:
+            return {"held out": 2 * held_out, "forwards": 3 * step, "head": 2 * step}
+        layers = self.model.layers
+        return {
+            "held out": 2 * held_out,
+            "forwards": (layers + 1) * step,
+            "head": (layers + 2) * step,
+            "backwards": (layers + 1) * step,
+        }
+
+    def stages(self, choice: RecoverChoice) -> dict[str, int]:
+        """Compute the peak bytes of every stage, by the stage's name in messages.
+
+        The bytes are of main memory on a CPU, or of the GPU.
+        """
+        model, form, batch = self.model, self.form, choice.batch_size
+        base = 0 if model.cuda else model.base
+        hidden = {
+            name: 0 if choice.hidden_on_disk else windows * model.window for name, windows in self._stores().items()
+        }
+        state = 0 if choice.states_on_disk else self.state
+        at_hand = 3 * form.trained_layer if choice.states_on_disk else 0  # of the layer at work, read from its files
+        loaded = base + model.ends + state + form.frames + (2 * batch + 1) * model.calls
+        layer = loaded + (model.weights if choice.resident else model.layer)
+        loaded += model.weights if choice.resident else 0
+        passing = model.forward * batch + 2 * batch * model.window
+        changing = at_hand + max(form.values, form.effective + passing)
+        found = {
+            "the embeddings": base + model.ends + model.largest,
+            "the held-out loss": layer + hidden["held out"] + changing,
+        }
+        if model.stored:
+            together = 1 if choice.teacher_windows is not None else batch
+            block = 0 if model.cuda else self._block(choice) * model.window  # in main memory
+            found["the dense model's predictions"] = (
+                loaded + model.layer + block + together * (model.forward + 2 * model.window)
+            )
+        rows = 5 * batch * model.window  # hidden states, their rows with loss, gradient, and the dense model's
+        if self.task.recipe.zeroth_order:
+            found["the passes of a step"] = layer + hidden["forwards"] + changing + 3 * form.trained_layer
+            found["the head"] = loaded + max(hidden["head"], hidden["held out"]) + rows + model.head
+            found["the step of a layer"] = layer + at_hand + form.update
+        elif choice.keep_graphs:
+            kept = model.layers * (batch * model.graph + form.effective) + form.trained
+            inside = max(rows + model.head, form.backward + (batch - 1) * model.inside, form.chain + form.trained_layer)
+            found["the step, with the graphs of all layers"] = layer + kept + max(inside, form.values, form.update)
+        else:
+            found["the forward pass of a step"] = layer + hidden["forwards"] + changing
+            found["the head"] = loaded + max(hidden["head"], hidden["held out"]) + rows + model.head
+            inside = max(form.backward + (batch - 1) * model.inside, form.chain + form.trained_layer, form.update)
+            found["the gradient of a layer"] = (
+                layer
+                + hidden["backwards"]
+                + at_hand
+                + form.effective
+                + form.trained_layer  # sum over the passes
+                + 3 * batch * model.window
+                + inside
+            )
+        found["writing a snapshot"] = loaded + at_hand
+        found["writing the checkpoint"] = (
+            base
+            + state
+            + model.layer
+            + at_hand
+            + form.values
+            + form.effective
+            + max(model.largest, 5 * model.largest_operator)
+        )
+        return {name: round(each + UNCOUNTED * (each - base)) for name, each in found.items()}
+
+    def host_stages(self, choice: RecoverChoice) -> dict[str, int]:
+        """Compute the peak bytes of main memory of every stage of a run on a GPU."""
+        model, form = self.model, self.form
+        moving = 2 * choice.batch_size * model.window
+        found = {
+            "the embeddings": model.largest,
+            "a step": moving + 2 * model.largest_operator,
+            "writing a snapshot": form.trained_layer,
+            "writing the checkpoint": form.effective + max(model.largest, 5 * model.largest_operator),
+        }
+        if model.stored:
+            found["the dense model's predictions"] = self._block(choice) * model.window + moving + model.largest
+        return {name: round(model.base + (1 + UNCOUNTED) * each) for name, each in found.items()}
+
+    def peak(self, choice: RecoverChoice) -> int:
+        """Compute the peak bytes of the run where its layers are, with the drawing of its text."""
+        return max(*self.stages(choice).values(), (0 if self.model.cuda else self.model.base) + self.model.text)
+
+    def _block(self, choice: RecoverChoice) -> int:
+        """Count the windows of a block of the dense model's predictions."""
+        task = self.task
+        most = self.used_windows() if choice.teacher_windows is None else choice.teacher_windows
+        return min(max(1, BLOCK_TOKENS // (task.seqlen * choice.batch_size)) * choice.batch_size, most)
+
+    def used_windows(self) -> int:
+        """Windows that pass through the dense model, at most."""
+        task = self.task
+        return min(task.windows, task.steps * task.recipe.windows_per_step) + task.held_out
+
+    def disk(self, choice: RecoverChoice) -> dict[str, int]:
+        """Compute the peak bytes of the run directory's parts, by name in messages."""
+        task, model = self.task, self.model
+        windows = self.used_windows() if choice.teacher_windows is None else choice.teacher_windows
+        tokens = (task.windows + task.held_out) * task.seqlen
+        return {
+            "the dense model's predictions": windows * model.stored,
+            "snapshots": (KEPT + 1) * self.state,
+            "trained tensors": (self.state + self.form.trained_layer) * choice.states_on_disk,
+            "hidden states": max(self._stores().values()) * model.window * choice.hidden_on_disk,
+            "the checkpoint": model.checkpoint,
+            "the training text": 9 * tokens,
+        }
+
+    def step_seconds(self, choice: RecoverChoice) -> float:
+        """Estimate the seconds of one step, without a check."""
+        task, model, form = self.task, self.model, self.form
+        windows = task.recipe.windows_per_step
+        traffic = 0.0
+        if task.recipe.zeroth_order:
+            seconds = model.layers * (form.values_seconds + 2 * windows * model.forward_seconds + form.update_seconds)
+            seconds += windows * model.head_seconds
+        else:
+            walks = 1 if choice.keep_graphs else 2
+            passing = windows * ((walks - 1) * model.forward_seconds + form.backward_seconds)
+            passing += math.ceil(windows / choice.batch_size) * form.chain_seconds
+            seconds = model.layers * (walks * form.values_seconds + passing + form.update_seconds)
+            seconds += windows * model.head_seconds
+        if not choice.resident:
+            seconds += 2 * model.layers * model.load_seconds
+        if choice.states_on_disk:
+            chains = math.ceil(windows / choice.batch_size) * (not task.recipe.zeroth_order)
+            traffic += (8 + chains) * form.trained  # values are read on both ways, with the moments, and written
+        if choice.hidden_on_disk:
+            traffic += 2 * self._stores()["forwards"] * model.window
+        return seconds + traffic / DISK_RATE
+
+    def seconds(self, choice: RecoverChoice) -> float:
+        """Estimate the seconds of all steps, checks, snapshots and predictions of the dense model."""
+        task, model, form = self.task, self.model, self.form
+        checks = 1 + min(task.steps, task.recipe.validation_checks)
+        check = model.layers * (form.values_seconds + task.held_out * model.forward_seconds)
+        check += task.held_out * model.head_seconds / 2
+        check += 0 if choice.resident else model.layers * model.load_seconds
+        dense = 0.0
+        if model.stored:
+            windows = self.used_windows()
+            if choice.teacher_windows is not None:
+                windows = task.steps * task.recipe.windows_per_step + task.held_out
+            blocks = math.ceil(windows / self._block(choice))
+            dense = model.layers * (windows * model.forward_seconds + blocks * model.load_seconds)
+        writing = (1 + (checks - 1) * 2) * self.state / DISK_RATE  # written and hashed; the first one is empty
+        return task.steps * self.step_seconds(choice) + checks * check + dense + writing
