@@ -151,7 +151,7 @@ class RecoverContext:
         }
 
     def _stepper(self, objective: Objective, trained: Trained) -> Stepper:
-        return (ForwardOnly if self.recipe.zeroth_order else FirstOrder)(objective, trained)
+        return (ForwardOnly if self.recipe.zeroth_order else FirstOrder)(trained, objective)
 
     def _teacher(self, windows: Tensor, listener: Listener) -> Teacher | None:
         """The dense model's predictions, cached; None where the loss does not need them."""

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from ..errors import FistaPrunerError
 from ..models.source import Permissions
-from ..recipes.settings import NO_IDENTITY, Recipe
+from ..recipes.settings import Recipe
 from ..runs.decision import PruneRecord
 from ..runs.identity import fingerprint, text_sha256
 from ..runs.prune_directory import PruneDirectory
@@ -63,7 +63,7 @@ def refuse_other(run: PruneDirectory, record: PruneRecord, model: str, recipe: R
     """
     now = recipe.model_dump(mode="json")
     for key in now:
-        if key not in NO_IDENTITY and record.recipe.get(key) != now[key]:
+        if key not in Recipe.no_identity and record.recipe.get(key) != now[key]:
             raise FistaPrunerError(
                 f"--out {run.folder} holds a run with {key} = {json.dumps(record.recipe.get(key))}, "
                 f"this one has {json.dumps(now[key])}: name another folder, or remove it"

@@ -1,11 +1,59 @@
-"""Base of all settings."""
+"""Base of all settings, and of the recipes that hold all settings of a run."""
 
 from __future__ import annotations
 
-from pydantic import BaseModel, ConfigDict
+import hashlib
+import json
+from typing import Any, ClassVar, Self
+
+import yaml
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from ..errors import FistaPrunerError, explain
+from .loading import parse_yaml
 
 
 class Settings(BaseModel):
     """Base of all sections: frozen; unknown keys are refused."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class RunRecipe(Settings):
+    """Base of the recipes.
+
+    Attributes:
+        no_identity: settings that do not determine the resulting weights.
+    """
+
+    no_identity: ClassVar[tuple[str, ...]] = ("execution",)
+
+    def fingerprint(self) -> str:
+        """Return a hash of everything that determines the resulting weights."""
+        identity = json.dumps(self.model_dump(mode="json", exclude=set(self.no_identity)), sort_keys=True)
+        return hashlib.sha256(identity.encode()).hexdigest()[:16]
+
+    def to_yaml(self) -> str:
+        """Return the recipe as YAML with every setting."""
+        return str(yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False))
+
+    @classmethod
+    def from_yaml(cls, text: str, origin: str = "recipe") -> Self:
+        """Read a recipe.
+
+        Raises:
+            FistaPrunerError: not YAML, not a mapping, unknown or wrong settings.
+        """
+        return cls.build(parse_yaml(text, origin), origin)
+
+    @classmethod
+    def build(cls, settings: dict[str, Any], origin: str = "recipe") -> Self:
+        """Validate a mapping of settings.
+
+        Raises:
+            FistaPrunerError: one line that names every wrong setting.
+        """
+        try:
+            return cls.model_validate(settings)
+        except ValidationError as error:
+            raise FistaPrunerError(f"{origin}: {explain(error)}") from None

@@ -2,17 +2,13 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 import math
 from typing import Annotated, Any, Literal
 
-import yaml
-from pydantic import BeforeValidator, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import BeforeValidator, ConfigDict, Field, field_validator, model_validator
 
-from ..errors import FistaPrunerError, explain
-from .base import Settings
-from .loading import parse_count, parse_yaml
+from .base import RunRecipe, Settings
+from .loading import parse_count
 from .patterns import check_pattern
 from .settings import Execution, Seed
 
@@ -98,7 +94,7 @@ class TrainingData(Settings):
     )
 
 
-class RecoverRecipe(Settings):
+class RecoverRecipe(RunRecipe):
     """Hold all settings of a recovery run."""
 
     parameters: Literal["auto", "lora", "full", "spp", "hira", "norms"] = Field(
@@ -207,33 +203,3 @@ class RecoverRecipe(Settings):
     def zeroth_order(self) -> bool:
         """Whether the optimizer needs forward passes only."""
         return self.optimizer != "adamw"
-
-    def fingerprint(self) -> str:
-        """Return a hash of everything that determines the recovered weights."""
-        identity = json.dumps(self.model_dump(mode="json", exclude={"execution"}), sort_keys=True)
-        return hashlib.sha256(identity.encode()).hexdigest()[:16]
-
-    def to_yaml(self) -> str:
-        """Return the recipe as YAML with every setting."""
-        return str(yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False))
-
-    @classmethod
-    def from_yaml(cls, text: str, origin: str = "recipe") -> RecoverRecipe:
-        """Read a recipe.
-
-        Raises:
-            FistaPrunerError: not YAML, not a mapping, unknown or wrong settings.
-        """
-        return cls.build(parse_yaml(text, origin), origin)
-
-    @classmethod
-    def build(cls, settings: dict[str, Any], origin: str = "recipe") -> RecoverRecipe:
-        """Validate a mapping of settings.
-
-        Raises:
-            FistaPrunerError: one line that names every wrong setting.
-        """
-        try:
-            return cls.model_validate(settings)
-        except ValidationError as error:
-            raise FistaPrunerError(f"{origin}: {explain(error)}") from None

@@ -7,30 +7,26 @@ field: the command line and the reference page are made from the fields.
 
 from __future__ import annotations
 
-import hashlib
-import json
 import os
 from collections.abc import Callable, Mapping
 from contextlib import suppress
 from itertools import chain, repeat
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
-import yaml
 from pydantic import (
     AfterValidator,
     BeforeValidator,
     ConfigDict,
     Field,
     PlainSerializer,
-    ValidationError,
     field_validator,
     model_validator,
 )
 
-from ..errors import FistaPrunerError, explain
-from .base import Settings
-from .loading import parse_bytes, parse_value, parse_yaml
+from ..errors import FistaPrunerError
+from .base import RunRecipe, Settings
+from .loading import parse_bytes, parse_value
 from .patterns import check_pattern
 from .renamed import RENAMED_SETTINGS
 from .structure_settings import Structure
@@ -232,14 +228,11 @@ class Execution(Settings):
         return parse_bytes(value) if isinstance(value, str) else value
 
 
-NO_IDENTITY = ("execution", "recover")
-"""Settings that do not determine the pruned weights."""
-
 RESOLVED = ("propagate", "dense_target", "residual")
 """Settings whose ``auto`` is resolved before a run begins (:meth:`Recipe.resolved`)."""
 
 
-class Recipe(Settings):
+class Recipe(RunRecipe):
     """Hold all settings of a pruning run."""
 
     sparsity: SparsitySetting = Field(
@@ -345,6 +338,8 @@ class Recipe(Settings):
         description="How the work is carried out; not part of a run's identity.",
     )
 
+    no_identity: ClassVar[tuple[str, ...]] = ("execution", "recover")
+
     # Defaults are written as users write them; validation turns them into constraints and methods.
     model_config = ConfigDict(frozen=True, extra="forbid", validate_default=True)
 
@@ -432,33 +427,3 @@ class Recipe(Settings):
     def method_name(self) -> str:
         """Name of the chain as on the command line: ``wanda+refit``."""
         return "+".join(step.name for step in self.steps)
-
-    def fingerprint(self) -> str:
-        """Return a hash of everything that determines the pruned weights."""
-        identity = json.dumps(self.model_dump(mode="json", exclude=set(NO_IDENTITY)), sort_keys=True)
-        return hashlib.sha256(identity.encode()).hexdigest()[:16]
-
-    def to_yaml(self) -> str:
-        """Return the recipe as YAML with every setting."""
-        return str(yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False))
-
-    @classmethod
-    def from_yaml(cls, text: str, origin: str = "recipe") -> Recipe:
-        """Read a recipe.
-
-        Raises:
-            FistaPrunerError: not YAML, not a mapping, unknown or wrong settings.
-        """
-        return cls.build(parse_yaml(text, origin), origin)
-
-    @classmethod
-    def build(cls, settings: dict[str, Any], origin: str = "recipe") -> Recipe:
-        """Validate a mapping of settings.
-
-        Raises:
-            FistaPrunerError: one line that names every wrong setting.
-        """
-        try:
-            return cls.model_validate(settings)
-        except ValidationError as error:
-            raise FistaPrunerError(f"{origin}: {explain(error)}") from None

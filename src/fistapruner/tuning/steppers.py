@@ -14,14 +14,25 @@ from .zeroth_order import ZerothOrder
 
 
 class _State:
-    """The state of the trained tensors, which steps of all kinds share.
+    """The trained tensors and their losses, which steps of all kinds share.
 
     Args:
         trained: what is trained.
+        objective: the loss; None where there are no passes.
     """
 
-    def __init__(self, trained: Trained) -> None:
-        self.trained = trained
+    def __init__(self, trained: Trained, objective: Objective | None = None) -> None:
+        self.trained, self._objective = trained, objective
+
+    @property
+    def objective(self) -> Objective:
+        """The loss."""
+        if self._objective is None:
+            raise NotImplementedError("there are no passes")
+        return self._objective
+
+    def losses(self, windows: list[int]) -> Tensor:
+        return self.objective.losses(windows, lambda index, layer: [self.trained.values(index, layer)])[0]
 
     def digest(self) -> int:
         return self.trained.digest()
@@ -40,19 +51,7 @@ class _State:
 
 
 class FirstOrder(_State):
-    """AdamW steps by backpropagation; each layer takes its step as soon as its gradient is complete.
-
-    Args:
-        objective: the loss.
-        trained: what is trained.
-    """
-
-    def __init__(self, objective: Objective, trained: Trained) -> None:
-        super().__init__(trained)
-        self.objective = objective
-
-    def losses(self, windows: list[int]) -> Tensor:
-        return self.objective.losses(windows, lambda index, layer: [self.trained.values(index, layer)])[0]
+    """AdamW steps by backpropagation; each layer takes its step as soon as its gradient is complete."""
 
     def step(self, number: int, windows: list[int], factor: float) -> StepResult:
         squares: list[float] = []
@@ -70,12 +69,9 @@ class FirstOrder(_State):
 class Replayed(_State):
     """Steps without gradients that are taken again from their slopes alone (:mod:`.zeroth_order`)."""
 
-    def __init__(self, trained: Trained) -> None:
-        super().__init__(trained)
+    def __init__(self, trained: Trained, objective: Objective | None = None) -> None:
+        super().__init__(trained, objective)
         self.moves = ZerothOrder(trained)
-
-    def losses(self, windows: list[int]) -> Tensor:
-        raise NotImplementedError("there are no passes")
 
     def step(self, number: int, windows: list[int], factor: float) -> StepResult:
         raise NotImplementedError("there are no passes")
@@ -87,19 +83,7 @@ class Replayed(_State):
 
 
 class ForwardOnly(Replayed):
-    """Steps without gradients: two losses a step, along a random direction.
-
-    Args:
-        objective: the loss.
-        trained: what is trained.
-    """
-
-    def __init__(self, objective: Objective, trained: Trained) -> None:
-        super().__init__(trained)
-        self.objective = objective
-
-    def losses(self, windows: list[int]) -> Tensor:
-        return self.objective.losses(windows, lambda index, layer: [self.trained.values(index, layer)])[0]
+    """Steps without gradients: two losses a step, along a random direction."""
 
     def step(self, number: int, windows: list[int], factor: float) -> StepResult:
         sums = self.objective.losses(windows, self.moves.variants(number)).sum(1)
