@@ -238,7 +238,7 @@ class Sizes:
             groups=rows,
             float_input=4
             * seqlen
-            * max(*(unit.consumer.columns for unit in units), *(op.columns for group in groups for op in group)),
+            * max([unit.consumer.columns for unit in units] + [op.columns for group in groups for op in group]),
             removal=max(
                 (
                     removal_bytes(
