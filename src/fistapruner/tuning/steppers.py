@@ -14,25 +14,14 @@ from .zeroth_order import ZerothOrder
 
 
 class _State:
-    """The trained tensors and their losses, which steps of all kinds share.
+    """The state of the trained tensors, which steps of all kinds share.
 
     Args:
         trained: what is trained.
-        objective: the loss; None where there are no passes.
     """
 
-    def __init__(self, trained: Trained, objective: Objective | None = None) -> None:
-        self.trained, self._objective = trained, objective
-
-    @property
-    def objective(self) -> Objective:
-        """The loss."""
-        if self._objective is None:
-            raise NotImplementedError("there are no passes")
-        return self._objective
-
-    def losses(self, windows: list[int]) -> Tensor:
-        return self.objective.losses(windows, lambda index, layer: [self.trained.values(index, layer)])[0]
+    def __init__(self, trained: Trained) -> None:
+        self.trained = trained
 
     def digest(self) -> int:
         return self.trained.digest()
@@ -50,7 +39,23 @@ class _State:
         self.trained.load(tensors)
 
 
-class FirstOrder(_State):
+class _Passes(_State):
+    """Losses of windows, for steps that have passes.
+
+    Args:
+        trained: what is trained.
+        objective: the loss.
+    """
+
+    def __init__(self, trained: Trained, objective: Objective) -> None:
+        super().__init__(trained)
+        self.objective = objective
+
+    def losses(self, windows: list[int]) -> Tensor:
+        return self.objective.losses(windows, lambda index, layer: [self.trained.values(index, layer)])[0]
+
+
+class FirstOrder(_Passes):
     """AdamW steps by backpropagation; each layer takes its step as soon as its gradient is complete."""
 
     def step(self, number: int, windows: list[int], factor: float) -> StepResult:
@@ -62,19 +67,13 @@ class FirstOrder(_State):
         loss = self.objective.gradient(windows, self.trained.values, update, self.trained.chain)
         return StepResult(loss, math.sqrt(sum(squares)))
 
-    def replay(self, number: int, size: float, factor: float) -> None:
-        raise NotImplementedError("steps by backpropagation cannot be taken again without passes")
-
 
 class Replayed(_State):
     """Steps without gradients that are taken again from their slopes alone (:mod:`.zeroth_order`)."""
 
-    def __init__(self, trained: Trained, objective: Objective | None = None) -> None:
-        super().__init__(trained, objective)
+    def __init__(self, trained: Trained) -> None:
+        super().__init__(trained)
         self.moves = ZerothOrder(trained)
-
-    def step(self, number: int, windows: list[int], factor: float) -> StepResult:
-        raise NotImplementedError("there are no passes")
 
     def replay(self, number: int, size: float | None, factor: float) -> None:
         for index in range(len(self.trained)):
@@ -82,12 +81,19 @@ class Replayed(_State):
                 self.moves.update(index, layer, number, size, factor)
 
 
-class ForwardOnly(Replayed):
+class ForwardOnly(_Passes):
     """Steps without gradients: two losses a step, along a random direction."""
 
+    def __init__(self, trained: Trained, objective: Objective) -> None:
+        super().__init__(trained, objective)
+        self._replayed = Replayed(trained)
+
+    def replay(self, number: int, size: float | None, factor: float) -> None:
+        self._replayed.replay(number, size, factor)
+
     def step(self, number: int, windows: list[int], factor: float) -> StepResult:
-        sums = self.objective.losses(windows, self.moves.variants(number)).sum(1)
+        sums = self.objective.losses(windows, self._replayed.moves.variants(number)).sum(1)
         both = sums / self.objective.counts(windows).sum().clamp_min(1)
-        slope = self.moves.slope(both)
+        slope = self._replayed.moves.slope(both)
         self.replay(number, slope, factor)
         return StepResult(float(both.mean()), math.nan if slope is None else slope)

@@ -12,7 +12,7 @@ import math
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 from torch import Tensor
 
@@ -50,7 +50,25 @@ class StepResult:
     size: float
 
 
-class Stepper(Protocol):
+class Kept(Protocol):
+    """Trained tensors of which the best values are remembered."""
+
+    def keep(self) -> None:
+        """Remember the present weights as the best."""
+
+    def restore(self) -> None:
+        """Go back to the best weights, with new moments."""
+
+
+@runtime_checkable
+class Replays(Kept, Protocol):
+    """An optimizer without gradients, whose steps can be taken again from the journal."""
+
+    def replay(self, number: int, size: float, factor: float) -> None:
+        """Take a journaled step again without passes."""
+
+
+class Stepper(Kept, Protocol):
     """What a trainer needs of an optimizer and the tensors that it trains."""
 
     def losses(self, windows: list[int]) -> Tensor:
@@ -59,17 +77,8 @@ class Stepper(Protocol):
     def step(self, number: int, windows: list[int], factor: float) -> StepResult:
         """Take step ``number`` at ``factor`` times the first learning rate."""
 
-    def replay(self, number: int, size: float, factor: float) -> None:
-        """Take a journaled step again without passes; for optimizers without gradients only."""
-
     def digest(self) -> int:
         """Return a checksum of the trained tensors."""
-
-    def keep(self) -> None:
-        """Remember the present weights as the best."""
-
-    def restore(self) -> None:
-        """Go back to the best weights, with new moments."""
 
     def tensors(self) -> Mapping[str, Tensor]:
         """Return the tensors of the whole state."""
@@ -157,8 +166,8 @@ class Trainer:
         with opened as journal:
             if snapshot is None:
                 self._begin(journal)
-            elif self.recipe.zeroth_order:
-                self._replay(journal)
+            elif self.recipe.zeroth_order and isinstance(self.stepper, Replays):
+                self._replay(journal, self.stepper)
             begun = self.state.step
             begin = time.monotonic()
             while self.state.step < steps and not self.state.stopped:
@@ -198,13 +207,13 @@ class Trainer:
         journal.sync()
         self._snapshot()
 
-    def _replay(self, journal: StepJournal) -> None:
+    def _replay(self, journal: StepJournal, stepper: Replays) -> None:
         """Take the journaled steps after the snapshot again, without passes."""
         before = self.state.step
         for number in sorted(journal.dropped):
             if number != self.state.step + 1:
                 break
-            take_again(self.state, journal.dropped[number], self.stepper, self.recipe, len(self.order))
+            take_again(self.state, journal.dropped[number], stepper, self.recipe, len(self.order))
             journal.append(journal.dropped[number])
         if self.state.step > before:
             journal.sync()
@@ -302,7 +311,7 @@ def rate_factor(state: TrainingState, recipe: RecoverRecipe, steps: int) -> floa
     return state.patience.rate * schedule(state.step + 1, steps, recipe.warm_up, recipe.schedule)
 
 
-def decide(state: TrainingState, stepper: Stepper, held_out: float) -> bool:
+def decide(state: TrainingState, stepper: Kept, held_out: float) -> bool:
     """Keep the present weights if they are the best so far; else, with patience, go back."""
     verdict = state.patience.check(state.step, held_out)
     if verdict is Verdict.BETTER:
@@ -314,7 +323,7 @@ def decide(state: TrainingState, stepper: Stepper, held_out: float) -> bool:
 
 
 def take_again(
-    state: TrainingState, line: Mapping[str, Any], stepper: Stepper, recipe: RecoverRecipe, steps: int
+    state: TrainingState, line: Mapping[str, Any], stepper: Replays, recipe: RecoverRecipe, steps: int
 ) -> None:
     """Take a journaled step of an optimizer without gradients again, without passes.
 
