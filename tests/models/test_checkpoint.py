@@ -103,7 +103,17 @@ def test_missing_pieces_are_named(sharded: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "name", ["../single/model.safetensors", "/etc/passwd", "a/b.safetensors", "..", "", "a\\b", "x\0.safetensors"]
+    "name",
+    [
+        "../single/model.safetensors",
+        "/etc/passwd",
+        "a/b.safetensors",
+        "..",
+        "",
+        "a\\b",
+        "x\0.safetensors",
+        "x" * 250 + ".safetensors",
+    ],
 )
 def test_index_cannot_leave_the_folder(sharded: Path, single: Path, name: str) -> None:
     edit_index(sharded, lambda index: index["weight_map"].update({"lm_head.weight": name}))

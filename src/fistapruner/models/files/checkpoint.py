@@ -31,6 +31,9 @@ PACKED_RECORD = "packed.json"
 
 MAX_JSON = 256 * 2**20
 
+MAX_NAME = 255
+"""Bytes in the longest file name that file systems take."""
+
 Orders = Mapping[str, tuple[int, Tensor]]
 """By tensor name: the dimension that is reordered, and for each new place the old index."""
 
@@ -200,8 +203,9 @@ def inside(folder: Path, name: str) -> Path:
     Raises:
         FistaPrunerError: not a plain file name, or a link that leads elsewhere.
     """
-    if not name or name != Path(name).name or name in (".", "..") or "\\" in name or not name.isprintable():
-        raise FistaPrunerError(f"{folder}: {name!r} is not the name of a file inside the folder")
+    plain = name == Path(name).name and name not in (".", "..") and "\\" not in name and name.isprintable()
+    if not name or not plain or len(name.encode()) > MAX_NAME:
+        raise FistaPrunerError(f"{folder}: {name[:200]!r} is not the name of a file inside the folder")
     path = folder / name
     if not path.is_symlink():
         return path
