@@ -65,6 +65,7 @@ def test_exactly_two_of_four_and_better_methods_are_better(reports: dict[str, fp
         assert dense.perplexity < perplexity(reports[method]) < perplexity(reports["magnitude"])
 
 
+@pytest.mark.slow
 def test_recovery_lowers_perplexity_and_keeps_every_zero(reports: dict[str, fp.Report], runs: Path) -> None:
     pruned = runs / "sparsegpt"
     report = fp.recover(pruned, pruned.parent / "recovered", data={"tokens": 8192, "seqlen": 512}, windows_per_step=2)
