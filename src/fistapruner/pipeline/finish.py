@@ -225,9 +225,9 @@ def _totals(layers: list[LayerEntry], context: RunContext, seconds: float) -> To
     )
 
 
-def _record(report: Report, context: RunContext) -> dict[str, Any]:
-    """Describe the checkpoint (``fistapruner.json``): the claims that ``inspect`` checks, and the lineage."""
-    model, operators = context.model, {}
+def operator_claims(report: Report, model: LayerwiseModel) -> dict[str, dict[str, Any]]:
+    """Describe the zeros of every operator in a report, by the name of its stored weight."""
+    claims = {}
     for layer in report.layers:
         for operator in layer.operators:
             name = f"{layer.name}.{operator.name}"
@@ -237,7 +237,13 @@ def _record(report: Report, context: RunContext) -> dict[str, Any]:
                 "zeros": operator.zeros,
                 "shape": list(operator.shape),
             }
-            operators[model.source(f"{name}.weight")] = claim
+            claims[model.source(f"{name}.weight")] = claim
+    return claims
+
+
+def _record(report: Report, context: RunContext) -> dict[str, Any]:
+    """Describe the checkpoint (``fistapruner.json``): the claims that ``inspect`` checks, and the lineage."""
+    model = context.model
     widths = [
         {
             "layer": f"{context.layout.prefix}.{index}",
@@ -256,7 +262,7 @@ def _record(report: Report, context: RunContext) -> dict[str, Any]:
         "recipe": report.recipe,
         "model": report.model.source,
         "versions": report.versions,
-        "operators": operators,
+        "operators": operator_claims(report, model),
         "permuted": sorted(_permuted(model.checkpoint)),
         **({"widths": widths} if widths else {}),
         "lineage": report.lineage.model_dump(mode="json") if report.lineage else None,

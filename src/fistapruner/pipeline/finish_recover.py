@@ -34,7 +34,7 @@ from ..runtime.memory import peak_memory
 from ..tuning.adapters import write_hira_adapter
 from ..tuning.trained import Trained
 from ..tuning.trainer import TrainingState
-from .finish import folder_bytes, write_model
+from .finish import folder_bytes, operator_claims, write_model
 
 
 def finish(
@@ -194,17 +194,7 @@ def replacements(model: LayerwiseModel, trained: Trained) -> Callable[[str], Ten
 def _record(context: RecoverContext, report: Report) -> dict[str, Any]:
     """Describe the checkpoint (``fistapruner.json``): the claims of the input, and the lineage."""
     earlier = read_pruning_record(context.decision.folder)
-    claims = earlier.get("operators") or {}
-    for layer in report.layers:
-        for operator in layer.operators:
-            name = f"{layer.name}.{operator.name}"
-            claim = {
-                "operator": name,
-                "sparsity": operator.sparsity,
-                "zeros": operator.zeros,
-                "shape": list(operator.shape),
-            }
-            claims.setdefault(context.model.source(f"{name}.weight"), claim)
+    claims = operator_claims(report, context.model) | (earlier.get("operators") or {})
     return {
         **earlier,
         "version": VERSION,
