@@ -253,6 +253,8 @@ def test_amounts_are_read_as_users_write_them() -> None:
         settings = Structure(remove=written)
         assert settings.remove == text
         assert Structure.model_validate(settings.model_dump()) == settings
+    for nothing in (None, "", "none", {}):
+        assert Structure(remove=nothing) == Structure()
     assert Structure(remove="25%").share == 0.25
     assert Structure(remove="mlp=20%").channels == 0.2
     assert Structure(remove="mlp=64").channels == 64

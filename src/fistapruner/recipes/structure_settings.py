@@ -51,7 +51,7 @@ def _remove(value: Any) -> Any:
         written.append(f"mlp={_count(units['mlp'])}")
     if "heads" in units:
         written.append(f"heads={_count(units['heads'])}")
-    return ",".join(written)
+    return ",".join(written) or None
 
 
 def _count(value: Any) -> int:
