@@ -24,6 +24,7 @@ from typing import Any
 from pydantic import TypeAdapter, ValidationError
 from torch import Tensor
 
+from ..calibration import window_length
 from ..errors import FistaPrunerError, MissingExtraError, explain
 from ..evaluation.data import load_windows
 from ..evaluation.evaluate import evaluate as run_evaluation
@@ -45,7 +46,6 @@ from ..runtime.machine import describe_machine, now, versions
 from ..runtime.numerics import dtype_name
 from .begun import changed_text
 from .contenders import Contender, parse_contenders
-from .plan import window_length
 from .prepare import refuse_overlap
 from .protocol import Protocol
 from .prune import prune, recover_execution
@@ -169,7 +169,7 @@ def agree_protocol(
 ) -> Protocol:
     """Fix what all rows share, from the first ``recipe``: evaluation windows, precision, calibration."""
     opened = open_model(source, recipe)
-    text = load_windows(data, source.tokenizer(), window_length(recipe, opened), windows)
+    text = load_windows(data, source.tokenizer(), window_length(recipe.calibration.seqlen, opened), windows)
     calibration = Recipe.build({"calibration": settings.get("calibration") or {}}).resolved().calibration
     return Protocol(text, dtype_name(opened.dtype), calibration, recipe.execution.device, recipe.dtype)
 

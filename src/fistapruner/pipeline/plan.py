@@ -8,6 +8,7 @@ from pathlib import Path
 
 import torch
 
+from ..calibration import window_length
 from ..constraints import Constraint, parse_sparsity
 from ..errors import FistaPrunerError
 from ..execution.context import open_model
@@ -24,23 +25,6 @@ from ..sensitivity.decision import check_allocation
 from ..solvers import check_constraint
 from ..structured.proof import plan_widths
 from ..structured.units import Widths, layer_weights, removed_weights, resized
-
-DEFAULT_SEQLEN = 2048
-"""Longest calibration window by default: what the papers use for OPT and LLaMA-1."""
-
-
-def window_length(recipe: Recipe, model: LayerwiseModel) -> int:
-    """Decide the tokens in a calibration window.
-
-    Raises:
-        FistaPrunerError: more than the model was made for.
-    """
-    seqlen = recipe.calibration.seqlen or min(model.max_length, DEFAULT_SEQLEN)
-    if seqlen > model.max_length:
-        raise FistaPrunerError(
-            f"seqlen {seqlen} is more than the {model.max_length} tokens {model.checkpoint.folder} was made for"
-        )
-    return seqlen
 
 
 def allocate(recipe: Recipe, layout: Layout) -> dict[str, Constraint]:
@@ -133,7 +117,7 @@ def plan_run(
 
     Random token ids are used instead of the calibration windows, which may take long to draw.
     """
-    execution, seqlen = recipe.execution, window_length(recipe, model)
+    execution, seqlen = recipe.execution, window_length(recipe.calibration.seqlen, model)
     vocabulary = model.vocabulary
     tokens = torch.randint(
         vocabulary, (recipe.calibration.samples, seqlen), generator=torch.Generator().manual_seed(recipe.seed)

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from ..activations.store import scratch_factory
 from ..activations.stream import check_model
-from ..calibration import SELF, calibration_tokens
+from ..calibration import SELF, calibration_tokens, window_length
 from ..constraints import Constraint
 from ..errors import FistaPrunerError
 from ..evaluation.data import load_windows
@@ -47,7 +47,7 @@ from ..runtime.numerics import dtype_name, exact_products
 from ..sensitivity.decision import check_allocation, decide, needs_measuring, permutes
 from ..structured.units import Widths
 from .begun import absolute, changed_text, refuse_other
-from .plan import allocate, change_widths, plan_run, say_widths, window_length
+from .plan import allocate, change_widths, plan_run, say_widths
 
 log = logging.getLogger("fistapruner")
 
@@ -203,7 +203,7 @@ def check_inputs(run: PruneDirectory, request: RunRequest, begun: PruneRecord | 
         refuse_other(run, begun, request.model, recipe)
         if not run.model.is_dir():
             say_other_versions(begun.versions, listener)
-    tokenizer, seqlen = source.tokenizer(), window_length(recipe, model)
+    tokenizer, seqlen = source.tokenizer(), window_length(recipe.calibration.seqlen, model)
     if request.evaluation is not None:  # a fault in the text shows now
         text = load_windows(request.evaluation.data, tokenizer, seqlen, request.evaluation.windows)
         model.check_tokens(text.tokens)

@@ -13,7 +13,7 @@ from ..activations.stream import check_model
 from ..calibration import SELF
 from ..calibration.packing import PURPOSE
 from ..calibration.training_text import training_text
-from ..calibration.windows import check_source
+from ..calibration.windows import check_source, window_length
 from ..errors import FistaPrunerError
 from ..evaluation.data import load_windows
 from ..evaluation.inspection import inspect_checkpoint
@@ -34,7 +34,7 @@ from ..runtime.ranks import ALONE, Ranks
 from ..sparse.pack import is_packed
 from .prepare import refuse_overlap
 
-DEFAULT_SEQLEN = 1024
+TRAINING_SEQLEN = 1024
 """Longest training window by default."""
 
 
@@ -118,7 +118,7 @@ def check_inputs(run: RecoverDirectory, request: RecoverRequest, listener: Liste
     elif request.recipe.loss == "auto":
         warnings.append("the dense model is not known, so the loss is that of the text (ce): better give --dense MODEL")
         listener.say(warnings[0])
-    tokenizer, seqlen = source.tokenizer(), window_length(recipe, model)
+    tokenizer, seqlen = source.tokenizer(), window_length(recipe.data.seqlen, model, TRAINING_SEQLEN, "data.seqlen")
     evaluation = request.evaluation or (_evaluation_of(origin) if request.evaluates else None)
     if evaluation is not None:  # a fault in the text shows now
         cut = load_windows(evaluation.data, tokenizer, evaluation.seqlen or seqlen, evaluation.windows)
@@ -156,7 +156,7 @@ def check_following(recipe: Recipe, dense: ModelSource) -> None:
     for text in data.tasks.values() if data.tasks else (data.source,):
         check_source(str(text), PURPOSE)
     model = open_model(dense, following)
-    seqlen = window_length(following, model)
+    seqlen = window_length(following.data.seqlen, model, TRAINING_SEQLEN, "data.seqlen")
     if SELF not in (data.source, *data.tasks.values()):
         training_text(data, dense.tokenizer(), seqlen)
 
@@ -260,20 +260,6 @@ def _with_absolute_files(data: TrainingData) -> TrainingData:
 
     tasks = {name: absolute_file(text) for name, text in data.tasks.items()}
     return data.model_copy(update={"source": data.source and absolute_file(data.source), "tasks": tasks})
-
-
-def window_length(recipe: RecoverRecipe, model: LayerwiseModel) -> int:
-    """Decide the tokens in a training window.
-
-    Raises:
-        FistaPrunerError: more than the model was made for.
-    """
-    seqlen = recipe.data.seqlen or min(model.max_length, DEFAULT_SEQLEN)
-    if seqlen > model.max_length:
-        raise FistaPrunerError(
-            f"data.seqlen {seqlen} is more than the {model.max_length} tokens {model.checkpoint.folder} was made for"
-        )
-    return seqlen
 
 
 def _operators(

@@ -156,8 +156,8 @@ def row_blocks(rows: int) -> list[slice]:
     return [slice(start, min(start + size, rows)) for start in range(0, rows, size)]
 
 
-def seeded(seed: int, *purpose: str | int) -> torch.Generator:
-    """Make a CPU random generator from a seed and what it is for.
+def seeded(seed: int, *purpose: str | int, device: torch.device | str = "cpu") -> torch.Generator:
+    """Make a random generator from a seed and what it is for.
 
     Generators for different purposes are independent of each other, of torch's global generator, and of the order in
     which they are used.
@@ -165,9 +165,10 @@ def seeded(seed: int, *purpose: str | int) -> torch.Generator:
     Args:
         seed: of the run.
         purpose: names and numbers, such as ``"order", 3``.
+        device: where it draws. Other kinds of devices draw other numbers.
     """
     digest = hashlib.sha256(json.dumps([seed, *purpose]).encode()).digest()
-    return torch.Generator().manual_seed(int.from_bytes(digest[:8]) % 2**63)
+    return torch.Generator(device).manual_seed(int.from_bytes(digest[:8]) % 2**63)
 
 
 def slices(count: int, row_bytes: int, budget: int) -> list[tuple[int, int]]:

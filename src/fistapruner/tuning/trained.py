@@ -8,7 +8,6 @@ matter.
 
 from __future__ import annotations
 
-import hashlib
 import zlib
 from collections.abc import Mapping
 from pathlib import Path
@@ -20,12 +19,11 @@ from ..errors import FistaPrunerError
 from ..models.discovery import Layout, linear_modules
 from ..models.layerwise import LayerwiseModel
 from ..recipes.recover_settings import RecoverRecipe
+from ..runtime.numerics import seeded
 from .adamw import adamw_step
 from .forms import Hira, first_rate, form_of
 from .masked import MaskedParameters, root_mean_square
 from .states import FileStates, LazyTensors, MemoryStates
-
-CPU = torch.device("cpu")
 
 KINDS = ("trained", "first_moment", "second_moment", "best")
 """What is kept of each trained tensor: its value, AdamW's moments, its value at the best step."""
@@ -307,9 +305,3 @@ def vectors(layer: nn.Module, also: tuple[str, ...]) -> set[str]:
     biases = {f"{name}.bias" for name, module in linear_modules(layer) if module.bias is not None}
     found = {name for name, tensor in layer.named_parameters() if tensor.ndim <= 1 and tensor.is_floating_point()}
     return {name for name in found if ("biases" if name in biases else "norms") in also}
-
-
-def seeded(seed: int, *purpose: str | int, device: torch.device = CPU) -> torch.Generator:
-    """Make a generator from a seed and the purpose of its numbers."""
-    digest = hashlib.sha256("\0".join(map(str, (seed, *purpose))).encode()).digest()
-    return torch.Generator(device).manual_seed(int.from_bytes(digest[:8], "little") % 2**63)

@@ -28,9 +28,9 @@ from collections.abc import Callable, Iterable, Iterator
 import torch
 from torch import Tensor, nn
 
-from ..runtime.numerics import exact_products
+from ..runtime.numerics import exact_products, seeded
 from .masked import MaskedParameters
-from .trained import Trained, seeded
+from .trained import Trained
 
 
 class Directions:
