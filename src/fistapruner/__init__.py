@@ -17,6 +17,7 @@ from .sparse.import_hook import register_on_import
 if TYPE_CHECKING:
     from .constraints import NM, Unstructured, parse_sparsity
     from .evaluation.evaluate import evaluate
+    from .pipeline.export import export
     from .pipeline.measure import bench_run, evaluate_run
     from .pipeline.merge import MergeReport, merge_adapter
     from .pipeline.prune import finish_run, prune
@@ -51,6 +52,7 @@ __all__ = [
     "bench_run",
     "evaluate",
     "evaluate_run",
+    "export",
     "finish_run",
     "hold_mask",
     "load",
@@ -68,6 +70,7 @@ __all__ = [
 _MODULES = {
     "constraints": ("NM", "Unstructured", "parse_sparsity"),
     "evaluation.evaluate": ("evaluate",),
+    "pipeline.export": ("export",),
     "pipeline.measure": ("bench_run", "evaluate_run"),
     "pipeline.merge": ("MergeReport", "merge_adapter"),
     "pipeline.prune": ("finish_run", "prune"),

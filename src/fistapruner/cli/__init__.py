@@ -29,6 +29,7 @@ VERBS: dict[str, str] = {
     "status": "status",
     "pack": "pack",
     "unpack": "unpack",
+    "export": "export",
     "bench": "bench",
     "methods": "methods",
 }

@@ -174,12 +174,12 @@ def convert_gguf(path: Path, out: Path, dtype: torch.dtype = torch.bfloat16, *, 
     if any("_exps." in name for name in packed):
         raise FistaPrunerError(f"{path} is a mixture of experts, which is not supported")
     space = dtype.itemsize * sum(math.prod(entry.shape) for entry in packed.values())
-    with checkpoint_folder(out, space) as partial, _transformers_faults(path):
+    with checkpoint_folder(out, space) as partial, transformers_faults(path):
         from gguf import GGUFReader
 
         model, config, tokenizer = _describe(path, dtype)
         reader = GGUFReader(path)
-        names = _name_map(path, reader, model, config)
+        names = name_map(reader, model, config)
         entries = _entries(path, model, set(names.values()), dtype)
         config.save_pretrained(partial)
         tokenizer.save_pretrained(partial)
@@ -209,7 +209,7 @@ def _describe(path: Path, dtype: torch.dtype) -> tuple[Any, Any, Any]:
     return model, config, AutoTokenizer.from_pretrained(**where)
 
 
-def _processor(reader: Any, config: Any) -> Any:
+def processor_of(reader: Any, config: Any) -> Any:
     """Return what ``transformers`` applies to tensors of this architecture: permutations, shifted norms."""
     from transformers.modeling_gguf_pytorch_utils import TENSOR_PROCESSORS, TensorProcessor, read_field
 
@@ -217,11 +217,11 @@ def _processor(reader: Any, config: Any) -> Any:
     return TENSOR_PROCESSORS.get(architecture, TensorProcessor)(config=config.to_dict())
 
 
-def _name_map(path: Path, reader: Any, model: Any, config: Any) -> dict[str, str]:
-    """Map the GGUF name of every tensor of the file to the model's name."""
+def name_map(reader: Any, model: Any, config: Any) -> dict[str, str]:
+    """Map the GGUF name of every tensor of the file that the model has to the model's name."""
     from transformers.modeling_gguf_pytorch_utils import get_gguf_hf_weights_map
 
-    table: dict[str, str] = get_gguf_hf_weights_map(model, _processor(reader, config))
+    table: dict[str, str] = get_gguf_hf_weights_map(model, processor_of(reader, config))
     return {tensor.name: table[tensor.name] for tensor in reader.tensors if tensor.name in table}
 
 
@@ -245,7 +245,7 @@ def _write_weights(
     from gguf import dequantize
 
     tensors = {names[tensor.name]: tensor for tensor in reader.tensors if tensor.name in names}
-    processor = _processor(reader, config)
+    processor = processor_of(reader, config)
     for file, shard in files.items():
         with SafetensorsWriter(out / file, shard, {"format": "pt"}) as writer:
             for entry in shard:
@@ -285,7 +285,7 @@ def _type_sizes() -> dict[int, tuple[int, int]]:
 
 
 @contextmanager
-def _transformers_faults(path: Path) -> Iterator[None]:
+def transformers_faults(path: Path) -> Iterator[None]:
     """Turn any error of ``transformers`` or ``gguf`` into one line that names the file."""
     try:
         yield

@@ -1,0 +1,36 @@
+"""Write the model of a run as a GGUF file, which llama.cpp runs.
+
+Vocabulary, chat template and architecture are copied from a GGUF file of the dense model: that which the model was made
+from, or --like. A model with fewer channels, heads or experts is faster there; zeros are stored like other weights.
+
+  fistapruner export runs/small small.gguf
+  fistapruner export runs/small small-q8.gguf --values q8_0
+  fistapruner export ./pruned pruned.gguf --like dense-Q8_0.gguf
+"""
+
+from __future__ import annotations
+
+import argparse
+
+SUMMARY = "write a model as a GGUF file for llama.cpp"
+
+
+def configure(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("model", help="run directory, or folder of a Hugging Face model")
+    parser.add_argument("out", help="the .gguf file to write")
+    parser.add_argument("--like", metavar="FILE", help="GGUF file of the dense model (default: what it was made from)")
+    parser.add_argument(
+        "--values",
+        choices=["bf16", "f16", "f32", "q8_0"],
+        default="bf16",
+        help="how matrices are stored (default: bf16; llama.cpp's own tool makes smaller ones of it)",
+    )
+
+
+def run(arguments: argparse.Namespace) -> int:
+    from ..pipeline.export import export
+    from ..runtime.formatting import size
+
+    out = export(arguments.model, arguments.out, arguments.like, arguments.values)
+    print(f"{out}: {size(out.stat().st_size)}")
+    return 0

@@ -1,0 +1,48 @@
+"""Write the model of a run, or a checkpoint, as a file for another engine."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from ..errors import FistaPrunerError
+from ..models.files.gguf_export import GGUFValues, export_gguf
+from ..models.files.record import read_pruning_record
+from ..models.source import SMALL_MODEL, small_model
+from ..runs.lineage import read_lineage
+from ..sparse.pack import is_packed
+from .measure import is_run
+
+
+def export(model: str | Path, out: str | Path, like: str | Path | None = None, values: GGUFValues = "bf16") -> Path:
+    """Write a pruned or recovered model as a GGUF file, which llama.cpp runs.
+
+    Args:
+        model: run directory or checkpoint folder.
+        out: the file to write, called ``.gguf``.
+        like: GGUF file of the dense model, or ``smollm2``; vocabulary and chat template are taken from it. None is the
+            file that the model was made from.
+        values: how matrices are stored: ``bf16``, ``f16``, ``f32``, ``q8_0``.
+
+    Returns:
+        The file.
+
+    Raises:
+        FistaPrunerError: see :func:`~fistapruner.models.files.gguf_export.export_gguf`; also where the model was not
+            made from a GGUF file and ``like`` names none, or where it is packed.
+        MissingExtraError: the ``gguf`` package is missing.
+    """
+    folder = Path(model) / "model" if is_run(model) else Path(model)
+    if is_packed(folder):
+        raise FistaPrunerError(f"{folder} is packed: 'fistapruner unpack {folder} FOLDER' makes a checkpoint of it")
+    if like is None:
+        lineage, _ = read_lineage(read_pruning_record(folder), folder)
+        like = lineage.source.source if lineage else ""
+        if like != SMALL_MODEL and not like.endswith(".gguf"):
+            raise FistaPrunerError(
+                f"{folder} was made from {like or 'an unknown model'}, which is no GGUF file: give that of the dense "
+                "model with --like; its vocabulary is needed"
+            )
+    source = small_model() if str(like) == SMALL_MODEL else Path(like)
+    if not source.is_file():
+        raise FistaPrunerError(f"{source}, the GGUF file of the dense model, does not exist: give it with --like")
+    return export_gguf(folder, out, source, values)

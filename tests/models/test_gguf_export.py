@@ -1,0 +1,125 @@
+"""Export to GGUF: what is written is read back as the same checkpoint, and other models' files are refused."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+
+import fistapruner as fp
+from fistapruner.cli import main
+from fistapruner.models.files.gguf_export import turn_round
+
+gguf = pytest.importorskip("gguf", reason="needs the extra 'gguf'")
+from fistapruner.models.files.gguf import convert_gguf  # noqa: E402
+from tiny_gguf import write_gguf  # noqa: E402
+
+
+@pytest.fixture
+def dense(tmp_path: Path) -> tuple[Path, Path]:
+    """The tiny model as a GGUF file, and the fp32 folder made of it."""
+    write_gguf(tmp_path / "dense.gguf")
+    convert_gguf(tmp_path / "dense.gguf", tmp_path / "dense", torch.float32)
+    return tmp_path / "dense.gguf", tmp_path / "dense"
+
+
+def tensors(folder: Path) -> dict[str, torch.Tensor]:
+    return load_file(folder / "model.safetensors")
+
+
+@pytest.mark.parametrize(("values", "error"), [("f32", 0.0), ("f16", 1e-3), ("bf16", 8e-3), ("q8_0", 2e-2)])
+@pytest.mark.parametrize("structure", [None, "mlp=64"])
+def test_what_is_written_is_read_back(
+    dense: tuple[Path, Path], tmp_path: Path, values: Any, error: float, structure: str | None
+) -> None:
+    source, _ = dense
+    recipe = {"sparsity": "50%", "method": "magnitude", "calibration": {"source": "self", "samples": 2, "seqlen": 16}}
+    fp.prune(str(source), tmp_path / "run", **recipe, structure={"remove": structure, "multiple": 8})
+    assert fp.export(tmp_path / "run", tmp_path / "out.gguf", values=values) == tmp_path / "out.gguf"
+    convert_gguf(tmp_path / "out.gguf", tmp_path / "back", torch.float32)
+    asked, found = tensors(tmp_path / "run" / "model"), tensors(tmp_path / "back")
+    assert asked.keys() == found.keys()
+    for name, tensor in asked.items():
+        assert float((found[name] - tensor.float()).norm()) <= error * float(tensor.float().norm()), name
+        if values != "q8_0":
+            assert bool((found[name][tensor == 0] == 0).all()), name
+    config = json.loads((tmp_path / "back" / "config.json").read_text("utf-8"))
+    assert config["intermediate_size"] == (64 if structure else 96)
+    assert (tmp_path / "back" / "tokenizer.json").read_text("utf-8") == (dense[1] / "tokenizer.json").read_text("utf-8")
+
+
+def test_fewer_heads_keep_their_size(dense: tuple[Path, Path], tmp_path: Path) -> None:
+    source, folder = dense
+    fp.prune(
+        str(folder),
+        tmp_path / "run",
+        sparsity="0%",
+        method="magnitude",
+        calibration={"source": "self", "samples": 2, "seqlen": 16},
+        structure={"remove": "heads=1"},
+    )
+    assert (
+        main(["export", str(tmp_path / "run"), str(tmp_path / "o.gguf"), "--like", str(source), "--values", "f32"]) == 0
+    )
+    fields = gguf.GGUFReader(tmp_path / "o.gguf").fields
+    counts = {key: fields[f"llama.attention.{key}"].contents() for key in ("head_count", "head_count_kv", "key_length")}
+    assert counts == {"head_count": 2, "head_count_kv": 1, "key_length": 16}
+
+
+@pytest.mark.parametrize("shape", [(6, 4), (4, 4), (5,)])
+def test_readers_are_turned_round(shape: tuple[int, ...]) -> None:
+    values = np.random.default_rng(0).standard_normal(shape).astype(np.float32)
+    readers = {
+        "as it is": lambda x: x,
+        "transposed": lambda x: x.T,
+        "shifted": lambda x: x - 1,
+        "rows in another order": lambda x: x[::-1],
+    }
+    for what, read in readers.items():
+        stored = turn_round(read, values)
+        assert stored is not None, what
+        assert np.allclose(read(stored), values, atol=1e-6), what
+    assert turn_round(lambda x: 2 * x, values) is None
+    assert turn_round(lambda x: x * 0, values) is None
+
+
+def test_bad_input_is_refused_and_leaves_nothing(
+    dense: tuple[Path, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    source, folder = dense
+    (tmp_path / "there.gguf").write_bytes(b"mine")
+    other = tmp_path / "other"
+    convert_gguf(source, other, torch.float32)
+    from safetensors.torch import save_file
+
+    changed = tensors(other)
+    changed["model.embed_tokens.weight"] = torch.randn_like(changed["model.embed_tokens.weight"])
+    save_file(changed, other / "model.safetensors", {"format": "pt"})
+    deeper = tmp_path / "deeper"
+    convert_gguf(source, deeper, torch.float32)
+    config = json.loads((deeper / "config.json").read_text("utf-8"))
+    (deeper / "config.json").write_text(json.dumps(config | {"num_hidden_layers": 3}), "utf-8")
+    before = sorted(path.name for path in tmp_path.iterdir())
+    for arguments, said in (
+        ([folder, "there.gguf", "--like", source], "exists already"),
+        ([folder, "out.bin", "--like", source], "must end in .gguf"),
+        ([folder, "out.gguf"], "give that of the dense model with --like"),
+        ([folder, "out.gguf", "--like", tmp_path / "no.gguf"], "does not exist"),
+        ([folder, "out.gguf", "--like", folder / "config.json"], "is not a GGUF file"),
+        ([other, "out.gguf", "--like", source], "its embeddings differ"),
+        ([deeper, "out.gguf", "--like", source], "its block_count is 2, that of"),
+        ([tmp_path / "nothing", "out.gguf", "--like", source], "is not a folder"),
+        ([folder, "no/out.gguf", "--like", source], "out.gguf"),
+    ):
+        model, out, *rest = arguments
+        assert main(["export", str(model), str(tmp_path / str(out)), *map(str, rest)]) == 2
+        error = capsys.readouterr().err
+        assert said in error, (arguments, error)
+        assert error.count("\n") == 1
+    assert sorted(path.name for path in tmp_path.iterdir()) == before
+    assert (tmp_path / "there.gguf").read_bytes() == b"mine"
