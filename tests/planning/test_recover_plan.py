@@ -43,7 +43,7 @@ def task_for(folder: Path, layers: int = 2, *, out: Path | None = None, **settin
     recipe = RecoverRecipe.build({"parameters": "lora", "loss": "kl", "rank": 2, "data": data, **settings})
     survivors = {name: operator.rows * operator.columns // 2 for name, operator in layout.operators()}
     dense = None if recipe.loss == "ce" else LayerwiseModel(Checkpoint.open(place), CPU)
-    return Task(model, layout, dense, recipe, survivors, 32, out or folder)
+    return Task.of_recovery(model, layout, dense, recipe, survivors, 32, out or folder)
 
 
 def sizes(task: Task) -> RecoverSizes:

@@ -103,18 +103,31 @@ def _completion(record: dict[str, Any], where: str) -> Example:
 
 
 def _messages(record: dict[str, Any], where: str) -> Example:
-    messages = record["messages"]
-    if not isinstance(messages, list) or not messages:
-        raise FistaPrunerError(f"{where}: 'messages' is not a list of messages with role and content")
-    for number, message in enumerate(messages, 1):
-        for field in ("role", "content"):
-            if not isinstance(message, dict) or not isinstance(message.get(field), str):
-                raise FistaPrunerError(f"{where}: message {number} has no field {field!r} with a string in it")
+    messages = read_messages(record["messages"], "messages", where)
+    if not any(role == "assistant" for role, _ in messages):
+        raise FistaPrunerError(f"{where} has no message of the role 'assistant', so that there is nothing to learn")
+    return Example("messages", messages, where)
+
+
+def read_messages(value: Any, field: str, where: str) -> tuple[tuple[str, str], ...]:
+    """Read a list of messages as (role, content).
+
+    Args:
+        value: the list, of mappings with role and content.
+        field: that holds it; ``where``: file and line, for messages.
+
+    Raises:
+        FistaPrunerError: not such a list, or an empty answer of the assistant.
+    """
+    if not isinstance(value, list) or not value:
+        raise FistaPrunerError(f"{where}: {field!r} is not a list of messages with role and content")
+    for number, message in enumerate(value, 1):
+        for key in ("role", "content"):
+            if not isinstance(message, dict) or not isinstance(message.get(key), str):
+                raise FistaPrunerError(f"{where}: message {number} has no field {key!r} with a string in it")
         if message["role"] == "assistant" and not message["content"].strip():
             raise FistaPrunerError(f"{where}: message {number} is an empty answer of the assistant")
-    if not any(message["role"] == "assistant" for message in messages):
-        raise FistaPrunerError(f"{where} has no message of the role 'assistant', so that there is nothing to learn")
-    return Example("messages", tuple((message["role"], message["content"]) for message in messages), where)
+    return tuple((message["role"], message["content"]) for message in value)
 
 
 _READERS: dict[str, Callable[[dict[str, Any], str], str | Example]] = {
@@ -124,28 +137,43 @@ _READERS: dict[str, Callable[[dict[str, Any], str], str | Example]] = {
 }
 
 
-def _turns(content: Sequence[tuple[str, str]], tokenizer: Any, where: str) -> list[tuple[str, bool]]:
-    """Write messages by the chat template, as pieces of text that are the assistant's or not.
+def write_chat(content: Sequence[tuple[str, str]], tokenizer: Any, where: str, *, prompt: bool = False) -> str:
+    """Write messages by the tokenizer's chat template.
 
-    What follows the last turn of the assistant is left out.
+    Args:
+        content: (role, content) of every message.
+        tokenizer: a ``transformers`` tokenizer.
+        where: file and line, for messages.
+        prompt: begin an answer of the assistant behind them.
+
+    Raises:
+        FistaPrunerError: there is no template, or it refuses the messages.
     """
     if not getattr(tokenizer, "chat_template", None):
         raise FistaPrunerError(
             f"{where} has messages, and the tokenizer has no chat template: write prompt and completion instead"
         )
     messages = [{"role": role, "content": text} for role, text in content]
+    try:
+        return str(tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=prompt))
+    except Exception as error:  # templates raise errors of their own
+        reason = " ".join(str(error).split())[:200]
+        raise FistaPrunerError(f"{where}: the tokenizer's chat template refuses the messages: {reason}") from None
+
+
+def _turns(content: Sequence[tuple[str, str]], tokenizer: Any, where: str) -> list[tuple[str, bool]]:
+    """Write messages by the chat template, as pieces of text that are the assistant's or not.
+
+    What follows the last turn of the assistant is left out.
+    """
 
     def written(count: int, prompt: bool = False) -> str:
-        try:
-            return str(tokenizer.apply_chat_template(messages[:count], tokenize=False, add_generation_prompt=prompt))
-        except Exception as error:  # templates raise errors of their own
-            reason = " ".join(str(error).split())[:200]
-            raise FistaPrunerError(f"{where}: the tokenizer's chat template refuses the messages: {reason}") from None
+        return write_chat(content[:count], tokenizer, where, prompt=prompt)
 
     pieces: list[tuple[str, bool]] = []
     done = ""
-    for number, message in enumerate(messages):
-        if message["role"] != "assistant":
+    for number, (role, _) in enumerate(content):
+        if role != "assistant":
             continue
         whole = written(number + 1)
         before = next((text for prompt in (True, False) if whole.startswith(text := written(number, prompt))), None)
@@ -180,17 +208,29 @@ def _encode(
     marks: list[bool] = []
     for piece, carries in pieces:
         text += piece
-        whole = _tokens(text, tokenizer, where)
-        added = whole[len(ids) :] if whole[: len(ids)] == ids else _tokens(piece, tokenizer, where)
+        whole = token_ids(text, tokenizer, where)
+        added = whole[len(ids) :] if whole[: len(ids)] == ids else token_ids(piece, tokenizer, where)
         ids += added
         marks += [carries] * len(added)
     return [*start, *ids], [False] * len(start) + marks
 
 
-def _tokens(text: str, tokenizer: Any, where: str) -> list[int]:
-    """Tokenise a text without special tokens; ``where`` names it in messages."""
+def token_ids(text: str, tokenizer: Any, where: str, *, special: bool = False) -> list[int]:
+    """Tokenise a text.
+
+    Args:
+        text: what is read.
+        tokenizer: a ``transformers`` tokenizer.
+        where: file and line, for messages.
+        special: add the tokenizer's own special tokens.
+
+    Raises:
+        FistaPrunerError: the tokenizer cannot read the text.
+    """
     try:
-        return list(tokenizer(text, add_special_tokens=False, return_attention_mask=False, verbose=False)["input_ids"])
+        return list(
+            tokenizer(text, add_special_tokens=special, return_attention_mask=False, verbose=False)["input_ids"]
+        )
     except Exception as error:  # tokenizers have their own exceptions
         reason = " ".join(str(error).split())[:200]
         raise FistaPrunerError(f"{where}: the tokenizer cannot read the text: {reason}") from None

@@ -56,6 +56,11 @@ class TrainingText:
     facts: dict[str, Any]
     documents: frozenset[str] = frozenset()
 
+    @property
+    def counts(self) -> Tensor:
+        """(windows,) numbers that the loss of each window is a sum over: tokens that carry loss."""
+        return self.marks[:, 1:].sum(1)
+
 
 @dataclass(frozen=True)
 class _Side:

@@ -103,7 +103,9 @@ def choose_plan(out: Path, inputs: Inputs, listener: Listener) -> tuple[Numerics
 
 def task_of(out: Path, inputs: Inputs) -> Task:
     """Return what is to be planned, for a run in ``out``."""
-    return Task(inputs.model, inputs.layout, inputs.dense, inputs.recipe, inputs.survivors, inputs.seqlen, out)
+    return Task.of_recovery(
+        inputs.model, inputs.layout, inputs.dense, inputs.recipe, inputs.survivors, inputs.seqlen, out
+    )
 
 
 def share_of(inputs: Inputs, ranks: Ranks) -> Inputs:

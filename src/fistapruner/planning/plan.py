@@ -21,8 +21,8 @@ from ..constraints import Constraint
 from ..errors import FistaPrunerError
 from ..models.discovery import Layout
 from ..models.layerwise import LayerwiseModel
-from ..recipes.recover_settings import RecoverRecipe
 from ..recipes.settings import Recipe
+from ..recipes.training_settings import TrainingRecipe
 from ..runs.records import LayerEntry, PlanRow, Totals
 from ..runtime.devices import free_memory_of_gpus, worker_devices
 from ..runtime.formatting import size
@@ -180,7 +180,7 @@ class Resources:
     places: tuple[torch.device, ...]
 
     @classmethod
-    def of_this_machine(cls, recipe: Recipe | RecoverRecipe, device: torch.device, workers: int) -> Resources:
+    def of_this_machine(cls, recipe: Recipe | TrainingRecipe, device: torch.device, workers: int) -> Resources:
         """Measure the free memory of this machine."""
         execution = recipe.execution
         limit = execution.memory_limit or int((free_memory() + resident_memory()) * RESERVE)

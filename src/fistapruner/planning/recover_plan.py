@@ -15,7 +15,7 @@ from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from ..errors import FistaPrunerError
-from ..recipes.recover_settings import PARAMETERS
+from ..recipes.training_settings import PARAMETERS
 from ..runs.records import PlanRow
 from ..runtime.formatting import duration, size
 from .plan import DEVICE, DEVICE_RESERVE, DISK, MEMORY, Budget, Resources, existing_folder
@@ -146,8 +146,8 @@ def fit(needs: RecoverSizes, resources: Resources, free: int | None = None) -> F
     task = needs.task
     parameters = str(task.recipe.parameters)
     sizes = [task.batch_size]
-    while sizes[-1] > 1 and not task.recipe.execution.batch_size:
-        sizes.append(sizes[-1] // 2)
+    while sizes[-1] > task.together and not task.recipe.execution.batch_size:
+        sizes.append(task.whole(sizes[-1] // 2))
     choices = [] if task.recipe.zeroth_order else [RecoverChoice(sizes[0], keep_graphs=True)]
     choices += [
         RecoverChoice(count, resident, in_files, hidden)
@@ -168,7 +168,7 @@ def fit(needs: RecoverSizes, resources: Resources, free: int | None = None) -> F
     if sum(parts.values()) > room and needs.model.stored:
         others = sum(parts.values()) - parts["the dense model's predictions"]
         windows = (room - others) // needs.model.stored
-        if windows >= task.held_out + task.recipe.windows_per_step:
+        if windows >= task.held_out + task.step_windows:
             chosen = replace(chosen, teacher_windows=windows)
     parts = needs.disk(chosen)
     if sum(parts.values()) > room:

@@ -12,14 +12,13 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
-from ..calibration import SELF
 from ..models.layerwise import Call, LayerwiseModel
 from ..models.whole import whole_bytes
 from ..runtime.memory import resident_memory
 from ..runtime.numerics import BUDGETS, ordered_attention
 from ..tuning.forms import form_of
-from ..tuning.losses import Loss, Reference, TopTokens
-from ..tuning.teacher import TOP, Predictions
+from ..tuning.losses import Reference, TopTokens
+from ..tuning.teacher import Predictions
 from ..tuning.trained import Trained, vectors
 from ..tuning.zeroth_order import ZerothOrder
 from .footprint import kept_bytes, peak_bytes
@@ -98,7 +97,7 @@ def measure_model(task: Task) -> ModelSizes:
         graph=graph,
         head=head,
         stored=_stored(task),
-        text=whole_bytes(dense.checkpoint, dense.device) if dense is not None and _generates(task) else 0,
+        text=whole_bytes(dense.checkpoint, dense.device) if dense is not None and task.recipe.generates_text else 0,
         load_seconds=load_seconds,
         forward_seconds=forward_seconds,
         head_seconds=head_seconds,
@@ -106,17 +105,12 @@ def measure_model(task: Task) -> ModelSizes:
     )
 
 
-def _generates(task: Task) -> bool:
-    data = task.recipe.data
-    return SELF in (data.tasks.values() or (data.source,))
-
-
 def _stored(task: Task) -> int:
     """Count the bytes that are stored of the dense model's predictions of one window."""
     if task.dense is None:
         return 0
-    if task.recipe.teacher == "top128":
-        return task.seqlen * (6 * min(TOP, task.dense.vocabulary) + 4)
+    if task.top is not None:
+        return task.seqlen * (6 * min(task.top, task.dense.vocabulary) + 4)
     return task.seqlen * task.dense.width * task.dense.checkpoint.dtype.itemsize
 
 
@@ -129,7 +123,6 @@ def _unique_bytes(values: Sequence[object]) -> int:
 def _measure_head(task: Task) -> tuple[int, int, float]:
     """Return the bytes of the models' ends, the peak of a slice of logits, the seconds of a window."""
     model, dense, recipe = task.model, task.dense, task.recipe
-    loss = Loss.named(str(recipe.loss), recipe.mix)
     gradients = not recipe.zeroth_order
     slice_rows = max(1, BUDGETS.head // 2 // (4 * model.vocabulary))
     rows = min(slice_rows, model.max_length, task.batch_size * task.seqlen)
@@ -152,10 +145,10 @@ def _measure_head(task: Task) -> tuple[int, int, float]:
             reference: Reference | None = None
             if dense is not None and predicted is not None:
                 reference = Predictions(dense, {"hidden": predicted}).rows(0, rows)
-                if recipe.teacher == "top128":
-                    reference = TopTokens.of(dense.head(predicted), TOP)
+                if task.top is not None:
+                    reference = TopTokens.of(dense.head(predicted), task.top)
             logits = model.head(part, gradients=gradients)
-            _, above = loss.tokens(logits, targets, reference, 1.0 if gradients else None)
+            _, above = task.loss.tokens(logits, targets, reference, 1.0 if gradients else None)
             if gradients:
                 torch.autograd.grad(logits, part, above)
 

@@ -11,9 +11,11 @@ from ..calibration.training_text import MAX_HELD_OUT_WINDOWS
 from ..models.discovery import Layout
 from ..models.layerwise import LayerwiseModel
 from ..recipes.recover_settings import RecoverRecipe
+from ..recipes.training_settings import TrainingRecipe
 from ..runs.snapshots import KEPT
 from ..runtime.numerics import windows_at_once
-from ..tuning.teacher import BLOCK_TOKENS
+from ..tuning.losses import Loss
+from ..tuning.teacher import BLOCK_TOKENS, TOP
 from .sizes import UNCOUNTED
 
 TRAINING, STEP = "training", "one step"
@@ -60,42 +62,73 @@ class Task:
 
     Args:
         model: the pruned model; ``layout``: its operators to train.
-        dense: the dense model; None where the loss does not need it.
+        dense: the dense model, whose predictions are stored; None where the loss does not need them.
         recipe: all settings, resolved.
         survivors: weights of each operator that are not zero, by full name; an operator that is missing has all.
         seqlen: tokens in a window.
         out: the run directory; its disk must have the free space.
+        loss: of tokens; ``top``: tokens of the dense model's predictions that are stored, None stores hidden states.
+        steps: optimizer steps; ``step_windows``: windows of one.
+        windows: to train on, at most; ``held_out``: windows that are held out, at most.
+        fill: share of the passes that are not padding.
+        together: windows that no pass may part.
     """
 
     model: LayerwiseModel
     layout: Layout
     dense: LayerwiseModel | None
-    recipe: RecoverRecipe
+    recipe: TrainingRecipe
     survivors: Mapping[str, int]
     seqlen: int
     out: Path
+    loss: Loss
+    top: int | None
+    steps: int
+    step_windows: int
+    windows: int
+    held_out: int
+    fill: float = 1.0
+    together: int = 1
 
-    @property
-    def windows(self) -> int:
-        """Windows to train on, at most."""
-        return max(1, math.ceil(self.recipe.data.tokens / self.seqlen))
-
-    @property
-    def held_out(self) -> int:
-        """Held-out windows, at most: whole documents are held out, so a small share may fill many windows."""
-        return max(MAX_HELD_OUT_WINDOWS, len(self.recipe.data.tasks))
-
-    @property
-    def steps(self) -> int:
-        """Optimizer steps."""
-        recipe = self.recipe
-        return recipe.steps or max(1, round(recipe.data.tokens / (recipe.windows_per_step * self.seqlen)))
+    @classmethod
+    def of_recovery(
+        cls,
+        model: LayerwiseModel,
+        layout: Layout,
+        dense: LayerwiseModel | None,
+        recipe: RecoverRecipe,
+        survivors: Mapping[str, int],
+        seqlen: int,
+        out: Path,
+    ) -> Task:
+        """Plan a recovery: steps and windows are those that the asked tokens make."""
+        tokens, size = recipe.data.tokens, recipe.windows_per_step
+        return cls(
+            model,
+            layout,
+            dense,
+            recipe,
+            survivors,
+            seqlen,
+            out,
+            Loss.named(str(recipe.loss), recipe.mix),
+            TOP.get(recipe.teacher),
+            steps=recipe.steps or max(1, round(tokens / (size * seqlen))),
+            step_windows=size,
+            windows=max(1, math.ceil(tokens / seqlen)),
+            # Whole documents are held out, so a small share may fill many windows.
+            held_out=max(MAX_HELD_OUT_WINDOWS, len(recipe.data.tasks)),
+        )
 
     @property
     def batch_size(self) -> int:
         """Windows in one pass, if they fit."""
         asked = self.recipe.execution.batch_size or windows_at_once(self.seqlen, self.model.device)
-        return min(self.recipe.windows_per_step, asked)
+        return self.whole(min(self.step_windows, asked))
+
+    def whole(self, windows: int) -> int:
+        """Round a number of windows in one pass so that none is parted from those it belongs to."""
+        return max(1, windows // self.together) * self.together
 
 
 @dataclass(frozen=True)
@@ -210,7 +243,7 @@ class RecoverSizes:
 
     def _stores(self) -> dict[str, int]:
         """Count windows of hidden states that are kept in each stage."""
-        step, held_out = self.task.recipe.windows_per_step, self.task.held_out
+        step, held_out = self.task.step_windows, self.task.held_out
         if self.task.recipe.zeroth_order:
             return {"held out": 2 * held_out, "forwards": 3 * step, "head": 2 * step}
         layers = self.model.layers
@@ -309,7 +342,7 @@ class RecoverSizes:
     def used_windows(self) -> int:
         """Windows that pass through the dense model, at most."""
         task = self.task
-        return min(task.windows, task.steps * task.recipe.windows_per_step) + task.held_out
+        return min(task.windows, task.steps * task.step_windows) + task.held_out
 
     def disk(self, choice: RecoverChoice) -> dict[str, int]:
         """Compute the peak bytes of the run directory's parts, by name in messages."""
@@ -328,7 +361,7 @@ class RecoverSizes:
     def step_seconds(self, choice: RecoverChoice) -> float:
         """Estimate the seconds of one step, without a check."""
         task, model, form = self.task, self.model, self.form
-        windows = task.recipe.windows_per_step
+        passes, windows = math.ceil(task.step_windows / choice.batch_size), task.step_windows * task.fill
         traffic = 0.0
         if task.recipe.zeroth_order:
             seconds = model.layers * (form.values_seconds + 2 * windows * model.forward_seconds + form.update_seconds)
@@ -336,13 +369,13 @@ class RecoverSizes:
         else:
             walks = 1 if choice.keep_graphs else 2
             passing = windows * ((walks - 1) * model.forward_seconds + form.backward_seconds)
-            passing += math.ceil(windows / choice.batch_size) * form.chain_seconds
+            passing += passes * form.chain_seconds
             seconds = model.layers * (walks * form.values_seconds + passing + form.update_seconds)
             seconds += windows * model.head_seconds
         if not choice.resident:
             seconds += 2 * model.layers * model.load_seconds
         if choice.states_on_disk:
-            chains = math.ceil(windows / choice.batch_size) * (not task.recipe.zeroth_order)
+            chains = passes * (not task.recipe.zeroth_order)
             traffic += (8 + chains) * form.trained  # values are read on both ways, with the moments, and written
         if choice.hidden_on_disk:
             traffic += 2 * self._stores()["forwards"] * model.window
@@ -352,14 +385,15 @@ class RecoverSizes:
         """Estimate the seconds of all steps, checks, snapshots and predictions of the dense model."""
         task, model, form = self.task, self.model, self.form
         checks = 1 + min(task.steps, task.recipe.validation_checks)
-        check = model.layers * (form.values_seconds + task.held_out * model.forward_seconds)
-        check += task.held_out * model.head_seconds / 2
+        held_out = task.held_out * task.fill
+        check = model.layers * (form.values_seconds + held_out * model.forward_seconds)
+        check += held_out * model.head_seconds / 2
         check += 0 if choice.resident else model.layers * model.load_seconds
         dense = 0.0
         if model.stored:
             windows = self.used_windows()
             if choice.teacher_windows is not None:
-                windows = task.steps * task.recipe.windows_per_step + task.held_out
+                windows = task.steps * task.step_windows + task.held_out
             blocks = math.ceil(windows / self._block(choice))
             dense = model.layers * (windows * model.forward_seconds + blocks * model.load_seconds)
         writing = (1 + (checks - 1) * 2) * self.state / DISK_RATE  # written and hashed; the first one is empty

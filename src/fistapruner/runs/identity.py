@@ -12,14 +12,14 @@ from torch import Tensor
 
 from ..models.files.checkpoint import Checkpoint
 from ..models.source import ModelSource
-from ..recipes.recover_settings import RecoverRecipe
 from ..recipes.settings import Recipe
+from ..recipes.training_settings import TrainingRecipe
 from ..runtime.files import sampled_sha256, sha256_file
 from .decision import Numerics
 
 
 def fingerprint(
-    recipe: Recipe | RecoverRecipe, checkpoint: Checkpoint, tokens: Tensor, numerics: Numerics, *more: Any
+    recipe: Recipe | TrainingRecipe, checkpoint: Checkpoint, tokens: Tensor, numerics: Numerics, *more: Any
 ) -> str:
     """Hash a run's settings, model files and tokens, and what decides the last bits.
 

@@ -32,7 +32,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..recipes.recover_settings import RecoverRecipe
+from ..recipes.training_settings import TrainingRecipe
 from ..runtime.numerics import exact_products
 
 ITSELF = ""
@@ -197,7 +197,7 @@ class Spp(Hira):
         return min(self.rank, rows, columns) * columns + rows
 
 
-def form_of(recipe: RecoverRecipe) -> Form | None:
+def form_of(recipe: TrainingRecipe) -> Form | None:
     """Return the form of the operators that a recipe trains; None for norms and biases only."""
     forms: dict[str, Form | None] = {
         "auto": Lora(recipe.rank, recipe.scale),
@@ -243,7 +243,7 @@ ZEROTH_FULL, ZEROTH_LOW_RANK = 1e-6, 1e-4
 """First learning rates without gradients: of weights and vectors, and of low-rank tensors (MeZO's code)."""
 
 
-def first_rate(recipe: RecoverRecipe, columns: int | None, width: int, rms: float) -> float:
+def first_rate(recipe: TrainingRecipe, columns: int | None, width: int, rms: float) -> float:
     """Compute the first learning rate of a trained tensor: the one place where rates come from.
 
     ``lr: auto`` is, for AdamW, a step in absolute units for low-rank tensors: 2e-3 for lora; for spp and hira such that
@@ -251,6 +251,8 @@ def first_rate(recipe: RecoverRecipe, columns: int | None, width: int, rms: floa
     lr, and A's mean magnitude is ``0.5 / sqrt(n)``: ``8e-4 sqrt(n) / (0.5 c)`` for spp (0.02 at n = 576), and
     ``8e-4 sqrt(n) / (0.5 sqrt(r))`` for hira, which sums r terms. For weights themselves and for vectors it is
     :data:`SHARE` of the tensor's root mean square.
+
+    An alignment takes :attr:`~fistapruner.recipes.training_settings.TrainingRecipe.rate_share` of these.
 
     A given ``lr`` in the unit ``auto`` is absolute for low-rank tensors and a share for weights and vectors; vectors
     beside low-rank tensors take the share that stands to :data:`SHARE` as ``lr`` to the automatic rate. In the units
@@ -278,7 +280,7 @@ def first_rate(recipe: RecoverRecipe, columns: int | None, width: int, rms: floa
         return LORA_RATE
 
     if recipe.lr == "auto":
-        return SHARE * rms if columns is None else automatic(columns)
+        return recipe.rate_share * (SHARE * rms if columns is None else automatic(columns))
     if unit == "absolute" or (unit == "auto" and columns is not None):
         return recipe.lr
     if unit == "auto" and low_rank:

@@ -99,7 +99,7 @@ class Objective:
         self.model, self.text, self.loss, self.store, self.budgets = model, text, loss, store, budgets
         self.teacher = teacher if loss.share > 0 else None
         self.keep_graphs, self.ranks, self.batch_size = keep_graphs, ranks, batch_size
-        self._calls = Calls(batch_size, {})
+        self._calls: dict[int, Calls] = {}  # by the tokens of a window
 
     @contextmanager
     def resident(self, *, layers: bool = True) -> Iterator[None]:
@@ -115,8 +115,8 @@ class Objective:
             yield
 
     def counts(self, numbers: Sequence[int]) -> Tensor:
-        """Count the (windows,) tokens of each window that carry loss."""
-        return self._where(numbers).sum(1)
+        """Count the (windows,) numbers that each window's loss is a sum over: tokens that carry loss."""
+        return self.text.counts[list(numbers)]
 
     def losses(self, numbers: Sequence[int], variants: Variants) -> Tensor:
         """Compute the loss of windows under several variants of the model.
@@ -129,18 +129,21 @@ class Objective:
             (variants, windows) fp64 sums over the tokens that carry loss (:meth:`counts`).
         """
         self._require(numbers)
-        mine = self.ranks.mine(numbers, self.batch_size)
-        sums = None if self.ranks.size > 1 and not mine else self._losses(mine, variants)
+        mine, seqlen = self.ranks.mine(numbers, self.batch_size), self.seqlen(numbers)
+        sums = None if self.ranks.size > 1 and not mine else self._losses(mine, seqlen, variants)
         return self.ranks.windows(sums, len(numbers), self.batch_size)
 
-    def _losses(self, numbers: list[int], variants: Variants) -> Tensor:
+    def seqlen(self, numbers: Sequence[int]) -> int:
+        """Return the tokens of each window that are passed."""
+        return self.text.tokens.shape[1]
+
+    def _losses(self, numbers: list[int], seqlen: int, variants: Variants) -> Tensor:
         """Compute :meth:`losses` of the windows of this process."""
-        states, _ = forward_variants(
-            self.model, self.text.tokens[numbers], self.batch_size, self.store, variants, calls=self._calls
-        )
+        tokens, calls = self.text.tokens[numbers, :seqlen], self._calls_of(seqlen)
+        states, _ = forward_variants(self.model, tokens, self.batch_size, self.store, variants, calls=calls)
         sums = torch.zeros(len(states), len(numbers), dtype=torch.float64)
         with self._ends():
-            for start, stop in self._calls.batches(len(numbers)):
+            for start, stop in calls.batches(len(numbers)):
                 hidden = [state.read(start, stop, self.model.device) for state in states]
                 sums[:, start:stop], _ = self._reduce(hidden, numbers[start:stop])
         for state in states:
@@ -195,19 +198,30 @@ class Objective:
                 update(index, layer, {name: each / scale for name, each in found.items()} if scale > 1 else found)
 
         walk = self._walk_once if self.keep_graphs else self._walk_twice
-        walk(self.text.tokens[mine], above, values, take, done)
+        walk(self.text.tokens[mine, : self.seqlen(numbers)], above, values, take, done)
         return loss[0]
+
+    def _calls_of(self, seqlen: int) -> Calls:
+        """Return how decoder layers are called for windows of so many tokens, as far as it is recorded."""
+        return self._calls.setdefault(seqlen, Calls(self.batch_size, {}))
 
     def _walk_once(self, tokens: Tensor, above: Above, values: Values, take: Take, done: Done) -> None:
         """Run every layer once and keep its graph."""
         with self._ends():
-            forward_backward(self.model, tokens, self.batch_size, above, values, take, done, self._calls)
+            calls = self._calls_of(tokens.shape[1])
+            forward_backward(self.model, tokens, self.batch_size, above, values, take, done, calls)
 
     def _walk_twice(self, tokens: Tensor, above: Above, values: Values, take: Take, done: Done) -> None:
         """Run every layer forwards, and again on the way back."""
         with ordered_attention(self.model.device):  # as on the way back, so that the loss is that of the gradient
             states, calls = forward(
-                self.model, tokens, self.batch_size, self.store, keep=True, values=values, calls=self._calls
+                self.model,
+                tokens,
+                self.batch_size,
+                self.store,
+                keep=True,
+                values=values,
+                calls=self._calls_of(tokens.shape[1]),
             )
         last = states.pop()
         gradient = self.store("gradient", (last.samples, last.seqlen, last.width))
@@ -252,11 +266,19 @@ class Objective:
             (variants, windows) fp64 sums of the losses, and the gradient of the first variant's with respect to its
             hidden states.
         """
+        return self._token_sums(hidden, numbers, self.loss, factor)
+
+    def _token_sums(
+        self, hidden: Sequence[Tensor], numbers: list[int], token_loss: Loss, factor: float | None
+    ) -> tuple[Tensor, Tensor | None]:
+        """Sum a loss over the tokens of each window that carry it; as :meth:`_reduce`."""
         where = self._where(numbers)
         device = self.model.device
         windows, positions = where.nonzero(as_tuple=True)
         targets = self.text.tokens[numbers][windows, positions + 1].to(device)
-        predictions = None if self.teacher is None else self.teacher.predictions(numbers, where)
+        predictions = None
+        if self.teacher is not None and token_loss.share > 0:
+            predictions = self.teacher.predictions(numbers, where)
         place = windows.to(device), positions.to(device)
         rows = [each[place] for each in hidden]
         below = None if factor is None else torch.zeros_like(rows[0])
@@ -266,7 +288,7 @@ class Objective:
             for variant, each in enumerate(rows):
                 part = each[start:stop].requires_grad_(factor is not None)
                 logits = self.model.head(part, gradients=factor is not None)
-                found, above = self.loss.tokens(logits, targets[start:stop], reference, factor, self.budgets)
+                found, above = token_loss.tokens(logits, targets[start:stop], reference, factor, self.budgets)
                 losses[variant].append(found.double().cpu())
                 if below is not None:
                     (below[start:stop],) = torch.autograd.grad(logits, part, above)

@@ -33,10 +33,10 @@ from ..runtime.numerics import BUDGETS, slices
 from ..runtime.ranks import ALONE, Ranks
 from .losses import DenseLogits, Reference, TopTokens
 
-Kind = Literal["hidden", "top128"]
+Kind = Literal["hidden", "top128", "top64"]
 
-TOP = 128
-"""Tokens stored for each position by ``top128``."""
+TOP: dict[str, int] = {"top128": 128, "top64": 64}
+"""Tokens that are stored for each position."""
 
 BLOCK_TOKENS = 32768
 """Tokens in a block: few enough to lose little when a run is killed, enough to pay for reading the dense model."""
@@ -44,7 +44,9 @@ BLOCK_TOKENS = 32768
 FORMAT = 1
 """Of the files of a block."""
 
-STORED: dict[Kind, tuple[str, ...]] = {"hidden": ("hidden",), "top128": ("tokens", "log_p", "rest")}
+MOST_LIKELY = ("tokens", "log_p", "rest")
+
+STORED: dict[Kind, tuple[str, ...]] = {"hidden": ("hidden",), "top128": MOST_LIKELY, "top64": MOST_LIKELY}
 """Names of what is stored for a window."""
 
 
@@ -296,9 +298,9 @@ class Teacher:
             progress=lambda done, total: self.tick(what, done, total),
         )
         seqlen, width, stored = last.seqlen, last.width, self.dense.checkpoint.dtype
-        top = min(TOP, self.dense.vocabulary)
         shapes: dict[str, tuple[torch.dtype, tuple[int, ...]]] = {"hidden": (stored, (seqlen, width))}
-        if self.kind == "top128":
+        if self.kind in TOP:
+            top = min(TOP[self.kind], self.dense.vocabulary)
             shapes = {
                 "tokens": (torch.int32, (seqlen, top)),
                 "log_p": (torch.float16, (seqlen, top)),
@@ -327,10 +329,10 @@ class Teacher:
         """Return the most likely tokens at every position of a window."""
         budget = min(BUDGETS.head, 4 * self.dense.vocabulary * self.dense.max_length)
         parts = [
-            TopTokens.of(self.dense.head(hidden[start:stop]), TOP)
+            TopTokens.of(self.dense.head(hidden[start:stop]), TOP[self.kind])
             for start, stop in slices(len(hidden), 4 * self.dense.vocabulary, budget)
         ]
-        return {name: torch.cat([getattr(part, name) for part in parts]) for name in STORED["top128"]}
+        return {name: torch.cat([getattr(part, name) for part in parts]) for name in MOST_LIKELY}
 
     def _record(self, number: int) -> dict[str, Any]:
         """Describe what a block is made from: one with another record is made again."""

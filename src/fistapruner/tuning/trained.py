@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from ..errors import FistaPrunerError
 from ..models.discovery import Layout, linear_modules
 from ..models.layerwise import LayerwiseModel
-from ..recipes.recover_settings import RecoverRecipe
+from ..recipes.training_settings import TrainingRecipe
 from ..runtime.numerics import seeded
 from .adamw import adamw_step
 from .forms import Hira, first_rate, form_of
@@ -44,7 +44,7 @@ class Trained:
     """
 
     def __init__(
-        self, model: LayerwiseModel, layout: Layout, recipe: RecoverRecipe, folder: Path | None = None
+        self, model: LayerwiseModel, layout: Layout, recipe: TrainingRecipe, folder: Path | None = None
     ) -> None:
         self.model = model
         self.recipe = recipe

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from ..calibration.training_text import TrainingText
 from ..errors import FistaPrunerError
-from ..recipes.recover_settings import RecoverRecipe
+from ..recipes.training_settings import TrainingRecipe
 from ..runs.records import Check
 from ..runs.recover_directory import RecoverDirectory
 from ..runs.snapshots import Snapshot
@@ -72,7 +72,7 @@ class Stepper(Kept, Protocol):
     """What a trainer needs of an optimizer and the tensors that it trains."""
 
     def losses(self, windows: list[int]) -> Tensor:
-        """Compute the (windows,) fp64 sums of the loss over each window's loss tokens."""
+        """Compute the (windows,) fp64 sums of the loss over what each window counts."""
 
     def step(self, number: int, windows: list[int], factor: float) -> StepResult:
         """Take step ``number`` at ``factor`` times the first learning rate."""
@@ -132,7 +132,7 @@ class Trainer:
 
     run: RecoverDirectory
     fingerprint: str
-    recipe: RecoverRecipe
+    recipe: TrainingRecipe
     text: TrainingText
     order: Tensor
     stepper: Stepper
@@ -145,7 +145,7 @@ class Trainer:
     def __post_init__(self) -> None:
         self.state = TrainingState()
         self.held_out = self.text.held_out.nonzero().flatten().tolist()
-        self.counts = self.text.marks[:, 1:].sum(1)
+        self.counts, self.loss_tokens = self.text.counts, self.text.marks[:, 1:].sum(1)
         self._differs = False
 
     def train(self) -> TrainingState:
@@ -232,7 +232,7 @@ class Trainer:
             "loss": found.loss if finite else None,
             "lr": factor,
             "size": found.size if finite else None,
-            "tokens": int(self.counts[windows].sum()),
+            "tokens": int(self.loss_tokens[windows].sum()),
         }
         self.state.step = number
         self.state.not_finite = 0 if finite else self.state.not_finite + 1
@@ -256,7 +256,7 @@ class Trainer:
         return fault
 
     def _held_out(self) -> tuple[float, dict[str, float]]:
-        """Return the held-out loss per token, the mean over tasks, and that of each of several tasks."""
+        """Return the held-out loss per token or pair, the mean over tasks, and that of each of several tasks."""
         sums, counts = self.stepper.losses(self.held_out), self.counts[self.held_out]
         tasks = self.text.task[self.held_out]
         by_task = {
@@ -306,7 +306,7 @@ class Trainer:
         self.after_snapshot()
 
 
-def rate_factor(state: TrainingState, recipe: RecoverRecipe, steps: int) -> float:
+def rate_factor(state: TrainingState, recipe: TrainingRecipe, steps: int) -> float:
     """Return the factor of the learning rate of the next of ``steps`` steps."""
     return state.patience.rate * schedule(state.step + 1, steps, recipe.warm_up, recipe.schedule)
 
@@ -323,7 +323,7 @@ def decide(state: TrainingState, stepper: Kept, held_out: float) -> bool:
 
 
 def take_again(
-    state: TrainingState, line: Mapping[str, Any], stepper: Replays, recipe: RecoverRecipe, steps: int
+    state: TrainingState, line: Mapping[str, Any], stepper: Replays, recipe: TrainingRecipe, steps: int
 ) -> None:
     """Take a journaled step of an optimizer without gradients again, without passes.
 

@@ -1,0 +1,155 @@
+"""Define the settings of an alignment run: pairs, loss, and references."""
+
+from __future__ import annotations
+
+import math
+from typing import Annotated, Any, ClassVar, Literal
+
+from pydantic import BeforeValidator, Field, model_validator
+
+from .base import Settings
+from .settings import Seed
+from .training_settings import TrainingRecipe, number, words
+
+PREFERENCE_LOSSES = ("dpo", "multi-dpo", "harmonic", "geometric")
+"""Losses that compare the answers of a pair; they have references."""
+
+
+def _clip(value: Any) -> Any:
+    value = number(value)
+    if value != "none" and not (isinstance(value, (int, float)) and not isinstance(value, bool)):
+        raise ValueError("none or a number is expected")
+    return value
+
+
+class PairData(Settings):
+    """Set the pairs that a run trains on."""
+
+    pairs: str | None = Field(
+        None,
+        description="Preference pairs: a .jsonl file as TRL reads it, with chosen, rejected and perhaps prompt, each a "
+        "text or a list of messages.",
+    )
+    max_length: int | None = Field(
+        None,
+        ge=8,
+        description="Tokens of prompt and answer; what is longer is cut at its end. Without it 1024, or the model's "
+        "maximum length if that is shorter.",
+    )
+    prompt_ends: str | None = Field(
+        None,
+        description="For files without prompts: the prompt ends with the last such text that both answers share, "
+        "instead of where they begin to differ.",
+    )
+    held_out: float = Field(
+        0.1,
+        gt=0.0,
+        le=0.4,
+        description="Share of the prompts that is held out from training, to choose the step that is kept.",
+    )
+    test: float = Field(
+        0.1, gt=0.0, le=0.4, description="Share of the prompts that the result is measured on, and nothing else."
+    )
+    seed: Seed = Field(0, description="Seed of the order of the pairs.")
+
+
+class AlignRecipe(TrainingRecipe):
+    """Hold all settings of an alignment run."""
+
+    rate_share: ClassVar[float] = 0.05
+
+    loss: Literal["dpo", "multi-dpo", "harmonic", "geometric", "sft", "none"] = Field(
+        "dpo",
+        description="dpo (one reference), multi-dpo (the mean of dpo over references), harmonic (dpo with the harmonic "
+        "mean of the references; MRPO), geometric (with their geometric mean), sft (cross-entropy of the chosen "
+        "answers), or none (the anchor alone: distillation).",
+    )
+    references: Annotated[tuple[Literal["pruned", "dense"], ...], BeforeValidator(words)] = Field(
+        (),
+        description="Reference models of the loss: pruned (the model that goes in), dense, or both. Without it pruned "
+        "for dpo, and pruned,dense for the losses of several references.",
+    )
+    weights: Literal["fixed", "held-out", "held-out-margin", "per-pair"] = Field(
+        "fixed",
+        description="How much each of several references counts: fixed, held-out (in proportion to its accuracy on "
+        "the held-out pairs), held-out-margin (to its mean margin there), or per-pair (to its margin on the very pair "
+        "that the loss uses, which is label leakage; MRPO).",
+    )
+    shares: Annotated[tuple[float, ...], BeforeValidator(words)] = Field(
+        (), description="The fixed weights, one for each reference, such as 0.3,0.7; without it they are equal."
+    )
+    clip: Annotated[Literal["none"] | float, BeforeValidator(_clip)] = Field(
+        0.1,
+        description="Trust region of harmonic: how far other references may be from pruned, as a share of its "
+        "log-probabilities, or none.",
+    )
+    beta: float = Field(0.1, gt=0.0, description="How strongly the references hold the model.")
+    label_smoothing: float = Field(
+        0.0, ge=0.0, lt=0.5, description="Assumed share of pairs whose answers are swapped (conservative DPO)."
+    )
+    anchor: float | None = Field(
+        None,
+        ge=0.0,
+        description="Factor of the divergence from the dense model's predictions of the chosen answers, added to the "
+        "loss. Without it 0, and 1 for the loss none.",
+    )
+    teacher: Literal["top64", "hidden"] = Field(
+        "top64",
+        description="How the dense model's predictions are stored for the anchor: its 64 most likely tokens and the "
+        "rest as one bucket, or its last hidden states (exact).",
+    )
+    data: PairData = Field(PairData(), description="Preference pairs.")
+    steps: int | None = Field(None, ge=1, description="Optimizer steps; without it all training pairs, epochs times.")
+    epochs: int = Field(1, ge=1, description="How often all training pairs are passed.")
+    pairs_per_step: int = Field(16, ge=1, description="Pairs of one optimizer step.")
+
+    @model_validator(mode="after")
+    def _consistent(self) -> AlignRecipe:
+        given, several = len(self.references), self.loss not in ("dpo", "sft", "none")
+        if len(set(self.references)) < given:
+            raise ValueError(f"references: {self.references[0]} is named twice")
+        if self.loss == "dpo" and given > 1:
+            raise ValueError(
+                "references: dpo has one reference; for several take loss multi-dpo, harmonic or geometric"
+            )
+        if several and given == 1:
+            raise ValueError(f"references: {self.loss} has several references; for one take loss dpo")
+        if self.loss in ("sft", "none") and given:
+            raise ValueError(f"references: the loss {self.loss} has none")
+        if self.loss == "none" and self.anchor == 0:
+            raise ValueError("anchor: it is 0, and the loss none is the anchor alone")
+        if not several and self.weights != "fixed":
+            raise ValueError(f"weights: the loss {self.loss} has no several references to weigh")
+        if self.shares:
+            if not several or self.weights != "fixed":
+                raise ValueError("shares: they are the fixed weights of several references")
+            if len(self.shares) != len(self.resolved_references):
+                raise ValueError(f"shares: one number for each of {','.join(self.resolved_references)} is expected")
+            if not all(share > 0 for share in self.shares) or not math.isclose(sum(self.shares), 1, rel_tol=1e-6):
+                raise ValueError("shares: numbers above 0 with the sum 1 are expected")
+        if self.data.held_out + self.data.test > 0.5:
+            raise ValueError("data.held_out and data.test: at most half of the prompts may be kept from training")
+        return self
+
+    @property
+    def resolved_references(self) -> tuple[str, ...]:
+        """Names of the references of the loss, the pruned model first where it is one."""
+        if self.loss in ("sft", "none"):
+            return ()
+        default = ("pruned",) if self.loss == "dpo" else ("pruned", "dense")
+        return tuple(sorted(self.references or default, reverse=True))
+
+    @property
+    def resolved_anchor(self) -> float:
+        """Factor of the divergence from the dense model."""
+        if self.anchor is None:
+            return 1.0 if self.loss == "none" else 0.0
+        return self.anchor
+
+    @property
+    def step_windows(self) -> int:
+        return 2 * self.pairs_per_step
+
+    @property
+    def needs_dense(self) -> bool:
+        return "dense" in self.resolved_references or self.resolved_anchor > 0

@@ -1,0 +1,126 @@
+"""Compute the answers' log-probabilities under reference models once, and cache them in a file.
+
+A reference enters a preference loss as two numbers a pair: the log-probabilities of both answers, summed over their
+tokens in fp64. The file has, for each reference, tensors ``NAME.chosen`` and ``NAME.rejected`` (pairs,), NaN where a
+pair was not asked for, and in its metadata what decides them: the tokens, the weight files, the precision, the pairs.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from ..activations.store import Store
+from ..activations.stream import Variants
+from ..calibration.pairs import Pairs
+from ..errors import FistaPrunerError
+from ..models.files.safetensors import SafetensorsFile, SafetensorsWriter, TensorEntry
+from ..models.layerwise import LayerwiseModel
+from ..runtime.ranks import ALONE, Ranks
+from .pair_objective import LIKELIHOOD, AnswerObjective
+
+
+@dataclass(frozen=True)
+class Reference:
+    """A reference model.
+
+    Args:
+        model: the model.
+        windows: of the pairs that are asked for.
+        identity: what decides the log-probabilities, each by its name in messages.
+    """
+
+    model: LayerwiseModel
+    windows: Sequence[int]
+    identity: Mapping[str, str]
+
+
+def answer_log_probabilities(objective: AnswerObjective, windows: Sequence[int], variants: Variants) -> Tensor:
+    """Compute the (variants, pairs, 2) summed log-probabilities of chosen and rejected answers, fp64."""
+    sums = -objective.losses(windows, variants)
+    return sums.view(len(sums), -1, 2)
+
+
+def reference_log_probabilities(
+    path: Path,
+    references: Mapping[str, Reference],
+    text: Pairs,
+    batch_size: int,
+    store: Store,
+    say: Callable[[str], None],
+    ranks: Ranks = ALONE,
+) -> dict[str, Tensor]:
+    """Return the (pairs, 2) log-probabilities under each reference, from the file where it has them.
+
+    Args:
+        path: of the file; what is missing in it is computed and added.
+        references: by name.
+        text: the pairs.
+        batch_size: windows in one pass.
+        store: makes the stores of hidden states between layers.
+        say: receives sentences.
+        ranks: the processes that compute together; rank 0 reads and writes.
+
+    Raises:
+        FistaPrunerError: the disk refuses.
+    """
+    kept = ranks.share(_read(path, references, say) if ranks.first else None)
+    found = dict(kept)
+    for name, reference in references.items():
+        if name in kept:
+            continue
+        say(f"log-probabilities of {len(reference.windows) // 2} pairs under the {name} model")
+        objective = AnswerObjective(reference.model, text, LIKELIHOOD, None, batch_size, store, ranks=ranks)
+        values = torch.full((len(text.tokens) // 2, 2), torch.nan, dtype=torch.float64)
+        pairs = [window // 2 for window in reference.windows[::2]]
+        values[pairs] = answer_log_probabilities(objective, reference.windows, lambda index, layer: [{}])[0]
+        found[name] = values
+        if ranks.first:
+            _write(path, references, found)
+    return {name: found[name] for name in references}
+
+
+def _read(path: Path, references: Mapping[str, Reference], say: Callable[[str], None]) -> dict[str, Tensor]:
+    """Read the references that the file has and that have not changed; say why others are not used."""
+    found: dict[str, Tensor] = {}
+    if not path.exists():
+        return found
+    try:
+        file = SafetensorsFile(path)
+        for name, reference in references.items():
+            if name not in file.metadata:
+                continue
+            before, now = json.loads(file.metadata[name]), _identity(reference)
+            changed = [what for what in now if before.get(what) != now[what]]
+            if changed:
+                say(f"log-probabilities of the {name} model are computed again: {' and '.join(changed)} changed")
+                continue
+            found[name] = torch.stack([file.read(f"{name}.{answer}").clone() for answer in ("chosen", "rejected")], -1)
+    except (FistaPrunerError, OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        say(f"{path} is not used: {error}")
+    return found
+
+
+def _write(path: Path, references: Mapping[str, Reference], found: Mapping[str, Tensor]) -> None:
+    tensors = {
+        f"{name}.{answer}": values[:, place]
+        for name, values in found.items()
+        for place, answer in enumerate(("chosen", "rejected"))
+    }
+    entries = [TensorEntry.of(name, value.dtype, tuple(value.shape)) for name, value in tensors.items()]
+    metadata = {name: json.dumps(_identity(references[name])) for name in found}
+    with SafetensorsWriter(path, entries, metadata) as writer:
+        for name, value in tensors.items():
+            writer.write(name, value.contiguous())
+
+
+def _identity(reference: Reference) -> dict[str, str]:
+    model = reference.model
+    digest = hashlib.sha256(json.dumps(list(reference.windows)).encode()).hexdigest()
+    return {**reference.identity, "its precision": str(model.dtype), "the pairs": digest}
