@@ -3,8 +3,10 @@
 Builds every decoder-only language model tiny and random, and looks what becomes of it. An architecture works if the
 log-likelihood of a text computed layer by layer is the model's own to 1e-5, and the model, its operators pruned by
 magnitude, packed and unpacked again, has the same tensors bit for bit and is loaded from the packed checkpoint with the
-same logits. Or it is refused in one sentence. Anything else is a defect: it is marked, and the exit status is 1. Types
-that transformers cannot build that small, or not without another package, are told apart. Prints a Markdown table.
+same logits. A mixture of experts, which cannot be packed, works if the checkpoint that is written pruned has, loaded
+again, the log-likelihood that is computed layer by layer. Or an architecture is refused in one sentence. Anything else
+is a defect: it is marked, and the exit status is 1. Types that transformers cannot build that small, or not without
+another package, are told apart. Prints a Markdown table.
 
     python benchmarks/architectures.py                        # all, a few seconds each
     python benchmarks/architectures.py llama xlm openai-gpt   # some
@@ -32,6 +34,7 @@ import fistapruner as fp
 from fistapruner.evaluation.streaming import Passes, score_windows
 from fistapruner.models.discovery import Layout, discover
 from fistapruner.models.files.checkpoint import Checkpoint
+from fistapruner.models.files.writer import write_checkpoint
 from fistapruner.models.layerwise import LayerwiseModel
 
 WORKS, REFUSED, DEFECT, UNBUILT = "works", "refused", "DEFECT", "not built"
@@ -172,6 +175,8 @@ def _walk_and_pack(model: Any, folder: Path) -> tuple[str, str]:
     sums, own = score_windows(walked, text(), Passes()).nll, own_sums(model, text())
     if not torch.allclose(sums, own, rtol=TOLERANCE, atol=0):
         return DEFECT, f"log-likelihood {sums.tolist()} and not {own.tolist()}"
+    if any(operator.experts for _, operator in layout.operators()):
+        return _write_and_load(walked, layout, folder)
     prune(model, layout)
     model.save_pretrained(folder / "pruned")
     pruned = load_file(folder / "pruned" / "model.safetensors")
@@ -184,6 +189,22 @@ def _walk_and_pack(model: Any, folder: Path) -> tuple[str, str]:
     if not torch.equal(own_sums(loaded, text()), own_sums(model, text())):
         return DEFECT, "loaded from the packed checkpoint, its predictions are others"
     return WORKS, ""
+
+
+def _write_and_load(walked: LayerwiseModel, layout: Layout, folder: Path) -> tuple[str, str]:
+    """Write a mixture of experts pruned, as a run does, and load it with transformers."""
+    pruned = {}
+    for name, _ in layout.operators():
+        stored = walked.source(f"{name}.weight")
+        weight = walked.checkpoint.read(stored)
+        pruned[stored] = weight.masked_fill(weight.abs() < weight.abs().median(), 0)
+    write_checkpoint(walked.checkpoint, folder / "pruned", pruned.get)
+    again = LayerwiseModel(Checkpoint.open(folder / "pruned"), torch.device("cpu"))
+    sums = score_windows(again, text(), Passes()).nll
+    own = own_sums(transformers.AutoModelForCausalLM.from_pretrained(folder / "pruned"), text())
+    if not torch.allclose(sums, own, rtol=TOLERANCE, atol=0):
+        return DEFECT, f"written and loaded again, log-likelihood {sums.tolist()} and not {own.tolist()}"
+    return WORKS, "mixture of experts"
 
 
 def tiny_model(model_type: str) -> Any:

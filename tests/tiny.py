@@ -30,6 +30,35 @@ ARCHITECTURES: dict[str, tuple[str, dict[str, Any]]] = {
     "bloom": ("BloomConfig", {"hidden_size": 32, "n_layer": 3, "n_head": 4}),
 }
 
+ROUTED = {**GQA, "num_hidden_layers": 2, "num_experts_per_tok": 2}
+LATENT = {"kv_lora_rank": 8, "q_lora_rank": 8, "qk_rope_head_dim": 4, "qk_nope_head_dim": 4, "v_head_dim": 8}
+
+MIXTURES: dict[str, tuple[str, dict[str, Any]]] = {
+    "qwen2_moe": (
+        "Qwen2MoeConfig",
+        {**ROUTED, "num_experts": 4, "moe_intermediate_size": 16, "shared_expert_intermediate_size": 16},
+    ),
+    "qwen3_moe": ("Qwen3MoeConfig", {**ROUTED, "head_dim": 8, "num_experts": 4, "moe_intermediate_size": 16}),
+    "mixtral": ("MixtralConfig", {**ROUTED, "num_local_experts": 4}),
+    "olmoe": ("OlmoeConfig", {**ROUTED, "num_experts": 4}),
+    "gpt_oss": ("GptOssConfig", {**ROUTED, "head_dim": 8, "num_local_experts": 4, "sliding_window": 8}),
+    "granitemoe": ("GraniteMoeConfig", {**ROUTED, "num_local_experts": 4}),
+    "deepseek_v3": (
+        "DeepseekV3Config",
+        {
+            **ROUTED,
+            **LATENT,
+            "num_key_value_heads": 4,
+            "n_routed_experts": 4,
+            "n_group": 2,
+            "topk_group": 1,
+            "moe_intermediate_size": 16,
+            "first_k_dense_replace": 1,
+        },
+    ),
+}
+"""Mixtures of experts. Those of GPT-OSS and Granite are stored as one tensor of all experts."""
+
 LLAMA = ("self_attn.o_proj", "mlp.down_proj")
 ADDING = {
     "llama": LLAMA,
@@ -51,7 +80,7 @@ ADDING = {
 
 def build(architecture: str, *, seed: int = 0, **changes: Any) -> Any:
     """A randomly initialised model, its weights :func:`spread`."""
-    name, arguments = ARCHITECTURES[architecture]
+    name, arguments = (ARCHITECTURES | MIXTURES)[architecture]
     config = getattr(transformers, name)(**{**SIZES, **arguments, **changes})
     torch.manual_seed(seed)
     return spread(transformers.AutoModelForCausalLM.from_config(config).eval())
@@ -87,10 +116,16 @@ def tokenizer() -> Any:
 
 
 def save(
-    architecture: str, folder: Path, *, dtype: torch.dtype = torch.float32, shard: str = "50GB", **changes: Any
+    architecture: str,
+    folder: Path,
+    *,
+    dtype: torch.dtype = torch.float32,
+    shard: str = "50GB",
+    original: bool = True,
+    **changes: Any,
 ) -> Path:
-    """Save a tiny model with its tokenizer; returns the folder."""
+    """Save a tiny model with its tokenizer, under its names of today where not ``original``; returns the folder."""
     model = build(architecture, **changes).to(dtype)
-    model.save_pretrained(folder, max_shard_size=shard)
+    model.save_pretrained(folder, max_shard_size=shard, save_original_format=original)
     tokenizer().save_pretrained(folder)
     return folder

@@ -21,7 +21,8 @@ OUTCOMES = {
     "mamba2": "works",
     "bart": "refused",
     "dory": "refused",  # it loops
-    "mixtral": "refused",
+    "mixtral": "works",
+    "llama4_text": "refused",  # its experts are called in another way
     "reformer": "refused",
     "xlm": "refused",
     "xlnet": "refused",

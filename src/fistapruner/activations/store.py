@@ -80,6 +80,23 @@ class HiddenStates:
             done += count
         return out.to(device or CPU, dtype or self.dtype)
 
+    def tokens(self, start: int, stop: int, rows: Tensor, device: torch.device | None = None) -> Tensor:
+        """Copy single tokens of windows ``start`` to ``stop``.
+
+        Args:
+            start: first window.
+            stop: window after the last one.
+            rows: (tokens,) their places among the tokens of these windows.
+            device: as for :meth:`read`.
+
+        Returns:
+            (tokens, width).
+        """
+        if self._memory is None:
+            return self.read(start, stop, device).flatten(0, 1)[rows.to(device or CPU)]
+        within = self._memory[start:stop].flatten(0, 1)
+        return within[rows.to(within.device)].to(device or within.device)
+
     def write(self, start: int, values: Tensor) -> None:
         """Store windows from ``start`` on: (count, seqlen, width)."""
         if self._memory is not None:

@@ -22,18 +22,20 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, nullcontext
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from ..models.discovery import Group, Operator
+from ..models.experts import Experts
 from ..models.layerwise import Call, LayerwiseModel
 from ..runtime.clock import Clock
 from ..runtime.numerics import ordered_attention
 from .store import HiddenStates, Store, scratch_factory
 
 Receive = Callable[[int, int, Tensor], None]
-"""Receives (group number, first window of the batch, values (batch, seqlen, n))."""
+"""Receives (group number, first window of the batch, values (batch, seqlen, n)); of an expert (1, its tokens, n)."""
 
 Around = Callable[[Callable[[], tuple[int, int]]], AbstractContextManager[None]]
 """Entered around a pass, with a function that returns the windows (start, stop) of the batch at work."""
@@ -52,6 +54,10 @@ def _ignore(number: int, start: int, values: Tensor) -> None:
     pass
 
 
+def _ignore_routed(name: str, start: int, inputs: Tensor, chosen: Tensor) -> None:
+    pass
+
+
 @dataclass(frozen=True)
 class Watched:
     """Operators that are watched while batches run through their decoder layer.
@@ -62,12 +68,17 @@ class Watched:
         operators: (group number, operator) of the operators whose outputs are watched. A pass that stops at the last
             watched group does not reach those that run later.
         outputs: receives those outputs.
+        mixtures: names of the modules of experts (:class:`~fistapruner.models.experts.Experts`) whose calls are
+            watched.
+        routed: receives them: (name, first window of the batch, (tokens, n) inputs, (tokens, k) chosen experts).
     """
 
     groups: Sequence[tuple[int, Group]] = ()
     inputs: Receive = _ignore
     operators: Sequence[tuple[int, Operator]] = ()
     outputs: Receive = _ignore
+    mixtures: Sequence[str] = ()
+    routed: Callable[[str, int, Tensor, Tensor], None] = _ignore_routed
 
 
 NOTHING = Watched()
@@ -186,10 +197,11 @@ def run_layer(
     phase = (lambda _: nullcontext()) if clock is None else clock.phase
     start = stop = 0
 
-    def receive_inputs(number: int, last: bool) -> Callable[..., None]:
+    def receive_inputs(number: int, windows: bool, last: bool) -> Callable[..., None]:
         def pre_forward(_: object, args: tuple[Tensor, ...]) -> None:
             # Some architectures (OPT) flatten batch and sequence inside the layer.
-            watched.inputs(number, start, args[0].reshape(stop - start, -1, args[0].shape[-1]))
+            inputs = args[0].reshape(stop - start, -1, args[0].shape[-1]) if windows else args[0][None]
+            watched.inputs(number, start, inputs)
             if last and output is None:
                 raise _Reached
 
@@ -201,15 +213,30 @@ def run_layer(
 
         return after_forward
 
+    def receive_routed(name: str, last: bool) -> Callable[..., None]:
+        def pre_forward(module: Experts, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            inputs, chosen, _ = module.routed(*args, **kwargs)
+            watched.routed(name, start, inputs, chosen)
+            if last and output is None:
+                raise _Reached
+
+        return pre_forward
+
     handles = [
         layer.get_submodule(group[0].name).register_forward_pre_hook(
-            receive_inputs(number, number == watched.groups[-1][0])
+            receive_inputs(number, not group[0].experts, number == watched.groups[-1][0] and not watched.mixtures)
         )
         for number, group in watched.groups
     ]
     handles += [
         layer.get_submodule(operator.name).register_forward_hook(receive_outputs(number))
         for number, operator in watched.operators
+    ]
+    handles += [
+        layer.get_submodule(name).register_forward_pre_hook(
+            receive_routed(name, not watched.groups and name == watched.mixtures[-1]), with_kwargs=True
+        )
+        for name in watched.mixtures
     ]
     try:
         with ExitStack() as stack:

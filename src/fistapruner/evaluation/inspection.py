@@ -14,7 +14,7 @@ from torch import Tensor
 from ..constraints import NM, Constraint, parse_sparsity
 from ..errors import FistaPrunerError
 from ..models.files.checkpoint import PRUNING_RECORD, Checkpoint
-from ..models.files.record import MIN_ZEROS, read_pruning_record, recorded_claims
+from ..models.files.record import MIN_ZEROS, read_pruning_record, recorded_claims, take_claimed_apart
 from ..models.files.safetensors import TensorEntry
 from ..models.source import resolve_model
 from ..runs.lineage import read_lineage
@@ -247,8 +247,10 @@ def _open(folder: Path, allow_pickle: bool) -> tuple[dict[str, TensorEntry], Cal
             packed.record,
         )
     checkpoint = Checkpoint.open(folder, allow_pickle)
+    record = read_pruning_record(folder)
+    take_claimed_apart(checkpoint, record)
     entries = {name: checkpoint.entry(name) for name in checkpoint.names()}
-    return entries, checkpoint.read, read_pruning_record(folder)
+    return entries, checkpoint.read, record
 
 
 def _is_transposed(claims: dict[str, dict[str, Any]], entries: dict[str, TensorEntry]) -> bool:
@@ -261,6 +263,6 @@ def _is_operator(entry: TensorEntry) -> bool:
     """Check for a matrix inside a numbered layer; names of embeddings and heads have no number."""
     return (
         len(entry.shape) == 2
-        and entry.name.endswith(".weight")
+        and (entry.name.endswith(".weight") or entry.name.endswith("]"))
         and re.search(r"\.\d+\.|^\d+\.", entry.name) is not None
     )

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -17,9 +18,12 @@ from torch import nn
 from ..errors import FistaPrunerError, needs_code
 from ..runtime.files import copy_atomic, write_json_atomic
 from ..runtime.numerics import dtype_name
+from .experts import separate_experts
 from .files.checkpoint import Checkpoint
 from .files.writer import merge_patch
 from .names import stored_names
+
+NO_NAMES: Mapping[str, str] = MappingProxyType({})
 
 WEIGHT_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 """Dtypes of dense weights in a checkpoint."""
@@ -71,7 +75,7 @@ def build_model(checkpoint: Checkpoint, *, trust_remote_code: bool = False) -> A
 
 
 def build_changed(checkpoint: Checkpoint, changes: Mapping[str, Any], *, trust_remote_code: bool = False) -> Any:
-    """Build a checkpoint's model without weights, as ``config.json`` would have it with some changes.
+    """Build a checkpoint's model without weights, with a changed ``config.json``; experts are separate.
 
     Args:
         checkpoint: the checkpoint.
@@ -88,7 +92,9 @@ def build_changed(checkpoint: Checkpoint, changes: Mapping[str, Any], *, trust_r
         for code in (file for file in checkpoint.companions if file.endswith(".py")):
             copy_atomic(checkpoint.folder / code, folder / code)
         changed = Checkpoint(folder, config, checkpoint.files, checkpoint.index)
-        return build_model(changed, trust_remote_code=trust_remote_code)
+        model = build_model(changed, trust_remote_code=trust_remote_code)
+        separate_experts(model, *find_decoder_layers(model), changed)
+        return model
 
 
 def find_decoder_layers(model: Any) -> tuple[str, list[nn.Module]]:
@@ -140,15 +146,20 @@ def refuse_tensors(model: Any, layers_name: str, layers: list[nn.Module]) -> Non
                 )
 
 
-def checkpoint_names(model: Any, checkpoint: Checkpoint) -> dict[str, str]:
+def checkpoint_names(model: Any, checkpoint: Checkpoint, known: Mapping[str, str] = NO_NAMES) -> dict[str, str]:
     """Map every parameter and persistent buffer of a model to its name in the checkpoint.
 
     A tied output head has no entry: it is the embedding's.
 
+    Args:
+        model: the model.
+        checkpoint: the checkpoint.
+        known: stored names that were found already, by the model's name.
+
     Raises:
         FistaPrunerError: a tensor is missing, has another shape than the config says, or is quantised.
     """
-    names = stored_names(model, checkpoint.names())
+    names = stored_names(model, checkpoint.names()) | dict(known)
     head = model.get_output_embeddings()
     embedding = model.get_input_embeddings()
     tied = bool(getattr(model.config, "tie_word_embeddings", False))

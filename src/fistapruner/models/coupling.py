@@ -10,14 +10,14 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from .discovery import Layout, Operator, alike, linear_modules
+from .discovery import Layout, Operator, alike, expert_modules, linear_modules
 from .layerwise import LayerwiseModel
 
 
@@ -80,6 +80,7 @@ def find_links(model: LayerwiseModel, layout: Layout) -> tuple[tuple[Link, ...],
             with model.layer(index) as module, torch.no_grad():
                 heads = _head_sizes(model.config.get_text_config())
                 known[signature] = _watch(module, heads, lambda i=index: model.run(i, hidden.clone(), calls[i]))  # type: ignore[misc]
+                known[signature] += _in_experts(module, hidden)
         pruned = {operator.name for group in layout.layers[index] for operator in group}
         found.append(tuple(link for link in known[signature] if link.consumer.name in pruned))
     return tuple(found)
@@ -112,9 +113,28 @@ def named_size(config: Any, name: str) -> Any:
     return None
 
 
+def _in_experts(layer: nn.Module, hidden: Tensor) -> list[Link]:
+    """Find the links of the experts of a loaded decoder layer: those of the first one, which all others have too.
+
+    It runs alone, since a pass over few tokens need not reach it.
+    """
+    links = []
+    for name, experts in expert_modules(layer).items():
+        first = experts.get_submodule("0")
+        inputs = next(Operator.of(key, module).columns for key, module in linear_modules(first))
+        tokens = torch.randn(16, inputs, generator=torch.Generator().manual_seed(0)).to(hidden)
+        for link in _watch(first, set(), lambda first=first, tokens=tokens: first(tokens)):  # type: ignore[misc]
+            for number, _ in experts.experts():
+                prefix = f"{name}.{number}."
+                consumer = replace(link.consumer, name=prefix + link.consumer.name, experts=name)
+                links.append(replace(link, producers=tuple(map(prefix.__add__, link.producers)), consumer=consumer))
+    return links
+
+
 def _watch(layer: nn.Module, heads: set[int], run: Callable[[], Tensor]) -> list[Link]:
-    """Find the links of a loaded decoder layer."""
-    operators = [Operator.of(name, module) for name, module in linear_modules(layer)]
+    """Find the links of a loaded module, those inside experts left out."""
+    experts = tuple(name + "." for name in expert_modules(layer))
+    operators = [Operator.of(name, module) for name, module in linear_modules(layer) if not name.startswith(experts)]
     links: list[Link] = []
     for consumer in operators:
         parent = consumer.name.rpartition(".")[0]

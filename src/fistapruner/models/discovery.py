@@ -17,6 +17,7 @@ from transformers.pytorch_utils import Conv1D
 
 from ..errors import FistaPrunerError
 from ..recipes.patterns import matches
+from .experts import Experts
 from .layerwise import Call, LayerwiseModel
 
 
@@ -29,12 +30,15 @@ class Operator:
         rows: outputs m.
         columns: inputs n.
         transposed: stored as (n, m), as in GPT-2's ``Conv1D``.
+        experts: of an expert's operator, the name of the module of all experts, such as ``mlp.experts``: the operator
+            reads the tokens that are routed to its expert, and no others. Empty for all other operators.
     """
 
     name: str
     rows: int
     columns: int
     transposed: bool
+    experts: str = ""
 
     @classmethod
     def of(cls, name: str, module: nn.Linear | Conv1D) -> Operator:
@@ -42,6 +46,11 @@ class Operator:
         transposed = isinstance(module, Conv1D)
         rows, columns = tuple(module.weight.shape)[:: -1 if transposed else 1]
         return cls(name, rows, columns, transposed)
+
+    @property
+    def expert(self) -> int:
+        """Return the number of the expert that a routed operator belongs to."""
+        return int(self.name.removeprefix(self.experts + ".").partition(".")[0])
 
     def weight(self, layer: nn.Module) -> Tensor:
         """Return an (m, n) view of the operator's weight in a loaded decoder layer."""
@@ -93,7 +102,8 @@ class Layout:
         prefix: name of the list of decoder layers, such as ``model.layers``.
         layers: groups of each decoder layer, in execution order.
         residual_writers: for each decoder layer, in execution order, the operators (selected or not) whose output is
-            only added to the residual stream: ``self_attn.o_proj``, ``mlp.down_proj``.
+            only added to the residual stream: ``self_attn.o_proj``, ``mlp.down_proj``. A mixture of experts is one of
+            them as a whole: ``mlp``.
         output_projections: for each decoder layer, the last operator of its child modules, by the child's name.
     """
 
@@ -184,8 +194,33 @@ def discover(model: LayerwiseModel) -> Layout:
 
 
 def linear_modules(layer: nn.Module) -> list[tuple[str, nn.Linear | Conv1D]]:
-    """Return the name and module of every linear operator in a decoder layer."""
-    return [(name, module) for name, module in layer.named_modules() if isinstance(module, (nn.Linear, Conv1D))]
+    """Return the name and module of every linear operator in a decoder layer.
+
+    What routes or weighs the experts of a mixture is none: it has no more outputs than there are experts.
+    """
+    mixtures = {name.rpartition(".")[0] + ".": experts.number for name, experts in expert_modules(layer).items()}
+
+    def routes(name: str, module: nn.Linear | Conv1D) -> bool:
+        return any(
+            name.startswith(mixture) and Operator.of(name, module).rows in (1, number)
+            for mixture, number in mixtures.items()
+        )
+
+    return [
+        (name, module)
+        for name, module in layer.named_modules()
+        if isinstance(module, (nn.Linear, Conv1D)) and not routes(name, module)
+    ]
+
+
+def expert_modules(layer: nn.Module) -> dict[str, Experts]:
+    """Return the modules of experts in a decoder layer, by name."""
+    return {name: module for name, module in layer.named_modules() if isinstance(module, Experts)}
+
+
+def _mixture_blocks(layer: nn.Module) -> list[str]:
+    """Return the names of the modules that hold a mixture whole: router, experts, shared experts."""
+    return list({name.rpartition(".")[0]: None for name in expert_modules(layer) if "." in name})
 
 
 def alike(a: Tensor, b: Tensor) -> bool:
@@ -220,6 +255,7 @@ def _watch(
     writers: tuple[str, ...] = ()
     with model.layer(index) as layer:
         operators = linear_modules(layer)
+        blocks = _mixture_blocks(layer)
         handles = [
             module.register_forward_pre_hook(lambda _, args, name=name: seen.append((name, args[0])))
             for name, module in operators
@@ -227,6 +263,12 @@ def _watch(
         handles += [
             module.register_forward_hook(lambda _, __, output, name=name: answered(name, output))
             for name, module in operators
+        ]
+        handles += [
+            layer.get_submodule(name).register_forward_hook(
+                lambda _, __, output, name=name: answered(name, output) if isinstance(output, Tensor) else None
+            )
+            for name in blocks
         ]
         handles += [
             child.register_forward_hook(lambda _, __, output, name=name: child_answered(name, output))
@@ -239,7 +281,9 @@ def _watch(
             for handle in handles:
                 handle.remove()
         if len({name for name, _ in seen}) == len(seen):
-            writers = _residual_writers(layer, hidden, answers, out, lambda: model.run(index, hidden.clone(), call))
+            inside = tuple(block + "." for block in blocks)
+            outer = {name: value for name, value in answers.items() if not name.startswith(inside)}
+            writers = _residual_writers(layer, hidden, outer, out, lambda: model.run(index, hidden.clone(), call))
     fired = [name for name, _ in seen]
     prefix = f"{model.layers_name}.{index}"
     for name, _ in operators:
@@ -249,13 +293,15 @@ def _watch(
                 f"{prefix}.{name} ran {fired.count(name)} times in one forward pass of "
                 f"{type(model.model).__name__}{cause}, and not once: this architecture is not supported"
             )
-    modules = dict(operators)
+    modules, mixtures = dict(operators), expert_modules(layer)
     groups: list[tuple[Tensor, list[Operator]]] = []
     for name, tensor in seen:
-        operator = Operator.of(name, modules[name])
+        within = next((mixture for mixture in mixtures if name.startswith(mixture + ".")), "")
+        operator = replace(Operator.of(name, modules[name]), experts=within)
         for other, members in groups:
-            # Both tensors are alive, so equal addresses and shapes mean the same values.
-            if other.data_ptr() == tensor.data_ptr() and other.shape == tensor.shape:
+            # Both tensors are alive, so equal addresses and shapes mean the same values. Those of experts without
+            # tokens have no address.
+            if other is tensor or (other.data_ptr() == tensor.data_ptr() != 0 and other.shape == tensor.shape):
                 members.append(operator)
                 break
         else:

@@ -29,6 +29,7 @@ from transformers.pytorch_utils import Conv1D
 from ..errors import FistaPrunerError
 from ..runtime.numerics import pass_dtype
 from .architecture import build_model, checkpoint_names, find_decoder_layers, refuse_tensors, unsupported
+from .experts import separate_experts
 from .files.checkpoint import Checkpoint
 
 Call = tuple[tuple[Any, ...], dict[str, Any]]
@@ -71,11 +72,12 @@ class LayerwiseModel:
         self.model = build_model(checkpoint, trust_remote_code=trust_remote_code).eval()
         self.config = self.model.config
         self.layers_name, self.layers = find_decoder_layers(self.model)
+        experts = separate_experts(self.model, self.layers_name, self.layers, checkpoint)
         refuse_tensors(self.model, self.layers_name, self.layers)
         self._returned: Callable[[Tensor], Any] = lambda hidden: hidden  # hidden states as a layer returns them
         self._checked = False
         self._open: set[int | str] = set()  # numbers of loaded decoder layers, and "ends"
-        self._sources = checkpoint_names(self.model, checkpoint)
+        self._sources = checkpoint_names(self.model, checkpoint, experts)
         self._parameters = {name for name, _ in self.model.named_parameters()}
         for module in self.model.modules():
             for key, buffer in module._buffers.items():

@@ -1,12 +1,17 @@
-"""Find the stored names of a model's tensors: other prefixes, and names that transformers has changed.
+"""Find the stored names of a model's tensors: other prefixes, and what transformers has renamed or joined.
 
 transformers' table of changed names is semi-private and used in this file only.
 """
 
 from __future__ import annotations
 
+import re
+from collections import defaultdict
 from collections.abc import Collection
 from typing import Any
+
+STACKED, JOINED = ["MergeModulelist"], ["MergeModulelist", "Concatenate"]
+"""Operations by which transformers makes one tensor of the matrices of all experts, from one list or from several."""
 
 
 def stored_names(model: Any, stored: Collection[str]) -> dict[str, str]:
@@ -49,3 +54,47 @@ def _renamed(model: Any, stored: Collection[str]) -> dict[str, str]:
         return {new: old for old in stored if (new := apply_renamings(old, renamings)) != old}
     except (ImportError, AttributeError, TypeError):
         return {}
+
+
+def expert_sources(model: Any, stored: Collection[str]) -> dict[str, list[list[str]]]:
+    """Find the stored matrices that transformers joins to one tensor of all experts.
+
+    If transformers has no such table, or joins them in another way, they are not found.
+
+    Args:
+        model: transformers model, may be on the meta device.
+        stored: tensor names in a checkpoint.
+
+    Returns:
+        By the model's name of the joined tensor: for each matrix of an expert (gate and up, or down) its stored names,
+        by number of the expert.
+    """
+    try:
+        from transformers.conversion_mapping import get_model_conversion_mapping
+        from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
+
+        changes = get_model_conversion_mapping(model)
+        renamings = [change for change in changes if isinstance(change, WeightRenaming)]
+        converters = [
+            change
+            for change in changes
+            if isinstance(change, WeightConverter)
+            and [type(operation).__name__ for operation in change.operations] in (STACKED, JOINED)
+        ]
+        places = {pattern: place for change in converters for place, pattern in enumerate(change.source_patterns)}
+        known, prefix = set(model.state_dict(keep_vars=True)), model.base_model_prefix + "."
+        found: defaultdict[str, defaultdict[int, dict[int, str]]] = defaultdict(lambda: defaultdict(dict))
+        for name in stored:
+            joined, pattern = rename_source_key(name, renamings, converters)
+            numbers = re.findall(r"\.(\d+)(?=\.)", name)
+            joined = next((key for key in (joined, joined.removeprefix(prefix), prefix + joined) if key in known), "")
+            if pattern is not None and joined and numbers:
+                found[joined][places[pattern]][int(numbers[-1])] = name
+    except (ImportError, AttributeError, TypeError):
+        return {}
+    complete = {}
+    for joined, lists in found.items():
+        numbered = [list(map(experts.get, range(len(experts)))) for _, experts in sorted(lists.items())]
+        if all(name is not None for experts in numbered for name in experts):
+            complete[joined] = [[str(name) for name in experts] for experts in numbered]
+    return complete

@@ -237,7 +237,9 @@ def operator_claims(report: Report, model: LayerwiseModel) -> dict[str, dict[str
                 "zeros": operator.zeros,
                 "shape": list(operator.shape),
             }
-            claims[model.source(f"{name}.weight")] = claim
+            stored = model.source(f"{name}.weight")
+            stack = model.checkpoint.stack_of(stored)
+            claims[stored] = claim if stack is None else {**claim, "transposed": stack.transposed}
     return claims
 
 

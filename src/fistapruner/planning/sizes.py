@@ -10,7 +10,7 @@ import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -69,6 +69,7 @@ class GroupSizes(NamedTuple):
         drift_from: what is recorded of drifting inputs; None where they do not drift.
         stacked: peak of solving the stacked group, with its drift; 0 where it only loses inputs.
         alone: peak of solving its largest part.
+        routed: it belongs to an expert: the sums of one expert are in memory at a time.
     """
 
     names: str
@@ -77,6 +78,7 @@ class GroupSizes(NamedTuple):
     drift_from: DriftFrom | None
     stacked: int
     alone: int
+    routed: bool = False
 
     def sums(self, partly: bool) -> int:
         """Sum Gram, weight and sums of drift (problem.py); ``partly``: drift is measured on some windows."""
@@ -114,7 +116,7 @@ class Sizes:
     """Stored dense inputs or outputs of all groups, of one window."""
 
     entering: int
-    """Largest inputs of an output projection that replay stores, of one window."""
+    """Largest inputs of an output projection that replay stores, and those of experts, of one window."""
 
     samples: int
     streams: int
@@ -177,16 +179,18 @@ class Sizes:
 
         with model.embeddings_and_head(head=False):
             hidden, calls = model.embed(tokens[:1])
-        with model.layer(0):
+        index = max(range(len(model)), key=layout.weights)  # the layer whose solves need most
+        groups = layout.layers[index]
+        mixtures = {group[0].experts for group in groups} - {""}
+        passed = index if mixtures else 0
+        with model.layer(passed):
             with torch.no_grad():
-                forward = peak_bytes(lambda: model.run(0, hidden, calls[0]))
+                forward = peak_bytes(lambda: model.run(passed, hidden, calls[passed]))
             backward = (
-                peak_bytes(lambda: _differentiate(model, hidden, calls[0]))
+                peak_bytes(lambda: _differentiate(model, passed, hidden, calls[passed]))
                 if differentiates(recipe) or recipe.reconstruct
                 else 0
             )
-        index = max(range(len(model)), key=layout.weights)  # the layer whose solves need most
-        groups = layout.layers[index]
         touched = [set() if widths is None else widths.touched(number) for number in range(len(model))]
         solved = [solved_groups(layout, number, sparsity, cut=widths is not None) for number in range(len(model))]
         units = () if widths is None else widths.units[index]
@@ -197,20 +201,17 @@ class Sizes:
         told = drift_sources(recipe, layout, index, same=same, solved=solved[index], cut=cut_units)
         kept = [kept_width(groups[number], source) for number, source in told.items()]
         cut = [_cut_sizes(unit, told.get(number)) for number, unit in cut_units.items() if number not in solved[index]]
-        rows = (
-            *cut,
-            *(
-                _group_sizes(
-                    group,
-                    [sparsity[layout.full_name(index, operator)] for operator in group],
-                    recipe,
-                    told.get(number),
-                    model.device,
-                )
-                for number, group in enumerate(groups)
-                if number in solved[index]
-            ),
-        )
+        known: dict[Any, GroupSizes] = {}  # experts are alike: one of them is measured
+        rows = (*cut,)
+        for number, group in enumerate(groups):
+            if number not in solved[index]:
+                continue
+            patterns = [sparsity[layout.full_name(index, operator)] for operator in group]
+            shapes = [(operator.rows, operator.columns) for operator in group]
+            key = (*shapes, *patterns) if group[0].experts else number
+            if key not in known:
+                known[key] = _group_sizes(group, patterns, recipe, told.get(number), model.device)
+            rows = (*rows, known[key])
         operators = sum(4 * operator.rows * operator.columns for group in groups for operator in group)
         passes = recipe.propagate == "pruned" and not recipe.reconstruct  # after the last group
         columns = {
@@ -254,7 +255,10 @@ class Sizes:
             ),
             float_residual=2 * 4 * seqlen * model.width * recipe.corrects_drift,
             kept=sum(kept) * seqlen * itemsize,
-            entering=max(
+            entering=seqlen
+            * itemsize
+            * sum(max(group[0].columns for group in groups if group[0].experts == mixture) for mixture in mixtures)
+            + max(
                 (seqlen * columns[ending.operator] * itemsize for ending in endings if ending.operator in columns),
                 default=0,
             ),
@@ -302,8 +306,9 @@ class Sizes:
         drifts = self.kept > 0
         done = 0  # solved weights in main memory, in the checkpoint's dtype
         for number, group in enumerate(self.groups):
-            names, gram, weight, source, stacked, alone = group
-            waiting = sum(later.sums(partly) for later in self.groups[number + 1 :]) if self.together else 0
+            names, gram, weight, source, stacked, alone, routed = group
+            later = [other for other in self.groups[number + 1 :] if not (other.routed or routed)]
+            waiting = sum(other.sums(partly) for other in later) if self.together else 0
             loaded = base + self.layer + states + kept + waiting + done
             done += 0 if self.cuda else weight * self.stored // 4
             gather = (
@@ -391,11 +396,11 @@ class Sizes:
         return self.checkpoint + self.pruned + (max(states, measuring) if choice.on_disk else 0)
 
 
-def _differentiate(model: LayerwiseModel, hidden: Tensor, call: Call) -> None:
-    """Run a forward and a backward pass through decoder layer 0."""
+def _differentiate(model: LayerwiseModel, index: int, hidden: Tensor, call: Call) -> None:
+    """Run a forward and a backward pass through decoder layer ``index``."""
     with torch.enable_grad(), ordered_attention(model.device):
         entering = hidden.detach().requires_grad_()
-        torch.autograd.grad(model.run(0, entering, call).float().sum(), entering)
+        torch.autograd.grad(model.run(index, entering, call).float().sum(), entering)
 
 
 def _cut_sizes(unit: Unit, drift_from: DriftFrom | None) -> GroupSizes:
@@ -420,4 +425,5 @@ def _group_sizes(
         else solve_bytes([largest.stop - largest.start], n, [largest.sparsity], recipe.steps, device, drift=drift)
     )
     names = "+".join(operator.name.rpartition(".")[2] for operator in group)
-    return GroupSizes(names, 4 * n * n, 4 * sum(rows) * n, drift_from, stacked, alone)
+    routed = bool(group[0].experts)
+    return GroupSizes(names, 4 * n * n, 4 * sum(rows) * n, drift_from, stacked, alone, routed)

@@ -68,7 +68,8 @@ def drift_sources(
             their inputs are others afterwards, and these drift wherever channels are missing.
 
     Returns:
-        By number, the groups whose inputs drift; empty where the target does not depend on it.
+        By number, the groups whose inputs drift; empty where the target does not depend on it. Operators of experts
+        are not among them: the dense model routes other tokens to an expert.
     """
     groups = layout.layers[index]
     if not recipe.dense_share:
@@ -81,7 +82,9 @@ def drift_sources(
         return "inputs" if others else cheapest_drift(operator.rows, operator.columns, corrected=corrected)
 
     drifting: Collection[int] = () if same and not recipe.error_correction else range(int(same), len(groups))
-    found: dict[int, DriftFrom] = {number: source(number) for number in drifting if number in solved}
+    found: dict[int, DriftFrom] = {
+        number: source(number) for number in drifting if number in solved and not groups[number][0].experts
+    }
     for number in cut:
         earlier = recipe.error_correction and any(other < number for other in (*solved, *cut))
         if not same or number in solved or earlier:

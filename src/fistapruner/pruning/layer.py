@@ -16,10 +16,12 @@ from ..problem import LayerProblem, ProblemSums, unweighted
 from ..runs.records import LayerEntry, OperatorEntry
 from ..runtime.clock import Clock
 from ..runtime.memory import release_memory
+from ..solvers import parse_method
 from ..solvers.base import Solution
 from ..tuning.block_reconstruction import ReconstructionSettings, reconstruct_layer
 from .context import NO_EVENTS, NOT_MEASURED, LayerContext, LayerEvents, LayerMeasures, LayerStreams
 from .entries import operator_entries
+from .experts import routed_problem, routing_warnings
 from .passes import LayerPasses
 from .removal import remove_units
 
@@ -92,6 +94,7 @@ def prune_layer(
                 passes.pruned(number)
                 continue
             names = "+".join(operator.name.rpartition(".")[2] for operator in group)
+            names = f"expert {group[0].expert} {names}" if group[0].experts else names
             events.operators(names, None)
             worst = _prune_group(context, index, number, passes.sums_of(number), clock, measures, events, record)
             release_memory()
@@ -100,9 +103,12 @@ def prune_layer(
             events.operators(names, worst)
         _reconstruct(context, index, streams, passes, clock, measures, record)
         error = passes.output_pass()
+    name = f"{context.layout.prefix}.{index}"
+    mixtures = dict.fromkeys(operator.experts for group in context.layout.layers[index] for operator in group)
+    record.warnings += routing_warnings(name, record.operators, filter(None, mixtures))
     entry = LayerEntry(
         index=index,
-        name=f"{context.layout.prefix}.{index}",
+        name=name,
         seconds=clock.seconds,
         relative_error=error,
         relative_error_of=None if error is None else ERROR_OF,
@@ -133,11 +139,17 @@ def _prune_group(
     names = context.names(index, group)
     patterns = [context.sparsity[name] for name in names]
     with clock.phase("gram"):
-        rows = [operator.rows for operator in group]
-        problem = sums.problem(names, rows, context.recipe.dense_share, release=True)
+        rows, share = [operator.rows for operator in group], context.recipe.dense_share
+        if routed := group[0].experts:
+            problem = routed_problem(sums, names, group, share)
+        else:
+            problem = sums.problem(names, rows, share, release=True)
     events.problem(number, problem)
     with clock.phase("solve"):
-        solution = _solve(context, problem, names, _importance(context, index, group, measures, record))
+        if routed and not sums.tokens:
+            solution = context.solver(problem, patterns, parse_method("magnitude"))
+        else:
+            solution = _solve(context, problem, names, _importance(context, index, group, measures, record))
         unrounded = _write(model, model.layers[index], group, names, solution)
     with clock.phase("report"):
         # Solvers that keep dense weights leave nothing to round: their error is known, and costs as much as a pass.
@@ -146,6 +158,8 @@ def _prune_group(
         errors = reported if known else problem.relative_errors(solution.weight)
         texts = [str(pattern) for pattern in patterns]
         entries = operator_entries(problem, solution, errors, group, number, texts)
+    for entry in entries if routed else ():
+        entry.tokens = sums.tokens
     record.operators += entries
     record.warnings += solution.warnings
     return max((entry.relative_error or 0.0) for entry in entries)

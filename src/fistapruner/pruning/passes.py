@@ -3,18 +3,23 @@
 Where ``propagate`` and ``target`` are ``pruned``, each group has a pass of its own, and a last one makes the output.
 With the dense model beside it there is one dense pass before them, which serves all groups
 (:meth:`LayerPasses.dense_pass`).
+
+The experts of a mixture need one pass in all: it keeps what enters the experts and where each token is routed. Then
+each expert's own tokens run through that expert alone, so the sums of one expert are in memory at a time.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from ..activations.replay import Replay, kept_projections
+from ..activations.routed import RoutedTokens
 from ..activations.store import HiddenStates
-from ..activations.stream import Watched, run_layer
+from ..activations.stream import Around, Watched, run_layer
 from ..models.discovery import Group
 from ..problem import ProblemSums
 from ..runtime.clock import Clock
@@ -75,6 +80,8 @@ class LayerPasses:
             projections = kept_projections(layout, index, model.device)
             self._replay = Replay(index, self._layer, groups, projections, later_passes, streams.seen, context.scratch)
         self._sums: dict[int, ProblemSums] = {}
+        self._routed: dict[str, RoutedTokens] = {}
+        self._seen_mixtures: set[str] = set()
         self._first_out: Tensor | None = None  # of the dense layer, first batch: the report's error is measured on it
         self.wanted: HiddenStates | None = None
         """Output hidden states that block reconstruction trains towards; None without block reconstruction."""
@@ -95,7 +102,7 @@ class LayerPasses:
         if streams.pruned is None:
             shared = self.groups[:1] if self._recipe.error_correction else [] if self._cut else self.groups
             for number, group in shared:
-                if number in self.solved and number not in self._touched:
+                if number in self.solved and number not in self._touched and not group[0].experts:
                     self._sums[number] = self._new_sums(number, group)
             for number, due in self._cut.items():
                 earlier = any(other < number for other in self._cut) and self._recipe.error_correction
@@ -164,16 +171,83 @@ class LayerPasses:
 
         Without error correction all groups are solved on the inputs of the unpruned layer: one pass gathers them all.
         """
+        if not self._recipe.error_correction:
+            self._route({group[0].experts: None for other, group in self.groups if other in self.solved})
         if number not in self._sums:
             todo = self.groups[number : number + 1] if self._recipe.error_correction else self.groups[number:]
             todo = [(other, group) for other, group in todo if other in self.solved and other not in self._sums]
-            for other, group in todo:
-                self._sums[other] = self._new_sums(other, group)
-            around = [part.around_pass for part in (self._replay, self._residual) if part is not None]
-            self._run(self._streams.seen, watched=Watched(todo, self._add), around=around)
+            if mixture := self.groups[number][1][0].experts:
+                self._route([mixture])
+                self._gather_expert(todo)
+            else:
+                self._gather([(other, group) for other, group in todo if not group[0].experts])
         if self._activations is not None:
             self._activations.close(number)
+        self._close_routed(number)
         return self._sums.pop(number)
+
+    def _gather(self, todo: list[tuple[int, Group]]) -> None:
+        """Gather the sums of some groups in one pass."""
+        for other, group in todo:
+            self._sums[other] = self._new_sums(other, group)
+        self._run(self._streams.seen, watched=Watched(todo, self._add), around=self._around())
+
+    def _route(self, mixtures: Iterable[str]) -> None:
+        """Keep what enters some modules of experts, in one pass; nothing for those that are kept already."""
+        new = [name for name in mixtures if name and name not in self._seen_mixtures]
+        if not new:
+            return
+        self._seen_mixtures.update(new)
+
+        def keep(name: str, start: int, inputs: Tensor, chosen: Tensor) -> None:
+            with self._clock.phase("io"):
+                if name not in self._routed:
+                    seen = self._streams.seen
+                    shape = (seen.samples, seen.seqlen, inputs.shape[-1])
+                    self._routed[name] = RoutedTokens(self._context.scratch(f"routed-{self._index}-{name}", shape))
+                self._routed[name].keep(start, inputs, chosen)
+
+        self._run(self._streams.seen, watched=Watched(mixtures=new, routed=keep), around=self._around())
+
+    def _gather_expert(self, todo: list[tuple[int, Group]]) -> None:
+        """Gather sums of the first group in ``todo``, and of the others of its expert, from the expert's own tokens."""
+        first = todo[0][1][0]
+        same = [
+            (number, group)
+            for number, group in todo
+            if group[0].experts == first.experts and group[0].expert == first.expert
+        ]
+        expert = self._layer.get_submodule(f"{first.experts}.{first.expert}")
+
+        def add_to(number: int) -> Callable[..., None]:
+            def pre_forward(_: object, args: tuple[Tensor, ...]) -> None:
+                with self._clock.phase("gram"):
+                    self._sums[number].add(args[0])
+
+            return pre_forward
+
+        handles = []
+        for number, group in same:
+            self._sums[number] = self._new_sums(number, group)
+            handles.append(self._layer.get_submodule(group[0].name).register_forward_pre_hook(add_to(number)))
+        try:
+            for tokens in self._routed[first.experts].of_expert(first.expert, self._model.device):
+                with self._clock.phase("capture"), torch.no_grad():
+                    expert(tokens)
+        finally:
+            for handle in handles:
+                handle.remove()
+
+    def _close_routed(self, number: int) -> None:
+        """Release the inputs of a mixture whose last group is ``number``."""
+        mixture = self.groups[number][1][0].experts
+        if mixture in self._routed and not any(
+            other in self.solved and group[0].experts == mixture for other, group in self.groups[number + 1 :]
+        ):
+            self._routed.pop(mixture).close()
+
+    def _around(self) -> list[Around]:
+        return [part.around_pass for part in (self._replay, self._residual) if part is not None]
 
     def cut_before(self, number: int) -> list[int]:
         """Return the groups whose inputs are removed before group ``number`` is pruned."""

@@ -134,6 +134,7 @@ class OperatorEntry(Record):
         spectrum: eigenvalues of its Gram divided by the largest, at log-spaced ranks, descending; ``spectrum_ranks``:
             the ranks, from 1.
         condition: largest eigenvalue over the mean of the diagonal.
+        tokens: calibration tokens that were routed to its expert; None of operators that read all tokens.
         change: of a recovery run: norm of the weight's change over its norm; ``changed``: weights that changed.
     """
 
@@ -149,6 +150,7 @@ class OperatorEntry(Record):
     spectrum: list[float] | None = None
     spectrum_ranks: list[int] | None = None
     condition: float | None = None
+    tokens: int | None = None
     change: float | None = None
     changed: int | None = None
 

@@ -22,7 +22,7 @@ from ..models.layerwise import LayerwiseModel, Tick
 from ..problem import ProblemSums
 from ..recipes.settings import Recipe
 from .channel_order import channel_order, kept_share
-from .error_curves import predicted_cost, row_error_curves, sparsity_grid, split_budget
+from .error_curves import predicted_cost, row_error_curves, sampled_rows, sparsity_grid, split_budget
 from .fisher import DensePasses, InputEnergy, Look, gather_inputs, measure_sensitivity, row_importance
 from .owl import outlier_share, owl_allocation
 
@@ -161,6 +161,13 @@ def decide(
     def problem_seen(index: int, number: int, sums: ProblemSums) -> None:
         group = layout.layers[index][number]
         names = [layout.full_name(index, operator) for operator in group]
+        if group[0].experts and not sums.tokens:  # no measured token reaches this expert: it makes no error
+            grid = sparsity_grid(fraction)
+            errors.update(
+                (name, torch.zeros(len(grid), operator.rows)[:, sampled_rows(operator.rows)])
+                for name, operator in zip(names, group, strict=True)
+            )
+            return
         problem = sums.problem(names, [operator.rows for operator in group], 0.0)
         errors.update(zip(names, row_error_curves(problem, sparsity_grid(fraction)), strict=True))
 

@@ -61,8 +61,8 @@ class InputEnergy:
         self.tokens += len(inputs)
 
     def mean(self) -> Tensor:
-        """Return the (n,) mean over tokens."""
-        return self._squares / self.tokens
+        """Return the (n,) mean over tokens; zeros for an expert that no token is routed to."""
+        return self._squares / max(self.tokens, 1)
 
 
 class Sums(Protocol):

@@ -6,6 +6,7 @@ Both directions go tensor by tensor. A folder is written under a temporary name 
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -269,6 +270,7 @@ class _Planned:
 
 
 def _plan(source: Checkpoint, record: dict[str, Any], values: str, group: int) -> dict[str, _Planned]:
+    _refuse_experts(source, record)
     listed, faults = recorded_claims(record, source, source.folder)
     if faults:
         raise FistaPrunerError(f"{source.folder / PRUNING_RECORD} is of another checkpoint: {faults[0]}")
@@ -294,6 +296,16 @@ def _plan(source: Checkpoint, record: dict[str, Any], values: str, group: int) -
         if sum(part.nbytes for part in spec.entries(name, stored)) < entry.nbytes:
             plan[name] = _Planned(spec, stored, nonzero, entry, cast)
     return plan
+
+
+def _refuse_experts(source: Checkpoint, record: dict[str, Any]) -> None:
+    """Refuse models whose experts' matrices would be packed: loading them would have to join them."""
+    operators = record.get("operators")
+    for name in operators if isinstance(operators, dict) else source.names():
+        if re.search(r"\.experts\.\d+\.|\[\d+\]$", name):
+            raise FistaPrunerError(
+                f"{source.folder}: {name} is of an expert; models with a mixture of experts cannot be packed"
+            )
 
 
 def _hint(known: Mapping[str, Any] | None) -> NM | None:

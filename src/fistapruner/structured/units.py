@@ -202,6 +202,10 @@ def _mlp_channels(model: LayerwiseModel, layout: Layout) -> Units:
     """
     found = []
     for index, links in enumerate(find_links(model, layout)):
+        if any(operator.experts for group in layout.layers[index] for operator in group):
+            raise FistaPrunerError(
+                f"structure: {layout.prefix}.{index} has a mixture of experts, whose channels are not removed"
+            )
         units = tuple(
             Unit(MLP, link.producers, (1,) * len(link.producers), (1,) * len(link.producers), link.consumer)
             for link in links

@@ -10,7 +10,8 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -42,6 +43,27 @@ COMPANION_NAMES = ("license", "licence", "notice", "copying", "use_policy", "acc
 NOT_COMPANIONS = {INDEX, INDEX_PICKLE, "config.json", PRUNING_RECORD, PACKED_RECORD}
 
 
+@dataclass(frozen=True)
+class Stack:
+    """A stored tensor that holds a matrix, or a bias, of each of several experts.
+
+    Args:
+        name: of the tensor.
+        transposed: its matrices are (inputs, outputs).
+    """
+
+    name: str
+    transposed: bool
+
+    def part(self, number: int) -> str:
+        """Return the name of one expert's matrix; no tensor of a checkpoint is called so."""
+        return f"{self.name}[{number}]"
+
+    def joined(self, parts: Sequence[Tensor]) -> Tensor:
+        """Join the matrices of all experts to the stored tensor."""
+        return torch.stack([part.T if self.transposed else part for part in parts])
+
+
 class WeightFile(Protocol):
     """Interface of one weight file."""
 
@@ -50,6 +72,8 @@ class WeightFile(Protocol):
     metadata: dict[str, str]
 
     def read(self, name: str) -> Tensor: ...
+
+    def read_part(self, name: str, number: int) -> Tensor: ...
 
 
 class Checkpoint:
@@ -64,6 +88,7 @@ class Checkpoint:
         index: the index file's name, None for a single file.
         orders: tensors that :meth:`read` returns with a dimension reordered (see :mod:`fistapruner.models.coupling`);
             empty at first.
+        stacks: by name, the stored tensors that are read as the matrices of single experts (:meth:`take_apart`).
         companions: names of the model's other files: tokenizer, generation settings, chat templates, licence, the
             Python code that ``auto_map`` in the config names. Not ``config.json``.
     """
@@ -75,6 +100,8 @@ class Checkpoint:
         self.index = index
         self.companions = _companions(folder, code="auto_map" in config)
         self.orders: Orders = {}
+        self.stacks: dict[str, Stack] = {}
+        self._parts: dict[str, tuple[Stack, int]] = {}
         self._places = {name: shard for shard, file in files.items() for name in file.entries}
 
     @classmethod
@@ -136,11 +163,29 @@ class Checkpoint:
         return cls(folder, config, files, index)
 
     def __contains__(self, name: object) -> bool:
-        return name in self._places
+        return name in self._places or name in self._parts
+
+    def take_apart(self, stack: Stack) -> list[str]:
+        """Read a stored tensor from now on as the matrices of single experts, and return their names."""
+        count = self.entry(stack.name).shape[0]
+        self.stacks[stack.name] = stack
+        self._parts |= {stack.part(number): (stack, number) for number in range(count)}
+        return self.parts(stack.name)
+
+    def stack_of(self, name: str) -> Stack | None:
+        """Return the stack that a matrix of :meth:`parts` is in; None of another tensor."""
+        return self._parts[name][0] if name in self._parts else None
+
+    def parts(self, name: str) -> list[str]:
+        """Return the names of the matrices of a tensor that is taken apart; of another tensor its own name."""
+        stack = self.stacks.get(name)
+        if stack is None:
+            return [name]
+        return [stack.part(number) for number in range(self.files[self.file_of(name)].entries[name].shape[0])]
 
     def names(self) -> list[str]:
-        """List the names of all tensors, file by file, in each file's order."""
-        return [name for file in self.files.values() for name in file.entries]
+        """List the names of all tensors, file by file, in each file's order; those of :meth:`parts` in place."""
+        return [part for file in self.files.values() for name in file.entries for part in self.parts(name)]
 
     def file_of(self, name: str) -> str:
         """Return the name of the file that holds a tensor.
@@ -148,6 +193,7 @@ class Checkpoint:
         Raises:
             FistaPrunerError: no such tensor.
         """
+        name = self._parts[name][0].name if name in self._parts else name
         if name not in self._places:
             raise FistaPrunerError(f"{self.folder} has no tensor {name!r}")
         return self._places[name]
@@ -158,7 +204,12 @@ class Checkpoint:
         Raises:
             FistaPrunerError: no such tensor.
         """
-        return self.files[self.file_of(name)].entries[name]
+        entries = self.files[self.file_of(name)].entries
+        if name not in self._parts:
+            return entries[name]
+        stack, _ = self._parts[name]
+        whole = entries[stack.name]
+        return TensorEntry.of(name, whole.dtype, whole.shape[1:][:: -1 if stack.transposed else 1])
 
     def read(self, name: str) -> Tensor:
         """Read one tensor into fresh memory, reordered as :attr:`orders` says.
@@ -166,7 +217,13 @@ class Checkpoint:
         Raises:
             FistaPrunerError: no such tensor, or its file was shortened since it was opened.
         """
-        tensor = self.files[self.file_of(name)].read(name)
+        file = self.files[self.file_of(name)]
+        if name in self._parts:
+            stack, number = self._parts[name]
+            part = file.read_part(stack.name, number)
+            tensor = part.T.contiguous() if stack.transposed else part
+        else:
+            tensor = file.read(name)
         if name in self.orders:
             dim, order = self.orders[name]
             return tensor.index_select(dim, order)

@@ -59,3 +59,7 @@ class PickleFile:
     def read(self, name: str) -> Tensor:
         """Copy one tensor out of the file."""
         return self._tensors[name].detach().clone(memory_format=torch.contiguous_format)
+
+    def read_part(self, name: str, number: int) -> Tensor:
+        """Copy ``tensor[number]`` out of the file."""
+        return self._tensors[name][number].detach().clone(memory_format=torch.contiguous_format)

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Container, Mapping
 from pathlib import Path
 from typing import Any
 
 from ...errors import FistaPrunerError
-from .checkpoint import PRUNING_RECORD, read_json
+from .checkpoint import PRUNING_RECORD, Checkpoint, Stack, read_json
 
 MIN_ZEROS = 0.01
 """Least share of zeros of an operator that counts as pruned where no record says so."""
@@ -38,6 +39,16 @@ def has_zeros(record: Mapping[str, Any]) -> bool:
     operators = record.get("operators")
     claims = operators.values() if isinstance(operators, Mapping) else ()
     return not claims or any(not isinstance(claim, Mapping) or claim.get("sparsity") != "0%" for claim in claims)
+
+
+def take_claimed_apart(checkpoint: Checkpoint, record: Mapping[str, Any]) -> None:
+    """Take the tensors apart of which a record claims something for the matrices of single experts."""
+    operators = record.get("operators")
+    for name, claim in operators.items() if isinstance(operators, Mapping) else ():
+        whole = re.fullmatch(r"(.+)\[\d+\]", name)
+        if whole and whole[1] in checkpoint and whole[1] not in checkpoint.stacks and isinstance(claim, Mapping):
+            if len(checkpoint.entry(whole[1]).shape) == 3:
+                checkpoint.take_apart(Stack(whole[1], transposed=claim.get("transposed") is True))
 
 
 def recorded_claims(

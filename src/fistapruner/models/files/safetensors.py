@@ -111,15 +111,25 @@ class SafetensorsFile:
         entry = self.entries.get(name)
         if entry is None:
             raise FistaPrunerError(f"{self.path} has no tensor {name!r}")
+        return self._read(entry, 0)
+
+    def read_part(self, name: str, number: int) -> Tensor:
+        """Read ``tensor[number]`` into fresh memory."""
+        entry = self.entries[name]
+        part = TensorEntry.of(name, entry.dtype, entry.shape[1:])
+        return self._read(part, number * part.nbytes)
+
+    def _read(self, entry: TensorEntry, skipped: int) -> Tensor:
+        """Read a tensor, or a part of it that begins after ``skipped`` bytes."""
         buffer = torch.empty(entry.nbytes, dtype=torch.uint8)
         view = buffer.numpy().data
         try:
             with open(self.path, "rb", buffering=0) as file:
-                file.seek(self._offsets[name])
+                file.seek(self._offsets[entry.name] + skipped)
                 while view:
                     count = file.readinto(view[: 2**30])
                     if not count:
-                        raise FistaPrunerError(f"{self.path} is truncated: it ends within tensor {name!r}")
+                        raise FistaPrunerError(f"{self.path} is truncated: it ends within tensor {entry.name!r}")
                     view = view[count:]
         except OSError as error:
             raise FistaPrunerError(f"cannot read {self.path}: {error.strerror or error}") from None

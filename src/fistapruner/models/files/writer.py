@@ -54,8 +54,9 @@ def write_checkpoint(
     Args:
         source: the checkpoint to copy.
         out: folder to make; it must not exist.
-        replacement: called once for each tensor that is written; returns the tensor to store, in any floating dtype, or
-            None to copy the source's tensor unchanged.
+        replacement: called once for each tensor that is written, or for each matrix of a tensor that the source takes
+            apart (:attr:`.Checkpoint.stacks`); returns the tensor to store, in any floating dtype, or None to copy the
+            source's unchanged.
         shapes: by tensor name, the shape that a tensor has in ``out`` where it is not the source's. ``replacement``
             must return these tensors. Whether the new config expresses the new shapes is the caller's to know: a
             folder whose shapes the config cannot express is written, but ``transformers`` refuses to load it.
@@ -74,12 +75,22 @@ def write_checkpoint(
             missing, has another shape or leaves the range of the stored dtype, or the source is damaged.
     """
     shards = _shards(source, shapes or {}, identity)
+
+    def joined(name: str) -> Tensor | None:
+        """Return what replaces a stored tensor: of one that is taken apart, its matrices joined."""
+        if name not in source.stacks:
+            return replacement(name)
+        parts = [(part, replacement(part)) for part in source.parts(name)]
+        if all(tensor is None for _, tensor in parts):
+            return None
+        return source.stacks[name].joined([source.read(part) if tensor is None else tensor for part, tensor in parts])
+
     with checkpoint_folder(out, resume=resume) as partial:
         kept = {shard.name: shard.kept(partial) for shard in shards}
         require_space(
             partial, sum(entry.nbytes for shard in shards if kept[shard.name] is None for entry in shard.entries)
         )
-        written = {shard.name: kept[shard.name] or shard.write(partial, replacement) for shard in shards}
+        written = {shard.name: kept[shard.name] or shard.write(partial, joined) for shard in shards}
         files = set(written) | copy_companions(source, partial) | {"config.json"}
         _write_config(source, partial, config_changes or {})
         for name, text in (documents or {}).items():

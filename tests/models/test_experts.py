@@ -1,0 +1,141 @@
+"""Mixtures of experts are walked, and their experts are operators, however the checkpoint stores them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch import Tensor
+from transformers import AutoModelForCausalLM
+
+import tiny
+from fistapruner.activations.stream import check_model
+from fistapruner.models.discovery import discover, expert_modules
+from fistapruner.models.files.checkpoint import Checkpoint, Stack
+from fistapruner.models.files.writer import write_checkpoint
+from fistapruner.models.layerwise import LayerwiseModel
+
+FORMS = [True, False]
+"""Names and forms of the published checkpoints, and those of transformers today."""
+
+
+def opened(folder: Path) -> LayerwiseModel:
+    return LayerwiseModel(Checkpoint.open(folder), torch.device("cpu"))
+
+
+@pytest.mark.parametrize("original", FORMS)
+@pytest.mark.parametrize("architecture", tiny.MIXTURES)
+def test_the_walk_has_the_models_own_logits(tmp_path: Path, architecture: str, original: bool) -> None:
+    model = opened(tiny.save(architecture, tmp_path, original=original))
+    check_model(model)
+    tokens = torch.arange(3, 27)[None]
+    with torch.no_grad():
+        expected = AutoModelForCausalLM.from_pretrained(tmp_path).eval()(tokens).logits
+    torch.testing.assert_close(model.own_logits(tokens), expected, rtol=1e-5, atol=1e-5)
+
+
+def by_hand(architecture: str, matrices: dict[str, Tensor], x: Tensor) -> Tensor:
+    """What one expert computes of a token, from the paper's formula and its stored matrices."""
+    read = {key: value @ x for key, value in matrices.items() if key not in ("down", "down_bias", "joined_bias")}
+    if architecture == "gpt_oss":
+        joined = read["joined"] + matrices["joined_bias"]
+        gate, up = joined[::2].clamp(max=7.0), joined[1::2].clamp(-7.0, 7.0)
+        return matrices["down"] @ ((up + 1) * gate * torch.sigmoid(1.702 * gate)) + matrices["down_bias"]
+    gate, up = read["joined"].chunk(2) if "joined" in read else (read["gate"], read["up"])
+    return matrices["down"] @ (torch.nn.functional.silu(gate) * up)
+
+
+def stored(architecture: str, tensors: dict[str, Tensor], expert: int) -> dict[str, Tensor]:
+    """The matrices of an expert in decoder layer 1, (outputs, inputs), as the published checkpoint has them."""
+    if architecture in ("gpt_oss", "granitemoe"):
+        names = {
+            "gpt_oss": {"joined": "mlp.experts.gate_up_proj", "down": "mlp.experts.down_proj"},
+            "granitemoe": {
+                "joined": "block_sparse_moe.input_linear.weight",
+                "down": "block_sparse_moe.output_linear.weight",
+            },
+        }[architecture]
+        found = {key: tensors[f"model.layers.1.{name}"][expert] for key, name in names.items()}
+        if architecture == "gpt_oss":
+            found = {key: value.T for key, value in found.items()}
+            found |= {f"{key}_bias": tensors[f"model.layers.1.{name}_bias"][expert] for key, name in names.items()}
+        return found
+    mixtral = architecture == "mixtral"
+    prefix = f"model.layers.1.{'block_sparse_moe' if mixtral else 'mlp'}.experts.{expert}"
+    names = ("w1", "w3", "w2") if mixtral else ("gate_proj", "up_proj", "down_proj")
+    return {key: tensors[f"{prefix}.{name}.weight"] for key, name in zip(("gate", "up", "down"), names, strict=True)}
+
+
+@pytest.mark.parametrize("architecture", tiny.MIXTURES)
+def test_experts_compute_what_a_loop_over_tokens_by_hand_does(tmp_path: Path, architecture: str) -> None:
+    model = opened(tiny.save(architecture, tmp_path))
+    tensors = load_file(tmp_path / "model.safetensors")
+    torch.manual_seed(0)
+    inputs, weights = torch.randn(11, 32), torch.rand(11, 2)
+    chosen = torch.rand(11, 4).topk(2).indices
+    with model.layer(1) as layer, torch.no_grad():
+        (experts,) = expert_modules(layer).values()
+        computed = experts(inputs, chosen, weights)
+    for token in range(11):
+        expected = sum(
+            weights[token, place] * by_hand(architecture, stored(architecture, tensors, int(expert)), inputs[token])
+            for place, expert in enumerate(chosen[token])
+        )
+        torch.testing.assert_close(computed[token], expected, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("architecture", ["qwen2_moe", "gpt_oss"])
+def test_every_experts_matrices_are_operators_and_what_routes_is_none(tmp_path: Path, architecture: str) -> None:
+    model = opened(tiny.save(architecture, tmp_path))
+    layout = discover(model)
+    parts = ["gate_up_proj"] if architecture == "gpt_oss" else ["gate_proj", "up_proj"]
+    names = [[operator.name for operator in group] for group in layout.layers[1]]
+    routed = [group for group in names if ".experts." in group[0]]
+    assert routed == [
+        [f"mlp.experts.{expert}.{part}" for part in group] for expert in range(4) for group in (parts, ["down_proj"])
+    ]
+    assert not any("gate.weight" in name or name.endswith((".gate", "router", "_gate")) for n in names for name in n)
+    assert {operator.expert for group in layout.layers[1] for operator in group if operator.experts} == {0, 1, 2, 3}
+    tensors = load_file(tmp_path / "model.safetensors")
+    with model.layer(1) as layer:
+        for group in layout.layers[1]:
+            for operator in (operator for operator in group if operator.experts):
+                key = {"gate_proj": "gate", "up_proj": "up", "down_proj": "down"}.get(operator.name.rpartition(".")[2])
+                assert torch.equal(
+                    operator.weight(layer), stored(architecture, tensors, operator.expert)[key or "joined"]
+                )
+
+
+def test_a_mixture_is_one_writer_to_the_residual_stream(tmp_path: Path) -> None:
+    """So drift can be corrected in attention; what is routed elsewhere where noise is added does not matter."""
+    assert discover(opened(tiny.save("qwen3_moe", tmp_path))).residual_writers == (("self_attn.o_proj", "mlp"),) * 2
+
+
+def test_a_tensor_of_all_experts_is_read_and_written_by_matrix(tmp_path: Path) -> None:
+    source = Checkpoint.open(tiny.save("gpt_oss", tmp_path / "model"))
+    name = "model.layers.0.mlp.experts.down_proj"
+    whole = source.read(name)
+    parts = source.take_apart(Stack(name, transposed=True))
+    assert [source.entry(part).shape for part in parts] == [whole[0].T.shape] * 4
+    assert all(torch.equal(source.read(part), whole[number].T) for number, part in enumerate(parts))
+    assert not set(parts) - set(source.names())
+    assert name not in source.names()
+    new = torch.ones_like(whole[2].T)
+    write_checkpoint(source, tmp_path / "out", lambda part: new if part == parts[2] else None)
+    written, before = (load_file(folder / "model.safetensors") for folder in (tmp_path / "out", tmp_path / "model"))
+    assert list(written) == list(before)
+    whole[2] = 1
+    assert torch.equal(written[name], whole)
+
+
+def test_an_unknown_kind_of_mixture_is_refused_by_name(tmp_path: Path) -> None:
+    from transformers import Llama4ForCausalLM, Llama4TextConfig
+
+    config = Llama4TextConfig(**tiny.SIZES, **tiny.ROUTED, head_dim=8, num_local_experts=4, intermediate_size_mlp=48)
+    Llama4ForCausalLM(config).save_pretrained(tmp_path)
+    with pytest.raises(
+        Exception, match=r"layers\.0\.feed_forward\.experts\.gate_up_proj is a fused mixture of experts"
+    ):
+        opened(tmp_path)
