@@ -75,7 +75,7 @@ def build_model(checkpoint: Checkpoint, *, trust_remote_code: bool = False) -> A
 
 
 def build_changed(checkpoint: Checkpoint, changes: Mapping[str, Any], *, trust_remote_code: bool = False) -> Any:
-    """Build a checkpoint's model without weights, with a changed ``config.json``; experts are separate.
+    """Build a checkpoint's model without weights, with a changed config and experts that are separate.
 
     Args:
         checkpoint: the checkpoint.

@@ -114,9 +114,9 @@ def named_size(config: Any, name: str) -> Any:
 
 
 def _in_experts(layer: nn.Module, hidden: Tensor) -> list[Link]:
-    """Find the links of the experts of a loaded decoder layer: those of the first one, which all others have too.
+    """Find the links inside the experts of a loaded decoder layer.
 
-    It runs alone, since a pass over few tokens need not reach it.
+    Those of the first one are those of all. It runs alone, since a pass over few tokens need not reach it.
     """
     links = []
     for name, experts in expert_modules(layer).items():

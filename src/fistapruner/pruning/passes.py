@@ -210,7 +210,7 @@ class LayerPasses:
         self._run(self._streams.seen, watched=Watched(mixtures=new, routed=keep), around=self._around())
 
     def _gather_expert(self, todo: list[tuple[int, Group]]) -> None:
-        """Gather sums of the first group in ``todo``, and of the others of its expert, from the expert's own tokens."""
+        """Gather sums of the first group in ``todo``, and of others of its expert, from the expert's tokens."""
         first = todo[0][1][0]
         same = [
             (number, group)
