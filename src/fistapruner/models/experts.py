@@ -84,7 +84,7 @@ class Experts(nn.Module):
             yield number, expert
 
     def routed(self, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor, Tensor]:
-        """Name the arguments of a call: (tokens, n) inputs, (tokens, k) chosen experts, (tokens, k) their weights."""
+        """Return a call's (tokens, n) inputs, and the (tokens, k) chosen experts and their weights."""
         inputs, chosen, weights = list(self._signature.bind(self, *args, **kwargs).arguments.values())[1:4]
         return inputs, chosen, weights
 

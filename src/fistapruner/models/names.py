@@ -1,4 +1,4 @@
-"""Find the stored names of a model's tensors: other prefixes, and what transformers has renamed or joined.
+"""Find the stored names of a model's tensors: other prefixes, and names that transformers changed.
 
 transformers' table of changed names is semi-private and used in this file only.
 """
