@@ -79,7 +79,8 @@ def export_gguf(folder: str | Path, out: str | Path, like: str | Path, values: G
     if out.exists():
         raise FistaPrunerError(f"{out} exists already: remove it, or write to another file")
     checkpoint = Checkpoint.open(folder)
-    check_gguf(like)
+    if any("_exps." in name for name in check_gguf(like)):
+        raise FistaPrunerError(f"{like} is a mixture of experts, which is not exported")
     with transformers_faults(like):
         source = _Source(like, checkpoint)
         tensors = source.tensors()
