@@ -18,7 +18,10 @@ OUTCOMES = {
     "openai-gpt": "works",  # its layers return lists
     "modernbert-decoder": "works",  # its head is called decoder
     "git": "works",  # its vision tower is as large as its text model
+    "mamba": "works",
     "mamba2": "works",
+    "jamba": "works",  # attention, recurrences and experts
+    "recurrent_gemma": "works",  # its gates have three dimensions
     "bart": "refused",
     "dory": "refused",  # it loops
     "mixtral": "works",

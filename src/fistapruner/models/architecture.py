@@ -126,23 +126,22 @@ def find_decoder_layers(model: Any) -> tuple[str, list[nn.Module]]:
     return best[1], best[2]
 
 
-def refuse_tensors(model: Any, layers_name: str, layers: list[nn.Module]) -> None:
-    """Refuse decoder layers with weights that are neither matrices nor vectors.
+def refuse_experts(model: Any, layers_name: str, layers: list[nn.Module]) -> None:
+    """Refuse decoder layers with experts in tensors of three dimensions that are not understood.
+
+    Other weights of three dimensions, such as convolutions and gates of recurrences, are no operators: they stay dense.
 
     Raises:
-        FistaPrunerError: names the weight, what it is and its shape.
+        FistaPrunerError: names the weight and its shape.
     """
     for index, layer in enumerate(layers):
         for name, parameter in layer.named_parameters():
-            if sum(size > 1 for size in parameter.shape) > 2:
-                what = "a weight"
-                if isinstance(layer.get_submodule(name.rpartition(".")[0]), (nn.Conv1d, nn.Conv2d)):
-                    what = "a convolution"
-                elif "expert" in name:
-                    what = "a fused mixture of experts"
+            holder = type(layer.get_submodule(name.rpartition(".")[0])).__name__
+            if sum(size > 1 for size in parameter.shape) > 2 and "expert" in f"{holder}.{name}".lower():
                 raise unsupported(
                     model,
-                    f"{layers_name}.{index}.{name} is {what} with {parameter.ndim} dimensions {tuple(parameter.shape)}",
+                    f"{layers_name}.{index}.{name} is a fused mixture of experts with {parameter.ndim} dimensions "
+                    f"{tuple(parameter.shape)}",
                 )
 
 

@@ -284,10 +284,16 @@ def _watch(
             inside = tuple(block + "." for block in blocks)
             outer = {name: value for name, value in answers.items() if not name.startswith(inside)}
             writers = _residual_writers(layer, hidden, outer, out, lambda: model.run(index, hidden.clone(), call))
-    fired = [name for name, _ in seen]
+        fired = [name for name, _ in seen]
+        # A recurrence may multiply by a module's weight and not call it: then it is no operator, and stays dense.
+        dense = {
+            name
+            for name, module in operators
+            if name not in fired and _is_read(module, lambda: model.run(index, hidden.clone(), call))
+        }
     prefix = f"{model.layers_name}.{index}"
     for name, _ in operators:
-        if fired.count(name) != 1:
+        if fired.count(name) != 1 and name not in dense:
             cause = next((cause for part, cause in UNUSED.items() if part in name.lower()), "")
             raise FistaPrunerError(
                 f"{prefix}.{name} ran {fired.count(name)} times in one forward pass of "
@@ -307,6 +313,19 @@ def _watch(
         else:
             groups.append((tensor, [operator]))
     return tuple(tuple(members) for _, members in groups), writers, projections
+
+
+def _is_read(module: nn.Module, run: Callable[[], Tensor]) -> bool:
+    """Check whether NaN in a module's weight reach the output of its decoder layer: it is read."""
+    weight = module.get_parameter("weight")
+    kept = weight.detach().clone()
+    try:
+        with torch.no_grad():
+            weight.fill_(float("nan"))
+            return bool(run().isnan().any())
+    finally:
+        with torch.no_grad():
+            weight.copy_(kept)
 
 
 def _residual_writers(

@@ -28,7 +28,7 @@ from transformers.pytorch_utils import Conv1D
 
 from ..errors import FistaPrunerError
 from ..runtime.numerics import pass_dtype
-from .architecture import build_model, checkpoint_names, find_decoder_layers, refuse_tensors, unsupported
+from .architecture import build_model, checkpoint_names, find_decoder_layers, refuse_experts, unsupported
 from .experts import separate_experts
 from .files.checkpoint import Checkpoint
 
@@ -73,7 +73,7 @@ class LayerwiseModel:
         self.config = self.model.config
         self.layers_name, self.layers = find_decoder_layers(self.model)
         experts = separate_experts(self.model, self.layers_name, self.layers, checkpoint)
-        refuse_tensors(self.model, self.layers_name, self.layers)
+        refuse_experts(self.model, self.layers_name, self.layers)
         self._returned: Callable[[Tensor], Any] = lambda hidden: hidden  # hidden states as a layer returns them
         self._checked = False
         self._open: set[int | str] = set()  # numbers of loaded decoder layers, and "ends"
