@@ -1,0 +1,67 @@
+"""How fast is llama.cpp on a smaller or quantised model, against the dense one? Needs ``pip install xllamacpp``.
+
+    fistapruner export runs/small small.gguf
+    python benchmarks/llama_cpp.py dense.gguf small.gguf small-q8.gguf --threads 2
+
+Every file is loaded once. In every round each model in turn reads a prompt that it has not seen and writes tokens, one
+sequence at a time; the times are llama.cpp's own. The table has medians over rounds and ratios to the first file.
+"""
+
+from __future__ import annotations
+
+import argparse
+import random
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import xllamacpp
+
+WORDS = ("river", "stone", "carries", "light", "over", "small", "houses", "and", "the", "old", "road", "turns", "again")
+
+
+def load(path: Path, threads: int, tokens: int) -> Any:
+    params = xllamacpp.CommonParams()
+    params.model.path = str(path)
+    params.n_ctx = tokens
+    params.n_parallel = 1
+    params.cpuparams.n_threads = params.cpuparams_batch.n_threads = threads
+    return xllamacpp.Server(params)
+
+
+def measure(server: Any, prompt: str, write: int) -> tuple[float, float]:
+    """Tokens per second of reading the prompt and of writing."""
+    asked = {"prompt": prompt, "n_predict": write, "temperature": 0, "cache_prompt": False, "ignore_eos": True}
+    timings = server.handle_completions(asked)["timings"]
+    return timings["prompt_per_second"], timings["predicted_per_second"]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument(
+        "files", nargs="+", type=Path, metavar="FILE", help="GGUF files; the first one is the dense model"
+    )
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--read", type=int, default=400, help="words of a prompt")
+    parser.add_argument("--write", type=int, default=64, help="tokens to write")
+    arguments = parser.parse_args()
+    servers = [load(path, arguments.threads, 2 * arguments.read + arguments.write) for path in arguments.files]
+    rates: list[list[tuple[float, float]]] = [[] for _ in servers]
+    for number in range(arguments.rounds + 1):
+        prompt = " ".join(random.Random(number).choices(WORDS, k=arguments.read))
+        for found, server in zip(rates, servers, strict=True):
+            found.append(measure(server, prompt, arguments.write))
+    print(f"{arguments.threads} threads, {arguments.rounds} rounds after one to warm up")
+    print(f"{'file':32} {'MiB':>7} {'ratio':>6} {'read/s':>8} {'ratio':>6} {'write/s':>8} {'ratio':>6}")
+    sizes = [path.stat().st_size / 2**20 for path in arguments.files]
+    middle = [[median(rate[kind] for rate in found[1:]) for kind in (0, 1)] for found in rates]
+    for path, mib, (read, write) in zip(arguments.files, sizes, middle, strict=True):
+        row = [mib, mib / sizes[0], read, read / middle[0][0], write, write / middle[0][1]]
+        print(
+            f"{path.name[:32]:32} {row[0]:7.0f} {row[1]:6.2f} {row[2]:8.1f} {row[3]:6.2f} {row[4]:8.1f} {row[5]:6.2f}"
+        )
+
+
+if __name__ == "__main__":
+    main()
