@@ -87,7 +87,7 @@ def calibration_tokens(
     """
     for source in settings.sources.values():
         check_source(source)
-    drawn = Mixture(len(settings.sources), seed=settings.seed).draw(settings.samples)
+    drawn = window_tasks(settings)
     tokens = torch.empty(settings.samples, seqlen, dtype=torch.int64)
     tasks: dict[str, dict[str, Any]] = {}
     for number, (name, source) in enumerate(settings.sources.items()):
@@ -104,6 +104,11 @@ def calibration_tokens(
         "sha256": tokens_sha256(tokens),
     }
     return tokens, {**facts, "tasks": tasks} if settings.tasks else facts
+
+
+def window_tasks(settings: Calibration) -> Tensor:
+    """Return the (samples,) number of each window's task, in the order of ``settings.sources``."""
+    return Mixture(len(settings.sources), seed=settings.seed).draw(settings.samples)
 
 
 def _draw_source(

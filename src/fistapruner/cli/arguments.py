@@ -45,7 +45,7 @@ METAVARS = {
     "dense_target": "TARGET",
     "targets": "NAME|re:...",
     "ignore": "NAME|re:...",
-    "allocation": "NAME|YAML",
+    "allocation": "NAME|workload:FILE|YAML",
     "reconstruct": "STEPS",
     "recover": "TOKENS",
     "structure.remove": "SHARE|mlp=...",

@@ -13,6 +13,7 @@ from ..runs.decision import PruneRecord
 from ..runs.identity import fingerprint, text_sha256
 from ..runs.prune_directory import PruneDirectory
 from ..runs.records import Report, parse, read_json
+from ..sensitivity.workload import workload_sha256
 
 
 @dataclass(frozen=True)
@@ -56,7 +57,7 @@ def find_finished(run: PruneDirectory, model: str, recipe: Recipe, permissions: 
 
 
 def refuse_other(run: PruneDirectory, record: PruneRecord, model: str, recipe: Recipe) -> None:
-    """Refuse to continue a run of other settings or of another model.
+    """Refuse to continue a run of other settings, of another workload or of another model.
 
     Raises:
         FistaPrunerError: names the first setting that differs.
@@ -68,6 +69,12 @@ def refuse_other(run: PruneDirectory, record: PruneRecord, model: str, recipe: R
                 f"--out {run.folder} holds a run with {key} = {json.dumps(record.recipe.get(key))}, "
                 f"this one has {json.dumps(now[key])}: name another folder, or remove it"
             )
+    found = workload_sha256(recipe)
+    if record.workload is not None and found not in (None, record.workload.sha256):
+        raise FistaPrunerError(
+            f"--out {run.folder} holds a run for another content of {recipe.workload}: name another folder, or remove "
+            "it"
+        )
     source = record.model.source
     if source != model and record.decision.model != absolute(model):
         raise FistaPrunerError(

@@ -44,6 +44,7 @@ from ..runtime.devices import choose_device
 from ..runtime.files import disk_errors, write_json_atomic, write_text_atomic
 from ..runtime.machine import describe_machine, now, versions
 from ..runtime.numerics import dtype_name
+from ..sensitivity.workload import read_workload
 from .begun import changed_text
 from .contenders import Contender, parse_contenders
 from .prepare import refuse_overlap
@@ -97,6 +98,9 @@ def compare(
     listener, permissions = listener or Listener(), Permissions(allow_pickle, trust_remote_code)
     model, folder = str(model), Path(out)
     jobs = plan_jobs(parse_contenders(methods), sparsities, seeds, settings or {})
+    for job in jobs:
+        if job.recipe.pattern.supports_allocation:
+            read_workload(job.recipe)
     before = _before(folder, model)
     source = permissions.find(model)
     refuse_overlap(source.folder, folder)

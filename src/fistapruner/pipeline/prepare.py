@@ -33,12 +33,13 @@ from ..models.source import UNTRUSTED, ModelSource, Permissions
 from ..models.whole import load_whole, require_whole
 from ..planning.sizes import Choice
 from ..recipes.settings import Recipe
+from ..reporting.workload_text import workload_sentence
 from ..runs.decision import EvaluationRequest, Numerics, PruneDecision, PruneRecord
 from ..runs.identity import fingerprint, stamps, text_sha256
 from ..runs.lineage import begin_lineage
 from ..runs.listener import Listener
 from ..runs.prune_directory import PruneDirectory
-from ..runs.records import CalibrationFacts, ModelFacts, PlanRow
+from ..runs.records import CalibrationFacts, ModelFacts, PlanRow, WorkloadFacts
 from ..runtime.devices import cpu_threads
 from ..runtime.files import disk_errors, sha256_file
 from ..runtime.machine import describe_machine, now, versions
@@ -121,12 +122,14 @@ class Measured:
     Args:
         sparsity: pattern of every operator, by full name.
         permuted: operators whose input channels are reordered, as in :class:`~fistapruner.runs.records.Report`.
+        workload: how sparsities were allocated for a workload; None where they were not.
         metrics_sha256: of the file with the measurements; None where there is none.
         seconds: wall time; None where nothing was measured.
     """
 
     sparsity: Mapping[str, Constraint]
     permuted: Mapping[str, tuple[float, float]]
+    workload: WorkloadFacts | None = None
     metrics_sha256: str | None = None
     seconds: float | None = None
 
@@ -164,7 +167,7 @@ def prepare(run: PruneDirectory, request: RunRequest, listener: Listener) -> Non
         sensitivity_seconds=measured.seconds,
         structure=None if inputs.widths is None else inputs.widths.decision(),
     )
-    record(run, request, inputs, calibrated, decision, rows, measured.permuted)
+    record(run, request, inputs, calibrated, decision, rows, measured)
 
 
 def check_inputs(run: PruneDirectory, request: RunRequest, begun: PruneRecord | None, listener: Listener) -> Inputs:
@@ -180,7 +183,8 @@ def check_inputs(run: PruneDirectory, request: RunRequest, begun: PruneRecord | 
         FistaPrunerError: bad input, named.
     """
     recipe = request.recipe
-    check_allocation(recipe)
+    if begun is None:  # what a run has decided does not need its workload file any more
+        check_allocation(recipe)
     if recipe.execution.executor == "ray":
         require_ray(recipe.execution.address)
     source = request.permissions.find(request.model)
@@ -315,7 +319,10 @@ def measure_dense(
         digest = sha256_file(run.metrics_file)
     if permutes(recipe):
         listener.say(_say_permuted(found.permuted))
-    return Measured(found.sparsity or inputs.sparsity, found.permuted, digest, time.perf_counter() - begin)
+    if found.workload is not None:
+        listener.say(workload_sentence(found.workload))
+    seconds = time.perf_counter() - begin
+    return Measured(found.sparsity or inputs.sparsity, found.permuted, found.workload, digest, seconds)
 
 
 def record(
@@ -325,7 +332,7 @@ def record(
     calibrated: Calibrated,
     decision: PruneDecision,
     rows: list[PlanRow],
-    permuted: Mapping[str, tuple[float, float]],
+    measured: Measured,
 ) -> None:
     """Write ``recipe.yaml`` and ``run.json``: from here on the run can be resumed."""
     recipe, model, tokens = request.recipe, inputs.model, calibrated.tokens
@@ -346,7 +353,8 @@ def record(
             warnings=[warning] if warning else [],
             calibration=CalibrationFacts.model_validate({**calibrated.how, **sizes}),
             plan=rows,
-            permuted=dict(permuted),
+            permuted=dict(measured.permuted),
+            workload=measured.workload,
             decision=decision,
         )
     )

@@ -147,6 +147,9 @@ class Sizes:
 
     logits: int
     measured: bool
+    texts: int
+    """Metrics that measuring the dense model holds at once: those of a task, and their sum, for a workload."""
+
     reordered: bool
     weighted: bool
     cuda: bool
@@ -274,6 +277,7 @@ class Sizes:
             metric=4 * model.width * (model.width if model.width <= WIDE else 1) if recipe.reconstruct else 0,
             logits=4 * 4 * min(seqlen, HEAD_TOKENS) * model.vocabulary,
             measured=needs_measuring(recipe),
+            texts=1 if recipe.workload is None else 2,
             reordered=permutes(recipe),
             weighted=weighs_rows(recipe),
             cuda=model.device.type == "cuda",
@@ -365,7 +369,7 @@ class Sizes:
         if self.reconstruction:
             found["block reconstruction"] = states + 2 * done + self.metric + moving
         if self.measured:
-            metrics = self.metric * self.layers
+            metrics = self.metric * self.layers * self.texts
             found["measuring the dense model"] = (
                 self._states_in_memory(choice) + metrics + max(moving, 2 * self.largest)
             )

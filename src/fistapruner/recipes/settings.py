@@ -39,6 +39,8 @@ MAX_SEED = 2**63 - 1
 """Largest seed that torch's random generators accept."""
 
 ALLOCATIONS = ("uniform", "owl", "error", "auto")
+WORKLOAD = "workload:"
+"""What an allocation for a workload begins with; the path of its file follows."""
 
 
 def _sparsity(value: Any) -> Constraint:
@@ -96,10 +98,12 @@ def _seed(value: int) -> int:
 
 
 def _allocation(value: Any) -> Any:
+    if isinstance(value, str) and value.startswith(WORKLOAD) and value != WORKLOAD:
+        return value
     if isinstance(value, str) and value not in ALLOCATIONS:
         value = parse_value(value, repr(value))
     if not isinstance(value, dict) and value not in ALLOCATIONS:
-        raise ValueError(f"{', '.join(ALLOCATIONS)} or a mapping such as 're:mlp: 60%' is expected")
+        raise ValueError(f"{', '.join(ALLOCATIONS)}, workload:FILE or a mapping such as 're:mlp: 60%' is expected")
     return value
 
 
@@ -285,12 +289,13 @@ class Recipe(RunRecipe):
         description="Operators to leave dense, by name or re: pattern.",
     )
     allocation: Annotated[
-        Literal["uniform", "owl", "error", "auto"] | dict[str, SparsitySetting], BeforeValidator(_allocation)
+        Literal["uniform", "owl", "error", "auto"] | str | dict[str, SparsitySetting], BeforeValidator(_allocation)
     ] = Field(
         "auto",
         description="Distribution of the sparsity over layers and operators: uniform, owl, error (by measured "
-        "error), or a mapping of name patterns to sparsities. auto is error for proximal, and "
-        "uniform for published methods and for n:m patterns.",
+        "error), workload:FILE (by measured error in several tasks; their weights, and what earlier deployments "
+        "stood, are in the file), or a mapping of name patterns to sparsities. auto is error for proximal, and uniform "
+        "for published methods and for n:m patterns.",
     )
     weighting: Literal["auto", "none", "fisher"] = Field(
         "auto",
@@ -375,6 +380,12 @@ class Recipe(RunRecipe):
         return self.sparsity  # type: ignore[no-any-return]
 
     @property
+    def workload(self) -> Path | None:
+        """The workload file that the allocation names; None where it names none."""
+        said = self.allocation
+        return Path(said.removeprefix(WORKLOAD)) if isinstance(said, str) and said.startswith(WORKLOAD) else None
+
+    @property
     def steps(self) -> tuple[Method, ...]:
         """The method chain, parsed."""
         return self.method  # type: ignore[no-any-return]
@@ -399,7 +410,7 @@ class Recipe(RunRecipe):
     ) -> Recipe:
         """Return this recipe with ``auto`` of ``propagate``, ``dense_target`` and ``residual`` resolved.
 
-        The path of a calibration file becomes absolute, so that a run can be continued from another folder.
+        Paths of calibration and workload files become absolute, so that a run can be continued from another folder.
 
         Args:
             in_parts: only a part of the decoder layers is pruned (``--only-layers``), independently of the others.
@@ -421,6 +432,8 @@ class Recipe(RunRecipe):
                 step.for_model(family, was) for step, was in zip(self.steps, chain(before, repeat(None)), strict=False)
             )
         chosen["calibration"] = self.calibration.with_absolute_files()
+        if self.workload is not None:
+            chosen["allocation"] = WORKLOAD + os.path.abspath(self.workload)
         return self.model_copy(update=chosen)
 
     @property

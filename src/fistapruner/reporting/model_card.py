@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+from ..recipes.settings import WORKLOAD
 from ..runs.records import Report
 from ..runs.results import Evaluation
 from ..runtime.formatting import count, p_value, percent, short_count, significant, size, with_error
@@ -14,6 +15,7 @@ from .recovery_text import change_text, closed_text, gain_of, held_out_text
 from .rendering import plain_markdown, render
 from .size_and_speed import size_rows, speed_rows, speeds
 from .structure_text import structure_sentence
+from .workload_text import workload_how, workload_sentence, workload_tables
 
 
 def model_card(report: Report) -> str:
@@ -34,6 +36,8 @@ def model_card(report: Report) -> str:
         zeros=_zeros(report),
         measured=_measured(report),
         made=_made(report),
+        workload=workload_tables(report),
+        workload_how=workload_how(report),
         recipe=_recipe(report),
         lineage=_lineage(report),
     )
@@ -223,6 +227,8 @@ def _made(report: Report) -> list[str]:
     if errors:
         mean, worst = percent(sum(errors) / len(errors)), percent(max(errors))
         lines.append(f"relative error of the operators' outputs: mean {mean}, worst {worst}")
+    if report.workload is not None:
+        lines.append(plain_markdown(workload_sentence(report.workload)))
     if report.permuted:
         lines.append(
             f"hidden channels read by {len(report.permuted)} operators are in another order than in the dense model"
@@ -245,6 +251,8 @@ def _recipe(report: Report) -> dict[str, Any]:
             recipe[section] = text = {**text, "source": file_name(str(text["source"]))}
         if isinstance(text, dict) and isinstance(tasks := text.get("tasks"), dict):
             recipe[section] = {**text, "tasks": {name: file_name(str(source)) for name, source in tasks.items()}}
+    if isinstance(allocation := recipe.get("allocation"), str) and allocation.startswith(WORKLOAD):
+        recipe["allocation"] = WORKLOAD + file_name(allocation.removeprefix(WORKLOAD))
     return recipe
 
 

@@ -37,6 +37,7 @@ from .size_and_speed import (
     speeds,
 )
 from .structure_text import structure_rows, structure_sentence, structure_table
+from .workload_text import workload_how, workload_sentence, workload_tables
 
 
 def run_page(report: Report) -> str:
@@ -74,6 +75,9 @@ def run_page(report: Report) -> str:
         hardest=_hardest(report),
         removed=structure_table(report),
         smaller=structure_rows(report),
+        workload=workload_tables(report),
+        workload_sentence="" if report.workload is None else workload_sentence(report.workload),
+        workload_how=workload_how(report),
         time_split=_time_split(report),
         plan=_plan(report),
         rates=_rates(report),

@@ -10,6 +10,7 @@ from .evaluation_text import protocol
 from .lineage_text import lineage_lines
 from .recovery_text import change_text, closed_text, gain_of, held_out_text, task_losses, text_used, trained_text
 from .structure_text import structure_rows
+from .workload_text import workload_sentence
 
 
 def summary(report: Report, folder: str | Path) -> str:
@@ -103,6 +104,8 @@ def _pruned(report: Report) -> list[tuple[str, str]]:
             f", {facts.how}" if facts.how else ""
         )
         rows.append(("calibration", text))
+    if report.workload is not None:
+        rows.append(("allocation", workload_sentence(report.workload)))
     rows += structure_rows(report)
     if totals.operator_weights and totals.operator_zeros is not None and not report.only_structure:
         share = 100 * totals.operator_zeros / totals.operator_weights

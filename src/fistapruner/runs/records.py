@@ -357,6 +357,60 @@ class Recovery(Record):
         self.kept_step = next((check.step for check in reversed(self.checks) if check.kept), 0)
 
 
+class WorkloadTask(Record):
+    """What an allocation for a workload means for a task.
+
+    Args:
+        weight: in the mix.
+        uniform, predicted: predicted loss at uniform sparsity, and at the sparsities that were chosen, in nats a token.
+        tolerance: mean of the losses that earlier deployments stood; None without a history.
+    """
+
+    weight: float
+    uniform: float
+    predicted: float
+    tolerance: float | None = None
+
+
+class WorkloadRule(Record):
+    """How a rule of allocation did on held-out deployments.
+
+    Costs are in units of the mean loss at uniform sparsity.
+
+    Args:
+        rule: its name; ``uniform`` is uniform sparsity.
+        cost: mean over deployments.
+        regret: mean cost above that of the best allocation in hindsight; ``regret_error``: its standard error.
+        behind: mean cost above that of the rule with the least; ``behind_error``: standard error, paired.
+    """
+
+    rule: str
+    cost: float
+    regret: float
+    regret_error: float
+    behind: float
+    behind_error: float
+
+
+class WorkloadFacts(Record):
+    """How the sparsities were allocated for a workload.
+
+    Args:
+        file: the workload file; ``sha256``: of it and its history; ``deployments``: in the history, None without one.
+        rule: that chose; ``why``: it was taken.
+        tasks: by name.
+        rules: all rules on held-out deployments; empty without a history.
+    """
+
+    file: str
+    sha256: str
+    rule: str
+    why: str = ""
+    tasks: dict[str, WorkloadTask] = {}
+    rules: list[WorkloadRule] = []
+    deployments: int | None = None
+
+
 class StageFigures(Record):
     """What a stage of a model's making measured.
 
@@ -422,6 +476,7 @@ class Report(Record):
         plan: predictions beside measurements.
         permuted: operators whose input channels were reordered for an n:m pattern, with the shares of their weights'
             importance that the pattern keeps in the old order and in the new one.
+        workload: how sparsities were allocated for a workload; None where they were not.
         lineage: how the model was made, this run included once it is finished.
         recovery: what a recovery run trained.
     """
@@ -446,6 +501,7 @@ class Report(Record):
     generations: list[Generation] = []
     plan: list[PlanRow] = []
     permuted: dict[str, tuple[float, float]] = {}
+    workload: WorkloadFacts | None = None
     lineage: Lineage | None = None
     recovery: Recovery | None = None
     warnings: list[str] = []

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from ..activations.store import Store, scratch_factory
+from ..calibration.windows import window_tasks
 from ..constraints import NM, Constraint, parse_sparsity
 from ..errors import FistaPrunerError
 from ..models.coupling import find_links, reordered
@@ -21,10 +22,13 @@ from ..models.discovery import Layout
 from ..models.layerwise import LayerwiseModel, Tick
 from ..problem import ProblemSums
 from ..recipes.settings import Recipe
+from ..runs.records import WorkloadFacts
 from .channel_order import channel_order, kept_share
 from .error_curves import predicted_cost, row_error_curves, sampled_rows, sparsity_grid, split_budget
-from .fisher import DensePasses, InputEnergy, Look, gather_inputs, measure_sensitivity, row_importance
+from .fisher import DensePasses, InputEnergy, Look, Sensitivity, gather_inputs, measure_sensitivity, row_importance
 from .owl import outlier_share, owl_allocation
+from .workload import Workload, read_workload
+from .workload_rules import allocate_workload
 
 WINDOWS = 8
 """Calibration windows that are measured, at most: a few thousand tokens are enough to rank operators."""
@@ -34,17 +38,21 @@ SHARE = 4
 
 
 def check_allocation(recipe: Recipe) -> None:
-    """Refuse a measured allocation of an n:m pattern, whose sparsity is the same in every operator.
+    """Refuse a measured allocation of an n:m pattern, and a bad workload.
+
+    An n:m pattern has the same sparsity in every operator.
 
     Raises:
-        FistaPrunerError: names the allocation and the pattern.
+        FistaPrunerError: names the allocation and the pattern, or the workload file and what is wrong in it.
     """
-    if recipe.allocation in ("owl", "error") and not recipe.pattern.supports_allocation:
+    measured = recipe.allocation in ("owl", "error") or recipe.workload is not None
+    if measured and not recipe.pattern.supports_allocation:
         raise FistaPrunerError(
             f"allocation {recipe.allocation!r} cannot be used with {recipe.pattern}: that has the same sparsity in "
             "every operator; take --allocation uniform, or an unstructured sparsity such as "
             f"{100 * recipe.pattern.fraction:g}%"
         )
+    read_workload(recipe)
 
 
 @dataclass(frozen=True)
@@ -59,6 +67,7 @@ class Decision:
         orders: the tensors whose channels are permuted (:mod:`.channel_order`), with dimension and order.
         permuted: by full name, for each operator with permuted input channels, the share of its scores that its
             pattern keeps in the old and in the new order.
+        workload: how sparsities were allocated for a workload.
     """
 
     sparsity: dict[str, Constraint] | None
@@ -66,14 +75,17 @@ class Decision:
     importance: dict[str, Tensor] | None = None
     orders: dict[str, tuple[int, Tensor]] = field(default_factory=dict)
     permuted: dict[str, tuple[float, float]] = field(default_factory=dict)
+    workload: WorkloadFacts | None = None
 
 
 def measured_by(recipe: Recipe) -> str | None:
-    """Return ``owl`` or ``error`` where the allocation is measured on the model, else None."""
+    """Return ``owl``, ``error`` or ``workload`` where the allocation is measured on the model, else None."""
     if recipe.pattern.fraction == 0 and recipe.structure.remove is not None:
         return None  # no zeros to distribute
     if recipe.allocation == "auto":
         return "error" if _own(recipe) and recipe.pattern.supports_allocation else None
+    if recipe.workload is not None:
+        return "workload"
     return recipe.allocation if recipe.allocation in ("owl", "error") else None
 
 
@@ -111,7 +123,7 @@ def needs_measuring(recipe: Recipe) -> bool:
 
 def differentiates(recipe: Recipe) -> bool:
     """Check whether :func:`decide` also runs a backward pass of the model."""
-    return measured_by(recipe) == "error" or recipe.reconstruct > 0 or weighs_rows(recipe)
+    return measured_by(recipe) in ("error", "workload") or recipe.reconstruct > 0 or weighs_rows(recipe)
 
 
 def decide(
@@ -132,7 +144,7 @@ def decide(
         recipe: its ``allocation``, ``sparsity``, ``weighting``, ``reconstruct``, ``permutation`` and ``seed``.
         layout: the operators to prune.
         model: the dense model.
-        tokens: (samples, seqlen) calibration tokens; the first few windows are used.
+        tokens: (samples, seqlen) calibration tokens; the first few windows are used, of each task for a workload.
         sparsity: pattern of every operator, by full name, that the recipe gives without measuring.
         batch_size: windows in one pass.
         store: makes the stores of hidden states between decoder layers; None keeps them in memory.
@@ -146,7 +158,8 @@ def decide(
     check_allocation(recipe)
     if not needs_measuring(recipe):
         return Decision(None, None)
-    tokens = tokens[: windows_measured(len(tokens))]
+    workload = read_workload(recipe) if measured_by(recipe) == "workload" else None
+    texts = _windows_by_task(recipe, tokens, workload)
     passes = DensePasses(store or scratch_factory(None, model.dtype), batch_size, tick)
     after = dict((smaller or layout).operators())
     sizes = {name: operator.rows * operator.columns for name, operator in after.items()}
@@ -178,33 +191,57 @@ def decide(
             channels.add(index, number, sums)
 
     look: Look[Any] | None = None
-    if allocation == "error":  # of unstructured patterns only, so no channels are reordered then
+    if allocation in ("error", "workload"):  # of unstructured patterns only, so no channels are reordered then
         look = Look(ProblemSums, problem_seen)
     elif allocation == "owl" or channels is not None:
         look = Look(InputEnergy, energy_seen)
     found: dict[str, Constraint] | None = None
     metrics: list[Tensor] | None = None
     importance: dict[str, Tensor] | None = None
+    facts: WorkloadFacts | None = None
     if differentiates(recipe):
-        sensitivity = measure_sensitivity(
-            model, layout, tokens, passes, seed=recipe.seed, look=look, outputs=recipe.reconstruct > 0
-        )
-        if allocation == "error":
-            costs = {name: predicted_cost(errors[name], sensitivity.rows[name]) for name in sizes}
-            found = dict(split_budget(costs, sizes, fraction))
+        sensitivity = Sensitivity({}, [], 0)
+        costs: dict[str, dict[str, Tensor]] = {}
+        for task, windows in texts.items():
+            own = measure_sensitivity(
+                model, layout, windows, passes, seed=recipe.seed, look=look, outputs=recipe.reconstruct > 0
+            )
+            if errors:
+                costs[task] = {name: predicted_cost(errors[name], own.rows[name]) for name in sizes}
+            sensitivity.add(own, 1.0 if workload is None else workload.settings.mix[task])
+        if workload is not None:
+            split, facts = allocate_workload(workload, costs, sizes, fraction, seed=recipe.seed)
+            found = dict(split)
+        elif allocation == "error":
+            found = dict(split_budget(costs[""], sizes, fraction))
         if weighs_rows(recipe):
             importance = {name: row_importance(rows) for name, rows in sensitivity.rows.items()}
         if recipe.reconstruct:
             metrics = sensitivity.outputs
     elif look is not None:
-        gather_inputs(model, layout, tokens, passes, look)
+        gather_inputs(model, layout, texts[""], passes, look)
     if allocation == "owl":
         found = dict(outliers.allocation(sizes, fraction))
     if channels is None:
-        return Decision(found, metrics, importance)
+        return Decision(found, metrics, importance, workload=facts)
     for name in channels.rows.keys() & (importance or {}).keys():
         importance[name] = importance[name][channels.rows[name]]  # type: ignore[index]
-    return Decision(found, metrics, importance, channels.orders, channels.permuted)
+    return Decision(found, metrics, importance, channels.orders, channels.permuted, facts)
+
+
+def _windows_by_task(recipe: Recipe, tokens: Tensor, workload: Workload | None) -> dict[str, Tensor]:
+    """Select the windows that are measured: the first few, of each task for a workload.
+
+    Args:
+        recipe: its calibration tells which task a window is of.
+        tokens: (samples, seqlen) calibration tokens.
+        workload: None takes all windows as one text.
+    """
+    if workload is None:
+        return {"": tokens[: windows_measured(len(tokens))]}
+    numbers, names = window_tasks(recipe.calibration), list(recipe.calibration.tasks)
+    by_task = {task: tokens[numbers == names.index(task)] for task in workload.tasks}
+    return {task: windows[: windows_measured(len(windows))] for task, windows in by_task.items()}
 
 
 class _Outliers:

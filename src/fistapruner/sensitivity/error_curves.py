@@ -135,28 +135,74 @@ def split_budget(curves: Mapping[str, Tensor], sizes: Mapping[str, int], fractio
     Returns:
         A sparsity for each operator; their zeros sum to exactly what ``fraction`` gives in every operator.
     """
-    budget = sum(Unstructured(fraction).zeros(1, size) for size in sizes.values())
-    low, high = bounds(fraction)
-    grid = torch.tensor(sparsity_grid(fraction), dtype=torch.float64)
-    fine = torch.linspace(low, high, STEPS + 1, dtype=torch.float64)
-    zeros: dict[str, int] = {}
-    offers: list[tuple[float, str, int]] = []
-    for name, curve in curves.items():
-        steps = [round(float(point) * sizes[name]) for point in fine]
-        zeros[name] = steps[0]
-        logs = interpolate(grid, curve.double().clamp_min(1e-30).log(), fine)
-        slopes = (logs.exp().diff() / sizes[name]).cummax(0).values
-        offers += [
-            (float(slope), name, after - before) for slope, before, after in zip(slopes, steps, steps[1:], strict=False)
-        ]
-    left = budget - sum(zeros.values())
-    for _, name, size in sorted(offers, key=lambda offer: offer[0]):  # stable: an operator's steps stay in order
-        taken = min(size, left)
-        zeros[name] += taken
-        left -= taken
-        if left == 0:
-            break
-    return {name: Unstructured.of_counts(count, sizes[name]) for name, count in zeros.items()}
+    budget = Budget(sizes, fraction)
+    return budget.sparsities(budget.cheapest(budget.slopes(curves)))
+
+
+class Budget:
+    """Zeros to distribute over operators, in equal steps of each operator's range of sparsities.
+
+    Args:
+        sizes: weights of each operator.
+        fraction: the sparsity of all operators together.
+    """
+
+    def __init__(self, sizes: Mapping[str, int], fraction: float) -> None:
+        self._sizes, self._fraction = dict(sizes), fraction
+        low, high = bounds(fraction)
+        self._fine = torch.linspace(low, high, STEPS + 1, dtype=torch.float64)
+        zeros = torch.tensor([[round(float(point) * size) for point in self._fine] for size in sizes.values()])
+        self._fewest, self._steps = zeros[:, :1], zeros.diff(dim=1)
+        self._uniform = torch.tensor([Unstructured(fraction).zeros(1, size) for size in sizes.values()])
+
+    def slopes(self, curves: Mapping[str, Tensor]) -> Tensor:
+        """Compute the cost of one more zero in every step, (operators, steps), non-decreasing along the steps.
+
+        It is divided by the number of steps in a sparsity of 1, a constant that no comparison of slopes depends on.
+
+        Args:
+            curves: as for :func:`split_budget`.
+        """
+        grid = torch.tensor(sparsity_grid(self._fraction), dtype=torch.float64)
+        rows = []
+        for name, size in self._sizes.items():
+            logs = interpolate(grid, curves[name].double().clamp_min(1e-30).log(), self._fine)
+            rows.append((logs.exp().diff() / size).cummax(0).values)
+        return torch.stack(rows)
+
+    def cheapest(self, slopes: Tensor) -> Tensor:
+        """Distribute the zeros so that the sum of the costs is least; return the (operators,) zeros."""
+        order = slopes.flatten().argsort(stable=True)  # an operator's steps stay in order
+        offered = self._steps.flatten()[order]
+        left = int(self._uniform.sum() - self._fewest.sum()) - (offered.cumsum(0) - offered)
+        taken = torch.empty_like(offered)
+        taken[order] = left.clamp_min(0).minimum(offered)
+        return self._fewest[:, 0] + taken.view_as(self._steps).sum(1)
+
+    def uniform(self) -> Tensor:
+        """Return the (operators,) zeros of the same sparsity in every operator."""
+        return self._uniform
+
+    def rise(self, slopes: Tensor, zeros: Tensor) -> Tensor:
+        """Compute the summed cost of zeros over that of the lowest sparsities.
+
+        Args:
+            slopes: (..., operators, steps).
+            zeros: (operators,).
+
+        Returns:
+            (...,).
+        """
+        before = self._fewest + self._steps.cumsum(1) - self._steps
+        taken = (zeros[:, None] - before).clamp_min(0).minimum(self._steps)
+        return (slopes * taken).sum((-2, -1)) / float(self._fine[1] - self._fine[0])
+
+    def sparsities(self, zeros: Tensor) -> dict[str, Unstructured]:
+        """Return the sparsity of each operator with the (operators,) zeros."""
+        return {
+            name: Unstructured.of_counts(count, size)
+            for (name, size), count in zip(self._sizes.items(), zeros.tolist(), strict=True)
+        }
 
 
 def interpolate(x: Tensor, y: Tensor, at: Tensor) -> Tensor:

@@ -88,7 +88,7 @@ class Look(Generic[S]):
     done: Callable[[int, int, S], None]
 
 
-@dataclass(frozen=True)
+@dataclass
 class Sensitivity:
     """Second moments of gradients, from one forward and one backward pass of the dense model.
 
@@ -102,6 +102,18 @@ class Sensitivity:
     rows: dict[str, Tensor]
     outputs: list[Tensor]
     tokens: int
+
+    def add(self, other: Sensitivity, weight: float) -> None:
+        """Add a weight's share of what was measured on another text; ``other`` is used up."""
+        if not self.rows:
+            self.rows = {name: weight * rows for name, rows in other.rows.items()}
+            self.outputs = [metric.mul_(weight) for metric in other.outputs]
+        else:
+            for name, rows in other.rows.items():
+                self.rows[name] += weight * rows
+            for mean, metric in zip(self.outputs, other.outputs, strict=True):
+                mean.add_(metric, alpha=weight)
+        self.tokens += other.tokens
 
 
 @dataclass(frozen=True)
