@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
+from collections.abc import Iterable
 from pathlib import Path
 
 import pytest
@@ -13,13 +14,16 @@ from hypothesis import strategies as st
 
 import tiny
 from fistapruner import Recipe, prune
-from fistapruner.constraints import Unstructured, parse_sparsity
+from fistapruner.constraints import NM, Constraint, Unstructured, parse_sparsity
 from fistapruner.errors import FistaPrunerError
+from fistapruner.evaluation.inspection import inspect_checkpoint
 from fistapruner.problem import LayerProblem
 from fistapruner.sensitivity.decision import check_allocation, differentiates, measured_by, needs_measuring, permutes
 from fistapruner.sensitivity.error_curves import (
     POINTS,
     bounds,
+    choose_patterns,
+    patterns_measured,
     predicted_cost,
     row_error_curves,
     sampled_rows,
@@ -82,7 +86,7 @@ def test_equal_curves_share_equally() -> None:
 def test_error_curves_rise_with_sparsity() -> None:
     torch.manual_seed(0)
     problem = LayerProblem.from_activations(torch.randn(24, 32), torch.randn(200, 32) @ torch.randn(32, 32))
-    (curve,) = row_error_curves(problem, sparsity_grid(0.5))
+    (curve,) = row_error_curves(problem, patterns_measured(Unstructured(0.5)))
     assert curve.shape == (POINTS, 24)
     assert bool((curve.sum(1).diff() > 0).all())
 
@@ -95,7 +99,7 @@ def test_some_rows_stand_for_all() -> None:
     whole = LayerProblem.from_activations(weight, inputs)
     problem = LayerProblem(weight, whole.gram, names=("q", "k"), rows=(320, 160))
     sensitivity = 0.1 + torch.rand(480, generator=generator)
-    curves = row_error_curves(problem, sparsity_grid(0.5))
+    curves = row_error_curves(problem, patterns_measured(Unstructured(0.5)))
     assert [curve.shape[1] for curve in curves] == [80, 80]
     for curve, rows in zip(curves, (slice(0, 320), slice(320, 480)), strict=True):
         own = sensitivity[rows]
@@ -132,10 +136,59 @@ def test_outliers_are_counted_against_the_mean_of_the_layer() -> None:
     assert outlier_share([(weight, torch.ones(10)), (torch.full((2, 10), 50.0), torch.ones(10))]) == 0.0
 
 
-@pytest.mark.parametrize("allocation", ["owl", "error"])
-def test_a_measured_allocation_of_a_fixed_pattern_is_refused(allocation: str) -> None:
-    with pytest.raises(FistaPrunerError, match=rf"allocation '{allocation}' cannot be used with 2:4"):
-        check_allocation(Recipe.build({"allocation": allocation, "sparsity": "2:4"}))
+def test_owl_of_a_fixed_pattern_is_refused() -> None:
+    with pytest.raises(FistaPrunerError, match="allocation 'owl' cannot be used with 2:4"):
+        check_allocation(Recipe.build({"allocation": "owl", "sparsity": "2:4"}))
+    check_allocation(Recipe.build({"allocation": "error", "sparsity": "2:4"}))
+
+
+@pytest.mark.parametrize(
+    ("pattern", "names"),
+    [
+        (NM(2, 4), ["0%", "3:4", "2:4", "1:4"]),
+        (NM(1, 4), ["0%", "3:4", "2:4", "1:4"]),
+        (NM(4, 8), ["0%", "7:8", "6:8", "5:8", "4:8", "3:8"]),
+        (NM(1, 2), ["0%", "1:2"]),
+    ],
+)
+def test_patterns_that_an_operator_may_have_instead(pattern: NM, names: list[str]) -> None:
+    assert [str(each) for each in patterns_measured(pattern)] == names
+
+
+@settings(deadline=None, max_examples=60)
+@given(st.lists(st.integers(1, 50), min_size=2, max_size=4), st.sampled_from([NM(2, 4), NM(4, 8)]), st.integers(0, 999))
+def test_chosen_patterns_cost_least(counts: list[int], pattern: NM, seed: int) -> None:
+    """No choice with as many zeros costs less, where curves are convex; one operator more is changed at most."""
+    patterns = patterns_measured(pattern)
+    generator = torch.Generator().manual_seed(seed)
+    sizes = {str(number): 8 * count for number, count in enumerate(counts)}
+    shares = torch.tensor([each.fraction for each in patterns], dtype=torch.float64)
+    curves = {
+        name: size * shares.pow(1 + 4 * float(torch.rand(1, generator=generator))) * torch.rand(1, generator=generator)
+        for name, size in sizes.items()
+    }
+    chosen = choose_patterns(curves, sizes, patterns, pattern)
+    zeros = {name: chosen[name].fraction * size for name, size in sizes.items()}
+    asked = sum(pattern.fraction * size for size in sizes.values())
+    assert asked <= sum(zeros.values()) < asked + 0.5 * max(sizes.values())
+
+    def cost(choice: Iterable[Constraint]) -> float:
+        return sum(float(curves[name][patterns.index(each)]) for name, each in zip(sizes, choice, strict=True))
+
+    rivals = (
+        cost(choice)
+        for choice in itertools.product(patterns, repeat=len(sizes))
+        if sum(each.fraction * size for each, size in zip(choice, sizes.values(), strict=True))
+        >= sum(zeros.values()) - 1e-9
+    )
+    assert cost(chosen.values()) <= min(rivals) * (1 + 1e-9)
+
+
+def test_an_operator_that_costs_nothing_gives_its_zeros_first() -> None:
+    patterns = patterns_measured(NM(2, 4))
+    dear, cheap = torch.tensor([0.0, 5.0, 20.0, 60.0]), torch.tensor([0.0, 1e-3, 2e-3, 4e-3])
+    chosen = choose_patterns({"a": dear, "b": cheap, "c": cheap}, dict.fromkeys("abc", 400), patterns, NM(2, 4))
+    assert [str(chosen[name]) for name in "abc"] == ["0%", "1:4", "1:4"]
 
 
 @given(st.integers(1, 10**9).flatmap(lambda size: st.tuples(st.integers(0, size - 1), st.just(size))))
@@ -176,3 +229,17 @@ def test_at_a_sparsity_that_keeps_nothing_of_small_operators_the_total_is_still_
     report = prune(str(model), tmp_path / "run", sparsity="99.9%", allocation=allocation, calibration=settings)
     sizes = [math.prod(operator.shape) for layer in report.layers for operator in layer.operators]
     assert report.totals.operator_zeros == sum(round(0.999 * size) for size in sizes)
+
+
+@pytest.mark.parametrize("method", ["proximal", "wanda"])
+def test_operators_of_a_run_take_patterns_of_their_own(tmp_path: Path, method: str) -> None:
+    source = tiny.save("llama", tmp_path / "model")
+    calibration = {"source": "self", "samples": 4, "seqlen": 16}
+    report = prune(
+        str(source), tmp_path / "run", sparsity="2:4", method=method, allocation="error", calibration=calibration
+    )
+    patterns = {entry.sparsity for layer in report.layers for entry in layer.operators}
+    assert patterns <= {"0%", "3:4", "2:4", "1:4"}
+    assert len(patterns) > 1
+    assert report.totals.operator_zeros * 2 >= report.totals.operator_weights
+    assert inspect_checkpoint(tmp_path / "run" / "model").violations == []

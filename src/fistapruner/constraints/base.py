@@ -65,6 +65,17 @@ class Constraint(ABC):
     def zeros(self, rows: int, columns: int) -> int:
         """Exact number of zeros of a ``rows x columns`` operator."""
 
+    def neighbours(self, reach: float) -> tuple[Constraint, ...]:
+        """Return patterns of the same kind that an operator may have instead, from the densest to the sparsest.
+
+        Args:
+            reach: by how much of the weights a pattern may have more zeros than this one; fewer are always allowed.
+
+        Returns:
+            Them and this one; empty where there are none, or where :attr:`supports_allocation`.
+        """
+        return ()
+
     @abstractmethod
     def project(self, scores: Tensor, scope: Scope = "operator") -> Tensor:
         """Choose the weights to keep.

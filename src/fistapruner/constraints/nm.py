@@ -12,6 +12,7 @@ from ..errors import FistaPrunerError
 from .base import Constraint, Scope
 from .selection import keep_n_of_m
 from .thresholds import GroupThreshold, Threshold
+from .unstructured import Unstructured
 
 
 @dataclass(frozen=True)
@@ -48,6 +49,10 @@ class NM(Constraint):
 
     def zeros(self, rows: int, columns: int) -> int:
         return rows * columns // self.m * (self.m - self.n)
+
+    def neighbours(self, reach: float) -> tuple[Constraint, ...]:
+        sparsest = max(1, self.n - max(1, round(reach * self.m)))
+        return (Unstructured(0.0), *(NM(kept, self.m) for kept in range(self.m - 1, sparsest - 1, -1)))
 
     def project(self, scores: Tensor, scope: Scope = "operator") -> Tensor:
         self.check(scores.shape[1])

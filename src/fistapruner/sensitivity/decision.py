@@ -24,7 +24,14 @@ from ..problem import ProblemSums
 from ..recipes.settings import Recipe
 from ..runs.records import WorkloadFacts
 from .channel_order import channel_order, kept_share
-from .error_curves import predicted_cost, row_error_curves, sampled_rows, sparsity_grid, split_budget
+from .error_curves import (
+    choose_patterns,
+    patterns_measured,
+    predicted_cost,
+    row_error_curves,
+    sampled_rows,
+    split_budget,
+)
 from .fisher import DensePasses, InputEnergy, Look, Sensitivity, gather_inputs, measure_sensitivity, row_importance
 from .owl import outlier_share, owl_allocation
 from .workload import Workload, read_workload
@@ -38,18 +45,16 @@ SHARE = 4
 
 
 def check_allocation(recipe: Recipe) -> None:
-    """Refuse a measured allocation of an n:m pattern, and a bad workload.
-
-    An n:m pattern has the same sparsity in every operator.
+    """Refuse a measured allocation that a pattern does not have, and a bad workload.
 
     Raises:
         FistaPrunerError: names the allocation and the pattern, or the workload file and what is wrong in it.
     """
-    measured = recipe.allocation in ("owl", "error") or recipe.workload is not None
-    if measured and not recipe.pattern.supports_allocation:
+    free = recipe.allocation == "owl" or recipe.workload is not None
+    if free and not recipe.pattern.supports_allocation:
         raise FistaPrunerError(
-            f"allocation {recipe.allocation!r} cannot be used with {recipe.pattern}: that has the same sparsity in "
-            "every operator; take --allocation uniform, or an unstructured sparsity such as "
+            f"allocation {recipe.allocation!r} cannot be used with {recipe.pattern}, whose share of zeros is not free: "
+            "take --allocation error or uniform, or an unstructured sparsity such as "
             f"{100 * recipe.pattern.fraction:g}%"
         )
     read_workload(recipe)
@@ -164,7 +169,7 @@ def decide(
     after = dict((smaller or layout).operators())
     sizes = {name: operator.rows * operator.columns for name, operator in after.items()}
     cut = {name for name, operator in layout.operators() if after[name].columns != operator.columns}
-    fraction = recipe.pattern.fraction
+    fraction, patterns = recipe.pattern.fraction, patterns_measured(recipe.pattern)
     errors: dict[str, Tensor] = {}
     outliers = _Outliers(layout)
     kept = {name: pattern for name, pattern in sparsity.items() if name not in cut}
@@ -175,23 +180,24 @@ def decide(
         group = layout.layers[index][number]
         names = [layout.full_name(index, operator) for operator in group]
         if group[0].experts and not sums.tokens:  # no measured token reaches this expert: it makes no error
-            grid = sparsity_grid(fraction)
             errors.update(
-                (name, torch.zeros(len(grid), operator.rows)[:, sampled_rows(operator.rows)])
+                (name, torch.zeros(len(patterns), operator.rows)[:, sampled_rows(operator.rows)])
                 for name, operator in zip(names, group, strict=True)
             )
             return
         problem = sums.problem(names, [operator.rows for operator in group], 0.0)
-        errors.update(zip(names, row_error_curves(problem, sparsity_grid(fraction)), strict=True))
+        errors.update(zip(names, row_error_curves(problem, patterns), strict=True))
+        if channels is not None:
+            channels.add(index, number, sums.weight, problem.gram.diagonal())
 
     def energy_seen(index: int, number: int, sums: InputEnergy) -> None:
         if allocation == "owl":
             outliers.add(index, number, sums)
         if channels is not None:
-            channels.add(index, number, sums)
+            channels.add(index, number, sums.weight, sums.mean())
 
     look: Look[Any] | None = None
-    if allocation in ("error", "workload"):  # of unstructured patterns only, so no channels are reordered then
+    if allocation in ("error", "workload"):
         look = Look(ProblemSums, problem_seen)
     elif allocation == "owl" or channels is not None:
         look = Look(InputEnergy, energy_seen)
@@ -213,7 +219,10 @@ def decide(
             split, facts = allocate_workload(workload, costs, sizes, fraction, seed=recipe.seed)
             found = dict(split)
         elif allocation == "error":
-            found = dict(split_budget(costs[""], sizes, fraction))
+            if recipe.pattern.supports_allocation:
+                found = dict(split_budget(costs[""], sizes, fraction))
+            else:
+                found = choose_patterns(costs[""], sizes, patterns, recipe.pattern)
         if weighs_rows(recipe):
             importance = {name: row_importance(rows) for name, rows in sensitivity.rows.items()}
         if recipe.reconstruct:
@@ -281,13 +290,20 @@ class _Channels:
         self.permuted: dict[str, tuple[float, float]] = {}
         self.rows: dict[str, Tensor] = {}
 
-    def add(self, index: int, number: int, sums: InputEnergy) -> None:
-        """Order the input channels of group ``number`` of decoder layer ``index``."""
+    def add(self, index: int, number: int, weight: Tensor, energy: Tensor) -> None:
+        """Order the input channels of group ``number`` of decoder layer ``index``.
+
+        Args:
+            index: number of the layer.
+            number: of the group.
+            weight: (m, n) weights of its operators, stacked by rows.
+            energy: (n,) mean squared inputs.
+        """
         group = self._layout.layers[index][number]
         weights = dict(
             zip(
                 (operator.name for operator in group),
-                sums.weight.split([operator.rows for operator in group]),
+                weight.split([operator.rows for operator in group]),
                 strict=True,
             )
         )
@@ -299,7 +315,7 @@ class _Channels:
             pattern = NM(*sparsity.nm)
             if link.channels % pattern.m:
                 continue
-            scores = weights[link.consumer.name].square() * sums.mean()
+            scores = weights[link.consumer.name].square() * energy
             order = torch.stack([channel_order(block, pattern) for block in link.by_block(scores)])
             rows, columns = link.places(order)
             self.orders |= reordered(self._model, index, link, order)

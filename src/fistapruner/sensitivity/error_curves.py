@@ -15,7 +15,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from ..constraints import Unstructured
+from ..constraints import Constraint, Unstructured
 from ..problem import LayerProblem
 from ..runtime.numerics import fast_products
 from ..solvers.conditioning import alive_gram
@@ -57,14 +57,19 @@ def bounds(fraction: float) -> tuple[float, float]:
     return max(fraction - REACH, fraction / 4), min(fraction + REACH, 1 - (1 - fraction) / 4)
 
 
-def row_error_curves(problem: LayerProblem, grid: Sequence[float]) -> list[Tensor]:
-    """Estimate the errors of sampled rows (:func:`sampled_rows`) of each operator at each sparsity.
+def patterns_measured(pattern: Constraint) -> list[Constraint]:
+    """Return the patterns at which errors are estimated: those that an operator may have, or a grid of shares."""
+    return list(pattern.neighbours(REACH)) or [Unstructured(share) for share in sparsity_grid(pattern.fraction)]
+
+
+def row_error_curves(problem: LayerProblem, patterns: Sequence[Constraint]) -> list[Tensor]:
+    """Estimate the errors of sampled rows (:func:`sampled_rows`) of each operator at each pattern.
 
     The mask keeps the largest scores ``|W_ij| sqrt(G_jj)`` of an operator (Wanda's score), and a few conjugate
     gradient steps refit the kept weights. This is an upper bound on the error of a good solver, with a similar shape.
 
     Returns:
-        (len(grid), sampled rows) for each operator.
+        (len(patterns), sampled rows) for each operator.
     """
     problem = _thinned(problem)
     gram = alive_gram(problem.gram)
@@ -72,8 +77,8 @@ def row_error_curves(problem: LayerProblem, grid: Sequence[float]) -> list[Tenso
     scale = gram.diagonal().sqrt()
     scores = (problem.weight * scale).abs().split(problem.rows)
     curves: list[list[Tensor]] = [[] for _ in problem.rows]
-    for fraction in grid:
-        mask = torch.cat([part > _threshold(part, fraction) for part in scores])
+    for pattern in patterns:
+        mask = torch.cat([_kept(part, pattern) for part in scores])
         with fast_products():  # a curve needs no exact products
             weight, residual = refit_with_residual(problem, gram, problem.weight, mask, REFIT_STEPS, fast=True)
         errors = torch.linalg.vecdot(residual, problem.weight - weight)
@@ -118,10 +123,54 @@ def _thinned(problem: LayerProblem) -> LayerProblem:
     )
 
 
+def _kept(scores: Tensor, pattern: Constraint) -> Tensor:
+    """Choose the weights with the largest scores; of a share only about as many."""
+    if not pattern.supports_allocation:
+        return pattern.project(scores)
+    if pattern.fraction == 0:
+        return torch.ones_like(scores, dtype=torch.bool)
+    return scores > _threshold(scores, pattern.fraction)
+
+
 def _threshold(scores: Tensor, fraction: float) -> Tensor:
     """Estimate the ``fraction`` quantile of scores from an evenly spaced sample."""
     sample = scores.flatten()[:: max(1, scores.numel() // SAMPLE)]
     return sample.kthvalue(max(1, round(fraction * len(sample)))).values
+
+
+def choose_patterns(
+    curves: Mapping[str, Tensor], sizes: Mapping[str, int], patterns: Sequence[Constraint], pattern: Constraint
+) -> dict[str, Constraint]:
+    """Choose a pattern for each operator, with at least as many zeros in all as ``pattern`` gives.
+
+    Zeros are taken where they cost least, along the lower convex hull of each operator's curve. One step changes a
+    whole operator, so up to one step too many is taken.
+
+    Args:
+        curves: (len(patterns),) predicted cost of each operator.
+        sizes: weights of each operator.
+        patterns: from the densest to the sparsest.
+        pattern: that all operators would have.
+    """
+    shares = [each.fraction for each in patterns]
+    chosen = {name: 0 for name in sizes}
+    offers: list[tuple[float, str, int]] = []
+    for name, curve in curves.items():
+        costs, at = curve.double().tolist(), 0
+        while at < len(shares) - 1:
+            slope, to = min(
+                ((costs[to] - costs[at]) / (shares[to] - shares[at]) / sizes[name], to)
+                for to in range(at + 1, len(shares))
+            )
+            offers.append((slope, name, to))
+            at = to
+    left = sum(pattern.fraction * size for size in sizes.values())
+    for _, name, to in sorted(offers, key=lambda offer: offer[0]):  # stable: an operator's steps stay in order
+        if left <= 0:
+            break
+        left -= (shares[to] - shares[chosen[name]]) * sizes[name]
+        chosen[name] = to
+    return {name: patterns[to] for name, to in chosen.items()}
 
 
 def split_budget(curves: Mapping[str, Tensor], sizes: Mapping[str, int], fraction: float) -> dict[str, Unstructured]:
