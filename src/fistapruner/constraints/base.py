@@ -66,7 +66,7 @@ class Constraint(ABC):
         """Exact number of zeros of a ``rows x columns`` operator."""
 
     def neighbours(self, reach: float) -> tuple[Constraint, ...]:
-        """Return patterns of the same kind that an operator may have instead, from the densest to the sparsest.
+        """Return the patterns that an operator may have instead, from the densest to the sparsest.
 
         Args:
             reach: by how much of the weights a pattern may have more zeros than this one; fewer are always allowed.
