@@ -210,9 +210,9 @@ def _computes_the_same(fused: Any, *, apart: bool) -> bool:
     for name, parameter in small.named_parameters(recurse=False):
         own = parameter.transpose(1, 2) if fused.is_transposed and parameter.ndim == 3 else parameter
         key = "bias" if name.endswith("_bias") else "weight"
-        name = name.removesuffix("_bias")
+        whole = name.removesuffix("_bias")
         for number, expert in separate.experts():
-            names = PARTS if apart and name == "gate_up_proj" else (name,)
+            names = PARTS if apart and whole == "gate_up_proj" else (whole,)
             for part, values in zip(names, own[number].chunk(len(names)), strict=True):
                 expert.get_submodule(part)._parameters[key] = nn.Parameter(values.clone(), requires_grad=False)
     chosen = torch.rand(tokens, count, generator=generator).topk(min(2, count), -1).indices

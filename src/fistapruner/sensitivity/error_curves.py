@@ -58,7 +58,7 @@ def bounds(fraction: float) -> tuple[float, float]:
 
 
 def patterns_measured(pattern: Constraint) -> list[Constraint]:
-    """Return the patterns at which errors are estimated: those that an operator may have, or a grid of shares."""
+    """Return the patterns at which errors are estimated: all that are possible, or a grid of shares."""
     return list(pattern.neighbours(REACH)) or [Unstructured(share) for share in sparsity_grid(pattern.fraction)]
 
 

@@ -45,10 +45,11 @@ def take_claimed_apart(checkpoint: Checkpoint, record: Mapping[str, Any]) -> Non
     """Take the tensors apart of which a record claims something for the matrices of single experts."""
     operators = record.get("operators")
     for name, claim in operators.items() if isinstance(operators, Mapping) else ():
-        whole = re.fullmatch(r"(.+)\[\d+\]", name)
-        if whole and whole[1] in checkpoint and whole[1] not in checkpoint.stacks and isinstance(claim, Mapping):
-            if len(checkpoint.entry(whole[1]).shape) == 3:
-                checkpoint.take_apart(Stack(whole[1], transposed=claim.get("transposed") is True))
+        found = re.fullmatch(r"(.+)\[\d+\]", name)
+        whole = found[1] if found else ""
+        known = whole in checkpoint and whole not in checkpoint.stacks and isinstance(claim, Mapping)
+        if known and len(checkpoint.entry(whole).shape) == 3:
+            checkpoint.take_apart(Stack(whole, transposed=claim.get("transposed") is True))
 
 
 def recorded_claims(
