@@ -17,6 +17,7 @@ from .sparse.import_hook import register_on_import
 if TYPE_CHECKING:
     from .constraints import NM, Unstructured, parse_sparsity
     from .evaluation.evaluate import evaluate
+    from .pipeline.align import align
     from .pipeline.export import export
     from .pipeline.measure import bench_run, evaluate_run
     from .pipeline.merge import MergeReport, merge_adapter
@@ -24,6 +25,7 @@ if TYPE_CHECKING:
     from .pipeline.recover import recover
     from .pipeline.resume import resume
     from .problem import LayerProblem
+    from .recipes.align_settings import AlignRecipe
     from .recipes.recover_settings import RecoverRecipe
     from .recipes.settings import Recipe
     from .runs.records import Report
@@ -39,6 +41,7 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 __all__ = [
     "NM",
+    "AlignRecipe",
     "Evaluation",
     "FistaPrunerError",
     "LayerProblem",
@@ -49,6 +52,7 @@ __all__ = [
     "Solution",
     "SparseLinear",
     "Unstructured",
+    "align",
     "bench_run",
     "evaluate",
     "evaluate_run",
@@ -70,6 +74,7 @@ __all__ = [
 _MODULES = {
     "constraints": ("NM", "Unstructured", "parse_sparsity"),
     "evaluation.evaluate": ("evaluate",),
+    "pipeline.align": ("align",),
     "pipeline.export": ("export",),
     "pipeline.measure": ("bench_run", "evaluate_run"),
     "pipeline.merge": ("MergeReport", "merge_adapter"),
@@ -77,6 +82,7 @@ _MODULES = {
     "pipeline.recover": ("recover",),
     "pipeline.resume": ("resume",),
     "problem": ("LayerProblem",),
+    "recipes.align_settings": ("AlignRecipe",),
     "recipes.recover_settings": ("RecoverRecipe",),
     "recipes.settings": ("Recipe",),
     "runs.records": ("Report",),

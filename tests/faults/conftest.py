@@ -22,6 +22,9 @@ from fistapruner.runs.steps import read_steps
 SETTINGS = ["--method", "sparsegpt", "--dense-target", "0.5", "--residual", "correct", "--sparsity", "2:4"]
 SETTINGS += ["--samples", "4", "--seqlen", "16", "--evaluate", "none"]
 
+ALIGNMENT = ["--steps", "6", "--pairs-per-step", "2", "--validation-checks", "3", "--rank", "4", "--evaluate", "none"]
+ALIGNMENT += ["--lr", "1e-3", "--loss", "harmonic", "--anchor", "0.1"]
+
 RECOVERY = ["--steps", "6", "--windows-per-step", "2", "--seqlen", "16", "--tokens", "200", "--held-out", "0.1"]
 RECOVERY += ["--validation-checks", "3", "--rank", "4", "--evaluate", "none"]
 
@@ -152,6 +155,24 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Runs]:
 def recoveries(runs: Runs, tmp_path_factory: pytest.TempPathFactory, request: pytest.FixtureRequest) -> Runs:
     """Recoveries of the pruned model, by backpropagation and by forward passes only."""
     return recovery(runs, tmp_path_factory.mktemp("recoveries"), request.param)
+
+
+@pytest.fixture(scope="session")
+def alignments(runs: Runs, tmp_path_factory: pytest.TempPathFactory) -> Runs:
+    """Alignments of the pruned model, with both references and the anchor."""
+    folder = tmp_path_factory.mktemp("alignments")
+    lines = [
+        {"prompt": f"{number} is", "chosen": f" before {number + 1}.", "rejected": " nice."} for number in range(30)
+    ]
+    pairs = folder / "pairs.jsonl"
+    pairs.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    made = Runs(
+        runs.process,
+        ("align", str(runs.undisturbed), "--data", str(pairs), *ALIGNMENT),
+        folder / "undisturbed",
+    )
+    made.measure()
+    return made
 
 
 def recovery(runs: Runs, folder: Path, optimizer: str) -> Runs:

@@ -127,6 +127,7 @@ def serve() -> None:
     import torch
     import transformers.models.llama.modeling_llama  # noqa: F401
 
+    import fistapruner.pipeline.align
     import fistapruner.pipeline.prune
     import fistapruner.pipeline.recover  # noqa: F401
 

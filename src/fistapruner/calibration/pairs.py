@@ -102,6 +102,9 @@ class Pairs(TrainingText):
         """See :class:`TrainingText`: the loss of a pair stands at its chosen answer."""
         return torch.tensor([1, 0]).repeat(len(self.tokens) // 2)
 
+    def amount(self, held_out: Sequence[int]) -> str:
+        return f"{len(held_out) // 2} held-out pairs"
+
     @property
     def lengths(self) -> Tensor:
         """(windows,) tokens up to the last of the answer."""

@@ -61,6 +61,10 @@ class TrainingText:
         """(windows,) numbers that the loss of each window is a sum over: tokens that carry loss."""
         return self.marks[:, 1:].sum(1)
 
+    def amount(self, held_out: Sequence[int]) -> str:
+        """Say how much is held out."""
+        return f"{len(held_out)} held-out windows"
+
 
 @dataclass(frozen=True)
 class _Side:

@@ -19,6 +19,7 @@ from typing import Any, TextIO, cast
 VERBS: dict[str, str] = {
     "prune": "prune",
     "recover": "recover",
+    "align": "align",
     "plan": "plan",
     "resume": "resume",
     "finish": "finish",
@@ -96,7 +97,7 @@ def _refuse_processes(arguments: argparse.Namespace) -> None:
 
     several = "TORCHELASTIC_RUN_ID" in os.environ and os.environ.get("WORLD_SIZE", "1") != "1"
     shared = arguments.verb == "recover" and not (arguments.merge or arguments.replay)
-    if several and not shared and arguments.verb != "resume":
+    if several and not shared and arguments.verb not in ("align", "resume"):
         if os.environ.get("RANK", "0") != "0":
             raise OtherRankFailed
         raise FistaPrunerError(

@@ -13,16 +13,19 @@ from typing import Any, Literal, get_args, get_origin
 from pydantic.fields import FieldInfo
 
 from ..errors import FistaPrunerError
+from ..recipes.align_settings import AlignRecipe
 from ..recipes.base import Settings
 from ..recipes.loading import load_recipe_settings, merge
 from ..recipes.recover_settings import RecoverRecipe
 from ..recipes.renamed import RENAMED_SETTINGS
 from ..recipes.settings import Recipe
 from ..recipes.structure_settings import Structure
+from ..recipes.training_settings import TrainingRecipe
 
 FLAGS = {
     "calibration.source": "--calibration",
     "data.source": "--data",
+    "data.pairs": "--data",
     "structure.remove": "--structure",
     **{f"structure.{name}": f"--structure-{name}" for name in Structure.model_fields if name != "remove"},
 }
@@ -36,8 +39,8 @@ SAME_FLAG = {
 }
 """Settings that take their value from the flag of another setting."""
 
-NOT_FOR_RECOVERY = ("execution.executor", "execution.workers", "execution.address")
-"""Settings of execution that recovery has no use for."""
+NOT_FOR_TRAINING = ("execution.executor", "execution.workers", "execution.address")
+"""Settings of execution that runs which train have no use for."""
 
 METAVARS = {
     "sparsity": "PATTERN",
@@ -56,6 +59,11 @@ METAVARS = {
     "betas": "B1,B2",
     "data.source": "SOURCE|NAME=SOURCE",
     "data.tokens": "TOKENS",
+    "data.pairs": "FILE",
+    "data.prompt_ends": "TEXT",
+    "references": "NAME,...",
+    "shares": "SHARE,...",
+    "clip": "none|ETA",
     "execution.device": "DEVICE",
     "execution.memory_limit": "SIZE",
     "execution.address": "HOST:PORT",
@@ -79,7 +87,7 @@ def settings(recipe: type[Settings] = Recipe) -> Iterator[tuple[str, FieldInfo]]
             yield name, field
             continue
         for key, inner in type(field.default).model_fields.items():
-            if recipe is not RecoverRecipe or f"{name}.{key}" not in NOT_FOR_RECOVERY:
+            if not issubclass(recipe, TrainingRecipe) or f"{name}.{key}" not in NOT_FOR_TRAINING:
                 yield f"{name}.{key}", inner
 
 
@@ -113,14 +121,28 @@ def add_recipe_arguments(parser: argparse.ArgumentParser, *, single: bool = True
         parser.add_argument(f"--{old}", action=_RefuseOldFlag, help=argparse.SUPPRESS)
 
 
-def add_recover_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add the settings of a recovery recipe."""
+def add_training_arguments(parser: argparse.ArgumentParser, recipe: type[TrainingRecipe]) -> None:
+    """Add the settings of a recipe of a verb that trains."""
     group = parser.add_argument_group("recipe (over --recipe)")
-    group.add_argument("--recipe", metavar="NAME|FILE", help="a shipped recipe (spp-paper, ...) or a YAML file")
+    shipped = "a shipped recipe (spp, ...) or a YAML file" if recipe is RecoverRecipe else "a YAML file"
+    group.add_argument("--recipe", metavar="NAME|FILE", help=shipped)
     execution = parser.add_argument_group("execution")
-    for path, field in settings(RecoverRecipe):
+    for path, field in settings(recipe):
         if path not in SAME_FLAG:
             _add_setting(execution if path.startswith("execution.") else group, path, field)
+
+
+def add_evaluation_of_result(parser: argparse.ArgumentParser) -> None:
+    """Add the text that the result of a run which trains is evaluated on."""
+    parser.add_argument(
+        "--evaluate",
+        default="auto",
+        metavar="DATA",
+        help="text for the perplexity: as for prune, or auto, that of the run that goes in (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--evaluate-windows", type=int, default=None, metavar="N", help="windows of that text (default: all)"
+    )
 
 
 def add_recovery_beside(parser: argparse.ArgumentParser) -> None:
@@ -190,14 +212,26 @@ def recover_settings(arguments: argparse.Namespace) -> dict[str, Any]:
     return _over(base, arguments, RecoverRecipe, "data")
 
 
-def _over(base: dict[str, Any], arguments: argparse.Namespace, recipe: type[Settings], texts: str) -> dict[str, Any]:
+def align_settings(arguments: argparse.Namespace) -> dict[str, Any]:
+    """Collect the recipe of an alignment: ``--recipe``, single settings over it.
+
+    Raises:
+        FistaPrunerError: no such recipe.
+    """
+    base = load_recipe_settings(arguments.recipe, "align") if arguments.recipe else {}
+    return _over(base, arguments, AlignRecipe)
+
+
+def _over(
+    base: dict[str, Any], arguments: argparse.Namespace, recipe: type[Settings], texts: str | None = None
+) -> dict[str, Any]:
     """Collect the settings that flags change, over those of a recipe.
 
     Args:
         base: settings of the recipe.
         arguments: the parsed flags.
         recipe: whose settings.
-        texts: section whose ``source`` and ``tasks`` share a flag.
+        texts: section whose ``source`` and ``tasks`` share a flag; None where there is none.
     """
     changes: dict[str, Any] = {}
     for path, _ in settings(recipe):
@@ -206,7 +240,8 @@ def _over(base: dict[str, Any], arguments: argparse.Namespace, recipe: type[Sett
         value = getattr(arguments, DEST + own, getattr(arguments, DEST + beside, None))
         section, _, key = path.rpartition(".")
         (changes.setdefault(section, {}) if section else changes)[key] = value
-    changes[texts] |= read_texts(changes[texts].pop("source"), flag_of(f"{texts}.source"))
+    if texts is not None:
+        changes[texts] |= read_texts(changes[texts].pop("source"), flag_of(f"{texts}.source"))
     return merge(base, changes)
 
 

@@ -22,7 +22,14 @@ import argparse
 import shlex
 import sys
 
-from .arguments import add_output_arguments, add_recover_arguments, add_trust_arguments, recover_settings
+from ..recipes.recover_settings import RecoverRecipe
+from .arguments import (
+    add_evaluation_of_result,
+    add_output_arguments,
+    add_training_arguments,
+    add_trust_arguments,
+    recover_settings,
+)
 
 SUMMARY = "train a pruned model, every zero kept"
 
@@ -38,23 +45,14 @@ def configure(parser: argparse.ArgumentParser) -> None:
         "--replay", metavar="STEPS", help="take the steps of a steps.jsonl of mezo or subzero again; nothing is trained"
     )
     parser.add_argument("--dense", metavar="MODEL", help="the dense model (default: the one that was pruned)")
-    add_recover_arguments(parser)
-    parser.add_argument(
-        "--evaluate",
-        default="auto",
-        metavar="DATA",
-        help="text for the perplexity: as for prune, or auto, that of the run that goes in (default: %(default)s)",
-    )
-    parser.add_argument(
-        "--evaluate-windows", type=int, default=None, metavar="N", help="windows of that text (default: all)"
-    )
+    add_training_arguments(parser, RecoverRecipe)
+    add_evaluation_of_result(parser)
     add_trust_arguments(parser)
     add_output_arguments(parser)
 
 
 def run(arguments: argparse.Namespace) -> int:
     from ..pipeline.recover import recover
-    from ..recipes.recover_settings import RecoverRecipe
     from .progress import choose_listener
     from .prune import show
 

@@ -12,6 +12,7 @@ from typing import Any, Literal, get_args, get_origin
 
 from pydantic.fields import FieldInfo
 
+from ..recipes.align_settings import AlignRecipe
 from ..recipes.base import Settings
 from ..recipes.recover_settings import RecoverRecipe
 from ..recipes.settings import Recipe
@@ -28,7 +29,7 @@ Made from the program by `make reference`; do not edit. The pages on the verbs s
 
 def reference() -> str:
     """Return the page as Markdown."""
-    return "\n".join([HEAD, *_verbs(), *_recipe(), *_recover_recipe(), *_methods()])
+    return "\n".join([HEAD, *_verbs(), *_recipe(), *_recover_recipe(), *_align_recipe(), *_methods()])
 
 
 def _verbs() -> Iterable[str]:
@@ -47,7 +48,7 @@ def _verbs() -> Iterable[str]:
             name = " ".join(filter(None, (flags, "" if action.nargs == 0 else str(values))))
             rows.append((f"`{name}`", str(action.help) % {"default": action.default}))
         if any(action.dest.startswith(DEST) for action in parser._actions):
-            kind = "recovery" if verb == "recover" else "recipe"
+            kind = {"recover": "recovery", "align": "alignment"}.get(verb, "recipe")
             also = ", with `--recover` every [recovery setting](#recovery-settings)" if verb == "plan" else ""
             yield f"Also every [{kind} setting](#{kind}-settings){also} by its flag.\n"
         yield from _table(("argument", "meaning"), rows)
@@ -63,6 +64,12 @@ def _recover_recipe() -> Iterable[str]:
     yield "## Recovery settings\n"
     yield "The recipe of `recover`; `data` and `execution` are sections.\n"
     yield from _settings(RecoverRecipe)
+
+
+def _align_recipe() -> Iterable[str]:
+    yield "## Alignment settings\n"
+    yield "The recipe of `align`; `data` and `execution` are sections.\n"
+    yield from _settings(AlignRecipe)
 
 
 def _settings(recipe: type[Settings]) -> Iterable[str]:

@@ -7,18 +7,19 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar, Self
 
 import torch
 from torch import Tensor
 
-from ..activations.store import scratch_factory
+from ..activations.store import Store, scratch_factory
 from ..calibration.training_text import TrainingText, order
 from ..errors import FistaPrunerError
 from ..models.discovery import Layout, discover
 from ..models.layerwise import LayerwiseModel
 from ..models.source import UNTRUSTED, ModelSource, Permissions
 from ..recipes.recover_settings import RecoverRecipe
+from ..recipes.training_settings import TrainingRecipe
 from ..runs.decision import RecoverDecision
 from ..runs.identity import fingerprint, stamps
 from ..runs.listener import Listener
@@ -49,10 +50,16 @@ class RecoverContext:
         decision: what the run has decided.
         permissions: what the models' files may do.
         ranks: the processes that train together.
+
+    Attributes:
+        directory, settings: kinds of run directory and recipe.
     """
 
+    directory: ClassVar[type[RecoverDirectory]] = RecoverDirectory
+    settings: ClassVar[type[TrainingRecipe]] = RecoverRecipe
+
     run: RecoverDirectory
-    recipe: RecoverRecipe
+    recipe: Any
     fingerprint: str
     model: LayerwiseModel
     layout: Layout
@@ -62,25 +69,25 @@ class RecoverContext:
     ranks: Ranks = ALONE
 
     @classmethod
-    def open(cls, folder: Path, permissions: Permissions = UNTRUSTED, ranks: Ranks = ALONE) -> RecoverContext:
+    def open(cls, folder: Path, permissions: Permissions = UNTRUSTED, ranks: Ranks = ALONE) -> Self:
         """Open a run that has been prepared.
 
         Raises:
             FistaPrunerError: not a prepared run, its models or windows are gone or have changed, or a step has fewer
                 passes than there are processes.
         """
-        run = RecoverDirectory(folder)
+        run = cls.directory(folder)
         record = run.record()
         if record is None:
             raise FistaPrunerError(f"{folder} is not a prepared run")
-        decision, recipe = record.decision, RecoverRecipe.build(record.recipe, str(run.run_file))
+        decision, recipe = record.decision, cls.settings.build(record.recipe, str(run.run_file))
         text = run.text()
         if text is None or sha256_file(run.windows_file) != decision.windows_sha256:
             raise FistaPrunerError(f"{run.windows_file} is gone or damaged: name another --out")
         model = open_model(permissions.at(decision.folder), recipe, decision.numerics.dtype)
         if record.fingerprint != identity(recipe, model, text, decision):
             raise FistaPrunerError(f"{folder}: the model is not the one that the run began with; name another --out")
-        passes = -(-recipe.windows_per_step // decision.numerics.batch_size)
+        passes = -(-recipe.step_windows // decision.numerics.batch_size)
         if passes < ranks.size:
             raise FistaPrunerError(
                 f"{folder}: a step has {passes} passes of {decision.numerics.batch_size} windows, and {ranks.size} "
@@ -92,7 +99,7 @@ class RecoverContext:
     @property
     def trained(self) -> Trained:
         """The tensors to train, at their start."""
-        folder = self._own(self.run.trained) if self.decision.states_on_disk else None
+        folder = self.own(self.run.trained) if self.decision.states_on_disk else None
         return Trained(self.model, self.layout, self.recipe, folder)
 
     def train(self, trained: Trained, listener: Listener, after_snapshot: Callable[[], None]) -> TrainingState:
@@ -102,18 +109,10 @@ class RecoverContext:
             FistaPrunerError: the dense model is gone or has changed, or the disk is full.
         """
         numerics, windows = self.decision.numerics, self._order()
-        hidden = self._own(self.run.hidden) if self.decision.hidden_on_disk else None
-        with cpu_threads(numerics.threads), _made(hidden):
-            objective = Objective(
-                self.model,
-                self.text,
-                Loss.named(str(self.recipe.loss), self.recipe.mix),
-                self._teacher(windows, listener),
-                numerics.batch_size,
-                scratch_factory(hidden, self.model.dtype, self.model.device),
-                keep_graphs=self.decision.keep_graphs,
-                ranks=self.ranks,
-            )
+        hidden = self.own(self.run.hidden) if self.decision.hidden_on_disk else None
+        with cpu_threads(numerics.threads), made(hidden):
+            store = scratch_factory(hidden, self.model.dtype, self.model.device)
+            objective = self._objective(windows, store, listener)
             trainer = Trainer(
                 self.run,
                 self.fingerprint,
@@ -130,7 +129,20 @@ class RecoverContext:
             with objective.resident(layers=self.decision.resident):
                 return trainer.train()
 
-    def _own(self, folder: Path) -> Path:
+    def _objective(self, windows: Tensor, store: Store, listener: Listener) -> Objective:
+        """Make the loss that is trained; ``windows`` are those of every step."""
+        return Objective(
+            self.model,
+            self.text,
+            Loss.named(str(self.recipe.loss), self.recipe.mix),
+            self._teacher(windows, listener),
+            self.decision.numerics.batch_size,
+            store,
+            keep_graphs=self.decision.keep_graphs,
+            ranks=self.ranks,
+        )
+
+    def own(self, folder: Path) -> Path:
         """Return the part of a scratch folder that is this process's."""
         return folder if self.ranks.size == 1 else folder / str(self.ranks.rank)
 
@@ -157,27 +169,40 @@ class RecoverContext:
         """The dense model's predictions, cached; None where the loss does not need them."""
         if self.recipe.loss == "ce" or self.decision.dense is None:
             return None
-        dense = open_model(self.permissions.at(self.decision.dense), self.recipe, self.decision.numerics.dtype)
-        if tuple(stamps(dense.checkpoint)) != self.decision.dense_stamps:
-            raise FistaPrunerError(f"{self.decision.dense} is not the dense model that the run began with")
+        return self.teacher_of(windows, self.text.held_out.nonzero().flatten().tolist(), listener)
+
+    def teacher_of(self, windows: Tensor, held_out: list[int], listener: Listener) -> Teacher:
+        """Return the dense model's predictions of the (steps, windows) of the steps and of those held out."""
         return Teacher(
-            dense,
+            self.open_dense(),
             self.text.tokens,
             self.run.teacher,
             batch_size=self.decision.numerics.batch_size,
             kind=self.recipe.teacher,
             identity=self.fingerprint,
             order=windows.flatten().tolist(),
-            windows_per_step=self.recipe.windows_per_step,
-            held_out=self.text.held_out.nonzero().flatten().tolist(),
+            windows_per_step=windows.shape[1],
+            held_out=held_out,
             windows_on_disk=self.decision.teacher_windows,
             tick=listener.tick,
             ranks=self.ranks,
         )
 
+    def open_dense(self) -> LayerwiseModel:
+        """Open the dense model.
+
+        Raises:
+            FistaPrunerError: it is not the one that the run began with.
+        """
+        assert self.decision.dense is not None
+        dense = open_model(self.permissions.at(self.decision.dense), self.recipe, self.decision.numerics.dtype)
+        if tuple(stamps(dense.checkpoint)) != self.decision.dense_stamps:
+            raise FistaPrunerError(f"{self.decision.dense} is not the dense model that the run began with")
+        return dense
+
 
 @contextmanager
-def _made(folder: Path | None) -> Iterator[None]:
+def made(folder: Path | None) -> Iterator[None]:
     """Make the folder of hidden states, if there is one, and remove it after the block."""
     if folder is not None:
         shutil.rmtree(folder, ignore_errors=True)
@@ -190,7 +215,7 @@ def _made(folder: Path | None) -> Iterator[None]:
             shutil.rmtree(folder, ignore_errors=True)
 
 
-def open_model(source: ModelSource, recipe: RecoverRecipe, dtype: str | None = None) -> LayerwiseModel:
+def open_model(source: ModelSource, recipe: TrainingRecipe, dtype: str | None = None) -> LayerwiseModel:
     """Open a model as a recipe wants it run.
 
     Args:
@@ -203,7 +228,7 @@ def open_model(source: ModelSource, recipe: RecoverRecipe, dtype: str | None = N
     return LayerwiseModel(source.checkpoint(), device, chosen, trust_remote_code=source.trust_remote_code)
 
 
-def identity(recipe: RecoverRecipe, model: LayerwiseModel, text: TrainingText, decision: RecoverDecision) -> str:
+def identity(recipe: TrainingRecipe, model: LayerwiseModel, text: TrainingText, decision: RecoverDecision) -> str:
     """Hash what decides the run's result."""
     more = [
         list(decision.dense_stamps),

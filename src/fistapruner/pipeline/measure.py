@@ -24,8 +24,8 @@ from ..runs.lineage import update_stage, write_lineage
 from ..runs.listener import Listener
 from ..runs.lock import hold
 from ..runs.records import Report, load_run
-from ..runs.recover_directory import dense_of, input_run
 from ..runs.results import Evaluation
+from ..runs.training_runs import dense_of, input_run
 from ..runtime.devices import choose_device
 from ..runtime.files import write_text_atomic
 from ..runtime.machine import describe_machine, now
@@ -112,7 +112,7 @@ def _evaluate(
     )
     found = next(measured, None)
     if found is None:
-        what = "pruned" if report.kind == "prune" else "recovered"
+        what = "pruned" if report.kind == "prune" else report.trained
         listener.say(f"evaluating the {'dense and the ' if compared.dense else ''}{what} model on {request.data}")
         found = run_evaluation(run.model, cut, against=compared.dense, **settings)
         report.evaluations.append(found)
@@ -145,13 +145,13 @@ def _evaluate_input(report: Report, compared: Compared, found: Evaluation, liste
         known = next((before for before in _of_input(report, compared.before) if _same_comparison(before, found)), None)
     if known is None:
         if not compared.before.exists():
-            listener.say(f"no figures of the model before recovery, which is not at {compared.before}")
+            listener.say(f"no figures of the model before {report.training}, which is not at {compared.before}")
             return False
-        listener.say(f"evaluating the model before recovery on {found.perplexity.data}")
+        listener.say(f"evaluating the model before {report.training} on {found.perplexity.data}")
         known = run_evaluation(compared.before, against=found.against, **settings)
     if changed:
         report.recovery.before = [*(one for one in report.recovery.before if not _same_text(one, found)), known]
-    if gain := gain_text(known, found):
+    if gain := gain_text(known, found, report.training):
         listener.say(gain)
     return changed
 

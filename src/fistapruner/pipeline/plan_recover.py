@@ -9,10 +9,12 @@ from ..models.source import Permissions
 from ..planning.recover_plan import FormPlan, plan_forms
 from ..recipes.recover_settings import RecoverRecipe
 from ..runs.listener import Listener
-from ..runs.recover_directory import RecoverDirectory, input_run
+from ..runs.recover_directory import RecoverDirectory
+from ..runs.training_runs import input_run
 from ..runtime.devices import cpu_threads
 from .prepare_recover import task_of
-from .recover_inputs import RecoverRequest, check_inputs
+from .recover_inputs import check_inputs
+from .training_inputs import TrainingRequest
 
 STAND_IN = "python"
 """Text that a plan takes where none is named: only its number of tokens matters."""
@@ -48,7 +50,7 @@ def plan_recovery_of(
     record = origin.record() if origin is not None else None
     if recipe.data.source is None and not recipe.data.tasks and (record is None or record.calibration is None):
         recipe = recipe.model_copy(update={"data": recipe.data.model_copy(update={"source": STAND_IN})})
-    request = RecoverRequest(str(model), recipe, None if dense is None else str(dense), permissions, evaluates=False)
+    request = TrainingRequest(str(model), recipe, None if dense is None else str(dense), permissions, evaluates=False)
     folder = Path(out) / "run"  # of a run in that folder
     inputs = check_inputs(RecoverDirectory(folder), request, Listener())
     with cpu_threads(default_threads(recipe.execution)):

@@ -1,10 +1,8 @@
-"""Prepare a recovery run: find the dense model, check input, plan, cut the text, record it all."""
+"""Prepare a recovery run: check input, plan, cut the text, record it all."""
 
 from __future__ import annotations
 
 import json
-import shlex
-import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -13,35 +11,23 @@ from ..calibration import SELF
 from ..calibration.training_text import TrainingText, order, shared_documents, training_text
 from ..errors import FistaPrunerError
 from ..evaluation.data import evaluation_documents
-from ..execution.executors import default_threads
-from ..execution.recovery import identity
 from ..models.whole import load_whole, require_whole
-from ..planning.recover_plan import plan_recovery
-from ..planning.recover_sizes import RecoverChoice, Task
+from ..planning.recover_sizes import Task
 from ..recipes.recover_settings import RecoverRecipe
-from ..runs.decision import Numerics, RecoverDecision, RecoverRecord
+from ..runs.decision import RecoverRecord
 from ..runs.identity import stamps
-from ..runs.lineage import begin_lineage
 from ..runs.listener import Listener
-from ..runs.records import CalibrationFacts, PlanRow, Recovery
+from ..runs.records import Recovery
 from ..runs.recover_directory import RecoverDirectory
-from ..runtime.devices import available_cores, cpu_threads
 from ..runtime.files import disk_errors, sha256_file
-from ..runtime.machine import describe_machine, now, versions
-from ..runtime.memory import free_memory, release_memory
+from ..runtime.memory import release_memory
 from ..runtime.numerics import dtype_name
-from ..runtime.ranks import Ranks
-from .begun import absolute
-from .prepare import describe_model
-from .recover_inputs import (
-    Inputs,
-    RecoverRequest,
-    asked,
-    check_inputs,
-)
+from .prepare_training import choose_plan, count_documents, decide, describe_text, record, share_of
+from .recover_inputs import check_inputs
+from .training_inputs import Inputs, TrainingRequest
 
 
-def prepare(run: RecoverDirectory, request: RecoverRequest, listener: Listener) -> None:
+def prepare(run: RecoverDirectory, request: TrainingRequest[RecoverRecipe], listener: Listener) -> None:
     """Check the input, then decide and record what the whole run will use.
 
     Args:
@@ -53,96 +39,35 @@ def prepare(run: RecoverDirectory, request: RecoverRequest, listener: Listener) 
         FistaPrunerError: bad input, named.
     """
     inputs = check_inputs(run, request, listener)
-    numerics, choice, rows = choose_plan(run.folder, share_of(inputs, request.ranks), listener)
+    recipe, task = inputs.recipe, task_of(run.folder, inputs)
+    numerics, choice, rows = choose_plan(share_of(task, request.ranks), listener)
     text, sources = cut_text(run, inputs, listener)
-    steps = steps_of(inputs)
-    order(text, steps, inputs.recipe.windows_per_step, inputs.recipe.data)  # too few steps for the tasks show now
-    decision = RecoverDecision(
-        model=absolute(request.model),
-        folder=inputs.source.folder.absolute(),
-        stamps=tuple(stamps(inputs.model.checkpoint)),
-        numerics=numerics,
-        evaluation=inputs.evaluation,
-        asked=asked(request.recipe),
-        dense=inputs.dense_source and inputs.dense_source.folder.absolute(),
-        dense_stamps=tuple(stamps(inputs.dense.checkpoint)) if inputs.dense else (),
-        resident=choice.resident,
-        states_on_disk=choice.states_on_disk,
-        hidden_on_disk=choice.hidden_on_disk,
-        keep_graphs=choice.keep_graphs,
-        teacher_windows=choice.teacher_windows,
-        operators=inputs.claims,
-        windows_sha256=sha256_file(run.windows_file),
-        text_sha256=sources,
-        steps=steps,
+    order(text, task.steps, recipe.windows_per_step, recipe.data)  # too few steps for the tasks show now
+    decision = decide(run, request, inputs, numerics, choice, task.steps, sources)
+    recovery = Recovery(
+        parameters=recipe.parameters,
+        optimizer=recipe.optimizer,
+        loss=recipe.loss,
+        asked_steps=decision.steps,
+        windows=int((~text.held_out).sum()),
+        held_out_windows=int(text.held_out.sum()),
+        documents=count_documents(text, "trained"),
+        held_out_documents=count_documents(text, "held_out"),
     )
-    record(run, request, inputs, text, decision, rows)
+    facts = describe_text(text, recipe.data.source or ", ".join(recipe.data.tasks), inputs.seqlen)
+    record(run, request, inputs, text, decision, rows, facts, recovery)
 
 
-def choose_plan(out: Path, inputs: Inputs, listener: Listener) -> tuple[Numerics, RecoverChoice, list[PlanRow]]:
-    """Plan the run: what sets the last bits, and how memory and disk are used.
-
-    Raises:
-        FistaPrunerError: it does not fit; names what is too large.
-    """
-    execution = inputs.recipe.execution
-    with cpu_threads(default_threads(execution)):
-        found = plan_recovery(task_of(out, inputs))
-    release_memory()  # what the measurement has freed
-    for sentence in found.says:
-        listener.say(sentence)
-    numerics = Numerics(
-        batch_size=found.choice.batch_size,
-        by_operator=False,
-        threads=default_threads(execution),
-        device=inputs.model.device.type,
-        dtype=dtype_name(inputs.model.dtype),
-    )
-    return numerics, found.choice, found.rows
-
-
-def task_of(out: Path, inputs: Inputs) -> Task:
+def task_of(out: Path, inputs: Inputs[RecoverRecipe]) -> Task:
     """Return what is to be planned, for a run in ``out``."""
     return Task.of_recovery(
         inputs.model, inputs.layout, inputs.dense, inputs.recipe, inputs.survivors, inputs.seqlen, out
     )
 
 
-def share_of(inputs: Inputs, ranks: Ranks) -> Inputs:
-    """Return what one of several processes has to do, to plan it.
-
-    Raises:
-        FistaPrunerError: there are more processes than windows in a step.
-    """
-    if ranks.size == 1:
-        return inputs
-    recipe, execution = inputs.recipe, inputs.recipe.execution
-    if recipe.windows_per_step < ranks.size:
-        raise FistaPrunerError(
-            f"windows_per_step is {recipe.windows_per_step} for {ranks.size} processes: each needs at least one window "
-            "of a step"
-        )
-    limit = execution.memory_limit or free_memory() // ranks.local_size
-    threads = execution.threads or max(1, available_cores() // ranks.local_size)
-    changes = {
-        "windows_per_step": recipe.windows_per_step // ranks.size,
-        "steps": steps_of(inputs),
-        "execution": execution.model_copy(update={"memory_limit": limit, "threads": threads}),
-    }
-    return replace(inputs, recipe=recipe.model_copy(update=changes))
-
-
-def steps_of(inputs: Inputs) -> int:
-    """Return the number of optimizer steps."""
-    return inputs.recipe.steps or max(1, round(inputs.recipe.data.tokens / step_tokens(inputs)))
-
-
-def step_tokens(inputs: Inputs) -> int:
-    """Return the tokens of one step."""
-    return inputs.recipe.windows_per_step * inputs.seqlen
-
-
-def cut_text(run: RecoverDirectory, inputs: Inputs, listener: Listener) -> tuple[TrainingText, dict[str, str]]:
+def cut_text(
+    run: RecoverDirectory, inputs: Inputs[RecoverRecipe], listener: Listener
+) -> tuple[TrainingText, dict[str, str]]:
     """Read the text, hold documents out, cut windows, and store them.
 
     Returns:
@@ -178,7 +103,9 @@ def cut_text(run: RecoverDirectory, inputs: Inputs, listener: Listener) -> tuple
     return text, files
 
 
-def restore_text(run: RecoverDirectory, begun: RecoverRecord, request: RecoverRequest, listener: Listener) -> None:
+def restore_text(
+    run: RecoverDirectory, begun: RecoverRecord, request: TrainingRequest[RecoverRecipe], listener: Listener
+) -> None:
     """Cut the windows of a run again if they are gone or damaged.
 
     Raises:
@@ -198,61 +125,3 @@ def restore_text(run: RecoverDirectory, begun: RecoverRecord, request: RecoverRe
         raise FistaPrunerError(
             f"{run.windows_file} is gone or damaged, and the text has changed since: name another --out"
         )
-
-
-def record(
-    run: RecoverDirectory,
-    request: RecoverRequest,
-    inputs: Inputs,
-    text: TrainingText,
-    decision: RecoverDecision,
-    rows: list[PlanRow],
-) -> None:
-    """Write ``recipe.yaml`` and ``run.json``: from here on the run can be resumed."""
-    recipe, model = inputs.recipe, inputs.model
-    facts = describe_model(inputs.source, request.model, model)
-    lineage, warning = begin_lineage(inputs.source.folder, facts)
-    run.write_recipe(recipe.to_yaml())
-    run.write_record(
-        RecoverRecord(
-            kind="recover",
-            command=request.command or shlex.join(sys.argv),
-            started=now(),
-            recipe=recipe.model_dump(mode="json"),
-            fingerprint=identity(recipe, model, text, decision),
-            versions=versions(),
-            machine=describe_machine(model.device),
-            model=facts,
-            lineage=lineage,
-            warnings=[*inputs.warnings, *([warning] if warning else [])],
-            calibration=CalibrationFacts.model_validate(
-                {
-                    **text.facts,
-                    "source": recipe.data.source or ", ".join(recipe.data.tasks),
-                    "how": "; ".join(dict.fromkeys(task["how"] for task in text.facts["tasks"].values())),
-                    "samples": len(text.tokens),
-                    "seqlen": inputs.seqlen,
-                    "tokens": text.tokens.numel(),
-                    "seed": recipe.data.seed,
-                }
-            ),
-            plan=rows,
-            recovery=Recovery(
-                parameters=recipe.parameters,
-                optimizer=recipe.optimizer,
-                loss=recipe.loss,
-                asked_steps=decision.steps,
-                windows=int((~text.held_out).sum()),
-                held_out_windows=int(text.held_out.sum()),
-                documents=_documents(text, "trained"),
-                held_out_documents=_documents(text, "held_out"),
-            ),
-            decision=decision,
-        )
-    )
-
-
-def _documents(text: TrainingText, side: str) -> int | None:
-    """Count the documents of one side, ``trained`` or ``held_out``; None where a text has none."""
-    counts = [task[side]["documents"] for task in text.facts["tasks"].values()]
-    return None if None in counts else sum(counts)

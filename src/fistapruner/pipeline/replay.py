@@ -22,8 +22,8 @@ from ..tuning.adamw import Patience
 from ..tuning.steppers import Replayed
 from ..tuning.trained import Trained
 from ..tuning.trainer import TrainingState, take_again
-from .finish_recover import replacements
-from .recover_inputs import find_input
+from .finish_training import replacements
+from .training_inputs import find_input
 
 
 def replay(

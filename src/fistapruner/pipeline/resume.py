@@ -10,9 +10,10 @@ from ..runs.directory import RunDirectory
 from ..runs.listener import Listener
 from ..runs.prune_directory import PruneDirectory
 from ..runs.records import Report
-from ..runs.recover_directory import RecoverDirectory
+from .align import ALIGN
 from .prune import resume_pruning
-from .recover import resume_recovery
+from .recover import RECOVER
+from .training import resume_training
 
 
 def resume(
@@ -41,5 +42,7 @@ def resume(
         advice = "give its command again"
         raise FistaPrunerError(f"{out} is not a run that can be resumed (it has no run.json): {advice}")
     if record.kind == "recover":
-        return resume_recovery(RecoverDirectory(Path(out)), permissions, listener)
+        return resume_training(RECOVER, Path(out), permissions, listener)
+    if record.kind == "align":
+        return resume_training(ALIGN, Path(out), permissions, listener)
     return resume_pruning(PruneDirectory(Path(out)), permissions, listener)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import BeforeValidator, Field, model_validator
@@ -151,5 +152,13 @@ class AlignRecipe(TrainingRecipe):
         return 2 * self.pairs_per_step
 
     @property
-    def needs_dense(self) -> bool:
-        return "dense" in self.resolved_references or self.resolved_anchor > 0
+    def dense_for(self) -> str | None:
+        if "dense" in self.resolved_references:
+            return "--references dense" if self.loss == "dpo" else f"--loss {self.loss}"
+        if self.resolved_anchor > 0:
+            return "--loss none" if self.loss == "none" else "--anchor"
+        return ""
+
+    def with_absolute_files(self) -> AlignRecipe:
+        pairs = self.data.pairs and os.path.abspath(self.data.pairs)
+        return self.model_copy(update={"data": self.data.model_copy(update={"pairs": pairs})})

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+from pathlib import Path
 from typing import Literal
 
 from pydantic import Field, model_validator
@@ -91,8 +93,21 @@ class RecoverRecipe(TrainingRecipe):
         return self.windows_per_step
 
     @property
-    def needs_dense(self) -> bool:
-        return self.loss != "ce"
+    def dense_for(self) -> str | None:
+        return {"ce": None, "auto": ""}.get(self.loss, f"--loss {self.loss}")
+
+    @property
+    def without_dense(self) -> str:
+        return ", or take --loss ce"
+
+    def with_absolute_files(self) -> RecoverRecipe:
+        def absolute_file(text: str) -> str:
+            return os.path.abspath(text) if Path(text).suffix else text
+
+        data = self.data
+        tasks = {name: absolute_file(text) for name, text in data.tasks.items()}
+        changes = {"source": data.source and absolute_file(data.source), "tasks": tasks}
+        return self.model_copy(update={"data": data.model_copy(update=changes)})
 
     @property
     def generates_text(self) -> bool:

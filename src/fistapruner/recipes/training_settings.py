@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from abc import abstractmethod
-from typing import Annotated, Any, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal, Self
 
 from pydantic import BeforeValidator, ConfigDict, Field, field_validator, model_validator
 
@@ -150,8 +150,17 @@ class TrainingRecipe(RunRecipe):
 
     @property
     @abstractmethod
-    def needs_dense(self) -> bool:
-        """Whether the loss compares with the dense model; ``auto`` counts as it does."""
+    def dense_for(self) -> str | None:
+        """The flag that needs the dense model; empty where it is used if it is known, None where it is not."""
+
+    @property
+    def without_dense(self) -> str:
+        """What else a user may do where the dense model has changed."""
+        return ""
+
+    @abstractmethod
+    def with_absolute_files(self) -> Self:
+        """Return the recipe with the paths of files made absolute."""
 
     @property
     def generates_text(self) -> bool:

@@ -22,7 +22,7 @@ def advice(report: Report) -> list[str]:
     Empty when nothing stands out.
     """
     if report.recovery is not None:
-        return _recovery(report.recovery)
+        return _recovery(report.recovery, "--epochs" if report.kind == "align" else "--tokens")
     if report.only_structure:
         return _calibration(report)
     why = _why_not_uneven(report)
@@ -30,12 +30,12 @@ def advice(report: Report) -> list[str]:
     return [*found, *_chain(report), *_search(report.layers), *_calibration(report)]
 
 
-def _recovery(found: Recovery) -> list[str]:
+def _recovery(found: Recovery, more: str) -> list[str]:
     checks = len(found.checks)
     if checks > 1 and found.kept_step == 0:
         return ["No check was better than the start: try a smaller `--lr`, or a text closer to the model's own use."]
     if checks > 1 and found.kept_step == found.asked_steps:
-        return ["The held-out loss was lowest at the last step: more `--tokens` may win more."]
+        return [f"The held-out loss was lowest at the last step: more `{more}` may win more."]
     return []
 
 

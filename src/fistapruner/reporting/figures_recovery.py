@@ -7,6 +7,7 @@ from typing import Any
 
 from ..runs.records import Report
 from ..runtime.formatting import significant
+from .alignment_text import LOSSES as PAIR_LOSSES
 from .drawing import INK, SERIES, SURFACE, Drawing, draw, style
 from .recovery_text import held_out_text
 
@@ -28,7 +29,8 @@ def losses(report: Report) -> Drawing | None:
     found = report.recovery
     if found is None or not (found.curve or found.checks):
         return None
-    name, asked, best = LOSSES.get(found.loss, "loss, nats a token"), max(found.asked_steps, 1), found.best
+    name = (PAIR_LOSSES if report.kind == "align" else LOSSES).get(found.loss, "loss, nats a token")
+    asked, best = max(found.asked_steps, 1), found.best
     finite = [check for check in found.checks if math.isfinite(check.held_out)]
     kept, others = [check for check in finite if check.kept], [check for check in finite if not check.kept]
 
@@ -76,7 +78,7 @@ def losses(report: Report) -> Drawing | None:
         "training",
         "Training and held-out loss",
         plot,
-        caption=f"Mean over tokens: {name}. The training loss is that of each step's windows, before the step. The "
+        caption=f"{name[0].upper() + name[1:]}, the mean. The training loss is that of each step, before it. The "
         "weights of the check with the lowest held-out loss are kept, those before training included.",
         description=f"Lines over {found.steps} of {found.asked_steps} steps. Held-out loss {held_out_text(found)}.",
         heights=(340, 380),

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from ..runs.records import Lineage, Stage, amount_label, methods_label, recovery_label
+from ..runs.records import TRAINED, Lineage, Stage, amount_label, methods_label, training_label
 from ..runtime.formatting import count, percent, with_error
 
 DONE = {"prune": "pruned", "recover": "recovered", "align": "aligned", "merge": "merged with an adapter"}
@@ -20,10 +20,10 @@ def _stage_line(stage: Stage) -> str:
     """Say what a run did, what it measured, and when."""
     figures, settings = stage.figures, stage.settings
     parts = [DONE[stage.kind]]
-    if stage.kind == "recover":
-        parts[0] = recovery_label(settings, figures.tokens)
+    if stage.kind in TRAINED:
+        parts[0] = training_label(stage.kind, settings, figures.tokens)
         data = settings.get("data") or {}
-        if text := data.get("source") or ", ".join(data.get("tasks") or ()):
+        if text := data.get("source") or data.get("pairs") or ", ".join(data.get("tasks") or ()):
             parts[0] += f" of {file_name(str(text))}"
     elif settings.get("sparsity"):
         less = bool((settings.get("structure") or {}).get("remove"))

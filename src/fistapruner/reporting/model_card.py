@@ -9,6 +9,7 @@ from ..recipes.settings import WORKLOAD
 from ..runs.records import Report
 from ..runs.results import Evaluation
 from ..runtime.formatting import count, p_value, percent, short_count, significant, size, with_error
+from .alignment_text import preference_rows, preference_sentence
 from .evaluation_text import item_count
 from .lineage_text import DONE, file_name, lineage_lines
 from .recovery_text import change_text, closed_text, gain_of, held_out_text
@@ -46,7 +47,7 @@ def model_card(report: Report) -> str:
 def amount(report: Report) -> str:
     """Say how much was pruned: ``50% sparse``, or what structure was removed."""
     text = report.sparsity if report.structured else f"{report.sparsity} sparse"
-    return text if report.recovery is None else f"{text}, recovered"
+    return text if report.recovery is None else f"{text}, {report.trained}"
 
 
 def base_model(report: Report) -> str:
@@ -77,7 +78,7 @@ def _metadata(report: Report) -> dict[str, Any]:
         "fistapruner",
         *(["structured-pruning"] if report.structured else []),
         *(
-            ["recovery"]
+            [report.training]
             if report.recovery
             else (method.strip().replace("+", "-") for method in report.method.split(","))
         ),
@@ -140,6 +141,12 @@ def _training(report: Report) -> str:
     found, used = report.recovery, report.calibration
     if found is None:
         return ""
+    if report.alignment is not None:
+        text = f"It was aligned: {count(found.trained)} numbers (`{found.parameters}`) were trained"
+        text += f" on {count(report.alignment.pairs)} preference pairs"
+        text += f" of {plain_markdown(file_name(used.source))}" if used else ""
+        text += f" with the loss `{found.loss}`, with every zero kept."
+        return f"{text} {preference_sentence(report)}"
     loss = {
         "kl": "the dense model's predictions",
         "ce": "the next token",
@@ -167,6 +174,7 @@ def _measured(report: Report) -> list[tuple[str, ...]]:
         for name, how, dense, value in _values([evaluation]):
             before = (known.get((name, how), "–"),) if report.recovery is not None else ()
             rows.append((name, how, dense, *before, value))
+    rows += [(name, how, *values) for name, *values, how in preference_rows(report)]
     if speeds(report):
         before = ("–",) if report.recovery is not None else ()
         costs = size_rows(report) + speed_rows(report)
@@ -221,7 +229,10 @@ def _made(report: Report) -> list[str]:
         what = "calibration" if report.recovery is None else "training text"
         lines.append(f"{what}: {used.samples} windows of {used.seqlen} tokens from {source}{how}")
     if report.recovery is not None and (text := held_out_text(report.recovery)):
-        lines.append(f"loss on {report.recovery.held_out_windows} windows held out from training: {text}")
+        held_out = f"{report.recovery.held_out_windows} windows"
+        if report.alignment is not None:
+            held_out = f"{report.alignment.held_out_pairs} pairs"
+        lines.append(f"loss on {held_out} held out from training: {text}")
     if text := change_text(report):
         lines.append(f"changed: {text}")
     if errors:
@@ -249,6 +260,8 @@ def _recipe(report: Report) -> dict[str, Any]:
         text = recipe.get(section)
         if isinstance(text, dict) and text.get("source"):
             recipe[section] = text = {**text, "source": file_name(str(text["source"]))}
+        if isinstance(text, dict) and text.get("pairs"):
+            recipe[section] = text = {**text, "pairs": file_name(str(text["pairs"]))}
         if isinstance(text, dict) and isinstance(tasks := text.get("tasks"), dict):
             recipe[section] = {**text, "tasks": {name: file_name(str(source)) for name, source in tasks.items()}}
     if isinstance(allocation := recipe.get("allocation"), str) and allocation.startswith(WORKLOAD):

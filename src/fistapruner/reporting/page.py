@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import yaml
 
-from ..runs.records import Recovery, Report, TextSide
+from ..runs.records import Alignment, Recovery, Report, TextSide
 from ..runs.results import Evaluation
 from ..runtime.formatting import count, duration, pattern, percent, short_count, significant, size, with_error
 from .advice import advice
+from .alignment_text import pairs_text, preference_sentence, references_text
 from .figures import layer_figures
 from .figures_quality import quality_figures
 from .figures_recovery import training_figures
@@ -91,7 +92,7 @@ def _title(report: Report) -> str:
     """Name the model and what was removed from it."""
     name = base_model(report) or "Model"
     amount = f", {report.sparsity}" if report.structured else f" at {report.sparsity or 'unknown'} sparsity"
-    return name + amount + ("" if report.recovery is None else ", recovered")
+    return name + amount + ("" if report.recovery is None else f", {report.trained}")
 
 
 def verdict(report: Report) -> str:
@@ -100,10 +101,12 @@ def verdict(report: Report) -> str:
     sentences = [structure_sentence(report)] if report.widths else []
     if totals.operator_weights and totals.operator_zeros is not None and not report.only_structure:
         share = percent(totals.operator_zeros / totals.operator_weights, 4)
-        kept = ", the same as before recovery" if report.recovery is not None else ""
+        kept = f", the same as before {report.training}" if report.recovery is not None else ""
         sentences.append(f"{share} of the pruned operators' weights are exactly zero{kept}.")
     if report.recovery is not None and (losses := held_out_text(report.recovery)):
         sentences.append(f"Held-out loss: {losses}.")
+    if report.alignment is not None:
+        sentences.append(preference_sentence(report))
     for evaluation in report.evaluations[:1]:
         text, dense = evaluation.perplexity, evaluation.reference
         if (earlier := gain_of(report, evaluation)) is not None and text is not None:
@@ -164,6 +167,8 @@ def _tiles(report: Report) -> list[tuple[str, str, str]]:
                     f"KL {with_error(agreement.kl, agreement.kl_standard_error, 3)} nats",
                 )
             )
+    if report.alignment is not None:
+        items += _preference_tile(report.alignment)
     if report.recovery is not None:
         items += _held_out_tile(report.recovery)
     if report.widths and totals.model_weights and report.model.parameters:
@@ -219,6 +224,12 @@ def _tiles(report: Report) -> list[tuple[str, str, str]]:
     return items
 
 
+def _preference_tile(found: Alignment) -> list[tuple[str, str, str]]:
+    before, after = found.test["pruned"], found.test["aligned"]
+    note = f"{percent(before.accuracy)} before; {count(found.test_pairs)} test pairs"
+    return [("Preference accuracy", percent(after.accuracy), note)]
+
+
 def _held_out_tile(found: Recovery) -> list[tuple[str, str, str]]:
     start, best = found.start, found.best
     if start is None or best is None:
@@ -244,14 +255,17 @@ def _training(report: Report) -> list[tuple[str, str]]:
     found = report.recovery
     if found is None:
         return []
-    windows = found.steps * report.recipe.get("windows_per_step", 0)
-    passes = f", {significant(windows / found.windows, 2)} passes over the text" if windows and found.windows else ""
+    windows = found.steps * (report.recipe.get("windows_per_step") or 2 * report.recipe.get("pairs_per_step", 0))
+    over = "pairs" if report.kind == "align" else "text"
+    passes = f", {significant(windows / found.windows, 2)} passes over the {over}" if windows and found.windows else ""
     pairs = [
         ("trained", f"{found.parameters}: {trained_text(found)}" if found.trained else found.parameters),
         ("optimizer", found.optimizer),
         ("loss", found.loss),
         ("steps", f"{count(found.steps)} of {count(found.asked_steps)}{passes}"),
         ("tokens with loss", count(found.tokens)),
+        ("pairs", pairs_text(report)),
+        ("references", references_text(report) if report.alignment and report.alignment.references else ""),
         ("kept", held_out_text(found)),
         ("changed", change_text(report)),
     ]
@@ -295,8 +309,8 @@ def _samples(report: Report) -> list[tuple[str, list[tuple[str, str]]]]:
                 (name, text or "–")
                 for name, text in (
                     ("Dense", sample.dense),
-                    ("Before recovery" if recovered else "Pruned", sample.pruned),
-                    ("Recovered", sample.recovered),
+                    (f"Before {report.training}" if recovered else "Pruned", sample.pruned),
+                    (report.trained.capitalize(), sample.recovered),
                 )
                 if text is not None or (name == "Pruned")
             ],

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from ..runs.records import Report
 from ..runs.results import Evaluation, TaskResult
 from ..runtime.formatting import p_value, significant, with_error
+from .alignment_text import preference_rows
 from .evaluation_text import item_count, protocol
 from .recovery_text import closed_text, gain_of
 from .size_and_speed import Row
@@ -19,7 +20,7 @@ def quality_rows(evaluations: Sequence[Evaluation]) -> list[Row]:
 
 
 def recovery_rows(report: Report) -> list[tuple[str, ...]]:
-    """List the same of a recovered model, with the figures before recovery as third column."""
+    """List the same of a model that was trained, with the figures before training as third column."""
     rows: list[tuple[str, ...]] = []
     for evaluation in report.evaluations:
         earlier = gain_of(report, evaluation)
@@ -28,6 +29,7 @@ def recovery_rows(report: Report) -> list[tuple[str, ...]]:
             how = "share of ln(perplexity before / dense), paired over windows"
             rows.append(("Gap closed, %", "", "0", closed_text(earlier[1]).removesuffix(" %"), "", how))
     before = report.recovery.before if report.recovery else []
+    rows += [(name, dense, old, new, "", how) for name, dense, old, new, how in preference_rows(report)]
     return rows + _beside(_task_rows(report.evaluations), _task_rows(before))
 
 

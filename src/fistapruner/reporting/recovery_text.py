@@ -62,13 +62,13 @@ def closed_text(found: Gain) -> str:
     return with_error(100 * found.closed, None if error is None else 100 * error, 1) + " %"
 
 
-def gain_text(before: Evaluation, after: Evaluation) -> str:
-    """Say in one line what recovery won on a text; empty where that is not known."""
+def gain_text(before: Evaluation, after: Evaluation, training: str) -> str:
+    """Say in one line what recovery or alignment changed on a text; empty where that is not known."""
     found, old, new = gain(before, after), before.perplexity, after.perplexity
     if found is None or old is None or new is None:
         return ""
     dense = after.reference
-    text = f"perplexity on {new.data}: {old.perplexity:.2f} before recovery, {new.perplexity:.2f} after it"
+    text = f"perplexity on {new.data}: {old.perplexity:.2f} before {training}, {new.perplexity:.2f} after it"
     if dense is not None:
         text += f", {dense.perplexity:.2f} dense"
     return text if found.closed is None else f"{text}: {closed_text(found)} of the gap is closed"

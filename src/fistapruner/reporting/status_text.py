@@ -78,7 +78,7 @@ def status_text(report: Report, *, alive: bool | None = None, now: datetime | No
         state = "running" if alive else "stopped: no process works on it; give the same command again to go on"
     about = f"{found['model']}: {found['method']}, {found['sparsity']}"
     if report.recovery is not None:
-        about = f"{found['model']}, {found['sparsity']}, recovery ({found['method'].partition(': ')[2]})"
+        about = f"{found['model']}, {found['sparsity']}, {report.training} ({found['method'].partition(': ')[2]})"
     lines = [f"{about}: {state}"]
     if report.error:
         lines.append(f"error: {report.error}")

@@ -6,6 +6,7 @@ from pathlib import Path
 
 from ..runs.records import Report
 from ..runtime.formatting import align_columns, size, with_error
+from .alignment_text import pairs_text, preference_rows
 from .evaluation_text import protocol
 from .lineage_text import lineage_lines
 from .recovery_text import change_text, closed_text, gain_of, held_out_text, task_losses, text_used, trained_text
@@ -14,7 +15,7 @@ from .workload_text import workload_sentence
 
 
 def summary(report: Report, folder: str | Path) -> str:
-    """Write the short table printed at the end of ``fistapruner prune`` and ``fistapruner recover``.
+    """Write the short table printed at the end of a run.
 
     Args:
         report: the finished run.
@@ -35,7 +36,7 @@ def summary(report: Report, folder: str | Path) -> str:
 
 
 def _recovered(report: Report) -> list[tuple[str, str]]:
-    """List what a recovery run trained, on what, and what that won."""
+    """List what a run trained, on what, and what that won."""
     found, totals = report.recovery, report.totals
     assert found is not None
     what, _, how = report.method.partition(": ")
@@ -48,7 +49,7 @@ def _recovered(report: Report) -> list[tuple[str, str]]:
         if after is None:
             continue
         earlier = gain_of(report, evaluation)
-        shown = [("dense", dense), ("before", earlier and earlier[0].perplexity), ("recovered", after)]
+        shown = [("dense", dense), ("before", earlier and earlier[0].perplexity), (report.trained, after)]
         for name, one in shown:
             if one is not None:
                 rows.append(
@@ -62,13 +63,17 @@ def _recovered(report: Report) -> list[tuple[str, str]]:
             agreed = f"{100 * old.top1_agreement:.1f} → " if old else ""
             same = f"{agreed}{100 * damage.top1_agreement:.1f} %"
             rows.append(("divergence", f"KL {start}{damage.kl:.3f} nats a token, same top token at {same}"))
+    for measure, of_dense, before, after_it, how in preference_rows(report):
+        known = [f"{what} {value}" for what, value in (("dense", of_dense), ("before", before)) if value != "–"]
+        beside = f" ({', '.join(known)})" if known else ""
+        rows.append((measure[0].lower() + measure[1:], f"{after_it}{beside}  {how}"))
     if text := change_text(report):
         rows.append(("changed", text))
     if totals.operator_weights and totals.operator_zeros is not None:
         share = 100 * totals.operator_zeros / totals.operator_weights
         kept = f"{totals.operator_zeros} of {totals.operator_weights} operator weights are zero, the same as before"
         rows.append(("zeros kept", f"{kept} ({share:.4f} %)"))
-    rows.append(("training text", text_used(report)))
+    rows.append(("pairs", pairs_text(report)) if report.alignment else ("training text", text_used(report)))
     return rows
 
 

@@ -18,7 +18,7 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationEr
 from ..errors import FistaPrunerError, explain
 from ..runtime.formatting import percent, short_count
 from ..runtime.machine import Machine
-from .results import Divergence, Evaluation, Loss, Perplexity
+from .results import Divergence, Evaluation, Loss, Perplexity, StandardError, Written
 from .steps import read_steps
 
 VERSION = 1
@@ -27,6 +27,9 @@ Kind = Annotated[
     Literal["prune", "recover", "align", "merge"], BeforeValidator(lambda kind: "prune" if kind == "run" else kind)
 ]
 """The verb that a run belongs to; ``merge`` is that of an adapter. Early reports say ``run`` for ``prune``."""
+
+TRAINED = {"recover": "recovered", "align": "aligned"}
+"""What runs that train have done to a model."""
 
 CURVE_POINTS = 500
 """Most points of a training curve in a report."""
@@ -411,6 +414,53 @@ class WorkloadFacts(Record):
     deployments: int | None = None
 
 
+class PreferenceFigures(Record):
+    """What a model prefers on the test pairs of an alignment run.
+
+    Args:
+        accuracy: share of pairs whose chosen answer is more likely; ties count one half. ``accuracy_error``: its
+            standard error.
+        normalised: the same with log-probabilities divided by tokens.
+        p_value: exact McNemar test of ``accuracy`` against that of the run's result; ``lost``, ``won``: pairs that only
+            this model, or only the result, gets right.
+    """
+
+    accuracy: float
+    accuracy_error: StandardError
+    normalised: float
+    lost: int | None = None
+    won: int | None = None
+    p_value: float | None = None
+
+
+class Alignment(Record):
+    """What an alignment run trained on, and what its result prefers.
+
+    Rewards are relative to the references of the loss, combined as the loss does (the mean of them for multi-dpo), or
+    to the model that went in where the loss has none.
+
+    Args:
+        pairs, held_out_pairs, test_pairs: of the three sides; ``left_out``: pairs that did not fit.
+        references: their weights by name, the mean over training pairs where they differ; empty without any.
+        test: of ``dense``, ``pruned`` (the model that went in) and ``aligned``, on the test pairs.
+        reward_accuracy: share of test pairs whose margin is above the references'.
+        margin: ``beta (h - m)``, the mean over test pairs; ``margin_error``.
+        chosen_reward, rejected_reward: ``beta (p - r)`` of either answer, means.
+    """
+
+    pairs: int = 0
+    held_out_pairs: int = 0
+    test_pairs: int = 0
+    left_out: int = 0
+    references: dict[str, float] = {}
+    test: dict[str, PreferenceFigures] = {}
+    reward_accuracy: float | None = None
+    margin: float | None = None
+    margin_error: Annotated[float | None, Written] = None
+    chosen_reward: float | None = None
+    rejected_reward: float | None = None
+
+
 class StageFigures(Record):
     """What a stage of a model's making measured.
 
@@ -478,7 +528,7 @@ class Report(Record):
             importance that the pattern keeps in the old order and in the new one.
         workload: how sparsities were allocated for a workload; None where they were not.
         lineage: how the model was made, this run included once it is finished.
-        recovery: what a recovery run trained.
+        recovery: what a recovery or alignment run trained; ``alignment``: on which pairs, and what it prefers now.
     """
 
     version: int = VERSION
@@ -504,6 +554,7 @@ class Report(Record):
     workload: WorkloadFacts | None = None
     lineage: Lineage | None = None
     recovery: Recovery | None = None
+    alignment: Alignment | None = None
     warnings: list[str] = []
 
     @property
@@ -563,7 +614,18 @@ class Report(Record):
         found, seqlen = self.recovery, self.calibration.seqlen if self.calibration else 0
         asked = found.asked_steps * self.recipe.get("windows_per_step", 0) * (seqlen - 1)  # the first has no loss
         tokens = found.tokens if self.status == "finished" else asked
-        return recovery_label({**self.recipe, "parameters": found.parameters, "loss": found.loss}, tokens)
+        settings = {**self.recipe, "parameters": found.parameters, "loss": found.loss}
+        return training_label(self.kind, settings, tokens)
+
+    @property
+    def trained(self) -> str:
+        """What training did to the model: ``recovered`` or ``aligned``."""
+        return TRAINED.get(self.kind, "recovered")
+
+    @property
+    def training(self) -> str:
+        """What a run that trains does: ``recovery`` or ``alignment``."""
+        return "alignment" if self.kind == "align" else "recovery"
 
 
 class CompareRow(Record):
@@ -641,10 +703,11 @@ def methods_label(recipe: dict[str, Any]) -> str:
     return own if recipe.get("sparsity") == "0%" else f"{own}, {chain}"
 
 
-def recovery_label(settings: Mapping[str, Any], tokens: int | None) -> str:
-    """Say what a recovery run trains: ``recovered: lora, kl, 256k tokens``.
+def training_label(kind: str, settings: Mapping[str, Any], tokens: int | None) -> str:
+    """Say what a run trains: ``recovered: lora, kl, 256k tokens``.
 
     Args:
+        kind: of the run.
         settings: its recipe, resolved.
         tokens: passed in training; None where that is not known.
     """
@@ -655,7 +718,7 @@ def recovery_label(settings: Mapping[str, Any], tokens: int | None) -> str:
         settings.get("loss"),
         f"{short_count(tokens)} tokens" if tokens else None,
     ]
-    return ": ".join(filter(None, ("recovered", ", ".join(str(part) for part in parts if part))))
+    return ": ".join(filter(None, (TRAINED[kind], ", ".join(str(part) for part in parts if part))))
 
 
 def read_json(path: Path) -> dict[str, Any]:

@@ -15,9 +15,10 @@ from __future__ import annotations
 import json
 import re
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
+from torch import Tensor
 
 from ..calibration.training_text import TrainingText
 from ..errors import FistaPrunerError
@@ -39,7 +40,12 @@ class RecoverDirectory(RunDirectory):
 
     Args:
         folder: the run directory.
+
+    Attributes:
+        verb: that makes such runs.
     """
+
+    verb: ClassVar[str] = "recover"
 
     def __init__(self, folder: Path) -> None:
         super().__init__(folder)
@@ -61,7 +67,7 @@ class RecoverDirectory(RunDirectory):
         return sorted(path.name for path in self.folder.iterdir() if not re.fullmatch(BEFORE_RUN_FILE, path.name))
 
     def record(self) -> RecoverRecord | None:
-        return self.read_record(RecoverRecord, "recover")
+        return self.read_record(RecoverRecord, self.verb)
 
     def write_text(self, text: TrainingText, drawing: str) -> None:
         """Store the training text.
@@ -70,12 +76,20 @@ class RecoverDirectory(RunDirectory):
             text: its windows.
             drawing: the settings and the model that decide them.
         """
-        tensors = {"tokens": text.tokens, "marks": text.marks, "held_out": text.held_out, "task": text.task}
+        tensors = self.tensors(text)
         entries = [TensorEntry.of(name, value.dtype, tuple(value.shape)) for name, value in tensors.items()]
         about = {"tasks": list(text.tasks), "facts": text.facts}
         with SafetensorsWriter(self.windows_file, entries, {TEXT: drawing, "about": json.dumps(about)}) as writer:
             for name, value in tensors.items():
                 writer.write(name, value)
+
+    def tensors(self, text: TrainingText) -> dict[str, Tensor]:
+        """Return what is stored of a training text, by name."""
+        return {"tokens": text.tokens, "marks": text.marks, "held_out": text.held_out, "task": text.task}
+
+    def made(self, fields: dict[str, Any], tensors: dict[str, Tensor]) -> TrainingText:
+        """Make a training text of its fields; ``tensors`` are all that were stored."""
+        return TrainingText(**fields)
 
     def text(self, drawing: str | None = None) -> TrainingText | None:
         """Read the training text; None where there is none, or it was cut by other settings.
@@ -88,35 +102,15 @@ class RecoverDirectory(RunDirectory):
             about: dict[str, Any] = json.loads(file.metadata["about"])
             if drawing is not None and file.metadata.get(TEXT) != drawing:
                 return None
-            return TrainingText(
-                tokens=file.read("tokens"),
-                marks=file.read("marks").to(torch.bool),
-                held_out=file.read("held_out").to(torch.bool),
-                task=file.read("task"),
-                tasks=tuple(about["tasks"]),
-                facts=about["facts"],
-            )
+            tensors = {name: file.read(name) for name in file.entries}
+            fields = {
+                "tokens": tensors["tokens"],
+                "marks": tensors["marks"].to(torch.bool),
+                "held_out": tensors["held_out"].to(torch.bool),
+                "task": tensors["task"],
+                "tasks": tuple(about["tasks"]),
+                "facts": about["facts"],
+            }
+            return self.made(fields, tensors)
         except (FistaPrunerError, OSError, KeyError, ValueError, TypeError):
             return None
-
-
-def input_run(model: str) -> RunDirectory | None:
-    """Return the run directory that the input is, or is the ``model`` folder of; None for any other."""
-    for folder in (Path(model), Path(model).parent if Path(model).name == "model" else None):
-        if folder is not None and (folder / "run.json").is_file():
-            return RunDirectory(folder)
-    return None
-
-
-def dense_of(run: RunDirectory) -> Path | None:
-    """Return the folder of the dense model that a run's result goes back to; None where no run names it."""
-    if (record := run.record()) is None:
-        return None
-    if record.kind == "prune":
-        return record.decision.folder
-    recovery = RecoverDirectory(run.folder).record()
-    assert recovery is not None
-    if recovery.decision.dense is not None:
-        return recovery.decision.dense
-    origin = input_run(recovery.decision.model)  # the loss did not need the dense model
-    return None if origin is None else dense_of(origin)

@@ -79,15 +79,22 @@ def reference_margins(
     """
     if kind == "multi-dpo":
         return margins_of(references), weights
-    if kind == "dpo":
-        if len(references) != 1:
-            raise ValueError(f"dpo has one reference, not {len(references)}")
-        mixed = references[0]
-    elif kind == "harmonic":
-        mixed = harmonic_mean(references if clip is None else clipped(references, clip, base), weights)
-    else:
-        mixed = geometric_mean(references, weights)
+    mixed = virtual_reference(kind, references, weights, clip, base)
     return margins_of(mixed)[None], torch.ones_like(weights[:1])
+
+
+def virtual_reference(
+    kind: Kind, references: Tensor, weights: Tensor, clip: float | None = None, base: int = 0
+) -> Tensor:
+    """Return the (pairs, 2) log-probabilities of the one reference that several are combined to.
+
+    multi-dpo has none; its margin is the mean of its references' margins. As :func:`reference_margins`.
+    """
+    if kind == "dpo" and len(references) != 1:
+        raise ValueError(f"dpo has one reference, not {len(references)}")
+    if kind == "harmonic":
+        return harmonic_mean(references if clip is None else clipped(references, clip, base), weights)
+    return geometric_mean(references, weights)
 
 
 def margins_of(log_probabilities: Tensor) -> Tensor:

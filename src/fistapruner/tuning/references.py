@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import zlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -97,11 +98,14 @@ def _read(path: Path, references: Mapping[str, Reference], say: Callable[[str], 
             if name not in file.metadata:
                 continue
             before, now = json.loads(file.metadata[name]), _identity(reference)
+            values = torch.stack([file.read(f"{name}.{answer}").clone() for answer in ("chosen", "rejected")], -1)
+            if before.get("checksum") != _checksum(values):
+                raise FistaPrunerError(f"the checksum of {name} is wrong")
             changed = [what for what in now if before.get(what) != now[what]]
             if changed:
                 say(f"log-probabilities of the {name} model are computed again: {' and '.join(changed)} changed")
                 continue
-            found[name] = torch.stack([file.read(f"{name}.{answer}").clone() for answer in ("chosen", "rejected")], -1)
+            found[name] = values
     except (FistaPrunerError, OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         say(f"{path} is not used: {error}")
     return found
@@ -114,10 +118,17 @@ def _write(path: Path, references: Mapping[str, Reference], found: Mapping[str, 
         for place, answer in enumerate(("chosen", "rejected"))
     }
     entries = [TensorEntry.of(name, value.dtype, tuple(value.shape)) for name, value in tensors.items()]
-    metadata = {name: json.dumps(_identity(references[name])) for name in found}
+    metadata = {
+        name: json.dumps({**_identity(references[name]), "checksum": _checksum(values)})
+        for name, values in found.items()
+    }
     with SafetensorsWriter(path, entries, metadata) as writer:
         for name, value in tensors.items():
             writer.write(name, value.contiguous())
+
+
+def _checksum(values: Tensor) -> int:
+    return zlib.crc32(values.contiguous().numpy().data)
 
 
 def _identity(reference: Reference) -> dict[str, str]:

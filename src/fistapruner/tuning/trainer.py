@@ -193,7 +193,7 @@ class Trainer:
     def _begin(self, journal: StepJournal) -> None:
         """Check the start, which is the first candidate."""
         begin = time.perf_counter()
-        self.say(f"the loss on {len(self.held_out)} held-out windows before training")
+        self.say(f"the loss on {self.text.amount(self.held_out)} before training")
         held_out, by_task = self._held_out()
         self.state.before = held_out
         self.state.patience = Patience.begin(held_out, on=self.recipe.patience)

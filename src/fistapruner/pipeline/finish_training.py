@@ -36,6 +36,9 @@ from ..tuning.trained import Trained
 from ..tuning.trainer import TrainingState
 from .finish import folder_bytes, operator_claims, write_model
 
+AddResults = Callable[[Any, Trained, Report, Listener], None]
+"""Receives (opened run, trained tensors, report) before the checkpoint is written, and adds to the report."""
+
 
 def finish(
     context: RecoverContext,
@@ -43,6 +46,7 @@ def finish(
     state: TrainingState,
     times: Times,
     listener: Listener,
+    add_results: AddResults,
     earlier: Report | None = None,
 ) -> Report:
     """Write the checkpoint and the report of a run that has trained.
@@ -53,6 +57,7 @@ def finish(
         state: where training ended.
         times: wall time of the run so far.
         listener: receives progress.
+        add_results: adds what the verb measures of the trained model.
         earlier: report of the finished run whose checkpoint is written again; its measurements still hold.
 
     Raises:
@@ -65,6 +70,7 @@ def finish(
     report.layers = [_describe(context, trained, index, report) for index in range(len(context.model))]
     _describe_training(context, state, report)
     _warn(state, report)
+    add_results(context, trained, report, listener)
     report.totals = _totals(context, report, times.total())
     report.finished = now()
     add_stage(report)
@@ -148,9 +154,10 @@ def _warn(state: TrainingState, report: Report) -> None:
             "a lower --lr)"
         )
     elif state.patience.best_step == 0:
+        more = "" if report.kind == "align" else ", or more --tokens"
         report.warnings.append(
-            "no step was better than the start on the held-out windows, so the weights are those of the input "
-            f"({rates}: try a lower --lr, or more --tokens)"
+            f"no step was better than the start on what is held out, so the weights are those of the input "
+            f"({rates}: try a lower --lr{more})"
         )
 
 
@@ -219,7 +226,7 @@ def _check_zeros(context: RecoverContext) -> None:
         before, after = context.model.checkpoint.read(source), written.read(source)
         if not torch.equal(before == 0, after == 0):
             raise FistaPrunerError(
-                f"{context.run.model}: {name} does not have the zeros of its input (a fault in recovery)"
+                f"{context.run.model}: {name} does not have the zeros of its input (a fault in training)"
             )
 
 

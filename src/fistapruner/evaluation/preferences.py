@@ -1,0 +1,46 @@
+"""Measure which answers of preference pairs a model prefers, from log-probabilities."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+from ..runs.records import PreferenceFigures
+from ..tuning.preference import accuracy, margins_of
+from .zero_shot import mcnemar
+
+
+def preference_figures(models: Mapping[str, Tensor], tokens: Tensor, result: str) -> dict[str, PreferenceFigures]:
+    """Measure models on the same pairs.
+
+    Args:
+        models: (pairs, 2) summed log-probabilities of the chosen and rejected answers, by the model's name.
+        tokens: (pairs, 2) tokens of the answers.
+        result: the model that the others are tested against.
+    """
+    right = {name: margins_of(values) > 0 for name, values in models.items()}
+    found = {}
+    for name, values in models.items():
+        margins = margins_of(values)
+        score = float(accuracy(margins))
+        figures = PreferenceFigures(
+            accuracy=score,
+            accuracy_error=standard_error((margins > 0).double() + (margins == 0).double() / 2),
+            normalised=float(accuracy(margins_of(values / tokens))),
+        )
+        if name != result:
+            lost = int((right[name] & ~right[result]).sum())
+            won = int((right[result] & ~right[name]).sum())
+            figures.lost, figures.won, figures.p_value = lost, won, mcnemar(lost, won)
+        found[name] = figures
+    return found
+
+
+def standard_error(values: Tensor) -> float:
+    """Return the standard error of the mean of (pairs,) values; NaN for fewer than two."""
+    if len(values) < 2:
+        return math.nan
+    return float(torch.std(values) / math.sqrt(len(values)))

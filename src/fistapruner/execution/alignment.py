@@ -1,0 +1,200 @@
+"""The context of an alignment run, opened from the run directory alone."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import ClassVar, cast
+
+import torch
+from torch import Tensor
+
+from ..activations.store import Store, scratch_factory
+from ..calibration.pairs import Pairs, pair_order
+from ..errors import FistaPrunerError
+from ..models.layerwise import LayerwiseModel
+from ..recipes.align_settings import PREFERENCE_LOSSES, AlignRecipe
+from ..recipes.training_settings import TrainingRecipe
+from ..runs.align_directory import AlignDirectory
+from ..runs.identity import stamps
+from ..runs.listener import Listener
+from ..runs.recover_directory import RecoverDirectory
+from ..runtime.devices import cpu_threads
+from ..runtime.ranks import ALONE, Ranks
+from ..tuning.objective import Objective
+from ..tuning.pair_objective import DIVERGENCE, LIKELIHOOD, AnswerObjective, PairObjective, Preference
+from ..tuning.preference import (
+    Kind,
+    fixed_weights,
+    held_out_weights,
+    pair_weights,
+    reference_margins,
+    virtual_reference,
+)
+from ..tuning.references import Reference, answer_log_probabilities, reference_log_probabilities
+from ..tuning.trained import Trained
+from .recovery import RecoverContext, made
+
+START_TOLERANCE = 1e-4
+"""Most nats a token by which the model at step 0 may differ from what the reference ``pruned`` has cached."""
+
+CHECKED_PAIRS = 8
+"""Held-out pairs on which that is checked."""
+
+
+@dataclass(frozen=True)
+class Mixture:
+    """The references of a loss, combined.
+
+    Args:
+        names: of the references.
+        references: (K, pairs, 2) their log-probabilities; ``weights``: (K, pairs).
+        mixed: (pairs, 2) of the one reference that they are combined to.
+    """
+
+    names: tuple[str, ...]
+    references: Tensor
+    weights: Tensor
+    mixed: Tensor
+
+
+class AlignContext(RecoverContext):
+    """An opened alignment run."""
+
+    directory: ClassVar[type[RecoverDirectory]] = AlignDirectory
+    settings: ClassVar[type[TrainingRecipe]] = AlignRecipe
+
+    @property
+    def pairs(self) -> Pairs:
+        """The preference pairs."""
+        return cast(Pairs, self.text)
+
+    @property
+    def align_run(self) -> AlignDirectory:
+        """The run directory."""
+        return cast(AlignDirectory, self.run)
+
+    def _order(self) -> Tensor:
+        recipe: AlignRecipe = self.recipe
+        return pair_order(self.pairs, self.decision.steps, recipe.pairs_per_step, recipe.data.seed)
+
+    def _objective(self, windows: Tensor, store: Store, listener: Listener) -> Objective:
+        recipe: AlignRecipe = self.recipe
+        references = self.references(store, listener, self.ranks)
+        mixture, preference = self.mixture(references), None
+        if recipe.loss in PREFERENCE_LOSSES:
+            kind = cast(Kind, recipe.loss)
+            margins, weights = reference_margins(kind, mixture.references, mixture.weights, self._clip())
+            preference = Preference(margins, weights, recipe.beta, recipe.label_smoothing)
+        anchor, teacher = recipe.resolved_anchor, None
+        if anchor:
+            chosen = self.pairs.windows("held_out")[::2]
+            teacher = self.teacher_of(windows[:, ::2], chosen, listener)
+        if not (self.run.states.folder.is_dir() and any(self.run.states.folder.iterdir())):
+            self._check_start(references["pruned"], store)
+        return PairObjective(
+            self.model,
+            self.pairs,
+            DIVERGENCE if anchor else LIKELIHOOD,
+            teacher,
+            self.decision.numerics.batch_size,
+            store,
+            keep_graphs=self.decision.keep_graphs,
+            ranks=self.ranks,
+            preference=preference,
+            likelihood=float(recipe.loss == "sft"),
+            anchor=anchor,
+        )
+
+    def references(self, store: Store, listener: Listener, ranks: Ranks = ALONE) -> dict[str, Tensor]:
+        """Return the (pairs, 2) log-probabilities of the models, from the cache where it has them.
+
+        Of a model that is no reference of the loss they are those of the test pairs; a dense model that is not known
+        has none.
+        """
+        recipe: AlignRecipe = self.recipe
+        digest = hashlib.sha256(self.pairs.tokens.numpy().tobytes() + self.pairs.marks.numpy().tobytes()).hexdigest()
+        models = {"pruned": self.model} | ({} if self.decision.dense is None else {"dense": self.open_dense()})
+
+        def reference(name: str, model: LayerwiseModel) -> Reference:
+            used = name in recipe.resolved_references
+            windows = range(len(self.pairs.tokens)) if used else self._measured()
+            files = json.dumps(stamps(model.checkpoint))
+            identity = {"its weights": hashlib.sha256(files.encode()).hexdigest(), "the tokens": digest}
+            return Reference(model, list(windows), identity)
+
+        return reference_log_probabilities(
+            self.align_run.references_file,
+            {name: reference(name, model) for name, model in models.items()},
+            self.pairs,
+            self.decision.numerics.batch_size,
+            store,
+            listener.say,
+            ranks,
+        )
+
+    def mixture(self, references: dict[str, Tensor]) -> Mixture:
+        """Combine the references of the loss; a loss without any is told against the model that went in."""
+        recipe: AlignRecipe = self.recipe
+        names = recipe.resolved_references or ("pruned",)
+        stacked = torch.stack([references[name] for name in names])
+        if recipe.weights == "per-pair":
+            weights = pair_weights(stacked)
+        elif recipe.weights == "fixed":
+            shares = recipe.shares or [1.0] * len(names)
+            weights = fixed_weights(torch.tensor(shares, dtype=torch.float64), stacked.shape[1])
+        else:
+            held_out = stacked[:, [window // 2 for window in self.pairs.windows("held_out")[::2]]]
+            rule = held_out_weights(held_out, "accuracy" if recipe.weights == "held-out" else "margin")
+            weights = fixed_weights(rule, stacked.shape[1])
+        kind = cast(Kind, recipe.loss if recipe.loss in PREFERENCE_LOSSES else "dpo")
+        return Mixture(names, stacked, weights, virtual_reference(kind, stacked, weights, self._clip()))
+
+    def test_log_probabilities(self, trained: Trained) -> Tensor:
+        """Compute the (test pairs, 2) log-probabilities under the trained model."""
+        with self.measuring() as store:
+            objective = self._answers(store)
+            with objective.resident(layers=self.decision.resident):
+                return answer_log_probabilities(
+                    objective, self.pairs.windows("test"), lambda index, layer: [trained.values(index, layer)]
+                )[0]
+
+    @contextmanager
+    def measuring(self) -> Iterator[Store]:
+        """Give the stores and threads of the run's passes for the block."""
+        hidden = self.own(self.run.hidden) if self.decision.hidden_on_disk else None
+        with cpu_threads(self.decision.numerics.threads), made(hidden):
+            yield scratch_factory(hidden, self.model.dtype, self.model.device)
+
+    def _answers(self, store: Store) -> AnswerObjective:
+        return AnswerObjective(self.model, self.pairs, LIKELIHOOD, None, self.decision.numerics.batch_size, store)
+
+    def _measured(self) -> list[int]:
+        """Windows of the pairs that every model is measured on: of the test, and of the check of the start."""
+        return sorted([*self.pairs.windows("held_out")[: 2 * CHECKED_PAIRS], *self.pairs.windows("test")])
+
+    def _clip(self) -> float | None:
+        clip = self.recipe.clip
+        return None if clip == "none" else float(clip)
+
+    def _check_start(self, cached: Tensor, store: Store) -> None:
+        """Compare the model before training with what the reference ``pruned`` has cached.
+
+        Raises:
+            FistaPrunerError: it is another one: wrong model, template or precision.
+        """
+        windows = self.pairs.windows("held_out")[: 2 * CHECKED_PAIRS]
+        trained = self.trained
+        own = answer_log_probabilities(
+            self._answers(store), windows, lambda index, layer: [trained.values(index, layer)]
+        )[0]
+        tokens = self.pairs.marks[windows].sum(1).view(-1, 2)
+        worst = float(((own - cached[[window // 2 for window in windows[::2]]]).abs() / tokens).max())
+        if not worst <= START_TOLERANCE:
+            raise FistaPrunerError(
+                f"{self.align_run.references_file}: the model before training is {worst:.2g} nats a token from what "
+                "it holds of it (a fault in training)"
+            )

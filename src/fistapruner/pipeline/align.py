@@ -1,0 +1,122 @@
+"""Align a pruned model: train it on preference pairs, with every zero kept."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from ..evaluation.preferences import preference_figures, standard_error
+from ..execution.alignment import AlignContext
+from ..models.source import Permissions
+from ..recipes.align_settings import AlignRecipe
+from ..runs.align_directory import AlignDirectory
+from ..runs.listener import Listener
+from ..runs.records import Alignment, Report
+from ..tuning.preference import margins_of
+from ..tuning.trained import Trained
+from .prepare_align import prepare, restore_text
+from .training import TrainingVerb, train
+
+LOWEST_REWARD = -1.0
+"""Mean reward of the chosen answers below which a warning says that they have become less likely."""
+
+RESULT = "aligned"
+
+
+def align(
+    model: str | Path,
+    out: str | Path,
+    *,
+    recipe: AlignRecipe | None = None,
+    dense: str | Path | None = None,
+    allow_pickle: bool = False,
+    trust_remote_code: bool = False,
+    listener: Listener | None = None,
+    command: str | None = None,
+    evaluate: str | None = "auto",
+    evaluate_windows: int | None = None,
+    **settings: Any,
+) -> Report:
+    """Train a pruned model on preference pairs, with every zero kept.
+
+    Args:
+        model: run directory of :func:`fistapruner.prune`, :func:`fistapruner.recover` or of this function, or a
+            checkpoint with zeros.
+        out: the run directory. One that holds an unfinished run of the same recipe is continued.
+        recipe: all settings; None is the default recipe.
+        dense: the dense model; None takes the one that the run or the checkpoint's record names.
+        allow_pickle: read legacy ``.bin`` weights.
+        trust_remote_code: run Python code that comes with the checkpoint.
+        listener: receives progress.
+        command: shell line that reproduces the run, for the report.
+        evaluate: text for the perplexity, as :func:`fistapruner.evaluate` takes it; ``auto`` is that of the input's
+            run, None evaluates nothing.
+        evaluate_windows: only its first so many windows.
+        **settings: single settings over the recipe, as in a recipe file: ``data={"pairs": "pairs.jsonl"}``,
+            ``loss="harmonic"``, ``beta=0.05``.
+
+    Several processes share the work as those of :func:`fistapruner.recover` do.
+
+    Returns:
+        The report, as in ``out/report.json``; the checkpoint is in ``out/model``.
+
+    Raises:
+        FistaPrunerError: bad input, named; before any long work where that can be known.
+    """
+    return train(
+        ALIGN,
+        out,
+        model,
+        recipe or AlignRecipe(),
+        dense=dense,
+        permissions=Permissions(allow_pickle, trust_remote_code),
+        listener=listener,
+        command=command,
+        evaluate=evaluate,
+        evaluate_windows=evaluate_windows,
+        settings=settings,
+    )
+
+
+def add_results(context: AlignContext, trained: Trained, report: Report, listener: Listener) -> None:
+    """Measure what the trained model prefers on the test pairs, and add it to the report."""
+    text = context.pairs
+    listener.say(f"log-probabilities of {len(text.windows('test')) // 2} test pairs under the aligned model")
+    own = context.test_log_probabilities(trained)
+    with context.measuring() as store:
+        references = context.references(store, listener)
+    windows = text.windows("test")
+    places = [window // 2 for window in windows[::2]]
+    mixture = context.mixture(references)
+    tokens = text.marks[windows].sum(1).view(-1, 2)
+    models: dict[str, Tensor] = {name: references[name][places] for name in ("dense", "pruned") if name in references}
+    rewards = context.recipe.beta * (own - mixture.mixed[places])
+    margins = margins_of(rewards)
+    trained_places = [window // 2 for window in text.windows("trained")[::2]]
+    weights = mixture.weights[:, trained_places].mean(1).tolist()
+    used = context.recipe.resolved_references
+    chosen, rejected = rewards.mean(0).tolist()
+    report.alignment = Alignment(
+        pairs=len(trained_places),
+        held_out_pairs=len(text.windows("held_out")) // 2,
+        test_pairs=len(places),
+        left_out=next(iter(text.facts["tasks"].values()))["too_long"],
+        references=dict(zip(mixture.names, weights, strict=True)) if used else {},
+        test=preference_figures({**models, RESULT: own}, tokens, RESULT),
+        reward_accuracy=float((margins > 0).double().mean()),
+        margin=float(margins.mean()),
+        margin_error=standard_error(margins),
+        chosen_reward=chosen,
+        rejected_reward=rejected,
+    )
+    if chosen < LOWEST_REWARD:
+        report.warnings.append(
+            f"the mean reward of the chosen answers is {chosen:.2f}: they have become much less likely than under the "
+            "references, as dpo may do; try a larger --beta, a lower --lr, or --anchor 0.1"
+        )
+
+
+ALIGN = TrainingVerb(AlignRecipe, AlignDirectory, AlignContext, prepare, restore_text, add_results)
+"""What alignment does in its own way."""

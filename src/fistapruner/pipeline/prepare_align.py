@@ -1,0 +1,168 @@
+"""Prepare an alignment run: check pairs and models, plan, record it all."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+
+from ..calibration.pairs import Pair, Pairs, pair_order, read_pairs, tokenise_pairs
+from ..errors import FistaPrunerError
+from ..planning.recover_sizes import Task
+from ..recipes.align_settings import AlignRecipe
+from ..runs.decision import RecoverRecord
+from ..runs.directory import RunDirectory
+from ..runs.listener import Listener
+from ..runs.records import Recovery
+from ..runs.recover_directory import RecoverDirectory
+from ..runtime.files import disk_errors, sha256_file
+from ..tuning.pair_objective import DIVERGENCE, LENGTHS, LIKELIHOOD
+from ..tuning.teacher import TOP
+from .prepare_training import choose_plan, count_documents, decide, describe_text, record, share_of
+from .training_inputs import Inputs, TrainingRequest, check_training_inputs
+
+LONGEST = "data.max_length"
+"""How messages call the tokens of prompt and answer."""
+
+
+def prepare(run: RecoverDirectory, request: TrainingRequest[AlignRecipe], listener: Listener) -> None:
+    """Check the input, then decide and record what the whole run will use.
+
+    Args:
+        run: the run directory, made.
+        request: what to do.
+        listener: receives progress.
+
+    Raises:
+        FistaPrunerError: bad input, named.
+    """
+    pairs, says = check_pairs(request.recipe)  # before anything is loaded
+    inputs = check_inputs(run, request, listener)
+    for sentence in says:
+        listener.say(sentence)
+        inputs.warnings.append(sentence)
+    text = cut_pairs(run, inputs, pairs, listener)
+    recipe, task = inputs.recipe, task_of(run.folder, inputs, text)
+    numerics, choice, rows = choose_plan(share_of(task, request.ranks), listener)
+    sources = {str(recipe.data.pairs): sha256_file(Path(str(recipe.data.pairs)))}
+    decision = decide(run, request, inputs, numerics, choice, task.steps, sources)
+    recovery = Recovery(
+        parameters=recipe.parameters,
+        optimizer=recipe.optimizer,
+        loss=recipe.loss,
+        asked_steps=decision.steps,
+        windows=len(text.windows("trained")),
+        held_out_windows=len(text.windows("held_out")),
+        documents=count_documents(text, "trained"),
+        held_out_documents=count_documents(text, "held_out"),
+    )
+    facts = describe_text(text, Path(str(recipe.data.pairs)).name, text.tokens.shape[1])
+    record(run, request, inputs, text, decision, rows, facts, recovery)
+
+
+def check_pairs(recipe: AlignRecipe) -> tuple[list[Pair], list[str]]:
+    """Read the file of pairs, and what is to be said of it.
+
+    Raises:
+        FistaPrunerError: no file is named, or it has a fault.
+    """
+    if recipe.data.pairs is None:
+        raise FistaPrunerError("say what to train on with --data: a .jsonl file of preference pairs")
+    return read_pairs(recipe.data.pairs, recipe.data.prompt_ends)
+
+
+def check_inputs(
+    run: RecoverDirectory, request: TrainingRequest[AlignRecipe], listener: Listener
+) -> Inputs[AlignRecipe]:
+    """Check everything but the pairs that can be checked before any long work.
+
+    Raises:
+        FistaPrunerError: bad input, named.
+    """
+    inputs = check_training_inputs(run, request, listener, resolve, (request.recipe.data.max_length, LONGEST))
+    size = inputs.recipe.execution.batch_size
+    if size is not None and size % 2:
+        raise FistaPrunerError(
+            f"execution.batch_size is {size}: both answers of a pair are in one pass, so it must be even"
+        )
+    return inputs
+
+
+def resolve(recipe: AlignRecipe, origin: RunDirectory | None, dense: bool) -> AlignRecipe:
+    """Return the recipe with ``auto`` resolved and absolute paths."""
+    changes = {
+        "parameters": "lora" if recipe.parameters == "auto" else recipe.parameters,
+        "references": recipe.resolved_references,
+        "anchor": recipe.resolved_anchor,
+    }
+    return recipe.with_absolute_files().model_copy(update=changes)
+
+
+def cut_pairs(run: RecoverDirectory, inputs: Inputs[AlignRecipe], pairs: list[Pair], listener: Listener) -> Pairs:
+    """Tokenise the pairs, split them, and store them.
+
+    Raises:
+        FistaPrunerError: the tokenizer refuses a text, or too few pairs are left.
+    """
+    said: list[str] = []
+    text = tokenise_pairs(pairs, inputs.recipe.data, inputs.tokenizer, inputs.seqlen, said.append)
+    for sentence in said:
+        listener.say(sentence)
+        inputs.warnings.append(sentence)
+    counts = [len(text.windows(side)) // 2 for side in ("trained", "held_out", "test")]
+    listener.say(f"{counts[0]} pairs to train on, {counts[1]} held out, {counts[2]} to test")
+    inputs.model.check_tokens(text.tokens)
+    run.write_text(text, json.dumps(inputs.recipe.data.model_dump(mode="json")))
+    return text
+
+
+def restore_text(
+    run: RecoverDirectory, begun: RecoverRecord, request: TrainingRequest[AlignRecipe], listener: Listener
+) -> None:
+    """Tokenise the pairs of a run again if they are gone or damaged.
+
+    Raises:
+        FistaPrunerError: the file has changed since, or is gone.
+    """
+    decision = begun.decision
+    if run.windows_file.is_file() and sha256_file(run.windows_file) == decision.windows_sha256:
+        return
+    listener.say(f"{run.windows_file} is gone or damaged: the pairs are tokenised again")
+    with disk_errors(run.windows_file):
+        run.windows_file.unlink(missing_ok=True)
+    recipe = AlignRecipe.build(begun.recipe, str(run.run_file))
+    dense = None if decision.dense is None else str(decision.dense)
+    same = TrainingRequest(decision.model, recipe, dense, request.permissions, evaluates=False, ranks=request.ranks)
+    pairs, _ = check_pairs(recipe)
+    cut_pairs(run, check_inputs(run, same, listener), pairs, listener)
+    if sha256_file(run.windows_file) != decision.windows_sha256:
+        raise FistaPrunerError(
+            f"{run.windows_file} is gone or damaged, and the pairs have changed since: name another --out"
+        )
+
+
+def task_of(out: Path, inputs: Inputs[AlignRecipe], text: Pairs) -> Task:
+    """Return what is to be planned, for a run in ``out``."""
+    recipe, anchored = inputs.recipe, inputs.recipe.resolved_anchor > 0
+    trained = len(text.windows("trained")) // 2
+    steps = recipe.steps or math.ceil(trained * recipe.epochs / recipe.pairs_per_step)
+    order = pair_order(text, steps, recipe.pairs_per_step, recipe.data.seed)
+    longest, most = text.lengths[order].amax(1), text.tokens.shape[1]
+    passed = (longest / LENGTHS).ceil() * LENGTHS
+    return Task(
+        inputs.model,
+        inputs.layout,
+        inputs.dense if anchored else None,
+        recipe,
+        inputs.survivors,
+        most,
+        out,
+        DIVERGENCE if anchored else LIKELIHOOD,
+        TOP.get(recipe.teacher),
+        steps=steps,
+        step_windows=recipe.step_windows,
+        windows=2 * trained,
+        held_out=len(text.windows("held_out")),
+        fill=float(passed.clamp_max(most).mean()) / most,
+        together=2,
+    )

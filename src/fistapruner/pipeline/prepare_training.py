@@ -1,0 +1,171 @@
+"""Decide and record what a run that trains will use: memory and disk, numerics, models, text."""
+
+from __future__ import annotations
+
+import shlex
+import sys
+from dataclasses import replace
+
+from ..calibration.training_text import TrainingText
+from ..errors import FistaPrunerError
+from ..execution.executors import default_threads
+from ..execution.recovery import identity
+from ..planning.recover_plan import plan_recovery
+from ..planning.recover_sizes import RecoverChoice, Task
+from ..recipes.training_settings import TrainingRecipe
+from ..runs.decision import Numerics, RecoverDecision, RecoverRecord
+from ..runs.identity import stamps
+from ..runs.lineage import begin_lineage
+from ..runs.listener import Listener
+from ..runs.records import CalibrationFacts, PlanRow, Recovery
+from ..runs.recover_directory import RecoverDirectory
+from ..runtime.devices import available_cores, cpu_threads
+from ..runtime.files import sha256_file
+from ..runtime.machine import describe_machine, now, versions
+from ..runtime.memory import free_memory, release_memory
+from ..runtime.numerics import dtype_name
+from ..runtime.ranks import Ranks
+from .begun import absolute
+from .prepare import describe_model
+from .training_inputs import Inputs, R, TrainingRequest, asked
+
+
+def choose_plan(task: Task, listener: Listener) -> tuple[Numerics, RecoverChoice, list[PlanRow]]:
+    """Plan the run: what sets the last bits, and how memory and disk are used.
+
+    Raises:
+        FistaPrunerError: it does not fit; names what is too large.
+    """
+    execution = task.recipe.execution
+    with cpu_threads(default_threads(execution)):
+        found = plan_recovery(task)
+    release_memory()  # what the measurement has freed
+    for sentence in found.says:
+        listener.say(sentence)
+    numerics = Numerics(
+        batch_size=found.choice.batch_size,
+        by_operator=False,
+        threads=default_threads(execution),
+        device=task.model.device.type,
+        dtype=dtype_name(task.model.dtype),
+    )
+    return numerics, found.choice, found.rows
+
+
+def share_of(task: Task, ranks: Ranks) -> Task:
+    """Return what one of several processes has to do, to plan it.
+
+    Raises:
+        FistaPrunerError: a step has less to share than there are processes.
+    """
+    if ranks.size == 1:
+        return task
+    execution = task.recipe.execution
+    parts = task.step_windows // task.together
+    if parts < ranks.size:
+        name, what = ("windows_per_step", "window") if task.together == 1 else ("pairs_per_step", "pair")
+        raise FistaPrunerError(
+            f"{name} is {parts} for {ranks.size} processes: each needs at least one {what} of a step"
+        )
+    limit = execution.memory_limit or free_memory() // ranks.local_size
+    threads = execution.threads or max(1, available_cores() // ranks.local_size)
+    changed = execution.model_copy(update={"memory_limit": limit, "threads": threads})
+    recipe = task.recipe.model_copy(update={"execution": changed})
+    return replace(task, recipe=recipe, step_windows=parts // ranks.size * task.together)
+
+
+def decide(
+    run: RecoverDirectory,
+    request: TrainingRequest[R],
+    inputs: Inputs[R],
+    numerics: Numerics,
+    choice: RecoverChoice,
+    steps: int,
+    sources: dict[str, str],
+) -> RecoverDecision:
+    """Collect what the run has decided; ``sources`` are SHA-256 of the text's files."""
+    return RecoverDecision(
+        model=absolute(request.model),
+        folder=inputs.source.folder.absolute(),
+        stamps=tuple(stamps(inputs.model.checkpoint)),
+        numerics=numerics,
+        evaluation=inputs.evaluation,
+        asked=asked(request.recipe),
+        dense=inputs.dense_source and inputs.dense_source.folder.absolute(),
+        dense_stamps=tuple(stamps(inputs.dense.checkpoint)) if inputs.dense else (),
+        resident=choice.resident,
+        states_on_disk=choice.states_on_disk,
+        hidden_on_disk=choice.hidden_on_disk,
+        keep_graphs=choice.keep_graphs,
+        teacher_windows=choice.teacher_windows,
+        operators=inputs.claims,
+        windows_sha256=sha256_file(run.windows_file),
+        text_sha256=sources,
+        steps=steps,
+    )
+
+
+def record(
+    run: RecoverDirectory,
+    request: TrainingRequest[R],
+    inputs: Inputs[R],
+    text: TrainingText,
+    decision: RecoverDecision,
+    rows: list[PlanRow],
+    calibration: CalibrationFacts,
+    recovery: Recovery,
+) -> None:
+    """Write ``recipe.yaml`` and ``run.json``: from here on the run can be resumed.
+
+    Args:
+        run: the run directory.
+        request: what was asked for.
+        inputs: checked.
+        text: what is trained on.
+        decision: of the run.
+        rows: of the plan.
+        calibration: describes the text; ``recovery``: the training.
+    """
+    recipe: TrainingRecipe = inputs.recipe
+    model = inputs.model
+    facts = describe_model(inputs.source, request.model, model)
+    lineage, warning = begin_lineage(inputs.source.folder, facts)
+    run.write_recipe(recipe.to_yaml())
+    run.write_record(
+        RecoverRecord(
+            kind=run.verb,
+            command=request.command or shlex.join(sys.argv),
+            started=now(),
+            recipe=recipe.model_dump(mode="json"),
+            fingerprint=identity(recipe, model, text, decision),
+            versions=versions(),
+            machine=describe_machine(model.device),
+            model=facts,
+            lineage=lineage,
+            warnings=[*inputs.warnings, *([warning] if warning else [])],
+            calibration=calibration,
+            plan=rows,
+            recovery=recovery,
+            decision=decision,
+        )
+    )
+
+
+def describe_text(text: TrainingText, source: str, seqlen: int) -> CalibrationFacts:
+    """Describe what is trained on, for the report."""
+    return CalibrationFacts.model_validate(
+        {
+            **text.facts,
+            "source": source,
+            "how": "; ".join(dict.fromkeys(task["how"] for task in text.facts["tasks"].values())),
+            "samples": len(text.tokens),
+            "seqlen": seqlen,
+            "tokens": text.tokens.numel(),
+        }
+    )
+
+
+def count_documents(text: TrainingText, side: str) -> int | None:
+    """Count the documents of one side, ``trained`` or ``held_out``; None where a text has none."""
+    counts = [task[side]["documents"] for task in text.facts["tasks"].values()]
+    return None if None in counts else sum(counts)

@@ -1,0 +1,285 @@
+"""A whole run that trains: prepare, train, write the checkpoint, measure it, report."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, nullcontext, suppress
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Generic
+
+from ..errors import FistaPrunerError
+from ..execution.recovery import RecoverContext
+from ..models.source import Permissions
+from ..recipes.loading import merge
+from ..runs.decision import EvaluationRequest, RecoverRecord
+from ..runs.identity import changed_files
+from ..runs.listener import Listener
+from ..runs.lock import hold
+from ..runs.log import Logged, log_file
+from ..runs.records import Report, parse, read_json
+from ..runs.recover_directory import RecoverDirectory
+from ..runs.steps import read_steps
+from ..runs.times import spent
+from ..runtime.devices import choose_device
+from ..runtime.files import disk_errors, sha256_file
+from ..runtime.memory import reset_peak_memory
+from ..runtime.ranks import ranks_of_run
+from .begun import absolute
+from .finish import write_failure
+from .finish_training import AddResults, finish
+from .measure import measure
+from .prepare import say_other_versions
+from .training_inputs import R, TrainingRequest, asked
+
+
+@dataclass(frozen=True)
+class TrainingVerb(Generic[R]):
+    """What a verb that trains does in its own way.
+
+    Args:
+        settings: kind of its recipes.
+        directory: kind of its run directories; ``context``: of its opened runs.
+        prepare: checks the input and records what the whole run will use.
+        restore_text: makes the windows of a begun run again if they are gone or damaged.
+        add_results: adds to the report what is measured of the trained model.
+    """
+
+    settings: type[R]
+    directory: type[RecoverDirectory]
+    context: type[RecoverContext]
+    prepare: Callable[[RecoverDirectory, TrainingRequest[R], Listener], None]
+    restore_text: Callable[[RecoverDirectory, RecoverRecord, TrainingRequest[R], Listener], None]
+    add_results: AddResults = lambda context, trained, report, listener: None
+
+
+def train(
+    verb: TrainingVerb[R],
+    out: str | Path,
+    model: str | Path,
+    recipe: R,
+    *,
+    dense: str | Path | None,
+    permissions: Permissions,
+    listener: Listener | None,
+    command: str | None,
+    evaluate: str | None,
+    evaluate_windows: int | None,
+    settings: dict[str, Any],
+) -> Report:
+    """Begin a run, or go on with one that was begun, as the public function of its verb describes it."""
+    run = verb.directory(Path(out))
+    run.check_place()
+    recipe = verb.settings.build(merge(recipe.model_dump(mode="json"), settings))
+    evaluation = None
+    if evaluate not in (None, "auto"):
+        text = absolute(evaluate) if Path(evaluate).is_file() else evaluate
+        evaluation = EvaluationRequest(data=text, windows=evaluate_windows)
+    request = TrainingRequest(
+        str(model), recipe, None if dense is None else str(dense), permissions, command, evaluation, evaluate == "auto"
+    )
+    return _run(verb, run, request, listener or Listener())
+
+
+def resume_training(verb: TrainingVerb[R], folder: Path, permissions: Permissions, listener: Listener) -> Report:
+    """Continue a run as it was begun.
+
+    Args:
+        verb: that began it.
+        folder: its directory, with a record.
+        permissions: what the models' files may do.
+        listener: receives progress.
+    """
+    run = verb.directory(folder)
+    record = run.record()
+    assert record is not None
+    recipe = verb.settings.build(record.recipe, str(run.run_file))
+    decision = record.decision
+    dense = None if decision.dense is None else str(decision.dense)
+    request = TrainingRequest(
+        decision.model, recipe, dense, permissions, record.command, decision.evaluation, evaluates=False
+    )
+    return _run(verb, run, request, listener, resumed=True)
+
+
+def _run(
+    verb: TrainingVerb[R],
+    run: RecoverDirectory,
+    request: TrainingRequest[R],
+    told: Listener,
+    *,
+    resumed: bool = False,
+) -> Report:
+    """Do what is left of a run, together with the other processes if there are any."""
+    with ranks_of_run(request.recipe.execution.device) as ranks:
+        if ranks.first:
+            report = _lead(verb, run, replace(request, ranks=ranks), told, resumed=resumed)
+            ranks.share(report.model_dump(mode="json"))
+            return report
+        if ranks.share():
+            ranks.see(run.run_file)
+            context = verb.context.open(run.folder, request.permissions, ranks)
+            context.train(context.trained, Listener(), lambda: None)
+        found: dict[str, Any] = ranks.share({})
+        return Report.model_validate(found)
+
+
+def _lead(
+    verb: TrainingVerb[R], run: RecoverDirectory, request: TrainingRequest[R], told: Listener, *, resumed: bool
+) -> Report:
+    """Do what is left of a run: nothing, its measurements, its checkpoint, or all of it."""
+    listener, ranks = Logged(told), request.ranks
+    with disk_errors(run.folder):
+        run.create()
+    with _saying_how_to_continue(run), hold(run.folder), log_file(run.log_file):
+        begun = run.record()
+        if begun is not None:
+            if not resumed:
+                _refuse_other(run, begun, request)
+            _say_changed_text(begun, listener)
+        report = _finished(run, begun)
+        if begun is not None:
+            _refuse_changed(run, begun, request.permissions, finished=report is not None)
+        fault = None if report is None else run.model_fault(report.fingerprint or "")
+        if report is None or fault:
+            if report is not None:
+                listener.say(f"the checkpoint is made again from the last state: {fault}")
+            # The report of a finished run stays, whatever becomes of its checkpoint.
+            with spent(run.folder) as times, nullcontext() if report else _reporting_failure(run, times):
+                reset_peak_memory(choose_device(request.recipe.execution.device))
+                if begun is None:
+                    verb.prepare(run, request, listener)
+                else:
+                    _check_machine(run, begun, request, listener)
+                    verb.restore_text(run, begun, request, listener)
+                ranks.share(True)  # the others train, too
+                context = verb.context.open(run.folder, request.permissions, ranks)
+                trained = context.trained
+                state = context.train(trained, listener, times.note)
+                report = finish(context, trained, state, times, listener, verb.add_results, report)
+        else:
+            ranks.share(False)
+            listener.say(f"{run.folder} holds the finished run of this recipe")
+        record = run.record()
+        assert record is not None
+        evaluation = request.evaluation or (record.decision.evaluation if request.evaluates else None)
+        if evaluation is not None and evaluation.seqlen is None and (known := record.decision.evaluation):
+            evaluation = evaluation.model_copy(update={"seqlen": known.seqlen})
+        return measure(run, report, evaluation, request.permissions, listener)
+
+
+def _finished(run: RecoverDirectory, record: RecoverRecord | None) -> Report | None:
+    """Read the report of a finished run; None where something is left to do."""
+    if record is None or not run.report_file.exists():
+        return None
+    with suppress(FistaPrunerError):  # a damaged report is made again
+        report = parse(Report, read_json(run.report_file), str(run.report_file))
+        if report.status == "finished" and report.fingerprint == record.fingerprint:
+            return report
+    return None
+
+
+def _refuse_other(run: RecoverDirectory, begun: RecoverRecord, request: TrainingRequest[R]) -> None:
+    """Refuse to continue a run of other settings or of other models.
+
+    Raises:
+        FistaPrunerError: names the first setting that differs.
+    """
+    decision, now = begun.decision, _flat(asked(request.recipe))
+    held = _flat(decision.asked)
+    for key in now:
+        if held.get(key) != now[key]:
+            raise FistaPrunerError(
+                f"--out {run.folder} holds a run with {key} = {json.dumps(held.get(key))}, this one has "
+                f"{json.dumps(now[key])}: name another folder, or remove it"
+            )
+    models: dict[str, tuple[str | None, str]] = {"a run of": (decision.model, absolute(request.model))}
+    if request.dense is not None and request.recipe.dense_for is not None:
+        dense = request.permissions.find(request.dense).folder.absolute()
+        models["a run with the dense model"] = (None if decision.dense is None else str(decision.dense), str(dense))
+    for what, (before, after) in models.items():
+        if before != after:
+            raise FistaPrunerError(
+                f"--out {run.folder} holds {what} {before}, not {after}: name another folder, or remove it"
+            )
+
+
+def _flat(recipe: Mapping[str, Any]) -> dict[str, Any]:
+    """Name the settings of the section ``data`` as in messages."""
+    data = {f"data.{key}": value for key, value in dict(recipe.get("data") or {}).items()}
+    return {**{key: value for key, value in recipe.items() if key != "data"}, **data}
+
+
+def _refuse_changed(run: RecoverDirectory, begun: RecoverRecord, permissions: Permissions, *, finished: bool) -> None:
+    """Refuse a run whose models are not those that it began with, or are gone and needed.
+
+    Raises:
+        FistaPrunerError: names the folder, or the file and its checksums.
+    """
+    decision = begun.decision
+    models = {"model": (decision.folder, decision.stamps)}
+    if decision.dense is not None:
+        models["dense model"] = (decision.dense, decision.dense_stamps)
+    for what, (folder, stamps) in models.items():
+        if not folder.is_dir():
+            if not finished:
+                raise FistaPrunerError(f"the {what} of the run in {run.folder} is not at {folder} any more")
+        elif why := changed_files(stamps, permissions.at(folder)):
+            raise FistaPrunerError(f"{why} since the run in {run.folder} began: name another --out")
+
+
+def _check_machine(
+    run: RecoverDirectory, begun: RecoverRecord, request: TrainingRequest[R], listener: Listener
+) -> None:
+    """Say what may change the last bits of a run that goes on.
+
+    Raises:
+        FistaPrunerError: another kind of device, on which steps without gradients cannot be taken again.
+    """
+    say_other_versions(begun.versions, listener)
+    numerics, execution = begun.decision.numerics, request.recipe.execution
+    if execution.threads not in (None, numerics.threads):
+        listener.say(f"this run began with {numerics.threads} threads and keeps them")
+    if (device := choose_device(execution.device).type) != numerics.device:
+        if request.recipe.zeroth_order:
+            raise FistaPrunerError(
+                f"the run in {run.folder} began on {numerics.device}, and {request.recipe.optimizer} draws other "
+                f"random numbers on {device}: go on there (--device {numerics.device}), or name another --out"
+            )
+        listener.say(f"this run began on {numerics.device}; on {device} its last bits may differ")
+
+
+def _say_changed_text(begun: RecoverRecord, listener: Listener) -> None:
+    for name, digest in begun.decision.text_sha256.items():
+        if Path(name).is_file() and sha256_file(Path(name)) != digest:
+            listener.say(f"{name} has changed since this run began, which keeps the windows that it cut then")
+
+
+@contextmanager
+def _reporting_failure(run: RecoverDirectory, times: Any) -> Iterator[None]:
+    """Let ``report.json`` say why the run fails, if it does; that of an earlier attempt is removed."""
+    with disk_errors(run.report_file):
+        run.report_file.unlink(missing_ok=True)
+    try:
+        yield
+    except Exception as error:
+        if run.run_file.exists():
+            with suppress(FistaPrunerError):  # a full disk, most likely the very error
+                write_failure(run, error, times)
+        raise
+
+
+@contextmanager
+def _saying_how_to_continue(run: RecoverDirectory) -> Iterator[None]:
+    """Let an interruption carry the command that continues the run."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        how, where = "give the same command again", "before the first step"
+        with suppress(FistaPrunerError):
+            if (record := run.record()) is not None:
+                how = f"go on with: fistapruner resume {run.folder}"
+                if (lines := read_steps(run.steps_file)) and lines[-1]["step"] > 0:
+                    where = f"after step {lines[-1]['step']} of {record.decision.steps}"
+        raise KeyboardInterrupt(f"interrupted {where}; {how}") from None

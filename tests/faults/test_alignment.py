@@ -1,0 +1,92 @@
+"""An alignment that is killed, torn or damaged at any instant goes on and ends with the same bytes."""
+
+from __future__ import annotations
+
+import json
+import random
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from faults.conftest import Runs, digest, steps
+from faults.test_damage import flip
+
+slow = pytest.mark.slow
+
+
+@pytest.mark.parametrize("kills", [4, pytest.param(40, marks=slow)])
+def test_random_kills(alignments: Runs, disk: Path, kills: int) -> None:
+    """SIGKILL at random instants, up to three times before the run is left in peace."""
+    generator = random.Random(kills)
+    while kills > 0:
+        out = disk / "run"
+        for _ in range(3):
+            kills -= alignments.run(out, kill_after=generator.uniform(0.0, alignments.seconds)).status == -9
+        alignments.check_resumed(out)
+        shutil.rmtree(out)
+
+
+@pytest.mark.parametrize(("then", "every"), [("power", 233), pytest.param("power", 3, marks=slow)])
+def test_death_at_disk_calls(alignments: Runs, disk: Path, then: str, every: int) -> None:
+    """Die before a call; lose what no fsync had made safe as well."""
+    for at in range(every // 2, alignments.calls + 1, every):
+        out = disk / str(at)
+        assert alignments.run(out, at=at, then=then).status == -9
+        alignments.check_resumed(out)
+        shutil.rmtree(out)
+
+
+@pytest.mark.parametrize("every", [37, pytest.param(3, marks=slow)])
+def test_torn_writes(alignments: Runs, disk: Path, every: int) -> None:
+    for at in alignments.writes[every // 3 :: every]:
+        out = disk / str(at)
+        assert alignments.run(out, at=at, then="tear").status == -9
+        alignments.check_resumed(out)
+        shutil.rmtree(out)
+
+
+def drop(name: str) -> Callable[[Path], None]:
+    return lambda out: (out / name).unlink()
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        flip("references.safetensors", 0.99),
+        drop("references.safetensors"),
+        drop("windows.safetensors"),
+        flip("windows.safetensors", 0.5),
+        lambda out: shutil.rmtree(out / "states"),
+    ],
+    ids=["references damaged", "references gone", "pairs gone", "pairs damaged", "states gone"],
+)
+def test_damage_in_the_middle(alignments: Runs, disk: Path, damage: Callable[[Path], None]) -> None:
+    """Pairs are tokenised and references computed again; what was computed with them is the same."""
+    out = disk / "run"
+    assert alignments.run(out, at=alignments.calls // 2, then="kill").status == -9
+    assert 0 < len(steps(out)) < 7
+    damage(out)
+    assert alignments.do(["resume", str(out)]).status == 0
+    assert digest(out / "model") == alignments.expected
+    alignments.check_resumed(out)
+
+
+def test_other_settings_and_changed_pairs_are_refused(alignments: Runs, disk: Path) -> None:
+    out = disk / "run"
+    assert alignments.run(out, at=alignments.calls // 2, then="kill").status == -9
+    outcome = alignments.run(out, "--beta", "0.2")
+    assert outcome.status == 2
+    assert "holds a run with beta = 0.1, this one has 0.2" in outcome.stderr
+    pairs = Path(json.loads((out / "run.json").read_text())["recipe"]["data"]["pairs"])
+    before = pairs.read_text()
+    try:
+        pairs.write_text(before.replace("nice", "bad"))
+        (out / "windows.safetensors").unlink()
+        outcome = alignments.run(out)
+        assert outcome.status == 2
+        assert "the pairs have changed since" in outcome.stderr.splitlines()[-1]
+    finally:
+        pairs.write_text(before)
+    alignments.check_resumed(out)

@@ -1,0 +1,317 @@
+"""Alignment from end to end: every zero kept bit for bit, preferences measured, told in report and lineage."""
+
+from __future__ import annotations
+
+import json
+import math
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from transformers import AutoModelForCausalLM
+
+import fistapruner as fp
+import tiny
+from fistapruner.cli import main
+from fistapruner.errors import FistaPrunerError
+from fistapruner.evaluation.inspection import inspect_checkpoint
+from fistapruner.models.files.checkpoint import Checkpoint
+from fistapruner.models.files.safetensors import SafetensorsFile
+from fistapruner.runs.listener import Listener
+from fistapruner.runs.records import Report, load_run
+
+SETTINGS: dict[str, Any] = {
+    "evaluate": None,
+    "pairs_per_step": 4,
+    "validation_checks": 2,
+    "rank": 4,
+    "lr": 1e-3,
+}
+
+
+class Bench:
+    """Dense and pruned models, made once each, and pairs whose chosen answers no model prefers."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.text = folder / "text.jsonl"
+        lines = (f"{number} is followed by {number + 1}, as everybody knows." for number in range(60))
+        self.text.write_text("".join(json.dumps({"text": line}) + "\n" for line in lines))
+        self.pairs = folder / "pairs.jsonl"
+        write_pairs(self.pairs, 40)
+
+    def dense(self, architecture: str = "llama", **changes: Any) -> Path:
+        name = "-".join([architecture, *map(str, changes.values())])
+        layers = "n_layer" if architecture == "gpt2" else "num_hidden_layers"
+        if not (self.folder / name).exists():
+            tiny.save(architecture, self.folder / name, **{layers: 2, **changes})
+        return self.folder / name
+
+    def pruned(self, architecture: str = "llama", sparsity: str = "50%") -> Path:
+        run = self.folder / f"{architecture} pruned to {sparsity.replace('%', ' percent')}"
+        if not run.exists():
+            calibration = {"source": str(self.text), "samples": 2, "seqlen": 16}
+            fp.prune(
+                self.dense(architecture), run, method="wanda", sparsity=sparsity, calibration=calibration, evaluate=None
+            )
+        return run
+
+
+def write_pairs(path: Path, count: int) -> None:
+    lines = [
+        {"prompt": f"After {number} comes", "chosen": f" no {number}!", "rejected": f" {number + 1}."}
+        for number in range(count)
+    ]
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+
+
+@pytest.fixture(scope="module")
+def bench(tmp_path_factory: pytest.TempPathFactory) -> Bench:
+    return Bench(tmp_path_factory.mktemp("align"))
+
+
+class Said(Listener):
+    def __init__(self) -> None:
+        self.sentences: list[str] = []
+
+    def say(self, sentence: str) -> None:
+        self.sentences.append(sentence)
+
+
+def align(bench: Bench, out: Path, model: Path | None = None, **settings: Any) -> Report:
+    data = {"pairs": str(bench.pairs), **settings.pop("data", {})}
+    return fp.align(model or bench.pruned(), out, **{**SETTINGS, "data": data, **settings})
+
+
+def tensors(folder: Path) -> dict[str, Tensor]:
+    checkpoint = Checkpoint.open(folder)
+    return {name: checkpoint.read(name) for name in checkpoint.names()}
+
+
+@torch.no_grad()
+def of_test_pairs(run: Path, model: Path) -> Tensor:
+    """(test pairs, 2) log-probabilities of the answers, by transformers, one window at a time."""
+    file = SafetensorsFile(run / "windows.safetensors")
+    where = file.read("test").to(torch.bool)
+    tokens, marks = file.read("tokens")[where], file.read("marks").to(torch.bool)[where]
+    whole = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)
+    found = []
+    for ids, carries in zip(tokens, marks, strict=True):
+        end = int(carries.nonzero().max()) + 1
+        logs = whole(ids[None, :end]).logits[0, :-1].log_softmax(-1).gather(-1, ids[1:end, None])[:, 0]
+        found.append(logs[carries[1:end]].double().sum())
+    return torch.stack(found).view(-1, 2)
+
+
+CASES = [
+    ("llama", "50%", {"parameters": "lora"}),
+    ("llama", "2:4", {"parameters": "full", "lr": 0.01}),
+    ("gpt2", "2:4", {"parameters": "spp", "lr": 0.1, "loss": "geometric", "weights": "held-out"}),
+]
+
+
+@pytest.mark.parametrize(("architecture", "sparsity", "settings"), CASES)
+def test_the_result_prefers_the_chosen_answers_and_has_the_zeros(
+    bench: Bench, tmp_path: Path, architecture: str, sparsity: str, settings: dict[str, Any]
+) -> None:
+    """Preferences of dense, pruned and aligned model are what transformers computes of the files."""
+    pruned, out = bench.pruned(architecture, sparsity), tmp_path / "out"
+    report = align(bench, out, pruned, **{"epochs": 2, **settings})
+    before, after = tensors(pruned / "model"), tensors(out / "model")
+    operators = inspect_checkpoint(pruned / "model").pruned
+    assert operators
+    for operator in operators:
+        assert torch.equal(after[operator.name] == 0, before[operator.name] == 0)
+    assert {name for name in after if not torch.equal(after[name], before[name])}
+    assert inspect_checkpoint(out / "model").violations == []
+    found = report.alignment
+    assert found is not None
+    models = {"dense": bench.dense(architecture), "pruned": pruned / "model", "aligned": out / "model"}
+    margins = {}
+    for name, folder in models.items():
+        own = of_test_pairs(out, folder)
+        margins[name] = own[:, 0] - own[:, 1]
+        assert found.test[name].accuracy == float((margins[name] > 0).double().mean())
+    assert float(margins["aligned"].mean()) > float(margins["pruned"].mean()) + 0.5
+    assert found.margin is not None
+    if report.recovery is not None and report.recovery.loss == "dpo":
+        moved = 0.1 * (margins["aligned"] - margins["pruned"])
+        assert found.margin == pytest.approx(float(moved.mean()), abs=1e-4)
+        assert found.reward_accuracy == float((moved > 0).double().mean())
+        assert report.recovery.checks[0].held_out == pytest.approx(math.log(2), abs=1e-6)
+    assert (found.pairs + found.held_out_pairs + found.test_pairs, found.left_out) == (40, 0)
+    assert report.lineage is not None
+    assert [stage.kind for stage in report.lineage.stages] == ["prune", "align"]
+
+
+def test_training_makes_the_chosen_answer_the_more_likely_one(bench: Bench, tmp_path: Path) -> None:
+    report = align(bench, tmp_path / "out", parameters="full", lr=0.05, epochs=6, patience=False)
+    assert report.alignment is not None
+    assert report.alignment.test["pruned"].accuracy < 0.5
+    assert report.alignment.test["aligned"].accuracy == 1.0
+    assert report.alignment.test["pruned"].won == report.alignment.test_pairs
+
+
+LOSSES: list[dict[str, Any]] = [
+    {"loss": "dpo", "references": "dense"},
+    {"loss": "multi-dpo"},
+    {"loss": "harmonic"},
+    {"loss": "harmonic", "clip": "none", "shares": (0.3, 0.7)},
+    {"loss": "harmonic", "weights": "per-pair"},
+    {"loss": "geometric", "weights": "held-out-margin"},
+    {"loss": "sft", "beta": 0.2},
+    {"loss": "none"},
+    {"loss": "dpo", "anchor": 0.3, "teacher": "hidden", "label_smoothing": 0.1},
+    {"loss": "dpo", "optimizer": "mezo", "lr": 1e-5},
+]
+
+
+@pytest.mark.parametrize("settings", LOSSES, ids=lambda settings: "-".join(map(str, settings.values())))
+def test_every_loss_falls(bench: Bench, tmp_path: Path, settings: dict[str, Any]) -> None:
+    """And the run has the same bytes where it is made again."""
+    report = align(bench, tmp_path / "one", **settings)
+    assert report.recovery is not None
+    assert report.alignment is not None
+    checks = report.recovery.checks
+    if settings.get("optimizer") != "mezo":
+        assert checks[-1].held_out < checks[0].held_out
+    expected = {"sft": (), "none": (), "dpo": ("dense",) if "references" in settings else ("pruned",)}
+    names = expected.get(settings["loss"], ("pruned", "dense"))
+    assert tuple(report.alignment.references) == names
+    assert sum(report.alignment.references.values()) == pytest.approx(1.0 if names else 0.0)
+    align(bench, tmp_path / "two", **settings)
+    one, two = ((tmp_path / name / "model" / "model.safetensors").read_bytes() for name in ("one", "two"))
+    assert one == two
+
+
+def test_of_one_run_to_the_next(bench: Bench, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Prune, recover, align, align: each from the run before it, all in the lineage; the verbs read such a run."""
+    recovered = tmp_path / "recovered"
+    data = {"source": str(bench.text), "seqlen": 16, "tokens": 200}
+    fp.recover(bench.pruned(), recovered, evaluate=None, data=data, steps=2)
+    align(bench, tmp_path / "aligned", recovered)
+    report = align(bench, tmp_path / "again", tmp_path / "aligned", evaluate=str(bench.text))
+    assert report.lineage is not None
+    assert [stage.kind for stage in report.lineage.stages] == ["prune", "recover", "align", "align"]
+    assert report.evaluations[0].reference is not None
+    assert report.evaluations[0].perplexity is not None
+    assert report.recovery is not None
+    assert report.recovery.before
+    for verb in (["status"], ["report"], ["inspect"], ["resume"], ["evaluate", "--data", str(bench.text)]):
+        assert main([verb[0], str(tmp_path / "again"), *verb[1:]]) == 0, capsys.readouterr()
+    said = capsys.readouterr().out
+    assert "alignment (lora, dpo" in said
+    assert "preference accuracy, %" in said
+    card = (tmp_path / "again" / "model" / "README.md").read_text()
+    assert "| Preference accuracy, % |" in card
+    assert str(tmp_path) not in card.partition("To make it again")[0]
+    page = (tmp_path / "again" / "report.html").read_text()
+    assert "before alignment" in page
+    assert load_run(tmp_path / "again").alignment == report.alignment
+
+
+def test_a_finished_run_is_not_made_again(bench: Bench, tmp_path: Path) -> None:
+    out, said = tmp_path / "out", Said()
+    align(bench, out)
+    align(bench, out, listener=said)
+    assert said.sentences == [f"{out} holds the finished run of this recipe", f"report: {out / 'report.html'}"]
+    before = (out / "model" / "model.safetensors").read_bytes()
+    (out / "model" / "model.safetensors").write_bytes(before[:-1])
+    align(bench, out, listener=said)
+    assert (out / "model" / "model.safetensors").read_bytes() == before
+    with pytest.raises(FistaPrunerError, match=r"holds a run with loss = \"dpo\", this one has \"sft\""):
+        align(bench, out, loss="sft")
+    with pytest.raises(FistaPrunerError, match="holds a run of 'fistapruner align', not of recover"):
+        fp.recover(bench.pruned(), out, evaluate=None)
+
+
+def test_a_checkpoint_from_elsewhere_needs_the_dense_model_for_some_losses(bench: Bench, tmp_path: Path) -> None:
+    """It is measured beside the others where it is known."""
+    folder = Path(shutil.copytree(bench.pruned() / "model", tmp_path / "model"))
+    (folder / "fistapruner.json").unlink()
+    report = align(bench, tmp_path / "out", folder)
+    assert report.alignment is not None
+    assert set(report.alignment.test) == {"pruned", "aligned"}
+    for settings, flag in (({"loss": "harmonic"}, "--loss harmonic"), ({"anchor": 0.1}, "--anchor")):
+        with pytest.raises(FistaPrunerError, match=f"{flag} needs the dense model"):
+            align(bench, tmp_path / "other", folder, **settings)
+    report = align(bench, tmp_path / "known", folder, dense=bench.dense(), loss="harmonic")
+    assert report.alignment is not None
+    assert set(report.alignment.test) == {"dense", "pruned", "aligned"}
+    with pytest.raises(FistaPrunerError, match="predicts 96 tokens"):
+        align(bench, tmp_path / "other", folder, dense=bench.dense("llama", vocab_size=96))
+    assert not (tmp_path / "other").exists() or not [*(tmp_path / "other").glob("run.json")]
+
+
+BAD: list[tuple[dict[str, Any], str]] = [
+    ({"references": "pruned,dense"}, "dpo has one reference"),
+    ({"loss": "harmonic", "references": "dense"}, "harmonic has several references"),
+    ({"loss": "sft", "references": "dense"}, "the loss sft has none"),
+    ({"references": "pruned,pruned"}, "pruned is named twice"),
+    ({"references": "teacher"}, "references"),
+    ({"loss": "none", "anchor": 0.0}, "the loss none is the anchor alone"),
+    ({"weights": "held-out"}, "no several references to weigh"),
+    ({"loss": "geometric", "shares": (0.5, 0.6)}, "sum 1"),
+    ({"loss": "geometric", "shares": (1.0,)}, "one number for each of pruned,dense"),
+    ({"loss": "geometric", "weights": "held-out", "shares": (0.5, 0.5)}, "fixed weights"),
+    ({"clip": "wide"}, "none or a number"),
+    ({"beta": 0.0}, "beta"),
+    ({"label_smoothing": 0.5}, "label_smoothing"),
+    ({"data": {"held_out": 0.4, "test": 0.3}}, "at most half"),
+    ({"data": {"max_length": 5000}}, "data.max_length 5000 is more than"),
+    ({"data": {"pairs": "none.jsonl"}}, "is not a .jsonl file that exists"),
+    ({"data": {"prompt_ends": "x"}}, "prompt_ends"),
+    ({"execution": {"batch_size": 3}}, "must be even"),
+    ({"execution": {"executor": "process"}}, "training has its own way"),
+]
+
+
+@pytest.mark.parametrize(("settings", "why"), BAD)
+def test_bad_settings_are_refused_before_any_work(
+    bench: Bench, tmp_path: Path, settings: dict[str, Any], why: str
+) -> None:
+    with pytest.raises(FistaPrunerError) as error:
+        align(bench, tmp_path / "out", **settings)
+    assert why in str(error.value)
+    assert "\n" not in str(error.value)
+    assert not (tmp_path / "out" / "references.safetensors").exists()
+
+
+def test_bad_pairs_are_refused_before_the_model_is_opened(bench: Bench, tmp_path: Path) -> None:
+    """Whatever the model is: it does not exist here."""
+    path = tmp_path / "pairs.jsonl"
+    path.write_text(
+        '{"prompt": "a", "chosen": "b", "rejected": "c"}\n{"prompt": "a", "chosen": "b", "rejected": "b"}\n'
+    )
+    with pytest.raises(FistaPrunerError, match="line 2: chosen and rejected are equal"):
+        align(bench, tmp_path / "out", tmp_path / "no model", data={"pairs": str(path)})
+    with pytest.raises(FistaPrunerError, match="say what to train on with --data"):
+        fp.align(bench.pruned(), tmp_path / "out", **SETTINGS)
+
+
+def test_what_is_left_out_is_told(bench: Bench, tmp_path: Path) -> None:
+    path, said = tmp_path / "pairs.jsonl", Said()
+    write_pairs(path, 12)
+    with path.open("a") as file:
+        file.write(json.dumps({"prompt": "long " * 9, "chosen": "a", "rejected": "b"}) + "\n")
+    report = align(bench, tmp_path / "out", data={"pairs": str(path), "max_length": 40}, listener=said)
+    sentence = "1 of 13 pairs are left out: their prompts have 40 tokens or more"
+    assert sentence in said.sentences
+    assert sentence in report.warnings
+    assert report.alignment is not None
+    assert report.alignment.left_out == 1
+
+
+def test_the_command_line_is_the_function(bench: Bench, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    command = ["align", str(bench.pruned()), "--data", str(bench.pairs), "--out", str(tmp_path / "cli")]
+    flags = ["--loss", "geometric", "--weights", "held-out", "--references", "dense,pruned", "--clip", "none"]
+    more = ["--pairs-per-step", "4", "--validation-checks", "2", "--rank", "4", "--lr", "1e-3", "--evaluate", "none"]
+    assert main([*command, *flags, *more, "--json"]) == 0
+    shown = json.loads(capsys.readouterr().out)
+    assert shown["kind"] == "align"
+    align(bench, tmp_path / "api", loss="geometric", weights="held-out", clip="none")
+    one, two = ((tmp_path / name / "model" / "model.safetensors").read_bytes() for name in ("cli", "api"))
+    assert one == two
