@@ -90,8 +90,10 @@ def virtual_reference(
 
     multi-dpo has none; its margin is the mean of its references' margins. As :func:`reference_margins`.
     """
-    if kind == "dpo" and len(references) != 1:
-        raise ValueError(f"dpo has one reference, not {len(references)}")
+    if kind == "dpo":
+        if len(references) != 1:
+            raise ValueError(f"dpo has one reference, not {len(references)}")
+        return references[0]
     if kind == "harmonic":
         return harmonic_mean(references if clip is None else clipped(references, clip, base), weights)
     return geometric_mean(references, weights)
