@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import shlex
 from pathlib import Path
@@ -34,6 +35,8 @@ def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     tiny.save("llama", tmp_path / "my-model", dtype=torch.bfloat16)
     (tmp_path / "text.txt").write_text(TEXT)
     (tmp_path / "text.jsonl").write_text("\n".join(f'{{"text": "{TEXT}"}}' for _ in range(4)))
+    pairs = [{"prompt": f"{TEXT[:40]} {number}", "chosen": " a b", "rejected": " c"} for number in range(40)]
+    (tmp_path / "pairs.jsonl").write_text("\n".join(map(json.dumps, pairs)))
     monkeypatch.setattr("fistapruner.models.source.small_model", lambda: tmp_path / "no.gguf")
     return tmp_path
 
