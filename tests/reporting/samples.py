@@ -157,6 +157,25 @@ def report(layers: int = 12) -> Report:
                 {"quantity": "time", "unit": "seconds", "planned": 380, "actual": 412},
                 {"quantity": "peak memory", "unit": "bytes", "planned": 2e9, "actual": 1.9e9},
             ],
+            "workload": {
+                "file": "/home/someone/workload.yaml",
+                "sha256": "ab" * 32,
+                "rule": "neighbours",
+                "why": "the simplest within one standard error of the least held-out cost",
+                "deployments": 120,
+                "tasks": {
+                    "chat": {"weight": 0.7, "uniform": 0.41, "predicted": 0.33, "tolerance": 0.35},
+                    "code": {"weight": 0.3, "uniform": 0.62, "predicted": 0.55, "tolerance": 0.6},
+                },
+                "rules": [
+                    {"rule": rule, "cost": regret + 0.4, "regret": regret, "regret_error": 0.02, **behind}
+                    for rule, regret, behind in (
+                        ("uniform", 0.98, {"behind": 0.86, "behind_error": 0.05}),
+                        ("neighbours", 0.13, {"behind": 0.01, "behind_error": 0.01}),
+                        ("two-stage", 0.12, {"behind": 0.0, "behind_error": 0.0}),
+                    )
+                ],
+            },
             "warnings": ["model.layers.3.mlp.down_proj: damping was raised"],
         },
         "sample",
@@ -202,6 +221,7 @@ def recovery(layers: int = 12, *, tasks: bool = False) -> Report:
         {
             **data,
             "kind": "recover",
+            "workload": None,
             "command": "fistapruner recover runs/first --out runs/recovered",
             "recipe": settings,
             "model": {**data["model"], "source": "runs/first"},

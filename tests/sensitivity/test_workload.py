@@ -16,6 +16,7 @@ from torch import Tensor
 import tiny
 from fistapruner import Recipe, prune
 from fistapruner.errors import FistaPrunerError
+from fistapruner.pipeline.compare import compare
 from fistapruner.sensitivity.error_curves import POINTS, Budget, bounds, sparsity_grid, split_budget
 from fistapruner.sensitivity.workload import MIN_DEPLOYMENTS, History, Workload, WorkloadFile, read_workload
 from fistapruner.sensitivity.workload_rules import (
@@ -120,6 +121,24 @@ def test_a_workload_is_checked_before_anything_is_loaded(tmp_path: Path) -> None
     file = written(tmp_path, "mix: {chat: 0.7, mail: 0.3}")
     with pytest.raises(FistaPrunerError, match="mix names the task 'mail'"):
         prune(tmp_path / "no-model", tmp_path / "run", recipe=recipe(file, method="wanda"))
+
+
+def test_a_comparison_checks_workloads_first(tmp_path: Path) -> None:
+    bad = f"wanda@allocation=workload:{written(tmp_path, 'mix: {chat: 0.7, mail: 0.3}')}"
+    settings = {"calibration": {"tasks": TASKS}}
+    with pytest.raises(FistaPrunerError, match="mix names the task 'mail'"):
+        compare(tmp_path / "no-model", ["wanda", bad], ["50%"], tmp_path / "out", settings=settings)
+
+
+def test_the_setting_names_a_file() -> None:
+    assert Recipe.build({"allocation": "workload: a b.yaml"}).workload == Path("a b.yaml")
+    assert Recipe.build({"allocation": "error"}).workload is None
+    assert Recipe.build({"allocation": {"down_proj": "40%"}}).workload is None
+    resolved = Recipe.build({"allocation": "workload:w.yaml"}).resolved()
+    assert resolved.workload == Path.cwd() / "w.yaml"
+    assert Recipe.from_yaml(resolved.to_yaml()) == resolved
+    with pytest.raises(FistaPrunerError, match="workload: names no file: write workload:FILE"):
+        Recipe.build({"allocation": "workload:"})
 
 
 def test_one_text_is_no_workload(tmp_path: Path) -> None:

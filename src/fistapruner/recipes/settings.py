@@ -98,8 +98,10 @@ def _seed(value: int) -> int:
 
 
 def _allocation(value: Any) -> Any:
-    if isinstance(value, str) and value.startswith(WORKLOAD) and value != WORKLOAD:
-        return value
+    if isinstance(value, str) and value.startswith(WORKLOAD):
+        if file := value.removeprefix(WORKLOAD).strip():
+            return WORKLOAD + file
+        raise ValueError("workload: names no file: write workload:FILE")
     if isinstance(value, str) and value not in ALLOCATIONS:
         value = parse_value(value, repr(value))
     if not isinstance(value, dict) and value not in ALLOCATIONS:
