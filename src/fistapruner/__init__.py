@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from .constraints import NM, Unstructured, parse_sparsity
     from .evaluation.evaluate import evaluate
     from .pipeline.align import align
+    from .pipeline.align_compare import align_compare
     from .pipeline.export import export
     from .pipeline.measure import bench_run, evaluate_run
     from .pipeline.merge import MergeReport, merge_adapter
@@ -53,6 +54,7 @@ __all__ = [
     "SparseLinear",
     "Unstructured",
     "align",
+    "align_compare",
     "bench_run",
     "evaluate",
     "evaluate_run",
@@ -75,6 +77,7 @@ _MODULES = {
     "constraints": ("NM", "Unstructured", "parse_sparsity"),
     "evaluation.evaluate": ("evaluate",),
     "pipeline.align": ("align",),
+    "pipeline.align_compare": ("align_compare",),
     "pipeline.export": ("export",),
     "pipeline.measure": ("bench_run", "evaluate_run"),
     "pipeline.merge": ("MergeReport", "merge_adapter"),

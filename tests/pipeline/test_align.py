@@ -315,3 +315,48 @@ def test_the_command_line_is_the_function(bench: Bench, tmp_path: Path, capsys: 
     align(bench, tmp_path / "api", loss="geometric", weights="held-out", clip="none")
     one, two = ((tmp_path / name / "model" / "model.safetensors").read_bytes() for name in ("cli", "api"))
     assert one == two
+
+
+def test_a_comparison_runs_every_loss_from_one_cache(
+    bench: Bench, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Rows are the runs they would be alone; one that was stopped goes on, and nothing is made twice."""
+    path, said = tmp_path / "pairs.jsonl", Said()
+    write_pairs(path, 12)
+    out, shared = tmp_path / "out", {**SETTINGS, "pairs_per_step": 8, "data": {"pairs": str(path)}}
+    found = fp.align_compare(bench.pruned(), out, listener=said, seeds=[3], **shared)
+    assert found.status == "finished"
+    assert len(found.rows) == 9
+    assert not [row.error for row in found.rows if row.error]
+    computed = [sentence for sentence in said.sentences if sentence.startswith("log-probabilities of 12 pairs")]
+    assert len(computed) == 2  # the pruned and the dense model, once each
+    assert not [*out.glob("runs/*/model")]
+    table = (out / "compare.md").read_text()
+    assert table.count("\n| ") == 1 + 2 + 9
+    said.sentences.clear()
+    again = fp.align_compare(bench.pruned(), out, listener=said, seeds=[3], **shared)
+    assert [row.alignment for row in again.rows] == [row.alignment for row in found.rows]
+    assert all("/9: " in sentence for sentence in said.sentences)
+    with pytest.raises(FistaPrunerError, match="holds a comparison with beta = 0.1, this one has 0.2"):
+        fp.align_compare(bench.pruned(), out, seeds=[3], beta=0.2, **shared)
+    with pytest.raises(FistaPrunerError, match="anchor: a comparison runs all losses"):
+        fp.align_compare(bench.pruned(), tmp_path / "other", anchor=0.2, **shared)
+    command = ["align", str(bench.pruned()), "--data", str(path), "--out", str(tmp_path / "other")]
+    assert main([*command, "--seeds", "0,1"]) == 2
+    assert "made with --compare" in capsys.readouterr().err
+    assert main([*command, "--compare", "--seeds", "0,0"]) == 2
+    assert "--seeds '0,0'" in capsys.readouterr().err
+
+
+def test_a_row_of_a_comparison_is_the_run_alone(bench: Bench, tmp_path: Path) -> None:
+    path = tmp_path / "pairs.jsonl"
+    write_pairs(path, 12)
+    shared = {**SETTINGS, "pairs_per_step": 8, "data": {"pairs": str(path)}}
+    fp.align_compare(bench.pruned(), tmp_path / "out", keep=True, **shared)
+    for name, settings in (
+        ("dpo-pruned-0", {}),
+        ("geometric-held-out-0", {"loss": "geometric", "weights": "held-out"}),
+    ):
+        fp.align(bench.pruned(), tmp_path / name, **{**shared, **settings})
+        one, two = (folder / name / "model" / "model.safetensors" for folder in (tmp_path, tmp_path / "out" / "runs"))
+        assert one.read_bytes() == two.read_bytes()

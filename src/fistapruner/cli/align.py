@@ -2,19 +2,24 @@
 
 MODEL is a run directory of prune, recover or align, or a checkpoint with zeros. DATA is a .jsonl file in the format of
 TRL: chosen, rejected and perhaps prompt, each a text or a list of messages. One tenth of the prompts is held out, to
-choose the step that is kept, and one tenth measures the result. The finished checkpoint is in RUN/model.
+choose the step that is kept, and one tenth measures the result. The finished checkpoint is in RUN/model. With --compare
+every loss is run from one cache of references, and the table is in RUN/compare.md.
 
   fistapruner align runs/recovered --data pairs.jsonl --out runs/aligned
   fistapruner align runs/recovered --data pairs.jsonl --out runs/both --loss geometric --weights held-out
   fistapruner align runs/recovered --data pairs.jsonl --out runs/kept --anchor 0.1
+  fistapruner align runs/recovered --data pairs.jsonl --out compared --compare --seeds 0,1,2
   fistapruner align ./pruned --dense meta-llama/Llama-3.2-1B --data pairs.jsonl --out runs/mine --parameters full
 """
 
 from __future__ import annotations
 
 import argparse
+import json
 import shlex
 import sys
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
 
 from ..recipes.align_settings import AlignRecipe
 from .arguments import (
@@ -25,6 +30,9 @@ from .arguments import (
     align_settings,
 )
 
+if TYPE_CHECKING:
+    from ..runs.records import AlignComparison
+
 SUMMARY = "train a pruned model on preference pairs, every zero kept"
 
 
@@ -34,6 +42,12 @@ def configure(parser: argparse.ArgumentParser) -> None:
         "--out", required=True, metavar="RUN", help="run directory; an unfinished run of the same recipe is continued"
     )
     parser.add_argument("--dense", metavar="MODEL", help="the dense model (default: the one that was pruned)")
+    compare = parser.add_argument_group("comparison")
+    compare.add_argument("--compare", action="store_true", help="run every loss, and tabulate them")
+    compare.add_argument(
+        "--seeds", default=None, metavar="N,...", help="with --compare: runs of every loss (default: 0)"
+    )
+    compare.add_argument("--keep", action="store_true", help="with --compare: keep the checkpoints")
     add_training_arguments(parser, AlignRecipe)
     add_evaluation_of_result(parser)
     add_trust_arguments(parser)
@@ -41,21 +55,53 @@ def configure(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
+    from ..errors import FistaPrunerError
     from ..pipeline.align import align
+    from ..pipeline.align_compare import align_compare
     from .progress import choose_listener
     from .prune import show
 
-    report = align(
-        arguments.model,
-        arguments.out,
-        recipe=AlignRecipe.build(align_settings(arguments)),
-        dense=arguments.dense,
-        allow_pickle=arguments.allow_pickle,
-        trust_remote_code=arguments.trust_remote_code,
-        evaluate=None if arguments.evaluate == "none" else arguments.evaluate,
-        evaluate_windows=arguments.evaluate_windows,
-        listener=choose_listener(quiet=arguments.quiet or arguments.json),
-        command=shlex.join(["fistapruner", *sys.argv[1:]]),
-    )
+    recipe = AlignRecipe.build(align_settings(arguments))
+    common: dict[str, Any] = {
+        "recipe": recipe,
+        "dense": arguments.dense,
+        "allow_pickle": arguments.allow_pickle,
+        "trust_remote_code": arguments.trust_remote_code,
+        "evaluate": None if arguments.evaluate == "none" else arguments.evaluate,
+        "evaluate_windows": arguments.evaluate_windows,
+        "listener": choose_listener(quiet=arguments.quiet or arguments.json),
+        "command": shlex.join(["fistapruner", *sys.argv[1:]]),
+    }
+    if arguments.compare:
+        found = align_compare(
+            arguments.model, arguments.out, seeds=_seeds(arguments.seeds), keep=arguments.keep, **common
+        )
+        print(json.dumps(found.model_dump(mode="json")) if arguments.json else _table(found))
+        return 0
+    if arguments.seeds is not None or arguments.keep:
+        raise FistaPrunerError("--seeds and --keep: settings of a comparison, made with --compare")
+    report = align(arguments.model, arguments.out, **common)
     show(report, arguments.out, as_json=arguments.json)
     return 1 if any(warning.startswith("training stopped") for warning in report.warnings) else 0
+
+
+def _seeds(text: str | None) -> Sequence[int]:
+    """Read the seeds of a comparison.
+
+    Raises:
+        FistaPrunerError: not whole numbers, or one twice.
+    """
+    from ..errors import FistaPrunerError
+
+    words = [word.strip() for word in (text or "0").split(",")]
+    if not all(word.isdecimal() for word in words) or len(set(words)) < len(words):
+        raise FistaPrunerError(f"--seeds {text!r}: different whole numbers such as 0,1,2 are expected")
+    return [int(word) for word in words]
+
+
+def _table(found: AlignComparison) -> str:
+    """Write the table for the terminal."""
+    from ..reporting.align_table import HEAD, align_rows
+    from ..runtime.formatting import align_columns
+
+    return align_columns([HEAD, *align_rows(found)])

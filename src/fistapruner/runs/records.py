@@ -461,6 +461,45 @@ class Alignment(Record):
     rejected_reward: float | None = None
 
 
+class AlignRow(Record):
+    """One alignment of a comparison.
+
+    Args:
+        label: what differs from the others; ``seed``; ``error``: why there is no result.
+        alignment: what its result prefers; ``evaluation``: on the text, against the dense model.
+        held_out: loss before training and at the step that is kept; ``kept_step``.
+        seconds: wall time.
+    """
+
+    label: str
+    seed: int = 0
+    error: str | None = None
+    alignment: Alignment | None = None
+    evaluation: Evaluation | None = None
+    held_out: tuple[Loss, Loss] | None = None
+    kept_step: int | None = None
+    seconds: float | None = None
+
+
+class AlignComparison(Record):
+    """``DIR/compare.json`` of ``fistapruner align --compare``.
+
+    Args:
+        recipe: settings that all rows share; ``model``: as the user named it.
+        before: the model before alignment on the text, against the dense model.
+        rows: in the order of the table.
+    """
+
+    version: int = VERSION
+    status: Literal["running", "finished"] = "running"
+    command: str | None = None
+    model: str = ""
+    recipe: dict[str, Any] = {}
+    versions: dict[str, str] = {}
+    before: Evaluation | None = None
+    rows: list[AlignRow] = []
+
+
 class StageFigures(Record):
     """What a stage of a model's making measured.
 

@@ -1,0 +1,218 @@
+"""Align one model with many losses from one cache of references, and tabulate them."""
+
+from __future__ import annotations
+
+import shlex
+import shutil
+import sys
+from collections.abc import Sequence
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+from ..errors import FistaPrunerError
+from ..models.source import Permissions
+from ..recipes.align_settings import AlignRecipe
+from ..recipes.loading import merge
+from ..reporting.align_table import align_table
+from ..runs.align_directory import AlignDirectory
+from ..runs.listener import Listener
+from ..runs.lock import hold
+from ..runs.records import AlignComparison, AlignRow, Report, load_run, parse, read_json
+from ..runtime.files import copy_atomic, disk_errors, write_json_atomic, write_text_atomic
+from ..runtime.machine import versions
+from .align import align
+from .prepare_align import check_pairs
+from .training_inputs import asked, find_input
+
+JOBS: dict[str, dict[str, Any]] = {
+    "distillation only": {"loss": "none", "anchor": 1.0},
+    "SFT on chosen": {"loss": "sft"},
+    "DPO, pruned": {"loss": "dpo", "references": ["pruned"]},
+    "DPO, dense": {"loss": "dpo", "references": ["dense"]},
+    "multi-DPO": {"loss": "multi-dpo"},
+    "harmonic, clipped": {"loss": "harmonic", "clip": 0.1},
+    "harmonic, not clipped": {"loss": "harmonic", "clip": "none"},
+    "harmonic, per pair": {"loss": "harmonic", "weights": "per-pair"},
+    "geometric, held-out": {"loss": "geometric", "weights": "held-out"},
+}
+"""Settings of the rows, in the order of the table."""
+
+VARIED = ("loss", "references", "weights", "shares", "clip", "anchor")
+"""Settings that the rows decide."""
+
+TABLE, FIGURES = "compare.md", "compare.json"
+
+
+def align_compare(
+    model: str | Path,
+    out: str | Path,
+    *,
+    recipe: AlignRecipe | None = None,
+    seeds: Sequence[int] = (0,),
+    keep: bool = False,
+    dense: str | Path | None = None,
+    allow_pickle: bool = False,
+    trust_remote_code: bool = False,
+    listener: Listener | None = None,
+    command: str | None = None,
+    evaluate: str | None = "auto",
+    evaluate_windows: int | None = None,
+    **settings: Any,
+) -> AlignComparison:
+    """Align a model with every loss, on the same pairs, steps and parameters.
+
+    Args:
+        model: as for :func:`fistapruner.align`, with a dense model that is known.
+        out: folder of the comparison; one that was begun is continued.
+        recipe: settings that all rows share; ``loss``, ``references``, ``weights``, ``shares``, ``clip`` and ``anchor``
+            are those of the rows.
+        seeds: each is one run of every row: order of the pairs and start values.
+        keep: keep the checkpoints.
+        dense: the dense model; None takes the one that the run or the checkpoint's record names.
+        allow_pickle: read legacy ``.bin`` weights.
+        trust_remote_code: run Python code that comes with the checkpoint.
+        listener: receives progress.
+        command: shell line that reproduces the comparison.
+        evaluate: text for the perplexity, as for :func:`fistapruner.align`.
+        evaluate_windows: only its first so many windows.
+        **settings: single settings over the recipe.
+
+    Returns:
+        What is in ``out/compare.json``; ``out/compare.md`` has the table. A row that fails says why.
+
+    Raises:
+        FistaPrunerError: bad input, named, before anything is trained.
+    """
+    folder, listener = Path(out), listener or Listener()
+    shared = AlignRecipe.build(merge((recipe or AlignRecipe()).model_dump(mode="json"), settings))
+    default = AlignRecipe()
+    for name in VARIED:
+        if getattr(shared, name) != getattr(default, name):
+            raise FistaPrunerError(f"{name}: a comparison runs all losses and decides it for each row; leave it out")
+    if not seeds:
+        raise FistaPrunerError("seeds: at least one is needed")
+    check_pairs(shared)
+    find_input(str(model), Permissions(allow_pickle, trust_remote_code))
+    if folder.is_dir() and not (folder / FIGURES).exists() and (others := sorted(folder.iterdir())):
+        raise FistaPrunerError(f"--out {folder} is a folder with other things in it ({others[0].name}); name a new one")
+    base = {**shared.model_dump(mode="json", exclude={"execution", *VARIED})}
+    found = AlignComparison(command=command or shlex.join(sys.argv), model=str(model), recipe=base, versions=versions())
+    _refuse_other(folder, found)
+    with disk_errors(folder):
+        (folder / "runs").mkdir(parents=True, exist_ok=True)
+    reports: dict[tuple[str, int], Report | str] = {}
+    # Those with both references come first: the others then find what they need in the cache.
+    order = sorted(JOBS, key=lambda label: JOBS[label]["loss"] not in ("multi-dpo", "harmonic", "geometric"))
+    with hold(folder):
+        _write(folder, found)
+        for number, (seed, label) in enumerate(((seed, label) for seed in seeds for label in order), 1):
+            listener.say(f"{number}/{len(seeds) * len(JOBS)}: {label}, seed {seed}")
+            changes = merge({**shared.model_dump(mode="json"), **JOBS[label]}, {"seed": seed, "data": {"seed": seed}})
+            job = AlignRecipe.build(changes)
+            run = AlignDirectory(folder / "runs" / f"{_slug(label)}-{seed}")
+            try:
+                report = _finished(run, job) or _run(
+                    folder,
+                    run,
+                    lambda run=run, job=job: align(
+                        model,
+                        run.folder,
+                        recipe=job,
+                        dense=dense,
+                        allow_pickle=allow_pickle,
+                        trust_remote_code=trust_remote_code,
+                        listener=listener,
+                        command=command,
+                        evaluate=evaluate,
+                        evaluate_windows=evaluate_windows,
+                    ),
+                )
+                reports[label, seed] = report
+            except FistaPrunerError as error:
+                if not reports:  # bad input: every row would fail alike
+                    raise
+                reports[label, seed] = str(error)
+            if not keep:
+                shutil.rmtree(run.model, ignore_errors=True)
+            found.rows = [
+                _row(label, seed, reports[label, seed]) for label in JOBS for seed in seeds if (label, seed) in reports
+            ]
+            found.before = next(
+                (
+                    report.recovery.before[0]
+                    for report in reports.values()
+                    if isinstance(report, Report) and report.recovery and report.recovery.before
+                ),
+                None,
+            )
+            _write(folder, found)
+        found.status = "finished"
+        _write(folder, found)
+    return found
+
+
+def _run(folder: Path, run: AlignDirectory, work: Any) -> Report:
+    """Align with the references that an earlier row has computed, and keep those of this one."""
+    cache = folder / run.references_file.name
+    with disk_errors(run.folder):
+        run.folder.mkdir(parents=True, exist_ok=True)
+        if cache.exists() and not run.references_file.exists():
+            copy_atomic(cache, run.references_file)
+    report: Report = work()
+    if not cache.exists():
+        copy_atomic(run.references_file, cache)
+    return report
+
+
+def _finished(run: AlignDirectory, recipe: AlignRecipe) -> Report | None:
+    """Read the report of a row that was finished before; None where it was not, or had other settings."""
+    with suppress(FistaPrunerError):
+        record = run.record()
+        if record is not None and run.report_file.exists() and record.decision.asked == asked(recipe):
+            report = load_run(run.folder)
+            return report if report.status == "finished" and report.alignment is not None else None
+    return None
+
+
+def _row(label: str, seed: int, report: Report | str) -> AlignRow:
+    if isinstance(report, str):
+        return AlignRow(label=label, seed=seed, error=report)
+    training = report.recovery
+    start, best = (training.start, training.best) if training else (None, None)
+    return AlignRow(
+        label=label,
+        seed=seed,
+        alignment=report.alignment,
+        evaluation=report.evaluations[-1] if report.evaluations else None,
+        held_out=(start.held_out, best.held_out) if start and best else None,
+        kept_step=training.kept_step if training else None,
+        seconds=report.totals.seconds,
+    )
+
+
+def _refuse_other(folder: Path, now: AlignComparison) -> None:
+    """Refuse to continue a comparison of other settings or of another model.
+
+    Raises:
+        FistaPrunerError: names the first that differs.
+    """
+    if not (folder / FIGURES).exists():
+        return
+    before = parse(AlignComparison, read_json(folder / FIGURES), str(folder / FIGURES))
+    pairs: dict[str, tuple[Any, Any]] = {"model": (before.model, now.model)}
+    pairs |= {key: (before.recipe.get(key), value) for key, value in now.recipe.items()}
+    for key, (old, new) in pairs.items():
+        if old != new:
+            raise FistaPrunerError(
+                f"--out {folder} holds a comparison with {key} = {old}, this one has {new}: name another folder"
+            )
+
+
+def _write(folder: Path, found: AlignComparison) -> None:
+    write_json_atomic(folder / FIGURES, found.model_dump(mode="json"))
+    write_text_atomic(folder / TABLE, align_table(found))
+
+
+def _slug(label: str) -> str:
+    return "-".join(label.lower().replace(",", "").split())
