@@ -337,7 +337,7 @@ def test_a_comparison_runs_every_loss_from_one_cache(
     again = fp.align_compare(bench.pruned(), out, listener=said, seeds=[3], **shared)
     assert [row.alignment for row in again.rows] == [row.alignment for row in found.rows]
     assert all("/9: " in sentence for sentence in said.sentences)
-    with pytest.raises(FistaPrunerError, match="holds a comparison with beta = 0.1, this one has 0.2"):
+    with pytest.raises(FistaPrunerError, match=r"holds a comparison with beta = 0\.1, this one has 0\.2"):
         fp.align_compare(bench.pruned(), out, seeds=[3], beta=0.2, **shared)
     with pytest.raises(FistaPrunerError, match="anchor: a comparison runs all losses"):
         fp.align_compare(bench.pruned(), tmp_path / "other", anchor=0.2, **shared)
