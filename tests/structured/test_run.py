@@ -404,7 +404,7 @@ def test_the_smaller_model_is_timed_beside_the_dense_one(tmp_path: Path, sparsit
         ),
         ("llama", ["--structure", "mlp=99%", "--structure-multiple", "4"], "leaves fewer than 4 of the 48 channels"),
         ("llama", ["--structure", "many"], "structure"),
-        ("llama", ["--structure", "experts=1"], "what is removed is mlp or heads"),
+        ("llama", ["--structure", "layers=1"], "what is removed is mlp, heads or experts"),
         ("llama", ["--structure", "heads=2"], "heads=2 leaves none of the 2 key/value groups"),
         ("opt", ["--structure", "heads=1"], "the config of OPTForCausalLM cannot express 3 of 4 key/value groups"),
         ("gpt2", ["--structure", "heads=1"], "no separate query, key and value operators"),

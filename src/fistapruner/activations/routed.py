@@ -21,26 +21,32 @@ class RoutedTokens:
 
     def __init__(self, inputs: HiddenStates) -> None:
         self._inputs = inputs
-        self._batches: list[tuple[int, int, Tensor]] = []
+        self._batches: list[tuple[int, int, Tensor, Tensor]] = []
 
-    def keep(self, start: int, inputs: Tensor, chosen: Tensor) -> None:
+    def keep(self, start: int, inputs: Tensor, chosen: Tensor, weights: Tensor) -> None:
         """Keep a batch of windows from ``start`` on.
 
         Args:
             start: first window.
             inputs: (tokens, n) inputs of the experts.
             chosen: (tokens, k) the experts of each token.
+            weights: (tokens, k) their weights.
         """
         windows = len(inputs) // self._inputs.seqlen
         self._inputs.write(start, inputs.reshape(windows, self._inputs.seqlen, -1))
-        self._batches.append((start, start + windows, chosen.to("cpu", torch.int32)))
+        self._batches.append((start, start + windows, chosen.to("cpu", torch.int32), weights.to("cpu", torch.float32)))
 
     def of_expert(self, number: int, device: torch.device) -> Iterator[Tensor]:
         """Yield the (tokens, n) inputs of expert ``number``, batch by batch, in the order of the tokens."""
-        for start, stop, chosen in self._batches:
-            rows = (chosen == number).any(1).nonzero().flatten()
+        for inputs, _ in self.weighted(number, device):
+            yield inputs
+
+    def weighted(self, number: int, device: torch.device) -> Iterator[tuple[Tensor, Tensor]]:
+        """Yield the same with the (tokens,) weights that the router gives the expert."""
+        for start, stop, chosen, weights in self._batches:
+            rows, places = torch.where(chosen == number)
             if len(rows):
-                yield self._inputs.tokens(start, stop, rows, device)
+                yield self._inputs.tokens(start, stop, rows, device), weights[rows, places].to(device)
 
     def close(self) -> None:
         """Release the stored inputs."""

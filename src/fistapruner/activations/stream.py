@@ -54,7 +54,7 @@ def _ignore(number: int, start: int, values: Tensor) -> None:
     pass
 
 
-def _ignore_routed(name: str, start: int, inputs: Tensor, chosen: Tensor) -> None:
+def _ignore_routed(name: str, start: int, inputs: Tensor, chosen: Tensor, weights: Tensor) -> None:
     pass
 
 
@@ -70,7 +70,8 @@ class Watched:
         outputs: receives those outputs.
         mixtures: names of the modules of experts (:class:`~fistapruner.models.experts.Experts`) whose calls are
             watched.
-        routed: receives them: (name, first window of the batch, (tokens, n) inputs, (tokens, k) chosen experts).
+        routed: receives them: (name, first window of the batch, (tokens, n) inputs, (tokens, k) chosen experts, their
+            weights).
     """
 
     groups: Sequence[tuple[int, Group]] = ()
@@ -78,7 +79,7 @@ class Watched:
     operators: Sequence[tuple[int, Operator]] = ()
     outputs: Receive = _ignore
     mixtures: Sequence[str] = ()
-    routed: Callable[[str, int, Tensor, Tensor], None] = _ignore_routed
+    routed: Callable[[str, int, Tensor, Tensor, Tensor], None] = _ignore_routed
 
 
 NOTHING = Watched()
@@ -215,8 +216,7 @@ def run_layer(
 
     def receive_routed(name: str, last: bool) -> Callable[..., None]:
         def pre_forward(module: Experts, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            inputs, chosen, _ = module.routed(*args, **kwargs)
-            watched.routed(name, start, inputs, chosen)
+            watched.routed(name, start, *module.routed(*args, **kwargs))
             if last and output is None:
                 raise _Reached
 

@@ -10,7 +10,7 @@ import gc
 import logging
 import shutil
 from collections.abc import Callable, Mapping
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TypeVar
@@ -39,6 +39,7 @@ from ..runtime.memory import peak_memory, release_device_memory
 from ..runtime.numerics import DTYPES
 from ..sensitivity.decision import weighs_rows
 from ..solvers import solve
+from ..structured.experts import fewer_experts
 from ..structured.units import Widths, resized
 
 log = logging.getLogger("fistapruner")
@@ -265,7 +266,11 @@ class RunContext:
         if streams.pruned_out is not None:
             saved = self.run.journal.weights(index)
             pruned = {name: saved.read(name) for name in saved.entries}
-            with self.model.layer(index, pruned):
+            mixtures = () if self.widths is None else self.widths.mixtures(index)
+            with ExitStack() as loaded:
+                layer = loaded.enter_context(self.model.layer(index, pruned))
+                for unit in mixtures:
+                    loaded.enter_context(fewer_experts(layer, unit))
                 run_layer(self.model, index, streams.seen, calls, output=streams.pruned_out)
 
     def _fitting(self, what: str, work: Callable[[], T], streams: LayerStreams, warnings: list[str] | None = None) -> T:

@@ -93,7 +93,7 @@ def build_changed(checkpoint: Checkpoint, changes: Mapping[str, Any], *, trust_r
             copy_atomic(checkpoint.folder / code, folder / code)
         changed = Checkpoint(folder, config, checkpoint.files, checkpoint.index)
         model = build_model(changed, trust_remote_code=trust_remote_code)
-        separate_experts(model, *find_decoder_layers(model), changed)
+        separate_experts(model, *find_decoder_layers(model), changed, fewer=True)
         return model
 
 

@@ -104,7 +104,7 @@ class Experts(nn.Module):
 
 
 def separate_experts(
-    model: Any, layers_name: str, layers: Sequence[nn.Module], checkpoint: Checkpoint
+    model: Any, layers_name: str, layers: Sequence[nn.Module], checkpoint: Checkpoint, *, fewer: bool = False
 ) -> dict[str, str]:
     """Replace the fused experts of a model on the meta device by :class:`Experts`.
 
@@ -116,6 +116,7 @@ def separate_experts(
         layers: the decoder layers.
         checkpoint: where a tensor holds the matrices of all experts, it is taken apart
             (:attr:`~.checkpoint.Checkpoint.stacks`).
+        fewer: the model may have fewer experts than the checkpoint.
 
     Returns:
         The stored name of every parameter of the new modules, by its name in the model.
@@ -135,10 +136,14 @@ def separate_experts(
         count, fused = len(module.down_proj), dict(module.named_parameters(recurse=False))
         parts = {key: apart.get(f"{full}.{key}", []) for key in fused}
         if all(f"{full}.{key}" in whole for key in fused):
-            own = _whole_sources(module, full, {key: whole[f"{full}.{key}"] for key in fused}, checkpoint)
-            separate = False
+            held = {key: whole[f"{full}.{key}"] for key in fused}
+            if not all(_enough(checkpoint.entry(tensor).shape[0], count, fewer=fewer) for tensor in held.values()):
+                continue
+            own, separate = _whole_sources(module, full, held, checkpoint), False
         elif (
-            not module.is_transposed and all(parts.values()) and all(len(p) == count for q in parts.values() for p in q)
+            not module.is_transposed
+            and all(parts.values())
+            and all(_enough(len(experts), count, fewer=fewer) for lists in parts.values() for experts in lists)
         ):
             own, separate = _apart_sources(full, parts), len(parts.get("gate_up_proj", ())) == len(PARTS)
         else:
@@ -151,6 +156,10 @@ def separate_experts(
         setattr(layer.get_submodule(parent), last, Experts(module, apart=separate))
         sources |= own
     return sources
+
+
+def _enough(stored: int, count: int, *, fewer: bool) -> bool:
+    return stored == count or (fewer and stored > count)
 
 
 def _is_fused(module: Any) -> bool:

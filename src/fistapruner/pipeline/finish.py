@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +28,8 @@ from ..runs.times import Times
 from ..runtime.files import PARTIAL, sha256_file
 from ..runtime.machine import now
 from ..runtime.memory import peak_memory
+from ..structured.experts import EXPERTS, dropped_tensors
+from ..structured.units import Widths
 
 
 def finish(context: RunContext, times: Times, listener: Listener, earlier: Report | None = None) -> Report:
@@ -111,6 +113,7 @@ def _write_model(context: RunContext, report: Report, listener: Listener) -> Non
         documents,
         listener,
         shapes=_new_shapes(context),
+        dropped=_dropped(context)[0],
         config_changes=None if context.widths is None else context.widths.config,
     )
 
@@ -124,6 +127,7 @@ def write_model(
     listener: Listener,
     *,
     shapes: Mapping[str, tuple[int, ...]] | None = None,
+    dropped: Collection[str] = (),
     config_changes: Mapping[str, Any] | None = None,
 ) -> None:
     """Write a run's checkpoint, unless a whole one of this run is there.
@@ -135,7 +139,8 @@ def write_model(
         replacement: returns a tensor of the new checkpoint by name; None keeps the old one.
         documents: returns the text files beside the weights.
         listener: receives progress.
-        shapes: new shapes of tensors, by name; ``config_changes``: of ``config.json``, as a JSON merge patch.
+        shapes: new shapes of tensors, by name; ``dropped``: names of those left out.
+        config_changes: of ``config.json``, as a JSON merge patch.
     """
     if run.model.exists() and run.model_fault(fingerprint):
         run.remove_model()  # it is damaged, or of a model or calibration text that has changed since
@@ -146,6 +151,7 @@ def write_model(
             run.model,
             replacement,
             shapes=shapes,
+            dropped=dropped,
             config_changes=config_changes,
             identity=fingerprint,
             documents=documents(),
@@ -158,10 +164,10 @@ def write_model(
 
 
 def _new_shapes(context: RunContext) -> dict[str, tuple[int, ...]]:
-    """Return the new shapes of the tensors that lost channels, by checkpoint name."""
+    """Return the new shapes of the tensors that lost channels or experts, by checkpoint name."""
     if context.widths is None:
         return {}
-    return {
+    return _dropped(context)[1] | {
         name: entry.shape
         for index in range(len(context.model))
         for name, entry in context.run.journal.weights(index).entries.items()
@@ -169,17 +175,32 @@ def _new_shapes(context: RunContext) -> dict[str, tuple[int, ...]]:
     }
 
 
-def _flops(model: LayerwiseModel, gone: int) -> tuple[int, int]:
+def _dropped(context: RunContext) -> tuple[set[str], dict[str, tuple[int, ...]]]:
+    """Return the stored tensors of removed experts, and new shapes of the tensors that hold all experts."""
+    if context.widths is None or not context.widths.experts:
+        return set(), {}
+    return dropped_tensors(context.model, context.widths.experts)
+
+
+def _flops(model: LayerwiseModel, widths: Widths | None, gone: int) -> tuple[int, int]:
     """Count the floating-point operations of a token in the dense model, and in one with fewer parameters.
+
+    Of a mixture's experts a token passes through those that the router chooses.
 
     Those of the matrices of the decoder layers and of the output head: two for each weight. Attention between tokens
     comes on top, the same in both.
 
     Args:
         model: the dense model.
-        gone: weights of matrices of the decoder layers that were removed.
+        widths: what was removed.
+        gone: weights of matrices of the decoder layers that were removed, those of experts left out.
     """
     layers = sum(parameter.numel() for layer in model.layers for parameter in layer.parameters() if parameter.ndim > 1)
+    for index, layer in enumerate(model.layers):
+        for unit in widths.mixtures(index) if widths else ():
+            matrices = layer.get_submodule(unit.name).parameters()
+            idle = sum(parameter.numel() for parameter in matrices if parameter.ndim > 1)
+            layers -= idle * (unit.before - unit.chosen) // unit.before
     head = model.model.get_output_embeddings()
     outside = 0 if head is None else head.weight.numel()
     return 2 * (layers + outside), 2 * (layers - gone + outside)
@@ -202,15 +223,22 @@ def _totals(layers: list[LayerEntry], context: RunContext, seconds: float) -> To
     windows, seqlen = min(context.numerics.batch_size, tokens.shape[0]), tokens.shape[1]
     shapes = _new_shapes(context)
     gone = {name: math.prod(checkpoint.entry(name).shape) - math.prod(shape) for name, shape in shapes.items()}
+    dropped = sum(math.prod(checkpoint.entry(name).shape) for name in _dropped(context)[0])
     dense_flops, flops = (
-        _flops(context.model, sum(count for name, count in gone.items() if len(shapes[name]) > 1))
+        _flops(
+            context.model,
+            context.widths,
+            sum(n for name, n in gone.items() if len(shapes[name]) > 1 and name not in checkpoint.stacks),
+        )
         if shapes
         else (None, None)
     )
     return Totals(
         operator_weights=sum(math.prod(operator.shape) for operator in operators),
         operator_zeros=zeros,
-        model_weights=sum(math.prod(checkpoint.entry(name).shape) for name in checkpoint.names()) - sum(gone.values()),
+        model_weights=sum(math.prod(checkpoint.entry(name).shape) for name in checkpoint.names())
+        - sum(gone.values())
+        - dropped,
         model_zeros=zeros,
         dense_flops_per_token=dense_flops,
         flops_per_token=flops,
@@ -257,6 +285,16 @@ def _record(report: Report, context: RunContext) -> dict[str, Any]:
         }
         for index, units in enumerate(context.widths.units if context.widths else ())
         for unit in units
+    ] + [
+        {
+            "layer": f"{context.layout.prefix}.{index}",
+            "unit": EXPERTS,
+            "before": unit.before,
+            "after": unit.after,
+            "sizes": {name.removesuffix(".weight"): 1 for name in unit.tensors if name.endswith(".weight")},
+        }
+        for index in range(len(model))
+        for unit in (context.widths.mixtures(index) if context.widths else ())
     ]
     return {
         "version": VERSION,

@@ -23,6 +23,7 @@ from ..runtime.devices import cpu_threads, worker_devices
 from ..runtime.numerics import exact_products, windows_at_once
 from ..sensitivity.decision import check_allocation
 from ..solvers import check_constraint
+from ..structured.experts import EXPERTS
 from ..structured.proof import plan_widths
 from ..structured.units import Widths, layer_weights, removed_weights, resized
 
@@ -69,9 +70,11 @@ def say_widths(model: LayerwiseModel, widths: Widths) -> str:
     """Say in one sentence what is removed from a model."""
     before = layer_weights(model)
     gone = removed_weights(model, widths)
-    stay = " and ".join(f"{unit.after} of {unit.before} {unit.kind}" for unit in widths.units[0])
+    found = [f"{unit.after} of {unit.before} {unit.kind}" for unit in widths.units[0]]
+    mixtures = dict.fromkeys(f"{unit.after} of {unit.before} {EXPERTS}" for units in widths.experts for unit in units)
+    stay, where = " and ".join([*found, *mixtures]), "decoder layer" if found else "mixture"
     return (
-        f"structure: {stay} stay in every decoder layer, {before - gone} of the layers' {before} parameters "
+        f"structure: {stay} stay in every {where}, {before - gone} of the layers' {before} parameters "
         f"({gone / before:.1%} fewer)"
     )
 

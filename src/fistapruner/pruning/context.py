@@ -14,6 +14,7 @@ from ..models.discovery import Group, Layout
 from ..models.layerwise import LayerwiseModel
 from ..problem import LayerProblem
 from ..recipes.settings import Recipe
+from ..runs.decision import ExpertsDecision
 from ..solvers import solve
 from ..solvers.base import Method, Solution
 from ..structured.units import Unit, Widths
@@ -51,7 +52,7 @@ class LayerContext:
         calls: arguments of the decoder layers.
         scratch: makes a temporary store from its name and shape.
         solver: solves a group of operators, stacked or in parts (:mod:`~fistapruner.pruning.partition`).
-        widths: whose channels are removed, and how many stay; None where all of them do.
+        widths: whose channels and experts are removed, and how many stay; None where all of them do.
     """
 
     model: LayerwiseModel
@@ -67,9 +68,14 @@ class LayerContext:
         """Return the channels of decoder layer ``index`` that are removed."""
         return () if self.widths is None else self.widths.units[index]
 
+    def mixtures(self, index: int) -> tuple[ExpertsDecision, ...]:
+        """Return the mixtures of decoder layer ``index`` that lose experts."""
+        return () if self.widths is None else self.widths.mixtures(index)
+
     def solved(self, index: int) -> list[int]:
         """Return the numbers of the groups that are solved: all, or beside a removal those that get zeros."""
-        return solved_groups(self.layout, index, self.sparsity, cut=bool(self.units(index)))
+        cut = bool(self.units(index) or self.mixtures(index))
+        return solved_groups(self.layout, index, self.sparsity, cut=cut)
 
     def names(self, index: int, group: Group) -> list[str]:
         """Return the full names of a group's operators."""

@@ -1,15 +1,23 @@
-"""Make the layer problems of experts that few calibration tokens, or none, were routed to."""
+"""Remove experts of a decoder layer, and make the problems of those that few tokens are routed to."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from contextlib import ExitStack
 
 import torch
+from torch import Tensor
 
 from ..models.discovery import Group
+from ..models.experts import Experts
 from ..problem import LayerProblem, ProblemSums
-from ..runs.records import OperatorEntry
+from ..runs.decision import ExpertsDecision
+from ..runs.records import OperatorEntry, RemovalEntry
+from ..runtime.clock import Clock
+from ..structured.experts import EXPERTS, fewer_experts, kept_experts, reap_scores
 from ..structured.shrinkage import shrunk
+from .context import LayerContext
+from .passes import LayerPasses
 
 FEW = "fewer tokens than inputs, so their Grams are shrunk towards the diagonal"
 NONE = "no token was routed to them, so they are pruned by magnitude"
@@ -61,3 +69,53 @@ def routing_warnings(layer: str, operators: Iterable[OperatorEntry], mixtures: I
             if found
         ]
     return warnings
+
+
+def remove_experts(
+    context: LayerContext, index: int, unit: ExpertsDecision, passes: LayerPasses, clock: Clock, loaded: ExitStack
+) -> tuple[dict[str, Tensor], RemovalEntry]:
+    """Remove experts of a loaded decoder layer, until ``loaded`` is left.
+
+    Args:
+        context: model and settings.
+        index: number of the layer.
+        unit: the mixture, and how many of its experts stay.
+        passes: passes through the layer.
+        clock: counts the time.
+        loaded: holds the layer.
+
+    Returns:
+        The tensors that are others now, by checkpoint name, and the report's entry.
+    """
+    model = context.model
+    layer = model.layers[index]
+    routed = passes.routed_to(unit.name)
+    experts = layer.get_submodule(unit.name)
+    assert isinstance(experts, Experts)
+    with clock.phase("structure"):
+        scores = reap_scores(experts, routed, model.device)
+        keep = kept_experts(scores, unit)
+        loaded.enter_context(fewer_experts(layer, unit, keep))
+    passes.rerouted(unit.name)
+    moved = [place for place, number in enumerate(keep.tolist()) if place != number]
+    names = [*unit.tensors, *(f"{unit.name}.{place}.{name}" for place in moved for name in _parameters(experts, place))]
+    tensors = {}
+    for name in names:
+        stored = model.source(f"{model.layers_name}.{index}.{name}")
+        tensors[stored] = model.result(stored, layer.state_dict(keep_vars=True)[name].detach())
+    entry = RemovalEntry(
+        unit=EXPERTS,
+        kept=keep.tolist(),
+        scores=scores.tolist(),
+        consumer=unit.name,
+        before=unit.before,
+        after=unit.after,
+        method="reap",
+        compensate="none",
+    )
+    return tensors, entry
+
+
+def _parameters(experts: Experts, number: int) -> list[str]:
+    """Return the names of the parameters of one expert, inside it."""
+    return [name for name, _ in experts.get_submodule(str(number)).named_parameters()]

@@ -21,7 +21,7 @@ from ..solvers.base import Solution
 from ..tuning.block_reconstruction import ReconstructionSettings, reconstruct_layer
 from .context import NO_EVENTS, NOT_MEASURED, LayerContext, LayerEvents, LayerMeasures, LayerStreams
 from .entries import operator_entries
-from .experts import routed_problem, routing_warnings
+from .experts import remove_experts, routed_problem, routing_warnings
 from .passes import LayerPasses
 from .removal import remove_units
 
@@ -88,6 +88,10 @@ def prune_layer(
         passed_after = sum(clock.seconds.values())
         passes.make_wanted()
         for number, group in passes.groups:
+            for unit in passes.mixtures_before(number):
+                tensors, removal = remove_experts(context, index, unit, passes, clock, loaded)
+                record.weights |= tensors
+                record.extra.setdefault("removals", []).append(removal)
             if consumers := passes.cut_before(number):
                 _remove(context, index, consumers, passes, clock, measures, events, record)
             if number not in passes.solved:

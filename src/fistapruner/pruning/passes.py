@@ -22,6 +22,7 @@ from ..activations.store import HiddenStates
 from ..activations.stream import Around, Watched, run_layer
 from ..models.discovery import Group
 from ..problem import ProblemSums
+from ..runs.decision import ExpertsDecision
 from ..runtime.clock import Clock
 from ..structured.removal import ChannelStatistics
 from ..structured.statistics import ChannelSums
@@ -80,6 +81,11 @@ class LayerPasses:
             projections = kept_projections(layout, index, model.device)
             self._replay = Replay(index, self._layer, groups, projections, later_passes, streams.seen, context.scratch)
         self._sums: dict[int, ProblemSums] = {}
+        self._mixtures: dict[int, list[ExpertsDecision]] = {}
+        """By number of the group before which its experts are removed."""
+        for mixture in context.mixtures(index):
+            first = next(number for number, group in self.groups if group[0].experts == mixture.name)
+            self._mixtures.setdefault(first if recipe.error_correction else 0, []).append(mixture)
         self._routed: dict[str, RoutedTokens] = {}
         self._seen_mixtures: set[str] = set()
         self._first_out: Tensor | None = None  # of the dense layer, first batch: the report's error is measured on it
@@ -199,13 +205,13 @@ class LayerPasses:
             return
         self._seen_mixtures.update(new)
 
-        def keep(name: str, start: int, inputs: Tensor, chosen: Tensor) -> None:
+        def keep(name: str, start: int, inputs: Tensor, chosen: Tensor, weights: Tensor) -> None:
             with self._clock.phase("io"):
                 if name not in self._routed:
                     seen = self._streams.seen
                     shape = (seen.samples, seen.seqlen, inputs.shape[-1])
                     self._routed[name] = RoutedTokens(self._context.scratch(f"routed-{self._index}-{name}", shape))
-                self._routed[name].keep(start, inputs, chosen)
+                self._routed[name].keep(start, inputs, chosen, weights)
 
         self._run(self._streams.seen, watched=Watched(mixtures=new, routed=keep), around=self._around())
 
@@ -252,6 +258,23 @@ class LayerPasses:
     def cut_before(self, number: int) -> list[int]:
         """Return the groups whose inputs are removed before group ``number`` is pruned."""
         return [consumer for consumer, due in sorted(self._cut.items()) if due == number]
+
+    def mixtures_before(self, number: int) -> list[ExpertsDecision]:
+        """Return the mixtures that lose experts before group ``number`` is pruned."""
+        return self._mixtures.get(number, [])
+
+    def routed_to(self, mixture: str) -> RoutedTokens:
+        """Return what enters a module of experts, from a pass with the groups before it pruned.
+
+        It is kept until :meth:`rerouted`.
+        """
+        self._route([mixture])
+        return self._routed[mixture]
+
+    def rerouted(self, mixture: str) -> None:
+        """Note that a mixture has lost experts, so that its tokens go elsewhere."""
+        self._routed.pop(mixture).close()
+        self._seen_mixtures.discard(mixture)
 
     def channels_of(self, number: int) -> ChannelStatistics:
         """Hand over what is known of the inputs of group ``number``, one operator that loses some of them.

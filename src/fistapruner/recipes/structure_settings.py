@@ -15,7 +15,7 @@ StructureMethod = Literal["obs", "energy", "flap", "magnitude"]
 
 EXPECTED = (
     "a share such as 25%, or mlp=20% (share of the channels), mlp=1024 (width to keep), heads=1 (key/value groups to "
-    "remove), or several of these with commas is expected"
+    "remove), experts=25% or experts=8 (experts to remove), or several of these with commas is expected"
 )
 
 
@@ -42,15 +42,14 @@ def _remove(value: Any) -> Any:
     if not isinstance(value, Mapping):
         raise ValueError(EXPECTED)
     units = {str(name).strip(): amount for name, amount in value.items()}
-    if others := set(units) - {"mlp", "heads"}:
-        raise ValueError(f"{', '.join(sorted(others))}: what is removed is mlp or heads; {EXPECTED}")
+    if others := set(units) - {"mlp", "heads", "experts"}:
+        raise ValueError(f"{', '.join(sorted(others))}: what is removed is mlp, heads or experts; {EXPECTED}")
     written = []
-    if "mlp" in units and (share := _share(units["mlp"])) is not None:
-        written.append(f"mlp={100 * share:.10g}%")
-    elif "mlp" in units:
-        written.append(f"mlp={_count(units['mlp'])}")
-    if "heads" in units:
-        written.append(f"heads={_count(units['heads'])}")
+    for name in ("mlp", "heads", "experts"):
+        if name not in units:
+            continue
+        share = None if name == "heads" else _share(units[name])
+        written.append(f"{name}={_count(units[name]) if share is None else f'{100 * share:.10g}%'}")
     return ",".join(written) or None
 
 
@@ -71,13 +70,14 @@ def _shrink(value: Any) -> Any:
 
 
 class Structure(Settings):
-    """Set how many channels and heads are removed; the result is a smaller dense model."""
+    """Set how many channels, heads and experts are removed; the result is a smaller model."""
 
     remove: Annotated[str | None, BeforeValidator(_remove)] = Field(
         None,
         description="Share of the decoder layers' parameters to remove as whole MLP channels: 25%, or of the channels: "
-        "mlp=20%, or the width to keep: mlp=1024; and key/value groups of attention heads to remove: heads=1 or "
-        "mlp=20%,heads=1. The result is an ordinary smaller model. Without it nothing is removed.",
+        "mlp=20%, or the width to keep: mlp=1024; key/value groups of attention heads to remove: heads=1 or "
+        "mlp=20%,heads=1; experts of mixtures to remove whole: experts=25% or experts=8. The result is an ordinary "
+        "smaller model. Without it nothing is removed.",
     )
     method: StructureMethod = Field(
         "obs",
@@ -115,6 +115,12 @@ class Structure(Settings):
     def heads(self) -> int:
         """Key/value groups to remove from every decoder layer."""
         return int(self._unit("heads") or 0)
+
+    @property
+    def experts(self) -> float | int | None:
+        """Share (float) or number (int) of the experts of every mixture to remove; None without."""
+        amount = self._unit("experts")
+        return None if amount is None else _share(amount) if amount.endswith("%") else int(amount)
 
     def _unit(self, name: str) -> str | None:
         """Return the amount of one unit; None where it is not given."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from ..runs.records import Report
+from ..runs.records import RemovalEntry, Report
 from ..runtime.formatting import count, percent, significant
 from .rendering import Table
 
@@ -13,7 +13,7 @@ def structure_rows(report: Report) -> list[tuple[str, str]]:
         return []
     totals = report.totals
     rows = [
-        ("structure", f"{after} of {before} {unit} in every decoder layer")
+        ("structure", f"{after} of {before} {unit} in every {'mixture' if unit == 'experts' else 'decoder layer'}")
         for unit, (before, after) in report.widths.items()
     ]
     if totals.model_weights and report.model.parameters:
@@ -29,7 +29,8 @@ def structure_sentence(report: Report) -> str:
     if not report.widths:
         return ""
     units = [f"{count(after)} of {count(before)} {unit}" for unit, (before, after) in report.widths.items()]
-    text = f"Every decoder layer keeps {' and '.join(units)}"
+    subject = "Every mixture keeps" if list(report.widths) == ["experts"] else "Every decoder layer keeps"
+    text = f"{subject} {' and '.join(units)}"
     weights, dense = report.totals.model_weights, report.model.parameters
     return f"{text}: {count(weights)} of {count(dense)} parameters." if weights and dense else f"{text}."
 
@@ -39,7 +40,7 @@ def structure_table(report: Report) -> Table:
     rows = [
         (
             str(layer.index),
-            f"{removal.unit} {removal.before} → {removal.after}",
+            f"{removal.unit} {removal.before} → {removal.after}{_without(removal)}",
             significant(removal.shrink) if removal.shrink is not None else "–",
             percent(removal.dense_error or 0.0),
             percent(removal.dropped_error),
@@ -61,6 +62,13 @@ def structure_table(report: Report) -> Table:
         "fresh, refitted",
     )
     return Table("Removed structure by layer", head, rows, numeric=(0, 2, 3, 4, 5, 6, 7), stack=True)
+
+
+def _without(removal: RemovalEntry) -> str:
+    """Name the experts that were removed; empty where channels were."""
+    if removal.kept is None:
+        return ""
+    return ", without " + ", ".join(str(number) for number in range(removal.before) if number not in removal.kept)
 
 
 def change(before: float, after: float) -> str:

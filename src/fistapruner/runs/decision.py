@@ -87,15 +87,38 @@ class UnitDecision(Frozen):
     after: int
 
 
+class ExpertsDecision(Frozen):
+    """Experts that are removed from a mixture in a decoder layer.
+
+    Args:
+        name: module of the experts, ``mlp.experts``.
+        before, after: their number.
+        chosen: how many the router chooses for a token.
+        groups: as many are removed from each of so many groups of experts, one after the other.
+        tensors: other tensors that shrink with them, by name inside the layer: the dimension of the experts.
+        attributes: sizes that modules note and that change, by module inside the layer.
+    """
+
+    name: str
+    before: int
+    after: int
+    chosen: int
+    groups: int = 1
+    tensors: dict[str, int] = {}
+    attributes: dict[str, dict[str, int]] = {}
+
+
 class StructureDecision(Frozen):
     """The widths that a run has decided on.
 
     Args:
         units: of each decoder layer.
+        experts: of each decoder layer, the mixtures that lose experts; empty where none do.
         config: change of ``config.json``, as a JSON merge patch.
     """
 
     units: tuple[tuple[UnitDecision, ...], ...]
+    experts: tuple[tuple[ExpertsDecision, ...], ...] = ()
     config: dict[str, Any]
 
 

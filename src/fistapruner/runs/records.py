@@ -164,10 +164,11 @@ class OperatorEntry(Record):
 
 
 class RemovalEntry(Record):
-    """Channels that were removed from a decoder layer.
+    """Channels or experts that were removed from a decoder layer.
 
     Args:
         unit: what was removed (``MLP channels``).
+        kept: of experts, the numbers in the dense model of those that stay; ``scores``: of all, REAP's.
         producers, consumer: the operators that write and read the channels.
         before, after: their number.
         method: how they were chosen; ``compensate``: how the remaining weights make up for them.
@@ -180,6 +181,8 @@ class RemovalEntry(Record):
     """
 
     unit: str
+    kept: list[int] | None = None
+    scores: list[float] | None = None
     producers: list[str] = []
     consumer: str = ""
     before: int
@@ -737,8 +740,10 @@ def methods_label(recipe: dict[str, Any]) -> str:
     chain, structure = method_label(recipe.get("method", "")), recipe.get("structure") or {}
     if not structure.get("remove"):
         return chain
+    units = [part.partition("=")[0] for part in str(structure["remove"]).split(",")]
     refit = "+refit" if structure.get("compensate") == "refit" else ""
-    own = f"{structure.get('method')}{refit}"
+    channels = [f"{structure.get('method')}{refit}"] if units != ["experts"] else []
+    own = ", ".join([*channels, *(["reap"] if "experts" in units else [])])
     return own if recipe.get("sparsity") == "0%" else f"{own}, {chain}"
 
 

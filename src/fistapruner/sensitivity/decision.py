@@ -47,9 +47,23 @@ SHARE = 4
 def check_allocation(recipe: Recipe) -> None:
     """Refuse a measured allocation that a pattern does not have, and a bad workload.
 
+    And measures of the operators of experts that are removed: which ones stay is known when their layer is pruned.
+
     Raises:
-        FistaPrunerError: names the allocation and the pattern, or the workload file and what is wrong in it.
+        FistaPrunerError: names the allocation and the pattern, or the workload file and what is wrong in it, or the
+            setting.
     """
+    if recipe.structure.experts is not None:
+        measured = "a workload" if recipe.workload is not None else repr(recipe.allocation)
+        for setting, value, other in (
+            ("allocation", measured, "uniform"),
+            ("weighting", repr(recipe.weighting), "none"),
+        ):
+            if value in ("a workload", "'owl'", "'error'", "'fisher'"):
+                raise FistaPrunerError(
+                    f"{setting} {value} cannot be used where experts are removed ({recipe.structure.remove}): which "
+                    f"ones stay is not known when it is measured; take --{setting} {other}"
+                )
     free = recipe.allocation == "owl" or recipe.workload is not None
     if free and not recipe.pattern.supports_allocation:
         raise FistaPrunerError(
@@ -87,6 +101,8 @@ def measured_by(recipe: Recipe) -> str | None:
     """Return ``owl``, ``error`` or ``workload`` where the allocation is measured on the model, else None."""
     if recipe.pattern.fraction == 0 and recipe.structure.remove is not None:
         return None  # no zeros to distribute
+    if recipe.allocation == "auto" and recipe.structure.experts is not None:
+        return None  # which experts stay is known only when their layer is pruned
     if recipe.allocation == "auto":
         return "error" if _own(recipe) and recipe.pattern.supports_allocation else None
     if recipe.workload is not None:
@@ -101,6 +117,8 @@ def weighs_rows(recipe: Recipe) -> bool:
         return False
     if recipe.weighting == "auto" and recipe.pattern.fraction == 0 and recipe.structure.remove is not None:
         return False  # no zeros to compete for
+    if recipe.weighting == "auto" and recipe.structure.experts is not None:
+        return False  # which experts stay is known only when their layer is pruned
     return not all(step.rows_independent(recipe.pattern) for step in recipe.steps)
 
 
@@ -168,11 +186,12 @@ def decide(
     passes = DensePasses(store or scratch_factory(None, model.dtype), batch_size, tick)
     after = dict((smaller or layout).operators())
     sizes = {name: operator.rows * operator.columns for name, operator in after.items()}
-    cut = {name for name, operator in layout.operators() if after[name].columns != operator.columns}
+    cut = {name for name, operator in layout.operators() if name in after and after[name].columns != operator.columns}
     fraction, patterns = recipe.pattern.fraction, patterns_measured(recipe.pattern)
     errors: dict[str, Tensor] = {}
     outliers = _Outliers(layout)
     kept = {name: pattern for name, pattern in sparsity.items() if name not in cut}
+    kept |= {name: recipe.pattern for name, _ in layout.operators() if name not in after}  # experts that may stay
     channels = _Channels(model, layout, kept) if permutes(recipe) else None
     allocation = measured_by(recipe)
 

@@ -22,6 +22,7 @@ from ..models.discovery import Layout, linear_modules
 from ..models.files.writer import merge_patch
 from ..models.layerwise import Call, LayerwiseModel, assign, hidden_of
 from ..recipes.structure_settings import Structure
+from .experts import find_experts
 from .units import MLP, Unit, Units, Widths, cut_channels, find_units
 
 SAME = 1e-4
@@ -50,8 +51,12 @@ def plan_widths(
     config: dict[str, Any] = {}
     for kind in dict.fromkeys(unit.kind for unit in units[0]):
         config = _find_config(model, units, kind, config, trust_remote_code)
-    _prove(model, units, build_changed(model.checkpoint, config, trust_remote_code=trust_remote_code).eval())
-    return Widths(units, config)
+    if config:
+        _prove(model, units, build_changed(model.checkpoint, config, trust_remote_code=trust_remote_code).eval())
+    if settings.experts is None:
+        return Widths(units, config)
+    experts, config = find_experts(model, layout, settings, config, trust_remote_code=trust_remote_code)
+    return Widths(units, config, experts)
 
 
 def _find_config(

@@ -6,6 +6,7 @@ whose sizes fit are the candidates; :mod:`.proof` shows that they can be cut.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
@@ -19,7 +20,8 @@ from ..models.coupling import Link, find_links, named_size
 from ..models.discovery import Layout, Operator, linear_modules
 from ..models.layerwise import LayerwiseModel, assign
 from ..recipes.structure_settings import Structure
-from ..runs.decision import StructureDecision, UnitDecision
+from ..runs.decision import ExpertsDecision, StructureDecision, UnitDecision
+from .experts import ExpertUnits, removed_experts_weights
 from .removal import block_places
 
 MLP, GROUPS = "MLP channels", "key/value groups"
@@ -99,10 +101,12 @@ class Widths:
     Args:
         units: for each decoder layer, the channels that are removed.
         config: change of ``config.json``, as a JSON merge patch.
+        experts: for each decoder layer, the mixtures that lose experts; empty where none do.
     """
 
     units: Units
     config: Mapping[str, Any]
+    experts: ExpertUnits = ()
 
     @classmethod
     def of(cls, decision: StructureDecision, layout: Layout) -> Widths:
@@ -129,7 +133,7 @@ class Widths:
                     for unit in units
                 )
             )
-        return cls(tuple(layers), decision.config)
+        return cls(tuple(layers), decision.config, decision.experts)
 
     def decision(self) -> StructureDecision:
         """Return the same as a record for ``run.json``."""
@@ -148,7 +152,11 @@ class Widths:
             )
             for units in self.units
         )
-        return StructureDecision(units=layers, config=dict(self.config))
+        return StructureDecision(units=layers, experts=self.experts, config=dict(self.config))
+
+    def mixtures(self, index: int) -> tuple[ExpertsDecision, ...]:
+        """Return the mixtures of decoder layer ``index`` that lose experts."""
+        return self.experts[index] if self.experts else ()
 
     def consumers(self, index: int) -> set[str]:
         """Return the names of the operators of decoder layer ``index`` that lose input channels."""
@@ -178,7 +186,8 @@ def find_units(model: LayerwiseModel, layout: Layout, settings: Structure) -> Un
                 "stays at least"
             )
         kinds.append(_with_width(groups, before - settings.heads))
-    found = tuple(tuple(unit for units in layers for unit in units) for layers in zip(*kinds, strict=True))
+    by_layer = list(zip(*kinds, strict=True)) if kinds else [()] * len(model)
+    found = tuple(tuple(unit for units in layers for unit in units) for layers in by_layer)
     sources = [
         model.source(f"{layout.prefix}.{index}.{name}")
         for index, units in enumerate(found)
@@ -204,7 +213,8 @@ def _mlp_channels(model: LayerwiseModel, layout: Layout) -> Units:
     for index, links in enumerate(find_links(model, layout)):
         if any(operator.experts for group in layout.layers[index] for operator in group):
             raise FistaPrunerError(
-                f"structure: {layout.prefix}.{index} has a mixture of experts, whose channels are not removed"
+                f"structure: {layout.prefix}.{index} has a mixture of experts, whose channels are not removed: take "
+                "experts=25% or the like"
             )
         units = tuple(
             Unit(MLP, link.producers, (1,) * len(link.producers), (1,) * len(link.producers), link.consumer)
@@ -333,7 +343,7 @@ def removed_weights(model: LayerwiseModel, widths: Widths | None) -> int:
     """Count the parameters that are removed from a model."""
     if widths is None:
         return 0
-    return sum(
+    return removed_experts_weights(model, widths.experts or ((),) * len(model)) + sum(
         (unit.before - unit.after)
         * channel_weights(model, tuple((unit,) if i == index else () for i in range(len(model))))
         for index, units in enumerate(widths.units)
@@ -344,7 +354,8 @@ def removed_weights(model: LayerwiseModel, widths: Widths | None) -> int:
 def resized(layout: Layout, widths: Widths) -> Layout:
     """Return the layout with the shapes that operators have after the removal."""
     layers = []
-    for groups, units in zip(layout.layers, widths.units, strict=True):
+    for index, (groups, units) in enumerate(zip(layout.layers, widths.units, strict=True)):
+        left = {unit.name: unit.after for unit in widths.mixtures(index)}
         rows = {
             name: len(places) for unit in units for name, places in unit.kept_rows(torch.arange(unit.after)).items()
         }
@@ -360,6 +371,7 @@ def resized(layout: Layout, widths: Widths) -> Layout:
                     for operator in group
                 )
                 for group in groups
+                if not group[0].experts or group[0].expert < left.get(group[0].experts, math.inf)
             )
         )
     return replace(layout, layers=tuple(layers))

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -41,6 +41,7 @@ def write_checkpoint(
     replacement: Callable[[str], Tensor | None],
     *,
     shapes: Mapping[str, tuple[int, ...]] | None = None,
+    dropped: Collection[str] = (),
     config_changes: Mapping[str, Any] | None = None,
     identity: str = "",
     documents: Mapping[str, str] | None = None,
@@ -60,6 +61,7 @@ def write_checkpoint(
         shapes: by tensor name, the shape that a tensor has in ``out`` where it is not the source's. ``replacement``
             must return these tensors. Whether the new config expresses the new shapes is the caller's to know: a
             folder whose shapes the config cannot express is written, but ``transformers`` refuses to load it.
+        dropped: names of tensors that are left out; files without others are left out, too.
         config_changes: changes of ``config.json`` as a JSON merge patch (RFC 7396): nested objects are merged, None
             removes a key.
         identity: what decides the replaced tensors (a recipe's fingerprint). Shards of a killed attempt are kept only
@@ -74,14 +76,15 @@ def write_checkpoint(
         FistaPrunerError: ``out`` exists, the disk is full, ``shapes`` does not fit the source, a replacement is
             missing, has another shape or leaves the range of the stored dtype, or the source is damaged.
     """
-    shards = _shards(source, shapes or {}, identity)
+    shards = _shards(source, shapes or {}, dropped, identity)
 
     def joined(name: str) -> Tensor | None:
         """Return what replaces a stored tensor: of one that is taken apart, its matrices joined."""
         if name not in source.stacks:
             return replacement(name)
-        parts = [(part, replacement(part)) for part in source.parts(name)]
-        if all(tensor is None for _, tensor in parts):
+        count = (shapes or {}).get(name, source.files[source.file_of(name)].entries[name].shape)[0]
+        parts = [(part, replacement(part)) for part in source.parts(name)[:count]]
+        if all(tensor is None for _, tensor in parts) and count == len(source.parts(name)):
             return None
         return source.stacks[name].joined([source.read(part) if tensor is None else tensor for part, tensor in parts])
 
@@ -157,22 +160,27 @@ class _Shard:
         return self.source.read(entry.name)
 
 
-def _shards(source: Checkpoint, shapes: Mapping[str, tuple[int, ...]], identity: str) -> list[_Shard]:
+def _shards(
+    source: Checkpoint, shapes: Mapping[str, tuple[int, ...]], dropped: Collection[str], identity: str
+) -> list[_Shard]:
     for name, shape in shapes.items():
         stored = source.entry(name).shape
         if len(shape) != len(stored) or not all(type(size) is int and size > 0 for size in shape):
             raise FistaPrunerError(f"{name}: the new shape {list(shape)} does not fit a tensor of shape {list(stored)}")
-    return [
+    shards = [
         _Shard(
             _safetensors_name(name),
             file,
             tuple(
-                TensorEntry.of(key, entry.dtype, shapes.get(key, entry.shape)) for key, entry in file.entries.items()
+                TensorEntry.of(key, entry.dtype, shapes.get(key, entry.shape))
+                for key, entry in file.entries.items()
+                if key not in dropped
             ),
             identity,
         )
         for name, file in source.files.items()
     ]
+    return [shard for shard in shards if shard.entries]
 
 
 def _index_metadata(source: Checkpoint, shards: list[_Shard]) -> dict[str, Any]:
@@ -182,12 +190,9 @@ def _index_metadata(source: Checkpoint, shards: list[_Shard]) -> dict[str, Any]:
     if not isinstance(metadata, dict):
         return {}
     if type(metadata.get("total_parameters")) is int:
-        change = sum(
-            math.prod(entry.shape) - math.prod(source.entry(entry.name).shape)
-            for shard in shards
-            for entry in shard.entries
-        )
-        metadata["total_parameters"] += change
+        stored = sum(math.prod(entry.shape) for file in source.files.values() for entry in file.entries.values())
+        written = sum(math.prod(entry.shape) for shard in shards for entry in shard.entries)
+        metadata["total_parameters"] += written - stored
     return metadata
 
 

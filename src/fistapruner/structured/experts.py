@@ -1,0 +1,438 @@
+"""Remove experts of a mixture whole, by REAP's criterion (Lasby et al. 2025, arXiv 2510.13999).
+
+An expert's score is the mean, over the tokens that the router sends to it, of the weight that the router gives it times
+the length of its output: what a token loses without it. An expert that no token reaches scores 0 and goes first. The
+router's rows of the removed experts go with them; tokens then go to the experts that remain.
+
+Differs from the authors' program in: the weights are those that the model multiplies with; where these do not sum to 1
+for a token (OLMoE, Qwen2-MoE), the program normalises them first.
+
+Where the router chooses among groups of experts first (DeepSeek-V3), as many are removed from every group, so that the
+others stay in their groups. A router that takes the softmax over all experts, and does not normalise the weights of the
+chosen ones, gives these a little more than before.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call
+
+from ..activations.routed import RoutedTokens
+from ..errors import FistaPrunerError
+from ..models.architecture import build_changed, find_decoder_layers
+from ..models.discovery import Layout, alike, expert_modules
+from ..models.experts import Experts
+from ..models.files.writer import merge_patch
+from ..models.layerwise import LayerwiseModel, assign, hidden_of
+from ..recipes.structure_settings import Structure
+from ..runs.decision import ExpertsDecision
+
+EXPERTS = "experts"
+"""What is removed, as the report says it."""
+
+GROUPS = re.compile(r"(n|num)_(expert_)?groups?")
+"""Names of the number of groups of experts that a router chooses among, in its module."""
+
+ExpertUnits = tuple[tuple[ExpertsDecision, ...], ...]
+"""For every decoder layer, the mixtures whose experts are removed."""
+
+
+def find_experts(
+    model: LayerwiseModel,
+    layout: Layout,
+    settings: Structure,
+    config: Mapping[str, Any],
+    *,
+    trust_remote_code: bool = False,
+) -> tuple[ExpertUnits, dict[str, Any]]:
+    """Find a model's mixtures, decide how many experts stay, and prove that the smaller model is right.
+
+    How ``config.json`` must change is found by trying, and the tensors that go with the experts by their new shapes.
+
+    Args:
+        model: the dense model.
+        layout: its selected operators.
+        settings: the recipe's ``structure``, with an amount of experts.
+        config: changes of ``config.json`` for other structure, as a JSON merge patch.
+        trust_remote_code: run the checkpoint's own Python code.
+
+    Returns:
+        What is removed, and all changes of ``config.json`` together.
+
+    Raises:
+        FistaPrunerError: no mixture, several sizes, an amount that leaves or removes nothing, or a model that cannot
+            lose experts; names what it is.
+    """
+    mixtures = [expert_modules(layer) for layer in model.layers]
+    sizes = {experts.number for found in mixtures for experts in found.values()}
+    name = type(model.model).__name__
+    if len(sizes) != 1:
+        shown = f"mixtures of {', '.join(map(str, sorted(sizes)))} experts" if sizes else "no mixture of experts"
+        raise FistaPrunerError(f"structure: {name} has {shown}: no experts are removed")
+    for index, found in enumerate(mixtures):
+        read = {operator.experts for group in layout.layers[index] for operator in group}
+        if missing := set(found) - read:
+            raise FistaPrunerError(
+                f"structure: targets and ignore leave out {layout.prefix}.{index}.{min(missing)}, whose experts are to "
+                "be removed"
+            )
+    (before,) = sizes
+    groups = max((_groups(model.layers[i], found, before) for i, found in enumerate(mixtures)), default=1)
+    after = _remaining(settings, before, groups)
+    base = _shapes(build_changed(model.checkpoint, config, trust_remote_code=trust_remote_code))
+    for change in _changes(model, before, after):
+        both = merge_patch(config, change)
+        try:
+            smaller = build_changed(model.checkpoint, both, trust_remote_code=trust_remote_code)
+        except FistaPrunerError:
+            continue
+        tensors = _cut_tensors(model, base, _shapes(smaller), before, after)
+        if tensors is None:
+            continue
+        alone = build_changed(model.checkpoint, change, trust_remote_code=trust_remote_code).eval()
+        units = _units(model, alone, tensors, before, after, groups, _chosen(model))
+        _prove(model, units, alone)
+        return units, both
+    raise FistaPrunerError(
+        f"structure: no entry of config.json makes {name} a model with {after} experts instead of {before}: no experts "
+        "are removed"
+    )
+
+
+def reap_scores(experts: Experts, routed: RoutedTokens, device: torch.device) -> Tensor:
+    """Compute REAP's score of every expert: (experts,) fp64.
+
+    Args:
+        experts: the loaded module.
+        routed: its inputs and where they go.
+        device: where to compute.
+    """
+    scores = torch.zeros(experts.number, dtype=torch.float64)
+    for number, expert in experts.experts():
+        tokens = 0
+        for inputs, weights in routed.weighted(number, device):
+            with torch.no_grad():
+                lengths = expert(inputs).double().norm(dim=1)
+            scores[number] += float((lengths * weights.double().abs()).sum())
+            tokens += len(inputs)
+        scores[number] /= max(tokens, 1)
+    return scores
+
+
+def kept_experts(scores: Tensor, unit: ExpertsDecision) -> Tensor:
+    """Choose the experts that stay: (after,) numbers, ascending; of equal ones the first go.
+
+    Args:
+        scores: (before,) of the experts.
+        unit: their mixture.
+    """
+    by_group = scores.view(unit.groups, -1)
+    gone = by_group.sort(dim=1, stable=True).indices[:, : (unit.before - unit.after) // unit.groups]
+    stay = torch.ones_like(by_group, dtype=torch.bool).scatter_(1, gone, False)
+    return stay.flatten().nonzero().flatten()
+
+
+@contextmanager
+def fewer_experts(layer: nn.Module, unit: ExpertsDecision, keep: Tensor | None = None) -> Iterator[None]:
+    """Let a decoder layer have fewer experts for the block: those that stay are renumbered.
+
+    Args:
+        layer: the loaded decoder layer.
+        unit: whose experts are removed.
+        keep: (after,) numbers of those that stay; the router's rows are cut to them. None where the layer's tensors
+            are the smaller model's already.
+    """
+    experts = layer.get_submodule(unit.name)
+    assert isinstance(experts, Experts)
+    modules, number = dict(experts._modules), experts.number
+    attributes = [
+        (layer.get_submodule(module), name, value)
+        for module, values in unit.attributes.items()
+        for name, value in values.items()
+    ]
+    old = [(module, name, getattr(module, name)) for module, name, _ in attributes]
+    whole: dict[str, Tensor] = {}
+    places = range(unit.after) if keep is None else keep.tolist()
+    for name, dim in unit.tensors.items() if keep is not None else ():
+        tensor = (layer.get_parameter if name in dict(layer.named_parameters()) else layer.get_buffer)(name).detach()
+        assert keep is not None
+        whole[name] = tensor
+        assign(layer, name, tensor.index_select(dim, keep.to(tensor.device)))
+    try:
+        experts._modules = {str(place): modules[str(old_place)] for place, old_place in enumerate(places)}
+        experts.number = unit.after
+        for module, name, value in attributes:
+            setattr(module, name, value)
+        yield
+    finally:
+        experts._modules, experts.number = modules, number
+        for name, tensor in whole.items():
+            assign(layer, name, tensor)
+        for module, name, value in old:
+            setattr(module, name, value)
+
+
+def removed_experts_weights(model: LayerwiseModel, units: ExpertUnits) -> int:
+    """Count the parameters that go with the experts of a model."""
+    gone = 0
+    for layer, layer_units in zip(model.layers, units, strict=True):
+        for unit in layer_units:
+            expert = layer.get_submodule(f"{unit.name}.0")
+            gone += (unit.before - unit.after) * sum(parameter.numel() for parameter in expert.parameters())
+            gone += sum(
+                layer.get_parameter(name).numel() // unit.before * (unit.before - unit.after)
+                for name in unit.tensors
+                if name in dict(layer.named_parameters())
+            )
+    return gone
+
+
+def dropped_tensors(model: LayerwiseModel, units: ExpertUnits) -> tuple[set[str], dict[str, tuple[int, ...]]]:
+    """Return the stored tensors of removed experts, and new shapes of those that hold all experts."""
+    dropped: set[str] = set()
+    shapes: dict[str, tuple[int, ...]] = {}
+    for index, layer_units in enumerate(units):
+        for unit in layer_units:
+            prefix = f"{model.layers_name}.{index}.{unit.name}."
+            for name in model.layer_parameters(index):
+                if not name.startswith(prefix) or int(name.removeprefix(prefix).partition(".")[0]) < unit.after:
+                    continue
+                stored = model.source(name)
+                stack = model.checkpoint.stack_of(stored)
+                if stack is None:
+                    dropped.add(stored)
+                else:
+                    whole = model.checkpoint.entry(stack.name).shape
+                    shapes[stack.name] = (unit.after, *whole[1:])
+    return dropped, shapes
+
+
+def _remaining(settings: Structure, before: int, groups: int) -> int:
+    """Decide how many experts of every mixture stay."""
+    asked = settings.experts
+    assert asked is not None
+    gone = round(asked * before / groups) * groups if isinstance(asked, float) else asked
+    if gone < 1 or gone >= before:
+        what = "removes none" if gone < 1 else "leaves none"
+        raise FistaPrunerError(f"structure: {settings.remove} {what} of the {before} experts of every mixture")
+    if gone % groups:
+        raise FistaPrunerError(
+            f"structure: {settings.remove}: the router chooses among {groups} groups of experts, as many must "
+            f"go from each: remove a multiple of {groups}"
+        )
+    return before - gone
+
+
+def _groups(layer: nn.Module, mixtures: Mapping[str, Experts], experts: int) -> int:
+    """Return the number of groups that the experts of a decoder layer are in; 1 without."""
+    found = [1]
+    for name in mixtures:
+        for module in layer.get_submodule(name.rpartition(".")[0]).modules():
+            found += [
+                value
+                for key, value in vars(module).items()
+                if GROUPS.fullmatch(key) and type(value) is int and value > 1 and experts % value == 0
+            ]
+    return max(found)
+
+
+def _changes(model: LayerwiseModel, before: int, after: int) -> Iterator[dict[str, Any]]:
+    """Yield changes of ``config.json`` that may change the number of experts, likely ones first.
+
+    A config may hold it under two names; then both change.
+    """
+    text, section = model.config.get_text_config(), None
+    if text is not model.config:
+        inner = {key: value for key, value in model.checkpoint.config.items() if isinstance(value, dict)}
+        section = next((key for key, value in inner.items() if value.get("model_type") == text.model_type), None)
+    stored = model.checkpoint.config if section is None else model.checkpoint.config[section]
+    named = [key for key, held in stored.items() if type(held) is int and held == before and "expert" in key]
+    named = [key for key in named if "tok" not in key and "top" not in key]
+    others = [key for key, held in text.to_dict().items() if type(held) is int and held == before]
+    for keys in (named, *([key] for key in named), *([key] for key in sorted(others, key=lambda k: "expert" not in k))):
+        if keys:
+            change: dict[str, Any] = dict.fromkeys(keys, after)
+            yield change if section is None else {section: change}
+
+
+def _shapes(model: Any) -> dict[str, tuple[int, ...]]:
+    return {name: tuple(tensor.shape) for name, tensor in model.state_dict(keep_vars=True).items()}
+
+
+def _cut_tensors(
+    model: LayerwiseModel,
+    base: Mapping[str, tuple[int, ...]],
+    smaller: Mapping[str, tuple[int, ...]],
+    before: int,
+    after: int,
+) -> dict[str, int] | None:
+    """Return the dimension of the experts in every tensor that shrinks with them, by the model's name.
+
+    None where the tensors that are gone, or whose shapes are others, are not those of experts and what routes to them.
+    """
+    prefixes = {
+        f"{model.layers_name}.{index}.{name}": name
+        for index, layer in enumerate(model.layers)
+        for name in expert_modules(layer)
+    }
+    blocks = tuple(prefix.rpartition(".")[0] + "." for prefix in prefixes)
+
+    def goes(name: str) -> bool:
+        mixture = next((prefix for prefix in prefixes if name.startswith(prefix + ".")), None)
+        number = "" if mixture is None else name.removeprefix(mixture + ".").partition(".")[0]
+        return number.isdigit() and int(number) >= after
+
+    if {name for name in base if not goes(name)} != set(smaller):
+        return None
+    cut = {}
+    for name, shape in smaller.items():
+        if shape == base[name]:
+            continue
+        changed = [dim for dim, (new, old) in enumerate(zip(shape, base[name], strict=False)) if new != old]
+        if len(shape) != len(base[name]) or len(changed) != 1 or not name.startswith(blocks):
+            return None
+        if (base[name][changed[0]], shape[changed[0]]) != (before, after):
+            return None
+        cut[name] = changed[0]
+    return cut or None
+
+
+def _units(
+    model: LayerwiseModel,
+    smaller: Any,
+    tensors: Mapping[str, int],
+    before: int,
+    after: int,
+    groups: int,
+    chosen: Mapping[str, int],
+) -> ExpertUnits:
+    """Describe what is removed from every decoder layer: tensors, and sizes that modules note."""
+    layers = find_decoder_layers(smaller)[1]
+    found = []
+    for index, layer in enumerate(model.layers):
+        units = []
+        for name in expert_modules(layer):
+            block = name.rpartition(".")[0]
+            prefix = f"{model.layers_name}.{index}."
+            attributes: dict[str, dict[str, int]] = {}
+            for inner, module in layer.get_submodule(block).named_modules():
+                full = f"{block}.{inner}".strip(".")
+                if full == name or full.startswith(name + "."):
+                    continue
+                twin = vars(layers[index].get_submodule(full))
+                changed = {
+                    key: twin[key]
+                    for key, value in vars(module).items()
+                    if type(value) is int and type(twin.get(key)) is int and twin[key] != value
+                }
+                if changed:
+                    attributes[full] = changed
+            units.append(
+                ExpertsDecision(
+                    name=name,
+                    before=before,
+                    after=after,
+                    chosen=chosen[f"{prefix}{name}"],
+                    groups=groups,
+                    tensors={
+                        key.removeprefix(prefix): dim
+                        for key, dim in tensors.items()
+                        if key.startswith(f"{prefix}{block}.")
+                    },
+                    attributes=attributes,
+                )
+            )
+        found.append(tuple(units))
+    return tuple(found)
+
+
+def _prove(model: LayerwiseModel, units: ExpertUnits, smaller: Any) -> None:
+    """Prove that a layer whose experts are cut out computes what the layer of the smaller config does.
+
+    Raises:
+        FistaPrunerError: it does not, or the router chooses more experts than remain; names the mixture.
+    """
+    tokens = model.check_window(16)
+    with model.embeddings_and_head(head=False):
+        hidden, calls = model.embed(tokens)
+    layers = find_decoder_layers(smaller)[1]
+    for module in smaller.modules():
+        for key, buffer in module._buffers.items():
+            if buffer is not None and not buffer.is_meta:
+                module._buffers[key] = buffer.to(hidden.device)
+    known = set()
+    for index, layer_units in enumerate(units):
+        signature = tuple((name, tuple(tensor.shape)) for name, tensor in model.layers[index].named_parameters())
+        if not layer_units or signature in known:
+            continue
+        known.add(signature)
+        args, kwargs = calls[index]
+        with model.layer(index) as layer, torch.no_grad():
+            for unit in layer_units:
+                scores = torch.rand(unit.before, generator=torch.Generator().manual_seed(0))
+                keep = kept_experts(scores, unit)
+                place = f"{model.layers_name}.{index}.{unit.name}"
+                if unit.chosen > unit.after:
+                    raise FistaPrunerError(
+                        f"structure: {unit.after} of the {unit.before} experts of {place} would remain, and the router "
+                        f"chooses {unit.chosen} for every token"
+                    )
+                with fewer_experts(layer, unit, keep):
+                    try:
+                        cut = model.run(index, hidden.clone(), calls[index])
+                        state = dict(layer.state_dict())
+                        found = hidden_of(functional_call(layers[index], state, (hidden.clone(), *args), kwargs))
+                    except (RuntimeError, ValueError, TypeError, IndexError) as error:
+                        reason = " ".join(str(error).split())[:150]
+                        raise FistaPrunerError(
+                            f"structure: {place} cannot run with {unit.after} of its {unit.before} experts ({reason})"
+                        ) from None
+                if not bool(cut.isfinite().all()) or not alike(found - hidden, cut - hidden):
+                    raise FistaPrunerError(
+                        f"structure: cutting experts of {place} does not give what a model with {unit.after} experts "
+                        "computes: no experts are removed"
+                    )
+
+
+def _chosen(model: LayerwiseModel) -> dict[str, int]:
+    """Return how many experts the router of every mixture chooses for a token, by the mixture's name.
+
+    Decoder layers with the same parameters are run once.
+    """
+    with model.embeddings_and_head(head=False):
+        hidden, calls = model.embed(model.check_window(16))
+    found: dict[str, int] = {}
+    known: dict[Any, dict[str, int]] = {}
+    for index, layer in enumerate(model.layers):
+        signature = tuple((name, tuple(tensor.shape)) for name, tensor in layer.named_parameters())
+        if signature not in known:
+            seen: dict[str, int] = {}
+
+            handles = [
+                module.register_forward_pre_hook(_noting(seen, name), with_kwargs=True)
+                for name, module in expert_modules(layer).items()
+            ]
+            try:
+                with model.layer(index), torch.no_grad():
+                    model.run(index, hidden.clone(), calls[index])
+            finally:
+                for handle in handles:
+                    handle.remove()
+            known[signature] = seen
+        found |= {f"{model.layers_name}.{index}.{name}": count for name, count in known[signature].items()}
+    return found
+
+
+def _noting(seen: dict[str, int], name: str) -> Any:
+    """Make the hook that notes how many experts a mixture is given for a token."""
+
+    def note(module: Experts, args: Any, kwargs: Any) -> None:
+        seen[name] = int(module.routed(*args, **kwargs)[1].shape[1])
+
+    return note

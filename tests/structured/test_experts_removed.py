@@ -1,0 +1,188 @@
+"""Experts are removed whole, by REAP's criterion, and the result is an ordinary smaller checkpoint."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM
+
+import fistapruner as fp
+import tiny
+from fistapruner.constraints import NM
+from fistapruner.evaluation.inspection import inspect_checkpoint
+from fistapruner.runs.listener import Listener
+from fistapruner.runs.prune_directory import PruneDirectory
+from fistapruner.runs.records import LayerEntry, Report
+
+SMALL = {"source": "python", "samples": 4, "seqlen": 32}
+TOKENS = torch.arange(3, 27)[None]
+MORE = {"n_routed_experts": 8}
+"""DeepSeek-V3 chooses among groups of experts first, and at least two must stay in each."""
+
+
+def loaded(folder: Path) -> Any:
+    return AutoModelForCausalLM.from_pretrained(folder).eval()
+
+
+def kept(report: Report, layer: int) -> list[int]:
+    (removal,) = report.layers[layer].removals
+    assert removal.kept is not None
+    return removal.kept
+
+
+@pytest.mark.parametrize(
+    ("architecture", "original"), [*((architecture, True) for architecture in tiny.MIXTURES), ("qwen3_moe", False)]
+)
+def test_the_smaller_checkpoint_loads_and_is_the_dense_model_without_those_experts(
+    tmp_path: Path, architecture: str, original: bool
+) -> None:
+    changes: dict[str, Any] = MORE if architecture == "deepseek_v3" else {}
+    folder = tiny.save(architecture, tmp_path / "model", original=original, **changes)
+    report = fp.prune(str(folder), tmp_path / "run", structure="experts=50%", calibration=SMALL)
+    small, dense = loaded(tmp_path / "run" / "model"), loaded(folder)
+    before = 8 if changes else 4
+    layer = len(report.layers) - 1
+    stay = kept(report, layer)
+    assert len(stay) == before // 2
+    assert stay == sorted(stay)
+    if changes:
+        assert [expert < 4 for expert in stay] == [True, True, False, False]
+    numbers = [
+        sum(tensor.numel() for tensor in load_file(path / "model.safetensors").values())
+        for path in (tmp_path / "run" / "model", folder)
+    ]
+    assert numbers[0] == report.totals.model_weights < numbers[1]
+    own, whole = small.state_dict(), dense.state_dict()
+    assert own.keys() == whole.keys()
+    prefix = f"model.layers.{layer}."
+    for name, tensor in own.items():
+        expected = whole[name]
+        if tensor.shape != expected.shape:
+            assert len(tensor) == before // 2, name
+            expected = expected[stay] if name.startswith(prefix) else expected[kept(report, int(name.split(".")[2]))]
+        assert torch.equal(tensor, expected), name
+    assert not inspect_checkpoint(tmp_path / "run").violations
+    assert small.generate(TOKENS, min_new_tokens=3, max_new_tokens=3, do_sample=False).shape == (1, 27)
+
+
+def test_scores_are_the_mean_of_weight_times_length_of_the_output(tmp_path: Path) -> None:
+    folder = tiny.save("qwen3_moe", tmp_path / "model")
+    report = fp.prune(str(folder), tmp_path / "run", structure="experts=1", calibration=SMALL, propagate="dense")
+    dense, calls = loaded(folder), []
+    experts = dense.model.layers[1].mlp.experts
+    experts.register_forward_pre_hook(lambda _, args: calls.append(args))
+    with torch.no_grad():
+        dense(PruneDirectory(tmp_path / "run").tokens())
+        inputs, chosen, weights = calls[0]
+        scores = []
+        for expert in range(4):
+            losses = []
+            for token, routed, given in zip(inputs, chosen, weights, strict=True):
+                if expert in routed:
+                    gate, up = (experts.gate_up_proj[expert] @ token).chunk(2)
+                    output = experts.down_proj[expert] @ (torch.nn.functional.silu(gate) * up)
+                    losses.append(float(given[routed == expert] * output.norm()))
+            scores.append(sum(losses) / len(losses))
+    assert report.layers[1].removals[0].scores == pytest.approx(scores, rel=1e-4)
+    assert set(range(4)) - set(kept(report, 1)) == {min(range(4), key=scores.__getitem__)}
+
+
+def never_chosen(folder: Path, expert: int) -> Path:
+    model = tiny.build("gpt_oss")
+    for layer in model.model.layers:
+        layer.mlp.router.bias.data[expert] = -1e4
+    model.save_pretrained(folder)
+    tiny.tokenizer().save_pretrained(folder)
+    return folder
+
+
+def test_an_expert_that_no_token_reaches_goes_first_and_removing_it_changes_nothing(tmp_path: Path) -> None:
+    folder = never_chosen(tmp_path / "model", 2)
+    report = fp.prune(str(folder), tmp_path / "run", structure="experts=1", calibration=SMALL)
+    assert kept(report, 0) == kept(report, 1) == [0, 1, 3]
+    assert report.method == "reap"
+    assert [removal.scores[2] for layer in report.layers for removal in layer.removals if removal.scores] == [0, 0]
+    with torch.no_grad():
+        expected, found = (loaded(path)(TOKENS).logits for path in (folder, tmp_path / "run" / "model"))
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("architecture", ["mixtral", "gpt_oss"])
+def test_what_remains_gets_zeros_in_the_same_run(tmp_path: Path, architecture: str) -> None:
+    folder = tiny.save(architecture, tmp_path / "model")
+    settings: dict[str, Any] = {"structure": "experts=25%", "sparsity": "2:4", "calibration": SMALL}
+    report = fp.prune(str(folder), tmp_path / "run", **settings)
+    small = loaded(tmp_path / "run" / "model")
+    experts = small.model.layers[1].mlp.experts
+    for weight in (experts.gate_up_proj, experts.down_proj):
+        assert len(weight) == 3
+        for matrix in weight.detach().transpose(1, 2) if architecture == "gpt_oss" else weight.detach():
+            assert NM(2, 4).satisfies(matrix)
+    assert report.totals.operator_zeros == report.totals.operator_weights // 2
+    assert not inspect_checkpoint(tmp_path / "run").violations
+
+
+@pytest.mark.parametrize("sparsity", ["0%", "2:4"])
+def test_a_stopped_run_goes_on_to_the_same_bits(tmp_path: Path, sparsity: str) -> None:
+    class Stops(Listener):
+        def layer(self, entry: LayerEntry) -> None:
+            raise KeyboardInterrupt
+
+    folder = tiny.save("deepseek_v3", tmp_path / "model", num_hidden_layers=3, shard="40KB", **MORE)
+    settings: dict[str, Any] = {"structure": "experts=25%", "sparsity": sparsity, "calibration": SMALL}
+    fp.prune(str(folder), tmp_path / "whole", method="sparsegpt", **settings)
+    for _ in range(2):
+        with pytest.raises(KeyboardInterrupt):
+            fp.prune(str(folder), tmp_path / "parts", method="sparsegpt", listener=Stops(), **settings)
+    fp.resume(tmp_path / "parts")
+    whole, parts = (tmp_path / run / "model" for run in ("whole", "parts"))
+    names = sorted(path.name for path in whole.glob("*.safetensors"))
+    assert len(names) > 2
+    assert all((whole / name).read_bytes() == (parts / name).read_bytes() for name in names)
+    # The index names what is there, under consecutive numbers.
+    index = json.loads((whole / "model.safetensors.index.json").read_text())["weight_map"]
+    assert set(index) == {name for path in names for name in load_file(whole / path)}
+    assert {name.split(".experts.")[1].split(".")[0] for name in index if ".experts." in name} == set("012345")
+    loaded(whole)
+
+
+def test_several_machines_share_a_run(tmp_path: Path) -> None:
+    folder = tiny.save("qwen2_moe", tmp_path / "model")
+    settings: dict[str, Any] = {"structure": "experts=2,heads=1", "calibration": SMALL, "propagate": "dense"}
+    fp.prune(str(folder), tmp_path / "whole", **settings)
+    for layer in (1, 0):
+        fp.prune(str(folder), tmp_path / "parts", only_layers=(layer, layer), **settings)
+    fp.finish_run(tmp_path / "parts")
+    whole, parts = (tmp_path / run / "model" for run in ("whole", "parts"))
+    assert (whole / "model.safetensors").read_bytes() == (parts / "model.safetensors").read_bytes()
+    config = loaded(whole).config
+    assert (config.num_experts, config.num_key_value_heads) == (2, 1)
+
+
+@pytest.mark.parametrize(
+    ("architecture", "settings", "message"),
+    [
+        ("llama", {"structure": "experts=25%"}, "LlamaForCausalLM has no mixture of experts"),
+        ("qwen3_moe", {"structure": "experts=4"}, "experts=4 leaves none of the 4 experts"),
+        ("qwen3_moe", {"structure": "experts=10%"}, "experts=10% removes none of the 4 experts"),
+        ("qwen3_moe", {"structure": "experts=3"}, "1 of the 4 experts of .* would remain, and the router chooses 2"),
+        ("deepseek_v3", {"structure": "experts=1"}, "chooses among 2 groups of experts.* remove a multiple of 2"),
+        ("qwen3_moe", {"structure": "25%"}, "has a mixture of experts, whose channels are not removed"),
+        ("qwen3_moe", {"structure": "experts=1", "ignore": ["re:experts"]}, "targets and ignore leave out"),
+        ("qwen3_moe", {"structure": "experts=1", "sparsity": "50%", "allocation": "owl"}, "--allocation uniform"),
+        ("qwen3_moe", {"structure": "experts=1", "sparsity": "50%", "weighting": "fisher"}, "--weighting none"),
+        ("qwen3_moe", {"structure": "experts=some"}, "experts=25% or experts=8"),
+    ],
+)
+def test_what_cannot_be_removed_is_refused_by_name(
+    tmp_path: Path, architecture: str, settings: dict[str, Any], message: str
+) -> None:
+    folder = tiny.save(architecture, tmp_path / "model")
+    with pytest.raises(fp.FistaPrunerError, match=message):
+        fp.prune(str(folder), tmp_path / "run", calibration=SMALL, **settings)
+    assert not (tmp_path / "run" / "model").exists()
