@@ -221,6 +221,8 @@ def _check_zeros(context: RecoverContext) -> None:
         FistaPrunerError: names the operator.
     """
     written = Checkpoint.open(context.run.model)
+    for stack in context.model.checkpoint.stacks.values():
+        written.take_apart(stack)
     for name, _ in context.layout.operators():
         source = context.model.source(f"{name}.weight")
         before, after = context.model.checkpoint.read(source), written.read(source)
