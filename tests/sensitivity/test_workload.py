@@ -317,6 +317,23 @@ def test_regret_is_never_negative_and_features_help() -> None:
     assert all(by_rule[rule].behind > by_rule[rule].behind_error for rule in simpler)
 
 
+def test_learnt_decisions_are_nearly_optimal_for_a_known_distribution() -> None:
+    """Expected cost within 5 % of the best possible, for one feature and Gaussian tolerances."""
+    _, _, costs = candidates_of(2)
+    generator = torch.Generator().manual_seed(0)
+    features = torch.randn(300, 1, generator=generator, dtype=torch.float64)
+    mean = costs.losses[0] * (1 + 0.2 * torch.tanh(features) * torch.tensor([1.0, -1.0]))
+    spread = torch.full_like(mean, 0.1)
+    drawn = mean + spread * torch.randn(300, 2, generator=generator, dtype=torch.float64)
+    decided = decide_by_rules(History(features, drawn), features, costs, experimental=True)
+    truth = costs.expected(mean, spread)
+    best = float(truth.min(1).values.mean())
+    above = {rule: float(truth.gather(1, chosen[:, None]).mean()) / best - 1 for rule, chosen in decided.items()}
+    assert above["two-stage"] < 0.05
+    assert above["so-ebm"] < 0.05
+    assert above["mix"] > 0.05
+
+
 def test_so_ebm_is_never_worse_than_two_stage_where_it_stopped() -> None:
     """On the deployments that choose its state; the state before it is the first candidate."""
     from fistapruner.sensitivity.forecast import Forecast, fit_forecast
