@@ -44,7 +44,10 @@ class Forecast(nn.Module):
         self.register_buffer("_center", features.mean(0))
         self.register_buffer("_scale", features.std(0).clamp_min(1e-9))
         widths = (features.shape[1], hidden, hidden, 2 * outcomes.shape[1])
-        layers = [nn.Linear(before, after, dtype=torch.float64) for before, after in itertools.pairwise(widths)]
+        layers = [  # without torch's own first weights, which would draw from its global generator
+            nn.utils.skip_init(nn.Linear, before, after, dtype=torch.float64)
+            for before, after in itertools.pairwise(widths)
+        ]
         generator = seeded(seed, "forecast")
         with torch.no_grad():
             for layer in layers:
