@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import shutil
+import zlib
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,7 @@ from fistapruner.cli import main
 from fistapruner.errors import FistaPrunerError
 from fistapruner.evaluation.inspection import inspect_checkpoint
 from fistapruner.models.files.checkpoint import Checkpoint
-from fistapruner.models.files.safetensors import SafetensorsFile
+from fistapruner.models.files.safetensors import SafetensorsFile, SafetensorsWriter, TensorEntry
 from fistapruner.runs.listener import Listener
 from fistapruner.runs.records import Report, load_run
 
@@ -244,6 +245,30 @@ def test_a_checkpoint_from_elsewhere_needs_the_dense_model_for_some_losses(bench
     with pytest.raises(FistaPrunerError, match="predicts 96 tokens"):
         align(bench, tmp_path / "other", folder, dense=bench.dense("llama", vocab_size=96))
     assert not (tmp_path / "other").exists() or not [*(tmp_path / "other").glob("run.json")]
+
+
+def test_references_of_another_model_are_noticed(bench: Bench, tmp_path: Path) -> None:
+    """The model before training must be what the reference ``pruned`` says, though all checksums are right."""
+    align(bench, tmp_path / "first")
+    file = SafetensorsFile(tmp_path / "first" / "references.safetensors")
+    values = {name: file.read(name).clone() for name in file.entries}
+    values["pruned.chosen"] -= 3.0
+    metadata = {name: json.loads(text) for name, text in file.metadata.items()}
+    both = torch.stack([values["pruned.chosen"], values["pruned.rejected"]], -1)
+    metadata["pruned"]["checksum"] = zlib.crc32(both.contiguous().numpy().data)
+    out = tmp_path / "out"
+    out.mkdir()
+    entries = [TensorEntry.of(name, value.dtype, tuple(value.shape)) for name, value in values.items()]
+    written = {name: json.dumps(about) for name, about in metadata.items()}
+    with SafetensorsWriter(out / "references.safetensors", entries, written) as writer:
+        for name, value in values.items():
+            writer.write(name, value)
+    with pytest.raises(FistaPrunerError, match=r"the model before training is .* nats a token from what it holds"):
+        align(bench, out)
+    (out / "references.safetensors").unlink()
+    align(bench, out)
+    one, two = (run / "model" / "model.safetensors" for run in (out, tmp_path / "first"))
+    assert one.read_bytes() == two.read_bytes()
 
 
 BAD: list[tuple[dict[str, Any], str]] = [

@@ -1,0 +1,38 @@
+"""Alignment by two processes: the bytes of one process."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from test_align import SETTINGS, Bench
+
+import fistapruner as fp
+
+pytestmark = pytest.mark.skipif(not torch.distributed.is_available(), reason="torch without torch.distributed")
+
+SHARED: dict[str, Any] = {**SETTINGS, "steps": 3, "loss": "harmonic", "anchor": 0.1}
+
+
+def together(rank: int, pruned: Path, pairs: Path, folder: Path) -> None:
+    """One of two processes."""
+    torch.set_num_threads(1)
+    torch.distributed.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
+    try:
+        fp.align(pruned, folder / "two", **SHARED, data={"pairs": str(pairs)}, execution={"threads": 1})
+    finally:
+        torch.distributed.destroy_process_group()
+
+
+def test_two_processes_write_the_bytes_of_one(tmp_path: Path) -> None:
+    """References, anchor and steps are shared; a pair is never parted."""
+    bench = Bench(tmp_path)
+    pruned = bench.pruned()
+    torch.multiprocessing.spawn(together, (pruned, bench.pairs, tmp_path), nprocs=2)
+    execution = {"threads": 1, "batch_size": 4}
+    fp.align(pruned, tmp_path / "one", **SHARED, data={"pairs": str(bench.pairs)}, execution=execution)
+    one, two = (tmp_path / name for name in ("one", "two"))
+    assert (one / "model" / "model.safetensors").read_bytes() == (two / "model" / "model.safetensors").read_bytes()
+    assert (one / "references.safetensors").read_bytes() == (two / "references.safetensors").read_bytes()
