@@ -20,6 +20,7 @@ OUTCOMES = {
     "git": "works",  # its vision tower is as large as its text model
     "mamba": "works",
     "mamba2": "works",
+    "olmo_hybrid": "works",  # transformers joins three convolutions to one
     "jamba": "works",  # attention, recurrences and experts
     "recurrent_gemma": "works",  # its gates have three dimensions
     "bart": "refused",

@@ -13,6 +13,8 @@ from transformers import AutoModelForCausalLM
 
 import fistapruner as fp
 import tiny
+from fistapruner.activations.routed import RoutedTokens
+from fistapruner.activations.store import HiddenStates
 from fistapruner.constraints import NM
 from fistapruner.evaluation.inspection import inspect_checkpoint
 from fistapruner.models.files.checkpoint import Checkpoint
@@ -211,3 +213,35 @@ def test_experts_of_packed_models_are_refused_by_name(tmp_path: Path) -> None:
         fp.FistaPrunerError, match=r"experts\.0\.gate_proj\.weight is of an expert; .* cannot be packed"
     ):
         fp.pack(tmp_path / "run" / "model", tmp_path / "packed")
+
+
+@pytest.mark.parametrize("architecture", ["qwen3_moe", "gpt_oss"])
+def test_a_pruned_mixture_is_recovered_with_its_zeros(tmp_path: Path, architecture: str) -> None:
+    folder, text = tiny.save(architecture, tmp_path / "model"), tmp_path / "text.jsonl"
+    text.write_text("".join(f'{{"text": "{n} is followed by {n + 1}, as everybody knows."}}\n' for n in range(60)))
+    fp.prune(str(folder), tmp_path / "run", method="wanda", sparsity="2:4", calibration=SMALL)
+    settings = {"data": {"source": str(text), "seqlen": 16, "tokens": 300}, "steps": 2, "windows_per_step": 2}
+    report = fp.recover(tmp_path / "run", tmp_path / "recovered", evaluate=None, rank=4, **settings)
+    assert any(entry.changed for layer in report.layers for entry in layer.operators if ".experts." in entry.name)
+    assert not inspect_checkpoint(tmp_path / "recovered").violations
+    AutoModelForCausalLM.from_pretrained(tmp_path / "recovered" / "model")
+
+
+def test_tokens_of_an_expert_are_the_same_from_memory_and_from_a_file(tmp_path: Path) -> None:
+    generator = torch.Generator().manual_seed(0)
+    inputs, weights = torch.randn(6, 4, 8, generator=generator), torch.rand(24, 2, generator=generator)
+    chosen = torch.rand(24, 5, generator=generator).topk(2).indices
+    stores = [RoutedTokens(HiddenStates((6, 4, 8), torch.float32, file)) for file in (None, tmp_path / "inputs")]
+    for store in stores:
+        for start, stop in ((0, 4), (4, 6)):
+            rows = slice(4 * start, 4 * stop)
+            store.keep(start, inputs[start:stop].reshape(-1, 8), chosen[rows], weights[rows])
+    for expert in range(5):
+        expected = inputs.reshape(-1, 8)[(chosen == expert).any(1)]
+        for store in stores:
+            found = list(store.weighted(expert, torch.device("cpu")))
+            assert torch.equal(torch.cat([tokens for tokens, _ in found]), expected)
+            assert torch.equal(torch.cat([given for _, given in found]), weights[chosen == expert])
+    for store in stores:
+        store.close()
+    assert not (tmp_path / "inputs").exists()

@@ -21,7 +21,7 @@ from ..runtime.numerics import dtype_name
 from .experts import separate_experts
 from .files.checkpoint import Checkpoint
 from .files.writer import merge_patch
-from .names import stored_names
+from .names import joined_sources, stored_names
 
 NO_NAMES: Mapping[str, str] = MappingProxyType({})
 
@@ -159,6 +159,7 @@ def checkpoint_names(model: Any, checkpoint: Checkpoint, known: Mapping[str, str
         FistaPrunerError: a tensor is missing, has another shape than the config says, or is quantised.
     """
     names = stored_names(model, checkpoint.names()) | dict(known)
+    joined = joined_sources(model, checkpoint.names())
     head = model.get_output_embeddings()
     embedding = model.get_input_embeddings()
     tied = bool(getattr(model.config, "tie_word_embeddings", False))
@@ -172,6 +173,8 @@ def checkpoint_names(model: Any, checkpoint: Checkpoint, known: Mapping[str, str
         )
         if is_head and tied:
             continue
+        if found is None and name in joined and tensor.ndim > 2:  # no operator, so it is only read
+            found = checkpoint.join(joined[name])
         if found is None:
             missing.append(name)
             continue

@@ -7,11 +7,14 @@ from __future__ import annotations
 
 import re
 from collections import defaultdict
-from collections.abc import Collection
+from collections.abc import Collection, Iterator, Sequence
 from typing import Any
 
 STACKED, JOINED = ["MergeModulelist"], ["MergeModulelist", "Concatenate"]
 """Operations by which transformers makes one tensor of the matrices of all experts, from one list or from several."""
+
+CONCATENATED = ["Concatenate"]
+"""Operation by which it makes one tensor of several, such as one convolution of three."""
 
 
 def stored_names(model: Any, stored: Collection[str]) -> dict[str, str]:
@@ -69,6 +72,37 @@ def expert_sources(model: Any, stored: Collection[str]) -> dict[str, list[list[s
         By the model's name of the joined tensor: for each matrix of an expert (gate and up, or down) its stored names,
         by number of the expert.
     """
+    found: defaultdict[str, defaultdict[int, dict[int, str]]] = defaultdict(lambda: defaultdict(dict))
+    for name, joined, place in _parts(model, stored, (STACKED, JOINED)):
+        if numbers := re.findall(r"\.(\d+)(?=\.)", name):
+            found[joined][place][int(numbers[-1])] = name
+    complete = {}
+    for joined, lists in found.items():
+        numbered = [list(map(experts.get, range(len(experts)))) for _, experts in sorted(lists.items())]
+        if all(name is not None for experts in numbered for name in experts):
+            complete[joined] = [[str(name) for name in experts] for experts in numbered]
+    return complete
+
+
+def joined_sources(model: Any, stored: Collection[str]) -> dict[str, list[str]]:
+    """Find the stored tensors that transformers joins along their first dimension, by the model's name.
+
+    Arguments as for :func:`expert_sources`.
+    """
+    found: defaultdict[str, dict[int, str]] = defaultdict(dict)
+    for name, joined, place in _parts(model, stored, (CONCATENATED,)):
+        found[joined][place] = name
+    return {joined: [names[place] for place in sorted(names)] for joined, names in found.items()}
+
+
+def _parts(model: Any, stored: Collection[str], kinds: Collection[Sequence[str]]) -> Iterator[tuple[str, str, int]]:
+    """Yield (stored name, name of the model's tensor that it is a part of, place among the parts).
+
+    Args:
+        model: transformers model.
+        stored: tensor names in a checkpoint.
+        kinds: names of the operations that join the parts.
+    """
     try:
         from transformers.conversion_mapping import get_model_conversion_mapping
         from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
@@ -79,22 +113,15 @@ def expert_sources(model: Any, stored: Collection[str]) -> dict[str, list[list[s
             change
             for change in changes
             if isinstance(change, WeightConverter)
-            and [type(operation).__name__ for operation in change.operations] in (STACKED, JOINED)
+            and [type(operation).__name__ for operation in change.operations] in kinds
+            and not (kinds == (CONCATENATED,) and change.operations[0].dim)
         ]
         places = {pattern: place for change in converters for place, pattern in enumerate(change.source_patterns)}
         known, prefix = set(model.state_dict(keep_vars=True)), model.base_model_prefix + "."
-        found: defaultdict[str, defaultdict[int, dict[int, str]]] = defaultdict(lambda: defaultdict(dict))
         for name in stored:
             joined, pattern = rename_source_key(name, renamings, converters)
-            numbers = re.findall(r"\.(\d+)(?=\.)", name)
             joined = next((key for key in (joined, joined.removeprefix(prefix), prefix + joined) if key in known), "")
-            if pattern is not None and joined and numbers:
-                found[joined][places[pattern]][int(numbers[-1])] = name
+            if pattern is not None and joined:
+                yield name, joined, places[pattern]
     except (ImportError, AttributeError, TypeError):
-        return {}
-    complete = {}
-    for joined, lists in found.items():
-        numbered = [list(map(experts.get, range(len(experts)))) for _, experts in sorted(lists.items())]
-        if all(name is not None for experts in numbered for name in experts):
-            complete[joined] = [[str(name) for name in experts] for experts in numbered]
-    return complete
+        return

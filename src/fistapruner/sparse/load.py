@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import FistaPrunerError
-from ..models.names import stored_names
+from ..models.names import joined_sources, stored_names
 from . import kernel
 from .linear import DenseLinear, FusedProjections, SparseLinear
 from .pack import PackedCheckpoint
@@ -100,6 +100,11 @@ def _build(source: PackedCheckpoint, config: Any, dtype: torch.dtype, packed: bo
     names = stored_names(model, [*source.dense_names(), *source.specs])
     rest: dict[str, Tensor] = {
         target: _cast(source.checkpoint.read(name), dtype) for target, name in names.items() if name not in source.specs
+    }
+    rest |= {
+        target: torch.cat([_cast(source.tensor(part), dtype) for part in parts])
+        for target, parts in joined_sources(model, [*source.dense_names(), *source.specs]).items()
+        if target not in names
     }
     for target, name in names.items():
         if name not in source.specs:

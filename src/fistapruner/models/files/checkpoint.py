@@ -102,6 +102,7 @@ class Checkpoint:
         self.orders: Orders = {}
         self.stacks: dict[str, Stack] = {}
         self._parts: dict[str, tuple[Stack, int]] = {}
+        self._joins: dict[str, list[str]] = {}
         self._places = {name: shard for shard, file in files.items() for name in file.entries}
 
     @classmethod
@@ -172,6 +173,12 @@ class Checkpoint:
         self._parts |= {stack.part(number): (stack, number) for number in range(count)}
         return self.parts(stack.name)
 
+    def join(self, names: Sequence[str]) -> str:
+        """Read several stored tensors, joined along the first dimension, under the name that is returned."""
+        joined = "+".join(names)
+        self._joins[joined] = list(names)
+        return joined
+
     def stack_of(self, name: str) -> Stack | None:
         """Return the stack that a matrix of :meth:`parts` is in; None of another tensor."""
         return self._parts[name][0] if name in self._parts else None
@@ -204,6 +211,9 @@ class Checkpoint:
         Raises:
             FistaPrunerError: no such tensor.
         """
+        if name in self._joins:
+            parts = [self.entry(part) for part in self._joins[name]]
+            return TensorEntry.of(name, parts[0].dtype, (sum(part.shape[0] for part in parts), *parts[0].shape[1:]))
         entries = self.files[self.file_of(name)].entries
         if name not in self._parts:
             return entries[name]
@@ -217,6 +227,8 @@ class Checkpoint:
         Raises:
             FistaPrunerError: no such tensor, or its file was shortened since it was opened.
         """
+        if name in self._joins:
+            return torch.cat([self.read(part) for part in self._joins[name]])
         file = self.files[self.file_of(name)]
         if name in self._parts:
             stack, number = self._parts[name]
