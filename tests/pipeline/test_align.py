@@ -188,6 +188,29 @@ def test_every_loss_falls(bench: Bench, tmp_path: Path, settings: dict[str, Any]
     assert one == two
 
 
+def test_steps_without_gradients_are_enough_to_rebuild_the_model(bench: Bench, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    align(bench, out, optimizer="subzero", lr=1e-4)
+    command = ["recover", str(bench.pruned()), "--replay", str(out / "steps.jsonl"), "--out", str(tmp_path / "again")]
+    assert main(command) == 0
+    assert (tmp_path / "again" / "model.safetensors").read_bytes() == (out / "model" / "model.safetensors").read_bytes()
+
+
+def test_a_model_whose_channels_were_removed(bench: Bench, tmp_path: Path) -> None:
+    """Nothing is masked in it; its operators stay as wide as they are."""
+    calibration = {"source": str(bench.text), "samples": 2, "seqlen": 16}
+    structure = {"remove": {"mlp": 0.25}, "multiple": 4}
+    fp.prune(
+        bench.dense(), tmp_path / "cut", sparsity="0%", structure=structure, calibration=calibration, evaluate=None
+    )
+    report = align(bench, tmp_path / "out", tmp_path / "cut")
+    before, after = tensors(tmp_path / "cut" / "model"), tensors(tmp_path / "out" / "model")
+    assert {name: value.shape for name, value in after.items()} == {name: value.shape for name, value in before.items()}
+    assert any(not torch.equal(after[name], before[name]) for name in after if "down_proj" in name)
+    assert report.totals.operator_zeros == 0
+    assert inspect_checkpoint(tmp_path / "out" / "model").violations == []
+
+
 def test_of_one_run_to_the_next(bench: Bench, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Prune, recover, align, align: each from the run before it, all in the lineage; the verbs read such a run."""
     recovered = tmp_path / "recovered"

@@ -69,6 +69,7 @@ class AlignContext(RecoverContext):
 
     directory: ClassVar[type[RecoverDirectory]] = AlignDirectory
     settings: ClassVar[type[TrainingRecipe]] = AlignRecipe
+    progress: ClassVar[str] = "alignment steps"
 
     @property
     def pairs(self) -> Pairs:
@@ -137,6 +138,7 @@ class AlignContext(RecoverContext):
             store,
             listener.say,
             ranks,
+            max(len(self.pairs.windows("held_out")), recipe.step_windows),  # as many as the plan counts
         )
 
     def mixture(self, references: dict[str, Tensor]) -> Mixture:

@@ -52,11 +52,12 @@ class RecoverContext:
         ranks: the processes that train together.
 
     Attributes:
-        directory, settings: kinds of run directory and recipe.
+        directory, settings: kinds of run directory and recipe; ``progress``: name of the steps.
     """
 
     directory: ClassVar[type[RecoverDirectory]] = RecoverDirectory
     settings: ClassVar[type[TrainingRecipe]] = RecoverRecipe
+    progress: ClassVar[str] = "recovery steps"
 
     run: RecoverDirectory
     recipe: Any
@@ -122,7 +123,7 @@ class RecoverContext:
                 self._stepper(objective, trained),
                 about=self._about(),
                 say=listener.say,
-                tick=lambda done, total: listener.tick("recovery steps", done, total),
+                tick=lambda done, total: listener.tick(self.progress, done, total),
                 after_snapshot=after_snapshot,
                 ranks=self.ranks,
             )

@@ -15,7 +15,9 @@ from ..models.files.checkpoint import PRUNING_RECORD
 from ..models.files.folder import require_new
 from ..models.files.writer import write_checkpoint
 from ..models.source import Permissions
+from ..recipes.align_settings import AlignRecipe
 from ..recipes.recover_settings import RecoverRecipe
+from ..recipes.training_settings import TrainingRecipe
 from ..runs.identity import stamps
 from ..runs.steps import read_steps
 from ..tuning.adamw import Patience
@@ -60,8 +62,9 @@ def replay(
     lines = read_steps(journal)
     about: dict[str, Any] = lines[0].get("run", {}) if lines else {}
     if not about:
-        raise FistaPrunerError(f"{journal} is not the journal of a recovery run (steps.jsonl)")
-    recipe = RecoverRecipe.build(about["recipe"], str(journal))
+        raise FistaPrunerError(f"{journal} is not the journal of a recovery or alignment run (steps.jsonl)")
+    kind = AlignRecipe if "pairs_per_step" in about["recipe"] else RecoverRecipe
+    recipe: TrainingRecipe = kind.build(about["recipe"], str(journal))
     if not recipe.zeroth_order:
         raise FistaPrunerError(
             f"{journal} is of a run with {recipe.optimizer}: only mezo and subzero can be replayed without passes"

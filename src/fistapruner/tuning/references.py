@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 import zlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -55,6 +55,7 @@ def reference_log_probabilities(
     store: Store,
     say: Callable[[str], None],
     ranks: Ranks = ALONE,
+    at_once: int = 256,
 ) -> dict[str, Tensor]:
     """Return the (pairs, 2) log-probabilities under each reference, from the file where it has them.
 
@@ -66,6 +67,7 @@ def reference_log_probabilities(
         store: makes the stores of hidden states between layers.
         say: receives sentences.
         ranks: the processes that compute together; rank 0 reads and writes.
+        at_once: windows whose hidden states are kept at once.
 
     Raises:
         FistaPrunerError: the disk refuses.
@@ -78,12 +80,21 @@ def reference_log_probabilities(
         say(f"log-probabilities of {len(reference.windows) // 2} pairs under the {name} model")
         objective = AnswerObjective(reference.model, text, LIKELIHOOD, None, batch_size, store, ranks=ranks)
         values = torch.full((len(text.tokens) // 2, 2), torch.nan, dtype=torch.float64)
-        pairs = [window // 2 for window in reference.windows[::2]]
-        values[pairs] = answer_log_probabilities(objective, reference.windows, lambda index, layer: [{}])[0]
+        for windows in _chunks(objective, reference.windows, at_once):
+            pairs = [window // 2 for window in windows[::2]]
+            values[pairs] = answer_log_probabilities(objective, windows, lambda index, layer: [{}])[0]
         found[name] = values
         if ranks.first:
             _write(path, references, found)
     return {name: found[name] for name in references}
+
+
+def _chunks(objective: AnswerObjective, windows: Sequence[int], at_once: int) -> Iterator[list[int]]:
+    """Yield the windows, pairs of like length together, at most so many at once."""
+    pairs = sorted(windows[::2], key=lambda chosen: (objective.seqlen([chosen, chosen + 1]), chosen))
+    size = max(1, at_once // 2)
+    for start in range(0, len(pairs), size):
+        yield [window for chosen in pairs[start : start + size] for window in (chosen, chosen + 1)]
 
 
 def _read(path: Path, references: Mapping[str, Reference], say: Callable[[str], None]) -> dict[str, Tensor]:
