@@ -6,6 +6,7 @@ import json
 import math
 import shutil
 import zlib
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -186,6 +187,19 @@ def test_every_loss_falls(bench: Bench, tmp_path: Path, settings: dict[str, Any]
     align(bench, tmp_path / "two", **settings)
     one, two = ((tmp_path / name / "model" / "model.safetensors").read_bytes() for name in ("one", "two"))
     assert one == two
+
+
+def test_scores_of_tasks_come_with_the_pairs_that_were_trained_on(bench: Bench, tmp_path: Path) -> None:
+    """A task that the pairs were made from is not zero-shot."""
+    align(bench, tmp_path / "out")
+    said = Said()
+    with suppress(FistaPrunerError):  # without lm-eval
+        fp.evaluate_run(tmp_path / "out", tasks=["piqa"], listener=said)
+    assert said.sentences[0].startswith("the model was aligned on the pairs of pairs.jsonl")
+    said.sentences.clear()
+    with suppress(FistaPrunerError):
+        fp.evaluate_run(bench.pruned(), tasks=["piqa"], listener=said)
+    assert not [sentence for sentence in said.sentences if "aligned" in sentence]
 
 
 def test_steps_without_gradients_are_enough_to_rebuild_the_model(bench: Bench, tmp_path: Path) -> None:

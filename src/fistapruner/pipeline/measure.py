@@ -15,6 +15,7 @@ from ..evaluation.data import load_windows
 from ..evaluation.evaluate import evaluate as run_evaluation
 from ..evaluation.generations import generate_side_by_side
 from ..models.source import Permissions
+from ..reporting.lineage_text import trained_on
 from ..reporting.model_card import model_card
 from ..reporting.recovery_text import gain_text
 from ..reporting.write import write_page
@@ -237,6 +238,10 @@ def evaluate_run(
                     f"{folder}: the model it was made from is not at {against}: say where it is with --against"
                 )
         told = listener or Listener()
+        if settings.get("tasks") and (warning := trained_on(report.lineage)) is not None:
+            told.say(warning)
+            if warning not in report.warnings:
+                report.warnings.append(warning)
 
         def keep(found: Evaluation) -> None:
             report.evaluations = [*_without(report.evaluations, found), found]
