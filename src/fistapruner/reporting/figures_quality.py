@@ -96,7 +96,7 @@ def divergences(report: Report) -> Drawing | None:
             data, earlier = evaluation.perplexity.data, gain_of(report, evaluation)
             if earlier is not None and earlier[0].divergence is not None:
                 rows.append((f"{data}, before", earlier[0].divergence))
-            rows.append((data if report.recovery is None else f"{data}, recovered", evaluation.divergence))
+            rows.append((data if report.recovery is None else f"{data}, {report.trained}", evaluation.divergence))
     if not rows:
         return None
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from ..runs.records import Recovery, Report
 from ..runs.results import Evaluation, Perplexity
@@ -47,10 +47,13 @@ def gain(before: Evaluation, after: Evaluation) -> Gain | None:
 
 
 def gain_of(report: Report, after: Evaluation) -> tuple[Evaluation, Gain] | None:
-    """Find the evaluation of a run's input that belongs to one of its result."""
+    """Find the evaluation of a run's input that belongs to one of its result.
+
+    An alignment is not made to close the gap to the dense model, so of one no share of it is told.
+    """
     for before in report.recovery.before if report.recovery else []:
         if (found := gain(before, after)) is not None:
-            return before, found
+            return before, found if report.kind != "align" else replace(found, closed=None, closed_error=None)
     return None
 
 
