@@ -158,7 +158,7 @@ def checkpoint_names(model: Any, checkpoint: Checkpoint, known: Mapping[str, str
     Raises:
         FistaPrunerError: a tensor is missing, has another shape than the config says, or is quantised.
     """
-    names = stored_names(model, checkpoint.names()) | dict(known)
+    names = stored_names(model, checkpoint.names(), known) | dict(known)
     joined = joined_sources(model, checkpoint.names())
     head = model.get_output_embeddings()
     embedding = model.get_input_embeddings()

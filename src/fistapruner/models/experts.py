@@ -121,6 +121,8 @@ def separate_experts(
     Returns:
         The stored name of every parameter of the new modules, by its name in the model.
     """
+    from transformers.initialization import no_init_weights
+
     found = [
         (f"{layers_name}.{index}.{name}", layer, name, module)
         for index, layer in enumerate(layers)
@@ -153,7 +155,8 @@ def separate_experts(
                 continue
             proved.add((type(module), separate))
         parent, _, last = name.rpartition(".")
-        setattr(layer.get_submodule(parent), last, Experts(module, apart=separate))
+        with no_init_weights():
+            setattr(layer.get_submodule(parent), last, Experts(module, apart=separate))
         sources |= own
     return sources
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import re
 from collections import defaultdict
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Container, Iterator, Sequence
 from typing import Any
 
 STACKED, JOINED = ["MergeModulelist"], ["MergeModulelist", "Concatenate"]
@@ -17,7 +17,7 @@ CONCATENATED = ["Concatenate"]
 """Operation by which it makes one tensor of several, such as one convolution of three."""
 
 
-def stored_names(model: Any, stored: Collection[str]) -> dict[str, str]:
+def stored_names(model: Any, stored: Collection[str], skipped: Container[str] = ()) -> dict[str, str]:
     """Find the checkpoint's name of every parameter and persistent buffer of a model.
 
     Base models are saved without the head model's prefix ("h.0.…" for "transformer.h.0.…"), and multi-part models with
@@ -26,6 +26,7 @@ def stored_names(model: Any, stored: Collection[str]) -> dict[str, str]:
     Args:
         model: transformers model, may be on the meta device.
         stored: tensor names in a checkpoint.
+        skipped: names of the model's tensors that are not looked for; a mixture has tens of thousands.
 
     Returns:
         The stored name by the model's name, for all that were found, in the model's order.
@@ -34,6 +35,8 @@ def stored_names(model: Any, stored: Collection[str]) -> dict[str, str]:
     base = model.base_model_prefix + "."
     names = {}
     for name in model.state_dict(keep_vars=True):
+        if name in skipped:
+            continue
         candidates = (name, name.removeprefix(base), base + name)
         found = next((known[candidate] for candidate in candidates if candidate in known), None)
         if found is None:
