@@ -231,7 +231,11 @@ def _uniform(rank: int, weight: Tensor, generator: torch.Generator) -> Tensor:
 
 
 SHARE = 5e-4
-"""First step size of ``full``, ``norms`` and vectors, as a share of a tensor's root mean square at the start."""
+"""First step size of ``full``, ``norms`` and vectors, as a share of a tensor's root mean square at the start.
+
+Measured with ``full`` on SmolLM2-135M, one window a step: 2e-3 is too high, 4e-4 and 5e-4 are equally good
+(docs/recovery.md).
+"""
 
 LORA_RATE = 2e-3
 """First learning rate of ``lora`` (measured on SmolLM2-135M: docs/recovery.md)."""
