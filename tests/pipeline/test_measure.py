@@ -20,12 +20,12 @@ from fistapruner.cli import main
 from fistapruner.models.source import UNTRUSTED
 from fistapruner.pipeline.measure import _without, is_run, measure
 from fistapruner.reporting.recovery_text import gain
-from fistapruner.runs.decision import EvaluationRequest, Numerics, RecoverDecision, RecoverRecord
+from fistapruner.runs.decision import EvaluationRequest, Numerics, TrainingDecision, TrainingRecord
 from fistapruner.runs.listener import Listener
 from fistapruner.runs.lock import hold
 from fistapruner.runs.records import Lineage, Recovery, Report, Stage, load_run
-from fistapruner.runs.recover_directory import RecoverDirectory
 from fistapruner.runs.results import Evaluation, Perplexity, TaskResult
+from fistapruner.runs.training_directory import RecoverDirectory
 from fistapruner.sparse.bench import record
 from fistapruner.sparse.speed import Speed, measure_speed
 from fistapruner.sparse.variants import Variant, load_variant, weight_bytes
@@ -83,7 +83,7 @@ def recovery_of(pruned: Path, folder: Path, dense: Path | None) -> RecoverDirect
     own = Stage(kind="recover", fingerprint="recovered")
     assert before.lineage is not None
     lineage = Lineage(source=before.lineage.source, stages=[*before.lineage.stages, own])
-    decision = RecoverDecision(
+    decision = TrainingDecision(
         model=str(pruned),
         folder=pruned / "model",
         numerics=Numerics(batch_size=1, by_operator=False, threads=1, device="cpu", dtype="bfloat16"),
@@ -92,7 +92,7 @@ def recovery_of(pruned: Path, folder: Path, dense: Path | None) -> RecoverDirect
     )
     facts = before.model_dump(exclude={"layers", "totals", "evaluations", "generations", "speed", "recipe", "lineage"})
     changes = {"kind": "recover", "fingerprint": "recovered", "lineage": lineage, "recovery": Recovery(loss="kl")}
-    run.write_record(RecoverRecord(**{**facts, **changes, "decision": decision}))
+    run.write_record(TrainingRecord(**{**facts, **changes, "decision": decision}))
     run.write_report(Report(**{**facts, **changes}))
     run.write_model_record("recovered", {})
     return run

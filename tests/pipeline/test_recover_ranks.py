@@ -23,8 +23,8 @@ from fistapruner.models.files.checkpoint import Checkpoint
 from fistapruner.models.layerwise import LayerwiseModel
 from fistapruner.runs.listener import Listener
 from fistapruner.runs.records import Report, load_run
-from fistapruner.runs.recover_directory import RecoverDirectory
 from fistapruner.runs.steps import read_steps
+from fistapruner.runs.training_directory import RecoverDirectory
 from fistapruner.runtime.ranks import ALONE, Ranks, ranks_of_run
 from fistapruner.tuning.teacher import Teacher
 

@@ -15,8 +15,8 @@ from torch import Tensor
 
 from fistapruner.calibration.training_text import TrainingText
 from fistapruner.recipes.recover_settings import RecoverRecipe
-from fistapruner.runs.recover_directory import RecoverDirectory
 from fistapruner.runs.steps import read_steps
+from fistapruner.runs.training_directory import RecoverDirectory
 from fistapruner.tuning.trainer import StepResult, Trainer, TrainingState
 
 STEPS = 8

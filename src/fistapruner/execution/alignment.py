@@ -21,7 +21,7 @@ from ..recipes.training_settings import TrainingRecipe
 from ..runs.align_directory import AlignDirectory
 from ..runs.identity import stamps
 from ..runs.listener import Listener
-from ..runs.recover_directory import RecoverDirectory
+from ..runs.training_directory import TrainingDirectory
 from ..runtime.devices import cpu_threads
 from ..runtime.ranks import ALONE, Ranks
 from ..tuning.objective import Objective
@@ -36,7 +36,7 @@ from ..tuning.preference import (
 )
 from ..tuning.references import Reference, answer_log_probabilities, reference_log_probabilities
 from ..tuning.trained import Trained
-from .recovery import RecoverContext, made
+from .training import TrainingContext, made
 
 START_TOLERANCE = {torch.float32: 1e-4, torch.float16: 0.01, torch.bfloat16: 0.1}
 """Most nats a token by which the model at step 0 may differ from what the reference ``pruned`` has cached.
@@ -64,10 +64,10 @@ class Mixture:
     mixed: Tensor
 
 
-class AlignContext(RecoverContext):
+class AlignContext(TrainingContext):
     """An opened alignment run."""
 
-    directory: ClassVar[type[RecoverDirectory]] = AlignDirectory
+    directory: ClassVar[type[TrainingDirectory]] = AlignDirectory
     settings: ClassVar[type[TrainingRecipe]] = AlignRecipe
     progress: ClassVar[str] = "alignment steps"
 

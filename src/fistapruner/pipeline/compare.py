@@ -38,8 +38,8 @@ from ..runs.lineage import update_stage, write_lineage
 from ..runs.listener import Listener
 from ..runs.prune_directory import PruneDirectory
 from ..runs.records import CompareRow, Comparison, Report, load_run, parse, read_json
-from ..runs.recover_directory import RecoverDirectory
 from ..runs.results import Evaluation, Perplexity
+from ..runs.training_directory import RecoverDirectory
 from ..runtime.devices import choose_device
 from ..runtime.files import disk_errors, write_json_atomic, write_text_atomic
 from ..runtime.machine import describe_machine, now, versions

@@ -15,13 +15,13 @@ import torch
 from torch import Tensor
 
 from ..errors import FistaPrunerError
-from ..execution.recovery import RecoverContext
+from ..execution.training import TrainingContext
 from ..models.discovery import linear_modules
 from ..models.files.checkpoint import PRUNING_RECORD, Checkpoint
 from ..models.files.record import read_pruning_record
 from ..models.layerwise import LayerwiseModel
 from ..planning.plan import check_plan
-from ..planning.recover_sizes import STEP, TRAINING
+from ..planning.training_sizes import STEP, TRAINING
 from ..reporting.model_card import model_card
 from ..runs.directory import CARD
 from ..runs.lineage import add_stage, update_stage
@@ -41,7 +41,7 @@ AddResults = Callable[[Any, Trained, Report, Listener], None]
 
 
 def finish(
-    context: RecoverContext,
+    context: TrainingContext,
     trained: Trained,
     state: TrainingState,
     times: Times,
@@ -100,7 +100,7 @@ def finish(
     return report
 
 
-def _describe(context: RecoverContext, trained: Trained, index: int, report: Report) -> LayerEntry:
+def _describe(context: TrainingContext, trained: Trained, index: int, report: Report) -> LayerEntry:
     """Describe one decoder layer, and add what was trained in it to the report."""
     model, claims, entry = context.model, context.decision.operators, LayerEntry(index=index)
     entry.name = f"{context.layout.prefix}.{index}"
@@ -132,7 +132,7 @@ def _describe(context: RecoverContext, trained: Trained, index: int, report: Rep
     return entry
 
 
-def _describe_training(context: RecoverContext, state: TrainingState, report: Report) -> None:
+def _describe_training(context: TrainingContext, state: TrainingState, report: Report) -> None:
     operators = [operator for layer in report.layers for operator in layer.operators]
     survivors = sum(math.prod(operator.shape) - operator.zeros for operator in operators)
     found = report.recovery
@@ -161,7 +161,7 @@ def _warn(state: TrainingState, report: Report) -> None:
         )
 
 
-def _seconds(context: RecoverContext) -> dict[str, float | None]:
+def _seconds(context: TrainingContext) -> dict[str, float | None]:
     """Return the measured times of the plan: training as a whole, and a step without a check."""
     lines = read_steps(context.run.steps_file)
     steps = [line["seconds"] for line in lines if "held_out" not in line]
@@ -169,7 +169,7 @@ def _seconds(context: RecoverContext) -> dict[str, float | None]:
     return {TRAINING: whole, STEP: statistics.median(steps) if steps else None}
 
 
-def _write(context: RecoverContext, trained: Trained, report: Report, listener: Listener) -> None:
+def _write(context: TrainingContext, trained: Trained, report: Report, listener: Listener) -> None:
     model = context.model
 
     def documents() -> dict[str, str]:
@@ -198,7 +198,7 @@ def replacements(model: LayerwiseModel, trained: Trained) -> Callable[[str], Ten
     return lambda name: layer_result(places[name]).get(name) if name in places else None
 
 
-def _record(context: RecoverContext, report: Report) -> dict[str, Any]:
+def _record(context: TrainingContext, report: Report) -> dict[str, Any]:
     """Describe the checkpoint (``fistapruner.json``): the claims of the input, and the lineage."""
     earlier = read_pruning_record(context.decision.folder)
     claims = operator_claims(report, context.model) | (earlier.get("operators") or {})
@@ -214,7 +214,7 @@ def _record(context: RecoverContext, report: Report) -> dict[str, Any]:
     }
 
 
-def _check_zeros(context: RecoverContext) -> None:
+def _check_zeros(context: TrainingContext) -> None:
     """Compare the zeros of every operator in the written file with those of the input.
 
     Raises:
@@ -232,7 +232,7 @@ def _check_zeros(context: RecoverContext) -> None:
             )
 
 
-def _write_adapter(context: RecoverContext, trained: Trained, listener: Listener) -> None:
+def _write_adapter(context: TrainingContext, trained: Trained, listener: Listener) -> None:
     """Write what ``spp`` or ``hira`` has trained as a PEFT adapter of the input, too."""
     operators, model, folder = trained.rescalings(), context.model, context.run.adapter
     if not operators:
@@ -254,7 +254,7 @@ def _write_adapter(context: RecoverContext, trained: Trained, listener: Listener
     listener.say(f"the same as a PEFT adapter (HiRA): {folder}{without}")
 
 
-def _totals(context: RecoverContext, report: Report, seconds: float) -> Totals:
+def _totals(context: TrainingContext, report: Report, seconds: float) -> Totals:
     checkpoint, device = context.model.checkpoint, context.model.device
     operators = [operator for layer in report.layers for operator in layer.operators]
     zeros = sum(operator.zeros for operator in operators)

@@ -6,10 +6,10 @@ from pathlib import Path
 
 from ..execution.executors import default_threads
 from ..models.source import Permissions
-from ..planning.recover_plan import FormPlan, plan_forms
+from ..planning.training_plan import FormPlan, plan_forms
 from ..recipes.recover_settings import RecoverRecipe
 from ..runs.listener import Listener
-from ..runs.recover_directory import RecoverDirectory
+from ..runs.training_directory import RecoverDirectory
 from ..runs.training_runs import input_run
 from ..runtime.devices import cpu_threads
 from .prepare_recover import task_of

@@ -8,13 +8,13 @@ from pathlib import Path
 
 from ..calibration.pairs import Pair, Pairs, pair_order, read_pairs, tokenise_pairs
 from ..errors import FistaPrunerError
-from ..planning.recover_sizes import Task
+from ..planning.training_sizes import Task
 from ..recipes.align_settings import AlignRecipe
-from ..runs.decision import RecoverRecord
+from ..runs.decision import TrainingRecord
 from ..runs.directory import RunDirectory
 from ..runs.listener import Listener
 from ..runs.records import Recovery
-from ..runs.recover_directory import RecoverDirectory
+from ..runs.training_directory import TrainingDirectory
 from ..runtime.files import disk_errors, sha256_file
 from ..tuning.pair_objective import DIVERGENCE, LENGTHS, LIKELIHOOD
 from ..tuning.teacher import TOP
@@ -25,7 +25,7 @@ LONGEST = "data.max_length"
 """How messages call the tokens of prompt and answer."""
 
 
-def prepare(run: RecoverDirectory, request: TrainingRequest[AlignRecipe], listener: Listener) -> None:
+def prepare(run: TrainingDirectory, request: TrainingRequest[AlignRecipe], listener: Listener) -> None:
     """Check the input, then decide and record what the whole run will use.
 
     Args:
@@ -72,7 +72,7 @@ def check_pairs(recipe: AlignRecipe) -> tuple[list[Pair], list[str]]:
 
 
 def check_inputs(
-    run: RecoverDirectory, request: TrainingRequest[AlignRecipe], listener: Listener
+    run: TrainingDirectory, request: TrainingRequest[AlignRecipe], listener: Listener
 ) -> Inputs[AlignRecipe]:
     """Check everything but the pairs that can be checked before any long work.
 
@@ -98,7 +98,7 @@ def resolve(recipe: AlignRecipe, origin: RunDirectory | None, dense: bool) -> Al
     return recipe.with_absolute_files().model_copy(update=changes)
 
 
-def cut_pairs(run: RecoverDirectory, inputs: Inputs[AlignRecipe], pairs: list[Pair], listener: Listener) -> Pairs:
+def cut_pairs(run: TrainingDirectory, inputs: Inputs[AlignRecipe], pairs: list[Pair], listener: Listener) -> Pairs:
     """Tokenise the pairs, split them, and store them.
 
     Raises:
@@ -117,7 +117,7 @@ def cut_pairs(run: RecoverDirectory, inputs: Inputs[AlignRecipe], pairs: list[Pa
 
 
 def restore_text(
-    run: RecoverDirectory, begun: RecoverRecord, request: TrainingRequest[AlignRecipe], listener: Listener
+    run: TrainingDirectory, begun: TrainingRecord, request: TrainingRequest[AlignRecipe], listener: Listener
 ) -> None:
     """Tokenise the pairs of a run again if they are gone or damaged.
 

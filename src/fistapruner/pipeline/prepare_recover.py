@@ -12,13 +12,13 @@ from ..calibration.training_text import TrainingText, order, shared_documents, t
 from ..errors import FistaPrunerError
 from ..evaluation.data import evaluation_documents
 from ..models.whole import load_whole, require_whole
-from ..planning.recover_sizes import Task
+from ..planning.training_sizes import Task
 from ..recipes.recover_settings import RecoverRecipe
-from ..runs.decision import RecoverRecord
+from ..runs.decision import TrainingRecord
 from ..runs.identity import stamps
 from ..runs.listener import Listener
 from ..runs.records import Recovery
-from ..runs.recover_directory import RecoverDirectory
+from ..runs.training_directory import TrainingDirectory
 from ..runtime.files import disk_errors, sha256_file
 from ..runtime.memory import release_memory
 from ..runtime.numerics import dtype_name
@@ -27,7 +27,7 @@ from .recover_inputs import check_inputs
 from .training_inputs import Inputs, TrainingRequest
 
 
-def prepare(run: RecoverDirectory, request: TrainingRequest[RecoverRecipe], listener: Listener) -> None:
+def prepare(run: TrainingDirectory, request: TrainingRequest[RecoverRecipe], listener: Listener) -> None:
     """Check the input, then decide and record what the whole run will use.
 
     Args:
@@ -66,7 +66,7 @@ def task_of(out: Path, inputs: Inputs[RecoverRecipe]) -> Task:
 
 
 def cut_text(
-    run: RecoverDirectory, inputs: Inputs[RecoverRecipe], listener: Listener
+    run: TrainingDirectory, inputs: Inputs[RecoverRecipe], listener: Listener
 ) -> tuple[TrainingText, dict[str, str]]:
     """Read the text, hold documents out, cut windows, and store them.
 
@@ -104,7 +104,7 @@ def cut_text(
 
 
 def restore_text(
-    run: RecoverDirectory, begun: RecoverRecord, request: TrainingRequest[RecoverRecipe], listener: Listener
+    run: TrainingDirectory, begun: TrainingRecord, request: TrainingRequest[RecoverRecipe], listener: Listener
 ) -> None:
     """Cut the windows of a run again if they are gone or damaged.
 

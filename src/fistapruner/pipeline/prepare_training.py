@@ -9,16 +9,16 @@ from dataclasses import replace
 from ..calibration.training_text import TrainingText
 from ..errors import FistaPrunerError
 from ..execution.executors import default_threads
-from ..execution.recovery import identity
-from ..planning.recover_plan import plan_recovery
-from ..planning.recover_sizes import RecoverChoice, Task
+from ..execution.training import identity
+from ..planning.training_plan import plan_training
+from ..planning.training_sizes import Task, TrainingChoice
 from ..recipes.training_settings import TrainingRecipe
-from ..runs.decision import Numerics, RecoverDecision, RecoverRecord
+from ..runs.decision import Numerics, TrainingDecision, TrainingRecord
 from ..runs.identity import stamps
 from ..runs.lineage import begin_lineage
 from ..runs.listener import Listener
 from ..runs.records import CalibrationFacts, PlanRow, Recovery
-from ..runs.recover_directory import RecoverDirectory
+from ..runs.training_directory import TrainingDirectory
 from ..runtime.devices import available_cores, cpu_threads
 from ..runtime.files import sha256_file
 from ..runtime.machine import describe_machine, now, versions
@@ -30,7 +30,7 @@ from .prepare import describe_model
 from .training_inputs import Inputs, R, TrainingRequest, asked
 
 
-def choose_plan(task: Task, listener: Listener) -> tuple[Numerics, RecoverChoice, list[PlanRow]]:
+def choose_plan(task: Task, listener: Listener) -> tuple[Numerics, TrainingChoice, list[PlanRow]]:
     """Plan the run: what sets the last bits, and how memory and disk are used.
 
     Raises:
@@ -38,7 +38,7 @@ def choose_plan(task: Task, listener: Listener) -> tuple[Numerics, RecoverChoice
     """
     execution = task.recipe.execution
     with cpu_threads(default_threads(execution)):
-        found = plan_recovery(task)
+        found = plan_training(task)
     release_memory()  # what the measurement has freed
     for sentence in found.says:
         listener.say(sentence)
@@ -75,16 +75,16 @@ def share_of(task: Task, ranks: Ranks) -> Task:
 
 
 def decide(
-    run: RecoverDirectory,
+    run: TrainingDirectory,
     request: TrainingRequest[R],
     inputs: Inputs[R],
     numerics: Numerics,
-    choice: RecoverChoice,
+    choice: TrainingChoice,
     steps: int,
     sources: dict[str, str],
-) -> RecoverDecision:
+) -> TrainingDecision:
     """Collect what the run has decided; ``sources`` are SHA-256 of the text's files."""
-    return RecoverDecision(
+    return TrainingDecision(
         model=absolute(request.model),
         folder=inputs.source.folder.absolute(),
         stamps=tuple(stamps(inputs.model.checkpoint)),
@@ -106,11 +106,11 @@ def decide(
 
 
 def record(
-    run: RecoverDirectory,
+    run: TrainingDirectory,
     request: TrainingRequest[R],
     inputs: Inputs[R],
     text: TrainingText,
-    decision: RecoverDecision,
+    decision: TrainingDecision,
     rows: list[PlanRow],
     calibration: CalibrationFacts,
     recovery: Recovery,
@@ -132,7 +132,7 @@ def record(
     lineage, warning = begin_lineage(inputs.source.folder, facts)
     run.write_recipe(recipe.to_yaml())
     run.write_record(
-        RecoverRecord(
+        TrainingRecord(
             kind=run.verb,
             command=request.command or shlex.join(sys.argv),
             started=now(),

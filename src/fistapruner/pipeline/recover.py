@@ -5,12 +5,12 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from ..execution.recovery import RecoverContext
+from ..execution.training import RecoverContext
 from ..models.source import Permissions
 from ..recipes.recover_settings import RecoverRecipe
 from ..runs.listener import Listener
 from ..runs.records import Report
-from ..runs.recover_directory import RecoverDirectory
+from ..runs.training_directory import RecoverDirectory
 from .prepare_recover import prepare, restore_text
 from .training import TrainingVerb, train
 

@@ -9,13 +9,13 @@ from ..calibration.packing import PURPOSE
 from ..calibration.training_text import training_text
 from ..calibration.windows import check_source, window_length
 from ..errors import FistaPrunerError
-from ..execution.recovery import open_model
+from ..execution.training import open_model
 from ..models.source import ModelSource
 from ..recipes.recover_settings import RecoverRecipe
 from ..recipes.settings import Recipe
 from ..runs.directory import RunDirectory
 from ..runs.listener import Listener
-from ..runs.recover_directory import RecoverDirectory
+from ..runs.training_directory import TrainingDirectory
 from .training_inputs import TRAINING_SEQLEN, Inputs, TrainingRequest, check_training_inputs
 
 SEQLEN = "data.seqlen"
@@ -23,7 +23,7 @@ SEQLEN = "data.seqlen"
 
 
 def check_inputs(
-    run: RecoverDirectory, request: TrainingRequest[RecoverRecipe], listener: Listener
+    run: TrainingDirectory, request: TrainingRequest[RecoverRecipe], listener: Listener
 ) -> Inputs[RecoverRecipe]:
     """Check everything that can be checked before any long work.
 

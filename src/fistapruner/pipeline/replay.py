@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from ..errors import FistaPrunerError
-from ..execution.recovery import open_model
+from ..execution.training import open_model
 from ..models.discovery import discover
 from ..models.files.checkpoint import PRUNING_RECORD
 from ..models.files.folder import require_new

@@ -10,18 +10,18 @@ from pathlib import Path
 from typing import Any, Generic
 
 from ..errors import FistaPrunerError
-from ..execution.recovery import RecoverContext
+from ..execution.training import TrainingContext
 from ..models.source import Permissions
 from ..recipes.loading import merge
-from ..runs.decision import EvaluationRequest, RecoverRecord
+from ..runs.decision import EvaluationRequest, TrainingRecord
 from ..runs.identity import changed_files
 from ..runs.listener import Listener
 from ..runs.lock import hold
 from ..runs.log import Logged, log_file
 from ..runs.records import Report, parse, read_json
-from ..runs.recover_directory import RecoverDirectory
 from ..runs.steps import read_steps
 from ..runs.times import spent
+from ..runs.training_directory import TrainingDirectory
 from ..runtime.devices import choose_device
 from ..runtime.files import disk_errors, sha256_file
 from ..runtime.memory import reset_peak_memory
@@ -47,10 +47,10 @@ class TrainingVerb(Generic[R]):
     """
 
     settings: type[R]
-    directory: type[RecoverDirectory]
-    context: type[RecoverContext]
-    prepare: Callable[[RecoverDirectory, TrainingRequest[R], Listener], None]
-    restore_text: Callable[[RecoverDirectory, RecoverRecord, TrainingRequest[R], Listener], None]
+    directory: type[TrainingDirectory]
+    context: type[TrainingContext]
+    prepare: Callable[[TrainingDirectory, TrainingRequest[R], Listener], None]
+    restore_text: Callable[[TrainingDirectory, TrainingRecord, TrainingRequest[R], Listener], None]
     add_results: AddResults = lambda context, trained, report, listener: None
 
 
@@ -105,7 +105,7 @@ def resume_training(verb: TrainingVerb[R], folder: Path, permissions: Permission
 
 def _run(
     verb: TrainingVerb[R],
-    run: RecoverDirectory,
+    run: TrainingDirectory,
     request: TrainingRequest[R],
     told: Listener,
     *,
@@ -126,7 +126,7 @@ def _run(
 
 
 def _lead(
-    verb: TrainingVerb[R], run: RecoverDirectory, request: TrainingRequest[R], told: Listener, *, resumed: bool
+    verb: TrainingVerb[R], run: TrainingDirectory, request: TrainingRequest[R], told: Listener, *, resumed: bool
 ) -> Report:
     """Do what is left of a run: nothing, its measurements, its checkpoint, or all of it."""
     listener, ranks = Logged(told), request.ranks
@@ -169,7 +169,7 @@ def _lead(
         return measure(run, report, evaluation, request.permissions, listener)
 
 
-def _finished(run: RecoverDirectory, record: RecoverRecord | None) -> Report | None:
+def _finished(run: TrainingDirectory, record: TrainingRecord | None) -> Report | None:
     """Read the report of a finished run; None where something is left to do."""
     if record is None or not run.report_file.exists():
         return None
@@ -180,7 +180,7 @@ def _finished(run: RecoverDirectory, record: RecoverRecord | None) -> Report | N
     return None
 
 
-def _refuse_other(run: RecoverDirectory, begun: RecoverRecord, request: TrainingRequest[R]) -> None:
+def _refuse_other(run: TrainingDirectory, begun: TrainingRecord, request: TrainingRequest[R]) -> None:
     """Refuse to continue a run of other settings or of other models.
 
     Raises:
@@ -211,7 +211,7 @@ def _flat(recipe: Mapping[str, Any]) -> dict[str, Any]:
     return {**{key: value for key, value in recipe.items() if key != "data"}, **data}
 
 
-def _refuse_changed(run: RecoverDirectory, begun: RecoverRecord, permissions: Permissions, *, finished: bool) -> None:
+def _refuse_changed(run: TrainingDirectory, begun: TrainingRecord, permissions: Permissions, *, finished: bool) -> None:
     """Refuse a run whose models are not those that it began with, or are gone and needed.
 
     Raises:
@@ -230,7 +230,7 @@ def _refuse_changed(run: RecoverDirectory, begun: RecoverRecord, permissions: Pe
 
 
 def _check_machine(
-    run: RecoverDirectory, begun: RecoverRecord, request: TrainingRequest[R], listener: Listener
+    run: TrainingDirectory, begun: TrainingRecord, request: TrainingRequest[R], listener: Listener
 ) -> None:
     """Say what may change the last bits of a run that goes on.
 
@@ -250,14 +250,14 @@ def _check_machine(
         listener.say(f"this run began on {numerics.device}; on {device} its last bits may differ")
 
 
-def _say_changed_text(begun: RecoverRecord, listener: Listener) -> None:
+def _say_changed_text(begun: TrainingRecord, listener: Listener) -> None:
     for name, digest in begun.decision.text_sha256.items():
         if Path(name).is_file() and sha256_file(Path(name)) != digest:
             listener.say(f"{name} has changed since this run began, which keeps the windows that it cut then")
 
 
 @contextmanager
-def _reporting_failure(run: RecoverDirectory, times: Any) -> Iterator[None]:
+def _reporting_failure(run: TrainingDirectory, times: Any) -> Iterator[None]:
     """Let ``report.json`` say why the run fails, if it does; that of an earlier attempt is removed."""
     with disk_errors(run.report_file):
         run.report_file.unlink(missing_ok=True)
@@ -271,7 +271,7 @@ def _reporting_failure(run: RecoverDirectory, times: Any) -> Iterator[None]:
 
 
 @contextmanager
-def _saying_how_to_continue(run: RecoverDirectory) -> Iterator[None]:
+def _saying_how_to_continue(run: TrainingDirectory) -> Iterator[None]:
     """Let an interruption carry the command that continues the run."""
     try:
         yield

@@ -14,7 +14,7 @@ from ..calibration.windows import window_length
 from ..errors import FistaPrunerError
 from ..evaluation.data import load_windows
 from ..evaluation.inspection import inspect_checkpoint
-from ..execution.recovery import open_model
+from ..execution.training import open_model
 from ..models.discovery import Layout, discover
 from ..models.files.record import read_pruning_record
 from ..models.layerwise import LayerwiseModel
@@ -25,7 +25,7 @@ from ..runs.directory import RunDirectory
 from ..runs.identity import changed_files
 from ..runs.lineage import read_lineage
 from ..runs.listener import Listener
-from ..runs.recover_directory import RecoverDirectory
+from ..runs.training_directory import TrainingDirectory
 from ..runs.training_runs import dense_of, input_run, training_run
 from ..runtime.ranks import ALONE, Ranks
 from ..sparse.pack import is_packed
@@ -92,7 +92,7 @@ class Inputs(Generic[R]):
 
 
 def check_training_inputs(
-    run: RecoverDirectory,
+    run: TrainingDirectory,
     request: TrainingRequest[R],
     listener: Listener,
     resolve: Callable[[R, RunDirectory | None, bool], R],

@@ -15,10 +15,10 @@ from torch import Tensor
 
 from ..calibration.pairs import Pairs
 from ..calibration.training_text import TrainingText
-from .recover_directory import RecoverDirectory
+from .training_directory import TrainingDirectory
 
 
-class AlignDirectory(RecoverDirectory):
+class AlignDirectory(TrainingDirectory):
     """Paths and records of one alignment run.
 
     Args:

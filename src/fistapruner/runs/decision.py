@@ -143,7 +143,7 @@ class PruneDecision(RunDecision):
     structure: StructureDecision | None = None
 
 
-class RecoverDecision(RunDecision):
+class TrainingDecision(RunDecision):
     """What a recovery run decides.
 
     Args:
@@ -191,7 +191,7 @@ class PruneRecord(RunRecord):
     decision: PruneDecision
 
 
-class RecoverRecord(RunRecord):
+class TrainingRecord(RunRecord):
     """The content of a recovery run's ``run.json``."""
 
-    decision: RecoverDecision
+    decision: TrainingDecision

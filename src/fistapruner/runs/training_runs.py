@@ -6,13 +6,13 @@ from pathlib import Path
 
 from .align_directory import AlignDirectory
 from .directory import RunDirectory
-from .recover_directory import RecoverDirectory
+from .training_directory import RecoverDirectory, TrainingDirectory
 
-DIRECTORIES: dict[str, type[RecoverDirectory]] = {each.verb: each for each in (RecoverDirectory, AlignDirectory)}
+DIRECTORIES: dict[str, type[TrainingDirectory]] = {each.verb: each for each in (RecoverDirectory, AlignDirectory)}
 """Run directories of the verbs that train, by the verb."""
 
 
-def training_run(folder: Path, verb: str) -> RecoverDirectory:
+def training_run(folder: Path, verb: str) -> TrainingDirectory:
     """Return the run directory of a verb that trains."""
     return DIRECTORIES[verb](folder)
 

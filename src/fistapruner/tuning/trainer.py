@@ -20,9 +20,9 @@ from ..calibration.training_text import TrainingText
 from ..errors import FistaPrunerError
 from ..recipes.training_settings import TrainingRecipe
 from ..runs.records import Check
-from ..runs.recover_directory import RecoverDirectory
 from ..runs.snapshots import Snapshot
 from ..runs.steps import ForeignJournal, StepJournal, read_steps
+from ..runs.training_directory import TrainingDirectory
 from ..runtime.formatting import duration
 from ..runtime.ranks import ALONE, Ranks
 from .adamw import Patience, Verdict, check_due, schedule
@@ -130,7 +130,7 @@ class Trainer:
         ranks: the processes that train together. Each takes every step; rank 0 writes.
     """
 
-    run: RecoverDirectory
+    run: TrainingDirectory
     fingerprint: str
     recipe: TrainingRecipe
     text: TrainingText

@@ -19,17 +19,17 @@ from fistapruner.models.discovery import discover
 from fistapruner.models.files.checkpoint import Checkpoint
 from fistapruner.models.layerwise import LayerwiseModel
 from fistapruner.planning.plan import Resources
-from fistapruner.planning.recover_plan import FormPlan, fit, plan_recovery
-from fistapruner.planning.recover_probe import measure_form, measure_model
-from fistapruner.planning.recover_sizes import RecoverChoice, RecoverSizes, Task
+from fistapruner.planning.training_plan import FormPlan, fit, plan_training
+from fistapruner.planning.training_probe import measure_form, measure_model
+from fistapruner.planning.training_sizes import Task, TrainingChoice, TrainingSizes
 from fistapruner.recipes.recover_settings import RecoverRecipe
 from fistapruner.runs.listener import Listener
 from fistapruner.runs.records import Report
-from fistapruner.runs.recover_directory import RecoverDirectory
+from fistapruner.runs.training_directory import RecoverDirectory
 
 CPU = torch.device("cpu")
 AMPLE = 2**50
-SMALLEST = RecoverChoice(1, resident=False, states_on_disk=True, hidden_on_disk=True)
+SMALLEST = TrainingChoice(1, resident=False, states_on_disk=True, hidden_on_disk=True)
 
 
 def task_for(folder: Path, layers: int = 2, *, out: Path | None = None, **settings: Any) -> Task:
@@ -46,12 +46,12 @@ def task_for(folder: Path, layers: int = 2, *, out: Path | None = None, **settin
     return Task.of_recovery(model, layout, dense, recipe, survivors, 32, out or folder)
 
 
-def sizes(task: Task) -> RecoverSizes:
+def sizes(task: Task) -> TrainingSizes:
     """What is measured for a task, without the memory of this process."""
-    return RecoverSizes(task, replace(measure_model(task), base=0), measure_form(task))
+    return TrainingSizes(task, replace(measure_model(task), base=0), measure_form(task))
 
 
-def planned(needs: RecoverSizes, limit: int = AMPLE, free: int = AMPLE) -> FormPlan:
+def planned(needs: TrainingSizes, limit: int = AMPLE, free: int = AMPLE) -> FormPlan:
     return fit(needs, Resources(limit, CPU, {}, (CPU,)), free)
 
 
@@ -61,19 +61,19 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def needs(folder: Path) -> RecoverSizes:
+def needs(folder: Path) -> TrainingSizes:
     return sizes(task_for(folder, 6))
 
 
-def test_each_way_to_save_memory_saves_it(needs: RecoverSizes) -> None:
+def test_each_way_to_save_memory_saves_it(needs: TrainingSizes) -> None:
     peaks = [
         needs.peak(choice)
         for choice in (
-            RecoverChoice(4, keep_graphs=True),
-            RecoverChoice(4),
-            RecoverChoice(4, hidden_on_disk=True),
-            RecoverChoice(4, resident=False, hidden_on_disk=True),
-            RecoverChoice(4, resident=False, states_on_disk=True, hidden_on_disk=True),
+            TrainingChoice(4, keep_graphs=True),
+            TrainingChoice(4),
+            TrainingChoice(4, hidden_on_disk=True),
+            TrainingChoice(4, resident=False, hidden_on_disk=True),
+            TrainingChoice(4, resident=False, states_on_disk=True, hidden_on_disk=True),
             SMALLEST,
         )
     ]
@@ -81,16 +81,16 @@ def test_each_way_to_save_memory_saves_it(needs: RecoverSizes) -> None:
     assert len(set(peaks)) > 3
 
 
-def test_a_limit_takes_the_first_choice_that_fits(needs: RecoverSizes) -> None:
+def test_a_limit_takes_the_first_choice_that_fits(needs: TrainingSizes) -> None:
     """The first is everything in memory with the graphs of all layers; layers stay before all windows pass at once."""
-    assert planned(needs).choice == RecoverChoice(4, keep_graphs=True)
-    for choice in (RecoverChoice(4), RecoverChoice(4, hidden_on_disk=True)):
+    assert planned(needs).choice == TrainingChoice(4, keep_graphs=True)
+    for choice in (TrainingChoice(4), TrainingChoice(4, hidden_on_disk=True)):
         found = planned(needs, needs.peak(choice))
         assert found.choice == choice
         assert found.fits
-    less = planned(needs, needs.peak(RecoverChoice(4, hidden_on_disk=True)) - 1).choice
+    less = planned(needs, needs.peak(TrainingChoice(4, hidden_on_disk=True)) - 1).choice
     assert less.resident == (less.batch_size < 4)
-    streaming = planned(needs, needs.peak(RecoverChoice(1, resident=False, hidden_on_disk=True)))
+    streaming = planned(needs, needs.peak(TrainingChoice(1, resident=False, hidden_on_disk=True)))
     assert not streaming.choice.resident
     assert not streaming.choice.states_on_disk
     assert "one decoder layer in memory at a time" in streaming.says[0]
@@ -99,7 +99,7 @@ def test_a_limit_takes_the_first_choice_that_fits(needs: RecoverSizes) -> None:
 
 def test_given_windows_a_pass_are_kept(folder: Path) -> None:
     needs = sizes(task_for(folder, 6, execution={"batch_size": 4}))
-    assert planned(needs, needs.peak(RecoverChoice(4, False, True, True))).choice.batch_size == 4
+    assert planned(needs, needs.peak(TrainingChoice(4, False, True, True))).choice.batch_size == 4
     assert not planned(needs, needs.peak(SMALLEST)).fits
 
 
@@ -107,7 +107,7 @@ def test_given_windows_a_pass_are_kept(folder: Path) -> None:
 def test_memory_does_not_grow_with_depth_when_layers_are_read(folder: Path, parameters: str) -> None:
     shallow, deep = (sizes(task_for(folder, layers, parameters=parameters)) for layers in (2, 6))
     assert shallow.stages(SMALLEST) == deep.stages(SMALLEST)
-    assert max(shallow.stages(RecoverChoice(1)).values()) < max(deep.stages(RecoverChoice(1)).values())
+    assert max(shallow.stages(TrainingChoice(1)).values()) < max(deep.stages(TrainingChoice(1)).values())
     assert sum(shallow.disk(SMALLEST).values()) < sum(deep.disk(SMALLEST).values())
 
 
@@ -144,8 +144,8 @@ def test_trained_numbers_are_those_of_the_training(folder: Path) -> None:
         assert measure_form(replace(task, survivors=survivors)).trained == held
 
 
-def test_predictions_go_in_rounds_where_the_disk_is_small(needs: RecoverSizes) -> None:
-    parts = needs.disk(RecoverChoice(4))
+def test_predictions_go_in_rounds_where_the_disk_is_small(needs: TrainingSizes) -> None:
+    parts = needs.disk(TrainingChoice(4))
     whole = sum(parts.values())
     assert planned(needs, free=2 * whole).choice.teacher_windows is None
     short = (whole - parts["the dense model's predictions"] // 4) / 0.95
@@ -162,9 +162,9 @@ def test_predictions_go_in_rounds_where_the_disk_is_small(needs: RecoverSizes) -
 def test_a_refusal_names_the_stage_and_what_would_fit(folder: Path) -> None:
     task = task_for(folder, 2, parameters="full", loss="ce")
     measured = replace(measure_model(task), base=0, head=0)  # of so small a model the head is the largest part
-    full = RecoverSizes(task, measured, measure_form(task))
+    full = TrainingSizes(task, measured, measure_form(task))
     norms = replace(task, recipe=task.recipe.model_copy(update={"parameters": "norms"}))
-    least = RecoverSizes(norms, measured, measure_form(norms)).peak(SMALLEST)
+    least = TrainingSizes(norms, measured, measure_form(norms)).peak(SMALLEST)
     assert least < full.peak(SMALLEST)
     execution = task.recipe.execution.model_copy(update={"memory_limit": least})
     limited = replace(task, recipe=task.recipe.model_copy(update={"execution": execution}))
@@ -172,10 +172,10 @@ def test_a_refusal_names_the_stage_and_what_would_fit(folder: Path) -> None:
     with pytest.raises(
         FistaPrunerError, match=rf"^--memory-limit .* is not enough: {stage} needs .* --parameters norms"
     ):
-        plan_recovery(limited, measured)
+        plan_training(limited, measured)
     tiny_limit = execution.model_copy(update={"memory_limit": 1})
     with pytest.raises(FistaPrunerError, match=r"--memory-limit 1 B is not enough: .* needs") as caught:
-        plan_recovery(replace(task, recipe=task.recipe.model_copy(update={"execution": tiny_limit})), measured)
+        plan_training(replace(task, recipe=task.recipe.model_copy(update={"execution": tiny_limit})), measured)
     assert "would fit" not in str(caught.value)
 
 

@@ -19,8 +19,8 @@ from ..recipes.training_settings import PARAMETERS
 from ..runs.records import PlanRow
 from ..runtime.formatting import duration, size
 from .plan import DEVICE, DEVICE_RESERVE, DISK, MEMORY, Budget, Resources, existing_folder
-from .recover_probe import measure_form, measure_model
-from .recover_sizes import STEP, TRAINING, ModelSizes, RecoverChoice, RecoverSizes, Task
+from .training_probe import measure_form, measure_model
+from .training_sizes import STEP, TRAINING, ModelSizes, Task, TrainingChoice, TrainingSizes
 
 DISK_SHARE = 0.95
 """Share of the free disk that a plan may use."""
@@ -39,11 +39,11 @@ class FormPlan:
     """
 
     parameters: str
-    choice: RecoverChoice
+    choice: TrainingChoice
     fits: bool
     refusal: str | None
     changed: str | None
-    needs: RecoverSizes
+    needs: TrainingSizes
 
     @property
     def rows(self) -> list[PlanRow]:
@@ -97,7 +97,7 @@ class FormPlan:
         ]
 
 
-def plan_recovery(task: Task, measured: ModelSizes | None = None) -> FormPlan:
+def plan_training(task: Task, measured: ModelSizes | None = None) -> FormPlan:
     """Plan a recovery run.
 
     Args:
@@ -110,7 +110,7 @@ def plan_recovery(task: Task, measured: ModelSizes | None = None) -> FormPlan:
     """
     measured = measured or measure_model(task)
     resources = Resources.of_this_machine(task.recipe, task.model.device, 1)
-    found = fit(RecoverSizes(task, measured, measure_form(task)), resources)
+    found = fit(TrainingSizes(task, measured, measure_form(task)), resources)
     if found.fits:
         return found
     others = [form for form in plan_forms(task, measured, [name for name in PARAMETERS if name != found.parameters])]
@@ -127,11 +127,11 @@ def plan_forms(task: Task, measured: ModelSizes | None = None, names: Sequence[s
         other = replace(task, recipe=task.recipe.model_copy(update={"parameters": name}))
         if name == "norms" and not task.recipe.also:
             continue
-        found.append(fit(RecoverSizes(other, measured, measure_form(other)), resources))
+        found.append(fit(TrainingSizes(other, measured, measure_form(other)), resources))
     return found
 
 
-def fit(needs: RecoverSizes, resources: Resources, free: int | None = None) -> FormPlan:
+def fit(needs: TrainingSizes, resources: Resources, free: int | None = None) -> FormPlan:
     """Choose settings of a run that fit into memory and onto the disk.
 
     If memory holds the graphs of all layers, no layer runs twice. Else decoder layers stay in memory if they can; then
@@ -148,9 +148,9 @@ def fit(needs: RecoverSizes, resources: Resources, free: int | None = None) -> F
     sizes = [task.batch_size]
     while sizes[-1] > task.together and not task.recipe.execution.batch_size:
         sizes.append(task.whole(sizes[-1] // 2))
-    choices = [] if task.recipe.zeroth_order else [RecoverChoice(sizes[0], keep_graphs=True)]
+    choices = [] if task.recipe.zeroth_order else [TrainingChoice(sizes[0], keep_graphs=True)]
     choices += [
-        RecoverChoice(count, resident, in_files, hidden)
+        TrainingChoice(count, resident, in_files, hidden)
         for resident, in_files in ((True, False), (False, False), (False, True))
         for count in sizes
         for hidden in (False, True)
@@ -178,7 +178,7 @@ def fit(needs: RecoverSizes, resources: Resources, free: int | None = None) -> F
             f"{size(free)} free"
         )
         return FormPlan(parameters, chosen, False, refusal, None, needs)
-    first = RecoverChoice(task.batch_size)
+    first = TrainingChoice(task.batch_size)
     given = [budget.given for budget in budgets if not budget.holds(first) and not chosen.keep_graphs]
     given += [] if chosen.teacher_windows is None else [f"the {size(free)} that are free in {place}"]
     words = chosen.words()
@@ -188,7 +188,7 @@ def fit(needs: RecoverSizes, resources: Resources, free: int | None = None) -> F
     return FormPlan(parameters, chosen, True, None, changed, needs)
 
 
-def _budgets(needs: RecoverSizes, resources: Resources) -> list[Budget[RecoverChoice]]:
+def _budgets(needs: TrainingSizes, resources: Resources) -> list[Budget[TrainingChoice]]:
     """Make the budget of the GPU, if there is one, and of main memory."""
     limited = needs.task.recipe.execution.memory_limit
     limit, device = resources.limit, resources.device

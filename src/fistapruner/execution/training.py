@@ -1,4 +1,4 @@
-"""The context of a recovery run, opened from the run directory alone."""
+"""The context of a run that trains, opened from the run directory alone."""
 
 from __future__ import annotations
 
@@ -20,10 +20,10 @@ from ..models.layerwise import LayerwiseModel
 from ..models.source import UNTRUSTED, ModelSource, Permissions
 from ..recipes.recover_settings import RecoverRecipe
 from ..recipes.training_settings import TrainingRecipe
-from ..runs.decision import RecoverDecision
+from ..runs.decision import TrainingDecision
 from ..runs.identity import fingerprint, stamps
 from ..runs.listener import Listener
-from ..runs.recover_directory import RecoverDirectory
+from ..runs.training_directory import RecoverDirectory, TrainingDirectory
 from ..runtime.devices import choose_device, cpu_threads
 from ..runtime.files import disk_errors, sha256_file
 from ..runtime.numerics import DTYPES
@@ -37,8 +37,8 @@ from ..tuning.trainer import Stepper, Trainer, TrainingState
 
 
 @dataclass
-class RecoverContext:
-    """An opened recovery run.
+class TrainingContext:
+    """An opened run that trains.
 
     Args:
         run: its directory.
@@ -55,17 +55,17 @@ class RecoverContext:
         directory, settings: kinds of run directory and recipe; ``progress``: name of the steps.
     """
 
-    directory: ClassVar[type[RecoverDirectory]] = RecoverDirectory
-    settings: ClassVar[type[TrainingRecipe]] = RecoverRecipe
-    progress: ClassVar[str] = "recovery steps"
+    directory: ClassVar[type[TrainingDirectory]]
+    settings: ClassVar[type[TrainingRecipe]]
+    progress: ClassVar[str]
 
-    run: RecoverDirectory
+    run: TrainingDirectory
     recipe: Any
     fingerprint: str
     model: LayerwiseModel
     layout: Layout
     text: TrainingText
-    decision: RecoverDecision
+    decision: TrainingDecision
     permissions: Permissions = UNTRUSTED
     ranks: Ranks = ALONE
 
@@ -202,6 +202,14 @@ class RecoverContext:
         return dense
 
 
+class RecoverContext(TrainingContext):
+    """An opened recovery run."""
+
+    directory: ClassVar[type[TrainingDirectory]] = RecoverDirectory
+    settings: ClassVar[type[TrainingRecipe]] = RecoverRecipe
+    progress: ClassVar[str] = "recovery steps"
+
+
 @contextmanager
 def made(folder: Path | None) -> Iterator[None]:
     """Make the folder of hidden states, if there is one, and remove it after the block."""
@@ -229,7 +237,7 @@ def open_model(source: ModelSource, recipe: TrainingRecipe, dtype: str | None = 
     return LayerwiseModel(source.checkpoint(), device, chosen, trust_remote_code=source.trust_remote_code)
 
 
-def identity(recipe: TrainingRecipe, model: LayerwiseModel, text: TrainingText, decision: RecoverDecision) -> str:
+def identity(recipe: TrainingRecipe, model: LayerwiseModel, text: TrainingText, decision: TrainingDecision) -> str:
     """Hash what decides the run's result."""
     more = [
         list(decision.dense_stamps),

@@ -26,7 +26,7 @@ DISK_RATE = 500e6
 
 
 @dataclass(frozen=True)
-class RecoverChoice:
+class TrainingChoice:
     """Settings that a plan may change to make a recovery run fit.
 
     Args:
@@ -222,7 +222,7 @@ class FormSizes:
 
 
 @dataclass(frozen=True)
-class RecoverSizes:
+class TrainingSizes:
     """Predict memory, disk and time of a recovery run from measured parts."""
 
     task: Task
@@ -254,7 +254,7 @@ class RecoverSizes:
             "backwards": (layers + 1) * step,
         }
 
-    def stages(self, choice: RecoverChoice) -> dict[str, int]:
+    def stages(self, choice: TrainingChoice) -> dict[str, int]:
         """Compute the peak bytes of every stage, by the stage's name in messages.
 
         The bytes are of main memory on a CPU, or of the GPU.
@@ -315,7 +315,7 @@ class RecoverSizes:
         )
         return {name: round(each + UNCOUNTED * (each - base)) for name, each in found.items()}
 
-    def host_stages(self, choice: RecoverChoice) -> dict[str, int]:
+    def host_stages(self, choice: TrainingChoice) -> dict[str, int]:
         """Compute the peak bytes of main memory of every stage of a run on a GPU."""
         model, form = self.model, self.form
         moving = 2 * choice.batch_size * model.window
@@ -329,11 +329,11 @@ class RecoverSizes:
             found["the dense model's predictions"] = self._block(choice) * model.window + moving + model.largest
         return {name: round(model.base + (1 + UNCOUNTED) * each) for name, each in found.items()}
 
-    def peak(self, choice: RecoverChoice) -> int:
+    def peak(self, choice: TrainingChoice) -> int:
         """Compute the peak bytes of the run where its layers are, with the drawing of its text."""
         return max(*self.stages(choice).values(), (0 if self.model.cuda else self.model.base) + self.model.text)
 
-    def _block(self, choice: RecoverChoice) -> int:
+    def _block(self, choice: TrainingChoice) -> int:
         """Count the windows of a block of the dense model's predictions."""
         task = self.task
         most = self.used_windows() if choice.teacher_windows is None else choice.teacher_windows
@@ -344,7 +344,7 @@ class RecoverSizes:
         task = self.task
         return min(task.windows, task.steps * task.step_windows) + task.held_out
 
-    def disk(self, choice: RecoverChoice) -> dict[str, int]:
+    def disk(self, choice: TrainingChoice) -> dict[str, int]:
         """Compute the peak bytes of the run directory's parts, by name in messages."""
         task, model = self.task, self.model
         windows = self.used_windows() if choice.teacher_windows is None else choice.teacher_windows
@@ -358,7 +358,7 @@ class RecoverSizes:
             "the training text": 9 * tokens,
         }
 
-    def step_seconds(self, choice: RecoverChoice) -> float:
+    def step_seconds(self, choice: TrainingChoice) -> float:
         """Estimate the seconds of one step, without a check."""
         task, model, form = self.task, self.model, self.form
         passes, windows = math.ceil(task.step_windows / choice.batch_size), task.step_windows * task.fill
@@ -381,7 +381,7 @@ class RecoverSizes:
             traffic += 2 * self._stores()["forwards"] * model.window
         return seconds + traffic / DISK_RATE
 
-    def seconds(self, choice: RecoverChoice) -> float:
+    def seconds(self, choice: TrainingChoice) -> float:
         """Estimate the seconds of all steps, checks, snapshots and predictions of the dense model."""
         task, model, form = self.task, self.model, self.form
         checks = 1 + min(task.steps, task.recipe.validation_checks)

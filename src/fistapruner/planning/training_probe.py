@@ -23,8 +23,8 @@ from ..tuning.trained import Trained, vectors
 from ..tuning.zeroth_order import ZerothOrder
 from .footprint import kept_bytes, peak_bytes
 from .plan import room_for
-from .recover_sizes import FormSizes, ModelSizes, Task
 from .sizes import RETAINED
+from .training_sizes import FormSizes, ModelSizes, Task
 
 GROWTH = 64 * 2**20
 """Memory of the process that comes after the plan: code loaded on first use, the text, fragments (measured: 50 MiB)."""

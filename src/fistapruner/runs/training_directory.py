@@ -1,4 +1,4 @@
-"""The run directory of a recovery run: what it keeps beside the files of every run.
+"""The run directory of a run that trains: what it keeps beside the files of every run.
 
 RUN/
     windows.safetensors    the training text: token ids, which of them carry loss, which windows are held out
@@ -24,7 +24,7 @@ from ..calibration.training_text import TrainingText
 from ..errors import FistaPrunerError
 from ..models.files.safetensors import SafetensorsFile, SafetensorsWriter, TensorEntry
 from ..runtime.files import PARTIAL
-from .decision import RecoverRecord
+from .decision import TrainingRecord
 from .directory import EARLY, RunDirectory
 from .snapshots import Snapshots
 
@@ -35,8 +35,8 @@ BEFORE_RUN_FILE = rf"{EARLY}|(windows\.safetensors|recipe\.yaml|run\.json)({re.e
 """Names that an attempt has left that was stopped before ``run.json`` was written."""
 
 
-class RecoverDirectory(RunDirectory):
-    """Paths and records of one recovery run.
+class TrainingDirectory(RunDirectory):
+    """Paths and records of one run that trains.
 
     Args:
         folder: the run directory.
@@ -45,7 +45,7 @@ class RecoverDirectory(RunDirectory):
         verb: that makes such runs.
     """
 
-    verb: ClassVar[str] = "recover"
+    verb: ClassVar[str]
 
     def __init__(self, folder: Path) -> None:
         super().__init__(folder)
@@ -66,8 +66,8 @@ class RecoverDirectory(RunDirectory):
     def foreign(self) -> list[str]:
         return sorted(path.name for path in self.folder.iterdir() if not re.fullmatch(BEFORE_RUN_FILE, path.name))
 
-    def record(self) -> RecoverRecord | None:
-        return self.read_record(RecoverRecord, self.verb)
+    def record(self) -> TrainingRecord | None:
+        return self.read_record(TrainingRecord, self.verb)
 
     def write_text(self, text: TrainingText, drawing: str) -> None:
         """Store the training text.
@@ -114,3 +114,9 @@ class RecoverDirectory(RunDirectory):
             return self.made(fields, tensors)
         except (FistaPrunerError, OSError, KeyError, ValueError, TypeError):
             return None
+
+
+class RecoverDirectory(TrainingDirectory):
+    """Paths and records of one recovery run."""
+
+    verb: ClassVar[str] = "recover"
