@@ -1,4 +1,4 @@
-"""Run parts of a recovery step once on the real model, and count their bytes and seconds."""
+"""Run parts of a training step once on the real model, and count their bytes and seconds."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Count the memory, disk and time of a recovery run from measured sizes of its parts."""
+"""Count the memory, disk and time of a run that trains from measured sizes of its parts."""
 
 from __future__ import annotations
 
