@@ -1,4 +1,4 @@
-"""Plan a run that trains before it begins: predict memory, disk and time, and choose settings that fit.
+"""Plan a run that trains: predict memory, disk and time, and choose settings that fit.
 
 Memory is counted from the model's sizes and from parts of a step that are run once on the real model, with their bytes
 counted (:mod:`fistapruner.planning.footprint`): one window through one decoder layer and back, that layer's effective
