@@ -16,7 +16,7 @@ from ..runs.listener import Listener
 from ..runs.records import Alignment, Report
 from ..tuning.preference import margins_of
 from ..tuning.trained import Trained
-from .prepare_align import prepare, restore_text
+from .prepare_align import make_text, prepare
 from .training import TrainingVerb, train
 
 LOWEST_REWARD = -1.0
@@ -118,5 +118,5 @@ def add_results(context: AlignContext, trained: Trained, report: Report, listene
         )
 
 
-ALIGN = TrainingVerb(AlignRecipe, AlignDirectory, AlignContext, prepare, restore_text, add_results)
+ALIGN = TrainingVerb(AlignRecipe, AlignDirectory, AlignContext, prepare, make_text, "the pairs have changed", add_results)
 """What alignment does in its own way."""

@@ -10,12 +10,11 @@ from ..calibration.pairs import Pair, Pairs, pair_order, read_pairs, tokenise_pa
 from ..errors import FistaPrunerError
 from ..planning.training_sizes import Task
 from ..recipes.align_settings import AlignRecipe
-from ..runs.decision import TrainingRecord
 from ..runs.directory import RunDirectory
 from ..runs.listener import Listener
 from ..runs.records import Recovery
 from ..runs.training_directory import TrainingDirectory
-from ..runtime.files import disk_errors, sha256_file
+from ..runtime.files import sha256_file
 from ..tuning.pair_objective import DIVERGENCE, LENGTHS, LIKELIHOOD
 from ..tuning.teacher import TOP
 from .prepare_training import choose_plan, count_documents, decide, describe_text, record, share_of
@@ -116,29 +115,14 @@ def cut_pairs(run: TrainingDirectory, inputs: Inputs[AlignRecipe], pairs: list[P
     return text
 
 
-def restore_text(
-    run: TrainingDirectory, begun: TrainingRecord, request: TrainingRequest[AlignRecipe], listener: Listener
-) -> None:
-    """Tokenise the pairs of a run again if they are gone or damaged.
+def make_text(run: TrainingDirectory, request: TrainingRequest[AlignRecipe], listener: Listener) -> None:
+    """Tokenise the pairs of a begun run again.
 
     Raises:
-        FistaPrunerError: the file has changed since, or is gone.
+        FistaPrunerError: the file has a fault, or is gone.
     """
-    decision = begun.decision
-    if run.windows_file.is_file() and sha256_file(run.windows_file) == decision.windows_sha256:
-        return
-    listener.say(f"{run.windows_file} is gone or damaged: the pairs are tokenised again")
-    with disk_errors(run.windows_file):
-        run.windows_file.unlink(missing_ok=True)
-    recipe = AlignRecipe.build(begun.recipe, str(run.run_file))
-    dense = None if decision.dense is None else str(decision.dense)
-    same = TrainingRequest(decision.model, recipe, dense, request.permissions, evaluates=False, ranks=request.ranks)
-    pairs, _ = check_pairs(recipe)
-    cut_pairs(run, check_inputs(run, same, listener), pairs, listener)
-    if sha256_file(run.windows_file) != decision.windows_sha256:
-        raise FistaPrunerError(
-            f"{run.windows_file} is gone or damaged, and the pairs have changed since: name another --out"
-        )
+    pairs, _ = check_pairs(request.recipe)
+    cut_pairs(run, check_inputs(run, request, listener), pairs, listener)
 
 
 def task_of(out: Path, inputs: Inputs[AlignRecipe], text: Pairs) -> Task:

@@ -3,23 +3,20 @@
 from __future__ import annotations
 
 import json
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from ..calibration import SELF
 from ..calibration.training_text import TrainingText, order, shared_documents, training_text
-from ..errors import FistaPrunerError
 from ..evaluation.data import evaluation_documents
 from ..models.whole import load_whole, require_whole
 from ..planning.training_sizes import Task
 from ..recipes.recover_settings import RecoverRecipe
-from ..runs.decision import TrainingRecord
 from ..runs.identity import stamps
 from ..runs.listener import Listener
 from ..runs.records import Recovery
 from ..runs.training_directory import TrainingDirectory
-from ..runtime.files import disk_errors, sha256_file
+from ..runtime.files import sha256_file
 from ..runtime.memory import release_memory
 from ..runtime.numerics import dtype_name
 from .prepare_training import choose_plan, count_documents, decide, describe_text, record, share_of
@@ -103,25 +100,10 @@ def cut_text(
     return text, files
 
 
-def restore_text(
-    run: TrainingDirectory, begun: TrainingRecord, request: TrainingRequest[RecoverRecipe], listener: Listener
-) -> None:
-    """Cut the windows of a run again if they are gone or damaged.
+def make_text(run: TrainingDirectory, request: TrainingRequest[RecoverRecipe], listener: Listener) -> None:
+    """Cut the windows of a begun run again.
 
     Raises:
-        FistaPrunerError: the text has changed since, or is gone.
+        FistaPrunerError: the text is gone.
     """
-    decision = begun.decision
-    if run.windows_file.is_file() and sha256_file(run.windows_file) == decision.windows_sha256:
-        return
-    listener.say(f"{run.windows_file} is gone or damaged: the windows are cut again")
-    with disk_errors(run.windows_file):
-        run.windows_file.unlink(missing_ok=True)
-    recipe = RecoverRecipe.build(begun.recipe, str(run.run_file))
-    dense = None if decision.dense is None else str(decision.dense)
-    same = replace(request, model=decision.model, recipe=recipe, dense=dense, evaluation=None, evaluates=False)
-    cut_text(run, check_inputs(run, same, listener), listener)
-    if sha256_file(run.windows_file) != decision.windows_sha256:
-        raise FistaPrunerError(
-            f"{run.windows_file} is gone or damaged, and the text has changed since: name another --out"
-        )
+    cut_text(run, check_inputs(run, request, listener), listener)

@@ -11,10 +11,10 @@ from ..recipes.recover_settings import RecoverRecipe
 from ..runs.listener import Listener
 from ..runs.records import Report
 from ..runs.training_directory import RecoverDirectory
-from .prepare_recover import prepare, restore_text
+from .prepare_recover import make_text, prepare
 from .training import TrainingVerb, train
 
-RECOVER = TrainingVerb(RecoverRecipe, RecoverDirectory, RecoverContext, prepare, restore_text)
+RECOVER = TrainingVerb(RecoverRecipe, RecoverDirectory, RecoverContext, prepare, make_text, "the text has changed")
 """What recovery does in its own way."""
 
 

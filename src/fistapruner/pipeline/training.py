@@ -42,7 +42,8 @@ class TrainingVerb(Generic[R]):
         settings: kind of its recipes.
         directory: kind of its run directories; ``context``: of its opened runs.
         prepare: checks the input and records what the whole run will use.
-        restore_text: makes the windows of a begun run again if they are gone or damaged.
+        make_text: makes the windows of a run, which its recipe decides, and stores them.
+        changed: says that what they are made of is another: ``the pairs have changed``.
         add_results: adds to the report what is measured of the trained model.
     """
 
@@ -50,7 +51,8 @@ class TrainingVerb(Generic[R]):
     directory: type[TrainingDirectory]
     context: type[TrainingContext]
     prepare: Callable[[TrainingDirectory, TrainingRequest[R], Listener], None]
-    restore_text: Callable[[TrainingDirectory, TrainingRecord, TrainingRequest[R], Listener], None]
+    make_text: Callable[[TrainingDirectory, TrainingRequest[R], Listener], None]
+    changed: str
     add_results: AddResults = lambda context, trained, report, listener: None
 
 
@@ -152,7 +154,7 @@ def _lead(
                     verb.prepare(run, request, listener)
                 else:
                     _check_machine(run, begun, request, listener)
-                    verb.restore_text(run, begun, request, listener)
+                    _restore_text(verb, run, begun, request, listener)
                 ranks.share(True)  # the others train, too
                 context = verb.context.open(run.folder, request.permissions, ranks)
                 trained = context.trained
@@ -254,6 +256,32 @@ def _say_changed_text(begun: TrainingRecord, listener: Listener) -> None:
     for name, digest in begun.decision.text_sha256.items():
         if Path(name).is_file() and sha256_file(Path(name)) != digest:
             listener.say(f"{name} has changed since this run began, which keeps the windows that it cut then")
+
+
+def _restore_text(
+    verb: TrainingVerb[R],
+    run: TrainingDirectory,
+    begun: TrainingRecord,
+    request: TrainingRequest[R],
+    listener: Listener,
+) -> None:
+    """Make the windows of a begun run again if they are gone or damaged.
+
+    Raises:
+        FistaPrunerError: what they were made of has changed since, or is gone.
+    """
+    decision = begun.decision
+    if run.windows_file.is_file() and sha256_file(run.windows_file) == decision.windows_sha256:
+        return
+    listener.say(f"{run.windows_file} is gone or damaged: it is made again")
+    with disk_errors(run.windows_file):
+        run.windows_file.unlink(missing_ok=True)
+    recipe = verb.settings.build(begun.recipe, str(run.run_file))
+    dense = None if decision.dense is None else str(decision.dense)
+    same = replace(request, model=decision.model, recipe=recipe, dense=dense, evaluation=None, evaluates=False)
+    verb.make_text(run, same, listener)
+    if sha256_file(run.windows_file) != decision.windows_sha256:
+        raise FistaPrunerError(f"{run.windows_file} is gone or damaged, and {verb.changed} since: name another --out")
 
 
 @contextmanager
