@@ -118,5 +118,7 @@ def add_results(context: AlignContext, trained: Trained, report: Report, listene
         )
 
 
-ALIGN = TrainingVerb(AlignRecipe, AlignDirectory, AlignContext, prepare, make_text, "the pairs have changed", add_results)
+ALIGN = TrainingVerb(
+    AlignRecipe, AlignDirectory, AlignContext, prepare, make_text, "the pairs have changed", add_results
+)
 """What alignment does in its own way."""
