@@ -274,19 +274,38 @@ def test_plan_of_a_run_and_of_a_checkpoint(run: Path, tmp_path: Path, capsys: py
     assert not list(tmp_path.glob("run*"))
 
 
+def test_plan_of_an_alignment(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    pairs = tmp_path / "pairs.jsonl"
+    pairs.write_text("".join(f'{{"prompt": "{n} is", "chosen": " a", "rejected": " b"}}\n' for n in range(60)), "utf-8")
+    command = ["plan", str(run), "--align", "--data", str(pairs), "--loss", "harmonic", "--steps", "5", "--json"]
+    assert main(command) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert [form["parameters"] for form in found["forms"]] == ["lora", "full", "spp", "hira", "norms"]
+    assert found["chosen"]["parameters"] == "lora"
+    assert any("(5 steps of " in sentence for sentence in found["says"])
+    assert not list(tmp_path.glob("run*"))
+
+
 @pytest.mark.parametrize(
     ("flags", "expected"),
     [
         (["--recover", "--sparsity", "50%"], "--sparsity: a setting of pruning"),
         (["--recover", "--quality", "best"], "--quality: a setting of pruning"),
         (["--windows-per-step", "2"], "--windows-per-step: a setting of recovery"),
-        (["--recover", "--memory-limit", "1MiB"], "--memory-limit 1.00 MiB is not enough: "),
+        (["--pairs-per-step", "2"], "--pairs-per-step: a setting of alignment"),
+        (["--recover", "--beta", "0.2"], "--beta: a setting of alignment"),
+        (["--align", "--tokens", "4k"], "--tokens: a setting of recovery"),
+        (["--align", "--samples", "4"], "--samples: a setting of pruning, and --align plans a run that trains"),
+        (["--align"], "say what to train on with --data: a .jsonl file of preference pairs"),
+        (["--align", "--data", "a.jsonl", "--data", "b.jsonl"], "alignment takes one file of pairs"),
+        (["--align", "--loss", "kl", "--data", "a.jsonl"], "loss"),
+        (["--recover", "--seqlen", "16", "--memory-limit", "1MiB"], "--memory-limit 1.00 MiB is not enough: "),
     ],
 )
 def test_plan_refuses_in_one_line(
     run: Path, capsys: pytest.CaptureFixture[str], flags: list[str], expected: str
 ) -> None:
-    assert main(["plan", str(run), "--seqlen", "16", *flags]) == 2
+    assert main(["plan", str(run), *flags]) == 2
     message = capsys.readouterr().err.strip()
     assert expected in message
     assert "\n" not in message

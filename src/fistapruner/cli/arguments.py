@@ -6,7 +6,7 @@ from __future__ import annotations
 
 import argparse
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, get_args, get_origin
 
@@ -77,7 +77,7 @@ PLURAL = ("sparsity", "method", "seed")
 """Settings for which ``compare`` has arguments of its own, each with several values."""
 
 DEST = "recipe."
-"""Prefix of these arguments in the parsed namespace; the path of the setting follows."""
+"""Prefix of these arguments in the parsed namespace; their flag follows, without its dashes."""
 
 
 def settings(recipe: type[Settings] = Recipe) -> Iterator[tuple[str, FieldInfo]]:
@@ -145,44 +145,67 @@ def add_evaluation_of_result(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def add_recovery_beside(parser: argparse.ArgumentParser) -> None:
-    """Add the settings of a recovery recipe that pruning has not, to a parser with those of pruning."""
-    group = parser.add_argument_group("recovery (with --recover)")
-    for path, field in settings(RecoverRecipe):
-        if path not in SAME_FLAG and flag_of(path) not in flags_of(Recipe):
-            _add_setting(group, path, field)
+def add_training_beside(parser: argparse.ArgumentParser) -> None:
+    """Add the settings of recovery and of alignment that pruning has not, to a parser with those of pruning.
+
+    Where both have a flag, its help is that of recovery, and the recipe alone checks its value.
+    """
+    known = set(flags_of(Recipe))
+    for title, recipe, other in (
+        ("recovery (with --recover; most also with --align)", RecoverRecipe, AlignRecipe),
+        ("alignment (with --align)", AlignRecipe, RecoverRecipe),
+    ):
+        group = parser.add_argument_group(title)
+        shared = dict(settings(other))
+        for path, field in settings(recipe):
+            flag = flag_of(path)
+            if path in SAME_FLAG or flag in known:
+                continue
+            known.add(flag)
+            same = path in shared and shared[path].annotation == field.annotation
+            _add_setting(group, path, field, choices=same or flag not in flags_of(other))
 
 
-def flags_of(recipe: type[Settings]) -> dict[str, str]:
-    """Return the flags of a recipe's settings, and the path of the setting of each."""
-    return {flag_of(path): path for path, _ in settings(recipe) if path not in SAME_FLAG}
+def flags_of(recipe: type[Settings]) -> tuple[str, ...]:
+    """Return the flags of a recipe's settings."""
+    return tuple(flag_of(path) for path, _ in settings(recipe) if path not in SAME_FLAG)
 
 
-def refuse_other_flags(
-    arguments: argparse.Namespace, recipe: type[Settings], other: type[Settings], reason: str
-) -> None:
-    """Refuse flags that only another recipe has.
+def refuse_other_flags(arguments: argparse.Namespace, recipe: type[Settings], others: Mapping[Any, str]) -> None:
+    """Refuse flags that only other recipes have.
+
+    Args:
+        arguments: the parsed flags.
+        recipe: the recipe that is asked for.
+        others: each other recipe's class, and the reason why its flags are refused.
 
     Raises:
         FistaPrunerError: names the flag and gives the reason.
     """
-    for flag, path in flags_of(other).items():
-        if flag not in flags_of(recipe) and getattr(arguments, DEST + path, None) is not None:
-            raise FistaPrunerError(f"{flag}: {reason}")
+    own = flags_of(recipe)
+    for other, reason in others.items():
+        for flag in flags_of(other):
+            if flag not in own and getattr(arguments, _dest(flag), None) is not None:
+                raise FistaPrunerError(f"{flag}: {reason}")
 
 
-def _add_setting(group: argparse._ArgumentGroup, path: str, field: FieldInfo) -> None:
+def _dest(flag: str) -> str:
+    """Return the name of a setting's flag in the parsed namespace."""
+    return DEST + flag.removeprefix("--")
+
+
+def _add_setting(group: argparse._ArgumentGroup, path: str, field: FieldInfo, *, choices: bool = True) -> None:
     """Add one setting: its flag, choices and help are those of the field, which also checks the value."""
     default = field.default
     shown = "" if default is None or default == () or field.annotation is bool else f" (default: {default})"
     options: dict[str, Any] = {
-        "dest": DEST + path,
+        "dest": _dest(flag_of(path)),
         "default": None,
         "help": f"{field.description}{shown}".replace("%", "%%"),
     }
     if field.annotation is bool:
         options["action"] = argparse.BooleanOptionalAction
-    elif get_origin(field.annotation) is Literal:
+    elif choices and get_origin(field.annotation) is Literal:
         options["choices"] = get_args(field.annotation)
     else:
         options["metavar"] = METAVARS.get(path, "N")
@@ -216,8 +239,13 @@ def align_settings(arguments: argparse.Namespace) -> dict[str, Any]:
     """Collect the recipe of an alignment: ``--recipe``, single settings over it.
 
     Raises:
-        FistaPrunerError: no such recipe.
+        FistaPrunerError: no such recipe, or several files of pairs.
     """
+    files = getattr(arguments, _dest("--data"))
+    if isinstance(files, list):  # plan: the flag is that of recovery, which may be given several times
+        if len(files) > 1:
+            raise FistaPrunerError(f"--data {' --data '.join(files)}: alignment takes one file of pairs")
+        setattr(arguments, _dest("--data"), files[0])
     base = load_recipe_settings(arguments.recipe, "align") if arguments.recipe else {}
     return _over(base, arguments, AlignRecipe)
 
@@ -235,9 +263,7 @@ def _over(
     """
     changes: dict[str, Any] = {}
     for path, _ in settings(recipe):
-        own = SAME_FLAG.get(path, path)
-        beside = flags_of(Recipe).get(flag_of(own), own)  # where a verb has the settings of both recipes
-        value = getattr(arguments, DEST + own, getattr(arguments, DEST + beside, None))
+        value = getattr(arguments, _dest(flag_of(SAME_FLAG.get(path, path))), None)
         section, _, key = path.rpartition(".")
         (changes.setdefault(section, {}) if section else changes)[key] = value
     if texts is not None:

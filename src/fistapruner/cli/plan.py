@@ -1,12 +1,13 @@
-"""Predict what pruning or recovering a model needs, without doing it.
+"""Predict what pruning, recovering or aligning a model needs, without doing it.
 
 Memory, disk and time are predicted from the model's sizes and a short measurement, with the choices that a run would
 make to fit the memory. A run makes the same plan before its first layer; its report compares it with what was measured.
-With --recover MODEL is a run or a pruned checkpoint, and the settings are those of recover.
+With --recover or --align MODEL is a run or a pruned checkpoint, and the settings are those of that verb.
 
   fistapruner plan smollm2 --sparsity 50%
   fistapruner plan meta-llama/Llama-3.1-8B --memory-limit 12GiB --method wanda
   fistapruner plan runs/first --recover --tokens 1M --memory-limit 16GiB
+  fistapruner plan runs/first --align --data pairs.jsonl
 """
 
 from __future__ import annotations
@@ -16,8 +17,9 @@ import json
 
 from .arguments import (
     add_recipe_arguments,
-    add_recovery_beside,
+    add_training_beside,
     add_trust_arguments,
+    align_settings,
     recipe_settings,
     recover_settings,
     refuse_other_flags,
@@ -28,30 +30,39 @@ SUMMARY = "predict memory, disk and time of a run"
 
 def configure(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
-        "model", metavar="MODEL", help="hub id, local folder, GGUF file, or smollm2; with --recover a run too"
+        "model", metavar="MODEL", help="hub id, local folder, GGUF file, or smollm2; to be trained, a run too"
     )
     parser.add_argument(
         "--out", default=".", metavar="RUN", help="run directory, whose disk must have the space (default: here)"
     )
-    parser.add_argument(
+    verbs = parser.add_mutually_exclusive_group()
+    verbs.add_argument(
         "--recover", action="store_true", help="plan the recovery of MODEL, which is pruned, with each form"
     )
-    parser.add_argument("--dense", metavar="MODEL", help="with --recover: the dense model (default: as for recover)")
+    verbs.add_argument(
+        "--align", action="store_true", help="plan the alignment of MODEL, which is pruned, with each form"
+    )
+    parser.add_argument("--dense", metavar="MODEL", help="to be trained: the dense model (default: as for recover)")
     parser.add_argument("--json", action="store_true", help="print machine-readable JSON")
     add_recipe_arguments(parser, without=("recover",))
-    add_recovery_beside(parser)
+    add_training_beside(parser)
     add_trust_arguments(parser)
 
 
 def run(arguments: argparse.Namespace) -> int:
     from ..pipeline.plan import plan_model
+    from ..recipes.align_settings import AlignRecipe
     from ..recipes.recover_settings import RecoverRecipe
     from ..recipes.settings import Recipe
     from ..runtime.formatting import align_columns, size
 
-    if arguments.recover:
-        return _recovery(arguments)
-    refuse_other_flags(arguments, Recipe, RecoverRecipe, "a setting of recovery, planned with --recover")
+    if arguments.recover or arguments.align:
+        return _training(arguments)
+    trained = {
+        RecoverRecipe: "a setting of recovery, planned with --recover",
+        AlignRecipe: "a setting of alignment, planned with --align",
+    }
+    refuse_other_flags(arguments, Recipe, trained)
     recipe = Recipe.build(recipe_settings(arguments))
     plan = plan_model(
         arguments.model,
@@ -71,26 +82,33 @@ def run(arguments: argparse.Namespace) -> int:
     return 0
 
 
-def _recovery(arguments: argparse.Namespace) -> int:
-    """Plan a recovery: one line for each form, then what a run would choose."""
+def _training(arguments: argparse.Namespace) -> int:
+    """Plan a recovery or an alignment: one line for each form, then what a run would choose."""
     from ..errors import FistaPrunerError
-    from ..pipeline.plan_recover import plan_recovery_of
+    from ..pipeline.plan_training import plan_alignment_of, plan_recovery_of
+    from ..recipes.align_settings import AlignRecipe
     from ..recipes.recover_settings import RecoverRecipe
     from ..recipes.settings import Recipe
     from ..runtime.formatting import align_columns, duration, size
 
-    refuse_other_flags(arguments, RecoverRecipe, Recipe, "a setting of pruning, and --recover plans a recovery")
+    pruning = f"a setting of pruning, and --{'recover' if arguments.recover else 'align'} plans a run that trains"
     if arguments.quality:
-        raise FistaPrunerError("--quality: a setting of pruning, and --recover plans a recovery")
-    recipe = RecoverRecipe.build(recover_settings(arguments))
-    chosen, forms = plan_recovery_of(
-        arguments.model,
-        recipe,
-        arguments.out,
-        dense=arguments.dense,
-        allow_pickle=arguments.allow_pickle,
-        trust_remote_code=arguments.trust_remote_code,
-    )
+        raise FistaPrunerError(f"--quality: {pruning}")
+    common = {
+        "dense": arguments.dense,
+        "allow_pickle": arguments.allow_pickle,
+        "trust_remote_code": arguments.trust_remote_code,
+    }
+    if arguments.recover:
+        others = {Recipe: pruning, AlignRecipe: "a setting of alignment, planned with --align"}
+        refuse_other_flags(arguments, RecoverRecipe, others)
+        recovery = RecoverRecipe.build(recover_settings(arguments))
+        chosen, forms = plan_recovery_of(arguments.model, recovery, arguments.out, **common)
+    else:
+        others = {Recipe: pruning, RecoverRecipe: "a setting of recovery, planned with --recover"}
+        refuse_other_flags(arguments, AlignRecipe, others)
+        alignment = AlignRecipe.build(align_settings(arguments))
+        chosen, forms = plan_alignment_of(arguments.model, alignment, arguments.out, **common)
     says = chosen.says if chosen.fits else [str(chosen.refusal)]
     if arguments.json:
         print(json.dumps({"says": says, "chosen": chosen.to_json(), "forms": [form.to_json() for form in forms]}))

@@ -40,7 +40,8 @@ def prepare(run: TrainingDirectory, request: TrainingRequest[AlignRecipe], liste
     for sentence in says:
         listener.say(sentence)
         inputs.warnings.append(sentence)
-    text = cut_pairs(run, inputs, pairs, listener)
+    text = cut_pairs(inputs, pairs, listener)
+    write_pairs(run, inputs, text)
     recipe, task = inputs.recipe, task_of(run.folder, inputs, text)
     numerics, choice, rows = choose_plan(share_of(task, request.ranks), listener)
     sources = {str(recipe.data.pairs): sha256_file(Path(str(recipe.data.pairs)))}
@@ -97,8 +98,8 @@ def resolve(recipe: AlignRecipe, origin: RunDirectory | None, dense: bool) -> Al
     return recipe.with_absolute_files().model_copy(update=changes)
 
 
-def cut_pairs(run: TrainingDirectory, inputs: Inputs[AlignRecipe], pairs: list[Pair], listener: Listener) -> Pairs:
-    """Tokenise the pairs, split them, and store them.
+def cut_pairs(inputs: Inputs[AlignRecipe], pairs: list[Pair], listener: Listener) -> Pairs:
+    """Tokenise the pairs, and split them.
 
     Raises:
         FistaPrunerError: the tokenizer refuses a text, or too few pairs are left.
@@ -111,8 +112,12 @@ def cut_pairs(run: TrainingDirectory, inputs: Inputs[AlignRecipe], pairs: list[P
     counts = [len(text.windows(side)) // 2 for side in ("trained", "held_out", "test")]
     listener.say(f"{counts[0]} pairs to train on, {counts[1]} held out, {counts[2]} to test")
     inputs.model.check_tokens(text.tokens)
-    run.write_text(text, json.dumps(inputs.recipe.data.model_dump(mode="json")))
     return text
+
+
+def write_pairs(run: TrainingDirectory, inputs: Inputs[AlignRecipe], text: Pairs) -> None:
+    """Store the pairs in the run directory."""
+    run.write_text(text, json.dumps(inputs.recipe.data.model_dump(mode="json")))
 
 
 def make_text(run: TrainingDirectory, request: TrainingRequest[AlignRecipe], listener: Listener) -> None:
@@ -122,7 +127,8 @@ def make_text(run: TrainingDirectory, request: TrainingRequest[AlignRecipe], lis
         FistaPrunerError: the file has a fault, or is gone.
     """
     pairs, _ = check_pairs(request.recipe)
-    cut_pairs(run, check_inputs(run, request, listener), pairs, listener)
+    inputs = check_inputs(run, request, listener)
+    write_pairs(run, inputs, cut_pairs(inputs, pairs, listener))
 
 
 def task_of(out: Path, inputs: Inputs[AlignRecipe], text: Pairs) -> Task:

@@ -79,7 +79,14 @@ def train(
         text = absolute(evaluate) if Path(evaluate).is_file() else evaluate
         evaluation = EvaluationRequest(data=text, windows=evaluate_windows)
     request = TrainingRequest(
-        str(model), recipe, None if dense is None else str(dense), permissions, command, evaluation, evaluate == "auto"
+        str(model),
+        recipe,
+        None if dense is None else str(dense),
+        permissions,
+        command,
+        evaluation,
+        evaluate == "auto",
+        evaluate_windows,
     )
     return _run(verb, run, request, listener or Listener())
 
@@ -166,6 +173,8 @@ def _lead(
         record = run.record()
         assert record is not None
         evaluation = request.evaluation or (record.decision.evaluation if request.evaluates else None)
+        if evaluation is not None and request.evaluation_windows is not None:
+            evaluation = evaluation.model_copy(update={"windows": request.evaluation_windows})
         if evaluation is not None and evaluation.seqlen is None and (known := record.decision.evaluation):
             evaluation = evaluation.model_copy(update={"seqlen": known.seqlen})
         return measure(run, report, evaluation, request.permissions, listener)

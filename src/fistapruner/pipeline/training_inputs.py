@@ -49,6 +49,7 @@ class TrainingRequest(Generic[R]):
         command: shell line that reproduces the run; None is that of this process.
         evaluation: the text to evaluate on after the run; None takes that of the input's run, where there is one.
         evaluates: evaluate at all.
+        evaluation_windows: of the text of the input's run, only its first so many windows; None takes as many as it.
         ranks: the processes that share the work.
     """
 
@@ -59,6 +60,7 @@ class TrainingRequest(Generic[R]):
     command: str | None = None
     evaluation: EvaluationRequest | None = None
     evaluates: bool = True
+    evaluation_windows: int | None = None
     ranks: Ranks = ALONE
 
 
@@ -128,6 +130,8 @@ def check_training_inputs(
         _check_dense(dense, model)
     tokenizer, length = source.tokenizer(), window_length(seqlen[0], model, TRAINING_SEQLEN, seqlen[1])
     evaluation = request.evaluation or (_evaluation_of(origin) if request.evaluates else None)
+    if evaluation is not None and request.evaluation_windows is not None:
+        evaluation = evaluation.model_copy(update={"windows": request.evaluation_windows})
     if evaluation is not None:  # a fault in the text shows now
         evaluation = evaluation.model_copy(update={"seqlen": evaluation.seqlen or length})
         cut = load_windows(evaluation.data, tokenizer, evaluation.seqlen or length, evaluation.windows)

@@ -1,4 +1,4 @@
-"""Plan a recovery run without starting it: one plan for each form."""
+"""Plan a run that trains without starting it: one plan for each form."""
 
 from __future__ import annotations
 
@@ -7,13 +7,15 @@ from pathlib import Path
 from ..execution.executors import default_threads
 from ..models.source import Permissions
 from ..planning.training_plan import FormPlan, plan_forms
+from ..planning.training_sizes import Task
+from ..recipes.align_settings import AlignRecipe
 from ..recipes.recover_settings import RecoverRecipe
+from ..runs.align_directory import AlignDirectory
 from ..runs.listener import Listener
 from ..runs.training_directory import RecoverDirectory
 from ..runs.training_runs import input_run
 from ..runtime.devices import cpu_threads
-from .prepare_recover import task_of
-from .recover_inputs import check_inputs
+from . import prepare_align, prepare_recover, recover_inputs
 from .training_inputs import TrainingRequest
 
 STAND_IN = "python"
@@ -51,8 +53,36 @@ def plan_recovery_of(
     if recipe.data.source is None and not recipe.data.tasks and (record is None or record.calibration is None):
         recipe = recipe.model_copy(update={"data": recipe.data.model_copy(update={"source": STAND_IN})})
     request = TrainingRequest(str(model), recipe, None if dense is None else str(dense), permissions, evaluates=False)
-    folder = Path(out) / "run"  # of a run in that folder
-    inputs = check_inputs(RecoverDirectory(folder), request, Listener())
-    with cpu_threads(default_threads(recipe.execution)):
-        forms = plan_forms(task_of(folder, inputs))
-    return next(form for form in forms if form.parameters == inputs.recipe.parameters), forms
+    run = RecoverDirectory(Path(out) / "run")  # of a run in that folder
+    return _plan(prepare_recover.task_of(run.folder, recover_inputs.check_inputs(run, request, Listener())))
+
+
+def plan_alignment_of(
+    model: str | Path,
+    recipe: AlignRecipe,
+    out: str | Path = ".",
+    *,
+    dense: str | Path | None = None,
+    allow_pickle: bool = False,
+    trust_remote_code: bool = False,
+) -> tuple[FormPlan, list[FormPlan]]:
+    """Predict what aligning a pruned model will need, without starting it.
+
+    Args and errors are those of :func:`plan_recovery_of`; the recipe must name its pairs.
+
+    Returns:
+        The plan of the recipe's own form, and those of all forms; those that do not fit say why.
+    """
+    pairs, _ = prepare_align.check_pairs(recipe)
+    permissions = Permissions(allow_pickle, trust_remote_code)
+    request = TrainingRequest(str(model), recipe, None if dense is None else str(dense), permissions, evaluates=False)
+    run = AlignDirectory(Path(out) / "run")  # of a run in that folder
+    inputs = prepare_align.check_inputs(run, request, Listener())
+    return _plan(prepare_align.task_of(run.folder, inputs, prepare_align.cut_pairs(inputs, pairs, Listener())))
+
+
+def _plan(task: Task) -> tuple[FormPlan, list[FormPlan]]:
+    """Plan the task with each form."""
+    with cpu_threads(default_threads(task.recipe.execution)):
+        forms = plan_forms(task)
+    return next(form for form in forms if form.parameters == task.recipe.parameters), forms
