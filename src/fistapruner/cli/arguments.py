@@ -146,7 +146,7 @@ def add_evaluation_of_result(parser: argparse.ArgumentParser) -> None:
 
 
 def add_training_beside(parser: argparse.ArgumentParser) -> None:
-    """Add the settings of recovery and of alignment that pruning has not, to a parser with those of pruning.
+    """Add the settings that only recovery and alignment have, to a parser with those of pruning.
 
     Where both have a flag, its help is that of recovery, and the recipe alone checks its value.
     """
