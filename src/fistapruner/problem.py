@@ -280,6 +280,18 @@ class LayerProblem:
             target=1.0,
         )
 
+    def around(self, weight: Tensor) -> LayerProblem:
+        """Write the same problem around other weights: every V keeps its error.
+
+        Args:
+            weight: (m, n) fp32 weights that take the dense ones' place.
+        """
+        change = weight - self.weight
+        drift = -(change @ self.gram)
+        if self.drift_gradient is not None:
+            drift += self.drift_gradient
+        return replace(self, weight=weight, drift=drift, drift_energy=self.row_errors(weight), target=1.0)
+
     def to(self, device: torch.device | str) -> LayerProblem:
         """Return the same problem with its tensors on ``device``."""
 

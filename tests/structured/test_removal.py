@@ -12,9 +12,10 @@ from fistapruner import FistaPrunerError, LayerProblem
 from fistapruner.recipes.structure_settings import Structure
 from fistapruner.solvers import solve
 from fistapruner.structured.elimination import eliminate
-from fistapruner.structured.removal import ChannelStatistics, Removal, choose_share, remove_channels
+from fistapruner.structured.removal import ChannelStatistics, Removal, choose_share, removal_error, remove_channels
 from fistapruner.structured.scores import channel_scores
 from fistapruner.structured.shrinkage import GRID, for_twice_the_tokens, refitted, shrunk, validation_errors
+from fistapruner.structured.statistics import ChannelSums
 
 ROWS, CHANNELS, TOKENS = 5, 8, 200
 
@@ -188,7 +189,7 @@ def test_a_refit_is_never_worse_than_dropping_on_its_own_tokens(method: str) -> 
     inputs = torch.randn(60, 24, generator=generator) @ torch.randn(24, 24, generator=generator)
     weight = torch.randn(10, 24, generator=generator)
     known = statistics(weight, inputs)
-    fitted = remove_channels(known, 16, Structure(method=method))
+    fitted = remove_channels(known, 16, Structure(method=method, compensate="refit"))
     assert error(fitted, known) <= fitted.dropped
     assert fitted.shrink in [for_twice_the_tokens(share) for share in GRID]
     assert fitted.validated is not None
@@ -230,6 +231,31 @@ def test_the_share_is_near_the_best_on_fresh_tokens_and_grows_as_tokens_fall() -
         chosen.append(share)
     assert chosen == sorted(chosen, reverse=True)
     assert chosen[0] > chosen[-1]
+
+
+def test_the_bias_of_flap_takes_the_mean_of_what_goes() -> None:
+    generator = torch.Generator().manual_seed(1)
+    dense, noise = torch.randn(2, 60, 12, generator=generator)
+    weight = torch.randn(5, 12, generator=generator)
+    dense += torch.arange(12.0)
+    for seen in (dense, dense + 0.3 * noise + 0.1):
+        sums = ChannelSums(weight, 4, drift_from=None if seen is dense else "outputs")
+        for window in range(4):
+            rows = slice(15 * window, 15 * window + 15)
+            sums.add(window, seen[rows][None], None if seen is dense else dense[rows] @ weight.T)
+        known = sums.statistics("operator", 1.0)
+        removal = remove_channels(known, 8, Structure(method="flap"), biased=True)
+        gone = [channel for channel in range(12) if channel not in removal.keep.tolist()]
+        assert removal.bias is not None
+        torch.testing.assert_close(removal.bias, weight[:, gone] @ seen.mean(0)[gone], rtol=1e-4, atol=1e-4)
+        assert torch.equal(removal.weight, weight[:, removal.keep])
+        outputs = seen[:, removal.keep] @ removal.weight.T + removal.bias
+        wanted = dense @ weight.T
+        expected = float((outputs - wanted).square().sum() / wanted.square().sum())
+        found = removal_error(known, removal.places, removal.weight, removal.bias)
+        assert found == pytest.approx(expected, rel=1e-3)
+        assert found < removal.dropped
+        assert remove_channels(known, 8, Structure(method="flap")).bias is None
 
 
 def test_importance_of_rows_decides_which_channels_stay() -> None:

@@ -218,7 +218,7 @@ def inputs_of(model: Any, name: str, tokens: Tensor) -> Tensor:
     with torch.no_grad():
         model(tokens)
     handle.remove()
-    return seen[0].flatten(0, 1).double()
+    return seen[0].reshape(-1, seen[0].shape[-1]).double()
 
 
 def test_residual_drift_is_corrected(tmp_path: Path) -> None:
@@ -324,6 +324,39 @@ def test_other_choices_and_no_compensation(tmp_path: Path, method: str) -> None:
     for layer in report.layers:
         assert layer.removals[0].relative_error == pytest.approx(layer.removals[0].dropped_error, rel=1e-5)
         assert layer.removals[0].shrink is None
+
+
+@pytest.mark.parametrize("architecture", ["opt", "gpt2", "llama"])
+def test_flap_adds_to_the_bias_where_there_is_one(tmp_path: Path, architecture: str) -> None:
+    """The error in the report is that of the outputs with the new bias; a bias is not invented."""
+    folder = tiny.save(architecture, tmp_path / "model")
+    structure = {**LESS["structure"], "method": "flap"}
+    report = fp.prune(str(folder), tmp_path / "run", calibration=SMALL, structure=structure)
+    tokens = PruneDirectory(tmp_path / "run").tokens()
+    dense = AutoModelForCausalLM.from_pretrained(folder).eval()
+    small = AutoModelForCausalLM.from_pretrained(tmp_path / "run" / "model").eval()
+    producer, consumer = MLP.get(architecture, ("mlp.up_proj", "mlp.down_proj"))
+    layer = report.layers[0]
+    (removal,) = layer.removals
+    assert removal.compensate == ("none" if architecture == "llama" else "bias")
+    name = f"{layer.name}.{consumer}"
+    write = [oriented(model.get_parameter(f"{layer.name}.{producer}.weight"), architecture) for model in (dense, small)]
+    keep, inputs = kept_rows(*write), inputs_of(dense, name, tokens)
+    gone = [channel for channel in range(removal.before) if channel not in keep.tolist()]
+    weight, new = (oriented(model.get_parameter(f"{name}.weight").detach(), architecture) for model in (dense, small))
+    assert torch.equal(new, weight[:, keep])
+    shift = torch.zeros(len(new))
+    if architecture == "llama":
+        assert small.get_submodule(name).bias is None
+    else:
+        shift = (small.get_submodule(name).bias - dense.get_submodule(name).bias).detach()
+        torch.testing.assert_close(
+            shift.double(), weight[:, gone].double() @ inputs.mean(0)[gone], rtol=1e-3, atol=1e-4
+        )
+    wanted = inputs @ weight.T.double()
+    error = float((inputs[:, keep] @ new.T.double() + shift - wanted).square().sum() / wanted.square().sum())
+    assert removal.relative_error == pytest.approx(error, rel=1e-3)
+    assert not inspect_checkpoint(tmp_path / "run").violations
 
 
 def test_the_rooms_speak_of_shapes(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

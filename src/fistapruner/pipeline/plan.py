@@ -62,6 +62,12 @@ def change_widths(
     """
     if recipe.structure.remove is None:
         return layout, None
+    zeros = recipe.pattern.fraction > 0 or isinstance(recipe.allocation, Mapping)
+    if recipe.structure.method == "goa" and zeros:
+        raise FistaPrunerError(
+            f"structure: goa fits whole operators before it removes channels, and has no zeros beside it (sparsity "
+            f"{recipe.pattern}): take --sparsity 0%, and prune its result in a second run"
+        )
     widths = plan_widths(model, layout, recipe.structure, trust_remote_code=permissions.trust_remote_code)
     return resized(layout, widths), widths
 

@@ -20,7 +20,7 @@ from ..constraints import Constraint
 from ..models.discovery import Group, Layout
 from ..models.layerwise import Call, LayerwiseModel
 from ..problem import DriftFrom
-from ..pruning.context import solved_groups
+from ..pruning.context import fitted_groups, solved_groups
 from ..pruning.drift import dense_windows, drift_sources, kept_width
 from ..pruning.partition import cut
 from ..recipes.settings import Recipe
@@ -201,7 +201,8 @@ class Sizes:
             number: unit for number, group in enumerate(groups) for unit in units if group[0].name == unit.consumer.name
         }
         same = recipe.propagate == "dense"
-        told = drift_sources(recipe, layout, index, same=same, solved=solved[index], cut=cut_units)
+        fitted = fitted_groups(layout, index, units, recipe)
+        told = drift_sources(recipe, layout, index, same=same, solved=solved[index], cut=cut_units, fitted=fitted)
         kept = [kept_width(groups[number], source) for number, source in told.items()]
         cut = [_cut_sizes(unit, told.get(number)) for number, unit in cut_units.items() if number not in solved[index]]
         known: dict[Any, GroupSizes] = {}  # experts are alike: one of them is measured
@@ -245,14 +246,11 @@ class Sizes:
             * max([unit.consumer.columns for unit in units] + [op.columns for group in groups for op in group]),
             removal=max(
                 (
-                    removal_bytes(
-                        unit.consumer.rows,
-                        unit.consumer.columns,
-                        unit.after * unit.columns,
-                        recipe.structure,
-                        model.device,
+                    removal_bytes(rows, columns, kept, recipe.structure, model.device)
+                    for rows, columns, kept in (
+                        *((unit.consumer.rows, unit.consumer.columns, unit.after * unit.columns) for unit in units),
+                        *((sum(op.rows for op in groups[number]), groups[number][0].columns, 1) for number in fitted),
                     )
-                    for unit in units
                 ),
                 default=0,
             ),

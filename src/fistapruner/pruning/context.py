@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -38,6 +39,23 @@ def solved_groups(layout: Layout, index: int, sparsity: Mapping[str, Constraint]
         if not cut
         or any(sparsity[layout.full_name(index, operator)].zeros(operator.rows, operator.columns) for operator in group)
     ]
+
+
+def fitted_groups(layout: Layout, index: int, units: Sequence[Unit], recipe: Recipe) -> Counter[int]:
+    """Count for each group how many units fit it to the dense outputs before they lose channels (goa).
+
+    Args:
+        layout: the operators to prune.
+        index: number of the decoder layer.
+        units: whose channels are removed from it.
+        recipe: settings.
+    """
+    if recipe.structure.method != "goa":
+        return Counter()
+    groups = [{operator.name for operator in group} for group in layout.layers[index]]
+    return Counter(
+        number for unit in units for number, names in enumerate(groups) if not names.isdisjoint(unit.producers)
+    )
 
 
 @dataclass(frozen=True)

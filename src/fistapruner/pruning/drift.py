@@ -55,6 +55,7 @@ def drift_sources(
     same: bool,
     solved: Collection[int] | None = None,
     cut: Collection[int] = (),
+    fitted: Collection[int] = (),
 ) -> dict[int, DriftFrom]:
     """Choose what to record of each group: inputs where operators share them, else the cheaper.
 
@@ -66,6 +67,8 @@ def drift_sources(
         solved: numbers of the groups that are solved; None is all.
         cut: numbers of the groups, of one operator each, that lose input channels. Their outputs are recorded, since
             their inputs are others afterwards, and these drift wherever channels are missing.
+        fitted: numbers of the groups that are fitted to the dense outputs before channels are removed. Their inputs
+            are recorded, since they lose outputs.
 
     Returns:
         By number, the groups whose inputs drift; empty where the target does not depend on it. Operators of experts
@@ -85,8 +88,9 @@ def drift_sources(
     found: dict[int, DriftFrom] = {
         number: source(number) for number in drifting if number in solved and not groups[number][0].experts
     }
+    found |= {number: "inputs" for number in drifting if number in fitted}
     for number in cut:
-        earlier = recipe.error_correction and any(other < number for other in (*solved, *cut))
+        earlier = recipe.error_correction and any(other < number for other in (*solved, *cut, *fitted))
         if not same or number in solved or earlier:
             found[number] = "outputs"
     return dict(sorted(found.items()))

@@ -21,12 +21,12 @@ from ..activations.routed import RoutedTokens
 from ..activations.store import HiddenStates
 from ..activations.stream import Around, Watched, run_layer
 from ..models.discovery import Group
-from ..problem import ProblemSums
+from ..problem import LayerProblem, ProblemSums
 from ..runs.decision import ExpertsDecision
 from ..runtime.clock import Clock
 from ..structured.removal import ChannelStatistics
 from ..structured.statistics import ChannelSums
-from .context import LayerContext, LayerStreams
+from .context import LayerContext, LayerStreams, fitted_groups
 from .drift import DenseActivations, ResidualDrift, drift_sources
 
 
@@ -58,11 +58,14 @@ class LayerPasses:
             self._touched |= touched
             self._cut[numbers[unit.consumer.name]] = min(touched) if recipe.error_correction else 0
         self._channels: dict[int, ChannelSums] = {}
+        self._fits_left = fitted_groups(layout, index, context.units(index), recipe)
         same = streams.pruned is None
         self._sources = (
             {}
             if streams.dense is None
-            else drift_sources(recipe, layout, index, same=same, solved=self.solved, cut=self._cut)
+            else drift_sources(
+                recipe, layout, index, same=same, solved=self.solved, cut=self._cut, fitted=self._fits_left
+            )
         )
         self._activations: DenseActivations | None = None
         self._residual: ResidualDrift | None = None
@@ -112,7 +115,7 @@ class LayerPasses:
                     self._sums[number] = self._new_sums(number, group)
             for number, due in self._cut.items():
                 earlier = any(other < number for other in self._cut) and self._recipe.error_correction
-                if not earlier and not any(other < due for other in self.solved):
+                if not self._fits_left and not earlier and not any(other < due for other in self.solved):
                     self._channels[number] = self._new_channel_sums(number, drifted=False)
 
         def keep(number: int, start: int, values: Tensor) -> None:
@@ -297,6 +300,23 @@ class LayerPasses:
         with self._clock.phase("gram"):
             name = self._context.layout.full_name(self._index, operator)
             return self._channels.pop(number).statistics(name, self._recipe.dense_share)
+
+    def fitting_problem(self, number: int) -> LayerProblem:
+        """Gather the problem of group ``number`` before it loses outputs, on the layer as it is."""
+        group = self._context.layout.layers[self._index][number]
+        self._gather([(number, group)])
+        self._fits_left[number] -= 1
+        if self._activations is not None and not self._fits_left[number]:
+            self._activations.close(number)
+        with self._clock.phase("gram"):
+            names = self._context.names(self._index, group)
+            rows = [len(operator.weight(self._layer)) for operator in group]
+            return self._sums.pop(number).problem(names, rows, self._recipe.dense_share, release=True)
+
+    @property
+    def seen(self) -> HiddenStates:
+        """Return the hidden states that enter the layer."""
+        return self._streams.seen
 
     def pruned(self, number: int) -> None:
         """Note that the operators of group ``number`` have their final weights in the layer."""

@@ -7,6 +7,7 @@ comes after sees a smaller layer, whose targets are still the dense model's outp
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -17,7 +18,8 @@ from ..runs.records import OperatorEntry, RemovalEntry
 from ..runtime.clock import Clock
 from ..sensitivity.channel_order import channel_order, kept_share
 from ..sensitivity.decision import permutes
-from ..structured.removal import Removal, remove_channels
+from ..structured.goa import channel_criterion, group_divergence, head_divergence, reconstructed, redundant
+from ..structured.removal import ChannelStatistics, Removal, best_channels, removal_error, remove_channels
 from ..structured.units import Unit, cut_channels
 from .context import LayerContext, LayerMeasures
 from .passes import LayerPasses
@@ -43,7 +45,7 @@ class LayerRemoval:
 
     def add(
         self, context: LayerContext, index: int, unit: Unit, removal: Removal, keep: Tensor, weight: Tensor
-    ) -> None:
+    ) -> Tensor | None:
         """Cut channels out of the loaded layer, write the weights of their consumer, and note all of it.
 
         Args:
@@ -53,6 +55,9 @@ class LayerRemoval:
             removal: which, and why.
             keep: (k,) kept channels in their new order.
             weight: (m, inputs of k channels) weights of the consumer; rounded on return.
+
+        Returns:
+            (m,) what was added to the consumer's bias, after rounding; None where nothing was.
         """
         model, layer = context.model, context.model.layers[index]
         places = keep.cpu()
@@ -61,7 +66,15 @@ class LayerRemoval:
         target = unit.consumer.weight(layer)
         target.copy_(model.rounded(model.source(f"{context.layout.full_name(index, unit.consumer)}.weight"), weight))
         weight.copy_(target)
-        for name in tensors:
+        names, added = list(tensors), None
+        if removal.bias is not None:
+            names.append(f"{unit.consumer.name}.bias")
+            bias = layer.get_parameter(names[-1]).detach()
+            before = bias.to(torch.float32, copy=True)
+            source = model.source(f"{context.layout.prefix}.{index}.{names[-1]}")
+            bias.copy_(model.rounded(source, before + removal.bias))
+            added = bias.float() - before
+        for name in names:
             source = model.source(f"{context.layout.prefix}.{index}.{name}")
             self.weights[source] = model.result(source, layer.get_parameter(name).detach())
         self.rows |= unit.kept_rows(places)
@@ -75,7 +88,7 @@ class LayerRemoval:
                 before=unit.before,
                 after=len(keep),
                 method=settings.method,
-                compensate=settings.compensate,
+                compensate="none" if settings.compensation == "bias" and added is None else settings.compensation,
                 shrink=removal.shrink,
                 dense_error=removal.dense,
                 dropped_error=removal.dropped,
@@ -83,6 +96,7 @@ class LayerRemoval:
                 validated_dropped=removal.validated_dropped,
             )
         )
+        return added
 
 
 def remove_units(
@@ -114,18 +128,79 @@ def remove_units(
         unit = next(unit for unit in context.units(index) if unit.consumer.name == operator.name)
         name, short = context.layout.full_name(index, operator), operator.name.rpartition(".")[2]
         told(short, None)
-        known = passes.channels_of(number)
         importance = None if measures.importance is None else measures.importance[name].to(context.model.device)
+        settings, chosen = context.recipe.structure, None
+        if settings.method == "goa":
+            known, chosen, warnings = _fitted(context, index, number, unit, passes, clock)
+            found.warnings += warnings
+        else:
+            known = passes.channels_of(number)
         with clock.phase("structure"):
-            removal = remove_channels(known, unit.after, context.recipe.structure, importance, unit.columns)
+            biased = context.model.layers[index].get_submodule(operator.name).bias is not None
+            removal = remove_channels(
+                known, unit.after, settings, importance, unit.columns, chosen=chosen, biased=biased
+            )
             keep, places, weight, shares = _ordered(context, name, unit, removal, known.problem.gram)
-            found.add(context, index, unit, removal, keep, weight)
-            error = known.problem.restricted(places).relative_errors(weight)[0]
+            bias = found.add(context, index, unit, removal, keep, weight)
+            error = removal_error(known, places, weight, bias)
         found.removals[-1].relative_error, found.removals[-1].permuted = error, shares
         if number not in passes.solved:
             found.operators.append(_entry(context, unit, number, removal, weight, error))
         told(short, error)
     return found
+
+
+def _fitted(
+    context: LayerContext, index: int, number: int, unit: Unit, passes: LayerPasses, clock: Clock
+) -> tuple[ChannelStatistics, Tensor, list[str]]:
+    """Fit the operators of a unit to the dense outputs, and choose what stays by GOA's criteria.
+
+    Args:
+        context: model, layout, settings.
+        index: number of the layer, which is loaded; the producers get new weights in it.
+        number: of the consumer's group.
+        unit: the channels.
+        passes: passes through the layer.
+        clock: counts the time.
+
+    Returns:
+        What is known of the consumer's inputs, written around its new weights; the kept channels; warnings.
+    """
+    model, layer, groups = context.model, context.model.layers[index], context.layout.layers[index]
+    producers: list[Tensor] = []
+    said: list[str] = []
+    moment = torch.empty(0)
+    for place, group in enumerate(groups):
+        names = [operator.name for operator in group]
+        if set(names).isdisjoint(unit.producers):
+            continue
+        problem = passes.fitting_problem(place)
+        with clock.phase("structure"):
+            weight, warnings = reconstructed(problem)
+            said += warnings
+            for operator, part in zip(group, weight.split(problem.rows), strict=True):
+                if operator.name in unit.producers:
+                    target = operator.weight(layer)
+                    target.copy_(
+                        model.rounded(model.source(f"{context.layout.full_name(index, operator)}.weight"), part)
+                    )
+                    copies = unit.copies[unit.producers.index(operator.name)]
+                    producers += target.float().chunk(copies)
+            moment = problem.gram
+    known = passes.channels_of(number)
+    with clock.phase("structure"):
+        weight, warnings = reconstructed(known.problem)
+        problem = known.problem.around(weight)
+    with clock.phase("capture"):
+        if unit.columns > 1:
+            divergence = head_divergence(model, index, unit.consumer.name, passes.seen)
+            divergence = group_divergence(divergence, len(divergence) // unit.before)
+            gone = redundant(divergence, unit.before - unit.after)
+            keep = torch.tensor([group for group in range(unit.before) if group not in gone])
+        else:
+            scores = channel_criterion(weight, producers, moment)
+            keep = best_channels(scores, unit.after)
+    return replace(known, problem=problem), keep, [*said, *warnings]
 
 
 def _ordered(
@@ -154,7 +229,7 @@ def _entry(
     zeros = weight.numel() - int(torch.count_nonzero(weight))
     settings = context.recipe.structure
     steps: list[dict[str, Any]] = [{"method": settings.method, "relative_error": removal.dropped}]
-    if settings.compensate == "refit":
+    if settings.compensation == "refit":
         steps.append({"method": "refit", "relative_error": error})
     return OperatorEntry(
         name=unit.consumer.name,

@@ -422,12 +422,15 @@ class Recipe(RunRecipe):
         solver = [step for step in self.steps if not step.refines][-1]
         asked = {key: getattr(self, key) for key in RESOLVED}
         chosen = {key: (earlier or {}).get(key, value) if value == "auto" else value for key, value in asked.items()}
+        goa = self.structure.remove is not None and self.structure.method == "goa"  # its paper's settings
         if chosen["propagate"] == "auto":
-            chosen["propagate"] = "dense" if in_parts or self.execution.executor != "serial" else solver.propagate
+            apart = in_parts or self.execution.executor != "serial"
+            chosen["propagate"] = "dense" if apart else "pruned" if goa else solver.propagate
         if chosen["dense_target"] == "auto":
-            chosen["dense_target"] = solver.dense_target if chosen["propagate"] == solver.propagate else 1.0
+            own = chosen["propagate"] == solver.propagate and not goa
+            chosen["dense_target"] = solver.dense_target if own else 1.0
         if chosen["residual"] == "auto":
-            chosen["residual"] = "none" if solver.auto_keeps_paper_settings else "correct"
+            chosen["residual"] = "none" if solver.auto_keeps_paper_settings or goa else "correct"
         if family is not None:
             before = _method(earlier["method"]) if earlier else ()
             chosen["method"] = tuple(

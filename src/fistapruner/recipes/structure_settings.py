@@ -10,8 +10,11 @@ from pydantic import BeforeValidator, Field
 
 from .base import Settings
 
-StructureMethod = Literal["obs", "energy", "flap", "magnitude"]
+StructureMethod = Literal["obs", "energy", "flap", "magnitude", "goa"]
 """Ways to choose the channels that are removed."""
+
+AS_PUBLISHED: Mapping[StructureMethod, Literal["bias", "none"]] = {"flap": "bias", "goa": "none"}
+"""How published methods make up for removed channels, which is what ``compensate: auto`` does with them."""
 
 EXPECTED = (
     "a share such as 25%, or mlp=20% (share of the channels), mlp=1024 (width to keep), heads=1 (key/value groups to "
@@ -82,12 +85,14 @@ class Structure(Settings):
     method: StructureMethod = Field(
         "obs",
         description="Choice of the channels: greedy elimination with the error that the other channels cannot make up "
-        "for (obs), energy of the channel's outputs (energy), its fluctuation (flap), or the norm of its weights "
-        "(magnitude).",
+        "for (obs), energy of the channel's outputs (energy), its fluctuation (flap), the norm of its weights "
+        "(magnitude), or GOA's criteria for heads and channels after its reconstruction (goa).",
     )
-    compensate: Literal["refit", "none"] = Field(
-        "refit",
-        description="Least-squares weights of the remaining channels (refit), or their weights as they were (none).",
+    compensate: Literal["auto", "refit", "bias", "none"] = Field(
+        "auto",
+        description="Least-squares weights of the remaining channels (refit), their weights as they were with the mean "
+        "of what is removed added to the bias, where the operator has one (bias), or nothing (none). auto is bias for "
+        "flap and none for goa, as published, and refit for the others.",
     )
     shrink: Annotated[Literal["auto"] | Annotated[float, Field(ge=0.0, le=1.0)], BeforeValidator(_shrink)] = Field(
         "auto",
@@ -99,6 +104,11 @@ class Structure(Settings):
         ge=1,
         description="Widths are rounded to a multiple of this; a width that is given is taken as it is.",
     )
+
+    @property
+    def compensation(self) -> Literal["refit", "bias", "none"]:
+        """How removed channels are made up for: ``compensate`` with ``auto`` resolved."""
+        return AS_PUBLISHED.get(self.method, "refit") if self.compensate == "auto" else self.compensate
 
     @property
     def share(self) -> float | None:

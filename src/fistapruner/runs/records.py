@@ -16,6 +16,7 @@ from typing import Annotated, Any, Literal, TypeVar
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 
 from ..errors import FistaPrunerError, explain
+from ..recipes.structure_settings import AS_PUBLISHED
 from ..runtime.formatting import percent, short_count
 from ..runtime.machine import Machine
 from .results import Divergence, Evaluation, Loss, Perplexity, StandardError, Written
@@ -741,8 +742,9 @@ def methods_label(recipe: dict[str, Any]) -> str:
     if not structure.get("remove"):
         return chain
     units = [part.partition("=")[0] for part in str(structure["remove"]).split(",")]
-    refit = "+refit" if structure.get("compensate") == "refit" else ""
-    channels = [f"{structure.get('method')}{refit}"] if units != ["experts"] else []
+    how = structure.get("compensate", "auto")
+    how = AS_PUBLISHED.get(structure["method"], "refit") if how == "auto" and "method" in structure else how
+    channels = [f"{structure.get('method')}{'' if how == 'none' else f'+{how}'}"] if units != ["experts"] else []
     own = ", ".join([*channels, *(["reap"] if "experts" in units else [])])
     return own if recipe.get("sparsity") == "0%" else f"{own}, {chain}"
 

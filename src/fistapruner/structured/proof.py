@@ -23,7 +23,8 @@ from ..models.files.writer import merge_patch
 from ..models.layerwise import Call, LayerwiseModel, assign, hidden_of
 from ..recipes.structure_settings import Structure
 from .experts import find_experts
-from .units import MLP, Unit, Units, Widths, cut_channels, find_units
+from .goa import attention_probabilities
+from .units import GROUPS, MLP, Unit, Units, Widths, cut_channels, find_units
 
 SAME = 1e-4
 """Largest relative squared difference between zeroed and removed channels: bf16 rounding is a hundredth of it."""
@@ -53,10 +54,25 @@ def plan_widths(
         config = _find_config(model, units, kind, config, trust_remote_code)
     if config:
         _prove(model, units, build_changed(model.checkpoint, config, trust_remote_code=trust_remote_code).eval())
+    if settings.method == "goa" and settings.heads:
+        _check_probabilities(model, units[0])
     if settings.experts is None:
         return Widths(units, config)
     experts, config = find_experts(model, layout, settings, config, trust_remote_code=trust_remote_code)
     return Widths(units, config, experts)
+
+
+def _check_probabilities(model: LayerwiseModel, units: tuple[Unit, ...]) -> None:
+    """Make sure that the attention of decoder layer 0 gives the probabilities that goa compares heads by.
+
+    Raises:
+        FistaPrunerError: it does not.
+    """
+    with model.embeddings_and_head(head=False):
+        hidden, _ = model.embed(model.check_window(16))
+    (unit,) = (unit for unit in units if unit.kind == GROUPS)
+    with model.layer(0):
+        next(attention_probabilities(model, 0, unit.consumer.name, [hidden]))
 
 
 def _find_config(

@@ -22,12 +22,14 @@ class ChannelStatistics:
     Args:
         problem: the layer problem of the operator, over all calibration windows.
         mean: (n,) mean of the inputs over tokens.
+        drift_mean: (m,) mean drift of the outputs from those of the dense operator; None without drift.
         halves: (n, n) Grams of two halves of the windows; None where there is one window only.
     """
 
     problem: LayerProblem
     mean: Tensor
     halves: tuple[Tensor, Tensor] | None
+    drift_mean: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -38,6 +40,7 @@ class Removal:
         keep: (k,) int64 places of the kept channels, ascending.
         places: (k * block,) the inputs that belong to them.
         weight: (m, k * block) fp32 weights of the operator.
+        bias: (m,) fp32 what is added to its bias; None where nothing is.
         shrink: share of shrinkage that was used; None where nothing depended on it.
         dense: relative error of the operator with all its channels, from drift alone; None without drift.
         dropped: relative error with the channels removed and the other weights as they were.
@@ -49,6 +52,7 @@ class Removal:
     keep: Tensor
     places: Tensor
     weight: Tensor
+    bias: Tensor | None
     shrink: float | None
     dense: float | None
     dropped: float
@@ -58,7 +62,14 @@ class Removal:
 
 
 def remove_channels(
-    known: ChannelStatistics, kept: int, settings: Structure, importance: Tensor | None = None, block: int = 1
+    known: ChannelStatistics,
+    kept: int,
+    settings: Structure,
+    importance: Tensor | None = None,
+    block: int = 1,
+    *,
+    chosen: Tensor | None = None,
+    biased: bool = False,
 ) -> Removal:
     """Choose ``kept`` channels of one operator, and refit its weights.
 
@@ -68,15 +79,20 @@ def remove_channels(
         settings: how they are chosen and made up for.
         importance: (m,) weights of the rows in the choice; None counts all alike.
         block: consecutive inputs of each channel, which stay or go together.
+        chosen: (kept,) places of the channels to keep, ascending, where another method has chosen them.
+        biased: the operator has a bias.
     """
     problem = known.problem
     rated = problem if importance is None else problem.weighted(importance)
     channels = problem.shape[1] // block
     warnings: list[str] = []
-    scores = channel_scores("energy" if settings.method == "obs" else settings.method, rated, known.mean)
-    keep = _kept(scores.view(-1, block).sum(1), kept)
+    if chosen is None:
+        method = settings.method if settings.method in ("flap", "magnitude") else "energy"
+        keep = best_channels(channel_scores(method, rated, known.mean).view(-1, block).sum(1), kept)
+    else:
+        keep = chosen.to(problem.weight.device)
     shrink, tested = _shrink(known, block_places(keep, block), settings)
-    if settings.method == "obs":
+    if settings.method == "obs" and chosen is None:
         found = eliminate(shrunk(rated, shrink), channels - kept, block)
         warnings += found.warnings
         remaining = torch.ones(channels, dtype=torch.bool)
@@ -85,10 +101,15 @@ def remove_channels(
     places = block_places(keep, block)
     small = problem.restricted(places)
     weight = small.weight
-    if settings.compensate == "refit":
+    if settings.compensation == "refit":
         weight, more = refitted(shrunk(problem, shrink).restricted(places))
         warnings += more
-    used = settings.compensate == "refit" or settings.method == "obs"
+    bias = None
+    if settings.compensation == "bias" and biased:
+        gone = torch.ones(problem.shape[1], dtype=torch.bool, device=places.device)
+        gone[places] = False
+        bias = (problem.weight[:, gone].double() @ known.mean[gone].double()).float()
+    used = settings.compensation == "refit" or settings.method == "obs"
     errors = None
     if tested is not None and known.halves is not None:
         errors = validation_errors(problem, known.halves, places, (tested, 1.0))
@@ -99,6 +120,7 @@ def remove_channels(
         keep=keep,
         places=places,
         weight=weight,
+        bias=bias,
         shrink=shrink if used else None,
         dense=None if dense is None else dense[0],
         dropped=dropped[0],
@@ -106,6 +128,29 @@ def remove_channels(
         validated_dropped=errors[1] if errors else None,
         warnings=tuple(dict.fromkeys(warnings)),
     )
+
+
+def removal_error(known: ChannelStatistics, places: Tensor, weight: Tensor, bias: Tensor | None = None) -> float:
+    """Compute the relative error of an operator that has lost inputs.
+
+    With ``c`` added to its bias, that is ``f(V) + 2 <c, mean(V x - t)> + |c|^2``, with t the target outputs.
+
+    Args:
+        known: what is known of the operator's inputs.
+        places: (k,) its inputs that stay.
+        weight: (m, k) its weights.
+        bias: (m,) what is added to its bias; None is nothing.
+    """
+    problem = known.problem
+    error = problem.restricted(places).relative_errors(weight)[0]
+    if bias is None:
+        return error
+    target = problem.weight.double() @ known.mean
+    if known.drift_mean is not None:
+        target += problem.target * known.drift_mean
+    shift = 2 * (weight.double() @ known.mean[places] - target) + bias.double()
+    assert problem.energy is not None
+    return max(error + float((bias.double() * shift).sum() / problem.energy.double().sum()), 0.0)
 
 
 def block_places(keep: Tensor, block: int) -> Tensor:
@@ -122,12 +167,12 @@ def _shrink(known: ChannelStatistics, keep: Tensor, settings: Structure) -> tupl
     """Return the share of shrinkage, and the one cross-validation chose for half of the tokens."""
     if settings.shrink != "auto":
         return float(settings.shrink), None
-    if known.halves is None or (settings.compensate == "none" and settings.method != "obs"):
+    if known.halves is None or (settings.compensation != "refit" and settings.method != "obs"):
         return 0.5, None
     best = choose_share(validation_errors(known.problem, known.halves, keep))
     return for_twice_the_tokens(best), best
 
 
-def _kept(scores: Tensor, count: int) -> Tensor:
+def best_channels(scores: Tensor, count: int) -> Tensor:
     """Return the ``count`` channels with the largest scores, ascending; of equal ones the first."""
     return scores.argsort(descending=True, stable=True)[:count].sort().values

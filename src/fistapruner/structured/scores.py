@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from typing import Literal
+
 from torch import Tensor
 
 from ..problem import LayerProblem
-from ..recipes.structure_settings import StructureMethod
 
 
-def channel_scores(method: StructureMethod, problem: LayerProblem, mean: Tensor) -> Tensor:
+def channel_scores(method: Literal["energy", "flap", "magnitude"], problem: LayerProblem, mean: Tensor) -> Tensor:
     """Compute the importance of each input channel: the sum over the outputs of what it adds to them.
 
     ``magnitude`` is the squared norm of the channel's weights. ``energy`` is times the mean square of the channel: the

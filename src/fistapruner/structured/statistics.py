@@ -27,6 +27,8 @@ class ChannelSums:
         self._half = windows // 2
         self._total = torch.zeros(weight.shape[1], dtype=torch.float64, device=weight.device)
         self._first: tuple[Tensor, int] | None = None
+        self._drift = torch.zeros(len(weight), dtype=torch.float64, device=weight.device)
+        self._compared = 0
 
     def add(self, start: int, inputs: Tensor, dense: Tensor | None = None, residual: Tensor | None = None) -> None:
         """Add a batch of windows.
@@ -47,6 +49,11 @@ class ChannelSums:
         flat = inputs.reshape(-1, inputs.shape[-1])
         self._total += flat.sum(0, dtype=torch.float64)
         self._sums.add(flat, dense, residual)
+        if dense is not None and self._sums.drift_from == "outputs":
+            seen = self._sums.weight.double() @ flat.sum(0, dtype=torch.float64)
+            self._drift += dense.sum(0, dtype=torch.float64) - seen
+            self._drift += 0 if residual is None else residual.sum(0, dtype=torch.float64)
+            self._compared += len(flat)
         if before == len(inputs):
             self._first = self._sums.gram.clone(), self._sums.tokens
 
@@ -64,4 +71,5 @@ class ChannelSums:
             self._first = None
             rest = mirror((sums.gram - gram).div_(sums.tokens - tokens))
             halves = mirror(gram.div_(tokens)), rest
-        return ChannelStatistics(sums.problem((name,), (len(sums.weight),), target, release=True), mean, halves)
+        problem = sums.problem((name,), (len(sums.weight),), target, release=True)
+        return ChannelStatistics(problem, mean, halves, self._drift / self._compared if self._compared else None)

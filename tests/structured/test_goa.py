@@ -1,0 +1,233 @@
+"""GOA: both criteria against independent computations, its reconstruction against least squares on whole models."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+
+import pytest
+import torch
+from scipy.spatial.distance import jensenshannon
+from torch import Tensor
+from transformers import AutoModelForCausalLM
+
+import fistapruner as fp
+import tiny
+from fistapruner import FistaPrunerError, LayerProblem
+from fistapruner.activations.store import HiddenStates
+from fistapruner.models.layerwise import LayerwiseModel
+from fistapruner.models.source import UNTRUSTED
+from fistapruner.recipes.structure_settings import Structure
+from fistapruner.runs.listener import Listener
+from fistapruner.runs.prune_directory import PruneDirectory
+from fistapruner.solvers.conditioning import alive_gram
+from fistapruner.structured.goa import (
+    DAMPING,
+    HeadDivergence,
+    channel_criterion,
+    group_divergence,
+    head_divergence,
+    reconstructed,
+    redundant,
+)
+from fistapruner.structured.removal import ChannelStatistics, remove_channels
+
+SMALL = {"source": "python", "samples": 4, "seqlen": 32}
+
+
+def attention(*shape: int, seed: int = 0) -> Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed)).softmax(-1)
+
+
+def divergence_of(*windows: Tensor) -> Tensor:
+    sums = HeadDivergence()
+    for window in windows:
+        sums.add(window)
+    return sums.matrix()
+
+
+def test_the_divergence_of_heads_is_that_of_scipy() -> None:
+    first, second = attention(2, 3, 5, 7), attention(1, 3, 4, 6, seed=1)
+    first[0, 0, 0] = torch.eye(7)[2]  # zeros have no logarithm
+    found = divergence_of(first, second)
+    for i in range(3):
+        for j in range(3):
+            rows = [jensenshannon(p[i], q[j], axis=1) ** 2 for p, q in ((w, w) for w in (*first.numpy(), second[0]))]
+            expected = sum(float(row.sum()) for row in rows) / sum(len(row) for row in rows)
+            assert float(found[i, j]) == pytest.approx(expected, abs=1e-6)
+    assert torch.equal(found, found.T)
+    same = attention(1, 1, 5, 5).expand(1, 2, 5, 5)
+    assert float(divergence_of(same)[0, 1]) == pytest.approx(0.0, abs=1e-7)
+    apart = torch.eye(2)[:, None].expand(2, 3, 2)[None]
+    assert float(divergence_of(apart)[0, 1]) == pytest.approx(math.log(2))
+
+
+def test_groups_are_compared_by_the_best_assignment_of_their_heads() -> None:
+    window = attention(1, 4, 6, 6)
+    swapped = torch.cat([window[:, :2], window[:, [1, 0]]], 1)  # the second group is the first one, swapped
+    assert float(group_divergence(divergence_of(swapped), 2)[0, 1]) == pytest.approx(0.0, abs=1e-7)
+    heads = divergence_of(window)
+    expected = min(heads[0, 2] + heads[1, 3], heads[0, 3] + heads[1, 2]) / 2
+    assert float(group_divergence(heads, 2)[0, 1]) == pytest.approx(float(expected))
+    assert torch.equal(group_divergence(heads, 1), heads)
+
+
+def test_of_two_equal_heads_one_goes_and_its_refit_is_exact() -> None:
+    generator = torch.Generator().manual_seed(0)
+    window = attention(1, 4, 6, 6)
+    window[0, 3] = window[0, 1]
+    gone = redundant(divergence_of(window), 1)
+    assert gone == [1]
+    assert len(set(redundant(divergence_of(window), 3))) == 3
+    inputs = torch.randn(200, 8, generator=generator)
+    inputs[:, 6:] = inputs[:, 2:4]
+    problem = LayerProblem.from_activations(torch.randn(5, 8, generator=generator), inputs)
+    known = ChannelStatistics(problem, inputs.mean(0), None)
+    settings = Structure(method="goa", compensate="refit", shrink=0.0)
+    removal = remove_channels(known, 3, settings, block=2, chosen=torch.tensor([0, 2, 3]))
+    assert problem.restricted(removal.places).relative_errors(removal.weight)[0] < 1e-6
+    untouched = remove_channels(known, 3, Structure(method="goa"), block=2, chosen=torch.tensor([0, 2, 3]))
+    assert torch.equal(untouched.weight, problem.weight[:, untouched.places])
+
+
+def test_criterion_b_is_the_energy_of_a_linear_channel() -> None:
+    """Half of it: E |B_j a_j x|^2 by sampling, to three standard errors; the product of both for a gated module."""
+    generator = torch.Generator().manual_seed(0)
+    mixing = torch.randn(6, 6, generator=generator)
+    inputs = (torch.randn(20_000, 6, generator=generator) @ mixing).double()
+    up, gate = torch.randn(2, 4, 6, generator=generator)
+    down = torch.randn(3, 4, generator=generator)
+    found = channel_criterion(down, [up], mixing.T @ mixing)
+    for channel in range(4):
+        sampled = (inputs @ up[channel].double())[:, None] * down[:, channel].double()
+        energies = sampled.square().sum(1)
+        assert (
+            abs(2 * float(found[channel]) - float(energies.mean())) < 3 * float(energies.std()) / len(energies) ** 0.5
+        )
+    moment = (inputs.T @ inputs / len(inputs)).float()
+    both = channel_criterion(down, [up, gate], moment)
+    norms = down.square().sum(0)
+    expected = norms**2 / 4 * ((up @ moment) * up).sum(1) * ((gate @ moment) * gate).sum(1)
+    torch.testing.assert_close(both, expected.double(), rtol=1e-4, atol=1e-4)
+
+
+def test_a_problem_around_other_weights_has_the_same_errors() -> None:
+    generator = torch.Generator().manual_seed(0)
+    dense, seen = torch.randn(2, 100, 6, generator=generator)
+    for target in (1.0, 0.4):
+        problem = LayerProblem.from_activations(torch.randn(4, 6, generator=generator), seen, dense, target=target)
+        weight, other = torch.randn(2, 4, 6, generator=generator)
+        moved = problem.around(weight)
+        torch.testing.assert_close(moved.row_errors(other), problem.row_errors(other), rtol=1e-4, atol=1e-4)
+        assert moved.dense_errors() == pytest.approx(problem.relative_errors(weight), rel=1e-5)
+        fitted, _ = reconstructed(problem)
+        assert problem.relative_errors(fitted)[0] < problem.dense_errors()[0]  # type: ignore[index]
+
+
+def test_attention_probabilities_are_those_of_the_causal_model(tmp_path: Path) -> None:
+    folder = tiny.save("llama", tmp_path / "model")
+    model = LayerwiseModel(UNTRUSTED.at(folder).checkpoint(), torch.device("cpu"))
+    model.check()
+    tokens = torch.randint(3, tiny.VOCABULARY, (2, 12), generator=torch.Generator().manual_seed(0))
+    with model.embeddings_and_head(head=False):
+        entering = torch.cat([model.embed(window[None])[0] for window in tokens])
+    states = HiddenStates(tuple(entering.shape), torch.float32)
+    states.write(0, entering)
+    before = model.config._attn_implementation
+    with model.layer(0):
+        found = head_divergence(model, 0, "self_attn.o_proj", states)
+    assert model.config._attn_implementation == before
+    whole = AutoModelForCausalLM.from_pretrained(folder, attn_implementation="eager").eval()
+    with torch.no_grad():
+        probabilities = whole(tokens, output_attentions=True).attentions[0]
+    torch.testing.assert_close(found, divergence_of(probabilities), rtol=1e-4, atol=1e-6)
+
+
+def inputs_of(model: object, name: str, tokens: Tensor) -> Tensor:
+    """(tokens, n) fp64 inputs of an operator."""
+    seen: list[Tensor] = []
+    handle = model.get_submodule(name).register_forward_pre_hook(lambda _, args: seen.append(args[0].detach()))  # type: ignore[attr-defined]
+    with torch.no_grad():
+        model(tokens)  # type: ignore[operator]
+    handle.remove()
+    return seen[0].reshape(-1, seen[0].shape[-1]).double()
+
+
+def fitted(weight: Tensor, seen: Tensor, dense: Tensor) -> Tensor:
+    """Damped least squares on the outputs of the dense operator, written around its weights."""
+    gram = alive_gram(seen.T @ seen / len(seen))
+    gram += DAMPING * gram.diagonal().mean() * torch.eye(len(gram))
+    drift = (dense - seen) @ weight.T
+    return weight + (torch.linalg.solve(gram, seen.T @ drift / len(seen))).T
+
+
+@pytest.mark.parametrize("architecture", ["llama", "opt"])
+def test_a_run_fits_both_levels_and_keeps_the_channels_of_criterion_b(tmp_path: Path, architecture: str) -> None:
+    """With two whole models in memory: the layer before is the smaller model's."""
+    folder = tiny.save(architecture, tmp_path / "model")
+    structure = {"remove": "mlp=25%", "multiple": 4, "method": "goa"}
+    report = fp.prune(str(folder), tmp_path / "run", calibration=SMALL, structure=structure)
+    assert (report.recipe["propagate"], report.recipe["dense_target"], report.recipe["residual"]) == (
+        ("pruned", 1.0, "none")
+    )
+    tokens = PruneDirectory(tmp_path / "run").tokens()
+    dense = AutoModelForCausalLM.from_pretrained(folder).eval()
+    small = AutoModelForCausalLM.from_pretrained(tmp_path / "run" / "model").eval()
+    producers, consumer = (
+        (["fc1"], "fc2") if architecture == "opt" else (["mlp.gate_proj", "mlp.up_proj"], "mlp.down_proj")
+    )
+    layer = report.layers[1].name
+    mixed = AutoModelForCausalLM.from_pretrained(folder).eval()
+    layers = mixed.get_submodule(layer.rpartition(".")[0])
+    layers[0] = small.get_submodule(report.layers[0].name)
+    new = {}
+    for name in producers:
+        seen, true = (inputs_of(model, f"{layer}.{name}", tokens) for model in (mixed, dense))
+        weight = dense.get_parameter(f"{layer}.{name}.weight").detach().double()
+        new[name] = fitted(weight, seen, true)
+    moment = seen.T @ seen / len(seen)
+    for name, weight in new.items():
+        mixed.get_parameter(f"{layer}.{name}.weight").data.copy_(weight)
+    seen, true = (inputs_of(model, f"{layer}.{consumer}", tokens) for model in (mixed, dense))
+    down = fitted(dense.get_parameter(f"{layer}.{consumer}.weight").detach().double(), seen, true)
+    scores = channel_criterion(down, list(new.values()), moment)
+    keep = scores.argsort(descending=True)[: report.layers[1].removals[0].after].sort().values
+    for name, weight in new.items():
+        found = small.get_parameter(f"{layer}.{name}.weight").detach().double()
+        torch.testing.assert_close(found, weight[keep], rtol=1e-3, atol=1e-4)
+    found = small.get_parameter(f"{layer}.{consumer}.weight").detach().double()
+    torch.testing.assert_close(found, down[:, keep], rtol=1e-3, atol=1e-4)
+    wanted = true @ dense.get_parameter(f"{layer}.{consumer}.weight").detach().double().T
+    error = (seen[:, keep] @ found.T - wanted).square().sum() / wanted.square().sum()
+    assert report.layers[1].removals[0].relative_error == pytest.approx(float(error), rel=1e-3)
+    assert report.layers[1].removals[0].compensate == "none"
+
+
+@pytest.mark.parametrize("architecture", ["llama", "phi"])
+def test_an_interrupted_run_goes_on_to_the_same_bytes(tmp_path: Path, architecture: str) -> None:
+    class Stopping(Listener):
+        def layer(self, entry: object) -> None:
+            raise KeyboardInterrupt
+
+    folder = tiny.save(architecture, tmp_path / "model", dtype=torch.bfloat16)
+    remove = "mlp=25%,heads=1" if architecture == "llama" else "mlp=25%"
+    settings = {"structure": {"remove": remove, "multiple": 4, "method": "goa"}, "calibration": SMALL}
+    report = fp.prune(str(folder), tmp_path / "whole", **settings)
+    with pytest.raises(KeyboardInterrupt):
+        fp.prune(str(folder), tmp_path / "parts", listener=Stopping(), **settings)
+    fp.resume(tmp_path / "parts")
+    files = [(tmp_path / run / "model" / "model.safetensors").read_bytes() for run in ("whole", "parts")]
+    assert files[0] == files[1]
+    assert json.loads((tmp_path / "whole" / "report.json").read_text())["layers"][0]["removals"][0]["method"] == "goa"
+    assert [removal.unit for removal in report.layers[0].removals] == (
+        ["key/value groups", "MLP channels"] if architecture == "llama" else ["MLP channels"]
+    )
+
+
+def test_zeros_beside_it_are_refused(tmp_path: Path) -> None:
+    folder = tiny.save("llama", tmp_path / "model")
+    structure = {"remove": "mlp=25%", "multiple": 4, "method": "goa"}
+    with pytest.raises(FistaPrunerError, match=r"goa fits whole operators .* take --sparsity 0%"):
+        fp.prune(str(folder), tmp_path / "run", calibration=SMALL, structure=structure, sparsity="50%")
+    assert not (tmp_path / "run" / "calibration.safetensors").exists()
