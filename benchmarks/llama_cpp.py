@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import random
+from collections.abc import Sequence
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -36,6 +37,19 @@ def measure(server: Any, prompt: str, write: int) -> tuple[float, float]:
     return timings["prompt_per_second"], timings["predicted_per_second"]
 
 
+def compare(
+    files: Sequence[Path], threads: int, rounds: int, read: int = 400, write: int = 64
+) -> list[tuple[float, float]]:
+    """Return the tokens per second of reading and of writing of each file: medians over interleaved rounds."""
+    servers = [load(path, threads, 2 * read + write) for path in files]
+    rates: list[list[tuple[float, float]]] = [[] for _ in servers]
+    for number in range(rounds + 1):  # the first one warms up
+        prompt = " ".join(random.Random(number).choices(WORDS, k=read))
+        for found, server in zip(rates, servers, strict=True):
+            found.append(measure(server, prompt, write))
+    return [(median(rate[0] for rate in found[1:]), median(rate[1] for rate in found[1:])) for found in rates]
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument(
@@ -46,16 +60,10 @@ def main() -> None:
     parser.add_argument("--read", type=int, default=400, help="words of a prompt")
     parser.add_argument("--write", type=int, default=64, help="tokens to write")
     arguments = parser.parse_args()
-    servers = [load(path, arguments.threads, 2 * arguments.read + arguments.write) for path in arguments.files]
-    rates: list[list[tuple[float, float]]] = [[] for _ in servers]
-    for number in range(arguments.rounds + 1):
-        prompt = " ".join(random.Random(number).choices(WORDS, k=arguments.read))
-        for found, server in zip(rates, servers, strict=True):
-            found.append(measure(server, prompt, arguments.write))
+    middle = compare(arguments.files, arguments.threads, arguments.rounds, arguments.read, arguments.write)
     print(f"{arguments.threads} threads, {arguments.rounds} rounds after one to warm up")
     print(f"{'file':32} {'MiB':>7} {'ratio':>6} {'read/s':>8} {'ratio':>6} {'write/s':>8} {'ratio':>6}")
     sizes = [path.stat().st_size / 2**20 for path in arguments.files]
-    middle = [[median(rate[kind] for rate in found[1:]) for kind in (0, 1)] for found in rates]
     for path, mib, (read, write) in zip(arguments.files, sizes, middle, strict=True):
         row = [mib, mib / sizes[0], read, read / middle[0][0], write, write / middle[0][1]]
         print(

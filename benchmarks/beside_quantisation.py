@@ -1,0 +1,164 @@
+"""When should a user quantise instead of prune? Quality, bytes and speed of both, on one machine and one text.
+
+    llama-quantize dense.gguf dense-Q4_K_M.gguf Q4_K_M      # llama.cpp's own program makes the quantised files
+    python benchmarks/beside_quantisation.py rows.json --dense dense.gguf --gguf dense-*.gguf --runs runs/50 runs/24 \\
+        --data wikitext2 --windows 60 --threads 2
+    python benchmarks/beside_quantisation.py rows.json --picture picture.png
+
+Every quantised file and every run's checkpoint, in bf16 and packed with int8 values, is one row. Quality is that of the
+weights: all rows are evaluated by ``fistapruner evaluate`` against the dense model, on the same windows, the quantised
+ones with their weights expanded to bf16. Speed is that of one sequence, tokens written a second: llama.cpp for GGUF
+files (needs ``pip install xllamacpp``), ``fistapruner bench`` for packed models. A row that is in ``rows.json`` is
+measured only once; ``--quality`` and ``--speed`` measure one of both.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+from collections.abc import Iterator
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import fistapruner
+from fistapruner.sparse.bench import bench
+from fistapruner.sparse.pack import pack, unpack
+
+LLAMA_CPP, PACKED = "llama.cpp", "fistapruner, packed"
+"""Engines, as the table calls them."""
+
+
+def rows_of(arguments: argparse.Namespace) -> Iterator[dict[str, Any]]:
+    """Yield what is to be measured: name, kind, path."""
+    for path in (arguments.dense, *arguments.gguf):
+        yield {"name": path.stem, "kind": "gguf", "engine": LLAMA_CPP, "path": str(path), "bytes": path.stat().st_size}
+    for run in arguments.runs:
+        for values in ("bf16", "int8"):
+            yield {"name": f"{run.name}, {values}", "kind": values, "engine": PACKED, "path": str(run / "model")}
+
+
+def quality(row: dict[str, Any], arguments: argparse.Namespace) -> dict[str, Any]:
+    """Measure perplexity and divergence of the weights, and the bytes of a packed model."""
+    with TemporaryDirectory() as scratch:
+        model, found = row["path"], {}
+        if row["kind"] != "gguf":
+            folder = Path(scratch) / "packed"
+            pack(model, folder, **({} if row["kind"] == "bf16" else {"values": "int8"}))
+            found["bytes"] = sum(path.stat().st_size for path in folder.glob("*.safetensors"))
+            if row["kind"] == "int8":  # its values are rounded
+                model = str(unpack(folder, Path(scratch) / "rounded"))
+        measured = fistapruner.evaluate(
+            model,
+            arguments.data,
+            against=str(arguments.dense),
+            windows=arguments.windows,
+            seqlen=arguments.seqlen,
+            dtype="bfloat16",
+        )
+    perplexity, reference, divergence = measured.perplexity, measured.reference, measured.divergence
+    assert perplexity is not None
+    assert reference is not None
+    assert divergence is not None
+    return {
+        **found,
+        "perplexity": perplexity.value,
+        "gap": math.log(perplexity.value / reference.value),
+        "kl": divergence.kl,
+    }
+
+
+def speeds(rows: list[dict[str, Any]], arguments: argparse.Namespace) -> None:
+    """Measure the tokens per second of all rows that have none, one engine after the other."""
+    files = [row for row in rows if row["kind"] == "gguf" and "tokens_per_second" not in row]
+    if files:
+        from llama_cpp import compare  # beside this file; imports xllamacpp
+
+        found = compare([Path(row["path"]) for row in files], arguments.threads, arguments.rounds)
+        for row, (_, written) in zip(files, found, strict=True):
+            row["tokens_per_second"] = written
+    for model in dict.fromkeys(row["path"] for row in rows if row["kind"] != "gguf" and "tokens_per_second" not in row):
+        measured = {speed.variant: speed for speed in bench(model, threads=arguments.threads, runs=arguments.rounds)}
+        for row in rows:
+            if row["path"] == model:
+                speed = measured["packed" if row["kind"] == "bf16" else "packed int8"]
+                row["tokens_per_second"] = speed.tokens_per_second
+                row["dense_tokens_per_second"] = max(
+                    measured[f"dense {kind}"].tokens_per_second for kind in ("bfloat16", "float32")
+                )
+
+
+def table(rows: list[dict[str, Any]]) -> str:
+    """Write the rows as Markdown, the best quality first."""
+    lines = [
+        "| model | engine | MiB | perplexity | gap, nats | KL, nats | tokens/s |",
+        "|---|---|---:|---:|---:|---:|---:|",
+    ]
+    for row in sorted(rows, key=lambda row: row.get("kl", math.inf)):
+        figures = [f"{row['bytes'] / 2**20:.0f}" if "bytes" in row else ""]
+        for key, digits in (("perplexity", 2), ("gap", 3), ("kl", 4), ("tokens_per_second", 1)):
+            figures.append(f"{row[key]:.{digits}f}" if key in row else "")
+        lines.append(f"| {row['name']} | {row['engine']} | {' | '.join(figures)} |")
+    return "\n".join(lines)
+
+
+def draw(rows: list[dict[str, Any]], path: Path) -> None:
+    """Draw loss of quality against bytes, and against tokens per second."""
+    import matplotlib.pyplot as plt
+    from matplotlib.ticker import ScalarFormatter
+
+    figure, axes = plt.subplots(1, 2, figsize=(12, 5), sharey=True)
+    titles = (("bytes", 2**20, "size of the weights, MiB"), ("tokens_per_second", 1, "tokens per second, one sequence"))
+    for axis, (key, unit, title) in zip(axes, titles, strict=True):
+        for engine, mark in ((LLAMA_CPP, "o"), (PACKED, "s")):
+            shown = [row for row in rows if row["engine"] == engine and key in row and row.get("kl", 0) > 0]
+            axis.scatter([row[key] / unit for row in shown], [row["kl"] for row in shown], marker=mark, label=engine)
+            for row in shown:
+                axis.annotate(
+                    row["name"], (row[key] / unit, row["kl"]), fontsize=7, xytext=(4, 3), textcoords="offset points"
+                )
+        axis.set_yscale("log")
+        axis.yaxis.set_major_formatter(ScalarFormatter())
+        axis.set_xlabel(title)
+        axis.grid(alpha=0.3)
+    axes[0].set_ylabel("KL from the dense model, nats a token (log; lower is better)")
+    axes[0].legend()
+    figure.tight_layout()
+    figure.savefig(path, dpi=120)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("rows", type=Path, help="JSON file that the rows are kept in")
+    parser.add_argument("--dense", type=Path, help="the dense model as a GGUF file in bf16")
+    parser.add_argument("--gguf", type=Path, nargs="*", default=[], help="quantised GGUF files of it")
+    parser.add_argument("--runs", type=Path, nargs="*", default=[], help="run directories of the pruned models")
+    parser.add_argument("--data", default="wikitext2", help="text, as for fistapruner evaluate")
+    parser.add_argument("--windows", type=int, default=60)
+    parser.add_argument("--seqlen", type=int, default=1024)
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--quality", action="store_true", help="measure no speed")
+    parser.add_argument("--speed", action="store_true", help="measure no quality")
+    parser.add_argument("--picture", type=Path, help="file of the picture")
+    arguments = parser.parse_args()
+    known = json.loads(arguments.rows.read_text("utf-8")) if arguments.rows.exists() else []
+    rows = {row["name"]: row for row in known}
+    if arguments.dense is not None:
+        for row in rows_of(arguments):
+            rows.setdefault(row["name"], row)
+    for row in rows.values():
+        if arguments.dense is not None and not arguments.speed and "kl" not in row:
+            row.update(quality(row, arguments))
+            arguments.rows.write_text(json.dumps(list(rows.values()), indent=2) + "\n", "utf-8")
+    if arguments.dense is not None and not arguments.quality:
+        speeds(list(rows.values()), arguments)
+        arguments.rows.write_text(json.dumps(list(rows.values()), indent=2) + "\n", "utf-8")
+    print(table(list(rows.values())))
+    if arguments.picture is not None:
+        draw(list(rows.values()), arguments.picture)
+
+
+if __name__ == "__main__":
+    main()
