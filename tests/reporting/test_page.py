@@ -349,3 +349,9 @@ def test_columns_of_numbers_are_flush_right_and_no_others(kind: str) -> None:
             assert len(set(flush)) == 1, cells
             assert flush[0] == numeric or names, cells
     assert seen > 5
+
+
+def test_long_runs_of_line_breaks_become_one_line() -> None:
+    report = samples.report(2)
+    report.generations[0].pruned = "so" + "\n" * 31 + "it"
+    assert "so\n[31 line breaks]\nit" in run_page(report)

@@ -157,7 +157,7 @@ def _warn(state: TrainingState, report: Report) -> None:
         more = "" if report.kind == "align" else ", or more --tokens"
         report.warnings.append(
             f"no step was better than the start on what is held out, so the weights are those of the input "
-            f"({rates}: try a lower --lr{more})"
+            f"({rates}: try a lower --lr; a higher one where the loss has hardly changed{more})"
         )
 
 

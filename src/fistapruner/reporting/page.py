@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 import yaml
 
 from ..runs.records import Alignment, Recovery, Report, TextSide
@@ -306,7 +308,7 @@ def _samples(report: Report) -> list[tuple[str, list[tuple[str, str]]]]:
         (
             sample.prompt,
             [
-                (name, text or "–")
+                (name, _without_gaps(text or "–"))
                 for name, text in (
                     ("Dense", sample.dense),
                     (f"Before {report.training}" if recovered else "Pruned", sample.pruned),
@@ -317,6 +319,11 @@ def _samples(report: Report) -> list[tuple[str, list[tuple[str, str]]]]:
         )
         for sample in report.generations
     ]
+
+
+def _without_gaps(text: str) -> str:
+    """Replace many line breaks in a row by their number: a model that writes nothing else fills no page."""
+    return re.sub(r"\n{4,}", lambda breaks: f"\n[{len(breaks[0])} line breaks]\n", text)
 
 
 def _speed(report: Report) -> Table:
