@@ -7,6 +7,8 @@
   device, an operator without a CUDA kernel, and more bytes than the GPU has (``torch.OutOfMemoryError``);
 * every wait of the host for the device (``item``, ``nonzero``, a mask as index, copies between host and device) is
   counted with the line of the package that asked for it, and so are the bytes that are copied;
+* copies between page-locked memory and a device that are not to block are queued where they are made on a stream of
+  their own, and made when something waits for it: what is read before is NaN;
 * operators that CUDA does not compute in a fixed order are counted;
 * the bytes that live on each device, and their peak, are known.
 
@@ -19,9 +21,10 @@ from __future__ import annotations
 
 import re
 import sys
+import time
 import weakref
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from types import SimpleNamespace
 from typing import Any
@@ -99,6 +102,56 @@ class _Generator(torch.Generator):
     device = property(lambda self: self.place or CPU)
 
 
+class _Stream:
+    """A stream of a stand-in GPU; ``copies`` are still to be made. Kernels run at once, whatever their stream."""
+
+    def __init__(self, device: Any = None, **_: Any) -> None:
+        self.copies: list[Callable[[], object]] = []
+
+    def wait_stream(self, other: _Stream) -> None:
+        other.make(len(other.copies))
+
+    def wait_event(self, event: _Event) -> None:
+        event.pass_by()
+
+    def record_event(self) -> _Event:
+        event = _Event()
+        event.record(self)
+        return event
+
+    def make(self, count: int) -> None:
+        """Make the first ``count`` copies."""
+        for _ in range(count):
+            self.copies.pop(0)()
+
+
+class _Event:
+    """A mark in a stream."""
+
+    def __init__(self, **_: Any) -> None:
+        self._stream, self._time = _Stream(), 0.0
+
+    def record(self, stream: _Stream) -> None:
+        self._stream, self._time = stream, time.perf_counter()
+        if stream.copies:
+            stream.copies.append(self._passed)
+
+    def pass_by(self) -> None:
+        """Make the copies that were queued before the mark."""
+        if self._passed in self._stream.copies:
+            self._stream.make(self._stream.copies.index(self._passed) + 1)
+
+    def _passed(self) -> None:
+        """Stand in the queue of copies."""
+
+    def synchronize(self) -> None:
+        StandIn.active.wait("event")
+        self.pass_by()
+
+    def elapsed_time(self, later: _Event) -> float:
+        return max(1e-3, 1000 * (later._time - self._time))
+
+
 class _Boundary(TorchFunctionMode):
     """Calls from Python: C++ is told ``meta`` for ``cuda``; operators below learn which device is meant."""
 
@@ -110,6 +163,8 @@ class _Boundary(TorchFunctionMode):
         kwargs = kwargs or {}
         if func in (torch.device, torch._C._nn._parse_to):
             return func(*args, **kwargs)
+        if kwargs.get("pin_memory"):
+            return self.standin.pin(func(*args, **{**kwargs, "pin_memory": False}))
         if func in (torch.tensor, torch.as_tensor) and _place(kwargs.get("device")):
             made = func(*args, **{**kwargs, "device": CPU})
             return self.__torch_function__(torch.Tensor.to, (), (made, kwargs["device"]))
@@ -175,6 +230,8 @@ class StandIn(TorchDispatchMode):
         self._asked: torch.device | None = None
         self._around: torch.device | None = None
         self._known: dict[int, Any] = {}
+        self._pinned: dict[int, Any] = {}
+        self._streams = [_Stream()]
         self._stack = ExitStack()
 
     def __enter__(self) -> StandIn:
@@ -211,15 +268,26 @@ class StandIn(TorchDispatchMode):
         properties = SimpleNamespace(
             total_memory=self.memory, name=self.name, major=self.capability[0], minor=self.capability[1]
         )
-        event = SimpleNamespace(record=lambda *_: None, elapsed_time=lambda _: 1.0)
+
+        @contextmanager
+        def on(stream: _Stream) -> Iterator[None]:
+            self._streams.append(stream)
+            try:
+                yield
+            finally:
+                self._streams.pop()
+
         native_bf16 = self.capability >= (8, 0)
         return {
             "Generator": _Generator,
+            "Tensor.record_stream": lambda tensor, stream: None,  # copies that are queued hold what they use
             "__future__.get_overwrite_module_params_on_conversion": lambda: True,
-            "cuda.Event": lambda **_: event,
+            "cuda.Event": _Event,
+            "cuda.Stream": _Stream,
+            "cuda.stream": on,
             "cuda._lazy_init": lambda: None,
             "cuda.current_device": lambda: 0,
-            "cuda.current_stream": lambda device=None: None,
+            "cuda.current_stream": lambda device=None: self._streams[-1],
             "cuda.device_count": lambda: self.count,
             "cuda.empty_cache": empty,
             "cuda.get_device_capability": lambda device=None: self.capability,
@@ -243,6 +311,14 @@ class StandIn(TorchDispatchMode):
         self.waits[key] += 1
         if moved:
             self.moved[key] += moved
+
+    def pin(self, made: torch.Tensor) -> torch.Tensor:
+        """Note that a new tensor is in page-locked memory."""
+        storage = made.untyped_storage()
+        storage.fill_(255)  # NaN
+        key = id(storage)
+        self._pinned[key] = weakref.ref(storage, lambda _: self._pinned.pop(key, None))
+        return made
 
     def call(self, func: Any, args: Any, kwargs: Any, asked: torch.device | None, really_meta: bool) -> Any:
         """Make a call from Python, in which ``meta`` means the device ``asked``, or that of the arguments."""
@@ -280,17 +356,41 @@ class StandIn(TorchDispatchMode):
             return func(*args, **kwargs)
         known = facts(func)
         self._check(func, args, leaves, copying=known.name in COPYING or target is not None)
+        if known.name == "copy_" and self._queued(func, args, kwargs):
+            return args[0]
         out = func(*map(_plain, args), **{key: _plain(item) for key, item in kwargs.items()})
         if known.name in ("copy_", "_to_copy"):
             copying_into = known.name == "copy_"
             source = args[1] if copying_into else args[0]
             there = isinstance(args[0], DeviceTensor) if copying_into else place is not None
             if isinstance(source, DeviceTensor) != there:
-                self.wait("to device" if there else "to host", source.numel() * source.element_size())
+                key = "to device" if there else "to host"
+                if kwargs.get("non_blocking") and self._is_pinned(source):
+                    self.moved[key, _caller()] += source.nbytes
+                else:
+                    self.wait(key, source.nbytes)
             if not there:
                 return args[0] if copying_into else out
         self.kernels[known.name] += place is not None and not known.view
         return out if place is None else self._wrap(out, {id(item.values): item for item in ours}, place)
+
+    def _is_pinned(self, item: torch.Tensor) -> bool:
+        return not isinstance(item, DeviceTensor) and id(item.untyped_storage()) in self._pinned
+
+    def _queued(self, func: Any, args: Any, kwargs: Any) -> bool:
+        """Queue a copy into ``args[0]`` on the stream at work, if the host need not wait for it; return whether."""
+        target, source, *blocking = args
+        stream, crossing = self._streams[-1], isinstance(target, DeviceTensor) != isinstance(source, DeviceTensor)
+        not_blocking = kwargs.get("non_blocking") or blocking[:1] == [True]
+        if not (crossing and not_blocking and (self._is_pinned(source) or self._is_pinned(target))):
+            return False
+        self.moved["to device" if isinstance(target, DeviceTensor) else "to host", _caller()] += source.nbytes
+        if stream is self._streams[0]:
+            func(*map(_plain, args))
+        else:
+            _plain(target).fill_(float("nan"))
+            stream.copies.append(lambda: func(_plain(target), _plain(source)))
+        return True
 
     def _check(self, func: Any, args: Any, leaves: list[Any], *, copying: bool) -> None:
         """Refuse what CUDA refuses; count waits, and operators without a fixed order."""

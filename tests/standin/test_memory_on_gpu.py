@@ -12,6 +12,8 @@ import torch
 import fistapruner
 import tiny
 from fistapruner.errors import FistaPrunerError
+from fistapruner.models.files.checkpoint import Checkpoint
+from fistapruner.models.layerwise import LayerwiseModel
 from fistapruner.planning.plan import DEVICE_RESERVE
 from fistapruner.recipes.loading import load_recipe_settings, merge
 from fistapruner.runs.listener import Listener
@@ -60,6 +62,16 @@ def test_the_plan_counts_what_the_device_holds(gpu: StandIn, wide: Path, tmp_pat
     assert row.planned is not None
     assert row.actual is not None
     assert row.actual <= row.planned < 2.5 * row.actual
+
+
+class Saying(Listener):
+    """Keeps the sentences of a run."""
+
+    def __init__(self) -> None:
+        self.lines: list[str] = []
+
+    def say(self, message: str) -> None:
+        self.lines.append(message)
 
 
 class Shrinking(Listener):
@@ -112,24 +124,56 @@ def test_freed_memory_is_given_back_before_the_plan(gpu: StandIn, deep: Path, tm
     assert gpu.emptied >= 1
 
 
+STATES: dict[str, Any] = {
+    "method": "sparsegpt",
+    "dense_target": "dense",
+    "residual": "correct",
+    "calibration": {"samples": 32},
+    "execution": {"batch_size": 2},
+}
+"""A run that stores hidden states, what the dense model has in their place, and residual drift."""
+
+
+def copied(gpu: StandIn) -> set[tuple[str, str]]:
+    """Copies of hidden states between main memory and a device: their direction and their place."""
+    return {(what, place) for what, place in gpu.moved if place.startswith(("activations/", "runtime/transfers"))}
+
+
+def decided(run: Path) -> bool:
+    """Whether a run keeps hidden states on the device."""
+    return bool(json.loads((run / "run.json").read_text())["decision"]["on_device"])
+
+
 def test_hidden_states_stay_on_the_device_where_they_fit(gpu: StandIn, deep: Path, tmp_path: Path) -> None:
-    """No pass copies them; where they do not fit they wait in main memory, with the same bits."""
-    settings: dict[str, Any] = {
-        "method": "sparsegpt",
-        "dense_target": "dense",
-        "residual": "correct",
-        "calibration": {"samples": 32},
-        "execution": {"batch_size": 2},
-    }
+    """No pass copies them. Where they do not fit, the host does not wait for copies, and the bits are the same."""
+    says = Saying()
     gpu.moved.clear()
-    prune(deep, tmp_path / "there", **settings)
-    assert not [place for _, place in gpu.moved if "activations/store" in place]
-    gpu.memory = DEVICE_RESERVE + 700_000
-    prune(deep, tmp_path / "here", **settings)
-    assert [place for _, place in gpu.moved if "activations/store" in place]
-    decisions = [
-        json.loads((tmp_path / name / "run.json").read_text())["decision"]["on_device"] for name in ("there", "here")
-    ]
-    assert decisions == [True, False]
+    prune(deep, tmp_path / "there", listener=says, **STATES)
+    assert decided(tmp_path / "there")
+    assert not copied(gpu)
+    assert says.lines.count("hidden states between decoder layers: in the GPU's memory") == 1
+    gpu.memory, says = DEVICE_RESERVE + 900_000, Saying()
+    gpu.waits.clear()
+    prune(deep, tmp_path / "here", listener=says, **STATES)
+    assert not decided(tmp_path / "here")
+    assert says.lines.count("hidden states between decoder layers: in main memory") == 1
+    assert {what for what, _ in copied(gpu)} == {"to device", "to host"}
+    waits = {what for what, place in gpu.waits if place.startswith(("activations/", "runtime/transfers"))}
+    assert waits == {"event"}
     there, here = ((tmp_path / name / "model" / "model.safetensors").read_bytes() for name in ("there", "here"))
     assert there == here
+
+
+def test_the_next_layers_weights_are_read_meanwhile(gpu: StandIn, deep: Path) -> None:
+    """They are copied without a wait."""
+    model = LayerwiseModel(Checkpoint.open(deep), CUDA)
+    with model.layer(1) as layer:
+        expected = {name: value.cpu() for name, value in layer.state_dict().items()}
+    assert "to device" in {what for what, _ in gpu.waits}
+    model.read_ahead(1)
+    gpu.waits.clear()
+    with model.layer(1) as layer:
+        assert "to device" not in {what for what, _ in gpu.waits}
+        assert all(torch.equal(value.cpu(), expected[name]) for name, value in layer.state_dict().items())
+    with model.layer(1):
+        assert "to device" in {what for what, _ in gpu.waits}

@@ -255,6 +255,8 @@ def run_layer(
                         output.write(start, out)
                 elif output is not None:
                     output(-1, start, out)
+        if isinstance(output, HiddenStates):
+            output.flush()
     finally:
         for handle in handles:
             handle.remove()

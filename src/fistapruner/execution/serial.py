@@ -51,6 +51,8 @@ def prune_serially(
             work.store(f"dense-{index + 1}", samples=samples) if dense_on else None,
             work.store(f"pruned-{index + 1}") if pruned_on else None,
         )
+        if index + 1 in todo:
+            work.model.read_ahead(index + 1)
         if index in todo:
             events = LayerEvents(operators=partial(listener.operators, index))
             if inspect is not None:

@@ -31,6 +31,7 @@ from ..runtime.numerics import pass_dtype
 from .architecture import build_model, checkpoint_names, find_decoder_layers, refuse_experts, unsupported
 from .experts import separate_experts
 from .files.checkpoint import Checkpoint
+from .read_ahead import ReadAhead
 
 Call = tuple[tuple[Any, ...], dict[str, Any]]
 """Positional and keyword arguments of a decoder layer, without its hidden states."""
@@ -77,6 +78,7 @@ class LayerwiseModel:
         self._returned: Callable[[Tensor], Any] = lambda hidden: hidden  # hidden states as a layer returns them
         self._checked = False
         self._open: set[int | str] = set()  # numbers of loaded decoder layers, and "ends"
+        self._ahead: dict[int, ReadAhead] = {}  # decoder layers that are being read, by number
         self._sources = checkpoint_names(self.model, checkpoint, experts)
         self._parameters = {name for name, _ in self.model.named_parameters()}
         for module in self.model.modules():
@@ -130,13 +132,23 @@ class LayerwiseModel:
             yield self.layers[index]
             return
         names = self.layer_parameters(index)
+        ahead = self._ahead.pop(index, None)
         try:
-            self._load(names, replaced or {})
+            self._load(names, {**(ahead.tensors() if ahead is not None else {}), **(replaced or {})})
+            del ahead
             self._open.add(index)
             yield self.layers[index]
         finally:
             self._open.discard(index)
             self._free(names)
+
+    def read_ahead(self, index: int) -> None:
+        """Begin to read decoder layer ``index``, which will be loaded soon, while a GPU computes.
+
+        Its bytes are in main memory until it is loaded. Nothing happens on a CPU.
+        """
+        if self.device.type == "cuda" and index not in self._ahead:
+            self._ahead[index] = ReadAhead(self.checkpoint, map(self.source, self.layer_parameters(index)))
 
     @contextmanager
     def embeddings_and_head(self, *, head: bool = True, like: LayerwiseModel | None = None) -> Iterator[None]:
@@ -487,7 +499,7 @@ class LayerwiseModel:
                 if tensor.ndim == 1 and name in self._parameters and not bool(tensor.isfinite().all()):
                     raise FistaPrunerError(f"{self.checkpoint.folder}: {source} contains NaN or infinite values")
                 tensor = tensor.to(self.dtype)
-            tensor = tensor.to(self.device)
+            tensor = tensor.to(self.device, non_blocking=True)
             twin = None if like is None else like._held(name)
             same = twin is not None and twin.dtype == tensor.dtype and twin.device == tensor.device
             self._assign(name, twin if twin is not None and same and torch.equal(twin, tensor) else tensor)

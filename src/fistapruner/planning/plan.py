@@ -267,6 +267,9 @@ def written(fitted: Fitted, disk: int, seconds: float | None) -> Plan:
     )
     says = [] if fitted.changed is None else [fitted.changed]
     says.append(f"plan: {peaks}, {size(disk)} of disk{duration}")
+    if len(budgets) > 1:
+        place = "in files" if chosen.on_disk else "in the GPU's memory" if chosen.on_device else "in main memory"
+        says.append(f"hidden states between decoder layers: {place}")
     stages = {f"{stage}{budget.suffix}": size for budget in budgets for stage, size in budget.stages(chosen).items()}
     return Plan(chosen, stages, tuple(rows), tuple(says))
 

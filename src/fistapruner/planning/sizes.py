@@ -297,7 +297,7 @@ class Sizes:
         partly = beside < self.samples
         here = not self.cuda or choice.on_device
         first, states, kept = self._waiting(choice) if here else (0, 0, 0)
-        passing = batch * (self.forward + 2 * self.window)
+        passing = batch * (self.forward + 2 * self.window) + self._copied(choice)
         found = {
             "the embeddings": base + self.ends + largest,
             "the first hidden states": base + self.ends + first + batch * 2 * self.window,
@@ -345,8 +345,9 @@ class Sizes:
     def host_stages(self, choice: Choice, solvers: int = 0) -> dict[str, int]:
         """Compute the peak bytes of main memory of every stage of a run on GPUs, by the stage's name.
 
-        Main memory holds a tensor of the checkpoint or a batch of windows on the way to or from the GPU, the hidden
-        states, and the solved weights until their layer is done.
+        Main memory holds a tensor of the checkpoint or batches of windows on the way to or from the GPU, the hidden
+        states, the next layer's weights, and the solved weights until their layer is done. PyTorch rounds page-locked
+        buffers up to powers of two.
 
         Args:
             choice: settings of the run.
@@ -354,6 +355,7 @@ class Sizes:
         """
         first, states, kept = (0, 0, 0) if choice.on_device else self._waiting(choice)
         moving = min(choice.batch_size, self.samples) * (2 * self.window + self.float_input)
+        moving += 2 * self._copied(choice)
         loading = min(2 * self.largest, self.layer)
         done = sum(group.weight for group in self.groups) * self.stored // 4
         part = max(group.gram + 3 * group.weight for group in self.groups)  # of a group: weight, drift, solution
@@ -361,7 +363,7 @@ class Sizes:
         found = {
             "the embeddings": 2 * self.largest,
             "the first hidden states": first + moving,
-            "pruning a layer": states + kept + max(loading, done + max(moving, solving)),
+            "pruning a layer": states + kept + 2 * self.layer + max(loading, done + max(moving, solving)),
             "writing the checkpoint": 2 * self.largest,
         }
         if self.reconstruction:
@@ -372,6 +374,13 @@ class Sizes:
                 self._states_in_memory(choice) + metrics + max(moving, 2 * self.largest)
             )
         return {name: round(self.base + (1 + UNCOUNTED) * size) for name, size in found.items()}
+
+    def _copied(self, choice: Choice) -> int:
+        """Count the bytes of batches on the way between main memory and a GPU: read ahead, and written last."""
+        if not self.cuda or choice.on_device:
+            return 0
+        stores = 3 * (self.streams + bool(self.dense)) * self.window + 2 * self.kept + self.entering
+        return min(choice.batch_size, self.samples) * stores
 
     def _waiting(self, choice: Choice) -> tuple[int, int, int]:
         """Count bytes of stores in memory: first hidden states, all hidden states, others of a layer."""

@@ -147,6 +147,9 @@ class LayerPasses:
             output=output,
             around=[] if self._residual is None else [self._residual.around_dense_pass],
         )
+        if streams.dense_out is not None:
+            with self._clock.phase("io"):
+                streams.dense_out.flush()  # another process may read it now
         return True
 
     def make_wanted(self) -> None:
