@@ -16,21 +16,21 @@ from fistapruner.constraints import CONSTRAINTS, Constraint, Scope
 
 @dataclass(frozen=True)
 class SharedNM(Constraint):
-    """n:m with one mask for every block of ``v`` rows, written ``v:n:m``."""
+    """n:m with one mask for every block of ``v`` rows, written ``shared v:n:m``."""
 
     v: int
     n: int
     m: int
 
-    forms: ClassVar[tuple[str, ...]] = ("a shared pattern (4:2:4)",)
+    forms: ClassVar[tuple[str, ...]] = ("a shared pattern (shared 4:2:4)",)
 
     @classmethod
     def parse(cls, text: str) -> SharedNM | None:
-        match = re.fullmatch(r"(\d+):(\d+):(\d+)", text)
+        match = re.fullmatch(r"shared (\d+):(\d+):(\d+)", text)
         return cls(*map(int, match.groups())) if match else None
 
     def __str__(self) -> str:
-        return f"{self.v}:{self.n}:{self.m}"
+        return f"shared {self.v}:{self.n}:{self.m}"
 
     @property
     def fraction(self) -> float:
@@ -97,7 +97,8 @@ TOYS: dict[str, type[Constraint]] = {"shared n:m": SharedNM, "whole columns": Wh
 EXAMPLES = {
     "unstructured": ("0%", "0.3", "50%", "95%", "0.123456789"),
     "n:m": ("1:2", "2:4", "3:4", "4:8", "3:5"),
-    "shared n:m": ("4:2:4", "3:1:2", "8:4:8"),
+    "v:n:m": ("4:2:8", "64:2:8", "3:1:5"),
+    "shared n:m": ("shared 4:2:4", "shared 3:1:2", "shared 8:4:8"),
     "whole columns": ("columns 50.0%", "columns 12.5%"),
 }
 """Texts of every constraint; a registered one without an entry fails its property tests."""

@@ -7,12 +7,15 @@ from pathlib import Path
 import pytest
 import torch
 from layer_problems import make_problem
+from safetensors.torch import load_file
 
 import fistapruner as fp
 import tiny
 from fistapruner import FistaPrunerError
 from fistapruner.constraints import Constraint, parse_sparsity
+from fistapruner.evaluation.inspection import inspect_checkpoint
 from fistapruner.solvers import METHODS, parse_method, solve
+from fistapruner.sparse.pack import choose_layout
 from toy_constraints import TOYS, every_constraint, registered
 
 CHAINS = [f"wanda+{name}" if method.refines else name for name, method in METHODS.items()]
@@ -25,7 +28,7 @@ def test_exact_zeros_or_a_refusal(chain: str, constraint: Constraint) -> None:
     problem = make_problem((10, 7), 8 * constraint.group_length, drift=0.1, target=0.5)
     refusing = [step for step in parse_method(chain) if not step.supports(constraint)]
     if refusing:
-        assert isinstance(constraint, tuple(TOYS.values()))
+        assert isinstance(constraint, tuple(TOYS.values())) or (constraint.exchanges is None and "swap" in chain)
         with pytest.raises(FistaPrunerError) as error:
             solve(problem, constraint, chain)
         assert refusing[0].name in str(error.value)
@@ -52,7 +55,7 @@ def parse_toy(kind: type[Constraint]) -> Constraint:
 
 
 @pytest.mark.parametrize("chain", ["proximal", "alps", "fista"])
-@pytest.mark.parametrize("text", ["4:2:4", "columns 50.0%"])
+@pytest.mark.parametrize("text", ["shared 4:2:4", "columns 50.0%", "4:2:8"])
 def test_solvers_beat_magnitude_on_a_newcomer(chain: str, text: str) -> None:
     with registered():
         constraint = parse_sparsity(text)
@@ -67,10 +70,26 @@ def test_a_run_prunes_to_a_newcomer_by_its_text(tmp_path: Path) -> None:
     tiny.save("llama", tmp_path / "dense")
     settings = {"calibration": {"source": "python", "samples": 4, "seqlen": 32}}
     with registered():
-        constraint = parse_sparsity("4:2:4")
-        report = fp.prune(str(tmp_path / "dense"), tmp_path / "out", sparsity="4:2:4", method="alps", **settings)
+        constraint = parse_sparsity("shared 4:2:4")
+        report = fp.prune(str(tmp_path / "dense"), tmp_path / "out", sparsity="shared 4:2:4", method="alps", **settings)
         operators = [operator for layer in report.layers for operator in layer.operators]
-        assert {operator.sparsity for operator in operators} == {"4:2:4"}
+        assert {operator.sparsity for operator in operators} == {"shared 4:2:4"}
         assert all(operator.zeros == constraint.zeros(*operator.shape) for operator in operators)
         with pytest.raises(FistaPrunerError, match="swap"):
-            fp.prune(str(tmp_path / "dense"), tmp_path / "refused", sparsity="4:2:4", method="wanda+swap", **settings)
+            fp.prune(
+                str(tmp_path / "dense"), tmp_path / "refused", sparsity="shared 4:2:4", method="wanda+swap", **settings
+            )
+
+
+@pytest.mark.parametrize("method", ["proximal", "sparsegpt", "wanda"])
+def test_shared_inputs_are_pruned_and_packed(tmp_path: Path, method: str) -> None:
+    tiny.save("llama", tmp_path / "dense")
+    settings = {"calibration": {"source": "python", "samples": 4, "seqlen": 32}}
+    fp.prune(str(tmp_path / "dense"), tmp_path / "out", sparsity="4:2:8", method=method, **settings)
+    model = tmp_path / "out" / "model"
+    assert not inspect_checkpoint(model).violations
+    fp.pack(model, tmp_path / "packed")
+    kept = load_file(fp.unpack(tmp_path / "packed", tmp_path / "unpacked") / "model.safetensors")
+    assert all(torch.equal(tensor, kept[name]) for name, tensor in load_file(model / "model.safetensors").items())
+    down = kept["model.layers.0.mlp.down_proj.weight"]
+    assert str(choose_layout(down)) == "2:8"

@@ -6,18 +6,20 @@ from ..errors import FistaPrunerError
 from .base import Constraint, Scope
 from .nm import NM
 from .unstructured import Unstructured
+from .vnm import VNM
 
-CONSTRAINTS: dict[str, type[Constraint]] = {"unstructured": Unstructured, "n:m": NM}
+CONSTRAINTS: dict[str, type[Constraint]] = {"unstructured": Unstructured, "n:m": NM, "v:n:m": VNM}
 """Every constraint by name; a text is read by the first one whose form it has."""
 
-__all__ = ["CONSTRAINTS", "NM", "Constraint", "Scope", "Unstructured", "parse_sparsity"]
+__all__ = ["CONSTRAINTS", "NM", "VNM", "Constraint", "Scope", "Unstructured", "parse_sparsity"]
 
 
 def parse_sparsity(value: str | float | Constraint) -> Constraint:
-    """Read a constraint as users write it: ``0.5``, ``"50%"``, ``"2:4"``.
+    """Read a constraint as users write it: ``0.5``, ``"50%"``, ``"2:4"``, ``"64:2:8"``.
 
     Args:
-        value: a share of zeros, a percentage, an ``n:m`` pattern (n kept of every m inputs), or a constraint.
+        value: a share of zeros, a percentage, an ``n:m`` pattern (n kept of every m inputs), a ``v:n:m`` pattern (in
+            inputs that v rows share), or a constraint.
 
     Raises:
         FistaPrunerError: the value is none of these, or out of range.

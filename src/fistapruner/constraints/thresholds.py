@@ -128,6 +128,27 @@ class GroupThreshold:
         torch.mul(values.view(shape), keep, out=out.view(shape))
 
 
+class SharedThreshold:
+    """Keep in every group of a row the ``n`` values largest in magnitude, within inputs that rows share.
+
+    Args:
+        v: rows that share inputs: of every group the 2n with the largest sums of magnitudes.
+        n: values kept of every group.
+        m: group length.
+    """
+
+    def __init__(self, v: int, n: int, m: int) -> None:
+        self.v, self.inputs, self.group = v, GroupThreshold(2 * n, m), GroupThreshold(n, m)
+
+    def __call__(self, values: Tensor, out: Tensor, *, correct: bool) -> None:
+        """Write the kept ``values`` (rows, columns) to ``out``, zero elsewhere."""
+        sums = torch.stack([block.abs().sum(0) for block in values.split(self.v)])
+        self.inputs(sums, sums, correct=correct)
+        for number, (block, kept) in enumerate(zip(values.split(self.v), out.split(self.v), strict=True)):
+            torch.mul(block, sums[number] > 0, out=kept)
+        self.group(out, out, correct=correct)
+
+
 def hard_threshold(values: Tensor, bound: Tensor, out: Tensor) -> None:
     """Write ``values`` to ``out``, zero where their magnitude does not exceed ``bound`` (0-dim tensor).
 

@@ -243,8 +243,8 @@ class Recipe(RunRecipe):
 
     sparsity: SparsitySetting = Field(
         "50%",
-        description="Sparsity pattern of every pruned operator: 50%, 0.5, 2:4, 4:8, ... With structure the default is "
-        "0%: the result is then a smaller model without zeros.",
+        description="Sparsity pattern of every pruned operator: 50%, 0.5, 2:4, 4:8, 64:2:8, ... With structure the "
+        "default is 0%: the result is then a smaller model without zeros.",
     )
     method: MethodSetting = Field(
         "proximal",
