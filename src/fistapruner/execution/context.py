@@ -244,6 +244,7 @@ class RunContext:
         measures = LayerMeasures(
             metric=self.run.metric(index) if self.recipe.reconstruct else None,
             importance=self.run.importance(names) if weighs_rows(self.recipe) else None,
+            scores=self.run.scores(names) if self.recipe.structure.method == "bypass" else {},
         )
         result = prune_layer(context, index, streams, measures, events)
         if self._reduced:

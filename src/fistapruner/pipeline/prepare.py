@@ -45,7 +45,8 @@ from ..runtime.files import disk_errors, sha256_file
 from ..runtime.machine import describe_machine, now, versions
 from ..runtime.memory import release_device_memory
 from ..runtime.numerics import dtype_name, exact_products
-from ..sensitivity.decision import check_allocation, decide, needs_measuring, permutes
+from ..sensitivity.decision import check_allocation, decide, needs_measuring, permutes, windows_measured
+from ..structured.bypass import BypassLearning
 from ..structured.units import Widths
 from .begun import absolute, changed_text, refuse_other
 from .plan import allocate, change_widths, plan_run, say_widths
@@ -152,7 +153,8 @@ def prepare(run: PruneDirectory, request: RunRequest, listener: Listener) -> Non
     numerics, choice, rows = choose_plan(run, request.recipe, inputs, begun, listener)
     calibrated = draw_calibration(run, request, inputs, listener)
     states = run.hidden / "sensitivity" if choice.on_disk else None
-    measured = measure_dense(run, request.recipe, inputs, calibrated.tokens, numerics, states, listener)
+    scores = learn_channels(run, request.recipe, inputs, calibrated.tokens, numerics, states, listener)
+    measured = measure_dense(run, request.recipe, inputs, calibrated.tokens, numerics, states, listener, scores)
     decision = PruneDecision(
         model=absolute(request.model),
         folder=inputs.source.folder.absolute(),
@@ -265,6 +267,38 @@ def draw_calibration(run: PruneDirectory, request: RunRequest, inputs: Inputs, l
     return Calibrated(tokens, how, text)
 
 
+def learn_channels(
+    run: PruneDirectory,
+    recipe: Recipe,
+    inputs: Inputs,
+    tokens: Tensor,
+    numerics: Numerics,
+    states: Path | None,
+    listener: Listener,
+) -> dict[str, Tensor]:
+    """Learn which channels stay, where the recipe asks for it; arguments as for :func:`measure_dense`.
+
+    Returns:
+        By full name of the operator that reads them, the probabilities of its channels to stay.
+    """
+    if recipe.structure.method != "bypass" or inputs.widths is None or not any(inputs.widths.units):
+        return {}
+    with cpu_threads(numerics.threads), exact_products(), _temporary(states):
+        learning = BypassLearning(
+            inputs.model,
+            inputs.widths.units,
+            tokens,
+            recipe.structure,
+            recipe.seed,
+            scratch_factory(states, inputs.model.dtype),
+            listener.say,
+            listener.tick,
+        )
+        identity = fingerprint(recipe, inputs.model.checkpoint, tokens, numerics)
+        found = learning.run(run.bypass_file, identity, windows_measured(len(tokens)))
+    return {f"{inputs.layout.prefix}.{index}.{name}": scores for (index, name), scores in found.items()}
+
+
 def measure_dense(
     run: PruneDirectory,
     recipe: Recipe,
@@ -273,6 +307,7 @@ def measure_dense(
     numerics: Numerics,
     states: Path | None,
     listener: Listener,
+    scores: Mapping[str, Tensor],
 ) -> Measured:
     """Measure on the dense model what the recipe's allocation, weighting and channel order need.
 
@@ -284,9 +319,13 @@ def measure_dense(
         numerics: what decides the last bits.
         states: folder for hidden states; None keeps them in memory.
         listener: receives progress.
+        scores: :func:`learn_channels`.
     """
     if not needs_measuring(recipe):
-        return Measured(inputs.sparsity, {})
+        if not scores:
+            return Measured(inputs.sparsity, {})
+        run.write_metrics([], {}, {}, scores)
+        return Measured(inputs.sparsity, {}, metrics_sha256=sha256_file(run.metrics_file))
     begin = time.perf_counter()
     listener.say("measuring sensitivity on the dense model")
     with cpu_threads(numerics.threads), exact_products(), _temporary(states):
@@ -314,8 +353,8 @@ def measure_dense(
                 "--seqlen, or take --allocation uniform and --weighting none, which need none"
             )
     digest = None
-    if found.metrics or found.importance or found.orders:
-        run.write_metrics(found.metrics or [], found.importance or {}, found.orders)
+    if found.metrics or found.importance or found.orders or scores:
+        run.write_metrics(found.metrics or [], found.importance or {}, found.orders, scores)
         digest = sha256_file(run.metrics_file)
     if permutes(recipe):
         listener.say(_say_permuted(found.permuted))

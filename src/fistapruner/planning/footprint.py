@@ -76,7 +76,7 @@ def removal_bytes(rows: int, inputs: int, kept: int, settings: Structure, device
     Args:
         rows: outputs of the operator.
         inputs: its channels; ``kept``: those that stay.
-        settings: how channels are chosen; what goa needs is estimated by what energy with a refit needs.
+        settings: how channels are chosen; what goa and bypass need is that of energy with a refit.
         device: device of the work.
     """
     small = min(inputs, PROBE_INPUTS)
@@ -85,7 +85,7 @@ def removal_bytes(rows: int, inputs: int, kept: int, settings: Structure, device
     activations = torch.randn(2 * small, small, generator=generator)
     gram = (activations.T @ activations / len(activations)).to(device)
     weight = torch.randn(max(1, round(rows / scale)), small, generator=generator).to(device)
-    if settings.method == "goa":
+    if settings.method in ("goa", "bypass"):
         settings = settings.model_copy(update={"method": "energy", "compensate": "refit"})
     problem = LayerProblem(weight, gram, torch.zeros_like(weight), torch.zeros(len(weight), device=device))
     known = ChannelStatistics(problem, torch.zeros(small, device=device), (gram.clone(), gram.clone()))

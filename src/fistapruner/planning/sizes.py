@@ -28,6 +28,7 @@ from ..runtime.memory import resident_memory
 from ..runtime.numerics import ordered_attention
 from ..sensitivity.decision import differentiates, needs_measuring, permutes, weighs_rows, windows_measured
 from ..sensitivity.fisher import HEAD_TOKENS, WIDE
+from ..structured.bypass import LENGTH, SEQUENCES
 from ..structured.units import Unit, Widths, removed_weights
 from .footprint import peak_bytes, removal_bytes, solve_bytes
 
@@ -141,6 +142,9 @@ class Sizes:
 
     removal: int
     """Peak of choosing the channels that are removed, and of the weights that remain; 0 without."""
+
+    learning: int
+    """Peak of a pass through a layer whose weights are masked, beside the layer (bypass); 0 without."""
 
     metric: int
     """Metric of one layer's output errors in block reconstruction, in main memory; 0 without."""
@@ -272,6 +276,10 @@ class Sizes:
             reconstruction=backward + (5 * 4 + 1 + itemsize) * operators // 4 + 3 * 4 * model.width**2
             if recipe.reconstruct
             else 0,
+            learning=forward * -(-SEQUENCES * LENGTH // seqlen)
+            + sum(2 * itemsize * unit.consumer.rows * unit.consumer.columns for unit in units)
+            if recipe.structure.method == "bypass" and units
+            else 0,
             metric=4 * model.width * (model.width if model.width <= WIDE else 1) if recipe.reconstruct else 0,
             logits=4 * 4 * min(seqlen, HEAD_TOKENS) * model.vocabulary,
             measured=needs_measuring(recipe),
@@ -332,6 +340,9 @@ class Sizes:
             found["removing channels"] = base + self.layer + states + kept + done + self.removal
         if self.reconstruction:
             found["block reconstruction"] = base + self.layer + states + done + self.reconstruction + 4 * self.window
+        if self.learning:
+            layer = self.layer + self.learning
+            found["learning which channels stay"] = base + max(layer, self.ends + largest + self.logits)
         if self.measured:
             states = 0 if self.cuda else self._states_in_memory(choice)
             passed = self.layer + min(choice.batch_size, 4) * max(self.backward, self.forward + self.float_input)

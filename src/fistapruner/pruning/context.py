@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from torch import Tensor
 
@@ -133,10 +133,12 @@ class LayerMeasures:
         metric: metric of output errors in block reconstruction
             (:class:`~fistapruner.tuning.block_reconstruction.ReconstructionSettings`).
         importance: weights of the rows of every operator, by full name; None counts all rows alike.
+        scores: by full name of the operator that reads them, scores of its channels that were learned (bypass).
     """
 
     metric: Tensor | None = None
     importance: Mapping[str, Tensor] | None = None
+    scores: Mapping[str, Tensor] = field(default_factory=dict)
 
 
 NOT_MEASURED = LayerMeasures()

@@ -135,6 +135,8 @@ def remove_units(
             found.warnings += warnings
         else:
             known = passes.channels_of(number)
+        if name in measures.scores:
+            chosen = best_channels(measures.scores[name], unit.after)
         with clock.phase("structure"):
             biased = context.model.layers[index].get_submodule(operator.name).bias is not None
             removal = remove_channels(

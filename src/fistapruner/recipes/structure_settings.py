@@ -10,10 +10,10 @@ from pydantic import BeforeValidator, Field
 
 from .base import Settings
 
-StructureMethod = Literal["obs", "energy", "flap", "magnitude", "goa"]
+StructureMethod = Literal["obs", "energy", "flap", "magnitude", "goa", "bypass"]
 """Ways to choose the channels that are removed."""
 
-AS_PUBLISHED: Mapping[StructureMethod, Literal["bias", "none"]] = {"flap": "bias", "goa": "none"}
+AS_PUBLISHED: Mapping[StructureMethod, Literal["bias", "none"]] = {"flap": "bias", "goa": "none", "bypass": "none"}
 """How published methods make up for removed channels, which is what ``compensate: auto`` does with them."""
 
 EXPECTED = (
@@ -86,13 +86,14 @@ class Structure(Settings):
         "obs",
         description="Choice of the channels: greedy elimination with the error that the other channels cannot make up "
         "for (obs), energy of the channel's outputs (energy), its fluctuation (flap), the norm of its weights "
-        "(magnitude), or GOA's criteria for heads and channels after its reconstruction (goa).",
+        "(magnitude), GOA's criteria for heads and channels after its reconstruction (goa), or probabilities to stay "
+        "that are learned from forward passes of the whole model (bypass, takes long).",
     )
     compensate: Literal["auto", "refit", "bias", "none"] = Field(
         "auto",
         description="Least-squares weights of the remaining channels (refit), their weights as they were with the mean "
         "of what is removed added to the bias, where the operator has one (bias), or nothing (none). auto is bias for "
-        "flap and none for goa, as published, and refit for the others.",
+        "flap and none for goa and bypass, as published, and refit for the others.",
     )
     shrink: Annotated[Literal["auto"] | Annotated[float, Field(ge=0.0, le=1.0)], BeforeValidator(_shrink)] = Field(
         "auto",
@@ -103,6 +104,21 @@ class Structure(Settings):
         64,
         ge=1,
         description="Widths are rounded to a multiple of this; a width that is given is taken as it is.",
+    )
+
+    steps: int = Field(
+        1000,
+        ge=1,
+        description="Steps of bypass, each two forward passes of 1,024 tokens; the paper takes 15000.",
+    )
+    lr: float | None = Field(
+        None,
+        gt=0.0,
+        description="Learning rate of bypass; without it 0.002, the paper's, times 15000 / steps.",
+    )
+    baseline: Literal["moving", "leave-one-out"] = Field(
+        "moving",
+        description="What bypass compares a loss with: a moving mean of the losses, as published, or the other mask's.",
     )
 
     @property

@@ -4,6 +4,7 @@ RUN/
     calibration.safetensors    the token ids
     metrics.safetensors        what was measured on the dense model: weights of errors, order of channels
     layers/                    the finished decoder layers (:mod:`fistapruner.runs.journal`)
+    bypass.safetensors         the state of learning which channels stay, where the recipe asks for it
     hidden/                    hidden states that are still needed, where memory does not hold them
     recovered/                 the run directory of the recovery that follows, where the recipe asks for one
 """
@@ -14,6 +15,7 @@ import json
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -36,7 +38,7 @@ BEFORE_TOKENS = rf"{EARLY}|layers|calibration\.safetensors{re.escape(PARTIAL)}"
 
 BEFORE_RUN_FILE = (
     rf"{BEFORE_TOKENS}|hidden|"
-    rf"(calibration\.safetensors|metrics\.safetensors|recipe\.yaml|run\.json)({re.escape(PARTIAL)})?"
+    rf"(calibration\.safetensors|metrics\.safetensors|bypass\.safetensors|recipe\.yaml|run\.json)({re.escape(PARTIAL)})?"
 )
 """Names that an attempt has left that was stopped before ``run.json`` was written."""
 
@@ -52,6 +54,7 @@ class PruneDirectory(RunDirectory):
         super().__init__(folder)
         self.calibration_file = folder / "calibration.safetensors"
         self.metrics_file = folder / "metrics.safetensors"
+        self.bypass_file = folder / "bypass.safetensors"
         self.hidden = folder / "hidden"
         self.recovered = folder / "recovered"
         self.journal = LayerJournal(folder / "layers")
@@ -64,7 +67,7 @@ class PruneDirectory(RunDirectory):
         return (self.journal.folder, self.model, self.hidden, self.recovered)
 
     def own_files(self) -> tuple[Path, ...]:
-        return (*super().own_files(), self.calibration_file, self.metrics_file)
+        return (*super().own_files(), self.calibration_file, self.metrics_file, self.bypass_file)
 
     def foreign(self) -> list[str]:
         begun, layers = self._has_own_tokens(), self.journal.folder
@@ -110,17 +113,25 @@ class PruneDirectory(RunDirectory):
         """Read the (samples, seqlen) calibration token ids."""
         return SafetensorsFile(self.calibration_file).read("tokens")
 
-    def write_metrics(self, metrics: Sequence[Tensor], importance: Mapping[str, Tensor], orders: Orders) -> None:
+    def write_metrics(
+        self,
+        metrics: Sequence[Tensor],
+        importance: Mapping[str, Tensor],
+        orders: Orders,
+        scores: Mapping[str, Tensor] = MappingProxyType({}),
+    ) -> None:
         """Store what was measured on the dense model, as far as the recipe needs it.
 
         Args:
             metrics: of every decoder layer, the weight of errors of its output.
             importance: of every operator, by full name, the weights of its rows.
             orders: of every tensor whose channels are reordered, by name, the dimension and the old places.
+            scores: by full name of the operator that reads them, scores of channels.
         """
         tensors = {f"output.{index:04d}": metric for index, metric in enumerate(metrics)}
         tensors |= {f"rows.{name}": rows for name, rows in importance.items()}
         tensors |= {f"order.{dim}.{name}": order for name, (dim, order) in orders.items()}
+        tensors |= {f"scores.{name}": values for name, values in scores.items()}
         with SafetensorsWriter(
             self.metrics_file, [TensorEntry.of(name, value.dtype, value.shape) for name, value in tensors.items()], {}
         ) as writer:
@@ -135,6 +146,11 @@ class PruneDirectory(RunDirectory):
         """Read the weights of the rows of some operators, by full name."""
         file = SafetensorsFile(self.metrics_file)
         return {name: file.read(f"rows.{name}") for name in names}
+
+    def scores(self, names: Sequence[str]) -> dict[str, Tensor]:
+        """Read the scores of channels that some operators read, by full name; those without are left out."""
+        file = SafetensorsFile(self.metrics_file)
+        return {name: file.read(f"scores.{name}") for name in names if f"scores.{name}" in file.entries}
 
     def orders(self) -> Orders:
         """Read the new order of channels, by tensor; empty where nothing was measured."""

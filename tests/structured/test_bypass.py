@@ -1,0 +1,166 @@
+"""Bypass-BP: its projection and gradient against enumeration, its losses against whole models, kill and resume."""
+
+from __future__ import annotations
+
+import itertools
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.nn import functional
+from transformers import AutoModelForCausalLM
+
+import fistapruner as fp
+import tiny
+from fistapruner.activations.store import scratch_factory
+from fistapruner.models.discovery import discover
+from fistapruner.models.files.safetensors import SafetensorsFile
+from fistapruner.models.layerwise import LayerwiseModel
+from fistapruner.models.source import UNTRUSTED
+from fistapruner.recipes.settings import Recipe
+from fistapruner.recipes.structure_settings import Structure
+from fistapruner.runs.listener import Listener
+from fistapruner.structured.bypass import Budget, BypassLearning, MaskLearner, policy_gradient, project
+from fistapruner.structured.units import find_units
+
+SMALL = {"source": "python", "samples": 4, "seqlen": 64}
+
+
+def test_the_projection_meets_the_budget_and_keeps_the_order() -> None:
+    keep = torch.rand(50, generator=torch.Generator().manual_seed(0), dtype=torch.float64) * 1.4 - 0.2
+    for budget in (3, 10, 20):
+        found = project(keep, budget)
+        assert float(found.sum()) == pytest.approx(budget)
+        assert 0 <= float(found.min()) <= float(found.max()) <= 1
+        torch.testing.assert_close(project(found, budget), found)
+        assert (found[keep.argsort()].diff() >= 0).all()
+        # The nearest point: of what is strictly inside, all moved alike.
+        inside = (found > 0) & (found < 1)
+        assert float((keep - found)[inside].std()) < 1e-9
+    assert torch.equal(project(keep, 50), keep.clamp(0, 1))
+
+
+@pytest.mark.parametrize("baseline", [0.0, 0.7, None])
+def test_the_gradient_is_unbiased_for_its_target(baseline: float | None) -> None:
+    """All pairs of masks of four units, enumerated; the target is the gradient times sqrt(s (1 - s))."""
+    keep = torch.tensor([0.2, 0.5, 0.7, 0.9], dtype=torch.float64)
+    masks = [torch.tensor(mask, dtype=torch.float64) for mask in itertools.product((0, 1), repeat=4)]
+
+    def loss(mask: Tensor) -> float:
+        return float(1 - mask[0] + 2 * (1 - mask[1]) * mask[2] - 0.3 * mask[3] * mask[0])
+
+    def expected_loss(keep: Tensor) -> Tensor:
+        probabilities = torch.stack([(mask * keep + (1 - mask) * (1 - keep)).prod() for mask in masks])
+        return (probabilities * torch.tensor([loss(mask) for mask in masks], dtype=torch.float64)).sum()
+
+    point = keep.clone().requires_grad_()
+    (gradient,) = torch.autograd.grad(expected_loss(point), point)
+    target = gradient * (keep * (1 - keep)).sqrt() * (1 if baseline is None else 2)
+    mean = torch.zeros(4, dtype=torch.float64)
+    for first, second in itertools.product(masks, masks):
+        weight = float(torch.stack([(m * keep + (1 - m) * (1 - keep)).prod() for m in (first, second)]).prod())
+        mean += weight * policy_gradient(keep, [first, second], [loss(first), loss(second)], baseline)
+    torch.testing.assert_close(mean, target, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("moving", [True, False])
+def test_it_finds_the_best_units_of_a_separable_loss(moving: bool) -> None:
+    worth = torch.tensor([0.1, 1.0, 0.2, 0.9, 0.05, 0.8], dtype=torch.float64)
+    budgets = [Budget(slice(0, 6), 3)]
+    learner = MaskLearner(torch.full((6,), 0.5), budgets, 800, 0.05, moving=moving)
+    while not learner.done:
+        masks = learner.masks()
+        learner.update(masks, [float((worth * (1 - mask)).sum()) for mask in masks])
+        assert 0 <= float(learner.keep.min()) <= float(learner.keep.max()) <= 1
+        assert float(learner.keep.sum()) <= 3 + 1e-9
+    assert set(learner.keep.topk(3).indices.tolist()) == {1, 3, 5}
+
+
+def test_losses_that_are_not_finite_are_left_out() -> None:
+    learner = MaskLearner(torch.full((4,), 0.5), [Budget(slice(0, 4), 2)], 10, 0.1)
+    before = learner.keep.clone()
+    learner.update(learner.masks(), [float("nan"), 1.0])
+    assert torch.equal(learner.keep, before)
+    assert learner.step == 1
+
+
+@pytest.mark.parametrize("architecture", ["llama", "gpt2"])
+def test_losses_are_those_of_a_model_whose_inputs_are_masked(tmp_path: Path, architecture: str) -> None:
+    folder = tiny.save(architecture, tmp_path / "model")
+    model = LayerwiseModel(UNTRUSTED.at(folder).checkpoint(), torch.device("cpu"))
+    layout = discover(model).select(Recipe())
+    settings = Structure(remove="mlp=25%,heads=1" if architecture == "llama" else "mlp=25%", multiple=4)
+    units = find_units(model, layout, settings)
+    tokens = torch.randint(3, tiny.VOCABULARY, (3, 16), generator=torch.Generator().manual_seed(0))
+    learning = BypassLearning(model, units, tokens, settings, 0, scratch_factory(None, torch.float32))
+    count = sum(unit.before for layer in units for unit in layer)
+    generator = torch.Generator().manual_seed(1)
+    masks = [(torch.rand(count, generator=generator) < 0.6).double() for _ in range(2)]
+    found = learning.losses(tokens, masks)
+    whole = AutoModelForCausalLM.from_pretrained(folder).eval()
+    for mask, loss in zip(masks, found, strict=True):
+        handles, start = [], 0
+        for kind in dict.fromkeys(unit.kind for layer in units for unit in layer):
+            for index, layer in enumerate(units):
+                for unit in (unit for unit in layer if unit.kind == kind):
+                    columns = mask[start : start + unit.before].float().repeat_interleave(unit.columns)
+                    start += unit.before
+                    module = whole.get_submodule(f"{layout.prefix}.{index}.{unit.consumer.name}")
+                    handles.append(
+                        module.register_forward_pre_hook(lambda _, args, columns=columns: (args[0] * columns,))
+                    )
+        with torch.no_grad():
+            logits = whole(tokens).logits
+        expected = functional.cross_entropy(logits[:, :-1].flatten(0, 1), tokens[:, 1:].flatten())
+        assert loss == pytest.approx(float(expected), rel=1e-4)
+        for handle in handles:
+            handle.remove()
+
+
+class Stopping(Listener):
+    """Interrupts a run after so many steps."""
+
+    def __init__(self, after: int) -> None:
+        self.after = after
+        self.said: list[str] = []
+
+    def say(self, message: str) -> None:
+        self.said.append(message)
+
+    def tick(self, what: str, done: int, total: int) -> None:
+        if what == "steps of bypass" and done == self.after:
+            raise KeyboardInterrupt
+
+
+@pytest.mark.parametrize("baseline", ["moving", "leave-one-out"])
+def test_an_interrupted_run_goes_on_to_the_same_bytes(tmp_path: Path, baseline: str) -> None:
+    folder = tiny.save("llama", tmp_path / "model", dtype=torch.bfloat16)
+    structure: dict[str, Any] = {
+        "remove": "mlp=25%,heads=1",
+        "multiple": 4,
+        "method": "bypass",
+        "steps": 45,
+        "baseline": baseline,
+    }
+    settings = {"structure": structure, "calibration": SMALL}
+    report = fp.prune(str(folder), tmp_path / "whole", **settings)
+    stopping = Stopping(33)
+    with pytest.raises(KeyboardInterrupt):
+        fp.prune(str(folder), tmp_path / "parts", listener=stopping, **settings)
+    assert any("45 steps of 2 x 512 tokens take about" in sentence for sentence in stopping.said)
+    stopping = Stopping(-1)
+    fp.prune(str(folder), tmp_path / "parts", listener=stopping, **settings)
+    assert "bypass: 20 of 45 steps were taken before" in stopping.said
+    for file in ("bypass.safetensors", "model/model.safetensors"):
+        assert (tmp_path / "parts" / file).read_bytes() == (tmp_path / "whole" / file).read_bytes()
+    assert [removal.compensate for layer in report.layers for removal in layer.removals] == ["none"] * 6
+    # The channels with the largest probabilities stay, their weights as they were.
+    dense = AutoModelForCausalLM.from_pretrained(folder).eval()
+    small = AutoModelForCausalLM.from_pretrained(tmp_path / "whole" / "model").eval()
+    metrics = SafetensorsFile(tmp_path / "whole" / "metrics.safetensors")
+    for layer in report.layers:
+        name = f"{layer.name}.mlp.down_proj"
+        keep = metrics.read(f"scores.{name}").argsort(descending=True, stable=True)[:36].sort().values
+        assert torch.equal(small.get_parameter(f"{name}.weight"), dense.get_parameter(f"{name}.weight")[:, keep])
