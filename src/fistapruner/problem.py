@@ -31,7 +31,15 @@ import torch
 from torch import Tensor
 
 from .errors import FistaPrunerError
-from .runtime.numerics import add_gram, exact_in_fast_products, fast_products, mirror, row_blocks
+from .runtime.numerics import (
+    add_gram,
+    add_product,
+    exact_in_fast_products,
+    fast_products,
+    mirror,
+    row_blocks,
+    summed_in_fp32,
+)
 
 DriftFrom = Literal["inputs", "outputs"]
 """The dense model's activations from which the drift of an operator's outputs is computed."""
@@ -410,7 +418,7 @@ class ProblemSums:
             residual: (tokens, m) ``S - S*``, the drift of the residual stream; only with ``drift_from="outputs"``.
                 Default: no drift.
         """
-        x = inputs.float()
+        x = inputs if summed_in_fp32(inputs) else inputs.float()
         self.tokens += x.shape[0]
         if self._cross is not None and (dense is None) != (self._compared < self.tokens - x.shape[0]):
             if dense is not None:
@@ -427,13 +435,13 @@ class ProblemSums:
             if self._input_drift is not None:
                 moved = dense.float() - x
                 add_gram(self._input_drift, moved)
-                self._cross.addmm_(moved.T, x)
+                add_product(self._cross, moved.T, x)
                 return
             target_outputs = dense.float()
             self._dense_energy += target_outputs.square().sum(0, dtype=torch.float64)
             if residual is not None:
                 target_outputs = target_outputs + residual
-            self._cross.addmm_(target_outputs.T, x)
+            add_product(self._cross, (dense if residual is None else target_outputs).T, x)
             self._target_energy += target_outputs.square().sum(0, dtype=torch.float64)
 
     def problem(

@@ -119,6 +119,20 @@ class _Stream:
         event.record(self)
         return event
 
+    def queue(self, func: Any, target: torch.Tensor, source: torch.Tensor) -> None:
+        """Queue a copy; it is dropped with its target."""
+
+        def drop(_: Any) -> None:
+            if copy in self.copies:
+                self.copies.remove(copy)
+
+        alive = weakref.ref(target, drop)
+
+        def copy() -> None:
+            func(_plain(alive()), _plain(source))
+
+        self.copies.append(copy)
+
     def make(self, count: int) -> None:
         """Make the first ``count`` copies."""
         for _ in range(count):
@@ -358,7 +372,11 @@ class StandIn(TorchDispatchMode):
         self._check(func, args, leaves, copying=known.name in COPYING or target is not None)
         if known.name == "copy_" and self._queued(func, args, kwargs):
             return args[0]
-        out = func(*map(_plain, args), **{key: _plain(item) for key, item in kwargs.items()})
+        plain = list(map(_plain, args))
+        if known.key == "mm.dtype":  # CUDA only: products of bf16 factors, summed in fp32
+            out = plain[0].to(args[2]) @ plain[1].to(args[2])
+        else:
+            out = func(*plain, **{key: _plain(item) for key, item in kwargs.items()})
         if known.name in ("copy_", "_to_copy"):
             copying_into = known.name == "copy_"
             source = args[1] if copying_into else args[0]
@@ -389,7 +407,7 @@ class StandIn(TorchDispatchMode):
             func(*map(_plain, args))
         else:
             _plain(target).fill_(float("nan"))
-            stream.copies.append(lambda: func(_plain(target), _plain(source)))
+            stream.queue(func, target, source)
         return True
 
     def _check(self, func: Any, args: Any, leaves: list[Any], *, copying: bool) -> None:

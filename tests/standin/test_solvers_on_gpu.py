@@ -7,10 +7,11 @@ from collections import Counter
 import pytest
 import torch
 
-from fistapruner.problem import LayerProblem, ProblemSums
+from fistapruner.problem import DriftFrom, LayerProblem, ProblemSums
 from fistapruner.pruning.partition import solve_in_parts
 from fistapruner.recipes.settings import Recipe
 from fistapruner.solvers import solve
+from fistapruner.solvers.conditioning import inverse_from_cholesky
 from standin.gpu import StandIn
 from standin.hardware import LAST, REAL
 
@@ -42,6 +43,36 @@ def test_sums_of_drift_are_the_cpus(gpu: StandIn, drift_from: str) -> None:
     there, here = problem("cuda:0", drift_from), problem("cpu", drift_from)
     for name in ("gram", "drift", "drift_energy", "energy"):
         assert torch.allclose(getattr(there, name).cpu(), getattr(here, name), rtol=1e-3, atol=1e-4), name
+
+
+@pytest.mark.parametrize("drift_from", ["inputs", "outputs"])
+def test_sums_of_bf16_inputs_make_no_copy_in_fp32(gpu: StandIn, drift_from: DriftFrom) -> None:
+    """They are those of a CPU; on the device only the drift of inputs is in fp32."""
+    generator = torch.Generator().manual_seed(0)
+    weight, inputs = torch.randn(24, 32, generator=generator), torch.randn(120, 32, generator=generator).bfloat16()
+    dense = inputs if drift_from == "inputs" else (inputs @ weight.T.bfloat16())
+    found = []
+    for device in ("cpu", LAST):
+        sums = ProblemSums(weight.to(device), drift_from=drift_from)
+        for part, other in zip(inputs.split(40), dense.split(40), strict=True):
+            sums.add(part.to(device), other.to(device))
+        found.append(sums.problem(("a", "b"), (12, 12), 0.5))
+    here, there = found
+    for name in ("gram", "drift", "drift_energy", "energy"):
+        assert torch.allclose(getattr(there, name).cpu(), getattr(here, name), rtol=1e-3, atol=1e-3), name
+    if not REAL:
+        assert gpu.kernels["mm"] > 0
+
+
+@pytest.mark.parametrize("n", [1, 7, 96, 700])
+def test_an_inverse_takes_the_place_of_its_factor(gpu: StandIn, n: int) -> None:
+    inputs = torch.randn(2 * n, n, generator=torch.Generator().manual_seed(0))
+    gram = inputs.T @ inputs / n
+    factor = torch.linalg.cholesky(gram.to(LAST))
+    inverse = inverse_from_cholesky(factor)
+    assert inverse.data_ptr() == factor.data_ptr()
+    assert torch.allclose(inverse.cpu() @ gram, torch.eye(n), atol=1e-3)
+    assert torch.equal(inverse, inverse.T)
 
 
 def test_parts_of_a_group(gpu: StandIn) -> None:

@@ -127,14 +127,36 @@ def add_gram(sums: Tensor, rows: Tensor) -> None:
     Entries below are not changed: call :func:`mirror` after the last rows.
 
     Args:
-        sums: (n, n).
-        rows: (p, n).
+        sums: (n, n) fp32.
+        rows: (p, n) fp32, or as :func:`summed_in_fp32` says.
     """
     n = len(sums)
     size = -(-n // min(8, max(1, n // 256)))  # smaller blocks save no more, and their products are less efficient
     for start in range(0, n, size):
         block = slice(start, start + size)
-        sums[block, start:].addmm_(rows[:, block].T, rows[:, start:])
+        add_product(sums[block, start:], rows[:, block].T, rows[:, start:])
+
+
+def summed_in_fp32(values: Tensor) -> bool:
+    """Check whether :func:`add_product` takes such values as they are: bf16 and fp16 on a GPU."""
+    return values.is_cuda and values.dtype in (torch.bfloat16, torch.float16)
+
+
+def add_product(sums: Tensor, left: Tensor, right: Tensor) -> None:
+    """Add ``left @ right`` to ``sums``.
+
+    Where both factors are as :func:`summed_in_fp32` says, the product is exact and summed in fp32, and no fp32 copy of
+    them is made.
+
+    Args:
+        sums: (m, n) fp32.
+        left: (m, p).
+        right: (p, n).
+    """
+    if left.dtype == right.dtype and summed_in_fp32(left):
+        sums.add_(torch.mm(left, right, out_dtype=torch.float32))
+    else:
+        sums.addmm_(left.float(), right.float())
 
 
 def mirror(sums: Tensor) -> Tensor:

@@ -11,10 +11,13 @@ reassigned by a linear sum assignment. Channel permutation for n:m sparsity goes
 
 from __future__ import annotations
 
+from concurrent.futures import ThreadPoolExecutor
+
 import torch
 from torch import Tensor
 
 from ..constraints import NM
+from ..runtime.devices import available_cores
 
 ROWS = 2048
 """Output rows that the search for an order samples, at most."""
@@ -48,25 +51,38 @@ def channel_order(scores: Tensor, pattern: NM, *, rows: int = ROWS, groups: int 
     few = scores[:: -(-len(scores) // rows)]
     # Deal by importance, strongest channels first: of G groups, group g gets ranks g, G + g, 2 G + g, ...
     members = few.sum(0).argsort(descending=True, stable=True).view(pattern.m, -1).T.contiguous()
-    chunks = -(-len(members) // groups)
-    for place in range(pattern.m):
-        for first in range(chunks):  # groups of a chunk lie far apart, so that it holds channels of every rank
-            chunk = members[first::chunks]
-            members[first::chunks, place] = chunk[_assignment(few, chunk, place, pattern), place]
+    count = -(-len(members) // groups)
+    with ThreadPoolExecutor(min(count, available_cores())) as pool:
+        for place in range(pattern.m):
+            # Groups of a chunk lie far apart, so that it holds channels of every rank.
+            chunks = [members[first::count] for first in range(count)]
+            chosen = [pool.submit(_assign, _gains(few, chunk, place, pattern)) for chunk in chunks]
+            for chunk, assigned in zip(chunks, chosen, strict=True):
+                chunk[:, place] = chunk[assigned.result().to(members.device), place]
     order = members.reshape(-1)
     return order if kept_share(scores[:, order], pattern) > kept_share(scores, pattern) else identity
 
 
-def _assignment(scores: Tensor, members: Tensor, place: int, pattern: NM) -> Tensor:
-    """Reassign the members at ``place`` of all groups (groups, m), so that the groups keep most."""
-    from scipy.optimize import linear_sum_assignment
+def _gains(scores: Tensor, members: Tensor, place: int, pattern: NM) -> Tensor:
+    """Compute what each group keeps with each candidate at ``place``, up to constants: (groups, candidates), twice.
 
+    Args:
+        scores: (rows, channels).
+        members: (groups, m) channels of each group; those at ``place`` are the candidates.
+        place: in every group.
+        pattern: of the groups.
+    """
     others = torch.cat([members[:, :place], members[:, place + 1 :]], 1)
     fixed = scores[:, others.reshape(-1)].view(len(scores), len(others), -1)
     # With the other members fixed, a candidate x adds max(x, b) - b to a row, b being the n-th largest of them.
     bound = fixed.topk(pattern.n, dim=2).values[:, :, -1].T.contiguous()
     candidates = scores[:, members[:, place]].T.contiguous()
     # 2 max(x, b) = x + b + |x - b|, and the sums of x and of b are the same for every assignment.
-    gains = torch.cdist(bound, candidates, p=1.0)
-    _, chosen = linear_sum_assignment(gains.cpu().numpy(), maximize=True)
-    return torch.from_numpy(chosen).to(members.device)
+    return torch.cdist(bound, candidates, p=1.0).cpu()
+
+
+def _assign(gains: Tensor) -> Tensor:
+    """Assign a candidate to every group, so that the groups keep most: (groups,). Other threads run meanwhile."""
+    from scipy.optimize import linear_sum_assignment
+
+    return torch.from_numpy(linear_sum_assignment(gains.numpy(), maximize=True)[1])

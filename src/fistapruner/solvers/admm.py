@@ -11,7 +11,7 @@ from pydantic import Field
 from ..constraints import Constraint
 from ..problem import LayerProblem
 from .base import Method, Solution
-from .conditioning import alive_gram, damped_cholesky
+from .conditioning import alive_gram, damped_cholesky, inverse_from_cholesky
 
 
 class ADMM(Method):
@@ -54,7 +54,7 @@ class ADMM(Method):
         gram.diagonal().add_(self.damping)
         level = float(gram.diagonal().mean())
         factor, share, warnings = damped_cholesky(gram, self.rho / level, problem.label)
-        inverse = torch.cholesky_inverse(factor)
+        inverse = inverse_from_cholesky(factor)
         rho = share * level
         dense = problem.weight * scale
         linear = dense @ gram

@@ -6,6 +6,10 @@ import torch
 from torch import Tensor
 
 from ..errors import FistaPrunerError
+from ..runtime.numerics import exact_products, mirror
+
+TRIANGLE = 512
+"""Rows of a triangular matrix that are inverted, or multiplied by themselves, at once."""
 
 
 def dead_inputs(gram: Tensor) -> Tensor:
@@ -60,6 +64,54 @@ def damped_cholesky(gram: Tensor, share: float, label: str, most: float = 10.0) 
     raise FistaPrunerError(
         f"{label}: the Gram has no Cholesky factor even with {most:g} of its mean diagonal added: check its activations"
     )
+
+
+def inverse_from_cholesky(factor: Tensor) -> Tensor:
+    """Invert ``L L^T`` from L, its lower Cholesky factor (n, n); on a GPU in L's memory.
+
+    On a GPU, PyTorch's ``cholesky_inverse`` copies L and solves with an identity matrix, in 2 n^3 multiplications; here
+    it takes 2/3 n^3 of them, in products.
+    """
+    if factor.device.type == "cpu":
+        return torch.cholesky_inverse(factor)
+    with exact_products():
+        invert_lower(factor)
+        _multiply_lower(factor, TRIANGLE)
+    mirror(factor.T)
+    return factor
+
+
+def invert_lower(factor: Tensor, block: int = TRIANGLE) -> None:
+    """Replace a lower triangular matrix (n, n) by its inverse, by halves: most of the work is products.
+
+    Args:
+        factor: with zeros above its diagonal.
+        block: rows that are inverted at once.
+    """
+    n = len(factor)
+    if n <= block:
+        identity = torch.eye(n, dtype=factor.dtype, device=factor.device)
+        factor.copy_(torch.linalg.solve_triangular(factor, identity, upper=False))
+        return
+    half = n // 2
+    first, below, last = factor[:half, :half], factor[half:, :half], factor[half:, half:]
+    invert_lower(first, block)
+    invert_lower(last, block)
+    below.copy_((last @ below) @ first).neg_()
+
+
+def _multiply_lower(factor: Tensor, block: int) -> None:
+    """Replace a lower triangular matrix L by the lower half of ``L^T L``; above the diagonal is left undefined."""
+    n = len(factor)
+    if n <= block:
+        factor.copy_(factor.T @ factor)
+        return
+    half = n // 2
+    first, below, last = factor[:half, :half], factor[half:, :half], factor[half:, half:]
+    _multiply_lower(first, block)
+    first.addmm_(below.T, below)
+    below.copy_(last.T @ below)
+    _multiply_lower(last, block)
 
 
 def largest_eigenvalue(gram: Tensor, steps: int = 40, block: int = 8) -> Tensor:

@@ -14,7 +14,7 @@ from ..constraints import Constraint
 from ..problem import LayerProblem
 from ..runtime.numerics import fast_products, has_bf16_units
 from .base import SUPPORT_CHANGE, Method, Positive, Solution, Stats, Trace, project_operators
-from .conditioning import alive_gram, damped_cholesky
+from .conditioning import alive_gram, damped_cholesky, inverse_from_cholesky, invert_lower
 from .refit import refit_cg
 
 WATCHED = 4
@@ -220,7 +220,12 @@ def obs_scale(gram: Tensor, damping: float, label: str) -> tuple[Tensor, list[st
     """
     norm = gram.diagonal().sqrt()
     factor, used, warnings = damped_cholesky(gram / norm / norm[:, None], damping, label)
-    schur = torch.cholesky_inverse(factor).diagonal().reciprocal() - used
+    if gram.device.type == "cpu":
+        inverse = torch.cholesky_inverse(factor).diagonal()
+    else:
+        invert_lower(factor)
+        inverse = factor.square_().sum(0)
+    schur = inverse.reciprocal() - used
     left = schur.clamp(1e-3, 1.0).sqrt()
     return norm * left / left.log().mean().exp(), warnings
 
@@ -229,8 +234,9 @@ def resolvents(gram: Tensor, fast: bool) -> Callable[[float], Tensor]:
     """Make the function ``rho -> rho (H + rho I)^-1`` (n, n).
 
     On a CPU it uses one eigendecomposition, which costs as much as about ten Cholesky factorisations. On a GPU it
-    factors the matrix for each rho, since an eigendecomposition does not run on matrix units there. All eigenvalues of
-    the result are in (0, 1], so that low-precision products are accurate enough.
+    factors the matrix for each rho, since an eigendecomposition does not run on matrix units there, and inverts it in
+    the factor's memory. All eigenvalues of the result are in (0, 1], so that low-precision products are accurate
+    enough.
     """
     if gram.device.type != "cpu":
 
@@ -239,7 +245,7 @@ def resolvents(gram: Tensor, fast: bool) -> Callable[[float], Tensor]:
             shifted.diagonal().add_(rho)
             factor = torch.linalg.cholesky_ex(shifted)[0]
             del shifted
-            return torch.cholesky_inverse(factor).mul_(rho)
+            return inverse_from_cholesky(factor).mul_(rho)
 
         return factored
     values, vectors = torch.linalg.eigh(gram)

@@ -12,7 +12,7 @@ from pydantic import Field
 from ..constraints import Constraint
 from ..problem import LayerProblem
 from .base import Method, Solution
-from .conditioning import alive_gram, damped_cholesky, dead_inputs
+from .conditioning import alive_gram, damped_cholesky, dead_inputs, invert_lower
 
 
 class SparseGPT(Method):
@@ -42,10 +42,12 @@ class SparseGPT(Method):
         gram = alive_gram(problem.gram)
         # Reversed order: flip(H) = L L^T gives H = R R^T with R = flip(L) upper, so H^-1 = U^T U for U = R^-1.
         factor, damping, warnings = damped_cholesky(gram.flip(0, 1), self.damping, problem.label)
-        upper = factor.flip(0, 1)
-        upper = torch.linalg.solve_triangular(
-            upper, torch.eye(len(upper), dtype=upper.dtype, device=upper.device), upper=True
-        )
+        if factor.device.type == "cpu":
+            upper = factor.flip(0, 1)
+            upper = torch.linalg.solve_triangular(upper, torch.eye(len(upper), dtype=upper.dtype), upper=True)
+        else:
+            invert_lower(factor)
+            upper = factor.flip(0, 1)
         weight = problem.weight
         if problem.drift_gradient is not None:
             weight = weight + (problem.drift_gradient @ upper.T) @ upper
