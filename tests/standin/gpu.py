@@ -22,6 +22,7 @@ from __future__ import annotations
 import re
 import sys
 import time
+import warnings
 import weakref
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
@@ -240,6 +241,7 @@ class StandIn(TorchDispatchMode):
         )
         self.live, self.peak = Counter[torch.device](), Counter[torch.device]()
         self.emptied = self.refused = 0
+        self.warning = False
         self.touched: set[torch.device] = set()
         self._asked: torch.device | None = None
         self._around: torch.device | None = None
@@ -279,6 +281,9 @@ class StandIn(TorchDispatchMode):
         def empty() -> None:
             self.emptied += 1
 
+        def warn(mode: str) -> None:
+            self.warning = mode == "warn"
+
         properties = SimpleNamespace(
             total_memory=self.memory, name=self.name, major=self.capability[0], minor=self.capability[1]
         )
@@ -316,6 +321,7 @@ class StandIn(TorchDispatchMode):
             "cuda.memory_allocated": lambda device=None: self.live[at(device)],
             "cuda.memory_reserved": lambda device=None: self.live[at(device)],
             "cuda.reset_peak_memory_stats": reset,
+            "cuda.set_sync_debug_mode": warn,
             "cuda.synchronize": lambda device=None: self.wait("synchronize"),
         }
 
@@ -323,6 +329,8 @@ class StandIn(TorchDispatchMode):
         """Note that the host waits for the device, perhaps for a copy of ``moved`` bytes."""
         key = what, _caller()
         self.waits[key] += 1
+        if self.warning:
+            warnings.warn("called a synchronizing operation (stand-in)", stacklevel=2)
         if moved:
             self.moved[key] += moved
 
