@@ -64,7 +64,9 @@ def channel_order(scores: Tensor, pattern: NM, *, rows: int = ROWS, groups: int 
 
 
 def _gains(scores: Tensor, members: Tensor, place: int, pattern: NM) -> Tensor:
-    """Compute what each group keeps with each candidate at ``place``, up to constants: (groups, candidates), twice.
+    """Compute what each group keeps with each candidate for ``place``: (groups, candidates).
+
+    It is twice that, up to constants that are the same for every assignment.
 
     Args:
         scores: (rows, channels).

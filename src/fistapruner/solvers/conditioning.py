@@ -101,7 +101,7 @@ def invert_lower(factor: Tensor, block: int = TRIANGLE) -> None:
 
 
 def _multiply_lower(factor: Tensor, block: int) -> None:
-    """Replace a lower triangular matrix L by the lower half of ``L^T L``; above the diagonal is left undefined."""
+    """Replace a lower triangular matrix L by the lower half of ``L^T L``; the upper half is undefined."""
     n = len(factor)
     if n <= block:
         factor.copy_(factor.T @ factor)
