@@ -30,6 +30,22 @@ def alive_gram(gram: Tensor) -> Tensor:
     return gram + torch.diag(torch.where(dead, level - diagonal, torch.zeros_like(diagonal)))
 
 
+def shrunk_gram(gram: Tensor, tokens: int | None, damping: float, shrinkage: float) -> Tensor:
+    """Add a ridge to a Gram, for numerical stability and for its sampling error: (n, n), a copy without dead inputs.
+
+    Args:
+        gram: (n, n) of the calibration tokens.
+        tokens: their number; None if the Gram is exact.
+        damping: share of the mean of the diagonal.
+        shrinkage: this times inputs / tokens, at most 0.3, is the share of the geometric mean of the diagonal.
+    """
+    gram = alive_gram(gram)
+    uncertain = 0.0 if tokens is None else min(0.3, shrinkage * len(gram) / tokens)
+    mean = gram.diagonal().mean()
+    gram.diagonal().add_(mean * (damping + uncertain * (gram.diagonal() / mean).log().mean().exp()))
+    return gram
+
+
 def damped_cholesky(gram: Tensor, share: float, label: str, most: float = 10.0) -> tuple[Tensor, float, list[str]]:
     """Factor ``gram + d I`` by Cholesky, raising the damping d tenfold until the factorisation succeeds.
 

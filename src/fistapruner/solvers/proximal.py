@@ -14,7 +14,7 @@ from ..constraints import Constraint
 from ..problem import LayerProblem
 from ..runtime.numerics import fast_products, has_bf16_units
 from .base import SUPPORT_CHANGE, Method, Positive, Solution, Stats, Trace, project_operators
-from .conditioning import alive_gram, damped_cholesky, inverse_from_cholesky, invert_lower
+from .conditioning import damped_cholesky, inverse_from_cholesky, invert_lower, shrunk_gram
 from .refit import refit_cg
 
 WATCHED = 4
@@ -81,10 +81,7 @@ class Proximal(Method):
         return value
 
     def solve(self, problem: LayerProblem, sparsity: Sequence[Constraint], start: Solution | None = None) -> Solution:
-        gram = alive_gram(problem.gram)
-        uncertain = 0.0 if problem.tokens is None else min(0.3, self.shrinkage * len(gram) / problem.tokens)
-        mean = gram.diagonal().mean()
-        gram.diagonal().add_(mean * (self.damping + uncertain * (gram.diagonal() / mean).log().mean().exp()))
+        gram = shrunk_gram(problem.gram, problem.tokens, self.damping, self.shrinkage)
         scale, warnings = obs_scale(gram, self.metric_damping, problem.label)
         mask = torch.empty_like(problem.weight, dtype=torch.bool)
         weight = torch.empty_like(problem.weight)

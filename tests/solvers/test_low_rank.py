@@ -1,0 +1,148 @@
+"""Sparse plus low rank: each part is the best given the other, and the error never rises."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+from layer_problems import make_problem
+
+from fistapruner import FistaPrunerError, LayerProblem
+from fistapruner.constraints import parse_sparsity
+from fistapruner.solvers import parse_method, solve
+from fistapruner.solvers.low_rank import ALTERNATIONS, SparsePlusLowRank, solve_low_rank
+
+METHODS = ("proximal", "alps", "sparsegpt+refit", "wanda", "fista")
+DRIFTS = ((0.0, 1.0), (0.1, 0.5))
+
+
+def solved(problem: LayerProblem, rank: int, sparsity: str, method: str, **how: int) -> SparsePlusLowRank:
+    return solve_low_rank(problem, [parse_sparsity(sparsity)] * len(problem.rows), parse_method(method), rank, **how)
+
+
+def exact(drift: float = 0.0, target: float = 1.0, rows: tuple[int, ...] = (24, 40), seed: int = 0) -> LayerProblem:
+    """A problem whose Gram is taken as exact, so that the low-rank part is the best on this very Gram."""
+    return replace(make_problem(rows, 32, drift=drift, target=target, seed=seed), tokens=None)
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("sparsity", ["50%", "2:4"])
+@pytest.mark.parametrize(("drift", "target"), DRIFTS)
+def test_error_never_rises_and_falls_below_the_sparse_part_alone(
+    method: str, sparsity: str, drift: float, target: float
+) -> None:
+    problem = make_problem((24, 40), 32, drift=drift, target=target)
+    plain, found = solve(problem, sparsity, method), solved(problem, 4, sparsity, method)
+    for before, after, part in zip(plain.stats, found.sparse.stats, found.low_rank, strict=True):
+        path = after["steps"][-1]["path"]
+        assert path[0] == pytest.approx(before["relative_error"], rel=1e-5)
+        assert all(late <= early * (1 + 1e-6) for early, late in zip(path, path[1:], strict=False))
+        assert after["relative_error"] == path[-1] < before["relative_error"]
+        assert part is not None
+        assert part.b.shape[1] == part.a.shape[0] == 4
+    errors = problem.relative_errors(found.weight(problem))
+    assert errors == pytest.approx([stats["relative_error"] for stats in found.sparse.stats], rel=1e-5)
+    for weight, mask in zip(found.sparse.weight.split((24, 40)), found.sparse.mask.split((24, 40)), strict=True):
+        assert parse_sparsity(sparsity).satisfies(weight)
+        assert not bool((weight[~mask] != 0).any())
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_rank_zero_is_the_sparse_part_alone(method: str) -> None:
+    problem = make_problem((24, 8), drift=0.1, target=0.5)
+    plain, found = solve(problem, "2:4", method), solved(problem, 0, "2:4", method)
+    assert torch.equal(found.sparse.weight, plain.weight)
+    assert torch.equal(found.weight(problem), plain.weight)
+    assert found.low_rank == (None, None)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_sparse_part_is_what_the_method_finds_beside_the_low_rank_part(method: str) -> None:
+    problem = make_problem((24,), 32, drift=0.1, target=0.5)
+    first, second = (solved(problem, 4, "2:4", method, alternations=count) for count in (1, 2))
+    assert torch.equal(first.sparse.weight, solve(problem, "2:4", method).weight)
+    (part,) = first.low_rank
+    assert part is not None
+    beside = solve(replace(problem, weight=problem.weight - part.product()), "2:4", method)
+    assert torch.equal(second.sparse.weight, beside.weight)
+
+
+@pytest.mark.parametrize("rows", [(24,), (40,)])
+@pytest.mark.parametrize(("drift", "target"), DRIFTS)
+def test_low_rank_part_is_the_best_of_its_rank_beside_the_sparse_one(
+    rows: tuple[int, ...], drift: float, target: float
+) -> None:
+    """Against a truncated SVD in whitened coordinates in fp64, and its gradient in both factors is zero."""
+    problem = exact(drift, target, rows)
+    found = solved(problem, 5, "2:4", "wanda", alternations=1)
+    (part,) = found.low_rank
+    assert part is not None
+    gram = problem.gram.double()
+    gram = gram + 0.001 * gram.diagonal().mean() * torch.eye(len(gram))
+    factor = torch.linalg.cholesky(gram)
+    wanted = (problem.weight - found.sparse.weight).double()
+    if problem.drift_gradient is not None:
+        wanted = wanted + torch.linalg.solve(gram, problem.drift_gradient.double().T).T
+    u, s, v = torch.linalg.svd(wanted @ factor, full_matrices=False)
+    best = torch.linalg.solve(factor.T, ((u[:, :5] * s[:5]) @ v[:5]).T).T
+    scale = float((best @ factor).norm())
+    assert float(((part.product().double() - best) @ factor).norm()) < 1e-3 * scale
+    gradient = (part.product().double() - wanted) @ gram
+    size = float((wanted @ gram).norm())
+    assert float((part.b.double().T @ gradient).norm()) < 1e-3 * size
+    assert float((gradient @ part.a.double().T).norm()) < 1e-3 * size * float(part.a.norm())
+
+
+@pytest.mark.parametrize("method", ["proximal", "wanda"])
+@pytest.mark.parametrize("rows", [(24,), (40,)])
+def test_full_rank_leaves_no_error(method: str, rows: tuple[int, ...]) -> None:
+    problem = exact(rows=rows)
+    found = solved(problem, min(rows[0], 32), "2:4", method)
+    assert found.sparse.stats[0]["relative_error"] < 1e-9
+
+
+def test_a_higher_rank_has_a_lower_error() -> None:
+    problem = make_problem((24, 40), 32, drift=0.1, target=0.5)
+    errors = [
+        [s["relative_error"] for s in solved(problem, rank, "2:4", "proximal").sparse.stats] for rank in (1, 4, 12)
+    ]
+    assert all(low > middle > high for low, middle, high in zip(*errors, strict=True))
+
+
+def test_operators_without_zeros_get_no_low_rank_part_and_keep_their_weights() -> None:
+    problem = make_problem((24, 40), 32)
+    patterns = [parse_sparsity("0%"), parse_sparsity("2:4")]
+    found = solve_low_rank(problem, patterns, parse_method("proximal"), 4)
+    plain = solve(problem, patterns, "proximal")
+    assert found.low_rank[0] is None
+    assert found.low_rank[1] is not None
+    assert torch.equal(found.sparse.weight[:24], plain.weight[:24])
+    assert found.sparse.stats[0]["steps"][-1]["method"] == "proximal"
+
+
+def test_inputs_that_are_always_zero_take_none_of_the_rank() -> None:
+    problem = make_problem((24,), 32)
+    gram = problem.gram.clone()
+    gram[7], gram[:, 7] = 0.0, 0.0
+    (part,) = solved(replace(problem, gram=gram), 3, "2:4", "wanda").low_rank
+    assert part is not None
+    assert not bool(part.a[:, 7].any())
+
+
+def test_same_bits_every_time() -> None:
+    one, two = (solved(make_problem((16, 8)), 3, "50%", "proximal") for _ in range(2))
+    assert torch.equal(one.weight(make_problem((16, 8))), two.weight(make_problem((16, 8))))
+
+
+def test_a_rank_that_an_operator_has_not_is_refused() -> None:
+    for rank, name, most in ((-1, "operator0", 24), (9, "operator1", 8)):
+        with pytest.raises(FistaPrunerError, match=rf"{name}: a rank of {rank} is not between 0 and {most}"):
+            solved(make_problem((24, 8)), rank, "2:4", "wanda")
+
+
+def test_alternations_go_on_lowering_the_error() -> None:
+    problem = make_problem((48,), 64)
+    path = solved(problem, 4, "2:4", "proximal").sparse.stats[0]["steps"][-1]["path"]
+    assert len(path) == 1 + ALTERNATIONS
+    assert path[-1] < path[1]
