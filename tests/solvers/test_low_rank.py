@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import replace
 
 import pytest
@@ -37,7 +38,7 @@ def test_error_never_rises_and_falls_below_the_sparse_part_alone(
     for before, after, part in zip(plain.stats, found.sparse.stats, found.low_rank, strict=True):
         path = after["steps"][-1]["path"]
         assert path[0] == pytest.approx(before["relative_error"], rel=1e-5)
-        assert all(late <= early * (1 + 1e-6) for early, late in zip(path, path[1:], strict=False))
+        assert all(late <= early * (1 + 1e-6) for early, late in itertools.pairwise(path))
         assert after["relative_error"] == path[-1] < before["relative_error"]
         assert part is not None
         assert part.b.shape[1] == part.a.shape[0] == 4
@@ -136,8 +137,8 @@ def test_same_bits_every_time() -> None:
 
 
 def test_a_rank_that_an_operator_has_not_is_refused() -> None:
-    for rank, name, most in ((-1, "operator0", 24), (9, "operator1", 8)):
-        with pytest.raises(FistaPrunerError, match=rf"{name}: a rank of {rank} is not between 0 and {most}"):
+    for rank, shape, most in ((-1, "operator0 is 24 x 32", 24), (9, "operator1 is 8 x 32", 8)):
+        with pytest.raises(FistaPrunerError, match=rf"{shape}: .* a rank from 0 to {most}, not {rank}"):
             solved(make_problem((24, 8)), rank, "2:4", "wanda")
 
 
@@ -146,3 +147,11 @@ def test_alternations_go_on_lowering_the_error() -> None:
     path = solved(problem, 4, "2:4", "proximal").sparse.stats[0]["steps"][-1]["path"]
     assert len(path) == 1 + ALTERNATIONS
     assert path[-1] < path[1]
+
+
+def test_balanced_factors_have_the_same_product_and_norms() -> None:
+    (part,) = solved(make_problem((24,)), 4, "2:4", "wanda").low_rank
+    assert part is not None
+    balanced = part.balanced()
+    assert torch.allclose(balanced.product(), part.product(), atol=1e-5)
+    assert torch.allclose(balanced.b.norm(dim=0), balanced.a.norm(dim=1))

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from ..errors import FistaPrunerError
+from ..models.files.low_rank import LowRankAdapter
 from ..models.layerwise import LayerwiseModel, Tick
 from ..models.source import ModelSource, Permissions
 from ..runs.results import Divergence, Evaluation, Perplexity
@@ -137,8 +138,10 @@ def evaluate(
 
 
 def _open(source: ModelSource, device: torch.device, dtype: str) -> LayerwiseModel:
-    """Open a model for layer-by-layer passes."""
-    return LayerwiseModel(source.checkpoint(), device, DTYPES.get(dtype), trust_remote_code=source.trust_remote_code)
+    """Open a model for layer-by-layer passes, with the low-rank part that belongs to it."""
+    model = LayerwiseModel(source.checkpoint(), device, DTYPES.get(dtype), trust_remote_code=source.trust_remote_code)
+    model.low_rank = LowRankAdapter.beside(source.folder)
+    return model
 
 
 def _check_same_tokens(

@@ -23,6 +23,7 @@ from ..activations.stream import Calls, embed, run_layer
 from ..constraints import Constraint
 from ..errors import FistaPrunerError
 from ..models.discovery import Layout, discover
+from ..models.files.low_rank import A, sum_of_parts
 from ..models.layerwise import LayerwiseModel
 from ..models.source import UNTRUSTED, ModelSource, Permissions
 from ..pruning.context import LayerContext, LayerEvents, LayerMeasures, LayerStreams, Solver
@@ -266,13 +267,22 @@ class RunContext:
                 run_layer(self.model, index, streams.dense, calls, output=streams.dense_out)
         if streams.pruned_out is not None:
             saved = self.run.journal.weights(index)
-            pruned = {name: saved.read(name) for name in saved.entries}
+            pruned = self._summed({name: saved.read(name) for name in saved.entries}, index)
             mixtures = () if self.widths is None else self.widths.mixtures(index)
             with ExitStack() as loaded:
                 layer = loaded.enter_context(self.model.layer(index, pruned))
                 for unit in mixtures:
                     loaded.enter_context(fewer_experts(layer, unit))
                 run_layer(self.model, index, streams.seen, calls, output=streams.pruned_out)
+
+    def _summed(self, tensors: dict[str, Tensor], index: int) -> dict[str, Tensor]:
+        """Add the low-rank parts in a decoder layer's journal to its operators."""
+        for operator in (operator for group in self.layout.layers[index] for operator in group):
+            name = self.layout.full_name(index, operator)
+            if name + A in tensors:
+                source = self.model.source(f"{name}.weight")
+                tensors[source] = sum_of_parts(tensors[source], tensors, name, transposed=operator.transposed)
+        return tensors
 
     def _fitting(self, what: str, work: Callable[[], T], streams: LayerStreams, warnings: list[str] | None = None) -> T:
         """Work; where the GPU's memory runs out, work again with less.

@@ -31,6 +31,7 @@ from ..runtime.numerics import pass_dtype
 from .architecture import build_model, checkpoint_names, find_decoder_layers, refuse_experts, unsupported
 from .experts import separate_experts
 from .files.checkpoint import Checkpoint
+from .files.low_rank import LowRankAdapter
 from .read_ahead import ReadAhead
 
 Call = tuple[tuple[Any, ...], dict[str, Any]]
@@ -55,6 +56,9 @@ class LayerwiseModel:
             it (CPUs for fp16, most CPUs for bf16) and would be several times slower.
         trust_remote_code: run the checkpoint's own Python code.
 
+    Attributes:
+        low_rank: what is added to the weights of operators as they are loaded; None adds nothing.
+
     Raises:
         FistaPrunerError: the architecture is not a plain decoder-only language model, or a tensor is missing.
     """
@@ -76,6 +80,7 @@ class LayerwiseModel:
         experts = separate_experts(self.model, self.layers_name, self.layers, checkpoint)
         refuse_experts(self.model, self.layers_name, self.layers)
         self._returned: Callable[[Tensor], Any] = lambda hidden: hidden  # hidden states as a layer returns them
+        self.low_rank: LowRankAdapter | None = None
         self._checked = False
         self._open: set[int | str] = set()  # numbers of loaded decoder layers, and "ends"
         self._ahead: dict[int, ReadAhead] = {}  # decoder layers that are being read, by number
@@ -494,6 +499,9 @@ class LayerwiseModel:
         for name in names:
             source = self._sources[name]
             tensor = replaced[source] if source in replaced else self.checkpoint.read(source)
+            if self.low_rank is not None:
+                module = self.model.get_submodule(name.rpartition(".")[0])
+                tensor = self.low_rank.added(name, tensor, transposed=isinstance(module, Conv1D))
             if tensor.is_floating_point():
                 # Weights of operators are checked where they are pruned; here norms and biases, which are small.
                 if tensor.ndim == 1 and name in self._parameters and not bool(tensor.isfinite().all()):

@@ -7,11 +7,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from transformers.pytorch_utils import Conv1D
 
 from ..errors import FistaPrunerError, needs_code
 from ..runtime.memory import free_device_memory, free_memory
 from ..runtime.numerics import pass_dtype
 from .files.checkpoint import Checkpoint
+from .files.low_rank import LowRankAdapter
 
 ROOM = 0.75
 """Share of the free memory that a whole model may take; the rest is for its forward passes."""
@@ -53,6 +55,8 @@ def load_whole(
 ) -> Any:
     """Load a ``transformers`` model for forward passes.
 
+    The low-rank part that belongs to a checkpoint is added to its operators.
+
     Args:
         folder: a Hugging Face folder, dense or packed.
         device: where it runs.
@@ -75,4 +79,10 @@ def load_whole(
     if dtype is None and pass_dtype(model.dtype, device) == torch.float32:
         # Only to a wider dtype: ``to`` would round what transformers keeps in fp32, such as rotary frequencies.
         model = model.float()
+    if (low_rank := LowRankAdapter.beside(folder)) is not None:
+        with torch.no_grad():
+            for name in low_rank.operators:
+                module = model.get_submodule(name)
+                weight = low_rank.added(f"{name}.weight", module.weight, transposed=isinstance(module, Conv1D))
+                module.weight.copy_(weight)
     return model.eval()

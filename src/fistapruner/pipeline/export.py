@@ -6,6 +6,7 @@ from pathlib import Path
 
 from ..errors import FistaPrunerError
 from ..models.files.gguf_export import GGUFValues, export_gguf
+from ..models.files.low_rank import refuse_low_rank
 from ..models.files.record import read_pruning_record
 from ..models.source import SMALL_MODEL, small_model
 from ..runs.lineage import read_lineage
@@ -34,6 +35,7 @@ def export(model: str | Path, out: str | Path, like: str | Path | None = None, v
     folder = Path(model) / "model" if is_run(model) else Path(model)
     if is_packed(folder):
         raise FistaPrunerError(f"{folder} is packed: 'fistapruner unpack {folder} FOLDER' makes a checkpoint of it")
+    refuse_low_rank(folder, "export")
     if like is None:
         lineage, _ = read_lineage(read_pruning_record(folder), folder)
         like = lineage.source.source if lineage else ""

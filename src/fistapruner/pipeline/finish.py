@@ -15,6 +15,8 @@ from torch import Tensor
 from ..errors import FistaPrunerError
 from ..execution.context import RunContext
 from ..models.files.checkpoint import PRUNING_RECORD, Checkpoint
+from ..models.files.low_rank import RECORD as LOW_RANK
+from ..models.files.low_rank import write_adapter
 from ..models.files.record import permuted_tensors, read_pruning_record
 from ..models.files.writer import write_checkpoint
 from ..models.layerwise import LayerwiseModel
@@ -65,7 +67,8 @@ def finish(context: RunContext, times: Times, listener: Listener, earlier: Repor
     report.totals.seconds = times.total()
     report.totals.time_split["write"] = time.perf_counter() - begin
     report.totals.checkpoint_bytes = folder_bytes(run.model)
-    disk = folder_bytes(run.journal.folder) + report.totals.checkpoint_bytes
+    adapter = report.totals.low_rank_bytes or 0
+    disk = folder_bytes(run.journal.folder) + report.totals.checkpoint_bytes + adapter
     report.plan = check_plan(report.plan, report.totals, report.layers, disk)
     update_stage(report)
     run.write_report(report)
@@ -101,9 +104,20 @@ def _write_model(context: RunContext, report: Report, listener: Listener) -> Non
             return journal.weights(places[name]).read(name)
         return checkpoint.read(name) if name in checkpoint.orders else None
 
+    low_rank = None
+    if context.recipe.low_rank:
+        operators = [operator for layer in context.layout.layers for group in layer for operator in group]
+        low_rank = write_adapter(
+            run.adapter,
+            [journal.weights(index) for index in layers],
+            context.recipe.low_rank,
+            transposed=any(operator.transposed for operator in operators),
+        )
+        report.totals.low_rank_weights, report.totals.low_rank_bytes = low_rank["weights"], low_rank["bytes"]
+
     def documents() -> dict[str, str]:
-        record = json.dumps(_record(report, context), indent=2) + "\n"
-        return {CARD: model_card(report), PRUNING_RECORD: record}
+        content = _record(report, context) | ({} if low_rank is None else {LOW_RANK: low_rank})
+        return {CARD: model_card(report), PRUNING_RECORD: json.dumps(content, indent=2) + "\n"}
 
     write_model(
         run,

@@ -16,6 +16,7 @@ from ..models.architecture import build_model, checkpoint_names, find_decoder_la
 from ..models.discovery import Operator, linear_modules
 from ..models.files.checkpoint import PRUNING_RECORD, Checkpoint
 from ..models.files.folder import require_new
+from ..models.files.low_rank import refuse_low_rank
 from ..models.files.record import MIN_ZEROS, permuted_tensors, read_pruning_record, recorded_claims
 from ..models.files.writer import write_checkpoint
 from ..models.source import Permissions
@@ -140,6 +141,7 @@ def merge_adapter(
         if not folder.is_dir():
             raise FistaPrunerError(f"{folder.parent} has no finished model: fistapruner resume {folder.parent}")
     source, found, out = Permissions(**permissions).find(folder), Adapter(adapter), Path(out)
+    refuse_low_rank(source.folder, "merge")
     checkpoint = source.checkpoint()
     require_new(out, source.folder)
     record = read_pruning_record(source.folder)

@@ -28,6 +28,7 @@ from ..execution.context import open_model
 from ..execution.executors import default_threads
 from ..execution.ray_pool import require_ray
 from ..models.discovery import Layout, discover
+from ..models.files.low_rank import refuse_low_rank
 from ..models.layerwise import LayerwiseModel
 from ..models.source import UNTRUSTED, ModelSource, Permissions
 from ..models.whole import load_whole, require_whole
@@ -46,6 +47,7 @@ from ..runtime.machine import describe_machine, now, versions
 from ..runtime.memory import release_device_memory
 from ..runtime.numerics import dtype_name, exact_products
 from ..sensitivity.decision import check_allocation, decide, needs_measuring, permutes, windows_measured
+from ..solvers.low_rank import check_rank
 from ..structured.bypass import BypassLearning
 from ..structured.units import Widths
 from .begun import absolute, changed_text, refuse_other
@@ -191,6 +193,7 @@ def check_inputs(run: PruneDirectory, request: RunRequest, begun: PruneRecord | 
         require_ray(recipe.execution.address)
     source = request.permissions.find(request.model)
     refuse_overlap(source.folder, run.folder)
+    refuse_low_rank(source.folder, "prune")
     listener.say(f"model {request.model}: {source.folder}")
     model = open_model(source, recipe, dtype=begun.decision.numerics.dtype if begun else None)
     if recipe.dtype == "auto" and model.dtype != model.checkpoint.dtype:
@@ -203,6 +206,8 @@ def check_inputs(run: PruneDirectory, request: RunRequest, begun: PruneRecord | 
     check_model(model)
     smaller, widths = change_widths(model, layout, recipe, source.permissions)
     sparsity = allocate(recipe, smaller)
+    if recipe.low_rank:
+        _check_low_rank(recipe.low_rank, smaller, sparsity)
     if widths is not None and begun is None:
         listener.say(say_widths(model, widths))
     if begun is not None:
@@ -214,6 +219,25 @@ def check_inputs(run: PruneDirectory, request: RunRequest, begun: PruneRecord | 
         text = load_windows(request.evaluation.data, tokenizer, seqlen, request.evaluation.windows)
         model.check_tokens(text.tokens)
     return Inputs(source, model, layout, smaller, widths, sparsity, tokenizer, seqlen)
+
+
+def _check_low_rank(rank: int, layout: Layout, sparsity: Mapping[str, Constraint]) -> None:
+    """Refuse operators that cannot have a low-rank part.
+
+    Raises:
+        FistaPrunerError: names the first of them.
+    """
+    for index, layer in enumerate(layout.layers):
+        for operator in (operator for group in layer for operator in group):
+            name = layout.full_name(index, operator)
+            if not sparsity[name].zeros(operator.rows, operator.columns):
+                continue
+            if operator.experts:
+                raise FistaPrunerError(
+                    f"low_rank {rank}: {name} is part of an expert, which PEFT's LoRA does not reach: leave experts dense "
+                    "with --ignore re:experts, or prune without --low-rank"
+                )
+            check_rank(rank, operator.rows, operator.columns, name)
 
 
 def choose_plan(

@@ -16,6 +16,7 @@ from ..evaluation.data import load_windows
 from ..evaluation.inspection import inspect_checkpoint
 from ..execution.training import open_model
 from ..models.discovery import Layout, discover
+from ..models.files.low_rank import refuse_low_rank
 from ..models.files.record import read_pruning_record
 from ..models.layerwise import LayerwiseModel
 from ..models.source import UNTRUSTED, ModelSource, Permissions
@@ -166,7 +167,9 @@ def find_input(model: str, permissions: Permissions) -> ModelSource:
         folder = run.model
     if is_packed(folder):
         raise FistaPrunerError(f"{folder} is packed: unpack it first with 'fistapruner unpack {folder} --out DIR'")
-    return permissions.find(folder if folder.is_dir() else model)
+    found = permissions.find(folder if folder.is_dir() else model)
+    refuse_low_rank(found.folder, "a run that trains")
+    return found
 
 
 def _find_dense(request: TrainingRequest[Any], origin: RunDirectory | None, source: ModelSource) -> ModelSource | None:

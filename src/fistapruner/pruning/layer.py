@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from ..models.discovery import Group
+from ..models.files.low_rank import A, B, sum_of_parts
 from ..models.layerwise import LayerwiseModel
 from ..problem import LayerProblem, ProblemSums, unweighted
 from ..runs.records import LayerEntry, OperatorEntry
@@ -18,6 +19,7 @@ from ..runtime.clock import Clock
 from ..runtime.memory import release_memory
 from ..solvers import parse_method
 from ..solvers.base import Solution
+from ..solvers.low_rank import SparsePlusLowRank, solve_low_rank
 from ..tuning.block_reconstruction import ReconstructionSettings, reconstruct_layer
 from .context import NO_EVENTS, NOT_MEASURED, LayerContext, LayerEvents, LayerMeasures, LayerStreams
 from .entries import operator_entries
@@ -52,6 +54,9 @@ class _LayerRecord:
     extra: dict[str, Any]
     rows: dict[str, Tensor] = field(default_factory=dict)
     """Kept rows of the operators that lost some, by name inside the layer."""
+
+    parts: dict[str, Tensor] = field(default_factory=dict)
+    """Sparse and low-rank parts of the operators whose sum the layer holds, by name in checkpoint and journal."""
 
 
 def prune_layer(
@@ -102,7 +107,7 @@ def prune_layer(
             events.operators(names, None)
             worst = _prune_group(context, index, number, passes.sums_of(number), clock, measures, events, record)
             release_memory()
-            record.weights |= _weights(context, index, group)
+            record.weights |= _weights(context, index, group) | record.parts
             passes.pruned(number)
             events.operators(names, worst)
         _reconstruct(context, index, streams, passes, clock, measures, record)
@@ -151,17 +156,23 @@ def _prune_group(
     events.problem(number, problem)
     with clock.phase("solve"):
         if routed and not sums.tokens:
-            solution = context.solver(problem, patterns, parse_method("magnitude"))
+            magnitude = context.solver(problem, patterns, parse_method("magnitude"))
+            found = SparsePlusLowRank(magnitude, (None,) * len(group))
         else:
-            solution = _solve(context, problem, names, _importance(context, index, group, measures, record))
+            found = _solve(context, problem, names, _importance(context, index, group, measures, record))
+        solution, total = found.sparse, found.sparse.weight
         unrounded = _write(model, model.layers[index], group, names, solution)
+        if any(part is not None for part in found.low_rank):
+            total = _add_low_rank(model, model.layers[index], group, names, found, record)
     with clock.phase("report"):
         # Solvers that keep dense weights leave nothing to round: their error is known, and costs as much as a pass.
-        known = unrounded and measures.importance is None
+        known = unrounded and measures.importance is None and total is solution.weight
         reported = [stats["relative_error"] for stats in solution.stats]
-        errors = reported if known else problem.relative_errors(solution.weight)
+        errors = reported if known else problem.relative_errors(total)
         texts = [str(pattern) for pattern in patterns]
         entries = operator_entries(problem, solution, errors, group, number, texts)
+        for entry, part in zip(entries, found.low_rank, strict=True):
+            entry.low_rank = None if part is None else len(part.a)
     for entry in entries if routed else ():
         entry.tokens = sums.tokens
     record.operators += entries
@@ -192,15 +203,22 @@ def _importance(
     return torch.cat(parts)
 
 
-def _solve(context: LayerContext, problem: LayerProblem, names: Sequence[str], importance: Tensor | None) -> Solution:
+def _solve(
+    context: LayerContext, problem: LayerProblem, names: Sequence[str], importance: Tensor | None
+) -> SparsePlusLowRank:
     """Solve a group's problem, its rows weighted by their importance."""
     patterns, steps = [context.sparsity[name] for name in names], context.recipe.steps
-    if importance is None:
-        return context.solver(problem, patterns, steps)
-    rows = importance.to(problem.weight.device)
-    solution = context.solver(problem.weighted(rows), patterns, steps)
-    unweighted(solution.weight, rows)
-    return solution
+    weighted, rows = problem, None
+    if importance is not None:
+        rows = importance.to(problem.weight.device)
+        weighted = problem.weighted(rows)
+    found = solve_low_rank(weighted, patterns, steps, context.recipe.low_rank, context.solver)
+    if rows is not None:
+        unweighted(found.sparse.weight, rows)
+        for part, count in zip(found.low_rank, rows.split(problem.rows), strict=True):
+            if part is not None:
+                unweighted(part.b, count)
+    return found
 
 
 def _remove(
@@ -257,3 +275,40 @@ def _write(model: LayerwiseModel, module: nn.Module, group: Group, names: Sequen
         unrounded = unrounded and torch.equal(part, target.to(part.dtype))
         part.copy_(target)
     return unrounded
+
+
+def _add_low_rank(
+    model: LayerwiseModel,
+    module: nn.Module,
+    group: Group,
+    names: Sequence[str],
+    found: SparsePlusLowRank,
+    record: _LayerRecord,
+) -> Tensor:
+    """Add the low-rank parts, rounded as the adapter will hold them, to the operators in the layer.
+
+    Args:
+        model: the dense model.
+        module: the loaded layer, whose operators hold the rounded sparse parts.
+        group: the operators.
+        names: their full names.
+        found: both parts.
+        record: receives both parts as they are stored.
+
+    Returns:
+        The sums (m, n), fp32.
+    """
+    totals = []
+    for operator, name, part in zip(group, names, found.low_rank, strict=True):
+        target, source = operator.weight(module), model.source(f"{name}.weight")
+        if part is None:
+            totals.append(target.float())
+            continue
+        balanced = part.balanced()
+        factors = {name + A: model.result(source, balanced.a), name + B: model.result(source, balanced.b)}
+        stored = model.result(source, module.get_parameter(f"{operator.name}.weight").detach())
+        record.parts |= {source: stored, **factors}
+        total = sum_of_parts(target, factors, name, transposed=False)
+        target.copy_(total)
+        totals.append(total.to(target.device))
+    return torch.cat(totals)

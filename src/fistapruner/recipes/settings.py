@@ -316,6 +316,12 @@ class Recipe(RunRecipe):
         Structure(),
         description="Whole channels that are removed.",
     )
+    low_rank: int = Field(
+        0,
+        ge=0,
+        description="Rank of a low-rank part beside the zeros of every pruned operator, solved together with them; it "
+        "is written as a LoRA adapter, RUN/adapter, and its weights come on top. 0 is none.",
+    )
     reconstruct: int = Field(
         0,
         ge=0,
@@ -375,6 +381,17 @@ class Recipe(RunRecipe):
         for pattern in () if isinstance(value, str) else value:
             check_pattern(pattern)
         return value
+
+    @model_validator(mode="after")
+    def _low_rank_alone(self) -> Recipe:
+        if not self.low_rank:
+            return self
+        for name, value in (("reconstruct", self.reconstruct), ("recover", self.recover)):
+            if value:
+                raise ValueError(f"low_rank {self.low_rank} with {name}: {name} does not train the low-rank part")
+        if self.structure.remove is not None:
+            raise ValueError(f"low_rank {self.low_rank} with structure: a smaller model has no low-rank part")
+        return self
 
     @property
     def pattern(self) -> Constraint:

@@ -27,6 +27,7 @@ from pydantic import ValidationError
 
 from ..errors import FistaPrunerError, explain
 from ..models.files.checkpoint import PRUNING_RECORD, Checkpoint
+from ..models.files.low_rank import FOLDER, LowRankAdapter
 from ..runtime.files import disk_errors, json_sha256, sampled_sha256, write_json_atomic, write_text_atomic
 from .decision import RunRecord
 from .records import Report, read_json
@@ -58,6 +59,7 @@ class RunDirectory:
         self.log_file = folder / "log.txt"
         self.model = folder / "model"
         self.model_file = folder / "model.json"
+        self.adapter = folder / FOLDER
 
     def create(self) -> None:
         """Make the folders."""
@@ -219,6 +221,10 @@ class RunDirectory:
                 return f"{path} has {path.stat().st_size} bytes instead of {claim['bytes']}"
             if sampled_sha256(path) != claim["sampled"]:
                 return f"{path} is damaged: its checksum is not the one it was written with"
+        try:
+            LowRankAdapter.beside(self.model)
+        except FistaPrunerError as error:
+            return str(error)
         return None
 
     def model_fingerprint(self) -> str | None:

@@ -5,6 +5,7 @@ RUN/
     metrics.safetensors        what was measured on the dense model: weights of errors, order of channels
     layers/                    the finished decoder layers (:mod:`fistapruner.runs.journal`)
     bypass.safetensors         the state of learning which channels stay, where the recipe asks for it
+    adapter/                   low-rank parts of the operators, where the recipe asks for them
     hidden/                    hidden states that are still needed, where memory does not hold them
     recovered/                 the run directory of the recovery that follows, where the recipe asks for one
 """
@@ -64,7 +65,7 @@ class PruneDirectory(RunDirectory):
         self.journal.folder.mkdir(parents=True, exist_ok=True)
 
     def own_folders(self) -> tuple[Path, ...]:
-        return (self.journal.folder, self.model, self.hidden, self.recovered)
+        return (self.journal.folder, self.model, self.adapter, self.hidden, self.recovered)
 
     def own_files(self) -> tuple[Path, ...]:
         return (*super().own_files(), self.calibration_file, self.metrics_file, self.bypass_file)

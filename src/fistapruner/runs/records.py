@@ -139,6 +139,8 @@ class OperatorEntry(Record):
             the ranks, from 1.
         condition: largest eigenvalue over the mean of the diagonal.
         tokens: calibration tokens that were routed to its expert; None of operators that read all tokens.
+        low_rank: rank of the low-rank part beside it; None of operators without one. ``relative_error`` is then that of
+            the sum; zeros and density are those of the sparse part.
         change: of a recovery run: norm of the weight's change over its norm; ``changed``: weights that changed.
     """
 
@@ -155,6 +157,7 @@ class OperatorEntry(Record):
     spectrum_ranks: list[int] | None = None
     condition: float | None = None
     tokens: int | None = None
+    low_rank: int | None = None
     change: float | None = None
     changed: int | None = None
 
@@ -243,6 +246,8 @@ class Totals(Record):
         capture_tokens_per_second: calibration tokens a second through capture, all layers;
             ``forward_tokens_per_second``: of one plain forward pass of the same tokens.
         checkpoint_bytes: of ``RUN/model``; ``compressed_bytes``: of the packed weights if they were measured.
+        low_rank_weights: additional weights of the low-rank parts, counted in no other number; ``low_rank_bytes``: of
+            ``RUN/adapter``, which holds them; None where there are none.
     """
 
     operator_weights: int | None = None
@@ -259,6 +264,8 @@ class Totals(Record):
     forward_tokens_per_second: float | None = None
     checkpoint_bytes: int | None = None
     compressed_bytes: int | None = None
+    low_rank_weights: int | None = None
+    low_rank_bytes: int | None = None
 
 
 class PlanRow(Record):
@@ -729,10 +736,13 @@ def method_label(method: Any) -> str:
 
 
 def amount_label(recipe: dict[str, Any]) -> str:
-    """Say what a recipe removes: ``2:4``, ``structure 25%``, or both: ``structure 25% and 2:4``."""
+    """Say what a recipe removes: ``2:4``, ``structure 25%``, or both: ``structure 25% and 2:4``.
+
+    What it adds is said too: ``2:4 + rank 16``.
+    """
     removed, sparsity = (recipe.get("structure") or {}).get("remove"), str(recipe.get("sparsity", ""))
     if not removed:
-        return sparsity
+        return f"{sparsity} + rank {recipe['low_rank']}" if recipe.get("low_rank") else sparsity
     return f"structure {removed}" + ("" if sparsity in ("", "0%") else f" and {sparsity}")
 
 

@@ -6,7 +6,7 @@ Every operator becomes ``V = S + B A``, with S sparse, B (m x r) and A (r x n). 
 * S, given ``L = B A``, solves the layer problem whose dense weights are ``W - L``: ``S + L - W = S - (W - L)``.
 * L, given S, is a reduced-rank regression (Izenman 1975). With ``M = W - S``, f is smallest without a bound on the rank
   at ``T = M + a R H^-1``, and elsewhere larger by ``tr((L - T) H (L - T)^T)``. With ``H = C C^T`` and U the first r
-  left singular vectors of ``T C``, the best L of rank r is ``U (U^T T)``: no other product of two factors has a lower f.
+  left singular vectors of ``T C``, the best L of rank r is ``U (U^T T)``.
 
 OATS (Zhang & Papyan 2024, arXiv 2409.13652) and HASSLE-free (Makni et al. 2025, arXiv 2502.00899) alternate like this.
 """
@@ -50,6 +50,13 @@ class LowRank:
     def product(self) -> Tensor:
         """Compute ``B A``: (m, n) fp32."""
         return self.b @ self.a
+
+    def balanced(self) -> LowRank:
+        """Scale columns of B and rows of A to the same norm, for narrow dtypes and for training; B A stays."""
+        b, a = self.b.norm(dim=0), self.a.norm(dim=1)
+        used = (b > 0) & (a > 0)
+        scale = torch.where(used, a / b.where(used, torch.ones_like(b)), torch.ones_like(a)).sqrt()
+        return LowRank(self.b * scale, self.a / scale[:, None])
 
 
 @dataclass(frozen=True)
@@ -95,11 +102,11 @@ def solve_low_rank(
         FistaPrunerError: the rank is negative or larger than an operator has, or what the solver refuses.
     """
     n = problem.shape[1]
-    for name, rows in zip(problem.names, problem.rows, strict=True):
-        if not 0 <= rank <= min(rows, n):
-            raise FistaPrunerError(f"{name}: a rank of {rank} is not between 0 and {min(rows, n)}, its smaller side")
-    sparse = solver(problem, sparsity, steps)
     pruned = [pattern.zeros(rows, n) > 0 for pattern, rows in zip(sparsity, problem.rows, strict=True)]
+    for name, rows, has in zip(problem.names, problem.rows, pruned, strict=True):
+        if has:
+            check_rank(rank, rows, n, name)
+    sparse = solver(problem, sparsity, steps)
     low_rank: tuple[LowRank | None, ...] = tuple(None for _ in pruned)
     if not rank or not any(pruned):
         return SparsePlusLowRank(sparse, low_rank)
@@ -114,8 +121,8 @@ def solve_low_rank(
             errors, better = _lowest(errors, residual.errors(found.weight))
             if not any(better):
                 break
-            rows = torch.repeat_interleave(torch.tensor(better), torch.tensor(problem.rows)).to(mask.device)[:, None]
-            weight, mask = torch.where(rows, found.weight, weight), torch.where(rows, found.mask, mask)
+            taken = torch.repeat_interleave(torch.tensor(better), torch.tensor(problem.rows)).to(mask.device)[:, None]
+            weight, mask = torch.where(taken, found.weight, weight), torch.where(taken, found.mask, mask)
         candidates = tuple(
             step.best(part, index, rank) if has else None
             for index, (part, has) in enumerate(zip(weight.split(problem.rows), pruned, strict=True))
@@ -130,6 +137,18 @@ def solve_low_rank(
         for stats, path, has in zip(sparse.stats, paths, pruned, strict=True)
     )
     return SparsePlusLowRank(Solution(weight, mask, stats, (*sparse.warnings, *step.warnings)), low_rank)
+
+
+def check_rank(rank: int, rows: int, columns: int, name: str) -> None:
+    """Refuse a rank that a (rows, columns) operator has not.
+
+    Raises:
+        FistaPrunerError: names the operator and its largest rank.
+    """
+    if not 0 <= rank <= (most := min(rows, columns)):
+        raise FistaPrunerError(
+            f"{name} is {rows} x {columns}: its low-rank part has a rank from 0 to {most}, not {rank}"
+        )
 
 
 class _LowRankStep:
@@ -167,9 +186,9 @@ class _LowRankStep:
 def _products(problem: LayerProblem, low_rank: Sequence[LowRank | None]) -> Tensor:
     """Stack the low-rank parts of all operators: (m, n)."""
     total = torch.zeros_like(problem.weight)
-    for rows, part in zip(total.split(problem.rows), low_rank, strict=True):
+    for place, part in zip(total.split(problem.rows), low_rank, strict=True):
         if part is not None:
-            rows.copy_(part.product())
+            place.copy_(part.product())
     return total
 
 

@@ -9,6 +9,7 @@ from typing import Any
 
 from ..errors import FistaPrunerError
 from ..models.files.checkpoint import read_json
+from ..models.files.low_rank import refuse_low_rank
 from ..models.files.record import has_zeros, lost_structure, read_pruning_record
 from ..runtime.formatting import align_columns
 from . import kernel
@@ -53,6 +54,7 @@ def bench(
     model = Path(model)
     if not (model / "config.json").is_file():
         raise FistaPrunerError(f"{model} is not a folder with a pruned model")
+    refuse_low_rank(model, "bench")
     _check_positions(model, prompt, tokens)
     with TemporaryDirectory(prefix="fistapruner-bench-") as scratch:
         about = {} if is_packed(model) else read_pruning_record(model)

@@ -19,6 +19,7 @@ from ..constraints import NM, parse_sparsity
 from ..errors import FistaPrunerError
 from ..models.files.checkpoint import PACKED_RECORD, PRUNING_RECORD, SINGLE, Checkpoint, WeightFile, inside, read_json
 from ..models.files.folder import checkpoint_folder, copy_companions, require_new, write_index
+from ..models.files.low_rank import refuse_low_rank
 from ..models.files.record import read_pruning_record, recorded_claims
 from ..models.files.safetensors import SafetensorsWriter, TensorEntry
 from ..runtime.files import sha256_file, write_json_atomic, write_text_atomic
@@ -100,6 +101,7 @@ def pack(
     require_new(out, source.folder)
     if (source.folder / PACKED_RECORD).exists():
         raise FistaPrunerError(f"{source.folder} is packed already")
+    refuse_low_rank(source.folder, "pack")
     record = read_pruning_record(source.folder)
     plan = _plan(source, record, values, group)
     if not plan:

@@ -27,12 +27,11 @@ from torch.nn.functional import pad
 from ..errors import FistaPrunerError
 from ..models.files.checkpoint import inside, read_json
 from ..models.files.folder import checkpoint_folder
+from ..models.files.low_rank import CONFIG, PREFIX, WEIGHTS
 from ..models.files.safetensors import SafetensorsFile, SafetensorsWriter, TensorEntry
 from ..runtime.files import write_json_atomic
 
-CONFIG, WEIGHTS, PICKLE = "adapter_config.json", "adapter_model.safetensors", "adapter_model.bin"
-PREFIX = "base_model.model."
-"""What PEFT puts before the names of the model's modules."""
+PICKLE = "adapter_model.bin"
 
 KINDS = {"LORA": "LoRA", "HIRA": "HiRA", "IA3": "(IA)³"}
 """Kinds of adapters by their ``peft_type``."""

@@ -1,0 +1,184 @@
+"""The low-rank part of a pruned checkpoint: a LoRA adapter of the PEFT library beside it.
+
+    RUN/model      the sparse part S of every operator, an ordinary checkpoint
+    RUN/adapter    the low-rank part ``B A`` of every operator that has zeros
+
+The model that a run has made is the sum of both: ``PeftModel.from_pretrained(model, "RUN/adapter")``. The checkpoint's
+record (``fistapruner.json``) names the adapter, so that no verb takes the sparse part for the model.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from ...errors import FistaPrunerError
+from ...runtime.files import sampled_sha256, write_json_atomic
+from .checkpoint import PRUNING_RECORD
+from .folder import checkpoint_folder
+from .record import read_pruning_record
+from .safetensors import SafetensorsFile, SafetensorsWriter, TensorEntry
+
+CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+"""Files of a PEFT adapter."""
+
+PREFIX = "base_model.model."
+"""What PEFT puts before the names of the model's modules."""
+
+FOLDER = "adapter"
+"""Folder of the low-rank part, beside that of the checkpoint."""
+
+RECORD = "low_rank"
+"""Key of the checkpoint's record that describes the adapter."""
+
+A, B = ".lora_A.weight", ".lora_B.weight"
+"""What follows an operator's name in the names of its factors: A (r, n) and B (m, r)."""
+
+
+def sum_of_parts(sparse: Tensor, factors: Mapping[str, Tensor], operator: str, *, transposed: bool) -> Tensor:
+    """Add an operator's low-rank part to its sparse part: fp32, in main memory, the same bits wherever it is computed.
+
+    Args:
+        sparse: (m, n), or (n, m) where the checkpoint stores it so.
+        factors: tensors by name, with the two of the operator.
+        operator: its name in the model.
+        transposed: the sparse part is (n, m).
+    """
+    product = factors[operator + B].cpu().float() @ factors[operator + A].cpu().float()
+    return sparse.cpu().float() + (product.T if transposed else product)
+
+
+def is_factor(name: str) -> bool:
+    """Whether a tensor of a decoder layer's journal is a factor of a low-rank part."""
+    return name.endswith((A, B))
+
+
+def write_adapter(folder: Path, layers: Iterable[SafetensorsFile], rank: int, *, transposed: bool) -> dict[str, Any]:
+    """Write the low-rank parts of all decoder layers as a LoRA adapter with the factor 1.
+
+    An adapter that the run has written before is replaced.
+
+    Args:
+        folder: ``RUN/adapter``.
+        layers: tensors of the decoder layers; their factors are taken.
+        rank: of every low-rank part.
+        transposed: the model stores operators as (inputs, outputs), as GPT-2 does.
+
+    Returns:
+        What the checkpoint's record says of it: rank, weights, bytes and checksum.
+
+    Raises:
+        FistaPrunerError: the folder holds other files, or the disk is full.
+    """
+    remove_adapter(folder)
+    places = {name: file for file in layers for name in file.entries if is_factor(name)}
+    entries = [
+        TensorEntry.of(PREFIX + name, file.entries[name].dtype, file.entries[name].shape)
+        for name, file in places.items()
+    ]
+    config = {
+        "peft_type": "LORA",
+        "task_type": "CAUSAL_LM",
+        "base_model_name_or_path": None,
+        "inference_mode": True,
+        "r": rank,
+        "lora_alpha": rank,
+        "lora_dropout": 0.0,
+        "bias": "none",
+        "fan_in_fan_out": transposed,
+        "target_modules": sorted(name.removesuffix(A) for name in places if name.endswith(A)),
+    }
+    with checkpoint_folder(folder, sum(entry.nbytes for entry in entries)) as partial:
+        with SafetensorsWriter(partial / WEIGHTS, entries, {"format": "pt"}) as writer:
+            for name, file in places.items():
+                writer.write(PREFIX + name, file.read(name))
+        write_json_atomic(partial / CONFIG, config)
+    return {
+        "rank": rank,
+        "weights": sum(math.prod(entry.shape) for entry in entries),
+        "bytes": sum(path.stat().st_size for path in folder.iterdir()),
+        "sampled": sampled_sha256(folder / WEIGHTS),
+    }
+
+
+def remove_adapter(folder: Path) -> None:
+    """Remove an adapter that a run has written.
+
+    Raises:
+        FistaPrunerError: the folder holds other files. Nothing is removed then.
+    """
+    if not folder.is_dir():
+        return
+    if others := sorted(path.name for path in folder.iterdir() if path.name not in (CONFIG, WEIGHTS)):
+        raise FistaPrunerError(f"{folder / others[0]} was not written by this run: move it away, and run it again")
+    for path in folder.iterdir():
+        path.unlink()
+    folder.rmdir()
+
+
+class LowRankAdapter:
+    """The low-rank part that belongs to a checkpoint; its tensors are on disk until they are read.
+
+    Args:
+        folder: of the adapter.
+        claim: what the checkpoint's record says of it.
+
+    Raises:
+        FistaPrunerError: it is gone, damaged or another one.
+    """
+
+    def __init__(self, folder: Path, claim: Mapping[str, Any]) -> None:
+        self.folder, path = folder, folder / WEIGHTS
+        if not path.is_file():
+            raise FistaPrunerError(
+                f"the low-rank part of the model, {path}, is gone: its checkpoint is the sparse part only"
+            )
+        if sampled_sha256(path) != claim.get("sampled"):
+            raise FistaPrunerError(f"{path} is damaged, or is the low-rank part of another model")
+        self._file = SafetensorsFile(path)
+        self._names = {name.removeprefix(PREFIX) for name in self._file.entries}
+        self.operators = sorted(name.removesuffix(A) for name in self._names if name.endswith(A))
+        self.weights = sum(math.prod(entry.shape) for entry in self._file.entries.values())
+        self.nbytes = sum(entry.nbytes for entry in self._file.entries.values())
+
+    @classmethod
+    def beside(cls, checkpoint: Path) -> LowRankAdapter | None:
+        """Open the low-rank part that belongs to a checkpoint; None where it has none."""
+        claim = read_pruning_record(checkpoint).get(RECORD)
+        if claim is None:
+            return None
+        if not isinstance(claim, dict):
+            raise FistaPrunerError(f"{checkpoint / PRUNING_RECORD}: {RECORD} is not a mapping")
+        return cls(checkpoint.resolve().parent / FOLDER, claim)
+
+    def added(self, parameter: str, weight: Tensor, *, transposed: bool) -> Tensor:
+        """Add the low-rank part of an operator to its weight; a parameter that has none is returned as it is.
+
+        Args:
+            parameter: its name in the model, ``NAME.weight``.
+            weight: the sparse part, as the checkpoint stores it.
+            transposed: it is (inputs, outputs).
+        """
+        operator = parameter.removesuffix(".weight")
+        if operator + A not in self._names:
+            return weight
+        factors = {operator + part: self._file.read(PREFIX + operator + part) for part in (A, B)}
+        return sum_of_parts(weight, factors, operator, transposed=transposed)
+
+
+def refuse_low_rank(checkpoint: Path, verb: str) -> None:
+    """Refuse a checkpoint that is only the sparse part of a model, where a verb cannot take the other part along.
+
+    Raises:
+        FistaPrunerError: says what the checkpoint is and what to do.
+    """
+    if read_pruning_record(checkpoint).get(RECORD) is not None:
+        raise FistaPrunerError(
+            f"{checkpoint} is the sparse part of a model whose low-rank part is {checkpoint.resolve().parent / FOLDER}, "
+            f"which {verb} would leave out: prune without --low-rank for it, or merge both with PEFT "
+            "(merge_and_unload), which fills the zeros"
+        )

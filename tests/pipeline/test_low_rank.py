@@ -1,0 +1,216 @@
+"""Runs whose operators have a low-rank part: a checkpoint and an adapter, measured, resumed and refused as one model."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import transformers
+from torch import Tensor
+
+import fistapruner as fp
+import tiny
+from fistapruner import FistaPrunerError
+from fistapruner.cli import main
+from fistapruner.constraints import NM
+from fistapruner.models.files.safetensors import SafetensorsFile
+
+SMALL: dict[str, Any] = {"sparsity": "2:4", "calibration": {"source": "python", "samples": 4, "seqlen": 32}}
+RANK = 4
+
+
+@pytest.fixture(scope="module")
+def dense(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tiny.save("llama", tmp_path_factory.mktemp("dense") / "model")
+
+
+@pytest.fixture(scope="module")
+def finished(dense: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A finished run, to be copied."""
+    out = tmp_path_factory.mktemp("finished") / "run"
+    fp.prune(dense, out, low_rank=RANK, evaluate="python", evaluate_windows=2, **SMALL)
+    return out
+
+
+@pytest.fixture
+def run(finished: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(finished, tmp_path / "run"))
+
+
+def tokens() -> Tensor:
+    return torch.randint(3, tiny.VOCABULARY, (2, 12), generator=torch.Generator().manual_seed(0))
+
+
+def load(folder: Path) -> Any:
+    return transformers.AutoModelForCausalLM.from_pretrained(folder).eval()
+
+
+def summed(run: Path) -> Any:
+    """The model of a run: its checkpoint, with the products of the adapter's factors added."""
+    model, adapter = load(run / "model"), SafetensorsFile(run / "adapter" / "adapter_model.safetensors")
+    for name in adapter.entries:
+        if name.endswith(".lora_A.weight"):
+            module = model.get_submodule(name.removeprefix("base_model.model.").removesuffix(".lora_A.weight"))
+            product = adapter.read(name.replace("lora_A", "lora_B")).float() @ adapter.read(name).float()
+            module.weight.data += product.T if type(module).__name__ == "Conv1D" else product
+    return model
+
+
+def results(run: Path) -> dict[str, bytes]:
+    names = ("model/model.safetensors", "adapter/adapter_model.safetensors", "adapter/adapter_config.json")
+    return {name: (run / name).read_bytes() for name in names}
+
+
+def logits_in_windows(model: Any, windows: Tensor) -> float:
+    with torch.no_grad():
+        return float(model(input_ids=windows, labels=windows).loss)
+
+
+def test_operators_are_sparse_and_their_sum_is_nearer_to_the_dense_one(dense: Path, finished: Path) -> None:
+    plain = fp.prune(dense, finished.parent / "plain", **SMALL)
+    report = fp.load_run(finished) if hasattr(fp, "load_run") else None
+    entries = json.loads((finished / "report.json").read_text())["layers"]
+    sparse = load(finished / "model")
+    for layer, before in zip(entries, plain.layers, strict=True):
+        for operator, alone in zip(layer["operators"], before.operators, strict=True):
+            assert NM(2, 4).satisfies(sparse.get_submodule(f"{layer['name']}.{operator['name']}").weight)
+            assert operator["low_rank"] == RANK
+            assert operator["steps"][-1]["method"] == "low_rank"
+    first, alone = entries[0]["operators"][0], plain.layers[0].operators[0]
+    assert first["relative_error"] < alone.relative_error  # of the same problem: nothing is pruned before it
+    assert report is None or report.status == "finished"
+
+
+def test_additional_weights_are_counted_and_said(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    totals = json.loads((run / "report.json").read_text())["totals"]
+    adapter = SafetensorsFile(run / "adapter" / "adapter_model.safetensors")
+    assert totals["low_rank_weights"] == sum(entry.shape[0] * entry.shape[1] for entry in adapter.entries.values())
+    assert totals["low_rank_bytes"] == sum(path.stat().st_size for path in (run / "adapter").iterdir())
+    said = f"{totals['low_rank_weights']}"
+    card = (run / "model" / "README.md").read_text()
+    assert "PeftModel.from_pretrained" in card
+    assert said in card.replace(",", "").replace("\u202f", "").replace("\u00a0", "")
+    assert main(["inspect", str(run)]) == 0
+    assert f"{said} weights of rank {RANK}" in capsys.readouterr().out
+    assert main(["report", str(run)]) == 0
+
+
+def test_rank_zero_is_a_run_without_a_low_rank_part(dense: Path, tmp_path: Path) -> None:
+    for name, settings in (("plain", {}), ("zero", {"low_rank": 0})):
+        fp.prune(dense, tmp_path / name, **SMALL, **settings)
+    one, two = ((tmp_path / name / "model" / "model.safetensors").read_bytes() for name in ("plain", "zero"))
+    assert one == two
+    assert not (tmp_path / "zero" / "adapter").exists()
+
+
+@pytest.mark.parametrize("architecture", ["llama", "gpt2", "phi3"])
+def test_the_sum_of_both_parts_is_what_is_evaluated(tmp_path: Path, architecture: str) -> None:
+    folder = tiny.save(architecture, tmp_path / "dense")
+    fp.prune(folder, tmp_path / "run", low_rank=RANK, **SMALL)
+    whole = summed(tmp_path / "run")
+    whole.save_pretrained(tmp_path / "whole")
+    tiny.tokenizer().save_pretrained(tmp_path / "whole")
+    settings: dict[str, Any] = {"seqlen": 32, "windows": 3}
+    found = fp.evaluate(tmp_path / "run" / "model", "python", **settings)
+    expected = fp.evaluate(tmp_path / "whole", "python", **settings)
+    assert found.perplexity is not None
+    assert expected.perplexity is not None
+    assert found.perplexity.nll == pytest.approx(expected.perplexity.nll, rel=1e-6)
+    alone = fp.evaluate(tmp_path / "whole", "python", against=folder, **settings)
+    of_run = fp.evaluate(tmp_path / "run" / "model", "python", against=folder, **settings)
+    assert of_run.divergence is not None
+    assert alone.divergence is not None
+    assert of_run.divergence.kl == pytest.approx(alone.divergence.kl, rel=1e-4)
+
+
+@pytest.mark.parametrize("propagate", ["dense", "pruned"])
+def test_a_layer_sees_what_the_sum_of_the_layers_before_it_makes(
+    dense: Path, tmp_path: Path, propagate: str
+) -> None:
+    """Continued from the journal, hidden states are those of sparse plus low rank: the same bits."""
+    out = tmp_path / "run"
+    fp.prune(dense, out, low_rank=RANK, propagate=propagate, **SMALL)
+    expected = results(out)
+    for name in ("0002.json", "0001.json"):
+        (out / "layers" / name).unlink()
+        shutil.rmtree(out / "model")
+        (out / "model.json").unlink()
+        fp.prune(dense, out, low_rank=RANK, propagate=propagate, **SMALL)
+        assert results(out) == expected
+
+
+@pytest.mark.parametrize("executor", ["process"])
+def test_parallel_layers_give_the_same_bits(dense: Path, tmp_path: Path, executor: str) -> None:
+    for name, execution in (("one", {"threads": 1}), ("two", {"executor": executor, "workers": 2, "threads": 1})):
+        fp.prune(dense, tmp_path / name, low_rank=RANK, propagate="dense", execution=execution, **SMALL)
+    assert results(tmp_path / "one") == results(tmp_path / "two")
+
+
+@pytest.mark.parametrize("how", ["gone", "damaged"])
+def test_a_lost_adapter_is_made_again_from_the_layers(run: Path, dense: Path, how: str) -> None:
+    expected, file = results(run), run / "adapter" / "adapter_model.safetensors"
+    if how == "gone":
+        shutil.rmtree(run / "adapter")
+    else:
+        file.write_bytes(file.read_bytes()[:-4] + b"\x00\x01\x02\x03")
+    with pytest.raises(FistaPrunerError, match="adapter_model.safetensors"):
+        fp.evaluate(run / "model", "python", seqlen=16, windows=1)
+    fp.prune(dense, run, low_rank=RANK, evaluate="python", evaluate_windows=2, **SMALL)
+    assert results(run) == expected
+
+
+def test_verbs_that_would_leave_it_out_refuse_the_run(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = str(tmp_path / "out")
+    for command in (
+        ["pack", str(run), "--out", out],
+        ["export", str(run), "--out", out + ".gguf"],
+        ["recover", str(run), "--out", out],
+        ["bench", str(run)],
+        ["prune", str(run / "model"), "--out", out],
+    ):
+        assert main(command) != 0, command
+        said = capsys.readouterr().err
+        assert "is the sparse part of a model whose low-rank part is" in said, command
+        assert "prune without --low-rank" in said, command
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"low_rank": 17}, "k_proj is 16 x 32: its low-rank part has a rank from 0 to 16, not 17"),
+        ({"reconstruct": 4}, "low_rank 4 with reconstruct"),
+        ({"structure": "25%"}, "low_rank 4 with structure"),
+        ({"recover": "10k"}, "low_rank 4 with recover"),
+    ],
+)
+def test_what_cannot_have_a_low_rank_part_is_refused_before_any_work(
+    dense: Path, tmp_path: Path, settings: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(FistaPrunerError, match=message):
+        fp.prune(dense, tmp_path / "run", **{**SMALL, "low_rank": RANK, **settings})
+    assert not (tmp_path / "run" / "run.json").exists()
+
+
+def test_experts_are_refused(tmp_path: Path) -> None:
+    folder = tiny.save("qwen2_moe", tmp_path / "dense")
+    with pytest.raises(FistaPrunerError, match="is part of an expert"):
+        fp.prune(folder, tmp_path / "run", low_rank=RANK, **SMALL)
+
+
+@pytest.mark.parametrize("architecture", ["llama", "gpt2"])
+@pytest.mark.filterwarnings("ignore")
+def test_peft_loads_the_adapter_and_has_the_same_logits(tmp_path: Path, architecture: str) -> None:
+    peft = pytest.importorskip("peft", reason="peft is not installed")
+    folder = tiny.save(architecture, tmp_path / "dense")
+    fp.prune(folder, tmp_path / "run", low_rank=RANK, **SMALL)
+    with torch.no_grad():
+        expected = summed(tmp_path / "run")(tokens()).logits
+        wrapped = peft.PeftModel.from_pretrained(load(tmp_path / "run" / "model"), tmp_path / "run" / "adapter").eval()
+        found = wrapped(tokens()).logits
+        alone = load(tmp_path / "run" / "model")(tokens()).logits
+    assert torch.allclose(found, expected, atol=1e-4)
+    assert not torch.allclose(found, alone, atol=1e-2)
