@@ -1,4 +1,4 @@
-"""Runs whose operators have a low-rank part: a checkpoint and an adapter, measured, resumed and refused as one model."""
+"""Runs whose operators have a low-rank part: checkpoint and adapter are measured, resumed and refused as one model."""
 
 from __future__ import annotations
 
@@ -65,24 +65,18 @@ def results(run: Path) -> dict[str, bytes]:
     return {name: (run / name).read_bytes() for name in names}
 
 
-def logits_in_windows(model: Any, windows: Tensor) -> float:
-    with torch.no_grad():
-        return float(model(input_ids=windows, labels=windows).loss)
-
-
 def test_operators_are_sparse_and_their_sum_is_nearer_to_the_dense_one(dense: Path, finished: Path) -> None:
     plain = fp.prune(dense, finished.parent / "plain", **SMALL)
-    report = fp.load_run(finished) if hasattr(fp, "load_run") else None
     entries = json.loads((finished / "report.json").read_text())["layers"]
     sparse = load(finished / "model")
     for layer, before in zip(entries, plain.layers, strict=True):
-        for operator, alone in zip(layer["operators"], before.operators, strict=True):
+        assert len(layer["operators"]) == len(before.operators)
+        for operator in layer["operators"]:
             assert NM(2, 4).satisfies(sparse.get_submodule(f"{layer['name']}.{operator['name']}").weight)
             assert operator["low_rank"] == RANK
             assert operator["steps"][-1]["method"] == "low_rank"
     first, alone = entries[0]["operators"][0], plain.layers[0].operators[0]
     assert first["relative_error"] < alone.relative_error  # of the same problem: nothing is pruned before it
-    assert report is None or report.status == "finished"
 
 
 def test_additional_weights_are_counted_and_said(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -128,9 +122,7 @@ def test_the_sum_of_both_parts_is_what_is_evaluated(tmp_path: Path, architecture
 
 
 @pytest.mark.parametrize("propagate", ["dense", "pruned"])
-def test_a_layer_sees_what_the_sum_of_the_layers_before_it_makes(
-    dense: Path, tmp_path: Path, propagate: str
-) -> None:
+def test_a_layer_sees_what_the_sum_of_the_layers_before_it_makes(dense: Path, tmp_path: Path, propagate: str) -> None:
     """Continued from the journal, hidden states are those of sparse plus low rank: the same bits."""
     out = tmp_path / "run"
     fp.prune(dense, out, low_rank=RANK, propagate=propagate, **SMALL)
@@ -157,17 +149,19 @@ def test_a_lost_adapter_is_made_again_from_the_layers(run: Path, dense: Path, ho
         shutil.rmtree(run / "adapter")
     else:
         file.write_bytes(file.read_bytes()[:-4] + b"\x00\x01\x02\x03")
-    with pytest.raises(FistaPrunerError, match="adapter_model.safetensors"):
+    with pytest.raises(FistaPrunerError, match="adapter_model"):
         fp.evaluate(run / "model", "python", seqlen=16, windows=1)
     fp.prune(dense, run, low_rank=RANK, evaluate="python", evaluate_windows=2, **SMALL)
     assert results(run) == expected
 
 
-def test_verbs_that_would_leave_it_out_refuse_the_run(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_verbs_that_would_leave_it_out_refuse_the_run(
+    run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     out = str(tmp_path / "out")
     for command in (
-        ["pack", str(run), "--out", out],
-        ["export", str(run), "--out", out + ".gguf"],
+        ["pack", str(run / "model"), out],
+        ["export", str(run), out + ".gguf"],
         ["recover", str(run), "--out", out],
         ["bench", str(run)],
         ["prune", str(run / "model"), "--out", out],

@@ -93,6 +93,11 @@ def _print(found: Inspection, quiet: bool) -> None:
     print(f"whole model: {_share(found.zeros, found.weights)}")
     for (unit, before, after), layers in Counter(width[1:] for width in found.widths).items():
         print(f"{unit}: {before} -> {after} in {layers} decoder layers")
+    if found.low_rank is not None:
+        more, rank = found.low_rank
+        print(
+            f"low-rank part beside it, not counted above: {more} weights of rank {rank} ({more / max(weights, 1):.2%})"
+        )
     if found.lineage is not None:
         print("made from: " + "\n       then: ".join(lineage_lines(found.lineage)))
     for violation in found.violations:

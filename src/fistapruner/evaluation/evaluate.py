@@ -96,6 +96,7 @@ def evaluate(
     permissions = Permissions(allow_pickle, trust_remote_code)
     source = permissions.find(model)
     dense = permissions.find(against) if against is not None else None
+    added = LowRankAdapter.beside(source.folder)
     perplexity: Perplexity | None = None
     reference: Perplexity | None = None
     divergence: Divergence | None = None
@@ -127,6 +128,7 @@ def evaluate(
         seconds=time.perf_counter() - begin,
         forward_seconds=forward,
         device=str(place),
+        low_rank=None if added is None else added.weights,
     )
     if known is not None:
         if perplexity is not None:

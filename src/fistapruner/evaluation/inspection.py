@@ -14,6 +14,7 @@ from torch import Tensor
 from ..constraints import NM, Constraint, parse_sparsity
 from ..errors import FistaPrunerError
 from ..models.files.checkpoint import PRUNING_RECORD, Checkpoint
+from ..models.files.low_rank import LowRankAdapter
 from ..models.files.record import MIN_ZEROS, read_pruning_record, recorded_claims, take_claimed_apart
 from ..models.files.safetensors import TensorEntry
 from ..models.source import resolve_model
@@ -62,6 +63,8 @@ class Inspection:
         faults: claims about operators that the checkpoint does not have, or that have another shape.
         widths: what the record tells of removed structure: decoder layer, what was removed, number before and after.
         lineage: how the model was made, None where its record does not say.
+        low_rank: additional weights of the low-rank part beside the checkpoint, which is inspected without it, and its
+            rank; None without one.
     """
 
     folder: Path
@@ -71,6 +74,7 @@ class Inspection:
     faults: tuple[str, ...] = ()
     widths: tuple[tuple[str, str, int, int], ...] = ()
     lineage: Lineage | None = None
+    low_rank: tuple[int, int] | None = None
 
     @property
     def pruned(self) -> tuple[OperatorInspection, ...]:
@@ -99,6 +103,7 @@ class Inspection:
                 {"layer": layer, "unit": unit, "before": before, "after": after}
                 for layer, unit, before, after in self.widths
             ],
+            "low_rank": None if self.low_rank is None else {"weights": self.low_rank[0], "rank": self.low_rank[1]},
             "lineage": self.lineage.model_dump(mode="json") if self.lineage else None,
             "violations": self.violations,
             "ok": not self.violations,
@@ -160,8 +165,14 @@ def inspect_checkpoint(
         for name, size in sizes.items()
         if name in entries and after * size not in entries[name].shape
     ]
+    low_rank = None
+    try:
+        if not is_packed(folder) and (adapter := LowRankAdapter.beside(folder)) is not None:
+            low_rank = adapter.weights, adapter.rank
+    except FistaPrunerError as error:
+        faults.append(str(error))
     shown = tuple((layer, unit, before, after) for layer, unit, before, after, _ in widths)
-    return Inspection(folder, tuple(operators), zeros, weights, tuple(faults), shown, lineage)
+    return Inspection(folder, tuple(operators), zeros, weights, tuple(faults), shown, lineage, low_rank)
 
 
 def _widths(record: Mapping[str, Any], folder: Path) -> tuple[tuple[str, str, int, int, dict[str, int]], ...]:

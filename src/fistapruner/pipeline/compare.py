@@ -29,6 +29,7 @@ from ..errors import FistaPrunerError, MissingExtraError, explain
 from ..evaluation.data import load_windows
 from ..evaluation.evaluate import evaluate as run_evaluation
 from ..execution.context import open_model
+from ..models.files.low_rank import remove_adapter
 from ..models.source import ModelSource, Permissions
 from ..recipes.loading import merge
 from ..recipes.settings import Recipe
@@ -400,6 +401,7 @@ def _filled(
     row.relative_error = sum(errors) / len(errors) if errors else None
     row.seconds, row.time_split, row.peak_memory = totals.seconds, totals.time_split, totals.peak_memory
     row.operator_weights, row.operator_zeros = totals.operator_weights, totals.operator_zeros
+    row.low_rank_weights = totals.low_rank_weights
     if recovery is not None and recovery.totals.seconds is not None:
         row.seconds = (row.seconds or 0.0) + recovery.totals.seconds
         row.time_split = {**row.time_split, "recovery": recovery.totals.seconds}
@@ -418,6 +420,7 @@ def _adopt(comparison: Comparison, report: Report, protocol: Protocol) -> None:
 def _delete_weights(run: PruneDirectory) -> None:
     if run.model.is_dir():
         run.remove_model()
+    remove_adapter(run.adapter)
     run.journal.remove_weights()
     run.metrics_file.unlink(missing_ok=True)
 

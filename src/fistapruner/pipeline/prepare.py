@@ -234,8 +234,8 @@ def _check_low_rank(rank: int, layout: Layout, sparsity: Mapping[str, Constraint
                 continue
             if operator.experts:
                 raise FistaPrunerError(
-                    f"low_rank {rank}: {name} is part of an expert, which PEFT's LoRA does not reach: leave experts dense "
-                    "with --ignore re:experts, or prune without --low-rank"
+                    f"low_rank {rank}: {name} is part of an expert, which PEFT's LoRA does not reach: leave experts "
+                    "dense with --ignore re:experts, or prune without --low-rank"
                 )
             check_rank(rank, operator.rows, operator.columns, name)
 

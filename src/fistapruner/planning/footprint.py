@@ -13,8 +13,8 @@ from torch.utils._pytree import tree_leaves
 from ..constraints import Constraint
 from ..problem import LayerProblem
 from ..recipes.structure_settings import Structure
-from ..solvers import solve
 from ..solvers.base import Method
+from ..solvers.low_rank import solve_low_rank
 from ..structured.removal import ChannelStatistics, remove_channels
 
 PROBE_INPUTS = 256
@@ -111,6 +111,7 @@ def solve_bytes(
     device: torch.device | str = "cpu",
     *,
     drift: bool = False,
+    rank: int = 0,
 ) -> int:
     """Estimate the peak bytes of solving a group of operators: weight, Gram and all of the method chain.
 
@@ -124,6 +125,7 @@ def solve_bytes(
         steps: the method chain.
         device: device of the solve; on a GPU some steps are computed differently.
         drift: the problem has drift, which is counted with the weight.
+        rank: of the low-rank parts beside the zeros; 0 is none.
     """
     small = min(inputs, PROBE_INPUTS)
     scale = inputs / small
@@ -142,4 +144,9 @@ def solve_bytes(
         rows=tuple(few),
     ).to(device)
     held = 4 * (gram.numel() + problem.weight.numel() * (1 + drift))
-    return int((held + peak_bytes(lambda: solve(problem, list(sparsity), list(steps)))) * scale**2)
+    few_ranks = min(max(1, round(rank / scale)), small, *few) if rank else 0
+
+    def work() -> object:
+        return solve_low_rank(problem, list(sparsity), list(steps), few_ranks, alternations=2)
+
+    return int((held + peak_bytes(work)) * scale**2)

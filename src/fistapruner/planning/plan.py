@@ -10,7 +10,7 @@ import shutil
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Generic, TypeVar
 
@@ -25,11 +25,11 @@ from ..recipes.settings import Recipe
 from ..recipes.training_settings import TrainingRecipe
 from ..runs.records import LayerEntry, PlanRow, Totals
 from ..runtime.devices import free_memory_of_gpus, worker_devices
-from ..runtime.formatting import size
+from ..runtime.formatting import count, percent, size
 from ..runtime.memory import free_device_memory, free_memory, release_device_memory, resident_memory
 from ..structured.units import Widths
 from .probe import measure_time
-from .sizes import Choice, Sizes
+from .sizes import Choice, Sizes, low_rank_weights
 
 RESERVE = 0.9
 """Share of the free memory that a run without --memory-limit may use."""
@@ -160,7 +160,14 @@ def make_plan(
             on_device=chosen.on_device,
             widths=widths,
         )
-    return written(fitted, disk, seconds)
+    found = written(fitted, disk, seconds)
+    if not recipe.low_rank:
+        return found
+    more, weights = low_rank_weights(layout, recipe, sparsity), sum(map(layout.weights, range(len(model))))
+    nbytes = more * min(model.dtype.itemsize, model.checkpoint.dtype.itemsize)
+    share = percent(more / weights)
+    said = f"low-rank parts: {count(more)} additional weights, {share} of the operators' ({size(nbytes)})"
+    return replace(found, says=(*found.says, said))
 
 
 @dataclass(frozen=True)

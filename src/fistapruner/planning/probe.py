@@ -23,6 +23,7 @@ from ..pruning.partition import cut, part_of
 from ..recipes.settings import Recipe
 from ..runs.records import LayerEntry
 from ..solvers import solve
+from ..solvers.low_rank import ALTERNATIONS
 from ..structured.units import Widths
 from ..tuning.block_reconstruction import passes
 
@@ -69,7 +70,8 @@ def measure_time(
     """Estimate the seconds to prune all layers from the first batch of windows in one layer.
 
     Passes are measured as they are, with magnitude pruning in place of the method. The method is timed apart, on a
-    part of each group's rows (:func:`time_solve`), and of block reconstruction a few steps are timed.
+    part of each group's rows (:func:`time_solve`), and of block reconstruction a few steps are timed. Low-rank parts
+    are solved in the timed layer; beside them the method runs once in every alternation.
 
     Args:
         model: the model.
@@ -123,7 +125,7 @@ def measure_time(
         steps=recipe.reconstruct,
         timed_steps=timed_steps,
     )
-    return extrapolate(entry, solving, scale)
+    return extrapolate(entry, solving * (ALTERNATIONS if recipe.low_rank else 1), scale)
 
 
 def extrapolate(entry: LayerEntry, solving: float, scale: Scale) -> float:

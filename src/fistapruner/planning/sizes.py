@@ -230,14 +230,19 @@ class Sizes:
             base=resident_memory() + RETAINED,
             ends=size(outside),
             largest=max(checkpoint.entry(name).nbytes for name in checkpoint.names()),
-            checkpoint=checkpoint.nbytes - removed_weights(model, widths) * checkpoint.dtype.itemsize,
+            checkpoint=checkpoint.nbytes
+            - removed_weights(model, widths) * checkpoint.dtype.itemsize
+            + low_rank_weights(layout, recipe, sparsity) * stored,
             pruned=stored
-            * sum(
-                operator.rows * operator.columns
-                for number, layer in enumerate(layout.layers)
-                for place, group in enumerate(layer)
-                for operator in group
-                if place in solved[number] or operator.name in touched[number]
+            * (
+                sum(
+                    operator.rows * operator.columns
+                    for number, layer in enumerate(layout.layers)
+                    for place, group in enumerate(layer)
+                    for operator in group
+                    if place in solved[number] or operator.name in touched[number]
+                )
+                + low_rank_weights(layout, recipe, sparsity)
             ),
             layer=max(size(names) for names in in_layers),
             stored=stored,
@@ -431,6 +436,15 @@ def _cut_sizes(unit: Unit, drift_from: DriftFrom | None) -> GroupSizes:
     return GroupSizes(operator.name.rpartition(".")[2], 2 * 4 * n * n, 4 * operator.rows * n, drift_from, 0, 0)
 
 
+def low_rank_weights(layout: Layout, recipe: Recipe, sparsity: Mapping[str, Constraint]) -> int:
+    """Count the additional weights of the low-rank parts of all operators that get zeros."""
+    return sum(
+        recipe.low_rank * (operator.rows + operator.columns)
+        for name, operator in layout.operators()
+        if sparsity[name].zeros(operator.rows, operator.columns)
+    )
+
+
 def _group_sizes(
     group: Group, patterns: list[Constraint], recipe: Recipe, drift_from: DriftFrom | None, device: torch.device
 ) -> GroupSizes:
@@ -438,13 +452,15 @@ def _group_sizes(
     n = group[0].columns
     rows = [operator.rows for operator in group]
     drift = drift_from is not None
-    stacked = solve_bytes(rows, n, patterns, recipe.steps, device, drift=drift)
+    stacked = solve_bytes(rows, n, patterns, recipe.steps, device, drift=drift, rank=recipe.low_rank)
     parts = cut(rows, n, patterns, recipe.steps)
     largest = max(parts, key=lambda part: part.stop - part.start)
     alone = (
         stacked
         if len(parts) == 1
         else solve_bytes([largest.stop - largest.start], n, [largest.sparsity], recipe.steps, device, drift=drift)
+        # Beside a part: both parts of the whole group, their residual, and the Gram that low-rank parts are solved on.
+        + (4 * (4 * sum(rows) * n + 3 * n * n) if recipe.low_rank else 0)
     )
     names = "+".join(operator.name.rpartition(".")[2] for operator in group)
     routed = bool(group[0].experts)

@@ -26,6 +26,8 @@ def evaluation_text(evaluation: Evaluation) -> str:
         rows.append(("top-1 agreement", f"{agreement} % of tokens"))
     if evaluation.perplexity is not None:
         rows.append(("measured on", protocol(evaluation.perplexity)))
+    if evaluation.low_rank is not None:
+        rows.append(("of the model", f"with its low-rank part, {evaluation.low_rank} additional weights"))
     rows += [(f"{task.task} {task.metric}", task_text(task)) for task in evaluation.tasks]
     rows.append(("time", f"{duration(evaluation.seconds)} on {evaluation.device}"))
     return align_columns(rows)

@@ -14,7 +14,7 @@ from .evaluation_text import item_count
 from .lineage_text import DONE, file_name, lineage_lines
 from .recovery_text import change_text, closed_text, gain_of, held_out_text
 from .rendering import plain_markdown, render
-from .size_and_speed import size_rows, speed_rows, speeds
+from .size_and_speed import low_rank_sentence, size_rows, speed_rows, speeds
 from .structure_text import structure_sentence
 from .workload_text import workload_how, workload_sentence, workload_tables
 
@@ -35,6 +35,7 @@ def model_card(report: Report) -> str:
         done=DONE[report.kind],
         training=_training(report),
         zeros=_zeros(report),
+        low_rank=low_rank_sentence(report),
         measured=_measured(report),
         made=_made(report),
         workload=workload_tables(report),

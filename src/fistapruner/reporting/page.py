@@ -31,6 +31,7 @@ from .recovery_text import (
 from .rendering import Table, moment, present, render
 from .size_and_speed import (
     dense_speed,
+    low_rank_sentence,
     packed_speeds,
     size_rows,
     smaller_speeds,
@@ -105,6 +106,8 @@ def verdict(report: Report) -> str:
         share = percent(totals.operator_zeros / totals.operator_weights, 4)
         kept = f", the same as before {report.training}" if report.recovery is not None else ""
         sentences.append(f"{share} of the pruned operators' weights are exactly zero{kept}.")
+    if said := low_rank_sentence(report):
+        sentences.append(said)
     if report.recovery is not None and (losses := held_out_text(report.recovery)):
         sentences.append(f"Held-out loss: {losses}.")
     if report.alignment is not None:
@@ -190,6 +193,11 @@ def _tiles(report: Report) -> list[tuple[str, str, str]]:
                 f"{count(totals.operator_zeros)}; {whole}".rstrip("; "),
             )
         )
+    if totals.low_rank_weights and totals.operator_weights:
+        share, rank = percent(totals.low_rank_weights / totals.operator_weights), report.recipe.get("low_rank")
+        items.append(
+            ("Additional weights", share, f"{count(totals.low_rank_weights)} in low-rank parts of rank {rank}")
+        )
     errors = [op.relative_error for layer in report.layers for op in layer.operators if op.relative_error is not None]
     if errors:
         items.append(
@@ -212,6 +220,8 @@ def _tiles(report: Report) -> list[tuple[str, str, str]]:
             if report.only_structure
             else "zeros are stored as they are"
         )
+        if totals.low_rank_bytes:
+            packed += f"; and {size(totals.low_rank_bytes)} of adapter"
         items.append(("Size on disk", size(totals.checkpoint_bytes), packed))
     baseline, fast = dense_speed(report), packed_speeds(report) or smaller_speeds(report)
     if baseline is not None and fast:

@@ -8,7 +8,7 @@ from __future__ import annotations
 from typing import Any
 
 from ..runs.records import Report
-from ..runtime.formatting import duration, significant, size
+from ..runtime.formatting import count, duration, percent, significant, size
 
 Row = tuple[str, str, str, str, str]
 """Measure, dense, pruned, change, how it was measured."""
@@ -37,6 +37,20 @@ def packed_speeds(report: Report) -> list[dict[str, Any]]:
     return [row for row in speeds(report) if _is_packed(row) and _rate(row)]
 
 
+def low_rank_sentence(report: Report) -> str:
+    """Say what low-rank parts add to the weights; empty where there are none."""
+    totals = report.totals
+    if not totals.low_rank_weights:
+        return ""
+    share = percent(totals.low_rank_weights / totals.operator_weights) if totals.operator_weights else "–"
+    return (
+        f"Beside its zeros every pruned operator has a low-rank part of rank {report.recipe.get('low_rank')}: "
+        f"{count(totals.low_rank_weights)} additional weights, {share} of the pruned operators' weights "
+        f"({size(totals.low_rank_bytes)}), in the adapter folder beside the checkpoint. All figures are of the model "
+        "with both parts."
+    )
+
+
 def size_rows(report: Report) -> list[Row]:
     """List the size of the checkpoint as written, and packed."""
     totals, dense = report.totals, report.origin.bytes
@@ -45,6 +59,8 @@ def size_rows(report: Report) -> list[Row]:
         change = _times(totals.checkpoint_bytes, dense)
         how = "fewer parameters" if report.only_structure else "zeros are stored as they are"
         rows.append(("Checkpoint on disk", size(dense), size(totals.checkpoint_bytes), change, how))
+        if more := totals.low_rank_bytes:
+            rows.append(("Low-rank adapter beside it", "–", size(more), _times(more, dense), "comes on top"))
         if report.only_structure:
             return rows
         packed = totals.compressed_bytes

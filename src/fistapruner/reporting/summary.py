@@ -10,6 +10,7 @@ from .alignment_text import pairs_text, preference_rows
 from .evaluation_text import protocol
 from .lineage_text import lineage_lines
 from .recovery_text import change_text, closed_text, gain_of, held_out_text, task_losses, text_used, trained_text
+from .size_and_speed import low_rank_sentence
 from .structure_text import structure_rows
 from .workload_text import workload_sentence
 
@@ -32,6 +33,8 @@ def summary(report: Report, folder: str | Path) -> str:
     for warning in report.warnings:
         rows.append(("warning", warning))
     rows.append(("checkpoint", str(Path(folder) / "model")))
+    if report.totals.low_rank_weights:
+        rows.append(("adapter", str(Path(folder) / "adapter")))
     return align_columns(rows)
 
 
@@ -127,6 +130,8 @@ def _pruned(report: Report) -> list[tuple[str, str]]:
                     f"{100 * totals.operator_zeros / totals.model_weights:.1f} % of all {totals.model_weights} weights",
                 )
             )
+    if said := low_rank_sentence(report):
+        rows.append(("low rank", said))
     if errors:
         rows.append(
             (
@@ -149,12 +154,10 @@ def _cost(report: Report) -> list[tuple[str, str]]:
     if totals.peak_memory:
         rows.append(("peak memory", size(totals.peak_memory)))
     if totals.checkpoint_bytes:
-        rows.append(
-            (
-                "size on disk",
-                f"{size(totals.checkpoint_bytes)}; the dense model has {size(report.origin.bytes)}"
-                if report.only_structure
-                else f"{size(totals.checkpoint_bytes)}: zeros are stored; 'fistapruner pack' makes the file smaller",
-            )
-        )
+        text = f"{size(totals.checkpoint_bytes)}: zeros are stored; 'fistapruner pack' makes the file smaller"
+        if report.only_structure:
+            text = f"{size(totals.checkpoint_bytes)}; the dense model has {size(report.origin.bytes)}"
+        elif totals.low_rank_bytes:
+            text = f"{size(totals.checkpoint_bytes)}, and {size(totals.low_rank_bytes)} of adapter: zeros are stored"
+        rows.append(("size on disk", text))
     return rows

@@ -685,7 +685,7 @@ class CompareRow(Record):
         method: chain as written on the command line; ``label``: what to print instead; ``sparsity``; ``seed``.
         perplexity, divergence: on the text of the comparison; ``gap``: ln(perplexity) - ln(dense perplexity).
         relative_error: mean over operators; ``seconds``: of the run; ``time_split``: by phase; ``peak_memory``: bytes.
-        operator_weights, operator_zeros: exact.
+        operator_weights, operator_zeros: exact; ``low_rank_weights``: additional ones of low-rank parts.
         error: why this row has no figures, when it failed.
     """
 
@@ -702,8 +702,15 @@ class CompareRow(Record):
     peak_memory: int | None = None
     operator_weights: int | None = None
     operator_zeros: int | None = None
+    low_rank_weights: int | None = None
     settings: dict[str, Any] = {}
     error: str | None = None
+
+    @property
+    def more_weights(self) -> str:
+        """Say what low-rank parts add, behind the share of zeros; empty where there are none."""
+        more, weights = self.low_rank_weights, self.operator_weights
+        return f" and {percent(more / weights)} more weights" if more and weights else ""
 
 
 class Comparison(Record):

@@ -144,6 +144,8 @@ class Evaluation:
         seconds: wall time of the call.
         forward_seconds: wall time of the forward passes in it.
         device: device that ran it.
+        low_rank: additional weights of the low-rank part that belongs to ``model`` and was added to it; None without
+            one.
     """
 
     model: str
@@ -155,6 +157,7 @@ class Evaluation:
     seconds: float = 0.0
     forward_seconds: float = 0.0
     device: str = "cpu"
+    low_rank: int | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """The same as JSON values."""

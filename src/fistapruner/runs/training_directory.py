@@ -54,7 +54,6 @@ class TrainingDirectory(RunDirectory):
         self.teacher = folder / "teacher"
         self.hidden = folder / "hidden"
         self.trained = folder / "trained"
-        self.adapter = folder / "adapter"
         self.states = Snapshots(folder / "states")
 
     def own_folders(self) -> tuple[Path, ...]:

@@ -31,13 +31,16 @@ def alive_gram(gram: Tensor) -> Tensor:
 
 
 def shrunk_gram(gram: Tensor, tokens: int | None, damping: float, shrinkage: float) -> Tensor:
-    """Add a ridge to a Gram, for numerical stability and for its sampling error: (n, n), a copy without dead inputs.
+    """Add a ridge to a Gram, for numerical stability and for its sampling error.
 
     Args:
         gram: (n, n) of the calibration tokens.
         tokens: their number; None if the Gram is exact.
         damping: share of the mean of the diagonal.
         shrinkage: this times inputs / tokens, at most 0.3, is the share of the geometric mean of the diagonal.
+
+    Returns:
+        (n, n), a copy without the zero diagonal of dead inputs (:func:`alive_gram`).
     """
     gram = alive_gram(gram)
     uncertain = 0.0 if tokens is None else min(0.3, shrinkage * len(gram) / tokens)

@@ -1,4 +1,4 @@
-"""Sparse plus low rank: a sparse part by any chain of methods and a low-rank part in closed form, in turn.
+"""Sparse plus low rank: a sparse part by any method and a low-rank part in closed form, in turn.
 
 Every operator becomes ``V = S + B A``, with S sparse, B (m x r) and A (r x n). Both parts lower the same error f of
 :mod:`fistapruner.problem`:
@@ -145,7 +145,8 @@ def check_rank(rank: int, rows: int, columns: int, name: str) -> None:
     Raises:
         FistaPrunerError: names the operator and its largest rank.
     """
-    if not 0 <= rank <= (most := min(rows, columns)):
+    most = min(rows, columns)
+    if not 0 <= rank <= most:
         raise FistaPrunerError(
             f"{name} is {rows} x {columns}: its low-rank part has a rank from 0 to {most}, not {rank}"
         )

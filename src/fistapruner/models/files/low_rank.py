@@ -40,7 +40,9 @@ A, B = ".lora_A.weight", ".lora_B.weight"
 
 
 def sum_of_parts(sparse: Tensor, factors: Mapping[str, Tensor], operator: str, *, transposed: bool) -> Tensor:
-    """Add an operator's low-rank part to its sparse part: fp32, in main memory, the same bits wherever it is computed.
+    """Add an operator's low-rank part to its sparse part: fp32, in main memory.
+
+    The result has the same bits while a layer is pruned, when it is read from the journal, and in an evaluation.
 
     Args:
         sparse: (m, n), or (n, m) where the checkpoint stores it so.
@@ -142,6 +144,7 @@ class LowRankAdapter:
         self._file = SafetensorsFile(path)
         self._names = {name.removeprefix(PREFIX) for name in self._file.entries}
         self.operators = sorted(name.removesuffix(A) for name in self._names if name.endswith(A))
+        self.rank = max((entry.shape[0] for name, entry in self._file.entries.items() if name.endswith(A)), default=0)
         self.weights = sum(math.prod(entry.shape) for entry in self._file.entries.values())
         self.nbytes = sum(entry.nbytes for entry in self._file.entries.values())
 
@@ -171,14 +174,14 @@ class LowRankAdapter:
 
 
 def refuse_low_rank(checkpoint: Path, verb: str) -> None:
-    """Refuse a checkpoint that is only the sparse part of a model, where a verb cannot take the other part along.
+    """Refuse a checkpoint that is only the sparse part of a model, for verbs that would leave out the rest.
 
     Raises:
         FistaPrunerError: says what the checkpoint is and what to do.
     """
     if read_pruning_record(checkpoint).get(RECORD) is not None:
+        adapter = checkpoint.resolve().parent / FOLDER
         raise FistaPrunerError(
-            f"{checkpoint} is the sparse part of a model whose low-rank part is {checkpoint.resolve().parent / FOLDER}, "
-            f"which {verb} would leave out: prune without --low-rank for it, or merge both with PEFT "
-            "(merge_and_unload), which fills the zeros"
+            f"{checkpoint} is the sparse part of a model whose low-rank part is {adapter}, which {verb} would leave out"
+            ": prune without --low-rank for it, or merge both with PEFT (merge_and_unload), which fills the zeros"
         )
