@@ -84,7 +84,7 @@ def _gains(scores: Tensor, members: Tensor, place: int, pattern: NM) -> Tensor:
 
 
 def _assign(gains: Tensor) -> Tensor:
-    """Assign a candidate to every group, so that the groups keep most: (groups,). Other threads run meanwhile."""
+    """Assign a candidate to every group, so that the groups keep most: (groups,); other threads go on."""
     from scipy.optimize import linear_sum_assignment
 
     return torch.from_numpy(linear_sum_assignment(gains.numpy(), maximize=True)[1])
