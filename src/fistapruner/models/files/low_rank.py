@@ -174,7 +174,7 @@ class LowRankAdapter:
 
 
 def refuse_low_rank(checkpoint: Path, verb: str) -> None:
-    """Refuse a checkpoint that is only the sparse part of a model, for verbs that would leave out the rest.
+    """Refuse a checkpoint that is only the sparse part of a model, for verbs that cannot add the rest.
 
     Raises:
         FistaPrunerError: says what the checkpoint is and what to do.
