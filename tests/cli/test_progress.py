@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import gc
+import threading
+import time
 from pathlib import Path
 
 import pytest
@@ -46,10 +49,56 @@ def test_it_is_said_at_intervals_and_not_at_the_end(capsys: pytest.CaptureFixtur
     listener = progress.PlainListener(lambda: now)
     for done in range(1, 31):
         listener.tick("decoder layers of model", done, 30)
-        now += progress.EVERY / 10
-    assert capsys.readouterr().err.splitlines() == [f"decoder layers of model: {done} of 30" for done in (11, 21)]
+        now += progress.EVERY / 8
+    assert capsys.readouterr().err.splitlines() == [f"decoder layers of model: {done} of 30" for done in (9, 17, 25)]
     listener.tick("decoder layers of dense", 1, 2)
     assert capsys.readouterr().err == ""
+
+
+def test_what_is_being_done_is_said_again_after_a_while(capsys: pytest.CaptureFixture[str]) -> None:
+    """With how much of it is done, or for how long it has gone on where that is not known or has not changed."""
+    now = 100.0
+    listener = progress.PlainListener(lambda: now)
+
+    def later(share: float) -> list[str]:
+        nonlocal now
+        now += share * progress.EVERY
+        listener.remind()
+        return capsys.readouterr().err.splitlines()
+
+    assert later(1) == ["starting, for 8.0 s"]
+    listener.say("model smollm2")
+    capsys.readouterr()
+    listener.tick("planning", 0, 1)
+    assert later(0.5) == []
+    assert later(1) == ["planning, for 12.0 s"]
+    listener.tick("windows", 3, 9)
+    assert later(1) == ["windows: 3 of 9"]
+    assert later(1) == ["windows: 3 of 9, for 16.0 s"]
+    listener.operators(5, "down_proj", None)
+    assert later(1) == ["layer 5: down_proj, for 8.0 s"]
+    listener.say("writing the checkpoint")
+    capsys.readouterr()
+    assert later(1) == ["writing the checkpoint, for 8.0 s"]
+
+
+def test_a_listener_says_it_by_itself(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    """While the main thread is busy; not once it is gone, nor where it is to be quiet."""
+    monkeypatch.setattr(progress, "EVERY", 0.0)
+    before = threading.active_count()
+    listener = progress.choose_listener(quiet=False)
+    said = ""
+    until = time.monotonic() + 60
+    while "starting, for" not in said and time.monotonic() < until:
+        said += capsys.readouterr().err
+    assert "starting, for" in said
+    thread = next(thread for thread in threading.enumerate() if thread.name == progress.REMINDER)
+    del listener
+    gc.collect()
+    thread.join(60)
+    assert not thread.is_alive()
+    assert isinstance(progress.choose_listener(quiet=True), Listener)
+    assert threading.active_count() == before
 
 
 def test_a_layer_says_what_is_left(capsys: pytest.CaptureFixture[str]) -> None:

@@ -55,10 +55,12 @@ def configure(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
+    from .progress import choose_listener
+
+    listener = choose_listener(quiet=arguments.quiet or arguments.json)  # the other imports take seconds
     from ..errors import FistaPrunerError
     from ..pipeline.align import align
     from ..pipeline.align_compare import align_compare
-    from .progress import choose_listener
     from .prune import show
 
     recipe = AlignRecipe.build(align_settings(arguments))
@@ -69,7 +71,7 @@ def run(arguments: argparse.Namespace) -> int:
         "trust_remote_code": arguments.trust_remote_code,
         "evaluate": None if arguments.evaluate == "none" else arguments.evaluate,
         "evaluate_windows": arguments.evaluate_windows,
-        "listener": choose_listener(quiet=arguments.quiet or arguments.json),
+        "listener": listener,
         "command": shlex.join(["fistapruner", *sys.argv[1:]]),
     }
     if arguments.compare:

@@ -55,10 +55,12 @@ def configure(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
+    from .progress import choose_listener
+
+    listener = choose_listener(quiet=arguments.quiet or arguments.json)  # the other imports take seconds
     from ..errors import FistaPrunerError
     from ..pipeline.compare import compare
     from ..reporting.comparison import comparison_table
-    from .progress import choose_listener
 
     try:
         seeds = [int(seed) for seed in arguments.seeds.split(",")]
@@ -78,7 +80,7 @@ def run(arguments: argparse.Namespace) -> int:
         keep=arguments.keep,
         allow_pickle=arguments.allow_pickle,
         trust_remote_code=arguments.trust_remote_code,
-        listener=choose_listener(quiet=arguments.quiet or arguments.json),
+        listener=listener,
         command=shlex.join(["fistapruner", *sys.argv[1:]]),
     )
     print(json.dumps(comparison.model_dump(mode="json")) if arguments.json else comparison_table(comparison))

@@ -65,13 +65,15 @@ def configure(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
+    from .progress import choose_listener
+
+    listener = choose_listener(quiet=arguments.quiet or arguments.json)  # the other imports take seconds
     from ..errors import FistaPrunerError
     from ..evaluation.evaluate import evaluate
     from ..pipeline.measure import evaluate_run, is_run
     from ..recipes.loading import parse_bytes
     from ..reporting.evaluation_text import evaluation_text
     from ..runs.results import Evaluation
-    from .progress import choose_listener
 
     tasks = [task.strip() for task in (arguments.tasks or "").split(",") if task.strip()]
     if arguments.tasks_dir and not tasks:
@@ -81,7 +83,6 @@ def run(arguments: argparse.Namespace) -> int:
         memory = parse_bytes(arguments.memory_limit) if arguments.memory_limit else None
     except ValueError as error:
         raise FistaPrunerError(f"--memory-limit: {error}") from None
-    listener = choose_listener(quiet=arguments.quiet or arguments.json)
     settings = {
         "seqlen": arguments.seqlen,
         "windows": arguments.windows,

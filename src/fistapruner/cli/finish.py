@@ -24,15 +24,17 @@ def configure(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
-    from ..pipeline.prune import finish_run
     from .progress import choose_listener
+
+    listener = choose_listener(quiet=arguments.quiet or arguments.json)  # the other imports take seconds
+    from ..pipeline.prune import finish_run
     from .prune import show
 
     report = finish_run(
         arguments.run_directory,
         allow_pickle=arguments.allow_pickle,
         trust_remote_code=arguments.trust_remote_code,
-        listener=choose_listener(quiet=arguments.quiet or arguments.json),
+        listener=listener,
     )
     show(report, arguments.run_directory, as_json=arguments.json)
     return 0

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import sys
+import threading
 import time
+import weakref
 from collections.abc import Callable
 
 from rich.console import Console
@@ -21,15 +23,34 @@ from ..runs.listener import Listener
 from ..runs.records import LayerEntry
 from ..runtime.formatting import duration
 
-EVERY = 20.0
-"""Seconds between two messages about one pass."""
+EVERY = 8.0
+"""Seconds after which it is said again what is being done."""
+
+REMINDER = "reminder"
+"""Name of the thread that says it."""
 
 
 def choose_listener(*, quiet: bool) -> Listener:
-    """Choose a silent, plain or live listener. Progress goes to standard error."""
+    """Choose a silent, plain or live listener. Progress goes to standard error.
+
+    One that is not silent says at least every ten seconds what is being done, from a thread of its own.
+    """
     if quiet:
         return Listener()
-    return LiveListener() if sys.stderr.isatty() else PlainListener()
+    listener = LiveListener() if sys.stderr.isatty() else PlainListener()
+    ended = threading.Event()
+    weakref.finalize(listener, ended.set)
+    reference = weakref.ref(listener)
+    threading.Thread(target=_keep_saying, args=(reference, ended), name=REMINDER, daemon=True).start()
+    return listener
+
+
+def _keep_saying(reference: Callable[[], _WorkListener | None], ended: threading.Event) -> None:
+    """Let a listener say what is being done, until it is gone or the program ends."""
+    while not ended.wait(1.0):
+        if (listener := reference()) is not None:
+            listener.remind()
+        del listener
 
 
 def describe_layer(entry: LayerEntry) -> str:
@@ -46,8 +67,8 @@ def describe_layer(entry: LayerEntry) -> str:
     return f"layer {entry.index}: error {100 * mean:.2f} % (worst: {name} {100 * worst:.2f} %), {spent}"
 
 
-class _PassListener(Listener):
-    """Print the progress of a long pass every :data:`EVERY` seconds.
+class _WorkListener(Listener):
+    """Say what is being done, where nothing else was said for :data:`EVERY` seconds.
 
     Args:
         clock: returns the time in seconds.
@@ -55,42 +76,81 @@ class _PassListener(Listener):
 
     def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
         self._clock = clock
-        self._passing, self._said = "", 0.0
+        self._lock = threading.Lock()
+        self._work, self._since = "starting", clock()
+        self._done, self._said_done = "", ""
+        self._said = self._since
+
+    def say(self, message: str) -> None:
+        self.work(message)
+        self.write(message)
+        self.spoken()
 
     def tick(self, what: str, done: int, total: int) -> None:
-        now = self._clock()
-        if what != self._passing:
-            self._passing, self._said = what, now
-        elif now - self._said >= EVERY and done < total:
-            self._said = now
-            self.say(f"{what}: {done} of {total}")
+        self.work(what, f"{done} of {total}" if total > 1 else "")
+        if done < total:
+            self.remind()
+
+    def operators(self, index: int, names: str, error: float | None) -> None:
+        self.work(f"layer {index}: {names}" if error is None else f"layer {index}")
+
+    def work(self, what: str, done: str = "") -> None:
+        """Note what is being done, and how much of it is done."""
+        if what != self._work:
+            self._work, self._since, self._said_done = what, self._clock(), ""
+        self._done = done
+
+    def spoken(self) -> None:
+        """Note that something was said."""
+        self._said = self._clock()
+
+    def remind(self) -> None:
+        """Say what is being done, if nothing was said for :data:`EVERY` seconds."""
+        with self._lock:
+            now = self._clock()
+            if now - self._said < EVERY:
+                return
+            done = self._done
+            line = f"{self._work}: {done}" if done else self._work
+            if not done or done == self._said_done:  # as before, so the time shows that it goes on
+                line += f", for {duration(now - self._since)}"
+            self._said_done = done
+            self.write(line)
+            self.spoken()
+
+    def write(self, line: str) -> None:
+        """Write a line to standard error."""
+        raise NotImplementedError
 
 
-class PlainListener(_PassListener):
+class PlainListener(_WorkListener):
     """Print one line for each decoder layer, with the time that is left."""
 
     def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
         super().__init__(clock)
         self._left = 0
-        self._done = 0
+        self._pruned = 0
         self._begin = clock()
 
-    def say(self, message: str) -> None:
-        print(message, file=sys.stderr, flush=True)
+    def write(self, line: str) -> None:
+        print(line, file=sys.stderr, flush=True)
 
     def begin(self, layers: int, done: int) -> None:
-        self._left, self._done, self._begin = layers - done, 0, self._clock()
+        self._left, self._pruned, self._begin = layers - done, 0, self._clock()
         self.say(f"{layers} decoder layers" + (f", {done} of them already done" if done else ""))
+        self.work("the first hidden states")
 
     def layer(self, entry: LayerEntry) -> None:
-        self._done += 1
+        self._pruned += 1
         self._left -= 1
-        left = (self._clock() - self._begin) / self._done * self._left
+        left = (self._clock() - self._begin) / self._pruned * self._left
         to_go = f"; {self._left} layer{'s' * (self._left > 1)} and about {duration(left)} left" if self._left else ""
         self.say(describe_layer(entry) + to_go)
+        if self._left:
+            self.work(f"layer {entry.index + 1}")
 
 
-class LiveListener(_PassListener):
+class LiveListener(_WorkListener):
     """Show a progress bar with the current operator and the mean error so far."""
 
     def __init__(self) -> None:
@@ -109,8 +169,12 @@ class LiveListener(_PassListener):
         self._task: TaskID | None = None
         self._errors: list[float] = []
 
-    def say(self, message: str) -> None:
-        self._console.print(message, highlight=False, markup=False)
+    def write(self, line: str) -> None:
+        self._console.print(line, highlight=False, markup=False)
+
+    def remind(self) -> None:
+        if self._task is None:  # the bar shows the time
+            super().remind()
 
     def begin(self, layers: int, done: int) -> None:
         self._bar.start()
@@ -125,7 +189,9 @@ class LiveListener(_PassListener):
         self._errors += [operator.relative_error or 0.0 for operator in entry.operators]
         if self._task is not None:
             self._bar.advance(self._task)
-        self._console.print(describe_layer(entry), highlight=False, markup=False)
+        self.say(describe_layer(entry))
 
     def end(self) -> None:
         self._bar.stop()
+        self._task = None
+        self.spoken()

@@ -54,9 +54,11 @@ def configure(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
+    from .progress import choose_listener
+
+    listener = choose_listener(quiet=arguments.quiet or arguments.json)  # the other imports take seconds
     from ..pipeline.prune import prune
     from ..recipes.settings import Recipe
-    from .progress import choose_listener
 
     recipe = Recipe.build(recipe_settings(arguments))
     report = prune(
@@ -68,7 +70,7 @@ def run(arguments: argparse.Namespace) -> int:
         evaluate=None if arguments.evaluate == "none" else arguments.evaluate,
         evaluate_windows=arguments.evaluate_windows,
         only_layers=layer_range(arguments.only_layers) if arguments.only_layers else None,
-        listener=choose_listener(quiet=arguments.quiet or arguments.json),
+        listener=listener,
         command=shlex.join(["fistapruner", *sys.argv[1:]]),
     )
     if arguments.only_layers and not arguments.json:

@@ -52,8 +52,10 @@ def configure(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
-    from ..pipeline.recover import recover
     from .progress import choose_listener
+
+    listener = choose_listener(quiet=arguments.quiet or arguments.json)  # the other imports take seconds
+    from ..pipeline.recover import recover
     from .prune import show
 
     if arguments.merge or arguments.replay:
@@ -67,7 +69,7 @@ def run(arguments: argparse.Namespace) -> int:
         trust_remote_code=arguments.trust_remote_code,
         evaluate=None if arguments.evaluate == "none" else arguments.evaluate,
         evaluate_windows=arguments.evaluate_windows,
-        listener=choose_listener(quiet=arguments.quiet or arguments.json),
+        listener=listener,
         command=shlex.join(["fistapruner", *sys.argv[1:]]),
     )
     show(report, arguments.out, as_json=arguments.json)

@@ -23,15 +23,17 @@ def configure(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
-    from ..pipeline.resume import resume
     from .progress import choose_listener
+
+    listener = choose_listener(quiet=arguments.quiet or arguments.json)  # the other imports take seconds
+    from ..pipeline.resume import resume
     from .prune import show
 
     report = resume(
         arguments.run_directory,
         allow_pickle=arguments.allow_pickle,
         trust_remote_code=arguments.trust_remote_code,
-        listener=choose_listener(quiet=arguments.quiet or arguments.json),
+        listener=listener,
     )
     show(report, arguments.run_directory, as_json=arguments.json)
     return 0

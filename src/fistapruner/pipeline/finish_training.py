@@ -63,6 +63,7 @@ def finish(
     Raises:
         FistaPrunerError: the written checkpoint does not have the zeros of the input, or the disk is full.
     """
+    listener.tick("comparing the trained weights with the input's", 0, 1)
     begin, run = time.perf_counter(), context.run
     record = run.record()
     assert record is not None  # the context was opened with it

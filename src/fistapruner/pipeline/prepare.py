@@ -195,6 +195,7 @@ def check_inputs(run: PruneDirectory, request: RunRequest, begun: PruneRecord | 
     refuse_overlap(source.folder, run.folder)
     refuse_low_rank(source.folder, "prune")
     listener.say(f"model {request.model}: {source.folder}")
+    listener.tick("opening and checking the model", 0, 1)
     model = open_model(source, recipe, dtype=begun.decision.numerics.dtype if begun else None)
     if recipe.dtype == "auto" and model.dtype != model.checkpoint.dtype:
         stored, used = dtype_name(model.checkpoint.dtype), dtype_name(model.dtype)
@@ -253,6 +254,7 @@ def choose_plan(
         numerics = decision.numerics
         choice = Choice(numerics.batch_size, decision.on_disk, numerics.by_operator, decision.on_device)
         return numerics, choice, begun.plan
+    listener.tick("planning", 0, 1)
     found = plan_run(inputs.model, inputs.smaller, recipe, inputs.sparsity, run.folder, inputs.widths)
     for sentence in found.says:
         listener.say(sentence)

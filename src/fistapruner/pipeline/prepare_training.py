@@ -36,6 +36,7 @@ def choose_plan(task: Task, listener: Listener) -> tuple[Numerics, TrainingChoic
     Raises:
         FistaPrunerError: it does not fit; names what is too large.
     """
+    listener.tick("planning", 0, 1)
     execution = task.recipe.execution
     with cpu_threads(default_threads(execution)):
         found = plan_training(task)

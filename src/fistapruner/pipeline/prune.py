@@ -221,6 +221,7 @@ def _prune(
     with preparing(run.folder):
         prepare(run, request, listener)
     part = "" if only is None else f"{only[0]}-{only[1]}"
+    listener.tick("opening the run", 0, 1)
     context = RunContext.open(run.folder, device, part, request.permissions)
     with nullcontext() if only or found.damaged else _reporting_failure(run, times):
         _prune_missing(context, request, Logged(told, times.note), inspect)

@@ -163,6 +163,7 @@ def _lead(
                     _check_machine(run, begun, request, listener)
                     _restore_text(verb, run, begun, request, listener)
                 ranks.share(True)  # the others train, too
+                listener.tick("opening the run", 0, 1)
                 context = verb.context.open(run.folder, request.permissions, ranks)
                 trained = context.trained
                 state = context.train(trained, listener, times.note)

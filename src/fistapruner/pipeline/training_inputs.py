@@ -117,6 +117,7 @@ def check_training_inputs(
     source = find_input(request.model, permissions)
     refuse_overlap(source.folder, run.folder)
     listener.say(f"model {request.model}: {source.folder}")
+    listener.tick("opening and checking the model", 0, 1)
     dense_source = _find_dense(request, origin, source)
     recipe = resolve(request.recipe, origin, dense_source is not None)
     model = open_model(source, recipe)
