@@ -63,8 +63,9 @@ def quality(row: dict[str, Any], arguments: argparse.Namespace) -> dict[str, Any
     assert divergence is not None
     return {
         **found,
-        "perplexity": perplexity.value,
-        "gap": math.log(perplexity.value / reference.value),
+        "perplexity": perplexity.perplexity,
+        "reference": reference.perplexity,
+        "gap": math.log(perplexity.perplexity / reference.perplexity),
         "kl": divergence.kl,
     }
 
@@ -149,9 +150,16 @@ def main() -> None:
         for row in rows_of(arguments):
             rows.setdefault(row["name"], row)
     for row in rows.values():
-        if arguments.dense is not None and not arguments.speed and "kl" not in row:
+        if (
+            arguments.dense is not None
+            and not arguments.speed
+            and "kl" not in row
+            and row["name"] != arguments.dense.stem
+        ):
             row.update(quality(row, arguments))
             arguments.rows.write_text(json.dumps(list(rows.values()), indent=2) + "\n", "utf-8")
+            dense = rows[arguments.dense.stem]
+            dense.update(perplexity=row["reference"], gap=0.0, kl=0.0)
     if arguments.dense is not None and not arguments.quality:
         speeds(list(rows.values()), arguments)
         arguments.rows.write_text(json.dumps(list(rows.values()), indent=2) + "\n", "utf-8")
