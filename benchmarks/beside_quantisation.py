@@ -45,7 +45,7 @@ def quality(row: dict[str, Any], arguments: argparse.Namespace) -> dict[str, Any
         model, found = row["path"], {}
         if row["kind"] != "gguf":
             folder = Path(scratch) / "packed"
-            pack(model, folder, **({} if row["kind"] == "bf16" else {"values": "int8"}))
+            pack(model, folder, values="same" if row["kind"] == "bf16" else "int8")
             found["bytes"] = sum(path.stat().st_size for path in folder.glob("*.safetensors"))
             if row["kind"] == "int8":  # its values are rounded
                 model = str(unpack(folder, Path(scratch) / "rounded"))
