@@ -28,6 +28,7 @@ FLAGS = {
     "data.pairs": "--data",
     "structure.remove": "--structure",
     **{f"structure.{name}": f"--structure-{name}" for name in Structure.model_fields if name != "remove"},
+    "structure.widths": "--widths",
 }
 """Flags that are not called as their setting."""
 

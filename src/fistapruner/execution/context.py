@@ -242,10 +242,11 @@ class RunContext:
             widths=self.widths,
         )
         names = [name for group in self.layout.layers[index] for name in context.names(index, group)]
+        learned = self.recipe.structure.method == "bypass" and self.widths is not None and self.widths.units[index]
         measures = LayerMeasures(
             metric=self.run.metric(index) if self.recipe.reconstruct else None,
             importance=self.run.importance(names) if weighs_rows(self.recipe) else None,
-            scores=self.run.scores(names) if self.recipe.structure.method == "bypass" else {},
+            scores=self.run.scores(names) if learned else {},
         )
         result = prune_layer(context, index, streams, measures, events)
         if self._reduced:

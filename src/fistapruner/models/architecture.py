@@ -14,12 +14,13 @@ from typing import Any
 
 import torch
 from torch import nn
+from transformers.pytorch_utils import Conv1D
 
 from ..errors import FistaPrunerError, needs_code
 from ..runtime.files import copy_atomic, write_json_atomic
 from ..runtime.numerics import dtype_name
 from .experts import separate_experts
-from .files.checkpoint import Checkpoint
+from .files.checkpoint import PACKED_RECORD, QUANT_METHOD, Checkpoint, read_widths
 from .files.writer import merge_patch
 from .names import joined_sources, stored_names
 
@@ -55,8 +56,12 @@ def build_model(checkpoint: Checkpoint, *, trust_remote_code: bool = False) -> A
         raise FistaPrunerError(
             f"{folder}: {config.model_type} is an encoder-decoder; only decoder-only language models are pruned"
         )
+    free = "widths" in (checkpoint.config.get("quantization_config") or ()) and not (folder / PACKED_RECORD).exists()
+    widths = read_widths(checkpoint.config, folder) if free else {}
+    if free:
+        del config.quantization_config
     if getattr(config, "quantization_config", None):
-        if "fistapruner" in str(config.quantization_config):
+        if QUANT_METHOD in str(config.quantization_config):
             raise FistaPrunerError(
                 f"{folder} is a packed checkpoint: make it an ordinary one first, with fistapruner unpack {folder} OUT"
             )
@@ -65,13 +70,53 @@ def build_model(checkpoint: Checkpoint, *, trust_remote_code: bool = False) -> A
         )
     try:
         with no_init_weights(), init_empty_weights(include_buffers=False):
-            return AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
+            model = AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
     except Exception as error:  # again: sizes that are zero, negative or do not divide, names that are not known
         reason = " ".join(str(error).split())[:200] or type(error).__name__
         fault = FistaPrunerError(
             f"{folder}: no {config.model_type} causal language model can be built from config.json: {reason}"
         )
         raise needs_code(folder, error) or fault from None
+    set_widths(model, widths, {name: checkpoint.entry(name).shape for name in checkpoint.names()} if widths else {})
+    return model
+
+
+def set_widths(model: Any, widths: Mapping[int, Mapping[str, int]], shapes: Mapping[str, tuple[int, ...]]) -> None:
+    """Give tensors of decoder layers the shapes that they are stored in, which may be their own.
+
+    The forward passes of the models that :mod:`fistapruner.structured.proof` lets pass follow these shapes.
+
+    Args:
+        model: transformers model, its tensors on the meta device.
+        widths: by decoder layer, its sizes (:func:`~fistapruner.models.files.checkpoint.read_widths`).
+        shapes: of the stored tensors, by name.
+
+    Raises:
+        FistaPrunerError: a layer that the model does not have, or a tensor of another shape than its widths say.
+    """
+    if not widths:
+        return
+    layers_name, layers = find_decoder_layers(model)
+    names = stored_names(model, shapes)
+    for index, sizes in widths.items():
+        if index >= len(layers):
+            raise unsupported(model, f"widths of decoder layer {index} of {len(layers)}")
+        for name, parameter in list(layers[index].named_parameters()):
+            full = f"{layers_name}.{index}.{name}"
+            before, after = tuple(parameter.shape), shapes.get(names.get(full, ""))
+            if after is None or after == before:
+                continue
+            changed = [(old, new) for old, new in zip(before, after, strict=False) if old != new]
+            expected = len(after) == len(before) and len(changed) == 1 and changed[0][1] < changed[0][0]
+            if not expected or not any(changed[0][1] % size == 0 for size in sizes.values()):
+                raise FistaPrunerError(f"tensor {full!r} is {after}, the widths of its layer are {dict(sizes)}")
+            parent, _, key = name.rpartition(".")
+            module: Any = layers[index].get_submodule(parent)
+            module._parameters[key] = nn.Parameter(parameter.new_empty(after), requires_grad=parameter.requires_grad)
+            if isinstance(module, nn.Linear):
+                module.out_features, module.in_features = module.weight.shape
+            elif isinstance(module, Conv1D) and key == "weight":
+                module.nx, module.nf = after
 
 
 def build_changed(checkpoint: Checkpoint, changes: Mapping[str, Any], *, trust_remote_code: bool = False) -> Any:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import replace
+from itertools import chain
 from pathlib import Path
 
 import torch
@@ -20,6 +21,7 @@ from ..planning.plan import Plan, make_plan
 from ..recipes.patterns import matches
 from ..recipes.settings import Recipe
 from ..runtime.devices import cpu_threads, worker_devices
+from ..runtime.formatting import count, span
 from ..runtime.numerics import exact_products, windows_at_once
 from ..sensitivity.decision import check_allocation
 from ..solvers import check_constraint
@@ -76,7 +78,10 @@ def say_widths(model: LayerwiseModel, widths: Widths) -> str:
     """Say in one sentence what is removed from a model."""
     before = layer_weights(model)
     gone = removed_weights(model, widths)
-    found = [f"{unit.after} of {unit.before} {unit.kind}" for unit in widths.units[0]]
+    found = []
+    for kind, whole in dict.fromkeys((unit.kind, unit.before) for layer in widths.units for unit in layer):
+        kept = [[unit.after for unit in layer if unit.kind == kind] or [whole] for layer in widths.units]
+        found.append(f"{span(chain.from_iterable(kept))} of {count(whole)} {kind}")
     mixtures = dict.fromkeys(f"{unit.after} of {unit.before} {EXPERTS}" for units in widths.experts for unit in units)
     stay, where = " and ".join([*found, *mixtures]), "decoder layer" if found else "mixture"
     return (

@@ -11,7 +11,7 @@ import sys
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +34,7 @@ from ..models.source import UNTRUSTED, ModelSource, Permissions
 from ..models.whole import load_whole, require_whole
 from ..planning.sizes import Choice
 from ..recipes.settings import Recipe
+from ..reporting.structure_text import ONLY_HERE
 from ..reporting.workload_text import workload_sentence
 from ..runs.decision import EvaluationRequest, Numerics, PruneDecision, PruneRecord
 from ..runs.identity import fingerprint, stamps, text_sha256
@@ -47,9 +48,12 @@ from ..runtime.machine import describe_machine, now, versions
 from ..runtime.memory import release_device_memory
 from ..runtime.numerics import dtype_name, exact_products
 from ..sensitivity.decision import check_allocation, decide, needs_measuring, permutes, windows_measured
+from ..sensitivity.fisher import DensePasses
 from ..solvers.low_rank import check_rank
 from ..structured.bypass import BypassLearning
-from ..structured.units import Widths
+from ..structured.proof import config_entries
+from ..structured.units import Widths, free_widths, resized
+from ..structured.widths import choose_widths
 from .begun import absolute, changed_text, refuse_other
 from .plan import allocate, change_widths, plan_run, say_widths
 
@@ -156,6 +160,7 @@ def prepare(run: PruneDirectory, request: RunRequest, listener: Listener) -> Non
     calibrated = draw_calibration(run, request, inputs, listener)
     states = run.hidden / "sensitivity" if choice.on_disk else None
     scores = learn_channels(run, request.recipe, inputs, calibrated.tokens, numerics, states, listener)
+    inputs = free_widths_of(request.recipe, inputs, calibrated.tokens, numerics, states, listener, scores)
     measured = measure_dense(run, request.recipe, inputs, calibrated.tokens, numerics, states, listener, scores)
     decision = PruneDecision(
         model=absolute(request.model),
@@ -323,6 +328,43 @@ def learn_channels(
         identity = fingerprint(recipe, inputs.model.checkpoint, tokens, numerics)
         found = learning.run(run.bypass_file, identity, windows_measured(len(tokens)))
     return {f"{inputs.layout.prefix}.{index}.{name}": scores for (index, name), scores in found.items()}
+
+
+def free_widths_of(
+    recipe: Recipe,
+    inputs: Inputs,
+    tokens: Tensor,
+    numerics: Numerics,
+    states: Path | None,
+    listener: Listener,
+    scores: Mapping[str, Tensor],
+) -> Inputs:
+    """Choose a width for every layer, where the recipe asks for it; arguments as for :func:`measure_dense`.
+
+    Returns:
+        The input with these widths.
+    """
+    if recipe.structure.widths == "uniform" or inputs.widths is None:
+        return inputs
+    if not scores:
+        listener.say("widths: measuring on the dense model what each layer loses")
+    model, layout = inputs.model, inputs.layout
+    with cpu_threads(numerics.threads), exact_products(), _temporary(states):
+        passes = DensePasses(scratch_factory(states, model.dtype), min(4, numerics.batch_size), listener.tick)
+        units = choose_widths(
+            model,
+            layout,
+            inputs.widths.units,
+            tokens[: windows_measured(len(tokens))],
+            passes,
+            recipe.structure,
+            seed=recipe.seed,
+            scores=scores,
+        )
+    widths = free_widths(units, config_entries(model, units[0]))
+    smaller = resized(layout, widths)
+    listener.say(f"{say_widths(model, widths)}. {ONLY_HERE}")
+    return replace(inputs, widths=widths, smaller=smaller, sparsity=allocate(recipe, smaller))
 
 
 def measure_dense(

@@ -26,7 +26,14 @@ from ..pruning.partition import cut
 from ..recipes.settings import Recipe
 from ..runtime.memory import resident_memory
 from ..runtime.numerics import ordered_attention
-from ..sensitivity.decision import differentiates, needs_measuring, permutes, weighs_rows, windows_measured
+from ..sensitivity.decision import (
+    chooses_widths,
+    differentiates,
+    needs_measuring,
+    permutes,
+    weighs_rows,
+    windows_measured,
+)
 from ..sensitivity.fisher import HEAD_TOKENS, WIDE
 from ..structured.bypass import LENGTH, SEQUENCES
 from ..structured.units import Unit, Widths, removed_weights
@@ -193,9 +200,10 @@ class Sizes:
         with model.layer(passed):
             with torch.no_grad():
                 forward = peak_bytes(lambda: model.run(passed, hidden, calls[passed]))
+            graded = differentiates(recipe) or chooses_widths(recipe)
             backward = (
                 peak_bytes(lambda: _differentiate(model, passed, hidden, calls[passed]))
-                if differentiates(recipe) or recipe.reconstruct
+                if graded or recipe.reconstruct
                 else 0
             )
         touched = [set() if widths is None else widths.touched(number) for number in range(len(model))]
@@ -277,7 +285,7 @@ class Sizes:
             dense=recipe.corrects_drift + (0 if recipe.propagate == "dense" or not recipe.dense_share else 2),
             inside=1 + bool(recipe.reconstruct and recipe.dense_share < 1),
             layers=len(model),
-            backward=backward if differentiates(recipe) else 0,
+            backward=backward if graded else 0,
             reconstruction=backward + (5 * 4 + 1 + itemsize) * operators // 4 + 3 * 4 * model.width**2
             if recipe.reconstruct
             else 0,
@@ -287,7 +295,7 @@ class Sizes:
             else 0,
             metric=4 * model.width * (model.width if model.width <= WIDE else 1) if recipe.reconstruct else 0,
             logits=4 * 4 * min(seqlen, HEAD_TOKENS) * model.vocabulary,
-            measured=needs_measuring(recipe),
+            measured=needs_measuring(recipe) or chooses_widths(recipe),
             texts=1 if recipe.workload is None else 2,
             reordered=permutes(recipe),
             weighted=weighs_rows(recipe),

@@ -31,7 +31,7 @@ def solved_groups(layout: Layout, index: int, sparsity: Mapping[str, Constraint]
         layout: the operators to prune, in the shapes that they are to have.
         index: number of the decoder layer.
         sparsity: pattern of every operator, by full name.
-        cut: channels of the layer are removed: groups without zeros are then left alone.
+        cut: the run removes channels or experts: groups without zeros are then left alone.
     """
     return [
         number
@@ -91,9 +91,8 @@ class LayerContext:
         return () if self.widths is None else self.widths.mixtures(index)
 
     def solved(self, index: int) -> list[int]:
-        """Return the numbers of the groups that are solved: all, or beside a removal those that get zeros."""
-        cut = bool(self.units(index) or self.mixtures(index))
-        return solved_groups(self.layout, index, self.sparsity, cut=cut)
+        """Return the numbers of the groups that are solved: all, or where structure goes those that get zeros."""
+        return solved_groups(self.layout, index, self.sparsity, cut=self.widths is not None)
 
     def names(self, index: int, group: Group) -> list[str]:
         """Return the full names of a group's operators."""

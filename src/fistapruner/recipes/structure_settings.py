@@ -106,6 +106,12 @@ class Structure(Settings):
         description="Widths are rounded to a multiple of this; a width that is given is taken as it is.",
     )
 
+    widths: Literal["uniform", "free"] = Field(
+        "uniform",
+        description="The same number of channels and heads in every layer, which every engine loads (uniform), or more "
+        "where they matter more, at the same total (free): loaded by transformers after import fistapruner, and "
+        "by no other engine.",
+    )
     steps: int = Field(
         1000,
         ge=1,
@@ -114,7 +120,7 @@ class Structure(Settings):
     lr: float | None = Field(
         None,
         gt=0.0,
-        description="Learning rate of bypass; without it 0.002, the paper's, times 15000 / steps.",
+        description="Learning rate of bypass; without it 0.002, the paper's, times 15000 / steps, at most 0.05.",
     )
     baseline: Literal["moving", "leave-one-out"] = Field(
         "moving",

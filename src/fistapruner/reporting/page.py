@@ -40,7 +40,7 @@ from .size_and_speed import (
     speed_table,
     speeds,
 )
-from .structure_text import structure_rows, structure_sentence, structure_table
+from .structure_text import kept_units, structure_rows, structure_sentence, structure_table
 from .workload_text import workload_how, workload_sentence, workload_tables
 
 
@@ -178,7 +178,7 @@ def _tiles(report: Report) -> list[tuple[str, str, str]]:
         items += _held_out_tile(report.recovery)
     if report.widths and totals.model_weights and report.model.parameters:
         share = percent(1 - totals.model_weights / report.model.parameters)
-        units = [f"{unit} {count(before)} → {count(after)}" for unit, (before, after) in report.widths.items()]
+        units = [f"{unit} {before} → {after}" for unit, before, after in kept_units(report)]
         items.append(("Parameters removed", share, "; ".join([f"{short_count(totals.model_weights)} stay", *units])))
     if totals.operator_weights and totals.operator_zeros is not None and not report.only_structure:
         whole = (

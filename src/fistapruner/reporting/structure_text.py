@@ -2,9 +2,29 @@
 
 from __future__ import annotations
 
+from itertools import chain
+
 from ..runs.records import RemovalEntry, Report
-from ..runtime.formatting import count, percent, significant
+from ..runtime.formatting import count, percent, significant, span
 from .rendering import Table
+
+ONLY_HERE = "Widths differ: transformers loads it after import fistapruner, other engines refuse it."
+"""What is said of free widths."""
+
+
+def has_free_widths(report: Report) -> bool:
+    """Return whether layers have widths of their own."""
+    return report.structured and report.pruning["structure"].get("widths") == "free"
+
+
+def kept_units(report: Report) -> list[tuple[str, str, str]]:
+    """List what was removed, its number in the dense model, and the number, or numbers, that stay in a layer."""
+    free = has_free_widths(report)  # a layer may lose nothing
+    found = []
+    for unit, (before, _) in report.widths.items():
+        by_layer = [[removal.after for removal in layer.removals if removal.unit == unit] for layer in report.layers]
+        found.append((unit, count(before), span(chain.from_iterable(kept or [before] * free for kept in by_layer))))
+    return found
 
 
 def structure_rows(report: Report) -> list[tuple[str, str]]:
@@ -14,7 +34,7 @@ def structure_rows(report: Report) -> list[tuple[str, str]]:
     totals = report.totals
     rows = [
         ("structure", f"{after} of {before} {unit} in every {'mixture' if unit == 'experts' else 'decoder layer'}")
-        for unit, (before, after) in report.widths.items()
+        for unit, before, after in kept_units(report)
     ]
     if totals.model_weights and report.model.parameters:
         rows.append(("parameters", change(report.model.parameters, totals.model_weights)))
@@ -28,11 +48,12 @@ def structure_sentence(report: Report) -> str:
     """Say in one sentence what was removed; empty where nothing was."""
     if not report.widths:
         return ""
-    units = [f"{count(after)} of {count(before)} {unit}" for unit, (before, after) in report.widths.items()]
+    units = [f"{after} of {before} {unit}" for unit, before, after in kept_units(report)]
     subject = "Every mixture keeps" if list(report.widths) == ["experts"] else "Every decoder layer keeps"
     text = f"{subject} {' and '.join(units)}"
     weights, dense = report.totals.model_weights, report.model.parameters
-    return f"{text}: {count(weights)} of {count(dense)} parameters." if weights and dense else f"{text}."
+    text = f"{text}: {count(weights)} of {count(dense)} parameters." if weights and dense else f"{text}."
+    return f"{text} {ONLY_HERE}" if has_free_widths(report) else text
 
 
 def structure_table(report: Report) -> Table:

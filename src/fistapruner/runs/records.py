@@ -644,7 +644,10 @@ class Report(Record):
 
     @property
     def widths(self) -> dict[str, tuple[int, int]]:
-        """Numbers before and after of what was removed, by what it is called; empty where nothing was."""
+        """Numbers before and after of what was removed, by what it is called; empty where nothing was.
+
+        Where layers have widths of their own, those of the last one.
+        """
         return {removal.unit: (removal.before, removal.after) for layer in self.layers for removal in layer.removals}
 
     @property

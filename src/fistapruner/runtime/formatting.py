@@ -67,6 +67,12 @@ def count(value: int | None) -> str:
     return "–" if value is None else f"{value:,}"
 
 
+def span(values: Iterable[int]) -> str:
+    """Format whole numbers as the first and the last of them: ``1,024 to 1,280``; one where all are the same."""
+    first, last = min(values := list(values)), max(values)
+    return count(first) if first == last else f"{count(first)} to {count(last)}"
+
+
 def short_count(value: int | None) -> str:
     """Format a whole number with a unit: ``135M``."""
     if value is None:

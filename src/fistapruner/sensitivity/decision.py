@@ -149,6 +149,12 @@ def differentiates(recipe: Recipe) -> bool:
     return measured_by(recipe) in ("error", "workload") or recipe.reconstruct > 0 or weighs_rows(recipe)
 
 
+def chooses_widths(recipe: Recipe) -> bool:
+    """Check whether a width is chosen for every layer from errors that are measured on the dense model."""
+    structure = recipe.structure
+    return structure.remove is not None and structure.widths == "free" and structure.method != "bypass"
+
+
 def decide(
     recipe: Recipe,
     layout: Layout,

@@ -25,9 +25,6 @@ from ..models.files.safetensors import DTYPES, NAMES, TensorEntry
 from .packed import FLOATS, PackedOperator, group_sums, padded_values, row_starts
 
 VERSION = 1
-QUANT_METHOD = "fistapruner"
-"""``quant_method`` in the config.json of a packed folder."""
-
 METADATA = "fistapruner"
 """Key of a file's metadata that holds the JSON of its operators."""
 

@@ -10,10 +10,12 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import FistaPrunerError
+from ..models.architecture import set_widths
+from ..models.files.checkpoint import read_json, read_widths, widths_section
 from ..models.names import joined_sources, stored_names
 from . import kernel
 from .linear import DenseLinear, FusedProjections, SparseLinear
-from .pack import PackedCheckpoint
+from .pack import PackedCheckpoint, is_packed
 from .packed import PackedOperator, pack_operator
 
 SAME_INPUT = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"), ("w1", "w3"))
@@ -31,7 +33,8 @@ def load(
     """Load a packed checkpoint.
 
     Args:
-        folder: folder that ``fistapruner pack`` wrote.
+        folder: folder that ``fistapruner pack`` wrote; or a model whose decoder layers have different widths, which has
+            nothing packed in it.
         packed: keep the operators packed (:class:`SparseLinear`): less memory, and faster decoding on a CPU; False
             unpacks them to an ordinary dense model.
         int8: with ``packed``, round float values to int8 while loading.
@@ -44,10 +47,12 @@ def load(
     Raises:
         FistaPrunerError: the folder is damaged or of an unknown version, or does not fit its architecture.
     """
-    from transformers import AutoConfig, GenerationConfig
+    from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
 
     if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
         raise FistaPrunerError(f"dtype {dtype!r} is no floating-point dtype of torch, such as torch.bfloat16")
+    if not is_packed(folder) and read_widths(read_json(Path(folder), "config.json"), Path(folder)):
+        return AutoModelForCausalLM.from_pretrained(str(folder), dtype=dtype or "auto").eval()
     source = PackedCheckpoint(folder, verify=verify)
     if "model_type" not in source.config():
         raise FistaPrunerError(f"{source.folder / 'config.json'} has no model_type")
@@ -97,6 +102,7 @@ def _build(source: PackedCheckpoint, config: Any, dtype: torch.dtype, packed: bo
         raise _fault(
             source.folder / "config.json", "describes no causal language model that can be built", error
         ) from None
+    set_widths(model, source.widths, source.shapes())
     names = stored_names(model, [*source.dense_names(), *source.specs])
     rest: dict[str, Tensor] = {
         target: _cast(source.checkpoint.read(name), dtype) for target, name in names.items() if name not in source.specs
@@ -134,6 +140,8 @@ def _build(source: PackedCheckpoint, config: Any, dtype: torch.dtype, packed: bo
             f"{source.folder} does not fit {type(model).__name__}: {' '.join(str(error).split())[:300]}"
         ) from None
     model.tie_weights()
+    if source.widths:
+        model.config.quantization_config = widths_section(source.widths)
     missing = [name for name, tensor in (*model.named_parameters(), *model.named_buffers()) if tensor.is_meta]
     if missing:
         raise FistaPrunerError(f"{source.folder}: tensor {missing[0]!r} of {type(model).__name__} is not in it")

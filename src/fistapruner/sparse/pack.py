@@ -17,7 +17,18 @@ from torch import Tensor
 
 from ..constraints import NM, parse_sparsity
 from ..errors import FistaPrunerError
-from ..models.files.checkpoint import PACKED_RECORD, PRUNING_RECORD, SINGLE, Checkpoint, WeightFile, inside, read_json
+from ..models.files.checkpoint import (
+    PACKED_RECORD,
+    PRUNING_RECORD,
+    SINGLE,
+    Checkpoint,
+    LayerWidths,
+    WeightFile,
+    inside,
+    read_json,
+    read_widths,
+    widths_section,
+)
 from ..models.files.folder import checkpoint_folder, copy_companions, require_new, write_index
 from ..models.files.low_rank import refuse_low_rank
 from ..models.files.record import read_pruning_record, recorded_claims
@@ -26,7 +37,6 @@ from ..runtime.files import sha256_file, write_json_atomic, write_text_atomic
 from .format import (
     MAX_M,
     METADATA,
-    QUANT_METHOD,
     VERSION,
     OperatorSpec,
     decode,
@@ -113,7 +123,10 @@ def pack(
             contents[name] = _pack_file(partial / name, file, plan, progress)
             files[name] = {"bytes": (partial / name).stat().st_size, "sha256": sha256_file(partial / name)}
         copy_companions(source, partial)
-        config = {**source.config, "quantization_config": {"quant_method": QUANT_METHOD, "version": VERSION}}
+        widths = widths_section(read_widths(source.config, source.folder))
+        config = {**source.config, "quantization_config": {**widths, "version": VERSION}}
+        if not widths["widths"]:
+            del config["quantization_config"]["widths"]
         write_json_atomic(partial / "config.json", config)
         if set(files) != {SINGLE}:
             write_index(partial, contents)
@@ -202,7 +215,17 @@ class PackedCheckpoint:
 
     def config(self) -> dict[str, Any]:
         """Return ``config.json`` of the dense model."""
-        return {key: value for key, value in self.checkpoint.config.items() if key != "quantization_config"}
+        config = {key: value for key, value in self.checkpoint.config.items() if key != "quantization_config"}
+        return {**config, "quantization_config": widths_section(self.widths)} if self.widths else config
+
+    @property
+    def widths(self) -> LayerWidths:
+        """Widths of the decoder layers that have their own."""
+        return read_widths(self.checkpoint.config, self.folder)
+
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """Return the shapes of the dense model's tensors."""
+        return {entry.name: entry.shape for entries in self.contents().values() for entry in entries}
 
 
 def unpack(packed: str | Path, out: str | Path) -> Path:

@@ -1,4 +1,4 @@
-"""Let ``AutoModelForCausalLM.from_pretrained`` load packed folders.
+"""Let ``AutoModelForCausalLM.from_pretrained`` load packed folders, and free widths of layers.
 
 transformers 5 has a registry of quantisation methods. Its interface is semi-private, so all code that uses it is in
 this file. transformers loads the ordinary tensors; the plug-in reads the packed operators with this package's own
@@ -8,16 +8,19 @@ checked reader. The result is an ordinary dense model.
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import torch
 from torch import nn
 
 from ..errors import FistaPrunerError
+from ..models.architecture import set_widths
+from ..models.files.checkpoint import QUANT_METHOD, Checkpoint, read_widths, widths_section
 from ..models.names import stored_names
-from .format import QUANT_METHOD
-from .pack import PackedCheckpoint
+from .pack import PackedCheckpoint, is_packed
 
 
 def register() -> bool:
@@ -32,22 +35,34 @@ def register() -> bool:
         return True
 
     class PackedConfig(QuantizationConfigMixin):  # type: ignore[misc]
-        """``quantization_config`` of a packed folder's config.json."""
+        """``quantization_config`` in config.json of a packed folder, or of one with free widths."""
 
-        def __init__(self, version: int = 1, **kwargs: Any) -> None:
+        def __init__(self, version: int = 1, widths: Any = None, **kwargs: Any) -> None:
             self.quant_method = QUANT_METHOD
             self.version = version
+            self.widths = widths
             self.dequantize = True
 
     class PackedLoader(HfQuantizer):  # type: ignore[misc]
-        """Loads the packed operators; transformers loads the rest."""
+        """Loads the packed operators and sets widths; transformers loads the rest."""
 
         requires_calibration = False
+        places: Mapping[str, tuple[str, str]] = MappingProxyType({})
 
         def _process_model_before_weight_loading(self, model: Any, checkpoint_files: Any = None, **kwargs: Any) -> None:
             if not checkpoint_files:
                 raise FistaPrunerError("a packed model is loaded from its folder")
-            self.source = PackedCheckpoint(Path(checkpoint_files[0]).parent)
+            folder = Path(checkpoint_files[0]).parent
+            section = {"quant_method": QUANT_METHOD, "version": self.quantization_config.version}
+            if self.quantization_config.widths is not None:
+                section["widths"] = self.quantization_config.widths
+            self.widths = read_widths({"quantization_config": section}, folder)
+            if self.widths and not is_packed(folder):
+                checkpoint = Checkpoint.open(folder)
+                set_widths(model, self.widths, {name: checkpoint.entry(name).shape for name in checkpoint.names()})
+                return
+            self.source = PackedCheckpoint(folder)
+            set_widths(model, self.widths, self.source.shapes())
             self.places = _places(model, self.source)
             for name, (parent, leaf) in self.places.items():
                 module = model.get_submodule(parent)
@@ -78,6 +93,8 @@ def register() -> bool:
                     self.source.tensor(name).to(device, module._parameters[leaf].dtype)
                 )
             model.tie_weights()
+            if self.widths:  # transformers has removed it; what is saved from the model needs it
+                model.config.quantization_config = widths_section(self.widths)
             return model
 
         def is_serializable(self, *args: Any, **kwargs: Any) -> bool:

@@ -43,6 +43,9 @@ SEQUENCES, LENGTH, MASKS = 8, 128, 2
 RATE, STEPS = 2e-3, 15_000
 """The paper's learning rate for LLaMA-2-7B, and its number of steps."""
 
+MAX_RATE = 0.05
+"""Largest learning rate that fewer steps are given."""
+
 MEMORY = 0.2
 """Weight of a step's mean loss in the baseline: a window of five steps."""
 
@@ -270,8 +273,8 @@ class BypassLearning:
             FistaPrunerError: the dense model's loss is NaN or infinite.
         """
         settings = self._settings
-        lr = RATE * STEPS / settings.steps if settings.lr is None else settings.lr
-        budgets = budgets_of(self._slots, together=False)
+        lr = min(RATE * STEPS / settings.steps, MAX_RATE) if settings.lr is None else settings.lr
+        budgets = budgets_of(self._slots, together=settings.widths == "free")
         total = self._slots[-1].places.stop
         learner = MaskLearner(
             torch.zeros(total), budgets, settings.steps, lr, moving=settings.baseline == "moving", seed=self._seed

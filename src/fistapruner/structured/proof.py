@@ -9,7 +9,7 @@ is, and that of the changed config), and all must have the same outputs. What do
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -24,7 +24,7 @@ from ..models.layerwise import Call, LayerwiseModel, assign, hidden_of
 from ..recipes.structure_settings import Structure
 from .experts import find_experts
 from .goa import attention_probabilities
-from .units import GROUPS, MLP, Unit, Units, Widths, cut_channels, find_units
+from .units import GROUPS, HEADS, MLP, Unit, Units, Widths, cut_channels, find_units, free_widths
 
 SAME = 1e-4
 """Largest relative squared difference between zeroed and removed channels: bf16 rounding is a hundredth of it."""
@@ -49,6 +49,13 @@ def plan_widths(
             operator or the amount.
     """
     units = find_units(model, layout, settings)
+    if settings.widths == "free":
+        if settings.experts is not None:
+            raise FistaPrunerError("structure: widths free are of channels and heads: remove experts in a run without")
+        _prove(model, units)
+        if settings.method == "goa" and settings.heads:
+            _check_probabilities(model, units[0])
+        return free_widths(units, config_entries(model, units[0]))
     config: dict[str, Any] = {}
     for kind in dict.fromkeys(unit.kind for unit in units[0]):
         config = _find_config(model, units, kind, config, trust_remote_code)
@@ -73,6 +80,22 @@ def _check_probabilities(model: LayerwiseModel, units: tuple[Unit, ...]) -> None
     (unit,) = (unit for unit in units if unit.kind == GROUPS)
     with model.layer(0):
         next(attention_probabilities(model, 0, unit.consumer.name, [hidden]))
+
+
+def config_entries(model: LayerwiseModel, units: Sequence[Unit]) -> dict[str, tuple[str, ...]]:
+    """Name for each kind of unit the entries of the config that hold its number.
+
+    Of key/value groups they are the numbers of query heads and of groups.
+    """
+    found: dict[str, tuple[str, ...]] = {}
+    for unit in units:
+        if unit.kind == MLP:
+            named = {name: value for name, value in _entries(model)[0].items() if re.search(WIDTH_NAMES, name)}
+            held = (name for name, value in named.items() if value is None or value == unit.before)
+            found[MLP] = (next(held, "intermediate_size"),)
+        else:
+            found[GROUPS] = (HEADS, "num_key_value_heads")
+    return found
 
 
 def _find_config(
@@ -180,8 +203,13 @@ def _entries(model: LayerwiseModel) -> tuple[dict[str, Any], Callable[[dict[str,
     return text.to_dict(), lambda change: change if section is None else {section: change}
 
 
-def _prove(model: LayerwiseModel, units: Units, smaller: Any) -> None:
+def _prove(model: LayerwiseModel, units: Units, smaller: Any = None) -> None:
     """Prove by surgery that cutting channels is the same as setting their weights to zero.
+
+    Args:
+        model: the dense model.
+        units: whose channels are cut.
+        smaller: the model of the changed config, without weights; None where the config stays.
 
     Raises:
         FistaPrunerError: it is not; names the operator.
@@ -189,7 +217,7 @@ def _prove(model: LayerwiseModel, units: Units, smaller: Any) -> None:
     tokens = model.check_window(16)
     with model.embeddings_and_head(head=False):
         hidden, calls = model.embed(tokens)
-    layers = find_decoder_layers(smaller)[1]
+    layers = None if smaller is None else find_decoder_layers(smaller)[1]
     known = set()
     for index, layer_units in enumerate(units):
         shapes = tuple((name, tuple(module.weight.shape)) for name, module in linear_modules(model.layers[index]))
@@ -200,7 +228,8 @@ def _prove(model: LayerwiseModel, units: Units, smaller: Any) -> None:
             for unit in layer_units:
                 if not _surgery(layer, (unit,), hidden, calls[index]):
                     raise _refusal(model, index, unit.kind, unit.consumer.name)
-            if not _surgery(layer, layer_units, hidden, calls[index], layers[index]):
+            cut = None if layers is None else layers[index]
+            if not _surgery(layer, layer_units, hidden, calls[index], cut):
                 names = ", ".join(unit.consumer.name for unit in layer_units)
                 raise _refusal(model, index, " and ".join(unit.kind for unit in layer_units), names)
 

@@ -91,7 +91,7 @@ def remove_channels(
         keep = best_channels(channel_scores(method, rated, known.mean).view(-1, block).sum(1), kept)
     else:
         keep = chosen.to(problem.weight.device)
-    shrink, tested = _shrink(known, block_places(keep, block), settings)
+    shrink, tested = choose_shrink(known, block_places(keep, block), settings)
     if settings.method == "obs" and chosen is None:
         found = eliminate(shrunk(rated, shrink), channels - kept, block)
         warnings += found.warnings
@@ -163,8 +163,17 @@ def choose_share(errors: Sequence[float], shares: Sequence[float] = GRID) -> flo
     return min(zip(errors, (-share for share in shares), strict=True))[1] * -1.0
 
 
-def _shrink(known: ChannelStatistics, keep: Tensor, settings: Structure) -> tuple[float, float | None]:
-    """Return the share of shrinkage, and the one cross-validation chose for half of the tokens."""
+def choose_shrink(known: ChannelStatistics, keep: Tensor, settings: Structure) -> tuple[float, float | None]:
+    """Choose the share of shrinkage.
+
+    Args:
+        known: what is known of the operator's inputs.
+        keep: (k,) its inputs that stay.
+        settings: what it is for.
+
+    Returns:
+        The share, and the one that cross-validation chose for half of the tokens; None where it did not.
+    """
     if settings.shrink != "auto":
         return float(settings.shrink), None
     if known.halves is None or (settings.compensation != "refit" and settings.method != "obs"):

@@ -7,7 +7,7 @@ whose sizes fit are the candidates; :mod:`.proof` shows that they can be cut.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -18,6 +18,7 @@ from transformers.pytorch_utils import Conv1D
 from ..errors import FistaPrunerError
 from ..models.coupling import Link, find_links, named_size
 from ..models.discovery import Layout, Operator, linear_modules
+from ..models.files.checkpoint import widths_section
 from ..models.layerwise import LayerwiseModel, assign
 from ..recipes.structure_settings import Structure
 from ..runs.decision import ExpertsDecision, StructureDecision, UnitDecision
@@ -26,6 +27,9 @@ from .removal import block_places
 
 MLP, GROUPS = "MLP channels", "key/value groups"
 """Kinds of units, as reports call them."""
+
+HEADS = "num_attention_heads"
+"""Entry of a config with the number of query heads."""
 
 
 @dataclass(frozen=True)
@@ -349,6 +353,26 @@ def removed_weights(model: LayerwiseModel, widths: Widths | None) -> int:
         for index, units in enumerate(widths.units)
         for unit in units
     )
+
+
+def free_widths(units: Units, entries: Mapping[str, Sequence[str]]) -> Widths:
+    """Return widths that differ between layers, and the section of ``config.json`` that says so.
+
+    Where all units of a layer stay it has none.
+
+    Args:
+        units: of every decoder layer.
+        entries: by kind, the entries of the config that its number of units is in place of.
+    """
+    sizes: dict[int, dict[str, int]] = {}
+    for index, layer in enumerate(units):
+        for unit in (unit for unit in layer if unit.after < unit.before):
+            rows = sorted(unit.rows)
+            for name in entries[unit.kind]:
+                repeats = rows[-1] // rows[0] if name == HEADS else 1
+                sizes.setdefault(index, {})[name] = unit.after * repeats
+    cut = tuple(tuple(unit for unit in layer if unit.after < unit.before) for layer in units)
+    return Widths(cut, {"quantization_config": widths_section(sizes)})
 
 
 def resized(layout: Layout, widths: Widths) -> Layout:

@@ -22,7 +22,7 @@ import numpy as np
 
 from ...errors import FistaPrunerError
 from ...runtime.files import PARTIAL, disk_errors, require_space, sync_folder
-from .checkpoint import Checkpoint
+from .checkpoint import Checkpoint, read_widths
 from .gguf import check_gguf, name_map, processor_of, transformers_faults
 
 GGUFValues = Literal["bf16", "f16", "f32", "q8_0"]
@@ -79,6 +79,8 @@ def export_gguf(folder: str | Path, out: str | Path, like: str | Path, values: G
     if out.exists():
         raise FistaPrunerError(f"{out} exists already: remove it, or write to another file")
     checkpoint = Checkpoint.open(folder)
+    if read_widths(checkpoint.config, folder):
+        raise FistaPrunerError(f"{folder}: its decoder layers have different widths, which are not exported")
     if any("_exps." in name for name in check_gguf(like)):
         raise FistaPrunerError(f"{like} is a mixture of experts, which is not exported")
     with transformers_faults(like):

@@ -27,7 +27,7 @@ from ...runtime.files import (
     write_json_atomic,
     write_text_atomic,
 )
-from .checkpoint import INDEX, Checkpoint, WeightFile, read_json
+from .checkpoint import INDEX, Checkpoint, WeightFile, read_json, read_widths
 from .folder import checkpoint_folder, copy_companions, write_index
 from .safetensors import SafetensorsWriter, TensorEntry
 
@@ -218,7 +218,7 @@ def _write_config(source: Checkpoint, folder: Path, changes: Mapping[str, Any]) 
     plain = all(
         entry.dtype.is_floating_point and entry.dtype.itemsize > 1 for entry in map(source.entry, source.names())
     )
-    if plain:
+    if plain and not read_widths(config, source.folder):
         config.pop("quantization_config", None)
     config = merge_patch(config, changes)
     if config == source.config:

@@ -1,0 +1,214 @@
+"""Choose a width for every decoder layer, with as many channels in all as with equal widths.
+
+The error curve of an operator is what greedy elimination costs (:mod:`.elimination`), step by step, on the shrunk Gram
+of the dense model's inputs, with every output row weighted by its Fisher sensitivity: half of it predicts the loss in
+nats. The steps that cost least are taken, over all layers (:func:`allocate`). With probabilities that were learned
+(:mod:`.bypass`) the units with the smallest ones go, over all layers.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from ..errors import FistaPrunerError
+from ..models.discovery import Layout
+from ..models.layerwise import LayerwiseModel
+from ..recipes.structure_settings import Structure
+from ..sensitivity.fisher import DensePasses, Look, gather_inputs, measure_sensitivity
+from .bypass import Slot, slots_of
+from .elimination import eliminate
+from .removal import best_channels, block_places, choose_shrink
+from .scores import channel_scores
+from .shrinkage import shrunk
+from .statistics import ChannelSums
+from .units import Unit, Units
+
+SPREAD = 0.5
+"""Every layer loses between 1 - this and 1 + this times what it would with equal widths."""
+
+GUARDED = 2
+"""The first and last layers that lose half of their units at most."""
+
+
+def allocate(slopes: Sequence[Sequence[float]], lowest: Sequence[int], total: int) -> list[int]:
+    """Choose how many steps each module takes, so that the sum of the costs is smallest.
+
+    Costs of a module that fall from one step to the next are raised to the one before: the choice is then exact.
+
+    Args:
+        slopes: of each module, the cost of each step that it may take.
+        lowest: steps that each module takes at least.
+        total: steps of all modules.
+
+    Raises:
+        FistaPrunerError: the modules cannot take that many steps.
+    """
+    steps = []
+    for module, costs in enumerate(slopes):
+        highest = -math.inf
+        for number, cost in enumerate(costs):
+            highest = max(highest, cost)
+            steps.append((-math.inf if number < lowest[module] else highest, module, number))
+    if len(steps) < total:
+        raise FistaPrunerError(f"structure: layers can lose {len(steps)} steps of channels, and {total} are asked for")
+    taken = [0] * len(slopes)
+    for _, module, _ in sorted(steps, key=lambda step: (step[0], step[2], step[1]))[:total]:
+        taken[module] += 1
+    return taken
+
+
+def choose_widths(
+    model: LayerwiseModel,
+    layout: Layout,
+    units: Units,
+    tokens: Tensor,
+    passes: DensePasses,
+    settings: Structure,
+    *,
+    seed: int,
+    scores: Mapping[str, Tensor],
+) -> Units:
+    """Choose how many units stay in each decoder layer; as many as before in all.
+
+    Args:
+        model: the dense model.
+        layout: its operators.
+        units: as they would be with equal widths.
+        tokens: (windows, seqlen) calibration tokens to measure on.
+        passes: how passes are carried out.
+        settings: the recipe's ``structure``.
+        seed: of the labels that Fisher sensitivities draw.
+        scores: by full name of the consumer, probabilities to stay; empty where none were learned.
+    """
+    slots = slots_of(units)
+    steps = {unit.kind: _step(unit, settings) for layer in units for unit in layer}
+    limits = _limits(slots, steps, len(model), free=bool(scores))
+    if scores:
+        costs = {
+            name: values.double().sort().values.view(-1, steps[slot.unit.kind]).sum(1)
+            for slot in slots
+            for name, values in ((_name(layout, slot), scores[_name(layout, slot)]),)
+        }
+    else:
+        curves = error_curves(model, layout, slots, tokens, passes, settings, seed, limits, steps)
+        costs = {name: curve.view(-1, steps[kind]).sum(1) for (kind, name), curve in curves.items()}
+    chosen: dict[tuple[int, str], int] = {}
+    for kind, step in steps.items():
+        own = [slot for slot in slots if slot.unit.kind == kind]
+        slopes = [costs[_name(layout, slot)][: limits[slot.places.start][1]].tolist() for slot in own]
+        total = sum(slot.unit.before - slot.unit.after for slot in own) // step
+        taken = allocate(slopes, [limits[slot.places.start][0] for slot in own], total)
+        for slot, count in zip(own, taken, strict=True):
+            chosen[slot.index, slot.unit.consumer.name] = slot.unit.before - count * step
+    return tuple(
+        tuple(replace(unit, after=chosen[index, unit.consumer.name]) for unit in layer)
+        for index, layer in enumerate(units)
+    )
+
+
+def error_curves(
+    model: LayerwiseModel,
+    layout: Layout,
+    slots: Sequence[Slot],
+    tokens: Tensor,
+    passes: DensePasses,
+    settings: Structure,
+    seed: int,
+    limits: Mapping[int, tuple[int, int]],
+    steps: Mapping[str, int],
+) -> dict[tuple[str, str], Tensor]:
+    """Predict the loss, in nats, that removing each further unit of each operator adds.
+
+    Args:
+        model, layout, tokens, passes, settings, seed: as for :func:`choose_widths`.
+        slots: the operators.
+        limits: by first unit of an operator, the fewest and most steps of units that it loses.
+        steps: by kind, units in a step.
+
+    Returns:
+        By kind and full name of the operator, (units,) fp64, in the order in which they go.
+    """
+    consumers = {(slot.index, slot.unit.consumer.name): slot for slot in slots}
+    few = replace(
+        layout,
+        layers=tuple(
+            tuple(group for group in groups if (index, group[0].name) in consumers)
+            for index, groups in enumerate(layout.layers)
+        ),
+    )
+    rows = measure_sensitivity(model, few, tokens, passes, seed=seed, outputs=False).rows
+    found: dict[tuple[str, str], Tensor] = {}
+
+    def done(index: int, number: int, sums: _WindowSums) -> None:
+        (operator,) = few.layers[index][number]
+        slot, name = consumers[index, operator.name], layout.full_name(index, operator)
+        unit, fisher = slot.unit, rows[name].to(model.device)
+        floor = 1e-8 * fisher.mean() if float(fisher.max()) > 0 else torch.ones((), device=model.device)
+        known = sums.sums.statistics(name, 0.0)
+        scores = channel_scores("energy", known.problem, known.mean).view(-1, unit.columns).sum(1)
+        keep = block_places(best_channels(scores, unit.after), unit.columns)
+        problem = shrunk(known.problem.weighted(fisher.clamp_min(floor)), choose_shrink(known, keep, settings)[0])
+        count = limits[slot.places.start][1] * steps[unit.kind]
+        found[unit.kind, name] = eliminate(problem, count, unit.columns).costs.cpu() / 2
+
+    gather_inputs(model, few, tokens, passes, Look(lambda weight: _WindowSums(weight, *tokens.shape), done))
+    return found
+
+
+class _WindowSums:
+    """Sums of the inputs of an operator, given as tokens."""
+
+    def __init__(self, weight: Tensor, windows: int, seqlen: int) -> None:
+        self.sums = ChannelSums(weight, windows)
+        self._seqlen, self._start = seqlen, 0
+
+    def add(self, inputs: Tensor) -> None:
+        """Add (tokens, n) inputs of whole windows."""
+        windows = inputs.view(-1, self._seqlen, inputs.shape[-1])
+        self.sums.add(self._start, windows)
+        self._start += len(windows)
+
+
+def _name(layout: Layout, slot: Slot) -> str:
+    return layout.full_name(slot.index, slot.unit.consumer)
+
+
+def _step(unit: Unit, settings: Structure) -> int:
+    """Return the units of a step: widths stay multiples of it, and the budget is met exactly."""
+    return 1 if unit.columns > 1 else math.gcd(settings.multiple, unit.before - unit.after, unit.before)
+
+
+def _limits(slots: Sequence[Slot], steps: Mapping[str, int], layers: int, *, free: bool) -> dict[int, tuple[int, int]]:
+    """Return the fewest and most steps of each operator, by its first unit.
+
+    Args:
+        slots: the operators.
+        steps: by kind, units in a step.
+        layers: decoder layers.
+        free: only that one step stays.
+    """
+    found = {}
+    for guarded in (True, False):  # without the guard where it leaves too few
+        for slot in slots:
+            step, before = steps[slot.unit.kind], slot.unit.before
+            gone = before - slot.unit.after
+            lowest = 0 if free else math.floor((1 - SPREAD) * gone / step)
+            highest = before // step - 1
+            if not free:
+                highest = min(highest, math.ceil((1 + SPREAD) * gone / step))
+                if guarded and not GUARDED <= slot.index < layers - GUARDED:
+                    highest = max(lowest, min(highest, before // 2 // step))
+            found[slot.places.start] = lowest, highest
+        enough = all(
+            sum(found[slot.places.start][1] * steps[kind] for slot in slots if slot.unit.kind == kind)
+            >= sum(slot.unit.before - slot.unit.after for slot in slots if slot.unit.kind == kind)
+            for kind in steps
+        )
+        if enough:
+            break
+    return found

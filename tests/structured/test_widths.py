@@ -1,0 +1,233 @@
+"""Widths that differ between layers: the allocation, and every verb on the result."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+import fistapruner as fp
+import tiny
+from fistapruner import FistaPrunerError
+from fistapruner.cli import main
+from fistapruner.evaluation.inspection import inspect_checkpoint
+from fistapruner.models.files.gguf_export import export_gguf
+from fistapruner.models.layerwise import LayerwiseModel
+from fistapruner.models.source import UNTRUSTED
+from fistapruner.runs.listener import Listener
+from fistapruner.runs.records import LayerEntry
+from fistapruner.sparse.variants import Variant, load_variant
+from fistapruner.structured.widths import allocate
+
+SMALL = {"source": "python", "samples": 4, "seqlen": 32}
+LAYERS = 5
+
+LOAD_WITHOUT = """
+import sys
+sys.modules["fistapruner"] = None  # importing it fails
+from transformers import AutoModelForCausalLM
+AutoModelForCausalLM.from_pretrained(sys.argv[1])
+"""
+
+
+def save(folder: Path, architecture: str = "llama", **changes: Any) -> Path:
+    """A model whose layer 2 adds little: it can lose most."""
+    model = tiny.build(architecture, num_hidden_layers=LAYERS, **changes)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if ".2." in name and name.endswith(("down_proj.weight", "o_proj.weight", "mlp.c_proj.weight")):
+                parameter.mul_(1e-3)
+    model.save_pretrained(folder)
+    tiny.tokenizer().save_pretrained(folder)
+    return folder
+
+
+def settings(remove: str = "mlp=25%", method: str = "obs", **more: Any) -> dict[str, Any]:
+    structure = {"remove": remove, "multiple": 4, "method": method, "widths": "free", "steps": 10}
+    return {"structure": structure, "calibration": SMALL, **more}
+
+
+def test_the_allocation_is_the_best_of_all() -> None:
+    generator = torch.Generator().manual_seed(0)
+    for total in (3, 5, 8):
+        slopes = [torch.rand(4, generator=generator).sort().values.tolist() for _ in range(3)]
+        lowest = [1, 0, 0]
+        taken = allocate(slopes, lowest, total)
+        assert sum(taken) == total
+        assert all(low <= count <= 4 for low, count in zip(lowest, taken, strict=True))
+        choices = [counts for counts in itertools.product(range(1, 5), range(5), range(5)) if sum(counts) == total]
+        costs = [sum(sum(s[:n]) for s, n in zip(slopes, counts, strict=True)) for counts in choices]
+        found = sum(sum(s[:n]) for s, n in zip(slopes, taken, strict=True))
+        assert found == pytest.approx(min(costs))
+    assert allocate([[3.0, 1.0], [2.0, 2.5]], [0, 0], 2) == [0, 2]  # the second step of the first is not had alone
+    with pytest.raises(FistaPrunerError, match="layers can lose 2 steps of channels, and 3 are asked for"):
+        allocate([[1.0], [1.0]], [0, 0], 3)
+
+
+@pytest.mark.parametrize(
+    ("architecture", "remove", "method"),
+    [("llama", "mlp=25%,heads=1", "obs"), ("gpt2", "mlp=25%", "energy"), ("llama", "mlp=25%", "bypass")],
+)
+def test_the_result_is_the_dense_model_with_zeroed_channels(
+    tmp_path: Path, architecture: str, remove: str, method: str
+) -> None:
+    changes = {"num_key_value_heads": 4} if architecture == "llama" else {}
+    folder = save(tmp_path / "model", architecture, **changes)
+    report = fp.prune(str(folder), tmp_path / "run", **settings(remove, method))
+    out = tmp_path / "run" / "model"
+    removals = [removal for layer in report.layers for removal in layer.removals]
+    for unit, (before, _) in report.widths.items():
+        gone = [removal.before - removal.after for removal in removals if removal.unit == unit]
+        assert sum(gone) == LAYERS * before // 4  # as many as with equal widths
+        assert len(set(gone)) > 1 or method == "bypass"
+    small, dense = (AutoModelForCausalLM.from_pretrained(place).eval() for place in (out, folder))
+    for layer in report.layers:
+        for removal in layer.removals:
+            before, after = (model.get_submodule(layer.name) for model in (dense, small))
+            turned = architecture == "gpt2"
+            wide, narrow = (
+                (weight.T if turned else weight)
+                for weight in (
+                    part.get_parameter(f"{removal.producers[-1]}.weight").detach() for part in (before, after)
+                )
+            )
+            keep = (wide[None] == narrow[:, None]).all(2).float().argmax(1)
+            target = before.get_parameter(f"{removal.consumer}.weight").detach()
+            whole = target.T if turned else target
+            whole.zero_()
+            new = after.get_parameter(f"{removal.consumer}.weight").detach()
+            whole[:, keep] = new.T if turned else new
+    tokens = torch.randint(3, tiny.VOCABULARY, (2, 16), generator=torch.Generator().manual_seed(0))
+    torch.testing.assert_close(small(tokens).logits, dense(tokens).logits, rtol=1e-4, atol=1e-4)
+    for cache in ("dynamic", "static"):
+        made = [
+            model.generate(tokens, max_new_tokens=4, do_sample=False, pad_token_id=0, cache_implementation=cache)
+            for model in (small, dense)
+        ]
+        assert torch.equal(*made)
+    # It can be trained, saved and loaded again.
+    assert not small.is_quantized
+    small(tokens, labels=tokens).loss.backward()
+    assert all(parameter.grad is not None for parameter in small.parameters())
+    small.save_pretrained(tmp_path / "again")
+    again = AutoModelForCausalLM.from_pretrained(tmp_path / "again").eval()
+    assert torch.equal(again(tokens).logits, small(tokens).logits)
+    half = AutoModelForCausalLM.from_pretrained(out, dtype=torch.bfloat16)
+    assert {parameter.dtype for parameter in half.parameters()} == {torch.bfloat16}
+    assert not inspect_checkpoint(tmp_path / "run").violations
+
+
+def test_without_this_package_it_is_refused(tmp_path: Path) -> None:
+    folder = save(tmp_path / "model")
+    fp.prune(str(folder), tmp_path / "run", **settings())
+    program = [sys.executable, "-c", LOAD_WITHOUT, str(tmp_path / "run" / "model")]
+    loud = {**os.environ, "TRANSFORMERS_VERBOSITY": "warning"}
+    run = subprocess.run(program, capture_output=True, text=True, check=False, env=loud)
+    assert run.returncode != 0
+    assert "mismatch" in run.stderr.lower()
+    assert "down_proj.weight" in run.stdout + run.stderr
+
+
+def test_a_layer_that_adds_little_loses_most(tmp_path: Path) -> None:
+    folder = save(tmp_path / "model")
+    report = fp.prune(str(folder), tmp_path / "run", **settings())
+    widths = [layer.removals[0].after if layer.removals else 48 for layer in report.layers]
+    assert widths[2] == min(widths) < max(widths)
+    assert widths[2] == 28  # 1.5 times what equal widths lose, rounded up to a multiple
+    config = json.loads((tmp_path / "run" / "model" / "config.json").read_text())
+    assert config["intermediate_size"] == 48
+    assert config["quantization_config"] == {
+        "quant_method": "fistapruner",
+        "version": 2,
+        "widths": {str(index): {"intermediate_size": width} for index, width in enumerate(widths) if width < 48},
+    }
+
+
+def test_every_verb_reads_it(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = save(tmp_path / "model")
+    text = tmp_path / "text.txt"
+    text.write_text("The quick brown fox jumps over the lazy dog. " * 100)
+    out = tmp_path / "run"
+    report = fp.prune(str(folder), out, sparsity="50%", method="wanda", evaluate=str(text), **settings())
+    assert report.status == "finished"
+    capsys.readouterr()
+    assert main(["inspect", str(out), "--quiet"]) == 0
+    assert "MLP channels: 48 -> 28 in" in capsys.readouterr().out
+    for page in ("report.html", "model/README.md"):
+        assert "transformers loads it after import fistapruner" in (out / page).read_text()
+    model = AutoModelForCausalLM.from_pretrained(out / "model").eval()
+    tokens = torch.arange(3, 19)[None]
+    logits = model(tokens).logits
+    fp.pack(out / "model", tmp_path / "packed")
+    unpacked = fp.unpack(tmp_path / "packed", tmp_path / "unpacked")
+    for loaded in (
+        fp.load(tmp_path / "packed", packed=False),
+        fp.load(tmp_path / "packed"),
+        fp.load(out / "model"),
+        load_variant(Variant("smaller", out / "model")),
+        AutoModelForCausalLM.from_pretrained(tmp_path / "packed"),
+        AutoModelForCausalLM.from_pretrained(unpacked),
+    ):
+        torch.testing.assert_close(loaded(tokens).logits, logits, rtol=1e-3, atol=1e-3)
+        loaded.save_pretrained(tmp_path / "saved")
+        again = AutoModelForCausalLM.from_pretrained(tmp_path / "saved").eval()
+        torch.testing.assert_close(again(tokens).logits, logits, rtol=1e-3, atol=1e-3)
+    data = {"source": str(text), "tokens": 512, "seqlen": 16}
+    recovered = fp.recover(out, tmp_path / "recovered", data=data, execution={"device": "cpu"})
+    assert recovered.status == "finished"
+    trained = AutoModelForCausalLM.from_pretrained(tmp_path / "recovered" / "model")
+    assert trained.model.layers[2].mlp.up_proj.weight.shape == (28, 32)
+    with pytest.raises(FistaPrunerError, match="its decoder layers have different widths, which are not exported"):
+        export_gguf(out / "model", tmp_path / "model.gguf", tmp_path / "like.gguf")
+
+
+class Stopping(Listener):
+    def layer(self, entry: LayerEntry) -> None:
+        raise KeyboardInterrupt
+
+
+@pytest.mark.parametrize("method", ["obs", "bypass"])
+def test_an_interrupted_run_goes_on_to_the_same_bytes(tmp_path: Path, method: str) -> None:
+    folder = save(tmp_path / "model")
+    fp.prune(str(folder), tmp_path / "whole", **settings(method=method, sparsity="2:4"))
+    with pytest.raises(KeyboardInterrupt):
+        fp.prune(str(folder), tmp_path / "parts", listener=Stopping(), **settings(method=method, sparsity="2:4"))
+    fp.resume(tmp_path / "parts")
+    for name in ("model.safetensors", "config.json"):
+        files = [(tmp_path / run / "model" / name).read_bytes() for run in ("whole", "parts")]
+        assert files[0] == files[1]
+
+
+@pytest.mark.parametrize(
+    ("widths", "said"),
+    [
+        ({"2": {"intermediate_size": 20}}, "tensor 'model.layers.2.mlp.gate_proj.weight' is"),
+        ({"9": {"intermediate_size": 28}}, "widths of decoder layer 9 of 5"),
+        ({}, "the config asks for"),
+        ({"2": 28}, "are expected"),
+        ([1], "are expected"),
+    ],
+)
+def test_widths_that_do_not_fit_are_refused(tmp_path: Path, widths: Any, said: str) -> None:
+    folder = save(tmp_path / "model")
+    fp.prune(str(folder), tmp_path / "run", **settings())
+    file = tmp_path / "run" / "model" / "config.json"
+    config = json.loads(file.read_text())
+    config["quantization_config"]["widths"] = widths
+    file.write_text(json.dumps(config))
+    with pytest.raises(FistaPrunerError, match=said):
+        LayerwiseModel(UNTRUSTED.at(tmp_path / "run" / "model").checkpoint(), torch.device("cpu"))
+
+
+def test_experts_have_no_widths_of_their_own(tmp_path: Path) -> None:
+    folder = tiny.save("qwen3_moe", tmp_path / "model")
+    with pytest.raises(FistaPrunerError, match="widths free are of channels and heads"):
+        fp.prune(str(folder), tmp_path / "run", **settings("experts=25%"))
