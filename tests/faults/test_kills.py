@@ -48,6 +48,19 @@ def test_kills_of_a_run_that_removes_structure(runs: Runs, disk: Path) -> None:
         shutil.rmtree(out)
 
 
+def test_kills_of_a_run_with_low_rank_parts(runs: Runs, disk: Path) -> None:
+    """A checkpoint and an adapter, of which each names the other: killed at every thirtieth disk call."""
+    summed = Runs(runs.process, (*runs.begin, "--low-rank", "2"), disk / "undisturbed")
+    summed.measure()
+    adapter = [path.read_bytes() for path in sorted((disk / "undisturbed" / "adapter").iterdir())]
+    for at in range(1, summed.calls + 1, 30):
+        out = disk / str(at)
+        assert summed.run(out, at=at, then="kill").status == -9
+        summed.check_resumed(out)
+        assert [path.read_bytes() for path in sorted((out / "adapter").iterdir())] == adapter
+        shutil.rmtree(out)
+
+
 @pytest.mark.parametrize("then", ["tear", "power"])
 def test_torn_writes_and_lost_power(runs: Runs, disk: Path, then: str) -> None:
     """Die half-way through every third write; die at every sixth call and lose what no fsync had made safe."""

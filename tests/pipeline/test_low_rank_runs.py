@@ -135,6 +135,33 @@ def test_a_layer_sees_what_the_sum_of_the_layers_before_it_makes(dense: Path, tm
         assert results(out) == expected
 
 
+@pytest.mark.parametrize("architecture", ["llama", "gpt2"])
+def test_block_reconstruction_trains_both_parts(tmp_path: Path, architecture: str) -> None:
+    layers = {"n_layer": 2} if architecture == "gpt2" else {"num_hidden_layers": 2}
+    folder = tiny.save(architecture, tmp_path / "dense", **layers)
+    calibration = {"source": "python", "samples": 48, "seqlen": 32}
+    settings: dict[str, Any] = {"sparsity": "2:4", "calibration": calibration, "low_rank": 1, "method": "wanda"}
+    fp.prune(folder, tmp_path / "solved", **settings)
+    report = fp.prune(folder, tmp_path / "run", reconstruct=24, **settings)
+    for layer in report.layers:
+        found = (layer.model_extra or {})["reconstruct"]
+        assert found["held_out_after"] < found["held_out_before"]
+    sparse, before = load(tmp_path / "run" / "model"), load(tmp_path / "solved" / "model")
+    first = report.layers[0]
+    for operator in first.operators:
+        weights = [model.get_submodule(f"{first.name}.{operator.name}").weight for model in (sparse, before)]
+        assert torch.equal(weights[0] == 0, weights[1] == 0)
+        assert not torch.equal(*weights)
+    adapters = [(tmp_path / name / "adapter" / "adapter_model.safetensors").read_bytes() for name in ("run", "solved")]
+    assert adapters[0] != adapters[1]
+    expected = results(tmp_path / "run")
+    (tmp_path / "run" / "layers" / "0001.json").unlink()
+    shutil.rmtree(tmp_path / "run" / "model")
+    (tmp_path / "run" / "model.json").unlink()
+    fp.prune(folder, tmp_path / "run", reconstruct=24, **settings)
+    assert results(tmp_path / "run") == expected
+
+
 @pytest.mark.parametrize("executor", ["process"])
 def test_parallel_layers_give_the_same_bits(dense: Path, tmp_path: Path, executor: str) -> None:
     for name, execution in (("one", {"threads": 1}), ("two", {"executor": executor, "workers": 2, "threads": 1})):
@@ -176,7 +203,6 @@ def test_verbs_that_would_leave_it_out_refuse_the_run(
     ("settings", "message"),
     [
         ({"low_rank": 17}, "k_proj is 16 x 32: its low-rank part has a rank from 0 to 16, not 17"),
-        ({"reconstruct": 4}, "low_rank 4 with reconstruct"),
         ({"structure": "25%"}, "low_rank 4 with structure"),
         ({"recover": "10k"}, "low_rank 4 with recover"),
     ],

@@ -331,3 +331,15 @@ def test_time_is_of_parts_where_the_run_solves_parts(by_operator: bool, timed: l
     patterns = [parse_sparsity("50%")] * 2
     assert time_solve(problem, patterns, recipe, by_operator=by_operator, timer=timer) == pytest.approx(count)
     assert shapes == timed
+
+
+def test_plan_counts_low_rank_parts_and_says_so(model: Model, tmp_path: Path) -> None:
+    plain, more = sizes(model, sparsity="2:4"), sizes(model, sparsity="2:4", low_rank=4)
+    weights = sum(4 * (operator.rows + operator.columns) for _, operator in model[1].operators())
+    bytes_each = model[0].checkpoint.dtype.itemsize
+    choice = Choice(4)
+    assert more.disk(choice, 1) - plain.disk(choice, 1) == 2 * weights * bytes_each  # in the journal and the adapter
+    recipe = Recipe.build({"method": "wanda", "propagate": "dense", "sparsity": "2:4", "low_rank": 4}).resolved()
+    plan = make_plan(model[0], model[1], recipe, allocate(recipe, model[1]), model[2], 4, tmp_path)
+    share = weights / sum(operator.rows * operator.columns for _, operator in model[1].operators())
+    assert any(f"additional weights, {100 * share:.1f} % of the operators'" in said for said in plan.says)

@@ -256,7 +256,9 @@ def _reconstruct(
     recipe, groups = context.recipe, context.layout.layers[index]
     settings = ReconstructionSettings(recipe.reconstruct, recipe.seed, measures.metric)
     with clock.phase("reconstruct"):
-        result = reconstruct_layer(context.model, index, groups, streams.seen, passes.wanted, context.calls, settings)
+        result = reconstruct_layer(
+            context.model, index, groups, streams.seen, passes.wanted, context.calls, settings, record.parts
+        )
     record.weights |= result.weights
     record.extra["reconstruct"] = result.record
 

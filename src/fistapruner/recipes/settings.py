@@ -386,9 +386,8 @@ class Recipe(RunRecipe):
     def _low_rank_alone(self) -> Recipe:
         if not self.low_rank:
             return self
-        for name, value in (("reconstruct", self.reconstruct), ("recover", self.recover)):
-            if value:
-                raise ValueError(f"low_rank {self.low_rank} with {name}: {name} does not train the low-rank part")
+        if self.recover is not None:
+            raise ValueError(f"low_rank {self.low_rank} with recover: recover does not train the low-rank part")
         if self.structure.remove is not None:
             raise ValueError(f"low_rank {self.low_rank} with structure: a smaller model has no low-rank part")
         return self

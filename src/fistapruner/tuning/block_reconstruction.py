@@ -10,13 +10,16 @@ with ``y`` the pruned layer's output, ``y*`` the dense layer's, ``M`` the Fisher
 that output (:mod:`fistapruner.sensitivity.fisher`; the identity where it was not measured), and ``w_t`` at most 1,
 smaller for the few tokens with massive activations, whose squares would dominate the mean.
 
+An operator with a low-rank part is the sum of both parts in the passes; its surviving weights and both factors take the
+steps.
+
 Some calibration windows are for validation only. They decide which step's weights are kept (the pruned layer's own are
 the first candidate), when the step size falls, and when training stops.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -26,6 +29,7 @@ from torch import Tensor, nn
 from ..activations.store import HiddenStates
 from ..activations.stream import Calls
 from ..models.discovery import Group
+from ..models.files.low_rank import A, B, sum_of_parts
 from ..models.layerwise import LayerwiseModel, hidden_of
 from ..runtime.numerics import exact_in_fast_products, fast_products, ordered_attention
 from .adamw import CHECKS, Patience, Verdict, check_due, schedule
@@ -84,6 +88,7 @@ def reconstruct_layer(
     wanted: HiddenStates,
     calls: Calls,
     settings: ReconstructionSettings,
+    parts: Mapping[str, Tensor] | None = None,
 ) -> Reconstructed:
     """Train the loaded, pruned decoder layer ``index`` in place.
 
@@ -95,10 +100,13 @@ def reconstruct_layer(
         wanted: output hidden states to match.
         calls: arguments of the decoder layers.
         settings: steps, seed, metric.
+        parts: sparse and low-rank parts of operators whose sum the layer holds: by checkpoint name, and by operator
+            name with :data:`~fistapruner.models.files.low_rank.A` or ``B``.
     """
     # Activations of a bf16 model have no more digits than its matrix units take.
     with fast_products(exact_in_fast_products(model.dtype, model.device)), ordered_attention(model.device):
-        parameters = _parameters(model.layers[index], groups)
+        summed = _summed(model, index, groups, parts or {})
+        parameters = _parameters(model.layers[index], groups, summed)
         scales = parameters.root_mean_squares()
         loss = _Loss.of(model, inputs, wanted, settings.metric)
         held, train = _split(inputs.samples)
@@ -106,7 +114,7 @@ def reconstruct_layer(
 
         def validate() -> float:
             with torch.no_grad():
-                values = parameters.values()
+                values = _values(parameters, summed)
                 losses = (loss(_run(model, index, values, loss.inputs(window), calls), window) for window in held)
                 return sum(map(float, losses)) / len(held)
 
@@ -120,7 +128,7 @@ def reconstruct_layer(
             window = order[taken - 1]
             optimizer.zero_grad()
             with torch.enable_grad():
-                value = loss(_run(model, index, parameters.values(), loss.inputs(window), calls), window)
+                value = loss(_run(model, index, _values(parameters, summed), loss.inputs(window), calls), window)
             value.backward()
             optimizer.step()
             if not check_due(taken, settings.steps):
@@ -134,7 +142,7 @@ def reconstruct_layer(
             if verdict is Verdict.STOP:
                 break
         parameters.restore(kept)
-        weights = _write(model, index, parameters) if patience.best_step else {}
+        weights = _write(model, index, parameters, summed) if patience.best_step else {}
         record = {
             "steps": taken,
             "kept_step": patience.best_step,
@@ -145,15 +153,66 @@ def reconstruct_layer(
         return Reconstructed(weights, record)
 
 
-def _parameters(layer: nn.Module, groups: Sequence[Group]) -> MaskedParameters:
-    """The parameters of a loaded layer that may change: pruned weights and vectors (norms, biases)."""
+@dataclass(frozen=True)
+class _Summed:
+    """An operator whose weight in the layer is the sum of a sparse and a low-rank part.
+
+    Args:
+        operator: its full name; ``source``: of its weight in the checkpoint.
+        transposed: the layer holds it as (inputs, outputs).
+        parts: its sparse part and its factors, by their names among the parameters.
+    """
+
+    operator: str
+    source: str
+    transposed: bool
+    parts: dict[str, Tensor]
+
+    def weight(self, name: str, exact: Mapping[str, Tensor]) -> Tensor:
+        """Add the parts of the parameter ``name``, differentiable."""
+        product = exact[name + B] @ exact[name + A]
+        return exact[name] + (product.T if self.transposed else product)
+
+
+def _summed(
+    model: LayerwiseModel, index: int, groups: Sequence[Group], parts: Mapping[str, Tensor]
+) -> dict[str, _Summed]:
+    """Find the operators with a low-rank part, by the name of their weight inside the layer."""
+    found = {}
+    for operator in (operator for group in groups for operator in group):
+        name, inside = f"{model.layers_name}.{index}.{operator.name}", f"{operator.name}.weight"
+        if name + A in parts:
+            source = model.source(f"{name}.weight")
+            tensors = {inside: parts[source], inside + A: parts[name + A], inside + B: parts[name + B]}
+            tensors = {key: tensor.to(model.device, model.dtype) for key, tensor in tensors.items()}
+            found[inside] = _Summed(name, source, operator.transposed, tensors)
+    return found
+
+
+def _parameters(layer: nn.Module, groups: Sequence[Group], summed: Mapping[str, _Summed]) -> MaskedParameters:
+    """The parameters of a loaded layer that may change: pruned weights, low-rank parts, norms, biases."""
     pruned = {f"{operator.name}.weight" for group in groups for operator in group}
-    tensors = {
+    tensors: dict[str, Tensor] = {
         name: parameter
         for name, parameter in layer.named_parameters()
         if parameter.is_floating_point() and (parameter.ndim <= 1 or name in pruned)
     }
+    for one in summed.values():
+        tensors |= one.parts
     return MaskedParameters(tensors, pruned)
+
+
+def _values(parameters: MaskedParameters, summed: Mapping[str, _Summed]) -> dict[str, Tensor]:
+    """The parameters as the layer's forward pass uses them: both parts of an operator are added."""
+    if not summed:
+        return parameters.values()
+    exact, starts = parameters.exact(), parameters.starts()
+    factors = {name + part for name in summed for part in (A, B)}
+    return {
+        name: (summed[name].weight(name, exact) if name in summed else value).to(starts[name].dtype)
+        for name, value in exact.items()
+        if name not in factors
+    }
 
 
 def _optimizer(parameters: MaskedParameters) -> torch.optim.Adam:
@@ -162,12 +221,25 @@ def _optimizer(parameters: MaskedParameters) -> torch.optim.Adam:
     return torch.optim.Adam(groups, betas=(0.9, 0.95), fused=True)
 
 
-def _write(model: LayerwiseModel, index: int, parameters: MaskedParameters) -> dict[str, Tensor]:
-    """Write trained values into the layer, rounded as stored; return them by checkpoint name."""
-    sources = {name: model.source(f"{model.layers_name}.{index}.{name}") for name in parameters.masters}
+def _write(
+    model: LayerwiseModel, index: int, parameters: MaskedParameters, summed: Mapping[str, _Summed]
+) -> dict[str, Tensor]:
+    """Write trained values into the layer, rounded as stored; return them by their names in the journal."""
+    owners = {name + part: one for name, one in summed.items() for part in (A, B)}
+    sources = {
+        name: owners[name].source if name in owners else model.source(f"{model.layers_name}.{index}.{name}")
+        for name in parameters.masters
+    }
     parameters.write(lambda name, value: model.rounded(sources[name], value))
-    layer = model.layers[index]
-    return {source: model.result(source, layer.get_parameter(name).detach()) for name, source in sources.items()}
+    layer, starts = model.layers[index], parameters.starts()
+    stored = {}
+    for name, source in sources.items():
+        key = owners[name].operator + name[-len(A) :] if name in owners else source
+        stored[key] = model.result(source, starts[name].detach())
+    for name, one in summed.items():
+        total = sum_of_parts(stored[one.source], stored, one.operator, transposed=one.transposed)
+        layer.get_parameter(name).data.copy_(total)
+    return stored
 
 
 @dataclass
