@@ -66,20 +66,20 @@ def test_what_is_being_done_is_said_again_after_a_while(capsys: pytest.CaptureFi
         listener.remind()
         return capsys.readouterr().err.splitlines()
 
-    assert later(1) == ["starting, for 8.0 s"]
+    assert later(1) == ["starting, for 7.0 s"]
     listener.say("model smollm2")
     capsys.readouterr()
     listener.tick("planning", 0, 1)
     assert later(0.5) == []
-    assert later(1) == ["planning, for 12.0 s"]
+    assert later(1) == ["planning, for 10.5 s"]
     listener.tick("windows", 3, 9)
     assert later(1) == ["windows: 3 of 9"]
-    assert later(1) == ["windows: 3 of 9, for 16.0 s"]
+    assert later(1) == ["windows: 3 of 9, for 14.0 s"]
     listener.operators(5, "down_proj", None)
-    assert later(1) == ["layer 5: down_proj, for 8.0 s"]
+    assert later(1) == ["layer 5: down_proj, for 7.0 s"]
     listener.say("writing the checkpoint")
     capsys.readouterr()
-    assert later(1) == ["writing the checkpoint, for 8.0 s"]
+    assert later(1) == ["writing the checkpoint, for 7.0 s"]
 
 
 def test_a_listener_says_it_by_itself(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:

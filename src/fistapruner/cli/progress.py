@@ -23,7 +23,7 @@ from ..runs.listener import Listener
 from ..runs.records import LayerEntry
 from ..runtime.formatting import duration
 
-EVERY = 8.0
+EVERY = 7.0
 """Seconds after which it is said again what is being done."""
 
 REMINDER = "reminder"
