@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from fistapruner.constraints import parse_sparsity
 from fistapruner.planning.footprint import peak_bytes
 from fistapruner.problem import LayerProblem
-from fistapruner.pruning.partition import cut, solve_in_parts
+from fistapruner.pruning.partition import cut, part_of, solve_in_parts, solve_part
 from fistapruner.solvers import METHODS, parse_method, solve
 
 ROWS, COLUMNS = (40, 13), 24
@@ -50,6 +53,32 @@ def test_blocks_of_rows_change_nothing_where_they_are_made(problem: LayerProblem
             assert [step.keys() for step in one["steps"]] == [step.keys() for step in other["steps"]]
             if chain == "wanda+refit":
                 assert one["steps"][-1]["rows_improved"] == other["steps"][-1]["rows_improved"]
+
+
+class Factorisations(TorchDispatchMode):
+    """Counts factorisations of matrices."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.count = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.count += any(name in str(func) for name in ("_linalg_eigh", "cholesky_ex"))
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("pattern", ["50%", "2:4"])
+def test_what_depends_on_the_gram_alone_is_computed_once(problem: LayerProblem, pattern: str) -> None:
+    """With the bits of parts that are solved apart, as workers solve them."""
+    steps, sparsity = parse_method("proximal"), [parse_sparsity(pattern)] * 2
+    parts = cut(problem.rows, COLUMNS, sparsity, steps, block=6)
+    with Factorisations() as apart:
+        solutions = [solve_part(part_of(problem, part), part.sparsity, steps) for part in parts]
+    with Factorisations() as shared:
+        solution = solve_in_parts(problem, sparsity, steps, block=6)
+    assert apart.count == shared.count * len(parts)
+    for part, alone in zip(parts, solutions, strict=True):
+        assert torch.equal(solution.weight[part.start : part.stop], alone.weight)
 
 
 def test_rows_that_would_lose_everything_stay_together() -> None:

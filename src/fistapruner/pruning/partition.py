@@ -17,6 +17,7 @@ from ..constraints import Constraint
 from ..problem import LayerProblem
 from ..solvers import solve
 from ..solvers.base import Method, Solution, Stats
+from ..solvers.conditioning import shared_gram
 
 ROWS = 1024
 """Rows of a block, at most: enough for fast products, few enough for many workers."""
@@ -63,7 +64,8 @@ def solve_in_parts(
 ) -> Solution:
     """Solve a group part by part, in less memory than stacked; arguments as for :func:`cut`."""
     parts = cut(problem.rows, problem.shape[1], sparsity, steps, block)
-    return join(problem, parts, (solve_part(part_of(problem, part), part.sparsity, steps) for part in parts))
+    with shared_gram(problem.gram):
+        return join(problem, parts, (solve_part(part_of(problem, part), part.sparsity, steps) for part in parts))
 
 
 def solve_part(problem: LayerProblem, sparsity: Constraint, steps: Sequence[Method]) -> Solution:

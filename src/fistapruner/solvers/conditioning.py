@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Hashable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from typing import Any, TypeVar
+
 import torch
 from torch import Tensor
 
@@ -10,6 +15,44 @@ from ..runtime.numerics import exact_products, mirror
 
 TRIANGLE = 512
 """Rows of a triangular matrix that are inverted, or multiplied by themselves, at once."""
+
+
+_shared: ContextVar[tuple[Tensor, dict[Hashable, Any]] | None] = ContextVar("_shared", default=None)
+
+Found = TypeVar("Found")
+
+
+@contextmanager
+def shared_gram(gram: Tensor) -> Iterator[None]:
+    """Compute what depends on a Gram alone once, for all problems inside the block that have this very tensor."""
+    token = _shared.set((gram, {}))
+    try:
+        yield
+    finally:
+        _shared.reset(token)
+
+
+def once(
+    gram: Tensor, key: Hashable, compute: Callable[[], Found], keep: Callable[[Found], bool] = lambda found: True
+) -> Found:
+    """Compute something that depends on a Gram alone, or return it where :func:`shared_gram` has it.
+
+    Args:
+        gram: the Gram.
+        key: what is computed, and all settings that it depends on.
+        compute: computes it; the result is not changed afterwards.
+        keep: whether a result may be used again.
+    """
+    shared = _shared.get()
+    if shared is None or shared[0] is not gram:
+        return compute()
+    if key not in shared[1]:
+        found = compute()
+        if not keep(found):
+            return found
+        shared[1][key] = found
+    kept: Found = shared[1][key]
+    return kept
 
 
 def dead_inputs(gram: Tensor) -> Tensor:

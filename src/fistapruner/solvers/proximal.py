@@ -14,7 +14,7 @@ from ..constraints import Constraint
 from ..problem import LayerProblem
 from ..runtime.numerics import fast_products, has_bf16_units
 from .base import SUPPORT_CHANGE, Method, Positive, Solution, Stats, Trace, project_operators
-from .conditioning import damped_cholesky, inverse_from_cholesky, invert_lower, shrunk_gram
+from .conditioning import damped_cholesky, inverse_from_cholesky, invert_lower, once, shrunk_gram
 from .refit import refit_cg
 
 WATCHED = 4
@@ -81,8 +81,14 @@ class Proximal(Method):
         return value
 
     def solve(self, problem: LayerProblem, sparsity: Sequence[Constraint], start: Solution | None = None) -> Solution:
-        gram = shrunk_gram(problem.gram, problem.tokens, self.damping, self.shrinkage)
-        scale, warnings = obs_scale(gram, self.metric_damping, problem.label)
+        settings = problem.tokens, self.damping, self.shrinkage, self.metric_damping
+
+        def metric() -> tuple[Tensor, Tensor, list[str]]:
+            gram = shrunk_gram(problem.gram, problem.tokens, self.damping, self.shrinkage)
+            return gram, *obs_scale(gram, self.metric_damping, problem.label)
+
+        # Not kept with a warning, which names the operator.
+        gram, scale, warnings = once(problem.gram, ("metric", settings), metric, lambda found: not found[2])
         mask = torch.empty_like(problem.weight, dtype=torch.bool)
         weight = torch.empty_like(problem.weight)
         # Operators with the same group length iterate together.
@@ -98,7 +104,12 @@ class Proximal(Method):
             if drift_gradient is not None:
                 drift_gradient = (drift_gradient if whole else drift_gradient[rows]) / scale
             sizes, patterns = [problem.rows[i] for i in chosen], [sparsity[i] for i in chosen]
-            found, changes = self._split(dense, drift_gradient, gram / scale / scale[:, None], sizes, patterns, length)
+            resolvent = once(
+                problem.gram,
+                ("resolvents", settings, self.fast, length),
+                lambda length=length: self._resolvents(gram, scale, length),  # type: ignore[misc]
+            )
+            found, changes = self._split(dense, drift_gradient, resolvent, sizes, patterns, length)
             for i, path in zip(chosen, changes, strict=True):
                 paths[i] = path
             kept = project_operators(found.abs(), sizes, patterns)
@@ -116,11 +127,19 @@ class Proximal(Method):
         solution = Solution(weight, mask, tuple({**record, "path": path} for path in paths), tuple(warnings))
         return solution if start is None else keep_better(problem, solution, start)
 
+    def _resolvents(self, gram: Tensor, scale: Tensor, length: int) -> Callable[[float], Tensor]:
+        """Make the resolvents of a Gram in scaled coordinates, in the order of :func:`strided_order`."""
+        scaled = gram / scale / scale[:, None]
+        if length > 1:
+            order = strided_order(len(gram), length, gram.device)
+            scaled = scaled[order][:, order]
+        return resolvents(scaled, self.fast)
+
     def _split(
         self,
         dense: Tensor,
         drift_gradient: Tensor | None,
-        gram: Tensor,
+        resolvent: Callable[[float], Tensor],
         rows: Sequence[int],
         sparsity: Sequence[Constraint],
         length: int,
@@ -131,13 +150,12 @@ class Proximal(Method):
             The last Z (m, n), and for each operator the share of its support that changed at every level after the
             first, with the level's rho; counted on some of its rows.
         """
-        n = gram.shape[0]
-        if length > 1:  # strided order: comparisons within a group run over contiguous slices
-            order = torch.arange(n, device=gram.device).view(-1, length).T.reshape(-1)
-            dense, gram = dense[:, order], gram[order][:, order]
+        n = dense.shape[1]
+        if length > 1:
+            order = strided_order(n, length, dense.device)
+            dense = dense[:, order]
             drift_gradient = None if drift_gradient is None else drift_gradient[:, order]
         threshold = [pattern.threshold(size, n) for pattern, size in zip(sparsity, rows, strict=True)]
-        resolvent = resolvents(gram, self.fast)
         growth = (self.rho[1] / self.rho[0]) ** (1 / (self.levels - 1))
         z = dense.clone()
         sparse, shifted = torch.empty_like(z), torch.empty_like(z)
@@ -193,6 +211,11 @@ class Proximal(Method):
             for shares in changes
         ]
         return z, path
+
+
+def strided_order(n: int, length: int, device: torch.device) -> Tensor:
+    """Order n inputs by their place in their group: comparisons within groups then run over contiguous slices."""
+    return torch.arange(n, device=device).view(-1, length).T.reshape(-1)
 
 
 def keep_better(problem: LayerProblem, solution: Solution, start: Solution) -> Solution:
