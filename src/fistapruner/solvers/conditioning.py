@@ -24,7 +24,7 @@ Found = TypeVar("Found")
 
 @contextmanager
 def shared_gram(gram: Tensor) -> Iterator[None]:
-    """Compute what depends on a Gram alone once, for all problems inside the block that have this very tensor."""
+    """Compute what depends on a Gram alone once for all problems in the block with this very tensor."""
     token = _shared.set((gram, {}))
     try:
         yield

@@ -214,7 +214,7 @@ class Proximal(Method):
 
 
 def strided_order(n: int, length: int, device: torch.device) -> Tensor:
-    """Order n inputs by their place in their group: comparisons within groups then run over contiguous slices."""
+    """Order n inputs by their place in their group, so that comparisons run over contiguous slices."""
     return torch.arange(n, device=device).view(-1, length).T.reshape(-1)
 
 
