@@ -97,7 +97,9 @@ def test_a_listener_says_it_by_itself(capsys: pytest.CaptureFixture[str], monkey
     gc.collect()
     thread.join(60)
     assert not thread.is_alive()
-    assert isinstance(progress.choose_listener(quiet=True), Listener)
+    assert type(progress.choose_listener(quiet=True)) is Listener
+    monkeypatch.setenv("RANK", "1")
+    assert type(progress.choose_listener(quiet=False)) is Listener
     assert threading.active_count() == before
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 import threading
 import time
@@ -33,9 +34,10 @@ REMINDER = "reminder"
 def choose_listener(*, quiet: bool) -> Listener:
     """Choose a silent, plain or live listener. Progress goes to standard error.
 
-    One that is not silent says at least every ten seconds what is being done, from a thread of its own.
+    One that is not silent says at least every ten seconds what is being done, from a thread of its own. Of several
+    processes that share a run, the first one speaks.
     """
-    if quiet:
+    if quiet or int(os.environ.get("RANK") or 0) > 0:
         return Listener()
     listener = LiveListener() if sys.stderr.isatty() else PlainListener()
     ended = threading.Event()
