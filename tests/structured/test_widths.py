@@ -125,6 +125,33 @@ def test_the_result_is_the_dense_model_with_zeroed_channels(
     assert not inspect_checkpoint(tmp_path / "run").violations
 
 
+def test_heads_of_a_fused_projection_are_cut_where_the_forward_pass_follows(tmp_path: Path) -> None:
+    """GPT-NeoX has query, key and value of a head in one block; its config cannot say another number of heads."""
+    folder = tiny.save("gpt_neox", tmp_path / "model")
+    report = fp.prune(str(folder), tmp_path / "run", **settings("heads=1"))
+    assert sum(removal.before - removal.after for layer in report.layers for removal in layer.removals) == 3
+    small, dense = (AutoModelForCausalLM.from_pretrained(at).eval() for at in (tmp_path / "run" / "model", folder))
+    for layer in report.layers:
+        before, after = (model.get_submodule(f"{layer.name}.attention") for model in (dense, small))
+        size = before.head_size
+        wide, narrow = (part.query_key_value.weight.detach().view(-1, 3 * size * 32) for part in (before, after))
+        heads = (wide[None] == narrow[:, None]).all(2).float().argmax(1)
+        columns = (heads[:, None] * size + torch.arange(size)).flatten()
+        before.dense.weight.detach().zero_()
+        before.dense.weight.detach()[:, columns] = after.dense.weight.detach()
+    tokens = torch.randint(3, tiny.VOCABULARY, (2, 16), generator=torch.Generator().manual_seed(0))
+    torch.testing.assert_close(small(tokens).logits, dense(tokens).logits, rtol=1e-4, atol=1e-4)
+    made = [model.generate(tokens, max_new_tokens=4, do_sample=False, pad_token_id=0) for model in (small, dense)]
+    assert torch.equal(*made)
+
+
+@pytest.mark.parametrize("architecture", ["gpt2", "falcon", "bloom", "phi3", "opt"])
+def test_heads_whose_number_the_forward_pass_notes_are_refused(tmp_path: Path, architecture: str) -> None:
+    folder = tiny.save(architecture, tmp_path / "model")
+    with pytest.raises(FistaPrunerError, match=r"key/value groups .*not removed|they are not removed"):
+        fp.prune(str(folder), tmp_path / "run", **settings("heads=1"))
+
+
 def test_without_this_package_it_is_refused(tmp_path: Path) -> None:
     folder = save(tmp_path / "model")
     fp.prune(str(folder), tmp_path / "run", **settings())

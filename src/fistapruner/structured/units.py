@@ -182,7 +182,7 @@ def find_units(model: LayerwiseModel, layout: Layout, settings: Structure) -> Un
         channels = _mlp_channels(model, layout)
         kinds.append(_with_width(channels, kept_width(model, channels, settings)))
     if settings.heads:
-        groups = key_value_groups(model, layout)
+        groups = key_value_groups(model, layout, fused=settings.widths == "free")
         before = groups[0][0].before
         if settings.heads >= before:
             raise FistaPrunerError(
@@ -239,10 +239,16 @@ def _mlp_channels(model: LayerwiseModel, layout: Layout) -> Units:
     return tuple(found)
 
 
-def key_value_groups(model: LayerwiseModel, layout: Layout) -> Units:
+def key_value_groups(model: LayerwiseModel, layout: Layout, *, fused: bool = False) -> Units:
     """Find the key/value groups of every decoder layer.
 
     They are taken from sizes alone; :mod:`.proof` shows whether they can be cut.
+
+    Args:
+        model: the dense model.
+        layout: its selected operators.
+        fused: query, key and value of a head may be one block of rows of one operator (GPT-NeoX). Configs of such
+            models have no size of a head, so this is for free widths.
 
     Raises:
         FistaPrunerError: a layer without separate query, key and value operators, or with one group only; names it.
@@ -258,7 +264,7 @@ def key_value_groups(model: LayerwiseModel, layout: Layout) -> Units:
         units = [
             unit
             for consumer in operators.values()
-            if consumer.name in alone and (unit := _attention(consumer, operators, heads, groups))
+            if consumer.name in alone and (unit := _attention(consumer, operators, heads, groups, fused=fused))
         ]
         if len(units) != 1:
             raise FistaPrunerError(
@@ -271,11 +277,15 @@ def key_value_groups(model: LayerwiseModel, layout: Layout) -> Units:
     return tuple(found)
 
 
-def _attention(consumer: Operator, operators: Mapping[str, Operator], heads: int, groups: int) -> Unit | None:
+def _attention(
+    consumer: Operator, operators: Mapping[str, Operator], heads: int, groups: int, *, fused: bool
+) -> Unit | None:
     """Return the key/value groups that an operator reads; None where it reads none."""
     parent = consumer.name.rpartition(".")[0]
     beside = [other for other in operators.values() if other.name.rpartition(".")[0] == parent and other != consumer]
     size = consumer.columns // heads
+    if fused and heads == groups and [operator.rows for operator in beside] == [3 * size * heads]:
+        return Unit(GROUPS, (beside[0].name,), (3 * size,), (1,), consumer, size)
     if len(beside) != 3 or consumer.columns % heads or heads % groups:
         return None
     rows = sorted(operator.rows for operator in beside)
