@@ -36,7 +36,7 @@ def test_a_reader_that_leaves_does_not_stop_the_work(tmp_path: Path, stream: str
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
         pipe = getattr(process, stream)
         if stream == "stderr":
-            assert "model" in pipe.readline()
+            assert pipe.readline()
         pipe.close()
         other = process.stdout if stream == "stderr" else process.stderr
         assert other is not None

@@ -237,8 +237,8 @@ def test_a_journal_that_cannot_be_replayed_is_refused(recoveries: Runs, runs: Ru
         outcome = recoveries.do(["recover", str(runs.undisturbed), "--replay", str(journal), "--out", str(out)])
         if number or "adamw" in recoveries.begin:
             assert outcome.status == 2, outcome.stderr
-            assert len(outcome.stderr.splitlines()) == 1
-            assert str(journal) in outcome.stderr
+            assert "Traceback" not in outcome.stderr
+            assert str(journal) in outcome.stderr.splitlines()[-1]
             assert not out.exists()
 
 
