@@ -18,6 +18,8 @@ from fistapruner import FistaPrunerError
 from fistapruner.cli import main
 from fistapruner.constraints import NM
 from fistapruner.models.files.safetensors import SafetensorsFile
+from fistapruner.reporting.summary import summary
+from fistapruner.runs.records import load_run
 
 SMALL: dict[str, Any] = {"sparsity": "2:4", "calibration": {"source": "python", "samples": 4, "seqlen": 32}}
 RANK = 4
@@ -91,6 +93,11 @@ def test_additional_weights_are_counted_and_said(run: Path, capsys: pytest.Captu
     assert main(["inspect", str(run)]) == 0
     assert f"{said} weights of rank {RANK}" in capsys.readouterr().out
     assert main(["report", str(run)]) == 0
+    page = (run / "report.html").read_text()
+    assert "Additional weights" in page
+    assert "Low-rank adapter beside it" in page
+    assert "2:4 + rank 4" in page
+    assert "additional weights" in summary(load_run(run), run)
 
 
 def test_rank_zero_is_a_run_without_a_low_rank_part(dense: Path, tmp_path: Path) -> None:
