@@ -162,11 +162,15 @@ def fitted(weight: Tensor, seen: Tensor, dense: Tensor) -> Tensor:
     return weight + (torch.linalg.solve(gram, seen.T @ drift / len(seen))).T
 
 
-@pytest.mark.parametrize("architecture", ["llama", "opt"])
-def test_a_run_fits_both_levels_and_keeps_the_channels_of_criterion_b(tmp_path: Path, architecture: str) -> None:
-    """With two whole models in memory: the layer before is the smaller model's."""
+@pytest.mark.parametrize(
+    ("architecture", "remove"), [("llama", "mlp=25%"), ("llama", "mlp=25%,heads=1"), ("opt", "mlp=25%")]
+)
+def test_a_run_fits_both_levels_and_keeps_the_channels_of_criterion_b(
+    tmp_path: Path, architecture: str, remove: str
+) -> None:
+    """With two whole models in memory: the layer before, and this one's attention, are the smaller model's."""
     folder = tiny.save(architecture, tmp_path / "model")
-    structure = {"remove": "mlp=25%", "multiple": 4, "method": "goa"}
+    structure = {"remove": remove, "multiple": 4, "method": "goa"}
     report = fp.prune(str(folder), tmp_path / "run", calibration=SMALL, structure=structure)
     assert (report.recipe["propagate"], report.recipe["dense_target"], report.recipe["residual"]) == (
         ("pruned", 1.0, "none")
@@ -181,6 +185,7 @@ def test_a_run_fits_both_levels_and_keeps_the_channels_of_criterion_b(tmp_path: 
     mixed = AutoModelForCausalLM.from_pretrained(folder).eval()
     layers = mixed.get_submodule(layer.rpartition(".")[0])
     layers[0] = small.get_submodule(report.layers[0].name)
+    layers[1].self_attn = small.get_submodule(layer).self_attn
     new = {}
     for name in producers:
         seen, true = (inputs_of(model, f"{layer}.{name}", tokens) for model in (mixed, dense))
@@ -192,7 +197,7 @@ def test_a_run_fits_both_levels_and_keeps_the_channels_of_criterion_b(tmp_path: 
     seen, true = (inputs_of(model, f"{layer}.{consumer}", tokens) for model in (mixed, dense))
     down = fitted(dense.get_parameter(f"{layer}.{consumer}.weight").detach().double(), seen, true)
     scores = channel_criterion(down, list(new.values()), moment)
-    keep = scores.argsort(descending=True)[: report.layers[1].removals[0].after].sort().values
+    keep = scores.argsort(descending=True)[: report.layers[1].removals[-1].after].sort().values
     for name, weight in new.items():
         found = small.get_parameter(f"{layer}.{name}.weight").detach().double()
         torch.testing.assert_close(found, weight[keep], rtol=1e-3, atol=1e-4)
@@ -200,7 +205,7 @@ def test_a_run_fits_both_levels_and_keeps_the_channels_of_criterion_b(tmp_path: 
     torch.testing.assert_close(found, down[:, keep], rtol=1e-3, atol=1e-4)
     wanted = true @ dense.get_parameter(f"{layer}.{consumer}.weight").detach().double().T
     error = (seen[:, keep] @ found.T - wanted).square().sum() / wanted.square().sum()
-    assert report.layers[1].removals[0].relative_error == pytest.approx(float(error), rel=1e-3)
+    assert report.layers[1].removals[-1].relative_error == pytest.approx(float(error), rel=1e-3)
     assert report.layers[1].removals[0].compensate == "none"
 
 

@@ -339,7 +339,9 @@ def free_widths_of(
     listener: Listener,
     scores: Mapping[str, Tensor],
 ) -> Inputs:
-    """Choose a width for every layer, where the recipe asks for it; arguments as for :func:`measure_dense`.
+    """Choose a width for every layer, where the recipe asks for it.
+
+    Arguments as for :func:`measure_dense`.
 
     Returns:
         The input with these widths.

@@ -18,7 +18,7 @@ def has_free_widths(report: Report) -> bool:
 
 
 def kept_units(report: Report) -> list[tuple[str, str, str]]:
-    """List what was removed, its number in the dense model, and the number, or numbers, that stay in a layer."""
+    """List what was removed, its number in the dense model, and what stays in a layer."""
     free = has_free_widths(report)  # a layer may lose nothing
     found = []
     for unit, (before, _) in report.widths.items():

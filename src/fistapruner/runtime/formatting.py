@@ -68,9 +68,9 @@ def count(value: int | None) -> str:
 
 
 def span(values: Iterable[int]) -> str:
-    """Format whole numbers as the first and the last of them: ``1,024 to 1,280``; one where all are the same."""
-    first, last = min(values := list(values)), max(values)
-    return count(first) if first == last else f"{count(first)} to {count(last)}"
+    """Format whole numbers as smallest and largest, ``1,024 to 1,280``; as one if they are equal."""
+    *_, last = ordered = sorted(values)
+    return count(last) if ordered[0] == last else f"{count(ordered[0])} to {count(last)}"
 
 
 def short_count(value: int | None) -> str:
