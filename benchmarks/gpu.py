@@ -48,8 +48,9 @@ import tiny  # noqa: E402
 from fistapruner.activations.store import HiddenStates  # noqa: E402
 from fistapruner.errors import FistaPrunerError  # noqa: E402
 from fistapruner.problem import LayerProblem  # noqa: E402
+from fistapruner.runs.layer_records import LayerEntry  # noqa: E402
 from fistapruner.runs.listener import Listener  # noqa: E402
-from fistapruner.runs.records import LayerEntry, Report  # noqa: E402
+from fistapruner.runs.records import Report  # noqa: E402
 from fistapruner.runtime.machine import describe_machine, versions  # noqa: E402
 from fistapruner.solvers import solve  # noqa: E402
 from fistapruner.sparse.semi_structured import to_semi_structured  # noqa: E402

@@ -12,8 +12,8 @@ import pytest
 import tiny
 from fistapruner.cli import progress
 from fistapruner.pipeline.prune import prune
+from fistapruner.runs.layer_records import LayerEntry
 from fistapruner.runs.listener import Listener
-from fistapruner.runs.records import LayerEntry
 
 
 def test_every_long_pass_is_told(tmp_path: Path) -> None:

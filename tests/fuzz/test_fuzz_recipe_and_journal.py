@@ -16,7 +16,7 @@ from mutations import damaged, damaged_json, fuzz
 from fistapruner import FistaPrunerError, Recipe
 from fistapruner.recipes.loading import shipped_recipes
 from fistapruner.runs.journal import LayerJournal
-from fistapruner.runs.records import LayerEntry
+from fistapruner.runs.layer_records import LayerEntry
 
 WHOLE = Recipe.build({"method": "wanda+refit", "ignore": ["re:down"], "allocation": {"re:mlp": "60%"}})
 TEXTS = [WHOLE.to_yaml(), *shipped_recipes().values()]

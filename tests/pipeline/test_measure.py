@@ -23,9 +23,10 @@ from fistapruner.reporting.recovery_text import gain
 from fistapruner.runs.decision import EvaluationRequest, Numerics, TrainingDecision, TrainingRecord
 from fistapruner.runs.listener import Listener
 from fistapruner.runs.lock import hold
-from fistapruner.runs.records import Lineage, Recovery, Report, Stage, load_run
+from fistapruner.runs.records import Lineage, Report, Stage, load_run
 from fistapruner.runs.results import Evaluation, Perplexity, TaskResult
 from fistapruner.runs.training_directory import RecoverDirectory
+from fistapruner.runs.training_records import Recovery
 from fistapruner.sparse.bench import record
 from fistapruner.sparse.speed import Speed, measure_speed
 from fistapruner.sparse.variants import Variant, load_variant, weight_bytes

@@ -27,7 +27,7 @@ from fistapruner.planning.plan import DEVICE_RESERVE, Fitted, Resources, fit, ma
 from fistapruner.planning.probe import Scale, extrapolate, measure_time, time_solve
 from fistapruner.planning.sizes import Choice, Sizes
 from fistapruner.problem import LayerProblem
-from fistapruner.runs.records import LayerEntry
+from fistapruner.runs.layer_records import LayerEntry
 from fistapruner.runtime.formatting import size
 from fistapruner.solvers import parse_method, solve
 

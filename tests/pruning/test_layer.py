@@ -26,9 +26,9 @@ from fistapruner.pruning.context import LayerContext, LayerEvents, LayerStreams
 from fistapruner.pruning.drift import DRIFT_NOISE, dense_windows, drift_sources
 from fistapruner.pruning.entries import operator_entries
 from fistapruner.pruning.layer import prune_layer
+from fistapruner.runs.layer_records import LayerEntry
 from fistapruner.runs.listener import Listener
 from fistapruner.runs.prune_directory import PruneDirectory
-from fistapruner.runs.records import LayerEntry
 
 SAMPLES, SEQLEN, BATCH = 5, 24, 2
 

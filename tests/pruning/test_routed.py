@@ -20,9 +20,9 @@ from fistapruner.evaluation.inspection import inspect_checkpoint
 from fistapruner.models.files.checkpoint import Checkpoint
 from fistapruner.models.layerwise import LayerwiseModel
 from fistapruner.problem import LayerProblem
+from fistapruner.runs.layer_records import LayerEntry
 from fistapruner.runs.listener import Listener
 from fistapruner.runs.prune_directory import PruneDirectory
-from fistapruner.runs.records import LayerEntry
 
 SMALL = {"source": "python", "samples": 8, "seqlen": 32}
 

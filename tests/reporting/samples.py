@@ -5,7 +5,8 @@ from __future__ import annotations
 import math
 from typing import Any
 
-from fistapruner.runs.records import Comparison, Report, parse
+from fistapruner.runs.base import parse
+from fistapruner.runs.records import Comparison, Report
 from fistapruner.runs.results import Divergence, Evaluation, Perplexity, TaskResult
 
 OPERATORS = (

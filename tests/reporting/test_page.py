@@ -23,7 +23,9 @@ from fistapruner.reporting.model_card import model_card
 from fistapruner.reporting.page import run_page
 from fistapruner.reporting.summary import summary
 from fistapruner.reporting.write import write_page
-from fistapruner.runs.records import CalibrationTask, Comparison, Lineage, ModelFacts, Recovery, Report, Stage, parse
+from fistapruner.runs.base import parse
+from fistapruner.runs.records import CalibrationTask, Comparison, Lineage, ModelFacts, Report, Stage
+from fistapruner.runs.training_records import Recovery
 from fistapruner.solvers import METHODS
 
 pytest.importorskip("matplotlib", reason="the extra 'report' is not installed")

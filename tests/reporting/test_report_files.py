@@ -30,7 +30,8 @@ from fistapruner.reporting.layer_errors import hardest
 from fistapruner.reporting.model_card import model_card
 from fistapruner.reporting.recovery_text import closed_text, gain
 from fistapruner.reporting.status_text import status_facts, status_text
-from fistapruner.runs.records import VERSION, Report, load_run, parse
+from fistapruner.runs.base import VERSION, parse
+from fistapruner.runs.records import Report, load_run
 from fistapruner.runs.results import Divergence, Evaluation
 from fistapruner.runs.steps import StepJournal
 from fistapruner.runtime.formatting import (

@@ -8,12 +8,13 @@ from pathlib import Path
 import pytest
 
 from fistapruner.errors import FistaPrunerError
+from fistapruner.runs.base import parse
 from fistapruner.runs.decision import EvaluationRequest, Numerics, PruneRecord, RunDecision, RunRecord
 from fistapruner.runs.directory import RunDirectory
 from fistapruner.runs.listener import Listener
 from fistapruner.runs.lock import hold
 from fistapruner.runs.log import Logged, log_file
-from fistapruner.runs.records import ModelFacts, Report, load_run, parse
+from fistapruner.runs.records import ModelFacts, Report, load_run
 from fistapruner.runs.times import spent
 
 NUMERICS = Numerics(batch_size=2, by_operator=False, threads=1, device="cpu", dtype="float32")

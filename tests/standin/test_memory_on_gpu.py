@@ -16,8 +16,9 @@ from fistapruner.models.files.checkpoint import Checkpoint
 from fistapruner.models.layerwise import LayerwiseModel
 from fistapruner.planning.plan import DEVICE_RESERVE
 from fistapruner.recipes.loading import load_recipe_settings, merge
+from fistapruner.runs.layer_records import LayerEntry
 from fistapruner.runs.listener import Listener
-from fistapruner.runs.records import LayerEntry, Report
+from fistapruner.runs.records import Report
 from standin.gpu import StandIn
 
 CUDA = torch.device("cuda:0")

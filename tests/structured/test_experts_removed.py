@@ -15,9 +15,10 @@ import fistapruner as fp
 import tiny
 from fistapruner.constraints import NM
 from fistapruner.evaluation.inspection import inspect_checkpoint
+from fistapruner.runs.layer_records import LayerEntry
 from fistapruner.runs.listener import Listener
 from fistapruner.runs.prune_directory import PruneDirectory
-from fistapruner.runs.records import LayerEntry, Report
+from fistapruner.runs.records import Report
 
 SMALL = {"source": "python", "samples": 4, "seqlen": 32}
 TOKENS = torch.arange(3, 27)[None]

@@ -19,9 +19,10 @@ from fistapruner.cli import main
 from fistapruner.constraints import NM
 from fistapruner.evaluation.inspection import inspect_checkpoint
 from fistapruner.models.files.checkpoint import Checkpoint
+from fistapruner.runs.layer_records import LayerEntry
 from fistapruner.runs.listener import Listener
 from fistapruner.runs.prune_directory import PruneDirectory
-from fistapruner.runs.records import LayerEntry, Report
+from fistapruner.runs.records import Report
 from fistapruner.sparse.speed import Speed, measure_speed
 from fistapruner.sparse.variants import Variant, load_variant
 

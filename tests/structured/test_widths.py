@@ -22,8 +22,8 @@ from fistapruner.evaluation.inspection import inspect_checkpoint
 from fistapruner.models.files.gguf_export import export_gguf
 from fistapruner.models.layerwise import LayerwiseModel
 from fistapruner.models.source import UNTRUSTED
+from fistapruner.runs.layer_records import LayerEntry
 from fistapruner.runs.listener import Listener
-from fistapruner.runs.records import LayerEntry
 from fistapruner.sparse.variants import Variant, load_variant
 from fistapruner.structured.widths import allocate
 

@@ -31,7 +31,7 @@ from .arguments import (
 )
 
 if TYPE_CHECKING:
-    from ..runs.records import AlignComparison
+    from ..runs.training_records import AlignComparison
 
 SUMMARY = "train a pruned model on preference pairs, every zero kept"
 

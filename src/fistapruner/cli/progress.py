@@ -20,8 +20,8 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 
+from ..runs.layer_records import LayerEntry
 from ..runs.listener import Listener
-from ..runs.records import LayerEntry
 from ..runtime.formatting import duration
 
 EVERY = 7.0

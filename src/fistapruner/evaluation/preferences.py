@@ -8,7 +8,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from ..runs.records import PreferenceFigures
+from ..runs.training_records import PreferenceFigures
 from ..tuning.preference import accuracy, margins_of
 from .zero_shot import mcnemar
 

@@ -32,8 +32,8 @@ from ..pruning.partition import solve_in_parts
 from ..recipes.settings import Recipe
 from ..runs.decision import Numerics
 from ..runs.identity import fingerprint
+from ..runs.layer_records import LayerEntry
 from ..runs.prune_directory import PruneDirectory
-from ..runs.records import LayerEntry
 from ..runtime.devices import choose_device
 from ..runtime.machine import now
 from ..runtime.memory import peak_memory, release_device_memory

@@ -13,7 +13,8 @@ from ..models.source import Permissions
 from ..recipes.align_settings import AlignRecipe
 from ..runs.align_directory import AlignDirectory
 from ..runs.listener import Listener
-from ..runs.records import Alignment, Report
+from ..runs.records import Report
+from ..runs.training_records import Alignment
 from ..tuning.preference import margins_of
 from ..tuning.trained import Trained
 from .prepare_align import make_text, prepare

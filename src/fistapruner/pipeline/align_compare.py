@@ -16,9 +16,11 @@ from ..recipes.align_settings import AlignRecipe
 from ..recipes.loading import merge
 from ..reporting.align_table import align_table
 from ..runs.align_directory import AlignDirectory
+from ..runs.base import parse, read_json
 from ..runs.listener import Listener
 from ..runs.lock import hold
-from ..runs.records import AlignComparison, AlignRow, Report, load_run, parse, read_json
+from ..runs.records import Report, load_run
+from ..runs.training_records import AlignComparison, AlignRow
 from ..runtime.files import copy_atomic, disk_errors, write_json_atomic, write_text_atomic
 from ..runtime.machine import versions
 from .align import align

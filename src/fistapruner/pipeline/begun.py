@@ -9,10 +9,11 @@ from pathlib import Path
 from ..errors import FistaPrunerError
 from ..models.source import Permissions
 from ..recipes.settings import Recipe
+from ..runs.base import parse, read_json
 from ..runs.decision import PruneRecord
 from ..runs.identity import fingerprint, text_sha256
 from ..runs.prune_directory import PruneDirectory
-from ..runs.records import Report, parse, read_json
+from ..runs.records import Report
 from ..sensitivity.workload import workload_sha256
 
 

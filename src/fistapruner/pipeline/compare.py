@@ -35,10 +35,11 @@ from ..recipes.loading import merge
 from ..recipes.settings import Recipe
 from ..reporting.comparison import comparison_markdown
 from ..reporting.write import write_page
+from ..runs.base import parse, read_json
 from ..runs.lineage import update_stage, write_lineage
 from ..runs.listener import Listener
 from ..runs.prune_directory import PruneDirectory
-from ..runs.records import CompareRow, Comparison, Report, load_run, parse, read_json
+from ..runs.records import CompareRow, Comparison, Report, load_run
 from ..runs.results import Evaluation, Perplexity
 from ..runs.training_directory import RecoverDirectory
 from ..runtime.devices import choose_device

@@ -22,10 +22,12 @@ from ..models.files.writer import write_checkpoint
 from ..models.layerwise import LayerwiseModel
 from ..planning.plan import check_plan
 from ..reporting.model_card import model_card
+from ..runs.base import VERSION
 from ..runs.directory import CARD, RunDirectory
+from ..runs.layer_records import LayerEntry
 from ..runs.lineage import add_stage, update_stage
 from ..runs.listener import Listener
-from ..runs.records import VERSION, LayerEntry, Report, Totals, load_run
+from ..runs.records import Report, Totals, load_run
 from ..runs.times import Times
 from ..runtime.files import PARTIAL, sha256_file
 from ..runtime.machine import now

@@ -23,10 +23,12 @@ from ..models.layerwise import LayerwiseModel
 from ..planning.plan import check_plan
 from ..planning.training_sizes import STEP, TRAINING
 from ..reporting.model_card import model_card
+from ..runs.base import VERSION
 from ..runs.directory import CARD
+from ..runs.layer_records import LayerEntry, OperatorEntry
 from ..runs.lineage import add_stage, update_stage
 from ..runs.listener import Listener
-from ..runs.records import VERSION, LayerEntry, OperatorEntry, Report, Totals
+from ..runs.records import Report, Totals
 from ..runs.steps import read_steps
 from ..runs.times import Times
 from ..runtime.machine import now

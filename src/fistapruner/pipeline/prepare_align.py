@@ -12,8 +12,8 @@ from ..planning.training_sizes import Task
 from ..recipes.align_settings import AlignRecipe
 from ..runs.directory import RunDirectory
 from ..runs.listener import Listener
-from ..runs.records import Recovery
 from ..runs.training_directory import TrainingDirectory
+from ..runs.training_records import Recovery
 from ..runtime.files import sha256_file
 from ..tuning.pair_objective import DIVERGENCE, LENGTHS, LIKELIHOOD
 from ..tuning.teacher import TOP

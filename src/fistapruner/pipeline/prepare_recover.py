@@ -14,8 +14,8 @@ from ..planning.training_sizes import Task
 from ..recipes.recover_settings import RecoverRecipe
 from ..runs.identity import stamps
 from ..runs.listener import Listener
-from ..runs.records import Recovery
 from ..runs.training_directory import TrainingDirectory
+from ..runs.training_records import Recovery
 from ..runtime.files import sha256_file
 from ..runtime.memory import release_memory
 from ..runtime.numerics import dtype_name

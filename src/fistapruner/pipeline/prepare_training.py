@@ -17,8 +17,9 @@ from ..runs.decision import Numerics, TrainingDecision, TrainingRecord
 from ..runs.identity import stamps
 from ..runs.lineage import begin_lineage
 from ..runs.listener import Listener
-from ..runs.records import CalibrationFacts, PlanRow, Recovery
+from ..runs.records import CalibrationFacts, PlanRow
 from ..runs.training_directory import TrainingDirectory
+from ..runs.training_records import Recovery
 from ..runtime.devices import available_cores, cpu_threads
 from ..runtime.files import sha256_file
 from ..runtime.machine import describe_machine, now, versions

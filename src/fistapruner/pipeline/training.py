@@ -13,12 +13,13 @@ from ..errors import FistaPrunerError
 from ..execution.training import TrainingContext
 from ..models.source import Permissions
 from ..recipes.loading import merge
+from ..runs.base import parse, read_json
 from ..runs.decision import EvaluationRequest, TrainingRecord
 from ..runs.identity import changed_files
 from ..runs.listener import Listener
 from ..runs.lock import hold
 from ..runs.log import Logged, log_file
-from ..runs.records import Report, parse, read_json
+from ..runs.records import Report
 from ..runs.steps import read_steps
 from ..runs.times import spent
 from ..runs.training_directory import TrainingDirectory

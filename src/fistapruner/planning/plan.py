@@ -23,7 +23,8 @@ from ..models.discovery import Layout
 from ..models.layerwise import LayerwiseModel
 from ..recipes.settings import Recipe
 from ..recipes.training_settings import TrainingRecipe
-from ..runs.records import LayerEntry, PlanRow, Totals
+from ..runs.layer_records import LayerEntry
+from ..runs.records import PlanRow, Totals
 from ..runtime.devices import free_memory_of_gpus, worker_devices
 from ..runtime.formatting import count, percent, size
 from ..runtime.memory import free_device_memory, free_memory, release_device_memory, resident_memory

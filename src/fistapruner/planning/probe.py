@@ -21,7 +21,7 @@ from ..pruning.drift import dense_windows
 from ..pruning.layer import prune_layer
 from ..pruning.partition import cut, part_of
 from ..recipes.settings import Recipe
-from ..runs.records import LayerEntry
+from ..runs.layer_records import LayerEntry
 from ..solvers import solve
 from ..solvers.low_rank import ALTERNATIONS
 from ..structured.units import Widths

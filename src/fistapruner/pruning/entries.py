@@ -8,7 +8,7 @@ import torch
 
 from ..models.discovery import Group
 from ..problem import LayerProblem
-from ..runs.records import OperatorEntry
+from ..runs.layer_records import OperatorEntry
 from ..solvers.base import Solution
 
 SPECTRUM_LIMIT = 2048

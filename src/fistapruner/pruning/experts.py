@@ -12,7 +12,7 @@ from ..models.discovery import Group
 from ..models.experts import Experts
 from ..problem import LayerProblem, ProblemSums
 from ..runs.decision import ExpertsDecision
-from ..runs.records import OperatorEntry, RemovalEntry
+from ..runs.layer_records import OperatorEntry, RemovalEntry
 from ..runtime.clock import Clock
 from ..structured.experts import EXPERTS, fewer_experts, kept_experts, reap_scores
 from ..structured.shrinkage import shrunk

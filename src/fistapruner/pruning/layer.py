@@ -14,7 +14,7 @@ from ..models.discovery import Group
 from ..models.files.low_rank import A, B, sum_of_parts
 from ..models.layerwise import LayerwiseModel
 from ..problem import LayerProblem, ProblemSums, unweighted
-from ..runs.records import LayerEntry, OperatorEntry
+from ..runs.layer_records import LayerEntry, OperatorEntry
 from ..runtime.clock import Clock
 from ..runtime.memory import release_memory
 from ..solvers import parse_method

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from ..constraints import NM
-from ..runs.records import OperatorEntry, RemovalEntry
+from ..runs.layer_records import OperatorEntry, RemovalEntry
 from ..runtime.clock import Clock
 from ..sensitivity.channel_order import channel_order, kept_share
 from ..sensitivity.decision import permutes

@@ -11,7 +11,10 @@ from statistics import median
 
 from ..constraints import parse_sparsity
 from ..errors import FistaPrunerError
-from ..runs.records import LayerEntry, OperatorEntry, Recovery, Report, method_label
+from ..runs.labels import method_label
+from ..runs.layer_records import LayerEntry, OperatorEntry
+from ..runs.records import Report
+from ..runs.training_records import Recovery
 from ..runtime.formatting import percent, significant
 from ..solvers import METHODS
 

@@ -6,8 +6,8 @@ import math
 from collections.abc import Callable, Sequence
 from statistics import mean, stdev
 
-from ..runs.records import AlignComparison, AlignRow, PreferenceFigures
 from ..runs.results import Evaluation
+from ..runs.training_records import AlignComparison, AlignRow, PreferenceFigures
 from ..runtime.formatting import p_value, with_error
 from .alignment_text import accuracy_text, percent_number
 

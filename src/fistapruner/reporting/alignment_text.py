@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from ..runs.records import PreferenceFigures, Report
+from ..runs.records import Report
+from ..runs.training_records import PreferenceFigures
 from ..runtime.formatting import count, p_value, percent, significant, with_error
 
 LOSSES = {

@@ -10,7 +10,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from statistics import median
 from typing import Any
 
-from ..runs.records import LayerEntry, Report
+from ..runs.layer_records import LayerEntry
+from ..runs.records import Report
 from ..runtime.formatting import duration, significant
 from ..solvers import METHODS
 from ..solvers.base import Trace

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from ..runs.records import LayerEntry, OperatorEntry
+from ..runs.layer_records import LayerEntry, OperatorEntry
 
 
 def hardest(layers: Sequence[LayerEntry], count: int) -> list[tuple[LayerEntry, OperatorEntry]]:

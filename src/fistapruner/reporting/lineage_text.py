@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from ..runs.records import TRAINED, Lineage, Stage, amount_label, methods_label, training_label
+from ..runs.labels import TRAINED, amount_label, methods_label, training_label
+from ..runs.records import Lineage, Stage
 from ..runtime.formatting import count, percent, with_error
 
 DONE = {"prune": "pruned", "recover": "recovered", "align": "aligned", "merge": "merged with an adapter"}

@@ -6,8 +6,9 @@ import re
 
 import yaml
 
-from ..runs.records import Alignment, Recovery, Report, TextSide
+from ..runs.records import Report
 from ..runs.results import Evaluation
+from ..runs.training_records import Alignment, Recovery, TextSide
 from ..runtime.formatting import count, duration, pattern, percent, short_count, significant, size, with_error
 from .advice import advice
 from .alignment_text import pairs_text, preference_sentence, references_text

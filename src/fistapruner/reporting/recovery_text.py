@@ -6,8 +6,9 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
-from ..runs.records import Recovery, Report
+from ..runs.records import Report
 from ..runs.results import Evaluation, Perplexity
+from ..runs.training_records import Recovery
 from ..runtime.formatting import count, percent, short_count, significant, with_error
 
 

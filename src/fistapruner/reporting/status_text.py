@@ -5,7 +5,8 @@ from __future__ import annotations
 from datetime import UTC, datetime
 from typing import Any
 
-from ..runs.records import Recovery, Report
+from ..runs.records import Report
+from ..runs.training_records import Recovery
 from ..runtime.formatting import align_columns, duration, percent
 from .layer_errors import mean_error
 from .recovery_text import held_out_text

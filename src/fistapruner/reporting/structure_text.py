@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from itertools import chain
 
-from ..runs.records import RemovalEntry, Report
+from ..runs.layer_records import RemovalEntry
+from ..runs.records import Report
 from ..runtime.formatting import count, percent, significant, span
 from .rendering import Table
 

@@ -5,7 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 
 from ..errors import FistaPrunerError
-from ..runs.records import Comparison, load_run, parse, read_json
+from ..runs.base import parse, read_json
+from ..runs.records import Comparison, load_run
 from ..runtime.files import write_text_atomic
 from .compare_page import comparison_page
 from .page import run_page

@@ -29,8 +29,9 @@ from ..errors import FistaPrunerError, explain
 from ..models.files.checkpoint import PRUNING_RECORD, Checkpoint
 from ..models.files.low_rank import FOLDER, LowRankAdapter
 from ..runtime.files import disk_errors, json_sha256, sampled_sha256, write_json_atomic, write_text_atomic
+from .base import read_json
 from .decision import RunRecord
-from .records import Report, read_json
+from .records import Report
 
 CARD = "README.md"
 """The model card in ``model/``. It is written anew with every measurement."""

@@ -22,7 +22,7 @@ from torch import Tensor
 from ..errors import FistaPrunerError
 from ..models.files.safetensors import SafetensorsFile, SafetensorsWriter, TensorEntry
 from ..runtime.files import PARTIAL, json_sha256, sha256_file, write_json_atomic
-from .records import LayerEntry
+from .layer_records import LayerEntry
 
 log = logging.getLogger("fistapruner")
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from .records import LayerEntry
+from .layer_records import LayerEntry
 
 
 class Listener:

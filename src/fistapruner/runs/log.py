@@ -7,8 +7,8 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from .layer_records import LayerEntry
 from .listener import Listener
-from .records import LayerEntry
 
 log = logging.getLogger("fistapruner")
 

@@ -6,42 +6,25 @@ misunderstand raises :data:`VERSION`.
 
 from __future__ import annotations
 
-import json
 import math
-from collections.abc import Mapping
-from datetime import UTC, datetime
 from pathlib import Path
-from typing import Annotated, Any, Literal, TypeVar
+from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
+from pydantic import BeforeValidator, Field
 
-from ..errors import FistaPrunerError, explain
-from ..recipes.structure_settings import AS_PUBLISHED
-from ..runtime.formatting import percent, short_count
+from ..errors import FistaPrunerError
+from ..runtime.formatting import percent
 from ..runtime.machine import Machine
-from .results import Divergence, Evaluation, Loss, Perplexity, StandardError, Written
-from .steps import read_steps
-
-VERSION = 1
+from .base import VERSION, Record, parse, read_json
+from .labels import TRAINED, amount_label, methods_label, training_label
+from .layer_records import LayerEntry
+from .results import Divergence, Evaluation, Perplexity
+from .training_records import Alignment, Recovery, TextSide
 
 Kind = Annotated[
     Literal["prune", "recover", "align", "merge"], BeforeValidator(lambda kind: "prune" if kind == "run" else kind)
 ]
 """The verb that a run belongs to; ``merge`` is that of an adapter. Early reports say ``run`` for ``prune``."""
-
-TRAINED = {"recover": "recovered", "align": "aligned"}
-"""What runs that train have done to a model."""
-
-CURVE_POINTS = 500
-"""Most points of a training curve in a report."""
-
-R = TypeVar("R", bound="Record")
-
-
-class Record(BaseModel):
-    """Base of all records; unknown keys are kept, so an older reader loses no newer figures."""
-
-    model_config = ConfigDict(extra="allow", protected_namespaces=(), ser_json_inf_nan="null")
 
 
 class ModelFacts(Record):
@@ -63,20 +46,6 @@ class ModelFacts(Record):
     dtype: str = ""
     bytes: int | None = None
     license: str | None = None
-
-
-class TextSide(Record):
-    """The part of a training text that is trained on, or the part that is held out.
-
-    Args:
-        documents: that were cut (None for generated text); ``windows``; ``tokens``: without padding; ``loss_tokens``:
-            tokens that carry loss.
-    """
-
-    documents: int | None = None
-    windows: int = 0
-    tokens: int = 0
-    loss_tokens: int = 0
 
 
 class CalibrationTask(Record):
@@ -119,119 +88,6 @@ class CalibrationFacts(Record):
     seed: int | None = None
     documents: int | None = None
     tasks: dict[str, CalibrationTask] = {}
-
-
-class OperatorEntry(Record):
-    """One pruned operator.
-
-    Args:
-        name: inside the decoder layer (``self_attn.q_proj``).
-        shape: [outputs, inputs].
-        sparsity: pattern asked for (``50%``, ``2:4``).
-        zeros: exact number of zeros; ``density``: exact share of weights kept.
-        relative_error: error of its outputs as a share of their energy (``f / c``); ``dense_error``: the same of its
-            dense weights on the same inputs and target, None where inputs and hidden states had not drifted.
-        group: operators that share a value read the same inputs and were solved together.
-        steps: what each step of the method chain recorded: ``method``, ``relative_error``, ``seconds`` and its own
-            keys. The report draws the ones it knows: ``rounds`` of a lambda search (list of {lambda, e_total, …}) and
-            the ``path`` of ADMM (list of {rho, support_change, …}).
-        spectrum: eigenvalues of its Gram divided by the largest, at log-spaced ranks, descending; ``spectrum_ranks``:
-            the ranks, from 1.
-        condition: largest eigenvalue over the mean of the diagonal.
-        tokens: calibration tokens that were routed to its expert; None of operators that read all tokens.
-        low_rank: rank of the low-rank part beside it; None of operators without one. ``relative_error`` is then that of
-            the sum; zeros and density are those of the sparse part.
-        change: of a recovery run: norm of the weight's change over its norm; ``changed``: weights that changed.
-    """
-
-    name: str
-    shape: tuple[int, int]
-    sparsity: str
-    zeros: int
-    density: float
-    relative_error: float | None = None
-    dense_error: float | None = None
-    group: int | None = None
-    steps: list[dict[str, Any]] = []
-    spectrum: list[float] | None = None
-    spectrum_ranks: list[int] | None = None
-    condition: float | None = None
-    tokens: int | None = None
-    low_rank: int | None = None
-    change: float | None = None
-    changed: int | None = None
-
-    @property
-    def loss(self) -> float | None:
-        """The error that pruning adds to that of the dense weights; 0 where it removes some of that."""
-        return None if self.relative_error is None else max(0.0, self.relative_error - (self.dense_error or 0.0))
-
-
-class RemovalEntry(Record):
-    """Channels or experts that were removed from a decoder layer.
-
-    Args:
-        unit: what was removed (``MLP channels``).
-        kept: of experts, the numbers in the dense model of those that stay; ``scores``: of all, REAP's.
-        producers, consumer: the operators that write and read the channels.
-        before, after: their number.
-        method: how they were chosen; ``compensate``: how the remaining weights make up for them.
-        shrink: share of shrinkage of the Gram.
-        dense_error: relative error of the consumer's outputs with all channels, from drift alone; ``dropped_error``:
-            without the removed ones, the others' weights as they were; ``relative_error``: with the new weights.
-        validated_error, validated_dropped: the same two on tokens that were not fitted (half of the windows).
-        permuted: shares of the weights' importance that an n:m pattern keeps in the old and in the new order of the
-            remaining channels.
-    """
-
-    unit: str
-    kept: list[int] | None = None
-    scores: list[float] | None = None
-    producers: list[str] = []
-    consumer: str = ""
-    before: int
-    after: int
-    method: str = ""
-    compensate: str = ""
-    shrink: float | None = None
-    dense_error: float | None = None
-    dropped_error: float | None = None
-    relative_error: float | None = None
-    validated_error: float | None = None
-    validated_dropped: float | None = None
-    permuted: tuple[float, float] | None = None
-
-
-class LayerEntry(Record):
-    """One pruned decoder layer; also the content of ``RUN/layers/NNNN.json``.
-
-    Args:
-        index: from 0; ``name``: in the checkpoint (``model.layers.0``).
-        seconds: wall seconds by phase (``capture``, ``gram``, ``solve``, ``reconstruct``, ``io``, …).
-        relative_error: of the layer's output hidden states against the dense layer's, as a share of the energy of what
-            the dense layer adds to its input, or whatever ``relative_error_of`` says.
-        operators: in execution order; ``removals``: the channels that were removed.
-        passed_after: seconds until the dense hidden states were ready for the next layer.
-        finished: ISO time; ``device``: that solved it; ``peak_memory``: bytes while it ran.
-        warnings: sentences.
-        batch_size, by_operator: windows in one forward pass, and whether groups were solved in parts, where the GPU's
-            memory ran out and the run went on with less of it than it had decided.
-    """
-
-    index: int
-    name: str = ""
-    seconds: dict[str, float] = {}
-    relative_error: float | None = None
-    relative_error_of: str | None = None
-    operators: list[OperatorEntry] = []
-    removals: list[RemovalEntry] = []
-    passed_after: float | None = None
-    finished: str | None = None
-    device: str | None = None
-    peak_memory: int | None = None
-    warnings: list[str] = []
-    batch_size: int | None = None
-    by_operator: bool | None = None
 
 
 class Totals(Record):
@@ -290,87 +146,6 @@ class Generation(Record):
     recovered: str | None = None
 
 
-class Check(Record):
-    """One check on the held-out windows of a recovery run.
-
-    Args:
-        step: after which it was made; ``held_out``: loss per token; ``by_task``: of each of several tasks.
-        kept: its weights are the best so far.
-    """
-
-    step: int
-    held_out: Loss
-    kept: bool = False
-    by_task: dict[str, Loss] = {}
-
-
-class Recovery(Record):
-    """What a recovery run trained, on what, and what that changed.
-
-    Args:
-        parameters, optimizer, loss: as resolved; ``lr``: the lowest and the highest first learning rate.
-        trained: numbers that were trained; ``operators``: operators among them.
-        steps: optimizer steps taken; ``asked_steps``; ``kept_step``: the step whose weights were written; 0 is the
-            input's own.
-        tokens: tokens passed in training; ``windows``, ``held_out_windows``, ``documents``, ``held_out_documents``.
-        checks: on the held-out windows, in order, that of step 0 first; ``curve``: (step, training loss), at most 500.
-        seconds: of steps and checks, all processes; ``last_step``: ISO time of the last step.
-        changed: share of the operators' surviving weights that changed; ``change``: largest norm of an operator's
-            change over its norm.
-        before: the input on the texts that the result was evaluated on, against the same dense model.
-    """
-
-    parameters: str = ""
-    optimizer: str = ""
-    loss: str = ""
-    lr: dict[str, float] = {}
-    trained: int = 0
-    operators: int = 0
-    steps: int = 0
-    asked_steps: int = 0
-    kept_step: int = 0
-    tokens: int = 0
-    windows: int = 0
-    held_out_windows: int = 0
-    documents: int | None = None
-    held_out_documents: int | None = None
-    checks: list[Check] = []
-    curve: list[tuple[int, float]] = []
-    changed: float | None = None
-    change: float | None = None
-    seconds: float = 0.0
-    last_step: str | None = None
-    before: list[Evaluation] = []
-
-    @property
-    def start(self) -> Check | None:
-        """The check before the first step."""
-        return next((check for check in self.checks if check.step == 0), None)
-
-    @property
-    def best(self) -> Check | None:
-        """The check of the step that is kept."""
-        return next((check for check in self.checks if check.step == self.kept_step), None)
-
-    def read_journal(self, path: Path) -> None:
-        """Take steps, losses and times from a journal (:mod:`fistapruner.runs.steps`).
-
-        Raises:
-            FistaPrunerError: the file cannot be read.
-        """
-        if not (lines := read_steps(path)):
-            return
-        losses = [(line["step"], line["loss"]) for line in lines if line.get("loss") is not None]
-        self.steps = lines[-1]["step"]
-        self.tokens = sum(line.get("tokens", 0) for line in lines)
-        self.seconds = sum(line.get("seconds", 0.0) for line in lines)
-        self.last_step = datetime.fromtimestamp(path.stat().st_mtime, UTC).isoformat()
-        self.curve = losses[:: -(-len(losses) // CURVE_POINTS) or 1]
-        checks = [line for line in lines if line.get("held_out") is not None]
-        self.checks = [Check.model_validate({key: line.get(key) for key in Check.model_fields}) for line in checks]
-        self.kept_step = next((check.step for check in reversed(self.checks) if check.kept), 0)
-
-
 class WorkloadTask(Record):
     """What an allocation for a workload means for a task.
 
@@ -423,92 +198,6 @@ class WorkloadFacts(Record):
     tasks: dict[str, WorkloadTask] = {}
     rules: list[WorkloadRule] = []
     deployments: int | None = None
-
-
-class PreferenceFigures(Record):
-    """What a model prefers on the test pairs of an alignment run.
-
-    Args:
-        accuracy: share of pairs whose chosen answer is more likely; ties count one half. ``accuracy_error``: its
-            standard error.
-        normalised: the same with log-probabilities divided by tokens.
-        p_value: exact McNemar test of ``accuracy`` against that of the run's result; ``lost``, ``won``: pairs that only
-            this model, or only the result, gets right.
-    """
-
-    accuracy: float
-    accuracy_error: StandardError
-    normalised: float
-    lost: int | None = None
-    won: int | None = None
-    p_value: float | None = None
-
-
-class Alignment(Record):
-    """What an alignment run trained on, and what its result prefers.
-
-    Rewards are relative to the references of the loss, combined as the loss does (the mean of them for multi-dpo), or
-    to the model that went in where the loss has none.
-
-    Args:
-        pairs, held_out_pairs, test_pairs: of the three sides; ``left_out``: pairs that did not fit.
-        references: their weights by name, the mean over training pairs where they differ; empty without any.
-        test: of ``dense``, ``pruned`` (the model that went in) and ``aligned``, on the test pairs.
-        reward_accuracy: share of test pairs whose margin is above the references'.
-        margin: ``beta (h - m)``, the mean over test pairs; ``margin_error``.
-        chosen_reward, rejected_reward: ``beta (p - r)`` of either answer, means.
-    """
-
-    pairs: int = 0
-    held_out_pairs: int = 0
-    test_pairs: int = 0
-    left_out: int = 0
-    references: dict[str, float] = {}
-    test: dict[str, PreferenceFigures] = {}
-    reward_accuracy: float | None = None
-    margin: float | None = None
-    margin_error: Annotated[float | None, Written] = None
-    chosen_reward: float | None = None
-    rejected_reward: float | None = None
-
-
-class AlignRow(Record):
-    """One alignment of a comparison.
-
-    Args:
-        label: what differs from the others; ``seed``; ``error``: why there is no result.
-        alignment: what its result prefers; ``evaluation``: on the text, against the dense model.
-        held_out: loss before training and at the step that is kept; ``kept_step``.
-        seconds: wall time.
-    """
-
-    label: str
-    seed: int = 0
-    error: str | None = None
-    alignment: Alignment | None = None
-    evaluation: Evaluation | None = None
-    held_out: tuple[Loss, Loss] | None = None
-    kept_step: int | None = None
-    seconds: float | None = None
-
-
-class AlignComparison(Record):
-    """``DIR/compare.json`` of ``fistapruner align --compare``.
-
-    Args:
-        recipe: settings that all rows share; ``model``: as the user named it.
-        before: the model before alignment on the text, against the dense model.
-        rows: in the order of the table.
-    """
-
-    version: int = VERSION
-    status: Literal["running", "finished"] = "running"
-    command: str | None = None
-    model: str = ""
-    recipe: dict[str, Any] = {}
-    versions: dict[str, str] = {}
-    before: Evaluation | None = None
-    rows: list[AlignRow] = []
 
 
 class StageFigures(Record):
@@ -732,91 +421,6 @@ class Comparison(Record):
     dense: Perplexity | None = None
     rows: list[CompareRow] = []
     warnings: list[str] = []
-
-
-def method_label(method: Any) -> str:
-    """Write a method chain as on the command line, such as ``wanda+refit``.
-
-    Args:
-        method: as recipes store it: a name, or a list of names and one-entry mappings.
-    """
-    if isinstance(method, str):
-        return method
-    return "+".join(next(iter(step)) if isinstance(step, dict) and step else str(step) for step in method or ())
-
-
-def amount_label(recipe: dict[str, Any]) -> str:
-    """Say what a recipe removes: ``2:4``, ``structure 25%``, or both: ``structure 25% and 2:4``.
-
-    What it adds is said too: ``2:4 + rank 16``.
-    """
-    removed, sparsity = (recipe.get("structure") or {}).get("remove"), str(recipe.get("sparsity", ""))
-    if not removed:
-        return f"{sparsity} + rank {recipe['low_rank']}" if recipe.get("low_rank") else sparsity
-    return f"structure {removed}" + ("" if sparsity in ("", "0%") else f" and {sparsity}")
-
-
-def methods_label(recipe: dict[str, Any]) -> str:
-    """Write how a recipe prunes: the choice of structure and the method chain, where they have work."""
-    chain, structure = method_label(recipe.get("method", "")), recipe.get("structure") or {}
-    if not structure.get("remove"):
-        return chain
-    units = [part.partition("=")[0] for part in str(structure["remove"]).split(",")]
-    how = structure.get("compensate", "auto")
-    how = AS_PUBLISHED.get(structure["method"], "refit") if how == "auto" and "method" in structure else how
-    channels = [f"{structure.get('method')}{'' if how == 'none' else f'+{how}'}"] if units != ["experts"] else []
-    own = ", ".join([*channels, *(["reap"] if "experts" in units else [])])
-    return own if recipe.get("sparsity") == "0%" else f"{own}, {chain}"
-
-
-def training_label(kind: str, settings: Mapping[str, Any], tokens: int | None) -> str:
-    """Say what a run trains: ``recovered: lora, kl, 256k tokens``.
-
-    Args:
-        kind: of the run.
-        settings: its recipe, resolved.
-        tokens: passed in training; None where that is not known.
-    """
-    optimizer = settings.get("optimizer")
-    parts = [
-        settings.get("parameters"),
-        None if optimizer == "adamw" else optimizer,
-        settings.get("loss"),
-        f"{short_count(tokens)} tokens" if tokens else None,
-    ]
-    return ": ".join(filter(None, (TRAINED[kind], ", ".join(str(part) for part in parts if part))))
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """Read a JSON object from a file.
-
-    Raises:
-        FistaPrunerError: no such file, not JSON, or not an object.
-    """
-    try:
-        data = json.loads(path.read_text("utf-8"))
-    except FileNotFoundError:
-        raise FistaPrunerError(f"{path} does not exist") from None
-    except (OSError, ValueError, RecursionError) as error:
-        raise FistaPrunerError(f"{path} cannot be read as JSON: {error}") from None
-    if not isinstance(data, dict):
-        raise FistaPrunerError(f"{path} is not a JSON object")
-    return data
-
-
-def parse(schema: type[R], data: dict[str, Any], origin: str) -> R:
-    """Validate ``data``.
-
-    Raises:
-        FistaPrunerError: it is of a newer version, or does not have the schema.
-    """
-    version = data.get("version", VERSION)
-    if not isinstance(version, int) or version > VERSION:
-        raise FistaPrunerError(f"{origin} has version {version!r}: this program reads up to {VERSION}, update it")
-    try:
-        return schema.model_validate(data)
-    except ValidationError as error:
-        raise FistaPrunerError(f"{origin}: {explain(error)}") from None
 
 
 def load_run(folder: Path) -> Report:

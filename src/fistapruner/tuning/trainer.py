@@ -19,10 +19,10 @@ from torch import Tensor
 from ..calibration.training_text import TrainingText
 from ..errors import FistaPrunerError
 from ..recipes.training_settings import TrainingRecipe
-from ..runs.records import Check
 from ..runs.snapshots import Snapshot
 from ..runs.steps import ForeignJournal, StepJournal, read_steps
 from ..runs.training_directory import TrainingDirectory
+from ..runs.training_records import Check
 from ..runtime.formatting import duration
 from ..runtime.ranks import ALONE, Ranks
 from .adamw import Patience, Verdict, check_due, schedule

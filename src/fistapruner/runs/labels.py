@@ -1,0 +1,65 @@
+"""Write recipes shortly: method, amount, and training."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from ..recipes.structure_settings import AS_PUBLISHED
+from ..runtime.formatting import short_count
+
+TRAINED = {"recover": "recovered", "align": "aligned"}
+"""What runs that train have done to a model."""
+
+
+def method_label(method: Any) -> str:
+    """Write a method chain as on the command line, such as ``wanda+refit``.
+
+    Args:
+        method: as recipes store it: a name, or a list of names and one-entry mappings.
+    """
+    if isinstance(method, str):
+        return method
+    return "+".join(next(iter(step)) if isinstance(step, dict) and step else str(step) for step in method or ())
+
+
+def amount_label(recipe: dict[str, Any]) -> str:
+    """Say what a recipe removes: ``2:4``, ``structure 25%``, or both: ``structure 25% and 2:4``.
+
+    What it adds is said too: ``2:4 + rank 16``.
+    """
+    removed, sparsity = (recipe.get("structure") or {}).get("remove"), str(recipe.get("sparsity", ""))
+    if not removed:
+        return f"{sparsity} + rank {recipe['low_rank']}" if recipe.get("low_rank") else sparsity
+    return f"structure {removed}" + ("" if sparsity in ("", "0%") else f" and {sparsity}")
+
+
+def methods_label(recipe: dict[str, Any]) -> str:
+    """Write how a recipe prunes: the choice of structure and the method chain, where they have work."""
+    chain, structure = method_label(recipe.get("method", "")), recipe.get("structure") or {}
+    if not structure.get("remove"):
+        return chain
+    units = [part.partition("=")[0] for part in str(structure["remove"]).split(",")]
+    how = structure.get("compensate", "auto")
+    how = AS_PUBLISHED.get(structure["method"], "refit") if how == "auto" and "method" in structure else how
+    channels = [f"{structure.get('method')}{'' if how == 'none' else f'+{how}'}"] if units != ["experts"] else []
+    own = ", ".join([*channels, *(["reap"] if "experts" in units else [])])
+    return own if recipe.get("sparsity") == "0%" else f"{own}, {chain}"
+
+
+def training_label(kind: str, settings: Mapping[str, Any], tokens: int | None) -> str:
+    """Say what a run trains: ``recovered: lora, kl, 256k tokens``.
+
+    Args:
+        kind: of the run.
+        settings: its recipe, resolved.
+        tokens: passed in training; None where that is not known.
+    """
+    optimizer = settings.get("optimizer")
+    parts = [
+        settings.get("parameters"),
+        None if optimizer == "adamw" else optimizer,
+        settings.get("loss"),
+        f"{short_count(tokens)} tokens" if tokens else None,
+    ]
+    return ": ".join(filter(None, (TRAINED[kind], ", ".join(str(part) for part in parts if part))))
