@@ -156,7 +156,8 @@ def test_hidden_states_stay_on_a_gpu_with_room_for_them(model: Model) -> None:
     resident = Choice(16, on_device=True)
     states = 3 * 6400 * measured.window
     assert peak(measured.stages(resident)) - peak(measured.stages(Choice(16))) > 0.9 * states
-    assert peak(measured.host_stages(resident)) == peak(measured.host_stages(Choice(16, on_disk=True)))
+    copied = peak(measured.host_stages(Choice(16, on_disk=True))) - peak(measured.host_stages(resident))
+    assert 0 < copied < 0.05 * states  # page-locked buffers of a few batches
     enough = peak(measured.stages(resident)) + DEVICE_RESERVE
     made = fit_on_gpu(measured, AMPLE, enough)
     assert made.choice == resident
@@ -225,8 +226,9 @@ def test_both_budgets_bind(model: Model) -> None:
     ]
     plan = written(made, disk=2**20, seconds=None)
     assert set(plan.stages) > {"the embeddings", "the embeddings (main memory)", "pruning a layer (main memory)"}
-    assert " of GPU memory at its peak" in plan.says[-1]
-    assert " of main memory at its peak" in plan.says[-1]
+    assert " of GPU memory at its peak" in plan.says[-2]
+    assert " of main memory at its peak" in plan.says[-2]
+    assert plan.says[-1] == "hidden states between decoder layers: in files"
 
 
 def test_workers_share_a_gpu(model: Model) -> None:
