@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -179,7 +180,10 @@ def refuse_low_rank(checkpoint: Path, verb: str) -> None:
     Raises:
         FistaPrunerError: says what the checkpoint is and what to do.
     """
-    if read_pruning_record(checkpoint).get(RECORD) is not None:
+    record: dict[str, Any] = {}
+    with suppress(FistaPrunerError):  # a record that cannot be read: the verb says so itself
+        record = read_pruning_record(checkpoint)
+    if record.get(RECORD) is not None:
         adapter = checkpoint.resolve().parent / FOLDER
         raise FistaPrunerError(
             f"{checkpoint} is the sparse part of a model whose low-rank part is {adapter}, which {verb} would leave out"
