@@ -166,3 +166,32 @@ class Constraint(ABC):
         It works on columns in strided order: member i of group g is column ``i * columns / group_length + g``.
         """
         return ProjectedThreshold(self.project, self.group_length)
+
+
+class Grouped(Constraint):
+    """A constraint that keeps ``n`` of every ``m`` consecutive inputs of a row.
+
+    Args:
+        n: weights kept in every group.
+        m: group length along the inputs.
+    """
+
+    n: int
+    m: int
+
+    @property
+    def fraction(self) -> float:
+        """Share of zeros, ``1 - n/m``."""
+        return 1.0 - self.n / self.m
+
+    def zeros(self, rows: int, columns: int) -> int:
+        return rows * columns // self.m * (self.m - self.n)
+
+    @property
+    def group_length(self) -> int:
+        """Inputs of a group, ``m``."""
+        return self.m
+
+    @property
+    def nm(self) -> tuple[int, int]:
+        return self.n, self.m

@@ -9,14 +9,14 @@ from typing import ClassVar, Literal, Self
 from torch import Tensor
 
 from ..errors import FistaPrunerError
-from .base import Constraint, Scope
+from .base import Constraint, Grouped, Scope
 from .selection import keep_n_of_m
 from .thresholds import GroupThreshold, Threshold
 from .unstructured import Unstructured
 
 
 @dataclass(frozen=True)
-class NM(Constraint):
+class NM(Grouped):
     """Keep the ``n`` best of every ``m`` consecutive inputs of a row: ``NM(2, 4)`` is 2:4.
 
     Args:
@@ -42,14 +42,6 @@ class NM(Constraint):
     def __str__(self) -> str:
         return f"{self.n}:{self.m}"
 
-    @property
-    def fraction(self) -> float:
-        """Share of zeros, ``1 - n/m``."""
-        return 1.0 - self.n / self.m
-
-    def zeros(self, rows: int, columns: int) -> int:
-        return rows * columns // self.m * (self.m - self.n)
-
     def neighbours(self, reach: float) -> tuple[Constraint, ...]:
         sparsest = max(1, self.n - max(1, round(reach * self.m)))
         return (Unstructured(0.0), *(NM(kept, self.m) for kept in range(self.m - 1, sparsest - 1, -1)))
@@ -63,15 +55,6 @@ class NM(Constraint):
         if columns % self.m:
             return False
         return bool(((weight.reshape(rows, -1, self.m) != 0).sum(-1) <= self.n).all())
-
-    @property
-    def group_length(self) -> int:
-        """Inputs of a group, ``m``."""
-        return self.m
-
-    @property
-    def nm(self) -> tuple[int, int]:
-        return self.n, self.m
 
     def rows_independent(self, scope: Scope = "operator") -> bool:
         return True

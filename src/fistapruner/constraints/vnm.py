@@ -11,13 +11,13 @@ import torch
 from torch import Tensor
 
 from ..errors import FistaPrunerError
-from .base import Constraint, Scope
+from .base import Grouped, Scope
 from .selection import keep_n_of_m
 from .thresholds import SharedThreshold, Threshold
 
 
 @dataclass(frozen=True)
-class VNM(Constraint):
+class VNM(Grouped):
     """Keep n of every m inputs of a row, within 2n of them that v rows share: ``VNM(64, 2, 8)`` is 64:2:8.
 
     A block of v rows and m inputs is 2n dense columns in which every row is n:2n, so sparse tensor cores multiply it
@@ -51,14 +51,6 @@ class VNM(Constraint):
     def __str__(self) -> str:
         return f"{self.v}:{self.n}:{self.m}"
 
-    @property
-    def fraction(self) -> float:
-        """Share of zeros, ``1 - n/m``."""
-        return 1.0 - self.n / self.m
-
-    def zeros(self, rows: int, columns: int) -> int:
-        return rows * columns // self.m * (self.m - self.n)
-
     def project(self, scores: Tensor, scope: Scope = "operator") -> Tensor:
         self.check(scores.shape[1])
         lowest = torch.finfo(scores.dtype).min
@@ -76,15 +68,6 @@ class VNM(Constraint):
             bool((part.view(len(part), -1, self.m).sum(-1) <= most).all())
             for part, most in ((kept, self.n), (used, 2 * self.n))
         )
-
-    @property
-    def group_length(self) -> int:
-        """Inputs of a group, ``m``."""
-        return self.m
-
-    @property
-    def nm(self) -> tuple[int, int]:
-        return self.n, self.m
 
     def threshold(self, rows: int, columns: int) -> Threshold:
         return SharedThreshold(self.v, self.n, self.m)

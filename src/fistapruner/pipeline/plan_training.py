@@ -16,7 +16,7 @@ from ..runs.training_directory import RecoverDirectory
 from ..runs.training_runs import input_run
 from ..runtime.devices import cpu_threads
 from . import prepare_align, prepare_recover, recover_inputs
-from .training_inputs import TrainingRequest
+from .training_inputs import R, TrainingRequest
 
 STAND_IN = "python"
 """Text that a plan takes where none is named: only its number of tokens matters."""
@@ -47,12 +47,11 @@ def plan_recovery_of(
     Raises:
         FistaPrunerError: bad input.
     """
-    permissions = Permissions(allow_pickle, trust_remote_code)
     origin = input_run(str(model))
     record = origin.record() if origin is not None else None
     if recipe.data.source is None and not recipe.data.tasks and (record is None or record.calibration is None):
         recipe = recipe.model_copy(update={"data": recipe.data.model_copy(update={"source": STAND_IN})})
-    request = TrainingRequest(str(model), recipe, None if dense is None else str(dense), permissions, evaluates=False)
+    request = _request(model, recipe, dense, Permissions(allow_pickle, trust_remote_code))
     run = RecoverDirectory(Path(out) / "run")  # of a run in that folder
     return _plan(prepare_recover.task_of(run.folder, recover_inputs.check_inputs(run, request, Listener())))
 
@@ -74,11 +73,15 @@ def plan_alignment_of(
         The plan of the recipe's own form, and those of all forms; those that do not fit say why.
     """
     pairs, _ = prepare_align.check_pairs(recipe)
-    permissions = Permissions(allow_pickle, trust_remote_code)
-    request = TrainingRequest(str(model), recipe, None if dense is None else str(dense), permissions, evaluates=False)
+    request = _request(model, recipe, dense, Permissions(allow_pickle, trust_remote_code))
     run = AlignDirectory(Path(out) / "run")  # of a run in that folder
     inputs = prepare_align.check_inputs(run, request, Listener())
     return _plan(prepare_align.task_of(run.folder, inputs, prepare_align.cut_pairs(inputs, pairs, Listener())))
+
+
+def _request(model: str | Path, recipe: R, dense: str | Path | None, permissions: Permissions) -> TrainingRequest[R]:
+    """Ask for a run that evaluates nothing."""
+    return TrainingRequest(str(model), recipe, None if dense is None else str(dense), permissions, evaluates=False)
 
 
 def _plan(task: Task) -> tuple[FormPlan, list[FormPlan]]:

@@ -174,9 +174,7 @@ def _lead(
             listener.say(f"{run.folder} holds the finished run of this recipe")
         record = run.record()
         assert record is not None
-        evaluation = request.evaluation or (record.decision.evaluation if request.evaluates else None)
-        if evaluation is not None and request.evaluation_windows is not None:
-            evaluation = evaluation.model_copy(update={"windows": request.evaluation_windows})
+        evaluation = request.evaluation_beside(record.decision.evaluation)
         if evaluation is not None and evaluation.seqlen is None and (known := record.decision.evaluation):
             evaluation = evaluation.model_copy(update={"seqlen": known.seqlen})
         return measure(run, report, evaluation, request.permissions, listener)

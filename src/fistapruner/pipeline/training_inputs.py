@@ -64,6 +64,13 @@ class TrainingRequest(Generic[R]):
     evaluation_windows: int | None = None
     ranks: Ranks = ALONE
 
+    def evaluation_beside(self, known: EvaluationRequest | None) -> EvaluationRequest | None:
+        """Return the text to evaluate on, where ``known`` is that of the input's run or of the begun run."""
+        found = self.evaluation or (known if self.evaluates else None)
+        if found is not None and self.evaluation_windows is not None:
+            found = found.model_copy(update={"windows": self.evaluation_windows})
+        return found
+
 
 @dataclass(frozen=True)
 class Inputs(Generic[R]):
@@ -131,9 +138,7 @@ def check_training_inputs(
         dense = open_model(dense_source, recipe)
         _check_dense(dense, model)
     tokenizer, length = source.tokenizer(), window_length(seqlen[0], model, TRAINING_SEQLEN, seqlen[1])
-    evaluation = request.evaluation or (_evaluation_of(origin) if request.evaluates else None)
-    if evaluation is not None and request.evaluation_windows is not None:
-        evaluation = evaluation.model_copy(update={"windows": request.evaluation_windows})
+    evaluation = request.evaluation_beside(_evaluation_of(origin) if request.evaluates else None)
     if evaluation is not None:  # a fault in the text shows now
         evaluation = evaluation.model_copy(update={"seqlen": evaluation.seqlen or length})
         cut = load_windows(evaluation.data, tokenizer, evaluation.seqlen or length, evaluation.windows)
