@@ -6,19 +6,14 @@ import json
 import logging
 import math
 import shlex
-import shutil
 import sys
-import time
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
 
-from ..activations.store import scratch_factory
 from ..activations.stream import check_model
 from ..calibration import SELF, calibration_tokens, window_length
 from ..constraints import Constraint
@@ -34,27 +29,20 @@ from ..models.source import UNTRUSTED, ModelSource, Permissions
 from ..models.whole import load_whole, require_whole
 from ..planning.sizes import Choice
 from ..recipes.settings import Recipe
-from ..reporting.structure_text import ONLY_HERE
-from ..reporting.workload_text import workload_sentence
 from ..runs.decision import EvaluationRequest, Numerics, PruneDecision, PruneRecord
 from ..runs.identity import fingerprint, stamps, text_sha256
 from ..runs.lineage import begin_lineage
 from ..runs.listener import Listener
 from ..runs.prune_directory import PruneDirectory
-from ..runs.records import CalibrationFacts, ModelFacts, PlanRow, WorkloadFacts
-from ..runtime.devices import cpu_threads
-from ..runtime.files import disk_errors, sha256_file
+from ..runs.records import CalibrationFacts, ModelFacts, PlanRow
+from ..runtime.files import sha256_file
 from ..runtime.machine import describe_machine, now, versions
-from ..runtime.memory import release_device_memory
-from ..runtime.numerics import dtype_name, exact_products
-from ..sensitivity.decision import check_allocation, decide, needs_measuring, permutes, windows_measured
-from ..sensitivity.fisher import DensePasses
+from ..runtime.numerics import dtype_name
+from ..sensitivity.decision import check_allocation
 from ..solvers.low_rank import check_rank
-from ..structured.bypass import BypassLearning
-from ..structured.proof import config_entries
-from ..structured.units import Widths, free_widths, resized
-from ..structured.widths import choose_widths
+from ..structured.units import Widths
 from .begun import absolute, changed_text, refuse_other
+from .dense_measurements import DenseMeasurements, Measured
 from .plan import allocate, change_widths, plan_run, say_widths
 
 log = logging.getLogger("fistapruner")
@@ -122,25 +110,6 @@ class Calibrated:
     text_sha256: str | None
 
 
-@dataclass(frozen=True)
-class Measured:
-    """What was measured on the dense model, and decided from it.
-
-    Args:
-        sparsity: pattern of every operator, by full name.
-        permuted: operators whose input channels are reordered, as in :class:`~fistapruner.runs.records.Report`.
-        workload: how sparsities were allocated for a workload; None where they were not.
-        metrics_sha256: of the file with the measurements; None where there is none.
-        seconds: wall time; None where nothing was measured.
-    """
-
-    sparsity: Mapping[str, Constraint]
-    permuted: Mapping[str, tuple[float, float]]
-    workload: WorkloadFacts | None = None
-    metrics_sha256: str | None = None
-    seconds: float | None = None
-
-
 def prepare(run: PruneDirectory, request: RunRequest, listener: Listener) -> None:
     """Check the input, then decide and record what all processes of the run will use.
 
@@ -159,9 +128,10 @@ def prepare(run: PruneDirectory, request: RunRequest, listener: Listener) -> Non
     numerics, choice, rows = choose_plan(run, request.recipe, inputs, begun, listener)
     calibrated = draw_calibration(run, request, inputs, listener)
     states = run.hidden / "sensitivity" if choice.on_disk else None
-    scores = learn_channels(run, request.recipe, inputs, calibrated.tokens, numerics, states, listener)
-    inputs = free_widths_of(request.recipe, inputs, calibrated.tokens, numerics, states, listener, scores)
-    measured = measure_dense(run, request.recipe, inputs, calibrated.tokens, numerics, states, listener, scores)
+    dense = DenseMeasurements(run, request.recipe, calibrated.tokens, numerics, states, listener)
+    scores = dense.learn_channels(inputs)
+    inputs = dense.free_widths(inputs, scores)
+    measured = dense.measure(inputs, scores)
     decision = PruneDecision(
         model=absolute(request.model),
         folder=inputs.source.folder.absolute(),
@@ -287,151 +257,13 @@ def draw_calibration(run: PruneDirectory, request: RunRequest, inputs: Inputs, l
     place = [seqlen, dtype_name(model.dtype), model.device.type, stamps(model.checkpoint)]
     drawing = json.dumps([settings.model_dump(mode="json"), *place])
     drawn = request.drawn
-    if (
-        drawn is None and SELF in settings.sources.values()
-    ):  # it takes long: an attempt that was stopped after it has left it
+    if drawn is None and SELF in settings.sources.values():  # it takes long: an attempt stopped after it has left it
         drawn = run.drawn(drawing)
     text = text_sha256(request.recipe)
     tokens, how = drawn or calibration_tokens(settings, inputs.tokenizer, seqlen, load_model, listener.say)
     model.check_tokens(tokens)
     run.write_tokens(tokens, drawing, how)
     return Calibrated(tokens, how, text)
-
-
-def learn_channels(
-    run: PruneDirectory,
-    recipe: Recipe,
-    inputs: Inputs,
-    tokens: Tensor,
-    numerics: Numerics,
-    states: Path | None,
-    listener: Listener,
-) -> dict[str, Tensor]:
-    """Learn which channels stay, where the recipe asks for it; arguments as for :func:`measure_dense`.
-
-    Returns:
-        By full name of the operator that reads them, the probabilities of its channels to stay.
-    """
-    if recipe.structure.method != "bypass" or inputs.widths is None or not any(inputs.widths.units):
-        return {}
-    with cpu_threads(numerics.threads), exact_products(), _temporary(states):
-        learning = BypassLearning(
-            inputs.model,
-            inputs.widths.units,
-            tokens,
-            recipe.structure,
-            recipe.seed,
-            scratch_factory(states, inputs.model.dtype),
-            listener.say,
-            listener.tick,
-        )
-        identity = fingerprint(recipe, inputs.model.checkpoint, tokens, numerics)
-        found = learning.run(run.bypass_file, identity, windows_measured(len(tokens)))
-    return {f"{inputs.layout.prefix}.{index}.{name}": scores for (index, name), scores in found.items()}
-
-
-def free_widths_of(
-    recipe: Recipe,
-    inputs: Inputs,
-    tokens: Tensor,
-    numerics: Numerics,
-    states: Path | None,
-    listener: Listener,
-    scores: Mapping[str, Tensor],
-) -> Inputs:
-    """Choose a width for every layer, where the recipe asks for it.
-
-    Arguments as for :func:`measure_dense`.
-
-    Returns:
-        The input with these widths.
-    """
-    if recipe.structure.widths == "uniform" or inputs.widths is None:
-        return inputs
-    if not scores:
-        listener.say("widths: measuring on the dense model what each layer loses")
-    model, layout = inputs.model, inputs.layout
-    with cpu_threads(numerics.threads), exact_products(), _temporary(states):
-        passes = DensePasses(scratch_factory(states, model.dtype), min(4, numerics.batch_size), listener.tick)
-        units = choose_widths(
-            model,
-            layout,
-            inputs.widths.units,
-            tokens[: windows_measured(len(tokens))],
-            passes,
-            recipe.structure,
-            seed=recipe.seed,
-            scores=scores,
-        )
-    widths = free_widths(units, config_entries(model, units[0]))
-    smaller = resized(layout, widths)
-    listener.say(f"{say_widths(model, widths)}. {ONLY_HERE}")
-    return replace(inputs, widths=widths, smaller=smaller, sparsity=allocate(recipe, smaller))
-
-
-def measure_dense(
-    run: PruneDirectory,
-    recipe: Recipe,
-    inputs: Inputs,
-    tokens: Tensor,
-    numerics: Numerics,
-    states: Path | None,
-    listener: Listener,
-    scores: Mapping[str, Tensor],
-) -> Measured:
-    """Measure on the dense model what the recipe's allocation, weighting and channel order need.
-
-    Args:
-        run: the run directory.
-        recipe: all settings.
-        inputs: the checked input.
-        tokens: (samples, seqlen) calibration tokens.
-        numerics: what decides the last bits.
-        states: folder for hidden states; None keeps them in memory.
-        listener: receives progress.
-        scores: :func:`learn_channels`.
-    """
-    if not needs_measuring(recipe):
-        if not scores:
-            return Measured(inputs.sparsity, {})
-        run.write_metrics([], {}, {}, scores)
-        return Measured(inputs.sparsity, {}, metrics_sha256=sha256_file(run.metrics_file))
-    begin = time.perf_counter()
-    listener.say("measuring sensitivity on the dense model")
-    with cpu_threads(numerics.threads), exact_products(), _temporary(states):
-        found = None
-        for batch_size in (min(4, numerics.batch_size), 1):
-            try:
-                found = decide(
-                    recipe,
-                    inputs.layout,
-                    inputs.model,
-                    tokens,
-                    inputs.sparsity,
-                    batch_size=batch_size,
-                    store=scratch_factory(states, inputs.model.dtype),
-                    tick=listener.tick,
-                    smaller=inputs.smaller,
-                )
-                break
-            except torch.OutOfMemoryError:
-                listener.say(f"the memory of {inputs.model.device} ran out with {batch_size} windows at a time")
-            release_device_memory()
-        if found is None:
-            raise FistaPrunerError(
-                f"the memory of {inputs.model.device} is not enough to measure sensitivity: free some of it, shorten "
-                "--seqlen, or take --allocation uniform and --weighting none, which need none"
-            )
-    digest = None
-    if found.metrics or found.importance or found.orders or scores:
-        run.write_metrics(found.metrics or [], found.importance or {}, found.orders, scores)
-        digest = sha256_file(run.metrics_file)
-    if permutes(recipe):
-        listener.say(_say_permuted(found.permuted))
-    if found.workload is not None:
-        listener.say(workload_sentence(found.workload))
-    seconds = time.perf_counter() - begin
-    return Measured(found.sparsity or inputs.sparsity, found.permuted, found.workload, digest, seconds)
 
 
 def record(
@@ -489,29 +321,6 @@ def describe_model(source: ModelSource, name: str, model: LayerwiseModel) -> Mod
         bytes=checkpoint.nbytes,
         license=source.license(),
     )
-
-
-def _say_permuted(permuted: Mapping[str, tuple[float, float]]) -> str:
-    if not permuted:
-        return "channel permutation: no operator with an n:m pattern has input channels whose order is free"
-    before, after = (sum(shares[i] for shares in permuted.values()) / len(permuted) for i in (0, 1))
-    return (
-        f"channel permutation: {len(permuted)} operators; of the importance of their weights the pattern now loses "
-        f"{1 - after:.1%} instead of {1 - before:.1%}"
-    )
-
-
-@contextmanager
-def _temporary(folder: Path | None) -> Iterator[None]:
-    """Make a folder, and remove it after the block."""
-    if folder is not None:
-        with disk_errors(folder):
-            folder.mkdir(parents=True, exist_ok=True)
-    try:
-        yield
-    finally:
-        if folder is not None:
-            shutil.rmtree(folder, ignore_errors=True)
 
 
 def _has_its_tokens(run: PruneDirectory, begun: PruneRecord, recipe: Recipe, inputs: Inputs) -> bool:

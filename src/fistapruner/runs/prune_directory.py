@@ -39,7 +39,7 @@ BEFORE_TOKENS = rf"{EARLY}|layers|calibration\.safetensors{re.escape(PARTIAL)}"
 
 BEFORE_RUN_FILE = (
     rf"{BEFORE_TOKENS}|hidden|"
-    rf"(calibration\.safetensors|metrics\.safetensors|bypass\.safetensors|recipe\.yaml|run\.json)({re.escape(PARTIAL)})?"
+    rf"((calibration|metrics|bypass)\.safetensors|recipe\.yaml|run\.json)({re.escape(PARTIAL)})?"
 )
 """Names that an attempt has left that was stopped before ``run.json`` was written."""
 

@@ -1,0 +1,211 @@
+"""Measure the dense model before a run: channels to keep, free widths, sensitivity."""
+
+from __future__ import annotations
+
+import shutil
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from ..activations.store import scratch_factory
+from ..constraints import Constraint
+from ..errors import FistaPrunerError
+from ..recipes.settings import Recipe
+from ..reporting.structure_text import ONLY_HERE
+from ..reporting.workload_text import workload_sentence
+from ..runs.decision import Numerics
+from ..runs.identity import fingerprint
+from ..runs.listener import Listener
+from ..runs.prune_directory import PruneDirectory
+from ..runs.records import WorkloadFacts
+from ..runtime.devices import cpu_threads
+from ..runtime.files import disk_errors, sha256_file
+from ..runtime.memory import release_device_memory
+from ..runtime.numerics import exact_products
+from ..sensitivity.decision import decide, needs_measuring, permutes, windows_measured
+from ..sensitivity.fisher import DensePasses
+from ..structured.bypass import BypassLearning
+from ..structured.proof import config_entries
+from ..structured.units import free_widths, resized
+from ..structured.widths import choose_widths
+from .plan import allocate, say_widths
+
+if TYPE_CHECKING:
+    from .prepare import Inputs
+
+
+@dataclass(frozen=True)
+class Measured:
+    """What was measured on the dense model, and decided from it.
+
+    Args:
+        sparsity: pattern of every operator, by full name.
+        permuted: operators whose input channels are reordered, as in :class:`~fistapruner.runs.records.Report`.
+        workload: how sparsities were allocated for a workload; None where they were not.
+        metrics_sha256: of the file with the measurements; None where there is none.
+        seconds: wall time; None where nothing was measured.
+    """
+
+    sparsity: Mapping[str, Constraint]
+    permuted: Mapping[str, tuple[float, float]]
+    workload: WorkloadFacts | None = None
+    metrics_sha256: str | None = None
+    seconds: float | None = None
+
+
+@dataclass(frozen=True)
+class DenseMeasurements:
+    """What is measured on the dense model before the first layer, on the calibration windows.
+
+    Args:
+        run: the run directory.
+        recipe: all settings.
+        tokens: (samples, seqlen) calibration tokens.
+        numerics: what decides the last bits.
+        states: folder for hidden states; None keeps them in memory.
+        listener: receives progress.
+    """
+
+    run: PruneDirectory
+    recipe: Recipe
+    tokens: Tensor
+    numerics: Numerics
+    states: Path | None
+    listener: Listener
+
+    def learn_channels(self, inputs: Inputs) -> dict[str, Tensor]:
+        """Learn which channels stay, where the recipe asks for it.
+
+        Returns:
+            By full name of the operator that reads them, the probabilities of its channels to stay.
+        """
+        if self.recipe.structure.method != "bypass" or inputs.widths is None or not any(inputs.widths.units):
+            return {}
+        with cpu_threads(self.numerics.threads), exact_products(), _temporary(self.states):
+            learning = BypassLearning(
+                inputs.model,
+                inputs.widths.units,
+                self.tokens,
+                self.recipe.structure,
+                self.recipe.seed,
+                scratch_factory(self.states, inputs.model.dtype),
+                self.listener.say,
+                self.listener.tick,
+            )
+            identity = fingerprint(self.recipe, inputs.model.checkpoint, self.tokens, self.numerics)
+            found = learning.run(self.run.bypass_file, identity, windows_measured(len(self.tokens)))
+        return {f"{inputs.layout.prefix}.{index}.{name}": scores for (index, name), scores in found.items()}
+
+    def free_widths(self, inputs: Inputs, scores: Mapping[str, Tensor]) -> Inputs:
+        """Choose a width for every layer, where the recipe asks for it.
+
+        Args:
+            inputs: the checked input.
+            scores: :meth:`learn_channels`.
+
+        Returns:
+            The input with these widths.
+        """
+        if self.recipe.structure.widths == "uniform" or inputs.widths is None:
+            return inputs
+        if not scores:
+            self.listener.say("widths: measuring on the dense model what each layer loses")
+        model, layout = inputs.model, inputs.layout
+        with cpu_threads(self.numerics.threads), exact_products(), _temporary(self.states):
+            passes = DensePasses(
+                scratch_factory(self.states, model.dtype), min(4, self.numerics.batch_size), self.listener.tick
+            )
+            units = choose_widths(
+                model,
+                layout,
+                inputs.widths.units,
+                self.tokens[: windows_measured(len(self.tokens))],
+                passes,
+                self.recipe.structure,
+                seed=self.recipe.seed,
+                scores=scores,
+            )
+        widths = free_widths(units, config_entries(model, units[0]))
+        smaller = resized(layout, widths)
+        self.listener.say(f"{say_widths(model, widths)}. {ONLY_HERE}")
+        return replace(inputs, widths=widths, smaller=smaller, sparsity=allocate(self.recipe, smaller))
+
+    def measure(self, inputs: Inputs, scores: Mapping[str, Tensor]) -> Measured:
+        """Measure on the dense model what the recipe's allocation, weighting and channel order need.
+
+        Args:
+            inputs: with the final widths.
+            scores: :meth:`learn_channels`.
+        """
+        if not needs_measuring(self.recipe):
+            if not scores:
+                return Measured(inputs.sparsity, {})
+            self.run.write_metrics([], {}, {}, scores)
+            return Measured(inputs.sparsity, {}, metrics_sha256=sha256_file(self.run.metrics_file))
+        begin = time.perf_counter()
+        self.listener.say("measuring sensitivity on the dense model")
+        with cpu_threads(self.numerics.threads), exact_products(), _temporary(self.states):
+            found = None
+            for batch_size in (min(4, self.numerics.batch_size), 1):
+                try:
+                    found = decide(
+                        self.recipe,
+                        inputs.layout,
+                        inputs.model,
+                        self.tokens,
+                        inputs.sparsity,
+                        batch_size=batch_size,
+                        store=scratch_factory(self.states, inputs.model.dtype),
+                        tick=self.listener.tick,
+                        smaller=inputs.smaller,
+                    )
+                    break
+                except torch.OutOfMemoryError:
+                    self.listener.say(
+                        f"the memory of {inputs.model.device} ran out with {batch_size} windows at a time"
+                    )
+                release_device_memory()
+            if found is None:
+                raise FistaPrunerError(
+                    f"the memory of {inputs.model.device} is not enough to measure sensitivity: free some of it, "
+                    "shorten --seqlen, or take --allocation uniform and --weighting none, which need none"
+                )
+        digest = None
+        if found.metrics or found.importance or found.orders or scores:
+            self.run.write_metrics(found.metrics or [], found.importance or {}, found.orders, scores)
+            digest = sha256_file(self.run.metrics_file)
+        if permutes(self.recipe):
+            self.listener.say(_say_permuted(found.permuted))
+        if found.workload is not None:
+            self.listener.say(workload_sentence(found.workload))
+        seconds = time.perf_counter() - begin
+        return Measured(found.sparsity or inputs.sparsity, found.permuted, found.workload, digest, seconds)
+
+
+def _say_permuted(permuted: Mapping[str, tuple[float, float]]) -> str:
+    if not permuted:
+        return "channel permutation: no operator with an n:m pattern has input channels whose order is free"
+    before, after = (sum(shares[i] for shares in permuted.values()) / len(permuted) for i in (0, 1))
+    return (
+        f"channel permutation: {len(permuted)} operators; of the importance of their weights the pattern now loses "
+        f"{1 - after:.1%} instead of {1 - before:.1%}"
+    )
+
+
+@contextmanager
+def _temporary(folder: Path | None) -> Iterator[None]:
+    """Make a folder, and remove it after the block."""
+    if folder is not None:
+        with disk_errors(folder):
+            folder.mkdir(parents=True, exist_ok=True)
+    try:
+        yield
+    finally:
+        if folder is not None:
+            shutil.rmtree(folder, ignore_errors=True)
