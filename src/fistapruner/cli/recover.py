@@ -21,6 +21,7 @@ from __future__ import annotations
 import argparse
 import shlex
 import sys
+from typing import TYPE_CHECKING
 
 from ..recipes.recover_settings import RecoverRecipe
 from .arguments import (
@@ -30,6 +31,9 @@ from .arguments import (
     add_trust_arguments,
     recover_settings,
 )
+
+if TYPE_CHECKING:
+    from ..runs.listener import Listener
 
 SUMMARY = "train a pruned model, every zero kept"
 
@@ -59,7 +63,7 @@ def run(arguments: argparse.Namespace) -> int:
     from .prune import show
 
     if arguments.merge or arguments.replay:
-        return _without_training(arguments)
+        return _without_training(arguments, listener)
     report = recover(
         arguments.model,
         arguments.out,
@@ -76,13 +80,11 @@ def run(arguments: argparse.Namespace) -> int:
     return 1 if any(warning.startswith("training stopped") for warning in report.warnings) else 0
 
 
-def _without_training(arguments: argparse.Namespace) -> int:
+def _without_training(arguments: argparse.Namespace, listener: Listener) -> int:
     """Merge an adapter or replay a journal."""
     from ..pipeline.merge import merge_adapter
     from ..pipeline.replay import replay
-    from .progress import choose_listener
 
-    listener = choose_listener(quiet=arguments.quiet or arguments.json)
     trust = {"allow_pickle": arguments.allow_pickle, "trust_remote_code": arguments.trust_remote_code}
     if arguments.replay:
         print(replay(arguments.model, arguments.replay, arguments.out, say=listener.say, **trust))

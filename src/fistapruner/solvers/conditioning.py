@@ -73,7 +73,7 @@ def alive_gram(gram: Tensor) -> Tensor:
     return gram + torch.diag(torch.where(dead, level - diagonal, torch.zeros_like(diagonal)))
 
 
-def shrunk_gram(gram: Tensor, tokens: int | None, damping: float, shrinkage: float) -> Tensor:
+def regularised_gram(gram: Tensor, tokens: int | None, damping: float, shrinkage: float) -> Tensor:
     """Add a ridge to a Gram, for numerical stability and for its sampling error.
 
     Args:

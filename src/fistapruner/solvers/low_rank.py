@@ -25,7 +25,7 @@ from ..errors import FistaPrunerError
 from ..problem import LayerProblem
 from .base import Method, Solution, Stats
 from .chain import solve
-from .conditioning import damped_cholesky, dead_inputs, shrunk_gram
+from .conditioning import damped_cholesky, dead_inputs, regularised_gram
 from .proximal import Proximal
 
 ALTERNATIONS = 3
@@ -162,7 +162,7 @@ class _LowRankStep:
 
     def __init__(self, problem: LayerProblem, settings: Proximal) -> None:
         self._parts = problem.operators()
-        self._gram = shrunk_gram(problem.gram, problem.tokens, settings.damping, settings.shrinkage)
+        self._gram = regularised_gram(problem.gram, problem.tokens, settings.damping, settings.shrinkage)
         self._factor, _, self.warnings = damped_cholesky(self._gram, 0.0, problem.label)
         self._dead = dead_inputs(problem.gram)
         gradient = problem.drift_gradient

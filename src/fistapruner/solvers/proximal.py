@@ -14,7 +14,7 @@ from ..constraints import Constraint
 from ..problem import LayerProblem
 from ..runtime.numerics import fast_products, has_bf16_units
 from .base import SUPPORT_CHANGE, Method, Positive, Solution, Stats, Trace, project_operators
-from .conditioning import damped_cholesky, inverse_from_cholesky, invert_lower, once, shrunk_gram
+from .conditioning import damped_cholesky, inverse_from_cholesky, invert_lower, once, regularised_gram
 from .refit import refit_cg
 
 WATCHED = 4
@@ -84,7 +84,7 @@ class Proximal(Method):
         settings = problem.tokens, self.damping, self.shrinkage, self.metric_damping
 
         def metric() -> tuple[Tensor, Tensor, list[str]]:
-            gram = shrunk_gram(problem.gram, problem.tokens, self.damping, self.shrinkage)
+            gram = regularised_gram(problem.gram, problem.tokens, self.damping, self.shrinkage)
             return gram, *obs_scale(gram, self.metric_damping, problem.label)
 
         # Not kept with a warning, which names the operator.
