@@ -77,7 +77,7 @@ def build_model(checkpoint: Checkpoint, *, trust_remote_code: bool = False) -> A
             f"{folder}: no {config.model_type} causal language model can be built from config.json: {reason}"
         )
         raise needs_code(folder, error) or fault from None
-    set_widths(model, widths, {name: checkpoint.entry(name).shape for name in checkpoint.names()} if widths else {})
+    set_widths(model, widths, checkpoint.shapes() if widths else {})
     return model
 
 

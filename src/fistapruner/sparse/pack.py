@@ -20,6 +20,7 @@ from ..errors import FistaPrunerError
 from ..models.files.checkpoint import (
     PACKED_RECORD,
     PRUNING_RECORD,
+    QUANT_METHOD,
     SINGLE,
     Checkpoint,
     LayerWidths,
@@ -123,10 +124,9 @@ def pack(
             contents[name] = _pack_file(partial / name, file, plan, progress)
             files[name] = {"bytes": (partial / name).stat().st_size, "sha256": sha256_file(partial / name)}
         copy_companions(source, partial)
-        widths = widths_section(read_widths(source.config, source.folder))
-        config = {**source.config, "quantization_config": {**widths, "version": VERSION}}
-        if not widths["widths"]:
-            del config["quantization_config"]["widths"]
+        widths = read_widths(source.config, source.folder)
+        section = widths_section(widths) if widths else {"quant_method": QUANT_METHOD}
+        config = {**source.config, "quantization_config": {**section, "version": VERSION}}
         write_json_atomic(partial / "config.json", config)
         if set(files) != {SINGLE}:
             write_index(partial, contents)

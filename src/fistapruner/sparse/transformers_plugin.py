@@ -58,8 +58,7 @@ def register() -> bool:
                 section["widths"] = self.quantization_config.widths
             self.widths = read_widths({"quantization_config": section}, folder)
             if self.widths and not is_packed(folder):
-                checkpoint = Checkpoint.open(folder)
-                set_widths(model, self.widths, {name: checkpoint.entry(name).shape for name in checkpoint.names()})
+                set_widths(model, self.widths, Checkpoint.open(folder).shapes())
                 return
             self.source = PackedCheckpoint(folder)
             set_widths(model, self.widths, self.source.shapes())

@@ -237,6 +237,10 @@ class Checkpoint:
         """List the names of all tensors, file by file, in each file's order; those of :meth:`parts` in place."""
         return [part for file in self.files.values() for name in file.entries for part in self.parts(name)]
 
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """Return the shapes of all tensors by name."""
+        return {name: self.entry(name).shape for name in self.names()}
+
     def file_of(self, name: str) -> str:
         """Return the name of the file that holds a tensor.
 
