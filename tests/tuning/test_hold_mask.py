@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import socket
 from collections.abc import Callable
 from contextlib import nullcontext
@@ -18,6 +19,8 @@ import fistapruner as fp
 import tiny
 from fistapruner.constraints import parse_sparsity
 from fistapruner.errors import FistaPrunerError
+from fistapruner.evaluation.inspection import inspect_checkpoint
+from fistapruner.models.files.checkpoint import Checkpoint
 
 OPTIMIZERS: dict[str, Callable[..., torch.optim.Optimizer]] = {
     "adamw": lambda tensors: torch.optim.AdamW(tensors, lr=0.01, weight_decay=0.1),
@@ -345,3 +348,89 @@ def test_accelerate_and_a_gradient_scaler(hold: bool) -> None:
             scaler.update()
     assert not any(parameter.isnan().any() for parameter in model.parameters())
     assert (lost(model, before) == 0) == hold
+
+
+def run_of(architecture: str, folder: Path) -> Path:
+    """The model of a pruning run."""
+    dense = tiny.save(architecture, folder / "dense")
+    fp.prune(dense, folder / "run", sparsity="50%", method="wanda", calibration={"samples": 2, "seqlen": 16})
+    return folder / "run" / "model"
+
+
+def loaded(folder: Path) -> Any:
+    return transformers.AutoModelForCausalLM.from_pretrained(folder)
+
+
+@pytest.mark.parametrize("architecture", ["qwen3_moe", "mixtral", "gpt_oss", "deepseek_v3", "olmoe"])
+def test_experts_keep_every_zero_and_saved_files_have_what_the_record_claims(tmp_path: Path, architecture: str) -> None:
+    """Experts are tensors of three dimensions in the model, and one by one in most files."""
+    pruned_model = run_of(architecture, tmp_path)
+    model, control = loaded(pruned_model), loaded(pruned_model)
+    before = {name: parameter == 0 for name, parameter in model.named_parameters()}
+    with fp.hold_mask(model) as held:
+        train(model, OPTIMIZERS["adamw"])
+    experts = {name for name, parameter in model.named_parameters() if parameter.ndim == 3}
+    assert experts
+    assert experts < set(held.operators)
+    for name in held.operators:
+        weight = model.get_parameter(name)
+        assert int(before[name].sum()) == weight.numel() // 2
+        assert torch.equal(weight == 0, before[name]), name
+        assert not torch.equal(weight, control.get_parameter(name)), name
+    train(control, OPTIMIZERS["adamw"])
+    for name, trained in (("held", model), ("lost", control)):
+        trained.save_pretrained(tmp_path / name)
+        shutil.copy(pruned_model / "fistapruner.json", tmp_path / name)
+        found = inspect_checkpoint(tmp_path / name)
+        assert bool(found.violations) == (name == "lost")
+        assert len(Checkpoint.open(tmp_path / name).names()) == len(Checkpoint.open(pruned_model).names())
+
+
+def test_a_trainer_run_keeps_the_zeros_of_experts_without_a_record(tmp_path: Path) -> None:
+    for hold in (True, False):
+        model = tiny.build("qwen3_moe")
+        experts = model.model.layers[1].mlp.experts
+        with torch.no_grad():
+            experts.down_proj[1:] *= torch.rand(experts.down_proj[1:].shape) < 0.5
+        before = experts.down_proj == 0
+        callbacks = [fp.hold_mask(model)] if hold else []
+        for callback in callbacks:
+            assert callback.operators == ("model.layers.1.mlp.experts.down_proj",)
+        trainer(model, tmp_path, callbacks).train()
+        assert bool((experts.down_proj[before] == 0).all()) == hold
+
+
+def test_lost_zeros_of_one_expert_are_named(tmp_path: Path) -> None:
+    folder = run_of("qwen3_moe", tmp_path)
+    model = loaded(folder)
+    experts = model.model.layers[1].mlp.experts
+    held = fp.hold_mask(model)
+    with torch.no_grad():
+        experts.gate_up_proj[2, 16:] = 1.0
+    with pytest.raises(FistaPrunerError, match=r"layers\.1\.mlp\.experts\.gate_up_proj: 256 of its pruned weights"):
+        held.verify()
+    with pytest.raises(FistaPrunerError, match=r"layers\.1\.mlp\.experts\.2\.up_proj has 0 zeros, .* says 256"):
+        fp.hold_mask(model)
+    held.apply()
+    assert set(fp.hold_mask(nn.DataParallel(model)).operators) == {f"module.{name}" for name in held.operators}
+    record = json.loads((folder / "fistapruner.json").read_text())
+    name = "model.layers.1.mlp.experts.9.up_proj"
+    record["operators"] = {f"{name}.weight": {"operator": name, "zeros": 256}}
+    (folder / "fistapruner.json").write_text(json.dumps(record))
+    with pytest.raises(FistaPrunerError, match=r"lists the operator .*experts\.9\.up_proj, which the model does not"):
+        fp.hold_mask(model)
+
+
+def test_experts_that_are_modules_are_held(tmp_path: Path) -> None:
+    """As in a model's own code."""
+    model = tiny.build("qwen3_moe")
+    for layer in model.model.layers:
+        layer.mlp.experts = nn.ModuleList(nn.ModuleDict({"up_proj": nn.Linear(32, 16)}) for _ in range(4))
+        for expert in layer.mlp.experts:
+            expert["up_proj"].weight.data[::2] = 0.0
+    names = {f"model.layers.{layer}.mlp.experts.{expert}.up_proj" for layer in range(2) for expert in range(4)}
+    assert {f"{name}.weight" for name in names} == set(fp.hold_mask(model).operators)
+    claims = {f"{name}.weight": {"operator": name, "zeros": 256} for name in names if ".experts.2." in name}
+    (tmp_path / "fistapruner.json").write_text(json.dumps({"operators": claims}))
+    model.name_or_path = str(tmp_path)
+    assert set(fp.hold_mask(model).operators) == set(claims)

@@ -19,7 +19,7 @@ from transformers.pytorch_utils import Conv1D
 from ..errors import FistaPrunerError, needs_code
 from ..runtime.files import copy_atomic, write_json_atomic
 from ..runtime.numerics import dtype_name
-from .experts import separate_experts
+from .experts import holds_experts, separate_experts
 from .files.checkpoint import PACKED_RECORD, QUANT_METHOD, Checkpoint, read_widths
 from .files.writer import merge_patch
 from .names import joined_sources, stored_names
@@ -181,8 +181,7 @@ def refuse_experts(model: Any, layers_name: str, layers: list[nn.Module]) -> Non
     """
     for index, layer in enumerate(layers):
         for name, parameter in layer.named_parameters():
-            holder = type(layer.get_submodule(name.rpartition(".")[0])).__name__
-            if sum(size > 1 for size in parameter.shape) > 2 and "expert" in f"{holder}.{name}".lower():
+            if holds_experts(layer.get_submodule(name.rpartition(".")[0]), name, parameter):
                 raise unsupported(
                     model,
                     f"{layers_name}.{index}.{name} is a fused mixture of experts with {parameter.ndim} dimensions "

@@ -161,6 +161,17 @@ def separate_experts(
     return sources
 
 
+def holds_experts(module: nn.Module, name: str, parameter: Tensor) -> bool:
+    """Check that a parameter, by its shape and its names, holds a matrix of each of several experts.
+
+    Args:
+        module: that it belongs to.
+        name: of the parameter in the model or decoder layer.
+        parameter: the parameter.
+    """
+    return sum(size > 1 for size in parameter.shape) > 2 and "expert" in f"{type(module).__name__}.{name}".lower()
+
+
 def _enough(stored: int, count: int, *, fewer: bool) -> bool:
     return stored == count or (fewer and stored > count)
 

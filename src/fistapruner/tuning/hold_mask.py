@@ -18,9 +18,10 @@ from __future__ import annotations
 import re
 import weakref
 from collections.abc import Iterator
+from functools import cache
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Self
+from typing import Any, NamedTuple, Self
 
 import torch
 from torch import Tensor, nn
@@ -29,11 +30,26 @@ from transformers import TrainerCallback
 from transformers.pytorch_utils import Conv1D
 
 from ..errors import FistaPrunerError
+from ..models.experts import PARTS, holds_experts
 from ..models.files.checkpoint import PRUNING_RECORD
 from ..models.files.record import MIN_ZEROS, read_pruning_record
 
 WRAPPERS = re.compile(r"(^|\.)(module|_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module|base_layer)(?=\.|$)")
 """Parts of a parameter's name that wrappers add: data parallelism, compilation, checkpointing, adapters."""
+
+
+class _Weight(NamedTuple):
+    """A parameter of a module: the weight of a linear one, or a tensor of all experts."""
+
+    module: nn.Module
+    parameter: str
+
+    @property
+    def tensor(self) -> Tensor:
+        """The tensor as it is now: sharding and casting replace parameters."""
+        found = getattr(self.module, self.parameter)
+        assert isinstance(found, Tensor)
+        return found
 
 
 def hold_mask(model: nn.Module) -> HoldMask:
@@ -42,7 +58,8 @@ def hold_mask(model: nn.Module) -> HoldMask:
     Args:
         model: the pruned model. Held are the operators that the ``fistapruner.json`` of its folder
             (``model.name_or_path``) lists; without one, the linear weights of numbered layers with at least 1 % zeros
-            (all-zero ones are new adapters and are not held).
+            (all-zero ones are new adapters and are not held). A tensor of all experts of a mixture counts as a linear
+            weight: all of its zeros are held, if any expert's are.
 
     Returns:
         A context manager for the training, which is also a ``transformers.TrainerCallback``. The masks take one byte
@@ -67,15 +84,14 @@ class HoldMask(TrainerCallback):  # type: ignore[misc]
     """
 
     def __init__(self, model: nn.Module) -> None:
-        found = _held(model)
-        self._modules = {name: module for name, (module, _) in found.items()}
-        self._pruned = {name: pruned for name, (_, pruned) in found.items()}
+        self._weights = _held(model)
+        self._pruned = {name: _local(weight.tensor) == 0 for name, weight in self._weights.items()}
         self._handles: list[Any] = []
 
     @property
     def operators(self) -> tuple[str, ...]:
         """Return the names of the held weights."""
-        return tuple(self._modules)
+        return tuple(self._weights)
 
     def __enter__(self) -> Self:
         if not self._handles:
@@ -130,7 +146,7 @@ class HoldMask(TrainerCallback):  # type: ignore[misc]
         if sharded is not None and torch.distributed.is_initialized():  # all processes come to the same verdict
             counts = counts.to(sharded.device)
             torch.distributed.all_reduce(counts, torch.distributed.ReduceOp.MAX)
-        for name, count in zip(self._modules, counts.tolist(), strict=True):
+        for name, count in zip(self._weights, counts.tolist(), strict=True):
             if count:
                 raise FistaPrunerError(
                     f"{name}: {count} of its pruned weights are not 0 any more: something other than a step of a "
@@ -148,10 +164,8 @@ class HoldMask(TrainerCallback):  # type: ignore[misc]
 
     def _parameters(self) -> Iterator[tuple[str, Tensor]]:
         """Yield the held weights, which sharding and casting may have replaced since the masks were taken."""
-        for name, module in self._modules.items():
-            weight = module.weight
-            assert isinstance(weight, Tensor)
-            yield name, weight
+        for name, weight in self._weights.items():
+            yield name, weight.tensor
 
     def _gradient_hook(self, name: str) -> Any:
         own = weakref.ref(self)
@@ -203,20 +217,21 @@ def _local(tensor: Tensor) -> Tensor:
     return tensor.detach()
 
 
-def _held(model: nn.Module) -> dict[str, tuple[nn.Module, Tensor]]:
-    """Find the weights to hold: their modules and pruned places, by the weight's name."""
-    linear = {name: module for name, module in model.named_modules() if isinstance(module, (nn.Linear, Conv1D))}
+def _held(model: nn.Module) -> dict[str, _Weight]:
+    """Find the weights to hold, by name."""
+    weights = dict(_weights(model))
     names = (getattr(module, "name_or_path", None) for module in model.modules())  # of the model inside its wrappers
     folder = Path(next((name for name in names if isinstance(name, str) and name), ""))
     record = read_pruning_record(folder) if (folder / PRUNING_RECORD).is_file() else {}
     claims = record.get("operators") or {}
     if claims:
-        return _claimed(linear, claims, folder / PRUNING_RECORD)
+        return _claimed(weights, claims, folder / PRUNING_RECORD)
     found = {}
-    for name, module in linear.items():
-        share = _zeros(module) / module.weight.numel() if re.search(r"(^|\.)\d+\.", name) else 0.0
+    for name, weight in weights.items():
+        numbered = re.search(r"(^|\.)\d+\.", name)
+        share = int(_zeros(weight.tensor).sum()) / weight.tensor.numel() if numbered else 0.0
         if MIN_ZEROS <= share < 1.0:
-            found[f"{name}.weight"] = module, _local(module.weight) == 0
+            found[name] = weight
     if not found:
         raise FistaPrunerError(
             f"no linear weight of {type(model).__name__} has at least {MIN_ZEROS:.0%} zeros: there is no mask to hold"
@@ -224,32 +239,63 @@ def _held(model: nn.Module) -> dict[str, tuple[nn.Module, Tensor]]:
     return found
 
 
-def _claimed(linear: dict[str, Any], claims: Any, origin: Path) -> dict[str, tuple[nn.Module, Tensor]]:
+def _weights(model: nn.Module) -> Iterator[tuple[str, _Weight]]:
+    """Yield the weights of linear modules, and the tensors of all experts, with their names."""
+    for name, module in model.named_modules():
+        if isinstance(module, (nn.Linear, Conv1D)):
+            yield f"{name}.weight", _Weight(module, "weight")
+            continue
+        for key, parameter in module.named_parameters(recurse=False):
+            if holds_experts(module, f"{name}.{key}", parameter):
+                yield f"{name}.{key}", _Weight(module, key)
+
+
+def _claimed(weights: dict[str, _Weight], claims: Any, origin: Path) -> dict[str, _Weight]:
     """Find the operators that ``fistapruner.json`` lists, and check that they still have their zeros."""
-    names = {WRAPPERS.sub("", name).strip("."): name for name in linear}
     if not isinstance(claims, dict) or not all(isinstance(claim, dict) for claim in claims.values()):
         raise FistaPrunerError(f"{origin} has no mapping of operators to claims")
-    found = {}
+    plain = {WRAPPERS.sub("", name).strip("."): name for name in weights}
+
+    @cache
+    def find(asked: str) -> str | None:
+        if asked in plain:
+            return plain[asked]
+        ends = (own for name, own in plain.items() if name.endswith("." + asked) or asked.endswith("." + name))
+        return next(ends, None)
+
+    @cache
+    def zeros(name: str) -> Tensor:
+        return _zeros(weights[name].tensor)
+
+    def place(operator: str) -> tuple[str | None, Tensor | None]:
+        """Find the weight that holds an operator, and the zeros of the operator's part of it, by row."""
+        if expert := re.fullmatch(r"(.+)\.(\d+)\.(\w+)", operator):
+            mixture, number, part = expert[1], int(expert[2]), expert[3]
+            for name, parts in ((f"{mixture}.{part}", (part,)), (f"{mixture}.gate_up_proj", PARTS)):
+                if part in parts and (own := find(name)) and number < len(zeros(own)):
+                    return own, zeros(own)[number].chunk(len(parts))[parts.index(part)]
+        own = find(f"{operator}.weight")
+        return own, None if own is None else zeros(own)
+
+    found = set()
     for stored, claim in claims.items():
         operator = str(claim.get("operator") or stored).removesuffix(".weight")
-        name = names.get(operator) or next(
-            (own for plain, own in names.items() if plain.endswith("." + operator) or operator.endswith("." + plain)),
-            None,
-        )
-        if name is None:
+        name, rows = place(operator)
+        if name is None or rows is None:
             raise FistaPrunerError(f"{origin} lists the operator {operator}, which the model does not have")
-        zeros, said = _zeros(linear[name]), claim.get("zeros")
-        if isinstance(said, int) and zeros < said:
-            raise FistaPrunerError(f"{name} has {zeros} zeros, {origin} says {said}: they were lost before")
-        if zeros:
-            found[f"{name}.weight"] = linear[name], _local(linear[name].weight) == 0
+        count, said = int(rows.sum()), claim.get("zeros")
+        if isinstance(said, int) and count < said:
+            raise FistaPrunerError(f"{operator} has {count} zeros, {origin} says {said}: they were lost before")
+        if count:
+            found.add(name)
     if not found:
         raise FistaPrunerError(f"the operators that {origin} lists have no zeros: there is no mask to hold")
-    return found
+    return {name: weight for name, weight in weights.items() if name in found}
 
 
 @torch.no_grad()
-def _zeros(module: Any) -> int:
-    """Count the zeros of a weight, over all processes where it is sharded."""
-    count = (module.weight == 0).sum()
-    return int(count.full_tensor() if hasattr(count, "full_tensor") else count)
+def _zeros(weight: Tensor) -> Tensor:
+    """Count the zeros of a weight along its last dimension, over all processes where it is sharded."""
+    count = (weight == 0).sum(-1)
+    whole: Tensor = count.full_tensor() if hasattr(count, "full_tensor") else count
+    return whole.cpu()
