@@ -154,6 +154,76 @@ def test_the_written_model_has_the_zeros_and_is_better(
     assert main(["inspect", str(out / "model")]) == 0
 
 
+@pytest.mark.parametrize(
+    ("architecture", "parameters"),
+    [("qwen3_moe", "hira"), ("mixtral", "lora"), ("gpt_oss", "lora"), ("deepseek_v3", "full"), ("olmoe", "spp")],
+)
+def test_experts_are_trained_and_keep_their_zeros(
+    bench: Bench, tmp_path: Path, architecture: str, parameters: str
+) -> None:
+    """As the files have them: matrices of single experts, or one tensor of all (gpt_oss)."""
+    pruned, out, said = bench.pruned(architecture), tmp_path / "out", Said()
+    report = recover(pruned, out, parameters=parameters, listener=said)
+    before, after = (tensors(folder) for folder in (pruned / "model", out / "model"))
+    operators = inspect_checkpoint(pruned / "model").pruned
+    matrices = {name for name in before if ".experts." in name and not name.endswith("bias")}
+    assert matrices
+    for name in {operator.name for operator in operators if "[" not in operator.name} | matrices:
+        assert torch.equal(after[name] == 0, before[name] == 0), name
+        changed = (after[name] != before[name]).flatten(1).any(1)
+        assert len(changed) > 4 or bool(changed.all()), name  # of a tensor of all experts, every one
+        assert bool(changed.any()), name
+    routers = [name for name in before if "router" in name or name.endswith(".gate.weight")]
+    assert routers
+    assert all(torch.equal(after[name], before[name]) for name in routers)
+    assert report.recovery is not None
+    assert report.recovery.operators == len(operators)
+    losses = [held_out_loss(out, model / "model", bench.dense(architecture)) for model in (pruned, out)]
+    assert losses[1] < losses[0]
+    assert report.recovery.checks[0].held_out == pytest.approx(losses[0], rel=1e-4)
+    assert not inspect_checkpoint(out / "model").violations
+    assert not (out / "adapter").exists()
+    assert any("PEFT's HiRA does not reach" in each for each in said.sentences) == (parameters in ("hira", "spp"))
+
+
+def test_experts_are_recovered_right_after_pruning(bench: Bench, tmp_path: Path) -> None:
+    settings = {**SETTINGS, "data": {"seqlen": SEQLEN, "tokens": 300}}
+    calibration = {"source": str(bench.text), "samples": 2, "seqlen": SEQLEN}
+    settings.pop("evaluate")
+    dense = bench.dense("qwen3_moe")
+    report = fp.prune(dense, tmp_path / "run", method="wanda", calibration=calibration, recover=settings)
+    assert report.recovery is not None
+    before, after = (tensors(tmp_path / "run" / folder) for folder in ("model", "recovered/model"))
+    name = "model.layers.1.mlp.experts.3.down_proj.weight"
+    assert torch.equal(after[name] == 0, before[name] == 0)
+    assert not torch.equal(after[name], before[name])
+
+
+def test_experts_are_left_alone_by_name(bench: Bench, tmp_path: Path) -> None:
+    """Then what is trained is an adapter that PEFT can load."""
+    pruned, out = bench.pruned("qwen3_moe"), tmp_path / "out"
+    report = recover(pruned, out, parameters="hira", also="none", ignore=["re:experts"])
+    before, after = (tensors(folder) for folder in (pruned / "model", out / "model"))
+    changed = {name for name in before if not torch.equal(after[name], before[name])}
+    assert len(changed) == 8
+    assert all("self_attn" in name for name in changed)
+    assert report.recovery is not None
+    assert report.recovery.operators == 8
+    assert "experts" not in (out / "adapter" / "adapter_config.json").read_text()
+
+
+def test_zeros_of_a_tensor_of_all_experts_are_found_without_a_record(bench: Bench, tmp_path: Path) -> None:
+    plain = Path(shutil.copytree(bench.pruned("gpt_oss") / "model", tmp_path / "plain"))
+    (plain / "fistapruner.json").unlink()
+    report = recover(plain, tmp_path / "out", dense=bench.dense("gpt_oss"), data={"source": str(bench.text)})
+    before, after = tensors(plain), tensors(tmp_path / "out" / "model")
+    name = "model.layers.1.mlp.experts.down_proj"
+    assert torch.equal(after[name] == 0, before[name] == 0)
+    assert not torch.equal(after[name], before[name])
+    assert report.recovery is not None
+    assert report.recovery.operators == 2 * (4 + 2 * 4)
+
+
 def test_the_report_tells_what_was_trained_and_the_lineage_where_the_model_comes_from(bench: Bench) -> None:
     run = bench.recovered
     report = load_run(run)

@@ -32,11 +32,13 @@ AMPLE = 2**50
 SMALLEST = TrainingChoice(1, resident=False, states_on_disk=True, hidden_on_disk=True)
 
 
-def task_for(folder: Path, layers: int = 2, *, out: Path | None = None, **settings: Any) -> Task:
-    """A task on a tiny Llama, half of whose weights count as zeros."""
-    place = folder / f"llama-{layers}"
+def task_for(
+    folder: Path, layers: int = 2, *, architecture: str = "llama", out: Path | None = None, **settings: Any
+) -> Task:
+    """A task on a tiny model, half of whose weights count as zeros."""
+    place = folder / f"{architecture}-{layers}"
     if not place.exists():
-        tiny.save("llama", place, num_hidden_layers=layers)
+        tiny.save(architecture, place, num_hidden_layers=layers)
     model = LayerwiseModel(Checkpoint.open(place), CPU)
     layout = discover(model)
     data = {"source": "python", "tokens": 1024, "seqlen": 32}
@@ -128,8 +130,9 @@ def test_trained_numbers_are_those_of_the_training(folder: Path) -> None:
     """Counted from the shapes, and held by the optimizer after a step of the layer: values and two moments."""
     from fistapruner.tuning.trained import Trained
 
-    for name in ("full", "lora", "spp", "norms"):
-        task = task_for(folder, parameters=name)
+    mixtures = (("gpt_oss", "lora"), ("qwen3_moe", "full"))
+    for architecture, name in (*(("llama", name) for name in ("full", "lora", "spp", "norms")), *mixtures):
+        task = task_for(folder, architecture=architecture, parameters=name)
         trained = Trained(task.model, task.layout, task.recipe)
         survivors, held = {}, 0
         for index in range(len(task.model)):
@@ -142,6 +145,14 @@ def test_trained_numbers_are_those_of_the_training(folder: Path) -> None:
                 trained.update(index, layer, {key: torch.ones_like(value) for key, value in values.items()}, 1.0)
         held = sum(tensor.nbytes for key, tensor in trained.tensors().items() if key.startswith("trained/"))
         assert measure_form(replace(task, survivors=survivors)).trained == held
+
+
+def test_writing_holds_a_tensor_of_all_experts_and_its_matrices(folder: Path) -> None:
+    task = task_for(folder, architecture="gpt_oss", parameters="lora")
+    whole = max(entry.nbytes for file in task.model.checkpoint.files.values() for entry in file.entries.values())
+    assert whole == 4 * 4 * 96 * 32  # all experts' gate_up_proj
+    needs = sizes(task)
+    assert needs.stages(SMALLEST)["writing the checkpoint"] >= 2 * whole + needs.form.effective
 
 
 def test_predictions_go_in_rounds_where_the_disk_is_small(needs: TrainingSizes) -> None:

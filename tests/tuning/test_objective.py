@@ -108,6 +108,44 @@ def test_gradients_are_those_of_the_whole_model(tmp_path: Path, architecture: st
     assert all(parameter.is_meta for parameter in objective.model.model.parameters())
 
 
+def of_experts(name: str, theirs: dict[str, Tensor], *, transposed: bool) -> Tensor:
+    """The part of an expert's matrix or bias in the gradient of a tensor of all experts."""
+    mixture, number, part, kind = name.rsplit(".", 3)
+    halves = {"gate_proj": 0, "up_proj": 1}
+    if part in halves:
+        return theirs[f"{mixture}.gate_up_proj"][int(number)].chunk(2)[halves[part]]
+    whole = theirs[f"{mixture}.{part}{'_bias' if kind == 'bias' else ''}"][int(number)]
+    return whole.T if transposed and kind == "weight" else whole
+
+
+@pytest.mark.parametrize(
+    ("architecture", "changes"),
+    [*((architecture, {}) for architecture in tiny.MIXTURES), ("qwen3_moe", {"num_experts": 64})],
+)
+def test_gradients_of_mixtures_are_those_of_the_whole_model(
+    tmp_path: Path, architecture: str, changes: dict[str, int]
+) -> None:
+    """Also of experts that no token reaches: zero."""
+    folder = tiny.save(architecture, tmp_path / "model", **changes)
+    text = make_text()
+    tokens, model = text.tokens[[1, 3]], whole(folder)
+    logits = model(input_ids=tokens, use_cache=False).logits[:, :-1].float()
+    loss = cross_entropy(logits.reshape(-1, tiny.VOCABULARY), tokens[:, 1:].reshape(-1))
+    theirs = autograd(model, loss)
+    transposed = architecture == "gpt_oss"
+    for keep in (False, True):
+        objective = Objective(
+            opened(folder), text, Loss(0.0), None, 2, scratch_factory(None, torch.float32), keep_graphs=keep
+        )
+        value, found = gradients_of(objective, [1, 3])
+        assert value == pytest.approx(loss.item(), rel=1e-6)
+        assert sum(".experts." in name for name in found) >= 4 * 2
+        assert all(bool(grad.any()) for name, grad in found.items() if name.endswith("proj.weight")) != bool(changes)
+        for name, grad in found.items():
+            wanted = of_experts(name, theirs, transposed=transposed) if ".experts." in name else theirs[name]
+            close(grad, wanted)
+
+
 def teacher_of(folder: Path, text: TrainingText, blocks: Path, **settings: Any) -> Teacher:
     return Teacher(opened(folder), text.tokens, blocks, batch_size=2, **settings)
 

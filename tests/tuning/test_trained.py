@@ -317,3 +317,13 @@ def test_vectors_are_trained_as_asked(tmp_path: Path, also: tuple[str, ...]) -> 
     norms = {name for name in model.checkpoint.names() if "layer_norm" in name and "layers." in name}
     biases = {name for name in model.checkpoint.names() if name.endswith("bias") and "layers." in name} - norms
     assert names == {(): set(), ("norms",): norms, ("biases",): biases}[also]
+
+
+def test_vectors_of_experts_are_trained_and_those_of_routers_are_not(tmp_path: Path) -> None:
+    model, layout = opened(tiny.save("gpt_oss", tmp_path))
+    trained = Trained(model, layout, recipe(parameters="norms", also=("norms", "biases")))
+    step(trained, 0)
+    names = {name for name, tensor in written(trained).items() if ".layers.1.mlp" in name}
+    prefix, experts = "model.layers.1.mlp", ("gate_up_proj_bias", "down_proj_bias")
+    assert f"{prefix}.router.bias" in model.checkpoint.names()
+    assert names == {f"{prefix}.experts.{name}[{number}]" for name in experts for number in range(4)}

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -13,7 +13,7 @@ from torch import Tensor
 
 from ..constraints import NM, Constraint, parse_sparsity
 from ..errors import FistaPrunerError
-from ..models.files.checkpoint import PRUNING_RECORD, Checkpoint
+from ..models.files.checkpoint import PRUNING_RECORD, Checkpoint, Stack
 from ..models.files.low_rank import LowRankAdapter
 from ..models.files.record import MIN_ZEROS, read_pruning_record, recorded_claims, take_claimed_apart
 from ..models.files.safetensors import TensorEntry
@@ -115,6 +115,7 @@ def inspect_checkpoint(
     pattern: str | Constraint | None = None,
     *,
     allow_pickle: bool = False,
+    stacks: Collection[Stack] = (),
     progress: Callable[[str], None] | None = None,
 ) -> Inspection:
     """Inspect a checkpoint, one tensor in memory at a time.
@@ -125,6 +126,7 @@ def inspect_checkpoint(
         pattern: what every operator of the decoder layers is claimed to be (``2:4``, ``50%``), instead of the claims
             of ``fistapruner.json``; the record is then read only for whether operators are stored transposed.
         allow_pickle: read legacy ``.bin`` weights.
+        stacks: tensors of all experts to inspect by expert, beside those of which a record claims something.
         progress: called with each tensor's name.
 
     Raises:
@@ -136,7 +138,7 @@ def inspect_checkpoint(
     if not (folder / "config.json").exists() and (folder / "model" / "config.json").exists():
         folder = folder / "model"
     asked = None if pattern is None else parse_sparsity(pattern)
-    entries, read, record = _open(folder, allow_pickle)
+    entries, read, record = _open(folder, allow_pickle, stacks)
     claims, faults = recorded_claims(record, entries, folder)
     transposed = _is_transposed(claims, entries)
     if asked is not None:
@@ -248,7 +250,9 @@ def _violation(weight: Tensor, zeros: int, claim: dict[str, Any]) -> str | None:
     return None
 
 
-def _open(folder: Path, allow_pickle: bool) -> tuple[dict[str, TensorEntry], Callable[[str], Tensor], dict[str, Any]]:
+def _open(
+    folder: Path, allow_pickle: bool, stacks: Collection[Stack]
+) -> tuple[dict[str, TensorEntry], Callable[[str], Tensor], dict[str, Any]]:
     """Open a folder: entries of all dense tensors, a function that reads one, and the run's record."""
     if is_packed(folder):
         packed = PackedCheckpoint(folder)
@@ -260,6 +264,8 @@ def _open(folder: Path, allow_pickle: bool) -> tuple[dict[str, TensorEntry], Cal
     checkpoint = Checkpoint.open(folder, allow_pickle)
     record = read_pruning_record(folder)
     take_claimed_apart(checkpoint, record)
+    for stack in stacks:
+        checkpoint.take_apart(stack)
     entries = {name: checkpoint.entry(name) for name in checkpoint.names()}
     return entries, checkpoint.read, record
 

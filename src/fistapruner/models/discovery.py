@@ -194,23 +194,27 @@ def discover(model: LayerwiseModel) -> Layout:
 
 
 def linear_modules(layer: nn.Module) -> list[tuple[str, nn.Linear | Conv1D]]:
-    """Return the name and module of every linear operator in a decoder layer.
-
-    What routes or weighs the experts of a mixture is none: it has no more outputs than there are experts.
-    """
-    mixtures = {name.rpartition(".")[0] + ".": experts.number for name, experts in expert_modules(layer).items()}
-
-    def routes(name: str, module: nn.Linear | Conv1D) -> bool:
-        return any(
-            name.startswith(mixture) and Operator.of(name, module).rows in (1, number)
-            for mixture, number in mixtures.items()
-        )
-
+    """Return the name and module of every linear operator in a decoder layer; routers are none."""
+    routes = router_check(layer)
     return [
         (name, module)
         for name, module in layer.named_modules()
-        if isinstance(module, (nn.Linear, Conv1D)) and not routes(name, module)
+        if isinstance(module, (nn.Linear, Conv1D)) and not routes(name, Operator.of(name, module).rows)
     ]
+
+
+def router_check(layer: nn.Module) -> Callable[[str, int], bool]:
+    """Return a check, by name and outputs, for what routes or weighs the experts of a decoder layer's mixtures.
+
+    It stands beside the experts, and has no more outputs than there are experts.
+    """
+    mixtures = {
+        name.rpartition(".")[0] + ".": (name + ".", experts.number) for name, experts in expert_modules(layer).items()
+    }
+    return lambda name, outputs: any(
+        name.startswith(mixture) and not name.startswith(experts) and outputs in (1, number)
+        for mixture, (experts, number) in mixtures.items()
+    )
 
 
 def expert_modules(layer: nn.Module) -> dict[str, Experts]:

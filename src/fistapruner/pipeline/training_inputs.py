@@ -131,6 +131,8 @@ def check_training_inputs(
     _check_precision(model)
     layout, claims, survivors = _operators(source.folder, model, recipe)
     _say_rank(recipe, layout, listener)
+    if recipe.parameters in ("spp", "hira") and any(operator.experts for _, operator in layout.operators()):
+        listener.say("experts are trained, which PEFT's HiRA does not reach: no adapter is written beside the model")
     check_model(model)
     dense = None
     if dense_source is not None:
@@ -235,7 +237,7 @@ def _operators(
     Raises:
         FistaPrunerError: a claim does not hold, or no operator has zeros.
     """
-    found = inspect_checkpoint(folder)
+    found = inspect_checkpoint(folder, stacks=model.checkpoint.stacks.values())
     if found.violations:
         raise FistaPrunerError(
             f"{folder} is not what its record claims: {found.violations[0]}; 'fistapruner inspect {folder}' shows all"

@@ -237,7 +237,7 @@ class Sizes:
         return cls(
             base=resident_memory() + RETAINED,
             ends=size(outside),
-            largest=max(checkpoint.entry(name).nbytes for name in checkpoint.names()),
+            largest=max(entry.nbytes for entry in checkpoint.stored),
             checkpoint=checkpoint.nbytes
             - removed_weights(model, widths) * checkpoint.dtype.itemsize
             + low_rank_weights(layout, recipe, sparsity) * stored,

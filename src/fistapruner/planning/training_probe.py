@@ -80,7 +80,7 @@ def measure_model(task: Task) -> ModelSizes:
         inside = 0 if task.recipe.zeroth_order else peak_bytes(lambda: _through(task, hidden, calls[index], {}))
         graph = 0 if task.recipe.zeroth_order else kept_bytes(lambda: _out(task, hidden, calls[index]))
     ends, head, head_seconds = _measure_head(task)
-    entries = [each.checkpoint.entry(name) for each in both for name in each.checkpoint.names()]
+    entries = [entry for each in both for entry in each.checkpoint.stored]
     return ModelSizes(
         base=base,
         ends=ends,

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import FistaPrunerError
-from ..models.discovery import Layout, linear_modules
+from ..models.discovery import Layout, linear_modules, router_check
 from ..models.layerwise import LayerwiseModel
 from ..recipes.training_settings import TrainingRecipe
 from ..runtime.numerics import seeded
@@ -298,10 +298,17 @@ class Trained:
 def vectors(layer: nn.Module, also: tuple[str, ...]) -> set[str]:
     """Return the names of a decoder layer's vectors: biases of linear operators, and others, called norms.
 
+    Those of routers are left out, as their weights are.
+
     Args:
         layer: the layer; its weights may be on the meta device.
         also: ``norms``, ``biases``.
     """
     biases = {f"{name}.bias" for name, module in linear_modules(layer) if module.bias is not None}
-    found = {name for name, tensor in layer.named_parameters() if tensor.ndim <= 1 and tensor.is_floating_point()}
+    routes = router_check(layer)
+    found = {
+        name
+        for name, tensor in layer.named_parameters()
+        if tensor.ndim <= 1 and tensor.is_floating_point() and not routes(name, tensor.numel())
+    }
     return {name for name in found if ("biases" if name in biases else "norms") in also}

@@ -289,9 +289,14 @@ class Checkpoint:
         return tensor
 
     @property
+    def stored(self) -> list[TensorEntry]:
+        """All tensors as the files have them: those that are taken apart whole."""
+        return [entry for file in self.files.values() for entry in file.entries.values()]
+
+    @property
     def nbytes(self) -> int:
         """Bytes of all tensors."""
-        return sum(entry.nbytes for file in self.files.values() for entry in file.entries.values())
+        return sum(entry.nbytes for entry in self.stored)
 
     @property
     def dtype(self) -> torch.dtype:
