@@ -204,7 +204,7 @@ def linear_modules(layer: nn.Module) -> list[tuple[str, nn.Linear | Conv1D]]:
 
 
 def router_check(layer: nn.Module) -> Callable[[str, int], bool]:
-    """Return a check, by name and outputs, for what routes or weighs the experts of a decoder layer's mixtures.
+    """Return a check, by name and outputs, for what routes or weighs a decoder layer's experts.
 
     It stands beside the experts, and has no more outputs than there are experts.
     """

@@ -236,7 +236,7 @@ def _check_zeros(context: TrainingContext) -> None:
 
 
 def _write_adapter(context: TrainingContext, trained: Trained, listener: Listener) -> None:
-    """Write what ``spp`` or ``hira`` has trained as a PEFT adapter of the input, too; not where experts are trained."""
+    """Write what ``spp`` or ``hira`` has trained as a PEFT adapter of the input, too; none with experts."""
     operators, model, folder = trained.rescalings(), context.model, context.run.adapter
     if not operators or any(operator.experts for _, operator in context.layout.operators()):
         return
