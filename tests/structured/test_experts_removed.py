@@ -102,6 +102,17 @@ def never_chosen(folder: Path, expert: int) -> Path:
     return folder
 
 
+@pytest.mark.parametrize("structure", ["heads=1", "experts=1", "heads=1,experts=1"])
+def test_a_token_costs_the_operations_of_the_experts_that_it_goes_through(tmp_path: Path, structure: str) -> None:
+    folder = tiny.save("mixtral", tmp_path / "model")
+    totals = fp.prune(str(folder), tmp_path / "run", structure=structure, calibration=SMALL).totals
+    attention, router, expert, head = 2 * (32 + 16) * 32, 4 * 32, 3 * 32 * 48, 128 * 32
+    dense = 2 * (attention + router + 2 * expert) + head  # 2 layers, 2 experts for a token
+    gone = (attention // 2 if "heads" in structure else 0) + (router // 4 if "experts" in structure else 0)
+    assert totals.dense_flops_per_token == 2 * dense
+    assert totals.flops_per_token == 2 * (dense - 2 * gone)
+
+
 def test_an_expert_that_no_token_reaches_goes_first_and_removing_it_changes_nothing(tmp_path: Path) -> None:
     folder = never_chosen(tmp_path / "model", 2)
     report = fp.prune(str(folder), tmp_path / "run", structure="experts=1", calibration=SMALL)

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from ..errors import FistaPrunerError
 from ..execution.context import RunContext
+from ..models.discovery import expert_modules
 from ..models.files.checkpoint import PRUNING_RECORD, Checkpoint
 from ..models.files.low_rank import RECORD as LOW_RANK
 from ..models.files.low_rank import write_adapter
@@ -32,8 +33,7 @@ from ..runs.times import Times
 from ..runtime.files import PARTIAL, sha256_file
 from ..runtime.machine import now
 from ..runtime.memory import peak_memory
-from ..structured.experts import EXPERTS, dropped_tensors
-from ..structured.units import Widths
+from ..structured.experts import EXPERTS, chosen_experts, dropped_tensors
 
 
 def finish(context: RunContext, times: Times, listener: Listener, earlier: Report | None = None) -> Report:
@@ -198,28 +198,33 @@ def _dropped(context: RunContext) -> tuple[set[str], dict[str, tuple[int, ...]]]
     return dropped_tensors(context.model, context.widths.experts)
 
 
-def _flops(model: LayerwiseModel, widths: Widths | None, gone: int) -> tuple[int, int]:
+def _flops(model: LayerwiseModel, gone: int) -> tuple[int, int]:
     """Count the floating-point operations of a token in the dense model, and in one with fewer parameters.
 
-    Of a mixture's experts a token passes through those that the router chooses.
-
-    Those of the matrices of the decoder layers and of the output head: two for each weight. Attention between tokens
-    comes on top, the same in both.
+    Those of the matrices of the decoder layers and of the output head: two for each weight. Of a mixture's experts a
+    token passes through those that the router chooses. Attention between tokens comes on top, the same in both.
 
     Args:
-        model: the dense model.
-        widths: what was removed.
+        model: the dense model; layers that were pruned may have fewer channels, so the checkpoint's shapes are counted.
         gone: weights of matrices of the decoder layers that were removed, those of experts left out.
     """
-    layers = sum(parameter.numel() for layer in model.layers for parameter in layer.parameters() if parameter.ndim > 1)
-    for index, layer in enumerate(model.layers):
-        for unit in widths.mixtures(index) if widths else ():
-            matrices = layer.get_submodule(unit.name).parameters()
-            idle = sum(parameter.numel() for parameter in matrices if parameter.ndim > 1)
-            layers -= idle * (unit.before - unit.chosen) // unit.before
+
+    def weights(prefix: str) -> int:
+        names = [name for name, _ in model.model.named_parameters() if name.startswith(f"{prefix}.")]
+        shapes = [model.checkpoint.entry(model.source(name)).shape for name in names]
+        return sum(math.prod(shape) for shape in shapes if len(shape) > 1)
+
+    used = weights(model.layers_name)
+    mixtures = {
+        f"{model.layers_name}.{index}.{name}": experts.number
+        for index, layer in enumerate(model.layers)
+        for name, experts in expert_modules(layer).items()
+    }
+    for name, chosen in chosen_experts(model).items() if mixtures else ():
+        used -= weights(name) * (mixtures[name] - chosen) // mixtures[name]
     head = model.model.get_output_embeddings()
-    outside = 0 if head is None else head.weight.numel()
-    return 2 * (layers + outside), 2 * (layers - gone + outside)
+    used += 0 if head is None else head.weight.numel()
+    return 2 * used, 2 * (used - gone)
 
 
 def folder_bytes(folder: Path) -> int:
@@ -243,7 +248,6 @@ def _totals(layers: list[LayerEntry], context: RunContext, seconds: float) -> To
     dense_flops, flops = (
         _flops(
             context.model,
-            context.widths,
             sum(n for name, n in gone.items() if len(shapes[name]) > 1 and name not in checkpoint.stacks),
         )
         if shapes

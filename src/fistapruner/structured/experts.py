@@ -96,7 +96,7 @@ def find_experts(
         if tensors is None:
             continue
         alone = build_changed(model.checkpoint, change, trust_remote_code=trust_remote_code).eval()
-        units = _units(model, alone, tensors, before, after, groups, _chosen(model))
+        units = _units(model, alone, tensors, before, after, groups, chosen_experts(model))
         _prove(model, units, alone)
         return units, both
     raise FistaPrunerError(
@@ -400,7 +400,7 @@ def _prove(model: LayerwiseModel, units: ExpertUnits, smaller: Any) -> None:
                     )
 
 
-def _chosen(model: LayerwiseModel) -> dict[str, int]:
+def chosen_experts(model: LayerwiseModel) -> dict[str, int]:
     """Return how many experts the router of every mixture chooses for a token, by the mixture's name.
 
     Decoder layers with the same parameters are run once.
