@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from fistapruner import FistaPrunerError, LayerProblem
+from fistapruner.recipes.settings import Recipe
 from fistapruner.recipes.structure_settings import Structure
 from fistapruner.solvers import solve
 from fistapruner.structured.elimination import eliminate
@@ -281,6 +282,8 @@ def test_amounts_are_read_as_users_write_them() -> None:
         assert Structure.model_validate(settings.model_dump()) == settings
     for nothing in (None, "", "none", {}):
         assert Structure(remove=nothing) == Structure()
+        assert str(Recipe.build({"structure": {"remove": nothing}}).sparsity) == "50%"
+    assert str(Recipe.build({"structure": "25%"}).sparsity) == "0%"
     assert Structure(remove="25%").share == 0.25
     assert Structure(remove="mlp=20%").channels == 0.2
     assert Structure(remove="mlp=64").channels == 64

@@ -29,7 +29,7 @@ from .base import RunRecipe, Settings
 from .loading import parse_bytes, parse_value
 from .patterns import check_pattern
 from .renamed import RENAMED_SETTINGS
-from .structure_settings import Structure
+from .structure_settings import Structure, removes_nothing
 
 if TYPE_CHECKING:
     from ..constraints import Constraint
@@ -373,7 +373,7 @@ class Recipe(RunRecipe):
         section = value.get("structure")
         amount = section.remove if isinstance(section, Structure) else section
         amount = amount.get("remove") if isinstance(amount, Mapping) else amount
-        return value if amount is None else {**value, "sparsity": "0%"}
+        return value if removes_nothing(amount) else {**value, "sparsity": "0%"}
 
     @field_validator("targets", "ignore", "allocation", mode="after")
     @classmethod
@@ -381,6 +381,16 @@ class Recipe(RunRecipe):
         for pattern in () if isinstance(value, str) else value:
             check_pattern(pattern)
         return value
+
+    @model_validator(mode="after")
+    def _structure_of_something(self) -> Recipe:
+        """Refuse settings of a removal where nothing is removed: they would have no effect."""
+        for name, field in Structure.model_fields.items():
+            if self.structure.remove is None and (value := getattr(self.structure, name)) != field.default:
+                raise ValueError(
+                    f"structure.{name} is {value}, but nothing is removed: give --structure 25% or the like"
+                )
+        return self
 
     @model_validator(mode="after")
     def _low_rank_alone(self) -> Recipe:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
+from contextlib import suppress
 from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field
@@ -31,9 +32,14 @@ def _share(value: Any) -> float | None:
     return share if 0 < share < 1 else None
 
 
+def removes_nothing(value: Any) -> bool:
+    """Check whether an amount is none, as users write it."""
+    return value is None or value == {} or (isinstance(value, str) and value.strip() in ("", "none"))
+
+
 def _remove(value: Any) -> Any:
     """Write an amount in one way: ``25%``, ``mlp=20%`` or ``mlp=1024``."""
-    if value is None or (isinstance(value, str) and value.strip() in ("", "none")):
+    if removes_nothing(value):
         return None
     if (share := _share(value)) is not None:
         return f"{100 * share:.10g}%"
@@ -64,11 +70,12 @@ def _count(value: Any) -> int:
 
 
 def _shrink(value: Any) -> Any:
-    if isinstance(value, str) and value != "auto":
-        try:
-            return float(value)
-        except ValueError:
-            raise ValueError("auto, or a number from 0 to 1 is expected") from None
+    if isinstance(value, str):
+        with suppress(ValueError):
+            value = float(value)
+    number = isinstance(value, (int, float)) and not isinstance(value, bool)
+    if value != "auto" and not (number and 0 <= value <= 1):
+        raise ValueError("auto, or a number from 0 to 1 is expected")
     return value
 
 
