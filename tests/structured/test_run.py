@@ -410,14 +410,20 @@ def test_a_model_with_other_widths_than_its_record_is_found_out(tmp_path: Path) 
     )
 
 
-@pytest.mark.parametrize("sparsity", ["0%", "50%"])
-def test_the_smaller_model_is_timed_beside_the_dense_one(tmp_path: Path, sparsity: str) -> None:
+@pytest.mark.parametrize(
+    ("architecture", "remove", "sparsity"),
+    [("llama", "mlp=25%", "0%"), ("llama", "mlp=25%", "50%"), ("mixtral", "experts=1", "0%")],
+)
+def test_the_smaller_model_is_timed_beside_the_dense_one(
+    tmp_path: Path, architecture: str, remove: str, sparsity: str
+) -> None:
     def in_this_process(variants: list[Variant], *, threads: int | None, **settings: Any) -> list[Speed]:
         return [measure_speed(load_variant(variant), variant=variant.name, **settings) for variant in variants]
 
-    folder = tiny.save("llama", tmp_path / "model")
+    folder = tiny.save(architecture, tmp_path / "model")
     out = tmp_path / "run"
-    fp.prune(str(folder), out, sparsity=sparsity, method="wanda", **LESS)
+    structure = {"remove": remove, "multiple": 4}
+    fp.prune(str(folder), out, sparsity=sparsity, method="wanda", structure=structure, calibration=SMALL)
     found = fp.bench_run(out, prompt=4, tokens=3, runs=1, measure=in_this_process)
     names = [speed.variant for speed in found]
     packed = [] if sparsity == "0%" else ["packed", "packed int8"]
@@ -439,6 +445,13 @@ def test_the_smaller_model_is_timed_beside_the_dense_one(tmp_path: Path, sparsit
         ),
         ("llama", ["--structure", "mlp=99%", "--structure-multiple", "4"], "leaves fewer than 4 of the 48 channels"),
         ("llama", ["--structure", "many"], "structure"),
+        ("llama", ["--structure-method", "goa"], "structure.method is goa, but nothing is removed: give --structure"),
+        ("llama", ["--widths", "free"], "structure.widths is free, but nothing is removed"),
+        (
+            "llama",
+            ["--structure", "25%", "--structure-shrink", "2"],
+            "structure.shrink: auto, or a number from 0 to 1 is expected (got '2')",
+        ),
         ("llama", ["--structure", "layers=1"], "what is removed is mlp, heads or experts"),
         ("llama", ["--structure", "heads=2"], "heads=2 leaves none of the 2 key/value groups"),
         ("opt", ["--structure", "heads=1"], "the config of OPTForCausalLM cannot express 3 of 4 key/value groups"),

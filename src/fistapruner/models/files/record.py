@@ -26,7 +26,7 @@ def permuted_tensors(record: Mapping[str, Any]) -> set[str]:
 
 
 def lost_structure(record: Mapping[str, Any]) -> bool:
-    """Return whether a model's record says that channels or heads were removed on its way."""
+    """Return whether a model's record says that channels, heads or experts were removed on its way."""
     lineage = record.get("lineage")
     stages = lineage.get("stages") if isinstance(lineage, Mapping) else None
     settings = [stage.get("settings") for stage in stages or () if isinstance(stage, Mapping)]
@@ -35,10 +35,12 @@ def lost_structure(record: Mapping[str, Any]) -> bool:
 
 
 def has_zeros(record: Mapping[str, Any]) -> bool:
-    """Return whether a model's record claims zeros of any operator; True where it claims nothing."""
+    """Return whether a model's record claims zeros of any operator; where it claims nothing, unless it is smaller."""
     operators = record.get("operators")
     claims = operators.values() if isinstance(operators, Mapping) else ()
-    return not claims or any(not isinstance(claim, Mapping) or claim.get("sparsity") != "0%" for claim in claims)
+    if not claims:
+        return not lost_structure(record)
+    return any(not isinstance(claim, Mapping) or claim.get("sparsity") != "0%" for claim in claims)
 
 
 def take_claimed_apart(checkpoint: Checkpoint, record: Mapping[str, Any]) -> None:
