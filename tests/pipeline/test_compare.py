@@ -14,6 +14,7 @@ from fistapruner.errors import FistaPrunerError
 from fistapruner.evaluation.data import cut_windows
 from fistapruner.pipeline.compare import compare, run_name
 from fistapruner.pipeline.contenders import parse_contenders
+from fistapruner.reporting.comparison import comparison_table
 from fistapruner.runs.listener import Listener
 
 SETTINGS: dict[str, Any] = {"calibration": {"source": "python", "samples": 3, "seqlen": 32}}
@@ -251,3 +252,16 @@ def test_rows_of_a_changed_calibration_text_are_made_again(tmp_path: Path, monke
     Path("../text.txt").write_text("it was the age of wisdom, it was the age of foolishness. " * 20)
     other = compare(source, "wanda", ["50%"], out, settings=settings, windows=2)
     assert other.rows[0].perplexity != first.rows[0].perplexity
+
+
+def test_rows_say_what_structure_was_removed(tmp_path: Path) -> None:
+    folder = tiny.save("llama", tmp_path / "model")
+    settings = {
+        "structure": {"remove": "mlp=25%", "multiple": 4},
+        "calibration": {"source": "python", "samples": 4, "seqlen": 32},
+    }
+    comparison = compare(folder, "wanda", ["50%"], tmp_path / "out", settings=settings, windows=2)
+    said = "50.0000 % (structure mlp=25% removed)"
+    assert said in comparison_table(comparison)
+    assert said in (tmp_path / "out" / "compare.md").read_text()
+    assert said.partition(" % ")[2] in (tmp_path / "out" / "compare.html").read_text()

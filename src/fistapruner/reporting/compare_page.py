@@ -271,7 +271,7 @@ def _results(comparison: Comparison) -> Table:
                 duration(row.seconds),
                 duration(row.time_split.get("solve")),
                 size(row.peak_memory),
-                percent(share, 4) + row.more_weights,
+                percent(share, 4) + row.beside_zeros,
             )
         )
     if not any(row.divergence for row in comparison.rows):  # a comparison measures perplexity alone

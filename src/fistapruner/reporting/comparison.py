@@ -69,7 +69,7 @@ def _cells(row: CompareRow) -> tuple[str, ...]:
         duration(row.seconds),
         duration(row.time_split.get("solve")),
         size(row.peak_memory),
-        "–" if share is None else f"{100 * share:.4f} %{row.more_weights}",
+        ("–" if share is None else f"{100 * share:.4f} %") + row.beside_zeros,
     )
 
 

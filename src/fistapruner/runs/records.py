@@ -399,10 +399,13 @@ class CompareRow(Record):
     error: str | None = None
 
     @property
-    def more_weights(self) -> str:
-        """Say what low-rank parts add, behind the share of zeros; empty where there are none."""
+    def beside_zeros(self) -> str:
+        """Say what low-rank parts add and what structure went, behind the share of zeros; empty where nothing did."""
         more, weights = self.low_rank_weights, self.operator_weights
-        return f" and {percent(more / weights)} more weights" if more and weights else ""
+        removed = (self.settings.get("structure") or {}).get("remove")
+        return (f" and {percent(more / weights)} more weights" if more and weights else "") + (
+            f" (structure {removed} removed)" if removed else ""
+        )
 
 
 class Comparison(Record):
