@@ -199,6 +199,7 @@ def test_verbs_that_would_leave_it_out_refuse_the_run(
         ["recover", str(run), "--out", out],
         ["bench", str(run)],
         ["prune", str(run / "model"), "--out", out],
+        ["plan", str(run / "model")],
     ):
         assert main(command) != 0, command
         said = capsys.readouterr().err
@@ -220,6 +221,11 @@ def test_what_cannot_have_a_low_rank_part_is_refused_before_any_work(
     with pytest.raises(FistaPrunerError, match=message):
         fp.prune(dense, tmp_path / "run", **{**SMALL, "low_rank": RANK, **settings})
     assert not (tmp_path / "run" / "run.json").exists()
+
+
+def test_a_plan_refuses_what_a_run_does(dense: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["plan", str(dense), "--low-rank", "17", "--sparsity", "2:4", "--seqlen", "32"]) == 2
+    assert "k_proj is 16 x 32: its low-rank part has a rank from 0 to 16, not 17" in capsys.readouterr().err
 
 
 def test_experts_are_refused(tmp_path: Path) -> None:

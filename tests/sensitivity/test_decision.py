@@ -140,6 +140,8 @@ def test_owl_of_a_fixed_pattern_is_refused() -> None:
     with pytest.raises(FistaPrunerError, match="allocation 'owl' cannot be used with 2:4"):
         check_allocation(Recipe.build({"allocation": "owl", "sparsity": "2:4"}))
     check_allocation(Recipe.build({"allocation": "error", "sparsity": "2:4"}))
+    with pytest.raises(FistaPrunerError, match=r"'error' cannot be used with 64:2:8.*take --allocation uniform, or"):
+        check_allocation(Recipe.build({"allocation": "error", "sparsity": "64:2:8"}))
 
 
 @pytest.mark.parametrize(

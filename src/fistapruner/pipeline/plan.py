@@ -15,6 +15,7 @@ from ..errors import FistaPrunerError
 from ..execution.context import open_model
 from ..execution.executors import default_threads
 from ..models.discovery import Layout, discover
+from ..models.files.low_rank import refuse_low_rank
 from ..models.layerwise import LayerwiseModel
 from ..models.source import Permissions
 from ..planning.plan import Plan, make_plan
@@ -25,6 +26,7 @@ from ..runtime.formatting import count, span
 from ..runtime.numerics import exact_products, windows_at_once
 from ..sensitivity.decision import check_allocation
 from ..solvers import check_constraint
+from ..solvers.low_rank import check_rank
 from ..structured.experts import EXPERTS
 from ..structured.proof import plan_widths
 from ..structured.units import Widths, layer_weights, removed_weights, resized
@@ -34,7 +36,8 @@ def allocate(recipe: Recipe, layout: Layout) -> dict[str, Constraint]:
     """Decide the pattern of every operator, as the recipe says it.
 
     Raises:
-        FistaPrunerError: a pattern that matches nothing, or does not divide an operator's inputs.
+        FistaPrunerError: a pattern that matches nothing, or does not divide an operator's inputs; or an operator that
+            cannot have the low-rank part.
     """
     operators = layout.operators()
     chosen: dict[str, Constraint] = dict.fromkeys((name for name, _ in operators), recipe.pattern)
@@ -48,7 +51,28 @@ def allocate(recipe: Recipe, layout: Layout) -> dict[str, Constraint]:
             chosen.update((name, parse_sparsity(sparsity)) for name in names)
     for name, operator in operators:
         check_constraint(chosen[name], operator.columns, recipe.steps, name)
+    if recipe.low_rank:
+        _check_low_rank(recipe.low_rank, layout, chosen)
     return chosen
+
+
+def _check_low_rank(rank: int, layout: Layout, sparsity: Mapping[str, Constraint]) -> None:
+    """Refuse operators that cannot have a low-rank part.
+
+    Raises:
+        FistaPrunerError: names the first of them.
+    """
+    for index, layer in enumerate(layout.layers):
+        for operator in (operator for group in layer for operator in group):
+            name = layout.full_name(index, operator)
+            if not sparsity[name].zeros(operator.rows, operator.columns):
+                continue
+            if operator.experts:
+                raise FistaPrunerError(
+                    f"low_rank {rank}: {name} is part of an expert, which PEFT's LoRA does not reach: leave experts "
+                    "dense with --ignore re:experts, or prune without --low-rank"
+                )
+            check_rank(rank, operator.rows, operator.columns, name)
 
 
 def change_widths(
@@ -112,6 +136,7 @@ def plan_model(
     """
     check_allocation(recipe)
     source = Permissions(allow_pickle, trust_remote_code).find(model)
+    refuse_low_rank(source.folder, "prune")
     recipe = recipe.resolved(family=source.family)
     opened = open_model(source, recipe)
     layout, widths = change_widths(opened, discover(opened).select(recipe), recipe, source.permissions)

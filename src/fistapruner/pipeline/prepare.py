@@ -39,7 +39,6 @@ from ..runtime.files import sha256_file
 from ..runtime.machine import describe_machine, now, versions
 from ..runtime.numerics import dtype_name
 from ..sensitivity.decision import check_allocation
-from ..solvers.low_rank import check_rank
 from ..structured.units import Widths
 from .begun import absolute, changed_text, refuse_other
 from .dense_measurements import DenseMeasurements, Measured
@@ -182,8 +181,6 @@ def check_inputs(run: PruneDirectory, request: RunRequest, begun: PruneRecord | 
     check_model(model)
     smaller, widths = change_widths(model, layout, recipe, source.permissions)
     sparsity = allocate(recipe, smaller)
-    if recipe.low_rank:
-        _check_low_rank(recipe.low_rank, smaller, sparsity)
     if widths is not None and begun is None:
         listener.say(say_widths(model, widths))
     if begun is not None:
@@ -195,25 +192,6 @@ def check_inputs(run: PruneDirectory, request: RunRequest, begun: PruneRecord | 
         text = load_windows(request.evaluation.data, tokenizer, seqlen, request.evaluation.windows)
         model.check_tokens(text.tokens)
     return Inputs(source, model, layout, smaller, widths, sparsity, tokenizer, seqlen)
-
-
-def _check_low_rank(rank: int, layout: Layout, sparsity: Mapping[str, Constraint]) -> None:
-    """Refuse operators that cannot have a low-rank part.
-
-    Raises:
-        FistaPrunerError: names the first of them.
-    """
-    for index, layer in enumerate(layout.layers):
-        for operator in (operator for group in layer for operator in group):
-            name = layout.full_name(index, operator)
-            if not sparsity[name].zeros(operator.rows, operator.columns):
-                continue
-            if operator.experts:
-                raise FistaPrunerError(
-                    f"low_rank {rank}: {name} is part of an expert, which PEFT's LoRA does not reach: leave experts "
-                    "dense with --ignore re:experts, or prune without --low-rank"
-                )
-            check_rank(rank, operator.rows, operator.columns, name)
 
 
 def choose_plan(

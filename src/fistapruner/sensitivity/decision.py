@@ -25,6 +25,7 @@ from ..recipes.settings import Recipe
 from ..runs.records import WorkloadFacts
 from .channel_order import channel_order, kept_share
 from .error_curves import (
+    REACH,
     choose_patterns,
     patterns_measured,
     predicted_cost,
@@ -64,12 +65,13 @@ def check_allocation(recipe: Recipe) -> None:
                     f"{setting} {value} cannot be used where experts are removed ({recipe.structure.remove}): which "
                     f"ones stay is not known when it is measured; take --{setting} {other}"
                 )
-    free = recipe.allocation == "owl" or recipe.workload is not None
-    if free and not recipe.pattern.supports_allocation:
+    free, pattern = recipe.allocation == "owl" or recipe.workload is not None, recipe.pattern
+    milder = bool(pattern.neighbours(REACH))  # operators may have other patterns, so allocation by error can choose
+    if not pattern.supports_allocation and (free or (recipe.allocation == "error" and not milder)):
         raise FistaPrunerError(
-            f"allocation {recipe.allocation!r} cannot be used with {recipe.pattern}, whose share of zeros is not free: "
-            "take --allocation error or uniform, or an unstructured sparsity such as "
-            f"{100 * recipe.pattern.fraction:g}%"
+            f"allocation {recipe.allocation!r} cannot be used with {pattern}, whose share of zeros is not free: "
+            f"take --allocation {'error or uniform' if milder else 'uniform'}, or an unstructured sparsity such as "
+            f"{100 * pattern.fraction:g}%"
         )
     read_workload(recipe)
 
