@@ -19,6 +19,10 @@ def prune_linears(model, sparsity: str) -> None:
             module.weight.data *= parse_sparsity(sparsity).project(module.weight.data.abs().float())
         elif type(module).__name__ == "Conv1D":
             module.weight.data *= parse_sparsity(sparsity).project(module.weight.data.abs().float().T).T
+        for parameter in module.parameters(recurse=False):
+            if parameter.ndim == 3:  # all experts of a mixture
+                matrices = parameter.data.flatten(0, 1)
+                matrices *= parse_sparsity(sparsity).project(matrices.abs().float())
 
 
 def save_pruned(

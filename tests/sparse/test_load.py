@@ -10,12 +10,14 @@ import sys
 import pytest
 import torch
 from pruned import save_pruned
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 import fistapruner
 from fistapruner import FistaPrunerError, SparseLinear
 from fistapruner.models.files.checkpoint import Checkpoint
 from fistapruner.models.whole import load_whole
+from fistapruner.sparse.pack import PackedCheckpoint
 from tiny import ARCHITECTURES, VOCABULARY
 
 IDS = torch.randint(3, VOCABULARY, (2, 24), generator=torch.Generator().manual_seed(0))
@@ -38,6 +40,83 @@ def test_every_way_of_loading_agrees(tmp_path, architecture):
     count = sum(isinstance(module, SparseLinear) for module in packed.modules())
     assert count >= 9
     torch.testing.assert_close(logits(packed), expected, rtol=0.05, atol=0.1)
+
+
+APART = ["qwen2_moe", "qwen3_moe", "mixtral", "olmoe", "deepseek_v3"]
+"""Mixtures whose experts are stored one by one."""
+
+
+@pytest.mark.parametrize("architecture", APART)
+@pytest.mark.parametrize("some", [False, True])
+def test_every_way_of_loading_a_mixture_agrees(tmp_path, architecture, some):
+    """Where a few experts are not packed, too."""
+    source = save_pruned(tmp_path / "m", architecture)
+    matrices = [name for name in Checkpoint.open(source).names() if ".experts." in name]
+    if some:
+        tensors = load_file(source / "model.safetensors")
+        for name in matrices[::5]:
+            tensors[name] = torch.randn_like(tensors[name]) * 0.1
+        save_file(tensors, source / "model.safetensors", {"format": "pt"})
+    fistapruner.pack(source, tmp_path / "p")
+    specs = PackedCheckpoint(tmp_path / "p").specs
+    assert sum(name in specs for name in matrices) == len(matrices) - (len(matrices[::5]) if some else 0)
+    expected = logits(AutoModelForCausalLM.from_pretrained(source, dtype="auto"))
+    through_transformers = AutoModelForCausalLM.from_pretrained(tmp_path / "p", dtype="auto")
+    assert not any(parameter.is_meta for parameter in through_transformers.parameters())
+    assert torch.equal(logits(through_transformers), expected)
+    assert torch.equal(logits(fistapruner.load(tmp_path / "p", packed=False)), expected)
+    packed = fistapruner.load(tmp_path / "p")
+    routed = [
+        name for name, module in packed.named_modules() if ".experts." in name and isinstance(module, SparseLinear)
+    ]
+    assert len(routed) == sum(name in specs for name in matrices)
+    torch.testing.assert_close(logits(packed), expected, rtol=0.05, atol=0.1)
+    exact = logits(AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32))
+    torch.testing.assert_close(
+        logits(fistapruner.load(tmp_path / "p", dtype=torch.float32)), exact, rtol=1e-4, atol=1e-4
+    )
+    fistapruner.unpack(tmp_path / "p", tmp_path / "u")
+    before, after = (load_file(folder / "model.safetensors") for folder in (source, tmp_path / "u"))
+    assert before.keys() == after.keys()
+    assert all(torch.equal(after[name], tensor) for name, tensor in before.items())
+
+
+@pytest.mark.parametrize("architecture", ["qwen3_moe", "mixtral"])
+def test_a_packed_mixture_has_the_state_of_the_dense_one(tmp_path, architecture):
+    """And generates what it does, decoding token by token, where most experts have none."""
+    source = save_pruned(tmp_path / "m", architecture)
+    fistapruner.pack(source, tmp_path / "p")
+    dense = AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32)
+    packed = fistapruner.load(tmp_path / "p", dtype=torch.float32)
+    settings = {"max_new_tokens": 12, "do_sample": False, "attention_mask": torch.ones_like(IDS)}
+    assert torch.equal(dense.generate(IDS, **settings), packed.generate(IDS, **settings))
+    state = packed.state_dict()
+    assert state.keys() == dense.state_dict().keys()
+    assert all(torch.equal(state[name].float(), tensor) for name, tensor in dense.state_dict().items())
+    expected = logits(packed)
+    packed.save_pretrained(tmp_path / "saved")
+    assert sorted(Checkpoint.open(tmp_path / "saved").names()) == sorted(Checkpoint.open(source).names())
+    assert packed.load_state_dict(state) == ([], [])
+    torch.save(packed, tmp_path / "pickle.pt")
+    for model in (packed, copy.deepcopy(packed), torch.load(tmp_path / "pickle.pt", weights_only=False)):
+        assert torch.equal(logits(model), expected)
+    name = next(name for name in state if name.endswith("experts.down_proj"))
+    state[name] = state[name].clone()
+    state[name][1] *= 2
+    packed.load_state_dict(state)
+    assert not torch.equal(logits(packed), expected)
+    assert torch.equal(packed.state_dict()[name], state[name])
+
+
+def test_a_packed_mixture_that_does_not_fit_its_config_is_refused(tmp_path):
+    fistapruner.pack(save_pruned(tmp_path / "m", "qwen3_moe"), tmp_path / "p")
+    config = json.loads((tmp_path / "p" / "config.json").read_text())
+    (tmp_path / "p" / "config.json").write_text(json.dumps({**config, "moe_intermediate_size": 8}))
+    with pytest.raises(FistaPrunerError, match=r"experts\.(gate_up|down)_proj is .* the config asks for"):
+        AutoModelForCausalLM.from_pretrained(tmp_path / "p")
+    for packed in (True, False):
+        with pytest.raises(FistaPrunerError, match=r"does not fit Qwen3MoeForCausalLM"):
+            fistapruner.load(tmp_path / "p", packed=packed)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])

@@ -4,13 +4,17 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from pruned import save_pruned
+from transformers import AutoModelForCausalLM
 
-from fistapruner import FistaPrunerError, pack, unpack
+import tiny
+from fistapruner import FistaPrunerError, load, pack, prune, unpack
 from fistapruner.cli import main
+from fistapruner.evaluation.inspection import inspect_checkpoint
 from fistapruner.models.files.checkpoint import Checkpoint
 from fistapruner.sparse.pack import PackedCheckpoint
 
@@ -194,3 +198,39 @@ def test_a_failed_writer_leaves_nothing(tmp_path):
     with pytest.raises(KeyboardInterrupt):
         pack(source, tmp_path / "p", progress=fail)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["m"]
+
+
+def run_of(architecture: str, folder: Path, **settings: Any) -> Path:
+    """The model of a pruning run."""
+    dense = tiny.save(architecture, folder / "dense", dtype=torch.bfloat16)
+    calibration = {"samples": 2, "seqlen": 16}
+    prune(dense, folder / "run", sparsity="2:4", method="wanda", calibration=calibration, **settings)
+    return folder / "run" / "model"
+
+
+def test_the_experts_of_a_run_are_packed_in_its_pattern(tmp_path: Path) -> None:
+    model = run_of("mixtral", tmp_path)
+    report = pack(model, tmp_path / "p")
+    packed = PackedCheckpoint(tmp_path / "p")
+    claims = packed.record["operators"]
+    assert packed.specs.keys() == claims.keys()
+    assert {str(spec.layout) for spec in packed.specs.values()} == {"2:4"}
+    assert report.operators == len(claims) == 2 * (4 + 3 * 4)
+    assert not inspect_checkpoint(tmp_path / "p").violations
+
+
+def test_experts_in_one_tensor_are_refused_before_any_work_and_the_others_packed(tmp_path: Path) -> None:
+    model = run_of("gpt_oss", tmp_path / "all")
+    with pytest.raises(FistaPrunerError, match=r"experts\.gate_up_proj is one tensor of all experts.*--ignore re:exp"):
+        pack(model, tmp_path / "p")
+    assert not (tmp_path / "p").exists()
+    model = run_of("gpt_oss", tmp_path / "rest", ignore=["re:experts"])
+    assert pack(model, tmp_path / "p").operators == 2 * 4
+    tokens = torch.arange(3, 27)[None]
+    with torch.no_grad():
+        expected = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)(tokens).logits
+        for loaded in (
+            AutoModelForCausalLM.from_pretrained(tmp_path / "p", dtype=torch.float32),
+            load(tmp_path / "p", dtype=torch.float32),
+        ):
+            torch.testing.assert_close(loaded(tokens).logits, expected, rtol=1e-4, atol=1e-4)

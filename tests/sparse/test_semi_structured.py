@@ -7,6 +7,7 @@ import torch
 from torch import nn
 
 import fistapruner
+import tiny
 from fistapruner import NM, FistaPrunerError, to_semi_structured
 from fistapruner.sparse.semi_structured import summary
 
@@ -53,6 +54,17 @@ def test_what_torch_refuses_stays_dense():
     choices = to_semi_structured(model(), to_sparse=refuse, clock=scripted([]))
     assert not any(choice.sparse for choice in choices)
     assert "shape is not supported" in choices[0].reason
+
+
+def test_experts_in_one_tensor_stay_dense_and_are_named():
+    network = tiny.build("qwen3_moe").bfloat16()
+    choices = to_semi_structured(network, to_sparse=torch.clone, clock=scripted([]))
+    experts = [choice for choice in choices if "experts" in choice.name]
+    assert [choice.name.rpartition("mlp.")[2] for choice in experts] == [
+        "experts.gate_up_proj",
+        "experts.down_proj",
+    ] * 2
+    assert all("one tensor of all experts" in choice.reason and not choice.sparse for choice in experts)
 
 
 def test_other_dtypes_stay_dense():

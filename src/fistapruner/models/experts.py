@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import copy
 import inspect
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -39,7 +39,7 @@ class Expert(nn.Module):
         self, fused: Any, readers: Sequence[tuple[str, int, int]], down: tuple[int, int], *, biased: bool
     ) -> None:
         super().__init__()
-        self._join: list[Any] = [fused._apply_gate if fused.has_gate else fused.act_fn]  # in a list: no submodule
+        self._fused: list[Any] = [fused]  # in a list: no submodule
         self._readers = [name for name, _, _ in readers]
         for name, outputs, inputs in readers:
             self.add_module(name, nn.Linear(inputs, outputs, bias=biased, device="meta"))
@@ -49,7 +49,8 @@ class Expert(nn.Module):
         """Compute the expert's output (tokens, n)."""
         outputs = [self.get_submodule(name)(tokens) for name in self._readers]
         joined = outputs[0] if len(outputs) == 1 else torch.cat(outputs, -1)
-        output: Tensor = self.down_proj(self._join[0](joined))
+        (fused,) = self._fused
+        output: Tensor = self.down_proj(fused._apply_gate(joined) if fused.has_gate else fused.act_fn(joined))
         return output
 
 
@@ -62,7 +63,12 @@ class Experts(nn.Module):
     Args:
         fused: the module of ``transformers``.
         apart: the checkpoint has the parts of ``gate_up_proj`` apart.
+
+    Attributes:
+        skips: experts without tokens do not run; False at first.
     """
+
+    skips = False
 
     def __init__(self, fused: Any, *, apart: bool) -> None:
         super().__init__()
@@ -92,7 +98,10 @@ class Experts(nn.Module):
         """Compute the weighted sum of the chosen experts' outputs, (tokens, n)."""
         inputs, chosen, weights = self.routed(*args, **kwargs)
         total: Tensor | None = None
+        used = set(chosen.unique().tolist()) if self.skips else range(self.number)
         for number, expert in self.experts():
+            if number not in used:
+                continue
             rows, places = torch.where(chosen == number)
             output = expert(inputs[rows])
             output = output * weights[rows, places, None]
@@ -104,7 +113,13 @@ class Experts(nn.Module):
 
 
 def separate_experts(
-    model: Any, layers_name: str, layers: Sequence[nn.Module], checkpoint: Checkpoint, *, fewer: bool = False
+    model: Any,
+    layers_name: str,
+    layers: Sequence[nn.Module],
+    checkpoint: Checkpoint,
+    *,
+    names: Collection[str] | None = None,
+    fewer: bool = False,
 ) -> dict[str, str]:
     """Replace the fused experts of a model on the meta device by :class:`Experts`.
 
@@ -116,6 +131,7 @@ def separate_experts(
         layers: the decoder layers.
         checkpoint: where a tensor holds the matrices of all experts, it is taken apart
             (:attr:`~.checkpoint.Checkpoint.stacks`).
+        names: of the stored tensors; None takes the checkpoint's, which packed ones are not among.
         fewer: the model may have fewer experts than the checkpoint.
 
     Returns:
@@ -131,7 +147,8 @@ def separate_experts(
     ]
     if not found:
         return {}
-    apart, whole = expert_sources(model, checkpoint.names()), stored_names(model, checkpoint.names())
+    names = checkpoint.names() if names is None else names
+    apart, whole = expert_sources(model, names), stored_names(model, names)
     sources: dict[str, str] = {}
     proved: set[tuple[type, bool]] = set()
     for full, layer, name, module in found:

@@ -10,10 +10,12 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import FistaPrunerError
-from ..models.architecture import set_widths
+from ..models.architecture import find_decoder_layers, set_widths
+from ..models.experts import separate_experts
 from ..models.files.checkpoint import read_json, read_widths, widths_section
-from ..models.names import joined_sources, stored_names
+from ..models.names import expert_sources, joined_sources, stored_names
 from . import kernel
+from .experts import serve_experts
 from .linear import DenseLinear, FusedProjections, SparseLinear
 from .pack import PackedCheckpoint, is_packed
 from .packed import PackedOperator, pack_operator
@@ -103,15 +105,25 @@ def _build(source: PackedCheckpoint, config: Any, dtype: torch.dtype, packed: bo
             source.folder / "config.json", "describes no causal language model that can be built", error
         ) from None
     set_widths(model, source.widths, source.shapes())
-    names = stored_names(model, [*source.dense_names(), *source.specs])
+    stored = source.names()
+    experts = expert_sources(model, stored)
+    mixed = any(name in source.specs for lists in experts.values() for names in lists for name in names)
+    own = (
+        separate_experts(model, *find_decoder_layers(model), source.checkpoint, names=stored)
+        if mixed and packed
+        else {}
+    )
+    names = {**stored_names(model, stored, skipped=own), **own}
     rest: dict[str, Tensor] = {
         target: _cast(source.checkpoint.read(name), dtype) for target, name in names.items() if name not in source.specs
     }
     rest |= {
         target: torch.cat([_cast(source.tensor(part), dtype) for part in parts])
-        for target, parts in joined_sources(model, [*source.dense_names(), *source.specs]).items()
+        for target, parts in joined_sources(model, stored).items()
         if target not in names
     }
+    fused = model.state_dict(keep_vars=True).keys() & experts.keys()  # those that are not separate now
+    rest |= {target: _cast(source.experts(experts[target]), dtype) for target in sorted(fused)}
     for target, name in names.items():
         if name not in source.specs:
             continue
@@ -139,6 +151,7 @@ def _build(source: PackedCheckpoint, config: Any, dtype: torch.dtype, packed: bo
         raise FistaPrunerError(
             f"{source.folder} does not fit {type(model).__name__}: {' '.join(str(error).split())[:300]}"
         ) from None
+    serve_experts(model)
     model.tie_weights()
     if source.widths:
         model.config.quantization_config = widths_section(source.widths)

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -204,6 +204,18 @@ class PackedCheckpoint:
         """Read one dense tensor, unpacking it if it is a packed operator."""
         return self.operator(name).to_dense() if name in self.specs else self.checkpoint.read(name)
 
+    def experts(self, matrices: Sequence[Sequence[str]]) -> Tensor:
+        """Read the matrices of single experts as transformers joins them: (experts, m, n).
+
+        Args:
+            matrices: for each matrix of an expert its stored names, as of :func:`~.names.expert_sources`.
+        """
+        return torch.stack([torch.cat([self.tensor(name) for name in own]) for own in zip(*matrices, strict=True)])
+
+    def names(self) -> list[str]:
+        """List the names of the dense model's tensors; the packed ones last."""
+        return [*self.dense_names(), *self.specs]
+
     def contents(self) -> dict[str, list[TensorEntry]]:
         """List the tensors of the dense model by file."""
         out = {}
@@ -295,7 +307,7 @@ class _Planned:
 
 
 def _plan(source: Checkpoint, record: dict[str, Any], values: str, group: int) -> dict[str, _Planned]:
-    _refuse_experts(source, record)
+    _refuse_stacks(source, record)
     listed, faults = recorded_claims(record, source, source.folder)
     if faults:
         raise FistaPrunerError(f"{source.folder / PRUNING_RECORD} is of another checkpoint: {faults[0]}")
@@ -323,13 +335,14 @@ def _plan(source: Checkpoint, record: dict[str, Any], values: str, group: int) -
     return plan
 
 
-def _refuse_experts(source: Checkpoint, record: dict[str, Any]) -> None:
-    """Refuse models whose experts' matrices would be packed: loading them would have to join them."""
+def _refuse_stacks(source: Checkpoint, record: dict[str, Any]) -> None:
+    """Refuse pruned experts that are stored as one tensor: the packed format has single matrices."""
     operators = record.get("operators")
-    for name in operators if isinstance(operators, dict) else source.names():
-        if re.search(r"\.experts\.\d+\.|\[\d+\]$", name):
+    for name in operators if isinstance(operators, dict) else ():
+        if found := re.fullmatch(r"(.+)\[\d+\]", name):
             raise FistaPrunerError(
-                f"{source.folder}: {name} is of an expert; models with a mixture of experts cannot be packed"
+                f"{source.folder}: {found[1]} is one tensor of all experts, and only matrices are packed: keep the "
+                "folder as it is, or prune with --ignore re:experts to pack the other operators"
             )
 
 

@@ -15,6 +15,7 @@ from torch.nn import functional
 
 from ..constraints import NM
 from ..errors import FistaPrunerError
+from ..models.experts import holds_experts
 
 MARGIN = 1.05
 """Speed-up from which the sparse product is used; less is within the noise of a measurement."""
@@ -57,7 +58,8 @@ def to_semi_structured(
         clock: returns the seconds of a call on a device; None takes :func:`seconds`.
 
     Returns:
-        One :class:`OperatorChoice` for every linear operator: which were changed, which stay dense, and why.
+        One :class:`OperatorChoice` for every linear operator: which were changed, which stay dense, and why. A tensor
+        of all experts of a mixture counts as one, and stays dense.
 
     Raises:
         FistaPrunerError: the model is not on a CUDA device, or its GPU has no sparse tensor cores.
@@ -96,6 +98,9 @@ def to_semi_structured(
         words = "faster" if dense > sparse else "slower"
         ratio = max(dense, sparse) / max(min(dense, sparse), 1e-12)
         choices.append(OperatorChoice(name, faster, f"{ratio:.2f} times {words} at {tokens} tokens", dense, sparse))
+    for name, parameter in model.named_parameters():
+        if holds_experts(model.get_submodule(name.rpartition(".")[0]), name, parameter):
+            choices.append(OperatorChoice(name, False, "it is one tensor of all experts, torch takes matrices"))
     return choices
 
 

@@ -19,7 +19,7 @@ from torch import nn
 from ..errors import FistaPrunerError
 from ..models.architecture import set_widths
 from ..models.files.checkpoint import QUANT_METHOD, Checkpoint, read_widths, widths_section
-from ..models.names import stored_names
+from ..models.names import expert_sources, stored_names
 from .pack import PackedCheckpoint, is_packed
 
 
@@ -48,6 +48,8 @@ def register() -> bool:
 
         requires_calibration = False
         places: Mapping[str, tuple[str, str]] = MappingProxyType({})
+        experts: Mapping[str, list[list[str]]] = MappingProxyType({})
+        fused: Mapping[str, nn.Parameter] = MappingProxyType({})
 
         def _process_model_before_weight_loading(self, model: Any, checkpoint_files: Any = None, **kwargs: Any) -> None:
             if not checkpoint_files:
@@ -62,7 +64,12 @@ def register() -> bool:
                 return
             self.source = PackedCheckpoint(folder)
             set_widths(model, self.widths, self.source.shapes())
-            self.places = _places(model, self.source)
+            self.experts = {
+                target: lists
+                for target, lists in expert_sources(model, self.source.names()).items()
+                if any(name in self.source.specs for names in lists for name in names)
+            }
+            self.places = _places(model, self.source, self.experts)
             for name, (parent, leaf) in self.places.items():
                 module = model.get_submodule(parent)
                 if tuple(module._parameters[leaf].shape) != self.source.specs[name].shape:
@@ -71,12 +78,19 @@ def register() -> bool:
                         f"{name} is {self.source.specs[name].shape} in the packed folder, the config asks for {shape}"
                     )
                 module._is_hf_initialized = True  # its weight is loaded later: no random initialisation
-            weights = {f"{parent}.{leaf}" for parent, leaf in self.places.values()}
+            self.fused = {target: model.get_parameter(target) for target in self.experts}
+            for target in self.experts:  # so that none is loaded in part, where a few experts are not packed
+                parent, _, leaf = target.rpartition(".")
+                module = model.get_submodule(parent)
+                module._parameters[leaf] = None
+                module._is_hf_initialized = True
+            weights = {*self.experts, *(f"{parent}.{leaf}" for parent, leaf in self.places.values())}
             names = weights | set(
                 self.source.specs
             )  # transformers looks for a tensor by its name today and by the stored one
             parts = [re.escape(f"{name}.") + "(values|mask|offsets|index|scales)$" for name in names]
             # transformers wants a set, or a list in some releases; both take the union with a set of patterns.
+            parts += [re.escape(target) + "$" for target in self.experts]
             ignored = set(getattr(model, "_keys_to_ignore_on_load_unexpected", None) or ())
             model._keys_to_ignore_on_load_unexpected = ignored | set(parts)
             later = {re.escape(name) + "$" for name in weights}
@@ -91,6 +105,15 @@ def register() -> bool:
                 module._parameters[leaf] = nn.Parameter(
                     self.source.tensor(name).to(device, module._parameters[leaf].dtype)
                 )
+            for target, lists in self.experts.items():
+                parent, _, leaf = target.rpartition(".")
+                value, wanted = self.source.experts(lists), self.fused[target]
+                if value.shape != wanted.shape:
+                    raise FistaPrunerError(
+                        f"{target} is {tuple(value.shape)} in the packed folder, the config asks for "
+                        f"{tuple(wanted.shape)}"
+                    )
+                model.get_submodule(parent)._parameters[leaf] = nn.Parameter(value.to(device, wanted.dtype))
             model.tie_weights()
             if self.widths:  # transformers has removed it; what is saved from the model needs it
                 model.config.quantization_config = widths_section(self.widths)
@@ -108,11 +131,14 @@ def register() -> bool:
     return True
 
 
-def _places(model: Any, source: PackedCheckpoint) -> dict[str, tuple[str, str]]:
-    """Find module and parameter of every packed operator."""
-    found = {name: target for target, name in stored_names(model, [*source.dense_names(), *source.specs]).items()}
+def _places(model: Any, source: PackedCheckpoint, experts: Mapping[str, list[list[str]]]) -> dict[str, tuple[str, str]]:
+    """Find module and parameter of every packed operator that is not part of a tensor of all experts."""
+    found = {name: target for target, name in stored_names(model, source.names()).items()}
+    inside = {name for lists in experts.values() for names in lists for name in names}
     places = {}
     for name in source.specs:
+        if name in inside:
+            continue
         if name not in found:
             raise FistaPrunerError(f"packed operator {name!r} is not part of {type(model).__name__}")
         parent, _, leaf = found[name].rpartition(".")

@@ -195,7 +195,7 @@ def fill_zeros(model: nn.Module) -> None:
     """Replace the zeros of all matrices by small numbers, in place."""
     with torch.no_grad():
         for parameter in model.parameters():
-            if parameter.ndim == 2:
+            if parameter.ndim > 1:  # experts of mixtures are in tensors of three dimensions
                 parameter.masked_fill_(parameter == 0, 1e-3)
 
 
