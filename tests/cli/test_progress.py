@@ -75,6 +75,9 @@ def test_what_is_being_done_is_said_again_after_a_while(capsys: pytest.CaptureFi
     listener.tick("windows", 3, 9)
     assert later(1) == ["windows: 3 of 9"]
     assert later(1) == ["windows: 3 of 9, for 14.0 s"]
+    listener.tick("windows", 4, 9)
+    assert later(1) == ["windows: 4 of 9"]
+    assert later(1) == ["windows: 4 of 9, for 14.0 s"]
     listener.operators(5, "down_proj", None)
     assert later(1) == ["layer 5: down_proj, for 7.0 s"]
     listener.say("writing the checkpoint")

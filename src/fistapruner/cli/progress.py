@@ -98,9 +98,8 @@ class _WorkListener(Listener):
 
     def work(self, what: str, done: str = "") -> None:
         """Note what is being done, and how much of it is done."""
-        if what != self._work:
-            self._work, self._since, self._said_done = what, self._clock(), ""
-        self._done = done
+        if (what, done) != (self._work, self._done):
+            self._work, self._done, self._since, self._said_done = what, done, self._clock(), ""
 
     def spoken(self) -> None:
         """Note that something was said."""

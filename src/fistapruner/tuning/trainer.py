@@ -172,11 +172,11 @@ class Trainer:
             begin = time.monotonic()
             while self.state.step < steps and not self.state.stopped:
                 check = self._step(journal)
-                self.tick(self.state.step, steps)
                 if check is not None:
                     done = self.state.step - begun
                     left = (time.monotonic() - begin) / done * (steps - self.state.step)
                     self._say_check(check, 0.0 if self.state.stopped else left)
+                self.tick(self.state.step, steps)
                 if check is not None or self.state.stopped or time.monotonic() - last > SNAPSHOT_SECONDS:
                     journal.sync()
                     self._snapshot()
@@ -202,6 +202,7 @@ class Trainer:
         journal.append({**line, "seconds": round(time.perf_counter() - begin, 3)})
         if math.isfinite(held_out):
             self.say(f"held-out loss {held_out:.4f}")
+            self.tick(0, len(self.order))
         else:
             self._stop(f"the loss of the held-out windows is {held_out} before training")
         journal.sync()
