@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import torch
@@ -26,6 +26,7 @@ def generate_side_by_side(
     tokens: int = 32,
     memory_limit: int | None = None,
     trust_remote_code: bool = False,
+    tick: Callable[[str, int, int], None] = lambda what, done, total: None,
 ) -> list[Generation]:
     """Continue prompts greedily with every model.
 
@@ -39,10 +40,14 @@ def generate_side_by_side(
         tokens: new tokens for each prompt.
         memory_limit: bytes of main memory that the process may use; None is the free memory.
         trust_remote_code: run Python code that comes with the checkpoints.
+        tick: receives what is done, and how many models of how many have done it.
     """
     if not whole_fits(Checkpoint.open(list(models.values())[-1]), device, memory_limit):
         return []
-    texts = {name: _continue(folder, device, prompts, tokens, trust_remote_code) for name, folder in models.items()}
+    texts = {}
+    for number, (name, folder) in enumerate(models.items()):
+        tick("models that continue some prompts", number, len(models))
+        texts[name] = _continue(folder, device, prompts, tokens, trust_remote_code)
     return [
         Generation.model_validate({"prompt": prompt, **{name: found[place] for name, found in texts.items()}})
         for place, prompt in enumerate(prompts)

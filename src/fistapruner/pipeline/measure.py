@@ -187,6 +187,7 @@ def _generate(
             device,
             memory_limit=execution.get("memory_limit"),
             trust_remote_code=permissions.trust_remote_code,
+            tick=listener.tick,
         )
     except faults as error:  # of the models' own code: an example is no figure
         listener.say(f"no examples: {type(error).__name__}: {' '.join(str(error).split())[:200]}")

@@ -173,7 +173,7 @@ class OrderedSum:
     shapes.
 
     Args:
-        ranks: the processes; a rank has at least one pass.
+        ranks: the processes. A rank that has no pass adds tensors all the same, which do not count.
         count: passes of all ranks.
     """
 

@@ -129,18 +129,23 @@ class Objective:
             (variants, windows) fp64 sums over the tokens that carry loss (:meth:`counts`).
         """
         self._require(numbers)
-        mine, seqlen = self.ranks.mine(numbers, self.batch_size), self.seqlen(numbers)
+        seqlen = self.seqlen(numbers)
+        mine = self.ranks.mine(numbers, self.batch(seqlen))
         sums = None if self.ranks.size > 1 and not mine else self._losses(mine, seqlen, variants)
-        return self.ranks.windows(sums, len(numbers), self.batch_size)
+        return self.ranks.windows(sums, len(numbers), self.batch(seqlen))
 
     def seqlen(self, numbers: Sequence[int]) -> int:
         """Return the tokens of each window that are passed."""
         return self.text.tokens.shape[1]
 
+    def batch(self, seqlen: int) -> int:
+        """Return the windows of so many tokens in one pass."""
+        return self.batch_size
+
     def _losses(self, numbers: list[int], seqlen: int, variants: Variants) -> Tensor:
         """Compute :meth:`losses` of the windows of this process."""
         tokens, calls = self.text.tokens[numbers, :seqlen], self._calls_of(seqlen)
-        states, _ = forward_variants(self.model, tokens, self.batch_size, self.store, variants, calls=calls)
+        states, _ = forward_variants(self.model, tokens, calls.batch_size, self.store, variants, calls=calls)
         sums = torch.zeros(len(states), len(numbers), dtype=torch.float64)
         with self._ends():
             for start, stop in calls.batches(len(numbers)):
@@ -160,7 +165,7 @@ class Objective:
         """Compute the mean loss over all tokens of some windows that carry loss, and its gradient.
 
         Args:
-            numbers: window numbers, of at least one pass for each process.
+            numbers: window numbers.
             values: gives a layer's tensors; called on the way forwards and again on the way back.
             update: receives the gradient with respect to them, from the last layer to the first.
             chain: turns the gradients of a pass into others, which are summed instead: those with respect to few
@@ -170,7 +175,10 @@ class Objective:
             The loss. Where it is not finite, there is no gradient and ``update`` is not called.
         """
         self._require(numbers)
-        mine, count = self.ranks.mine(numbers, self.batch_size), max(1, int(self.counts(numbers).sum()))
+        seqlen, count = self.seqlen(numbers), max(1, int(self.counts(numbers).sum()))
+        batch = self.batch(seqlen)
+        own = self.ranks.mine(numbers, batch)
+        mine = own or list(numbers[:batch])  # one without a pass takes the first, too, and its sums are not used
         # A power of two, which changes no bit where nothing underflows; in fp16 gradients of a mean would.
         scale = 2.0 ** math.ceil(math.log2(count)) if self.model.dtype == torch.float16 else 1.0
         sums = torch.zeros(1, len(mine), dtype=torch.float64)
@@ -185,43 +193,38 @@ class Objective:
 
         def take(index: int, layer: nn.Module, gradients: Gradients) -> None:
             if index not in totals:
-                totals[index] = self.ranks.sums(-(-len(numbers) // self.batch_size))
+                totals[index] = self.ranks.sums(-(-len(numbers) // batch))
             totals[index].add(chain(index, layer, gradients))
 
         def done(index: int, layer: nn.Module) -> None:
             for total in totals.values():
                 total.complete()
             if not loss:
-                loss.append(float(self.ranks.windows(sums, len(numbers), self.batch_size).sum()) / count)
+                loss.append(float(self.ranks.windows(sums if own else None, len(numbers), batch).sum()) / count)
             found = totals.pop(index).result()
             if math.isfinite(loss[0]):
                 update(index, layer, {name: each / scale for name, each in found.items()} if scale > 1 else found)
 
         walk = self._walk_once if self.keep_graphs else self._walk_twice
-        walk(self.text.tokens[mine, : self.seqlen(numbers)], above, values, take, done)
+        walk(self.text.tokens[mine, :seqlen], above, values, take, done)
         return loss[0]
 
     def _calls_of(self, seqlen: int) -> Calls:
         """Return how decoder layers are called for windows of so many tokens, as far as it is recorded."""
-        return self._calls.setdefault(seqlen, Calls(self.batch_size, {}))
+        return self._calls.setdefault(seqlen, Calls(self.batch(seqlen), {}))
 
     def _walk_once(self, tokens: Tensor, above: Above, values: Values, take: Take, done: Done) -> None:
         """Run every layer once and keep its graph."""
         with self._ends():
             calls = self._calls_of(tokens.shape[1])
-            forward_backward(self.model, tokens, self.batch_size, above, values, take, done, calls)
+            forward_backward(self.model, tokens, calls.batch_size, above, values, take, done, calls)
 
     def _walk_twice(self, tokens: Tensor, above: Above, values: Values, take: Take, done: Done) -> None:
         """Run every layer forwards, and again on the way back."""
         with ordered_attention(self.model.device):  # as on the way back, so that the loss is that of the gradient
-            states, calls = forward(
-                self.model,
-                tokens,
-                self.batch_size,
-                self.store,
-                keep=True,
-                values=values,
-                calls=self._calls_of(tokens.shape[1]),
+            calls = self._calls_of(tokens.shape[1])
+            states, _ = forward(
+                self.model, tokens, calls.batch_size, self.store, keep=True, values=values, calls=calls
             )
         last = states.pop()
         gradient = self.store("gradient", (last.samples, last.seqlen, last.width))

@@ -45,6 +45,10 @@ class AnswerObjective(Objective):
         longest = int(self._lengths[list(numbers)].max())
         return min(-(-longest // LENGTHS) * LENGTHS, self.text.tokens.shape[1])
 
+    def batch(self, seqlen: int) -> int:
+        """See :class:`Objective`; ``batch_size`` counts windows of the longest answers, of shorter ones more pass."""
+        return self.batch_size * self.text.tokens.shape[1] // seqlen // 2 * 2
+
     def losses(self, numbers: Sequence[int], variants: Variants) -> Tensor:
         """See :class:`Objective`; pairs of one length pass together, so little padding does."""
         by_length: dict[int, list[int]] = {}
