@@ -63,13 +63,28 @@ class Form(ABC):
 
     @abstractmethod
     def weight(self, weight: Tensor, mask: Tensor, trained: Mapping[str, Tensor]) -> Tensor:
-        """Compute the (m, n) effective weight, differentiable with respect to the trained tensors.
+        """Compute the (m, n) effective weight, differentiable with respect to the trained tensors and of their dtype.
 
         Args:
-            weight: (m, n) pruned weight.
+            weight: (m, n) pruned weight, of any dtype.
             mask: (m, n), where ``weight`` is not zero.
-            trained: by short name, of the weight's dtype.
+            trained: by short name.
         """
+
+    def gradients(
+        self, weight: Tensor, mask: Tensor, trained: Mapping[str, Tensor], above: Tensor
+    ) -> dict[str, Tensor]:
+        """Compute the fp32 gradients with respect to the trained tensors.
+
+        Args:
+            weight, mask, trained: as for :meth:`weight`.
+            above: (m, n) gradient with respect to the effective weight, of any dtype.
+        """
+        with torch.enable_grad():
+            effective = self.weight(weight, mask, trained)
+        with exact_products():
+            found = torch.autograd.grad(effective, list(trained.values()), above.to(effective.dtype))
+        return dict(zip(trained, found, strict=True))
 
     @abstractmethod
     def numbers(self, rows: int, columns: int, survivors: int) -> int:
@@ -106,8 +121,13 @@ class Full(Form):
         return {ITSELF: weight.flatten().index_select(0, _places(mask))}
 
     def weight(self, weight: Tensor, mask: Tensor, trained: Mapping[str, Tensor]) -> Tensor:
-        flat = torch.zeros(weight.numel(), dtype=weight.dtype, device=weight.device)
-        return flat.index_copy(0, _places(mask), trained[ITSELF]).view(weight.shape)
+        flat = torch.zeros(weight.numel(), dtype=trained[ITSELF].dtype, device=weight.device)
+        return flat.index_copy_(0, _places(mask), trained[ITSELF]).view(weight.shape)
+
+    def gradients(
+        self, weight: Tensor, mask: Tensor, trained: Mapping[str, Tensor], above: Tensor
+    ) -> dict[str, Tensor]:
+        return {ITSELF: above.flatten().index_select(0, _places(mask)).float()}
 
     def numbers(self, rows: int, columns: int, survivors: int) -> int:
         return survivors
@@ -133,7 +153,8 @@ class Lora(Form):
         return {"A": _uniform(rank, weight, generator), "B": weight.new_zeros(m, rank)}
 
     def weight(self, weight: Tensor, mask: Tensor, trained: Mapping[str, Tensor]) -> Tensor:
-        return torch.addcmul(weight, _product(trained), mask.to(weight.dtype), value=self.scale)
+        change = _product(trained)
+        return torch.addcmul(weight.to(change.dtype), change, mask.to(change.dtype), value=self.scale)
 
     def numbers(self, rows: int, columns: int, survivors: int) -> int:
         return min(self.rank, rows, columns) * (rows + columns)
@@ -157,7 +178,8 @@ class Hira(Form):
         return {"A": _uniform(rank, weight, generator), "B": weight.new_zeros(m, rank)}
 
     def weight(self, weight: Tensor, mask: Tensor, trained: Mapping[str, Tensor]) -> Tensor:
-        return weight * (1 + _product(trained))
+        change = _product(trained)
+        return weight.to(change.dtype) * (1 + change)
 
     def as_hira(self, trained: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Return A and B of the same effective weight as :class:`Hira`."""

@@ -13,7 +13,6 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 import torch
 from torch import Tensor
 
-from ..runtime.numerics import exact_products
 from .forms import ITSELF, Dense, Form
 
 Rounding = Callable[[str, Tensor], Tensor]
@@ -99,15 +98,15 @@ class MaskedParameters:
             masters: values in place of :attr:`masters`, by the same names.
         """
         masters = self.masters if masters is None else masters
-        values = {}
-        for name, shorts in self._short.items():
-            trained = {short: masters[key] for short, key in shorts.items()}
-            if name in self.masks:
-                weight = self._matrix(name, self._tensors[name].detach().float())
-                values[name] = self._matrix(name, self.form.weight(weight, self.masks[name], trained))
-            else:
-                values[name] = trained[ITSELF]
-        return values
+        return {name: self._exact(name, masters) for name in self._short}
+
+    def _exact(self, name: str, masters: Mapping[str, Tensor]) -> Tensor:
+        """Return one effective tensor in fp32, differentiable."""
+        trained = {short: masters[key] for short, key in self._short[name].items()}
+        if name not in self.masks:
+            return trained[ITSELF]
+        weight = self._matrix(name, self._tensors[name].detach())
+        return self._matrix(name, self.form.weight(weight, self.masks[name], trained))
 
     def values(self, masters: Mapping[str, Tensor] | None = None) -> dict[str, Tensor]:
         """Return the tensors as the forward pass uses them: masked, in its dtype, differentiable.
@@ -131,8 +130,8 @@ class MaskedParameters:
             rounding: precision of the checkpoint, where that is lower than the tensors' own.
         """
         values = {}
-        for name, exact in self.exact().items():
-            tensor = self._tensors[name]
+        for name, tensor in self._tensors.items():
+            exact = self._exact(name, self.masters)  # one after the other, so that memory is used again
             value = rounding(name, exact.detach().to(tensor.dtype)).to(tensor.dtype).contiguous()
             if name in self.masks:
                 mask, kept = self._matrix(name, self.masks[name]), value.bool()
@@ -149,19 +148,18 @@ class MaskedParameters:
         Args:
             gradients: by the names of the tensors; a tensor without one has gradient zero.
         """
-        with torch.enable_grad():
-            values = {name: value for name, value in self.exact().items() if name in gradients}
-        with exact_products():
-            found = torch.autograd.grad(
-                list(values.values()),
-                list(self.masters.values()),
-                [gradients[name].to(value.dtype) for name, value in values.items()],
-                allow_unused=True,
-            )
-        return {
-            key: torch.zeros_like(master) if gradient is None else gradient
-            for (key, master), gradient in zip(self.masters.items(), found, strict=True)
-        }
+        found: dict[str, Tensor] = {}
+        for name, shorts in self._short.items():
+            masters = {short: self.masters[key] for short, key in shorts.items()}
+            if name not in gradients:
+                below = {short: torch.zeros_like(master) for short, master in masters.items()}
+            elif name in self.masks:
+                weight, above = (self._matrix(name, each) for each in (self._tensors[name].detach(), gradients[name]))
+                below = self.form.gradients(weight, self.masks[name], masters, above)
+            else:
+                below = {ITSELF: gradients[name].float()}
+            found |= {key: below[short] for short, key in shorts.items()}
+        return found
 
     def copy(self) -> list[Tensor]:
         """Copy the masters, for :meth:`restore`."""

@@ -223,9 +223,7 @@ class Objective:
         """Run every layer forwards, and again on the way back."""
         with ordered_attention(self.model.device):  # as on the way back, so that the loss is that of the gradient
             calls = self._calls_of(tokens.shape[1])
-            states, _ = forward(
-                self.model, tokens, calls.batch_size, self.store, keep=True, values=values, calls=calls
-            )
+            states, _ = forward(self.model, tokens, calls.batch_size, self.store, keep=True, values=values, calls=calls)
         last = states.pop()
         gradient = self.store("gradient", (last.samples, last.seqlen, last.width))
         with self._ends():
