@@ -63,7 +63,7 @@ class Form(ABC):
 
     @abstractmethod
     def weight(self, weight: Tensor, mask: Tensor, trained: Mapping[str, Tensor]) -> Tensor:
-        """Compute the (m, n) effective weight, differentiable with respect to the trained tensors and of their dtype.
+        """Compute the (m, n) effective weight, in the dtype of the trained tensors and differentiable.
 
         Args:
             weight: (m, n) pruned weight, of any dtype.

@@ -46,7 +46,7 @@ class AnswerObjective(Objective):
         return min(-(-longest // LENGTHS) * LENGTHS, self.text.tokens.shape[1])
 
     def batch(self, seqlen: int) -> int:
-        """See :class:`Objective`; ``batch_size`` counts windows of the longest answers, of shorter ones more pass."""
+        """See :class:`Objective`; ``batch_size`` counts the longest windows, of shorter ones more pass."""
         return self.batch_size * self.text.tokens.shape[1] // seqlen // 2 * 2
 
     def losses(self, numbers: Sequence[int], variants: Variants) -> Tensor:
