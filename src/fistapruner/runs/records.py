@@ -400,7 +400,7 @@ class CompareRow(Record):
 
     @property
     def beside_zeros(self) -> str:
-        """Say what low-rank parts add and what structure went, behind the share of zeros; empty where nothing did."""
+        """Say what low-rank parts add and what structure went, behind the share of zeros; else nothing."""
         more, weights = self.low_rank_weights, self.operator_weights
         removed = (self.settings.get("structure") or {}).get("remove")
         return (f" and {percent(more / weights)} more weights" if more and weights else "") + (

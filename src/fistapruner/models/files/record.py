@@ -35,7 +35,7 @@ def lost_structure(record: Mapping[str, Any]) -> bool:
 
 
 def has_zeros(record: Mapping[str, Any]) -> bool:
-    """Return whether a model's record claims zeros of any operator; where it claims nothing, unless it is smaller."""
+    """Return whether a model's record claims zeros; where it claims nothing, unless it is smaller."""
     operators = record.get("operators")
     claims = operators.values() if isinstance(operators, Mapping) else ()
     if not claims:
