@@ -10,6 +10,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 from torch import Tensor
+from transformers import AutoModelForCausalLM
 
 import fistapruner as fp
 import tiny
@@ -137,6 +138,71 @@ def test_the_report_counts_what_the_mask_took(tmp_path: Path) -> None:
     assert report.densification == pytest.approx(float(zero[rest].sum() / zero.sum()))
     assert report.masked_share == pytest.approx(float((change * zero).square().sum() / change.square().sum()), rel=1e-4)
     assert f"fills {report.densification * 100:.3g}" in str(report)
+
+
+def of_experts(folder: Path, model: Any, layer: int, rank: int, **config: Any) -> dict[str, Tensor]:
+    """Save an adapter of all experts of a decoder layer as PEFT does; returns the changes (experts, …) by tensor."""
+    experts = model.model.layers[layer].mlp.experts
+    files, changes = {}, {}
+    # PEFT wraps the module once for each parameter; the last one is outside.
+    for place, (name, wrapped) in enumerate((("down_proj", ""), ("gate_up_proj", ".base_layer"))):
+        shape = getattr(experts, name).shape
+        count, columns, rows = shape if experts.is_transposed else (shape[0], *shape[:0:-1])
+        a, b = draw(rank * count, columns, seed=place), draw(rows, rank * count, seed=place + 10)
+        key = f"base_model.model.model.layers.{layer}.mlp.experts{wrapped}"
+        files |= {f"{key}.lora_A.weight": a, f"{key}.lora_B.weight": b}
+        change = torch.einsum("ore,eri->eoi", b.view(rows, rank, count), a.view(count, rank, columns))
+        changes[name] = change.transpose(1, 2) if experts.is_transposed else change
+    folder.mkdir()
+    save_file(files, folder / "adapter_model.safetensors")
+    targets = ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]
+    settings = {"peft_type": "LORA", "r": rank, "lora_alpha": 4, "target_modules": [], "target_parameters": targets}
+    (folder / "adapter_config.json").write_text(json.dumps({**settings, **config}))
+    return changes
+
+
+@pytest.mark.parametrize("architecture", ["qwen3_moe", "mixtral", "gpt_oss"])
+def test_an_adapter_of_experts_is_masked(architecture: str, tmp_path: Path) -> None:
+    """Whether the files have the experts' matrices one by one or in one tensor."""
+    dense, calibration = tiny.save(architecture, tmp_path / "dense"), {"samples": 2, "seqlen": 16}
+    fp.prune(dense, tmp_path / "run", method="wanda", sparsity="50%", calibration=calibration)
+    before = AutoModelForCausalLM.from_pretrained(tmp_path / "run" / "model")
+    changes = of_experts(tmp_path / "adapter", before, 1, rank=3)
+    report = fp.merge_adapter(tmp_path / "run", tmp_path / "adapter", tmp_path / "out")
+    after = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    zeros = weights = 0
+    for name, weight in before.named_parameters():
+        part = name.rpartition(".")[2]
+        wanted = weight.detach()
+        if "layers.1.mlp.experts" in name and part in changes:
+            wanted = (wanted + 4 / 3 * changes[part]) * (wanted != 0)
+            zeros, weights = zeros + int((wanted == 0).sum()), weights + wanted.numel()
+            assert torch.equal(after.get_parameter(name) == 0, weight == 0)
+        torch.testing.assert_close(after.get_parameter(name).detach(), wanted, rtol=1e-5, atol=1e-6)
+    parts = 2 if architecture == "gpt_oss" else 3
+    assert len(report.operators) == 4 * parts
+    assert {operator.rank for operator in report.operators} == {3}
+    assert (report.zeros, sum(operator.weights for operator in report.operators)) == (zeros, weights)
+    assert report.zeros == weights // 2
+    assert report.densification > 0.99
+    assert "model.layers.1.mlp.experts.3.down_proj" in {operator.name for operator in report.operators}
+    assert not inspect_checkpoint(tmp_path / "out").violations
+
+
+def test_adapters_of_experts_that_do_not_fit_are_refused(tmp_path: Path) -> None:
+    folder = tiny.save("qwen3_moe", tmp_path / "model")
+    model = AutoModelForCausalLM.from_pretrained(folder)
+    other = tiny.build("qwen3_moe", moe_intermediate_size=24)
+    for name, made, config, said in (
+        ("sizes", other, {}, r"A \[8, 32\], B \[48, 8\], but the tensors of its experts have 32 outputs and 32 inputs"),
+        ("rank", model, {"r": 4}, r"experts\.base_layer has rank 2, but .* says 4"),
+        ("patterns", model, {"rank_pattern": {"experts": 2}}, "without rank_pattern and alpha_pattern"),
+        ("kind", model, {"peft_type": "HIRA"}, "target_parameters is understood for LoRA"),
+    ):
+        of_experts(tmp_path / name, made, 0, rank=2, **config)
+        with pytest.raises(FistaPrunerError, match=said):
+            fp.merge_adapter(folder, tmp_path / name, tmp_path / "out")
+        assert not (tmp_path / "out").exists()
 
 
 def test_a_survivor_that_becomes_zero_keeps_its_value(tmp_path: Path) -> None:

@@ -180,6 +180,25 @@ def test_an_exported_adapter_is_merged_by_merge_adapter(tmp_path: Path) -> None:
     assert report.densification == 0
 
 
+@pytest.mark.parametrize("architecture", ["qwen3_moe", "gpt_oss"])
+def test_a_trained_adapter_of_experts_is_merged_as_peft_does_and_masked(architecture: str, tmp_path: Path) -> None:
+    model = tiny.build(architecture)
+    for parameter in model.parameters():
+        if parameter.ndim == 3:
+            parameter.data *= parse_sparsity("50%").project(parameter.data.flatten(0, 1).abs()).view(parameter.shape)
+    model.save_pretrained(tmp_path / "model")
+    model = load(tmp_path / "model")
+    masks = {name: parameter.detach() != 0 for name, parameter in model.named_parameters()}
+    targets = ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]
+    settings = peft.LoraConfig(r=2, lora_alpha=3, target_modules=["q_proj"], target_parameters=targets)
+    merged = dict(trained(model, settings, tmp_path / "adapter").merge_and_unload().named_parameters())
+    report = fp.merge_adapter(tmp_path / "model", tmp_path / "adapter", tmp_path / "out")
+    assert report.densification > 0.99
+    for name, parameter in load(tmp_path / "out").named_parameters():
+        mask = masks[name] if parameter.ndim == 3 else 1
+        assert torch.allclose(parameter, merged[name] * mask, atol=1e-5), name
+
+
 def test_training_an_adapter_and_merging_it_is_found_by_hold_mask(tmp_path: Path) -> None:
     model = pruned(tmp_path / "model", "llama")
 

@@ -89,6 +89,13 @@ class Experts(nn.Module):
             assert isinstance(expert, Expert)
             yield number, expert
 
+    @property
+    def fused(self) -> dict[str, tuple[str, ...]]:
+        """Return the fused tensors of ``transformers``, and the linear modules whose weights each joins."""
+        names = [name for name, _ in self.get_submodule("0").named_children()]
+        apart = {"gate_up_proj": PARTS} if set(PARTS) <= set(names) else {}
+        return {**apart, **{name: (name,) for name in names if not apart or name not in PARTS}}
+
     def routed(self, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor, Tensor]:
         """Return a call's (tokens, n) inputs, and the (tokens, k) chosen experts and their weights."""
         inputs, chosen, weights = list(self._signature.bind(self, *args, **kwargs).arguments.values())[1:4]

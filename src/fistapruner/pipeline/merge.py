@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +15,8 @@ from torch import Tensor
 
 from ..errors import FistaPrunerError
 from ..models.architecture import build_model, checkpoint_names, find_decoder_layers
-from ..models.discovery import Operator, linear_modules
+from ..models.discovery import Operator, expert_modules, linear_modules
+from ..models.experts import Experts, separate_experts
 from ..models.files.checkpoint import PRUNING_RECORD, Checkpoint
 from ..models.files.folder import require_new
 from ..models.files.low_rank import refuse_low_rank
@@ -25,7 +28,7 @@ from ..runs.lineage import read_lineage
 from ..runs.records import Stage, StageFigures
 from ..runtime.formatting import percent
 from ..runtime.machine import now
-from ..tuning.adapters import KINDS, Adapter
+from ..tuning.adapters import KINDS, Adapter, OperatorAdapter
 from .measure import is_run
 
 
@@ -117,7 +120,8 @@ def merge_adapter(
     """Merge a PEFT adapter (LoRA, HiRA, (IA)³) into a pruned checkpoint, with every zero kept.
 
     The adapter's effective weight is masked, computed in fp32 and rounded once. A surviving weight that becomes 0 keeps
-    its value. One tensor is in memory at a time.
+    its value. One tensor is in memory at a time. Experts of mixtures may be among a LoRA's targets
+    (``target_parameters``).
 
     Args:
         folder: a pruned Hugging Face folder, or a finished run.
@@ -154,8 +158,24 @@ def merge_adapter(
     # The figures are measured while tensors are written: the shards of a killed attempt would leave theirs out.
     write_checkpoint(checkpoint, out, merge.tensor, documents=documents, resume=False)
     merge.verify(Checkpoint.open(out))
-    operators = tuple(merge.done[name] for name in found.operators)
-    return MergeReport(source.folder, found.folder, out, found.kind, operators)
+    return MergeReport(source.folder, found.folder, out, found.kind, merge.operators)
+
+
+@dataclass(frozen=True)
+class _Change:
+    """A change of one operator.
+
+    Args:
+        name: in the adapter.
+        operator: of the model.
+        rank: of the change.
+        read: reads the change.
+    """
+
+    name: str
+    operator: Operator
+    rank: int
+    read: Callable[[], OperatorAdapter]
 
 
 class _Merge:
@@ -166,8 +186,6 @@ class _Merge:
         adapter: the adapter.
         record: content of the checkpoint's ``fistapruner.json``.
 
-    Attributes:
-        done: what was done, by the operator's name in the adapter.
     """
 
     def __init__(
@@ -180,45 +198,96 @@ class _Merge:
         progress: Callable[[str], None] | None,
     ) -> None:
         self._checkpoint, self._adapter, self._progress = checkpoint, adapter, progress
+        self._changes: dict[str, _Change] = {}  # by stored weight
+        self._biases: dict[str, str] = {}  # by stored bias: name in the adapter
+        self._done: dict[str, MergedOperator] = {}  # by stored weight
+        self._read = lru_cache(maxsize=2)(adapter.read)  # of one tensor of all experts, many operators are changed
+        model = build_model(checkpoint, trust_remote_code=trust_remote_code)
+        layers_name, layers = find_decoder_layers(model)
+        stored = checkpoint_names(model, checkpoint, separate_experts(model, layers_name, layers, checkpoint))
         self._claims, faults = recorded_claims(record, checkpoint, checkpoint.folder)
         if faults:
             raise FistaPrunerError(f"{checkpoint.folder / PRUNING_RECORD}: {faults[0]}")
-        self._operators: dict[str, tuple[str, Operator]] = {}  # by stored weight: name in the adapter, operator
-        self._biases: dict[str, str] = {}  # by stored bias: name in the adapter
-        self.done: dict[str, MergedOperator] = {}
-        model = build_model(checkpoint, trust_remote_code=trust_remote_code)
-        stored = checkpoint_names(model, checkpoint)
-        layers_name, layers = find_decoder_layers(model)
-        operators = {
-            f"{layers_name}.{index}.{name}": Operator.of(f"{layers_name}.{index}.{name}", module)
-            for index, layer in enumerate(layers)
-            for name, module in linear_modules(layer)
-        }
+        places: dict[str, Operator | Experts] = {}
+        for index, layer in enumerate(layers):
+            prefix = f"{layers_name}.{index}."
+            places |= {prefix + name: Operator.of(prefix + name, module) for name, module in linear_modules(layer)}
+            places |= {prefix + name: experts for name, experts in expert_modules(layer).items()}
         for name in adapter.operators:
-            operator = self._find(name, operators, model.base_model_prefix + ".")
-            weight, bias = stored[f"{operator.name}.weight"], stored.get(f"{operator.name}.bias")
-            if weight in self._operators:
-                raise FistaPrunerError(f"{adapter.folder}: {name} and {self._operators[weight][0]} are one operator")
-            self._refuse_permuted(operator, weight, record)
-            change = adapter.read(name)
-            if not change.fits(operator.rows, operator.columns):
-                shapes = ", ".join(f"{part} {list(tensor.shape)}" for part, tensor in change.tensors.items())
-                raise FistaPrunerError(
-                    f"{adapter.folder}: {name} has {shapes}, but the operator has {operator.rows} outputs and "
-                    f"{operator.columns} inputs: the adapter belongs to another model"
-                )
-            self._operators[weight] = name, operator
-            if bias is not None:
-                self._biases[bias] = name
+            place, found = self._find(name, places, model.base_model_prefix + ".")
+            if isinstance(found, Operator):
+                changes = [self._of_operator(name, found)]
+                if (bias := stored.get(f"{found.name}.bias")) is not None:
+                    self._biases[bias] = name
+            else:
+                changes = self._of_experts(name, place, found)
+            for change in changes:
+                weight = stored[f"{change.operator.name}.weight"]
+                if weight in self._changes:
+                    raise FistaPrunerError(
+                        f"{adapter.folder}: {name} and {self._changes[weight].name} are one operator"
+                    )
+                self._refuse_permuted(change.operator, weight, record)
+                self._changes[weight] = change
+
+    @property
+    def operators(self) -> tuple[MergedOperator, ...]:
+        """Return what was done to each operator, in the order of the adapter's file."""
+        return tuple(self._done[weight] for weight in self._changes)
+
+    def _of_operator(self, name: str, operator: Operator) -> _Change:
+        """Check what the adapter does to one operator."""
+        change = self._read(name)
+        if not change.fits(operator.rows, operator.columns):
+            raise self._misfit(name, f"the operator has {operator.rows} outputs and {operator.columns} inputs")
+        self._adapter.check_rank(name)
+        return _Change(name, operator, self._adapter.rank(name), lambda: self._read(name))
+
+    def _of_experts(self, name: str, place: str, experts: Experts) -> list[_Change]:
+        """Find the tensor of all experts that the adapter changes, by its shape, and take it apart."""
+        if self._adapter.kind != "LORA":
+            raise FistaPrunerError(
+                f"{self._adapter.folder} changes {name[:200]}, the experts of a mixture: of these, LoRA is merged and "
+                f"{KINDS[self._adapter.kind]} is not"
+            )
+        count, change = experts.number, self._read(name)
+        first = experts.get_submodule("0")
+        changes: list[_Change] = []
+        shapes = []
+        for parts in experts.fused.values():
+            linear = [Operator.of(part, first.get_submodule(part)) for part in parts]
+            rows, columns = sum(operator.rows for operator in linear), linear[0].columns
+            shapes.append(f"{rows} outputs and {columns} inputs")
+            if not change.fits(rows, columns):
+                continue
+            self._adapter.check_rank(name, count)
+            end = 0
+            for operator in linear:
+                start, end = end, end + operator.rows
+                for number in range(count):
+                    own = replace(operator, name=f"{place}.{number}.{operator.name}")
+                    make = partial(self._of_expert, name, number, count, slice(start, end))
+                    changes.append(_Change(name, own, self._adapter.rank(name) // count, make))
+        if not changes:
+            raise self._misfit(name, f"the tensors of its experts have {' or '.join(shapes)}")
+        return changes
+
+    def _of_expert(self, name: str, number: int, experts: int, rows: slice) -> OperatorAdapter:
+        return self._read(name).of_expert(number, experts, rows)
+
+    def _misfit(self, name: str, said: str) -> FistaPrunerError:
+        shapes = ", ".join(f"{part} {list(tensor.shape)}" for part, tensor in self._read(name).tensors.items())
+        return FistaPrunerError(
+            f"{self._adapter.folder}: {name} has {shapes}, but {said}: the adapter belongs to another model"
+        )
 
     def tensor(self, stored: str) -> Tensor | None:
         """Return the merged tensor of the checkpoint's tensor ``stored``; None where it stays as it is."""
         if stored in self._biases:
-            return self._adapter.read(self._biases[stored]).bias(self._checkpoint.read(stored).float())
-        if stored not in self._operators:
+            return self._read(self._biases[stored]).bias(self._checkpoint.read(stored).float())
+        if stored not in self._changes:
             return None
-        name, operator = self._operators[stored]
-        change = self._adapter.read(name)
+        operator, change = self._changes[stored].operator, self._changes[stored].read()
         if self._progress is not None:
             self._progress(operator.name)
         old = self._checkpoint.read(stored)
@@ -229,9 +298,9 @@ class _Merge:
         squares = (effective - weight).square()
         new = torch.where(zero, torch.zeros_like(filled), filled)
         lost = ~zero & (new == 0) & bool(zero.any())
-        self.done[name] = MergedOperator(
+        self._done[stored] = MergedOperator(
             operator.name,
-            self._adapter.rank(name),
+            self._changes[stored].rank,
             weights=old.numel(),
             zeros=int(zero.sum()),
             refilled=int((zero & (filled != 0)).sum()),
@@ -259,20 +328,23 @@ class _Merge:
         Raises:
             FistaPrunerError: names the tensor.
         """
-        for stored, (name, _) in self._operators.items():
-            if self.done[name].zeros and not torch.equal(written.read(stored) == 0, self._checkpoint.read(stored) == 0):
+        for stack in self._checkpoint.stacks.values():
+            written.take_apart(stack)
+        for stored, done in self._done.items():
+            if done.zeros and not torch.equal(written.read(stored) == 0, self._checkpoint.read(stored) == 0):
                 raise FistaPrunerError(f"{written.folder}: {stored} does not have the zeros of the input")
 
-    def _find(self, name: str, operators: Mapping[str, Operator], base: str) -> Operator:
-        """Find an operator by its name in the adapter, whose model may have had another prefix."""
-        for candidate in (name, name.removeprefix(base), base + name):
-            if candidate in operators:
-                return operators[candidate]
-        ends = [operator for full, operator in operators.items() if full.endswith("." + name)]
+    def _find(self, name: str, places: Mapping[str, Operator | Experts], base: str) -> tuple[str, Operator | Experts]:
+        """Find an operator, or experts, by the name in the adapter, whose model may have had another prefix."""
+        plain = re.sub(r"(\.base_layer)+$", "", name)
+        for candidate in (plain, plain.removeprefix(base), base + plain):
+            if candidate in places:
+                return candidate, places[candidate]
+        ends = [(full, found) for full, found in places.items() if full.endswith("." + plain)]
         if len(ends) != 1:
             raise FistaPrunerError(
                 f"{self._adapter.folder} changes {name[:200]}, which is no operator of a decoder layer of "
-                f"{self._checkpoint.folder}; the first one is called {next(iter(operators), None)}"
+                f"{self._checkpoint.folder}; the first one is called {next(iter(places), None)}"
             )
         return ends[0]
 

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..models.experts import PARTS, Experts
+from ..models.experts import Experts
 
 
 def serve_experts(model: nn.Module) -> None:
@@ -24,16 +24,9 @@ def serve_experts(model: nn.Module) -> None:
             module.register_load_state_dict_pre_hook(_split)
 
 
-def _fused(experts: Experts) -> dict[str, tuple[str, ...]]:
-    """Name the tensors of all experts, and the linear modules of which each holds the weights."""
-    names = [name for name, _ in experts.get_submodule("0").named_children()]
-    apart = {"gate_up_proj": PARTS} if set(PARTS) <= set(names) else {}
-    return {**apart, **{name: (name,) for name in names if not apart or name not in PARTS}}
-
-
-def _join(experts: Any, state: dict[str, Any], prefix: str, metadata: Mapping[str, Any]) -> None:
+def _join(experts: Experts, state: dict[str, Any], prefix: str, metadata: Mapping[str, Any]) -> None:
     """Join the weights of single experts in a state dict."""
-    for name, parts in _fused(experts).items():
+    for name, parts in experts.fused.items():
         state[prefix + name] = torch.stack(
             [
                 torch.cat([state.pop(f"{prefix}{number}.{part}.weight") for part in parts])
@@ -42,9 +35,9 @@ def _join(experts: Any, state: dict[str, Any], prefix: str, metadata: Mapping[st
         )
 
 
-def _split(experts: Any, state: dict[str, Any], prefix: str, *_: Any) -> None:
+def _split(experts: Experts, state: dict[str, Any], prefix: str, *_: Any) -> None:
     """Split the tensors of all experts in a state dict that is loaded."""
-    for name, parts in _fused(experts).items():
+    for name, parts in experts.fused.items():
         whole: Tensor | None = state.pop(prefix + name, None)
         for number in range(experts.number if whole is not None else 0):
             assert whole is not None

@@ -1,7 +1,7 @@
 """Read and write adapter folders of the PEFT library, without the library.
 
 A folder holds ``adapter_config.json`` and ``adapter_model.safetensors``. Three kinds are read, each of which can be
-written as an effective weight (m, n) of its operator, with ``c`` a factor:
+written as an effective weight (m, n) of its operator, or of each expert's (``target_parameters``), with ``c`` a factor:
 
     LoRA    W + c·BA          arXiv 2106.09685; c = alpha / r, or alpha / √r (arXiv 2312.03732)
     HiRA    W⊙(1 + BA)        ICLR 2025 (Huang et al.), peft 0.21
@@ -41,7 +41,7 @@ HARMLESS = {
     *("base_model_name_or_path", "target_modules", "exclude_modules", "layers_to_transform", "layers_pattern"),
     *("fan_in_fan_out", "feedforward_modules", "r", "rank_pattern", "lora_alpha", "alpha_pattern", "use_rslora"),
     *("lora_dropout", "hira_dropout", "init_weights", "init_ia3_weights", "init_lora_weights", "eva_config"),
-    *("megatron_core", "qalora_group_size"),
+    *("megatron_core", "qalora_group_size", "target_parameters"),
 }
 """Settings that are used here, or that say nothing beyond the tensors of a trained adapter."""
 
@@ -85,6 +85,15 @@ class OperatorAdapter:
         factor = self.tensors.get("l")
         return bias * factor[:, 0] if factor is not None and factor.shape == (len(bias), 1) else None
 
+    def of_expert(self, number: int, experts: int, rows: slice) -> OperatorAdapter:
+        """Return what a LoRA of a tensor of all experts does to some output rows of one expert.
+
+        PEFT stores A as (experts · r, n), by expert, and B as (m, r · experts), by rank.
+        """
+        a, b = self.tensors["A"], self.tensors["B"]
+        own = {"A": a.view(experts, -1, a.shape[1])[number], "B": b.view(len(b), -1, experts)[rows, :, number]}
+        return OperatorAdapter(self.kind, own, self.scale)
+
     def fits(self, rows: int, columns: int) -> bool:
         """Whether the tensors fit an operator of ``rows`` outputs and ``columns`` inputs."""
         if self.kind == "IA3":
@@ -102,7 +111,8 @@ class Adapter:
         folder: the folder.
         kind: ``peft_type``.
         base: the model that it was trained on, as its config names it.
-        operators: names of the operators that it changes, as modules of the model.
+        operators: names of the operators that it changes, as modules of the model; of a tensor of all experts the name
+            of the experts, behind which PEFT writes ``.base_layer`` for all of its tensors but the last.
 
     Raises:
         FistaPrunerError: no adapter there, a damaged one, or a setting or a tensor that is not understood.
@@ -117,6 +127,7 @@ class Adapter:
         base = self._config.get("base_model_name_or_path")
         self.base = base if isinstance(base, str) and base.isprintable() else ""
         self._check_config()
+        self._stacked = bool(self._config.get("target_parameters"))
         if not (self.folder / WEIGHTS).exists() and (self.folder / PICKLE).exists():
             raise FistaPrunerError(f"{self.folder} has only {PICKLE}, which can carry code: save it as safetensors")
         self._file = SafetensorsFile(inside(self.folder, WEIGHTS))
@@ -145,8 +156,22 @@ class Adapter:
         return OperatorAdapter(self.kind, tensors, self._scale(operator))
 
     def rank(self, operator: str) -> int:
-        """Return the rank of an operator's change; 1 for (IA)³."""
+        """Return the rank of an operator's change, or of all experts' together; 1 for (IA)³."""
         return 1 if self.kind == "IA3" else self._file.entries[self._places[operator]["A"]].shape[0]
+
+    def check_rank(self, operator: str, experts: int = 1) -> None:
+        """Compare the rank of a LoRA with the config's, which its factor follows.
+
+        Args:
+            operator: one of :attr:`operators`.
+            experts: whose tensor is changed.
+
+        Raises:
+            FistaPrunerError: they differ.
+        """
+        rank = self.rank(operator) / experts
+        if self.kind == "LORA" and rank != (said := self._of("rank_pattern", operator)):
+            raise FistaPrunerError(f"{self._file.path}: {operator} has rank {rank:g}, but {CONFIG} says {said:.0f}")
 
     def _check_config(self) -> None:
         path = self.folder / CONFIG
@@ -164,6 +189,11 @@ class Adapter:
                     f"{path}: the setting {key[:60]} is {str(value)[:60]!r}, which is not understood: only adapters "
                     "that change nothing but the weights of linear operators are merged"
                 )
+        if self._config.get("target_parameters") and (self.kind != "LORA" or self._patterns()):
+            raise FistaPrunerError(
+                f"{path}: target_parameters is understood for LoRA with one rank and one alpha: without rank_pattern "
+                "and alpha_pattern"
+            )
         if self.kind == "LORA":
             self._number("r", least=1)
             self._number("lora_alpha")
@@ -177,6 +207,9 @@ class Adapter:
                     re.compile(pattern)
                 except (re.error, RecursionError, OverflowError) as error:
                     raise FistaPrunerError(f"{path}: {key}: {pattern[:60]!r} is no pattern: {error}") from None
+
+    def _patterns(self) -> bool:
+        return any(self._config.get(key) for key in ("rank_pattern", "alpha_pattern"))
 
     def _number(self, key: str, least: int | None = None) -> float:
         return self._check_number(key, self._config.get(key), least)
@@ -229,10 +262,8 @@ class Adapter:
         if len(shapes["A"]) != 2 or len(shapes["B"]) != 2 or shapes["A"][0] != shapes["B"][1]:
             raise FistaPrunerError(f"{self._file.path}: {operator} has {shown}, A (r, n) and B (m, r) are expected")
         # The rank in the config matters for LoRA's factor only; peft 0.21 ignores the rank_pattern of HiRA.
-        if self.kind == "LORA" and (rank := self._of("rank_pattern", operator)) != shapes["A"][0]:
-            raise FistaPrunerError(
-                f"{self._file.path}: {operator} has rank {shapes['A'][0]}, but {CONFIG} says {rank:.0f}"
-            )
+        if not self._stacked:  # else the model tells what is a tensor of all experts
+            self.check_rank(operator)
 
 
 def write_hira_adapter(
