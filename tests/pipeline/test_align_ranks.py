@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -27,9 +28,12 @@ def together(rank: int, pruned: Path, pairs: Path, folder: Path) -> None:
 
 
 def test_two_processes_write_the_bytes_of_one(tmp_path: Path) -> None:
-    """References, anchor and steps are shared; a pair is never parted."""
+    """References, anchor and steps are shared; a pair is never parted. Steps of short pairs are one pass, for one."""
     bench = Bench(tmp_path)
     pruned = bench.pruned()
+    long = {"prompt": "After 1 and " + "another 1 and " * 3 + "2 comes", "chosen": " no 3!", "rejected": " 3."}
+    with bench.pairs.open("a") as file:
+        file.write(json.dumps(long) + "\n")
     torch.multiprocessing.spawn(together, (pruned, bench.pairs, tmp_path), nprocs=2)
     execution = {"threads": 1, "batch_size": 4}
     fp.align(pruned, tmp_path / "one", **SHARED, data={"pairs": str(bench.pairs)}, execution=execution)
