@@ -3,7 +3,7 @@
 Builds every decoder-only language model tiny and random, and looks what becomes of it. An architecture works if the
 log-likelihood of a text computed layer by layer is the model's own to 1e-5, and the model, its operators pruned by
 magnitude, packed and unpacked again, has the same tensors bit for bit and is loaded from the packed checkpoint with the
-same logits. A mixture of experts, which cannot be packed, works if the checkpoint that is written pruned has, loaded
+same logits. A mixture of experts, which is not packed here, works if the checkpoint that is written pruned has, loaded
 again, the log-likelihood that is computed layer by layer. Or an architecture is refused in one sentence. Anything else
 is a defect: it is marked, and the exit status is 1. Types that transformers cannot build that small, or not without
 another package, are told apart. Prints a Markdown table.

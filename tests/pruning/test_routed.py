@@ -206,15 +206,6 @@ def test_layers_of_a_mixture_are_pruned_in_parts_and_by_other_processes(tmp_path
     assert files[0] == files[1]
 
 
-def test_experts_of_packed_models_are_refused_by_name(tmp_path: Path) -> None:
-    folder = tiny.save("qwen3_moe", tmp_path / "model")
-    fp.prune(str(folder), tmp_path / "run", method="magnitude", calibration=SMALL)
-    with pytest.raises(
-        fp.FistaPrunerError, match=r"experts\.0\.gate_proj\.weight is of an expert; .* cannot be packed"
-    ):
-        fp.pack(tmp_path / "run" / "model", tmp_path / "packed")
-
-
 @pytest.mark.parametrize("architecture", ["qwen3_moe", "gpt_oss"])
 def test_a_pruned_mixture_is_recovered_with_its_zeros(tmp_path: Path, architecture: str) -> None:
     folder, text = tiny.save(architecture, tmp_path / "model"), tmp_path / "text.jsonl"
