@@ -19,11 +19,20 @@ from fistapruner.tuning.teacher import Kind, Teacher
 from standin.gpu import StandIn
 
 
-@pytest.mark.parametrize("kind", ["hidden", "top128"])
-@pytest.mark.parametrize("keep_graphs", [False, True])
-def test_gradients_are_the_cpus(gpu: StandIn, tmp_path: Path, kind: Kind, keep_graphs: bool) -> None:
+@pytest.mark.parametrize(
+    ("architecture", "kind", "keep_graphs"),
+    [
+        ("llama", "hidden", False),
+        ("llama", "hidden", True),
+        ("llama", "top128", False),
+        ("llama", "top128", True),
+        ("qwen3_moe", "hidden", False),
+        ("gpt_oss", "hidden", True),
+    ],
+)
+def test_gradients_are_the_cpus(gpu: StandIn, tmp_path: Path, architecture: str, kind: Kind, keep_graphs: bool) -> None:
     """Nothing adds in no fixed order; hidden states stay on the device; nothing is left there."""
-    folders = [tiny.save("llama", tmp_path / str(seed), seed=seed) for seed in (1, 2)]
+    folders = [tiny.save(architecture, tmp_path / str(seed), seed=seed) for seed in (1, 2)]
     tokens = torch.randint(3, tiny.VOCABULARY, (3, 12), generator=torch.Generator().manual_seed(0))
     nothing = torch.zeros(3, dtype=torch.int64)
     text = TrainingText(tokens, torch.ones_like(tokens).bool(), nothing.bool(), nothing, ("text",), {})
@@ -47,7 +56,8 @@ def test_gradients_are_the_cpus(gpu: StandIn, tmp_path: Path, kind: Kind, keep_g
         return loss, sums, {name: gradient.cpu() for name, gradient in found.items()}
 
     loss, sums, gradients = measured("cuda:0")
-    assert not gpu.unordered
+    # Experts add their outputs to tokens that are there once.
+    assert all(name == "index_add" and place.startswith("models/experts.py") for name, place in gpu.unordered)
     assert not any("store" in place for _, place in gpu.moved)
     assert sum(gpu.live.values()) < 100
     expected = measured("cpu")
