@@ -340,6 +340,7 @@ def test_flap_adds_to_the_bias_where_there_is_one(tmp_path: Path, architecture: 
     layer = report.layers[0]
     (removal,) = layer.removals
     assert removal.compensate == ("none" if architecture == "llama" else "bias")
+    assert report.method == ("flap" if architecture == "llama" else "flap+bias")
     name = f"{layer.name}.{consumer}"
     write = [oriented(model.get_parameter(f"{layer.name}.{producer}.weight"), architecture) for model in (dense, small)]
     keep, inputs = kept_rows(*write), inputs_of(dense, name, tokens)
@@ -456,6 +457,11 @@ def test_the_smaller_model_is_timed_beside_the_dense_one(
         ("llama", ["--structure", "heads=2"], "heads=2 leaves none of the 2 key/value groups"),
         ("opt", ["--structure", "heads=1"], "the config of OPTForCausalLM cannot express 3 of 4 key/value groups"),
         ("gpt2", ["--structure", "heads=1"], "no separate query, key and value operators"),
+        (
+            "llama",
+            ["--structure", "heads=1", "--targets", "re:mlp"],
+            "targets and ignore leave no key/value groups that can be removed (self_attn.k_proj is left out)",
+        ),
         ("llama", ["--structure", "mlp=30", "--sparsity", "2:4"], "model.layers.0.mlp.down_proj"),
         ("bloom", ["--structure", "mlp=25%", "--structure-multiple", "4"], "no entry of config.json"),
         ("phi3", ["--structure", "heads=1"], "no separate query, key and value operators"),

@@ -346,13 +346,22 @@ class Report(Record):
         return self.lineage.source if self.lineage and (len(stages) > 1 or self.kind != "prune") else self.model
 
     @property
+    def settings(self) -> dict[str, Any]:
+        """The recipe; compensation by a bias is none where no operator had one."""
+        done = {removal.compensate for layer in self.layers for removal in layer.removals if removal.kept is None}
+        structure = self.recipe.get("structure")
+        if done != {"none"} or not structure:
+            return self.recipe
+        return {**self.recipe, "structure": {**structure, "compensate": "none"}}
+
+    @property
     def method(self) -> str:
         """Method chain as the command line writes it; of a recovery run what was trained.
 
         With structure it has that of its removal, too.
         """
         if self.recovery is None:
-            return methods_label(self.recipe)
+            return methods_label(self.settings)
         found, seqlen = self.recovery, self.calibration.seqlen if self.calibration else 0
         asked = found.asked_steps * self.recipe.get("windows_per_step", 0) * (seqlen - 1)  # the first has no loss
         tokens = found.tokens if self.status == "finished" else asked

@@ -266,6 +266,12 @@ def key_value_groups(model: LayerwiseModel, layout: Layout, *, fused: bool = Fal
             for consumer in operators.values()
             if consumer.name in alone and (unit := _attention(consumer, operators, heads, groups, fused=fused))
         ]
+        left = sorted({name for name, _ in linear_modules(model.layers[index])} - set(operators))
+        if not units and left:
+            raise FistaPrunerError(
+                f"structure: {prefix}: targets and ignore leave no key/value groups that can be removed ({left[0]} is "
+                "left out)"
+            )
         if len(units) != 1:
             raise FistaPrunerError(
                 f"structure: {prefix}: no separate query, key and value operators of {heads} and {groups} heads were "
