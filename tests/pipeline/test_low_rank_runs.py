@@ -205,11 +205,14 @@ def test_verbs_that_would_leave_it_out_refuse_the_run(
         said = capsys.readouterr().err
         assert "is the sparse part of a model whose low-rank part is" in said, command
         assert "prune without --low-rank" in said, command
+    assert main(["pack", str(run), out]) != 0
+    assert f"so it is not a Hugging Face model folder: give {run / 'model'}" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
+        ({"sparsity": "0%"}, "low_rank 4 with sparsity 0%: operators without zeros have no low-rank part"),
         ({"low_rank": 17}, "k_proj is 16 x 32: its low-rank part has a rank from 0 to 16, not 17"),
         ({"structure": "25%"}, "low_rank 4 with structure"),
         ({"recover": "10k"}, "low_rank 4 with recover"),

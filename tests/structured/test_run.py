@@ -463,6 +463,11 @@ def test_the_smaller_model_is_timed_beside_the_dense_one(
             "targets and ignore leave no key/value groups that can be removed (self_attn.k_proj is left out)",
         ),
         ("llama", ["--structure", "mlp=30", "--sparsity", "2:4"], "model.layers.0.mlp.down_proj"),
+        (
+            "llama",
+            ["--structure", "mlp=36", "--widths", "free", "--structure-multiple", "2", "--sparsity", "2:4"],
+            "free widths change the inputs of mlp.down_proj in steps of 2, and pattern 2:4 needs steps of a multiple",
+        ),
         ("bloom", ["--structure", "mlp=25%", "--structure-multiple", "4"], "no entry of config.json"),
         ("phi3", ["--structure", "heads=1"], "no separate query, key and value operators"),
     ],

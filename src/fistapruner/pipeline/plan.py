@@ -30,6 +30,7 @@ from ..solvers.low_rank import check_rank
 from ..structured.experts import EXPERTS
 from ..structured.proof import plan_widths
 from ..structured.units import Widths, layer_weights, removed_weights, resized
+from ..structured.widths import step_of
 
 
 def allocate(recipe: Recipe, layout: Layout) -> dict[str, Constraint]:
@@ -73,6 +74,10 @@ def _check_low_rank(rank: int, layout: Layout, sparsity: Mapping[str, Constraint
                     "dense with --ignore re:experts, or prune without --low-rank"
                 )
             check_rank(rank, operator.rows, operator.columns, name)
+    if not any(sparsity[name].fraction for name, _ in layout.operators()):
+        raise FistaPrunerError(
+            f"low_rank {rank} with sparsity 0%: operators without zeros have no low-rank part; give a --sparsity"
+        )
 
 
 def change_widths(
@@ -84,7 +89,8 @@ def change_widths(
         The operators in their new shapes, and whose channels are removed; the layout itself and None where none are.
 
     Raises:
-        FistaPrunerError: channels that cannot be removed, or an amount that removes none or all of them.
+        FistaPrunerError: channels that cannot be removed, an amount that removes none or all of them, or free widths
+            that the pattern may not divide.
     """
     if recipe.structure.remove is None:
         return layout, None
@@ -95,6 +101,13 @@ def change_widths(
             f"{recipe.pattern}): take --sparsity 0%, and prune its result in a second run"
         )
     widths = plan_widths(model, layout, recipe.structure, trust_remote_code=permissions.trust_remote_code)
+    for unit in widths.units[0] if recipe.structure.widths == "free" else ():
+        inputs, length = step_of(unit, recipe.structure) * unit.columns, recipe.pattern.group_length
+        if inputs % length:  # else a width that is measured, after long work, may not fit the pattern
+            raise FistaPrunerError(
+                f"structure: free widths change the inputs of {unit.consumer.name} in steps of {inputs}, and pattern "
+                f"{recipe.pattern} needs steps of a multiple of {length}: change --structure-multiple or the amount"
+            )
     return resized(layout, widths), widths
 
 

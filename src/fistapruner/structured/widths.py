@@ -86,7 +86,7 @@ def choose_widths(
         scores: by full name of the consumer, probabilities to stay; empty where none were learned.
     """
     slots = slots_of(units)
-    steps = {unit.kind: _step(unit, settings) for layer in units for unit in layer}
+    steps = {unit.kind: step_of(unit, settings) for layer in units for unit in layer}
     limits = _limits(slots, steps, len(model), free=bool(scores))
     if scores:
         costs = {
@@ -178,8 +178,8 @@ def _name(layout: Layout, slot: Slot) -> str:
     return layout.full_name(slot.index, slot.unit.consumer)
 
 
-def _step(unit: Unit, settings: Structure) -> int:
-    """Return the units of a step: widths stay multiples of it, and the budget is met exactly."""
+def step_of(unit: Unit, settings: Structure) -> int:
+    """Return the units of a step of free widths: they stay multiples of it, and the budget is met exactly."""
     return 1 if unit.columns > 1 else math.gcd(settings.multiple, unit.before - unit.after, unit.before)
 
 

@@ -164,7 +164,9 @@ class Checkpoint:
         if not folder.is_dir():
             raise FistaPrunerError(f"{folder} is not a folder with a Hugging Face model")
         if not (folder / "config.json").exists():
-            raise FistaPrunerError(f"{folder} has no config.json, so it is not a Hugging Face model folder")
+            inner = folder / "model"  # of a run directory
+            hint = f": give {inner}" if (inner / "config.json").exists() else ""
+            raise FistaPrunerError(f"{folder} has no config.json, so it is not a Hugging Face model folder{hint}")
         config = read_json(folder, "config.json")
         if (folder / INDEX).exists():
             return cls._sharded(folder, config, INDEX, SafetensorsFile)
