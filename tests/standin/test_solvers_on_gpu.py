@@ -7,11 +7,13 @@ from collections import Counter
 import pytest
 import torch
 
+from fistapruner.constraints import parse_sparsity
 from fistapruner.problem import DriftFrom, LayerProblem, ProblemSums
 from fistapruner.pruning.partition import solve_in_parts
 from fistapruner.recipes.settings import Recipe
-from fistapruner.solvers import solve
+from fistapruner.solvers import parse_method, solve
 from fistapruner.solvers.conditioning import inverse_from_cholesky
+from fistapruner.solvers.low_rank import solve_low_rank
 from standin.gpu import StandIn
 from standin.hardware import LAST, REAL
 
@@ -35,6 +37,18 @@ def test_the_result_is_the_cpus(gpu: StandIn, chain: str, sparsity: str) -> None
     assert solution.weight.device == solution.mask.device == torch.device(LAST)
     for stats, expected in zip(solution.stats, there.stats, strict=True):
         assert stats["relative_error"] == pytest.approx(expected["relative_error"], rel=0.03)
+    assert not gpu.unordered
+
+
+@pytest.mark.parametrize("sparsity", ["50%", "2:4"])
+@pytest.mark.parametrize("chain", ["wanda", "proximal"])
+def test_sparse_plus_low_rank_is_the_cpus(gpu: StandIn, chain: str, sparsity: str) -> None:
+    patterns, steps = [parse_sparsity(sparsity)] * 2, parse_method(chain)
+    found, there = (solve_low_rank(problem(device), patterns, steps, 2) for device in (LAST, "cpu"))
+    for part, stats, expected in zip(found.low_rank, found.sparse.stats, there.sparse.stats, strict=True):
+        assert part is not None
+        assert part.a.device == part.b.device == found.sparse.weight.device == torch.device(LAST)
+        assert stats["relative_error"] == pytest.approx(expected["relative_error"], rel=0.2)
     assert not gpu.unordered
 
 

@@ -35,6 +35,7 @@ from ..sensitivity.decision import (
     windows_measured,
 )
 from ..sensitivity.fisher import HEAD_TOKENS, WIDE
+from ..solvers import parse_method
 from ..structured.bypass import LENGTH, SEQUENCES
 from ..structured.units import Unit, Widths, removed_weights
 from .footprint import peak_bytes, removal_bytes, solve_bytes
@@ -463,13 +464,16 @@ def _group_sizes(
     stacked = solve_bytes(rows, n, patterns, recipe.steps, device, drift=drift, rank=recipe.low_rank)
     parts = cut(rows, n, patterns, recipe.steps)
     largest = max(parts, key=lambda part: part.stop - part.start)
-    alone = (
-        stacked
-        if len(parts) == 1
-        else solve_bytes([largest.stop - largest.start], n, [largest.sparsity], recipe.steps, device, drift=drift)
-        # Beside a part: both parts of the whole group, their residual, and the Gram that low-rank parts are solved on.
-        + (4 * (4 * sum(rows) * n + 3 * n * n) if recipe.low_rank else 0)
-    )
+    alone = stacked
+    if len(parts) > 1:
+        part = [largest.stop - largest.start], n, [largest.sparsity]
+        alone = solve_bytes(*part, recipe.steps, device, drift=drift)
+        if recipe.low_rank:
+            # Beside a part: both parts of the whole group, their residual, and the Gram of low-rank parts. Low-rank
+            # parts are solved for the whole group.
+            alone += 4 * (4 * sum(rows) * n + 5 * n * n)
+            cheap = parse_method("magnitude")
+            alone = max(alone, solve_bytes(rows, n, patterns, cheap, device, drift=drift, rank=recipe.low_rank))
     names = "+".join(operator.name.rpartition(".")[2] for operator in group)
     routed = bool(group[0].experts)
     return GroupSizes(names, 4 * n * n, 4 * sum(rows) * n, drift_from, stacked, alone, routed)

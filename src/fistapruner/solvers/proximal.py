@@ -81,14 +81,7 @@ class Proximal(Method):
         return value
 
     def solve(self, problem: LayerProblem, sparsity: Sequence[Constraint], start: Solution | None = None) -> Solution:
-        settings = problem.tokens, self.damping, self.shrinkage, self.metric_damping
-
-        def metric() -> tuple[Tensor, Tensor, list[str]]:
-            gram = regularised_gram(problem.gram, problem.tokens, self.damping, self.shrinkage)
-            return gram, *obs_scale(gram, self.metric_damping, problem.label)
-
-        # Not kept with a warning, which names the operator.
-        gram, scale, warnings = once(problem.gram, ("metric", settings), metric, lambda found: not found[2])
+        gram, scale, warnings = self.metric(problem)
         mask = torch.empty_like(problem.weight, dtype=torch.bool)
         weight = torch.empty_like(problem.weight)
         # Operators with the same group length iterate together.
@@ -104,11 +97,7 @@ class Proximal(Method):
             if drift_gradient is not None:
                 drift_gradient = (drift_gradient if whole else drift_gradient[rows]) / scale
             sizes, patterns = [problem.rows[i] for i in chosen], [sparsity[i] for i in chosen]
-            resolvent = once(
-                problem.gram,
-                ("resolvents", settings, self.fast, length),
-                lambda length=length: self._resolvents(gram, scale, length),  # type: ignore[misc]
-            )
+            resolvent = self.resolvent(problem, gram, scale, length)
             found, changes = self._split(dense, drift_gradient, resolvent, sizes, patterns, length)
             for i, path in zip(chosen, changes, strict=True):
                 paths[i] = path
@@ -127,13 +116,38 @@ class Proximal(Method):
         solution = Solution(weight, mask, tuple({**record, "path": path} for path in paths), tuple(warnings))
         return solution if start is None else keep_better(problem, solution, start)
 
-    def _resolvents(self, gram: Tensor, scale: Tensor, length: int) -> Callable[[float], Tensor]:
-        """Make the resolvents of a Gram in scaled coordinates, in the order of :func:`strided_order`."""
-        scaled = gram / scale / scale[:, None]
-        if length > 1:
-            order = strided_order(len(gram), length, gram.device)
-            scaled = scaled[order][:, order]
-        return resolvents(scaled, self.fast)
+    def metric(self, problem: LayerProblem) -> tuple[Tensor, Tensor, list[str]]:
+        """Compute the regularised Gram (n, n), the scale of its inputs (n,), and warnings."""
+
+        def compute() -> tuple[Tensor, Tensor, list[str]]:
+            gram = regularised_gram(problem.gram, problem.tokens, self.damping, self.shrinkage)
+            return gram, *obs_scale(gram, self.metric_damping, problem.label)
+
+        # Not kept with a warning, which names the operator.
+        return once(problem.gram, ("metric", self._of_metric(problem)), compute, lambda found: not found[2])
+
+    def resolvent(self, problem: LayerProblem, gram: Tensor, scale: Tensor, length: int) -> Callable[[float], Tensor]:
+        """Make the :func:`resolvents` of the scaled Gram, in the order of :func:`strided_order`.
+
+        Args:
+            problem: the layer problem.
+            gram: (n, n) of :meth:`metric`.
+            scale: (n,) of :meth:`metric`.
+            length: group length of the constraint.
+        """
+
+        def compute() -> Callable[[float], Tensor]:
+            scaled = gram / scale / scale[:, None]
+            if length > 1:
+                order = strided_order(len(gram), length, gram.device)
+                scaled = scaled[order][:, order]
+            return resolvents(scaled, self.fast)
+
+        return once(problem.gram, ("resolvents", self._of_metric(problem), self.fast, length), compute)
+
+    def _of_metric(self, problem: LayerProblem) -> tuple[object, ...]:
+        """What the metric depends on beside the Gram."""
+        return problem.tokens, self.damping, self.shrinkage, self.metric_damping
 
     def _split(
         self,
