@@ -1,4 +1,4 @@
-"""Sparse plus low rank: both by one splitting, then in turn a sparse part by any method and a low-rank one.
+"""Sparse plus low rank: both parts by one splitting, then each in turn beside the other.
 
 Every operator becomes ``V = S + B A``, with S sparse, B (m x r) and A (r x n). Both parts lower the same error f of
 :mod:`fistapruner.problem`:
