@@ -12,9 +12,9 @@ the weights on the Gram of other text instead, with the shrinkage that a run has
 Ways:
 
 * once: the zeros first, then their best low-rank part.
-* in turn, N: both parts in turn from the zeros alone, N solutions of each (as OATS and HASSLE-free do).
+* in turn N: both parts in turn from the zeros alone, N solutions of each (as OATS and HASSLE-free do).
 * ours: ``--low-rank``.
-* ours, N: further solutions of both parts in turn after it.
+* ours N: further solutions of both parts in turn after it.
 * 3BASiL: the ADMM with three blocks of Makni et al. 2025 (arXiv 2603.01376), with the settings of its authors' program.
 * same bytes: no low-rank part; the bytes of a 16-bit one (16 bits times rank times the sum of rows and inputs) buy what
   loses least of these: unstructured, more kept weights (16 bits each; the bit mask does not grow); 2:4, rows with 3:4
@@ -51,7 +51,9 @@ def main() -> None:
     real_problems.add_arguments(parser)
     parser.set_defaults(layers="4,14", samples=16)
     parser.add_argument("--synthetic", help="no model: operators of these shapes on Grams with a heavy spectrum")
-    parser.add_argument("--operators", default=OPERATORS, help="names or ends of names (default: %(default)s)")
+    parser.add_argument(
+        "--operators", default=OPERATORS, help="4.v_proj, or v_proj of every layer (default: %(default)s)"
+    )
     parser.add_argument("--sparsity", default="50%,2:4")
     parser.add_argument("--ranks", default="8,16,32,64")
     parser.add_argument("--turns", default="3,10", help="solutions of the parts in turn (default: %(default)s)")
@@ -93,8 +95,9 @@ def load(arguments: argparse.Namespace, *, held_out: bool = False) -> dict[str, 
         shapes = [tuple(map(int, shape.split("x"))) for shape in arguments.synthetic.split(",")]
         return {f"synthetic{i}": problem_of((m,), n, "cpu", seed=i) for i, (m, n) in enumerate(shapes)}
     groups = real_problems.load(arguments, held_out=held_out).values()
-    wanted = tuple(arguments.operators.split(","))
-    return {op.names[0]: op for group in groups for op in group.operators() if op.names[0].endswith(wanted)}
+    wanted = {f".{name}" for name in arguments.operators.split(",")}
+    named = {op.names[0]: op for group in groups for op in group.operators()}
+    return {name: op for name, op in named.items() if f".{name}".endswith(tuple(wanted))}
 
 
 def ways(
@@ -109,9 +112,9 @@ def ways(
 
     return {
         "once": lambda: ours(1),
-        **{f"in turn, {count}": lambda count=count: in_turn(problem, pattern, rank, count) for count in turns},  # type: ignore[misc]
+        **{f"in turn {count}": lambda count=count: in_turn(problem, pattern, rank, count) for count in turns},  # type: ignore[misc]
         "ours": lambda: ours(2),
-        f"ours, {more}": lambda: ours(2 + more),
+        f"ours {more}": lambda: ours(2 + more),
         "3BASiL": lambda: three_block_admm(problem, pattern, rank),
         "same bytes": lambda: same_bytes(problem, pattern, rank),
     }
