@@ -397,7 +397,7 @@ def test_a_comparison_runs_every_loss_from_one_cache(
     assert not [row.error for row in found.rows if row.error]
     computed = [sentence for sentence in said.sentences if sentence.startswith("log-probabilities of 12 pairs")]
     assert len(computed) == 2  # the pruned and the dense model, once each
-    assert not [*out.glob("runs/*/model")]
+    assert not [*out.glob("runs/*/model"), *out.glob("runs/*/states")]
     table = (out / "compare.md").read_text()
     assert table.count("\n| ") == 1 + 2 + 9
     said.sentences.clear()

@@ -47,7 +47,9 @@ def configure(parser: argparse.ArgumentParser) -> None:
     compare.add_argument(
         "--seeds", default=None, metavar="N,...", help="with --compare: runs of every loss (default: 0)"
     )
-    compare.add_argument("--keep", action="store_true", help="with --compare: keep the checkpoints")
+    compare.add_argument(
+        "--keep", action="store_true", help="with --compare: keep the checkpoints and states of training"
+    )
     add_training_arguments(parser, AlignRecipe)
     add_evaluation_of_result(parser)
     add_trust_arguments(parser)

@@ -70,7 +70,7 @@ def align_compare(
         recipe: settings that all rows share; ``loss``, ``references``, ``weights``, ``shares``, ``clip`` and ``anchor``
             are those of the rows.
         seeds: each is one run of every row: order of the pairs and start values.
-        keep: keep the checkpoints.
+        keep: keep the checkpoints, and the states of training.
         dense: the dense model; None takes the one that the run or the checkpoint's record names.
         allow_pickle: read legacy ``.bin`` weights.
         trust_remote_code: run Python code that comes with the checkpoint.
@@ -135,8 +135,9 @@ def align_compare(
                 if not reports:  # bad input: every row would fail alike
                     raise
                 reports[label, seed] = str(error)
-            if not keep:
+            if not keep and isinstance(reports[label, seed], Report):
                 shutil.rmtree(run.model, ignore_errors=True)
+                shutil.rmtree(run.states.folder, ignore_errors=True)
             found.rows = [
                 _row(label, seed, reports[label, seed]) for label in JOBS for seed in seeds if (label, seed) in reports
             ]
