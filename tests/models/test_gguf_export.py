@@ -33,13 +33,13 @@ def tensors(folder: Path) -> dict[str, torch.Tensor]:
 
 
 @pytest.mark.parametrize(("values", "error"), [("f32", 0.0), ("f16", 1e-3), ("bf16", 8e-3), ("q8_0", 2e-2)])
-@pytest.mark.parametrize("structure", [None, "mlp=64"])
+@pytest.mark.parametrize("structure", [{}, {"remove": "mlp=64", "multiple": 8}])
 def test_what_is_written_is_read_back(
-    dense: tuple[Path, Path], tmp_path: Path, values: Any, error: float, structure: str | None
+    dense: tuple[Path, Path], tmp_path: Path, values: Any, error: float, structure: dict[str, Any]
 ) -> None:
     source, _ = dense
     recipe = {"sparsity": "50%", "method": "magnitude", "calibration": {"source": "self", "samples": 2, "seqlen": 16}}
-    fp.prune(str(source), tmp_path / "run", **recipe, structure={"remove": structure, "multiple": 8})
+    fp.prune(str(source), tmp_path / "run", **recipe, structure=structure)
     assert fp.export(tmp_path / "run", tmp_path / "out.gguf", values=values) == tmp_path / "out.gguf"
     convert_gguf(tmp_path / "out.gguf", tmp_path / "back", torch.float32)
     asked, found = tensors(tmp_path / "run" / "model"), tensors(tmp_path / "back")
