@@ -37,7 +37,7 @@ from ..runtime.numerics import fast_products
 from .base import Method, Solution, Stats
 from .chain import ONE_AT_A_TIME, solve
 from .conditioning import damped_cholesky, dead_inputs, shared_gram
-from .proximal import Proximal, strided_order
+from .proximal import Proximal, natural_order, strided_order
 
 ALTERNATIONS = 2
 """How often both parts are solved in turn: first S alone, then S beside the low-rank part of the splitting."""
@@ -295,7 +295,7 @@ def _split(
             with fast_products(fast):
                 torch.mm(x, matrix, out=z)
             torch.sub(kept, z, out=z)
-    return z.view(len(z), length, -1).transpose(1, 2).reshape(z.shape)
+    return natural_order(z, length)
 
 
 def _products(problem: LayerProblem, low_rank: Sequence[LowRank | None]) -> Tensor:

@@ -215,8 +215,6 @@ class Proximal(Method):
                         z.add_(shifted.copy_(torch.mm(factor.copy_(shifted), matrix, out=product)))
                     else:
                         z.addmm_(shifted, matrix)
-        if length > 1:
-            z = z.view(len(z), length, -1).transpose(1, 2).reshape(z.shape)
         path = [
             [
                 {"rho": rho, "support_change": share}
@@ -224,12 +222,17 @@ class Proximal(Method):
             ]
             for shares in changes
         ]
-        return z, path
+        return natural_order(z, length), path
 
 
 def strided_order(n: int, length: int, device: torch.device) -> Tensor:
     """Order n inputs by their place in their group, so that comparisons run over contiguous slices."""
     return torch.arange(n, device=device).view(-1, length).T.reshape(-1)
+
+
+def natural_order(z: Tensor, length: int) -> Tensor:
+    """Order the columns of z (m, n), which are in :func:`strided_order`, as the inputs are."""
+    return z.view(len(z), length, -1).transpose(1, 2).reshape(z.shape) if length > 1 else z
 
 
 def keep_better(problem: LayerProblem, solution: Solution, start: Solution) -> Solution:
