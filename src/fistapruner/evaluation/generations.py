@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 
 import torch
 
 from ..models.files.checkpoint import Checkpoint
+from ..models.layerwise import Tick
 from ..models.whole import load_whole, whole_fits
 from ..runs.records import Generation
 
@@ -26,7 +27,7 @@ def generate_side_by_side(
     tokens: int = 32,
     memory_limit: int | None = None,
     trust_remote_code: bool = False,
-    tick: Callable[[str, int, int], None] = lambda what, done, total: None,
+    tick: Tick = lambda what, done, total: None,
 ) -> list[Generation]:
     """Continue prompts greedily with every model.
 

@@ -208,11 +208,12 @@ def _flops(model: LayerwiseModel, gone: int) -> tuple[int, int]:
         model: the dense model; layers that were pruned may have fewer channels, so the checkpoint's shapes are counted.
         gone: weights of matrices of the decoder layers that were removed, those of experts left out.
     """
+    inside = [name for name, _ in model.model.named_parameters() if name.startswith(f"{model.layers_name}.")]
+    shapes = {name: model.checkpoint.entry(model.source(name)).shape for name in inside}
+    matrices = {name: math.prod(shape) for name, shape in shapes.items() if len(shape) > 1}
 
     def weights(prefix: str) -> int:
-        names = [name for name, _ in model.model.named_parameters() if name.startswith(f"{prefix}.")]
-        shapes = [model.checkpoint.entry(model.source(name)).shape for name in names]
-        return sum(math.prod(shape) for shape in shapes if len(shape) > 1)
+        return sum(count for name, count in matrices.items() if name.startswith(f"{prefix}."))
 
     used = weights(model.layers_name)
     mixtures = {

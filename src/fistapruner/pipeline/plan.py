@@ -63,17 +63,15 @@ def _check_low_rank(rank: int, layout: Layout, sparsity: Mapping[str, Constraint
     Raises:
         FistaPrunerError: names the first of them.
     """
-    for index, layer in enumerate(layout.layers):
-        for operator in (operator for group in layer for operator in group):
-            name = layout.full_name(index, operator)
-            if not sparsity[name].zeros(operator.rows, operator.columns):
-                continue
-            if operator.experts:
-                raise FistaPrunerError(
-                    f"low_rank {rank}: {name} is part of an expert, which PEFT's LoRA does not reach: leave experts "
-                    "dense with --ignore re:experts, or prune without --low-rank"
-                )
-            check_rank(rank, operator.rows, operator.columns, name)
+    for name, operator in layout.operators():
+        if not sparsity[name].zeros(operator.rows, operator.columns):
+            continue
+        if operator.experts:
+            raise FistaPrunerError(
+                f"low_rank {rank}: {name} is part of an expert, which PEFT's LoRA does not reach: leave experts "
+                "dense with --ignore re:experts, or prune without --low-rank"
+            )
+        check_rank(rank, operator.rows, operator.columns, name)
     if not any(sparsity[name].fraction for name, _ in layout.operators()):
         raise FistaPrunerError(
             f"low_rank {rank} with sparsity 0%: operators without zeros have no low-rank part; give a --sparsity"
