@@ -35,8 +35,14 @@ def weights(folder: Path) -> dict[str, torch.Tensor]:
     return {name: checkpoint.read(name) for name in checkpoint.names()}
 
 
-@pytest.mark.parametrize("way", WAYS)
-@pytest.mark.parametrize("architecture", ["llama", "opt", "gpt_neox", "gpt2", "falcon", "gemma2"])
+CASES = [
+    pytest.param(architecture, way, marks=() if architecture == "llama" or way == "mixed" else pytest.mark.slow)
+    for architecture in ("llama", "opt", "gpt_neox", "gpt2", "falcon", "gemma2")
+    for way in WAYS
+]
+
+
+@pytest.mark.parametrize(("architecture", "way"), CASES)
 def test_the_same_bits_in_fewer_passes(
     tmp_path: Path, architecture: str, way: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -38,7 +38,7 @@ def test_death_at_disk_calls(alignments: Runs, disk: Path, then: str, every: int
         shutil.rmtree(out)
 
 
-@pytest.mark.parametrize("every", [37, pytest.param(3, marks=slow)])
+@pytest.mark.parametrize("every", [101, pytest.param(3, marks=slow)])
 def test_torn_writes(alignments: Runs, disk: Path, every: int) -> None:
     for at in alignments.writes[every // 3 :: every]:
         out = disk / str(at)

@@ -11,14 +11,18 @@ import pytest
 
 from faults.conftest import Runs
 
-RANDOM_KILLS = 50
+STEP = 12
+"""Every how many disk calls a run is tested in every session of tests; the slow tests are at the calls between."""
+
+FIRSTS = [1, *(pytest.param(first, marks=pytest.mark.slow) for first in range(2, STEP + 1))]
 
 
-def test_random_kills(runs: Runs, disk: Path) -> None:
+@pytest.mark.parametrize("wanted", [20, pytest.param(50, marks=pytest.mark.slow)])
+def test_random_kills(runs: Runs, disk: Path, wanted: int) -> None:
     """SIGKILL at random instants; two thirds of the resumed runs are killed again before they are left in peace."""
-    generator = random.Random(0)
+    generator = random.Random(wanted)
     kills = 0
-    while kills < RANDOM_KILLS:
+    while kills < wanted:
         out = disk / "run"
         for _ in range(3):
             kills += runs.run(out, kill_after=generator.uniform(0.0, runs.seconds)).status == -9
@@ -26,10 +30,10 @@ def test_random_kills(runs: Runs, disk: Path) -> None:
         shutil.rmtree(out)
 
 
-@pytest.mark.parametrize("first", [1, pytest.param(2, marks=pytest.mark.slow), pytest.param(3, marks=pytest.mark.slow)])
-def test_kill_at_every_third_disk_call(runs: Runs, disk: Path, first: int) -> None:
-    """From the first, the second or the third: together that is at every call."""
-    for at in range(first, runs.calls + 1, 3):
+@pytest.mark.parametrize("first", FIRSTS)
+def test_kill_at_a_disk_call(runs: Runs, disk: Path, first: int) -> None:
+    """With the slow tests, at every one."""
+    for at in range(first, runs.calls + 1, STEP):
         out = disk / str(at)
         assert runs.run(out, at=at, then="kill").status == -9
         runs.check_resumed(out)
@@ -37,11 +41,11 @@ def test_kill_at_every_third_disk_call(runs: Runs, disk: Path, first: int) -> No
 
 
 def test_kills_of_a_run_that_removes_structure(runs: Runs, disk: Path) -> None:
-    """Tensors in new shapes, and a changed config: killed at every thirtieth disk call."""
+    """Tensors in new shapes, and a changed config: killed at every sixtieth disk call."""
     structure = ("--structure", "mlp=25%,heads=1", "--structure-multiple", "4")
     smaller = Runs(runs.process, (*runs.begin, *structure), disk / "undisturbed")
     smaller.measure()
-    for at in range(1, smaller.calls + 1, 30):
+    for at in range(1, smaller.calls + 1, 60):
         out = disk / str(at)
         assert smaller.run(out, at=at, then="kill").status == -9
         smaller.check_resumed(out)
@@ -49,11 +53,11 @@ def test_kills_of_a_run_that_removes_structure(runs: Runs, disk: Path) -> None:
 
 
 def test_kills_of_a_run_with_low_rank_parts(runs: Runs, disk: Path) -> None:
-    """A checkpoint and an adapter, of which each names the other: killed at every thirtieth disk call."""
+    """A checkpoint and an adapter, of which each names the other: killed at every sixtieth disk call."""
     summed = Runs(runs.process, (*runs.begin, "--low-rank", "2"), disk / "undisturbed")
     summed.measure()
     adapter = [path.read_bytes() for path in sorted((disk / "undisturbed" / "adapter").iterdir())]
-    for at in range(1, summed.calls + 1, 30):
+    for at in range(1, summed.calls + 1, 60):
         out = disk / str(at)
         assert summed.run(out, at=at, then="kill").status == -9
         summed.check_resumed(out)
@@ -61,20 +65,22 @@ def test_kills_of_a_run_with_low_rank_parts(runs: Runs, disk: Path) -> None:
         shutil.rmtree(out)
 
 
+@pytest.mark.parametrize("first", FIRSTS)
 @pytest.mark.parametrize("then", ["tear", "power"])
-def test_torn_writes_and_lost_power(runs: Runs, disk: Path, then: str) -> None:
-    """Die half-way through every third write; die at every sixth call and lose what no fsync had made safe."""
-    calls = runs.writes[::3] if then == "tear" else range(1, runs.calls + 1, 6)
-    for at in calls:
+def test_torn_writes_and_lost_power(runs: Runs, disk: Path, then: str, first: int) -> None:
+    """Die half-way through a write; die at a call and lose what no fsync had made safe."""
+    calls = runs.writes if then == "tear" else range(1, runs.calls + 1)
+    for at in calls[first - 1 :: STEP]:
         out = disk / str(at)
         assert runs.run(out, at=at, then=then).status == -9
         runs.check_resumed(out)
         shutil.rmtree(out)
 
 
-def test_full_disk(runs: Runs, disk: Path) -> None:
+@pytest.mark.parametrize("first", FIRSTS)
+def test_full_disk(runs: Runs, disk: Path, first: int) -> None:
     """The disk is full from the k-th call on: one line that says so, and the run goes on when there is room again."""
-    for at in range(1, runs.calls + 1, 6):
+    for at in range(first, runs.calls + 1, STEP):
         out = disk / str(at)
         outcome = runs.run(out, at=at, then="full")
         if outcome.status:  # after the last write there is nothing left to fail
