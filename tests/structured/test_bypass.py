@@ -146,6 +146,7 @@ def test_an_interrupted_run_goes_on_to_the_same_bytes(tmp_path: Path, baseline: 
     }
     settings = {"structure": structure, "calibration": SMALL}
     report = fp.prune(str(folder), tmp_path / "whole", **settings)
+    assert report.totals.time_split["sensitivity"] > 0
     stopping = Stopping(33)
     with pytest.raises(KeyboardInterrupt):
         fp.prune(str(folder), tmp_path / "parts", listener=stopping, **settings)

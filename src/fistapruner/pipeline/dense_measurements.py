@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import shutil
-import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -49,14 +48,12 @@ class Measured:
         permuted: operators whose input channels are reordered, as in :class:`~fistapruner.runs.records.Report`.
         workload: how sparsities were allocated for a workload; None where they were not.
         metrics_sha256: of the file with the measurements; None where there is none.
-        seconds: wall time; None where nothing was measured.
     """
 
     sparsity: Mapping[str, Constraint]
     permuted: Mapping[str, tuple[float, float]]
     workload: WorkloadFacts | None = None
     metrics_sha256: str | None = None
-    seconds: float | None = None
 
 
 @dataclass(frozen=True)
@@ -148,7 +145,6 @@ class DenseMeasurements:
                 return Measured(inputs.sparsity, {})
             self.run.write_metrics([], {}, {}, scores)
             return Measured(inputs.sparsity, {}, metrics_sha256=sha256_file(self.run.metrics_file))
-        begin = time.perf_counter()
         self.listener.say("measuring sensitivity on the dense model")
         with cpu_threads(self.numerics.threads), exact_products(), _temporary(self.states):
             found = None
@@ -184,8 +180,7 @@ class DenseMeasurements:
             self.listener.say(_say_permuted(found.permuted))
         if found.workload is not None:
             self.listener.say(workload_sentence(found.workload))
-        seconds = time.perf_counter() - begin
-        return Measured(found.sparsity or inputs.sparsity, found.permuted, found.workload, digest, seconds)
+        return Measured(found.sparsity or inputs.sparsity, found.permuted, found.workload, digest)
 
 
 def _say_permuted(permuted: Mapping[str, tuple[float, float]]) -> str:

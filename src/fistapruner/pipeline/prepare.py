@@ -7,6 +7,7 @@ import logging
 import math
 import shlex
 import sys
+import time
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -38,7 +39,7 @@ from ..runs.records import CalibrationFacts, ModelFacts, PlanRow
 from ..runtime.files import sha256_file
 from ..runtime.machine import describe_machine, now, versions
 from ..runtime.numerics import dtype_name
-from ..sensitivity.decision import check_allocation
+from ..sensitivity.decision import check_allocation, needs_measuring
 from ..structured.units import Widths
 from .begun import absolute, changed_text, refuse_other
 from .dense_measurements import DenseMeasurements, Measured
@@ -128,9 +129,11 @@ def prepare(run: PruneDirectory, request: RunRequest, listener: Listener) -> Non
     calibrated = draw_calibration(run, request, inputs, listener)
     states = run.hidden / "sensitivity" if choice.on_disk else None
     dense = DenseMeasurements(run, request.recipe, calibrated.tokens, numerics, states, listener)
+    begin = time.perf_counter()
     scores = dense.learn_channels(inputs)
-    inputs = dense.free_widths(inputs, scores)
+    uniform, inputs = inputs, dense.free_widths(inputs, scores)
     measured = dense.measure(inputs, scores)
+    measuring = bool(scores) or inputs is not uniform or needs_measuring(request.recipe)
     decision = PruneDecision(
         model=absolute(request.model),
         folder=inputs.source.folder.absolute(),
@@ -142,7 +145,7 @@ def prepare(run: PruneDirectory, request: RunRequest, listener: Listener) -> Non
         on_device=choice.on_device,
         calibration_sha256=calibrated.text_sha256,
         metrics_sha256=measured.metrics_sha256,
-        sensitivity_seconds=measured.seconds,
+        sensitivity_seconds=time.perf_counter() - begin if measuring else None,
         structure=None if inputs.widths is None else inputs.widths.decision(),
     )
     record(run, request, inputs, calibrated, decision, rows, measured)

@@ -380,7 +380,7 @@ PHASES = {
     "structure": "choosing channels to remove, and the weights of those that remain",
     "solve": "the method itself",
     "reconstruct": "block reconstruction",
-    "sensitivity": "sensitivity of the dense model's predictions",
+    "sensitivity": "measurements on the dense model",
     "io": "reading weights, writing results",
     "report": "spectra and errors for this page",
     "plain": "one forward pass without hooks, to compare",
