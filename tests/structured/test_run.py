@@ -413,7 +413,7 @@ def test_a_model_with_other_widths_than_its_record_is_found_out(tmp_path: Path) 
 
 @pytest.mark.parametrize(
     ("architecture", "remove", "sparsity"),
-    [("llama", "mlp=25%", "0%"), ("llama", "mlp=25%", "50%"), ("mixtral", "experts=1", "0%")],
+    [("llama", "mlp=36", "0%"), ("llama", "mlp=36", "50%"), ("mixtral", "experts=1", "0%")],
 )
 def test_the_smaller_model_is_timed_beside_the_dense_one(
     tmp_path: Path, architecture: str, remove: str, sparsity: str
@@ -423,8 +423,7 @@ def test_the_smaller_model_is_timed_beside_the_dense_one(
 
     folder = tiny.save(architecture, tmp_path / "model")
     out = tmp_path / "run"
-    structure = {"remove": remove, "multiple": 4}
-    fp.prune(str(folder), out, sparsity=sparsity, method="wanda", structure=structure, calibration=SMALL)
+    fp.prune(str(folder), out, sparsity=sparsity, method="wanda", structure=remove, calibration=SMALL)
     found = fp.bench_run(out, prompt=4, tokens=3, runs=1, measure=in_this_process)
     names = [speed.variant for speed in found]
     packed = [] if sparsity == "0%" else ["packed", "packed int8"]
@@ -448,6 +447,16 @@ def test_the_smaller_model_is_timed_beside_the_dense_one(
         ("llama", ["--structure", "many"], "structure"),
         ("llama", ["--structure-method", "goa"], "structure.method is goa, but nothing is removed: give --structure"),
         ("llama", ["--widths", "free"], "structure.widths is free, but nothing is removed"),
+        (
+            "llama",
+            ["--structure", "experts=25%", "--structure-method", "goa"],
+            "structure.method is goa, but only experts are removed",
+        ),
+        (
+            "llama",
+            ["--structure", "25%", "--structure-steps", "60"],
+            "structure.steps is 60, but the method is obs: this setting is for --structure-method bypass",
+        ),
         (
             "llama",
             ["--structure", "25%", "--structure-shrink", "2"],

@@ -143,3 +143,12 @@ def parse_bytes(text: str) -> int:
         raise ValueError(f"{text!r} is not a size: write 8GiB, 500MB or a number of bytes")
     base = 1024 if match[3] or not match[2] else 1000
     return int(float(match[1]) * base ** " kmgt".index(match[2] or " "))
+
+
+def read_share(value: Any) -> float | None:
+    """Read a share between 0 and 1, exclusive, written as ``25%`` or ``0.25``; None where it is none."""
+    if isinstance(value, bool) or not isinstance(value, (str, int, float)):
+        return None
+    match = re.fullmatch(r"\s*([0-9]*\.?[0-9]+)\s*(%?)\s*", str(value))
+    share = float(match[1]) / (100 if match[2] else 1) if match else 0.0
+    return share if 0 < share < 1 else None

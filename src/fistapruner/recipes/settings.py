@@ -26,7 +26,7 @@ from pydantic import (
 
 from ..errors import FistaPrunerError
 from .base import RunRecipe, Settings
-from .loading import parse_bytes, parse_value
+from .loading import parse_bytes, parse_value, read_share
 from .patterns import check_pattern
 from .renamed import RENAMED_SETTINGS
 from .structure_settings import Structure, removes_nothing
@@ -41,6 +41,9 @@ MAX_SEED = 2**63 - 1
 ALLOCATIONS = ("uniform", "owl", "error", "auto")
 WORKLOAD = "workload:"
 """What an allocation for a workload begins with; the path of its file follows."""
+
+TOTAL = "error:"
+"""What an allocation by error to a total begins with; the share of zeros follows."""
 
 
 def _sparsity(value: Any) -> Constraint:
@@ -102,10 +105,15 @@ def _allocation(value: Any) -> Any:
         if file := value.removeprefix(WORKLOAD).strip():
             return WORKLOAD + file
         raise ValueError("workload: names no file: write workload:FILE")
+    if isinstance(value, str) and value.startswith(TOTAL):
+        if (share := read_share(value.removeprefix(TOTAL))) is None:
+            raise ValueError("error: is followed by the share of zeros of all operators together: error:46%")
+        return f"{TOTAL}{100 * share:.10g}%"
     if isinstance(value, str) and value not in ALLOCATIONS:
         value = parse_value(value, repr(value))
     if not isinstance(value, dict) and value not in ALLOCATIONS:
-        raise ValueError(f"{', '.join(ALLOCATIONS)}, workload:FILE or a mapping such as 're:mlp: 60%' is expected")
+        known = ", ".join(ALLOCATIONS)
+        raise ValueError(f"{known}, error:46%, workload:FILE or a mapping such as 're:mlp: 60%' is expected")
     return value
 
 
@@ -295,9 +303,10 @@ class Recipe(RunRecipe):
     ] = Field(
         "auto",
         description="Distribution of the sparsity over layers and operators: uniform, owl, error (by measured "
-        "error), workload:FILE (by measured error in several tasks; their weights, and what earlier deployments "
-        "stood, are in the file), or a mapping of name patterns to sparsities. auto is error for proximal, and uniform "
-        "for published methods and for n:m patterns.",
+        "error), error:46% (for n:m patterns: by measured error, to this share of zeros in all), workload:FILE (by "
+        "measured error in several tasks; their weights, and what earlier deployments stood, are in the file), or a "
+        "mapping of name patterns to sparsities. auto is error for proximal, and uniform for published methods and for "
+        "n:m patterns.",
     )
     weighting: Literal["auto", "none", "fisher"] = Field(
         "auto",
@@ -384,12 +393,11 @@ class Recipe(RunRecipe):
 
     @model_validator(mode="after")
     def _structure_of_something(self) -> Recipe:
-        """Refuse settings of a removal where nothing is removed: they would have no effect."""
+        """Refuse settings of a removal that would have no effect."""
         for name, field in Structure.model_fields.items():
-            if self.structure.remove is None and (value := getattr(self.structure, name)) != field.default:
-                raise ValueError(
-                    f"structure.{name} is {value}, but nothing is removed: give --structure 25% or the like"
-                )
+            value = getattr(self.structure, name)
+            if value != field.default and (why := self.structure.no_effect(name)):
+                raise ValueError(f"structure.{name} is {value}, but {why}")
         return self
 
     @model_validator(mode="after")
@@ -412,6 +420,12 @@ class Recipe(RunRecipe):
         """The workload file that the allocation names; None where it names none."""
         said = self.allocation
         return Path(said.removeprefix(WORKLOAD)) if isinstance(said, str) and said.startswith(WORKLOAD) else None
+
+    @property
+    def total(self) -> float | None:
+        """The share of zeros of all operators together that the allocation names; None where it names none."""
+        said = self.allocation
+        return read_share(said.removeprefix(TOTAL)) if isinstance(said, str) and said.startswith(TOTAL) else None
 
     @property
     def steps(self) -> tuple[Method, ...]:

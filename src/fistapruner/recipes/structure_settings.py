@@ -10,6 +10,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BeforeValidator, Field
 
 from .base import Settings
+from .loading import read_share
 
 StructureMethod = Literal["obs", "energy", "flap", "magnitude", "goa", "bypass"]
 """Ways to choose the channels that are removed."""
@@ -23,15 +24,6 @@ EXPECTED = (
 )
 
 
-def _share(value: Any) -> float | None:
-    """Read a share between 0 and 1, exclusive, written as ``25%`` or ``0.25``; None where it is none."""
-    if isinstance(value, bool) or not isinstance(value, (str, int, float)):
-        return None
-    match = re.fullmatch(r"\s*([0-9]*\.?[0-9]+)\s*(%?)\s*", str(value))
-    share = float(match[1]) / (100 if match[2] else 1) if match else 0.0
-    return share if 0 < share < 1 else None
-
-
 def removes_nothing(value: Any) -> bool:
     """Check whether an amount is none, as users write it."""
     return value is None or value == {} or (isinstance(value, str) and value.strip() in ("", "none"))
@@ -41,7 +33,7 @@ def _remove(value: Any) -> Any:
     """Write an amount in one way: ``25%``, ``mlp=20%`` or ``mlp=1024``."""
     if removes_nothing(value):
         return None
-    if (share := _share(value)) is not None:
+    if (share := read_share(value)) is not None:
         return f"{100 * share:.10g}%"
     if isinstance(value, str):
         parts = [part.partition("=") for part in value.split(",")]
@@ -57,7 +49,7 @@ def _remove(value: Any) -> Any:
     for name in ("mlp", "heads", "experts"):
         if name not in units:
             continue
-        share = None if name == "heads" else _share(units[name])
+        share = None if name == "heads" else read_share(units[name])
         written.append(f"{name}={_count(units[name]) if share is None else f'{100 * share:.10g}%'}")
     return ",".join(written) or None
 
@@ -142,13 +134,13 @@ class Structure(Settings):
     @property
     def share(self) -> float | None:
         """Share of the decoder layers' parameters to remove; None where another amount is given, or none."""
-        return None if self.remove is None or "=" in self.remove else _share(self.remove)
+        return None if self.remove is None or "=" in self.remove else read_share(self.remove)
 
     @property
     def channels(self) -> float | int | None:
         """Share of the MLP channels to remove (float) or their number to keep (int); None without."""
         amount = self._unit("mlp")
-        return None if amount is None else _share(amount) if amount.endswith("%") else int(amount)
+        return None if amount is None else read_share(amount) if amount.endswith("%") else int(amount)
 
     @property
     def heads(self) -> int:
@@ -159,7 +151,19 @@ class Structure(Settings):
     def experts(self) -> float | int | None:
         """Share (float) or number (int) of the experts of every mixture to remove; None without."""
         amount = self._unit("experts")
-        return None if amount is None else _share(amount) if amount.endswith("%") else int(amount)
+        return None if amount is None else read_share(amount) if amount.endswith("%") else int(amount)
+
+    def no_effect(self, setting: str) -> str | None:
+        """Say why a setting has no effect beside the others; None where it has one."""
+        if setting == "remove":
+            return None
+        if self.remove is None:
+            return "nothing is removed: give --structure 25% or the like"
+        if self.share is None and self.channels is None and not self.heads:
+            return "only experts are removed, by REAP's criterion: this setting is for channels and heads"
+        if setting in ("steps", "lr", "baseline") and self.method != "bypass":
+            return f"the method is {self.method}: this setting is for --structure-method bypass"
+        return None
 
     def _unit(self, name: str) -> str | None:
         """Return the amount of one unit; None where it is not given."""

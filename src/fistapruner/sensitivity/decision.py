@@ -55,19 +55,31 @@ def check_allocation(recipe: Recipe) -> None:
             setting.
     """
     if recipe.structure.experts is not None:
-        measured = "a workload" if recipe.workload is not None else repr(recipe.allocation)
+        by_name = recipe.workload is None and recipe.total is None
+        measured = repr(recipe.allocation) if by_name else "by measured error"
         for setting, value, other in (
             ("allocation", measured, "uniform"),
             ("weighting", repr(recipe.weighting), "none"),
         ):
-            if value in ("a workload", "'owl'", "'error'", "'fisher'"):
+            if value in ("by measured error", "'owl'", "'error'", "'fisher'"):
                 raise FistaPrunerError(
                     f"{setting} {value} cannot be used where experts are removed ({recipe.structure.remove}): which "
                     f"ones stay is not known when it is measured; take --{setting} {other}"
                 )
     free, pattern = recipe.allocation == "owl" or recipe.workload is not None, recipe.pattern
-    milder = bool(pattern.neighbours(REACH))  # operators may have other patterns, so allocation by error can choose
-    if not pattern.supports_allocation and (free or (recipe.allocation == "error" and not milder)):
+    others = pattern.neighbours(REACH)  # patterns that operators may have instead, so allocation by error can choose
+    milder, by_error = bool(others), recipe.allocation == "error" or recipe.total is not None
+    if recipe.total is not None and pattern.supports_allocation:
+        raise FistaPrunerError(
+            f"allocation {recipe.allocation!r} is for n:m patterns: with an unstructured sparsity the total is the "
+            f"sparsity itself, so take --sparsity {100 * recipe.total:g}% --allocation error"
+        )
+    if recipe.total is not None and others and recipe.total > (most := max(other.fraction for other in others)):
+        raise FistaPrunerError(
+            f"allocation {recipe.allocation!r} has more zeros than the patterns beside {pattern} can give: at most "
+            f"{100 * most:g}% is possible"
+        )
+    if not pattern.supports_allocation and (free or (by_error and not milder)):
         raise FistaPrunerError(
             f"allocation {recipe.allocation!r} cannot be used with {pattern}, whose share of zeros is not free: "
             f"take --allocation {'error or uniform' if milder else 'uniform'}, or an unstructured sparsity such as "
@@ -109,6 +121,8 @@ def measured_by(recipe: Recipe) -> str | None:
         return "error" if _own(recipe) and recipe.pattern.supports_allocation else None
     if recipe.workload is not None:
         return "workload"
+    if recipe.total is not None:
+        return "error"
     return recipe.allocation if recipe.allocation in ("owl", "error") else None
 
 
@@ -249,7 +263,7 @@ def decide(
             if recipe.pattern.supports_allocation:
                 found = dict(split_budget(costs[""], sizes, fraction))
             else:
-                found = choose_patterns(costs[""], sizes, patterns, recipe.pattern)
+                found = choose_patterns(costs[""], sizes, patterns, fraction if recipe.total is None else recipe.total)
         if weighs_rows(recipe):
             importance = {name: row_importance(rows) for name, rows in sensitivity.rows.items()}
         if recipe.reconstruct:

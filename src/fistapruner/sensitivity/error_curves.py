@@ -139,9 +139,9 @@ def _threshold(scores: Tensor, fraction: float) -> Tensor:
 
 
 def choose_patterns(
-    curves: Mapping[str, Tensor], sizes: Mapping[str, int], patterns: Sequence[Constraint], pattern: Constraint
+    curves: Mapping[str, Tensor], sizes: Mapping[str, int], patterns: Sequence[Constraint], fraction: float
 ) -> dict[str, Constraint]:
-    """Choose a pattern for each operator, with at least as many zeros in all as ``pattern`` gives.
+    """Choose a pattern for each operator, with at least the share ``fraction`` of zeros in all.
 
     Zeros are taken where they cost least, along the lower convex hull of each operator's curve. One step changes a
     whole operator, so up to one step too many is taken.
@@ -150,7 +150,7 @@ def choose_patterns(
         curves: (len(patterns),) predicted cost of each operator.
         sizes: weights of each operator.
         patterns: from the densest to the sparsest.
-        pattern: that all operators would have.
+        fraction: zeros of all operators together, as a share; at most that of the sparsest pattern.
     """
     shares = [each.fraction for each in patterns]
     chosen = {name: 0 for name in sizes}
@@ -164,7 +164,7 @@ def choose_patterns(
             )
             offers.append((slope, name, to))
             at = to
-    left = sum(pattern.fraction * size for size in sizes.values())
+    left = fraction * sum(sizes.values())
     for _, name, to in sorted(offers, key=lambda offer: offer[0]):  # stable: an operator's steps stay in order
         if left <= 0:
             break
