@@ -25,11 +25,29 @@ def least_squares(problem: LayerProblem, mask: torch.Tensor) -> torch.Tensor:
 @pytest.mark.parametrize("sparsity", ["30%", "50%", "90%", "2:4"])
 def test_exact_and_cg_reach_the_optimum(sparsity: str, drift: float, target: float) -> None:
     problem = make_problem((12, 5), 32, drift=drift, target=target)
-    exact = solve(problem, sparsity, ["wanda", {"refit": {"solver": "exact"}}])
+    exact = solve(problem, sparsity, ["wanda", {"refit": {"solver": "exact", "shrinkage": 0}}])
     best = problem.row_errors(least_squares(problem, exact.mask).float()).sum()
     assert float(problem.row_errors(exact.weight).sum()) == pytest.approx(float(best), rel=1e-4)
-    cg = solve(problem, sparsity, ["wanda", {"refit": {"iterations": 60}}])
+    cg = solve(problem, sparsity, ["wanda", {"refit": {"iterations": 60, "shrinkage": 0}}])
     assert float(problem.row_errors(cg.weight).sum()) == pytest.approx(float(best), rel=1e-4)
+
+
+@pytest.mark.parametrize("solver", ["cg", "exact"])
+def test_few_tokens_are_not_fitted_as_if_they_were_many(solver: str) -> None:
+    """On fresh tokens the ridge lowers the error; on those that were fitted it raises it."""
+    generator = torch.Generator().manual_seed(0)
+    mixing = torch.randn(32, 32, generator=generator) * torch.linspace(1.0, 0.1, 32)
+    weight = torch.randn(8, 32, generator=generator)
+    few, fresh = (
+        LayerProblem.from_activations(weight, torch.randn(tokens, 32, generator=generator) @ mixing.T)
+        for tokens in (24, 4096)
+    )
+    plain, ridged = (
+        solve(few, "50%", ["wanda", {"refit": {"solver": solver, "shrinkage": shrinkage}}]).weight
+        for shrinkage in (0.0, 3.0)
+    )
+    assert float(fresh.row_errors(ridged).sum()) < 0.9 * float(fresh.row_errors(plain).sum())
+    assert float(few.row_errors(ridged).sum()) > float(few.row_errors(plain).sum())
 
 
 def test_small_batches_equal_one_batch() -> None:

@@ -14,7 +14,7 @@ from ..errors import FistaPrunerError
 from ..problem import LayerProblem
 from ..runtime.numerics import fast_products
 from .base import Method, Solution
-from .conditioning import alive_gram
+from .conditioning import regularised_gram
 
 
 class Refit(Method):
@@ -38,10 +38,16 @@ class Refit(Method):
         "raises it tenfold, with a warning, until every block has a Cholesky factor.",
     )
 
+    shrinkage: float = Field(
+        3.0,
+        ge=0.0,
+        description="Additional ridge for the sampling error of the Gram, as of proximal; matters with few tokens.",
+    )
+
     def solve(self, problem: LayerProblem, sparsity: Sequence[Constraint], start: Solution | None = None) -> Solution:
         if start is None:
             raise FistaPrunerError("refit needs the mask of a step before it, such as wanda+refit")
-        gram = alive_gram(problem.gram)
+        gram = regularised_gram(problem.gram, problem.tokens, 0.0, self.shrinkage)
         if self.solver == "exact":
             weight, damping, warnings = refit_exact(problem, gram, start.mask, self.damping)
         else:
