@@ -20,10 +20,10 @@ demo: .venv/installed
 	$(BIN)/fistapruner prune smollm2 --out runs/demo --sparsity 50% --calibration python --samples 32 --seqlen 1024 \
 		--evaluate python
 
-# Fast tests first, then those on the real model, whose files have much to share; one thread a worker.
+# Fast tests first, then those on the real model, those that share runs in one worker; one thread a worker.
 test: .venv/installed
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) -m 'not real and not slow'
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile -m 'real and not slow'
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist loadgroup -m 'real and not slow'
 
 # What takes minutes each: Chromium at every width, lm-eval, Ray, the real model killed three times and resumed.
 test-slow: .venv/installed
