@@ -25,23 +25,19 @@ pytestmark = [
 CALIBRATION = {"source": "python", "samples": 4, "seqlen": 256}
 
 
-def pruned(folder: Path, method: str) -> fp.Report:
-    """Every fifth decoder layer, for time; ``test_the_command_line_says_what_it_did`` prunes them all."""
+def pruned(folder: Path, method: str, layers: str = "[0-9]*[05]", seqlen: int = 256) -> fp.Report:
+    """Every fifth decoder layer unless told, for time; ``test_the_command_line_says_what_it_did`` prunes them all."""
     settings: dict[str, Any] = {
         "sparsity": "2:4",
-        "calibration": CALIBRATION,
-        "targets": ["re:layers[.][0-9]*[05][.]"],
+        "calibration": {**CALIBRATION, "seqlen": seqlen},
+        "targets": [f"re:layers[.]{layers}[.]"],
     }
     return fp.prune("smollm2", folder, method=method, evaluate="python", evaluate_windows=4, **settings)
 
 
 @pytest.fixture(scope="module")
-def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tmp_path_factory.mktemp("runs")
-
-
-@pytest.fixture(scope="module")
-def reports(runs: Path) -> dict[str, fp.Report]:
+def reports(tmp_path_factory: pytest.TempPathFactory) -> dict[str, fp.Report]:
+    runs = tmp_path_factory.mktemp("runs")
     return {method: pruned(runs / method, method) for method in ("magnitude", "sparsegpt", "proximal")}
 
 
@@ -67,17 +63,18 @@ def test_exactly_two_of_four_and_better_methods_are_better(reports: dict[str, fp
 
 
 @pytest.mark.slow
-@pytest.mark.xdist_group("reports")
-def test_recovery_lowers_perplexity_and_keeps_every_zero(reports: dict[str, fp.Report], runs: Path) -> None:
-    pruned = runs / "sparsegpt"
-    report = fp.recover(pruned, pruned.parent / "recovered", data={"tokens": 8192, "seqlen": 512}, windows_per_step=2)
+def test_recovery_lowers_perplexity_and_keeps_every_zero(tmp_path: Path) -> None:
+    before_it = pruned(tmp_path / "pruned", "sparsegpt", "(0|3|6|9|12|15|18|21|24|27)", 512)
+    report = fp.recover(
+        tmp_path / "pruned", tmp_path / "recovered", data={"tokens": 8192, "seqlen": 512}, windows_per_step=2
+    )
     found = report.recovery
     assert found is not None
     before, after = found.checks[0].held_out, min(check.held_out for check in found.checks)
     assert after < 0.9 * before
-    assert perplexity(report) < 0.95 * perplexity(reports["sparsegpt"])  # measured: 0.93
-    assert report.totals.operator_zeros == reports["sparsegpt"].totals.operator_zeros
-    assert main(["inspect", str(pruned.parent / "recovered" / "model")]) == 0
+    assert perplexity(report) < 0.9 * perplexity(before_it)
+    assert report.totals.operator_zeros == before_it.totals.operator_zeros
+    assert main(["inspect", str(tmp_path / "recovered" / "model")]) == 0
 
 
 @pytest.mark.xdist_group("reports")
