@@ -2,14 +2,15 @@
 
     llama-quantize dense.gguf dense-Q4_K_M.gguf Q4_K_M      # llama.cpp's own program makes the quantised files
     python benchmarks/beside_quantisation.py rows.json --dense dense.gguf --gguf dense-*.gguf --runs runs/50 runs/24 \\
-        --data wikitext2 --windows 60 --threads 2
+        --openvino --data wikitext2 --windows 60 --threads 2
     python benchmarks/beside_quantisation.py rows.json --picture picture.png
 
-Every quantised file and every run's checkpoint, in bf16 and packed with int8 values, is one row. Quality is that of the
-weights: all rows are evaluated by ``fistapruner evaluate`` against the dense model, on the same windows, the quantised
-ones with their weights expanded to bf16. Speed is that of one sequence, tokens written a second: llama.cpp for GGUF
-files (needs ``pip install xllamacpp``), ``fistapruner bench`` for packed models. A row that is in ``rows.json`` is
-measured only once; ``--quality`` and ``--speed`` measure one of both.
+Every quantised file, every run's checkpoint, in bf16 and packed with int8 values, and with ``--openvino`` the dense
+model with int8 and with int4 weights, is one row. Quality is that of the weights: all rows are evaluated by
+``fistapruner evaluate`` against the dense model, on the same windows, the quantised ones with their weights expanded to
+bf16. Speed is that of one sequence, tokens written a second: llama.cpp for GGUF files (needs ``pip install
+xllamacpp``), ``fistapruner bench`` for packed models, OpenVINO (``pip install openvino``) called from torch. A row that
+is in ``rows.json`` is measured only once; ``--quality`` and ``--speed`` measure one of both.
 """
 
 from __future__ import annotations
@@ -19,14 +20,20 @@ import json
 import math
 from collections.abc import Iterator
 from pathlib import Path
+from statistics import median
 from tempfile import TemporaryDirectory
 from typing import Any
 
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
 import fistapruner
+from fistapruner.models.source import resolve_model
 from fistapruner.sparse.bench import bench
 from fistapruner.sparse.pack import pack, unpack
+from fistapruner.sparse.speed import WARM_UP_TOKENS, prompts, time_generation
 
-LLAMA_CPP, PACKED = "llama.cpp", "fistapruner, packed"
+LLAMA_CPP, PACKED, OPENVINO = "llama.cpp", "fistapruner, packed", "OpenVINO"
 """Engines, as the table calls them."""
 
 
@@ -37,13 +44,29 @@ def rows_of(arguments: argparse.Namespace) -> Iterator[dict[str, Any]]:
     for run in arguments.runs:
         for values in ("bf16", "int8"):
             yield {"name": f"{run.name}, {values}", "kind": values, "engine": PACKED, "path": str(run / "model")}
+    for bits in (8, 4) if arguments.openvino else ():
+        name, path = f"{arguments.dense.stem}, int{bits}", str(arguments.dense)
+        yield {"name": name, "kind": "openvino", "engine": OPENVINO, "path": path, "bits": bits}
+
+
+def dense_model(path: str) -> Any:
+    """Load the dense model in bf16."""
+    return AutoModelForCausalLM.from_pretrained(resolve_model(path), dtype=torch.bfloat16).eval()
 
 
 def quality(row: dict[str, Any], arguments: argparse.Namespace) -> dict[str, Any]:
     """Measure perplexity and divergence of the weights, and the bytes of a packed model."""
     with TemporaryDirectory() as scratch:
         model, found = row["path"], {}
-        if row["kind"] != "gguf":
+        if row["kind"] == "openvino":
+            from openvino_model import quantise  # beside this file; imports openvino
+
+            dense = dense_model(row["path"])
+            found["bytes"] = quantise(dense, row["bits"])
+            model = str(Path(scratch) / "rounded")
+            dense.save_pretrained(model)
+            AutoTokenizer.from_pretrained(resolve_model(row["path"])).save_pretrained(model)
+        elif row["kind"] in ("bf16", "int8"):
             folder = Path(scratch) / "packed"
             pack(model, folder, values="same" if row["kind"] == "bf16" else "int8")
             found["bytes"] = sum(path.stat().st_size for path in folder.glob("*.safetensors"))
@@ -79,9 +102,19 @@ def speeds(rows: list[dict[str, Any]], arguments: argparse.Namespace) -> None:
         found = compare([Path(row["path"]) for row in files], arguments.threads, arguments.rounds)
         for row, (_, written) in zip(files, found, strict=True):
             row["tokens_per_second"] = written
-    for model in dict.fromkeys(row["path"] for row in rows if row["kind"] != "gguf" and "tokens_per_second" not in row):
+    for row in rows:
+        if row["kind"] == "openvino" and "tokens_per_second" not in row:
+            from openvino_model import OpenVinoLlama
+
+            dense = dense_model(row["path"])
+            engine, ids = OpenVinoLlama(dense, bits=row["bits"], threads=arguments.threads), prompts(dense, 1, 128, 0)
+            time_generation(engine, ids, WARM_UP_TOKENS)
+            runs = [time_generation(engine, ids, 64).tokens_per_second for _ in range(arguments.rounds)]
+            row["tokens_per_second"] = median(runs)
+    ours = [row for row in rows if row["engine"] == PACKED]
+    for model in dict.fromkeys(row["path"] for row in ours if "tokens_per_second" not in row):
         measured = {speed.variant: speed for speed in bench(model, threads=arguments.threads, runs=arguments.rounds)}
-        for row in rows:
+        for row in ours:
             if row["path"] == model:
                 speed = measured["packed" if row["kind"] == "bf16" else "packed int8"]
                 row["tokens_per_second"] = speed.tokens_per_second
@@ -112,7 +145,7 @@ def draw(rows: list[dict[str, Any]], path: Path) -> None:
     figure, axes = plt.subplots(1, 2, figsize=(12, 5), sharey=True)
     titles = (("bytes", 2**20, "size of the weights, MiB"), ("tokens_per_second", 1, "tokens per second, one sequence"))
     for axis, (key, unit, title) in zip(axes, titles, strict=True):
-        for engine, mark in ((LLAMA_CPP, "o"), (PACKED, "s")):
+        for engine, mark in ((LLAMA_CPP, "o"), (PACKED, "s"), (OPENVINO, "^")):
             shown = [row for row in rows if row["engine"] == engine and key in row and row.get("kl", 0) > 0]
             axis.scatter([row[key] / unit for row in shown], [row["kl"] for row in shown], marker=mark, label=engine)
             for row in shown:
@@ -135,6 +168,7 @@ def main() -> None:
     parser.add_argument("--dense", type=Path, help="the dense model as a GGUF file in bf16")
     parser.add_argument("--gguf", type=Path, nargs="*", default=[], help="quantised GGUF files of it")
     parser.add_argument("--runs", type=Path, nargs="*", default=[], help="run directories of the pruned models")
+    parser.add_argument("--openvino", action="store_true", help="the dense model in int8 and int4 by OpenVINO")
     parser.add_argument("--data", default="wikitext2", help="text, as for fistapruner evaluate")
     parser.add_argument("--windows", type=int, default=60)
     parser.add_argument("--seqlen", type=int, default=1024)

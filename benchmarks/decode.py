@@ -120,7 +120,7 @@ def model_variants(name: str, sparsities: list[str], openvino: bool = False) -> 
     if openvino:
         from openvino_model import OpenVinoLlama
 
-        variants["dense int8, OpenVINO"] = OpenVinoLlama(base)
+        variants |= {f"dense int{bits}, OpenVINO": OpenVinoLlama(base, bits=bits) for bits in (8, 4)}
     variants["dense int8, weight-only"] = derive(base, WeightOnlyInt8, alike)
     single = copy.deepcopy(base).float()
     variants["dense float32"] = single
@@ -272,7 +272,7 @@ def main() -> None:
     parser.add_argument(
         "--openvino",
         action="store_true",
-        help="an OpenVINO engine with int8 weights beside them (pip install openvino)",
+        help="an OpenVINO engine with int8 and int4 weights beside them (pip install openvino)",
     )
     parser.add_argument("--batch", type=int, default=1)
     parser.add_argument("--prompt", type=int, default=32)

@@ -1,13 +1,15 @@
-"""A Llama model as an OpenVINO graph with int8 weights, for ``decode.py model ... --openvino``; needs ``pip install
-openvino``.
+"""A Llama model as an OpenVINO graph with int8 or int4 weights, for ``decode.py`` and ``beside_quantisation.py``; needs
+``pip install openvino``.
 
 Built operator by operator the way optimum-intel exports one: a stateful key-value cache that the CPU plug-in fuses with
-attention, and weights as int8 constants with a scale for each output (``int8`` also for embedding and head, which is
-that exporter's default). Everything else about the engine is its own choice.
+attention. Weights are int8 constants with a scale for each output, or int4 ones with a scale and a zero point for each
+group of inputs; embedding and head are int8 in both, which is that exporter's default. Everything else about the engine
+is its own choice.
 """
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from types import SimpleNamespace
 from typing import Any
 
@@ -18,11 +20,84 @@ from openvino import opset13 as ops
 from openvino.op.util import VariableInfo
 from torch import Tensor, nn
 
+GROUP = 64
+"""Inputs that share a scale in int4: 128, the exporter's default, does not divide SmolLM2's 576 inputs."""
 
-def _levels(weight: Tensor) -> tuple[np.ndarray, np.ndarray]:
-    weight = weight.detach().float()
-    scales = weight.abs().amax(1, keepdim=True).clamp(min=1e-12) / 127
-    return (weight / scales).round().to(torch.int8).numpy(), scales.numpy()
+
+@dataclass(frozen=True)
+class Quantised:
+    """A weight (outputs, inputs) as whole numbers.
+
+    Args:
+        levels: int8 (outputs, inputs), or unsigned 4-bit numbers (outputs, groups, GROUP).
+        scales: (outputs, 1), or (outputs, groups, 1) in half precision.
+        zeros: the level of zero, int4 only (outputs, groups, 1).
+    """
+
+    levels: Tensor
+    scales: Tensor
+    zeros: Tensor | None = None
+
+    @classmethod
+    def of(cls, weight: Tensor, bits: int) -> Quantised:
+        """Round a weight to the nearest levels."""
+        weight = weight.detach().float()
+        if bits == 8:
+            scales = weight.abs().amax(1, keepdim=True).clamp(min=1e-12) / 127
+            return cls((weight / scales).round().to(torch.int8), scales)
+        grouped = weight.unflatten(1, (-1, GROUP))
+        low, high = grouped.amin(-1, keepdim=True).clamp(max=0), grouped.amax(-1, keepdim=True).clamp(min=0)
+        scales = ((high - low) / 15).clamp(min=1e-7).half()
+        zeros = (-low / scales.float()).round().clamp(0, 15)
+        levels = (grouped / scales.float() + zeros).round().clamp(0, 15)
+        return cls(levels.to(torch.uint8), scales, zeros.to(torch.uint8))
+
+    def weight(self) -> Tensor:
+        """Return the rounded weight (outputs, inputs) in fp32."""
+        if self.zeros is None:
+            return self.levels.float() * self.scales
+        return ((self.levels.float() - self.zeros.float()) * self.scales.float()).flatten(1)
+
+    def node(self) -> Any:
+        """Return the constant of an OpenVINO graph."""
+        if self.zeros is None:
+            return ops.multiply(
+                ops.convert(ops.constant(self.levels.numpy()), "f32"), ops.constant(self.scales.numpy())
+            )
+        whole = ops.subtract(ops.convert(_four_bits(self.levels), "f16"), ops.convert(_four_bits(self.zeros), "f16"))
+        grouped = ops.multiply(whole, ops.constant(self.scales.numpy()))
+        outputs, groups, size = self.levels.shape
+        return ops.convert(ops.reshape(grouped, np.array([outputs, groups * size]), False), "f32")
+
+    @property
+    def bytes(self) -> int:
+        """Bytes of the constants."""
+        if self.zeros is None:
+            return self.levels.nbytes + self.scales.nbytes
+        return (self.levels.numel() + self.zeros.numel()) // 2 + self.scales.nbytes
+
+
+def _four_bits(levels: Tensor) -> Any:
+    """Pack numbers below 16 by two into a byte, the first in the low half."""
+    pairs = levels.flatten().view(-1, 2)
+    tensor = ov.Tensor(ov.Type.u4, list(levels.shape))  # owns its memory
+    tensor.data[:] = (pairs[:, 0] | pairs[:, 1] << 4).numpy()
+    return ov.op.Constant(tensor)
+
+
+def quantise(model: Any, bits: int) -> int:
+    """Replace all weights of a transformers Llama by those that the graph computes with; return the graph's bytes."""
+    total = 0
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.ndim == 2:
+                ends = parameter is model.lm_head.weight or parameter is model.model.embed_tokens.weight
+                found = Quantised.of(parameter, 8 if ends else bits)
+                parameter.copy_(found.weight())
+                total += found.bytes
+            else:
+                total += 4 * parameter.numel()
+    return total
 
 
 class OpenVinoLlama(nn.Module):
@@ -30,17 +105,16 @@ class OpenVinoLlama(nn.Module):
 
     Args:
         model: dense transformers Llama without biases.
-        int8: weights as int8, else as bf16.
-        head: whether embedding and head are int8 too.
+        bits: of the weights of decoder layers, 8 or 4; embedding and head have 8.
     """
 
-    def __init__(self, model: Any, *, int8: bool = True, head: bool = True, threads: int | None = None) -> None:
+    def __init__(self, model: Any, *, bits: int = 8, threads: int | None = None) -> None:
         super().__init__()
         self.config = model.config
-        self._int8 = int8
+        self._bits = bits
         settings: dict[str, Any] = {"PERFORMANCE_HINT": "LATENCY", "NUM_STREAMS": 1}
         settings["INFERENCE_NUM_THREADS"] = threads or torch.get_num_threads()
-        graph = self._graph(model, head and int8)
+        graph = self._graph(model)
         self._request = ov.Core().compile_model(graph, "CPU", settings).create_infer_request()
 
     def forward(
@@ -60,24 +134,15 @@ class OpenVinoLlama(nn.Module):
         out = self._request.infer(feed, share_inputs=True)[0]
         return SimpleNamespace(logits=torch.from_numpy(np.array(out)), past_key_values=seen + length)
 
-    def _weight(self, weight: Tensor, int8: bool) -> Any:
-        if int8:
-            levels, scales = _levels(weight)
-            return ops.multiply(ops.convert(ops.constant(levels), "f32"), ops.constant(scales))
-        half = ov.op.Constant(
-            ov.Tensor(weight.detach().bfloat16().view(torch.uint16).numpy().copy(), weight.shape, ov.Type.bf16)
-        )
-        return ops.convert(half, "f32")
-
     def _linear(self, x: Any, linear: nn.Linear) -> Any:
-        return ops.matmul(x, self._weight(linear.weight, self._int8), False, True)
+        return ops.matmul(x, Quantised.of(linear.weight, self._bits).node(), False, True)
 
     def _norm(self, x: Any, norm: Any) -> Any:
         mean = ops.reduce_mean(ops.power(x, np.float32(2)), np.array([-1]), True)
         scaled = ops.multiply(x, ops.divide(np.float32(1), ops.sqrt(ops.add(mean, np.float32(norm.variance_epsilon)))))
         return ops.multiply(scaled, ops.constant(norm.weight.detach().float().numpy().reshape(1, 1, -1)))
 
-    def _graph(self, model: Any, int8_ends: bool) -> Any:
+    def _graph(self, model: Any) -> Any:
         config, body = model.config, model.model
         heads, kept = config.num_attention_heads, config.num_key_value_heads
         size = body.layers[0].self_attn.head_dim
@@ -87,7 +152,7 @@ class OpenVinoLlama(nn.Module):
         beam = ops.parameter([-1], np.int32, name="beam")
         for node in (ids, positions, mask, beam):
             node.output(0).set_names({node.get_friendly_name()})
-        table = self._weight(body.embed_tokens.weight, int8_ends)
+        table = Quantised.of(body.embed_tokens.weight, 8).node()
         x = ops.gather(table, ids, np.int32(0))
         frequency = body.rotary_emb.inv_freq.float().numpy().reshape(1, -1, 1)
         angle = ops.transpose(
@@ -139,8 +204,7 @@ class OpenVinoLlama(nn.Module):
             gate = ops.swish(self._linear(hidden, mlp.gate_proj))
             x = ops.add(x, self._linear(ops.multiply(gate, self._linear(hidden, mlp.up_proj)), mlp.down_proj))
         last = ops.gather(self._norm(x, body.norm), ops.constant(np.array([-1])), np.int32(1))
-        head = (
-            table if model.lm_head.weight is body.embed_tokens.weight else self._weight(model.lm_head.weight, int8_ends)
-        )
+        tied = model.lm_head.weight is body.embed_tokens.weight
+        head = table if tied else Quantised.of(model.lm_head.weight, 8).node()
         logits = ops.matmul(last, head, False, True)
         return ov.Model([ops.result(logits)], assigned, [ids, positions, mask, beam])
