@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 
 import gguf
 import numpy as np
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
 HEADS, KEY_HEADS = 4, 2
 NAMES = {
@@ -23,15 +24,50 @@ NAMES = {
 }
 
 
+TOKENS = ["<unk>", "<s>", "</s>", *"abcdefghijklmnopqrstuvwxyz", "ab", "Ġ"]
+
+
+def _add_tokenizer(writer: gguf.GGUFWriter, tokens: list[str]) -> None:
+    writer.add_tokenizer_model("gpt2")
+    writer.add_token_list(tokens)
+    writer.add_token_types([1] * len(tokens))
+    writer.add_token_merges(["a b"])
+    writer.add_bos_token_id(1)
+    writer.add_eos_token_id(2)
+    writer.add_unk_token_id(0)
+
+
+def _finish(writer: gguf.GGUFWriter) -> None:
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+
+
 def permuted(weight: np.ndarray, heads: int) -> np.ndarray:
     """Rows of a query or key projection as llama.cpp orders them for its rotary embedding."""
     return weight.reshape(heads, 2, weight.shape[0] // heads // 2, weight.shape[1]).swapaxes(1, 2).reshape(weight.shape)
 
 
-def write_gguf(path: Path, *, tied: bool = False, kind: str = "Q8_0") -> LlamaForCausalLM:
-    """A tiny Llama as a GGUF file; returns the model with the very values that de-quantising the file must give."""
+def write_gguf(
+    path: Path,
+    *,
+    tied: bool = False,
+    kind: str = "Q8_0",
+    architecture: str = "llama",
+    scaling: str | None = None,
+    more: Mapping[str, np.ndarray] | None = None,
+) -> LlamaForCausalLM:
+    """A tiny Llama as a GGUF file; returns the model with the very values that de-quantising the file must give.
+
+    Args:
+        path: the file.
+        tied: without an output head; ``kind``: type of the matrices.
+        architecture: name in the header; ``scaling``: kind of scaled rotary positions in it.
+        more: fp32 tensors beside the model's.
+    """
     torch.manual_seed(0)
-    tokens = ["<unk>", "<s>", "</s>", *"abcdefghijklmnopqrstuvwxyz", "ab", "Ġ"]
+    tokens = TOKENS
     config = LlamaConfig(
         vocab_size=len(tokens),
         hidden_size=64,
@@ -42,8 +78,10 @@ def write_gguf(path: Path, *, tied: bool = False, kind: str = "Q8_0") -> LlamaFo
         tie_word_embeddings=tied,
     )
     model = LlamaForCausalLM(config).eval()
-    writer = gguf.GGUFWriter(path, "llama")
+    writer = gguf.GGUFWriter(path, architecture)
     writer.add_name("tiny")
+    if scaling is not None:
+        writer.add_string(f"{architecture}.rope.scaling.type", scaling)
     writer.add_block_count(2)
     writer.add_context_length(2048)
     writer.add_embedding_length(64)
@@ -53,13 +91,7 @@ def write_gguf(path: Path, *, tied: bool = False, kind: str = "Q8_0") -> LlamaFo
     writer.add_layer_norm_rms_eps(1e-6)
     writer.add_rope_freq_base(10000.0)
     writer.add_vocab_size(len(tokens))
-    writer.add_tokenizer_model("gpt2")
-    writer.add_token_list(tokens)
-    writer.add_token_types([1] * len(tokens))
-    writer.add_token_merges(["a b"])
-    writer.add_bos_token_id(1)
-    writer.add_eos_token_id(2)
-    writer.add_unk_token_id(0)
+    _add_tokenizer(writer, tokens)
     writer.add_chat_template("{% for m in messages %}{{ m.content }}{% endfor %}")
     quantised = gguf.GGMLQuantizationType[kind]
     state = model.state_dict()
@@ -86,8 +118,32 @@ def write_gguf(path: Path, *, tied: bool = False, kind: str = "Q8_0") -> LlamaFo
         if heads:  # undo the permutation
             back = back.reshape(heads, values.shape[0] // heads // 2, 2, -1).swapaxes(1, 2).reshape(values.shape)
         tensor.copy_(torch.from_numpy(np.ascontiguousarray(back)))
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
+    for name, array in (more or {}).items():
+        writer.add_tensor(name, array.astype(np.float32))
+    _finish(writer)
+    return model
+
+
+def write_gpt2(path: Path) -> GPT2LMHeadModel:
+    """A tiny GPT-2, whose matrices the file has the other way round, in fp32; returns the model."""
+    torch.manual_seed(0)
+    config = GPT2Config(vocab_size=len(TOKENS), n_embd=64, n_layer=2, n_head=4)
+    model = GPT2LMHeadModel(config).eval()
+    writer = gguf.GGUFWriter(path, "gpt2")
+    writer.add_block_count(2)
+    writer.add_context_length(1024)
+    writer.add_embedding_length(64)
+    writer.add_feed_forward_length(256)
+    writer.add_head_count(4)
+    writer.add_layer_norm_eps(1e-5)
+    _add_tokenizer(writer, TOKENS)
+    names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.GPT2, 2)
+    for name, tensor in model.state_dict().items():
+        stem, last = name.rsplit(".", 1)
+        short = names.get_name(stem)
+        if short is None or stem == "lm_head":
+            continue
+        turned = tensor.ndim == 2 and ".h." in stem
+        writer.add_tensor(f"{short}.{last}", np.ascontiguousarray((tensor.T if turned else tensor).numpy()))
+    _finish(writer)
     return model

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import json
 import struct
 from collections.abc import Callable
 from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
+from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig, LlamaConfig
+from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from fistapruner import FistaPrunerError
 from fistapruner.models.files.checkpoint import Checkpoint
@@ -17,7 +21,7 @@ from fistapruner.models.files.gguf import check_gguf, convert_gguf
 from fistapruner.models.source import converted_gguf, resolve_model, small_model
 
 gguf = pytest.importorskip("gguf", reason="needs the extra 'gguf'")
-from tiny_gguf import write_gguf  # noqa: E402
+from tiny_gguf import HEADS, write_gguf  # noqa: E402
 
 
 @pytest.mark.parametrize("tied", [False, True])
@@ -86,6 +90,41 @@ def test_config_and_tensors_must_agree(tmp_path: Path) -> None:
     path.write_bytes(data[:at] + struct.pack("<I", 128) + data[at + 4 :])
     with pytest.raises(FistaPrunerError, match=r"the config asks for \[128, 64\]"):
         converted_gguf(path, tmp_path / "cache")
+
+
+def test_scaled_positions_of_llama_3_are_restored(tmp_path: Path) -> None:
+    asked = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
+    config = LlamaConfig(hidden_size=64, num_attention_heads=HEADS)
+    config.rope_parameters = {"rope_theta": 10000.0, **asked, "original_max_position_embeddings": 8192}
+    scaled, _ = ROPE_INIT_FUNCTIONS["llama3"](config, torch.device("cpu"))
+    factors = (10000.0 ** -(torch.arange(0, 16, 2).float() / 16) / scaled).numpy()
+    write_gguf(tmp_path / "tiny.gguf", more={"rope_freqs.weight": factors})
+    convert_gguf(tmp_path / "tiny.gguf", tmp_path / "out")
+    found = json.loads((tmp_path / "out" / "config.json").read_text("utf-8"))["rope_parameters"]
+    assert found.pop("factor") == pytest.approx(8.0)
+    assert found.items() >= (asked.items() - {"factor": 8.0}.items())
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    assert torch.allclose(loaded.model.rotary_emb.inv_freq, scaled)
+    write_gguf(tmp_path / "tiny.gguf", more={"rope_freqs.weight": np.ones(8)})
+    convert_gguf(tmp_path / "tiny.gguf", tmp_path / "plain")
+    config = json.loads((tmp_path / "plain" / "config.json").read_text("utf-8"))
+    assert config["rope_parameters"]["rope_type"] == "default"
+
+
+@pytest.mark.parametrize(
+    ("what", "said"),
+    [
+        ({"more": {"rope_freqs.weight": np.linspace(1, 3, 8)}}, "scaled by 'rope_freqs.weight', which transformers"),
+        ({"more": {"rope_factors_long.weight": np.ones(8)}}, "has a tensor 'rope_factors_long.weight', which"),
+        ({"more": {"blk.0.attn_q.bias": np.ones(64)}}, "has a tensor 'blk.0.attn_q.bias', which"),
+        ({"scaling": "yarn"}, "has rotary positions scaled by 'yarn', which"),
+    ],
+)
+def test_what_transformers_leaves_out_is_refused(tmp_path: Path, what: Any, said: str) -> None:
+    write_gguf(tmp_path / "tiny.gguf", **what)
+    with pytest.raises(FistaPrunerError, match=said):
+        converted_gguf(tmp_path / "tiny.gguf", tmp_path / "cache")
+    assert [path.name for path in (tmp_path / "cache").iterdir()] == [".lock"]
 
 
 def _at(data: bytes, offset: int, kind: str, value: int) -> bytes:

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 import fistapruner as fp
 from fistapruner.cli import main
@@ -17,7 +17,7 @@ from fistapruner.models.files.gguf_export import turn_round
 
 gguf = pytest.importorskip("gguf", reason="needs the extra 'gguf'")
 from fistapruner.models.files.gguf import convert_gguf  # noqa: E402
-from tiny_gguf import write_gguf  # noqa: E402
+from tiny_gguf import write_gguf, write_gpt2  # noqa: E402
 
 
 @pytest.fixture
@@ -71,6 +71,36 @@ def test_fewer_heads_keep_their_size(dense: tuple[Path, Path], tmp_path: Path) -
     assert counts == {"head_count": 2, "head_count_kv": 1, "key_length": 16}
 
 
+def test_width_is_that_of_the_weights(tmp_path: Path) -> None:
+    """The config of GPT-2 calls it ``n_inner``, which the reader does not know."""
+    write_gpt2(tmp_path / "dense.gguf")
+    recipe = {"sparsity": "0%", "method": "magnitude", "calibration": {"source": "self", "samples": 2, "seqlen": 16}}
+    fp.prune(str(tmp_path / "dense.gguf"), tmp_path / "run", **recipe, structure={"remove": "mlp=192", "multiple": 8})
+    fp.export(tmp_path / "run", tmp_path / "out.gguf", values="f32")
+    reader = gguf.GGUFReader(tmp_path / "out.gguf")
+    assert reader.fields["gpt2.feed_forward_length"].contents() == 192
+    shapes = {tensor.name: tuple(map(int, tensor.shape)) for tensor in reader.tensors}
+    assert shapes["blk.0.ffn_up.weight"] == shapes["blk.0.ffn_down.weight"][::-1] == (64, 192)
+    assert shapes["blk.0.ffn_up.bias"] == (192,)
+
+
+def test_models_with_another_name_than_their_files(dense: tuple[Path, Path], tmp_path: Path) -> None:
+    """Files of Mistral models call their architecture llama; old checkpoints have tensors that no model asks for."""
+    source, folder = dense
+    config = json.loads((folder / "config.json").read_text("utf-8"))
+    names = {"model_type": "mistral", "architectures": ["MistralForCausalLM"], "sliding_window": None}
+    (folder / "config.json").write_text(json.dumps(config | names), "utf-8")
+    more = tensors(folder) | {"model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(8)}
+    save_file(more, folder / "model.safetensors", {"format": "pt"})
+    fp.export(folder, tmp_path / "out.gguf", like=source, values="f32")
+    ours, theirs = (
+        {tensor.name: gguf.dequantize(tensor.data, tensor.tensor_type) for tensor in gguf.GGUFReader(path).tensors}
+        for path in (tmp_path / "out.gguf", source)
+    )
+    assert ours.keys() == theirs.keys()
+    assert all(np.array_equal(ours[name], theirs[name]) for name in ours)
+
+
 @pytest.mark.parametrize("shape", [(6, 4), (4, 4), (5,)])
 def test_readers_are_turned_round(shape: tuple[int, ...]) -> None:
     values = np.random.default_rng(0).standard_normal(shape).astype(np.float32)
@@ -95,11 +125,15 @@ def test_bad_input_is_refused_and_leaves_nothing(
     (tmp_path / "there.gguf").write_bytes(b"mine")
     other = tmp_path / "other"
     convert_gguf(source, other, torch.float32)
-    from safetensors.torch import save_file
-
     changed = tensors(other)
     changed["model.embed_tokens.weight"] = torch.randn_like(changed["model.embed_tokens.weight"])
     save_file(changed, other / "model.safetensors", {"format": "pt"})
+    turned = tmp_path / "turned"
+    convert_gguf(source, turned, torch.float32)
+    rows = tensors(turned)
+    rows["model.layers.0.self_attn.q_proj.weight"] = rows["model.layers.0.self_attn.q_proj.weight"].flip(0)
+    save_file(rows, turned / "model.safetensors", {"format": "pt"})
+    write_gguf(tmp_path / "unknown.gguf", architecture="smollm3")
     deeper = tmp_path / "deeper"
     convert_gguf(source, deeper, torch.float32)
     config = json.loads((deeper / "config.json").read_text("utf-8"))
@@ -112,6 +146,8 @@ def test_bad_input_is_refused_and_leaves_nothing(
         ([folder, "out.gguf", "--like", tmp_path / "no.gguf"], "does not exist"),
         ([folder, "out.gguf", "--like", folder / "config.json"], "is not a GGUF file"),
         ([other, "out.gguf", "--like", source], "its embeddings differ"),
+        ([turned, "out.gguf", "--like", source], "its blk.0.attn_q.weight is not 'model.layers.0.self_attn.q_proj"),
+        ([folder, "out.gguf", "--like", tmp_path / "unknown.gguf"], "of the architecture 'smollm3'"),
         ([deeper, "out.gguf", "--like", source], "its block_count is 2, that of"),
         ([tmp_path / "nothing", "out.gguf", "--like", source], "is not a folder"),
         ([folder, "no/out.gguf", "--like", source], "out.gguf"),

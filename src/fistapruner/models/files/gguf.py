@@ -167,7 +167,8 @@ def convert_gguf(path: Path, out: Path, dtype: torch.dtype = torch.bfloat16, *, 
 
     Raises:
         FistaPrunerError: ``out`` exists, the disk is full, the file is damaged, its architecture is not one that
-            ``transformers`` reads from GGUF, or it is a mixture of experts.
+            ``transformers`` reads from GGUF, it has tensors or scaled rotary positions that ``transformers`` would
+            leave out, or it is a mixture of experts.
         MissingExtraError: the ``gguf`` package is missing.
     """
     packed = check_gguf(path)
@@ -180,6 +181,7 @@ def convert_gguf(path: Path, out: Path, dtype: torch.dtype = torch.bfloat16, *, 
         model, config, tokenizer = _describe(path, dtype)
         reader = GGUFReader(path)
         names = name_map(reader, model, config)
+        _keep_all(path, reader, names, config)
         entries = _entries(path, model, set(names.values()), dtype)
         config.save_pretrained(partial)
         tokenizer.save_pretrained(partial)
@@ -219,10 +221,46 @@ def processor_of(reader: Any, config: Any) -> Any:
 
 def name_map(reader: Any, model: Any, config: Any) -> dict[str, str]:
     """Map the GGUF name of every tensor of the file that the model has to the model's name."""
-    from transformers.modeling_gguf_pytorch_utils import get_gguf_hf_weights_map
+    from transformers.modeling_gguf_pytorch_utils import get_gguf_hf_weights_map, read_field
 
-    table: dict[str, str] = get_gguf_hf_weights_map(model, processor_of(reader, config))
+    # By the file's own name of the architecture: that of Mistral is llama there.
+    architecture = read_field(reader, "general.architecture")[0]
+    table: dict[str, str] = get_gguf_hf_weights_map(model, processor_of(reader, config), architecture)
     return {tensor.name: table[tensor.name] for tensor in reader.tensors if tensor.name in table}
+
+
+def _keep_all(path: Path, reader: Any, names: dict[str, str], config: Any) -> None:
+    """Refuse a file of which ``transformers`` leaves something out; restore Llama 3's positions.
+
+    The file of a Llama 3.1 or later has them as one tensor of factors, without the settings that made it. These are the
+    same in all of Meta's models but for one, and are accepted only if they give the file's factors.
+    """
+    from gguf import dequantize
+
+    lost = [tensor for tensor in reader.tensors if tensor.name not in names and "attn_rot_embd" not in tensor.name]
+    scalings = [field.contents() for key, field in reader.fields.items() if key.endswith("rope.scaling.type")]
+    where = "which transformers does not read: take the model's Hugging Face checkpoint"
+    if scaling := [scaling for scaling in scalings if scaling != "none"]:
+        raise FistaPrunerError(f"{path} has rotary positions scaled by {scaling[0]!r}, {where}")
+    for tensor in lost:
+        if tensor.name != "rope_freqs.weight":
+            raise FistaPrunerError(f"{path} has a tensor {tensor.name!r}, {where}")
+        factors = torch.tensor(dequantize(tensor.data, tensor.tensor_type)).flatten().float()
+        if not bool((factors == 1).all()) and not _restore_llama3(config, factors):
+            raise FistaPrunerError(f"{path} has rotary positions scaled by {tensor.name!r}, {where}")
+
+
+def _restore_llama3(config: Any, factors: torch.Tensor) -> bool:
+    """Set the scaled rotary positions of Llama 3 in a config; return whether they give these factors."""
+    from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
+
+    plain = dict(config.rope_parameters)
+    scaled = {"factor": float(factors.max()), "low_freq_factor": 1.0, "high_freq_factor": 4.0}
+    config.rope_parameters = {**plain, "rope_type": "llama3", **scaled, "original_max_position_embeddings": 8192}
+    found, _ = ROPE_INIT_FUNCTIONS["llama3"](config, torch.device("cpu"))
+    steps = torch.arange(0, 2 * len(found), 2).float() / (2 * len(found))
+    wanted = plain["rope_theta"] ** -steps
+    return len(found) == len(factors) and torch.allclose(found * factors, wanted, rtol=1e-3, atol=0)
 
 
 def _entries(path: Path, model: Any, found: set[str], dtype: torch.dtype) -> list[TensorEntry]:

@@ -13,15 +13,17 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
+from tempfile import gettempdir
 from typing import Any, Literal, get_args
 
 import numpy as np
 
 from ...errors import FistaPrunerError
 from ...runtime.files import PARTIAL, disk_errors, require_space, sync_folder
+from ..architecture import checkpoint_names
 from .checkpoint import Checkpoint, read_widths
 from .gguf import check_gguf, name_map, processor_of, transformers_faults
 
@@ -33,13 +35,21 @@ VALUES: tuple[str, ...] = get_args(GGUFValues)
 FILE_TYPES = {"bf16": "MOSTLY_BF16", "f16": "MOSTLY_F16", "f32": "ALL_F32", "q8_0": "MOSTLY_Q8_0"}
 """Names of ``gguf.LlamaFileType``."""
 
+ORDERED = ("blk.0.attn_q.weight", "blk.0.attn_k.weight", "blk.0.attn_qkv.weight")
+"""Tensors of a file whose rows llama.cpp orders in its own way for some architectures."""
+
 Array = np.ndarray[Any, np.dtype[Any]]
 
 BLOCK = 32
 """Weights in a block of q8_0; matrices whose rows are no multiple of it are stored as f16."""
 
+OWN_KEYS = ("general.architecture", "general.file_type", "general.alignment")
+"""Keys that the writer sets by itself."""
+
+WIDTH = "feed_forward_length"
+
 MAY_CHANGE = (
-    "feed_forward_length",
+    WIDTH,
     "attention.head_count",
     "attention.head_count_kv",
     "expert_count",
@@ -50,6 +60,9 @@ MAY_CHANGE = (
 
 SAME_EMBEDDING = 0.3
 """Relative distance of two embeddings above which they are not of one model; two bits a weight give about 0.25."""
+
+SAME_LAYOUT = 0.1
+"""Cosine of a projection in both models below which its rows are in another order; 95 % zeros leave about 0.4."""
 
 
 def export_gguf(folder: str | Path, out: str | Path, like: str | Path, values: GGUFValues = "bf16") -> Path:
@@ -86,9 +99,12 @@ def export_gguf(folder: str | Path, out: str | Path, like: str | Path, values: G
     with transformers_faults(like):
         source = _Source(like, checkpoint)
         tensors = source.tensors()
-        require_space(out, sum(2 * math.prod(checkpoint.entry(name).shape) for name in tensors.values() if name))
+        weights = sum(math.prod(checkpoint.entry(name).shape) for name in tensors.values() if name)
+        for place in (out, Path(gettempdir()) / out.name):  # weights pass through a temporary file
+            require_space(place, (4 if values == "f32" else 2) * weights)
         with _new_file(out) as partial:
             source.write(partial, tensors, values)
+            check_gguf(partial)
     return out
 
 
@@ -102,6 +118,8 @@ def turn_round(read: Callable[[Array], Array], values: Array) -> Array | None:
     Returns:
         The array; None where the reader does something else.
     """
+    if read(values) is values:
+        return values
     for shape in dict.fromkeys((values.shape, values.shape[::-1])):
         numbers = np.arange(values.size, dtype=np.int64).reshape(shape)
         try:
@@ -141,39 +159,58 @@ class _Source:
         checkpoint: what is written.
 
     Raises:
-        FistaPrunerError: the file is another model's.
+        FistaPrunerError: the file is another model's, or of an architecture that ``transformers`` does not read.
     """
 
     def __init__(self, like: Path, checkpoint: Checkpoint) -> None:
         from accelerate import init_empty_weights
         from gguf import GGUFReader
         from transformers import AutoConfig, AutoModelForCausalLM
+        from transformers.integrations import GGUF_CONFIG_MAPPING
 
         self.like, self.checkpoint = like, checkpoint
         self.reader = GGUFReader(like)
         self.architecture = self.reader.fields["general.architecture"].contents()
+        if self.architecture not in GGUF_CONFIG_MAPPING:
+            raise FistaPrunerError(
+                f"{like}: transformers does not read GGUF files of the architecture {self.architecture!r}, so the "
+                "order of their values is not known; use llama.cpp's own converter"
+            )
         config = AutoConfig.from_pretrained(checkpoint.folder)
-        self.counts = self._counts(config)
+        known = GGUF_CONFIG_MAPPING[self.architecture].items()
+        # The width of the MLPs has many names in configs: it comes from the weights.
+        self.counts = self._counts(
+            config, {key: getattr(config, str(name), None) for key, name in known if key != WIDTH}
+        )
         with init_empty_weights():
             model = AutoModelForCausalLM.from_config(config)
+        self.stored = checkpoint_names(model, checkpoint)
         self.names = name_map(self.reader, model, config)
         self.processor = processor_of(self.reader, config)
+        if (down := self.stored.get(self.names.get("blk.0.ffn_down.weight", ""))) is not None:
+            width = math.prod(checkpoint.entry(down).shape) // config.hidden_size
+            self.counts |= self._counts(config, {WIDTH: width})
 
     def _other(self, what: str) -> FistaPrunerError:
         return FistaPrunerError(f"{self.like} is not the GGUF file of the dense model: {what}")
 
-    def _counts(self, config: Any) -> dict[str, int]:
-        """Return the counts of the file that are others in the checkpoint."""
-        from transformers.integrations import GGUF_CONFIG_MAPPING
+    def _counts(self, config: Any, asked: Mapping[str, Any]) -> dict[str, int]:
+        """Return the counts of the file that are others in the checkpoint.
 
+        Args:
+            config: of the checkpoint.
+            asked: the checkpoint's values, by keys of the file.
+        """
         changed: dict[str, int] = {}
-        for key, name in GGUF_CONFIG_MAPPING.get(self.architecture, {}).items():
-            field, asked = self.reader.fields.get(f"{self.architecture}.{key}"), getattr(config, str(name), None)
-            if field is None or type(asked) is not int or field.contents() == asked or key == "context_length":
+        for key, count in asked.items():
+            field = self.reader.fields.get(f"{self.architecture}.{key}")
+            if field is None or type(count) is not int or field.contents() == count or key == "context_length":
                 continue
+            if isinstance(field.contents(), list):
+                raise FistaPrunerError(f"{self.like} has a {key} for every layer, which is not exported")
             if key not in MAY_CHANGE:
-                raise self._other(f"its {key} is {field.contents()}, that of {self.checkpoint.folder} {asked}")
-            changed[f"{self.architecture}.{key}"] = asked
+                raise self._other(f"its {key} is {field.contents()}, that of {self.checkpoint.folder} {count}")
+            changed[f"{self.architecture}.{key}"] = count
         if f"{self.architecture}.attention.head_count" in changed:  # llama.cpp would divide the width by it
             size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
             changed |= {f"{self.architecture}.attention.{each}_length": int(size) for each in ("key", "value")}
@@ -185,29 +222,52 @@ class _Source:
         Raises:
             FistaPrunerError: a tensor of the checkpoint has no place, or the embeddings are another model's.
         """
-        have = set(self.checkpoint.names())
         found = {tensor.name: self.names.get(tensor.name) for tensor in self.reader.tensors}
-        placed = {name: source for name, source in found.items() if source is None or source in have}
-        if lost := sorted(have - {source for source in placed.values() if source}):
+        placed = {
+            name: None if source is None else self.stored[source]
+            for name, source in found.items()
+            if source is None or source in self.stored
+        }
+        if lost := sorted(set(self.stored.values()) - {source for source in placed.values() if source}):
             raise self._other(f"it has no place for {lost[0]!r} of {self.checkpoint.folder}")
-        self._compare_embeddings(placed.get("token_embd.weight"))
+        self._compare(placed)
         return placed
 
-    def _compare_embeddings(self, name: str | None) -> None:
+    def _compare(self, placed: Mapping[str, str | None]) -> None:
+        """Refuse a file with other embeddings, or with the rows of attention in another order."""
+        for tensor in self.reader.tensors:
+            source = placed.get(tensor.name)
+            if source is None or tensor.name not in ("token_embd.weight", *ORDERED):
+                continue
+            theirs = self._read(tensor.name, self._dequantised(tensor))
+            ours = self._array(source)
+            if tensor.name in ORDERED:
+                if theirs.shape == ours.shape and float((theirs * ours).sum()) < SAME_LAYOUT * float(
+                    np.linalg.norm(theirs) * np.linalg.norm(ours)
+                ):
+                    raise self._other(f"its {tensor.name} is not {source!r} of {self.checkpoint.folder}")
+                continue
+            if theirs.shape != ours.shape:
+                raise self._other(f"its embeddings are {list(theirs.shape)}, not {list(ours.shape)}")
+            distance = float(np.linalg.norm(theirs - ours) / max(float(np.linalg.norm(ours)), 1e-30))
+            if not distance <= SAME_EMBEDDING:
+                raise self._other(f"its embeddings differ from those of {self.checkpoint.folder} by {distance:.0%}")
+
+    @staticmethod
+    def _dequantised(tensor: Any) -> Array:
         from gguf import dequantize
 
-        if name is None:
-            return
-        tensor = next(each for each in self.reader.tensors if each.name == "token_embd.weight")
-        theirs, ours = dequantize(tensor.data, tensor.tensor_type), self._array(name)
-        if theirs.shape != ours.shape:
-            raise self._other(f"its embeddings are {list(theirs.shape)}, not {list(ours.shape)}")
-        distance = float(np.linalg.norm(theirs - ours) / max(float(np.linalg.norm(ours)), 1e-30))
-        if not distance <= SAME_EMBEDDING:
-            raise self._other(f"its embeddings differ from those of {self.checkpoint.folder} by {distance:.0%}")
+        found: Array = dequantize(tensor.data, tensor.tensor_type)
+        return found
 
     def _array(self, name: str) -> Array:
         return self.checkpoint.read(name).float().numpy()
+
+    def _read(self, name: str, array: Array) -> Array:
+        """Return what ``transformers`` reads where the tensor ``name`` of the file is ``array``."""
+        aside: dict[str, Any] = {"tensors": {}}
+        found = self.processor.process(weights=array, name=name, tensor_key_mapping=self.names, parsed_parameters=aside)
+        return np.asarray(found.weights)
 
     def _stored(self, name: str, values: Array) -> Array:
         """Return the tensor of the file that ``transformers`` reads as ``values``.
@@ -215,15 +275,7 @@ class _Source:
         Raises:
             FistaPrunerError: its reader does more than reorder the values and add one number to all.
         """
-
-        def read(array: Array) -> Array:
-            aside: dict[str, Any] = {"tensors": {}}
-            found = self.processor.process(
-                weights=array, name=name, tensor_key_mapping=self.names, parsed_parameters=aside
-            )
-            return np.asarray(found.weights)
-
-        if (stored := turn_round(read, values)) is None:
+        if (stored := turn_round(lambda array: self._read(name, array), values)) is None:
             raise FistaPrunerError(f"{self.like}: the order of the values of {name!r} in llama.cpp is not known")
         return stored
 
@@ -239,7 +291,7 @@ class _Source:
 
         writer = gguf.GGUFWriter(out, self.architecture, use_temp_file=True)
         for key, field in self.reader.fields.items():
-            if not key.startswith("GGUF.") and key not in ("general.architecture", "general.file_type", *self.counts):
+            if not key.startswith("GGUF.") and key not in (*OWN_KEYS, *self.counts):
                 inner = field.types[-1] if len(field.types) > 1 else None
                 writer.add_key_value(key, field.contents(), field.types[0], inner)
         for key, count in self.counts.items():
