@@ -180,6 +180,21 @@ def test_dense_operators_beside_packed_ones(seed, rows, columns, batch, biased):
     assert layer(x).requires_grad
 
 
+@pytest.mark.parametrize("kind", ["packed", "dense"])
+def test_a_bias_loaded_in_place_is_used(kind):
+    weight, bias = torch.randn(40, 64).bfloat16(), torch.randn(40).bfloat16()
+    layer = SparseLinear(pack_operator(weight), bias.clone())
+    if kind == "dense":
+        linear = torch.nn.Linear(64, 40).bfloat16()
+        linear.weight.data, linear.bias.data = weight, bias.clone()
+        layer = DenseLinear.like(linear)
+    x = torch.randn(1, 64).bfloat16()
+    with torch.no_grad():
+        before = layer(x)
+        layer.load_state_dict({**layer.state_dict(), "bias": bias + 100})
+        assert float((layer(x) - before - 100).abs().max()) < 2
+
+
 @pytest.mark.parametrize("level", kernel.available_levels())
 @pytest.mark.parametrize("values", VALUES)
 def test_projections_of_one_input_change_no_bit(level, values):

@@ -130,7 +130,8 @@ def resolve_model(
         The folder.
 
     Raises:
-        FistaPrunerError: no such file, unknown or gated hub id, no network, a damaged GGUF file.
+        FistaPrunerError: no such file, unknown or gated hub id, no network, no weights that may be read, a damaged
+            GGUF file.
     """
     text = str(model)
     path = Path(text).expanduser()
@@ -156,9 +157,14 @@ def resolve_model(
     if trust_remote_code:
         patterns.append("*.py")
     folder = _snapshot(text, patterns, download)
-    if allow_pickle and not any(folder.glob("*.safetensors")):
-        folder = _snapshot(text, [*patterns, "pytorch_model*.bin", INDEX_PICKLE], download)
-    return folder
+    if any(folder.glob("*.safetensors")):
+        return folder
+    if not allow_pickle:
+        raise FistaPrunerError(
+            f"hub model {text!r} has no safetensors: where it has legacy pickle weights, which can carry code, trust "
+            "them with --allow-pickle"
+        )
+    return _snapshot(text, [*patterns, "pytorch_model*.bin", INDEX_PICKLE], download)
 
 
 def small_model() -> Path:

@@ -130,6 +130,7 @@ class SparseLinear(nn.Module):
     ) -> None:
         rest = {key: value for key, value in state_dict.items() if key != prefix + "weight"}
         super()._load_from_state_dict(rest, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs)
+        self._handle = None  # it has a copy of the bias
         weight = state_dict.get(prefix + "weight")
         if weight is None:
             missing_keys += [prefix + "weight"] if strict else []
@@ -278,6 +279,10 @@ class DenseLinear(nn.Linear):
         ):
             self._handle, self._seen = kernel.Handle(weight.detach(), bias), (weight, weight.data_ptr(), bias)
         return self._handle.alone.multiply(_rows_of(x, rows), level)[0].view(*x.shape[:-1], self.out_features)
+
+    def _load_from_state_dict(self, *arguments: Any) -> None:
+        super()._load_from_state_dict(*arguments)
+        self._handle = None  # it has a copy of the bias
 
     def __getstate__(self) -> dict[str, Any]:
         """Leave out memory addresses; a copy makes its own."""
