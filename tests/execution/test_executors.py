@@ -183,11 +183,11 @@ def test_worker_that_dies_of_a_part_is_replaced(model: Path, tmp_path: Path) -> 
     work.hidden.mkdir(parents=True, exist_ok=True)  # the part before left the folder of parts
     pool = Deadly(work, worker_devices("cpu", 2, 1), at_start={"part-1": 1}, at_event=["done"])
     try:
-        prune_serially(work, {1}, Listener(), solver=ParallelSolver(pool, work.hidden))
+        prune_serially(work, {1}, Listener(), solver=ParallelSolver(pool, work.hidden, work.recipe.steps))
         assert (pool.at_start, pool.at_event) == ({"part-1": 0}, [])
         pool.at_start["part-0"] = 3
         with pytest.raises(FistaPrunerError, match=r"part-0: its worker died 3 times"):
-            prune_serially(work, {2}, Listener(), solver=ParallelSolver(pool, work.hidden))
+            prune_serially(work, {2}, Listener(), solver=ParallelSolver(pool, work.hidden, work.recipe.steps))
     finally:
         pool.close()
     resume(out)

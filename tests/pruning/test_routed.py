@@ -151,6 +151,21 @@ def test_experts_with_few_tokens_or_none_are_named(tmp_path: Path) -> None:
         assert weight[kept].abs().min() >= weight[~kept].abs().max()
 
 
+def test_experts_without_tokens_are_pruned_by_magnitude_by_other_processes_too(tmp_path: Path) -> None:
+    folder = tiny.save("qwen3_moe", tmp_path / "model", num_experts=8, num_hidden_layers=2)
+    settings: dict[str, Any] = {
+        "method": "wanda+refit",
+        "propagate": "pruned",
+        "calibration": {"source": "python", "samples": 1, "seqlen": 8},
+        "targets": ["re:experts"],
+    }
+    for run, execution in (("serial", {}), ("process", {"executor": "process", "workers": 2})):
+        report = fp.prune(str(folder), tmp_path / run, **settings, execution={**execution, "threads": 1})
+    assert any(entry.tokens == 0 for layer in report.layers for entry in layer.operators)
+    files = [(tmp_path / run / "model" / "model.safetensors").read_bytes() for run in ("serial", "process")]
+    assert files[0] == files[1]
+
+
 def test_a_gram_of_few_tokens_is_shrunk_towards_its_diagonal(tmp_path: Path) -> None:
     folder, seen = tiny.save("qwen3_moe", tmp_path / "model"), {}
     fp.prune(

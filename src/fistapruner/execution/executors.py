@@ -66,7 +66,7 @@ def prune_layers(
             if work.recipe.propagate == "dense":
                 prune_layers_in_parallel(work, todo, pool, listener)
             else:
-                prune_serially(work, todo, listener, solver=ParallelSolver(pool, work.hidden))
+                prune_serially(work, todo, listener, solver=ParallelSolver(pool, work.hidden, work.recipe.steps))
         finally:
             pool.close()
 

@@ -34,11 +34,13 @@ class ParallelSolver:
     Args:
         pool: the workers; the caller closes it.
         folder: ``RUN/hidden``.
+        known: the recipe's method chain, which the workers solve by; any other chain is solved in this process.
     """
 
-    def __init__(self, pool: Pool, folder: Path) -> None:
+    def __init__(self, pool: Pool, folder: Path, known: Sequence[Method]) -> None:
         self._pool = pool
         self._folder = folder
+        self._known = tuple(known)
 
     def __call__(self, problem: LayerProblem, sparsity: Sequence[Constraint], steps: Sequence[Method]) -> Solution:
         """Solve a group.
@@ -47,7 +49,7 @@ class ParallelSolver:
             FistaPrunerError: bad data, or a worker that dies repeatedly at the same part.
         """
         parts = cut(problem.rows, problem.shape[1], sparsity, steps)
-        if len(parts) == 1:
+        if len(parts) == 1 or tuple(steps) != self._known:
             return solve_in_parts(problem, sparsity, steps)
         jobs = [
             PartJob(
