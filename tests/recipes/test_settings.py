@@ -138,6 +138,16 @@ def test_a_section_that_is_no_mapping_is_refused() -> None:
             Recipe.build(merge({section: value}, {section: {"device": None}}))
 
 
+def test_settings_of_structure_are_merged_with_an_amount_alone() -> None:
+    flap = {"structure": {"method": "flap"}}
+    for base, changes in (({"structure": "25%"}, flap), (flap, {"structure": 0.25})):
+        structure = Recipe.build(merge(base, changes)).structure
+        assert (structure.remove, structure.method) == ("25%", "flap")
+    assert merge({"structure": "25%"}, {"structure": {"remove": "50%", **flap["structure"]}}) == {
+        "structure": {"remove": "50%", "method": "flap"}
+    }
+
+
 @pytest.mark.parametrize(("text", "size"), [("8GiB", 8 << 30), ("500MB", 500_000_000), ("1e9", 10**9), ("1.5k", 1500)])
 def test_sizes(text: str, size: int) -> None:
     assert parse_bytes(text) == size

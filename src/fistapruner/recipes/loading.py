@@ -101,9 +101,9 @@ SECTIONS = ("calibration", "data", "execution", "structure")
 def merge(base: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
     """Return ``base`` updated by ``changes``, section by section; None in ``changes`` changes nothing.
 
-    Of a text, ``source`` replaces ``tasks``, and the other way round.
+    Of a text, ``source`` replaces ``tasks``, and the other way round. A section ``structure`` may be an amount alone.
     """
-    merged = dict(base)
+    merged, changes = _structure_whole(base), _structure_whole(changes)
     for key, other in (("source", "tasks"), ("tasks", "source")):
         if changes.get(key) and not changes.get(other):
             merged.pop(other, None)
@@ -117,6 +117,12 @@ def merge(base: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
         else:
             merged[key] = value
     return merged
+
+
+def _structure_whole(settings: dict[str, Any]) -> dict[str, Any]:
+    """Copy settings, with an amount alone as the section ``structure`` of this amount."""
+    value = settings.get("structure")
+    return {**settings, "structure": {"remove": value}} if isinstance(value, (str, int, float)) else dict(settings)
 
 
 def parse_count(text: str) -> int:
