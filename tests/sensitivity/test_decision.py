@@ -18,7 +18,14 @@ from fistapruner.constraints import NM, Constraint, Unstructured, parse_sparsity
 from fistapruner.errors import FistaPrunerError
 from fistapruner.evaluation.inspection import inspect_checkpoint
 from fistapruner.problem import LayerProblem
-from fistapruner.sensitivity.decision import check_allocation, differentiates, measured_by, needs_measuring, permutes
+from fistapruner.sensitivity.decision import (
+    check_allocation,
+    differentiates,
+    measured_by,
+    needs_measuring,
+    permutes,
+    weighs_rows,
+)
 from fistapruner.sensitivity.error_curves import (
     POINTS,
     bounds,
@@ -239,6 +246,21 @@ def test_auto_measures_for_our_own_method_where_the_pattern_leaves_a_choice(
     assert permutes(recipe) == reorders
     assert differentiates(recipe) == (measured is not None)
     assert needs_measuring(recipe) == (measured is not None or reorders)
+
+
+@pytest.mark.parametrize(
+    ("settings", "weighs"),
+    [
+        ({"sparsity": "2:4"}, False),
+        ({"sparsity": "2:4", "allocation": {"down_proj": "50%"}}, True),
+        ({"sparsity": "2:4", "allocation": {"down_proj": "1:4"}}, False),
+        ({"sparsity": "2:4", "allocation": {"down_proj": "0%"}}, False),
+        ({"sparsity": "2:4", "allocation": {"down_proj": "50%"}, "method": "wanda"}, False),
+        ({"sparsity": "50%", "allocation": {"down_proj": "2:4"}}, True),
+    ],
+)
+def test_rows_are_weighted_where_those_of_some_operator_compete(settings: dict[str, object], weighs: bool) -> None:
+    assert weighs_rows(Recipe.build({"weighting": "fisher", **settings})) == weighs
 
 
 @pytest.mark.parametrize("allocation", ["error", "owl"])

@@ -129,20 +129,29 @@ def measured_by(recipe: Recipe) -> str | None:
 def weighs_rows(recipe: Recipe) -> bool:
     """Check whether weights of output rows are asked for and can change the result."""
     asked = _own(recipe) if recipe.weighting == "auto" else recipe.weighting == "fisher"
-    if not asked or recipe.pattern.rows_independent():
+    if not asked:
         return False
     if recipe.weighting == "auto" and recipe.pattern.fraction == 0 and recipe.structure.remove is not None:
         return False  # no zeros to compete for
     if recipe.weighting == "auto" and recipe.structure.experts is not None:
         return False  # which experts stay is known only when their layer is pruned
-    return not all(step.rows_independent(recipe.pattern) for step in recipe.steps)
+    compete = [recipe.pattern, *(pattern for pattern in _allocated(recipe) if pattern.fraction)]
+    return any(
+        not pattern.rows_independent() and not all(step.rows_independent(pattern) for step in recipe.steps)
+        for pattern in compete
+    )
 
 
 def permutes(recipe: Recipe) -> bool:
     """Check whether channels are permuted: asked for, and some operator has an n:m pattern."""
     asked = _own(recipe) if recipe.permutation == "auto" else recipe.permutation == "channels"
+    return asked and any(pattern.nm is not None for pattern in (recipe.pattern, *_allocated(recipe)))
+
+
+def _allocated(recipe: Recipe) -> list[Constraint]:
+    """Parse the patterns in an allocation that is a mapping."""
     given = recipe.allocation.values() if isinstance(recipe.allocation, Mapping) else ()
-    return asked and any(parse_sparsity(pattern).nm is not None for pattern in (recipe.pattern, *given))
+    return [parse_sparsity(pattern) for pattern in given]
 
 
 def windows_measured(samples: int) -> int:
