@@ -93,6 +93,12 @@ def test_damping_is_raised_step_by_step_and_said() -> None:
     assert torch.allclose(factor @ factor.T, gram + used * torch.eye(6), atol=1e-5)
 
 
+def test_a_large_damping_is_taken_as_it_is() -> None:
+    factor, used, warnings = damped_cholesky(torch.eye(6), 20.0, "layers.0.q_proj")
+    assert (used, warnings) == (20.0, [])
+    assert torch.allclose(factor @ factor.T, 21 * torch.eye(6))
+
+
 def test_a_matrix_that_is_no_gram_is_refused() -> None:
     with pytest.raises(FistaPrunerError, match="no Cholesky factor"):
         damped_cholesky(torch.tensor([[1.0, 50.0], [50.0, 1.0]]), 0.01, "layers.0.q_proj")

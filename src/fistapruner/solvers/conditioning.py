@@ -99,7 +99,7 @@ def damped_cholesky(gram: Tensor, share: float, label: str, most: float = 10.0) 
         gram: (n, n) symmetric positive semi-definite.
         share: first damping, as a share of the diagonal's mean (0.01 in SparseGPT and ALPS).
         label: names of the operators, for the warning.
-        most: largest share to try.
+        most: largest share to try; a larger first one is tried, too.
 
     Returns:
         The lower factor, the share that was used, and a warning that names the operators if it was raised.
@@ -111,7 +111,7 @@ def damped_cholesky(gram: Tensor, share: float, label: str, most: float = 10.0) 
     # A pivot as small as the rounding error of the diagonal carries no information, even if the factorisation succeeds.
     floor = gram.shape[0] * torch.finfo(gram.dtype).eps
     used = share
-    while used <= most:
+    while used <= max(most, share):
         damped = gram.clone()
         damped.diagonal().add_(used * mean)
         factor, info = torch.linalg.cholesky_ex(damped)
@@ -124,7 +124,7 @@ def damped_cholesky(gram: Tensor, share: float, label: str, most: float = 10.0) 
             return factor, used, warnings
         used = max(used * 10.0, 1e-6)
     raise FistaPrunerError(
-        f"{label}: the Gram has no Cholesky factor even with {most:g} of its mean diagonal added: check its activations"
+        f"{label}: the Gram has no Cholesky factor even with {max(most, share):g} of its mean diagonal added: check its activations"
     )
 
 
