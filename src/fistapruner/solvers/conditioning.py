@@ -124,7 +124,8 @@ def damped_cholesky(gram: Tensor, share: float, label: str, most: float = 10.0) 
             return factor, used, warnings
         used = max(used * 10.0, 1e-6)
     raise FistaPrunerError(
-        f"{label}: the Gram has no Cholesky factor even with {max(most, share):g} of its mean diagonal added: check its activations"
+        f"{label}: the Gram has no Cholesky factor even with {max(most, share):g} of its mean diagonal added: check "
+        "its activations"
     )
 
 
