@@ -189,6 +189,7 @@ def test_several_machines_share_a_run(tmp_path: Path) -> None:
         ("qwen3_moe", {"structure": "experts=1", "sparsity": "50%", "allocation": "owl"}, "--allocation uniform"),
         ("qwen3_moe", {"structure": "experts=1", "sparsity": "50%", "weighting": "fisher"}, "--weighting none"),
         ("qwen3_moe", {"structure": "experts=some"}, "experts=25% or experts=8"),
+        ("qwen3_moe", {"structure": "experts=1", "recover": "500k"}, "experts=1 makes none: leave recover out"),
     ],
 )
 def test_what_cannot_be_removed_is_refused_by_name(

@@ -416,6 +416,11 @@ class Recipe(RunRecipe):
         return self.sparsity  # type: ignore[no-any-return]
 
     @property
+    def patterns(self) -> tuple[Constraint, ...]:
+        """The sparsity, and those of an allocation that is a mapping."""
+        return (self.pattern, *(self.allocation.values() if isinstance(self.allocation, dict) else ()))
+
+    @property
     def workload(self) -> Path | None:
         """The workload file that the allocation names; None where it names none."""
         said = self.allocation

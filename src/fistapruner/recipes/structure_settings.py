@@ -153,13 +153,18 @@ class Structure(Settings):
         amount = self._unit("experts")
         return None if amount is None else read_share(amount) if amount.endswith("%") else int(amount)
 
+    @property
+    def only_experts(self) -> bool:
+        """Whether experts are removed, and no channels or heads."""
+        return self.remove is not None and self.share is None and self.channels is None and not self.heads
+
     def no_effect(self, setting: str) -> str | None:
         """Say why a setting has no effect beside the others; None where it has one."""
         if setting == "remove":
             return None
         if self.remove is None:
             return "nothing is removed: give --structure 25% or the like"
-        if self.share is None and self.channels is None and not self.heads:
+        if self.only_experts:
             return "only experts are removed, by REAP's criterion: this setting is for channels and heads"
         if setting in ("steps", "lr", "baseline") and self.method != "bypass":
             return f"the method is {self.method}: this setting is for --structure-method bypass"

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from ..activations.store import Store, scratch_factory
 from ..calibration.windows import window_tasks
-from ..constraints import NM, Constraint, parse_sparsity
+from ..constraints import NM, Constraint
 from ..errors import FistaPrunerError
 from ..models.coupling import find_links, reordered
 from ..models.discovery import Layout
@@ -135,7 +135,7 @@ def weighs_rows(recipe: Recipe) -> bool:
         return False  # no zeros to compete for
     if recipe.weighting == "auto" and recipe.structure.experts is not None:
         return False  # which experts stay is known only when their layer is pruned
-    compete = [recipe.pattern, *(pattern for pattern in _allocated(recipe) if pattern.fraction)]
+    compete = [recipe.pattern, *(pattern for pattern in recipe.patterns[1:] if pattern.fraction)]
     return any(
         not pattern.rows_independent() and not all(step.rows_independent(pattern) for step in recipe.steps)
         for pattern in compete
@@ -145,13 +145,7 @@ def weighs_rows(recipe: Recipe) -> bool:
 def permutes(recipe: Recipe) -> bool:
     """Check whether channels are permuted: asked for, and some operator has an n:m pattern."""
     asked = _own(recipe) if recipe.permutation == "auto" else recipe.permutation == "channels"
-    return asked and any(pattern.nm is not None for pattern in (recipe.pattern, *_allocated(recipe)))
-
-
-def _allocated(recipe: Recipe) -> list[Constraint]:
-    """Parse the patterns in an allocation that is a mapping."""
-    given = recipe.allocation.values() if isinstance(recipe.allocation, Mapping) else ()
-    return [parse_sparsity(pattern) for pattern in given]
+    return asked and any(pattern.nm is not None for pattern in recipe.patterns)
 
 
 def windows_measured(samples: int) -> int:
