@@ -164,6 +164,10 @@ def test_parts_of_groups_side_by_side(model: Path, tmp_path: Path, method: str, 
     report = prune(str(model), tmp_path / "serial", **settings, execution={"threads": 1})
     with pytest.raises(FistaPrunerError, match="needs the layers before it pruned first, and 0 is not"):
         prune(str(model), tmp_path / "run", **settings, execution={"threads": 1}, only_layers=(2, 3))
+    assert not (tmp_path / "run" / "calibration.safetensors").exists()  # before any work
+    prune(str(model), tmp_path / "run", **settings, execution={"threads": 1}, only_layers=(0, 0))
+    with pytest.raises(FistaPrunerError, match="needs the layers before it pruned first, and 1 is not"):
+        prune(str(model), tmp_path / "run", **settings, execution={"threads": 1}, only_layers=(2, 3))
     out = tmp_path / "spread"
     execution = {"threads": 1, "executor": "process", "workers": workers}
     spread = prune(str(model), out, **settings, execution=execution, listener=Says())

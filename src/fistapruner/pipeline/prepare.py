@@ -8,7 +8,7 @@ import math
 import shlex
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Container, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -180,6 +180,8 @@ def check_inputs(run: PruneDirectory, request: RunRequest, begun: PruneRecord | 
     first, last = request.only_layers or (0, len(model) - 1)
     if not 0 <= first <= last < len(model):
         raise FistaPrunerError(f"--only-layers {first}-{last}: the model has the decoder layers 0-{len(model) - 1}")
+    if begun is None:
+        check_layers_before(recipe, first, last, done=())
     layout = discover(model).select(recipe)
     check_model(model)
     smaller, widths = change_widths(model, layout, recipe, source.permissions)
@@ -195,6 +197,26 @@ def check_inputs(run: PruneDirectory, request: RunRequest, begun: PruneRecord | 
         text = load_windows(request.evaluation.data, tokenizer, seqlen, request.evaluation.windows)
         model.check_tokens(text.tokens)
     return Inputs(source, model, layout, smaller, widths, sparsity, tokenizer, seqlen)
+
+
+def check_layers_before(recipe: Recipe, first: int, last: int, done: Container[int]) -> None:
+    """Refuse a part of the layers that needs others pruned first.
+
+    Args:
+        recipe: all settings, resolved.
+        first: first layer of the part.
+        last: its last layer.
+        done: layers that are pruned already.
+
+    Raises:
+        FistaPrunerError: names the part and the first layer that is missing.
+    """
+    missing = next((index for index in range(first) if index not in done), None)
+    if recipe.propagate == "pruned" and missing is not None:
+        raise FistaPrunerError(
+            f"--only-layers {first}-{last} with propagate=pruned needs the layers before it pruned first, and "
+            f"{missing} is not: parts can run side by side with --propagate dense only"
+        )
 
 
 def choose_plan(

@@ -29,7 +29,7 @@ from ..runtime.memory import reset_peak_memory
 from .begun import FinishedRun, absolute, find_finished
 from .finish import finish, write_failure
 from .measure import measure
-from .prepare import RunRequest, prepare
+from .prepare import RunRequest, check_layers_before, prepare
 from .recover import recover
 from .recover_inputs import check_following
 
@@ -237,11 +237,8 @@ def _prune_missing(context: RunContext, request: RunRequest, listener: Listener,
     first, last = request.only_layers or (0, len(layers) - 1)
     done = {index for index in layers if context.run.journal.finished(index, context.fingerprint)}
     todo = set(range(first, last + 1)) - done
-    if context.recipe.propagate == "pruned" and todo and (missing := set(range(first)) - done):
-        raise FistaPrunerError(
-            f"--only-layers {first}-{last} with propagate=pruned needs the layers before it pruned first, and "
-            f"{min(missing)} is not: parts can run side by side with --propagate dense only"
-        )
+    if todo:
+        check_layers_before(context.recipe, first, last, done)
     if (began := _began_on(context.run)) != (device := device_title(context.model.device)):
         listener.say(f"this run began on {began}; on {device} its last bits may differ")
     if request.recipe.execution.threads not in (None, numerics.threads):
