@@ -180,3 +180,8 @@ def test_recovery(gpu: StandIn, model: Path, tmp_path: Path, settings: dict[str,
     assert there is not None
     assert here is not None
     assert [loss for _, loss in there.curve] == pytest.approx([loss for _, loss in here.curve], rel=0.01)
+
+
+def test_experts_are_removed(gpu: StandIn, tmp_path: Path) -> None:
+    report = prune(tiny.save("qwen3_moe", tmp_path / "model"), tmp_path / "run", structure="experts=25%")
+    assert [removal.after for layer in report.layers for removal in layer.removals] == [3, 3]

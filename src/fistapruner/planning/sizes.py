@@ -383,7 +383,8 @@ class Sizes:
         moving += 2 * self._copied(choice)
         loading = min(2 * self.largest, self.layer)
         done = sum(group.weight for group in self.groups) * self.stored // 4
-        part = max(group.gram + 3 * group.weight for group in self.groups)  # of a group: weight, drift, solution
+        # Of a group: weight, drift, solution. No group is solved where experts are removed and nothing else is done.
+        part = max((group.gram + 3 * group.weight for group in self.groups), default=0)
         solving = part + solvers * (self.base + part) if solvers else 0
         found = {
             "the embeddings": 2 * self.largest,
