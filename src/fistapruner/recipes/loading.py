@@ -142,13 +142,14 @@ def parse_bytes(text: str) -> int:
     """Parse a number of bytes: ``"8GiB"``, ``"500MB"`` or ``"1e9"``.
 
     Raises:
-        ValueError: not a size.
+        ValueError: not a size, or less than a byte.
     """
     match = re.fullmatch(r"\s*([0-9]+\.?[0-9]*(?:e[0-9]{1,2})?)\s*([kmgt]?)(i?)b?\s*", text.lower())
-    if not match:
+    base = 1024 if match and (match[3] or not match[2]) else 1000
+    size = int(float(match[1]) * base ** " kmgt".index(match[2] or " ")) if match else 0
+    if not size:
         raise ValueError(f"{text!r} is not a size: write 8GiB, 500MB or a number of bytes")
-    base = 1024 if match[3] or not match[2] else 1000
-    return int(float(match[1]) * base ** " kmgt".index(match[2] or " "))
+    return size
 
 
 def read_share(value: Any) -> float | None:

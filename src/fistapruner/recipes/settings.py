@@ -239,7 +239,7 @@ class Execution(Settings):
     @field_validator("memory_limit", mode="before")
     @classmethod
     def _bytes(cls, value: Any) -> Any:
-        return parse_bytes(value) if isinstance(value, str) else value
+        return None if value is None else parse_bytes(str(value))
 
 
 RESOLVED = ("propagate", "dense_target", "residual")
