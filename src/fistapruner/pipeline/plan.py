@@ -40,6 +40,20 @@ def allocate(recipe: Recipe, layout: Layout) -> dict[str, Constraint]:
         FistaPrunerError: a pattern that matches nothing, or does not divide an operator's inputs; or an operator that
             cannot have the low-rank part.
     """
+    chosen = _patterns(recipe, layout)
+    for name, operator in layout.operators():
+        check_constraint(chosen[name], operator.columns, recipe.steps, name)
+    if recipe.low_rank:
+        _check_low_rank(recipe.low_rank, layout, chosen)
+    return chosen
+
+
+def _patterns(recipe: Recipe, layout: Layout) -> dict[str, Constraint]:
+    """Read the pattern of every operator, by full name.
+
+    Raises:
+        FistaPrunerError: a pattern of names that matches nothing.
+    """
     operators = layout.operators()
     chosen: dict[str, Constraint] = dict.fromkeys((name for name, _ in operators), recipe.pattern)
     if isinstance(recipe.allocation, Mapping):
@@ -50,10 +64,6 @@ def allocate(recipe: Recipe, layout: Layout) -> dict[str, Constraint]:
                     f"allocation: {pattern!r} matches no operator; the first one is called {operators[0][0]!r}"
                 )
             chosen.update((name, parse_sparsity(sparsity)) for name in names)
-    for name, operator in operators:
-        check_constraint(chosen[name], operator.columns, recipe.steps, name)
-    if recipe.low_rank:
-        _check_low_rank(recipe.low_rank, layout, chosen)
     return chosen
 
 
@@ -99,13 +109,17 @@ def change_widths(
             f"{recipe.pattern}): take --sparsity 0%, and prune its result in a second run"
         )
     widths = plan_widths(model, layout, recipe.structure, trust_remote_code=permissions.trust_remote_code)
-    for unit in widths.units[0] if recipe.structure.widths == "free" else ():
-        inputs, length = step_of(unit, recipe.structure) * unit.columns, recipe.pattern.group_length
-        if inputs % length:  # else a width that is measured, after long work, may not fit the pattern
-            raise FistaPrunerError(
-                f"structure: free widths change the inputs of {unit.consumer.name} in steps of {inputs}, and pattern "
-                f"{recipe.pattern} needs steps of a multiple of {length}: change --structure-multiple or the amount"
-            )
+    patterns = _patterns(recipe, layout)
+    for index, units in enumerate(widths.units) if recipe.structure.widths == "free" else ():
+        for unit in units:
+            pattern = patterns[layout.full_name(index, unit.consumer)]
+            inputs, length = step_of(unit, recipe.structure) * unit.columns, pattern.group_length
+            if inputs % length:  # else a width that is measured, after long work, may not fit the pattern
+                raise FistaPrunerError(
+                    f"structure: free widths change the inputs of {unit.consumer.name} in steps of {inputs}, and "
+                    f"pattern {pattern} needs steps of a multiple of {length}: change --structure-multiple or the "
+                    "amount"
+                )
     return resized(layout, widths), widths
 
 
