@@ -98,3 +98,9 @@ def test_sizes_are_in_units_that_show_them(tmp_path: Path, capsys: pytest.Captur
     said = "".join(capsys.readouterr())
     assert "KiB of disk" in said
     assert "0.00 GiB" not in said
+
+
+def test_an_empty_range_of_layers_is_not_all_layers(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    command = ["prune", str(tmp_path / "model"), "--out", str(tmp_path / "run"), "--only-layers", ""]
+    assert main([*command, *SETTINGS]) == 2
+    assert "--only-layers '' is not a range of decoder layers such as 0-9" in capsys.readouterr().err

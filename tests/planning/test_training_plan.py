@@ -307,6 +307,7 @@ def test_plan_of_an_alignment(run: Path, tmp_path: Path, capsys: pytest.CaptureF
         (["--recover", "--beta", "0.2"], "--beta: a setting of alignment"),
         (["--align", "--tokens", "4k"], "--tokens: a setting of recovery"),
         (["--align", "--samples", "4"], "--samples: a setting of pruning, and --align plans a run that trains"),
+        (["--dense", "smollm2"], "--dense: the dense model of a run that trains, planned with --recover or --align"),
         (["--align"], "say what to train on with --data: a .jsonl file of preference pairs"),
         (["--align", "--data", "a.jsonl", "--data", "b.jsonl"], "alignment takes one file of pairs"),
         (["--align", "--loss", "kl", "--data", "a.jsonl"], "loss"),

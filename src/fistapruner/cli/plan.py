@@ -15,6 +15,7 @@ from __future__ import annotations
 import argparse
 import json
 
+from ..errors import FistaPrunerError
 from .arguments import (
     add_recipe_arguments,
     add_training_beside,
@@ -58,6 +59,8 @@ def run(arguments: argparse.Namespace) -> int:
 
     if arguments.recover or arguments.align:
         return _training(arguments)
+    if arguments.dense is not None:
+        raise FistaPrunerError("--dense: the dense model of a run that trains, planned with --recover or --align")
     trained = {
         RecoverRecipe: "a setting of recovery, planned with --recover",
         AlignRecipe: "a setting of alignment, planned with --align",
@@ -84,7 +87,6 @@ def run(arguments: argparse.Namespace) -> int:
 
 def _training(arguments: argparse.Namespace) -> int:
     """Plan a recovery or an alignment: one line for each form, then what a run would choose."""
-    from ..errors import FistaPrunerError
     from ..pipeline.plan_training import plan_alignment_of, plan_recovery_of
     from ..recipes.align_settings import AlignRecipe
     from ..recipes.recover_settings import RecoverRecipe

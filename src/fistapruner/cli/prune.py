@@ -69,11 +69,11 @@ def run(arguments: argparse.Namespace) -> int:
         trust_remote_code=arguments.trust_remote_code,
         evaluate=None if arguments.evaluate == "none" else arguments.evaluate,
         evaluate_windows=arguments.evaluate_windows,
-        only_layers=layer_range(arguments.only_layers) if arguments.only_layers else None,
+        only_layers=None if arguments.only_layers is None else layer_range(arguments.only_layers),
         listener=listener,
         command=shlex.join(["fistapruner", *sys.argv[1:]]),
     )
-    if arguments.only_layers and not arguments.json:
+    if arguments.only_layers is not None and not arguments.json:
         done = len(report.layers)
         print(
             f"decoder layers {arguments.only_layers} are done, {done} of {report.model.layers} in all; "
