@@ -46,6 +46,16 @@ def test_auto_is_what_the_method_was_published_with_or_ours_measured_best(
     assert Recipe.from_yaml(recipe.to_yaml()) == recipe
 
 
+def test_a_residual_correction_without_effect_is_refused() -> None:
+    alps = Recipe.build({"method": "alps", "residual": "correct"})
+    with pytest.raises(FistaPrunerError, match="residual correct has no effect with method alps, whose dense_target"):
+        alps.resolved()
+    assert alps.resolved(in_parts=True).corrects_drift
+    assert Recipe.build({"method": "alps", "residual": "correct", "dense_target": 0.5}).resolved().corrects_drift
+    written = Recipe.build({"dense_target": "pruned"}).resolved()
+    assert written.resolved() == written
+
+
 def test_a_part_of_the_layers_is_fed_by_the_dense_model() -> None:
     assert Recipe().resolved(in_parts=True).propagate == "dense"
 

@@ -463,6 +463,9 @@ class Recipe(RunRecipe):
             in_parts: only a part of the decoder layers is pruned (``--only-layers``), independently of the others.
             earlier: the resolved recipe of the run that is continued; its choices stay.
             family: returns the model's family, for settings of methods that depend on it. None leaves these unresolved.
+
+        Raises:
+            FistaPrunerError: a residual correction that was asked for and has no effect.
         """
         solver = [step for step in self.steps if not step.refines][-1]
         asked = {key: getattr(self, key) for key in RESOLVED}
@@ -474,6 +477,11 @@ class Recipe(RunRecipe):
         if chosen["dense_target"] == "auto":
             own = chosen["propagate"] == solver.propagate and not goa
             chosen["dense_target"] = solver.dense_target if own else 1.0
+            if chosen["residual"] == "correct" and chosen["dense_target"] == 0:
+                raise FistaPrunerError(
+                    f"residual correct has no effect with method {self.method_name}, whose dense_target auto is 0: "
+                    "give --dense-target dense or a share, or leave residual out"
+                )
         if chosen["residual"] == "auto":
             chosen["residual"] = "none" if solver.auto_keeps_paper_settings or goa else "correct"
         if family is not None:
