@@ -167,7 +167,12 @@ def test_errors_are_those_of_the_definition(tmp_path: Path, settings: dict[str, 
 def test_key_value_groups_are_removed(tmp_path: Path, architecture: str, amount: str) -> None:
     """The result computes what the dense model with the group's columns zero does, also when it generates."""
     folder = tiny.save(architecture, tmp_path / "model")
-    report = fp.prune(str(folder), tmp_path / "run", calibration=SMALL, structure={"remove": amount, "multiple": 4})
+    report = fp.prune(
+        str(folder),
+        tmp_path / "run",
+        calibration=SMALL,
+        structure={"remove": amount, **({"multiple": 4} if "%" in amount else {})},
+    )
     small = AutoModelForCausalLM.from_pretrained(tmp_path / "run" / "model").eval()
     dense = AutoModelForCausalLM.from_pretrained(folder).eval()
     assert report.widths["key/value groups"] == (2, 1)
@@ -461,6 +466,26 @@ def test_the_smaller_model_is_timed_beside_the_dense_one(
             "llama",
             ["--structure", "25%", "--structure-shrink", "2"],
             "structure.shrink: auto, or a number from 0 to 1 is expected (got '2')",
+        ),
+        (
+            "llama",
+            ["--structure", "25%", "--structure-method", "flap", "--structure-shrink", "0.3"],
+            "structure.shrink is 0.3, but the method is flap and compensation is bias",
+        ),
+        (
+            "llama",
+            ["--structure", "heads=1", "--structure-multiple", "32"],
+            "structure.multiple is 32, but no width is rounded",
+        ),
+        (
+            "llama",
+            ["--structure", "mlp=24", "--structure-multiple", "32"],
+            "structure.multiple is 32, but no width is rounded",
+        ),
+        (
+            "llama",
+            ["--structure", "mlp=25%", "--structure-multiple", "4", "--allocation", "error"],
+            "allocation 'error' distributes zeros, and with structure mlp=25% and sparsity 0% there are none",
         ),
         ("llama", ["--structure", "layers=1"], "what is removed is mlp, heads or experts"),
         ("llama", ["--structure", "heads=2"], "heads=2 leaves none of the 2 key/value groups"),

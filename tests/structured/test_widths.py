@@ -51,7 +51,9 @@ def save(folder: Path, architecture: str = "llama", **changes: Any) -> Path:
 
 
 def settings(remove: str = "mlp=25%", method: str = "obs", **more: Any) -> dict[str, Any]:
-    structure = {"remove": remove, "multiple": 4, "method": method, "widths": "free"}
+    structure = {"remove": remove, "method": method, "widths": "free"}
+    if "mlp" in remove:
+        structure["multiple"] = 4
     if method == "bypass":
         structure["steps"] = 10
     return {"structure": structure, "calibration": SMALL, **more}

@@ -168,6 +168,15 @@ class Structure(Settings):
             return "only experts are removed, by REAP's criterion: this setting is for channels and heads"
         if setting in ("steps", "lr", "baseline") and self.method != "bypass":
             return f"the method is {self.method}: this setting is for --structure-method bypass"
+        shrinks = self.method == "obs" or self.compensation == "refit" or self.widths == "free"
+        if setting == "shrink" and not shrinks:
+            return (
+                f"the method is {self.method} and compensation is {self.compensation}: this setting is for "
+                "--structure-method obs or --structure-compensate refit"
+            )
+        rounds = self.share is not None or isinstance(self.channels, float)
+        if setting == "multiple" and not rounds and (self.channels is None or self.widths == "uniform"):
+            return "no width is rounded: this setting is for a share of the channels or parameters"
         return None
 
     def _unit(self, name: str) -> str | None:

@@ -48,7 +48,8 @@ SHARE = 4
 def check_allocation(recipe: Recipe) -> None:
     """Refuse a measured allocation that a pattern does not have, and a bad workload.
 
-    And measures of the operators of experts that are removed: which ones stay is known when their layer is pruned.
+    And one that has no zeros to distribute, and measures of the operators of experts that are removed: which ones stay
+    is known when their layer is pruned.
 
     Raises:
         FistaPrunerError: names the allocation and the pattern, or the workload file and what is wrong in it, or the
@@ -67,6 +68,11 @@ def check_allocation(recipe: Recipe) -> None:
                     f"ones stay is not known when it is measured; take --{setting} {other}"
                 )
     free, pattern = recipe.allocation == "owl" or recipe.workload is not None, recipe.pattern
+    if (free or recipe.allocation == "error") and pattern.fraction == 0 and recipe.structure.remove is not None:
+        raise FistaPrunerError(
+            f"allocation {recipe.allocation!r} distributes zeros, and with structure {recipe.structure.remove} and "
+            f"sparsity {pattern} there are none: give a --sparsity too, or leave the allocation out"
+        )
     others = pattern.neighbours(REACH)  # patterns that operators may have instead, so allocation by error can choose
     milder, by_error = bool(others), recipe.allocation == "error" or recipe.total is not None
     if recipe.total is not None and pattern.supports_allocation:
