@@ -153,6 +153,12 @@ def test_the_result_prefers_the_chosen_answers_and_has_the_zeros(
     assert [stage.kind for stage in report.lineage.stages] == ["prune", "align"]
 
 
+def test_a_recovery_of_an_aligned_run_takes_no_pairs_for_text(bench: Bench, tmp_path: Path) -> None:
+    align(bench, tmp_path / "aligned", steps=1)
+    with pytest.raises(FistaPrunerError, match="say what to train on with --data"):
+        fp.recover(tmp_path / "aligned", tmp_path / "out", evaluate=None)
+
+
 def test_training_makes_the_chosen_answer_the_more_likely_one(bench: Bench, tmp_path: Path) -> None:
     report = align(bench, tmp_path / "out", parameters="full", lr=0.05, epochs=6, patience=False)
     assert report.alignment is not None

@@ -284,6 +284,24 @@ def test_a_plain_checkpoint_with_zeros_is_recovered(bench: Bench, tmp_path: Path
     assert any("dense model is not known" in warning for warning in without.warnings)
 
 
+def test_the_dense_model_generates_the_text_of_every_loss(bench: Bench, tmp_path: Path) -> None:
+    """That of the loss ce, too, which does not need its predictions."""
+    generated = []
+    for loss in ("kl", "ce"):
+        out = tmp_path / loss
+        recover(bench.pruned(), out, loss=loss, steps=1, data={"source": "self", "tokens": 100})
+        generated.append((out / "windows.safetensors").read_bytes())
+    assert generated[0] == generated[1]
+
+
+def test_a_single_named_text_is_that_of_the_recovery(bench: Bench, tmp_path: Path) -> None:
+    calibration = {"tasks": {"counting": str(bench.text)}, "samples": 2, "seqlen": SEQLEN}
+    fp.prune(bench.dense(), tmp_path / "run", method="magnitude", calibration=calibration)
+    report = recover(tmp_path / "run", tmp_path / "out", steps=1)
+    assert report.calibration is not None
+    assert report.calibration.source == str(bench.text)
+
+
 def test_a_rate_that_is_too_high_gives_the_input_back(
     bench: Bench, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -368,6 +386,14 @@ def no_dense(bench: Bench, folder: Path) -> dict[str, Any]:
     return {"model": model, "loss": "kl", "data": {"source": str(bench.text)}}
 
 
+def nobody_generates(bench: Bench, folder: Path) -> dict[str, Any]:
+    return {**no_dense(bench, folder), "loss": "ce", "data": {"source": "self"}}
+
+
+def nobody_generates_for_auto(bench: Bench, folder: Path) -> dict[str, Any]:
+    return {**no_dense(bench, folder), "loss": "auto", "data": {"tasks": {"a": "self", "b": str(bench.text)}}}
+
+
 def dense_not_there(bench: Bench, folder: Path) -> dict[str, Any]:
     return {"dense": folder / "nowhere"}
 
@@ -429,6 +455,8 @@ BAD: dict[str, tuple[Callable[[Bench, Path], dict[str, Any]], str]] = {
     "packed": (packed, r"is packed: unpack it first with 'fistapruner unpack .*packed --out DIR'"),
     "other vocabulary": (other_vocabulary, r"predicts 160 tokens, .* 128: --dense must name the model"),
     "no dense model": (no_dense, r"--loss kl needs the dense model, which .*plain does not name: give --dense MODEL"),
+    "text of no model": (nobody_generates, r"--data self needs the dense model, which .*plain does not name"),
+    "text of no model, loss auto": (nobody_generates_for_auto, r"--data self needs the dense model, which .*plain"),
     "dense model not there": (dense_not_there, r"--dense: model '.*nowhere' does not exist"),
     "dense model changed": (dense_changed, rf"dense.model\.safetensors {CHANGED}; name the right one with --dense"),
     "dense model changed since a recovery": (

@@ -47,9 +47,11 @@ def plan_recovery_of(
     Raises:
         FistaPrunerError: bad input.
     """
-    origin = input_run(str(model))
-    record = origin.record() if origin is not None else None
-    if recipe.data.source is None and not recipe.data.tasks and (record is None or record.calibration is None):
+    if (
+        recipe.data.source is None
+        and not recipe.data.tasks
+        and recover_inputs.known_text(input_run(str(model))) is None
+    ):
         recipe = recipe.model_copy(update={"data": recipe.data.model_copy(update={"source": STAND_IN})})
     request = _request(model, recipe, dense, Permissions(allow_pickle, trust_remote_code))
     run = RecoverDirectory(Path(out) / "run")  # of a run in that folder

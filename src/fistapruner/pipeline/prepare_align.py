@@ -88,7 +88,7 @@ def check_inputs(
     return inputs
 
 
-def resolve(recipe: AlignRecipe, origin: RunDirectory | None, dense: bool) -> AlignRecipe:
+def resolve(recipe: AlignRecipe, origin: RunDirectory | None) -> AlignRecipe:
     """Return the recipe with ``auto`` resolved and absolute paths."""
     changes = {
         "parameters": "lora" if recipe.parameters == "auto" else recipe.parameters,

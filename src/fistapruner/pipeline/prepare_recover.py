@@ -57,8 +57,10 @@ def prepare(run: TrainingDirectory, request: TrainingRequest[RecoverRecipe], lis
 
 def task_of(out: Path, inputs: Inputs[RecoverRecipe]) -> Task:
     """Return what is to be planned, for a run in ``out``."""
+    recipe, dense = inputs.recipe, inputs.dense
+    teacher, generator = None if recipe.loss == "ce" else dense, dense if recipe.generates_text else None
     return Task.of_recovery(
-        inputs.model, inputs.layout, inputs.dense, inputs.recipe, inputs.survivors, inputs.seqlen, out
+        inputs.model, inputs.layout, teacher, recipe, inputs.survivors, inputs.seqlen, out, generator
     )
 
 

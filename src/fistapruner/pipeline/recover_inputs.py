@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 from ..calibration import SELF
@@ -32,12 +33,15 @@ def check_inputs(
         FistaPrunerError: bad input, named.
     """
     inputs = check_training_inputs(run, request, listener, resolve, (request.recipe.data.seqlen, SEQLEN))
-    if inputs.dense is None and request.recipe.loss == "auto":
+    if inputs.recipe.loss != "auto":
+        return inputs
+    if inputs.dense is None:
         inputs.warnings.append(
             "the dense model is not known, so the loss is that of the text (ce): better give --dense MODEL"
         )
         listener.say(inputs.warnings[0])
-    return inputs
+    loss = "ce" if inputs.dense is None else "kl"
+    return replace(inputs, recipe=inputs.recipe.model_copy(update={"loss": loss}))
 
 
 def check_following(recipe: Recipe, dense: ModelSource) -> None:
@@ -68,25 +72,31 @@ def check_following(recipe: Recipe, dense: ModelSource) -> None:
         training_text(data, dense.tokenizer(), seqlen)
 
 
-def resolve(recipe: RecoverRecipe, origin: RunDirectory | None, dense: bool) -> RecoverRecipe:
-    """Return the recipe with ``auto`` resolved and the text named.
+def known_text(origin: RunDirectory | None) -> dict[str, Any] | None:
+    """Return the settings of the text that the input's run names; None where it names none."""
+    record = origin.record() if origin is not None else None
+    if record is None or record.calibration is None or record.kind == "align":  # pairs are no text
+        return None
+    tasks = {name: str(task.source) for name, task in record.calibration.tasks.items()}
+    return {"tasks": tasks} if len(tasks) > 1 else {"source": next(iter(tasks.values()), record.calibration.source)}
+
+
+def resolve(recipe: RecoverRecipe, origin: RunDirectory | None) -> RecoverRecipe:
+    """Return the recipe with ``auto`` resolved, but for the loss, and the text named.
 
     Raises:
         FistaPrunerError: the text is not said and the input is no run that names one.
     """
     data = recipe.data
     if data.source is None and not data.tasks:
-        known = origin.record() if origin is not None else None
-        if known is None or known.calibration is None:
+        known = known_text(origin)
+        if known is None:
             raise FistaPrunerError("say what to train on with --data: self, python, c4, or a text file")
-        tasks = known.calibration.tasks or {}
-        said: dict[str, Any] = {"tasks": {name: str(task.source) for name, task in tasks.items()}}
-        data = data.model_copy(update=said if len(tasks) > 1 else {"source": known.calibration.source})
+        data = data.model_copy(update=known)
     for text in data.tasks.values() if data.tasks else (data.source,):
         check_source(str(text), PURPOSE)
     chosen = {
         "data": recipe.model_copy(update={"data": data}).with_absolute_files().data,
         "parameters": "lora" if recipe.parameters == "auto" else recipe.parameters,
-        "loss": ("kl" if dense else "ce") if recipe.loss == "auto" else recipe.loss,
     }
     return recipe.model_copy(update=chosen)

@@ -206,7 +206,7 @@ def _refuse_other(run: TrainingDirectory, begun: TrainingRecord, request: Traini
                 f"{json.dumps(now[key])}: name another folder, or remove it"
             )
     models: dict[str, tuple[str | None, str]] = {"a run of": (decision.model, absolute(request.model))}
-    if request.dense is not None and request.recipe.dense_for is not None:
+    if request.dense is not None and (decision.dense is not None or request.recipe.dense_for is not None):
         dense = request.permissions.find(request.dense).folder.absolute()
         models["a run with the dense model"] = (None if decision.dense is None else str(decision.dense), str(dense))
     for what, (before, after) in models.items():

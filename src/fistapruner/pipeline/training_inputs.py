@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Generic, TypeVar
 
@@ -105,7 +105,7 @@ def check_training_inputs(
     run: TrainingDirectory,
     request: TrainingRequest[R],
     listener: Listener,
-    resolve: Callable[[R, RunDirectory | None, bool], R],
+    resolve: Callable[[R, RunDirectory | None], R],
     seqlen: tuple[int | None, str],
 ) -> Inputs[R]:
     """Check everything that can be checked before any long work.
@@ -114,7 +114,7 @@ def check_training_inputs(
         run: the run directory.
         request: what to do.
         listener: receives progress.
-        resolve: resolves what the recipe leaves open, from (recipe, the input's run, whether the dense model is known).
+        resolve: resolves what the recipe leaves open, from (recipe, the input's run).
         seqlen: tokens in a window, None where they are not said, and how messages call them.
 
     Raises:
@@ -125,8 +125,8 @@ def check_training_inputs(
     refuse_overlap(source.folder, run.folder)
     listener.say(f"model {request.model}: {source.folder}")
     listener.tick("opening and checking the model", 0, 1)
-    dense_source = _find_dense(request, origin, source)
-    recipe = resolve(request.recipe, origin, dense_source is not None)
+    recipe = resolve(request.recipe, origin)
+    dense_source = _find_dense(replace(request, recipe=recipe), origin, source)
     model = open_model(source, recipe)
     _check_precision(model)
     layout, claims, survivors = _operators(source.folder, model, recipe)
@@ -184,7 +184,7 @@ def _find_dense(request: TrainingRequest[Any], origin: RunDirectory | None, sour
     """Find the dense model: as the user says it, else as the input's run or lineage names it.
 
     Raises:
-        FistaPrunerError: the loss needs it and it is not found, or it has changed since.
+        FistaPrunerError: the loss or the text needs it and it is not found, or it has changed since.
     """
     permissions, need = request.permissions, request.recipe.dense_for
     if need is None:

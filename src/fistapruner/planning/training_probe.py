@@ -97,7 +97,7 @@ def measure_model(task: Task) -> ModelSizes:
         graph=graph,
         head=head,
         stored=_stored(task),
-        text=whole_bytes(dense.checkpoint, dense.device) if dense is not None and task.recipe.generates_text else 0,
+        text=0 if task.generator is None else whole_bytes(task.generator.checkpoint, task.generator.device),
         load_seconds=load_seconds,
         forward_seconds=forward_seconds,
         head_seconds=head_seconds,

@@ -72,6 +72,7 @@ class Task:
         windows: to train on, at most; ``held_out``: windows that are held out, at most.
         fill: share of the passes that are not padding.
         together: windows that no pass may part.
+        generator: the dense model where it generates the training text; else None.
     """
 
     model: LayerwiseModel
@@ -89,6 +90,7 @@ class Task:
     held_out: int
     fill: float = 1.0
     together: int = 1
+    generator: LayerwiseModel | None = None
 
     @classmethod
     def of_recovery(
@@ -100,6 +102,7 @@ class Task:
         survivors: Mapping[str, int],
         seqlen: int,
         out: Path,
+        generator: LayerwiseModel | None = None,
     ) -> Task:
         """Plan a recovery: steps and windows are those that the asked tokens make."""
         tokens, size = recipe.data.tokens, recipe.windows_per_step
@@ -118,6 +121,7 @@ class Task:
             windows=max(1, math.ceil(tokens / seqlen)),
             # Whole documents are held out, so a small share may fill many windows.
             held_out=max(MAX_HELD_OUT_WINDOWS, len(recipe.data.tasks)),
+            generator=generator,
         )
 
     @property

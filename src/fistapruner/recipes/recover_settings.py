@@ -94,11 +94,15 @@ class RecoverRecipe(TrainingRecipe):
 
     @property
     def dense_for(self) -> str | None:
-        return {"ce": None, "auto": ""}.get(self.loss, f"--loss {self.loss}")
+        if self.loss in ("kl", "mix"):
+            return f"--loss {self.loss}"
+        if self.generates_text:
+            return "--data self"
+        return "" if self.loss == "auto" else None
 
     @property
     def without_dense(self) -> str:
-        return ", or take --loss ce"
+        return ", or take --loss ce" + (" and another --data" if self.generates_text else "")
 
     def with_absolute_files(self) -> RecoverRecipe:
         def absolute_file(text: str) -> str:
@@ -111,4 +115,5 @@ class RecoverRecipe(TrainingRecipe):
 
     @property
     def generates_text(self) -> bool:
+        """Whether the dense model generates text to train on."""
         return "self" in (self.data.source, *self.data.tasks.values())

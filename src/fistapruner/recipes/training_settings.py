@@ -163,11 +163,6 @@ class TrainingRecipe(RunRecipe):
         """Return the recipe with the paths of files made absolute."""
 
     @property
-    def generates_text(self) -> bool:
-        """Whether the dense model generates what is trained on."""
-        return False
-
-    @property
     def zeroth_order(self) -> bool:
         """Whether the optimizer needs forward passes only."""
         return self.optimizer != "adamw"
