@@ -25,6 +25,7 @@ from fistapruner.models.files.safetensors import SafetensorsFile
 from fistapruner.runs.listener import Listener
 from fistapruner.runs.lock import hold
 from fistapruner.runs.records import Report, load_run
+from fistapruner.runs.training_directory import RecoverDirectory
 from fistapruner.sparse.pack import is_packed
 
 SEQLEN = 16
@@ -537,6 +538,33 @@ def test_a_setting_that_is_automatic_now_and_was_not_is_another_recipe(bench: Be
         recover(bench.pruned(), tmp_path / "out", lr=1e-3, steps=1)
     with pytest.raises(fp.FistaPrunerError, match=r'lr = 0\.001, this one has "auto"'):
         recover(bench.pruned(), tmp_path / "out", parameters="norms", steps=1)
+
+
+class Stopping(Said):
+    """Stops the run after its second step, at a check."""
+
+    def tick(self, what: str, done: int, total: int) -> None:
+        if what == "recovery steps" and done == 2:
+            raise KeyboardInterrupt
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "mezo"])
+def test_a_run_goes_on_on_the_device_of_the_new_command(bench: Bench, tmp_path: Path, optimizer: str) -> None:
+    """Here there is no GPU; what the plan has decided is kept, and that is said."""
+    settings = {"optimizer": optimizer, "validation_checks": 4}
+    with pytest.raises(KeyboardInterrupt):
+        recover(bench.pruned(), tmp_path / "out", listener=Stopping(), **settings)
+    run = RecoverDirectory(tmp_path / "out")
+    record = run.record()
+    assert record is not None
+    record.recipe["execution"]["device"] = "cuda:7"
+    run.write_record(record)
+    run.windows_file.unlink()
+    said, execution = Said(), {"device": "cpu", "memory_limit": "1GiB"}
+    report = recover(bench.pruned(), tmp_path / "out", listener=said, execution=execution, **settings)
+    assert (report.status, report.recovery and report.recovery.steps) == ("finished", 4)
+    assert "this run keeps the plan that it began with: another --memory-limit changes nothing" in said.sentences
+    assert any("going on after step" in each for each in said.sentences)
 
 
 def test_other_models_are_refused(bench: Bench, run: Path, tmp_path: Path) -> None:

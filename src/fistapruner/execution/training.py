@@ -19,6 +19,7 @@ from ..models.discovery import Layout, discover
 from ..models.layerwise import LayerwiseModel
 from ..models.source import UNTRUSTED, ModelSource, Permissions
 from ..recipes.recover_settings import RecoverRecipe
+from ..recipes.settings import Execution
 from ..recipes.training_settings import TrainingRecipe
 from ..runs.decision import TrainingDecision
 from ..runs.identity import fingerprint, stamps
@@ -70,8 +71,16 @@ class TrainingContext:
     ranks: Ranks = ALONE
 
     @classmethod
-    def open(cls, folder: Path, permissions: Permissions = UNTRUSTED, ranks: Ranks = ALONE) -> Self:
+    def open(
+        cls, folder: Path, execution: Execution, permissions: Permissions = UNTRUSTED, ranks: Ranks = ALONE
+    ) -> Self:
         """Open a run that has been prepared.
+
+        Args:
+            folder: its directory.
+            execution: how the work is carried out now; a run may go on in another way than it began.
+            permissions: what the models' files may do.
+            ranks: the processes that train together.
 
         Raises:
             FistaPrunerError: not a prepared run, its models or windows are gone or have changed, or a step has fewer
@@ -82,6 +91,7 @@ class TrainingContext:
         if record is None:
             raise FistaPrunerError(f"{folder} is not a prepared run")
         decision, recipe = record.decision, cls.settings.build(record.recipe, str(run.run_file))
+        recipe = recipe.model_copy(update={"execution": execution})
         text = run.text()
         if text is None or sha256_file(run.windows_file) != decision.windows_sha256:
             raise FistaPrunerError(f"{run.windows_file} is gone or damaged: name another --out")

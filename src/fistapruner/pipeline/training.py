@@ -129,7 +129,7 @@ def _run(
             return report
         if ranks.share():
             ranks.see(run.run_file)
-            context = verb.context.open(run.folder, request.permissions, ranks)
+            context = verb.context.open(run.folder, request.recipe.execution, request.permissions, ranks)
             context.train(context.trained, Listener(), lambda: None)
         found: dict[str, Any] = ranks.share({})
         return Report.model_validate(found)
@@ -165,7 +165,7 @@ def _lead(
                     _restore_text(verb, run, begun, request, listener)
                 ranks.share(True)  # the others train, too
                 listener.tick("opening the run", 0, 1)
-                context = verb.context.open(run.folder, request.permissions, ranks)
+                context = verb.context.open(run.folder, request.recipe.execution, request.permissions, ranks)
                 trained = context.trained
                 state = context.train(trained, listener, times.note)
                 report = finish(context, trained, state, times, listener, verb.add_results, report)
@@ -252,6 +252,10 @@ def _check_machine(
     numerics, execution = begun.decision.numerics, request.recipe.execution
     if execution.threads not in (None, numerics.threads):
         listener.say(f"this run began with {numerics.threads} threads and keeps them")
+    for name in ("memory_limit", "batch_size"):
+        if getattr(execution, name) not in (None, begun.recipe["execution"][name]):
+            flag = f"--{name.replace('_', '-')}"
+            listener.say(f"this run keeps the plan that it began with: another {flag} changes nothing")
     if (device := choose_device(execution.device).type) != numerics.device:
         if request.recipe.zeroth_order:
             raise FistaPrunerError(
@@ -286,6 +290,7 @@ def _restore_text(
     with disk_errors(run.windows_file):
         run.windows_file.unlink(missing_ok=True)
     recipe = verb.settings.build(begun.recipe, str(run.run_file))
+    recipe = recipe.model_copy(update={"execution": request.recipe.execution})
     dense = None if decision.dense is None else str(decision.dense)
     same = replace(request, model=decision.model, recipe=recipe, dense=dense, evaluation=None, evaluates=False)
     verb.make_text(run, same, listener)
