@@ -187,7 +187,14 @@ def test_schedules() -> None:
     assert schedule(1, 10, 0.0) == 1.0
     assert schedule(55, 100, 0.1) == pytest.approx(0.5 * (1 + math.cos(math.pi * 45 / 91)))
     assert [step for step in range(1, 21) if check_due(step, 20, 4)] == [5, 10, 15, 20]
-    assert [step for step in range(1, 4) if check_due(step, 3, 8)] == [1, 2, 3]
+
+
+def test_there_are_as_many_checks_as_were_asked_for() -> None:
+    assert [step for step in range(1, 126) if check_due(step, 125, 4)] == [31, 62, 93, 125]
+    for steps, checks in itertools.product(range(1, 70), range(1, 12)):
+        due = [step for step in range(1, steps + 1) if check_due(step, steps, checks)]
+        assert due == sorted({number * steps // checks for number in range(1, checks + 1)} - {0})
+        assert len(due) == min(steps, checks)  # the plan counts so many
 
 
 def test_patience() -> None:

@@ -80,9 +80,12 @@ def schedule(
     return 1 - (step - warm) / (steps - warm + 1) if kind == "linear" else 1.0
 
 
-def check_due(step: int, steps: int, checks: int = CHECKS) -> bool:
-    """Whether a validation check follows a step: at equal distances, and after the last one."""
-    return step % max(1, steps // checks) == 0 or step == steps
+def check_due(step: int, steps: int, checks: int) -> bool:
+    """Say whether a validation check follows a step: ``checks`` at equal distances, the last after the last step.
+
+    They are after the steps ``k * steps // checks``; with fewer steps than checks, after every step.
+    """
+    return ((step + 1) * checks - 1) // steps > (step * checks - 1) // steps
 
 
 class Verdict(Enum):

@@ -32,7 +32,7 @@ from ..models.discovery import Group
 from ..models.files.low_rank import A, B, sum_of_parts
 from ..models.layerwise import LayerwiseModel, hidden_of
 from ..runtime.numerics import exact_in_fast_products, fast_products, ordered_attention
-from .adamw import CHECKS, Patience, Verdict, check_due, schedule
+from .adamw import CHECKS, Patience, Verdict, schedule
 from .masked import MaskedParameters
 
 RATE = 0.01
@@ -131,7 +131,7 @@ def reconstruct_layer(
                 value = loss(_run(model, index, _values(parameters, summed), loss.inputs(window), calls), window)
             value.backward()
             optimizer.step()
-            if not check_due(taken, settings.steps):
+            if taken % max(1, settings.steps // CHECKS) and taken < settings.steps:  # one more where they do not divide
                 continue
             verdict = patience.check(taken, validate())
             if verdict is Verdict.BETTER:
