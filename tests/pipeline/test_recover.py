@@ -213,6 +213,12 @@ def test_experts_are_left_alone_by_name(bench: Bench, tmp_path: Path) -> None:
     assert "experts" not in (out / "adapter" / "adapter_config.json").read_text()
 
 
+def test_zeros_of_operators_that_are_not_trained_count_in_the_model(bench: Bench, tmp_path: Path) -> None:
+    totals = recover(bench.pruned(), tmp_path / "out", targets=["re:mlp"], steps=1).totals
+    assert totals.operator_zeros is not None
+    assert totals.model_zeros == inspect_checkpoint(tmp_path / "out" / "model").zeros > totals.operator_zeros
+
+
 def test_zeros_of_a_tensor_of_all_experts_are_found_without_a_record(bench: Bench, tmp_path: Path) -> None:
     plain = Path(shutil.copytree(bench.pruned("gpt_oss") / "model", tmp_path / "plain"))
     (plain / "fistapruner.json").unlink()

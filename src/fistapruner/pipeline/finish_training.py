@@ -260,12 +260,11 @@ def _write_adapter(context: TrainingContext, trained: Trained, listener: Listene
 def _totals(context: TrainingContext, report: Report, seconds: float) -> Totals:
     checkpoint, device = context.model.checkpoint, context.model.device
     operators = [operator for layer in report.layers for operator in layer.operators]
-    zeros = sum(operator.zeros for operator in operators)
     return Totals(
         operator_weights=sum(math.prod(operator.shape) for operator in operators),
-        operator_zeros=zeros,
+        operator_zeros=sum(operator.zeros for operator in operators),
         model_weights=sum(math.prod(checkpoint.entry(name).shape) for name in checkpoint.names()),
-        model_zeros=zeros,
+        model_zeros=context.decision.zeros,
         seconds=seconds,
         peak_memory=peak_memory(),
         peak_device_memory=torch.cuda.max_memory_allocated(device) if device.type == "cuda" else None,

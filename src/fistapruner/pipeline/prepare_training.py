@@ -101,6 +101,7 @@ def decide(
         keep_graphs=choice.keep_graphs,
         teacher_windows=choice.teacher_windows,
         operators=inputs.claims,
+        zeros=inputs.zeros,
         windows_sha256=sha256_file(run.windows_file),
         text_sha256=sources,
         steps=steps,

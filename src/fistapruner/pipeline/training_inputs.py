@@ -80,6 +80,7 @@ class Inputs(Generic[R]):
         source: the pruned model's folder; ``model``: the model; ``layout``: the operators to train.
         claims: sparsity of each of these, by full name, as the input's record has it or as it was found;
             ``survivors``: its weights that are not zero.
+        zeros: of all pruned operators, those that are not trained among them.
         dense: the dense model; None where it is not known.
         recipe: all settings, resolved.
         tokenizer: of the model; ``seqlen``: tokens in a window.
@@ -92,6 +93,7 @@ class Inputs(Generic[R]):
     layout: Layout
     claims: dict[str, str]
     survivors: dict[str, int]
+    zeros: int
     dense: LayerwiseModel | None
     dense_source: ModelSource | None
     recipe: R
@@ -129,7 +131,7 @@ def check_training_inputs(
     dense_source = _find_dense(replace(request, recipe=recipe), origin, source)
     model = open_model(source, recipe)
     _check_precision(model)
-    layout, claims, survivors = _operators(source.folder, model, recipe)
+    layout, claims, survivors, zeros = _operators(source.folder, model, recipe)
     _say_rank(recipe, layout, listener)
     if recipe.parameters in ("spp", "hira") and any(operator.experts for _, operator in layout.operators()):
         listener.say("experts are trained, which PEFT's HiRA does not reach: no adapter is written beside the model")
@@ -151,6 +153,7 @@ def check_training_inputs(
         layout,
         claims,
         survivors,
+        zeros,
         dense,
         dense_source,
         recipe,
@@ -231,8 +234,8 @@ def asked(recipe: TrainingRecipe) -> dict[str, Any]:
 
 def _operators(
     folder: Path, model: LayerwiseModel, recipe: TrainingRecipe
-) -> tuple[Layout, dict[str, str], dict[str, int]]:
-    """Find the operators to train and check the claims about their zeros; count their other weights.
+) -> tuple[Layout, dict[str, str], dict[str, int], int]:
+    """Find the operators to train and check the claims about their zeros; count their other weights, and all zeros.
 
     Raises:
         FistaPrunerError: a claim does not hold, or no operator has zeros.
@@ -254,7 +257,8 @@ def _operators(
         raise FistaPrunerError(f"{folder}: no operator has zeros to keep; prune it first")
     layout = layout.only(claims).select(recipe, "train")
     names = {name for name, _ in layout.operators()}
-    return layout, {name: claim for name, claim in claims.items() if name in names}, survivors
+    zeros = sum(operator.zeros for operator in found.pruned)
+    return layout, {name: claim for name, claim in claims.items() if name in names}, survivors, zeros
 
 
 def _check_precision(model: LayerwiseModel) -> None:

@@ -155,7 +155,8 @@ class TrainingDecision(RunDecision):
         hidden_on_disk: hidden states between decoder layers are kept in files.
         keep_graphs: no layer runs twice for a gradient, at the cost of memory. Like the three before it, this is no
             part of the run's identity: it changes no bit.
-        operators: pruned operators by full name, and the sparsity that the input's record claims.
+        operators: operators that are trained, by full name, and the sparsity that the input's record claims.
+        zeros: of all pruned operators of the input; None where that was not noted.
         windows_sha256: of ``windows.safetensors``.
         text_sha256: of the files that the text comes from, by path.
         steps: optimizer steps to take.
@@ -170,6 +171,7 @@ class TrainingDecision(RunDecision):
     hidden_on_disk: bool = False
     keep_graphs: bool = False
     operators: dict[str, str] = {}
+    zeros: int | None = None
     windows_sha256: str = ""
     text_sha256: dict[str, str] = {}
     steps: int
