@@ -185,6 +185,30 @@ def with_the_rest(top: TopTokens, own: Tensor) -> Tensor:
     return kept + (top.rest * (top.rest.log() - rest.log())).sum()
 
 
+def test_the_anchor_of_a_step_of_several_lengths_goes_in_rounds(tmp_path: Path) -> None:
+    """As where all predictions of the dense model are on the disk."""
+    folders = [tiny.save("llama", tmp_path / str(seed), num_hidden_layers=2, seed=seed) for seed in (0, 1)]
+    pairs = make_pairs(
+        tmp_path, [(f"{n} is" + n % 2 * " said to be, as everybody knows,", " odd", " even") for n in range(8)]
+    )
+    found = []
+    for room in (None, 4):
+        teacher = Teacher(
+            opened(folders[1]),
+            pairs.tokens,
+            tmp_path / f"teacher {room}",
+            batch_size=1,
+            order=range(0, 16, 2),
+            windows_per_step=4,
+            windows_on_disk=room,
+        )
+        objective = PairObjective(opened(folders[0]), pairs, DIVERGENCE, teacher, 2, STORE, preference=None, anchor=0.3)
+        found.append([objective.losses(list(range(start, start + 8)), nothing) for start in (0, 8)])
+    assert len({objective.seqlen([window]) for window in range(8)}) == 2
+    for whole_text, in_rounds in zip(*found, strict=True):
+        assert torch.equal(whole_text, in_rounds)
+
+
 def test_at_the_start_every_loss_is_log_two(tmp_path: Path, pairs: Pairs) -> None:
     folder = tiny.save("llama", tmp_path / "model", num_hidden_layers=2)
     windows = list(range(8))

@@ -51,6 +51,7 @@ class AnswerObjective(Objective):
 
     def losses(self, numbers: Sequence[int], variants: Variants) -> Tensor:
         """See :class:`Objective`; pairs of one length pass together, so little padding does."""
+        self._require(numbers)  # of the whole step: the teacher's rounds follow the order of training
         by_length: dict[int, list[int]] = {}
         for place in range(0, len(numbers), 2):
             by_length.setdefault(self.seqlen(numbers[place : place + 2]), []).extend((place, place + 1))
