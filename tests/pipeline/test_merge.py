@@ -14,6 +14,7 @@ from transformers import AutoModelForCausalLM
 
 import fistapruner as fp
 import tiny
+from fistapruner.cli import main
 from fistapruner.constraints import parse_sparsity
 from fistapruner.errors import FistaPrunerError
 from fistapruner.evaluation.inspection import inspect_checkpoint
@@ -218,6 +219,28 @@ def test_a_survivor_that_becomes_zero_keeps_its_value(tmp_path: Path) -> None:
     assert torch.equal(old, new)
     assert report.operators[0].restored == int((old[2] != 0).sum()) > 0
     assert "surviving weights that the adapter makes 0 keep their values" in str(report)
+
+
+def test_the_command_prints_json_and_refuses_flags_without_effect(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    adapter(tmp_path / "adapter", pruned(tmp_path / "pruned"), "LORA", OPERATORS["llama"])
+    command = [
+        "recover",
+        str(tmp_path / "pruned"),
+        "--merge",
+        str(tmp_path / "adapter"),
+        "--out",
+        str(tmp_path / "out"),
+    ]
+    flags = ("--tokens 1k", "--data c4", "--dense model", "--evaluate python", "--device cpu", "--recipe spp")
+    for flag, value in (words.split() for words in flags):
+        assert main([*command, flag, value]) == 2
+        assert f"fistapruner: {flag}: --merge trains and evaluates nothing" in capsys.readouterr().err
+    assert main([*command, "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert (found["kind"], found["out"]) == ("LORA", str(tmp_path / "out"))
+    assert len(found["operators"]) == 2
 
 
 @pytest.fixture(scope="module")

@@ -185,9 +185,14 @@ def refuse_other_flags(arguments: argparse.Namespace, recipe: type[Settings], ot
     """
     own = flags_of(recipe)
     for other, reason in others.items():
-        for flag in flags_of(other):
-            if flag not in own and getattr(arguments, _dest(flag), None) is not None:
+        for flag in given_flags(arguments, other):
+            if flag not in own:
                 raise FistaPrunerError(f"{flag}: {reason}")
+
+
+def given_flags(arguments: argparse.Namespace, recipe: type[Settings]) -> list[str]:
+    """List the flags of a recipe's settings that a command has given."""
+    return [flag for flag in flags_of(recipe) if getattr(arguments, _dest(flag), None) is not None]
 
 
 def _dest(flag: str) -> str:

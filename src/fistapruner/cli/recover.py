@@ -19,6 +19,7 @@ Two more ways to a checkpoint with the same zeros, without training here; OUT is
 from __future__ import annotations
 
 import argparse
+import json
 import shlex
 import sys
 from typing import TYPE_CHECKING
@@ -29,6 +30,7 @@ from .arguments import (
     add_output_arguments,
     add_training_arguments,
     add_trust_arguments,
+    given_flags,
     recover_settings,
 )
 
@@ -85,10 +87,32 @@ def _without_training(arguments: argparse.Namespace, listener: Listener) -> int:
     from ..pipeline.merge import merge_adapter
     from ..pipeline.replay import replay
 
+    _refuse_training_flags(arguments)
     trust = {"allow_pickle": arguments.allow_pickle, "trust_remote_code": arguments.trust_remote_code}
     if arguments.replay:
-        print(replay(arguments.model, arguments.replay, arguments.out, say=listener.say, **trust))
+        device = recover_settings(arguments).get("execution", {}).get("device") or "auto"
+        out = replay(arguments.model, arguments.replay, arguments.out, device=device, say=listener.say, **trust)
+        print(json.dumps({"out": str(out)}) if arguments.json else out)
     else:
         command = shlex.join(["fistapruner", *sys.argv[1:]])
-        print(merge_adapter(arguments.model, arguments.merge, arguments.out, command=command, **trust))
+        report = merge_adapter(arguments.model, arguments.merge, arguments.out, command=command, **trust)
+        print(json.dumps(report.to_json()) if arguments.json else report)
     return 0
+
+
+def _refuse_training_flags(arguments: argparse.Namespace) -> None:
+    """Refuse flags that have no effect where nothing is trained.
+
+    Raises:
+        FistaPrunerError: names the first one.
+    """
+    from ..errors import FistaPrunerError
+
+    given = given_flags(arguments, RecoverRecipe)
+    for name in ("recipe", "dense", "evaluate", "evaluate_windows"):
+        if getattr(arguments, name) not in (None, "auto"):
+            given.append(f"--{name.replace('_', '-')}")
+    way = "--replay" if arguments.replay else "--merge"
+    for flag in given:
+        if (way, flag) != ("--replay", "--device"):
+            raise FistaPrunerError(f"{flag}: {way} trains and evaluates nothing, so it has no effect; leave it out")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any
@@ -86,6 +86,19 @@ class MergeReport:
     def zeros(self) -> int:
         """Return the zeros of the operators, before as after."""
         return sum(operator.zeros for operator in self.operators)
+
+    def to_json(self) -> dict[str, Any]:
+        """Return the report as JSON values."""
+        return {
+            "model": str(self.model),
+            "adapter": str(self.adapter),
+            "out": str(self.out),
+            "kind": self.kind,
+            "zeros": self.zeros,
+            "densification": self.densification,
+            "masked_share": self.masked_share,
+            "operators": [asdict(operator) for operator in self.operators],
+        }
 
     def __str__(self) -> str:
         weights, count = sum(operator.weights for operator in self.operators), len(self.operators)

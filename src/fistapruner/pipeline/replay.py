@@ -33,6 +33,7 @@ def replay(
     journal: str | Path,
     out: str | Path,
     *,
+    device: str = "auto",
     say: Callable[[str], None] = lambda sentence: None,
     allow_pickle: bool = False,
     trust_remote_code: bool = False,
@@ -43,6 +44,7 @@ def replay(
         model: the checkpoint that the run began with.
         journal: its ``steps.jsonl``.
         out: folder to make; it must not exist.
+        device: to draw random numbers on, of the kind that the run had; auto, cpu, cuda or cuda:N.
         say: receives progress.
         allow_pickle: read legacy ``.bin`` weights.
         trust_remote_code: run Python code that comes with the checkpoint.
@@ -51,7 +53,7 @@ def replay(
         ``out``.
 
     Raises:
-        FistaPrunerError: no journal of such a run, another checkpoint, or a machine that draws other numbers.
+        FistaPrunerError: no journal of such a run, another checkpoint, or a device that draws other random numbers.
     """
     source, out, journal = (
         find_input(str(model), Permissions(allow_pickle, trust_remote_code)),
@@ -69,13 +71,17 @@ def replay(
         raise FistaPrunerError(
             f"{journal} is of a run with {recipe.optimizer}: only mezo and subzero can be replayed without passes"
         )
+    recipe = recipe.model_copy(update={"execution": recipe.execution.model_copy(update={"device": device})})
     opened = open_model(source, recipe, about["dtype"])
+    if (here := opened.device.type) != about["device"]:
+        raise FistaPrunerError(
+            f"the run of {journal} was made on {about['device']}, and {recipe.optimizer} draws other random numbers on "
+            f"{here}: replay it there (--device {about['device']})"
+        )
     if [list(stamp) for stamp in stamps(opened.checkpoint)] != about["weights"]:
         raise FistaPrunerError(f"{source.folder} is not the checkpoint that {journal} began with")
-    here = {"device": opened.device.type, "torch": torch.__version__}
-    for key, value in here.items():
-        if about[key] != value:
-            say(f"the run was made with {key} {about[key]}, this is {value}: its random numbers may differ")
+    if about["torch"] != torch.__version__:
+        say(f"the run was made with torch {about['torch']}, this is {torch.__version__}: its random numbers may differ")
     trained = Trained(opened, discover(opened).only(about["operators"]), recipe)
     stepper, state = Replayed(trained), TrainingState()
     state.patience = Patience.begin(lines[0]["held_out"], on=recipe.patience)
