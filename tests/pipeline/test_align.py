@@ -448,3 +448,15 @@ def test_a_row_of_a_comparison_is_the_run_alone(bench: Bench, tmp_path: Path) ->
         fp.align(bench.pruned(), tmp_path / name, **{**shared, **settings})
         one, two = (folder / name / "model" / "model.safetensors" for folder in (tmp_path, tmp_path / "out" / "runs"))
         assert one.read_bytes() == two.read_bytes()
+
+
+def test_a_comparison_has_the_seed_of_its_recipe(bench: Bench, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("fistapruner.pipeline.align_compare.JOBS", {"SFT on chosen": {"loss": "sft"}})
+    command = ["align", str(bench.pruned()), "--data", str(bench.pairs), "--compare", "--steps", "1", "--rank", "4"]
+    command += ["--pairs-per-step", "4", "--evaluate", "none", "--quiet"]
+    for more, seeds in ((["--seed", "3"], [3]), (["--seed", "3", "--seeds", "1,2"], [1, 2])):
+        out = tmp_path / str(len(seeds))
+        assert main([*command, "--out", str(out), *more]) == 0
+        assert [row["seed"] for row in json.loads((out / "compare.json").read_text())["rows"]] == seeds
+        recipes = [load_run(run).recipe for run in sorted((out / "runs").iterdir())]
+        assert [(recipe["seed"], recipe["data"]["seed"]) for recipe in recipes] == [(seed, seed) for seed in seeds]

@@ -203,7 +203,11 @@ def test_several_processes_are_refused_where_one_does_the_work(
         monkeypatch.setenv(name, value)
     for rank, lines in (("0", 1), ("1", 0)):
         monkeypatch.setenv("RANK", rank)
-        for words in (["prune", "smollm2", "--out", "x"], ["recover", "x", "--merge", "y", "--out", "z"]):
+        for words in (
+            ["prune", "smollm2", "--out", "x"],
+            ["recover", "x", "--merge", "y", "--out", "z"],
+            ["align", "x", "--compare", "--data", "y", "--out", "z"],
+        ):
             assert main(words) == 2
             assert capsys.readouterr().err.count("torchrun has started several processes") == lines
 

@@ -96,13 +96,12 @@ def _refuse_processes(arguments: argparse.Namespace) -> None:
     from ..errors import FistaPrunerError, OtherRankFailed
 
     several = "TORCHELASTIC_RUN_ID" in os.environ and os.environ.get("WORLD_SIZE", "1") != "1"
-    shared = arguments.verb == "recover" and not (arguments.merge or arguments.replay)
-    if several and not shared and arguments.verb not in ("align", "resume"):
+    alone = [f" --{way}" for way in ("merge", "replay", "compare") if getattr(arguments, way, None)]
+    if several and (alone or arguments.verb not in ("recover", "align", "resume")):
         if os.environ.get("RANK", "0") != "0":
             raise OtherRankFailed
-        raise FistaPrunerError(
-            f"torchrun has started several processes, and {arguments.verb} is done by one: leave it out"
-        )
+        what = arguments.verb + "".join(alone)
+        raise FistaPrunerError(f"torchrun has started several processes, and {what} is done by one: leave it out")
 
 
 class _Output:

@@ -45,7 +45,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
     compare = parser.add_argument_group("comparison")
     compare.add_argument("--compare", action="store_true", help="run every loss, and tabulate them")
     compare.add_argument(
-        "--seeds", default=None, metavar="N,...", help="with --compare: runs of every loss (default: 0)"
+        "--seeds", default=None, metavar="N,...", help="with --compare: runs of every loss (default: that of --seed)"
     )
     compare.add_argument(
         "--keep", action="store_true", help="with --compare: keep the checkpoints and states of training"
@@ -77,9 +77,8 @@ def run(arguments: argparse.Namespace) -> int:
         "command": shlex.join(["fistapruner", *sys.argv[1:]]),
     }
     if arguments.compare:
-        found = align_compare(
-            arguments.model, arguments.out, seeds=_seeds(arguments.seeds), keep=arguments.keep, **common
-        )
+        seeds = None if arguments.seeds is None else _seeds(arguments.seeds)
+        found = align_compare(arguments.model, arguments.out, seeds=seeds, keep=arguments.keep, **common)
         print(json.dumps(found.model_dump(mode="json")) if arguments.json else _table(found))
         return 0
     if arguments.seeds is not None or arguments.keep:
@@ -89,7 +88,7 @@ def run(arguments: argparse.Namespace) -> int:
     return 1 if any(warning.startswith("training stopped") for warning in report.warnings) else 0
 
 
-def _seeds(text: str | None) -> Sequence[int]:
+def _seeds(text: str) -> Sequence[int]:
     """Read the seeds of a comparison.
 
     Raises:
@@ -97,7 +96,7 @@ def _seeds(text: str | None) -> Sequence[int]:
     """
     from ..errors import FistaPrunerError
 
-    words = [word.strip() for word in (text or "0").split(",")]
+    words = [word.strip() for word in text.split(",")]
     if not all(word.isdecimal() for word in words) or len(set(words)) < len(words):
         raise FistaPrunerError(f"--seeds {text!r}: different whole numbers such as 0,1,2 are expected")
     return [int(word) for word in words]

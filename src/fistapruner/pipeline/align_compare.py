@@ -51,7 +51,7 @@ def align_compare(
     out: str | Path,
     *,
     recipe: AlignRecipe | None = None,
-    seeds: Sequence[int] = (0,),
+    seeds: Sequence[int] | None = None,
     keep: bool = False,
     dense: str | Path | None = None,
     allow_pickle: bool = False,
@@ -69,7 +69,8 @@ def align_compare(
         out: folder of the comparison; one that was begun is continued.
         recipe: settings that all rows share; ``loss``, ``references``, ``weights``, ``shares``, ``clip`` and ``anchor``
             are those of the rows.
-        seeds: each is one run of every row: order of the pairs and start values.
+        seeds: each is one run of every row: order of the pairs and start values; None is one run with the
+            recipe's seeds.
         keep: keep the checkpoints, and the states of training.
         dense: the dense model; None takes the one that the run or the checkpoint's record names.
         allow_pickle: read legacy ``.bin`` weights.
@@ -92,6 +93,7 @@ def align_compare(
     for name in VARIED:
         if getattr(shared, name) != getattr(default, name):
             raise FistaPrunerError(f"{name}: a comparison runs all losses and decides it for each row; leave it out")
+    varied, seeds = seeds is not None, (shared.seed,) if seeds is None else seeds
     if not seeds:
         raise FistaPrunerError("seeds: at least one is needed")
     check_pairs(shared)
@@ -110,7 +112,8 @@ def align_compare(
         _write(folder, found)
         for number, (seed, label) in enumerate(((seed, label) for seed in seeds for label in order), 1):
             listener.say(f"{number}/{len(seeds) * len(JOBS)}: {label}, seed {seed}")
-            changes = merge({**shared.model_dump(mode="json"), **JOBS[label]}, {"seed": seed, "data": {"seed": seed}})
+            own = {"seed": seed, "data": {"seed": seed}} if varied else {}
+            changes = merge({**shared.model_dump(mode="json"), **JOBS[label]}, own)
             job = AlignRecipe.build(changes)
             run = AlignDirectory(folder / "runs" / f"{_slug(label)}-{seed}")
             try:
