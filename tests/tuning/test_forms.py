@@ -159,6 +159,7 @@ def test_automatic_rates() -> None:
     assert first_rate(recipe(parameters="full", lr=1e-3), None, 576, 0.1) == pytest.approx(1e-4)
     assert first_rate(recipe(parameters="full", lr=1e-3, lr_unit="absolute"), None, 576, 0.1) == 1e-3
     assert first_rate(recipe(parameters="full", optimizer="mezo"), None, 576, 0.1) == 1e-6
+    assert first_rate(recipe(parameters="full", optimizer="mezo", lr=1e-5), None, 576, 0.1) == 1e-5
     assert form_of(recipe(parameters="norms")) is None
     assert form_of(recipe(rank=4)) == Lora(4, 2.0)
 

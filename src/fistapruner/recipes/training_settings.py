@@ -81,7 +81,7 @@ class TrainingRecipe(RunRecipe):
     lr_unit: Literal["auto", "share", "absolute"] = Field(
         "auto",
         description="Unit of lr: share (of the root mean square of a tensor's surviving weights) or absolute. auto is "
-        "share for full and norms, absolute for the others.",
+        "share for full and norms with adamw, absolute for the other forms and for mezo and subzero.",
     )
     betas: Annotated[tuple[float, float], BeforeValidator(words)] = Field(
         (0.9, 0.95), description="Decay rates of AdamW's moments."

@@ -280,10 +280,13 @@ def first_rate(recipe: TrainingRecipe, columns: int | None, width: int, rms: flo
 
     An alignment takes :attr:`~fistapruner.recipes.training_settings.TrainingRecipe.rate_share` of these.
 
-    A given ``lr`` in the unit ``auto`` is absolute for low-rank tensors and a share for weights and vectors; vectors
-    beside low-rank tensors take the share that stands to :data:`SHARE` as ``lr`` to the automatic rate. In the units
-    ``absolute`` and ``share`` it holds for all tensors alike; a share of low-rank tensors is one of A's root mean
-    square at the start.
+    A given ``lr`` in the unit ``auto`` is, for AdamW, absolute for low-rank tensors and a share for weights and
+    vectors; vectors beside low-rank tensors take the share that stands to :data:`SHARE` as ``lr`` to the automatic
+    rate. In the units ``absolute`` and ``share`` it holds for all tensors alike; a share of low-rank tensors is one of
+    A's root mean square at the start.
+
+    Without gradients rates are MeZO's, absolute for all tensors: ``lr: auto`` is :data:`ZEROTH_FULL` or
+    :data:`ZEROTH_LOW_RANK`, and a given ``lr`` in the unit ``auto`` is absolute.
 
     Args:
         recipe: settings.
