@@ -235,7 +235,7 @@ def asked(recipe: TrainingRecipe) -> dict[str, Any]:
 def _operators(
     folder: Path, model: LayerwiseModel, recipe: TrainingRecipe
 ) -> tuple[Layout, dict[str, str], dict[str, int], int]:
-    """Find the operators to train and check the claims about their zeros; count their other weights, and all zeros.
+    """Find the operators to train, and check the claims about their zeros; count both sorts of weights.
 
     Raises:
         FistaPrunerError: a claim does not hold, or no operator has zeros.

@@ -81,7 +81,7 @@ def schedule(
 
 
 def check_due(step: int, steps: int, checks: int) -> bool:
-    """Say whether a validation check follows a step: ``checks`` at equal distances, the last after the last step.
+    """Say whether a validation check follows a step: there are so many, at equal distances.
 
     They are after the steps ``k * steps // checks``; with fewer steps than checks, after every step.
     """
