@@ -304,8 +304,8 @@ class Recipe(RunRecipe):
         "auto",
         description="Distribution of the sparsity over layers and operators: uniform, owl, error (by measured "
         "error), error:46% (for n:m patterns: by measured error, to this share of zeros in all), workload:FILE (by "
-        "measured error in several tasks; their weights, and what earlier deployments stood, are in the file), or a "
-        "mapping of name patterns to sparsities. auto is error for proximal, and uniform for published methods and for "
+        "measured error in several tasks; their weights, and the losses that earlier deployments tolerated, are in the "
+        "file), or a mapping of name patterns to sparsities. auto is error for proximal, and uniform for published methods and for "
         "n:m patterns.",
     )
     weighting: Literal["auto", "none", "fisher"] = Field(
