@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -238,6 +239,24 @@ def test_a_damaged_figure_of_the_dense_model_is_named(tmp_path: Path) -> None:
         compare(source, "magnitude", ["50%"], out, settings=SETTINGS, windows=2)
 
 
+def test_figures_are_those_of_the_model(tmp_path: Path) -> None:
+    """A comparison stopped before its first row was of another model, or its weights are others since."""
+    one, other = (str(tiny.save("llama", tmp_path / f"model {seed}", seed=seed)) for seed in (0, 1))
+    named: dict[str, Any] = {"settings": SETTINGS, "windows": 2}
+    with pytest.raises(KeyboardInterrupt):
+        compare(one, "magnitude", ["50%"], tmp_path / "out", listener=Counts(stop="1/1"), **named)
+    expected = compare(other, "magnitude", ["50%"], tmp_path / "anew", **named)
+    first = compare(other, "magnitude", ["50%"], tmp_path / "out", **named)
+    assert first.dense == expected.dense
+    counts = Counts()
+    assert compare(other, "magnitude", ["50%"], tmp_path / "out", listener=counts, **named).rows == first.rows
+    assert not counts.measured
+    shutil.copy(Path(one) / "model.safetensors", Path(other) / "model.safetensors")
+    changed = compare(other, "magnitude", ["50%"], tmp_path / "out", **named)
+    assert changed.dense != expected.dense
+    assert changed.rows[0].perplexity != expected.rows[0].perplexity
+
+
 def test_rows_of_a_changed_calibration_text_are_made_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     source, out = tiny.save("llama", tmp_path / "model"), tmp_path / "out"
     monkeypatch.chdir(tmp_path)
@@ -265,3 +284,35 @@ def test_rows_say_what_structure_was_removed(tmp_path: Path) -> None:
     assert said in comparison_table(comparison)
     assert said in (tmp_path / "out" / "compare.md").read_text()
     assert said.partition(" % ")[2] in (tmp_path / "out" / "compare.html").read_text()
+
+
+def test_a_recovery_is_that_of_the_row(tmp_path: Path) -> None:
+    """Other settings, another pruning, or none before: the figures are those of a comparison begun anew."""
+    source, text = str(tiny.save("llama", tmp_path / "model", num_hidden_layers=1)), tmp_path / "text.jsonl"
+
+    def write(line: str) -> None:
+        text.write_text("".join(json.dumps({"text": line.format(number)}) + "\n" for number in range(40)))
+
+    def row(out: str, steps: int | None, **more: Any) -> tuple[Any, int]:
+        following = {"steps": steps, "windows_per_step": 1, "rank": 2, "data": {"seqlen": 32, "tokens": 500}}
+        settings: dict[str, Any] = {"calibration": {"source": str(text), "samples": 3, "seqlen": 32}}
+        counts = Counts()
+        if steps:
+            settings["recover"] = following
+        found = compare(source, "wanda", ["50%"], tmp_path / out, settings=settings, listener=counts, windows=2, **more)
+        assert found.rows[0].error is None
+        return found.rows[0].perplexity, counts.measured
+
+    write("{} is the best of times, as everybody knows.")
+    pruned, measured = row("out", None)
+    assert measured == 1
+    one, measured = row("out", 1)
+    assert (one, measured) == (row("one", 1)[0], 1)  # pruned again, measured on this text before
+    assert one != pruned
+    assert row("out", 1) == (one, 0)
+    two = row("out", 2)[0]
+    assert two == row("two", 2)[0]
+    assert two != one
+    write("after {} comes the age of wisdom, and of foolishness.")
+    assert row("out", 2) == row("other", 2)
+    assert row("out", 2, data=str(text))[1] == 2

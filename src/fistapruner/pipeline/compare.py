@@ -32,10 +32,14 @@ from ..execution.context import open_model
 from ..models.files.low_rank import remove_adapter
 from ..models.source import ModelSource, Permissions
 from ..recipes.loading import merge
+from ..recipes.recover_settings import RecoverRecipe
 from ..recipes.settings import Recipe
 from ..reporting.comparison import comparison_markdown
 from ..reporting.write import write_page
 from ..runs.base import parse, read_json
+from ..runs.decision import TrainingRecord
+from ..runs.directory import RunDirectory
+from ..runs.identity import changed_files, stamps
 from ..runs.lineage import update_stage, write_lineage
 from ..runs.listener import Listener
 from ..runs.prune_directory import PruneDirectory
@@ -53,8 +57,13 @@ from .prepare import refuse_overlap
 from .protocol import Protocol
 from .prune import prune, recover_execution
 from .recover import recover
+from .training import changed_texts
+from .training_inputs import asked
 
 _PERPLEXITY = TypeAdapter(Perplexity)
+
+STAMPS = "stamps"
+"""Key in ``dense.json`` of the :func:`~fistapruner.runs.identity.stamps` of the weights that were measured."""
 
 
 def compare(
@@ -183,12 +192,13 @@ def agree_protocol(
 def measure_dense(shared: _Shared) -> Perplexity:
     """Measure the dense model on the windows of the protocol, or read what was measured before."""
     file, protocol = shared.folder / "dense.json", shared.protocol
-    found = _dense(file, protocol)
+    weights = [list(stamp) for stamp in stamps(shared.source.checkpoint())]
+    found = _dense(file, protocol, weights)
     if found is None:
         shared.listener.say(f"evaluating the dense model on {protocol.text.data}")
         found = shared.evaluate(shared.source.folder).perplexity
         assert found is not None
-        write_json_atomic(file, _PERPLEXITY.dump_python(found, mode="json"))
+        write_json_atomic(file, {**_PERPLEXITY.dump_python(found, mode="json"), STAMPS: weights})
     return found
 
 
@@ -263,51 +273,61 @@ class _Shared:
             The report of pruning, and that of the recovery where the recipe asks for one.
         """
         run = PruneDirectory(self.folder / "runs" / run_name(job.label, str(job.recipe.sparsity), job.seed))
-        report = _measured(run, job.recipe, self.protocol)
-        if report is None:
-            key = job.recipe.calibration.model_dump_json()
-            report = prune(
-                self.model,
-                run.folder,
-                recipe=job.recipe.model_copy(update={"recover": None}),
-                listener=self.listener,
-                tokens=self.calibrated.get(key),
-                **self.source.permissions.keywords(),
-            )
-            assert report.calibration is not None
-            self.calibrated.setdefault(key, (run.tokens(), report.calibration.model_dump()))
+        following = job.recipe.recover
+        if following is not None:
+            following = following.model_copy(update={"execution": recover_execution(job.recipe.execution)})
+        report, recovery = _measured(run, job.recipe, self.protocol, self.source), None
+        if report is not None and following is not None:
+            recovery = _recovered(run, report, following, self.protocol)
+        if report is None or (following is not None and recovery is None and not run.model.is_dir()):
+            report = self._prune(run, job.recipe)
+        if following is not None and recovery is None:
+            recovery = self._recover(run, report, following)
+        if not self.keep:
+            _delete_weights(run)
+        return report, recovery
+
+    def _prune(self, run: PruneDirectory, recipe: Recipe) -> Report:
+        """Prune a row, and measure it unless that was done before its weights were deleted."""
+        key = recipe.calibration.model_dump_json()
+        report = prune(
+            self.model,
+            run.folder,
+            recipe=recipe.model_copy(update={"recover": None}),
+            listener=self.listener,
+            tokens=self.calibrated.get(key),
+            **self.source.permissions.keywords(),
+        )
+        assert report.calibration is not None
+        self.calibrated.setdefault(key, (run.tokens(), report.calibration.model_dump()))
+        return self._measure(run, report)
+
+    def _recover(self, run: PruneDirectory, pruned: Report, recipe: RecoverRecipe) -> Report:
+        """Recover a pruned row and measure it; a recovery by other settings or of another pruning goes."""
+        following = RecoverDirectory(run.recovered)
+        begun = following.record()
+        if begun is not None and not _follows(begun, pruned, recipe):
+            self.listener.say(f"the recovery in {following.folder} is of other settings or input: it is made again")
+            with disk_errors(following.folder):
+                shutil.rmtree(following.folder)
+        report = recover(
+            run.folder,
+            following.folder,
+            recipe=recipe,
+            evaluate=None,
+            listener=self.listener,
+            **self.source.permissions.keywords(),
+        )
+        return self._measure(following, report)
+
+    def _measure(self, run: RunDirectory, report: Report) -> Report:
+        """Measure the result of a run on the windows of the protocol, and keep the figures with its report."""
+        if _evaluation(report, self.protocol) is None:
             self.listener.say(f"evaluating on {self.protocol.text.data}")
             report.evaluations.append(self.evaluate(run.model, against=self.source.folder))
             update_stage(report)
             run.write_report(report)
             write_lineage(run.model, report.lineage)
-        recovery = None if job.recipe.recover is None else self._recover(run, job)
-        if not self.keep:
-            _delete_weights(run)
-        return report, recovery
-
-    def _recover(self, run: PruneDirectory, job: Job) -> Report:
-        """Recover a pruned row and measure it, or read the report of a recovery that was measured so before."""
-        following = RecoverDirectory(run.recovered)
-        recipe = job.recipe.recover.model_copy(update={"execution": recover_execution(job.recipe.execution)})
-        report = None if not following.report_file.is_file() else load_run(following.folder)
-        if report is None or report.status != "finished" or _evaluation(report, self.protocol) is None:
-            report = recover(
-                run.folder,
-                following.folder,
-                recipe=recipe,
-                evaluate=None,
-                listener=self.listener,
-                **self.source.permissions.keywords(),
-            )
-            self.listener.say(f"evaluating on {self.protocol.text.data}")
-            report.evaluations.append(self.evaluate(following.model, against=self.source.folder))
-            update_stage(report)
-            following.write_report(report)
-            write_lineage(following.model, report.lineage)
-        if not self.keep and following.model.is_dir():
-            following.remove_model()
-            shutil.rmtree(following.states.folder, ignore_errors=True)
         return report
 
 
@@ -355,15 +375,36 @@ def _before(folder: Path, model: str) -> list[CompareRow]:
     return []
 
 
-def _measured(run: PruneDirectory, recipe: Recipe, protocol: Protocol) -> Report | None:
-    """Read the report of a run that was pruned with these settings and measured on this text."""
+def _measured(run: PruneDirectory, recipe: Recipe, protocol: Protocol, source: ModelSource) -> Report | None:
+    """Read the report of a run that pruned this model with these settings and was measured on this text."""
     if not run.report_file.is_file():
         return None
     report = parse(Report, read_json(run.report_file), str(run.report_file))
     record = run.record()
-    changed = record is not None and changed_text(record, recipe)
+    changed = record is not None and (changed_text(record, recipe) or changed_files(record.decision.stamps, source))
     same = Recipe.build(report.recipe).fingerprint() == recipe.fingerprint() and not changed
     return report if same and report.status == "finished" and _evaluation(report, protocol) is not None else None
+
+
+def _recovered(run: PruneDirectory, pruned: Report, recipe: RecoverRecipe, protocol: Protocol) -> Report | None:
+    """Read the report of a recovery of this pruning with these settings, if it was measured on this text."""
+    following = RecoverDirectory(run.recovered)
+    begun = following.record()
+    if begun is None or not following.report_file.is_file() or not _follows(begun, pruned, recipe):
+        return None
+    report = load_run(following.folder)
+    return report if report.status == "finished" and _evaluation(report, protocol) is not None else None
+
+
+def _follows(begun: TrainingRecord, pruned: Report, recipe: RecoverRecipe) -> bool:
+    """Check that a recovery has these settings, this pruning as its input, and texts as they are now."""
+    stages = begun.lineage.stages if begun.lineage else []
+    return (
+        begun.decision.asked == asked(recipe)
+        and bool(stages)
+        and stages[-1].fingerprint == pruned.fingerprint
+        and not changed_texts(begun)
+    )
 
 
 def _evaluation(report: Report, protocol: Protocol) -> Evaluation | None:
@@ -371,17 +412,19 @@ def _evaluation(report: Report, protocol: Protocol) -> Evaluation | None:
     return next((found for found in report.evaluations if protocol.covers(found.perplexity)), None)
 
 
-def _dense(file: Path, protocol: Protocol) -> Perplexity | None:
-    """Read the dense model's perplexity, if it was measured on the same windows before."""
+def _dense(file: Path, protocol: Protocol, weights: list[list[str]]) -> Perplexity | None:
+    """Read the dense model's perplexity, if these weights were measured on the same windows before."""
     if not file.is_file():
         return None
+    content = read_json(file)
+    same = content.pop(STAMPS, None) == weights
     try:
-        stored = _PERPLEXITY.validate_python(read_json(file))
+        stored = _PERPLEXITY.validate_python(content)
     except ValidationError as error:
         raise FistaPrunerError(
             f"{file} is not what a comparison writes ({explain(error)}): remove it, or choose another --out"
         ) from None
-    return stored if protocol.covers(stored) else None
+    return stored if same and protocol.covers(stored) else None
 
 
 def _filled(
@@ -419,8 +462,12 @@ def _adopt(comparison: Comparison, report: Report, protocol: Protocol) -> None:
 
 
 def _delete_weights(run: PruneDirectory) -> None:
-    if run.model.is_dir():
-        run.remove_model()
+    """Delete what is as large as the model: checkpoints, tensors of layers, states of training."""
+    following = RecoverDirectory(run.recovered)
+    for made in (run, following):
+        if made.model.is_dir():
+            made.remove_model()
+    shutil.rmtree(following.states.folder, ignore_errors=True)
     remove_adapter(run.adapter)
     run.journal.remove_weights()
     run.metrics_file.unlink(missing_ok=True)

@@ -265,10 +265,15 @@ def _check_machine(
         listener.say(f"this run began on {numerics.device}; on {device} its last bits may differ")
 
 
+def changed_texts(begun: TrainingRecord) -> list[str]:
+    """Name the files of a run's training text that have changed since it began."""
+    digests = begun.decision.text_sha256.items()
+    return [name for name, digest in digests if Path(name).is_file() and sha256_file(Path(name)) != digest]
+
+
 def _say_changed_text(begun: TrainingRecord, listener: Listener) -> None:
-    for name, digest in begun.decision.text_sha256.items():
-        if Path(name).is_file() and sha256_file(Path(name)) != digest:
-            listener.say(f"{name} has changed since this run began, which keeps the windows that it cut then")
+    for name in changed_texts(begun):
+        listener.say(f"{name} has changed since this run began, which keeps the windows that it cut then")
 
 
 def _restore_text(
