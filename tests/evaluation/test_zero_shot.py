@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import math
 from pathlib import Path
+from statistics import stdev
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -15,7 +17,19 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import fistapruner as fp
 import tiny
-from fistapruner.evaluation.zero_shot import TaskSettings, evaluate_tasks, find_tasks, local_task, mcnemar, task_result
+from fistapruner.evaluation.zero_shot import (
+    TaskSettings,
+    configured_metrics,
+    evaluate_tasks,
+    find_tasks,
+    local_task,
+    mcnemar,
+    read_answers,
+    task_result,
+)
+from fistapruner.reporting.evaluation_text import task_text
+from fistapruner.reporting.quality_rows import quality_rows
+from fistapruner.runs.results import Evaluation
 
 CHOICES = [
     {"query": f"Question: what comes after {i}?", "choices": [f"{i + 1}", f"{i + 2} or so", "none"], "gold": i % 3}
@@ -52,6 +66,51 @@ def test_paired_counts(pairs: list[tuple[bool, bool]]) -> None:
     assert result.reference is not None
     assert (result.won - result.lost) / len(pairs) == pytest.approx(result.value - result.reference)
     assert result.significant == (mcnemar(result.lost, result.won) < 0.05)
+
+
+@settings(deadline=None)
+@given(st.lists(st.floats(0, 1), min_size=2, max_size=60))
+def test_scores_between_right_and_wrong_have_no_verdict(scores: list[float]) -> None:
+    items = dict(enumerate(scores))
+    result = task_result("truthfulqa_mc2", "acc", items, {**items, 0: 0.25}, shots=3)
+    assert result.shots == 3
+    assert result.standard_error == pytest.approx(stdev(scores) / math.sqrt(len(scores)), abs=1e-9)
+    assert (result.lost, result.won, result.p_value, result.significant) == (None, None, None, False)
+    text, (row,) = task_text(result), quality_rows([Evaluation("m", "dense", tasks=(result,))])
+    assert "(dense" in text
+    assert not [said for said in (text, row[-1]) if "lost" in said or "noise" in said]
+
+
+def test_every_filter_has_its_own_score_and_examples_are_counted() -> None:
+    samples = [
+        {"doc_id": item, "filter": name, "metrics": ["exact_match"], "exact_match": float(right)}
+        for name, rights in (("strict-match", (0, 0, 1)), ("flexible-extract", (1, 0, 1)))
+        for item, right in enumerate(rights)
+    ]
+    plain = [{"doc_id": 0, "filter": "none", "metrics": ["acc"], "acc": 1.0}]
+    found = read_answers({"samples": {"gsm8k": samples, "piqa": plain}, "n-shot": {"gsm8k": 5, "piqa": 0}})
+    assert found.outcomes == {
+        ("gsm8k", "exact_match,strict-match"): {0: 0.0, 1: 0.0, 2: 1.0},
+        ("gsm8k", "exact_match,flexible-extract"): {0: 1.0, 1: 0.0, 2: 1.0},
+        ("piqa", "acc"): {0: 1.0},
+    }
+    assert found.shots == {"gsm8k": 5, "piqa": 0}
+
+
+def test_a_task_without_a_known_metric_is_refused(tmp_path: Path) -> None:
+    """From what its configuration says, before a model is loaded; else once there are answers."""
+    (tmp_path / "base.yaml").write_text(
+        "process_results: !function utils.results\nmetric_list: [{metric: word_perplexity}, {metric: bits_per_byte}]\n"
+    )
+    (tmp_path / "wikitext.yaml").write_text("include: base.yaml\ntask: wikitext\n")
+    (tmp_path / "own.yaml").write_text("metric_list:\n  - metric: !function utils.acc\n")
+    index = {"wikitext": {"yaml_path": str(tmp_path / "wikitext.yaml")}, "group": {"yaml_path": -1}}
+    index["own"] = SimpleNamespace(yaml_path=tmp_path / "own.yaml")  # type: ignore[assignment]
+    manager = SimpleNamespace(task_index=index, all_tasks=[*index])
+    assert [configured_metrics(manager, task) for task in index] == [["word_perplexity", "bits_per_byte"], [], []]
+    samples = [{"doc_id": 0, "filter": "none", "metrics": ["bleu_max", "bleu_diff"], "bleu_max": 1.0, "bleu_diff": 0.5}]
+    with pytest.raises(fp.FistaPrunerError, match=r"'truthfulqa_gen' has the metrics bleu_max, bleu_diff: only tasks"):
+        read_answers({"samples": {"truthfulqa_gen": samples}})
 
 
 def test_different_items_cannot_be_compared() -> None:

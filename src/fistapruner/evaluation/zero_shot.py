@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import yaml
 
 from ..errors import FistaPrunerError, MissingExtraError
 from ..models.layerwise import Tick
@@ -32,7 +33,11 @@ METRICS = ("acc", "acc_norm", "exact_match")
 """Metrics of single items; ``acc_norm`` divides a choice's log-likelihood by its length."""
 
 Outcomes = dict[tuple[str, str], dict[int, float]]
-"""(task, metric) to item number to 1 (right) or 0 (wrong)."""
+"""(task, metric) to item number to its score: 1 (right), 0 (wrong), or what a task gives between them.
+
+A metric of answers that were filtered has the filter's name after a comma, as in ``lm-eval``:
+``exact_match,strict-match``.
+"""
 
 KINDS = (("query", "choices", "gold"), ("context_options", "continuation", "gold"), ("context", "continuation"))
 """Fields that make a line of a local file a task."""
@@ -62,7 +67,7 @@ def find_tasks(tasks: Sequence[str], tasks_dir: Path | None = None) -> Tasks:
         tasks_dir: folder of local tasks; their files are read whole.
 
     Raises:
-        FistaPrunerError: an unknown task, or a file that is no task.
+        FistaPrunerError: an unknown task, one without a metric of :data:`METRICS`, or a file that is no task.
         MissingExtraError: the extra ``eval`` is not installed.
     """
     local = None if tasks_dir is None else tuple(local_task(path) for path in _local_files(tasks, tasks_dir))
@@ -79,7 +84,55 @@ def find_tasks(tasks: Sequence[str], tasks_dir: Path | None = None) -> Tasks:
         raise FistaPrunerError(
             f"task {unknown[0]!r} is not known to lm-eval (see 'lm-eval ls tasks'); --tasks-dir takes local files"
         )
+    for task in tasks:
+        _check_metrics(task, configured_metrics(manager, task))
     return Tasks(tuple(tasks), manager, "lm-eval")
+
+
+def configured_metrics(manager: Any, task: str) -> list[str]:
+    """Read the metrics in a task's configuration; empty where it does not say them.
+
+    Args:
+        manager: ``lm-eval``'s ``TaskManager``.
+        task: its name.
+    """
+    entry = getattr(manager, "task_index", {}).get(task)
+    path = entry.get("yaml_path") if isinstance(entry, dict) else getattr(entry, "yaml_path", None)
+    return _metrics_in(Path(path)) if isinstance(path, (str, Path)) else []
+
+
+class _Loader(yaml.SafeLoader):
+    """Reads a task's YAML, and None for the Python functions that it names."""
+
+
+_Loader.add_constructor("!function", lambda loader, node: None)
+
+
+def _metrics_in(path: Path) -> list[str]:
+    try:
+        config = yaml.load(path.read_text("utf-8"), _Loader)
+    except (OSError, ValueError, yaml.YAMLError):
+        return []
+    if not isinstance(config, dict):
+        return []
+    if isinstance(listed := config.get("metric_list"), list):
+        names = [entry.get("metric") if isinstance(entry, dict) else None for entry in listed]
+        return [] if None in names else [str(name) for name in names]
+    included = config.get("include") or []
+    files = [included] if isinstance(included, str) else included
+    return next((found for file in files if (found := _metrics_in(path.parent / str(file)))), [])
+
+
+def _check_metrics(task: str, metrics: Sequence[str]) -> None:
+    """Refuse a task that has metrics, none of which is known.
+
+    Raises:
+        FistaPrunerError: names them.
+    """
+    if metrics and not set(metrics) & set(METRICS):
+        raise FistaPrunerError(
+            f"task {task!r} has the metrics {', '.join(metrics)}: only tasks with {', '.join(METRICS)} can be scored"
+        )
 
 
 @dataclass(frozen=True)
@@ -122,23 +175,23 @@ def evaluate_tasks(
         FistaPrunerError: ``lm-eval`` fails: task data that cannot be loaded or has items it cannot ask.
     """
     models = [folder] if against is None else [folder, against]
-    outcomes: list[Outcomes] = []
-    available: dict[str, int] = {}
+    answers: list[Answers] = []
     for done, path in enumerate(models):
         tick(f"zero-shot tasks of {path.name}", done, len(models))
-        found, available = _run(path, tasks, settings)
-        outcomes.append(found)
+        answers.append(read_answers(_run(path, tasks, settings)))
     tick("zero-shot tasks", len(models), len(models))
+    ours = answers[0]
     return tuple(
         task_result(
             task,
             metric,
             items,
-            outcomes[1][task, metric] if against is not None else None,
+            answers[1].outcomes[task, metric] if against is not None else None,
             tasks.source,
-            available.get(task),
+            ours.available.get(task),
+            ours.shots.get(task, 0),
         )
-        for (task, metric), items in outcomes[0].items()
+        for (task, metric), items in ours.outcomes.items()
     )
 
 
@@ -149,23 +202,29 @@ def task_result(
     reference: Mapping[int, float] | None = None,
     source: str = "",
     available: int | None = None,
+    shots: int = 0,
 ) -> TaskResult:
     """Compute score, standard error and paired test of a task.
 
+    Scores between right and wrong (a share of probability, such as that of ``truthfulqa_mc2``) have no such test.
+
     Args:
-        task, metric, source, available: recorded as they are; ``available`` is the number of items the task has.
-        items: right (1) or wrong (0) by item number; ``reference``: the same of the dense model.
+        task, metric, source, available, shots: recorded as they are; ``available`` is the number of items the task has,
+            ``shots`` that of the examples in the prompt.
+        items: right (1) or wrong (0) by item number, or a score; ``reference``: the same of the dense model.
 
     Raises:
         FistaPrunerError: the two models answered different items.
     """
     value, error = _score(items)
     if reference is None:
-        return TaskResult(task, metric, len(items), value, error, source=source, available=available)
+        return TaskResult(task, metric, len(items), value, error, shots=shots, source=source, available=available)
     if items.keys() != reference.keys():
         raise FistaPrunerError(f"task {task}: the two models answered different items; they cannot be compared")
-    lost = sum(reference[item] > right for item, right in items.items())
-    won = sum(reference[item] < right for item, right in items.items())
+    lost = won = None
+    if {*items.values(), *reference.values()} <= {0.0, 1.0}:
+        lost = sum(reference[item] > right for item, right in items.items())
+        won = sum(reference[item] < right for item, right in items.items())
     before, before_error = _score(reference)
     return TaskResult(
         task,
@@ -177,7 +236,8 @@ def task_result(
         before_error,
         lost=lost,
         won=won,
-        p_value=mcnemar(lost, won),
+        p_value=None if lost is None or won is None else mcnemar(lost, won),
+        shots=shots,
         source=source,
         available=available,
     )
@@ -314,8 +374,22 @@ def _require_lm_eval() -> None:
         raise MissingExtraError("lm-eval", "eval", "a zero-shot task")
 
 
-def _run(folder: Path, tasks: Tasks, settings: TaskSettings) -> tuple[Outcomes, dict[str, int]]:
-    """Run one model on tasks; return its outcomes and the number of items of each task."""
+@dataclass(frozen=True)
+class Answers:
+    """How a model did on tasks.
+
+    Args:
+        outcomes: scores of single items.
+        available: number of items that a task has; ``shots``: number of examples in its prompts.
+    """
+
+    outcomes: Outcomes
+    available: dict[str, int]
+    shots: dict[str, int]
+
+
+def _run(folder: Path, tasks: Tasks, settings: TaskSettings) -> dict[str, Any]:
+    """Run one model on tasks; returns what ``lm-eval`` does."""
     from lm_eval import simple_evaluate
     from lm_eval.models.huggingface import HFLM
 
@@ -341,18 +415,34 @@ def _run(folder: Path, tasks: Tasks, settings: TaskSettings) -> tuple[Outcomes, 
     finally:
         del runner, model
         gc.collect()
+    return dict(found or {})
+
+
+def read_answers(found: Mapping[str, Any]) -> Answers:
+    """Read the scores of single items from what ``lm-eval`` returns.
+
+    Raises:
+        FistaPrunerError: a task has none of :data:`METRICS`.
+    """
     outcomes: Outcomes = {}
-    for task, samples in (found or {})["samples"].items():
-        for metric in METRICS:
-            if samples and metric in samples[0]:
-                outcomes[task, metric] = {sample["doc_id"]: float(sample[metric]) for sample in samples}
-    counts = (found or {}).get("n-samples", {})
-    return outcomes, {task: int(count["original"]) for task, count in counts.items()}
+    for task, samples in found["samples"].items():
+        _check_metrics(task, list(dict.fromkeys(metric for sample in samples for metric in sample["metrics"])))
+        for sample in samples:
+            through = sample.get("filter", "none")
+            for metric in METRICS:
+                if metric in sample:
+                    name = metric if through == "none" else f"{metric},{through}"
+                    outcomes.setdefault((task, name), {})[sample["doc_id"]] = float(sample[metric])
+    return Answers(
+        outcomes,
+        {task: int(count["original"]) for task, count in found.get("n-samples", {}).items()},
+        {task: int(shots or 0) for task, shots in found.get("n-shot", {}).items()},
+    )
 
 
 def _score(items: Mapping[int, float]) -> tuple[float, float]:
     """Return the mean and its standard error with the sample variance, as ``lm-eval`` does."""
     count = len(items)
     mean = sum(items.values()) / count
-    error = math.sqrt(mean * (1 - mean) / (count - 1)) if count > 1 else math.nan
-    return mean, error
+    squares = sum((score - mean) ** 2 for score in items.values())
+    return mean, math.sqrt(squares / (count - 1) / count) if count > 1 else math.nan

@@ -48,8 +48,10 @@ def task_text(task: TaskResult) -> str:
     text = f"{with_error(100 * task.value, 100 * task.standard_error, 1)} % of {item_count(task)}"
     if task.reference is None or task.reference_standard_error is None:
         return text
-    verdict = "a real difference" if task.significant else "within noise"
     before = with_error(100 * task.reference, 100 * task.reference_standard_error, 1)
+    if task.p_value is None:
+        return f"{text} (dense {before} %)"
+    verdict = "a real difference" if task.significant else "within noise"
     return f"{text} (dense {before} %; {task.lost} lost, {task.won} won, {p_value(task.p_value)}: {verdict})"
 
 

@@ -82,8 +82,9 @@ def _task_rows(evaluations: Sequence[Evaluation]) -> list[Row]:
         if task.reference is not None and task.reference_standard_error is not None:
             before = with_error(100 * task.reference, 100 * task.reference_standard_error, 1)
             change = points(task.value - task.reference)
-            verdict = "a real difference" if task.significant else "within noise"
-            how += f"; {task.lost} lost, {task.won} won, McNemar {p_value(task.p_value)}: {verdict}"
+            if task.p_value is not None:
+                verdict = "a real difference" if task.significant else "within noise"
+                how += f"; {task.lost} lost, {task.won} won, McNemar {p_value(task.p_value)}: {verdict}"
         rows.append(
             (
                 f"{task.task}, {task.metric}, %",

@@ -91,16 +91,16 @@ class TaskResult:
 
     Args:
         task: name of the task.
-        metric: what ``value`` is: ``acc``, ``acc_norm``.
+        metric: what ``value`` is: ``acc``, ``acc_norm``, ``exact_match``; after a comma how answers were filtered.
         items: number of questions.
         value: the model's score.
-        standard_error: of ``value``, binomial.
+        standard_error: of ``value``, over items.
         reference: the reference model's score on the same items, or None.
         reference_standard_error: of ``reference``.
         lost: items that only the reference model gets right.
         won: items that only this model gets right.
         p_value: two-sided exact McNemar test of ``lost`` against ``won``: the chance to see so uneven a split when
-            both models were equally good.
+            both models were equally good. None, with ``lost`` and ``won``, where items are not just right or wrong.
         shots: examples in the prompt.
         source: where the items came from.
         available: items that the task has, where ``items`` are only its first so many.
