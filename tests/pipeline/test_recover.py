@@ -341,6 +341,22 @@ def test_a_loss_that_is_not_a_number_keeps_the_best_weights_and_fails(
         assert "training stopped: the loss is nan at step 2" in capsys.readouterr().out
 
 
+def test_every_verb_shows_the_recovery_that_followed_alike(
+    bench: Bench, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The checkpoint of the figures, and exit status 1 where training stopped."""
+    recipe, run = tmp_path / "recipe.yaml", tmp_path / "run"
+    settings = {**SETTINGS, "lr": 1e30, "validation_checks": 1, "data": {"seqlen": SEQLEN, "tokens": 300}}
+    settings.pop("evaluate")
+    calibration = {"source": str(bench.text), "samples": 2, "seqlen": SEQLEN}
+    recipe.write_text(json.dumps({"method": "magnitude", "calibration": calibration, "recover": settings}))
+    prune = ["prune", str(bench.dense()), "--out", str(run), "--recipe", str(recipe), "--evaluate", "none"]
+    for command in (prune, ["resume", str(run)], ["finish", str(run)], ["resume", str(run / "recovered")]):
+        assert main([*command, "--quiet"]) == 1
+        said = [line.split() for line in capsys.readouterr().out.splitlines()]
+        assert ["checkpoint", str(run / "recovered" / "model")] in said
+
+
 def test_held_out_losses_that_are_not_numbers_are_not_better(bench: Bench, tmp_path: Path) -> None:
     def refuse(constant: str) -> None:
         raise AssertionError(f"{constant} is not JSON")

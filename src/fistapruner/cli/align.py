@@ -84,8 +84,7 @@ def run(arguments: argparse.Namespace) -> int:
     if arguments.seeds is not None or arguments.keep:
         raise FistaPrunerError("--seeds and --keep: settings of a comparison, made with --compare")
     report = align(arguments.model, arguments.out, **common)
-    show(report, arguments.out, as_json=arguments.json)
-    return 1 if any(warning.startswith("training stopped") for warning in report.warnings) else 0
+    return show(report, arguments.out, as_json=arguments.json)
 
 
 def _seeds(text: str) -> Sequence[int]:

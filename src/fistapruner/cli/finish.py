@@ -36,5 +36,4 @@ def run(arguments: argparse.Namespace) -> int:
         trust_remote_code=arguments.trust_remote_code,
         listener=listener,
     )
-    show(report, arguments.run_directory, as_json=arguments.json)
-    return 0
+    return show(report, arguments.run_directory, as_json=arguments.json)

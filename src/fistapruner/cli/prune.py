@@ -17,6 +17,7 @@ import os
 import re
 import shlex
 import sys
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ..errors import FistaPrunerError
@@ -79,19 +80,29 @@ def run(arguments: argparse.Namespace) -> int:
             f"decoder layers {arguments.only_layers} are done, {done} of {report.model.layers} in all; "
             f"when all are: fistapruner finish {arguments.out}"
         )
-    else:
-        recovered = report.kind == "recover"
-        show(report, f"{arguments.out}/recovered" if recovered else arguments.out, as_json=arguments.json)
-    return 0
+        return 0
+    return show(report, arguments.out, as_json=arguments.json)
 
 
-def show(report: Report, out: str, *, as_json: bool) -> None:
-    """Print the result of a run, in the first of several processes."""
-    if int(os.environ.get("RANK") or 0) > 0:
-        return
-    from ..reporting.summary import summary
+def show(report: Report, out: str, *, as_json: bool) -> int:
+    """Print the result of a run, in the first of several processes; returns the exit status.
 
-    print(json.dumps(report.model_dump(mode="json")) if as_json else summary(report, out))
+    Args:
+        report: of the run, or of the recovery that followed it.
+        out: the run directory.
+        as_json: print the whole report.
+    """
+    if int(os.environ.get("RANK") or 0) == 0:
+        from ..reporting.summary import summary
+        from ..runs.directory import RunDirectory
+        from ..runs.prune_directory import PruneDirectory
+
+        folder = Path(out)
+        record = RunDirectory(folder).record() if report.kind == "recover" else None
+        if record is not None and record.kind == "prune":
+            folder = PruneDirectory(folder).recovered
+        print(json.dumps(report.model_dump(mode="json")) if as_json else summary(report, folder))
+    return 1 if any(warning.startswith("training stopped") for warning in report.warnings) else 0
 
 
 def layer_range(text: str) -> tuple[int, int]:

@@ -78,8 +78,7 @@ def run(arguments: argparse.Namespace) -> int:
         listener=listener,
         command=shlex.join(["fistapruner", *sys.argv[1:]]),
     )
-    show(report, arguments.out, as_json=arguments.json)
-    return 1 if any(warning.startswith("training stopped") for warning in report.warnings) else 0
+    return show(report, arguments.out, as_json=arguments.json)
 
 
 def _without_training(arguments: argparse.Namespace, listener: Listener) -> int:
