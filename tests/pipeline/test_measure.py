@@ -19,6 +19,7 @@ import tiny
 from fistapruner.cli import main
 from fistapruner.models.source import UNTRUSTED
 from fistapruner.pipeline.measure import _without, is_run, measure
+from fistapruner.recipes.settings import Execution
 from fistapruner.reporting.recovery_text import gain
 from fistapruner.runs.decision import EvaluationRequest, Numerics, TrainingDecision, TrainingRecord
 from fistapruner.runs.listener import Listener
@@ -104,7 +105,7 @@ def test_a_recovery_is_measured_beside_its_input(made: Path, tmp_path: Path) -> 
     run = recovery_of(pruned, tmp_path / "recovered", made / "dense")
     said = Said()
     request = EvaluationRequest(data=text, windows=3, seqlen=24)
-    report = measure(run, load_run(run.folder), request, UNTRUSTED, said)
+    report = measure(run, load_run(run.folder), request, Execution(), UNTRUSTED, said)
     (after,), (before,) = report.evaluations, report.recovery.before  # type: ignore[union-attr]
     dense = fp.evaluate(made / "dense", text, seqlen=24, windows=3).perplexity
     assert after.perplexity == after.reference == dense
@@ -121,7 +122,7 @@ def test_a_recovery_is_measured_beside_its_input(made: Path, tmp_path: Path) -> 
     assert load_run(run.folder).lineage.stages[-1].figures.perplexity == replace(dense, window_nlls=())  # type: ignore
     # Nothing is measured twice, and what the input's run has measured is taken from it.
     said.lines.clear()
-    measure(run, report, request, UNTRUSTED, said)
+    measure(run, report, request, Execution(), UNTRUSTED, said)
     assert not [line for line in said.lines if line.startswith("evaluating")]
     known = fp.evaluate_run(pruned, text, seqlen=20, windows=4)
     fp.evaluate_run(run.folder, text, seqlen=20, windows=4, listener=said)
@@ -159,7 +160,7 @@ def test_a_recovery_without_a_dense_model_is_compared_with_its_input(made: Path,
     (pruned / "report.json").write_text((made / "run" / "report.json").read_text())
     run = recovery_of(pruned, tmp_path / "recovered", None)
     request = EvaluationRequest(data=str(made / "text.txt"), windows=3, seqlen=24)
-    report = measure(run, load_run(run.folder), request, UNTRUSTED, Said())
+    report = measure(run, load_run(run.folder), request, Execution(), UNTRUSTED, Said())
     (after,), (before,) = report.evaluations, report.recovery.before  # type: ignore[union-attr]
     assert after.against is before.against is after.reference is None
     found = gain(before, after)

@@ -15,7 +15,12 @@ import torch
 import fistapruner as fp
 import tiny
 from fistapruner.cli import main
-from fistapruner.runs.records import load_run
+from fistapruner.pipeline.prune import finish_run
+from fistapruner.runs.directory import RunDirectory
+from fistapruner.runs.listener import Listener
+from fistapruner.runs.prune_directory import PruneDirectory
+from fistapruner.runs.records import Report, load_run
+from fistapruner.runs.training_directory import RecoverDirectory
 from fistapruner.sparse.variants import Variant, load_variant
 
 SETTINGS: dict[str, Any] = {"method": "magnitude", "calibration": {"source": "python", "samples": 2, "seqlen": 16}}
@@ -40,6 +45,16 @@ def finished(dense: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 def run(finished: Path, tmp_path: Path) -> Path:
     """A copy of a finished run."""
     return Path(shutil.copytree(finished, tmp_path / "run"))
+
+
+class Said(Listener):
+    """Keeps the sentences."""
+
+    def __init__(self) -> None:
+        self.sentences: list[str] = []
+
+    def say(self, message: str) -> None:
+        self.sentences.append(message)
 
 
 def contents(folder: Path) -> dict[str, bytes]:
@@ -341,3 +356,45 @@ def test_several_calibration_texts_are_known_by_name_and_content(
     assert "own, generated is not the text that it was calibrated on" in capsys.readouterr().err
     text.unlink()  # nobody can tell
     assert main(["resume", str(tmp_path / "run")]) == 0
+
+
+def begun_on(run: RunDirectory, device: str) -> None:
+    """Let a run have begun on another device."""
+    record = run.record()
+    assert record is not None
+    record.recipe["execution"]["device"] = device
+    run.write_record(record)
+
+
+def test_a_run_goes_on_without_its_device(dense: Path, run: Path) -> None:
+    """By a command that names another; ``resume`` and ``finish`` name none, and say what they take."""
+    following: dict[str, Any] = {"steps": 1, "rank": 2, "data": {"seqlen": 16, "tokens": 300}}
+    shutil.rmtree(run)
+    settings = {**SETTINGS, "recover": following}
+    fp.prune(dense, run, evaluate="python", evaluate_windows=1, **settings)
+    begun_on(PruneDirectory(run), "cuda:99")
+    begun_on(RecoverDirectory(run / "recovered"), "cuda:99")
+
+    def prune(listener: Listener) -> Report:
+        execution = {"device": "cpu"}
+        again = {**settings, "execution": execution}
+        return fp.prune(dense, run, evaluate="python", evaluate_windows=1, listener=listener, **again)
+
+    for name, go_on in (
+        ("prune", prune),
+        ("resume", lambda listener: fp.resume(run, listener=listener)),
+        ("finish", lambda listener: finish_run(run, listener=listener)),
+    ):
+        for folder in (run, run / "recovered"):
+            shutil.rmtree(folder / "model")
+            (folder / "report.json").unlink()
+        said = Said()
+        report = go_on(said)
+        assert report.kind == "recover"
+        assert report.evaluations
+        found = [sentence for sentence in said.sentences if sentence.startswith("device 'cuda:99'")]
+        assert len(found) == (name != "prune")
+    shutil.rmtree(run / "recovered" / "model")
+    said = Said()
+    assert fp.resume(run / "recovered", listener=said).status == "finished"
+    assert any("this run goes on with" in sentence for sentence in said.sentences)

@@ -8,12 +8,14 @@ from pathlib import Path
 
 from ..errors import FistaPrunerError
 from ..models.source import Permissions
-from ..recipes.settings import Recipe
+from ..recipes.settings import Execution, Recipe
 from ..runs.base import parse, read_json
 from ..runs.decision import PruneRecord
 from ..runs.identity import fingerprint, text_sha256
+from ..runs.listener import Listener
 from ..runs.prune_directory import PruneDirectory
 from ..runs.records import Report
+from ..runtime.devices import choose_device, device_title
 from ..sensitivity.workload import workload_sha256
 
 
@@ -100,6 +102,16 @@ def changed_model(run: PruneDirectory, record: PruneRecord, recipe: Recipe, perm
     except FistaPrunerError:
         return None
     return None if same else f"{folder} is not the model that it pruned"
+
+
+def execution_here(execution: Execution, listener: Listener) -> Execution:
+    """Choose another device for a run that goes on where its own is not, and say so."""
+    try:
+        choose_device(execution.device)
+    except FistaPrunerError as error:
+        listener.say(f"{error}; this run goes on with {device_title(choose_device('auto'))}")
+        return execution.model_copy(update={"device": "auto"})
+    return execution
 
 
 def absolute(name: str) -> str:

@@ -15,6 +15,7 @@ from ..evaluation.data import load_windows
 from ..evaluation.evaluate import evaluate as run_evaluation
 from ..evaluation.generations import generate_side_by_side
 from ..models.source import Permissions
+from ..recipes.settings import Execution
 from ..reporting.lineage_text import trained_on
 from ..reporting.model_card import model_card
 from ..reporting.recovery_text import gain_text
@@ -59,6 +60,7 @@ def measure(
     run: RunDirectory,
     report: Report,
     request: EvaluationRequest | None,
+    execution: Execution,
     permissions: Permissions,
     listener: Listener,
 ) -> Report:
@@ -71,6 +73,7 @@ def measure(
         run: the run directory, with a finished checkpoint.
         report: of the finished run.
         request: the text to evaluate on; None evaluates nothing.
+        execution: names the device and the most memory; a run may end on another machine than it began on.
         permissions: what the models' files may do.
         listener: receives progress.
 
@@ -81,8 +84,8 @@ def measure(
         compared = Compared.of(run)
         if report.recovery is not None and compared.dense is not None and not compared.dense.exists():
             compared = replace(compared, dense=None)  # its predictions are stored, so that training did not need it
-        _evaluate(run, report, compared, request, permissions, listener)
-        _generate(run, report, compared, permissions, listener)
+        _evaluate(run, report, compared, request, execution, permissions, listener)
+        _generate(run, report, compared, execution, permissions, listener)
     publish(run, report, listener)
     return report
 
@@ -92,17 +95,17 @@ def _evaluate(
     report: Report,
     compared: Compared,
     request: EvaluationRequest,
+    execution: Execution,
     permissions: Permissions,
     listener: Listener,
 ) -> None:
     """Measure perplexity and divergence, and keep them with the report at once."""
-    execution = report.recipe.get("execution", {})
-    limit = execution.get("memory_limit")
+    limit = execution.memory_limit
     assert report.calibration is not None
     seqlen = request.seqlen or report.calibration.seqlen
     cut = load_windows(request.data, permissions.at(run.model).tokenizer(), seqlen, request.windows)
     settings = {
-        "device": execution.get("device", "auto"),
+        "device": execution.device,
         "dtype": report.recipe.get("dtype", "auto"),
         "memory_limit": limit and limit // 2,  # the other half is for a layer of each model and the logits
         "tick": listener.tick,
@@ -170,13 +173,17 @@ def _of_input(report: Report, before: Path) -> list[Evaluation]:
 
 
 def _generate(
-    run: RunDirectory, report: Report, compared: Compared, permissions: Permissions, listener: Listener
+    run: RunDirectory,
+    report: Report,
+    compared: Compared,
+    execution: Execution,
+    permissions: Permissions,
+    listener: Listener,
 ) -> None:
     """Continue a few prompts with the dense model, the run's result, and the model before recovery."""
     if report.generations:
         return
-    execution = report.recipe.get("execution", {})
-    device = choose_device(execution.get("device", "auto"))
+    device = choose_device(execution.device)
     models = {"dense": compared.dense, "pruned": compared.before, "recovered": run.model}
     if compared.before is None:
         models = {"dense": compared.dense, "pruned": run.model}
@@ -185,7 +192,7 @@ def _generate(
         report.generations = generate_side_by_side(
             {name: folder for name, folder in models.items() if folder is not None and folder.exists()},
             device,
-            memory_limit=execution.get("memory_limit"),
+            memory_limit=execution.memory_limit,
             trust_remote_code=permissions.trust_remote_code,
             tick=listener.tick,
         )

@@ -26,7 +26,7 @@ from ..runs.times import Times, spent
 from ..runtime.devices import choose_device, device_title
 from ..runtime.files import disk_errors
 from ..runtime.memory import reset_peak_memory
-from .begun import FinishedRun, absolute, find_finished
+from .begun import FinishedRun, absolute, execution_here, find_finished
 from .finish import finish, write_failure
 from .measure import measure
 from .prepare import RunRequest, check_layers_before, prepare
@@ -111,7 +111,7 @@ def resume_pruning(run: PruneDirectory, permissions: Permissions, listener: List
     return prune(
         begun.decision.model,
         run.folder,
-        recipe=Recipe.build(begun.recipe, str(run.run_file)),
+        recipe=_recipe_here(run, begun, listener),
         listener=listener,
         command=begun.command,
         evaluate=evaluation.data if evaluation else None,
@@ -142,18 +142,18 @@ def finish_run(
     listener = Logged(listener or Listener())
     begun = _begun(run, "was begun")
     run.check_place()
-    recipe = Recipe.build(begun.recipe, str(run.run_file))
+    recipe = _recipe_here(run, begun, listener)
     found = find_finished(run, begun.decision.model, recipe, permissions)
     report = found.report
     with _saying_how_to_continue(run), hold(run.folder), log_file(run.log_file):
         if found.says:
             listener.say(found.says)
         if report is None:
-            context = RunContext.open(run.folder, permissions=permissions)
+            context = RunContext.open(run.folder, choose_device(recipe.execution.device), permissions=permissions)
             with spent(run.folder) as times:
                 report = finish(context, times, listener, found.damaged)
             context.clear_hidden()
-        report = measure(run, report, begun.decision.evaluation, permissions, listener)
+        report = measure(run, report, begun.decision.evaluation, recipe.execution, permissions, listener)
     return _recover(run, report, recipe, permissions, listener)
 
 
@@ -188,6 +188,12 @@ def _begun(run: PruneDirectory, what: str, hint: str = "") -> PruneRecord:
     return record
 
 
+def _recipe_here(run: PruneDirectory, begun: PruneRecord, listener: Listener) -> Recipe:
+    """Read the recipe of a begun run, with a device that this machine has."""
+    recipe = Recipe.build(begun.recipe, str(run.run_file))
+    return recipe.model_copy(update={"execution": execution_here(recipe.execution, listener)})
+
+
 def _run(run: PruneDirectory, request: RunRequest, told: Listener, inspect: Inspect | None) -> Report:
     """Do what is left of a run: nothing, its measurements, its checkpoint, or all of it."""
     listener = Logged(told)
@@ -201,7 +207,8 @@ def _run(run: PruneDirectory, request: RunRequest, told: Listener, inspect: Insp
                 report = _prune(run, request, found, times, told, inspect)
             if only is not None:
                 return report
-        return measure(run, report, request.evaluation, request.permissions, listener)
+        execution = request.recipe.execution
+        return measure(run, report, request.evaluation, execution, request.permissions, listener)
 
 
 def _prune(

@@ -27,7 +27,7 @@ from ..runtime.devices import choose_device
 from ..runtime.files import disk_errors, sha256_file
 from ..runtime.memory import reset_peak_memory
 from ..runtime.ranks import ranks_of_run
-from .begun import absolute
+from .begun import absolute, execution_here
 from .finish import write_failure
 from .finish_training import AddResults, finish
 from .measure import measure
@@ -105,6 +105,7 @@ def resume_training(verb: TrainingVerb[R], folder: Path, permissions: Permission
     record = run.record()
     assert record is not None
     recipe = verb.settings.build(record.recipe, str(run.run_file))
+    recipe = recipe.model_copy(update={"execution": execution_here(recipe.execution, listener)})
     decision = record.decision
     dense = None if decision.dense is None else str(decision.dense)
     request = TrainingRequest(
@@ -177,7 +178,7 @@ def _lead(
         evaluation = request.evaluation_beside(record.decision.evaluation)
         if evaluation is not None and evaluation.seqlen is None and (known := record.decision.evaluation):
             evaluation = evaluation.model_copy(update={"seqlen": known.seqlen})
-        return measure(run, report, evaluation, request.permissions, listener)
+        return measure(run, report, evaluation, request.recipe.execution, request.permissions, listener)
 
 
 def _finished(run: TrainingDirectory, record: TrainingRecord | None) -> Report | None:
