@@ -316,3 +316,4 @@ def test_a_recovery_is_that_of_the_row(tmp_path: Path) -> None:
     write("after {} comes the age of wisdom, and of foolishness.")
     assert row("out", 2) == row("other", 2)
     assert row("out", 2, data=str(text))[1] == 2
+    assert not list((tmp_path / "out").rglob("times*.json"))  # made again, a row does not cost what it did before, too

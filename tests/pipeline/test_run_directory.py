@@ -398,3 +398,22 @@ def test_a_run_goes_on_without_its_device(dense: Path, run: Path) -> None:
     said = Said()
     assert fp.resume(run / "recovered", listener=said).status == "finished"
     assert any("this run goes on with" in sentence for sentence in said.sentences)
+
+
+def test_a_run_that_is_made_again_has_its_own_time_only(dense: Path, tmp_path: Path) -> None:
+    run, text = tmp_path / "run", tmp_path / "text.txt"
+    calibration = {"source": str(text), "samples": 2, "seqlen": 16}
+
+    def seconds(words: str) -> float:
+        """Of a run that processes before it have worked on for 1000 s, one of them on a part of it."""
+        text.write_text(words * 20)
+        for name in ("times.json", "times.0-0.json") if run.exists() else ():
+            (run / name).write_text("[500.0]")
+        report = fp.prune(dense, run, method="magnitude", calibration=calibration)
+        assert report.totals.seconds is not None
+        return report.totals.seconds
+
+    assert seconds(TEXT) < 1000
+    (run / "report.json").unlink()
+    assert seconds(TEXT) > 1000
+    assert seconds("it was the epoch of belief, it was the epoch of incredulity. ") < 1000

@@ -45,6 +45,7 @@ from ..runs.listener import Listener
 from ..runs.prune_directory import PruneDirectory
 from ..runs.records import CompareRow, Comparison, Report, load_run
 from ..runs.results import Evaluation, Perplexity
+from ..runs.times import forget_times
 from ..runs.training_directory import RecoverDirectory
 from ..runtime.devices import choose_device
 from ..runtime.files import disk_errors, write_json_atomic, write_text_atomic
@@ -467,6 +468,7 @@ def _delete_weights(run: PruneDirectory) -> None:
     for made in (run, following):
         if made.model.is_dir():
             made.remove_model()
+        forget_times(made.folder)
     shutil.rmtree(following.states.folder, ignore_errors=True)
     remove_adapter(run.adapter)
     run.journal.remove_weights()

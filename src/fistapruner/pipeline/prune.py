@@ -226,7 +226,11 @@ def _prune(
     if request.recipe.recover is not None and not run.run_file.exists():
         check_following(request.recipe, request.permissions.find(request.model))
     with preparing(run.folder):
+        before = run.record()
         prepare(run, request, listener)
+        now = run.record()
+        if before is not None and now is not None and before.fingerprint != now.fingerprint:
+            times.forget()
     part = "" if only is None else f"{only[0]}-{only[1]}"
     listener.tick("opening the run", 0, 1)
     context = RunContext.open(run.folder, device, part, request.permissions)

@@ -37,10 +37,21 @@ class Times:
         """Record the seconds of this process so far."""
         write_json_atomic(self._file, [*self._before, time.perf_counter() - self._begin])
 
+    def forget(self) -> None:
+        """Forget the seconds of processes before this one: the run is made again."""
+        self._before = []
+        forget_times(self._folder)
+
     def total(self) -> float:
         """Return the seconds of all processes of the run, of this one up to now."""
         others = [path for path in self._folder.glob(f"{NAME}*.json") if path != self._file]
         return sum(self._before) + time.perf_counter() - self._begin + sum(sum(_read(path)) for path in others)
+
+
+def forget_times(folder: Path) -> None:
+    """Remove what a run directory keeps of times: what they were spent on is gone."""
+    for path in folder.glob(f"{NAME}*.json"):
+        path.unlink(missing_ok=True)
 
 
 @contextmanager
