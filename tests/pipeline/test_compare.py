@@ -13,8 +13,10 @@ import tiny
 from fistapruner.cli import main
 from fistapruner.errors import FistaPrunerError
 from fistapruner.evaluation.data import cut_windows
+from fistapruner.evaluation.evaluate import evaluate as run_evaluation
 from fistapruner.pipeline.compare import compare, run_name
 from fistapruner.pipeline.contenders import parse_contenders
+from fistapruner.pipeline.prune import prune
 from fistapruner.reporting.comparison import comparison_table
 from fistapruner.runs.listener import Listener
 
@@ -237,6 +239,39 @@ def test_a_damaged_figure_of_the_dense_model_is_named(tmp_path: Path) -> None:
     (out / "dense.json").write_text('{"data": "python"}')
     with pytest.raises(FistaPrunerError, match=r"dense\.json is not what a comparison writes \(split: .*remove it"):
         compare(source, "magnitude", ["50%"], out, settings=SETTINGS, windows=2)
+
+
+def test_bad_texts_show_before_anything_is_measured(tmp_path: Path) -> None:
+    source, out = tiny.save("llama", tmp_path / "model"), tmp_path / "out"
+    calibration = SETTINGS["calibration"]
+    for bad, message in (
+        ({"calibration": {**calibration, "source": "typo.jsonl"}}, r"calibration source '.*typo\.jsonl'"),
+        (
+            {"calibration": calibration, "recover": {"data": {"source": "typo.jsonl"}}},
+            r"training source '.*typo\.jsonl'",
+        ),
+        ({"calibration": calibration, "recover": {"data": {"seqlen": 10**6}}}, r"data\.seqlen 1000000 is more than"),
+    ):
+        with pytest.raises(FistaPrunerError, match=message):
+            compare(source, "magnitude,wanda", ["50%"], out, settings=bad, windows=2)
+        assert not out.exists()
+        if "recover" not in bad:
+            with pytest.raises(FistaPrunerError, match=message):
+                prune(source, tmp_path / "run", listener=Counts(stop="plan:"), **bad)
+
+
+def test_measuring_obeys_the_memory_limit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    limits: list[Any] = []
+
+    def evaluate(*models: Any, memory_limit: int | None = None, **settings: Any) -> Any:
+        limits.append(memory_limit)
+        return run_evaluation(*models, memory_limit=memory_limit, **settings)
+
+    monkeypatch.setattr("fistapruner.pipeline.compare.run_evaluation", evaluate)
+    source = tiny.save("llama", tmp_path / "model", num_hidden_layers=1)
+    settings = {**SETTINGS, "execution": {"memory_limit": "4GiB"}}
+    compare(source, "magnitude", ["50%"], tmp_path / "out", settings=settings, windows=2)
+    assert limits == [2 << 30] * 2
 
 
 def test_figures_are_those_of_the_model(tmp_path: Path) -> None:

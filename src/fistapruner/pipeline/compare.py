@@ -11,6 +11,7 @@ tensors are deleted (they are as large as the model); its records stay.
 from __future__ import annotations
 
 import hashlib
+import json
 import math
 import re
 import shlex
@@ -54,10 +55,11 @@ from ..runtime.numerics import dtype_name
 from ..sensitivity.workload import read_workload
 from .begun import changed_text
 from .contenders import Contender, parse_contenders
-from .prepare import refuse_overlap
+from .prepare import check_calibration, refuse_overlap
 from .protocol import Protocol
 from .prune import prune, recover_execution
 from .recover import recover
+from .recover_inputs import check_following
 from .training import changed_texts
 from .training_inputs import asked
 
@@ -119,6 +121,7 @@ def compare(
     jobs = [replace(job, recipe=job.recipe.resolved(family=source.family)) for job in jobs]
     protocol = agree_protocol(source, jobs[0].recipe, data, windows, settings or {})
     rows = _rows_that_stay(before, jobs, protocol, folder)
+    check_texts(jobs, source, folder)
     with disk_errors(folder):
         (folder / "runs").mkdir(parents=True, exist_ok=True)
     comparison = Comparison(
@@ -159,6 +162,10 @@ class Job:
     seed: int
     recipe: Recipe
 
+    def run(self, folder: Path) -> PruneDirectory:
+        """Return its run directory in that of a comparison."""
+        return PruneDirectory(folder / "runs" / run_name(self.label, str(self.recipe.sparsity), self.seed))
+
 
 def plan_jobs(
     contenders: Sequence[Contender], sparsities: Sequence[str], seeds: Sequence[int], settings: Mapping[str, Any]
@@ -180,6 +187,27 @@ def plan_jobs(
     return jobs
 
 
+def check_texts(jobs: Sequence[Job], source: ModelSource, folder: Path) -> None:
+    """Check the texts of calibration and recovery of all runs that have not begun.
+
+    Raises:
+        FistaPrunerError: a text that cannot be read, or is too short for the windows of a recovery.
+    """
+    checked = set()
+    for job in jobs:
+        run, recipe = job.run(folder), job.recipe
+        if not run.run_file.exists():
+            check_calibration(recipe)
+        texts = json.dumps([recipe.calibration.sources, recipe.recover and recipe.recover.model_dump(mode="json")])
+        if (
+            recipe.recover is not None
+            and texts not in checked
+            and not RecoverDirectory(run.recovered).run_file.exists()
+        ):
+            check_following(recipe, source)
+            checked.add(texts)
+
+
 def agree_protocol(
     source: ModelSource, recipe: Recipe, data: str, windows: int | None, settings: Mapping[str, Any]
 ) -> Protocol:
@@ -187,7 +215,8 @@ def agree_protocol(
     opened = open_model(source, recipe)
     text = load_windows(data, source.tokenizer(), window_length(recipe.calibration.seqlen, opened), windows)
     calibration = Recipe.build({"calibration": settings.get("calibration") or {}}).resolved().calibration
-    return Protocol(text, dtype_name(opened.dtype), calibration, recipe.execution.device, recipe.dtype)
+    execution = recipe.execution
+    return Protocol(text, dtype_name(opened.dtype), calibration, execution.device, recipe.dtype, execution.memory_limit)
 
 
 def measure_dense(shared: _Shared) -> Perplexity:
@@ -257,12 +286,14 @@ class _Shared:
     def evaluate(self, checkpoint: Path, against: Path | None = None) -> Evaluation:
         """Measure a checkpoint on the windows of the protocol."""
         permissions, protocol = self.source.permissions, self.protocol
+        limit = protocol.memory_limit
         return run_evaluation(
             checkpoint,
             protocol.text,
             against=against,
             device=protocol.device,
             dtype=protocol.asked_dtype,
+            memory_limit=limit and limit // 2,  # as in every run, the other half is for layers and logits
             tick=self.listener.tick,
             **permissions.keywords(),
         )
@@ -273,7 +304,7 @@ class _Shared:
         Returns:
             The report of pruning, and that of the recovery where the recipe asks for one.
         """
-        run = PruneDirectory(self.folder / "runs" / run_name(job.label, str(job.recipe.sparsity), job.seed))
+        run = job.run(self.folder)
         following = job.recipe.recover
         if following is not None:
             following = following.model_copy(update={"execution": recover_execution(job.recipe.execution)})

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from ..activations.stream import check_model
 from ..calibration import SELF, calibration_tokens, window_length
+from ..calibration.windows import check_source
 from ..constraints import Constraint
 from ..errors import FistaPrunerError
 from ..evaluation.data import load_windows
@@ -166,6 +167,8 @@ def check_inputs(run: PruneDirectory, request: RunRequest, begun: PruneRecord | 
     recipe = request.recipe
     if begun is None:  # what a run has decided does not need its workload file any more
         check_allocation(recipe)
+        if request.drawn is None:
+            check_calibration(recipe)
     if recipe.execution.executor == "ray":
         require_ray(recipe.execution.address)
     source = request.permissions.find(request.model)
@@ -217,6 +220,16 @@ def check_layers_before(recipe: Recipe, first: int, last: int, done: Container[i
             f"--only-layers {first}-{last} with propagate=pruned needs the layers before it pruned first, and "
             f"{missing} is not: parts can run side by side with --propagate dense only"
         )
+
+
+def check_calibration(recipe: Recipe) -> None:
+    """Refuse calibration sources that are neither known names nor files.
+
+    Raises:
+        FistaPrunerError: names the source.
+    """
+    for source in recipe.calibration.sources.values():
+        check_source(source)
 
 
 def choose_plan(

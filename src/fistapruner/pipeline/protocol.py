@@ -22,6 +22,7 @@ class Protocol:
         calibration: where calibration windows come from, but for their seed; a method may have settings of its own.
         device: where models are evaluated, as recipes name it.
         asked_dtype: the precision as recipes name it.
+        memory_limit: bytes of main memory that a run may use; None is what the machine has free.
     """
 
     text: Windows
@@ -29,6 +30,7 @@ class Protocol:
     calibration: Calibration
     device: str = "auto"
     asked_dtype: str = "auto"
+    memory_limit: int | None = None
 
     def covers(self, perplexity: Perplexity | None) -> bool:
         """Whether a figure was measured so."""
