@@ -36,7 +36,9 @@ from ..runtime.memory import peak_memory
 from ..structured.experts import EXPERTS, chosen_experts, dropped_tensors
 
 
-def finish(context: RunContext, times: Times, listener: Listener, earlier: Report | None = None) -> Report:
+def finish(
+    context: RunContext, times: Times, listener: Listener, earlier: Report | None = None, *, alone: bool = False
+) -> Report:
     """Write the checkpoint and the report of a run whose layers are all journaled.
 
     Args:
@@ -44,6 +46,7 @@ def finish(context: RunContext, times: Times, listener: Listener, earlier: Repor
         times: wall time of the run so far.
         listener: receives progress.
         earlier: report of the finished run whose checkpoint is written again; its measurements still hold.
+        alone: this process has pruned all layers, so that the GPU memory it took is that of the run.
 
     Raises:
         FistaPrunerError: layers are missing.
@@ -54,7 +57,7 @@ def finish(context: RunContext, times: Times, listener: Listener, earlier: Repor
     report = record.report()
     report.layers = _finished_layers(context)
     report.warnings += [warning for layer in report.layers for warning in layer.warnings]
-    report.totals = _totals(report.layers, context, times.total())
+    report.totals = _totals(report.layers, context, times.total(), alone=alone)
     if record.decision.sensitivity_seconds:
         report.totals.time_split["sensitivity"] = record.decision.sensitivity_seconds
     report.finished = now()
@@ -232,7 +235,7 @@ def folder_bytes(folder: Path) -> int:
     return sum(path.stat().st_size for path in folder.iterdir() if path.is_file())
 
 
-def _totals(layers: list[LayerEntry], context: RunContext, seconds: float) -> Totals:
+def _totals(layers: list[LayerEntry], context: RunContext, seconds: float, *, alone: bool) -> Totals:
     checkpoint, tokens, device = context.model.checkpoint, context.tokens, context.model.device
     split: dict[str, float] = {}
     for layer in layers:
@@ -265,12 +268,12 @@ def _totals(layers: list[LayerEntry], context: RunContext, seconds: float) -> To
         flops_per_token=flops,
         seconds=seconds,
         time_split=split,
-        peak_memory=peak_memory(),
+        peak_memory=max(peak_memory(), *(layer.peak_memory or 0 for layer in layers)),
         capture_tokens_per_second=tokens.numel() / split["capture"] if split.get("capture") else None,
         forward_tokens_per_second=windows * seqlen / sum(plain)
         if len(plain) == len(layers) and sum(plain) > 0
         else None,
-        peak_device_memory=torch.cuda.max_memory_allocated(device) if device.type == "cuda" else None,
+        peak_device_memory=torch.cuda.max_memory_allocated(device) if alone and device.type == "cuda" else None,
     )
 
 

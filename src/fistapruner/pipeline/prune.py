@@ -235,15 +235,16 @@ def _prune(
     listener.tick("opening the run", 0, 1)
     context = RunContext.open(run.folder, device, part, request.permissions)
     with nullcontext() if only or found.damaged else _reporting_failure(run, times):
-        _prune_missing(context, request, Logged(told, times.note), inspect)
+        todo = _prune_missing(context, request, Logged(told, times.note), inspect)
         if only is not None:
             times.note()
             return load_run(run.folder)
-        return finish(context, times, listener, found.damaged)
+        alone = len(todo) == len(context.model) and request.recipe.execution.executor == "serial"
+        return finish(context, times, listener, found.damaged, alone=alone)
 
 
-def _prune_missing(context: RunContext, request: RunRequest, listener: Listener, inspect: Inspect | None) -> None:
-    """Prune the layers, all or a part of them, that are not journaled yet."""
+def _prune_missing(context: RunContext, request: RunRequest, listener: Listener, inspect: Inspect | None) -> set[int]:
+    """Prune the layers, all or a part of them, that are not journaled yet; returns their indices."""
     layers, numerics = range(len(context.model)), context.numerics
     first, last = request.only_layers or (0, len(layers) - 1)
     done = {index for index in layers if context.run.journal.finished(index, context.fingerprint)}
@@ -263,6 +264,7 @@ def _prune_missing(context: RunContext, request: RunRequest, listener: Listener,
     finally:
         listener.end()
         context.clear_hidden()
+    return todo
 
 
 def _began_on(run: PruneDirectory) -> str:

@@ -98,7 +98,8 @@ class Totals(Record):
         dense_flops_per_token, flops_per_token: floating-point operations of the matrices of the decoder layers and of
             the head for a token, before and after channels were removed; None where none were.
         seconds: total wall time across interruptions; ``time_split``: wall seconds by phase.
-        peak_memory: bytes, resident set; ``peak_device_memory``: bytes on the GPU.
+        peak_memory: bytes, resident set; ``peak_device_memory``: bytes on the GPU, where one
+            process pruned all layers.
         capture_tokens_per_second: calibration tokens a second through capture, all layers;
             ``forward_tokens_per_second``: of one plain forward pass of the same tokens.
         checkpoint_bytes: of ``RUN/model``; ``compressed_bytes``: of the packed weights if they were measured.
