@@ -7,7 +7,7 @@ import math
 import re
 import sys
 from dataclasses import replace
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +23,7 @@ import samples
 
 from fistapruner import FistaPrunerError
 from fistapruner.cli import main
+from fistapruner.constraints import parse_sparsity
 from fistapruner.evaluation.scoring import perplexity_of
 from fistapruner.reporting.advice import advice
 from fistapruner.reporting.evaluation_text import evaluation_text
@@ -31,6 +32,7 @@ from fistapruner.reporting.model_card import model_card
 from fistapruner.reporting.recovery_text import closed_text, gain
 from fistapruner.reporting.status_text import status_facts, status_text
 from fistapruner.runs.base import VERSION, parse
+from fistapruner.runs.layer_records import LayerEntry
 from fistapruner.runs.records import Report, load_run
 from fistapruner.runs.results import Divergence, Evaluation
 from fistapruner.runs.steps import StepJournal
@@ -136,8 +138,8 @@ def test_status_of_an_unfinished_run(tmp_path: Path, capsys: pytest.CaptureFixtu
     run = unfinished(tmp_path / "run")
     now = datetime(2026, 1, 1, 10, 6, tzinfo=UTC)
     facts = status_facts(load_run(run), now)
-    spent = sum(sum(layer.seconds.values()) for layer in load_run(run).layers)
-    assert facts["seconds_left"] == pytest.approx(9 * spent / 3)
+    longest = max(sum(layer.seconds.values()) for layer in load_run(run).layers)
+    assert facts["seconds_left"] == pytest.approx(9 * longest / 3)  # all three were finished at once
     assert (facts["layers_done"], facts["layers"], facts["seconds_since_start"], facts["seconds_since_last_layer"]) == (
         3,
         12,
@@ -158,6 +160,31 @@ def test_status_of_an_unfinished_run(tmp_path: Path, capsys: pytest.CaptureFixtu
     assert errors[max(errors)] in printed
     assert main(["status", str(run), "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["working"] is False
+
+
+@given(st.integers(1, 8), st.integers(1, 5), st.integers(0, 10**5))
+def test_seconds_left_are_those_of_all_workers(workers: int, rounds: int, pause: int) -> None:
+    """Each of them prunes a layer in 60 s; a pause between two commands counts nothing."""
+    report, begin = samples.report(), datetime(2026, 1, 1, tzinfo=UTC)
+    report.status, report.model.layers = "running", 100
+    ends = [60 * (number + 1) + pause * (number > 0) for number in range(rounds) for _ in range(workers)]
+    report.layers = [
+        LayerEntry(index=index, seconds={"solve": 60.0}, finished=(begin + timedelta(seconds=end)).isoformat())
+        for index, end in enumerate(ends)
+    ]
+    facts = status_facts(report, begin + timedelta(days=9))
+    assert facts["seconds_left"] == pytest.approx((100 - len(ends)) * 60 / workers)
+
+
+def test_layers_of_what_a_run_was_before_are_left_out(tmp_path: Path) -> None:
+    run = unfinished(tmp_path / "run")
+    fingerprint = json.loads((run / "run.json").read_text())["fingerprint"]
+    for index, of in enumerate((fingerprint, "another")):
+        file = run / "layers" / f"{index:04d}.json"
+        file.write_text(json.dumps({**json.loads(file.read_text()), "file": {"fingerprint": of}}))
+    report = load_run(run)
+    assert [layer.index for layer in report.layers] == [0, 2]
+    assert not report.warnings
 
 
 def test_report_of_an_unfinished_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -191,11 +218,15 @@ def test_the_allocation_that_advice_gives_is_understood() -> None:
     from fistapruner.recipes.loading import parse_yaml
     from fistapruner.recipes.patterns import matches
 
-    line = next(line for line in advice(samples.report()) if '--allocation "' in line)
-    mapping = parse_yaml(re.search(r'--allocation "(\{.*\})"', line)[1], "advice")  # type: ignore[index]
-    (pattern,) = mapping
-    assert matches("model.layers.1.mlp.up_proj", pattern)
-    assert not matches("model.layers.11.mlp.up_proj", pattern)
+    report = samples.report()
+    for sparsity in ("50%", "0.3", "12.5%", "1%", "95%"):
+        report.recipe["sparsity"] = sparsity
+        line = next(line for line in advice(report) if '--allocation "' in line)
+        mapping = parse_yaml(re.search(r'--allocation "(\{.*\})"', line)[1], "advice")  # type: ignore[index]
+        ((pattern, less),) = mapping.items()
+        assert matches("model.layers.1.mlp.up_proj", pattern)
+        assert not matches("model.layers.11.mlp.up_proj", pattern)
+        assert 0 < parse_sparsity(less).fraction < parse_sparsity(sparsity).fraction
 
 
 def unfinished_recovery(folder: Path, lines: list[dict[str, Any]]) -> Path:

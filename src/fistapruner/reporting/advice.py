@@ -29,7 +29,7 @@ def advice(report: Report) -> list[str]:
     if report.only_structure:
         return _calibration(report)
     why = _why_not_uneven(report)
-    found = [*_layers(report.layers, why), *_operators(report.layers, why)]
+    found = [*_layers(report, why), *_operators(report.layers, why)]
     return [*found, *_chain(report), *_search(report.layers), *_calibration(report)]
 
 
@@ -42,7 +42,8 @@ def _recovery(found: Recovery, more: str) -> list[str]:
     return []
 
 
-def _layers(layers: Sequence[LayerEntry], why_not: str) -> list[str]:
+def _layers(report: Report, why_not: str) -> list[str]:
+    layers = report.layers
     means = {layer.index: mean for layer in layers if (mean := _mean(layer.operators)) is not None}
     if len(means) < 4:
         return []
@@ -59,10 +60,12 @@ def _layers(layers: Sequence[LayerEntry], why_not: str) -> list[str]:
     pattern = f"re:{re.escape(name)}\\."
     if why_not:
         return [f"{stands} {why_not}; `--ignore '{pattern}'` leaves {'the layer' if one else name} dense."]
-    return [
-        f"{stands} Give {them} less sparsity: `--allocation error` spreads the same budget by measured error, "
-        f"or name the layer: `--allocation \"{{'{pattern}': 40%}}\"`."
-    ]
+    spread = f"{stands} Give {them} less sparsity: `--allocation error` spreads the same budget by measured error"
+    try:
+        less = f"{80 * parse_sparsity(report.recipe.get('sparsity', '')).fraction:.3g}%"
+    except FistaPrunerError:
+        return [f"{spread}."]
+    return [f"{spread}, or name the layer: `--allocation \"{{'{pattern}': {less}}}\"`."]
 
 
 def _operators(layers: Sequence[LayerEntry], why_not: str) -> list[str]:

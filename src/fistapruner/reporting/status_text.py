@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from datetime import UTC, datetime
 from typing import Any
 
@@ -18,7 +19,7 @@ LOSSES = 8
 def status_facts(report: Report, now: datetime | None = None) -> dict[str, Any]:
     """Return progress as JSON values: layers or steps done, errors or losses, times.
 
-    The seconds left are an estimate from the mean time of the finished layers or steps; None before the first one.
+    The seconds left are an estimate from the time that the finished layers or steps took; None before the first one.
     """
     now = now or datetime.now(UTC)
     facts = {
@@ -52,8 +53,8 @@ def _step_facts(report: Report, found: Recovery, now: datetime) -> dict[str, Any
 
 def _layer_facts(report: Report, now: datetime) -> dict[str, Any]:
     done, total = len(report.layers), report.model.layers
-    times = [sum(layer.seconds.values()) for layer in report.layers if layer.seconds]
-    left = None if report.status != "running" or not times else (total - done) * sum(times) / len(times)
+    took = _worked(report, now)
+    left = None if report.status != "running" or not took else (total - done) * took / done
     errors = [op.relative_error for layer in report.layers for op in layer.operators if op.relative_error is not None]
     last = [layer.finished for layer in report.layers if layer.finished]
     return {
@@ -63,6 +64,20 @@ def _layer_facts(report: Report, now: datetime) -> dict[str, Any]:
         "seconds_since_last_layer": _since(max(last), now) if last else None,
         "seconds_left": left,
     }
+
+
+def _worked(report: Report, now: datetime) -> float:
+    """Return the seconds in which at least one of the finished layers was worked on: workers share them."""
+    spans = []
+    for layer in report.layers:
+        took, ago = sum(layer.seconds.values()), _since(layer.finished, now)
+        if ago is not None:
+            spans.append((-ago - took, -ago))
+    worked, until = 0.0, -math.inf
+    for begin, end in sorted(spans):
+        worked += max(0.0, end - max(begin, until))
+        until = max(until, end)
+    return worked
 
 
 def status_text(report: Report, *, alive: bool | None = None, now: datetime | None = None) -> str:

@@ -440,7 +440,8 @@ def load_run(folder: Path) -> Report:
     """Read the report of a run directory, finished or not.
 
     A finished run is read from ``report.json``. Otherwise ``run.json`` is read and the layers that are done are added
-    from ``layers/NNNN.json``; a layer file that cannot be read is left out, with a warning. The steps of a recovery run
+    from ``layers/NNNN.json``; a layer file that cannot be read is left out, with a warning, and one of another
+    fingerprint, which the run has yet to make again, without. The steps of a recovery run
     that is not finished are read from ``steps.jsonl``.
 
     Raises:
@@ -460,7 +461,10 @@ def load_run(folder: Path) -> Report:
         return report
     for path in sorted((folder / "layers").glob("*.json")):
         try:
-            report.layers.append(parse(LayerEntry, read_json(path), str(path)))
+            content = read_json(path)
+            file = content.get("file")
+            if not isinstance(file, dict) or file.get("fingerprint") == report.fingerprint:
+                report.layers.append(parse(LayerEntry, content, str(path)))
         except FistaPrunerError as error:
             report.warnings.append(f"layer file left out: {error}")
     report.layers.sort(key=lambda layer: layer.index)
