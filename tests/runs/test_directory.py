@@ -79,6 +79,12 @@ def test_lock_log_and_times_serve_every_verb(tmp_path: Path) -> None:
     run.check_place()  # it is a run now, and may be continued
 
 
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="Linux has this device")
+def test_a_log_on_a_full_disk_hides_no_error() -> None:
+    with pytest.raises(FistaPrunerError, match="the reason"), log_file(Path("/dev/full")):
+        raise FistaPrunerError("the reason")
+
+
 def test_a_folder_of_others_is_refused(tmp_path: Path) -> None:
     (tmp_path / "calibration.safetensors").write_text("not ours")
     with pytest.raises(FistaPrunerError, match=r"other things in it \(calibration\.safetensors\)"):
