@@ -305,8 +305,8 @@ class Recipe(RunRecipe):
         description="Distribution of the sparsity over layers and operators: uniform, owl, error (by measured "
         "error), error:46% (for n:m patterns: by measured error, to this share of zeros in all), workload:FILE (by "
         "measured error in several tasks; their weights, and the losses that earlier deployments tolerated, are in the "
-        "file), or a mapping of name patterns to sparsities. auto is error for proximal, and uniform for published methods and for "
-        "n:m patterns.",
+        "file), or a mapping of name patterns to sparsities. auto is error for proximal, and uniform for published "
+        "methods and for n:m patterns.",
     )
     weighting: Literal["auto", "none", "fisher"] = Field(
         "auto",
