@@ -229,9 +229,9 @@ def phases(name: str, shape: Shape, work: Path, device: torch.device, samples: i
 
 
 @contextmanager
-def counted_waits(found: dict[str, Any]) -> Iterator[None]:
+def counted_waits(device: torch.device, found: dict[str, Any]) -> Iterator[None]:
     """Count how often the host waits for the device inside the block, and the seconds that the block takes."""
-    torch.cuda.synchronize()
+    torch.cuda.synchronize(device)
     begin = time.perf_counter()
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
@@ -240,8 +240,8 @@ def counted_waits(found: dict[str, Any]) -> Iterator[None]:
             yield
         finally:
             torch.cuda.set_sync_debug_mode("default")
-    torch.cuda.synchronize()
-    found["waits"] = sum("synchroniz" in str(one.message) for one in caught)
+    torch.cuda.synchronize(device)
+    found["waits"] = sum("called a synchronizing" in str(one.message) for one in caught)
     found["seconds"] = time.perf_counter() - begin
 
 
@@ -252,7 +252,7 @@ def waits(device: torch.device) -> dict[str, Any]:
     problem = LayerProblem(torch.randn(128, 256, generator=generator), inputs.T @ inputs / 512).to(device)
     found: dict[str, Any] = {}
     for steps in (3, 6):
-        with counted_waits(found.setdefault(f"{steps} iterations", {})):
+        with counted_waits(device, found.setdefault(f"{steps} iterations", {})):
             solve(problem, "50%", [{"proximal": {"steps": steps}}])
     return found
 
@@ -272,7 +272,7 @@ def copies(shape: Shape, device: torch.device, samples: int, seqlen: int) -> dic
         drawn = torch.randn(size, generator=torch.Generator().manual_seed(0)).bfloat16()
         states.write(0, drawn)
         for attempt in ("first", name):  # the first one warms up
-            with counted_waits(found.setdefault(attempt, {})):
+            with counted_waits(device, found.setdefault(attempt, {})):
                 for start in range(0, size[0], batch):
                     stop = min(start + batch, size[0])
                     blocking = name == "blocking"

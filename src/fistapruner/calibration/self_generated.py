@@ -137,6 +137,8 @@ def _sample(
             before = tokens[:, column - 1]
             try:
                 out = model(input_ids=before[:, None].to(model.device), use_cache=True, **{keyword: cache})
+            except torch.OutOfMemoryError as error:
+                raise _cannot(model, f"{model.device} has too little memory for {count} texts at once") from error
             except (RuntimeError, ValueError, TypeError, IndexError, AttributeError) as error:
                 raise _cannot(model, " ".join(str(error).split())[:200]) from error
             if cache.get_seq_length() != column:

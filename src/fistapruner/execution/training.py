@@ -25,7 +25,7 @@ from ..runs.decision import TrainingDecision
 from ..runs.identity import fingerprint, stamps
 from ..runs.listener import Listener
 from ..runs.training_directory import RecoverDirectory, TrainingDirectory
-from ..runtime.devices import choose_device, cpu_threads
+from ..runtime.devices import choose_device, cpu_threads, device_title
 from ..runtime.files import disk_errors, sha256_file
 from ..runtime.numerics import DTYPES
 from ..runtime.ranks import ALONE, Ranks
@@ -168,7 +168,7 @@ class TrainingContext:
             "steps": self.decision.steps,
             "operators": sorted(self.decision.operators),
             "weights": stamps(self.model.checkpoint),
-            "device": numerics.device,
+            "device": device_title(self.model.device),
             "dtype": numerics.dtype,
             "torch": torch.__version__,
         }

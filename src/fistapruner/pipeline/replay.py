@@ -20,6 +20,7 @@ from ..recipes.recover_settings import RecoverRecipe
 from ..recipes.training_settings import TrainingRecipe
 from ..runs.identity import stamps
 from ..runs.steps import read_steps
+from ..runtime.devices import device_title
 from ..tuning.adamw import Patience
 from ..tuning.steppers import Replayed
 from ..tuning.trained import Trained
@@ -73,10 +74,11 @@ def replay(
         )
     recipe = recipe.model_copy(update={"execution": recipe.execution.model_copy(update={"device": device})})
     opened = open_model(source, recipe, about["dtype"])
-    if (here := opened.device.type) != about["device"]:
+    if (here := device_title(opened.device)) != about["device"]:
+        flag = "cpu" if about["device"] == "cpu" else "cuda"
         raise FistaPrunerError(
             f"the run of {journal} was made on {about['device']}, and {recipe.optimizer} draws other random numbers on "
-            f"{here}: replay it there (--device {about['device']})"
+            f"{here}: replay it there (--device {flag})"
         )
     if [list(stamp) for stamp in stamps(opened.checkpoint)] != about["weights"]:
         raise FistaPrunerError(f"{source.folder} is not the checkpoint that {journal} began with")

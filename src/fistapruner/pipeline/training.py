@@ -23,7 +23,7 @@ from ..runs.records import Report
 from ..runs.steps import read_steps
 from ..runs.times import spent
 from ..runs.training_directory import TrainingDirectory
-from ..runtime.devices import choose_device
+from ..runtime.devices import choose_device, device_title
 from ..runtime.files import disk_errors, sha256_file
 from ..runtime.memory import reset_peak_memory
 from ..runtime.ranks import ranks_of_run
@@ -247,7 +247,7 @@ def _check_machine(
     """Say what may change the last bits of a run that goes on.
 
     Raises:
-        FistaPrunerError: another kind of device, on which steps without gradients cannot be taken again.
+        FistaPrunerError: another device, on which steps without gradients cannot be taken again.
     """
     say_other_versions(begun.versions, listener)
     numerics, execution = begun.decision.numerics, request.recipe.execution
@@ -257,13 +257,14 @@ def _check_machine(
         if getattr(execution, name) not in (None, begun.recipe["execution"][name]):
             flag = f"--{name.replace('_', '-')}"
             listener.say(f"this run keeps the plan that it began with: another {flag} changes nothing")
-    if (device := choose_device(execution.device).type) != numerics.device:
+    began = begun.machine.device_name or numerics.device
+    if (here := device_title(choose_device(execution.device))) != began:
         if request.recipe.zeroth_order:
             raise FistaPrunerError(
-                f"the run in {run.folder} began on {numerics.device}, and {request.recipe.optimizer} draws other "
-                f"random numbers on {device}: go on there (--device {numerics.device}), or name another --out"
+                f"the run in {run.folder} began on {began}, and {request.recipe.optimizer} draws other random numbers "
+                f"on {here}: go on there (--device {numerics.device}), or name another --out"
             )
-        listener.say(f"this run began on {numerics.device}; on {device} its last bits may differ")
+        listener.say(f"this run began on {began}; on {here} its last bits may differ")
 
 
 def changed_texts(begun: TrainingRecord) -> list[str]:

@@ -32,14 +32,14 @@ GROWTH = 64 * 2**20
 Result = TypeVar("Result")
 
 
-def _timed(work: Callable[[], Result]) -> tuple[Result, float]:
-    """Run ``work``; return its result and the seconds."""
-    if torch.cuda.is_initialized():
-        torch.cuda.synchronize()
+def _timed(device: torch.device, work: Callable[[], Result]) -> tuple[Result, float]:
+    """Run ``work`` on a device; return its result and the seconds."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
     begin = time.perf_counter()
     found = work()
-    if torch.cuda.is_initialized():
-        torch.cuda.synchronize()
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
     return found, time.perf_counter() - begin
 
 
@@ -76,7 +76,7 @@ def measure_model(task: Task) -> ModelSizes:
     with model.layer(index), torch.no_grad():
         load_seconds = time.perf_counter() - begin
         forward = peak_bytes(lambda: model.run(index, hidden, calls[index]))
-        _, forward_seconds = _timed(lambda: model.run(index, hidden, calls[index]))
+        _, forward_seconds = _timed(model.device, lambda: model.run(index, hidden, calls[index]))
         inside = 0 if task.recipe.zeroth_order else peak_bytes(lambda: _through(task, hidden, calls[index], {}))
         graph = 0 if task.recipe.zeroth_order else kept_bytes(lambda: _out(task, hidden, calls[index]))
     ends, head, head_seconds = _measure_head(task)
@@ -152,7 +152,7 @@ def _measure_head(task: Task) -> tuple[int, int, float]:
             if gradients:
                 torch.autograd.grad(logits, part, above)
 
-        head, seconds = _timed(lambda: peak_bytes(reduce))
+        head, seconds = _timed(model.device, lambda: peak_bytes(reduce))
     return ends, head, seconds * task.seqlen / rows
 
 
@@ -220,17 +220,17 @@ def measure_form(task: Task) -> FormSizes:
         chain, chain_seconds = 0, 0.0
         if moves is None:
             making = peak_bytes(lambda: trained.values(index, layer))
-            _, values_seconds = _timed(lambda: trained.values(index, layer))
+            _, values_seconds = _timed(model.device, lambda: trained.values(index, layer))
             backward = peak_bytes(lambda: _through(task, hidden, call, values))
-            _, backward_seconds = _timed(lambda: _through(task, hidden, call, values))
+            _, backward_seconds = _timed(model.device, lambda: _through(task, hidden, call, values))
             chain = effective + peak_bytes(lambda: trained.chain(index, layer, of_weights))
-            _, chain_seconds = _timed(lambda: trained.chain(index, layer, of_weights))
+            _, chain_seconds = _timed(model.device, lambda: trained.chain(index, layer, of_weights))
         else:
             making = peak_bytes(lambda: [None for _ in moves.variants(1)(index, layer)])
-            _, values_seconds = _timed(lambda: [None for _ in moves.variants(1)(index, layer)])
+            _, values_seconds = _timed(model.device, lambda: [None for _ in moves.variants(1)(index, layer)])
             backward, backward_seconds = 0, 0.0
         stepping = peak_bytes(update)
-        _, update_seconds = _timed(update)
+        _, update_seconds = _timed(model.device, update)
     return FormSizes(
         trained=4 * sum(counts),
         trained_layer=4 * max(counts),

@@ -249,6 +249,6 @@ def dtype_name(dtype: torch.dtype) -> str:
 def has_bf16_units(device: torch.device) -> bool:
     """Check whether a device multiplies bf16 tensors on matrix units; without, they are slower than fp32."""
     if device.type == "cuda":
-        return bool(torch.cuda.is_bf16_supported(including_emulation=False))
+        return torch.cuda.get_device_capability(device) >= (8, 0)  # Ampere
     names = ("_is_amx_tile_supported", "_is_avx512_bf16_supported")
     return device.type == "cpu" and any(bool(getattr(torch.cpu, name, bool)()) for name in names)

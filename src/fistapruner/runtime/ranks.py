@@ -249,14 +249,15 @@ def ranks_of_run(device: str) -> Iterator[Ranks]:
     if own and size == 1:
         yield ALONE
         return
-    if own:
-        _join(device)
+    nccl = _join(device) if own else False
     rank, size = torch.distributed.get_rank(), torch.distributed.get_world_size()
     group = torch.distributed.new_group(backend="gloo", timeout=PATIENCE)
     local_size = int(os.environ.get("LOCAL_WORLD_SIZE", "") or size)
     ranks = Ranks(rank, size, local_size, group, next(_runs)) if size > 1 else ALONE
+    failed = True
     try:
         yield ranks
+        failed = False
     except OtherRankFailed:
         raise
     except BaseException as error:
@@ -268,12 +269,14 @@ def ranks_of_run(device: str) -> Iterator[Ranks]:
             error.args = (f"rank {rank}: {error}",)
         raise
     finally:
-        with suppress(RuntimeError, ValueError):
-            torch.distributed.destroy_process_group(None if own else group)
+        # To end nccl takes all processes, and others may wait for this one: the end of the process must do.
+        if not (failed and nccl):
+            with suppress(RuntimeError, ValueError):
+                torch.distributed.destroy_process_group(None if own else group)
 
 
-def _join(device: str) -> None:
-    """Make the process group that a launcher's environment variables describe."""
+def _join(device: str) -> bool:
+    """Make the process group that a launcher's environment variables describe; return whether it has nccl."""
     if not torch.distributed.is_available():
         raise FistaPrunerError("several processes were started, and this PyTorch has no torch.distributed")
     local = int(os.environ.get("LOCAL_RANK", "0") or 0)
@@ -284,6 +287,7 @@ def _join(device: str) -> None:
         torch.distributed.init_process_group("cpu:gloo,cuda:nccl" if gpu else "gloo", timeout=PATIENCE)
     except (RuntimeError, ValueError) as error:
         raise FistaPrunerError(f"the other processes cannot be reached: {' '.join(str(error).split())}") from None
+    return gpu
 
 
 def local_gpu(device: str, local: int) -> int:

@@ -85,6 +85,8 @@ def to_semi_structured(
             try:
                 converted = to_sparse(weight)
                 timed[key] = _time_both(weight, converted, tokens, clock)
+            except torch.OutOfMemoryError:
+                raise
             except (RuntimeError, NotImplementedError, ValueError) as error:
                 timed[key] = f"torch refuses: {' '.join(str(error).split())[:120]}"
         result = timed[key]

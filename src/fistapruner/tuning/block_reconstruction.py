@@ -19,6 +19,7 @@ the first candidate), when the step size falls, and when training stops.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -118,6 +119,8 @@ def reconstruct_layer(
                 losses = (loss(_run(model, index, values, loss.inputs(window), calls), window) for window in held)
                 return sum(map(float, losses)) / len(held)
 
+        # A power of two, exact: gradients of a mean over a window's values are too small for fp16.
+        up = 2.0 ** math.ceil(math.log2(inputs.seqlen * inputs.width)) if model.dtype == torch.float16 else 1.0
         optimizer = _optimizer(parameters)
         before = validate()
         patience, kept = Patience.begin(before, settings.rate), parameters.copy()
@@ -129,7 +132,10 @@ def reconstruct_layer(
             optimizer.zero_grad()
             with torch.enable_grad():
                 value = loss(_run(model, index, _values(parameters, summed), loss.inputs(window), calls), window)
-            value.backward()
+            (value if up == 1.0 else value * up).backward()
+            for master in parameters.masters.values() if up > 1.0 else ():
+                if master.grad is not None:
+                    master.grad.div_(up)
             optimizer.step()
             if taken % max(1, settings.steps // CHECKS) and taken < settings.steps:  # one more where they do not divide
                 continue

@@ -36,7 +36,7 @@ from .trained import Trained
 class Directions:
     """Random directions of trained tensors, determined by seed, step and tensor name.
 
-    Draws of large tensors use the generator of their device: a CPU and a GPU draw different numbers.
+    Draws of large tensors use the generator of their device: a CPU and every kind of GPU draw different numbers.
 
     Args:
         seed: of the run.
