@@ -75,7 +75,7 @@ def test_width_is_that_of_the_weights(tmp_path: Path) -> None:
     """The config of GPT-2 calls it ``n_inner``, which the reader does not know."""
     write_gpt2(tmp_path / "dense.gguf")
     recipe = {"sparsity": "0%", "method": "magnitude", "calibration": {"source": "self", "samples": 2, "seqlen": 16}}
-    fp.prune(str(tmp_path / "dense.gguf"), tmp_path / "run", **recipe, structure={"remove": "mlp=192", "multiple": 8})
+    fp.prune(str(tmp_path / "dense.gguf"), tmp_path / "run", **recipe, structure={"remove": "mlp=192"})
     fp.export(tmp_path / "run", tmp_path / "out.gguf", values="f32")
     reader = gguf.GGUFReader(tmp_path / "out.gguf")
     assert reader.fields["gpt2.feed_forward_length"].contents() == 192
