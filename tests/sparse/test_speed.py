@@ -8,6 +8,7 @@ import multiprocessing
 import pytest
 import torch
 from pruned import save_pruned
+from safetensors.torch import load_file
 
 from fistapruner import FistaPrunerError, pack
 from fistapruner.cli import main
@@ -67,6 +68,20 @@ def test_every_form_of_a_pruned_model_is_measured(tmp_path):
         for name in ("dense float32", "dense bfloat16", "pruned float32", "pruned bfloat16", "packed", "packed int8"):
             assert name in printed
         assert record(speeds)["sentence"].startswith("On this machine")
+
+
+def test_a_packed_smaller_model_is_not_called_the_dense_one(tmp_path):
+    source = save_pruned(tmp_path / "m")
+    stages = [{"settings": {"structure": {"remove": "mlp=25%"}}}]
+    (source / "fistapruner.json").write_text(json.dumps({"lineage": {"stages": stages}}))
+    pack(source, tmp_path / "p")
+    measured = bench(tmp_path / "p", measure=lambda variants, **_: [variant.name for variant in variants])
+    assert measured == ["smaller float32", "smaller bfloat16", "packed", "packed int8"]
+    assert bench(source, measure=lambda variants, **_: [variant.name for variant in variants]) == measured[:2]
+    names = [name for name in load_file(source / "model.safetensors") if "_proj" in name]
+    claims = {name: {"sparsity": "50%"} for name in names}
+    (source / "fistapruner.json").write_text(json.dumps({"lineage": {"stages": stages}, "operators": claims}))
+    assert bench(source, measure=lambda variants, **_: [variant.name for variant in variants]) == measured
 
 
 def test_the_command_prints_a_table_or_json(tmp_path, capsys, monkeypatch):

@@ -57,17 +57,17 @@ def bench(
     refuse_low_rank(model, "bench")
     _check_positions(model, prompt, tokens)
     with TemporaryDirectory(prefix="fistapruner-bench-") as scratch:
-        about = {} if is_packed(model) else read_pruning_record(model)
         whole = [] if before is None else [Variant(f"dense {dtype}", Path(before), dtype) for dtype in DTYPES]
         dense, packed, int8 = model, Path(scratch) / "packed", Path(scratch) / "int8"
         if is_packed(model):
             dense, packed = unpack(model, Path(scratch) / "dense"), model
+        about = read_pruning_record(dense)
         if lost_structure(about):
             variants = [*whole, *(Variant(f"smaller {dtype}", dense, dtype) for dtype in DTYPES)]
         else:
             variants = [Variant(f"dense {dtype}", dense, dtype, fill=True) for dtype in DTYPES]
             variants += [Variant(f"pruned {dtype}", dense, dtype) for dtype in DTYPES]
-        if has_zeros(about):
+        if is_packed(model) or has_zeros(about):
             if not is_packed(model):
                 pack(model, packed)
             pack(dense, int8, values="int8")
