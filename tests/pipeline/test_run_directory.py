@@ -280,6 +280,13 @@ def test_code_runs_only_where_this_command_allows_it(
     trace.unlink(missing_ok=True)
     with pytest.raises(fp.FistaPrunerError, match="needs Python code of its own"):
         load_variant(Variant("dense", Path(out) / "model"))
+    fp.pack(Path(out) / "model", tmp_path / "packed")
+    for folder in (out, f"{out}/model", tmp_path / "packed"):  # before anything is packed, unpacked or measured
+        with monkeypatch.context() as patch:
+            for work in ("pack", "unpack"):
+                patch.delattr(f"fistapruner.sparse.bench.{work}")
+            assert main(["bench", str(folder)]) == 2
+        assert "needs Python code of its own" in capsys.readouterr().err
     assert not trace.exists()
 
 

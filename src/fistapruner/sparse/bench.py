@@ -15,7 +15,7 @@ from ..runtime.formatting import align_columns
 from . import kernel
 from .pack import is_packed, pack, unpack
 from .speed import WARM_UP_TOKENS, Speed
-from .variants import Variant, compare
+from .variants import Variant, compare, refuse_own_code
 
 DTYPES = ("float32", "bfloat16")
 """Precisions of dense products: which of them is faster depends on the processor."""
@@ -48,13 +48,14 @@ def bench(
         before: folder of the dense model that a model without some of its channels was; None does not measure it.
 
     Raises:
-        FistaPrunerError: no pruned model, it does not fit disk or memory, or it has too few positions for prompt and
-            tokens.
+        FistaPrunerError: no pruned model, it needs Python code of its own, it does not fit disk or memory, or it has
+            too few positions for prompt and tokens.
     """
     model = Path(model)
     if not (model / "config.json").is_file():
         raise FistaPrunerError(f"{model} is not a folder with a pruned model")
     refuse_low_rank(model, "bench")
+    refuse_own_code(model)
     _check_positions(model, prompt, tokens)
     with TemporaryDirectory(prefix="fistapruner-bench-") as scratch:
         whole = [] if before is None else [Variant(f"dense {dtype}", Path(before), dtype) for dtype in DTYPES]

@@ -18,6 +18,7 @@ import torch
 from torch import nn
 
 from ..errors import FistaPrunerError, needs_code
+from ..models.files.checkpoint import read_json
 from ..runtime.memory import free_memory, reset_peak_memory
 from .load import load
 from .pack import is_packed
@@ -174,21 +175,37 @@ def load_variant(variant: Variant) -> Any:
 
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     dtype = getattr(torch, variant.dtype) if variant.dtype else None
+    refuse_own_code(variant.folder)
     if is_packed(variant.folder):
         model = load(variant.folder, dtype=dtype)
     else:
         settings = {"local_files_only": True, "trust_remote_code": False}
-        try:
-            model = AutoModelForCausalLM.from_pretrained(str(variant.folder), dtype=dtype or "auto", **settings)
-        except ValueError as error:
-            if needs_code(variant.folder, error) is None:
-                raise
-            raise FistaPrunerError(
-                f"{variant.folder} needs Python code of its own: the speed of such models is not measured"
-            ) from None
+        model = AutoModelForCausalLM.from_pretrained(str(variant.folder), dtype=dtype or "auto", **settings)
     if variant.fill:
         fill_zeros(model)
     return model.eval()
+
+
+def refuse_own_code(folder: Path) -> None:
+    """Refuse a model that needs Python code of its own; found without its weights, by building the model.
+
+    Raises:
+        FistaPrunerError: names the folder.
+    """
+    from accelerate import init_empty_weights
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    if "auto_map" not in read_json(folder, "config.json"):
+        return
+    try:
+        config = AutoConfig.from_pretrained(str(folder), trust_remote_code=False)
+        with init_empty_weights():
+            AutoModelForCausalLM.from_config(config, trust_remote_code=False)
+    except Exception as error:  # whatever else is wrong is said where the model is loaded
+        if needs_code(folder, error) is not None:
+            raise FistaPrunerError(
+                f"{folder} needs Python code of its own: the speed of such models is not measured"
+            ) from None
 
 
 def fill_zeros(model: nn.Module) -> None:
