@@ -15,6 +15,7 @@ import torch
 import fistapruner as fp
 import tiny
 from fistapruner.cli import main
+from fistapruner.models.files.gguf_export import export_gguf
 from fistapruner.pipeline.prune import finish_run
 from fistapruner.runs.directory import RunDirectory
 from fistapruner.runs.listener import Listener
@@ -287,6 +288,11 @@ def test_code_runs_only_where_this_command_allows_it(
                 patch.delattr(f"fistapruner.sparse.bench.{work}")
             assert main(["bench", str(folder)]) == 2
         assert "needs Python code of its own" in capsys.readouterr().err
+    monkeypatch.setattr("builtins.input", lambda _: "y")  # transformers may ask whether to run it
+    with pytest.raises(fp.FistaPrunerError, match=r"Python code of its own: .* 'fistapruner unpack .*packed DIR'"):
+        fp.load(tmp_path / "packed")
+    with pytest.raises(fp.FistaPrunerError, match="needs Python code of its own: such models are not exported"):
+        export_gguf(Path(out) / "model", tmp_path / "out.gguf", tmp_path / "like.gguf")
     assert not trace.exists()
 
 

@@ -20,7 +20,7 @@ from ..errors import FistaPrunerError, needs_code
 from ..runtime.files import copy_atomic, write_json_atomic
 from ..runtime.numerics import dtype_name
 from .experts import holds_experts, separate_experts
-from .files.checkpoint import PACKED_RECORD, QUANT_METHOD, Checkpoint, read_widths
+from .files.checkpoint import PACKED_RECORD, QUANT_METHOD, Checkpoint, read_json, read_widths
 from .files.writer import merge_patch
 from .names import joined_sources, stored_names
 
@@ -79,6 +79,30 @@ def build_model(checkpoint: Checkpoint, *, trust_remote_code: bool = False) -> A
         raise needs_code(folder, error) or fault from None
     set_widths(model, widths, checkpoint.shapes() if widths else {})
     return model
+
+
+def refuse_own_code(folder: Path, why: str) -> None:
+    """Refuse a model that needs Python code of its own; found without its weights, by building the model.
+
+    Args:
+        folder: of the model.
+        why: what cannot be done with it, for the message.
+
+    Raises:
+        FistaPrunerError: names the folder.
+    """
+    from accelerate import init_empty_weights
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    if "auto_map" not in read_json(folder, "config.json"):
+        return
+    try:
+        config = AutoConfig.from_pretrained(str(folder), trust_remote_code=False)
+        with init_empty_weights():
+            AutoModelForCausalLM.from_config(config, trust_remote_code=False)
+    except Exception as error:  # whatever else is wrong is said where the model is loaded
+        if needs_code(folder, error) is not None:
+            raise FistaPrunerError(f"{folder} needs Python code of its own: {why}") from None
 
 
 def set_widths(model: Any, widths: Mapping[int, Mapping[str, int]], shapes: Mapping[str, tuple[int, ...]]) -> None:

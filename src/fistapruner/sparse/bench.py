@@ -8,6 +8,7 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 from ..errors import FistaPrunerError
+from ..models.architecture import refuse_own_code
 from ..models.files.checkpoint import read_json
 from ..models.files.low_rank import refuse_low_rank
 from ..models.files.record import has_zeros, lost_structure, read_pruning_record
@@ -15,7 +16,7 @@ from ..runtime.formatting import align_columns
 from . import kernel
 from .pack import is_packed, pack, unpack
 from .speed import WARM_UP_TOKENS, Speed
-from .variants import Variant, compare, refuse_own_code
+from .variants import SPEED_OF_OWN_CODE, Variant, compare
 
 DTYPES = ("float32", "bfloat16")
 """Precisions of dense products: which of them is faster depends on the processor."""
@@ -55,7 +56,7 @@ def bench(
     if not (model / "config.json").is_file():
         raise FistaPrunerError(f"{model} is not a folder with a pruned model")
     refuse_low_rank(model, "bench")
-    refuse_own_code(model)
+    refuse_own_code(model, SPEED_OF_OWN_CODE)
     _check_positions(model, prompt, tokens)
     with TemporaryDirectory(prefix="fistapruner-bench-") as scratch:
         whole = [] if before is None else [Variant(f"dense {dtype}", Path(before), dtype) for dtype in DTYPES]

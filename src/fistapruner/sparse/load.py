@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import FistaPrunerError
-from ..models.architecture import find_decoder_layers, set_widths
+from ..models.architecture import find_decoder_layers, refuse_own_code, set_widths
 from ..models.experts import separate_experts
 from ..models.files.checkpoint import read_json, read_widths, widths_section
 from ..models.names import expert_sources, joined_sources, stored_names
@@ -47,15 +47,18 @@ def load(
         The causal language model, in evaluation mode. Its ``state_dict`` and what ``save_pretrained`` writes are dense.
 
     Raises:
-        FistaPrunerError: the folder is damaged or of an unknown version, or does not fit its architecture.
+        FistaPrunerError: the folder is damaged or of an unknown version, does not fit its architecture, or needs Python
+            code of its own, which is never run here.
     """
     from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
 
     if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
         raise FistaPrunerError(f"dtype {dtype!r} is no floating-point dtype of torch, such as torch.bfloat16")
     if not is_packed(folder) and read_widths(read_json(Path(folder), "config.json"), Path(folder)):
-        return AutoModelForCausalLM.from_pretrained(str(folder), dtype=dtype or "auto").eval()
+        settings = {"dtype": dtype or "auto", "trust_remote_code": False}
+        return AutoModelForCausalLM.from_pretrained(str(folder), **settings).eval()
     source = PackedCheckpoint(folder, verify=verify)
+    refuse_own_code(source.folder, f"transformers loads what 'fistapruner unpack {folder} DIR' makes of it")
     if "model_type" not in source.config():
         raise FistaPrunerError(f"{source.folder / 'config.json'} has no model_type")
     try:

@@ -17,12 +17,15 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..errors import FistaPrunerError, needs_code
-from ..models.files.checkpoint import read_json
+from ..errors import FistaPrunerError
+from ..models.architecture import refuse_own_code
 from ..runtime.memory import free_memory, reset_peak_memory
 from .load import load
 from .pack import is_packed
 from .speed import WARM_UP_TOKENS, Run, Speed, peak, prompts, time_generation
+
+SPEED_OF_OWN_CODE = "the speed of such models is not measured"
+"""Why a model with Python code of its own is refused."""
 
 
 @dataclass(frozen=True)
@@ -175,7 +178,7 @@ def load_variant(variant: Variant) -> Any:
 
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     dtype = getattr(torch, variant.dtype) if variant.dtype else None
-    refuse_own_code(variant.folder)
+    refuse_own_code(variant.folder, SPEED_OF_OWN_CODE)
     if is_packed(variant.folder):
         model = load(variant.folder, dtype=dtype)
     else:
@@ -184,28 +187,6 @@ def load_variant(variant: Variant) -> Any:
     if variant.fill:
         fill_zeros(model)
     return model.eval()
-
-
-def refuse_own_code(folder: Path) -> None:
-    """Refuse a model that needs Python code of its own; found without its weights, by building the model.
-
-    Raises:
-        FistaPrunerError: names the folder.
-    """
-    from accelerate import init_empty_weights
-    from transformers import AutoConfig, AutoModelForCausalLM
-
-    if "auto_map" not in read_json(folder, "config.json"):
-        return
-    try:
-        config = AutoConfig.from_pretrained(str(folder), trust_remote_code=False)
-        with init_empty_weights():
-            AutoModelForCausalLM.from_config(config, trust_remote_code=False)
-    except Exception as error:  # whatever else is wrong is said where the model is loaded
-        if needs_code(folder, error) is not None:
-            raise FistaPrunerError(
-                f"{folder} needs Python code of its own: the speed of such models is not measured"
-            ) from None
 
 
 def fill_zeros(model: nn.Module) -> None:

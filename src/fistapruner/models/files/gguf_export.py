@@ -23,7 +23,7 @@ import numpy as np
 
 from ...errors import FistaPrunerError
 from ...runtime.files import PARTIAL, disk_errors, require_space, sync_folder
-from ..architecture import checkpoint_names
+from ..architecture import checkpoint_names, refuse_own_code
 from .checkpoint import Checkpoint, read_widths
 from .gguf import check_gguf, name_map, processor_of, transformers_faults
 
@@ -92,6 +92,7 @@ def export_gguf(folder: str | Path, out: str | Path, like: str | Path, values: G
     if out.exists():
         raise FistaPrunerError(f"{out} exists already: remove it, or write to another file")
     checkpoint = Checkpoint.open(folder)
+    refuse_own_code(folder, "such models are not exported")
     if read_widths(checkpoint.config, folder):
         raise FistaPrunerError(f"{folder}: its decoder layers have different widths, which are not exported")
     if any("_exps." in name for name in check_gguf(like)):
