@@ -138,6 +138,9 @@ def test_bad_input_is_refused_and_leaves_nothing(
     convert_gguf(source, deeper, torch.float32)
     config = json.loads((deeper / "config.json").read_text("utf-8"))
     (deeper / "config.json").write_text(json.dumps(config | {"num_hidden_layers": 3}), "utf-8")
+    unfinished = tmp_path / "run"
+    recipe = {"method": "magnitude", "calibration": {"source": "self", "samples": 2, "seqlen": 16}}
+    fp.prune(folder, unfinished, only_layers=(0, 0), **recipe)
     before = sorted(path.name for path in tmp_path.iterdir())
     for arguments, said in (
         ([folder, "there.gguf", "--like", source], "exists already"),
@@ -149,7 +152,11 @@ def test_bad_input_is_refused_and_leaves_nothing(
         ([turned, "out.gguf", "--like", source], "its blk.0.attn_q.weight is not 'model.layers.0.self_attn.q_proj"),
         ([folder, "out.gguf", "--like", tmp_path / "unknown.gguf"], "of the architecture 'smollm3'"),
         ([deeper, "out.gguf", "--like", source], "its block_count is 2, that of"),
-        ([tmp_path / "nothing", "out.gguf", "--like", source], "is not a folder"),
+        ([tmp_path / "nothing", "out.gguf", "--like", source], "nothing is neither a run directory nor a folder with"),
+        (["facebook/opt-125m", "out.gguf"], "facebook/opt-125m is neither a run directory nor a folder with"),
+        ([folder / "config.json", "out.gguf"], "config.json is neither a run directory nor a folder with"),
+        ([unfinished, "out.gguf"], f"no finished checkpoint: go on with 'fistapruner resume {unfinished}'"),
+        ([unfinished, "out.gguf", "--like", source], f"go on with 'fistapruner resume {unfinished}'"),
         ([folder, "no/out.gguf", "--like", source], "out.gguf"),
     ):
         model, out, *rest = arguments

@@ -11,7 +11,7 @@ from ..models.files.record import read_pruning_record
 from ..models.source import SMALL_MODEL, small_model
 from ..runs.lineage import read_lineage
 from ..sparse.pack import is_packed
-from .measure import is_run
+from .measure import finished_run, is_run
 
 
 def export(model: str | Path, out: str | Path, like: str | Path | None = None, values: GGUFValues = "bf16") -> Path:
@@ -29,10 +29,15 @@ def export(model: str | Path, out: str | Path, like: str | Path | None = None, v
 
     Raises:
         FistaPrunerError: see :func:`~fistapruner.models.files.gguf_export.export_gguf`; also where the model was not
-            made from a GGUF file and ``like`` names none, or where it is packed.
+            made from a GGUF file and ``like`` names none, where it is packed, or where the run is not finished.
         MissingExtraError: the ``gguf`` package is missing.
     """
-    folder = Path(model) / "model" if is_run(model) else Path(model)
+    folder = finished_run(Path(model))[0].model if is_run(model) else Path(model)
+    if not (folder / "config.json").is_file():
+        raise FistaPrunerError(
+            f"{model} is neither a run directory nor a folder with a Hugging Face model, and only these are exported; "
+            "'hf download NAME --local-dir DIR' makes a folder of a model on the hub"
+        )
     if is_packed(folder):
         raise FistaPrunerError(f"{folder} is packed: 'fistapruner unpack {folder} FOLDER' makes a checkpoint of it")
     refuse_low_rank(folder, "export")

@@ -302,16 +302,24 @@ def publish(run: RunDirectory, report: Report, listener: Listener) -> None:
 @contextmanager
 def _finished(folder: Path) -> Iterator[tuple[RunDirectory, Report]]:
     """A finished run and its report, held so that no other process writes them meanwhile."""
-    run = RunDirectory(folder)
     if not is_run(folder):
         raise FistaPrunerError(f"{folder} is not a run: it has neither run.json nor report.json")
     with hold(folder):
-        report = load_run(folder)
-        if report.status != "finished" or not run.model.is_dir():
-            raise FistaPrunerError(f"{folder} has no finished checkpoint: go on with 'fistapruner resume {folder}'")
-        if (fault := run.model_fault(report.fingerprint or "")) is not None:
-            raise FistaPrunerError(f"{fault}: make the checkpoint again with 'fistapruner resume {folder}'")
-        yield run, report
+        yield finished_run(folder)
+
+
+def finished_run(folder: Path) -> tuple[RunDirectory, Report]:
+    """Open a run and its report.
+
+    Raises:
+        FistaPrunerError: it is not finished, or its checkpoint is damaged.
+    """
+    run, report = RunDirectory(folder), load_run(folder)
+    if report.status != "finished" or not run.model.is_dir():
+        raise FistaPrunerError(f"{folder} has no finished checkpoint: go on with 'fistapruner resume {folder}'")
+    if (fault := run.model_fault(report.fingerprint or "")) is not None:
+        raise FistaPrunerError(f"{fault}: make the checkpoint again with 'fistapruner resume {folder}'")
+    return run, report
 
 
 def _without(earlier: Sequence[Evaluation], found: Evaluation) -> list[Evaluation]:
