@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+import ast
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
+import fistapruner
 import tiny
-from fistapruner.cli import main
+from fistapruner.cli import VERBS, build_parser, main
 from fistapruner.errors import FistaPrunerError
 from fistapruner.recipes.settings import MAX_SEED, Recipe
+
+PACKAGE = Path(fistapruner.__file__).parent
 
 SETTINGS = [
     "--calibration",
@@ -45,6 +50,19 @@ def test_a_reader_that_leaves_does_not_stop_the_work(tmp_path: Path, stream: str
     assert "BrokenPipe" not in read
     assert json.loads((out / "report.json").read_text())["status"] == "finished"
     assert (out / "model" / "config.json").exists()
+
+
+def test_commands_that_messages_advise_are_understood() -> None:
+    """Commands in messages, with ``x`` for the values that a message fills in."""
+    parser, found = build_parser(), []
+    for path in sorted(PACKAGE.rglob("*.py")):
+        for node in ast.walk(ast.parse(path.read_text("utf-8"))):
+            if isinstance(node, ast.JoinedStr):
+                parts = [part.value if isinstance(part, ast.Constant) else "x" for part in node.values]
+                found += re.findall(rf"fistapruner ((?:{'|'.join(VERBS)}) [^'`:;,()]+)", "".join(map(str, parts)))
+    assert "unpack x DIR" in found
+    for command in found:
+        parser.parse_args(command.split())
 
 
 def test_a_run_that_does_not_finish_says_so_in_its_exit_status(tmp_path: Path) -> None:

@@ -475,7 +475,7 @@ BAD: dict[str, tuple[Callable[[Bench, Path], dict[str, Any]], str]] = {
         claim_violated,
         r"q_proj\.weight: has \d+ zeros, 512 are claimed; 'fistapruner inspect .*plain'",
     ),
-    "packed": (packed, r"is packed: unpack it first with 'fistapruner unpack .*packed --out DIR'"),
+    "packed": (packed, r"is packed: unpack it first with 'fistapruner unpack .*packed DIR'"),
     "other vocabulary": (other_vocabulary, r"predicts 160 tokens, .* 128: --dense must name the model"),
     "no dense model": (no_dense, r"--loss kl needs the dense model, which .*plain does not name: give --dense MODEL"),
     "text of no model": (nobody_generates, r"--data self needs the dense model, which .*plain does not name"),

@@ -63,7 +63,7 @@ def build_model(checkpoint: Checkpoint, *, trust_remote_code: bool = False) -> A
     if getattr(config, "quantization_config", None):
         if QUANT_METHOD in str(config.quantization_config):
             raise FistaPrunerError(
-                f"{folder} is a packed checkpoint: make it an ordinary one first, with fistapruner unpack {folder} OUT"
+                f"{folder} is a packed checkpoint: make it an ordinary one first with 'fistapruner unpack {folder} DIR'"
             )
         raise FistaPrunerError(
             f"{folder}: the checkpoint is quantised ({config.quantization_config}); prune the unquantised one"

@@ -39,7 +39,7 @@ def export(model: str | Path, out: str | Path, like: str | Path | None = None, v
             "'hf download NAME --local-dir DIR' makes a folder of a model on the hub"
         )
     if is_packed(folder):
-        raise FistaPrunerError(f"{folder} is packed: 'fistapruner unpack {folder} FOLDER' makes a checkpoint of it")
+        raise FistaPrunerError(f"{folder} is packed: 'fistapruner unpack {folder} DIR' makes a checkpoint of it")
     refuse_low_rank(folder, "export")
     if like is None:
         lineage, _ = read_lineage(read_pruning_record(folder), folder)

@@ -329,8 +329,8 @@ class _Merge:
         count, claimed = int(zero.sum()), self._claims.get(stored, {}).get("zeros")
         if type(claimed) is int and count < claimed:
             raise FistaPrunerError(
-                f"{stored} has {count} zeros, {PRUNING_RECORD} claims {claimed}: fistapruner inspect "
-                f"{self._checkpoint.folder} shows more"
+                f"{stored} has {count} zeros, {PRUNING_RECORD} claims {claimed}: 'fistapruner inspect "
+                f"{self._checkpoint.folder}' shows more"
             )
         pruned = stored in self._claims or count >= MIN_ZEROS * weight.numel()
         return zero if pruned else torch.zeros_like(zero)

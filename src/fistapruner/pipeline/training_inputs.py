@@ -177,7 +177,7 @@ def find_input(model: str, permissions: Permissions) -> ModelSource:
             raise FistaPrunerError(f"{folder} has no finished checkpoint: go on with 'fistapruner resume {folder}'")
         folder = run.model
     if is_packed(folder):
-        raise FistaPrunerError(f"{folder} is packed: unpack it first with 'fistapruner unpack {folder} --out DIR'")
+        raise FistaPrunerError(f"{folder} is packed: unpack it first with 'fistapruner unpack {folder} DIR'")
     found = permissions.find(folder if folder.is_dir() else model)
     refuse_low_rank(found.folder, "a run that trains")
     return found
