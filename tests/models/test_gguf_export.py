@@ -101,6 +101,21 @@ def test_models_with_another_name_than_their_files(dense: tuple[Path, Path], tmp
     assert all(np.array_equal(ours[name], theirs[name]) for name in ours)
 
 
+def test_pickles_are_exported_where_they_are_allowed(
+    dense: tuple[Path, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    source, folder = dense
+    how = ["--like", str(source), "--values", "f32"]
+    assert main(["export", str(folder), str(tmp_path / "expected.gguf"), *how]) == 0
+    torch.save(tensors(folder), folder / "pytorch_model.bin")
+    (folder / "model.safetensors").unlink()
+    command = ["export", str(folder), str(tmp_path / "out.gguf"), *how]
+    assert main(command) == 2
+    assert "or trust them with --allow-pickle" in capsys.readouterr().err
+    assert main([*command, "--allow-pickle"]) == 0
+    assert (tmp_path / "out.gguf").read_bytes() == (tmp_path / "expected.gguf").read_bytes()
+
+
 @pytest.mark.parametrize("shape", [(6, 4), (4, 4), (5,)])
 def test_readers_are_turned_round(shape: tuple[int, ...]) -> None:
     values = np.random.default_rng(0).standard_normal(shape).astype(np.float32)

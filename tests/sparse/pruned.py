@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import torch
+from safetensors.torch import load_file
 from torch import nn
 
 from fistapruner.constraints import parse_sparsity
@@ -43,4 +45,18 @@ def save_pruned(
         )
     model.save_pretrained(folder, max_shard_size=shard)
     tokenizer().save_pretrained(folder)
+    return folder
+
+
+def pickle_weights(folder: Path) -> Path:
+    """Turn the weight files of a folder into legacy ``.bin`` files."""
+    for path in folder.glob("*.safetensors"):
+        torch.save(load_file(path), folder / f"pytorch_{path.stem}.bin")
+        path.unlink()
+    index = folder / "model.safetensors.index.json"
+    if index.exists():
+        places = json.loads(index.read_text())
+        places["weight_map"] = {name: f"pytorch_{Path(to).stem}.bin" for name, to in places["weight_map"].items()}
+        (folder / "pytorch_model.bin.index.json").write_text(json.dumps(places))
+        index.unlink()
     return folder

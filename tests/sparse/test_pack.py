@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from pruned import save_pruned
+from pruned import pickle_weights, save_pruned
 from transformers import AutoModelForCausalLM
 
 import tiny
@@ -55,6 +56,20 @@ def test_a_single_shard_with_an_index(tmp_path):
     pack(source, tmp_path / "p")
     unpack(tmp_path / "p", tmp_path / "u")
     same_tensors(source, tmp_path / "u")
+
+
+@pytest.mark.parametrize("shard", ["50GB", "40KB"])
+def test_pickles_are_packed_where_they_are_allowed(tmp_path, capsys, shard):
+    source = save_pruned(tmp_path / "m", shard=shard)
+    pack(source, tmp_path / "expected")
+    shutil.copytree(source, tmp_path / "legacy")
+    command = ["pack", str(pickle_weights(tmp_path / "legacy")), str(tmp_path / "p")]
+    assert main(command) == 2
+    assert "or trust them with --allow-pickle" in capsys.readouterr().err
+    assert main([*command, "--allow-pickle"]) == 0
+    assert list(Checkpoint.open(tmp_path / "p").files) == list(Checkpoint.open(source).files)
+    same_tensors(tmp_path / "expected", tmp_path / "p")
+    same_tensors(source, unpack(tmp_path / "p", tmp_path / "u"))
 
 
 def test_packing_twice_gives_the_same_bytes(tmp_path):

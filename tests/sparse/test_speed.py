@@ -7,14 +7,14 @@ import multiprocessing
 
 import pytest
 import torch
-from pruned import save_pruned
+from pruned import pickle_weights, save_pruned
 from safetensors.torch import load_file
 
 from fistapruner import FistaPrunerError, pack
 from fistapruner.cli import main
 from fistapruner.sparse.bench import bench, record, sentence, table
 from fistapruner.sparse.speed import Run, Speed, measure_speed, time_generation
-from fistapruner.sparse.variants import Variant, Worker, compare, load_variant, serve
+from fistapruner.sparse.variants import Variant, Worker, compare, load_variant, serve, weight_bytes
 from tiny import build
 
 
@@ -62,8 +62,12 @@ def test_every_form_of_a_pruned_model_is_measured(tmp_path):
 
     source = save_pruned(tmp_path / "m")
     pack(source, tmp_path / "p")
-    for folder in (source, tmp_path / "p"):
-        speeds = bench(folder, prompt=4, tokens=3, runs=1, measure=in_this_process)
+    legacy = pickle_weights(save_pruned(tmp_path / "legacy"))
+    with pytest.raises(FistaPrunerError, match=r"legacy has only legacy pickle weights .* --allow-pickle"):
+        bench(legacy, measure=in_this_process)
+    for folder in (source, tmp_path / "p", legacy):
+        allowed = folder == legacy
+        speeds = bench(folder, prompt=4, tokens=3, runs=1, measure=in_this_process, allow_pickle=allowed)
         printed = table(speeds)
         for name in ("dense float32", "dense bfloat16", "pruned float32", "pruned bfloat16", "packed", "packed int8"):
             assert name in printed
@@ -99,7 +103,9 @@ def test_the_command_prints_a_table_or_json(tmp_path, capsys, monkeypatch):
     assert "2.00 times faster" in printed
     assert main([*command, "--json"]) == 0
     assert [row["variant"] for row in json.loads(capsys.readouterr().out)["speeds"]] == ["dense float32", "packed"]
-    assert asked == 2 * [(str(tmp_path), {"batch": 1, "prompt": 4, "tokens": 3, "runs": 1, "threads": 1})]
+    assert asked == 2 * [
+        (str(tmp_path), {"batch": 1, "prompt": 4, "tokens": 3, "runs": 1, "threads": 1, "allow_pickle": False})
+    ]
 
 
 def test_bad_settings_of_the_command_are_refused(tmp_path, capsys):
@@ -152,6 +158,7 @@ def test_a_process_of_its_own(tmp_path, monkeypatch):
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
     pack(save_pruned(tmp_path / "m"), tmp_path / "p")
     (found,) = compare([Variant("packed", tmp_path / "p")], prompt=4, tokens=3, runs=2, threads=1)
+    assert weight_bytes(pickle_weights(tmp_path / "m")) > 2**10
     assert (found.variant, found.runs, found.threads) == ("packed", 2, 1)
     assert found.peak_memory > 2**20
     assert found.file_size > 0

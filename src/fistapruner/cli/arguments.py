@@ -313,11 +313,16 @@ class _RefuseOldFlag(argparse.Action):
 def add_trust_arguments(parser: argparse.ArgumentParser) -> None:
     """Add what an untrusted checkpoint may do; nothing by default."""
     group = parser.add_argument_group("trust")
-    group.add_argument(
-        "--allow-pickle", action="store_true", help="read legacy .bin weights (loaded without running code)"
-    )
+    add_pickle_argument(group)
     group.add_argument(
         "--trust-remote-code", action="store_true", help="run Python code that comes with the checkpoint"
+    )
+
+
+def add_pickle_argument(parser: argparse._ActionsContainer) -> None:
+    """Add that legacy weights may be read; a verb that runs no model needs no other trust."""
+    parser.add_argument(
+        "--allow-pickle", action="store_true", help="read legacy .bin weights (loaded without running code)"
     )
 
 

@@ -16,6 +16,8 @@ from __future__ import annotations
 
 import argparse
 
+from .arguments import add_pickle_argument
+
 SUMMARY = "measure tokens per second, memory and size of a pruned model"
 
 
@@ -28,6 +30,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--tokens", type=int, default=128, help="new tokens in a run (default: 128)")
     parser.add_argument("--runs", type=int, default=3, help="rounds (default: 3)")
     parser.add_argument("--threads", type=int, default=None, help="CPU threads (default: torch's)")
+    add_pickle_argument(parser)
     parser.add_argument("--json", action="store_true", help="print machine-readable JSON")
 
 
@@ -44,7 +47,8 @@ def run(arguments: argparse.Namespace) -> int:
         value = getattr(arguments, name)
         if value is not None and value < least:
             raise FistaPrunerError(f"--{name} {value} is too small: at least {least}")
-    settings = {name: getattr(arguments, name) for name in ("batch", "prompt", "tokens", "runs", "threads")}
+    names = ("batch", "prompt", "tokens", "runs", "threads", "allow_pickle")
+    settings = {name: getattr(arguments, name) for name in names}
     if is_run(arguments.model):
         speeds = bench_run(arguments.model, listener=Listener() if arguments.json else PlainListener(), **settings)
     else:

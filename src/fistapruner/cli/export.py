@@ -12,6 +12,8 @@ from __future__ import annotations
 
 import argparse
 
+from .arguments import add_pickle_argument
+
 SUMMARY = "write a model as a GGUF file for llama.cpp"
 
 
@@ -25,12 +27,14 @@ def configure(parser: argparse.ArgumentParser) -> None:
         default="bf16",
         help="how matrices are stored (default: bf16; llama.cpp's own tool makes smaller ones of it)",
     )
+    add_pickle_argument(parser)
 
 
 def run(arguments: argparse.Namespace) -> int:
     from ..pipeline.export import export
     from ..runtime.formatting import size
 
-    out = export(arguments.model, arguments.out, arguments.like, arguments.values)
+    allow_pickle = arguments.allow_pickle
+    out = export(arguments.model, arguments.out, arguments.like, arguments.values, allow_pickle=allow_pickle)
     print(f"{out}: {size(out.stat().st_size)}")
     return 0

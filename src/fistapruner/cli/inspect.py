@@ -15,6 +15,8 @@ import sys
 from collections import Counter
 from typing import TYPE_CHECKING
 
+from .arguments import add_pickle_argument
+
 if TYPE_CHECKING:
     from ..evaluation.inspection import Inspection
 
@@ -30,9 +32,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--pattern", metavar="2:4|50%", help="claim this of every operator, whatever the checkpoint says"
     )
-    parser.add_argument(
-        "--allow-pickle", action="store_true", help="read legacy .bin weights (loaded without running code)"
-    )
+    add_pickle_argument(parser)
     parser.add_argument("--quiet", action="store_true", help="print totals and violations only")
     parser.add_argument("--json", action="store_true", help="print machine-readable JSON")
 

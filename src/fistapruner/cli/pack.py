@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import argparse
 
+from .arguments import add_pickle_argument
+
 SUMMARY = "write a pruned checkpoint without its zeros"
 
 
@@ -28,10 +30,12 @@ def configure(parser: argparse.ArgumentParser) -> None:
         metavar="COLUMNS",
         help="columns that share an int8 scale (default: the whole row)",
     )
+    add_pickle_argument(parser)
 
 
 def run(arguments: argparse.Namespace) -> int:
     from ..sparse.pack import pack
 
-    print(pack(arguments.checkpoint, arguments.out, values=arguments.values, group=arguments.group))
+    settings = {"values": arguments.values, "group": arguments.group, "allow_pickle": arguments.allow_pickle}
+    print(pack(arguments.checkpoint, arguments.out, **settings))
     return 0

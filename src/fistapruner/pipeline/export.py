@@ -14,7 +14,14 @@ from ..sparse.pack import is_packed
 from .measure import finished_run, is_run
 
 
-def export(model: str | Path, out: str | Path, like: str | Path | None = None, values: GGUFValues = "bf16") -> Path:
+def export(
+    model: str | Path,
+    out: str | Path,
+    like: str | Path | None = None,
+    values: GGUFValues = "bf16",
+    *,
+    allow_pickle: bool = False,
+) -> Path:
     """Write a pruned or recovered model as a GGUF file, which llama.cpp runs.
 
     Args:
@@ -23,6 +30,7 @@ def export(model: str | Path, out: str | Path, like: str | Path | None = None, v
         like: GGUF file of the dense model, or ``smollm2``; vocabulary and chat template are taken from it. None is the
             file that the model was made from.
         values: how matrices are stored: ``bf16``, ``f16``, ``f32``, ``q8_0``.
+        allow_pickle: read legacy ``.bin`` weights.
 
     Returns:
         The file.
@@ -52,4 +60,4 @@ def export(model: str | Path, out: str | Path, like: str | Path | None = None, v
     source = small_model() if str(like) == SMALL_MODEL else Path(like)
     if not source.is_file():
         raise FistaPrunerError(f"{source}, the GGUF file of the dense model, does not exist: give it with --like")
-    return export_gguf(folder, out, source, values)
+    return export_gguf(folder, out, source, values, allow_pickle=allow_pickle)

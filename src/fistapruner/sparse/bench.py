@@ -9,7 +9,7 @@ from typing import Any
 
 from ..errors import FistaPrunerError
 from ..models.architecture import refuse_own_code
-from ..models.files.checkpoint import read_json
+from ..models.files.checkpoint import Checkpoint, read_json
 from ..models.files.low_rank import refuse_low_rank
 from ..models.files.record import has_zeros, lost_structure, read_pruning_record
 from ..runtime.formatting import align_columns
@@ -32,6 +32,7 @@ def bench(
     threads: int | None = None,
     measure: Callable[..., list[Speed]] = compare,
     before: str | Path | None = None,
+    allow_pickle: bool = False,
 ) -> list[Speed]:
     """Measure dense, pruned-as-dense, packed and packed int8 forms of a pruned model on the CPU.
 
@@ -47,6 +48,7 @@ def bench(
         threads: CPU threads; None takes torch's default.
         measure: how the variants are measured, with the arguments of :func:`~.variants.compare`.
         before: folder of the dense model that a model without some of its channels was; None does not measure it.
+        allow_pickle: read legacy ``.bin`` weights.
 
     Raises:
         FistaPrunerError: no pruned model, it needs Python code of its own, it does not fit disk or memory, or it has
@@ -56,6 +58,9 @@ def bench(
     if not (model / "config.json").is_file():
         raise FistaPrunerError(f"{model} is not a folder with a pruned model")
     refuse_low_rank(model, "bench")
+    for folder in (model, before):
+        if folder is not None:
+            Checkpoint.open(folder, allow_pickle)
     refuse_own_code(model, SPEED_OF_OWN_CODE)
     _check_positions(model, prompt, tokens)
     with TemporaryDirectory(prefix="fistapruner-bench-") as scratch:
@@ -71,8 +76,8 @@ def bench(
             variants += [Variant(f"pruned {dtype}", dense, dtype) for dtype in DTYPES]
         if is_packed(model) or has_zeros(about):
             if not is_packed(model):
-                pack(model, packed)
-            pack(dense, int8, values="int8")
+                pack(model, packed, allow_pickle=allow_pickle)
+            pack(dense, int8, values="int8", allow_pickle=allow_pickle)
             variants += [Variant("packed", packed, "bfloat16"), Variant("packed int8", int8, "bfloat16")]
         return measure(variants, batch=batch, prompt=prompt, tokens=tokens, runs=runs, threads=threads)
 

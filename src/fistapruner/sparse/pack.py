@@ -34,6 +34,7 @@ from ..models.files.folder import checkpoint_folder, copy_companions, require_ne
 from ..models.files.low_rank import refuse_low_rank
 from ..models.files.record import read_pruning_record, recorded_claims
 from ..models.files.safetensors import SafetensorsWriter, TensorEntry
+from ..models.files.writer import safetensors_name
 from ..runtime.files import sha256_file, write_json_atomic, write_text_atomic
 from .format import (
     MAX_M,
@@ -87,6 +88,7 @@ def pack(
     *,
     values: str = "same",
     group: int = 0,
+    allow_pickle: bool = False,
     progress: Callable[[str], None] | None = None,
 ) -> PackReport:
     """Write a pruned checkpoint without its zeros.
@@ -97,6 +99,7 @@ def pack(
         values: ``"same"`` keeps each operator's dtype and every bit; ``"bf16"`` rounds fp32 and fp16 values to bf16;
             ``"int8"`` stores int8 with one scale for each row or group.
         group: columns that share an int8 scale, a multiple of 64; 0 is the whole row.
+        allow_pickle: read legacy ``.bin`` weights; they become safetensors.
         progress: called with the name of every operator that was packed.
 
     Raises:
@@ -108,7 +111,7 @@ def pack(
         raise FistaPrunerError(f"group {group} needs int8 values")
     if not isinstance(group, int) or group < 0 or group % 64:
         raise FistaPrunerError(f"group {group!r} is not a multiple of 64 columns (or 0 for a whole row)")
-    source, out = Checkpoint.open(checkpoint), Path(out)
+    source, out = Checkpoint.open(checkpoint, allow_pickle), Path(out)
     require_new(out, source.folder)
     if (source.folder / PACKED_RECORD).exists():
         raise FistaPrunerError(f"{source.folder} is packed already")
@@ -120,7 +123,8 @@ def pack(
     report = _report(source, plan)
     with checkpoint_folder(out, report.packed_total) as partial:
         files, contents = {}, {}
-        for name, file in source.files.items():
+        for stored, file in source.files.items():
+            name = safetensors_name(stored)
             contents[name] = _pack_file(partial / name, file, plan, progress)
             files[name] = {"bytes": (partial / name).stat().st_size, "sha256": sha256_file(partial / name)}
         copy_companions(source, partial)

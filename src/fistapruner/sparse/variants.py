@@ -199,4 +199,5 @@ def fill_zeros(model: nn.Module) -> None:
 
 def weight_bytes(folder: Path) -> int:
     """Count the bytes of a folder's weight files."""
-    return sum(path.stat().st_size for path in Path(folder).glob("*.safetensors"))
+    files = sorted(Path(folder).glob("*.safetensors")) or sorted(Path(folder).glob("pytorch_model*.bin"))
+    return sum(path.stat().st_size for path in files)

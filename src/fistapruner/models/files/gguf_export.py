@@ -65,7 +65,14 @@ SAME_LAYOUT = 0.1
 """Cosine of a projection in both models below which its rows are in another order; 95 % zeros leave about 0.4."""
 
 
-def export_gguf(folder: str | Path, out: str | Path, like: str | Path, values: GGUFValues = "bf16") -> Path:
+def export_gguf(
+    folder: str | Path,
+    out: str | Path,
+    like: str | Path,
+    values: GGUFValues = "bf16",
+    *,
+    allow_pickle: bool = False,
+) -> Path:
     """Write a checkpoint as a GGUF file.
 
     Memory holds one tensor; weights pass through a temporary file.
@@ -75,6 +82,7 @@ def export_gguf(folder: str | Path, out: str | Path, like: str | Path, values: G
         out: the file to write; it must not exist.
         like: GGUF file of the dense model.
         values: how matrices are stored.
+        allow_pickle: read legacy ``.bin`` weights.
 
     Returns:
         ``out``.
@@ -91,7 +99,7 @@ def export_gguf(folder: str | Path, out: str | Path, like: str | Path, values: G
         raise FistaPrunerError(f"{out} is the file to write: its name must end in .gguf")
     if out.exists():
         raise FistaPrunerError(f"{out} exists already: remove it, or write to another file")
-    checkpoint = Checkpoint.open(folder)
+    checkpoint = Checkpoint.open(folder, allow_pickle)
     refuse_own_code(folder, "such models are not exported")
     if read_widths(checkpoint.config, folder):
         raise FistaPrunerError(f"{folder}: its decoder layers have different widths, which are not exported")

@@ -169,7 +169,7 @@ def _shards(
             raise FistaPrunerError(f"{name}: the new shape {list(shape)} does not fit a tensor of shape {list(stored)}")
     shards = [
         _Shard(
-            _safetensors_name(name),
+            safetensors_name(name),
             file,
             tuple(
                 TensorEntry.of(key, entry.dtype, shapes.get(key, entry.shape))
@@ -205,7 +205,7 @@ def _as_stored(tensor: Tensor, entry: TensorEntry) -> Tensor:
     return stored
 
 
-def _safetensors_name(shard: str) -> str:
+def safetensors_name(shard: str) -> str:
     """Turn ``pytorch_model-00001-of-00002.bin`` into ``model-00001-of-00002.safetensors``."""
     if not shard.endswith(".bin"):
         return shard
