@@ -13,6 +13,8 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
+import fistapruner as fp
+import tiny
 from fistapruner import NM, FistaPrunerError, parse_sparsity
 from fistapruner.cli import main
 from fistapruner.evaluation.inspection import exact_pattern, inspect_checkpoint
@@ -121,9 +123,55 @@ def test_transposed_operators_are_read_along_their_inputs(tmp_path: Path) -> Non
     found = inspect_checkpoint(folder)
     assert found.violations == []
     assert {operator.pattern for operator in found.pruned} == {"2:4"}
-    asked = inspect_checkpoint(folder, "2:4")
-    assert asked.violations == []
-    assert {operator.claim for operator in asked.operators} == {"2:4"}
+    for _ in range(2):  # the second time without a record, which tells the shapes
+        asked = inspect_checkpoint(folder, "2:4")
+        assert asked.violations == []
+        assert {operator.claim for operator in asked.operators} == {"2:4"}
+        assert {operator.pattern for operator in inspect_checkpoint(folder).pruned} == {"2:4"}
+        (folder / "fistapruner.json").unlink(missing_ok=True)
+    tensors = load_file(folder / "model.safetensors")
+    weight = tensors["transformer.h.1.attn.c_proj.weight"]  # square: only the model's code tells its inputs
+    weight.copy_(weight.T.clone())
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    assert [fault.split(":")[0] for fault in inspect_checkpoint(folder, "2:4").violations] == [
+        "transformer.h.1.attn.c_proj.weight"
+    ]
+
+
+@pytest.mark.parametrize("original", [True, False])
+@pytest.mark.parametrize("architecture", ["qwen3_moe", "gpt_oss", "granitemoe"])
+def test_a_pattern_is_asked_of_every_expert(tmp_path: Path, architecture: str, original: bool) -> None:
+    """Also where one tensor holds the matrices of all experts, in either order of its dimensions."""
+    run, folder = tmp_path / "run", tmp_path / "run" / "model"
+    tiny.save(architecture, tmp_path / "dense", original=original)
+    settings: dict[str, Any] = {"source": "python", "samples": 2, "seqlen": 16}
+    report = fp.prune(tmp_path / "dense", run, method="magnitude", sparsity="2:4", calibration=settings)
+    names = {f"{layer.name}.{operator.name}" for layer in report.layers for operator in layer.operators}
+    claims = json.loads((folder / "fistapruner.json").read_text())["operators"]
+    for _ in range(2):  # with its record, and without
+        found = inspect_checkpoint(folder, "2:4")
+        assert found.violations == []
+        claimed = {operator.name for operator in found.operators if operator.claim is not None}
+        assert claimed == claims.keys()
+        assert len(claimed) == len(names)
+        (folder / "fistapruner.json").unlink(missing_ok=True)
+    assert {operator.pattern for operator in inspect_checkpoint(folder).pruned} == {"2:4"}
+    tensors = load_file(folder / "model.safetensors")
+    name = next(name for name in reversed(claims) if "expert" in name or "linear" in name)
+    stored, _, number = name.rstrip("]").partition("[")
+    weight = tensors[stored][int(number)] if number else tensors[stored]
+    weight[weight == 0] = 1.0
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    assert [fault.split(": ")[0] for fault in inspect_checkpoint(folder, "2:4").violations] == [name]
+
+
+def test_experts_of_a_model_that_cannot_be_built_are_not_said_to_hold(tmp_path: Path) -> None:
+    folder = tiny.save("gpt_oss", tmp_path / "model")
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, "model_type": "unheard_of"}))
+    faults = inspect_checkpoint(folder, "0%").violations
+    assert len(faults) == 4  # two tensors of all experts in each of two layers
+    assert "model.layers.0.mlp.experts.down_proj: cannot be checked" in faults[0]
 
 
 def test_claims_about_absent_operators_and_damaged_weights(tmp_path: Path) -> None:

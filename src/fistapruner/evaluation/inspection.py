@@ -13,11 +13,13 @@ from torch import Tensor
 
 from ..constraints import NM, Constraint, parse_sparsity
 from ..errors import FistaPrunerError
+from ..models.discovery import Operator
 from ..models.files.checkpoint import PRUNING_RECORD, Checkpoint, Stack
 from ..models.files.low_rank import LowRankAdapter
 from ..models.files.record import MIN_ZEROS, read_pruning_record, recorded_claims, take_claimed_apart
 from ..models.files.safetensors import TensorEntry
 from ..models.source import resolve_model
+from ..models.stored import stored_operators
 from ..runs.lineage import read_lineage
 from ..runs.records import Lineage
 from ..sparse.pack import PackedCheckpoint, is_packed
@@ -124,7 +126,7 @@ def inspect_checkpoint(
         folder: a local Hugging Face folder, dense or packed, a GGUF file (inspected as it is converted for pruning), or
             a run directory (its finished model is taken).
         pattern: what every operator of the decoder layers is claimed to be (``2:4``, ``50%``), instead of the claims
-            of ``fistapruner.json``; the record is then read only for whether operators are stored transposed.
+            of ``fistapruner.json``. It holds along the inputs of every matrix, those of single experts among them.
         allow_pickle: read legacy ``.bin`` weights.
         stacks: tensors of all experts to inspect by expert, beside those of which a record claims something.
         progress: called with each tensor's name.
@@ -138,7 +140,7 @@ def inspect_checkpoint(
     if not (folder / "config.json").exists() and (folder / "model" / "config.json").exists():
         folder = folder / "model"
     asked = None if pattern is None else parse_sparsity(pattern)
-    entries, read, record = _open(folder, allow_pickle, stacks)
+    entries, read, record, known = _open(folder, allow_pickle, stacks, asked=asked is not None)
     claims, faults = recorded_claims(record, entries, folder)
     transposed = _is_transposed(claims, entries)
     if asked is not None:
@@ -154,8 +156,16 @@ def inspect_checkpoint(
         zero = tensor.numel() - int(torch.count_nonzero(tensor))
         zeros, weights = zeros + zero, weights + tensor.numel()
         if name in claims or _is_operator(entry):
-            claim = {"sparsity": str(asked)} if asked is not None else claims.get(name)
-            operators.append(_inspect(entry, tensor, zero, claim, transposed))
+            claim = claims.get(name)
+            if asked is not None and (known is None or name in known):  # a router, or a part that sees, is none
+                claim = {"sparsity": str(asked)}
+            inputs_first = known[name].transposed if known is not None and name in known else transposed
+            operators.append(_inspect(entry, tensor, zero, claim, inputs_first))
+        elif asked is not None and known is None and _holds_experts(entry):
+            faults.append(
+                f"{name}: cannot be checked: it holds the matrices of all experts, and the model that tells which of "
+                "its dimensions are the inputs cannot be built from config.json"
+            )
     if asked is not None and not operators:
         faults.append(f"no operator of a decoder layer is there to be {asked}")
     lineage, fault = read_lineage(record, folder)
@@ -251,23 +261,29 @@ def _violation(weight: Tensor, zeros: int, claim: dict[str, Any]) -> str | None:
 
 
 def _open(
-    folder: Path, allow_pickle: bool, stacks: Collection[Stack]
-) -> tuple[dict[str, TensorEntry], Callable[[str], Tensor], dict[str, Any]]:
-    """Open a folder: entries of all dense tensors, a function that reads one, and the run's record."""
+    folder: Path, allow_pickle: bool, stacks: Collection[Stack], *, asked: bool
+) -> tuple[dict[str, TensorEntry], Callable[[str], Tensor], dict[str, Any], Mapping[str, Operator] | None]:
+    """Open a folder: entries of all dense tensors, a function that reads one, the run's record, the operators.
+
+    The operators are those that the model's code names; None where a record says enough, unless a pattern is ``asked``
+    of them all, and where the model is packed or cannot be built.
+    """
     if is_packed(folder):
         packed = PackedCheckpoint(folder)
         return (
             {entry.name: entry for entries in packed.contents().values() for entry in entries},
             packed.tensor,
             packed.record,
+            None,
         )
     checkpoint = Checkpoint.open(folder, allow_pickle)
     record = read_pruning_record(folder)
+    known = stored_operators(checkpoint) if asked or not record.get("operators") else None
     take_claimed_apart(checkpoint, record)
     for stack in stacks:
         checkpoint.take_apart(stack)
     entries = {name: checkpoint.entry(name) for name in checkpoint.names()}
-    return entries, checkpoint.read, record
+    return entries, checkpoint.read, record, known
 
 
 def _is_transposed(claims: dict[str, dict[str, Any]], entries: dict[str, TensorEntry]) -> bool:
@@ -283,3 +299,8 @@ def _is_operator(entry: TensorEntry) -> bool:
         and (entry.name.endswith(".weight") or entry.name.endswith("]"))
         and re.search(r"\.\d+\.|^\d+\.", entry.name) is not None
     )
+
+
+def _holds_experts(entry: TensorEntry) -> bool:
+    """Check, by name and shape, for a tensor of a numbered layer that holds a matrix of each of several experts."""
+    return len(entry.shape) == 3 and min(entry.shape) > 1 and re.search(r"\.\d+\..*(expert|moe)", entry.name) is not None
