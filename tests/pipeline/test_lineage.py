@@ -14,11 +14,24 @@ import tiny
 from fistapruner.cli import main
 from fistapruner.evaluation.inspection import inspect_checkpoint
 from fistapruner.models.source import ModelSource
+from fistapruner.runs.listener import Listener
+from fistapruner.runs.prune_directory import PruneDirectory
 from fistapruner.runs.records import load_run
+from fistapruner.runs.training_runs import dense_of
 
 CALIBRATION: dict[str, Any] = {"source": "python", "samples": 2, "seqlen": 16}
 CARD = "---\nlicense: apache-2.0\ntags: [a]\n---\n\n# The dense model\n"
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
+
+
+class Said(Listener):
+    """Keeps what a run says."""
+
+    def __init__(self) -> None:
+        self.lines: list[str] = []
+
+    def say(self, message: str) -> None:
+        self.lines.append(message)
 
 
 @pytest.fixture(scope="module")
@@ -92,6 +105,38 @@ def test_what_is_measured_later_reaches_the_stage(runs: Path, tmp_path: Path) ->
     )
     assert fp.resume(run).status == "finished"
     assert len(stored(run)["stages"]) == 2
+
+
+def test_the_dense_model_of_a_second_run_is_that_before_the_first(runs: Path, tmp_path: Path) -> None:
+    """Of every verb: figures are against it and training goes towards it, also where the first run is gone."""
+    dense = next((runs / "models--a--b" / "snapshots").iterdir())
+    settings: dict[str, Any] = {"method": "magnitude", "calibration": CALIBRATION}
+    again = fp.prune(runs / "once" / "model", tmp_path / "again", evaluate="python", evaluate_windows=2, **settings)
+    assert again.evaluations[0].against == str(dense)
+    assert fp.evaluate_run(runs / "twice", "python", seqlen=16, windows=2).against == str(dense)
+    recovered = fp.recover(tmp_path / "again", tmp_path / "out", data={"source": "python", "seqlen": 16}, steps=1)
+    record = json.loads((tmp_path / "out" / "run.json").read_text())
+    assert record["decision"]["dense"] == str(dense)
+    assert recovered.recovery is not None
+    assert recovered.recovery.loss == "kl"
+    copied = shutil.copytree(runs / "once" / "model", tmp_path / "copied")
+    fp.prune(copied, tmp_path / "of a copy", **settings)
+    found = dense_of(PruneDirectory(tmp_path / "of a copy"))
+    assert found is not None
+    assert found.folder == dense
+    changed = shutil.copytree(dense, tmp_path / "changed")
+    first = fp.prune(changed, tmp_path / "first", **settings)
+    assert first.status == "finished"
+    fp.prune(tmp_path / "first" / "model", tmp_path / "second", **settings)
+    tiny.save("llama", changed, num_hidden_layers=2, seed=1)
+    with pytest.raises(fp.FistaPrunerError, match="has changed"):  # known by the first run, not by the second
+        fp.recover(tmp_path / "second", tmp_path / "no", data={"source": "python", "seqlen": 16}, steps=1)
+    shutil.rmtree(changed)
+    told = Said()
+    last = fp.prune(tmp_path / "first" / "model", tmp_path / "third", evaluate="python", listener=told, **settings)
+    assert last.evaluations[0].perplexity is not None
+    assert last.evaluations[0].reference is None
+    assert any(f"no figures of the dense model, which is not at {changed}" in line for line in told.lines)
 
 
 def test_inspect_and_card_show_the_chain(runs: Path, capsys: pytest.CaptureFixture[str]) -> None:

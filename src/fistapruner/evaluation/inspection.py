@@ -263,7 +263,7 @@ def _violation(weight: Tensor, zeros: int, claim: dict[str, Any]) -> str | None:
 def _open(
     folder: Path, allow_pickle: bool, stacks: Collection[Stack], *, asked: bool
 ) -> tuple[dict[str, TensorEntry], Callable[[str], Tensor], dict[str, Any], Mapping[str, Operator] | None]:
-    """Open a folder: entries of all dense tensors, a function that reads one, the run's record, the operators.
+    """Open a folder: entries of all dense tensors, what reads one, the run's record, the operators.
 
     The operators are those that the model's code names; None where a record says enough, unless a pattern is ``asked``
     of them all, and where the model is packed or cannot be built.
@@ -302,5 +302,5 @@ def _is_operator(entry: TensorEntry) -> bool:
 
 
 def _holds_experts(entry: TensorEntry) -> bool:
-    """Check, by name and shape, for a tensor of a numbered layer that holds a matrix of each of several experts."""
+    """Check, by name and shape, for a tensor that holds the matrices of all experts of a layer."""
     return len(entry.shape) == 3 and min(entry.shape) > 1 and re.search(r"\.\d+\..*(expert|moe)", entry.name) is not None

@@ -1,4 +1,4 @@
-"""Tell from a model's code how its checkpoint stores the operators: which way round, and of which experts."""
+"""Tell from a model's code how its checkpoint stores the operators."""
 
 from __future__ import annotations
 

@@ -14,6 +14,7 @@ from ..errors import FistaPrunerError, MissingExtraError
 from ..evaluation.data import load_windows
 from ..evaluation.evaluate import evaluate as run_evaluation
 from ..evaluation.generations import generate_side_by_side
+from ..models.files.record import lost_structure, read_pruning_record
 from ..models.source import Permissions
 from ..recipes.settings import Execution
 from ..reporting.lineage_text import trained_on
@@ -51,9 +52,9 @@ class Compared:
     @classmethod
     def of(cls, run: RunDirectory) -> Compared:
         """Find them in what the run has decided."""
-        record = run.record()
+        record, dense = run.record(), dense_of(run)
         before = None if record is None or record.kind == "prune" else record.decision.folder
-        return cls(dense_of(run), before)
+        return cls(None if dense is None else dense.folder, before)
 
 
 def measure(
@@ -82,8 +83,12 @@ def measure(
     """
     if request is not None:
         compared = Compared.of(run)
-        if report.recovery is not None and compared.dense is not None and not compared.dense.exists():
-            compared = replace(compared, dense=None)  # its predictions are stored, so that training did not need it
+        begun_with_dense = report.kind == "prune" and (report.lineage is None or len(report.lineage.stages) < 2)
+        if not begun_with_dense and (compared.dense is None or not compared.dense.exists()):
+            where = "is not known" if compared.dense is None else f"is not at {compared.dense}"
+            add = f"'fistapruner evaluate {run.folder} --against DENSE' adds them"
+            listener.say(f"no figures of the dense model, which {where}: {add}")
+            compared = replace(compared, dense=None)  # the run itself did not need it
         _evaluate(run, report, compared, request, execution, permissions, listener)
         _generate(run, report, compared, execution, permissions, listener)
     publish(run, report, listener)
@@ -277,8 +282,8 @@ def bench_run(folder: str | Path, *, listener: Listener | None = None, **setting
         FistaPrunerError: not a finished run, or it does not fit disk or memory.
     """
     with _finished(Path(folder)) as (run, report):
-        record = run.record() if report.kind == "prune" and report.structured else None
-        before = record.decision.folder if record is not None and record.decision.folder.is_dir() else None
+        dense = dense_of(run) if lost_structure(read_pruning_record(run.model)) else None
+        before = dense.folder if dense is not None and dense.folder.is_dir() else None
         found = bench(run.model, before=before, **settings)
         machine = describe_machine(torch.device("cpu")).model_dump(mode="json")
         report.speed = {**speed_record(found), "machine": machine, "measured": now()}

@@ -24,10 +24,10 @@ from ..recipes.training_settings import TrainingRecipe
 from ..runs.decision import EvaluationRequest
 from ..runs.directory import RunDirectory
 from ..runs.identity import changed_files
-from ..runs.lineage import read_lineage
+from ..runs.lineage import dense_name, read_lineage
 from ..runs.listener import Listener
 from ..runs.training_directory import TrainingDirectory
-from ..runs.training_runs import dense_of, input_run, training_run
+from ..runs.training_runs import dense_of, input_run
 from ..runtime.ranks import ALONE, Ranks
 from ..sparse.pack import is_packed
 from .prepare import refuse_overlap
@@ -197,34 +197,23 @@ def _find_dense(request: TrainingRequest[Any], origin: RunDirectory | None, sour
             return permissions.find(request.dense)
         except FistaPrunerError as error:
             raise FistaPrunerError(f"--dense: {error}") from None
-    named: str | Path | None = None
-    if origin is not None:
-        named = dense_of(origin)
-    if named is None:
-        lineage, _ = read_lineage(read_pruning_record(source.folder), source.folder)
-        named = None if lineage is None else lineage.source.source
+    known = None if origin is None else dense_of(origin)
+    if known is None:
+        named: str | Path | None = dense_name(read_lineage(read_pruning_record(source.folder), source.folder)[0])
+    else:
+        named = known.folder
     try:
         found = None if named is None else permissions.find(named)
     except FistaPrunerError as error:
         if not need:
             return None
         raise FistaPrunerError(f"the dense model: {error}; say where it is with --dense") from None
-    if found is not None and origin is not None and (why := _changed_dense(origin, found)) is not None:
+    noted = () if known is None else known.stamps
+    if found is not None and noted and (why := changed_files(noted, found)) is not None:
         raise FistaPrunerError(f"{why}; name the right one with --dense{request.recipe.without_dense}")
     if found is None and need:
         raise FistaPrunerError(f"{need} needs the dense model, which {source.folder} does not name: give --dense MODEL")
     return found
-
-
-def _changed_dense(run: RunDirectory, dense: ModelSource) -> str | None:
-    """Say that the dense model of the input's run has changed since; None where that is not known."""
-    record = run.record()
-    noted: tuple[tuple[str, str], ...] = record.decision.stamps if record is not None else ()
-    if record is not None and record.kind != "prune":
-        trained = training_run(run.folder, record.kind).record()
-        assert trained is not None
-        noted = trained.decision.dense_stamps
-    return changed_files(noted, dense) if noted else None
 
 
 def asked(recipe: TrainingRecipe) -> dict[str, Any]:

@@ -56,6 +56,12 @@ def begin_lineage(folder: Path, model: ModelFacts) -> tuple[Lineage, str | None]
     return found or Lineage(source=model), fault
 
 
+def dense_name(lineage: Lineage | None) -> str | None:
+    """Name the dense model of a lineage; None where its first run began with a model pruned elsewhere."""
+    pruned_here = lineage is not None and lineage.stages and lineage.stages[0].kind == "prune"
+    return lineage.source.source or None if lineage is not None and pruned_here else None
+
+
 def add_stage(report: Report) -> None:
     """Append the run of a report to its lineage."""
     if report.lineage is not None:

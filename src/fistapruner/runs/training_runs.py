@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from pathlib import Path
 
+from ..errors import FistaPrunerError
+from ..models.source import SMALL_MODEL, resolve_model
 from .align_directory import AlignDirectory
 from .directory import RunDirectory
+from .lineage import dense_name
+from .records import Lineage
 from .training_directory import RecoverDirectory, TrainingDirectory
 
 DIRECTORIES: dict[str, type[TrainingDirectory]] = {each.verb: each for each in (RecoverDirectory, AlignDirectory)}
@@ -25,15 +30,47 @@ def input_run(model: str) -> RunDirectory | None:
     return None
 
 
-def dense_of(run: RunDirectory) -> Path | None:
-    """Return the folder of the dense model that a run's result goes back to; None where no run names it."""
+@dataclass(frozen=True)
+class Dense:
+    """The dense model that a run's result goes back to.
+
+    Args:
+        folder: where it was, which may be gone.
+        stamps: checksums of its weight files then; empty where no run has noted them.
+    """
+
+    folder: Path
+    stamps: tuple[tuple[str, str], ...] = ()
+
+
+def dense_of(run: RunDirectory) -> Dense | None:
+    """Find the dense model that a run's result goes back to; None where that is not known.
+
+    It is the model before the first run of the lineage: a run of what another run made goes back to that run's own. Of
+    a pruning run whose input is no run's any more, such as a copy, the lineage names it.
+    """
     if (record := run.record()) is None:
         return None
     if record.kind == "prune":
-        return record.decision.folder
+        decision = record.decision
+        if record.lineage is None or not record.lineage.stages:
+            return Dense(decision.folder, decision.stamps)
+        origin = input_run(str(decision.folder))
+        return (None if origin is None else dense_of(origin)) or _named(record.lineage)
     trained = training_run(run.folder, record.kind).record()
     assert trained is not None
     if trained.decision.dense is not None:
-        return trained.decision.dense
+        return Dense(trained.decision.dense, trained.decision.dense_stamps)
     origin = input_run(trained.decision.model)  # the loss did not need the dense model
     return None if origin is None else dense_of(origin)
+
+
+def _named(lineage: Lineage | None) -> Dense | None:
+    """Find the dense model that a lineage names, where it is on this machine; nothing is downloaded."""
+    name = dense_name(lineage)
+    if name is None or not (name == SMALL_MODEL or Path(name).exists()):
+        return None
+    try:
+        return Dense(resolve_model(name).absolute())
+    except FistaPrunerError:
+        return None
