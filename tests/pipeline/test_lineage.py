@@ -139,6 +139,54 @@ def test_the_dense_model_of_a_second_run_is_that_before_the_first(runs: Path, tm
     assert any(f"no figures of the dense model, which is not at {changed}" in line for line in told.lines)
 
 
+def test_what_a_second_run_leaves_alone_is_still_claimed(runs: Path, tmp_path: Path) -> None:
+    """And nothing else: zeros of tensors that lost channels are counted again, and lost patterns go."""
+    dense = next((runs / "models--a--b" / "snapshots").iterdir())
+    settings: dict[str, Any] = {"method": "magnitude", "calibration": CALIBRATION}
+    small: dict[str, Any] = {"calibration": CALIBRATION}
+    fp.prune(dense, tmp_path / "a", sparsity="2:4", **settings)
+    report = fp.prune(tmp_path / "a" / "model", tmp_path / "b", structure="mlp=16", **small)
+    found = inspect_checkpoint(tmp_path / "b")
+    assert found.violations == []
+    assert len(found.pruned) == 14
+    claims = {operator.name.removeprefix("model.layers.0."): operator.claim for operator in found.operators[:7]}
+    assert claims.pop("mlp.down_proj.weight") == "0%"  # it was refitted
+    assert set(claims.values()) == {"2:4"}
+    assert found.operators[1].shape == (16, 32)  # gate_proj
+    assert report.totals.model_zeros == found.zeros
+    # A third run prunes a part: the rest is as the two before it claim, and the widths are those of the second.
+    fp.prune(tmp_path / "b" / "model", tmp_path / "c", sparsity="70%", ignore=["re:mlp"], **settings)
+    found = inspect_checkpoint(tmp_path / "c")
+    assert found.violations == []
+    assert [operator.claim for operator in found.operators[:7]] == ["0%", "2:4", "2:4", *["70%"] * 4]
+    assert [width[1:] for width in found.widths] == [("MLP channels", 48, 16)] * 2
+    # A share is counted again, and the widths before are those before the first run.
+    fp.prune(dense, tmp_path / "d", structure="mlp=32", sparsity="50%", method="wanda", **small)
+    fp.prune(tmp_path / "d" / "model", tmp_path / "e", structure="mlp=16", **small)
+    found = inspect_checkpoint(tmp_path / "e")
+    assert found.violations == []
+    gate = found.operators[1]
+    assert gate.claim == f"{gate.zeros / gate.weights:.4%}"
+    assert [width[1:] for width in found.widths] == [("MLP channels", 48, 16)] * 2
+
+
+@pytest.mark.parametrize("architecture", ["gpt_oss", "qwen3_moe"])
+def test_experts_that_stay_keep_their_claims(tmp_path: Path, architecture: str) -> None:
+    """Under the numbers that they have now."""
+    folder = tiny.save(architecture, tmp_path / "model")
+    ignore = [rf"re:layers\.{layer}\.mlp\.experts\.{expert}\." for layer, expert in ((0, 1), (1, 2))]
+    fp.prune(folder, tmp_path / "a", method="magnitude", sparsity="2:4", ignore=ignore, calibration=CALIBRATION)
+    report = fp.prune(tmp_path / "a" / "model", tmp_path / "b", structure="experts=1", calibration=CALIBRATION)
+    kept = [layer.removals[0].kept for layer in report.layers]
+    assert any(numbers != [0, 1, 2] for numbers in kept)  # some have moved
+    found = inspect_checkpoint(tmp_path / "b")
+    assert found.violations == []
+    experts = [operator for operator in found.operators if "expert" in operator.name]
+    assert len(experts) == 2 * 3 * (2 if architecture == "gpt_oss" else 3)
+    assert {operator.claim for operator in experts} == {"2:4", None}
+    assert all((operator.claim == "2:4") == (operator.zeros > 0) for operator in experts)
+
+
 def test_inspect_and_card_show_the_chain(runs: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["inspect", str(runs / "twice"), "--quiet"]) == 0
     shown = capsys.readouterr().out

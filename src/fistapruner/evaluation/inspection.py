@@ -303,4 +303,6 @@ def _is_operator(entry: TensorEntry) -> bool:
 
 def _holds_experts(entry: TensorEntry) -> bool:
     """Check, by name and shape, for a tensor that holds the matrices of all experts of a layer."""
-    return len(entry.shape) == 3 and min(entry.shape) > 1 and re.search(r"\.\d+\..*(expert|moe)", entry.name) is not None
+    return (
+        len(entry.shape) == 3 and min(entry.shape) > 1 and re.search(r"\.\d+\..*(expert|moe)", entry.name) is not None
+    )

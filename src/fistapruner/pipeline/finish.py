@@ -18,7 +18,7 @@ from ..models.discovery import expert_modules
 from ..models.files.checkpoint import PRUNING_RECORD, Checkpoint
 from ..models.files.low_rank import RECORD as LOW_RANK
 from ..models.files.low_rank import write_adapter
-from ..models.files.record import permuted_tensors, read_pruning_record
+from ..models.files.record import permuted_tensors
 from ..models.files.writer import write_checkpoint
 from ..models.layerwise import LayerwiseModel
 from ..planning.plan import check_plan
@@ -34,6 +34,7 @@ from ..runtime.files import PARTIAL, sha256_file
 from ..runtime.machine import now
 from ..runtime.memory import peak_memory
 from ..structured.experts import EXPERTS, chosen_experts, dropped_tensors
+from .kept_claims import claimed_zeros, earlier_record, kept_claims, kept_widths
 
 
 def finish(
@@ -58,11 +59,14 @@ def finish(
     report.layers = _finished_layers(context)
     report.warnings += [warning for layer in report.layers for warning in layer.warnings]
     report.totals = _totals(report.layers, context, times.total(), alone=alone)
+    own = operator_claims(report, context.model)
+    kept = kept_claims(context, report, own, _replacement(context), _gone(context))
+    report.totals.model_zeros = (report.totals.operator_zeros or 0) + claimed_zeros(kept)
     if record.decision.sensitivity_seconds:
         report.totals.time_split["sensitivity"] = record.decision.sensitivity_seconds
     report.finished = now()
     add_stage(report)
-    _write_model(context, report, listener)
+    _write_model(context, report, {**own, **kept}, listener)
     times.note()  # before the report calls the run finished: what a kill leaves half-written is then written again
     if earlier is not None:
         report.evaluations, report.generations, report.speed = earlier.evaluations, earlier.generations, earlier.speed
@@ -98,17 +102,32 @@ def _finished_layers(context: RunContext) -> list[LayerEntry]:
     return [entry for entry in entries if entry is not None]
 
 
-def _write_model(context: RunContext, report: Report, listener: Listener) -> None:
-    """Write the checkpoint, unless a whole one of this run is there."""
-    run, journal, checkpoint = context.run, context.run.journal, context.model.checkpoint
-    layers = range(len(context.model))
-    places = {name: index for index in layers for name in journal.weights(index).entries}
+def _replacement(context: RunContext) -> Callable[[str], Tensor | None]:
+    """Return a function that gives a tensor of the new checkpoint by name; None where it is as it was."""
+    journal, checkpoint = context.run.journal, context.model.checkpoint
+    places = {name: index for index in range(len(context.model)) for name in journal.weights(index).entries}
 
     def replacement(name: str) -> Tensor | None:
         if name in places:
             return journal.weights(places[name]).read(name)
         return checkpoint.read(name) if name in checkpoint.orders else None
 
+    return replacement
+
+
+def _gone(context: RunContext) -> Callable[[str], bool]:
+    """Return a function that tells whether a tensor was of an expert that is removed."""
+    dropped, shapes = _dropped(context)
+    stacks = context.model.checkpoint.stacks
+    stay = {part for name, shape in shapes.items() for part in map(stacks[name].part, range(shape[0]))}
+    dropped |= {part for name in shapes for part in context.model.checkpoint.parts(name)} - stay
+    return lambda name: name in dropped
+
+
+def _write_model(context: RunContext, report: Report, claims: Mapping[str, Any], listener: Listener) -> None:
+    """Write the checkpoint, unless a whole one of this run is there."""
+    run, journal, checkpoint = context.run, context.run.journal, context.model.checkpoint
+    layers = range(len(context.model))
     low_rank = None
     if context.recipe.low_rank:
         operators = [operator for layer in context.layout.layers for group in layer for operator in group]
@@ -121,14 +140,14 @@ def _write_model(context: RunContext, report: Report, listener: Listener) -> Non
         report.totals.low_rank_weights, report.totals.low_rank_bytes = low_rank["weights"], low_rank["bytes"]
 
     def documents() -> dict[str, str]:
-        content = _record(report, context) | ({} if low_rank is None else {LOW_RANK: low_rank})
+        content = _record(report, context, claims) | ({} if low_rank is None else {LOW_RANK: low_rank})
         return {CARD: model_card(report), PRUNING_RECORD: json.dumps(content, indent=2) + "\n"}
 
     write_model(
         run,
         checkpoint,
         context.fingerprint,
-        replacement,
+        _replacement(context),
         documents,
         listener,
         shapes=_new_shapes(context),
@@ -295,9 +314,9 @@ def operator_claims(report: Report, model: LayerwiseModel) -> dict[str, dict[str
     return claims
 
 
-def _record(report: Report, context: RunContext) -> dict[str, Any]:
+def _record(report: Report, context: RunContext, claims: Mapping[str, Any]) -> dict[str, Any]:
     """Describe the checkpoint (``fistapruner.json``): the claims that ``inspect`` checks, and the lineage."""
-    model = context.model
+    model, earlier = context.model, earlier_record(context)
     widths = [
         {
             "layer": f"{context.layout.prefix}.{index}",
@@ -320,23 +339,16 @@ def _record(report: Report, context: RunContext) -> dict[str, Any]:
         for index in range(len(model))
         for unit in (context.widths.mixtures(index) if context.widths else ())
     ]
+    widths = kept_widths(earlier, widths)
+    gone = _gone(context)
     return {
         "version": VERSION,
         "fingerprint": report.fingerprint,
         "recipe": report.recipe,
         "model": report.model.source,
         "versions": report.versions,
-        "operators": operator_claims(report, model),
-        "permuted": sorted(_permuted(model.checkpoint)),
+        "operators": claims,
+        "permuted": sorted(name for name in permuted_tensors(earlier) | set(model.checkpoint.orders) if not gone(name)),
         **({"widths": widths} if widths else {}),
         "lineage": report.lineage.model_dump(mode="json") if report.lineage else None,
     }
-
-
-def _permuted(checkpoint: Checkpoint) -> set[str]:
-    """Name the tensors whose channels this run or one before it has reordered."""
-    try:
-        earlier = permuted_tensors(read_pruning_record(checkpoint.folder))
-    except FistaPrunerError:  # the report says so: the lineage is in the same file
-        earlier = set()
-    return earlier | set(checkpoint.orders)

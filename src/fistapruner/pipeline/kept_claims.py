@@ -1,0 +1,126 @@
+"""Keep what the record of a pruned model claims, where a pruning run of it leaves it true."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..constraints import parse_sparsity
+from ..errors import FistaPrunerError
+from ..execution.context import RunContext
+from ..models.discovery import Operator, linear_modules
+from ..models.files.record import MIN_ZEROS, read_pruning_record, recorded_claims
+from ..runs.records import Report
+
+
+def earlier_record(context: RunContext) -> dict[str, Any]:
+    """Read the record of the model that a run prunes; empty where there is none, or it cannot be read."""
+    try:
+        return read_pruning_record(context.model.checkpoint.folder)
+    except FistaPrunerError:  # the report says so: the lineage is in the same file
+        return {}
+
+
+def kept_claims(
+    context: RunContext,
+    report: Report,
+    own: Collection[str],
+    replacement: Callable[[str], Tensor | None],
+    gone: Callable[[str], bool],
+) -> dict[str, dict[str, Any]]:
+    """Return the claims of the run's input about operators that get no zeros in this run.
+
+    Of a tensor that has lost channels or is of another expert, zeros and shape are counted again.
+
+    Args:
+        context: the run.
+        report: of its layers.
+        own: names of the stored weights that the run itself claims something of.
+        replacement: returns a tensor of the new checkpoint by name; None where it is as it was.
+        gone: whether the new checkpoint has no tensor of that name.
+    """
+    checkpoint = context.model.checkpoint
+    try:
+        claims, _ = recorded_claims(earlier_record(context), checkpoint, checkpoint.folder)
+    except FistaPrunerError:
+        return {}
+    operators = _stored_operators(context)
+    before = _names_before(context, report, operators)
+    kept = {}
+    for name in {**claims, **before}:
+        claim = claims.get(before.get(name, name))
+        if claim is None or name in own or gone(name):
+            continue
+        tensor = replacement(name)
+        found = claim if tensor is None else _counted(claim, tensor, operators.get(name))
+        if found is not None:
+            kept[name] = found
+    return kept
+
+
+def claimed_zeros(claims: Mapping[str, Mapping[str, Any]]) -> int:
+    """Add up the zeros of claims."""
+    return sum(zeros for claim in claims.values() if type(zeros := claim.get("zeros")) is int)
+
+
+def kept_widths(record: Mapping[str, Any], own: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Return the widths of a run's result: its own, and those of its input that stay.
+
+    Args:
+        record: of the input.
+        own: widths that the run itself has changed; the numbers before are then those of the first run.
+    """
+    listed = record.get("widths")
+    earlier = {
+        (entry.get("layer"), entry.get("unit")): entry
+        for entry in (listed if isinstance(listed, list) else ())
+        if isinstance(entry, dict)
+    }
+    merged = []
+    for entry in own:
+        before = earlier.pop((entry["layer"], entry["unit"]), entry)
+        merged.append({**entry, "before": before.get("before", entry["before"])})
+    return [*earlier.values(), *merged]
+
+
+def _stored_operators(context: RunContext) -> dict[str, Operator]:
+    """Return the operators of all decoder layers, with their full names, by those of their stored weights."""
+    model = context.model
+    return {
+        model.source(f"{name}.weight"): Operator.of(name, module)
+        for index, layer in enumerate(model.layers)
+        for name, module in ((f"{model.layers_name}.{index}.{name}", module) for name, module in linear_modules(layer))
+    }
+
+
+def _names_before(context: RunContext, report: Report, operators: Mapping[str, Operator]) -> dict[str, str]:
+    """Return the stored names that the weights of moved experts had in the input, by those they have now."""
+    before = {}
+    for layer in report.layers:
+        for removal in layer.removals:
+            prefix = f"{context.model.layers_name}.{layer.index}.{removal.consumer}."
+            for stored, operator in operators.items() if removal.kept is not None else ():
+                place, _, part = operator.name.removeprefix(prefix).partition(".")
+                if operator.name.startswith(prefix) and int(place) < len(removal.kept):
+                    before[stored] = context.model.source(f"{prefix}{removal.kept[int(place)]}.{part}.weight")
+    return before
+
+
+def _counted(claim: Mapping[str, Any], tensor: Tensor, operator: Operator | None) -> dict[str, Any] | None:
+    """Make a claim of what a changed tensor has; None where it has hardly a zero."""
+    weight = (tensor.T if operator is not None and operator.transposed else tensor).contiguous()
+    zeros = weight.numel() - int(torch.count_nonzero(weight))
+    if weight.ndim != 2 or zeros < MIN_ZEROS * weight.numel():
+        return None
+    sparsity = f"{zeros / weight.numel():.4%}"
+    try:
+        pattern = parse_sparsity(claim["sparsity"])
+        if not pattern.zeros_suffice and pattern.satisfies(weight):
+            sparsity = str(pattern)
+    except (FistaPrunerError, KeyError):
+        pass
+    named = {} if operator is None else {"operator": operator.name}
+    return {**claim, **named, "sparsity": sparsity, "zeros": zeros, "shape": list(weight.shape)}
