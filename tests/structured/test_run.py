@@ -19,6 +19,8 @@ from fistapruner.cli import main
 from fistapruner.constraints import NM
 from fistapruner.evaluation.inspection import inspect_checkpoint
 from fistapruner.models.files.checkpoint import Checkpoint
+from fistapruner.pipeline.plan import plan_model
+from fistapruner.recipes.settings import Recipe
 from fistapruner.runs.layer_records import LayerEntry
 from fistapruner.runs.listener import Listener
 from fistapruner.runs.prune_directory import PruneDirectory
@@ -530,3 +532,42 @@ def test_bad_input_is_refused_before_work(
     assert main(["prune", str(folder), "--out", str(tmp_path / "run"), *arguments]) != 0
     assert said in capsys.readouterr().err
     assert not (tmp_path / "run" / "calibration.safetensors").exists()
+
+
+def test_zeros_that_removing_channels_does_not_keep_are_said_before_and_in_the_report(tmp_path: Path) -> None:
+    class Said(Listener):
+        def __init__(self) -> None:
+            self.lines: list[str] = []
+
+        def say(self, message: str) -> None:
+            self.lines.append(message)
+
+    folder = tiny.save("llama", tmp_path / "model", num_hidden_layers=2)
+    settings: dict[str, Any] = {"calibration": {"source": "python", "samples": 2, "seqlen": 16}}
+    fp.prune(folder, tmp_path / "zeros", method="magnitude", sparsity="2:4", **settings)
+    pruned, told = tmp_path / "zeros" / "model", Said()
+    warned = f"{pruned} has zeros already, and structure mlp=16 does not keep them in operators such as "
+    report = fp.prune(pruned, tmp_path / "small", structure="mlp=16", listener=told, **settings)
+    (warning,) = (line for line in report.warnings if line.startswith(warned))
+    assert "model.layers.0.mlp.down_proj (2:4)" in warning
+    assert "give a --sparsity too" in warning
+    said = told.lines.index(warning)
+    assert said < next(number for number, line in enumerate(told.lines) if line.startswith("calibration"))
+    recipe = Recipe.build({"structure": "mlp=16", **settings})
+    assert warning in plan_model(pruned, recipe).says
+
+    def warnings(model: Path, **more: Any) -> list[str]:
+        asked = {"structure": "mlp=16", **settings, **more}
+        return [line for line in plan_model(model, Recipe.build(asked)).says if "has zeros already" in line]
+
+    (goa,) = warnings(pruned, structure={"remove": "mlp=16", "method": "goa"})
+    assert "in a second run" in goa
+    (kept,) = warnings(pruned, structure={"remove": "mlp=16", "method": "flap"})  # the weights stay as they were
+    assert "does not keep their pattern" in kept
+    assert not warnings(pruned, sparsity="2:4")
+    assert not warnings(folder)
+    assert not warnings(tmp_path / "small" / "model", structure="mlp=8")  # those of down_proj are gone
+    (pruned / "fistapruner.json").unlink()
+    (counted,) = warnings(pruned)
+    assert "model.layers.0.mlp.down_proj (50%)" in counted
+    assert not warnings(pruned, structure={"remove": "mlp=16", "method": "flap"})

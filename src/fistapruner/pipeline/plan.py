@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import replace
 from itertools import chain
 from pathlib import Path
@@ -16,6 +17,7 @@ from ..execution.context import open_model
 from ..execution.executors import default_threads
 from ..models.discovery import Layout, discover
 from ..models.files.low_rank import refuse_low_rank
+from ..models.files.record import MIN_ZEROS, read_pruning_record, recorded_claims
 from ..models.layerwise import LayerwiseModel
 from ..models.source import Permissions
 from ..planning.plan import Plan, make_plan
@@ -139,6 +141,63 @@ def say_widths(model: LayerwiseModel, widths: Widths) -> str:
     )
 
 
+def say_lost_zeros(
+    model: LayerwiseModel, layout: Layout, recipe: Recipe, sparsity: Mapping[str, Constraint], widths: Widths
+) -> tuple[str, ...]:
+    """Warn that removing channels does not keep the zeros of a model; empty where it gets new ones.
+
+    Without a record of zeros, the first operator that is concerned is read.
+
+    Args:
+        model: the model, which may be pruned already.
+        layout: its operators.
+        recipe: all settings, resolved.
+        sparsity: the new pattern of every operator, by full name.
+        widths: whose channels are removed.
+    """
+    settings = recipe.structure
+    goa = settings.method == "goa"
+    fitted = goa or settings.compensation == "refit"
+    changed = [
+        f"{layout.prefix}.{index}.{name}"
+        for index, units in enumerate(widths.units)
+        for unit in units
+        for name in (unit.consumer.name, *(unit.producers if goa else ()))
+    ]
+    changed = [name for name in changed if name not in sparsity or not sparsity[name].fraction]
+    for name, pattern in _earlier_patterns(model, changed).items():
+        if pattern.fraction and (fitted or not pattern.zeros_suffice):
+            why = "their weights are fitted anew" if fitted else "it is one of the inputs that they had"
+            instead = (
+                "prune the result in a second run" if goa else "give a --sparsity too, and all operators get new ones"
+            )
+            return (
+                f"{model.checkpoint.folder} has zeros already, and structure {settings.remove} does not keep "
+                f"{'them' if fitted else 'their pattern'} in operators such as {name} ({pattern}), since {why}; "
+                f"{instead}",
+            )
+    return ()
+
+
+def _earlier_patterns(model: LayerwiseModel, names: Sequence[str]) -> dict[str, Constraint]:
+    """Return the patterns that a pruned model's operators have, as its record says it, or one of them has."""
+    folder, found = model.checkpoint.folder, {}
+    try:
+        claims, _ = recorded_claims(read_pruning_record(folder), model.checkpoint, folder)
+    except FistaPrunerError:  # the report says so: the lineage is in the same file
+        claims = {}
+    for name in names if claims else ():
+        claim = claims.get(model.source(f"{name}.weight"), {})
+        with suppress(FistaPrunerError):
+            found[name] = parse_sparsity(str(claim.get("sparsity", "0%")))
+    for name in () if claims else names[:1]:
+        weight = model.checkpoint.read(model.source(f"{name}.weight"))
+        share = 1 - int(torch.count_nonzero(weight)) / max(weight.numel(), 1)
+        if MIN_ZEROS <= share < 1:
+            found[name] = parse_sparsity(f"{share:.1%}")
+    return found
+
+
 def plan_model(
     model: str | Path,
     recipe: Recipe,
@@ -165,8 +224,12 @@ def plan_model(
     recipe = recipe.resolved(family=source.family)
     opened = open_model(source, recipe)
     layout, widths = change_widths(opened, discover(opened).select(recipe), recipe, source.permissions)
-    plan = plan_run(opened, layout, recipe, allocate(recipe, layout), Path(out), widths)
-    return plan if widths is None else replace(plan, says=(say_widths(opened, widths), *plan.says))
+    sparsity = allocate(recipe, layout)
+    plan = plan_run(opened, layout, recipe, sparsity, Path(out), widths)
+    if widths is None:
+        return plan
+    lost = say_lost_zeros(opened, layout, recipe, sparsity, widths)
+    return replace(plan, says=(say_widths(opened, widths), *lost, *plan.says))
 
 
 def plan_run(

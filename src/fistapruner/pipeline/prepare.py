@@ -44,7 +44,7 @@ from ..sensitivity.decision import check_allocation, needs_measuring
 from ..structured.units import Widths
 from .begun import absolute, changed_text, refuse_other
 from .dense_measurements import DenseMeasurements, Measured
-from .plan import allocate, change_widths, plan_run, say_widths
+from .plan import allocate, change_widths, plan_run, say_lost_zeros, say_widths
 
 log = logging.getLogger("fistapruner")
 
@@ -84,6 +84,7 @@ class Inputs:
         sparsity: the recipe's pattern of every one of them, by full name.
         tokenizer: of the model.
         seqlen: tokens in a calibration window.
+        warnings: for the report.
     """
 
     source: ModelSource
@@ -94,6 +95,7 @@ class Inputs:
     sparsity: Mapping[str, Constraint]
     tokenizer: Any
     seqlen: int
+    warnings: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -189,8 +191,10 @@ def check_inputs(run: PruneDirectory, request: RunRequest, begun: PruneRecord | 
     check_model(model)
     smaller, widths = change_widths(model, layout, recipe, source.permissions)
     sparsity = allocate(recipe, smaller)
+    warnings = () if widths is None else say_lost_zeros(model, smaller, recipe, sparsity, widths)
     if widths is not None and begun is None:
-        listener.say(say_widths(model, widths))
+        for sentence in (say_widths(model, widths), *warnings):
+            listener.say(sentence)
     if begun is not None:
         refuse_other(run, begun, request.model, recipe)
         if not run.model.is_dir():
@@ -199,7 +203,7 @@ def check_inputs(run: PruneDirectory, request: RunRequest, begun: PruneRecord | 
     if request.evaluation is not None:  # a fault in the text shows now
         text = load_windows(request.evaluation.data, tokenizer, seqlen, request.evaluation.windows)
         model.check_tokens(text.tokens)
-    return Inputs(source, model, layout, smaller, widths, sparsity, tokenizer, seqlen)
+    return Inputs(source, model, layout, smaller, widths, sparsity, tokenizer, seqlen, warnings)
 
 
 def check_layers_before(recipe: Recipe, first: int, last: int, done: Container[int]) -> None:
@@ -307,7 +311,7 @@ def record(
             machine=describe_machine(model.device),
             model=facts,
             lineage=lineage,
-            warnings=[warning] if warning else [],
+            warnings=[*inputs.warnings, *([warning] if warning else [])],
             calibration=CalibrationFacts.model_validate({**calibrated.how, **sizes}),
             plan=rows,
             permuted=dict(measured.permuted),
