@@ -99,13 +99,17 @@ def _stored_operators(context: RunContext) -> dict[str, Operator]:
 def _names_before(context: RunContext, report: Report, operators: Mapping[str, Operator]) -> dict[str, str]:
     """Return the stored names that the weights of moved experts had in the input, by those they have now."""
     before = {}
-    for layer in report.layers:
-        for removal in layer.removals:
-            prefix = f"{context.model.layers_name}.{layer.index}.{removal.consumer}."
-            for stored, operator in operators.items() if removal.kept is not None else ():
-                place, _, part = operator.name.removeprefix(prefix).partition(".")
-                if operator.name.startswith(prefix) and int(place) < len(removal.kept):
-                    before[stored] = context.model.source(f"{prefix}{removal.kept[int(place)]}.{part}.weight")
+    moved = [
+        (f"{context.model.layers_name}.{layer.index}.{removal.consumer}.", removal.kept)
+        for layer in report.layers
+        for removal in layer.removals
+        if removal.kept is not None
+    ]
+    for prefix, kept in moved:
+        for stored, operator in operators.items():
+            place, _, part = operator.name.removeprefix(prefix).partition(".")
+            if operator.name.startswith(prefix) and int(place) < len(kept):
+                before[stored] = context.model.source(f"{prefix}{kept[int(place)]}.{part}.weight")
     return before
 
 
