@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from safetensors.torch import load_file, save_file
 
 import fistapruner as fp
 import tiny
@@ -160,6 +161,17 @@ def test_what_a_second_run_leaves_alone_is_still_claimed(runs: Path, tmp_path: P
     assert found.violations == []
     assert [operator.claim for operator in found.operators[:7]] == ["0%", "2:4", "2:4", *["70%"] * 4]
     assert [width[1:] for width in found.widths] == [("MLP channels", 48, 16)] * 2
+    # A claim that the input itself did not keep is not handed on.
+    refilled = Path(shutil.copytree(tmp_path / "a" / "model", tmp_path / "refilled"))
+    tensors = load_file(refilled / "model.safetensors")
+    tensors["model.layers.0.mlp.up_proj.weight"][:, :] = 1.0
+    tensors["model.layers.0.mlp.gate_proj.weight"][:, ::4] = 1.0
+    save_file(tensors, refilled / "model.safetensors", metadata={"format": "pt"})
+    fp.prune(refilled, tmp_path / "f", sparsity="70%", ignore=["re:mlp"], **settings)
+    found = inspect_checkpoint(tmp_path / "f")
+    assert found.violations == []
+    down, gate, up = found.operators[:3]
+    assert (down.claim, gate.claim, up.claim) == ("2:4", f"{gate.sparsity:.4%}", None)
     # A share is counted again, and the widths before are those before the first run.
     fp.prune(dense, tmp_path / "d", structure="mlp=32", sparsity="50%", method="wanda", **small)
     fp.prune(tmp_path / "d" / "model", tmp_path / "e", structure="mlp=16", **small)

@@ -33,7 +33,7 @@ def kept_claims(
 ) -> dict[str, dict[str, Any]]:
     """Return the claims of the run's input about operators that get no zeros in this run.
 
-    Of a tensor that has lost channels or is of another expert, zeros and shape are counted again.
+    Zeros are counted again: a tensor may have lost channels, or be of another expert, or never have had them.
 
     Args:
         context: the run.
@@ -55,7 +55,7 @@ def kept_claims(
         if claim is None or name in own or gone(name):
             continue
         tensor = replacement(name)
-        found = claim if tensor is None else _counted(claim, tensor, operators.get(name))
+        found = _counted(claim, checkpoint.read(name) if tensor is None else tensor, operators.get(name))
         if found is not None:
             kept[name] = found
     return kept
@@ -114,17 +114,20 @@ def _names_before(context: RunContext, report: Report, operators: Mapping[str, O
 
 
 def _counted(claim: Mapping[str, Any], tensor: Tensor, operator: Operator | None) -> dict[str, Any] | None:
-    """Make a claim of what a changed tensor has; None where it has hardly a zero."""
+    """Make a claim of what a tensor has in place of an earlier one; None where its zeros are gone."""
     weight = (tensor.T if operator is not None and operator.transposed else tensor).contiguous()
     zeros = weight.numel() - int(torch.count_nonzero(weight))
-    if weight.ndim != 2 or zeros < MIN_ZEROS * weight.numel():
-        return None
-    sparsity = f"{zeros / weight.numel():.4%}"
     try:
         pattern = parse_sparsity(claim["sparsity"])
-        if not pattern.zeros_suffice and pattern.satisfies(weight):
-            sparsity = str(pattern)
     except (FistaPrunerError, KeyError):
-        pass
+        return None
+    if weight.ndim != 2 or (pattern.fraction and zeros < MIN_ZEROS * weight.numel()):
+        return None
+    promised = claim.get("zeros")
+    if pattern.zeros_suffice and type(promised) is int:
+        holds = zeros >= promised or not pattern.fraction
+    else:
+        holds = pattern.satisfies(weight)
+    sparsity = str(claim["sparsity"]) if holds else f"{zeros / weight.numel():.4%}"
     named = {} if operator is None else {"operator": operator.name}
     return {**claim, **named, "sparsity": sparsity, "zeros": zeros, "shape": list(weight.shape)}
