@@ -460,3 +460,27 @@ def test_a_comparison_has_the_seed_of_its_recipe(bench: Bench, tmp_path: Path, m
         assert [row["seed"] for row in json.loads((out / "compare.json").read_text())["rows"]] == seeds
         recipes = [load_run(run).recipe for run in sorted((out / "runs").iterdir())]
         assert [(recipe["seed"], recipe["data"]["seed"]) for recipe in recipes] == [(seed, seed) for seed in seeds]
+
+
+def test_a_comparison_that_was_killed_in_an_evaluation_makes_it_up(
+    bench: Bench, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The row is trained, and measured only when the comparison goes on."""
+    monkeypatch.setattr("fistapruner.pipeline.align_compare.JOBS", {"SFT on chosen": {"loss": "sft"}})
+    settings = {**SETTINGS, "data": {"pairs": str(bench.pairs)}, "steps": 1, "evaluate": str(bench.text)}
+    with monkeypatch.context() as killed:
+        killed.setattr("fistapruner.pipeline.measure.run_evaluation", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            fp.align_compare(bench.pruned(), tmp_path / "out", **settings)
+    said = Said()
+    found = fp.align_compare(bench.pruned(), tmp_path / "out", listener=said, **settings)
+    assert not [sentence for sentence in said.sentences if sentence.startswith("step ")]
+    assert found.before is not None
+    assert found.rows[0].evaluation is not None
+    assert found.rows[0].evaluation.divergence is not None
+    again = fp.align_compare(bench.pruned(), tmp_path / "out", **settings)
+    assert (again.rows, again.before) == (found.rows, found.before)
+
+
+def interrupted(*arguments: Any, **settings: Any) -> None:
+    raise KeyboardInterrupt

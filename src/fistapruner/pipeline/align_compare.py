@@ -21,11 +21,13 @@ from ..runs.listener import Listener
 from ..runs.lock import hold
 from ..runs.records import Report, load_run
 from ..runs.training_records import AlignComparison, AlignRow
+from ..runs.training_runs import input_run
 from ..runtime.files import copy_atomic, disk_errors, write_json_atomic, write_text_atomic
 from ..runtime.machine import versions
 from .align import align
 from .prepare_align import check_pairs
-from .training_inputs import asked, find_input
+from .training import evaluation_request
+from .training_inputs import TrainingRequest, asked, evaluation_of, find_input
 
 JOBS: dict[str, dict[str, Any]] = {
     "distillation only": {"loss": "none", "anchor": 1.0},
@@ -101,6 +103,14 @@ def align_compare(
     if folder.is_dir() and not (folder / FIGURES).exists() and (others := sorted(folder.iterdir())):
         raise FistaPrunerError(f"--out {folder} is a folder with other things in it ({others[0].name}); name a new one")
     base = {**shared.model_dump(mode="json", exclude={"execution", *VARIED})}
+    request = TrainingRequest(
+        str(model),
+        shared,
+        evaluation=evaluation_request(evaluate, evaluate_windows),
+        evaluates=evaluate == "auto",
+        evaluation_windows=evaluate_windows,
+    )
+    evaluation = request.evaluation_beside(evaluation_of(input_run(request.model)))
     found = AlignComparison(command=command or shlex.join(sys.argv), model=str(model), recipe=base, versions=versions())
     _refuse_other(folder, found)
     with disk_errors(folder):
@@ -117,7 +127,7 @@ def align_compare(
             job = AlignRecipe.build(changes)
             run = AlignDirectory(folder / "runs" / f"{_slug(label)}-{seed}")
             try:
-                report = _finished(run, job) or _run(
+                report = _finished(run, job, evaluated=evaluation is not None) or _run(
                     folder,
                     run,
                     lambda run=run, job=job: align(
@@ -171,13 +181,22 @@ def _run(folder: Path, run: AlignDirectory, work: Any) -> Report:
     return report
 
 
-def _finished(run: AlignDirectory, recipe: AlignRecipe) -> Report | None:
-    """Read the report of a row that was finished before; None where it was not, or had other settings."""
+def _finished(run: AlignDirectory, recipe: AlignRecipe, *, evaluated: bool) -> Report | None:
+    """Read the report of a row that was done before; None where work is left, or it had other settings.
+
+    Args:
+        run: of the row.
+        recipe: its settings.
+        evaluated: the row is evaluated on a text, and so is the model before alignment.
+    """
     with suppress(FistaPrunerError):
         record = run.record()
         if record is not None and run.report_file.exists() and record.decision.asked == asked(recipe):
             report = load_run(run.folder)
-            return report if report.status == "finished" and report.alignment is not None else None
+            done = report.status == "finished" and report.alignment is not None
+            known = report.recovery is not None and any(known.perplexity for known in report.recovery.before)
+            measured = known and any(found.perplexity for found in report.evaluations)
+            return report if done and (measured or not evaluated) else None
     return None
 
 

@@ -75,21 +75,24 @@ def train(
     run = verb.directory(Path(out))
     run.check_place()
     recipe = verb.settings.build(merge(recipe.model_dump(mode="json"), settings))
-    evaluation = None
-    if evaluate not in (None, "auto"):
-        text = absolute(evaluate) if Path(evaluate).is_file() else evaluate
-        evaluation = EvaluationRequest(data=text, windows=evaluate_windows)
     request = TrainingRequest(
         str(model),
         recipe,
         None if dense is None else str(dense),
         permissions,
         command,
-        evaluation,
+        evaluation_request(evaluate, evaluate_windows),
         evaluate == "auto",
         evaluate_windows,
     )
     return _run(verb, run, request, listener or Listener())
+
+
+def evaluation_request(evaluate: str | None, windows: int | None) -> EvaluationRequest | None:
+    """Return the text that is named to evaluate on; None where it is ``auto``, or there is none."""
+    if evaluate in (None, "auto"):
+        return None
+    return EvaluationRequest(data=absolute(evaluate) if Path(evaluate).is_file() else evaluate, windows=windows)
 
 
 def resume_training(verb: TrainingVerb[R], folder: Path, permissions: Permissions, listener: Listener) -> Report:

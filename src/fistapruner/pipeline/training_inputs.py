@@ -142,7 +142,7 @@ def check_training_inputs(
         dense = open_model(dense_source, recipe)
         _check_dense(dense, model)
     tokenizer, length = source.tokenizer(), window_length(seqlen[0], model, TRAINING_SEQLEN, seqlen[1])
-    evaluation = request.evaluation_beside(_evaluation_of(origin) if request.evaluates else None)
+    evaluation = request.evaluation_beside(evaluation_of(origin) if request.evaluates else None)
     if evaluation is not None:  # a fault in the text shows now
         evaluation = evaluation.model_copy(update={"seqlen": evaluation.seqlen or length})
         cut = load_windows(evaluation.data, tokenizer, evaluation.seqlen or length, evaluation.windows)
@@ -289,7 +289,7 @@ def _check_dense(dense: LayerwiseModel, model: LayerwiseModel) -> None:
     check_model(dense)
 
 
-def _evaluation_of(origin: RunDirectory | None) -> EvaluationRequest | None:
+def evaluation_of(origin: RunDirectory | None) -> EvaluationRequest | None:
     """Take the text that the input's run was evaluated on, so that figures can be compared."""
     record = origin.record() if origin is not None else None
     if record is None or record.decision.evaluation is None:
