@@ -482,5 +482,30 @@ def test_a_comparison_that_was_killed_in_an_evaluation_makes_it_up(
     assert (again.rows, again.before) == (found.rows, found.before)
 
 
+def test_a_comparison_of_other_data_or_models_is_refused(
+    bench: Bench, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Rows that are done would stand beside rows that were made from something else."""
+    monkeypatch.setattr("fistapruner.pipeline.align_compare.JOBS", {"SFT on chosen": {"loss": "sft"}})
+    pairs, text = tmp_path / "pairs.jsonl", Path(shutil.copy(bench.text, tmp_path))
+    write_pairs(pairs, 12)
+    pruned, out = Path(shutil.copytree(bench.pruned() / "model", tmp_path / "pruned")), tmp_path / "out"
+    settings = {**SETTINGS, "data": {"pairs": str(pairs)}, "steps": 1, "evaluate": str(text), "evaluate_windows": 2}
+    settings |= {"dense": bench.dense(), "pairs_per_step": 8}
+    found = fp.align_compare(pruned, out, **settings)
+    assert fp.align_compare(pruned, out, **settings).rows == found.rows
+    others = {"evaluation.windows": {"evaluate_windows": 1}, "evaluation.data": {"evaluate": None}}
+    for name, other in {**others, "dense": {"dense": None}}.items():
+        with pytest.raises(FistaPrunerError, match=f"holds a comparison with {name} = "):
+            fp.align_compare(pruned, out, **{**settings, **other})
+    for path in (pairs, text, pruned / "model.safetensors"):
+        before = path.read_bytes()
+        path.write_bytes(before.replace(b"9", b"8") if path.suffix == ".jsonl" else before[:-4] + b"\0\0\0\0")
+        with pytest.raises(FistaPrunerError, match=f"{path.name} has changed since the comparison in"):
+            fp.align_compare(pruned, out, **settings)
+        path.write_bytes(before)
+    assert fp.align_compare(pruned, out, **settings).rows == found.rows
+
+
 def interrupted(*arguments: Any, **settings: Any) -> None:
     raise KeyboardInterrupt

@@ -17,12 +17,13 @@ from ..recipes.loading import merge
 from ..reporting.align_table import align_table
 from ..runs.align_directory import AlignDirectory
 from ..runs.base import parse, read_json
+from ..runs.identity import stamps
 from ..runs.listener import Listener
 from ..runs.lock import hold
 from ..runs.records import Report, load_run
 from ..runs.training_records import AlignComparison, AlignRow
 from ..runs.training_runs import input_run
-from ..runtime.files import copy_atomic, disk_errors, write_json_atomic, write_text_atomic
+from ..runtime.files import copy_atomic, disk_errors, sha256_file, write_json_atomic, write_text_atomic
 from ..runtime.machine import versions
 from .align import align
 from .prepare_align import check_pairs
@@ -99,7 +100,9 @@ def align_compare(
     if not seeds:
         raise FistaPrunerError("seeds: at least one is needed")
     check_pairs(shared)
-    find_input(str(model), Permissions(allow_pickle, trust_remote_code))
+    permissions = Permissions(allow_pickle, trust_remote_code)
+    models = {str(model): find_input(str(model), permissions)}
+    models |= {} if dense is None else {str(dense): permissions.find(dense)}
     if folder.is_dir() and not (folder / FIGURES).exists() and (others := sorted(folder.iterdir())):
         raise FistaPrunerError(f"--out {folder} is a folder with other things in it ({others[0].name}); name a new one")
     base = {**shared.model_dump(mode="json", exclude={"execution", *VARIED})}
@@ -111,7 +114,20 @@ def align_compare(
         evaluation_windows=evaluate_windows,
     )
     evaluation = request.evaluation_beside(evaluation_of(input_run(request.model)))
-    found = AlignComparison(command=command or shlex.join(sys.argv), model=str(model), recipe=base, versions=versions())
+    texts = [Path(text) for text in (shared.data.pairs, evaluation and evaluation.data) if text]
+    files = {str(path): sha256_file(path) for path in texts if path.is_file()}
+    files |= {
+        str(Path(name) / file): stamp for name, source in models.items() for file, stamp in stamps(source.checkpoint())
+    }
+    found = AlignComparison(
+        command=command or shlex.join(sys.argv),
+        model=str(model),
+        dense=None if dense is None else str(dense),
+        evaluation={} if evaluation is None else evaluation.model_dump(mode="json"),
+        recipe=base,
+        files=files,
+        versions=versions(),
+    )
     _refuse_other(folder, found)
     with disk_errors(folder):
         (folder / "runs").mkdir(parents=True, exist_ok=True)
@@ -217,21 +233,28 @@ def _row(label: str, seed: int, report: Report | str) -> AlignRow:
 
 
 def _refuse_other(folder: Path, now: AlignComparison) -> None:
-    """Refuse to continue a comparison of other settings or of another model.
+    """Refuse to continue a comparison of other settings, models or texts.
 
     Raises:
-        FistaPrunerError: names the first that differs.
+        FistaPrunerError: names the first that differs, or the file that has changed.
     """
     if not (folder / FIGURES).exists():
         return
     before = parse(AlignComparison, read_json(folder / FIGURES), str(folder / FIGURES))
     pairs: dict[str, tuple[Any, Any]] = {"model": (before.model, now.model)}
     pairs |= {key: (before.recipe.get(key), value) for key, value in now.recipe.items()}
+    if before.files:
+        pairs["dense"] = before.dense, now.dense
+        for key in ("data", "windows", "seqlen"):
+            pairs[f"evaluation.{key}"] = before.evaluation.get(key), now.evaluation.get(key)
     for key, (old, new) in pairs.items():
         if old != new:
             raise FistaPrunerError(
                 f"--out {folder} holds a comparison with {key} = {old}, this one has {new}: name another folder"
             )
+    for name in before.files and sorted({*before.files, *now.files}):
+        if before.files.get(name) != now.files.get(name):
+            raise FistaPrunerError(f"{name} has changed since the comparison in {folder} began: name another folder")
 
 
 def _write(folder: Path, found: AlignComparison) -> None:

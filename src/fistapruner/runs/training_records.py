@@ -180,7 +180,9 @@ class AlignComparison(Record):
     """``DIR/compare.json`` of ``fistapruner align --compare``.
 
     Args:
-        recipe: settings that all rows share; ``model``: as the user named it.
+        recipe: settings that all rows share; ``model``, ``dense``: as the user named them.
+        evaluation: the text to evaluate on (``data``, ``windows``, ``seqlen``); empty where nothing is.
+        files: hashes of the pairs, of the text to evaluate on, and of the weights of the models, by path.
         before: the model before alignment on the text, against the dense model.
         rows: in the order of the table.
     """
@@ -189,7 +191,10 @@ class AlignComparison(Record):
     status: Literal["running", "finished"] = "running"
     command: str | None = None
     model: str = ""
+    dense: str | None = None
+    evaluation: dict[str, Any] = {}
     recipe: dict[str, Any] = {}
+    files: dict[str, str] = {}
     versions: dict[str, str] = {}
     before: Evaluation | None = None
     rows: list[AlignRow] = []
