@@ -405,6 +405,15 @@ def test_the_command_line_is_the_function(bench: Bench, tmp_path: Path, capsys: 
     assert one == two
 
 
+def test_shares_are_those_of_the_references_as_they_were_named(bench: Bench, tmp_path: Path) -> None:
+    settings = {"loss": "geometric", "steps": 1, "shares": (0.3, 0.7)}
+    for number, (named, dense) in enumerate({"dense,pruned": 0.3, "pruned,dense": 0.7, "": 0.7}.items()):
+        report = align(bench, tmp_path / str(number), references=named or (), **settings)
+        assert report.alignment is not None
+        assert report.alignment.references == pytest.approx({"pruned": 1 - dense, "dense": dense})
+        assert dict(zip(report.recipe["references"], report.recipe["shares"], strict=True))["dense"] == dense
+
+
 def test_a_comparison_runs_every_loss_from_one_cache(
     bench: Bench, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

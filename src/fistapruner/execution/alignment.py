@@ -149,7 +149,7 @@ class AlignContext(TrainingContext):
         if recipe.weights == "per-pair":
             weights = pair_weights(stacked)
         elif recipe.weights == "fixed":
-            shares = recipe.shares or [1.0] * len(names)
+            shares = recipe.resolved_shares or [1.0] * len(names)
             weights = fixed_weights(torch.tensor(shares, dtype=torch.float64), stacked.shape[1])
         else:
             held_out = stacked[:, [window // 2 for window in self.pairs.windows("held_out")[::2]]]

@@ -93,6 +93,7 @@ def resolve(recipe: AlignRecipe, origin: RunDirectory | None) -> AlignRecipe:
     changes = {
         "parameters": "lora" if recipe.parameters == "auto" else recipe.parameters,
         "references": recipe.resolved_references,
+        "shares": recipe.resolved_shares,
         "anchor": recipe.resolved_anchor,
     }
     return recipe.with_absolute_files().model_copy(update=changes)

@@ -77,7 +77,9 @@ class AlignRecipe(TrainingRecipe):
         "that the loss uses, which is label leakage; MRPO).",
     )
     shares: Annotated[tuple[float, ...], BeforeValidator(words)] = Field(
-        (), description="The fixed weights, one for each reference, such as 0.3,0.7; without it they are equal."
+        (),
+        description="The fixed weights, one for each reference in their order, such as 0.3,0.7; without it they are "
+        "equal.",
     )
     clip: Annotated[Literal["none"] | float, BeforeValidator(_clip)] = Field(
         0.1,
@@ -125,7 +127,8 @@ class AlignRecipe(TrainingRecipe):
             if not several or self.weights != "fixed":
                 raise ValueError("shares: they are the fixed weights of several references")
             if len(self.shares) != len(self.resolved_references):
-                raise ValueError(f"shares: one number for each of {','.join(self.resolved_references)} is expected")
+                names = ",".join(self.references or self.resolved_references)
+                raise ValueError(f"shares: one number for each of {names} is expected")
             if not all(share > 0 for share in self.shares) or not math.isclose(sum(self.shares), 1, rel_tol=1e-6):
                 raise ValueError("shares: numbers above 0 with the sum 1 are expected")
         if self.data.held_out + self.data.test > 0.5:
@@ -139,6 +142,12 @@ class AlignRecipe(TrainingRecipe):
             return ()
         default = ("pruned",) if self.loss == "dpo" else ("pruned", "dense")
         return tuple(sorted(self.references or default, reverse=True))
+
+    @property
+    def resolved_shares(self) -> tuple[float, ...]:
+        """The fixed weights in the order of :attr:`resolved_references`; empty where they are equal."""
+        given = dict(zip(self.references or self.resolved_references, self.shares, strict=False))
+        return tuple(given[name] for name in self.resolved_references) if given else ()
 
     @property
     def resolved_anchor(self) -> float:
