@@ -192,8 +192,7 @@ def test_every_verb_reads_it(tmp_path: Path, capsys: pytest.CaptureFixture[str])
     capsys.readouterr()
     assert main(["inspect", str(out), "--quiet"]) == 0
     assert "MLP channels: 48 -> 28 in" in capsys.readouterr().out
-    for page in ("report.html", "model/README.md"):
-        assert "transformers loads it after import fistapruner" in (out / page).read_text()
+    assert_said_who_loads_it(out)
     model = AutoModelForCausalLM.from_pretrained(out / "model").eval()
     tokens = torch.arange(3, 19)[None]
     logits = model(tokens).logits
@@ -214,10 +213,19 @@ def test_every_verb_reads_it(tmp_path: Path, capsys: pytest.CaptureFixture[str])
     data = {"source": str(text), "tokens": 512, "seqlen": 16}
     recovered = fp.recover(out, tmp_path / "recovered", data=data, execution={"device": "cpu"})
     assert recovered.status == "finished"
+    assert_said_who_loads_it(tmp_path / "recovered")
     trained = AutoModelForCausalLM.from_pretrained(tmp_path / "recovered" / "model")
     assert trained.model.layers[2].mlp.up_proj.weight.shape == (28, 32)
     with pytest.raises(FistaPrunerError, match="its decoder layers have different widths, which are not exported"):
         export_gguf(out / "model", tmp_path / "model.gguf", tmp_path / "like.gguf")
+
+
+def assert_said_who_loads_it(run: Path) -> None:
+    card, page = ((run / name).read_text() for name in ("model/README.md", "report.html"))
+    for text in (card, page):
+        assert "transformers loads it after import fistapruner" in text
+        assert "loads it as it loads the dense one" not in text
+    assert "```python\nimport fistapruner " in card
 
 
 class Stopping(Listener):

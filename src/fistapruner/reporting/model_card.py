@@ -15,7 +15,7 @@ from .lineage_text import DONE, file_name, lineage_lines
 from .recovery_text import change_text, closed_text, gain_of, held_out_text
 from .rendering import plain_markdown, render
 from .size_and_speed import low_rank_sentence, size_rows, speed_rows, speeds
-from .structure_text import structure_sentence
+from .structure_text import has_free_widths, structure_sentence
 from .workload_text import workload_how, workload_sentence, workload_tables
 
 
@@ -32,6 +32,7 @@ def model_card(report: Report) -> str:
         name=base_model(report),
         amount=amount(report),
         smaller=structure_sentence(report),
+        free_widths=has_free_widths(report),
         done=DONE[report.kind],
         training=_training(report),
         zeros=_zeros(report),

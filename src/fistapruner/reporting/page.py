@@ -41,7 +41,7 @@ from .size_and_speed import (
     speed_table,
     speeds,
 )
-from .structure_text import kept_units, structure_rows, structure_sentence, structure_table
+from .structure_text import ONLY_HERE, has_free_widths, kept_units, structure_rows, structure_sentence, structure_table
 from .workload_text import workload_how, workload_sentence, workload_tables
 
 
@@ -80,6 +80,7 @@ def run_page(report: Report) -> str:
         hardest=_hardest(report),
         removed=structure_table(report),
         smaller=structure_rows(report),
+        only_here=ONLY_HERE if has_free_widths(report) else "",
         workload=workload_tables(report),
         workload_sentence="" if report.workload is None else workload_sentence(report.workload),
         workload_how=workload_how(report),
@@ -102,7 +103,7 @@ def _title(report: Report) -> str:
 def verdict(report: Report) -> str:
     """Say what happened to the model, in two or three sentences."""
     totals = report.totals
-    sentences = [structure_sentence(report)] if report.widths else []
+    sentences = [said] if (said := structure_sentence(report)) else []
     if totals.operator_weights and totals.operator_zeros is not None and not report.only_structure:
         share = percent(totals.operator_zeros / totals.operator_weights, 4)
         kept = f", the same as before {report.training}" if report.recovery is not None else ""

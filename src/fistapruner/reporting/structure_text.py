@@ -46,15 +46,16 @@ def structure_rows(report: Report) -> list[tuple[str, str]]:
 
 
 def structure_sentence(report: Report) -> str:
-    """Say in one sentence what was removed; empty where nothing was."""
+    """Say what was removed, as far as this run did it, and who can load the result; empty where nothing was."""
+    only_here = ONLY_HERE if has_free_widths(report) else ""
     if not report.widths:
-        return ""
+        return only_here
     units = [f"{after} of {before} {unit}" for unit, before, after in kept_units(report)]
     subject = "Every mixture keeps" if list(report.widths) == ["experts"] else "Every decoder layer keeps"
     text = f"{subject} {' and '.join(units)}"
     weights, dense = report.totals.model_weights, report.model.parameters
     text = f"{text}: {count(weights)} of {count(dense)} parameters." if weights and dense else f"{text}."
-    return f"{text} {ONLY_HERE}" if has_free_widths(report) else text
+    return f"{text} {only_here}".strip()
 
 
 def structure_table(report: Report) -> Table:
