@@ -158,6 +158,17 @@ def test_text_never_becomes_markup() -> None:
     assert "&lt;script&gt;" in text
 
 
+def test_a_smaller_model_with_zeros_is_not_called_as_large_as_the_dense_one() -> None:
+    report = samples.report(2)
+    filled = "Rows named dense hold the same weights with their zeros filled in"
+    assert filled in run_page(report)
+    report.recipe = {**report.recipe, "structure": {"remove": "25%"}, "sparsity": "2:4"}
+    text = run_page(report)
+    assert "Rows named dense are the dense model, before structure was removed" in text
+    assert filled not in text
+    assert "as large" not in text
+
+
 def test_the_lineage_is_shown_stage_by_stage() -> None:
     report = samples.report(2)
     report.lineage = Lineage(
