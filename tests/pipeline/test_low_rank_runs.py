@@ -96,6 +96,8 @@ def test_additional_weights_are_counted_and_said(run: Path, capsys: pytest.Captu
     page = (run / "report.html").read_text()
     assert "Additional weights" in page
     assert "Low-rank adapter beside it" in page
+    assert "do not take the sum of a sparse and a low-rank part" in page
+    assert "bench RUN" not in page
     assert "2:4 + rank 4" in page
     assert "additional weights" in summary(load_run(run), run)
 
