@@ -214,6 +214,21 @@ def test_what_dense_weights_would_leave_is_no_operators_loss() -> None:
     assert all(operator.name != "mlp.down_proj" for _, operator in hardest(report.layers, 8))
 
 
+def test_patterns_that_were_chosen_by_error_are_called_mixed() -> None:
+    report = samples.report()
+    report.recipe |= {"sparsity": "2:4", "allocation": "error:45.4%"}
+    assert report.sparsity == "mixed n:4 (45.4%)"
+    block, text = card_parts(report)
+    assert "to **mixed n:4 (45.4%)** with" in text
+    assert "mixed-n:4" in block["tags"]
+    report.layers[0].operators[0].sparsity = "3:4"
+    assert any("Sparsity differs between operators already; `--ignore" in line for line in advice(report))
+    report.recipe["allocation"] = "error"
+    assert report.sparsity == "mixed n:4 (50%)"
+    report.recipe["allocation"] = "uniform"
+    assert report.sparsity == "2:4"
+
+
 def test_the_allocation_that_advice_gives_is_understood() -> None:
     from fistapruner.recipes.loading import parse_yaml
     from fistapruner.recipes.patterns import matches

@@ -145,13 +145,14 @@ def _calibration(report: Report) -> list[str]:
 
 def _why_not_uneven(report: Report) -> str:
     """Say why another allocation is not worth trying; empty where it is."""
+    if len({operator.sparsity for layer in report.layers for operator in layer.operators}) > 1:
+        return "Sparsity differs between operators already"
     try:
         if not parse_sparsity(report.recipe.get("sparsity", "")).supports_allocation:
             return f"The pattern {report.recipe['sparsity']} has the same sparsity in every operator"
     except FistaPrunerError:
         pass
-    patterns = {operator.sparsity for layer in report.layers for operator in layer.operators}
-    return "Sparsity is spread by measured error already" if len(patterns) > 1 else ""
+    return ""
 
 
 def _mean(operators: Sequence[OperatorEntry]) -> float | None:

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from ..recipes.settings import WORKLOAD
+from ..runs.labels import sparsity_label
 from ..runs.records import Report
 from ..runs.results import Evaluation
 from ..runtime.formatting import count, p_value, percent, short_count, significant, size, with_error
@@ -84,13 +85,19 @@ def _metadata(report: Report) -> dict[str, Any]:
             if report.recovery
             else (method.strip().replace("+", "-") for method in report.method.split(","))
         ),
-        "" if report.only_structure else str(report.pruning.get("sparsity", report.sparsity)).replace("%", "-percent"),
+        "" if report.only_structure else _pattern_tag(report),
     ]
     block["tags"] = [tag for tag in block["tags"] if tag]
     results = _metadata_results(report)
     if results:
         block["model-index"] = [{"name": f"{base_model(report)}, {amount(report)}", "results": results}]
     return block
+
+
+def _pattern_tag(report: Report) -> str:
+    """Write the sparsity as a tag: ``2:4``, ``50-percent``, ``mixed-n:4``."""
+    label = sparsity_label(report.pruning) or report.sparsity
+    return label.partition(" (")[0].replace("%", "-percent").replace(" ", "-")
 
 
 def _metadata_results(report: Report) -> list[dict[str, Any]]:

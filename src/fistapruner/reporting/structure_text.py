@@ -46,7 +46,7 @@ def structure_rows(report: Report) -> list[tuple[str, str]]:
 
 
 def structure_sentence(report: Report) -> str:
-    """Say what was removed, as far as this run did it, and who can load the result; empty where nothing was."""
+    """Say what this run removed, and who cannot load the result; empty where there is nothing to say."""
     only_here = ONLY_HERE if has_free_widths(report) else ""
     if not report.widths:
         return only_here

@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from contextlib import suppress
 from typing import Any
 
+from ..constraints import parse_sparsity
+from ..errors import FistaPrunerError
+from ..recipes.settings import TOTAL
 from ..recipes.structure_settings import AS_PUBLISHED
 from ..runtime.formatting import short_count
 
@@ -23,12 +27,24 @@ def method_label(method: Any) -> str:
     return "+".join(next(iter(step)) if isinstance(step, dict) and step else str(step) for step in method or ())
 
 
+def sparsity_label(recipe: Mapping[str, Any]) -> str:
+    """Write the sparsity of a recipe: ``2:4``, or ``mixed n:4 (45.4%)`` if chosen by error."""
+    sparsity, allocation = str(recipe.get("sparsity", "")), str(recipe.get("allocation", ""))
+    if allocation == "error" or allocation.startswith(TOTAL):
+        with suppress(FistaPrunerError):
+            pattern = parse_sparsity(sparsity)
+            if pattern.nm is not None:
+                total = allocation.removeprefix(TOTAL) if TOTAL in allocation else f"{100 * pattern.fraction:g}%"
+                return f"mixed n:{pattern.nm[1]} ({total})"
+    return sparsity
+
+
 def amount_label(recipe: dict[str, Any]) -> str:
     """Say what a recipe removes: ``2:4``, ``structure 25%``, or both: ``structure 25% and 2:4``.
 
     What it adds is said too: ``2:4 + rank 16``.
     """
-    removed, sparsity = (recipe.get("structure") or {}).get("remove"), str(recipe.get("sparsity", ""))
+    removed, sparsity = (recipe.get("structure") or {}).get("remove"), sparsity_label(recipe)
     if not removed:
         return f"{sparsity} + rank {recipe['low_rank']}" if recipe.get("low_rank") else sparsity
     return f"structure {removed}" + ("" if sparsity in ("", "0%") else f" and {sparsity}")
