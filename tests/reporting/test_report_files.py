@@ -28,12 +28,13 @@ from fistapruner.evaluation.scoring import perplexity_of
 from fistapruner.reporting.advice import advice
 from fistapruner.reporting.evaluation_text import evaluation_text
 from fistapruner.reporting.layer_errors import hardest
+from fistapruner.reporting.lineage_text import lineage_lines
 from fistapruner.reporting.model_card import model_card
 from fistapruner.reporting.recovery_text import closed_text, gain
 from fistapruner.reporting.status_text import status_facts, status_text
 from fistapruner.runs.base import VERSION, parse
 from fistapruner.runs.layer_records import LayerEntry
-from fistapruner.runs.records import Report, load_run
+from fistapruner.runs.records import Lineage, Report, Stage, StageFigures, load_run
 from fistapruner.runs.results import Divergence, Evaluation
 from fistapruner.runs.steps import StepJournal
 from fistapruner.runtime.formatting import (
@@ -330,6 +331,20 @@ def test_a_recovery_is_named_by_what_was_trained_and_by_its_operators() -> None:
     assert report.sparsity == "structure 25%"
     assert report.only_structure
     assert "owner/small, structure 25%, recovered" in model_card(report)
+
+
+def test_zeros_that_an_allocation_sets_by_name_beside_structure_are_told() -> None:
+    report = samples.report()
+    report.recipe |= {"sparsity": "0%", "structure": {"remove": "25%", "method": "obs"}, "allocation": {"re:mlp": "0%"}}
+    assert report.only_structure
+    report.recipe["allocation"] = {"re:mlp": "2:4", "re:self_attn": "2:4"}
+    assert not report.only_structure
+    assert report.sparsity == "structure 25% and 2:4 by name"
+    assert report.method.endswith(", sparsegpt+fista")
+    assert "weights of the pruned operators are zero" in card_parts(report)[1]
+    report.lineage = Lineage(source=report.model, stages=[Stage(settings=report.recipe, figures=StageFigures())])
+    report.lineage.stages[0].figures.operator_weights, report.lineage.stages[0].figures.operator_zeros = 8, 4
+    assert "50.0 % zeros in its operators" in lineage_lines(report.lineage)[1]
 
 
 def test_the_gap_s_error_is_that_of_a_resampled_ratio() -> None:

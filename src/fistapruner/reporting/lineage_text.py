@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from ..runs.labels import TRAINED, amount_label, methods_label, training_label
+from ..runs.labels import TRAINED, amount_label, methods_label, sets_zeros, training_label
 from ..runs.records import Lineage, Stage
 from ..runtime.formatting import count, percent, with_error
 
@@ -31,7 +31,7 @@ def _stage_line(stage: Stage) -> str:
         parts[0] += f" {'by' if less else 'to'} {amount_label(settings)} with {methods_label(settings)}"
     if figures.parameters:
         parts.append(f"{count(figures.parameters)} parameters")
-    if figures.operator_weights and figures.operator_zeros is not None and settings.get("sparsity") != "0%":
+    if figures.operator_weights and figures.operator_zeros is not None and sets_zeros(settings):
         parts.append(f"{percent(figures.operator_zeros / figures.operator_weights)} zeros in its operators")
     if (text := figures.perplexity) is not None:
         parts.append(f"perplexity {with_error(text.perplexity, text.standard_error)} on {text.data}")

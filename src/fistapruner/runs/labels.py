@@ -27,8 +27,25 @@ def method_label(method: Any) -> str:
     return "+".join(next(iter(step)) if isinstance(step, dict) and step else str(step) for step in method or ())
 
 
+def sets_zeros(recipe: Mapping[str, Any]) -> bool:
+    """Check whether a recipe sets weights to zero, in all operators or in some that its allocation names."""
+    return recipe.get("sparsity") != "0%" or bool(_named_patterns(recipe))
+
+
+def _named_patterns(recipe: Mapping[str, Any]) -> list[str]:
+    """List the different patterns with zeros of an allocation that is a mapping."""
+    allocation, found = recipe.get("allocation"), []
+    for pattern in dict.fromkeys(map(str, allocation.values())) if isinstance(allocation, Mapping) else ():
+        with suppress(FistaPrunerError):
+            found += [pattern] if parse_sparsity(pattern).fraction else []
+    return found
+
+
 def sparsity_label(recipe: Mapping[str, Any]) -> str:
-    """Write the sparsity of a recipe: ``2:4``, or ``mixed n:4 (45.4%)`` if chosen by error."""
+    """Write the sparsity of a recipe: ``2:4``, or ``mixed n:4 (45.4%)`` if chosen by error.
+
+    Where only some operators have zeros, whose names its allocation has: ``2:4 by name``.
+    """
     sparsity, allocation = str(recipe.get("sparsity", "")), str(recipe.get("allocation", ""))
     if allocation == "error" or allocation.startswith(TOTAL):
         with suppress(FistaPrunerError):
@@ -36,6 +53,8 @@ def sparsity_label(recipe: Mapping[str, Any]) -> str:
             if pattern.nm is not None:
                 total = allocation.removeprefix(TOTAL) if TOTAL in allocation else f"{100 * pattern.fraction:g}%"
                 return f"mixed n:{pattern.nm[1]} ({total})"
+    if sparsity == "0%" and (named := _named_patterns(recipe)):
+        return f"{', '.join(named)} by name"
     return sparsity
 
 
@@ -60,7 +79,7 @@ def methods_label(recipe: dict[str, Any]) -> str:
     how = AS_PUBLISHED.get(structure["method"], "refit") if how == "auto" and "method" in structure else how
     channels = [f"{structure.get('method')}{'' if how == 'none' else f'+{how}'}"] if units != ["experts"] else []
     own = ", ".join([*channels, *(["reap"] if "experts" in units else [])])
-    return own if recipe.get("sparsity") == "0%" else f"{own}, {chain}"
+    return f"{own}, {chain}" if sets_zeros(recipe) else own
 
 
 def training_label(kind: str, settings: Mapping[str, Any], tokens: int | None) -> str:

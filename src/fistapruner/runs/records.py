@@ -16,7 +16,7 @@ from ..errors import FistaPrunerError
 from ..runtime.formatting import percent
 from ..runtime.machine import Machine
 from .base import VERSION, Record, parse, read_json
-from .labels import TRAINED, amount_label, methods_label, training_label
+from .labels import TRAINED, amount_label, methods_label, sets_zeros, training_label
 from .layer_records import LayerEntry
 from .results import Divergence, Evaluation, Perplexity
 from .training_records import Alignment, Recovery, TextSide
@@ -330,7 +330,7 @@ class Report(Record):
     @property
     def only_structure(self) -> bool:
         """Whether structure was removed and no weights were set to zero."""
-        return self.structured and self.pruning.get("sparsity") == "0%"
+        return self.structured and not sets_zeros(self.pruning)
 
     @property
     def widths(self) -> dict[str, tuple[int, int]]:
