@@ -16,7 +16,7 @@ from torch import Tensor
 from ..constraints import NM
 from ..runs.layer_records import OperatorEntry, RemovalEntry
 from ..runtime.clock import Clock
-from ..sensitivity.channel_order import channel_order, kept_share
+from ..sensitivity.channel_order import channel_order, raised_shares
 from ..sensitivity.decision import permutes
 from ..structured.goa import channel_criterion, group_divergence, head_divergence, reconstructed, redundant
 from ..structured.removal import ChannelStatistics, Removal, best_channels, removal_error, remove_channels
@@ -213,13 +213,15 @@ def _ordered(
     Also the shares of the importance that the pattern keeps in the old and the new order, where it was changed. Groups
     of heads stay in their order.
     """
-    nm = context.sparsity[name].nm
+    sparsity = context.sparsity[name]
+    nm = sparsity.nm
     if nm is None or unit.columns > 1 or not permutes(context.recipe):
         return removal.keep, removal.places, removal.weight, None
-    pattern = NM(*nm)
     scores = removal.weight.square() * gram.diagonal()[removal.keep]
-    order = channel_order(scores, pattern)
-    shares = kept_share(scores, pattern), kept_share(scores[:, order], pattern)
+    order = channel_order(scores, NM(*nm))
+    shares = raised_shares(scores, order, sparsity)
+    if shares is None:
+        return removal.keep, removal.places, removal.weight, None
     keep = removal.keep[order]
     return keep, keep, removal.weight[:, order].contiguous(), shares
 

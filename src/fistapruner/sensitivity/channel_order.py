@@ -16,7 +16,7 @@ from concurrent.futures import ThreadPoolExecutor
 import torch
 from torch import Tensor
 
-from ..constraints import NM
+from ..constraints import NM, Constraint
 from ..runtime.devices import available_cores
 
 ROWS = 2048
@@ -26,11 +26,25 @@ GROUPS = 1024
 """Groups that exchange members in one assignment, at most: its cost is cubic in their number."""
 
 
-def kept_share(scores: Tensor, pattern: NM) -> float:
-    """Compute the share of the sum of ``scores`` (rows, channels) in the n largest of every group."""
-    groups = scores.view(len(scores), -1, pattern.m)
-    kept = groups.topk(pattern.n, dim=2).values.sum(dtype=torch.float64)
+def kept_share(scores: Tensor, pattern: Constraint) -> float:
+    """Compute the share of the sum of ``scores`` (rows, channels) that a pattern with an n:m in it keeps."""
+    assert pattern.nm is not None
+    n, m = pattern.nm
+    groups = scores.masked_fill(~pattern.project(scores), 0.0).view(len(scores), -1, m)
+    kept = groups.topk(n, dim=2).values.sum(dtype=torch.float64)  # sorted: the order inside a group changes no bit
     return float(kept / scores.sum(dtype=torch.float64).clamp_min(1e-300))
+
+
+def raised_shares(scores: Tensor, order: Tensor, pattern: Constraint) -> tuple[float, float] | None:
+    """Compute what a pattern keeps of the scores before and after; None where an order does not raise it.
+
+    Args:
+        scores: (rows, channels) of an operator, in its own order of rows: they may share inputs.
+        order: (channels,) old place of each new channel.
+        pattern: of the operator; the order was searched for the n:m in it.
+    """
+    before, after = kept_share(scores, pattern), kept_share(scores[:, order], pattern)
+    return (before, after) if after > before else None
 
 
 def channel_order(scores: Tensor, pattern: NM, *, rows: int = ROWS, groups: int = GROUPS) -> Tensor:

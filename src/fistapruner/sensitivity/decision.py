@@ -23,7 +23,7 @@ from ..models.layerwise import LayerwiseModel, Tick
 from ..problem import ProblemSums
 from ..recipes.settings import Recipe
 from ..runs.records import WorkloadFacts
-from .channel_order import channel_order, kept_share
+from .channel_order import channel_order, raised_shares
 from .error_curves import (
     REACH,
     choose_patterns,
@@ -368,9 +368,9 @@ class _Channels:
             scores = weights[link.consumer.name].square() * energy
             order = torch.stack([channel_order(block, pattern) for block in link.by_block(scores)])
             rows, columns = link.places(order)
+            shares = raised_shares(scores, columns.to(scores.device), sparsity)
+            if shares is None:
+                continue
             self.orders |= reordered(self._model, index, link, order)
-            self.permuted[name] = (
-                kept_share(scores, pattern),
-                kept_share(scores[:, columns.to(scores.device)], pattern),
-            )
+            self.permuted[name] = shares
             self.rows |= {f"{self._layout.prefix}.{index}.{producer}": rows for producer in link.producers}
