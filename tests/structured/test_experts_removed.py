@@ -136,6 +136,10 @@ def test_what_remains_gets_zeros_in_the_same_run(tmp_path: Path, architecture: s
         for matrix in weight.detach().transpose(1, 2) if architecture == "gpt_oss" else weight.detach():
             assert NM(2, 4).satisfies(matrix)
     assert report.totals.operator_zeros == report.totals.operator_weights // 2
+    permuted = {name for name in report.permuted if ".experts." in name}
+    names = {f"{layer.name}.{operator.name}" for layer in report.layers for operator in layer.operators}
+    assert permuted <= names
+    assert bool(permuted) == (architecture == "mixtral")
     assert not inspect_checkpoint(tmp_path / "run").violations
 
 

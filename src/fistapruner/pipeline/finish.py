@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 import time
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -57,6 +57,7 @@ def finish(
     assert record is not None  # the context was opened with it
     report = record.report()
     report.layers = _finished_layers(context)
+    report.permuted = _of_kept_experts(report.permuted, report.layers)
     report.warnings += [warning for layer in report.layers for warning in layer.warnings]
     report.totals = _totals(report.layers, context, times.total(), alone=alone)
     own = operator_claims(report, context.model)
@@ -100,6 +101,28 @@ def _finished_layers(context: RunContext) -> list[LayerEntry]:
             f"{context.run.folder}: decoder layers {', '.join(missing)} are not pruned yet; run the same command again"
         )
     return [entry for entry in entries if entry is not None]
+
+
+def _of_kept_experts(
+    permuted: Mapping[str, tuple[float, float]], layers: Sequence[LayerEntry]
+) -> dict[str, tuple[float, float]]:
+    """Name operators by the numbers that kept experts have now; leave out those of removed ones."""
+    kept = {
+        f"{layer.name}.{removal.consumer}.": removal.kept
+        for layer in layers
+        for removal in layer.removals
+        if removal.kept is not None
+    }
+    found = {}
+    for name, shares in permuted.items():
+        prefix = next((prefix for prefix in kept if name.startswith(prefix)), None)
+        if prefix is None:
+            found[name] = shares
+            continue
+        number, _, rest = name.removeprefix(prefix).partition(".")
+        if int(number) in kept[prefix]:
+            found[f"{prefix}{kept[prefix].index(int(number))}.{rest}"] = shares
+    return found
 
 
 def _replacement(context: RunContext) -> Callable[[str], Tensor | None]:
