@@ -405,6 +405,22 @@ def test_the_command_line_is_the_function(bench: Bench, tmp_path: Path, capsys: 
     assert one == two
 
 
+def test_what_a_part_of_the_pairs_taught_is_told(bench: Bench, tmp_path: Path) -> None:
+    """Pairs that were passed, tokens of the answers that have a loss, and no share of a gap that is not the aim."""
+    said, tokens = Said(), {}
+    for loss in ("dpo", "sft"):
+        out = tmp_path / loss
+        report = align(bench, out, loss=loss, steps=1, evaluate=str(bench.text), evaluate_windows=2, listener=said)
+        assert report.recovery is not None
+        assert report.alignment is not None
+        tokens[loss] = report.recovery.tokens
+        card = (out / "model" / "README.md").read_text()
+        assert f"on 4 of {report.alignment.pairs} preference pairs" in card
+    assert 0 < tokens["sft"] < tokens["dpo"]
+    assert [sentence for sentence in said.sentences if "before alignment, " in sentence]
+    assert not [sentence for sentence in said.sentences if "of the gap" in sentence]
+
+
 def test_shares_are_those_of_the_references_as_they_were_named(bench: Bench, tmp_path: Path) -> None:
     settings = {"loss": "geometric", "steps": 1, "shares": (0.3, 0.7)}
     for number, (named, dense) in enumerate({"dense,pruned": 0.3, "pruned,dense": 0.7, "": 0.7}.items()):

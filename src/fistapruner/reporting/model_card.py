@@ -152,7 +152,8 @@ def _training(report: Report) -> str:
         return ""
     if report.alignment is not None:
         text = f"It was aligned: {count(found.trained)} numbers (`{found.parameters}`) were trained"
-        text += f" on {count(report.alignment.pairs)} preference pairs"
+        pairs, passed = report.alignment.pairs, found.steps * report.recipe.get("pairs_per_step", 0)
+        text += f" on {f'{count(passed)} of ' if 0 < passed < pairs else ''}{count(pairs)} preference pairs"
         text += f" of {plain_markdown(file_name(used.source))}" if used else ""
         text += f" with the loss `{found.loss}`, with every zero kept."
         return f"{text} {preference_sentence(report)}"

@@ -67,7 +67,10 @@ def closed_text(found: Gain) -> str:
 
 
 def gain_text(before: Evaluation, after: Evaluation, training: str) -> str:
-    """Say in one line what recovery or alignment changed on a text; empty where that is not known."""
+    """Say in one line what recovery or alignment changed on a text; empty where that is not known.
+
+    As in :func:`gain_of`, no share of the gap is told of an alignment.
+    """
     found, old, new = gain(before, after), before.perplexity, after.perplexity
     if found is None or old is None or new is None:
         return ""
@@ -75,7 +78,8 @@ def gain_text(before: Evaluation, after: Evaluation, training: str) -> str:
     text = f"perplexity on {new.data}: {old.perplexity:.2f} before {training}, {new.perplexity:.2f} after it"
     if dense is not None:
         text += f", {dense.perplexity:.2f} dense"
-    return text if found.closed is None else f"{text}: {closed_text(found)} of the gap is closed"
+    told = found.closed is not None and training != "alignment"
+    return f"{text}: {closed_text(found)} of the gap is closed" if told else text
 
 
 def held_out_text(found: Recovery) -> str:

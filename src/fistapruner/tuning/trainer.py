@@ -18,6 +18,7 @@ from torch import Tensor
 
 from ..calibration.training_text import TrainingText
 from ..errors import FistaPrunerError
+from ..recipes.align_settings import PREFERENCE_LOSSES, AlignRecipe
 from ..recipes.training_settings import TrainingRecipe
 from ..runs.snapshots import Snapshot
 from ..runs.steps import ForeignJournal, StepJournal, read_steps
@@ -146,6 +147,9 @@ class Trainer:
         self.state = TrainingState()
         self.held_out = self.text.held_out.nonzero().flatten().tolist()
         self.counts, self.loss_tokens = self.text.counts, self.text.marks[:, 1:].sum(1)
+        if isinstance(self.recipe, AlignRecipe) and self.recipe.loss not in PREFERENCE_LOSSES:
+            # Of a pair only the chosen answer carries loss.
+            self.loss_tokens = self.loss_tokens * self.counts
         self._differs = False
 
     def train(self) -> TrainingState:
