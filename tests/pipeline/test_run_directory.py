@@ -330,6 +330,22 @@ def test_a_calibration_file_is_kept_from_the_root(dense: Path, tmp_path: Path, m
     assert (tmp_path / "run" / "model.json").stat().st_mtime_ns == before
 
 
+def test_the_same_relative_name_in_another_folder_is_another_model(
+    dense: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("a", "b"):
+        (tmp_path / name).mkdir()
+        shutil.copytree(dense, tmp_path / name / "model")
+    monkeypatch.chdir(tmp_path / "a")
+    fp.prune("model", tmp_path / "run", **SETTINGS)
+    fp.prune(tmp_path / "a" / "model", tmp_path / "run", **SETTINGS)
+    monkeypatch.chdir(tmp_path / "b")
+    with pytest.raises(fp.FistaPrunerError, match=r"a run of the model '.*/a/model', this one is of '.*/b/model'"):
+        fp.prune("model", tmp_path / "run", **SETTINGS)
+    shutil.rmtree(tmp_path / "a")
+    assert fp.resume(tmp_path / "run").status == "finished"
+
+
 def test_a_changed_calibration_text_is_another_run(
     dense: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

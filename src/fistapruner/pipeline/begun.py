@@ -78,10 +78,11 @@ def refuse_other(run: PruneDirectory, record: PruneRecord, model: str, recipe: R
             f"--out {run.folder} holds a run for another content of {recipe.workload}: name another folder, or remove "
             "it"
         )
-    source = record.model.source
-    if source != model and record.decision.model != absolute(model):
+    before, here = record.decision.model, absolute(model)
+    # A path names another model in another folder; a name that is no path here is the same everywhere.
+    if before != here and (Path(model).exists() or record.model.source != model):
         raise FistaPrunerError(
-            f"--out {run.folder} holds a run of the model {source!r}, this one is of {model!r}: name another folder"
+            f"--out {run.folder} holds a run of the model {before!r}, this one is of {here!r}: name another folder"
         )
 
 
