@@ -62,8 +62,11 @@ def prune_command(model: Path, out: Path) -> list[str]:
     return [sys.executable, "-m", "fistapruner", "prune", str(model), "--out", str(out), *settings.split()]
 
 
-def test_two_processes(model: Path, expected: bytes, tmp_path: Path) -> None:
+def test_two_processes(model: Path, expected: bytes, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """They import nothing from the current folder."""
     seen: list[int] = []
+    (tmp_path / "psutil.py").write_text("open('trace', 'w')")
+    monkeypatch.chdir(tmp_path)
 
     class Seen(Listener):
         def layer(self, entry: Any) -> None:
@@ -78,6 +81,7 @@ def test_two_processes(model: Path, expected: bytes, tmp_path: Path) -> None:
     )
     assert sorted(seen) == list(range(LAYERS))
     assert weights(tmp_path / "run") == expected
+    assert not (tmp_path / "trace").exists()
 
 
 class Deadly(ProcessPool):

@@ -64,7 +64,8 @@ class ProcessPool:
         package = str(Path(__file__).parents[2])
         path = os.pathsep.join([package, *filter(None, [os.environ.get("PYTHONPATH")])])
         environment = {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": str(numerics.threads)}
-        program = [sys.executable, "-m", "fistapruner.execution.worker"]
+        # -P: nothing is imported from the current folder, which may be one that was downloaded
+        program = [sys.executable, "-P", "-m", "fistapruner.execution.worker"]
         place = [str(self._work.run.folder), self._work.part, str(self._devices[worker]), str(os.getpid())]
         permitted = [name for name, allowed in self._work.permissions.keywords().items() if allowed]
         process = subprocess.Popen(

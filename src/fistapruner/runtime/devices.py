@@ -98,7 +98,8 @@ def free_memory_of_gpus(count: int) -> tuple[int, ...]:
     """
     if count > 1:
         asked = "import torch; print(*(torch.cuda.mem_get_info(gpu)[0] for gpu in range(torch.cuda.device_count())))"
-        done = subprocess.run([sys.executable, "-c", asked], capture_output=True, text=True, check=False)
+        # -P: nothing is imported from the current folder, which may be one that was downloaded
+        done = subprocess.run([sys.executable, "-P", "-c", asked], capture_output=True, text=True, check=False)
         free = tuple(map(int, done.stdout.split())) if done.returncode == 0 else ()
         if len(free) == count:
             return free
