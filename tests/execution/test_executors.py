@@ -20,6 +20,7 @@ from fistapruner.execution.layer_parallel import prune_layers_in_parallel
 from fistapruner.execution.operator_parallel import ParallelSolver
 from fistapruner.execution.pool import Event, Job, PartJob
 from fistapruner.execution.process_pool import ProcessPool
+from fistapruner.execution.ray_pool import room_for_workers
 from fistapruner.execution.serial import prune_serially
 from fistapruner.pipeline.prune import finish_run, prune
 from fistapruner.pipeline.resume import resume
@@ -219,6 +220,16 @@ def test_an_address_without_a_cluster_is_refused_at_once(
         address = address.format(closed=free.getsockname()[1])  # nothing listens there
         with pytest.raises(FistaPrunerError, match=message):
             prune(str(model), tmp_path / "run", **SETTINGS, execution={"executor": "ray", "address": address})
+
+
+def test_a_ray_worker_has_its_cores_and_its_gpu_on_one_node() -> None:
+    """Ray waits forever for a place that no node has."""
+    sizes = [{"CPU": 6.0}, {"CPU": 7.0, "GPU": 1.0}, {"CPU": 8.0, "GPU": 4.0}, {"GPU": 2.0}]
+    nodes: list[dict[str, Any]] = [{"Alive": True, "Resources": size} for size in sizes]
+    nodes += [{"Alive": False, "Resources": {"CPU": 64.0, "GPU": 8.0}}, {"Alive": False}]
+    assert room_for_workers(nodes, 4, cuda=False) == 4  # of 21 cores
+    assert room_for_workers(nodes, 4, cuda=True) == 3  # of 7 GPUs
+    assert room_for_workers(nodes, 9, cuda=False) == 0
 
 
 @pytest.mark.slow

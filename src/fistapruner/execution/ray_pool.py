@@ -10,7 +10,7 @@ import os
 import queue
 import socket
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -59,6 +59,20 @@ def _require_cluster(address: str) -> None:
         raise FistaPrunerError(f"Ray cluster {address!r} cannot be reached: {error}") from None
 
 
+def room_for_workers(nodes: Iterable[Mapping[str, Any]], threads: int, *, cuda: bool) -> int:
+    """Count the workers that a cluster has room for: Ray waits forever for a place that no node has.
+
+    Args:
+        nodes: as ``ray.nodes()`` describes them.
+        threads: cores of a worker, all on one node.
+        cuda: every worker needs a GPU of its node, too.
+    """
+    resources = [node.get("Resources", {}) for node in nodes if node.get("Alive")]
+    cores = [int(found.get("CPU", 0) // threads) for found in resources]
+    gpus = [int(found.get("GPU", 0)) for found in resources]
+    return sum(map(min, cores, gpus) if cuda else cores)
+
+
 class RayPool:
     """A pool of Ray actors (see :class:`~fistapruner.execution.pool.Pool`).
 
@@ -92,11 +106,12 @@ class RayPool:
         threads = work.numerics.threads
         resources = ray.cluster_resources()
         cuda = execution.device != "cpu" and resources.get("GPU", 0) >= 1
-        room = int(resources["GPU"] if cuda else resources.get("CPU", 0) // threads)
+        room = room_for_workers(ray.nodes(), threads, cuda=cuda)
         if room < 1:
             self.close()
             raise FistaPrunerError(
-                f"the Ray cluster has {resources.get('CPU', 0):g} cores, a worker needs {threads}: set --threads"
+                f"the Ray cluster has {resources.get('CPU', 0):g} cores, and no node has the {threads} that a worker "
+                f"needs{' beside its GPU' if cuda else ''}: set --threads"
             )
         self.size = min(execution.workers or room, room, jobs)
         package = str(Path(__file__).parents[2])
