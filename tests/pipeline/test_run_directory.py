@@ -365,6 +365,33 @@ def test_a_changed_calibration_text_is_another_run(
     assert weights(tmp_path / "run") == weights(tmp_path / "new") != first
 
 
+@pytest.mark.parametrize("changed", ["text", "model", "tokens"])
+def test_a_part_does_not_begin_a_run_again(dense: Path, tmp_path: Path, changed: str) -> None:
+    """Other parts may be at work; a command for all layers does."""
+    model = Path(shutil.copytree(dense, tmp_path / "model"))
+    text, run = tmp_path / "text.txt", tmp_path / "run"
+    text.write_text(TEXT * 20)
+    settings: dict[str, Any] = {"method": "wanda", "propagate": "dense"}
+    settings["calibration"] = {"source": str(text), "samples": 2, "seqlen": 16}
+    fp.prune(model, run, only_layers=(0, 0), **settings)
+    if changed == "text":
+        text.write_text(TEXT[::-1] * 20)
+    elif changed == "model":
+        shard = next(model.glob("*.safetensors"))
+        data = bytearray(shard.read_bytes())
+        data[-3] ^= 1
+        shard.write_bytes(data)
+    else:
+        (run / "calibration.safetensors").unlink()
+    before = contents(run)
+    reason = {"text": "not the text that it was calibrated on", "model": "or the model are not", "tokens": "calibration"}
+    with pytest.raises(fp.FistaPrunerError, match=f"{reason[changed]}.*a part of the layers cannot begin a run again"):
+        fp.prune(model, run, only_layers=(1, 1), **settings)
+    after = contents(run)
+    assert {name for name in before | after if before.get(name) != after.get(name)} == {"log.txt", "times.1-1.json"}
+    assert fp.prune(model, run, **settings).status == "finished"
+
+
 def test_several_calibration_texts_are_known_by_name_and_content(
     dense: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

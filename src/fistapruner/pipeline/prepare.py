@@ -126,8 +126,16 @@ def prepare(run: PruneDirectory, request: RunRequest, listener: Listener) -> Non
     """
     begun = run.record()
     inputs = check_inputs(run, request, begun, listener)
-    if begun is not None and _has_its_tokens(run, begun, request.recipe, inputs):
-        return
+    if begun is not None:
+        why = changed_text(begun, request.recipe) or _changed_tokens(run, begun, request.recipe, inputs)
+        if why is None:
+            return
+        if request.only_layers is not None:  # other parts may be at work, and what is made again voids their layers
+            raise FistaPrunerError(
+                f"the calibration tokens of {run.folder} would be made again ({why}), and a part of the layers cannot "
+                "begin a run again: give this machine the same files, prune all layers, or name another --out"
+            )
+        log.warning("the calibration tokens are made again: %s", why)
     numerics, choice, rows = choose_plan(run, request.recipe, inputs, begun, listener)
     calibrated = draw_calibration(run, request, inputs, listener)
     states = run.hidden / "sensitivity" if choice.on_disk else None
@@ -343,15 +351,8 @@ def describe_model(source: ModelSource, name: str, model: LayerwiseModel) -> Mod
     )
 
 
-def _has_its_tokens(run: PruneDirectory, begun: PruneRecord, recipe: Recipe, inputs: Inputs) -> bool:
-    """Check that tokens and measurements are those the run began with; else they are made again."""
-    if why := changed_text(begun, recipe) or _changed_tokens(run, begun, recipe, inputs):
-        log.warning("the calibration tokens are made again: %s", why)
-        return False
-    return True
-
-
 def _changed_tokens(run: PruneDirectory, begun: PruneRecord, recipe: Recipe, inputs: Inputs) -> str | None:
+    """Say why tokens and measurements are not those that the run began with; None where they are."""
     decision = begun.decision
     try:
         if begun.fingerprint != fingerprint(recipe, inputs.model.checkpoint, run.tokens(), decision.numerics):

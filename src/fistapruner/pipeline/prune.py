@@ -200,7 +200,7 @@ def _run(run: PruneDirectory, request: RunRequest, told: Listener, inspect: Insp
     found = find_finished(run, request.model, request.recipe, request.permissions)
     report, only = found.report, request.only_layers
     with _saying_how_to_continue(run, only), _made(run), hold(run.folder, only), log_file(run.log_file):
-        if found.says:
+        if found.says and (report is not None or only is None):  # a part makes nothing again
             listener.say(found.says)
         if report is None:
             with spent(run.folder, only) as times:
