@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import platform
+import select
 import subprocess
 import sys
 from pathlib import Path
@@ -14,7 +15,8 @@ import pytest
 
 from faults.conftest import Runs
 from fistapruner.errors import FistaPrunerError
-from fistapruner.runs.lock import hold
+from fistapruner.runs.directory import RunDirectory
+from fistapruner.runs.lock import PREPARING, hold, preparing
 
 
 def write_lock(folder: Path, **record: object) -> None:
@@ -80,6 +82,28 @@ def test_ranges_of_layers(disk: Path) -> None:
     with hold(disk), pytest.raises(FistaPrunerError, match="in use"), hold(disk, (0, 1)):
         pass
     assert list(disk.iterdir()) == []
+
+
+def test_parts_take_turns_to_prepare(disk: Path) -> None:
+    """With a lock on a file, which holds between hosts on NFS; it goes when the whole directory is held."""
+    script = f"""
+from pathlib import Path
+from fistapruner.runs.lock import hold, preparing
+with hold(Path({str(disk)!r}), (4, 7)):
+    print("waits", flush=True)
+    with preparing(Path({str(disk)!r})):
+        print("prepares", flush=True)
+"""
+    with hold(disk, (0, 3)), preparing(disk):
+        assert (disk / PREPARING).is_file()
+        process = subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE)
+        assert process.stdout is not None
+        assert process.stdout.readline() == b"waits\n"
+        assert not select.select([process.stdout], [], [], 0.3)[0]
+    assert process.communicate() == (b"prepares\n", None)
+    RunDirectory(disk).check_place()  # nobody has written run.json
+    with hold(disk):
+        assert [path.name for path in disk.iterdir()] == ["lock"]
 
 
 def test_killed_holder_is_taken_over(disk: Path) -> None:

@@ -225,7 +225,7 @@ def _prune(
     reset_peak_memory(device)
     if request.recipe.recover is not None and not run.run_file.exists():
         check_following(request.recipe, request.permissions.find(request.model))
-    with preparing(run.folder):
+    with preparing(run.folder) if only else nullcontext():
         before = run.record()
         prepare(run, request, listener)
         now = run.record()

@@ -4,6 +4,10 @@ The holder's host, process id and start time stand in ``RUN/lock`` (``RUN/lock.0
 and the holder keeps the file locked (``flock``). On the same host the kernel drops that lock when the holder dies,
 whatever kills it, so a file that nobody keeps locked is stale and is taken over. Between hosts the kernel's word is not
 to be relied on (network file systems differ), so a file that names another host is believed until somebody removes it.
+
+Parts that begin at once take turns to prepare the run: they lock ``RUN/lock.preparing``. It is a file, opened for
+writing, because on NFS no other lock holds between hosts. It stays until a process holds the whole directory: removed
+sooner, it could be gone under a process of another host that waits for it.
 """
 
 from __future__ import annotations
@@ -26,6 +30,8 @@ from ..runtime.files import disk_errors
 
 NAME = "lock"
 
+PREPARING = f"{NAME}.preparing"
+
 UNSUPPORTED = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)
 """What ``flock`` says on file systems that have none; there the process id and start time decide."""
 
@@ -45,8 +51,10 @@ def hold(folder: Path, layers: tuple[int, int] | None = None) -> Iterator[None]:
     descriptor = _take(path)
     try:
         for other in sorted(folder.glob(f"{NAME}*")):
+            if other == path or (layers is not None and other.name == PREPARING):
+                continue
             span = _layers_of(other.name)
-            if other != path and (layers is None or span is None or (span[0] <= layers[1] and layers[0] <= span[1])):
+            if layers is None or span is None or (span[0] <= layers[1] and layers[0] <= span[1]):
                 # Taking it shows that it is stale; its file is removed on release.
                 _release(other, _take(other))
         yield
@@ -56,9 +64,10 @@ def hold(folder: Path, layers: tuple[int, int] | None = None) -> Iterator[None]:
 
 @contextmanager
 def preparing(folder: Path) -> Iterator[None]:
-    """Let one process of a host at a time decide a run's settings; the others wait for it."""
-    with disk_errors(folder):
-        descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+    """Let one part of a run at a time decide its settings; the others wait for it."""
+    path = folder / PREPARING
+    with disk_errors(path):
+        descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
     try:
         with _ignore_unsupported():
             fcntl.flock(descriptor, fcntl.LOCK_EX)
