@@ -365,6 +365,23 @@ def test_a_changed_calibration_text_is_another_run(
     assert weights(tmp_path / "run") == weights(tmp_path / "new") != first
 
 
+def test_finish_keeps_the_figures_of_a_run_whose_text_has_changed(dense: Path, tmp_path: Path) -> None:
+    """It makes no layer again, so neither report nor checkpoint."""
+    text, run = tmp_path / "text.txt", tmp_path / "run"
+    text.write_text(TEXT * 20)
+    calibration = {"source": str(text), "samples": 2, "seqlen": 16}
+    fp.prune(dense, run, method="wanda", calibration=calibration)
+    extra = tmp_path / "extra.txt"
+    extra.write_text(TEXT * 4)
+    assert main(["evaluate", str(run), "--data", str(extra), "--seqlen", "16", "--quiet"]) == 0
+    text.write_text(TEXT[::-1] * 20)
+    said, before = Said(), load_run(run)
+    finish_run(run, listener=said)
+    assert any("holds the finished run" in sentence for sentence in said.sentences)
+    assert load_run(run) == before
+    assert len(before.evaluations) == 1
+
+
 @pytest.mark.parametrize("changed", ["text", "model", "tokens"])
 def test_a_part_does_not_begin_a_run_again(dense: Path, tmp_path: Path, changed: str) -> None:
     """Other parts may be at work; a command for all layers does."""

@@ -34,8 +34,17 @@ class FinishedRun:
     says: str | None = None
 
 
-def find_finished(run: PruneDirectory, model: str, recipe: Recipe, permissions: Permissions) -> FinishedRun:
+def find_finished(
+    run: PruneDirectory, model: str, recipe: Recipe, permissions: Permissions, *, prepares: bool = True
+) -> FinishedRun:
     """Look for a finished run of this model and recipe.
+
+    Args:
+        run: its directory.
+        model: as the user named it.
+        recipe: all settings, resolved.
+        permissions: what the model's files may do.
+        prepares: a calibration text that has changed makes the run again; else the layers are taken as they are.
 
     Raises:
         FistaPrunerError: the directory holds a run of another model or recipe.
@@ -52,7 +61,8 @@ def find_finished(run: PruneDirectory, model: str, recipe: Recipe, permissions: 
         return FinishedRun(says=f"the report is made again: {error}")
     if report.status != "finished" or report.fingerprint != record.fingerprint:
         return FinishedRun()
-    if (why := changed_text(record, recipe)) or (why := changed_model(run, record, recipe, permissions)):
+    why = changed_text(record, recipe) if prepares else None
+    if why or (why := changed_model(run, record, recipe, permissions)):
         return FinishedRun(says=f"the run is made again: {why}")
     if (fault := run.model_fault(record.fingerprint or "")) is not None:
         return FinishedRun(damaged=report, says=f"the checkpoint is made again from the layers: {fault}")

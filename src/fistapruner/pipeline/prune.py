@@ -143,7 +143,7 @@ def finish_run(
     begun = _begun(run, "was begun")
     run.check_place()
     recipe = _recipe_here(run, begun, listener)
-    found = find_finished(run, begun.decision.model, recipe, permissions)
+    found = find_finished(run, begun.decision.model, recipe, permissions, prepares=False)
     report = found.report
     with _saying_how_to_continue(run), hold(run.folder), log_file(run.log_file):
         if found.says:
