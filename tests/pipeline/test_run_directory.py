@@ -382,6 +382,29 @@ def test_finish_keeps_the_figures_of_a_run_whose_text_has_changed(dense: Path, t
     assert len(before.evaluations) == 1
 
 
+def test_a_recovery_goes_with_the_pruning_that_it_followed(dense: Path, tmp_path: Path) -> None:
+    """Files of others in its folder are kept, and stop the run."""
+    text, run = tmp_path / "text.txt", tmp_path / "run"
+    text.write_text(TEXT * 20)
+    settings: dict[str, Any] = {"method": "magnitude", "evaluate": "python", "evaluate_windows": 1}
+    settings["calibration"] = {"source": str(text), "samples": 2, "seqlen": 16}
+    settings["recover"] = {"steps": 1, "rank": 2, "data": {"source": "python", "seqlen": 16, "tokens": 300}}
+    first = fp.prune(dense, run, **settings)
+    text.write_text(TEXT[::-1] * 20)
+    notes = run / "recovered" / "notes.txt"
+    notes.write_text("years of work")
+    with pytest.raises(fp.FistaPrunerError, match=r"notes\.txt was not written by this run"):
+        fp.prune(dense, run, **settings)
+    assert (run / "recovered" / "model").is_dir()
+    notes.unlink()
+    said = Said()
+    second = fp.prune(dense, run, **settings, listener=said)
+    assert any("is of another pruning: it is made again" in sentence for sentence in said.sentences)
+    assert (second.kind, second.status) == ("recover", "finished")
+    stages = [[stage.fingerprint for stage in report.lineage.stages] for report in (first, second) if report.lineage]
+    assert stages[0][0] != stages[1][0] == load_run(run).fingerprint
+
+
 @pytest.mark.parametrize("changed", ["text", "model", "tokens"])
 def test_a_part_does_not_begin_a_run_again(dense: Path, tmp_path: Path, changed: str) -> None:
     """Other parts may be at work; a command for all layers does."""

@@ -57,7 +57,7 @@ from .begun import changed_text
 from .contenders import Contender, parse_contenders
 from .prepare import check_calibration, refuse_overlap
 from .protocol import Protocol
-from .prune import prune, recover_execution
+from .prune import prune, recover_execution, recovers
 from .recover import recover
 from .recover_inputs import check_following
 from .training import changed_texts
@@ -340,8 +340,7 @@ class _Shared:
         begun = following.record()
         if begun is not None and not _follows(begun, pruned, recipe):
             self.listener.say(f"the recovery in {following.folder} is of other settings or input: it is made again")
-            with disk_errors(following.folder):
-                shutil.rmtree(following.folder)
+            following.remove()
         report = recover(
             run.folder,
             following.folder,
@@ -430,13 +429,7 @@ def _recovered(run: PruneDirectory, pruned: Report, recipe: RecoverRecipe, proto
 
 def _follows(begun: TrainingRecord, pruned: Report, recipe: RecoverRecipe) -> bool:
     """Check that a recovery has these settings, this pruning as its input, and texts as they are now."""
-    stages = begun.lineage.stages if begun.lineage else []
-    return (
-        begun.decision.asked == asked(recipe)
-        and bool(stages)
-        and stages[-1].fingerprint == pruned.fingerprint
-        and not changed_texts(begun)
-    )
+    return begun.decision.asked == asked(recipe) and recovers(begun, pruned) and not changed_texts(begun)
 
 
 def _evaluation(report: Report, protocol: Protocol) -> Evaluation | None:

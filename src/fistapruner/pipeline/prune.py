@@ -16,13 +16,14 @@ from ..models.source import Permissions
 from ..problem import LayerProblem
 from ..recipes.loading import merge
 from ..recipes.settings import Execution, Recipe
-from ..runs.decision import EvaluationRequest, PruneRecord
+from ..runs.decision import EvaluationRequest, PruneRecord, TrainingRecord
 from ..runs.listener import Listener
 from ..runs.lock import hold, preparing
 from ..runs.log import Logged, log_file
 from ..runs.prune_directory import PruneDirectory
 from ..runs.records import Report, load_run
 from ..runs.times import Times, spent
+from ..runs.training_directory import RecoverDirectory
 from ..runtime.devices import choose_device, device_title
 from ..runtime.files import disk_errors
 from ..runtime.memory import reset_peak_memory
@@ -163,6 +164,11 @@ def _recover(
     """Recover the pruned model where the recipe asks for it; returns the report of the last run."""
     if recipe.recover is None:
         return report
+    earlier = RecoverDirectory(run.recovered)
+    begun = earlier.record()
+    if begun is not None and begun.decision.model == absolute(str(run.folder)) and not recovers(begun, report):
+        (listener or Listener()).say(f"the recovery in {earlier.folder} is of another pruning: it is made again")
+        earlier.remove()
     following = recipe.recover.model_copy(update={"execution": recover_execution(recipe.execution)})
     return recover(
         run.folder,
@@ -172,6 +178,12 @@ def _recover(
         command=report.command,
         **permissions.keywords(),
     )
+
+
+def recovers(begun: TrainingRecord, pruned: Report) -> bool:
+    """Check that a recovery began with the result of this pruning."""
+    stages = begun.lineage.stages if begun.lineage else []
+    return bool(stages) and stages[-1].fingerprint == pruned.fingerprint
 
 
 def recover_execution(execution: Execution) -> Execution:

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -23,9 +24,10 @@ from torch import Tensor
 from ..calibration.training_text import TrainingText
 from ..errors import FistaPrunerError
 from ..models.files.safetensors import SafetensorsFile, SafetensorsWriter, TensorEntry
-from ..runtime.files import PARTIAL
+from ..runtime.files import PARTIAL, disk_errors
 from .decision import TrainingRecord
 from .directory import EARLY, RunDirectory
+from .lock import hold
 from .snapshots import Snapshots
 
 TEXT = "training"
@@ -67,6 +69,23 @@ class TrainingDirectory(RunDirectory):
 
     def record(self) -> TrainingRecord | None:
         return self.read_record(TrainingRecord, self.verb)
+
+    def remove(self) -> None:
+        """Remove the run.
+
+        Raises:
+            FistaPrunerError: a process works in it, or the folder holds files that the run did not write.
+        """
+        with hold(self.folder), disk_errors(self.folder):
+            own = {path.name for path in (*self.own_folders(), *self.own_files(), self.folder / "report.html")}
+            if others := [name for name in self.foreign() if name.removesuffix(PARTIAL) not in own]:
+                raise FistaPrunerError(
+                    f"{self.folder / others[0]} was not written by this run: move it away, and run the same command "
+                    "again"
+                )
+            if self.model.is_dir():
+                self.remove_model()
+            shutil.rmtree(self.folder)
 
     def write_text(self, text: TrainingText, drawing: str) -> None:
         """Store the training text.
