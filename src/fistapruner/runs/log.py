@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
+from ..runtime.files import disk_errors
 from .layer_records import LayerEntry
 from .listener import Listener
 
@@ -52,10 +53,22 @@ class Logged(Listener):
         self._listener.end()
 
 
+class _LogFile(logging.FileHandler):
+    """A log whose lines are lost where the disk takes none: what stops the run tells why."""
+
+    def handleError(self, record: logging.LogRecord) -> None:
+        """Say nothing: a traceback for every line would hide it."""
+
+
 @contextmanager
 def log_file(path: Path) -> Iterator[None]:
-    """Write the log to a file inside the block."""
-    handler = logging.FileHandler(path, encoding="utf-8")
+    """Write the log to a file inside the block.
+
+    Raises:
+        FistaPrunerError: the file cannot be opened.
+    """
+    with disk_errors(path):
+        handler = _LogFile(path, encoding="utf-8")
     handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
     before = log.level
     log.addHandler(handler)
