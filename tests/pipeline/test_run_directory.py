@@ -454,6 +454,18 @@ def test_several_calibration_texts_are_known_by_name_and_content(
     assert main(["resume", str(tmp_path / "run")]) == 0
 
 
+def test_a_pruning_run_is_not_resumed_by_several_processes(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of those that ``torchrun`` started all would want the lock; a recovery is what they can share."""
+    monkeypatch.setenv("RANK", "1")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(fp.FistaPrunerError, match="which 2 processes of torchrun cannot share: resume it without"):
+        fp.resume(run)
+    (run / "recovered").mkdir()
+    (run / "recovered" / "run.json").write_text("{}")
+    with pytest.raises(fp.FistaPrunerError, match="resume its recovery, .*run/recovered$"):
+        fp.resume(run)
+
+
 def begun_on(run: RunDirectory, device: str) -> None:
     """Let a run have begun on another device."""
     record = run.record()

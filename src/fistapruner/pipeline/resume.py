@@ -10,6 +10,7 @@ from ..runs.directory import RunDirectory
 from ..runs.listener import Listener
 from ..runs.prune_directory import PruneDirectory
 from ..runs.records import Report
+from ..runtime.ranks import launched
 from .align import ALIGN
 from .prune import resume_pruning
 from .recover import RECOVER
@@ -34,7 +35,8 @@ def resume(
         listener: receives progress.
 
     Raises:
-        FistaPrunerError: not a run, or a run that was stopped before anything was decided.
+        FistaPrunerError: not a run, a run that was stopped before anything was decided, or a pruning run and several
+            processes of ``torchrun``.
     """
     record = RunDirectory(Path(out)).record()
     permissions, listener = Permissions(allow_pickle, trust_remote_code), listener or Listener()
@@ -45,4 +47,9 @@ def resume(
         return resume_training(RECOVER, Path(out), permissions, listener)
     if record.kind == "align":
         return resume_training(ALIGN, Path(out), permissions, listener)
-    return resume_pruning(PruneDirectory(Path(out)), permissions, listener)
+    run = PruneDirectory(Path(out))
+    if (count := launched()) > 1:
+        there = run.recovered if (run.recovered / "run.json").exists() else None
+        advice = f"resume its recovery, {there}" if there else "resume it without torchrun"
+        raise FistaPrunerError(f"{out} is a pruning run, which {count} processes of torchrun cannot share: {advice}")
+    return resume_pruning(run, permissions, listener)

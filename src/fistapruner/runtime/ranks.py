@@ -231,6 +231,11 @@ class OrderedSum:
         return found
 
 
+def launched() -> int:
+    """Count the processes that a launcher has started for this run; 1 without one."""
+    return int(os.environ.get("WORLD_SIZE") or 1) if os.environ.get("RANK") else 1
+
+
 @contextmanager
 def ranks_of_run(device: str) -> Iterator[Ranks]:
     """Join the other processes of a run for the block, where a launcher has started several.
@@ -244,7 +249,7 @@ def ranks_of_run(device: str) -> Iterator[Ranks]:
     Raises:
         FistaPrunerError: torch without ``torch.distributed``, or the others cannot be reached.
     """
-    size = int(os.environ.get("WORLD_SIZE") or 1) if os.environ.get("RANK") else 1
+    size = launched()
     own = not (torch.distributed.is_available() and torch.distributed.is_initialized())
     if own and size == 1:
         yield ALONE
