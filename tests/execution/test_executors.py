@@ -26,6 +26,7 @@ from fistapruner.pipeline.prune import finish_run, prune
 from fistapruner.pipeline.resume import resume
 from fistapruner.runs.directory import RunDirectory
 from fistapruner.runs.listener import Listener
+from fistapruner.runs.records import load_run
 from fistapruner.runtime.devices import worker_devices
 
 SETTINGS: dict[str, Any] = {
@@ -123,6 +124,20 @@ def test_workers_that_die_are_replaced(model: Path, expected: bytes, tmp_path: P
     assert pool.at_start == {2: 0}
     resume(out)
     assert weights(out) == expected
+
+
+def test_parts_go_on_with_a_run_that_failed(model: Path, tmp_path: Path) -> None:
+    out, broken = tmp_path / "run", RuntimeError("broken")
+
+    def fail(index: int, group: int, problem: Any) -> None:
+        if index == 1:
+            raise broken
+
+    with pytest.raises(RuntimeError, match="broken"):
+        prune(str(model), out, **SETTINGS, execution={"threads": 1}, inspect=fail)
+    assert load_run(out).status == "failed"
+    report = prune(str(model), out, **SETTINGS, execution={"threads": 1}, only_layers=(3, 3))
+    assert (report.status, [layer.index for layer in report.layers]) == ("running", [0, 3])
 
 
 def test_layer_that_kills_every_worker_stops_the_run(model: Path, expected: bytes, tmp_path: Path) -> None:

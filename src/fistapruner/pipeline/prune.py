@@ -16,6 +16,7 @@ from ..models.source import Permissions
 from ..problem import LayerProblem
 from ..recipes.loading import merge
 from ..recipes.settings import Execution, Recipe
+from ..runs.base import read_json
 from ..runs.decision import EvaluationRequest, PruneRecord, TrainingRecord
 from ..runs.listener import Listener
 from ..runs.lock import hold, preparing
@@ -243,6 +244,8 @@ def _prune(
         now = run.record()
         if before is not None and now is not None and before.fingerprint != now.fingerprint:
             times.forget()
+    if only is not None:
+        _remove_failure(run)
     part = "" if only is None else f"{only[0]}-{only[1]}"
     listener.tick("opening the run", 0, 1)
     context = RunContext.open(run.folder, device, part, request.permissions)
@@ -291,6 +294,15 @@ def _made(run: PruneDirectory) -> Iterator[None]:
     with disk_errors(run.folder):
         run.create()
     yield
+
+
+def _remove_failure(run: PruneDirectory) -> None:
+    """Remove the report of a whole run that failed: the layers that parts finish would not be in it."""
+    with suppress(FistaPrunerError):
+        if read_json(run.report_file).get("status") == "finished":
+            return
+    with disk_errors(run.report_file):
+        run.report_file.unlink(missing_ok=True)
 
 
 @contextmanager
