@@ -117,6 +117,7 @@ def test_workers_that_die_are_replaced(model: Path, expected: bytes, tmp_path: P
     work.hidden.mkdir(parents=True, exist_ok=True)
     pool = Deadly(work, worker_devices("cpu", 2, 1), at_start={2: 1}, at_event=["passed"])
     try:
+        assert os.getpgid(pool._processes[0].pid) != os.getpgid(0)  # Ctrl-C stops this process, which ends them
         prune_layers_in_parallel(work, {0, 2, 3}, pool, Listener())
     finally:
         pool.close()

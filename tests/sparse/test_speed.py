@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import json
 import multiprocessing
+import os
+import signal
+import time
 
 import pytest
 import torch
@@ -152,6 +155,21 @@ def test_a_process_that_is_killed_is_named(tmp_path):
         worker.send("run")
     with pytest.raises(FistaPrunerError, match="'dense' ended early"):
         worker.receive()
+
+
+def test_an_interrupt_is_left_to_the_process_that_asks(tmp_path):
+    """Which then ends the others at once, also in the midst of a run."""
+    worker = Worker(Variant("dense", save_pruned(tmp_path / "m")), 1, 4, 100_000, 1)
+    (process,) = multiprocessing.active_children()
+    assert worker.receive() == {}
+    worker.send("run")
+    os.kill(process.pid, signal.SIGINT)
+    process.join(0.5)
+    assert process.is_alive()
+    begin = time.monotonic()
+    worker.close()
+    assert not process.is_alive()
+    assert time.monotonic() - begin < 5
 
 
 def test_a_process_of_its_own(tmp_path, monkeypatch):

@@ -68,8 +68,13 @@ class ProcessPool:
         program = [sys.executable, "-P", "-m", "fistapruner.execution.worker"]
         place = [str(self._work.run.folder), self._work.part, str(self._devices[worker]), str(os.getpid())]
         permitted = [name for name, allowed in self._work.permissions.keywords().items() if allowed]
+        # In a group of its own, so that Ctrl-C does not reach it while it imports; it dies with this process.
         process = subprocess.Popen(
-            [*program, *place, *permitted], stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=environment
+            [*program, *place, *permitted],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            env=environment,
+            process_group=0,
         )
         assert process.stdout is not None
         self._processes[worker] = process

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import multiprocessing
 import os
+import signal
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from multiprocessing.connection import Connection
@@ -107,7 +108,7 @@ class Worker:
         self.name = variant.name
         self._pipe, other = context.Pipe()
         arguments = (variant, batch, prompt, tokens, threads or torch.get_num_threads(), other)
-        self._process = context.Process(target=serve, args=arguments, daemon=True)
+        self._process = context.Process(target=_serve_alone, args=arguments, daemon=True)
         self._process.start()
         other.close()
 
@@ -142,11 +143,16 @@ class Worker:
         )
 
     def close(self) -> None:
-        """End the process."""
+        """End the process, also in the midst of a run."""
         self._pipe.close()
-        self._process.join(timeout=10)
-        if self._process.is_alive():
-            self._process.terminate()
+        self._process.terminate()
+        self._process.join()
+
+
+def _serve_alone(*arguments: Any) -> None:
+    """Serve in a process of its own. Ctrl-C reaches all processes of a terminal; the one that asks ends this one."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    serve(*arguments)
 
 
 def serve(variant: Variant, batch: int, prompt: int, tokens: int, threads: int, pipe: Connection) -> None:
