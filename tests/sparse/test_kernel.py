@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -145,6 +147,13 @@ def test_gradients_flow_to_the_input():
     x = torch.randn(2, 30, requires_grad=True)
     SparseLinear(operator)(x).sum().backward()
     torch.testing.assert_close(x.grad, operator.to_dense().sum(0).expand(2, 30))
+
+
+def test_the_openmp_runtime_of_torch_comes_first():
+    own = f"{Path(torch.__file__).parent}.libs/libgomp-98df.so.1"
+    others = ["/usr/lib/libgomp.so.1", "/a/scikit_learn.libs/libgomp-4a.so.1", "/usr/lib/libcompress.so"]
+    lines = [f"7f00-7f01 r-xp 00000000 08:01 77    {path}" for path in [*others, own, own]]
+    assert kernel._openmp_libraries(lines) == [own, others[1], others[0]]
 
 
 def test_unknown_level_is_an_error():

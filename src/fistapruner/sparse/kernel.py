@@ -97,13 +97,20 @@ def _parallel_runtime() -> int | None:
         lines = Path("/proc/self/maps").read_text().splitlines()
     except OSError:
         return None
-    for path in {line.split(maxsplit=5)[5] for line in lines if "omp" in line and ".so" in line}:
-        if any(name in Path(path).name for name in ("libgomp", "libiomp", "libomp")):
-            try:
-                return ctypes.cast(ctypes.CDLL(path).GOMP_parallel, ctypes.c_void_p).value
-            except (OSError, AttributeError):
-                continue
+    for path in _openmp_libraries(lines):
+        try:
+            return ctypes.cast(ctypes.CDLL(path).GOMP_parallel, ctypes.c_void_p).value
+        except (OSError, AttributeError):
+            continue
     return None
+
+
+def _openmp_libraries(lines: Sequence[str]) -> list[str]:
+    """List the OpenMP runtimes in lines of ``/proc/self/maps``, that of torch first."""
+    paths = {line.split(maxsplit=5)[5] for line in lines if "omp" in line and ".so" in line}
+    own = str(Path(torch.__file__).parent)  # torch/lib, or torch.libs beside it
+    found = [path for path in paths if any(name in Path(path).name for name in ("libgomp", "libiomp", "libomp"))]
+    return sorted(found, key=lambda path: (not path.startswith(own), path))
 
 
 @cache
