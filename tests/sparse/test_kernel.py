@@ -189,6 +189,34 @@ def test_dense_operators_beside_packed_ones(seed, rows, columns, batch, biased):
     assert layer(x).requires_grad
 
 
+@pytest.mark.parametrize("level", LEVELS)
+@pytest.mark.parametrize("shape", [(200,), (1, 200), (2, 65), (1, 1, 131)])
+def test_inputs_of_another_width_are_refused(level, shape):
+    """As by ``nn.Linear``."""
+    layer = SparseLinear(make(4, 20, 130, 0.5, torch.bfloat16), level=level)
+    dense = DenseLinear.like(torch.nn.Linear(130, 20).bfloat16())
+    for refusing in (layer, dense):
+        with torch.no_grad(), pytest.raises(RuntimeError):
+            refusing(torch.ones(shape).bfloat16())
+
+
+@pytest.mark.parametrize("level", kernel.available_levels()[:1])
+def test_another_thread_may_give_up_a_fused_product(level, monkeypatch):
+    """Right after this one has seen it."""
+    layers = [SparseLinear(make(seed, 64, 130, 0.5, torch.bfloat16), level=level) for seed in range(2)]
+    x = torch.ones(1, 130)
+    expected = [layer(x) for layer in layers]
+    FusedProjections.join(layers)
+    assert all(torch.equal(layer(x), own) for layer, own in zip(layers, expected, strict=True))
+    fused = layers[0]._fused
+    assert fused is not None
+    seen = iter([fused._batch])
+    gone = property(lambda self: next(seen, None), lambda self, value: None)
+    monkeypatch.setattr(FusedProjections, "_batch", gone, raising=False)
+    fused._waiting = None
+    assert torch.equal(layers[1](x), expected[1])
+
+
 @pytest.mark.parametrize("kind", ["packed", "dense"])
 def test_a_bias_loaded_in_place_is_used(kind):
     weight, bias = torch.randn(40, 64).bfloat16(), torch.randn(40).bfloat16()

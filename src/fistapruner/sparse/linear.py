@@ -84,6 +84,7 @@ class SparseLinear(nn.Module):
             self.level >= 0
             and x.device.type == "cpu"
             and x.dtype in kernel.TYPES
+            and x.shape[-1:] == (self.in_features,)
             and not (x.requires_grad and torch.is_grad_enabled())
         ):
             rows = x.numel() // self.in_features if self.in_features else 0
@@ -220,7 +221,8 @@ class FusedProjections:
 
     def product(self, place: int, x: Tensor, rows: int, level: int, many: bool) -> Tensor:
         """Multiply the layer at ``place`` with ``x`` (``rows`` vectors); the result is flat."""
-        waiting, version = self._waiting, 0 if x.is_inference() else x._version
+        # Held here: another thread may give up the batch meanwhile.
+        waiting, batch, version = self._waiting, self._batch, 0 if x.is_inference() else x._version
         if waiting is not None:
             if waiting[0] is x and waiting[1] == version:
                 out = waiting[2].pop(place, None)
@@ -229,12 +231,12 @@ class FusedProjections:
                 if out is not None:
                     return out
             else:
-                self._waiting = self._batch = None
-        if self._batch is None:
+                self._waiting = self._batch = batch = None
+        if batch is None:
             handle = self._handles[place]
             assert handle is not None
             return handle.alone.multiply(_rows_of(x, rows), level, many=many)[0]
-        outs = dict(enumerate(self._batch.multiply(_rows_of(x, rows), level, many=many)))
+        outs = dict(enumerate(batch.multiply(_rows_of(x, rows), level, many=many)))
         own = outs.pop(place)
         self._waiting = (x, version, outs)
         return own
@@ -266,6 +268,7 @@ class DenseLinear(nn.Linear):
             or not x.dtype == weight.dtype == torch.bfloat16
             or not x.device.type == weight.device.type == "cpu"
             or not weight.is_contiguous()
+            or x.shape[-1:] != (self.in_features,)
             or torch.is_grad_enabled()
         ):
             return super().forward(x)
