@@ -180,6 +180,27 @@ def test_killed_at_any_step_it_ends_with_the_same_bits(tmp_path: Path, optimizer
         assert stepper.taken == list(range(at, STEPS + 1))
 
 
+def test_killed_as_it_takes_steps_again_it_keeps_their_lines(tmp_path: Path) -> None:
+    whole = Parabola()
+    expected, _ = train(tmp_path / "whole", whole, optimizer="mezo", checks=1)
+    with pytest.raises(Killed):
+        train(tmp_path / "killed", Parabola(loss_at=kill_at(7)), optimizer="mezo", checks=1)
+    lines = journal(tmp_path / "killed")
+
+    class Dies(Parabola):
+        def replay(self, number: int, size: float, factor: float) -> None:
+            if number == 3:
+                raise Killed
+            super().replay(number, size, factor)
+
+    with pytest.raises(Killed):
+        train(tmp_path / "killed", Dies(), optimizer="mezo", checks=1)
+    assert journal(tmp_path / "killed") == lines
+    stepper = Parabola()
+    state, _ = train(tmp_path / "killed", stepper, optimizer="mezo", checks=1)
+    assert (state, stepper.value, stepper.taken) == (expected, whole.value, [7, 8])
+
+
 @pytest.mark.parametrize("optimizer", ["adamw", "mezo"])
 @pytest.mark.parametrize("damage", ["journal", "newest state", "both states", "journal is gone", "all states"])
 def test_damage_is_made_good(tmp_path: Path, optimizer: str, damage: str) -> None:

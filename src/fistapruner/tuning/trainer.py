@@ -161,17 +161,18 @@ class Trainer:
             self._resume(snapshot)
         self._agree("begins at step", self.state.step)
         steps, last = len(self.order), time.monotonic()
-        opened = (StepJournal if self.ranks.first else ForeignJournal)(
-            self.run.steps_file, self.state.step if snapshot is not None else -1
-        )
+        # Steps that are taken again from the journal stay in it; those that are computed again are dropped.
+        replays = snapshot is not None and self.recipe.zeroth_order and isinstance(self.stepper, Replays)
+        kept = -1 if snapshot is None else lines[-1]["step"] if replays else self.state.step
+        opened = (StepJournal if self.ranks.first else ForeignJournal)(self.run.steps_file, kept)
         self.ranks.wait()  # until all have read journal and state
         if self.ranks.first:
             self.run.states.tidy(self.state.step if snapshot is not None else -1)
         with opened as journal:
             if snapshot is None:
                 self._begin(journal)
-            elif self.recipe.zeroth_order and isinstance(self.stepper, Replays):
-                self._replay(journal, self.stepper)
+            elif replays and isinstance(self.stepper, Replays):
+                self._replay(lines, journal, self.stepper)
             begun = self.state.step
             begin = time.monotonic()
             while self.state.step < steps and not self.state.stopped:
@@ -212,14 +213,12 @@ class Trainer:
         journal.sync()
         self._snapshot()
 
-    def _replay(self, journal: StepJournal, stepper: Replays) -> None:
+    def _replay(self, lines: list[dict[str, Any]], journal: StepJournal, stepper: Replays) -> None:
         """Take the journaled steps after the snapshot again, without passes."""
         before = self.state.step
-        for number in sorted(journal.dropped):
-            if number != self.state.step + 1:
-                break
-            take_again(self.state, journal.dropped[number], stepper, self.recipe, len(self.order))
-            journal.append(journal.dropped[number])
+        for line in lines:
+            if line["step"] == self.state.step + 1:
+                take_again(self.state, line, stepper, self.recipe, len(self.order))
         if self.state.step > before:
             journal.sync()
             self._snapshot()
