@@ -167,8 +167,11 @@ def test_parts_are_joined(model: Path, expected: bytes, tmp_path: Path) -> None:
     ]
     assert [part.wait() for part in parts] == [0, 0]
     assert f"fistapruner finish {out}" in parts[0].communicate()[0] + parts[1].communicate()[0]
-    finish_run(out)
+    report = finish_run(out)
     assert weights(out) == expected
+    assert report.totals.parts == 2
+    assert "2 parts added up" in (out / "report.html").read_text()
+    assert "s (2 parts added up) on" in (out / "model" / "README.md").read_text()
     assert not RunDirectory(out).model.with_suffix(".partial").exists()
 
 

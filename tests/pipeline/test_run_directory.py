@@ -424,7 +424,7 @@ def test_a_part_does_not_begin_a_run_again(dense: Path, tmp_path: Path, changed:
     else:
         (run / "calibration.safetensors").unlink()
     before = contents(run)
-    reason = {"text": "not the text that it was calibrated on", "model": "or the model are not", "tokens": "calibration"}
+    reason = {"text": "not the text that it was calibrated", "model": "or the model are not", "tokens": "calibration"}
     with pytest.raises(fp.FistaPrunerError, match=f"{reason[changed]}.*a part of the layers cannot begin a run again"):
         fp.prune(model, run, only_layers=(1, 1), **settings)
     after = contents(run)
@@ -462,7 +462,7 @@ def test_a_pruning_run_is_not_resumed_by_several_processes(run: Path, monkeypatc
         fp.resume(run)
     (run / "recovered").mkdir()
     (run / "recovered" / "run.json").write_text("{}")
-    with pytest.raises(fp.FistaPrunerError, match="resume its recovery, .*run/recovered$"):
+    with pytest.raises(fp.FistaPrunerError, match=r"resume its recovery, .*run/recovered$"):
         fp.resume(run)
 
 

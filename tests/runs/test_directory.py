@@ -81,9 +81,12 @@ def test_lock_log_and_times_serve_every_verb(tmp_path: Path) -> None:
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="Linux has this device")
 def test_a_log_on_a_full_disk_hides_no_error(capsys: pytest.CaptureFixture[str]) -> None:
-    with pytest.raises(FistaPrunerError, match="the reason"), log_file(Path("/dev/full")):
+    def fail() -> None:
         Logged(Listener()).say("a line that is lost")
         raise FistaPrunerError("the reason")
+
+    with pytest.raises(FistaPrunerError, match="the reason"), log_file(Path("/dev/full")):
+        fail()
     assert capsys.readouterr().err == ""
 
 
@@ -91,6 +94,13 @@ def test_a_log_that_cannot_be_opened_is_named(tmp_path: Path) -> None:
     (tmp_path / "log.txt").mkdir()  # as a file of another user, which root could open
     with pytest.raises(FistaPrunerError, match=r"cannot write .*log\.txt: "), log_file(tmp_path / "log.txt"):
         pass
+
+
+def test_what_a_stopped_attempt_has_left_is_taken_over(tmp_path: Path) -> None:
+    names = ["lock", "lock.0-9", "lock.preparing", "log.txt", "times.json", "times.0-9.json"]
+    for name in [*names, "times.json.partial", "times.0-9.json.partial"]:
+        (tmp_path / name).touch()
+    RecoverDirectory(tmp_path).check_place()
 
 
 def test_a_folder_of_others_is_refused(tmp_path: Path) -> None:

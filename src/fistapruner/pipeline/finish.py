@@ -74,7 +74,7 @@ def finish(
         report.totals.compressed_bytes = earlier.totals.compressed_bytes
     report.status = "finished"
     report.finished = now()
-    report.totals.seconds = times.total()
+    report.totals.seconds, report.totals.parts = times.total(), times.parts()
     report.totals.time_split["write"] = time.perf_counter() - begin
     report.totals.checkpoint_bytes = folder_bytes(run.model)
     adapter = report.totals.low_rank_bytes or 0

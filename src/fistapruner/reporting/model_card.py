@@ -257,7 +257,8 @@ def _made(report: Report) -> list[str]:
     if report.totals.seconds:
         machine = report.machine.device_name or report.machine.cpu or report.machine.device
         peak = f", peak memory {size(report.totals.peak_memory)}" if report.totals.peak_memory else ""
-        lines.append(f"{significant(report.totals.seconds)} s on {machine}{peak}")
+        parts = f" ({report.totals.parts} parts added up)" if report.totals.parts else ""
+        lines.append(f"{significant(report.totals.seconds)} s{parts} on {machine}{peak}")
     if report.versions:
         lines.append(", ".join(f"{name} {version}" for name, version in report.versions.items()))
     return lines

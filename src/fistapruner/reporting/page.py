@@ -233,8 +233,9 @@ def _tiles(report: Report) -> list[tuple[str, str, str]]:
         )
         items.append(("Decoding speed", f"×{significant(ratio)}", note))
     if totals.seconds:
-        peak = f"peak memory {size(totals.peak_memory)}" if totals.peak_memory else ""
-        items.append((f"Time to {report.kind}", duration(totals.seconds), peak))
+        notes = [f"{totals.parts} parts added up"] if totals.parts else []
+        notes += [f"peak memory {size(totals.peak_memory)}"] if totals.peak_memory else []
+        items.append((f"Time to {report.kind}", duration(totals.seconds), "; ".join(notes)))
     return items
 
 

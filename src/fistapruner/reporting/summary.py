@@ -150,7 +150,8 @@ def _cost(report: Report) -> list[tuple[str, str]]:
         split = ", ".join(
             f"{name} {seconds:.0f}" for name, seconds in sorted(totals.time_split.items(), key=lambda item: -item[1])
         )
-        rows.append(("time", f"{totals.seconds:.0f} s ({split})"))
+        parts = f", {totals.parts} parts added up" if totals.parts else ""
+        rows.append(("time", f"{totals.seconds:.0f} s{parts} ({split})"))
     if totals.peak_memory:
         rows.append(("peak memory", size(totals.peak_memory)))
     if totals.checkpoint_bytes:

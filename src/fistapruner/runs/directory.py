@@ -39,7 +39,7 @@ CARD = "README.md"
 FORMAT = 2
 """Format of ``run.json`` and the files beside it. A release that cannot continue older runs raises it."""
 
-EARLY = r"log\.txt|lock(\.\d+-\d+|\.preparing)?|times(\.\d+-\d+)?\.json"
+EARLY = r"log\.txt|lock(\.\d+-\d+|\.preparing)?|times(\.\d+-\d+)?\.json(\.partial)?"
 """Names of files that an attempt has left that was stopped before its first result."""
 
 R = TypeVar("R", bound=RunRecord)

@@ -98,6 +98,8 @@ class Totals(Record):
         dense_flops_per_token, flops_per_token: floating-point operations of the matrices of the decoder layers and of
             the head for a token, before and after channels were removed; None where none were.
         seconds: total wall time across interruptions; ``time_split``: wall seconds by phase.
+        parts: parts of the layers that were pruned by processes of their own, maybe side by side, and whose wall times
+            are added up in ``seconds``; None where there are not several.
         peak_memory: bytes, resident set; ``peak_device_memory``: bytes on the GPU, where one
             process pruned all layers.
         capture_tokens_per_second: calibration tokens a second through capture, all layers;
@@ -114,6 +116,7 @@ class Totals(Record):
     dense_flops_per_token: int | None = None
     flops_per_token: int | None = None
     seconds: float | None = None
+    parts: int | None = None
     time_split: dict[str, float] = {}
     peak_memory: int | None = None
     peak_device_memory: int | None = None

@@ -1,4 +1,7 @@
-"""Total wall time of a run across interruptions, kept in the run directory."""
+"""Total wall time of a run across interruptions, kept in the run directory.
+
+Parts of a run may work side by side: the total is the sum of their times, not how long somebody waited.
+"""
 
 from __future__ import annotations
 
@@ -46,6 +49,11 @@ class Times:
         """Return the seconds of all processes of the run, of this one up to now."""
         others = [path for path in self._folder.glob(f"{NAME}*.json") if path != self._file]
         return sum(self._before) + time.perf_counter() - self._begin + sum(sum(_read(path)) for path in others)
+
+    def parts(self) -> int | None:
+        """Count the parts of the layers whose seconds are in the total; None where there are not several."""
+        count = len(list(self._folder.glob(f"{NAME}.*-*.json")))
+        return count if count > 1 else None
 
 
 def forget_times(folder: Path) -> None:
