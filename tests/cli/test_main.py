@@ -15,7 +15,8 @@ import fistapruner
 import tiny
 from fistapruner.cli import VERBS, build_parser, main
 from fistapruner.errors import FistaPrunerError
-from fistapruner.recipes.settings import MAX_SEED, Recipe
+from fistapruner.recipes.base import MAX_SEED
+from fistapruner.recipes.settings import Recipe
 
 PACKAGE = Path(fistapruner.__file__).parent
 

@@ -19,7 +19,7 @@ import tiny
 from fistapruner.cli import main
 from fistapruner.models.source import UNTRUSTED
 from fistapruner.pipeline.measure import _without, is_run, measure
-from fistapruner.recipes.settings import Execution
+from fistapruner.recipes.execution_settings import Execution
 from fistapruner.reporting.recovery_text import gain
 from fistapruner.runs.decision import EvaluationRequest, Numerics, TrainingDecision, TrainingRecord
 from fistapruner.runs.listener import Listener

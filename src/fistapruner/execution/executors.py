@@ -8,7 +8,7 @@ import torch
 
 from ..problem import LayerProblem
 from ..pruning.partition import Part, cut
-from ..recipes.settings import Execution
+from ..recipes.execution_settings import Execution
 from ..runs.listener import Listener
 from ..runtime.devices import available_cores, cpu_threads, worker_devices
 from ..runtime.memory import release_device_memory

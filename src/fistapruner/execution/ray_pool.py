@@ -17,7 +17,7 @@ from typing import Any
 
 from ..errors import FistaPrunerError, MissingExtraError
 from ..models.source import Permissions
-from ..recipes.settings import Execution
+from ..recipes.execution_settings import Execution
 from .context import RunContext
 from .pool import Event, Job, PartJob
 

@@ -18,8 +18,8 @@ from ..errors import FistaPrunerError
 from ..models.discovery import Layout, discover
 from ..models.layerwise import LayerwiseModel
 from ..models.source import UNTRUSTED, ModelSource, Permissions
+from ..recipes.execution_settings import Execution
 from ..recipes.recover_settings import RecoverRecipe
-from ..recipes.settings import Execution
 from ..recipes.training_settings import TrainingRecipe
 from ..runs.decision import TrainingDecision
 from ..runs.identity import fingerprint, stamps

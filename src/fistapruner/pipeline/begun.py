@@ -8,7 +8,8 @@ from pathlib import Path
 
 from ..errors import FistaPrunerError
 from ..models.source import Permissions
-from ..recipes.settings import Execution, Recipe
+from ..recipes.execution_settings import Execution
+from ..recipes.settings import Recipe
 from ..runs.base import parse, read_json
 from ..runs.decision import PruneRecord
 from ..runs.identity import fingerprint, text_sha256

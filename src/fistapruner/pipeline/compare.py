@@ -55,9 +55,9 @@ from ..runtime.numerics import dtype_name
 from ..sensitivity.workload import read_workload
 from .begun import changed_text
 from .contenders import Contender, parse_contenders
-from .prepare import check_calibration, refuse_overlap
 from .protocol import Protocol
 from .prune import prune, recover_execution, recovers
+from .prune_inputs import check_calibration, refuse_overlap
 from .recover import recover
 from .recover_inputs import check_following
 from .training import changed_texts

@@ -7,7 +7,6 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -34,9 +33,7 @@ from ..structured.proof import config_entries
 from ..structured.units import free_widths, resized
 from ..structured.widths import choose_widths
 from .plan import allocate, say_widths
-
-if TYPE_CHECKING:
-    from .prepare import Inputs
+from .prune_inputs import Inputs
 
 
 @dataclass(frozen=True)

@@ -16,7 +16,7 @@ from ..evaluation.evaluate import evaluate as run_evaluation
 from ..evaluation.generations import generate_side_by_side
 from ..models.files.record import lost_structure, read_pruning_record
 from ..models.source import Permissions
-from ..recipes.settings import Execution
+from ..recipes.execution_settings import Execution
 from ..reporting.lineage_text import trained_on
 from ..reporting.model_card import model_card
 from ..reporting.recovery_text import gain_text

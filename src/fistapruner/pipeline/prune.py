@@ -14,8 +14,9 @@ from ..execution.context import RunContext
 from ..execution.executors import prune_layers
 from ..models.source import Permissions
 from ..problem import LayerProblem
+from ..recipes.execution_settings import Execution
 from ..recipes.loading import merge
-from ..recipes.settings import Execution, Recipe
+from ..recipes.settings import Recipe
 from ..runs.base import read_json
 from ..runs.decision import EvaluationRequest, PruneRecord, TrainingRecord
 from ..runs.listener import Listener
@@ -31,7 +32,8 @@ from ..runtime.memory import reset_peak_memory
 from .begun import FinishedRun, absolute, execution_here, find_finished
 from .finish import finish, write_failure
 from .measure import measure
-from .prepare import RunRequest, check_layers_before, prepare
+from .prepare import prepare
+from .prune_inputs import RunRequest, check_layers_before
 from .recover import recover
 from .recover_inputs import check_following
 

@@ -31,7 +31,7 @@ from .begun import absolute, execution_here
 from .finish import write_failure
 from .finish_training import AddResults, finish
 from .measure import measure
-from .prepare import say_other_versions
+from .prune_inputs import say_other_versions
 from .training_inputs import R, TrainingRequest, asked
 
 

@@ -30,7 +30,7 @@ from ..runs.training_directory import TrainingDirectory
 from ..runs.training_runs import dense_of, input_run
 from ..runtime.ranks import ALONE, Ranks
 from ..sparse.pack import is_packed
-from .prepare import refuse_overlap
+from .prune_inputs import refuse_overlap
 
 TRAINING_SEQLEN = 1024
 """Longest training window by default."""

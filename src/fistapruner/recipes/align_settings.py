@@ -8,8 +8,7 @@ from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import BeforeValidator, Field, model_validator
 
-from .base import Settings
-from .settings import Seed
+from .base import Seed, Settings
 from .training_settings import TrainingRecipe, number, words
 
 PREFERENCE_LOSSES = ("dpo", "multi-dpo", "harmonic", "geometric")

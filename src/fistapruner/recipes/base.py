@@ -1,16 +1,28 @@
-"""Base of all settings, and of the recipes that hold all settings of a run."""
+"""Base of all settings and of the recipes that hold them; what all of them share."""
 
 from __future__ import annotations
 
 import hashlib
 import json
-from typing import Any, ClassVar, Self
+from typing import Annotated, Any, ClassVar, Self
 
 import yaml
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import AfterValidator, BaseModel, ConfigDict, ValidationError
 
 from ..errors import FistaPrunerError, explain
 from .loading import parse_yaml
+
+MAX_SEED = 2**63 - 1
+"""Largest seed that torch's random generators accept."""
+
+
+def _seed(value: int) -> int:
+    if not 0 <= value <= MAX_SEED:
+        raise ValueError(f"a whole number from 0 to {MAX_SEED} is expected")
+    return value
+
+
+Seed = Annotated[int, AfterValidator(_seed)]
 
 
 class Settings(BaseModel):

@@ -8,8 +8,7 @@ from typing import Literal
 
 from pydantic import Field, model_validator
 
-from .base import Settings
-from .settings import Seed
+from .base import Seed, Settings
 from .training_settings import Count, TrainingRecipe
 
 

@@ -15,7 +15,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
 from pydantic import (
-    AfterValidator,
     BeforeValidator,
     ConfigDict,
     Field,
@@ -25,18 +24,17 @@ from pydantic import (
 )
 
 from ..errors import FistaPrunerError
-from .base import RunRecipe, Settings
-from .loading import parse_bytes, parse_value, read_share
+from .base import RunRecipe, Seed, Settings
+from .execution_settings import Execution
+from .loading import parse_value, read_share
 from .patterns import check_pattern
+from .recover_settings import RecoverRecipe
 from .renamed import RENAMED_SETTINGS
 from .structure_settings import Structure, removes_nothing
 
 if TYPE_CHECKING:
     from ..constraints import Constraint
     from ..solvers.base import Method
-
-MAX_SEED = 2**63 - 1
-"""Largest seed that torch's random generators accept."""
 
 ALLOCATIONS = ("uniform", "owl", "error", "auto")
 WORKLOAD = "workload:"
@@ -67,8 +65,6 @@ def _method(value: Any) -> tuple[Method, ...]:
 
 def _recover(value: Any) -> Any:
     """Parse a recovery recipe, or the tokens of one."""
-    from .recover_settings import RecoverRecipe  # stands on this module
-
     if value is None or isinstance(value, RecoverRecipe):
         return value
     if not isinstance(value, Mapping):
@@ -91,12 +87,6 @@ def _dense_target(value: Any) -> Any:
     number = isinstance(value, (int, float)) and not isinstance(value, bool)
     if value != "auto" and not (number and 0 <= value <= 1):
         raise ValueError("dense, pruned, auto, or a share of the dense output from 0 to 1 is expected")
-    return value
-
-
-def _seed(value: int) -> int:
-    if not 0 <= value <= MAX_SEED:
-        raise ValueError(f"a whole number from 0 to {MAX_SEED} is expected")
     return value
 
 
@@ -127,7 +117,6 @@ def _structure(value: Any) -> Any:
 
 
 SparsitySetting = Annotated[Any, BeforeValidator(_sparsity), PlainSerializer(str)]
-Seed = Annotated[int, AfterValidator(_seed)]
 MethodSetting = Annotated[Any, BeforeValidator(_method), PlainSerializer(_dump_method)]
 
 
@@ -195,51 +184,6 @@ class Calibration(Settings):
         """Return these settings with the absolute path of every file."""
         paths = {name: os.path.abspath(text) if Path(text).suffix else text for name, text in self.sources.items()}
         return self.model_copy(update={"tasks": paths} if self.tasks else {"source": paths[self.name]})
-
-
-class Execution(Settings):
-    """Set how the work is carried out. Never part of a run's identity."""
-
-    device: str = Field(
-        "auto",
-        description="auto, cpu, cuda or cuda:N; auto takes a CUDA GPU if there is one.",
-    )
-    batch_size: int | None = Field(
-        None,
-        ge=1,
-        description="Calibration windows in one forward pass; without it chosen by device and memory.",
-    )
-    memory_limit: int | None = Field(
-        None,
-        description="Main memory that the run may use, in bytes or as 8GiB; without it what the machine has "
-        "free. A GPU's memory is limited by what it has free.",
-    )
-    executor: Literal["serial", "process", "ray"] = Field(
-        "serial",
-        description="Who prunes the decoder layers: this process (serial), processes of this machine (process), "
-        "or a Ray cluster (ray).",
-    )
-    workers: int | None = Field(
-        None,
-        ge=1,
-        description="Layers pruned at once by process and ray; without it one for each GPU or group of cores.",
-    )
-    threads: int | None = Field(
-        None,
-        ge=1,
-        description="CPU threads of each worker; without it the machine's cores are shared out. The last bits of "
-        "the weights depend on it.",
-    )
-    address: str | None = Field(
-        None,
-        description="HOST:PORT of the head of a Ray cluster, or auto for the one on this machine; without it one "
-        "is started here.",
-    )
-
-    @field_validator("memory_limit", mode="before")
-    @classmethod
-    def _bytes(cls, value: Any) -> Any:
-        return None if value is None else parse_bytes(str(value))
 
 
 RESOLVED = ("propagate", "dense_target", "residual")

@@ -8,10 +8,10 @@ from typing import Annotated, Any, ClassVar, Literal, Self
 
 from pydantic import BeforeValidator, ConfigDict, Field, field_validator, model_validator
 
-from .base import RunRecipe
+from .base import RunRecipe, Seed
+from .execution_settings import Execution
 from .loading import parse_count
 from .patterns import check_pattern
-from .settings import Execution, Seed
 
 PARAMETERS = ("lora", "full", "spp", "hira", "norms")
 """What is trained: how an operator's effective weight is made from trained tensors."""

@@ -150,7 +150,7 @@ class Worker:
 
 
 def _serve_alone(*arguments: Any) -> None:
-    """Serve in a process of its own. Ctrl-C reaches all processes of a terminal; the one that asks ends this one."""
+    """Serve and ignore Ctrl-C, which reaches all processes of a terminal: the one that asks ends this one."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     serve(*arguments)
 

@@ -1,0 +1,189 @@
+"""Check the input of a pruning run: everything that can be checked before any long work."""
+
+from __future__ import annotations
+
+from collections.abc import Container, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from ..activations.stream import check_model
+from ..calibration import window_length
+from ..calibration.windows import check_source
+from ..constraints import Constraint
+from ..errors import FistaPrunerError
+from ..evaluation.data import load_windows
+from ..execution.context import open_model
+from ..execution.ray_pool import require_ray
+from ..models.discovery import Layout, discover
+from ..models.files.low_rank import refuse_low_rank
+from ..models.layerwise import LayerwiseModel
+from ..models.source import UNTRUSTED, ModelSource, Permissions
+from ..recipes.settings import Recipe
+from ..runs.decision import EvaluationRequest, PruneRecord
+from ..runs.listener import Listener
+from ..runs.prune_directory import PruneDirectory
+from ..runtime.machine import versions
+from ..runtime.numerics import dtype_name
+from ..sensitivity.decision import check_allocation
+from ..structured.units import Widths
+from .begun import refuse_other
+from .plan import allocate, change_widths, say_lost_zeros, say_widths
+
+
+@dataclass(frozen=True)
+class RunRequest:
+    """What a command asks of a pruning run.
+
+    Args:
+        model: as the user named it.
+        recipe: all settings, resolved.
+        permissions: what the model's files may do.
+        command: shell line that reproduces the run; None is that of this process.
+        evaluation: the text to evaluate on after the run.
+        drawn: calibration windows that were drawn before with the same settings, and how.
+        only_layers: (first, last) decoder layer to prune; None prunes all.
+    """
+
+    model: str
+    recipe: Recipe
+    permissions: Permissions = UNTRUSTED
+    command: str | None = None
+    evaluation: EvaluationRequest | None = None
+    drawn: tuple[Tensor, dict[str, Any]] | None = None
+    only_layers: tuple[int, int] | None = None
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """The checked input of a run.
+
+    Args:
+        source: the dense model's folder.
+        model: the dense model.
+        layout: operators to prune.
+        smaller: the same in the shapes that they are to have; ``widths``: whose channels are removed, None where none.
+        sparsity: the recipe's pattern of every one of them, by full name.
+        tokenizer: of the model.
+        seqlen: tokens in a calibration window.
+        warnings: for the report.
+    """
+
+    source: ModelSource
+    model: LayerwiseModel
+    layout: Layout
+    smaller: Layout
+    widths: Widths | None
+    sparsity: Mapping[str, Constraint]
+    tokenizer: Any
+    seqlen: int
+    warnings: tuple[str, ...] = ()
+
+
+def check_inputs(run: PruneDirectory, request: RunRequest, begun: PruneRecord | None, listener: Listener) -> Inputs:
+    """Check everything that can be checked before any long work.
+
+    Args:
+        run: the run directory.
+        request: what to do.
+        begun: what an earlier attempt has recorded.
+        listener: receives progress.
+
+    Raises:
+        FistaPrunerError: bad input, named.
+    """
+    recipe = request.recipe
+    if begun is None:  # what a run has decided does not need its workload file any more
+        check_allocation(recipe)
+        if request.drawn is None:
+            check_calibration(recipe)
+    if recipe.execution.executor == "ray":
+        require_ray(recipe.execution.address)
+    source = request.permissions.find(request.model)
+    refuse_overlap(source.folder, run.folder)
+    refuse_low_rank(source.folder, "prune")
+    listener.say(f"model {request.model}: {source.folder}")
+    listener.tick("opening and checking the model", 0, 1)
+    model = open_model(source, recipe, dtype=begun.decision.numerics.dtype if begun else None)
+    if recipe.dtype == "auto" and model.dtype != model.checkpoint.dtype:
+        stored, used = dtype_name(model.checkpoint.dtype), dtype_name(model.dtype)
+        listener.say(f"passes in {used}: this device has no matrix units for the checkpoint's {stored}")
+    first, last = request.only_layers or (0, len(model) - 1)
+    if not 0 <= first <= last < len(model):
+        raise FistaPrunerError(f"--only-layers {first}-{last}: the model has the decoder layers 0-{len(model) - 1}")
+    if begun is None:
+        check_layers_before(recipe, first, last, done=())
+    layout = discover(model).select(recipe)
+    check_model(model)
+    smaller, widths = change_widths(model, layout, recipe, source.permissions)
+    sparsity = allocate(recipe, smaller)
+    warnings = () if widths is None else say_lost_zeros(model, smaller, recipe, sparsity, widths)
+    if widths is not None and begun is None:
+        for sentence in (say_widths(model, widths), *warnings):
+            listener.say(sentence)
+    if begun is not None:
+        refuse_other(run, begun, request.model, recipe)
+        if not run.model.is_dir():
+            say_other_versions(begun.versions, listener)
+    tokenizer, seqlen = source.tokenizer(), window_length(recipe.calibration.seqlen, model)
+    if request.evaluation is not None:  # a fault in the text shows now
+        text = load_windows(request.evaluation.data, tokenizer, seqlen, request.evaluation.windows)
+        model.check_tokens(text.tokens)
+    return Inputs(source, model, layout, smaller, widths, sparsity, tokenizer, seqlen, warnings)
+
+
+def check_layers_before(recipe: Recipe, first: int, last: int, done: Container[int]) -> None:
+    """Refuse a part of the layers that needs others pruned first.
+
+    Args:
+        recipe: all settings, resolved.
+        first: first layer of the part.
+        last: its last layer.
+        done: layers that are pruned already.
+
+    Raises:
+        FistaPrunerError: names the part and the first layer that is missing.
+    """
+    missing = next((index for index in range(first) if index not in done), None)
+    if recipe.propagate == "pruned" and missing is not None:
+        raise FistaPrunerError(
+            f"--only-layers {first}-{last} with propagate=pruned needs the layers before it pruned first, and "
+            f"{missing} is not: parts can run side by side with --propagate dense only"
+        )
+
+
+def check_calibration(recipe: Recipe) -> None:
+    """Refuse calibration sources that are neither known names nor files.
+
+    Raises:
+        FistaPrunerError: names the source.
+    """
+    for source in recipe.calibration.sources.values():
+        check_source(source)
+
+
+def refuse_overlap(source: Path, out: Path) -> None:
+    """Refuse an output folder that is, or holds, the model that is read.
+
+    Raises:
+        FistaPrunerError: names both.
+    """
+    inner, outer = source.resolve(), out.resolve()
+    if inner == outer or outer in inner.parents:
+        raise FistaPrunerError(f"--out {out} holds the model {source} itself: name a folder outside of it")
+
+
+def say_other_versions(before: Mapping[str, str], listener: Listener) -> None:
+    """Warn that a run continues with other versions than it began with, which may change last bits."""
+    other = [
+        f"{name} {before.get(name)} (now {version})"
+        for name, version in versions().items()
+        if before.get(name) != version
+    ]
+    if other:
+        listener.say(
+            f"this run began with {', '.join(other)}: results may differ in their last bits from those of one that "
+            "never stopped"
+        )

@@ -1,0 +1,55 @@
+"""Define the settings that say how the work of a run is carried out."""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+from pydantic import Field, field_validator
+
+from .base import Settings
+from .loading import parse_bytes
+
+
+class Execution(Settings):
+    """Set how the work is carried out. Never part of a run's identity."""
+
+    device: str = Field(
+        "auto",
+        description="auto, cpu, cuda or cuda:N; auto takes a CUDA GPU if there is one.",
+    )
+    batch_size: int | None = Field(
+        None,
+        ge=1,
+        description="Calibration windows in one forward pass; without it chosen by device and memory.",
+    )
+    memory_limit: int | None = Field(
+        None,
+        description="Main memory that the run may use, in bytes or as 8GiB; without it what the machine has "
+        "free. A GPU's memory is limited by what it has free.",
+    )
+    executor: Literal["serial", "process", "ray"] = Field(
+        "serial",
+        description="Who prunes the decoder layers: this process (serial), processes of this machine (process), "
+        "or a Ray cluster (ray).",
+    )
+    workers: int | None = Field(
+        None,
+        ge=1,
+        description="Layers pruned at once by process and ray; without it one for each GPU or group of cores.",
+    )
+    threads: int | None = Field(
+        None,
+        ge=1,
+        description="CPU threads of each worker; without it the machine's cores are shared out. The last bits of "
+        "the weights depend on it.",
+    )
+    address: str | None = Field(
+        None,
+        description="HOST:PORT of the head of a Ray cluster, or auto for the one on this machine; without it one "
+        "is started here.",
+    )
+
+    @field_validator("memory_limit", mode="before")
+    @classmethod
+    def _bytes(cls, value: Any) -> Any:
+        return None if value is None else parse_bytes(str(value))
