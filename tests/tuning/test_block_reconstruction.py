@@ -61,6 +61,16 @@ def test_masks_stay_and_held_out_loss_falls(tmp_path: Path, architecture: str, w
     assert not any("emb" in name or "wte" in name or "wpe" in name for name in changed)
 
 
+def test_routers_are_left_alone(tmp_path: Path) -> None:
+    """Their bias is a vector, but which experts a token takes must not change."""
+    source = tiny.save("gpt_oss", tmp_path / "model")
+    prune(str(source), tmp_path / "run", **SETTINGS, **WAYS["dense"], reconstruct=12)
+    before, after = tensors(source), tensors(tmp_path / "run" / "model")
+    changed = {name for name, tensor in after.items() if name in before and not torch.equal(before[name], tensor)}
+    assert any("norm" in name for name in changed)
+    assert not any("router" in name for name in changed)
+
+
 class StopsInTheThird(Listener):
     """Interrupts after the operators of the third layer, before it is matched."""
 

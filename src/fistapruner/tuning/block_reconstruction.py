@@ -33,8 +33,9 @@ from ..models.discovery import Group
 from ..models.files.low_rank import A, B, sum_of_parts
 from ..models.layerwise import LayerwiseModel, hidden_of
 from ..runtime.numerics import exact_in_fast_products, fast_products, ordered_attention
-from .adamw import CHECKS, Patience, Verdict, schedule
+from .adamw import CHECKS, Patience, Verdict, check_due, schedule
 from .masked import MaskedParameters
+from .trained import vectors
 
 RATE = 0.01
 """First step size of Adam, as a share of a tensor's root mean square over surviving weights; a cosine takes it to 0."""
@@ -137,7 +138,7 @@ def reconstruct_layer(
                 if master.grad is not None:
                     master.grad.div_(up)
             optimizer.step()
-            if taken % max(1, settings.steps // CHECKS) and taken < settings.steps:  # one more where they do not divide
+            if not check_due(taken, settings.steps, CHECKS):
                 continue
             verdict = patience.check(taken, validate())
             if verdict is Verdict.BETTER:
@@ -196,13 +197,10 @@ def _summed(
 
 
 def _parameters(layer: nn.Module, groups: Sequence[Group], summed: Mapping[str, _Summed]) -> MaskedParameters:
-    """The parameters of a loaded layer that may change: pruned weights, low-rank parts, norms, biases."""
+    """The parameters of a loaded layer that may change: pruned weights, low-rank parts, norms, biases; no router's."""
     pruned = {f"{operator.name}.weight" for group in groups for operator in group}
-    tensors: dict[str, Tensor] = {
-        name: parameter
-        for name, parameter in layer.named_parameters()
-        if parameter.is_floating_point() and (parameter.ndim <= 1 or name in pruned)
-    }
+    free = pruned | vectors(layer, ("norms", "biases"))
+    tensors: dict[str, Tensor] = {name: parameter for name, parameter in layer.named_parameters() if name in free}
     for one in summed.values():
         tensors |= one.parts
     return MaskedParameters(tensors, pruned)
