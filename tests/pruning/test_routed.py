@@ -183,6 +183,7 @@ def test_a_gram_of_few_tokens_is_shrunk_towards_its_diagonal(tmp_path: Path) -> 
         gram, share = x.T @ x / len(x), 32 / (32 + len(x))
         expected = (1 - share) * gram + share * torch.diag(gram.diagonal())
         torch.testing.assert_close(problem.gram, expected, rtol=1e-4, atol=1e-5)
+        assert problem.relative_errors(torch.zeros_like(problem.weight)) == pytest.approx([1.0, 1.0])
 
 
 @pytest.mark.parametrize("method", ["magnitude", "alps", "proximal", "wanda+swap"])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from contextlib import ExitStack
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -28,7 +29,8 @@ def routed_problem(sums: ProblemSums, names: Sequence[str], group: Group, target
 
     With p tokens, fewer than the n inputs, the Gram is singular, and least squares would fit noise. It is shrunk
     towards its diagonal by the share n / (n + p) (:mod:`fistapruner.structured.shrinkage`): the penalty on changes of
-    weights is n / p. Without tokens the Gram is the identity: all inputs count alike.
+    weights is n / p. Errors are then those under the shrunk Gram, as shares of the energy under it. Without tokens the
+    Gram is the identity: all inputs count alike.
 
     Args:
         sums: of the tokens that were routed to the expert; they are released.
@@ -42,7 +44,7 @@ def routed_problem(sums: ProblemSums, names: Sequence[str], group: Group, target
         identity = torch.eye(n, device=sums.weight.device)
         return LayerProblem(sums.weight, identity, target=target, names=tuple(names), rows=tuple(rows))
     problem = sums.problem(names, rows, target, release=True)
-    return shrunk(problem, n / (n + sums.tokens)) if sums.tokens < n else problem
+    return replace(shrunk(problem, n / (n + sums.tokens)), energy=None) if sums.tokens < n else problem
 
 
 def routing_warnings(layer: str, operators: Iterable[OperatorEntry], mixtures: Iterable[str]) -> list[str]:
