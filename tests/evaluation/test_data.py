@@ -90,6 +90,13 @@ def test_bad_input_is_named(arguments: dict[str, Any], message: str) -> None:
         load_windows(settings.pop("data"), tiny.tokenizer(), **settings)
 
 
+def test_a_text_that_the_tokenizer_cannot_read_is_named(tmp_path: Path) -> None:
+    path = tmp_path / "half.jsonl"
+    path.write_text(r'{"text": "half an emoji \ud83d"}')
+    with pytest.raises(FistaPrunerError, match=r"^half\.jsonl: the tokenizer cannot read the text: "):
+        load_windows(str(path), tiny.tokenizer(), 8)
+
+
 def test_known_data_sets_are_joined_as_in_the_papers() -> None:
     held_out = {name: known.held_out for name, known in DATA_SETS.items()}
     assert {name: split.joint for name, split in held_out.items()} == {"wikitext2": "\n\n", "ptb": " ", "c4": " "}

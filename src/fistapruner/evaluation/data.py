@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from ..calibration.datasets import DATA_SETS, load_documents
+from ..calibration.examples import token_ids
 from ..calibration.text import PYTHON, PYTHON_EVAL, adds_bos, python_documents, read_documents
 from ..errors import FistaPrunerError
 
@@ -63,7 +64,8 @@ def load_windows(data: str, tokenizer: Any, seqlen: int, windows: int | None = N
             papers do; ``none`` has no BOS; ``window`` has one in front of every window.
 
     Raises:
-        FistaPrunerError: no such data, a text too short for one window, or a setting out of range.
+        FistaPrunerError: no such data, a text that the tokenizer cannot read or that is too short for one window, or
+            a setting out of range.
     """
     if seqlen < 2:
         raise FistaPrunerError(f"seqlen {seqlen} is too short: a window needs at least 2 tokens")
@@ -92,7 +94,7 @@ def cut_windows(
         bos = "window" if adds_bos(tokenizer) else "none"
     if bos != "none" and tokenizer.bos_token_id is None:
         raise FistaPrunerError(f"bos {bos!r} cannot be done: this tokenizer has no BOS token")
-    ids = tokenizer(text, add_special_tokens=False, return_attention_mask=False, verbose=False)["input_ids"]
+    ids = token_ids(text, tokenizer, data)
     if bos == "text":
         ids = [tokenizer.bos_token_id, *ids]
     room = seqlen - 1 if bos == "window" else seqlen
