@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from pathlib import Path
 from typing import Any
@@ -77,6 +78,15 @@ def test_methods_and_their_settings() -> None:
 def test_what_cannot_be_read_is_refused(text: str, message: str) -> None:
     with pytest.raises(FistaPrunerError, match=message):
         parse_contenders(text)
+
+
+def test_a_row_cannot_be_asked_twice(tmp_path: Path) -> None:
+    for sparsities, seeds, message in (
+        (["50%"], (0, 1, 0), "--seeds '0,1,0': different whole numbers such as 0,1,2 are expected"),
+        (["50%", "2:4", "0.5"], (0,), "--sparsity '50%,2:4,0.5' names the same sparsity twice"),
+    ):
+        with pytest.raises(FistaPrunerError, match=re.escape(message)):
+            compare(tmp_path, "wanda", sparsities, tmp_path / "out", seeds=seeds)
 
 
 def test_run_names_are_plain_and_different() -> None:

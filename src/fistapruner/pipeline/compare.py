@@ -173,8 +173,12 @@ def plan_jobs(
     """List the runs of a comparison: every method at every sparsity, seed after seed.
 
     Raises:
-        FistaPrunerError: nothing to do, or settings that are no recipe.
+        FistaPrunerError: nothing to do, a seed or sparsity named twice, or settings that are no recipe.
     """
+    if len(set(seeds)) < len(seeds):
+        raise FistaPrunerError(
+            f"--seeds {','.join(map(str, seeds))!r}: different whole numbers such as 0,1,2 are expected"
+        )
     jobs = []
     for seed in seeds:
         for sparsity in sparsities:
@@ -184,6 +188,8 @@ def plan_jobs(
                 jobs.append(Job(contender.label, seed, Recipe.build(said, contender.label)))
     if not jobs:
         raise FistaPrunerError("nothing to compare: name methods, sparsities and seeds")
+    if len({str(job.recipe.sparsity) for job in jobs}) < len(sparsities):  # 0.5 is 50%
+        raise FistaPrunerError(f"--sparsity {','.join(sparsities)!r} names the same sparsity twice")
     return jobs
 
 
