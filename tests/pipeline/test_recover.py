@@ -9,6 +9,7 @@ from collections.abc import Callable
 from functools import cached_property
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -22,6 +23,7 @@ from fistapruner.cli import main
 from fistapruner.evaluation.inspection import inspect_checkpoint
 from fistapruner.models.files.checkpoint import Checkpoint
 from fistapruner.models.files.safetensors import SafetensorsFile
+from fistapruner.pipeline import prepare_recover
 from fistapruner.runs.listener import Listener
 from fistapruner.runs.lock import hold
 from fistapruner.runs.records import Report, load_run
@@ -587,6 +589,24 @@ def test_a_run_goes_on_on_the_device_of_the_new_command(bench: Bench, tmp_path: 
     assert (report.status, report.recovery and report.recovery.steps) == ("finished", 4)
     assert "this run keeps the plan that it began with: another --memory-limit changes nothing" in said.sentences
     assert any("going on after step" in each for each in said.sentences)
+
+
+def test_documents_shared_with_the_evaluation_are_told_of_a_kept_text_too(
+    bench: Bench, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    arguments: dict[str, Any] = {"data": {"source": str(bench.text)}, "evaluate": str(bench.text), "steps": 1}
+    said = Said(), Said()
+    with monkeypatch.context() as stopped:
+        stopped.setattr(prepare_recover, "order", Mock(side_effect=KeyboardInterrupt))
+        with pytest.raises(KeyboardInterrupt):
+            recover(bench.pruned(), tmp_path / "out", listener=said[0], **arguments)
+    report = recover(bench.pruned(), tmp_path / "out", listener=said[1], **arguments)
+    cut = [any(each.startswith("training text: ") for each in attempt.sentences) for attempt in said]
+    assert cut == [True, False]
+    warnings = [[each for each in attempt.sentences if "are too good" in each] for attempt in said]
+    assert len(warnings[0]) == 1
+    assert warnings[0] == warnings[1]
+    assert warnings[1][0] in report.warnings
 
 
 def test_other_models_are_refused(bench: Bench, run: Path, tmp_path: Path) -> None:

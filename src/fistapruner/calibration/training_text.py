@@ -45,7 +45,7 @@ class TrainingText:
         tasks: names of the texts; the source where there is one.
         facts: ``how`` windows were made, ``documents`` read, ``seed``, ``sha256`` of the tokens, and ``tasks``, for
             each the same and the windows, documents, tokens and tokens with loss of either side.
-        documents: hashes of the documents read, for :func:`shared_documents`; not stored.
+        documents: hashes of the documents read, for :func:`shared_documents`.
     """
 
     tokens: Tensor
@@ -227,7 +227,7 @@ def shared_documents(text: TrainingText, documents: Sequence[str], name: str) ->
     """Warn that evaluation text has documents of the training text; None where it has none.
 
     Args:
-        text: the training text, as :func:`training_text` made it.
+        text: the training text.
         documents: of the evaluation text.
         name: of the evaluation text.
     """

@@ -79,25 +79,25 @@ def cut_text(
     if SELF in texts:
         place.append(stamps(generator.checkpoint))
     drawing = json.dumps([data.model_dump(mode="json"), *place])
-    kept = run.text(drawing)  # it may take long: an attempt that was stopped after it has left it
-    if kept is not None:
-        return kept, files
-    listener.say(f"training text: {data.tokens} tokens in windows of {inputs.seqlen} from {', '.join(texts)}")
+    text = run.text(drawing)  # it may take long: an attempt that was stopped after it has left it
+    if new := text is None:
+        listener.say(f"training text: {data.tokens} tokens in windows of {inputs.seqlen} from {', '.join(texts)}")
 
-    def load_model() -> Any:
-        require_whole(generator.checkpoint, generator.device, inputs.recipe.execution.memory_limit, "--data self")
-        source = inputs.dense_source or inputs.source
-        trusted = source.trust_remote_code
-        return load_whole(source.folder, generator.device, generator.dtype, trust_remote_code=trusted)
+        def load_model() -> Any:
+            require_whole(generator.checkpoint, generator.device, inputs.recipe.execution.memory_limit, "--data self")
+            source = inputs.dense_source or inputs.source
+            trusted = source.trust_remote_code
+            return load_whole(source.folder, generator.device, generator.dtype, trust_remote_code=trusted)
 
-    text = training_text(data, inputs.tokenizer, inputs.seqlen, load_model, listener.say)
+        text = training_text(data, inputs.tokenizer, inputs.seqlen, load_model, listener.say)
     if inputs.evaluation is not None:
         name = inputs.evaluation.data
         if warning := shared_documents(text, evaluation_documents(name), name):
             listener.say(warning)
             inputs.warnings.append(warning)
-    inputs.model.check_tokens(text.tokens)
-    run.write_text(text, drawing)
+    if new:
+        inputs.model.check_tokens(text.tokens)
+        run.write_text(text, drawing)
     release_memory()  # documents
     return text, files
 

@@ -1,7 +1,8 @@
 """The run directory of a run that trains: what it keeps beside the files of every run.
 
 RUN/
-    windows.safetensors    the training text: token ids, which of them carry loss, which windows are held out
+    windows.safetensors    the training text: token ids, which of them carry loss, which windows are held out, and the
+                           hashes of its documents
     teacher/               the dense model's predictions of these windows (:mod:`fistapruner.tuning.teacher`)
     steps.jsonl            one line a step (:mod:`fistapruner.runs.steps`)
     states/                the newest training states (:mod:`fistapruner.runs.snapshots`)
@@ -103,7 +104,11 @@ class TrainingDirectory(RunDirectory):
 
     def tensors(self, text: TrainingText) -> dict[str, Tensor]:
         """Return what is stored of a training text, by name."""
-        return {"tokens": text.tokens, "marks": text.marks, "held_out": text.held_out, "task": text.task}
+        tensors = {"tokens": text.tokens, "marks": text.marks, "held_out": text.held_out, "task": text.task}
+        if text.documents:
+            hashes = bytearray.fromhex("".join(sorted(text.documents)))
+            tensors["documents"] = torch.frombuffer(hashes, dtype=torch.uint8).view(len(text.documents), -1)
+        return tensors
 
     def made(self, fields: dict[str, Any], tensors: dict[str, Tensor]) -> TrainingText:
         """Make a training text of its fields; ``tensors`` are all that were stored."""
@@ -128,6 +133,7 @@ class TrainingDirectory(RunDirectory):
                 "task": tensors["task"],
                 "tasks": tuple(about["tasks"]),
                 "facts": about["facts"],
+                "documents": frozenset(row.tobytes().hex() for row in tensors.get("documents", torch.empty(0)).numpy()),
             }
             return self.made(fields, tensors)
         except (FistaPrunerError, OSError, KeyError, ValueError, TypeError):
