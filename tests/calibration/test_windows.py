@@ -64,8 +64,14 @@ def test_too_few_long_documents_fall_back_on_the_concatenation() -> None:
     assert all(row in joined for row in rows)
     assert len({tuple(row.tolist()) for row in tokens}) == 4
     tokens, how = draw_windows([LETTERS] * 2, tokenizer, 6, 30)
-    assert how.startswith("overlapping windows")
+    assert how == "overlapping windows from the concatenation of all documents (only 54 tokens)"
     assert tokens.shape == (6, 30)
+
+
+def test_a_concatenation_that_stops_early_says_of_how_many_documents_it_is() -> None:
+    _, how = draw_windows([LETTERS] * 100, letters_tokenizer(), 1, 50)  # 28 tokens each, and 16 * 50 are enough
+    said = "windows that do not overlap, from the concatenation of 29 of 100 documents, drawn at random (810 tokens)"
+    assert how == said
 
 
 def test_bos_begins_every_window_where_the_tokenizer_wants_it() -> None:

@@ -1,8 +1,8 @@
 """Draw windows of calibration tokens.
 
 As in the papers' loader, documents longer than a window are drawn at random, and one random window of each is taken.
-Where too few documents are that long, windows are drawn from the concatenation of all. The facts returned with the
-tokens record the choice.
+Where too few documents are that long, windows are drawn from the concatenation of all, or of as many as suffice. The
+facts returned with the tokens record the choice.
 """
 
 from __future__ import annotations
@@ -241,7 +241,9 @@ def draw_windows(
 
     separator = tokenizer(JOINT, add_special_tokens=False, return_attention_mask=False)["input_ids"]
     stream: list[int] = []
+    read = 0
     for ids in tokenise([documents[i] for i in order], tokenizer, source):
+        read += 1
         stream += (separator if stream else []) + ids
         if len(stream) >= ENOUGH * samples * seqlen and len(documents) > 1:
             break
@@ -252,7 +254,8 @@ def draw_windows(
         )
     if len(stream) // room >= samples:
         starts = [room * index for index in random.sample(range(len(stream) // room), samples)]
-        how = f"windows that do not overlap, from the concatenation of all documents ({len(stream)} tokens)"
+        which = "all documents" if read == len(documents) else f"{read} of {len(documents)} documents, drawn at random"
+        how = f"windows that do not overlap, from the concatenation of {which} ({len(stream)} tokens)"
     else:
         places = len(stream) - room + 1
         if places < samples:
