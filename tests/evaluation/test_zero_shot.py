@@ -128,6 +128,9 @@ def test_bad_tasks_are_named(tmp_path: Path) -> None:
     (tmp_path / "empty.jsonl").write_text("\n")
     with pytest.raises(fp.FistaPrunerError, match="is empty"):
         local_task(tmp_path / "empty.jsonl")
+    (tmp_path / "folder.jsonl").mkdir()
+    with pytest.raises(fp.FistaPrunerError, match=r"cannot read .*folder\.jsonl: Is a directory"):
+        find_tasks(["folder"], tmp_path)
     with pytest.raises(fp.FistaPrunerError, match="task 'absent' is not in"):
         find_tasks(["absent"], tmp_path)
     with pytest.raises(fp.FistaPrunerError, match=r"holds no \.jsonl task"):

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from shutil import rmtree
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -138,6 +139,15 @@ def test_patterns_and_dates_are_words_in_yaml() -> None:
     for text in ("'", "[1", "*a", "!!python/name:os.system x"):
         with pytest.raises(FistaPrunerError, match="x is not valid YAML"):
             parse_value(text, "x")
+
+
+def test_a_recipe_that_cannot_be_read_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    file = tmp_path / "own.yaml"
+    file.write_text("sparsity: 2:4")
+    monkeypatch.setattr("fistapruner.recipes.loading.shipped_recipes", Mock(return_value={}))
+    monkeypatch.setattr(Path, "read_text", Mock(side_effect=PermissionError(13, "Permission denied")))
+    with pytest.raises(FistaPrunerError, match=r"^cannot read .*own\.yaml: Permission denied$"):
+        load_recipe_settings(str(file))
 
 
 def test_a_section_that_is_no_mapping_is_refused() -> None:

@@ -259,10 +259,13 @@ def local_task(path: Path) -> dict[str, Any]:
     The first line gives the kind of task; all lines are checked.
 
     Raises:
-        FistaPrunerError: the file is empty, has none of the known sets of fields, or a line (its number is given) that
-            is not UTF-8 JSON or lacks the fields of the first.
+        FistaPrunerError: the file cannot be read, is empty, has none of the known sets of fields, or a line (its
+            number is given) that is not UTF-8 JSON or lacks the fields of the first.
     """
-    fields = _fields_of_file(path)
+    try:
+        fields = _fields_of_file(path)
+    except OSError as error:
+        raise FistaPrunerError(f"cannot read {path}: {error.strerror or error}") from None
     task: dict[str, Any] = {
         "task": path.stem,
         "dataset_path": "json",

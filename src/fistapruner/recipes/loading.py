@@ -80,18 +80,20 @@ def load_recipe_settings(name_or_file: str, verb: str = "prune") -> dict[str, An
         verb: whose recipe it is.
 
     Raises:
-        FistaPrunerError: neither exists, or the file is not a mapping.
+        FistaPrunerError: neither exists, or the file cannot be read or is not a mapping.
     """
     shipped = shipped_recipes(verb)
     if name_or_file in shipped:
         return parse_yaml(shipped[name_or_file], f"recipe {name_or_file}")
     path = Path(name_or_file)
-    if not path.is_file():
-        raise FistaPrunerError(f"recipe {name_or_file!r} is neither a file nor a shipped recipe ({', '.join(shipped)})")
     try:
-        return parse_yaml(path.read_text("utf-8"), str(path))
+        if path.is_file():
+            return parse_yaml(path.read_text("utf-8"), str(path))
     except UnicodeDecodeError:
         raise FistaPrunerError(f"recipe {path} is not UTF-8 text") from None
+    except OSError as error:
+        raise FistaPrunerError(f"cannot read {path}: {error.strerror or error}") from None
+    raise FistaPrunerError(f"recipe {name_or_file!r} is neither a file nor a shipped recipe ({', '.join(shipped)})")
 
 
 SECTIONS = ("calibration", "data", "execution", "structure")
