@@ -158,6 +158,18 @@ def test_a_section_that_is_no_mapping_is_refused() -> None:
             Recipe.build(merge({section: value}, {section: {"device": None}}))
 
 
+def test_tokens_alone_keep_the_rest_of_a_recovery() -> None:
+    base = {"recover": {"parameters": "norms", "loss": "ce", "data": {"source": "c4", "tokens": 1000}}}
+    recover = Recipe.build(merge(base, {"recover": "500k"})).recover
+    assert (recover.parameters, recover.loss) == ("norms", "ce")
+    assert (recover.data.source, recover.data.tokens) == ("c4", 500_000)
+    assert base["recover"]["data"] == {"source": "c4", "tokens": 1000}
+    assert merge(base, {"recover": None}) == base
+    assert merge({"recover": "2k"}, {"recover": 3000}) == {"recover": 3000}
+    own = {"recover": {"loss": "kl"}}
+    assert merge(base, own) == own
+
+
 def test_settings_of_structure_are_merged_with_an_amount_alone() -> None:
     flap = {"structure": {"method": "flap"}}
     for base, changes in (({"structure": "25%"}, flap), (flap, {"structure": 0.25})):

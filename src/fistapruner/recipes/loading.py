@@ -103,7 +103,8 @@ SECTIONS = ("calibration", "data", "execution", "structure")
 def merge(base: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
     """Return ``base`` updated by ``changes``, section by section; None in ``changes`` changes nothing.
 
-    Of a text, ``source`` replaces ``tasks``, and the other way round. A section ``structure`` may be an amount alone.
+    Of a text, ``source`` replaces ``tasks``, and the other way round. A section ``structure`` may be an amount alone;
+    tokens alone as ``recover`` change only the tokens of a recovery recipe.
     """
     merged, changes = _structure_whole(base), _structure_whole(changes)
     for key, other in (("source", "tasks"), ("tasks", "source")):
@@ -116,6 +117,8 @@ def merge(base: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
             section = merged.get(key) or {}
             # A section that is not a mapping stays, so that validation names it.
             merged[key] = merge(section, value) if isinstance(section, dict) else section
+        elif key == "recover" and isinstance(merged.get(key), dict) and isinstance(value, (str, int, float)):
+            merged[key] = merge(merged[key], {"data": {"tokens": value}})
         else:
             merged[key] = value
     return merged
