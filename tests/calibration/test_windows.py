@@ -24,7 +24,7 @@ from fistapruner.recipes.settings import Calibration
 LETTERS = "abcdefghijklmnopqrstuvwxyz"
 
 
-def letters_tokenizer(bos: bool = False) -> PreTrainedTokenizerFast:
+def letters_tokenizer(bos: bool = False, eos: str = "</s>") -> PreTrainedTokenizerFast:
     """One token a letter, one for a line break; everything else is unknown."""
     vocabulary = {token: i for i, token in enumerate(["<unk>", "<s>", "</s>", *LETTERS, "\n"])}
     inner = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
@@ -33,7 +33,7 @@ def letters_tokenizer(bos: bool = False) -> PreTrainedTokenizerFast:
         inner.post_processor = processors.TemplateProcessing(
             single="<s> $A", pair="<s> $A $B", special_tokens=[("<s>", 1)]
         )
-    return PreTrainedTokenizerFast(tokenizer_object=inner, unk_token="<unk>", bos_token="<s>", eos_token="</s>")
+    return PreTrainedTokenizerFast(tokenizer_object=inner, unk_token="<unk>", bos_token="<s>", eos_token=eos)
 
 
 def text_of(tokenizer: Any, ids: torch.Tensor) -> str:
@@ -165,6 +165,16 @@ def test_self_generated_tokens_are_the_models_own(kind: str) -> None:
     assert set(tokens.unique().tolist()) <= set(range(2, 30))
     started = letters_tokenizer(bos=True)
     assert (generate_tokens(model, started, 5, 8)[:, 0] == 1).all()
+
+
+def test_a_text_that_begins_with_the_end_of_text_token_goes_on() -> None:
+    """As in OPT, whose tokenizer begins a text with its end-of-text token."""
+    model, tokenizer = tiny("llama"), letters_tokenizer(bos=True, eos="<s>")
+    tokens = generate_tokens(model, tokenizer, 40, 40)
+    assert (tokens[:, 0] == 1).all()
+    assert 0.85 < (tokens > 2).float().mean() < 0.98  # the model draws all of its tokens about equally often
+    # A text that ended is followed by the first token of the next, which ends nothing.
+    assert ((tokens[:, 1:-2] == 1) & (tokens[:, 2:-1] == 1) & (tokens[:, 3:] != 1)).any()
 
 
 def test_sampling_follows_the_whole_past() -> None:

@@ -132,6 +132,8 @@ def _sample(
     keyword = "cache" if "cache" in inspect.signature(model.forward).parameters else "past_key_values"
     tokens = torch.empty(count, length, dtype=torch.int64)
     tokens[:, 0] = vocabulary.begin(count, random)
+    # Where BOS is EOS, as in OPT, a token that begins a text must not end it.
+    began = torch.ones(count, dtype=torch.bool)
     with torch.inference_mode():
         for column in range(1, length):
             before = tokens[:, column - 1]
@@ -147,8 +149,9 @@ def _sample(
             if not bool(torch.isfinite(logits).all()):
                 raise _cannot(model, f"its logits are NaN or infinite (damaged weights, or {model.dtype} overflows)")
             tokens[:, column] = _draw(logits.masked_fill(vocabulary.forbidden, -torch.inf), random)
-            ended = before == vocabulary.end if vocabulary.end is not None else torch.zeros(count, dtype=torch.bool)
+            ended = (before == (-1 if vocabulary.end is None else vocabulary.end)) & ~began
             tokens[ended, column] = vocabulary.begin(int(ended.sum()), random)
+            began = ended
             report(column + 1)
     return tokens
 
