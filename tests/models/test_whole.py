@@ -38,3 +38,7 @@ def test_nothing_is_generated_where_the_model_would_not_fit_in_the_precision_it_
     needed = whole_bytes(Checkpoint.open(folder), CPU)
     assert needed == sum(parameter.nbytes for parameter in load_whole(folder, CPU).parameters())
     assert generate_side_by_side({"dense": folder, "pruned": folder}, CPU, memory_limit=int(needed / 0.75) - 1) == []
+    small = tiny.save("llama", tmp_path / "small", dtype=torch.bfloat16, num_hidden_layers=1)
+    limit = int(whole_bytes(Checkpoint.open(small), CPU) / 0.75) + 1
+    for models in ({"dense": folder, "pruned": small}, {"dense": small, "pruned": folder}):
+        assert generate_side_by_side(models, CPU, memory_limit=limit) == []

@@ -26,24 +26,26 @@ def generate_side_by_side(
     prompts: tuple[str, ...] = PROMPTS,
     tokens: int = 32,
     memory_limit: int | None = None,
+    allow_pickle: bool = False,
     trust_remote_code: bool = False,
     tick: Tick = lambda what, done, total: None,
 ) -> list[Generation]:
     """Continue prompts greedily with every model.
 
-    They are loaded whole, one after the other. Nothing is generated where the last would not fit into three quarters
+    They are loaded whole, one after the other. Nothing is generated where one of them would not fit into three quarters
     of the free memory.
 
     Args:
-        models: Hugging Face folders, by the field of :class:`Generation` that they fill; the run's result last.
+        models: Hugging Face folders, by the field of :class:`Generation` that they fill.
         device: where the models run.
         prompts: texts to continue.
         tokens: new tokens for each prompt.
         memory_limit: bytes of main memory that the process may use; None is the free memory.
+        allow_pickle: read legacy ``.bin`` weights.
         trust_remote_code: run Python code that comes with the checkpoints.
         tick: receives what is done, and how many models of how many have done it.
     """
-    if not whole_fits(Checkpoint.open(list(models.values())[-1]), device, memory_limit):
+    if not all(whole_fits(Checkpoint.open(folder, allow_pickle), device, memory_limit) for folder in models.values()):
         return []
     texts = {}
     for number, (name, folder) in enumerate(models.items()):

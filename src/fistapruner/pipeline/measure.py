@@ -192,14 +192,14 @@ def _generate(
     models = {"dense": compared.dense, "pruned": compared.before, "recovered": run.model}
     if compared.before is None:
         models = {"dense": compared.dense, "pruned": run.model}
-    faults = RuntimeError, ValueError, TypeError, AttributeError, IndexError, KeyError
+    faults = FistaPrunerError, RuntimeError, ValueError, TypeError, AttributeError, IndexError, KeyError
     try:
         report.generations = generate_side_by_side(
             {name: folder for name, folder in models.items() if folder is not None and folder.exists()},
             device,
             memory_limit=execution.memory_limit,
-            trust_remote_code=permissions.trust_remote_code,
             tick=listener.tick,
+            **permissions.keywords(),
         )
     except faults as error:  # of the models' own code: an example is no figure
         listener.say(f"no examples: {type(error).__name__}: {' '.join(str(error).split())[:200]}")
