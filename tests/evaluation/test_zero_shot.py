@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import sys
 from pathlib import Path
 from statistics import stdev
 from types import SimpleNamespace
@@ -13,11 +14,13 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import fistapruner as fp
 import tiny
 from fistapruner.evaluation.zero_shot import (
+    Tasks,
     TaskSettings,
     configured_metrics,
     evaluate_tasks,
@@ -111,6 +114,24 @@ def test_a_task_without_a_known_metric_is_refused(tmp_path: Path) -> None:
     samples = [{"doc_id": 0, "filter": "none", "metrics": ["bleu_max", "bleu_diff"], "bleu_max": 1.0, "bleu_diff": 0.5}]
     with pytest.raises(fp.FistaPrunerError, match=r"'truthfulqa_gen' has the metrics bleu_max, bleu_diff: only tasks"):
         read_answers({"samples": {"truthfulqa_gen": samples}})
+
+
+def test_weights_are_checked_before_tasks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without text too, where transformers alone would read them."""
+    asked: list[Path] = []
+    module = sys.modules[fp.evaluate.__module__]
+    monkeypatch.setattr(module, "find_tasks", lambda *_: Tasks((), None, ""))
+    monkeypatch.setattr(module, "evaluate_tasks", lambda folder, *_, **__: (asked.append(folder), ())[1])
+    dense, legacy = (tiny.save("llama", tmp_path / name, num_hidden_layers=1) for name in ("dense", "legacy"))
+    torch.save(load_file(legacy / "model.safetensors"), legacy / "pytorch_model.bin")
+    (legacy / "model.safetensors").unlink()
+    (tmp_path / "typo").mkdir()
+    for models in ((legacy, None), (dense, legacy), (tmp_path / "typo", None)):
+        with pytest.raises(fp.FistaPrunerError, match=r"typo has no config\.json|legacy has only legacy pickle"):
+            fp.evaluate(models[0], against=models[1], tasks=["boolq"])
+    assert not asked
+    fp.evaluate(dense, against=legacy, tasks=["boolq"], allow_pickle=True)
+    assert asked == [dense]
 
 
 def test_different_items_cannot_be_compared() -> None:

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 import tiny
+from fistapruner.errors import FistaPrunerError
 from fistapruner.evaluation.generations import generate_side_by_side
 from fistapruner.models.files.checkpoint import Checkpoint
 from fistapruner.models.layerwise import LayerwiseModel
@@ -42,3 +43,10 @@ def test_nothing_is_generated_where_the_model_would_not_fit_in_the_precision_it_
     limit = int(whole_bytes(Checkpoint.open(small), CPU) / 0.75) + 1
     for models in ({"dense": folder, "pruned": small}, {"dense": small, "pruned": folder}):
         assert generate_side_by_side(models, CPU, memory_limit=limit) == []
+
+
+def test_what_transformers_cannot_load_is_said_in_one_line(tmp_path: Path) -> None:
+    folder = tiny.save("llama", tmp_path / "model")
+    (folder / "model.safetensors").unlink()
+    with pytest.raises(FistaPrunerError, match=r"model cannot be loaded by transformers: .*no file named[^\n]*$"):
+        load_whole(folder, CPU)

@@ -73,7 +73,7 @@ def evaluate(
         keep: called with what is measured before the tasks begin, so that it is not lost if they fail.
 
     Raises:
-        FistaPrunerError: bad input, named; settings and tasks before any long work.
+        FistaPrunerError: bad input, named; settings, tasks and weights that may not be read before any long work.
         MissingExtraError: a data set needs the extra ``data``, tasks need the extra ``eval``.
     """
     if data is None and not tasks:
@@ -96,6 +96,9 @@ def evaluate(
     permissions = Permissions(allow_pickle, trust_remote_code)
     source = permissions.find(model)
     dense = permissions.find(against) if against is not None else None
+    if known is not None:  # transformers reads the weights for tasks, whatever they are
+        for needed in filter(None, (source, dense)):
+            needed.checkpoint()
     added = LowRankAdapter.beside(source.folder)
     perplexity: Perplexity | None = None
     reference: Perplexity | None = None

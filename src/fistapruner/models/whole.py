@@ -65,7 +65,7 @@ def load_whole(
         trust_remote_code: run Python code that comes with the checkpoint.
 
     Raises:
-        FistaPrunerError: the checkpoint needs its own code, which was not trusted.
+        FistaPrunerError: the checkpoint needs its own code, which was not trusted, or transformers cannot load it.
     """
     from transformers import AutoModelForCausalLM
 
@@ -73,8 +73,10 @@ def load_whole(
         model = AutoModelForCausalLM.from_pretrained(
             str(folder), dtype=dtype or "auto", trust_remote_code=trust_remote_code
         )
-    except ValueError as error:
-        raise needs_code(folder, error) or error from None
+    except (OSError, ValueError) as error:
+        reason = " ".join(str(error).split())[:200]
+        fault = FistaPrunerError(f"{folder} cannot be loaded by transformers: {reason}")
+        raise needs_code(folder, error) or fault from None
     model = model.to(device)
     if dtype is None and pass_dtype(model.dtype, device) == torch.float32:
         # Only to a wider dtype: ``to`` would round what transformers keeps in fp32, such as rotary frequencies.
