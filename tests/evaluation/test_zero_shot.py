@@ -100,7 +100,7 @@ def test_every_filter_has_its_own_score_and_examples_are_counted() -> None:
     assert found.shots == {"gsm8k": 5, "piqa": 0}
 
 
-def test_a_task_without_a_known_metric_is_refused(tmp_path: Path) -> None:
+def test_a_task_without_a_known_metric_is_refused(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     """From what its configuration says, before a model is loaded; else once there are answers."""
     (tmp_path / "base.yaml").write_text(
         "process_results: !function utils.results\nmetric_list: [{metric: word_perplexity}, {metric: bits_per_byte}]\n"
@@ -114,6 +114,11 @@ def test_a_task_without_a_known_metric_is_refused(tmp_path: Path) -> None:
     samples = [{"doc_id": 0, "filter": "none", "metrics": ["bleu_max", "bleu_diff"], "bleu_max": 1.0, "bleu_diff": 0.5}]
     with pytest.raises(fp.FistaPrunerError, match=r"'truthfulqa_gen' has the metrics bleu_max, bleu_diff: only tasks"):
         read_answers({"samples": {"truthfulqa_gen": samples}})
+    assert not caplog.messages
+    scored = [{"doc_id": 0, "filter": "none", "metrics": ["acc"], "acc": 1.0}]
+    for found in ({"own": scored, "truthfulqa_gen": samples}, {"truthfulqa_gen": samples, "own": scored}):
+        assert read_answers({"samples": found}).outcomes == {("own", "acc"): {0: 1.0}}
+    assert [message[:44] for message in caplog.messages] == ["left out: task 'truthfulqa_gen' has the metr"] * 2
 
 
 def test_weights_are_checked_before_tasks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -29,6 +29,8 @@ from ..models.tokenizer import load_tokenizer
 from ..models.whole import load_whole
 from ..runs.results import TaskResult
 
+log = logging.getLogger("fistapruner")
+
 METRICS = ("acc", "acc_norm", "exact_match")
 """Metrics of single items; ``acc_norm`` divides a choice's log-likelihood by its length."""
 
@@ -172,7 +174,8 @@ def evaluate_tasks(
         tick: receives progress: (what, steps done, steps in all).
 
     Raises:
-        FistaPrunerError: ``lm-eval`` fails: task data that cannot be loaded or has items it cannot ask.
+        FistaPrunerError: ``lm-eval`` fails: task data that cannot be loaded or has items it cannot ask; or no task has
+            one of :data:`METRICS`.
     """
     models = [folder] if against is None else [folder, against]
     answers: list[Answers] = []
@@ -424,18 +427,29 @@ def _run(folder: Path, tasks: Tasks, settings: TaskSettings) -> dict[str, Any]:
 def read_answers(found: Mapping[str, Any]) -> Answers:
     """Read the scores of single items from what ``lm-eval`` returns.
 
+    A task with none of :data:`METRICS`, such as one of a group, is left out with a warning.
+
     Raises:
-        FistaPrunerError: a task has none of :data:`METRICS`.
+        FistaPrunerError: no task has one of them.
     """
     outcomes: Outcomes = {}
+    faults = []
     for task, samples in found["samples"].items():
-        _check_metrics(task, list(dict.fromkeys(metric for sample in samples for metric in sample["metrics"])))
+        try:
+            _check_metrics(task, list(dict.fromkeys(metric for sample in samples for metric in sample["metrics"])))
+        except FistaPrunerError as error:
+            faults.append(error)
+            continue
         for sample in samples:
             through = sample.get("filter", "none")
             for metric in METRICS:
                 if metric in sample:
                     name = metric if through == "none" else f"{metric},{through}"
                     outcomes.setdefault((task, name), {})[sample["doc_id"]] = float(sample[metric])
+    if faults and not outcomes:
+        raise faults[0]
+    for fault in faults:
+        log.warning("left out: %s", fault)
     return Answers(
         outcomes,
         {task: int(count["original"]) for task, count in found.get("n-samples", {}).items()},
