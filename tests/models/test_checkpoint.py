@@ -200,6 +200,27 @@ def test_nothing_replaced_is_the_same_file(single: Path, tmp_path: Path) -> None
         assert (tmp_path / "out" / name).read_bytes() == (single / name).read_bytes()
 
 
+def test_a_single_file_hides_the_shards_of_an_earlier_save(sharded: Path, tmp_path: Path) -> None:
+    """As transformers reads such a folder, for safetensors and for pickles."""
+    model = tiny_llama()
+    with torch.no_grad():
+        model.lm_head.weight.add_(1)
+    expected = model.state_dict()
+    save_file(expected, sharded / "model.safetensors", {"format": "pt"})
+    source = Checkpoint.open(sharded)
+    loaded = AutoModelForCausalLM.from_pretrained(sharded, local_files_only=True).state_dict()
+    assert all(torch.equal(source.read(name), expected[name]) for name in source.names())
+    assert all(torch.equal(loaded[name], expected[name]) for name in source.names())
+    write_checkpoint(source, tmp_path / "out", nothing)
+    assert not (tmp_path / "out" / "model.safetensors.index.json").exists()
+    for path in sharded.glob("model*"):
+        path.unlink()
+    torch.save(expected, sharded / "pytorch_model.bin")
+    (sharded / "pytorch_model.bin.index.json").write_text('{"weight_map": {"lm_head.weight": "gone.bin"}}')
+    source = Checkpoint.open(sharded, allow_pickle=True)
+    assert torch.equal(source.read("lm_head.weight"), expected["lm_head.weight"])
+
+
 def test_pickles_need_to_be_allowed(tmp_path: Path) -> None:
     model = tiny_llama()
     folder = tmp_path / "legacy"

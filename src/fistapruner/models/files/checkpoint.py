@@ -1,6 +1,6 @@
 """Read a local Hugging Face folder one tensor at a time.
 
-Weights are ``model.safetensors``, or shards listed by ``model.safetensors.index.json``, or (only when pickles are
+Weights are ``model.safetensors``, or else shards listed by ``model.safetensors.index.json``, or (only when pickles are
 allowed) the legacy ``pytorch_model.bin`` files. Everything in the folder is untrusted: the index may name plain files
 inside the folder only, every tensor it lists must be in its shard, and a shard that is missing or cut short is named
 when the folder is opened.
@@ -168,11 +168,12 @@ class Checkpoint:
             hint = f": give {inner}" if (inner / "config.json").exists() else ""
             raise FistaPrunerError(f"{folder} has no config.json, so it is not a Hugging Face model folder{hint}")
         config = read_json(folder, "config.json")
-        if (folder / INDEX).exists():
-            return cls._sharded(folder, config, INDEX, SafetensorsFile)
+        # The single file first, as transformers does: an index beside it is of an earlier save.
         if (folder / SINGLE).exists():
             return cls(folder, config, {SINGLE: SafetensorsFile(inside(folder, SINGLE))}, None)
-        pickles = next((name for name in (INDEX_PICKLE, SINGLE_PICKLE) if (folder / name).exists()), None)
+        if (folder / INDEX).exists():
+            return cls._sharded(folder, config, INDEX, SafetensorsFile)
+        pickles = next((name for name in (SINGLE_PICKLE, INDEX_PICKLE) if (folder / name).exists()), None)
         if pickles is None:
             raise FistaPrunerError(f"{folder} has no weights: neither {SINGLE} nor {INDEX}")
         if not allow_pickle:
