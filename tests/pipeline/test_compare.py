@@ -15,9 +15,10 @@ from fistapruner.cli import main
 from fistapruner.errors import FistaPrunerError
 from fistapruner.evaluation.data import cut_windows
 from fistapruner.evaluation.evaluate import evaluate as run_evaluation
-from fistapruner.pipeline.compare import compare, run_name
+from fistapruner.pipeline.compare import compare, plan_jobs, run_name
 from fistapruner.pipeline.contenders import parse_contenders
 from fistapruner.pipeline.prune import prune
+from fistapruner.recipes.settings import Recipe
 from fistapruner.reporting.comparison import comparison_table
 from fistapruner.runs.listener import Listener
 
@@ -59,6 +60,17 @@ def test_methods_and_their_settings() -> None:
     assert contenders[2].settings == {"method": "wanda+refit", "allocation": "owl"}
     assert contenders[3].settings["propagate"] == "dense"
     assert "calibration" not in contenders[3].settings
+
+
+def test_the_recipe_of_a_run_takes_seed_and_execution_of_the_comparison(tmp_path: Path) -> None:
+    """A run writes every setting, those that all methods share too."""
+    file = tmp_path / "recipe.yaml"
+    file.write_text(Recipe.build({**SETTINGS, "method": "wanda", "dense_target": 0.5, "sparsity": "70%"}).to_yaml())
+    settings = {**SETTINGS, "execution": {"device": "cpu"}}
+    jobs = plan_jobs(parse_contenders([str(file), "wanda"]), ["50%"], [1, 2], settings)
+    assert [job.recipe.seed for job in jobs] == [job.recipe.calibration.seed for job in jobs] == [1, 1, 2, 2]
+    assert {job.recipe.execution.device for job in jobs} == {"cpu"}
+    assert [job.recipe.dense_target for job in jobs[::2]] == [0.5, 0.5]
 
 
 @pytest.mark.parametrize(
