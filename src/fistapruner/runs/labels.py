@@ -6,7 +6,6 @@ from collections.abc import Mapping
 from contextlib import suppress
 from typing import Any
 
-from ..constraints import parse_sparsity
 from ..errors import FistaPrunerError
 from ..recipes.settings import TOTAL
 from ..recipes.structure_settings import AS_PUBLISHED
@@ -34,8 +33,13 @@ def sets_zeros(recipe: Mapping[str, Any]) -> bool:
 
 def _named_patterns(recipe: Mapping[str, Any]) -> list[str]:
     """List the different patterns with zeros of an allocation that is a mapping."""
-    allocation, found = recipe.get("allocation"), []
-    for pattern in dict.fromkeys(map(str, allocation.values())) if isinstance(allocation, Mapping) else ():
+    allocation = recipe.get("allocation")
+    if not isinstance(allocation, Mapping):
+        return []
+    from ..constraints import parse_sparsity  # imports torch, which quick verbs do not wait for
+
+    found = []
+    for pattern in dict.fromkeys(map(str, allocation.values())):
         with suppress(FistaPrunerError):
             found += [pattern] if parse_sparsity(pattern).fraction else []
     return found
@@ -48,6 +52,8 @@ def sparsity_label(recipe: Mapping[str, Any]) -> str:
     """
     sparsity, allocation = str(recipe.get("sparsity", "")), str(recipe.get("allocation", ""))
     if allocation == "error" or allocation.startswith(TOTAL):
+        from ..constraints import parse_sparsity  # imports torch
+
         with suppress(FistaPrunerError):
             pattern = parse_sparsity(sparsity)
             if pattern.nm is not None:
