@@ -197,7 +197,7 @@ def _summed(
 
 
 def _parameters(layer: nn.Module, groups: Sequence[Group], summed: Mapping[str, _Summed]) -> MaskedParameters:
-    """The parameters of a loaded layer that may change: pruned weights, low-rank parts, norms, biases; no router's."""
+    """Return what may change in a loaded layer: pruned weights, low-rank parts, vectors of no router."""
     pruned = {f"{operator.name}.weight" for group in groups for operator in group}
     free = pruned | vectors(layer, ("norms", "biases"))
     tensors: dict[str, Tensor] = {name: parameter for name, parameter in layer.named_parameters() if name in free}
