@@ -24,3 +24,12 @@ def test_what_is_read_is_a_copy(tmp_path: Path, dtype: torch.dtype, on_disk: boo
     assert torch.equal(states.read(0, 5, dtype=torch.float32), values.float())
     states.close()
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("on_disk", [False, True])
+@pytest.mark.parametrize("shape", [(2, 3, 9), (2, 2, 8), (6, 8), (2, 3, 1)])
+def test_values_of_another_shape_are_refused(tmp_path: Path, shape: tuple[int, ...], on_disk: bool) -> None:
+    states = HiddenStates((5, 3, 8), torch.float32, tmp_path / "states" if on_disk else None)
+    with pytest.raises(ValueError, match=r"expected \(count, 3, 8\)"):
+        states.write(0, torch.ones(shape))
+    states.close()

@@ -324,6 +324,39 @@ def test_zeros_and_structure_aim_at_the_dense_outputs(tmp_path: Path) -> None:
         assert entry.relative_error == pytest.approx(error, rel=1e-3)
 
 
+@pytest.mark.parametrize(
+    ("architecture", "remove", "name"),
+    [
+        ("opt", "mlp=50%", "fc1"),
+        ("gpt2", "mlp=75%", "mlp.c_fc"),
+        ("gpt_neox", "mlp=50%", "mlp.dense_h_to_4h"),
+    ],
+)
+def test_operators_that_lose_most_of_their_outputs_aim_at_the_dense_ones_that_stay(
+    tmp_path: Path, architecture: str, remove: str, name: str
+) -> None:
+    """Alone in its group, with no more outputs than inputs afterwards."""
+    folder = tiny.save(architecture, tmp_path / "model")
+    settings = {"propagate": "pruned", "dense_target": 1.0, "residual": "none", "sparsity": "50%"}
+    structure = {"remove": remove, "multiple": 4}
+    report = fp.prune(str(folder), tmp_path / "run", structure=structure, calibration=SMALL, **settings)
+    tokens = PruneDirectory(tmp_path / "run").tokens()
+    dense, small = (AutoModelForCausalLM.from_pretrained(path).eval() for path in (folder, tmp_path / "run" / "model"))
+    for layer in report.layers:
+        weight, new = (
+            oriented(model.get_parameter(f"{layer.name}.{name}.weight").detach().double(), architecture)
+            for model in (dense, small)
+        )
+        assert len(new) <= len(weight.T)
+        nearest = torch.nn.functional.normalize(new) @ torch.nn.functional.normalize(weight).T
+        wanted = inputs_of(dense, f"{layer.name}.{name}", tokens) @ weight[nearest.argmax(1)].T
+        found = inputs_of(small, f"{layer.name}.{name}", tokens) @ new.T
+        entry = next(operator for operator in layer.operators if operator.name == name)
+        assert entry.relative_error == pytest.approx(
+            float((found - wanted).square().sum() / wanted.square().sum()), rel=1e-3
+        )
+
+
 @pytest.mark.parametrize("method", ["energy", "flap", "magnitude"])
 def test_other_choices_and_no_compensation(tmp_path: Path, method: str) -> None:
     folder = tiny.save("opt", tmp_path / "model")

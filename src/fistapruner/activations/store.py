@@ -140,7 +140,13 @@ class HiddenStates:
         return within[rows.to(within.device)].to(device or within.device)
 
     def write(self, start: int, values: Tensor) -> None:
-        """Store windows from ``start`` on: (count, seqlen, width)."""
+        """Store windows from ``start`` on: (count, seqlen, width).
+
+        Raises:
+            ValueError: the values have another shape.
+        """
+        if values.shape[1:] != (self.seqlen, self.width):
+            raise ValueError(f"values are {tuple(values.shape)}, expected (count, {self.seqlen}, {self.width})")
         self.flush()
         stop = start + len(values)
         if self._ahead is not None and start < self._ahead[1] and self._ahead[0] < stop:

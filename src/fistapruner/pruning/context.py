@@ -41,6 +41,20 @@ def solved_groups(layout: Layout, index: int, sparsity: Mapping[str, Constraint]
     ]
 
 
+def narrowed_groups(layout: Layout, index: int, units: Sequence[Unit]) -> Counter[int]:
+    """Count for each group how many units take outputs from it.
+
+    Args:
+        layout: the operators to prune.
+        index: number of the decoder layer.
+        units: whose channels are removed from it.
+    """
+    groups = [{operator.name for operator in group} for group in layout.layers[index]]
+    return Counter(
+        number for unit in units for number, names in enumerate(groups) if not names.isdisjoint(unit.producers)
+    )
+
+
 def fitted_groups(layout: Layout, index: int, units: Sequence[Unit], recipe: Recipe) -> Counter[int]:
     """Count for each group how many units fit it to the dense outputs before they lose channels (goa).
 
@@ -50,12 +64,7 @@ def fitted_groups(layout: Layout, index: int, units: Sequence[Unit], recipe: Rec
         units: whose channels are removed from it.
         recipe: settings.
     """
-    if recipe.structure.method != "goa":
-        return Counter()
-    groups = [{operator.name for operator in group} for group in layout.layers[index]]
-    return Counter(
-        number for unit in units for number, names in enumerate(groups) if not names.isdisjoint(unit.producers)
-    )
+    return narrowed_groups(layout, index, units) if recipe.structure.method == "goa" else Counter()
 
 
 @dataclass(frozen=True)

@@ -55,9 +55,10 @@ def drift_sources(
     same: bool,
     solved: Collection[int] | None = None,
     cut: Collection[int] = (),
+    narrowed: Collection[int] = (),
     fitted: Collection[int] = (),
 ) -> dict[int, DriftFrom]:
-    """Choose what to record of each group: inputs where operators share them, else the cheaper.
+    """Choose what to record of each group: inputs where operators share them or lose outputs, else the cheaper.
 
     Args:
         recipe: settings.
@@ -67,8 +68,9 @@ def drift_sources(
         solved: numbers of the groups that are solved; None is all.
         cut: numbers of the groups, of one operator each, that lose input channels. Their outputs are recorded, since
             their inputs are others afterwards, and these drift wherever channels are missing.
-        fitted: numbers of the groups that are fitted to the dense outputs before channels are removed. Their inputs
-            are recorded, since they lose outputs.
+        narrowed: numbers of the groups that lose outputs. Their inputs are recorded, since the dense outputs are more
+            than those that stay.
+        fitted: numbers of those that are fitted to the dense outputs before channels are removed.
 
     Returns:
         By number, the groups whose inputs drift; empty where the target does not depend on it. Operators of experts
@@ -82,7 +84,9 @@ def drift_sources(
     def source(number: int) -> DriftFrom:
         operator, *others = groups[number]
         corrected = recipe.corrects_drift and operator.name in layout.residual_writers[index]
-        return "inputs" if others else cheapest_drift(operator.rows, operator.columns, corrected=corrected)
+        if others or number in narrowed:
+            return "inputs"
+        return cheapest_drift(operator.rows, operator.columns, corrected=corrected)
 
     drifting: Collection[int] = () if same and not recipe.error_correction else range(int(same), len(groups))
     found: dict[int, DriftFrom] = {

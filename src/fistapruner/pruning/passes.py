@@ -26,7 +26,7 @@ from ..runs.decision import ExpertsDecision
 from ..runtime.clock import Clock
 from ..structured.removal import ChannelStatistics
 from ..structured.statistics import ChannelSums
-from .context import LayerContext, LayerStreams, fitted_groups
+from .context import LayerContext, LayerStreams, fitted_groups, narrowed_groups
 from .drift import DenseActivations, ResidualDrift, drift_sources
 
 
@@ -64,7 +64,14 @@ class LayerPasses:
             {}
             if streams.dense is None
             else drift_sources(
-                recipe, layout, index, same=same, solved=self.solved, cut=self._cut, fitted=self._fits_left
+                recipe,
+                layout,
+                index,
+                same=same,
+                solved=self.solved,
+                cut=self._cut,
+                narrowed=narrowed_groups(layout, index, context.units(index)),
+                fitted=self._fits_left,
             )
         )
         self._activations: DenseActivations | None = None
