@@ -17,9 +17,11 @@ import tiny
 from fistapruner import FistaPrunerError
 from fistapruner.cli import main
 from fistapruner.constraints import NM
+from fistapruner.models.files.low_rank import sum_of_parts
 from fistapruner.models.files.safetensors import SafetensorsFile
 from fistapruner.reporting.summary import summary
 from fistapruner.runs.records import load_run
+from fistapruner.tuning import block_reconstruction
 
 SMALL: dict[str, Any] = {"sparsity": "2:4", "calibration": {"source": "python", "samples": 4, "seqlen": 32}}
 RANK = 4
@@ -169,6 +171,26 @@ def test_block_reconstruction_trains_both_parts(tmp_path: Path, architecture: st
     (tmp_path / "run" / "model.json").unlink()
     fp.prune(folder, tmp_path / "run", reconstruct=24, **settings)
     assert results(tmp_path / "run") == expected
+
+
+def test_block_reconstruction_leaves_the_exact_sum_of_both_parts_in_the_layer(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It trains a bf16 model with products in bf16; a run continued from the journal adds the parts in fp32."""
+    precisions = []
+
+    def noting(*args: Any, **kwargs: Any) -> Tensor:
+        precisions.append(torch.backends.mkldnn.matmul.fp32_precision)  # type: ignore[attr-defined]
+        return sum_of_parts(*args, **kwargs)
+
+    monkeypatch.setattr(block_reconstruction, "sum_of_parts", noting)
+    folder = tiny.save("llama", tmp_path / "dense", num_hidden_layers=1, dtype=torch.bfloat16)
+    calibration = {"source": "python", "samples": 16, "seqlen": 32}
+    settings: dict[str, Any] = {"method": "wanda", "dtype": "bfloat16", "calibration": calibration}
+    report = fp.prune(folder, tmp_path / "run", sparsity="2:4", low_rank=1, reconstruct=16, **settings)
+    assert (report.layers[0].model_extra or {})["reconstruct"]["kept_step"]
+    assert len(precisions) == 7
+    assert set(precisions) == {"ieee"}
 
 
 @pytest.mark.parametrize("executor", ["process"])

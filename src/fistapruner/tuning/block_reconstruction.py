@@ -148,16 +148,17 @@ def reconstruct_layer(
             optimizer = _optimizer(parameters)
             if verdict is Verdict.STOP:
                 break
-        parameters.restore(kept)
-        weights = _write(model, index, parameters, summed) if patience.best_step else {}
-        record = {
-            "steps": taken,
-            "kept_step": patience.best_step,
-            "held_out_windows": len(held),
-            "held_out_before": before,
-            "held_out_after": patience.best,
-        }
-        return Reconstructed(weights, record)
+    parameters.restore(kept)
+    # With exact products: the sum of both parts has the bits that a resumed run and an evaluation compute.
+    weights = _write(model, index, parameters, summed) if patience.best_step else {}
+    record = {
+        "steps": taken,
+        "kept_step": patience.best_step,
+        "held_out_windows": len(held),
+        "held_out_before": before,
+        "held_out_after": patience.best,
+    }
+    return Reconstructed(weights, record)
 
 
 @dataclass(frozen=True)
