@@ -50,6 +50,29 @@ def test_dense_weights_at_sparsity_zero(chain: str) -> None:
     assert torch.equal(solve(problem, 0.0, chain).weight, problem.weight)
 
 
+@pytest.mark.parametrize("chain", CHAINS)
+@pytest.mark.parametrize("other", ["2:4", "50%"])
+def test_dense_weights_at_sparsity_zero_beside_other_operators(chain: str, other: str) -> None:
+    """As solved alone; the other operators have the bits that the method gives them."""
+    problem = make_problem((16, 8, 24), drift=0.05, target=0.5)
+    parsed = [parse_sparsity(pattern) for pattern in (other, 0.0, other)]
+    found = solve(problem, parsed, chain)
+    alone = solve(problem.operators()[1], 0.0, chain)
+    assert torch.equal(found.weight[16:24], problem.weight[16:24])
+    assert bool(found.mask[16:24].all())
+    assert [step.keys() for step in found.stats[1]["steps"]] == [step.keys() for step in alone.stats[0]["steps"]]
+    for step in found.stats[1]["steps"]:
+        assert step["relative_error"] == pytest.approx(alone.stats[0]["relative_error"], rel=1e-4)
+    raw = None
+    for step in parse_method(chain):
+        raw = step.solve(problem, parsed, raw)
+    assert raw is not None
+    for rows in (slice(0, 16), slice(24, 48)):
+        assert torch.equal(found.weight[rows], raw.weight[rows])
+        assert torch.equal(found.mask[rows], raw.mask[rows])
+    assert [record["relative_error"] for record in found.stats] == problem.relative_errors(found.weight)
+
+
 @pytest.mark.parametrize("sparsity", ["50%", "70%", "2:4"])
 @pytest.mark.parametrize(("drift", "target"), [(0.0, 1.0), (0.1, 1.0), (0.1, 0.5), (0.1, 0.0)])
 @pytest.mark.parametrize("name", ["fista", "proximal", *REFINEMENTS])

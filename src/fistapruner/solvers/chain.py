@@ -94,7 +94,7 @@ def solve(
     sparsity: str | float | Constraint | Sequence[Constraint],
     method: Steps = "proximal",
 ) -> Solution:
-    """Prune the operators of a layer problem.
+    """Prune the operators of a layer problem; those without zeros keep their dense weights.
 
     Calls from several threads run one after another, so that each call returns the same bits as on its own.
 
@@ -132,12 +132,13 @@ def _run_steps(problem: LayerProblem, parsed: Sequence[Constraint], steps: Seque
     solution: Solution | None = None
     records: list[list[dict[str, object]]] = [[] for _ in problem.rows]
     warnings: list[str] = []
+    dense = [pattern.zeros(rows, problem.shape[1]) == 0 for pattern, rows in zip(parsed, problem.rows, strict=True)]
     for step in steps:
         begin = time.perf_counter()
-        if all(pattern.zeros(rows, problem.shape[1]) == 0 for pattern, rows in zip(parsed, problem.rows, strict=True)):
+        if all(dense):
             solution = Solution(problem.weight.clone(), torch.ones_like(problem.weight, dtype=torch.bool))
         else:
-            solution = step.solve(problem, parsed, solution)
+            solution = _restored(problem, step.solve(problem, parsed, solution), dense)
         seconds = time.perf_counter() - begin
         warnings += solution.warnings
         errors = problem.relative_errors(solution.weight)
@@ -153,3 +154,14 @@ def _run_steps(problem: LayerProblem, parsed: Sequence[Constraint], steps: Seque
     assert solution is not None
     stats = tuple({"relative_error": record[-1]["relative_error"], "steps": record} for record in records)
     return replace(solution, stats=stats, warnings=tuple(warnings))
+
+
+def _restored(problem: LayerProblem, solution: Solution, dense: Sequence[bool]) -> Solution:
+    """Give operators without zeros their dense weights back, which a step of all operators may have moved."""
+    parts = (tensor.split(problem.rows) for tensor in (problem.weight, solution.weight, solution.mask))
+    for stays, before, weight, mask in zip(dense, *parts, strict=True):
+        if stays:
+            weight.copy_(before)
+            mask.fill_(True)
+    stats = tuple({} if stays else found for stays, found in zip(dense, solution.stats, strict=False))
+    return replace(solution, stats=stats)
