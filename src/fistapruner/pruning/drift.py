@@ -58,7 +58,7 @@ def drift_sources(
     narrowed: Collection[int] = (),
     fitted: Collection[int] = (),
 ) -> dict[int, DriftFrom]:
-    """Choose what to record of each group: inputs where operators share them or lose outputs, else the cheaper.
+    """Choose what to record of each group: inputs where shared or where outputs go, else the cheaper.
 
     Args:
         recipe: settings.
