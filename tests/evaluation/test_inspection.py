@@ -17,7 +17,11 @@ import fistapruner as fp
 import tiny
 from fistapruner import NM, FistaPrunerError, parse_sparsity
 from fistapruner.cli import main
+from fistapruner.evaluation import inspection
 from fistapruner.evaluation.inspection import exact_pattern, inspect_checkpoint
+from fistapruner.models.discovery import Operator
+from fistapruner.models.files.checkpoint import Checkpoint
+from fistapruner.models.stored import stored_operators
 
 PROJECTIONS = (
     "self_attn.q_proj",
@@ -172,6 +176,23 @@ def test_experts_of_a_model_that_cannot_be_built_are_not_said_to_hold(tmp_path: 
     faults = inspect_checkpoint(folder, "0%").violations
     assert len(faults) == 4  # two tensors of all experts in each of two layers
     assert "model.layers.0.mlp.experts.down_proj: cannot be checked" in faults[0]
+
+
+@pytest.mark.parametrize(("architecture", "original"), [("gpt_oss", False), ("qwen3_moe", True)])
+def test_experts_that_the_model_does_not_take_apart_are_no_less_asked(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, architecture: str, original: bool
+) -> None:
+    folder = tiny.save(architecture, tmp_path / "model", original=original)
+
+    def without_experts(checkpoint: Checkpoint) -> dict[str, Operator]:
+        found = stored_operators(Checkpoint.open(checkpoint.folder)) or {}
+        return {name: operator for name, operator in found.items() if "expert" not in name}
+
+    monkeypatch.setattr(inspection, "stored_operators", without_experts)
+    faults = "\n".join(inspect_checkpoint(folder, "2:4").violations)
+    assert "model.layers.0.mlp.experts." in faults
+    assert "router" not in faults
+    assert "mlp.gate.weight" not in faults
 
 
 def test_claims_about_absent_operators_and_damaged_weights(tmp_path: Path) -> None:

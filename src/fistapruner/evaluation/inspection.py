@@ -157,14 +157,14 @@ def inspect_checkpoint(
         zeros, weights = zeros + zero, weights + tensor.numel()
         if name in claims or _is_operator(entry):
             claim = claims.get(name)
-            if asked is not None and (known is None or name in known):  # a router, or a part that sees, is none
-                claim = {"sparsity": str(asked)}
+            if asked is not None and (known is None or name in known or _is_of_an_expert(name)):
+                claim = {"sparsity": str(asked)}  # not of a router, nor of what is outside the decoder layers
             inputs_first = known[name].transposed if known is not None and name in known else transposed
             operators.append(_inspect(entry, tensor, zero, claim, inputs_first))
-        elif asked is not None and known is None and _holds_experts(entry):
+        elif asked is not None and _holds_experts(entry):
             faults.append(
-                f"{name}: cannot be checked: it holds the matrices of all experts, and the model that tells which of "
-                "its dimensions are the inputs cannot be built from config.json"
+                f"{name}: cannot be checked: it holds the matrices of all experts, and no model that can be built from "
+                "config.json tells which of its dimensions are the inputs"
             )
     if asked is not None and not operators:
         faults.append(f"no operator of a decoder layer is there to be {asked}")
@@ -299,6 +299,11 @@ def _is_operator(entry: TensorEntry) -> bool:
         and (entry.name.endswith(".weight") or entry.name.endswith("]"))
         and re.search(r"\.\d+\.|^\d+\.", entry.name) is not None
     )
+
+
+def _is_of_an_expert(name: str) -> bool:
+    """Check by its name for a matrix of a single expert."""
+    return re.search(r"experts?\.\d+\.", name) is not None
 
 
 def _holds_experts(entry: TensorEntry) -> bool:

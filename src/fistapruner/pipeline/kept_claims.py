@@ -75,9 +75,9 @@ def kept_widths(record: Mapping[str, Any], own: list[dict[str, Any]]) -> list[di
     """
     listed = record.get("widths")
     earlier = {
-        (entry.get("layer"), entry.get("unit")): entry
+        (entry["layer"], entry["unit"]): entry
         for entry in (listed if isinstance(listed, list) else ())
-        if isinstance(entry, dict)
+        if isinstance(entry, dict) and all(isinstance(entry.get(key), str) for key in ("layer", "unit"))
     }
     merged = []
     for entry in own:

@@ -71,6 +71,7 @@ def run_page(report: Report) -> str:
         speed=_speed(report),
         speed_sentence=str((report.speed or {}).get("sentence") or ""),
         speed_measured=_speed_measured(report),
+        dense_rows_are_larger=bool(smaller_speeds(report)),
         warnings=_warnings(report),
         training=_training(report),
         tasks=_tasks(report),

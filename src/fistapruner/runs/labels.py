@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
-from contextlib import suppress
 from typing import Any
 
-from ..errors import FistaPrunerError
+from ..recipes.loading import read_share
 from ..recipes.settings import TOTAL
 from ..recipes.structure_settings import AS_PUBLISHED
 from ..runtime.formatting import short_count
@@ -34,15 +34,8 @@ def sets_zeros(recipe: Mapping[str, Any]) -> bool:
 def _named_patterns(recipe: Mapping[str, Any]) -> list[str]:
     """List the different patterns with zeros of an allocation that is a mapping."""
     allocation = recipe.get("allocation")
-    if not isinstance(allocation, Mapping):
-        return []
-    from ..constraints import parse_sparsity  # imports torch, which quick verbs do not wait for
-
-    found = []
-    for pattern in dict.fromkeys(map(str, allocation.values())):
-        with suppress(FistaPrunerError):
-            found += [pattern] if parse_sparsity(pattern).fraction else []
-    return found
+    patterns = dict.fromkeys(map(str, allocation.values())) if isinstance(allocation, Mapping) else ()
+    return [pattern for pattern in patterns if ":" in pattern or read_share(pattern) is not None]
 
 
 def sparsity_label(recipe: Mapping[str, Any]) -> str:
@@ -51,14 +44,11 @@ def sparsity_label(recipe: Mapping[str, Any]) -> str:
     Where only some operators have zeros, whose names its allocation has: ``2:4 by name``.
     """
     sparsity, allocation = str(recipe.get("sparsity", "")), str(recipe.get("allocation", ""))
-    if allocation == "error" or allocation.startswith(TOTAL):
-        from ..constraints import parse_sparsity  # imports torch
-
-        with suppress(FistaPrunerError):
-            pattern = parse_sparsity(sparsity)
-            if pattern.nm is not None:
-                total = allocation.removeprefix(TOTAL) if TOTAL in allocation else f"{100 * pattern.fraction:g}%"
-                return f"mixed n:{pattern.nm[1]} ({total})"
+    n_of_m = re.fullmatch(r"(\d+):(\d+)", sparsity)
+    if n_of_m is not None and (allocation == "error" or allocation.startswith(TOTAL)):
+        n, m = map(int, n_of_m.groups())
+        total = allocation.removeprefix(TOTAL) if TOTAL in allocation else f"{100 * (m - n) / m:g}%"
+        return f"mixed n:{m} ({total})"
     if sparsity == "0%" and (named := _named_patterns(recipe)):
         return f"{', '.join(named)} by name"
     return sparsity
