@@ -335,7 +335,8 @@ def test_the_same_relative_name_in_another_folder_is_another_model(
 ) -> None:
     for name in ("a", "b"):
         (tmp_path / name).mkdir()
-        shutil.copytree(dense, tmp_path / name / "model")
+    shutil.copytree(dense, tmp_path / "a" / "model")
+    tiny.save("llama", tmp_path / "b" / "model", shard="60KB", num_hidden_layers=2, seed=1)
     monkeypatch.chdir(tmp_path / "a")
     fp.prune("model", tmp_path / "run", **SETTINGS)
     fp.prune(tmp_path / "a" / "model", tmp_path / "run", **SETTINGS)
@@ -344,6 +345,21 @@ def test_the_same_relative_name_in_another_folder_is_another_model(
         fp.prune("model", tmp_path / "run", **SETTINGS)
     shutil.rmtree(tmp_path / "a")
     assert fp.resume(tmp_path / "run").status == "finished"
+
+
+def test_a_finished_run_in_a_moved_tree_is_still_finished(
+    dense: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shutil.copytree(dense, tmp_path / "a" / "model")
+    monkeypatch.chdir(tmp_path / "a")
+    fp.prune("model", "run", **SETTINGS)
+    (tmp_path / "a").rename(tmp_path / "b")
+    monkeypatch.chdir(tmp_path / "b")
+    told = Said()
+    assert fp.prune("model", "run", listener=told, **SETTINGS).status == "finished"
+    assert "run holds the finished run of this recipe" in told.sentences
+    with pytest.raises(fp.FistaPrunerError, match="a run of the model"):
+        fp.prune(dense, "run", **SETTINGS)
 
 
 def test_a_changed_calibration_text_is_another_run(

@@ -12,7 +12,7 @@ from ..recipes.execution_settings import Execution
 from ..recipes.settings import Recipe
 from ..runs.base import parse, read_json
 from ..runs.decision import PruneRecord
-from ..runs.identity import fingerprint, text_sha256
+from ..runs.identity import changed_files, fingerprint, text_sha256
 from ..runs.listener import Listener
 from ..runs.prune_directory import PruneDirectory
 from ..runs.records import Report
@@ -53,7 +53,7 @@ def find_finished(
     record = run.record()
     if record is None:
         return FinishedRun()
-    refuse_other(run, record, model, recipe)
+    refuse_other(run, record, model, recipe, permissions)
     if not run.report_file.exists():
         return FinishedRun()
     try:
@@ -70,11 +70,13 @@ def find_finished(
     return FinishedRun(report=report, says=f"{run.folder} holds the finished run of this recipe")
 
 
-def refuse_other(run: PruneDirectory, record: PruneRecord, model: str, recipe: Recipe) -> None:
+def refuse_other(
+    run: PruneDirectory, record: PruneRecord, model: str, recipe: Recipe, permissions: Permissions
+) -> None:
     """Refuse to continue a run of other settings, of another workload or of another model.
 
     Raises:
-        FistaPrunerError: names the first setting that differs.
+        FistaPrunerError: names the first setting that differs; or the model cannot be opened to be compared.
     """
     now = recipe.model_dump(mode="json")
     for key in now:
@@ -90,8 +92,12 @@ def refuse_other(run: PruneDirectory, record: PruneRecord, model: str, recipe: R
             "it"
         )
     before, here = record.decision.model, absolute(model)
-    # A path names another model in another folder; a name that is no path here is the same everywhere.
-    if before != here and (Path(model).exists() or record.model.source != model):
+    if before == here:
+        return
+    # A name that is no path here is the same everywhere; a path is the same model where its files are, as in a moved
+    # tree.
+    named_alike = record.model.source == model
+    if not named_alike or (Path(model).exists() and changed_files(record.decision.stamps, permissions.find(model))):
         raise FistaPrunerError(
             f"--out {run.folder} holds a run of the model {before!r}, this one is of {here!r}: name another folder"
         )

@@ -124,7 +124,7 @@ def check_inputs(run: PruneDirectory, request: RunRequest, begun: PruneRecord | 
         for sentence in (say_widths(model, widths), *warnings):
             listener.say(sentence)
     if begun is not None:
-        refuse_other(run, begun, request.model, recipe)
+        refuse_other(run, begun, request.model, recipe, request.permissions)
         if not run.model.is_dir():
             say_other_versions(begun.versions, listener)
     tokenizer, seqlen = source.tokenizer(), window_length(recipe.calibration.seqlen, model)
