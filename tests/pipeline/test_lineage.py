@@ -140,6 +140,27 @@ def test_the_dense_model_of_a_second_run_is_that_before_the_first(runs: Path, tm
     assert any(f"no figures of the dense model, which is not at {changed}" in line for line in told.lines)
 
 
+def test_a_relative_name_in_a_lineage_is_not_looked_for_in_this_folder(
+    runs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of a copied checkpoint, or one pruned again, where another model has the dense model's name."""
+    dense = next((runs / "models--a--b" / "snapshots").iterdir())
+    settings: dict[str, Any] = {"method": "magnitude", "calibration": CALIBRATION}
+    shutil.copytree(dense, tmp_path / "a" / "model")
+    monkeypatch.chdir(tmp_path / "a")
+    fp.prune("model", "run", **settings)
+    copied = shutil.copytree(tmp_path / "a" / "run" / "model", tmp_path / "copied")
+    fp.prune(copied, tmp_path / "again", **settings)
+    tiny.save("llama", tmp_path / "b" / "model", num_hidden_layers=2, seed=1)
+    monkeypatch.chdir(tmp_path / "b")
+    assert dense_of(PruneDirectory(tmp_path / "again")) is None
+    with pytest.raises(fp.FistaPrunerError, match="say where it is with --against"):
+        fp.evaluate_run(tmp_path / "again", "python", seqlen=16, windows=2)
+    for model in (copied, tmp_path / "again"):
+        with pytest.raises(fp.FistaPrunerError, match="give --dense MODEL"):
+            fp.recover(model, tmp_path / "out", data={"source": "python", "seqlen": 16}, loss="kl", steps=1)
+
+
 def test_what_a_second_run_leaves_alone_is_still_claimed(runs: Path, tmp_path: Path) -> None:
     """And nothing else: zeros of tensors that lost channels are counted again, and lost patterns go."""
     dense = next((runs / "models--a--b" / "snapshots").iterdir())

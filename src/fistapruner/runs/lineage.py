@@ -57,9 +57,15 @@ def begin_lineage(folder: Path, model: ModelFacts) -> tuple[Lineage, str | None]
 
 
 def dense_name(lineage: Lineage | None) -> str | None:
-    """Name the dense model of a lineage; None where its first run began with a model pruned elsewhere."""
-    pruned_here = lineage is not None and lineage.stages and lineage.stages[0].kind == "prune"
-    return lineage.source.source or None if lineage is not None and pruned_here else None
+    """Name the dense model of a lineage; None where its first run began with a model pruned elsewhere.
+
+    None also where the name is a relative path here: it was one of the folder where that run began, which is not known.
+    """
+    if lineage is None or not lineage.stages or lineage.stages[0].kind != "prune":
+        return None
+    name = lineage.source.source
+    relative = Path(name).exists() and not Path(name).is_absolute()
+    return None if relative else name or None
 
 
 def add_stage(report: Report) -> None:
