@@ -94,7 +94,11 @@ def quality(row: dict[str, Any], arguments: argparse.Namespace) -> dict[str, Any
 
 
 def speeds(rows: list[dict[str, Any]], arguments: argparse.Namespace) -> None:
-    """Measure the tokens per second of all rows that have none, one engine after the other."""
+    """Measure the tokens per second of all rows that have none, one engine after the other; save them as they come."""
+
+    def save() -> None:
+        arguments.rows.write_text(json.dumps(rows, indent=2) + "\n", "utf-8")
+
     files = [row for row in rows if row["kind"] == "gguf" and "tokens_per_second" not in row]
     if files:
         from llama_cpp import compare  # beside this file; imports xllamacpp
@@ -102,6 +106,7 @@ def speeds(rows: list[dict[str, Any]], arguments: argparse.Namespace) -> None:
         found = compare([Path(row["path"]) for row in files], arguments.threads, arguments.rounds)
         for row, (_, written) in zip(files, found, strict=True):
             row["tokens_per_second"] = written
+        save()
     for row in rows:
         if row["kind"] == "openvino" and "tokens_per_second" not in row:
             from openvino_model import OpenVinoLlama
@@ -111,6 +116,7 @@ def speeds(rows: list[dict[str, Any]], arguments: argparse.Namespace) -> None:
             time_generation(engine, ids, WARM_UP_TOKENS)
             runs = [time_generation(engine, ids, 64).tokens_per_second for _ in range(arguments.rounds)]
             row["tokens_per_second"] = median(runs)
+            save()
     ours = [row for row in rows if row["engine"] == PACKED]
     for model in dict.fromkeys(row["path"] for row in ours if "tokens_per_second" not in row):
         measured = {speed.variant: speed for speed in bench(model, threads=arguments.threads, runs=arguments.rounds)}
@@ -121,6 +127,7 @@ def speeds(rows: list[dict[str, Any]], arguments: argparse.Namespace) -> None:
                 row["dense_tokens_per_second"] = max(
                     measured[f"dense {kind}"].tokens_per_second for kind in ("bfloat16", "float32")
                 )
+        save()
 
 
 def table(rows: list[dict[str, Any]]) -> str:
@@ -196,7 +203,6 @@ def main() -> None:
             dense.update(perplexity=row["reference"], gap=0.0, kl=0.0)
     if arguments.dense is not None and not arguments.quality:
         speeds(list(rows.values()), arguments)
-        arguments.rows.write_text(json.dumps(list(rows.values()), indent=2) + "\n", "utf-8")
     print(table(list(rows.values())))
     if arguments.picture is not None:
         draw(list(rows.values()), arguments.picture)
