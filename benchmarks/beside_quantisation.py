@@ -152,12 +152,19 @@ def draw(rows: list[dict[str, Any]], path: Path) -> None:
     figure, axes = plt.subplots(1, 2, figsize=(12, 5), sharey=True)
     titles = (("bytes", 2**20, "size of the weights, MiB"), ("tokens_per_second", 1, "tokens per second, one sequence"))
     for axis, (key, unit, title) in zip(axes, titles, strict=True):
+        largest = max(row[key] for row in rows if key in row and row.get("kl", 0) > 0)
         for engine, mark in ((LLAMA_CPP, "o"), (PACKED, "s"), (OPENVINO, "^")):
             shown = [row for row in rows if row["engine"] == engine and key in row and row.get("kl", 0) > 0]
             axis.scatter([row[key] / unit for row in shown], [row["kl"] for row in shown], marker=mark, label=engine)
             for row in shown:
+                x, right = row[key] / unit, row[key] > 0.9 * largest  # where there is room
                 axis.annotate(
-                    row["name"], (row[key] / unit, row["kl"]), fontsize=7, xytext=(4, 3), textcoords="offset points"
+                    row["name"],
+                    (x, row["kl"]),
+                    fontsize=7,
+                    xytext=(-5 if right else 5, -9 if row["kind"] in ("bf16", "openvino") else 3),
+                    textcoords="offset points",
+                    ha="right" if right else "left",
                 )
         axis.set_yscale("log")
         axis.yaxis.set_major_formatter(ScalarFormatter())
