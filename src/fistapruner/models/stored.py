@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterable
+
+from torch import nn
+
 from ..errors import FistaPrunerError
 from .architecture import build_model, checkpoint_names, find_decoder_layers
 from .discovery import Operator, linear_modules
@@ -27,8 +31,21 @@ def stored_operators(checkpoint: Checkpoint) -> dict[str, Operator] | None:
         names = checkpoint_names(model, checkpoint, separate_experts(model, prefix, layers, checkpoint))
     except FistaPrunerError:
         return None
+    return operators_by_weight(prefix, layers, names.__getitem__)
+
+
+def operators_by_weight(
+    layers_name: str, layers: Iterable[nn.Module], stored: Callable[[str], str]
+) -> dict[str, Operator]:
+    """Return the operators of decoder layers, with their full names, by the names of their stored weights.
+
+    Args:
+        layers_name: name of the list of layers.
+        layers: the layers; their weights may be on the meta device.
+        stored: gives the name of a parameter in the checkpoint.
+    """
     return {
-        names[f"{prefix}.{index}.{name}.weight"]: Operator.of(f"{prefix}.{index}.{name}", module)
+        stored(f"{name}.weight"): Operator.of(name, module)
         for index, layer in enumerate(layers)
-        for name, module in linear_modules(layer)
+        for name, module in ((f"{layers_name}.{index}.{name}", module) for name, module in linear_modules(layer))
     }

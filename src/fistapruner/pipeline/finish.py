@@ -34,7 +34,7 @@ from ..runtime.files import PARTIAL, sha256_file
 from ..runtime.machine import now
 from ..runtime.memory import peak_memory
 from ..structured.experts import EXPERTS, chosen_experts, dropped_tensors
-from .kept_claims import claimed_zeros, earlier_record, kept_claims, kept_widths
+from .kept_claims import claimed_zeros, earlier_record, kept_claims, kept_widths, moved_experts
 
 
 def finish(
@@ -61,13 +61,14 @@ def finish(
     report.warnings += [warning for layer in report.layers for warning in layer.warnings]
     report.totals = _totals(report.layers, context, times.total(), alone=alone)
     own = operator_claims(report, context.model)
-    kept = kept_claims(context, report, own, _replacement(context), _gone(context))
+    replacement, gone = _replacement(context), _gone(context)
+    kept = kept_claims(context, report, own, replacement, gone)
     report.totals.model_zeros = (report.totals.operator_zeros or 0) + claimed_zeros(kept)
     if record.decision.sensitivity_seconds:
         report.totals.time_split["sensitivity"] = record.decision.sensitivity_seconds
     report.finished = now()
     add_stage(report)
-    _write_model(context, report, {**own, **kept}, listener)
+    _write_model(context, report, {**own, **kept}, replacement, gone, listener)
     times.note()  # before the report calls the run finished: what a kill leaves half-written is then written again
     if earlier is not None:
         report.evaluations, report.generations, report.speed = earlier.evaluations, earlier.generations, earlier.speed
@@ -107,13 +108,7 @@ def _of_kept_experts(
     permuted: Mapping[str, tuple[float, float]], layers: Sequence[LayerEntry]
 ) -> dict[str, tuple[float, float]]:
     """Name operators by the numbers that kept experts have now; leave out those of removed ones."""
-    kept = {
-        f"{layer.name}.{removal.consumer}.": removal.kept
-        for layer in layers
-        for removal in layer.removals
-        if removal.kept is not None
-    }
-    found = {}
+    kept, found = moved_experts(layers), {}
     for name, shares in permuted.items():
         prefix = next((prefix for prefix in kept if name.startswith(prefix)), None)
         if prefix is None:
@@ -147,7 +142,14 @@ def _gone(context: RunContext) -> Callable[[str], bool]:
     return lambda name: name in dropped
 
 
-def _write_model(context: RunContext, report: Report, claims: Mapping[str, Any], listener: Listener) -> None:
+def _write_model(
+    context: RunContext,
+    report: Report,
+    claims: Mapping[str, Any],
+    replacement: Callable[[str], Tensor | None],
+    gone: Callable[[str], bool],
+    listener: Listener,
+) -> None:
     """Write the checkpoint, unless a whole one of this run is there."""
     run, journal, checkpoint = context.run, context.run.journal, context.model.checkpoint
     layers = range(len(context.model))
@@ -163,14 +165,14 @@ def _write_model(context: RunContext, report: Report, claims: Mapping[str, Any],
         report.totals.low_rank_weights, report.totals.low_rank_bytes = low_rank["weights"], low_rank["bytes"]
 
     def documents() -> dict[str, str]:
-        content = _record(report, context, claims) | ({} if low_rank is None else {LOW_RANK: low_rank})
+        content = _record(report, context, claims, gone) | ({} if low_rank is None else {LOW_RANK: low_rank})
         return {CARD: model_card(report), PRUNING_RECORD: json.dumps(content, indent=2) + "\n"}
 
     write_model(
         run,
         checkpoint,
         context.fingerprint,
-        _replacement(context),
+        replacement,
         documents,
         listener,
         shapes=_new_shapes(context),
@@ -337,7 +339,9 @@ def operator_claims(report: Report, model: LayerwiseModel) -> dict[str, dict[str
     return claims
 
 
-def _record(report: Report, context: RunContext, claims: Mapping[str, Any]) -> dict[str, Any]:
+def _record(
+    report: Report, context: RunContext, claims: Mapping[str, Any], gone: Callable[[str], bool]
+) -> dict[str, Any]:
     """Describe the checkpoint (``fistapruner.json``): the claims that ``inspect`` checks, and the lineage."""
     model, earlier = context.model, earlier_record(context)
     widths = [
@@ -363,7 +367,6 @@ def _record(report: Report, context: RunContext, claims: Mapping[str, Any]) -> d
         for unit in (context.widths.mixtures(index) if context.widths else ())
     ]
     widths = kept_widths(earlier, widths)
-    gone = _gone(context)
     return {
         "version": VERSION,
         "fingerprint": report.fingerprint,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -11,8 +11,10 @@ from torch import Tensor
 from ..constraints import parse_sparsity
 from ..errors import FistaPrunerError
 from ..execution.context import RunContext
-from ..models.discovery import Operator, linear_modules
+from ..models.discovery import Operator
 from ..models.files.record import MIN_ZEROS, read_pruning_record, recorded_claims
+from ..models.stored import operators_by_weight
+from ..runs.layer_records import LayerEntry
 from ..runs.records import Report
 
 
@@ -47,7 +49,9 @@ def kept_claims(
         claims, _ = recorded_claims(earlier_record(context), checkpoint, checkpoint.folder)
     except FistaPrunerError:
         return {}
-    operators = _stored_operators(context)
+    if not claims:
+        return {}
+    operators = operators_by_weight(context.model.layers_name, context.model.layers, context.model.source)
     before = _names_before(context, report, operators)
     kept = {}
     for name in {**claims, **before}:
@@ -86,26 +90,20 @@ def kept_widths(record: Mapping[str, Any], own: list[dict[str, Any]]) -> list[di
     return [*earlier.values(), *merged]
 
 
-def _stored_operators(context: RunContext) -> dict[str, Operator]:
-    """Return the operators of all decoder layers, with their full names, by those of their stored weights."""
-    model = context.model
+def moved_experts(layers: Iterable[LayerEntry]) -> dict[str, Sequence[int]]:
+    """Return the numbers that kept experts had, by what the names of their mixture's experts begin with."""
     return {
-        model.source(f"{name}.weight"): Operator.of(name, module)
-        for index, layer in enumerate(model.layers)
-        for name, module in ((f"{model.layers_name}.{index}.{name}", module) for name, module in linear_modules(layer))
+        f"{layer.name}.{removal.consumer}.": removal.kept
+        for layer in layers
+        for removal in layer.removals
+        if removal.kept is not None
     }
 
 
 def _names_before(context: RunContext, report: Report, operators: Mapping[str, Operator]) -> dict[str, str]:
     """Return the stored names that the weights of moved experts had in the input, by those they have now."""
     before = {}
-    moved = [
-        (f"{context.model.layers_name}.{layer.index}.{removal.consumer}.", removal.kept)
-        for layer in report.layers
-        for removal in layer.removals
-        if removal.kept is not None
-    ]
-    for prefix, kept in moved:
+    for prefix, kept in moved_experts(report.layers).items():
         for stored, operator in operators.items():
             place, _, part = operator.name.removeprefix(prefix).partition(".")
             if operator.name.startswith(prefix) and int(place) < len(kept):
