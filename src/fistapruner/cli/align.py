@@ -18,7 +18,6 @@ import argparse
 import json
 import shlex
 import sys
-from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from ..recipes.align_settings import AlignRecipe
@@ -28,6 +27,7 @@ from .arguments import (
     add_training_arguments,
     add_trust_arguments,
     align_settings,
+    read_seeds,
 )
 
 if TYPE_CHECKING:
@@ -77,7 +77,7 @@ def run(arguments: argparse.Namespace) -> int:
         "command": shlex.join(["fistapruner", *sys.argv[1:]]),
     }
     if arguments.compare:
-        seeds = None if arguments.seeds is None else _seeds(arguments.seeds)
+        seeds = None if arguments.seeds is None else read_seeds(arguments.seeds)
         found = align_compare(arguments.model, arguments.out, seeds=seeds, keep=arguments.keep, **common)
         print(json.dumps(found.model_dump(mode="json")) if arguments.json else _table(found))
         return 0
@@ -85,20 +85,6 @@ def run(arguments: argparse.Namespace) -> int:
         raise FistaPrunerError("--seeds and --keep: settings of a comparison, made with --compare")
     report = align(arguments.model, arguments.out, **common)
     return show(report, arguments.out, as_json=arguments.json)
-
-
-def _seeds(text: str) -> Sequence[int]:
-    """Read the seeds of a comparison.
-
-    Raises:
-        FistaPrunerError: not whole numbers, or one twice.
-    """
-    from ..errors import FistaPrunerError
-
-    words = [word.strip() for word in text.split(",")]
-    if not all(word.isdecimal() for word in words) or len(set(words)) < len(words):
-        raise FistaPrunerError(f"--seeds {text!r}: different whole numbers such as 0,1,2 are expected")
-    return [int(word) for word in words]
 
 
 def _table(found: AlignComparison) -> str:

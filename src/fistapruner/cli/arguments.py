@@ -331,3 +331,15 @@ def add_output_arguments(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("output")
     group.add_argument("--quiet", action="store_true", help="print only errors and the result")
     group.add_argument("--json", action="store_true", help="print the result as JSON")
+
+
+def read_seeds(text: str) -> list[int]:
+    """Read the seeds of a comparison.
+
+    Raises:
+        FistaPrunerError: not whole numbers, or one twice.
+    """
+    words = [word.strip() for word in text.split(",")]
+    if not all(word.isdecimal() for word in words) or len(set(words)) < len(words):
+        raise FistaPrunerError(f"--seeds {text!r}: different whole numbers such as 0,1,2 are expected")
+    return [int(word) for word in words]

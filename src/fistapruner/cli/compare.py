@@ -22,7 +22,7 @@ import json
 import shlex
 import sys
 
-from .arguments import add_output_arguments, add_recipe_arguments, add_trust_arguments, recipe_settings
+from .arguments import add_output_arguments, add_recipe_arguments, add_trust_arguments, read_seeds, recipe_settings
 
 SUMMARY = "compare methods with one protocol"
 
@@ -58,22 +58,15 @@ def run(arguments: argparse.Namespace) -> int:
     from .progress import choose_listener
 
     listener = choose_listener(quiet=arguments.quiet or arguments.json)  # the other imports take seconds
-    from ..errors import FistaPrunerError
     from ..pipeline.compare import compare
     from ..reporting.comparison import comparison_table
 
-    try:
-        seeds = [int(seed) for seed in arguments.seeds.split(",")]
-    except ValueError:
-        raise FistaPrunerError(
-            f"--seeds {arguments.seeds!r} are not whole numbers separated by commas, such as 0,1,2"
-        ) from None
     comparison = compare(
         arguments.model,
         arguments.methods,
         [sparsity.strip() for sparsity in arguments.sparsity.split(",") if sparsity.strip()],
         arguments.out,
-        seeds=seeds,
+        seeds=read_seeds(arguments.seeds),
         settings=recipe_settings(arguments),
         data=arguments.evaluate,
         windows=arguments.evaluate_windows,
