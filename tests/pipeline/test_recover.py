@@ -293,6 +293,17 @@ def test_a_plain_checkpoint_with_zeros_is_recovered(bench: Bench, tmp_path: Path
     assert any("dense model is not known" in warning for warning in without.warnings)
 
 
+def test_legacy_weights_are_recovered_where_they_are_trusted(bench: Bench, tmp_path: Path) -> None:
+    plain = Path(shutil.copytree(bench.pruned() / "model", tmp_path / "plain"))
+    torch.save(tensors(plain), plain / "pytorch_model.bin")
+    (plain / "model.safetensors").unlink()
+    data = {"source": str(bench.text)}
+    with pytest.raises(fp.FistaPrunerError, match="--allow-pickle"):
+        recover(plain, tmp_path / "refused", dense=bench.dense(), data=data)
+    recover(plain, tmp_path / "out", dense=bench.dense(), data=data, allow_pickle=True)
+    assert (tmp_path / "out" / "model" / "model.safetensors").is_file()
+
+
 def test_the_dense_model_generates_the_text_of_every_loss(bench: Bench, tmp_path: Path) -> None:
     """That of the loss ce, too, which does not need its predictions."""
     generated = []

@@ -256,6 +256,8 @@ def test_the_bias_of_flap_takes_the_mean_of_what_goes() -> None:
         found = removal_error(known, removal.places, removal.weight, removal.bias)
         assert found == pytest.approx(expected, rel=1e-3)
         assert found < removal.dropped
+        around = known.around(weight + 0.1 * torch.randn(5, 12, generator=generator))
+        assert removal_error(around, removal.places, removal.weight, removal.bias) == pytest.approx(found, rel=1e-3)
         assert remove_channels(known, 8, Structure(method="flap")).bias is None
 
 

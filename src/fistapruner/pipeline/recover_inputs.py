@@ -11,7 +11,6 @@ from ..calibration.training_text import training_text
 from ..calibration.windows import check_source, window_length
 from ..errors import FistaPrunerError
 from ..execution.training import open_model
-from ..models.files.record import read_pruning_record
 from ..models.source import ModelSource
 from ..recipes.recover_settings import RecoverRecipe
 from ..recipes.settings import Recipe
@@ -52,14 +51,8 @@ def check_following(recipe: Recipe, dense: ModelSource) -> None:
         dense: the model.
 
     Raises:
-        FistaPrunerError: nothing to train, or a text that cannot be read, or is too short for the windows.
+        FistaPrunerError: a text that cannot be read, or is too short for the windows.
     """
-    zeros = any(pattern.fraction for pattern in recipe.patterns) or read_pruning_record(dense.folder)
-    if recipe.structure.only_experts and not zeros:
-        raise FistaPrunerError(
-            f"recover: it trains operators that have zeros or lost channels, and structure {recipe.structure.remove} "
-            "makes none: leave recover out, or give a --sparsity too"
-        )
     following, calibration = recipe.recover, recipe.calibration
     data = following.data
     if data.source is None and not data.tasks:

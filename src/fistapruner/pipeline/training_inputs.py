@@ -17,7 +17,7 @@ from ..evaluation.inspection import inspect_checkpoint
 from ..execution.training import open_model
 from ..models.discovery import Layout, discover
 from ..models.files.low_rank import refuse_low_rank
-from ..models.files.record import read_pruning_record
+from ..models.files.record import lost_structure, read_pruning_record
 from ..models.layerwise import LayerwiseModel
 from ..models.source import UNTRUSTED, ModelSource, Permissions
 from ..recipes.training_settings import TrainingRecipe
@@ -131,7 +131,7 @@ def check_training_inputs(
     dense_source = _find_dense(replace(request, recipe=recipe), origin, source)
     model = open_model(source, recipe)
     _check_precision(model)
-    layout, claims, survivors, zeros = _operators(source.folder, model, recipe)
+    layout, claims, survivors, zeros = _operators(source, model, recipe)
     _say_rank(recipe, layout, listener)
     if recipe.parameters in ("spp", "hira") and any(operator.experts for _, operator in layout.operators()):
         listener.say("experts are trained, which PEFT's HiRA does not reach: no adapter is written beside the model")
@@ -222,26 +222,33 @@ def asked(recipe: TrainingRecipe) -> dict[str, Any]:
 
 
 def _operators(
-    folder: Path, model: LayerwiseModel, recipe: TrainingRecipe
+    source: ModelSource, model: LayerwiseModel, recipe: TrainingRecipe
 ) -> tuple[Layout, dict[str, str], dict[str, int], int]:
     """Find the operators to train, and check the claims about their zeros; count both sorts of weights.
+
+    They are those with zeros; of a model that lost channels, heads or experts, all.
 
     Raises:
         FistaPrunerError: a claim does not hold, or no operator has zeros.
     """
-    found = inspect_checkpoint(folder, stacks=model.checkpoint.stacks.values())
+    folder = source.folder
+    found = inspect_checkpoint(folder, allow_pickle=source.allow_pickle, stacks=model.checkpoint.stacks.values())
     if found.violations:
         raise FistaPrunerError(
             f"{folder} is not what its record claims: {found.violations[0]}; 'fistapruner inspect {folder}' shows all"
         )
     pruned = {operator.name: operator for operator in found.pruned}
     layout = discover(model)
+    smaller = lost_structure(read_pruning_record(folder))
     claims, survivors = {}, {}
-    for name, _ in layout.operators():
+    for name, found_operator in layout.operators():
         operator = pruned.get(model.source(f"{name}.weight"))
         if operator is not None:
             claims[name] = operator.claim or operator.pattern or f"{operator.sparsity:.4%}"
             survivors[name] = operator.weights - operator.zeros
+        elif smaller:
+            claims[name] = "0%"
+            survivors[name] = found_operator.rows * found_operator.columns
     if not claims:
         raise FistaPrunerError(f"{folder}: no operator has zeros to keep; prune it first")
     layout = layout.only(claims).select(recipe, "train")

@@ -7,7 +7,6 @@ comes after sees a smaller layer, whose targets are still the dense model's outp
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import replace
 from typing import Any
 
 import torch
@@ -192,7 +191,7 @@ def _fitted(
     known = passes.channels_of(number)
     with clock.phase("structure"):
         weight, warnings = reconstructed(known.problem)
-        problem = known.problem.around(weight)
+        known = known.around(weight)
     with clock.phase("capture"):
         if unit.columns > 1:
             divergence = head_divergence(model, index, unit.consumer.name, passes.seen)
@@ -202,7 +201,7 @@ def _fitted(
         else:
             scores = channel_criterion(weight, producers, moment)
             keep = best_channels(scores, unit.after)
-    return replace(known, problem=problem), keep, [*said, *warnings]
+    return known, keep, [*said, *warnings]
 
 
 def _ordered(

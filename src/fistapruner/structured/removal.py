@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -30,6 +30,13 @@ class ChannelStatistics:
     mean: Tensor
     halves: tuple[Tensor, Tensor] | None
     drift_mean: Tensor | None = None
+
+    def around(self, weight: Tensor) -> ChannelStatistics:
+        """Write the same problem around other weights, (m, n): every V keeps its error, with a bias, too."""
+        drift_mean = (self.problem.weight - weight).double() @ self.mean
+        if self.drift_mean is not None:
+            drift_mean += self.problem.target * self.drift_mean
+        return replace(self, problem=self.problem.around(weight), drift_mean=drift_mean)
 
 
 @dataclass(frozen=True)
