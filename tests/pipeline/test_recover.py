@@ -742,3 +742,11 @@ def test_bad_input_of_a_recovery_that_follows_shows_before_pruning(
 def test_a_finished_run_is_evaluated_where_a_command_asks_for_it(bench: Bench, run: Path) -> None:
     evaluated = recover(bench.pruned(), run, evaluate="python", evaluate_windows=1)
     assert len(evaluated.evaluations) == 1
+
+
+def test_a_text_is_cut_into_windows_of_the_run_before_whatever_training_takes(bench: Bench, tmp_path: Path) -> None:
+    """So that perplexities before and after can be compared with those of the pruning run."""
+    data = {"seqlen": SEQLEN // 2}
+    report = recover(bench.pruned(), tmp_path / "out", evaluate="python", evaluate_windows=1, data=data)
+    assert report.evaluations[0].perplexity is not None
+    assert report.evaluations[0].perplexity.seqlen == SEQLEN

@@ -139,7 +139,8 @@ def add_evaluation_of_result(parser: argparse.ArgumentParser) -> None:
         "--evaluate",
         default="auto",
         metavar="DATA",
-        help="text for the perplexity: as for prune, or auto, that of the run that goes in (default: %(default)s)",
+        help="text for the perplexity: as for prune, or auto, that of the run that goes in (default: %(default)s); in "
+        "windows as long as those of that run, whatever --seqlen says",
     )
     parser.add_argument(
         "--evaluate-windows", type=int, default=None, metavar="N", help="windows of that text (default: all)"

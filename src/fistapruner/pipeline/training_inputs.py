@@ -144,8 +144,9 @@ def check_training_inputs(
     tokenizer, length = source.tokenizer(), window_length(seqlen[0], model, TRAINING_SEQLEN, seqlen[1])
     evaluation = request.evaluation_beside(evaluation_of(origin) if request.evaluates else None)
     if evaluation is not None:  # a fault in the text shows now
-        evaluation = evaluation.model_copy(update={"seqlen": evaluation.seqlen or length})
-        cut = load_windows(evaluation.data, tokenizer, evaluation.seqlen or length, evaluation.windows)
+        evaluated = evaluation.seqlen or evaluated_length(origin) or length
+        evaluation = evaluation.model_copy(update={"seqlen": evaluated})
+        cut = load_windows(evaluation.data, tokenizer, evaluated, evaluation.windows)
         model.check_tokens(cut.tokens)
     return Inputs(
         source,
@@ -301,5 +302,13 @@ def evaluation_of(origin: RunDirectory | None) -> EvaluationRequest | None:
     record = origin.record() if origin is not None else None
     if record is None or record.decision.evaluation is None:
         return None
-    seqlen = record.decision.evaluation.seqlen or (record.calibration.seqlen if record.calibration else None)
-    return record.decision.evaluation.model_copy(update={"seqlen": seqlen})
+    return record.decision.evaluation.model_copy(update={"seqlen": evaluated_length(origin)})
+
+
+def evaluated_length(origin: RunDirectory | None) -> int | None:
+    """Return the length of the windows that the input's run was evaluated on, or was calibrated on."""
+    record = origin.record() if origin is not None else None
+    if record is None:
+        return None
+    evaluation, calibration = record.decision.evaluation, record.calibration
+    return (evaluation and evaluation.seqlen) or (calibration and calibration.seqlen)
