@@ -443,6 +443,14 @@ def dense_changed(bench: Bench, folder: Path) -> dict[str, Any]:
     return {"model": folder / "run"}
 
 
+def dense_config_changed(bench: Bench, folder: Path) -> dict[str, Any]:
+    found = dense_changed(bench, folder)
+    shutil.copytree(bench.dense(), folder / "dense", dirs_exist_ok=True)
+    config = folder / "dense" / "config.json"
+    config.write_text(json.dumps({**json.loads(config.read_text()), "rms_norm_eps": 1e-3}))
+    return found
+
+
 def dense_changed_since_recovery(bench: Bench, folder: Path) -> dict[str, Any]:
     dense = Path(shutil.copytree(bench.dense(), folder / "dense"))
     recover(bench.pruned(), folder / "run", dense=dense, steps=1)
@@ -495,6 +503,7 @@ BAD: dict[str, tuple[Callable[[Bench, Path], dict[str, Any]], str]] = {
     "text of no model, loss auto": (nobody_generates_for_auto, r"--data self needs the dense model, which .*plain"),
     "dense model not there": (dense_not_there, r"--dense: model '.*nowhere' does not exist"),
     "dense model changed": (dense_changed, rf"dense.model\.safetensors {CHANGED}; name the right one with --dense"),
+    "config of the dense model changed": (dense_config_changed, rf"dense.config\.json {CHANGED}; name the right one"),
     "dense model changed since a recovery": (
         dense_changed_since_recovery,
         rf"dense.model\.safetensors {CHANGED}; name the right one with --dense",

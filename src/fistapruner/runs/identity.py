@@ -30,19 +30,20 @@ def fingerprint(
         numerics: what decides the last bits.
         *more: what else decides the result, as JSON values.
     """
-    identity = [recipe.fingerprint(), stamps(checkpoint), checkpoint.config, numerics.model_dump(), *more]
+    identity = [recipe.fingerprint(), stamps(checkpoint), numerics.model_dump(), *more]
     digest = hashlib.sha256(json.dumps(identity, sort_keys=True).encode())
     digest.update(tokens.to(torch.int64).numpy().tobytes())
     return digest.hexdigest()[:16]
 
 
 def stamps(checkpoint: Checkpoint) -> list[tuple[str, str]]:
-    """Identify a checkpoint's weights: the name of every file, and a hash of samples of its bytes."""
-    return [(name, sampled_sha256(file.path)) for name, file in checkpoint.files.items()]
+    """Identify a checkpoint: a hash of its config, and for every weight file one of samples of its bytes."""
+    config = hashlib.sha256(json.dumps(checkpoint.config, sort_keys=True).encode()).hexdigest()
+    return [("config.json", config), *((name, sampled_sha256(file.path)) for name, file in checkpoint.files.items())]
 
 
 def changed_files(before: Iterable[tuple[str, str]], source: ModelSource) -> str | None:
-    """Say which weight file of a model is not what it was; None where all are.
+    """Say which file of a model is not what it was; None where all are.
 
     Args:
         before: its :func:`stamps` then.
