@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from itertools import combinations
 
 import pytest
@@ -259,6 +260,118 @@ def test_the_bias_of_flap_takes_the_mean_of_what_goes() -> None:
         around = known.around(weight + 0.1 * torch.randn(5, 12, generator=generator))
         assert removal_error(around, removal.places, removal.weight, removal.bias) == pytest.approx(found, rel=1e-3)
         assert remove_channels(known, 8, Structure(method="flap")).bias is None
+
+
+def with_intercept(inputs: Tensor, target: Tensor) -> tuple[Tensor, Tensor, float]:
+    """Least-squares weights and bias, and their squared error a token, in fp64."""
+    inputs = torch.cat((inputs, torch.ones(len(inputs), 1)), 1).double()
+    found = torch.linalg.lstsq(inputs, target.double()).solution
+    return found[:-1].T, found[-1], float((inputs @ found - target).square().sum() / len(inputs))
+
+
+@pytest.mark.parametrize(("drift", "target"), [(0.0, 1.0), (0.3, 1.0), (0.3, 0.5)])
+def test_a_refit_with_a_bias_is_least_squares_with_an_intercept(drift: float, target: float) -> None:
+    generator = torch.Generator().manual_seed(2)
+    dense, noise = torch.randn(2, 80, 9, generator=generator)
+    dense = dense @ torch.randn(9, 9, generator=generator) + torch.arange(9.0) * 0.7
+    seen = dense + drift * (noise + 0.5)
+    weight = torch.randn(5, 9, generator=generator)
+    sums = ChannelSums(weight, 4, drift_from="outputs" if drift else None)
+    for window, (inputs, outputs) in enumerate(zip(seen.split(20), (dense @ weight.T).split(20), strict=True)):
+        sums.add(window, inputs[None], outputs if drift else None)
+    known = sums.statistics("operator", target)
+    wanted = (target * dense + (1 - target) * seen).double() @ weight.T.double()
+    energy = float((dense.double() @ weight.T.double()).square().sum() / 80)
+    for count in (8, 5):
+        removal = remove_channels(known, count, Structure(shrink=0.0), biased=True)
+        values, intercept, error = with_intercept(seen[:, removal.places], wanted)
+        change = intercept if removal.bias is None else removal.bias.double() - intercept
+        torch.testing.assert_close(removal.weight.double(), values, rtol=1e-3, atol=1e-3)
+        torch.testing.assert_close(change, torch.zeros_like(change), rtol=0, atol=5e-3)
+        found = removal_error(known, removal.places, removal.weight, removal.bias)
+        assert found == pytest.approx(error / energy, rel=1e-3)
+        assert known.centred().restricted(removal.places).relative_errors(removal.weight)[0] == pytest.approx(
+            found, rel=1e-3
+        )
+        alone = remove_channels(known, count, Structure(shrink=0.0), chosen=removal.keep)
+        assert alone.bias is None
+        assert found < removal_error(known, alone.places, alone.weight)
+        if count == 8:  # obs knows what the bias makes up for
+            singles = [with_intercept(seen[:, [k for k in range(9) if k != j]], wanted)[2] for j in range(9)]
+            assert removal.keep.tolist() == [k for k in range(9) if k != min(range(9), key=lambda j: singles[j])]
+
+
+def test_a_bias_makes_up_for_constant_channels() -> None:
+    """One goes at no cost, whatever its energy, and its constant is in the bias; kept ones change nothing."""
+    generator = torch.Generator().manual_seed(0)
+    inputs = torch.randn(TOKENS, CHANNELS, generator=generator)
+    inputs[:, 2:4] = torch.tensor([30.0, 40.0])
+    weight = torch.randn(ROWS, CHANNELS, generator=generator)
+    known = replace(statistics(weight, inputs), half_means=(inputs[:100].mean(0), inputs[100:].mean(0)))
+    removal = remove_channels(known, CHANNELS - 1, Structure(), biased=True)
+    assert removal.bias is not None
+    assert 2 not in removal.keep.tolist()
+    assert removal_error(known, removal.places, removal.weight, removal.bias) < 1e-6
+    torch.testing.assert_close(removal.weight, weight[:, removal.keep], rtol=1e-3, atol=1e-3)
+    torch.testing.assert_close(removal.bias, 30 * weight[:, 2], rtol=1e-2, atol=1e-2)
+    assert not removal.warnings
+
+
+def test_cross_validation_tests_the_bias_of_the_fitted_half() -> None:
+    generator = torch.Generator().manual_seed(3)
+    inputs = torch.randn(60, 6, generator=generator) @ torch.randn(6, 6, generator=generator) + torch.arange(6.0)
+    inputs[30:] += 0.2
+    weight, keep = torch.randn(5, 6, generator=generator), torch.tensor([0, 2, 5])
+    halves = inputs[:30], inputs[30:]
+    grams, means = [part.T @ part / 30 for part in halves], [part.double().mean(0) for part in halves]
+    problem = LayerProblem.from_activations(weight, inputs)
+    plain, fitted = validation_errors(problem, grams, keep, (1.0, 0.0), means)
+    expected, constant = 0.0, 0.0
+    for one, other in (halves, halves[::-1]):
+        wanted = other.double() @ weight.T.double()
+        values, bias, _ = with_intercept(one[:, keep], one @ weight.T)
+        expected += float((other[:, keep].double() @ values.T + bias - wanted).square().mean(0).sum()) / 2
+        mean = (one @ weight.T - one[:, keep] @ weight[:, keep].T).mean(0)
+        constant += float((other[:, keep] @ weight[:, keep].T + mean - wanted).square().mean(0).sum()) / 2
+    energy = float((inputs.double() @ weight.T.double()).square().mean(0).sum())
+    assert fitted == pytest.approx(expected / energy, rel=1e-3)
+    assert plain == pytest.approx(constant / energy, rel=1e-3)
+
+
+@pytest.mark.parametrize(
+    ("compared", "splits"),
+    [
+        (1, ([1, 1, 1, 1, 1], [1, 2, 2], [1, 3, 1], [1, 4])),
+        (3, ([1, 1, 1, 1, 1], [2, 1, 2], [3, 2])),
+        (5, ([1, 1, 1, 1, 1], [2, 2, 1], [3, 2], [5])),
+    ],
+)
+def test_statistics_are_the_same_for_all_batch_sizes(compared: int, splits: tuple[list[int], ...]) -> None:
+    """A batch across the middle window is cut; the dense model ran on the first windows only."""
+    generator = torch.Generator().manual_seed(0)
+    inputs = torch.randn(5, 7, 6, generator=generator) + torch.arange(6.0)
+    weight = torch.randn(3, 6, generator=generator)
+    dense = inputs @ weight.T + torch.randn(5, 7, 3, generator=generator)
+    residual = torch.randn(5, 7, 3, generator=generator)
+    parts = inputs[:2].reshape(-1, 6), inputs[2:].reshape(-1, 6)
+    drift = (dense - inputs @ weight.T + residual)[:compared].reshape(-1, 3).double().mean(0)
+    for sizes in splits:
+        sums = ChannelSums(weight, 5, drift_from="outputs")
+        start = 0
+        for size in sizes:
+            rows = slice(start, start + size)
+            told = (dense[rows].reshape(-1, 3), residual[rows].reshape(-1, 3)) if rows.stop <= compared else ()
+            sums.add(start, inputs[rows], *told)
+            start += size
+        known = sums.statistics("operator", 1.0)
+        assert known.halves is not None
+        assert known.half_means is not None
+        assert known.drift_mean is not None
+        for gram, mean, part in zip(known.halves, known.half_means, parts, strict=True):
+            torch.testing.assert_close(gram, part.T @ part / len(part), rtol=1e-5, atol=1e-5)
+            torch.testing.assert_close(mean, part.double().mean(0), rtol=1e-6, atol=1e-6)
+        torch.testing.assert_close(known.mean, inputs.double().mean((0, 1)), rtol=1e-6, atol=1e-6)
+        torch.testing.assert_close(known.drift_mean, drift, rtol=1e-5, atol=1e-5)
 
 
 def test_importance_of_rows_decides_which_channels_stay() -> None:

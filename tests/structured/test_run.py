@@ -87,6 +87,8 @@ def test_the_result_computes_what_the_dense_model_with_zeroed_channels_does(tmp_
             whole = oriented(before.get_parameter(f"{consumer}.weight"), architecture)
             whole.zero_()
             whole[:, keep] = oriented(after.get_parameter(f"{consumer}.weight"), architecture)
+            if before.get_submodule(consumer).bias is not None:
+                before.get_submodule(consumer).bias.copy_(after.get_submodule(consumer).bias)
         changed |= {
             f"{layer.name}.{name}.{kind}" for name in (*removal.producers, consumer) for kind in ("weight", "bias")
         }
@@ -322,6 +324,36 @@ def test_zeros_and_structure_aim_at_the_dense_outputs(tmp_path: Path) -> None:
         error = float((inputs_of(mixed, name, tokens) @ new.T - wanted).square().sum() / wanted.square().sum())
         entry = next(operator for operator in layer.operators if operator.name == "mlp.down_proj")
         assert entry.relative_error == pytest.approx(error, rel=1e-3)
+
+
+@pytest.mark.parametrize("architecture", ["opt", "gpt2"])
+@pytest.mark.parametrize("sparsity", ["0%", "50%"])
+def test_a_refit_fits_the_bias_too_and_zeros_aim_at_what_it_leaves(
+    tmp_path: Path, architecture: str, sparsity: str
+) -> None:
+    """The errors in the report are those of the outputs with the new bias against those with the old one."""
+    folder = tiny.save(architecture, tmp_path / "model")
+    settings = {"propagate": "pruned", "dense_target": 1.0, "residual": "none", "sparsity": sparsity}
+    report = fp.prune(str(folder), tmp_path / "run", **LESS, **settings)
+    tokens = PruneDirectory(tmp_path / "run").tokens()
+    dense, small = (AutoModelForCausalLM.from_pretrained(path).eval() for path in (folder, tmp_path / "run" / "model"))
+    for layer in report.layers:
+        (removal,) = layer.removals
+        name = f"{layer.name}.{removal.consumer}"
+        wanted, found = (
+            inputs_of(model, name, tokens)
+            @ oriented(model.get_parameter(f"{name}.weight").detach().double(), architecture).T
+            for model in (dense, small)
+        )
+        change = (small.get_submodule(name).bias - dense.get_submodule(name).bias).detach().double()
+        entry = next(operator for operator in layer.operators if operator.name == removal.consumer)
+        error = float((found + change - wanted).square().sum() / wanted.square().sum())
+        assert entry.relative_error == pytest.approx(error, rel=1e-3)
+        if sparsity == "0%":
+            assert removal.relative_error == entry.relative_error
+            mean = (wanted - found).mean(0)
+            torch.testing.assert_close(change, mean, rtol=1e-3, atol=1e-4)
+            assert removal.relative_error < removal.dropped_error
 
 
 @pytest.mark.parametrize(

@@ -109,6 +109,8 @@ def test_the_result_is_the_dense_model_with_zeroed_channels(
             whole.zero_()
             new = after.get_parameter(f"{removal.consumer}.weight").detach()
             whole[:, keep] = new.T if turned else new
+            if before.get_submodule(removal.consumer).bias is not None:
+                before.get_submodule(removal.consumer).bias.data.copy_(after.get_submodule(removal.consumer).bias)
     tokens = torch.randint(3, tiny.VOCABULARY, (2, 16), generator=torch.Generator().manual_seed(0))
     torch.testing.assert_close(small(tokens).logits, dense(tokens).logits, rtol=1e-4, atol=1e-4)
     for cache in ("dynamic", "static"):
@@ -143,6 +145,7 @@ def test_heads_of_a_fused_projection_are_cut_where_the_forward_pass_follows(tmp_
         columns = (heads[:, None] * size + torch.arange(size)).flatten()
         before.dense.weight.detach().zero_()
         before.dense.weight.detach()[:, columns] = after.dense.weight.detach()
+        before.dense.bias.detach().copy_(after.dense.bias.detach())
     tokens = torch.randint(3, tiny.VOCABULARY, (2, 16), generator=torch.Generator().manual_seed(0))
     torch.testing.assert_close(small(tokens).logits, dense(tokens).logits, rtol=1e-4, atol=1e-4)
     made = [model.generate(tokens, max_new_tokens=4, do_sample=False, pad_token_id=0) for model in (small, dense)]

@@ -70,7 +70,15 @@ def peak_bytes(work: Callable[[], object]) -> int:
     return int(counter.peak)
 
 
-def removal_bytes(rows: int, inputs: int, kept: int, settings: Structure, device: torch.device | str = "cpu") -> int:
+def removal_bytes(
+    rows: int,
+    inputs: int,
+    kept: int,
+    settings: Structure,
+    device: torch.device | str = "cpu",
+    *,
+    biased: bool = False,
+) -> int:
     """Estimate the peak bytes of removing channels of an operator, by removing some of a small one.
 
     Args:
@@ -78,6 +86,7 @@ def removal_bytes(rows: int, inputs: int, kept: int, settings: Structure, device
         inputs: its channels; ``kept``: those that stay.
         settings: how channels are chosen; what goa and bypass need is that of energy with a refit.
         device: device of the work.
+        biased: the operator has a bias.
     """
     small = min(inputs, PROBE_INPUTS)
     scale = inputs / small
@@ -88,10 +97,11 @@ def removal_bytes(rows: int, inputs: int, kept: int, settings: Structure, device
     if settings.method in ("goa", "bypass"):
         settings = settings.model_copy(update={"method": "energy", "compensate": "refit"})
     problem = LayerProblem(weight, gram, torch.zeros_like(weight), torch.zeros(len(weight), device=device))
-    known = ChannelStatistics(problem, torch.zeros(small, device=device), (gram.clone(), gram.clone()))
+    mean, drift_mean = (torch.zeros(count, dtype=torch.float64, device=device) for count in (small, len(weight)))
+    known = ChannelStatistics(problem, mean, (gram.clone(), gram.clone()), drift_mean, (mean, mean))
     held = 4 * (3 * gram.numel() + 2 * weight.numel())
     few = min(max(1, round(kept / scale)), small - 1)
-    return int((held + peak_bytes(lambda: remove_channels(known, few, settings))) * scale**2)
+    return int((held + peak_bytes(lambda: remove_channels(known, few, settings, biased=biased))) * scale**2)
 
 
 def kept_bytes(work: Callable[[], object]) -> int:

@@ -267,10 +267,21 @@ class Sizes:
             * max([unit.consumer.columns for unit in units] + [op.columns for group in groups for op in group]),
             removal=max(
                 (
-                    removal_bytes(rows, columns, kept, recipe.structure, model.device)
-                    for rows, columns, kept in (
-                        *((unit.consumer.rows, unit.consumer.columns, unit.after * unit.columns) for unit in units),
-                        *((sum(op.rows for op in groups[number]), groups[number][0].columns, 1) for number in fitted),
+                    removal_bytes(rows, columns, kept, recipe.structure, model.device, biased=biased)
+                    for rows, columns, kept, biased in (
+                        *(
+                            (
+                                unit.consumer.rows,
+                                unit.consumer.columns,
+                                unit.after * unit.columns,
+                                model.layers[index].get_submodule(unit.consumer.name).bias is not None,
+                            )
+                            for unit in units
+                        ),
+                        *(
+                            (sum(op.rows for op in groups[number]), groups[number][0].columns, 1, False)
+                            for number in fitted
+                        ),
                     )
                 ),
                 default=0,

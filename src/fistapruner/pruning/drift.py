@@ -129,6 +129,11 @@ class DenseActivations:
         self._layer = layer
         self._operators = {number: groups[number][0] for number in sources}
         self._sources = sources
+        self._biases = {
+            number: bias.detach().to(torch.float32, copy=True)  # type: ignore[operator]
+            for number, operator in self.output_operators
+            if (bias := layer.get_submodule(operator.name).bias) is not None
+        }
         self._kept = {
             number: store(f"dense-{index}-{number}", (dense.samples, dense.seqlen, kept_width(groups[number], source)))
             for number, source in sources.items()
@@ -160,10 +165,14 @@ class DenseActivations:
         if kept is None or start >= kept.samples:
             return None
         values = kept.read(start, stop, device).flatten(0, 1)
-        if self._sources[number] == "inputs":
-            return values
-        bias = self._layer.get_submodule(self._operators[number].name).bias
-        return values if bias is None else values.float() - bias.float()  # type: ignore[operator]
+        return values.float() - self._biases[number] if number in self._biases else values
+
+    def bias_drift(self, number: int) -> Tensor | None:
+        """Return the dense bias of group ``number`` less the present one, (m,); None where they are the same."""
+        if number not in self._biases:
+            return None
+        drift = self._biases[number] - self._layer.get_submodule(self._operators[number].name).bias  # type: ignore[operator]
+        return drift if bool(drift.any()) else None
 
     def close(self, number: int) -> None:
         """Release the stored activations of group ``number``."""

@@ -392,13 +392,17 @@ class LayerPasses:
         )
 
     def _drift(self, number: int, start: int, inputs: Tensor) -> tuple[Tensor | None, Tensor | None]:
-        """Read what the dense model has in place of ``inputs``, and the residual stream's drift."""
+        """Read what the dense model has in place of ``inputs``, and the drift of the residual stream and the bias."""
         stop = start + inputs.shape[0]
         dense = drift = None
         if self._activations is not None:
             dense = self._activations.read(number, start, stop, inputs.device)
         if dense is not None and self._residual is not None and number in self._residual:
             drift = self._residual.drift(number, start, stop, inputs.device)
+        if dense is not None and self._activations is not None:
+            bias = self._activations.bias_drift(number)
+            if bias is not None:
+                drift = bias.expand(len(dense), -1) if drift is None else drift.add_(bias)
         return dense, drift
 
     def _close_wanted(self) -> None:

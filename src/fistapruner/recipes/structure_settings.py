@@ -90,9 +90,9 @@ class Structure(Settings):
     )
     compensate: Literal["auto", "refit", "bias", "none"] = Field(
         "auto",
-        description="Least-squares weights of the remaining channels (refit), their weights as they were with the mean "
-        "of what is removed added to the bias, where the operator has one (bias), or nothing (none). auto is bias for "
-        "flap and none for goa and bypass, as published, and refit for the others.",
+        description="Least-squares weights of the remaining channels, and bias where the operator has one (refit), "
+        "their weights as they were with the mean of what is removed added to that bias (bias), or nothing (none). "
+        "auto is bias for flap and none for goa and bypass, as published, and refit for the others.",
     )
     shrink: Annotated[Literal["auto"] | Annotated[float, Field(ge=0.0, le=1.0)], BeforeValidator(_shrink)] = Field(
         "auto",

@@ -12,7 +12,7 @@ from ..problem import LayerProblem
 from ..recipes.structure_settings import Structure
 from .elimination import eliminate
 from .scores import channel_scores
-from .shrinkage import GRID, for_twice_the_tokens, refitted, shrunk, validation_errors
+from .shrinkage import GRID, covariance, for_twice_the_tokens, refitted, shrunk, validation_errors
 
 
 @dataclass(frozen=True)
@@ -24,12 +24,35 @@ class ChannelStatistics:
         mean: (n,) mean of the inputs over tokens.
         drift_mean: (m,) mean drift of the outputs from those of the dense operator; None without drift.
         halves: (n, n) Grams of two halves of the windows; None where there is one window only.
+        half_means: (n,) means of the inputs in each half; None with ``halves``.
     """
 
     problem: LayerProblem
     mean: Tensor
     halves: tuple[Tensor, Tensor] | None
     drift_mean: Tensor | None = None
+    half_means: tuple[Tensor, Tensor] | None = None
+
+    @property
+    def target_mean(self) -> Tensor:
+        """(m,) fp64 mean of the target outputs, without bias."""
+        mean = self.problem.weight.double() @ self.mean.double()
+        return mean if self.drift_mean is None else mean + self.problem.target * self.drift_mean
+
+    def centred(self) -> LayerProblem:
+        """Return the problem with inputs and drift less their means: its errors are those with the best bias.
+
+        For weights V that bias changes by ``mean(t) - V mean(x)``, with t the target outputs. With mu the mean of the
+        inputs and s that of the drift, H becomes ``H - mu mu^T``, R ``R - s mu^T`` and d ``d - s^2``.
+        """
+        problem = self.problem
+        gram = covariance(problem.gram, self.mean)
+        drift, energy = problem.drift, problem.drift_energy
+        if drift is not None and energy is not None and self.drift_mean is not None:
+            drift = drift - torch.outer(self.drift_mean, self.mean).to(drift.dtype)
+            drift = drift.mul_(gram.diagonal() > 0)
+            energy = (energy.double() - self.drift_mean.square()).clamp_min(0)
+        return replace(problem, gram=gram, drift=drift, drift_energy=energy)
 
     def around(self, weight: Tensor) -> ChannelStatistics:
         """Write the same problem around other weights, (m, n): every V keeps its error, with a bias, too."""
@@ -50,9 +73,10 @@ class Removal:
         bias: (m,) fp32 what is added to its bias; None where nothing is.
         shrink: share of shrinkage that was used; None where nothing depended on it.
         dense: relative error of the operator with all its channels, from drift alone; None without drift.
-        dropped: relative error with the channels removed and the other weights as they were.
+        dropped: relative error with the channels removed and the other weights, and the bias, as they were.
         validated: mean relative error on tokens that the weights were not fitted on (fitted on half of the windows,
-            tested on the other, drift left out); ``validated_dropped``: without making up for the removed channels.
+            tested on the other, drift left out), None where none were fitted; ``validated_dropped``: without making up
+            for the removed channels.
         warnings: sentences.
     """
 
@@ -87,10 +111,13 @@ def remove_channels(
         importance: (m,) weights of the rows in the choice; None counts all alike.
         block: consecutive inputs of each channel, which stay or go together.
         chosen: (kept,) places of the channels to keep, ascending, where another method has chosen them.
-        biased: the operator has a bias.
+        biased: the operator has a bias. A refit fits it, too, so it is on the covariance of the inputs, as is obs.
     """
     problem = known.problem
-    rated = problem if importance is None else problem.weighted(importance)
+    biased = biased and settings.compensation != "none"
+    fitting = known.centred() if biased else problem
+    rated = fitting if settings.method == "obs" else problem
+    rated = rated if importance is None else rated.weighted(importance)
     channels = problem.shape[1] // block
     warnings: list[str] = []
     if chosen is None:
@@ -98,7 +125,7 @@ def remove_channels(
         keep = best_channels(channel_scores(method, rated, known.mean).view(-1, block).sum(1), kept)
     else:
         keep = chosen.to(problem.weight.device)
-    shrink, tested = choose_shrink(known, block_places(keep, block), settings)
+    shrink, tested = choose_shrink(known, block_places(keep, block), settings, biased=biased)
     if settings.method == "obs" and chosen is None:
         found = eliminate(shrunk(rated, shrink), channels - kept, block)
         warnings += found.warnings
@@ -109,17 +136,21 @@ def remove_channels(
     small = problem.restricted(places)
     weight = small.weight
     if settings.compensation == "refit":
-        weight, more = refitted(shrunk(problem, shrink).restricted(places))
+        weight, more = refitted(shrunk(fitting, shrink).restricted(places))
         warnings += more
     bias = None
-    if settings.compensation == "bias" and biased:
-        gone = torch.ones(problem.shape[1], dtype=torch.bool, device=places.device)
-        gone[places] = False
-        bias = (problem.weight[:, gone].double() @ known.mean[gone].double()).float()
+    if biased:
+        wanted = (
+            known.target_mean if settings.compensation == "refit" else problem.weight.double() @ known.mean.double()
+        )
+        bias = (wanted - weight.double() @ known.mean[places].double()).float()
     used = settings.compensation == "refit" or settings.method == "obs"
-    errors = None
+    validated = validated_dropped = None
     if tested is not None and known.halves is not None:
-        errors = validation_errors(problem, known.halves, places, (tested, 1.0))
+        (validated_dropped,) = validation_errors(problem, known.halves, places, (1.0,))
+        if settings.compensation == "refit":
+            means = known.half_means if biased else None
+            (validated,) = validation_errors(problem, known.halves, places, (tested,), means)
     dense = problem.dense_errors()
     dropped = small.dense_errors()
     assert dropped is not None
@@ -131,8 +162,8 @@ def remove_channels(
         shrink=shrink if used else None,
         dense=None if dense is None else dense[0],
         dropped=dropped[0],
-        validated=errors[0] if errors else None,
-        validated_dropped=errors[1] if errors else None,
+        validated=validated,
+        validated_dropped=validated_dropped,
         warnings=tuple(dict.fromkeys(warnings)),
     )
 
@@ -152,10 +183,7 @@ def removal_error(known: ChannelStatistics, places: Tensor, weight: Tensor, bias
     error = problem.restricted(places).relative_errors(weight)[0]
     if bias is None:
         return error
-    target = problem.weight.double() @ known.mean
-    if known.drift_mean is not None:
-        target += problem.target * known.drift_mean
-    shift = 2 * (weight.double() @ known.mean[places] - target) + bias.double()
+    shift = 2 * (weight.double() @ known.mean[places].double() - known.target_mean) + bias.double()
     assert problem.energy is not None
     return max(error + float((bias.double() * shift).sum() / problem.energy.double().sum()), 0.0)
 
@@ -170,13 +198,16 @@ def choose_share(errors: Sequence[float], shares: Sequence[float] = GRID) -> flo
     return min(zip(errors, (-share for share in shares), strict=True))[1] * -1.0
 
 
-def choose_shrink(known: ChannelStatistics, keep: Tensor, settings: Structure) -> tuple[float, float | None]:
+def choose_shrink(
+    known: ChannelStatistics, keep: Tensor, settings: Structure, *, biased: bool = False
+) -> tuple[float, float | None]:
     """Choose the share of shrinkage.
 
     Args:
         known: what is known of the operator's inputs.
         keep: (k,) its inputs that stay.
         settings: what it is for.
+        biased: a bias makes up for the means.
 
     Returns:
         The share, and the one that cross-validation chose for half of the tokens; None where it did not.
@@ -185,7 +216,9 @@ def choose_shrink(known: ChannelStatistics, keep: Tensor, settings: Structure) -
         return float(settings.shrink), None
     if known.halves is None or (settings.compensation != "refit" and settings.method != "obs"):
         return 0.5, None
-    best = choose_share(validation_errors(known.problem, known.halves, keep))
+    best = choose_share(
+        validation_errors(known.problem, known.halves, keep, means=known.half_means if biased else None)
+    )
     return for_twice_the_tokens(best), best
 
 

@@ -8,6 +8,9 @@ of about n / p of pure noise. So channels are chosen and made up for with
 which is the same as a penalty g / (1 - g) sum_j H_jj ||V_j - W_j||^2 on the changes of each channel, in the channel's
 own units. g = 0 is plain least squares; with g = 1 the kept weights stay as they were.
 
+An operator with a bias makes up for the means as well, exactly: then H is the covariance of its inputs
+(:func:`covariance`).
+
 The share needs no text, only the Grams of two halves of the calibration windows: fitted on one half, tested on the
 other, both ways (:func:`validation_errors`). The weights are then fitted on twice as many tokens, and the best penalty
 g / (1 - g) falls as 1 / tokens: it is halved (:func:`for_twice_the_tokens`). Measured on SmolLM2's layers 0, 2 and 4,
@@ -29,6 +32,9 @@ from ..solvers.conditioning import alive_gram, damped_cholesky
 GRID = (0.0, 0.05, 0.1, 0.2, 0.35, 0.5, 0.7, 1.0)
 """Shares that cross-validation tries."""
 
+CONSTANT = 1e-5
+"""Share of an input's mean square below which its variance, the difference from the squared mean, is rounding."""
+
 ROWS = 256
 """Output rows on which cross-validation compares shares, at most."""
 
@@ -42,6 +48,13 @@ def shrunk(problem: LayerProblem, share: float) -> LayerProblem:
 def shrunk_gram(gram: Tensor, share: float) -> Tensor:
     """Return ``(1 - share) H + share diag(H)``."""
     return (1 - share) * gram + share * torch.diag(gram.diagonal())
+
+
+def covariance(gram: Tensor, mean: Tensor) -> Tensor:
+    """Compute ``H - mean mean^T``; rows and columns of constant inputs are exactly zero."""
+    mean = mean.to(gram.dtype)
+    varies = gram.diagonal() - mean.square() > CONSTANT * gram.diagonal()
+    return (gram - torch.outer(mean, mean)).mul_(varies[:, None]).mul_(varies)
 
 
 def for_twice_the_tokens(share: float) -> float:
@@ -63,7 +76,11 @@ def refitted(problem: LayerProblem) -> tuple[Tensor, list[str]]:
 
 
 def validation_errors(
-    problem: LayerProblem, halves: Sequence[Tensor], keep: Tensor, shares: Sequence[float] = GRID
+    problem: LayerProblem,
+    halves: Sequence[Tensor],
+    keep: Tensor,
+    shares: Sequence[float] = GRID,
+    means: Sequence[Tensor] | None = None,
 ) -> list[float]:
     """Compute errors of removing channels on tokens that the remaining weights were not fitted on.
 
@@ -74,6 +91,7 @@ def validation_errors(
         halves: (n, n) Grams of two halves of the calibration windows.
         keep: (k,) kept channels.
         shares: shares of shrinkage.
+        means: (n,) means of the inputs in each half, where a bias is fitted along with the weights.
 
     Returns:
         For each share the mean error of both ways, of at most :data:`ROWS` rows, relative to their energy.
@@ -83,7 +101,12 @@ def validation_errors(
     assert problem.energy is not None
     energy = float(problem.energy[::step].double().sum())
     totals = [0.0] * len(shares)
-    for fitted, fresh in (halves, halves[::-1]):
+    for one, other in ((0, 1), (1, 0)):
+        fitted, fresh = halves[one], halves[other]
+        if means is not None:
+            moved = (means[other] - means[one]).to(fresh.dtype)  # the bias is that of the fitted half
+            fitted = covariance(fitted, means[one])
+            fresh = covariance(fresh, means[other]).add_(torch.outer(moved, moved))
         fitting = LayerProblem(weight, fitted, names=(problem.label,))
         testing = LayerProblem(weight, fresh, names=(problem.label,)).restricted(keep)
         for place, share in enumerate(shares):

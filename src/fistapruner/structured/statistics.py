@@ -11,7 +11,7 @@ from .removal import ChannelStatistics
 
 
 class ChannelSums:
-    """The sums of a layer problem, the means of its inputs, and the Gram of the first half of the windows.
+    """The sums of a layer problem, the means of its inputs, and both of the first half of the windows.
 
     Windows are drawn at random, so the two halves are samples of the same text. A batch that has windows of both is
     cut, so the halves do not depend on the batch size.
@@ -26,7 +26,7 @@ class ChannelSums:
         self._sums = ProblemSums(weight, drift_from=drift_from)
         self._half = windows // 2
         self._total = torch.zeros(weight.shape[1], dtype=torch.float64, device=weight.device)
-        self._first: tuple[Tensor, int] | None = None
+        self._first: tuple[Tensor, Tensor, int] | None = None
         self._drift = torch.zeros(len(weight), dtype=torch.float64, device=weight.device)
         self._compared = 0
 
@@ -55,7 +55,7 @@ class ChannelSums:
             self._drift += 0 if residual is None else residual.sum(0, dtype=torch.float64)
             self._compared += len(flat)
         if before == len(inputs):
-            self._first = self._sums.gram.clone(), self._sums.tokens
+            self._first = self._sums.gram.clone(), self._total.clone(), self._sums.tokens
 
     def statistics(self, name: str, target: float) -> ChannelStatistics:
         """Return the statistics of all windows; the sums are used up.
@@ -64,12 +64,14 @@ class ChannelSums:
             name: full name of the operator.
             target: share of the dense target.
         """
-        sums, halves = self._sums, None
+        sums, halves, half_means = self._sums, None, None
         mean = self._total / max(sums.tokens, 1)
         if self._first is not None:
-            gram, tokens = self._first
+            gram, total, tokens = self._first
             self._first = None
             rest = mirror((sums.gram - gram).div_(sums.tokens - tokens))
             halves = mirror(gram.div_(tokens)), rest
+            half_means = total / tokens, (self._total - total) / (sums.tokens - tokens)
         problem = sums.problem((name,), (len(sums.weight),), target, release=True)
-        return ChannelStatistics(problem, mean, halves, self._drift / self._compared if self._compared else None)
+        drift_mean = self._drift / self._compared if self._compared else None
+        return ChannelStatistics(problem, mean, halves, drift_mean, half_means)

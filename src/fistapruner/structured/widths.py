@@ -150,9 +150,12 @@ def error_curves(
         unit, fisher = slot.unit, rows[name].to(model.device)
         floor = 1e-8 * fisher.mean() if float(fisher.max()) > 0 else torch.ones((), device=model.device)
         known = sums.sums.statistics(name, 0.0)
-        scores = channel_scores("energy", known.problem, known.mean).view(-1, unit.columns).sum(1)
+        biased = model.layers[index].get_submodule(operator.name).bias is not None and settings.compensation != "none"
+        problem = known.centred() if biased else known.problem
+        scores = channel_scores("energy", problem, known.mean).view(-1, unit.columns).sum(1)
         keep = block_places(best_channels(scores, unit.after), unit.columns)
-        problem = shrunk(known.problem.weighted(fisher.clamp_min(floor)), choose_shrink(known, keep, settings)[0])
+        share = choose_shrink(known, keep, settings, biased=biased)[0]
+        problem = shrunk(problem.weighted(fisher.clamp_min(floor)), share)
         count = limits[slot.places.start][1] * steps[unit.kind]
         found[unit.kind, name] = eliminate(problem, count, unit.columns).costs.cpu() / 2
 
