@@ -21,9 +21,11 @@ from fistapruner.reporting.compare_page import Point, comparison_page, points, s
 from fistapruner.reporting.drawing import HEAT_LEVELS
 from fistapruner.reporting.model_card import model_card
 from fistapruner.reporting.page import run_page
+from fistapruner.reporting.structure_text import structure_table
 from fistapruner.reporting.summary import summary
 from fistapruner.reporting.write import write_page
 from fistapruner.runs.base import parse
+from fistapruner.runs.layer_records import RemovalEntry
 from fistapruner.runs.records import CalibrationTask, Comparison, Lineage, ModelFacts, Report, Stage
 from fistapruner.runs.training_records import Recovery
 from fistapruner.solvers import METHODS
@@ -169,6 +171,26 @@ def test_a_smaller_model_with_zeros_is_not_called_as_large_as_the_dense_one() ->
     assert "Rows named dense are the dense model, before structure was removed" in text
     assert filled not in text
     assert "as large" not in text
+
+
+def test_errors_of_removed_structure_are_those_that_were_measured() -> None:
+    report = samples.report(1)
+    errors = {"dropped_error": 0.2, "relative_error": 0.1, "validated_dropped": 0.3}
+    report.layers[0].removals = [
+        RemovalEntry(unit="MLP channels", before=8, after=4, method="obs", compensate="none", **errors),
+        RemovalEntry(unit="experts", before=4, after=2, kept=[0, 2], method="reap", compensate="none"),
+    ]
+    table = structure_table(report)
+    assert table.head[3:] == (
+        "error of all channels",
+        "others as they were",
+        "as written",
+        "fresh, as they were",
+        "fresh, as written",
+    )
+    channels, experts = table.rows
+    assert channels[3:] == ("0 %", "20.0 %", "10.0 %", "30.0 %", "–")
+    assert experts[3:] == ("–",) * 5
 
 
 def test_the_lineage_is_shown_stage_by_stage() -> None:

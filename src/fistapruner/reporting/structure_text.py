@@ -65,11 +65,11 @@ def structure_table(report: Report) -> Table:
             str(layer.index),
             f"{removal.unit} {removal.before} → {removal.after}{_without(removal)}",
             significant(removal.shrink) if removal.shrink is not None else "–",
-            percent(removal.dense_error or 0.0),
+            percent((removal.dense_error or 0.0) if removal.kept is None else None),
             percent(removal.dropped_error),
             percent(removal.relative_error),
-            "–" if removal.validated_dropped is None else percent(removal.validated_dropped),
-            "–" if removal.validated_error is None else percent(removal.validated_error),
+            percent(removal.validated_dropped),
+            percent(removal.validated_error),
         )
         for layer in report.layers
         for removal in layer.removals
@@ -80,9 +80,9 @@ def structure_table(report: Report) -> Table:
         "shrinkage",
         "error of all channels",
         "others as they were",
-        "others refitted",
+        "as written",
         "fresh, as they were",
-        "fresh, refitted",
+        "fresh, as written",
     )
     return Table("Removed structure by layer", head, rows, numeric=(0, 2, 3, 4, 5, 6, 7), stack=True)
 

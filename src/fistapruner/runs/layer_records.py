@@ -65,7 +65,8 @@ class RemovalEntry(Record):
         shrink: share of shrinkage of the Gram.
         dense_error: relative error of the consumer's outputs with all channels, from drift alone; ``dropped_error``:
             without the removed ones, the others' weights as they were; ``relative_error``: with the new weights.
-        validated_error, validated_dropped: the same two on tokens that were not fitted (half of the windows).
+        validated_error, validated_dropped: relative_error and dropped_error on tokens that were not fitted (half of the
+            windows), where shrinkage was chosen by them; the first only of a refit.
         permuted: shares of the weights' importance that an n:m pattern keeps in the old and in the new order of the
             remaining channels.
     """
