@@ -141,6 +141,24 @@ def test_costs_of_blocks_add_up_too(drift: float, target: float) -> None:
     assert int(found.order[0]) == min(range(4), key=lambda j: singles[j])
 
 
+@pytest.mark.parametrize(("seed", "drift", "target"), [(21, 0.3, 0.5), (23, 0.3, 0.5), (0, 0.0, 1.0)])
+def test_of_few_blocks_those_that_cost_least_together_go(seed: int, drift: float, target: float) -> None:
+    """Greedily others would, with the first two seeds."""
+    problem = make(drift, target, seed=seed, channels=12)
+
+    def cost(kept: tuple[int, ...]) -> float:
+        return brute(problem, torch.tensor([i for i in range(12) if i // 2 in kept]))
+
+    best = min(combinations(range(6), 3), key=cost)
+    known = ChannelStatistics(problem, torch.zeros(12), None)
+    assert remove_channels(known, 3, Structure(shrink=0.0), block=2).keep.tolist() == list(best)
+    found = eliminate(problem, 3, 2, every_subset=True)
+    least = brute(problem, torch.arange(12))
+    assert least + float(found.costs.sum()) == pytest.approx(cost(best), rel=1e-4, abs=1e-4)
+    if seed:
+        assert cost(tuple(set(range(6)) - set(eliminate(problem, 3, 2).order.tolist()))) > cost(best)
+
+
 def test_channels_that_others_replace_go_first_at_no_cost() -> None:
     generator = torch.Generator().manual_seed(0)
     inputs = torch.randn(TOKENS, CHANNELS, generator=generator)
@@ -197,6 +215,7 @@ def test_a_refit_is_never_worse_than_dropping_on_its_own_tokens(method: str) -> 
     assert fitted.validated is not None
     assert fitted.validated_dropped is not None
     alone = remove_channels(known, 16, Structure(method=method, compensate="none"))
+    assert alone.validated is None
     assert error(alone, known) == pytest.approx(alone.dropped)
     assert torch.equal(alone.weight, weight[:, alone.keep])
 

@@ -11,7 +11,9 @@ rank-one change of V instead of a change of an n x n matrix.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
+from itertools import combinations
 
 import torch
 from torch import Tensor
@@ -21,6 +23,9 @@ from ..solvers.conditioning import alive_gram, damped_cholesky, dead_inputs
 
 ROUNDS = 256
 """Rounds of a long elimination: in each, the cheapest channels go before costs are compared again."""
+
+FEW = 12
+"""Blocks of which all subsets are tried, where one number is to be removed."""
 
 
 @dataclass(frozen=True)
@@ -38,7 +43,7 @@ class Elimination:
     warnings: tuple[str, ...] = ()
 
 
-def eliminate(problem: LayerProblem, count: int, block: int = 1) -> Elimination:
+def eliminate(problem: LayerProblem, count: int, block: int = 1, *, every_subset: bool = False) -> Elimination:
     """Choose ``count`` input channels, or blocks of them, to remove, greedily.
 
     Ties go to the first channel. Channels that are zero on every token go first, at no cost.
@@ -47,6 +52,7 @@ def eliminate(problem: LayerProblem, count: int, block: int = 1) -> Elimination:
         problem: the layer problem of the operator that reads the channels.
         count: channels to remove, less than all.
         block: consecutive inputs of a channel; more than one are removed together, as those of an attention head.
+        every_subset: of at most :data:`FEW` blocks choose those that cost least together instead, by trying all.
     """
     gram = alive_gram(problem.gram.double())
     factor, _, warnings = damped_cholesky(gram, 0.0, problem.label)
@@ -56,7 +62,7 @@ def eliminate(problem: LayerProblem, count: int, block: int = 1) -> Elimination:
         weight = weight + torch.cholesky_solve(problem.drift_gradient.double().T, factor).T
     weight = torch.where(dead_inputs(problem.gram), 0.0, weight)
     if block > 1:
-        return _eliminate_blocks(inverse, weight, count, block, tuple(warnings))
+        return _eliminate_blocks(inverse, weight, count, block, tuple(warnings), every_subset=every_subset)
     diagonal = inverse.diagonal().clone()
     steps = torch.zeros(len(gram), count, dtype=gram.dtype, device=gram.device)
     alive = torch.ones(len(gram), dtype=torch.bool, device=gram.device)
@@ -84,7 +90,7 @@ def eliminate(problem: LayerProblem, count: int, block: int = 1) -> Elimination:
 
 
 def _eliminate_blocks(
-    inverse: Tensor, weight: Tensor, count: int, block: int, warnings: tuple[str, ...]
+    inverse: Tensor, weight: Tensor, count: int, block: int, warnings: tuple[str, ...], *, every_subset: bool
 ) -> Elimination:
     """Remove blocks P of inputs, each at the cost ``tr(V_P ([H^-1]_PP)^-1 V_P^T)``.
 
@@ -93,9 +99,18 @@ def _eliminate_blocks(
         weight: (m, n) fp64 least-squares weights; they are changed.
         count: blocks to remove; ``block``: inputs of each.
         warnings: sentences to pass on.
+        every_subset: as for :func:`eliminate`.
     """
     places = torch.arange(weight.shape[1], device=weight.device).view(-1, block)
     alive = list(range(len(places)))
+    if every_subset and len(alive) <= FEW:
+        products = weight.T @ weight
+
+        def price(numbers: Iterable[int]) -> float:
+            inside = places[list(numbers)].flatten()
+            return float(torch.linalg.solve(inverse[inside][:, inside], products[inside][:, inside]).trace())
+
+        alive = list(min(combinations(alive, count), key=price))
     order: list[int] = []
     costs: list[Tensor] = []
     for _ in range(count):

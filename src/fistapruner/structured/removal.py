@@ -127,7 +127,7 @@ def remove_channels(
         keep = chosen.to(problem.weight.device)
     shrink, tested = choose_shrink(known, block_places(keep, block), settings, biased=biased)
     if settings.method == "obs" and chosen is None:
-        found = eliminate(shrunk(rated, shrink), channels - kept, block)
+        found = eliminate(shrunk(rated, shrink), channels - kept, block, every_subset=True)
         warnings += found.warnings
         remaining = torch.ones(channels, dtype=torch.bool)
         remaining[found.order] = False
