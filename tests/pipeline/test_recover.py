@@ -24,9 +24,11 @@ from fistapruner.evaluation.inspection import inspect_checkpoint
 from fistapruner.models.files.checkpoint import Checkpoint
 from fistapruner.models.files.safetensors import SafetensorsFile
 from fistapruner.pipeline import prepare_recover
+from fistapruner.pipeline.replay import replay
 from fistapruner.runs.listener import Listener
 from fistapruner.runs.lock import hold
 from fistapruner.runs.records import Report, load_run
+from fistapruner.runs.steps import StepJournal, read_steps
 from fistapruner.runs.training_directory import RecoverDirectory
 from fistapruner.sparse.pack import is_packed
 
@@ -382,6 +384,37 @@ def test_held_out_losses_that_are_not_numbers_are_not_better(bench: Bench, tmp_p
     for found in (report.recovery, again.recovery):
         assert found is not None
         assert not any(math.isfinite(check.held_out) for check in found.checks[1:])
+
+
+def test_a_run_without_gradients_is_replayed_with_its_threads(
+    bench: Bench, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The last bits of subzero's frames depend on their number; the journal of an earlier version does not have it."""
+    threads: list[int] = []
+    orthonormal, own = torch.linalg.qr, torch.get_num_threads()
+
+    def watched(matrix: Tensor) -> Any:
+        threads.append(torch.get_num_threads())
+        return orthonormal(matrix)
+
+    monkeypatch.setattr(torch.linalg, "qr", watched)
+    pruned, run = bench.pruned() / "model", tmp_path / "run"
+    settings = {"optimizer": "subzero", "parameters": "full", "lr": 1e-4, "execution": {"threads": own + 1}}
+    recover(bench.pruned(), run, **settings)
+    assert set(threads) == {own + 1}
+    threads.clear()
+    again = replay(pruned, run / "steps.jsonl", tmp_path / "again")
+    assert set(threads) == {own + 1}
+    assert torch.get_num_threads() == own
+    assert (again / "model.safetensors").read_bytes() == weights(run)
+    first, *others = read_steps(run / "steps.jsonl")
+    del first["run"]["threads"]
+    with StepJournal(tmp_path / "earlier.jsonl", 0) as journal:
+        for line in (first, *others):
+            journal.append(line)
+    threads.clear()
+    replay(pruned, tmp_path / "earlier.jsonl", tmp_path / "of the earlier")
+    assert set(threads) == {own}
 
 
 # --- bad input: one line each, before any long work

@@ -170,6 +170,7 @@ class TrainingContext:
             "weights": stamps(self.model.checkpoint),
             "device": device_title(self.model.device),
             "dtype": numerics.dtype,
+            "threads": numerics.threads,
             "torch": torch.__version__,
         }
 

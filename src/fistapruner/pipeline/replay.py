@@ -20,7 +20,7 @@ from ..recipes.recover_settings import RecoverRecipe
 from ..recipes.training_settings import TrainingRecipe
 from ..runs.identity import stamps
 from ..runs.steps import read_steps
-from ..runtime.devices import device_title
+from ..runtime.devices import cpu_threads, device_title
 from ..tuning.adamw import Patience
 from ..tuning.steppers import Replayed
 from ..tuning.trained import Trained
@@ -88,18 +88,14 @@ def replay(
     stepper, state = Replayed(trained), TrainingState()
     state.patience = Patience.begin(lines[0]["held_out"], on=recipe.patience)
     stepper.keep()
-    with opened.resident(layers=True):
-        for line in lines[1:]:
-            take_again(state, line, stepper, recipe, about["steps"])
-        stepper.restore()
-    say(f"{state.step} steps taken again, those up to step {state.patience.best_step} are kept")
     record = source.folder / PRUNING_RECORD
     documents = {PRUNING_RECORD: record.read_text("utf-8")} if record.is_file() else {}
-    write_checkpoint(
-        opened.checkpoint,
-        out,
-        replacements(opened, trained),
-        documents=documents,
-        resume=False,
-    )
+    # A journal of an earlier version does not say the threads; frames of subzero and products depend on them.
+    with cpu_threads(about.get("threads") or torch.get_num_threads()):
+        with opened.resident(layers=True):
+            for line in lines[1:]:
+                take_again(state, line, stepper, recipe, about["steps"])
+            stepper.restore()
+        say(f"{state.step} steps taken again, those up to step {state.patience.best_step} are kept")
+        write_checkpoint(opened.checkpoint, out, replacements(opened, trained), documents=documents, resume=False)
     return out

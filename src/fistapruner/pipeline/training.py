@@ -23,7 +23,7 @@ from ..runs.records import Report
 from ..runs.steps import read_steps
 from ..runs.times import spent
 from ..runs.training_directory import TrainingDirectory
-from ..runtime.devices import choose_device, device_title
+from ..runtime.devices import choose_device, cpu_threads, device_title
 from ..runtime.files import disk_errors, sha256_file
 from ..runtime.memory import reset_peak_memory
 from ..runtime.ranks import ranks_of_run
@@ -172,7 +172,8 @@ def _lead(
                 context = verb.context.open(run.folder, request.recipe.execution, request.permissions, ranks)
                 trained = context.trained
                 state = context.train(trained, listener, times.note)
-                report = finish(context, trained, state, times, listener, verb.add_results, report)
+                with cpu_threads(context.decision.numerics.threads):  # whatever those of this process are
+                    report = finish(context, trained, state, times, listener, verb.add_results, report)
         else:
             ranks.share(False)
             listener.say(f"{run.folder} holds the finished run of this recipe")
