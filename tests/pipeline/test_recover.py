@@ -403,10 +403,20 @@ def test_a_run_without_gradients_is_replayed_with_its_threads(
     recover(bench.pruned(), run, **settings)
     assert set(threads) == {own + 1}
     threads.clear()
-    again = replay(pruned, run / "steps.jsonl", tmp_path / "again")
+    again = replay(pruned, run / "steps.jsonl", tmp_path / "again", command="the command")
     assert set(threads) == {own + 1}
     assert torch.get_num_threads() == own
     assert (again / "model.safetensors").read_bytes() == weights(run)
+    told = inspect_checkpoint(again)
+    assert told.lineage is not None
+    assert not told.violations
+    assert [stage.kind for stage in told.lineage.stages] == ["prune", "recover"]
+    stage, report = told.lineage.stages[1], load_run(run)
+    assert (stage.command, stage.settings["optimizer"]) == ("the command", "subzero")
+    assert report.recovery is not None
+    assert stage.figures.tokens == report.recovery.tokens
+    assert stage.figures.operator_zeros == report.totals.operator_zeros
+    assert "A pruned and recovered model" in (again / "README.md").read_text()
     first, *others = read_steps(run / "steps.jsonl")
     del first["run"]["threads"]
     with StepJournal(tmp_path / "earlier.jsonl", 0) as journal:

@@ -88,12 +88,20 @@ def _without_training(arguments: argparse.Namespace, listener: Listener) -> int:
 
     _refuse_training_flags(arguments)
     trust = {"allow_pickle": arguments.allow_pickle, "trust_remote_code": arguments.trust_remote_code}
+    command = shlex.join(["fistapruner", *sys.argv[1:]])
     if arguments.replay:
         device = recover_settings(arguments).get("execution", {}).get("device") or "auto"
-        out = replay(arguments.model, arguments.replay, arguments.out, device=device, say=listener.say, **trust)
+        out = replay(
+            arguments.model,
+            arguments.replay,
+            arguments.out,
+            device=device,
+            say=listener.say,
+            command=command,
+            **trust,
+        )
         print(json.dumps({"out": str(out)}) if arguments.json else out)
     else:
-        command = shlex.join(["fistapruner", *sys.argv[1:]])
         report = merge_adapter(arguments.model, arguments.merge, arguments.out, command=command, **trust)
         print(json.dumps(report.to_json()) if arguments.json else report)
     return 0

@@ -9,6 +9,7 @@ import statistics
 import time
 from collections.abc import Callable, Mapping
 from functools import lru_cache
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -16,7 +17,7 @@ from torch import Tensor
 
 from ..errors import FistaPrunerError
 from ..execution.training import TrainingContext
-from ..models.discovery import linear_modules
+from ..models.discovery import Layout, linear_modules
 from ..models.files.checkpoint import PRUNING_RECORD, Checkpoint
 from ..models.files.record import read_pruning_record
 from ..models.layerwise import LayerwiseModel
@@ -78,7 +79,7 @@ def finish(
     report.finished = now()
     add_stage(report)
     _write(context, trained, report, listener)
-    _check_zeros(context)
+    check_zeros(run.model, context.model, context.layout)
     _write_adapter(context, trained, listener)
     times.note()  # before the report calls the run finished: what a kill leaves half-written is then written again
     if earlier is not None:
@@ -217,22 +218,24 @@ def _record(context: TrainingContext, report: Report) -> dict[str, Any]:
     }
 
 
-def _check_zeros(context: TrainingContext) -> None:
-    """Compare the zeros of every operator in the written file with those of the input.
+def check_zeros(folder: Path, model: LayerwiseModel, layout: Layout) -> None:
+    """Compare the zeros of every operator in the written files with those of the input.
+
+    Args:
+        folder: of the written checkpoint.
+        model: the input; ``layout``: its operators that were trained.
 
     Raises:
         FistaPrunerError: names the operator.
     """
-    written = Checkpoint.open(context.run.model)
-    for stack in context.model.checkpoint.stacks.values():
+    written = Checkpoint.open(folder)
+    for stack in model.checkpoint.stacks.values():
         written.take_apart(stack)
-    for name, _ in context.layout.operators():
-        source = context.model.source(f"{name}.weight")
-        before, after = context.model.checkpoint.read(source), written.read(source)
+    for name, _ in layout.operators():
+        source = model.source(f"{name}.weight")
+        before, after = model.checkpoint.read(source), written.read(source)
         if not torch.equal(before == 0, after == 0):
-            raise FistaPrunerError(
-                f"{context.run.model}: {name} does not have the zeros of its input (a fault in training)"
-            )
+            raise FistaPrunerError(f"{folder}: {name} does not have the zeros of its input (a fault in training)")
 
 
 def _write_adapter(context: TrainingContext, trained: Trained, listener: Listener) -> None:

@@ -23,9 +23,10 @@ from ..models.files.low_rank import refuse_low_rank
 from ..models.files.record import MIN_ZEROS, permuted_tensors, read_pruning_record, recorded_claims
 from ..models.files.writer import write_checkpoint
 from ..models.source import Permissions
+from ..reporting.model_card import plain_card
 from ..runs.directory import CARD
-from ..runs.lineage import read_lineage
-from ..runs.records import Stage, StageFigures
+from ..runs.lineage import record_with_stage
+from ..runs.records import Stage
 from ..runtime.formatting import percent
 from ..runtime.machine import now
 from ..tuning.adapters import KINDS, Adapter, OperatorAdapter
@@ -165,7 +166,7 @@ def merge_adapter(
     merge = _Merge(checkpoint, found, record, trust_remote_code=source.trust_remote_code, progress=progress)
     record = _record(record, found, command)
     report = f"merged the {KINDS[found.kind]} adapter {found.folder.name} into {source.folder.name}, its zeros kept"
-    documents = {CARD: _card(source.license(), report)}
+    documents = {CARD: plain_card(source.license(), "A pruned model with a merged adapter", report)}
     if record:
         documents[PRUNING_RECORD] = json.dumps(record, indent=2) + "\n"
     # The figures are measured while tensors are written: the shards of a killed attempt would leave theirs out.
@@ -374,26 +375,5 @@ class _Merge:
 
 def _record(record: dict[str, Any], adapter: Adapter, command: str | None) -> dict[str, Any]:
     """Return the record of the result: the claims of the input, and one more stage in its lineage."""
-    lineage, _ = read_lineage(record, Path())
-    if lineage is None:
-        return record
-    before = lineage.stages[-1].figures if lineage.stages else StageFigures()
-    figures = StageFigures(operator_weights=before.operator_weights, operator_zeros=before.operator_zeros)
     settings = {"adapter": adapter.folder.name, "type": adapter.kind, "trained_on": adapter.base or None}
-    lineage.stages.append(Stage(kind="merge", command=command, finished=now(), settings=settings, figures=figures))
-    return {**record, "lineage": lineage.model_dump(mode="json")}
-
-
-def _card(license_name: str | None, text: str) -> str:
-    """Write the model card of the result."""
-    licence = f"license: {license_name}\n" if license_name else ""
-    return f"""---
-{licence}library_name: transformers
-pipeline_tag: text-generation
-tags: [pruning, sparsity, fistapruner]
----
-# A pruned model with a merged adapter
-
-fistapruner {text}. Nothing was measured since; `fistapruner evaluate` does it, and `fistapruner inspect` counts the
-zeros and lists how the model was made.
-"""
+    return record_with_stage(record, Stage(kind="merge", command=command, finished=now(), settings=settings))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -13,19 +14,26 @@ from ..execution.training import open_model
 from ..models.discovery import discover
 from ..models.files.checkpoint import PRUNING_RECORD
 from ..models.files.folder import require_new
+from ..models.files.record import read_pruning_record
 from ..models.files.writer import write_checkpoint
-from ..models.source import Permissions
+from ..models.source import ModelSource, Permissions
 from ..recipes.align_settings import AlignRecipe
 from ..recipes.recover_settings import RecoverRecipe
 from ..recipes.training_settings import TrainingRecipe
+from ..reporting.model_card import plain_card
+from ..runs.directory import CARD
 from ..runs.identity import stamps
+from ..runs.labels import TRAINED
+from ..runs.lineage import record_with_stage
+from ..runs.records import Stage, StageFigures
 from ..runs.steps import read_steps
 from ..runtime.devices import cpu_threads, device_title
+from ..runtime.machine import now, versions
 from ..tuning.adamw import Patience
 from ..tuning.steppers import Replayed
 from ..tuning.trained import Trained
 from ..tuning.trainer import TrainingState, take_again
-from .finish_training import replacements
+from .finish_training import check_zeros, replacements
 from .training_inputs import find_input
 
 
@@ -36,6 +44,7 @@ def replay(
     *,
     device: str = "auto",
     say: Callable[[str], None] = lambda sentence: None,
+    command: str | None = None,
     allow_pickle: bool = False,
     trust_remote_code: bool = False,
 ) -> Path:
@@ -47,6 +56,7 @@ def replay(
         out: folder to make; it must not exist.
         device: to draw random numbers on, of the kind that the run had; auto, cpu, cuda or cuda:N.
         say: receives progress.
+        command: shell line for the lineage.
         allow_pickle: read legacy ``.bin`` weights.
         trust_remote_code: run Python code that comes with the checkpoint.
 
@@ -54,7 +64,8 @@ def replay(
         ``out``.
 
     Raises:
-        FistaPrunerError: no journal of such a run, another checkpoint, or a device that draws other random numbers.
+        FistaPrunerError: no journal of such a run, another checkpoint, a device that draws other random numbers, or
+            written zeros that are not those of the checkpoint.
     """
     source, out, journal = (
         find_input(str(model), Permissions(allow_pickle, trust_remote_code)),
@@ -84,12 +95,11 @@ def replay(
         raise FistaPrunerError(f"{source.folder} is not the checkpoint that {journal} began with")
     if about["torch"] != torch.__version__:
         say(f"the run was made with torch {about['torch']}, this is {torch.__version__}: its random numbers may differ")
-    trained = Trained(opened, discover(opened).only(about["operators"]), recipe)
+    layout = discover(opened).only(about["operators"])
+    trained = Trained(opened, layout, recipe)
     stepper, state = Replayed(trained), TrainingState()
     state.patience = Patience.begin(lines[0]["held_out"], on=recipe.patience)
     stepper.keep()
-    record = source.folder / PRUNING_RECORD
-    documents = {PRUNING_RECORD: record.read_text("utf-8")} if record.is_file() else {}
     # A journal of an earlier version does not say the threads; frames of subzero and products depend on them.
     with cpu_threads(about.get("threads") or torch.get_num_threads()):
         with opened.resident(layers=True):
@@ -97,5 +107,28 @@ def replay(
                 take_again(state, line, stepper, recipe, about["steps"])
             stepper.restore()
         say(f"{state.step} steps taken again, those up to step {state.patience.best_step} are kept")
+        stage = Stage(
+            kind="align" if kind is AlignRecipe else "recover",
+            command=command,
+            finished=now(),
+            settings=about["recipe"],
+            versions=versions(),
+            figures=StageFigures(tokens=sum(line.get("tokens", 0) for line in lines)),
+        )
+        documents = _documents(source, stage, state)
         write_checkpoint(opened.checkpoint, out, replacements(opened, trained), documents=documents, resume=False)
+    check_zeros(out, opened, layout)
     return out
+
+
+def _documents(source: ModelSource, stage: Stage, state: TrainingState) -> dict[str, str]:
+    """Describe the result: its card, and the record of the input with one more stage."""
+    done = TRAINED[stage.kind]
+    text = (
+        f"took the {state.step} steps of the run that {done} this model again, from its journal, and kept those up to "
+        f"step {state.patience.best_step}, with every zero"
+    )
+    documents = {CARD: plain_card(source.license(), f"A pruned and {done} model", text)}
+    if record := read_pruning_record(source.folder):
+        documents[PRUNING_RECORD] = json.dumps(record_with_stage(record, stage), indent=2) + "\n"
+    return documents

@@ -47,6 +47,21 @@ def model_card(report: Report) -> str:
     )
 
 
+def plain_card(license_name: str | None, title: str, text: str) -> str:
+    """Write the card of a model that no run has made: its title, and a sentence on how it was made."""
+    licence = f"license: {license_name}\n" if license_name else ""
+    return f"""---
+{licence}library_name: transformers
+pipeline_tag: text-generation
+tags: [pruning, sparsity, fistapruner]
+---
+# {title}
+
+fistapruner {text}. Nothing was measured since; `fistapruner evaluate` does it, and `fistapruner inspect` counts the
+zeros and lists how the model was made.
+"""
+
+
 def amount(report: Report) -> str:
     """Say how much was pruned: ``50% sparse``, or what structure was removed."""
     text = report.sparsity if report.structured else f"{report.sparsity} sparse"

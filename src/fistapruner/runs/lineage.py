@@ -111,6 +111,17 @@ def _short(found: Perplexity | None) -> Perplexity | None:
     return None if found is None else replace(found, window_nlls=())
 
 
+def record_with_stage(record: dict[str, Any], stage: Stage) -> dict[str, Any]:
+    """Return a model's record with one more stage in its lineage, if it has one; operators and zeros stay the same."""
+    lineage, _ = read_lineage(record, Path())
+    if lineage is None:
+        return record
+    before = lineage.stages[-1].figures if lineage.stages else StageFigures()
+    counts = {"operator_weights": before.operator_weights, "operator_zeros": before.operator_zeros}
+    lineage.stages.append(stage.model_copy(update={"figures": stage.figures.model_copy(update=counts)}))
+    return {**record, "lineage": lineage.model_dump(mode="json")}
+
+
 def write_lineage(model: Path, lineage: Lineage | None) -> None:
     """Renew the lineage in ``fistapruner.json`` of a finished model."""
     record = read_pruning_record(model)
