@@ -15,6 +15,7 @@ from fistapruner import FistaPrunerError, LayerProblem, Recipe, prune, solve
 from fistapruner.cli import main
 from fistapruner.constraints import NM
 from fistapruner.recipes.loading import load_recipe_settings, merge, parse_bytes, parse_value
+from fistapruner.recipes.recover_settings import RecoverRecipe
 from fistapruner.solvers.fista import Fista
 
 PARALLEL = {"execution": {"executor": "process"}}
@@ -168,6 +169,18 @@ def test_tokens_alone_keep_the_rest_of_a_recovery() -> None:
     assert merge({"recover": "2k"}, {"recover": 3000}) == {"recover": 3000}
     own = {"recover": {"loss": "kl"}}
     assert merge(base, own) == own
+
+
+def test_shipped_recoveries_are_as_long_as_published() -> None:
+    """SPP: 3 epochs of Alpaca's 50,002 training examples in steps of 128, about four in a window of 512 tokens."""
+    spp, *forward_only = (
+        RecoverRecipe.build(load_recipe_settings(name, "recover")) for name in ("spp", "mezo", "subzero")
+    )
+    assert (spp.steps, spp.patience, spp.data.seqlen) == (None, False, 512)
+    assert spp.data.tokens == 3 * (50_002 // 128) * spp.windows_per_step * 512
+    assert spp.windows_per_step * 4 == 128
+    for recipe in forward_only:
+        assert (recipe.steps, recipe.windows_per_step, recipe.patience) == (20_000, 16, False)
 
 
 def test_settings_of_structure_are_merged_with_an_amount_alone() -> None:
