@@ -306,6 +306,29 @@ def test_legacy_weights_are_recovered_where_they_are_trusted(bench: Bench, tmp_p
     assert (tmp_path / "out" / "model" / "model.safetensors").is_file()
 
 
+def test_a_given_dense_model_is_compared_with_whatever_the_loss(bench: Bench, tmp_path: Path) -> None:
+    """Training for ce does not need it: its weights are those without."""
+    model, out = plain(bench, tmp_path), tmp_path / "out"
+    (model / "fistapruner.json").unlink()
+    settings = {"loss": "ce", "steps": 1, "data": {"source": str(bench.text)}}
+    measured = {"evaluate": str(bench.text), "evaluate_windows": 1}
+    with pytest.raises(fp.FistaPrunerError, match=r"predicts 160 tokens, .* 128: --dense must name the model"):
+        recover(model, tmp_path / "wrong", dense=bench.dense(vocab_size=160), **settings)
+    report = recover(model, out, dense=bench.dense(), **settings, **measured)
+    assert report.evaluations[0].divergence is not None
+    record = RecoverDirectory(out).record()
+    assert record is not None
+    assert record.decision.dense == bench.dense()
+    assert not (out / "teacher").exists()
+    (out / "report.json").unlink()
+    assert fp.resume(out).evaluations[0].divergence is not None
+    assert recover(model, out, dense=bench.dense(), **settings, **measured).status == "finished"
+    recover(model, tmp_path / "without", **settings)
+    assert weights(tmp_path / "without") == weights(out)
+    with pytest.raises(fp.FistaPrunerError, match=r"holds a run with the dense model none, not .*llama: name another"):
+        recover(model, tmp_path / "without", dense=bench.dense(), **settings)
+
+
 def test_the_dense_model_generates_the_text_of_every_loss(bench: Bench, tmp_path: Path) -> None:
     """That of the loss ce, too, which does not need its predictions."""
     generated = []

@@ -210,10 +210,10 @@ def _refuse_other(run: TrainingDirectory, begun: TrainingRecord, request: Traini
                 f"--out {run.folder} holds a run with {key} = {json.dumps(held.get(key))}, this one has "
                 f"{json.dumps(now[key])}: name another folder, or remove it"
             )
-    models: dict[str, tuple[str | None, str]] = {"a run of": (decision.model, absolute(request.model))}
-    if request.dense is not None and (decision.dense is not None or request.recipe.dense_for is not None):
+    models = {"a run of": (decision.model, absolute(request.model))}
+    if request.dense is not None:
         dense = request.permissions.find(request.dense).folder.absolute()
-        models["a run with the dense model"] = (None if decision.dense is None else str(decision.dense), str(dense))
+        models["a run with the dense model"] = (str(decision.dense or "none"), str(dense))
     for what, (before, after) in models.items():
         if before != after:
             raise FistaPrunerError(

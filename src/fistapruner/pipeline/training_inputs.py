@@ -191,13 +191,13 @@ def _find_dense(request: TrainingRequest[Any], origin: RunDirectory | None, sour
         FistaPrunerError: the loss or the text needs it and it is not found, or it has changed since.
     """
     permissions, need = request.permissions, request.recipe.dense_for
-    if need is None:
-        return None
-    if request.dense is not None:
+    if request.dense is not None:  # also where only the measurements after training need it
         try:
             return permissions.find(request.dense)
         except FistaPrunerError as error:
             raise FistaPrunerError(f"--dense: {error}") from None
+    if need is None:
+        return None
     known = None if origin is None else dense_of(origin)
     if known is None:
         named: str | Path | None = dense_name(read_lineage(read_pruning_record(source.folder), source.folder)[0])

@@ -151,7 +151,7 @@ class TrainingRecipe(RunRecipe):
     @property
     @abstractmethod
     def dense_for(self) -> str | None:
-        """The flag that needs the dense model; empty where it is used if it is known, None where it is not."""
+        """The flag that needs the dense model; empty: used if it is known; None: used if it is given."""
 
     @property
     def without_dense(self) -> str:
