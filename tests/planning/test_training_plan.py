@@ -18,6 +18,7 @@ from fistapruner.errors import FistaPrunerError
 from fistapruner.models.discovery import discover
 from fistapruner.models.files.checkpoint import Checkpoint
 from fistapruner.models.layerwise import LayerwiseModel
+from fistapruner.pipeline.prepare_training import share_of
 from fistapruner.planning.plan import Resources
 from fistapruner.planning.training_plan import FormPlan, fit, plan_training
 from fistapruner.planning.training_probe import measure_form, measure_model
@@ -26,6 +27,7 @@ from fistapruner.recipes.recover_settings import RecoverRecipe
 from fistapruner.runs.listener import Listener
 from fistapruner.runs.records import Report
 from fistapruner.runs.training_directory import RecoverDirectory
+from fistapruner.runtime.ranks import Ranks
 
 CPU = torch.device("cpu")
 AMPLE = 2**50
@@ -188,6 +190,16 @@ def test_a_refusal_names_the_stage_and_what_would_fit(folder: Path) -> None:
     with pytest.raises(FistaPrunerError, match=r"--memory-limit 1 B is not enough: .* needs") as caught:
         plan_training(replace(task, recipe=task.recipe.model_copy(update={"execution": tiny_limit})), measured)
     assert "would fit" not in str(caught.value)
+
+
+def test_a_share_of_the_free_memory_is_no_limit_that_was_given(folder: Path) -> None:
+    """Each of several processes plans with its share; a limit that is given is that of one process."""
+    shared = share_of(task_for(folder), Ranks(0, 2, local_size=10**7))
+    with pytest.raises(FistaPrunerError, match=r"^the .*B that are each process's share of what is free is not enough"):
+        plan_training(shared)
+    limited = share_of(task_for(folder, execution={"memory_limit": 1}), Ranks(0, 2, local_size=10**7))
+    with pytest.raises(FistaPrunerError, match=r"^--memory-limit 1 B is not enough"):
+        plan_training(limited)
 
 
 @pytest.mark.parametrize("settings", [{"optimizer": "mezo"}, {"optimizer": "subzero"}, {"loss": "ce"}])

@@ -69,11 +69,10 @@ def share_of(task: Task, ranks: Ranks) -> Task:
         raise FistaPrunerError(
             f"{name} is {parts} for {ranks.size} processes: each needs at least one {what} of a step"
         )
-    limit = execution.memory_limit or free_memory() // ranks.local_size
+    memory = None if execution.memory_limit else free_memory() // ranks.local_size
     threads = execution.threads or max(1, available_cores() // ranks.local_size)
-    changed = execution.model_copy(update={"memory_limit": limit, "threads": threads})
-    recipe = task.recipe.model_copy(update={"execution": changed})
-    return replace(task, recipe=recipe, step_windows=parts // ranks.size * task.together)
+    recipe = task.recipe.model_copy(update={"execution": execution.model_copy(update={"threads": threads})})
+    return replace(task, recipe=recipe, step_windows=parts // ranks.size * task.together, memory=memory)
 
 
 def decide(

@@ -109,7 +109,7 @@ def plan_training(task: Task, measured: ModelSizes | None = None) -> FormPlan:
             what would fit.
     """
     measured = measured or measure_model(task)
-    resources = Resources.of_this_machine(task.recipe, task.model.device, 1)
+    resources = _resources(task)
     found = fit(TrainingSizes(task, measured, measure_form(task)), resources)
     if found.fits:
         return found
@@ -121,7 +121,7 @@ def plan_training(task: Task, measured: ModelSizes | None = None) -> FormPlan:
 def plan_forms(task: Task, measured: ModelSizes | None = None, names: Sequence[str] = PARAMETERS) -> list[FormPlan]:
     """Plan a run with each form; those that do not fit say why."""
     measured = measured or measure_model(task)
-    resources = Resources.of_this_machine(task.recipe, task.model.device, 1)
+    resources = _resources(task)
     found = []
     for name in names:
         other = replace(task, recipe=task.recipe.model_copy(update={"parameters": name}))
@@ -129,6 +129,12 @@ def plan_forms(task: Task, measured: ModelSizes | None = None, names: Sequence[s
             continue
         found.append(fit(TrainingSizes(other, measured, measure_form(other)), resources))
     return found
+
+
+def _resources(task: Task) -> Resources:
+    """Measure the memory that a run may take; of several processes, that of one."""
+    found = Resources.of_this_machine(task.recipe, task.model.device, 1)
+    return found if task.memory is None else replace(found, limit=task.memory)
 
 
 def fit(needs: TrainingSizes, resources: Resources, free: int | None = None) -> FormPlan:
@@ -190,9 +196,12 @@ def fit(needs: TrainingSizes, resources: Resources, free: int | None = None) -> 
 
 def _budgets(needs: TrainingSizes, resources: Resources) -> list[Budget[TrainingChoice]]:
     """Make the budget of the GPU, if there is one, and of main memory."""
-    limited = needs.task.recipe.execution.memory_limit
     limit, device = resources.limit, resources.device
-    given = f"--memory-limit {size(limit)}" if limited else f"the {size(limit)} that are free"
+    given = f"the {size(limit)} that are free"
+    if needs.task.recipe.execution.memory_limit:
+        given = f"--memory-limit {size(limit)}"
+    elif needs.task.memory is not None:
+        given = f"the {size(limit)} that are each process's share of what is free"
     lighter = f"or shorten --seqlen, for --parameters {needs.task.recipe.parameters}"
     even = "one decoder layer at a time, trained tensors and hidden states in files and one window at a time"
     if not needs.model.cuda:

@@ -73,6 +73,7 @@ class Task:
         fill: share of the passes that are not padding.
         together: windows that no pass may part.
         generator: the dense model where it generates the training text; else None.
+        memory: bytes of main memory that are this process's share of what is free; None is as the recipe has it.
     """
 
     model: LayerwiseModel
@@ -91,6 +92,7 @@ class Task:
     fill: float = 1.0
     together: int = 1
     generator: LayerwiseModel | None = None
+    memory: int | None = None
 
     @classmethod
     def of_recovery(
