@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import shutil
 from dataclasses import replace
 from pathlib import Path
@@ -27,6 +28,7 @@ from fistapruner.recipes.recover_settings import RecoverRecipe
 from fistapruner.runs.listener import Listener
 from fistapruner.runs.records import Report
 from fistapruner.runs.training_directory import RecoverDirectory
+from fistapruner.runtime.formatting import size
 from fistapruner.runtime.ranks import Ranks
 
 CPU = torch.device("cpu")
@@ -170,6 +172,20 @@ def test_predictions_go_in_rounds_where_the_disk_is_small(needs: TrainingSizes) 
     refused = planned(needs, free=parts["the checkpoint"])
     assert not refused.fits
     assert "of disk" in str(refused.refusal)
+
+
+def test_a_refusal_for_want_of_disk_names_the_teacher_that_would_fit(needs: TrainingSizes) -> None:
+    """Hidden states of a wide model do not fit even in rounds; its most likely tokens do."""
+    wide = replace(needs, model=replace(needs.model, stored=10**8))
+    top = replace(needs, model=replace(needs.model, stored=32 * (6 * 128 + 4)))
+    least = sum(top.disk(TrainingChoice(4)).values())
+    assert least < 10**8
+    refused = planned(wide, free=math.ceil(least / 0.95) + 1)
+    assert not refused.fits
+    assert str(refused.refusal).endswith(f" free; --teacher top128 would fit, with {size(least)}")
+    assert "--teacher" not in str(planned(wide, free=top.disk(TrainingChoice(4))["the checkpoint"]).refusal)
+    already = replace(wide, task=replace(wide.task, top=128))
+    assert "--teacher" not in str(planned(already, free=2 * least).refusal)
 
 
 def test_a_refusal_names_the_stage_and_what_would_fit(folder: Path) -> None:

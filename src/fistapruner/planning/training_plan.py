@@ -12,14 +12,15 @@ from __future__ import annotations
 import shutil
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
-from typing import Any
+from typing import Any, get_args
 
 from ..errors import FistaPrunerError
 from ..recipes.training_settings import PARAMETERS
 from ..runs.records import PlanRow
 from ..runtime.formatting import duration, size
+from ..tuning.teacher import TOP
 from .plan import DEVICE, DEVICE_RESERVE, DISK, MEMORY, Budget, Resources, existing_folder
-from .training_probe import measure_form, measure_model
+from .training_probe import measure_form, measure_model, stored_bytes
 from .training_sizes import STEP, TRAINING, ModelSizes, Task, TrainingChoice, TrainingSizes
 
 DISK_SHARE = 0.95
@@ -170,18 +171,13 @@ def fit(needs: TrainingSizes, resources: Resources, free: int | None = None) -> 
     place = existing_folder(task.out)
     free = shutil.disk_usage(place).free if free is None else free
     room = round(free * DISK_SHARE)
-    parts = needs.disk(chosen)
-    if sum(parts.values()) > room and needs.model.stored:
-        others = sum(parts.values()) - parts["the dense model's predictions"]
-        windows = (room - others) // needs.model.stored
-        if windows >= task.held_out + task.step_windows:
-            chosen = replace(chosen, teacher_windows=windows)
+    chosen = _in_rounds(needs, chosen, room)
     parts = needs.disk(chosen)
     if sum(parts.values()) > room:
         worst = max(parts, key=lambda name: parts[name])
         refusal = (
             f"{task.out} needs {size(sum(parts.values()))} of disk, {size(parts[worst])} for {worst}, and {place} has "
-            f"{size(free)} free"
+            f"{size(free)} free{_smaller_teacher(needs, chosen, room)}"
         )
         return FormPlan(parameters, chosen, False, refusal, None, needs)
     first = TrainingChoice(task.batch_size)
@@ -192,6 +188,29 @@ def fit(needs: TrainingSizes, resources: Resources, free: int | None = None) -> 
         words.append(f"{chosen.batch_size} windows at a time instead of {task.batch_size}")
     changed = f"to fit {' and '.join(given)}: {', '.join(words)}" if given else None
     return FormPlan(parameters, chosen, True, None, changed, needs)
+
+
+def _in_rounds(needs: TrainingSizes, choice: TrainingChoice, room: int) -> TrainingChoice:
+    """Return the choice with the dense model's predictions in rounds, where the disk holds them in no other way."""
+    parts = needs.disk(choice)
+    if sum(parts.values()) > room and needs.model.stored:
+        others = sum(parts.values()) - parts["the dense model's predictions"]
+        windows = (room - others) // needs.model.stored
+        if windows >= needs.task.held_out + needs.task.step_windows:
+            return replace(choice, teacher_windows=windows)
+    return choice
+
+
+def _smaller_teacher(needs: TrainingSizes, choice: TrainingChoice, room: int) -> str:
+    """Advise to store the dense model's most likely tokens instead of its hidden states, where these would fit."""
+    if needs.task.top is not None or not needs.model.stored:
+        return ""
+    kinds = get_args(type(needs.task.recipe).model_fields["teacher"].annotation)
+    name = next(kind for kind in kinds if kind in TOP)
+    task = replace(needs.task, top=TOP[name])
+    smaller = replace(needs, task=task, model=replace(needs.model, stored=stored_bytes(task)))
+    bytes_needed = sum(smaller.disk(_in_rounds(smaller, choice, room)).values())
+    return f"; --teacher {name} would fit, with {size(bytes_needed)}" if bytes_needed <= room else ""
 
 
 def _budgets(needs: TrainingSizes, resources: Resources) -> list[Budget[TrainingChoice]]:

@@ -96,7 +96,7 @@ def measure_model(task: Task) -> ModelSizes:
         inside=inside,
         graph=graph,
         head=head,
-        stored=_stored(task),
+        stored=stored_bytes(task),
         text=0 if task.generator is None else whole_bytes(task.generator.checkpoint, task.generator.device),
         load_seconds=load_seconds,
         forward_seconds=forward_seconds,
@@ -105,7 +105,7 @@ def measure_model(task: Task) -> ModelSizes:
     )
 
 
-def _stored(task: Task) -> int:
+def stored_bytes(task: Task) -> int:
     """Count the bytes that are stored of the dense model's predictions of one window."""
     if task.dense is None:
         return 0
