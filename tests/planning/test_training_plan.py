@@ -206,6 +206,7 @@ def test_a_refusal_names_the_stage_and_what_would_fit(folder: Path) -> None:
     with pytest.raises(FistaPrunerError, match=r"--memory-limit 1 B is not enough: .* needs") as caught:
         plan_training(replace(task, recipe=task.recipe.model_copy(update={"execution": tiny_limit})), measured)
     assert "would fit" not in str(caught.value)
+    assert "'fistapruner prune --reconstruct STEPS' trains one decoder layer at a time" in str(caught.value)
 
 
 def test_a_share_of_the_free_memory_is_no_limit_that_was_given(folder: Path) -> None:

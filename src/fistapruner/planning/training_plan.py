@@ -15,6 +15,7 @@ from dataclasses import asdict, dataclass, replace
 from typing import Any, get_args
 
 from ..errors import FistaPrunerError
+from ..recipes.recover_settings import RecoverRecipe
 from ..recipes.training_settings import PARAMETERS
 from ..runs.records import PlanRow
 from ..runtime.formatting import duration, size
@@ -116,7 +117,10 @@ def plan_training(task: Task, measured: ModelSizes | None = None) -> FormPlan:
         return found
     others = [form for form in plan_forms(task, measured, [name for name in PARAMETERS if name != found.parameters])]
     fitting = [f"--parameters {other.parameters}" for other in others if other.fits]
-    raise FistaPrunerError(f"{found.refusal}; {' and '.join(fitting)} would fit" if fitting else str(found.refusal))
+    advice = f"; {' and '.join(fitting)} would fit" if fitting else ""
+    if not fitting and isinstance(task.recipe, RecoverRecipe):
+        advice = "; 'fistapruner prune --reconstruct STEPS' trains one decoder layer at a time, while it prunes"
+    raise FistaPrunerError(f"{found.refusal}{advice}")
 
 
 def plan_forms(task: Task, measured: ModelSizes | None = None, names: Sequence[str] = PARAMETERS) -> list[FormPlan]:
