@@ -306,6 +306,15 @@ def test_legacy_weights_are_recovered_where_they_are_trusted(bench: Bench, tmp_p
     assert (tmp_path / "out" / "model" / "model.safetensors").is_file()
 
 
+def test_the_text_to_evaluate_on_is_that_of_the_run_or_python(bench: Bench, tmp_path: Path) -> None:
+    """As the input was evaluated; a checkpoint that is of no run as prune evaluates by default."""
+    settings = {"evaluate": "auto", "evaluate_windows": 1, "steps": 1, "data": {"source": str(bench.text)}}
+    [measured] = recover(plain(bench, tmp_path), tmp_path / "out", **settings).evaluations
+    assert measured.perplexity is not None
+    assert (measured.perplexity.data, measured.perplexity.seqlen) == ("python", SEQLEN)
+    assert recover(bench.pruned(), tmp_path / "of a run", **settings).evaluations == []
+
+
 def test_a_given_dense_model_is_compared_with_whatever_the_loss(bench: Bench, tmp_path: Path) -> None:
     """Training for ce does not need it: its weights are those without."""
     model, out = plain(bench, tmp_path), tmp_path / "out"

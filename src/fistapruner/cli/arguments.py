@@ -139,8 +139,9 @@ def add_evaluation_of_result(parser: argparse.ArgumentParser) -> None:
         "--evaluate",
         default="auto",
         metavar="DATA",
-        help="text for the perplexity: as for prune, or auto, that of the run that goes in (default: %(default)s); in "
-        "windows as long as those of that run, whatever --seqlen says",
+        help="text for the perplexity: as for prune, or auto, that of the run that goes in, or python where a "
+        "checkpoint goes in that is of no run (default: %(default)s); in windows as long as those of that run, "
+        "whatever --seqlen says",
     )
     parser.add_argument(
         "--evaluate-windows", type=int, default=None, metavar="N", help="windows of that text (default: all)"

@@ -53,7 +53,7 @@ def align(
         listener: receives progress.
         command: shell line that reproduces the run, for the report.
         evaluate: text for the perplexity, as :func:`fistapruner.evaluate` takes it; ``auto`` is that of the input's
-            run, None evaluates nothing.
+            run, or ``python`` where a checkpoint goes in that is of no run; None evaluates nothing.
         evaluate_windows: only its first so many windows.
         **settings: single settings over the recipe, as in a recipe file: ``data={"pairs": "pairs.jsonl"}``,
             ``loss="harmonic"``, ``beta=0.05``.

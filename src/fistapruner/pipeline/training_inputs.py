@@ -10,6 +10,7 @@ from typing import Any, Generic, TypeVar
 import torch
 
 from ..activations.stream import check_model
+from ..calibration.text import PYTHON
 from ..calibration.windows import window_length
 from ..errors import FistaPrunerError
 from ..evaluation.data import load_windows
@@ -48,7 +49,7 @@ class TrainingRequest(Generic[R]):
         dense: the dense model, as the user named it; None takes what the input says.
         permissions: what the models' files may do.
         command: shell line that reproduces the run; None is that of this process.
-        evaluation: the text to evaluate on after the run; None takes that of the input's run, where there is one.
+        evaluation: the text to evaluate on after the run; None takes that of :func:`evaluation_of`.
         evaluates: evaluate at all.
         evaluation_windows: of the text of the input's run, only its first so many windows; None takes as many as it.
         ranks: the processes that share the work.
@@ -298,8 +299,10 @@ def _check_dense(dense: LayerwiseModel, model: LayerwiseModel) -> None:
 
 
 def evaluation_of(origin: RunDirectory | None) -> EvaluationRequest | None:
-    """Take the text that the input's run was evaluated on, so that figures can be compared."""
-    record = origin.record() if origin is not None else None
+    """Take the text that the input's run was evaluated on, so that figures compare; ``python`` without a run."""
+    if origin is None:
+        return EvaluationRequest(data=PYTHON)
+    record = origin.record()
     if record is None or record.decision.evaluation is None:
         return None
     return record.decision.evaluation.model_copy(update={"seqlen": evaluated_length(origin)})
