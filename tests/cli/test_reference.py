@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import argparse
+import importlib
+import re
 from pathlib import Path
 
 import pytest
@@ -76,6 +78,15 @@ def test_several_calibration_texts_have_names() -> None:
     ):
         with pytest.raises(FistaPrunerError, match=message):
             read(*(word for text in words for word in ("--calibration", text)))
+
+
+@pytest.mark.parametrize("verb", ["prune", "recover", "align"])
+def test_every_example_of_the_help_has_a_run_of_its_own(verb: str) -> None:
+    """A second example with the same run and other settings would be refused."""
+    text = importlib.import_module(f"fistapruner.cli.{verb}").__doc__ or ""
+    runs = re.findall(rf"^  fistapruner {verb} .*--out (\S+)", text, re.MULTILINE)
+    assert runs
+    assert len(set(runs)) == len(runs)
 
 
 def test_every_verb_has_help(capsys: pytest.CaptureFixture[str]) -> None:

@@ -5,7 +5,7 @@ those of the run unless --dense and --data say otherwise. Only surviving weights
 bit for bit. Held-out documents decide which step is kept. The finished checkpoint is in RUN/model.
 
   fistapruner recover runs/first --out runs/recovered
-  fistapruner recover runs/first --out runs/recovered --tokens 1M --data c4
+  fistapruner recover runs/first --out runs/recovered-c4 --tokens 1M --data c4
   fistapruner recover ./pruned --dense meta-llama/Llama-3.2-1B --data text.jsonl --out runs/mine --parameters full
   fistapruner recover runs/first --out runs/spp --recipe spp --data alpaca.jsonl
   fistapruner recover runs/first --out runs/tasks --data sql=sql.jsonl --data chat=chat.jsonl --per-round 1

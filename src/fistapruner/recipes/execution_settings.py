@@ -20,7 +20,8 @@ class Execution(Settings):
     batch_size: int | None = Field(
         None,
         ge=1,
-        description="Calibration windows in one forward pass; without it chosen by device and memory.",
+        description="Windows of text in one pass, two of them for a pair of an alignment; without it chosen by device "
+        "and memory.",
     )
     memory_limit: int | None = Field(
         None,

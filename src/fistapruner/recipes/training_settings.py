@@ -76,7 +76,9 @@ class TrainingRecipe(RunRecipe):
     )
     lr: Annotated[Literal["auto"] | float, BeforeValidator(_rate)] = Field(
         "auto",
-        description="First learning rate; auto is measured for each form (docs/recovery.md).",
+        description="First learning rate. auto was measured for lora and full (docs/recovery.md), is derived from the "
+        "size of the first step for spp and hira, full's for norms, and MeZO's for mezo and subzero. With adamw an "
+        "alignment takes a twentieth of it.",
     )
     lr_unit: Literal["auto", "share", "absolute"] = Field(
         "auto",
