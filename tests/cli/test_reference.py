@@ -89,6 +89,25 @@ def test_every_example_of_the_help_has_a_run_of_its_own(verb: str) -> None:
     assert len(set(runs)) == len(runs)
 
 
+def test_the_plan_of_an_alignment_has_its_own_help_and_defaults(capsys: pytest.CaptureFixture[str]) -> None:
+    """Of flags that recovery has, too, with other values."""
+    with pytest.raises(SystemExit):
+        build_parser().parse_args(["plan", "--help"])
+    said = " ".join(capsys.readouterr().out.split())
+    for words in (
+        "--loss NAME kl (divergence",
+        "With --align: dpo (one reference)",
+        "(default: hidden) With --align: How the dense model's predictions are stored for the anchor",
+        "Share of the documents that is held out from training, to choose the step that is kept; at most what fills 16 "
+        "windows. (default: 0.05) With --align: Share of the prompts",
+        "With --align: Optimizer steps; without it all training pairs",
+        "May be given several times. With --align: Preference pairs",
+    ):
+        assert words in said
+    assert said.count("--rank N Rank of lora, hira and spp. (default: 16)") == 1
+    assert "--optimizer {adamw,mezo,subzero}" in said
+
+
 def test_every_verb_has_help(capsys: pytest.CaptureFixture[str]) -> None:
     for verb in ("prune", "compare", "evaluate", "methods"):
         with pytest.raises(SystemExit):

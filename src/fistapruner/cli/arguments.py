@@ -151,7 +151,8 @@ def add_evaluation_of_result(parser: argparse.ArgumentParser) -> None:
 def add_training_beside(parser: argparse.ArgumentParser) -> None:
     """Add the settings that only recovery and alignment have, to a parser with those of pruning.
 
-    Where both have a flag, its help is that of recovery, and the recipe alone checks its value.
+    Where both have a flag, its help is that of recovery, then that of alignment if it differs, and the recipe alone
+    checks its value.
     """
     known = set(flags_of(Recipe))
     for title, recipe, other in (
@@ -159,14 +160,13 @@ def add_training_beside(parser: argparse.ArgumentParser) -> None:
         ("alignment (with --align)", AlignRecipe, RecoverRecipe),
     ):
         group = parser.add_argument_group(title)
-        shared = dict(settings(other))
+        shared = {flag_of(path): field for path, field in settings(other) if path not in SAME_FLAG}
         for path, field in settings(recipe):
             flag = flag_of(path)
             if path in SAME_FLAG or flag in known:
                 continue
             known.add(flag)
-            same = path in shared and shared[path].annotation == field.annotation
-            _add_setting(group, path, field, choices=same or flag not in flags_of(other))
+            _add_setting(group, path, field, aligned=shared.get(flag))
 
 
 def flags_of(recipe: type[Settings]) -> tuple[str, ...]:
@@ -202,25 +202,41 @@ def _dest(flag: str) -> str:
     return DEST + flag.removeprefix("--")
 
 
-def _add_setting(group: argparse._ArgumentGroup, path: str, field: FieldInfo, *, choices: bool = True) -> None:
-    """Add one setting: its flag, choices and help are those of the field, which also checks the value."""
-    default = field.default
-    shown = "" if default is None or default == () or field.annotation is bool else f" (default: {default})"
+def _add_setting(
+    group: argparse._ArgumentGroup, path: str, field: FieldInfo, *, aligned: FieldInfo | None = None
+) -> None:
+    """Add one setting: its flag, choices and help are those of the field, which also checks the value.
+
+    Args:
+        group: receives it.
+        path: of the setting; ``field``: its field.
+        aligned: that of alignment where the flag is also for that; None where it is not.
+    """
+    described, also = _description(field), "" if aligned is None else _description(aligned)
+    repeated = " May be given several times." if path in REPEATED else ""
+    beside = f" With --align: {also}" if also not in ("", described) else ""
     options: dict[str, Any] = {
         "dest": _dest(flag_of(path)),
         "default": None,
-        "help": f"{field.description}{shown}".replace("%", "%%"),
+        "help": described + repeated + beside,
     }
+    literal = get_origin(field.annotation) is Literal
     if field.annotation is bool:
         options["action"] = argparse.BooleanOptionalAction
-    elif choices and get_origin(field.annotation) is Literal:
+    elif literal and (aligned is None or aligned.annotation == field.annotation):
         options["choices"] = get_args(field.annotation)
     else:
-        options["metavar"] = METAVARS.get(path, "N")
+        options["metavar"] = METAVARS.get(path, "NAME" if literal else "N")
         if path in REPEATED:
             options["action"] = "append"
-            options["help"] += " May be given several times."
     group.add_argument(flag_of(path), **options)
+
+
+def _description(field: FieldInfo) -> str:
+    """Describe a setting for argparse, with its default."""
+    default = field.default
+    shown = "" if default is None or default == () or field.annotation is bool else f" (default: {default})"
+    return f"{field.description}{shown}".replace("%", "%%")
 
 
 def recipe_settings(arguments: argparse.Namespace) -> dict[str, Any]:

@@ -97,8 +97,8 @@ class AlignRecipe(TrainingRecipe):
     )
     teacher: Literal["top64", "hidden"] = Field(
         "top64",
-        description="How the dense model's predictions are stored for the anchor: its 64 most likely tokens and the "
-        "rest as one bucket, or its last hidden states (exact).",
+        description="How the dense model's predictions are stored for the anchor: top64 (its 64 most likely tokens and "
+        "the rest as one bucket), or hidden (its last hidden states: exact).",
     )
     data: PairData = Field(PairData(), description="Preference pairs.")
     steps: int | None = Field(None, ge=1, description="Optimizer steps; without it all training pairs, epochs times.")
