@@ -299,7 +299,10 @@ def _check_dense(dense: LayerwiseModel, model: LayerwiseModel) -> None:
 
 
 def evaluation_of(origin: RunDirectory | None) -> EvaluationRequest | None:
-    """Take the text that the input's run was evaluated on, so that figures compare; ``python`` without a run."""
+    """Take the text that the input's run was evaluated on, so that figures can be compared.
+
+    Without a run it is ``python``, as ``prune`` has it by default.
+    """
     if origin is None:
         return EvaluationRequest(data=PYTHON)
     record = origin.record()

@@ -195,7 +195,7 @@ def fit(needs: TrainingSizes, resources: Resources, free: int | None = None) -> 
 
 
 def _in_rounds(needs: TrainingSizes, choice: TrainingChoice, room: int) -> TrainingChoice:
-    """Return the choice with the dense model's predictions in rounds, where the disk holds them in no other way."""
+    """Put the dense model's predictions in rounds if the disk does not hold all of them."""
     parts = needs.disk(choice)
     if sum(parts.values()) > room and needs.model.stored:
         others = sum(parts.values()) - parts["the dense model's predictions"]
@@ -206,7 +206,7 @@ def _in_rounds(needs: TrainingSizes, choice: TrainingChoice, room: int) -> Train
 
 
 def _smaller_teacher(needs: TrainingSizes, choice: TrainingChoice, room: int) -> str:
-    """Advise to store the dense model's most likely tokens instead of its hidden states, where these would fit."""
+    """Advise to store the dense model's most likely tokens if they fit; empty if they do not."""
     if needs.task.top is not None or not needs.model.stored:
         return ""
     kinds = get_args(type(needs.task.recipe).model_fields["teacher"].annotation)

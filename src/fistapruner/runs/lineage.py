@@ -112,7 +112,10 @@ def _short(found: Perplexity | None) -> Perplexity | None:
 
 
 def record_with_stage(record: dict[str, Any], stage: Stage) -> dict[str, Any]:
-    """Return a model's record with one more stage in its lineage, if it has one; operators and zeros stay the same."""
+    """Return a model's record with one more stage in its lineage, whose operators and zeros stay the same.
+
+    A record without a lineage stays as it is.
+    """
     lineage, _ = read_lineage(record, Path())
     if lineage is None:
         return record
