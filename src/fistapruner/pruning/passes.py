@@ -392,7 +392,7 @@ class LayerPasses:
         )
 
     def _drift(self, number: int, start: int, inputs: Tensor) -> tuple[Tensor | None, Tensor | None]:
-        """Read what the dense model has in place of ``inputs``, and the drift of the residual stream and the bias."""
+        """Read the dense model's inputs or outputs, and the drift of residual stream and bias."""
         stop = start + inputs.shape[0]
         dense = drift = None
         if self._activations is not None:
