@@ -18,7 +18,7 @@ from fistapruner import FistaPrunerError, SparseLinear
 from fistapruner.models.files.checkpoint import Checkpoint
 from fistapruner.models.whole import load_whole
 from fistapruner.sparse.pack import PackedCheckpoint
-from tiny import ARCHITECTURES, VOCABULARY
+from tiny import ARCHITECTURES, VOCABULARY, store_head
 
 IDS = torch.randint(3, VOCABULARY, (2, 24), generator=torch.Generator().manual_seed(0))
 
@@ -40,6 +40,21 @@ def test_every_way_of_loading_agrees(tmp_path, architecture):
     count = sum(isinstance(module, SparseLinear) for module in packed.modules())
     assert count >= 9
     torch.testing.assert_close(logits(packed), expected, rtol=0.05, atol=0.1)
+
+
+@pytest.mark.parametrize("head", ["other", "equal", "alone"])
+def test_a_stored_head_of_a_tied_model_is_that_of_transformers(tmp_path, head):
+    """It is the model's own where its values are not the embedding's, whatever the config says."""
+    source = store_head(save_pruned(tmp_path / "m", tie_word_embeddings=True), head)
+    fistapruner.pack(source, tmp_path / "p")
+    expected = logits(AutoModelForCausalLM.from_pretrained(source, dtype="auto"))
+    assert torch.equal(logits(AutoModelForCausalLM.from_pretrained(tmp_path / "p", dtype="auto")), expected)
+    packed = fistapruner.load(tmp_path / "p")
+    for model in (fistapruner.load(tmp_path / "p", packed=False), packed):
+        assert (model.lm_head.weight is model.model.embed_tokens.weight) == (head != "other")
+        torch.testing.assert_close(logits(model), expected, rtol=0.05, atol=0.1)
+    packed.save_pretrained(tmp_path / "saved")
+    assert torch.equal(logits(AutoModelForCausalLM.from_pretrained(tmp_path / "saved", dtype="auto")), expected)
 
 
 APART = ["qwen2_moe", "qwen3_moe", "mixtral", "olmoe", "deepseek_v3"]

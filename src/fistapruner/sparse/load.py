@@ -155,7 +155,10 @@ def _build(source: PackedCheckpoint, config: Any, dtype: torch.dtype, packed: bo
             f"{source.folder} does not fit {type(model).__name__}: {' '.join(str(error).split())[:300]}"
         ) from None
     serve_experts(model)
-    model.tie_weights()
+    model.tie_weights(
+        missing_keys={name for name, tensor in model.state_dict(keep_vars=True).items() if tensor.is_meta},
+        recompute_mapping=False,
+    )
     if source.widths:
         model.config.quantization_config = widths_section(source.widths)
     missing = [name for name, tensor in (*model.named_parameters(), *model.named_buffers()) if tensor.is_meta]

@@ -47,6 +47,7 @@ def register() -> bool:
         """Loads the packed operators and sets widths; transformers loads the rest."""
 
         requires_calibration = False
+        source: PackedCheckpoint | None = None
         places: Mapping[str, tuple[str, str]] = MappingProxyType({})
         experts: Mapping[str, list[list[str]]] = MappingProxyType({})
         fused: Mapping[str, nn.Parameter] = MappingProxyType({})
@@ -62,20 +63,20 @@ def register() -> bool:
             if self.widths and not is_packed(folder):
                 set_widths(model, self.widths, Checkpoint.open(folder).shapes())
                 return
-            self.source = PackedCheckpoint(folder)
-            set_widths(model, self.widths, self.source.shapes())
+            self.source = source = PackedCheckpoint(folder)
+            set_widths(model, self.widths, source.shapes())
             self.experts = {
                 target: lists
-                for target, lists in expert_sources(model, self.source.names()).items()
-                if any(name in self.source.specs for names in lists for name in names)
+                for target, lists in expert_sources(model, source.names()).items()
+                if any(name in source.specs for names in lists for name in names)
             }
-            self.places = _places(model, self.source, self.experts)
+            self.places = _places(model, source, self.experts)
             for name, (parent, leaf) in self.places.items():
                 module = model.get_submodule(parent)
-                if tuple(module._parameters[leaf].shape) != self.source.specs[name].shape:
+                if tuple(module._parameters[leaf].shape) != source.specs[name].shape:
                     shape = tuple(module._parameters[leaf].shape)
                     raise FistaPrunerError(
-                        f"{name} is {self.source.specs[name].shape} in the packed folder, the config asks for {shape}"
+                        f"{name} is {source.specs[name].shape} in the packed folder, the config asks for {shape}"
                     )
                 module._is_hf_initialized = True  # its weight is loaded later: no random initialisation
             self.fused = {target: model.get_parameter(target) for target in self.experts}
@@ -86,7 +87,7 @@ def register() -> bool:
                 module._is_hf_initialized = True
             weights = {*self.experts, *(f"{parent}.{leaf}" for parent, leaf in self.places.values())}
             names = weights | set(
-                self.source.specs
+                source.specs
             )  # transformers looks for a tensor by its name today and by the stored one
             parts = [re.escape(f"{name}.") + "(values|mask|offsets|index|scales)$" for name in names]
             # transformers wants a set, or a list in some releases; both take the union with a set of patterns.
@@ -114,7 +115,9 @@ def register() -> bool:
                         f"{tuple(wanted.shape)}"
                     )
                 model.get_submodule(parent)._parameters[leaf] = nn.Parameter(value.to(device, wanted.dtype))
-            model.tie_weights()
+            if self.source is not None:
+                stored = stored_names(model, self.source.names())
+                model.tie_weights(missing_keys=set(model.state_dict()) - set(stored), recompute_mapping=False)
             if self.widths:  # transformers has removed it; what is saved from the model needs it
                 model.config.quantization_config = widths_section(self.widths)
             return model

@@ -146,6 +146,7 @@ class Checkpoint:
         self.stacks: dict[str, Stack] = {}
         self._parts: dict[str, tuple[Stack, int]] = {}
         self._joins: dict[str, list[str]] = {}
+        self._same: dict[tuple[str, str], bool] = {}
         self._places = {name: shard for shard, file in files.items() for name in file.entries}
 
     @classmethod
@@ -290,6 +291,17 @@ class Checkpoint:
             dim, order = self.orders[name]
             return tensor.index_select(dim, order)
         return tensor
+
+    def same(self, name: str, other: str) -> bool:
+        """Compare two tensors: names, or else dtypes, shapes and values. The answer is remembered."""
+        if name == other:
+            return True
+        key = (name, other)
+        if key not in self._same:
+            entry, against = self.entry(name), self.entry(other)
+            alike = (entry.dtype, entry.shape) == (against.dtype, against.shape)
+            self._same[key] = alike and torch.equal(self.read(name), self.read(other))
+        return self._same[key]
 
     @property
     def stored(self) -> list[TensorEntry]:
