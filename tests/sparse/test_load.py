@@ -123,6 +123,20 @@ def test_a_packed_mixture_has_the_state_of_the_dense_one(tmp_path, architecture)
     assert torch.equal(packed.state_dict()[name], state[name])
 
 
+def test_what_routes_stays_in_fp32_as_in_transformers(tmp_path):
+    source = save_pruned(tmp_path / "m", "deepseek_v3", dtype=torch.float32)
+    fistapruner.pack(source, tmp_path / "p")
+    expected = AutoModelForCausalLM.from_pretrained(source, dtype=torch.bfloat16)
+    for packed in (True, False):
+        model = fistapruner.load(tmp_path / "p", dtype=torch.bfloat16, packed=packed)
+        found = {name: model.state_dict()[name] for name in expected.state_dict() if "mlp.gate." in name}
+        assert len(found) == 2
+        for name, tensor in found.items():
+            assert tensor.dtype == torch.float32
+            assert torch.equal(tensor, expected.state_dict()[name])
+        torch.testing.assert_close(logits(model), logits(expected), rtol=0.05, atol=0.1)
+
+
 def test_a_packed_mixture_that_does_not_fit_its_config_is_refused(tmp_path):
     fistapruner.pack(save_pruned(tmp_path / "m", "qwen3_moe"), tmp_path / "p")
     config = json.loads((tmp_path / "p" / "config.json").read_text())

@@ -6,6 +6,7 @@ number and size, and every tensor that the class asks for must be in the checkpo
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -273,6 +274,20 @@ def checkpoint_names(model: Any, checkpoint: Checkpoint, known: Mapping[str, str
             f"{checkpoint.folder}: tensor {missing[0]!r}{more} of {type(model).__name__} is not in it"
         )
     return sources
+
+
+def loaded_dtype(model: Any, name: str, dtype: torch.dtype) -> torch.dtype:
+    """Return the dtype in which transformers loads a floating-point tensor of a model.
+
+    It keeps some in fp32, such as what routes to experts. Its table of them is semi-private and used here only.
+
+    Args:
+        model: transformers model, may be on the meta device.
+        name: of the tensor in the model.
+        dtype: asked for.
+    """
+    kept: Mapping[str, torch.dtype] = getattr(model, "_get_dtype_plan", lambda _: {})(dtype)
+    return next((kept[part] for part in kept if re.search(part.replace("*", ".*"), name)), dtype)
 
 
 def unsupported(model: Any, reason: str) -> FistaPrunerError:

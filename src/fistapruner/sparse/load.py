@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import FistaPrunerError
-from ..models.architecture import find_decoder_layers, refuse_own_code, set_widths
+from ..models.architecture import find_decoder_layers, loaded_dtype, refuse_own_code, set_widths
 from ..models.experts import separate_experts
 from ..models.files.checkpoint import read_json, read_widths, widths_section
 from ..models.names import expert_sources, joined_sources, stored_names
@@ -117,16 +117,22 @@ def _build(source: PackedCheckpoint, config: Any, dtype: torch.dtype, packed: bo
         else {}
     )
     names = {**stored_names(model, stored, skipped=own), **own}
+
+    def rounded(target: str, tensor: Tensor) -> Tensor:
+        return tensor.to(loaded_dtype(model, target, dtype)) if tensor.is_floating_point() else tensor
+
     rest: dict[str, Tensor] = {
-        target: _cast(source.checkpoint.read(name), dtype) for target, name in names.items() if name not in source.specs
+        target: rounded(target, source.checkpoint.read(name))
+        for target, name in names.items()
+        if name not in source.specs
     }
     rest |= {
-        target: torch.cat([_cast(source.tensor(part), dtype) for part in parts])
+        target: torch.cat([rounded(target, source.tensor(part)) for part in parts])
         for target, parts in joined_sources(model, stored).items()
         if target not in names
     }
     fused = model.state_dict(keep_vars=True).keys() & experts.keys()  # those that are not separate now
-    rest |= {target: _cast(source.experts(experts[target]), dtype) for target in sorted(fused)}
+    rest |= {target: rounded(target, source.experts(experts[target])) for target in sorted(fused)}
     for target, name in names.items():
         if name not in source.specs:
             continue
@@ -145,7 +151,7 @@ def _build(source: PackedCheckpoint, config: Any, dtype: torch.dtype, packed: bo
                 turned = turned.quantised(operator.group)
             replace(model, parent, _sparse(turned, rest.pop(f"{parent}.bias", None), int8, transposed=True))
         else:
-            rest[target] = _cast(operator.to_dense(), dtype)
+            rest[target] = rounded(target, operator.to_dense())
     if packed:
         use_kernels(model)
     try:
@@ -204,7 +210,3 @@ def _main_dtype(source: PackedCheckpoint) -> torch.dtype:
             if entry.dtype.is_floating_point:
                 sizes[entry.dtype] = sizes.get(entry.dtype, 0) + entry.nbytes
     return max(sizes, key=lambda dtype: sizes[dtype])
-
-
-def _cast(tensor: Tensor, dtype: torch.dtype) -> Tensor:
-    return tensor.to(dtype) if tensor.is_floating_point() else tensor
