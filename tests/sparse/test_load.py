@@ -159,6 +159,25 @@ def test_transformers_casts_as_it_is_told(tmp_path, dtype):
     assert torch.equal(logits(load_whole(tmp_path / "p", torch.device("cpu"), dtype)), expected)
 
 
+@pytest.mark.parametrize("elsewhere", ["disk", "meta"])
+def test_a_map_of_several_devices_is_refused(tmp_path, monkeypatch, elsewhere):
+    """Whether it is given or transformers makes it: operators are loaded when the model is placed already."""
+    fistapruner.pack(save_pruned(tmp_path / "m"), tmp_path / "p")
+    parts = {"model": "cpu", "lm_head": elsewhere}
+    message = rf"{tmp_path / 'p'}: .* one device, and device_map names cpu, {elsewhere}: .*fistapruner unpack"
+    settings = {"dtype": "auto", "offload_folder": tmp_path / "offload"}
+    with pytest.raises(FistaPrunerError, match=message):
+        AutoModelForCausalLM.from_pretrained(tmp_path / "p", device_map=parts, **settings)
+    with monkeypatch.context() as patch:
+        patch.setattr("transformers.integrations.accelerate.infer_auto_device_map", lambda *_, **__: parts)
+        with pytest.raises(FistaPrunerError, match=message):
+            AutoModelForCausalLM.from_pretrained(tmp_path / "p", device_map="auto", **settings)
+    for single in ("auto", {"": "cpu"}):
+        model = AutoModelForCausalLM.from_pretrained(tmp_path / "p", device_map=single, dtype="auto")
+        expected = AutoModelForCausalLM.from_pretrained(tmp_path / "m", dtype="auto")
+        assert torch.equal(logits(model), logits(expected))
+
+
 def test_unpacked_by_transformers_is_an_ordinary_model(tmp_path):
     fistapruner.pack(save_pruned(tmp_path / "m"), tmp_path / "p")
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "p", dtype="auto")

@@ -52,7 +52,19 @@ def register() -> bool:
         experts: Mapping[str, list[list[str]]] = MappingProxyType({})
         fused: Mapping[str, nn.Parameter] = MappingProxyType({})
 
-        def _process_model_before_weight_loading(self, model: Any, checkpoint_files: Any = None, **kwargs: Any) -> None:
+        def validate_environment(self, *args: Any, device_map: Any = None, **kwargs: Any) -> None:
+            """Refuse a map of several devices; called again where transformers has made one, such as of "auto"."""
+            places = set(device_map.values()) if isinstance(device_map, Mapping) else set()
+            if self.source is not None and (len(places) > 1 or "disk" in places):
+                devices = ", ".join(sorted(map(str, places)))
+                raise FistaPrunerError(
+                    f"{self.source.folder}: a packed model is loaded to one device, and device_map names {devices}: "
+                    f"make it an ordinary one first with 'fistapruner unpack {self.source.folder} DIR'"
+                )
+
+        def _process_model_before_weight_loading(
+            self, model: Any, checkpoint_files: Any = None, device_map: Any = None, **kwargs: Any
+        ) -> None:
             if not checkpoint_files:
                 raise FistaPrunerError("a packed model is loaded from its folder")
             folder = Path(checkpoint_files[0]).parent
@@ -64,6 +76,7 @@ def register() -> bool:
                 set_widths(model, self.widths, Checkpoint.open(folder).shapes())
                 return
             self.source = source = PackedCheckpoint(folder)
+            self.validate_environment(device_map=device_map)
             set_widths(model, self.widths, source.shapes())
             self.experts = {
                 target: lists
@@ -86,9 +99,7 @@ def register() -> bool:
                 module._parameters[leaf] = None
                 module._is_hf_initialized = True
             weights = {*self.experts, *(f"{parent}.{leaf}" for parent, leaf in self.places.values())}
-            names = weights | set(
-                source.specs
-            )  # transformers looks for a tensor by its name today and by the stored one
+            names = weights | set(source.specs)  # transformers looks for a tensor by today's name and the stored one
             parts = [re.escape(f"{name}.") + "(values|mask|offsets|index|scales)$" for name in names]
             # transformers wants a set, or a list in some releases; both take the union with a set of patterns.
             parts += [re.escape(target) + "$" for target in self.experts]
