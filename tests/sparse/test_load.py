@@ -178,6 +178,17 @@ def test_a_map_of_several_devices_is_refused(tmp_path, monkeypatch, elsewhere):
         assert torch.equal(logits(model), logits(expected))
 
 
+def test_a_packed_model_on_the_hub_says_how_to_get_all_of_it(tmp_path):
+    """transformers downloads config and weights only."""
+    fistapruner.pack(save_pruned(tmp_path / "m"), tmp_path / "p")
+    (tmp_path / "p" / "packed.json").unlink()
+    message = r"no packed\.json, .* 'hf download NAME --local-dir DIR'"
+    with pytest.raises(FistaPrunerError, match=message):
+        AutoModelForCausalLM.from_pretrained(tmp_path / "p")
+    with pytest.raises(FistaPrunerError, match=message):
+        fistapruner.load("someone/packed")
+
+
 def test_unpacked_by_transformers_is_an_ordinary_model(tmp_path):
     fistapruner.pack(save_pruned(tmp_path / "m"), tmp_path / "p")
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "p", dtype="auto")
