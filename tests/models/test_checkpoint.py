@@ -131,10 +131,13 @@ def test_links_out_of_the_folder_are_refused_but_not_the_hub_cache(
     for name in ("config.json", "model.safetensors"):
         os.rename(single / name, blobs / name)
         (snapshot / name).symlink_to(f"../../blobs/{name}")
+    (snapshot / "additional_chat_templates").mkdir()
+    (blobs / "rag").write_text("template")
+    (snapshot / "additional_chat_templates" / "rag.jinja").symlink_to("../../../blobs/rag")
     (tmp_path / "link").symlink_to(snapshot)
     monkeypatch.chdir(snapshot)
     for name in (snapshot, Path("."), Path("../1234"), tmp_path / "link"):
-        assert Checkpoint.open(name).names()
+        assert "additional_chat_templates/rag.jinja" in Checkpoint.open(name).companions
     for name in ("config.json", "model.safetensors"):
         (single / name).symlink_to(blobs / name)
     with pytest.raises(FistaPrunerError, match="link out of its folder"):

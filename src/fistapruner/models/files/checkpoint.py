@@ -347,8 +347,9 @@ def inside(folder: Path, name: str) -> Path:
         return path
     real = folder.resolve()
     allowed = [real]
-    if real.parent.name == "snapshots":
-        allowed.append((real.parent.parent / "blobs").resolve())
+    for snapshot in (real, real.parent):  # the model's folder, or one in it
+        if snapshot.parent.name == "snapshots":
+            allowed.append((snapshot.parent.parent / "blobs").resolve())
     target = path.resolve()
     if not any(target.is_relative_to(root) for root in allowed):
         raise FistaPrunerError(f"{path} is a link out of its folder, to {target}: put the file itself there")
