@@ -144,6 +144,17 @@ def test_links_out_of_the_folder_are_refused_but_not_the_hub_cache(
         Checkpoint.open(single)
 
 
+@pytest.mark.parametrize("name", ["config.json", "tokenizer_config.json", "processor_config.json"])
+def test_code_is_copied_where_any_config_names_it(single: Path, tmp_path: Path, name: str) -> None:
+    (single / "tokenization_own.py").write_text("class OwnTokenizer: ...")
+    assert "tokenization_own.py" not in Checkpoint.open(single).companions
+    config = json.loads((single / name).read_text()) if (single / name).exists() else {}
+    auto_map = {"AutoTokenizer": ["tokenization_own.OwnTokenizer", None]}
+    (single / name).write_text(json.dumps(config | {"auto_map": auto_map}))
+    write_checkpoint(Checkpoint.open(single), tmp_path / "out", lambda _: None)
+    assert (tmp_path / "out" / "tokenization_own.py").is_file()
+
+
 def test_index_that_lies_is_refused(sharded: Path) -> None:
     edit_index(
         sharded, lambda index: index["weight_map"].update({"extra.weight": index["weight_map"]["lm_head.weight"]})

@@ -40,6 +40,9 @@ Orders = Mapping[str, tuple[int, Tensor]]
 
 COMPANION_SUFFIXES = {".json", ".jinja", ".txt", ".model", ".tiktoken", ".bpe", ".vocab", ".spm"}
 COMPANION_NAMES = ("license", "licence", "notice", "copying", "use_policy", "acceptable_use")
+OTHER_CONFIGS = ("tokenizer_config.json", "processor_config.json", "preprocessor_config.json")
+"""Beside ``config.json``, what names Python code of the model in ``auto_map``."""
+
 NOT_COMPANIONS = {INDEX, INDEX_PICKLE, "config.json", PRUNING_RECORD, PACKED_RECORD}
 
 
@@ -133,7 +136,7 @@ class Checkpoint:
             empty at first.
         stacks: by name, the stored tensors that are read as the matrices of single experts (:meth:`take_apart`).
         companions: names of the model's other files: tokenizer, generation settings, chat templates, licence, the
-            Python code that ``auto_map`` in the config names. Not ``config.json``.
+            Python code that ``auto_map`` in a config names. Not ``config.json``.
     """
 
     def __init__(self, folder: Path, config: dict[str, Any], files: dict[str, WeightFile], index: str | None) -> None:
@@ -141,7 +144,8 @@ class Checkpoint:
         self.config = config
         self.files = files
         self.index = index
-        self.companions = _companions(folder, code="auto_map" in config)
+        others = (read_json(folder, name) for name in OTHER_CONFIGS if (folder / name).is_file())
+        self.companions = _companions(folder, code=any("auto_map" in each for each in (config, *others)))
         self.orders: Orders = {}
         self.stacks: dict[str, Stack] = {}
         self._parts: dict[str, tuple[Stack, int]] = {}
