@@ -111,27 +111,28 @@ def register() -> bool:
             )
 
         def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> Any:
+            if self.source is not None:
+                self._load_operators(model, self.source)
+            if self.widths:  # transformers has removed it; what is saved from the model needs it
+                model.config.quantization_config = widths_section(self.widths)
+            return model
+
+        def _load_operators(self, model: Any, source: PackedCheckpoint) -> None:
             device = next((item.device for item in model.parameters() if not item.is_meta), torch.device("cpu"))
             for name, (parent, leaf) in self.places.items():
                 module = model.get_submodule(parent)
-                module._parameters[leaf] = nn.Parameter(
-                    self.source.tensor(name).to(device, module._parameters[leaf].dtype)
-                )
+                module._parameters[leaf] = nn.Parameter(source.tensor(name).to(device, module._parameters[leaf].dtype))
             for target, lists in self.experts.items():
                 parent, _, leaf = target.rpartition(".")
-                value, wanted = self.source.experts(lists), self.fused[target]
+                value, wanted = source.experts(lists), self.fused[target]
                 if value.shape != wanted.shape:
                     raise FistaPrunerError(
                         f"{target} is {tuple(value.shape)} in the packed folder, the config asks for "
                         f"{tuple(wanted.shape)}"
                     )
                 model.get_submodule(parent)._parameters[leaf] = nn.Parameter(value.to(device, wanted.dtype))
-            if self.source is not None:
-                stored = stored_names(model, self.source.names())
-                model.tie_weights(missing_keys=set(model.state_dict()) - set(stored), recompute_mapping=False)
-            if self.widths:  # transformers has removed it; what is saved from the model needs it
-                model.config.quantization_config = widths_section(self.widths)
-            return model
+            stored = stored_names(model, source.names())
+            model.tie_weights(missing_keys=set(model.state_dict()) - set(stored), recompute_mapping=False)
 
         def is_serializable(self, *args: Any, **kwargs: Any) -> bool:
             return False
