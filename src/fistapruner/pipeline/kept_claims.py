@@ -71,9 +71,9 @@ def claimed_zeros(claims: Mapping[str, Mapping[str, Any]]) -> int:
 
 
 def kept_permuted(context: RunContext, report: Report, gone: Callable[[str], bool]) -> list[str]:
-    """List the tensors whose channels are in another order than in the dense model, by this run or an earlier one.
+    """List the tensors whose channels are in another order than in the dense model.
 
-    Arguments as for :func:`kept_claims`.
+    This run or an earlier one has reordered them. Arguments as for :func:`kept_claims`.
     """
     permuted = permuted_tensors(earlier_record(context)) | set(context.model.checkpoint.orders)
     before = _names_before(context, report, _operators(context)) if permuted else {}

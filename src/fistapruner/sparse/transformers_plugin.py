@@ -53,7 +53,7 @@ def register() -> bool:
         fused: Mapping[str, nn.Parameter] = MappingProxyType({})
 
         def validate_environment(self, *args: Any, device_map: Any = None, **kwargs: Any) -> None:
-            """Refuse a map of several devices; called again where transformers has made one, such as of "auto"."""
+            """Refuse a map of several devices: one that is given, or that transformers makes of "auto"."""
             places = set(device_map.values()) if isinstance(device_map, Mapping) else set()
             if self.source is not None and (len(places) > 1 or "disk" in places):
                 devices = ", ".join(sorted(map(str, places)))
