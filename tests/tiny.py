@@ -129,3 +129,16 @@ def save(
     model.save_pretrained(folder, max_shard_size=shard, save_original_format=original)
     tokenizer().save_pretrained(folder)
     return folder
+
+
+def store_head(folder: Path, head: str) -> Path:
+    """Store the head of a tied llama with ``"other"`` values beside the embedding, ``"equal"`` ones, or ``"alone"``."""
+    from safetensors.torch import load_file, save_file
+
+    tensors = load_file(folder / "model.safetensors")
+    embedding = tensors["model.embed_tokens.weight"]
+    tensors["lm_head.weight"] = embedding.flip(0).contiguous() if head == "other" else embedding.clone()
+    if head == "alone":
+        del tensors["model.embed_tokens.weight"]
+    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+    return folder

@@ -131,14 +131,28 @@ def test_links_out_of_the_folder_are_refused_but_not_the_hub_cache(
     for name in ("config.json", "model.safetensors"):
         os.rename(single / name, blobs / name)
         (snapshot / name).symlink_to(f"../../blobs/{name}")
+    (snapshot / "additional_chat_templates").mkdir()
+    (blobs / "rag").write_text("template")
+    (snapshot / "additional_chat_templates" / "rag.jinja").symlink_to("../../../blobs/rag")
     (tmp_path / "link").symlink_to(snapshot)
     monkeypatch.chdir(snapshot)
     for name in (snapshot, Path("."), Path("../1234"), tmp_path / "link"):
-        assert Checkpoint.open(name).names()
+        assert "additional_chat_templates/rag.jinja" in Checkpoint.open(name).companions
     for name in ("config.json", "model.safetensors"):
         (single / name).symlink_to(blobs / name)
     with pytest.raises(FistaPrunerError, match="link out of its folder"):
         Checkpoint.open(single)
+
+
+@pytest.mark.parametrize("name", ["config.json", "tokenizer_config.json", "processor_config.json"])
+def test_code_is_copied_where_any_config_names_it(single: Path, tmp_path: Path, name: str) -> None:
+    (single / "tokenization_own.py").write_text("class OwnTokenizer: ...")
+    assert "tokenization_own.py" not in Checkpoint.open(single).companions
+    config = json.loads((single / name).read_text()) if (single / name).exists() else {}
+    auto_map = {"AutoTokenizer": ["tokenization_own.OwnTokenizer", None]}
+    (single / name).write_text(json.dumps(config | {"auto_map": auto_map}))
+    write_checkpoint(Checkpoint.open(single), tmp_path / "out", lambda _: None)
+    assert (tmp_path / "out" / "tokenization_own.py").is_file()
 
 
 def test_index_that_lies_is_refused(sharded: Path) -> None:

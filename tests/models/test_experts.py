@@ -36,6 +36,20 @@ def test_the_walk_has_the_models_own_logits(tmp_path: Path, architecture: str, o
     torch.testing.assert_close(model.own_logits(tokens), expected, rtol=1e-5, atol=1e-5)
 
 
+def test_what_routes_stays_in_fp32_as_in_transformers(tmp_path: Path) -> None:
+    """Rounded to bf16, it would choose other experts than the model that users load."""
+    folder = tiny.save("deepseek_v3", tmp_path)
+    whole = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16)
+    expected = {name: tensor for name, tensor in whole.state_dict().items() if ".experts." not in name}
+    routers = [name for name in expected if name.endswith(("mlp.gate.weight", "e_score_correction_bias"))]
+    assert [expected[name].dtype for name in routers] == [torch.float32] * 2
+    model = LayerwiseModel(Checkpoint.open(folder), torch.device("cpu"), torch.bfloat16)
+    with model.resident():
+        found = model.model.state_dict()
+        assert all(torch.equal(found[name], tensor) for name, tensor in expected.items())
+        assert all(found[name].dtype == tensor.dtype for name, tensor in expected.items())
+
+
 def by_hand(architecture: str, matrices: dict[str, Tensor], x: Tensor) -> Tensor:
     """What one expert computes of a token, from the paper's formula and its stored matrices."""
     read = {key: value @ x for key, value in matrices.items() if key not in ("down", "down_bias", "joined_bias")}

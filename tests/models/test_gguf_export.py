@@ -53,6 +53,18 @@ def test_what_is_written_is_read_back(
     assert (tmp_path / "back" / "tokenizer.json").read_text("utf-8") == (dense[1] / "tokenizer.json").read_text("utf-8")
 
 
+def test_a_relative_name_says_what_it_is_relative_to(
+    dense: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    recipe = {"sparsity": "50%", "method": "magnitude", "calibration": {"source": "self", "samples": 2, "seqlen": 16}}
+    fp.prune(dense[0].name, "run", **recipe)
+    fp.export("run", "out.gguf")
+    monkeypatch.chdir("run")
+    with pytest.raises(fp.FistaPrunerError, match=r"dense\.gguf, .* exist here .*where its run began\): .* --like"):
+        fp.export("../run", "out.gguf")
+
+
 def test_fewer_heads_keep_their_size(dense: tuple[Path, Path], tmp_path: Path) -> None:
     source, folder = dense
     fp.prune(

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 from huggingface_hub.errors import GatedRepoError, LocalEntryNotFoundError, RepositoryNotFoundError
+from huggingface_hub.utils import filter_repo_objects
 
 from fistapruner import FistaPrunerError
 from fistapruner.models.source import default_cache, resolve_model
@@ -102,6 +103,29 @@ def test_pickles_and_code_are_downloaded_only_when_trusted(tmp_path: Path) -> No
     asked.clear()
     resolve_model("a/b", allow_pickle=True, download=_hub(tmp_path, asked, ("model.safetensors",)))
     assert len(asked) == 1
+
+
+def test_every_file_that_is_copied_is_downloaded(tmp_path: Path) -> None:
+    kept = ["config.json", "model.safetensors", "tokenizer.model", "LICENSE", "license", "Licence.md", "COPYING.LESSER"]
+    kept += ["USE_POLICY.md", "ACCEPTABLE_USE_POLICY.md", "notice", "README.md", "chat_template.jinja"]
+    kept += ["additional_chat_templates/rag.jinja"]
+    left = [
+        "original/params.json",
+        "original/model.safetensors",
+        "consolidated.safetensors",
+        "license/text",
+        "train.py",
+    ]
+    left += ["a/b/rag.jinja", "onnx/LICENSE", "model.gguf"]
+    found: list[str] = []
+
+    def snapshot(name: str, **patterns: list[str]) -> str:
+        found.extend(filter_repo_objects(kept + left, **patterns))
+        (tmp_path / "model.safetensors").touch()
+        return str(tmp_path)
+
+    resolve_model("a/b", download=snapshot)
+    assert found == kept
 
 
 def test_cache_folder_follows_the_environment(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

@@ -79,6 +79,23 @@ def test_predictions_are_the_models_own(tmp_path: Path, config: Any) -> None:
     torch.testing.assert_close(sums.nll, own_sums(folder, tokens), rtol=1e-5, atol=0)
 
 
+@pytest.mark.parametrize("head", ["other", "equal", "alone"])
+def test_a_stored_head_of_a_tied_model_is_that_of_transformers(tmp_path: Path, head: str) -> None:
+    """It is the model's own where its values are not the embedding's, whatever the config says."""
+    folder = tiny.store_head(tiny.save("llama", tmp_path / "model", tie_word_embeddings=True), head)
+    tokens = torch.randint(3, 128, (3, 24), generator=torch.Generator().manual_seed(0))
+    model = opened(folder)
+    torch.testing.assert_close(score_windows(model, tokens, Passes()).nll, own_sums(folder, tokens), rtol=1e-5, atol=0)
+    with model.embeddings_and_head():
+        shared = model.model.lm_head.weight is model.model.model.embed_tokens.weight
+    assert shared == (head != "other")
+    fp.prune(str(folder), tmp_path / "run", **RECIPE)
+    before, after = (load_file(path / "model.safetensors") for path in (folder, tmp_path / "run" / "model"))
+    assert before.keys() == after.keys()
+    for name in before.keys() & {"lm_head.weight", "model.embed_tokens.weight"}:
+        assert torch.equal(before[name], after[name])
+
+
 @pytest.mark.parametrize(
     ("config", "reason"),
     [

@@ -14,6 +14,7 @@ import fistapruner as fp
 import tiny
 from fistapruner.cli import main
 from fistapruner.evaluation.inspection import inspect_checkpoint
+from fistapruner.models.files.record import read_pruning_record
 from fistapruner.models.source import ModelSource
 from fistapruner.runs.listener import Listener
 from fistapruner.runs.prune_directory import PruneDirectory
@@ -208,7 +209,8 @@ def test_experts_that_stay_keep_their_claims(tmp_path: Path, architecture: str) 
     """Under the numbers that they have now."""
     folder = tiny.save(architecture, tmp_path / "model")
     ignore = [rf"re:layers\.{layer}\.mlp\.experts\.{expert}\." for layer, expert in ((0, 1), (1, 2))]
-    fp.prune(folder, tmp_path / "a", method="magnitude", sparsity="2:4", ignore=ignore, calibration=CALIBRATION)
+    settings: dict[str, Any] = {"sparsity": "2:4", "permutation": "channels", "ignore": ignore}
+    fp.prune(folder, tmp_path / "a", method="magnitude", **settings, calibration=CALIBRATION)
     report = fp.prune(tmp_path / "a" / "model", tmp_path / "b", structure="experts=1", calibration=CALIBRATION)
     kept = [layer.removals[0].kept for layer in report.layers]
     assert any(numbers != [0, 1, 2] for numbers in kept)  # some have moved
@@ -218,6 +220,12 @@ def test_experts_that_stay_keep_their_claims(tmp_path: Path, architecture: str) 
     assert len(experts) == 2 * 3 * (2 if architecture == "gpt_oss" else 3)
     assert {operator.claim for operator in experts} == {"2:4", None}
     assert all((operator.claim == "2:4") == (operator.zeros > 0) for operator in experts)
+    before, after = (set(read_pruning_record(tmp_path / run / "model")["permuted"]) for run in "ab")
+    assert any(".experts." in name for name in before) == (architecture == "qwen3_moe")
+    for layer, numbers in enumerate(kept):
+        for now, number in enumerate(numbers):
+            name = f"model.layers.{layer}.mlp.experts.{{}}.down_proj.weight"
+            assert (name.format(now) in after) == (name.format(number) in before)
 
 
 def test_inspect_and_card_show_the_chain(runs: Path, capsys: pytest.CaptureFixture[str]) -> None:

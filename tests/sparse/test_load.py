@@ -18,7 +18,7 @@ from fistapruner import FistaPrunerError, SparseLinear
 from fistapruner.models.files.checkpoint import Checkpoint
 from fistapruner.models.whole import load_whole
 from fistapruner.sparse.pack import PackedCheckpoint
-from tiny import ARCHITECTURES, VOCABULARY
+from tiny import ARCHITECTURES, VOCABULARY, store_head
 
 IDS = torch.randint(3, VOCABULARY, (2, 24), generator=torch.Generator().manual_seed(0))
 
@@ -40,6 +40,21 @@ def test_every_way_of_loading_agrees(tmp_path, architecture):
     count = sum(isinstance(module, SparseLinear) for module in packed.modules())
     assert count >= 9
     torch.testing.assert_close(logits(packed), expected, rtol=0.05, atol=0.1)
+
+
+@pytest.mark.parametrize("head", ["other", "equal", "alone"])
+def test_a_stored_head_of_a_tied_model_is_that_of_transformers(tmp_path, head):
+    """It is the model's own where its values are not the embedding's, whatever the config says."""
+    source = store_head(save_pruned(tmp_path / "m", tie_word_embeddings=True), head)
+    fistapruner.pack(source, tmp_path / "p")
+    expected = logits(AutoModelForCausalLM.from_pretrained(source, dtype="auto"))
+    assert torch.equal(logits(AutoModelForCausalLM.from_pretrained(tmp_path / "p", dtype="auto")), expected)
+    packed = fistapruner.load(tmp_path / "p")
+    for model in (fistapruner.load(tmp_path / "p", packed=False), packed):
+        assert (model.lm_head.weight is model.model.embed_tokens.weight) == (head != "other")
+        torch.testing.assert_close(logits(model), expected, rtol=0.05, atol=0.1)
+    packed.save_pretrained(tmp_path / "saved")
+    assert torch.equal(logits(AutoModelForCausalLM.from_pretrained(tmp_path / "saved", dtype="auto")), expected)
 
 
 APART = ["qwen2_moe", "qwen3_moe", "mixtral", "olmoe", "deepseek_v3"]
@@ -108,6 +123,20 @@ def test_a_packed_mixture_has_the_state_of_the_dense_one(tmp_path, architecture)
     assert torch.equal(packed.state_dict()[name], state[name])
 
 
+def test_what_routes_stays_in_fp32_as_in_transformers(tmp_path):
+    source = save_pruned(tmp_path / "m", "deepseek_v3", dtype=torch.float32)
+    fistapruner.pack(source, tmp_path / "p")
+    expected = AutoModelForCausalLM.from_pretrained(source, dtype=torch.bfloat16)
+    for packed in (True, False):
+        model = fistapruner.load(tmp_path / "p", dtype=torch.bfloat16, packed=packed)
+        found = {name: model.state_dict()[name] for name in expected.state_dict() if "mlp.gate." in name}
+        assert len(found) == 2
+        for name, tensor in found.items():
+            assert tensor.dtype == torch.float32
+            assert torch.equal(tensor, expected.state_dict()[name])
+        torch.testing.assert_close(logits(model), logits(expected), rtol=0.05, atol=0.1)
+
+
 def test_a_packed_mixture_that_does_not_fit_its_config_is_refused(tmp_path):
     fistapruner.pack(save_pruned(tmp_path / "m", "qwen3_moe"), tmp_path / "p")
     config = json.loads((tmp_path / "p" / "config.json").read_text())
@@ -128,6 +157,36 @@ def test_transformers_casts_as_it_is_told(tmp_path, dtype):
     expected = logits(AutoModelForCausalLM.from_pretrained(source, dtype=dtype))
     assert torch.equal(logits(model), expected)
     assert torch.equal(logits(load_whole(tmp_path / "p", torch.device("cpu"), dtype)), expected)
+
+
+@pytest.mark.parametrize("elsewhere", ["disk", "meta"])
+def test_a_map_of_several_devices_is_refused(tmp_path, monkeypatch, elsewhere):
+    """Whether it is given or transformers makes it: operators are loaded when the model is placed already."""
+    fistapruner.pack(save_pruned(tmp_path / "m"), tmp_path / "p")
+    parts = {"model": "cpu", "lm_head": elsewhere}
+    message = rf"{tmp_path / 'p'}: .* one device, and device_map names cpu, {elsewhere}: .*fistapruner unpack"
+    settings = {"dtype": "auto", "offload_folder": tmp_path / "offload"}
+    with pytest.raises(FistaPrunerError, match=message):
+        AutoModelForCausalLM.from_pretrained(tmp_path / "p", device_map=parts, **settings)
+    with monkeypatch.context() as patch:
+        patch.setattr("transformers.integrations.accelerate.infer_auto_device_map", lambda *_, **__: parts)
+        with pytest.raises(FistaPrunerError, match=message):
+            AutoModelForCausalLM.from_pretrained(tmp_path / "p", device_map="auto", **settings)
+    for single in ("auto", {"": "cpu"}):
+        model = AutoModelForCausalLM.from_pretrained(tmp_path / "p", device_map=single, dtype="auto")
+        expected = AutoModelForCausalLM.from_pretrained(tmp_path / "m", dtype="auto")
+        assert torch.equal(logits(model), logits(expected))
+
+
+def test_a_packed_model_on_the_hub_says_how_to_get_all_of_it(tmp_path):
+    """transformers downloads config and weights only."""
+    fistapruner.pack(save_pruned(tmp_path / "m"), tmp_path / "p")
+    (tmp_path / "p" / "packed.json").unlink()
+    message = r"no packed\.json, .* 'hf download NAME --local-dir DIR'"
+    with pytest.raises(FistaPrunerError, match=message):
+        AutoModelForCausalLM.from_pretrained(tmp_path / "p")
+    with pytest.raises(FistaPrunerError, match=message):
+        fistapruner.load("someone/packed")
 
 
 def test_unpacked_by_transformers_is_an_ordinary_model(tmp_path):

@@ -6,6 +6,7 @@ number and size, and every tensor that the class asks for must be in the checkpo
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -216,7 +217,8 @@ def refuse_experts(model: Any, layers_name: str, layers: list[nn.Module]) -> Non
 def checkpoint_names(model: Any, checkpoint: Checkpoint, known: Mapping[str, str] = NO_NAMES) -> dict[str, str]:
     """Map every parameter and persistent buffer of a model to its name in the checkpoint.
 
-    A tied output head has no entry: it is the embedding's.
+    A tied output head has no entry: it is the embedding's. One that is stored with values of its own is not tied, as
+    in transformers, whatever the config says.
 
     Args:
         model: the model.
@@ -228,19 +230,27 @@ def checkpoint_names(model: Any, checkpoint: Checkpoint, known: Mapping[str, str
     """
     names = stored_names(model, checkpoint.names(), known) | dict(known)
     joined = joined_sources(model, checkpoint.names())
-    head = model.get_output_embeddings()
-    embedding = model.get_input_embeddings()
+    head, embedding = model.get_output_embeddings(), model.get_input_embeddings()
     tied = bool(getattr(model.config, "tie_word_embeddings", False))
     sources: dict[str, str] = {}
     missing: list[str] = []
     twins: dict[str, str] = getattr(model, "all_tied_weights_keys", None) or {}  # of tied tensors one is stored
-    for name, tensor in model.state_dict(keep_vars=True).items():
-        found = names.get(name) or names.get(twins.get(name, name))
+    tensors = model.state_dict(keep_vars=True)
+
+    def source(name: str) -> str | None:
+        first = twins.get(name, name)
+        others = (other for other, twin in twins.items() if twin == first)
+        return next((names[each] for each in (name, first, *others) if each in names), None)
+
+    for name, tensor in tensors.items():
+        found = source(name)
         is_head = (
             head is not None and tensor is head.weight and embedding is not None and head.weight is not embedding.weight
         )
         if is_head and tied:
-            continue
+            embedded = next((source(each) for each, other in tensors.items() if other is embedding.weight), None)
+            if found is None or embedded is None or checkpoint.same(found, embedded):
+                continue
         if found is None and name in joined and tensor.ndim > 2:  # no operator, so it is only read
             found = checkpoint.join(joined[name])
         if found is None:
@@ -264,6 +274,20 @@ def checkpoint_names(model: Any, checkpoint: Checkpoint, known: Mapping[str, str
             f"{checkpoint.folder}: tensor {missing[0]!r}{more} of {type(model).__name__} is not in it"
         )
     return sources
+
+
+def loaded_dtype(model: Any, name: str, dtype: torch.dtype) -> torch.dtype:
+    """Return the dtype in which transformers loads a floating-point tensor of a model.
+
+    It keeps some in fp32, such as what routes to experts. Its table of them is semi-private and used here only.
+
+    Args:
+        model: transformers model, may be on the meta device.
+        name: of the tensor in the model.
+        dtype: asked for.
+    """
+    kept: Mapping[str, torch.dtype] = getattr(model, "_get_dtype_plan", lambda _: {})(dtype)
+    return next((kept[part] for part in kept if re.search(part.replace("*", ".*"), name)), dtype)
 
 
 def unsupported(model: Any, reason: str) -> FistaPrunerError:

@@ -28,7 +28,7 @@ from transformers.pytorch_utils import Conv1D
 
 from ..errors import FistaPrunerError
 from ..runtime.numerics import pass_dtype
-from .architecture import build_model, checkpoint_names, find_decoder_layers, refuse_experts, unsupported
+from .architecture import build_model, checkpoint_names, find_decoder_layers, loaded_dtype, refuse_experts, unsupported
 from .experts import separate_experts
 from .files.checkpoint import Checkpoint
 from .files.low_rank import LowRankAdapter
@@ -495,7 +495,10 @@ class LayerwiseModel:
         return rounded.clone() if rounded.data_ptr() == tensor.data_ptr() else rounded
 
     def _load(self, names: list[str], replaced: Mapping[str, Tensor], like: LayerwiseModel | None = None) -> None:
-        """Load parameters and buffers to the device, in the passes' dtype; see :meth:`embeddings_and_head`."""
+        """Load parameters and buffers to the device, in the dtypes of transformers (:func:`.loaded_dtype`).
+
+        See :meth:`embeddings_and_head` for ``like``.
+        """
         for name in names:
             source = self._sources[name]
             tensor = replaced[source] if source in replaced else self.checkpoint.read(source)
@@ -506,7 +509,7 @@ class LayerwiseModel:
                 # Weights of operators are checked where they are pruned; here norms and biases, which are small.
                 if tensor.ndim == 1 and name in self._parameters and not bool(tensor.isfinite().all()):
                     raise FistaPrunerError(f"{self.checkpoint.folder}: {source} contains NaN or infinite values")
-                tensor = tensor.to(self.dtype)
+                tensor = tensor.to(loaded_dtype(self.model, name, self.dtype))
             tensor = tensor.to(self.device, non_blocking=True)
             twin = None if like is None else like._held(name)
             same = twin is not None and twin.dtype == tensor.dtype and twin.device == tensor.device

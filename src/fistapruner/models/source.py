@@ -17,7 +17,7 @@ from filelock import FileLock
 
 from ..errors import FistaPrunerError
 from ..runtime.files import disk_errors
-from .files.checkpoint import COMPANION_SUFFIXES, INDEX_PICKLE, Checkpoint
+from .files.checkpoint import COMPANION_NAMES, COMPANION_SUFFIXES, INDEX_PICKLE, Checkpoint
 from .files.gguf import convert_gguf
 from .tokenizer import load_tokenizer
 
@@ -150,8 +150,7 @@ def resolve_model(
     patterns = [
         "*.safetensors",
         *(f"*{suffix}" for suffix in sorted(COMPANION_SUFFIXES)),
-        "LICENSE*",
-        "NOTICE*",
+        *("".join(f"[{sign}{sign.upper()}]" for sign in name) + "*" for name in COMPANION_NAMES),
         "README.md",
     ]
     if trust_remote_code:
@@ -217,8 +216,9 @@ def _snapshot(name: str, patterns: list[str], download: Callable[..., str] | Non
     )
 
     try:
-        # Only the folder itself: "original/" and the like hold the same weights in other formats.
-        ignored = ["*/*", "consolidated*"]
+        # Only the folder itself, and chat templates (.jinja) in folders of it: "original/" and the like hold the same
+        # weights in other formats.
+        ignored = ["*/*[!a]", "*/*/*", "consolidated*"]
         return Path((download or snapshot_download)(name, allow_patterns=patterns, ignore_patterns=ignored))
     except GatedRepoError:
         what = "is gated: accept its terms on the hub and log in with 'hf auth login'"

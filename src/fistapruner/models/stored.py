@@ -17,7 +17,7 @@ def stored_operators(checkpoint: Checkpoint) -> dict[str, Operator] | None:
     """Find the operators of the decoder layers, by the names of their stored weights.
 
     Tensors that hold the matrices of all experts are taken apart, and those matrices are among the operators. No weight
-    is read, and no code of the checkpoint runs.
+    is read, but a tied head that is stored beside its embedding; and no code of the checkpoint runs.
 
     Args:
         checkpoint: the checkpoint.

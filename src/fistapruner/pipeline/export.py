@@ -49,6 +49,7 @@ def export(
     if is_packed(folder):
         raise FistaPrunerError(f"{folder} is packed: 'fistapruner unpack {folder} DIR' makes a checkpoint of it")
     refuse_low_rank(folder, "export")
+    where = ""
     if like is None:
         lineage, _ = read_lineage(read_pruning_record(folder), folder)
         like = lineage.source.source if lineage else ""
@@ -57,7 +58,10 @@ def export(
                 f"{folder} was made from {like or 'an unknown model'}, which is no GGUF file: give that of the dense "
                 "model with --like; its vocabulary is needed"
             )
+        where = "" if Path(like).is_absolute() else " here (the name is relative to the folder where its run began)"
     source = small_model() if str(like) == SMALL_MODEL else Path(like)
     if not source.is_file():
-        raise FistaPrunerError(f"{source}, the GGUF file of the dense model, does not exist: give it with --like")
+        raise FistaPrunerError(
+            f"{source}, the GGUF file of the dense model, does not exist{where}: give it with --like"
+        )
     return export_gguf(folder, out, source, values, allow_pickle=allow_pickle)

@@ -18,7 +18,6 @@ from ..models.discovery import expert_modules
 from ..models.files.checkpoint import PRUNING_RECORD, Checkpoint
 from ..models.files.low_rank import RECORD as LOW_RANK
 from ..models.files.low_rank import write_adapter
-from ..models.files.record import permuted_tensors
 from ..models.files.writer import write_checkpoint
 from ..models.layerwise import LayerwiseModel
 from ..planning.plan import check_plan
@@ -34,7 +33,7 @@ from ..runtime.files import PARTIAL, sha256_file
 from ..runtime.machine import now
 from ..runtime.memory import peak_memory
 from ..structured.experts import EXPERTS, chosen_experts, dropped_tensors
-from .kept_claims import claimed_zeros, earlier_record, kept_claims, kept_widths, moved_experts
+from .kept_claims import claimed_zeros, earlier_record, kept_claims, kept_permuted, kept_widths, moved_experts
 
 
 def finish(
@@ -374,7 +373,7 @@ def _record(
         "model": report.model.source,
         "versions": report.versions,
         "operators": claims,
-        "permuted": sorted(name for name in permuted_tensors(earlier) | set(model.checkpoint.orders) if not gone(name)),
+        "permuted": kept_permuted(context, report, gone),
         **({"widths": widths} if widths else {}),
         "lineage": report.lineage.model_dump(mode="json") if report.lineage else None,
     }

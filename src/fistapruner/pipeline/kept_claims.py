@@ -12,7 +12,7 @@ from ..constraints import parse_sparsity
 from ..errors import FistaPrunerError
 from ..execution.context import RunContext
 from ..models.discovery import Operator
-from ..models.files.record import MIN_ZEROS, read_pruning_record, recorded_claims
+from ..models.files.record import MIN_ZEROS, permuted_tensors, read_pruning_record, recorded_claims
 from ..models.stored import operators_by_weight
 from ..runs.layer_records import LayerEntry
 from ..runs.records import Report
@@ -51,7 +51,7 @@ def kept_claims(
         return {}
     if not claims:
         return {}
-    operators = operators_by_weight(context.model.layers_name, context.model.layers, context.model.source)
+    operators = _operators(context)
     before = _names_before(context, report, operators)
     kept = {}
     for name in {**claims, **before}:
@@ -68,6 +68,16 @@ def kept_claims(
 def claimed_zeros(claims: Mapping[str, Mapping[str, Any]]) -> int:
     """Add up the zeros of claims."""
     return sum(zeros for claim in claims.values() if type(zeros := claim.get("zeros")) is int)
+
+
+def kept_permuted(context: RunContext, report: Report, gone: Callable[[str], bool]) -> list[str]:
+    """List the tensors whose channels are in another order than in the dense model.
+
+    This run or an earlier one has reordered them. Arguments as for :func:`kept_claims`.
+    """
+    permuted = permuted_tensors(earlier_record(context)) | set(context.model.checkpoint.orders)
+    before = _names_before(context, report, _operators(context)) if permuted else {}
+    return sorted(name for name in permuted | set(before) if before.get(name, name) in permuted and not gone(name))
 
 
 def kept_widths(record: Mapping[str, Any], own: list[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -98,6 +108,10 @@ def moved_experts(layers: Iterable[LayerEntry]) -> dict[str, Sequence[int]]:
         for removal in layer.removals
         if removal.kept is not None
     }
+
+
+def _operators(context: RunContext) -> dict[str, Operator]:
+    return operators_by_weight(context.model.layers_name, context.model.layers, context.model.source)
 
 
 def _names_before(context: RunContext, report: Report, operators: Mapping[str, Operator]) -> dict[str, str]:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import FistaPrunerError
-from ..models.architecture import find_decoder_layers, refuse_own_code, set_widths
+from ..models.architecture import find_decoder_layers, loaded_dtype, refuse_own_code, set_widths
 from ..models.experts import separate_experts
 from ..models.files.checkpoint import read_json, read_widths, widths_section
 from ..models.names import expert_sources, joined_sources, stored_names
@@ -54,7 +54,8 @@ def load(
 
     if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
         raise FistaPrunerError(f"dtype {dtype!r} is no floating-point dtype of torch, such as torch.bfloat16")
-    if not is_packed(folder) and read_widths(read_json(Path(folder), "config.json"), Path(folder)):
+    plain = Path(folder).is_dir() and not is_packed(folder)
+    if plain and read_widths(read_json(Path(folder), "config.json"), Path(folder)):
         settings = {"dtype": dtype or "auto", "trust_remote_code": False}
         return AutoModelForCausalLM.from_pretrained(str(folder), **settings).eval()
     source = PackedCheckpoint(folder, verify=verify)
@@ -117,16 +118,22 @@ def _build(source: PackedCheckpoint, config: Any, dtype: torch.dtype, packed: bo
         else {}
     )
     names = {**stored_names(model, stored, skipped=own), **own}
+
+    def rounded(target: str, tensor: Tensor) -> Tensor:
+        return tensor.to(loaded_dtype(model, target, dtype)) if tensor.is_floating_point() else tensor
+
     rest: dict[str, Tensor] = {
-        target: _cast(source.checkpoint.read(name), dtype) for target, name in names.items() if name not in source.specs
+        target: rounded(target, source.checkpoint.read(name))
+        for target, name in names.items()
+        if name not in source.specs
     }
     rest |= {
-        target: torch.cat([_cast(source.tensor(part), dtype) for part in parts])
+        target: torch.cat([rounded(target, source.tensor(part)) for part in parts])
         for target, parts in joined_sources(model, stored).items()
         if target not in names
     }
     fused = model.state_dict(keep_vars=True).keys() & experts.keys()  # those that are not separate now
-    rest |= {target: _cast(source.experts(experts[target]), dtype) for target in sorted(fused)}
+    rest |= {target: rounded(target, source.experts(experts[target])) for target in sorted(fused)}
     for target, name in names.items():
         if name not in source.specs:
             continue
@@ -145,7 +152,7 @@ def _build(source: PackedCheckpoint, config: Any, dtype: torch.dtype, packed: bo
                 turned = turned.quantised(operator.group)
             replace(model, parent, _sparse(turned, rest.pop(f"{parent}.bias", None), int8, transposed=True))
         else:
-            rest[target] = _cast(operator.to_dense(), dtype)
+            rest[target] = rounded(target, operator.to_dense())
     if packed:
         use_kernels(model)
     try:
@@ -155,7 +162,10 @@ def _build(source: PackedCheckpoint, config: Any, dtype: torch.dtype, packed: bo
             f"{source.folder} does not fit {type(model).__name__}: {' '.join(str(error).split())[:300]}"
         ) from None
     serve_experts(model)
-    model.tie_weights()
+    model.tie_weights(
+        missing_keys={name for name, tensor in model.state_dict(keep_vars=True).items() if tensor.is_meta},
+        recompute_mapping=False,
+    )
     if source.widths:
         model.config.quantization_config = widths_section(source.widths)
     missing = [name for name, tensor in (*model.named_parameters(), *model.named_buffers()) if tensor.is_meta]
@@ -201,7 +211,3 @@ def _main_dtype(source: PackedCheckpoint) -> torch.dtype:
             if entry.dtype.is_floating_point:
                 sizes[entry.dtype] = sizes.get(entry.dtype, 0) + entry.nbytes
     return max(sizes, key=lambda dtype: sizes[dtype])
-
-
-def _cast(tensor: Tensor, dtype: torch.dtype) -> Tensor:
-    return tensor.to(dtype) if tensor.is_floating_point() else tensor

@@ -159,7 +159,10 @@ class PackedCheckpoint:
     def __init__(self, folder: str | Path, *, verify: bool = True) -> None:
         self.folder = Path(folder)
         if not (self.folder / PACKED_RECORD).is_file():
-            raise FistaPrunerError(f"{self.folder} is not a packed checkpoint: it has no {PACKED_RECORD}")
+            raise FistaPrunerError(
+                f"{self.folder} is not a packed checkpoint: it has no {PACKED_RECORD}, which transformers does not "
+                "download: 'hf download NAME --local-dir DIR' makes a whole folder of a packed model on the hub"
+            )
         about = read_json(self.folder, PACKED_RECORD)
         if about.get("format") != "fistapruner-packed" or type(about.get("version")) is not int:
             raise FistaPrunerError(f"{self.folder / PACKED_RECORD} does not describe a packed checkpoint")
@@ -411,5 +414,6 @@ model = AutoModelForCausalLM.from_pretrained("FOLDER")       # unpacked to dense
 model = fistapruner.load("FOLDER")                           # operators stay packed, for fast decoding on a CPU
 ```
 
-or make it an ordinary checkpoint again with `fistapruner unpack FOLDER OUT`.
+or make it an ordinary checkpoint again with `fistapruner unpack FOLDER OUT`. `FOLDER` is on this machine: of a model
+on the hub, `hf download NAME --local-dir FOLDER` makes one.
 """

@@ -47,11 +47,24 @@ def register() -> bool:
         """Loads the packed operators and sets widths; transformers loads the rest."""
 
         requires_calibration = False
+        source: PackedCheckpoint | None = None
         places: Mapping[str, tuple[str, str]] = MappingProxyType({})
         experts: Mapping[str, list[list[str]]] = MappingProxyType({})
         fused: Mapping[str, nn.Parameter] = MappingProxyType({})
 
-        def _process_model_before_weight_loading(self, model: Any, checkpoint_files: Any = None, **kwargs: Any) -> None:
+        def validate_environment(self, *args: Any, device_map: Any = None, **kwargs: Any) -> None:
+            """Refuse a map of several devices: one that is given, or that transformers makes of "auto"."""
+            places = set(device_map.values()) if isinstance(device_map, Mapping) else set()
+            if self.source is not None and (len(places) > 1 or "disk" in places):
+                devices = ", ".join(sorted(map(str, places)))
+                raise FistaPrunerError(
+                    f"{self.source.folder}: a packed model is loaded to one device, and device_map names {devices}: "
+                    f"make it an ordinary one first with 'fistapruner unpack {self.source.folder} DIR'"
+                )
+
+        def _process_model_before_weight_loading(
+            self, model: Any, checkpoint_files: Any = None, device_map: Any = None, **kwargs: Any
+        ) -> None:
             if not checkpoint_files:
                 raise FistaPrunerError("a packed model is loaded from its folder")
             folder = Path(checkpoint_files[0]).parent
@@ -62,20 +75,21 @@ def register() -> bool:
             if self.widths and not is_packed(folder):
                 set_widths(model, self.widths, Checkpoint.open(folder).shapes())
                 return
-            self.source = PackedCheckpoint(folder)
-            set_widths(model, self.widths, self.source.shapes())
+            self.source = source = PackedCheckpoint(folder)
+            self.validate_environment(device_map=device_map)
+            set_widths(model, self.widths, source.shapes())
             self.experts = {
                 target: lists
-                for target, lists in expert_sources(model, self.source.names()).items()
-                if any(name in self.source.specs for names in lists for name in names)
+                for target, lists in expert_sources(model, source.names()).items()
+                if any(name in source.specs for names in lists for name in names)
             }
-            self.places = _places(model, self.source, self.experts)
+            self.places = _places(model, source, self.experts)
             for name, (parent, leaf) in self.places.items():
                 module = model.get_submodule(parent)
-                if tuple(module._parameters[leaf].shape) != self.source.specs[name].shape:
+                if tuple(module._parameters[leaf].shape) != source.specs[name].shape:
                     shape = tuple(module._parameters[leaf].shape)
                     raise FistaPrunerError(
-                        f"{name} is {self.source.specs[name].shape} in the packed folder, the config asks for {shape}"
+                        f"{name} is {source.specs[name].shape} in the packed folder, the config asks for {shape}"
                     )
                 module._is_hf_initialized = True  # its weight is loaded later: no random initialisation
             self.fused = {target: model.get_parameter(target) for target in self.experts}
@@ -85,9 +99,7 @@ def register() -> bool:
                 module._parameters[leaf] = None
                 module._is_hf_initialized = True
             weights = {*self.experts, *(f"{parent}.{leaf}" for parent, leaf in self.places.values())}
-            names = weights | set(
-                self.source.specs
-            )  # transformers looks for a tensor by its name today and by the stored one
+            names = weights | set(source.specs)  # transformers looks for a tensor by today's name and the stored one
             parts = [re.escape(f"{name}.") + "(values|mask|offsets|index|scales)$" for name in names]
             # transformers wants a set, or a list in some releases; both take the union with a set of patterns.
             parts += [re.escape(target) + "$" for target in self.experts]
@@ -99,25 +111,28 @@ def register() -> bool:
             )
 
         def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> Any:
+            if self.source is not None:
+                self._load_operators(model, self.source)
+            if self.widths:  # transformers has removed it; what is saved from the model needs it
+                model.config.quantization_config = widths_section(self.widths)
+            return model
+
+        def _load_operators(self, model: Any, source: PackedCheckpoint) -> None:
             device = next((item.device for item in model.parameters() if not item.is_meta), torch.device("cpu"))
             for name, (parent, leaf) in self.places.items():
                 module = model.get_submodule(parent)
-                module._parameters[leaf] = nn.Parameter(
-                    self.source.tensor(name).to(device, module._parameters[leaf].dtype)
-                )
+                module._parameters[leaf] = nn.Parameter(source.tensor(name).to(device, module._parameters[leaf].dtype))
             for target, lists in self.experts.items():
                 parent, _, leaf = target.rpartition(".")
-                value, wanted = self.source.experts(lists), self.fused[target]
+                value, wanted = source.experts(lists), self.fused[target]
                 if value.shape != wanted.shape:
                     raise FistaPrunerError(
                         f"{target} is {tuple(value.shape)} in the packed folder, the config asks for "
                         f"{tuple(wanted.shape)}"
                     )
                 model.get_submodule(parent)._parameters[leaf] = nn.Parameter(value.to(device, wanted.dtype))
-            model.tie_weights()
-            if self.widths:  # transformers has removed it; what is saved from the model needs it
-                model.config.quantization_config = widths_section(self.widths)
-            return model
+            stored = stored_names(model, source.names())
+            model.tie_weights(missing_keys=set(model.state_dict()) - set(stored), recompute_mapping=False)
 
         def is_serializable(self, *args: Any, **kwargs: Any) -> bool:
             return False

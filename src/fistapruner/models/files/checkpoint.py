@@ -40,6 +40,9 @@ Orders = Mapping[str, tuple[int, Tensor]]
 
 COMPANION_SUFFIXES = {".json", ".jinja", ".txt", ".model", ".tiktoken", ".bpe", ".vocab", ".spm"}
 COMPANION_NAMES = ("license", "licence", "notice", "copying", "use_policy", "acceptable_use")
+OTHER_CONFIGS = ("tokenizer_config.json", "processor_config.json", "preprocessor_config.json")
+"""Beside ``config.json``, what names Python code of the model in ``auto_map``."""
+
 NOT_COMPANIONS = {INDEX, INDEX_PICKLE, "config.json", PRUNING_RECORD, PACKED_RECORD}
 
 
@@ -133,7 +136,7 @@ class Checkpoint:
             empty at first.
         stacks: by name, the stored tensors that are read as the matrices of single experts (:meth:`take_apart`).
         companions: names of the model's other files: tokenizer, generation settings, chat templates, licence, the
-            Python code that ``auto_map`` in the config names. Not ``config.json``.
+            Python code that ``auto_map`` in a config names. Not ``config.json``.
     """
 
     def __init__(self, folder: Path, config: dict[str, Any], files: dict[str, WeightFile], index: str | None) -> None:
@@ -141,11 +144,13 @@ class Checkpoint:
         self.config = config
         self.files = files
         self.index = index
-        self.companions = _companions(folder, code="auto_map" in config)
+        others = (read_json(folder, name) for name in OTHER_CONFIGS if (folder / name).is_file())
+        self.companions = _companions(folder, code=any("auto_map" in each for each in (config, *others)))
         self.orders: Orders = {}
         self.stacks: dict[str, Stack] = {}
         self._parts: dict[str, tuple[Stack, int]] = {}
         self._joins: dict[str, list[str]] = {}
+        self._same: dict[tuple[str, str], bool] = {}
         self._places = {name: shard for shard, file in files.items() for name in file.entries}
 
     @classmethod
@@ -291,6 +296,17 @@ class Checkpoint:
             return tensor.index_select(dim, order)
         return tensor
 
+    def same(self, name: str, other: str) -> bool:
+        """Compare two tensors: names, or else dtypes, shapes and values. The answer is remembered."""
+        if name == other:
+            return True
+        key = (name, other)
+        if key not in self._same:
+            entry, against = self.entry(name), self.entry(other)
+            alike = (entry.dtype, entry.shape) == (against.dtype, against.shape)
+            self._same[key] = alike and torch.equal(self.read(name), self.read(other))
+        return self._same[key]
+
     @property
     def stored(self) -> list[TensorEntry]:
         """All tensors as the files have them: those that are taken apart whole."""
@@ -335,8 +351,9 @@ def inside(folder: Path, name: str) -> Path:
         return path
     real = folder.resolve()
     allowed = [real]
-    if real.parent.name == "snapshots":
-        allowed.append((real.parent.parent / "blobs").resolve())
+    for snapshot in (real, real.parent):  # the model's folder, or one in it
+        if snapshot.parent.name == "snapshots":
+            allowed.append((snapshot.parent.parent / "blobs").resolve())
     target = path.resolve()
     if not any(target.is_relative_to(root) for root in allowed):
         raise FistaPrunerError(f"{path} is a link out of its folder, to {target}: put the file itself there")
