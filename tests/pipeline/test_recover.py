@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import shutil
+import weakref
 from collections.abc import Callable
 from functools import cached_property
 from pathlib import Path
@@ -20,17 +21,22 @@ from transformers import AutoModelForCausalLM
 import fistapruner as fp
 import tiny
 from fistapruner.cli import main
+from fistapruner.errors import OtherRankFailed
 from fistapruner.evaluation.inspection import inspect_checkpoint
+from fistapruner.execution.training import RecoverContext
 from fistapruner.models.files.checkpoint import Checkpoint
 from fistapruner.models.files.safetensors import SafetensorsFile
 from fistapruner.pipeline import prepare_recover
 from fistapruner.pipeline.replay import replay
+from fistapruner.recipes.execution_settings import Execution
 from fistapruner.runs.listener import Listener
 from fistapruner.runs.lock import hold
 from fistapruner.runs.records import Report, load_run
 from fistapruner.runs.steps import StepJournal, read_steps
 from fistapruner.runs.training_directory import RecoverDirectory
+from fistapruner.runtime.ranks import Ranks
 from fistapruner.sparse.pack import is_packed
+from fistapruner.tuning.objective import Objective
 
 SEQLEN = 16
 SETTINGS: dict[str, Any] = {
@@ -834,3 +840,59 @@ def test_a_text_is_cut_into_windows_of_the_run_before_whatever_training_takes(be
     report = recover(bench.pruned(), tmp_path / "out", evaluate="python", evaluate_windows=1, data=data)
     assert report.evaluations[0].perplexity is not None
     assert report.evaluations[0].perplexity.seqlen == SEQLEN
+
+
+def test_a_run_goes_on_with_less_where_memory_runs_out(
+    bench: Bench, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """From the last state, to the same bits. A resumed run does not try what was too much; the error is one line."""
+    gradient, calls, held = Objective.gradient, list[bool](), list[weakref.ref[Tensor]]()
+
+    def running_out(self: Objective, *arguments: Any) -> float:
+        assert all(each() is None for each in held)
+        calls.append(self.keep_graphs)
+        if len(calls) < 3 or len(calls) % 2 == 0:
+            return gradient(self, *arguments)
+        large = torch.zeros(9)
+        held.append(weakref.ref(large))
+        circle: list[Any] = [large]  # it waits for the garbage collector
+        circle.append(circle)
+        raise torch.OutOfMemoryError("CUDA out of memory.")
+
+    run = tmp_path / "run"
+    with monkeypatch.context() as patched:
+        patched.setattr(Objective, "gradient", running_out)
+        with pytest.raises(fp.FistaPrunerError, match="the memory of cpu ran out in training, even") as error:
+            recover(bench.pruned(), run, command="the command")
+    assert calls == [True] * 3 + [False] * 6
+    assert "--batch-size" not in str(error.value)
+    report = fp.resume(run)
+    assert [warning.rpartition(": ")[2] for warning in report.warnings if "ran out" in warning] == [
+        "decoder layers run twice for a gradient",
+        "one decoder layer is in memory at a time",
+        "trained tensors and hidden states are in files",
+    ]
+    assert (run / "log.txt").read_text().count("going on after step 2 of 4") == 4
+    assert weights(run) == weights(bench.recovered)
+
+
+def test_several_processes_go_on_with_less_when_they_are_started_again(
+    bench: Bench, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The first one records it, whichever of them has run out of memory."""
+    run = Path(shutil.copytree(bench.recovered, tmp_path / "run"))
+
+    def ends(rank: int, error: Exception, message: str) -> bool:
+        context = RecoverContext.open(run, Execution())
+        context.ranks = Ranks(rank, 2)
+        monkeypatch.setattr(context, "_train", Mock(side_effect=error))
+        with pytest.raises(fp.FistaPrunerError, match=message):
+            context.train(Listener(), lambda: None)
+        record = RecoverDirectory(run).record()
+        assert record is not None
+        return record.decision.keep_graphs
+
+    ran_out = "the memory of a GPU ran out in training"
+    assert ends(1, torch.OutOfMemoryError(), f"^{ran_out}, .*; give the same command again$")
+    assert ends(0, OtherRankFailed("rank 1: the disk is full"), "the disk is full")
+    assert not ends(0, OtherRankFailed(f"rank 1: {ran_out}"), ran_out)

@@ -25,7 +25,7 @@ from fistapruner.planning import plan as plan_module
 from fistapruner.planning.footprint import peak_bytes, solve_bytes
 from fistapruner.planning.plan import DEVICE_RESERVE, Fitted, Resources, fit, make_plan, room_for, written
 from fistapruner.planning.probe import Scale, extrapolate, measure_time, time_solve
-from fistapruner.planning.sizes import Choice, Sizes
+from fistapruner.planning.sizes import UNCOUNTED, Choice, Sizes
 from fistapruner.problem import LayerProblem
 from fistapruner.runs.layer_records import LayerEntry
 from fistapruner.runtime.formatting import size
@@ -246,6 +246,32 @@ def test_workers_share_a_gpu(model: Model) -> None:
     assert fit_on_gpu(parts, AMPLE, free, devices, propagate="pruned").choice == Choice(16, by_operator=True)
     with pytest.raises(FistaPrunerError, match=r"free on cuda:0 is not enough: solving .* needs 4\.33 GiB, even"):
         fit_on_gpu(parts, AMPLE, free - 1, devices, propagate="pruned")
+
+
+def test_a_gpu_without_room_for_a_part_is_named(model: Model) -> None:
+    """Workers solve parts there; the layer and the groups that have one part are on the first GPU."""
+    measured = replace(sizes(model), cuda=True)
+    groups = [group._replace(stacked=2**32, alone=2**31) for group in measured.groups]
+    groups[-1] = groups[-1]._replace(stacked=2**33, alone=2**33)
+    parts = replace(measured, groups=tuple(groups))
+    recipe = Recipe.build({"method": "wanda", "propagate": "pruned"}).resolved()
+    need = DEVICE_RESERVE + round(2**31 * (1 + UNCOUNTED))
+
+    def fitted(free: int, devices: Sequence[str]) -> Choice:
+        places = tuple(torch.device(name) for name in devices)
+        resources = Resources(AMPLE, GPU, {GPU: AMPLE, torch.device("cuda:1"): free}, places)
+        return fit(parts, recipe, resources, 16, len(places)).choice
+
+    assert fitted(need, ["cuda:0", "cuda:1"]).by_operator
+    with pytest.raises(
+        FistaPrunerError,
+        match=r"^the 2\.17 GiB that are free on cuda:1 is not enough: solving a part of .* needs 2\.17 GiB; free some "
+        r"of it, or leave this GPU out with --workers 1$",
+    ):
+        fitted(need - 1, ["cuda:0", "cuda:1"])
+    with pytest.raises(FistaPrunerError, match=r"cuda:1 is not enough: .* in each of 2 workers; .* --workers 1$"):
+        fitted(2 * need - 1, ["cuda:0", "cuda:1", "cuda:0", "cuda:1"])
+    assert fitted(0, ["cuda:0"] * 2).by_operator
 
 
 def test_a_gpu_without_room_for_one_window_is_named(monkeypatch: pytest.MonkeyPatch) -> None:

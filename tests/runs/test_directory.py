@@ -11,6 +11,8 @@ from fistapruner.errors import FistaPrunerError
 from fistapruner.runs.base import parse
 from fistapruner.runs.decision import EvaluationRequest, Numerics, PruneRecord, RunDecision, RunRecord
 from fistapruner.runs.directory import RunDirectory
+from fistapruner.runs.journal import LayerJournal
+from fistapruner.runs.layer_records import LayerEntry
 from fistapruner.runs.listener import Listener
 from fistapruner.runs.lock import hold
 from fistapruner.runs.log import Logged, log_file
@@ -130,3 +132,12 @@ def test_reports_of_before_are_of_pruning_runs() -> None:
     assert parse(Report, {}, "report.json").kind == "prune"
     with pytest.raises(FistaPrunerError, match="kind"):
         parse(Report, {"kind": "bake"}, "report.json")
+
+
+def test_a_journal_knows_the_smallest_settings(tmp_path: Path) -> None:
+    """Of one batch size, parts of groups take less memory than whole groups."""
+    journal = LayerJournal(tmp_path)
+    for index, (batch_size, parts) in enumerate([(None, None), (2, True), (1, False), (1, True)]):
+        journal.write("run", {}, LayerEntry(index=index, batch_size=batch_size, by_operator=parts))
+    assert journal.reduced("run") == (1, True)
+    assert journal.reduced("another run") is None

@@ -12,8 +12,14 @@ import torch
 import fistapruner
 import tiny
 from fistapruner.errors import FistaPrunerError
+from fistapruner.execution.context import RunContext
+from fistapruner.execution.operator_parallel import ParallelSolver
+from fistapruner.execution.pool import Event, Job, PartJob
+from fistapruner.execution.serial import prune_serially
+from fistapruner.execution.worker import Worker
 from fistapruner.models.files.checkpoint import Checkpoint
 from fistapruner.models.layerwise import LayerwiseModel
+from fistapruner.models.source import Permissions
 from fistapruner.planning.plan import DEVICE_RESERVE
 from fistapruner.recipes.loading import load_recipe_settings, merge
 from fistapruner.runs.layer_records import LayerEntry
@@ -123,6 +129,51 @@ def test_too_little_memory_is_one_line(gpu: StandIn, deep: Path, tmp_path: Path)
 def test_freed_memory_is_given_back_before_the_plan(gpu: StandIn, deep: Path, tmp_path: Path) -> None:
     prune(deep, tmp_path / "run", method="magnitude")
     assert gpu.emptied >= 1
+
+
+class OneWorker:
+    """A pool whose worker is this process; it notes how often a cache of freed memory was emptied at each event."""
+
+    size = 1
+
+    def __init__(self, gpu: StandIn, worker: Worker) -> None:
+        self.gpu, self.worker = gpu, worker
+        self.emptied: list[int] = []
+        self._events: list[Event] = []
+
+    def _tell(self, event: Event) -> None:
+        self.emptied.append(self.gpu.emptied)
+        self._events.append(event)
+
+    def start(self, worker: int, job: Job | PartJob) -> None:
+        self.emptied.append(self.gpu.emptied)
+        self.worker.run(job.to_json(), self._tell)
+
+    def wait(self) -> list[tuple[int, Event]]:
+        events, self._events = self._events, []
+        return [(0, event) for event in events]
+
+    def revive(self, worker: int) -> None:
+        """Nothing dies."""
+
+    def close(self) -> None:
+        """Nothing runs."""
+
+
+def test_processes_that_share_a_gpu_take_turns_with_its_memory(gpu: StandIn, deep: Path, tmp_path: Path) -> None:
+    """What passes have freed is there for the workers' first part, and what a part has freed for all."""
+    out = tmp_path / "run"
+    prune(deep, out, method="wanda", propagate="pruned", only_layers=(0, 0))
+    work = RunContext.open(out)
+    work.hidden.mkdir(parents=True, exist_ok=True)
+    pool = OneWorker(gpu, Worker(out, "", "cuda:0", Permissions()))
+    before = gpu.emptied
+    prune_serially(work, {1}, Listener(), solver=ParallelSolver(pool, work.hidden, work.recipe.steps))
+    begun, done = pool.emptied[::2], pool.emptied[1::2]
+    assert len(done) == 5  # parts of the groups q, k, v and gate, up
+    assert begun[0] > before
+    assert begun[3] > done[2]
+    assert all(after > at for at, after in zip(begun, done, strict=True))
 
 
 STATES: dict[str, Any] = {

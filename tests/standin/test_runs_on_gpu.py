@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -143,7 +144,7 @@ def test_calibration_text_of_the_model_itself(gpu: StandIn, model: Path, tmp_pat
 
 
 def test_channels_are_removed(gpu: StandIn, model: Path, tmp_path: Path) -> None:
-    """Alone, then with sparsity; the smaller layers are those of the CPU."""
+    """The smaller layers are those of the CPU."""
     there, here = (
         prune(model, tmp_path / device[:3], device, structure={"remove": "mlp=25%", "multiple": 4}, dtype="float32")
         for device in (GPU, "cpu")
@@ -154,6 +155,14 @@ def test_channels_are_removed(gpu: StandIn, model: Path, tmp_path: Path) -> None
     assert errors(there) == pytest.approx(errors(here), rel=0.05)
     assert not gpu.unordered
     assert sum(gpu.live.values()) < 100
+
+
+def test_channels_that_goa_chooses(gpu: StandIn, model: Path, tmp_path: Path) -> None:
+    report = prune(model, tmp_path / "run", structure={"remove": "mlp=25%", "multiple": 4, "method": "goa"})
+    assert [(removal.method, removal.after) for layer in report.layers for removal in layer.removals] == [
+        ("goa", 36)
+    ] * 2
+    assert not gpu.unordered
 
 
 RECOVERIES = [
@@ -195,6 +204,26 @@ def test_recovery(gpu: StandIn, model: Path, tmp_path: Path, settings: dict[str,
     assert there is not None
     assert here is not None
     assert [loss for _, loss in there.curve] == pytest.approx([loss for _, loss in here.curve], rel=0.01)
+
+
+def test_alignment(gpu: StandIn, model: Path, tmp_path: Path) -> None:
+    """Nothing is summed in no fixed order; the loss is that of the CPU but for rounding."""
+    prune(model, tmp_path / "pruned", "cpu", method="magnitude", sparsity="2:4")
+    pairs = tmp_path / "pairs.jsonl"
+    lines = (
+        {"prompt": f"After {number} comes", "chosen": f" no {number}!", "rejected": f" {number + 1}."}
+        for number in range(6)
+    )
+    pairs.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    base: dict[str, Any] = {"evaluate": None, "steps": 1, "pairs_per_step": 2, "validation_checks": 1, "rank": 2}
+    reports = []
+    for device in (GPU, "cpu"):
+        settings = {**base, "data": {"pairs": str(pairs)}, "execution": {"device": device, "threads": 1}}
+        reports.append(fistapruner.align(tmp_path / "pruned", tmp_path / device[:3], dtype="float32", **settings))
+    assert not gpu.unordered
+    assert sum(gpu.live.values()) < 100
+    there, here = ([loss for _, loss in report.recovery.curve] for report in reports if report.recovery)
+    assert there == pytest.approx(here, rel=0.01)
 
 
 def test_experts_are_removed(gpu: StandIn, tmp_path: Path) -> None:

@@ -99,6 +99,8 @@ def test_losses_are_those_of_a_model_whose_inputs_are_masked(tmp_path: Path, arc
     generator = torch.Generator().manual_seed(1)
     masks = [(torch.rand(count, generator=generator) < 0.6).double() for _ in range(2)]
     found = learning.losses(tokens, masks)
+    less = BypassLearning(model, units, tokens, settings, 0, scratch_factory(None, torch.float32), batch_size=1)
+    assert less.losses(tokens, masks) == pytest.approx(found, rel=1e-5)
     whole = AutoModelForCausalLM.from_pretrained(folder).eval()
     for mask, loss in zip(masks, found, strict=True):
         handles, start = [], 0

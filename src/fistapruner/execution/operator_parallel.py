@@ -19,6 +19,7 @@ from ..constraints import Constraint, parse_sparsity
 from ..models.files.safetensors import SafetensorsFile, SafetensorsWriter, TensorEntry
 from ..problem import LayerProblem
 from ..pruning.partition import cut, join, part_of, rows_of, solve_in_parts, solve_part
+from ..runtime.memory import release_device_memory
 from ..solvers.base import Method, Solution
 from .pool import Event, PartJob, Pool, run_jobs
 
@@ -65,6 +66,7 @@ class ParallelSolver:
         _write(self._folder / GRAM, {"gram": problem.gram})
         for part, job in zip(parts, jobs, strict=True):
             _write(self._folder / job.problem, rows_of(part_of(problem, part)))
+        release_device_memory()  # what the passes have freed, for the workers that share this process's GPU
         run_jobs(self._pool, _PartSchedule(jobs))
         solution = join(
             problem, parts, (_read_solution(self._folder / job.solution, problem.weight.device) for job in jobs)

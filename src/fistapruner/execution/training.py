@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -14,7 +15,7 @@ from torch import Tensor
 
 from ..activations.store import Store, scratch_factory
 from ..calibration.training_text import TrainingText, order
-from ..errors import FistaPrunerError
+from ..errors import FistaPrunerError, OtherRankFailed
 from ..models.discovery import Layout, discover
 from ..models.layerwise import LayerwiseModel
 from ..models.source import UNTRUSTED, ModelSource, Permissions
@@ -27,6 +28,7 @@ from ..runs.listener import Listener
 from ..runs.training_directory import RecoverDirectory, TrainingDirectory
 from ..runtime.devices import choose_device, cpu_threads, device_title
 from ..runtime.files import disk_errors, sha256_file
+from ..runtime.memory import release_device_memory
 from ..runtime.numerics import DTYPES
 from ..runtime.ranks import ALONE, Ranks
 from ..tuning.losses import Loss
@@ -35,6 +37,16 @@ from ..tuning.steppers import FirstOrder, ForwardOnly
 from ..tuning.teacher import Teacher
 from ..tuning.trained import Trained
 from ..tuning.trainer import Stepper, Trainer, TrainingState
+
+RAN_OUT = "ran out in training"
+"""Is in the message of a process whose GPU's memory has run out; another process may read it."""
+
+SMALLER: tuple[tuple[str, dict[str, bool]], ...] = (
+    ("decoder layers run twice for a gradient", {"keep_graphs": False}),
+    ("one decoder layer is in memory at a time", {"resident": False}),
+    ("trained tensors and hidden states are in files", {"states_on_disk": True, "hidden_on_disk": True}),
+)
+"""What a run does, one after the other, where the GPU's memory runs out. None of it changes a bit of the result."""
 
 
 @dataclass
@@ -113,12 +125,72 @@ class TrainingContext:
         folder = self.own(self.run.trained) if self.decision.states_on_disk else None
         return Trained(self.model, self.layout, self.recipe, folder)
 
-    def train(self, trained: Trained, listener: Listener, after_snapshot: Callable[[], None]) -> TrainingState:
-        """Train, or go on training, and leave the best weights in ``trained``.
+    def train(self, listener: Listener, after_snapshot: Callable[[], None]) -> tuple[Trained, TrainingState]:
+        """Train, or go on training.
+
+        Where the GPU's memory runs out, training goes on from the last snapshot with what needs less (:data:`SMALLER`).
+        Several processes end; when they are started again, they go on with it.
+
+        Args:
+            listener: receives progress.
+            after_snapshot: called when a state is on the disk.
+
+        Returns:
+            What holds the best weights, and where training ended.
 
         Raises:
-            FistaPrunerError: the dense model is gone or has changed, or the disk is full.
+            FistaPrunerError: the dense model is gone or has changed, the disk is full, or the GPU's memory runs out and
+                nothing is left that needs less.
         """
+        while True:
+            trained = self.trained
+            try:
+                return trained, self._train(trained, listener, after_snapshot)
+            except torch.OutOfMemoryError:
+                pass
+            except OtherRankFailed as error:
+                if self.ranks.first and RAN_OUT in str(error):
+                    self._reduce(listener)
+                raise
+            # Here the error is gone, and with it the tensors that its frames held.
+            del trained
+            gc.collect()
+            release_device_memory()
+            said = self._reduce(listener)
+            if self.ranks.size > 1:
+                raise FistaPrunerError(f"{said}; give the same command again")
+
+    def _reduce(self, listener: Listener) -> str:
+        """Take less of the GPU's memory from now on, also in a run that is resumed.
+
+        Returns:
+            A sentence on it.
+
+        Raises:
+            FistaPrunerError: nothing is left that needs less.
+        """
+        ran_out = f"the memory of {self.model.device if self.ranks.size == 1 else 'a GPU'} {RAN_OUT}"
+        for what, changes in SMALLER:
+            smaller = self.decision.model_copy(update=changes)
+            if smaller == self.decision:
+                continue
+            said = f"{ran_out}, which goes on from the last state: {what}"
+            self.decision = smaller
+            if self.ranks.first:
+                record = self.run.record()
+                assert record is not None  # the run was opened with it
+                kept = {"decision": smaller, "warnings": [*record.warnings, said]}
+                self.run.write_record(record.model_copy(update=kept))
+            listener.say(said)
+            return said
+        raise FistaPrunerError(
+            f"{ran_out}, even with one decoder layer in memory at a time, and trained tensors and hidden states in "
+            f"files: free some of it and resume {self.run.folder}; or begin another run, whose plan takes what is free "
+            "then, with shorter windows, or with --device cpu"
+        )
+
+    def _train(self, trained: Trained, listener: Listener, after_snapshot: Callable[[], None]) -> TrainingState:
+        """Do what :meth:`train` does, once, and leave the best weights in ``trained``."""
         numerics, windows = self.decision.numerics, self._order()
         hidden = self.own(self.run.hidden) if self.decision.hidden_on_disk else None
         with cpu_threads(numerics.threads), made(hidden):

@@ -25,6 +25,7 @@ from ..activations.stream import Calls
 from ..errors import FistaPrunerError
 from ..models.source import Permissions
 from ..pruning.context import LayerEvents, LayerStreams
+from ..runtime.memory import release_device_memory
 from ..runtime.numerics import exact_products
 from .context import RunContext
 from .operator_parallel import do_part
@@ -69,6 +70,7 @@ class Worker:
             with exact_products():
                 if "solution" in job:
                     do_part(PartJob(**job), self.work.hidden, self.work.recipe.steps, self.work.model.device)
+                    release_device_memory()  # for the processes that share the GPU
                 else:
                     self._do_layer(Job(**job), tell)
             tell({"event": "done"})

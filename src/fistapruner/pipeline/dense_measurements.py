@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import gc
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import TypeVar
 
 import torch
 from torch import Tensor
@@ -26,14 +28,16 @@ from ..runtime.devices import cpu_threads
 from ..runtime.files import disk_errors, sha256_file
 from ..runtime.memory import release_device_memory
 from ..runtime.numerics import exact_products
-from ..sensitivity.decision import decide, needs_measuring, permutes, windows_measured
+from ..sensitivity.decision import Decision, decide, needs_measuring, permutes, windows_measured
 from ..sensitivity.fisher import DensePasses
-from ..structured.bypass import BypassLearning
+from ..structured.bypass import SEQUENCES, BypassLearning
 from ..structured.proof import config_entries
-from ..structured.units import free_widths, resized
+from ..structured.units import Units, free_widths, resized
 from ..structured.widths import choose_widths
 from .plan import allocate, say_widths
 from .prune_inputs import Inputs
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -81,19 +85,25 @@ class DenseMeasurements:
         """
         if self.recipe.structure.method != "bypass" or inputs.widths is None or not any(inputs.widths.units):
             return {}
-        with cpu_threads(self.numerics.threads), exact_products(), _temporary(self.states):
+        units = inputs.widths.units
+        identity = fingerprint(self.recipe, inputs.model.checkpoint, self.tokens, self.numerics)
+
+        def learn(batch_size: int) -> dict[tuple[int, str], Tensor]:
             learning = BypassLearning(
                 inputs.model,
-                inputs.widths.units,
+                units,
                 self.tokens,
                 self.recipe.structure,
                 self.recipe.seed,
                 scratch_factory(self.states, inputs.model.dtype),
                 self.listener.say,
                 self.listener.tick,
+                batch_size=batch_size,
             )
-            identity = fingerprint(self.recipe, inputs.model.checkpoint, self.tokens, self.numerics)
-            found = learning.run(self.run.bypass_file, identity, windows_measured(len(self.tokens)))
+            return learning.run(self.run.bypass_file, identity, windows_measured(len(self.tokens)))
+
+        advice = "take --structure-method obs, which learns nothing"
+        found = self._fitting(inputs, "learn which channels stay", learn, SEQUENCES, advice)
         return {f"{inputs.layout.prefix}.{index}.{name}": scores for (index, name), scores in found.items()}
 
     def free_widths(self, inputs: Inputs, scores: Mapping[str, Tensor]) -> Inputs:
@@ -111,20 +121,22 @@ class DenseMeasurements:
         if not scores:
             self.listener.say("widths: measuring on the dense model what each layer loses")
         model, layout = inputs.model, inputs.layout
-        with cpu_threads(self.numerics.threads), exact_products(), _temporary(self.states):
-            passes = DensePasses(
-                scratch_factory(self.states, model.dtype), min(4, self.numerics.batch_size), self.listener.tick
-            )
-            units = choose_widths(
+        uniform = inputs.widths.units
+
+        def choose(batch_size: int) -> Units:
+            return choose_widths(
                 model,
                 layout,
-                inputs.widths.units,
+                uniform,
                 self.tokens[: windows_measured(len(self.tokens))],
-                passes,
+                DensePasses(scratch_factory(self.states, model.dtype), batch_size, self.listener.tick),
                 self.recipe.structure,
                 seed=self.recipe.seed,
                 scores=scores,
             )
+
+        advice = "take --structure-widths uniform, which needs none"
+        units = self._fitting(inputs, "choose widths", choose, min(4, self.numerics.batch_size), advice)
         widths = free_widths(units, config_entries(model, units[0]))
         smaller = resized(layout, widths)
         self.listener.say(f"{say_widths(model, widths)}. {ONLY_HERE}")
@@ -143,32 +155,22 @@ class DenseMeasurements:
             self.run.write_metrics([], {}, {}, scores)
             return Measured(inputs.sparsity, {}, metrics_sha256=sha256_file(self.run.metrics_file))
         self.listener.say("measuring sensitivity on the dense model")
-        with cpu_threads(self.numerics.threads), exact_products(), _temporary(self.states):
-            found = None
-            for batch_size in (min(4, self.numerics.batch_size), 1):
-                try:
-                    found = decide(
-                        self.recipe,
-                        inputs.layout,
-                        inputs.model,
-                        self.tokens,
-                        inputs.sparsity,
-                        batch_size=batch_size,
-                        store=scratch_factory(self.states, inputs.model.dtype),
-                        tick=self.listener.tick,
-                        smaller=inputs.smaller,
-                    )
-                    break
-                except torch.OutOfMemoryError:
-                    self.listener.say(
-                        f"the memory of {inputs.model.device} ran out with {batch_size} windows at a time"
-                    )
-                release_device_memory()
-            if found is None:
-                raise FistaPrunerError(
-                    f"the memory of {inputs.model.device} is not enough to measure sensitivity: free some of it, "
-                    "shorten --seqlen, or take --allocation uniform and --weighting none, which need none"
-                )
+
+        def decide_all(batch_size: int) -> Decision:
+            return decide(
+                self.recipe,
+                inputs.layout,
+                inputs.model,
+                self.tokens,
+                inputs.sparsity,
+                batch_size=batch_size,
+                store=scratch_factory(self.states, inputs.model.dtype),
+                tick=self.listener.tick,
+                smaller=inputs.smaller,
+            )
+
+        advice = "take --allocation uniform and --weighting none, which need none"
+        found = self._fitting(inputs, "measure sensitivity", decide_all, min(4, self.numerics.batch_size), advice)
         digest = None
         if found.metrics or found.importance or found.orders or scores:
             self.run.write_metrics(found.metrics or [], found.importance or {}, found.orders, scores)
@@ -178,6 +180,33 @@ class DenseMeasurements:
         if found.workload is not None:
             self.listener.say(workload_sentence(found.workload))
         return Measured(found.sparsity or inputs.sparsity, found.permuted, found.workload, digest)
+
+    def _fitting(self, inputs: Inputs, what: str, work: Callable[[int], T], batch_size: int, advice: str) -> T:
+        """Measure; where the GPU's memory runs out, measure again with one window at a time.
+
+        Args:
+            inputs: the checked input.
+            what: names the work, in the message.
+            work: receives the windows in one pass; may be done again from its beginning.
+            batch_size: windows in one pass at first.
+            advice: what the user can choose instead, in the message.
+
+        Raises:
+            FistaPrunerError: memory runs out with one window at a time.
+        """
+        device = inputs.model.device
+        with cpu_threads(self.numerics.threads), exact_products(), _temporary(self.states):
+            for count in dict.fromkeys((batch_size, 1)):
+                try:
+                    return work(count)
+                except torch.OutOfMemoryError:
+                    self.listener.say(f"the memory of {device} ran out with {count} windows at a time")
+                # Here the error is gone, and with it the tensors that its frames held.
+                gc.collect()
+                release_device_memory()
+        raise FistaPrunerError(
+            f"the memory of {device} is not enough to {what}: free some of it, shorten --seqlen, or {advice}"
+        )
 
 
 def _say_permuted(permuted: Mapping[str, tuple[float, float]]) -> str:

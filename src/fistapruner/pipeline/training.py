@@ -134,7 +134,7 @@ def _run(
         if ranks.share():
             ranks.see(run.run_file)
             context = verb.context.open(run.folder, request.recipe.execution, request.permissions, ranks)
-            context.train(context.trained, Listener(), lambda: None)
+            context.train(Listener(), lambda: None)
         found: dict[str, Any] = ranks.share({})
         return Report.model_validate(found)
 
@@ -170,8 +170,7 @@ def _lead(
                 ranks.share(True)  # the others train, too
                 listener.tick("opening the run", 0, 1)
                 context = verb.context.open(run.folder, request.recipe.execution, request.permissions, ranks)
-                trained = context.trained
-                state = context.train(trained, listener, times.note)
+                trained, state = context.train(listener, times.note)
                 with cpu_threads(context.decision.numerics.threads):  # whatever those of this process are
                     report = finish(context, trained, state, times, listener, verb.add_results, report)
         else:

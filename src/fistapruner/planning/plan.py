@@ -30,7 +30,7 @@ from ..runtime.formatting import count, percent, size
 from ..runtime.memory import free_device_memory, free_memory, release_device_memory, resident_memory
 from ..structured.units import Widths
 from .probe import measure_time
-from .sizes import Choice, Sizes, low_rank_weights
+from .sizes import UNCOUNTED, Choice, Sizes, low_rank_weights
 
 RESERVE = 0.9
 """Share of the free memory that a run without --memory-limit may use."""
@@ -237,6 +237,8 @@ def fit(needs: Sizes, recipe: Recipe, resources: Resources, batch_size: int, wor
     budgets = [_host_budget(needs, recipe, resources.limit, workers, solvers)]
     if needs.cuda:
         budgets.append(_device_budget(needs, resources, workers, solvers))
+        if solvers:
+            _check_other_gpus(needs, resources)
     choices = _choices(batch_size, recipe, workers, sequential, needs.cuda)
     chosen = next((choice for choice in choices if all(budget.holds(choice) for budget in budgets)), None)
     if chosen is None:
@@ -340,6 +342,29 @@ def _device_budget(needs: Sizes, resources: Resources, workers: int, solvers: in
         even="one window at a time",
         more="free some of it",
     )
+
+
+def _check_other_gpus(needs: Sizes, resources: Resources) -> None:
+    """Check the GPUs on which workers only solve parts of groups.
+
+    Raises:
+        FistaPrunerError: one of them has too little free memory; names it.
+    """
+    cut = [group for group in needs.groups if group.alone != group.stacked]  # others are solved beside the layer
+    if not cut:
+        return
+    largest = max(cut, key=lambda group: group.alone)
+    need = round((1 + UNCOUNTED) * largest.alone)
+    for place, sharing in Counter(resources.places).items():
+        if place == resources.device or sharing * (need + DEVICE_RESERVE) <= resources.free[place]:
+            continue
+        free = max(0, resources.free[place] - sharing * DEVICE_RESERVE)
+        shared = f" in each of {sharing} workers" if sharing > 1 else ""
+        fewer = resources.places.index(place)  # GPUs with more free memory come first
+        raise FistaPrunerError(
+            f"the {size(free)} that are free on {place} is not enough: solving a part of {largest.names} needs "
+            f"{size(need)}{shared}; free some of it, or leave this GPU out with --workers {fewer}"
+        )
 
 
 def _choices(batch_size: int, recipe: Recipe, workers: int, sequential: bool, cuda: bool) -> list[Choice]:

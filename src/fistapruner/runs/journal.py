@@ -94,7 +94,7 @@ class LayerJournal:
             return None
 
     def reduced(self, fingerprint: str) -> tuple[int, bool] | None:
-        """Read the smallest batch size that layers came down to.
+        """Read the smallest settings that layers came down to.
 
         Args:
             fingerprint: of the run.
@@ -110,7 +110,7 @@ class LayerJournal:
                     found.append((int(content["batch_size"]), bool(content["by_operator"])))
             except (OSError, ValueError, KeyError, TypeError):  # a damaged layer is pruned again (see finished)
                 continue
-        return min(found, default=None)
+        return min(found, key=lambda one: (one[0], not one[1]), default=None)
 
     def weights(self, index: int) -> SafetensorsFile:
         """Open the pruned tensors of a finished layer."""

@@ -237,6 +237,7 @@ class BypassLearning:
         seed: of the run.
         store: makes the stores of hidden states.
         say: receives sentences; ``tick``: progress.
+        batch_size: windows, or sequences of a step, in one pass; at most 4 windows.
     """
 
     def __init__(
@@ -249,8 +250,11 @@ class BypassLearning:
         store: Store,
         say: Callable[[str], None] = lambda message: None,
         tick: Tick = lambda what, done, total: None,
+        *,
+        batch_size: int = SEQUENCES,
     ) -> None:
         self._model, self._settings, self._seed, self._store = model, settings, seed, store
+        self._batch_size = batch_size
         self._slots = slots_of(units)
         self._by_layer = [[slot for slot in self._slots if slot.index == index] for index in range(len(model))]
         self._tokens, self._say, self._tick = tokens, say, tick
@@ -327,7 +331,7 @@ class BypassLearning:
             return (masked(layer, self._by_layer[index], mask) for mask in masks)
 
         states, self._calls = forward_variants(
-            self._model, tokens, len(tokens), self._store, variants, calls=self._calls
+            self._model, tokens, min(len(tokens), self._batch_size), self._store, variants, calls=self._calls
         )
         found = []
         with self._model.embeddings_and_head():
@@ -347,7 +351,7 @@ class BypassLearning:
             budgets: of all units.
         """
         model, tokens = self._model, self._tokens[:windows]
-        batch = min(4, len(tokens))
+        batch = min(4, len(tokens), self._batch_size)
         states = self._store("bypass", (*tokens.shape, model.width))
         calls = embed(model, tokens, batch, states)
         keep = torch.zeros(self._slots[-1].places.stop, dtype=torch.float64)

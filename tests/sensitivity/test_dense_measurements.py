@@ -1,0 +1,81 @@
+"""What is measured on the dense model is measured with less where a GPU's memory runs out."""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import tiny
+from fistapruner.errors import FistaPrunerError
+from fistapruner.pipeline import dense_measurements
+from fistapruner.pipeline.prune import prune
+from fistapruner.runs.listener import Listener
+from fistapruner.structured.bypass import BypassLearning
+
+FREE = {"remove": "mlp=25%", "multiple": 4, "widths": "free"}
+
+MEASUREMENTS: dict[str, tuple[Any, str, dict[str, Any], int]] = {
+    "learn which channels stay": (BypassLearning, "first", {"structure": {**FREE, "method": "bypass", "steps": 2}}, 8),
+    "choose widths": (dense_measurements, "choose_widths", {"structure": FREE}, 4),
+    "measure sensitivity": (dense_measurements, "decide", {"allocation": "error"}, 4),
+}
+"""By name: the function that runs out of memory, settings that need it, and the windows in one pass."""
+
+
+class Held:
+    """Something large."""
+
+
+class MeasuredError(Exception):
+    """A measurement would now be made."""
+
+
+def running_out(times: int) -> Callable[..., Any]:
+    """Run out of memory so often; what was held then must be gone before the next attempt."""
+    held: list[weakref.ref[Held]] = []
+
+    def wrapped(*arguments: Any, **more: Any) -> Any:
+        assert all(each() is None for each in held)
+        if len(held) == times:
+            raise MeasuredError
+        large: Any = Held()
+        large.circle = large  # it waits for the garbage collector
+        held.append(weakref.ref(large))
+        raise torch.OutOfMemoryError("CUDA out of memory.")
+
+    return wrapped
+
+
+class Saying(Listener):
+    """Keeps the sentences of a run."""
+
+    def __init__(self) -> None:
+        self.lines: list[str] = []
+
+    def say(self, message: str) -> None:
+        self.lines.append(message)
+
+
+@pytest.mark.parametrize("what", MEASUREMENTS)
+def test_one_window_at_a_time_where_memory_runs_out(what: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What was tried is free before. A run that begins with one window at a time tries once; the error is one line."""
+    place, name, settings, most = MEASUREMENTS[what]
+    model = str(tiny.save("llama", tmp_path / "model"))
+    settings |= {"method": "wanda", "calibration": {"source": "python", "samples": 4, "seqlen": 32}}
+
+    def attempts(times: int, error: type[Exception], message: str | None, **execution: int) -> list[str]:
+        monkeypatch.setattr(place, name, running_out(times))
+        says = Saying()
+        with pytest.raises(error, match=message):
+            prune(model, tmp_path / str(times), **settings, listener=says, execution={"threads": 1, **execution})
+        return [line for line in says.lines if "ran out" in line]
+
+    assert attempts(1, MeasuredError, None) == [f"the memory of cpu ran out with {most} windows at a time"]
+    message = f"^the memory of cpu is not enough to {what}: free some of it, shorten --seqlen, or take --"
+    # The sequences of a step of bypass are not calibration windows.
+    assert len(attempts(9, FistaPrunerError, message, batch_size=1)) == (2 if most == 8 else 1)
