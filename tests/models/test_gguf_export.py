@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -12,6 +13,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import fistapruner as fp
+from fistapruner import FistaPrunerError
 from fistapruner.cli import main
 from fistapruner.models.files.gguf_export import turn_round
 
@@ -114,6 +116,22 @@ def test_pickles_are_exported_where_they_are_allowed(
     assert "or trust them with --allow-pickle" in capsys.readouterr().err
     assert main([*command, "--allow-pickle"]) == 0
     assert (tmp_path / "out.gguf").read_bytes() == (tmp_path / "expected.gguf").read_bytes()
+
+
+@pytest.mark.parametrize("values", ["f32", "f16", "q8_0"])
+def test_the_temporary_file_has_room_too(
+    dense: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, values: Any
+) -> None:
+    """Both files are on one disk here, and each is as large as what is written, less its header."""
+    source, folder = dense
+    fp.export(folder, tmp_path / "measured.gguf", like=source, values=values)
+    nbytes = sum(int(tensor.n_bytes) for tensor in gguf.GGUFReader(tmp_path / "measured.gguf").tensors)
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    monkeypatch.setattr("shutil.disk_usage", lambda _: SimpleNamespace(free=2 * nbytes - 1))
+    with pytest.raises(FistaPrunerError, match=r"out\.gguf needs .* MiB and only"):
+        fp.export(folder, tmp_path / "out.gguf", like=source, values=values)
+    monkeypatch.setattr("shutil.disk_usage", lambda _: SimpleNamespace(free=2 * nbytes))
+    fp.export(folder, tmp_path / "out.gguf", like=source, values=values)
 
 
 @pytest.mark.parametrize("shape", [(6, 4), (4, 4), (5,)])
