@@ -103,6 +103,25 @@ def test_models_with_another_name_than_their_files(dense: tuple[Path, Path], tmp
     assert all(np.array_equal(ours[name], theirs[name]) for name in ours)
 
 
+def test_fewer_heads_of_a_mistral(dense: tuple[Path, Path], tmp_path: Path) -> None:
+    """Three heads are left, which the rows of the dense file's tensors cannot be divided into."""
+    source, folder = dense
+    config = json.loads((folder / "config.json").read_text("utf-8"))
+    heads = {"num_attention_heads": 3, "num_key_value_heads": 1, "head_dim": 16}
+    names = {"model_type": "mistral", "architectures": ["MistralForCausalLM"], "sliding_window": None}
+    (folder / "config.json").write_text(json.dumps(config | heads | names), "utf-8")
+    rows = {"q_proj": 48, "k_proj": 16, "v_proj": 16}
+    cut = {}
+    for name, tensor in tensors(folder).items():
+        kept = tensor[: rows.get(name.split(".")[-2], len(tensor))]
+        cut[name] = (kept[:, :48] if "o_proj" in name else kept).contiguous()
+    save_file(cut, folder / "model.safetensors", {"format": "pt"})
+    fp.export(folder, tmp_path / "out.gguf", like=source, values="f32")
+    shapes = {tensor.name: tuple(map(int, tensor.shape)) for tensor in gguf.GGUFReader(tmp_path / "out.gguf").tensors}
+    found = [shapes[f"blk.0.attn_{name}.weight"] for name in ("q", "k", "v", "output")]
+    assert found == [(64, 48), (64, 16), (64, 16), (48, 64)]
+
+
 def test_pickles_are_exported_where_they_are_allowed(
     dense: tuple[Path, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

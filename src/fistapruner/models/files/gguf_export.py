@@ -269,6 +269,8 @@ class _Source:
             source = placed.get(tensor.name)
             if source is None or tensor.name not in ("token_embd.weight", *ORDERED):
                 continue
+            if tensor.name in ORDERED and int(tensor.n_elements) != math.prod(self.checkpoint.entry(source).shape):
+                continue  # it lost heads; transformers' reader would reshape the file's tensor to those that are left
             theirs = self._read(tensor.name, self._dequantised(tensor))
             ours = self._array(source)
             if tensor.name in ORDERED:
