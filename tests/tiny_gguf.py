@@ -56,6 +56,7 @@ def write_gguf(
     kind: str = "Q8_0",
     architecture: str = "llama",
     scaling: str | None = None,
+    part: tuple[int, int] | None = None,
     more: Mapping[str, np.ndarray] | None = None,
 ) -> LlamaForCausalLM:
     """A tiny Llama as a GGUF file; returns the model with the very values that de-quantising the file must give.
@@ -64,6 +65,7 @@ def write_gguf(
         path: the file.
         tied: without an output head; ``kind``: type of the matrices.
         architecture: name in the header; ``scaling``: kind of scaled rotary positions in it.
+        part: number, from 0, and count of parts, as llama-gguf-split writes them; a part has the first tensors only.
         more: fp32 tensors beside the model's.
     """
     torch.manual_seed(0)
@@ -82,6 +84,10 @@ def write_gguf(
     writer.add_name("tiny")
     if scaling is not None:
         writer.add_string(f"{architecture}.rope.scaling.type", scaling)
+    if part is not None:
+        writer.add_uint16("split.no", part[0])
+        writer.add_uint16("split.count", part[1])
+        writer.add_int32("split.tensors.count", 21)
     writer.add_block_count(2)
     writer.add_context_length(2048)
     writer.add_embedding_length(64)
@@ -96,7 +102,7 @@ def write_gguf(
     quantised = gguf.GGMLQuantizationType[kind]
     state = model.state_dict()
     for name, tensor in state.items():
-        if tied and name == "lm_head.weight":
+        if (tied and name == "lm_head.weight") or (part is not None and name != "model.embed_tokens.weight"):
             continue
         values = tensor.numpy().astype(np.float32)
         stem, last = name.rsplit(".", 1)

@@ -70,6 +70,18 @@ def test_conversion_is_kept_and_follows_the_file(tmp_path: Path) -> None:
     assert Checkpoint.open(resolve_model(alone, cache)).names()
 
 
+def test_a_part_of_a_split_file_says_how_to_join_it(tmp_path: Path) -> None:
+    """The first part has the counts of the whole model, the others have not; so do folders that hold only parts."""
+    for number in range(3):
+        write_gguf(tmp_path / f"m-{number + 1:05d}-of-00003.gguf", part=(number, 3))
+    said = r"m-0000{}-of-00003\.gguf is part {} of 3: join them with 'llama-gguf-split --merge"
+    with pytest.raises(FistaPrunerError, match=said.format(2, 2)):
+        check_gguf(tmp_path / "m-00002-of-00003.gguf")
+    for model in (tmp_path / "m-00001-of-00003.gguf", tmp_path):
+        with pytest.raises(FistaPrunerError, match=said.format(1, 1)):
+            resolve_model(model, tmp_path / "cache")
+
+
 def test_failed_conversion_leaves_nothing(tmp_path: Path) -> None:
     path = tmp_path / "tiny.gguf"
     write_gguf(path)

@@ -137,7 +137,8 @@ def resolve_model(
     path = Path(text).expanduser()
     if text and path.is_dir():
         packed = [] if (path / "config.json").exists() else sorted(path.glob("*.gguf"))
-        return converted_gguf(packed[0], cache or default_cache()) if len(packed) == 1 else path
+        one = len(packed) == 1 or (packed and all(re.search(r"-\d{5}-of-\d{5}$", file.stem) for file in packed))
+        return converted_gguf(packed[0], cache or default_cache()) if one else path
     if path.is_file():
         if path.suffix.lower() != ".gguf":
             raise FistaPrunerError(f"{path} is neither a folder with a Hugging Face model nor a .gguf file")

@@ -91,8 +91,8 @@ def check_gguf(path: Path) -> dict[str, TensorEntry]:
         Name to entry of every tensor; shapes as PyTorch orders them, ``dtype`` uint8 because the data are packed.
 
     Raises:
-        FistaPrunerError: names the file and the fault: not GGUF, another version or byte order, absurd counts, a name
-            twice, unknown tensor types, tensors that reach beyond the file.
+        FistaPrunerError: names the file and the fault: not GGUF, another version or byte order, one part of several,
+            absurd counts, a name twice, unknown tensor types, tensors that reach beyond the file.
         MissingExtraError: the ``gguf`` package is missing.
     """
     sizes = _type_sizes()
@@ -121,6 +121,11 @@ def _walk(header: _Header, sizes: dict[int, tuple[int, int]]) -> dict[str, Tenso
         if key in fields:
             raise header.fault(f"is damaged: key {key!r} appears twice")
         fields[key] = header.value(header.number("I"), key)
+    parts = fields.get("split.count", 1)
+    if type(parts) is int and parts > 1:
+        number = fields.get("split.no")
+        part = f"part {number + 1} of {parts}" if type(number) is int else f"one of {parts} parts"
+        raise header.fault(f"is {part}: join them with 'llama-gguf-split --merge FIRST-PART JOINED.gguf'")
     alignment = fields.get("general.alignment", 32)
     if type(alignment) is not int or not 0 < alignment <= 2**20 or alignment & (alignment - 1):
         raise header.fault(f"is damaged: alignment {alignment!r} is not a power of two")
