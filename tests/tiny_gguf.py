@@ -8,7 +8,7 @@ from pathlib import Path
 import gguf
 import numpy as np
 import torch
-from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
+from transformers import Gemma2Config, Gemma2ForCausalLM, GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
 HEADS, KEY_HEADS = 4, 2
 NAMES = {
@@ -153,3 +153,33 @@ def write_gpt2(path: Path) -> GPT2LMHeadModel:
         writer.add_tensor(f"{short}.{last}", np.ascontiguousarray((tensor.T if turned else tensor).numpy()))
     _finish(writer)
     return model
+
+
+def write_gemma2(path: Path, layers: int) -> None:
+    """A tiny Gemma 2 of some depth, in fp32."""
+    config = Gemma2Config(
+        vocab_size=len(TOKENS),
+        hidden_size=48,
+        intermediate_size=8,
+        num_hidden_layers=layers,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        head_dim=8,
+    )
+    writer = gguf.GGUFWriter(path, "gemma2")
+    writer.add_block_count(layers)
+    writer.add_context_length(2048)
+    writer.add_embedding_length(48)
+    writer.add_feed_forward_length(8)
+    writer.add_head_count(2)
+    writer.add_head_count_kv(1)
+    writer.add_key_length(8)
+    writer.add_value_length(8)
+    writer.add_layer_norm_rms_eps(1e-6)
+    _add_tokenizer(writer, TOKENS)
+    names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.GEMMA2, layers)
+    for name, tensor in Gemma2ForCausalLM(config).state_dict().items():
+        stem, last = name.rsplit(".", 1)
+        if stem != "lm_head":
+            writer.add_tensor(f"{names.get_name(stem)}.{last}", tensor.numpy())
+    _finish(writer)

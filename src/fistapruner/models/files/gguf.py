@@ -29,6 +29,12 @@ MAX_ARRAY = 50_000_000
 MAX_STRING = 2**26
 SHARD_BYTES = 4 * 2**30
 
+CONVERSION = 2
+"""Version of what is made of a file: it is raised where a conversion changes, so that earlier ones are made again."""
+
+GEMMA2_27B = 46
+"""Decoder layers of Gemma 2 27B, which scales attention by width / heads where its smaller ones have the default."""
+
 _SCALARS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
 _STRING, _ARRAY = 8, 9
 
@@ -209,11 +215,18 @@ def _describe(path: Path, dtype: torch.dtype) -> tuple[Any, Any, Any]:
     config = AutoConfig.from_pretrained(**where)
     if getattr(config, "quantization_config", None) is not None:
         del config.quantization_config
+    _restore_attention_scale(config)
     with init_empty_weights():
         model = AutoModelForCausalLM.from_config(config)
     config.architectures = [type(model).__name__]
     config.dtype = dtype
     return model, config, AutoTokenizer.from_pretrained(**where)
+
+
+def _restore_attention_scale(config: Any) -> None:
+    """Set the attention scale of Gemma 2 27B, which no key of a GGUF file holds: llama.cpp tells it by the depth."""
+    if config.model_type == "gemma2" and config.num_hidden_layers == GEMMA2_27B:
+        config.query_pre_attn_scalar = config.hidden_size // config.num_attention_heads
 
 
 def processor_of(reader: Any, config: Any) -> Any:
