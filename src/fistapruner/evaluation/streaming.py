@@ -87,7 +87,7 @@ def score_windows(
 
 
 def _last_hidden(model: LayerwiseModel, tokens: Tensor, batch_size: int, tick: Tick) -> tuple[HiddenStates, int]:
-    """Run (windows, seqlen) tokens through all decoder layers, with fewer at a time where a GPU's memory runs out.
+    """Run (windows, seqlen) tokens through all decoder layers; fewer at a time where memory runs out.
 
     Returns:
         The output of the last layer, and the windows that went through at a time.

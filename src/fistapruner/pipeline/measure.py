@@ -134,7 +134,7 @@ def _evaluate(
 
 
 def _batch_size(run: RunDirectory, report: Report, seqlen: int, execution: Execution) -> int:
-    """Return the windows in one pass: the default, or fewer where a run was asked for fewer or came down to fewer.
+    """Choose the windows in one pass: the default, or fewer that were asked for or come down to.
 
     What the plan of a training run came down to says nothing of a forward pass alone.
     """

@@ -224,7 +224,10 @@ def _describe(path: Path, dtype: torch.dtype) -> tuple[Any, Any, Any]:
 
 
 def _restore_attention_scale(config: Any) -> None:
-    """Set the attention scale of Gemma 2 27B, which no key of a GGUF file holds: llama.cpp tells it by the depth."""
+    """Set the attention scale of Gemma 2 27B.
+
+    No key of a GGUF file holds it: llama.cpp tells it by the number of layers.
+    """
     if config.model_type == "gemma2" and config.num_hidden_layers == GEMMA2_27B:
         config.query_pre_attn_scalar = config.hidden_size // config.num_attention_heads
 
