@@ -8,7 +8,7 @@ from pathlib import Path
 import gguf
 import numpy as np
 import torch
-from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
+from transformers import Gemma2Config, Gemma2ForCausalLM, GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
 HEADS, KEY_HEADS = 4, 2
 NAMES = {
@@ -56,6 +56,7 @@ def write_gguf(
     kind: str = "Q8_0",
     architecture: str = "llama",
     scaling: str | None = None,
+    part: tuple[int, int] | None = None,
     more: Mapping[str, np.ndarray] | None = None,
 ) -> LlamaForCausalLM:
     """A tiny Llama as a GGUF file; returns the model with the very values that de-quantising the file must give.
@@ -64,6 +65,7 @@ def write_gguf(
         path: the file.
         tied: without an output head; ``kind``: type of the matrices.
         architecture: name in the header; ``scaling``: kind of scaled rotary positions in it.
+        part: number, from 0, and count of parts, as llama-gguf-split writes them; a part has the first tensors only.
         more: fp32 tensors beside the model's.
     """
     torch.manual_seed(0)
@@ -82,6 +84,10 @@ def write_gguf(
     writer.add_name("tiny")
     if scaling is not None:
         writer.add_string(f"{architecture}.rope.scaling.type", scaling)
+    if part is not None:
+        writer.add_uint16("split.no", part[0])
+        writer.add_uint16("split.count", part[1])
+        writer.add_int32("split.tensors.count", 21)
     writer.add_block_count(2)
     writer.add_context_length(2048)
     writer.add_embedding_length(64)
@@ -96,7 +102,7 @@ def write_gguf(
     quantised = gguf.GGMLQuantizationType[kind]
     state = model.state_dict()
     for name, tensor in state.items():
-        if tied and name == "lm_head.weight":
+        if (tied and name == "lm_head.weight") or (part is not None and name != "model.embed_tokens.weight"):
             continue
         values = tensor.numpy().astype(np.float32)
         stem, last = name.rsplit(".", 1)
@@ -147,3 +153,33 @@ def write_gpt2(path: Path) -> GPT2LMHeadModel:
         writer.add_tensor(f"{short}.{last}", np.ascontiguousarray((tensor.T if turned else tensor).numpy()))
     _finish(writer)
     return model
+
+
+def write_gemma2(path: Path, layers: int) -> None:
+    """A tiny Gemma 2 of some depth, in fp32."""
+    config = Gemma2Config(
+        vocab_size=len(TOKENS),
+        hidden_size=48,
+        intermediate_size=8,
+        num_hidden_layers=layers,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        head_dim=8,
+    )
+    writer = gguf.GGUFWriter(path, "gemma2")
+    writer.add_block_count(layers)
+    writer.add_context_length(2048)
+    writer.add_embedding_length(48)
+    writer.add_feed_forward_length(8)
+    writer.add_head_count(2)
+    writer.add_head_count_kv(1)
+    writer.add_key_length(8)
+    writer.add_value_length(8)
+    writer.add_layer_norm_rms_eps(1e-6)
+    _add_tokenizer(writer, TOKENS)
+    names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.GEMMA2, layers)
+    for name, tensor in Gemma2ForCausalLM(config).state_dict().items():
+        stem, last = name.rsplit(".", 1)
+        if stem != "lm_head":
+            writer.add_tensor(f"{names.get_name(stem)}.{last}", tensor.numpy())
+    _finish(writer)

@@ -21,7 +21,7 @@ from fistapruner.models.files.gguf import check_gguf, convert_gguf
 from fistapruner.models.source import converted_gguf, resolve_model, small_model
 
 gguf = pytest.importorskip("gguf", reason="needs the extra 'gguf'")
-from tiny_gguf import HEADS, write_gguf  # noqa: E402
+from tiny_gguf import HEADS, write_gemma2, write_gguf  # noqa: E402
 
 
 @pytest.mark.parametrize("tied", [False, True])
@@ -64,10 +64,36 @@ def test_conversion_is_kept_and_follows_the_file(tmp_path: Path) -> None:
     assert (first / "config.json").stat().st_mtime_ns == stamp
     write_gguf(path, kind="F16")
     assert resolve_model(str(path), cache) != first
+    before = resolve_model(str(path), cache)
+    for name, other in (("CONVERSION", 0), ("version", lambda _: "0.0")):
+        with pytest.MonkeyPatch.context() as patched:
+            patched.setattr(f"fistapruner.models.source.{name}", other)
+            assert resolve_model(str(path), cache) != before, name
     alone = tmp_path / "alone"
     alone.mkdir()
     path.rename(alone / "tiny.gguf")
     assert Checkpoint.open(resolve_model(alone, cache)).names()
+
+
+def test_a_part_of_a_split_file_says_how_to_join_it(tmp_path: Path) -> None:
+    """The first part has the counts of the whole model, the others have not; so do folders that hold only parts."""
+    for number in range(3):
+        write_gguf(tmp_path / f"m-{number + 1:05d}-of-00003.gguf", part=(number, 3))
+    said = r"m-0000{}-of-00003\.gguf is part {} of 3: join them with 'llama-gguf-split --merge"
+    with pytest.raises(FistaPrunerError, match=said.format(2, 2)):
+        check_gguf(tmp_path / "m-00002-of-00003.gguf")
+    for model in (tmp_path / "m-00001-of-00003.gguf", tmp_path):
+        with pytest.raises(FistaPrunerError, match=said.format(1, 1)):
+            resolve_model(model, tmp_path / "cache")
+
+
+@pytest.mark.parametrize(("layers", "scalar"), [(3, 256), (46, 24)])
+def test_gemma_2_27b_keeps_its_attention_scale(tmp_path: Path, layers: int, scalar: int) -> None:
+    """It is the model of 46 decoder layers: width / heads, as llama.cpp has it; the file does not say it."""
+    write_gemma2(tmp_path / "tiny.gguf", layers)
+    convert_gguf(tmp_path / "tiny.gguf", tmp_path / "out")
+    config = json.loads((tmp_path / "out" / "config.json").read_text("utf-8"))
+    assert config["query_pre_attn_scalar"] == scalar
 
 
 def test_failed_conversion_leaves_nothing(tmp_path: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -12,6 +13,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import fistapruner as fp
+from fistapruner import FistaPrunerError
 from fistapruner.cli import main
 from fistapruner.models.files.gguf_export import turn_round
 
@@ -113,6 +115,25 @@ def test_models_with_another_name_than_their_files(dense: tuple[Path, Path], tmp
     assert all(np.array_equal(ours[name], theirs[name]) for name in ours)
 
 
+def test_fewer_heads_of_a_mistral(dense: tuple[Path, Path], tmp_path: Path) -> None:
+    """Three heads are left, which the rows of the dense file's tensors cannot be divided into."""
+    source, folder = dense
+    config = json.loads((folder / "config.json").read_text("utf-8"))
+    heads = {"num_attention_heads": 3, "num_key_value_heads": 1, "head_dim": 16}
+    names = {"model_type": "mistral", "architectures": ["MistralForCausalLM"], "sliding_window": None}
+    (folder / "config.json").write_text(json.dumps(config | heads | names), "utf-8")
+    rows = {"q_proj": 48, "k_proj": 16, "v_proj": 16}
+    cut = {}
+    for name, tensor in tensors(folder).items():
+        kept = tensor[: rows.get(name.split(".")[-2], len(tensor))]
+        cut[name] = (kept[:, :48] if "o_proj" in name else kept).contiguous()
+    save_file(cut, folder / "model.safetensors", {"format": "pt"})
+    fp.export(folder, tmp_path / "out.gguf", like=source, values="f32")
+    shapes = {tensor.name: tuple(map(int, tensor.shape)) for tensor in gguf.GGUFReader(tmp_path / "out.gguf").tensors}
+    found = [shapes[f"blk.0.attn_{name}.weight"] for name in ("q", "k", "v", "output")]
+    assert found == [(64, 48), (64, 16), (64, 16), (48, 64)]
+
+
 def test_pickles_are_exported_where_they_are_allowed(
     dense: tuple[Path, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -126,6 +147,22 @@ def test_pickles_are_exported_where_they_are_allowed(
     assert "or trust them with --allow-pickle" in capsys.readouterr().err
     assert main([*command, "--allow-pickle"]) == 0
     assert (tmp_path / "out.gguf").read_bytes() == (tmp_path / "expected.gguf").read_bytes()
+
+
+@pytest.mark.parametrize("values", ["f32", "f16", "q8_0"])
+def test_the_temporary_file_has_room_too(
+    dense: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, values: Any
+) -> None:
+    """Both files are on one disk here, and each is as large as what is written, less its header."""
+    source, folder = dense
+    fp.export(folder, tmp_path / "measured.gguf", like=source, values=values)
+    nbytes = sum(int(tensor.n_bytes) for tensor in gguf.GGUFReader(tmp_path / "measured.gguf").tensors)
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    monkeypatch.setattr("shutil.disk_usage", lambda _: SimpleNamespace(free=2 * nbytes - 1))
+    with pytest.raises(FistaPrunerError, match=r"out\.gguf needs .* MiB and only"):
+        fp.export(folder, tmp_path / "out.gguf", like=source, values=values)
+    monkeypatch.setattr("shutil.disk_usage", lambda _: SimpleNamespace(free=2 * nbytes))
+    fp.export(folder, tmp_path / "out.gguf", like=source, values=values)
 
 
 @pytest.mark.parametrize("shape", [(6, 4), (4, 4), (5,)])

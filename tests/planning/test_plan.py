@@ -19,7 +19,7 @@ from fistapruner.errors import FistaPrunerError
 from fistapruner.models.discovery import Layout, discover
 from fistapruner.models.files.checkpoint import Checkpoint
 from fistapruner.models.layerwise import LayerwiseModel
-from fistapruner.pipeline.plan import allocate
+from fistapruner.pipeline.plan import allocate, plan_model
 from fistapruner.pipeline.prune import prune
 from fistapruner.planning import plan as plan_module
 from fistapruner.planning.footprint import peak_bytes, solve_bytes
@@ -27,6 +27,8 @@ from fistapruner.planning.plan import DEVICE_RESERVE, Fitted, Resources, fit, ma
 from fistapruner.planning.probe import Scale, extrapolate, measure_time, time_solve
 from fistapruner.planning.sizes import UNCOUNTED, Choice, Sizes
 from fistapruner.problem import LayerProblem
+from fistapruner.recipes.execution_settings import Execution
+from fistapruner.recipes.loading import merge
 from fistapruner.runs.layer_records import LayerEntry
 from fistapruner.runtime.formatting import size
 from fistapruner.solvers import parse_method, solve
@@ -92,6 +94,22 @@ def test_more_calibration_tokens_need_no_more_memory_on_disk(model: Model) -> No
     assert more.disk(Choice(16, on_disk=True), 1) > measured.disk(Choice(16, on_disk=True), 1)
 
 
+def test_the_disk_of_workers_files_is_planned(model: Model, tmp_path: Path) -> None:
+    """Of one worker, too, and of those of a Ray cluster."""
+    folder, calibration = model[0].checkpoint.folder, {"samples": 64, "seqlen": 32}
+
+    def disk(executor: str, workers: int | None = None) -> float:
+        execution = {"executor": executor, "workers": workers, "threads": 1}
+        settings = {"method": "wanda", "propagate": "dense", "calibration": calibration, "execution": execution}
+        rows = {row.quantity: row.planned for row in plan_model(folder, Recipe.build(settings), tmp_path).rows}
+        return rows["disk"] or 0.0
+
+    serial, process, ray, three = (disk(*how) for how in (("serial", None), ("process", 1), ("ray", None), ("ray", 3)))
+    states = 64 * 32 * model[0].width * model[0].dtype.itemsize
+    assert process == ray >= serial + 2 * states
+    assert three >= ray + 2 * states
+
+
 def test_hidden_states_go_to_disk_before_batches_shrink(model: Model) -> None:
     """Limits between the peaks of the choices pick the first choice that fits."""
     measured = replace(sizes(model), base=0)
@@ -100,7 +118,9 @@ def test_hidden_states_go_to_disk_before_batches_shrink(model: Model) -> None:
     limits = {choice: peak(measured.stages(choice)) for choice in choices}
     for choice, limit in limits.items():
         assert fit(measured, recipe, on_cpu(limit), 16).choice == choice
-    assert fit(measured, recipe, on_cpu(limits[Choice(16)]), 16, workers=2).choice.on_disk
+    for workers in (1, 2):  # they read and write files
+        apart = recipe.model_copy(update={"execution": Execution(executor="process", workers=workers)})
+        assert fit(measured, apart, on_cpu(limits[Choice(16)]), 16, workers).choice.on_disk
 
 
 @pytest.mark.parametrize("targets", [r"re:layers\.1\.", r"re:layers\.[01]\.mlp"])
@@ -140,7 +160,8 @@ def on_cpu(limit: int) -> Resources:
 
 def fit_on_gpu(measured: Sizes, host: int, free: int, devices: Sequence[str] = ("cuda:0",), **settings: Any) -> Fitted:
     """The choice for a model whose layers run on GPUs with so many bytes free, of which ``measured`` are the sizes."""
-    settings = {"method": "wanda", "propagate": "dense", "execution": {"memory_limit": host}, **settings}
+    execution = {"memory_limit": host, "executor": "process" if len(devices) > 1 else "serial"}
+    settings = merge({"method": "wanda", "propagate": "dense", "execution": execution}, settings)
     places = tuple(torch.device(name) for name in devices)
     resources = Resources(host, GPU, dict.fromkeys(places, free), places)
     return fit(measured, Recipe.build(settings).resolved(), resources, 16, len(places))
@@ -165,7 +186,12 @@ def test_hidden_states_stay_on_a_gpu_with_room_for_them(model: Model) -> None:
     without = fit_on_gpu(measured, AMPLE, enough - 1)
     assert without.choice == Choice(16)
     assert without.changed is None
-    assert fit_on_gpu(measured, AMPLE, AMPLE, ["cuda:0", "cuda:1"]).choice == Choice(16, on_disk=True)
+    for devices, executor in ((["cuda:0", "cuda:1"], "process"), (["cuda:0"], "process"), (["cuda:0"], "ray")):
+        made = fit_on_gpu(measured, AMPLE, AMPLE, devices, execution={"executor": executor})
+        assert made.choice == Choice(16, on_disk=True)
+        assert written(made, disk=2**20, seconds=None).says[-1] == "hidden states between decoder layers: in files"
+        in_turn = fit_on_gpu(measured, AMPLE, AMPLE, devices, propagate="pruned", execution={"executor": executor})
+        assert in_turn.choice.on_device
 
 
 def test_beside_a_gpu_hidden_states_take_main_memory(model: Model) -> None:

@@ -2,13 +2,20 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
+import fistapruner as fp
+import tiny
 from fistapruner import LayerProblem, solve
+from fistapruner.runs.listener import Listener
 from fistapruner.runtime.numerics import add_gram, fast_products, mirror
+from fistapruner.solvers.magnitude import Magnitude
 
 
 @pytest.mark.parametrize("n", [1, 7, 255, 512, 700, 1100, 2304])
@@ -48,6 +55,63 @@ def test_solves_in_several_threads_give_the_bits_of_solves_alone() -> None:
         together = list(threads.map(lambda problem: solve(problem, "50%").weight, problems))
     assert precision() == before
     assert all(torch.equal(one, other) for one, other in zip(alone, together, strict=True))
+
+
+@pytest.fixture
+def high() -> Iterator[None]:
+    """The precision of a script that lets products run in TF32."""
+    backends = torch.backends.mkldnn.matmul, torch.backends.cuda.matmul  # type: ignore[attr-defined]
+    before = [backend.fp32_precision for backend in backends]
+    torch.set_float32_matmul_precision("high")
+    yield
+    torch.set_float32_matmul_precision("highest")
+    for backend, value in zip(backends, before, strict=True):
+        backend.fp32_precision = value
+
+
+def precisions() -> list[str]:
+    """Of products on a CPU, and of products and convolutions on CUDA."""
+    backends = torch.backends
+    return [
+        str(backend.fp32_precision)
+        for backend in (backends.mkldnn.matmul, backends.cuda.matmul, backends.cudnn.conv)  # type: ignore[attr-defined]
+    ]
+
+
+def test_products_are_fp32_whatever_the_calling_program_has_set(high: None, tmp_path: Path) -> None:
+    """In recovery, with the measurements after it, in evaluation and in the solvers as in pruning."""
+    seen: dict[str, list[list[str]]] = {"solve": [], "evaluate": [], "prune": [], "recover": []}
+
+    class Watching(Magnitude):
+        def solve(self, *given: Any) -> Any:
+            seen["solve"].append(precisions())
+            return super().solve(*given)
+
+    class Listening(Listener):
+        def __init__(self, verb: str) -> None:
+            self.verb = verb
+
+        def tick(self, what: str, done: int, total: int) -> None:
+            if "layer" in what or "step" in what:
+                seen[self.verb].append(precisions())
+
+        def operators(self, index: int, names: str, error: float | None) -> None:
+            seen[self.verb].append(precisions())
+
+    before = precisions()
+    assert before == ["tf32"] * 3
+    text = tmp_path / "text.txt"
+    text.write_text("it was the best of times, it was the worst of times. " * 40)
+    dense, data = tiny.save("llama", tmp_path / "dense"), {"source": str(text), "samples": 2, "seqlen": 16}
+    solve(LayerProblem(torch.randn(4, 4), torch.eye(4)), "50%", Watching())
+    fp.evaluate(dense, str(text), seqlen=16, tick=lambda *_: seen["evaluate"].append(precisions()))
+    fp.prune(dense, tmp_path / "run", method="magnitude", calibration=data, listener=Listening("prune"))
+    few = {"steps": 2, "windows_per_step": 2, "data": {"source": str(text), "seqlen": 16, "tokens": 200}}
+    fp.recover(tmp_path / "run", tmp_path / "more", listener=Listening("recover"), evaluate=str(text), **few)
+    for verb, found in seen.items():
+        assert found, verb
+        assert all(one == ["ieee"] * 3 for one in found), verb
+    assert precisions() == before
 
 
 def test_only_the_upper_half_is_read() -> None:

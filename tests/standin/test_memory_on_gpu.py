@@ -113,6 +113,32 @@ def test_a_run_goes_on_with_smaller_batches_where_memory_runs_out(gpu: StandIn, 
         assert errors == pytest.approx(others, rel=0.2)
 
 
+def test_an_evaluation_takes_no_more_windows_than_fit(
+    gpu: StandIn, deep: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """It halves its batch where memory runs out. It begins with those of the run, where that has fewer."""
+    text = tmp_path / "text.txt"
+    text.write_text("it was the best of times, it was the worst of times. " * 200)
+    settings: dict[str, Any] = {"method": "magnitude", "evaluate": str(text), "evaluate_windows": 64}
+    whole = prune(deep, tmp_path / "whole", **settings)
+    less = gpu.peak[CUDA] // 2  # the peak is that of the evaluation: 64 windows at a time
+    gpu.refused = 0
+    report = prune(deep, tmp_path / "run", listener=Shrinking(gpu, less, after=2), **settings)
+    assert gpu.refused > 0
+    assert "evaluation: the memory of cuda:0 ran out with 64 windows at a time; it goes on with 32" in caplog.text
+    (found,), (expected,) = report.evaluations, whole.evaluations
+    assert found.perplexity is not None
+    assert expected.perplexity is not None
+    assert found.perplexity.nll == pytest.approx(expected.perplexity.nll, rel=1e-3)
+    gpu.memory, gpu.refused = 80 * 2**30, 0
+    fewer = merge(settings, {"execution": {"batch_size": 8}})
+    prune(deep, tmp_path / "fewer", listener=Shrinking(gpu, less, after=2), **fewer)
+    assert gpu.refused == 0
+    gpu.memory = 10_000
+    with pytest.raises(FistaPrunerError, match=r"the memory of cuda:0 ran out, even with one window of 64 tokens"):
+        fistapruner.evaluate(deep, str(text), seqlen=64, windows=4, device="cuda:0")
+
+
 def test_dense_hidden_states_are_written_once(gpu: StandIn, deep: Path, tmp_path: Path) -> None:
     """With the dense model's hidden states, too, which another process may be reading."""
     prune(deep, tmp_path / "whole", method="sparsegpt", propagate="dense")

@@ -16,11 +16,16 @@ import fistapruner as fp
 import tiny
 from fistapruner import FistaPrunerError, LayerProblem
 from fistapruner.activations.store import HiddenStates
+from fistapruner.models.discovery import discover
 from fistapruner.models.layerwise import LayerwiseModel
 from fistapruner.models.source import UNTRUSTED
+from fistapruner.pipeline.plan import allocate, change_widths
+from fistapruner.planning.footprint import peak_bytes
+from fistapruner.planning.sizes import Choice, Sizes
 from fistapruner.recipes.structure_settings import Structure
 from fistapruner.runs.listener import Listener
 from fistapruner.runs.prune_directory import PruneDirectory
+from fistapruner.runtime.numerics import DTYPES
 from fistapruner.solvers.conditioning import alive_gram
 from fistapruner.structured.goa import (
     DAMPING,
@@ -142,6 +147,24 @@ def test_attention_probabilities_are_those_of_the_causal_model(tmp_path: Path) -
     with torch.no_grad():
         probabilities = whole(tokens, output_attentions=True).attentions[0]
     torch.testing.assert_close(found, divergence_of(probabilities), rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_the_plan_counts_the_comparison_of_heads(tmp_path: Path, dtype: str) -> None:
+    """One window's attention probabilities and temporaries, however many windows are compared."""
+    folder = tiny.save("llama", tmp_path / "model", num_attention_heads=8, num_key_value_heads=4)
+    model = LayerwiseModel(UNTRUSTED.at(folder).checkpoint(), torch.device("cpu"), DTYPES[dtype])
+    structure = {"remove": "heads=2", "method": "goa"}
+    recipe = fp.Recipe.build({"method": "magnitude", "sparsity": "0%", "structure": structure}).resolved()
+    layout, widths = change_widths(model, discover(model), recipe, UNTRUSTED)
+    tokens = torch.zeros(6, 256, dtype=torch.long)
+    sizes = Sizes.measure(model, layout, recipe, allocate(recipe, layout), tokens, widths)
+    states = HiddenStates((6, 256, model.width), model.dtype)
+    states.write(0, torch.randn(6, 256, model.width, dtype=model.dtype))
+    with model.layer(0):
+        used = peak_bytes(lambda: head_divergence(model, 0, "self_attn.o_proj", states))
+    counted = sizes.stages(Choice(1, on_disk=True))["comparing heads"] - sizes.base - sizes.layer
+    assert used <= counted < 2 * used
 
 
 def inputs_of(model: object, name: str, tokens: Tensor) -> Tensor:

@@ -16,7 +16,7 @@ from ..models.layerwise import LayerwiseModel, Tick
 from ..models.source import ModelSource, Permissions
 from ..runs.results import Divergence, Evaluation, Perplexity
 from ..runtime.devices import choose_device
-from ..runtime.numerics import DTYPES, dtype_name
+from ..runtime.numerics import DTYPES, dtype_name, exact_products
 from .data import Windows, load_windows
 from .scoring import divergence_of, perplexity_of
 from .streaming import Passes, score_windows
@@ -26,6 +26,7 @@ LONGEST_DEFAULT = 2048
 """Default length of a window: the model's maximum, at most this."""
 
 
+@exact_products()
 def evaluate(
     model: str | Path,
     data: str | Windows | None = None,

@@ -8,6 +8,8 @@ for each block.
 
 from __future__ import annotations
 
+import gc
+import logging
 from contextlib import nullcontext
 from dataclasses import dataclass
 
@@ -18,9 +20,11 @@ from ..activations.store import HiddenStates, scratch_factory
 from ..activations.stream import check_model, forward
 from ..errors import FistaPrunerError
 from ..models.layerwise import LayerwiseModel, Tick
-from ..runtime.memory import free_memory
+from ..runtime.memory import free_memory, release_device_memory
 from ..runtime.numerics import slices, windows_at_once
 from .scoring import WindowSums, compare_tokens, score_tokens
+
+log = logging.getLogger("fistapruner")
 
 
 @dataclass(frozen=True)
@@ -55,16 +59,20 @@ def score_windows(
         reference: the dense model, or None.
 
     Raises:
-        FistaPrunerError: a model gives NaN; it is named.
+        FistaPrunerError: a model gives NaN; it is named. Or a GPU has no memory for one window at a time.
     """
     windows, seqlen = tokens.shape
+    batch_size = passes.batch(seqlen, model.device)
     models = [model] if reference is None else [model, reference]
     each = sum(seqlen * model.width * model.dtype.itemsize for model in models)
     budget = passes.memory_limit or free_memory() // 2
     rows: list[tuple[float, ...]] = []
     for start, stop in slices(windows, each, budget):
         block = tokens[start:stop]
-        states = [_last_hidden(model, block, passes) for model in models]
+        states: list[HiddenStates] = []
+        for each_model in models:
+            found, batch_size = _last_hidden(each_model, block, batch_size, passes.tick)
+            states.append(found)
         rows += _reduce(models, states, block)
     columns = torch.tensor(rows, dtype=torch.float64).T
     for position, each_model in enumerate(models):
@@ -78,14 +86,39 @@ def score_windows(
     return WindowSums(columns[0], seqlen - 1, columns[1], columns[2], columns[3])
 
 
-def _last_hidden(model: LayerwiseModel, tokens: Tensor, passes: Passes) -> HiddenStates:
-    """Run (windows, seqlen) tokens through all decoder layers; return the output of the last one."""
-    check_model(model)
+def _last_hidden(model: LayerwiseModel, tokens: Tensor, batch_size: int, tick: Tick) -> tuple[HiddenStates, int]:
+    """Run (windows, seqlen) tokens through all decoder layers; fewer at a time where memory runs out.
+
+    Returns:
+        The output of the last layer, and the windows that went through at a time.
+
+    Raises:
+        FistaPrunerError: memory runs out with one window at a time.
+    """
     what = f"decoder layers of {model.checkpoint.folder.name}"
     store = scratch_factory(None, model.dtype)
-    batch_size = passes.batch(tokens.shape[1], model.device)
-    states, _ = forward(model, tokens, batch_size, store, progress=lambda done, total: passes.tick(what, done, total))
-    return states[0]
+    while True:
+        try:
+            check_model(model)
+            states, _ = forward(model, tokens, batch_size, store, progress=lambda done, total: tick(what, done, total))
+            return states[0], batch_size
+        except torch.OutOfMemoryError:
+            if batch_size == 1:
+                raise FistaPrunerError(
+                    f"{model.checkpoint.folder}: the memory of {model.device} ran out, even with one window of "
+                    f"{tokens.shape[1]} tokens at a time: free some of it, or choose --device cpu"
+                ) from None
+        # Here the error is gone, and with it the tensors that its frames held.
+        gc.collect()
+        release_device_memory()
+        before = min(batch_size, len(tokens))
+        batch_size = max(1, before // 2)
+        log.warning(
+            "evaluation: the memory of %s ran out with %d windows at a time; it goes on with %d",
+            model.device,
+            before,
+            batch_size,
+        )
 
 
 def _reduce(models: list[LayerwiseModel], states: list[HiddenStates], tokens: Tensor) -> list[tuple[float, ...]]:

@@ -7,6 +7,7 @@ import os
 import re
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
+from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -18,7 +19,7 @@ from filelock import FileLock
 from ..errors import FistaPrunerError
 from ..runtime.files import disk_errors
 from .files.checkpoint import COMPANION_NAMES, COMPANION_SUFFIXES, INDEX_PICKLE, Checkpoint
-from .files.gguf import convert_gguf
+from .files.gguf import CONVERSION, convert_gguf
 from .tokenizer import load_tokenizer
 
 SMALL_MODEL = "smollm2"
@@ -137,7 +138,8 @@ def resolve_model(
     path = Path(text).expanduser()
     if text and path.is_dir():
         packed = [] if (path / "config.json").exists() else sorted(path.glob("*.gguf"))
-        return converted_gguf(packed[0], cache or default_cache()) if len(packed) == 1 else path
+        one = len(packed) == 1 or (packed and all(re.search(r"-\d{5}-of-\d{5}$", file.stem) for file in packed))
+        return converted_gguf(packed[0], cache or default_cache()) if one else path
     if path.is_file():
         if path.suffix.lower() != ".gguf":
             raise FistaPrunerError(f"{path} is neither a folder with a Hugging Face model nor a .gguf file")
@@ -185,14 +187,14 @@ def small_model() -> Path:
 def converted_gguf(path: Path, cache: Path, dtype: torch.dtype = torch.bfloat16) -> Path:
     """De-quantise a GGUF file into a folder of the cache, or find the folder of an earlier conversion.
 
-    The folder's name depends on the file's path, size and time of last change, so another file has another folder. A
-    second process that wants the same folder waits.
+    The folder's name depends on the file's path, size and time of last change, so another file has another folder; and
+    on the versions of the conversion and of ``transformers``. A second process that wants the same folder waits.
 
     Raises:
         FistaPrunerError: the file is damaged or its architecture unknown, or the disk is full.
     """
     status = path.stat()
-    key = f"{path.resolve()} {status.st_size} {status.st_mtime_ns} {dtype}"
+    key = f"{path.resolve()} {status.st_size} {status.st_mtime_ns} {dtype} {CONVERSION} {version('transformers')}"
     out = cache / f"{path.stem}-{hashlib.sha256(key.encode()).hexdigest()[:12]}"
     if out.is_dir():
         return out

@@ -26,12 +26,14 @@ from ..runs.directory import CARD, RunDirectory
 from ..runs.lineage import update_stage, write_lineage
 from ..runs.listener import Listener
 from ..runs.lock import hold
+from ..runs.prune_directory import PruneDirectory
 from ..runs.records import Report, load_run
 from ..runs.results import Evaluation
 from ..runs.training_runs import dense_of, input_run
 from ..runtime.devices import choose_device
 from ..runtime.files import write_text_atomic
 from ..runtime.machine import describe_machine, now
+from ..runtime.numerics import windows_at_once
 from ..sparse.bench import bench, packed_bytes
 from ..sparse.bench import record as speed_record
 from ..sparse.speed import Speed
@@ -112,6 +114,7 @@ def _evaluate(
     settings = {
         "device": execution.device,
         "dtype": report.recipe.get("dtype", "auto"),
+        "batch_size": _batch_size(run, report, seqlen, execution),
         "memory_limit": limit and limit // 2,  # the other half is for a layer of each model and the logits
         "tick": listener.tick,
         **permissions.keywords(),
@@ -128,6 +131,22 @@ def _evaluate(
         run.write_report(report)
     if _evaluate_input(report, compared, found, listener, data=cut, **settings):
         run.write_report(report)
+
+
+def _batch_size(run: RunDirectory, report: Report, seqlen: int, execution: Execution) -> int:
+    """Choose the windows in one pass: the default, or fewer that were asked for or come down to.
+
+    What the plan of a training run came down to says nothing of a forward pass alone.
+    """
+    device = choose_device(execution.device)
+    sizes = [windows_at_once(seqlen, device), *filter(None, [execution.batch_size])]
+    if isinstance(run, PruneDirectory) and (record := run.record()) is not None and report.calibration is not None:
+        numerics = record.decision.numerics
+        if numerics.batch_size < windows_at_once(report.calibration.seqlen, torch.device(numerics.device)):
+            sizes.append(numerics.batch_size)
+        if device.type == "cuda" and (reduced := run.journal.reduced(record.fingerprint or "")) is not None:
+            sizes.append(reduced[0])
+    return min(sizes)
 
 
 def _evaluate_input(report: Report, compared: Compared, found: Evaluation, listener: Listener, **settings: Any) -> bool:

@@ -26,6 +26,7 @@ from ..runs.training_directory import TrainingDirectory
 from ..runtime.devices import choose_device, cpu_threads, device_title
 from ..runtime.files import disk_errors, sha256_file
 from ..runtime.memory import reset_peak_memory
+from ..runtime.numerics import exact_products
 from ..runtime.ranks import ranks_of_run
 from .begun import absolute, execution_here
 from .finish import write_failure
@@ -126,7 +127,7 @@ def _run(
     resumed: bool = False,
 ) -> Report:
     """Do what is left of a run, together with the other processes if there are any."""
-    with ranks_of_run(request.recipe.execution.device) as ranks:
+    with exact_products(), ranks_of_run(request.recipe.execution.device) as ranks:
         if ranks.first:
             report = _lead(verb, run, replace(request, ranks=ranks), told, resumed=resumed)
             ranks.share(report.model_dump(mode="json"))

@@ -145,7 +145,8 @@ def make_plan(
     resources = Resources.of_this_machine(recipe, model.device, workers)
     fitted = fit(needs, recipe, resources, batch_size, workers)
     chosen = fitted.choice
-    disk = needs.disk(chosen, fitted.workers)
+    # The machines of a Ray cluster have their own memory; its workers' files are here.
+    disk = needs.disk(chosen, max(fitted.workers, recipe.execution.workers or 1) if _in_files(recipe) else 1)
     place = existing_folder(out)
     if (free := shutil.disk_usage(place).free) < disk:
         raise FistaPrunerError(f"{out} needs {size(disk)} of disk and {place} has {size(free)} free")
@@ -239,7 +240,7 @@ def fit(needs: Sizes, recipe: Recipe, resources: Resources, batch_size: int, wor
         budgets.append(_device_budget(needs, resources, workers, solvers))
         if solvers:
             _check_other_gpus(needs, resources)
-    choices = _choices(batch_size, recipe, workers, sequential, needs.cuda)
+    choices = _choices(batch_size, recipe, needs.cuda)
     chosen = next((choice for choice in choices if all(budget.holds(choice) for budget in budgets)), None)
     if chosen is None:
         raise next(budget for budget in budgets if not budget.holds(choices[-1])).refusal(choices[-1])
@@ -367,22 +368,28 @@ def _check_other_gpus(needs: Sizes, resources: Resources) -> None:
         )
 
 
-def _choices(batch_size: int, recipe: Recipe, workers: int, sequential: bool, cuda: bool) -> list[Choice]:
+def _in_files(recipe: Recipe) -> bool:
+    """Whether the workers of an executor hand hidden states to each other in files, be it to one worker."""
+    return recipe.execution.executor != "serial" and recipe.propagate == "dense"
+
+
+def _choices(batch_size: int, recipe: Recipe, cuda: bool) -> list[Choice]:
     """List the possible choices, the preferred ones first, the one that needs least memory last.
 
     On a CPU all of them save main memory. With a GPU, hidden states stay there where that costs nothing else; files
     save main memory; small batches and parts save the GPU's.
     """
+    sequential, in_files = recipe.propagate == "pruned", _in_files(recipe)
     sizes = [batch_size]
     while sizes[-1] > 1 and not recipe.execution.batch_size:
         sizes.append(sizes[-1] // 2)
     if cuda:
-        places = (True,) if workers > 1 else (False, True)
+        places = (True,) if in_files else (False, True)
         ways = (True,) if sequential else (False, True)
-        resident = [] if workers > 1 else [Choice(batch_size, by_operator=sequential, on_device=True)]
+        resident = [] if in_files else [Choice(batch_size, by_operator=sequential, on_device=True)]
         others = [Choice(size, on_disk=place, by_operator=way) for way in ways for size in sizes for place in places]
         return resident + others
-    choices = [Choice(batch_size, on_disk=workers > 1, by_operator=sequential)]
+    choices = [Choice(batch_size, on_disk=in_files, by_operator=sequential)]
     choices += [Choice(size, on_disk=True, by_operator=sequential) for size in sizes]
     return [*choices, Choice(sizes[-1], on_disk=True, by_operator=True)]
 

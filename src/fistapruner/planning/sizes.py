@@ -17,6 +17,7 @@ from torch import Tensor
 
 from ..activations.replay import kept_projections
 from ..constraints import Constraint
+from ..models.coupling import named_size
 from ..models.discovery import Group, Layout
 from ..models.layerwise import Call, LayerwiseModel
 from ..problem import DriftFrom
@@ -37,7 +38,7 @@ from ..sensitivity.decision import (
 from ..sensitivity.fisher import HEAD_TOKENS, WIDE
 from ..solvers import parse_method
 from ..structured.bypass import LENGTH, SEQUENCES
-from ..structured.units import Unit, Widths, removed_weights
+from ..structured.units import GROUPS, HEADS, Unit, Widths, removed_weights
 from .footprint import peak_bytes, removal_bytes, solve_bytes
 
 
@@ -153,6 +154,13 @@ class Sizes:
 
     learning: int
     """Peak of a pass through a layer whose weights are masked, beside the layer (bypass); 0 without."""
+
+    comparing: int
+    """Peak of comparing the heads of a layer, beside the layer (goa); 0 without.
+
+    Of one window: the pass, and its attention probabilities with three temporaries of their size, in fp32. And the
+    problem of the operator that reads the heads.
+    """
 
     metric: int
     """Metric of one layer's output errors in block reconstruction, in main memory; 0 without."""
@@ -308,6 +316,16 @@ class Sizes:
             + sum(2 * itemsize * unit.consumer.rows * unit.consumer.columns for unit in units)
             if recipe.structure.method == "bypass" and units
             else 0,
+            comparing=max(
+                (
+                    forward
+                    + 4 * 4 * seqlen**2 * (named_size(model.config.get_text_config(), HEADS) or 1)
+                    + 4 * unit.consumer.columns * (3 * unit.consumer.columns + 2 * unit.consumer.rows)
+                    for unit in units
+                    if recipe.structure.method == "goa" and unit.kind == GROUPS
+                ),
+                default=0,
+            ),
             metric=4 * model.width * (model.width if model.width <= WIDE else 1) if recipe.reconstruct else 0,
             logits=4 * 4 * min(seqlen, HEAD_TOKENS) * model.vocabulary,
             measured=needs_measuring(recipe) or chooses_widths(recipe),
@@ -366,6 +384,9 @@ class Sizes:
                 found[f"solving {names}"] = loaded + solving + (weight + drifted) * self.weighted
         if self.removal:
             found["removing channels"] = base + self.layer + states + kept + done + self.removal
+        if self.comparing:
+            comparing = max(self.comparing + 2 * self.window, self.ends + largest)
+            found["comparing heads"] = base + self.layer + states + kept + done + comparing
         if self.reconstruction:
             found["block reconstruction"] = base + self.layer + states + done + self.reconstruction + 4 * self.window
         if self.learning:

@@ -53,17 +53,19 @@ def fast_products(enabled: bool = True) -> Iterator[None]:
 
 @contextmanager
 def exact_products() -> Iterator[None]:
-    """Compute fp32 products in fp32, even inside a block of :func:`fast_products`.
+    """Compute fp32 products and convolutions in fp32, even inside a block of :func:`fast_products`.
 
     The precision is a setting of the process: use it where no other thread computes.
     """
-    cpu, cuda = _precision.backends()
-    before = cpu.fp32_precision, cuda.fp32_precision
-    cpu.fp32_precision = cuda.fp32_precision = "ieee"
+    backends = (*_precision.backends(), torch.backends.cudnn.conv)  # type: ignore[attr-defined]
+    before = [backend.fp32_precision for backend in backends]
+    for backend in backends:
+        backend.fp32_precision = "ieee"
     try:
         yield
     finally:
-        cpu.fp32_precision, cuda.fp32_precision = before
+        for backend, precision in zip(backends, before, strict=True):
+            backend.fp32_precision = precision
 
 
 def exact_in_fast_products(dtype: torch.dtype, device: torch.device) -> bool:

@@ -14,6 +14,7 @@ import torch
 from ..constraints import Constraint, parse_sparsity
 from ..errors import FistaPrunerError, explain
 from ..problem import LayerProblem
+from ..runtime.numerics import exact_products
 from .base import Method, Solution
 from .catalogue import CATALOGUE
 
@@ -96,7 +97,8 @@ def solve(
 ) -> Solution:
     """Prune the operators of a layer problem; those without zeros keep their dense weights.
 
-    Calls from several threads run one after another, so that each call returns the same bits as on its own.
+    Products are fp32, whatever the calling program has set. Calls from several threads run one after another, so that
+    each call returns the same bits as on its own.
 
     Args:
         problem: the layer problem.
@@ -123,7 +125,7 @@ def solve(
     for pattern, name in zip(parsed, problem.names, strict=True):
         check_constraint(pattern, problem.shape[1], steps, name)
     problem.check_finite()
-    with ONE_AT_A_TIME:
+    with ONE_AT_A_TIME, exact_products():
         return _run_steps(problem, parsed, steps)
 
 

@@ -21,7 +21,7 @@ Differs from the paper in:
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 
 import torch
@@ -159,7 +159,7 @@ def eager_attention(model: LayerwiseModel) -> Iterator[None]:
 
 
 def attention_probabilities(
-    model: LayerwiseModel, index: int, consumer: str, hidden: Sequence[Tensor]
+    model: LayerwiseModel, index: int, consumer: str, seqlen: int, hidden: Iterable[Tensor]
 ) -> Iterator[Tensor]:
     """Yield the attention probabilities of some windows in the loaded decoder layer ``index``.
 
@@ -167,6 +167,7 @@ def attention_probabilities(
         model: the model, layer ``index`` loaded.
         index: number of the layer.
         consumer: name inside the layer of the operator that reads the heads.
+        seqlen: tokens in a window.
         hidden: (1, seqlen, width) hidden states that enter the layer, of each window.
 
     Yields:
@@ -186,11 +187,11 @@ def attention_probabilities(
     try:
         with eager_attention(model), torch.no_grad():
             with model.embeddings_and_head(head=False):
-                call = model.calls(1, hidden[0].shape[1])[index]
+                call = model.calls(1, seqlen)[index]
             for states in hidden:
                 found.clear()
                 model.run(index, states, call)
-                if len(found) != 1 or found[0].shape[-2:] != (states.shape[1], states.shape[1]):
+                if len(found) != 1 or found[0].shape[-2:] != (seqlen, seqlen):
                     raise FistaPrunerError(
                         f"structure: {model.layers_name}.{index} does not return attention probabilities, which goa "
                         "compares heads by: take another --structure-method"
@@ -214,7 +215,7 @@ def head_divergence(
         (heads, heads) fp64.
     """
     sums = HeadDivergence()
-    states = [inputs.read(window, window + 1, model.device) for window in range(min(windows, inputs.samples))]
-    for probabilities in attention_probabilities(model, index, consumer, states):
+    states = (inputs.read(window, window + 1, model.device) for window in range(min(windows, inputs.samples)))
+    for probabilities in attention_probabilities(model, index, consumer, inputs.seqlen, states):
         sums.add(probabilities)
     return sums.matrix()

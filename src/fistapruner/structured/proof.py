@@ -79,7 +79,7 @@ def _check_probabilities(model: LayerwiseModel, units: tuple[Unit, ...]) -> None
         hidden, _ = model.embed(model.check_window(16))
     (unit,) = (unit for unit in units if unit.kind == GROUPS)
     with model.layer(0):
-        next(attention_probabilities(model, 0, unit.consumer.name, [hidden]))
+        next(attention_probabilities(model, 0, unit.consumer.name, hidden.shape[1], [hidden]))
 
 
 def config_entries(model: LayerwiseModel, units: Sequence[Unit]) -> dict[str, tuple[str, ...]]:

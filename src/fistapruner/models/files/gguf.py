@@ -29,6 +29,12 @@ MAX_ARRAY = 50_000_000
 MAX_STRING = 2**26
 SHARD_BYTES = 4 * 2**30
 
+CONVERSION = 2
+"""Version of what is made of a file: it is raised where a conversion changes, so that earlier ones are made again."""
+
+GEMMA2_27B = 46
+"""Decoder layers of Gemma 2 27B, which scales attention by width / heads where its smaller ones have the default."""
+
 _SCALARS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
 _STRING, _ARRAY = 8, 9
 
@@ -91,8 +97,8 @@ def check_gguf(path: Path) -> dict[str, TensorEntry]:
         Name to entry of every tensor; shapes as PyTorch orders them, ``dtype`` uint8 because the data are packed.
 
     Raises:
-        FistaPrunerError: names the file and the fault: not GGUF, another version or byte order, absurd counts, a name
-            twice, unknown tensor types, tensors that reach beyond the file.
+        FistaPrunerError: names the file and the fault: not GGUF, another version or byte order, one part of several,
+            absurd counts, a name twice, unknown tensor types, tensors that reach beyond the file.
         MissingExtraError: the ``gguf`` package is missing.
     """
     sizes = _type_sizes()
@@ -121,6 +127,11 @@ def _walk(header: _Header, sizes: dict[int, tuple[int, int]]) -> dict[str, Tenso
         if key in fields:
             raise header.fault(f"is damaged: key {key!r} appears twice")
         fields[key] = header.value(header.number("I"), key)
+    parts = fields.get("split.count", 1)
+    if type(parts) is int and parts > 1:
+        number = fields.get("split.no")
+        part = f"part {number + 1} of {parts}" if type(number) is int else f"one of {parts} parts"
+        raise header.fault(f"is {part}: join them with 'llama-gguf-split --merge FIRST-PART JOINED.gguf'")
     alignment = fields.get("general.alignment", 32)
     if type(alignment) is not int or not 0 < alignment <= 2**20 or alignment & (alignment - 1):
         raise header.fault(f"is damaged: alignment {alignment!r} is not a power of two")
@@ -204,11 +215,21 @@ def _describe(path: Path, dtype: torch.dtype) -> tuple[Any, Any, Any]:
     config = AutoConfig.from_pretrained(**where)
     if getattr(config, "quantization_config", None) is not None:
         del config.quantization_config
+    _restore_attention_scale(config)
     with init_empty_weights():
         model = AutoModelForCausalLM.from_config(config)
     config.architectures = [type(model).__name__]
     config.dtype = dtype
     return model, config, AutoTokenizer.from_pretrained(**where)
+
+
+def _restore_attention_scale(config: Any) -> None:
+    """Set the attention scale of Gemma 2 27B.
+
+    No key of a GGUF file holds it: llama.cpp tells it by the number of layers.
+    """
+    if config.model_type == "gemma2" and config.num_hidden_layers == GEMMA2_27B:
+        config.query_pre_attn_scalar = config.hidden_size // config.num_attention_heads
 
 
 def processor_of(reader: Any, config: Any) -> Any:

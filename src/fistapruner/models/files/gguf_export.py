@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from tempfile import gettempdir
@@ -42,6 +42,9 @@ Array = np.ndarray[Any, np.dtype[Any]]
 
 BLOCK = 32
 """Weights in a block of q8_0; matrices whose rows are no multiple of it are stored as f16."""
+
+BYTES = {"bf16": 2, "f16": 2, "f32": 4, "q8_0": (BLOCK + 2) / BLOCK}
+"""Bytes of a weight; a block of q8_0 has a scale in fp16."""
 
 OWN_KEYS = ("general.architecture", "general.file_type", "general.alignment")
 """Keys that the writer sets by itself."""
@@ -108,9 +111,8 @@ def export_gguf(
     with transformers_faults(like):
         source = _Source(like, checkpoint)
         tensors = source.tensors()
-        weights = sum(math.prod(checkpoint.entry(name).shape) for name in tensors.values() if name)
-        for place in (out, Path(gettempdir()) / out.name):  # weights pass through a temporary file
-            require_space(place, (4 if values == "f32" else 2) * weights)
+        shapes = [checkpoint.entry(name).shape for name in tensors.values() if name]
+        _require_space(out, math.ceil(sum(math.prod(shape) * BYTES[_form(shape, values)] for shape in shapes)))
         with _new_file(out) as partial:
             source.write(partial, tensors, values)
             check_gguf(partial)
@@ -143,6 +145,25 @@ def turn_round(read: Callable[[Array], Array], values: Array) -> Array | None:
             if np.allclose(read(stored), values, rtol=1e-6, atol=1e-6):
                 return stored
     return None
+
+
+def _form(shape: Sequence[int], values: GGUFValues) -> str:
+    """Return how a tensor is stored, for matrices that are stored as ``values``."""
+    return "f32" if len(shape) == 1 else "f16" if values == "q8_0" and shape[-1] % BLOCK else values
+
+
+def _require_space(out: Path, nbytes: int) -> None:
+    """Refuse a file that does not fit on its disk, or whose temporary file does not fit on its own.
+
+    Raises:
+        FistaPrunerError: names the file, the bytes needed and the bytes free.
+    """
+    temporary = Path(gettempdir())
+    with disk_errors(out):
+        same_disk = os.stat(out.parent).st_dev == os.stat(temporary).st_dev
+    require_space(out, (1 + same_disk) * nbytes)
+    if not same_disk:
+        require_space(temporary / out.name, nbytes)
 
 
 @contextmanager
@@ -248,6 +269,8 @@ class _Source:
             source = placed.get(tensor.name)
             if source is None or tensor.name not in ("token_embd.weight", *ORDERED):
                 continue
+            if tensor.name in ORDERED and int(tensor.n_elements) != math.prod(self.checkpoint.entry(source).shape):
+                continue  # it lost heads; transformers' reader would reshape the file's tensor to those that are left
             theirs = self._read(tensor.name, self._dequantised(tensor))
             ours = self._array(source)
             if tensor.name in ORDERED:
@@ -313,8 +336,7 @@ class _Source:
                 writer.add_tensor(tensor.name, tensor.data, raw_dtype=tensor.tensor_type)
                 continue
             stored = self._stored(tensor.name, self._array(source))
-            kind = "f32" if stored.ndim == 1 else "f16" if values == "q8_0" and stored.shape[-1] % BLOCK else values
-            form = gguf.GGMLQuantizationType[kind.upper()]
+            form = gguf.GGMLQuantizationType[_form(stored.shape, values).upper()]
             writer.add_tensor(tensor.name, gguf.quantize(stored, form), raw_dtype=form)
         writer.write_header_to_file()
         writer.write_kv_data_to_file()
