@@ -25,6 +25,7 @@ from fistapruner.models.files.safetensors import SafetensorsFile, SafetensorsWri
 from fistapruner.runs.listener import Listener
 from fistapruner.runs.records import Report, load_run
 from fistapruner.runs.steps import StepJournal, read_steps
+from fistapruner.tuning.pair_objective import AnswerObjective
 
 SETTINGS: dict[str, Any] = {
     "evaluate": None,
@@ -152,6 +153,23 @@ def test_the_result_prefers_the_chosen_answers_and_has_the_zeros(
     assert (found.pairs + found.held_out_pairs + found.test_pairs, found.left_out) == (40, 0)
     assert report.lineage is not None
     assert [stage.kind for stage in report.lineage.stages] == ["prune", "align"]
+
+
+def test_test_pairs_pass_as_many_at_once_as_the_plan_counts(
+    bench: Bench, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    passed: list[int] = []
+    losses = AnswerObjective._losses
+
+    def counted(objective: AnswerObjective, numbers: list[int], *more: Any) -> Tensor:
+        passed.append(len(numbers))
+        return losses(objective, numbers, *more)
+
+    monkeypatch.setattr(AnswerObjective, "_losses", counted)
+    report = align(bench, tmp_path / "out", steps=1, data={"held_out": 0.05, "test": 0.4})
+    assert report.alignment is not None
+    assert report.alignment.test_pairs > 12
+    assert max(passed) <= max(2 * report.alignment.held_out_pairs, 2 * SETTINGS["pairs_per_step"])
 
 
 def test_a_recovery_of_an_aligned_run_takes_no_pairs_for_text(bench: Bench, tmp_path: Path) -> None:
