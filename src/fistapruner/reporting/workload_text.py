@@ -15,9 +15,14 @@ def workload_sentence(facts: WorkloadFacts) -> str:
         f"{name} {significant(task.predicted)} instead of {significant(task.uniform)}"
         for name, task in facts.tasks.items()
     ]
+    unknown = "".join(
+        f" Feature {number} has one value in the whole history and another in this deployment: it does not count."
+        for number in facts.unknown_features
+    )
     return (
         f"Sparsities were allocated for the workload {file_name(facts.file)} by the rule {facts.rule} "
-        f"({facts.why}{history}); predicted loss in nats a token, against uniform sparsity: {', '.join(losses)}."
+        f"({facts.why}{history}); predicted loss in nats a token, against uniform sparsity: "
+        f"{', '.join(losses)}.{unknown}"
     )
 
 

@@ -193,6 +193,8 @@ class WorkloadFacts(Record):
         rule: that chose; ``why``: it was taken.
         tasks: by name.
         rules: all rules on held-out deployments; empty without a history.
+        unknown_features: numbers, from 1, of features that have one value in the whole history and another in the
+            deployment at hand: nothing is known of it, so they do not count.
     """
 
     file: str
@@ -202,6 +204,7 @@ class WorkloadFacts(Record):
     tasks: dict[str, WorkloadTask] = {}
     rules: list[WorkloadRule] = []
     deployments: int | None = None
+    unknown_features: list[int] = []
 
 
 class StageFigures(Record):
