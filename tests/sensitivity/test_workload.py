@@ -365,6 +365,11 @@ def test_the_named_method_decides_and_the_result_repeats() -> None:
     assert facts.deployments == 80
     assert [row.rule for row in facts.rules][-1] == "two-stage"  # the experimental one was not asked for
     assert allocate_workload(named, curves, SIZES, 0.5) == (split, facts)
+    by_rule = {row.rule: row.cost for row in facts.rules}
+    assert facts.costs["uniform"] == pytest.approx(by_rule["uniform"])  # these two look at no deployment
+    assert facts.costs["mix"] == pytest.approx(by_rule["mix"])
+    simplest = workload(2, history, features=(1.5, -0.5), method="mix")
+    assert allocate_workload(simplest, curves, SIZES, 0.5)[1].costs["chosen"] == facts.costs["mix"]
     assert all(curve.shape == (POINTS,) for task in curves.values() for curve in task.values())
 
 

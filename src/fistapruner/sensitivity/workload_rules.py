@@ -275,6 +275,7 @@ def allocate_workload(
     found = find_candidates(budget, by_task, workload.mix, several=history is not None)
     rule, why, rows, chosen = "mix", "there is no history of deployments", [], 1
     unknown: list[int] = []
+    means: dict[str, float] = {}
     if history is not None:
         unit = max(float(found.losses[0] @ workload.mix), 1e-30)
         costs = Costs(found.losses / unit, workload.mix)
@@ -286,6 +287,8 @@ def allocate_workload(
         here = torch.tensor([settings.features], dtype=torch.float64)
         decided = decide_by_rules(scaled, here, costs, seed=seed, experimental=settings.experimental)
         chosen = int(decided[rule])
+        mean = costs.known(scaled.tolerances).mean(0)
+        means = {"uniform": float(mean[0]), "mix": float(mean[1]), "chosen": float(mean[chosen])}
         first = history.features[0]
         alone = (history.features == first).all(0) & (here[0] != first)
         unknown = [number + 1 for number in alone.nonzero().flatten().tolist()]
@@ -306,6 +309,7 @@ def allocate_workload(
         tasks=tasks,
         rules=rows,
         deployments=None if history is None else len(history),
+        costs=means,
         unknown_features=unknown,
     )
     return budget.sparsities(found.zeros[chosen]), facts
