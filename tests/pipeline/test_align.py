@@ -218,10 +218,21 @@ def test_every_loss_falls(bench: Bench, tmp_path: Path, settings: dict[str, Any]
     assert one == two
 
 
-def test_scores_of_tasks_come_with_the_pairs_that_were_trained_on(bench: Bench, tmp_path: Path) -> None:
-    """A task that the pairs were made from is not zero-shot."""
+def test_scores_of_tasks_come_with_the_pairs_that_were_trained_on(
+    bench: Bench, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A task that the pairs were made from is not zero-shot, whether the run or its checkpoint is evaluated."""
     align(bench, tmp_path / "out")
     said = Said()
+    with monkeypatch.context() as patched:
+        patched.setattr("fistapruner.evaluation.evaluate.find_tasks", lambda tasks, folder: tasks)
+        patched.setattr("fistapruner.evaluation.evaluate.evaluate_tasks", lambda *arguments, **settings: ())
+        for model, warnings in ((tmp_path / "out" / "model", 1), (bench.pruned() / "model", 0)):
+            assert main(["evaluate", str(model), "--tasks", "piqa", "--json"]) == 0
+            found = json.loads(capsys.readouterr().out)["warnings"]
+            assert ["aligned on the pairs of pairs.jsonl" in warning for warning in found] == [True] * warnings
+        assert main(["evaluate", str(tmp_path / "out" / "model"), "--tasks", "piqa"]) == 0
+        assert "warning  the model was aligned on the pairs of pairs.jsonl" in capsys.readouterr().out
     with suppress(FistaPrunerError):  # without lm-eval
         fp.evaluate_run(tmp_path / "out", tasks=["piqa"], listener=said)
     assert said.sentences[0].startswith("the model was aligned on the pairs of pairs.jsonl")

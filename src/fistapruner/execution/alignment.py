@@ -184,7 +184,7 @@ class AlignContext(TrainingContext):
 
     @property
     def _at_once(self) -> int:
-        """Windows whose hidden states are kept at once, where only log-probabilities are asked for: the plan's."""
+        """Windows whose hidden states are kept at once for log-probabilities: no more than the plan counts."""
         return max(len(self.pairs.windows("held_out")), cast(AlignRecipe, self.recipe).step_windows)
 
     def _answers(self, store: Store) -> AnswerObjective:
