@@ -155,6 +155,31 @@ def test_the_result_prefers_the_chosen_answers_and_has_the_zeros(
     assert [stage.kind for stage in report.lineage.stages] == ["prune", "align"]
 
 
+@pytest.mark.parametrize("verb", ["align", "recover"])
+def test_a_padding_token_that_the_model_does_not_have(bench: Bench, tmp_path: Path, verb: str) -> None:
+    """It was added to the tokenizer alone; windows are padded with the end-of-text token."""
+    pruned, out = Path(shutil.copytree(bench.pruned() / "model", tmp_path / "pruned")), tmp_path / "out"
+    tokenizer = tiny.tokenizer()
+    tokenizer.add_special_tokens({"pad_token": "<new>"})
+    assert tokenizer.pad_token_id == tiny.VOCABULARY
+    tokenizer.save_pretrained(pruned)
+    if verb == "align":
+        align(bench, out, pruned, loss="sft", steps=1)
+    else:
+        data = tmp_path / "data.jsonl"
+        data.write_text("".join(json.dumps({"prompt": f"{n} and", "completion": " so on"}) + "\n" for n in range(20)))
+        fp.recover(
+            pruned,
+            out,
+            loss="ce",
+            parameters="full",
+            data={"source": str(data), "tokens": 200, "seqlen": 40, "held_out": 0.2},
+            evaluate=None,
+        )
+    tokens = SafetensorsFile(out / "windows.safetensors").read("tokens")
+    assert bool((tokens[:, -1] == tokenizer.eos_token_id).any())
+
+
 def test_test_pairs_pass_as_many_at_once_as_the_plan_counts(
     bench: Bench, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
