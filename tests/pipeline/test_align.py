@@ -549,7 +549,7 @@ def test_a_comparison_that_was_killed_in_an_evaluation_makes_it_up(
     settings = {**SETTINGS, "data": {"pairs": str(bench.pairs)}, "steps": 1, "evaluate": str(bench.text)}
     with monkeypatch.context() as killed:
         killed.setattr("fistapruner.pipeline.measure.run_evaluation", interrupted)
-        with pytest.raises(KeyboardInterrupt):
+        with pytest.raises(KeyboardInterrupt, match=r"^interrupted; nothing is lost: give the same command again$"):
             fp.align_compare(bench.pruned(), tmp_path / "out", **settings)
     said = Said()
     found = fp.align_compare(bench.pruned(), tmp_path / "out", listener=said, **settings)

@@ -26,6 +26,7 @@ from ..runs.training_runs import input_run
 from ..runtime.files import copy_atomic, disk_errors, sha256_file, write_json_atomic, write_text_atomic
 from ..runtime.machine import versions
 from .align import align
+from .begun import continued_by_its_command
 from .prepare_align import check_pairs
 from .training import evaluation_request
 from .training_inputs import TrainingRequest, asked, evaluation_of, find_input
@@ -134,7 +135,7 @@ def align_compare(
     reports: dict[tuple[str, int], Report | str] = {}
     # Those with both references come first: the others then find what they need in the cache.
     order = sorted(JOBS, key=lambda label: JOBS[label]["loss"] not in ("multi-dpo", "harmonic", "geometric"))
-    with hold(folder):
+    with continued_by_its_command(), hold(folder):
         _write(folder, found)
         for number, (seed, label) in enumerate(((seed, label) for seed in seeds for label in order), 1):
             listener.say(f"{number}/{len(seeds) * len(JOBS)}: {label}, seed {seed}")
