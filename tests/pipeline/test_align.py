@@ -541,6 +541,25 @@ def test_a_comparison_has_the_seed_of_its_recipe(bench: Bench, tmp_path: Path, m
         assert [(recipe["seed"], recipe["data"]["seed"]) for recipe in recipes] == [(seed, seed) for seed in seeds]
 
 
+def test_rows_of_a_comparison_that_fail_are_told(
+    bench: Bench, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("fistapruner.pipeline.align_compare.JOBS", {"SFT on chosen": {"loss": "sft"}})
+
+    def failing(model: Path, out: Path, **settings: Any) -> Report:
+        if settings["recipe"].seed == 2:
+            raise FistaPrunerError("the memory is not enough")
+        return fp.align(model, out, **settings)
+
+    monkeypatch.setattr("fistapruner.pipeline.align_compare.align", failing)
+    command = ["align", str(bench.pruned()), "--data", str(bench.pairs), "--compare", "--steps", "1", "--rank", "4"]
+    command += ["--pairs-per-step", "4", "--evaluate", "none", "--quiet", "--out", str(tmp_path / "out")]
+    assert main([*command, "--seeds", "1,2,3"]) == 1
+    for table in (capsys.readouterr().out, (tmp_path / "out" / "compare.md").read_text()):
+        assert "SFT on chosen (2 of 3 seeds)" in table
+        assert "failed: SFT on chosen, seed 2: the memory is not enough" in table
+
+
 def test_a_comparison_that_was_killed_in_an_evaluation_makes_it_up(
     bench: Bench, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

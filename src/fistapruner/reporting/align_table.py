@@ -56,8 +56,14 @@ def align_table(found: AlignComparison) -> str:
         "standard deviation over seeds. Reward accuracy, margin and chosen reward are against the references of the "
         "loss: they do not compare rows. McNemar p-values are not corrected for the number of rows."
     )
-    failed = [f"{row.label}, seed {row.seed}: {row.error}" for row in found.rows if row.error]
-    return "\n".join([*lines, *failed]) + "\n"
+    if failed := align_failures(found):
+        lines += ["", *(f"- {failure}" for failure in failed)]
+    return "\n".join(lines) + "\n"
+
+
+def align_failures(found: AlignComparison) -> list[str]:
+    """List the runs that failed, and why."""
+    return [f"failed: {row.label}, seed {row.seed}: {row.error}" for row in found.rows if row.error]
 
 
 def _of_others(figures: PreferenceFigures | None) -> tuple[str, ...]:
@@ -79,6 +85,8 @@ def _merged(label: str, rows: Sequence[AlignRow]) -> tuple[str, ...]:
     done = [row.alignment for row in rows if row.alignment is not None]
     if not done:
         return (label, "failed", *("–",) * (len(HEAD) - 2))
+    if len(done) < len(rows):
+        label += f" ({len(done)} of {len(rows)} seeds)"
     results = [each.test["aligned"] for each in done]
     tests = [value for each in done if (value := each.test["pruned"].p_value) is not None]
 
