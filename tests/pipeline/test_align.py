@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 import shutil
 import zlib
 from contextlib import suppress
@@ -145,6 +146,10 @@ def test_the_result_prefers_the_chosen_answers_and_has_the_zeros(
         assert found.test[name].accuracy == float((margins[name] > 0).double().mean())
     assert float(margins["aligned"].mean()) > float(margins["pruned"].mean()) + 0.5
     assert found.margin is not None
+    for error in (found.test["pruned"].normalised_error, found.reward_accuracy_error):
+        assert error is not None
+        assert 0 <= error <= 0.5
+    assert found.chosen_reward_error is not None
     if report.recovery is not None and report.recovery.loss == "dpo":
         moved = 0.1 * (margins["aligned"] - margins["pruned"])
         assert found.margin == pytest.approx(float(moved.mean()), abs=1e-4)
@@ -556,7 +561,9 @@ def test_rows_of_a_comparison_that_fail_are_told(
     command += ["--pairs-per-step", "4", "--evaluate", "none", "--quiet", "--out", str(tmp_path / "out")]
     assert main([*command, "--seeds", "1,2,3"]) == 1
     for table in (capsys.readouterr().out, (tmp_path / "out" / "compare.md").read_text()):
-        assert "SFT on chosen (2 of 3 seeds)" in table
+        row = next(line for line in table.splitlines() if "SFT on chosen (2 of 3 seeds)" in line)
+        # Both accuracies, reward accuracy, margin and chosen reward have an error over pairs and one over seeds.
+        assert len(re.findall(r"-?[\d.]+ ± [\d.]+ \([\d.]+\)", row)) == 5
         assert "failed: SFT on chosen, seed 2: the memory is not enough" in table
 
 

@@ -107,10 +107,13 @@ def add_results(context: AlignContext, trained: Trained, report: Report, listene
         references=dict(zip(mixture.names, weights, strict=True)) if used else {},
         test=preference_figures({**models, RESULT: own}, tokens, RESULT),
         reward_accuracy=float((margins > 0).double().mean()),
+        reward_accuracy_error=standard_error((margins > 0).double()),
         margin=float(margins.mean()),
         margin_error=standard_error(margins),
         chosen_reward=chosen,
+        chosen_reward_error=standard_error(rewards[:, 0]),
         rejected_reward=rejected,
+        rejected_reward_error=standard_error(rewards[:, 1]),
     )
     if chosen < LOWEST_REWARD:
         report.warnings.append(
