@@ -202,6 +202,21 @@ def test_test_pairs_pass_as_many_at_once_as_the_plan_counts(
     assert max(passed) <= max(2 * report.alignment.held_out_pairs, 2 * SETTINGS["pairs_per_step"])
 
 
+@pytest.mark.parametrize(
+    ("loss", "words"),
+    [
+        ("none", "less likely than under the model that went in; try a lower --lr, or fewer --epochs"),
+        ("geometric", "the references, as geometric may do; try a lower --lr, a larger --beta, or --anchor 0.1"),
+    ],
+)
+def test_a_warning_about_rewards_advises_by_the_loss(
+    bench: Bench, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, loss: str, words: str
+) -> None:
+    monkeypatch.setattr("fistapruner.pipeline.align.LOWEST_REWARD", math.inf)
+    (warning,) = align(bench, tmp_path / "out", loss=loss, steps=1).warnings
+    assert warning.endswith(words)
+
+
 def test_a_recovery_of_an_aligned_run_takes_no_pairs_for_text(bench: Bench, tmp_path: Path) -> None:
     align(bench, tmp_path / "aligned", steps=1)
     with pytest.raises(FistaPrunerError, match="say what to train on with --data"):
