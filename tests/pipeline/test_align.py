@@ -528,6 +528,8 @@ def test_a_comparison_runs_every_loss_from_one_cache(
         fp.align_compare(bench.pruned(), out, seeds=[3], beta=0.2, **shared)
     with pytest.raises(FistaPrunerError, match="anchor: a comparison runs all losses"):
         fp.align_compare(bench.pruned(), tmp_path / "other", anchor=0.2, **shared)
+    with pytest.raises(FistaPrunerError, match="--seeds '3,3': different whole numbers"):
+        fp.align_compare(bench.pruned(), tmp_path / "other", seeds=[3, 3], **shared)
     command = ["align", str(bench.pruned()), "--data", str(path), "--out", str(tmp_path / "other")]
     assert main([*command, "--seeds", "0,1"]) == 2
     assert "made with --compare" in capsys.readouterr().err

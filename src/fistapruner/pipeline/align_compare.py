@@ -100,6 +100,10 @@ def align_compare(
     varied, seeds = seeds is not None, (shared.seed,) if seeds is None else seeds
     if not seeds:
         raise FistaPrunerError("seeds: at least one is needed")
+    if len(set(seeds)) < len(seeds):
+        raise FistaPrunerError(
+            f"--seeds {','.join(map(str, seeds))!r}: different whole numbers such as 0,1,2 are expected"
+        )
     check_pairs(shared)
     permissions = Permissions(allow_pickle, trust_remote_code)
     models = {str(model): find_input(str(model), permissions)}
