@@ -27,7 +27,7 @@ def load_tokenizer(folder: Path, *, trust_remote_code: bool = False) -> Any:
 
 
 def pad_with_known_token(tokenizer: Any, size: int) -> None:
-    """Let a tokenizer pad with EOS where its padding token is beyond the ``size`` tokens that a model knows.
+    """Let a tokenizer pad with EOS where its padding token is beyond the ``size`` tokens of a model.
 
     Padding tokens that were added to a tokenizer alone are common; what stands at padding changes no result.
     """

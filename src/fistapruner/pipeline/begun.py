@@ -141,7 +141,7 @@ def absolute(name: str) -> str:
 
 @contextmanager
 def continued_by_its_command() -> Iterator[None]:
-    """Let an interruption say that the same command goes on with the whole comparison, not with one of its runs."""
+    """Let an interruption say that the same command goes on with the comparison, not with one row."""
     try:
         yield
     except KeyboardInterrupt:

@@ -404,7 +404,7 @@ class _Channels:
                 self._found[name] = _Order(shares, reordered(self._model, index, link, order), producers)
 
     def take(self, chosen: Mapping[str, Constraint]) -> None:
-        """Take the orders that raise what the operators' patterns keep: those ``chosen`` since, or else as asked."""
+        """Take the orders that raise what patterns keep: those ``chosen`` since, or else as asked."""
         for name, order in self._found.items():
             shares = order.shares.get(chosen.get(name, self._sparsity[name]))
             if shares is not None:
