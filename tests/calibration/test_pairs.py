@@ -170,6 +170,27 @@ def test_long_prompts_are_left_out_and_long_answers_cut(tmp_path: Path) -> None:
         tokenised(records[:3], tmp_path, length=2)
 
 
+class Swallowing:
+    """Letters are tokens, and a space without width is none."""
+
+    eos_token, eos_token_id, pad_token_id = "", None, 0
+
+    def __call__(self, text: str, **_: Any) -> dict[str, list[int]]:
+        return {"input_ids": [ord(letter) for letter in text if letter != "\u200b"]}
+
+
+def test_answers_without_tokens_are_left_out_for_that_reason(tmp_path: Path) -> None:
+    records = [*many(6), {"prompt": "short", "chosen": "\u200b", "rejected": "b"}]
+    records.append({"prompt": "short", "chosen": "a" * 20, "rejected": "b"})
+    pairs, said = tokenised(records, tmp_path, Swallowing(), length=12)
+    assert len(pairs.tokens) == 14
+    assert said == [
+        "1 of 8 pairs are left out: an answer adds no token to its prompt",
+        "answers of 1 of 8 pairs are cut at 12 tokens",
+    ]
+    assert pairs.facts["tasks"]["pairs"]["too_long"] == 1
+
+
 class Merging:
     """Words are tokens, and a space at the end of a text is lost: prompts that end with one are no prefix."""
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 import shutil
 import zlib
 from contextlib import suppress
@@ -25,6 +26,7 @@ from fistapruner.models.files.safetensors import SafetensorsFile, SafetensorsWri
 from fistapruner.runs.listener import Listener
 from fistapruner.runs.records import Report, load_run
 from fistapruner.runs.steps import StepJournal, read_steps
+from fistapruner.tuning.pair_objective import AnswerObjective
 
 SETTINGS: dict[str, Any] = {
     "evaluate": None,
@@ -144,6 +146,10 @@ def test_the_result_prefers_the_chosen_answers_and_has_the_zeros(
         assert found.test[name].accuracy == float((margins[name] > 0).double().mean())
     assert float(margins["aligned"].mean()) > float(margins["pruned"].mean()) + 0.5
     assert found.margin is not None
+    for error in (found.test["pruned"].normalised_error, found.reward_accuracy_error):
+        assert error is not None
+        assert 0 <= error <= 0.5
+    assert found.chosen_reward_error is not None
     if report.recovery is not None and report.recovery.loss == "dpo":
         moved = 0.1 * (margins["aligned"] - margins["pruned"])
         assert found.margin == pytest.approx(float(moved.mean()), abs=1e-4)
@@ -152,6 +158,63 @@ def test_the_result_prefers_the_chosen_answers_and_has_the_zeros(
     assert (found.pairs + found.held_out_pairs + found.test_pairs, found.left_out) == (40, 0)
     assert report.lineage is not None
     assert [stage.kind for stage in report.lineage.stages] == ["prune", "align"]
+
+
+@pytest.mark.parametrize("verb", ["align", "recover"])
+def test_a_padding_token_that_the_model_does_not_have(bench: Bench, tmp_path: Path, verb: str) -> None:
+    """It was added to the tokenizer alone; windows are padded with the end-of-text token."""
+    pruned, out = Path(shutil.copytree(bench.pruned() / "model", tmp_path / "pruned")), tmp_path / "out"
+    tokenizer = tiny.tokenizer()
+    tokenizer.add_special_tokens({"pad_token": "<new>"})
+    assert tokenizer.pad_token_id == tiny.VOCABULARY
+    tokenizer.save_pretrained(pruned)
+    if verb == "align":
+        align(bench, out, pruned, loss="sft", steps=1)
+    else:
+        data = tmp_path / "data.jsonl"
+        data.write_text("".join(json.dumps({"prompt": f"{n} and", "completion": " so on"}) + "\n" for n in range(20)))
+        fp.recover(
+            pruned,
+            out,
+            loss="ce",
+            parameters="full",
+            data={"source": str(data), "tokens": 200, "seqlen": 40, "held_out": 0.2},
+            evaluate=None,
+        )
+    tokens = SafetensorsFile(out / "windows.safetensors").read("tokens")
+    assert bool((tokens[:, -1] == tokenizer.eos_token_id).any())
+
+
+def test_test_pairs_pass_as_many_at_once_as_the_plan_counts(
+    bench: Bench, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    passed: list[int] = []
+    losses = AnswerObjective._losses
+
+    def counted(objective: AnswerObjective, numbers: list[int], *more: Any) -> Tensor:
+        passed.append(len(numbers))
+        return losses(objective, numbers, *more)
+
+    monkeypatch.setattr(AnswerObjective, "_losses", counted)
+    report = align(bench, tmp_path / "out", steps=1, data={"held_out": 0.05, "test": 0.4})
+    assert report.alignment is not None
+    assert report.alignment.test_pairs > 12
+    assert max(passed) <= max(2 * report.alignment.held_out_pairs, 2 * SETTINGS["pairs_per_step"])
+
+
+@pytest.mark.parametrize(
+    ("loss", "words"),
+    [
+        ("none", "less likely than under the model that went in; try a lower --lr, or fewer --epochs"),
+        ("geometric", "the references, as geometric may do; try a lower --lr, a larger --beta, or --anchor 0.1"),
+    ],
+)
+def test_a_warning_about_rewards_advises_by_the_loss(
+    bench: Bench, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, loss: str, words: str
+) -> None:
+    monkeypatch.setattr("fistapruner.pipeline.align.LOWEST_REWARD", math.inf)
+    (warning,) = align(bench, tmp_path / "out", loss=loss, steps=1).warnings
+    assert warning.endswith(words)
 
 
 def test_a_recovery_of_an_aligned_run_takes_no_pairs_for_text(bench: Bench, tmp_path: Path) -> None:
@@ -200,10 +263,21 @@ def test_every_loss_falls(bench: Bench, tmp_path: Path, settings: dict[str, Any]
     assert one == two
 
 
-def test_scores_of_tasks_come_with_the_pairs_that_were_trained_on(bench: Bench, tmp_path: Path) -> None:
-    """A task that the pairs were made from is not zero-shot."""
+def test_scores_of_tasks_come_with_the_pairs_that_were_trained_on(
+    bench: Bench, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A task that the pairs were made from is not zero-shot, whether the run or its checkpoint is evaluated."""
     align(bench, tmp_path / "out")
     said = Said()
+    with monkeypatch.context() as patched:
+        patched.setattr("fistapruner.evaluation.evaluate.find_tasks", lambda tasks, folder: tasks)
+        patched.setattr("fistapruner.evaluation.evaluate.evaluate_tasks", lambda *arguments, **settings: ())
+        for model, warnings in ((tmp_path / "out" / "model", 1), (bench.pruned() / "model", 0)):
+            assert main(["evaluate", str(model), "--tasks", "piqa", "--json"]) == 0
+            found = json.loads(capsys.readouterr().out)["warnings"]
+            assert ["aligned on the pairs of pairs.jsonl" in warning for warning in found] == [True] * warnings
+        assert main(["evaluate", str(tmp_path / "out" / "model"), "--tasks", "piqa"]) == 0
+        assert "warning  the model was aligned on the pairs of pairs.jsonl" in capsys.readouterr().out
     with suppress(FistaPrunerError):  # without lm-eval
         fp.evaluate_run(tmp_path / "out", tasks=["piqa"], listener=said)
     assert said.sentences[0].startswith("the model was aligned on the pairs of pairs.jsonl")
@@ -456,6 +530,8 @@ def test_a_comparison_runs_every_loss_from_one_cache(
         fp.align_compare(bench.pruned(), out, seeds=[3], beta=0.2, **shared)
     with pytest.raises(FistaPrunerError, match="anchor: a comparison runs all losses"):
         fp.align_compare(bench.pruned(), tmp_path / "other", anchor=0.2, **shared)
+    with pytest.raises(FistaPrunerError, match="--seeds '3,3': different whole numbers"):
+        fp.align_compare(bench.pruned(), tmp_path / "other", seeds=[3, 3], **shared)
     command = ["align", str(bench.pruned()), "--data", str(path), "--out", str(tmp_path / "other")]
     assert main([*command, "--seeds", "0,1"]) == 2
     assert "made with --compare" in capsys.readouterr().err
@@ -489,6 +565,27 @@ def test_a_comparison_has_the_seed_of_its_recipe(bench: Bench, tmp_path: Path, m
         assert [(recipe["seed"], recipe["data"]["seed"]) for recipe in recipes] == [(seed, seed) for seed in seeds]
 
 
+def test_rows_of_a_comparison_that_fail_are_told(
+    bench: Bench, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("fistapruner.pipeline.align_compare.JOBS", {"SFT on chosen": {"loss": "sft"}})
+
+    def failing(model: Path, out: Path, **settings: Any) -> Report:
+        if settings["recipe"].seed == 2:
+            raise FistaPrunerError("the memory is not enough")
+        return fp.align(model, out, **settings)
+
+    monkeypatch.setattr("fistapruner.pipeline.align_compare.align", failing)
+    command = ["align", str(bench.pruned()), "--data", str(bench.pairs), "--compare", "--steps", "1", "--rank", "4"]
+    command += ["--pairs-per-step", "4", "--evaluate", "none", "--quiet", "--out", str(tmp_path / "out")]
+    assert main([*command, "--seeds", "1,2,3"]) == 1
+    for table in (capsys.readouterr().out, (tmp_path / "out" / "compare.md").read_text()):
+        row = next(line for line in table.splitlines() if "SFT on chosen (2 of 3 seeds)" in line)
+        # Both accuracies, reward accuracy, margin and chosen reward have an error over pairs and one over seeds.
+        assert len(re.findall(r"-?[\d.]+ ± [\d.]+ \([\d.]+\)", row)) == 5
+        assert "failed: SFT on chosen, seed 2: the memory is not enough" in table
+
+
 def test_a_comparison_that_was_killed_in_an_evaluation_makes_it_up(
     bench: Bench, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -497,7 +594,7 @@ def test_a_comparison_that_was_killed_in_an_evaluation_makes_it_up(
     settings = {**SETTINGS, "data": {"pairs": str(bench.pairs)}, "steps": 1, "evaluate": str(bench.text)}
     with monkeypatch.context() as killed:
         killed.setattr("fistapruner.pipeline.measure.run_evaluation", interrupted)
-        with pytest.raises(KeyboardInterrupt):
+        with pytest.raises(KeyboardInterrupt, match=r"^interrupted; nothing is lost: give the same command again$"):
             fp.align_compare(bench.pruned(), tmp_path / "out", **settings)
     said = Said()
     found = fp.align_compare(bench.pruned(), tmp_path / "out", listener=said, **settings)

@@ -300,8 +300,9 @@ def test_figures_are_those_of_the_model(tmp_path: Path) -> None:
     """A comparison stopped before its first row was of another model, or its weights are others since."""
     one, other = (str(tiny.save("llama", tmp_path / f"model {seed}", seed=seed)) for seed in (0, 1))
     named: dict[str, Any] = {"settings": SETTINGS, "windows": 2}
-    with pytest.raises(KeyboardInterrupt):
-        compare(one, "magnitude", ["50%"], tmp_path / "out", listener=Counts(stop="1/1"), **named)
+    stopped = Counts(stop="1/1")
+    with pytest.raises(KeyboardInterrupt, match=r"^interrupted; nothing is lost: give the same command again$"):
+        compare(one, "magnitude", ["50%"], tmp_path / "out", listener=stopped, **named)
     expected = compare(other, "magnitude", ["50%"], tmp_path / "anew", **named)
     first = compare(other, "magnitude", ["50%"], tmp_path / "out", **named)
     assert first.dense == expected.dense

@@ -164,6 +164,7 @@ def report(layers: int = 12) -> Report:
                 "rule": "neighbours",
                 "why": "the simplest within one standard error of the least held-out cost",
                 "deployments": 120,
+                "costs": {"uniform": 1.2, "mix": 0.6, "chosen": 0.5},
                 "tasks": {
                     "chat": {"weight": 0.7, "uniform": 0.41, "predicted": 0.33, "tolerance": 0.35},
                     "code": {"weight": 0.3, "uniform": 0.62, "predicted": 0.55, "tolerance": 0.6},

@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM
 
 import fistapruner as fp
 import tiny
-from fistapruner.constraints import NM, VNM
+from fistapruner.constraints import NM, VNM, Constraint, Unstructured
 from fistapruner.models.coupling import find_links, reordered
 from fistapruner.models.discovery import discover
 from fistapruner.models.files.checkpoint import Checkpoint
@@ -175,6 +175,32 @@ def test_the_default_method_reorders_for_groups_only(tmp_path: Path) -> None:
         assert {name.rpartition(".")[2] for name in report.permuted} == ({"o_proj", "down_proj"} if reorders else set())
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "run-0" / "model")
     assert all(NM(2, 4).satisfies(layer.mlp.down_proj.weight) for layer in model.model.layers)
+
+
+def test_figures_are_of_the_patterns_that_operators_get(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """An operator that allocation leaves dense keeps its order; one with another n:m pattern is scored for that one."""
+    chosen: dict[str, Constraint] = {}
+
+    def by_name(curves: dict[str, Tensor], *arguments: object) -> dict[str, Constraint]:
+        chosen.update(dict.fromkeys(curves, NM(2, 4)))
+        chosen.update({name: Unstructured(0.0) for name in curves if "layers.0.mlp.down_proj" in name})
+        chosen.update({name: NM(3, 4) for name in curves if "layers.1.mlp.down_proj" in name})
+        return chosen
+
+    folder = tiny.save("llama", tmp_path / "model")
+    settings = {"sparsity": "2:4", "method": "magnitude", "permutation": "channels", "calibration": SMALL}
+    as_asked = fp.prune(str(folder), tmp_path / "asked", **settings).permuted
+    monkeypatch.setattr("fistapruner.sensitivity.decision.choose_patterns", by_name)
+    permuted = fp.prune(str(folder), tmp_path / "run", allocation="error", **settings).permuted
+    dense, other = sorted(name for name in as_asked if name.endswith("down_proj"))[:2]
+    assert set(permuted) == set(as_asked) - {dense}
+    assert 1 > permuted[other][1] > permuted[other][0] > as_asked[other][1]  # three of four, not two
+    assert permuted[other.replace("mlp.down", "self_attn.o")] == pytest.approx(
+        as_asked[other.replace("mlp.down", "self_attn.o")]
+    )
+    source, pruned = (AutoModelForCausalLM.from_pretrained(path) for path in (folder, tmp_path / "run" / "model"))
+    before, after = (model.get_submodule(dense).weight for model in (source, pruned))
+    assert torch.equal(before, after)
 
 
 def test_every_executor_reorders_alike(tmp_path: Path) -> None:

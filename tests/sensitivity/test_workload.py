@@ -17,6 +17,7 @@ import tiny
 from fistapruner import Recipe, prune
 from fistapruner.errors import FistaPrunerError
 from fistapruner.pipeline.compare import compare
+from fistapruner.reporting.workload_text import workload_sentence
 from fistapruner.sensitivity.error_curves import POINTS, Budget, bounds, sparsity_grid, split_budget
 from fistapruner.sensitivity.workload import MIN_DEPLOYMENTS, History, Workload, WorkloadFile, read_workload
 from fistapruner.sensitivity.workload_rules import (
@@ -364,7 +365,33 @@ def test_the_named_method_decides_and_the_result_repeats() -> None:
     assert facts.deployments == 80
     assert [row.rule for row in facts.rules][-1] == "two-stage"  # the experimental one was not asked for
     assert allocate_workload(named, curves, SIZES, 0.5) == (split, facts)
+    by_rule = {row.rule: row.cost for row in facts.rules}
+    assert facts.costs["uniform"] == pytest.approx(by_rule["uniform"])  # these two look at no deployment
+    assert facts.costs["mix"] == pytest.approx(by_rule["mix"])
+    simplest = workload(2, history, features=(1.5, -0.5), method="mix")
+    assert allocate_workload(simplest, curves, SIZES, 0.5)[1].costs["chosen"] == facts.costs["mix"]
     assert all(curve.shape == (POINTS,) for task in curves.values() for curve in task.values())
+
+
+def test_a_feature_that_never_varied_does_not_count() -> None:
+    """A deployment with another value of it is decided for as if it had the known one, and that is said."""
+    costs = candidates_of(2)[2]
+    history = made_history(costs.losses[0])
+    constant = torch.full((80, 1), 0.1, dtype=torch.float64)
+    widened = History(torch.cat([history.features, constant], 1), history.tolerances)
+    row = torch.tensor([1.5, -0.5, 0.1], dtype=torch.float64)
+    one, other = (
+        decide_by_rules(widened, (row + torch.tensor([0.0, 0.0, more])).expand(1, 3), costs, experimental=True)
+        for more in (0.0, 5.0)
+    )
+    assert one == other
+    assert one["neighbours"] == decide_by_rules(history, row[None, :2], costs)["neighbours"]
+    curves = dict(zip(("chat", "code"), made_curves(2), strict=True))
+    for value, unknown in ((0.1, []), (5.1, [3])):
+        asked = workload(2, widened, features=(1.5, -0.5, value), method="neighbours")
+        facts = allocate_workload(asked, curves, SIZES, 0.5)[1]
+        assert facts.unknown_features == unknown
+        assert ("Feature 3 has one value in the whole history" in workload_sentence(facts)) == bool(unknown)
 
 
 # Whole runs.

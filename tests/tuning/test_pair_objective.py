@@ -20,7 +20,12 @@ from fistapruner.recipes.align_settings import PairData
 from fistapruner.tuning.losses import TopTokens
 from fistapruner.tuning.pair_objective import DIVERGENCE, LIKELIHOOD, AnswerObjective, PairObjective, Preference
 from fistapruner.tuning.preference import margins_of
-from fistapruner.tuning.references import Reference, answer_log_probabilities, reference_log_probabilities
+from fistapruner.tuning.references import (
+    Reference,
+    answer_log_probabilities,
+    log_probabilities_by_parts,
+    reference_log_probabilities,
+)
 from fistapruner.tuning.teacher import Teacher
 
 TRL_PAIRS = [
@@ -72,6 +77,8 @@ def test_log_probabilities_do_not_depend_on_batch_or_padding(tmp_path: Path, pai
         objective = AnswerObjective(opened(folder), pairs, LIKELIHOOD, None, batch_size, STORE)
         (found,) = answer_log_probabilities(objective, order, nothing)
         assert torch.allclose(found, expected[[window // 2 for window in order[::2]]], atol=1e-4)
+        by_parts = log_probabilities_by_parts(objective, order, nothing, 4)
+        assert torch.allclose(by_parts, found, atol=1e-4)
     with pytest.raises(ValueError, match="batch_size is 3"):
         AnswerObjective(opened(folder), pairs, LIKELIHOOD, None, 3, STORE)
 

@@ -227,7 +227,8 @@ def tokenise_pairs(
 ) -> Pairs:
     """Tokenise pairs and split them by the SHA-256 of their prompt: equal prompts are on one side.
 
-    Pairs whose prompt fills ``max_length`` are left out; longer answers are cut at their end.
+    Pairs whose prompt fills ``max_length``, or with an answer that adds no token to it, are left out; longer answers
+    are cut at their end.
 
     Args:
         pairs: as read.
@@ -240,20 +241,24 @@ def tokenise_pairs(
         FistaPrunerError: the tokenizer refuses a text, or too few prompts are left for three sides.
     """
     kept: list[tuple[Pair, int, list[int], list[int]]] = []
-    left_out = cut = broken = 0
+    too_long = no_answer = cut = broken = 0
     for pair in pairs:
         prompt, *answers = pair.encode(tokenizer)
         broken += any(answer[: len(prompt)] != prompt for answer in answers)
-        cut += any(len(answer) > max_length for answer in answers)
-        chosen, rejected = (answer[:max_length] for answer in answers)
-        if min(len(chosen), len(rejected)) <= len(prompt):
-            left_out += 1
-            continue
-        kept.append((pair, len(prompt), chosen, rejected))
-    if left_out:
-        say(f"{left_out} of {len(pairs)} pairs are left out: their prompts have {max_length} tokens or more")
-    if cut > left_out:
-        say(f"answers of {cut - left_out} of {len(pairs)} pairs are cut at {max_length} tokens")
+        if len(prompt) >= max_length:
+            too_long += 1
+        elif min(map(len, answers)) <= len(prompt):
+            no_answer += 1
+        else:
+            cut += any(len(answer) > max_length for answer in answers)
+            chosen, rejected = (answer[:max_length] for answer in answers)
+            kept.append((pair, len(prompt), chosen, rejected))
+    if too_long:
+        say(f"{too_long} of {len(pairs)} pairs are left out: their prompts have {max_length} tokens or more")
+    if no_answer:
+        say(f"{no_answer} of {len(pairs)} pairs are left out: an answer adds no token to its prompt")
+    if cut:
+        say(f"answers of {cut} of {len(pairs)} pairs are cut at {max_length} tokens")
     if broken:
         remedy = "; better move the space from the prompt's end to the answers" if broken > MANY * len(pairs) else ""
         say(f"the prompts of {broken} of {len(pairs)} pairs end inside a token of the answer{remedy}")
@@ -273,7 +278,7 @@ def tokenise_pairs(
         "how": "preference pairs, split by the hash of the prompt",
         "documents": len(pairs),
         "duplicates": 0,
-        "too_long": left_out,
+        "too_long": too_long + no_answer,
         "samples": len(tokens),
     }
     for number, name in enumerate(SIDES):

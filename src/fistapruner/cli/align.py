@@ -80,7 +80,7 @@ def run(arguments: argparse.Namespace) -> int:
         seeds = None if arguments.seeds is None else read_seeds(arguments.seeds)
         found = align_compare(arguments.model, arguments.out, seeds=seeds, keep=arguments.keep, **common)
         print(json.dumps(found.model_dump(mode="json")) if arguments.json else _table(found))
-        return 0
+        return 1 if any(row.error for row in found.rows) else 0
     if arguments.seeds is not None or arguments.keep:
         raise FistaPrunerError("--seeds and --keep: settings of a comparison, made with --compare")
     report = align(arguments.model, arguments.out, **common)
@@ -88,8 +88,8 @@ def run(arguments: argparse.Namespace) -> int:
 
 
 def _table(found: AlignComparison) -> str:
-    """Write the table for the terminal."""
-    from ..reporting.align_table import HEAD, align_rows
+    """Write the table for the terminal, with the rows that failed below it."""
+    from ..reporting.align_table import HEAD, align_failures, align_rows
     from ..runtime.formatting import align_columns
 
-    return align_columns([HEAD, *align_rows(found)])
+    return "\n".join([align_columns([HEAD, *align_rows(found)]), *align_failures(found)])

@@ -12,8 +12,10 @@ import torch
 
 from ..errors import FistaPrunerError
 from ..models.files.low_rank import LowRankAdapter
+from ..models.files.record import read_pruning_record
 from ..models.layerwise import LayerwiseModel, Tick
 from ..models.source import ModelSource, Permissions
+from ..runs.lineage import read_lineage, trained_on
 from ..runs.results import Divergence, Evaluation, Perplexity
 from ..runtime.devices import choose_device
 from ..runtime.numerics import DTYPES, dtype_name, exact_products
@@ -101,6 +103,10 @@ def evaluate(
         for needed in filter(None, (source, dense)):
             needed.checkpoint()
     added = LowRankAdapter.beside(source.folder)
+    warnings: tuple[str | None, ...] = ()
+    if known is not None:
+        lineage, fault = read_lineage(read_pruning_record(source.folder), source.folder)
+        warnings = fault, trained_on(lineage)
     perplexity: Perplexity | None = None
     reference: Perplexity | None = None
     divergence: Divergence | None = None
@@ -133,6 +139,7 @@ def evaluate(
         forward_seconds=forward,
         device=str(place),
         low_rank=None if added is None else added.weights,
+        warnings=tuple(filter(None, warnings)),
     )
     if known is not None:
         if perplexity is not None:

@@ -25,11 +25,12 @@ def preference_figures(models: Mapping[str, Tensor], tokens: Tensor, result: str
     found = {}
     for name, values in models.items():
         margins = margins_of(values)
-        score = float(accuracy(margins))
+        by_token = margins_of(values / tokens)
         figures = PreferenceFigures(
-            accuracy=score,
-            accuracy_error=standard_error((margins > 0).double() + (margins == 0).double() / 2),
-            normalised=float(accuracy(margins_of(values / tokens))),
+            accuracy=float(accuracy(margins)),
+            accuracy_error=_accuracy_error(margins),
+            normalised=float(accuracy(by_token)),
+            normalised_error=_accuracy_error(by_token),
         )
         if name != result:
             lost = int((right[name] & ~right[result]).sum())
@@ -37,6 +38,10 @@ def preference_figures(models: Mapping[str, Tensor], tokens: Tensor, result: str
             figures.lost, figures.won, figures.p_value = lost, won, mcnemar(lost, won)
         found[name] = figures
     return found
+
+
+def _accuracy_error(margins: Tensor) -> float:
+    return standard_error((margins > 0).double() + (margins == 0).double() / 2)
 
 
 def standard_error(values: Tensor) -> float:

@@ -34,7 +34,12 @@ from ..tuning.preference import (
     reference_margins,
     virtual_reference,
 )
-from ..tuning.references import Reference, answer_log_probabilities, reference_log_probabilities
+from ..tuning.references import (
+    Reference,
+    answer_log_probabilities,
+    log_probabilities_by_parts,
+    reference_log_probabilities,
+)
 from ..tuning.trained import Trained
 from .training import TrainingContext, made
 
@@ -138,7 +143,7 @@ class AlignContext(TrainingContext):
             store,
             listener.say,
             ranks,
-            max(len(self.pairs.windows("held_out")), recipe.step_windows),  # as many as the plan counts
+            self._at_once,
         )
 
     def mixture(self, references: dict[str, Tensor]) -> Mixture:
@@ -163,9 +168,12 @@ class AlignContext(TrainingContext):
         with self.measuring() as store:
             objective = self._answers(store)
             with objective.resident(layers=self.decision.resident):
-                return answer_log_probabilities(
-                    objective, self.pairs.windows("test"), lambda index, layer: [trained.values(index, layer)]
-                )[0]
+                return log_probabilities_by_parts(
+                    objective,
+                    self.pairs.windows("test"),
+                    lambda index, layer: [trained.values(index, layer)],
+                    self._at_once,
+                )
 
     @contextmanager
     def measuring(self) -> Iterator[Store]:
@@ -173,6 +181,11 @@ class AlignContext(TrainingContext):
         hidden = self.own(self.run.hidden) if self.decision.hidden_on_disk else None
         with cpu_threads(self.decision.numerics.threads), made(hidden):
             yield scratch_factory(hidden, self.model.dtype, self.model.device)
+
+    @property
+    def _at_once(self) -> int:
+        """Windows whose hidden states are kept at once for log-probabilities: no more than the plan counts."""
+        return max(len(self.pairs.windows("held_out")), cast(AlignRecipe, self.recipe).step_windows)
 
     def _answers(self, store: Store) -> AnswerObjective:
         return AnswerObjective(self.model, self.pairs, LIKELIHOOD, None, self.decision.numerics.batch_size, store)

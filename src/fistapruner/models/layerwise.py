@@ -109,6 +109,11 @@ class LayerwiseModel:
         """Return the width of the logits."""
         return int(self.config.get_text_config().vocab_size)
 
+    @property
+    def embedded_tokens(self) -> int:
+        """Return the number of tokens that have an embedding."""
+        return int(self.model.get_input_embeddings().weight.shape[0])
+
     def source(self, parameter: str) -> str:
         """Return the name in the checkpoint of one of the model's parameters."""
         return self._sources[parameter]
@@ -226,7 +231,7 @@ class LayerwiseModel:
         Raises:
             FistaPrunerError: names the id and the size of the vocabulary.
         """
-        size = int(self.model.get_input_embeddings().weight.shape[0])
+        size = self.embedded_tokens
         worst = int(tokens.max()) if int(tokens.min()) >= 0 else int(tokens.min())
         if not 0 <= worst < size:
             raise FistaPrunerError(
@@ -253,8 +258,7 @@ class LayerwiseModel:
 
     def check_window(self, length: int) -> Tensor:
         """Return (1, length) token ids for a check; fewer where the model takes fewer."""
-        vocabulary = int(self.model.get_input_embeddings().weight.shape[0])
-        return torch.arange(3, 3 + min(length, self.max_length)).remainder(vocabulary)[None]
+        return torch.arange(3, 3 + min(length, self.max_length)).remainder(self.embedded_tokens)[None]
 
     def calls(self, batch: int, seqlen: int) -> list[Call]:
         """Record the arguments of every decoder layer for a batch of full windows (of any ids: :meth:`check`).

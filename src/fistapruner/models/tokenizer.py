@@ -24,3 +24,12 @@ def load_tokenizer(folder: Path, *, trust_remote_code: bool = False) -> Any:
             f"{folder} has no tokenizer that can be loaded (tokenizer.json or its parts): {reason}"
         )
         raise needs_code(folder, error) or fault from None
+
+
+def pad_with_known_token(tokenizer: Any, size: int) -> None:
+    """Let a tokenizer pad with EOS where its padding token is beyond the ``size`` tokens of a model.
+
+    Padding tokens that were added to a tokenizer alone are common; what stands at padding changes no result.
+    """
+    if tokenizer.pad_token_id is not None and tokenizer.pad_token_id >= size:
+        tokenizer.pad_token = tokenizer.eos_token

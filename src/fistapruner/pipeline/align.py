@@ -10,7 +10,7 @@ from torch import Tensor
 from ..evaluation.preferences import preference_figures, standard_error
 from ..execution.alignment import AlignContext
 from ..models.source import Permissions
-from ..recipes.align_settings import AlignRecipe
+from ..recipes.align_settings import PREFERENCE_LOSSES, AlignRecipe
 from ..runs.align_directory import AlignDirectory
 from ..runs.listener import Listener
 from ..runs.records import Report
@@ -107,16 +107,27 @@ def add_results(context: AlignContext, trained: Trained, report: Report, listene
         references=dict(zip(mixture.names, weights, strict=True)) if used else {},
         test=preference_figures({**models, RESULT: own}, tokens, RESULT),
         reward_accuracy=float((margins > 0).double().mean()),
+        reward_accuracy_error=standard_error((margins > 0).double()),
         margin=float(margins.mean()),
         margin_error=standard_error(margins),
         chosen_reward=chosen,
+        chosen_reward_error=standard_error(rewards[:, 0]),
         rejected_reward=rejected,
+        rejected_reward_error=standard_error(rewards[:, 1]),
     )
     if chosen < LOWEST_REWARD:
-        report.warnings.append(
-            f"the mean reward of the chosen answers is {chosen:.2f}: they have become much less likely than under the "
-            "references, as dpo may do; try a larger --beta, a lower --lr, or --anchor 0.1"
-        )
+        report.warnings.append(_less_likely(chosen, context.recipe))
+
+
+def _less_likely(reward: float, recipe: AlignRecipe) -> str:
+    """Say what to do about chosen answers that have become much less likely, which depends on the loss."""
+    than, more = "the model that went in", "or fewer --epochs"
+    if recipe.loss in PREFERENCE_LOSSES:
+        than, more = f"the references, as {recipe.loss} may do", "a larger --beta, or --anchor 0.1"
+    return (
+        f"the mean reward of the chosen answers is {reward:.2f}: they have become much less likely than under {than}; "
+        f"try a lower --lr, {more}"
+    )
 
 
 ALIGN = TrainingVerb(

@@ -26,6 +26,7 @@ from ..runs.training_runs import input_run
 from ..runtime.files import copy_atomic, disk_errors, sha256_file, write_json_atomic, write_text_atomic
 from ..runtime.machine import versions
 from .align import align
+from .begun import continued_by_its_command
 from .prepare_align import check_pairs
 from .training import evaluation_request
 from .training_inputs import TrainingRequest, asked, evaluation_of, find_input
@@ -99,6 +100,10 @@ def align_compare(
     varied, seeds = seeds is not None, (shared.seed,) if seeds is None else seeds
     if not seeds:
         raise FistaPrunerError("seeds: at least one is needed")
+    if len(set(seeds)) < len(seeds):
+        raise FistaPrunerError(
+            f"--seeds {','.join(map(str, seeds))!r}: different whole numbers such as 0,1,2 are expected"
+        )
     check_pairs(shared)
     permissions = Permissions(allow_pickle, trust_remote_code)
     models = {str(model): find_input(str(model), permissions)}
@@ -134,7 +139,7 @@ def align_compare(
     reports: dict[tuple[str, int], Report | str] = {}
     # Those with both references come first: the others then find what they need in the cache.
     order = sorted(JOBS, key=lambda label: JOBS[label]["loss"] not in ("multi-dpo", "harmonic", "geometric"))
-    with hold(folder):
+    with continued_by_its_command(), hold(folder):
         _write(folder, found)
         for number, (seed, label) in enumerate(((seed, label) for seed in seeds for label in order), 1):
             listener.say(f"{number}/{len(seeds) * len(JOBS)}: {label}, seed {seed}")

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -135,3 +137,12 @@ def execution_here(execution: Execution, listener: Listener) -> Execution:
 def absolute(name: str) -> str:
     """Make a path that exists absolute, so that a run can continue from another folder; keep other names."""
     return str(Path(name).absolute()) if Path(name).exists() else name
+
+
+@contextmanager
+def continued_by_its_command() -> Iterator[None]:
+    """Let an interruption say that the same command goes on with the comparison, not with one row."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        raise KeyboardInterrupt("interrupted; nothing is lost: give the same command again") from None

@@ -53,7 +53,7 @@ from ..runtime.files import disk_errors, write_json_atomic, write_text_atomic
 from ..runtime.machine import describe_machine, now, versions
 from ..runtime.numerics import dtype_name
 from ..sensitivity.workload import read_workload
-from .begun import changed_text
+from .begun import changed_text, continued_by_its_command
 from .contenders import Contender, parse_contenders
 from .protocol import Protocol
 from .prune import prune, recover_execution, recovers
@@ -132,12 +132,13 @@ def compare(
         rows=rows,
     )
     shared = _Shared(model, source, folder, protocol, listener, keep)
-    dense = measure_dense(shared)
-    comparison.dense = dense
-    for number, job in enumerate(jobs, 1):
-        listener.say(f"{number}/{len(jobs)}: {job.label}, {job.recipe.sparsity}, seed {job.seed}")
-        comparison.rows.append(run_job(job, shared, comparison, dense))
-        _write(folder, comparison)
+    with continued_by_its_command():
+        dense = measure_dense(shared)
+        comparison.dense = dense
+        for number, job in enumerate(jobs, 1):
+            listener.say(f"{number}/{len(jobs)}: {job.label}, {job.recipe.sparsity}, seed {job.seed}")
+            comparison.rows.append(run_job(job, shared, comparison, dense))
+            _write(folder, comparison)
     comparison.status = "finished"
     comparison.finished = now()
     _write(folder, comparison)

@@ -17,13 +17,12 @@ from ..evaluation.generations import generate_side_by_side
 from ..models.files.record import lost_structure, read_pruning_record
 from ..models.source import Permissions
 from ..recipes.execution_settings import Execution
-from ..reporting.lineage_text import trained_on
 from ..reporting.model_card import model_card
 from ..reporting.recovery_text import gain_text
 from ..reporting.write import write_page
 from ..runs.decision import EvaluationRequest
 from ..runs.directory import CARD, RunDirectory
-from ..runs.lineage import update_stage, write_lineage
+from ..runs.lineage import trained_on, update_stage, write_lineage
 from ..runs.listener import Listener
 from ..runs.lock import hold
 from ..runs.prune_directory import PruneDirectory

@@ -21,6 +21,7 @@ from ..models.files.low_rank import refuse_low_rank
 from ..models.files.record import lost_structure, read_pruning_record
 from ..models.layerwise import LayerwiseModel
 from ..models.source import UNTRUSTED, ModelSource, Permissions
+from ..models.tokenizer import pad_with_known_token
 from ..recipes.training_settings import TrainingRecipe
 from ..runs.decision import EvaluationRequest
 from ..runs.directory import RunDirectory
@@ -143,6 +144,7 @@ def check_training_inputs(
         dense = open_model(dense_source, recipe)
         _check_dense(dense, model)
     tokenizer, length = source.tokenizer(), window_length(seqlen[0], model, TRAINING_SEQLEN, seqlen[1])
+    pad_with_known_token(tokenizer, model.embedded_tokens)
     evaluation = request.evaluation_beside(evaluation_of(origin) if request.evaluates else None)
     if evaluation is not None:  # a fault in the text shows now
         evaluated = evaluation.seqlen or evaluated_length(origin) or length

@@ -39,7 +39,7 @@ class PairData(Settings):
     prompt_ends: str | None = Field(
         None,
         description="For files without prompts: the prompt ends with the last such text that both answers share, "
-        "instead of where they begin to differ.",
+        "instead of where they begin to differ. With line ends in it: --prompt-ends $'\\n\\nAssistant:'.",
     )
     held_out: float = Field(
         0.1,

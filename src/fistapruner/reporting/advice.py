@@ -16,6 +16,7 @@ from ..runs.layer_records import LayerEntry, OperatorEntry
 from ..runs.records import Report
 from ..runs.training_records import Recovery
 from ..runtime.formatting import percent, significant
+from ..sensitivity.error_curves import REACH
 from ..solvers import METHODS
 
 
@@ -62,9 +63,12 @@ def _layers(report: Report, why_not: str) -> list[str]:
         return [f"{stands} {why_not}; `--ignore '{pattern}'` leaves {'the layer' if one else name} dense."]
     spread = f"{stands} Give {them} less sparsity: `--allocation error` spreads the same budget by measured error"
     try:
-        less = f"{80 * parse_sparsity(report.recipe.get('sparsity', '')).fraction:.3g}%"
+        sparsity = parse_sparsity(report.recipe.get("sparsity", ""))
     except FistaPrunerError:
         return [f"{spread}."]
+    if not sparsity.supports_allocation:
+        return [f"{spread}."]
+    less = f"{80 * sparsity.fraction:.3g}%"
     return [f"{spread}, or name the layer: `--allocation \"{{'{pattern}': {less}}}\"`."]
 
 
@@ -148,7 +152,8 @@ def _why_not_uneven(report: Report) -> str:
     if len({operator.sparsity for layer in report.layers for operator in layer.operators}) > 1:
         return "Sparsity differs between operators already"
     try:
-        if not parse_sparsity(report.recipe.get("sparsity", "")).supports_allocation:
+        pattern = parse_sparsity(report.recipe.get("sparsity", ""))
+        if not pattern.supports_allocation and not pattern.neighbours(REACH):
             return f"The pattern {report.recipe['sparsity']} has the same sparsity in every operator"
     except FistaPrunerError:
         pass

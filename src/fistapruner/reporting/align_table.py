@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from statistics import mean, stdev
 
 from ..runs.results import Evaluation
 from ..runs.training_records import AlignComparison, AlignRow, PreferenceFigures
 from ..runtime.formatting import p_value, with_error
-from .alignment_text import accuracy_text, percent_number
+from .alignment_text import accuracy_text, by_token_text
 
 HEAD = (
     "model",
@@ -56,14 +56,20 @@ def align_table(found: AlignComparison) -> str:
         "standard deviation over seeds. Reward accuracy, margin and chosen reward are against the references of the "
         "loss: they do not compare rows. McNemar p-values are not corrected for the number of rows."
     )
-    failed = [f"{row.label}, seed {row.seed}: {row.error}" for row in found.rows if row.error]
-    return "\n".join([*lines, *failed]) + "\n"
+    if failed := align_failures(found):
+        lines += ["", *(f"- {failure}" for failure in failed)]
+    return "\n".join(lines) + "\n"
+
+
+def align_failures(found: AlignComparison) -> list[str]:
+    """List the runs that failed, and why."""
+    return [f"failed: {row.label}, seed {row.seed}: {row.error}" for row in found.rows if row.error]
 
 
 def _of_others(figures: PreferenceFigures | None) -> tuple[str, ...]:
     if figures is None:
         return ("–",) * 6
-    return (accuracy_text(figures), "–", percent_number(figures.normalised), "–", "–", "–")
+    return (accuracy_text(figures), "–", by_token_text(figures), "–", "–", "–")
 
 
 def _text(found: Evaluation | None) -> tuple[str, str]:
@@ -79,34 +85,35 @@ def _merged(label: str, rows: Sequence[AlignRow]) -> tuple[str, ...]:
     done = [row.alignment for row in rows if row.alignment is not None]
     if not done:
         return (label, "failed", *("–",) * (len(HEAD) - 2))
+    if len(done) < len(rows):
+        label += f" ({len(done)} of {len(rows)} seeds)"
     results = [each.test["aligned"] for each in done]
     tests = [value for each in done if (value := each.test["pruned"].p_value) is not None]
-
-    def number(values: Sequence[float | None], write: Callable[[float], str]) -> str:
-        known = [value for value in values if value is not None]
-        if not known:
-            return "–"
-        return write(mean(known)) + (f" ({write(stdev(known))})" if len(known) > 1 else "")
-
-    error = mean(each.accuracy_error for each in results)
-    score = with_error(100 * mean(each.accuracy for each in results), 100 * error if math.isfinite(error) else None, 1)
-    if len(results) > 1:
-        score += f" ({100 * stdev(each.accuracy for each in results):.1f})"
     texts = [row.evaluation for row in rows if row.evaluation is not None]
-    kl, perplexity = _text(texts[0]) if len(texts) == 1 else ("–", "–")
-    if len(texts) > 1:
-        kl = number([text.divergence.kl if text.divergence else None for text in texts], "{:.3f}".format)
-        perplexity = number(
-            [text.perplexity.perplexity if text.perplexity else None for text in texts], "{:.2f}".format
-        )
+    divergences = [text.divergence for text in texts if text.divergence is not None]
+    perplexities = [text.perplexity for text in texts if text.perplexity is not None]
     return (
         label,
-        score,
+        _mean([(_percent(each.accuracy), _percent(each.accuracy_error)) for each in results], 1),
         ", ".join(p_value(value) for value in tests) or "–",
-        number([each.normalised for each in results], percent_number),
-        number([each.reward_accuracy for each in done], percent_number),
-        number([each.margin for each in done], "{:.3f}".format),
-        number([each.chosen_reward for each in done], "{:.3f}".format),
-        kl,
-        perplexity,
+        _mean([(_percent(each.normalised), _percent(each.normalised_error)) for each in results], 1),
+        _mean([(_percent(each.reward_accuracy), _percent(each.reward_accuracy_error)) for each in done], 1),
+        _mean([(each.margin, each.margin_error) for each in done], 3),
+        _mean([(each.chosen_reward, each.chosen_reward_error) for each in done], 3),
+        _mean([(each.kl, each.kl_standard_error) for each in divergences], 3),
+        _mean([(each.perplexity, each.standard_error) for each in perplexities], 2),
     )
+
+
+def _percent(share: float | None) -> float | None:
+    return None if share is None else 100 * share
+
+
+def _mean(found: Sequence[tuple[float | None, float | None]], digits: int) -> str:
+    """Write the mean of values with the mean of their errors; of several also the standard deviation."""
+    values = [value for value, _ in found if value is not None]
+    errors = [error for _, error in found if error is not None and math.isfinite(error)]
+    if not values:
+        return "–"
+    text = with_error(mean(values), mean(errors) if errors else None, digits)
+    return text + (f" ({stdev(values):.{digits}f})" if len(values) > 1 else "")

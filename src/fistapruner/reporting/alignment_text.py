@@ -29,28 +29,35 @@ def preference_rows(report: Report) -> list[Row]:
     pairs = f"{count(found.test_pairs)} test pairs"
     dense, before, result = (accuracy_text(each) for each in models)
     rows = [("Preference accuracy, %", dense, before, result, "; ".join([pairs, *_tests(report)]))]
-    dense, before, result = ("–" if each is None else percent_number(each.normalised) for each in models)
+    dense, before, result = (by_token_text(each) for each in models)
     rows.append(("Preference accuracy by token, %", dense, before, result, f"{pairs}; log-probabilities a token"))
     against = references_text(report)
     if found.margin is not None and found.reward_accuracy is not None:
         margin = with_error(found.margin, found.margin_error, 3)
         rows.append(("Reward margin", "–", "–", margin, f"beta (h - m) against {against}"))
-        share = percent_number(found.reward_accuracy)
+        share = _percent(found.reward_accuracy, found.reward_accuracy_error)
         rows.append(("Reward accuracy, %", "–", "–", share, f"pairs whose margin is above that of {against}"))
     if found.chosen_reward is not None and found.rejected_reward is not None:
-        rewards = f"{found.chosen_reward:.3f} / {found.rejected_reward:.3f}".replace("-", "−")
+        chosen = with_error(found.chosen_reward, found.chosen_reward_error, 3)
+        rejected = with_error(found.rejected_reward, found.rejected_reward_error, 3)
+        rewards = f"{chosen} / {rejected}".replace("-", "−")
         rows.append(("Rewards, chosen / rejected", "–", "–", rewards, f"against {against}"))
     return rows
 
 
 def accuracy_text(found: PreferenceFigures | None) -> str:
     """Write a preference accuracy in percent with its standard error."""
-    return "–" if found is None else with_error(100 * found.accuracy, 100 * found.accuracy_error, 1)
+    return "–" if found is None else _percent(found.accuracy, found.accuracy_error)
 
 
-def percent_number(share: float) -> str:
-    """Write a share in percent without the sign."""
-    return f"{100 * share:.1f}"
+def by_token_text(found: PreferenceFigures | None) -> str:
+    """Write a preference accuracy by token in percent with its standard error."""
+    return "–" if found is None else _percent(found.normalised, found.normalised_error)
+
+
+def _percent(share: float, error: float | None) -> str:
+    """Write a share in percent, without the sign, with its standard error."""
+    return with_error(100 * share, None if error is None else 100 * error, 1)
 
 
 def references_text(report: Report) -> str:

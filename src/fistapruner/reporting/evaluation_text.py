@@ -29,6 +29,7 @@ def evaluation_text(evaluation: Evaluation) -> str:
     if evaluation.low_rank is not None:
         rows.append(("of the model", f"with its low-rank part, {evaluation.low_rank} additional weights"))
     rows += [(f"{task.task} {task.metric}", task_text(task)) for task in evaluation.tasks]
+    rows += [("warning", warning) for warning in evaluation.warnings]
     rows.append(("time", f"{duration(evaluation.seconds)} on {evaluation.device}"))
     return align_columns(rows)
 

@@ -40,18 +40,6 @@ def _stage_line(stage: Stage) -> str:
     return ", ".join(parts)
 
 
-def trained_on(lineage: Lineage | None) -> str | None:
-    """Warn that zero-shot scores may be of what a model was aligned on; None where it was not aligned."""
-    stages = [stage for stage in lineage.stages if stage.kind == "align"] if lineage is not None else []
-    files = dict.fromkeys(file_name(str((stage.settings.get("data") or {}).get("pairs", "?"))) for stage in stages)
-    if not files:
-        return None
-    return (
-        f"the model was aligned on the pairs of {' and '.join(files)}: its score on a task that they were made from is "
-        "not zero-shot"
-    )
-
-
 def file_name(source: str) -> str:
     """Cut the name of a text to its last part: cards are published, folders of a machine are not."""
     return source.rsplit("/", 1)[-1]

@@ -15,9 +15,14 @@ def workload_sentence(facts: WorkloadFacts) -> str:
         f"{name} {significant(task.predicted)} instead of {significant(task.uniform)}"
         for name, task in facts.tasks.items()
     ]
+    unknown = "".join(
+        f" Feature {number} has one value in the whole history and another in this deployment: it does not count."
+        for number in facts.unknown_features
+    )
     return (
         f"Sparsities were allocated for the workload {file_name(facts.file)} by the rule {facts.rule} "
-        f"({facts.why}{history}); predicted loss in nats a token, against uniform sparsity: {', '.join(losses)}."
+        f"({facts.why}{history}); predicted loss in nats a token, against uniform sparsity: "
+        f"{', '.join(losses)}.{unknown}"
     )
 
 
@@ -38,6 +43,18 @@ def workload_tables(report: Report) -> list[Table]:
     ]
     head = ("task", "weight", "loss at uniform sparsity", "loss as allocated", "mean tolerance")
     tables = [Table("Workload: predicted loss in nats a token", head, tasks, numeric=(1, 2, 3, 4), stack=True)]
+    if facts.costs:
+        names = {"uniform": "uniform sparsity", "mix": "for the known mix alone", "chosen": "as allocated"}
+        costs = [(name, significant(facts.costs[key])) for key, name in names.items()]
+        tables.append(
+            Table(
+                "Workload: expected cost",
+                ("allocation", "mean cost over all earlier deployments"),
+                costs,
+                numeric=(1,),
+                stack=True,
+            )
+        )
     if facts.rules:
         rules = [
             (
@@ -60,7 +77,8 @@ def workload_how(report: Report) -> str:
     if report.workload is None or not report.workload.rules:
         return predicted
     return (
-        "Regret is the mean cost above that of the best allocation in hindsight, in units of the mean loss at uniform "
-        "sparsity. Every fifth of the history was decided for with what the rest teaches. ± is one standard error over "
-        f"deployments, paired in the third column. {predicted}"
+        "Costs are in units of the mean loss at uniform sparsity; the mean over all earlier deployments is what an "
+        "allocation is expected to cost where no feature is known. Regret is the mean cost above that of the best "
+        "allocation in hindsight. Every fifth of the history was decided for with what the rest teaches. ± is one "
+        f"standard error over deployments, paired in the third column. {predicted}"
     )

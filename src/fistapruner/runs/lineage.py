@@ -68,6 +68,18 @@ def dense_name(lineage: Lineage | None) -> str | None:
     return None if relative else name or None
 
 
+def trained_on(lineage: Lineage | None) -> str | None:
+    """Warn that zero-shot scores may be of what a model was aligned on; None where it was not aligned."""
+    stages = [stage for stage in lineage.stages if stage.kind == "align"] if lineage is not None else []
+    files = dict.fromkeys(Path(str((stage.settings.get("data") or {}).get("pairs", "?"))).name for stage in stages)
+    if not files:
+        return None
+    return (
+        f"the model was aligned on the pairs of {' and '.join(files)}: its score on a task that they were made from is "
+        "not zero-shot"
+    )
+
+
 def add_stage(report: Report) -> None:
     """Append the run of a report to its lineage."""
     if report.lineage is not None:

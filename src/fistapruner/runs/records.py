@@ -193,6 +193,10 @@ class WorkloadFacts(Record):
         rule: that chose; ``why``: it was taken.
         tasks: by name.
         rules: all rules on held-out deployments; empty without a history.
+        costs: mean cost over all deployments, in units of the mean loss at uniform sparsity, of ``uniform`` sparsity,
+            of the allocation for the known ``mix`` alone, and of the ``chosen`` one; empty without a history.
+        unknown_features: numbers, from 1, of features that have one value in the whole history and another in the
+            deployment at hand: nothing is known of it, so they do not count.
     """
 
     file: str
@@ -202,6 +206,8 @@ class WorkloadFacts(Record):
     tasks: dict[str, WorkloadTask] = {}
     rules: list[WorkloadRule] = []
     deployments: int | None = None
+    costs: dict[str, float] = {}
+    unknown_features: list[int] = []
 
 
 class StageFigures(Record):

@@ -146,6 +146,7 @@ class Evaluation:
         device: device that ran it.
         low_rank: additional weights of the low-rank part that belongs to ``model`` and was added to it; None without
             one.
+        warnings: what to know of the tasks' scores.
     """
 
     model: str
@@ -158,6 +159,7 @@ class Evaluation:
     forward_seconds: float = 0.0
     device: str = "cpu"
     low_rank: int | None = None
+    warnings: tuple[str, ...] = ()
 
     def to_dict(self) -> dict[str, Any]:
         """The same as JSON values."""

@@ -115,7 +115,7 @@ class PreferenceFigures(Record):
     Args:
         accuracy: share of pairs whose chosen answer is more likely; ties count one half. ``accuracy_error``: its
             standard error.
-        normalised: the same with log-probabilities divided by tokens.
+        normalised, normalised_error: the same with log-probabilities divided by tokens.
         p_value: exact McNemar test of ``accuracy`` against that of the run's result; ``lost``, ``won``: pairs that only
             this model, or only the result, gets right.
     """
@@ -123,6 +123,7 @@ class PreferenceFigures(Record):
     accuracy: float
     accuracy_error: StandardError
     normalised: float
+    normalised_error: Annotated[float | None, Written] = None
     lost: int | None = None
     won: int | None = None
     p_value: float | None = None
@@ -139,8 +140,9 @@ class Alignment(Record):
         references: their weights by name, the mean over training pairs where they differ; empty without any.
         test: of ``dense``, ``pruned`` (the model that went in) and ``aligned``, on the test pairs.
         reward_accuracy: share of test pairs whose margin is above the references'.
-        margin: ``beta (h - m)``, the mean over test pairs; ``margin_error``.
+        margin: ``beta (h - m)``, the mean over test pairs.
         chosen_reward, rejected_reward: ``beta (p - r)`` of either answer, means.
+        reward_accuracy_error, margin_error, chosen_reward_error, rejected_reward_error: standard errors.
     """
 
     pairs: int = 0
@@ -150,10 +152,13 @@ class Alignment(Record):
     references: dict[str, float] = {}
     test: dict[str, PreferenceFigures] = {}
     reward_accuracy: float | None = None
+    reward_accuracy_error: Annotated[float | None, Written] = None
     margin: float | None = None
     margin_error: Annotated[float | None, Written] = None
     chosen_reward: float | None = None
+    chosen_reward_error: Annotated[float | None, Written] = None
     rejected_reward: float | None = None
+    rejected_reward_error: Annotated[float | None, Written] = None
 
 
 class AlignRow(Record):

@@ -6,7 +6,7 @@ of channels in n:m patterns.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -223,8 +223,8 @@ def decide(
     outliers = _Outliers(layout)
     kept = {name: pattern for name, pattern in sparsity.items() if name not in cut}
     kept |= {name: recipe.pattern for name, _ in layout.operators() if name not in after}  # experts that may stay
-    channels = _Channels(model, layout, kept) if permutes(recipe) else None
     allocation = measured_by(recipe)
+    channels = _Channels(model, layout, kept, patterns if allocation == "error" else ()) if permutes(recipe) else None
 
     def problem_seen(index: int, number: int, sums: ProblemSums) -> None:
         group = layout.layers[index][number]
@@ -283,6 +283,7 @@ def decide(
         found = dict(outliers.allocation(sizes, fraction))
     if channels is None:
         return Decision(found, metrics, importance, workload=facts)
+    channels.take(found or {})
     for name in channels.rows.keys() & (importance or {}).keys():
         importance[name] = importance[name][channels.rows[name]]  # type: ignore[index]
     return Decision(found, metrics, importance, channels.orders, channels.permuted, facts)
@@ -328,14 +329,38 @@ class _Outliers:
         return owl_allocation(self._shares, members, fraction)
 
 
-class _Channels:
-    """Find orders of the free input channels of operators with an n:m pattern."""
+@dataclass(frozen=True)
+class _Order:
+    """An order of an operator's input channels.
 
-    def __init__(self, model: LayerwiseModel, layout: Layout, sparsity: Mapping[str, Constraint]) -> None:
+    Args:
+        shares: for each pattern of which it raises what is kept of the scores, the shares before and after.
+        tensors: that are reordered with it (:attr:`Decision.orders`).
+        rows: order of the rows of the operators that make the channels, by full name.
+    """
+
+    shares: dict[Constraint, tuple[float, float]]
+    tensors: dict[str, tuple[int, Tensor]]
+    rows: dict[str, Tensor]
+
+
+class _Channels:
+    """Find orders of the free input channels of operators with an n:m pattern.
+
+    Args:
+        sparsity: pattern of every operator, for which its order is searched.
+        others: patterns that operators may be given instead.
+    """
+
+    def __init__(
+        self, model: LayerwiseModel, layout: Layout, sparsity: Mapping[str, Constraint], others: Sequence[Constraint]
+    ) -> None:
         self._model = model
         self._layout = layout
         self._sparsity = sparsity
+        self._others = [pattern for pattern in others if pattern.nm is not None]
         self._links = find_links(model, layout)
+        self._found: dict[str, _Order] = {}
         self.orders: dict[str, tuple[int, Tensor]] = {}
         self.permuted: dict[str, tuple[float, float]] = {}
         self.rows: dict[str, Tensor] = {}
@@ -368,9 +393,21 @@ class _Channels:
             scores = weights[link.consumer.name].square() * energy
             order = torch.stack([channel_order(block, pattern) for block in link.by_block(scores)])
             rows, columns = link.places(order)
-            shares = raised_shares(scores, columns.to(scores.device), sparsity)
-            if shares is None:
-                continue
-            self.orders |= reordered(self._model, index, link, order)
-            self.permuted[name] = shares
-            self.rows |= {f"{self._layout.prefix}.{index}.{producer}": rows for producer in link.producers}
+            columns = columns.to(scores.device)
+            shares = {
+                each: raised
+                for each in dict.fromkeys([sparsity, *self._others])
+                if (raised := raised_shares(scores, columns, each)) is not None
+            }
+            if shares:
+                producers = {f"{self._layout.prefix}.{index}.{producer}": rows for producer in link.producers}
+                self._found[name] = _Order(shares, reordered(self._model, index, link, order), producers)
+
+    def take(self, chosen: Mapping[str, Constraint]) -> None:
+        """Take the orders that raise what patterns keep: those ``chosen`` since, or else as asked."""
+        for name, order in self._found.items():
+            shares = order.shares.get(chosen.get(name, self._sparsity[name]))
+            if shares is not None:
+                self.orders |= order.tensors
+                self.permuted[name] = shares
+                self.rows |= order.rows

@@ -27,7 +27,7 @@ LEARNING_RATE = 3e-3
 class Forecast(nn.Module):
     """Mean and standard deviation of each quantity: a network with two hidden layers (tanh), in fp64.
 
-    Inputs are standardised with the mean and deviation of the training cases.
+    Inputs are standardised with the mean and deviation of the training cases (:func:`feature_scale`).
 
     Args:
         features: (cases, features) of the training cases.
@@ -42,7 +42,7 @@ class Forecast(nn.Module):
     def __init__(self, features: Tensor, outcomes: Tensor, *, seed: int = 0, hidden: int = HIDDEN) -> None:
         super().__init__()
         self.register_buffer("_center", features.mean(0))
-        self.register_buffer("_scale", features.std(0).clamp_min(1e-9))
+        self.register_buffer("_scale", feature_scale(features))
         widths = (features.shape[1], hidden, hidden, 2 * outcomes.shape[1])
         layers = [  # without torch's own first weights, which would draw from its global generator
             nn.utils.skip_init(nn.Linear, before, after, dtype=torch.float64)
@@ -61,6 +61,14 @@ class Forecast(nn.Module):
         """Return mean and standard deviation, each (cases, quantities), from (cases, features)."""
         mean, spread = self._network((features - self._center) / self._scale).chunk(2, -1)
         return mean, nn.functional.softplus(spread) + 1e-6
+
+
+def feature_scale(features: Tensor) -> Tensor:
+    """Compute what divides the (features,) distances from the mean: the deviation over (cases, features).
+
+    It is infinite where all cases have one value: they teach nothing of another one, which counts as theirs.
+    """
+    return features.std(0).clamp_min(1e-9).masked_fill((features == features[0]).all(0), math.inf)
 
 
 def fit_forecast(

@@ -42,7 +42,7 @@ from ..constraints import Unstructured
 from ..runs.records import WorkloadFacts, WorkloadRule, WorkloadTask
 from ..runtime.numerics import seeded
 from .error_curves import Budget
-from .forecast import Forecast, expected_excess, fit_forecast, train
+from .forecast import Forecast, expected_excess, feature_scale, fit_forecast, train
 from .so_ebm import energy_loss, importance_weights
 from .workload import History, Workload
 
@@ -147,7 +147,7 @@ def decide_by_rules(
         (deployments,) numbers of candidates.
     """
     count, known = len(features), costs.known(learn.tolerances)
-    center, scale = learn.features.mean(0), learn.features.std(0).clamp_min(1e-9)
+    center, scale = learn.features.mean(0), feature_scale(learn.features)
     distances = torch.cdist((features - center) / scale, (learn.features - center) / scale)
     nearest = distances.argsort(dim=1, stable=True)[:, :NEIGHBOURS]
     decided = {
@@ -274,6 +274,8 @@ def allocate_workload(
     by_task = [curves[task] for task in workload.tasks]
     found = find_candidates(budget, by_task, workload.mix, several=history is not None)
     rule, why, rows, chosen = "mix", "there is no history of deployments", [], 1
+    unknown: list[int] = []
+    means: dict[str, float] = {}
     if history is not None:
         unit = max(float(found.losses[0] @ workload.mix), 1e-30)
         costs = Costs(found.losses / unit, workload.mix)
@@ -285,6 +287,11 @@ def allocate_workload(
         here = torch.tensor([settings.features], dtype=torch.float64)
         decided = decide_by_rules(scaled, here, costs, seed=seed, experimental=settings.experimental)
         chosen = int(decided[rule])
+        mean = costs.known(scaled.tolerances).mean(0)
+        means = {"uniform": float(mean[0]), "mix": float(mean[1]), "chosen": float(mean[chosen])}
+        first = history.features[0]
+        alone = (history.features == first).all(0) & (here[0] != first)
+        unknown = [number + 1 for number in alone.nonzero().flatten().tolist()]
     tasks = {
         task: WorkloadTask(
             weight=settings.mix[task],
@@ -302,6 +309,8 @@ def allocate_workload(
         tasks=tasks,
         rules=rows,
         deployments=None if history is None else len(history),
+        costs=means,
+        unknown_features=unknown,
     )
     return budget.sparsities(found.zeros[chosen]), facts
 

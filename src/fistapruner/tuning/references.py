@@ -47,6 +47,17 @@ def answer_log_probabilities(objective: AnswerObjective, windows: Sequence[int],
     return sums.view(len(sums), -1, 2)
 
 
+def log_probabilities_by_parts(
+    objective: AnswerObjective, windows: Sequence[int], variants: Variants, at_once: int
+) -> Tensor:
+    """Compute the (pairs, 2) log-probabilities under one variant, of at most ``at_once`` windows together."""
+    places = {chosen: place for place, chosen in enumerate(windows[::2])}
+    found = torch.zeros(len(places), 2, dtype=torch.float64)
+    for part in _chunks(objective, windows, at_once):
+        found[[places[chosen] for chosen in part[::2]]] = answer_log_probabilities(objective, part, variants)[0]
+    return found
+
+
 def reference_log_probabilities(
     path: Path,
     references: Mapping[str, Reference],
@@ -80,9 +91,8 @@ def reference_log_probabilities(
         say(f"log-probabilities of {len(reference.windows) // 2} pairs under the {name} model")
         objective = AnswerObjective(reference.model, text, LIKELIHOOD, None, batch_size, store, ranks=ranks)
         values = torch.full((len(text.tokens) // 2, 2), torch.nan, dtype=torch.float64)
-        for windows in _chunks(objective, reference.windows, at_once):
-            pairs = [window // 2 for window in windows[::2]]
-            values[pairs] = answer_log_probabilities(objective, windows, lambda index, layer: [{}])[0]
+        pairs = [window // 2 for window in reference.windows[::2]]
+        values[pairs] = log_probabilities_by_parts(objective, reference.windows, lambda index, layer: [{}], at_once)
         found[name] = values
         if ranks.first:
             _write(path, references, found)
