@@ -319,4 +319,6 @@ def evaluated_length(origin: RunDirectory | None) -> int | None:
     if record is None:
         return None
     evaluation, calibration = record.decision.evaluation, record.calibration
-    return (evaluation and evaluation.seqlen) or (calibration and calibration.seqlen)
+    if evaluation is not None and evaluation.seqlen is not None:
+        return evaluation.seqlen
+    return None if calibration is None else calibration.seqlen
