@@ -21,7 +21,6 @@ from transformers import AutoModelForCausalLM
 import fistapruner as fp
 import tiny
 from fistapruner.cli import main
-from fistapruner.errors import OtherRankFailed
 from fistapruner.evaluation.inspection import inspect_checkpoint
 from fistapruner.execution.training import RecoverContext
 from fistapruner.models.files.checkpoint import Checkpoint
@@ -879,20 +878,25 @@ def test_a_run_goes_on_with_less_where_memory_runs_out(
 def test_several_processes_go_on_with_less_when_they_are_started_again(
     bench: Bench, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The first one records it, whichever of them has run out of memory."""
+    """The one whose memory ran out records it, since the others may be killed first; two that run out record one."""
     run = Path(shutil.copytree(bench.recovered, tmp_path / "run"))
 
-    def ends(rank: int, error: Exception, message: str) -> bool:
+    def opened(rank: int) -> RecoverContext:
         context = RecoverContext.open(run, Execution())
-        context.ranks = Ranks(rank, 2)
-        monkeypatch.setattr(context, "_train", Mock(side_effect=error))
-        with pytest.raises(fp.FistaPrunerError, match=message):
-            context.train(Listener(), lambda: None)
+        context.ranks = Ranks(rank, 3)
+        monkeypatch.setattr(context, "_train", Mock(side_effect=torch.OutOfMemoryError()))
+        return context
+
+    def recorded() -> tuple[bool, bool, int]:
         record = RecoverDirectory(run).record()
         assert record is not None
-        return record.decision.keep_graphs
+        return record.decision.keep_graphs, record.decision.resident, len(record.warnings)
 
-    ran_out = "the memory of a GPU ran out in training"
-    assert ends(1, torch.OutOfMemoryError(), f"^{ran_out}, .*; give the same command again$")
-    assert ends(0, OtherRankFailed("rank 1: the disk is full"), "the disk is full")
-    assert not ends(0, OtherRankFailed(f"rank 1: {ran_out}"), ran_out)
+    assert recorded() == (True, True, 0)
+    for context in [opened(2), opened(1)]:  # both opened before either ran out
+        with pytest.raises(fp.FistaPrunerError, match=r"^the memory of cpu ran out .*; give the same command again$"):
+            context.train(Listener(), lambda: None)
+    assert recorded() == (False, True, 1)
+    with pytest.raises(fp.FistaPrunerError, match="one decoder layer is in memory at a time; give the same"):
+        opened(0).train(Listener(), lambda: None)
+    assert recorded() == (False, False, 2)

@@ -71,6 +71,17 @@ def test_the_smaller_checkpoint_loads_and_is_the_dense_model_without_those_exper
     assert small.generate(TOKENS, min_new_tokens=3, max_new_tokens=3, do_sample=False).shape == (1, 27)
 
 
+def test_routers_keep_every_bit_where_passes_have_fewer(tmp_path: Path) -> None:
+    """What is written is what passes see: transformers keeps the routers of DeepSeek-V3 in fp32 beside bf16."""
+    folder = tiny.save("deepseek_v3", tmp_path / "model", **MORE)
+    report = fp.prune(str(folder), tmp_path / "run", structure="experts=50%", dtype="bfloat16", calibration=SMALL)
+    layer = len(report.layers) - 1
+    name = f"model.layers.{layer}.mlp.gate.weight"
+    before, after = (load_file(path / "model.safetensors")[name] for path in (folder, tmp_path / "run" / "model"))
+    assert torch.equal(after, before[kept(report, layer)])
+    assert not torch.equal(after, after.bfloat16().float())
+
+
 def test_scores_are_the_mean_of_weight_times_length_of_the_output(tmp_path: Path) -> None:
     folder = tiny.save("qwen3_moe", tmp_path / "model")
     report = fp.prune(str(folder), tmp_path / "run", structure="experts=1", calibration=SMALL, propagate="dense")

@@ -1,6 +1,6 @@
 """Train a pruned model on preference pairs, with every zero kept.
 
-MODEL is a run directory of prune, recover or align, or a checkpoint with zeros. DATA is a .jsonl file in the format of
+MODEL is a run directory of prune, recover or align, or a pruned checkpoint. DATA is a .jsonl file in the format of
 TRL: chosen, rejected and perhaps prompt, each a text or a list of messages. One tenth of the prompts is held out, to
 choose the step that is kept, and one tenth measures the result. The finished checkpoint is in RUN/model. With --compare
 every loss is run from one cache of references, and the table is in RUN/compare.md.
@@ -37,7 +37,7 @@ SUMMARY = "train a pruned model on preference pairs, every zero kept"
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("model", metavar="MODEL", help="run directory, or a checkpoint with zeros")
+    parser.add_argument("model", metavar="MODEL", help="run directory, or a pruned checkpoint")
     parser.add_argument(
         "--out", required=True, metavar="RUN", help="run directory; an unfinished run of the same recipe is continued"
     )

@@ -1,6 +1,6 @@
 """Train a pruned model to win back what pruning lost, with every zero kept.
 
-MODEL is a run directory of prune or recover, or a checkpoint with zeros. The dense model and the training text are
+MODEL is a run directory of prune or recover, or a pruned checkpoint. The dense model and the training text are
 those of the run unless --dense and --data say otherwise. Only surviving weights change, so the sparsity pattern stays
 bit for bit. Held-out documents decide which step is kept. The finished checkpoint is in RUN/model.
 
@@ -41,7 +41,7 @@ SUMMARY = "train a pruned model, every zero kept"
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("model", metavar="MODEL", help="run directory, or a checkpoint with zeros")
+    parser.add_argument("model", metavar="MODEL", help="run directory, or a pruned checkpoint")
     parser.add_argument(
         "--out", required=True, metavar="RUN", help="run directory; an unfinished run of the same recipe is continued"
     )

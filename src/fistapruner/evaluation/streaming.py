@@ -8,7 +8,6 @@ for each block.
 
 from __future__ import annotations
 
-import gc
 import logging
 from contextlib import nullcontext
 from dataclasses import dataclass
@@ -20,7 +19,7 @@ from ..activations.store import HiddenStates, scratch_factory
 from ..activations.stream import check_model, forward
 from ..errors import FistaPrunerError
 from ..models.layerwise import LayerwiseModel, Tick
-from ..runtime.memory import free_memory, release_device_memory
+from ..runtime.memory import free_memory, release_failed_memory
 from ..runtime.numerics import slices, windows_at_once
 from .scoring import WindowSums, compare_tokens, score_tokens
 
@@ -108,9 +107,7 @@ def _last_hidden(model: LayerwiseModel, tokens: Tensor, batch_size: int, tick: T
                     f"{model.checkpoint.folder}: the memory of {model.device} ran out, even with one window of "
                     f"{tokens.shape[1]} tokens at a time: free some of it, or choose --device cpu"
                 ) from None
-        # Here the error is gone, and with it the tensors that its frames held.
-        gc.collect()
-        release_device_memory()
+        release_failed_memory()
         before = min(batch_size, len(tokens))
         batch_size = max(1, before // 2)
         log.warning(

@@ -6,7 +6,6 @@ it, its worker processes and the nodes of a cluster open the same :class:`RunCon
 
 from __future__ import annotations
 
-import gc
 import logging
 import shutil
 from collections.abc import Callable, Mapping
@@ -36,7 +35,7 @@ from ..runs.layer_records import LayerEntry
 from ..runs.prune_directory import PruneDirectory
 from ..runtime.devices import choose_device
 from ..runtime.machine import now
-from ..runtime.memory import peak_memory, release_device_memory
+from ..runtime.memory import peak_memory, release_failed_memory
 from ..runtime.numerics import DTYPES
 from ..sensitivity.decision import weighs_rows
 from ..solvers import solve
@@ -138,7 +137,7 @@ class RunContext:
             widths=widths,
         )
         if model.device.type == "cuda" and (smaller := run.journal.reduced(record.fingerprint)):
-            context._reduce(*smaller)
+            context._take_less(*smaller)
         return context
 
     @property
@@ -309,29 +308,27 @@ class RunContext:
                         "of operators in parts: free some of it, or choose --device cpu, and resume; or shorten "
                         "--seqlen, or choose a lighter --method"
                     ) from None
-            # Here the error is gone, and with it the tensors that its frames held.
             before = min(self.numerics.batch_size, len(self.tokens))
             if self.on_device:
                 for store in (streams.dense, streams.pruned, streams.dense_out, streams.pruned_out):
                     if store is not None:
                         store.to_main_memory()
-                self._reduce(self.numerics.batch_size, self.numerics.by_operator)
+                self._take_less(self.numerics.batch_size, self.numerics.by_operator)
                 then = "hidden states go to main memory"
             else:
-                self._reduce(before // _smallest_divisor(before), True)
+                self._take_less(before // _smallest_divisor(before), True)
                 then = f"it goes on with {self.numerics.batch_size}, and groups of operators are solved in parts"
             said = f"{what}: the memory of {self.model.device} ran out with {before} windows at a time; {then}"
             log.warning("%s", said)
             if warnings is not None:
                 warnings.append(said)
 
-    def _reduce(self, batch_size: int, by_operator: bool) -> None:
+    def _take_less(self, batch_size: int, by_operator: bool) -> None:
         """Use less of a GPU's memory from now on: main memory for hidden states, and a smaller batch size.
 
         It divides the one before, so that batches end at the same windows.
         """
-        gc.collect()
-        release_device_memory()
+        release_failed_memory()
         self.on_device = False
         self.numerics = self.numerics.model_copy(update={"batch_size": batch_size, "by_operator": by_operator})
         self._reduced, self._own_calls = True, None

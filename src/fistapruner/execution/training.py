@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -15,7 +14,7 @@ from torch import Tensor
 
 from ..activations.store import Store, scratch_factory
 from ..calibration.training_text import TrainingText, order
-from ..errors import FistaPrunerError, OtherRankFailed
+from ..errors import FistaPrunerError
 from ..models.discovery import Layout, discover
 from ..models.layerwise import LayerwiseModel
 from ..models.source import UNTRUSTED, ModelSource, Permissions
@@ -28,7 +27,7 @@ from ..runs.listener import Listener
 from ..runs.training_directory import RecoverDirectory, TrainingDirectory
 from ..runtime.devices import choose_device, cpu_threads, device_title
 from ..runtime.files import disk_errors, sha256_file
-from ..runtime.memory import release_device_memory
+from ..runtime.memory import release_failed_memory
 from ..runtime.numerics import DTYPES
 from ..runtime.ranks import ALONE, Ranks
 from ..tuning.losses import Loss
@@ -37,9 +36,6 @@ from ..tuning.steppers import FirstOrder, ForwardOnly
 from ..tuning.teacher import Teacher
 from ..tuning.trained import Trained
 from ..tuning.trainer import Stepper, Trainer, TrainingState
-
-RAN_OUT = "ran out in training"
-"""Is in the message of a process whose GPU's memory has run out; another process may read it."""
 
 SMALLER: tuple[tuple[str, dict[str, bool]], ...] = (
     ("decoder layers run twice for a gradient", {"keep_graphs": False}),
@@ -148,20 +144,16 @@ class TrainingContext:
                 return trained, self._train(trained, listener, after_snapshot)
             except torch.OutOfMemoryError:
                 pass
-            except OtherRankFailed as error:
-                if self.ranks.first and RAN_OUT in str(error):
-                    self._reduce(listener)
-                raise
-            # Here the error is gone, and with it the tensors that its frames held.
             del trained
-            gc.collect()
-            release_device_memory()
-            said = self._reduce(listener)
+            release_failed_memory()
+            said = self._take_less(listener)
             if self.ranks.size > 1:
                 raise FistaPrunerError(f"{said}; give the same command again")
 
-    def _reduce(self, listener: Listener) -> str:
+    def _take_less(self, listener: Listener) -> str:
         """Take less of the GPU's memory from now on, also in a run that is resumed.
+
+        Of several processes the one whose memory has run out records it, as the others may not hear of it.
 
         Returns:
             A sentence on it.
@@ -169,18 +161,18 @@ class TrainingContext:
         Raises:
             FistaPrunerError: nothing is left that needs less.
         """
-        ran_out = f"the memory of {self.model.device if self.ranks.size == 1 else 'a GPU'} {RAN_OUT}"
+        ran_out = f"the memory of {self.model.device} ran out in training"
         for what, changes in SMALLER:
             smaller = self.decision.model_copy(update=changes)
             if smaller == self.decision:
                 continue
             said = f"{ran_out}, which goes on from the last state: {what}"
-            self.decision = smaller
-            if self.ranks.first:
-                record = self.run.record()
-                assert record is not None  # the run was opened with it
+            record = self.run.record()
+            assert record is not None  # the run was opened with it
+            if record.decision == self.decision:  # no other process has recorded it yet
                 kept = {"decision": smaller, "warnings": [*record.warnings, said]}
                 self.run.write_record(record.model_copy(update=kept))
+            self.decision = smaller
             listener.say(said)
             return said
         raise FistaPrunerError(

@@ -44,7 +44,7 @@ def align(
 
     Args:
         model: run directory of :func:`fistapruner.prune`, :func:`fistapruner.recover` or of this function, or a
-            checkpoint with zeros.
+            pruned checkpoint.
         out: the run directory. One that holds an unfinished run of the same recipe is continued.
         recipe: all settings; None is the default recipe.
         dense: the dense model; None takes the one that the run or the checkpoint's record names.

@@ -66,7 +66,7 @@ from .training_inputs import asked
 _PERPLEXITY = TypeAdapter(Perplexity)
 
 STAMPS = "stamps"
-"""Key in ``dense.json`` of the :func:`~fistapruner.runs.identity.stamps` of the weights that were measured."""
+"""Key in ``dense.json`` of the :func:`~fistapruner.runs.identity.stamps` of the model that was measured."""
 
 
 def compare(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 import shutil
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -26,7 +25,7 @@ from ..runs.prune_directory import PruneDirectory
 from ..runs.records import WorkloadFacts
 from ..runtime.devices import cpu_threads
 from ..runtime.files import disk_errors, sha256_file
-from ..runtime.memory import release_device_memory
+from ..runtime.memory import release_failed_memory
 from ..runtime.numerics import exact_products
 from ..sensitivity.decision import Decision, decide, needs_measuring, permutes, windows_measured
 from ..sensitivity.fisher import DensePasses
@@ -201,9 +200,7 @@ class DenseMeasurements:
                     return work(count)
                 except torch.OutOfMemoryError:
                     self.listener.say(f"the memory of {device} ran out with {count} windows at a time")
-                # Here the error is gone, and with it the tensors that its frames held.
-                gc.collect()
-                release_device_memory()
+                release_failed_memory()
         raise FistaPrunerError(
             f"the memory of {device} is not enough to {what}: free some of it, shorten --seqlen, or {advice}"
         )

@@ -34,7 +34,7 @@ def plan_recovery_of(
     """Predict what recovering a pruned model will need, without starting it.
 
     Args:
-        model: run directory, or a checkpoint with zeros.
+        model: run directory, or a pruned checkpoint.
         recipe: all settings.
         out: folder whose disk must have the space.
         dense: the dense model; None takes what the input says.

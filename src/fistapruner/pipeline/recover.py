@@ -35,7 +35,7 @@ def recover(
     """Train a pruned model, with every zero kept, to win back what pruning lost.
 
     Args:
-        model: run directory of :func:`fistapruner.prune` or of this function, or a checkpoint with zeros.
+        model: run directory of :func:`fistapruner.prune` or of this function, or a pruned checkpoint.
         out: the run directory. One that holds an unfinished run of the same recipe is continued.
         recipe: all settings; None is the default recipe.
         dense: the dense model; None takes the one that the run or the checkpoint's record names.

@@ -254,7 +254,10 @@ def _operators(
             claims[name] = "0%"
             survivors[name] = found_operator.rows * found_operator.columns
     if not claims:
-        raise FistaPrunerError(f"{folder}: no operator has zeros to keep; prune it first")
+        raise FistaPrunerError(
+            f"{folder}: no operator has zeros to keep; prune it first (nor does its fistapruner.json say that channels, "
+            "heads or experts were removed)"
+        )
     layout = layout.only(claims).select(recipe, "train")
     names = {name for name, _ in layout.operators()}
     zeros = sum(operator.zeros for operator in found.pruned)

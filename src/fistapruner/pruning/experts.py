@@ -104,7 +104,8 @@ def remove_experts(
     tensors = {}
     for name in names:
         stored = model.source(f"{model.layers_name}.{index}.{name}")
-        tensors[stored] = model.result(stored, layer.state_dict(keep_vars=True)[name].detach())
+        tensor = layer.state_dict(keep_vars=True)[name].detach()  # as it passes, be it in fp32 beside bf16 passes
+        tensors[stored] = tensor.to("cpu", model.checkpoint.entry(stored).dtype, copy=True)
     entry = RemovalEntry(
         unit=EXPERTS,
         kept=keep.tolist(),

@@ -399,7 +399,7 @@ class LayerPasses:
             dense = self._activations.read(number, start, stop, inputs.device)
         if dense is not None and self._residual is not None and number in self._residual:
             drift = self._residual.drift(number, start, stop, inputs.device)
-        if dense is not None and self._activations is not None:
+        if dense is not None and self._activations is not None and number in self._cut:  # no other bias changes
             bias = self._activations.bias_drift(number)
             if bias is not None:
                 drift = bias.expand(len(dense), -1) if drift is None else drift.add_(bias)

@@ -55,7 +55,7 @@ class RunDecision(Frozen):
     Args:
         model: the model as the user named it; a path is absolute, so that the run can go on from another folder.
         folder: the folder of its weights.
-        stamps: names and hashes of its weight files, so that a change is found.
+        stamps: names and hashes of its config and weight files, so that a change is found.
         numerics: what decides the last bits.
         evaluation: the text to evaluate on; None evaluates nothing.
     """
@@ -149,7 +149,7 @@ class TrainingDecision(RunDecision):
 
     Args:
         asked: settings of the recipe as they were asked for, with ``auto`` unresolved; ``execution`` is left out.
-        dense: folder of the dense model; None where it is not known; ``dense_stamps``: of its weight files.
+        dense: folder of the dense model; None where it is not known; ``dense_stamps``: of its files.
         resident: the decoder layers stay in memory; else each is read from the checkpoint when it is needed.
         states_on_disk: trained tensors and the optimizer's state are kept in files.
         hidden_on_disk: hidden states between decoder layers are kept in files.

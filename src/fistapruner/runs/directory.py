@@ -36,7 +36,7 @@ from .records import Report
 CARD = "README.md"
 """The model card in ``model/``. It is written anew with every measurement."""
 
-FORMAT = 2
+FORMAT = 3
 """Format of ``run.json`` and the files beside it. A release that cannot continue older runs raises it."""
 
 EARLY = r"log\.txt|lock(\.\d+-\d+|\.preparing)?|times(\.\d+-\d+)?\.json(\.partial)?"

@@ -36,7 +36,7 @@ class Dense:
 
     Args:
         folder: where it was, which may be gone.
-        stamps: checksums of its weight files then; empty where no run has noted them.
+        stamps: checksums of its config and weight files then; empty where no run has noted them.
     """
 
     folder: Path

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import gc
 import re
 import resource
 import sys
@@ -81,6 +82,15 @@ def release_device_memory() -> None:
     """Return memory that this process has freed to its GPUs, for other processes and for larger blocks."""
     if torch.cuda.is_initialized():
         torch.cuda.empty_cache()
+
+
+def release_failed_memory() -> None:
+    """Return what work has held that ran out of a GPU's memory.
+
+    Call it when the error is gone, behind its ``except`` block: only then are the tensors free that its frames held.
+    """
+    gc.collect()
+    release_device_memory()
 
 
 def left_in_groups(own: Path = OWN_GROUPS, mounted: Path = MOUNTED_GROUPS) -> Iterator[int]:

@@ -160,8 +160,9 @@ class PackedCheckpoint:
         self.folder = Path(folder)
         if not (self.folder / PACKED_RECORD).is_file():
             raise FistaPrunerError(
-                f"{self.folder} is not a packed checkpoint: it has no {PACKED_RECORD}, which transformers does not "
-                "download: 'hf download NAME --local-dir DIR' makes a whole folder of a packed model on the hub"
+                f"{self.folder} is not a packed checkpoint, or not all of one: it has no {PACKED_RECORD}. 'fistapruner "
+                "pack FOLDER OUT' makes one of a pruned model, 'hf download NAME --local-dir DIR' a whole folder of "
+                "a packed one on the hub, of which transformers leaves that file out"
             )
         about = read_json(self.folder, PACKED_RECORD)
         if about.get("format") != "fistapruner-packed" or type(about.get("version")) is not int:

@@ -37,7 +37,7 @@ class Trained:
 
     Args:
         model: the pruned model.
-        layout: operators to train, all of them with zeros; other operators stay as they are.
+        layout: operators to train; others stay as they are.
         recipe: form, optimizer, rates, seed.
         folder: keeps everything in files there, and one layer at a time in memory; None keeps it in memory. The bits
             are the same.
