@@ -5,10 +5,12 @@ from __future__ import annotations
 import json
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 sys.path.append(str(Path(__file__).parents[1] / "benchmarks"))
+import beside_quantisation
 import layer_error
 from alps_reference import alps_reference
 
@@ -40,3 +42,64 @@ def test_layer_errors_are_kept_after_each_group(tmp_path: Path, monkeypatch: pyt
         ("0.o_proj", "magnitude"),
         ("0.o_proj", "wanda"),
     ]
+
+
+@pytest.fixture
+def beside(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
+    """Call ``beside_quantisation.py`` with measurements made up and two runs of the same name; what it kept."""
+
+    def quality(row: dict[str, Any], arguments: Any) -> dict[str, float]:
+        return {"perplexity": 30.0, "reference": 25.0, "gap": 0.2, "kl": 0.3}
+
+    monkeypatch.setattr(beside_quantisation, "quality", quality)
+    (tmp_path / "dense.gguf").touch()
+    monkeypatch.chdir(tmp_path)
+
+    def call(*options: str) -> list[dict[str, Any]]:
+        monkeypatch.setattr(sys, "argv", ["beside_quantisation.py", "rows.json", *options])
+        beside_quantisation.main()
+        rows: list[dict[str, Any]] = json.loads((tmp_path / "rows.json").read_text())
+        return rows
+
+    return call
+
+
+MEASURE = ("--dense", "dense.gguf", "--runs", "a/50", "b/50", "--quality")
+
+
+def test_runs_of_one_name_and_the_dense_model_are_rows(beside: Any, capsys: pytest.CaptureFixture[str]) -> None:
+    rows = beside(*MEASURE, "--windows", "7")
+    assert [row["name"] for row in rows] == ["dense", "a/50, bf16", "a/50, int8", "b/50, bf16", "b/50, int8"]
+    assert all("kl" in row and row["quality settings"]["windows"] == 7 for row in rows)
+    assert "quality: data wikitext2, windows 7, seqlen 1024, dense " in capsys.readouterr().out.splitlines()[0]
+
+
+def test_every_kept_file_has_the_dense_row(beside: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Stopped after the first row: the dense model's figures are beside it."""
+    made_up, calls = beside_quantisation.quality, iter(range(2))
+
+    def stopped(row: dict[str, Any], arguments: Any) -> dict[str, Any]:
+        if next(calls):
+            raise KeyboardInterrupt
+        return made_up(row, arguments)
+
+    monkeypatch.setattr(beside_quantisation, "quality", stopped)
+    with pytest.raises(KeyboardInterrupt):
+        beside(*MEASURE)
+    dense, first, *_ = json.loads((tmp_path / "rows.json").read_text())
+    assert (dense["perplexity"], first["perplexity"]) == (25.0, 30.0)
+
+
+def test_other_settings_are_refused_beside_kept_rows(beside: Any) -> None:
+    kept = beside(*MEASURE)
+    with pytest.raises(SystemExit, match=r"quality of dense was measured with .*windows 60.*, not with .*windows 7"):
+        beside(*MEASURE, "--windows", "7")
+    assert beside(*MEASURE) == kept
+
+
+def test_a_picture_leaves_out_what_was_not_measured(beside: Any, tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib").use("Agg")
+    rows = beside(*MEASURE)
+    (tmp_path / "rows.json").write_text(json.dumps([{**row, "bytes": 100} for row in rows]))
+    beside("--picture", "picture.png")
+    assert (tmp_path / "picture.png").exists()
