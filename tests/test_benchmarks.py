@@ -5,12 +5,14 @@ from __future__ import annotations
 import json
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
 sys.path.append(str(Path(__file__).parents[1] / "benchmarks"))
 import beside_quantisation
+import decode
 import layer_error
 from alps_reference import alps_reference
 
@@ -103,3 +105,38 @@ def test_a_picture_leaves_out_what_was_not_measured(beside: Any, tmp_path: Path)
     (tmp_path / "rows.json").write_text(json.dumps([{**row, "bytes": 100} for row in rows]))
     beside("--picture", "picture.png")
     assert (tmp_path / "picture.png").exists()
+
+
+@pytest.mark.parametrize("question", ["model", "operator", "prefill"])
+def test_decoding_keeps_and_prints_what_came_before_a_stop(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], question: str
+) -> None:
+    """Stopped in the second round, or at the second operator: the first is in the file and on the screen."""
+    calls = iter(range(5 if question == "model" else 1))
+
+    def generation(*_: Any) -> SimpleNamespace:
+        if next(calls, None) is None:
+            raise KeyboardInterrupt
+        return SimpleNamespace(tokens_per_second=40.0, first_token=0.1)
+
+    def rounds(names: dict[str, Any], seconds: float) -> dict[str, float]:
+        if next(calls, None) is None:
+            raise KeyboardInterrupt
+        return dict.fromkeys(names, 0.001)
+
+    variants = dict.fromkeys(["dense bfloat16", "dense int8, dynamic"])
+    monkeypatch.setattr(decode, "model_variants", lambda *_: variants)
+    monkeypatch.setattr(decode, "prompts", lambda *_: None)
+    monkeypatch.setattr(decode, "time_generation", generation)
+    monkeypatch.setattr(decode, "rounds", rounds)
+    out = tmp_path / "times.json"
+    monkeypatch.setattr(sys, "argv", ["decode.py", question, "--json", str(out)])
+    with pytest.raises(KeyboardInterrupt):
+        decode.main()
+    found = json.loads(out.read_text())
+    if question == "model":
+        assert found["rates"] == {name: [40.0] for name in variants}
+        assert "round 1 of 5, tokens/s: dense bfloat16 40.0" in capsys.readouterr().out
+    else:
+        assert [(row["rows"], row["columns"]) for row in found] == [(576, 576)]
+        assert "576x576" in capsys.readouterr().out
