@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import json
 import sys
 from pathlib import Path
@@ -20,6 +21,19 @@ from fistapruner.constraints import parse_sparsity
 from fistapruner.errors import FistaPrunerError
 from fistapruner.solvers import solve
 from solvers.layer_problems import make_problem
+
+BENCHMARKS = Path(decode.__file__).parent
+
+
+@pytest.mark.parametrize("program", sorted(BENCHMARKS.glob("*.py")), ids=lambda path: path.stem)
+def test_every_example_is_one_command_that_can_be_pasted(program: Path) -> None:
+    """A line of an example begins a command, or the line before it ends with a backslash."""
+    lines = (ast.get_docstring(ast.parse(program.read_text("utf-8"))) or "").splitlines()
+    for before, line in zip(["", *lines], lines, strict=False):
+        if line.startswith("    "):
+            begins = line.strip().startswith(("python benchmarks/", "fistapruner ", "llama-quantize "))
+            assert begins != before.endswith("\\"), line
+            assert line.count("python benchmarks/") <= 1, line
 
 
 @pytest.mark.parametrize("sparsity", ["50%", "2:4"])
