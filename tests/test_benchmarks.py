@@ -15,6 +15,7 @@ sys.path.append(str(Path(__file__).parents[1] / "benchmarks"))
 import beside_quantisation
 import decode
 import layer_error
+import real_problems
 from alps_reference import alps_reference
 
 from fistapruner.constraints import parse_sparsity
@@ -154,3 +155,18 @@ def test_decoding_keeps_and_prints_what_came_before_a_stop(
     else:
         assert [(row["rows"], row["columns"]) for row in found] == [(576, 576)]
         assert "576x576" in capsys.readouterr().out
+
+
+def test_gathered_problems_are_those_of_their_text(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The cache tells folders of texts apart, however they are spelled."""
+    gathered: list[str | None] = []
+
+    def gather(layers: list[int], samples: int, data: str | None, held_out: bool) -> dict[str, Any]:
+        gathered.append(data)
+        return {}
+
+    monkeypatch.setattr(real_problems, "_gather", gather)
+    monkeypatch.chdir(tmp_path)
+    for data in ("first", "second", str(tmp_path / "first"), None, None):
+        real_problems.load(SimpleNamespace(layers="0", samples=1, data=data, cache="cache"))
+    assert gathered == ["first", "second", None]
