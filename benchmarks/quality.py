@@ -60,6 +60,12 @@ def main() -> None:
         windows=arguments.windows,
         listener=choose_listener(quiet=False),
     )
+    machine = comparison.machine
+    print(
+        f"{arguments.model}; calibration {calibration['source']}, {arguments.samples} windows of {arguments.seqlen} "
+        f"tokens, seeds {arguments.seeds}; text {text}, {arguments.windows} windows; "
+        f"{machine.device_name or machine.cpu}, {machine.threads} thread(s), torch {comparison.versions.get('torch')}"
+    )
     print(ratios(comparison))
 
 

@@ -14,12 +14,18 @@ import pytest
 sys.path.append(str(Path(__file__).parents[1] / "benchmarks"))
 import beside_quantisation
 import decode
+import growth
 import layer_error
+import quality
 import real_problems
+import scaling
+import torch
 from alps_reference import alps_reference
 
 from fistapruner.constraints import parse_sparsity
 from fistapruner.errors import FistaPrunerError
+from fistapruner.runs.records import Comparison
+from fistapruner.runtime.machine import Machine
 from fistapruner.solvers import solve
 from solvers.layer_problems import make_problem
 
@@ -170,3 +176,39 @@ def test_gathered_problems_are_those_of_their_text(tmp_path: Path, monkeypatch: 
     for data in ("first", "second", str(tmp_path / "first"), None, None):
         real_problems.load(SimpleNamespace(layers="0", samples=1, data=data, cache="cache"))
     assert gathered == ["first", "second", None]
+
+
+def first_line(
+    program: Any, options: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> str:
+    """Run a program; the first line that it prints."""
+    monkeypatch.setattr(sys, "argv", [program.__name__, *options])
+    program.main()
+    return capsys.readouterr().out.splitlines()[0]
+
+
+def test_times_of_solvers_say_what_they_depend_on(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    line = first_line(growth, ["--sizes", "16", "--methods", "wanda"], monkeypatch, capsys)
+    assert f"{torch.get_num_threads()} thread(s), torch {torch.__version__}; 50%" in line
+
+
+def test_the_gain_of_executors_says_what_was_run(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    result = {"weights": [], "seconds": 1.0, "start": 0.0, "memory": [(0.0, 1)], "layers": [(1.0, 2.0)]}
+    monkeypatch.setattr(scaling, "measure", lambda *_: {**result, "hidden_bytes": 1})
+    line = first_line(scaling, ["folder", "--samples", "5", "--method", "wanda"], monkeypatch, capsys)
+    assert line.startswith("folder, layers all, wanda, 5 windows of 256 tokens; one thread a process, torch ")
+
+
+def test_the_quality_study_says_what_it_measured(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    done = Comparison(machine=Machine(cpu="a CPU", threads=3), versions={"torch": "2.0"})
+    monkeypatch.setattr(quality, "compare", lambda *_, **__: done)
+    monkeypatch.delenv("FISTAPRUNER_DATA", raising=False)
+    line = first_line(quality, ["--out", "out", "--seeds", "0,1"], monkeypatch, capsys)
+    assert "calibration python, 32 windows of 1024 tokens, seeds 0,1; text python, 60 windows" in line
+    assert line.endswith("a CPU, 3 thread(s), torch 2.0")
