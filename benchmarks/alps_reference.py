@@ -29,8 +29,9 @@ def alps_reference(
 
     def project(v: Tensor) -> Tensor:
         if group is not None:
-            groups = v.T.reshape(-1, group.m)
-            drop = torch.topk(-(groups**2), group.m - group.n, dim=1).indices
+            n, m = group
+            groups = v.T.reshape(-1, m)
+            drop = torch.topk(-(groups**2), m - n, dim=1).indices
             return groups.scatter(1, drop, 0.0).reshape(v.shape[1], v.shape[0]).T.contiguous()
         flat = v.reshape(-1).clone()
         flat[torch.topk(-(flat**2), v.numel() - kept).indices] = 0

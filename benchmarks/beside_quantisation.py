@@ -10,7 +10,8 @@ model with int8 and with int4 weights, is one row. Quality is that of the weight
 ``fistapruner evaluate`` against the dense model, on the same windows, the quantised ones with their weights expanded to
 bf16. Speed is that of one sequence, tokens written a second: llama.cpp for GGUF files (needs ``pip install
 xllamacpp``), ``fistapruner bench`` for packed models, OpenVINO (``pip install openvino``) called from torch. A row that
-is in ``rows.json`` is measured only once; ``--quality`` and ``--speed`` measure one of both.
+is in ``rows.json`` is measured only once; ``--quality`` and ``--speed`` measure one of both. Every row keeps the
+settings that it was measured with; others are not measured beside them.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from __future__ import annotations
 import argparse
 import json
 import math
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from statistics import median
 from tempfile import TemporaryDirectory
@@ -29,6 +30,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import fistapruner
 from fistapruner.models.source import resolve_model
+from fistapruner.runtime.files import write_json_atomic
+from fistapruner.runtime.machine import describe_machine, versions
 from fistapruner.sparse.bench import bench
 from fistapruner.sparse.pack import pack, unpack
 from fistapruner.sparse.speed import WARM_UP_TOKENS, prompts, time_generation
@@ -36,17 +39,63 @@ from fistapruner.sparse.speed import WARM_UP_TOKENS, prompts, time_generation
 LLAMA_CPP, PACKED, OPENVINO = "llama.cpp", "fistapruner, packed", "OpenVINO"
 """Engines, as the table calls them."""
 
+FIGURES = {"quality": "kl", "speed": "tokens_per_second"}
+"""What is measured, and the figure that a measured row has."""
+
 
 def rows_of(arguments: argparse.Namespace) -> Iterator[dict[str, Any]]:
     """Yield what is to be measured: name, kind, path."""
     for path in (arguments.dense, *arguments.gguf):
-        yield {"name": path.stem, "kind": "gguf", "engine": LLAMA_CPP, "path": str(path), "bytes": path.stat().st_size}
+        row = {"name": str(path.with_suffix("")), "kind": "gguf", "engine": LLAMA_CPP, "path": str(path.resolve())}
+        yield {**row, "bytes": path.stat().st_size}
     for run in arguments.runs:
         for values in ("bf16", "int8"):
-            yield {"name": f"{run.name}, {values}", "kind": values, "engine": PACKED, "path": str(run / "model")}
+            path = str(run.resolve() / "model")
+            yield {"name": f"{run}, {values}", "kind": values, "engine": PACKED, "path": path}
     for bits in (8, 4) if arguments.openvino else ():
-        name, path = f"{arguments.dense.stem}, int{bits}", str(arguments.dense)
+        name, path = f"{arguments.dense.with_suffix('')}, int{bits}", str(arguments.dense.resolve())
         yield {"name": name, "kind": "openvino", "engine": OPENVINO, "path": path, "bits": bits}
+
+
+def key_of(row: dict[str, Any]) -> tuple[str, str, int | None]:
+    """Return what tells a row from all others."""
+    return row["path"], row["kind"], row.get("bits")
+
+
+def settings_of(arguments: argparse.Namespace) -> dict[str, dict[str, Any]]:
+    """Return the settings that figures of quality and of speed depend on."""
+    machine = describe_machine(torch.device("cpu"))
+    return {
+        "quality": {
+            "data": arguments.data,
+            "windows": arguments.windows,
+            "seqlen": arguments.seqlen,
+            "dense": str(arguments.dense.resolve()),
+        },
+        "speed": {
+            "threads": arguments.threads,
+            "rounds": arguments.rounds,
+            "cpu": machine.cpu,
+            "cores": machine.cores,
+            "torch": versions()["torch"],
+        },
+    }
+
+
+def in_words(settings: dict[str, Any] | None) -> str:
+    """Write settings as a line."""
+    return ", ".join(f"{key} {value}" for key, value in settings.items()) if settings else "unknown settings"
+
+
+def refuse_others(rows: Iterable[dict[str, Any]], what: str, settings: dict[str, Any], file: Path) -> None:
+    """Stop where a row was measured with other settings."""
+    for row in rows:
+        found = row.get(f"{what} settings")
+        if FIGURES[what] in row and found != settings:
+            raise SystemExit(
+                f"{file}: {what} of {row['name']} was measured with {in_words(found)}, not with {in_words(settings)}; "
+                "give the same settings, or another file"
+            )
 
 
 def dense_model(path: str) -> Any:
@@ -93,11 +142,12 @@ def quality(row: dict[str, Any], arguments: argparse.Namespace) -> dict[str, Any
     }
 
 
-def speeds(rows: list[dict[str, Any]], arguments: argparse.Namespace) -> None:
+def speeds(rows: list[dict[str, Any]], settings: dict[str, Any], arguments: argparse.Namespace) -> None:
     """Measure the tokens per second of all rows that have none, one engine after the other; save them as they come."""
 
-    def save() -> None:
-        arguments.rows.write_text(json.dumps(rows, indent=2) + "\n", "utf-8")
+    def note(row: dict[str, Any], tokens_per_second: float) -> None:
+        row.update({"tokens_per_second": tokens_per_second, "speed settings": settings})
+        write_json_atomic(arguments.rows, rows)
 
     files = [row for row in rows if row["kind"] == "gguf" and "tokens_per_second" not in row]
     if files:
@@ -105,8 +155,7 @@ def speeds(rows: list[dict[str, Any]], arguments: argparse.Namespace) -> None:
 
         found = compare([Path(row["path"]) for row in files], arguments.threads, arguments.rounds)
         for row, (_, written) in zip(files, found, strict=True):
-            row["tokens_per_second"] = written
-        save()
+            note(row, written)
     for row in rows:
         if row["kind"] == "openvino" and "tokens_per_second" not in row:
             from openvino_model import OpenVinoLlama
@@ -115,24 +164,30 @@ def speeds(rows: list[dict[str, Any]], arguments: argparse.Namespace) -> None:
             engine, ids = OpenVinoLlama(dense, bits=row["bits"], threads=arguments.threads), prompts(dense, 1, 128, 0)
             time_generation(engine, ids, WARM_UP_TOKENS)
             runs = [time_generation(engine, ids, 64).tokens_per_second for _ in range(arguments.rounds)]
-            row["tokens_per_second"] = median(runs)
-            save()
+            note(row, median(runs))
     ours = [row for row in rows if row["engine"] == PACKED]
     for model in dict.fromkeys(row["path"] for row in ours if "tokens_per_second" not in row):
         measured = {speed.variant: speed for speed in bench(model, threads=arguments.threads, runs=arguments.rounds)}
         for row in ours:
             if row["path"] == model:
                 speed = measured["packed" if row["kind"] == "bf16" else "packed int8"]
-                row["tokens_per_second"] = speed.tokens_per_second
                 row["dense_tokens_per_second"] = max(
                     measured[f"dense {kind}"].tokens_per_second for kind in ("bfloat16", "float32")
                 )
-        save()
+                note(row, speed.tokens_per_second)
 
 
 def table(rows: list[dict[str, Any]]) -> str:
-    """Write the rows as Markdown, the best quality first."""
+    """Write the settings and the rows as Markdown, the best quality first."""
+    used = (
+        f"{what}: {in_words(row.get(f'{what} settings'))}"
+        for what, figure in FIGURES.items()
+        for row in rows
+        if figure in row
+    )
     lines = [
+        *dict.fromkeys(used),
+        "",
         "| model | engine | MiB | perplexity | gap, nats | KL, nats | tokens/s |",
         "|---|---|---:|---:|---:|---:|---:|",
     ]
@@ -149,12 +204,16 @@ def draw(rows: list[dict[str, Any]], path: Path) -> None:
     import matplotlib.pyplot as plt
     from matplotlib.ticker import ScalarFormatter
 
-    figure, axes = plt.subplots(1, 2, figsize=(12, 5), sharey=True)
+    rows = [row for row in rows if row.get("kl", 0) > 0]
     titles = (("bytes", 2**20, "size of the weights, MiB"), ("tokens_per_second", 1, "tokens per second, one sequence"))
-    for axis, (key, unit, title) in zip(axes, titles, strict=True):
-        largest = max(row[key] for row in rows if key in row and row.get("kl", 0) > 0)
+    drawn = [title for title in titles if any(title[0] in row for row in rows)]
+    if not drawn:
+        raise SystemExit(f"{path}: nothing to draw, no row has a quality; measure without --speed first")
+    figure, (axes,) = plt.subplots(1, len(drawn), figsize=(6 * len(drawn), 5), sharey=True, squeeze=False)
+    for axis, (key, unit, title) in zip(axes, drawn, strict=True):
+        largest = max(row[key] for row in rows if key in row)
         for engine, mark in ((LLAMA_CPP, "o"), (PACKED, "s"), (OPENVINO, "^")):
-            shown = [row for row in rows if row["engine"] == engine and key in row and row.get("kl", 0) > 0]
+            shown = [row for row in rows if row["engine"] == engine and key in row]
             axis.scatter([row[key] / unit for row in shown], [row["kl"] for row in shown], marker=mark, label=engine)
             for row in shown:
                 x, right = row[key] / unit, row[key] > 0.9 * largest  # where there is room
@@ -176,6 +235,25 @@ def draw(rows: list[dict[str, Any]], path: Path) -> None:
     figure.savefig(path, dpi=120)
 
 
+def measure(rows: dict[tuple[str, str, int | None], dict[str, Any]], arguments: argparse.Namespace) -> None:
+    """Measure what ``rows`` lacks, and save it as it comes."""
+    settings = settings_of(arguments)
+    wanted = [what for what, left_out in (("quality", arguments.speed), ("speed", arguments.quality)) if not left_out]
+    for what in wanted:
+        refuse_others(rows.values(), what, settings[what], arguments.rows)
+    for row in rows_of(arguments):
+        rows.setdefault(key_of(row), row)
+    dense = rows[str(arguments.dense.resolve()), "gguf", None]
+    for row in rows.values() if "quality" in wanted else ():
+        if row is not dense and "kl" not in row:
+            noted = {"quality settings": settings["quality"]}
+            row.update({**quality(row, arguments), **noted})
+            dense.update({"perplexity": row["reference"], "gap": 0.0, "kl": 0.0, **noted})
+            write_json_atomic(arguments.rows, list(rows.values()))
+    if "speed" in wanted:
+        speeds(list(rows.values()), settings["speed"], arguments)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("rows", type=Path, help="JSON file that the rows are kept in")
@@ -193,23 +271,9 @@ def main() -> None:
     parser.add_argument("--picture", type=Path, help="file of the picture")
     arguments = parser.parse_args()
     known = json.loads(arguments.rows.read_text("utf-8")) if arguments.rows.exists() else []
-    rows = {row["name"]: row for row in known}
+    rows = {key_of(row): row for row in known}
     if arguments.dense is not None:
-        for row in rows_of(arguments):
-            rows.setdefault(row["name"], row)
-    for row in rows.values():
-        if (
-            arguments.dense is not None
-            and not arguments.speed
-            and "kl" not in row
-            and row["name"] != arguments.dense.stem
-        ):
-            row.update(quality(row, arguments))
-            arguments.rows.write_text(json.dumps(list(rows.values()), indent=2) + "\n", "utf-8")
-            dense = rows[arguments.dense.stem]
-            dense.update(perplexity=row["reference"], gap=0.0, kl=0.0)
-    if arguments.dense is not None and not arguments.quality:
-        speeds(list(rows.values()), arguments)
+        measure(rows, arguments)
     print(table(list(rows.values())))
     if arguments.picture is not None:
         draw(list(rows.values()), arguments.picture)

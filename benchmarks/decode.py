@@ -14,11 +14,11 @@ from __future__ import annotations
 
 import argparse
 import copy
-import json
 import statistics
 import time
 import warnings
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -27,6 +27,7 @@ from torch.nn import functional
 
 from fistapruner.constraints import parse_sparsity
 from fistapruner.models.source import resolve_model
+from fistapruner.runtime.files import write_json_atomic
 from fistapruner.sparse import kernel
 from fistapruner.sparse.linear import SparseLinear
 from fistapruner.sparse.load import replace, use_kernels
@@ -139,21 +140,41 @@ def model_variants(name: str, sparsities: list[str], openvino: bool = False) -> 
     return variants
 
 
-def run_models(arguments: argparse.Namespace) -> dict[str, Any]:
+def keep(results: Any, path: Path | None) -> None:
+    """Write what is measured so far, where ``--json`` asks for it."""
+    if path is not None:
+        write_json_atomic(path, results)
+
+
+def run_models(arguments: argparse.Namespace) -> None:
     variants = model_variants(arguments.model, arguments.sparsity.split(","), arguments.openvino)
     ids = prompts(variants["dense bfloat16"], arguments.batch, arguments.prompt, 0)
     rates: dict[str, list[float]] = {name: [] for name in variants}
     firsts: dict[str, list[float]] = {name: [] for name in variants}
     for model in variants.values():
         time_generation(model, ids, WARM_UP_TOKENS)
-    for _ in range(arguments.runs):
+    for number in range(arguments.runs):
         for name, model in variants.items():
             run = time_generation(model, ids, arguments.tokens)
             rates[name].append(run.tokens_per_second)
             firsts[name].append(run.first_token)
-    middle = {name: statistics.median(values) for name, values in rates.items()}
-    dense = max((name for name in middle if name.startswith("dense") and "int8" not in name), key=middle.__getitem__)
-    dense8 = max((name for name in middle if name.startswith("dense int8")), key=middle.__getitem__)
+        middle = {name: statistics.median(values) for name, values in rates.items()}
+        dense = max(
+            (name for name in middle if name.startswith("dense") and "int8" not in name), key=middle.__getitem__
+        )
+        dense8 = max((name for name in middle if name.startswith("dense int8")), key=middle.__getitem__)
+        line = ", ".join(f"{name} {values[-1]:.1f}" for name, values in rates.items())
+        print(f"round {number + 1} of {arguments.runs}, tokens/s: {line}", flush=True)
+        keep(
+            {
+                "model": arguments.model,
+                "rates": rates,
+                "first_token": firsts,
+                "fastest_dense": dense,
+                "fastest_dense_int8": dense8,
+            },
+            arguments.json,
+        )
     print(
         f"{arguments.model}, batch {arguments.batch}, {arguments.prompt} prompt and {arguments.tokens} new tokens, "
         f"{arguments.runs} rounds"
@@ -166,13 +187,6 @@ def run_models(arguments: argparse.Namespace) -> dict[str, Any]:
             f"{name:<26}{spread:>26}{first:>18.0f}"
             f"{middle[name] / middle[dense]:>20.2f}{middle[name] / middle[dense8]:>28.2f}"
         )
-    return {
-        "model": arguments.model,
-        "rates": rates,
-        "first_token": firsts,
-        "fastest_dense": dense,
-        "fastest_dense_int8": dense8,
-    }
 
 
 def rounds(calls: dict[str, Callable[[], Any]], seconds: float) -> dict[str, float]:
@@ -187,9 +201,9 @@ def rounds(calls: dict[str, Callable[[], Any]], seconds: float) -> dict[str, flo
     return {name: statistics.median(values) for name, values in times.items()}
 
 
-def run_operators(arguments: argparse.Namespace) -> list[dict[str, Any]]:
+def run_operators(arguments: argparse.Namespace) -> None:
     """One operator, a different copy at each call so that weights come from memory, against size and density."""
-    results = []
+    results: list[dict[str, Any]] = []
     for rows, columns in ((576, 576), (1536, 576), (2048, 2048), (5632, 2048), (8192, 4096)):
         copies = max(2, min(64, int(2e8 / (rows * columns * 2))))
         weights = [torch.randn(rows, columns).bfloat16() for _ in range(copies)]
@@ -217,9 +231,9 @@ def run_operators(arguments: argparse.Namespace) -> list[dict[str, Any]]:
             results.append({"rows": rows, "columns": columns, "zeros": zeros, **found})
             ratios = f"packed x{best / found['packed']:.2f}, int8 x{best / found['packed int8']:.2f}"
             print(f"{rows}x{columns} {zeros:.0%} zeros: dense {1e6 * best:.0f} us, {ratios}", flush=True)
+            keep(results, arguments.json)
     if arguments.plot:
         plot(results, arguments.plot)
-    return results
 
 
 def plot(results: list[dict[str, Any]], path: str) -> None:
@@ -240,8 +254,8 @@ def plot(results: list[dict[str, Any]], path: str) -> None:
     figure.savefig(path, dpi=120)
 
 
-def run_prefill(arguments: argparse.Namespace) -> list[dict[str, Any]]:
-    results = []
+def run_prefill(arguments: argparse.Namespace) -> None:
+    results: list[dict[str, Any]] = []
     for rows, columns in ((576, 576), (1536, 576), (2048, 2048), (5632, 2048), (2048, 5632)):
         weight = torch.randn(rows, columns).bfloat16()
         layer = SparseLinear(pack_operator(prune(weight, "50%")))
@@ -261,7 +275,7 @@ def run_prefill(arguments: argparse.Namespace) -> list[dict[str, Any]]:
                 f"{rows}x{columns}, {tokens} tokens: dense {1e6 * found['dense']:.0f} us, packed x{ratio:.2f}",
                 flush=True,
             )
-    return results
+            keep(results, arguments.json)
 
 
 def main() -> None:
@@ -280,16 +294,13 @@ def main() -> None:
     parser.add_argument("--runs", type=int, default=5)
     parser.add_argument("--seconds", type=float, default=0.5, help="time for each operator and density")
     parser.add_argument("--plot", help="file for the plot of 'operator'")
-    parser.add_argument("--json", help="file for the raw times")
+    parser.add_argument("--json", type=Path, help="file for the raw times, written after each round or operator")
     arguments = parser.parse_args()
     print(
         f"{torch.get_num_threads()} threads, kernel {(*kernel.LEVELS, 'none')[kernel.best_level()]}, torch "
         f"{torch.__version__}"
     )
-    results = {"model": run_models, "operator": run_operators, "prefill": run_prefill}[arguments.question](arguments)
-    if arguments.json:
-        with open(arguments.json, "w", encoding="utf-8") as file:
-            json.dump(results, file, indent=1)
+    {"model": run_models, "operator": run_operators, "prefill": run_prefill}[arguments.question](arguments)
 
 
 if __name__ == "__main__":

@@ -51,6 +51,7 @@ from fistapruner.problem import LayerProblem  # noqa: E402
 from fistapruner.runs.layer_records import LayerEntry  # noqa: E402
 from fistapruner.runs.listener import Listener  # noqa: E402
 from fistapruner.runs.records import Report  # noqa: E402
+from fistapruner.runtime.files import write_json_atomic  # noqa: E402
 from fistapruner.runtime.machine import describe_machine, versions  # noqa: E402
 from fistapruner.solvers import solve  # noqa: E402
 from fistapruner.sparse.semi_structured import to_semi_structured  # noqa: E402
@@ -344,17 +345,19 @@ def table(result: dict[str, Any]) -> Iterator[str]:
 
 
 @contextmanager
-def stage(result: dict[str, Any], name: str, stop: float) -> Iterator[bool]:
-    """Give whether there is time for a stage; keep going where it fails."""
-    if time.perf_counter() > stop:
+def stage(result: dict[str, Any], name: str, stop: float, out: Path) -> Iterator[bool]:
+    """Give whether there is time for a stage; keep going where it fails; write the results in any case."""
+    enough = time.perf_counter() <= stop
+    if enough:
+        print(f"{name} ...", file=sys.stderr, flush=True)
+    else:
         result.setdefault("left out", {})[name] = "no time left"
-        yield False
-        return
-    print(f"{name} ...", file=sys.stderr, flush=True)
     try:
-        yield True
+        yield enough
     except (FistaPrunerError, RuntimeError, NotImplementedError) as error:
         result.setdefault("left out", {})[name] = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
+    finally:
+        write_json_atomic(out, result)
 
 
 def main() -> None:
@@ -378,27 +381,26 @@ def main() -> None:
         work, device = Path(temporary), torch.device(arguments.device)
         machine = describe_machine(device).model_dump(mode="json")
         result: dict[str, Any] = {"machine": machine, "versions": versions(), "phases": {}, "copies": {}, "2:4": {}}
-        with stage(result, "checks", stop) as go:
+        with stage(result, "checks", stop, arguments.out) as go:
             if go and not arguments.rehearse:
                 result["checks"] = checks()
-        with stage(result, "same bits", stop) as go:
+        with stage(result, "same bits", stop, arguments.out) as go:
             if go:
                 small = save(work / "small", next(iter(shapes.values())), device)
                 result["same bits"] = same_bits(small, work, device, min(seqlen, 512))
-        with stage(result, "waits", stop) as go:
+        with stage(result, "waits", stop, arguments.out) as go:
             if go:
                 result["waits"] = waits(device)
         for name, shape in shapes.items():
-            with stage(result, f"phases of {name}", stop) as go:
+            with stage(result, f"phases of {name}", stop, arguments.out) as go:
                 if go:
                     result["phases"][name] = phases(name, shape, work, device, samples, seqlen)
-            with stage(result, f"copies of {name}", stop) as go:
+            with stage(result, f"copies of {name}", stop, arguments.out) as go:
                 if go:
                     result["copies"][name] = copies(shape, device, samples, seqlen)
-            with stage(result, f"2:4 of {name}", stop) as go:
+            with stage(result, f"2:4 of {name}", stop, arguments.out) as go:
                 if go:
                     result["2:4"][name] = semi_structured(shape, device)
-            arguments.out.write_text(json.dumps(result, indent=1))
     print("\n".join(table(result)))
 
 

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import argparse
 
-from layer_time import problem_of, seconds
+from layer_time import problem_of, seconds, setting
 
 from fistapruner.solvers import solve
 
@@ -27,6 +27,7 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=1)
     arguments = parser.parse_args()
     methods = arguments.methods.split(",")
+    print(f"{setting(arguments.device)}; {arguments.sparsity}, best of {arguments.repeats} after one to warm up")
     print(f"{'n':>6}" + "".join(f"{method:>28}" for method in methods))
     print(f"{'':>6}" + f"{'s':>10}{'growth':>9}{'ratio':>9}" * len(methods))
     before: dict[str, float] = {}

@@ -13,9 +13,9 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import json
 import statistics
 import time
+from pathlib import Path
 from typing import Any
 
 import real_problems
@@ -23,6 +23,7 @@ import torch
 from alps_reference import alps_reference
 
 from fistapruner.constraints import parse_sparsity
+from fistapruner.runtime.files import write_json_atomic
 from fistapruner.solvers import solve
 
 METHODS = "magnitude,wanda,wanda+refit,sparsegpt,sparsegpt+refit,admm,admm+refit,fista,fista+refit,alps,proximal"
@@ -35,7 +36,7 @@ def main() -> None:
     parser.add_argument("--sparsity", default="50%,60%,70%,2:4,4:8")
     parser.add_argument("--operators", default="", help="only groups whose name contains this")
     parser.add_argument("--held-out", action="store_true", help="judge on the Gram of the text's last third")
-    parser.add_argument("--json", help="write every single figure to this file")
+    parser.add_argument("--json", type=Path, help="write every single figure to this file, after each group")
     arguments = parser.parse_args()
     problems = {name: p for name, p in real_problems.load(arguments).items() if arguments.operators in name}
     judges = real_problems.load(arguments, held_out=True) if arguments.held_out else problems
@@ -72,6 +73,8 @@ def main() -> None:
                 )
             line = " ".join(f"{row['method']} {statistics.mean(row['ratios']):.3f}" for row in rows[-len(methods) :])
             print(f"{name} {text}: public ALPS {seconds:.2f} s; error ratios: {line}", flush=True)
+            if arguments.json:
+                write_json_atomic(arguments.json, rows)
     print(f"\nRatios to the public ALPS program, {torch.get_num_threads()} threads, {len(problems)} groups")
     print(f"{'method':<18}{'error (mean)':>13}{'worst':>8}{'time (mean)':>13}{'worst':>8}{'of all':>9}")
     for method in methods:
@@ -84,9 +87,6 @@ def main() -> None:
         print(
             f"{method:<18}{statistics.mean(ratios):>13.4f}{max(ratios):>8.3f}{statistics.mean(times):>13.4f}{max(times):>8.3f}{share:>9.4f}"
         )
-    if arguments.json:
-        with open(arguments.json, "w") as file:
-            json.dump(rows, file, indent=1)
 
 
 if __name__ == "__main__":

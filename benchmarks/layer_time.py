@@ -19,6 +19,7 @@ from torch import Tensor
 
 from fistapruner import LayerProblem
 from fistapruner.constraints import parse_sparsity
+from fistapruner.runtime.machine import describe_machine
 from fistapruner.runtime.numerics import fast_products, has_bf16_units
 from fistapruner.solvers.base import project_operators
 from fistapruner.solvers.conditioning import alive_gram
@@ -54,6 +55,12 @@ def problem_of(rows: tuple[int, ...], n: int, device: str, seed: int = 0) -> Lay
     weight = torch.randn(sum(rows), n, generator=generator).to(device)
     names = tuple(f"operator{i}" for i in range(len(rows)))
     return LayerProblem(weight=weight, gram=inputs.T @ inputs / tokens, names=names, rows=rows, tokens=tokens)
+
+
+def setting(device: str) -> str:
+    """Name what times depend on: device, threads and the release of torch."""
+    machine = describe_machine(torch.device(device))
+    return f"{machine.device_name or machine.cpu}, {machine.threads} thread(s), torch {torch.__version__}"
 
 
 def seconds(action: Callable[[], object], device: str, repeats: int = 3) -> float:
@@ -102,6 +109,7 @@ def main() -> None:
     half = method.refit // 2
     products, steps = method.levels * method.steps, method.levels * method.steps + method.refit + 2
 
+    print(f"{setting(device)}; {pattern}, best of 3 after one to warm up")
     columns = zip(
         ("solve s", "metric", "eigen", "iterate", "mask", "refit", "products s", "share", "TFLOP/s"),
         (9, 8, 8, 9, 8, 8, 12, 7, 9),

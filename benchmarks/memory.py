@@ -1,8 +1,8 @@
 """How does the memory of a run grow with the model? Prunes checkpoints of random weights and real shapes.
 
-    python benchmarks/memory.py depth            # 6, 24 and 48 layers of one width: the same peak (--plot FILE: as
-    curves) python benchmarks/memory.py large            # a 7B-shaped checkpoint under a memory limit far below its
-    size python benchmarks/memory.py paper            # LLaMA-70B shapes, by the plan's own calculation
+    python benchmarks/memory.py depth    # 6, 24 and 48 layers of one width: the same peak (--plot FILE: as curves)
+    python benchmarks/memory.py large    # a 7B-shaped checkpoint under a memory limit far below its size
+    python benchmarks/memory.py paper    # LLaMA-70B shapes, by the plan's own calculation
 
 Each run is a process of its own; its peak is the resident set's high-water mark that the kernel kept (VmHWM). Curves
 are samples of the resident set, ten a second, from the process's start to its end.

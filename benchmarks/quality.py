@@ -6,8 +6,8 @@ are, for each setting and sparsity, the gap, its ratio to ALPS's gap and the who
 SparseGPT's, all of this one comparison. Finished runs are kept: the same command goes on.
 
     python benchmarks/quality.py --data DATA --out runs/quality --sparsity 50%,2:4 --seeds 0,1,2
-    python benchmarks/quality.py --data DATA --out runs/search --settings
-    proximal@residual=none,proximal@allocation=uniform
+    python benchmarks/quality.py --data DATA --out runs/search \\
+        --settings proximal@residual=none,proximal@allocation=uniform
 
 DATA holds c4/*.jsonl (training text) and wikitext2/test_joined.txt (the test split joined by blank lines). Without it,
 text that comes with Python is used for both; the numbers are then of that text.
@@ -59,6 +59,12 @@ def main() -> None:
         data=text,
         windows=arguments.windows,
         listener=choose_listener(quiet=False),
+    )
+    machine = comparison.machine
+    print(
+        f"{arguments.model}; calibration {calibration['source']}, {arguments.samples} windows of {arguments.seqlen} "
+        f"tokens, seeds {arguments.seeds}; text {text}, {arguments.windows} windows; "
+        f"{machine.device_name or machine.cpu}, {machine.threads} thread(s), torch {comparison.versions.get('torch')}"
     )
     print(ratios(comparison))
 

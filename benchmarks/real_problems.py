@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import hashlib
 import importlib.util
 import json
 import os
@@ -40,13 +41,18 @@ def load(arguments: argparse.Namespace, *, held_out: bool = False) -> dict[str, 
     From the first two thirds of the text, or from the rest of it.
     """
     layers = [int(layer) for layer in arguments.layers.split(",")]
-    source = "c4" if arguments.data else "python"
+    source = f"c4-{_short_hash(Path(arguments.data).resolve())}" if arguments.data else "python"
     part = "held-out" if held_out else "first"
     path = Path(arguments.cache) / f"smollm2-{source}-{part}-{arguments.samples}-{'-'.join(map(str, layers))}.pt"
     if not path.exists():
         path.parent.mkdir(parents=True, exist_ok=True)
         torch.save(_gather(layers, arguments.samples, arguments.data, held_out), path)
     return {name: LayerProblem(**fields) for name, fields in torch.load(path).items()}
+
+
+def _short_hash(folder: Path) -> str:
+    """Letters that tell folders of texts apart in the names of cached files."""
+    return hashlib.sha256(str(folder).encode()).hexdigest()[:12]
 
 
 def _gather(layers: list[int], samples: int, data: str | None, held_out: bool) -> dict[str, dict[str, object]]:

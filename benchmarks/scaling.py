@@ -23,6 +23,8 @@ from typing import Any
 
 import psutil
 
+from fistapruner.runtime.machine import versions
+
 EXECUTORS = {
     "serial": ["--executor", "serial"],
     "process": ["--executor", "process", "--workers", "2"],
@@ -43,6 +45,11 @@ def main() -> None:
     )
     parser.add_argument("--plot", type=Path, help="write the memory curves here")
     arguments = parser.parse_args()
+    print(
+        f"{arguments.model}, layers {arguments.layers or 'all'}, {arguments.method}, {arguments.samples} windows of "
+        f"{arguments.seqlen} tokens; one thread a process, torch {versions()['torch']}",
+        flush=True,
+    )
     results = {}
     with tempfile.TemporaryDirectory() as folder:
         for name in arguments.executors:
