@@ -55,6 +55,16 @@ def test_blocks_of_rows_change_nothing_where_they_are_made(problem: LayerProblem
                 assert one["steps"][-1]["rows_improved"] == other["steps"][-1]["rows_improved"]
 
 
+def test_a_block_of_rows_without_zeros_has_fewer_statistics() -> None:
+    generator = torch.Generator().manual_seed(0)
+    weight, inputs = torch.randn(20, 12, generator=generator), torch.randn(90, 12, generator=generator)
+    solution = solve_in_parts(
+        LayerProblem.from_activations(weight, inputs), [parse_sparsity("0.5%")], parse_method("wanda+refit"), block=6
+    )
+    assert int((~solution.mask).sum()) == 1
+    assert "damping" in solution.stats[0]["steps"][-1]
+
+
 class Factorisations(TorchDispatchMode):
     """Counts factorisations of matrices."""
 

@@ -28,6 +28,7 @@ from fistapruner.sensitivity.decision import (
 )
 from fistapruner.sensitivity.error_curves import (
     POINTS,
+    _threshold,
     bounds,
     choose_patterns,
     patterns_measured,
@@ -88,6 +89,24 @@ def test_equal_curves_share_equally() -> None:
     split = split_budget({"a": curve, "b": curve}, {"a": 3000, "b": 3000}, 0.6)
     assert split["a"].fraction == pytest.approx(0.6, abs=0.003)
     assert split["b"].fraction == pytest.approx(0.6, abs=0.003)
+
+
+@pytest.mark.parametrize("rows", [2048, 1536])
+def test_thresholds_of_curves_see_all_columns(rows: int) -> None:
+    """A sample with a stride that divides the columns would see some of them only."""
+    columns = 4096
+    spread = torch.randn(columns, generator=torch.Generator().manual_seed(0)).exp()
+    scores = torch.rand(rows, columns, generator=torch.Generator().manual_seed(1)) * spread
+    dropped = (scores <= _threshold(scores, 0.5)).float().mean()
+    assert float(dropped) == pytest.approx(0.5, abs=0.01)
+
+
+def test_curves_give_zeros_to_dead_inputs_first() -> None:
+    generator = torch.Generator().manual_seed(0)
+    inputs, weight = torch.randn(300, 32, generator=generator), torch.randn(64, 32, generator=generator)
+    inputs[:, ::2] = 0
+    (curve,) = row_error_curves(LayerProblem.from_activations(weight, inputs), [Unstructured(0.4), Unstructured(0.6)])
+    assert float(curve[0].abs().max()) <= 1e-4 * float(curve[1].mean())
 
 
 def test_error_curves_rise_with_sparsity() -> None:

@@ -60,6 +60,36 @@ def test_hard_grams(chain: str, spoil: object, sparsity: str) -> None:
     assert all("layers.3.down_proj" in warning for warning in solution.warnings)
 
 
+@pytest.mark.parametrize("chain", [chain for chain in CHAINS if chain != "magnitude"])
+@pytest.mark.parametrize("sparsity", ["50%", "2:4"])
+def test_weights_of_dead_inputs_go_first(chain: str, sparsity: str) -> None:
+    """They change no output, so the error is that of a problem without them."""
+    inputs = activations(48, 400)
+    inputs[:, ::4] = 0
+    weight = torch.randn(13, 48, generator=torch.Generator().manual_seed(0))
+    solution = solve(LayerProblem.from_activations(weight, inputs), sparsity, chain)
+    assert int(solution.mask[:, ::4].sum()) == 0
+    assert torch.equal(solution.weight == 0, ~solution.mask)
+    if sparsity == "50%":
+        alive = torch.arange(48) % 4 > 0
+        without = solve(LayerProblem.from_activations(weight[:, alive], inputs[:, alive]), 1 / 3, chain)
+        assert solution.stats[0]["relative_error"] == pytest.approx(without.stats[0]["relative_error"], rel=0.1)
+
+
+def test_weights_of_dead_inputs_that_stay_are_the_dense_ones() -> None:
+    """Where more of them are dead than are to go: the number of zeros stays exact."""
+    inputs = activations(40, 300)
+    inputs[:, 8:] = 0
+    weight = torch.randn(13, 40, generator=torch.Generator().manual_seed(0))
+    for chain in CHAINS:
+        solution = solve(LayerProblem.from_activations(weight, inputs), "50%", chain)
+        assert int((solution.weight == 0).sum()) == 13 * 20
+        stays = solution.mask & (torch.arange(40) >= 8)
+        assert torch.equal(solution.weight[stays], weight[stays])
+        if "proximal" in chain:  # by and large the largest of them
+            assert weight[stays].abs().mean() > 3 * weight[~solution.mask & (torch.arange(40) >= 8)].abs().mean()
+
+
 @pytest.mark.parametrize("chain", CHAINS)
 @pytest.mark.parametrize("shape", [(1, 8), (1, 1), (3, 130), (129, 7), (200, 257)])
 def test_awkward_shapes(chain: str, shape: tuple[int, int]) -> None:

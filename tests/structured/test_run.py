@@ -399,6 +399,13 @@ def test_other_choices_and_no_compensation(tmp_path: Path, method: str) -> None:
         assert layer.removals[0].shrink is None
 
 
+@pytest.mark.parametrize("sparsity", ["0%", "50%"])
+def test_channels_go_where_only_the_operator_that_reads_them_is_a_target(tmp_path: Path, sparsity: str) -> None:
+    folder = tiny.save("llama", tmp_path / "model", num_hidden_layers=3)
+    fp.prune(str(folder), tmp_path / "run", targets=["re:down_proj"], sparsity=sparsity, **LESS)
+    assert not inspect_checkpoint(tmp_path / "run").violations
+
+
 @pytest.mark.parametrize("architecture", ["opt", "gpt2", "llama"])
 def test_flap_adds_to_the_bias_where_there_is_one(tmp_path: Path, architecture: str) -> None:
     """The error in the report is that of the outputs with the new bias; a bias is not invented."""

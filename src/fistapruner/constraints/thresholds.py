@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Protocol
 
@@ -13,6 +14,17 @@ SAMPLE = 1 << 13
 
 BLOCK = 1 << 17
 """Values compared at once on a CPU: they stay in its cache."""
+
+
+def spread_stride(total: int, sample: int, period: int) -> int:
+    """Return a stride that takes at most ``sample`` of ``total`` values, or one more, from all places of a period.
+
+    A stride that shares a factor with the period, such as the columns of an operator, would take some places only.
+    """
+    stride = max(1, total // sample)
+    while math.gcd(stride, period) > 1:
+        stride += 1
+    return stride
 
 
 class Threshold(Protocol):
@@ -62,9 +74,7 @@ class SampledThreshold:
     def __init__(self, zeros: int, rows: int, columns: int) -> None:
         self.total = rows * columns
         self.wanted = self.total - zeros
-        self.stride = max(1, self.total // SAMPLE)
-        while self.stride > 1 and (columns % self.stride == 0 or self.stride % 2 == 0):
-            self.stride += 1  # a stride that divides the columns would sample a few inputs only
+        self.stride = spread_stride(self.total, SAMPLE, columns)
         self.size = (self.total + self.stride - 1) // self.stride
         self.rank: Tensor | None = None
 

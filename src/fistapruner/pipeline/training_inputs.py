@@ -255,8 +255,8 @@ def _operators(
             survivors[name] = found_operator.rows * found_operator.columns
     if not claims:
         raise FistaPrunerError(
-            f"{folder}: no operator has zeros to keep; prune it first (nor does its fistapruner.json say that channels, "
-            "heads or experts were removed)"
+            f"{folder}: no operator has zeros to keep; prune it first (its fistapruner.json does not say either that "
+            "channels, heads or experts were removed)"
         )
     layout = layout.only(claims).select(recipe, "train")
     names = {name for name, _ in layout.operators()}

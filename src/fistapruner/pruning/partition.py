@@ -120,5 +120,8 @@ def _join_stats(parts: list[tuple[float, Stats]]) -> Stats:
         return max(values) if isinstance(values[0], float) else values[0]
 
     chains = [stats["steps"] for _, stats in parts]
-    steps = [{key: merge(key, [step[key] for step in same]) for key in same[0]} for same in zip(*chains, strict=True)]
+    steps = []
+    for same in zip(*chains, strict=True):
+        known = {key: None for step in same for key in step}  # a block without zeros has fewer
+        steps.append({key: merge(key, [step[key] for step in same if key in step]) for key in known})
     return {"relative_error": steps[-1]["relative_error"], "steps": steps}

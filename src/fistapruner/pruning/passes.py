@@ -302,7 +302,9 @@ class LayerPasses:
             def add(number: int, start: int, inputs: Tensor) -> None:
                 self._add_channels(number, start, inputs, drifted=drifted)
 
-            parts = (self._replay, self._residual if self._first_writer_is_final(number) else None)
+            # A replay would keep inputs of the operator that is next, with the channels that go.
+            replay = None if self._cut[number] == number else self._replay
+            parts = (replay, self._residual if self._first_writer_is_final(number) else None)
             around = [part.around_pass for part in parts if part is not None]
             self._run(self._streams.seen, watched=Watched([(number, (operator,))], add), around=around)
         if self._activations is not None and number not in self.solved:

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from ..constraints import NM, Constraint
+from ..constraints.thresholds import spread_stride
 from ..runtime.devices import available_cores
 
 ROWS = 2048
@@ -62,7 +63,8 @@ def channel_order(scores: Tensor, pattern: NM, *, rows: int = ROWS, groups: int 
     identity = torch.arange(scores.shape[1], device=scores.device)
     if scores.shape[1] == pattern.m:
         return identity
-    few = scores[:: -(-len(scores) // rows)]
+    # Rows of operators that share inputs, such as the query heads of a group, take turns: the sample has all of them.
+    few = scores[:: spread_stride(len(scores) + rows - 1, rows, len(scores))]
     # Deal by importance, strongest channels first: of G groups, group g gets ranks g, G + g, 2 G + g, ...
     members = few.sum(0).argsort(descending=True, stable=True).view(pattern.m, -1).T.contiguous()
     count = -(-len(members) // groups)

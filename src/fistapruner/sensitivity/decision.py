@@ -220,6 +220,7 @@ def decide(
     cut = {name for name, operator in layout.operators() if name in after and after[name].columns != operator.columns}
     fraction, patterns = recipe.pattern.fraction, patterns_measured(recipe.pattern)
     errors: dict[str, Tensor] = {}
+    unreached: set[str] = set()
     outliers = _Outliers(layout)
     kept = {name: pattern for name, pattern in sparsity.items() if name not in cut}
     kept |= {name: recipe.pattern for name, _ in layout.operators() if name not in after}  # experts that may stay
@@ -229,7 +230,8 @@ def decide(
     def problem_seen(index: int, number: int, sums: ProblemSums) -> None:
         group = layout.layers[index][number]
         names = [layout.full_name(index, operator) for operator in group]
-        if group[0].experts and not sums.tokens:  # no measured token reaches this expert: it makes no error
+        if group[0].experts and not sums.tokens:  # no measured token reaches this expert
+            unreached.update(names)
             errors.update(
                 (name, torch.zeros(len(patterns), operator.rows)[:, sampled_rows(operator.rows)])
                 for name, operator in zip(names, group, strict=True)
@@ -269,10 +271,15 @@ def decide(
             split, facts = allocate_workload(workload, costs, sizes, fraction, seed=recipe.seed)
             found = dict(split)
         elif allocation == "error":
+            found = {name: recipe.pattern for name in unreached}  # nothing is known of their errors
+            known = {name: size for name, size in sizes.items() if name not in unreached}
+            curves = {name: costs[""][name] for name in known}
             if recipe.pattern.supports_allocation:
-                found = dict(split_budget(costs[""], sizes, fraction))
+                found |= split_budget(curves, known, fraction)
             else:
-                found = choose_patterns(costs[""], sizes, patterns, fraction if recipe.total is None else recipe.total)
+                total = fraction if recipe.total is None else recipe.total
+                total += (total - fraction) * (sum(sizes.values()) / sum(known.values()) - 1)
+                found |= choose_patterns(curves, known, patterns, min(max(total, 0.0), patterns[-1].fraction))
         if weighs_rows(recipe):
             importance = {name: row_importance(rows) for name, rows in sensitivity.rows.items()}
         if recipe.reconstruct:

@@ -16,9 +16,10 @@ import torch
 from torch import Tensor
 
 from ..constraints import Constraint, Unstructured
+from ..constraints.thresholds import spread_stride
 from ..problem import LayerProblem
 from ..runtime.numerics import fast_products
-from ..solvers.conditioning import alive_gram
+from ..solvers.conditioning import alive_gram, with_faint_dead_weights
 from ..solvers.refit import refit_with_residual
 
 REACH = 0.15
@@ -71,7 +72,7 @@ def row_error_curves(problem: LayerProblem, patterns: Sequence[Constraint]) -> l
     Returns:
         (len(patterns), sampled rows) for each operator.
     """
-    problem = _thinned(problem)
+    problem = with_faint_dead_weights(_thinned(problem))
     gram = alive_gram(problem.gram)
     gram.diagonal().add_(0.01 * gram.diagonal().mean())
     scale = gram.diagonal().sqrt()
@@ -133,8 +134,8 @@ def _kept(scores: Tensor, pattern: Constraint) -> Tensor:
 
 
 def _threshold(scores: Tensor, fraction: float) -> Tensor:
-    """Estimate the ``fraction`` quantile of scores from an evenly spaced sample."""
-    sample = scores.flatten()[:: max(1, scores.numel() // SAMPLE)]
+    """Estimate the ``fraction`` quantile of scores from an evenly spaced sample of all columns."""
+    sample = scores.flatten()[:: spread_stride(scores.numel(), SAMPLE, scores.shape[1])]
     return sample.kthvalue(max(1, round(fraction * len(sample)))).values
 
 

@@ -45,7 +45,7 @@ class ADMM(Method):
     #     Grams of SmolLM2 the error is then 1.2 % lower at 50 % and 0.3 % higher at 70 %.
     # (2) There n:m is 2:4 whatever is asked for. Here it is any n:m.
     # (3) There the number of zeros is rounded down. Here it is exact (the operator's promised number).
-    # (4) There a dead input's scale is 1e-8. Here it takes part with the mean of the diagonal, as in every solver.
+    # (4) There a dead input's scale is 1e-8. Here its weights are scaled down, as for every method.
 
     def solve(self, problem: LayerProblem, sparsity: Sequence[Constraint], start: Solution | None = None) -> Solution:
         gram = alive_gram(problem.gram)

@@ -17,6 +17,7 @@ from ..problem import LayerProblem
 from ..runtime.numerics import exact_products
 from .base import Method, Solution
 from .catalogue import CATALOGUE
+from .conditioning import dead_inputs, with_faint_dead_weights
 
 METHODS: dict[str, type[Method]] = {
     entry.name: getattr(import_module(f".{entry.module}", __package__), entry.class_name) for entry in CATALOGUE
@@ -135,12 +136,14 @@ def _run_steps(problem: LayerProblem, parsed: Sequence[Constraint], steps: Seque
     records: list[list[dict[str, object]]] = [[] for _ in problem.rows]
     warnings: list[str] = []
     dense = [pattern.zeros(rows, problem.shape[1]) == 0 for pattern, rows in zip(parsed, problem.rows, strict=True)]
+    rated = with_faint_dead_weights(problem)
     for step in steps:
         begin = time.perf_counter()
         if all(dense):
             solution = Solution(problem.weight.clone(), torch.ones_like(problem.weight, dtype=torch.bool))
         else:
-            solution = _restored(problem, step.solve(problem, parsed, solution), dense)
+            found = step.solve(problem if step.name == "magnitude" else rated, parsed, solution)
+            solution = _restored(problem, found, dense)
         seconds = time.perf_counter() - begin
         warnings += solution.warnings
         errors = problem.relative_errors(solution.weight)
@@ -154,6 +157,9 @@ def _run_steps(problem: LayerProblem, parsed: Sequence[Constraint], steps: Seque
             extra = solution.stats[index] if solution.stats else {}
             record.append({"method": step.name, "relative_error": errors[index], "seconds": seconds, **extra})
     assert solution is not None
+    if rated is not problem:
+        kept = solution.mask & dead_inputs(problem.gram)
+        solution = replace(solution, weight=torch.where(kept, problem.weight, solution.weight))
     stats = tuple({"relative_error": record[-1]["relative_error"], "steps": record} for record in records)
     return replace(solution, stats=stats, warnings=tuple(warnings))
 

@@ -5,17 +5,21 @@ from __future__ import annotations
 from collections.abc import Callable, Hashable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
+from dataclasses import replace
 from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
 from ..errors import FistaPrunerError
+from ..problem import LayerProblem
 from ..runtime.numerics import exact_products, mirror
 
 TRIANGLE = 512
 """Rows of a triangular matrix that are inverted, or multiplied by themselves, at once."""
 
+FAINT = 2.0**-20
+"""Scale of the weights of dead inputs: below all others, and exact."""
 
 _shared: ContextVar[tuple[Tensor, dict[Hashable, Any]] | None] = ContextVar("_shared", default=None)
 
@@ -58,6 +62,17 @@ def once(
 def dead_inputs(gram: Tensor) -> Tensor:
     """Find inputs that are zero on every calibration token: (n,) bool. Their weights change no output."""
     return gram.diagonal() <= 0
+
+
+def with_faint_dead_weights(problem: LayerProblem) -> LayerProblem:
+    """Scale the weights of dead inputs down, so that every method prunes them first, the smallest of them before.
+
+    They change no output, and most methods' regularised Grams would rate them as weights of average inputs.
+    """
+    dead = dead_inputs(problem.gram)
+    if not bool(dead.any()):
+        return problem
+    return replace(problem, weight=torch.where(dead, FAINT * problem.weight, problem.weight))
 
 
 def alive_gram(gram: Tensor) -> Tensor:
