@@ -203,6 +203,16 @@ def test_rows_of_one_table_share_text_and_calibration(tmp_path: Path) -> None:
     assert anew.rows[0].perplexity.text_sha256 == anew.dense.text_sha256 != first.rows[0].perplexity.text_sha256  # type: ignore[union-attr]
 
 
+def test_rows_begun_with_other_settings_are_refused_and_kept(tmp_path: Path) -> None:
+    source, out = str(tiny.save("llama", tmp_path / "model", num_hidden_layers=1)), tmp_path / "out"
+    compare(source, "magnitude", ["50%"], out, settings=SETTINGS, windows=2)
+    before = {path: path.read_bytes() for path in out.iterdir() if path.is_file()}
+    for other, message in (({"dtype": "bfloat16"}, 'dtype = "auto"'), ({"propagate": "dense"}, 'propagate = "pruned"')):
+        with pytest.raises(FistaPrunerError, match=f"holds a run with {message}, this one has .*name another folder"):
+            compare(source, "magnitude,wanda", ["50%"], out, settings={**SETTINGS, **other}, windows=2)
+    assert {path: path.read_bytes() for path in out.iterdir() if path.is_file()} == before
+
+
 def test_a_cut_text_is_another_text() -> None:
     """The same ids in windows of another length are other predictions."""
     text = "the quick brown fox jumps over it. " * 40

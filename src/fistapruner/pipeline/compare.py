@@ -53,7 +53,7 @@ from ..runtime.files import disk_errors, write_json_atomic, write_text_atomic
 from ..runtime.machine import describe_machine, now, versions
 from ..runtime.numerics import dtype_name
 from ..sensitivity.workload import read_workload
-from .begun import changed_text, continued_by_its_command
+from .begun import changed_text, continued_by_its_command, refuse_other_settings
 from .contenders import Contender, parse_contenders
 from .protocol import Protocol
 from .prune import prune, recover_execution, recovers
@@ -381,7 +381,7 @@ def _rows_that_stay(
     """Select the rows of an earlier comparison that are not asked for now.
 
     Raises:
-        FistaPrunerError: a row was made by another protocol.
+        FistaPrunerError: a row was made by another protocol, or one that is asked for was begun with other settings.
     """
     asked = {(job.label, str(job.recipe.sparsity), job.seed) for job in jobs}
     stay = []
@@ -389,6 +389,11 @@ def _rows_that_stay(
         kept = (row.label, row.sparsity, row.seed) not in asked
         protocol.check(row, folder, kept=kept)
         stay += [row] if kept else []
+    for job in jobs:
+        run = job.run(folder)
+        if (record := run.record()) is not None:
+            earlier = Recipe.build(record.recipe, str(run.run_file)).model_dump(mode="json")
+            refuse_other_settings(run, earlier, job.recipe)
     return stay
 
 
