@@ -213,6 +213,26 @@ def test_rows_begun_with_other_settings_are_refused_and_kept(tmp_path: Path) -> 
     assert {path: path.read_bytes() for path in out.iterdir() if path.is_file()} == before
 
 
+def test_one_comparison_at_a_time_works_in_a_folder(tmp_path: Path) -> None:
+    source, out = str(tiny.save("llama", tmp_path / "model", num_hidden_layers=1)), tmp_path / "out"
+    named: dict[str, Any] = {"settings": SETTINGS, "windows": 2}
+    refused = []
+
+    class Second(Listener):
+        def say(self, message: str) -> None:
+            if message.startswith("1/1"):
+                with pytest.raises(FistaPrunerError, match="in use by process") as error:
+                    compare(source, "wanda", ["50%"], out, **named)
+                refused.append(error)
+
+    out.mkdir()
+    (out / "lock").write_text("")  # of a comparison that was killed before its first row
+    compare(source, "magnitude", ["50%"], out, listener=Second(), **named)
+    assert refused
+    assert not (out / "lock").exists()
+    assert [row.label for row in compare(source, "wanda", ["50%"], out, **named).rows] == ["magnitude", "wanda"]
+
+
 def test_a_cut_text_is_another_text() -> None:
     """The same ids in windows of another length are other predictions."""
     text = "the quick brown fox jumps over it. " * 40

@@ -43,6 +43,8 @@ from ..runs.directory import RunDirectory
 from ..runs.identity import changed_files, stamps
 from ..runs.lineage import update_stage, write_lineage
 from ..runs.listener import Listener
+from ..runs.lock import NAME as LOCK
+from ..runs.lock import hold
 from ..runs.prune_directory import PruneDirectory
 from ..runs.records import CompareRow, Comparison, Report, load_run
 from ..runs.results import Evaluation, Perplexity
@@ -107,7 +109,7 @@ def compare(
         What is in ``out/compare.json``. A method that cannot do a sparsity has a row that says why.
 
     Raises:
-        FistaPrunerError: bad input, named, before anything is pruned.
+        FistaPrunerError: bad input, named, before anything is pruned; or another comparison works on ``out``.
     """
     listener, permissions = listener or Listener(), Permissions(allow_pickle, trust_remote_code)
     model, folder = str(model), Path(out)
@@ -120,32 +122,32 @@ def compare(
     refuse_overlap(source.folder, folder)
     jobs = [replace(job, recipe=job.recipe.resolved(family=source.family)) for job in jobs]
     protocol = agree_protocol(source, jobs[0].recipe, data, windows, settings or {})
-    rows = _rows_that_stay(before, jobs, protocol, folder)
+    _rows_that_stay(before, jobs, protocol, folder)
     check_texts(jobs, source, folder)
     with disk_errors(folder):
         (folder / "runs").mkdir(parents=True, exist_ok=True)
-    comparison = Comparison(
-        command=command or shlex.join(sys.argv),
-        started=now(),
-        versions=versions(),
-        machine=describe_machine(choose_device(protocol.device)),
-        rows=rows,
-    )
-    shared = _Shared(model, source, folder, protocol, listener, keep)
-    with continued_by_its_command():
+    with continued_by_its_command(), hold(folder):
+        comparison = Comparison(
+            command=command or shlex.join(sys.argv),
+            started=now(),
+            versions=versions(),
+            machine=describe_machine(choose_device(protocol.device)),
+            rows=_rows_that_stay(_before(folder, model), jobs, protocol, folder),  # as they are now that it is held
+        )
+        shared = _Shared(model, source, folder, protocol, listener, keep)
         dense = measure_dense(shared)
         comparison.dense = dense
         for number, job in enumerate(jobs, 1):
             listener.say(f"{number}/{len(jobs)}: {job.label}, {job.recipe.sparsity}, seed {job.seed}")
             comparison.rows.append(run_job(job, shared, comparison, dense))
             _write(folder, comparison)
-    comparison.status = "finished"
-    comparison.finished = now()
-    _write(folder, comparison)
-    try:
-        listener.say(f"page: {write_page(folder)}")
-    except MissingExtraError as error:
-        listener.say(str(error))
+        comparison.status = "finished"
+        comparison.finished = now()
+        _write(folder, comparison)
+        try:
+            listener.say(f"page: {write_page(folder)}")
+        except MissingExtraError as error:
+            listener.say(str(error))
     return comparison
 
 
@@ -413,7 +415,7 @@ def _before(folder: Path, model: str) -> list[CompareRow]:
     # One that was stopped before its first row has left the dense model's figures at most, and runs begun after them.
     names = {entry.name for entry in folder.iterdir()} if folder.is_dir() else set()
     begun = (folder / "dense.json").is_file() or not (folder / "runs").is_dir() or not any((folder / "runs").iterdir())
-    if names - {"runs", "dense.json"} or not begun:
+    if names - {"runs", "dense.json", LOCK} or not begun:
         raise FistaPrunerError(f"--out {folder} is a folder with other things in it; name a new folder")
     return []
 
