@@ -73,11 +73,17 @@ def speed_rows(report: Report) -> list[Row]:
     """List decoding speed and memory of every packed or smaller form against the fastest dense one.
 
     A finished run without measurements has one row that says so; one with low-rank parts, which are not measured, none.
+    Where no dense form was measured, only decoding speeds are listed.
     """
     dense, packed, smaller = dense_speed(report), packed_speeds(report), smaller_speeds(report)
-    if dense is None or not (packed or smaller):
+    if not (packed or smaller):
         measurable = report.status == "finished" and not report.totals.low_rank_weights
         return [("Decoding speed, tokens/s", "–", "–", "", NOT_MEASURED)] if measurable else []
+    if dense is None:
+        return [
+            (f"Decoding, {row['variant']}, tokens/s", "–", _rate_text(row), "–", speed_protocol(report, row))
+            for row in (*smaller, *packed)
+        ]
     rows = []
     for row in (*smaller, *packed):
         name = f"Decoding, {row['variant']}, tokens/s"
