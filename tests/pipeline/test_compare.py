@@ -21,6 +21,7 @@ from fistapruner.pipeline.prune import prune
 from fistapruner.recipes.settings import Recipe
 from fistapruner.reporting.comparison import comparison_table
 from fistapruner.runs.listener import Listener
+from fistapruner.runs.training_records import AlignComparison, AlignRow
 
 SETTINGS: dict[str, Any] = {"calibration": {"source": "python", "samples": 3, "seqlen": 32}}
 
@@ -264,7 +265,11 @@ def test_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Non
     printed = capsys.readouterr().out
     assert printed.count("50.0000 %") == 4
     assert "dense: perplexity" in printed
-    assert len(list((tmp_path / "out" / "runs").glob("*/model"))) == 4
+    runs = list((tmp_path / "out" / "runs").iterdir())
+    assert len(runs) == 4
+    for run in runs:
+        assert "| perplexity |" in (run / "model" / "README.md").read_text()
+        assert "Perplexity on python" in (run / "report.html").read_text()
     assert main([*common, "--out", str(tmp_path / "out2"), "--methods", "nothing"]) == 2
     assert "'nothing' is not known" in capsys.readouterr().err
     assert main([*common, "--out", str(tmp_path / "out3"), "--methods", "wanda", "--seeds", "a"]) == 2
@@ -283,6 +288,18 @@ def test_a_folder_that_is_no_comparison_is_refused_and_kept(tmp_path: Path, name
     with pytest.raises(FistaPrunerError, match="other things in it"):
         compare(source, "magnitude", ["50%"], out, settings=SETTINGS, windows=2)
     assert sorted(out.rglob("*")) == before
+
+
+def test_a_comparison_of_alignments_is_named_and_kept(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    source, out = tiny.save("llama", tmp_path / "model"), tmp_path / "out"
+    out.mkdir()
+    row = AlignRow(label="DPO, dense", seed=0, error="no memory")
+    content = AlignComparison(model=str(source), rows=[row]).model_dump_json()
+    (out / "compare.json").write_text(content)
+    for command in (["report", str(out)], ["compare", str(source), "--out", str(out), "--methods", "wanda"]):
+        assert main(command) == 2
+        assert re.search(r"holds a comparison of alignments .*compare\.md", capsys.readouterr().err)
+    assert [(path.name, path.read_text()) for path in out.iterdir()] == [("compare.json", content)]
 
 
 def test_a_damaged_figure_of_the_dense_model_is_named(tmp_path: Path) -> None:

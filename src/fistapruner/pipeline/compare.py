@@ -41,12 +41,11 @@ from ..runs.base import parse, read_json
 from ..runs.decision import TrainingRecord
 from ..runs.directory import RunDirectory
 from ..runs.identity import changed_files, stamps
-from ..runs.lineage import update_stage, write_lineage
 from ..runs.listener import Listener
 from ..runs.lock import NAME as LOCK
 from ..runs.lock import hold
 from ..runs.prune_directory import PruneDirectory
-from ..runs.records import CompareRow, Comparison, Report, load_run
+from ..runs.records import CompareRow, Comparison, Report, load_comparison, load_run
 from ..runs.results import Evaluation, Perplexity
 from ..runs.times import forget_times
 from ..runs.training_directory import RecoverDirectory
@@ -57,6 +56,7 @@ from ..runtime.numerics import dtype_name
 from ..sensitivity.workload import read_workload
 from .begun import changed_text, continued_by_its_command, refuse_other_settings
 from .contenders import Contender, parse_contenders
+from .measure import publish
 from .protocol import Protocol
 from .prune import prune, recover_execution, recovers
 from .prune_inputs import check_calibration, refuse_overlap
@@ -361,13 +361,11 @@ class _Shared:
         return self._measure(following, report)
 
     def _measure(self, run: RunDirectory, report: Report) -> Report:
-        """Measure the result of a run on the windows of the protocol, and keep the figures with its report."""
+        """Measure the result of a run on the windows of the protocol, and publish the figures with the run."""
         if _evaluation(report, self.protocol) is None:
             self.listener.say(f"evaluating on {self.protocol.text.data}")
             report.evaluations.append(self.evaluate(run.model, against=self.source.folder))
-            update_stage(report)
-            run.write_report(report)
-            write_lineage(run.model, report.lineage)
+            publish(run, report, self.listener)
         return report
 
 
@@ -403,9 +401,8 @@ def _before(folder: Path, model: str) -> list[CompareRow]:
     """Read the rows of the comparison that ``folder`` already holds."""
     if folder.exists() and not folder.is_dir():
         raise FistaPrunerError(f"--out {folder} is a file; name a folder")
-    file = folder / "compare.json"
-    if file.is_file():
-        before = parse(Comparison, read_json(file), str(file))
+    if (folder / "compare.json").is_file():
+        before = load_comparison(folder)
         if before.model.source and before.model.source != model:
             raise FistaPrunerError(
                 f"--out {folder} holds a comparison of {before.model.source!r}, this one is of {model!r}: name another "

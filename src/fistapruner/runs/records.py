@@ -445,6 +445,22 @@ class Comparison(Record):
     warnings: list[str] = []
 
 
+def load_comparison(folder: Path) -> Comparison:
+    """Read ``DIR/compare.json``.
+
+    Raises:
+        FistaPrunerError: it is broken, or of ``align --compare``, whose file has the same name.
+    """
+    file = folder / "compare.json"
+    content = read_json(file)
+    if "kind" not in content and "recipe" in content:
+        raise FistaPrunerError(
+            f"{folder} holds a comparison of alignments ('fistapruner align --compare'), which has no page and no rows "
+            f"of 'fistapruner compare'; its table is {folder / 'compare.md'}"
+        )
+    return parse(Comparison, content, str(file))
+
+
 def load_run(folder: Path) -> Report:
     """Read the report of a run directory, finished or not.
 
