@@ -37,6 +37,7 @@ def test_there_and_back(tmp_path, dtype, sparsity, layout):
     (source / "fistapruner.json").write_text(json.dumps({"recipe": {"sparsity": sparsity}, "version": "1"}))
     report = pack(source, tmp_path / "p")
     assert report.operators == 21
+    assert "rounding" not in str(report)
     packed = PackedCheckpoint(tmp_path / "p")
     assert {spec.to_json()["layout"] for spec in packed.specs.values()} == {layout}
     assert packed.record["recipe"]["sparsity"] == sparsity
@@ -94,18 +95,26 @@ def test_only_recorded_operators_are_packed(tmp_path):
 @pytest.mark.parametrize("group", [0, 64])
 def test_int8_folder(tmp_path, group):
     source = save_pruned(tmp_path / "m", hidden_size=128)
-    pack(source, tmp_path / "p", values="int8", group=group)
+    report = pack(source, tmp_path / "p", values="int8", group=group)
     unpack(tmp_path / "p", tmp_path / "u")
     first, second = Checkpoint.open(source), Checkpoint.open(tmp_path / "u")
+    changes, weights = [], []
     for name in PackedCheckpoint(tmp_path / "p").specs:
         a, b = first.read(name).float(), second.read(name).float()
         assert bool(((a - b).abs() <= a.abs().amax(1, keepdim=True) * (0.51 / 127 + 2**-8)).all())
+        changes.append((a - b).flatten())
+        weights.append(a.flatten())
+    rounding = float(torch.cat(changes).norm() / torch.cat(weights).norm())
+    assert report.rounding == pytest.approx(rounding, rel=1e-4)
+    assert f"rounding changed the operators' weights by {rounding:.2%} of their norm" in str(report)
+    assert str(report) in (tmp_path / "p" / "README.md").read_text()
 
 
 def test_fp32_to_bf16_values(tmp_path):
     source = save_pruned(tmp_path / "m", dtype=torch.float32)
     report = pack(source, tmp_path / "p", values="bf16")
     assert report.dense_bf16_operators * 2 == report.dense_operators
+    assert report.rounding == pytest.approx(2**-9, rel=0.5)
     operator = next(iter(PackedCheckpoint(tmp_path / "p").specs))
     assert torch.equal(
         PackedCheckpoint(tmp_path / "p").tensor(operator), Checkpoint.open(source).read(operator).bfloat16()
