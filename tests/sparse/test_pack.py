@@ -17,6 +17,10 @@ from fistapruner import FistaPrunerError, load, pack, prune, unpack
 from fistapruner.cli import main
 from fistapruner.evaluation.inspection import inspect_checkpoint
 from fistapruner.models.files.checkpoint import Checkpoint
+from fistapruner.reporting.model_card import model_card
+from fistapruner.reporting.page import run_page
+from fistapruner.reporting.summary import summary
+from fistapruner.runs.records import load_run
 from fistapruner.sparse.pack import PackedCheckpoint
 
 
@@ -248,7 +252,13 @@ def test_experts_in_one_tensor_are_refused_before_any_work_and_the_others_packed
     with pytest.raises(FistaPrunerError, match=r"experts\.gate_up_proj is one tensor of all experts.*--ignore re:exp"):
         pack(model, tmp_path / "p")
     assert not (tmp_path / "p").exists()
+    report = load_run(model.parent)
+    assert report.stacked_experts
+    for text in (model_card(report), run_page(report), summary(report, model.parent)):
+        assert "fistapruner pack" not in text
+        assert "bench RUN" not in text
     model = run_of("gpt_oss", tmp_path / "rest", ignore=["re:experts"])
+    assert not load_run(model.parent).stacked_experts
     assert pack(model, tmp_path / "p").operators == 2 * 4
     tokens = torch.arange(3, 27)[None]
     with torch.no_grad():
