@@ -1,4 +1,4 @@
-"""Show the progress of a run and of the recovery that follows it, from another terminal or after it stopped.
+"""Show the progress of a run and of its recovery, from another terminal or after it stopped.
 
 fistapruner status runs/first
 fistapruner status runs/first --json
