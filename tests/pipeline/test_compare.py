@@ -21,6 +21,7 @@ from fistapruner.pipeline.prune import prune
 from fistapruner.recipes.settings import Recipe
 from fistapruner.reporting.comparison import comparison_table
 from fistapruner.runs.listener import Listener
+from fistapruner.runs.training_records import AlignComparison, AlignRow
 
 SETTINGS: dict[str, Any] = {"calibration": {"source": "python", "samples": 3, "seqlen": 32}}
 
@@ -203,6 +204,36 @@ def test_rows_of_one_table_share_text_and_calibration(tmp_path: Path) -> None:
     assert anew.rows[0].perplexity.text_sha256 == anew.dense.text_sha256 != first.rows[0].perplexity.text_sha256  # type: ignore[union-attr]
 
 
+def test_rows_begun_with_other_settings_are_refused_and_kept(tmp_path: Path) -> None:
+    source, out = str(tiny.save("llama", tmp_path / "model", num_hidden_layers=1)), tmp_path / "out"
+    compare(source, "magnitude", ["50%"], out, settings=SETTINGS, windows=2)
+    before = {path: path.read_bytes() for path in out.iterdir() if path.is_file()}
+    for other, message in (({"dtype": "bfloat16"}, 'dtype = "auto"'), ({"propagate": "dense"}, 'propagate = "pruned"')):
+        with pytest.raises(FistaPrunerError, match=f"holds a run with {message}, this one has .*name another folder"):
+            compare(source, "magnitude,wanda", ["50%"], out, settings={**SETTINGS, **other}, windows=2)
+    assert {path: path.read_bytes() for path in out.iterdir() if path.is_file()} == before
+
+
+def test_one_comparison_at_a_time_works_in_a_folder(tmp_path: Path) -> None:
+    source, out = str(tiny.save("llama", tmp_path / "model", num_hidden_layers=1)), tmp_path / "out"
+    named: dict[str, Any] = {"settings": SETTINGS, "windows": 2}
+    refused = []
+
+    class Second(Listener):
+        def say(self, message: str) -> None:
+            if message.startswith("1/1"):
+                with pytest.raises(FistaPrunerError, match="in use by process") as error:
+                    compare(source, "wanda", ["50%"], out, **named)
+                refused.append(error)
+
+    out.mkdir()
+    (out / "lock").write_text("")  # of a comparison that was killed before its first row
+    compare(source, "magnitude", ["50%"], out, listener=Second(), **named)
+    assert refused
+    assert not (out / "lock").exists()
+    assert [row.label for row in compare(source, "wanda", ["50%"], out, **named).rows] == ["magnitude", "wanda"]
+
+
 def test_a_cut_text_is_another_text() -> None:
     """The same ids in windows of another length are other predictions."""
     text = "the quick brown fox jumps over it. " * 40
@@ -234,7 +265,11 @@ def test_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Non
     printed = capsys.readouterr().out
     assert printed.count("50.0000 %") == 4
     assert "dense: perplexity" in printed
-    assert len(list((tmp_path / "out" / "runs").glob("*/model"))) == 4
+    runs = list((tmp_path / "out" / "runs").iterdir())
+    assert len(runs) == 4
+    for run in runs:
+        assert "| perplexity |" in (run / "model" / "README.md").read_text()
+        assert "Perplexity on python" in (run / "report.html").read_text()
     assert main([*common, "--out", str(tmp_path / "out2"), "--methods", "nothing"]) == 2
     assert "'nothing' is not known" in capsys.readouterr().err
     assert main([*common, "--out", str(tmp_path / "out3"), "--methods", "wanda", "--seeds", "a"]) == 2
@@ -253,6 +288,18 @@ def test_a_folder_that_is_no_comparison_is_refused_and_kept(tmp_path: Path, name
     with pytest.raises(FistaPrunerError, match="other things in it"):
         compare(source, "magnitude", ["50%"], out, settings=SETTINGS, windows=2)
     assert sorted(out.rglob("*")) == before
+
+
+def test_a_comparison_of_alignments_is_named_and_kept(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    source, out = tiny.save("llama", tmp_path / "model"), tmp_path / "out"
+    out.mkdir()
+    row = AlignRow(label="DPO, dense", seed=0, error="no memory")
+    content = AlignComparison(model=str(source), rows=[row]).model_dump_json()
+    (out / "compare.json").write_text(content)
+    for command in (["report", str(out)], ["compare", str(source), "--out", str(out), "--methods", "wanda"]):
+        assert main(command) == 2
+        assert re.search(r"holds a comparison of alignments .*compare\.md", capsys.readouterr().err)
+    assert [(path.name, path.read_text()) for path in out.iterdir()] == [("compare.json", content)]
 
 
 def test_a_damaged_figure_of_the_dense_model_is_named(tmp_path: Path) -> None:

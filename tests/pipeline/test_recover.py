@@ -192,6 +192,7 @@ def test_experts_are_trained_and_keep_their_zeros(
     assert losses[1] < losses[0]
     assert report.recovery.checks[0].held_out == pytest.approx(losses[0], rel=1e-4)
     assert not inspect_checkpoint(out / "model").violations
+    assert report.stacked_experts == (architecture == "gpt_oss")
     assert not (out / "adapter").exists()
     assert any("PEFT's HiRA does not reach" in each for each in said.sentences) == (parameters in ("hira", "spp"))
 

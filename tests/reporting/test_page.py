@@ -28,6 +28,7 @@ from fistapruner.runs.base import parse
 from fistapruner.runs.layer_records import RemovalEntry
 from fistapruner.runs.records import CalibrationTask, Comparison, Lineage, ModelFacts, Report, Stage
 from fistapruner.runs.training_records import Recovery
+from fistapruner.runtime.formatting import size
 from fistapruner.solvers import METHODS
 
 pytest.importorskip("matplotlib", reason="the extra 'report' is not installed")
@@ -171,6 +172,22 @@ def test_a_smaller_model_with_zeros_is_not_called_as_large_as_the_dense_one() ->
     assert "Rows named dense are the dense model, before structure was removed" in text
     assert filled not in text
     assert "as large" not in text
+
+
+def test_sizes_and_speeds_of_a_recovered_smaller_model() -> None:
+    """Sizes are beside those of the dense model, not of the input; speeds stand alone where that model is gone."""
+    report = samples.recovery()
+    assert report.lineage is not None
+    report.lineage.stages[0].settings |= {"structure": {"remove": "25%"}, "sparsity": "0%"}
+    report.lineage.source.bytes, report.model.bytes = 400_000_000, report.totals.checkpoint_bytes
+    report.speed = {"speeds": [samples.speed("smaller float32", 12.0)], "sentence": "nothing to compare with"}
+    text = run_page(report)
+    assert f"dense {size(400_000_000)}" in text
+    assert "Decoding, smaller float32, tokens/s" in text
+    assert "not measured" not in text
+    card = model_card(report)
+    assert "| Decoding, smaller float32, tokens/s |" in card
+    assert "(–)" not in card
 
 
 def test_errors_of_removed_structure_are_those_that_were_measured() -> None:

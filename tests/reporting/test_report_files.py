@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import math
+import os
+import platform
 import re
 import sys
 from dataclasses import replace
@@ -11,6 +13,7 @@ from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 import torch
 import yaml
@@ -161,6 +164,39 @@ def test_status_of_an_unfinished_run(tmp_path: Path, capsys: pytest.CaptureFixtu
     assert errors[max(errors)] in printed
     assert main(["status", str(run), "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["working"] is False
+
+
+def test_status_of_a_pruning_run_shows_its_recovery(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    pruned, run = samples.report(2), tmp_path / "run"
+    pruned.recipe["recover"] = {"steps": 60}
+    (run / "recovered").mkdir(parents=True)
+    (run / "report.json").write_text(pruned.model_dump_json())
+    assert main(["status", str(run)]) == 0
+    assert capsys.readouterr().out.endswith("recovery: not begun\n")
+    trains = samples.recovery(2)
+    trains.status = "running"
+    (run / "recovered" / "run.json").write_text(trains.model_dump_json())
+    holder = {"host": platform.node(), "pid": os.getppid(), "started": psutil.Process(os.getppid()).create_time()}
+    (run / "recovered" / "lock").write_text(json.dumps(holder))
+    assert main(["status", str(run)]) == 0
+    printed = capsys.readouterr().out
+    assert main(["status", str(run), "--json"]) == 0
+    facts = json.loads(capsys.readouterr().out)
+    first, second = (line for line in printed.splitlines() if line.startswith("small: ") or "recovery (" in line)
+    assert first.endswith(": finished")
+    assert second.endswith(": running")
+    assert "60 of 60 steps" in printed
+    assert (facts["status"], facts["working"], facts["recovery"]["status"]) == ("finished", True, "running")
+
+
+def test_status_of_a_run_in_parts_names_the_command_that_joins_them(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for done, message in ((11, "give the same command again"), (12, "fistapruner finish RUN")):
+        run = unfinished(tmp_path / str(done), done)
+        (run / "times.0-11.json").write_text("[1.0]")
+        assert main(["status", str(run)]) == 0
+        assert message in capsys.readouterr().out
 
 
 @given(st.integers(1, 8), st.integers(1, 5), st.integers(0, 10**5))

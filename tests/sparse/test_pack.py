@@ -17,6 +17,10 @@ from fistapruner import FistaPrunerError, load, pack, prune, unpack
 from fistapruner.cli import main
 from fistapruner.evaluation.inspection import inspect_checkpoint
 from fistapruner.models.files.checkpoint import Checkpoint
+from fistapruner.reporting.model_card import model_card
+from fistapruner.reporting.page import run_page
+from fistapruner.reporting.summary import summary
+from fistapruner.runs.records import load_run
 from fistapruner.sparse.pack import PackedCheckpoint
 
 
@@ -37,6 +41,7 @@ def test_there_and_back(tmp_path, dtype, sparsity, layout):
     (source / "fistapruner.json").write_text(json.dumps({"recipe": {"sparsity": sparsity}, "version": "1"}))
     report = pack(source, tmp_path / "p")
     assert report.operators == 21
+    assert "rounding" not in str(report)
     packed = PackedCheckpoint(tmp_path / "p")
     assert {spec.to_json()["layout"] for spec in packed.specs.values()} == {layout}
     assert packed.record["recipe"]["sparsity"] == sparsity
@@ -94,18 +99,26 @@ def test_only_recorded_operators_are_packed(tmp_path):
 @pytest.mark.parametrize("group", [0, 64])
 def test_int8_folder(tmp_path, group):
     source = save_pruned(tmp_path / "m", hidden_size=128)
-    pack(source, tmp_path / "p", values="int8", group=group)
+    report = pack(source, tmp_path / "p", values="int8", group=group)
     unpack(tmp_path / "p", tmp_path / "u")
     first, second = Checkpoint.open(source), Checkpoint.open(tmp_path / "u")
+    changes, weights = [], []
     for name in PackedCheckpoint(tmp_path / "p").specs:
         a, b = first.read(name).float(), second.read(name).float()
         assert bool(((a - b).abs() <= a.abs().amax(1, keepdim=True) * (0.51 / 127 + 2**-8)).all())
+        changes.append((a - b).flatten())
+        weights.append(a.flatten())
+    rounding = float(torch.cat(changes).norm() / torch.cat(weights).norm())
+    assert report.rounding == pytest.approx(rounding, rel=1e-4)
+    assert f"rounding changed the operators' weights by {rounding:.2%} of their norm" in str(report)
+    assert str(report) in (tmp_path / "p" / "README.md").read_text()
 
 
 def test_fp32_to_bf16_values(tmp_path):
     source = save_pruned(tmp_path / "m", dtype=torch.float32)
     report = pack(source, tmp_path / "p", values="bf16")
     assert report.dense_bf16_operators * 2 == report.dense_operators
+    assert report.rounding == pytest.approx(2**-9, rel=0.5)
     operator = next(iter(PackedCheckpoint(tmp_path / "p").specs))
     assert torch.equal(
         PackedCheckpoint(tmp_path / "p").tensor(operator), Checkpoint.open(source).read(operator).bfloat16()
@@ -239,7 +252,13 @@ def test_experts_in_one_tensor_are_refused_before_any_work_and_the_others_packed
     with pytest.raises(FistaPrunerError, match=r"experts\.gate_up_proj is one tensor of all experts.*--ignore re:exp"):
         pack(model, tmp_path / "p")
     assert not (tmp_path / "p").exists()
+    report = load_run(model.parent)
+    assert report.stacked_experts
+    for text in (model_card(report), run_page(report), summary(report, model.parent)):
+        assert "fistapruner pack" not in text
+        assert "bench RUN" not in text
     model = run_of("gpt_oss", tmp_path / "rest", ignore=["re:experts"])
+    assert not load_run(model.parent).stacked_experts
     assert pack(model, tmp_path / "p").operators == 2 * 4
     tokens = torch.arange(3, 27)[None]
     with torch.no_grad():

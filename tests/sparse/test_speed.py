@@ -91,6 +91,12 @@ def test_a_packed_smaller_model_is_not_called_the_dense_one(tmp_path):
     assert bench(source, measure=lambda variants, **_: [variant.name for variant in variants]) == measured
 
 
+def test_a_folder_with_int8_values_is_measured_once_and_called_so(tmp_path):
+    pack(save_pruned(tmp_path / "m"), tmp_path / "p", values="int8")
+    measured = bench(tmp_path / "p", measure=lambda variants, **_: [(one.name, one.folder) for one in variants])
+    assert [each for each in measured if each[0].startswith("packed")] == [("packed int8", tmp_path / "p")]
+
+
 def test_the_command_prints_a_table_or_json(tmp_path, capsys, monkeypatch):
     asked = []
 

@@ -1,4 +1,4 @@
-"""Show the progress of a run, from another terminal or after it stopped.
+"""Show the progress of a run and of its recovery, from another terminal or after it stopped.
 
 fistapruner status runs/first
 fistapruner status runs/first --json
@@ -23,13 +23,22 @@ def run(arguments: argparse.Namespace) -> int:
     from ..reporting.status_text import status_facts, status_text
     from ..runs.lock import holders
     from ..runs.records import load_run
+    from ..runs.times import count_parts
 
     folder = Path(arguments.run_directory)
-    report = load_run(folder)
-    alive = bool(holders(folder))
-    print(
-        json.dumps({**status_facts(report), "working": alive}, indent=2)
-        if arguments.json
-        else status_text(report, alive=alive)
-    )
+    report, recovered = load_run(folder), folder / "recovered"
+    recovery = load_run(recovered) if (recovered / "run.json").is_file() else None
+    follows = recovery is not None or bool(report.recipe.get("recover"))
+    pruning, training = bool(holders(folder)), bool(holders(recovered))
+    if arguments.json:
+        facts = {**status_facts(report), "working": pruning or training}
+        if follows:
+            facts["recovery"] = recovery and status_facts(recovery)
+        print(json.dumps(facts, indent=2))
+        return 0
+    print(status_text(report, alive=pruning, in_parts=count_parts(folder) > 0))
+    if recovery is not None:
+        print(status_text(recovery, alive=training))
+    elif follows:
+        print(f"recovery: {'being prepared' if training else 'not begun'}")
     return 0

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from ..errors import FistaPrunerError
 from ..models.source import Permissions
@@ -80,13 +81,7 @@ def refuse_other(
     Raises:
         FistaPrunerError: names the first setting that differs; or the model cannot be opened to be compared.
     """
-    now = recipe.model_dump(mode="json")
-    for key in now:
-        if key not in Recipe.no_identity and record.recipe.get(key) != now[key]:
-            raise FistaPrunerError(
-                f"--out {run.folder} holds a run with {key} = {json.dumps(record.recipe.get(key))}, "
-                f"this one has {json.dumps(now[key])}: name another folder, or remove it"
-            )
+    refuse_other_settings(run, record.recipe, recipe)
     found = workload_sha256(recipe)
     if record.workload is not None and found not in (None, record.workload.sha256):
         raise FistaPrunerError(
@@ -103,6 +98,21 @@ def refuse_other(
         raise FistaPrunerError(
             f"--out {run.folder} holds a run of the model {before!r}, this one is of {here!r}: name another folder"
         )
+
+
+def refuse_other_settings(run: PruneDirectory, before: Mapping[str, Any], recipe: Recipe) -> None:
+    """Refuse to continue a run of other settings.
+
+    Raises:
+        FistaPrunerError: names the first setting that differs.
+    """
+    now = recipe.model_dump(mode="json")
+    for key in now:
+        if key not in Recipe.no_identity and before.get(key) != now[key]:
+            raise FistaPrunerError(
+                f"--out {run.folder} holds a run with {key} = {json.dumps(before.get(key))}, "
+                f"this one has {json.dumps(now[key])}: name another folder, or remove it"
+            )
 
 
 def changed_text(record: PruneRecord, recipe: Recipe) -> str | None:

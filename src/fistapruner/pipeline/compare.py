@@ -41,10 +41,11 @@ from ..runs.base import parse, read_json
 from ..runs.decision import TrainingRecord
 from ..runs.directory import RunDirectory
 from ..runs.identity import changed_files, stamps
-from ..runs.lineage import update_stage, write_lineage
 from ..runs.listener import Listener
+from ..runs.lock import NAME as LOCK
+from ..runs.lock import hold
 from ..runs.prune_directory import PruneDirectory
-from ..runs.records import CompareRow, Comparison, Report, load_run
+from ..runs.records import CompareRow, Comparison, Report, load_comparison, load_run
 from ..runs.results import Evaluation, Perplexity
 from ..runs.times import forget_times
 from ..runs.training_directory import RecoverDirectory
@@ -53,8 +54,9 @@ from ..runtime.files import disk_errors, write_json_atomic, write_text_atomic
 from ..runtime.machine import describe_machine, now, versions
 from ..runtime.numerics import dtype_name
 from ..sensitivity.workload import read_workload
-from .begun import changed_text, continued_by_its_command
+from .begun import changed_text, continued_by_its_command, refuse_other_settings
 from .contenders import Contender, parse_contenders
+from .measure import publish
 from .protocol import Protocol
 from .prune import prune, recover_execution, recovers
 from .prune_inputs import check_calibration, refuse_overlap
@@ -107,7 +109,7 @@ def compare(
         What is in ``out/compare.json``. A method that cannot do a sparsity has a row that says why.
 
     Raises:
-        FistaPrunerError: bad input, named, before anything is pruned.
+        FistaPrunerError: bad input, named, before anything is pruned; or another comparison works on ``out``.
     """
     listener, permissions = listener or Listener(), Permissions(allow_pickle, trust_remote_code)
     model, folder = str(model), Path(out)
@@ -120,32 +122,32 @@ def compare(
     refuse_overlap(source.folder, folder)
     jobs = [replace(job, recipe=job.recipe.resolved(family=source.family)) for job in jobs]
     protocol = agree_protocol(source, jobs[0].recipe, data, windows, settings or {})
-    rows = _rows_that_stay(before, jobs, protocol, folder)
+    _rows_that_stay(before, jobs, protocol, folder)
     check_texts(jobs, source, folder)
     with disk_errors(folder):
         (folder / "runs").mkdir(parents=True, exist_ok=True)
-    comparison = Comparison(
-        command=command or shlex.join(sys.argv),
-        started=now(),
-        versions=versions(),
-        machine=describe_machine(choose_device(protocol.device)),
-        rows=rows,
-    )
-    shared = _Shared(model, source, folder, protocol, listener, keep)
-    with continued_by_its_command():
+    with continued_by_its_command(), hold(folder):
+        comparison = Comparison(
+            command=command or shlex.join(sys.argv),
+            started=now(),
+            versions=versions(),
+            machine=describe_machine(choose_device(protocol.device)),
+            rows=_rows_that_stay(_before(folder, model), jobs, protocol, folder),  # as they are now that it is held
+        )
+        shared = _Shared(model, source, folder, protocol, listener, keep)
         dense = measure_dense(shared)
         comparison.dense = dense
         for number, job in enumerate(jobs, 1):
             listener.say(f"{number}/{len(jobs)}: {job.label}, {job.recipe.sparsity}, seed {job.seed}")
             comparison.rows.append(run_job(job, shared, comparison, dense))
             _write(folder, comparison)
-    comparison.status = "finished"
-    comparison.finished = now()
-    _write(folder, comparison)
-    try:
-        listener.say(f"page: {write_page(folder)}")
-    except MissingExtraError as error:
-        listener.say(str(error))
+        comparison.status = "finished"
+        comparison.finished = now()
+        _write(folder, comparison)
+        try:
+            listener.say(f"page: {write_page(folder)}")
+        except MissingExtraError as error:
+            listener.say(str(error))
     return comparison
 
 
@@ -359,13 +361,11 @@ class _Shared:
         return self._measure(following, report)
 
     def _measure(self, run: RunDirectory, report: Report) -> Report:
-        """Measure the result of a run on the windows of the protocol, and keep the figures with its report."""
+        """Measure the result of a run on the windows of the protocol, and publish the figures with the run."""
         if _evaluation(report, self.protocol) is None:
             self.listener.say(f"evaluating on {self.protocol.text.data}")
             report.evaluations.append(self.evaluate(run.model, against=self.source.folder))
-            update_stage(report)
-            run.write_report(report)
-            write_lineage(run.model, report.lineage)
+            publish(run, report, self.listener)
         return report
 
 
@@ -381,7 +381,7 @@ def _rows_that_stay(
     """Select the rows of an earlier comparison that are not asked for now.
 
     Raises:
-        FistaPrunerError: a row was made by another protocol.
+        FistaPrunerError: a row was made by another protocol, or one that is asked for was begun with other settings.
     """
     asked = {(job.label, str(job.recipe.sparsity), job.seed) for job in jobs}
     stay = []
@@ -389,6 +389,11 @@ def _rows_that_stay(
         kept = (row.label, row.sparsity, row.seed) not in asked
         protocol.check(row, folder, kept=kept)
         stay += [row] if kept else []
+    for job in jobs:
+        run = job.run(folder)
+        if (record := run.record()) is not None:
+            earlier = Recipe.build(record.recipe, str(run.run_file)).model_dump(mode="json")
+            refuse_other_settings(run, earlier, job.recipe)
     return stay
 
 
@@ -396,9 +401,8 @@ def _before(folder: Path, model: str) -> list[CompareRow]:
     """Read the rows of the comparison that ``folder`` already holds."""
     if folder.exists() and not folder.is_dir():
         raise FistaPrunerError(f"--out {folder} is a file; name a folder")
-    file = folder / "compare.json"
-    if file.is_file():
-        before = parse(Comparison, read_json(file), str(file))
+    if (folder / "compare.json").is_file():
+        before = load_comparison(folder)
         if before.model.source and before.model.source != model:
             raise FistaPrunerError(
                 f"--out {folder} holds a comparison of {before.model.source!r}, this one is of {model!r}: name another "
@@ -408,7 +412,7 @@ def _before(folder: Path, model: str) -> list[CompareRow]:
     # One that was stopped before its first row has left the dense model's figures at most, and runs begun after them.
     names = {entry.name for entry in folder.iterdir()} if folder.is_dir() else set()
     begun = (folder / "dense.json").is_file() or not (folder / "runs").is_dir() or not any((folder / "runs").iterdir())
-    if names - {"runs", "dense.json"} or not begun:
+    if names - {"runs", "dense.json", LOCK} or not begun:
         raise FistaPrunerError(f"--out {folder} is a folder with other things in it; name a new folder")
     return []
 

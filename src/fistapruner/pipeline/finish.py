@@ -63,6 +63,7 @@ def finish(
     replacement, gone = _replacement(context), _gone(context)
     kept = kept_claims(context, report, own, replacement, gone)
     report.totals.model_zeros = (report.totals.operator_zeros or 0) + claimed_zeros(kept)
+    report.stacked_experts = any(name.endswith("]") for name in (*own, *kept))
     if record.decision.sensitivity_seconds:
         report.totals.time_split["sensitivity"] = record.decision.sensitivity_seconds
     report.finished = now()

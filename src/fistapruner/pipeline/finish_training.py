@@ -76,6 +76,7 @@ def finish(
     _warn(state, report)
     add_results(context, trained, report, listener)
     report.totals = _totals(context, report, times.total())
+    report.stacked_experts = any(name.endswith("]") for name in _claims(context, report))
     report.finished = now()
     add_stage(report)
     _write(context, trained, report, listener)
@@ -204,18 +205,22 @@ def replacements(model: LayerwiseModel, trained: Trained) -> Callable[[str], Ten
 
 def _record(context: TrainingContext, report: Report) -> dict[str, Any]:
     """Describe the checkpoint (``fistapruner.json``): the claims of the input, and the lineage."""
-    earlier = read_pruning_record(context.decision.folder)
-    claims = operator_claims(report, context.model) | (earlier.get("operators") or {})
     return {
-        **earlier,
+        **read_pruning_record(context.decision.folder),
         "version": VERSION,
         "fingerprint": report.fingerprint,
         "recipe": report.recipe,
         "model": report.model.source,
         "versions": report.versions,
-        "operators": claims,
+        "operators": _claims(context, report),
         "lineage": report.lineage.model_dump(mode="json") if report.lineage else None,
     }
+
+
+def _claims(context: TrainingContext, report: Report) -> dict[str, Any]:
+    """Describe the zeros of every operator, by the name of its stored weight."""
+    earlier = read_pruning_record(context.decision.folder)
+    return operator_claims(report, context.model) | (earlier.get("operators") or {})
 
 
 def check_zeros(folder: Path, model: LayerwiseModel, layout: Layout) -> None:

@@ -203,7 +203,9 @@ def _measured(report: Report) -> list[tuple[str, ...]]:
     if speeds(report):
         before = ("–",) if report.recovery is not None else ()
         costs = size_rows(report) + speed_rows(report)
-        rows += [(measure, f"{how} ({change})", dense, *before, after) for measure, dense, after, change, how in costs]
+        for measure, dense, after, change, how in costs:
+            beside = "" if change in ("", "–") else f" ({change})"
+            rows.append((measure, how + beside, dense, *before, after))
     return rows
 
 

@@ -219,7 +219,7 @@ def _tiles(report: Report) -> list[tuple[str, str, str]]:
         packed = (
             f"compressed {size(totals.compressed_bytes)}"
             if totals.compressed_bytes
-            else f"dense {size(report.model.bytes)}"
+            else f"dense {size(report.origin.bytes)}"
             if report.only_structure
             else "zeros are stored as they are"
         )

@@ -61,7 +61,7 @@ def size_rows(report: Report) -> list[Row]:
         rows.append(("Checkpoint on disk", size(dense), size(totals.checkpoint_bytes), change, how))
         if more := totals.low_rank_bytes:
             rows.append(("Low-rank adapter beside it", "–", size(more), _times(more, dense), "comes on top"))
-        if report.only_structure or totals.low_rank_weights:  # pack does not take a low-rank part
+        if report.only_structure or not report.packable:
             return rows
         packed = totals.compressed_bytes
         how = "packed, the same weights bit for bit: a mask and the kept values" if packed else NOT_MEASURED
@@ -72,12 +72,18 @@ def size_rows(report: Report) -> list[Row]:
 def speed_rows(report: Report) -> list[Row]:
     """List decoding speed and memory of every packed or smaller form against the fastest dense one.
 
-    A finished run without measurements has one row that says so; one with low-rank parts, which are not measured, none.
+    A finished run without measurements has one row that says so; one that ``bench`` does not take, none.
+    Where no dense form was measured, only decoding speeds are listed.
     """
     dense, packed, smaller = dense_speed(report), packed_speeds(report), smaller_speeds(report)
-    if dense is None or not (packed or smaller):
-        measurable = report.status == "finished" and not report.totals.low_rank_weights
+    if not (packed or smaller):
+        measurable = report.status == "finished" and report.packable
         return [("Decoding speed, tokens/s", "–", "–", "", NOT_MEASURED)] if measurable else []
+    if dense is None:
+        return [
+            (f"Decoding, {row['variant']}, tokens/s", "–", _rate_text(row), "–", speed_protocol(report, row))
+            for row in (*smaller, *packed)
+        ]
     rows = []
     for row in (*smaller, *packed):
         name = f"Decoding, {row['variant']}, tokens/s"

@@ -80,18 +80,24 @@ def _worked(report: Report, now: datetime) -> float:
     return worked
 
 
-def status_text(report: Report, *, alive: bool | None = None, now: datetime | None = None) -> str:
+def status_text(
+    report: Report, *, alive: bool | None = None, in_parts: bool = False, now: datetime | None = None
+) -> str:
     """Write progress as text, with a line for every finished layer or every check on held-out windows.
 
     Args:
         report: of the run, finished or not.
         alive: whether a process works on it now; None if that is not known.
+        in_parts: its layers are pruned in parts, which another command joins.
         now: time that durations end at; the present by default.
     """
     found = status_facts(report, now)
     state = str(found["status"])
     if state == "running" and alive is not None:
-        state = "running" if alive else "stopped: no process works on it; give the same command again to go on"
+        joins = in_parts and found["layers_done"] == found["layers"]
+        how = "all layers are done; join the parts with 'fistapruner finish RUN'"
+        stopped = how if joins else "stopped: no process works on it; give the same command again to go on"
+        state = "running" if alive else stopped
     about = f"{found['model']}: {found['method']}, {found['sparsity']}"
     if report.recovery is not None:
         about = f"{found['model']}, {found['sparsity']}, {report.training} ({found['method'].partition(': ')[2]})"

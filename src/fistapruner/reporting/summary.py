@@ -158,7 +158,8 @@ def _cost(report: Report) -> list[tuple[str, str]]:
         text = f"{size(totals.checkpoint_bytes)}: zeros are stored; 'fistapruner pack' makes the file smaller"
         if report.only_structure:
             text = f"{size(totals.checkpoint_bytes)}; the dense model has {size(report.origin.bytes)}"
-        elif totals.low_rank_bytes:
-            text = f"{size(totals.checkpoint_bytes)}, and {size(totals.low_rank_bytes)} of adapter: zeros are stored"
+        elif not report.packable:
+            adapter = f", and {size(totals.low_rank_bytes)} of adapter" if totals.low_rank_bytes else ""
+            text = f"{size(totals.checkpoint_bytes)}{adapter}: zeros are stored"
         rows.append(("size on disk", text))
     return rows

@@ -5,8 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from ..errors import FistaPrunerError
-from ..runs.base import parse, read_json
-from ..runs.records import Comparison, load_run
+from ..runs.records import load_comparison, load_run
 from ..runtime.files import write_text_atomic
 from .compare_page import comparison_page
 from .page import run_page
@@ -22,15 +21,14 @@ def write_page(folder: str | Path) -> Path:
         The file that was written.
 
     Raises:
-        FistaPrunerError: the folder holds neither, or its JSON is broken.
+        FistaPrunerError: the folder holds neither or a comparison of alignments, or its JSON is broken.
         MissingExtraError: the extra ``report`` is not installed.
     """
     folder = Path(folder)
     if not folder.is_dir():
         raise FistaPrunerError(f"{folder} is not a folder: give a run directory or the folder of a comparison")
-    compared = folder / "compare.json"
-    if compared.is_file():
-        text, out = comparison_page(parse(Comparison, read_json(compared), str(compared))), folder / "compare.html"
+    if (folder / "compare.json").is_file():
+        text, out = comparison_page(load_comparison(folder)), folder / "compare.html"
     else:
         text, out = run_page(load_run(folder)), folder / "report.html"
     write_text_atomic(out, text)

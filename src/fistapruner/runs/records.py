@@ -278,6 +278,7 @@ class Report(Record):
         workload: how sparsities were allocated for a workload; None where they were not.
         lineage: how the model was made, this run included once it is finished.
         recovery: what a recovery or alignment run trained; ``alignment``: on which pairs, and what it prefers now.
+        stacked_experts: whether pruned experts are stored as one tensor of all.
     """
 
     version: int = VERSION
@@ -304,6 +305,7 @@ class Report(Record):
     lineage: Lineage | None = None
     recovery: Recovery | None = None
     alignment: Alignment | None = None
+    stacked_experts: bool = False
     warnings: list[str] = []
 
     @property
@@ -340,6 +342,11 @@ class Report(Record):
     def only_structure(self) -> bool:
         """Whether structure was removed and no weights were set to zero."""
         return self.structured and not sets_zeros(self.pruning)
+
+    @property
+    def packable(self) -> bool:
+        """Whether ``pack`` and ``bench`` take the model: single matrices, and no low-rank part beside them."""
+        return not (self.totals.low_rank_weights or self.stacked_experts)
 
     @property
     def widths(self) -> dict[str, tuple[int, int]]:
@@ -443,6 +450,22 @@ class Comparison(Record):
     dense: Perplexity | None = None
     rows: list[CompareRow] = []
     warnings: list[str] = []
+
+
+def load_comparison(folder: Path) -> Comparison:
+    """Read ``DIR/compare.json``.
+
+    Raises:
+        FistaPrunerError: it is broken, or of ``align --compare``, whose file has the same name.
+    """
+    file = folder / "compare.json"
+    content = read_json(file)
+    if "kind" not in content and "recipe" in content:
+        raise FistaPrunerError(
+            f"{folder} holds a comparison of alignments ('fistapruner align --compare'), which has no page and no rows "
+            f"of 'fistapruner compare'; its table is {folder / 'compare.md'}"
+        )
+    return parse(Comparison, content, str(file))
 
 
 def load_run(folder: Path) -> Report:

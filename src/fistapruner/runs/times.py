@@ -52,8 +52,13 @@ class Times:
 
     def parts(self) -> int | None:
         """Count the parts of the layers whose seconds are in the total; None where there are not several."""
-        count = len(list(self._folder.glob(f"{NAME}.*-*.json")))
+        count = count_parts(self._folder)
         return count if count > 1 else None
+
+
+def count_parts(folder: Path) -> int:
+    """Count the parts of the layers that processes of their own have worked on (``--only-layers``)."""
+    return len(list(folder.glob(f"{NAME}.*-*.json")))
 
 
 def forget_times(folder: Path) -> None:

@@ -9,7 +9,7 @@ from typing import Any
 
 from ..errors import FistaPrunerError
 from ..models.architecture import refuse_own_code
-from ..models.files.checkpoint import Checkpoint, read_json
+from ..models.files.checkpoint import PACKED_RECORD, Checkpoint, read_json
 from ..models.files.low_rank import refuse_low_rank
 from ..models.files.record import has_zeros, lost_structure, read_pruning_record
 from ..runtime.formatting import align_columns
@@ -77,8 +77,12 @@ def bench(
         if is_packed(model) or has_zeros(about):
             if not is_packed(model):
                 pack(model, packed, allow_pickle=allow_pickle)
-            pack(dense, int8, values="int8", allow_pickle=allow_pickle)
-            variants += [Variant("packed", packed, "bfloat16"), Variant("packed int8", int8, "bfloat16")]
+            if read_json(packed, PACKED_RECORD).get("values") == "int8":
+                int8 = packed
+            else:
+                pack(dense, int8, values="int8", allow_pickle=allow_pickle)
+                variants.append(Variant("packed", packed, "bfloat16"))
+            variants.append(Variant("packed int8", int8, "bfloat16"))
         return measure(variants, batch=batch, prompt=prompt, tokens=tokens, runs=runs, threads=threads)
 
 

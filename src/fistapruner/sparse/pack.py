@@ -6,9 +6,10 @@ Both directions go tensor by tensor. A folder is written under a temporary name 
 from __future__ import annotations
 
 import json
+import math
 import re
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -58,7 +59,10 @@ PATTERNS = (NM(1, 4), NM(2, 4), NM(2, 8), NM(4, 8), NM(8, 16))
 
 @dataclass(frozen=True)
 class PackReport:
-    """Bytes of the pruned operators and of all weights; ``dense`` is the size in the checkpoint."""
+    """Bytes of the pruned operators and of all weights; ``dense`` is the size in the checkpoint.
+
+    ``rounding`` is the norm of what rounding changed in operators over their norm; None where values stay as they were.
+    """
 
     operators: int
     dense_operators: int
@@ -67,6 +71,7 @@ class PackReport:
     dense_total: int
     packed_total: int
     zeros: float
+    rounding: float | None = None
 
     def __str__(self) -> str:
         mib = 2**20
@@ -79,6 +84,8 @@ class PackReport:
         ]
         if self.dense_bf16_operators != self.dense_operators:
             lines.insert(1, f"{self.packed_operators / self.dense_bf16_operators:.3f} of the operators' size in bf16")
+        if self.rounding is not None:
+            lines.append(f"rounding changed the operators' weights by {self.rounding:.2%} of their norm")
         return "\n".join(lines)
 
 
@@ -123,10 +130,14 @@ def pack(
     report = _report(source, plan)
     with checkpoint_folder(out, report.packed_total) as partial:
         files, contents = {}, {}
+        changed, whole = 0.0, 0.0
         for stored, file in source.files.items():
             name = safetensors_name(stored)
-            contents[name] = _pack_file(partial / name, file, plan, progress)
+            contents[name], squares = _pack_file(partial / name, file, plan, progress)
+            changed, whole = changed + squares[0], whole + squares[1]
             files[name] = {"bytes": (partial / name).stat().st_size, "sha256": sha256_file(partial / name)}
+        if whole:
+            report = replace(report, rounding=math.sqrt(changed / whole))
         copy_companions(source, partial)
         widths = read_widths(source.config, source.folder)
         section = widths_section(widths) if widths else {"quant_method": QUANT_METHOD}
@@ -309,6 +320,11 @@ class _Planned:
     source: TensorEntry
     cast: torch.dtype
 
+    @property
+    def rounds(self) -> bool:
+        """Whether the stored values are not those of the checkpoint."""
+        return self.spec.int8 or self.cast != self.source.dtype
+
     def build(self, weight: Tensor) -> PackedOperator:
         operator = pack_operator(weight.to(self.cast), self.spec.layout)
         return operator.quantised(self.spec.group) if self.spec.int8 else operator
@@ -373,8 +389,12 @@ def _report(source: Checkpoint, plan: dict[str, _Planned]) -> PackReport:
 
 def _pack_file(
     path: Path, file: WeightFile, plan: dict[str, _Planned], progress: Callable[[str], None] | None
-) -> list[TensorEntry]:
-    """Write one file of the packed folder; returns its tensors."""
+) -> tuple[list[TensorEntry], tuple[float, float]]:
+    """Write one file of the packed folder.
+
+    Returns:
+        Its tensors, and of the operators whose values are rounded the sums of squares of the change and of the weights.
+    """
     mine = {name: plan[name] for name in file.entries if name in plan}
     entries: list[TensorEntry] = []
     for name, entry in file.entries.items():
@@ -383,16 +403,23 @@ def _pack_file(
         raise FistaPrunerError(f"{file.path}: a tensor is called like the part of a packed operator")
     specs = {name: item.spec.to_json() for name, item in mine.items()}
     metadata = {"format": "pt", **file.metadata, METADATA: json.dumps({"version": VERSION, "operators": specs})}
+    changed, whole = 0.0, 0.0
     with SafetensorsWriter(path, entries, metadata) as writer:
         for name in file.entries:
+            weight = file.read(name)
             if name not in mine:
-                writer.write(name, file.read(name))
+                writer.write(name, weight)
                 continue
-            for part, tensor in encode(name, mine[name].build(file.read(name))).items():
+            operator = mine[name].build(weight)
+            for part, tensor in encode(name, operator).items():
                 writer.write(part, tensor)
+            if mine[name].rounds:
+                exact = weight.float()
+                changed += float((operator.to_dense().float() - exact).square().sum(dtype=torch.float64))
+                whole += float(exact.square().sum(dtype=torch.float64))
             if progress:
                 progress(name)
-    return entries
+    return entries, (changed, whole)
 
 
 def model_card(report: PackReport, values: str) -> str:
