@@ -17,7 +17,9 @@ BLOCK = 1 << 17
 
 
 def spread_stride(total: int, sample: int, period: int) -> int:
-    """Return a stride that takes at most ``sample`` of ``total`` values, or one more, from all places of a period.
+    """Return a stride that takes about ``sample`` of ``total`` values, from all places of a period.
+
+    They are fewer than twice as many.
 
     A stride that shares a factor with the period, such as the columns of an operator, would take some places only.
     """

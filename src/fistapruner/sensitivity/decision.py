@@ -220,7 +220,7 @@ def decide(
     cut = {name for name, operator in layout.operators() if name in after and after[name].columns != operator.columns}
     fraction, patterns = recipe.pattern.fraction, patterns_measured(recipe.pattern)
     errors: dict[str, Tensor] = {}
-    unreached: set[str] = set()
+    reached: set[str] = set()
     outliers = _Outliers(layout)
     kept = {name: pattern for name, pattern in sparsity.items() if name not in cut}
     kept |= {name: recipe.pattern for name, _ in layout.operators() if name not in after}  # experts that may stay
@@ -230,8 +230,9 @@ def decide(
     def problem_seen(index: int, number: int, sums: ProblemSums) -> None:
         group = layout.layers[index][number]
         names = [layout.full_name(index, operator) for operator in group]
-        if group[0].experts and not sums.tokens:  # no measured token reaches this expert
-            unreached.update(names)
+        if not group[0].experts or sums.tokens:
+            reached.update(names)
+        else:  # no measured token reaches this expert
             errors.update(
                 (name, torch.zeros(len(patterns), operator.rows)[:, sampled_rows(operator.rows)])
                 for name, operator in zip(names, group, strict=True)
@@ -267,19 +268,23 @@ def decide(
             if errors:
                 costs[task] = {name: predicted_cost(errors[name], own.rows[name]) for name in sizes}
             sensitivity.add(own, 1.0 if workload is None else workload.settings.mix[task])
-        if workload is not None:
-            split, facts = allocate_workload(workload, costs, sizes, fraction, seed=recipe.seed)
-            found = dict(split)
-        elif allocation == "error":
-            found = {name: recipe.pattern for name in unreached}  # nothing is known of their errors
-            known = {name: size for name, size in sizes.items() if name not in unreached}
-            curves = {name: costs[""][name] for name in known}
-            if recipe.pattern.supports_allocation:
-                found |= split_budget(curves, known, fraction)
-            else:
-                total = fraction if recipe.total is None else recipe.total
-                total += (total - fraction) * (sum(sizes.values()) / sum(known.values()) - 1)
-                found |= choose_patterns(curves, known, patterns, min(max(total, 0.0), patterns[-1].fraction))
+        if allocation in ("error", "workload"):
+            # Of experts without tokens nothing is known, not that they make no error: they get what is asked for.
+            known = {name: size for name, size in sizes.items() if name in reached}
+            curves = {task: {name: cost[name] for name in known} for task, cost in costs.items()}
+            total = fraction if recipe.total is None else recipe.total
+            usual = recipe.pattern
+            if not usual.supports_allocation:
+                usual = min(patterns, key=lambda pattern: abs(pattern.fraction - total))
+            found = dict.fromkeys(sizes, usual)
+            if known and workload is not None:
+                split, facts = allocate_workload(workload, curves, known, fraction, seed=recipe.seed)
+                found |= split
+            elif known and recipe.pattern.supports_allocation:
+                found |= split_budget(curves[""], known, fraction)
+            elif known:
+                total += (total - usual.fraction) * (sum(sizes.values()) / sum(known.values()) - 1)
+                found |= choose_patterns(curves[""], known, patterns, min(max(total, 0.0), patterns[-1].fraction))
         if weighs_rows(recipe):
             importance = {name: row_importance(rows) for name, rows in sensitivity.rows.items()}
         if recipe.reconstruct:

@@ -65,9 +65,10 @@ def dead_inputs(gram: Tensor) -> Tensor:
 
 
 def with_faint_dead_weights(problem: LayerProblem) -> LayerProblem:
-    """Scale the weights of dead inputs down, so that every method prunes them first, the smallest of them before.
+    """Scale the weights of dead inputs down, so that methods prune them before others.
 
-    They change no output, and most methods' regularised Grams would rate them as weights of average inputs.
+    They change no output, and most methods' regularised Grams would rate them as weights of average inputs. They are
+    not zero, so that the largest of them stay where some must.
     """
     dead = dead_inputs(problem.gram)
     if not bool(dead.any()):
