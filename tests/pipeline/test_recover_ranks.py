@@ -175,7 +175,10 @@ def test_two_processes_write_the_bytes_of_one(pruned: Path, tmp_path: Path) -> N
     assert second["stopped"] == {"kind": OtherRankFailed.__name__, "message": "rank 0: enough"}
     assert second["on one"] == {"kind": "FistaPrunerError", "message": "rank 1: its disk is full"}
     assert first["on one"] == {"kind": OtherRankFailed.__name__, "message": "rank 1: its disk is full"}
-    assert "windows_per_step is 1 for 2 processes" in first["too many"]["message"]
+    assert (
+        "windows_per_step is 1 for 2 processes, and each needs at least one window of a step: give --windows-per-step 2"
+        in first["too many"]["message"]
+    )
     assert written(tmp_path / "again") == written(tmp_path / "lora")
     ours = [torch.load(tmp_path / f"{rank}.pt") for rank in range(2)]
     for place, windows in enumerate((None, 4)):

@@ -67,7 +67,8 @@ def share_of(task: Task, ranks: Ranks) -> Task:
     if parts < ranks.size:
         name, what = ("windows_per_step", "window") if task.together == 1 else ("pairs_per_step", "pair")
         raise FistaPrunerError(
-            f"{name} is {parts} for {ranks.size} processes: each needs at least one {what} of a step"
+            f"{name} is {parts} for {ranks.size} processes, and each needs at least one {what} of a step: give "
+            f"--{name.replace('_', '-')} {ranks.size} or more"
         )
     memory = None if execution.memory_limit else free_memory() // ranks.local_size
     threads = execution.threads or max(1, available_cores() // ranks.local_size)

@@ -76,7 +76,9 @@ class RecoverRecipe(TrainingRecipe):
     steps: int | None = Field(
         None, ge=1, description="Optimizer steps; without it tokens / (windows_per_step * seqlen)."
     )
-    windows_per_step: int = Field(4, ge=1, description="Windows of one optimizer step.")
+    windows_per_step: int = Field(
+        1, ge=1, description="Windows of one optimizer step. Several processes need at least one each."
+    )
 
     @model_validator(mode="after")
     def _consistent(self) -> RecoverRecipe:
