@@ -182,7 +182,7 @@ def test_a_packed_model_on_the_hub_says_how_to_get_all_of_it(tmp_path):
     """transformers downloads config and weights only."""
     fistapruner.pack(save_pruned(tmp_path / "m"), tmp_path / "p")
     (tmp_path / "p" / "packed.json").unlink()
-    message = r"no packed\.json, .* 'hf download NAME --local-dir DIR'"
+    message = r"no packed\.json\. .* 'hf download NAME --local-dir DIR'"
     with pytest.raises(FistaPrunerError, match=message):
         AutoModelForCausalLM.from_pretrained(tmp_path / "p")
     with pytest.raises(FistaPrunerError, match=message):

@@ -34,7 +34,8 @@ def _stage_line(stage: Stage) -> str:
     if figures.operator_weights and figures.operator_zeros is not None and sets_zeros(settings):
         parts.append(f"{percent(figures.operator_zeros / figures.operator_weights)} zeros in its operators")
     if (text := figures.perplexity) is not None:
-        parts.append(f"perplexity {with_error(text.perplexity, text.standard_error)} on {text.data}")
+        measured = f"{text.windows} windows of {text.seqlen} tokens of {text.data}"
+        parts.append(f"perplexity {with_error(text.perplexity, text.standard_error)} on {measured}")
     if stage.finished:
         parts.append(stage.finished[:10])
     return ", ".join(parts)

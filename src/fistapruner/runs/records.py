@@ -462,7 +462,7 @@ def load_comparison(folder: Path) -> Comparison:
     content = read_json(file)
     if "kind" not in content and "recipe" in content:
         raise FistaPrunerError(
-            f"{folder} holds a comparison of alignments ('fistapruner align --compare'), which has no page and no rows "
+            f"{folder} holds a comparison of alignments ('align --compare'), which has no page and no rows "
             f"of 'fistapruner compare'; its table is {folder / 'compare.md'}"
         )
     return parse(Comparison, content, str(file))
