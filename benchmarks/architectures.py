@@ -69,6 +69,7 @@ SMALL: dict[str, Any] = {
     "qk_nope_head_dim": 4,
     "v_head_dim": 8,
     "state_size": 8,
+    "rescale_every": 2,
     "image_size": 28,
     "patch_size": 14,
 }

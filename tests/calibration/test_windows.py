@@ -167,6 +167,23 @@ def test_self_generated_tokens_are_the_models_own(kind: str) -> None:
     assert (generate_tokens(model, started, 5, 8)[:, 0] == 1).all()
 
 
+def test_a_model_without_attention_generates_from_its_state(tmp_path: Path) -> None:
+    """Each token follows from all before it: it is the likeliest of the whole sequence, where the model is certain."""
+    from transformers import MambaConfig, MambaForCausalLM
+
+    torch.manual_seed(0)
+    model = MambaForCausalLM(
+        MambaConfig(vocab_size=33, hidden_size=16, intermediate_size=32, num_hidden_layers=2, state_size=4)
+    ).eval()
+    model.lm_head.weight.data.mul_(1e4)
+    tokens = generate_tokens(model, letters_tokenizer(), 4, 24)
+    with torch.no_grad():
+        logits = model(tokens).logits[..., 2:30]
+    likeliest = logits[:, :-1].argmax(-1) + 2
+    new = tokens[:, :-1] != 2  # behind the end of a text a new one begins
+    assert (likeliest == tokens[:, 1:])[new].float().mean() > 0.9
+
+
 def test_a_text_that_begins_with_the_end_of_text_token_goes_on() -> None:
     """As in OPT, whose tokenizer begins a text with its end-of-text token."""
     model, tokenizer = tiny("llama"), letters_tokenizer(bos=True, eos="<s>")

@@ -46,7 +46,9 @@ def task_for(
     model = LayerwiseModel(Checkpoint.open(place), CPU)
     layout = discover(model)
     data = {"source": "python", "tokens": 1024, "seqlen": 32}
-    recipe = RecoverRecipe.build({"parameters": "lora", "loss": "kl", "rank": 2, "data": data, **settings})
+    recipe = RecoverRecipe.build(
+        {"parameters": "lora", "loss": "kl", "rank": 2, "windows_per_step": 4, "data": data, **settings}
+    )
     survivors = {name: operator.rows * operator.columns // 2 for name, operator in layout.operators()}
     dense = None if recipe.loss == "ce" else LayerwiseModel(Checkpoint.open(place), CPU)
     return Task.of_recovery(model, layout, dense, recipe, survivors, 32, out or folder)

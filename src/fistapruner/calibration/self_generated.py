@@ -83,8 +83,10 @@ def generate_tokens(
 def batch_size(model: Any, length: int) -> int:
     """Choose how many texts are generated at once: their keys and values take at most :data:`CACHE_BYTES`."""
     config = model.config.get_text_config()
-    heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
-    width = named_size(config, "head_dim") or config.hidden_size // config.num_attention_heads
+    if not (queries := named_size(config, "num_attention_heads")):
+        return MAX_BATCH  # recurrent layers alone, whose state does not grow
+    heads = named_size(config, "num_key_value_heads") or queries
+    width = named_size(config, "head_dim") or config.hidden_size // queries
     cached = 2 * config.num_hidden_layers * int(heads) * int(width) * length * model.dtype.itemsize
     return int(max(1, min(MAX_BATCH, CACHE_BYTES // max(cached, 1))))
 
@@ -143,7 +145,7 @@ def _sample(
                 raise _cannot(model, f"{model.device} has too little memory for {count} texts at once") from error
             except (RuntimeError, ValueError, TypeError, IndexError, AttributeError) as error:
                 raise _cannot(model, " ".join(str(error).split())[:200]) from error
-            if cache.get_seq_length() != column:
+            if _cached_tokens(cache) not in (None, column):
                 raise _cannot(model, "it does not use its key-value cache")
             logits = out.logits[:, -1].float().cpu()
             if not bool(torch.isfinite(logits).all()):
@@ -154,6 +156,14 @@ def _sample(
             began = ended
             report(column + 1)
     return tokens
+
+
+def _cached_tokens(cache: Any) -> int | None:
+    """Return the tokens in a key-value cache; None of a cache of recurrent layers alone, which does not count them."""
+    try:
+        return int(cache.get_seq_length())
+    except ValueError:
+        return None
 
 
 def _draw(logits: Tensor, random: torch.Generator) -> Tensor:

@@ -111,17 +111,22 @@ class Ranks:
         """Turn the error of a connection that another rank has left into one with the message of that rank.
 
         Raises:
-            OtherRankFailed: another rank has failed.
+            OtherRankFailed: another rank has failed, and said why.
+            FistaPrunerError: the connection has failed, or another rank has ended without a word.
         """
         try:
             yield
+        except torch.OutOfMemoryError:
+            raise
         except RuntimeError as error:
-            message = f"another process of this run has ended ({' '.join(str(error).split())[:100]})"
             with suppress(RuntimeError, ValueError):
                 store, key = self._message()
                 if store.check([key]):
-                    message = store.get(key).decode()
-            raise OtherRankFailed(message) from None
+                    raise OtherRankFailed(store.get(key).decode()) from None
+            fault = " ".join(str(error).split())[:100]
+            raise FistaPrunerError(
+                f"another process of this run has ended, or cannot be reached ({fault}); give the same command again"
+            ) from None
 
     def tell(self, message: str) -> None:
         """Leave a message for the others, unless one of them has left one."""
@@ -267,7 +272,7 @@ def ranks_of_run(device: str) -> Iterator[Ranks]:
         raise
     except BaseException as error:
         if size > 1:
-            ranks.tell(f"rank {rank}: {error or type(error).__name__}")
+            ranks.tell(f"rank {rank}: {str(error) or type(error).__name__}")
         if rank and isinstance(error, KeyboardInterrupt):  # rank 0 says how to go on
             raise OtherRankFailed("interrupted") from None
         if rank and isinstance(error, FistaPrunerError):
