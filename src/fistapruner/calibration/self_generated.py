@@ -159,7 +159,7 @@ def _sample(
 
 
 def _cached_tokens(cache: Any) -> int | None:
-    """Return the tokens in a key-value cache; None of a cache of recurrent layers alone, which does not count them."""
+    """Return the tokens in a cache; None of one of recurrent layers alone, which does not count them."""
     try:
         return int(cache.get_seq_length())
     except ValueError:

@@ -266,6 +266,7 @@ def ranks_of_run(device: str) -> Iterator[Ranks]:
     ranks = Ranks(rank, size, local_size, group, next(_runs)) if size > 1 else ALONE
     failed = True
     try:
+        ranks.wait()  # one that leaves at once would break the connections of those that still make them
         yield ranks
         failed = False
     except OtherRankFailed:
