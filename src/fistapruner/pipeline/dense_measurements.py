@@ -134,7 +134,7 @@ class DenseMeasurements:
                 scores=scores,
             )
 
-        advice = "take --structure-widths uniform, which needs none"
+        advice = "take --widths uniform, which needs none"
         units = self._fitting(inputs, "choose widths", choose, min(4, self.numerics.batch_size), advice)
         widths = free_widths(units, config_entries(model, units[0]))
         smaller = resized(layout, widths)

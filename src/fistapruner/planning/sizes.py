@@ -282,7 +282,7 @@ class Sizes:
                                 unit.consumer.rows,
                                 unit.consumer.columns,
                                 unit.after * unit.columns,
-                                model.layers[index].get_submodule(unit.consumer.name).bias is not None,
+                                unit.biased(model.layers[index]),
                             )
                             for unit in units
                         ),

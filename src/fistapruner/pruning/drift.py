@@ -171,7 +171,8 @@ class DenseActivations:
         """Return the dense bias of group ``number`` less the present one, (m,); None where they are the same."""
         if number not in self._biases:
             return None
-        drift = self._biases[number] - self._layer.get_submodule(self._operators[number].name).bias  # type: ignore[operator]
+        bias = self._layer.get_submodule(self._operators[number].name).bias
+        drift = self._biases[number] - bias  # type: ignore[operator]
         return drift if bool(drift.any()) else None
 
     def close(self, number: int) -> None:

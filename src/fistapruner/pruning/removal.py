@@ -137,7 +137,7 @@ def remove_units(
         if name in measures.scores:
             chosen = best_channels(measures.scores[name], unit.after)
         with clock.phase("structure"):
-            biased = context.model.layers[index].get_submodule(operator.name).bias is not None
+            biased = unit.biased(context.model.layers[index])
             removal = remove_channels(
                 known, unit.after, settings, importance, unit.columns, chosen=chosen, biased=biased
             )

@@ -14,7 +14,7 @@ from ..models.files.checkpoint import Checkpoint
 from ..models.source import ModelSource
 from ..recipes.settings import Recipe
 from ..recipes.training_settings import TrainingRecipe
-from ..runtime.files import sampled_sha256, sha256_file
+from ..runtime.files import json_sha256, sampled_sha256, sha256_file
 from .decision import Numerics
 
 
@@ -38,8 +38,8 @@ def fingerprint(
 
 def stamps(checkpoint: Checkpoint) -> list[tuple[str, str]]:
     """Identify a checkpoint: a hash of its config, and for every weight file one of samples of its bytes."""
-    config = hashlib.sha256(json.dumps(checkpoint.config, sort_keys=True).encode()).hexdigest()
-    return [("config.json", config), *((name, sampled_sha256(file.path)) for name, file in checkpoint.files.items())]
+    weights = ((name, sampled_sha256(file.path)) for name, file in checkpoint.files.items())
+    return [("config.json", json_sha256(checkpoint.config)), *weights]
 
 
 def changed_files(before: Iterable[tuple[str, str]], source: ModelSource) -> str | None:

@@ -67,6 +67,10 @@ class Unit:
         """Return the names of all its operators."""
         return (*self.producers, self.consumer.name)
 
+    def biased(self, layer: nn.Module) -> bool:
+        """Return whether the operator that reads the channels has a bias; ``layer`` may be on the meta device."""
+        return layer.get_submodule(self.consumer.name).bias is not None
+
     def kept_rows(self, keep: Tensor) -> dict[str, Tensor]:
         """Return the rows of each producer that belong to the channels ``keep`` (k,)."""
         keep = keep.cpu()

@@ -150,7 +150,7 @@ def error_curves(
         unit, fisher = slot.unit, rows[name].to(model.device)
         floor = 1e-8 * fisher.mean() if float(fisher.max()) > 0 else torch.ones((), device=model.device)
         known = sums.sums.statistics(name, 0.0)
-        biased = model.layers[index].get_submodule(operator.name).bias is not None and settings.compensation != "none"
+        biased = unit.biased(model.layers[index]) and settings.compensation != "none"
         problem = known.centred() if biased else known.problem
         scores = channel_scores("energy", problem, known.mean).view(-1, unit.columns).sum(1)
         keep = block_places(best_channels(scores, unit.after), unit.columns)
