@@ -151,6 +151,14 @@ def test_a_recipe_that_cannot_be_read_is_named(tmp_path: Path, monkeypatch: pyte
         load_recipe_settings(str(file))
 
 
+def test_a_verb_without_shipped_recipes_reads_files(tmp_path: Path) -> None:
+    file = tmp_path / "own.yaml"
+    file.write_text("beta: 0.2")
+    assert load_recipe_settings(str(file), "align") == {"beta": 0.2}
+    with pytest.raises(FistaPrunerError, match="^recipe 'spp' is not a file$"):
+        load_recipe_settings("spp", "align")
+
+
 def test_a_section_that_is_no_mapping_is_refused() -> None:
     unsaid = {"calibration": {"source": None, "samples": None}}
     assert merge({"calibration": {"source": "c4"}}, unsaid) == {"calibration": {"source": "c4"}}

@@ -68,6 +68,8 @@ def parse_yaml(text: str, origin: str) -> dict[str, Any]:
 def shipped_recipes(verb: str = "prune") -> dict[str, str]:
     """Return the package's recipes for a verb: name to YAML text."""
     folder = resources.files(__package__) / "shipped" / ("" if verb == "prune" else verb)
+    if not folder.is_dir():
+        return {}
     files = sorted((entry for entry in folder.iterdir() if entry.name.endswith(".yaml")), key=lambda entry: entry.name)
     return {file.name.removesuffix(".yaml"): file.read_text("utf-8") for file in files}
 
@@ -93,7 +95,8 @@ def load_recipe_settings(name_or_file: str, verb: str = "prune") -> dict[str, An
         raise FistaPrunerError(f"recipe {path} is not UTF-8 text") from None
     except OSError as error:
         raise FistaPrunerError(f"cannot read {path}: {error.strerror or error}") from None
-    raise FistaPrunerError(f"recipe {name_or_file!r} is neither a file nor a shipped recipe ({', '.join(shipped)})")
+    known = f"neither a file nor a shipped recipe ({', '.join(shipped)})" if shipped else "not a file"
+    raise FistaPrunerError(f"recipe {name_or_file!r} is {known}")
 
 
 SECTIONS = ("calibration", "data", "execution", "structure")
