@@ -86,6 +86,13 @@ def test_the_recipe_of_a_run_takes_seed_and_execution_of_the_comparison(tmp_path
             "wanda@calibration=3,calibration.samples=4",
             "calibration is given whole and 'calibration.samples=4' beside it",
         ),
+        ("wanda@structure.multiple=16,structure=25%", "structure is given before 'structure=25%' already"),
+        ("wanda@seqlen=8,seqlen=9", "seqlen is given before 'seqlen=9' already"),
+        ("wanda@calibration.samples=8,calibration.samples=9", "calibration.samples is given before"),
+        ("wanda@sparsity=70%", "'sparsity=70%' is for one method, and sparsity is that of --sparsity for all"),
+        ("wanda@seed=5", "seed is that of --seeds for all"),
+        ("wanda@calibration.seed=5", "calibration.seed is that of --seeds for all"),
+        ("wanda@method=magnitude", "'method=magnitude' is a second method"),
     ],
 )
 def test_what_cannot_be_read_is_refused(text: str, message: str) -> None:

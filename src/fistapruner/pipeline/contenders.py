@@ -10,6 +10,10 @@ from ..errors import FistaPrunerError
 from ..recipes.loading import load_recipe_settings, merge, parse_value, shipped_recipes
 
 
+SHARED = {"sparsity": "--sparsity", "seed": "--seeds", "calibration.seed": "--seeds"}
+"""Settings that all methods of a comparison share, and the flag that gives them."""
+
+
 @dataclass(frozen=True)
 class Contender:
     """One method with its settings.
@@ -31,7 +35,7 @@ def parse_contenders(text: str | Sequence[str]) -> list[Contender]:
     file, is a recipe; its calibration, seed and execution are left out: all methods use those of the comparison.
 
     Raises:
-        FistaPrunerError: nothing named, an empty part, or a setting before any method.
+        FistaPrunerError: nothing named, an empty part, a setting before any method, twice, or one that all share.
     """
     parts = text.split(",") if isinstance(text, str) else list(text)
     grouped: list[list[str]] = []
@@ -71,13 +75,22 @@ def _nested(settings: Sequence[str], label: str) -> dict[str, Any]:
         if not equals or not key or not value:
             raise FistaPrunerError(f"--methods {label}: {setting!r} is not a setting such as dense_target=0.5")
         parsed = parse_value(value, f"--methods {label}: the value of {setting!r}")
+        if key in SHARED:
+            raise FistaPrunerError(
+                f"--methods {label}: {setting!r} is for one method, and {key} is that of {SHARED[key]} for all: leave "
+                "it out"
+            )
+        if key == "method":
+            raise FistaPrunerError(f"--methods {label}: {setting!r} is a second method: write it before the @")
         section, dot, inner = key.partition(".")
-        if dot and not isinstance(result.setdefault(section, {}), dict):
+        place, last = (result.setdefault(section, {}), inner) if dot else (result, section)
+        if not isinstance(place, dict):
             raise FistaPrunerError(
                 f"--methods {label}: {section} is given whole and {setting!r} beside it: write one of the two"
             )
-        if dot:
-            result[section][inner] = parsed
-        else:
-            result[section] = value if key in ("sparsity", "method") else parsed
+        if last in place:
+            raise FistaPrunerError(
+                f"--methods {label}: {key} is given before {setting!r} already, whole or in part: write one of the two"
+            )
+        place[last] = parsed
     return result
