@@ -32,7 +32,8 @@ def parse_contenders(text: str | Sequence[str]) -> list[Contender]:
 
     ``wanda,alps@propagate=pruned,dense_target=pruned,best`` are three: a part with ``=`` belongs to the method before
     it. Dots name settings of a section: ``alps@calibration.samples=64``. The name of a shipped recipe, or a ``.yaml``
-    file, is a recipe; its calibration, seed and execution are left out: all methods use those of the comparison.
+    file, is a recipe; its sparsity, calibration, seed and execution are left out: all methods use those of the
+    comparison.
 
     Raises:
         FistaPrunerError: nothing named, an empty part, a setting before any method, twice, or one that all share.
@@ -59,7 +60,7 @@ def parse_contenders(text: str | Sequence[str]) -> list[Contender]:
         label = name + ("@" + ",".join(settings) if settings else "")
         is_recipe = name in shipped_recipes() or name.endswith((".yaml", ".yml"))
         base = load_recipe_settings(name) if is_recipe else {"method": name}
-        for shared in ("calibration", "seed", "execution"):
+        for shared in ("sparsity", "calibration", "seed", "execution"):
             base.pop(shared, None)
         contenders.append(Contender(label, merge(base, _nested(settings, label))))
     if len({contender.label for contender in contenders}) < len(contenders):
