@@ -179,6 +179,25 @@ def test_tokens_alone_keep_the_rest_of_a_recovery() -> None:
     assert merge(base, own) == own
 
 
+@pytest.mark.parametrize(
+    ("setting", "message"),
+    [
+        ("low_rank: yes", "low_rank: a number is expected .got True"),
+        ("reconstruct: no", "reconstruct: a number is expected .got False"),
+        ("seed: yes", "seed: a number is expected"),
+        ("calibration: {samples: true}", "calibration.samples: a number is expected"),
+        ("calibration: {seqlen: true}", "calibration.seqlen: a number is expected"),
+        ("recover: yes", "recover: tokens such as 500k, or the settings of a recovery, are expected .got True"),
+        ("recover: {data: {tokens: yes}}", "data.tokens: a number is expected"),
+        ("recover: {scale: yes}", "scale: a number is expected"),
+    ],
+)
+def test_yes_is_no_number(setting: str, message: str) -> None:
+    with pytest.raises(FistaPrunerError, match=message):
+        Recipe.from_yaml(setting)
+    assert Recipe.from_yaml("error_correction: no").error_correction is False
+
+
 def test_shipped_recoveries_are_as_long_as_published() -> None:
     """SPP: 3 epochs of Alpaca's 50,002 training examples in steps of 128, about four in a window of 512 tokens."""
     spp, *forward_only = (
