@@ -142,6 +142,13 @@ def test_patterns_and_dates_are_words_in_yaml() -> None:
             parse_value(text, "x")
 
 
+def test_a_key_that_stands_twice_is_named(tmp_path: Path) -> None:
+    file = tmp_path / "own.yaml"
+    file.write_text("seed: 1\nstructure:\n  steps: 3\n  lr: 0.1\n  steps: 4\n")
+    with pytest.raises(FistaPrunerError, match=r"own\.yaml is not valid YAML: 'steps' stands twice, again in line 5$"):
+        load_recipe_settings(str(file))
+
+
 def test_a_recipe_that_cannot_be_read_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     file = tmp_path / "own.yaml"
     file.write_text("sparsity: 2:4")
