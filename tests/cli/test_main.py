@@ -119,6 +119,27 @@ def test_sizes_are_in_units_that_show_them(tmp_path: Path, capsys: pytest.Captur
     assert "0.00 GiB" not in said
 
 
+@pytest.mark.parametrize(
+    ("command", "said"),
+    [
+        ("recover x --out OUT --merge=", "--merge '' is empty: name the folder of an adapter"),
+        ("recover x --out OUT --replay=", "--replay '' is empty: name a steps.jsonl"),
+        ("recover x --out OUT --recipe=", "recipe '' is neither a file nor a shipped recipe"),
+        ("prune x --out OUT --recipe=", "recipe '' is neither a file nor a shipped recipe"),
+        ("align x --out OUT --recipe=", "recipe '' is not a file"),
+        ("evaluate x --data=", "--data '' is empty"),
+        ("evaluate x --tasks=", "--tasks '' names no task"),
+        ("evaluate x --tasks=, --data python", "--tasks ',' names no task"),
+        ("evaluate x --memory-limit=", "--memory-limit: '' is not a size"),
+    ],
+)
+def test_an_empty_value_is_not_one_that_is_not_given(
+    tmp_path: Path, command: str, said: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(command.replace("OUT", str(tmp_path / "out")).split()) == 2
+    assert said in capsys.readouterr().err
+
+
 def test_an_empty_range_of_layers_is_not_all_layers(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     command = ["prune", str(tmp_path / "model"), "--out", str(tmp_path / "run"), "--only-layers", ""]
     assert main([*command, *SETTINGS]) == 2

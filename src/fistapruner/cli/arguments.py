@@ -245,8 +245,8 @@ def recipe_settings(arguments: argparse.Namespace) -> dict[str, Any]:
     Raises:
         FistaPrunerError: an unknown recipe, or several calibration texts without names.
     """
-    name = arguments.recipe or arguments.quality
-    return _over(load_recipe_settings(name) if name else {}, arguments, Recipe, "calibration")
+    name = arguments.quality if arguments.recipe is None else arguments.recipe
+    return _over({} if name is None else load_recipe_settings(name), arguments, Recipe, "calibration")
 
 
 def recover_settings(arguments: argparse.Namespace) -> dict[str, Any]:
@@ -255,7 +255,7 @@ def recover_settings(arguments: argparse.Namespace) -> dict[str, Any]:
     Raises:
         FistaPrunerError: an unknown recipe, or several training texts without names.
     """
-    base = load_recipe_settings(arguments.recipe, "recover") if arguments.recipe else {}
+    base = {} if arguments.recipe is None else load_recipe_settings(arguments.recipe, "recover")
     return _over(base, arguments, RecoverRecipe, "data")
 
 
@@ -270,7 +270,7 @@ def align_settings(arguments: argparse.Namespace) -> dict[str, Any]:
         if len(files) > 1:
             raise FistaPrunerError(f"--data {' --data '.join(files)}: alignment takes one file of pairs")
         setattr(arguments, _dest("--data"), files[0])
-    base = load_recipe_settings(arguments.recipe, "align") if arguments.recipe else {}
+    base = {} if arguments.recipe is None else load_recipe_settings(arguments.recipe, "align")
     return _over(base, arguments, AlignRecipe)
 
 
