@@ -122,6 +122,24 @@ def test_sizes_are_in_units_that_show_them(tmp_path: Path, capsys: pytest.Captur
 @pytest.mark.parametrize(
     ("command", "said"),
     [
+        ("prune x --out OUT --workers 4", "--workers 4 has no effect: the executor is serial; give --executor process"),
+        ("prune x --out OUT --address foo", "--address foo has no effect: the executor is serial; give --executor ray"),
+        ("plan x --executor process --workers 4 --address foo", "--address foo has no effect: the executor is process"),
+        ("prune x --out OUT --executor process --workers 4", "model 'x' does not exist"),
+        ("prune x --out OUT --workers 1", "model 'x' does not exist"),
+        ("evaluate x --limit 5", "--limit 5: items of zero-shot tasks, and no --tasks are given"),
+    ],
+)
+def test_a_flag_without_effect_is_refused(
+    tmp_path: Path, command: str, said: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(command.replace("OUT", str(tmp_path / "out")).split()) == 2
+    assert said in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("command", "said"),
+    [
         ("recover x --out OUT --merge=", "--merge '' is empty: name the folder of an adapter"),
         ("recover x --out OUT --replay=", "--replay '' is empty: name a steps.jsonl"),
         ("recover x --out OUT --recipe=", "recipe '' is neither a file nor a shipped recipe"),

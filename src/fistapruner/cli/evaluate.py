@@ -80,6 +80,8 @@ def run(arguments: argparse.Namespace) -> int:
         raise FistaPrunerError(f"--tasks {arguments.tasks!r} names no task: write names separated by commas")
     if arguments.tasks_dir and not tasks:
         tasks = ["all"]
+    if arguments.limit is not None and not tasks:
+        raise FistaPrunerError(f"--limit {arguments.limit}: items of zero-shot tasks, and no --tasks are given")
     if arguments.data == "":
         raise FistaPrunerError("--data '' is empty: name a text, such as wikitext2 or a .txt file, or leave it out")
     data = arguments.data or (None if tasks else "python")
