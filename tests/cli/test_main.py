@@ -158,6 +158,16 @@ def test_an_empty_value_is_not_one_that_is_not_given(
     assert said in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("verb", [[], ["--recover"], ["--align"]])
+def test_a_plan_refuses_a_file_to_write_into(
+    tmp_path: Path, verb: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = tmp_path / "file"
+    file.write_text("")
+    assert main(["plan", "x", "--out", str(file), *verb]) == 2
+    assert f"--out {file} is a file; name a folder" in capsys.readouterr().err
+
+
 def test_an_empty_range_of_layers_is_not_all_layers(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     command = ["prune", str(tmp_path / "model"), "--out", str(tmp_path / "run"), "--only-layers", ""]
     assert main([*command, *SETTINGS]) == 2
