@@ -162,7 +162,7 @@ def test_a_verb_without_shipped_recipes_reads_files(tmp_path: Path) -> None:
     file = tmp_path / "own.yaml"
     file.write_text("beta: 0.2")
     assert load_recipe_settings(str(file), "align") == {"beta": 0.2}
-    with pytest.raises(FistaPrunerError, match="^recipe 'spp' is not a file$"):
+    with pytest.raises(FistaPrunerError, match=r"^recipe 'spp' is not a file$"):
         load_recipe_settings("spp", "align")
 
 

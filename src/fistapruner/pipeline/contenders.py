@@ -9,7 +9,6 @@ from typing import Any
 from ..errors import FistaPrunerError
 from ..recipes.loading import load_recipe_settings, merge, parse_value, shipped_recipes
 
-
 SHARED = {"sparsity": "--sparsity", "seed": "--seeds", "calibration.seed": "--seeds"}
 """Settings that all methods of a comparison share, and the flag that gives them."""
 
