@@ -125,8 +125,8 @@ def test_sizes_are_in_units_that_show_them(tmp_path: Path, capsys: pytest.Captur
         ("prune x --out OUT --workers 4", "--workers 4 has no effect: the executor is serial; give --executor process"),
         ("prune x --out OUT --address foo", "--address foo has no effect: the executor is serial; give --executor ray"),
         ("plan x --executor process --workers 4 --address foo", "--address foo has no effect: the executor is process"),
-        ("prune x --out OUT --executor process --workers 4", "model 'x' does not exist"),
-        ("prune x --out OUT --workers 1", "model 'x' does not exist"),
+        ("prune OUT/x --out OUT --executor process --workers 4", "out/x' does not exist"),
+        ("prune OUT/x --out OUT --workers 1", "out/x' does not exist"),
         ("evaluate x --limit 5", "--limit 5: items of zero-shot tasks, and no --tasks are given"),
     ],
 )

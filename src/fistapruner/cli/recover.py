@@ -108,7 +108,7 @@ def _without_training(arguments: argparse.Namespace, listener: Listener) -> int:
 
 
 def _refuse_training_flags(arguments: argparse.Namespace) -> None:
-    """Refuse flags that have no effect where nothing is trained, and an empty name of what is merged or replayed.
+    """Refuse flags that have no effect where nothing is trained, and an empty --merge or --replay.
 
     Raises:
         FistaPrunerError: names the first one.
