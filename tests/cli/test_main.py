@@ -119,6 +119,55 @@ def test_sizes_are_in_units_that_show_them(tmp_path: Path, capsys: pytest.Captur
     assert "0.00 GiB" not in said
 
 
+@pytest.mark.parametrize(
+    ("command", "said"),
+    [
+        ("prune x --out OUT --workers 4", "--workers 4 has no effect: the executor is serial; give --executor process"),
+        ("prune x --out OUT --address foo", "--address foo has no effect: the executor is serial; give --executor ray"),
+        ("plan x --executor process --workers 4 --address foo", "--address foo has no effect: the executor is process"),
+        ("prune OUT/x --out OUT --executor process --workers 4", "out/x' does not exist"),
+        ("prune OUT/x --out OUT --workers 1", "out/x' does not exist"),
+        ("evaluate x --limit 5", "--limit 5: items of zero-shot tasks, and no --tasks are given"),
+    ],
+)
+def test_a_flag_without_effect_is_refused(
+    tmp_path: Path, command: str, said: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(command.replace("OUT", str(tmp_path / "out")).split()) == 2
+    assert said in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("command", "said"),
+    [
+        ("recover x --out OUT --merge=", "--merge '' is empty: name the folder of an adapter"),
+        ("recover x --out OUT --replay=", "--replay '' is empty: name a steps.jsonl"),
+        ("recover x --out OUT --recipe=", "recipe '' is neither a file nor a shipped recipe"),
+        ("prune x --out OUT --recipe=", "recipe '' is neither a file nor a shipped recipe"),
+        ("align x --out OUT --recipe=", "recipe '' is not a file"),
+        ("evaluate x --data=", "--data '' is empty"),
+        ("evaluate x --tasks=", "--tasks '' names no task"),
+        ("evaluate x --tasks=, --data python", "--tasks ',' names no task"),
+        ("evaluate x --memory-limit=", "--memory-limit: '' is not a size"),
+    ],
+)
+def test_an_empty_value_is_not_one_that_is_not_given(
+    tmp_path: Path, command: str, said: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(command.replace("OUT", str(tmp_path / "out")).split()) == 2
+    assert said in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("verb", [[], ["--recover"], ["--align"]])
+def test_a_plan_refuses_a_file_to_write_into(
+    tmp_path: Path, verb: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = tmp_path / "file"
+    file.write_text("")
+    assert main(["plan", "x", "--out", str(file), *verb]) == 2
+    assert f"--out {file} is a file; name a folder" in capsys.readouterr().err
+
+
 def test_an_empty_range_of_layers_is_not_all_layers(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     command = ["prune", str(tmp_path / "model"), "--out", str(tmp_path / "run"), "--only-layers", ""]
     assert main([*command, *SETTINGS]) == 2

@@ -211,6 +211,7 @@ def test_bad_input_is_refused_and_leaves_nothing(
         ([folder, "out.bin", "--like", source], "must end in .gguf"),
         ([folder, "out.gguf"], "give that of the dense model with --like"),
         ([folder, "out.gguf", "--like", tmp_path / "no.gguf"], "does not exist"),
+        ([folder, "out.gguf", "--like", folder], f"--like {folder} is a folder, not a GGUF file: convert the dense"),
         ([folder, "out.gguf", "--like", folder / "config.json"], "is not a GGUF file"),
         ([other, "out.gguf", "--like", source], "its embeddings differ"),
         ([turned, "out.gguf", "--like", source], "its blk.0.attn_q.weight is not 'model.layers.0.self_attn.q_proj"),

@@ -7,6 +7,7 @@ import re
 import shutil
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 
@@ -86,6 +87,13 @@ def test_the_recipe_of_a_run_takes_seed_and_execution_of_the_comparison(tmp_path
             "wanda@calibration=3,calibration.samples=4",
             "calibration is given whole and 'calibration.samples=4' beside it",
         ),
+        ("wanda@structure.multiple=16,structure=25%", "structure is given before 'structure=25%' already"),
+        ("wanda@seqlen=8,seqlen=9", "seqlen is given before 'seqlen=9' already"),
+        ("wanda@calibration.samples=8,calibration.samples=9", "calibration.samples is given before"),
+        ("wanda@sparsity=70%", "'sparsity=70%' is for one method, and sparsity is that of --sparsity for all"),
+        ("wanda@seed=5", "seed is that of --seeds for all"),
+        ("wanda@calibration.seed=5", "calibration.seed is that of --seeds for all"),
+        ("wanda@method=magnitude", "'method=magnitude' is a second method"),
     ],
 )
 def test_what_cannot_be_read_is_refused(text: str, message: str) -> None:
@@ -276,6 +284,25 @@ def test_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Non
     assert not (tmp_path / "out3").exists()
     assert main([*common, "--out", str(tmp_path / "out4"), "--methods", "wanda", "--seed", "5"]) == 0
     assert [row["seed"] for row in json.loads((tmp_path / "out4" / "compare.json").read_text())["rows"]] == [5]
+
+
+def test_the_sparsity_is_that_of_the_recipe_unless_it_is_given(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    asked = Mock(side_effect=FistaPrunerError("far enough"))
+    monkeypatch.setattr("fistapruner.pipeline.compare.compare", asked)
+    file = tmp_path / "own.yaml"
+    file.write_text("sparsity: 70%")
+    common = ["compare", "model", "--out", str(tmp_path / "out"), "--methods", "wanda"]
+    recipe = ["--recipe", str(file)]
+    for given, sparsities in (
+        ([], ["50%"]),
+        (recipe, ["70%"]),
+        ([*recipe, "--sparsity", "2:4, 60%"], ["2:4", "60%"]),
+    ):
+        assert main([*common, *given]) == 2
+        assert asked.call_args.args[2] == sparsities
+    assert "sparsity" not in parse_contenders([str(file)])[0].settings
 
 
 @pytest.mark.parametrize("names", [["runs/experiment/notes.txt"], ["runs/", "thesis.tex"]])

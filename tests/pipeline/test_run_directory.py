@@ -209,6 +209,17 @@ def test_a_finished_checkpoint_that_is_damaged_is_made_again(
     assert json.loads((run / "report.json").read_text())["evaluations"] == measured
 
 
+def test_a_refused_command_leaves_the_folder_as_it_was(dense: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    for before in ([], ["times.0-0.json"]):
+        with pytest.raises(fp.FistaPrunerError, match="the model has the decoder layers 0-1"):
+            fp.prune(dense, out, only_layers=(0, 9), **SETTINGS)
+        with pytest.raises(fp.FistaPrunerError, match="zeros"):
+            fp.recover(dense, out, dense=dense, data={"source": "python"})
+        assert [path.name for path in out.iterdir()] == before
+        (out / "times.0-0.json").write_text("[3]")  # of an attempt that was killed
+
+
 def test_what_is_damaged_is_said_where_layers_are_gone_too(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
     before = weights(run)
     cut(run)
@@ -216,7 +227,7 @@ def test_what_is_damaged_is_said_where_layers_are_gone_too(run: Path, capsys: py
     assert main(["finish", str(run)]) == 2
     said = capsys.readouterr().err
     assert "bytes instead of" in said
-    assert "decoder layers 1 are not pruned yet" in said
+    assert f"decoder layers 1 are not pruned yet: 'fistapruner resume {run}' prunes them here" in said
     assert main(["resume", str(run)]) == 0  # the dense model is there: the layer is pruned again, to the same bits
     assert weights(run) == before
 

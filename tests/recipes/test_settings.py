@@ -142,6 +142,13 @@ def test_patterns_and_dates_are_words_in_yaml() -> None:
             parse_value(text, "x")
 
 
+def test_a_key_that_stands_twice_is_named(tmp_path: Path) -> None:
+    file = tmp_path / "own.yaml"
+    file.write_text("seed: 1\nstructure:\n  steps: 3\n  lr: 0.1\n  steps: 4\n")
+    with pytest.raises(FistaPrunerError, match=r"own\.yaml is not valid YAML: 'steps' stands twice, again in line 5$"):
+        load_recipe_settings(str(file))
+
+
 def test_a_recipe_that_cannot_be_read_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     file = tmp_path / "own.yaml"
     file.write_text("sparsity: 2:4")
@@ -149,6 +156,14 @@ def test_a_recipe_that_cannot_be_read_is_named(tmp_path: Path, monkeypatch: pyte
     monkeypatch.setattr(Path, "read_text", Mock(side_effect=PermissionError(13, "Permission denied")))
     with pytest.raises(FistaPrunerError, match=r"^cannot read .*own\.yaml: Permission denied$"):
         load_recipe_settings(str(file))
+
+
+def test_a_verb_without_shipped_recipes_reads_files(tmp_path: Path) -> None:
+    file = tmp_path / "own.yaml"
+    file.write_text("beta: 0.2")
+    assert load_recipe_settings(str(file), "align") == {"beta": 0.2}
+    with pytest.raises(FistaPrunerError, match=r"^recipe 'spp' is not a file$"):
+        load_recipe_settings("spp", "align")
 
 
 def test_a_section_that_is_no_mapping_is_refused() -> None:
@@ -169,6 +184,25 @@ def test_tokens_alone_keep_the_rest_of_a_recovery() -> None:
     assert merge({"recover": "2k"}, {"recover": 3000}) == {"recover": 3000}
     own = {"recover": {"loss": "kl"}}
     assert merge(base, own) == own
+
+
+@pytest.mark.parametrize(
+    ("setting", "message"),
+    [
+        ("low_rank: yes", "low_rank: a number is expected .got True"),
+        ("reconstruct: no", "reconstruct: a number is expected .got False"),
+        ("seed: yes", "seed: a number is expected"),
+        ("calibration: {samples: true}", "calibration.samples: a number is expected"),
+        ("calibration: {seqlen: true}", "calibration.seqlen: a number is expected"),
+        ("recover: yes", "recover: tokens such as 500k, or the settings of a recovery, are expected .got True"),
+        ("recover: {data: {tokens: yes}}", "data.tokens: a number is expected"),
+        ("recover: {scale: yes}", "scale: a number is expected"),
+    ],
+)
+def test_yes_is_no_number(setting: str, message: str) -> None:
+    with pytest.raises(FistaPrunerError, match=message):
+        Recipe.from_yaml(setting)
+    assert Recipe.from_yaml("error_correction: no").error_correction is False
 
 
 def test_shipped_recoveries_are_as_long_as_published() -> None:

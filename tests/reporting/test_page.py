@@ -225,6 +225,13 @@ def test_the_lineage_is_shown_stage_by_stage() -> None:
     assert "Lineage" not in sample_page()
 
 
+def test_packing_is_advised_where_there_are_zeros_to_leave_out() -> None:
+    report = samples.report(2)
+    assert "'fistapruner pack' makes the file smaller" in summary(report, "runs/first")
+    report.totals.operator_zeros = 0
+    assert "fistapruner pack" not in summary(report, "runs/first")
+
+
 def test_a_recovery_page_says_what_was_won_on_what() -> None:
     text = unescape(recovery_page())
     for part in (

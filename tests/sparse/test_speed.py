@@ -129,6 +129,8 @@ def test_more_tokens_than_positions_are_refused(tmp_path):
     assert bench(source, prompt=100, tokens=28, measure=lambda *_, **__: []) == []
     with pytest.raises(FistaPrunerError, match="prompt 100 and 29 new tokens are more than the 128"):
         bench(source, prompt=100, tokens=29)
+    with pytest.raises(FistaPrunerError, match=r"prompt 126 and 2 new tokens \(4 to warm up\) are more than the 128"):
+        bench(source, prompt=126, tokens=2)
     config = json.loads((source / "config.json").read_text())
     (source / "config.json").write_text(
         json.dumps({"text_config": {"max_position_embeddings": config.pop("n_positions")}, **config})

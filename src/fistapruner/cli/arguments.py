@@ -243,10 +243,24 @@ def recipe_settings(arguments: argparse.Namespace) -> dict[str, Any]:
     """Collect the recipe of the arguments: ``--recipe`` or ``--quality``, single settings over it.
 
     Raises:
-        FistaPrunerError: an unknown recipe, or several calibration texts without names.
+        FistaPrunerError: an unknown recipe, several calibration texts without names, or a flag without effect.
     """
-    name = arguments.recipe or arguments.quality
-    return _over(load_recipe_settings(name) if name else {}, arguments, Recipe, "calibration")
+    name = arguments.quality if arguments.recipe is None else arguments.recipe
+    found = _over({} if name is None else load_recipe_settings(name), arguments, Recipe, "calibration")
+    _refuse_without_workers(found, arguments)
+    return found
+
+
+def _refuse_without_workers(found: dict[str, Any], arguments: argparse.Namespace) -> None:
+    """Refuse flags of workers, or of a Ray cluster, where the executor has none."""
+    section = found.get("execution")
+    executor = (section.get("executor") if isinstance(section, dict) else None) or "serial"
+    for flag, executors in (("--workers", ("process", "ray")), ("--address", ("ray",))):
+        value = getattr(arguments, _dest(flag))
+        if value not in (None, "1") and executor not in executors:
+            raise FistaPrunerError(
+                f"{flag} {value} has no effect: the executor is {executor}; give --executor {' or '.join(executors)}"
+            )
 
 
 def recover_settings(arguments: argparse.Namespace) -> dict[str, Any]:
@@ -255,7 +269,7 @@ def recover_settings(arguments: argparse.Namespace) -> dict[str, Any]:
     Raises:
         FistaPrunerError: an unknown recipe, or several training texts without names.
     """
-    base = load_recipe_settings(arguments.recipe, "recover") if arguments.recipe else {}
+    base = {} if arguments.recipe is None else load_recipe_settings(arguments.recipe, "recover")
     return _over(base, arguments, RecoverRecipe, "data")
 
 
@@ -270,7 +284,7 @@ def align_settings(arguments: argparse.Namespace) -> dict[str, Any]:
         if len(files) > 1:
             raise FistaPrunerError(f"--data {' --data '.join(files)}: alignment takes one file of pairs")
         setattr(arguments, _dest("--data"), files[0])
-    base = load_recipe_settings(arguments.recipe, "align") if arguments.recipe else {}
+    base = {} if arguments.recipe is None else load_recipe_settings(arguments.recipe, "align")
     return _over(base, arguments, AlignRecipe)
 
 

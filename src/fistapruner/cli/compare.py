@@ -36,7 +36,10 @@ def configure(parser: argparse.ArgumentParser) -> None:
         "--methods", required=True, metavar="A,B@KEY=VALUE,...", help="methods, chains or recipes, with their settings"
     )
     parser.add_argument(
-        "--sparsity", default="50%", metavar="S,...", help="sparsities, separated by commas (default: 50%%)"
+        "--sparsity",
+        default=None,
+        metavar="S,...",
+        help="sparsities, separated by commas (default: that of --recipe, or 50%%)",
     )
     parser.add_argument("--seeds", default="0", metavar="N,...", help="seeds of calibration windows (default: 0)")
     parser.add_argument(
@@ -61,13 +64,16 @@ def run(arguments: argparse.Namespace) -> int:
     from ..pipeline.compare import compare
     from ..reporting.comparison import comparison_table
 
+    settings, sparsities = recipe_settings(arguments), arguments.sparsity
+    if sparsities is None:
+        sparsities = str(settings.get("sparsity", "50%"))
     comparison = compare(
         arguments.model,
         arguments.methods,
-        [sparsity.strip() for sparsity in arguments.sparsity.split(",") if sparsity.strip()],
+        [sparsity.strip() for sparsity in sparsities.split(",") if sparsity.strip()],
         arguments.out,
         seeds=read_seeds(arguments.seeds),
-        settings=recipe_settings(arguments),
+        settings=settings,
         data=arguments.evaluate,
         windows=arguments.evaluate_windows,
         keep=arguments.keep,

@@ -76,11 +76,17 @@ def run(arguments: argparse.Namespace) -> int:
     from ..runs.results import Evaluation
 
     tasks = [task.strip() for task in (arguments.tasks or "").split(",") if task.strip()]
+    if arguments.tasks is not None and not tasks:
+        raise FistaPrunerError(f"--tasks {arguments.tasks!r} names no task: write names separated by commas")
     if arguments.tasks_dir and not tasks:
         tasks = ["all"]
+    if arguments.limit is not None and not tasks:
+        raise FistaPrunerError(f"--limit {arguments.limit}: items of zero-shot tasks, and no --tasks are given")
+    if arguments.data == "":
+        raise FistaPrunerError("--data '' is empty: name a text, such as wikitext2 or a .txt file, or leave it out")
     data = arguments.data or (None if tasks else "python")
     try:
-        memory = parse_bytes(arguments.memory_limit) if arguments.memory_limit else None
+        memory = None if arguments.memory_limit is None else parse_bytes(arguments.memory_limit)
     except ValueError as error:
         raise FistaPrunerError(f"--memory-limit: {error}") from None
     settings = {

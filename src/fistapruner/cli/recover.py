@@ -64,7 +64,7 @@ def run(arguments: argparse.Namespace) -> int:
     from ..pipeline.recover import recover
     from .prune import show
 
-    if arguments.merge or arguments.replay:
+    if arguments.merge is not None or arguments.replay is not None:
         return _without_training(arguments, listener)
     report = recover(
         arguments.model,
@@ -89,7 +89,7 @@ def _without_training(arguments: argparse.Namespace, listener: Listener) -> int:
     _refuse_training_flags(arguments)
     trust = {"allow_pickle": arguments.allow_pickle, "trust_remote_code": arguments.trust_remote_code}
     command = shlex.join(["fistapruner", *sys.argv[1:]])
-    if arguments.replay:
+    if arguments.replay is not None:
         device = recover_settings(arguments).get("execution", {}).get("device") or "auto"
         out = replay(
             arguments.model,
@@ -108,7 +108,7 @@ def _without_training(arguments: argparse.Namespace, listener: Listener) -> int:
 
 
 def _refuse_training_flags(arguments: argparse.Namespace) -> None:
-    """Refuse flags that have no effect where nothing is trained.
+    """Refuse flags that have no effect where nothing is trained, and an empty --merge or --replay.
 
     Raises:
         FistaPrunerError: names the first one.
@@ -119,7 +119,9 @@ def _refuse_training_flags(arguments: argparse.Namespace) -> None:
     for name in ("recipe", "dense", "evaluate", "evaluate_windows"):
         if getattr(arguments, name) not in (None, "auto"):
             given.append(f"--{name.replace('_', '-')}")
-    way = "--replay" if arguments.replay else "--merge"
+    way, what = ("--replay", "a steps.jsonl") if arguments.merge is None else ("--merge", "the folder of an adapter")
+    if "" in (arguments.merge, arguments.replay):
+        raise FistaPrunerError(f"{way} '' is empty: name {what}")
     for flag in given:
         if (way, flag) != ("--replay", "--device"):
             raise FistaPrunerError(f"{flag}: {way} trains and evaluates nothing, so it has no effect; leave it out")

@@ -9,6 +9,9 @@ from typing import Any
 from ..errors import FistaPrunerError
 from ..recipes.loading import load_recipe_settings, merge, parse_value, shipped_recipes
 
+SHARED = {"sparsity": "--sparsity", "seed": "--seeds", "calibration.seed": "--seeds"}
+"""Settings that all methods of a comparison share, and the flag that gives them."""
+
 
 @dataclass(frozen=True)
 class Contender:
@@ -28,10 +31,11 @@ def parse_contenders(text: str | Sequence[str]) -> list[Contender]:
 
     ``wanda,alps@propagate=pruned,dense_target=pruned,best`` are three: a part with ``=`` belongs to the method before
     it. Dots name settings of a section: ``alps@calibration.samples=64``. The name of a shipped recipe, or a ``.yaml``
-    file, is a recipe; its calibration, seed and execution are left out: all methods use those of the comparison.
+    file, is a recipe; its sparsity, calibration, seed and execution are left out: all methods use those of the
+    comparison.
 
     Raises:
-        FistaPrunerError: nothing named, an empty part, or a setting before any method.
+        FistaPrunerError: nothing named, an empty part, a setting before any method, twice, or one that all share.
     """
     parts = text.split(",") if isinstance(text, str) else list(text)
     grouped: list[list[str]] = []
@@ -55,7 +59,7 @@ def parse_contenders(text: str | Sequence[str]) -> list[Contender]:
         label = name + ("@" + ",".join(settings) if settings else "")
         is_recipe = name in shipped_recipes() or name.endswith((".yaml", ".yml"))
         base = load_recipe_settings(name) if is_recipe else {"method": name}
-        for shared in ("calibration", "seed", "execution"):
+        for shared in ("sparsity", "calibration", "seed", "execution"):
             base.pop(shared, None)
         contenders.append(Contender(label, merge(base, _nested(settings, label))))
     if len({contender.label for contender in contenders}) < len(contenders):
@@ -71,13 +75,22 @@ def _nested(settings: Sequence[str], label: str) -> dict[str, Any]:
         if not equals or not key or not value:
             raise FistaPrunerError(f"--methods {label}: {setting!r} is not a setting such as dense_target=0.5")
         parsed = parse_value(value, f"--methods {label}: the value of {setting!r}")
+        if key in SHARED:
+            raise FistaPrunerError(
+                f"--methods {label}: {setting!r} is for one method, and {key} is that of {SHARED[key]} for all: leave "
+                "it out"
+            )
+        if key == "method":
+            raise FistaPrunerError(f"--methods {label}: {setting!r} is a second method: write it before the @")
         section, dot, inner = key.partition(".")
-        if dot and not isinstance(result.setdefault(section, {}), dict):
+        place, last = (result.setdefault(section, {}), inner) if dot else (result, section)
+        if not isinstance(place, dict):
             raise FistaPrunerError(
                 f"--methods {label}: {section} is given whole and {setting!r} beside it: write one of the two"
             )
-        if dot:
-            result[section][inner] = parsed
-        else:
-            result[section] = value if key in ("sparsity", "method") else parsed
+        if last in place:
+            raise FistaPrunerError(
+                f"--methods {label}: {key} is given before {setting!r} already, whole or in part: write one of the two"
+            )
+        place[last] = parsed
     return result

@@ -60,6 +60,11 @@ def export(
             )
         where = "" if Path(like).is_absolute() else " here (the name is relative to the folder where its run began)"
     source = small_model() if str(like) == SMALL_MODEL else Path(like)
+    if source.exists() and not source.is_file():
+        raise FistaPrunerError(
+            f"--like {source} is a folder, not a GGUF file: convert the dense model with llama.cpp's "
+            "convert_hf_to_gguf.py, and give that file"
+        )
     if not source.is_file():
         raise FistaPrunerError(
             f"{source}, the GGUF file of the dense model, does not exist{where}: give it with --like"

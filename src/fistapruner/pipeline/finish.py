@@ -99,7 +99,8 @@ def _finished_layers(context: RunContext) -> list[LayerEntry]:
     entries = [journal.finished(index, context.fingerprint) for index in range(len(context.model))]
     if missing := [str(index) for index, entry in enumerate(entries) if entry is None]:
         raise FistaPrunerError(
-            f"{context.run.folder}: decoder layers {', '.join(missing)} are not pruned yet; run the same command again"
+            f"{context.run.folder}: decoder layers {', '.join(missing)} are not pruned yet: 'fistapruner resume "
+            f"{context.run.folder}' prunes them here, the prune command with --only-layers elsewhere"
         )
     return [entry for entry in entries if entry is not None]
 

@@ -293,9 +293,11 @@ def _began_on(run: PruneDirectory) -> str:
 
 @contextmanager
 def _made(run: PruneDirectory) -> Iterator[None]:
-    with disk_errors(run.folder):
-        run.create()
-    yield
+    """Make the folders of a run; where it is refused at once, they go again."""
+    with run.left_as_it_was():
+        with disk_errors(run.folder):
+            run.create()
+        yield
 
 
 def _remove_failure(run: PruneDirectory) -> None:

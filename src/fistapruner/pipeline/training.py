@@ -147,7 +147,7 @@ def _lead(
     listener, ranks = Logged(told), request.ranks
     with disk_errors(run.folder):
         run.create()
-    with _saying_how_to_continue(run), hold(run.folder), log_file(run.log_file):
+    with _saying_how_to_continue(run), run.left_as_it_was(), hold(run.folder), log_file(run.log_file):
         begun = run.record()
         if begun is not None:
             if not resumed:

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import hashlib
 import json
-from typing import Annotated, Any, ClassVar, Self
+from types import NoneType
+from typing import Annotated, Any, ClassVar, Self, get_args
 
 import yaml
-from pydantic import AfterValidator, BaseModel, ConfigDict, ValidationError
+from pydantic import AfterValidator, BaseModel, ConfigDict, ValidationError, ValidationInfo, field_validator
 
 from ..errors import FistaPrunerError, explain
 from .loading import parse_yaml
@@ -26,9 +27,19 @@ Seed = Annotated[int, AfterValidator(_seed)]
 
 
 class Settings(BaseModel):
-    """Base of all sections: frozen; unknown keys are refused."""
+    """Base of all sections: frozen; unknown keys are refused, and yes or no where a number belongs."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
+
+    @field_validator("*", mode="before")
+    @classmethod
+    def _no_number(cls, value: Any, info: ValidationInfo) -> Any:
+        """Refuse yes and no for a number, which Python takes for 1 and 0."""
+        if isinstance(value, bool) and info.field_name is not None:
+            kind = cls.model_fields[info.field_name].annotation
+            if {getattr(part, "__origin__", part) for part in get_args(kind) or (kind,)} <= {int, float, NoneType}:
+                raise ValueError("a number is expected")
+        return value
 
 
 class RunRecipe(Settings):

@@ -13,7 +13,7 @@ from ..errors import FistaPrunerError
 
 
 class _PlainLoader(yaml.SafeLoader):
-    """Load YAML without aliases and dates, with the numbers of YAML 1.2.
+    """Load YAML without aliases, dates and repeated keys, with the numbers of YAML 1.2.
 
     A few nested aliases can expand to more text than fits in memory. In YAML 1.1 ``2:4`` is the number 124 (base 60);
     here it stays a pattern.
@@ -23,6 +23,14 @@ class _PlainLoader(yaml.SafeLoader):
         if self.check_event(yaml.events.AliasEvent):
             raise yaml.YAMLError(f"aliases (*{self.peek_event().anchor}) are not read: write the value out")
         return super().compose_node(parent, index)
+
+    def construct_mapping(self, node: Any, deep: bool = False) -> Any:
+        seen = set()
+        for key in (key for key, _ in node.value if isinstance(key, yaml.ScalarNode)):
+            if key.value in seen:
+                raise yaml.YAMLError(f"{key.value!r} stands twice, again in line {key.start_mark.line + 1}")
+            seen.add(key.value)
+        return super().construct_mapping(node, deep)
 
 
 _PlainLoader.yaml_implicit_resolvers = {
@@ -68,6 +76,8 @@ def parse_yaml(text: str, origin: str) -> dict[str, Any]:
 def shipped_recipes(verb: str = "prune") -> dict[str, str]:
     """Return the package's recipes for a verb: name to YAML text."""
     folder = resources.files(__package__) / "shipped" / ("" if verb == "prune" else verb)
+    if not folder.is_dir():
+        return {}
     files = sorted((entry for entry in folder.iterdir() if entry.name.endswith(".yaml")), key=lambda entry: entry.name)
     return {file.name.removesuffix(".yaml"): file.read_text("utf-8") for file in files}
 
@@ -93,7 +103,8 @@ def load_recipe_settings(name_or_file: str, verb: str = "prune") -> dict[str, An
         raise FistaPrunerError(f"recipe {path} is not UTF-8 text") from None
     except OSError as error:
         raise FistaPrunerError(f"cannot read {path}: {error.strerror or error}") from None
-    raise FistaPrunerError(f"recipe {name_or_file!r} is neither a file nor a shipped recipe ({', '.join(shipped)})")
+    known = f"neither a file nor a shipped recipe ({', '.join(shipped)})" if shipped else "not a file"
+    raise FistaPrunerError(f"recipe {name_or_file!r} is {known}")
 
 
 SECTIONS = ("calibration", "data", "execution", "structure")

@@ -67,6 +67,8 @@ def _recover(value: Any) -> Any:
     """Parse a recovery recipe, or the tokens of one."""
     if value is None or isinstance(value, RecoverRecipe):
         return value
+    if isinstance(value, bool):
+        raise ValueError("tokens such as 500k, or the settings of a recovery, are expected")
     if not isinstance(value, Mapping):
         value = {"data": {"tokens": value}}
     try:

@@ -6,6 +6,7 @@ from pathlib import Path
 
 from ..runs.records import Report
 from ..runtime.formatting import align_columns, size, with_error
+from ..sparse.pack import MIN_ZEROS
 from .alignment_text import pairs_text, preference_rows
 from .evaluation_text import protocol
 from .lineage_text import lineage_lines
@@ -158,7 +159,7 @@ def _cost(report: Report) -> list[tuple[str, str]]:
         text = f"{size(totals.checkpoint_bytes)}: zeros are stored; 'fistapruner pack' makes the file smaller"
         if report.only_structure:
             text = f"{size(totals.checkpoint_bytes)}; the dense model has {size(report.origin.bytes)}"
-        elif not report.packable:
+        elif not report.packable or (totals.operator_zeros or 0) < MIN_ZEROS * (totals.operator_weights or 0):
             adapter = f", and {size(totals.low_rank_bytes)} of adapter" if totals.low_rank_bytes else ""
             text = f"{size(totals.checkpoint_bytes)}{adapter}: zeros are stored"
         rows.append(("size on disk", text))

@@ -19,7 +19,8 @@ from __future__ import annotations
 import json
 import re
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -31,6 +32,7 @@ from ..models.files.low_rank import FOLDER, LowRankAdapter
 from ..runtime.files import disk_errors, json_sha256, sampled_sha256, write_json_atomic, write_text_atomic
 from .base import read_json
 from .decision import RunRecord
+from .lock import holders
 from .records import Report
 
 CARD = "README.md"
@@ -104,6 +106,25 @@ class RunDirectory:
                 raise FistaPrunerError(
                     f"{path} is a folder where the run keeps a file: move it away, or choose another --out"
                 )
+
+    @contextmanager
+    def left_as_it_was(self) -> Iterator[None]:
+        """Remove log, times and empty folders where the block is refused and has made nothing else."""
+        before = set(self.folder.iterdir()) if self.folder.is_dir() else set()
+        try:
+            yield
+        except FistaPrunerError:
+            with suppress(OSError):
+                made = set(self.folder.iterdir()) - before
+                files = [path for path in made if re.fullmatch(EARLY, path.name)]
+                empty = [path for path in made if path in self.own_folders() and not any(path.iterdir())]
+                only_these = len(files) + len(empty) == len(made) and not self.run_file.exists()
+                if only_these and not holders(self.folder):  # else others work here
+                    for path in files:
+                        path.unlink()
+                    for path in empty:
+                        path.rmdir()
+            raise
 
     def record(self) -> RunRecord | None:
         """Read ``run.json``, as far as all verbs have it; None where there is none yet.

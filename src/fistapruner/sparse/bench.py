@@ -92,9 +92,9 @@ def _check_positions(model: Path, prompt: int, tokens: int) -> None:
     text = config.get("text_config")  # of a model with vision
     config = {**config, **text} if isinstance(text, dict) else config
     positions = config.get("max_position_embeddings", config.get("n_positions"))
-    tokens = max(tokens, WARM_UP_TOKENS)
-    if isinstance(positions, int) and prompt + tokens > positions:
-        asked = f"prompt {prompt} and {tokens} new tokens"
+    warm_up = f" ({WARM_UP_TOKENS} to warm up)" if tokens < WARM_UP_TOKENS else ""
+    if isinstance(positions, int) and prompt + max(tokens, WARM_UP_TOKENS) > positions:
+        asked = f"prompt {prompt} and {tokens} new tokens{warm_up}"
         raise FistaPrunerError(f"{asked} are more than the {positions} tokens {model} was made for")
 
 
