@@ -185,12 +185,14 @@ def convert_gguf(path: Path, out: Path, dtype: torch.dtype = torch.bfloat16, *, 
     packed = check_gguf(path)
     if any("_exps." in name for name in packed):
         raise FistaPrunerError(f"{path} is a mixture of experts, which is not supported")
-    space = dtype.itemsize * sum(math.prod(entry.shape) for entry in packed.values())
-    with checkpoint_folder(out, space) as partial, transformers_faults(path):
+    with transformers_faults(path):
         from gguf import GGUFReader
 
-        model, config, tokenizer = _describe(path, dtype)
         reader = GGUFReader(path)
+        architecture_of(path, reader, "take the model's Hugging Face checkpoint")
+    space = dtype.itemsize * sum(math.prod(entry.shape) for entry in packed.values())
+    with checkpoint_folder(out, space) as partial, transformers_faults(path):
+        model, config, tokenizer = _describe(path, dtype)
         names = name_map(reader, model, config)
         _keep_all(path, reader, names, config)
         entries = _entries(path, model, set(names.values()), dtype)
@@ -230,6 +232,27 @@ def _restore_attention_scale(config: Any) -> None:
     """
     if config.model_type == "gemma2" and config.num_hidden_layers == GEMMA2_27B:
         config.query_pre_attn_scalar = config.hidden_size // config.num_attention_heads
+
+
+def architecture_of(path: Path, reader: Any, advice: str) -> str:
+    """Return a file's architecture; refuse one that ``transformers`` does not read from GGUF.
+
+    Mixtures of experts, some of which ``transformers`` reads under another name, are refused before.
+
+    Args:
+        path: the file, for the message.
+        reader: of the file.
+        advice: what to do instead.
+    """
+    from transformers.integrations import GGUF_CONFIG_MAPPING
+
+    architecture: str = reader.fields["general.architecture"].contents()
+    if architecture not in GGUF_CONFIG_MAPPING:
+        raise FistaPrunerError(
+            f"{path}: transformers does not read GGUF files of the architecture {architecture!r}, so the order of "
+            f"their values is not known; {advice}"
+        )
+    return architecture
 
 
 def processor_of(reader: Any, config: Any) -> Any:

@@ -25,7 +25,7 @@ from ...errors import FistaPrunerError
 from ...runtime.files import PARTIAL, disk_errors, require_space, sync_folder
 from ..architecture import checkpoint_names, refuse_own_code
 from .checkpoint import Checkpoint, read_widths
-from .gguf import check_gguf, name_map, processor_of, transformers_faults
+from .gguf import architecture_of, check_gguf, name_map, processor_of, transformers_faults
 
 GGUFValues = Literal["bf16", "f16", "f32", "q8_0"]
 """How matrices are stored. Vectors are fp32, as llama.cpp wants them."""
@@ -200,12 +200,7 @@ class _Source:
 
         self.like, self.checkpoint = like, checkpoint
         self.reader = GGUFReader(like)
-        self.architecture = self.reader.fields["general.architecture"].contents()
-        if self.architecture not in GGUF_CONFIG_MAPPING:
-            raise FistaPrunerError(
-                f"{like}: transformers does not read GGUF files of the architecture {self.architecture!r}, so the "
-                "order of their values is not known; use llama.cpp's own converter"
-            )
+        self.architecture = architecture_of(like, self.reader, "use llama.cpp's own converter")
         config = AutoConfig.from_pretrained(checkpoint.folder)
         known = GGUF_CONFIG_MAPPING[self.architecture].items()
         # The width of the MLPs has many names in configs: it comes from the weights.
