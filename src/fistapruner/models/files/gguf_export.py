@@ -49,6 +49,9 @@ BYTES = {"bf16": 2, "f16": 2, "f32": 4, "q8_0": (BLOCK + 2) / BLOCK}
 OWN_KEYS = ("general.architecture", "general.file_type", "general.alignment")
 """Keys that the writer sets by itself."""
 
+QUANTISATION = "general.quantization_version"
+"""Version of the quantised formats, in a file that has one; keys ``quantize.*`` tell how the dense file was made."""
+
 WIDTH = "feed_forward_length"
 
 MAY_CHANGE = (
@@ -318,7 +321,8 @@ class _Source:
 
         writer = gguf.GGUFWriter(out, self.architecture, use_temp_file=True)
         for key, field in self.reader.fields.items():
-            if not key.startswith("GGUF.") and key not in (*OWN_KEYS, *self.counts):
+            skipped = key.startswith(("GGUF.", "quantize.")) or (key == QUANTISATION and values != "q8_0")
+            if not skipped and key not in (*OWN_KEYS, *self.counts):
                 inner = field.types[-1] if len(field.types) > 1 else None
                 writer.add_key_value(key, field.contents(), field.types[0], inner)
         for key, count in self.counts.items():
