@@ -161,6 +161,7 @@ def test_positions_that_transformers_does_not_read_are_restored(
         ({"more": {"blk.0.attn_q.bias": np.ones(64)}}, "has a tensor 'blk.0.attn_q.bias', which"),
         ({"scaling": "yarn"}, "has rotary positions scaled by 'yarn', which"),
         ({"settings": {"llama.rope.scale_linear": 4.0}}, "has rotary positions scaled by 'linear', which"),
+        ({"settings": {"mamba.ssm.dt_b_c_rms": True}}, "is a Falcon-Mamba, with norms .* which transformers does not"),
         ({"settings": {"llama.attention.sliding_window": 512}}, "has llama.attention.sliding_window 512, where"),
     ],
 )

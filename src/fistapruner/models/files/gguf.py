@@ -321,6 +321,9 @@ def _keep_all(path: Path, reader: Any, names: dict[str, str], config: Any) -> No
     if not scalings and any(scale not in (0, 1) for scale in scales):  # to llama.cpp 0 is 1
         scalings.append("linear")
     where = "which transformers does not read: take the model's Hugging Face checkpoint"
+    falcon = reader.fields.get("mamba.ssm.dt_b_c_rms")
+    if falcon is not None and falcon.contents():
+        raise FistaPrunerError(f"{path} is a Falcon-Mamba, with norms (mamba.ssm.dt_b_c_rms) {where}")
     if scaling := [scaling for scaling in scalings if scaling != "none"]:
         raise FistaPrunerError(f"{path} has rotary positions scaled by {scaling[0]!r}, {where}")
     for tensor in lost:
