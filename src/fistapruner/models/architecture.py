@@ -66,9 +66,12 @@ def build_model(checkpoint: Checkpoint, *, trust_remote_code: bool = False) -> A
             raise FistaPrunerError(
                 f"{folder} is a packed checkpoint: make it an ordinary one first with 'fistapruner unpack {folder} DIR'"
             )
-        raise FistaPrunerError(
-            f"{folder}: the checkpoint is quantised ({config.quantization_config}); prune the unquantised one"
-        )
+        settings = config.quantization_config
+        method = str(settings.get("quant_method") if isinstance(settings, dict) else settings)[:50]
+        if all(checkpoint.entry(name).dtype in WEIGHT_DTYPES for name in checkpoint.names()):
+            what = "its config asks for quantisation while it runs"
+            raise FistaPrunerError(f"{folder}: {what} ({method}), which is not supported")
+        raise FistaPrunerError(f"{folder}: the checkpoint is quantised ({method}); prune the unquantised one")
     try:
         with no_init_weights(), init_empty_weights(include_buffers=False):
             model = AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
