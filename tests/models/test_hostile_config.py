@@ -53,3 +53,21 @@ def test_quantisation_is_named_by_its_method(tmp_path: Path) -> None:
     save_file(stored, tmp_path / "model.safetensors", {"format": "pt"})
     with pytest.raises(FistaPrunerError, match=r"is quantised \(bitnet\); prune the unquantised one$"):
         LayerwiseModel(Checkpoint.open(tmp_path), torch.device("cpu"))
+
+
+@pytest.mark.parametrize(
+    ("model_type", "text_type", "said"),
+    [
+        ("mistral3", "mistral", r"of it: save its language model \(mistral\) as a checkpoint of its own$"),
+        ("qwen2_5_vl", "qwen2_5_vl_text", "qwen2_5_vl is a model of more than text, .* language model of it$"),
+    ],
+)
+def test_a_model_of_images_and_text_is_refused_by_name(
+    tmp_path: Path, model_type: str, text_type: str, said: str
+) -> None:
+    tiny.build("llama").save_pretrained(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text("utf-8"))
+    wrapper = {"model_type": model_type, "text_config": config | {"model_type": text_type}}
+    (tmp_path / "config.json").write_text(json.dumps(wrapper), "utf-8")
+    with pytest.raises(FistaPrunerError, match=said):
+        LayerwiseModel(Checkpoint.open(tmp_path), torch.device("cpu"))
