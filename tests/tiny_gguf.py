@@ -8,7 +8,18 @@ from pathlib import Path
 import gguf
 import numpy as np
 import torch
-from transformers import Gemma2Config, Gemma2ForCausalLM, GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
+from transformers import (
+    Gemma2Config,
+    Gemma2ForCausalLM,
+    GPT2Config,
+    GPT2LMHeadModel,
+    LlamaConfig,
+    LlamaForCausalLM,
+    StableLmConfig,
+    StableLmForCausalLM,
+    Starcoder2Config,
+    Starcoder2ForCausalLM,
+)
 
 HEADS, KEY_HEADS = 4, 2
 NAMES = {
@@ -37,6 +48,12 @@ def _add_tokenizer(writer: gguf.GGUFWriter, tokens: list[str]) -> None:
     writer.add_unk_token_id(0)
 
 
+def _add_settings(writer: gguf.GGUFWriter, settings: Mapping[str, bool | int | float]) -> None:
+    add = {bool: writer.add_bool, int: writer.add_uint32, float: writer.add_float32}
+    for key, value in settings.items():
+        add[type(value)](key, value)
+
+
 def _finish(writer: gguf.GGUFWriter) -> None:
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
@@ -58,6 +75,7 @@ def write_gguf(
     scaling: str | None = None,
     part: tuple[int, int] | None = None,
     more: Mapping[str, np.ndarray] | None = None,
+    settings: Mapping[str, bool | int | float] | None = None,
 ) -> LlamaForCausalLM:
     """A tiny Llama as a GGUF file; returns the model with the very values that de-quantising the file must give.
 
@@ -66,7 +84,7 @@ def write_gguf(
         tied: without an output head; ``kind``: type of the matrices.
         architecture: name in the header; ``scaling``: kind of scaled rotary positions in it.
         part: number, from 0, and count of parts, as llama-gguf-split writes them; a part has the first tensors only.
-        more: fp32 tensors beside the model's.
+        more: fp32 tensors beside the model's; ``settings``: further keys of the header.
     """
     torch.manual_seed(0)
     tokens = TOKENS
@@ -84,6 +102,7 @@ def write_gguf(
     writer.add_name("tiny")
     if scaling is not None:
         writer.add_string(f"{architecture}.rope.scaling.type", scaling)
+    _add_settings(writer, settings or {})
     if part is not None:
         writer.add_uint16("split.no", part[0])
         writer.add_uint16("split.count", part[1])
@@ -182,4 +201,43 @@ def write_gemma2(path: Path, layers: int) -> None:
         stem, last = name.rsplit(".", 1)
         if stem != "lm_head":
             writer.add_tensor(f"{names.get_name(stem)}.{last}", tensor.numpy())
+    _finish(writer)
+
+
+def write_with_biases(path: Path, architecture: str, settings: Mapping[str, bool | int | float]) -> None:
+    """A tiny model of StarCoder2 or StableLM, in fp32.
+
+    Args:
+        path: the file.
+        architecture: ``starcoder2`` or ``stablelm``.
+        settings: keys of the header beside the sizes.
+    """
+    classes = {
+        "starcoder2": (Starcoder2Config, Starcoder2ForCausalLM),
+        "stablelm": (StableLmConfig, StableLmForCausalLM),
+    }
+    make_config, make_model = classes[architecture]
+    config = make_config(
+        vocab_size=len(TOKENS),
+        hidden_size=48,
+        intermediate_size=8,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        tie_word_embeddings=False,
+    )
+    writer = gguf.GGUFWriter(path, architecture)
+    writer.add_block_count(1)
+    writer.add_context_length(2048)
+    writer.add_embedding_length(48)
+    writer.add_feed_forward_length(8)
+    writer.add_head_count(2)
+    writer.add_head_count_kv(1)
+    writer.add_layer_norm_eps(1e-5)
+    _add_settings(writer, settings)
+    _add_tokenizer(writer, TOKENS)
+    names = gguf.get_tensor_name_map(gguf.MODEL_ARCH[architecture.upper()], 1)
+    for name, tensor in make_model(config).state_dict().items():
+        stem, last = name.rsplit(".", 1)
+        writer.add_tensor(f"{names.get_name(stem)}.{last}", tensor.numpy())
     _finish(writer)

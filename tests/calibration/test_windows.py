@@ -12,13 +12,24 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
-from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import (
+    AutoModelForCausalLM,
+    BloomConfig,
+    GPT2Config,
+    GPT2LMHeadModel,
+    LlamaConfig,
+    LlamaForCausalLM,
+    MptConfig,
+    PreTrainedTokenizerFast,
+)
 from transformers.cache_utils import DynamicCache
 
 from fistapruner import FistaPrunerError
 from fistapruner.calibration import calibration_tokens
 from fistapruner.calibration.self_generated import _draw, batch_size, generate_tokens
-from fistapruner.calibration.windows import check_source, draw_windows
+from fistapruner.calibration.windows import check_source, draw_windows, window_length
+from fistapruner.models.files.checkpoint import Checkpoint
+from fistapruner.models.layerwise import LayerwiseModel
 from fistapruner.recipes.settings import Calibration
 
 LETTERS = "abcdefghijklmnopqrstuvwxyz"
@@ -272,3 +283,21 @@ def test_keys_and_values_are_freed_with_their_batch() -> None:
         assert not any(layer() is not None for layer in alive)
     finally:
         gc.enable()
+
+
+def test_only_a_length_that_the_config_states_is_a_limit(tmp_path: Path) -> None:
+    """Bloom has none; MPT calls its own another name."""
+    for config in (
+        BloomConfig(vocab_size=32, hidden_size=16, n_layer=1, n_head=2),
+        MptConfig(vocab_size=32, d_model=16, n_layers=1, n_heads=2, max_seq_len=64),
+    ):
+        AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path / config.model_type)
+    opened = (Checkpoint.open(tmp_path / name) for name in ("bloom", "mpt"))
+    bloom, mpt = (LayerwiseModel(checkpoint, torch.device("cpu")) for checkpoint in opened)
+    assert (bloom.max_length, mpt.max_length) == (None, 64)
+    assert window_length(4096, bloom) == 4096
+    assert window_length(None, bloom) == 2048
+    assert bloom.check_window(16).shape == (1, 16)
+    assert window_length(None, mpt) == 64
+    with pytest.raises(FistaPrunerError, match="seqlen 65 is more than the 64 tokens"):
+        window_length(65, mpt)

@@ -21,7 +21,7 @@ from fistapruner.models.files.gguf import check_gguf, convert_gguf
 from fistapruner.models.source import converted_gguf, resolve_model, small_model
 
 gguf = pytest.importorskip("gguf", reason="needs the extra 'gguf'")
-from tiny_gguf import HEADS, write_gemma2, write_gguf  # noqa: E402
+from tiny_gguf import HEADS, write_gemma2, write_gguf, write_with_biases  # noqa: E402
 
 
 @pytest.mark.parametrize("tied", [False, True])
@@ -101,7 +101,8 @@ def test_failed_conversion_leaves_nothing(tmp_path: Path) -> None:
     write_gguf(path)
     architecture = struct.pack("<Q", 5) + b"llama"
     path.write_bytes(path.read_bytes().replace(architecture, architecture.replace(b"llama", b"llaxa"), 1))
-    with pytest.raises(FistaPrunerError, match=r"tiny\.gguf cannot be converted with transformers .*llaxa") as caught:
+    said = r"tiny\.gguf: transformers does not read GGUF files of the architecture 'llaxa', .* Hugging Face checkpoint$"
+    with pytest.raises(FistaPrunerError, match=said) as caught:
         converted_gguf(path, tmp_path / "cache")
     assert "\n" not in str(caught.value)
     assert [path.name for path in (tmp_path / "cache").iterdir()] == [".lock"]
@@ -138,12 +139,30 @@ def test_scaled_positions_of_llama_3_are_restored(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
+    ("architecture", "base", "stored", "window"),
+    [("starcoder2", 1e6, 512, 512), ("starcoder2", 1e4, 0, None), ("stablelm", 5e5, 0, None)],
+)
+def test_positions_that_transformers_does_not_read_are_restored(
+    tmp_path: Path, architecture: str, base: float, stored: int, window: int | None
+) -> None:
+    settings = {f"{architecture}.rope.freq_base": base, f"{architecture}.attention.sliding_window": stored}
+    write_with_biases(tmp_path / "tiny.gguf", architecture, settings)
+    convert_gguf(tmp_path / "tiny.gguf", tmp_path / "out")
+    config = AutoModelForCausalLM.from_pretrained(tmp_path / "out").config
+    assert config.rope_parameters["rope_theta"] == base
+    assert getattr(config, "sliding_window", None) == window
+
+
+@pytest.mark.parametrize(
     ("what", "said"),
     [
         ({"more": {"rope_freqs.weight": np.linspace(1, 3, 8)}}, "scaled by 'rope_freqs.weight', which transformers"),
         ({"more": {"rope_factors_long.weight": np.ones(8)}}, "has a tensor 'rope_factors_long.weight', which"),
         ({"more": {"blk.0.attn_q.bias": np.ones(64)}}, "has a tensor 'blk.0.attn_q.bias', which"),
         ({"scaling": "yarn"}, "has rotary positions scaled by 'yarn', which"),
+        ({"settings": {"llama.rope.scale_linear": 4.0}}, "has rotary positions scaled by 'linear', which"),
+        ({"settings": {"mamba.ssm.dt_b_c_rms": True}}, "is a Falcon-Mamba, with norms .* which transformers does not"),
+        ({"settings": {"llama.attention.sliding_window": 512}}, "has llama.attention.sliding_window 512, where"),
     ],
 )
 def test_what_transformers_leaves_out_is_refused(tmp_path: Path, what: Any, said: str) -> None:

@@ -55,6 +55,17 @@ def test_what_is_written_is_read_back(
     assert (tmp_path / "back" / "tokenizer.json").read_text("utf-8") == (dense[1] / "tokenizer.json").read_text("utf-8")
 
 
+@pytest.mark.parametrize(("values", "kept"), [("f16", False), ("q8_0", True)])
+def test_facts_of_the_dense_files_quantisation_are_left_out(tmp_path: Path, values: Any, kept: bool) -> None:
+    settings = {"general.quantization_version": 2, "quantize.imatrix.entries_count": 224}
+    write_gguf(tmp_path / "dense.gguf", settings=settings)
+    convert_gguf(tmp_path / "dense.gguf", tmp_path / "dense", torch.float32)
+    fp.export(tmp_path / "dense", tmp_path / "out.gguf", like=tmp_path / "dense.gguf", values=values)
+    fields = gguf.GGUFReader(tmp_path / "out.gguf").fields
+    assert ("general.quantization_version" in fields) == kept
+    assert "quantize.imatrix.entries_count" not in fields
+
+
 def test_a_relative_name_says_what_it_is_relative_to(
     dense: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

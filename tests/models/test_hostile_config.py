@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 import tiny
 from fistapruner import FistaPrunerError
@@ -37,3 +38,36 @@ def test_wrong_config_is_refused_by_name(tmp_path: Path, change: str) -> None:
         LayerwiseModel(Checkpoint.open(tmp_path), torch.device("cpu"))
     assert str(tmp_path) in str(caught.value)
     assert "\n" not in str(caught.value)
+
+
+def test_quantisation_is_named_by_its_method(tmp_path: Path) -> None:
+    tiny.build("llama").save_pretrained(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text("utf-8"))
+    settings = {"quant_method": "bitnet", "modules_to_not_convert": ["lm_head"]}
+    (tmp_path / "config.json").write_text(json.dumps(config | {"quantization_config": settings}), "utf-8")
+    said = r"asks for quantisation while it runs \(bitnet\), which is not supported$"
+    with pytest.raises(FistaPrunerError, match=said):
+        LayerwiseModel(Checkpoint.open(tmp_path), torch.device("cpu"))
+    stored = load_file(tmp_path / "model.safetensors")
+    stored["model.layers.0.mlp.up_proj.weight"] = stored["model.layers.0.mlp.up_proj.weight"].to(torch.int8)
+    save_file(stored, tmp_path / "model.safetensors", {"format": "pt"})
+    with pytest.raises(FistaPrunerError, match=r"is quantised \(bitnet\); prune the unquantised one$"):
+        LayerwiseModel(Checkpoint.open(tmp_path), torch.device("cpu"))
+
+
+@pytest.mark.parametrize(
+    ("model_type", "text_type", "said"),
+    [
+        ("mistral3", "mistral", r"of it: save its language model \(mistral\) as a checkpoint of its own$"),
+        ("qwen2_5_vl", "qwen2_5_vl_text", "qwen2_5_vl is a model of more than text, .* language model of it$"),
+    ],
+)
+def test_a_model_of_images_and_text_is_refused_by_name(
+    tmp_path: Path, model_type: str, text_type: str, said: str
+) -> None:
+    tiny.build("llama").save_pretrained(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text("utf-8"))
+    wrapper = {"model_type": model_type, "text_config": config | {"model_type": text_type}}
+    (tmp_path / "config.json").write_text(json.dumps(wrapper), "utf-8")
+    with pytest.raises(FistaPrunerError, match=said):
+        LayerwiseModel(Checkpoint.open(tmp_path), torch.device("cpu"))

@@ -94,7 +94,9 @@ def _hub(folder: Path, asked: list[list[str]], files: tuple[str, ...]) -> Callab
 def test_pickles_and_code_are_downloaded_only_when_trusted(tmp_path: Path) -> None:
     asked: list[list[str]] = []
     empty = _hub(tmp_path, asked, ())
-    with pytest.raises(FistaPrunerError, match=r"'a/b' has no safetensors: .* --allow-pickle"):
+    with pytest.raises(
+        FistaPrunerError, match=r"'a/b' has no safetensors: .* --allow-pickle; .*'hf download a/b FILE\.gguf"
+    ):
         resolve_model("a/b", download=empty)
     assert not any("bin" in pattern or "py" in pattern for pattern in asked[0])
     resolve_model("a/b", allow_pickle=True, trust_remote_code=True, download=empty)

@@ -49,10 +49,11 @@ def window_length(
     Raises:
         FistaPrunerError: more than the model was made for.
     """
-    seqlen = asked or min(model.max_length, default)
-    if seqlen > model.max_length:
+    longest = model.max_length
+    seqlen = asked or min(longest or default, default)
+    if longest is not None and seqlen > longest:
         raise FistaPrunerError(
-            f"{setting} {seqlen} is more than the {model.max_length} tokens {model.checkpoint.folder} was made for"
+            f"{setting} {seqlen} is more than the {longest} tokens {model.checkpoint.folder} was made for"
         )
     return seqlen
 

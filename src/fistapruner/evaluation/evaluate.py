@@ -114,9 +114,11 @@ def evaluate(
     if data is not None:
         tokenizer = source.tokenizer()
         opened = _open(source, place, dtype)
-        length = data.seqlen if isinstance(data, Windows) else seqlen or min(opened.max_length, LONGEST_DEFAULT)
-        if length > opened.max_length:
-            raise FistaPrunerError(f"seqlen {length} is more than the {opened.max_length} tokens {model} was made for")
+        longest = opened.max_length
+        default = min(longest or LONGEST_DEFAULT, LONGEST_DEFAULT)
+        length = data.seqlen if isinstance(data, Windows) else seqlen or default
+        if longest is not None and length > longest:
+            raise FistaPrunerError(f"seqlen {length} is more than the {longest} tokens {model} was made for")
         cut = data if isinstance(data, Windows) else load_windows(data, tokenizer, length, windows, bos)
         other = None
         if dense is not None:

@@ -66,8 +66,20 @@ def build_model(checkpoint: Checkpoint, *, trust_remote_code: bool = False) -> A
             raise FistaPrunerError(
                 f"{folder} is a packed checkpoint: make it an ordinary one first with 'fistapruner unpack {folder} DIR'"
             )
+        settings = config.quantization_config
+        method = str(settings.get("quant_method") if isinstance(settings, dict) else settings)[:50]
+        if all(checkpoint.entry(name).dtype in WEIGHT_DTYPES for name in checkpoint.names()):
+            what = "its config asks for quantisation while it runs"
+            raise FistaPrunerError(f"{folder}: {what} ({method}), which is not supported")
+        raise FistaPrunerError(f"{folder}: the checkpoint is quantised ({method}); prune the unquantised one")
+    text, known = config.get_text_config(), AutoModelForCausalLM._model_mapping  # a semi-private table
+    if text is not config and type(config) not in known and "auto_map" not in checkpoint.config:
+        advice = (
+            f": save its language model ({text.model_type}) as a checkpoint of its own" if type(text) in known else ""
+        )
         raise FistaPrunerError(
-            f"{folder}: the checkpoint is quantised ({config.quantization_config}); prune the unquantised one"
+            f"{folder}: {config.model_type} is a model of more than text, and transformers builds no causal language "
+            f"model of it{advice}"
         )
     try:
         with no_init_weights(), init_empty_weights(include_buffers=False):

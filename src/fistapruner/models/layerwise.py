@@ -37,6 +37,12 @@ from .read_ahead import ReadAhead
 Call = tuple[tuple[Any, ...], dict[str, Any]]
 """Positional and keyword arguments of a decoder layer, without its hidden states."""
 
+LENGTH_NAMES = ("max_position_embeddings", "max_seq_len", "n_positions", "seq_length")
+"""What configs call the longest text that a model was made for."""
+
+UNSTATED_LENGTH = 2048
+"""Tokens that the head takes at once where the config states no longest text."""
+
 Tick = Callable[[str, int, int], None]
 """Receives the progress of a pass through all decoder layers: (what, steps done, steps in all)."""
 
@@ -100,9 +106,16 @@ class LayerwiseModel:
         return int(self.config.get_text_config().hidden_size)
 
     @property
-    def max_length(self) -> int:
-        """Return the model's maximum sequence length in tokens."""
-        return int(getattr(self.config.get_text_config(), "max_position_embeddings", 2048) or 2048)
+    def max_length(self) -> int | None:
+        """Return the model's maximum sequence length in tokens; None where its config states none."""
+        config = self.config.get_text_config()
+        stated = (getattr(config, name, None) for name in LENGTH_NAMES)
+        return next((length for length in stated if type(length) is int and length > 0), None)
+
+    @property
+    def max_head_rows(self) -> int:
+        """Return the number of tokens that :meth:`head` takes at once, at most."""
+        return self.max_length or UNSTATED_LENGTH
 
     @property
     def vocabulary(self) -> int:
@@ -258,7 +271,7 @@ class LayerwiseModel:
 
     def check_window(self, length: int) -> Tensor:
         """Return (1, length) token ids for a check; fewer where the model takes fewer."""
-        return torch.arange(3, 3 + min(length, self.max_length)).remainder(self.embedded_tokens)[None]
+        return torch.arange(3, 3 + min(length, self.max_length or length)).remainder(self.embedded_tokens)[None]
 
     def calls(self, batch: int, seqlen: int) -> list[Call]:
         """Record the arguments of every decoder layer for a batch of full windows (of any ids: :meth:`check`).
@@ -291,7 +304,7 @@ class LayerwiseModel:
         Needs :meth:`embeddings_and_head`.
 
         Args:
-            rows: (tokens, width) output of the last decoder layer, at most :attr:`max_length` tokens.
+            rows: (tokens, width) output of the last decoder layer, at most :attr:`max_head_rows` tokens.
             gradients: as for :meth:`logits`.
         """
         return self.logits(rows[None], torch.zeros(1, len(rows), dtype=torch.int64), gradients=gradients)[0]

@@ -163,7 +163,8 @@ def resolve_model(
     if not allow_pickle:
         raise FistaPrunerError(
             f"hub model {text!r} has no safetensors: where it has legacy pickle weights, which can carry code, trust "
-            "them with --allow-pickle"
+            "them with --allow-pickle; of a repository of GGUF files, download one "
+            f"('hf download {text} FILE.gguf --local-dir DIR') and give that file"
         )
     return _snapshot(text, [*patterns, "pytorch_model*.bin", INDEX_PICKLE], download)
 

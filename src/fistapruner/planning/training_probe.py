@@ -125,7 +125,7 @@ def _measure_head(task: Task) -> tuple[int, int, float]:
     model, dense, recipe = task.model, task.dense, task.recipe
     gradients = not recipe.zeroth_order
     slice_rows = max(1, BUDGETS.head // 2 // (4 * model.vocabulary))
-    rows = min(slice_rows, model.max_length, task.batch_size * task.seqlen)
+    rows = min(slice_rows, model.max_head_rows, task.batch_size * task.seqlen)
     generator = torch.Generator().manual_seed(0)
 
     def rows_of(each: LayerwiseModel) -> Tensor:

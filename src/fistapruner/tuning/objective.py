@@ -305,4 +305,4 @@ class Objective:
 
     def _budget(self) -> int:
         """Bytes of fp32 logits of one model at once; no more rows than the model takes in one window."""
-        return min(self.budgets.head // 2, 4 * self.model.vocabulary * self.model.max_length)
+        return min(self.budgets.head // 2, 4 * self.model.vocabulary * self.model.max_head_rows)

@@ -327,7 +327,7 @@ class Teacher:
 
     def _top(self, hidden: Tensor) -> dict[str, Tensor]:
         """Return the most likely tokens at every position of a window."""
-        budget = min(BUDGETS.head, 4 * self.dense.vocabulary * self.dense.max_length)
+        budget = min(BUDGETS.head, 4 * self.dense.vocabulary * self.dense.max_head_rows)
         parts = [
             TopTokens.of(self.dense.head(hidden[start:stop]), TOP[self.kind])
             for start, stop in slices(len(hidden), 4 * self.dense.vocabulary, budget)

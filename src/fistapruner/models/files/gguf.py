@@ -29,7 +29,7 @@ MAX_ARRAY = 50_000_000
 MAX_STRING = 2**26
 SHARD_BYTES = 4 * 2**30
 
-CONVERSION = 2
+CONVERSION = 3
 """Version of what is made of a file: it is raised where a conversion changes, so that earlier ones are made again."""
 
 GEMMA2_27B = 46
@@ -178,19 +178,21 @@ def convert_gguf(path: Path, out: Path, dtype: torch.dtype = torch.bfloat16, *, 
 
     Raises:
         FistaPrunerError: ``out`` exists, the disk is full, the file is damaged, its architecture is not one that
-            ``transformers`` reads from GGUF, it has tensors or scaled rotary positions that ``transformers`` would
-            leave out, or it is a mixture of experts.
+            ``transformers`` reads from GGUF, it has tensors, positions or windows of attention that
+            ``transformers`` would leave out, or it is a mixture of experts.
         MissingExtraError: the ``gguf`` package is missing.
     """
     packed = check_gguf(path)
     if any("_exps." in name for name in packed):
         raise FistaPrunerError(f"{path} is a mixture of experts, which is not supported")
-    space = dtype.itemsize * sum(math.prod(entry.shape) for entry in packed.values())
-    with checkpoint_folder(out, space) as partial, transformers_faults(path):
+    with transformers_faults(path):
         from gguf import GGUFReader
 
-        model, config, tokenizer = _describe(path, dtype)
         reader = GGUFReader(path)
+        architecture_of(path, reader, "take the model's Hugging Face checkpoint")
+    space = dtype.itemsize * sum(math.prod(entry.shape) for entry in packed.values())
+    with checkpoint_folder(out, space) as partial, transformers_faults(path):
+        model, config, tokenizer = _describe(path, reader, dtype)
         names = name_map(reader, model, config)
         _keep_all(path, reader, names, config)
         entries = _entries(path, model, set(names.values()), dtype)
@@ -206,7 +208,7 @@ def convert_gguf(path: Path, out: Path, dtype: torch.dtype = torch.bfloat16, *, 
             write_index(partial, files)
 
 
-def _describe(path: Path, dtype: torch.dtype) -> tuple[Any, Any, Any]:
+def _describe(path: Path, reader: Any, dtype: torch.dtype) -> tuple[Any, Any, Any]:
     """Build the model on the meta device, its configuration and its tokenizer from the file."""
     from accelerate import init_empty_weights
     from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
@@ -216,6 +218,7 @@ def _describe(path: Path, dtype: torch.dtype) -> tuple[Any, Any, Any]:
     if getattr(config, "quantization_config", None) is not None:
         del config.quantization_config
     _restore_attention_scale(config)
+    _restore_positions(path, reader, config)
     with init_empty_weights():
         model = AutoModelForCausalLM.from_config(config)
     config.architectures = [type(model).__name__]
@@ -230,6 +233,59 @@ def _restore_attention_scale(config: Any) -> None:
     """
     if config.model_type == "gemma2" and config.num_hidden_layers == GEMMA2_27B:
         config.query_pre_attn_scalar = config.hidden_size // config.num_attention_heads
+
+
+def _restore_positions(path: Path, reader: Any, config: Any) -> None:
+    """Set the base of rotary positions and the sliding window, which ``transformers`` does not read for some models.
+
+    Raises:
+        FistaPrunerError: a value differs that the config cannot take: it has one for each type of layer, or none.
+    """
+    architecture = reader.fields["general.architecture"].contents()
+    rotary = getattr(config, "rope_parameters", None) or {}
+    one_window = hasattr(config, "sliding_window") and not getattr(config, "layer_types", None)
+    read = {
+        "rope.freq_base": rotary.get("full_attention", rotary).get("rope_theta"),
+        "rope.freq_base_swa": rotary.get("sliding_attention", {}).get("rope_theta"),
+        "attention.sliding_window": getattr(config, "sliding_window", None),
+    }
+    for key, known in read.items():
+        field = reader.fields.get(f"{architecture}.{key}")
+        if field is None or (known is None and key.startswith("rope.")):  # no such positions in the model
+            continue
+        stored = field.contents()
+        if stored == known or (not stored and not known):  # a window of 0 is none
+            continue
+        if key == "rope.freq_base" and known == rotary.get("rope_theta") and type(stored) is float and stored > 0:
+            config.rope_parameters = {**rotary, "rope_theta": stored}
+        elif key == "attention.sliding_window" and one_window and type(stored) is int:
+            config.sliding_window = stored or None
+        else:
+            raise FistaPrunerError(
+                f"{path} has {field.name} {stored!r}, where transformers takes {known!r}: take the model's Hugging "
+                "Face checkpoint"
+            )
+
+
+def architecture_of(path: Path, reader: Any, advice: str) -> str:
+    """Return a file's architecture; refuse one that ``transformers`` does not read from GGUF.
+
+    Mixtures of experts, some of which ``transformers`` reads under another name, are refused before.
+
+    Args:
+        path: the file, for the message.
+        reader: of the file.
+        advice: what to do instead.
+    """
+    from transformers.integrations import GGUF_CONFIG_MAPPING
+
+    architecture: str = reader.fields["general.architecture"].contents()
+    if architecture not in GGUF_CONFIG_MAPPING:
+        raise FistaPrunerError(
+            f"{path}: transformers does not read GGUF files of the architecture {architecture!r}, so the order of "
+            f"their values is not known; {advice}"
+        )
+    return architecture
 
 
 def processor_of(reader: Any, config: Any) -> Any:
@@ -259,8 +315,15 @@ def _keep_all(path: Path, reader: Any, names: dict[str, str], config: Any) -> No
     from gguf import dequantize
 
     lost = [tensor for tensor in reader.tensors if tensor.name not in names and "attn_rot_embd" not in tensor.name]
-    scalings = [field.contents() for key, field in reader.fields.items() if key.endswith("rope.scaling.type")]
+    values = {key: field.contents() for key, field in reader.fields.items() if ".rope.scal" in key}
+    scalings = [value for key, value in values.items() if key.endswith("rope.scaling.type")]
+    scales = [value for key, value in values.items() if key.endswith(("rope.scaling.factor", "rope.scale_linear"))]
+    if not scalings and any(scale not in (0, 1) for scale in scales):  # to llama.cpp 0 is 1
+        scalings.append("linear")
     where = "which transformers does not read: take the model's Hugging Face checkpoint"
+    falcon = reader.fields.get("mamba.ssm.dt_b_c_rms")
+    if falcon is not None and falcon.contents():
+        raise FistaPrunerError(f"{path} is a Falcon-Mamba, with norms (mamba.ssm.dt_b_c_rms) {where}")
     if scaling := [scaling for scaling in scalings if scaling != "none"]:
         raise FistaPrunerError(f"{path} has rotary positions scaled by {scaling[0]!r}, {where}")
     for tensor in lost:

@@ -25,7 +25,7 @@ from ...errors import FistaPrunerError
 from ...runtime.files import PARTIAL, disk_errors, require_space, sync_folder
 from ..architecture import checkpoint_names, refuse_own_code
 from .checkpoint import Checkpoint, read_widths
-from .gguf import check_gguf, name_map, processor_of, transformers_faults
+from .gguf import architecture_of, check_gguf, name_map, processor_of, transformers_faults
 
 GGUFValues = Literal["bf16", "f16", "f32", "q8_0"]
 """How matrices are stored. Vectors are fp32, as llama.cpp wants them."""
@@ -48,6 +48,9 @@ BYTES = {"bf16": 2, "f16": 2, "f32": 4, "q8_0": (BLOCK + 2) / BLOCK}
 
 OWN_KEYS = ("general.architecture", "general.file_type", "general.alignment")
 """Keys that the writer sets by itself."""
+
+QUANTISATION = "general.quantization_version"
+"""Version of the quantised formats, in a file that has one; keys ``quantize.*`` tell how the dense file was made."""
 
 WIDTH = "feed_forward_length"
 
@@ -200,12 +203,7 @@ class _Source:
 
         self.like, self.checkpoint = like, checkpoint
         self.reader = GGUFReader(like)
-        self.architecture = self.reader.fields["general.architecture"].contents()
-        if self.architecture not in GGUF_CONFIG_MAPPING:
-            raise FistaPrunerError(
-                f"{like}: transformers does not read GGUF files of the architecture {self.architecture!r}, so the "
-                "order of their values is not known; use llama.cpp's own converter"
-            )
+        self.architecture = architecture_of(like, self.reader, "use llama.cpp's own converter")
         config = AutoConfig.from_pretrained(checkpoint.folder)
         known = GGUF_CONFIG_MAPPING[self.architecture].items()
         # The width of the MLPs has many names in configs: it comes from the weights.
@@ -323,7 +321,8 @@ class _Source:
 
         writer = gguf.GGUFWriter(out, self.architecture, use_temp_file=True)
         for key, field in self.reader.fields.items():
-            if not key.startswith("GGUF.") and key not in (*OWN_KEYS, *self.counts):
+            skipped = key.startswith(("GGUF.", "quantize.")) or (key == QUANTISATION and values != "q8_0")
+            if not skipped and key not in (*OWN_KEYS, *self.counts):
                 inner = field.types[-1] if len(field.types) > 1 else None
                 writer.add_key_value(key, field.contents(), field.types[0], inner)
         for key, count in self.counts.items():
