@@ -16,6 +16,7 @@ import fistapruner as fp
 import tiny
 from fistapruner.cli import main
 from fistapruner.models.files.gguf_export import export_gguf
+from fistapruner.pipeline.begun import absolute
 from fistapruner.pipeline.prune import finish_run
 from fistapruner.runs.directory import RunDirectory
 from fistapruner.runs.listener import Listener
@@ -347,6 +348,17 @@ def test_the_same_relative_name_in_another_folder_is_another_model(
     assert fp.resume(tmp_path / "run").status == "finished"
 
 
+def test_the_same_model_under_another_spelling_is_the_same_model(dense: Path, run: Path, tmp_path: Path) -> None:
+    (tmp_path / "link").symlink_to(dense.parent)
+    (tmp_path / "alias").symlink_to(dense)
+    for name in (dense / ".." / dense.name, tmp_path / "link" / dense.name, tmp_path / "alias"):
+        told = Said()
+        fp.prune(name, run, listener=told, **SETTINGS)
+        assert f"{run} holds the finished run of this recipe" in told.sentences
+    assert absolute(str(tmp_path / "link" / ".." / dense.parent.name / dense.name)) == str(dense.resolve())
+    assert absolute(str(tmp_path / "alias")) == str(tmp_path.resolve() / "alias")  # what a name ends with stays
+
+
 def test_a_finished_run_in_a_moved_tree_is_still_finished(
     dense: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -414,7 +426,7 @@ def test_a_recovery_goes_with_the_pruning_that_it_followed(dense: Path, tmp_path
     assert (run / "recovered" / "model").is_dir()
     notes.unlink()
     said = Said()
-    second = fp.prune(dense, run, **settings, listener=said)
+    second = fp.prune(dense, run / ".." / run.name, **settings, listener=said)
     assert any("is of another pruning: it is made again" in sentence for sentence in said.sentences)
     assert (second.kind, second.status) == ("recover", "finished")
     stages = [[stage.fingerprint for stage in report.lineage.stages] for report in (first, second) if report.lineage]

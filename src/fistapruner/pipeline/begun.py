@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -89,7 +90,7 @@ def refuse_other(
             "it"
         )
     before, here = record.decision.model, absolute(model)
-    if before == here:
+    if same_path(before, here):
         return
     # A name that is no path here is the same everywhere; a path is the same model where its files are, as in a moved
     # tree.
@@ -145,8 +146,19 @@ def execution_here(execution: Execution, listener: Listener) -> Execution:
 
 
 def absolute(name: str) -> str:
-    """Make a path that exists absolute, so that a run can continue from another folder; keep other names."""
-    return str(Path(name).absolute()) if Path(name).exists() else name
+    """Make a path that exists absolute, so that a run can continue from another folder; keep other names.
+
+    Its last part stays if it is a link: where the link points, a file may have another suffix, as in the hub's cache.
+    """
+    path = Path(name)
+    if not path.exists():
+        return name
+    return str(path.resolve() if path.name in ("", "..") else path.parent.resolve() / path.name)
+
+
+def same_path(before: str | Path, here: str | Path) -> bool:
+    """Check that a path in a run's record and one of now are of the same file; other names are only alike."""
+    return str(before) == str(here) or (os.path.isabs(before) and os.path.realpath(before) == os.path.realpath(here))
 
 
 @contextmanager

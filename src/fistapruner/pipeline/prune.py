@@ -29,7 +29,7 @@ from ..runs.training_directory import RecoverDirectory
 from ..runtime.devices import choose_device, device_title
 from ..runtime.files import disk_errors
 from ..runtime.memory import reset_peak_memory
-from .begun import FinishedRun, absolute, execution_here, find_finished
+from .begun import FinishedRun, absolute, execution_here, find_finished, same_path
 from .finish import finish, write_failure
 from .measure import measure
 from .prepare import prepare
@@ -169,7 +169,7 @@ def _recover(
         return report
     earlier = RecoverDirectory(run.recovered)
     begun = earlier.record()
-    if begun is not None and begun.decision.model == absolute(str(run.folder)) and not recovers(begun, report):
+    if begun is not None and same_path(begun.decision.model, run.folder) and not recovers(begun, report):
         (listener or Listener()).say(f"the recovery in {earlier.folder} is of another pruning: it is made again")
         earlier.remove()
     following = recipe.recover.model_copy(update={"execution": recover_execution(recipe.execution)})
