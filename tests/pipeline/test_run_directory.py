@@ -359,9 +359,7 @@ def test_the_same_model_under_another_spelling_is_the_same_model(dense: Path, ru
     assert absolute(str(tmp_path / "alias")) == str(tmp_path.resolve() / "alias")  # what a name ends with stays
 
 
-def test_a_finished_run_in_a_moved_tree_is_still_finished(
-    dense: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_run_in_a_moved_tree_is_still_the_run(dense: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     shutil.copytree(dense, tmp_path / "a" / "model")
     monkeypatch.chdir(tmp_path / "a")
     fp.prune("model", "run", **SETTINGS)
@@ -372,6 +370,13 @@ def test_a_finished_run_in_a_moved_tree_is_still_finished(
     assert "run holds the finished run of this recipe" in told.sentences
     with pytest.raises(fp.FistaPrunerError, match="a run of the model"):
         fp.prune(dense, "run", **SETTINGS)
+    (tmp_path / "b" / "run" / "report.json").unlink()  # an unfinished one goes on
+    (tmp_path / "b" / "run" / "layers" / "0001.json").unlink()
+    times = (tmp_path / "b" / "run" / "layers" / "0000.safetensors").stat().st_mtime_ns
+    assert fp.prune("model", "run", **SETTINGS).status == "finished"
+    assert (tmp_path / "b" / "run" / "layers" / "0000.safetensors").stat().st_mtime_ns == times
+    (tmp_path / "b" / "run" / "report.json").unlink()
+    assert fp.resume("run").status == "finished"
 
 
 def test_a_changed_calibration_text_is_another_run(
