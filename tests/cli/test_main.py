@@ -53,6 +53,18 @@ def test_a_reader_that_leaves_does_not_stop_the_work(tmp_path: Path, stream: str
     assert (out / "model" / "config.json").exists()
 
 
+@pytest.mark.parametrize(("name", "status"), [("SIGHUP", 0), ("SIGTERM", 143)])
+def test_a_closed_terminal_does_not_stop_the_work_and_a_kill_interrupts_it(name: str, status: int) -> None:
+    work = f"os.kill(os.getpid(), signal.{name}); print('worked on'); return 0"
+    program = (
+        "import os, signal, sys\nfrom fistapruner.cli import main, methods\n"
+        f"def run(_):\n    {work}\nmethods.run = run\nsys.exit(main(['methods']))"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stdout) == (status, "" if status else "worked on\n")
+    assert done.stderr == ("fistapruner: interrupted\n" if status else "")
+
+
 def test_commands_that_messages_advise_are_understood() -> None:
     """Commands in messages, with ``x`` for the values that a message fills in."""
     parser, found = build_parser(), []
