@@ -379,6 +379,39 @@ def test_a_run_in_a_moved_tree_is_still_the_run(dense: Path, tmp_path: Path, mon
     assert fp.resume("run").status == "finished"
 
 
+@pytest.mark.parametrize("kind", ["gguf", "hub"])
+def test_a_run_keeps_the_model_files_that_it_began_with(
+    dense: Path, tmp_path: Path, kind: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Another release of transformers converts a GGUF file anew; a hub's name leads to a later commit."""
+    commits, model, run = [dense], "someone/model", tmp_path / "run"
+    monkeypatch.setattr("huggingface_hub.snapshot_download", lambda *_, **__: str(commits[-1]))
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    if kind == "gguf":
+        pytest.importorskip("gguf")
+        from tiny_gguf import write_gguf
+
+        model = str(tmp_path / "model.gguf")
+        write_gguf(Path(model))
+    else:
+        commits.append(tiny.save("llama", tmp_path / "later", num_hidden_layers=2, seed=1))
+        commits.reverse()
+    settings, layer = {**SETTINGS, "propagate": "dense"}, run / "layers" / "0000.safetensors"
+    fp.prune(model, run, only_layers=(0, 0), **settings)
+    before = layer.stat().st_mtime_ns
+    commits.pop()
+    monkeypatch.setattr("fistapruner.models.source.version", lambda _: "0.0")
+    told = Said()
+    assert fp.prune(model, run, listener=told, **settings).status == "finished"
+    assert layer.stat().st_mtime_ns == before
+    assert not any("made again" in sentence for sentence in told.sentences)
+    if kind == "gguf":  # a file that has changed is another model
+        write_gguf(Path(model), kind="F16")
+        (run / "report.json").unlink()
+        fp.prune(model, run, listener=told, **settings)
+        assert any("the run is made again with all its layers" in sentence for sentence in told.sentences)
+
+
 def test_a_changed_calibration_text_is_another_run(
     dense: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -5,13 +5,13 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from ..errors import FistaPrunerError
-from ..models.source import Permissions
+from ..models.source import SMALL_MODEL, ModelSource, Permissions
 from ..recipes.execution_settings import Execution
 from ..recipes.settings import Recipe
 from ..runs.base import parse, read_json
@@ -74,6 +74,30 @@ def find_finished(
     return FinishedRun(report=report, says=f"{run.folder} holds the finished run of this recipe")
 
 
+def find_source(model: str, record: PruneRecord | None, permissions: Permissions) -> ModelSource:
+    """Find a model, that of a begun run where the run has found it as long as it is there unchanged.
+
+    The same name may lead to other files since: to a later commit on the hub, or to what another release of
+    ``transformers`` makes of a GGUF file. A local folder, or a GGUF file that has changed, is taken as it is now.
+
+    Args:
+        model: as the user named it.
+        record: of the begun run; None where nothing has begun.
+        permissions: what the model's files may do.
+
+    Raises:
+        FistaPrunerError: no such model.
+    """
+    if record is None:
+        return permissions.find(model)
+    decision = record.decision
+    if decision.model == model != SMALL_MODEL and not Path(model).expanduser().exists():
+        with suppress(FistaPrunerError):  # it is gone
+            if changed_files(decision.stamps, permissions.at(decision.folder)) is None:
+                return permissions.at(decision.folder)
+    return permissions.find(model, record.versions.get("transformers"))
+
+
 def refuse_other(
     run: PruneDirectory, record: PruneRecord, model: str, recipe: Recipe, permissions: Permissions
 ) -> None:
@@ -95,7 +119,9 @@ def refuse_other(
     # A name that is no path here is the same everywhere; a path is the same model where its files are, as in a moved
     # tree.
     named_alike = record.model.source == model
-    if not named_alike or (Path(model).exists() and changed_files(record.decision.stamps, permissions.find(model))):
+    if not named_alike or (
+        Path(model).exists() and changed_files(record.decision.stamps, find_source(model, record, permissions))
+    ):
         raise FistaPrunerError(
             f"--out {run.folder} holds a run of the model {before!r}, this one is of {here!r}: name another folder"
         )

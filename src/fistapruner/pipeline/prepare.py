@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import logging
 import math
 import shlex
 import sys
@@ -36,8 +35,6 @@ from .begun import absolute, changed_text
 from .dense_measurements import DenseMeasurements, Measured
 from .plan import plan_run
 from .prune_inputs import Inputs, RunRequest, check_inputs
-
-log = logging.getLogger("fistapruner")
 
 
 @dataclass(frozen=True)
@@ -78,7 +75,7 @@ def prepare(run: PruneDirectory, request: RunRequest, listener: Listener) -> Non
                 f"the calibration tokens of {run.folder} would be made again ({why}), and a part of the layers cannot "
                 "begin a run again: give this machine the same files, prune all layers, or name another --out"
             )
-        log.warning("the calibration tokens are made again: %s", why)
+        listener.say(f"the calibration tokens are made again: {why}")
     numerics, choice, rows = choose_plan(run, request.recipe, inputs, begun, listener)
     calibrated = draw_calibration(run, request, inputs, listener)
     states = run.hidden / "sensitivity" if choice.on_disk else None

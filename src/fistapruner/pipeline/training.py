@@ -212,7 +212,7 @@ def _refuse_other(run: TrainingDirectory, begun: TrainingRecord, request: Traini
             )
     models = {"a run of": (decision.model, absolute(request.model))}
     if request.dense is not None:
-        dense = request.permissions.find(request.dense).folder.absolute()
+        dense = request.permissions.find(request.dense, begun.versions.get("transformers")).folder.absolute()
         models["a run with the dense model"] = (str(decision.dense or "none"), str(dense))
     for what, (before, after) in models.items():
         if not same_path(before, after):
