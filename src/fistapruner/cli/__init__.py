@@ -181,8 +181,8 @@ def _signals() -> Iterator[list[int]]:
     try:
         yield came
     finally:
-        for number, action in before.items():
-            signal.signal(number, signal.SIG_DFL if action is None else action)
+        for number, earlier in before.items():
+            signal.signal(number, signal.SIG_DFL if earlier is None else earlier)
 
 
 def _quieten() -> None:
