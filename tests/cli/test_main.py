@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import ast
 import json
+import os
+import platform
 import re
 import subprocess
 import sys
 from pathlib import Path
 
+import psutil
 import pytest
 
 import fistapruner
@@ -51,6 +54,34 @@ def test_a_reader_that_leaves_does_not_stop_the_work(tmp_path: Path, stream: str
     assert "BrokenPipe" not in read
     assert json.loads((out / "report.json").read_text())["status"] == "finished"
     assert (out / "model" / "config.json").exists()
+
+
+@pytest.mark.parametrize(("name", "status"), [("SIGHUP", 0), ("SIGTERM", 143)])
+def test_a_closed_terminal_does_not_stop_the_work_and_a_kill_interrupts_it(name: str, status: int) -> None:
+    work = f"os.kill(os.getpid(), signal.{name}); print('worked on'); return 0"
+    program = (
+        "import os, signal, sys\nfrom fistapruner.cli import main, methods\n"
+        f"def run(_):\n    {work}\nmethods.run = run\nsys.exit(main(['methods']))"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stdout) == (status, "" if status else "worked on\n")
+    assert done.stderr == ("fistapruner: interrupted\n" if status else "")
+
+
+def test_status_of_a_run_that_has_decided_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "log.txt").touch()
+    parent = psutil.Process(os.getppid())
+    holder = {"host": platform.node(), "pid": parent.pid, "started": parent.create_time()}
+    (tmp_path / "lock").write_text(json.dumps(holder))
+    assert main(["status", str(tmp_path)]) == 0
+    assert f": being prepared by process {parent.pid} on" in capsys.readouterr().out
+    assert main(["status", str(tmp_path), "--json"]) == 0
+    assert json.loads(capsys.readouterr().out) == {"status": "preparing", "working": True}
+    (tmp_path / "lock").unlink()
+    assert main(["status", str(tmp_path)]) == 0
+    assert "stopped before anything was decided; give its command again" in capsys.readouterr().out
+    (tmp_path / "log.txt").unlink()
+    assert main(["status", str(tmp_path)]) == 2
 
 
 def test_commands_that_messages_advise_are_understood() -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import struct
 from collections.abc import Callable
+from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -69,6 +70,8 @@ def test_conversion_is_kept_and_follows_the_file(tmp_path: Path) -> None:
         with pytest.MonkeyPatch.context() as patched:
             patched.setattr(f"fistapruner.models.source.{name}", other)
             assert resolve_model(str(path), cache) != before, name
+            if name == "version":
+                assert resolve_model(str(path), cache, release=version("transformers")) == before
     alone = tmp_path / "alone"
     alone.mkdir()
     path.rename(alone / "tiny.gguf")

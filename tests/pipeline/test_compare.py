@@ -405,6 +405,19 @@ def test_rows_of_a_changed_calibration_text_are_made_again(tmp_path: Path, monke
     assert other.rows[0].perplexity != first.rows[0].perplexity
 
 
+def test_all_rows_are_of_the_commit_that_the_first_one_was_of(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    commits = [tiny.save("llama", tmp_path / f"seed_{seed}", num_hidden_layers=1, seed=seed) for seed in (1, 0)]
+    monkeypatch.setattr("huggingface_hub.snapshot_download", lambda *_, **__: str(commits[-1]))
+    shared: dict[str, Any] = {"settings": SETTINGS, "windows": 2}
+    first = compare("someone/model", "magnitude", ["50%"], tmp_path / "out", **shared)
+    commits.pop()
+    counts = Counts()
+    both = compare("someone/model", "magnitude,wanda", ["50%"], tmp_path / "out", listener=counts, **shared)
+    assert (both.dense, both.rows[0], counts.measured) == (first.dense, first.rows[0], 1)
+    folders = [json.loads(file.read_text())["decision"]["folder"] for file in (tmp_path / "out").rglob("run.json")]
+    assert folders == [str(tmp_path / "seed_0")] * 2
+
+
 def test_rows_say_what_structure_was_removed(tmp_path: Path) -> None:
     folder = tiny.save("llama", tmp_path / "model")
     settings = {

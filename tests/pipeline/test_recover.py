@@ -762,6 +762,7 @@ def test_a_run_goes_on_from_another_folder(bench: Bench, tmp_path: Path, monkeyp
     recover(**arguments, data={"source": "../text.jsonl"})
     assert recover(**arguments, data={"source": "../text.jsonl"}).status == "finished"
     monkeypatch.chdir(tmp_path / "b")
+    arguments["model"] = bench.pruned() / ".." / bench.pruned().name
     assert recover(**arguments, data={"source": "../a/../text.jsonl"}).status == "finished"
     (tmp_path / "out" / "report.json").unlink()
     assert fp.resume(Path("../out")).status == "finished"

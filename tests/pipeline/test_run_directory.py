@@ -16,6 +16,7 @@ import fistapruner as fp
 import tiny
 from fistapruner.cli import main
 from fistapruner.models.files.gguf_export import export_gguf
+from fistapruner.pipeline.begun import absolute
 from fistapruner.pipeline.prune import finish_run
 from fistapruner.runs.directory import RunDirectory
 from fistapruner.runs.listener import Listener
@@ -358,9 +359,18 @@ def test_the_same_relative_name_in_another_folder_is_another_model(
     assert fp.resume(tmp_path / "run").status == "finished"
 
 
-def test_a_finished_run_in_a_moved_tree_is_still_finished(
-    dense: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_the_same_model_under_another_spelling_is_the_same_model(dense: Path, run: Path, tmp_path: Path) -> None:
+    (tmp_path / "link").symlink_to(dense.parent)
+    (tmp_path / "alias").symlink_to(dense)
+    for name in (dense / ".." / dense.name, tmp_path / "link" / dense.name, tmp_path / "alias"):
+        told = Said()
+        fp.prune(name, run, listener=told, **SETTINGS)
+        assert f"{run} holds the finished run of this recipe" in told.sentences
+    assert absolute(str(tmp_path / "link" / ".." / dense.parent.name / dense.name)) == str(dense.resolve())
+    assert absolute(str(tmp_path / "alias")) == str(tmp_path.resolve() / "alias")  # what a name ends with stays
+
+
+def test_a_run_in_a_moved_tree_is_still_the_run(dense: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     shutil.copytree(dense, tmp_path / "a" / "model")
     monkeypatch.chdir(tmp_path / "a")
     fp.prune("model", "run", **SETTINGS)
@@ -371,6 +381,46 @@ def test_a_finished_run_in_a_moved_tree_is_still_finished(
     assert "run holds the finished run of this recipe" in told.sentences
     with pytest.raises(fp.FistaPrunerError, match="a run of the model"):
         fp.prune(dense, "run", **SETTINGS)
+    (tmp_path / "b" / "run" / "report.json").unlink()  # an unfinished one goes on
+    (tmp_path / "b" / "run" / "layers" / "0001.json").unlink()
+    times = (tmp_path / "b" / "run" / "layers" / "0000.safetensors").stat().st_mtime_ns
+    assert fp.prune("model", "run", **SETTINGS).status == "finished"
+    assert (tmp_path / "b" / "run" / "layers" / "0000.safetensors").stat().st_mtime_ns == times
+    (tmp_path / "b" / "run" / "report.json").unlink()
+    assert fp.resume("run").status == "finished"
+
+
+@pytest.mark.parametrize("kind", ["gguf", "hub"])
+def test_a_run_keeps_the_model_files_that_it_began_with(
+    dense: Path, tmp_path: Path, kind: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Another release of transformers converts a GGUF file anew; a hub's name leads to a later commit."""
+    commits, model, run = [dense], "someone/model", tmp_path / "run"
+    monkeypatch.setattr("huggingface_hub.snapshot_download", lambda *_, **__: str(commits[-1]))
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    if kind == "gguf":
+        pytest.importorskip("gguf")
+        from tiny_gguf import write_gguf
+
+        model = str(tmp_path / "model.gguf")
+        write_gguf(Path(model))
+    else:
+        commits.append(tiny.save("llama", tmp_path / "later", num_hidden_layers=2, seed=1))
+        commits.reverse()
+    settings, layer = {**SETTINGS, "propagate": "dense"}, run / "layers" / "0000.safetensors"
+    fp.prune(model, run, only_layers=(0, 0), **settings)
+    before = layer.stat().st_mtime_ns
+    commits.pop()
+    monkeypatch.setattr("fistapruner.models.source.version", lambda _: "0.0")
+    told = Said()
+    assert fp.prune(model, run, listener=told, **settings).status == "finished"
+    assert layer.stat().st_mtime_ns == before
+    assert not any("made again" in sentence for sentence in told.sentences)
+    if kind == "gguf":  # a file that has changed is another model
+        write_gguf(Path(model), kind="F16")
+        (run / "report.json").unlink()
+        fp.prune(model, run, listener=told, **settings)
+        assert any("the run is made again with all its layers" in sentence for sentence in told.sentences)
 
 
 def test_a_changed_calibration_text_is_another_run(
@@ -425,7 +475,7 @@ def test_a_recovery_goes_with_the_pruning_that_it_followed(dense: Path, tmp_path
     assert (run / "recovered" / "model").is_dir()
     notes.unlink()
     said = Said()
-    second = fp.prune(dense, run, **settings, listener=said)
+    second = fp.prune(dense, run / ".." / run.name, **settings, listener=said)
     assert any("is of another pruning: it is made again" in sentence for sentence in said.sentences)
     assert (second.kind, second.status) == ("recover", "finished")
     stages = [[stage.fingerprint for stage in report.lineage.stages] for report in (first, second) if report.lineage]

@@ -10,7 +10,9 @@ from __future__ import annotations
 import argparse
 import errno
 import os
+import signal
 import sys
+import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from importlib import import_module
@@ -47,7 +49,7 @@ def build_parser() -> argparse.ArgumentParser:
         prog="fistapruner",
         description="Prune trained language models, and measure what that costs and gains.",
         epilog="'fistapruner VERB --help' explains each verb. Exit status: 0 done, 1 a check failed, 2 bad input, "
-        "130 interrupted.",
+        "130 interrupted, 143 ended by SIGTERM.",
     )
     parser.add_argument("--version", action="version", version=f"fistapruner {__version__}")
     verbs = parser.add_subparsers(dest="verb", metavar="VERB", required=True)
@@ -65,7 +67,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run the ``fistapruner`` command and return its exit status."""
     from ..errors import FistaPrunerError, OtherRankFailed
 
-    with _readers_may_leave():
+    with _readers_may_leave(), _signals() as terminated:
         try:
             parsed = build_parser().parse_args(arguments)
             _quieten()
@@ -84,7 +86,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             return 2
         except KeyboardInterrupt as interruption:
             print(f"fistapruner: {str(interruption) or 'interrupted'}", file=sys.stderr)
-            return 130
+            return 143 if terminated else 130
 
 
 def _refuse_processes(arguments: argparse.Namespace) -> None:
@@ -153,6 +155,34 @@ def _readers_may_leave() -> Iterator[None]:
         for stream in filter(None, (sys.stdout, sys.stderr)):
             stream.flush()
         sys.stdout, sys.stderr = before
+
+
+@contextmanager
+def _signals() -> Iterator[list[int]]:
+    """Ignore that the terminal is closed, and let SIGTERM interrupt as Ctrl-C does, but end at once the second time.
+
+    Processes of ``torchrun`` are left to it, which ends them with these signals. Only the main thread can set them.
+
+    Yields:
+        A list that is empty until SIGTERM comes.
+    """
+    came: list[int] = []
+
+    def interrupt(number: int, _: object) -> None:
+        signal.signal(number, signal.SIG_DFL)
+        came.append(number)
+        raise KeyboardInterrupt
+
+    before = {}
+    if threading.current_thread() is threading.main_thread() and "TORCHELASTIC_RUN_ID" not in os.environ:
+        for name, action in (("SIGHUP", signal.SIG_IGN), ("SIGTERM", interrupt)):
+            if (number := getattr(signal, name, None)) is not None:  # Windows has no SIGHUP
+                before[number] = signal.signal(number, action)
+    try:
+        yield came
+    finally:
+        for number, earlier in before.items():
+            signal.signal(number, signal.SIG_DFL if earlier is None else earlier)
 
 
 def _quieten() -> None:

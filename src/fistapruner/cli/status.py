@@ -26,6 +26,15 @@ def run(arguments: argparse.Namespace) -> int:
     from ..runs.times import count_parts
 
     folder = Path(arguments.run_directory)
+    if (folder / "log.txt").is_file() and not any((folder / name).is_file() for name in ("run.json", "report.json")):
+        at_work = holders(folder)
+        where = " and ".join(f"{holder['pid']} on {holder['host']}" for holder in at_work)
+        said = f"being prepared by process {where}" if at_work else "stopped before anything was decided"
+        if arguments.json:
+            print(json.dumps({"status": "preparing", "working": bool(at_work)}, indent=2))
+        else:
+            print(f"{folder}: {said}" + ("" if at_work else "; give its command again"))
+        return 0
     report, recovered = load_run(folder), folder / "recovered"
     recovery = load_run(recovered) if (recovered / "run.json").is_file() else None
     follows = recovery is not None or bool(report.recipe.get("recover"))

@@ -305,8 +305,8 @@ class RunContext:
                 if self.numerics.batch_size == 1 and self.numerics.by_operator:
                     raise FistaPrunerError(
                         f"{what}: the memory of {self.model.device} ran out, even with one window at a time and groups "
-                        "of operators in parts: free some of it, or choose --device cpu, and resume; or shorten "
-                        "--seqlen, or choose a lighter --method"
+                        "of operators in parts: free some of it and resume, or give the same prune command again with "
+                        "--device cpu; or begin another run with a shorter --seqlen or a lighter --method"
                     ) from None
             before = min(self.numerics.batch_size, len(self.tokens))
             if self.on_device:

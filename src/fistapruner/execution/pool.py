@@ -149,7 +149,7 @@ def run_jobs(pool: Pool, schedule: Schedule[J]) -> None:
                     if deaths[what] == ATTEMPTS:
                         raise FistaPrunerError(
                             f"{what}: its worker died {ATTEMPTS} times ({event['message']}): "
-                            "use fewer --workers if memory ran out, then resume"
+                            "if memory ran out, give the same prune command again with fewer --workers"
                         )
                     log.warning("a worker died (%s) at %s, which is done again", event["message"], what)
                     if current is not None:

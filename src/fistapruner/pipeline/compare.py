@@ -18,6 +18,7 @@ import shlex
 import shutil
 import sys
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -54,7 +55,7 @@ from ..runtime.files import disk_errors, write_json_atomic, write_text_atomic
 from ..runtime.machine import describe_machine, now, versions
 from ..runtime.numerics import dtype_name
 from ..sensitivity.workload import read_workload
-from .begun import changed_text, continued_by_its_command, refuse_other_settings
+from .begun import changed_text, continued_by_its_command, find_source, refuse_other_settings
 from .contenders import Contender, parse_contenders
 from .measure import publish
 from .protocol import Protocol
@@ -118,7 +119,7 @@ def compare(
         if job.recipe.pattern.supports_allocation:
             read_workload(job.recipe)
     before = _before(folder, model)
-    source = permissions.find(model)
+    source = _find_source(model, folder, permissions)
     refuse_overlap(source.folder, folder)
     jobs = [replace(job, recipe=job.recipe.resolved(family=source.family)) for job in jobs]
     protocol = agree_protocol(source, jobs[0].recipe, data, windows, settings or {})
@@ -337,6 +338,7 @@ class _Shared:
             recipe=recipe.model_copy(update={"recover": None}),
             listener=self.listener,
             tokens=self.calibrated.get(key),
+            source=self.source,
             **self.source.permissions.keywords(),
         )
         assert report.calibration is not None
@@ -395,6 +397,15 @@ def _rows_that_stay(
             earlier = Recipe.build(record.recipe, str(run.run_file)).model_dump(mode="json")
             refuse_other_settings(run, earlier, job.recipe)
     return stay
+
+
+def _find_source(model: str, folder: Path, permissions: Permissions) -> ModelSource:
+    """Find the model where the rows that have begun found it, so that all rows are of the same files."""
+    for file in sorted((folder / "runs").glob("*/run.json")):
+        with suppress(FistaPrunerError):  # a damaged record is named where its row is asked for
+            if (record := PruneDirectory(file.parent).record()) is not None:
+                return find_source(model, record, permissions)
+    return permissions.find(model)
 
 
 def _before(folder: Path, model: str) -> list[CompareRow]:

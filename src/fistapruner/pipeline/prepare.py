@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import logging
 import math
 import shlex
 import sys
@@ -37,8 +36,6 @@ from .dense_measurements import DenseMeasurements, Measured
 from .plan import plan_run
 from .prune_inputs import Inputs, RunRequest, check_inputs
 
-log = logging.getLogger("fistapruner")
-
 
 @dataclass(frozen=True)
 class Calibrated:
@@ -71,13 +68,14 @@ def prepare(run: PruneDirectory, request: RunRequest, listener: Listener) -> Non
     if begun is not None:
         why = changed_text(begun, request.recipe) or _changed_tokens(run, begun, request.recipe, inputs)
         if why is None:
+            _note_place(run, begun, request, inputs)
             return
         if request.only_layers is not None:  # other parts may be at work, and what is made again voids their layers
             raise FistaPrunerError(
                 f"the calibration tokens of {run.folder} would be made again ({why}), and a part of the layers cannot "
                 "begin a run again: give this machine the same files, prune all layers, or name another --out"
             )
-        log.warning("the calibration tokens are made again: %s", why)
+        listener.say(f"the calibration tokens are made again: {why}")
     numerics, choice, rows = choose_plan(run, request.recipe, inputs, begun, listener)
     calibrated = draw_calibration(run, request, inputs, listener)
     states = run.hidden / "sensitivity" if choice.on_disk else None
@@ -209,6 +207,14 @@ def describe_model(source: ModelSource, name: str, model: LayerwiseModel) -> Mod
         bytes=checkpoint.nbytes,
         license=source.license(),
     )
+
+
+def _note_place(run: PruneDirectory, begun: PruneRecord, request: RunRequest, inputs: Inputs) -> None:
+    """Record where the model of a begun run is now, such as in a moved tree: all processes of the run open it there."""
+    folder = inputs.source.folder.absolute()
+    if folder != begun.decision.folder:
+        place = {"model": absolute(request.model), "folder": folder}
+        run.write_record(begun.model_copy(update={"decision": begun.decision.model_copy(update=place)}))
 
 
 def _changed_tokens(run: PruneDirectory, begun: PruneRecord, recipe: Recipe, inputs: Inputs) -> str | None:

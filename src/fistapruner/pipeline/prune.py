@@ -12,7 +12,7 @@ from torch import Tensor
 from ..errors import FistaPrunerError
 from ..execution.context import RunContext
 from ..execution.executors import prune_layers
-from ..models.source import Permissions
+from ..models.source import ModelSource, Permissions
 from ..problem import LayerProblem
 from ..recipes.execution_settings import Execution
 from ..recipes.loading import merge
@@ -29,7 +29,7 @@ from ..runs.training_directory import RecoverDirectory
 from ..runtime.devices import choose_device, device_title
 from ..runtime.files import disk_errors
 from ..runtime.memory import reset_peak_memory
-from .begun import FinishedRun, absolute, execution_here, find_finished
+from .begun import FinishedRun, absolute, execution_here, find_finished, find_source, same_path
 from .finish import finish, write_failure
 from .measure import measure
 from .prepare import prepare
@@ -55,6 +55,7 @@ def prune(
     only_layers: tuple[int, int] | None = None,
     inspect: Inspect | None = None,
     tokens: tuple[Tensor, dict[str, Any]] | None = None,
+    source: ModelSource | None = None,
     **settings: Any,
 ) -> Report:
     """Prune a language model.
@@ -73,6 +74,7 @@ def prune(
             are done, :func:`finish_run` writes the checkpoint.
         inspect: receives (layer, group, problem) before each solve.
         tokens: calibration windows that were drawn before with the recipe's settings, and how they were drawn.
+        source: the model where it was found before, as by a comparison; None finds it.
         **settings: single settings over the recipe, as in a recipe file: ``sparsity="2:4"``, ``method="alps"``,
             ``calibration={"samples": 32}``.
 
@@ -87,17 +89,21 @@ def prune(
     run, permissions = PruneDirectory(Path(out)), Permissions(allow_pickle, trust_remote_code)
     run.check_place()
     begun = run.record()
+
+    def family() -> str:
+        return (source or find_source(str(model), begun, permissions)).family()
+
     given = recipe.model_dump(mode="json", exclude_unset=True) if recipe else {}
     recipe = Recipe.build(merge(given, settings)).resolved(
         in_parts=only_layers is not None,
         earlier=begun.recipe if begun else None,
-        family=lambda: permissions.find(model).family(),
+        family=family,
     )
     evaluation = None
     if evaluate is not None:
         text = absolute(evaluate) if Path(evaluate).is_file() else evaluate
         evaluation = EvaluationRequest(data=text, windows=evaluate_windows)
-    request = RunRequest(str(model), recipe, permissions, command, evaluation, tokens, only_layers)
+    request = RunRequest(str(model), recipe, permissions, command, evaluation, tokens, only_layers, source)
     report = _run(run, request, listener or Listener(), inspect)
     return report if only_layers else _recover(run, report, recipe, permissions, listener)
 
@@ -169,7 +175,7 @@ def _recover(
         return report
     earlier = RecoverDirectory(run.recovered)
     begun = earlier.record()
-    if begun is not None and begun.decision.model == absolute(str(run.folder)) and not recovers(begun, report):
+    if begun is not None and same_path(begun.decision.model, run.folder) and not recovers(begun, report):
         (listener or Listener()).say(f"the recovery in {earlier.folder} is of another pruning: it is made again")
         earlier.remove()
     following = recipe.recover.model_copy(update={"execution": recover_execution(recipe.execution)})
@@ -246,6 +252,7 @@ def _prune(
         now = run.record()
         if before is not None and now is not None and before.fingerprint != now.fingerprint:
             times.forget()
+            listener.say("the run is made again with all its layers: its model or calibration tokens are others now")
     if only is not None:
         _remove_failure(run)
     part = "" if only is None else f"{only[0]}-{only[1]}"

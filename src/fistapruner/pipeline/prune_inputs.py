@@ -29,7 +29,7 @@ from ..runtime.machine import versions
 from ..runtime.numerics import dtype_name
 from ..sensitivity.decision import check_allocation
 from ..structured.units import Widths
-from .begun import refuse_other
+from .begun import find_source, refuse_other
 from .plan import allocate, change_widths, say_lost_zeros, say_widths
 
 
@@ -45,6 +45,7 @@ class RunRequest:
         evaluation: the text to evaluate on after the run.
         drawn: calibration windows that were drawn before with the same settings, and how.
         only_layers: (first, last) decoder layer to prune; None prunes all.
+        source: the model where it was found before; None finds it.
     """
 
     model: str
@@ -54,6 +55,7 @@ class RunRequest:
     evaluation: EvaluationRequest | None = None
     drawn: tuple[Tensor, dict[str, Any]] | None = None
     only_layers: tuple[int, int] | None = None
+    source: ModelSource | None = None
 
 
 @dataclass(frozen=True)
@@ -101,7 +103,7 @@ def check_inputs(run: PruneDirectory, request: RunRequest, begun: PruneRecord | 
             check_calibration(recipe)
     if recipe.execution.executor == "ray":
         require_ray(recipe.execution.address)
-    source = request.permissions.find(request.model)
+    source = request.source or find_source(request.model, begun, request.permissions)
     refuse_overlap(source.folder, run.folder)
     refuse_low_rank(source.folder, "prune")
     listener.say(f"model {request.model}: {source.folder}")

@@ -28,7 +28,7 @@ from ..runtime.files import disk_errors, sha256_file
 from ..runtime.memory import reset_peak_memory
 from ..runtime.numerics import exact_products
 from ..runtime.ranks import ranks_of_run
-from .begun import absolute, execution_here
+from .begun import absolute, execution_here, same_path
 from .finish import write_failure
 from .finish_training import AddResults, finish
 from .measure import measure
@@ -212,10 +212,10 @@ def _refuse_other(run: TrainingDirectory, begun: TrainingRecord, request: Traini
             )
     models = {"a run of": (decision.model, absolute(request.model))}
     if request.dense is not None:
-        dense = request.permissions.find(request.dense).folder.absolute()
+        dense = request.permissions.find(request.dense, begun.versions.get("transformers")).folder.absolute()
         models["a run with the dense model"] = (str(decision.dense or "none"), str(dense))
     for what, (before, after) in models.items():
-        if before != after:
+        if not same_path(before, after):
             raise FistaPrunerError(
                 f"--out {run.folder} holds {what} {before}, not {after}: name another folder, or remove it"
             )
