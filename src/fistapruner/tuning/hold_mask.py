@@ -151,7 +151,8 @@ class HoldMask(TrainerCallback):  # type: ignore[misc]
                 raise FistaPrunerError(
                     f"{name}: {count} of its pruned weights are not 0 any more: something other than a step of a "
                     "torch.optim optimizer has changed them (a merged adapter, a trainer with its own copy of the "
-                    "weights); hold_mask(...).apply() sets them back to 0"
+                    "weights); to set them back to 0, call apply() of what hold_mask returned before the training "
+                    "(with fistapruner.hold_mask(model) as held)"
                 )
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
