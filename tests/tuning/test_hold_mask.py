@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 import socket
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
@@ -326,6 +326,38 @@ def test_two_processes_keep_every_zero(tmp_path: Path) -> None:
             for (name, a), b in zip(model.named_parameters(), whole.parameters(), strict=True):
                 assert torch.allclose(a, b, atol=1e-4), (path.stem, name)
     assert len(list(tmp_path.glob("*.pt"))) == 5
+
+
+@pytest.fixture
+def process_group(tmp_path: Path) -> Iterator[None]:
+    """A group of this process alone."""
+    if not torch.distributed.is_available():
+        pytest.skip("torch without torch.distributed")
+    torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path / 'group'}", rank=0, world_size=1)
+    yield
+    torch.distributed.destroy_process_group()
+
+
+def test_whole_weights_after_an_evaluation_are_no_lost_zeros(process_group: None) -> None:
+    """As long as the backward pass has not come, FSDP2 keeps what the forward pass has gathered."""
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard
+
+    model = pruned()
+    fully_shard(model, mesh=init_device_mesh("cpu", (1,)), reshard_after_forward=False)
+    with fp.hold_mask(model) as held:
+        train(model, OPTIMIZERS["adamw"])
+        sharded = model.model.layers[0].mlp.up_proj.weight
+        with torch.no_grad():
+            model(input_ids=tokens())
+            assert model.model.layers[0].mlp.up_proj.weight is not sharded
+            sharded.to_local().add_(1.0)  # in one's own part, not in the whole copy
+        with pytest.raises(FistaPrunerError, match="up_proj"):
+            held.verify()
+        model(input_ids=tokens())
+        held.apply()
+        assert int((sharded.to_local() == 0).sum()) == sharded.numel() // 2
+        model(input_ids=tokens())
 
 
 @pytest.mark.parametrize("hold", [True, False])

@@ -84,6 +84,7 @@ class HoldMask(TrainerCallback):  # type: ignore[misc]
     """
 
     def __init__(self, model: nn.Module) -> None:
+        self._model = model
         self._weights = _held(model)
         self._pruned = {name: _local(weight.tensor) == 0 for name, weight in self._weights.items()}
         self._handles: list[Any] = []
@@ -95,6 +96,7 @@ class HoldMask(TrainerCallback):  # type: ignore[misc]
 
     def __enter__(self) -> Self:
         if not self._handles:
+            self._reshard()
             own = weakref.ref(self)  # the hooks are global: they must not keep a model alive whose training failed
 
             def before(optimizer: Any, *_: Any) -> None:
@@ -127,7 +129,8 @@ class HoldMask(TrainerCallback):  # type: ignore[misc]
 
     @torch.no_grad()
     def apply(self) -> None:
-        """Set every pruned weight to 0."""
+        """Set every pruned weight to 0. Where weights are sharded, no forward pass may wait for its backward pass."""
+        self._reshard()
         for name, parameter in self._parameters():
             self._clear(name, parameter)
 
@@ -138,6 +141,7 @@ class HoldMask(TrainerCallback):  # type: ignore[misc]
         Raises:
             FistaPrunerError: names the first operator with lost zeros.
         """
+        self._reshard()
         lost, sharded = [], None
         for name, parameter in self._parameters():
             lost.append((_local(parameter)[self._local_pruned(name, parameter)] != 0).sum())
@@ -167,6 +171,15 @@ class HoldMask(TrainerCallback):  # type: ignore[misc]
         """Yield the held weights, which sharding and casting may have replaced since the masks were taken."""
         for name, weight in self._weights.items():
             yield name, weight.tensor
+
+    def _reshard(self) -> None:
+        """Put the shards back into their modules, which after an evaluation may hold whole copies (FSDP2)."""
+        if torch.distributed.is_available() and torch.distributed.is_initialized():
+            from torch.distributed.fsdp import FSDPModule
+
+            for module in self._model.modules():
+                if isinstance(module, FSDPModule):
+                    module.reshard()
 
     def _gradient_hook(self, name: str) -> Any:
         own = weakref.ref(self)
