@@ -182,6 +182,18 @@ def test_the_end_names_an_operator_with_lost_zeros() -> None:
     held.verify()
 
 
+def test_weights_that_are_replaced_during_the_training_are_held() -> None:
+    """As by a trainer that shards the model after ``hold_mask`` has begun."""
+    model = pruned()
+    projection = model.model.layers[0].mlp.up_proj
+    with fp.hold_mask(model):
+        projection.weight = nn.Parameter(projection.weight.detach().clone())
+        pruned_weights = projection.weight == 0
+        train(model, OPTIMIZERS["adamw"], steps=1)
+        model(input_ids=tokens(), labels=tokens()).loss.backward()
+        assert not bool(projection.weight.grad[pruned_weights].any())  # before clipping
+
+
 def test_an_error_of_the_training_is_not_hidden_by_the_check() -> None:
     model = pruned()
 

@@ -88,6 +88,7 @@ class HoldMask(TrainerCallback):  # type: ignore[misc]
         self._weights = _held(model)
         self._pruned = {name: _local(weight.tensor) == 0 for name, weight in self._weights.items()}
         self._handles: list[Any] = []
+        self._watched: dict[str, weakref.ref[Tensor]] = {}
 
     @property
     def operators(self) -> tuple[str, ...]:
@@ -109,9 +110,7 @@ class HoldMask(TrainerCallback):  # type: ignore[misc]
 
             self._handles = [register_optimizer_step_pre_hook(before), register_optimizer_step_post_hook(after)]
             for name, parameter in self._parameters():
-                if parameter.requires_grad:
-                    hook = self._gradient_hook(name)
-                    self._handles.append(parameter.register_post_accumulate_grad_hook(hook))
+                self._watch(name, parameter)
         return self
 
     def __exit__(
@@ -126,6 +125,7 @@ class HoldMask(TrainerCallback):  # type: ignore[misc]
         for handle in self._handles:
             handle.remove()
         self._handles = []
+        self._watched = {}
 
     @torch.no_grad()
     def apply(self) -> None:
@@ -181,7 +181,10 @@ class HoldMask(TrainerCallback):  # type: ignore[misc]
                 if isinstance(module, FSDPModule):
                     module.reshard()
 
-    def _gradient_hook(self, name: str) -> Any:
+    def _watch(self, name: str, parameter: Tensor) -> None:
+        """Mask a weight's gradients from now on as soon as they are computed."""
+        if not parameter.requires_grad or (name in self._watched and self._watched[name]() is parameter):
+            return
         own = weakref.ref(self)
 
         @torch.no_grad()
@@ -189,7 +192,8 @@ class HoldMask(TrainerCallback):  # type: ignore[misc]
             if (held := own()) is not None and parameter.grad is not None:
                 held._clear(name, parameter.grad)
 
-        return hook
+        self._handles.append(parameter.register_post_accumulate_grad_hook(hook))
+        self._watched[name] = weakref.ref(parameter)
 
     @torch.no_grad()
     def _mask(self, optimizer: torch.optim.Optimizer, *, gradients: bool) -> None:
@@ -199,6 +203,7 @@ class HoldMask(TrainerCallback):  # type: ignore[misc]
             tensor = parameter.grad if gradients else parameter
             if id(parameter) in own and tensor is not None:
                 self._clear(name, tensor)
+                self._watch(name, parameter)  # sharding may have replaced the one that was watched
 
     def _clear(self, name: str, tensor: Tensor) -> None:
         _local(tensor).masked_fill_(self._local_pruned(name, tensor), 0.0)
