@@ -258,6 +258,21 @@ def test_a_model_without_zeros_is_refused() -> None:
         fp.hold_mask(tiny.build("llama"))
 
 
+@pytest.mark.parametrize("record", [True, False])
+def test_quantised_weights_are_refused(record: bool, tmp_path: Path) -> None:
+    """As bitsandbytes packs two of them into a byte, in one column."""
+    model = pruned()
+    packed = torch.full((768, 1), 119, dtype=torch.uint8)
+    model.model.layers[0].mlp.up_proj.weight = nn.Parameter(packed, requires_grad=False)
+    if record:
+        name = "model.layers.0.mlp.up_proj"
+        claims = {f"{name}.weight": {"operator": name, "zeros": 768}}
+        (tmp_path / "fistapruner.json").write_text(json.dumps({"operators": claims}))
+        model.name_or_path = str(tmp_path)
+    with pytest.raises(FistaPrunerError, match=r"up_proj\.weight is quantised \(uint8\): its zeros cannot be held"):
+        fp.hold_mask(model)
+
+
 def test_new_adapters_and_heads_are_not_held() -> None:
     model = pruned()
     layer = model.model.layers[0].mlp

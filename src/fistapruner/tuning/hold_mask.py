@@ -66,7 +66,8 @@ def hold_mask(model: nn.Module) -> HoldMask:
         for each held weight.
 
     Raises:
-        FistaPrunerError: nothing is pruned, or an operator of ``fistapruner.json`` is missing or has lost zeros.
+        FistaPrunerError: nothing is pruned, an operator of ``fistapruner.json`` is missing or has lost zeros, or a
+            weight is quantised.
     """
     return HoldMask(model)
 
@@ -248,7 +249,7 @@ def _held(model: nn.Module) -> dict[str, _Weight]:
     found = {}
     for name, weight in weights.items():
         numbered = re.search(r"(^|\.)\d+\.", name)
-        share = int(_zeros(weight.tensor).sum()) / weight.tensor.numel() if numbered else 0.0
+        share = int(_zeros(name, weight.tensor).sum()) / weight.tensor.numel() if numbered else 0.0
         if MIN_ZEROS <= share < 1.0:
             found[name] = weight
     if not found:
@@ -284,7 +285,7 @@ def _claimed(weights: dict[str, _Weight], claims: Any, origin: Path) -> dict[str
 
     @cache
     def zeros(name: str) -> Tensor:
-        return _zeros(weights[name].tensor)
+        return _zeros(name, weights[name].tensor)
 
     def place(operator: str) -> tuple[str | None, Tensor | None]:
         """Find the weight that holds an operator, and the zeros of the operator's part of it, by row."""
@@ -313,8 +314,11 @@ def _claimed(weights: dict[str, _Weight], claims: Any, origin: Path) -> dict[str
 
 
 @torch.no_grad()
-def _zeros(weight: Tensor) -> Tensor:
+def _zeros(name: str, weight: Tensor) -> Tensor:
     """Count the zeros of a weight along its last dimension, over all processes where it is sharded."""
+    if not weight.is_floating_point():
+        kind = str(weight.dtype).removeprefix("torch.")
+        raise FistaPrunerError(f"{name} is quantised ({kind}): its zeros cannot be held; a frozen base keeps them")
     count = (weight == 0).sum(-1)
     whole: Tensor = count.full_tensor() if hasattr(count, "full_tensor") else count
     return whole.cpu()
