@@ -96,7 +96,9 @@ def test_clipping_and_moments_see_survivors_only() -> None:
         assert torch.equal(a, b), name
 
 
-def trainer(model: Any, folder: Path, callbacks: list[Any], **settings: Any) -> transformers.Trainer:
+def trainer(
+    model: Any, folder: Path, callbacks: list[Any], model_init: Callable[[], Any] | None = None, **settings: Any
+) -> transformers.Trainer:
     data = [{"input_ids": row, "labels": row} for row in tokens(16)]
     arguments = transformers.TrainingArguments(
         str(folder),
@@ -113,7 +115,7 @@ def trainer(model: Any, folder: Path, callbacks: list[Any], **settings: Any) -> 
         dataloader_pin_memory=False,
         **settings,
     )
-    return transformers.Trainer(model, arguments, train_dataset=data, callbacks=callbacks)
+    return transformers.Trainer(model, arguments, train_dataset=data, callbacks=callbacks, model_init=model_init)
 
 
 def test_a_trainer_run_keeps_every_zero_and_without_the_mask_it_does_not(tmp_path: Path) -> None:
@@ -136,6 +138,16 @@ def test_a_trainer_run_with_momentum_keeps_every_zero(tmp_path: Path) -> None:
         callbacks = [fp.hold_mask(model)] if hold else []
         trainer(model, tmp_path, callbacks, optim="sgd", optim_args="momentum=0.9").train()
         assert (lost(model, before) == 0) == hold
+
+
+def test_a_trainer_of_another_model_is_refused(tmp_path: Path) -> None:
+    run = trainer(None, tmp_path, [fp.hold_mask(pruned())], model_init=lambda: pruned("llama"))
+    with pytest.raises(FistaPrunerError, match="trains another LlamaForCausalLM than hold_mask was called with"):
+        run.train()
+    model = pruned()
+    held = fp.hold_mask(model)
+    held.on_train_begin(None, None, None, model=nn.DataParallel(torch.compile(model)))
+    held.on_train_end(None, None, None)
 
 
 def test_nothing_is_masked_afterwards() -> None:

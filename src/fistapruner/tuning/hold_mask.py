@@ -161,7 +161,18 @@ class HoldMask(TrainerCallback):  # type: ignore[misc]
                 )
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Begin to mask (called by the trainer)."""
+        """Begin to mask (called by the trainer).
+
+        Raises:
+            FistaPrunerError: the trainer trains another model.
+        """
+        if (model := kwargs.get("model")) is not None:
+            trained = set(model.modules())
+            if not any(weight.module in trained for weight in self._weights.values()):
+                raise FistaPrunerError(
+                    f"the trainer trains another {type(model).__name__} than hold_mask was called with: give both the "
+                    "same model, without model_init, which makes a new one"
+                )
         self.__enter__()
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
