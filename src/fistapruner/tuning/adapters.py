@@ -312,7 +312,8 @@ def write_hira_adapter(
 
     Raises:
         FistaPrunerError: ``folder`` exists, or the disk is full.
-        ValueError: no operators, shapes that do not fit, or a parameter of an adapted operator in ``whole``.
+        ValueError: no operators, shapes that do not fit, or in ``whole`` a parameter of an adapted operator or
+            of a module around one.
     """
     for name, (a, b) in operators.items():
         if a.ndim != 2 or b.ndim != 2 or len(a) != b.shape[1]:
@@ -320,8 +321,9 @@ def write_hira_adapter(
     if not operators:
         raise ValueError("there are no operators")
     modules = sorted({name.rpartition(".")[0] for name in whole or {}})
-    if both := sorted(set(modules) & set(operators)):
-        raise ValueError(f"{both[0]} is adapted: PEFT cannot replace it whole, too")
+    for module in modules:
+        if any(f"{name}.".startswith(f"{module}.") for name in operators):
+            raise ValueError(f"{module} or an operator inside of it is adapted: PEFT cannot replace it whole, too")
     rank = max(len(a) for a, _ in operators.values())
     config = {
         "peft_type": "HIRA",
