@@ -149,26 +149,33 @@ def of_experts(folder: Path, model: Any, layer: int, rank: int, **config: Any) -
     for place, (name, wrapped) in enumerate((("down_proj", ""), ("gate_up_proj", ".base_layer"))):
         shape = getattr(experts, name).shape
         count, columns, rows = shape if experts.is_transposed else (shape[0], *shape[:0:-1])
+        turned = config.get("peft_version") == ("0.19.0" if experts.is_transposed else "0.18.1")
+        if turned:
+            rows, columns = columns, rows
         a, b = draw(rank * count, columns, seed=place), draw(rows, rank * count, seed=place + 10)
         key = f"base_model.model.model.layers.{layer}.mlp.experts{wrapped}"
         files |= {f"{key}.lora_A.weight": a, f"{key}.lora_B.weight": b}
         change = torch.einsum("ore,eri->eoi", b.view(rows, rank, count), a.view(count, rank, columns))
-        changes[name] = change.transpose(1, 2) if experts.is_transposed else change
+        changes[name] = change.transpose(1, 2) if experts.is_transposed != turned else change
     folder.mkdir()
     save_file(files, folder / "adapter_model.safetensors")
     targets = ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]
     settings = {"peft_type": "LORA", "r": rank, "lora_alpha": 4, "target_modules": [], "target_parameters": targets}
+    settings["peft_version"] = "0.19.1"
     (folder / "adapter_config.json").write_text(json.dumps({**settings, **config}))
     return changes
 
 
+@pytest.mark.parametrize("version", ["0.19.1", "before"])
 @pytest.mark.parametrize("architecture", ["qwen3_moe", "mixtral", "gpt_oss"])
-def test_an_adapter_of_experts_is_masked(architecture: str, tmp_path: Path) -> None:
-    """Whether the files have the experts' matrices one by one or in one tensor."""
+def test_an_adapter_of_experts_is_masked(architecture: str, version: str, tmp_path: Path) -> None:
+    """Whether the files have the experts' matrices one by one or in one tensor, and whatever PEFT took for inputs."""
+    if version == "before":
+        version = "0.19.0" if architecture == "gpt_oss" else "0.18.1"
     dense, calibration = tiny.save(architecture, tmp_path / "dense"), {"samples": 2, "seqlen": 16}
     fp.prune(dense, tmp_path / "run", method="wanda", sparsity="50%", calibration=calibration)
     before = AutoModelForCausalLM.from_pretrained(tmp_path / "run" / "model")
-    changes = of_experts(tmp_path / "adapter", before, 1, rank=3)
+    changes = of_experts(tmp_path / "adapter", before, 1, rank=3, peft_version=version)
     report = fp.merge_adapter(tmp_path / "run", tmp_path / "adapter", tmp_path / "out")
     after = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
     zeros = weights = 0
@@ -196,6 +203,9 @@ def test_adapters_of_experts_that_do_not_fit_are_refused(tmp_path: Path) -> None
     other = tiny.build("qwen3_moe", moe_intermediate_size=24)
     for name, made, config, said in (
         ("sizes", other, {}, r"A \[8, 32\], B \[48, 8\], but the tensors of its experts have 32 outputs and 32 inputs"),
+        ("version", other, {}, r"32 inputs or 32 outputs and 16 inputs \(peft_version is '0\.19\.1'\): the adapter"),
+        ("square", model, {"peft_version": None}, r"experts\.base_layer fits the matrices .* config, '', does not"),
+        ("unsure", model, {"peft_version": "0.19.1.dev0@a1b2"}, r"'0\.19\.1\.dev0@a1b2', does not tell which"),
         ("rank", model, {"r": 4}, r"experts\.base_layer has rank 2, but .* says 4"),
         ("patterns", model, {"rank_pattern": {"experts": 2}}, "without rank_pattern and alpha_pattern"),
         ("kind", model, {"peft_type": "HIRA"}, "target_parameters is understood for LoRA"),

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import torch
 from safetensors.torch import load_file
+from transformers import MambaConfig, MambaForCausalLM
 
 import fistapruner as fp
 import tiny
@@ -26,3 +28,17 @@ def test_the_adapter_of_a_recovery_merged_into_its_input_gives_its_checkpoint(tm
     for name in before:
         torch.testing.assert_close(merged[name], trained[name], rtol=1e-6, atol=1e-7)
         assert torch.equal(merged[name] == 0, trained[name] == 0)
+
+
+def test_modules_that_contain_operators_are_not_replaced_by_an_adapter(tmp_path: Path) -> None:
+    """Mamba's mixers have vectors of their own (D, biases of conv1d and dt_proj) beside their operators."""
+    config = MambaConfig(vocab_size=tiny.VOCABULARY, hidden_size=32, num_hidden_layers=1, state_size=8)
+    tiny.spread(MambaForCausalLM(config)).save_pretrained(tmp_path / "dense")
+    tiny.tokenizer().save_pretrained(tmp_path / "dense")
+    calibration = {"source": "python", "samples": 2, "seqlen": 32}
+    fp.prune(tmp_path / "dense", tmp_path / "pruned", method="magnitude", calibration=calibration)
+    data = {"tokens": 64, "seqlen": 32}
+    fp.recover(tmp_path / "pruned", tmp_path / "run", parameters="hira", data=data, windows_per_step=2)
+    settings = json.loads((tmp_path / "run" / "adapter" / "adapter_config.json").read_text())
+    assert settings["modules_to_save"] == ["backbone.layers.0.norm"]
+    assert "without 3 trained vectors" in (tmp_path / "run" / "log.txt").read_text()

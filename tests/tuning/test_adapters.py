@@ -171,6 +171,7 @@ def test_adapters_that_cannot_be_written_are_refused(tmp_path: Path) -> None:
         write_hira_adapter(tmp_path / "a", "m", {})
     with pytest.raises(ValueError, match="do not fit"):
         write_hira_adapter(tmp_path / "a", "m", {Q: (draw(2, 6), draw(8, 3))})
-    with pytest.raises(ValueError, match="is adapted"):
-        write_hira_adapter(tmp_path / "a", "m", {Q: (draw(2, 6), draw(8, 2))}, whole={f"{Q}.bias": draw(8)})
+    for name in (f"{Q}.bias", f"{Q.rpartition('.')[0]}.scale"):
+        with pytest.raises(ValueError, match="is adapted"):
+            write_hira_adapter(tmp_path / "a", "m", {Q: (draw(2, 6), draw(8, 2))}, whole={name: draw(8)})
     assert not list(tmp_path.iterdir())

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 import socket
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
@@ -96,7 +96,9 @@ def test_clipping_and_moments_see_survivors_only() -> None:
         assert torch.equal(a, b), name
 
 
-def trainer(model: Any, folder: Path, callbacks: list[Any], **settings: Any) -> transformers.Trainer:
+def trainer(
+    model: Any, folder: Path, callbacks: list[Any], model_init: Callable[[], Any] | None = None, **settings: Any
+) -> transformers.Trainer:
     data = [{"input_ids": row, "labels": row} for row in tokens(16)]
     arguments = transformers.TrainingArguments(
         str(folder),
@@ -113,7 +115,7 @@ def trainer(model: Any, folder: Path, callbacks: list[Any], **settings: Any) -> 
         dataloader_pin_memory=False,
         **settings,
     )
-    return transformers.Trainer(model, arguments, train_dataset=data, callbacks=callbacks)
+    return transformers.Trainer(model, arguments, train_dataset=data, callbacks=callbacks, model_init=model_init)
 
 
 def test_a_trainer_run_keeps_every_zero_and_without_the_mask_it_does_not(tmp_path: Path) -> None:
@@ -136,6 +138,16 @@ def test_a_trainer_run_with_momentum_keeps_every_zero(tmp_path: Path) -> None:
         callbacks = [fp.hold_mask(model)] if hold else []
         trainer(model, tmp_path, callbacks, optim="sgd", optim_args="momentum=0.9").train()
         assert (lost(model, before) == 0) == hold
+
+
+def test_a_trainer_of_another_model_is_refused(tmp_path: Path) -> None:
+    run = trainer(None, tmp_path, [fp.hold_mask(pruned())], model_init=lambda: pruned("llama"))
+    with pytest.raises(FistaPrunerError, match="trains another LlamaForCausalLM than hold_mask was called with"):
+        run.train()
+    model = pruned()
+    held = fp.hold_mask(model)
+    held.on_train_begin(None, None, None, model=nn.DataParallel(torch.compile(model)))
+    held.on_train_end(None, None, None)
 
 
 def test_nothing_is_masked_afterwards() -> None:
@@ -171,12 +183,27 @@ def test_the_end_names_an_operator_with_lost_zeros() -> None:
     weight = model.model.layers[1].mlp.up_proj.weight
     held = fp.hold_mask(model)
     with (
-        pytest.raises(FistaPrunerError, match=r"model\.layers\.1\.mlp\.up_proj\.weight: 3 of its pruned weights"),
+        pytest.raises(
+            FistaPrunerError,
+            match=r"model\.layers\.1\.mlp\.up_proj\.weight: 3 of its pruned weights .* before the training \(with",
+        ),
         held,
     ):
         weight.data[weight == 0] = torch.cat([torch.ones(3), torch.zeros(int((weight == 0).sum()) - 3)])
     held.apply()
     held.verify()
+
+
+def test_weights_that_are_replaced_during_the_training_are_held() -> None:
+    """As by a trainer that shards the model after ``hold_mask`` has begun."""
+    model = pruned()
+    projection = model.model.layers[0].mlp.up_proj
+    with fp.hold_mask(model):
+        projection.weight = nn.Parameter(projection.weight.detach().clone())
+        pruned_weights = projection.weight == 0
+        train(model, OPTIMIZERS["adamw"], steps=1)
+        model(input_ids=tokens(), labels=tokens()).loss.backward()
+        assert not bool(projection.weight.grad[pruned_weights].any())  # before clipping
 
 
 def test_an_error_of_the_training_is_not_hidden_by_the_check() -> None:
@@ -241,6 +268,21 @@ def test_operators_of_the_record_are_held_whatever_their_share(tmp_path: Path) -
 def test_a_model_without_zeros_is_refused() -> None:
     with pytest.raises(FistaPrunerError, match="no linear weight of LlamaForCausalLM has at least 1% zeros"):
         fp.hold_mask(tiny.build("llama"))
+
+
+@pytest.mark.parametrize("record", [True, False])
+def test_quantised_weights_are_refused(record: bool, tmp_path: Path) -> None:
+    """As bitsandbytes packs two of them into a byte, in one column."""
+    model = pruned()
+    packed = torch.full((768, 1), 119, dtype=torch.uint8)
+    model.model.layers[0].mlp.up_proj.weight = nn.Parameter(packed, requires_grad=False)
+    if record:
+        name = "model.layers.0.mlp.up_proj"
+        claims = {f"{name}.weight": {"operator": name, "zeros": 768}}
+        (tmp_path / "fistapruner.json").write_text(json.dumps({"operators": claims}))
+        model.name_or_path = str(tmp_path)
+    with pytest.raises(FistaPrunerError, match=r"up_proj\.weight is quantised \(uint8\): its zeros cannot be held"):
+        fp.hold_mask(model)
 
 
 def test_new_adapters_and_heads_are_not_held() -> None:
@@ -323,6 +365,38 @@ def test_two_processes_keep_every_zero(tmp_path: Path) -> None:
             for (name, a), b in zip(model.named_parameters(), whole.parameters(), strict=True):
                 assert torch.allclose(a, b, atol=1e-4), (path.stem, name)
     assert len(list(tmp_path.glob("*.pt"))) == 5
+
+
+@pytest.fixture
+def process_group(tmp_path: Path) -> Iterator[None]:
+    """A group of this process alone."""
+    if not torch.distributed.is_available():
+        pytest.skip("torch without torch.distributed")
+    torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path / 'group'}", rank=0, world_size=1)
+    yield
+    torch.distributed.destroy_process_group()
+
+
+def test_whole_weights_after_an_evaluation_are_no_lost_zeros(process_group: None) -> None:
+    """As long as the backward pass has not come, FSDP2 keeps what the forward pass has gathered."""
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard
+
+    model = pruned()
+    fully_shard(model, mesh=init_device_mesh("cpu", (1,)), reshard_after_forward=False)
+    with fp.hold_mask(model) as held:
+        train(model, OPTIMIZERS["adamw"])
+        sharded = model.model.layers[0].mlp.up_proj.weight
+        with torch.no_grad():
+            model(input_ids=tokens())
+            assert model.model.layers[0].mlp.up_proj.weight is not sharded
+            sharded.to_local().add_(1.0)  # in one's own part, not in the whole copy
+        with pytest.raises(FistaPrunerError, match="up_proj"):
+            held.verify()
+        model(input_ids=tokens())
+        held.apply()
+        assert int((sharded.to_local() == 0).sum()) == sharded.numel() // 2
+        model(input_ids=tokens())
 
 
 @pytest.mark.parametrize("hold", [True, False])

@@ -66,6 +66,7 @@ class Experts(nn.Module):
 
     Attributes:
         skips: experts without tokens do not run; False at first.
+        transposed: ``transformers`` holds the matrices as (experts, inputs, outputs).
     """
 
     skips = False
@@ -78,6 +79,7 @@ class Experts(nn.Module):
         readers = [(name, rows // 2, columns) for name in PARTS] if apart else [(first, rows, columns)]
         self._signature = inspect.signature(type(fused).forward)
         self.number = len(fused.down_proj)
+        self.transposed = bool(fused.is_transposed)
         for number in range(self.number):
             expert = Expert(fused, readers, shapes["down_proj"], biased=bool(fused.has_bias))
             self.add_module(str(number), expert)

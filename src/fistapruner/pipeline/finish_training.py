@@ -253,15 +253,21 @@ def _write_adapter(context: TrainingContext, trained: Trained, listener: Listene
     for index in range(len(model)):
         with model.layer(index) as layer:
             linear = {name for name, _ in linear_modules(layer)}
-            for name, value in trained.values(index, layer).items():
-                if name.rpartition(".")[0] not in linear:
+            values = trained.values(index, layer)
+            others = {name for name in values if name.rpartition(".")[0] not in linear}
+            for name, value in values.items():
+                module, dot, parameter = name.rpartition(".")
+                if module in linear and parameter == "weight":
+                    continue
+                # PEFT replaces whole modules: all that a module holds must have been trained.
+                if {f"{module}{dot}{key}" for key in layer.get_submodule(module).state_dict()} <= others:
                     whole[f"{model.layers_name}.{index}.{name}"] = value
                 else:
-                    left_out += name.endswith(".bias")
+                    left_out += 1
     shutil.rmtree(folder, ignore_errors=True)
     transposed = any(operator.transposed for _, operator in context.layout.operators())
     write_hira_adapter(folder, context.decision.folder, operators, whole=whole, transposed=transposed)
-    without = f", without {left_out} trained biases, which PEFT's HiRA cannot hold" if left_out else ""
+    without = f", without {left_out} trained vectors, which PEFT's HiRA cannot hold" if left_out else ""
     listener.say(f"the same as a PEFT adapter (HiRA): {folder}{without}")
 
 

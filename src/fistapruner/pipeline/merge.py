@@ -266,28 +266,39 @@ class _Merge:
             )
         count, change = experts.number, self._read(name)
         first = experts.get_submodule("0")
-        changes: list[_Change] = []
+        readings: list[tuple[list[Operator], bool]] = []  # the operators, and whether the change is transposed
         shapes = []
         for parts in experts.fused.values():
             linear = [Operator.of(part, first.get_submodule(part)) for part in parts]
             rows, columns = sum(operator.rows for operator in linear), linear[0].columns
             shapes.append(f"{rows} outputs and {columns} inputs")
-            if not change.fits(rows, columns):
-                continue
-            self._adapter.check_rank(name, count)
-            end = 0
-            for operator in linear:
-                start, end = end, end + operator.rows
-                for number in range(count):
-                    own = replace(operator, name=f"{place}.{number}.{operator.name}")
-                    make = partial(self._of_expert, name, number, count, slice(start, end))
-                    changes.append(_Change(name, own, self._adapter.rank(name) // count, make))
-        if not changes:
-            raise self._misfit(name, f"the tensors of its experts have {' or '.join(shapes)}")
+            readings += [(linear, False)] if change.fits(rows, columns) else []
+            readings += [(linear, True)] if change.fits(columns, rows) else []
+        if not readings:
+            wrote = f"peft_version is {self._adapter.peft!r}"
+            raise self._misfit(name, f"the tensors of its experts have {' or '.join(shapes)} ({wrote})")
+        if len(readings) > 1:
+            known = self._adapter.turned(transposed=experts.transposed)
+            readings = [(linear, turned) for linear, turned in readings if turned == known]
+        if len(readings) != 1:
+            raise FistaPrunerError(
+                f"{self._adapter.folder}: {name} fits the matrices of its experts and their transposes, and "
+                f"peft_version in its config, {self._adapter.peft!r}, does not tell which were trained: a release of "
+                "PEFT is expected, 0.18.0 or later"
+            )
+        ((linear, turned),) = readings
+        self._adapter.check_rank(name, count)
+        changes, end = [], 0
+        for operator in linear:
+            start, end = end, end + operator.rows
+            for number in range(count):
+                own = replace(operator, name=f"{place}.{number}.{operator.name}")
+                make = partial(self._of_expert, name, number, count, slice(start, end), turned=turned)
+                changes.append(_Change(name, own, self._adapter.rank(name) // count, make))
         return changes
 
-    def _of_expert(self, name: str, number: int, experts: int, rows: slice) -> OperatorAdapter:
-        return self._read(name).of_expert(number, experts, rows)
+    def _of_expert(self, name: str, number: int, experts: int, rows: slice, *, turned: bool) -> OperatorAdapter:
+        return self._read(name).of_expert(number, experts, rows, turned=turned)
 
     def _misfit(self, name: str, said: str) -> FistaPrunerError:
         shapes = ", ".join(f"{part} {list(tensor.shape)}" for part, tensor in self._read(name).tensors.items())

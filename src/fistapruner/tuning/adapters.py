@@ -85,14 +85,22 @@ class OperatorAdapter:
         factor = self.tensors.get("l")
         return bias * factor[:, 0] if factor is not None and factor.shape == (len(bias), 1) else None
 
-    def of_expert(self, number: int, experts: int, rows: slice) -> OperatorAdapter:
+    def of_expert(self, number: int, experts: int, rows: slice, *, turned: bool) -> OperatorAdapter:
         """Return what a LoRA of a tensor of all experts does to some output rows of one expert.
 
         PEFT stores A as (experts · r, n), by expert, and B as (m, r · experts), by rank.
+
+        Args:
+            number: of the expert.
+            experts: how many there are.
+            rows: of the outputs.
+            turned: the adapter was trained on transposed matrices: its change is (BA)ᵀ.
         """
-        a, b = self.tensors["A"], self.tensors["B"]
-        own = {"A": a.view(experts, -1, a.shape[1])[number], "B": b.view(len(b), -1, experts)[rows, :, number]}
-        return OperatorAdapter(self.kind, own, self.scale)
+        a = self.tensors["A"].unflatten(0, (experts, -1))[number]
+        b = self.tensors["B"].unflatten(1, (-1, experts))[:, :, number]
+        if turned:
+            a, b = b.T, a.T
+        return OperatorAdapter(self.kind, {"A": a, "B": b[rows]}, self.scale)
 
     def fits(self, rows: int, columns: int) -> bool:
         """Whether the tensors fit an operator of ``rows`` outputs and ``columns`` inputs."""
@@ -111,6 +119,7 @@ class Adapter:
         folder: the folder.
         kind: ``peft_type``.
         base: the model that it was trained on, as its config names it.
+        peft: PEFT's version that wrote it, such as ``0.19.1``; empty in configs of versions before 0.18.
         operators: names of the operators that it changes, as modules of the model; of a tensor of all experts the name
             of the experts, behind which PEFT writes ``.base_layer`` for all of its tensors but the last.
 
@@ -126,6 +135,7 @@ class Adapter:
         self.kind = str(self._config.get("peft_type"))
         base = self._config.get("base_model_name_or_path")
         self.base = base if isinstance(base, str) and base.isprintable() else ""
+        self.peft = str(self._config.get("peft_version") or "")[:40]
         self._check_config()
         self._stacked = bool(self._config.get("target_parameters"))
         if not (self.folder / WEIGHTS).exists() and (self.folder / PICKLE).exists():
@@ -158,6 +168,20 @@ class Adapter:
     def rank(self, operator: str) -> int:
         """Return the rank of an operator's change, or of all experts' together; 1 for (IA)³."""
         return 1 if self.kind == "IA3" else self._file.entries[self._places[operator]["A"]].shape[0]
+
+    def turned(self, *, transposed: bool) -> bool | None:
+        """Tell whether a LoRA of experts was trained on the transposed matrices; None if it is unknown.
+
+        PEFT before 0.19.1 took every tensor for (experts, inputs, outputs), and 0.19.0 the others.
+
+        Args:
+            transposed: the model holds its experts as (experts, inputs, outputs).
+        """
+        found = re.fullmatch(r"(\d+)\.(\d+)\.(\d+)", self.peft)  # a development version may be before or after
+        version = tuple(map(int, found.groups())) if found else None
+        if transposed:
+            return version == (0, 19, 0)
+        return None if version is None else version < (0, 19, 1)
 
     def check_rank(self, operator: str, experts: int = 1) -> None:
         """Compare the rank of a LoRA with the config's, which its factor follows.
@@ -288,7 +312,8 @@ def write_hira_adapter(
 
     Raises:
         FistaPrunerError: ``folder`` exists, or the disk is full.
-        ValueError: no operators, shapes that do not fit, or a parameter of an adapted operator in ``whole``.
+        ValueError: no operators, shapes that do not fit, or in ``whole`` a parameter of an adapted operator or
+            of a module around one.
     """
     for name, (a, b) in operators.items():
         if a.ndim != 2 or b.ndim != 2 or len(a) != b.shape[1]:
@@ -296,8 +321,9 @@ def write_hira_adapter(
     if not operators:
         raise ValueError("there are no operators")
     modules = sorted({name.rpartition(".")[0] for name in whole or {}})
-    if both := sorted(set(modules) & set(operators)):
-        raise ValueError(f"{both[0]} is adapted: PEFT cannot replace it whole, too")
+    for module in modules:
+        if any(f"{name}.".startswith(f"{module}.") for name in operators):
+            raise ValueError(f"{module} or an operator inside of it is adapted: PEFT cannot replace it whole, too")
     rank = max(len(a) for a, _ in operators.values())
     config = {
         "peft_type": "HIRA",

@@ -66,7 +66,8 @@ def hold_mask(model: nn.Module) -> HoldMask:
         for each held weight.
 
     Raises:
-        FistaPrunerError: nothing is pruned, or an operator of ``fistapruner.json`` is missing or has lost zeros.
+        FistaPrunerError: nothing is pruned, an operator of ``fistapruner.json`` is missing or has lost zeros, or a
+            weight is quantised.
     """
     return HoldMask(model)
 
@@ -84,9 +85,11 @@ class HoldMask(TrainerCallback):  # type: ignore[misc]
     """
 
     def __init__(self, model: nn.Module) -> None:
+        self._model = model
         self._weights = _held(model)
         self._pruned = {name: _local(weight.tensor) == 0 for name, weight in self._weights.items()}
         self._handles: list[Any] = []
+        self._watched: dict[str, weakref.ref[Tensor]] = {}
 
     @property
     def operators(self) -> tuple[str, ...]:
@@ -95,6 +98,7 @@ class HoldMask(TrainerCallback):  # type: ignore[misc]
 
     def __enter__(self) -> Self:
         if not self._handles:
+            self._reshard()
             own = weakref.ref(self)  # the hooks are global: they must not keep a model alive whose training failed
 
             def before(optimizer: Any, *_: Any) -> None:
@@ -107,9 +111,7 @@ class HoldMask(TrainerCallback):  # type: ignore[misc]
 
             self._handles = [register_optimizer_step_pre_hook(before), register_optimizer_step_post_hook(after)]
             for name, parameter in self._parameters():
-                if parameter.requires_grad:
-                    hook = self._gradient_hook(name)
-                    self._handles.append(parameter.register_post_accumulate_grad_hook(hook))
+                self._watch(name, parameter)
         return self
 
     def __exit__(
@@ -124,10 +126,12 @@ class HoldMask(TrainerCallback):  # type: ignore[misc]
         for handle in self._handles:
             handle.remove()
         self._handles = []
+        self._watched = {}
 
     @torch.no_grad()
     def apply(self) -> None:
-        """Set every pruned weight to 0."""
+        """Set every pruned weight to 0. Where weights are sharded, no forward pass may wait for its backward pass."""
+        self._reshard()
         for name, parameter in self._parameters():
             self._clear(name, parameter)
 
@@ -138,6 +142,7 @@ class HoldMask(TrainerCallback):  # type: ignore[misc]
         Raises:
             FistaPrunerError: names the first operator with lost zeros.
         """
+        self._reshard()
         lost, sharded = [], None
         for name, parameter in self._parameters():
             lost.append((_local(parameter)[self._local_pruned(name, parameter)] != 0).sum())
@@ -151,11 +156,23 @@ class HoldMask(TrainerCallback):  # type: ignore[misc]
                 raise FistaPrunerError(
                     f"{name}: {count} of its pruned weights are not 0 any more: something other than a step of a "
                     "torch.optim optimizer has changed them (a merged adapter, a trainer with its own copy of the "
-                    "weights); hold_mask(...).apply() sets them back to 0"
+                    "weights); to set them back to 0, call apply() of what hold_mask returned before the training "
+                    "(with fistapruner.hold_mask(model) as held)"
                 )
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Begin to mask (called by the trainer)."""
+        """Begin to mask (called by the trainer).
+
+        Raises:
+            FistaPrunerError: the trainer trains another model.
+        """
+        if (model := kwargs.get("model")) is not None:
+            trained = set(model.modules())
+            if not any(weight.module in trained for weight in self._weights.values()):
+                raise FistaPrunerError(
+                    f"the trainer trains another {type(model).__name__} than hold_mask was called with: give both the "
+                    "same model, without model_init, which makes a new one"
+                )
         self.__enter__()
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
@@ -167,7 +184,19 @@ class HoldMask(TrainerCallback):  # type: ignore[misc]
         for name, weight in self._weights.items():
             yield name, weight.tensor
 
-    def _gradient_hook(self, name: str) -> Any:
+    def _reshard(self) -> None:
+        """Put the shards back into their modules, which after an evaluation may hold whole copies (FSDP2)."""
+        if torch.distributed.is_available() and torch.distributed.is_initialized():
+            from torch.distributed.fsdp import FSDPModule
+
+            for module in self._model.modules():
+                if isinstance(module, FSDPModule):
+                    module.reshard()
+
+    def _watch(self, name: str, parameter: Tensor) -> None:
+        """Mask a weight's gradients from now on as soon as they are computed."""
+        if not parameter.requires_grad or (name in self._watched and self._watched[name]() is parameter):
+            return
         own = weakref.ref(self)
 
         @torch.no_grad()
@@ -175,7 +204,8 @@ class HoldMask(TrainerCallback):  # type: ignore[misc]
             if (held := own()) is not None and parameter.grad is not None:
                 held._clear(name, parameter.grad)
 
-        return hook
+        self._handles.append(parameter.register_post_accumulate_grad_hook(hook))
+        self._watched[name] = weakref.ref(parameter)
 
     @torch.no_grad()
     def _mask(self, optimizer: torch.optim.Optimizer, *, gradients: bool) -> None:
@@ -185,6 +215,7 @@ class HoldMask(TrainerCallback):  # type: ignore[misc]
             tensor = parameter.grad if gradients else parameter
             if id(parameter) in own and tensor is not None:
                 self._clear(name, tensor)
+                self._watch(name, parameter)  # sharding may have replaced the one that was watched
 
     def _clear(self, name: str, tensor: Tensor) -> None:
         _local(tensor).masked_fill_(self._local_pruned(name, tensor), 0.0)
@@ -229,7 +260,7 @@ def _held(model: nn.Module) -> dict[str, _Weight]:
     found = {}
     for name, weight in weights.items():
         numbered = re.search(r"(^|\.)\d+\.", name)
-        share = int(_zeros(weight.tensor).sum()) / weight.tensor.numel() if numbered else 0.0
+        share = int(_zeros(name, weight.tensor).sum()) / weight.tensor.numel() if numbered else 0.0
         if MIN_ZEROS <= share < 1.0:
             found[name] = weight
     if not found:
@@ -265,7 +296,7 @@ def _claimed(weights: dict[str, _Weight], claims: Any, origin: Path) -> dict[str
 
     @cache
     def zeros(name: str) -> Tensor:
-        return _zeros(weights[name].tensor)
+        return _zeros(name, weights[name].tensor)
 
     def place(operator: str) -> tuple[str | None, Tensor | None]:
         """Find the weight that holds an operator, and the zeros of the operator's part of it, by row."""
@@ -294,8 +325,11 @@ def _claimed(weights: dict[str, _Weight], claims: Any, origin: Path) -> dict[str
 
 
 @torch.no_grad()
-def _zeros(weight: Tensor) -> Tensor:
+def _zeros(name: str, weight: Tensor) -> Tensor:
     """Count the zeros of a weight along its last dimension, over all processes where it is sharded."""
+    if not weight.is_floating_point():
+        kind = str(weight.dtype).removeprefix("torch.")
+        raise FistaPrunerError(f"{name} is quantised ({kind}): its zeros cannot be held; a frozen base keeps them")
     count = (weight == 0).sum(-1)
     whole: Tensor = count.full_tensor() if hasattr(count, "full_tensor") else count
     return whole.cpu()
