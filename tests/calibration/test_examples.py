@@ -53,6 +53,13 @@ def test_completions_carry_loss_and_prompts_do_not(bos: bool) -> None:
     assert marks == [False, True, True, True] + [True] * bos  # nothing comes before the first token
 
 
+def test_a_completion_that_ends_with_the_end_of_text_gets_no_second_one() -> None:
+    tokenizer = letters_tokenizer()
+    ids, marks = Example("prompt", ("abc", "xyz</s>"), "here").encode(tokenizer)
+    assert (ids, marks) == Example("prompt", ("abc", "xyz"), "here").encode(tokenizer)
+    assert pieces(tokenizer, ids, marks, True) == "xyz</s>"
+
+
 def test_turns_of_the_assistant_carry_loss() -> None:
     tokenizer = chat_tokenizer()
     content = (

@@ -51,7 +51,7 @@ class Example:
         if self.kind == "prompt":
             prompt, completion = self.content
             ids, marks = _encode(((prompt, False), (completion, True)), tokenizer, bos, self.where)
-            if tokenizer.eos_token_id is not None:
+            if tokenizer.eos_token_id is not None and ids[-1:] != [tokenizer.eos_token_id]:
                 ids, marks = [*ids, tokenizer.eos_token_id], [*marks, True]
         else:
             ids, marks = _encode(_turns(self.content, tokenizer, self.where), tokenizer, (), self.where)
