@@ -79,6 +79,14 @@ def test_turns_of_the_assistant_carry_loss() -> None:
     assert ids == tokenizer(whole.removesuffix("\n"), add_special_tokens=False)["input_ids"]
 
 
+def test_conversations_may_begin_with_the_assistant() -> None:
+    tokenizer = chat_tokenizer()
+    content = (("assistant", "ba"), ("user", "q"), ("assistant", "yy"))
+    ids, marks = Example("messages", content, "here").encode(tokenizer)
+    assert pieces(tokenizer, ids, marks, True) == "ba</s>yy</s>"
+    assert pieces(tokenizer, ids, marks, False) == "a\n\nu\nq</s>\na\n"
+
+
 ANSWERS = st.tuples(st.text(LETTERS, max_size=12), st.text(LETTERS, min_size=1, max_size=12))
 
 

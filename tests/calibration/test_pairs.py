@@ -99,6 +99,7 @@ def test_bad_lines_are_named(tmp_path: Path, record: Any, why: str) -> None:
         ({"chosen": "ab", "rejected": "abc"}, "line 1: the answer chosen is empty"),
         ({**CHAT, "chosen": user("x")}, "line 1: the first message of chosen behind the prompt has the role 'user'"),
         ({"chosen": user("a"), "rejected": user("a") + says("b")}, "line 1: the answer chosen is empty"),
+        ({"chosen": says("a"), "rejected": says("b")}, "line 1: chosen and rejected have different first messages"),
     ],
 )
 def test_answers_that_are_none(tmp_path: Path, record: Any, why: str) -> None:

@@ -186,12 +186,21 @@ def _answer(record: dict[str, Any], name: str, where: str) -> str | Messages:
 def _with_prompt(
     chosen: str | Messages, rejected: str | Messages, prompt_ends: str | None, where: str
 ) -> tuple[Pair, bool]:
-    """Take as prompt what both answers begin with; return also whether it ends inside a word."""
+    """Take as prompt what both answers begin with; return also whether it ends inside a word.
+
+    Raises:
+        FistaPrunerError: they share no message, or do not share what ends a prompt.
+    """
     same = next(
         (place for place, (a, b) in enumerate(zip(chosen, rejected, strict=False)) if a != b),
         min(len(chosen), len(rejected)),
     )
     if not isinstance(chosen, str) or not isinstance(rejected, str):
+        if same == 0:
+            raise FistaPrunerError(
+                f"{where}: chosen and rejected have different first messages, and must begin with the same ones, which "
+                "are the prompt"
+            )
         return Pair(chosen[:same], chosen[same:], rejected[same:], where), False
     if prompt_ends is not None:
         place = chosen.rfind(prompt_ends, 0, same)
