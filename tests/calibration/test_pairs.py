@@ -171,6 +171,14 @@ def test_long_prompts_are_left_out_and_long_answers_cut(tmp_path: Path) -> None:
         tokenised(records[:3], tmp_path, length=2)
 
 
+def test_answers_that_differ_only_behind_the_cut_are_left_out(tmp_path: Path) -> None:
+    records = [*many(6), {"prompt": "short", "chosen": "a" * 20, "rejected": "a" * 20 + "b"}]
+    pairs, said = tokenised(records, tmp_path, length=12)
+    assert len(pairs.tokens) == 12
+    assert said == ["1 of 7 pairs are left out: their answers are the same in the first 12 tokens"]
+    assert pairs.facts["tasks"]["pairs"]["too_long"] == 1
+
+
 class Swallowing:
     """Letters are tokens, and a space without width is none."""
 

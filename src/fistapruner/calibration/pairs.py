@@ -237,7 +237,7 @@ def tokenise_pairs(
     """Tokenise pairs and split them by the SHA-256 of their prompt: equal prompts are on one side.
 
     Pairs whose prompt fills ``max_length``, or with an answer that adds no token to it, are left out; longer answers
-    are cut at their end.
+    are cut at their end, and pairs whose answers are equal then are left out too.
 
     Args:
         pairs: as read.
@@ -250,7 +250,7 @@ def tokenise_pairs(
         FistaPrunerError: the tokenizer refuses a text, or too few prompts are left for three sides.
     """
     kept: list[tuple[Pair, int, list[int], list[int]]] = []
-    too_long = no_answer = cut = broken = 0
+    too_long = no_answer = equal = cut = broken = 0
     for pair in pairs:
         prompt, *answers = pair.encode(tokenizer)
         broken += any(answer[: len(prompt)] != prompt for answer in answers)
@@ -259,13 +259,18 @@ def tokenise_pairs(
         elif min(map(len, answers)) <= len(prompt):
             no_answer += 1
         else:
-            cut += any(len(answer) > max_length for answer in answers)
             chosen, rejected = (answer[:max_length] for answer in answers)
+            if chosen == rejected:
+                equal += 1
+                continue
+            cut += any(len(answer) > max_length for answer in answers)
             kept.append((pair, len(prompt), chosen, rejected))
     if too_long:
         say(f"{too_long} of {len(pairs)} pairs are left out: their prompts have {max_length} tokens or more")
     if no_answer:
         say(f"{no_answer} of {len(pairs)} pairs are left out: an answer adds no token to its prompt")
+    if equal:
+        say(f"{equal} of {len(pairs)} pairs are left out: their answers are the same in the first {max_length} tokens")
     if cut:
         say(f"answers of {cut} of {len(pairs)} pairs are cut at {max_length} tokens")
     if broken:
@@ -287,7 +292,7 @@ def tokenise_pairs(
         "how": "preference pairs, split by the hash of the prompt",
         "documents": len(pairs),
         "duplicates": 0,
-        "too_long": too_long + no_answer,
+        "too_long": too_long + no_answer + equal,
         "samples": len(tokens),
     }
     for number, name in enumerate(SIDES):
