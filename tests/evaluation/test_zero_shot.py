@@ -151,6 +151,9 @@ def test_bad_tasks_are_named(tmp_path: Path) -> None:
     (tmp_path / "broken.jsonl").write_text("{\n")
     with pytest.raises(fp.FistaPrunerError, match="line 1 is not JSON"):
         local_task(tmp_path / "broken.jsonl")
+    (tmp_path / "marked.jsonl").write_text(json.dumps(GREEDY[0]) + "\n", "utf-8-sig")
+    with pytest.raises(fp.FistaPrunerError, match="line 1 begins with a byte order mark"):
+        local_task(tmp_path / "marked.jsonl")
     (tmp_path / "empty.jsonl").write_text("\n")
     with pytest.raises(fp.FistaPrunerError, match="is empty"):
         local_task(tmp_path / "empty.jsonl")

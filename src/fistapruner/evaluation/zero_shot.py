@@ -11,6 +11,7 @@ fields of a file say what kind of task it is:
 
 from __future__ import annotations
 
+import codecs
 import gc
 import json
 import logging
@@ -312,6 +313,10 @@ def _fields_of_file(path: Path) -> tuple[str, ...]:
         for number, line in enumerate(lines, 1):
             if not line.strip():
                 continue
+            if line.startswith(codecs.BOM_UTF8):  # lm-eval reads the file itself
+                raise FistaPrunerError(
+                    f"{path}, line {number} begins with a byte order mark: save the file as UTF-8 without one"
+                )
             try:
                 item = json.loads(line.decode())
             except ValueError:
