@@ -186,6 +186,23 @@ def test_every_line_of_a_task_is_checked(tmp_path: Path, line: bytes, message: s
         local_task(path)
 
 
+@pytest.mark.parametrize("gold", [2, -1, "1", True, 0.0, None])
+@pytest.mark.parametrize("items", [CHOICES, PARTIAL])
+def test_a_gold_that_names_no_option_is_refused(tmp_path: Path, items: list[dict[str, Any]], gold: Any) -> None:
+    wrong = {**items[0], "gold": gold}
+    if "choices" in wrong:
+        wrong["choices"] = wrong["choices"][:2]
+    write(tmp_path, "every", [wrong])  # the first line may be wrong as well as another
+    with pytest.raises(fp.FistaPrunerError, match=r"line 1: 'gold' is .* counts from 0: 0 to 1"):
+        local_task(tmp_path / "every.jsonl")
+
+
+def test_options_that_are_no_list_are_refused(tmp_path: Path) -> None:
+    write(tmp_path, "text", [{"query": "which?", "choices": "ab", "gold": 0}])
+    with pytest.raises(fp.FistaPrunerError, match="line 1: 'choices' is 'ab', and a list"):
+        local_task(tmp_path / "text.jsonl")
+
+
 @pytest.mark.slow
 def test_a_task_that_lm_eval_does_not_know() -> None:
     pytest.importorskip("lm_eval", reason="the extra 'eval' is not installed")
@@ -197,7 +214,7 @@ def test_a_task_that_lm_eval_does_not_know() -> None:
 def test_items_that_lm_eval_cannot_ask(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("lm_eval", reason="the extra 'eval' is not installed")
     monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "cache"))
-    write(tmp_path / "tasks", "hollow", [{"query": "which?", "choices": [], "gold": 0}])
+    write(tmp_path / "tasks", "hollow", [{"query": "which?", "choices": [""], "gold": 0}])
     with pytest.raises(fp.FistaPrunerError, match="lm-eval could not evaluate the tasks"):
         evaluate_tasks(tiny.save("llama", tmp_path / "model"), find_tasks(["hollow"], tmp_path / "tasks"))
 

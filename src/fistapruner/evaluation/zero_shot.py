@@ -264,7 +264,7 @@ def local_task(path: Path) -> dict[str, Any]:
 
     Raises:
         FistaPrunerError: the file cannot be read, is empty, has none of the known sets of fields, or a line (its
-            number is given) that is not UTF-8 JSON or lacks the fields of the first.
+            number is given) that is not UTF-8 JSON, lacks the fields of the first, or whose ``gold`` names no option.
     """
     try:
         fields = _fields_of_file(path)
@@ -328,6 +328,8 @@ def _fields_of_file(path: Path) -> tuple[str, ...]:
                     raise FistaPrunerError(
                         f"{path}, line {number}: {field!r} is not there, or of another type than in the first line"
                     )
+            if "gold" in kind:
+                _check_gold(fields, "choices" if "choices" in kind else "context_options", f"{path}, line {number}")
     if not kind:
         raise FistaPrunerError(f"{path} is empty: a task has one JSON object a line")
     return tuple(kind)
@@ -346,6 +348,22 @@ def _kind_of(path: Path, item: Mapping[str, Any]) -> dict[str, type]:
         f"{path} has the fields {', '.join(sorted(item)) or 'none'}: a task has query, choices and gold; context and "
         "continuation; or context_options, continuation and gold"
     )
+
+
+def _check_gold(item: Mapping[str, Any], name: str, where: str) -> None:
+    """Refuse an item whose ``gold`` is not the number of one of its options, which are in the field ``name``.
+
+    Raises:
+        FistaPrunerError: names file and line.
+    """
+    options, gold = item[name], item["gold"]
+    if not isinstance(options, list) or not options:
+        raise FistaPrunerError(f"{where}: {name!r} is {options!r:.100}, and a list with an answer in it is expected")
+    if type(gold) is not int or not 0 <= gold < len(options):
+        raise FistaPrunerError(
+            f"{where}: 'gold' is {gold!r:.100}, and the number of one of the {len(options)} {name} is expected, which "
+            f"counts from 0: 0 to {len(options) - 1}"
+        )
 
 
 def _question(item: Mapping[str, Any]) -> str:
