@@ -197,6 +197,23 @@ def test_a_gold_that_names_no_option_is_refused(tmp_path: Path, items: list[dict
         local_task(tmp_path / "every.jsonl")
 
 
+@pytest.mark.parametrize("context", ["one two", "one two  "])
+@pytest.mark.parametrize("continuation", ["three\n", " three\n"])
+def test_one_space_stands_between_a_context_and_its_continuation(
+    tmp_path: Path, context: str, continuation: str
+) -> None:
+    item: dict[str, Any] = {"context": context, "continuation": continuation}
+    write(tmp_path, "greedy", [item])
+    task = local_task(tmp_path / "greedy.jsonl")
+    assert task["doc_to_text"](item) + task["doc_to_target"](item) == "one two three\n"
+    item = {"context_options": [context, context], "continuation": continuation, "gold": 1}
+    write(tmp_path, "partial", [item])
+    task = local_task(tmp_path / "partial.jsonl")  # lm-eval writes its own space before the target
+    assert [f"{option} {task['doc_to_target'](item)}" for option in task["doc_to_choice"](item)] == [
+        "one two three\n"
+    ] * 2
+
+
 def test_options_that_are_no_list_are_refused(tmp_path: Path) -> None:
     write(tmp_path, "text", [{"query": "which?", "choices": "ab", "gold": 0}])
     with pytest.raises(fp.FistaPrunerError, match="line 1: 'choices' is 'ab', and a list"):

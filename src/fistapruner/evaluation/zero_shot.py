@@ -290,14 +290,14 @@ def local_task(path: Path) -> dict[str, Any]:
         return task | {
             "output_type": "multiple_choice",
             "doc_to_text": "gold",
-            "doc_to_choice": "context_options",
-            "doc_to_target": "continuation",
+            "doc_to_choice": lambda item: [option.rstrip(" ") for option in item["context_options"]],
+            "doc_to_target": lambda item: item["continuation"].lstrip(" "),
             "metric_list": [_mean("acc")],
         }
     return task | {
         "output_type": "loglikelihood",
-        "doc_to_text": "context",
-        "doc_to_target": " {{continuation}}",
+        "doc_to_text": lambda item: item["context"].rstrip(" "),
+        "doc_to_target": lambda item: " " + item["continuation"].lstrip(" "),
         "metric_list": [_mean("acc")],
     }
 
