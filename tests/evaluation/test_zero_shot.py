@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import math
 import sys
 from pathlib import Path
@@ -19,6 +20,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import fistapruner as fp
 import tiny
+from fistapruner.evaluation import zero_shot
 from fistapruner.evaluation.zero_shot import (
     Tasks,
     TaskSettings,
@@ -218,6 +220,28 @@ def test_options_that_are_no_list_are_refused(tmp_path: Path) -> None:
     write(tmp_path, "text", [{"query": "which?", "choices": "ab", "gold": 0}])
     with pytest.raises(fp.FistaPrunerError, match="line 1: 'choices' is 'ab', and a list"):
         local_task(tmp_path / "text.jsonl")
+
+
+def test_prompts_that_lm_eval_cuts_are_told(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def run(folder: Path, *_: Any) -> dict[str, Any]:
+        logger = logging.getLogger("lm_eval.models.huggingface")
+        logger.warning("another warning")
+        if folder.name == "short":
+            for number in (3, 4):
+                logger.warning("Combined length exceeds model's maximum. Truncating %d tokens from the left.", number)
+        return {"samples": {"t": [{"doc_id": 0, "metrics": ["acc"], "acc": 1.0}]}}
+
+    monkeypatch.setattr(zero_shot, "_run", run)
+    monkeypatch.setattr(sys.modules[fp.evaluate.__module__], "find_tasks", lambda *_: Tasks((), None, "local file"))
+    model = tiny.save("llama", tmp_path / "long")
+    assert fp.evaluate(model, tasks=["t"]).warnings == ()
+    model = model.rename(tmp_path / "short")
+    assert fp.evaluate(model, tasks=["t"]).warnings == (
+        f"tasks on {model}: at least 2 requests are longer than the model takes, and were cut at their beginning",
+    )
+    assert caplog.messages == []
 
 
 @pytest.mark.slow

@@ -16,7 +16,8 @@ import gc
 import json
 import logging
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -164,6 +165,7 @@ def evaluate_tasks(
     *,
     against: Path | None = None,
     tick: Tick = lambda what, done, total: None,
+    warn: Callable[[str], None] = lambda sentence: None,
 ) -> tuple[TaskResult, ...]:
     """Score a model on zero-shot tasks, and a reference model on the same items.
 
@@ -173,6 +175,7 @@ def evaluate_tasks(
         settings: how the models are run.
         against: the dense model's folder.
         tick: receives progress: (what, steps done, steps in all).
+        warn: receives what to know of the scores, as a sentence.
 
     Raises:
         FistaPrunerError: ``lm-eval`` fails: task data that cannot be loaded or has items it cannot ask; or no task has
@@ -182,7 +185,13 @@ def evaluate_tasks(
     answers: list[Answers] = []
     for done, path in enumerate(models):
         tick(f"zero-shot tasks of {path.name}", done, len(models))
-        answers.append(read_answers(_run(path, tasks, settings)))
+        with _counted_cuts() as cuts:
+            answers.append(read_answers(_run(path, tasks, settings)))
+        if cuts:
+            warn(
+                f"tasks on {path}: at least {len(cuts)} requests are longer than the model takes, and were cut at "
+                "their beginning"
+            )
     tick("zero-shot tasks", len(models), len(models))
     ours = answers[0]
     return tuple(
@@ -197,6 +206,27 @@ def evaluate_tasks(
         )
         for (task, metric), items in ours.outcomes.items()
     )
+
+
+@contextmanager
+def _counted_cuts() -> Iterator[list[str]]:
+    """Collect what ``lm-eval`` says of requests that it cuts; its other warnings stay hidden."""
+    cuts: list[str] = []
+
+    def keep(record: logging.LogRecord) -> bool:
+        if "truncat" in record.getMessage().lower():
+            cuts.append(record.getMessage())
+        return record.levelno >= logging.ERROR
+
+    logger = logging.getLogger("lm_eval.models.huggingface")
+    level = logger.level
+    logger.setLevel(logging.WARNING)
+    logger.addFilter(keep)
+    try:
+        yield cuts
+    finally:
+        logger.removeFilter(keep)
+        logger.setLevel(level)
 
 
 def task_result(
