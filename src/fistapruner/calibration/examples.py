@@ -7,7 +7,6 @@ tokenizer's chat template writes them.
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -170,7 +169,8 @@ def _turns(content: Sequence[tuple[str, str]], tokenizer: Any, where: str) -> li
 
     def written(count: int, prompt: bool = False) -> str:
         if count == 0:  # templates refuse an empty list: take what two different answers begin with
-            return os.path.commonprefix([write_chat([("assistant", said)], tokenizer, where) for said in "ab"])
+            one, other = (write_chat([("assistant", said)], tokenizer, where) for said in "ab")
+            return one[: next((place for place, (a, b) in enumerate(zip(one, other, strict=False)) if a != b), 0)]
         return write_chat(content[:count], tokenizer, where, prompt=prompt)
 
     pieces: list[tuple[str, bool]] = []

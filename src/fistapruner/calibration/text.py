@@ -58,11 +58,10 @@ def read_lines(path: str | Path) -> Iterator[tuple[str, dict[str, Any]]]:
     try:
         with open(path, "rb") as lines:
             for number, line in enumerate(lines, 1):
-                if number == 1:
-                    line = line.removeprefix(codecs.BOM_UTF8)
-                if line.strip():
+                content = line.removeprefix(codecs.BOM_UTF8) if number == 1 else line
+                if content.strip():
                     where = f"{path}, line {number}"
-                    yield where, _record(line, where)
+                    yield where, _record(content, where)
     except OSError as error:
         raise FistaPrunerError(f"cannot read {path}: {error.strerror or error}") from None
 
