@@ -381,7 +381,12 @@ def _kind_of(path: Path, item: Mapping[str, Any]) -> dict[str, type]:
 
 
 def _check_gold(item: Mapping[str, Any], name: str, where: str) -> None:
-    """Refuse an item whose ``gold`` is not the number of one of its options, which are in the field ``name``.
+    """Refuse an item whose ``gold`` is not the number of one of its options.
+
+    Args:
+        item: the item.
+        name: field that has its options.
+        where: file and line.
 
     Raises:
         FistaPrunerError: names file and line.
