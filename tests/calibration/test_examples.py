@@ -87,6 +87,14 @@ def test_conversations_may_begin_with_the_assistant() -> None:
     assert pieces(tokenizer, ids, marks, False) == "a\n\nu\nq</s>\na\n"
 
 
+@pytest.mark.parametrize(("count", "held"), [(26, 6), (8, 4)])
+def test_held_out_examples_fill_a_window(tmp_path: Path, count: int, held: int) -> None:
+    records = [{"prompt": letter, "completion": letter * 3} for letter in LETTERS[:count]]  # of 5 tokens each
+    data = TrainingData(source=write(tmp_path / "a.jsonl", records), tokens=64, held_out=1e-6)
+    text = training_text(data, letters_tokenizer(), 32)
+    assert text.facts["tasks"][data.source]["held_out"]["documents"] == held  # at most half of them
+
+
 ANSWERS = st.tuples(st.text(LETTERS, max_size=12), st.text(LETTERS, min_size=1, max_size=12))
 
 

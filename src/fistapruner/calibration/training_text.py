@@ -301,7 +301,8 @@ def _split(source: _Source, data: TrainingData, tokenizer: Any, seqlen: int) -> 
         return [], []
     ordered, held = split_documents(source.documents, data.held_out, data.seed)
     # A held-out side without a whole window would measure nothing.
-    held = max(held, source.pack(ordered, tokenizer, seqlen, 1).first)
+    first = source.pack(ordered, tokenizer, seqlen, 1).first
+    held = max(held, min(first, len(ordered) // 2) if source.examples else first)
     return ordered[:held], ordered[held:]
 
 
