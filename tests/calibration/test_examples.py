@@ -53,6 +53,13 @@ def test_completions_carry_loss_and_prompts_do_not(bos: bool) -> None:
     assert marks == [False, True, True, True] + [True] * bos  # nothing comes before the first token
 
 
+def test_a_completion_that_ends_with_the_end_of_text_gets_no_second_one() -> None:
+    tokenizer = letters_tokenizer()
+    ids, marks = Example("prompt", ("abc", "xyz</s>"), "here").encode(tokenizer)
+    assert (ids, marks) == Example("prompt", ("abc", "xyz"), "here").encode(tokenizer)
+    assert pieces(tokenizer, ids, marks, True) == "xyz</s>"
+
+
 def test_turns_of_the_assistant_carry_loss() -> None:
     tokenizer = chat_tokenizer()
     content = (
@@ -70,6 +77,22 @@ def test_turns_of_the_assistant_carry_loss() -> None:
         [{"role": role, "content": text} for role, text in content[:5]], tokenize=False
     )
     assert ids == tokenizer(whole.removesuffix("\n"), add_special_tokens=False)["input_ids"]
+
+
+def test_conversations_may_begin_with_the_assistant() -> None:
+    tokenizer = chat_tokenizer()
+    content = (("assistant", "ba"), ("user", "q"), ("assistant", "yy"))
+    ids, marks = Example("messages", content, "here").encode(tokenizer)
+    assert pieces(tokenizer, ids, marks, True) == "ba</s>yy</s>"
+    assert pieces(tokenizer, ids, marks, False) == "a\n\nu\nq</s>\na\n"
+
+
+@pytest.mark.parametrize(("count", "held"), [(26, 6), (8, 4)])
+def test_held_out_examples_fill_a_window(tmp_path: Path, count: int, held: int) -> None:
+    records = [{"prompt": letter, "completion": letter * 3} for letter in LETTERS[:count]]  # of 5 tokens each
+    data = TrainingData(source=write(tmp_path / "a.jsonl", records), tokens=64, held_out=1e-6)
+    text = training_text(data, letters_tokenizer(), 32)
+    assert text.facts["tasks"][data.source]["held_out"]["documents"] == held  # at most half of them
 
 
 ANSWERS = st.tuples(st.text(LETTERS, max_size=12), st.text(LETTERS, min_size=1, max_size=12))

@@ -132,23 +132,23 @@ def test_shared_documents_are_named(tmp_path: Path) -> None:
     sources = texts(tmp_path, {"a": 100, "b": 3})
     text = training_text(TrainingData(source=sources["a"], tokens=10**5), letters_tokenizer(), 32)
     other, documents = evaluation_documents(sources["b"]), evaluation_documents(sources["a"])
-    assert shared_documents(text, other, "b.jsonl") is None
-    said = shared_documents(text, [*other, *documents[:7]], "b.jsonl")
+    assert shared_documents(text.documents, other, "b.jsonl") is None
+    said = shared_documents(text.documents, [*other, *documents[:7]], "b.jsonl")
     assert said is not None
     assert said.startswith("7 of the 10 documents of the evaluation text 'b.jsonl' are also in the training text (")
     assert documents[0] in said
     (tmp_path / "c.txt").write_text("\n\n".join(documents))
     source = str(tmp_path / "c.txt")
     whole = training_text(TrainingData(source=source, tokens=64), letters_tokenizer(), 32)
-    assert shared_documents(whole, evaluation_documents(source), "c.txt") is not None
+    assert shared_documents(whole.documents, evaluation_documents(source), "c.txt") is not None
     python = training_text(TrainingData(source="python", tokens=256), letters_tokenizer(), 32)
-    assert shared_documents(python, evaluation_documents("python"), "python") is None
+    assert shared_documents(python.documents, evaluation_documents("python"), "python") is None
 
 
 def test_absent_hashes_share_nothing() -> None:
     nothing = torch.zeros(0, 8)
     text = TrainingText(nothing.long(), nothing.bool(), torch.zeros(0).bool(), torch.zeros(0).long(), ("a",), {})
-    assert shared_documents(text, ["a"], "b") is None
+    assert shared_documents(text.documents, ["a"], "b") is None
 
 
 def test_calibration_draws_uniformly_over_tasks(tmp_path: Path) -> None:

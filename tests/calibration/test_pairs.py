@@ -99,6 +99,7 @@ def test_bad_lines_are_named(tmp_path: Path, record: Any, why: str) -> None:
         ({"chosen": "ab", "rejected": "abc"}, "line 1: the answer chosen is empty"),
         ({**CHAT, "chosen": user("x")}, "line 1: the first message of chosen behind the prompt has the role 'user'"),
         ({"chosen": user("a"), "rejected": user("a") + says("b")}, "line 1: the answer chosen is empty"),
+        ({"chosen": says("a"), "rejected": says("b")}, "line 1: chosen and rejected have different first messages"),
     ],
 )
 def test_answers_that_are_none(tmp_path: Path, record: Any, why: str) -> None:
@@ -168,6 +169,14 @@ def test_long_prompts_are_left_out_and_long_answers_cut(tmp_path: Path) -> None:
     assert pairs.facts["tasks"]["pairs"]["too_long"] == 1
     with pytest.raises(FistaPrunerError, match="pairs of 0 different prompts that fit"):
         tokenised(records[:3], tmp_path, length=2)
+
+
+def test_answers_that_differ_only_behind_the_cut_are_left_out(tmp_path: Path) -> None:
+    records = [*many(6), {"prompt": "short", "chosen": "a" * 20, "rejected": "a" * 20 + "b"}]
+    pairs, said = tokenised(records, tmp_path, length=12)
+    assert len(pairs.tokens) == 12
+    assert said == ["1 of 7 pairs are left out: their answers are the same in the first 12 tokens"]
+    assert pairs.facts["tasks"]["pairs"]["too_long"] == 1
 
 
 class Swallowing:

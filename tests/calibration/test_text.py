@@ -20,6 +20,12 @@ def test_text_and_json_lines(tmp_path: Path) -> None:
     assert read_documents(str(tmp_path / "a.jsonl")) == ["a\u2028b", "c"]
 
 
+@pytest.mark.parametrize(("name", "content"), [("a.txt", "one"), ("a.jsonl", '{"text": "one"}\n')])
+def test_a_byte_order_mark_is_no_text(tmp_path: Path, name: str, content: str) -> None:
+    (tmp_path / name).write_text(content, "utf-8-sig")
+    assert read_documents(tmp_path / name) == ["one"]
+
+
 def test_parquet(tmp_path: Path) -> None:
     pyarrow = pytest.importorskip("pyarrow", reason="needs the extra 'data'")
     parquet = pytest.importorskip("pyarrow.parquet")

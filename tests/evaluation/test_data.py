@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import json
 import os
+import sys
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import pytest
 
 import tiny
 from fistapruner import FistaPrunerError
-from fistapruner.calibration.datasets import DATA_SETS
+from fistapruner.calibration.datasets import DATA_SETS, load_documents
 from fistapruner.evaluation.data import cut_windows, load_windows, read_text
 
 TEXT = "the quick brown fox jumps over the lazy dog; " * 20
@@ -101,6 +103,18 @@ def test_known_data_sets_are_joined_as_in_the_papers() -> None:
     held_out = {name: known.held_out for name, known in DATA_SETS.items()}
     assert {name: split.joint for name, split in held_out.items()} == {"wikitext2": "\n\n", "ptb": " ", "c4": " "}
     assert (held_out["c4"].rows, held_out["c4"].windows) == (1100, 256)
+
+
+@pytest.mark.parametrize(("held_out", "split"), [(False, "train"), (True, "test")])
+def test_penn_treebank_is_read_without_its_script(monkeypatch: pytest.MonkeyPatch, held_out: bool, split: str) -> None:
+    asked: list[Any] = []
+    stub: Any = ModuleType("datasets")
+    stub.load_dataset = lambda *names, **how: (asked.append((names, how)), {"sentence": ["a", "b"]})[1]
+    monkeypatch.setitem(sys.modules, "datasets", stub)
+    assert load_documents("ptb", held_out=held_out) == ["a b"]
+    files = {split: f"penn_treebank/{split}/*.parquet"}
+    how = {"split": split, "data_files": files, "revision": "refs/convert/parquet"}
+    assert asked == [(("ptb-text-only/ptb_text_only", None), how)]
 
 
 @pytest.mark.real

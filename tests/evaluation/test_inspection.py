@@ -169,6 +169,18 @@ def test_a_pattern_is_asked_of_every_expert(tmp_path: Path, architecture: str, o
     assert [fault.split(": ")[0] for fault in inspect_checkpoint(folder, "2:4").violations] == [name]
 
 
+def test_a_pattern_is_not_asked_of_the_routers_of_a_packed_model(tmp_path: Path) -> None:
+    tiny.save("qwen3_moe", tmp_path / "dense", original=True)
+    settings: dict[str, Any] = {"source": "python", "samples": 2, "seqlen": 16}
+    fp.prune(tmp_path / "dense", tmp_path / "run", method="magnitude", sparsity="2:4", calibration=settings)
+    fp.pack(tmp_path / "run" / "model", tmp_path / "packed")
+    asked, dense = (inspect_checkpoint(tmp_path / name, "2:4") for name in ("packed", "run"))
+    assert asked.violations == []
+    claims = [{operator.name: operator.claim for operator in found.operators} for found in (asked, dense)]
+    assert claims[0] == claims[1]
+    assert any(name.endswith("mlp.gate.weight") and claim is None for name, claim in claims[0].items())
+
+
 def test_experts_of_a_model_that_cannot_be_built_are_not_said_to_hold(tmp_path: Path) -> None:
     folder = tiny.save("gpt_oss", tmp_path / "model")
     config = json.loads((folder / "config.json").read_text())

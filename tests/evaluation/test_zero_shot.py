@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import math
 import sys
 from pathlib import Path
@@ -19,6 +20,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import fistapruner as fp
 import tiny
+from fistapruner.evaluation import zero_shot
 from fistapruner.evaluation.zero_shot import (
     Tasks,
     TaskSettings,
@@ -151,6 +153,9 @@ def test_bad_tasks_are_named(tmp_path: Path) -> None:
     (tmp_path / "broken.jsonl").write_text("{\n")
     with pytest.raises(fp.FistaPrunerError, match="line 1 is not JSON"):
         local_task(tmp_path / "broken.jsonl")
+    (tmp_path / "marked.jsonl").write_text(json.dumps(GREEDY[0]) + "\n", "utf-8-sig")
+    with pytest.raises(fp.FistaPrunerError, match="line 1 begins with a byte order mark"):
+        local_task(tmp_path / "marked.jsonl")
     (tmp_path / "empty.jsonl").write_text("\n")
     with pytest.raises(fp.FistaPrunerError, match="is empty"):
         local_task(tmp_path / "empty.jsonl")
@@ -183,6 +188,62 @@ def test_every_line_of_a_task_is_checked(tmp_path: Path, line: bytes, message: s
         local_task(path)
 
 
+@pytest.mark.parametrize("gold", [2, -1, "1", True, 0.0, None])
+@pytest.mark.parametrize("items", [CHOICES, PARTIAL])
+def test_a_gold_that_names_no_option_is_refused(tmp_path: Path, items: list[dict[str, Any]], gold: Any) -> None:
+    wrong = {**items[0], "gold": gold}
+    if "choices" in wrong:
+        wrong["choices"] = wrong["choices"][:2]
+    write(tmp_path, "every", [wrong])  # the first line may be wrong as well as another
+    with pytest.raises(fp.FistaPrunerError, match=r"line 1: 'gold' is .* counts from 0: 0 to 1"):
+        local_task(tmp_path / "every.jsonl")
+
+
+@pytest.mark.parametrize("context", ["one two", "one two  "])
+@pytest.mark.parametrize("continuation", ["three\n", " three\n"])
+def test_one_space_stands_between_a_context_and_its_continuation(
+    tmp_path: Path, context: str, continuation: str
+) -> None:
+    item: dict[str, Any] = {"context": context, "continuation": continuation}
+    write(tmp_path, "greedy", [item])
+    task = local_task(tmp_path / "greedy.jsonl")
+    assert task["doc_to_text"](item) + task["doc_to_target"](item) == "one two three\n"
+    item = {"context_options": [context, context], "continuation": continuation, "gold": 1}
+    write(tmp_path, "partial", [item])
+    task = local_task(tmp_path / "partial.jsonl")  # lm-eval writes its own space before the target
+    assert [f"{option} {task['doc_to_target'](item)}" for option in task["doc_to_choice"](item)] == [
+        "one two three\n"
+    ] * 2
+
+
+def test_options_that_are_no_list_are_refused(tmp_path: Path) -> None:
+    write(tmp_path, "text", [{"query": "which?", "choices": "ab", "gold": 0}])
+    with pytest.raises(fp.FistaPrunerError, match="line 1: 'choices' is 'ab', and a list"):
+        local_task(tmp_path / "text.jsonl")
+
+
+def test_prompts_that_lm_eval_cuts_are_told(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def run(folder: Path, *_: Any) -> dict[str, Any]:
+        logger = logging.getLogger("lm_eval.models.huggingface")
+        logger.warning("another warning")
+        if folder.name == "short":
+            for number in (3, 4):
+                logger.warning("Combined length exceeds model's maximum. Truncating %d tokens from the left.", number)
+        return {"samples": {"t": [{"doc_id": 0, "metrics": ["acc"], "acc": 1.0}]}}
+
+    monkeypatch.setattr(zero_shot, "_run", run)
+    monkeypatch.setattr(sys.modules[fp.evaluate.__module__], "find_tasks", lambda *_: Tasks((), None, "local file"))
+    model = tiny.save("llama", tmp_path / "long")
+    assert fp.evaluate(model, tasks=["t"]).warnings == ()
+    model = model.rename(tmp_path / "short")
+    assert fp.evaluate(model, tasks=["t"]).warnings == (
+        f"tasks on {model}: at least 2 requests are longer than the model takes, and were cut at their beginning",
+    )
+    assert caplog.messages == []
+
+
 @pytest.mark.slow
 def test_a_task_that_lm_eval_does_not_know() -> None:
     pytest.importorskip("lm_eval", reason="the extra 'eval' is not installed")
@@ -194,7 +255,7 @@ def test_a_task_that_lm_eval_does_not_know() -> None:
 def test_items_that_lm_eval_cannot_ask(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("lm_eval", reason="the extra 'eval' is not installed")
     monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "cache"))
-    write(tmp_path / "tasks", "hollow", [{"query": "which?", "choices": [], "gold": 0}])
+    write(tmp_path / "tasks", "hollow", [{"query": "which?", "choices": [""], "gold": 0}])
     with pytest.raises(fp.FistaPrunerError, match="lm-eval could not evaluate the tasks"):
         evaluate_tasks(tiny.save("llama", tmp_path / "model"), find_tasks(["hollow"], tmp_path / "tasks"))
 

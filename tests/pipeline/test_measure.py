@@ -18,6 +18,7 @@ import fistapruner as fp
 import tiny
 from fistapruner.cli import main
 from fistapruner.models.source import UNTRUSTED
+from fistapruner.pipeline.compare import compare
 from fistapruner.pipeline.measure import _without, is_run, measure
 from fistapruner.recipes.execution_settings import Execution
 from fistapruner.reporting.recovery_text import gain
@@ -74,6 +75,33 @@ def test_an_evaluation_of_a_run_is_kept_with_it(made: Path, capsys: pytest.Captu
     fp.evaluate_run(run, text, seqlen=16, windows=2)
     windows = [evaluation.perplexity.windows for evaluation in load_run(run).evaluations if evaluation.perplexity]
     assert windows == [printed["perplexity"]["windows"], 2]
+
+
+def test_evaluation_text_that_is_calibration_text_is_told(tmp_path: Path) -> None:
+    """By a run and by a comparison, but not where Python's language reference is both: its parts are apart."""
+    dense = tiny.save("llama", tmp_path / "dense", num_hidden_layers=1)
+    text = tmp_path / "text.txt"
+    text.write_text(TEXT)
+    settings = {"samples": 2, "seqlen": 16}
+    told = f"1 of the 1 documents of the evaluation text {str(text)!r} are also in the calibration text ("
+    for source, data, expected in ((str(text), str(text), True), ("python", "python", False)):
+        said, out = Said(), tmp_path / f"run-{expected}"
+        calibration = {"source": source, **settings}
+        report = fp.prune(
+            dense, out, method="magnitude", calibration=calibration, evaluate=data, evaluate_windows=2, listener=said
+        )
+        for lines in (report.warnings, said.lines):
+            assert any(line.startswith(told) for line in lines) == expected
+    comparison = compare(
+        dense,
+        "magnitude",
+        ["50%"],
+        tmp_path / "compared",
+        settings={"calibration": {"source": str(text), **settings}},
+        data=str(text),
+        windows=2,
+    )
+    assert [warning[: len(told)] for warning in comparison.warnings] == [told]
 
 
 def recovery_of(pruned: Path, folder: Path, dense: Path | None) -> RecoverDirectory:

@@ -40,6 +40,7 @@ class DataSet:
         column: column with the text.
         training: split for calibration.
         held_out: split for evaluation.
+        revision: of the repository; None is its main one.
     """
 
     path: str
@@ -47,13 +48,21 @@ class DataSet:
     column: str
     training: Split
     held_out: Split
+    revision: str | None = None
 
 
 DATA_SETS: dict[str, DataSet] = {
     "wikitext2": DataSet(
         "Salesforce/wikitext", "wikitext-2-raw-v1", "text", Split("train", "\n\n"), Split("test", "\n\n")
     ),
-    "ptb": DataSet("ptb-text-only/ptb_text_only", "penn_treebank", "sentence", Split("train", " "), Split("test", " ")),
+    "ptb": DataSet(
+        "ptb-text-only/ptb_text_only",
+        None,
+        "sentence",
+        Split("train", " ", "penn_treebank/train/*.parquet"),
+        Split("test", " ", "penn_treebank/test/*.parquet"),
+        revision="refs/convert/parquet",  # the main one is a script, which datasets from 4.0 on refuses
+    ),
     "c4": DataSet(
         "allenai/c4",
         None,
@@ -83,7 +92,9 @@ def load_documents(name: str, *, held_out: bool = False) -> list[str]:
         raise MissingExtraError("datasets", "data", f"the data set {name!r}") from None
     try:
         files = {split.name: split.files} if split.files else None
-        rows = datasets.load_dataset(known.path, known.configuration, split=split.name, data_files=files)
+        rows = datasets.load_dataset(
+            known.path, known.configuration, split=split.name, data_files=files, revision=known.revision
+        )
     except Exception as error:  # the hub, the network and the loader have their own errors
         reason = " ".join(str(error).split())[:200]
         raise FistaPrunerError(

@@ -51,7 +51,7 @@ class Example:
         if self.kind == "prompt":
             prompt, completion = self.content
             ids, marks = _encode(((prompt, False), (completion, True)), tokenizer, bos, self.where)
-            if tokenizer.eos_token_id is not None:
+            if tokenizer.eos_token_id is not None and ids[-1:] != [tokenizer.eos_token_id]:
                 ids, marks = [*ids, tokenizer.eos_token_id], [*marks, True]
         else:
             ids, marks = _encode(_turns(self.content, tokenizer, self.where), tokenizer, (), self.where)
@@ -168,6 +168,9 @@ def _turns(content: Sequence[tuple[str, str]], tokenizer: Any, where: str) -> li
     """
 
     def written(count: int, prompt: bool = False) -> str:
+        if count == 0:  # templates refuse an empty list: take what two different answers begin with
+            one, other = (write_chat([("assistant", said)], tokenizer, where) for said in "ab")
+            return one[: next((place for place, (a, b) in enumerate(zip(one, other, strict=False)) if a != b), 0)]
         return write_chat(content[:count], tokenizer, where, prompt=prompt)
 
     pieces: list[tuple[str, bool]] = []

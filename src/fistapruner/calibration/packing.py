@@ -21,7 +21,7 @@ class Packed:
         windows: token ids of each window, ``seqlen`` of them.
         marks: tokens that carry loss when they are predicted, in the same shape.
         documents: number of documents, from the first, that were read.
-        first: of these, how many the first window needed.
+        first: of these, how many the first window needed; of examples, how many came before a second one began.
         tokens: tokens of the documents read; ``filled``: tokens of the windows, without padding.
         too_long: examples among them that no window holds.
     """
@@ -85,6 +85,8 @@ def pack_examples(examples: Sequence[Example], tokenizer: Any, seqlen: int, wind
             continue
         place = next((place for place, room in enumerate(rooms) if room >= len(ids)), len(rooms))
         if place == len(packed):
+            if place == 1:
+                first = read
             if place == windows:
                 break
             packed.append([])
@@ -94,7 +96,6 @@ def pack_examples(examples: Sequence[Example], tokenizer: Any, seqlen: int, wind
         marked[place] += marks
         rooms[place] -= len(ids)
         read, tokens = read + 1, tokens + len(ids)
-        first = first or read
     padding = next((token for token in (tokenizer.pad_token_id, tokenizer.eos_token_id) if token is not None), 0)
     filled = sum(map(len, packed))
     for window, its_marks, room in zip(packed, marked, rooms, strict=True):

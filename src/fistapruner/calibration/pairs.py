@@ -186,12 +186,21 @@ def _answer(record: dict[str, Any], name: str, where: str) -> str | Messages:
 def _with_prompt(
     chosen: str | Messages, rejected: str | Messages, prompt_ends: str | None, where: str
 ) -> tuple[Pair, bool]:
-    """Take as prompt what both answers begin with; return also whether it ends inside a word."""
+    """Take as prompt what both answers begin with; return also whether it ends inside a word.
+
+    Raises:
+        FistaPrunerError: they share no message, or do not share what ends a prompt.
+    """
     same = next(
         (place for place, (a, b) in enumerate(zip(chosen, rejected, strict=False)) if a != b),
         min(len(chosen), len(rejected)),
     )
     if not isinstance(chosen, str) or not isinstance(rejected, str):
+        if same == 0:
+            raise FistaPrunerError(
+                f"{where}: chosen and rejected have different first messages, and must begin with the same ones, which "
+                "are the prompt"
+            )
         return Pair(chosen[:same], chosen[same:], rejected[same:], where), False
     if prompt_ends is not None:
         place = chosen.rfind(prompt_ends, 0, same)
@@ -228,7 +237,7 @@ def tokenise_pairs(
     """Tokenise pairs and split them by the SHA-256 of their prompt: equal prompts are on one side.
 
     Pairs whose prompt fills ``max_length``, or with an answer that adds no token to it, are left out; longer answers
-    are cut at their end.
+    are cut at their end, and pairs whose answers are equal then are left out too.
 
     Args:
         pairs: as read.
@@ -241,7 +250,7 @@ def tokenise_pairs(
         FistaPrunerError: the tokenizer refuses a text, or too few prompts are left for three sides.
     """
     kept: list[tuple[Pair, int, list[int], list[int]]] = []
-    too_long = no_answer = cut = broken = 0
+    too_long = no_answer = equal = cut = broken = 0
     for pair in pairs:
         prompt, *answers = pair.encode(tokenizer)
         broken += any(answer[: len(prompt)] != prompt for answer in answers)
@@ -250,13 +259,18 @@ def tokenise_pairs(
         elif min(map(len, answers)) <= len(prompt):
             no_answer += 1
         else:
-            cut += any(len(answer) > max_length for answer in answers)
             chosen, rejected = (answer[:max_length] for answer in answers)
+            if chosen == rejected:
+                equal += 1
+                continue
+            cut += any(len(answer) > max_length for answer in answers)
             kept.append((pair, len(prompt), chosen, rejected))
     if too_long:
         say(f"{too_long} of {len(pairs)} pairs are left out: their prompts have {max_length} tokens or more")
     if no_answer:
         say(f"{no_answer} of {len(pairs)} pairs are left out: an answer adds no token to its prompt")
+    if equal:
+        say(f"{equal} of {len(pairs)} pairs are left out: their answers are the same in the first {max_length} tokens")
     if cut:
         say(f"answers of {cut} of {len(pairs)} pairs are cut at {max_length} tokens")
     if broken:
@@ -278,7 +292,7 @@ def tokenise_pairs(
         "how": "preference pairs, split by the hash of the prompt",
         "documents": len(pairs),
         "duplicates": 0,
-        "too_long": too_long + no_answer,
+        "too_long": too_long + no_answer + equal,
         "samples": len(tokens),
     }
     for number, name in enumerate(SIDES):

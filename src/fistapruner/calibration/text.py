@@ -5,6 +5,7 @@ Calibration and evaluation both use it, so that they read a file in the same way
 
 from __future__ import annotations
 
+import codecs
 import json
 from collections.abc import Iterator
 from pathlib import Path
@@ -38,7 +39,7 @@ def read_documents(path: str | Path) -> list[str]:
         if suffix == ".parquet":
             return list(_parquet_documents(path))
         if suffix != ".jsonl":
-            return [path.read_text("utf-8")]
+            return [path.read_text("utf-8-sig")]
         return [_text(record, where) for where, record in read_lines(path)]
     except UnicodeDecodeError as error:
         raise FistaPrunerError(f"{path} is not UTF-8 text (byte {error.start})") from None
@@ -49,7 +50,7 @@ def read_documents(path: str | Path) -> list[str]:
 def read_lines(path: str | Path) -> Iterator[tuple[str, dict[str, Any]]]:
     """Yield the records of a ``.jsonl`` file, each with its place: file and line, for messages.
 
-    A line that is not a mapping is a record without fields.
+    A byte order mark before the first line is skipped. A line that is not a mapping is a record without fields.
 
     Raises:
         FistaPrunerError: a line that is not UTF-8 or not JSON; an unreadable file.
@@ -57,9 +58,10 @@ def read_lines(path: str | Path) -> Iterator[tuple[str, dict[str, Any]]]:
     try:
         with open(path, "rb") as lines:
             for number, line in enumerate(lines, 1):
-                if line.strip():
+                content = line.removeprefix(codecs.BOM_UTF8) if number == 1 else line
+                if content.strip():
                     where = f"{path}, line {number}"
-                    yield where, _record(line, where)
+                    yield where, _record(content, where)
     except OSError as error:
         raise FistaPrunerError(f"cannot read {path}: {error.strerror or error}") from None
 

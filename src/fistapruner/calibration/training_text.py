@@ -7,7 +7,7 @@ documents that are added to a source move none from one side to the other. Windo
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -223,22 +223,23 @@ def order(text: TrainingText, steps: int, windows_per_step: int, data: TrainingD
     return windows.view(steps, windows_per_step)
 
 
-def shared_documents(text: TrainingText, documents: Sequence[str], name: str) -> str | None:
-    """Warn that evaluation text has documents of the training text; None where it has none.
+def shared_documents(known: Collection[str], documents: Sequence[str], name: str, purpose: str = PURPOSE) -> str | None:
+    """Warn that evaluation text has documents of another text; None where it has none.
 
     Args:
-        text: the training text.
+        known: hashes of the other text's documents.
         documents: of the evaluation text.
         name: of the evaluation text.
+        purpose: what the other text is for.
     """
-    shared = [document for document in documents if document_hash(document) in text.documents]
+    shared = [document for document in documents if document_hash(document) in known]
     if not shared:
         return None
     examples = ", ".join(repr(" ".join(document[:200].split())[:40]) for document in shared[:SHARED])
     more = " and more" if len(shared) > SHARED else ""
     return (
-        f"{len(shared)} of the {len(documents)} documents of the evaluation text {name!r} are also in the training "
-        f"text ({examples}{more}): figures on it are too good"
+        f"{len(shared)} of the {len(documents)} documents of the evaluation text {name!r} are also in the "
+        f"{purpose} text ({examples}{more}): figures on it are too good"
     )
 
 
@@ -300,7 +301,8 @@ def _split(source: _Source, data: TrainingData, tokenizer: Any, seqlen: int) -> 
         return [], []
     ordered, held = split_documents(source.documents, data.held_out, data.seed)
     # A held-out side without a whole window would measure nothing.
-    held = max(held, source.pack(ordered, tokenizer, seqlen, 1).first)
+    first = source.pack(ordered, tokenizer, seqlen, 1).first
+    held = max(held, min(first, len(ordered) // 2) if source.examples else first)
     return ordered[:held], ordered[held:]
 
 

@@ -147,8 +147,12 @@ def evaluate(
         if perplexity is not None:
             keep(found)
         settings = TaskSettings(limit, place, DTYPES.get(dtype), batch_size, trust_remote_code)
-        results = evaluate_tasks(source.folder, known, settings, against=dense.folder if dense else None, tick=tick)
-        found = replace(found, tasks=results, seconds=time.perf_counter() - begin)
+        said: list[str] = []
+        results = evaluate_tasks(
+            source.folder, known, settings, against=dense.folder if dense else None, tick=tick, warn=said.append
+        )
+        said = [*found.warnings, *said]
+        found = replace(found, tasks=results, seconds=time.perf_counter() - begin, warnings=tuple(said))
     return found
 
 

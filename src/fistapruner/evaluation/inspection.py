@@ -266,7 +266,7 @@ def _open(
     """Open a folder: entries of all dense tensors, what reads one, the run's record, the operators.
 
     The operators are those that the model's code names; None where a record says enough, unless a pattern is ``asked``
-    of them all, and where the model is packed or cannot be built.
+    of them all, and where the model cannot be built.
     """
     if is_packed(folder):
         packed = PackedCheckpoint(folder)
@@ -274,7 +274,7 @@ def _open(
             {entry.name: entry for entries in packed.contents().values() for entry in entries},
             packed.tensor,
             packed.record,
-            None,
+            stored_operators(packed.checkpoint, packed.shapes()) if asked else None,
         )
     checkpoint = Checkpoint.open(folder, allow_pickle)
     record = read_pruning_record(folder)

@@ -11,11 +11,13 @@ fields of a file say what kind of task it is:
 
 from __future__ import annotations
 
+import codecs
 import gc
 import json
 import logging
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -163,6 +165,7 @@ def evaluate_tasks(
     *,
     against: Path | None = None,
     tick: Tick = lambda what, done, total: None,
+    warn: Callable[[str], None] = lambda sentence: None,
 ) -> tuple[TaskResult, ...]:
     """Score a model on zero-shot tasks, and a reference model on the same items.
 
@@ -172,6 +175,7 @@ def evaluate_tasks(
         settings: how the models are run.
         against: the dense model's folder.
         tick: receives progress: (what, steps done, steps in all).
+        warn: receives what to know of the scores, as a sentence.
 
     Raises:
         FistaPrunerError: ``lm-eval`` fails: task data that cannot be loaded or has items it cannot ask; or no task has
@@ -181,7 +185,13 @@ def evaluate_tasks(
     answers: list[Answers] = []
     for done, path in enumerate(models):
         tick(f"zero-shot tasks of {path.name}", done, len(models))
-        answers.append(read_answers(_run(path, tasks, settings)))
+        with _counted_cuts() as cuts:
+            answers.append(read_answers(_run(path, tasks, settings)))
+        if cuts:
+            warn(
+                f"tasks on {path}: at least {len(cuts)} requests are longer than the model takes, and were cut at "
+                "their beginning"
+            )
     tick("zero-shot tasks", len(models), len(models))
     ours = answers[0]
     return tuple(
@@ -196,6 +206,27 @@ def evaluate_tasks(
         )
         for (task, metric), items in ours.outcomes.items()
     )
+
+
+@contextmanager
+def _counted_cuts() -> Iterator[list[str]]:
+    """Collect what ``lm-eval`` says of requests that it cuts; its other warnings stay hidden."""
+    cuts: list[str] = []
+
+    def keep(record: logging.LogRecord) -> bool:
+        if "truncat" in record.getMessage().lower():
+            cuts.append(record.getMessage())
+        return record.levelno >= logging.ERROR
+
+    logger = logging.getLogger("lm_eval.models.huggingface")
+    level = logger.level
+    logger.setLevel(logging.WARNING)
+    logger.addFilter(keep)
+    try:
+        yield cuts
+    finally:
+        logger.removeFilter(keep)
+        logger.setLevel(level)
 
 
 def task_result(
@@ -263,7 +294,7 @@ def local_task(path: Path) -> dict[str, Any]:
 
     Raises:
         FistaPrunerError: the file cannot be read, is empty, has none of the known sets of fields, or a line (its
-            number is given) that is not UTF-8 JSON or lacks the fields of the first.
+            number is given) that is not UTF-8 JSON, lacks the fields of the first, or whose ``gold`` names no option.
     """
     try:
         fields = _fields_of_file(path)
@@ -289,14 +320,14 @@ def local_task(path: Path) -> dict[str, Any]:
         return task | {
             "output_type": "multiple_choice",
             "doc_to_text": "gold",
-            "doc_to_choice": "context_options",
-            "doc_to_target": "continuation",
+            "doc_to_choice": lambda item: [option.rstrip(" ") for option in item["context_options"]],
+            "doc_to_target": lambda item: item["continuation"].lstrip(" "),
             "metric_list": [_mean("acc")],
         }
     return task | {
         "output_type": "loglikelihood",
-        "doc_to_text": "context",
-        "doc_to_target": " {{continuation}}",
+        "doc_to_text": lambda item: item["context"].rstrip(" "),
+        "doc_to_target": lambda item: " " + item["continuation"].lstrip(" "),
         "metric_list": [_mean("acc")],
     }
 
@@ -312,6 +343,10 @@ def _fields_of_file(path: Path) -> tuple[str, ...]:
         for number, line in enumerate(lines, 1):
             if not line.strip():
                 continue
+            if line.startswith(codecs.BOM_UTF8):  # lm-eval reads the file itself
+                raise FistaPrunerError(
+                    f"{path}, line {number} begins with a byte order mark: save the file as UTF-8 without one"
+                )
             try:
                 item = json.loads(line.decode())
             except ValueError:
@@ -323,6 +358,8 @@ def _fields_of_file(path: Path) -> tuple[str, ...]:
                     raise FistaPrunerError(
                         f"{path}, line {number}: {field!r} is not there, or of another type than in the first line"
                     )
+            if "gold" in kind:
+                _check_gold(fields, "choices" if "choices" in kind else "context_options", f"{path}, line {number}")
     if not kind:
         raise FistaPrunerError(f"{path} is empty: a task has one JSON object a line")
     return tuple(kind)
@@ -341,6 +378,27 @@ def _kind_of(path: Path, item: Mapping[str, Any]) -> dict[str, type]:
         f"{path} has the fields {', '.join(sorted(item)) or 'none'}: a task has query, choices and gold; context and "
         "continuation; or context_options, continuation and gold"
     )
+
+
+def _check_gold(item: Mapping[str, Any], name: str, where: str) -> None:
+    """Refuse an item whose ``gold`` is not the number of one of its options.
+
+    Args:
+        item: the item.
+        name: field that has its options.
+        where: file and line.
+
+    Raises:
+        FistaPrunerError: names file and line.
+    """
+    options, gold = item[name], item["gold"]
+    if not isinstance(options, list) or not options:
+        raise FistaPrunerError(f"{where}: {name!r} is {options!r:.100}, and a list with an answer in it is expected")
+    if type(gold) is not int or not 0 <= gold < len(options):
+        raise FistaPrunerError(
+            f"{where}: 'gold' is {gold!r:.100}, and the number of one of the {len(options)} {name} is expected, which "
+            f"counts from 0: 0 to {len(options) - 1}"
+        )
 
 
 def _question(item: Mapping[str, Any]) -> str:

@@ -31,8 +31,15 @@ WEIGHT_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 """Dtypes of dense weights in a checkpoint."""
 
 
-def build_model(checkpoint: Checkpoint, *, trust_remote_code: bool = False) -> Any:
+def build_model(
+    checkpoint: Checkpoint, *, trust_remote_code: bool = False, shapes: Mapping[str, tuple[int, ...]] | None = None
+) -> Any:
     """Build a checkpoint's causal language model on the meta device, without weights.
+
+    Args:
+        checkpoint: the checkpoint.
+        trust_remote_code: run Python code that comes with it.
+        shapes: of a packed checkpoint's tensors, as they are when it is unpacked; None refuses a packed one.
 
     Raises:
         FistaPrunerError: ``config.json`` describes no decoder-only model with plain weights, or needs code that was
@@ -57,7 +64,8 @@ def build_model(checkpoint: Checkpoint, *, trust_remote_code: bool = False) -> A
         raise FistaPrunerError(
             f"{folder}: {config.model_type} is an encoder-decoder; only decoder-only language models are pruned"
         )
-    free = "widths" in (checkpoint.config.get("quantization_config") or ()) and not (folder / PACKED_RECORD).exists()
+    own_widths = "widths" in (checkpoint.config.get("quantization_config") or ())
+    free = shapes is not None or (own_widths and not (folder / PACKED_RECORD).exists())
     widths = read_widths(checkpoint.config, folder) if free else {}
     if free:
         del config.quantization_config
@@ -90,7 +98,8 @@ def build_model(checkpoint: Checkpoint, *, trust_remote_code: bool = False) -> A
             f"{folder}: no {config.model_type} causal language model can be built from config.json: {reason}"
         )
         raise needs_code(folder, error) or fault from None
-    set_widths(model, widths, checkpoint.shapes() if widths else {})
+    if widths:
+        set_widths(model, widths, checkpoint.shapes() if shapes is None else shapes)
     return model
 
 

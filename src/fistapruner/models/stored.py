@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 
 from torch import nn
 
@@ -11,9 +11,12 @@ from .architecture import build_model, checkpoint_names, find_decoder_layers
 from .discovery import Operator, linear_modules
 from .experts import separate_experts
 from .files.checkpoint import Checkpoint
+from .names import stored_names
 
 
-def stored_operators(checkpoint: Checkpoint) -> dict[str, Operator] | None:
+def stored_operators(
+    checkpoint: Checkpoint, shapes: Mapping[str, tuple[int, ...]] | None = None
+) -> dict[str, Operator] | None:
     """Find the operators of the decoder layers, by the names of their stored weights.
 
     Tensors that hold the matrices of all experts are taken apart, and those matrices are among the operators. No weight
@@ -21,17 +24,22 @@ def stored_operators(checkpoint: Checkpoint) -> dict[str, Operator] | None:
 
     Args:
         checkpoint: the checkpoint.
+        shapes: of a packed checkpoint's tensors, as they are when it is unpacked; None for one that is not packed.
 
     Returns:
         The operators; None where the model cannot be built, or its tensors are not those of the checkpoint.
     """
     try:
-        model = build_model(checkpoint)
+        model = build_model(checkpoint, shapes=shapes)
         prefix, layers = find_decoder_layers(model)
-        names = checkpoint_names(model, checkpoint, separate_experts(model, prefix, layers, checkpoint))
-    except FistaPrunerError:
+        experts = separate_experts(model, prefix, layers, checkpoint, names=shapes)
+        if shapes is None:
+            names = checkpoint_names(model, checkpoint, experts)
+        else:
+            names = {**stored_names(model, list(shapes), skipped=experts), **experts}
+        return operators_by_weight(prefix, layers, names.__getitem__)
+    except (FistaPrunerError, KeyError):  # a weight without a stored name
         return None
-    return operators_by_weight(prefix, layers, names.__getitem__)
 
 
 def operators_by_weight(

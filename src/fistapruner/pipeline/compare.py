@@ -60,7 +60,7 @@ from .contenders import Contender, parse_contenders
 from .measure import publish
 from .protocol import Protocol
 from .prune import prune, recover_execution, recovers
-from .prune_inputs import check_calibration, refuse_overlap
+from .prune_inputs import check_calibration, refuse_overlap, shared_text
 from .recover import recover
 from .recover_inputs import check_following
 from .training import changed_texts
@@ -135,6 +135,10 @@ def compare(
             machine=describe_machine(choose_device(protocol.device)),
             rows=_rows_that_stay(_before(folder, model), jobs, protocol, folder),  # as they are now that it is held
         )
+        sources = {source: None for job in jobs for source in job.recipe.calibration.sources.values()}
+        if warning := shared_text(sources, data):
+            listener.say(warning)
+            comparison.warnings.append(warning)
         shared = _Shared(model, source, folder, protocol, listener, keep)
         dense = measure_dense(shared)
         comparison.dense = dense

@@ -92,7 +92,7 @@ def cut_text(
         text = training_text(data, inputs.tokenizer, inputs.seqlen, load_model, listener.say)
     if inputs.evaluation is not None:
         name = inputs.evaluation.data
-        if warning := shared_documents(text, evaluation_documents(name), name):
+        if warning := shared_documents(text.documents, evaluation_documents(name), name):
             listener.say(warning)
             inputs.warnings.append(warning)
     if new:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Container, Mapping
+from collections.abc import Container, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,10 +11,11 @@ from torch import Tensor
 
 from ..activations.stream import check_model
 from ..calibration import window_length
-from ..calibration.windows import check_source
+from ..calibration.training_text import document_hash, shared_documents
+from ..calibration.windows import check_source, source_documents
 from ..constraints import Constraint
 from ..errors import FistaPrunerError
-from ..evaluation.data import load_windows
+from ..evaluation.data import evaluation_documents, load_windows
 from ..execution.context import open_model
 from ..execution.ray_pool import require_ray
 from ..models.discovery import Layout, discover
@@ -133,6 +134,9 @@ def check_inputs(run: PruneDirectory, request: RunRequest, begun: PruneRecord | 
     if request.evaluation is not None:  # a fault in the text shows now
         text = load_windows(request.evaluation.data, tokenizer, seqlen, request.evaluation.windows)
         model.check_tokens(text.tokens)
+        if begun is None and (shared := shared_text(recipe.calibration.sources.values(), request.evaluation.data)):
+            listener.say(shared)
+            warnings = (*warnings, shared)
     return Inputs(source, model, layout, smaller, widths, sparsity, tokenizer, seqlen, warnings)
 
 
@@ -164,6 +168,22 @@ def check_calibration(recipe: Recipe) -> None:
     """
     for source in recipe.calibration.sources.values():
         check_source(source)
+
+
+def shared_text(sources: Iterable[str], data: str) -> str | None:
+    """Warn that evaluation text has documents of calibration text; None where it has none.
+
+    Known data sets, and Python's language reference, have parts of their own for both, so only files are compared.
+
+    Args:
+        sources: of the calibration text.
+        data: the evaluation text.
+    """
+    files = [source for source in sources if Path(source).is_file()]
+    if not files or not Path(data).is_file():
+        return None
+    known = {document_hash(document) for file in files for document in source_documents(file)}
+    return shared_documents(known, evaluation_documents(data), data, "calibration")
 
 
 def refuse_overlap(source: Path, out: Path) -> None:
