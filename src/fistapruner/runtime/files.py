@@ -103,6 +103,27 @@ def publish_folder(partial: Path, out: Path) -> None:
         sync_folder(out.parent)
 
 
+def remove_folder(folder: Path, *last: str) -> None:
+    """Remove a folder; what tells whose it is goes last, so that a removal that was killed can be done again.
+
+    Args:
+        folder: the folder.
+        last: names of files in it that are removed after everything else, in this order; they may be absent.
+
+    Raises:
+        FistaPrunerError: the disk refuses.
+    """
+    with disk_errors(folder):
+        for path in folder.iterdir():
+            if path.is_dir() and not path.is_symlink():
+                shutil.rmtree(path)
+            elif path.name not in last:
+                path.unlink()
+        for name in last:
+            (folder / name).unlink(missing_ok=True)
+        folder.rmdir()
+
+
 @contextmanager
 def atomic_file(path: Path) -> Iterator[int]:
     """Open a file for writing that replaces ``path`` only when the block ends without an error.
