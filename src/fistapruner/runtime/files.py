@@ -103,24 +103,26 @@ def publish_folder(partial: Path, out: Path) -> None:
         sync_folder(out.parent)
 
 
-def remove_folder(folder: Path, *last: str) -> None:
+def remove_folder(folder: Path, *last: Path) -> None:
     """Remove a folder; what tells whose it is goes last, so that a removal that was killed can be done again.
 
     Args:
         folder: the folder.
-        last: names of files in it that are removed after everything else, in this order; they may be absent.
+        last: files in it or beside it that are removed after everything else, in this order; they may be absent.
 
     Raises:
-        FistaPrunerError: the disk refuses.
+        FistaPrunerError: the folder is a link, or the disk refuses.
     """
+    if folder.is_symlink():
+        raise FistaPrunerError(f"{folder} is a link where a folder is to be removed: move the link away")
     with disk_errors(folder):
         for path in folder.iterdir():
             if path.is_dir() and not path.is_symlink():
                 shutil.rmtree(path)
-            elif path.name not in last:
+            elif path not in last:
                 path.unlink()
-        for name in last:
-            (folder / name).unlink(missing_ok=True)
+        for path in last:
+            path.unlink(missing_ok=True)
         folder.rmdir()
 
 

@@ -60,7 +60,7 @@ def checkpoint_folder(out: Path, nbytes: int = 0, *, resume: bool = False) -> It
     partial = out.with_name(out.name + PARTIAL)
     claim_folder(partial)
     if not resume:
-        remove_folder(partial, PARTIAL)
+        remove_folder(partial, partial / PARTIAL)
         claim_folder(partial)
     try:
         yield partial
@@ -68,7 +68,7 @@ def checkpoint_folder(out: Path, nbytes: int = 0, *, resume: bool = False) -> It
     except BaseException:
         if not resume:
             with suppress(FistaPrunerError):  # the error that ended the block is reported
-                remove_folder(partial, PARTIAL)
+                remove_folder(partial, partial / PARTIAL)
         raise
 
 
