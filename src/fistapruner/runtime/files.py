@@ -186,13 +186,23 @@ def copy_atomic(source: Path, target: Path) -> None:
     """Copy a file's bytes, atomically.
 
     Raises:
-        FistaPrunerError: the disk is full or refuses the write.
+        FistaPrunerError: the source cannot be read, or the disk is full or refuses the write.
     """
-    with atomic_file(target) as descriptor, open(source, "rb") as file:
+    with atomic_file(target) as descriptor:
         offset = 0
-        while piece := file.read(2**24):
+        for piece in _pieces(source):
             write_all(descriptor, piece, offset)
             offset += len(piece)
+
+
+def _pieces(path: Path) -> Iterator[bytes]:
+    """Read a file in pieces of 16 MiB."""
+    try:
+        with open(path, "rb") as file:
+            while piece := file.read(2**24):
+                yield piece
+    except OSError as error:
+        raise FistaPrunerError(f"cannot read {path}: {error.strerror or error}") from error
 
 
 def sampled_sha256(path: Path) -> str:
