@@ -421,6 +421,15 @@ def test_a_recovery_goes_with_the_pruning_that_it_followed(dense: Path, tmp_path
     assert stages[0][0] != stages[1][0] == load_run(run).fingerprint
 
 
+def test_a_part_of_a_finished_run_leaves_its_report_alone(dense: Path, run: Path) -> None:
+    """Several parts may be given again at once."""
+    before = contents(run)
+    report = fp.prune(dense, run, evaluate="python", evaluate_windows=1, only_layers=(0, 0), **SETTINGS)
+    assert report.status == "finished"
+    after = contents(run)
+    assert {name for name in before if before[name] != after.get(name)} <= {"log.txt"}
+
+
 @pytest.mark.parametrize("changed", ["text", "model", "tokens"])
 def test_a_part_does_not_begin_a_run_again(dense: Path, tmp_path: Path, changed: str) -> None:
     """Other parts may be at work; a command for all layers does."""
