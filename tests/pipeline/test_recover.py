@@ -908,7 +908,9 @@ def test_several_processes_go_on_with_less_when_they_are_started_again(
         patched.setattr(RecoverDirectory, "write_record", write_slowly)
         attempts = [pool.submit(context.train, Listener(), lambda: None) for context in contexts]
         for attempt in attempts:
-            with pytest.raises(fp.FistaPrunerError, match=r"^the memory of cpu ran out .*; give the same command"):
+            with pytest.raises(
+                fp.FistaPrunerError, match=r"^the memory of cpu ran out .*; give the same command again$"
+            ):
                 attempt.result()
     assert len(written) == 1
     assert {context.decision.keep_graphs for context in contexts} == {False}
