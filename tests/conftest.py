@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import os
 import sys
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -21,3 +23,36 @@ def _quick_pages(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch
     """Pages without their drawings, which take longer than the rest of a tiny run; tests of reporting draw them."""
     if "reporting" not in request.path.parts:
         monkeypatch.setenv("FISTAPRUNER_FIGURES", "0")
+
+
+@pytest.fixture
+def kill_removal(monkeypatch: pytest.MonkeyPatch) -> Callable[[Callable[[], object], int], bool]:
+    """A function that stops work before it removes a file or folder for the nth time; returns whether it did.
+
+    As of a killed process, nothing is removed afterwards.
+    """
+
+    def run(work: Callable[[], object], removals: int) -> bool:
+        done = 0
+
+        def counted(remove: Callable[..., None]) -> Callable[..., None]:
+            def step(*args: Any, **keywords: Any) -> None:
+                nonlocal done
+                done += 1
+                if done == removals:
+                    raise KeyboardInterrupt
+                if done < removals:
+                    remove(*args, **keywords)
+
+            return step
+
+        with monkeypatch.context() as patched:
+            for name in ("unlink", "rmdir"):
+                patched.setattr(os, name, counted(getattr(os, name)))
+            try:
+                work()
+            except KeyboardInterrupt:
+                return True
+        return False
+
+    return run

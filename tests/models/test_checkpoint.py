@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 from fistapruner import FistaPrunerError
 from fistapruner.models.files.checkpoint import Checkpoint
+from fistapruner.models.files.folder import checkpoint_folder
 from fistapruner.models.files.writer import write_checkpoint
 from fistapruner.models.layerwise import LayerwiseModel
 from fistapruner.runtime.files import sha256_file
@@ -471,3 +473,22 @@ def test_shards_of_a_killed_attempt_are_not_trusted_blindly(sharded: Path, tmp_p
     for shape in ((8, 32), (9, 32)):  # the same recipe, other widths
         assert attempt("b", {first: shape}) == [source.file_of(first), files[-1]]
         assert attempt("b", {first: shape}) == files[-1:]
+
+
+def test_a_temporary_folder_whose_removal_was_killed_is_taken_over(
+    tmp_path: Path, kill_removal: Callable[[Callable[[], object], int], bool]
+) -> None:
+    partial, removals, killed = tmp_path / "out.partial", 0, True
+
+    def fail() -> None:
+        with suppress(Killed), checkpoint_folder(tmp_path / "out"):
+            for name in "abcd":
+                (partial / name).touch()
+            raise Killed
+
+    while killed:
+        removals += 1
+        killed = kill_removal(fail, removals)
+        fail()
+        assert not partial.exists()
+    assert removals > 5

@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 
 from fistapruner import FistaPrunerError
 from fistapruner.models.files.safetensors import DTYPES, SafetensorsFile, SafetensorsWriter, TensorEntry
-from fistapruner.runtime.files import require_space, sha256_file, write_json_atomic, write_text_atomic
+from fistapruner.runtime.files import copy_atomic, require_space, sha256_file, write_json_atomic, write_text_atomic
 
 SHARED_DTYPES = [
     torch.bool,
@@ -239,3 +239,11 @@ def test_atomic_text_and_json(tmp_path: Path) -> None:
     assert sha256_file(tmp_path / "a.json") == "2d711642b726b04401627ca9fbac32f5c8530fb1903cc4db02258717921a4881"
     with pytest.raises(FistaPrunerError, match="cannot write"):
         write_text_atomic(tmp_path / "absent" / "b", "x")
+
+
+def test_a_copy_names_the_source_that_cannot_be_read(tmp_path: Path) -> None:
+    (tmp_path / "folder").mkdir()
+    for source in (tmp_path / "absent", tmp_path / "folder"):
+        with pytest.raises(FistaPrunerError, match=f"^cannot read {source}: "):
+            copy_atomic(source, tmp_path / "copy")
+    assert [path.name for path in tmp_path.iterdir()] == ["folder"]

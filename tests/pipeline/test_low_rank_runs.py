@@ -21,6 +21,7 @@ from fistapruner.models.files.low_rank import sum_of_parts
 from fistapruner.models.files.safetensors import SafetensorsFile
 from fistapruner.reporting.summary import summary
 from fistapruner.runs.records import load_run
+from fistapruner.runtime.files import PARTIAL
 from fistapruner.tuning import block_reconstruction
 
 SMALL: dict[str, Any] = {"sparsity": "2:4", "calibration": {"source": "python", "samples": 4, "seqlen": 32}}
@@ -211,6 +212,15 @@ def test_a_lost_adapter_is_made_again_from_the_layers(run: Path, dense: Path, ho
         fp.evaluate(run / "model", "python", seqlen=16, windows=1)
     fp.prune(dense, run, low_rank=RANK, evaluate="python", evaluate_windows=2, **SMALL)
     assert results(run) == expected
+
+
+def test_an_adapter_is_made_again_after_a_kill_between_its_name_and_its_mark(run: Path, dense: Path) -> None:
+    expected = results(run)
+    (run / "adapter" / PARTIAL).touch()
+    shutil.rmtree(run / "model")
+    fp.prune(dense, run, low_rank=RANK, evaluate="python", evaluate_windows=2, **SMALL)
+    assert results(run) == expected
+    assert not (run / "adapter" / PARTIAL).exists()
 
 
 def test_verbs_that_would_leave_it_out_refuse_the_run(

@@ -5,8 +5,10 @@ from __future__ import annotations
 import json
 import math
 import shutil
+import time
 import weakref
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -28,6 +30,7 @@ from fistapruner.models.files.safetensors import SafetensorsFile
 from fistapruner.pipeline import prepare_recover
 from fistapruner.pipeline.replay import replay
 from fistapruner.recipes.execution_settings import Execution
+from fistapruner.runs.decision import RunRecord
 from fistapruner.runs.listener import Listener
 from fistapruner.runs.lock import hold
 from fistapruner.runs.records import Report, load_run
@@ -895,9 +898,23 @@ def test_several_processes_go_on_with_less_when_they_are_started_again(
         return record.decision.keep_graphs, record.decision.resident, len(record.warnings)
 
     assert recorded() == (True, True, 0)
-    for context in [opened(2), opened(1)]:  # both opened before either ran out
-        with pytest.raises(fp.FistaPrunerError, match=r"^the memory of cpu ran out .*; give the same command again$"):
-            context.train(Listener(), lambda: None)
+    contexts, write, written = [opened(2), opened(1)], RecoverDirectory.write_record, list[RunRecord]()
+
+    def write_slowly(self: RecoverDirectory, record: RunRecord) -> None:
+        written.append(record)
+        time.sleep(0.5)
+        write(self, record)
+
+    with monkeypatch.context() as patched, ThreadPoolExecutor() as pool:  # both run out at once
+        patched.setattr(RecoverDirectory, "write_record", write_slowly)
+        attempts = [pool.submit(context.train, Listener(), lambda: None) for context in contexts]
+        for attempt in attempts:
+            with pytest.raises(
+                fp.FistaPrunerError, match=r"^the memory of cpu ran out .*; give the same command again$"
+            ):
+                attempt.result()
+    assert len(written) == 1
+    assert {context.decision.keep_graphs for context in contexts} == {False}
     assert recorded() == (False, True, 1)
     with pytest.raises(fp.FistaPrunerError, match="one decoder layer is in memory at a time; give the same"):
         opened(0).train(Listener(), lambda: None)

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
+from typing import Any
 
+import pytest
 import torch
 from safetensors.torch import load_file
 from transformers import MambaConfig, MambaForCausalLM
@@ -18,7 +21,8 @@ def test_the_adapter_of_a_recovery_merged_into_its_input_gives_its_checkpoint(tm
     calibration = {"source": "python", "samples": 2, "seqlen": 32}
     fp.prune(dense, tmp_path / "pruned", method="magnitude", calibration=calibration)
     data = {"tokens": 256, "seqlen": 32}
-    fp.recover(tmp_path / "pruned", tmp_path / "run", parameters="spp", also="none", data=data, windows_per_step=2)
+    settings: dict[str, Any] = {"parameters": "spp", "also": "none", "data": data, "windows_per_step": 2}
+    fp.recover(tmp_path / "pruned", tmp_path / "run", **settings)
     fp.merge_adapter(tmp_path / "pruned", tmp_path / "run" / "adapter", tmp_path / "merged")
     before, trained, merged = (
         load_file(folder / "model.safetensors")
@@ -28,6 +32,14 @@ def test_the_adapter_of_a_recovery_merged_into_its_input_gives_its_checkpoint(tm
     for name in before:
         torch.testing.assert_close(merged[name], trained[name], rtol=1e-6, atol=1e-7)
         assert torch.equal(merged[name] == 0, trained[name] == 0)
+    # Where it is written again, files of others beside it are kept, and stop the run.
+    notes = tmp_path / "run" / "adapter" / "notes.txt"
+    notes.write_text("years of work")
+    shutil.rmtree(tmp_path / "run" / "model")
+    with pytest.raises(fp.FistaPrunerError, match=r"notes\.txt was not written by this run"):
+        fp.recover(tmp_path / "pruned", tmp_path / "run", **settings)
+    notes.unlink()
+    assert fp.recover(tmp_path / "pruned", tmp_path / "run", **settings).status == "finished"
 
 
 def test_modules_that_contain_operators_are_not_replaced_by_an_adapter(tmp_path: Path) -> None:

@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
 
 import fistapruner as fp
 import tiny
@@ -480,6 +481,44 @@ def test_a_recovery_goes_with_the_pruning_that_it_followed(dense: Path, tmp_path
     assert (second.kind, second.status) == ("recover", "finished")
     stages = [[stage.fingerprint for stage in report.lineage.stages] for report in (first, second) if report.lineage]
     assert stages[0][0] != stages[1][0] == load_run(run).fingerprint
+
+
+def test_a_part_of_a_finished_run_leaves_its_report_alone(dense: Path, run: Path) -> None:
+    """Several parts may be given again at once."""
+    before = contents(run)
+    report = fp.prune(dense, run, evaluate="python", evaluate_windows=1, only_layers=(0, 0), **SETTINGS)
+    assert report.status == "finished"
+    after = contents(run)
+    assert {name for name in before if before[name] != after.get(name)} <= {"log.txt"}
+
+
+def test_layers_count_only_with_the_measurements_that_they_were_pruned_by(
+    dense: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run, settings = PruneDirectory(tmp_path / "run"), {**SETTINGS, "weighting": "fisher"}
+    solved: list[int] = []
+
+    def prune(**more: Any) -> list[int]:
+        solved.clear()
+        fp.prune(dense, run.folder, **settings, **more, inspect=lambda layer, *_: solved.append(layer))
+        return sorted(set(solved))
+
+    assert prune(only_layers=(0, 1)) == [0, 1]
+    run.metrics_file.write_bytes(run.metrics_file.read_bytes()[:-4] + b"\x00\x01\x02\x03")
+    for _ in range(2):
+        with pytest.raises(fp.FistaPrunerError, match=r"metrics\.safetensors is gone or damaged: 'fistapruner resume"):
+            finish_run(run.folder)
+        run.metrics_file.unlink(missing_ok=True)
+    assert prune() == []  # the same was measured again
+    run.metrics_file.unlink()
+    run.report_file.unlink()
+    write = PruneDirectory.write_metrics
+
+    def write_others(self: PruneDirectory, metrics: Any, importance: dict[str, Tensor], *rest: Any) -> None:
+        write(self, metrics, {name: 2 * rows for name, rows in importance.items()}, *rest)
+
+    monkeypatch.setattr(PruneDirectory, "write_metrics", write_others)
+    assert prune() == [0, 1]
 
 
 @pytest.mark.parametrize("changed", ["text", "model", "tokens"])

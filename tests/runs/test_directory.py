@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import json
+import shutil
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
 from fistapruner.errors import FistaPrunerError
+from fistapruner.models.files.checkpoint import PRUNING_RECORD
+from fistapruner.runs import training_directory
 from fistapruner.runs.base import parse
 from fistapruner.runs.decision import EvaluationRequest, Numerics, PruneRecord, RunDecision, RunRecord
 from fistapruner.runs.directory import RunDirectory
@@ -51,6 +55,16 @@ def begin(folder: Path) -> RecoverDirectory:
     run.write_recipe("steps: 7\n")
     run.write_record(RecoverRecord(kind="recover", model=ModelFacts(source="m"), decision=decision))
     return run
+
+
+def write_model(run: RunDirectory, record: bool) -> None:
+    """Write a checkpoint with a file in a folder; its ``model.json`` only with ``record``."""
+    (run.model / "templates").mkdir(parents=True)
+    for name in ("config.json", "model.safetensors", "templates/one.jinja"):
+        (run.model / name).touch()
+    (run.model / PRUNING_RECORD).write_text('{"fingerprint": "run"}')
+    if record:
+        run.write_model_record("run", {"model.safetensors": "digest"})
 
 
 def test_a_verb_keeps_its_own_decision_and_readers_see_what_all_verbs_have(tmp_path: Path) -> None:
@@ -141,3 +155,39 @@ def test_a_journal_knows_the_smallest_settings(tmp_path: Path) -> None:
         journal.write("run", {}, LayerEntry(index=index, batch_size=batch_size, by_operator=parts))
     assert journal.reduced("run") == (1, True)
     assert journal.reduced("another run") is None
+
+
+@pytest.mark.parametrize("record", [True, False])
+def test_a_checkpoint_whose_removal_was_killed_is_removed_by_the_next_attempt(
+    tmp_path: Path, kill_removal: Callable[[Callable[[], object], int], bool], record: bool
+) -> None:
+    run, removals, killed = RunDirectory(tmp_path), 0, True
+    while killed:
+        removals += 1
+        write_model(run, record)
+        killed = kill_removal(run.remove_model, removals)
+        if run.model.exists():
+            run.remove_model()
+        assert not run.model.exists()
+        assert not run.model_file.exists()
+    assert removals > 5
+
+
+def test_a_training_run_whose_removal_was_killed_is_still_a_run_or_a_new_one(
+    tmp_path: Path, kill_removal: Callable[[Callable[[], object], int], bool]
+) -> None:
+    run, removals, killed = training_directory.RecoverDirectory(tmp_path / "run"), 0, True
+    while killed:
+        removals += 1
+        run.states.folder.mkdir(parents=True)
+        for file in (run.windows_file, run.run_file, run.report_file, run.log_file, run.folder / "times.json"):
+            file.touch()
+        (run.states.folder / "00000001.json").touch()
+        write_model(run, record=True)
+        killed = kill_removal(run.remove, removals)
+        if run.run_file.exists():
+            run.remove()
+        run.check_place()
+        if run.folder.exists():
+            shutil.rmtree(run.folder)
+    assert removals > 12

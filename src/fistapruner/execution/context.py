@@ -101,13 +101,17 @@ class RunContext:
             permissions: what the model's files may do.
 
         Raises:
-            FistaPrunerError: not a prepared run, or its model or calibration tokens are gone or have changed.
+            FistaPrunerError: not a prepared run, or its model, tokens or measurements are gone or have changed.
         """
         run = PruneDirectory(folder)
         record = run.record()
         if record is None:
             raise FistaPrunerError(f"{folder} is not a prepared run")
         decision = record.decision
+        if decision.metrics_sha256 and not run.has_metrics(decision.metrics_sha256):
+            raise FistaPrunerError(
+                f"{run.metrics_file} is gone or damaged: 'fistapruner resume {folder}' measures the dense model again"
+            )
         recipe = Recipe.build(record.recipe, str(run.run_file))
         model = open_model(permissions.at(decision.folder), recipe, device, dtype=decision.numerics.dtype)
         if decision.metrics_sha256:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar, Self
@@ -24,6 +24,7 @@ from ..recipes.training_settings import TrainingRecipe
 from ..runs.decision import TrainingDecision
 from ..runs.identity import fingerprint, stamps
 from ..runs.listener import Listener
+from ..runs.lock import preparing
 from ..runs.training_directory import RecoverDirectory, TrainingDirectory
 from ..runtime.devices import choose_device, cpu_threads, device_title
 from ..runtime.files import disk_errors, sha256_file
@@ -167,11 +168,12 @@ class TrainingContext:
             if smaller == self.decision:
                 continue
             said = f"{ran_out}, which goes on from the last state: {what}"
-            record = self.run.record()
-            assert record is not None  # the run was opened with it
-            if record.decision == self.decision:  # no other process has recorded it yet
-                kept = {"decision": smaller, "warnings": [*record.warnings, said]}
-                self.run.write_record(record.model_copy(update=kept))
+            with preparing(self.run.folder) if self.ranks.size > 1 else nullcontext():
+                record = self.run.record()
+                assert record is not None  # the run was opened with it
+                if record.decision == self.decision:  # no other process has recorded it yet
+                    kept = {"decision": smaller, "warnings": [*record.warnings, said]}
+                    self.run.write_record(record.model_copy(update=kept))
             self.decision = smaller
             listener.say(said)
             return said

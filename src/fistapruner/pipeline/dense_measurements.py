@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -15,6 +15,7 @@ from torch import Tensor
 from ..activations.store import scratch_factory
 from ..constraints import Constraint
 from ..errors import FistaPrunerError
+from ..models.files.checkpoint import Orders
 from ..recipes.settings import Recipe
 from ..reporting.structure_text import ONLY_HERE
 from ..reporting.workload_text import workload_sentence
@@ -151,8 +152,7 @@ class DenseMeasurements:
         if not needs_measuring(self.recipe):
             if not scores:
                 return Measured(inputs.sparsity, {})
-            self.run.write_metrics([], {}, {}, scores)
-            return Measured(inputs.sparsity, {}, metrics_sha256=sha256_file(self.run.metrics_file))
+            return Measured(inputs.sparsity, {}, metrics_sha256=self._store([], {}, {}, scores))
         self.listener.say("measuring sensitivity on the dense model")
 
         def decide_all(batch_size: int) -> Decision:
@@ -172,13 +172,30 @@ class DenseMeasurements:
         found = self._fitting(inputs, "measure sensitivity", decide_all, min(4, self.numerics.batch_size), advice)
         digest = None
         if found.metrics or found.importance or found.orders or scores:
-            self.run.write_metrics(found.metrics or [], found.importance or {}, found.orders, scores)
-            digest = sha256_file(self.run.metrics_file)
+            digest = self._store(found.metrics or [], found.importance or {}, found.orders, scores)
         if permutes(self.recipe):
             self.listener.say(_say_permuted(found.permuted))
         if found.workload is not None:
             self.listener.say(workload_sentence(found.workload))
         return Measured(found.sparsity or inputs.sparsity, found.permuted, found.workload, digest)
+
+    def _store(
+        self,
+        metrics: Sequence[Tensor],
+        importance: Mapping[str, Tensor],
+        orders: Orders,
+        scores: Mapping[str, Tensor],
+    ) -> str:
+        """Store what was measured; layers that were pruned by other measurements are pruned again.
+
+        Returns:
+            Checksum of the file.
+        """
+        self.run.write_metrics(metrics, importance, orders, scores)
+        digest, begun = sha256_file(self.run.metrics_file), self.run.record()
+        if begun is not None and begun.decision.metrics_sha256 != digest:
+            self.run.journal.remove()
+        return digest
 
     def _fitting(self, inputs: Inputs, what: str, work: Callable[[int], T], batch_size: int, advice: str) -> T:
         """Measure; where the GPU's memory runs out, measure again with one window at a time.

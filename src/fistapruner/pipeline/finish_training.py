@@ -19,6 +19,7 @@ from ..errors import FistaPrunerError
 from ..execution.training import TrainingContext
 from ..models.discovery import Layout, linear_modules
 from ..models.files.checkpoint import PRUNING_RECORD, Checkpoint
+from ..models.files.low_rank import remove_adapter
 from ..models.files.record import read_pruning_record
 from ..models.layerwise import LayerwiseModel
 from ..planning.plan import check_plan
@@ -264,7 +265,7 @@ def _write_adapter(context: TrainingContext, trained: Trained, listener: Listene
                     whole[f"{model.layers_name}.{index}.{name}"] = value
                 else:
                     left_out += 1
-    shutil.rmtree(folder, ignore_errors=True)
+    remove_adapter(folder)
     transposed = any(operator.transposed for _, operator in context.layout.operators())
     write_hira_adapter(folder, context.decision.folder, operators, whole=whole, transposed=transposed)
     without = f", without {left_out} trained vectors, which PEFT's HiRA cannot hold" if left_out else ""

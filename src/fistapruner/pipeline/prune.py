@@ -226,8 +226,8 @@ def _run(run: PruneDirectory, request: RunRequest, told: Listener, inspect: Insp
         if report is None:
             with spent(run.folder, only) as times:
                 report = _prune(run, request, found, times, told, inspect)
-            if only is not None:
-                return report
+        if only is not None:  # other parts may be at work, and one process alone measures and writes the report
+            return report
         execution = request.recipe.execution
         return measure(run, report, request.evaluation, execution, request.permissions, listener)
 

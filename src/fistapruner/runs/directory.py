@@ -18,7 +18,6 @@ from __future__ import annotations
 
 import json
 import re
-import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -29,7 +28,7 @@ from pydantic import ValidationError
 from ..errors import FistaPrunerError, explain
 from ..models.files.checkpoint import PRUNING_RECORD, Checkpoint
 from ..models.files.low_rank import FOLDER, LowRankAdapter
-from ..runtime.files import disk_errors, json_sha256, sampled_sha256, write_json_atomic, write_text_atomic
+from ..runtime.files import json_sha256, remove_folder, sampled_sha256, write_json_atomic, write_text_atomic
 from .base import read_json
 from .decision import RunRecord
 from .lock import holders
@@ -260,22 +259,21 @@ class RunDirectory:
     def remove_model(self) -> None:
         """Remove the checkpoint: the files that the run wrote.
 
+        What shows that the run wrote them goes last, so that a removal that was killed can be done again.
+
         Raises:
             FistaPrunerError: the folder holds other files, or has no record of a run. Nothing is removed then.
         """
-        record = self.model_record()
-        if record is None and self.model_fingerprint() is None:
+        record, names = self.model_record(), self._model_names()
+        if names and record is None and self.model_fingerprint() is None:
             raise FistaPrunerError(
                 f"{self.model} was not written by this run (it has no {PRUNING_RECORD}): move it away"
             )
-        names = self._model_names()
         if record is not None and (others := sorted(names - {*record["files"], *record["others"]})):
             raise FistaPrunerError(
                 f"{self.model / others[0]} was not written by this run: move it away, and run the same command again"
             )
-        with disk_errors(self.model):
-            self.model_file.unlink(missing_ok=True)
-            shutil.rmtree(self.model)
+        remove_folder(self.model, self.model_file, self.model / PRUNING_RECORD)
 
     def _model_names(self) -> set[str]:
         return {str(path.relative_to(self.model)) for path in self.model.rglob("*") if not path.is_dir()}

@@ -120,6 +120,11 @@ class LayerJournal:
         """List the JSON files of the layers that are there, unchecked."""
         return sorted(self.folder.glob("*.json"))
 
+    def remove(self) -> None:
+        """Remove the records of all layers, so that they are pruned again."""
+        for record in self.records():
+            record.unlink()
+
     def remove_weights(self) -> None:
         """Remove the tensors of all layers, which are as large as the model; their records stay."""
         for record in self.records():

@@ -5,7 +5,8 @@ and the holder keeps the file locked (``flock``). On the same host the kernel dr
 whatever kills it, so a file that nobody keeps locked is stale and is taken over. Between hosts the kernel's word is not
 to be relied on (network file systems differ), so a file that names another host is believed until somebody removes it.
 
-Parts that begin at once take turns to prepare the run: they lock ``RUN/lock.preparing``. It is a file, opened for
+Parts that begin at once take turns to prepare the run: they lock ``RUN/lock.preparing``. So do processes that train
+together and record that the memory of their GPUs has run out. It is a file, opened for
 writing, because on NFS no other lock holds between hosts. It stays until a process holds the whole directory: removed
 sooner, it could be gone under a process of another host that waits for it.
 """
@@ -64,7 +65,7 @@ def hold(folder: Path, layers: tuple[int, int] | None = None) -> Iterator[None]:
 
 @contextmanager
 def preparing(folder: Path) -> Iterator[None]:
-    """Let one part of a run at a time decide its settings; the others wait for it."""
+    """Let one part or process of a run at a time decide its settings; the others wait for it."""
     path = folder / PREPARING
     with disk_errors(path):
         descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)

@@ -26,7 +26,7 @@ from ..calibration import tokens_sha256
 from ..errors import FistaPrunerError
 from ..models.files.checkpoint import Orders
 from ..models.files.safetensors import SafetensorsFile, SafetensorsWriter, TensorEntry
-from ..runtime.files import PARTIAL
+from ..runtime.files import PARTIAL, sha256_file
 from .decision import PruneRecord
 from .directory import EARLY, RunDirectory
 from .journal import LAYER_FILE, LayerJournal
@@ -139,6 +139,10 @@ class PruneDirectory(RunDirectory):
             for name, value in tensors.items():
                 writer.write(name, value)
 
+    def has_metrics(self, sha256: str) -> bool:
+        """Check that what was measured on the dense model is there and has this checksum."""
+        return self.metrics_file.is_file() and sha256_file(self.metrics_file) == sha256
+
     def metric(self, index: int) -> Tensor:
         """Read the weight of errors of decoder layer ``index``'s output."""
         return SafetensorsFile(self.metrics_file).read(f"output.{index:04d}")
@@ -154,9 +158,7 @@ class PruneDirectory(RunDirectory):
         return {name: file.read(f"scores.{name}") for name in names if f"scores.{name}" in file.entries}
 
     def orders(self) -> Orders:
-        """Read the new order of channels, by tensor; empty where nothing was measured."""
-        if not self.metrics_file.exists():
-            return {}
+        """Read the new order of channels, by tensor."""
         file = SafetensorsFile(self.metrics_file)
         named = [name.split(".", 2) for name in file.entries if name.startswith("order.")]
         return {tensor: (int(dim), file.read(f"order.{dim}.{tensor}")) for _, dim, tensor in named}

@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import json
 import re
-import shutil
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -25,7 +24,7 @@ from torch import Tensor
 from ..calibration.training_text import TrainingText
 from ..errors import FistaPrunerError
 from ..models.files.safetensors import SafetensorsFile, SafetensorsWriter, TensorEntry
-from ..runtime.files import PARTIAL, disk_errors
+from ..runtime.files import PARTIAL, disk_errors, remove_folder
 from .decision import TrainingRecord
 from .directory import EARLY, RunDirectory
 from .lock import hold
@@ -72,7 +71,7 @@ class TrainingDirectory(RunDirectory):
         return self.read_record(TrainingRecord, self.verb)
 
     def remove(self) -> None:
-        """Remove the run.
+        """Remove the run; ``run.json`` goes last of what makes it one, so that a removal that was killed can go on.
 
         Raises:
             FistaPrunerError: a process works in it, or the folder holds files that the run did not write.
@@ -86,7 +85,8 @@ class TrainingDirectory(RunDirectory):
                 )
             if self.model.is_dir():
                 self.remove_model()
-            shutil.rmtree(self.folder)
+            early = [path for path in self.folder.iterdir() if re.fullmatch(EARLY, path.name)]
+            remove_folder(self.folder, self.run_file, *early)
 
     def write_text(self, text: TrainingText, drawing: str) -> None:
         """Store the training text.

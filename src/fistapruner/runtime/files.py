@@ -103,6 +103,29 @@ def publish_folder(partial: Path, out: Path) -> None:
         sync_folder(out.parent)
 
 
+def remove_folder(folder: Path, *last: Path) -> None:
+    """Remove a folder; what tells whose it is goes last, so that a removal that was killed can be done again.
+
+    Args:
+        folder: the folder.
+        last: files in it or beside it that are removed after everything else, in this order; they may be absent.
+
+    Raises:
+        FistaPrunerError: the folder is a link, or the disk refuses.
+    """
+    if folder.is_symlink():
+        raise FistaPrunerError(f"{folder} is a link where a folder is to be removed: move the link away")
+    with disk_errors(folder):
+        for path in folder.iterdir():
+            if path.is_dir() and not path.is_symlink():
+                shutil.rmtree(path)
+            elif path not in last:
+                path.unlink()
+        for path in last:
+            path.unlink(missing_ok=True)
+        folder.rmdir()
+
+
 @contextmanager
 def atomic_file(path: Path) -> Iterator[int]:
     """Open a file for writing that replaces ``path`` only when the block ends without an error.
@@ -163,13 +186,23 @@ def copy_atomic(source: Path, target: Path) -> None:
     """Copy a file's bytes, atomically.
 
     Raises:
-        FistaPrunerError: the disk is full or refuses the write.
+        FistaPrunerError: the source cannot be read, or the disk is full or refuses the write.
     """
-    with atomic_file(target) as descriptor, open(source, "rb") as file:
+    with atomic_file(target) as descriptor:
         offset = 0
-        while piece := file.read(2**24):
+        for piece in _pieces(source):
             write_all(descriptor, piece, offset)
             offset += len(piece)
+
+
+def _pieces(path: Path) -> Iterator[bytes]:
+    """Read a file in pieces of 16 MiB."""
+    try:
+        with open(path, "rb") as file:
+            while piece := file.read(2**24):
+                yield piece
+    except OSError as error:
+        raise FistaPrunerError(f"cannot read {path}: {error.strerror or error}") from error
 
 
 def sampled_sha256(path: Path) -> str:

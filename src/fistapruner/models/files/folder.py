@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import os
-import shutil
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +15,7 @@ from ...runtime.files import (
     copy_atomic,
     disk_errors,
     publish_folder,
+    remove_folder,
     require_space,
     write_json_atomic,
 )
@@ -60,15 +60,15 @@ def checkpoint_folder(out: Path, nbytes: int = 0, *, resume: bool = False) -> It
     partial = out.with_name(out.name + PARTIAL)
     claim_folder(partial)
     if not resume:
-        with disk_errors(partial):
-            shutil.rmtree(partial)
+        remove_folder(partial, partial / PARTIAL)
         claim_folder(partial)
     try:
         yield partial
         publish_folder(partial, out)
     except BaseException:
         if not resume:
-            shutil.rmtree(partial, ignore_errors=True)
+            with suppress(FistaPrunerError):  # the error that ended the block is reported
+                remove_folder(partial, partial / PARTIAL)
         raise
 
 

@@ -18,7 +18,7 @@ from typing import Any
 from torch import Tensor
 
 from ...errors import FistaPrunerError
-from ...runtime.files import sampled_sha256, write_json_atomic
+from ...runtime.files import PARTIAL, remove_folder, sampled_sha256, write_json_atomic
 from .checkpoint import PRUNING_RECORD
 from .folder import checkpoint_folder
 from .record import read_pruning_record
@@ -109,18 +109,16 @@ def write_adapter(folder: Path, layers: Iterable[SafetensorsFile], rank: int, *,
 
 
 def remove_adapter(folder: Path) -> None:
-    """Remove an adapter that a run has written.
+    """Remove an adapter that a run has written, with the mark that a kill may have left in it.
 
     Raises:
         FistaPrunerError: the folder holds other files. Nothing is removed then.
     """
     if not folder.is_dir():
         return
-    if others := sorted(path.name for path in folder.iterdir() if path.name not in (CONFIG, WEIGHTS)):
+    if others := sorted(path.name for path in folder.iterdir() if path.name not in (CONFIG, WEIGHTS, PARTIAL)):
         raise FistaPrunerError(f"{folder / others[0]} was not written by this run: move it away, and run it again")
-    for path in folder.iterdir():
-        path.unlink()
-    folder.rmdir()
+    remove_folder(folder)
 
 
 class LowRankAdapter:
