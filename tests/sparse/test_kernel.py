@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from fistapruner import FistaPrunerError
 from fistapruner.sparse import kernel
 from fistapruner.sparse.linear import DenseLinear, FusedProjections, SparseLinear
-from fistapruner.sparse.packed import pack_operator
+from fistapruner.sparse.packed import PackedOperator, pack_operator
 
 LEVELS = ("torch", *kernel.available_levels())
 VALUES = (torch.bfloat16, torch.float16, torch.float32, torch.int8)
@@ -129,6 +129,20 @@ def test_many_tokens_equal_the_dense_product(level, dtype):
     expected = torch.nn.functional.linear(x, operator.to_dense().to(dtype), bias)
     assert out.shape == (2, 40, 300)
     torch.testing.assert_close(out, expected)
+
+
+@pytest.mark.parametrize("level", kernel.available_levels())
+@pytest.mark.parametrize("values", VALUES)
+def test_fp16_tokens_are_multiplied_by_the_kernel_as_fp32(level, values, monkeypatch):
+    """Few and many of them, alone and as one of several projections of one input."""
+    layers = [SparseLinear(make(seed, 70, 130, 0.5, values), torch.ones(70).half(), level=level) for seed in range(2)]
+    inputs = [torch.randn(rows, 130, generator=torch.Generator().manual_seed(rows)).half() for rows in (3, 300)]
+    monkeypatch.setattr(PackedOperator, "to_dense", None)  # unpacking the whole operator is slow
+    expected = [[layer(x.float()).half() for layer in layers] for x in inputs]
+    for _ in range(2):
+        for x, wanted in zip(inputs, expected, strict=True):
+            assert all(torch.equal(layer(x), own) for layer, own in zip(layers, wanted, strict=True))
+        FusedProjections.join(layers)
 
 
 @pytest.mark.parametrize("level", kernel.available_levels())

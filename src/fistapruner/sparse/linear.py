@@ -29,7 +29,7 @@ class SparseLinear(nn.Module):
 
     The compiled kernel, if there is one, multiplies up to :data:`kernel.MAX_BATCH` tokens on a CPU, with matrix units
     up to :data:`kernel.MAX_MANY`. With more tokens, on other devices and in other dtypes, a tile of rows at a time is
-    unpacked and multiplied by torch.
+    unpacked and multiplied by torch. On a CPU, fp16 tokens are multiplied as fp32.
 
     The state dict holds the dense ``weight``, so that a saved model is an ordinary checkpoint. Loading a state dict
     packs the weight again, in the operator's dtype, or in int8 if the operator is int8.
@@ -83,7 +83,7 @@ class SparseLinear(nn.Module):
         if (
             self.level >= 0
             and x.device.type == "cpu"
-            and x.dtype in kernel.TYPES
+            and (x.dtype in kernel.TYPES or x.dtype is torch.float16)
             and x.shape[-1:] == (self.in_features,)
             and not (x.requires_grad and torch.is_grad_enabled())
         ):
@@ -95,7 +95,9 @@ class SparseLinear(nn.Module):
                     out = handle.alone.multiply(_rows_of(x, rows), self.level, many=many)[0]
                 else:
                     out = self._fused.product(self._place, x, rows, self.level, many)
-                return out.view(*x.shape[:-1], self.out_features)
+                return out.view(*x.shape[:-1], self.out_features).to(x.dtype)
+        if self.level >= 0 and x.device.type == "cpu" and x.dtype is torch.float16:
+            return self._dense_product(x.float()).to(x.dtype)
         return self._dense_product(x)
 
     def extra_repr(self) -> str:
@@ -293,4 +295,5 @@ class DenseLinear(nn.Linear):
 
 
 def _rows_of(x: Tensor, rows: int) -> Tensor:
-    return x.detach().reshape(rows, x.shape[-1]).contiguous()
+    vectors = x.detach().reshape(rows, x.shape[-1]).contiguous()
+    return vectors.float() if x.dtype is torch.float16 else vectors
