@@ -264,3 +264,25 @@ def test_projections_of_one_input_change_no_bit(level, values):
     x.copy_(inputs[1])  # the same tensor, other numbers: what waits is not for it
     assert torch.equal(layers[1](x), expected[1][1])
     assert torch.equal(layers[1](inputs[2]), expected[2][1])
+
+
+@pytest.mark.parametrize("level", kernel.available_levels()[:1])
+def test_projections_stay_fused_after_a_short_first_input_and_new_weights(level):
+    layers = [SparseLinear(make(seed, 64, 130, 0.5, torch.bfloat16), torch.ones(64), level) for seed in range(3)]
+    FusedProjections.join(layers)
+    fused = layers[0]._fused
+    assert fused is not None
+    for change in (
+        lambda layer: None,
+        lambda layer: layer.load_state_dict(layer.state_dict()),
+        lambda layer: layer.half(),
+    ):
+        for layer in layers:
+            change(layer)
+        for seed in range(2):
+            x = torch.randn(1, 130, generator=torch.Generator().manual_seed(seed))
+            for layer in layers:
+                expected = x @ layer.operator.to_dense().float().T + 1
+                torch.testing.assert_close(layer(x), expected)
+            assert fused._batch is not None
+            assert fused._waiting is None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+import weakref
 from collections.abc import Mapping, Sequence
 from typing import Any, cast
 
@@ -94,7 +95,7 @@ class SparseLinear(nn.Module):
                 if self._fused is None:
                     out = handle.alone.multiply(_rows_of(x, rows), self.level, many=many)[0]
                 else:
-                    out = self._fused.product(self._place, x, rows, self.level, many)
+                    out = self._fused.product(self._place, handle, x, rows, self.level, many)
                 return out.view(*x.shape[:-1], self.out_features).to(x.dtype)
         if self.level >= 0 and x.device.type == "cpu" and x.dtype is torch.float16:
             return self._dense_product(x.float()).to(x.dtype)
@@ -155,11 +156,16 @@ class SparseLinear(nn.Module):
         self._handle = None
 
     def _kernel(self) -> kernel.Handle:
+        held, handle = self._handle, self.current_handle()
+        if handle is not held and self._fused is not None:
+            self._fused.renew()
+        return handle
+
+    def current_handle(self) -> kernel.Handle:
+        """Return the kernel's handle of the weight and bias, made again where they have changed."""
         bias = cast("Tensor | None", self.bias)
         if self._handle is None or self._bias_seen is not bias:
             self._handle, self._bias_seen = kernel.Handle(self.operator, bias), bias
-            if self._fused is not None:
-                self._fused.register(self._place, self._handle)
         return self._handle
 
     def _dense_product(self, x: Tensor) -> Tensor:
@@ -190,11 +196,11 @@ class FusedProjections:
     each projection is multiplied separately from then on.
 
     Args:
-        count: number of projections.
+        layers: the projections, which keep this object; it does not keep them.
     """
 
-    def __init__(self, count: int) -> None:
-        self._handles: list[kernel.Handle | None] = [None] * count
+    def __init__(self, layers: Sequence[SparseLinear]) -> None:
+        self._layers = [weakref.ref(layer) for layer in layers]
         self._batch: kernel.OperatorBatch | None = None
         self._waiting: tuple[Tensor, int, dict[int, Tensor]] | None = None
 
@@ -211,18 +217,18 @@ class FusedProjections:
             )
             == 1
         ):
-            fused = FusedProjections(len(layers))
+            fused = FusedProjections(layers)
             for place, layer in enumerate(layers):
                 layer._fused, layer._place, layer._handle = fused, place, None
 
-    def register(self, place: int, handle: kernel.Handle) -> None:
-        """Set the handle of the layer at ``place``."""
-        self._handles[place], self._waiting = handle, None
-        present = [item for item in self._handles if item is not None]
-        self._batch = kernel.OperatorBatch(present) if len(present) == len(self._handles) else None
+    def renew(self) -> None:
+        """Fuse the handles that the layers have now: that of one of them has changed."""
+        handles = [layer.current_handle() for held in self._layers if (layer := held()) is not None]
+        self._batch = kernel.OperatorBatch(handles) if len(handles) == len(self._layers) else None
+        self._waiting = None
 
-    def product(self, place: int, x: Tensor, rows: int, level: int, many: bool) -> Tensor:
-        """Multiply the layer at ``place`` with ``x`` (``rows`` vectors); the result is flat."""
+    def product(self, place: int, handle: kernel.Handle, x: Tensor, rows: int, level: int, many: bool) -> Tensor:
+        """Multiply the layer at ``place``, whose handle is given, with ``x`` (``rows`` vectors); the result is flat."""
         # Held here: another thread may give up the batch meanwhile.
         waiting, batch, version = self._waiting, self._batch, 0 if x.is_inference() else x._version
         if waiting is not None:
@@ -235,8 +241,6 @@ class FusedProjections:
             else:
                 self._waiting = self._batch = batch = None
         if batch is None:
-            handle = self._handles[place]
-            assert handle is not None
             return handle.alone.multiply(_rows_of(x, rows), level, many=many)[0]
         outs = dict(enumerate(batch.multiply(_rows_of(x, rows), level, many=many)))
         own = outs.pop(place)
