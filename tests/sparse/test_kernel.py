@@ -232,7 +232,7 @@ def test_another_thread_may_give_up_a_fused_product(level, monkeypatch):
 
 
 @pytest.mark.parametrize("kind", ["packed", "dense"])
-def test_a_bias_loaded_in_place_is_used(kind):
+def test_a_bias_changed_in_place_is_used(kind):
     weight, bias = torch.randn(40, 64).bfloat16(), torch.randn(40).bfloat16()
     layer = SparseLinear(pack_operator(weight), bias.clone())
     if kind == "dense":
@@ -243,6 +243,11 @@ def test_a_bias_loaded_in_place_is_used(kind):
     with torch.no_grad():
         before = layer(x)
         layer.load_state_dict({**layer.state_dict(), "bias": bias + 100})
+        assert float((layer(x) - before - 100).abs().max()) < 2
+        layer.bias -= 100
+        assert float((layer(x) - before).abs().max()) < 2
+    with torch.inference_mode():
+        layer.bias = torch.nn.Parameter(bias + 100) if kind == "dense" else bias + 100  # torch counts no changes of it
         assert float((layer(x) - before - 100).abs().max()) < 2
 
 

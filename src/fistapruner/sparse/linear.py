@@ -61,7 +61,7 @@ class SparseLinear(nn.Module):
         else:
             self.level = -1 if level == "torch" else kernel.level_index(level)
         self._handle: kernel.Handle | None = None
-        self._bias_seen: Tensor | None = None
+        self._bias_seen: tuple[Tensor | None, int] = None, 0
         self._fused: FusedProjections | None = None
         self._place = 0
 
@@ -164,8 +164,9 @@ class SparseLinear(nn.Module):
     def current_handle(self) -> kernel.Handle:
         """Return the kernel's handle of the weight and bias, made again where they have changed."""
         bias = cast("Tensor | None", self.bias)
-        if self._handle is None or self._bias_seen is not bias:
-            self._handle, self._bias_seen = kernel.Handle(self.operator, bias), bias
+        version = _version(bias)
+        if self._handle is None or self._bias_seen[0] is not bias or self._bias_seen[1] != version:
+            self._handle, self._bias_seen = kernel.Handle(self.operator, bias), (bias, version)
         return self._handle
 
     def _dense_product(self, x: Tensor) -> Tensor:
@@ -230,7 +231,7 @@ class FusedProjections:
     def product(self, place: int, handle: kernel.Handle, x: Tensor, rows: int, level: int, many: bool) -> Tensor:
         """Multiply the layer at ``place``, whose handle is given, with ``x`` (``rows`` vectors); the result is flat."""
         # Held here: another thread may give up the batch meanwhile.
-        waiting, batch, version = self._waiting, self._batch, 0 if x.is_inference() else x._version
+        waiting, batch, version = self._waiting, self._batch, _version(x)
         if waiting is not None:
             if waiting[0] is x and waiting[1] == version:
                 out = waiting[2].pop(place, None)
@@ -255,7 +256,7 @@ class DenseLinear(nn.Linear):
     """
 
     _handle: kernel.Handle | None = None
-    _seen: tuple[Tensor, int, Tensor | None] | None = None
+    _seen: tuple[Tensor, int, Tensor | None, int] | None = None
 
     @classmethod
     def like(cls, linear: nn.Linear) -> DenseLinear:
@@ -285,8 +286,10 @@ class DenseLinear(nn.Linear):
             or seen[0] is not weight
             or seen[1] != weight.data_ptr()
             or seen[2] is not bias
+            or seen[3] != _version(bias)
         ):
-            self._handle, self._seen = kernel.Handle(weight.detach(), bias), (weight, weight.data_ptr(), bias)
+            seen = weight, weight.data_ptr(), bias, _version(bias)
+            self._handle, self._seen = kernel.Handle(weight.detach(), bias), seen
         return self._handle.alone.multiply(_rows_of(x, rows), level)[0].view(*x.shape[:-1], self.out_features)
 
     def _load_from_state_dict(self, *arguments: Any) -> None:
@@ -296,6 +299,11 @@ class DenseLinear(nn.Linear):
     def __getstate__(self) -> dict[str, Any]:
         """Leave out memory addresses; a copy makes its own."""
         return {key: value for key, value in self.__dict__.items() if key not in ("_handle", "_seen")}
+
+
+def _version(tensor: Tensor | None) -> int:
+    """Count the in-place changes of a tensor; for an inference tensor torch does not count them."""
+    return 0 if tensor is None or tensor.is_inference() else tensor._version
 
 
 def _rows_of(x: Tensor, rows: int) -> Tensor:
