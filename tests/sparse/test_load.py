@@ -18,6 +18,7 @@ from fistapruner import FistaPrunerError, SparseLinear
 from fistapruner.models.files.checkpoint import Checkpoint
 from fistapruner.models.whole import load_whole
 from fistapruner.sparse.pack import PackedCheckpoint
+from fistapruner.sparse.packed import PackedOperator
 from tiny import ARCHITECTURES, VOCABULARY, store_head
 
 IDS = torch.randint(3, VOCABULARY, (2, 24), generator=torch.Generator().manual_seed(0))
@@ -40,6 +41,13 @@ def test_every_way_of_loading_agrees(tmp_path, architecture):
     count = sum(isinstance(module, SparseLinear) for module in packed.modules())
     assert count >= 9
     torch.testing.assert_close(logits(packed), expected, rtol=0.05, atol=0.1)
+
+
+@pytest.mark.parametrize("architecture", ["llama", "mixtral"])
+def test_a_packed_model_is_loaded_without_unpacking_it(tmp_path, architecture, monkeypatch):
+    fistapruner.pack(save_pruned(tmp_path / "m", architecture), tmp_path / "p")
+    monkeypatch.setattr(PackedOperator, "to_dense", None)
+    fistapruner.load(tmp_path / "p")
 
 
 @pytest.mark.parametrize("head", ["other", "equal", "alone"])
