@@ -65,6 +65,20 @@ def test_a_stored_head_of_a_tied_model_is_that_of_transformers(tmp_path, head):
     assert torch.equal(logits(AutoModelForCausalLM.from_pretrained(tmp_path / "saved", dtype="auto")), expected)
 
 
+@pytest.mark.parametrize("alone", [False, True])
+def test_a_stored_head_of_a_tied_model_may_be_packed(tmp_path, alone):
+    source = store_head(save_pruned(tmp_path / "m", tie_word_embeddings=True), "alone" if alone else "other")
+    tensors = load_file(source / "model.safetensors")
+    tensors["lm_head.weight"] *= torch.arange(tensors["lm_head.weight"].shape[1]) % 2
+    save_file(tensors, source / "model.safetensors", {"format": "pt"})
+    fistapruner.pack(source, tmp_path / "p")
+    assert "lm_head.weight" in PackedCheckpoint(tmp_path / "p").specs
+    expected = logits(AutoModelForCausalLM.from_pretrained(source, dtype="auto"))
+    packed = fistapruner.load(tmp_path / "p")
+    assert (packed.lm_head.weight is packed.model.embed_tokens.weight) == alone
+    torch.testing.assert_close(logits(packed), expected, rtol=0.05, atol=0.1)
+
+
 APART = ["qwen2_moe", "qwen3_moe", "mixtral", "olmoe", "deepseek_v3"]
 """Mixtures whose experts are stored one by one."""
 

@@ -134,12 +134,13 @@ def _build(source: PackedCheckpoint, config: Any, dtype: torch.dtype, packed: bo
     }
     fused = model.state_dict(keep_vars=True).keys() & experts.keys()  # those that are not separate now
     rest |= {target: rounded(target, source.experts(experts[target])) for target in sorted(fused)}
+    tied = {*model.all_tied_weights_keys, *model.all_tied_weights_keys.values()}  # transformers compares and joins them
     for target, name in names.items():
         if name not in source.specs:
             continue
         operator = source.operator(name)
         parent, _, leaf = target.rpartition(".")
-        module = model.get_submodule(parent) if packed else None
+        module = model.get_submodule(parent) if packed and target not in tied else None
         if (
             leaf == "weight"
             and isinstance(module, nn.Linear)
