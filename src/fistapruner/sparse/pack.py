@@ -44,7 +44,6 @@ from .format import (
     OperatorSpec,
     decode,
     encode,
-    index_bits,
     operator_fault,
     read_specs,
 )
@@ -294,19 +293,28 @@ def is_packed(folder: str | Path) -> bool:
     return (Path(folder) / PACKED_RECORD).is_file()
 
 
-def choose_layout(weight: Tensor, hint: NM | None = None) -> NM | None:
-    """Choose the smallest layout of a weight: an n:m pattern that it has, or None for a bit mask."""
+def choose_layout(weight: Tensor, hint: NM | None = None, *, int8: bool = False) -> NM | None:
+    """Choose the smallest layout of a weight: an n:m pattern that it has, or None for a bit mask.
+
+    Args:
+        weight: (rows, columns) in the dtype that is stored.
+        hint: a pattern that is tried first.
+        int8: whether the values are stored as int8.
+    """
     rows, columns = weight.shape
-    nonzero, size = int(torch.count_nonzero(weight)), weight.element_size() * 8
-    best, best_bits = None, nonzero * size + rows * columns
+
+    def nbytes(layout: NM | None, stored: int) -> int:
+        spec = OperatorSpec((rows, columns), weight.dtype, layout, int8)
+        return sum(part.nbytes for part in spec.entries("", stored))
+
+    best, least = None, nbytes(None, int(torch.count_nonzero(weight)))
     candidates = (hint, *PATTERNS) if hint is not None and hint.m <= MAX_M else PATTERNS
     for pattern in candidates:
         if columns % pattern.m:
             continue
-        groups = rows * columns // pattern.m
-        bits = groups * (pattern.n * size + index_bits(pattern))
-        if bits < best_bits and pattern.satisfies(weight):
-            best, best_bits = pattern, bits
+        size = nbytes(pattern, weight.numel() // pattern.m * pattern.n)
+        if size < least and pattern.satisfies(weight):
+            best, least = pattern, size
     return best
 
 
@@ -348,7 +356,7 @@ def _plan(source: Checkpoint, record: dict[str, Any], values: str, group: int) -
         nonzero = int(torch.count_nonzero(weight))
         if not listed and nonzero > (1 - MIN_ZEROS) * weight.numel():
             continue
-        layout = choose_layout(weight, _hint(known))
+        layout = choose_layout(weight, _hint(known), int8=values == "int8")
         stored = nonzero if layout is None else weight.numel() // layout.m * layout.n
         shape = (entry.shape[0], entry.shape[1])
         spec = OperatorSpec(shape, cast, layout, values == "int8", group if values == "int8" else 0)
