@@ -91,6 +91,15 @@ def test_a_packed_smaller_model_is_not_called_the_dense_one(tmp_path):
     assert bench(source, measure=lambda variants, **_: [variant.name for variant in variants]) == measured
 
 
+def test_a_model_that_packing_makes_no_smaller_is_measured_as_it_is(tmp_path):
+    source = save_pruned(tmp_path / "m", sparsity="5%")
+    claims = {name: {"sparsity": "5%"} for name in load_file(source / "model.safetensors") if "_proj" in name}
+    (source / "fistapruner.json").write_text(json.dumps({"operators": claims}))
+    found = bench(source, measure=lambda variants, **_: [speed(variant.name, 10) for variant in variants])
+    assert [one.variant for one in found] == ["dense float32", "dense bfloat16", "pruned float32", "pruned bfloat16"]
+    assert "no packed form to compare with" in record(found)["sentence"]
+
+
 def test_a_folder_with_int8_values_is_measured_once_and_called_so(tmp_path):
     pack(save_pruned(tmp_path / "m"), tmp_path / "p", values="int8")
     measured = bench(tmp_path / "p", measure=lambda variants, **_: [(one.name, one.folder) for one in variants])

@@ -72,12 +72,13 @@ def size_rows(report: Report) -> list[Row]:
 def speed_rows(report: Report) -> list[Row]:
     """List decoding speed and memory of every packed or smaller form against the fastest dense one.
 
-    A finished run without measurements has one row that says so; one that ``bench`` does not take, none.
+    A finished run without measurements has one row that says so; one that ``bench`` does not take, or of which it found
+    nothing to pack, none.
     Where no dense form was measured, only decoding speeds are listed.
     """
     dense, packed, smaller = dense_speed(report), packed_speeds(report), smaller_speeds(report)
     if not (packed or smaller):
-        measurable = report.status == "finished" and report.packable
+        measurable = report.status == "finished" and report.packable and not speeds(report)
         return [("Decoding speed, tokens/s", "–", "–", "", NOT_MEASURED)] if measurable else []
     if dense is None:
         return [

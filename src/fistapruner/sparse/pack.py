@@ -56,6 +56,10 @@ PATTERNS = (NM(1, 4), NM(2, 4), NM(2, 8), NM(4, 8), NM(8, 16))
 """n:m patterns that are tried as a layout."""
 
 
+class NothingSmallerError(FistaPrunerError):
+    """No pruned operator takes fewer bytes without its zeros: it has too few of them, or is tiny."""
+
+
 @dataclass(frozen=True)
 class PackReport:
     """Bytes of the pruned operators and of all weights; ``dense`` is the size in the checkpoint.
@@ -109,7 +113,8 @@ def pack(
         progress: called with the name of every operator that was packed.
 
     Raises:
-        FistaPrunerError: nothing is pruned, ``out`` exists, the disk is full, the checkpoint is damaged.
+        FistaPrunerError: nothing is pruned, ``out`` exists, the disk is full, the checkpoint is damaged; as
+            :class:`NothingSmallerError` if no operator becomes smaller.
     """
     if values not in ("same", "bf16", "int8"):
         raise FistaPrunerError(f"values {values!r} are not known: same, bf16 or int8")
@@ -124,8 +129,6 @@ def pack(
     refuse_low_rank(source.folder, "pack")
     record = read_pruning_record(source.folder)
     plan = _plan(source, record, values, group)
-    if not plan:
-        raise FistaPrunerError(f"{source.folder} has no pruned operators: no matrix has at least {MIN_ZEROS:.0%} zeros")
     report = _report(source, plan)
     with checkpoint_folder(out, report.packed_total) as partial:
         files, contents = {}, {}
@@ -339,11 +342,12 @@ class _Planned:
 
 
 def _plan(source: Checkpoint, record: dict[str, Any], values: str, group: int) -> dict[str, _Planned]:
+    """Decide how each pruned operator that becomes smaller is stored; there is at least one, or it is an error."""
     _refuse_stacks(source, record)
     listed, faults = recorded_claims(record, source, source.folder)
     if faults:
         raise FistaPrunerError(f"{source.folder / PRUNING_RECORD} is of another checkpoint: {faults[0]}")
-    plan = {}
+    plan, weights, zeros = {}, 0, 0
     for name in source.names():
         entry = source.entry(name)
         if len(entry.shape) != 2 or entry.dtype not in FLOATS or 0 in entry.shape:
@@ -364,7 +368,15 @@ def _plan(source: Checkpoint, record: dict[str, Any], values: str, group: int) -
             raise FistaPrunerError(f"{source.folder}: {name} has values that are not finite, so it cannot become int8")
         if sum(part.nbytes for part in spec.entries(name, stored)) < entry.nbytes:
             plan[name] = _Planned(spec, stored, nonzero, entry, cast)
-    return plan
+        weights, zeros = weights + weight.numel(), zeros + weight.numel() - nonzero
+    if plan:
+        return plan
+    if weights:
+        raise NothingSmallerError(
+            f"{source.folder}: no operator becomes smaller without its zeros ({zeros / weights:.1%} of the weights), "
+            "since the mask takes one bit for every weight"
+        )
+    raise FistaPrunerError(f"{source.folder} has no pruned operators: no matrix has at least {MIN_ZEROS:.0%} zeros")
 
 
 def _refuse_stacks(source: Checkpoint, record: dict[str, Any]) -> None:
