@@ -43,9 +43,13 @@ def test_sentence_tells_wins_losses_and_doubt():
     won = sentence({"dense float32": speed("dense float32", 10), "packed": speed("packed", 20)})
     assert "2.00 times faster" in won
     assert "spread" not in won
-    assert "2.00 times slower" in sentence({"dense float32": speed("dense float32", 20), "packed": speed("packed", 10)})
-    doubtful = sentence({"dense float32": speed("dense float32", 10, 3), "packed": speed("packed", 11, 3)})
-    assert "within the spread" in doubtful
+    lost = sentence({"dense float32": speed("dense float32", 20), "packed": speed("packed", 10)})
+    assert "2.00 times slower" in lost
+    assert "spread" not in lost
+    for rate, verdict in ((11, "1.10 times faster"), (8, "1.25 times slower")):
+        doubtful = sentence({"dense float32": speed("dense float32", 10, 3), "packed": speed("packed", rate, 3)})
+        assert verdict in doubtful
+        assert "within the spread" in doubtful
     assert Run(1.0, 2.0).tokens_per_second == 2.0
 
 

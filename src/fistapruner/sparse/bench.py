@@ -140,7 +140,8 @@ def sentence(speeds: Mapping[str, Speed]) -> str:
 def _against(packed: Speed, dense: Speed, what: str) -> str:
     """Compare the fastest form of some kind with the fastest dense one."""
     ratio = packed.tokens_per_second / dense.tokens_per_second
-    overlap = packed.tokens_per_second_range[0] <= dense.tokens_per_second_range[1] and ratio > 1
+    (low, high), (dense_low, dense_high) = packed.tokens_per_second_range, dense.tokens_per_second_range
+    overlap = low <= dense_high and dense_low <= high
     verdict = "faster" if ratio > 1 else "slower"
     doubt = ", within the spread of the runs" if overlap else ""
     memory = packed.peak_memory / dense.peak_memory
