@@ -139,15 +139,19 @@ def test_bad_settings_of_the_command_are_refused(tmp_path, capsys):
 
 def test_more_tokens_than_positions_are_refused(tmp_path):
     source = save_pruned(tmp_path / "m", "gpt2")  # 128 positions
-    assert bench(source, prompt=100, tokens=28, measure=lambda *_, **__: []) == []
-    with pytest.raises(FistaPrunerError, match="prompt 100 and 29 new tokens are more than the 128"):
-        bench(source, prompt=100, tokens=29)
+    assert bench(source, prompt=100, tokens=29, measure=lambda *_, **__: []) == []
+    with pytest.raises(FistaPrunerError, match="prompt 100 and 30 new tokens are more than the 128"):
+        bench(source, prompt=100, tokens=30)
     config = json.loads((source / "config.json").read_text())
     (source / "config.json").write_text(
         json.dumps({"text_config": {"max_position_embeddings": config.pop("n_positions")}, **config})
     )
-    with pytest.raises(FistaPrunerError, match="prompt 100 and 29 new tokens are more than the 128"):
-        bench(source, prompt=100, tokens=29)
+    with pytest.raises(FistaPrunerError, match="prompt 100 and 30 new tokens are more than the 128"):
+        bench(source, prompt=100, tokens=30)
+
+
+def test_as_many_tokens_as_positions_are_decoded():
+    measure_speed(build("gpt2"), prompt=100, tokens=29)  # 128 positions; the last token is not fed
 
 
 def test_a_process_says_what_went_wrong(tmp_path):

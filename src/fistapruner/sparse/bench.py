@@ -89,13 +89,16 @@ def bench(
 
 
 def _check_positions(model: Path, prompt: int, tokens: int) -> None:
-    """Refuse a text longer than the model's positions: learnt position embeddings end there."""
+    """Refuse a text longer than the model's positions: learnt position embeddings end there.
+
+    The last new token takes none: no other is predicted from it.
+    """
     config = read_json(model, "config.json")
     text = config.get("text_config")  # of a model with vision
     config = {**config, **text} if isinstance(text, dict) else config
     positions = config.get("max_position_embeddings", config.get("n_positions"))
     tokens = max(tokens, WARM_UP_TOKENS)
-    if isinstance(positions, int) and prompt + tokens > positions:
+    if isinstance(positions, int) and prompt + tokens - 1 > positions:
         asked = f"prompt {prompt} and {tokens} new tokens"
         raise FistaPrunerError(f"{asked} are more than the {positions} tokens {model} was made for")
 
