@@ -190,6 +190,14 @@ def test_sizes_and_speeds_of_a_recovered_smaller_model() -> None:
     assert "(–)" not in card
 
 
+def test_speeds_without_a_packed_form_are_not_called_unmeasured() -> None:
+    report = samples.report(1)
+    report.speed = {"speeds": [samples.speed("dense float32", 12.0)], "sentence": "no packed form"}
+    text = run_page(report)
+    assert "no packed form" in text
+    assert "not measured; " not in text
+
+
 def test_errors_of_removed_structure_are_those_that_were_measured() -> None:
     report = samples.report(1)
     errors = {"dropped_error": 0.2, "relative_error": 0.1, "validated_dropped": 0.3}

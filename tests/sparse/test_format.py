@@ -113,6 +113,11 @@ def test_layout_is_the_smallest():
     assert (
         choose_layout(weight * (torch.rand(64, 64) < 0.05)) is None
     )  # a mask is smaller than groups filled with zeros
+    # Values that are stored as zeros are cheaper in int8.
+    weight = weight.bfloat16() * NM(2, 4).project(weight.abs()) * (torch.rand(64, 64) > 0.05)
+    assert choose_layout(weight) is None
+    assert choose_layout(weight, int8=True) == NM(2, 4)
+    assert choose_layout(torch.eye(64)[:1, :16]) == NM(1, 4)  # one row of a mask needs two offsets
     assert [index_bits(NM(*nm)) for nm in ((1, 2), (2, 4), (4, 8), (8, 16))] == [1, 3, 7, 14]
 
 

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from fistapruner import FistaPrunerError
 from fistapruner.sparse import kernel
 from fistapruner.sparse.linear import DenseLinear, FusedProjections, SparseLinear
-from fistapruner.sparse.packed import pack_operator
+from fistapruner.sparse.packed import PackedOperator, pack_operator
 
 LEVELS = ("torch", *kernel.available_levels())
 VALUES = (torch.bfloat16, torch.float16, torch.float32, torch.int8)
@@ -132,6 +132,20 @@ def test_many_tokens_equal_the_dense_product(level, dtype):
 
 
 @pytest.mark.parametrize("level", kernel.available_levels())
+@pytest.mark.parametrize("values", VALUES)
+def test_fp16_tokens_are_multiplied_by_the_kernel_as_fp32(level, values, monkeypatch):
+    """Few and many of them, alone and as one of several projections of one input."""
+    layers = [SparseLinear(make(seed, 70, 130, 0.5, values), torch.ones(70).half(), level=level) for seed in range(2)]
+    inputs = [torch.randn(rows, 130, generator=torch.Generator().manual_seed(rows)).half() for rows in (3, 300)]
+    monkeypatch.setattr(PackedOperator, "to_dense", None)  # unpacking the whole operator is slow
+    expected = [[layer(x.float()).half() for layer in layers] for x in inputs]
+    for _ in range(2):
+        for x, wanted in zip(inputs, expected, strict=True):
+            assert all(torch.equal(layer(x), own) for layer, own in zip(layers, wanted, strict=True))
+        FusedProjections.join(layers)
+
+
+@pytest.mark.parametrize("level", kernel.available_levels())
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
 def test_not_finite_activations_stay_visible(level, bad):
     x = torch.ones(2, 64)
@@ -218,7 +232,7 @@ def test_another_thread_may_give_up_a_fused_product(level, monkeypatch):
 
 
 @pytest.mark.parametrize("kind", ["packed", "dense"])
-def test_a_bias_loaded_in_place_is_used(kind):
+def test_a_bias_changed_in_place_is_used(kind):
     weight, bias = torch.randn(40, 64).bfloat16(), torch.randn(40).bfloat16()
     layer = SparseLinear(pack_operator(weight), bias.clone())
     if kind == "dense":
@@ -229,6 +243,11 @@ def test_a_bias_loaded_in_place_is_used(kind):
     with torch.no_grad():
         before = layer(x)
         layer.load_state_dict({**layer.state_dict(), "bias": bias + 100})
+        assert float((layer(x) - before - 100).abs().max()) < 2
+        layer.bias -= 100
+        assert float((layer(x) - before).abs().max()) < 2
+    with torch.inference_mode():
+        layer.bias = torch.nn.Parameter(bias + 100) if kind == "dense" else bias + 100  # torch counts no changes of it
         assert float((layer(x) - before - 100).abs().max()) < 2
 
 
@@ -250,3 +269,25 @@ def test_projections_of_one_input_change_no_bit(level, values):
     x.copy_(inputs[1])  # the same tensor, other numbers: what waits is not for it
     assert torch.equal(layers[1](x), expected[1][1])
     assert torch.equal(layers[1](inputs[2]), expected[2][1])
+
+
+@pytest.mark.parametrize("level", kernel.available_levels()[:1])
+def test_projections_stay_fused_after_a_short_first_input_and_new_weights(level):
+    layers = [SparseLinear(make(seed, 64, 130, 0.5, torch.bfloat16), torch.ones(64), level) for seed in range(3)]
+    FusedProjections.join(layers)
+    fused = layers[0]._fused
+    assert fused is not None
+    for change in (
+        lambda layer: None,
+        lambda layer: layer.load_state_dict(layer.state_dict()),
+        lambda layer: layer.half(),
+    ):
+        for layer in layers:
+            change(layer)
+        for seed in range(2):
+            x = torch.randn(1, 130, generator=torch.Generator().manual_seed(seed))
+            for layer in layers:
+                expected = x @ layer.operator.to_dense().float().T + 1
+                torch.testing.assert_close(layer(x), expected)
+            assert fused._batch is not None
+            assert fused._waiting is None

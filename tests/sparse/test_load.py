@@ -18,6 +18,7 @@ from fistapruner import FistaPrunerError, SparseLinear
 from fistapruner.models.files.checkpoint import Checkpoint
 from fistapruner.models.whole import load_whole
 from fistapruner.sparse.pack import PackedCheckpoint
+from fistapruner.sparse.packed import PackedOperator
 from tiny import ARCHITECTURES, VOCABULARY, store_head
 
 IDS = torch.randint(3, VOCABULARY, (2, 24), generator=torch.Generator().manual_seed(0))
@@ -42,6 +43,13 @@ def test_every_way_of_loading_agrees(tmp_path, architecture):
     torch.testing.assert_close(logits(packed), expected, rtol=0.05, atol=0.1)
 
 
+@pytest.mark.parametrize("architecture", ["llama", "mixtral"])
+def test_a_packed_model_is_loaded_without_unpacking_it(tmp_path, architecture, monkeypatch):
+    fistapruner.pack(save_pruned(tmp_path / "m", architecture), tmp_path / "p")
+    monkeypatch.setattr(PackedOperator, "to_dense", None)
+    fistapruner.load(tmp_path / "p")
+
+
 @pytest.mark.parametrize("head", ["other", "equal", "alone"])
 def test_a_stored_head_of_a_tied_model_is_that_of_transformers(tmp_path, head):
     """It is the model's own where its values are not the embedding's, whatever the config says."""
@@ -55,6 +63,20 @@ def test_a_stored_head_of_a_tied_model_is_that_of_transformers(tmp_path, head):
         torch.testing.assert_close(logits(model), expected, rtol=0.05, atol=0.1)
     packed.save_pretrained(tmp_path / "saved")
     assert torch.equal(logits(AutoModelForCausalLM.from_pretrained(tmp_path / "saved", dtype="auto")), expected)
+
+
+@pytest.mark.parametrize("alone", [False, True])
+def test_a_stored_head_of_a_tied_model_may_be_packed(tmp_path, alone):
+    source = store_head(save_pruned(tmp_path / "m", tie_word_embeddings=True), "alone" if alone else "other")
+    tensors = load_file(source / "model.safetensors")
+    tensors["lm_head.weight"] *= torch.arange(tensors["lm_head.weight"].shape[1]) % 2
+    save_file(tensors, source / "model.safetensors", {"format": "pt"})
+    fistapruner.pack(source, tmp_path / "p")
+    assert "lm_head.weight" in PackedCheckpoint(tmp_path / "p").specs
+    expected = logits(AutoModelForCausalLM.from_pretrained(source, dtype="auto"))
+    packed = fistapruner.load(tmp_path / "p")
+    assert (packed.lm_head.weight is packed.model.embed_tokens.weight) == alone
+    torch.testing.assert_close(logits(packed), expected, rtol=0.05, atol=0.1)
 
 
 APART = ["qwen2_moe", "qwen3_moe", "mixtral", "olmoe", "deepseek_v3"]

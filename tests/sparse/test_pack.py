@@ -143,6 +143,13 @@ def test_what_is_refused(tmp_path):
     dense = save_pruned(tmp_path / "d", sparsity="0%")
     with pytest.raises(FistaPrunerError, match="no pruned operators"):
         pack(dense, tmp_path / "p")
+    claims = {name: {"sparsity": "5%"} for name in Checkpoint.open(dense).names() if "_proj" in name}
+    few = save_pruned(tmp_path / "f", sparsity="5%")
+    (few / "fistapruner.json").write_text(json.dumps({"operators": claims}))
+    with pytest.raises(
+        FistaPrunerError, match=r"no operator becomes smaller without its zeros \([45]\.\d% of the weights"
+    ):
+        pack(few, tmp_path / "p")
     with pytest.raises(FistaPrunerError, match="not a packed checkpoint"):
         unpack(source, tmp_path / "u")
     with pytest.raises(FistaPrunerError, match="int4"):

@@ -43,9 +43,13 @@ def test_sentence_tells_wins_losses_and_doubt():
     won = sentence({"dense float32": speed("dense float32", 10), "packed": speed("packed", 20)})
     assert "2.00 times faster" in won
     assert "spread" not in won
-    assert "2.00 times slower" in sentence({"dense float32": speed("dense float32", 20), "packed": speed("packed", 10)})
-    doubtful = sentence({"dense float32": speed("dense float32", 10, 3), "packed": speed("packed", 11, 3)})
-    assert "within the spread" in doubtful
+    lost = sentence({"dense float32": speed("dense float32", 20), "packed": speed("packed", 10)})
+    assert "2.00 times slower" in lost
+    assert "spread" not in lost
+    for rate, verdict in ((11, "1.10 times faster"), (8, "1.25 times slower")):
+        doubtful = sentence({"dense float32": speed("dense float32", 10, 3), "packed": speed("packed", rate, 3)})
+        assert verdict in doubtful
+        assert "within the spread" in doubtful
     assert Run(1.0, 2.0).tokens_per_second == 2.0
 
 
@@ -91,6 +95,15 @@ def test_a_packed_smaller_model_is_not_called_the_dense_one(tmp_path):
     assert bench(source, measure=lambda variants, **_: [variant.name for variant in variants]) == measured
 
 
+def test_a_model_that_packing_makes_no_smaller_is_measured_as_it_is(tmp_path):
+    source = save_pruned(tmp_path / "m", sparsity="5%")
+    claims = {name: {"sparsity": "5%"} for name in load_file(source / "model.safetensors") if "_proj" in name}
+    (source / "fistapruner.json").write_text(json.dumps({"operators": claims}))
+    found = bench(source, measure=lambda variants, **_: [speed(variant.name, 10) for variant in variants])
+    assert [one.variant for one in found] == ["dense float32", "dense bfloat16", "pruned float32", "pruned bfloat16"]
+    assert "no packed form to compare with" in record(found)["sentence"]
+
+
 def test_a_folder_with_int8_values_is_measured_once_and_called_so(tmp_path):
     pack(save_pruned(tmp_path / "m"), tmp_path / "p", values="int8")
     measured = bench(tmp_path / "p", measure=lambda variants, **_: [(one.name, one.folder) for one in variants])
@@ -126,17 +139,21 @@ def test_bad_settings_of_the_command_are_refused(tmp_path, capsys):
 
 def test_more_tokens_than_positions_are_refused(tmp_path):
     source = save_pruned(tmp_path / "m", "gpt2")  # 128 positions
-    assert bench(source, prompt=100, tokens=28, measure=lambda *_, **__: []) == []
-    with pytest.raises(FistaPrunerError, match="prompt 100 and 29 new tokens are more than the 128"):
-        bench(source, prompt=100, tokens=29)
+    assert bench(source, prompt=100, tokens=29, measure=lambda *_, **__: []) == []
+    with pytest.raises(FistaPrunerError, match="prompt 100 and 30 new tokens are more than the 128"):
+        bench(source, prompt=100, tokens=30)
     with pytest.raises(FistaPrunerError, match=r"prompt 126 and 2 new tokens \(4 to warm up\) are more than the 128"):
         bench(source, prompt=126, tokens=2)
     config = json.loads((source / "config.json").read_text())
     (source / "config.json").write_text(
         json.dumps({"text_config": {"max_position_embeddings": config.pop("n_positions")}, **config})
     )
-    with pytest.raises(FistaPrunerError, match="prompt 100 and 29 new tokens are more than the 128"):
-        bench(source, prompt=100, tokens=29)
+    with pytest.raises(FistaPrunerError, match="prompt 100 and 30 new tokens are more than the 128"):
+        bench(source, prompt=100, tokens=30)
+
+
+def test_as_many_tokens_as_positions_are_decoded():
+    measure_speed(build("gpt2"), prompt=100, tokens=29)  # 128 positions; the last token is not fed
 
 
 def test_a_process_says_what_went_wrong(tmp_path):

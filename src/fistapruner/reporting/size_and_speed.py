@@ -52,7 +52,7 @@ def low_rank_sentence(report: Report) -> str:
 
 
 def size_rows(report: Report) -> list[Row]:
-    """List the size of the checkpoint as written, and packed."""
+    """List the size of the checkpoint as written, and packed unless ``bench`` found nothing to pack."""
     totals, dense = report.totals, report.origin.bytes
     rows = []
     if totals.checkpoint_bytes:
@@ -61,7 +61,7 @@ def size_rows(report: Report) -> list[Row]:
         rows.append(("Checkpoint on disk", size(dense), size(totals.checkpoint_bytes), change, how))
         if more := totals.low_rank_bytes:
             rows.append(("Low-rank adapter beside it", "–", size(more), _times(more, dense), "comes on top"))
-        if report.only_structure or not report.packable:
+        if report.only_structure or not report.packable or (speeds(report) and not packed_speeds(report)):
             return rows
         packed = totals.compressed_bytes
         how = "packed, the same weights bit for bit: a mask and the kept values" if packed else NOT_MEASURED
@@ -72,12 +72,13 @@ def size_rows(report: Report) -> list[Row]:
 def speed_rows(report: Report) -> list[Row]:
     """List decoding speed and memory of every packed or smaller form against the fastest dense one.
 
-    A finished run without measurements has one row that says so; one that ``bench`` does not take, none.
+    A finished run without measurements has one row that says so; one that ``bench`` does not take, or of which it found
+    nothing to pack, none.
     Where no dense form was measured, only decoding speeds are listed.
     """
     dense, packed, smaller = dense_speed(report), packed_speeds(report), smaller_speeds(report)
     if not (packed or smaller):
-        measurable = report.status == "finished" and report.packable
+        measurable = report.status == "finished" and report.packable and not speeds(report)
         return [("Decoding speed, tokens/s", "–", "–", "", NOT_MEASURED)] if measurable else []
     if dense is None:
         return [

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -14,7 +15,7 @@ from ..models.files.low_rank import refuse_low_rank
 from ..models.files.record import has_zeros, lost_structure, read_pruning_record
 from ..runtime.formatting import align_columns
 from . import kernel
-from .pack import is_packed, pack, unpack
+from .pack import NothingSmallerError, is_packed, pack, unpack
 from .speed import WARM_UP_TOKENS, Speed
 from .variants import SPEED_OF_OWN_CODE, Variant, compare
 
@@ -37,7 +38,7 @@ def bench(
     """Measure dense, pruned-as-dense, packed and packed int8 forms of a pruned model on the CPU.
 
     A model that has lost channels or heads is measured as ``smaller``, beside the dense model that it was. Without
-    zeros it is not packed.
+    zeros, or where no operator becomes smaller without them, it is not packed.
 
     Args:
         model: folder of a pruned model, ordinary or packed.
@@ -75,25 +76,29 @@ def bench(
             variants = [Variant(f"dense {dtype}", dense, dtype, fill=True) for dtype in DTYPES]
             variants += [Variant(f"pruned {dtype}", dense, dtype) for dtype in DTYPES]
         if is_packed(model) or has_zeros(about):
-            if not is_packed(model):
-                pack(model, packed, allow_pickle=allow_pickle)
-            if read_json(packed, PACKED_RECORD).get("values") == "int8":
-                int8 = packed
-            else:
-                pack(dense, int8, values="int8", allow_pickle=allow_pickle)
-                variants.append(Variant("packed", packed, "bfloat16"))
-            variants.append(Variant("packed int8", int8, "bfloat16"))
+            with suppress(NothingSmallerError):
+                if not is_packed(model):
+                    pack(model, packed, allow_pickle=allow_pickle)
+                if read_json(packed, PACKED_RECORD).get("values") == "int8":
+                    int8 = packed
+                else:
+                    pack(dense, int8, values="int8", allow_pickle=allow_pickle)
+                    variants.append(Variant("packed", packed, "bfloat16"))
+                variants.append(Variant("packed int8", int8, "bfloat16"))
         return measure(variants, batch=batch, prompt=prompt, tokens=tokens, runs=runs, threads=threads)
 
 
 def _check_positions(model: Path, prompt: int, tokens: int) -> None:
-    """Refuse a text longer than the model's positions: learnt position embeddings end there."""
+    """Refuse a text longer than the model's positions: learnt position embeddings end there.
+
+    The last new token takes none: no other is predicted from it.
+    """
     config = read_json(model, "config.json")
     text = config.get("text_config")  # of a model with vision
     config = {**config, **text} if isinstance(text, dict) else config
     positions = config.get("max_position_embeddings", config.get("n_positions"))
     warm_up = f" ({WARM_UP_TOKENS} to warm up)" if tokens < WARM_UP_TOKENS else ""
-    if isinstance(positions, int) and prompt + max(tokens, WARM_UP_TOKENS) > positions:
+    if isinstance(positions, int) and prompt + max(tokens, WARM_UP_TOKENS) - 1 > positions:
         asked = f"prompt {prompt} and {tokens} new tokens{warm_up}"
         raise FistaPrunerError(f"{asked} are more than the {positions} tokens {model} was made for")
 
@@ -117,6 +122,8 @@ def sentence(speeds: Mapping[str, Speed]) -> str:
     by_kind: dict[str, list[Speed]] = {"packed": [], "smaller": [], "dense": []}
     for name, speed in speeds.items():
         by_kind.get(name.split()[0], by_kind["dense"]).append(speed)
+    if not by_kind["packed"] and not by_kind["smaller"]:
+        return "No operator becomes smaller without its zeros, so there is no packed form to compare with."
     fastest = {kind: max(found, key=lambda speed: speed.tokens_per_second) for kind, found in by_kind.items() if found}
     dense = fastest.get("dense")
     if dense is None:
@@ -136,7 +143,8 @@ def sentence(speeds: Mapping[str, Speed]) -> str:
 def _against(packed: Speed, dense: Speed, what: str) -> str:
     """Compare the fastest form of some kind with the fastest dense one."""
     ratio = packed.tokens_per_second / dense.tokens_per_second
-    overlap = packed.tokens_per_second_range[0] <= dense.tokens_per_second_range[1] and ratio > 1
+    (low, high), (dense_low, dense_high) = packed.tokens_per_second_range, dense.tokens_per_second_range
+    overlap = low <= dense_high and dense_low <= high
     verdict = "faster" if ratio > 1 else "slower"
     doubt = ", within the spread of the runs" if overlap else ""
     memory = packed.peak_memory / dense.peak_memory

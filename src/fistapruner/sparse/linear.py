@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+import weakref
 from collections.abc import Mapping, Sequence
 from typing import Any, cast
 
@@ -29,7 +30,7 @@ class SparseLinear(nn.Module):
 
     The compiled kernel, if there is one, multiplies up to :data:`kernel.MAX_BATCH` tokens on a CPU, with matrix units
     up to :data:`kernel.MAX_MANY`. With more tokens, on other devices and in other dtypes, a tile of rows at a time is
-    unpacked and multiplied by torch.
+    unpacked and multiplied by torch. On a CPU, fp16 tokens are multiplied as fp32.
 
     The state dict holds the dense ``weight``, so that a saved model is an ordinary checkpoint. Loading a state dict
     packs the weight again, in the operator's dtype, or in int8 if the operator is int8.
@@ -60,7 +61,7 @@ class SparseLinear(nn.Module):
         else:
             self.level = -1 if level == "torch" else kernel.level_index(level)
         self._handle: kernel.Handle | None = None
-        self._bias_seen: Tensor | None = None
+        self._bias_seen: tuple[Tensor | None, int] = None, 0
         self._fused: FusedProjections | None = None
         self._place = 0
 
@@ -83,7 +84,7 @@ class SparseLinear(nn.Module):
         if (
             self.level >= 0
             and x.device.type == "cpu"
-            and x.dtype in kernel.TYPES
+            and (x.dtype in kernel.TYPES or x.dtype is torch.float16)
             and x.shape[-1:] == (self.in_features,)
             and not (x.requires_grad and torch.is_grad_enabled())
         ):
@@ -94,8 +95,10 @@ class SparseLinear(nn.Module):
                 if self._fused is None:
                     out = handle.alone.multiply(_rows_of(x, rows), self.level, many=many)[0]
                 else:
-                    out = self._fused.product(self._place, x, rows, self.level, many)
-                return out.view(*x.shape[:-1], self.out_features)
+                    out = self._fused.product(self._place, handle, x, rows, self.level, many)
+                return out.view(*x.shape[:-1], self.out_features).to(x.dtype)
+        if self.level >= 0 and x.device.type == "cpu" and x.dtype is torch.float16:
+            return self._dense_product(x.float()).to(x.dtype)
         return self._dense_product(x)
 
     def extra_repr(self) -> str:
@@ -153,11 +156,17 @@ class SparseLinear(nn.Module):
         self._handle = None
 
     def _kernel(self) -> kernel.Handle:
+        held, handle = self._handle, self.current_handle()
+        if handle is not held and self._fused is not None:
+            self._fused.renew()
+        return handle
+
+    def current_handle(self) -> kernel.Handle:
+        """Return the kernel's handle of the weight and bias, made again where they have changed."""
         bias = cast("Tensor | None", self.bias)
-        if self._handle is None or self._bias_seen is not bias:
-            self._handle, self._bias_seen = kernel.Handle(self.operator, bias), bias
-            if self._fused is not None:
-                self._fused.register(self._place, self._handle)
+        version = _version(bias)
+        if self._handle is None or self._bias_seen[0] is not bias or self._bias_seen[1] != version:
+            self._handle, self._bias_seen = kernel.Handle(self.operator, bias), (bias, version)
         return self._handle
 
     def _dense_product(self, x: Tensor) -> Tensor:
@@ -188,11 +197,11 @@ class FusedProjections:
     each projection is multiplied separately from then on.
 
     Args:
-        count: number of projections.
+        layers: the projections, which keep this object; it does not keep them.
     """
 
-    def __init__(self, count: int) -> None:
-        self._handles: list[kernel.Handle | None] = [None] * count
+    def __init__(self, layers: Sequence[SparseLinear]) -> None:
+        self._layers = [weakref.ref(layer) for layer in layers]
         self._batch: kernel.OperatorBatch | None = None
         self._waiting: tuple[Tensor, int, dict[int, Tensor]] | None = None
 
@@ -209,20 +218,20 @@ class FusedProjections:
             )
             == 1
         ):
-            fused = FusedProjections(len(layers))
+            fused = FusedProjections(layers)
             for place, layer in enumerate(layers):
                 layer._fused, layer._place, layer._handle = fused, place, None
 
-    def register(self, place: int, handle: kernel.Handle) -> None:
-        """Set the handle of the layer at ``place``."""
-        self._handles[place], self._waiting = handle, None
-        present = [item for item in self._handles if item is not None]
-        self._batch = kernel.OperatorBatch(present) if len(present) == len(self._handles) else None
+    def renew(self) -> None:
+        """Fuse the handles that the layers have now: that of one of them has changed."""
+        handles = [layer.current_handle() for held in self._layers if (layer := held()) is not None]
+        self._batch = kernel.OperatorBatch(handles) if len(handles) == len(self._layers) else None
+        self._waiting = None
 
-    def product(self, place: int, x: Tensor, rows: int, level: int, many: bool) -> Tensor:
-        """Multiply the layer at ``place`` with ``x`` (``rows`` vectors); the result is flat."""
+    def product(self, place: int, handle: kernel.Handle, x: Tensor, rows: int, level: int, many: bool) -> Tensor:
+        """Multiply the layer at ``place``, whose handle is given, with ``x`` (``rows`` vectors); the result is flat."""
         # Held here: another thread may give up the batch meanwhile.
-        waiting, batch, version = self._waiting, self._batch, 0 if x.is_inference() else x._version
+        waiting, batch, version = self._waiting, self._batch, _version(x)
         if waiting is not None:
             if waiting[0] is x and waiting[1] == version:
                 out = waiting[2].pop(place, None)
@@ -233,8 +242,6 @@ class FusedProjections:
             else:
                 self._waiting = self._batch = batch = None
         if batch is None:
-            handle = self._handles[place]
-            assert handle is not None
             return handle.alone.multiply(_rows_of(x, rows), level, many=many)[0]
         outs = dict(enumerate(batch.multiply(_rows_of(x, rows), level, many=many)))
         own = outs.pop(place)
@@ -249,7 +256,7 @@ class DenseLinear(nn.Linear):
     """
 
     _handle: kernel.Handle | None = None
-    _seen: tuple[Tensor, int, Tensor | None] | None = None
+    _seen: tuple[Tensor, int, Tensor | None, int] | None = None
 
     @classmethod
     def like(cls, linear: nn.Linear) -> DenseLinear:
@@ -279,8 +286,10 @@ class DenseLinear(nn.Linear):
             or seen[0] is not weight
             or seen[1] != weight.data_ptr()
             or seen[2] is not bias
+            or seen[3] != _version(bias)
         ):
-            self._handle, self._seen = kernel.Handle(weight.detach(), bias), (weight, weight.data_ptr(), bias)
+            seen = weight, weight.data_ptr(), bias, _version(bias)
+            self._handle, self._seen = kernel.Handle(weight.detach(), bias), seen
         return self._handle.alone.multiply(_rows_of(x, rows), level)[0].view(*x.shape[:-1], self.out_features)
 
     def _load_from_state_dict(self, *arguments: Any) -> None:
@@ -292,5 +301,11 @@ class DenseLinear(nn.Linear):
         return {key: value for key, value in self.__dict__.items() if key not in ("_handle", "_seen")}
 
 
+def _version(tensor: Tensor | None) -> int:
+    """Count the in-place changes of a tensor; for an inference tensor torch does not count them."""
+    return 0 if tensor is None or tensor.is_inference() else tensor._version
+
+
 def _rows_of(x: Tensor, rows: int) -> Tensor:
-    return x.detach().reshape(rows, x.shape[-1]).contiguous()
+    vectors = x.detach().reshape(rows, x.shape[-1]).contiguous()
+    return vectors.float() if x.dtype is torch.float16 else vectors

@@ -134,12 +134,13 @@ def _build(source: PackedCheckpoint, config: Any, dtype: torch.dtype, packed: bo
     }
     fused = model.state_dict(keep_vars=True).keys() & experts.keys()  # those that are not separate now
     rest |= {target: rounded(target, source.experts(experts[target])) for target in sorted(fused)}
+    tied = {*model.all_tied_weights_keys, *model.all_tied_weights_keys.values()}  # transformers compares and joins them
     for target, name in names.items():
         if name not in source.specs:
             continue
         operator = source.operator(name)
         parent, _, leaf = target.rpartition(".")
-        module = model.get_submodule(parent) if packed else None
+        module = model.get_submodule(parent) if packed and target not in tied else None
         if (
             leaf == "weight"
             and isinstance(module, nn.Linear)
@@ -162,18 +163,20 @@ def _build(source: PackedCheckpoint, config: Any, dtype: torch.dtype, packed: bo
             f"{source.folder} does not fit {type(model).__name__}: {' '.join(str(error).split())[:300]}"
         ) from None
     serve_experts(model)
-    model.tie_weights(
-        missing_keys={name for name, tensor in model.state_dict(keep_vars=True).items() if tensor.is_meta},
-        recompute_mapping=False,
-    )
+    model.tie_weights(missing_keys=set(_missing(model)), recompute_mapping=False)
     if source.widths:
         model.config.quantization_config = widths_section(source.widths)
-    missing = [name for name, tensor in (*model.named_parameters(), *model.named_buffers()) if tensor.is_meta]
-    if missing:
+    if missing := _missing(model):
         raise FistaPrunerError(f"{source.folder}: tensor {missing[0]!r} of {type(model).__name__} is not in it")
     # Parameters keep requires_grad, as from_pretrained leaves them: torch is slow at multiplying a strided input by a
     # weight without gradient.
     return model
+
+
+def _missing(model: nn.Module) -> list[str]:
+    """List the parameters and buffers that have no values; unlike a state dict this unpacks nothing."""
+    held = (*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False))
+    return [name for name, tensor in held if tensor.is_meta]
 
 
 def _fault(path: Path, what: str, error: Exception) -> FistaPrunerError:

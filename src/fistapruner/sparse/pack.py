@@ -44,7 +44,6 @@ from .format import (
     OperatorSpec,
     decode,
     encode,
-    index_bits,
     operator_fault,
     read_specs,
 )
@@ -55,6 +54,10 @@ MIN_ZEROS = 0.25
 
 PATTERNS = (NM(1, 4), NM(2, 4), NM(2, 8), NM(4, 8), NM(8, 16))
 """n:m patterns that are tried as a layout."""
+
+
+class NothingSmallerError(FistaPrunerError):
+    """No pruned operator takes fewer bytes without its zeros: it has too few of them, or is tiny."""
 
 
 @dataclass(frozen=True)
@@ -110,7 +113,8 @@ def pack(
         progress: called with the name of every operator that was packed.
 
     Raises:
-        FistaPrunerError: nothing is pruned, ``out`` exists, the disk is full, the checkpoint is damaged.
+        FistaPrunerError: nothing is pruned, ``out`` exists, the disk is full, the checkpoint is damaged; as
+            :class:`NothingSmallerError` if no operator becomes smaller.
     """
     if values not in ("same", "bf16", "int8"):
         raise FistaPrunerError(f"values {values!r} are not known: same, bf16 or int8")
@@ -125,8 +129,6 @@ def pack(
     refuse_low_rank(source.folder, "pack")
     record = read_pruning_record(source.folder)
     plan = _plan(source, record, values, group)
-    if not plan:
-        raise FistaPrunerError(f"{source.folder} has no pruned operators: no matrix has at least {MIN_ZEROS:.0%} zeros")
     report = _report(source, plan)
     with checkpoint_folder(out, report.packed_total) as partial:
         files, contents = {}, {}
@@ -294,19 +296,28 @@ def is_packed(folder: str | Path) -> bool:
     return (Path(folder) / PACKED_RECORD).is_file()
 
 
-def choose_layout(weight: Tensor, hint: NM | None = None) -> NM | None:
-    """Choose the smallest layout of a weight: an n:m pattern that it has, or None for a bit mask."""
+def choose_layout(weight: Tensor, hint: NM | None = None, *, int8: bool = False) -> NM | None:
+    """Choose the smallest layout of a weight: an n:m pattern that it has, or None for a bit mask.
+
+    Args:
+        weight: (rows, columns) in the dtype that is stored.
+        hint: a pattern that is tried first.
+        int8: whether the values are stored as int8.
+    """
     rows, columns = weight.shape
-    nonzero, size = int(torch.count_nonzero(weight)), weight.element_size() * 8
-    best, best_bits = None, nonzero * size + rows * columns
+
+    def nbytes(layout: NM | None, stored: int) -> int:
+        spec = OperatorSpec((rows, columns), weight.dtype, layout, int8)
+        return sum(part.nbytes for part in spec.entries("", stored))
+
+    best, least = None, nbytes(None, int(torch.count_nonzero(weight)))
     candidates = (hint, *PATTERNS) if hint is not None and hint.m <= MAX_M else PATTERNS
     for pattern in candidates:
         if columns % pattern.m:
             continue
-        groups = rows * columns // pattern.m
-        bits = groups * (pattern.n * size + index_bits(pattern))
-        if bits < best_bits and pattern.satisfies(weight):
-            best, best_bits = pattern, bits
+        size = nbytes(pattern, weight.numel() // pattern.m * pattern.n)
+        if size < least and pattern.satisfies(weight):
+            best, least = pattern, size
     return best
 
 
@@ -331,11 +342,12 @@ class _Planned:
 
 
 def _plan(source: Checkpoint, record: dict[str, Any], values: str, group: int) -> dict[str, _Planned]:
+    """Decide how each pruned operator that becomes smaller is stored; there is at least one, or it is an error."""
     _refuse_stacks(source, record)
     listed, faults = recorded_claims(record, source, source.folder)
     if faults:
         raise FistaPrunerError(f"{source.folder / PRUNING_RECORD} is of another checkpoint: {faults[0]}")
-    plan = {}
+    plan, weights, zeros = {}, 0, 0
     for name in source.names():
         entry = source.entry(name)
         if len(entry.shape) != 2 or entry.dtype not in FLOATS or 0 in entry.shape:
@@ -348,7 +360,7 @@ def _plan(source: Checkpoint, record: dict[str, Any], values: str, group: int) -
         nonzero = int(torch.count_nonzero(weight))
         if not listed and nonzero > (1 - MIN_ZEROS) * weight.numel():
             continue
-        layout = choose_layout(weight, _hint(known))
+        layout = choose_layout(weight, _hint(known), int8=values == "int8")
         stored = nonzero if layout is None else weight.numel() // layout.m * layout.n
         shape = (entry.shape[0], entry.shape[1])
         spec = OperatorSpec(shape, cast, layout, values == "int8", group if values == "int8" else 0)
@@ -356,7 +368,15 @@ def _plan(source: Checkpoint, record: dict[str, Any], values: str, group: int) -
             raise FistaPrunerError(f"{source.folder}: {name} has values that are not finite, so it cannot become int8")
         if sum(part.nbytes for part in spec.entries(name, stored)) < entry.nbytes:
             plan[name] = _Planned(spec, stored, nonzero, entry, cast)
-    return plan
+        weights, zeros = weights + weight.numel(), zeros + weight.numel() - nonzero
+    if plan:
+        return plan
+    if weights:
+        raise NothingSmallerError(
+            f"{source.folder}: no operator becomes smaller without its zeros ({zeros / weights:.1%} of the weights), "
+            "since the mask takes one bit for every weight"
+        )
+    raise FistaPrunerError(f"{source.folder} has no pruned operators: no matrix has at least {MIN_ZEROS:.0%} zeros")
 
 
 def _refuse_stacks(source: Checkpoint, record: dict[str, Any]) -> None:

@@ -16,6 +16,7 @@ from torch.nn import functional
 from ..constraints import NM
 from ..errors import FistaPrunerError
 from ..models.experts import holds_experts
+from .linear import SparseLinear
 
 MARGIN = 1.05
 """Speed-up from which the sparse product is used; less is within the noise of a measurement."""
@@ -58,8 +59,8 @@ def to_semi_structured(
         clock: returns the seconds of a call on a device; None takes :func:`seconds`.
 
     Returns:
-        One :class:`OperatorChoice` for every linear operator: which were changed, which stay dense, and why. A tensor
-        of all experts of a mixture counts as one, and stays dense.
+        One :class:`OperatorChoice` for every linear operator: which were changed, which stay as they are, and why.
+        GPT-2's ``Conv1D``, packed operators and tensors of all experts of a mixture are listed and stay as they are.
 
     Raises:
         FistaPrunerError: the model is not on a CUDA device, or its GPU has no sparse tensor cores.
@@ -98,8 +99,15 @@ def to_semi_structured(
         if faster:
             module.weight = nn.Parameter(to_sparse(weight) if converted is None else converted, requires_grad=False)
         words = "faster" if dense > sparse else "slower"
-        ratio = max(dense, sparse) / max(min(dense, sparse), 1e-12)
-        choices.append(OperatorChoice(name, faster, f"{ratio:.2f} times {words} at {tokens} tokens", dense, sparse))
+        reason = f"{max(dense, sparse) / max(min(dense, sparse), 1e-12):.2f} times {words} at {tokens} tokens"
+        if dense > sparse and not faster:
+            reason = f"only {reason}, less than {MARGIN}"
+        choices.append(OperatorChoice(name, faster, reason, dense, sparse))
+    for name, other in model.named_modules():
+        if type(other).__name__ == "Conv1D":
+            choices.append(OperatorChoice(name, False, "it is a Conv1D, whose weight is transposed"))
+        elif isinstance(other, SparseLinear):
+            choices.append(OperatorChoice(name, False, "its weight is packed: load the model with packed=False"))
     for name, parameter in model.named_parameters():
         if holds_experts(model.get_submodule(name.rpartition(".")[0]), name, parameter):
             choices.append(OperatorChoice(name, False, "it is one tensor of all experts, torch takes matrices"))
@@ -107,10 +115,10 @@ def to_semi_structured(
 
 
 def summary(choices: list[OperatorChoice]) -> str:
-    """List which operators were changed and which stay dense, as text."""
+    """List which operators were changed and which stay as they are, as text."""
     changed = [choice.name for choice in choices if choice.sparse]
     lines = [f"{len(changed)} of {len(choices)} operators run on sparse tensor cores"]
-    lines += [f"  left dense: {choice.name} ({choice.reason})" for choice in choices if not choice.sparse]
+    lines += [f"  left as it is: {choice.name} ({choice.reason})" for choice in choices if not choice.sparse]
     return "\n".join(lines)
 
 
