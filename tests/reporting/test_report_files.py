@@ -251,6 +251,15 @@ def test_what_dense_weights_would_leave_is_no_operators_loss() -> None:
     assert all(operator.name != "mlp.down_proj" for _, operator in hardest(report.layers, 8))
 
 
+def test_a_run_that_lost_nothing_has_no_layer_or_operator_that_stands_out() -> None:
+    report = samples.report()
+    for operator in (operator for layer in report.layers for operator in layer.operators):
+        operator.relative_error = 0.0
+    assert not any("stand" in line or "loses most" in line for line in advice(report))
+    report.layers[0].operators[0].relative_error = 0.1
+    assert not any("loses most" in line for line in advice(report))
+
+
 def test_patterns_that_were_chosen_by_error_are_called_mixed() -> None:
     report = samples.report()
     report.recipe |= {"sparsity": "2:4", "allocation": "error:45.4%"}

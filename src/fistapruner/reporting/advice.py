@@ -49,6 +49,8 @@ def _layers(report: Report, why_not: str) -> list[str]:
     if len(means) < 4:
         return []
     middle = median(means.values())
+    if not middle:  # nothing was lost: a model that has the pattern already
+        return []
     outliers = sorted((index for index, mean in means.items() if mean > 2 * middle), key=lambda index: -means[index])
     if not outliers:
         ratio = significant(max(means.values()) / middle, 2)
@@ -83,7 +85,7 @@ def _operators(layers: Sequence[LayerEntry], why_not: str) -> list[str]:
     means = {name: sum(errors) / len(errors) for name, errors in kinds.items()}
     middle = median(means.values())
     worst = max(means, key=lambda name: means[name])
-    if means[worst] < 1.8 * middle:
+    if not middle or means[worst] < 1.8 * middle:
         return []
     spread = "" if why_not else "`--allocation error` moves sparsity away from it; "
     return [
