@@ -260,6 +260,26 @@ def test_a_run_that_lost_nothing_has_no_layer_or_operator_that_stands_out() -> N
     assert not any("loses most" in line for line in advice(report))
 
 
+def test_calibration_text_is_advised_only_where_the_method_needs_it() -> None:
+    def words(method: str, tokens: int = 32768, **settings: Any) -> str:
+        report = samples.report()
+        report.recipe |= {"method": method, **settings}
+        report.calibration.source, report.calibration.tokens = "python", tokens  # type: ignore[union-attr]
+        return " ".join(advice(report))
+
+    few, other, quick = "calibration tokens are few", "Calibration text was 'python'", "quality drops quickly"
+    assert few in words("sparsegpt", 100)
+    assert other in words("sparsegpt", 100)
+    for text in (few, other, quick):
+        assert text not in words("magnitude", 100) + words("magnitude")
+    assert few in words("magnitude", 100, allocation="owl")
+    assert few in words("magnitude+refit", 100)
+    assert few in words("magnitude", 100, structure={"remove": "25%"})
+    assert quick in words("sparsegpt")
+    assert quick not in words("wanda")
+    assert other in words("wanda")
+
+
 def test_patterns_that_were_chosen_by_error_are_called_mixed() -> None:
     report = samples.report()
     report.recipe |= {"sparsity": "2:4", "allocation": "error:45.4%"}

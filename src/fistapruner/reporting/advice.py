@@ -127,8 +127,8 @@ def _search(layers: Sequence[LayerEntry]) -> list[str]:
 
 
 def _calibration(report: Report) -> list[str]:
-    used = report.calibration
-    if used is None or not used.tokens:
+    used, alone = report.calibration, _methods_alone(report)
+    if used is None or not used.tokens or alone == {"magnitude"}:
         return []
     found = []
     widest = max((operator.shape[1] for layer in report.layers for operator in layer.operators), default=0)
@@ -137,7 +137,7 @@ def _calibration(report: Report) -> list[str]:
             f"{used.tokens} calibration tokens are few for operators of {widest} inputs: "
             "their Grams are poorly determined. Use more `--samples` or a longer `--seqlen`."
         )
-    elif used.samples < 128:
+    elif used.samples < 128 and alone != {"wanda"}:  # norms of inputs are known from few windows
         found.append(
             f"Calibration used {used.samples} windows; the papers use 128, and quality drops quickly with fewer."
         )
@@ -147,6 +147,17 @@ def _calibration(report: Report) -> list[str]:
             "a better model: `--calibration FILE` or `--calibration c4`."
         )
     return found
+
+
+def _methods_alone(report: Report) -> set[str]:
+    """Return the methods of the chain; none where something else may use calibration text, too."""
+    recipe = report.recipe
+    allocation = recipe.get("allocation", "auto")
+    measured = isinstance(allocation, str) and allocation not in ("auto", "none", "uniform")
+    others = (recipe.get("low_rank"), recipe.get("reconstruct"), recipe.get("permutation") == "channels")
+    if report.structured or measured or any(others):
+        return set()
+    return set(method_label(recipe.get("method", "")).split("+"))
 
 
 def _why_not_uneven(report: Report) -> str:
