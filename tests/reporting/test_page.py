@@ -19,6 +19,7 @@ import samples
 from fistapruner import reporting
 from fistapruner.reporting.compare_page import Point, comparison_page, points, short_labels
 from fistapruner.reporting.drawing import HEAT_LEVELS
+from fistapruner.reporting.figures import layer_figures
 from fistapruner.reporting.model_card import model_card
 from fistapruner.reporting.page import run_page
 from fistapruner.reporting.structure_text import structure_table
@@ -316,6 +317,17 @@ def test_alps_records_are_drawn() -> None:
     assert "penalty ρ" in text
     assert METHODS["alps"].trace is not None
     assert METHODS["alps"].trace.caption in text
+
+
+def test_figures_tell_operators_with_the_same_last_name_apart() -> None:
+    report = samples.report(2)
+    for layer in report.layers:
+        layer.operators[3].name, layer.operators[6].name = "attn.c_proj", "mlp.c_proj"
+    for drawing in layer_figures(report).values():
+        assert drawing.table is not None
+        named = [cell for row in (drawing.table[0], *drawing.table[1]) for cell in row]
+        assert not any(cell.split()[-1:] == ["c_proj"] for cell in named), drawing.key
+    assert ">attn.c_proj<" in layer_figures(report)["error-map"].wide
 
 
 def test_seeds_are_gathered() -> None:

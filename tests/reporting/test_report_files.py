@@ -30,7 +30,7 @@ from fistapruner.constraints import parse_sparsity
 from fistapruner.evaluation.scoring import perplexity_of
 from fistapruner.reporting.advice import advice
 from fistapruner.reporting.evaluation_text import evaluation_text
-from fistapruner.reporting.layer_errors import hardest
+from fistapruner.reporting.layer_errors import hardest, short_names
 from fistapruner.reporting.lineage_text import lineage_lines
 from fistapruner.reporting.model_card import model_card
 from fistapruner.reporting.recovery_text import closed_text, gain
@@ -258,6 +258,17 @@ def test_a_run_that_lost_nothing_has_no_layer_or_operator_that_stands_out() -> N
     assert not any("stand" in line or "loses most" in line for line in advice(report))
     report.layers[0].operators[0].relative_error = 0.1
     assert not any("loses most" in line for line in advice(report))
+
+
+def test_operators_with_the_same_last_name_are_told_apart() -> None:
+    report = samples.report()
+    names = ["attn.c_attn", "attn.c_proj", "mlp.c_fc", "mlp.c_proj", "mlp.experts.1.up", "mlp.experts.17.up", "up"]
+    short = ["c_attn", "attn.c_proj", "c_fc", "mlp.c_proj", "experts.1.up", "experts.17.up", "up"]
+    for layer in report.layers:
+        for operator, name in zip(layer.operators, names, strict=True):
+            operator.name, operator.relative_error = name, 0.5 if name == "mlp.c_proj" else 0.1
+    assert short_names(report.layers) == dict(zip(names, short, strict=True))
+    assert any("`--ignore mlp.c_proj` leaves it dense" in line for line in advice(report))
 
 
 def test_calibration_text_is_advised_only_where_the_method_needs_it() -> None:

@@ -18,6 +18,7 @@ from ..runs.training_records import Recovery
 from ..runtime.formatting import percent, significant
 from ..sensitivity.error_curves import REACH
 from ..solvers import METHODS
+from .layer_errors import short_names
 
 
 def advice(report: Report) -> list[str]:
@@ -90,7 +91,7 @@ def _operators(layers: Sequence[LayerEntry], why_not: str) -> list[str]:
     spread = "" if why_not else "`--allocation error` moves sparsity away from it; "
     return [
         f"{worst} loses most of all operators: {percent(means[worst], 2)} on average, "
-        f"against a median of {percent(middle, 2)}. {spread}`--ignore {worst.rsplit('.', 1)[-1]}` leaves it dense."
+        f"against a median of {percent(middle, 2)}. {spread}`--ignore {short_names(layers)[worst]}` leaves it dense."
     ]
 
 
