@@ -17,7 +17,8 @@ sys.path.insert(0, str(Path(__file__).parent))
 import samples
 
 from fistapruner import reporting
-from fistapruner.reporting.compare_page import Point, comparison_page, points, short_labels
+from fistapruner.reporting import compare_page
+from fistapruner.reporting.compare_page import Point, comparison_page, points, quality_against_sparsity, short_labels
 from fistapruner.reporting.drawing import HEAT_LEVELS
 from fistapruner.reporting.figures import layer_figures
 from fistapruner.reporting.model_card import model_card
@@ -339,6 +340,17 @@ def test_seeds_are_gathered() -> None:
     assert "out of memory" in text
     assert "At 50%, alps has the smallest gap (0.605)" in text
     assert "</html>" in comparison_page(Comparison())
+
+
+@pytest.mark.parametrize(("gap", "scale"), [(0.1, "log"), (0.0, "linear"), (-0.1, "linear")])
+def test_every_gap_has_a_place_in_its_figure(gap: float, scale: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    from matplotlib.figure import Figure
+
+    figure = Figure()
+    monkeypatch.setattr(compare_page, "draw", lambda key, title, plot, **others: plot(figure, 640))
+    quality_against_sparsity([Point("wanda", "10%", 1, gap, 0.0, None), Point("wanda", "50%", 1, 0.8, 0.0, None)])
+    assert figure.axes[0].get_yscale() == scale
+    assert figure.axes[0].get_ylim()[0] < gap
 
 
 def test_labels_in_figures_are_short_and_different() -> None:

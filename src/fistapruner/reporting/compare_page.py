@@ -141,8 +141,9 @@ def quality_against_sparsity(found: Sequence[Point]) -> Drawing | None:
                 )
         axes.set_xticks(range(len(order)), order)
         axes.set_xlim(-0.4, len(order) - 0.6)
-        axes.set_yscale("log")
-        _plain(axes.yaxis)
+        if min(point.gap for point in found) > 0:  # a logarithmic axis has no place for the others
+            axes.set_yscale("log")
+            _plain(axes.yaxis)
         axes.set_ylabel("gap, nats a token (lower is better)")
         axes.set_xlabel("sparsity")
         style(axes)
