@@ -342,6 +342,20 @@ def test_seeds_are_gathered() -> None:
     assert "</html>" in comparison_page(Comparison())
 
 
+@pytest.mark.parametrize(("gap", "error"), [(None, "out of memory"), (float("inf"), None)])
+def test_a_mean_that_lacks_a_seed_says_so_and_wins_nothing(gap: float | None, error: str | None) -> None:
+    comparison = samples.comparison()
+    row = next(row for row in comparison.rows if row.method == "alps" and row.sparsity == "50%" and row.seed == 1)
+    row.gap, row.error = gap, error
+    found = {(point.method, point.sparsity): point for point in points(comparison.rows)}
+    assert (found["alps", "50%"].seeds, found["alps", "50%"].missing) == (1, 1)
+    text = comparison_page(comparison)
+    assert "0.600 (1 of 2 seeds)</td>" in text
+    assert "0.735 ± 0.007 ★" in text
+    assert "At 50%, sparsegpt has the smallest gap (0.735), then wanda" in text
+    assert "At 70%, alps has the smallest gap" in text
+
+
 @pytest.mark.parametrize(("gap", "scale"), [(0.1, "log"), (0.0, "linear"), (-0.1, "linear")])
 def test_every_gap_has_a_place_in_its_figure(gap: float, scale: str, monkeypatch: pytest.MonkeyPatch) -> None:
     from matplotlib.figure import Figure

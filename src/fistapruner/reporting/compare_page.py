@@ -23,7 +23,8 @@ class Point:
     """A method at one sparsity, over its seeds.
 
     Args:
-        method: its label; ``sparsity``: as written; ``seeds``: how many runs.
+        method: its label; ``sparsity``: as written.
+        seeds: how many runs have a finite gap; ``missing``: how many have none.
         gap: mean of ln(perplexity / dense perplexity); ``spread``: its standard deviation over seeds, 0 for one seed.
         seconds: mean wall time, None if not recorded.
     """
@@ -34,6 +35,12 @@ class Point:
     gap: float
     spread: float
     seconds: float | None
+    missing: int = 0
+
+    @property
+    def runs(self) -> str:
+        """Write how many runs the figures are of: ``3``, or ``2 of 3``."""
+        return f"{self.seeds} of {self.seeds + self.missing}" if self.missing else str(self.seeds)
 
 
 def comparison_page(comparison: Comparison) -> str:
@@ -60,17 +67,18 @@ def comparison_page(comparison: Comparison) -> str:
 
 
 def points(rows: Sequence[CompareRow]) -> list[Point]:
-    """Gather rows with a gap over their seeds, in the order of first appearance."""
+    """Gather rows over their seeds, in the order of first appearance; only groups that have a finite gap."""
     groups: dict[tuple[str, str], list[CompareRow]] = {}
     for row in rows:
-        if row.gap is not None and math.isfinite(row.gap):
-            groups.setdefault((row.label or row.method, row.sparsity), []).append(row)
+        groups.setdefault((row.label or row.method, row.sparsity), []).append(row)
     made = []
     for (method, sparsity), members in groups.items():
-        gaps = [row.gap for row in members if row.gap is not None]
-        seconds = [row.seconds for row in members if row.seconds is not None]
-        spread = stdev(gaps) if len(gaps) > 1 else 0.0
-        made.append(Point(method, sparsity, len(gaps), mean(gaps), spread, mean(seconds) if seconds else None))
+        found = [(row.gap, row.seconds) for row in members if row.gap is not None and math.isfinite(row.gap)]
+        if not found:
+            continue
+        gaps, seconds = [gap for gap, _ in found], [time for _, time in found if time is not None]
+        spread, time = stdev(gaps) if len(gaps) > 1 else 0.0, mean(seconds) if seconds else None
+        made.append(Point(method, sparsity, len(gaps), mean(gaps), spread, time, len(members) - len(gaps)))
     return made
 
 
@@ -93,10 +101,10 @@ def patterns(found: Sequence[Point]) -> list[str]:
 
 
 def verdict(comparison: Comparison, found: Sequence[Point]) -> str:
-    """Say which method has the smallest gap at each sparsity."""
+    """Say which method has the smallest gap at each sparsity, of those whose runs all have one."""
     sentences = []
     for pattern in patterns(found):
-        here = sorted((point for point in found if point.sparsity == pattern), key=lambda point: point.gap)
+        here = sorted(_complete(found, pattern), key=lambda point: point.gap)
         if len(here) > 1:
             best, second = here[:2]
             first = f"At {pattern}, {best.method} has the smallest gap ({best.gap:.3f})"
@@ -158,7 +166,7 @@ def quality_against_sparsity(found: Sequence[Point]) -> Drawing | None:
         heights=(360, 420),
         table=(
             ["method", "sparsity", "seeds", "gap"],
-            [[p.method, p.sparsity, str(p.seeds), with_error(p.gap, p.spread or None, 3)] for p in found],
+            [[p.method, p.sparsity, p.runs, with_error(p.gap, p.spread or None, 3)] for p in found],
         ),
     )
 
@@ -217,14 +225,19 @@ def quality_against_time(found: Sequence[Point], pattern: str) -> Drawing | None
     )
 
 
+def _complete(found: Sequence[Point], pattern: str) -> list[Point]:
+    """Choose the points at a sparsity whose runs all have a gap."""
+    return [point for point in found if point.sparsity == pattern and not point.missing]
+
+
 def _overview(found: Sequence[Point]) -> Table:
     """Tabulate the mean gap by method and sparsity, with its deviation over seeds; ★ marks the smallest."""
     columns = sorted(patterns(found), key=lambda pattern: (_is_nm(pattern), _zeros(pattern)))
-    best = {pattern: min(point.gap for point in found if point.sparsity == pattern) for pattern in columns}
-    cells = {
-        (p.method, p.sparsity): with_error(p.gap, p.spread or None, 3) + (" ★" if p.gap == best[p.sparsity] else "")
-        for p in found
-    }
+    best = {pattern: min((p.gap for p in _complete(found, pattern)), default=None) for pattern in columns}
+    cells = {}
+    for p in found:
+        note = f" ({p.runs} seeds)" if p.missing else " ★" if p.gap == best[p.sparsity] else ""
+        cells[p.method, p.sparsity] = with_error(p.gap, p.spread or None, 3) + note
     methods = list(dict.fromkeys(point.method for point in found))
     short = short_labels(found)
     names = {
