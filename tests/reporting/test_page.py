@@ -337,7 +337,12 @@ def test_seeds_are_gathered() -> None:
     assert found["alps", "50%"].gap == pytest.approx(0.605)
     assert ("fista", "50%") not in found
     text = comparison_page(samples.comparison())
-    assert "out of memory" in text
+    assert '<td class="n">failed</td>' in text
+    assert "<li>failed: fista, 50%, seed 0: out of memory</li>" in text
+    assert text.count("out of memory") == 1
+    assert "± of a gap is one standard deviation over seeds" in text.partition("<footer>")[2]
+    assert "± is one standard error." not in text
+    assert "± is one standard error." in sample_page().partition("<footer>")[2]
     assert "At 50%, alps has the smallest gap (0.605)" in text
     assert "</html>" in comparison_page(Comparison())
 

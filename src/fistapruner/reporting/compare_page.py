@@ -12,6 +12,7 @@ from ..constraints import parse_sparsity
 from ..errors import FistaPrunerError
 from ..runs.records import CompareRow, Comparison
 from ..runtime.formatting import duration, percent, significant, size, with_error
+from .comparison import failures
 from .drawing import INK, SERIES, Drawing, draw, style
 from .evaluation_text import protocol
 from .model_card import base_model_name
@@ -61,7 +62,7 @@ def comparison_page(comparison: Comparison) -> str:
         overview=_overview(found),
         drawings=[drawing for drawing in drawings if drawing is not None],
         results=_results(comparison),
-        warnings=comparison.warnings,
+        warnings=[*comparison.warnings, *(f"failed: {failure}" for failure in failures(comparison))],
         protocol=_protocol(comparison),
     )
 
@@ -278,7 +279,7 @@ def _results(comparison: Comparison) -> Table:
                 row.label or row.method,
                 row.sparsity,
                 str(row.seed),
-                row.error or (with_error(text.perplexity, text.standard_error) if text else "–"),
+                "failed" if row.error else with_error(text.perplexity, text.standard_error) if text else "–",
                 with_error(row.gap, None, 3),
                 with_error(row.divergence.kl, row.divergence.kl_standard_error, 3) if row.divergence else "–",
                 percent(row.relative_error),
