@@ -33,12 +33,13 @@ from fistapruner.reporting.evaluation_text import evaluation_text
 from fistapruner.reporting.layer_errors import hardest, short_names
 from fistapruner.reporting.lineage_text import lineage_lines
 from fistapruner.reporting.model_card import model_card
+from fistapruner.reporting.quality_rows import recovery_rows
 from fistapruner.reporting.recovery_text import closed_text, gain
 from fistapruner.reporting.status_text import status_facts, status_text
 from fistapruner.runs.base import VERSION, parse
 from fistapruner.runs.layer_records import LayerEntry
 from fistapruner.runs.records import Lineage, Report, Stage, StageFigures, load_run
-from fistapruner.runs.results import Divergence, Evaluation
+from fistapruner.runs.results import Divergence, Evaluation, TaskResult
 from fistapruner.runs.steps import StepJournal
 from fistapruner.runtime.formatting import (
     align_columns,
@@ -492,6 +493,28 @@ def test_model_card_of_a_recovery() -> None:
     ):
         assert part in text, part
     assert "/home/someone" not in text
+
+
+def test_scores_before_training_are_those_of_the_same_items() -> None:
+    report = samples.recovery()
+    assert report.recovery is not None
+    before = report.recovery.before[0]  # arc_easy over 2376 items, piqa
+    easy, piqa = before.tasks
+    after = [replace(task, value=task.value + 0.02, p_value=0.5) for task in before.tasks]
+
+    def shown(*tasks: TaskResult) -> tuple[dict[str, str], str]:
+        report.evaluations[1:] = [Evaluation("run/model", "small", tasks=tasks)]
+        return {row[0]: row[2] for row in recovery_rows(report)}, model_card(report)
+
+    page, card = shown(*after)
+    assert (page["arc_easy, acc, %"], page["piqa, acc, %"]) == ("52.0 ± 1.0", "65.5 ± 1.1")
+    assert page["Mean of 2 tasks, %"] == f"{100 * (easy.value + piqa.value) / 2:.1f} ± 0.8"
+    assert "p = 0.500 | 0.5800 ± 0.0101 | 0.5200 ± 0.0102 | 0.5400 ± 0.0102 |" in card
+    for other in ({"items": 100}, {"shots": 5}, {"source": "another file"}, {"metric": "acc_norm"}):
+        page, card = shown(replace(after[0], **other), after[1])
+        assert (page[f"arc_easy, {other.get('metric', 'acc')}, %"], page["piqa, acc, %"]) == ("–", "65.5 ± 1.1")
+        assert page["Mean of 2 tasks, %"] == "–"
+        assert "0.5200 ± 0.0102" not in card
 
 
 def card_parts(report: Report) -> tuple[dict[str, Any], str]:
