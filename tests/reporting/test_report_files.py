@@ -33,6 +33,7 @@ from fistapruner.reporting.evaluation_text import evaluation_text
 from fistapruner.reporting.layer_errors import hardest, short_names
 from fistapruner.reporting.lineage_text import lineage_lines
 from fistapruner.reporting.model_card import model_card
+from fistapruner.reporting.page import verdict
 from fistapruner.reporting.quality_rows import recovery_rows
 from fistapruner.reporting.recovery_text import closed_text, gain
 from fistapruner.reporting.status_text import status_facts, status_text
@@ -515,6 +516,17 @@ def test_scores_before_training_are_those_of_the_same_items() -> None:
         assert (page[f"arc_easy, {other.get('metric', 'acc')}, %"], page["piqa, acc, %"]) == ("–", "65.5 ± 1.1")
         assert page["Mean of 2 tasks, %"] == "–"
         assert "0.5200 ± 0.0102" not in card
+
+
+def test_an_evaluation_of_tasks_alone_hides_no_perplexity() -> None:
+    pruned, recovered = samples.report(), samples.recovery()
+    only_tasks = Evaluation("run/model", "small", tasks=pruned.evaluations[0].tasks)
+    for report in (pruned, recovered):
+        report.evaluations.insert(0, only_tasks)
+    assert "Perplexity on wikitext2 went from 25.32 to 46.53" in verdict(pruned)
+    assert "The most likely next token stayed the same for 62.0 %" in verdict(pruned)
+    assert "of the gap is closed" in verdict(recovered)
+    assert "62.0 ± 0.2 % of the gap" in model_card(recovered)
 
 
 def card_parts(report: Report) -> tuple[dict[str, Any], str]:

@@ -10,7 +10,7 @@ from ..runs.records import Report
 from ..runs.results import Evaluation, TaskResult
 from ..runtime.formatting import count, p_value, percent, short_count, significant, size, with_error
 from .alignment_text import preference_rows, preference_sentence
-from .evaluation_text import item_count
+from .evaluation_text import item_count, on_text
 from .lineage_text import DONE, file_name, lineage_lines
 from .quality_rows import task_before
 from .recovery_text import change_text, closed_text, gain_of, held_out_text
@@ -182,7 +182,7 @@ def _training(report: Report) -> str:
         f" of {plain_markdown(file_name(used.source))}" if used else ""
     )
     text += f" to match {loss.get(found.loss, found.loss)}, with every zero kept."
-    for evaluation in report.evaluations[:1]:
+    if (evaluation := on_text(report.evaluations)) is not None:
         earlier = gain_of(report, evaluation)
         if earlier is not None and earlier[1].closed is not None and evaluation.perplexity is not None:
             closed, data = closed_text(earlier[1]), plain_markdown(evaluation.perplexity.data)
