@@ -215,10 +215,10 @@ def test_errors_of_removed_structure_are_those_that_were_measured() -> None:
 def test_the_lineage_is_shown_stage_by_stage() -> None:
     report = samples.report(2)
     report.lineage = Lineage(
-        source=ModelFacts(source="owner/dense"),
+        source=ModelFacts(source="owner/dense", revision="ab" * 20),
         stages=[Stage(kind="prune", settings={"sparsity": "50%", "method": "wanda"}), Stage(kind="recover")],
     )
-    lines = ("owner/dense", "pruned to 50% with wanda", "recovered")
+    lines = ("owner/dense (revision abababababab)", "pruned to 50% with wanda", "recovered")
     assert [
         unescape(line) for line in re.findall(r"<li>(.*?)</li>", run_page(report).partition("<h3>Lineage</h3>")[2])
     ][:3] == [*lines]

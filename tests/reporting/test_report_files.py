@@ -536,7 +536,7 @@ def card_parts(report: Report) -> tuple[dict[str, Any], str]:
 
 def test_model_card_metadata_and_figures() -> None:
     report = samples.report()
-    report.model.source, report.model.license = "owner/name", "apache-2.0"
+    report.model.source, report.model.revision, report.model.license = "owner/name", "ab" * 20, "apache-2.0"
     report.calibration.source = "/home/someone/secret/c4.jsonl"  # type: ignore[union-attr]
     block, text = card_parts(report)
     assert block["base_model"] == ["owner/name"]
@@ -551,11 +551,12 @@ def test_model_card_metadata_and_figures() -> None:
 
 def test_model_card_of_a_local_model_names_no_folder_of_this_machine() -> None:
     report = Report(recipe={"sparsity": "2:4", "method": "wanda"})
-    report.model.source = "/home/someone/models/mine"
-    block, text = card_parts(report)
-    assert "base_model" not in block
-    assert "/home" not in text
-    assert "# mine, 2:4 sparse" in text
+    for folder in ("/home/someone/models/mine", "models/mine"):
+        report.model.source = folder
+        block, text = card_parts(report)
+        assert "base_model" not in block
+        assert folder.removesuffix("mine") not in text
+        assert "# mine, 2:4 sparse" in text
 
 
 def test_numbers_for_people() -> None:

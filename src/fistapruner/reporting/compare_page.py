@@ -54,7 +54,7 @@ def comparison_page(comparison: Comparison) -> str:
     drawings = [quality_against_sparsity(found), *(quality_against_time(found, pattern) for pattern in patterns(found))]
     return render(
         "compare.html.j2",
-        title=f"Pruning methods on {base_model_name(comparison.model.source) or 'a model'}",
+        title=f"Pruning methods on {base_model_name(comparison.model) or 'a model'}",
         status=comparison.status,
         about=moment(comparison.finished or comparison.started),
         verdict=verdict(comparison, found),

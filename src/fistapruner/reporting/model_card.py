@@ -6,7 +6,7 @@ from typing import Any
 
 from ..recipes.settings import WORKLOAD
 from ..runs.labels import sparsity_label
-from ..runs.records import Report
+from ..runs.records import ModelFacts, Report
 from ..runs.results import Evaluation, TaskResult
 from ..runtime.formatting import count, p_value, percent, short_count, significant, size, with_error
 from .alignment_text import preference_rows, preference_sentence
@@ -70,12 +70,13 @@ def amount(report: Report) -> str:
 
 def base_model(report: Report) -> str:
     """Name the dense model as a card may: a hub id stays, a path of this machine is cut to its last part."""
-    return base_model_name(report.origin.source)
+    return base_model_name(report.origin)
 
 
-def base_model_name(source: str) -> str:
-    """Do the same for the name that a user gave."""
-    is_hub_id = source.count("/") == 1 and not source.startswith((".", "/", "~")) and not source.endswith(".gguf")
+def base_model_name(model: ModelFacts) -> str:
+    """Do the same for a model: only one with a revision comes from the hub, ``models/llama`` may be a folder."""
+    source = model.source
+    is_hub_id = model.revision is not None and source.count("/") == 1 and not source.startswith((".", "/", "~"))
     return source if is_hub_id else source.rstrip("/").rsplit("/", 1)[-1]
 
 
@@ -298,5 +299,5 @@ def _lineage(report: Report) -> list[str]:
     if report.lineage is None or not report.lineage.stages:
         return []
     source = report.lineage.source
-    shown = source.model_copy(update={"source": base_model_name(source.source)})
+    shown = source.model_copy(update={"source": base_model_name(source)})
     return lineage_lines(report.lineage.model_copy(update={"source": shown}))
