@@ -402,6 +402,9 @@ def test_a_held_out_loss_without_bound_survives_the_file(tmp_path: Path) -> None
     report = parse(Report, json.loads(load_run(run).model_dump_json()), "x")
     assert report.recovery is not None
     assert report.recovery.checks[0].held_out == math.inf
+    json.dumps(status_facts(report), allow_nan=False)
+    assert status_facts(report)["held_out"] == [{"step": 0, "loss": None, "kept": True}]
+    assert "held-out loss inf" in status_text(report)
 
 
 def test_a_recovery_is_named_by_what_was_trained_and_by_its_operators() -> None:
