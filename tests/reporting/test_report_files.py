@@ -35,7 +35,7 @@ from fistapruner.reporting.lineage_text import lineage_lines
 from fistapruner.reporting.model_card import model_card
 from fistapruner.reporting.page import verdict
 from fistapruner.reporting.quality_rows import recovery_rows
-from fistapruner.reporting.recovery_text import closed_text, gain
+from fistapruner.reporting.recovery_text import closed_text, gain, text_used
 from fistapruner.reporting.status_text import status_facts, status_text
 from fistapruner.runs.base import VERSION, parse
 from fistapruner.runs.layer_records import LayerEntry
@@ -490,13 +490,14 @@ def test_model_card_of_a_recovery() -> None:
     assert "recovery" in block["tags"]
     for part in (
         "# owner/small, 50% sparse, recovered",
-        "2,551,808 numbers (`lora`) were trained on 246k tokens of c4.jsonl to match the dense model's predictions",
+        "2,551,808 numbers (`lora`) were trained on 246k tokens with loss, from c4.jsonl, to match the dense model's predictions",
         "62.0 ± 0.2 % of the gap",
         "| 25.32 ± 0.51 | 46.53 ± 0.93 | 31.90 ± 0.64 |",
         "recovered: lora, kl, 246k tokens of c4.jsonl",
     ):
         assert part in text, part
     assert "/home/someone" not in text
+    assert text_used(report).endswith("; 246k tokens with loss passed")
 
 
 def test_scores_before_training_are_those_of_the_same_items() -> None:

@@ -179,8 +179,8 @@ def _training(report: Report) -> str:
         "mix": "the dense model's predictions and the text",
     }
     text = f"It was recovered: {count(found.trained)} numbers (`{found.parameters}`) were trained"
-    text += f" on {short_count(found.tokens)} tokens" + (
-        f" of {plain_markdown(file_name(used.source))}" if used else ""
+    text += f" on {short_count(found.tokens)} tokens with loss" + (
+        f", from {plain_markdown(file_name(used.source))}," if used else ""
     )
     text += f" to match {loss.get(found.loss, found.loss)}, with every zero kept."
     if (evaluation := on_text(report.evaluations)) is not None:
