@@ -283,7 +283,7 @@ def recovery(layers: int = 12, *, tasks: bool = False) -> Report:
             ],
             "totals": {**data["totals"], "time_split": {"train": 300.0, "write": 12.0}},
             "lineage": {
-                "source": {**data["model"], "source": "owner/small", "license": "apache-2.0"},
+                "source": {**data["model"], "source": "owner/small", "revision": "ab" * 20, "license": "apache-2.0"},
                 "stages": [stage, {"kind": "recover", "settings": settings, "figures": figures}],
             },
             "plan": [],

@@ -17,8 +17,10 @@ sys.path.insert(0, str(Path(__file__).parent))
 import samples
 
 from fistapruner import reporting
-from fistapruner.reporting.compare_page import Point, comparison_page, points, short_labels
+from fistapruner.reporting import compare_page
+from fistapruner.reporting.compare_page import Point, comparison_page, points, quality_against_sparsity, short_labels
 from fistapruner.reporting.drawing import HEAT_LEVELS
+from fistapruner.reporting.figures import layer_figures
 from fistapruner.reporting.model_card import model_card
 from fistapruner.reporting.page import run_page
 from fistapruner.reporting.structure_text import structure_table
@@ -221,10 +223,10 @@ def test_errors_of_removed_structure_are_those_that_were_measured() -> None:
 def test_the_lineage_is_shown_stage_by_stage() -> None:
     report = samples.report(2)
     report.lineage = Lineage(
-        source=ModelFacts(source="owner/dense"),
+        source=ModelFacts(source="owner/dense", revision="ab" * 20),
         stages=[Stage(kind="prune", settings={"sparsity": "50%", "method": "wanda"}), Stage(kind="recover")],
     )
-    lines = ("owner/dense", "pruned to 50% with wanda", "recovered")
+    lines = ("owner/dense (revision abababababab)", "pruned to 50% with wanda", "recovered")
     assert [
         unescape(line) for line in re.findall(r"<li>(.*?)</li>", run_page(report).partition("<h3>Lineage</h3>")[2])
     ][:3] == [*lines]
@@ -333,15 +335,56 @@ def test_alps_records_are_drawn() -> None:
     assert METHODS["alps"].trace.caption in text
 
 
+def test_figures_tell_operators_with_the_same_last_name_apart() -> None:
+    report = samples.report(2)
+    for layer in report.layers:
+        layer.operators[3].name, layer.operators[6].name = "attn.c_proj", "mlp.c_proj"
+    for drawing in layer_figures(report).values():
+        assert drawing.table is not None
+        named = [cell for row in (drawing.table[0], *drawing.table[1]) for cell in row]
+        assert not any(cell.split()[-1:] == ["c_proj"] for cell in named), drawing.key
+    assert ">attn.c_proj<" in layer_figures(report)["error-map"].wide
+
+
 def test_seeds_are_gathered() -> None:
     found = {(point.method, point.sparsity): point for point in points(samples.comparison().rows)}
     assert found["alps", "50%"].seeds == 2
     assert found["alps", "50%"].gap == pytest.approx(0.605)
     assert ("fista", "50%") not in found
     text = comparison_page(samples.comparison())
-    assert "out of memory" in text
+    assert '<td class="n">failed</td>' in text
+    assert "<li>failed: fista, 50%, seed 0: out of memory</li>" in text
+    assert text.count("out of memory") == 1
+    assert "± of a gap is one standard deviation over seeds" in text.partition("<footer>")[2]
+    assert "± is one standard error." not in text
+    assert "± is one standard error." in sample_page().partition("<footer>")[2]
     assert "At 50%, alps has the smallest gap (0.605)" in text
     assert "</html>" in comparison_page(Comparison())
+
+
+@pytest.mark.parametrize(("gap", "error"), [(None, "out of memory"), (float("inf"), None)])
+def test_a_mean_that_lacks_a_seed_says_so_and_wins_nothing(gap: float | None, error: str | None) -> None:
+    comparison = samples.comparison()
+    row = next(row for row in comparison.rows if row.method == "alps" and row.sparsity == "50%" and row.seed == 1)
+    row.gap, row.error = gap, error
+    found = {(point.method, point.sparsity): point for point in points(comparison.rows)}
+    assert (found["alps", "50%"].seeds, found["alps", "50%"].missing) == (1, 1)
+    text = comparison_page(comparison)
+    assert "0.600 (1 of 2 seeds)</td>" in text
+    assert "0.735 ± 0.007 ★" in text
+    assert "At 50%, sparsegpt has the smallest gap (0.735), then wanda" in text
+    assert "At 70%, alps has the smallest gap" in text
+
+
+@pytest.mark.parametrize(("gap", "scale"), [(0.1, "log"), (0.0, "linear"), (-0.1, "linear")])
+def test_every_gap_has_a_place_in_its_figure(gap: float, scale: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    from matplotlib.figure import Figure
+
+    figure = Figure()
+    monkeypatch.setattr(compare_page, "draw", lambda key, title, plot, **others: plot(figure, 640))
+    quality_against_sparsity([Point("wanda", "10%", 1, gap, 0.0, None), Point("wanda", "50%", 1, 0.8, 0.0, None)])
+    assert figure.axes[0].get_yscale() == scale
+    assert figure.axes[0].get_ylim()[0] < gap
 
 
 def test_labels_in_figures_are_short_and_different() -> None:

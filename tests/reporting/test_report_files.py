@@ -30,15 +30,17 @@ from fistapruner.constraints import parse_sparsity
 from fistapruner.evaluation.scoring import perplexity_of
 from fistapruner.reporting.advice import advice
 from fistapruner.reporting.evaluation_text import evaluation_text
-from fistapruner.reporting.layer_errors import hardest
+from fistapruner.reporting.layer_errors import hardest, short_names
 from fistapruner.reporting.lineage_text import lineage_lines
 from fistapruner.reporting.model_card import model_card
-from fistapruner.reporting.recovery_text import closed_text, gain
+from fistapruner.reporting.page import verdict
+from fistapruner.reporting.quality_rows import recovery_rows
+from fistapruner.reporting.recovery_text import closed_text, gain, text_used
 from fistapruner.reporting.status_text import status_facts, status_text
 from fistapruner.runs.base import VERSION, parse
 from fistapruner.runs.layer_records import LayerEntry
 from fistapruner.runs.records import Lineage, Report, Stage, StageFigures, load_run
-from fistapruner.runs.results import Divergence, Evaluation
+from fistapruner.runs.results import Divergence, Evaluation, TaskResult
 from fistapruner.runs.steps import StepJournal
 from fistapruner.runtime.formatting import (
     align_columns,
@@ -251,6 +253,46 @@ def test_what_dense_weights_would_leave_is_no_operators_loss() -> None:
     assert all(operator.name != "mlp.down_proj" for _, operator in hardest(report.layers, 8))
 
 
+def test_a_run_that_lost_nothing_has_no_layer_or_operator_that_stands_out() -> None:
+    report = samples.report()
+    for operator in (operator for layer in report.layers for operator in layer.operators):
+        operator.relative_error = 0.0
+    assert not any("stand" in line or "loses most" in line for line in advice(report))
+    report.layers[0].operators[0].relative_error = 0.1
+    assert not any("loses most" in line for line in advice(report))
+
+
+def test_operators_with_the_same_last_name_are_told_apart() -> None:
+    report = samples.report()
+    names = ["attn.c_attn", "attn.c_proj", "mlp.c_fc", "mlp.c_proj", "mlp.experts.1.up", "mlp.experts.17.up", "up"]
+    short = ["c_attn", "attn.c_proj", "c_fc", "mlp.c_proj", "experts.1.up", "experts.17.up", "up"]
+    for layer in report.layers:
+        for operator, name in zip(layer.operators, names, strict=True):
+            operator.name, operator.relative_error = name, 0.5 if name == "mlp.c_proj" else 0.1
+    assert short_names(report.layers) == dict(zip(names, short, strict=True))
+    assert any("`--ignore mlp.c_proj` leaves it dense" in line for line in advice(report))
+
+
+def test_calibration_text_is_advised_only_where_the_method_needs_it() -> None:
+    def words(method: str, tokens: int = 32768, **settings: Any) -> str:
+        report = samples.report()
+        report.recipe |= {"method": method, **settings}
+        report.calibration.source, report.calibration.tokens = "python", tokens  # type: ignore[union-attr]
+        return " ".join(advice(report))
+
+    few, other, quick = "calibration tokens are few", "Calibration text was 'python'", "quality drops quickly"
+    assert few in words("sparsegpt", 100)
+    assert other in words("sparsegpt", 100)
+    for text in (few, other, quick):
+        assert text not in words("magnitude", 100) + words("magnitude")
+    assert few in words("magnitude", 100, allocation="owl")
+    assert few in words("magnitude+refit", 100)
+    assert few in words("magnitude", 100, structure={"remove": "25%"})
+    assert quick in words("sparsegpt")
+    assert quick not in words("wanda")
+    assert other in words("wanda")
+
+
 def test_patterns_that_were_chosen_by_error_are_called_mixed() -> None:
     report = samples.report()
     report.recipe |= {"sparsity": "2:4", "allocation": "error:45.4%"}
@@ -360,6 +402,9 @@ def test_a_held_out_loss_without_bound_survives_the_file(tmp_path: Path) -> None
     report = parse(Report, json.loads(load_run(run).model_dump_json()), "x")
     assert report.recovery is not None
     assert report.recovery.checks[0].held_out == math.inf
+    json.dumps(status_facts(report), allow_nan=False)
+    assert status_facts(report)["held_out"] == [{"step": 0, "loss": None, "kept": True}]
+    assert "held-out loss inf" in status_text(report)
 
 
 def test_a_recovery_is_named_by_what_was_trained_and_by_its_operators() -> None:
@@ -445,13 +490,47 @@ def test_model_card_of_a_recovery() -> None:
     assert "recovery" in block["tags"]
     for part in (
         "# owner/small, 50% sparse, recovered",
-        "2,551,808 numbers (`lora`) were trained on 246k tokens of c4.jsonl to match the dense model's predictions",
+        "2,551,808 numbers (`lora`) were trained on 246k tokens with loss, from c4.jsonl, to match the dense model's predictions",
         "62.0 ± 0.2 % of the gap",
         "| 25.32 ± 0.51 | 46.53 ± 0.93 | 31.90 ± 0.64 |",
         "recovered: lora, kl, 246k tokens of c4.jsonl",
     ):
         assert part in text, part
     assert "/home/someone" not in text
+    assert text_used(report).endswith("; 246k tokens with loss passed")
+
+
+def test_scores_before_training_are_those_of_the_same_items() -> None:
+    report = samples.recovery()
+    assert report.recovery is not None
+    before = report.recovery.before[0]  # arc_easy over 2376 items, piqa
+    easy, piqa = before.tasks
+    after = [replace(task, value=task.value + 0.02, p_value=0.5) for task in before.tasks]
+
+    def shown(*tasks: TaskResult) -> tuple[dict[str, str], str]:
+        report.evaluations[1:] = [Evaluation("run/model", "small", tasks=tasks)]
+        return {row[0]: row[2] for row in recovery_rows(report)}, model_card(report)
+
+    page, card = shown(*after)
+    assert (page["arc_easy, acc, %"], page["piqa, acc, %"]) == ("52.0 ± 1.0", "65.5 ± 1.1")
+    assert page["Mean of 2 tasks, %"] == f"{100 * (easy.value + piqa.value) / 2:.1f} ± 0.8"
+    assert "p = 0.500 | 0.5800 ± 0.0101 | 0.5200 ± 0.0102 | 0.5400 ± 0.0102 |" in card
+    for other in ({"items": 100}, {"shots": 5}, {"source": "another file"}, {"metric": "acc_norm"}):
+        page, card = shown(replace(after[0], **other), after[1])
+        assert (page[f"arc_easy, {other.get('metric', 'acc')}, %"], page["piqa, acc, %"]) == ("–", "65.5 ± 1.1")
+        assert page["Mean of 2 tasks, %"] == "–"
+        assert "0.5200 ± 0.0102" not in card
+
+
+def test_an_evaluation_of_tasks_alone_hides_no_perplexity() -> None:
+    pruned, recovered = samples.report(), samples.recovery()
+    only_tasks = Evaluation("run/model", "small", tasks=pruned.evaluations[0].tasks)
+    for report in (pruned, recovered):
+        report.evaluations.insert(0, only_tasks)
+    assert "Perplexity on wikitext2 went from 25.32 to 46.53" in verdict(pruned)
+    assert "The most likely next token stayed the same for 62.0 %" in verdict(pruned)
+    assert "of the gap is closed" in verdict(recovered)
+    assert "62.0 ± 0.2 % of the gap" in model_card(recovered)
 
 
 def card_parts(report: Report) -> tuple[dict[str, Any], str]:
@@ -461,7 +540,7 @@ def card_parts(report: Report) -> tuple[dict[str, Any], str]:
 
 def test_model_card_metadata_and_figures() -> None:
     report = samples.report()
-    report.model.source, report.model.license = "owner/name", "apache-2.0"
+    report.model.source, report.model.revision, report.model.license = "owner/name", "ab" * 20, "apache-2.0"
     report.calibration.source = "/home/someone/secret/c4.jsonl"  # type: ignore[union-attr]
     block, text = card_parts(report)
     assert block["base_model"] == ["owner/name"]
@@ -476,11 +555,12 @@ def test_model_card_metadata_and_figures() -> None:
 
 def test_model_card_of_a_local_model_names_no_folder_of_this_machine() -> None:
     report = Report(recipe={"sparsity": "2:4", "method": "wanda"})
-    report.model.source = "/home/someone/models/mine"
-    block, text = card_parts(report)
-    assert "base_model" not in block
-    assert "/home" not in text
-    assert "# mine, 2:4 sparse" in text
+    for folder in ("/home/someone/models/mine", "models/mine"):
+        report.model.source = folder
+        block, text = card_parts(report)
+        assert "base_model" not in block
+        assert folder.removesuffix("mine") not in text
+        assert "# mine, 2:4 sparse" in text
 
 
 def test_numbers_for_people() -> None:

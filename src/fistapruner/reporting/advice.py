@@ -18,6 +18,7 @@ from ..runs.training_records import Recovery
 from ..runtime.formatting import percent, significant
 from ..sensitivity.error_curves import REACH
 from ..solvers import METHODS
+from .layer_errors import short_names
 
 
 def advice(report: Report) -> list[str]:
@@ -49,6 +50,8 @@ def _layers(report: Report, why_not: str) -> list[str]:
     if len(means) < 4:
         return []
     middle = median(means.values())
+    if not middle:  # nothing was lost: a model that has the pattern already
+        return []
     outliers = sorted((index for index, mean in means.items() if mean > 2 * middle), key=lambda index: -means[index])
     if not outliers:
         ratio = significant(max(means.values()) / middle, 2)
@@ -83,12 +86,12 @@ def _operators(layers: Sequence[LayerEntry], why_not: str) -> list[str]:
     means = {name: sum(errors) / len(errors) for name, errors in kinds.items()}
     middle = median(means.values())
     worst = max(means, key=lambda name: means[name])
-    if means[worst] < 1.8 * middle:
+    if not middle or means[worst] < 1.8 * middle:
         return []
     spread = "" if why_not else "`--allocation error` moves sparsity away from it; "
     return [
         f"{worst} loses most of all operators: {percent(means[worst], 2)} on average, "
-        f"against a median of {percent(middle, 2)}. {spread}`--ignore {worst.rsplit('.', 1)[-1]}` leaves it dense."
+        f"against a median of {percent(middle, 2)}. {spread}`--ignore {short_names(layers)[worst]}` leaves it dense."
     ]
 
 
@@ -125,8 +128,8 @@ def _search(layers: Sequence[LayerEntry]) -> list[str]:
 
 
 def _calibration(report: Report) -> list[str]:
-    used = report.calibration
-    if used is None or not used.tokens:
+    used, alone = report.calibration, _methods_alone(report)
+    if used is None or not used.tokens or alone == {"magnitude"}:
         return []
     found = []
     widest = max((operator.shape[1] for layer in report.layers for operator in layer.operators), default=0)
@@ -135,7 +138,7 @@ def _calibration(report: Report) -> list[str]:
             f"{used.tokens} calibration tokens are few for operators of {widest} inputs: "
             "their Grams are poorly determined. Use more `--samples` or a longer `--seqlen`."
         )
-    elif used.samples < 128:
+    elif used.samples < 128 and alone != {"wanda"}:  # norms of inputs are known from few windows
         found.append(
             f"Calibration used {used.samples} windows; the papers use 128, and quality drops quickly with fewer."
         )
@@ -145,6 +148,17 @@ def _calibration(report: Report) -> list[str]:
             "a better model: `--calibration FILE` or `--calibration c4`."
         )
     return found
+
+
+def _methods_alone(report: Report) -> set[str]:
+    """Return the methods of the chain; none where something else may use calibration text, too."""
+    recipe = report.recipe
+    allocation = recipe.get("allocation", "auto")
+    measured = isinstance(allocation, str) and allocation not in ("auto", "none", "uniform")
+    others = (recipe.get("low_rank"), recipe.get("reconstruct"), recipe.get("permutation") == "channels")
+    if report.structured or measured or any(others):
+        return set()
+    return set(method_label(recipe.get("method", "")).split("+"))
 
 
 def _why_not_uneven(report: Report) -> str:

@@ -12,6 +12,7 @@ from ..constraints import parse_sparsity
 from ..errors import FistaPrunerError
 from ..runs.records import CompareRow, Comparison
 from ..runtime.formatting import duration, percent, significant, size, with_error
+from .comparison import failures
 from .drawing import INK, SERIES, Drawing, draw, style
 from .evaluation_text import protocol
 from .model_card import base_model_name
@@ -23,7 +24,8 @@ class Point:
     """A method at one sparsity, over its seeds.
 
     Args:
-        method: its label; ``sparsity``: as written; ``seeds``: how many runs.
+        method: its label; ``sparsity``: as written.
+        seeds: how many runs have a finite gap; ``missing``: how many have none.
         gap: mean of ln(perplexity / dense perplexity); ``spread``: its standard deviation over seeds, 0 for one seed.
         seconds: mean wall time, None if not recorded.
     """
@@ -34,6 +36,12 @@ class Point:
     gap: float
     spread: float
     seconds: float | None
+    missing: int = 0
+
+    @property
+    def runs(self) -> str:
+        """Write how many runs the figures are of: ``3``, or ``2 of 3``."""
+        return f"{self.seeds} of {self.seeds + self.missing}" if self.missing else str(self.seeds)
 
 
 def comparison_page(comparison: Comparison) -> str:
@@ -46,7 +54,7 @@ def comparison_page(comparison: Comparison) -> str:
     drawings = [quality_against_sparsity(found), *(quality_against_time(found, pattern) for pattern in patterns(found))]
     return render(
         "compare.html.j2",
-        title=f"Pruning methods on {base_model_name(comparison.model.source) or 'a model'}",
+        title=f"Pruning methods on {base_model_name(comparison.model) or 'a model'}",
         status=comparison.status,
         about=moment(comparison.finished or comparison.started),
         verdict=verdict(comparison, found),
@@ -54,23 +62,24 @@ def comparison_page(comparison: Comparison) -> str:
         overview=_overview(found),
         drawings=[drawing for drawing in drawings if drawing is not None],
         results=_results(comparison),
-        warnings=comparison.warnings,
+        warnings=[*comparison.warnings, *(f"failed: {failure}" for failure in failures(comparison))],
         protocol=_protocol(comparison),
     )
 
 
 def points(rows: Sequence[CompareRow]) -> list[Point]:
-    """Gather rows with a gap over their seeds, in the order of first appearance."""
+    """Gather rows over their seeds, in the order of first appearance; only groups that have a finite gap."""
     groups: dict[tuple[str, str], list[CompareRow]] = {}
     for row in rows:
-        if row.gap is not None and math.isfinite(row.gap):
-            groups.setdefault((row.label or row.method, row.sparsity), []).append(row)
+        groups.setdefault((row.label or row.method, row.sparsity), []).append(row)
     made = []
     for (method, sparsity), members in groups.items():
-        gaps = [row.gap for row in members if row.gap is not None]
-        seconds = [row.seconds for row in members if row.seconds is not None]
-        spread = stdev(gaps) if len(gaps) > 1 else 0.0
-        made.append(Point(method, sparsity, len(gaps), mean(gaps), spread, mean(seconds) if seconds else None))
+        found = [(row.gap, row.seconds) for row in members if row.gap is not None and math.isfinite(row.gap)]
+        if not found:
+            continue
+        gaps, seconds = [gap for gap, _ in found], [time for _, time in found if time is not None]
+        spread, time = stdev(gaps) if len(gaps) > 1 else 0.0, mean(seconds) if seconds else None
+        made.append(Point(method, sparsity, len(gaps), mean(gaps), spread, time, len(members) - len(gaps)))
     return made
 
 
@@ -93,10 +102,10 @@ def patterns(found: Sequence[Point]) -> list[str]:
 
 
 def verdict(comparison: Comparison, found: Sequence[Point]) -> str:
-    """Say which method has the smallest gap at each sparsity."""
+    """Say which method has the smallest gap at each sparsity, of those whose runs all have one."""
     sentences = []
     for pattern in patterns(found):
-        here = sorted((point for point in found if point.sparsity == pattern), key=lambda point: point.gap)
+        here = sorted(_complete(found, pattern), key=lambda point: point.gap)
         if len(here) > 1:
             best, second = here[:2]
             first = f"At {pattern}, {best.method} has the smallest gap ({best.gap:.3f})"
@@ -141,8 +150,9 @@ def quality_against_sparsity(found: Sequence[Point]) -> Drawing | None:
                 )
         axes.set_xticks(range(len(order)), order)
         axes.set_xlim(-0.4, len(order) - 0.6)
-        axes.set_yscale("log")
-        _plain(axes.yaxis)
+        if min(point.gap for point in found) > 0:  # a logarithmic axis has no place for the others
+            axes.set_yscale("log")
+            _plain(axes.yaxis)
         axes.set_ylabel("gap, nats a token (lower is better)")
         axes.set_xlabel("sparsity")
         style(axes)
@@ -157,7 +167,7 @@ def quality_against_sparsity(found: Sequence[Point]) -> Drawing | None:
         heights=(360, 420),
         table=(
             ["method", "sparsity", "seeds", "gap"],
-            [[p.method, p.sparsity, str(p.seeds), with_error(p.gap, p.spread or None, 3)] for p in found],
+            [[p.method, p.sparsity, p.runs, with_error(p.gap, p.spread or None, 3)] for p in found],
         ),
     )
 
@@ -216,14 +226,19 @@ def quality_against_time(found: Sequence[Point], pattern: str) -> Drawing | None
     )
 
 
+def _complete(found: Sequence[Point], pattern: str) -> list[Point]:
+    """Choose the points at a sparsity whose runs all have a gap."""
+    return [point for point in found if point.sparsity == pattern and not point.missing]
+
+
 def _overview(found: Sequence[Point]) -> Table:
     """Tabulate the mean gap by method and sparsity, with its deviation over seeds; ★ marks the smallest."""
     columns = sorted(patterns(found), key=lambda pattern: (_is_nm(pattern), _zeros(pattern)))
-    best = {pattern: min(point.gap for point in found if point.sparsity == pattern) for pattern in columns}
-    cells = {
-        (p.method, p.sparsity): with_error(p.gap, p.spread or None, 3) + (" ★" if p.gap == best[p.sparsity] else "")
-        for p in found
-    }
+    best = {pattern: min((p.gap for p in _complete(found, pattern)), default=None) for pattern in columns}
+    cells = {}
+    for p in found:
+        note = f" ({p.runs} seeds)" if p.missing else " ★" if p.gap == best[p.sparsity] else ""
+        cells[p.method, p.sparsity] = with_error(p.gap, p.spread or None, 3) + note
     methods = list(dict.fromkeys(point.method for point in found))
     short = short_labels(found)
     names = {
@@ -264,7 +279,7 @@ def _results(comparison: Comparison) -> Table:
                 row.label or row.method,
                 row.sparsity,
                 str(row.seed),
-                row.error or (with_error(text.perplexity, text.standard_error) if text else "–"),
+                "failed" if row.error else with_error(text.perplexity, text.standard_error) if text else "–",
                 with_error(row.gap, None, 3),
                 with_error(row.divergence.kl, row.divergence.kl_standard_error, 3) if row.divergence else "–",
                 percent(row.relative_error),

@@ -23,7 +23,8 @@ HEADER = (
 def comparison_table(comparison: Comparison) -> str:
     """Write the rows in aligned columns, the protocol above them."""
     table = align_columns([HEADER, *(_cells(row) for row in comparison.rows)])
-    return "\n".join([*protocol(comparison), "", table, *_failures(comparison)])
+    failed = failures(comparison)
+    return "\n".join([*protocol(comparison), "", table, *(["", *failed] if failed else [])])
 
 
 def comparison_markdown(comparison: Comparison) -> str:
@@ -34,7 +35,7 @@ def comparison_markdown(comparison: Comparison) -> str:
         protocol=protocol(comparison),
         head=HEADER,
         rows=[_cells(row) for row in comparison.rows],
-        failures=_failures(comparison),
+        failures=failures(comparison),
     )
 
 
@@ -55,6 +56,15 @@ def protocol(comparison: Comparison) -> list[str]:
     return lines
 
 
+def failures(comparison: Comparison) -> list[str]:
+    """List the rows that failed, and why."""
+    return [
+        f"{row.label or row.method}, {row.sparsity}, seed {row.seed}: {row.error}"
+        for row in comparison.rows
+        if row.error
+    ]
+
+
 def _cells(row: CompareRow) -> tuple[str, ...]:
     share = (
         row.operator_zeros / row.operator_weights if row.operator_weights and row.operator_zeros is not None else None
@@ -71,12 +81,3 @@ def _cells(row: CompareRow) -> tuple[str, ...]:
         size(row.peak_memory),
         ("–" if share is None else f"{100 * share:.4f} %") + row.beside_zeros,
     )
-
-
-def _failures(comparison: Comparison) -> list[str]:
-    failed = [
-        f"{row.label or row.method}, {row.sparsity}, seed {row.seed}: {row.error}"
-        for row in comparison.rows
-        if row.error
-    ]
-    return ["", *failed] if failed else []

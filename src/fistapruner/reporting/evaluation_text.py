@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from ..runs.results import Evaluation, Perplexity, TaskResult
 from ..runtime.formatting import align_columns, duration, p_value, with_error
 
@@ -32,6 +34,11 @@ def evaluation_text(evaluation: Evaluation) -> str:
     rows += [("warning", warning) for warning in evaluation.warnings]
     rows.append(("time", f"{duration(evaluation.seconds)} on {evaluation.device}"))
     return align_columns(rows)
+
+
+def on_text(evaluations: Sequence[Evaluation]) -> Evaluation | None:
+    """Choose the first evaluation that has a perplexity: others are of tasks alone."""
+    return next((evaluation for evaluation in evaluations if evaluation.perplexity is not None), None)
 
 
 def protocol(text: Perplexity) -> str:

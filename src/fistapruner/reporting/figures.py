@@ -16,7 +16,7 @@ from ..runtime.formatting import duration, significant
 from ..solvers import METHODS
 from ..solvers.base import Trace
 from .drawing import HEAT, HEAT_LEVELS, INK, SERIES, SURFACE, Drawing, draw, heat_level, style
-from .layer_errors import hardest, mean_error
+from .layer_errors import hardest, mean_error, short_names
 
 PHASES = ("capture", "gram", "solve", "reconstruct", "io", "write")
 
@@ -34,11 +34,6 @@ def layer_figures(report: Report) -> dict[str, Drawing]:
         time_by_layer(report.layers),
     ]
     return {drawing.key: drawing for drawing in drawings if drawing is not None}
-
-
-def short_name(name: str) -> str:
-    """Shorten ``self_attn.q_proj`` to ``q_proj``, which is unique inside a decoder layer."""
-    return name.rsplit(".", 1)[-1]
 
 
 def error_map(layers: Sequence[LayerEntry]) -> Drawing | None:
@@ -85,6 +80,7 @@ def _map(
     if not values:
         return None
     names = list(dict.fromkeys(operator.name for layer in layers for operator in layer.operators))
+    short: dict[Any, str] = {**short_names(layers)}
     low, high = _log_range(list(values.values()))
     indexes = [layer.index for layer in layers]
 
@@ -107,8 +103,9 @@ def _map(
                     axes.text(column, row, _brief(values[key]), ha="center", va="center", fontsize=9.5, color=color)
         axes.set_xlim(-0.5, len(across) - 0.5)
         axes.set_ylim(len(down) - 0.5, -0.5)
-        _ticks(axes, "x", across, every=1 if not wide else max(1, round(28 / max(cell, 1))), rotate=not wide)
-        _ticks(axes, "y", down, every=1 if wide else max(1, len(down) // 40))
+        names_across, names_down = ([short.get(label, label) for label in labels] for labels in (across, down))
+        _ticks(axes, "x", names_across, every=1 if not wide else max(1, round(28 / max(cell, 1))), rotate=not wide)
+        _ticks(axes, "y", names_down, every=1 if wide else max(1, len(down) // 40))
         axes.set_xlabel("decoder layer" if wide else "")
         axes.set_ylabel("" if wide else "decoder layer")
         style(axes, grid=None)
@@ -128,7 +125,7 @@ def _map(
         heights=(max(150, 70 + 30 * len(names)), max(320, 150 + 15 * len(indexes))),
         full=True,
         table=(
-            ["layer", *(short_name(name) for name in names)],
+            ["layer", *(short[name] for name in names)],
             [[str(index), *(significant(values.get((index, name))) for name in names)] for index in indexes],
         ),
     )
@@ -264,11 +261,12 @@ def chain_errors(layers: Sequence[LayerEntry]) -> Drawing | None:
 
 def solver_path(layers: Sequence[LayerEntry]) -> Drawing | None:
     """Draw how the solver converged on the hardest operators: error by round, and the penalty's path."""
+    short = short_names(layers)
     found = []
     for layer, operator in hardest(layers, 10_000):
         path = next((path for step in operator.steps if (path := solver_records(step)) is not None), None)
         if path is not None:
-            found.append((f"{layer.index} {short_name(operator.name)}", *path))
+            found.append((f"{layer.index} {short[operator.name]}", *path))
     if not found:
         return None
     trace = found[0][1]
@@ -330,12 +328,13 @@ def solver_records(step: dict[str, Any]) -> tuple[Trace, list[float | None], lis
 def spectra(layers: Sequence[LayerEntry]) -> Drawing | None:
     """Draw the eigenvalues of the Grams of the hardest operators."""
     seen: set[tuple[int, int | str]] = set()
+    short = short_names(layers)
     chosen = []
     for layer, operator in hardest(layers, 10_000):
         key = (layer.index, operator.group if operator.group is not None else operator.name)
         if operator.spectrum and operator.spectrum_ranks and key not in seen:
             seen.add(key)
-            chosen.append((f"{layer.index} {short_name(operator.name)}", operator))
+            chosen.append((f"{layer.index} {short[operator.name]}", operator))
         if len(chosen) == 5:
             break
     if not chosen:
@@ -475,7 +474,7 @@ def _scale(axes: Any, low: float, high: float, *, vertical: bool) -> None:
 
 def _ticks(axes: Any, axis: str, labels: Sequence[Any], *, every: int, rotate: bool = False) -> None:
     chosen = range(0, len(labels), every)
-    texts = [short_name(label) if isinstance(label, str) else str(label) for label in (labels[i] for i in chosen)]
+    texts = [str(labels[i]) for i in chosen]
     if axis == "x":
         axes.set_xticks(list(chosen), texts, rotation=90 if rotate else 0)
     else:

@@ -1,7 +1,8 @@
-"""Errors of decoder layers and operators, for pages and for terminal text."""
+"""Errors and short names of decoder layers' operators, for pages and for terminal text."""
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 
 from ..runs.layer_records import LayerEntry, OperatorEntry
@@ -17,3 +18,20 @@ def mean_error(layer: LayerEntry) -> float | None:
     """Return the mean relative error of a layer's operators."""
     errors = [operator.relative_error for operator in layer.operators if operator.relative_error is not None]
     return sum(errors) / len(errors) if errors else None
+
+
+def short_names(layers: Sequence[LayerEntry]) -> dict[str, str]:
+    """Shorten names of operators, ``attn.c_proj`` to ``c_proj``, as far as each still names one of a layer.
+
+    A short name does not begin with a number: of an expert it is ``experts.17.down_proj``.
+    """
+    names = {operator.name for layer in layers for operator in layer.operators}
+    endings = {name: _endings(name) for name in names}
+    found = Counter(ending for several in endings.values() for ending in several)
+    return {name: next((e for e in several if found[e] == 1), name) for name, several in endings.items()}
+
+
+def _endings(name: str) -> list[str]:
+    """List the last parts of a name that do not begin with a number, the shortest first."""
+    parts = name.split(".")
+    return [".".join(parts[place:]) for place in range(len(parts) - 1, -1, -1) if not parts[place].isdigit()]

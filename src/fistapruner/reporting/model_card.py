@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any
 
 from ..recipes.settings import WORKLOAD
 from ..runs.labels import sparsity_label
-from ..runs.records import Report
-from ..runs.results import Evaluation
+from ..runs.records import ModelFacts, Report
+from ..runs.results import Evaluation, TaskResult
 from ..runtime.formatting import count, p_value, percent, short_count, significant, size, with_error
 from .alignment_text import preference_rows, preference_sentence
-from .evaluation_text import item_count
+from .evaluation_text import item_count, on_text
 from .lineage_text import DONE, file_name, lineage_lines
+from .quality_rows import task_before
 from .recovery_text import change_text, closed_text, gain_of, held_out_text
 from .rendering import plain_markdown, render
 from .size_and_speed import low_rank_sentence, size_rows, speed_rows, speeds
@@ -70,12 +70,13 @@ def amount(report: Report) -> str:
 
 def base_model(report: Report) -> str:
     """Name the dense model as a card may: a hub id stays, a path of this machine is cut to its last part."""
-    return base_model_name(report.origin.source)
+    return base_model_name(report.origin)
 
 
-def base_model_name(source: str) -> str:
-    """Do the same for the name that a user gave."""
-    is_hub_id = source.count("/") == 1 and not source.startswith((".", "/", "~")) and not source.endswith(".gguf")
+def base_model_name(model: ModelFacts) -> str:
+    """Do the same for a model: only one with a revision comes from the hub, ``models/llama`` may be a folder."""
+    source = model.source
+    is_hub_id = model.revision is not None and source.count("/") == 1 and not source.startswith((".", "/", "~"))
     return source if is_hub_id else source.rstrip("/").rsplit("/", 1)[-1]
 
 
@@ -178,11 +179,11 @@ def _training(report: Report) -> str:
         "mix": "the dense model's predictions and the text",
     }
     text = f"It was recovered: {count(found.trained)} numbers (`{found.parameters}`) were trained"
-    text += f" on {short_count(found.tokens)} tokens" + (
-        f" of {plain_markdown(file_name(used.source))}" if used else ""
+    text += f" on {short_count(found.tokens)} tokens with loss" + (
+        f", from {plain_markdown(file_name(used.source))}," if used else ""
     )
     text += f" to match {loss.get(found.loss, found.loss)}, with every zero kept."
-    for evaluation in report.evaluations[:1]:
+    if (evaluation := on_text(report.evaluations)) is not None:
         earlier = gain_of(report, evaluation)
         if earlier is not None and earlier[1].closed is not None and evaluation.perplexity is not None:
             closed, data = closed_text(earlier[1]), plain_markdown(evaluation.perplexity.data)
@@ -193,12 +194,16 @@ def _training(report: Report) -> str:
 def _measured(report: Report) -> list[tuple[str, ...]]:
     """List measure, how it was measured, and the values: dense, before recovery, result."""
     rows: list[tuple[str, ...]] = []
+    trained = report.recovery is not None
     for evaluation in report.evaluations:
         earlier = gain_of(report, evaluation)
-        known = {(name, how): value for name, how, _, value in _values([earlier[0]])} if earlier else {}
-        for name, how, dense, value in _values([evaluation]):
-            before = (known.get((name, how), "–"),) if report.recovery is not None else ()
-            rows.append((name, how, dense, *before, value))
+        known = {(name, how): value for name, how, _, value in _text_values(earlier[0])} if earlier else {}
+        for name, how, dense, value in _text_values(evaluation):
+            rows.append((name, how, dense, *((known.get((name, how), "–"),) if trained else ()), value))
+        for task in evaluation.tasks:
+            old = task_before(report, task)
+            name, how, dense, value = _task_values(task)
+            rows.append((name, how, dense, *((_task_values(old)[-1] if old else "–",) if trained else ()), value))
     rows += [(name, how, *values) for name, *values, how in preference_rows(report)]
     if speeds(report):
         before = ("–",) if report.recovery is not None else ()
@@ -209,36 +214,28 @@ def _measured(report: Report) -> list[tuple[str, ...]]:
     return rows
 
 
-def _values(evaluations: Sequence[Evaluation]) -> list[tuple[str, str, str, str]]:
-    """List measure, how it was measured, the value of the dense model and of the evaluated one."""
-    rows = []
-    for evaluation in evaluations:
-        text, dense, damage = evaluation.perplexity, evaluation.reference, evaluation.divergence
-        if text is not None:
-            protocol = (
-                f"{plain_markdown(text.data)} {text.split}, {text.windows} windows of {text.seqlen}, {text.dtype}"
-            )
-            before = with_error(dense.perplexity, dense.standard_error) if dense else "–"
-            rows.append(("perplexity", protocol, before, with_error(text.perplexity, text.standard_error)))
-            if damage is not None:
-                rows.append(
-                    ("KL from dense (nats/token)", protocol, "0", with_error(damage.kl, damage.kl_standard_error, 4))
-                )
-                rows.append(("top-1 agreement", protocol, "100 %", percent(damage.top1_agreement)))
-        for task in evaluation.tasks:
-            before = with_error(task.reference, task.reference_standard_error, 4)
-            note = f"{task.shots}-shot, {item_count(task)}" + (
-                f", {p_value(task.p_value)}" if task.p_value is not None else ""
-            )
-            rows.append(
-                (
-                    f"{plain_markdown(task.task)} ({task.metric})",
-                    note,
-                    before,
-                    with_error(task.value, task.standard_error, 4),
-                )
-            )
+def _text_values(evaluation: Evaluation) -> list[tuple[str, str, str, str]]:
+    """List measure, how it was measured, the value of the dense model and of the evaluated one, on a text."""
+    text, dense, damage = evaluation.perplexity, evaluation.reference, evaluation.divergence
+    if text is None:
+        return []
+    protocol = f"{plain_markdown(text.data)} {text.split}, {text.windows} windows of {text.seqlen}, {text.dtype}"
+    before = with_error(dense.perplexity, dense.standard_error) if dense else "–"
+    rows = [("perplexity", protocol, before, with_error(text.perplexity, text.standard_error))]
+    if damage is not None:
+        rows.append(("KL from dense (nats/token)", protocol, "0", with_error(damage.kl, damage.kl_standard_error, 4)))
+        rows.append(("top-1 agreement", protocol, "100 %", percent(damage.top1_agreement)))
     return rows
+
+
+def _task_values(task: TaskResult) -> tuple[str, str, str, str]:
+    """Write the same of a task."""
+    return (
+        f"{plain_markdown(task.task)} ({task.metric})",
+        f"{task.shots}-shot, {item_count(task)}" + (f", {p_value(task.p_value)}" if task.p_value is not None else ""),
+        with_error(task.reference, task.reference_standard_error, 4),
+        with_error(task.value, task.standard_error, 4),
+    )
 
 
 def _made(report: Report) -> list[str]:
@@ -302,5 +299,5 @@ def _lineage(report: Report) -> list[str]:
     if report.lineage is None or not report.lineage.stages:
         return []
     source = report.lineage.source
-    shown = source.model_copy(update={"source": base_model_name(source.source)})
+    shown = source.model_copy(update={"source": base_model_name(source)})
     return lineage_lines(report.lineage.model_copy(update={"source": shown}))

@@ -12,6 +12,7 @@ from ..runs.training_records import Alignment, Recovery, TextSide
 from ..runtime.formatting import count, duration, pattern, percent, short_count, significant, size, with_error
 from .advice import advice
 from .alignment_text import pairs_text, preference_sentence, references_text
+from .evaluation_text import on_text
 from .figures import layer_figures
 from .figures_quality import quality_figures
 from .figures_recovery import training_figures
@@ -115,7 +116,7 @@ def verdict(report: Report) -> str:
         sentences.append(f"Held-out loss: {losses}.")
     if report.alignment is not None:
         sentences.append(preference_sentence(report))
-    for evaluation in report.evaluations[:1]:
+    if (evaluation := on_text(report.evaluations)) is not None:
         text, dense = evaluation.perplexity, evaluation.reference
         if (earlier := gain_of(report, evaluation)) is not None and text is not None:
             sentences.append(_won(*earlier, evaluation))
@@ -155,7 +156,7 @@ def _tiles(report: Report) -> list[tuple[str, str, str]]:
     """List name, value and note of the figures that matter most."""
     totals = report.totals
     items = []
-    evaluation = next((e for e in report.evaluations if e.perplexity is not None), None)
+    evaluation = on_text(report.evaluations)
     if evaluation is not None and evaluation.perplexity is not None:
         text, dense, earlier = evaluation.perplexity, evaluation.reference, gain_of(report, evaluation)
         note = f"dense {with_error(dense.perplexity, dense.standard_error)}; " if dense is not None else ""

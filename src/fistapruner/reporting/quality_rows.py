@@ -28,9 +28,35 @@ def recovery_rows(report: Report) -> list[tuple[str, ...]]:
         if earlier is not None and earlier[1].closed is not None:
             how = "share of ln(perplexity before / dense), paired over windows"
             rows.append(("Gap closed, %", "", "0", closed_text(earlier[1]).removesuffix(" %"), "", how))
-    before = report.recovery.before if report.recovery else []
     rows += [(name, dense, old, new, "", how) for name, dense, old, new, how in preference_rows(report)]
-    return rows + _beside(_task_rows(report.evaluations), _task_rows(before))
+    tasks = zip(_task_rows(report.evaluations), _scores_before(report), strict=True)
+    return rows + [(name, dense, old, new, change, how) for (name, dense, new, change, how), old in tasks]
+
+
+def task_before(report: Report, task: TaskResult) -> TaskResult | None:
+    """Find the score that a run's input had on the same items of a task."""
+    before = [old for evaluation in report.recovery.before for old in evaluation.tasks] if report.recovery else []
+    return next((old for old in before if _items(old) == _items(task)), None)
+
+
+def _items(task: TaskResult) -> tuple[str, str, int, int, str]:
+    """Return what scores of a task must share to be compared."""
+    return task.task, task.metric, task.items, task.shots, task.source
+
+
+def _scores_before(report: Report) -> list[str]:
+    """Write the scores before training that belong to :func:`_task_rows`, with the mean over the same tasks."""
+    tasks = [task for evaluation in report.evaluations for task in evaluation.tasks]
+    known = {_items(task): task_before(report, task) for task in tasks}
+    scores = [_percentage(old.value, old.standard_error) if (old := known[_items(task)]) else "–" for task in tasks]
+    if len(together := one_metric(tasks)) > 1:
+        before = [old for task in together if (old := known[_items(task)]) is not None]
+        scores.append(_percentage(*mean_score(before)[:2]) if len(before) == len(together) else "–")
+    return scores
+
+
+def _percentage(share: float, error: float) -> str:
+    return with_error(100 * share, 100 * error, 1)
 
 
 def _beside(rows: Sequence[Row], before: Sequence[Row]) -> list[tuple[str, ...]]:
@@ -80,7 +106,7 @@ def _task_rows(evaluations: Sequence[Evaluation]) -> list[Row]:
     for task in tasks:
         before, change, how = "–", "–", f"{task.shots}-shot, {item_count(task)}, {task.source}"
         if task.reference is not None and task.reference_standard_error is not None:
-            before = with_error(100 * task.reference, 100 * task.reference_standard_error, 1)
+            before = _percentage(task.reference, task.reference_standard_error)
             change = points(task.value - task.reference)
             if task.p_value is not None:
                 verdict = "a real difference" if task.significant else "within noise"
@@ -89,7 +115,7 @@ def _task_rows(evaluations: Sequence[Evaluation]) -> list[Row]:
             (
                 f"{task.task}, {task.metric}, %",
                 before,
-                with_error(100 * task.value, 100 * task.standard_error, 1),
+                _percentage(task.value, task.standard_error),
                 change,
                 how,
             )
@@ -100,7 +126,7 @@ def _task_rows(evaluations: Sequence[Evaluation]) -> list[Row]:
         before = with_error(100 * dense_mean, 100 * (dense_error or 0), 1) if dense_mean is not None else "–"
         change = points(mean - dense_mean) if dense_mean is not None else "–"
         how = "unweighted mean over " + ", ".join(f"{task.task} {task.metric}" for task in together)
-        rows.append((f"Mean of {len(together)} tasks, %", before, with_error(100 * mean, 100 * error, 1), change, how))
+        rows.append((f"Mean of {len(together)} tasks, %", before, _percentage(mean, error), change, how))
     return rows
 
 

@@ -143,7 +143,7 @@ def text_used(report: Report) -> str:
         f"{count(windows)} windows{f' ({documents_text(documents)})' if documents else ''} {what}"
         for windows, documents, what in sides
     ]
-    passed = f"; {short_count(found.tokens)} tokens passed" if found.tokens else ""
+    passed = f"; {short_count(found.tokens)} tokens with loss passed" if found.tokens else ""
     return f"{used.source}: {', '.join(shown)}, {used.seqlen} tokens each{passed}"
 
 

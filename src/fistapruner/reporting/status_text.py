@@ -42,8 +42,10 @@ def _step_facts(report: Report, found: Recovery, now: datetime) -> dict[str, Any
     return {
         "steps_done": found.steps,
         "steps": found.asked_steps,
-        "training_loss": sum(recent) / len(recent) if recent else None,
-        "held_out": [{"step": check.step, "loss": check.held_out, "kept": check.kept} for check in found.checks],
+        "training_loss": _finite(sum(recent) / len(recent)) if recent else None,
+        "held_out": [
+            {"step": check.step, "loss": _finite(check.held_out), "kept": check.kept} for check in found.checks
+        ],
         "kept_step": found.kept_step,
         "tokens": found.tokens,
         "seconds_since_last_step": _since(found.last_step, now),
@@ -146,6 +148,11 @@ def _layer_lines(report: Report, found: dict[str, Any]) -> list[str]:
         for layer, time in zip(report.layers, spent, strict=True)
     ]
     return lines + ([align_columns(rows, right=(3,))] if rows else [])
+
+
+def _finite(loss: float) -> float | None:
+    """Return a loss as JSON can have it: None where it is not finite."""
+    return loss if math.isfinite(loss) else None
 
 
 def _since(moment: str | None, now: datetime) -> float | None:

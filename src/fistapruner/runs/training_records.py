@@ -50,7 +50,8 @@ class Recovery(Record):
         trained: numbers that were trained; ``operators``: operators among them.
         steps: optimizer steps taken; ``asked_steps``; ``kept_step``: the step whose weights were written; 0 is the
             input's own.
-        tokens: tokens passed in training; ``windows``, ``held_out_windows``, ``documents``, ``held_out_documents``.
+        tokens: tokens with loss that were passed in training.
+        windows, held_out_windows, documents, held_out_documents: of either side.
         checks: on the held-out windows, in order, that of step 0 first; ``curve``: (step, training loss), at most 500.
         seconds: of steps and checks, all processes; ``last_step``: ISO time of the last step.
         changed: share of the operators' surviving weights that changed; ``change``: largest norm of an operator's
