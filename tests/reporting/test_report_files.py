@@ -490,7 +490,8 @@ def test_model_card_of_a_recovery() -> None:
     assert "recovery" in block["tags"]
     for part in (
         "# owner/small, 50% sparse, recovered",
-        "2,551,808 numbers (`lora`) were trained on 246k tokens with loss, from c4.jsonl, to match the dense model's predictions",
+        "2,551,808 numbers (`lora`) were trained on 246k tokens with loss, from c4.jsonl, to match the dense model's "
+        "predictions",
         "62.0 ± 0.2 % of the gap",
         "| 25.32 ± 0.51 | 46.53 ± 0.93 | 31.90 ± 0.64 |",
         "recovered: lora, kl, 246k tokens of c4.jsonl",
