@@ -1,7 +1,7 @@
 """Write the model of a run as a GGUF file, which llama.cpp runs.
 
 Vocabulary, chat template and architecture are copied from a GGUF file of the dense model: that which the model was made
-from, or --like. A model with fewer channels, heads or experts is faster there; zeros are stored like other weights.
+from, or --like. A model with fewer channels or heads is faster there; zeros are stored like other weights.
 
   fistapruner export runs/small small.gguf
   fistapruner export runs/small small-q8.gguf --values q8_0

@@ -294,7 +294,8 @@ def bench_run(folder: str | Path, *, listener: Listener | None = None, **setting
     Args:
         folder: the run directory.
         listener: receives progress.
-        **settings: as for :func:`fistapruner.sparse.bench.bench`.
+        **settings: ``batch``, ``prompt``, ``tokens``, ``runs``, ``threads``, as for
+            :func:`fistapruner.sparse.bench.bench`.
 
     Raises:
         FistaPrunerError: not a finished run, or it does not fit disk or memory.
