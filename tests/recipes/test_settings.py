@@ -32,7 +32,7 @@ PARALLEL = {"execution": {"executor": "process"}}
         ({"method": "sparsegpt+fista+refit"}, ("dense", 1.0, "none")),
         ({"method": "fista", "propagate": "pruned"}, ("pruned", 1.0, "none")),
         ({"propagate": "dense"}, ("dense", 1.0, "correct")),
-        ({"propagate": "dense", "dense_target": "pruned"}, ("dense", 0.0, "correct")),
+        ({"propagate": "dense", "dense_target": "pruned"}, ("dense", 0.0, "none")),
         ({"residual": "none", "dense_target": "dense"}, ("pruned", 1.0, "none")),
         (PARALLEL, ("dense", 1.0, "correct")),
         ({"method": "alps", **PARALLEL}, ("dense", 1.0, "none")),
@@ -55,7 +55,17 @@ def test_a_residual_correction_without_effect_is_refused() -> None:
     assert alps.resolved(in_parts=True).corrects_drift
     assert Recipe.build({"method": "alps", "residual": "correct", "dense_target": 0.5}).resolved().corrects_drift
     written = Recipe.build({"dense_target": "pruned"}).resolved()
+    assert written.residual == "none"
     assert written.resolved() == written
+    for settings, cause in (
+        ({"dense_target": "pruned"}, "with dense_target pruned"),
+        ({"error_correction": False}, "without error correction"),
+    ):
+        assert Recipe.build(settings).resolved().residual == "none"
+        asked = Recipe.build({"residual": "correct", **settings})
+        with pytest.raises(FistaPrunerError, match=f"residual correct has no effect {cause}: .*leave residual out"):
+            asked.resolved()
+        asked.resolved(earlier={"residual": "correct"})  # a run that has begun goes on
 
 
 def test_a_part_of_the_layers_is_fed_by_the_dense_model() -> None:

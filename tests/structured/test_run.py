@@ -199,6 +199,24 @@ def test_key_value_groups_are_removed(tmp_path: Path, architecture: str, amount:
     assert not inspect_checkpoint(tmp_path / "run").violations
 
 
+def test_without_error_correction_channels_are_measured_with_all_heads(tmp_path: Path) -> None:
+    folder = tiny.save("llama", tmp_path / "model")
+    settings = {"error_correction": False, "propagate": "pruned", "dense_target": 0.0}
+    structure = {"remove": "mlp=25%,heads=1", "multiple": 4}
+    report = fp.prune(str(folder), tmp_path / "run", calibration=SMALL, structure=structure, **settings)
+    mixed = AutoModelForCausalLM.from_pretrained(folder).eval()
+    mixed.model.layers[0] = AutoModelForCausalLM.from_pretrained(tmp_path / "run" / "model").eval().model.layers[0]
+    small = AutoModelForCausalLM.from_pretrained(tmp_path / "run" / "model")
+    before, after = mixed.model.layers[1].mlp, small.model.layers[1].mlp
+    inputs = inputs_of(mixed, "model.layers.1.mlp.down_proj", PruneDirectory(tmp_path / "run").tokens())
+    dropped = inputs.clone()
+    dropped[:, kept_rows(before.up_proj.weight, after.up_proj.weight)] = 0
+    weight = before.down_proj.weight.detach().double()
+    (removal,) = (each for each in report.layers[1].removals if each.consumer == "mlp.down_proj")
+    expected = float((dropped @ weight.T).square().sum() / (inputs @ weight.T).square().sum())
+    assert removal.dropped_error == pytest.approx(expected, rel=1e-3)
+
+
 def test_removed_heads_and_channels_aim_at_the_dense_outputs(tmp_path: Path) -> None:
     """MLP channels are chosen, and both refitted, on the layer without its heads; with zeros on top, too."""
     folder = tiny.save("llama", tmp_path / "model")

@@ -296,17 +296,21 @@ class LayerPasses:
         """
         (operator,) = self._context.layout.layers[self._index][number]
         if number not in self._channels:
-            drifted = number in self._sources
-            self._channels[number] = self._new_channel_sums(number, drifted=drifted)
+            # Without error correction, one pass of the layer as it was serves all units.
+            together = [number] if self._recipe.error_correction else sorted(self._cut.keys() - self._channels)
+            for each in together:
+                self._channels[each] = self._new_channel_sums(each, drifted=each in self._sources)
 
             def add(number: int, start: int, inputs: Tensor) -> None:
-                self._add_channels(number, start, inputs, drifted=drifted)
+                self._add_channels(number, start, inputs, drifted=number in self._sources)
 
             # A replay would keep inputs of the operator that is next, with the channels that go.
             replay = None if self._cut[number] == number else self._replay
             parts = (replay, self._residual if self._first_writer_is_final(number) else None)
             around = [part.around_pass for part in parts if part is not None]
-            self._run(self._streams.seen, watched=Watched([(number, (operator,))], add), around=around)
+            groups = self._context.layout.layers[self._index]
+            watched = Watched([(each, groups[each]) for each in together], add)
+            self._run(self._streams.seen, watched=watched, around=around)
         if self._activations is not None and number not in self.solved:
             self._activations.close(number)
         with self._clock.phase("gram"):

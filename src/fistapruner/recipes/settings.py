@@ -423,13 +423,11 @@ class Recipe(RunRecipe):
         if chosen["dense_target"] == "auto":
             own = chosen["propagate"] == solver.propagate and not goa
             chosen["dense_target"] = solver.dense_target if own else 1.0
-            if chosen["residual"] == "correct" and chosen["dense_target"] == 0:
-                raise FistaPrunerError(
-                    f"residual correct has no effect with method {self.method_name}, whose dense_target auto is 0: "
-                    "give --dense-target dense or a share, or leave residual out"
-                )
+        idle = self._idle_residual(chosen["dense_target"])
+        if self.residual == "correct" and idle and (earlier or {}).get("residual") != "correct":
+            raise FistaPrunerError(f"residual correct has no effect {idle}, or leave residual out")
         if chosen["residual"] == "auto":
-            chosen["residual"] = "none" if solver.auto_keeps_paper_settings or goa else "correct"
+            chosen["residual"] = "none" if idle or solver.auto_keeps_paper_settings or goa else "correct"
         if family is not None:
             before = _method(earlier["method"]) if earlier else ()
             chosen["method"] = tuple(
@@ -439,6 +437,19 @@ class Recipe(RunRecipe):
         if self.workload is not None:
             chosen["allocation"] = WORKLOAD + os.path.abspath(self.workload)
         return self.model_copy(update=chosen)
+
+    def _idle_residual(self, dense_target: float) -> str | None:
+        """Say why a residual correction would have no effect, and what to give instead; None where it has one."""
+        if not self.error_correction:
+            return "without error correction: leave --no-error-correction out"
+        if dense_target > 0:
+            return None
+        whose = (
+            f"method {self.method_name}, whose dense_target auto is 0"
+            if self.dense_target == "auto"
+            else ("dense_target pruned")
+        )
+        return f"with {whose}: give --dense-target dense or a share"
 
     @property
     def method_name(self) -> str:

@@ -102,9 +102,9 @@ class Fista(Method):
         return self.warm_start != "sparsegpt" or SparseGPT().supports(constraint)
 
     def solve(self, problem: LayerProblem, sparsity: Sequence[Constraint], start: Solution | None = None) -> Solution:
-        start = start or self._warm_start(problem, sparsity)
+        given, start = start is not None, start or self._warm_start(problem, sparsity)
         operators = problem.operators()
-        first, warm_up = self._first_round_start(problem, start)
+        first, warm_up = self._first_round_start(problem, start, given)
         lipschitz = largest_eigenvalue(problem.gram)
         searches = [
             self._search(operator, weight, mask)
@@ -152,9 +152,11 @@ class Fista(Method):
             return SparseGPT().solve(problem, sparsity)
         return (Wanda() if self.warm_start == "wanda" else Magnitude()).solve(problem, sparsity)
 
-    def _first_round_start(self, problem: LayerProblem, start: Solution) -> tuple[Tensor, str]:
+    def _first_round_start(self, problem: LayerProblem, start: Solution, given: bool) -> tuple[Tensor, str]:
         """Return the first iterate and its name: the warm start, or the dense weights (candidate: magnitude)."""
-        return (problem.weight, "dense") if self.warm_start == "dense" else (start.weight, self.warm_start)
+        if self.warm_start == "dense":
+            return problem.weight, "dense"
+        return start.weight, "the step before" if given else self.warm_start
 
     def _search(self, operator: LayerProblem, weight: Tensor, mask: Tensor) -> _Search:
         (error,) = operator.errors(weight)
