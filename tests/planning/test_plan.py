@@ -25,7 +25,7 @@ from fistapruner.planning import plan as plan_module
 from fistapruner.planning.footprint import peak_bytes, solve_bytes
 from fistapruner.planning.plan import DEVICE_RESERVE, Fitted, Resources, fit, make_plan, room_for, written
 from fistapruner.planning.probe import Scale, extrapolate, measure_time, time_solve
-from fistapruner.planning.sizes import UNCOUNTED, Choice, Sizes
+from fistapruner.planning.sizes import GENERATING, UNCOUNTED, Choice, Sizes
 from fistapruner.problem import LayerProblem
 from fistapruner.recipes.execution_settings import Execution
 from fistapruner.recipes.loading import merge
@@ -44,7 +44,8 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Model:
 
 
 def sizes(model: Model, **settings: Any) -> Sizes:
-    recipe = Recipe.build({"method": "wanda", "propagate": "dense", **settings}).resolved()
+    fixed = {"method": "wanda", "propagate": "dense", "calibration": {"source": "python"}}
+    recipe = Recipe.build({**fixed, **settings}).resolved()
     return Sizes.measure(model[0], model[1], recipe, allocate(recipe, model[1]), model[2])
 
 
@@ -121,6 +122,28 @@ def test_hidden_states_go_to_disk_before_batches_shrink(model: Model) -> None:
     for workers in (1, 2):  # they read and write files
         apart = recipe.model_copy(update={"execution": Execution(executor="process", workers=workers)})
         assert fit(measured, apart, on_cpu(limits[Choice(16)]), 16, workers).choice.on_disk
+
+
+def test_text_that_the_model_generates_needs_all_of_it(model: Model) -> None:
+    """In one process, whatever the number of workers, with keys, values and logits; other text is the way out."""
+    plain, measured = (replace(sizes(model, calibration={"source": source}), base=0) for source in ("python", "self"))
+    whole = model[0].checkpoint.nbytes
+    assert measured.text > whole
+    assert set(measured.stages(Choice(16))) - set(plain.stages(Choice(16))) == {GENERATING}
+    deep = replace(measured, text=2**30)
+    need = deep.stages(Choice(16))[GENERATING]
+    assert need > 2**30
+    parallel = Recipe.build({"method": "wanda", "propagate": "dense", "execution": {"executor": "process"}}).resolved()
+    assert fit(deep, parallel, on_cpu(need), 16, workers=4).choice.batch_size == 16
+    with pytest.raises(
+        FistaPrunerError,
+        match=r"is not enough: generating text with the whole model needs 1\.08 GiB; give more, or take text instead, "
+        r"such as --calibration c4, python or a file$",
+    ):
+        fit(deep, parallel, on_cpu(need - 1), 16, workers=4)
+    on_gpu = replace(deep, cuda=True)
+    assert on_gpu.stages(Choice(16))[GENERATING] == need
+    assert on_gpu.host_stages(Choice(16))[GENERATING] >= whole
 
 
 @pytest.mark.parametrize("targets", [r"re:layers\.1\.", r"re:layers\.[01]\.mlp"])

@@ -21,6 +21,7 @@ from fistapruner.models.files.checkpoint import Checkpoint
 from fistapruner.models.layerwise import LayerwiseModel
 from fistapruner.pipeline.prepare_training import share_of
 from fistapruner.planning.plan import Resources
+from fistapruner.planning.sizes import GENERATING
 from fistapruner.planning.training_plan import FormPlan, fit, plan_training
 from fistapruner.planning.training_probe import measure_form, measure_model
 from fistapruner.planning.training_sizes import Task, TrainingChoice, TrainingSizes
@@ -219,6 +220,20 @@ def test_a_share_of_the_free_memory_is_no_limit_that_was_given(folder: Path) -> 
     limited = share_of(task_for(folder, execution={"memory_limit": 1}), Ranks(0, 2, local_size=10**7))
     with pytest.raises(FistaPrunerError, match=r"^--memory-limit 1 B is not enough"):
         plan_training(limited)
+
+
+def test_text_that_the_dense_model_generates_is_a_stage(folder: Path) -> None:
+    """What the sentence says is the peak, and what does not fit is refused with the option of the verb."""
+    task = task_for(folder, 2, data={"source": "self", "tokens": 1024, "seqlen": 32})
+    measured = replace(measure_model(replace(task, generator=task.dense)), base=0)
+    assert measured.text > measured.text_weights == task.model.checkpoint.nbytes
+    needs = TrainingSizes(task, replace(measured, text=2**40), measure_form(task))
+    found = planned(needs)
+    assert found.stages[GENERATING] == needs.peak(found.choice) > 2**40
+    assert f"of memory at its peak ({GENERATING})" in found.says[0]
+    refused = planned(needs, needs.peak(found.choice) - 1)
+    assert not refused.fits
+    assert str(refused.refusal).endswith("or take text instead, such as --data c4, python or a file")
 
 
 @pytest.mark.parametrize("settings", [{"optimizer": "mezo"}, {"optimizer": "subzero"}, {"loss": "ce"}])

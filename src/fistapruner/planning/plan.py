@@ -21,6 +21,7 @@ from ..constraints import Constraint
 from ..errors import FistaPrunerError
 from ..models.discovery import Layout
 from ..models.layerwise import LayerwiseModel
+from ..models.whole import other_text
 from ..recipes.settings import Recipe
 from ..recipes.training_settings import TrainingRecipe
 from ..runs.layer_records import LayerEntry
@@ -30,7 +31,7 @@ from ..runtime.formatting import count, percent, size
 from ..runtime.memory import free_device_memory, free_memory, release_device_memory, resident_memory
 from ..structured.units import Widths
 from .probe import measure_time
-from .sizes import UNCOUNTED, Choice, Sizes, low_rank_weights
+from .sizes import GENERATING, UNCOUNTED, Choice, Sizes, low_rank_weights
 
 RESERVE = 0.9
 """Share of the free memory that a run without --memory-limit may use."""
@@ -70,12 +71,13 @@ class Budget(Generic[Settings]):
     Args:
         given: the budget, in messages.
         limit: bytes.
-        sharing: processes that each need the bytes of the stages.
+        sharing: processes that each need the bytes of the stages, but for :data:`~.sizes.GENERATING`.
         stages: peak bytes of every stage, as a function of the choice.
         kind: kind of memory, in messages.
         quantity: row of the report.
         suffix: added to names of stages.
         even: the smallest settings, in messages; ``more``, ``lighter``: advice in messages.
+        option: names the text, in messages.
     """
 
     given: str
@@ -88,6 +90,7 @@ class Budget(Generic[Settings]):
     even: str = "hidden states on disk and one window at a time"
     more: str = "give more"
     lighter: str = "shorten --seqlen, or choose a lighter --method"
+    option: str = "--calibration"
 
     def worst(self, choice: Settings) -> str:
         """Return the stage that needs most."""
@@ -100,15 +103,22 @@ class Budget(Generic[Settings]):
 
     def holds(self, choice: Settings) -> bool:
         """Check whether a run with ``choice`` fits."""
-        return self.peak(choice) * self.sharing <= self.limit
+        return max(self._together(choice).values()) <= self.limit
 
     def refusal(self, choice: Settings) -> FistaPrunerError:
         """Make the error that ``choice`` does not fit."""
+        together = self._together(choice)
+        worst = max(together, key=lambda name: together[name])
+        needs = f"{self.given} is not enough: {worst} needs {size(self.stages(choice)[worst])}"
+        if worst == GENERATING:
+            return FistaPrunerError(f"{needs}; {self.more}, or {other_text(self.option)}")
         shared = f" in each of {self.sharing} workers" if self.sharing > 1 else ""
-        return FistaPrunerError(
-            f"{self.given} is not enough: {self.worst(choice)} needs {size(self.peak(choice))}{shared}, even with "
-            f"{self.even}; {self.more}, {self.lighter}"
-        )
+        return FistaPrunerError(f"{needs}{shared}, even with {self.even}; {self.more}, {self.lighter}")
+
+    def _together(self, choice: Settings) -> dict[str, int]:
+        """Compute what each stage needs in all processes."""
+        stages = self.stages(choice)
+        return {name: each * (1 if name == GENERATING else self.sharing) for name, each in stages.items()}
 
 
 def make_plan(
