@@ -411,7 +411,7 @@ class Sizes:
             layer = self.layer + self.learning
             found["learning which channels stay"] = base + max(layer, self.ends + largest + self.logits)
         if self.measured:
-            states = 0 if self.cuda else self._states_in_memory(choice)
+            states = 0 if self.cuda else self._states_in_memory(choice) + self.metric * self.layers * self.texts
             passed = self.layer + min(choice.batch_size, 4) * max(self.backward, self.forward + self.float_input)
             sums = sum(group.gram * bool(self.backward) + group.weight for group in self.groups)
             if self.reordered:  # scores of the largest operator, twice, and its sampled rows
@@ -485,7 +485,8 @@ class Sizes:
         beside = self.dense_windows(self.samples, batch_size=min(choice.batch_size, self.samples))
         states = whole * self.samples + (self.dense * self.window + self.kept) * workers * beside
         measuring = self._states_measured() * windows_measured(self.samples) * self.window
-        return self.checkpoint + self.pruned + (max(states, measuring) if choice.on_disk else 0)
+        stays = self.checkpoint + self.pruned + self.metric * self.layers
+        return stays + (max(states, measuring) if choice.on_disk else 0)
 
 
 def _differentiate(model: LayerwiseModel, index: int, hidden: Tensor, call: Call) -> None:
