@@ -109,7 +109,9 @@ def test_a_limit_takes_the_first_choice_that_fits(needs: TrainingSizes) -> None:
 def test_given_windows_a_pass_are_kept(folder: Path) -> None:
     needs = sizes(task_for(folder, 6, execution={"batch_size": 4}))
     assert planned(needs, needs.peak(TrainingChoice(4, False, True, True))).choice.batch_size == 4
-    assert not planned(needs, needs.peak(SMALLEST)).fits
+    refused = planned(needs, needs.peak(SMALLEST))
+    assert not refused.fits
+    assert "and 4 windows at a time (--batch-size); give more, lower --batch-size, or shorten" in str(refused.refusal)
 
 
 @pytest.mark.parametrize("parameters", ["lora", "full"])
@@ -212,9 +214,11 @@ def test_a_refusal_names_the_stage_and_what_would_fit(folder: Path) -> None:
     assert "'fistapruner prune --reconstruct STEPS' trains one decoder layer at a time" in str(caught.value)
 
 
-def test_a_share_of_the_free_memory_is_no_limit_that_was_given(folder: Path) -> None:
+def test_a_share_of_the_free_memory_is_no_limit_that_was_given(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Each of several processes plans with its share; a limit that is given is that of one process."""
+    monkeypatch.setattr("fistapruner.pipeline.prepare_training.free_memory", lambda: 2 * 10**7)
     shared = share_of(task_for(folder), Ranks(0, 2, local_size=10**7))
+    assert shared.memory == 1  # a tenth is left free, as by one process
     with pytest.raises(FistaPrunerError, match=r"^the .*B that are each process's share of what is free is not enough"):
         plan_training(shared)
     limited = share_of(task_for(folder, execution={"memory_limit": 1}), Ranks(0, 2, local_size=10**7))
