@@ -142,8 +142,8 @@ def test_the_process_that_starts_workers_is_in_the_budget(model: Model) -> None:
     fit(measured, recipe, on_cpu(need + 2**30), 1, workers=3)
     with pytest.raises(
         FistaPrunerError,
-        match=r"in each of 3 workers beside the 1\.00 GiB of the process that starts them, even with hidden states on "
-        r"disk and one window at a time; give more, take fewer --workers, shorten --seqlen",
+        match=r"in each of 3 workers beside the 1\.00 GiB of the process that starts the workers, even with hidden "
+        r"states on disk and one window at a time; give more, take fewer --workers, shorten --seqlen",
     ):
         fit(measured, recipe, on_cpu(need + 2**30 - 1), 1, workers=3)
 

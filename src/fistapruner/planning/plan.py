@@ -117,7 +117,7 @@ class Budget(Generic[Settings]):
         if worst == GENERATING:
             return FistaPrunerError(f"{needs}; {self.more}, or {other_text(self.option)}")
         shared = f" in each of {self.sharing} workers" if self.sharing > 1 else ""
-        beside = f" beside the {size(self.parent)} of the process that starts them" if self.parent else ""
+        beside = f" beside the {size(self.parent)} of the process that starts the workers" if self.parent else ""
         fewer = "take fewer --workers, " if self.sharing > 1 else ""
         return FistaPrunerError(f"{needs}{shared}{beside}, even with {self.even}; {self.more}, {fewer}{self.lighter}")
 
