@@ -54,7 +54,7 @@ def other_text(option: str) -> str:
 
 
 def _left(device: torch.device, limit: int | None) -> int:
-    """Measure the bytes that this process may still take on a device, within ``limit`` bytes of main memory."""
+    """Measure the bytes that this process may still take, within ``limit`` bytes of main memory."""
     if device.type == "cuda":
         return free_device_memory(device)
     return free_memory() if limit is None else max(0, min(free_memory(), limit - resident_memory()))

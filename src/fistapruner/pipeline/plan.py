@@ -257,7 +257,7 @@ def plan_run(
 
 
 def local_workers(execution: Execution) -> int:
-    """Count the worker processes of an executor on this machine; those of a cluster have machines of their own."""
+    """Count the worker processes on this machine; those of a cluster have their own machines."""
     devices = worker_devices(execution.device, execution.workers, execution.threads)
     if execution.executor == "process":
         return len(devices)

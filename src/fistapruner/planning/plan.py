@@ -359,7 +359,7 @@ def _host_budget(needs: Sizes, recipe: Recipe, limit: int, workers: int, solvers
 
 
 def fewest_windows(count: int) -> tuple[str, str]:
-    """Say the fewest windows in one pass that a plan may choose, and advise fewer; ``count`` is 1 or was given."""
+    """Say the fewest windows in one pass, 1 or as given, and advise fewer."""
     if count == 1:
         return "one window at a time", ""
     return f"{count} windows at a time (--batch-size)", "lower --batch-size, "

@@ -79,13 +79,13 @@ def worker_devices(name: str, workers: int | None, threads: int | None) -> list[
 
 
 def available_cores() -> int:
-    """Count the CPU cores that this process may use: those it may run on, or the quota of its control groups."""
+    """Count the CPU cores that this process may use, within the quota of its control groups."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     return max(1, min([cores, *quotas()]))
 
 
 def quotas(own: Path = OWN_GROUPS, mounted: Path = MOUNTED_GROUPS) -> Iterator[int]:
-    """Yield the cores whose time each control group of this process, and each above it, may use, rounded up.
+    """Yield the cores, rounded up, of each control group of this process and each above it.
 
     Arguments as for :func:`~.memory.control_groups`.
     """

@@ -108,7 +108,7 @@ def left_in_groups(own: Path = OWN_GROUPS, mounted: Path = MOUNTED_GROUPS) -> It
 def control_groups(
     controller: str, own: Path = OWN_GROUPS, mounted: Path = MOUNTED_GROUPS
 ) -> Iterator[tuple[Path, int]]:
-    """Yield the folder of each control group of this process, and of each above it, with its version (1 or 2).
+    """Yield folder and version of each control group of this process, and of each above it.
 
     Args:
         controller: what the groups of version 1 control: ``memory`` or ``cpu``.
