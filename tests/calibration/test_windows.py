@@ -236,10 +236,10 @@ def test_windows_longer_than_a_text_pack_several() -> None:
 def test_a_broken_model_is_named() -> None:
     model = tiny("llama")
     model.model.norm.weight.data.fill_(torch.nan)
-    with pytest.raises(FistaPrunerError, match="LlamaForCausalLM cannot generate calibration text: its logits are NaN"):
+    with pytest.raises(FistaPrunerError, match="LlamaForCausalLM cannot generate text: its logits are NaN"):
         generate_tokens(model, letters_tokenizer(), 2, 8)
     model = tiny("gpt2")
-    with pytest.raises(FistaPrunerError, match="GPT2LMHeadModel cannot generate calibration text"):
+    with pytest.raises(FistaPrunerError, match="GPT2LMHeadModel cannot generate text"):
         generate_tokens(model, letters_tokenizer(), 2, 300)
 
 

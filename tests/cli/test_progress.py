@@ -12,7 +12,7 @@ import pytest
 import tiny
 from fistapruner.cli import progress
 from fistapruner.pipeline.prune import prune
-from fistapruner.runs.layer_records import LayerEntry
+from fistapruner.runs.layer_records import LayerEntry, OperatorEntry
 from fistapruner.runs.listener import Listener
 
 
@@ -120,3 +120,32 @@ def test_a_layer_says_what_is_left(capsys: pytest.CaptureFixture[str]) -> None:
         "1 layer and about 1 h 07 min left",
         "",
     ]
+
+
+def test_layers_that_a_resumed_run_passes_do_not_count_into_the_time_left(capsys: pytest.CaptureFixture[str]) -> None:
+    now = 100.0
+    listener = progress.PlainListener(lambda: now)
+    listener.begin(33, 30)
+    now += 50000.0  # hidden states go through thirty layers
+    for index in range(30, 32):
+        now += 4000.0
+        listener.layer(LayerEntry(index=index, name=f"layers.{index}", seconds={"solve": 4000.0}, operators=[]))
+    lines = capsys.readouterr().err.splitlines()
+    assert [line.partition("; ")[2] for line in lines[1:]] == [
+        "2 layers and about 2 h 13 min left",
+        "1 layer and about 1 h 07 min left",
+    ]
+
+
+def test_each_run_has_a_bar_and_errors_of_its_own() -> None:
+    """A comparison's runs share the listener."""
+    listener = progress.LiveListener()
+    for error in (0.5, 0.25):
+        listener.begin(1, 0)
+        assert [task.description for task in listener._bar.tasks] == [""]
+        operator = OperatorEntry(name="q", shape=(1, 1), sparsity="50%", zeros=0, density=1.0, relative_error=error)
+        listener.layer(LayerEntry(index=0, name="layers.0", seconds={}, operators=[operator]))
+        listener.operators(0, "q", None)
+        assert listener._bar.tasks[0].description == f"0.q, error so far {100 * error:.2f} %"
+        listener.end()
+        assert listener._bar.tasks == []

@@ -15,8 +15,12 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 import fistapruner as fp
 import tiny
 from fistapruner.cli import main
+from fistapruner.evaluation import streaming
 from fistapruner.evaluation.zero_shot import task_result
+from fistapruner.models.files.checkpoint import Checkpoint
+from fistapruner.models.layerwise import LayerwiseModel
 from fistapruner.runs.records import Report
+from fistapruner.runtime.numerics import BUDGETS
 
 TEXT = "it was the best of times, it was the worst of times, it was the age of wisdom. " * 8
 
@@ -73,11 +77,48 @@ def test_dense_and_pruned_see_the_same_tokens(tmp_path: Path, text: Path) -> Non
     assert same.kl < 1e-6
 
 
-def test_blocks_of_windows_change_nothing(tmp_path: Path, text: Path) -> None:
+def test_blocks_of_windows_change_nothing(tmp_path: Path, text: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     folder = tiny.save("llama", tmp_path / "model")
     whole = fp.evaluate(folder, str(text), seqlen=16, batch_size=2).perplexity
-    small = fp.evaluate(folder, str(text), seqlen=16, batch_size=2, memory_limit=4 * 16 * 32 * 4).perplexity
+    monkeypatch.setattr(streaming, "free_memory", lambda: 2 * 4 * 16 * 32 * 4)
+    small = fp.evaluate(folder, str(text), seqlen=16, batch_size=2).perplexity
     assert whole == small
+
+
+def test_hidden_states_take_what_the_models_leave_of_a_limit(
+    tmp_path: Path, text: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And what both models share outside the decoder layers is in memory once; no bit of a figure changes."""
+    folder = tiny.save("llama", tmp_path / "model")
+    model, other = (LayerwiseModel(Checkpoint.open(folder), torch.device("cpu")) for _ in range(2))
+    monkeypatch.setattr(streaming, "resident_memory", lambda: 10**6)
+    blocks: list[int] = []
+    cut = streaming.slices
+
+    def slices(count: int, each: int, budget: int) -> list[tuple[int, int]]:
+        blocks.append(budget)
+        return cut(count, each, budget)
+
+    monkeypatch.setattr(streaming, "slices", slices)
+    tokens = torch.arange(4 * 16).remainder(model.vocabulary).view(4, 16)
+    free = streaming.score_windows(model, tokens, streaming.Passes(1), other)
+    shared: list[bool] = []
+    load = LayerwiseModel._load
+
+    def watched(self: LayerwiseModel, names: list[str], *rest: Any) -> None:
+        load(self, names, *rest)
+        ours, theirs = (each._held("model.embed_tokens.weight") for each in (model, other))
+        if ours is not None and theirs is not None:
+            shared.append(ours.data_ptr() == theirs.data_ptr())
+
+    monkeypatch.setattr(LayerwiseModel, "_load", watched)
+    limit = 10**6 + BUDGETS.head + 3 * model.checkpoint.nbytes
+    limited = streaming.score_windows(model, tokens, streaming.Passes(1, limit), other)
+    layer = sum(math.prod(model.checkpoint.entry(name).shape) for name in model.layer_parameters(0)) * 4
+    outside = model.checkpoint.nbytes - len(model) * layer
+    assert blocks[1] == 3 * model.checkpoint.nbytes - 2 * outside - layer
+    assert set(shared) == {True}
+    assert all(torch.equal(getattr(free, name), getattr(limited, name)) for name in ("nll", "reference_nll", "kl"))
 
 
 def test_models_of_different_vocabulary_are_refused(tmp_path: Path, text: Path) -> None:

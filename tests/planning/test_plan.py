@@ -19,13 +19,13 @@ from fistapruner.errors import FistaPrunerError
 from fistapruner.models.discovery import Layout, discover
 from fistapruner.models.files.checkpoint import Checkpoint
 from fistapruner.models.layerwise import LayerwiseModel
-from fistapruner.pipeline.plan import allocate, plan_model
+from fistapruner.pipeline.plan import allocate, local_workers, plan_model
 from fistapruner.pipeline.prune import prune
 from fistapruner.planning import plan as plan_module
 from fistapruner.planning.footprint import peak_bytes, solve_bytes
 from fistapruner.planning.plan import DEVICE_RESERVE, Fitted, Resources, fit, make_plan, room_for, written
 from fistapruner.planning.probe import Scale, extrapolate, measure_time, time_solve
-from fistapruner.planning.sizes import UNCOUNTED, Choice, Sizes
+from fistapruner.planning.sizes import GENERATING, UNCOUNTED, Choice, Sizes
 from fistapruner.problem import LayerProblem
 from fistapruner.recipes.execution_settings import Execution
 from fistapruner.recipes.loading import merge
@@ -44,7 +44,8 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Model:
 
 
 def sizes(model: Model, **settings: Any) -> Sizes:
-    recipe = Recipe.build({"method": "wanda", "propagate": "dense", **settings}).resolved()
+    fixed = {"method": "wanda", "propagate": "dense", "calibration": {"source": "python"}}
+    recipe = Recipe.build({**fixed, **settings}).resolved()
     return Sizes.measure(model[0], model[1], recipe, allocate(recipe, model[1]), model[2])
 
 
@@ -104,7 +105,7 @@ def test_the_disk_of_workers_files_is_planned(model: Model, tmp_path: Path) -> N
         rows = {row.quantity: row.planned for row in plan_model(folder, Recipe.build(settings), tmp_path).rows}
         return rows["disk"] or 0.0
 
-    serial, process, ray, three = (disk(*how) for how in (("serial", None), ("process", 1), ("ray", None), ("ray", 3)))
+    serial, process, ray, three = (disk(*how) for how in (("serial", None), ("process", 1), ("ray", 1), ("ray", 3)))
     states = 64 * 32 * model[0].width * model[0].dtype.itemsize
     assert process == ray >= serial + 2 * states
     assert three >= ray + 2 * states
@@ -121,6 +122,79 @@ def test_hidden_states_go_to_disk_before_batches_shrink(model: Model) -> None:
     for workers in (1, 2):  # they read and write files
         apart = recipe.model_copy(update={"execution": Execution(executor="process", workers=workers)})
         assert fit(measured, apart, on_cpu(limits[Choice(16)]), 16, workers).choice.on_disk
+
+
+def test_what_is_measured_for_block_reconstruction_is_counted(model: Model) -> None:
+    """The weights of the errors of every layer's output: in memory while they are measured, then in a file."""
+    plain = replace(sizes(model, reconstruct=2, propagate="pruned"), base=0)
+    layer = 4 * model[0].width ** 2
+    assert plain.metric == layer
+    without = replace(plain, metric=0)
+    assert plain.disk(Choice(4), 1) - without.disk(Choice(4), 1) == len(model[0]) * layer
+    more = [each.stages(Choice(4))["measuring the dense model"] for each in (plain, without)]
+    assert more[0] - more[1] == pytest.approx((1 + UNCOUNTED) * len(model[0]) * layer, abs=1)
+
+
+def test_the_process_that_starts_workers_is_in_the_budget(model: Model) -> None:
+    measured = replace(sizes(model), base=2**30)
+    recipe = Recipe.build({"method": "wanda", "propagate": "dense", "execution": {"executor": "process"}}).resolved()
+    need = 3 * peak(measured.stages(Choice(1, on_disk=True, by_operator=True)))
+    fit(measured, recipe, on_cpu(need + 2**30), 1, workers=3)
+    with pytest.raises(
+        FistaPrunerError,
+        match=r"in each of 3 workers beside the 1\.00 GiB of the process that starts the workers, even with hidden "
+        r"states on disk and one window at a time; give more, take fewer --workers, shorten --seqlen",
+    ):
+        fit(measured, recipe, on_cpu(need + 2**30 - 1), 1, workers=3)
+
+
+def test_given_windows_are_named_in_a_refusal(model: Model) -> None:
+    execution = {"batch_size": 4, "memory_limit": 2**20}
+    recipe = Recipe.build({"method": "wanda", "propagate": "dense", "execution": execution}).resolved()
+    for measured, resources in (
+        (sizes(model), on_cpu(2**20)),
+        (replace(sizes(model), cuda=True), Resources(AMPLE, GPU, {GPU: 0}, (GPU,))),
+    ):
+        with pytest.raises(
+            FistaPrunerError,
+            match=r"even with .*4 windows at a time \(--batch-size\); .*, lower --batch-size, shorten --seqlen",
+        ):
+            fit(measured, recipe, resources, 4)
+
+
+def test_workers_of_ray_on_this_machine_share_its_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("fistapruner.pipeline.plan.available_cores", lambda: 8)
+    given = {"executor": "ray", "device": "cpu", "threads": 2}
+    for settings, workers in (
+        ({}, 4),
+        ({"address": "auto", "workers": 3}, 3),
+        ({"workers": 9}, 4),
+        ({"address": "10.0.0.5:6379", "workers": 3}, 1),
+        ({"executor": "serial"}, 1),
+    ):
+        assert local_workers(Execution(**{**given, **settings})) == workers
+
+
+def test_text_that_the_model_generates_needs_all_of_it(model: Model) -> None:
+    """In one process, whatever the number of workers, with keys, values and logits; other text is the way out."""
+    plain, measured = (replace(sizes(model, calibration={"source": source}), base=0) for source in ("python", "self"))
+    whole = model[0].checkpoint.nbytes
+    assert measured.text > whole
+    assert set(measured.stages(Choice(16))) - set(plain.stages(Choice(16))) == {GENERATING}
+    deep = replace(measured, text=2**30)
+    need = deep.stages(Choice(16))[GENERATING]
+    assert need > 2**30
+    parallel = Recipe.build({"method": "wanda", "propagate": "dense", "execution": {"executor": "process"}}).resolved()
+    assert fit(deep, parallel, on_cpu(need), 16, workers=4).choice.batch_size == 16
+    with pytest.raises(
+        FistaPrunerError,
+        match=r"is not enough: generating text with the whole model needs 1\.08 GiB; give more, or take text instead, "
+        r"such as --calibration c4, python or a file$",
+    ):
+        fit(deep, parallel, on_cpu(need - 1), 16, workers=4)
+    on_gpu = replace(deep, cuda=True)
+    assert on_gpu.stages(Choice(16))[GENERATING] == need
+    assert on_gpu.host_stages(Choice(16))[GENERATING] >= whole
 
 
 @pytest.mark.parametrize("targets", [r"re:layers\.1\.", r"re:layers\.[01]\.mlp"])
@@ -255,6 +329,8 @@ def test_both_budgets_bind(model: Model) -> None:
     assert " of GPU memory at its peak" in plan.says[-2]
     assert " of main memory at its peak" in plan.says[-2]
     assert plan.says[-1] == "hidden states between decoder layers: in files"
+    assert written(made, disk=2**20, seconds=7260.0).says[-2].endswith(" of disk, about 2 h 01 min")
+    assert written(made, disk=2**20, seconds=0.84).says[-2].endswith(" of disk, about 840 ms")
 
 
 def test_workers_share_a_gpu(model: Model) -> None:

@@ -21,6 +21,7 @@ from fistapruner.models.files.checkpoint import Checkpoint
 from fistapruner.models.layerwise import LayerwiseModel
 from fistapruner.pipeline.prepare_training import share_of
 from fistapruner.planning.plan import Resources
+from fistapruner.planning.sizes import GENERATING
 from fistapruner.planning.training_plan import FormPlan, fit, plan_training
 from fistapruner.planning.training_probe import measure_form, measure_model
 from fistapruner.planning.training_sizes import Task, TrainingChoice, TrainingSizes
@@ -108,7 +109,9 @@ def test_a_limit_takes_the_first_choice_that_fits(needs: TrainingSizes) -> None:
 def test_given_windows_a_pass_are_kept(folder: Path) -> None:
     needs = sizes(task_for(folder, 6, execution={"batch_size": 4}))
     assert planned(needs, needs.peak(TrainingChoice(4, False, True, True))).choice.batch_size == 4
-    assert not planned(needs, needs.peak(SMALLEST)).fits
+    refused = planned(needs, needs.peak(SMALLEST))
+    assert not refused.fits
+    assert "and 4 windows at a time (--batch-size); give more, lower --batch-size, or shorten" in str(refused.refusal)
 
 
 @pytest.mark.parametrize("parameters", ["lora", "full"])
@@ -211,14 +214,30 @@ def test_a_refusal_names_the_stage_and_what_would_fit(folder: Path) -> None:
     assert "'fistapruner prune --reconstruct STEPS' trains one decoder layer at a time" in str(caught.value)
 
 
-def test_a_share_of_the_free_memory_is_no_limit_that_was_given(folder: Path) -> None:
+def test_a_share_of_the_free_memory_is_no_limit_that_was_given(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Each of several processes plans with its share; a limit that is given is that of one process."""
+    monkeypatch.setattr("fistapruner.pipeline.prepare_training.free_memory", lambda: 2 * 10**7)
     shared = share_of(task_for(folder), Ranks(0, 2, local_size=10**7))
+    assert shared.memory == 1  # a tenth is left free, as by one process
     with pytest.raises(FistaPrunerError, match=r"^the .*B that are each process's share of what is free is not enough"):
         plan_training(shared)
     limited = share_of(task_for(folder, execution={"memory_limit": 1}), Ranks(0, 2, local_size=10**7))
     with pytest.raises(FistaPrunerError, match=r"^--memory-limit 1 B is not enough"):
         plan_training(limited)
+
+
+def test_text_that_the_dense_model_generates_is_a_stage(folder: Path) -> None:
+    """What the sentence says is the peak, and what does not fit is refused with the option of the verb."""
+    task = task_for(folder, 2, data={"source": "self", "tokens": 1024, "seqlen": 32})
+    measured = replace(measure_model(replace(task, generator=task.dense)), base=0)
+    assert measured.text > measured.text_weights == task.model.checkpoint.nbytes
+    needs = TrainingSizes(task, replace(measured, text=2**40), measure_form(task))
+    found = planned(needs)
+    assert found.stages[GENERATING] == needs.peak(found.choice) > 2**40
+    assert f"of memory at its peak ({GENERATING})" in found.says[0]
+    refused = planned(needs, needs.peak(found.choice) - 1)
+    assert not refused.fits
+    assert str(refused.refusal).endswith("or take text instead, such as --data c4, python or a file")
 
 
 @pytest.mark.parametrize("settings", [{"optimizer": "mezo"}, {"optimizer": "subzero"}, {"loss": "ce"}])

@@ -8,7 +8,9 @@ import psutil
 import pytest
 import torch
 
-from fistapruner.runtime import memory
+from fistapruner.execution.executors import default_threads
+from fistapruner.recipes.execution_settings import Execution
+from fistapruner.runtime import devices, memory
 
 V1, V2 = "4:memory:/{}\n3:cpu,cpuacct:/elsewhere\n0::/\n", "0::/{}\n"
 
@@ -53,6 +55,28 @@ def test_free_memory_is_the_least_of_the_machine_and_the_control_groups(tmp_path
     assert memory.free_memory(own, tmp_path) == 3 * 2**20
     group(tmp_path / "job", 2, str(4 * 2**20), 4 * 2**20 + 1, 0)
     assert memory.free_memory(own, tmp_path) == 0
+
+
+@pytest.mark.parametrize("version", [1, 2])
+def test_cores_are_those_of_the_least_quota_above_the_process(tmp_path: Path, version: int) -> None:
+    top = tmp_path / "cpu" if version == 1 else tmp_path
+    own = tmp_path / "cgroup"
+    own.write_text(("4:cpu,cpuacct:/{}\n3:memory:/elsewhere\n0::/\n" if version == 1 else V2).format("docker/abc"))
+    for folder, quota in (("docker", 800_000), ("docker/abc", 150_000), ("", None)):
+        (top / folder).mkdir(parents=True, exist_ok=True)
+        if version == 1:
+            (top / folder / "cpu.cfs_quota_us").write_text(f"{-1 if quota is None else quota}\n")
+            (top / folder / "cpu.cfs_period_us").write_text("100000\n")
+        else:
+            (top / folder / "cpu.max").write_text(f"{'max' if quota is None else quota} 100000\n")
+    assert list(devices.quotas(own, tmp_path)) == [2, 8]
+
+
+def test_a_quota_is_the_number_of_cores_and_of_a_serial_runs_threads(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(devices, "quotas", lambda: [1])
+    assert devices.available_cores() == 1
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 64)
+    assert default_threads(Execution()) == 1
 
 
 def test_the_peak_holds_what_was_held() -> None:

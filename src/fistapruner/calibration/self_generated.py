@@ -64,8 +64,7 @@ def generate_tokens(
     """
     random = torch.Generator().manual_seed(seed)
     vocabulary = _Vocabulary(tokenizer, int(model.config.get_text_config().vocab_size))
-    pieces = math.ceil(seqlen / text_length)
-    length = math.ceil(seqlen / pieces)
+    pieces, length = _texts(seqlen, text_length)
     texts = samples * pieces
     batch = batch_size(model, length)
     parts = []
@@ -82,13 +81,37 @@ def generate_tokens(
 
 def batch_size(model: Any, length: int) -> int:
     """Choose how many texts are generated at once: their keys and values take at most :data:`CACHE_BYTES`."""
+    return max(1, min(MAX_BATCH, CACHE_BYTES // max(_cached_bytes(model, length), 1)))
+
+
+def generation_bytes(model: Any, samples: int, seqlen: int) -> int:
+    """Count the bytes that :func:`generate_tokens` needs beside the weights: keys and values, and logits.
+
+    Args:
+        model: has the config and dtype of the model that generates; it need not be loaded.
+        samples, seqlen: as there.
+    """
+    pieces, length = _texts(seqlen, TEXT_LENGTH)
+    batch = min(batch_size(model, length), samples * pieces)
+    # Of each logit: as computed, in fp32, without forbidden tokens, its probability, and the sum of those in fp64.
+    return batch * (_cached_bytes(model, length) + 6 * 4 * int(model.config.get_text_config().vocab_size))
+
+
+def _texts(seqlen: int, text_length: int) -> tuple[int, int]:
+    """Return the texts of a window, and the tokens of each."""
+    pieces = math.ceil(seqlen / text_length)
+    return pieces, math.ceil(seqlen / pieces)
+
+
+def _cached_bytes(model: Any, length: int) -> int:
+    """Count the bytes of a text's keys and values; 0 of recurrent layers alone, whose state does not grow."""
     config = model.config.get_text_config()
-    if not (queries := named_size(config, "num_attention_heads")):
-        return MAX_BATCH  # recurrent layers alone, whose state does not grow
+    queries = named_size(config, "num_attention_heads") or 0
+    if not queries:
+        return 0
     heads = named_size(config, "num_key_value_heads") or queries
     width = named_size(config, "head_dim") or config.hidden_size // queries
-    cached = 2 * config.num_hidden_layers * int(heads) * int(width) * length * model.dtype.itemsize
-    return int(max(1, min(MAX_BATCH, CACHE_BYTES // max(cached, 1))))
+    return 2 * int(config.num_hidden_layers) * int(heads) * int(width) * length * int(model.dtype.itemsize)
 
 
 class _Vocabulary:
@@ -106,9 +129,7 @@ class _Vocabulary:
         words[len(tokenizer) :] = False
         words[[token for token in special if token < size]] = False
         if not bool(words.any()):
-            raise FistaPrunerError(
-                "the tokenizer has no tokens but special ones: the model cannot generate calibration text"
-            )
+            raise FistaPrunerError("the tokenizer has no tokens but special ones: the model cannot generate text")
         self.forbidden = ~words
         if self.end is not None and self.end < size:
             self.forbidden[self.end] = False
@@ -190,6 +211,5 @@ def _update_in_place(layer: Any, room: int, keys: Tensor, values: Tensor, *_: An
 def _cannot(model: Any, reason: str) -> FistaPrunerError:
     """Make the error that a model cannot generate text."""
     return FistaPrunerError(
-        f"{type(model).__name__} cannot generate calibration text: {reason}; give a text source with --calibration "
-        "instead"
+        f"{type(model).__name__} cannot generate text: {reason}; take text instead, such as c4, python or a file"
     )

@@ -58,7 +58,9 @@ def configure(parser: argparse.ArgumentParser) -> None:
     )
     work.add_argument("--batch-size", type=int, metavar="N", help="windows in one forward pass (default: by device)")
     work.add_argument(
-        "--memory-limit", metavar="SIZE", help="memory that hidden states may take (default: half of what is free)"
+        "--memory-limit",
+        metavar="SIZE",
+        help="main memory that may be used (default: hidden states take half of what is free)",
     )
     add_trust_arguments(parser)
     add_output_arguments(parser)

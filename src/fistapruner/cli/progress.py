@@ -142,6 +142,8 @@ class PlainListener(_WorkListener):
         self.work("the first hidden states")
 
     def layer(self, entry: LayerEntry) -> None:
+        if not self._pruned and (spent := sum(entry.seconds.values())):
+            self._begin = max(self._begin, self._clock() - spent)  # before it, hidden states went through pruned layers
         self._pruned += 1
         self._left -= 1
         left = (self._clock() - self._begin) / self._pruned * self._left
@@ -178,6 +180,7 @@ class LiveListener(_WorkListener):
             super().remind()
 
     def begin(self, layers: int, done: int) -> None:
+        self._errors.clear()
         self._bar.start()
         self._task = self._bar.add_task("", total=layers, completed=done)
 
@@ -194,5 +197,7 @@ class LiveListener(_WorkListener):
 
     def end(self) -> None:
         self._bar.stop()
+        if self._task is not None:
+            self._bar.remove_task(self._task)
         self._task = None
         self.spoken()

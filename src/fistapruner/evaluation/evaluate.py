@@ -68,7 +68,8 @@ def evaluate(
         dtype: precision of the forward passes; ``auto`` is the checkpoint's own, or fp32 on CPUs without matrix units
             for it.
         batch_size: windows in one forward pass.
-        memory_limit: bytes that hidden states may take; default is half of what is free.
+        memory_limit: bytes of main memory that the process may use; hidden states take what the models leave of it, by
+            default half of what is free.
         bos: where BOS tokens stand, see :func:`~fistapruner.evaluation.data.load_windows`.
         allow_pickle: read legacy ``.bin`` weights.
         trust_remote_code: run Python code that comes with a checkpoint.

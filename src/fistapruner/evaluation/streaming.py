@@ -9,6 +9,7 @@ for each block.
 from __future__ import annotations
 
 import logging
+import math
 from contextlib import nullcontext
 from dataclasses import dataclass
 
@@ -19,8 +20,8 @@ from ..activations.store import HiddenStates, scratch_factory
 from ..activations.stream import check_model, forward
 from ..errors import FistaPrunerError
 from ..models.layerwise import LayerwiseModel, Tick
-from ..runtime.memory import free_memory, release_failed_memory
-from ..runtime.numerics import slices, windows_at_once
+from ..runtime.memory import free_memory, release_failed_memory, resident_memory
+from ..runtime.numerics import BUDGETS, slices, windows_at_once
 from .scoring import WindowSums, compare_tokens, score_tokens
 
 log = logging.getLogger("fistapruner")
@@ -33,7 +34,7 @@ class Passes:
     Args:
         batch_size: windows in one forward pass; None takes as many as make about 2,048 tokens on a CPU, 16,384 on a
             GPU.
-        memory_limit: bytes of hidden states; None is half of the free memory.
+        memory_limit: bytes of main memory that the process may use; None takes half of what is free for hidden states.
         tick: receives progress: (what, steps done, steps in all).
     """
 
@@ -64,7 +65,7 @@ def score_windows(
     batch_size = passes.batch(seqlen, model.device)
     models = [model] if reference is None else [model, reference]
     each = sum(seqlen * model.width * model.dtype.itemsize for model in models)
-    budget = passes.memory_limit or free_memory() // 2
+    budget = free_memory() // 2 if passes.memory_limit is None else _left_for_states(models, passes.memory_limit)
     rows: list[tuple[float, ...]] = []
     for start, stop in slices(windows, each, budget):
         block = tokens[start:stop]
@@ -83,6 +84,29 @@ def score_windows(
     if reference is None:
         return WindowSums(columns[0], seqlen - 1)
     return WindowSums(columns[0], seqlen - 1, columns[1], columns[2], columns[3])
+
+
+def _left_for_states(models: list[LayerwiseModel], limit: int) -> int:
+    """Count the bytes that ``limit`` leaves for hidden states.
+
+    Beside them are the process as it is and, unless they are on a GPU, embeddings, final norms and heads of the models,
+    a decoder layer, and a slice of logits.
+    """
+    beside = resident_memory()
+    if models[0].device.type == "cpu":
+        layers = [0]
+        for model in models:
+            inside = [{model.source(name) for name in model.layer_parameters(index)} for index in range(len(model))]
+            outside = set(model.checkpoint.names()).difference(*inside)
+            beside += _nbytes(model, outside)
+            layers += [_nbytes(model, names) for names in inside]
+        beside += max(layers) + BUDGETS.head
+    return max(1, limit - beside)
+
+
+def _nbytes(model: LayerwiseModel, names: set[str]) -> int:
+    """Count the bytes of tensors in the precision of the passes."""
+    return sum(math.prod(model.checkpoint.entry(name).shape) for name in names) * model.dtype.itemsize
 
 
 def _last_hidden(model: LayerwiseModel, tokens: Tensor, batch_size: int, tick: Tick) -> tuple[HiddenStates, int]:
@@ -125,7 +149,7 @@ def _reduce(models: list[LayerwiseModel], states: list[HiddenStates], tokens: Te
     with (
         torch.no_grad(),
         models[0].embeddings_and_head(),
-        models[-1].embeddings_and_head() if len(models) == 2 else nullcontext(),
+        models[-1].embeddings_and_head(like=models[0]) if len(models) == 2 else nullcontext(),
     ):
         heads = [model.head for model in models]
         for window in range(len(tokens)):

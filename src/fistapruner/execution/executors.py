@@ -103,5 +103,5 @@ def default_threads(execution: Execution) -> int:
     if execution.threads:
         return execution.threads
     if execution.executor == "serial":
-        return torch.get_num_threads()
+        return min(torch.get_num_threads(), available_cores())
     return max(1, available_cores() // len(worker_devices(execution.device, execution.workers, None)))

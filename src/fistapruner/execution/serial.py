@@ -59,6 +59,7 @@ def prune_serially(
                 events = replace(events, problem=partial(inspect, index))
             listener.layer(work.prune(index, streams, calls, events, solver))
         else:
+            listener.tick(f"layer {index}, already pruned", 0, 1)
             work.advance(index, streams, calls)
         for store in (dense, pruned):
             if store is not None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -10,44 +9,55 @@ import torch
 from transformers.pytorch_utils import Conv1D
 
 from ..errors import FistaPrunerError, needs_code
-from ..runtime.memory import free_device_memory, free_memory
+from ..runtime.formatting import size
+from ..runtime.memory import free_device_memory, free_memory, resident_memory
 from ..runtime.numerics import pass_dtype
 from .files.checkpoint import Checkpoint
 from .files.low_rank import LowRankAdapter
 
 ROOM = 0.75
-"""Share of the free memory that a whole model may take; the rest is for its forward passes."""
+"""Share of the free memory that a whole model may take where the rest of what it needs is not counted."""
 
 
 def whole_fits(checkpoint: Checkpoint, device: torch.device, limit: int | None = None) -> bool:
-    """Check whether a model fits into :data:`ROOM` of the device's free memory and of ``limit`` bytes."""
-    free = free_device_memory(device) if device.type == "cuda" else min(free_memory(), limit or sys.maxsize)
-    return whole_bytes(checkpoint, device) <= ROOM * free
+    """Check whether a model fits into :data:`ROOM` of what the process may still take; arguments as below."""
+    return whole_bytes(checkpoint, pass_dtype(checkpoint.dtype, device)) <= ROOM * _left(device, limit)
 
 
-def whole_bytes(checkpoint: Checkpoint, device: torch.device) -> int:
+def whole_bytes(checkpoint: Checkpoint, dtype: torch.dtype) -> int:
     """Count the bytes of a model's weights in the precision of its passes."""
-    return checkpoint.nbytes * pass_dtype(checkpoint.dtype, device).itemsize // checkpoint.dtype.itemsize
+    return checkpoint.nbytes * dtype.itemsize // checkpoint.dtype.itemsize
 
 
-def require_whole(checkpoint: Checkpoint, device: torch.device, limit: int | None, purpose: str) -> None:
-    """Refuse to load a model that does not fit.
+def require_whole(nbytes: int, device: torch.device, limit: int | None, option: str) -> None:
+    """Refuse to load a model that generates text if it does not fit.
 
     Args:
-        checkpoint: of the model.
+        nbytes: of its weights, and of what generating needs beside them.
         device: where it would run.
-        limit: bytes that the process may use on the host; None is what is free.
-        purpose: what needs the model, for the message.
+        limit: bytes of main memory that the process may use; None is what is free.
+        option: names the text, for the message: ``--calibration`` or ``--data``.
 
     Raises:
-        FistaPrunerError: names the purpose, the bytes and what to do instead.
+        FistaPrunerError: names the option, the bytes and what to do instead.
     """
-    if not whole_fits(checkpoint, device, limit):
+    if nbytes > (left := _left(device, limit)):
         raise FistaPrunerError(
-            f"{purpose} needs the whole model on {device}, {whole_bytes(checkpoint, device) / 2**30:.2f} GiB, "
-            f"which is more than {ROOM:.0%} of the memory that is free there: "
-            "take text instead, such as --calibration c4, python or a file"
+            f"{option} self needs the whole model on {device}, {size(nbytes)}, and {size(left)} are left there: "
+            f"{other_text(option)}"
         )
+
+
+def other_text(option: str) -> str:
+    """Advise on text that needs no whole model; arguments as for :func:`require_whole`."""
+    return f"take text instead, such as {option} c4, python or a file"
+
+
+def _left(device: torch.device, limit: int | None) -> int:
+    """Measure the bytes that this process may still take, within ``limit`` bytes of main memory."""
+    if device.type == "cuda":
+        return free_device_memory(device)
+    return free_memory() if limit is None else max(0, min(free_memory(), limit - resident_memory()))
 
 
 def load_whole(

@@ -300,14 +300,13 @@ class _Shared:
     def evaluate(self, checkpoint: Path, against: Path | None = None) -> Evaluation:
         """Measure a checkpoint on the windows of the protocol."""
         permissions, protocol = self.source.permissions, self.protocol
-        limit = protocol.memory_limit
         return run_evaluation(
             checkpoint,
             protocol.text,
             against=against,
             device=protocol.device,
             dtype=protocol.asked_dtype,
-            memory_limit=limit and limit // 2,  # as in every run, the other half is for layers and logits
+            memory_limit=protocol.memory_limit,
             tick=self.listener.tick,
             **permissions.keywords(),
         )

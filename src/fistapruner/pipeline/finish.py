@@ -80,6 +80,7 @@ def finish(
     report.totals.checkpoint_bytes = folder_bytes(run.model)
     adapter = report.totals.low_rank_bytes or 0
     disk = folder_bytes(run.journal.folder) + report.totals.checkpoint_bytes + adapter
+    disk += run.metrics_file.stat().st_size if run.metrics_file.is_file() else 0
     report.plan = check_plan(report.plan, report.totals, report.layers, disk)
     update_stage(report)
     run.write_report(report)

@@ -106,7 +106,6 @@ def _evaluate(
     listener: Listener,
 ) -> None:
     """Measure perplexity and divergence, and keep them with the report at once."""
-    limit = execution.memory_limit
     assert report.calibration is not None
     seqlen = request.seqlen or report.calibration.seqlen
     cut = load_windows(request.data, permissions.at(run.model).tokenizer(), seqlen, request.windows)
@@ -114,7 +113,7 @@ def _evaluate(
         "device": execution.device,
         "dtype": report.recipe.get("dtype", "auto"),
         "batch_size": _batch_size(run, report, seqlen, execution),
-        "memory_limit": limit and limit // 2,  # the other half is for a layer of each model and the logits
+        "memory_limit": execution.memory_limit,
         "tick": listener.tick,
         **permissions.keywords(),
     }

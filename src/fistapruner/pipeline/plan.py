@@ -21,9 +21,10 @@ from ..models.files.record import MIN_ZEROS, read_pruning_record, recorded_claim
 from ..models.layerwise import LayerwiseModel
 from ..models.source import Permissions
 from ..planning.plan import Plan, make_plan
+from ..recipes.execution_settings import Execution
 from ..recipes.patterns import matches
 from ..recipes.settings import Recipe
-from ..runtime.devices import cpu_threads, worker_devices
+from ..runtime.devices import available_cores, cpu_threads, worker_devices
 from ..runtime.formatting import count, span
 from ..runtime.numerics import exact_products, windows_at_once
 from ..sensitivity.decision import check_allocation
@@ -250,7 +251,18 @@ def plan_run(
         vocabulary, (recipe.calibration.samples, seqlen), generator=torch.Generator().manual_seed(recipe.seed)
     )
     batch_size = execution.batch_size or windows_at_once(seqlen, model.device)
-    local = execution.executor == "process"
-    workers = len(worker_devices(execution.device, execution.workers, execution.threads)) if local else 1
+    workers = local_workers(execution)
     with cpu_threads(default_threads(execution)), exact_products():
         return make_plan(model, layout, recipe, sparsity, tokens, batch_size, out, workers, widths)
+
+
+def local_workers(execution: Execution) -> int:
+    """Count the worker processes on this machine; those of a cluster have their own machines."""
+    devices = worker_devices(execution.device, execution.workers, execution.threads)
+    if execution.executor == "process":
+        return len(devices)
+    if execution.executor == "serial" or execution.address not in (None, "auto"):
+        return 1
+    room = available_cores() // default_threads(execution)  # as Ray places them
+    room = min(room, torch.cuda.device_count()) if devices[0].type == "cuda" else room
+    return max(1, min(execution.workers or room, room))

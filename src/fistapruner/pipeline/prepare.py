@@ -14,11 +14,12 @@ from typing import Any
 from torch import Tensor
 
 from ..calibration import SELF, calibration_tokens
+from ..calibration.self_generated import generation_bytes
 from ..errors import FistaPrunerError
 from ..execution.executors import default_threads
 from ..models.layerwise import LayerwiseModel
 from ..models.source import ModelSource
-from ..models.whole import load_whole, require_whole
+from ..models.whole import load_whole, require_whole, whole_bytes
 from ..planning.sizes import Choice
 from ..recipes.settings import Recipe
 from ..runs.decision import Numerics, PruneDecision, PruneRecord
@@ -135,8 +136,8 @@ def draw_calibration(run: PruneDirectory, request: RunRequest, inputs: Inputs, l
     listener.say(f"calibration: {settings.samples} windows of {seqlen} tokens from {settings.name}")
 
     def load_model() -> Any:
-        limit = request.recipe.execution.memory_limit
-        require_whole(model.checkpoint, model.device, limit, "--calibration self")
+        nbytes = whole_bytes(model.checkpoint, model.dtype) + generation_bytes(model, settings.samples, seqlen)
+        require_whole(nbytes, model.device, request.recipe.execution.memory_limit, "--calibration")
         trusted = inputs.source.trust_remote_code
         return load_whole(inputs.source.folder, model.device, model.dtype, trust_remote_code=trusted)
 

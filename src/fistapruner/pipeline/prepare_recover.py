@@ -7,9 +7,10 @@ from pathlib import Path
 from typing import Any
 
 from ..calibration import SELF
+from ..calibration.self_generated import generation_bytes
 from ..calibration.training_text import TrainingText, order, shared_documents, training_text
 from ..evaluation.data import evaluation_documents
-from ..models.whole import load_whole, require_whole
+from ..models.whole import load_whole, require_whole, whole_bytes
 from ..planning.training_sizes import Task
 from ..recipes.recover_settings import RecoverRecipe
 from ..runs.identity import stamps
@@ -84,7 +85,9 @@ def cut_text(
         listener.say(f"training text: {data.tokens} tokens in windows of {inputs.seqlen} from {', '.join(texts)}")
 
         def load_model() -> Any:
-            require_whole(generator.checkpoint, generator.device, inputs.recipe.execution.memory_limit, "--data self")
+            nbytes = whole_bytes(generator.checkpoint, generator.dtype)
+            nbytes += generation_bytes(generator, max(1, data.tokens // inputs.seqlen), inputs.seqlen)
+            require_whole(nbytes, generator.device, inputs.recipe.execution.memory_limit, "--data")
             source = inputs.dense_source or inputs.source
             trusted = source.trust_remote_code
             return load_whole(source.folder, generator.device, generator.dtype, trust_remote_code=trusted)

@@ -10,6 +10,7 @@ from ..calibration.training_text import TrainingText
 from ..errors import FistaPrunerError
 from ..execution.executors import default_threads
 from ..execution.training import identity
+from ..planning.plan import RESERVE
 from ..planning.training_plan import plan_training
 from ..planning.training_sizes import Task, TrainingChoice
 from ..recipes.training_settings import TrainingRecipe
@@ -70,7 +71,7 @@ def share_of(task: Task, ranks: Ranks) -> Task:
             f"{name} is {parts} for {ranks.size} processes, and each needs at least one {what} of a step: give "
             f"--{name.replace('_', '-')} {ranks.size} or more"
         )
-    memory = None if execution.memory_limit else free_memory() // ranks.local_size
+    memory = None if execution.memory_limit else int(free_memory() * RESERVE) // ranks.local_size
     threads = execution.threads or max(1, available_cores() // ranks.local_size)
     recipe = task.recipe.model_copy(update={"execution": execution.model_copy(update={"threads": threads})})
     return replace(task, recipe=recipe, step_windows=parts // ranks.size * task.together, memory=memory)

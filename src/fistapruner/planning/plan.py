@@ -21,16 +21,18 @@ from ..constraints import Constraint
 from ..errors import FistaPrunerError
 from ..models.discovery import Layout
 from ..models.layerwise import LayerwiseModel
+from ..models.whole import other_text
+from ..recipes.execution_settings import Execution
 from ..recipes.settings import Recipe
 from ..recipes.training_settings import TrainingRecipe
 from ..runs.layer_records import LayerEntry
 from ..runs.records import PlanRow, Totals
 from ..runtime.devices import free_memory_of_gpus, worker_devices
-from ..runtime.formatting import count, percent, size
+from ..runtime.formatting import count, duration, percent, size
 from ..runtime.memory import free_device_memory, free_memory, release_device_memory, resident_memory
 from ..structured.units import Widths
 from .probe import measure_time
-from .sizes import UNCOUNTED, Choice, Sizes, low_rank_weights
+from .sizes import GENERATING, UNCOUNTED, Choice, Sizes, low_rank_weights
 
 RESERVE = 0.9
 """Share of the free memory that a run without --memory-limit may use."""
@@ -70,24 +72,29 @@ class Budget(Generic[Settings]):
     Args:
         given: the budget, in messages.
         limit: bytes.
-        sharing: processes that each need the bytes of the stages.
+        sharing: processes that each need the bytes of the stages, but for :data:`~.sizes.GENERATING`.
         stages: peak bytes of every stage, as a function of the choice.
+        even: the smallest settings, in messages.
         kind: kind of memory, in messages.
         quantity: row of the report.
         suffix: added to names of stages.
-        even: the smallest settings, in messages; ``more``, ``lighter``: advice in messages.
+        more, lighter: advice in messages.
+        option: names the text, in messages.
+        parent: bytes of the process that starts the sharing ones, beside them.
     """
 
     given: str
     limit: int
     sharing: int
     stages: Callable[[Settings], dict[str, int]]
+    even: str
     kind: str = "memory"
     quantity: str = MEMORY
     suffix: str = ""
-    even: str = "hidden states on disk and one window at a time"
     more: str = "give more"
     lighter: str = "shorten --seqlen, or choose a lighter --method"
+    option: str = "--calibration"
+    parent: int = 0
 
     def worst(self, choice: Settings) -> str:
         """Return the stage that needs most."""
@@ -100,15 +107,26 @@ class Budget(Generic[Settings]):
 
     def holds(self, choice: Settings) -> bool:
         """Check whether a run with ``choice`` fits."""
-        return self.peak(choice) * self.sharing <= self.limit
+        return max(self._together(choice).values()) <= self.limit
 
     def refusal(self, choice: Settings) -> FistaPrunerError:
         """Make the error that ``choice`` does not fit."""
+        together = self._together(choice)
+        worst = max(together, key=lambda name: together[name])
+        needs = f"{self.given} is not enough: {worst} needs {size(self.stages(choice)[worst])}"
+        if worst == GENERATING:
+            return FistaPrunerError(f"{needs}; {self.more}, or {other_text(self.option)}")
         shared = f" in each of {self.sharing} workers" if self.sharing > 1 else ""
-        return FistaPrunerError(
-            f"{self.given} is not enough: {self.worst(choice)} needs {size(self.peak(choice))}{shared}, even with "
-            f"{self.even}; {self.more}, {self.lighter}"
-        )
+        beside = f" beside the {size(self.parent)} of the process that starts the workers" if self.parent else ""
+        fewer = "take fewer --workers, " if self.sharing > 1 else ""
+        return FistaPrunerError(f"{needs}{shared}{beside}, even with {self.even}; {self.more}, {fewer}{self.lighter}")
+
+    def _together(self, choice: Settings) -> dict[str, int]:
+        """Compute what each stage needs in all processes."""
+        stages = self.stages(choice)
+        return {
+            name: each if name == GENERATING else each * self.sharing + self.parent for name, each in stages.items()
+        }
 
 
 def make_plan(
@@ -237,7 +255,7 @@ def fit(needs: Sizes, recipe: Recipe, resources: Resources, batch_size: int, wor
     solvers, workers = (workers, 1) if sequential and workers > 1 else (0, workers)
     budgets = [_host_budget(needs, recipe, resources.limit, workers, solvers)]
     if needs.cuda:
-        budgets.append(_device_budget(needs, resources, workers, solvers))
+        budgets.append(_device_budget(needs, recipe.execution, resources, workers, solvers))
         if solvers:
             _check_other_gpus(needs, resources)
     choices = _choices(batch_size, recipe, needs.cuda)
@@ -272,12 +290,12 @@ def written(fitted: Fitted, disk: int, seconds: float | None) -> Plan:
     rows.append(PlanRow(quantity=DISK, unit="bytes", planned=disk))
     if seconds is not None:
         rows.append(PlanRow(quantity=TIME, unit="seconds", planned=seconds))
-    duration = "" if seconds is None else f", about {seconds / fitted.workers / 60:.1f} min"
+    time = "" if seconds is None else f", about {duration(seconds / fitted.workers)}"
     peaks = ", ".join(
         f"{size(budget.peak(chosen))} of {budget.kind} at its peak ({budget.worst(chosen)})" for budget in budgets
     )
     says = [] if fitted.changed is None else [fitted.changed]
-    says.append(f"plan: {peaks}, {size(disk)} of disk{duration}")
+    says.append(f"plan: {peaks}, {size(disk)} of disk{time}")
     if len(budgets) > 1:
         place = "in files" if chosen.on_disk else "in the GPU's memory" if chosen.on_device else "in main memory"
         says.append(f"hidden states between decoder layers: {place}")
@@ -314,8 +332,19 @@ def check_plan(
 def _host_budget(needs: Sizes, recipe: Recipe, limit: int, workers: int, solvers: int) -> Budget[Choice]:
     """Make the budget of main memory, for a run on a CPU or beside a GPU."""
     given = f"--memory-limit {size(limit)}" if recipe.execution.memory_limit else f"the {size(limit)} that are free"
+    parent = needs.base if _in_files(recipe) else 0
+    windows, lower = fewest_windows(recipe.execution.batch_size or 1)
+    even, lighter = f"hidden states on disk and {windows}", f"{lower}{Budget.lighter}"
     if not needs.cuda:
-        return Budget(given, limit, workers, lambda choice: needs.stages(choice, solvers))
+        return Budget(
+            given,
+            limit,
+            workers,
+            lambda choice: needs.stages(choice, solvers),
+            even=even,
+            lighter=lighter,
+            parent=parent,
+        )
     return Budget(
         given if recipe.execution.memory_limit else f"{given} of main memory",
         limit,
@@ -323,16 +352,29 @@ def _host_budget(needs: Sizes, recipe: Recipe, limit: int, workers: int, solvers
         lambda choice: needs.host_stages(choice, solvers),
         kind="main memory",
         suffix=" (main memory)",
+        even=even,
+        lighter=lighter,
+        parent=parent,
     )
 
 
-def _device_budget(needs: Sizes, resources: Resources, workers: int, solvers: int) -> Budget[Choice]:
+def fewest_windows(count: int) -> tuple[str, str]:
+    """Say the fewest windows in one pass, 1 or as given, and advise fewer."""
+    if count == 1:
+        return "one window at a time", ""
+    return f"{count} windows at a time (--batch-size)", "lower --batch-size, "
+
+
+def _device_budget(
+    needs: Sizes, execution: Execution, resources: Resources, workers: int, solvers: int
+) -> Budget[Choice]:
     """Make the budget of the GPU with least free memory for each worker, or of this process's GPU."""
     together = Counter(resources.places if max(workers, solvers) > 1 else [resources.device])
     beside = max(together.values()) if solvers else 0
     shares = {resources.device: 1} if solvers else together
     free = {place: max(0, resources.free[place] - DEVICE_RESERVE * (beside + shares[place])) for place in shares}
     least = min(free, key=lambda place: free[place] / shares[place])
+    windows, lower = fewest_windows(execution.batch_size or 1)
     return Budget(
         f"the {size(free[least])} that are free on {least}",
         free[least],
@@ -340,8 +382,9 @@ def _device_budget(needs: Sizes, resources: Resources, workers: int, solvers: in
         lambda choice: needs.stages(choice, beside),
         kind="GPU memory",
         quantity=DEVICE,
-        even="one window at a time",
+        even=windows,
         more="free some of it",
+        lighter=f"{lower}{Budget.lighter}",
     )
 
 

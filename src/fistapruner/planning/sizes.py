@@ -16,10 +16,13 @@ import torch
 from torch import Tensor
 
 from ..activations.replay import kept_projections
+from ..calibration import SELF
+from ..calibration.self_generated import generation_bytes
 from ..constraints import Constraint
 from ..models.coupling import named_size
 from ..models.discovery import Group, Layout
 from ..models.layerwise import Call, LayerwiseModel
+from ..models.whole import whole_bytes
 from ..problem import DriftFrom
 from ..pruning.context import fitted_groups, narrowed_groups, solved_groups
 from ..pruning.drift import dense_windows, drift_sources, kept_width
@@ -67,6 +70,10 @@ UNCOUNTED = 1 / 12
 
 Measured: the peak of 7B shapes is 7 % above the count without it (``benchmarks/memory.py large``).
 """
+
+
+GENERATING = "generating text with the whole model"
+"""Name of a stage of the process that starts the workers, before there are any."""
 
 
 class GroupSizes(NamedTuple):
@@ -166,6 +173,12 @@ class Sizes:
     """Metric of one layer's output errors in block reconstruction, in main memory; 0 without."""
 
     logits: int
+    text: int
+    """The whole model and what generating text takes beside its weights; 0 where it generates none."""
+
+    text_weights: int
+    """Its weights alone, which go through main memory on their way to a GPU."""
+
     measured: bool
     texts: int
     """Metrics that measuring the dense model holds at once: those of a task, and their sum, for a workload."""
@@ -246,6 +259,7 @@ class Sizes:
             operator.name: operator.columns for group in groups[: len(groups) - (not passes)] for operator in group
         }
         endings = kept_projections(layout, index, model.device).values() if recipe.error_correction else ()
+        text_weights = whole_bytes(checkpoint, model.dtype) if SELF in recipe.calibration.sources.values() else 0
         return cls(
             base=resident_memory() + RETAINED,
             ends=size(outside),
@@ -328,6 +342,8 @@ class Sizes:
             ),
             metric=4 * model.width * (model.width if model.width <= WIDE else 1) if recipe.reconstruct else 0,
             logits=4 * 4 * min(seqlen, HEAD_TOKENS) * model.vocabulary,
+            text=text_weights and text_weights + generation_bytes(model, samples, seqlen),
+            text_weights=text_weights,
             measured=needs_measuring(recipe) or chooses_widths(recipe),
             texts=1 if recipe.workload is None else 2,
             reordered=permutes(recipe),
@@ -359,6 +375,8 @@ class Sizes:
         }
         if self.cuda:
             del found["writing the checkpoint"]
+        if self.text:
+            found[GENERATING] = base + self.text
         drifts = self.kept > 0
         done = 0  # solved weights in main memory, in the checkpoint's dtype
         for number, group in enumerate(self.groups):
@@ -393,7 +411,7 @@ class Sizes:
             layer = self.layer + self.learning
             found["learning which channels stay"] = base + max(layer, self.ends + largest + self.logits)
         if self.measured:
-            states = 0 if self.cuda else self._states_in_memory(choice)
+            states = 0 if self.cuda else self._states_in_memory(choice) + self.metric * self.layers * self.texts
             passed = self.layer + min(choice.batch_size, 4) * max(self.backward, self.forward + self.float_input)
             sums = sum(group.gram * bool(self.backward) + group.weight for group in self.groups)
             if self.reordered:  # scores of the largest operator, twice, and its sampled rows
@@ -427,6 +445,8 @@ class Sizes:
             "pruning a layer": states + kept + 2 * self.layer + max(loading, done + max(moving, solving)),
             "writing the checkpoint": 2 * self.largest,
         }
+        if self.text:
+            found[GENERATING] = self.text_weights
         if self.reconstruction:
             found["block reconstruction"] = states + 2 * done + self.metric + moving
         if self.measured:
@@ -465,7 +485,8 @@ class Sizes:
         beside = self.dense_windows(self.samples, batch_size=min(choice.batch_size, self.samples))
         states = whole * self.samples + (self.dense * self.window + self.kept) * workers * beside
         measuring = self._states_measured() * windows_measured(self.samples) * self.window
-        return self.checkpoint + self.pruned + (max(states, measuring) if choice.on_disk else 0)
+        stays = self.checkpoint + self.pruned + self.metric * self.layers
+        return stays + (max(states, measuring) if choice.on_disk else 0)
 
 
 def _differentiate(model: LayerwiseModel, index: int, hidden: Tensor, call: Call) -> None:

@@ -20,7 +20,8 @@ from ..recipes.training_settings import PARAMETERS
 from ..runs.records import PlanRow
 from ..runtime.formatting import duration, size
 from ..tuning.teacher import TOP
-from .plan import DEVICE, DEVICE_RESERVE, DISK, MEMORY, Budget, Resources, existing_folder
+from .plan import DEVICE, DEVICE_RESERVE, DISK, MEMORY, Budget, Resources, existing_folder, fewest_windows
+from .sizes import GENERATING
 from .training_probe import measure_form, measure_model, stored_bytes
 from .training_sizes import STEP, TRAINING, ModelSizes, Task, TrainingChoice, TrainingSizes
 
@@ -118,7 +119,7 @@ def plan_training(task: Task, measured: ModelSizes | None = None) -> FormPlan:
     others = [form for form in plan_forms(task, measured, [name for name in PARAMETERS if name != found.parameters])]
     fitting = [f"--parameters {other.parameters}" for other in others if other.fits]
     advice = f"; {' and '.join(fitting)} would fit" if fitting else ""
-    if not fitting and isinstance(task.recipe, RecoverRecipe):
+    if not fitting and isinstance(task.recipe, RecoverRecipe) and GENERATING not in str(found.refusal):
         advice = "; 'fistapruner prune --reconstruct STEPS' trains one decoder layer at a time, while it prunes"
     raise FistaPrunerError(f"{found.refusal}{advice}")
 
@@ -225,10 +226,11 @@ def _budgets(needs: TrainingSizes, resources: Resources) -> list[Budget[Training
         given = f"--memory-limit {size(limit)}"
     elif needs.task.memory is not None:
         given = f"the {size(limit)} that are each process's share of what is free"
-    lighter = f"or shorten --seqlen, for --parameters {needs.task.recipe.parameters}"
-    even = "one decoder layer at a time, trained tensors and hidden states in files and one window at a time"
+    windows, lower = fewest_windows(needs.task.batch_size if needs.task.recipe.execution.batch_size else 1)
+    lighter = f"{lower}or shorten --seqlen, for --parameters {needs.task.recipe.parameters}"
+    even = f"one decoder layer at a time, trained tensors and hidden states in files and {windows}"
     if not needs.model.cuda:
-        return [Budget(given, limit, 1, needs.stages, even=even, lighter=lighter)]
+        return [Budget(given, limit, 1, needs.stages, even=even, lighter=lighter, option="--data")]
     free = max(1, resources.free[device] - DEVICE_RESERVE)
     return [
         Budget(
@@ -240,6 +242,15 @@ def _budgets(needs: TrainingSizes, resources: Resources) -> list[Budget[Training
             even=even,
             more="free some of it",
             lighter=lighter,
+            option="--data",
         ),
-        Budget(f"{given} of main memory", limit, 1, needs.host_stages, even="hidden states in files", lighter=lighter),
+        Budget(
+            f"{given} of main memory",
+            limit,
+            1,
+            needs.host_stages,
+            even="hidden states in files",
+            lighter=lighter,
+            option="--data",
+        ),
     ]

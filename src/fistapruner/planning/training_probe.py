@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
+from ..calibration.self_generated import generation_bytes
 from ..models.layerwise import Call, LayerwiseModel
 from ..models.whole import whole_bytes
 from ..runtime.memory import resident_memory
@@ -80,6 +81,7 @@ def measure_model(task: Task) -> ModelSizes:
         inside = 0 if task.recipe.zeroth_order else peak_bytes(lambda: _through(task, hidden, calls[index], {}))
         graph = 0 if task.recipe.zeroth_order else kept_bytes(lambda: _out(task, hidden, calls[index]))
     ends, head, head_seconds = _measure_head(task)
+    text_weights = 0 if task.generator is None else whole_bytes(task.generator.checkpoint, task.generator.dtype)
     entries = [entry for each in both for entry in each.checkpoint.stored]
     return ModelSizes(
         base=base,
@@ -97,7 +99,8 @@ def measure_model(task: Task) -> ModelSizes:
         graph=graph,
         head=head,
         stored=stored_bytes(task),
-        text=0 if task.generator is None else whole_bytes(task.generator.checkpoint, task.generator.device),
+        text=text_weights and text_weights + generation_bytes(task.generator, task.windows, task.seqlen),
+        text_weights=text_weights,
         load_seconds=load_seconds,
         forward_seconds=forward_seconds,
         head_seconds=head_seconds,

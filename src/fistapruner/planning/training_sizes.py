@@ -16,7 +16,7 @@ from ..runs.snapshots import KEPT
 from ..runtime.numerics import windows_at_once
 from ..tuning.losses import Loss
 from ..tuning.teacher import BLOCK_TOKENS, TOP
-from .sizes import UNCOUNTED
+from .sizes import GENERATING, UNCOUNTED
 
 TRAINING, STEP = "training", "one step"
 """Quantities of time in the report: all steps, checks and predictions of the dense model; a step without a check."""
@@ -183,7 +183,10 @@ class ModelSizes:
     """What is stored of the dense model's predictions of one window; 0 without it."""
 
     text: int
-    """The dense model as a whole, where it generates the training text; else 0."""
+    """The whole dense model and what generating text takes beside its weights; 0 where it generates none."""
+
+    text_weights: int
+    """Its weights alone, which go through main memory on their way to a GPU."""
 
     load_seconds: float
     forward_seconds: float
@@ -281,6 +284,8 @@ class TrainingSizes:
             "the embeddings": base + model.ends + model.largest,
             "the held-out loss": layer + hidden["held out"] + changing,
         }
+        if model.text:
+            found[GENERATING] = base + model.text
         if model.stored:
             together = 1 if choice.teacher_windows is not None else batch
             block = 0 if model.cuda else self._block(choice) * model.window  # in main memory
@@ -331,13 +336,15 @@ class TrainingSizes:
             "writing a snapshot": form.trained_layer,
             "writing the checkpoint": form.effective + max(model.largest, 5 * model.largest_operator),
         }
+        if model.text:
+            found[GENERATING] = model.text_weights
         if model.stored:
             found["the dense model's predictions"] = self._block(choice) * model.window + moving + model.largest
         return {name: round(model.base + (1 + UNCOUNTED) * each) for name, each in found.items()}
 
     def peak(self, choice: TrainingChoice) -> int:
-        """Compute the peak bytes of the run where its layers are, with the drawing of its text."""
-        return max(*self.stages(choice).values(), (0 if self.model.cuda else self.model.base) + self.model.text)
+        """Compute the peak bytes of the run where its layers are."""
+        return max(self.stages(choice).values())
 
     def _block(self, choice: TrainingChoice) -> int:
         """Count the windows of a block of the dense model's predictions."""

@@ -409,7 +409,8 @@ def _plan(report: Report) -> Table:
     rows = []
     for row in report.plan:
         shown = units.get(row.unit, significant)
-        rows.append((row.quantity, shown(row.planned), shown(row.actual), _ratio(row.planned, row.actual)))
+        name = "disk (planned: at its peak; measured: at the end)" if row.quantity == "disk" else row.quantity
+        rows.append((name, shown(row.planned), shown(row.actual), _ratio(row.planned, row.actual)))
     head = ("quantity", "planned", "measured", "measured / planned")
     return Table("Plan and reality", head, rows, numeric=(1, 2, 3), stack=True)
 

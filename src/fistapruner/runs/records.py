@@ -132,7 +132,8 @@ class PlanRow(Record):
     """One quantity that was predicted before the run and measured after it.
 
     Args:
-        quantity: in words (``peak memory``, ``time``, ``disk``); ``unit``: ``bytes``, ``seconds`` or ``""``.
+        quantity: in words (``peak memory``, ``time``, ``disk``); ``unit``: ``bytes``, ``seconds`` or ``""``. The plan's
+            disk is the peak, with files of hidden states; the measured one is what is there at the end.
     """
 
     quantity: str

@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import math
 import os
 import re
 import subprocess
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import lru_cache
+from pathlib import Path
 
 import torch
 
 from ..errors import FistaPrunerError
+from .memory import MOUNTED_GROUPS, OWN_GROUPS, control_groups
 
 
 def choose_device(name: str) -> torch.device:
@@ -76,8 +79,22 @@ def worker_devices(name: str, workers: int | None, threads: int | None) -> list[
 
 
 def available_cores() -> int:
-    """Count the CPU cores that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    """Count the CPU cores that this process may use, within the quota of its control groups."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return max(1, min([cores, *quotas()]))
+
+
+def quotas(own: Path = OWN_GROUPS, mounted: Path = MOUNTED_GROUPS) -> Iterator[int]:
+    """Yield the cores, rounded up, of each control group of this process and each above it.
+
+    Arguments as for :func:`~.memory.control_groups`.
+    """
+    for folder, version in control_groups("cpu", own, mounted):
+        names = ("cpu.max",) if version == 2 else ("cpu.cfs_quota_us", "cpu.cfs_period_us")
+        with suppress(OSError, ValueError, ZeroDivisionError):  # not visible inside a container, or "max": no quota
+            quota, period = map(int, " ".join((folder / name).read_text() for name in names).split())
+            if quota > 0:  # -1 in version 1: no quota
+                yield math.ceil(quota / period)
 
 
 def _by_free_memory() -> list[torch.device]:

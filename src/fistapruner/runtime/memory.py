@@ -19,7 +19,6 @@ CONTROL_GROUPS = (
     ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file"),
 )
 """Files of a control group's limit and use, and its ``memory.stat`` entry of cache (versions 2, 1)."""
-
 OWN_GROUPS = Path("/proc/self/cgroup")
 """Control groups of this process, on Linux."""
 
@@ -98,21 +97,35 @@ def left_in_groups(own: Path = OWN_GROUPS, mounted: Path = MOUNTED_GROUPS) -> It
 
     File cache that the kernel can reclaim counts as free. Arguments as for :func:`free_memory`.
     """
+    for folder, version in control_groups("memory", own, mounted):
+        limit, used, cache = CONTROL_GROUPS[version == 1]
+        with suppress(OSError, ValueError):  # not visible inside a container, or "max": no limit
+            left = int((folder / limit).read_text()) - int((folder / used).read_text())
+            held = re.search(rf"^{cache} (\d+)$", (folder / "memory.stat").read_text(), re.MULTILINE)
+            yield left + (int(held[1]) if held else 0)
+
+
+def control_groups(
+    controller: str, own: Path = OWN_GROUPS, mounted: Path = MOUNTED_GROUPS
+) -> Iterator[tuple[Path, int]]:
+    """Yield folder and version of each control group of this process, and of each above it.
+
+    Args:
+        controller: what the groups of version 1 control: ``memory`` or ``cpu``.
+        own: file with the control groups of this process.
+        mounted: folder where control groups are mounted.
+    """
     try:
         lines = own.read_text().splitlines()
     except OSError:
         return  # not Linux
     for line in lines:
         _, controllers, path = line.split(":", 2)
-        if controllers and "memory" not in controllers.split(","):
+        if controllers and controller not in controllers.split(","):
             continue
-        top = mounted / "memory" if controllers else mounted
-        limit, used, cache = CONTROL_GROUPS[bool(controllers)]
+        top = mounted / controller if controllers else mounted
         group = top / path.lstrip("/")
         for folder in (group, *group.parents):
-            with suppress(OSError, ValueError):  # not visible inside a container, or "max": no limit
-                left = int((folder / limit).read_text()) - int((folder / used).read_text())
-                held = re.search(rf"^{cache} (\d+)$", (folder / "memory.stat").read_text(), re.MULTILINE)
-                yield left + (int(held[1]) if held else 0)
+            yield folder, 1 if controllers else 2
             if folder == top:
                 break
