@@ -11,6 +11,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 
 import tiny
@@ -62,6 +63,34 @@ def prune_command(model: Path, out: Path) -> list[str]:
         "--method sparsegpt --residual correct --calibration python --samples 6 --seqlen 24 --threads 1 --evaluate none"
     )
     return [sys.executable, "-m", "fistapruner", "prune", str(model), "--out", str(out), *settings.split()]
+
+
+PARENT = """
+import subprocess, sys
+child = subprocess.Popen([sys.executable, "-c", sys.argv[1]], stdout=subprocess.PIPE, text=True)
+child.stdout.readline()
+print(child.pid, flush=True)
+sys.stdin.read()
+"""
+ELSEWHERE = """
+import sys, time
+from fistapruner.execution import worker
+sys.platform = "darwin"
+worker.die_with_parent()
+print("ready", flush=True)
+time.sleep(60)
+"""
+
+
+def test_a_worker_ends_with_its_parent_where_the_kernel_does_not_end_it() -> None:
+    parent = subprocess.Popen(
+        [sys.executable, "-c", PARENT, ELSEWHERE], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    )
+    assert parent.stdout is not None
+    child = psutil.Process(int(parent.stdout.readline()))
+    parent.kill()
+    parent.communicate()
+    child.wait(timeout=20)
 
 
 def test_two_processes(model: Path, expected: bytes, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -12,6 +12,8 @@ import json
 import os
 import signal
 import sys
+import threading
+import time
 import traceback
 from collections.abc import Callable
 from functools import cached_property
@@ -115,10 +117,22 @@ class Worker:
 
 
 def die_with_parent() -> None:
-    """Ask the kernel to kill this process when its parent dies, so that it never writes into a later run."""
+    """Let this process die with its parent, so that it never writes into a later run.
+
+    Linux kills it at once; elsewhere it ends by itself within a second.
+    """
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches all processes of the terminal; the parent handles it
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+    else:
+        threading.Thread(target=_end_after, args=(os.getppid(),), daemon=True).start()
+
+
+def _end_after(parent: int) -> None:
+    """End this process once it has another parent."""
+    while os.getppid() == parent:
+        time.sleep(0.5)
+    os._exit(1)
 
 
 def main(arguments: list[str]) -> None:

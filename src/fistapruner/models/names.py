@@ -54,10 +54,17 @@ def _renamed(model: Any, stored: Collection[str]) -> dict[str, str]:
     """
     try:
         from transformers.conversion_mapping import get_model_conversion_mapping
-        from transformers.core_model_loading import WeightRenaming, apply_renamings
+        from transformers.core_model_loading import WeightRenaming
 
         renamings = [change for change in get_model_conversion_mapping(model) if isinstance(change, WeightRenaming)]
-        return {new: old for old in stored if (new := apply_renamings(old, renamings)) != old}
+        names = {}
+        for old in stored:
+            new = old
+            for change in renamings:
+                new, _ = change.rename_source_key(new)
+            if new != old:
+                names[new] = old
+        return names
     except (ImportError, AttributeError, TypeError):
         return {}
 

@@ -288,7 +288,8 @@ def evaluate_run(
 def bench_run(folder: str | Path, *, listener: Listener | None = None, **settings: Any) -> list[Speed]:
     """Measure speed and sizes of the checkpoint of a finished run, and keep the result with the run.
 
-    The figures go into ``report.json``, the page and the model card, in the place of earlier ones.
+    The figures go into ``report.json``, the page and the model card, in the place of earlier ones. Every form runs in a
+    process of its own, which imports the script that calls this: put the call under ``if __name__ == "__main__":``.
 
     Args:
         folder: the run directory.

@@ -101,7 +101,7 @@ def register() -> bool:
             weights = {*self.experts, *(f"{parent}.{leaf}" for parent, leaf in self.places.values())}
             names = weights | set(source.specs)  # transformers looks for a tensor by today's name and the stored one
             parts = [re.escape(f"{name}.") + "(values|mask|offsets|index|scales)$" for name in names]
-            # transformers wants a set, or a list in some releases; both take the union with a set of patterns.
+            # A list in some models' classes, and a set from here on: transformers takes its union with others.
             parts += [re.escape(target) + "$" for target in self.experts]
             ignored = set(getattr(model, "_keys_to_ignore_on_load_unexpected", None) or ())
             model._keys_to_ignore_on_load_unexpected = ignored | set(parts)

@@ -139,7 +139,8 @@ class Worker:
 
     def _ended(self) -> FistaPrunerError:
         return FistaPrunerError(
-            f"the process that measures {self.name!r} ended early; there may be too little memory for it"
+            f"the process that measures {self.name!r} ended early: there may be too little memory for it, or a script "
+            "that measures has no 'if __name__ == \"__main__\":' around its calls"
         )
 
     def close(self) -> None:
