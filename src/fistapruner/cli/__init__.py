@@ -159,8 +159,9 @@ def _readers_may_leave() -> Iterator[None]:
 
 @contextmanager
 def _signals() -> Iterator[list[int]]:
-    """Ignore that the terminal is closed, and let SIGTERM interrupt as Ctrl-C does, but end at once the second time.
+    """Ignore that the terminal is closed, and let SIGTERM interrupt as Ctrl-C does.
 
+    A second SIGTERM ends the process at once.
     Processes of ``torchrun`` are left to it, which ends them with these signals. Only the main thread can set them.
 
     Yields:

@@ -39,7 +39,12 @@ class Permissions:
     trust_remote_code: bool = False
 
     def find(self, model: str | Path, release: str | None = None) -> ModelSource:
-        """Find a model with :func:`resolve_model`; ``release`` is of ``transformers`` when it was found before."""
+        """Find a model with :func:`resolve_model`.
+
+        Args:
+            model: as the user named it.
+            release: of ``transformers``, with which it was found before.
+        """
         return self.at(resolve_model(model, release=release, **self.keywords()))
 
     def at(self, folder: str | Path) -> ModelSource:

@@ -211,7 +211,10 @@ def describe_model(source: ModelSource, name: str, model: LayerwiseModel) -> Mod
 
 
 def _note_place(run: PruneDirectory, begun: PruneRecord, request: RunRequest, inputs: Inputs) -> None:
-    """Record where the model of a begun run is now, such as in a moved tree: all processes of the run open it there."""
+    """Record where the model of a begun run is now, such as in a moved tree.
+
+    All processes of the run open it there.
+    """
     folder = inputs.source.folder.absolute()
     if folder != begun.decision.folder:
         place = {"model": absolute(request.model), "folder": folder}

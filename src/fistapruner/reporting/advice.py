@@ -128,8 +128,8 @@ def _search(layers: Sequence[LayerEntry]) -> list[str]:
 
 
 def _calibration(report: Report) -> list[str]:
-    used, alone = report.calibration, _methods_alone(report)
-    if used is None or not used.tokens or alone == {"magnitude"}:
+    used, taken = report.calibration, _taken(report)
+    if used is None or not used.tokens or taken == {"nothing"}:
         return []
     found = []
     widest = max((operator.shape[1] for layer in report.layers for operator in layer.operators), default=0)
@@ -138,7 +138,7 @@ def _calibration(report: Report) -> list[str]:
             f"{used.tokens} calibration tokens are few for operators of {widest} inputs: "
             "their Grams are poorly determined. Use more `--samples` or a longer `--seqlen`."
         )
-    elif used.samples < 128 and alone != {"wanda"}:  # norms of inputs are known from few windows
+    elif used.samples < 128 and "Gram" in taken:  # norms of inputs are known from few windows
         found.append(
             f"Calibration used {used.samples} windows; the papers use 128, and quality drops quickly with fewer."
         )
@@ -150,15 +150,16 @@ def _calibration(report: Report) -> list[str]:
     return found
 
 
-def _methods_alone(report: Report) -> set[str]:
-    """Return the methods of the chain; none where something else may use calibration text, too."""
+def _taken(report: Report) -> set[str]:
+    """Return what a run took from its calibration text, as :attr:`~fistapruner.solvers.Method.takes` says."""
     recipe = report.recipe
     allocation = recipe.get("allocation", "auto")
     measured = isinstance(allocation, str) and allocation not in ("auto", "none", "uniform")
     others = (recipe.get("low_rank"), recipe.get("reconstruct"), recipe.get("permutation") == "channels")
     if report.structured or measured or any(others):
-        return set()
-    return set(method_label(recipe.get("method", "")).split("+"))
+        return {"Gram"}
+    methods = (METHODS.get(name) for name in method_label(recipe.get("method", "")).split("+"))
+    return {"Gram" if method is None else method.takes for method in methods}
 
 
 def _why_not_uneven(report: Report) -> str:

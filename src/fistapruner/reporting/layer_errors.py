@@ -21,9 +21,10 @@ def mean_error(layer: LayerEntry) -> float | None:
 
 
 def short_names(layers: Sequence[LayerEntry]) -> dict[str, str]:
-    """Shorten names of operators, ``attn.c_proj`` to ``c_proj``, as far as each still names one of a layer.
+    """Shorten names of operators as far as each still names one of a layer.
 
-    A short name does not begin with a number: of an expert it is ``experts.17.down_proj``.
+    ``attn.c_proj`` becomes ``c_proj`` where it is the only one. A short name does not begin with a number: of an
+    expert it is ``experts.17.down_proj``.
     """
     names = {operator.name for layer in layers for operator in layer.operators}
     endings = {name: _endings(name) for name in names}

@@ -74,7 +74,7 @@ def base_model(report: Report) -> str:
 
 
 def base_model_name(model: ModelFacts) -> str:
-    """Do the same for a model: only one with a revision comes from the hub, ``models/llama`` may be a folder."""
+    """Do the same for a model, which comes from the hub only if it has a revision."""
     source = model.source
     is_hub_id = model.revision is not None and source.count("/") == 1 and not source.startswith((".", "/", "~"))
     return source if is_hub_id else source.rstrip("/").rsplit("/", 1)[-1]

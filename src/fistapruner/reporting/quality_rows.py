@@ -45,7 +45,7 @@ def _items(task: TaskResult) -> tuple[str, str, int, int, str]:
 
 
 def _scores_before(report: Report) -> list[str]:
-    """Write the scores before training that belong to :func:`_task_rows`, with the mean over the same tasks."""
+    """Write the scores before training beside :func:`_task_rows`, and their mean over the same tasks."""
     tasks = [task for evaluation in report.evaluations for task in evaluation.tasks]
     known = {_items(task): task_before(report, task) for task in tasks}
     scores = [_percentage(old.value, old.standard_error) if (old := known[_items(task)]) else "–" for task in tasks]

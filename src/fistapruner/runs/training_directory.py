@@ -71,7 +71,9 @@ class TrainingDirectory(RunDirectory):
         return self.read_record(TrainingRecord, self.verb)
 
     def remove(self) -> None:
-        """Remove the run; ``run.json`` goes last of what makes it one, so that a removal that was killed can go on.
+        """Remove the run; ``run.json`` goes last of what makes it one.
+
+        So a removal that was killed can go on.
 
         Raises:
             FistaPrunerError: a process works in it, or the folder holds files that the run did not write.

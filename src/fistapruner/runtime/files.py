@@ -104,7 +104,9 @@ def publish_folder(partial: Path, out: Path) -> None:
 
 
 def remove_folder(folder: Path, *last: Path) -> None:
-    """Remove a folder; what tells whose it is goes last, so that a removal that was killed can be done again.
+    """Remove a folder; what tells whose it is goes last.
+
+    So a removal that was killed can be done again.
 
     Args:
         folder: the folder.

@@ -107,6 +107,8 @@ class Method(BaseModel, ABC):
     """The record of every round, or None if the method keeps none."""
     refit_helps: ClassVar[bool] = False
     """Whether the kept weights are far from their least-squares values, so that a refit lowers the error."""
+    takes: ClassVar[Literal["nothing", "norms", "Gram"]] = "Gram"
+    """What it takes from the calibration text: nothing, the norms of the inputs, or all of their Gram."""
 
     @abstractmethod
     def solve(self, problem: LayerProblem, sparsity: Sequence[Constraint], start: Solution | None = None) -> Solution:

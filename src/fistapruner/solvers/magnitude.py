@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import ClassVar
+from typing import ClassVar, Literal
 
 import torch
 
@@ -17,6 +17,7 @@ class Magnitude(Method):
 
     name: ClassVar[str] = "magnitude"
     refit_helps: ClassVar[bool] = True
+    takes: ClassVar[Literal["nothing", "norms", "Gram"]] = "nothing"
 
     def solve(self, problem: LayerProblem, sparsity: Sequence[Constraint], start: Solution | None = None) -> Solution:
         scores = problem.weight.abs()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import ClassVar
+from typing import ClassVar, Literal
 
 import torch
 
@@ -17,6 +17,7 @@ class Wanda(Method):
 
     name: ClassVar[str] = "wanda"
     refit_helps: ClassVar[bool] = True
+    takes: ClassVar[Literal["nothing", "norms", "Gram"]] = "norms"
 
     def solve(self, problem: LayerProblem, sparsity: Sequence[Constraint], start: Solution | None = None) -> Solution:
         scores = problem.weight.abs().mul_(problem.gram.diagonal().clamp_min(0).sqrt())

@@ -229,7 +229,7 @@ class FusedProjections:
         self._waiting = None
 
     def product(self, place: int, handle: kernel.Handle, x: Tensor, rows: int, level: int, many: bool) -> Tensor:
-        """Multiply the layer at ``place``, whose handle is given, with ``x`` (``rows`` vectors); the result is flat."""
+        """Multiply the layer at ``place``, whose handle is given, with ``rows`` vectors ``x``; flat."""
         # Held here: another thread may give up the batch meanwhile.
         waiting, batch, version = self._waiting, self._batch, _version(x)
         if waiting is not None:

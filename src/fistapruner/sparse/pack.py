@@ -342,7 +342,11 @@ class _Planned:
 
 
 def _plan(source: Checkpoint, record: dict[str, Any], values: str, group: int) -> dict[str, _Planned]:
-    """Decide how each pruned operator that becomes smaller is stored; there is at least one, or it is an error."""
+    """Decide how each pruned operator that becomes smaller is stored.
+
+    Raises:
+        NothingSmallerError: none becomes smaller.
+    """
     _refuse_stacks(source, record)
     listed, faults = recorded_claims(record, source, source.folder)
     if faults:

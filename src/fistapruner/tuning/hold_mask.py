@@ -130,7 +130,10 @@ class HoldMask(TrainerCallback):  # type: ignore[misc]
 
     @torch.no_grad()
     def apply(self) -> None:
-        """Set every pruned weight to 0. Where weights are sharded, no forward pass may wait for its backward pass."""
+        """Set every pruned weight to 0.
+
+        Where weights are sharded, no forward pass may wait for its backward pass.
+        """
         self._reshard()
         for name, parameter in self._parameters():
             self._clear(name, parameter)

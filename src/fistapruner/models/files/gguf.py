@@ -236,7 +236,9 @@ def _restore_attention_scale(config: Any) -> None:
 
 
 def _restore_positions(path: Path, reader: Any, config: Any) -> None:
-    """Set the base of rotary positions and the sliding window, which ``transformers`` does not read for some models.
+    """Set the base of rotary positions and the sliding window as the file has them.
+
+    ``transformers`` does not read them for some architectures.
 
     Raises:
         FistaPrunerError: a value differs that the config cannot take: it has one for each type of layer, or none.
