@@ -22,7 +22,7 @@ install: .venv/installed
 # reference that every Python ships with.
 demo: .venv/demo
 	$(BIN)/fistapruner prune smollm2 --out runs/demo --sparsity 50% --calibration python --samples 16 --seqlen 1024 \
-		--evaluate python
+		--evaluate python --evaluate-windows 10
 
 # Fast tests first, then those on the real model, those that share runs in one worker; one thread a worker.
 test: .venv/installed
