@@ -9,7 +9,6 @@ for each block.
 from __future__ import annotations
 
 import logging
-import math
 from contextlib import nullcontext
 from dataclasses import dataclass
 
@@ -96,17 +95,11 @@ def _left_for_states(models: list[LayerwiseModel], limit: int) -> int:
     if models[0].device.type == "cpu":
         layers = [0]
         for model in models:
-            inside = [{model.source(name) for name in model.layer_parameters(index)} for index in range(len(model))]
-            outside = set(model.checkpoint.names()).difference(*inside)
-            beside += _nbytes(model, outside)
-            layers += [_nbytes(model, names) for names in inside]
+            inside = [model.layer_sources(index) for index in range(len(model))]
+            beside += model.pass_bytes(set(model.checkpoint.names()).difference(*inside))
+            layers += map(model.pass_bytes, inside)
         beside += max(layers) + BUDGETS.head
     return max(1, limit - beside)
-
-
-def _nbytes(model: LayerwiseModel, names: set[str]) -> int:
-    """Count the bytes of tensors in the precision of the passes."""
-    return sum(math.prod(model.checkpoint.entry(name).shape) for name in names) * model.dtype.itemsize
 
 
 def _last_hidden(model: LayerwiseModel, tokens: Tensor, batch_size: int, tick: Tick) -> tuple[HiddenStates, int]:

@@ -17,7 +17,8 @@ between them. :meth:`LayerwiseModel.check` refuses models whose forward pass dif
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator, Mapping
+import math
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -135,6 +136,14 @@ class LayerwiseModel:
         """Return the names in the model of the parameters of decoder layer ``index``."""
         prefix = f"{self.layers_name}.{index}."
         return [name for name in self._sources if name.startswith(prefix)]
+
+    def layer_sources(self, index: int) -> set[str]:
+        """Return the names in the checkpoint of the parameters of decoder layer ``index``."""
+        return {self.source(name) for name in self.layer_parameters(index)}
+
+    def pass_bytes(self, names: Iterable[str]) -> int:
+        """Count the bytes of tensors, by their names in the checkpoint, in the precision of the passes."""
+        return sum(math.prod(self.checkpoint.entry(name).shape) for name in names) * self.dtype.itemsize
 
     @contextmanager
     def layer(self, index: int, replaced: Mapping[str, Tensor] | None = None) -> Iterator[nn.Module]:

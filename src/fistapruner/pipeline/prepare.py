@@ -28,7 +28,6 @@ from ..runs.lineage import begin_lineage
 from ..runs.listener import Listener
 from ..runs.prune_directory import PruneDirectory
 from ..runs.records import CalibrationFacts, ModelFacts, PlanRow
-from ..runtime.files import sha256_file
 from ..runtime.machine import describe_machine, now, versions
 from ..runtime.numerics import dtype_name
 from ..sensitivity.decision import needs_measuring
@@ -229,7 +228,6 @@ def _changed_tokens(run: PruneDirectory, begun: PruneRecord, recipe: Recipe, inp
             return "they or the model are not what the run began with"
     except FistaPrunerError as error:
         return str(error)
-    expected = decision.metrics_sha256
-    if expected and not (run.metrics_file.is_file() and sha256_file(run.metrics_file) == expected):
+    if decision.metrics_sha256 and not run.has_metrics(decision.metrics_sha256):
         return f"{run.metrics_file.name} is gone or damaged"
     return None

@@ -6,7 +6,6 @@ forward pass of one window, and a small solve of each group of operators (:mod:`
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
@@ -207,11 +206,8 @@ class Sizes:
         checkpoint = model.checkpoint
         itemsize = model.dtype.itemsize
         stored = min(itemsize, checkpoint.dtype.itemsize)
-        in_layers = [{model.source(name) for name in model.layer_parameters(index)} for index in range(len(model))]
+        in_layers = [model.layer_sources(index) for index in range(len(model))]
         outside = set(checkpoint.names()).difference(*in_layers)
-
-        def size(names: set[str]) -> int:
-            return sum(math.prod(checkpoint.entry(name).shape) for name in names) * itemsize
 
         with model.embeddings_and_head(head=False):
             hidden, calls = model.embed(tokens[:1])
@@ -262,7 +258,7 @@ class Sizes:
         text_weights = whole_bytes(checkpoint, model.dtype) if SELF in recipe.calibration.sources.values() else 0
         return cls(
             base=resident_memory() + RETAINED,
-            ends=size(outside),
+            ends=model.pass_bytes(outside),
             largest=max(entry.nbytes for entry in checkpoint.stored),
             checkpoint=checkpoint.nbytes
             - removed_weights(model, widths) * checkpoint.dtype.itemsize
@@ -278,7 +274,7 @@ class Sizes:
                 )
                 + low_rank_weights(layout, recipe, sparsity)
             ),
-            layer=max(size(names) for names in in_layers),
+            layer=max(map(model.pass_bytes, in_layers)),
             stored=stored,
             together=not recipe.error_correction,
             window=seqlen * model.width * itemsize,

@@ -63,13 +63,13 @@ def measure_model(task: Task) -> ModelSizes:
     """Measure what no trained tensor changes: one window through one layer, one slice of logits."""
     model, dense, index = task.model, task.dense, largest_layer(task)
     both = [each for each in (model, dense) if each is not None]
-    layers = [sorted({each.source(name) for name in each.layer_parameters(at)}) for each in both for at in (index,)]
+    layers = [sorted(each.layer_sources(at)) for each in both for at in (index,)]
     itemsize = model.dtype.itemsize
 
     def nbytes(each: LayerwiseModel, names: Sequence[str]) -> int:
         return sum(math.prod(each.checkpoint.entry(name).shape) for name in names) * itemsize
 
-    names = [{model.source(name) for name in model.layer_parameters(at)} for at in range(len(model))]
+    names = [model.layer_sources(at) for at in range(len(model))]
     base = resident_memory() + RETAINED + GROWTH
     with room_for(model.device, "one window"), model.embeddings_and_head(head=False):
         hidden, calls = model.embed(torch.arange(task.seqlen).remainder(model.vocabulary)[None])
@@ -90,7 +90,7 @@ def measure_model(task: Task) -> ModelSizes:
         largest_operator=max((4 * op.rows * op.columns for _, op in task.layout.operators()), default=0),
         checkpoint=model.checkpoint.nbytes,
         layer=max(nbytes(each, layer) for each, layer in zip(both, layers, strict=True)),
-        weights=sum(nbytes(model, sorted(each)) for each in names),
+        weights=sum(map(model.pass_bytes, names)),
         layers=len(model),
         calls=_unique_bytes(tree_leaves(calls)),
         window=task.seqlen * model.width * itemsize,
