@@ -444,12 +444,9 @@ class Recipe(RunRecipe):
             return "without error correction: leave --no-error-correction out"
         if dense_target > 0:
             return None
-        whose = (
-            f"method {self.method_name}, whose dense_target auto is 0"
-            if self.dense_target == "auto"
-            else ("dense_target pruned")
-        )
-        return f"with {whose}: give --dense-target dense or a share"
+        auto = self.dense_target == "auto"
+        cause = f"method {self.method_name}, whose dense_target auto is 0" if auto else "dense_target pruned"
+        return f"with {cause}: give --dense-target dense or a share"
 
     @property
     def method_name(self) -> str:
