@@ -161,7 +161,7 @@ def test_one_protocol_and_going_on(tmp_path: Path) -> None:
     table = (out / "compare.md").read_text()
     assert table.count("\n| ") == 1 + 12
     assert "cannot be used with 2:4" in table
-    again = compare(str(source), methods, ["50%", "2:4"], out, **named)
+    again = compare(f"{source.parent}/../{source.parent.name}/model/", methods, ["50%", "2:4"], out, **named)
     assert [row.gap for row in again.rows] == [row.gap for row in comparison.rows]
     more = compare(str(source), "wanda", ["50%"], out, settings=SETTINGS, windows=3)
     assert [row.label for row in more.rows] == [row.label for row in comparison.rows] + ["wanda"]

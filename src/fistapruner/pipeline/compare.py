@@ -13,6 +13,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+import os
 import re
 import shlex
 import shutil
@@ -417,7 +418,7 @@ def _before(folder: Path, model: str) -> list[CompareRow]:
         raise FistaPrunerError(f"--out {folder} is a file; name a folder")
     if (folder / "compare.json").is_file():
         before = load_comparison(folder)
-        if before.model.source and before.model.source != model:
+        if before.model.source and not _same_model(before.model.source, model):
             raise FistaPrunerError(
                 f"--out {folder} holds a comparison of {before.model.source!r}, this one is of {model!r}: name another "
                 "folder"
@@ -429,6 +430,11 @@ def _before(folder: Path, model: str) -> list[CompareRow]:
     if names - {"runs", "dense.json", LOCK} or not begun:
         raise FistaPrunerError(f"--out {folder} is a folder with other things in it; name a new folder")
     return []
+
+
+def _same_model(first: str, second: str) -> bool:
+    """Check whether two names are of one model: equal, or paths to the same file or folder."""
+    return first == second or (os.path.exists(first) and os.path.exists(second) and os.path.samefile(first, second))
 
 
 def _measured(run: PruneDirectory, recipe: Recipe, protocol: Protocol, source: ModelSource) -> Report | None:
