@@ -438,11 +438,11 @@ class ProblemSums:
                 add_product(self._cross, moved.T, x)
                 return
             target_outputs = dense.float()
-            self._dense_energy += target_outputs.square().sum(0, dtype=torch.float64)
+            self._dense_energy += _energy(target_outputs)
             if residual is not None:
                 target_outputs = target_outputs + residual
             add_product(self._cross, (dense if residual is None else target_outputs).T, x)
-            self._target_energy += target_outputs.square().sum(0, dtype=torch.float64)
+            self._target_energy += _energy(target_outputs)
 
     def problem(
         self, names: Sequence[str], rows: Sequence[int], target: float, *, release: bool = False
@@ -522,6 +522,11 @@ def _plain(tensor: Any, what: str, *, keep_double: bool = False) -> Tensor:
     plain: Tensor = tensor.detach() if tensor.requires_grad else tensor
     plain = plain if keep_double and plain.dtype == torch.float64 else plain.float()
     return plain.contiguous()
+
+
+def _energy(tensor: Tensor) -> Tensor:
+    """Sum the squares of each column of a (tokens, n) tensor: (n,) fp64, from fp32 sums of 128 tokens."""
+    return torch.stack([part.square().sum(0) for part in tensor.split(128)]).sum(0, dtype=torch.float64)
 
 
 def _row_dots(left: Callable[[slice], Tensor], right: Tensor) -> Tensor:

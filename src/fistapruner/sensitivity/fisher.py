@@ -294,7 +294,7 @@ def loss_gradient(
                     logits = model.logits(part, ids, gradients=True)
                 # Gradient of the log-likelihood: 1 at the drawn label, minus every label's probability.
                 above = torch.softmax(logits.detach()[0].float(), -1)
-                if not bool(above.isfinite().all()):
+                if not bool(above.sum(-1).isfinite().all()):  # a NaN reaches its token's sum
                     raise FistaPrunerError(
                         f"{model.checkpoint.folder}: the predictions are NaN or infinite in {dtype_name(model.dtype)} "
                         "passes: take --dtype float32, or check the weights"
