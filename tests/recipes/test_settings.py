@@ -207,12 +207,16 @@ def test_tokens_alone_keep_the_rest_of_a_recovery() -> None:
         ("recover: yes", "recover: tokens such as 500k, or the settings of a recovery, are expected .got True"),
         ("recover: {data: {tokens: yes}}", "data.tokens: a number is expected"),
         ("recover: {scale: yes}", "scale: a number is expected"),
+        ("method: {alps: {refit: yes}}", "refit: a number is expected .got True"),
+        ("method: {alps: {damping: true}}", "damping: a number is expected .got True"),
+        ("method: [wanda, {refit: {iterations: no}}]", "iterations: a number is expected .got False"),
     ],
 )
 def test_yes_is_no_number(setting: str, message: str) -> None:
     with pytest.raises(FistaPrunerError, match=message):
         Recipe.from_yaml(setting)
     assert Recipe.from_yaml("error_correction: no").error_correction is False
+    assert Recipe.from_yaml("method: {proximal: {fast: no}}").steps[0].fast is False
 
 
 def test_shipped_recoveries_are_as_long_as_published() -> None:

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import hashlib
 import json
-from types import NoneType
-from typing import Annotated, Any, ClassVar, Self, get_args
+from typing import Annotated, Any, ClassVar, Self
 
 import yaml
 from pydantic import AfterValidator, BaseModel, ConfigDict, ValidationError, ValidationInfo, field_validator
 
-from ..errors import FistaPrunerError, explain
+from ..errors import FistaPrunerError, explain, refuse_yes_no
 from .loading import parse_yaml
 
 MAX_SEED = 2**63 - 1
@@ -34,11 +33,9 @@ class Settings(BaseModel):
     @field_validator("*", mode="before")
     @classmethod
     def _no_number(cls, value: Any, info: ValidationInfo) -> Any:
-        """Refuse yes and no for a number, which Python takes for 1 and 0."""
-        if isinstance(value, bool) and info.field_name is not None:
-            kind = cls.model_fields[info.field_name].annotation
-            if {getattr(part, "__origin__", part) for part in get_args(kind) or (kind,)} <= {int, float, NoneType}:
-                raise ValueError("a number is expected")
+        """Refuse yes and no for a number."""
+        if info.field_name is not None:
+            refuse_yes_no(value, cls.model_fields[info.field_name].annotation)
         return value
 
 
