@@ -12,7 +12,8 @@ import torch
 
 import tiny
 from fistapruner import FistaPrunerError, LayerProblem, Recipe, prune, solve
-from fistapruner.cli import main
+from fistapruner.cli import build_parser, main
+from fistapruner.cli.arguments import recipe_settings
 from fistapruner.constraints import NM
 from fistapruner.recipes.loading import load_recipe_settings, merge, parse_bytes, parse_value
 from fistapruner.recipes.recover_settings import RecoverRecipe
@@ -177,8 +178,6 @@ def test_a_verb_without_shipped_recipes_reads_files(tmp_path: Path) -> None:
 
 
 def test_a_section_that_is_no_mapping_is_refused() -> None:
-    unsaid = {"calibration": {"source": None, "samples": None}}
-    assert merge({"calibration": {"source": "c4"}}, unsaid) == {"calibration": {"source": "c4"}}
     for section, value in (("calibration", "c4"), ("execution", "process")):
         with pytest.raises(FistaPrunerError, match=f"{section}: a mapping of settings is expected .got '{value}'"):
             Recipe.build(merge({section: value}, {section: {"device": None}}))
@@ -190,7 +189,6 @@ def test_tokens_alone_keep_the_rest_of_a_recovery() -> None:
     assert (recover.parameters, recover.loss) == ("norms", "ce")
     assert (recover.data.source, recover.data.tokens) == ("c4", 500_000)
     assert base["recover"]["data"] == {"source": "c4", "tokens": 1000}
-    assert merge(base, {"recover": None}) == base
     assert merge({"recover": "2k"}, {"recover": 3000}) == {"recover": 3000}
     own = {"recover": {"loss": "kl"}}
     assert merge(base, own) == own
@@ -229,6 +227,15 @@ def test_shipped_recoveries_are_as_long_as_published() -> None:
     assert spp.windows_per_step * 4 == 128
     for recipe in forward_only:
         assert (recipe.steps, recipe.windows_per_step, recipe.patience) == (20_000, 16, False)
+
+
+def test_none_over_a_recipe_replaces_what_it_says() -> None:
+    """As null does in a recipe file; flags that are not given leave the recipe as it is."""
+    base = {"recover": "500k", "calibration": {"source": "c4", "seqlen": 64}}
+    recipe = Recipe.build(merge(base, {"recover": None, "calibration": {"seqlen": None}}))
+    assert (recipe.recover, recipe.calibration.seqlen, recipe.calibration.source) == (None, None, "c4")
+    flags = build_parser().parse_args(["prune", "model", "--out", "out", "--recipe", "best"])
+    assert Recipe.build(recipe_settings(flags)) == Recipe.build(load_recipe_settings("best"))
 
 
 def test_settings_of_structure_are_merged_with_an_amount_alone() -> None:

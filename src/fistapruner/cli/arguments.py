@@ -306,7 +306,14 @@ def _over(
         (changes.setdefault(section, {}) if section else changes)[key] = value
     if texts is not None:
         changes[texts] |= read_texts(changes[texts].pop("source"), flag_of(f"{texts}.source"))
-    return merge(base, changes)
+    return merge(base, _given(changes))
+
+
+def _given(changes: dict[str, Any]) -> dict[str, Any]:
+    """Leave out the settings that no flag has given."""
+    return {
+        key: _given(value) if isinstance(value, dict) else value for key, value in changes.items() if value is not None
+    }
 
 
 def read_texts(texts: Sequence[str] | None, flag: str) -> dict[str, Any]:
