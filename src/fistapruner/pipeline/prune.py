@@ -87,6 +87,7 @@ def prune(
         FistaPrunerError: bad input, named; before any long work where that can be known.
     """
     run, permissions = PruneDirectory(Path(out)), Permissions(allow_pickle, trust_remote_code)
+    _check_range(only_layers)
     run.check_place()
     begun = run.record()
 
@@ -106,6 +107,22 @@ def prune(
     request = RunRequest(str(model), recipe, permissions, command, evaluation, tokens, only_layers, source)
     report = _run(run, request, listener or Listener(), inspect)
     return report if only_layers else _recover(run, report, recipe, permissions, listener)
+
+
+def _check_range(only_layers: Any) -> None:
+    """Refuse what is no range of decoder layers.
+
+    Raises:
+        FistaPrunerError: names it.
+    """
+    match only_layers:
+        case None:
+            return
+        case (int(first), int(last)) if 0 <= first <= last:
+            return
+    raise FistaPrunerError(
+        f"only_layers {only_layers!r} is not a range of decoder layers: (first, last) is expected, such as (0, 9)"
+    )
 
 
 def resume_pruning(run: PruneDirectory, permissions: Permissions, listener: Listener) -> Report:
@@ -244,6 +261,8 @@ def _prune(
     listener, only = Logged(told), request.only_layers
     device = choose_device(request.recipe.execution.device)
     reset_peak_memory(device)
+    for sentence in request.recipe.execution.without_effect():
+        listener.say(sentence)
     if request.recipe.recover is not None and not run.run_file.exists():
         check_following(request.recipe, request.permissions.find(request.model))
     with preparing(run.folder) if only else nullcontext():
