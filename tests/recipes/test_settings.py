@@ -11,7 +11,7 @@ import pytest
 import torch
 
 import tiny
-from fistapruner import FistaPrunerError, LayerProblem, Recipe, prune, solve
+from fistapruner import FistaPrunerError, LayerProblem, Recipe, align, align_compare, prune, recover, solve
 from fistapruner.cli import build_parser, main
 from fistapruner.cli.arguments import recipe_settings
 from fistapruner.constraints import NM
@@ -236,6 +236,28 @@ def test_none_over_a_recipe_replaces_what_it_says() -> None:
     assert (recipe.recover, recipe.calibration.seqlen, recipe.calibration.source) == (None, None, "c4")
     flags = build_parser().parse_args(["prune", "model", "--out", "out", "--recipe", "best"])
     assert Recipe.build(recipe_settings(flags)) == Recipe.build(load_recipe_settings("best"))
+
+
+def test_functions_take_a_recipe_its_settings_or_its_name(tmp_path: Path) -> None:
+    file = tmp_path / "own.yaml"
+    file.write_text("sparsity: 70%")
+    own = Recipe.build({"sparsity": "70%"})
+    assert [Recipe.of(given) for given in (own, {"sparsity": "70%"}, file, str(file), None)] == [own] * 4 + [Recipe()]
+    assert RecoverRecipe.of("spp") == RecoverRecipe.build(load_recipe_settings("spp", "recover"))
+    other = "recipe is of the class RecoverRecipe, and Recipe is expected"
+    for given, message in (
+        (RecoverRecipe(), other),
+        ("nothing", "recipe 'nothing' is neither"),
+        (3, "the class int"),
+        ({"sparsity": "5:4"}, "recipe: sparsity: "),
+    ):
+        with pytest.raises(FistaPrunerError, match=message):
+            Recipe.of(given)
+    with pytest.raises(FistaPrunerError, match=other):
+        prune("model", tmp_path / "out", recipe=RecoverRecipe())
+    for function, name in ((recover, "RecoverRecipe"), (align, "AlignRecipe"), (align_compare, "AlignRecipe")):
+        with pytest.raises(FistaPrunerError, match=f"of the class Recipe, and {name} is expected"):
+            function("model", tmp_path / "out", recipe=Recipe())
 
 
 def test_settings_of_structure_are_merged_with_an_amount_alone() -> None:

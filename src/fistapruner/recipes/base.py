@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Mapping
+from pathlib import Path
 from typing import Annotated, Any, ClassVar, Self
 
 import yaml
 from pydantic import AfterValidator, BaseModel, ConfigDict, ValidationError, ValidationInfo, field_validator
 
 from ..errors import FistaPrunerError, explain, refuse_yes_no
-from .loading import parse_yaml
+from .loading import load_recipe_settings, parse_yaml
 
 MAX_SEED = 2**63 - 1
 """Largest seed that torch's random generators accept."""
@@ -43,9 +45,11 @@ class RunRecipe(Settings):
     """Base of the recipes.
 
     Attributes:
+        verb: whose settings they are.
         no_identity: settings that do not determine the resulting weights.
     """
 
+    verb: ClassVar[str] = "prune"
     no_identity: ClassVar[tuple[str, ...]] = ("execution",)
 
     def fingerprint(self) -> str:
@@ -65,6 +69,23 @@ class RunRecipe(Settings):
             FistaPrunerError: not YAML, not a mapping, unknown or wrong settings.
         """
         return cls.build(parse_yaml(text, origin), origin)
+
+    @classmethod
+    def of(cls, recipe: Self | Mapping[str, Any] | str | Path | None) -> Self:
+        """Read a recipe as the functions take it: a recipe, its settings, a shipped one or a file by name, or None.
+
+        Raises:
+            FistaPrunerError: a recipe of another verb, no such file, or wrong settings.
+        """
+        if recipe is None:
+            return cls()
+        if isinstance(recipe, cls):
+            return recipe
+        if isinstance(recipe, (str, Path)):
+            return cls.build(load_recipe_settings(str(recipe), cls.verb), f"recipe {recipe}")
+        if isinstance(recipe, Mapping):
+            return cls.build(dict(recipe))
+        raise FistaPrunerError(f"recipe is of the class {type(recipe).__name__}, and {cls.__name__} is expected")
 
     @classmethod
     def build(cls, settings: dict[str, Any], origin: str = "recipe") -> Self:
