@@ -9,9 +9,10 @@ from unittest.mock import Mock
 
 import pytest
 import torch
+from pydantic import ValidationError
 
 import tiny
-from fistapruner import FistaPrunerError, LayerProblem, Recipe, align, align_compare, prune, recover, solve
+from fistapruner import AlignRecipe, FistaPrunerError, LayerProblem, Recipe, align, align_compare, prune, recover, solve
 from fistapruner.cli import build_parser, main
 from fistapruner.cli.arguments import recipe_settings
 from fistapruner.constraints import NM
@@ -258,6 +259,20 @@ def test_functions_take_a_recipe_its_settings_or_its_name(tmp_path: Path) -> Non
     for function, name in ((recover, "RecoverRecipe"), (align, "AlignRecipe"), (align_compare, "AlignRecipe")):
         with pytest.raises(FistaPrunerError, match=f"of the class Recipe, and {name} is expected"):
             function("model", tmp_path / "out", recipe=Recipe())
+
+
+def test_wrong_settings_of_a_recipe_are_one_line() -> None:
+    for kind, settings, message in (
+        (Recipe, {"sparsity": "5:4"}, "Recipe: sparsity: "),
+        (RecoverRecipe, {"parameters": "foo", "rank": 0}, "RecoverRecipe: parameters: .*; rank: "),
+        (AlignRecipe, {"nothing": 1}, "AlignRecipe: unknown setting 'nothing'"),
+    ):
+        with pytest.raises(FistaPrunerError, match=message) as error:
+            kind(**settings)
+        assert "\n" not in str(error.value)
+        with pytest.raises(ValidationError):
+            kind.model_validate(settings)
+    assert Recipe(sparsity="2:4") == Recipe.model_validate({"sparsity": "2:4"})
 
 
 def test_settings_of_structure_are_merged_with_an_amount_alone() -> None:

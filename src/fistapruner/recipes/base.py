@@ -6,7 +6,7 @@ import hashlib
 import json
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Any, ClassVar, Self
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Self
 
 import yaml
 from pydantic import AfterValidator, BaseModel, ConfigDict, ValidationError, ValidationInfo, field_validator
@@ -51,6 +51,16 @@ class RunRecipe(Settings):
 
     verb: ClassVar[str] = "prune"
     no_identity: ClassVar[tuple[str, ...]] = ("execution",)
+
+    if not TYPE_CHECKING:  # type checkers and editors know the settings by pydantic's own signature
+
+        def __init__(self, **settings: Any) -> None:
+            try:
+                super().__init__(**settings)
+            except ValidationError as error:
+                raise FistaPrunerError(f"{type(self).__name__}: {explain(error)}") from None
+
+        __init__.__pydantic_base_init__ = True  # as pydantic marks its own: model_validate does not call it
 
     def fingerprint(self) -> str:
         """Return a hash of everything that determines the resulting weights."""
