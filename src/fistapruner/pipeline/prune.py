@@ -121,8 +121,8 @@ def _evaluation(evaluate: str | Path | None, windows: Any) -> EvaluationRequest 
         if windows is not None:
             raise FistaPrunerError(f"evaluate_windows {windows} has no effect: evaluate names no text")
         return None
-    text = absolute(evaluate) if Path(evaluate).is_file() else str(evaluate)
-    return EvaluationRequest(data=text, windows=windows)
+    text = str(evaluate)
+    return EvaluationRequest(data=absolute(text) if Path(text).is_file() else text, windows=windows)
 
 
 def _check_range(only_layers: Any) -> None:
