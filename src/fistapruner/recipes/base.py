@@ -82,7 +82,10 @@ class RunRecipe(Settings):
 
     @classmethod
     def of(cls, recipe: Self | Mapping[str, Any] | str | Path | None) -> Self:
-        """Read a recipe as the functions take it: a recipe, its settings, a shipped one or a file by name, or None.
+        """Read a recipe as the functions take it.
+
+        Args:
+            recipe: a recipe, its settings, the name of a shipped recipe or of a file, or None for the default.
 
         Raises:
             FistaPrunerError: a recipe of another verb, no such file, or wrong settings.
