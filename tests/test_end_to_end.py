@@ -22,6 +22,7 @@ from fistapruner.models.discovery import discover
 from fistapruner.models.files.checkpoint import Checkpoint
 from fistapruner.models.files.safetensors import SafetensorsFile
 from fistapruner.models.layerwise import LayerwiseModel
+from fistapruner.recipes.execution_settings import Execution
 from fistapruner.runs.listener import Listener
 from fistapruner.runs.prune_directory import PruneDirectory
 
@@ -262,7 +263,12 @@ def test_bad_input_is_refused_before_anything_is_generated_or_measured(tmp_path:
 
     refused: list[tuple[dict[str, Any], str]] = [
         ({"only_layers": (7, 9)}, "--only-layers 7-9: the model has the decoder layers 0-2"),
+        ({"only_layers": 3}, "only_layers 3 is not a range of decoder layers: (first, last) is expected"),
+        ({"only_layers": (2, 0)}, "only_layers (2, 0) is not a range of decoder layers"),
         ({"evaluate": "python", "evaluate_windows": 0}, "windows 0 is out of range"),
+        ({"evaluate": "python", "evaluate_windows": "all"}, "evaluate_windows 'all': a whole number from 1"),
+        ({"evaluate_windows": 4}, "evaluate_windows 4 has no effect: evaluate names no text"),
+        ({"evaluate": Path("nowhere.txt")}, "'nowhere.txt' is neither a file nor a known data set"),
         ({"evaluate": "nowhere.txt"}, "'nowhere.txt' is neither a file nor a known data set"),
         ({"execution": {"memory_limit": "1MiB"}}, "--memory-limit 1.00 MiB is not enough"),
         ({"allocation": {"re:[": "40%"}}, "is not a regular expression"),
@@ -273,6 +279,20 @@ def test_bad_input_is_refused_before_anything_is_generated_or_measured(tmp_path:
     for settings, message in refused:
         with pytest.raises(fp.FistaPrunerError, match=re.escape(message)):
             fp.prune(folder, tmp_path / "run", listener=NoLongWork(), **settings)
+
+
+def test_workers_that_no_executor_uses_are_told(tmp_path: Path) -> None:
+    class Ends(Listener):
+        """Ends the run once the settings are told."""
+
+        def say(self, message: str) -> None:
+            if "execution.workers 4 has no effect with the executor serial, only with process or ray" in message:
+                raise fp.FistaPrunerError("it was told")
+
+    folder = str(tiny.save("llama", tmp_path / "model"))
+    with pytest.raises(fp.FistaPrunerError, match="it was told"):
+        fp.prune(folder, tmp_path / "run", listener=Ends(), calibration=SMALL, execution={"workers": 4})
+    assert Execution(executor="process", workers=4).without_effect() == []
 
 
 def test_text_that_a_stopped_attempt_generated_is_not_generated_again(tmp_path: Path) -> None:

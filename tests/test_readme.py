@@ -5,11 +5,15 @@ from __future__ import annotations
 import json
 import re
 import shlex
+import shutil
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
 import torch
+from transformers import AutoModelForCausalLM, Trainer, TrainingArguments
 
+import fistapruner as fp
 import tiny
 from fistapruner.cli import build_parser, main
 from fistapruner.recipes.loading import shipped_recipes
@@ -19,8 +23,8 @@ ROOT = Path(__file__).parent.parent
 TEXT = "The quick brown fox jumps over the lazy dog, and then it does so again. " * 200
 
 
-def blocks(language: str) -> list[str]:
-    return re.findall(rf"```{language}\n(.*?)```", (ROOT / "README.md").read_text("utf-8"), re.DOTALL)
+def blocks(language: str, page: str = "README.md") -> list[str]:
+    return re.findall(rf"```{language}\n(.*?)```", (ROOT / page).read_text("utf-8"), re.DOTALL)
 
 
 def commands() -> list[list[str]]:
@@ -73,6 +77,43 @@ def test_python(place: Path) -> None:
     for block in blocks("python"):
         source = block.replace('"smollm2"', '"my-model"').replace('"seqlen": 512', '"seqlen": 32')
         exec(compile(source, "README.md", "exec"), {})
+
+
+def test_python_in_the_documentation_can_be_read() -> None:
+    """Of every page; nothing runs."""
+    pages = [str(page.relative_to(ROOT)) for page in sorted((ROOT / "docs").rglob("*.md"))]
+    found = [compile(block, page, "exec") for page in pages for block in blocks("python", page)]
+    assert len(found) >= 8
+
+
+def test_python_for_other_trainers(place: Path) -> None:
+    """The zeros are there after every example; one recovery writes the adapter of two of them."""
+    small = {"calibration": {"source": "text.txt", "samples": 2, "seqlen": 32}, "method": "magnitude"}
+    fp.prune("my-model", "runs/first", **small)
+    settings = {"parameters": "hira", "also": "none", "steps": 1, "data": {"tokens": 256, "seqlen": 32}}
+    fp.recover("runs/first", "runs/recovered", **settings)
+    shutil.copytree("runs/recovered/adapter", "my-adapter")
+    model = AutoModelForCausalLM.from_pretrained("runs/first/model")
+    before = [weight == 0 for weight in model.parameters()]
+
+    def train(model: torch.nn.Module) -> None:
+        optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+        model(torch.ones(1, 4, dtype=torch.long)).logits.float().square().mean().backward()
+        optimizer.step()
+
+    names = {
+        "model": model,
+        "train": train,
+        "Trainer": Trainer,
+        "arguments": TrainingArguments("trainer", max_steps=1, report_to=[], use_cpu=True),
+        "data": [{"input_ids": torch.ones(4, dtype=torch.long), "labels": torch.ones(4, dtype=torch.long)}],
+    }
+    for block in blocks("python", "docs/other-trainers.md"):
+        if "from peft" not in block or find_spec("peft"):
+            exec(compile(block, "docs/other-trainers.md", "exec"), names)
+    for folder in ("tuned", "merged"):
+        tuned = AutoModelForCausalLM.from_pretrained(folder)
+        assert all(bool((weight[zeros] == 0).all()) for weight, zeros in zip(tuned.parameters(), before, strict=True))
 
 
 def test_commands_in_the_documentation_are_understood() -> None:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from types import NoneType
+from typing import Any, get_args
+
 from pydantic import ValidationError
 
 
@@ -31,6 +34,21 @@ def needs_code(folder: object, error: Exception) -> FistaPrunerError | None:
     return FistaPrunerError(
         f"{folder} needs Python code that comes with it: if you trust that code, add --trust-remote-code"
     )
+
+
+def refuse_yes_no(value: Any, kind: Any) -> None:
+    """Refuse yes and no for a setting whose type is a number; Python takes them for 1 and 0.
+
+    Args:
+        value: as it was given.
+        kind: the setting's type.
+
+    Raises:
+        ValueError: pydantic collects it.
+    """
+    numbers = {getattr(part, "__origin__", part) for part in get_args(kind) or (kind,)} <= {int, float, NoneType}
+    if isinstance(value, bool) and numbers:
+        raise ValueError("a number is expected")
 
 
 def explain(error: Exception) -> str:

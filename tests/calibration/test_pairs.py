@@ -100,6 +100,8 @@ def test_bad_lines_are_named(tmp_path: Path, record: Any, why: str) -> None:
         ({**CHAT, "chosen": user("x")}, "line 1: the first message of chosen behind the prompt has the role 'user'"),
         ({"chosen": user("a"), "rejected": user("a") + says("b")}, "line 1: the answer chosen is empty"),
         ({"chosen": says("a"), "rejected": says("b")}, "line 1: chosen and rejected have different first messages"),
+        ({"chosen": "Yes", "rejected": "No"}, "line 1: chosen and rejected share no beginning, which is the prompt"),
+        ({"chosen": " Yes", "rejected": " No"}, "line 1: chosen and rejected share no beginning, which is the prompt"),
     ],
 )
 def test_answers_that_are_none(tmp_path: Path, record: Any, why: str) -> None:

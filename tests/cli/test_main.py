@@ -18,6 +18,7 @@ import fistapruner
 import tiny
 from fistapruner.cli import VERBS, build_parser, main
 from fistapruner.errors import FistaPrunerError
+from fistapruner.pipeline.plan import plan_model
 from fistapruner.recipes.base import MAX_SEED
 from fistapruner.recipes.settings import Recipe
 
@@ -197,6 +198,8 @@ def test_a_plan_refuses_a_file_to_write_into(
     file.write_text("")
     assert main(["plan", "x", "--out", str(file), *verb]) == 2
     assert f"--out {file} is a file; name a folder" in capsys.readouterr().err
+    with pytest.raises(FistaPrunerError, match="is a file; name a folder"):
+        plan_model("x", Recipe(), file)
 
 
 def test_an_empty_range_of_layers_is_not_all_layers(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -293,11 +293,16 @@ def test_the_sparsity_is_that_of_the_recipe_unless_it_is_given(
     monkeypatch.setattr("fistapruner.pipeline.compare.compare", asked)
     file = tmp_path / "own.yaml"
     file.write_text("sparsity: 70%")
+    smaller = tmp_path / "smaller.yaml"
+    smaller.write_text("structure: 25%")
     common = ["compare", "model", "--out", str(tmp_path / "out"), "--methods", "wanda"]
     recipe = ["--recipe", str(file)]
     for given, sparsities in (
         ([], ["50%"]),
         (recipe, ["70%"]),
+        (["--structure", "25%"], ["0%"]),
+        (["--recipe", str(smaller)], ["0%"]),
+        ([*recipe, "--structure", "25%"], ["70%"]),
         ([*recipe, "--sparsity", "2:4, 60%"], ["2:4", "60%"]),
     ):
         assert main([*common, *given]) == 2

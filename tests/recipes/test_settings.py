@@ -9,10 +9,12 @@ from unittest.mock import Mock
 
 import pytest
 import torch
+from pydantic import ValidationError
 
 import tiny
-from fistapruner import FistaPrunerError, LayerProblem, Recipe, prune, solve
-from fistapruner.cli import main
+from fistapruner import AlignRecipe, FistaPrunerError, LayerProblem, Recipe, align, align_compare, prune, recover, solve
+from fistapruner.cli import build_parser, main
+from fistapruner.cli.arguments import recipe_settings
 from fistapruner.constraints import NM
 from fistapruner.recipes.loading import load_recipe_settings, merge, parse_bytes, parse_value
 from fistapruner.recipes.recover_settings import RecoverRecipe
@@ -177,8 +179,6 @@ def test_a_verb_without_shipped_recipes_reads_files(tmp_path: Path) -> None:
 
 
 def test_a_section_that_is_no_mapping_is_refused() -> None:
-    unsaid = {"calibration": {"source": None, "samples": None}}
-    assert merge({"calibration": {"source": "c4"}}, unsaid) == {"calibration": {"source": "c4"}}
     for section, value in (("calibration", "c4"), ("execution", "process")):
         with pytest.raises(FistaPrunerError, match=f"{section}: a mapping of settings is expected .got '{value}'"):
             Recipe.build(merge({section: value}, {section: {"device": None}}))
@@ -190,7 +190,6 @@ def test_tokens_alone_keep_the_rest_of_a_recovery() -> None:
     assert (recover.parameters, recover.loss) == ("norms", "ce")
     assert (recover.data.source, recover.data.tokens) == ("c4", 500_000)
     assert base["recover"]["data"] == {"source": "c4", "tokens": 1000}
-    assert merge(base, {"recover": None}) == base
     assert merge({"recover": "2k"}, {"recover": 3000}) == {"recover": 3000}
     own = {"recover": {"loss": "kl"}}
     assert merge(base, own) == own
@@ -207,12 +206,16 @@ def test_tokens_alone_keep_the_rest_of_a_recovery() -> None:
         ("recover: yes", "recover: tokens such as 500k, or the settings of a recovery, are expected .got True"),
         ("recover: {data: {tokens: yes}}", "data.tokens: a number is expected"),
         ("recover: {scale: yes}", "scale: a number is expected"),
+        ("method: {alps: {refit: yes}}", "refit: a number is expected .got True"),
+        ("method: {alps: {damping: true}}", "damping: a number is expected .got True"),
+        ("method: [wanda, {refit: {iterations: no}}]", "iterations: a number is expected .got False"),
     ],
 )
 def test_yes_is_no_number(setting: str, message: str) -> None:
     with pytest.raises(FistaPrunerError, match=message):
         Recipe.from_yaml(setting)
     assert Recipe.from_yaml("error_correction: no").error_correction is False
+    assert Recipe.from_yaml("method: {proximal: {fast: no}}").steps[0].fast is False
 
 
 def test_shipped_recoveries_are_as_long_as_published() -> None:
@@ -225,6 +228,51 @@ def test_shipped_recoveries_are_as_long_as_published() -> None:
     assert spp.windows_per_step * 4 == 128
     for recipe in forward_only:
         assert (recipe.steps, recipe.windows_per_step, recipe.patience) == (20_000, 16, False)
+
+
+def test_none_over_a_recipe_replaces_what_it_says() -> None:
+    """As null does in a recipe file; flags that are not given leave the recipe as it is."""
+    base = {"recover": "500k", "calibration": {"source": "c4", "seqlen": 64}}
+    recipe = Recipe.build(merge(base, {"recover": None, "calibration": {"seqlen": None}}))
+    assert (recipe.recover, recipe.calibration.seqlen, recipe.calibration.source) == (None, None, "c4")
+    flags = build_parser().parse_args(["prune", "model", "--out", "out", "--recipe", "best"])
+    assert Recipe.build(recipe_settings(flags)) == Recipe.build(load_recipe_settings("best"))
+
+
+def test_functions_take_a_recipe_its_settings_or_its_name(tmp_path: Path) -> None:
+    file = tmp_path / "own.yaml"
+    file.write_text("sparsity: 70%")
+    own = Recipe.build({"sparsity": "70%"})
+    assert [Recipe.of(given) for given in (own, {"sparsity": "70%"}, file, str(file), None)] == [own] * 4 + [Recipe()]
+    assert RecoverRecipe.of("spp") == RecoverRecipe.build(load_recipe_settings("spp", "recover"))
+    other = "recipe is of the class RecoverRecipe, and Recipe is expected"
+    for given, message in (
+        (RecoverRecipe(), other),
+        ("nothing", "recipe 'nothing' is neither"),
+        (3, "the class int"),
+        ({"sparsity": "5:4"}, "recipe: sparsity: "),
+    ):
+        with pytest.raises(FistaPrunerError, match=message):
+            Recipe.of(given)
+    with pytest.raises(FistaPrunerError, match=other):
+        prune("model", tmp_path / "out", recipe=RecoverRecipe())
+    for function, name in ((recover, "RecoverRecipe"), (align, "AlignRecipe"), (align_compare, "AlignRecipe")):
+        with pytest.raises(FistaPrunerError, match=f"of the class Recipe, and {name} is expected"):
+            function("model", tmp_path / "out", recipe=Recipe())
+
+
+def test_wrong_settings_of_a_recipe_are_one_line() -> None:
+    for kind, settings, message in (
+        (Recipe, {"sparsity": "5:4"}, "Recipe: sparsity: "),
+        (RecoverRecipe, {"parameters": "foo", "rank": 0}, "RecoverRecipe: parameters: .*; rank: "),
+        (AlignRecipe, {"nothing": 1}, "AlignRecipe: unknown setting 'nothing'"),
+    ):
+        with pytest.raises(FistaPrunerError, match=message) as error:
+            kind(**settings)
+        assert "\n" not in str(error.value)
+        with pytest.raises(ValidationError):
+            kind.model_validate(settings)
+    assert Recipe(sparsity="2:4") == Recipe.model_validate({"sparsity": "2:4"})
 
 
 def test_settings_of_structure_are_merged_with_an_amount_alone() -> None:

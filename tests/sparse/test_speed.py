@@ -133,8 +133,16 @@ def test_the_command_prints_a_table_or_json(tmp_path, capsys, monkeypatch):
 def test_bad_settings_of_the_command_are_refused(tmp_path, capsys):
     source = save_pruned(tmp_path / "m")
     assert main(["bench", str(source), "--tokens", "1"]) == 2
-    assert "--tokens 1 is too small" in capsys.readouterr().err
+    assert "tokens 1 is too small: at least 2" in capsys.readouterr().err
     assert main(["bench", str(tmp_path / "none")]) == 2
+
+
+@pytest.mark.parametrize("settings", [{"batch": 0}, {"prompt": 0}, {"tokens": 1}, {"runs": 0}, {"threads": 0}])
+def test_numbers_that_are_too_small_are_refused_before_packing(tmp_path, monkeypatch, settings):
+    monkeypatch.setattr("fistapruner.sparse.bench.pack", None)
+    [(name, value)] = settings.items()
+    with pytest.raises(FistaPrunerError, match=f"{name} {value} is too small: at least {value + 1}"):
+        bench(save_pruned(tmp_path / "m"), **settings)
 
 
 def test_more_tokens_than_positions_are_refused(tmp_path):

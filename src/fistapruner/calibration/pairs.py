@@ -189,7 +189,7 @@ def _with_prompt(
     """Take as prompt what both answers begin with; return also whether it ends inside a word.
 
     Raises:
-        FistaPrunerError: they share no message, or do not share what ends a prompt.
+        FistaPrunerError: they share no beginning, or do not share what ends a prompt.
     """
     same = next(
         (place for place, (a, b) in enumerate(zip(chosen, rejected, strict=False)) if a != b),
@@ -209,6 +209,8 @@ def _with_prompt(
         same = place + len(prompt_ends)
     elif chosen[same - 1 : same] == " ":
         same -= 1
+    if same == 0:
+        raise FistaPrunerError(f"{where}: chosen and rejected share no beginning, which is the prompt")
     inside = chosen[same - 1 : same].isalnum() and (
         chosen[same : same + 1].isalnum() or rejected[same : same + 1].isalnum()
     )

@@ -15,6 +15,7 @@ from pydantic.fields import FieldInfo
 from ..errors import FistaPrunerError
 from ..recipes.align_settings import AlignRecipe
 from ..recipes.base import Settings
+from ..recipes.execution_settings import WORKER_SETTINGS
 from ..recipes.loading import load_recipe_settings, merge
 from ..recipes.recover_settings import RecoverRecipe
 from ..recipes.renamed import RENAMED_SETTINGS
@@ -255,7 +256,8 @@ def _refuse_without_workers(found: dict[str, Any], arguments: argparse.Namespace
     """Refuse flags of workers, or of a Ray cluster, where the executor has none."""
     section = found.get("execution")
     executor = (section.get("executor") if isinstance(section, dict) else None) or "serial"
-    for flag, executors in (("--workers", ("process", "ray")), ("--address", ("ray",))):
+    for name, executors in WORKER_SETTINGS.items():
+        flag = flag_of(f"execution.{name}")
         value = getattr(arguments, _dest(flag))
         if value not in (None, "1") and executor not in executors:
             raise FistaPrunerError(
@@ -306,7 +308,14 @@ def _over(
         (changes.setdefault(section, {}) if section else changes)[key] = value
     if texts is not None:
         changes[texts] |= read_texts(changes[texts].pop("source"), flag_of(f"{texts}.source"))
-    return merge(base, changes)
+    return merge(base, _given(changes))
+
+
+def _given(changes: dict[str, Any]) -> dict[str, Any]:
+    """Leave out the settings that no flag has given."""
+    return {
+        key: _given(value) if isinstance(value, dict) else value for key, value in changes.items() if value is not None
+    }
 
 
 def read_texts(texts: Sequence[str] | None, flag: str) -> dict[str, Any]:

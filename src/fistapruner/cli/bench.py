@@ -37,16 +37,11 @@ def configure(parser: argparse.ArgumentParser) -> None:
 def run(arguments: argparse.Namespace) -> int:
     import json
 
-    from ..errors import FistaPrunerError
     from ..pipeline.measure import bench_run, is_run
     from ..runs.listener import Listener
     from ..sparse.bench import bench, record, table
     from .progress import PlainListener
 
-    for name, least in (("batch", 1), ("prompt", 1), ("tokens", 2), ("runs", 1), ("threads", 1)):
-        value = getattr(arguments, name)
-        if value is not None and value < least:
-            raise FistaPrunerError(f"--{name} {value} is too small: at least {least}")
     names = ("batch", "prompt", "tokens", "runs", "threads", "allow_pickle")
     settings = {name: getattr(arguments, name) for name in names}
     if is_run(arguments.model):

@@ -39,7 +39,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
         "--sparsity",
         default=None,
         metavar="S,...",
-        help="sparsities, separated by commas (default: that of --recipe, or 50%%)",
+        help="sparsities, separated by commas (default: that of --recipe; else 50%%, or 0%% with --structure)",
     )
     parser.add_argument("--seeds", default="0", metavar="N,...", help="seeds of calibration windows (default: 0)")
     parser.add_argument(
@@ -62,11 +62,12 @@ def run(arguments: argparse.Namespace) -> int:
 
     listener = choose_listener(quiet=arguments.quiet or arguments.json)  # the other imports take seconds
     from ..pipeline.compare import compare
+    from ..recipes.settings import Recipe
     from ..reporting.comparison import comparison_table
 
     settings, sparsities = recipe_settings(arguments), arguments.sparsity
     if sparsities is None:
-        sparsities = str(settings.get("sparsity", "50%"))
+        sparsities = str(Recipe.build(settings).sparsity)
     comparison = compare(
         arguments.model,
         arguments.methods,

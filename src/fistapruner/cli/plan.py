@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import argparse
 import json
-from pathlib import Path
 
 from ..errors import FistaPrunerError
 from .arguments import (
@@ -58,8 +57,6 @@ def run(arguments: argparse.Namespace) -> int:
     from ..recipes.settings import Recipe
     from ..runtime.formatting import align_columns, size
 
-    if Path(arguments.out).exists() and not Path(arguments.out).is_dir():
-        raise FistaPrunerError(f"--out {arguments.out} is a file; name a folder")
     if arguments.recover or arguments.align:
         return _training(arguments)
     if arguments.dense is not None:

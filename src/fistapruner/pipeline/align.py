@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +31,7 @@ def align(
     model: str | Path,
     out: str | Path,
     *,
-    recipe: AlignRecipe | None = None,
+    recipe: AlignRecipe | Mapping[str, Any] | str | Path | None = None,
     dense: str | Path | None = None,
     allow_pickle: bool = False,
     trust_remote_code: bool = False,
@@ -46,7 +47,8 @@ def align(
         model: run directory of :func:`fistapruner.prune`, :func:`fistapruner.recover` or of this function, or a
             pruned checkpoint.
         out: the run directory. One that holds an unfinished run of the same recipe is continued.
-        recipe: all settings; None is the default recipe.
+        recipe: all settings: a AlignRecipe, a mapping, or the name of a YAML file; None is the
+            default recipe.
         dense: the dense model; None takes the one that the run or the checkpoint's record names.
         allow_pickle: read legacy ``.bin`` weights.
         trust_remote_code: run Python code that comes with the checkpoint.
@@ -70,7 +72,7 @@ def align(
         ALIGN,
         out,
         model,
-        recipe or AlignRecipe(),
+        AlignRecipe.of(recipe),
         dense=dense,
         permissions=Permissions(allow_pickle, trust_remote_code),
         listener=listener,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import shlex
 import shutil
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -54,7 +54,7 @@ def align_compare(
     model: str | Path,
     out: str | Path,
     *,
-    recipe: AlignRecipe | None = None,
+    recipe: AlignRecipe | Mapping[str, Any] | str | Path | None = None,
     seeds: Sequence[int] | None = None,
     keep: bool = False,
     dense: str | Path | None = None,
@@ -71,8 +71,8 @@ def align_compare(
     Args:
         model: as for :func:`fistapruner.align`, with a dense model that is known.
         out: folder of the comparison; one that was begun is continued.
-        recipe: settings that all rows share; ``loss``, ``references``, ``weights``, ``shares``, ``clip`` and ``anchor``
-            are those of the rows.
+        recipe: settings that all rows share, as for :func:`fistapruner.align`; ``loss``, ``references``, ``weights``,
+            ``shares``, ``clip`` and ``anchor`` are those of the rows.
         seeds: each is one run of every row: order of the pairs and start values; None is one run with the
             recipe's seeds.
         keep: keep the checkpoints, and the states of training.
@@ -92,7 +92,7 @@ def align_compare(
         FistaPrunerError: bad input, named, before anything is trained.
     """
     folder, listener = Path(out), listener or Listener()
-    shared = AlignRecipe.build(merge((recipe or AlignRecipe()).model_dump(mode="json"), settings))
+    shared = AlignRecipe.build(merge(AlignRecipe.of(recipe).model_dump(mode="json"), settings))
     default = AlignRecipe()
     for name in VARIED:
         if getattr(shared, name) != getattr(default, name):

@@ -298,7 +298,7 @@ def bench_run(folder: str | Path, *, listener: Listener | None = None, **setting
             :func:`fistapruner.sparse.bench.bench`.
 
     Raises:
-        FistaPrunerError: not a finished run, or it does not fit disk or memory.
+        FistaPrunerError: not a finished run, a number that is too small, or it does not fit disk or memory.
     """
     with _finished(Path(folder)) as (run, report):
         dense = dense_of(run) if lost_structure(read_pruning_record(run.model)) else None

@@ -219,6 +219,7 @@ def plan_model(
     Raises:
         FistaPrunerError: bad input, or a run that would not fit.
     """
+    refuse_file(Path(out))
     check_allocation(recipe)
     source = Permissions(allow_pickle, trust_remote_code).find(model)
     refuse_low_rank(source.folder, "prune")
@@ -231,6 +232,16 @@ def plan_model(
         return plan
     lost = say_lost_zeros(opened, layout, recipe, sparsity, widths)
     return replace(plan, says=(say_widths(opened, widths), *lost, *plan.says))
+
+
+def refuse_file(out: Path) -> None:
+    """Refuse a file where the plan needs a folder.
+
+    Raises:
+        FistaPrunerError: names it.
+    """
+    if out.exists() and not out.is_dir():
+        raise FistaPrunerError(f"--out {out} is a file; name a folder")
 
 
 def plan_run(

@@ -16,6 +16,7 @@ from ..runs.training_directory import RecoverDirectory
 from ..runs.training_runs import input_run
 from ..runtime.devices import cpu_threads
 from . import prepare_align, prepare_recover, recover_inputs
+from .plan import refuse_file
 from .training_inputs import R, TrainingRequest
 
 STAND_IN = "python"
@@ -47,6 +48,7 @@ def plan_recovery_of(
     Raises:
         FistaPrunerError: bad input.
     """
+    refuse_file(Path(out))
     if (
         recipe.data.source is None
         and not recipe.data.tasks
@@ -74,6 +76,7 @@ def plan_alignment_of(
     Returns:
         The plan of the recipe's own form, and those of all forms; those that do not fit say why.
     """
+    refuse_file(Path(out))
     pairs, _ = prepare_align.check_pairs(recipe)
     request = _request(model, recipe, dense, Permissions(allow_pickle, trust_remote_code))
     run = AlignDirectory(Path(out) / "run")  # of a run in that folder

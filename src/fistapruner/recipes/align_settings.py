@@ -56,6 +56,7 @@ class PairData(Settings):
 class AlignRecipe(TrainingRecipe):
     """Hold all settings of an alignment run."""
 
+    verb: ClassVar[str] = "align"
     rate_share: ClassVar[float] = 0.05
 
     loss: Literal["dpo", "multi-dpo", "harmonic", "geometric", "sft", "none"] = Field(

@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import hashlib
 import json
-from types import NoneType
-from typing import Annotated, Any, ClassVar, Self, get_args
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Self
 
 import yaml
 from pydantic import AfterValidator, BaseModel, ConfigDict, ValidationError, ValidationInfo, field_validator
 
-from ..errors import FistaPrunerError, explain
-from .loading import parse_yaml
+from ..errors import FistaPrunerError, explain, refuse_yes_no
+from .loading import load_recipe_settings, parse_yaml
 
 MAX_SEED = 2**63 - 1
 """Largest seed that torch's random generators accept."""
@@ -34,11 +35,9 @@ class Settings(BaseModel):
     @field_validator("*", mode="before")
     @classmethod
     def _no_number(cls, value: Any, info: ValidationInfo) -> Any:
-        """Refuse yes and no for a number, which Python takes for 1 and 0."""
-        if isinstance(value, bool) and info.field_name is not None:
-            kind = cls.model_fields[info.field_name].annotation
-            if {getattr(part, "__origin__", part) for part in get_args(kind) or (kind,)} <= {int, float, NoneType}:
-                raise ValueError("a number is expected")
+        """Refuse yes and no for a number."""
+        if info.field_name is not None:
+            refuse_yes_no(value, cls.model_fields[info.field_name].annotation)
         return value
 
 
@@ -46,10 +45,22 @@ class RunRecipe(Settings):
     """Base of the recipes.
 
     Attributes:
+        verb: whose settings they are.
         no_identity: settings that do not determine the resulting weights.
     """
 
+    verb: ClassVar[str] = "prune"
     no_identity: ClassVar[tuple[str, ...]] = ("execution",)
+
+    if not TYPE_CHECKING:  # type checkers and editors know the settings by pydantic's own signature
+
+        def __init__(self, **settings: Any) -> None:
+            try:
+                super().__init__(**settings)
+            except ValidationError as error:
+                raise FistaPrunerError(f"{type(self).__name__}: {explain(error)}") from None
+
+        __init__.__pydantic_base_init__ = True  # as pydantic marks its own: model_validate does not call it
 
     def fingerprint(self) -> str:
         """Return a hash of everything that determines the resulting weights."""
@@ -68,6 +79,26 @@ class RunRecipe(Settings):
             FistaPrunerError: not YAML, not a mapping, unknown or wrong settings.
         """
         return cls.build(parse_yaml(text, origin), origin)
+
+    @classmethod
+    def of(cls, recipe: Self | Mapping[str, Any] | str | Path | None) -> Self:
+        """Read a recipe as the functions take it.
+
+        Args:
+            recipe: a recipe, its settings, the name of a shipped recipe or of a file, or None for the default.
+
+        Raises:
+            FistaPrunerError: a recipe of another verb, no such file, or wrong settings.
+        """
+        if recipe is None:
+            return cls()
+        if isinstance(recipe, cls):
+            return recipe
+        if isinstance(recipe, (str, Path)):
+            return cls.build(load_recipe_settings(str(recipe), cls.verb), f"recipe {recipe}")
+        if isinstance(recipe, Mapping):
+            return cls.build(dict(recipe))
+        raise FistaPrunerError(f"recipe is of the class {type(recipe).__name__}, and {cls.__name__} is expected")
 
     @classmethod
     def build(cls, settings: dict[str, Any], origin: str = "recipe") -> Self:

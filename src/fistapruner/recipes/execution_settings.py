@@ -9,6 +9,9 @@ from pydantic import Field, field_validator
 from .base import Settings
 from .loading import parse_bytes
 
+WORKER_SETTINGS = {"workers": ("process", "ray"), "address": ("ray",)}
+"""Settings of workers, and the executors that have a use for them."""
+
 
 class Execution(Settings):
     """Set how the work is carried out. Never part of a run's identity."""
@@ -49,6 +52,15 @@ class Execution(Settings):
         description="HOST:PORT of the head of a Ray cluster, or auto for the one on this machine; without it one "
         "is started here.",
     )
+
+    def without_effect(self) -> list[str]:
+        """Say which settings of workers the executor has no use for."""
+        return [
+            f"execution.{name} {value} has no effect with the executor {self.executor}, "
+            f"only with {' or '.join(executors)}"
+            for name, executors in WORKER_SETTINGS.items()
+            if (value := getattr(self, name)) not in (None, 1) and self.executor not in executors
+        ]
 
     @field_validator("memory_limit", mode="before")
     @classmethod

@@ -112,7 +112,7 @@ SECTIONS = ("calibration", "data", "execution", "structure")
 
 
 def merge(base: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
-    """Return ``base`` updated by ``changes``, section by section; None in ``changes`` changes nothing.
+    """Return ``base`` updated by ``changes``, section by section; None replaces what is there.
 
     Of a text, ``source`` replaces ``tasks``, and the other way round. A section ``structure`` may be an amount alone;
     tokens alone as ``recover`` change only the tokens of a recovery recipe.
@@ -122,8 +122,6 @@ def merge(base: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
         if changes.get(key) and not changes.get(other):
             merged.pop(other, None)
     for key, value in changes.items():
-        if value is None:
-            continue
         if isinstance(value, dict) and key in SECTIONS:
             section = merged.get(key) or {}
             # A section that is not a mapping stays, so that validation names it.

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
-from typing import Literal
+from typing import ClassVar, Literal
 
 from pydantic import Field, model_validator
 
@@ -60,6 +60,8 @@ class TrainingData(Settings):
 
 class RecoverRecipe(TrainingRecipe):
     """Hold all settings of a recovery run."""
+
+    verb: ClassVar[str] = "recover"
 
     loss: Literal["auto", "kl", "ce", "mix"] = Field(
         "auto",

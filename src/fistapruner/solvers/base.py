@@ -14,10 +14,11 @@ from dataclasses import dataclass, field
 from typing import Annotated, Any, ClassVar, Literal
 
 import torch
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validator
 from torch import Tensor
 
 from ..constraints import Constraint, Scope
+from ..errors import refuse_yes_no
 from ..problem import LayerProblem
 
 Stats = dict[str, Any]
@@ -109,6 +110,14 @@ class Method(BaseModel, ABC):
     """Whether the kept weights are far from their least-squares values, so that a refit lowers the error."""
     takes: ClassVar[Literal["nothing", "norms", "Gram"]] = "Gram"
     """What it takes from the calibration text: nothing, the norms of the inputs, or all of their Gram."""
+
+    @field_validator("*", mode="before")
+    @classmethod
+    def _no_number(cls, value: Any, info: ValidationInfo) -> Any:
+        """Refuse yes and no for a number."""
+        if info.field_name is not None:
+            refuse_yes_no(value, cls.model_fields[info.field_name].annotation)
+        return value
 
     @abstractmethod
     def solve(self, problem: LayerProblem, sparsity: Sequence[Constraint], start: Solution | None = None) -> Solution:

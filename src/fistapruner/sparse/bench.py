@@ -52,9 +52,18 @@ def bench(
         allow_pickle: read legacy ``.bin`` weights.
 
     Raises:
-        FistaPrunerError: no pruned model, it needs Python code of its own, it does not fit disk or memory, or it has
-            too few positions for prompt and tokens.
+        FistaPrunerError: a number that is too small, no pruned model, it needs Python code of its own, it does not fit
+            disk or memory, or it has too few positions for prompt and tokens.
     """
+    for name, value, least in (
+        ("batch", batch, 1),
+        ("prompt", prompt, 1),
+        ("tokens", tokens, 2),
+        ("runs", runs, 1),
+        ("threads", threads, 1),
+    ):
+        if value is not None and value < least:
+            raise FistaPrunerError(f"{name} {value} is too small: at least {least}")
     model = Path(model)
     if not (model / "config.json").is_file():
         raise FistaPrunerError(f"{model} is not a folder with a pruned model")
