@@ -17,7 +17,7 @@ from ..calibration.training_text import TrainingText, order
 from ..errors import FistaPrunerError
 from ..models.discovery import Layout, discover
 from ..models.layerwise import LayerwiseModel
-from ..models.source import UNTRUSTED, ModelSource, Permissions
+from ..models.source import UNTRUSTED, Permissions
 from ..recipes.execution_settings import Execution
 from ..recipes.recover_settings import RecoverRecipe
 from ..recipes.training_settings import TrainingRecipe
@@ -26,10 +26,9 @@ from ..runs.identity import fingerprint, stamps
 from ..runs.listener import Listener
 from ..runs.lock import preparing
 from ..runs.training_directory import RecoverDirectory, TrainingDirectory
-from ..runtime.devices import choose_device, cpu_threads, device_title
+from ..runtime.devices import cpu_threads, device_title
 from ..runtime.files import disk_errors, sha256_file
 from ..runtime.memory import release_failed_memory
-from ..runtime.numerics import DTYPES
 from ..runtime.ranks import ALONE, Ranks
 from ..tuning.losses import Loss
 from ..tuning.objective import Objective
@@ -37,6 +36,7 @@ from ..tuning.steppers import FirstOrder, ForwardOnly
 from ..tuning.teacher import Teacher
 from ..tuning.trained import Trained
 from ..tuning.trainer import Stepper, Trainer, TrainingState
+from .context import open_model
 
 SMALLER: tuple[tuple[str, dict[str, bool]], ...] = (
     ("decoder layers run twice for a gradient", {"keep_graphs": False}),
@@ -104,7 +104,7 @@ class TrainingContext:
         text = run.text()
         if text is None or sha256_file(run.windows_file) != decision.windows_sha256:
             raise FistaPrunerError(f"{run.windows_file} is gone or damaged: name another --out")
-        model = open_model(permissions.at(decision.folder), recipe, decision.numerics.dtype)
+        model = open_model(permissions.at(decision.folder), recipe, dtype=decision.numerics.dtype)
         if record.fingerprint != identity(recipe, model, text, decision):
             raise FistaPrunerError(f"{folder}: the model is not the one that the run began with; name another --out")
         passes = -(-recipe.step_windows // decision.numerics.batch_size)
@@ -273,7 +273,7 @@ class TrainingContext:
             FistaPrunerError: it is not the one that the run began with.
         """
         assert self.decision.dense is not None
-        dense = open_model(self.permissions.at(self.decision.dense), self.recipe, self.decision.numerics.dtype)
+        dense = open_model(self.permissions.at(self.decision.dense), self.recipe, dtype=self.decision.numerics.dtype)
         if tuple(stamps(dense.checkpoint)) != self.decision.dense_stamps:
             raise FistaPrunerError(f"{self.decision.dense} is not the dense model that the run began with")
         return dense
@@ -299,19 +299,6 @@ def made(folder: Path | None) -> Iterator[None]:
     finally:
         if folder is not None:
             shutil.rmtree(folder, ignore_errors=True)
-
-
-def open_model(source: ModelSource, recipe: TrainingRecipe, dtype: str | None = None) -> LayerwiseModel:
-    """Open a model as a recipe wants it run.
-
-    Args:
-        source: its folder.
-        recipe: names device and precision.
-        dtype: precision of the passes that the run has decided on; None is the recipe's.
-    """
-    device = choose_device(recipe.execution.device)
-    chosen: torch.dtype | None = DTYPES.get(dtype or recipe.dtype)
-    return LayerwiseModel(source.checkpoint(), device, chosen, trust_remote_code=source.trust_remote_code)
 
 
 def identity(recipe: TrainingRecipe, model: LayerwiseModel, text: TrainingText, decision: TrainingDecision) -> str:

@@ -10,7 +10,7 @@ from ..calibration.packing import PURPOSE
 from ..calibration.training_text import training_text
 from ..calibration.windows import check_source, window_length
 from ..errors import FistaPrunerError
-from ..execution.training import open_model
+from ..execution.context import open_model
 from ..models.source import ModelSource
 from ..recipes.recover_settings import RecoverRecipe
 from ..recipes.settings import Recipe
