@@ -17,8 +17,9 @@ from ..runs.layer_records import OperatorEntry, RemovalEntry
 from ..runtime.clock import Clock
 from ..sensitivity.channel_order import channel_order, raised_shares
 from ..sensitivity.decision import permutes
-from ..structured.goa import channel_criterion, group_divergence, head_divergence, reconstructed, redundant
+from ..structured.goa import DAMPING, channel_criterion, group_divergence, head_divergence, redundant
 from ..structured.removal import ChannelStatistics, Removal, best_channels, removal_error, remove_channels
+from ..structured.shrinkage import refitted
 from ..structured.units import Unit, cut_channels
 from .context import LayerContext, LayerMeasures
 from .passes import LayerPasses
@@ -177,7 +178,7 @@ def _fitted(
             continue
         problem = passes.fitting_problem(place)
         with clock.phase("structure"):
-            weight, warnings = reconstructed(problem)
+            weight, warnings = refitted(problem, DAMPING)
             said += warnings
             for operator, part in zip(group, weight.split(problem.rows), strict=True):
                 if operator.name in unit.producers:
@@ -190,7 +191,7 @@ def _fitted(
             moment = problem.gram
     known = passes.channels_of(number)
     with clock.phase("structure"):
-        weight, warnings = reconstructed(known.problem)
+        weight, warnings = refitted(known.problem, DAMPING)
         known = known.around(weight)
     with clock.phase("capture"):
         if unit.columns > 1:
