@@ -259,7 +259,7 @@ def decide(
     importance: dict[str, Tensor] | None = None
     facts: WorkloadFacts | None = None
     if differentiates(recipe):
-        sensitivity = Sensitivity({}, [], 0)
+        sensitivity = Sensitivity({}, [])
         costs: dict[str, dict[str, Tensor]] = {}
         for task, windows in texts.items():
             own = measure_sensitivity(

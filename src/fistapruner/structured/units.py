@@ -166,10 +166,6 @@ class Widths:
         """Return the mixtures of decoder layer ``index`` that lose experts."""
         return self.experts[index] if self.experts else ()
 
-    def consumers(self, index: int) -> set[str]:
-        """Return the names of the operators of decoder layer ``index`` that lose input channels."""
-        return {unit.consumer.name for unit in self.units[index]}
-
     def touched(self, index: int) -> set[str]:
         """Return the names of the operators of decoder layer ``index`` that lose inputs or outputs."""
         return {name for unit in self.units[index] for name in unit.names}

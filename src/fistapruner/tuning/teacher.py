@@ -149,13 +149,6 @@ class Teacher:
                 self._of.update(dict.fromkeys(self.blocks[number], number))
         ranks.wait()  # until all have seen the same blocks
 
-    def __len__(self) -> int:
-        return len(self.blocks)
-
-    def prepare(self) -> None:
-        """Make all blocks that stay and are not there yet."""
-        self._share(list(range(self.permanent)))
-
     def require(self, windows: Sequence[int]) -> None:
         """Make the blocks of some windows that are not there yet.
 
