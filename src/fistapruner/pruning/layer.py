@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..constraints import Constraint
 from ..models.discovery import Group
 from ..models.files.low_rank import A, B, sum_of_parts
 from ..models.layerwise import LayerwiseModel
@@ -159,7 +160,7 @@ def _prune_group(
             magnitude = context.solver(problem, patterns, parse_method("magnitude"))
             found = SparsePlusLowRank(magnitude, (None,) * len(group))
         else:
-            found = _solve(context, problem, names, _importance(context, index, group, measures, record))
+            found = _solve(context, problem, patterns, _importance(context, index, group, measures, record))
         solution, total = found.sparse, found.sparse.weight
         unrounded = _write(model, model.layers[index], group, names, solution)
         if any(part is not None for part in found.low_rank):
@@ -204,15 +205,14 @@ def _importance(
 
 
 def _solve(
-    context: LayerContext, problem: LayerProblem, names: Sequence[str], importance: Tensor | None
+    context: LayerContext, problem: LayerProblem, patterns: Sequence[Constraint], importance: Tensor | None
 ) -> SparsePlusLowRank:
     """Solve a group's problem, its rows weighted by their importance."""
-    patterns, steps = [context.sparsity[name] for name in names], context.recipe.steps
     weighted, rows = problem, None
     if importance is not None:
         rows = importance.to(problem.weight.device)
         weighted = problem.weighted(rows)
-    found = solve_low_rank(weighted, patterns, steps, context.recipe.low_rank, context.solver)
+    found = solve_low_rank(weighted, patterns, context.recipe.steps, context.recipe.low_rank, context.solver)
     if rows is not None:
         unweighted(found.sparse.weight, rows)
         for part, count in zip(found.low_rank, rows.split(problem.rows), strict=True):
