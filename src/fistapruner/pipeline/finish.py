@@ -5,7 +5,8 @@ from __future__ import annotations
 import json
 import math
 import time
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +30,7 @@ from ..runs.lineage import add_stage, update_stage
 from ..runs.listener import Listener
 from ..runs.records import Report, Totals, load_run
 from ..runs.times import Times
-from ..runtime.files import PARTIAL, sha256_file
+from ..runtime.files import PARTIAL, disk_errors, sha256_file
 from ..runtime.machine import now
 from ..runtime.memory import peak_memory
 from ..structured.experts import EXPERTS, chosen_experts, dropped_tensors
@@ -87,7 +88,21 @@ def finish(
     return report
 
 
-def write_failure(run: RunDirectory, error: BaseException, times: Times) -> None:
+@contextmanager
+def reporting_failure(run: RunDirectory, times: Times) -> Iterator[None]:
+    """Let ``report.json`` say why the run fails, if it does; that of an earlier attempt is removed."""
+    with disk_errors(run.report_file):
+        run.report_file.unlink(missing_ok=True)
+    try:
+        yield
+    except Exception as error:
+        if run.run_file.exists():
+            with suppress(FistaPrunerError):  # a full disk, most likely the very error
+                _write_failure(run, error, times)
+        raise
+
+
+def _write_failure(run: RunDirectory, error: BaseException, times: Times) -> None:
     """Write the report of a run that stops with an error: what is done so far, and the reason."""
     report = load_run(run.folder)
     report.status, report.error, report.finished = "failed", str(error) or type(error).__name__, now()

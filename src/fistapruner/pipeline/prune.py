@@ -30,7 +30,7 @@ from ..runtime.devices import choose_device, device_title
 from ..runtime.files import disk_errors
 from ..runtime.memory import reset_peak_memory
 from .begun import FinishedRun, absolute, execution_here, find_finished, find_source, same_path
-from .finish import finish, write_failure
+from .finish import finish, reporting_failure
 from .measure import measure
 from .prepare import prepare
 from .prune_inputs import RunRequest, check_layers_before
@@ -258,7 +258,7 @@ def _prune(
     part = "" if only is None else f"{only[0]}-{only[1]}"
     listener.tick("opening the run", 0, 1)
     context = RunContext.open(run.folder, device, part, request.permissions)
-    with nullcontext() if only or found.damaged else _reporting_failure(run, times):
+    with nullcontext() if only or found.damaged else reporting_failure(run, times):
         todo = _prune_missing(context, request, Logged(told, times.note), inspect)
         if only is not None:
             times.note()
@@ -314,19 +314,6 @@ def _remove_failure(run: PruneDirectory) -> None:
             return
     with disk_errors(run.report_file):
         run.report_file.unlink(missing_ok=True)
-
-
-@contextmanager
-def _reporting_failure(run: PruneDirectory, times: Times) -> Iterator[None]:
-    """Let ``report.json`` say why the run fails, if it does; that of an earlier attempt is removed."""
-    with disk_errors(run.report_file):
-        run.report_file.unlink(missing_ok=True)
-    try:
-        yield
-    except Exception as error:
-        with suppress(FistaPrunerError):  # a full disk, most likely the very error
-            write_failure(run, error, times)
-        raise
 
 
 @contextmanager
