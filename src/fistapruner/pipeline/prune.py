@@ -116,7 +116,8 @@ def resume_pruning(run: PruneDirectory, permissions: Permissions, listener: List
         permissions: what the model's files may do; it is not recorded but said with every command.
         listener: receives progress.
     """
-    begun = _begun(run, "can be resumed", "give its prune command again")
+    begun = run.record()
+    assert begun is not None  # the caller has read it
     evaluation = begun.decision.evaluation
     return prune(
         begun.decision.model,
@@ -150,7 +151,9 @@ def finish_run(
     """
     run, permissions = PruneDirectory(Path(out)), Permissions(allow_pickle, trust_remote_code)
     listener = Logged(listener or Listener())
-    begun = _begun(run, "was begun")
+    begun = run.record()
+    if begun is None:
+        raise FistaPrunerError(f"{run.folder} is not a run that was begun (it has no run.json)")
     run.check_place()
     recipe = _recipe_here(run, begun, listener)
     found = find_finished(run, begun.decision.model, recipe, permissions, prepares=False)
@@ -198,15 +201,6 @@ def recovers(begun: TrainingRecord, pruned: Report) -> bool:
 def recover_execution(execution: Execution) -> Execution:
     """Return how a recovery is carried out that follows a pruning run."""
     return execution.model_copy(update={"executor": "serial", "workers": None, "address": None, "batch_size": None})
-
-
-def _begun(run: PruneDirectory, what: str, hint: str = "") -> PruneRecord:
-    """Read the record of a run that must have one."""
-    record = run.record()
-    if record is None:
-        advice = f": {hint}" if hint else ""
-        raise FistaPrunerError(f"{run.folder} is not a run that {what} (it has no run.json){advice}")
-    return record
 
 
 def _recipe_here(run: PruneDirectory, begun: PruneRecord, listener: Listener) -> Recipe:
