@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import shutil
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar, Self
@@ -27,7 +26,7 @@ from ..runs.listener import Listener
 from ..runs.lock import preparing
 from ..runs.training_directory import RecoverDirectory, TrainingDirectory
 from ..runtime.devices import cpu_threads, device_title
-from ..runtime.files import disk_errors, sha256_file
+from ..runtime.files import scratch_folder, sha256_file
 from ..runtime.memory import release_failed_memory
 from ..runtime.ranks import ALONE, Ranks
 from ..tuning.losses import Loss
@@ -187,7 +186,7 @@ class TrainingContext:
         """Do what :meth:`train` does, once, and leave the best weights in ``trained``."""
         numerics, windows = self.decision.numerics, self._order()
         hidden = self.own(self.run.hidden) if self.decision.hidden_on_disk else None
-        with cpu_threads(numerics.threads), made(hidden):
+        with cpu_threads(numerics.threads), scratch_folder(hidden):
             store = scratch_factory(hidden, self.model.dtype, self.model.device)
             objective = self._objective(windows, store, listener)
             trainer = Trainer(
@@ -285,20 +284,6 @@ class RecoverContext(TrainingContext):
     directory: ClassVar[type[TrainingDirectory]] = RecoverDirectory
     settings: ClassVar[type[TrainingRecipe]] = RecoverRecipe
     progress: ClassVar[str] = "recovery steps"
-
-
-@contextmanager
-def made(folder: Path | None) -> Iterator[None]:
-    """Make the folder of hidden states, if there is one, and remove it after the block."""
-    if folder is not None:
-        shutil.rmtree(folder, ignore_errors=True)
-        with disk_errors(folder):
-            folder.mkdir(parents=True)
-    try:
-        yield
-    finally:
-        if folder is not None:
-            shutil.rmtree(folder, ignore_errors=True)
 
 
 def identity(recipe: TrainingRecipe, model: LayerwiseModel, text: TrainingText, decision: TrainingDecision) -> str:
