@@ -151,7 +151,8 @@ def test_trained_numbers_are_those_of_the_training(folder: Path) -> None:
                         full_name = task.layout.full_name(index, operator)
                         survivors[full_name] = int((operator.weight(layer) != 0).sum())
                 values = trained.values(index, layer)
-                trained.update(index, layer, {key: torch.ones_like(value) for key, value in values.items()}, 1.0)
+                ones = {key: torch.ones_like(value) for key, value in values.items()}
+                trained.step(index, layer, trained.chain(index, layer, ones), 1.0)
         held = sum(tensor.nbytes for key, tensor in trained.tensors().items() if key.startswith("trained/"))
         assert measure_form(replace(task, survivors=survivors)).trained == held
 

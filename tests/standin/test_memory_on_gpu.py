@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -173,7 +174,7 @@ class OneWorker:
 
     def start(self, worker: int, job: Job | PartJob) -> None:
         self.emptied.append(self.gpu.emptied)
-        self.worker.run(job.to_json(), self._tell)
+        self.worker.run(asdict(job), self._tell)
 
     def wait(self) -> list[tuple[int, Event]]:
         events, self._events = self._events, []

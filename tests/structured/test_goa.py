@@ -33,10 +33,10 @@ from fistapruner.structured.goa import (
     channel_criterion,
     group_divergence,
     head_divergence,
-    reconstructed,
     redundant,
 )
 from fistapruner.structured.removal import ChannelStatistics, remove_channels
+from fistapruner.structured.shrinkage import refitted
 
 SMALL = {"source": "python", "samples": 4, "seqlen": 32}
 
@@ -126,7 +126,7 @@ def test_a_problem_around_other_weights_has_the_same_errors() -> None:
         moved = problem.around(weight)
         torch.testing.assert_close(moved.row_errors(other), problem.row_errors(other), rtol=1e-4, atol=1e-4)
         assert moved.dense_errors() == pytest.approx(problem.relative_errors(weight), rel=1e-5)
-        fitted, _ = reconstructed(problem)
+        fitted, _ = refitted(problem, DAMPING)
         assert problem.relative_errors(fitted)[0] < problem.dense_errors()[0]  # type: ignore[index]
 
 

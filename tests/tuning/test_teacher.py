@@ -110,7 +110,7 @@ def test_blocks_are_made_when_they_are_needed(tmp_path: Path) -> None:
         torch.testing.assert_close(logits_of(used, windows), expected[windows])
         assert len(counted.made) == made
     again = teacher(order=order, held_out=[5, 2, 8])
-    again.prepare()
+    again.require([5, 2, 8])
     assert len(counted.made) == 5
 
 
@@ -119,7 +119,6 @@ def test_each_window_passes_through_the_dense_model_once(tmp_path: Path) -> None
     tokens, counted = some_tokens(4), Counted()
     first = logits_of(Teacher(opened(folder), tokens, tmp_path / "teacher", batch_size=2, tick=counted), [0, 3])
     again = Teacher(opened(folder), tokens, tmp_path / "teacher", batch_size=2, tick=counted)
-    again.prepare()
     assert torch.equal(logits_of(again, [3, 0]), first.flip(0))
     assert len(counted.made) == 1
     other = Teacher(opened(folder), tokens, tmp_path / "teacher", batch_size=2, tick=counted, identity="another")

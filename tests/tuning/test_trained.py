@@ -60,8 +60,8 @@ def step(trained: Trained, seed: int, order: list[int] | None = None) -> None:
     """Take one step with random gradients, layers in the given order."""
     for index in order or range(len(trained)):
         with trained.model.layer(index) as layer:
-            values = trained.values(index, layer)
-            assert trained.update(index, layer, gradients(values, 100 * seed + index), 1.0) > 0
+            changes = gradients(trained.values(index, layer), 100 * seed + index)
+            assert trained.step(index, layer, trained.chain(index, layer, changes), 1.0) > 0
 
 
 def live(trained: Trained) -> dict[str, Tensor]:
@@ -293,7 +293,9 @@ def test_steps_are_those_of_torch_on_the_whole_model(tmp_path: Path, form: str, 
         loss = objective.gradient(
             numbers,
             trained.values,
-            lambda index, layer, gradients: norms.append(trained.update(index, layer, gradients, 1.0)),
+            lambda index, layer, gradients: norms.append(
+                trained.step(index, layer, trained.chain(index, layer, gradients), 1.0)
+            ),
         )
         assert loss == pytest.approx(expected.item(), rel=1e-5)
         gradients = [leaf.grad * (leaf != 0) if form == "full" else leaf.grad for leaf in flat if leaf.grad is not None]

@@ -314,7 +314,6 @@ def forward_variants(
     variants: Variants,
     *,
     calls: Calls | None = None,
-    progress: Progress = lambda done, total: None,
 ) -> tuple[list[HiddenStates], Calls]:
     """Run every window through several variants of the model; each layer is loaded once for all.
 
@@ -342,7 +341,6 @@ def forward_variants(
                 raise ValueError(f"{number} variants of layer {index}, {len(states)} of the layers before it")
         if index == 0:
             embedded.close()
-        progress(index + 1, len(model))
     return states, calls
 
 

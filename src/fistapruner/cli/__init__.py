@@ -18,24 +18,25 @@ from contextlib import contextmanager
 from importlib import import_module
 from typing import Any, TextIO, cast
 
-VERBS: dict[str, str] = {
-    "prune": "prune",
-    "recover": "recover",
-    "align": "align",
-    "plan": "plan",
-    "resume": "resume",
-    "finish": "finish",
-    "compare": "compare",
-    "evaluate": "evaluate",
-    "inspect": "inspect",
-    "report": "report",
-    "status": "status",
-    "pack": "pack",
-    "unpack": "unpack",
-    "export": "export",
-    "bench": "bench",
-    "methods": "methods",
-}
+VERBS = (
+    "prune",
+    "recover",
+    "align",
+    "plan",
+    "resume",
+    "finish",
+    "compare",
+    "evaluate",
+    "inspect",
+    "report",
+    "status",
+    "pack",
+    "unpack",
+    "export",
+    "bench",
+    "methods",
+)
+"""The verbs in the order of ``--help``, each the name of its module."""
 
 QUIET = {"TOKENIZERS_PARALLELISM": "false", "TRANSFORMERS_VERBOSITY": "error", "HF_HUB_DISABLE_PROGRESS_BARS": "1"}
 """Environment variables that hide other libraries' output; importing transformers for it would take seconds."""
@@ -53,8 +54,8 @@ def build_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--version", action="version", version=f"fistapruner {__version__}")
     verbs = parser.add_subparsers(dest="verb", metavar="VERB", required=True)
-    for verb, name in VERBS.items():
-        module = import_module(f".{name}", __package__)
+    for verb in VERBS:
+        module = import_module(f".{verb}", __package__)
         sub = verbs.add_parser(
             verb, help=module.SUMMARY, description=module.__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
         )

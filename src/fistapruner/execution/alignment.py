@@ -23,6 +23,7 @@ from ..runs.identity import stamps
 from ..runs.listener import Listener
 from ..runs.training_directory import TrainingDirectory
 from ..runtime.devices import cpu_threads
+from ..runtime.files import scratch_folder
 from ..runtime.ranks import ALONE, Ranks
 from ..tuning.objective import Objective
 from ..tuning.pair_objective import DIVERGENCE, LIKELIHOOD, AnswerObjective, PairObjective, Preference
@@ -41,7 +42,7 @@ from ..tuning.references import (
     reference_log_probabilities,
 )
 from ..tuning.trained import Trained
-from .training import TrainingContext, made
+from .training import TrainingContext
 
 START_TOLERANCE = {torch.float32: 1e-4, torch.float16: 0.01, torch.bfloat16: 0.1}
 """Most nats a token by which the model at step 0 may differ from what the reference ``pruned`` has cached.
@@ -179,7 +180,7 @@ class AlignContext(TrainingContext):
     def measuring(self) -> Iterator[Store]:
         """Give the stores and threads of the run's passes for the block."""
         hidden = self.own(self.run.hidden) if self.decision.hidden_on_disk else None
-        with cpu_threads(self.decision.numerics.threads), made(hidden):
+        with cpu_threads(self.decision.numerics.threads), scratch_folder(hidden):
             yield scratch_factory(hidden, self.model.dtype, self.model.device)
 
     @property

@@ -29,6 +29,7 @@ from ..pruning.context import LayerContext, LayerEvents, LayerMeasures, LayerStr
 from ..pruning.layer import prune_layer
 from ..pruning.partition import solve_in_parts
 from ..recipes.settings import Recipe
+from ..recipes.training_settings import TrainingRecipe
 from ..runs.decision import Numerics
 from ..runs.identity import fingerprint
 from ..runs.layer_records import LayerEntry
@@ -350,7 +351,11 @@ def _smallest_divisor(number: int) -> int:
 
 
 def open_model(
-    source: ModelSource, recipe: Recipe, device: torch.device | None = None, *, dtype: str | None = None
+    source: ModelSource,
+    recipe: Recipe | TrainingRecipe,
+    device: torch.device | None = None,
+    *,
+    dtype: str | None = None,
 ) -> LayerwiseModel:
     """Open a model as a recipe wants it run.
 

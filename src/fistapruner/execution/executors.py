@@ -32,8 +32,8 @@ def prune_layers(
 
     The result does not depend on the executor: with any of them, a layer is computed by one process on
     ``work.numerics.threads`` threads. With ``propagate=pruned`` the input of a layer is the output of the pruned
-    layer before
-    it: this process prunes layers in order, and workers solve the parts of its groups of operators in parallel.
+    layer before it: this process prunes layers in order, and workers solve the parts of its groups of operators in
+    parallel.
 
     Args:
         work: the opened run.

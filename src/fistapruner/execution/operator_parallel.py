@@ -13,10 +13,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from ..constraints import Constraint, parse_sparsity
-from ..models.files.safetensors import SafetensorsFile, SafetensorsWriter, TensorEntry
+from ..models.files.safetensors import SafetensorsFile, write_tensors
 from ..problem import LayerProblem
 from ..pruning.partition import cut, join, part_of, rows_of, solve_in_parts, solve_part
 from ..runtime.memory import release_device_memory
@@ -63,9 +62,9 @@ class ParallelSolver:
             )
             for number, part in enumerate(parts)
         ]
-        _write(self._folder / GRAM, {"gram": problem.gram})
+        write_tensors(self._folder / GRAM, {"gram": problem.gram})
         for part, job in zip(parts, jobs, strict=True):
-            _write(self._folder / job.problem, rows_of(part_of(problem, part)))
+            write_tensors(self._folder / job.problem, rows_of(part_of(problem, part)))
         release_device_memory()  # what the passes have freed, for the workers that share this process's GPU
         run_jobs(self._pool, _PartSchedule(jobs))
         solution = join(
@@ -117,15 +116,8 @@ def do_part(job: PartJob, folder: Path, steps: Sequence[Method], device: torch.d
     problem = LayerProblem(gram=gram, target=job.target, names=(job.name,), tokens=job.tokens, **tensors).to(device)
     solution = solve_part(problem, parse_sparsity(job.sparsity), steps)
     record = {"stats": solution.stats[0], "warnings": solution.warnings}
-    _write(folder / job.solution, {"weight": solution.weight, "mask": solution.mask}, {"record": json.dumps(record)})
-
-
-def _write(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str] | None = None) -> None:
-    """Write tensors to a safetensors file."""
-    entries = [TensorEntry.of(name, tensor.dtype, tensor.shape) for name, tensor in tensors.items()]
-    with SafetensorsWriter(path, entries, metadata) as writer:
-        for name, tensor in tensors.items():
-            writer.write(name, tensor)
+    tensors = {"weight": solution.weight, "mask": solution.mask}
+    write_tensors(folder / job.solution, tensors, {"record": json.dumps(record)})
 
 
 def _read_solution(path: Path, device: torch.device) -> Solution:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import logging
 from collections import Counter
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any, Protocol, TypeVar
 
 from ..errors import FistaPrunerError
@@ -46,10 +46,6 @@ class Job:
     source: str
     target: str | None
 
-    def to_json(self) -> dict[str, Any]:
-        """Return the job as JSON values."""
-        return asdict(self)
-
     def __str__(self) -> str:
         return f"layer {self.index}"
 
@@ -73,10 +69,6 @@ class PartJob:
     sparsity: str
     target: float
     tokens: int | None
-
-    def to_json(self) -> dict[str, Any]:
-        """Return the job as JSON values."""
-        return asdict(self)
 
     def __str__(self) -> str:
         return f"{self.name}, {self.problem}"

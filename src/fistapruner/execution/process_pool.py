@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 from contextlib import suppress
+from dataclasses import asdict
 from pathlib import Path
 
 import torch
@@ -40,7 +41,7 @@ class ProcessPool:
         pipe = self._processes[worker].stdin
         assert pipe is not None
         with suppress(BrokenPipeError):  # the worker died while idle; wait() sees its closed output
-            pipe.write(json.dumps(job.to_json()).encode() + b"\n")
+            pipe.write(json.dumps(asdict(job)).encode() + b"\n")
             pipe.flush()
 
     def wait(self) -> list[tuple[int, Event]]:

@@ -11,6 +11,7 @@ import queue
 import socket
 import threading
 from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import asdict
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -129,7 +130,7 @@ class RayPool:
 
     def start(self, worker: int, job: Job | PartJob) -> None:
         """Give an idle worker a job."""
-        self._streams[self._actors[worker].run.remote(job.to_json())] = worker
+        self._streams[self._actors[worker].run.remote(asdict(job))] = worker
 
     def wait(self) -> list[tuple[int, Event]]:
         """Wait for the next events."""

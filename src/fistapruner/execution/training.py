@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import shutil
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar, Self
@@ -17,7 +16,7 @@ from ..calibration.training_text import TrainingText, order
 from ..errors import FistaPrunerError
 from ..models.discovery import Layout, discover
 from ..models.layerwise import LayerwiseModel
-from ..models.source import UNTRUSTED, ModelSource, Permissions
+from ..models.source import UNTRUSTED, Permissions
 from ..recipes.execution_settings import Execution
 from ..recipes.recover_settings import RecoverRecipe
 from ..recipes.training_settings import TrainingRecipe
@@ -26,10 +25,9 @@ from ..runs.identity import fingerprint, stamps
 from ..runs.listener import Listener
 from ..runs.lock import preparing
 from ..runs.training_directory import RecoverDirectory, TrainingDirectory
-from ..runtime.devices import choose_device, cpu_threads, device_title
-from ..runtime.files import disk_errors, sha256_file
+from ..runtime.devices import cpu_threads, device_title
+from ..runtime.files import scratch_folder, sha256_file
 from ..runtime.memory import release_failed_memory
-from ..runtime.numerics import DTYPES
 from ..runtime.ranks import ALONE, Ranks
 from ..tuning.losses import Loss
 from ..tuning.objective import Objective
@@ -37,6 +35,7 @@ from ..tuning.steppers import FirstOrder, ForwardOnly
 from ..tuning.teacher import Teacher
 from ..tuning.trained import Trained
 from ..tuning.trainer import Stepper, Trainer, TrainingState
+from .context import open_model
 
 SMALLER: tuple[tuple[str, dict[str, bool]], ...] = (
     ("decoder layers run twice for a gradient", {"keep_graphs": False}),
@@ -104,7 +103,7 @@ class TrainingContext:
         text = run.text()
         if text is None or sha256_file(run.windows_file) != decision.windows_sha256:
             raise FistaPrunerError(f"{run.windows_file} is gone or damaged: name another --out")
-        model = open_model(permissions.at(decision.folder), recipe, decision.numerics.dtype)
+        model = open_model(permissions.at(decision.folder), recipe, dtype=decision.numerics.dtype)
         if record.fingerprint != identity(recipe, model, text, decision):
             raise FistaPrunerError(f"{folder}: the model is not the one that the run began with; name another --out")
         passes = -(-recipe.step_windows // decision.numerics.batch_size)
@@ -187,7 +186,7 @@ class TrainingContext:
         """Do what :meth:`train` does, once, and leave the best weights in ``trained``."""
         numerics, windows = self.decision.numerics, self._order()
         hidden = self.own(self.run.hidden) if self.decision.hidden_on_disk else None
-        with cpu_threads(numerics.threads), made(hidden):
+        with cpu_threads(numerics.threads), scratch_folder(hidden):
             store = scratch_factory(hidden, self.model.dtype, self.model.device)
             objective = self._objective(windows, store, listener)
             trainer = Trainer(
@@ -273,7 +272,7 @@ class TrainingContext:
             FistaPrunerError: it is not the one that the run began with.
         """
         assert self.decision.dense is not None
-        dense = open_model(self.permissions.at(self.decision.dense), self.recipe, self.decision.numerics.dtype)
+        dense = open_model(self.permissions.at(self.decision.dense), self.recipe, dtype=self.decision.numerics.dtype)
         if tuple(stamps(dense.checkpoint)) != self.decision.dense_stamps:
             raise FistaPrunerError(f"{self.decision.dense} is not the dense model that the run began with")
         return dense
@@ -285,33 +284,6 @@ class RecoverContext(TrainingContext):
     directory: ClassVar[type[TrainingDirectory]] = RecoverDirectory
     settings: ClassVar[type[TrainingRecipe]] = RecoverRecipe
     progress: ClassVar[str] = "recovery steps"
-
-
-@contextmanager
-def made(folder: Path | None) -> Iterator[None]:
-    """Make the folder of hidden states, if there is one, and remove it after the block."""
-    if folder is not None:
-        shutil.rmtree(folder, ignore_errors=True)
-        with disk_errors(folder):
-            folder.mkdir(parents=True)
-    try:
-        yield
-    finally:
-        if folder is not None:
-            shutil.rmtree(folder, ignore_errors=True)
-
-
-def open_model(source: ModelSource, recipe: TrainingRecipe, dtype: str | None = None) -> LayerwiseModel:
-    """Open a model as a recipe wants it run.
-
-    Args:
-        source: its folder.
-        recipe: names device and precision.
-        dtype: precision of the passes that the run has decided on; None is the recipe's.
-    """
-    device = choose_device(recipe.execution.device)
-    chosen: torch.dtype | None = DTYPES.get(dtype or recipe.dtype)
-    return LayerwiseModel(source.checkpoint(), device, chosen, trust_remote_code=source.trust_remote_code)
 
 
 def identity(recipe: TrainingRecipe, model: LayerwiseModel, text: TrainingText, decision: TrainingDecision) -> str:

@@ -8,7 +8,7 @@ at random in a small forward pass. Operators are linked where the output stays t
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from typing import Any
@@ -190,14 +190,28 @@ def link_tensors(layer: nn.Module, link: Link, order: Tensor) -> dict[str, tuple
         order: (blocks, channels) old place inside its block of each new channel; fewer where some are removed.
     """
     rows, columns = link.places(order)
-    changes = {}
-    for name in link.producers:
+    return channel_tensors(layer, dict.fromkeys(link.producers, rows), link.consumer, columns)
+
+
+def channel_tensors(
+    layer: nn.Module, rows: Mapping[str, Tensor], consumer: Operator, columns: Tensor
+) -> dict[str, tuple[int, Tensor]]:
+    """Return the dimension and the places of channels in each tensor, by name inside the layer.
+
+    Args:
+        layer: the decoder layer; its weights need not be loaded.
+        rows: by name, the places in the outputs of each operator that writes the channels.
+        consumer: the operator that reads them.
+        columns: the places in its inputs.
+    """
+    found = {}
+    for name, places in rows.items():
         module = layer.get_submodule(name)
-        changes[f"{name}.weight"] = (1 if isinstance(module, Conv1D) else 0, rows)
+        found[f"{name}.weight"] = (1 if isinstance(module, Conv1D) else 0, places)
         if module.bias is not None:
-            changes[f"{name}.bias"] = (0, rows)
-    changes[f"{link.consumer.name}.weight"] = (0 if link.consumer.transposed else 1, columns)
-    return changes
+            found[f"{name}.bias"] = (0, places)
+    found[f"{consumer.name}.weight"] = (0 if consumer.transposed else 1, columns)
+    return found
 
 
 def _exchange(parameter: Tensor, dim: int, order: Tensor) -> None:

@@ -93,10 +93,7 @@ class LayerwiseModel:
         self._ahead: dict[int, ReadAhead] = {}  # decoder layers that are being read, by number
         self._sources = checkpoint_names(self.model, checkpoint, experts)
         self._parameters = {name for name, _ in self.model.named_parameters()}
-        for module in self.model.modules():
-            for key, buffer in module._buffers.items():
-                if buffer is not None and not buffer.is_meta:
-                    module._buffers[key] = buffer.to(device)
+        buffers_to(self.model, device)
 
     def __len__(self) -> int:
         return len(self.layers)
@@ -539,7 +536,7 @@ class LayerwiseModel:
             tensor = tensor.to(self.device, non_blocking=True)
             twin = None if like is None else like._held(name)
             same = twin is not None and twin.dtype == tensor.dtype and twin.device == tensor.device
-            self._assign(name, twin if twin is not None and same and torch.equal(twin, tensor) else tensor)
+            assign(self.model, name, twin if twin is not None and same and torch.equal(twin, tensor) else tensor)
 
     def _held(self, name: str) -> Tensor | None:
         """Return a loaded parameter or buffer; None where it is not there or not loaded."""
@@ -554,15 +551,8 @@ class LayerwiseModel:
     def _free(self, names: list[str]) -> None:
         """Move parameters and buffers to the meta device."""
         for name in names:
-            parent, _, key = name.rpartition(".")
-            module = self.model.get_submodule(parent)
-            held = module._parameters.get(key) if key in module._parameters else module._buffers.get(key)
-            if held is not None:
-                self._assign(name, held.to("meta"))
-
-    def _assign(self, name: str, tensor: Tensor) -> None:
-        """Replace a parameter or buffer."""
-        assign(self.model, name, tensor)
+            if (held := self._held(name)) is not None:
+                assign(self.model, name, held.to("meta"))
 
 
 def assign(module: nn.Module, name: str, tensor: Tensor) -> None:
@@ -575,6 +565,14 @@ def assign(module: nn.Module, name: str, tensor: Tensor) -> None:
         module._buffers[key] = tensor
     if isinstance(module, Conv1D):
         module.nf = module.weight.shape[1]  # its forward pass makes the output in this shape
+
+
+def buffers_to(module: nn.Module, device: torch.device) -> None:
+    """Move the buffers of a module and of all inside it to a device, but for those on the meta device."""
+    for part in module.modules():
+        for key, buffer in part._buffers.items():
+            if buffer is not None and not buffer.is_meta:
+                part._buffers[key] = buffer.to(device)
 
 
 def _same(value: Any, again: Any) -> bool:

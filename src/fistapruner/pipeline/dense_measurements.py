@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import shutil
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TypeVar
@@ -25,7 +23,7 @@ from ..runs.listener import Listener
 from ..runs.prune_directory import PruneDirectory
 from ..runs.records import WorkloadFacts
 from ..runtime.devices import cpu_threads
-from ..runtime.files import disk_errors, sha256_file
+from ..runtime.files import scratch_folder, sha256_file
 from ..runtime.memory import release_failed_memory
 from ..runtime.numerics import exact_products
 from ..sensitivity.decision import Decision, decide, needs_measuring, permutes, windows_measured
@@ -211,7 +209,7 @@ class DenseMeasurements:
             FistaPrunerError: memory runs out with one window at a time.
         """
         device = inputs.model.device
-        with cpu_threads(self.numerics.threads), exact_products(), _temporary(self.states):
+        with cpu_threads(self.numerics.threads), exact_products(), scratch_folder(self.states):
             for count in dict.fromkeys((batch_size, 1)):
                 try:
                     return work(count)
@@ -231,16 +229,3 @@ def _say_permuted(permuted: Mapping[str, tuple[float, float]]) -> str:
         f"channel permutation: {len(permuted)} operators; of the importance of their weights the pattern now loses "
         f"{1 - after:.1%} instead of {1 - before:.1%}"
     )
-
-
-@contextmanager
-def _temporary(folder: Path | None) -> Iterator[None]:
-    """Make a folder, and remove it after the block."""
-    if folder is not None:
-        with disk_errors(folder):
-            folder.mkdir(parents=True, exist_ok=True)
-    try:
-        yield
-    finally:
-        if folder is not None:
-            shutil.rmtree(folder, ignore_errors=True)

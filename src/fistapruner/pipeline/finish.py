@@ -5,7 +5,8 @@ from __future__ import annotations
 import json
 import math
 import time
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +30,7 @@ from ..runs.lineage import add_stage, update_stage
 from ..runs.listener import Listener
 from ..runs.records import Report, Totals, load_run
 from ..runs.times import Times
-from ..runtime.files import PARTIAL, sha256_file
+from ..runtime.files import PARTIAL, disk_errors, sha256_file
 from ..runtime.machine import now
 from ..runtime.memory import peak_memory
 from ..structured.experts import EXPERTS, chosen_experts, dropped_tensors
@@ -58,9 +59,11 @@ def finish(
     report.layers = _finished_layers(context)
     report.permuted = _of_kept_experts(report.permuted, report.layers)
     report.warnings += [warning for layer in report.layers for warning in layer.warnings]
-    report.totals = _totals(report.layers, context, times.total(), alone=alone)
+    dropped, stacked = _dropped(context)
+    shapes = stacked | _new_shapes(context)
+    report.totals = _totals(report.layers, context, times.total(), shapes, dropped, alone=alone)
     own = operator_claims(report, context.model)
-    replacement, gone = _replacement(context), _gone(context)
+    replacement, gone = _replacement(context), _gone(context, dropped, stacked)
     kept = kept_claims(context, report, own, replacement, gone)
     report.totals.model_zeros = (report.totals.operator_zeros or 0) + claimed_zeros(kept)
     report.stacked_experts = any(name.endswith("]") for name in (*own, *kept))
@@ -68,7 +71,7 @@ def finish(
         report.totals.time_split["sensitivity"] = record.decision.sensitivity_seconds
     report.finished = now()
     add_stage(report)
-    _write_model(context, report, {**own, **kept}, replacement, gone, listener)
+    _write_model(context, report, {**own, **kept}, replacement, gone, shapes, dropped, listener)
     times.note()  # before the report calls the run finished: what a kill leaves half-written is then written again
     if earlier is not None:
         report.evaluations, report.generations, report.speed = earlier.evaluations, earlier.generations, earlier.speed
@@ -87,7 +90,21 @@ def finish(
     return report
 
 
-def write_failure(run: RunDirectory, error: BaseException, times: Times) -> None:
+@contextmanager
+def reporting_failure(run: RunDirectory, times: Times) -> Iterator[None]:
+    """Let ``report.json`` say why the run fails, if it does; that of an earlier attempt is removed."""
+    with disk_errors(run.report_file):
+        run.report_file.unlink(missing_ok=True)
+    try:
+        yield
+    except Exception as error:
+        if run.run_file.exists():
+            with suppress(FistaPrunerError):  # a full disk, most likely the very error
+                _write_failure(run, error, times)
+        raise
+
+
+def _write_failure(run: RunDirectory, error: BaseException, times: Times) -> None:
     """Write the report of a run that stops with an error: what is done so far, and the reason."""
     report = load_run(run.folder)
     report.status, report.error, report.finished = "failed", str(error) or type(error).__name__, now()
@@ -135,13 +152,12 @@ def _replacement(context: RunContext) -> Callable[[str], Tensor | None]:
     return replacement
 
 
-def _gone(context: RunContext) -> Callable[[str], bool]:
-    """Return a function that tells whether a tensor was of an expert that is removed."""
-    dropped, shapes = _dropped(context)
+def _gone(context: RunContext, dropped: set[str], shapes: Mapping[str, tuple[int, ...]]) -> Callable[[str], bool]:
+    """Return a function that tells whether a tensor was of a removed expert; takes :func:`_dropped`."""
     stacks = context.model.checkpoint.stacks
     stay = {part for name, shape in shapes.items() for part in map(stacks[name].part, range(shape[0]))}
-    dropped |= {part for name in shapes for part in context.model.checkpoint.parts(name)} - stay
-    return lambda name: name in dropped
+    all_gone = dropped | ({part for name in shapes for part in context.model.checkpoint.parts(name)} - stay)
+    return lambda name: name in all_gone
 
 
 def _write_model(
@@ -150,6 +166,8 @@ def _write_model(
     claims: Mapping[str, Any],
     replacement: Callable[[str], Tensor | None],
     gone: Callable[[str], bool],
+    shapes: Mapping[str, tuple[int, ...]],
+    dropped: Collection[str],
     listener: Listener,
 ) -> None:
     """Write the checkpoint, unless a whole one of this run is there."""
@@ -177,8 +195,8 @@ def _write_model(
         replacement,
         documents,
         listener,
-        shapes=_new_shapes(context),
-        dropped=_dropped(context)[0],
+        shapes=shapes,
+        dropped=dropped,
         config_changes=None if context.widths is None else context.widths.config,
     )
 
@@ -229,10 +247,10 @@ def write_model(
 
 
 def _new_shapes(context: RunContext) -> dict[str, tuple[int, ...]]:
-    """Return the new shapes of the tensors that lost channels or experts, by checkpoint name."""
+    """Return the new shapes of the journaled tensors that lost channels or experts, by checkpoint name."""
     if context.widths is None:
         return {}
-    return _dropped(context)[1] | {
+    return {
         name: entry.shape
         for index in range(len(context.model))
         for name, entry in context.run.journal.weights(index).entries.items()
@@ -281,7 +299,15 @@ def folder_bytes(folder: Path) -> int:
     return sum(path.stat().st_size for path in folder.iterdir() if path.is_file())
 
 
-def _totals(layers: list[LayerEntry], context: RunContext, seconds: float, *, alone: bool) -> Totals:
+def _totals(
+    layers: list[LayerEntry],
+    context: RunContext,
+    seconds: float,
+    shapes: Mapping[str, tuple[int, ...]],
+    dropped: Collection[str],
+    *,
+    alone: bool,
+) -> Totals:
     checkpoint, tokens, device = context.model.checkpoint, context.tokens, context.model.device
     split: dict[str, float] = {}
     for layer in layers:
@@ -292,9 +318,7 @@ def _totals(layers: list[LayerEntry], context: RunContext, seconds: float, *, al
     # Every layer timed one pass of its first batch without hooks: together, a plain forward pass of these windows.
     plain = [layer.seconds["plain"] for layer in layers if "plain" in layer.seconds]
     windows, seqlen = min(context.numerics.batch_size, tokens.shape[0]), tokens.shape[1]
-    shapes = _new_shapes(context)
     gone = {name: math.prod(checkpoint.entry(name).shape) - math.prod(shape) for name, shape in shapes.items()}
-    dropped = sum(math.prod(checkpoint.entry(name).shape) for name in _dropped(context)[0])
     dense_flops, flops = (
         _flops(
             context.model,
@@ -308,7 +332,7 @@ def _totals(layers: list[LayerEntry], context: RunContext, seconds: float, *, al
         operator_zeros=zeros,
         model_weights=sum(math.prod(checkpoint.entry(name).shape) for name in checkpoint.names())
         - sum(gone.values())
-        - dropped,
+        - sum(math.prod(checkpoint.entry(name).shape) for name in dropped),
         model_zeros=zeros,
         dense_flops_per_token=dense_flops,
         flops_per_token=flops,

@@ -74,15 +74,14 @@ def cut_text(
         The text, and SHA-256 of the files that it comes from.
     """
     data, generator = inputs.recipe.data, inputs.dense or inputs.model
-    texts = list(data.tasks.values()) or [str(data.source)]
-    files = {text: sha256_file(Path(text)) for text in texts if Path(text).is_file()}
+    files = {text: sha256_file(Path(text)) for text in data.texts if Path(text).is_file()}
     place = [inputs.seqlen, generator.device.type, dtype_name(generator.dtype), files]
-    if SELF in texts:
+    if SELF in data.texts:
         place.append(stamps(generator.checkpoint))
     drawing = json.dumps([data.model_dump(mode="json"), *place])
     text = run.text(drawing)  # it may take long: an attempt that was stopped after it has left it
     if new := text is None:
-        listener.say(f"training text: {data.tokens} tokens in windows of {inputs.seqlen} from {', '.join(texts)}")
+        listener.say(f"training text: {data.tokens} tokens in windows of {inputs.seqlen} from {', '.join(data.texts)}")
 
         def load_model() -> Any:
             nbytes = whole_bytes(generator.checkpoint, generator.dtype)

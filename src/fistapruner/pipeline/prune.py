@@ -30,7 +30,7 @@ from ..runtime.devices import choose_device, device_title
 from ..runtime.files import disk_errors
 from ..runtime.memory import reset_peak_memory
 from .begun import FinishedRun, absolute, execution_here, find_finished, find_source, same_path
-from .finish import finish, write_failure
+from .finish import finish, reporting_failure
 from .measure import measure
 from .prepare import prepare
 from .prune_inputs import RunRequest, check_layers_before
@@ -149,7 +149,8 @@ def resume_pruning(run: PruneDirectory, permissions: Permissions, listener: List
         permissions: what the model's files may do; it is not recorded but said with every command.
         listener: receives progress.
     """
-    begun = _begun(run, "can be resumed", "give its prune command again")
+    begun = run.record()
+    assert begun is not None  # the caller has read it
     evaluation = begun.decision.evaluation
     return prune(
         begun.decision.model,
@@ -183,7 +184,9 @@ def finish_run(
     """
     run, permissions = PruneDirectory(Path(out)), Permissions(allow_pickle, trust_remote_code)
     listener = Logged(listener or Listener())
-    begun = _begun(run, "was begun")
+    begun = run.record()
+    if begun is None:
+        raise FistaPrunerError(f"{run.folder} is not a run that was begun (it has no run.json)")
     run.check_place()
     recipe = _recipe_here(run, begun, listener)
     found = find_finished(run, begun.decision.model, recipe, permissions, prepares=False)
@@ -231,15 +234,6 @@ def recovers(begun: TrainingRecord, pruned: Report) -> bool:
 def recover_execution(execution: Execution) -> Execution:
     """Return how a recovery is carried out that follows a pruning run."""
     return execution.model_copy(update={"executor": "serial", "workers": None, "address": None, "batch_size": None})
-
-
-def _begun(run: PruneDirectory, what: str, hint: str = "") -> PruneRecord:
-    """Read the record of a run that must have one."""
-    record = run.record()
-    if record is None:
-        advice = f": {hint}" if hint else ""
-        raise FistaPrunerError(f"{run.folder} is not a run that {what} (it has no run.json){advice}")
-    return record
 
 
 def _recipe_here(run: PruneDirectory, begun: PruneRecord, listener: Listener) -> Recipe:
@@ -293,7 +287,7 @@ def _prune(
     part = "" if only is None else f"{only[0]}-{only[1]}"
     listener.tick("opening the run", 0, 1)
     context = RunContext.open(run.folder, device, part, request.permissions)
-    with nullcontext() if only or found.damaged else _reporting_failure(run, times):
+    with nullcontext() if only or found.damaged else reporting_failure(run, times):
         todo = _prune_missing(context, request, Logged(told, times.note), inspect)
         if only is not None:
             times.note()
@@ -349,19 +343,6 @@ def _remove_failure(run: PruneDirectory) -> None:
             return
     with disk_errors(run.report_file):
         run.report_file.unlink(missing_ok=True)
-
-
-@contextmanager
-def _reporting_failure(run: PruneDirectory, times: Times) -> Iterator[None]:
-    """Let ``report.json`` say why the run fails, if it does; that of an earlier attempt is removed."""
-    with disk_errors(run.report_file):
-        run.report_file.unlink(missing_ok=True)
-    try:
-        yield
-    except Exception as error:
-        with suppress(FistaPrunerError):  # a full disk, most likely the very error
-            write_failure(run, error, times)
-        raise
 
 
 @contextmanager

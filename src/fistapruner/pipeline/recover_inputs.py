@@ -10,7 +10,7 @@ from ..calibration.packing import PURPOSE
 from ..calibration.training_text import training_text
 from ..calibration.windows import check_source, window_length
 from ..errors import FistaPrunerError
-from ..execution.training import open_model
+from ..execution.context import open_model
 from ..models.source import ModelSource
 from ..recipes.recover_settings import RecoverRecipe
 from ..recipes.settings import Recipe
@@ -57,8 +57,8 @@ def check_following(recipe: Recipe, dense: ModelSource) -> None:
     data = following.data
     if data.source is None and not data.tasks:
         data = data.model_copy(update={"source": calibration.source, "tasks": calibration.tasks})
-    for text in data.tasks.values() if data.tasks else (data.source,):
-        check_source(str(text), PURPOSE)
+    for text in data.texts:
+        check_source(text, PURPOSE)
     model = open_model(dense, following)
     seqlen = window_length(following.data.seqlen, model, TRAINING_SEQLEN, SEQLEN)
     if SELF not in (data.source, *data.tasks.values()):
@@ -86,8 +86,8 @@ def resolve(recipe: RecoverRecipe, origin: RunDirectory | None) -> RecoverRecipe
         if known is None:
             raise FistaPrunerError("say what to train on with --data: self, python, c4, or a text file")
         data = data.model_copy(update=known)
-    for text in data.tasks.values() if data.tasks else (data.source,):
-        check_source(str(text), PURPOSE)
+    for text in data.texts:
+        check_source(text, PURPOSE)
     chosen = {
         "data": recipe.model_copy(update={"data": data}).with_absolute_files().data,
         "parameters": "lora" if recipe.parameters == "auto" else recipe.parameters,

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from ..errors import FistaPrunerError
-from ..execution.training import open_model
+from ..execution.context import open_model
 from ..models.discovery import discover
 from ..models.files.checkpoint import PRUNING_RECORD
 from ..models.files.folder import require_new
@@ -84,7 +84,7 @@ def replay(
             f"{journal} is of a run with {recipe.optimizer}: only mezo and subzero can be replayed without passes"
         )
     recipe = recipe.model_copy(update={"execution": recipe.execution.model_copy(update={"device": device})})
-    opened = open_model(source, recipe, about["dtype"])
+    opened = open_model(source, recipe, dtype=about["dtype"])
     if (here := device_title(opened.device)) != about["device"]:
         flag = "cpu" if about["device"] == "cpu" else "cuda"
         raise FistaPrunerError(

@@ -29,7 +29,7 @@ from ..runtime.memory import reset_peak_memory
 from ..runtime.numerics import exact_products
 from ..runtime.ranks import ranks_of_run
 from .begun import absolute, execution_here, same_path
-from .finish import write_failure
+from .finish import reporting_failure
 from .finish_training import AddResults, finish
 from .measure import measure
 from .prune_inputs import say_other_versions
@@ -161,7 +161,7 @@ def _lead(
             if report is not None:
                 listener.say(f"the checkpoint is made again from the last state: {fault}")
             # The report of a finished run stays, whatever becomes of its checkpoint.
-            with spent(run.folder) as times, nullcontext() if report else _reporting_failure(run, times):
+            with spent(run.folder) as times, nullcontext() if report else reporting_failure(run, times):
                 reset_peak_memory(choose_device(request.recipe.execution.device))
                 if begun is None:
                     verb.prepare(run, request, listener)
@@ -307,20 +307,6 @@ def _restore_text(
     verb.make_text(run, same, listener)
     if sha256_file(run.windows_file) != decision.windows_sha256:
         raise FistaPrunerError(f"{run.windows_file} is gone or damaged, and {verb.changed} since: name another --out")
-
-
-@contextmanager
-def _reporting_failure(run: TrainingDirectory, times: Any) -> Iterator[None]:
-    """Let ``report.json`` say why the run fails, if it does; that of an earlier attempt is removed."""
-    with disk_errors(run.report_file):
-        run.report_file.unlink(missing_ok=True)
-    try:
-        yield
-    except Exception as error:
-        if run.run_file.exists():
-            with suppress(FistaPrunerError):  # a full disk, most likely the very error
-                write_failure(run, error, times)
-        raise
 
 
 @contextmanager

@@ -15,7 +15,7 @@ from ..calibration.windows import window_length
 from ..errors import FistaPrunerError
 from ..evaluation.data import load_windows
 from ..evaluation.inspection import inspect_checkpoint
-from ..execution.training import open_model
+from ..execution.context import open_model
 from ..models.discovery import Layout, discover
 from ..models.files.low_rank import refuse_low_rank
 from ..models.files.record import lost_structure, read_pruning_record

@@ -63,11 +63,10 @@ def measure_model(task: Task) -> ModelSizes:
     """Measure what no trained tensor changes: one window through one layer, one slice of logits."""
     model, dense, index = task.model, task.dense, largest_layer(task)
     both = [each for each in (model, dense) if each is not None]
-    layers = [sorted(each.layer_sources(at)) for each in both for at in (index,)]
     itemsize = model.dtype.itemsize
 
-    def nbytes(each: LayerwiseModel, names: Sequence[str]) -> int:
-        return sum(math.prod(each.checkpoint.entry(name).shape) for name in names) * itemsize
+    def layer_bytes(each: LayerwiseModel) -> int:
+        return sum(math.prod(each.checkpoint.entry(name).shape) for name in each.layer_sources(index)) * itemsize
 
     names = [model.layer_sources(at) for at in range(len(model))]
     base = resident_memory() + RETAINED + GROWTH
@@ -89,7 +88,7 @@ def measure_model(task: Task) -> ModelSizes:
         largest=max(entry.nbytes + math.prod(entry.shape) * itemsize for entry in entries),
         largest_operator=max((4 * op.rows * op.columns for _, op in task.layout.operators()), default=0),
         checkpoint=model.checkpoint.nbytes,
-        layer=max(nbytes(each, layer) for each, layer in zip(both, layers, strict=True)),
+        layer=max(map(layer_bytes, both)),
         weights=sum(map(model.pass_bytes, names)),
         layers=len(model),
         calls=_unique_bytes(tree_leaves(calls)),

@@ -139,7 +139,7 @@ class Task:
 
 @dataclass(frozen=True)
 class ModelSizes:
-    """Bytes and seconds of what does not depend on the trained tensors; see :meth:`measure`."""
+    """Hold bytes and seconds of all but the trained tensors; see :func:`.training_probe.measure_model`."""
 
     base: int
     """Main memory of the process before the run."""
@@ -200,7 +200,7 @@ class ModelSizes:
 
 @dataclass(frozen=True)
 class FormSizes:
-    """Bytes and seconds of the trained tensors; see :meth:`measure`."""
+    """Hold bytes and seconds of the trained tensors; see :func:`.training_probe.measure_form`."""
 
     trained: int
     """Trained numbers of all layers, in fp32."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 from torch import Tensor
 
@@ -16,6 +17,7 @@ from ..models.layerwise import LayerwiseModel
 from ..problem import LayerProblem
 from ..recipes.settings import Recipe
 from ..runs.decision import ExpertsDecision
+from ..runs.layer_records import OperatorEntry, RemovalEntry
 from ..solvers import solve
 from ..solvers.base import Method, Solution
 from ..structured.units import Unit, Widths
@@ -170,3 +172,25 @@ class LayerEvents:
 
 NO_EVENTS = LayerEvents()
 """Events that nothing receives."""
+
+
+@dataclass
+class LayerRecord:
+    """What is gathered of a decoder layer while it is pruned.
+
+    Attributes:
+        weights: pruned tensors by checkpoint name, in the checkpoint's orientation, rounded as it will hold them.
+        operators: for the report, in execution order; ``removals``: what was removed.
+        warnings: sentences.
+        rows: kept rows of the operators that lost some, by name inside the layer.
+        parts: sparse and low-rank parts of the operators whose sum the layer holds, by name in checkpoint and journal.
+        extra: more for the report, by its key there.
+    """
+
+    weights: dict[str, Tensor] = field(default_factory=dict)
+    operators: list[OperatorEntry] = field(default_factory=list)
+    removals: list[RemovalEntry] = field(default_factory=list)
+    warnings: list[str] = field(default_factory=list)
+    rows: dict[str, Tensor] = field(default_factory=dict)
+    parts: dict[str, Tensor] = field(default_factory=dict)
+    extra: dict[str, Any] = field(default_factory=dict)

@@ -4,24 +4,24 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass, field
-from typing import Any
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
+from ..constraints import Constraint
 from ..models.discovery import Group
 from ..models.files.low_rank import A, B, sum_of_parts
 from ..models.layerwise import LayerwiseModel
 from ..problem import LayerProblem, ProblemSums, unweighted
-from ..runs.layer_records import LayerEntry, OperatorEntry
+from ..runs.layer_records import LayerEntry
 from ..runtime.clock import Clock
 from ..runtime.memory import release_memory
 from ..solvers import parse_method
 from ..solvers.base import Solution
 from ..solvers.low_rank import SparsePlusLowRank, solve_low_rank
 from ..tuning.block_reconstruction import ReconstructionSettings, reconstruct_layer
-from .context import NO_EVENTS, NOT_MEASURED, LayerContext, LayerEvents, LayerMeasures, LayerStreams
+from .context import NO_EVENTS, NOT_MEASURED, LayerContext, LayerEvents, LayerMeasures, LayerRecord, LayerStreams
 from .entries import operator_entries
 from .experts import remove_experts, routed_problem, routing_warnings
 from .passes import LayerPasses
@@ -42,21 +42,6 @@ class LayerResult:
 
     weights: dict[str, Tensor]
     entry: LayerEntry
-
-
-@dataclass
-class _LayerRecord:
-    """What is gathered of a layer while its groups are solved."""
-
-    weights: dict[str, Tensor]
-    operators: list[OperatorEntry]
-    warnings: list[str]
-    extra: dict[str, Any]
-    rows: dict[str, Tensor] = field(default_factory=dict)
-    """Kept rows of the operators that lost some, by name inside the layer."""
-
-    parts: dict[str, Tensor] = field(default_factory=dict)
-    """Sparse and low-rank parts of the operators whose sum the layer holds, by name in checkpoint and journal."""
 
 
 def prune_layer(
@@ -83,7 +68,7 @@ def prune_layer(
         FistaPrunerError: NaN or infinity in weights or activations; names the operator.
     """
     model, clock = context.model, Clock(context.model.device)
-    record = _LayerRecord({}, [], [], {})
+    record = LayerRecord()
     with ExitStack() as loaded:
         with clock.phase("io"):
             loaded.enter_context(model.layer(index))
@@ -96,9 +81,10 @@ def prune_layer(
             for unit in passes.mixtures_before(number):
                 tensors, removal = remove_experts(context, index, unit, passes, clock, loaded)
                 record.weights |= tensors
-                record.extra.setdefault("removals", []).append(removal)
+                record.removals.append(removal)
             if consumers := passes.cut_before(number):
-                _remove(context, index, consumers, passes, clock, measures, events, record)
+                remove_units(context, index, consumers, passes, clock, measures, events.operators, record)
+                release_memory()
             if number not in passes.solved:
                 passes.pruned(number)
                 continue
@@ -122,6 +108,7 @@ def prune_layer(
         relative_error=error,
         relative_error_of=None if error is None else ERROR_OF,
         operators=record.operators,
+        removals=record.removals,
         device=str(model.device),
         warnings=record.warnings,
         passed_after=passed_after,
@@ -138,7 +125,7 @@ def _prune_group(
     clock: Clock,
     measures: LayerMeasures,
     events: LayerEvents,
-    record: _LayerRecord,
+    record: LayerRecord,
 ) -> float:
     """Solve group ``number``, write the solution into the layer, return its worst relative error.
 
@@ -159,7 +146,7 @@ def _prune_group(
             magnitude = context.solver(problem, patterns, parse_method("magnitude"))
             found = SparsePlusLowRank(magnitude, (None,) * len(group))
         else:
-            found = _solve(context, problem, names, _importance(context, index, group, measures, record))
+            found = _solve(context, problem, patterns, _importance(context, index, group, measures, record))
         solution, total = found.sparse, found.sparse.weight
         unrounded = _write(model, model.layers[index], group, names, solution)
         if any(part is not None for part in found.low_rank):
@@ -191,7 +178,7 @@ def _weights(context: LayerContext, index: int, group: Group) -> dict[str, Tenso
 
 
 def _importance(
-    context: LayerContext, index: int, group: Group, measures: LayerMeasures, record: _LayerRecord
+    context: LayerContext, index: int, group: Group, measures: LayerMeasures, record: LayerRecord
 ) -> Tensor | None:
     """Return the weights of a group's rows, (m,); None where they count alike."""
     if measures.importance is None:
@@ -204,41 +191,20 @@ def _importance(
 
 
 def _solve(
-    context: LayerContext, problem: LayerProblem, names: Sequence[str], importance: Tensor | None
+    context: LayerContext, problem: LayerProblem, patterns: Sequence[Constraint], importance: Tensor | None
 ) -> SparsePlusLowRank:
     """Solve a group's problem, its rows weighted by their importance."""
-    patterns, steps = [context.sparsity[name] for name in names], context.recipe.steps
     weighted, rows = problem, None
     if importance is not None:
         rows = importance.to(problem.weight.device)
         weighted = problem.weighted(rows)
-    found = solve_low_rank(weighted, patterns, steps, context.recipe.low_rank, context.solver)
+    found = solve_low_rank(weighted, patterns, context.recipe.steps, context.recipe.low_rank, context.solver)
     if rows is not None:
         unweighted(found.sparse.weight, rows)
         for part, count in zip(found.low_rank, rows.split(problem.rows), strict=True):
             if part is not None:
                 unweighted(part.b, count)
     return found
-
-
-def _remove(
-    context: LayerContext,
-    index: int,
-    consumers: Sequence[int],
-    passes: LayerPasses,
-    clock: Clock,
-    measures: LayerMeasures,
-    events: LayerEvents,
-    record: _LayerRecord,
-) -> None:
-    """Remove inputs of the groups ``consumers``, one operator each, and note what was done."""
-    found = remove_units(context, index, consumers, passes, clock, measures, events.operators)
-    record.weights |= found.weights
-    record.operators += found.operators
-    record.warnings += found.warnings
-    record.rows |= found.rows
-    record.extra.setdefault("removals", []).extend(found.removals)
-    release_memory()
 
 
 def _reconstruct(
@@ -248,7 +214,7 @@ def _reconstruct(
     passes: LayerPasses,
     clock: Clock,
     measures: LayerMeasures,
-    record: _LayerRecord,
+    record: LayerRecord,
 ) -> None:
     """Reconstruct the pruned layer as a block, if the recipe asks for it."""
     if passes.wanted is None:
@@ -285,7 +251,7 @@ def _add_low_rank(
     group: Group,
     names: Sequence[str],
     found: SparsePlusLowRank,
-    record: _LayerRecord,
+    record: LayerRecord,
 ) -> Tensor:
     """Add the low-rank parts, rounded as the adapter will hold them, to the operators in the layer.
 

@@ -17,85 +17,12 @@ from ..runs.layer_records import OperatorEntry, RemovalEntry
 from ..runtime.clock import Clock
 from ..sensitivity.channel_order import channel_order, raised_shares
 from ..sensitivity.decision import permutes
-from ..structured.goa import channel_criterion, group_divergence, head_divergence, reconstructed, redundant
+from ..structured.goa import DAMPING, channel_criterion, group_divergence, head_divergence, redundant
 from ..structured.removal import ChannelStatistics, Removal, best_channels, removal_error, remove_channels
+from ..structured.shrinkage import refitted
 from ..structured.units import Unit, cut_channels
-from .context import LayerContext, LayerMeasures
+from .context import LayerContext, LayerMeasures, LayerRecord
 from .passes import LayerPasses
-
-
-class LayerRemoval:
-    """What was removed from a decoder layer.
-
-    Attributes:
-        weights: the tensors that lost channels, by checkpoint name, rounded as the checkpoint will hold them.
-        removals: for the report.
-        operators: entries of the operators that lost inputs and get no zeros afterwards.
-        rows: by name inside the layer, the kept rows of the operators that lost some.
-        warnings: sentences.
-    """
-
-    def __init__(self) -> None:
-        self.weights: dict[str, Tensor] = {}
-        self.removals: list[RemovalEntry] = []
-        self.operators: list[OperatorEntry] = []
-        self.rows: dict[str, Tensor] = {}
-        self.warnings: list[str] = []
-
-    def add(
-        self, context: LayerContext, index: int, unit: Unit, removal: Removal, keep: Tensor, weight: Tensor
-    ) -> Tensor | None:
-        """Cut channels out of the loaded layer, write the weights of their consumer, and note all of it.
-
-        Args:
-            context: model and recipe.
-            index: number of the layer.
-            unit: the channels.
-            removal: which, and why.
-            keep: (k,) kept channels in their new order.
-            weight: (m, inputs of k channels) weights of the consumer; rounded on return.
-
-        Returns:
-            (m,) what was added to the consumer's bias, after rounding; None where nothing was.
-        """
-        model, layer = context.model, context.model.layers[index]
-        places = keep.cpu()
-        tensors = unit.tensors(layer, places)
-        cut_channels(layer, unit, places)
-        target = unit.consumer.weight(layer)
-        target.copy_(model.rounded(model.source(f"{context.layout.full_name(index, unit.consumer)}.weight"), weight))
-        weight.copy_(target)
-        names, added = list(tensors), None
-        if removal.bias is not None:
-            names.append(f"{unit.consumer.name}.bias")
-            bias = layer.get_parameter(names[-1]).detach()
-            before = bias.to(torch.float32, copy=True)
-            source = model.source(f"{context.layout.prefix}.{index}.{names[-1]}")
-            bias.copy_(model.rounded(source, before + removal.bias))
-            added = bias.float() - before
-        for name in names:
-            source = model.source(f"{context.layout.prefix}.{index}.{name}")
-            self.weights[source] = model.result(source, layer.get_parameter(name).detach())
-        self.rows |= unit.kept_rows(places)
-        self.warnings += removal.warnings
-        settings = context.recipe.structure
-        self.removals.append(
-            RemovalEntry(
-                unit=unit.kind,
-                producers=list(unit.producers),
-                consumer=unit.consumer.name,
-                before=unit.before,
-                after=len(keep),
-                method=settings.method,
-                compensate="none" if settings.compensation == "bias" and added is None else settings.compensation,
-                shrink=removal.shrink,
-                dense_error=removal.dense,
-                dropped_error=removal.dropped,
-                validated_error=removal.validated,
-                validated_dropped=removal.validated_dropped,
-            )
-        )
-        return added
 
 
 def remove_units(
@@ -106,7 +33,8 @@ def remove_units(
     clock: Clock,
     measures: LayerMeasures,
     told: Callable[[str, float | None], None],
-) -> LayerRemoval:
+    record: LayerRecord,
+) -> None:
     """Remove inputs of some groups of a decoder layer, one operator each, and the outputs they read.
 
     Args:
@@ -117,11 +45,9 @@ def remove_units(
         clock: counts the time.
         measures: what was measured on the dense model for this layer.
         told: receives the name of each operator: with None before the work on it, then with its relative error.
-
-    Returns:
-        The new tensors and the report's entries.
+        record: receives the new tensors and the report's entries, also of the operators that lost inputs and get no
+            zeros afterwards.
     """
-    found = LayerRemoval()
     for number in consumers:
         (operator,) = context.layout.layers[index][number]
         unit = next(unit for unit in context.units(index) if unit.consumer.name == operator.name)
@@ -131,7 +57,7 @@ def remove_units(
         settings, chosen = context.recipe.structure, None
         if settings.method == "goa":
             known, chosen, warnings = _fitted(context, index, number, unit, passes, clock)
-            found.warnings += warnings
+            record.warnings += warnings
         else:
             known = passes.channels_of(number)
         if name in measures.scores:
@@ -142,13 +68,75 @@ def remove_units(
                 known, unit.after, settings, importance, unit.columns, chosen=chosen, biased=biased
             )
             keep, places, weight, shares = _ordered(context, name, unit, removal, known.problem.gram)
-            bias = found.add(context, index, unit, removal, keep, weight)
+            bias = _cut(context, index, unit, removal, keep, weight, record)
             error = removal_error(known, places, weight, bias)
-        found.removals[-1].relative_error, found.removals[-1].permuted = error, shares
+        record.removals[-1].relative_error, record.removals[-1].permuted = error, shares
         if number not in passes.solved:
-            found.operators.append(_entry(context, unit, number, removal, weight, error))
+            record.operators.append(_entry(context, unit, number, removal, weight, error))
         told(short, error)
-    return found
+
+
+def _cut(
+    context: LayerContext,
+    index: int,
+    unit: Unit,
+    removal: Removal,
+    keep: Tensor,
+    weight: Tensor,
+    record: LayerRecord,
+) -> Tensor | None:
+    """Cut channels out of the loaded layer, write the weights of their consumer, and note all of it.
+
+    Args:
+        context: model and recipe.
+        index: number of the layer.
+        unit: the channels.
+        removal: which, and why.
+        keep: (k,) kept channels in their new order.
+        weight: (m, inputs of k channels) weights of the consumer; rounded on return.
+        record: receives the new tensors, the kept rows, the warnings and the report's entry.
+
+    Returns:
+        (m,) what was added to the consumer's bias, after rounding; None where nothing was.
+    """
+    model, layer = context.model, context.model.layers[index]
+    places = keep.cpu()
+    tensors = unit.tensors(layer, places)
+    cut_channels(layer, unit, places)
+    target = unit.consumer.weight(layer)
+    target.copy_(model.rounded(model.source(f"{context.layout.full_name(index, unit.consumer)}.weight"), weight))
+    weight.copy_(target)
+    names, added = list(tensors), None
+    if removal.bias is not None:
+        names.append(f"{unit.consumer.name}.bias")
+        bias = layer.get_parameter(names[-1]).detach()
+        before = bias.to(torch.float32, copy=True)
+        source = model.source(f"{context.layout.prefix}.{index}.{names[-1]}")
+        bias.copy_(model.rounded(source, before + removal.bias))
+        added = bias.float() - before
+    for name in names:
+        source = model.source(f"{context.layout.prefix}.{index}.{name}")
+        record.weights[source] = model.result(source, layer.get_parameter(name).detach())
+    record.rows |= unit.kept_rows(places)
+    record.warnings += removal.warnings
+    settings = context.recipe.structure
+    record.removals.append(
+        RemovalEntry(
+            unit=unit.kind,
+            producers=list(unit.producers),
+            consumer=unit.consumer.name,
+            before=unit.before,
+            after=len(keep),
+            method=settings.method,
+            compensate="none" if settings.compensation == "bias" and added is None else settings.compensation,
+            shrink=removal.shrink,
+            dense_error=removal.dense,
+            dropped_error=removal.dropped,
+            validated_error=removal.validated,
+            validated_dropped=removal.validated_dropped,
+        )
+    )
+    return added
 
 
 def _fitted(
@@ -177,7 +165,7 @@ def _fitted(
             continue
         problem = passes.fitting_problem(place)
         with clock.phase("structure"):
-            weight, warnings = reconstructed(problem)
+            weight, warnings = refitted(problem, DAMPING)
             said += warnings
             for operator, part in zip(group, weight.split(problem.rows), strict=True):
                 if operator.name in unit.producers:
@@ -190,7 +178,7 @@ def _fitted(
             moment = problem.gram
     known = passes.channels_of(number)
     with clock.phase("structure"):
-        weight, warnings = reconstructed(known.problem)
+        weight, warnings = refitted(known.problem, DAMPING)
         known = known.around(weight)
     with clock.phase("capture"):
         if unit.columns > 1:

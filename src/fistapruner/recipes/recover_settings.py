@@ -57,6 +57,11 @@ class TrainingData(Settings):
         description="Seed of the split, the windows and their order.",
     )
 
+    @property
+    def texts(self) -> list[str]:
+        """Texts to train on: of all tasks, or the one source."""
+        return list(self.tasks.values()) or [str(self.source)]
+
 
 class RecoverRecipe(TrainingRecipe):
     """Hold all settings of a recovery run."""

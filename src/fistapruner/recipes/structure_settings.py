@@ -139,8 +139,7 @@ class Structure(Settings):
     @property
     def channels(self) -> float | int | None:
         """Share of the MLP channels to remove (float) or their number to keep (int); None without."""
-        amount = self._unit("mlp")
-        return None if amount is None else read_share(amount) if amount.endswith("%") else int(amount)
+        return self._amount("mlp")
 
     @property
     def heads(self) -> int:
@@ -150,8 +149,7 @@ class Structure(Settings):
     @property
     def experts(self) -> float | int | None:
         """Share (float) or number (int) of the experts of every mixture to remove; None without."""
-        amount = self._unit("experts")
-        return None if amount is None else read_share(amount) if amount.endswith("%") else int(amount)
+        return self._amount("experts")
 
     @property
     def only_experts(self) -> bool:
@@ -178,6 +176,11 @@ class Structure(Settings):
         if setting == "multiple" and not rounds and (self.channels is None or self.widths == "uniform"):
             return "no width is rounded: this setting is for a share of the channels or parameters"
         return None
+
+    def _amount(self, name: str) -> float | int | None:
+        """Return a unit's amount as a share (float) or a number (int); None where it is not given."""
+        amount = self._unit(name)
+        return None if amount is None else read_share(amount) if amount.endswith("%") else int(amount)
 
     def _unit(self, name: str) -> str | None:
         """Return the amount of one unit; None where it is not given."""

@@ -20,7 +20,7 @@ from pydantic import ValidationError
 from torch import Tensor
 
 from ..errors import FistaPrunerError
-from ..models.files.safetensors import SafetensorsFile, SafetensorsWriter, TensorEntry
+from ..models.files.safetensors import SafetensorsFile, write_tensors
 from ..runtime.files import PARTIAL, json_sha256, sha256_file, write_json_atomic
 from .layer_records import LayerEntry
 
@@ -54,10 +54,7 @@ class LayerJournal:
         """
         tensors, record = self.files(entry.index)
         record.unlink(missing_ok=True)
-        entries = [TensorEntry.of(name, tensor.dtype, tuple(tensor.shape)) for name, tensor in weights.items()]
-        with SafetensorsWriter(tensors, entries, {"fingerprint": fingerprint}) as writer:
-            for name, tensor in weights.items():
-                writer.write(name, tensor)
+        write_tensors(tensors, weights, {"fingerprint": fingerprint})
         content = entry.model_dump(mode="json")
         content["file"] = {"fingerprint": fingerprint, "sha256": sha256_file(tensors), "bytes": tensors.stat().st_size}
         content["sha256"] = json_sha256(content)

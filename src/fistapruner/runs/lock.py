@@ -6,9 +6,9 @@ whatever kills it, so a file that nobody keeps locked is stale and is taken over
 to be relied on (network file systems differ), so a file that names another host is believed until somebody removes it.
 
 Parts that begin at once take turns to prepare the run: they lock ``RUN/lock.preparing``. So do processes that train
-together and record that the memory of their GPUs has run out. It is a file, opened for
-writing, because on NFS no other lock holds between hosts. It stays until a process holds the whole directory: removed
-sooner, it could be gone under a process of another host that waits for it.
+together and record that the memory of their GPUs has run out. It is a file, opened for writing, because on NFS no other
+lock holds between hosts. It stays until a process holds the whole directory: removed sooner, it could be gone under a
+process of another host that waits for it.
 """
 
 from __future__ import annotations

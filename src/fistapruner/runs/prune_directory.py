@@ -25,7 +25,7 @@ from torch import Tensor
 from ..calibration import tokens_sha256
 from ..errors import FistaPrunerError
 from ..models.files.checkpoint import Orders
-from ..models.files.safetensors import SafetensorsFile, SafetensorsWriter, TensorEntry
+from ..models.files.safetensors import SafetensorsFile, write_tensors
 from ..runtime.files import PARTIAL, sha256_file
 from .decision import PruneRecord
 from .directory import EARLY, RunDirectory
@@ -95,9 +95,8 @@ class PruneDirectory(RunDirectory):
             drawing: the settings and the model that decide them.
             how: how they were drawn.
         """
-        entry = TensorEntry.of("tokens", torch.int64, tuple(tokens.shape))
-        with SafetensorsWriter(self.calibration_file, [entry], {DRAWING: drawing, "how": json.dumps(how)}) as writer:
-            writer.write("tokens", tokens.to(torch.int64))
+        tensors = {"tokens": tokens.to(torch.int64)}
+        write_tensors(self.calibration_file, tensors, {DRAWING: drawing, "how": json.dumps(how)})
 
     def drawn(self, drawing: str) -> tuple[Tensor, dict[str, Any]] | None:
         """Read stored token ids and how they were drawn; None unless by the same settings and model."""
@@ -133,11 +132,7 @@ class PruneDirectory(RunDirectory):
         tensors |= {f"rows.{name}": rows for name, rows in importance.items()}
         tensors |= {f"order.{dim}.{name}": order for name, (dim, order) in orders.items()}
         tensors |= {f"scores.{name}": values for name, values in scores.items()}
-        with SafetensorsWriter(
-            self.metrics_file, [TensorEntry.of(name, value.dtype, value.shape) for name, value in tensors.items()], {}
-        ) as writer:
-            for name, value in tensors.items():
-                writer.write(name, value)
+        write_tensors(self.metrics_file, tensors)
 
     def has_metrics(self, sha256: str) -> bool:
         """Check that what was measured on the dense model is there and has this checksum."""

@@ -21,7 +21,7 @@ from typing import Any
 from torch import Tensor
 
 from ..errors import FistaPrunerError
-from ..models.files.safetensors import SafetensorsFile, SafetensorsWriter, TensorEntry
+from ..models.files.safetensors import SafetensorsFile, write_tensors
 from ..runtime.files import PARTIAL, disk_errors, json_sha256, sha256_file, write_json_atomic
 
 log = logging.getLogger("fistapruner")
@@ -71,10 +71,7 @@ class Snapshots:
         with disk_errors(self.folder):
             self.folder.mkdir(parents=True, exist_ok=True)
             record.unlink(missing_ok=True)
-        entries = [TensorEntry.of(name, tensor.dtype, tuple(tensor.shape)) for name, tensor in tensors.items()]
-        with SafetensorsWriter(file, entries, {"fingerprint": fingerprint}) as writer:
-            for name, tensor in tensors.items():
-                writer.write(name, tensor)
+        write_tensors(file, tensors, {"fingerprint": fingerprint})
         content = {"fingerprint": fingerprint, "step": step, "values": dict(values), "file": sha256_file(file)}
         write_json_atomic(record, {**content, "sha256": json_sha256(content)})
         self.tidy(step)

@@ -23,7 +23,7 @@ from torch import Tensor
 
 from ..calibration.training_text import TrainingText
 from ..errors import FistaPrunerError
-from ..models.files.safetensors import SafetensorsFile, SafetensorsWriter, TensorEntry
+from ..models.files.safetensors import SafetensorsFile, write_tensors
 from ..runtime.files import PARTIAL, disk_errors, remove_folder
 from .decision import TrainingRecord
 from .directory import EARLY, RunDirectory
@@ -97,12 +97,8 @@ class TrainingDirectory(RunDirectory):
             text: its windows.
             drawing: the settings and the model that decide them.
         """
-        tensors = self.tensors(text)
-        entries = [TensorEntry.of(name, value.dtype, tuple(value.shape)) for name, value in tensors.items()]
         about = {"tasks": list(text.tasks), "facts": text.facts}
-        with SafetensorsWriter(self.windows_file, entries, {TEXT: drawing, "about": json.dumps(about)}) as writer:
-            for name, value in tensors.items():
-                writer.write(name, value)
+        write_tensors(self.windows_file, self.tensors(text), {TEXT: drawing, "about": json.dumps(about)})
 
     def tensors(self, text: TrainingText) -> dict[str, Tensor]:
         """Return what is stored of a training text, by name."""

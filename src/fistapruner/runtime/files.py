@@ -129,6 +129,24 @@ def remove_folder(folder: Path, *last: Path) -> None:
 
 
 @contextmanager
+def scratch_folder(folder: Path | None) -> Iterator[None]:
+    """Make an empty folder for the block, and remove it after it; None makes none.
+
+    Raises:
+        FistaPrunerError: the disk refuses.
+    """
+    if folder is not None:
+        shutil.rmtree(folder, ignore_errors=True)
+        with disk_errors(folder):
+            folder.mkdir(parents=True)
+    try:
+        yield
+    finally:
+        if folder is not None:
+            shutil.rmtree(folder, ignore_errors=True)
+
+
+@contextmanager
 def atomic_file(path: Path) -> Iterator[int]:
     """Open a file for writing that replaces ``path`` only when the block ends without an error.
 

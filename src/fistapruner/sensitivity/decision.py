@@ -259,7 +259,7 @@ def decide(
     importance: dict[str, Tensor] | None = None
     facts: WorkloadFacts | None = None
     if differentiates(recipe):
-        sensitivity = Sensitivity({}, [], 0)
+        sensitivity = Sensitivity({}, [])
         costs: dict[str, dict[str, Tensor]] = {}
         for task, windows in texts.items():
             own = measure_sensitivity(
@@ -269,22 +269,9 @@ def decide(
                 costs[task] = {name: predicted_cost(errors[name], own.rows[name]) for name in sizes}
             sensitivity.add(own, 1.0 if workload is None else workload.settings.mix[task])
         if allocation in ("error", "workload"):
-            # Of experts without tokens nothing is known, not that they make no error: they get what is asked for.
             known = {name: size for name, size in sizes.items() if name in reached}
             curves = {task: {name: cost[name] for name in known} for task, cost in costs.items()}
-            total = fraction if recipe.total is None else recipe.total
-            usual = recipe.pattern
-            if not usual.supports_allocation:
-                usual = min(patterns, key=lambda pattern: abs(pattern.fraction - total))
-            found = dict.fromkeys(sizes, usual)
-            if known and workload is not None:
-                split, facts = allocate_workload(workload, curves, known, fraction, seed=recipe.seed)
-                found |= split
-            elif known and recipe.pattern.supports_allocation:
-                found |= split_budget(curves[""], known, fraction)
-            elif known:
-                total += (total - usual.fraction) * (sum(sizes.values()) / sum(known.values()) - 1)
-                found |= choose_patterns(curves[""], known, patterns, min(max(total, 0.0), patterns[-1].fraction))
+            found, facts = _allocate(recipe, workload, curves, known, sizes, patterns)
         if weighs_rows(recipe):
             importance = {name: row_importance(rows) for name, rows in sensitivity.rows.items()}
         if recipe.reconstruct:
@@ -299,6 +286,45 @@ def decide(
     for name in channels.rows.keys() & (importance or {}).keys():
         importance[name] = importance[name][channels.rows[name]]  # type: ignore[index]
     return Decision(found, metrics, importance, channels.orders, channels.permuted, facts)
+
+
+def _allocate(
+    recipe: Recipe,
+    workload: Workload | None,
+    curves: Mapping[str, Mapping[str, Tensor]],
+    known: Mapping[str, int],
+    sizes: Mapping[str, int],
+    patterns: Sequence[Constraint],
+) -> tuple[dict[str, Constraint], WorkloadFacts | None]:
+    """Choose the pattern of every operator from predicted costs.
+
+    Args:
+        recipe: its pattern, total and seed.
+        workload: how tasks count; None for one text, which has the name "".
+        curves: by task and operator, the predicted cost of each pattern.
+        known: weights of the operators that measured tokens reach.
+        sizes: weights of all operators. Of experts without tokens nothing is known, not that they make no error: they
+            get what is asked for.
+        patterns: that were measured.
+
+    Returns:
+        Patterns by full name, and what the workload decided.
+    """
+    fraction, usual = recipe.pattern.fraction, recipe.pattern
+    facts: WorkloadFacts | None = None
+    total = fraction if recipe.total is None else recipe.total
+    if not usual.supports_allocation:
+        usual = min(patterns, key=lambda pattern: abs(pattern.fraction - total))
+    found = dict.fromkeys(sizes, usual)
+    if known and workload is not None:
+        split, facts = allocate_workload(workload, curves, known, fraction, seed=recipe.seed)
+        found |= split
+    elif known and recipe.pattern.supports_allocation:
+        found |= split_budget(curves[""], known, fraction)
+    elif known:
+        total += (total - usual.fraction) * (sum(sizes.values()) / sum(known.values()) - 1)
+        found |= choose_patterns(curves[""], known, patterns, min(max(total, 0.0), patterns[-1].fraction))
+    return found, facts
 
 
 def _windows_by_task(recipe: Recipe, tokens: Tensor, workload: Workload | None) -> dict[str, Tensor]:

@@ -96,12 +96,10 @@ class Sensitivity:
         rows: by full name, (m,) mean squared gradients of the output rows of each operator.
         outputs: (width, width) second moment of the gradient at each decoder layer's output, in order, or their
             (width,) diagonals where the model is wider than :data:`WIDE`. Empty where not measured.
-        tokens: tokens that the means are over.
     """
 
     rows: dict[str, Tensor]
     outputs: list[Tensor]
-    tokens: int
 
     def add(self, other: Sensitivity, weight: float) -> None:
         """Add a weight's share of what was measured on another text; ``other`` is used up."""
@@ -113,7 +111,6 @@ class Sensitivity:
                 self.rows[name] += weight * rows
             for mean, metric in zip(self.outputs, other.outputs, strict=True):
                 mean.add_(metric, alpha=weight)
-        self.tokens += other.tokens
 
 
 @dataclass(frozen=True)
@@ -203,7 +200,7 @@ def measure_sensitivity(
                 f"{name}: the gradients of the predictions are NaN or infinite in {dtype_name(model.dtype)} passes: "
                 "take --dtype float32, or --allocation uniform and --weighting none, which need none"
             )
-    return Sensitivity(rows, metrics[::-1], tokens.numel())
+    return Sensitivity(rows, metrics[::-1])
 
 
 def row_importance(sensitivity: Tensor) -> Tensor:

@@ -18,6 +18,9 @@ from ..runtime.numerics import exact_products, mirror
 TRIANGLE = 512
 """Rows of a triangular matrix that are inverted, or multiplied by themselves, at once."""
 
+MOST_DAMPING = 10.0
+"""Largest damping that is tried, as a share of a Gram's mean diagonal; a larger first one is tried, too."""
+
 FAINT = 2.0**-20
 """Scale of the weights of dead inputs: below all others, and exact."""
 
@@ -108,14 +111,13 @@ def regularised_gram(gram: Tensor, tokens: int | None, damping: float, shrinkage
     return gram
 
 
-def damped_cholesky(gram: Tensor, share: float, label: str, most: float = 10.0) -> tuple[Tensor, float, list[str]]:
+def damped_cholesky(gram: Tensor, share: float, label: str) -> tuple[Tensor, float, list[str]]:
     """Factor ``gram + d I`` by Cholesky, raising the damping d tenfold until the factorisation succeeds.
 
     Args:
         gram: (n, n) symmetric positive semi-definite.
         share: first damping, as a share of the diagonal's mean (0.01 in SparseGPT and ALPS).
         label: names of the operators, for the warning.
-        most: largest share to try; a larger first one is tried, too.
 
     Returns:
         The lower factor, the share that was used, and a warning that names the operators if it was raised.
@@ -126,8 +128,8 @@ def damped_cholesky(gram: Tensor, share: float, label: str, most: float = 10.0) 
     mean = gram.diagonal().mean()
     # A pivot as small as the rounding error of the diagonal carries no information, even if the factorisation succeeds.
     floor = gram.shape[0] * torch.finfo(gram.dtype).eps
-    used = share
-    while used <= max(most, share):
+    used, most = share, max(MOST_DAMPING, share)
+    while used <= most:
         damped = gram.clone()
         damped.diagonal().add_(used * mean)
         factor, info = torch.linalg.cholesky_ex(damped)
@@ -140,8 +142,7 @@ def damped_cholesky(gram: Tensor, share: float, label: str, most: float = 10.0) 
             return factor, used, warnings
         used = max(used * 10.0, 1e-6)
     raise FistaPrunerError(
-        f"{label}: the Gram has no Cholesky factor even with {max(most, share):g} of its mean diagonal added: check "
-        "its activations"
+        f"{label}: the Gram has no Cholesky factor even with {most:g} of its mean diagonal added: check its activations"
     )
 
 

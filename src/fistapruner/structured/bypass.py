@@ -30,7 +30,7 @@ from torch.nn import functional
 from ..activations.store import HiddenStates, Store
 from ..activations.stream import Calls, Watched, embed, forward_variants, run_layer
 from ..errors import FistaPrunerError
-from ..models.files.safetensors import SafetensorsFile, SafetensorsWriter, TensorEntry
+from ..models.files.safetensors import SafetensorsFile, write_tensors
 from ..models.layerwise import LayerwiseModel, Tick
 from ..recipes.structure_settings import Structure
 from ..runtime.formatting import duration
@@ -164,10 +164,7 @@ class MaskLearner:
     def save(self, file: Path, identity: str) -> None:
         """Write the state after the last step; ``identity``: of the run."""
         state = {"keep": self.keep, "baseline": torch.tensor([self.baseline], dtype=torch.float64)}
-        entries = [TensorEntry.of(name, tensor.dtype, tensor.shape) for name, tensor in state.items()]
-        with SafetensorsWriter(file, entries, {"identity": identity, "step": str(self.step)}) as writer:
-            for name, tensor in state.items():
-                writer.write(name, tensor)
+        write_tensors(file, state, {"identity": identity, "step": str(self.step)})
 
     def load(self, file: Path, identity: str) -> bool:
         """Read a state of the same run; returns whether there is one."""

@@ -29,7 +29,7 @@ from ..models.architecture import build_changed, find_decoder_layers
 from ..models.discovery import Layout, alike, expert_modules
 from ..models.experts import Experts
 from ..models.files.writer import merge_patch
-from ..models.layerwise import LayerwiseModel, assign, hidden_of
+from ..models.layerwise import LayerwiseModel, assign, buffers_to, hidden_of
 from ..recipes.structure_settings import Structure
 from ..runs.decision import ExpertsDecision
 
@@ -242,15 +242,21 @@ def _groups(layer: nn.Module, mixtures: Mapping[str, Experts], experts: int) -> 
     return max(found)
 
 
+def text_section(model: LayerwiseModel) -> str | None:
+    """Return the entry of ``config.json`` that holds the text config; None where the file itself does."""
+    text = model.config.get_text_config()
+    if text is model.config:
+        return None
+    inner = {key: value for key, value in model.checkpoint.config.items() if isinstance(value, dict)}
+    return next((key for key, value in inner.items() if value.get("model_type") == text.model_type), None)
+
+
 def _changes(model: LayerwiseModel, before: int, after: int) -> Iterator[dict[str, Any]]:
     """Yield changes of ``config.json`` that may change the number of experts, likely ones first.
 
     A config may hold it under two names; then both change.
     """
-    text, section = model.config.get_text_config(), None
-    if text is not model.config:
-        inner = {key: value for key, value in model.checkpoint.config.items() if isinstance(value, dict)}
-        section = next((key for key, value in inner.items() if value.get("model_type") == text.model_type), None)
+    text, section = model.config.get_text_config(), text_section(model)
     stored = model.checkpoint.config if section is None else model.checkpoint.config[section]
     named = [key for key, held in stored.items() if type(held) is int and held == before and "expert" in key]
     named = [key for key in named if "tok" not in key and "top" not in key]
@@ -362,10 +368,7 @@ def _prove(model: LayerwiseModel, units: ExpertUnits, smaller: Any) -> None:
     with model.embeddings_and_head(head=False):
         hidden, calls = model.embed(tokens)
     layers = find_decoder_layers(smaller)[1]
-    for module in smaller.modules():
-        for key, buffer in module._buffers.items():
-            if buffer is not None and not buffer.is_meta:
-                module._buffers[key] = buffer.to(hidden.device)
+    buffers_to(smaller, hidden.device)
     known = set()
     for index, layer_units in enumerate(units):
         signature = tuple((name, tuple(tensor.shape)) for name, tensor in model.layers[index].named_parameters())

@@ -2,7 +2,7 @@
 
 A module is a group of operators that read hidden states (level 1: queries, keys and values, or gate and up) and the
 operator that reads what they write (level 2: o or down). Its operators are first fitted to the dense model's outputs,
-level 1, then level 2 on the new inputs (:func:`reconstructed`). On the fitted weights two criteria choose:
+level 1, then level 2 on the new inputs (:func:`.refitted`). On the fitted weights two criteria choose:
 
 A. Heads whose attention probabilities are alike: one of two goes (:class:`HeadDivergence`, :func:`redundant`).
 B. MLP channels that can add little to the outputs (:func:`channel_criterion`).
@@ -31,30 +31,12 @@ from torch import Tensor
 from ..activations.store import HiddenStates
 from ..errors import FistaPrunerError
 from ..models.layerwise import LayerwiseModel
-from ..problem import LayerProblem
-from ..solvers.conditioning import alive_gram, damped_cholesky
 
 DAMPING = 0.01
 """Damping of the reconstruction, as a share of the mean diagonal of the Gram."""
 
 WINDOWS = 16
 """Calibration windows on which attention probabilities are compared, at most: the paper's number."""
-
-
-def reconstructed(problem: LayerProblem) -> tuple[Tensor, list[str]]:
-    """Fit the weights of operators to the dense model's outputs on their inputs of now.
-
-    Args:
-        problem: the layer problem; without drift its weights are the solution.
-
-    Returns:
-        (m, n) fp32 weights, and a warning if the damping had to be raised.
-    """
-    if problem.drift_gradient is None:
-        return problem.weight.clone(), []
-    factor, _, warnings = damped_cholesky(alive_gram(problem.gram.double()), DAMPING, problem.label)
-    change = torch.cholesky_solve(problem.drift_gradient.double().T, factor).T
-    return (problem.weight + change).float(), warnings
 
 
 class HeadDivergence:

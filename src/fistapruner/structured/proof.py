@@ -20,9 +20,9 @@ from ..errors import FistaPrunerError
 from ..models.architecture import build_changed, find_decoder_layers
 from ..models.discovery import Layout, linear_modules
 from ..models.files.writer import merge_patch
-from ..models.layerwise import Call, LayerwiseModel, assign, hidden_of
+from ..models.layerwise import Call, LayerwiseModel, assign, buffers_to, hidden_of
 from ..recipes.structure_settings import Structure
-from .experts import find_experts
+from .experts import find_experts, text_section
 from .goa import attention_probabilities
 from .units import GROUPS, HEADS, MLP, Unit, Units, Widths, cut_channels, find_units, free_widths
 
@@ -196,11 +196,8 @@ def _head_counts(model: LayerwiseModel, unit: Unit, after: int) -> Iterator[dict
 
 def _entries(model: LayerwiseModel) -> tuple[dict[str, Any], Callable[[dict[str, Any]], dict[str, Any]]]:
     """Return the entries of the text config, and what puts changes of it where ``config.json`` has it."""
-    text, section = model.config.get_text_config(), None
-    if text is not model.config:
-        inner = {key: value for key, value in model.checkpoint.config.items() if isinstance(value, dict)}
-        section = next((key for key, value in inner.items() if value.get("model_type") == text.model_type), None)
-    return text.to_dict(), lambda change: change if section is None else {section: change}
+    section = text_section(model)
+    return model.config.get_text_config().to_dict(), lambda change: change if section is None else {section: change}
 
 
 def _prove(model: LayerwiseModel, units: Units, smaller: Any = None) -> None:
@@ -285,10 +282,7 @@ def _surgery(
             for unit, keep in zip(units, keeps, strict=True):
                 cut_channels(layer, unit, keep)  # also what a module notes of its shape
         else:
-            for module in smaller.modules():
-                for key, buffer in module._buffers.items():
-                    if buffer is not None and not buffer.is_meta:
-                        module._buffers[key] = buffer.to(hidden.device)
+            buffers_to(smaller, hidden.device)
         found = run(smaller or layer, cut)
     except (RuntimeError, ValueError, TypeError, AttributeError, IndexError):
         return False  # the forward pass does not follow the shapes of its weights

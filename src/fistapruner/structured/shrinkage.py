@@ -62,15 +62,19 @@ def for_twice_the_tokens(share: float) -> float:
     return share / (2 - share)
 
 
-def refitted(problem: LayerProblem) -> tuple[Tensor, list[str]]:
+def refitted(problem: LayerProblem, damping: float = 0.0) -> tuple[Tensor, list[str]]:
     """Compute the least-squares weights of a problem without zeros, in fp64.
 
+    Args:
+        problem: the layer problem; without drift its weights are the solution.
+        damping: of the Gram, as a share of its mean diagonal.
+
     Returns:
-        (m, n) fp32, and a warning if the Gram had to be damped.
+        (m, n) fp32, and a warning if the damping had to be raised.
     """
     if problem.drift_gradient is None:
         return problem.weight.clone(), []
-    factor, _, warnings = damped_cholesky(alive_gram(problem.gram.double()), 0.0, problem.label)
+    factor, _, warnings = damped_cholesky(alive_gram(problem.gram.double()), damping, problem.label)
     change = torch.cholesky_solve(problem.drift_gradient.double().T, factor).T
     return (problem.weight + change).float(), warnings
 

@@ -13,10 +13,9 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers.pytorch_utils import Conv1D
 
 from ..errors import FistaPrunerError
-from ..models.coupling import Link, find_links, named_size
+from ..models.coupling import Link, channel_tensors, find_links, named_size
 from ..models.discovery import Layout, Operator, linear_modules
 from ..models.files.checkpoint import widths_section
 from ..models.layerwise import LayerwiseModel, assign
@@ -87,15 +86,7 @@ class Unit:
             keep: (k,) channels, in any order.
         """
         keep = keep.cpu()
-        found = {}
-        for name, places in self.kept_rows(keep).items():
-            module = layer.get_submodule(name)
-            found[f"{name}.weight"] = (1 if isinstance(module, Conv1D) else 0, places)
-            if module.bias is not None:
-                found[f"{name}.bias"] = (0, places)
-        places = block_places(keep, self.columns)
-        found[f"{self.consumer.name}.weight"] = (0 if self.consumer.transposed else 1, places)
-        return found
+        return channel_tensors(layer, self.kept_rows(keep), self.consumer, block_places(keep, self.columns))
 
 
 Units = tuple[tuple[Unit, ...], ...]
@@ -165,10 +156,6 @@ class Widths:
     def mixtures(self, index: int) -> tuple[ExpertsDecision, ...]:
         """Return the mixtures of decoder layer ``index`` that lose experts."""
         return self.experts[index] if self.experts else ()
-
-    def consumers(self, index: int) -> set[str]:
-        """Return the names of the operators of decoder layer ``index`` that lose input channels."""
-        return {unit.consumer.name for unit in self.units[index]}
 
     def touched(self, index: int) -> set[str]:
         """Return the names of the operators of decoder layer ``index`` that lose inputs or outputs."""

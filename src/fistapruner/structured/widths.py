@@ -88,12 +88,11 @@ def choose_widths(
     slots = slots_of(units)
     steps = {unit.kind: step_of(unit, settings) for layer in units for unit in layer}
     limits = _limits(slots, steps, len(model), free=bool(scores))
+    costs: dict[str, Tensor] = {}
     if scores:
-        costs = {
-            name: values.double().sort().values.view(-1, steps[slot.unit.kind]).sum(1)
-            for slot in slots
-            for name, values in ((_name(layout, slot), scores[_name(layout, slot)]),)
-        }
+        for slot in slots:
+            name = _name(layout, slot)
+            costs[name] = scores[name].double().sort().values.view(-1, steps[slot.unit.kind]).sum(1)
     else:
         curves = error_curves(model, layout, slots, tokens, passes, settings, seed, limits, steps)
         costs = {name: curve.view(-1, steps[kind]).sum(1) for (kind, name), curve in curves.items()}

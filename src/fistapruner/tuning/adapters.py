@@ -28,7 +28,7 @@ from ..errors import FistaPrunerError
 from ..models.files.checkpoint import inside, read_json
 from ..models.files.folder import checkpoint_folder
 from ..models.files.low_rank import CONFIG, PREFIX, WEIGHTS
-from ..models.files.safetensors import SafetensorsFile, SafetensorsWriter, TensorEntry
+from ..models.files.safetensors import SafetensorsFile, write_tensors
 from ..runtime.files import write_json_atomic
 
 PICKLE = "adapter_model.bin"
@@ -343,9 +343,6 @@ def write_hira_adapter(
         tensors[f"{PREFIX}{name}.hira_A"] = pad(a.detach().float(), (0, 0, 0, more))
         tensors[f"{PREFIX}{name}.hira_B"] = pad(b.detach().float(), (0, more))
     tensors |= {PREFIX + name: tensor.detach() for name, tensor in (whole or {}).items()}
-    entries = [TensorEntry.of(name, tensor.dtype, tensor.shape) for name, tensor in tensors.items()]
-    with checkpoint_folder(Path(folder), sum(entry.nbytes for entry in entries)) as partial:
-        with SafetensorsWriter(partial / WEIGHTS, entries, {"format": "pt"}) as writer:
-            for name, tensor in tensors.items():
-                writer.write(name, tensor)
+    with checkpoint_folder(Path(folder), sum(tensor.nbytes for tensor in tensors.values())) as partial:
+        write_tensors(partial / WEIGHTS, tensors, {"format": "pt"})
         write_json_atomic(partial / CONFIG, config)

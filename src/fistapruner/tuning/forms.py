@@ -139,7 +139,24 @@ class Full(Form):
 
 
 @dataclass(frozen=True)
-class Lora(Form):
+class _LowRank(Form):
+    """A form whose trained tensors are the factors A and B of a low-rank matrix."""
+
+    names: ClassVar = ("A", "B")
+
+    rank: int
+
+    def start(self, weight: Tensor, mask: Tensor, generator: torch.Generator) -> dict[str, Tensor]:
+        m, n = weight.shape
+        rank = min(self.rank, m, n)
+        return {"A": _uniform(rank, weight, generator), "B": weight.new_zeros(m, rank)}
+
+    def numbers(self, rows: int, columns: int, survivors: int) -> int:
+        return min(self.rank, rows, columns) * (rows + columns)
+
+
+@dataclass(frozen=True)
+class Lora(_LowRank):
     """A masked low-rank change.
 
     Args:
@@ -147,40 +164,20 @@ class Lora(Form):
         scale: c.
     """
 
-    names: ClassVar = ("A", "B")
-
-    rank: int
     scale: float
-
-    def start(self, weight: Tensor, mask: Tensor, generator: torch.Generator) -> dict[str, Tensor]:
-        m, n = weight.shape
-        rank = min(self.rank, m, n)
-        return {"A": _uniform(rank, weight, generator), "B": weight.new_zeros(m, rank)}
 
     def weight(self, weight: Tensor, mask: Tensor, trained: Mapping[str, Tensor]) -> Tensor:
         change = _product(trained)
         return torch.addcmul(weight.to(change.dtype), change, mask.to(change.dtype), value=self.scale)
 
-    def numbers(self, rows: int, columns: int, survivors: int) -> int:
-        return min(self.rank, rows, columns) * (rows + columns)
-
 
 @dataclass(frozen=True)
-class Hira(Form):
+class Hira(_LowRank):
     """A low-rank factor of each surviving weight.
 
     Args:
         rank: r; at most min(m, n) is used.
     """
-
-    names: ClassVar = ("A", "B")
-
-    rank: int
-
-    def start(self, weight: Tensor, mask: Tensor, generator: torch.Generator) -> dict[str, Tensor]:
-        m, n = weight.shape
-        rank = min(self.rank, m, n)
-        return {"A": _uniform(rank, weight, generator), "B": weight.new_zeros(m, rank)}
 
     def weight(self, weight: Tensor, mask: Tensor, trained: Mapping[str, Tensor]) -> Tensor:
         change = _product(trained)
@@ -189,9 +186,6 @@ class Hira(Form):
     def as_hira(self, trained: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Return A and B of the same effective weight as :class:`Hira`."""
         return dict(trained)
-
-    def numbers(self, rows: int, columns: int, survivors: int) -> int:
-        return min(self.rank, rows, columns) * (rows + columns)
 
 
 @dataclass(frozen=True)

@@ -60,7 +60,7 @@ def preference_losses(
 
 
 def reference_margins(
-    kind: Kind, references: Tensor, weights: Tensor, clip: float | None = None, base: int = 0
+    kind: Kind, references: Tensor, weights: Tensor, clip: float | None = None
 ) -> tuple[Tensor, Tensor]:
     """Turn the log-probabilities of references into what :func:`preference_losses` takes.
 
@@ -69,7 +69,6 @@ def reference_margins(
         references: (K, pairs, 2) summed log-probabilities of the chosen and the rejected answers, fp64.
         weights: (K, pairs) a.
         clip: eta of :func:`clipped`, of the harmonic mean only; None does not clip.
-        base: the reference that the trust region is around.
 
     Returns:
         Margins and weights, (K, pairs) of multi-dpo, (1, pairs) of the others.
@@ -79,13 +78,11 @@ def reference_margins(
     """
     if kind == "multi-dpo":
         return margins_of(references), weights
-    mixed = virtual_reference(kind, references, weights, clip, base)
+    mixed = virtual_reference(kind, references, weights, clip)
     return margins_of(mixed)[None], torch.ones_like(weights[:1])
 
 
-def virtual_reference(
-    kind: Kind, references: Tensor, weights: Tensor, clip: float | None = None, base: int = 0
-) -> Tensor:
+def virtual_reference(kind: Kind, references: Tensor, weights: Tensor, clip: float | None = None) -> Tensor:
     """Return the (pairs, 2) log-probabilities of the one reference that several are combined to.
 
     multi-dpo has none; its margin is the mean of its references' margins. As :func:`reference_margins`.
@@ -95,7 +92,7 @@ def virtual_reference(
             raise ValueError(f"dpo has one reference, not {len(references)}")
         return references[0]
     if kind == "harmonic":
-        return harmonic_mean(references if clip is None else clipped(references, clip, base), weights)
+        return harmonic_mean(references if clip is None else clipped(references, clip), weights)
     return geometric_mean(references, weights)
 
 
@@ -114,10 +111,10 @@ def geometric_mean(references: Tensor, weights: Tensor) -> Tensor:
     return (weights[..., None] * references).sum(0)
 
 
-def clipped(references: Tensor, eta: float, base: int = 0) -> Tensor:
-    """Clip references to a trust region around one of them (CTRO of MRPO).
+def clipped(references: Tensor, eta: float) -> Tensor:
+    """Clip references to a trust region around the first of them (CTRO of MRPO).
 
-    With b the base reference and means over all references,
+    With b the first reference and means over all references,
 
         e_w = eta |mean r_w| / (|mean r_w| + |mean r_l|),  e_l = eta - e_w,  (1 + e) r_b <= r_k <= (1 - e) r_b.
 
@@ -125,15 +122,14 @@ def clipped(references: Tensor, eta: float, base: int = 0) -> Tensor:
 
     Args:
         references: (K, pairs, 2) log-probabilities, below 0.
-        eta: size of the region; below 0 it is ``|eta|`` for both answers. At 0 every reference is the base one.
-        base: its number.
+        eta: size of the region; below 0 it is ``|eta|`` for both answers. At 0 every reference is the first one.
     """
     if eta < 0:
         share = torch.full_like(references[0], -eta)
     else:
         mean = references.mean(0).abs()
         share = eta * mean / mean.sum(-1, keepdim=True)
-    middle = references[base]
+    middle = references[0]
     return references.clamp((1 + share) * middle, (1 - share) * middle)
 
 

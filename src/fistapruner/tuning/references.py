@@ -20,7 +20,7 @@ from ..activations.store import Store
 from ..activations.stream import Variants
 from ..calibration.pairs import Pairs
 from ..errors import FistaPrunerError
-from ..models.files.safetensors import SafetensorsFile, SafetensorsWriter, TensorEntry
+from ..models.files.safetensors import SafetensorsFile, write_tensors
 from ..models.layerwise import LayerwiseModel
 from ..runtime.ranks import ALONE, Ranks
 from .pair_objective import LIKELIHOOD, AnswerObjective
@@ -140,14 +140,11 @@ def _write(path: Path, references: Mapping[str, Reference], found: Mapping[str, 
         for name, values in found.items()
         for place, answer in enumerate(("chosen", "rejected"))
     }
-    entries = [TensorEntry.of(name, value.dtype, tuple(value.shape)) for name, value in tensors.items()]
     metadata = {
         name: json.dumps({**_identity(references[name]), "checksum": _checksum(values)})
         for name, values in found.items()
     }
-    with SafetensorsWriter(path, entries, metadata) as writer:
-        for name, value in tensors.items():
-            writer.write(name, value.contiguous())
+    write_tensors(path, tensors, metadata)
 
 
 def _checksum(values: Tensor) -> int:

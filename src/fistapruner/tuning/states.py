@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from ..models.files.safetensors import SafetensorsFile, SafetensorsWriter, TensorEntry
+from ..models.files.safetensors import SafetensorsFile, TensorEntry, write_tensors
 from ..runtime.files import PARTIAL, copy_atomic, disk_errors
 
 
@@ -116,10 +116,7 @@ class FileStates:
 
     def put(self, kind: str, index: int, tensors: Mapping[str, Tensor]) -> None:
         """Write the tensors of a layer in place of those before."""
-        entries = [TensorEntry.of(name, tensor.dtype, tensor.shape) for name, tensor in tensors.items()]
-        with SafetensorsWriter(self._path(kind, index), entries) as writer:
-            for name, tensor in tensors.items():
-                writer.write(name, tensor)
+        write_tensors(self._path(kind, index), tensors)
 
     def copy(self, source: str, target: str, layers: int) -> None:
         """Make the files of kind ``target`` those of kind ``source``; files are replaced, so a link is enough."""

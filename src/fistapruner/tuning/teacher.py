@@ -1,7 +1,7 @@
 """Store the dense model's predictions of a text on disk, in blocks of windows.
 
 Recovery leaves embeddings and head alone, so what the dense model predicts is its own final norm and head applied to
-its last decoder layer's output. That output is stored (:data:`HIDDEN`): ``width`` values a token, in the checkpoint's
+its last decoder layer's output. That output is stored (kind ``hidden``): ``width`` values a token, in the checkpoint's
 precision. For wide models on small disks the most likely tokens can be stored instead (:data:`TOP`), the rest of the
 probability as one bucket (:class:`~.losses.TopTokens`). Either way each window passes through the dense model once, one
 decoder layer in memory.
@@ -148,13 +148,6 @@ class Teacher:
             if self._path(number, ".json").exists():
                 self._of.update(dict.fromkeys(self.blocks[number], number))
         ranks.wait()  # until all have seen the same blocks
-
-    def __len__(self) -> int:
-        return len(self.blocks)
-
-    def prepare(self) -> None:
-        """Make all blocks that stay and are not there yet."""
-        self._share(list(range(self.permanent)))
 
     def require(self, windows: Sequence[int]) -> None:
         """Make the blocks of some windows that are not there yet.

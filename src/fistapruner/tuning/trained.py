@@ -87,20 +87,6 @@ class Trained:
         """Rename tensors of a layer from names in the checkpoint to names inside the layer."""
         return {name: values[source] for name, source in self._sources[index].items()}
 
-    def update(self, index: int, layer: nn.Module, gradients: Mapping[str, Tensor], factor: float) -> float:
-        """Take one step of AdamW with the trained tensors of a layer.
-
-        Args:
-            index: number of the layer.
-            layer: the loaded layer of the input checkpoint.
-            gradients: of the step's loss with respect to the :meth:`values`, by name inside the layer.
-            factor: of the first learning rate: schedule and patience.
-
-        Returns:
-            The squared norm of the gradients with respect to the trained tensors.
-        """
-        return self.step(index, layer, self.chain(index, layer, gradients), factor)
-
     def chain(self, index: int, layer: nn.Module, gradients: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Turn gradients with respect to :meth:`values` into those with respect to trained tensors.
 
@@ -116,13 +102,16 @@ class Trained:
         return self.parameters(index, layer).chain(found)
 
     def step(self, index: int, layer: nn.Module, gradients: Mapping[str, Tensor], factor: float) -> float:
-        """Take one step of AdamW, as :meth:`update`.
+        """Take one step of AdamW with the trained tensors of a layer.
 
         Args:
             index: number of the layer.
             layer: the loaded layer of the input checkpoint.
             gradients: of the step's loss with respect to the trained tensors (:meth:`chain`).
             factor: of the first learning rate: schedule and patience.
+
+        Returns:
+            The squared norm of the gradients.
         """
         if not self._sources[index]:
             return 0.0

@@ -216,6 +216,14 @@ class SafetensorsWriter:
         self._file.__exit__(kind, error, trace)
 
 
+def write_tensors(path: str | Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None) -> None:
+    """Write tensors to a safetensors file, in their order, as :class:`SafetensorsWriter` does."""
+    entries = [TensorEntry.of(name, tensor.dtype, tensor.shape) for name, tensor in tensors.items()]
+    with SafetensorsWriter(path, entries, metadata) as writer:
+        for name, tensor in tensors.items():
+            writer.write(name, tensor)
+
+
 def _read_header(path: Path) -> tuple[dict[str, str], dict[str, TensorEntry], dict[str, int]]:
     """Read a header: metadata, entries in its order, and the offset of each tensor in the file.
 
