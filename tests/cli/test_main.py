@@ -179,6 +179,8 @@ def test_a_flag_without_effect_is_refused(
         ("evaluate x --data=", "--data '' is empty"),
         ("evaluate x --tasks=", "--tasks '' names no task"),
         ("evaluate x --tasks=, --data python", "--tasks ',' names no task"),
+        ("evaluate x --tasks-dir=", "--tasks-dir '' is empty: name a folder of .jsonl tasks, or leave it out"),
+        ("evaluate x --tasks piqa --tasks-dir=", "--tasks-dir '' is empty"),
         ("evaluate x --memory-limit=", "--memory-limit: '' is not a size"),
     ],
 )

@@ -80,7 +80,9 @@ def run(arguments: argparse.Namespace) -> int:
     tasks = [task.strip() for task in (arguments.tasks or "").split(",") if task.strip()]
     if arguments.tasks is not None and not tasks:
         raise FistaPrunerError(f"--tasks {arguments.tasks!r} names no task: write names separated by commas")
-    if arguments.tasks_dir and not tasks:
+    if arguments.tasks_dir == "":
+        raise FistaPrunerError("--tasks-dir '' is empty: name a folder of .jsonl tasks, or leave it out")
+    if arguments.tasks_dir is not None and not tasks:
         tasks = ["all"]
     if arguments.limit is not None and not tasks:
         raise FistaPrunerError(f"--limit {arguments.limit}: items of zero-shot tasks, and no --tasks are given")
