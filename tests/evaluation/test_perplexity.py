@@ -139,7 +139,11 @@ def test_models_of_different_vocabulary_are_refused(tmp_path: Path, text: Path) 
         ({"windows": 0}, "windows 0 is out of range: at least 1"),
         ({"batch_size": 0}, "batch_size 0 is out of range"),
         ({"batch_size": -1}, "batch_size -1 is out of range"),
-        ({"limit": 0}, "limit 0 is out of range"),
+        ({"limit": 0, "tasks": ["piqa"]}, "limit 0 is out of range"),
+        ({"limit": 5}, "limit 5: items of zero-shot tasks, and no tasks are given"),
+        ({"data": None, "tasks": ["piqa"], "seqlen": 16}, "seqlen 16: for windows of text, and no text is measured"),
+        ({"data": None, "tasks": ["piqa"], "windows": 5}, "windows 5: for windows of text, and no text is measured"),
+        ({"data": None, "tasks": ["piqa"], "bos": "text"}, "bos 'text': for windows of text, and no text is measured"),
         ({"tasks": ["absent"], "tasks_dir": "nowhere"}, r"nowhere holds no \.jsonl task"),
     ],
 )

@@ -89,6 +89,9 @@ def run(arguments: argparse.Namespace) -> int:
     if arguments.data == "":
         raise FistaPrunerError("--data '' is empty: name a text, such as wikitext2 or a .txt file, or leave it out")
     data = arguments.data or (None if tasks else "python")
+    for name, unset in (("seqlen", None), ("windows", None), ("bos", "auto")):
+        if data is None and (given := getattr(arguments, name)) != unset:
+            raise FistaPrunerError(f"--{name} {given}: for windows of text, and no text is measured: give --data")
     try:
         memory = None if arguments.memory_limit is None else parse_bytes(arguments.memory_limit)
     except ValueError as error:

@@ -84,6 +84,11 @@ def evaluate(
         raise FistaPrunerError(
             "nothing to evaluate: give data for perplexity (wikitext2, ptb, c4, python or a file) or tasks"
         )
+    for name, given in (("seqlen", seqlen), ("windows", windows), ("bos", None if bos == "auto" else bos)):
+        if data is None and given is not None:
+            raise FistaPrunerError(f"{name} {given!r}: for windows of text, and no text is measured: give data")
+    if limit is not None and not tasks:
+        raise FistaPrunerError(f"limit {limit!r}: items of zero-shot tasks, and no tasks are given")
     if dtype != "auto" and dtype not in DTYPES:
         raise FistaPrunerError(f"dtype {dtype!r} is not known: auto, {', '.join(DTYPES)}")
     for name, value, least in (
