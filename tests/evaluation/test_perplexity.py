@@ -135,8 +135,8 @@ def test_models_of_different_vocabulary_are_refused(tmp_path: Path, text: Path) 
         ({"seqlen": 100_000}, "seqlen 100000 is more than"),
         ({"dtype": "float8"}, "dtype 'float8'"),
         ({"device": "abacus"}, "device 'abacus'"),
-        ({"seqlen": 0}, "seqlen 0 is out of range: at least 2"),
-        ({"windows": 0}, "windows 0 is out of range: at least 1"),
+        ({"seqlen": 0}, "seqlen 0 is out of range: a whole number, at least 2"),
+        ({"windows": 0}, "windows 0 is out of range: a whole number, at least 1"),
         ({"batch_size": 0}, "batch_size 0 is out of range"),
         ({"batch_size": -1}, "batch_size -1 is out of range"),
         ({"limit": 0, "tasks": ["piqa"]}, "limit 0 is out of range"),
@@ -144,7 +144,11 @@ def test_models_of_different_vocabulary_are_refused(tmp_path: Path, text: Path) 
         ({"data": None, "tasks": ["piqa"], "seqlen": 16}, "seqlen 16: for windows of text, and no text is measured"),
         ({"data": None, "tasks": ["piqa"], "windows": 5}, "windows 5: for windows of text, and no text is measured"),
         ({"data": None, "tasks": ["piqa"], "bos": "text"}, "bos 'text': for windows of text, and no text is measured"),
+        ({"windows": "3"}, "windows '3' is out of range: a whole number"),
+        ({"memory_limit": 0}, "memory_limit: '0' is not a size: write 8GiB"),
+        ({"memory_limit": "much"}, "memory_limit: 'much' is not a size: write 8GiB"),
         ({"tasks": ["absent"], "tasks_dir": "nowhere"}, r"nowhere holds no \.jsonl task"),
+        ({"tasks_dir": "nowhere"}, r"nowhere holds no \.jsonl task"),
     ],
 )
 def test_bad_settings_are_named_before_any_work(

@@ -141,6 +141,19 @@ def test_weights_are_checked_before_tasks(tmp_path: Path, monkeypatch: pytest.Mo
     assert asked == [dense]
 
 
+def test_one_task_is_not_a_list_of_letters_and_a_folder_is_all_its_tasks(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[list[str]] = []
+    module = sys.modules[fp.evaluate.__module__]
+    monkeypatch.setattr(module, "find_tasks", lambda tasks, *_: (asked.append(list(tasks)), Tasks((), None, ""))[1])
+    monkeypatch.setattr(module, "evaluate_tasks", lambda *_, **__: ())
+    model = tiny.save("llama", tmp_path / "model", num_hidden_layers=1)
+    fp.evaluate(model, tasks="arc_easy")
+    fp.evaluate(model, "python", windows=1, seqlen=16, tasks_dir=tmp_path, memory_limit="8GiB")
+    assert asked == [["arc_easy"], ["all"]]
+
+
 def test_different_items_cannot_be_compared() -> None:
     with pytest.raises(fp.FistaPrunerError, match="different items"):
         task_result("t", "acc", {0: 1.0}, {1: 1.0})

@@ -268,7 +268,7 @@ def evaluate_run(
                     f"{folder}: the model it was made from is not at {against}: say where it is with --against"
                 )
         told = listener or Listener()
-        if settings.get("tasks") and (warning := trained_on(report.lineage)) is not None:
+        if (settings.get("tasks") or settings.get("tasks_dir")) and (warning := trained_on(report.lineage)) is not None:
             told.say(warning)
             if warning not in report.warnings:
                 report.warnings.append(warning)
