@@ -15,11 +15,12 @@ from ..models.files.low_rank import LowRankAdapter
 from ..models.files.record import read_pruning_record
 from ..models.layerwise import LayerwiseModel, Tick
 from ..models.source import ModelSource, Permissions
+from ..models.whole import require_tasks_fit
 from ..recipes.loading import parse_bytes
 from ..runs.lineage import read_lineage, trained_on
 from ..runs.results import Divergence, Evaluation, Perplexity
 from ..runtime.devices import choose_device
-from ..runtime.numerics import DTYPES, dtype_name, exact_products
+from ..runtime.numerics import DTYPES, dtype_name, exact_products, pass_dtype
 from .data import Windows, load_windows
 from .scoring import divergence_of, perplexity_of
 from .streaming import Passes, score_windows
@@ -70,7 +71,7 @@ def evaluate(
             for it.
         batch_size: windows in one forward pass.
         memory_limit: main memory that the process may use, in bytes or as ``8GiB``; hidden states take what the models
-            leave of it, by default half of what is free.
+            leave of it, by default half of what is free. Tasks are refused on a model that it does not hold.
         bos: where BOS tokens stand, see :func:`~fistapruner.evaluation.data.load_windows`.
         allow_pickle: read legacy ``.bin`` weights.
         trust_remote_code: run Python code that comes with a checkpoint.
@@ -115,7 +116,10 @@ def evaluate(
     dense = permissions.find(against) if against is not None else None
     if known is not None:  # transformers reads the weights for tasks, whatever they are
         for needed in filter(None, (source, dense)):
-            needed.checkpoint()
+            checkpoint = needed.checkpoint()
+            if memory is not None:
+                passes = DTYPES.get(dtype) or pass_dtype(checkpoint.dtype, place)
+                require_tasks_fit(needed.folder, checkpoint, passes, memory)
     added = LowRankAdapter.beside(source.folder)
     warnings: tuple[str | None, ...] = ()
     if known is not None:
