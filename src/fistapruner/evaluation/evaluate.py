@@ -19,7 +19,7 @@ from ..models.whole import require_tasks_fit
 from ..recipes.loading import parse_bytes
 from ..runs.lineage import read_lineage, trained_on
 from ..runs.results import Divergence, Evaluation, Perplexity
-from ..runtime.devices import choose_device
+from ..runtime.devices import choose_device, threads_within_quota
 from ..runtime.numerics import DTYPES, dtype_name, exact_products, pass_dtype
 from .data import Windows, load_windows
 from .scoring import divergence_of, perplexity_of
@@ -30,6 +30,7 @@ LONGEST_DEFAULT = 2048
 """Default length of a window: the model's maximum, at most this."""
 
 
+@threads_within_quota()
 @exact_products()
 def evaluate(
     model: str | Path,
