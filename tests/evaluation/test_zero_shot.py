@@ -172,7 +172,7 @@ def test_a_limit_that_does_not_hold_the_whole_model_is_refused_before_tasks(
     for model, against in ((large, None), (small, large)):
         with pytest.raises(
             fp.FistaPrunerError,
-            match=r"^--memory-limit .*iB is not enough: zero-shot tasks load the whole model .*large, which needs .*iB: ",
+            match=r"^--memory-limit .*iB is not enough: zero-shot tasks load the whole .*large, which needs .*iB: ",
         ):
             fp.evaluate(model, against=against, tasks=["piqa"], memory_limit=limit)
     assert not asked
