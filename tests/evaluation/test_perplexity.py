@@ -116,9 +116,39 @@ def test_hidden_states_take_what_the_models_leave_of_a_limit(
     limited = streaming.score_windows(model, tokens, streaming.Passes(1, limit), other)
     layer = sum(math.prod(model.checkpoint.entry(name).shape) for name in model.layer_parameters(0)) * 4
     outside = model.checkpoint.nbytes - len(model) * layer
-    assert blocks[1] == 3 * model.checkpoint.nbytes - 2 * outside - layer
+    assert blocks[1] == 3 * model.checkpoint.nbytes - outside - layer
     assert set(shared) == {True}
     assert all(torch.equal(getattr(free, name), getattr(limited, name)) for name in ("nll", "reference_nll", "kl"))
+
+
+def test_a_limit_that_does_not_hold_one_batch_is_refused_or_told(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Before any work; where it is told, as at the end of a run, a block has one batch and no figure changes."""
+    folder = tiny.save("llama", tmp_path / "model")
+    model, other = (LayerwiseModel(Checkpoint.open(folder), torch.device("cpu")) for _ in range(2))
+    monkeypatch.setattr(streaming, "resident_memory", lambda: 10**6)
+    tokens = torch.arange(6 * 16).remainder(model.vocabulary).view(6, 16)
+    passes: list[str] = []
+
+    def tick(what: str, done: int, total: int) -> None:
+        passes.append(what)
+
+    layer = model.pass_bytes(model.layer_sources(0))
+    outside = model.checkpoint.nbytes - len(model) * layer
+    enough = 10**6 + outside + layer + BUDGETS.head + 2 * (2 * 16 * model.width * 4)
+    told: list[str] = []
+    free = streaming.score_windows(model, tokens, streaming.Passes(2, enough, told.append), other)
+    assert not told
+    with pytest.raises(
+        fp.FistaPrunerError, match=r"^--memory-limit 12\d MiB is not enough: .* needs 12\d MiB: raise it"
+    ):
+        streaming.score_windows(model, tokens, streaming.Passes(2, enough - 1, tick=tick), other)
+    assert not passes
+    found = streaming.score_windows(model, tokens, streaming.Passes(2, enough - 1, told.append, tick), other)
+    assert [line.endswith("MiB, which was taken") for line in told] == [True]
+    assert passes.count(passes[0]) == 2 * 3 * len(model)
+    assert all(torch.equal(getattr(free, name), getattr(found, name)) for name in ("nll", "reference_nll", "kl"))
 
 
 def test_models_of_different_vocabulary_are_refused(tmp_path: Path, text: Path) -> None:

@@ -17,6 +17,7 @@ import torch
 import fistapruner as fp
 import tiny
 from fistapruner.cli import main
+from fistapruner.evaluation import streaming
 from fistapruner.models.source import UNTRUSTED
 from fistapruner.pipeline.compare import compare
 from fistapruner.pipeline.measure import _without, is_run, measure
@@ -25,6 +26,7 @@ from fistapruner.reporting.recovery_text import gain
 from fistapruner.runs.decision import EvaluationRequest, Numerics, TrainingDecision, TrainingRecord
 from fistapruner.runs.listener import Listener
 from fistapruner.runs.lock import hold
+from fistapruner.runs.prune_directory import PruneDirectory
 from fistapruner.runs.records import Lineage, Report, Stage, load_run
 from fistapruner.runs.results import Evaluation, Perplexity, TaskResult
 from fistapruner.runs.training_directory import RecoverDirectory
@@ -75,6 +77,30 @@ def test_an_evaluation_of_a_run_is_kept_with_it(made: Path, capsys: pytest.Captu
     fp.evaluate_run(run, text, seqlen=16, windows=2)
     windows = [evaluation.perplexity.windows for evaluation in load_run(run).evaluations if evaluation.perplexity]
     assert windows == [printed["perplexity"]["windows"], 2]
+
+
+def test_a_limit_reaches_every_evaluation_of_a_run(
+    made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The one at the end of a run goes on where it is too small, and the report says so; others are refused."""
+    text, run = str(made / "text.txt"), Path(shutil.copytree(made / "run", tmp_path / "run"))
+    monkeypatch.setattr(streaming, "resident_memory", lambda: 2**30)
+    told = "--memory-limit 1.00 GiB is not enough: "
+    for refused in (
+        lambda: fp.evaluate_run(run, text, seqlen=16, windows=2, memory_limit="1GiB"),
+        lambda: fp.evaluate(made / "dense", text, seqlen=16, windows=2, memory_limit=2**30),
+    ):
+        with pytest.raises(fp.FistaPrunerError, match=f"^{told}"):
+            refused()
+    settings = ["--data", text, "--seqlen", "16", "--windows", "2", "--memory-limit", "1GiB", "--quiet"]
+    for target in (run, made / "dense"):
+        assert main(["evaluate", str(target), *settings]) == 2
+        assert told in capsys.readouterr().err
+    before = load_run(run)
+    request = EvaluationRequest(data=text, windows=2, seqlen=16)
+    report = measure(PruneDirectory(run), before, request, Execution(memory_limit=2**30), UNTRUSTED, Said())
+    assert len(report.evaluations) == 1 + len(load_run(made / "run").evaluations)
+    assert [line for line in load_run(run).warnings if line.startswith(told)]
 
 
 def test_evaluation_text_that_is_calibration_text_is_told(tmp_path: Path) -> None:

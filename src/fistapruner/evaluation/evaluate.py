@@ -51,6 +51,7 @@ def evaluate(
     trust_remote_code: bool = False,
     tick: Tick = lambda what, done, total: None,
     keep: Callable[[Evaluation], None] = lambda found: None,
+    warn: Callable[[str], None] | None = None,
 ) -> Evaluation:
     """Measure a model, alone or against the dense one on the same tokens.
 
@@ -78,6 +79,8 @@ def evaluate(
         trust_remote_code: run Python code that comes with a checkpoint.
         tick: called with progress: (what, steps done, steps in all).
         keep: called with what is measured before the tasks begin, so that it is not lost if they fail.
+        warn: called with a sentence where ``memory_limit`` does not hold one batch of windows, and it is exceeded; None
+            refuses such a limit.
 
     Raises:
         FistaPrunerError: bad input, named; settings, tasks and weights that may not be read before any long work.
@@ -144,7 +147,7 @@ def evaluate(
             other = _open(dense, place, dtype)
             _check_same_tokens(opened, other, tokenizer, dense.tokenizer())
         start = time.perf_counter()
-        sums = score_windows(opened, cut.tokens, Passes(batch_size, memory, tick), other)
+        sums = score_windows(opened, cut.tokens, Passes(batch_size, memory, warn, tick), other)
         forward = time.perf_counter() - start
         perplexity = perplexity_of(sums.nll, sums.length, **_protocol(cut, opened))
         if other is not None and sums.reference_nll is not None:

@@ -18,7 +18,7 @@ import re
 import shlex
 import shutil
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -58,7 +58,7 @@ from ..runtime.numerics import dtype_name
 from ..sensitivity.workload import read_workload
 from .begun import changed_text, continued_by_its_command, find_source, refuse_other_settings
 from .contenders import Contender, parse_contenders
-from .measure import publish
+from .measure import add_warning, publish
 from .protocol import Protocol
 from .prune import prune, recover_execution, recovers
 from .prune_inputs import check_calibration, refuse_overlap, shared_text
@@ -298,8 +298,10 @@ class _Shared:
     keep: bool
     calibrated: dict[str, tuple[Tensor, dict[str, Any]]] = field(default_factory=dict)
 
-    def evaluate(self, checkpoint: Path, against: Path | None = None) -> Evaluation:
-        """Measure a checkpoint on the windows of the protocol."""
+    def evaluate(
+        self, checkpoint: Path, against: Path | None = None, warn: Callable[[str], None] | None = None
+    ) -> Evaluation:
+        """Measure a checkpoint on the windows of the protocol; see :func:`fistapruner.evaluate` for ``warn``."""
         permissions, protocol = self.source.permissions, self.protocol
         return run_evaluation(
             checkpoint,
@@ -308,6 +310,7 @@ class _Shared:
             device=protocol.device,
             dtype=protocol.asked_dtype,
             memory_limit=protocol.memory_limit,
+            warn=warn,
             tick=self.listener.tick,
             **permissions.keywords(),
         )
@@ -370,7 +373,10 @@ class _Shared:
         """Measure the result of a run on the windows of the protocol, and publish the figures with the run."""
         if _evaluation(report, self.protocol) is None:
             self.listener.say(f"evaluating on {self.protocol.text.data}")
-            report.evaluations.append(self.evaluate(run.model, against=self.source.folder))
+            found = self.evaluate(
+                run.model, self.source.folder, lambda sentence: add_warning(report, sentence, self.listener)
+            )
+            report.evaluations.append(found)
             publish(run, report, self.listener)
         return report
 

@@ -114,6 +114,7 @@ def _evaluate(
         "dtype": report.recipe.get("dtype", "auto"),
         "batch_size": _batch_size(run, report, seqlen, execution),
         "memory_limit": execution.memory_limit,
+        "warn": lambda sentence: add_warning(report, sentence, listener),  # what the run has made is not lost for it
         "tick": listener.tick,
         **permissions.keywords(),
     }
@@ -129,6 +130,13 @@ def _evaluate(
         run.write_report(report)
     if _evaluate_input(report, compared, found, listener, data=cut, **settings):
         run.write_report(report)
+
+
+def add_warning(report: Report, sentence: str, listener: Listener) -> None:
+    """Add a warning to a report and say it, unless it is there."""
+    if sentence not in report.warnings:
+        listener.say(sentence)
+        report.warnings.append(sentence)
 
 
 def _batch_size(run: RunDirectory, report: Report, seqlen: int, execution: Execution) -> int:
@@ -249,7 +257,7 @@ def evaluate_run(
         data: text for perplexity, see :func:`fistapruner.evaluate`; None measures tasks only.
         against: the dense model; default is the one that was pruned.
         listener: receives progress.
-        **settings: as for :func:`fistapruner.evaluate`, less ``keep``.
+        **settings: as for :func:`fistapruner.evaluate`, less ``keep`` and ``warn``.
 
     Returns:
         What was measured.
