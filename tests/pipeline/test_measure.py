@@ -130,6 +130,34 @@ def test_evaluation_text_that_is_calibration_text_is_told(tmp_path: Path) -> Non
     assert [warning[: len(told)] for warning in comparison.warnings] == [told]
 
 
+def test_text_that_is_measured_or_calibrated_on_later_is_compared_too(tmp_path: Path) -> None:
+    """Where a finished run is evaluated on its calibration text, by itself or its command, or made again with it."""
+    dense = tiny.save("llama", tmp_path / "dense", num_hidden_layers=1)
+    text, other = tmp_path / "text.txt", tmp_path / "other.txt"
+    text.write_text(TEXT)
+    other.write_text(TEXT[1:])
+    settings: dict[str, Any] = {"method": "magnitude", "evaluate_windows": 2}
+    calibration = {"source": str(text), "samples": 2, "seqlen": 16}
+    for name in ("measured", "again"):
+        fp.prune(dense, tmp_path / name, calibration=calibration, **settings)
+    said = Said()
+    fp.evaluate_run(tmp_path / "measured", str(other), seqlen=16, windows=2, listener=said)
+    assert not [line for line in said.lines if "are also in the calibration text" in line]
+    fp.evaluate_run(tmp_path / "measured", str(text), seqlen=16, windows=2, listener=said)
+    fp.prune(dense, tmp_path / "again", calibration=calibration, evaluate=str(text), listener=said, **settings)
+    assert sum("are also in the calibration text" in line for line in said.lines) == 2
+    for name in ("measured", "again"):
+        (warning,) = load_run(tmp_path / name).warnings
+        assert f"documents of the evaluation text {str(text)!r} are also in the calibration text" in warning
+    fp.prune(dense, tmp_path / "changed", calibration=calibration, evaluate=str(other), **settings)
+    text.write_text(other.read_text())
+    said.lines.clear()
+    fp.prune(dense, tmp_path / "changed", calibration=calibration, evaluate=str(other), listener=said, **settings)
+    told = ["are also in the calibration text" in line for line in said.lines]
+    assert told.index(True) < [line.startswith("evaluating") for line in said.lines].index(True)
+    assert len(load_run(tmp_path / "changed").warnings) == sum(told) == 1
+
+
 def recovery_of(pruned: Path, folder: Path, dense: Path | None) -> RecoverDirectory:
     """A finished recovery run of a pruning run, as far as measuring reads it; its weights are the dense model's."""
     run, before = RecoverDirectory(folder), load_run(pruned)

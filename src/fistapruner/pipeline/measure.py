@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -17,6 +17,7 @@ from ..evaluation.generations import generate_side_by_side
 from ..models.files.record import lost_structure, read_pruning_record
 from ..models.source import Permissions
 from ..recipes.execution_settings import Execution
+from ..recipes.settings import Recipe
 from ..reporting.model_card import model_card
 from ..reporting.recovery_text import gain_text
 from ..reporting.write import write_page
@@ -36,6 +37,8 @@ from ..runtime.numerics import windows_at_once
 from ..sparse.bench import bench, packed_bytes
 from ..sparse.bench import record as speed_record
 from ..sparse.speed import Speed
+from .begun import absolute
+from .prune_inputs import shared_text
 
 
 @dataclass(frozen=True)
@@ -107,6 +110,7 @@ def _evaluate(
 ) -> None:
     """Measure perplexity and divergence, and keep them with the report at once."""
     assert report.calibration is not None
+    _compare_texts(report, request.data, listener)
     seqlen = request.seqlen or report.calibration.seqlen
     cut = load_windows(request.data, permissions.at(run.model).tokenizer(), seqlen, request.windows)
     settings = {
@@ -137,6 +141,15 @@ def add_warning(report: Report, sentence: str, listener: Listener) -> None:
     if sentence not in report.warnings:
         listener.say(sentence)
         report.warnings.append(sentence)
+
+
+def _compare_texts(report: Report, data: str, listener: Listener) -> None:
+    """Warn of evaluation text that the report of a pruning run names as calibration text too."""
+    if report.kind == "prune":
+        with suppress(FistaPrunerError):  # a file that cannot be read any more cannot be compared
+            sources = Recipe.build(report.recipe).calibration.sources.values()
+            if shared := shared_text(sources, absolute(data)):
+                add_warning(report, shared, listener)
 
 
 def _batch_size(run: RunDirectory, report: Report, seqlen: int, execution: Execution) -> int:
@@ -280,6 +293,9 @@ def evaluate_run(
             told.say(warning)
             if warning not in report.warnings:
                 report.warnings.append(warning)
+
+        if data is not None:
+            _compare_texts(report, data, told)
 
         def keep(found: Evaluation) -> None:
             report.evaluations = [*_without(report.evaluations, found), found]

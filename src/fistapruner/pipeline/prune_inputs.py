@@ -134,7 +134,7 @@ def check_inputs(run: PruneDirectory, request: RunRequest, begun: PruneRecord | 
     if request.evaluation is not None:  # a fault in the text shows now
         text = load_windows(request.evaluation.data, tokenizer, seqlen, request.evaluation.windows)
         model.check_tokens(text.tokens)
-        if begun is None and (shared := shared_text(recipe.calibration.sources.values(), request.evaluation.data)):
+        if shared := shared_text(recipe.calibration.sources.values(), request.evaluation.data):
             listener.say(shared)
             warnings = (*warnings, shared)
     return Inputs(source, model, layout, smaller, widths, sparsity, tokenizer, seqlen, warnings)
