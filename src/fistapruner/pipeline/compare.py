@@ -136,8 +136,7 @@ def compare(
             machine=describe_machine(choose_device(protocol.device)),
             rows=_rows_that_stay(_before(folder, model), jobs, protocol, folder),  # as they are now that it is held
         )
-        sources = {source: None for job in jobs for source in job.recipe.calibration.sources.values()}
-        if warning := shared_text(sources, data):
+        for warning in shared_texts(jobs, data):
             listener.say(warning)
             comparison.warnings.append(warning)
         shared = _Shared(model, source, folder, protocol, listener, keep)
@@ -221,6 +220,15 @@ def check_texts(jobs: Sequence[Job], source: ModelSource, folder: Path) -> None:
         ):
             check_following(recipe, source)
             checked.add(texts)
+
+
+def shared_texts(jobs: Sequence[Job], data: str) -> list[str]:
+    """Warn of evaluation text that has documents of the calibration or training text of a run."""
+    calibration = {source: None for job in jobs for source in job.recipe.calibration.sources.values()}
+    following = [job.recipe.recover.data for job in jobs if job.recipe.recover is not None]
+    training = {source: None for text in following for source in [*text.tasks.values(), text.source] if source}
+    found = shared_text(calibration, data), shared_text(training, data, training=True)
+    return [warning for warning in found if warning is not None]
 
 
 def agree_protocol(
