@@ -180,6 +180,19 @@ def test_a_limit_that_does_not_hold_the_whole_model_is_refused_before_tasks(
     assert asked == [small]
 
 
+def test_a_local_task_asks_as_lm_eval_does(tmp_path: Path) -> None:
+    write(tmp_path, "choices", CHOICES)
+    task = local_task(tmp_path / "choices.jsonl")
+    assert task["output_type"] == "multiple_choice"
+    assert task["doc_to_text"](CHOICES[3]) == "Question: what comes after 3?\nAnswer:"
+    assert task["doc_to_text"]({"query": " A sentence that goes on "}) == "A sentence that goes on"
+    assert (task["doc_to_choice"], task["doc_to_target"]) == ("choices", "gold")
+    assert [metric["metric"] for metric in task["metric_list"]] == ["acc", "acc_norm"]
+    assert all(metric["aggregation"] == "mean" and metric["higher_is_better"] for metric in task["metric_list"])
+    assert (task["num_fewshot"], task["test_split"]) == (0, "test")
+    assert task["dataset_kwargs"] == {"data_files": {"test": str(tmp_path / "choices.jsonl")}}
+
+
 def test_different_items_cannot_be_compared() -> None:
     with pytest.raises(fp.FistaPrunerError, match="different items"):
         task_result("t", "acc", {0: 1.0}, {1: 1.0})
