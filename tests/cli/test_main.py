@@ -160,6 +160,9 @@ def test_sizes_are_in_units_that_show_them(tmp_path: Path, capsys: pytest.Captur
         ("prune OUT/x --out OUT --executor process --workers 4", "out/x' does not exist"),
         ("prune OUT/x --out OUT --workers 1", "out/x' does not exist"),
         ("evaluate x --limit 5", "--limit 5: items of zero-shot tasks, and no --tasks are given"),
+        ("evaluate x --tasks piqa --seqlen 1024", "--seqlen 1024: for windows of text, and no text is measured: give"),
+        ("evaluate x --tasks piqa --windows 50", "--windows 50: for windows of text, and no text is measured: give"),
+        ("evaluate x --tasks piqa --bos text", "--bos text: for windows of text, and no text is measured: give --data"),
     ],
 )
 def test_a_flag_without_effect_is_refused(
@@ -180,6 +183,8 @@ def test_a_flag_without_effect_is_refused(
         ("evaluate x --data=", "--data '' is empty"),
         ("evaluate x --tasks=", "--tasks '' names no task"),
         ("evaluate x --tasks=, --data python", "--tasks ',' names no task"),
+        ("evaluate x --tasks-dir=", "--tasks-dir '' is empty: name a folder of .jsonl tasks, or leave it out"),
+        ("evaluate x --tasks piqa --tasks-dir=", "--tasks-dir '' is empty"),
         ("evaluate x --memory-limit=", "--memory-limit: '' is not a size"),
     ],
 )

@@ -116,9 +116,39 @@ def test_hidden_states_take_what_the_models_leave_of_a_limit(
     limited = streaming.score_windows(model, tokens, streaming.Passes(1, limit), other)
     layer = sum(math.prod(model.checkpoint.entry(name).shape) for name in model.layer_parameters(0)) * 4
     outside = model.checkpoint.nbytes - len(model) * layer
-    assert blocks[1] == 3 * model.checkpoint.nbytes - 2 * outside - layer
+    assert blocks[1] == 3 * model.checkpoint.nbytes - outside - layer
     assert set(shared) == {True}
     assert all(torch.equal(getattr(free, name), getattr(limited, name)) for name in ("nll", "reference_nll", "kl"))
+
+
+def test_a_limit_that_does_not_hold_one_batch_is_refused_or_told(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Before any work; where it is told, as at the end of a run, a block has one batch and no figure changes."""
+    folder = tiny.save("llama", tmp_path / "model")
+    model, other = (LayerwiseModel(Checkpoint.open(folder), torch.device("cpu")) for _ in range(2))
+    monkeypatch.setattr(streaming, "resident_memory", lambda: 10**6)
+    tokens = torch.arange(6 * 16).remainder(model.vocabulary).view(6, 16)
+    passes: list[str] = []
+
+    def tick(what: str, done: int, total: int) -> None:
+        passes.append(what)
+
+    layer = model.pass_bytes(model.layer_sources(0))
+    outside = model.checkpoint.nbytes - len(model) * layer
+    enough = 10**6 + outside + layer + BUDGETS.head + 2 * (2 * 16 * model.width * 4)
+    told: list[str] = []
+    free = streaming.score_windows(model, tokens, streaming.Passes(2, enough, told.append), other)
+    assert not told
+    with pytest.raises(
+        fp.FistaPrunerError, match=r"^--memory-limit 12\d MiB is not enough: .* needs 12\d MiB: raise it"
+    ):
+        streaming.score_windows(model, tokens, streaming.Passes(2, enough - 1, tick=tick), other)
+    assert not passes
+    found = streaming.score_windows(model, tokens, streaming.Passes(2, enough - 1, told.append, tick), other)
+    assert [line.endswith("MiB, which was taken") for line in told] == [True]
+    assert passes.count(passes[0]) == 2 * 3 * len(model)
+    assert all(torch.equal(getattr(free, name), getattr(found, name)) for name in ("nll", "reference_nll", "kl"))
 
 
 def test_models_of_different_vocabulary_are_refused(tmp_path: Path, text: Path) -> None:
@@ -135,12 +165,20 @@ def test_models_of_different_vocabulary_are_refused(tmp_path: Path, text: Path) 
         ({"seqlen": 100_000}, "seqlen 100000 is more than"),
         ({"dtype": "float8"}, "dtype 'float8'"),
         ({"device": "abacus"}, "device 'abacus'"),
-        ({"seqlen": 0}, "seqlen 0 is out of range: at least 2"),
-        ({"windows": 0}, "windows 0 is out of range: at least 1"),
+        ({"seqlen": 0}, "seqlen 0 is out of range: a whole number, at least 2"),
+        ({"windows": 0}, "windows 0 is out of range: a whole number, at least 1"),
         ({"batch_size": 0}, "batch_size 0 is out of range"),
         ({"batch_size": -1}, "batch_size -1 is out of range"),
-        ({"limit": 0}, "limit 0 is out of range"),
+        ({"limit": 0, "tasks": ["piqa"]}, "limit 0 is out of range"),
+        ({"limit": 5}, "limit 5: items of zero-shot tasks, and no tasks are given"),
+        ({"data": None, "tasks": ["piqa"], "seqlen": 16}, "seqlen 16: for windows of text, and no text is measured"),
+        ({"data": None, "tasks": ["piqa"], "windows": 5}, "windows 5: for windows of text, and no text is measured"),
+        ({"data": None, "tasks": ["piqa"], "bos": "text"}, "bos 'text': for windows of text, and no text is measured"),
+        ({"windows": "3"}, "windows '3' is out of range: a whole number"),
+        ({"memory_limit": 0}, "memory_limit: '0' is not a size: write 8GiB"),
+        ({"memory_limit": "much"}, "memory_limit: 'much' is not a size: write 8GiB"),
         ({"tasks": ["absent"], "tasks_dir": "nowhere"}, r"nowhere holds no \.jsonl task"),
+        ({"tasks_dir": "nowhere"}, r"nowhere holds no \.jsonl task"),
     ],
 )
 def test_bad_settings_are_named_before_any_work(

@@ -32,6 +32,9 @@ from fistapruner.evaluation.zero_shot import (
     read_answers,
     task_result,
 )
+from fistapruner.models import whole
+from fistapruner.models.files.checkpoint import Checkpoint
+from fistapruner.models.whole import whole_bytes
 from fistapruner.reporting.evaluation_text import task_text
 from fistapruner.reporting.quality_rows import quality_rows
 from fistapruner.runs.results import Evaluation
@@ -139,6 +142,55 @@ def test_weights_are_checked_before_tasks(tmp_path: Path, monkeypatch: pytest.Mo
     assert not asked
     fp.evaluate(dense, against=legacy, tasks=["boolq"], allow_pickle=True)
     assert asked == [dense]
+
+
+def test_one_task_is_not_a_list_of_letters_and_a_folder_is_all_its_tasks(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[list[str]] = []
+    module = sys.modules[fp.evaluate.__module__]
+    monkeypatch.setattr(module, "find_tasks", lambda tasks, *_: (asked.append(list(tasks)), Tasks((), None, ""))[1])
+    monkeypatch.setattr(module, "evaluate_tasks", lambda *_, **__: ())
+    model = tiny.save("llama", tmp_path / "model", num_hidden_layers=1)
+    fp.evaluate(model, tasks="arc_easy")
+    fp.evaluate(model, "python", windows=1, seqlen=16, tasks_dir=tmp_path, memory_limit="8GiB")
+    assert asked == [["arc_easy"], ["all"]]
+
+
+def test_a_limit_that_does_not_hold_the_whole_model_is_refused_before_tasks(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[Path] = []
+    module = sys.modules[fp.evaluate.__module__]
+    monkeypatch.setattr(module, "find_tasks", lambda *_: Tasks((), None, ""))
+    monkeypatch.setattr(module, "evaluate_tasks", lambda folder, *_, **__: (asked.append(folder), ())[1])
+    monkeypatch.setattr(whole, "resident_memory", lambda: 2**20)
+    small = tiny.save("llama", tmp_path / "small", num_hidden_layers=1)
+    large = tiny.save("llama", tmp_path / "large")
+    checkpoint = Checkpoint.open(small)
+    limit = 2**20 + int(whole_bytes(checkpoint, torch.float32) / whole.ROOM)
+    for model, against in ((large, None), (small, large)):
+        with pytest.raises(
+            fp.FistaPrunerError,
+            match=r"^--memory-limit .*iB is not enough: zero-shot tasks load the whole .*large, which needs .*iB: ",
+        ):
+            fp.evaluate(model, against=against, tasks=["piqa"], memory_limit=limit)
+    assert not asked
+    fp.evaluate(small, tasks=["piqa"], memory_limit=limit)
+    assert asked == [small]
+
+
+def test_a_local_task_asks_as_lm_eval_does(tmp_path: Path) -> None:
+    write(tmp_path, "choices", CHOICES)
+    task = local_task(tmp_path / "choices.jsonl")
+    assert task["output_type"] == "multiple_choice"
+    assert task["doc_to_text"](CHOICES[3]) == "Question: what comes after 3?\nAnswer:"
+    assert task["doc_to_text"]({"query": " A sentence that goes on "}) == "A sentence that goes on"
+    assert (task["doc_to_choice"], task["doc_to_target"]) == ("choices", "gold")
+    assert [metric["metric"] for metric in task["metric_list"]] == ["acc", "acc_norm"]
+    assert all(metric["aggregation"] == "mean" and metric["higher_is_better"] for metric in task["metric_list"])
+    assert (task["num_fewshot"], task["test_split"]) == (0, "test")
+    assert task["dataset_kwargs"] == {"data_files": {"test": str(tmp_path / "choices.jsonl")}}
 
 
 def test_different_items_cannot_be_compared() -> None:

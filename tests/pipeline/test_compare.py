@@ -16,7 +16,7 @@ from fistapruner.cli import main
 from fistapruner.errors import FistaPrunerError
 from fistapruner.evaluation.data import cut_windows
 from fistapruner.evaluation.evaluate import evaluate as run_evaluation
-from fistapruner.pipeline.compare import compare, plan_jobs, run_name
+from fistapruner.pipeline.compare import compare, plan_jobs, run_name, shared_texts
 from fistapruner.pipeline.contenders import parse_contenders
 from fistapruner.pipeline.prune import prune
 from fistapruner.recipes.settings import Recipe
@@ -359,6 +359,27 @@ def test_bad_texts_show_before_anything_is_measured(tmp_path: Path) -> None:
         if "recover" not in bad:
             with pytest.raises(FistaPrunerError, match=message):
                 prune(source, tmp_path / "run", listener=Counts(stop="plan:"), **bad)
+
+
+def test_the_text_of_recoveries_is_compared_with_the_evaluation_text(tmp_path: Path) -> None:
+    text, examples, other = (tmp_path / f"{name}.jsonl" for name in ("text", "examples", "other"))
+    text.write_text('{"text": "it was the best of times"}\n{"text": "it was the worst of times"}\n')
+    examples.write_text('{"prompt": "what was it?", "completion": "the age of wisdom"}\n')
+    other.write_text('{"text": "another"}\n')
+    for data in ({"source": str(text)}, {"tasks": {"qa": str(examples), "plain": str(text)}}):
+        settings = {**SETTINGS, "recover": {"data": data}}
+        jobs = plan_jobs(parse_contenders("wanda"), ["50%"], [0], settings)
+        (said,) = shared_texts(jobs, str(text))
+        assert said.startswith(
+            f"2 of the 2 documents of the evaluation text {str(text)!r} are also in the training text"
+        )
+        assert shared_texts(jobs, str(other)) == []
+    both = {"calibration": {**SETTINGS["calibration"], "source": str(text)}, "recover": {"data": {"source": str(text)}}}
+    jobs = plan_jobs(parse_contenders("wanda"), ["50%"], [0], both)
+    assert [said.split(" text (")[0].split()[-1] for said in shared_texts(jobs, str(text))] == [
+        "calibration",
+        "training",
+    ]
 
 
 def test_measuring_obeys_the_memory_limit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -19,6 +19,7 @@ from fistapruner.cli import main
 from fistapruner.constraints import NM
 from fistapruner.models.files.low_rank import sum_of_parts
 from fistapruner.models.files.safetensors import SafetensorsFile
+from fistapruner.models.whole import load_whole
 from fistapruner.reporting.summary import summary
 from fistapruner.runs.records import load_run
 from fistapruner.runtime.files import PARTIAL
@@ -131,6 +132,18 @@ def test_the_sum_of_both_parts_is_what_is_evaluated(tmp_path: Path, architecture
     assert of_run.divergence is not None
     assert alone.divergence is not None
     assert of_run.divergence.kl == pytest.approx(alone.divergence.kl, rel=1e-4)
+
+
+@pytest.mark.parametrize("architecture", ["llama", "gpt2"])
+def test_the_sum_of_both_parts_is_the_whole_model_of_tasks_and_examples(tmp_path: Path, architecture: str) -> None:
+    """Also where matrices are stored transposed."""
+    run = tmp_path / "run"
+    fp.prune(tiny.save(architecture, tmp_path / "dense"), run, low_rank=RANK, **SMALL)
+    with torch.no_grad():
+        found = load_whole(run / "model", torch.device("cpu"))(tokens()).logits
+        expected, alone = (model(tokens()).logits for model in (summed(run), load(run / "model")))
+    assert torch.allclose(found, expected, atol=1e-5)
+    assert not torch.allclose(found, alone, atol=1e-2)
 
 
 @pytest.mark.parametrize("propagate", ["dense", "pruned"])

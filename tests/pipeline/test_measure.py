@@ -17,6 +17,7 @@ import torch
 import fistapruner as fp
 import tiny
 from fistapruner.cli import main
+from fistapruner.evaluation import streaming
 from fistapruner.models.source import UNTRUSTED
 from fistapruner.pipeline.compare import compare
 from fistapruner.pipeline.measure import _without, is_run, measure
@@ -25,6 +26,7 @@ from fistapruner.reporting.recovery_text import gain
 from fistapruner.runs.decision import EvaluationRequest, Numerics, TrainingDecision, TrainingRecord
 from fistapruner.runs.listener import Listener
 from fistapruner.runs.lock import hold
+from fistapruner.runs.prune_directory import PruneDirectory
 from fistapruner.runs.records import Lineage, Report, Stage, load_run
 from fistapruner.runs.results import Evaluation, Perplexity, TaskResult
 from fistapruner.runs.training_directory import RecoverDirectory
@@ -77,6 +79,30 @@ def test_an_evaluation_of_a_run_is_kept_with_it(made: Path, capsys: pytest.Captu
     assert windows == [printed["perplexity"]["windows"], 2]
 
 
+def test_a_limit_reaches_every_evaluation_of_a_run(
+    made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The one at the end of a run goes on where it is too small, and the report says so; others are refused."""
+    text, run = str(made / "text.txt"), Path(shutil.copytree(made / "run", tmp_path / "run"))
+    monkeypatch.setattr(streaming, "resident_memory", lambda: 2**30)
+    told = "--memory-limit 1.00 GiB is not enough: "
+    for refused in (
+        lambda: fp.evaluate_run(run, text, seqlen=16, windows=2, memory_limit="1GiB"),
+        lambda: fp.evaluate(made / "dense", text, seqlen=16, windows=2, memory_limit=2**30),
+    ):
+        with pytest.raises(fp.FistaPrunerError, match=f"^{told}"):
+            refused()
+    settings = ["--data", text, "--seqlen", "16", "--windows", "2", "--memory-limit", "1GiB", "--quiet"]
+    for target in (run, made / "dense"):
+        assert main(["evaluate", str(target), *settings]) == 2
+        assert told in capsys.readouterr().err
+    before = load_run(run)
+    request = EvaluationRequest(data=text, windows=2, seqlen=16)
+    report = measure(PruneDirectory(run), before, request, Execution(memory_limit=2**30), UNTRUSTED, Said())
+    assert len(report.evaluations) == 1 + len(load_run(made / "run").evaluations)
+    assert [line for line in load_run(run).warnings if line.startswith(told)]
+
+
 def test_evaluation_text_that_is_calibration_text_is_told(tmp_path: Path) -> None:
     """By a run and by a comparison, but not where Python's language reference is both: its parts are apart."""
     dense = tiny.save("llama", tmp_path / "dense", num_hidden_layers=1)
@@ -102,6 +128,34 @@ def test_evaluation_text_that_is_calibration_text_is_told(tmp_path: Path) -> Non
         windows=2,
     )
     assert [warning[: len(told)] for warning in comparison.warnings] == [told]
+
+
+def test_text_that_is_measured_or_calibrated_on_later_is_compared_too(tmp_path: Path) -> None:
+    """Where a finished run is evaluated on its calibration text, by itself or its command, or made again with it."""
+    dense = tiny.save("llama", tmp_path / "dense", num_hidden_layers=1)
+    text, other = tmp_path / "text.txt", tmp_path / "other.txt"
+    text.write_text(TEXT)
+    other.write_text(TEXT[1:])
+    settings: dict[str, Any] = {"method": "magnitude", "evaluate_windows": 2}
+    calibration = {"source": str(text), "samples": 2, "seqlen": 16}
+    for name in ("measured", "again"):
+        fp.prune(dense, tmp_path / name, calibration=calibration, **settings)
+    said = Said()
+    fp.evaluate_run(tmp_path / "measured", str(other), seqlen=16, windows=2, listener=said)
+    assert not [line for line in said.lines if "are also in the calibration text" in line]
+    fp.evaluate_run(tmp_path / "measured", str(text), seqlen=16, windows=2, listener=said)
+    fp.prune(dense, tmp_path / "again", calibration=calibration, evaluate=str(text), listener=said, **settings)
+    assert sum("are also in the calibration text" in line for line in said.lines) == 2
+    for name in ("measured", "again"):
+        (warning,) = load_run(tmp_path / name).warnings
+        assert f"documents of the evaluation text {str(text)!r} are also in the calibration text" in warning
+    fp.prune(dense, tmp_path / "changed", calibration=calibration, evaluate=str(other), **settings)
+    text.write_text(other.read_text())
+    said.lines.clear()
+    fp.prune(dense, tmp_path / "changed", calibration=calibration, evaluate=str(other), listener=said, **settings)
+    told = ["are also in the calibration text" in line for line in said.lines]
+    assert told.index(True) < [line.startswith("evaluating") for line in said.lines].index(True)
+    assert len(load_run(tmp_path / "changed").warnings) == sum(told) == 1
 
 
 def recovery_of(pruned: Path, folder: Path, dense: Path | None) -> RecoverDirectory:

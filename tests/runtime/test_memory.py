@@ -8,9 +8,14 @@ import psutil
 import pytest
 import torch
 
+import fistapruner as fp
+import tiny
+from fistapruner.evaluation.generations import generate_side_by_side
 from fistapruner.execution.executors import default_threads
 from fistapruner.recipes.execution_settings import Execution
 from fistapruner.runtime import devices, memory
+from fistapruner.sparse import variants
+from fistapruner.sparse.variants import Variant
 
 V1, V2 = "4:memory:/{}\n3:cpu,cpuacct:/elsewhere\n0::/\n", "0::/{}\n"
 
@@ -85,3 +90,30 @@ def test_the_peak_holds_what_was_held() -> None:
     block = torch.ones(2**24)  # 64 MiB
     del block
     assert memory.peak_memory() >= before + 2**25
+
+
+def test_evaluation_and_speed_keep_within_a_quota(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Started(Exception):
+        """Stands for the process that measures."""
+
+    counts: list[int] = []
+
+    def start(variant: Variant, batch: int, prompt: int, tokens: int, threads: int) -> None:
+        counts.append(threads)
+        raise Started
+
+    monkeypatch.setattr(devices, "quotas", lambda: [1])
+    monkeypatch.setattr(variants, "Worker", start)
+    folder = tiny.save("llama", tmp_path / "model", num_hidden_layers=1)
+    with devices.cpu_threads(2):
+        settings = {"seqlen": 16, "windows": 1}
+        fp.evaluate(folder, "python", tick=lambda *_: counts.append(torch.get_num_threads()), **settings)
+        models = {"dense": folder}
+        generate_side_by_side(
+            models, torch.device("cpu"), tokens=1, tick=lambda *_: counts.append(torch.get_num_threads())
+        )
+        with pytest.raises(Started):
+            variants.compare([Variant("dense", folder)])
+        assert torch.get_num_threads() == 2
+    assert len(counts) > 2
+    assert set(counts) == {1}

@@ -268,6 +268,15 @@ def split_documents(documents: Sequence[str], share: float, seed: int) -> tuple[
     return [by_hash[digest] for digest in hashes], max(1, below)
 
 
+def training_documents(source: str) -> list[str]:
+    """Read the documents of a training text, or its examples as text.
+
+    Raises:
+        FistaPrunerError: unknown, unreadable, or empty.
+    """
+    return [item.text if isinstance(item, Example) else item for item in _read(source)]
+
+
 def _read(source: str) -> Sequence[str | Example]:
     """Read the documents of a source, or its examples."""
     check_source(source, PURPOSE)

@@ -29,7 +29,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--prompt", type=int, default=128, help="prompt tokens (default: 128)")
     parser.add_argument("--tokens", type=int, default=128, help="new tokens in a run (default: 128)")
     parser.add_argument("--runs", type=int, default=3, help="rounds (default: 3)")
-    parser.add_argument("--threads", type=int, default=None, help="CPU threads (default: torch's)")
+    parser.add_argument("--threads", type=int, default=None, help="CPU threads (default: torch's, within a CPU quota)")
     add_pickle_argument(parser)
     parser.add_argument("--json", action="store_true", help="print machine-readable JSON")
 

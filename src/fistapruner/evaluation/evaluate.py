@@ -15,10 +15,12 @@ from ..models.files.low_rank import LowRankAdapter
 from ..models.files.record import read_pruning_record
 from ..models.layerwise import LayerwiseModel, Tick
 from ..models.source import ModelSource, Permissions
+from ..models.whole import require_tasks_fit
+from ..recipes.loading import parse_bytes
 from ..runs.lineage import read_lineage, trained_on
 from ..runs.results import Divergence, Evaluation, Perplexity
-from ..runtime.devices import choose_device
-from ..runtime.numerics import DTYPES, dtype_name, exact_products
+from ..runtime.devices import choose_device, threads_within_quota
+from ..runtime.numerics import DTYPES, dtype_name, exact_products, pass_dtype
 from .data import Windows, load_windows
 from .scoring import divergence_of, perplexity_of
 from .streaming import Passes, score_windows
@@ -28,6 +30,7 @@ LONGEST_DEFAULT = 2048
 """Default length of a window: the model's maximum, at most this."""
 
 
+@threads_within_quota()
 @exact_products()
 def evaluate(
     model: str | Path,
@@ -36,18 +39,19 @@ def evaluate(
     seqlen: int | None = None,
     windows: int | None = None,
     against: str | Path | None = None,
-    tasks: Sequence[str] = (),
+    tasks: str | Sequence[str] = (),
     tasks_dir: str | Path | None = None,
     limit: int | None = None,
     device: str = "auto",
     dtype: str = "auto",
     batch_size: int | None = None,
-    memory_limit: int | None = None,
+    memory_limit: int | str | None = None,
     bos: str = "auto",
     allow_pickle: bool = False,
     trust_remote_code: bool = False,
     tick: Tick = lambda what, done, total: None,
     keep: Callable[[Evaluation], None] = lambda found: None,
+    warn: Callable[[str], None] | None = None,
 ) -> Evaluation:
     """Measure a model, alone or against the dense one on the same tokens.
 
@@ -62,28 +66,36 @@ def evaluate(
         windows: take only this many, from the start.
         against: the dense model; adds its perplexity, KL divergence, top-1 agreement and paired tests.
         tasks: zero-shot tasks, by ``lm-eval`` name, or by file name where ``tasks_dir`` is given.
-        tasks_dir: folder of local ``.jsonl`` tasks.
+        tasks_dir: folder of local ``.jsonl`` tasks; without ``tasks`` all of them are taken.
         limit: take only this many items of each task, from the start.
         device: ``auto``, ``cpu``, ``cuda``, ``cuda:N``.
         dtype: precision of the forward passes; ``auto`` is the checkpoint's own, or fp32 on CPUs without matrix units
             for it.
         batch_size: windows in one forward pass.
-        memory_limit: bytes of main memory that the process may use; hidden states take what the models leave of it, by
-            default half of what is free.
+        memory_limit: main memory that the process may use, in bytes or as ``8GiB``; hidden states take what the models
+            leave of it, by default half of what is free. Tasks are refused on a model that it does not hold.
         bos: where BOS tokens stand, see :func:`~fistapruner.evaluation.data.load_windows`.
         allow_pickle: read legacy ``.bin`` weights.
         trust_remote_code: run Python code that comes with a checkpoint.
         tick: called with progress: (what, steps done, steps in all).
         keep: called with what is measured before the tasks begin, so that it is not lost if they fail.
+        warn: called with a sentence where ``memory_limit`` does not hold one batch of windows, and it is exceeded; None
+            refuses such a limit.
 
     Raises:
         FistaPrunerError: bad input, named; settings, tasks and weights that may not be read before any long work.
         MissingExtraError: a data set needs the extra ``data``, tasks need the extra ``eval``.
     """
+    tasks = [tasks] if isinstance(tasks, str) else tasks or ([] if tasks_dir is None else ["all"])
     if data is None and not tasks:
         raise FistaPrunerError(
             "nothing to evaluate: give data for perplexity (wikitext2, ptb, c4, python or a file) or tasks"
         )
+    for name, given in (("seqlen", seqlen), ("windows", windows), ("bos", None if bos == "auto" else bos)):
+        if data is None and given is not None:
+            raise FistaPrunerError(f"{name} {given!r}: for windows of text, and no text is measured: give data")
+    if limit is not None and not tasks:
+        raise FistaPrunerError(f"limit {limit!r}: items of zero-shot tasks, and no tasks are given")
     if dtype != "auto" and dtype not in DTYPES:
         raise FistaPrunerError(f"dtype {dtype!r} is not known: auto, {', '.join(DTYPES)}")
     for name, value, least in (
@@ -92,8 +104,14 @@ def evaluate(
         ("limit", limit, 1),
         ("batch_size", batch_size, 1),
     ):
-        if value is not None and value < least:
-            raise FistaPrunerError(f"{name} {value} is out of range: at least {least}, or leave it out")
+        if value is not None and (not isinstance(value, int) or value < least):
+            raise FistaPrunerError(
+                f"{name} {value!r} is out of range: a whole number, at least {least}, or leave it out"
+            )
+    try:
+        memory = None if memory_limit is None else parse_bytes(str(memory_limit))
+    except ValueError as error:
+        raise FistaPrunerError(f"memory_limit: {error}") from None
     begin = time.perf_counter()
     place = choose_device(device)
     known = find_tasks(tasks, Path(tasks_dir) if tasks_dir is not None else None) if tasks else None
@@ -102,7 +120,10 @@ def evaluate(
     dense = permissions.find(against) if against is not None else None
     if known is not None:  # transformers reads the weights for tasks, whatever they are
         for needed in filter(None, (source, dense)):
-            needed.checkpoint()
+            checkpoint = needed.checkpoint()
+            if memory is not None:
+                passes = DTYPES.get(dtype) or pass_dtype(checkpoint.dtype, place)
+                require_tasks_fit(needed.folder, checkpoint, passes, memory)
     added = LowRankAdapter.beside(source.folder)
     warnings: tuple[str | None, ...] = ()
     if known is not None:
@@ -126,7 +147,7 @@ def evaluate(
             other = _open(dense, place, dtype)
             _check_same_tokens(opened, other, tokenizer, dense.tokenizer())
         start = time.perf_counter()
-        sums = score_windows(opened, cut.tokens, Passes(batch_size, memory_limit, tick), other)
+        sums = score_windows(opened, cut.tokens, Passes(batch_size, memory, warn, tick), other)
         forward = time.perf_counter() - start
         perplexity = perplexity_of(sums.nll, sums.length, **_protocol(cut, opened))
         if other is not None and sums.reference_nll is not None:

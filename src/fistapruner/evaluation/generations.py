@@ -11,6 +11,7 @@ from ..models.files.checkpoint import Checkpoint
 from ..models.layerwise import Tick
 from ..models.whole import load_whole, whole_fits
 from ..runs.records import Generation
+from ..runtime.devices import threads_within_quota
 
 PROMPTS = (
     "The capital of France is",
@@ -19,6 +20,7 @@ PROMPTS = (
 )
 
 
+@threads_within_quota()
 def generate_side_by_side(
     models: Mapping[str, Path],
     device: torch.device,

@@ -9,6 +9,7 @@ for each block.
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass
 
@@ -19,6 +20,7 @@ from ..activations.store import HiddenStates, scratch_factory
 from ..activations.stream import check_model, forward
 from ..errors import FistaPrunerError
 from ..models.layerwise import LayerwiseModel, Tick
+from ..runtime.formatting import size
 from ..runtime.memory import free_memory, release_failed_memory, resident_memory
 from ..runtime.numerics import BUDGETS, slices, windows_at_once
 from .scoring import WindowSums, compare_tokens, score_tokens
@@ -34,11 +36,14 @@ class Passes:
         batch_size: windows in one forward pass; None takes as many as make about 2,048 tokens on a CPU, 16,384 on a
             GPU.
         memory_limit: bytes of main memory that the process may use; None takes half of what is free for hidden states.
+        warn: receives what a limit that is too small does not hold, as a sentence, and the limit is exceeded; None
+            refuses it.
         tick: receives progress: (what, steps done, steps in all).
     """
 
     batch_size: int | None = None
     memory_limit: int | None = None
+    warn: Callable[[str], None] | None = None
     tick: Tick = lambda what, done, total: None
 
     def batch(self, seqlen: int, device: torch.device) -> int:
@@ -58,13 +63,17 @@ def score_windows(
         reference: the dense model, or None.
 
     Raises:
-        FistaPrunerError: a model gives NaN; it is named. Or a GPU has no memory for one window at a time.
+        FistaPrunerError: a model gives NaN; it is named. Or a GPU has no memory for one window at a time. Or the limit
+            does not hold the windows of one forward pass.
     """
     windows, seqlen = tokens.shape
     batch_size = passes.batch(seqlen, model.device)
     models = [model] if reference is None else [model, reference]
     each = sum(seqlen * model.width * model.dtype.itemsize for model in models)
-    budget = free_memory() // 2 if passes.memory_limit is None else _left_for_states(models, passes.memory_limit)
+    if passes.memory_limit is None:
+        budget = free_memory() // 2
+    else:
+        budget = _left_for_states(models, passes, min(batch_size, windows) * each, passes.memory_limit)
     rows: list[tuple[float, ...]] = []
     for start, stop in slices(windows, each, budget):
         block = tokens[start:stop]
@@ -85,21 +94,45 @@ def score_windows(
     return WindowSums(columns[0], seqlen - 1, columns[1], columns[2], columns[3])
 
 
-def _left_for_states(models: list[LayerwiseModel], limit: int) -> int:
-    """Count the bytes that ``limit`` leaves for hidden states.
+def _left_for_states(models: list[LayerwiseModel], passes: Passes, least: int, limit: int) -> int:
+    """Count the bytes that a limit leaves for hidden states, at least those of one forward pass.
 
     Beside them are the process as it is and, unless they are on a GPU, embeddings, final norms and heads of the models,
-    a decoder layer, and a slice of logits.
+    a decoder layer, and a slice of logits. Tensors outside the decoder layers that the models share are there once; a
+    second one is there too only while it is compared, when no layer is.
+
+    Args:
+        models: one model, or two.
+        passes: settings of the passes.
+        least: bytes of the hidden states of one forward pass.
+        limit: bytes of main memory that the process may use.
+
+    Raises:
+        FistaPrunerError: the limit does not hold that, and ``passes`` do not warn of it.
     """
     beside = resident_memory()
     if models[0].device.type == "cpu":
-        layers = [0]
+        layers, twins = [0], [0]
+        outside: dict[tuple[str, tuple[int, ...], torch.dtype], int] = {}
         for model in models:
             inside = [model.layer_sources(index) for index in range(len(model))]
-            beside += model.pass_bytes(set(model.checkpoint.names()).difference(*inside))
             layers += map(model.pass_bytes, inside)
-        beside += max(layers) + BUDGETS.head
-    return max(1, limit - beside)
+            for name in set(model.checkpoint.names()).difference(*inside):
+                tensor = name, tuple(model.checkpoint.entry(name).shape), model.dtype
+                nbytes = model.pass_bytes([name])
+                if tensor in outside:
+                    twins.append(nbytes)
+                outside[tensor] = nbytes
+        beside += sum(outside.values()) + max(max(layers) + BUDGETS.head, *twins)
+    if beside + least > limit:
+        sentence = (
+            f"--memory-limit {size(limit)} is not enough: to evaluate on one batch of windows needs "
+            f"{size(beside + least)}"
+        )
+        if passes.warn is None:
+            raise FistaPrunerError(f"{sentence}: raise it, or lower --batch-size")
+        passes.warn(f"{sentence}, which was taken")
+    return max(least, limit - beside)
 
 
 def _last_hidden(model: LayerwiseModel, tokens: Tensor, batch_size: int, tick: Tick) -> tuple[HiddenStates, int]:

@@ -29,6 +29,26 @@ def whole_bytes(checkpoint: Checkpoint, dtype: torch.dtype) -> int:
     return checkpoint.nbytes * dtype.itemsize // checkpoint.dtype.itemsize
 
 
+def require_tasks_fit(folder: Path, checkpoint: Checkpoint, dtype: torch.dtype, limit: int) -> None:
+    """Refuse zero-shot tasks on a whole model that a limit of main memory does not hold.
+
+    Args:
+        folder: the model, for the message.
+        checkpoint: its weights.
+        dtype: precision of the passes.
+        limit: bytes of main memory that the process may use.
+
+    Raises:
+        FistaPrunerError: names the limit and the bytes that are needed.
+    """
+    needed = resident_memory() + int(whole_bytes(checkpoint, dtype) / ROOM)
+    if needed > limit:
+        raise FistaPrunerError(
+            f"--memory-limit {size(limit)} is not enough: zero-shot tasks load the whole model {folder}, which needs "
+            f"{size(needed)}: raise it, or leave out --tasks"
+        )
+
+
 def require_whole(nbytes: int, device: torch.device, limit: int | None, option: str) -> None:
     """Refuse to load a model that generates text if it does not fit.
 

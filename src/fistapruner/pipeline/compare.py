@@ -18,7 +18,7 @@ import re
 import shlex
 import shutil
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -58,7 +58,7 @@ from ..runtime.numerics import dtype_name
 from ..sensitivity.workload import read_workload
 from .begun import changed_text, continued_by_its_command, find_source, refuse_other_settings
 from .contenders import Contender, parse_contenders
-from .measure import publish
+from .measure import add_warning, publish
 from .protocol import Protocol
 from .prune import prune, recover_execution, recovers
 from .prune_inputs import check_calibration, refuse_overlap, shared_text
@@ -136,8 +136,7 @@ def compare(
             machine=describe_machine(choose_device(protocol.device)),
             rows=_rows_that_stay(_before(folder, model), jobs, protocol, folder),  # as they are now that it is held
         )
-        sources = {source: None for job in jobs for source in job.recipe.calibration.sources.values()}
-        if warning := shared_text(sources, data):
+        for warning in shared_texts(jobs, data):
             listener.say(warning)
             comparison.warnings.append(warning)
         shared = _Shared(model, source, folder, protocol, listener, keep)
@@ -223,6 +222,15 @@ def check_texts(jobs: Sequence[Job], source: ModelSource, folder: Path) -> None:
             checked.add(texts)
 
 
+def shared_texts(jobs: Sequence[Job], data: str) -> list[str]:
+    """Warn of evaluation text that has documents of the calibration or training text of a run."""
+    calibration = {source: None for job in jobs for source in job.recipe.calibration.sources.values()}
+    following = [job.recipe.recover.data for job in jobs if job.recipe.recover is not None]
+    training = {source: None for text in following for source in [*text.tasks.values(), text.source] if source}
+    found = shared_text(calibration, data), shared_text(training, data, training=True)
+    return [warning for warning in found if warning is not None]
+
+
 def agree_protocol(
     source: ModelSource, recipe: Recipe, data: str, windows: int | None, settings: Mapping[str, Any]
 ) -> Protocol:
@@ -298,8 +306,10 @@ class _Shared:
     keep: bool
     calibrated: dict[str, tuple[Tensor, dict[str, Any]]] = field(default_factory=dict)
 
-    def evaluate(self, checkpoint: Path, against: Path | None = None) -> Evaluation:
-        """Measure a checkpoint on the windows of the protocol."""
+    def evaluate(
+        self, checkpoint: Path, against: Path | None = None, warn: Callable[[str], None] | None = None
+    ) -> Evaluation:
+        """Measure a checkpoint on the windows of the protocol; see :func:`fistapruner.evaluate` for ``warn``."""
         permissions, protocol = self.source.permissions, self.protocol
         return run_evaluation(
             checkpoint,
@@ -308,6 +318,7 @@ class _Shared:
             device=protocol.device,
             dtype=protocol.asked_dtype,
             memory_limit=protocol.memory_limit,
+            warn=warn,
             tick=self.listener.tick,
             **permissions.keywords(),
         )
@@ -370,7 +381,10 @@ class _Shared:
         """Measure the result of a run on the windows of the protocol, and publish the figures with the run."""
         if _evaluation(report, self.protocol) is None:
             self.listener.say(f"evaluating on {self.protocol.text.data}")
-            report.evaluations.append(self.evaluate(run.model, against=self.source.folder))
+            found = self.evaluate(
+                run.model, self.source.folder, lambda sentence: add_warning(report, sentence, self.listener)
+            )
+            report.evaluations.append(found)
             publish(run, report, self.listener)
         return report
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -17,6 +17,7 @@ from ..evaluation.generations import generate_side_by_side
 from ..models.files.record import lost_structure, read_pruning_record
 from ..models.source import Permissions
 from ..recipes.execution_settings import Execution
+from ..recipes.settings import Recipe
 from ..reporting.model_card import model_card
 from ..reporting.recovery_text import gain_text
 from ..reporting.write import write_page
@@ -36,6 +37,8 @@ from ..runtime.numerics import windows_at_once
 from ..sparse.bench import bench, packed_bytes
 from ..sparse.bench import record as speed_record
 from ..sparse.speed import Speed
+from .begun import absolute
+from .prune_inputs import shared_text
 
 
 @dataclass(frozen=True)
@@ -107,6 +110,7 @@ def _evaluate(
 ) -> None:
     """Measure perplexity and divergence, and keep them with the report at once."""
     assert report.calibration is not None
+    _compare_texts(report, request.data, listener)
     seqlen = request.seqlen or report.calibration.seqlen
     cut = load_windows(request.data, permissions.at(run.model).tokenizer(), seqlen, request.windows)
     settings = {
@@ -114,6 +118,7 @@ def _evaluate(
         "dtype": report.recipe.get("dtype", "auto"),
         "batch_size": _batch_size(run, report, seqlen, execution),
         "memory_limit": execution.memory_limit,
+        "warn": lambda sentence: add_warning(report, sentence, listener),  # what the run has made is not lost for it
         "tick": listener.tick,
         **permissions.keywords(),
     }
@@ -129,6 +134,22 @@ def _evaluate(
         run.write_report(report)
     if _evaluate_input(report, compared, found, listener, data=cut, **settings):
         run.write_report(report)
+
+
+def add_warning(report: Report, sentence: str, listener: Listener) -> None:
+    """Add a warning to a report and say it, unless it is there."""
+    if sentence not in report.warnings:
+        listener.say(sentence)
+        report.warnings.append(sentence)
+
+
+def _compare_texts(report: Report, data: str, listener: Listener) -> None:
+    """Warn of evaluation text that the report of a pruning run names as calibration text too."""
+    if report.kind == "prune":
+        with suppress(FistaPrunerError):  # a file that cannot be read any more cannot be compared
+            sources = Recipe.build(report.recipe).calibration.sources.values()
+            if shared := shared_text(sources, absolute(data)):
+                add_warning(report, shared, listener)
 
 
 def _batch_size(run: RunDirectory, report: Report, seqlen: int, execution: Execution) -> int:
@@ -249,7 +270,7 @@ def evaluate_run(
         data: text for perplexity, see :func:`fistapruner.evaluate`; None measures tasks only.
         against: the dense model; default is the one that was pruned.
         listener: receives progress.
-        **settings: as for :func:`fistapruner.evaluate`, less ``keep``.
+        **settings: as for :func:`fistapruner.evaluate`, less ``keep`` and ``warn``.
 
     Returns:
         What was measured.
@@ -268,10 +289,13 @@ def evaluate_run(
                     f"{folder}: the model it was made from is not at {against}: say where it is with --against"
                 )
         told = listener or Listener()
-        if settings.get("tasks") and (warning := trained_on(report.lineage)) is not None:
+        if (settings.get("tasks") or settings.get("tasks_dir")) and (warning := trained_on(report.lineage)) is not None:
             told.say(warning)
             if warning not in report.warnings:
                 report.warnings.append(warning)
+
+        if data is not None:
+            _compare_texts(report, data, told)
 
         def keep(found: Evaluation) -> None:
             report.evaluations = [*_without(report.evaluations, found), found]

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ..activations.stream import check_model
 from ..calibration import window_length
-from ..calibration.training_text import document_hash, shared_documents
+from ..calibration.training_text import document_hash, shared_documents, training_documents
 from ..calibration.windows import check_source, source_documents
 from ..constraints import Constraint
 from ..errors import FistaPrunerError
@@ -134,7 +134,7 @@ def check_inputs(run: PruneDirectory, request: RunRequest, begun: PruneRecord | 
     if request.evaluation is not None:  # a fault in the text shows now
         text = load_windows(request.evaluation.data, tokenizer, seqlen, request.evaluation.windows)
         model.check_tokens(text.tokens)
-        if begun is None and (shared := shared_text(recipe.calibration.sources.values(), request.evaluation.data)):
+        if shared := shared_text(recipe.calibration.sources.values(), request.evaluation.data):
             listener.say(shared)
             warnings = (*warnings, shared)
     return Inputs(source, model, layout, smaller, widths, sparsity, tokenizer, seqlen, warnings)
@@ -170,7 +170,7 @@ def check_calibration(recipe: Recipe) -> None:
         check_source(source)
 
 
-def shared_text(sources: Iterable[str], data: str) -> str | None:
+def shared_text(sources: Iterable[str], data: str, *, training: bool = False) -> str | None:
     """Warn that evaluation text has documents of calibration text; None where it has none.
 
     Known data sets, and Python's language reference, have parts of their own for both, so only files are compared.
@@ -178,12 +178,14 @@ def shared_text(sources: Iterable[str], data: str) -> str | None:
     Args:
         sources: of the calibration text.
         data: the evaluation text.
+        training: the sources are of training text.
     """
     files = [source for source in sources if Path(source).is_file()]
     if not files or not Path(data).is_file():
         return None
-    known = {document_hash(document) for file in files for document in source_documents(file)}
-    return shared_documents(known, evaluation_documents(data), data, "calibration")
+    read = training_documents if training else source_documents
+    known = {document_hash(document) for file in files for document in read(file)}
+    return shared_documents(known, evaluation_documents(data), data, "training" if training else "calibration")
 
 
 def refuse_overlap(source: Path, out: Path) -> None:

@@ -61,6 +61,18 @@ def cpu_threads(count: int) -> Iterator[None]:
         torch.set_num_threads(before)
 
 
+def usable_threads() -> int:
+    """Count torch's default CPU threads, at most the cores that this process may use."""
+    return min(torch.get_num_threads(), available_cores())
+
+
+@contextmanager
+def threads_within_quota() -> Iterator[None]:
+    """Compute on :func:`usable_threads` inside the block."""
+    with cpu_threads(usable_threads()):
+        yield
+
+
 def worker_devices(name: str, workers: int | None, threads: int | None) -> list[torch.device]:
     """Choose the device of every worker.
 

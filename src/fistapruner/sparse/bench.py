@@ -46,7 +46,7 @@ def bench(
         prompt: prompt tokens.
         tokens: new tokens in a run.
         runs: interleaved rounds.
-        threads: CPU threads; None takes torch's default.
+        threads: CPU threads; None takes torch's default, at most the cores that this process may use.
         measure: how the variants are measured, with the arguments of :func:`~.variants.compare`.
         before: folder of the dense model that a model without some of its channels was; None does not measure it.
         allow_pickle: read legacy ``.bin`` weights.

@@ -20,6 +20,7 @@ from torch import nn
 
 from ..errors import FistaPrunerError
 from ..models.architecture import refuse_own_code
+from ..runtime.devices import usable_threads
 from ..runtime.memory import free_memory, reset_peak_memory
 from .load import load
 from .pack import is_packed
@@ -66,11 +67,12 @@ def compare(
         prompt: prompt tokens.
         tokens: new tokens in a run.
         runs: rounds.
-        threads: CPU threads; None takes torch's default.
+        threads: CPU threads; None takes torch's default, at most the cores that this process may use.
 
     Raises:
         FistaPrunerError: a variant cannot be loaded, or its process was killed.
     """
+    threads = threads or usable_threads()
     sizes = {variant.name: weight_bytes(variant.folder) for variant in variants}
     # fp32 copies double a bf16 file, and loading holds a tensor twice.
     together = 2.5 * sum(sizes.values()) < free_memory()
@@ -91,7 +93,6 @@ def compare(
         finally:
             for worker in workers.values():
                 worker.close()
-    threads = threads or torch.get_num_threads()
     setting: dict[str, Any] = {"batch": batch, "prompt": prompt, "tokens": tokens, "threads": threads, "device": "cpu"}
     return [
         Speed.of(name, done[name], peak_memory=peaks[name], file_size=0 if variant.fill else sizes[name], **setting)
@@ -103,11 +104,11 @@ def compare(
 class Worker:
     """A process that holds one variant and generates on request."""
 
-    def __init__(self, variant: Variant, batch: int, prompt: int, tokens: int, threads: int | None) -> None:
+    def __init__(self, variant: Variant, batch: int, prompt: int, tokens: int, threads: int) -> None:
         context = multiprocessing.get_context("spawn")
         self.name = variant.name
         self._pipe, other = context.Pipe()
-        arguments = (variant, batch, prompt, tokens, threads or torch.get_num_threads(), other)
+        arguments = (variant, batch, prompt, tokens, threads, other)
         self._process = context.Process(target=_serve_alone, args=arguments, daemon=True)
         self._process.start()
         other.close()
