@@ -213,16 +213,16 @@ def _parameters(layer: nn.Module, groups: Sequence[Group], summed: Mapping[str, 
 
 
 def _leaves(parameters: MaskedParameters) -> dict[str, Tensor]:
-    """The parameters as the layer's forward pass uses them, as leaves: quicker than products with the masks.
+    """The parameters as the layer's forward pass uses them, as leaves.
 
-    A master is zero where its mask is, from the start, and its masked gradient leaves it so.
+    That is quicker than products with the masks, and the same: a master is zero where its mask is, from the start, and its masked gradient leaves it so.
     """
     starts = parameters.starts()
     return {name: each.detach().to(starts[name].dtype).requires_grad_() for name, each in parameters.masters.items()}
 
 
 def _values(parameters: MaskedParameters, summed: Mapping[str, _Summed]) -> dict[str, Tensor]:
-    """The parameters as the layer's forward pass uses them: both parts of an operator are added; differentiable."""
+    """The parameters as the layer's forward pass uses them, differentiable: both parts of an operator are added."""
     exact, starts = parameters.exact(), parameters.starts()
     factors = {name + part for name in summed for part in (A, B)}
     return {
