@@ -317,6 +317,21 @@ def test_a_folder_that_is_no_comparison_is_refused_and_kept(tmp_path: Path, name
     assert sorted(out.rglob("*")) == before
 
 
+@pytest.mark.parametrize("partial", ["dense.json.partial", "compare.json.partial"])
+def test_a_comparison_killed_in_writing_its_first_figures_goes_on(tmp_path: Path, partial: str) -> None:
+    source, out = tiny.save("llama", tmp_path / "model", num_hidden_layers=1), tmp_path / "out"
+    compare(source, "magnitude", ["50%"], out, settings=SETTINGS, windows=2)
+    for file in out.glob("compare.*"):
+        file.unlink()
+    if partial.startswith("dense"):
+        (out / "dense.json").unlink()
+        shutil.rmtree(out / "runs")
+        (out / "runs").mkdir()
+    (out / partial).write_text("{")
+    assert compare(source, "magnitude", ["50%"], out, settings=SETTINGS, windows=2).status == "finished"
+    assert not list(out.glob("*.partial"))
+
+
 def test_a_comparison_of_alignments_is_named_and_kept(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     source, out = tiny.save("llama", tmp_path / "model"), tmp_path / "out"
     out.mkdir()

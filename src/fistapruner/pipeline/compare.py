@@ -52,7 +52,7 @@ from ..runs.results import Evaluation, Perplexity
 from ..runs.times import forget_times
 from ..runs.training_directory import RecoverDirectory
 from ..runtime.devices import choose_device
-from ..runtime.files import disk_errors, write_json_atomic, write_text_atomic
+from ..runtime.files import PARTIAL, disk_errors, write_json_atomic, write_text_atomic
 from ..runtime.machine import describe_machine, now, versions
 from ..runtime.numerics import dtype_name
 from ..sensitivity.workload import read_workload
@@ -427,7 +427,8 @@ def _before(folder: Path, model: str) -> list[CompareRow]:
     # One that was stopped before its first row has left the dense model's figures at most, and runs begun after them.
     names = {entry.name for entry in folder.iterdir()} if folder.is_dir() else set()
     begun = (folder / "dense.json").is_file() or not (folder / "runs").is_dir() or not any((folder / "runs").iterdir())
-    if names - {"runs", "dense.json", LOCK} or not begun:
+    own = {"runs", LOCK, "dense.json", *(name + PARTIAL for name in ("dense.json", "compare.json"))}
+    if names - own or not begun:
         raise FistaPrunerError(f"--out {folder} is a folder with other things in it; name a new folder")
     return []
 
