@@ -563,6 +563,8 @@ def test_a_comparison_has_the_seed_of_its_recipe(bench: Bench, tmp_path: Path, m
         assert [row["seed"] for row in json.loads((out / "compare.json").read_text())["rows"]] == seeds
         recipes = [load_run(run).recipe for run in sorted((out / "runs").iterdir())]
         assert [(recipe["seed"], recipe["data"]["seed"]) for recipe in recipes] == [(seed, seed) for seed in seeds]
+    assert main([*command, "--out", str(tmp_path / "bad"), "--seeds", f"0,{2**63}"]) == 2
+    assert not (tmp_path / "bad").exists()  # nothing is trained with the seed before it
 
 
 def test_rows_of_a_comparison_that_fail_are_told(
@@ -604,6 +606,21 @@ def test_a_comparison_that_was_killed_in_an_evaluation_makes_it_up(
     assert found.rows[0].evaluation.divergence is not None
     again = fp.align_compare(bench.pruned(), tmp_path / "out", **settings)
     assert (again.rows, again.before) == (found.rows, found.before)
+
+
+def test_a_comparison_killed_before_its_first_figures_goes_on(
+    bench: Bench, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("fistapruner.pipeline.align_compare.JOBS", {"SFT on chosen": {"loss": "sft"}})
+    out, settings = tmp_path / "out", {**SETTINGS, "data": {"pairs": str(bench.pairs)}, "steps": 1}
+    (out / "runs" / "experiment").mkdir(parents=True)
+    for name in ("lock", "compare.json.partial"):
+        (out / name).write_text("")
+    with pytest.raises(FistaPrunerError, match=r"other things in it \(runs/experiment\)"):
+        fp.align_compare(bench.pruned(), out, **settings)
+    (out / "runs" / "experiment").rmdir()
+    assert fp.align_compare(bench.pruned(), out, **settings).status == "finished"
+    assert not (out / "compare.json.partial").exists()
 
 
 def test_a_comparison_of_other_data_or_models_is_refused(

@@ -19,11 +19,12 @@ from ..runs.align_directory import AlignDirectory
 from ..runs.base import parse, read_json
 from ..runs.identity import stamps
 from ..runs.listener import Listener
+from ..runs.lock import NAME as LOCK
 from ..runs.lock import hold
 from ..runs.records import Report, load_run
 from ..runs.training_records import AlignComparison, AlignRow
 from ..runs.training_runs import input_run
-from ..runtime.files import copy_atomic, disk_errors, sha256_file, write_json_atomic, write_text_atomic
+from ..runtime.files import PARTIAL, copy_atomic, disk_errors, sha256_file, write_json_atomic, write_text_atomic
 from ..runtime.machine import versions
 from .align import align
 from .begun import continued_by_its_command
@@ -104,12 +105,18 @@ def align_compare(
         raise FistaPrunerError(
             f"--seeds {','.join(map(str, seeds))!r}: different whole numbers such as 0,1,2 are expected"
         )
+    jobs = {}
+    # Those with both references come first: the others then find what they need in the cache.
+    order = sorted(JOBS, key=lambda label: JOBS[label]["loss"] not in ("multi-dpo", "harmonic", "geometric"))
+    for seed in seeds:
+        own = {"seed": seed, "data": {"seed": seed}} if varied else {}
+        for label in order:
+            jobs[label, seed] = AlignRecipe.build(merge({**shared.model_dump(mode="json"), **JOBS[label]}, own))
     check_pairs(shared)
     permissions = Permissions(allow_pickle, trust_remote_code)
     models = {str(model): find_input(str(model), permissions)}
     models |= {} if dense is None else {str(dense): permissions.find(dense)}
-    if folder.is_dir() and not (folder / FIGURES).exists() and (others := sorted(folder.iterdir())):
-        raise FistaPrunerError(f"--out {folder} is a folder with other things in it ({others[0].name}); name a new one")
+    _refuse_folder(folder)
     base = {**shared.model_dump(mode="json", exclude={"execution", *VARIED})}
     request = TrainingRequest(
         str(model),
@@ -137,15 +144,10 @@ def align_compare(
     with disk_errors(folder):
         (folder / "runs").mkdir(parents=True, exist_ok=True)
     reports: dict[tuple[str, int], Report | str] = {}
-    # Those with both references come first: the others then find what they need in the cache.
-    order = sorted(JOBS, key=lambda label: JOBS[label]["loss"] not in ("multi-dpo", "harmonic", "geometric"))
     with continued_by_its_command(), hold(folder):
         _write(folder, found)
-        for number, (seed, label) in enumerate(((seed, label) for seed in seeds for label in order), 1):
-            listener.say(f"{number}/{len(seeds) * len(JOBS)}: {label}, seed {seed}")
-            own = {"seed": seed, "data": {"seed": seed}} if varied else {}
-            changes = merge({**shared.model_dump(mode="json"), **JOBS[label]}, own)
-            job = AlignRecipe.build(changes)
+        for number, ((label, seed), job) in enumerate(jobs.items(), 1):
+            listener.say(f"{number}/{len(jobs)}: {label}, seed {seed}")
             run = AlignDirectory(folder / "runs" / f"{_slug(label)}-{seed}")
             try:
                 report = _finished(run, job, evaluated=evaluation is not None) or _run(
@@ -235,6 +237,21 @@ def _row(label: str, seed: int, report: Report | str) -> AlignRow:
         kept_step=training.kept_step if training else None,
         seconds=report.totals.seconds,
     )
+
+
+def _refuse_folder(folder: Path) -> None:
+    """Refuse a folder with other things in it; a comparison killed before its first figures has left no run.
+
+    Raises:
+        FistaPrunerError: names the first of them.
+    """
+    if not folder.is_dir() or (folder / FIGURES).exists():
+        return
+    own = {"runs", LOCK, FIGURES + PARTIAL}
+    names = [path.name for path in folder.iterdir() if path.name not in own]
+    names += [f"runs/{path.name}" for path in folder.glob("runs/*")]
+    if names:
+        raise FistaPrunerError(f"--out {folder} is a folder with other things in it ({min(names)}); name a new one")
 
 
 def _refuse_other(folder: Path, now: AlignComparison) -> None:
