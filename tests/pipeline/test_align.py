@@ -635,6 +635,8 @@ def test_a_comparison_of_other_data_or_models_is_refused(
     settings |= {"dense": bench.dense(), "pairs_per_step": 8}
     found = fp.align_compare(pruned, out, **settings)
     assert fp.align_compare(pruned, out, **settings).rows == found.rows
+    elsewhere = {"dense": bench.dense() / ".." / bench.dense().name}  # other paths of the same models
+    assert fp.align_compare(pruned / ".." / pruned.name, out, **{**settings, **elsewhere}).rows == found.rows
     others = {"evaluation.windows": {"evaluate_windows": 1}, "evaluation.data": {"evaluate": None}}
     for name, other in {**others, "dense": {"dense": None}}.items():
         with pytest.raises(FistaPrunerError, match=f"holds a comparison with {name} = "):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shlex
 import shutil
 import sys
@@ -27,7 +28,7 @@ from ..runs.training_runs import input_run
 from ..runtime.files import PARTIAL, copy_atomic, disk_errors, sha256_file, write_json_atomic, write_text_atomic
 from ..runtime.machine import versions
 from .align import align
-from .begun import continued_by_its_command
+from .begun import continued_by_its_command, same_model
 from .prepare_align import check_pairs
 from .training import evaluation_request
 from .training_inputs import TrainingRequest, asked, evaluation_of, find_input
@@ -263,10 +264,13 @@ def _refuse_other(folder: Path, now: AlignComparison) -> None:
     if not (folder / FIGURES).exists():
         return
     before = parse(AlignComparison, read_json(folder / FIGURES), str(folder / FIGURES))
-    pairs: dict[str, tuple[Any, Any]] = {"model": (before.model, now.model)}
+    pairs: dict[str, tuple[Any, Any]] = {}
+    if not same_model(before.model, now.model):
+        pairs["model"] = before.model, now.model
     pairs |= {key: (before.recipe.get(key), value) for key, value in now.recipe.items()}
     if before.files:
-        pairs["dense"] = before.dense, now.dense
+        if not (before.dense and now.dense and same_model(before.dense, now.dense)):
+            pairs["dense"] = before.dense, now.dense
         for key in ("data", "windows", "seqlen"):
             pairs[f"evaluation.{key}"] = before.evaluation.get(key), now.evaluation.get(key)
     for key, (old, new) in pairs.items():
@@ -274,8 +278,12 @@ def _refuse_other(folder: Path, now: AlignComparison) -> None:
             raise FistaPrunerError(
                 f"--out {folder} holds a comparison with {key} = {old}, this one has {new}: name another folder"
             )
-    for name in before.files and sorted({*before.files, *now.files}):
-        if before.files.get(name) != now.files.get(name):
+    # The same file may be named by another path of it.
+    old_files, new_files = (
+        {os.path.realpath(name): digest for name, digest in found.files.items()} for found in (before, now)
+    )
+    for name in old_files and sorted({*old_files, *new_files}):
+        if old_files.get(name) != new_files.get(name):
             raise FistaPrunerError(f"{name} has changed since the comparison in {folder} began: name another folder")
 
 

@@ -187,6 +187,11 @@ def same_path(before: str | Path, here: str | Path) -> bool:
     return str(before) == str(here) or (os.path.isabs(before) and os.path.realpath(before) == os.path.realpath(here))
 
 
+def same_model(first: str, second: str) -> bool:
+    """Check whether two names are of one model: equal, or paths to the same file or folder."""
+    return first == second or (os.path.exists(first) and os.path.exists(second) and os.path.samefile(first, second))
+
+
 @contextmanager
 def continued_by_its_command() -> Iterator[None]:
     """Let an interruption say that the same command goes on with the comparison, not with one row."""

@@ -13,7 +13,6 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-import os
 import re
 import shlex
 import shutil
@@ -56,7 +55,7 @@ from ..runtime.files import PARTIAL, disk_errors, write_json_atomic, write_text_
 from ..runtime.machine import describe_machine, now, versions
 from ..runtime.numerics import dtype_name
 from ..sensitivity.workload import read_workload
-from .begun import changed_text, continued_by_its_command, find_source, refuse_other_settings
+from .begun import changed_text, continued_by_its_command, find_source, refuse_other_settings, same_model
 from .contenders import Contender, parse_contenders
 from .measure import publish
 from .protocol import Protocol
@@ -418,7 +417,7 @@ def _before(folder: Path, model: str) -> list[CompareRow]:
         raise FistaPrunerError(f"--out {folder} is a file; name a folder")
     if (folder / "compare.json").is_file():
         before = load_comparison(folder)
-        if before.model.source and not _same_model(before.model.source, model):
+        if before.model.source and not same_model(before.model.source, model):
             raise FistaPrunerError(
                 f"--out {folder} holds a comparison of {before.model.source!r}, this one is of {model!r}: name another "
                 "folder"
@@ -431,11 +430,6 @@ def _before(folder: Path, model: str) -> list[CompareRow]:
     if names - own or not begun:
         raise FistaPrunerError(f"--out {folder} is a folder with other things in it; name a new folder")
     return []
-
-
-def _same_model(first: str, second: str) -> bool:
-    """Check whether two names are of one model: equal, or paths to the same file or folder."""
-    return first == second or (os.path.exists(first) and os.path.exists(second) and os.path.samefile(first, second))
 
 
 def _measured(run: PruneDirectory, recipe: Recipe, protocol: Protocol, source: ModelSource) -> Report | None:
