@@ -99,7 +99,14 @@ def prepare(run: PruneDirectory, request: RunRequest, listener: Listener) -> Non
         sensitivity_seconds=time.perf_counter() - begin if measuring else None,
         structure=None if inputs.widths is None else inputs.widths.decision(),
     )
+    if begun is not None and _decided(begun.decision) != _decided(decision):
+        run.journal.remove()  # the finished layers were pruned by other measurements
     record(run, request, inputs, calibrated, decision, rows, measured)
+
+
+def _decided(decision: PruneDecision) -> dict[str, Any]:
+    """Return what was measured on the dense model and decided from it."""
+    return decision.model_dump(mode="json", include={"sparsity", "structure", "metrics_sha256"})
 
 
 def choose_plan(
