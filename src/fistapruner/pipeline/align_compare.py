@@ -18,6 +18,7 @@ from ..recipes.loading import merge
 from ..reporting.align_table import align_table
 from ..runs.align_directory import AlignDirectory
 from ..runs.base import parse, read_json
+from ..runs.decision import TrainingRecord
 from ..runs.identity import stamps
 from ..runs.listener import Listener
 from ..runs.lock import NAME as LOCK
@@ -28,7 +29,7 @@ from ..runs.training_runs import input_run
 from ..runtime.files import PARTIAL, copy_atomic, disk_errors, sha256_file, write_json_atomic, write_text_atomic
 from ..runtime.machine import versions
 from .align import align
-from .begun import continued_by_its_command, same_model
+from .begun import continued_by_its_command, find_dense, same_model
 from .prepare_align import check_pairs
 from .training import evaluation_request
 from .training_inputs import TrainingRequest, asked, evaluation_of, find_input
@@ -116,7 +117,8 @@ def align_compare(
     check_pairs(shared)
     permissions = Permissions(allow_pickle, trust_remote_code)
     models = {str(model): find_input(str(model), permissions)}
-    models |= {} if dense is None else {str(dense): permissions.find(dense)}
+    if dense is not None:
+        models[str(dense)] = find_dense(str(dense), _begun(folder), permissions)
     _refuse_folder(folder)
     base = {**shared.model_dump(mode="json", exclude={"execution", *VARIED})}
     request = TrainingRequest(
@@ -158,7 +160,7 @@ def align_compare(
                         model,
                         run.folder,
                         recipe=job,
-                        dense=dense,
+                        dense=None if dense is None else models[str(dense)].folder,
                         allow_pickle=allow_pickle,
                         trust_remote_code=trust_remote_code,
                         listener=listener,
@@ -190,6 +192,14 @@ def align_compare(
         found.status = "finished"
         _write(folder, found)
     return found
+
+
+def _begun(folder: Path) -> TrainingRecord | None:
+    """Read the record of a row that has begun; None where there is none."""
+    for file in sorted(folder.glob("runs/*/run.json")):
+        with suppress(FistaPrunerError):  # a damaged record is named where its row is made
+            return AlignDirectory(file.parent).record()
+    return None
 
 
 def _run(folder: Path, run: AlignDirectory, work: Any) -> Report:

@@ -15,7 +15,7 @@ from ..models.source import SMALL_MODEL, ModelSource, Permissions
 from ..recipes.execution_settings import Execution
 from ..recipes.settings import Recipe
 from ..runs.base import parse, read_json
-from ..runs.decision import PruneRecord
+from ..runs.decision import PruneRecord, TrainingRecord
 from ..runs.identity import changed_files, fingerprint, text_sha256
 from ..runs.listener import Listener
 from ..runs.prune_directory import PruneDirectory
@@ -96,6 +96,26 @@ def find_source(model: str, record: PruneRecord | None, permissions: Permissions
             if changed_files(decision.stamps, permissions.at(decision.folder)) is None:
                 return permissions.at(decision.folder)
     return permissions.find(model, record.versions.get("transformers"))
+
+
+def find_dense(model: str, begun: TrainingRecord | None, permissions: Permissions) -> ModelSource:
+    """Find a dense model, that of a begun run if it is an earlier commit of the same model on the hub.
+
+    Args:
+        model: as the user named it.
+        begun: record of the run; None where nothing has begun.
+        permissions: what the model's files may do.
+
+    Raises:
+        FistaPrunerError: no such model.
+    """
+    if begun is None:
+        return permissions.find(model)
+    if (folder := begun.decision.dense) is not None and permissions.at(folder).is_commit_of(model):
+        with suppress(FistaPrunerError):  # it is gone
+            if changed_files(begun.decision.dense_stamps, permissions.at(folder)) is None:
+                return permissions.at(folder)
+    return permissions.find(model, begun.versions.get("transformers"))
 
 
 def refuse_other(
