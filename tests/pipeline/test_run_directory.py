@@ -391,6 +391,33 @@ def test_a_run_in_a_moved_tree_is_still_the_run(dense: Path, tmp_path: Path, mon
     assert fp.resume("run").status == "finished"
 
 
+@pytest.mark.parametrize("finished", [True, False], ids=["finished", "unfinished"])
+def test_a_recovery_in_a_moved_tree_is_still_the_run(
+    dense: Path, tmp_path: Path, finished: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shutil.copytree(dense, tmp_path / "a" / "model")
+    (tmp_path / "a" / "text.txt").write_text(TEXT * 20)
+    monkeypatch.chdir(tmp_path / "a")
+    following = {"steps": 1, "rank": 2, "data": {"source": "python", "seqlen": 16, "tokens": 300}}
+    settings = {**SETTINGS, "recover": following, "evaluate": "text.txt", "evaluate_windows": 1}
+    first = fp.prune("model", "run", **settings)
+    (tmp_path / "a").rename(tmp_path / "b")
+    monkeypatch.chdir(tmp_path / "b")
+    recovered = tmp_path / "b" / "run" / "recovered"
+    if not finished:
+        (recovered / "report.json").unlink()
+    assert fp.prune("model", "run", **settings).evaluations[0].perplexity == first.evaluations[0].perplexity
+    record = RecoverDirectory(recovered).record()
+    assert record is not None
+    decision = record.decision
+    assert (decision.model, decision.folder) == (str(recovered.parent), recovered.parent / "model")
+    assert (decision.dense, decision.evaluation and decision.evaluation.data) == (
+        tmp_path / "b" / "model",
+        str(tmp_path / "b" / "text.txt"),
+    )
+    assert fp.resume(recovered).status == "finished"
+
+
 @pytest.mark.parametrize("kind", ["gguf", "hub"])
 def test_a_run_keeps_the_model_files_that_it_began_with(
     dense: Path, tmp_path: Path, kind: str, monkeypatch: pytest.MonkeyPatch

@@ -15,13 +15,20 @@ from ..models.source import SMALL_MODEL, ModelSource, Permissions
 from ..recipes.execution_settings import Execution
 from ..recipes.settings import Recipe
 from ..runs.base import parse, read_json
-from ..runs.decision import PruneRecord, TrainingRecord
+from ..runs.decision import EvaluationRequest, PruneRecord, TrainingRecord
 from ..runs.identity import changed_files, fingerprint, text_sha256
 from ..runs.listener import Listener
 from ..runs.prune_directory import PruneDirectory
 from ..runs.records import Report
 from ..runtime.devices import choose_device, device_title
 from ..sensitivity.workload import workload_sha256
+
+
+def moved_text(known: EvaluationRequest | None, now: EvaluationRequest | None) -> dict[str, Any]:
+    """Return what changes in a decision where its text to evaluate on is a file that is elsewhere now."""
+    if known is None or now is None or Path(known.data).exists() or not os.path.isabs(known.data):
+        return {}
+    return {"evaluation": known.model_copy(update={"data": now.data})}
 
 
 @dataclass(frozen=True)
@@ -116,6 +123,25 @@ def find_dense(model: str, begun: TrainingRecord | None, permissions: Permission
             if changed_files(begun.decision.dense_stamps, permissions.at(folder)) is None:
                 return permissions.at(folder)
     return permissions.find(model, begun.versions.get("transformers"))
+
+
+def note_place(
+    run: PruneDirectory, begun: PruneRecord, model: str, source: ModelSource, evaluation: EvaluationRequest | None
+) -> None:
+    """Record where the model of a begun run is now, such as in a moved tree, and the text to evaluate on.
+
+    All processes of the run open it there.
+
+    Args:
+        run: its directory.
+        begun: its record.
+        model: as the user named it; ``source``: where it is now.
+        evaluation: the text that the user names.
+    """
+    folder = source.folder.absolute()
+    if folder != begun.decision.folder:
+        place = {"model": absolute(model), "folder": folder, **moved_text(begun.decision.evaluation, evaluation)}
+        run.write_record(begun.model_copy(update={"decision": begun.decision.model_copy(update=place)}))
 
 
 def refuse_other(

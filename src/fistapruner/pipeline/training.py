@@ -23,17 +23,18 @@ from ..runs.records import Report
 from ..runs.steps import read_steps
 from ..runs.times import spent
 from ..runs.training_directory import TrainingDirectory
+from ..runs.training_runs import dense_of, input_run
 from ..runtime.devices import choose_device, cpu_threads, device_title
 from ..runtime.files import disk_errors, sha256_file
 from ..runtime.memory import reset_peak_memory
 from ..runtime.numerics import exact_products
 from ..runtime.ranks import ranks_of_run
-from .begun import absolute, execution_here, find_dense, same_path
+from .begun import absolute, execution_here, find_dense, moved_text, same_path
 from .finish import write_failure
 from .finish_training import AddResults, finish
 from .measure import measure
 from .prune_inputs import say_other_versions
-from .training_inputs import R, TrainingRequest, asked, find_input
+from .training_inputs import R, TrainingRequest, asked, evaluation_of, find_input
 
 
 @dataclass(frozen=True)
@@ -239,7 +240,13 @@ def _note_places(run: TrainingDirectory, begun: TrainingRecord, request: Trainin
             if changed_files(decision.dense_stamps, found) is not None:
                 raise _other_model(run, "a run with the dense model", decision.dense, folder)
             places["dense"] = folder
+    elif places and decision.dense is not None and not decision.dense.exists():
+        origin = input_run(request.model)
+        known = None if origin is None else dense_of(origin)
+        if known is not None and known.stamps == decision.dense_stamps:
+            places["dense"] = known.folder
     if places:
+        places |= moved_text(decision.evaluation, request.evaluation or evaluation_of(input_run(request.model)))
         begun = begun.model_copy(update={"decision": decision.model_copy(update=places)})
         run.write_record(begun)
     return begun
