@@ -31,7 +31,7 @@ from ..errors import FistaPrunerError, MissingExtraError, explain
 from ..evaluation.data import load_windows
 from ..evaluation.evaluate import evaluate as run_evaluation
 from ..execution.context import open_model
-from ..models.files.low_rank import remove_adapter
+from ..models.files.low_rank import refuse_low_rank, remove_adapter
 from ..models.source import ModelSource, Permissions
 from ..recipes.loading import merge
 from ..recipes.recover_settings import RecoverRecipe
@@ -121,6 +121,7 @@ def compare(
     before = _before(folder, model)
     source = _find_source(model, folder, permissions)
     refuse_overlap(source.folder, folder)
+    refuse_low_rank(source.folder, "compare")
     jobs = [replace(job, recipe=job.recipe.resolved(family=source.family)) for job in jobs]
     protocol = agree_protocol(source, jobs[0].recipe, data, windows, settings or {})
     _rows_that_stay(before, jobs, protocol, folder)
