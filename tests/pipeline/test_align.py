@@ -650,5 +650,21 @@ def test_a_comparison_of_other_data_or_models_is_refused(
     assert fp.align_compare(pruned, out, **settings).rows == found.rows
 
 
+def test_a_comparison_keeps_the_commit_of_the_dense_model(
+    bench: Bench, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("fistapruner.pipeline.align_compare.JOBS", {"SFT on chosen": {"loss": "sft"}})
+    commits = tmp_path / "models--someone--model" / "snapshots"
+    first, later = commits / ("a" * 40), commits / ("b" * 40)
+    shutil.copytree(bench.dense(), first)
+    tiny.save("llama", later, num_hidden_layers=2, seed=1)
+    settings = {**SETTINGS, "data": {"pairs": str(bench.pairs)}, "steps": 1, "dense": "someone/model"}
+    for commit in (first, later):
+        monkeypatch.setattr("huggingface_hub.snapshot_download", lambda *_, commit=commit, **__: str(commit))
+        assert fp.align_compare(bench.pruned(), tmp_path / "out", **settings).rows[0].error is None
+    [record] = (json.loads(file.read_text()) for file in tmp_path.glob("out/runs/*/run.json"))
+    assert record["decision"]["dense"] == str(first)
+
+
 def interrupted(*arguments: Any, **settings: Any) -> None:
     raise KeyboardInterrupt
