@@ -31,6 +31,7 @@ def test_random_kills(alignments: Runs, disk: Path, kills: int) -> None:
 @pytest.mark.parametrize(("then", "every"), [("power", 233), pytest.param("power", 3, marks=slow)])
 def test_death_at_disk_calls(alignments: Runs, disk: Path, then: str, every: int) -> None:
     """Die before a call; lose what no fsync had made safe as well."""
+    assert alignments.calls > every // 2
     for at in range(every // 2, alignments.calls + 1, every):
         out = disk / str(at)
         assert alignments.run(out, at=at, then=then).status == -9
@@ -40,7 +41,9 @@ def test_death_at_disk_calls(alignments: Runs, disk: Path, then: str, every: int
 
 @pytest.mark.parametrize("every", [101, pytest.param(3, marks=slow)])
 def test_torn_writes(alignments: Runs, disk: Path, every: int) -> None:
-    for at in alignments.writes[every // 3 :: every]:
+    writes = alignments.writes[every // 3 :: every]
+    assert writes
+    for at in writes:
         out = disk / str(at)
         assert alignments.run(out, at=at, then="tear").status == -9
         alignments.check_resumed(out)

@@ -34,6 +34,7 @@ def test_random_kills(recoveries: Runs, disk: Path, kills: int) -> None:
 )
 def test_death_at_disk_calls(recoveries: Runs, disk: Path, then: str, every: int) -> None:
     """Die before a call; lose what no fsync had made safe as well."""
+    assert recoveries.calls > 2 * every
     for at in range(every, recoveries.calls + 1, every):
         out = disk / str(at)
         assert recoveries.run(out, at=at, then=then).status == -9
@@ -44,7 +45,9 @@ def test_death_at_disk_calls(recoveries: Runs, disk: Path, then: str, every: int
 @pytest.mark.parametrize("every", [241, pytest.param(3, marks=slow)])
 def test_torn_writes(recoveries: Runs, disk: Path, every: int) -> None:
     """Die half-way through a write: of a line of the journal, a state, a block of predictions, the checkpoint."""
-    for at in recoveries.writes[every // 2 :: every]:
+    writes = recoveries.writes[every // 2 :: every]
+    assert writes
+    for at in writes:
         out = disk / str(at)
         assert recoveries.run(out, at=at, then="tear").status == -9
         recoveries.check_resumed(out)
@@ -53,6 +56,7 @@ def test_torn_writes(recoveries: Runs, disk: Path, every: int) -> None:
 
 @pytest.mark.parametrize("every", [331, pytest.param(5, marks=slow)])
 def test_full_disk(recoveries: Runs, disk: Path, every: int) -> None:
+    assert recoveries.calls > every
     for at in range(1, recoveries.calls + 1, every):
         out = disk / str(at)
         outcome = recoveries.run(out, at=at, then="full")

@@ -563,6 +563,8 @@ def test_a_comparison_has_the_seed_of_its_recipe(bench: Bench, tmp_path: Path, m
         assert [row["seed"] for row in json.loads((out / "compare.json").read_text())["rows"]] == seeds
         recipes = [load_run(run).recipe for run in sorted((out / "runs").iterdir())]
         assert [(recipe["seed"], recipe["data"]["seed"]) for recipe in recipes] == [(seed, seed) for seed in seeds]
+    assert main([*command, "--out", str(tmp_path / "bad"), "--seeds", f"0,{2**63}"]) == 2
+    assert not (tmp_path / "bad").exists()  # nothing is trained with the seed before it
 
 
 def test_rows_of_a_comparison_that_fail_are_told(
@@ -606,6 +608,21 @@ def test_a_comparison_that_was_killed_in_an_evaluation_makes_it_up(
     assert (again.rows, again.before) == (found.rows, found.before)
 
 
+def test_a_comparison_killed_before_its_first_figures_goes_on(
+    bench: Bench, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("fistapruner.pipeline.align_compare.JOBS", {"SFT on chosen": {"loss": "sft"}})
+    out, settings = tmp_path / "out", {**SETTINGS, "data": {"pairs": str(bench.pairs)}, "steps": 1}
+    (out / "runs" / "experiment").mkdir(parents=True)
+    for name in ("lock", "compare.json.partial"):
+        (out / name).write_text("")
+    with pytest.raises(FistaPrunerError, match=r"other things in it \(runs/experiment\)"):
+        fp.align_compare(bench.pruned(), out, **settings)
+    (out / "runs" / "experiment").rmdir()
+    assert fp.align_compare(bench.pruned(), out, **settings).status == "finished"
+    assert not (out / "compare.json.partial").exists()
+
+
 def test_a_comparison_of_other_data_or_models_is_refused(
     bench: Bench, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -618,6 +635,8 @@ def test_a_comparison_of_other_data_or_models_is_refused(
     settings |= {"dense": bench.dense(), "pairs_per_step": 8}
     found = fp.align_compare(pruned, out, **settings)
     assert fp.align_compare(pruned, out, **settings).rows == found.rows
+    elsewhere = {"dense": bench.dense() / ".." / bench.dense().name}  # other paths of the same models
+    assert fp.align_compare(pruned / ".." / pruned.name, out, **{**settings, **elsewhere}).rows == found.rows
     others = {"evaluation.windows": {"evaluate_windows": 1}, "evaluation.data": {"evaluate": None}}
     for name, other in {**others, "dense": {"dense": None}}.items():
         with pytest.raises(FistaPrunerError, match=f"holds a comparison with {name} = "):
@@ -629,6 +648,22 @@ def test_a_comparison_of_other_data_or_models_is_refused(
             fp.align_compare(pruned, out, **settings)
         path.write_bytes(before)
     assert fp.align_compare(pruned, out, **settings).rows == found.rows
+
+
+def test_a_comparison_keeps_the_commit_of_the_dense_model(
+    bench: Bench, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("fistapruner.pipeline.align_compare.JOBS", {"SFT on chosen": {"loss": "sft"}})
+    commits = tmp_path / "models--someone--model" / "snapshots"
+    first, later = commits / ("a" * 40), commits / ("b" * 40)
+    shutil.copytree(bench.dense(), first)
+    tiny.save("llama", later, num_hidden_layers=2, seed=1)
+    settings = {**SETTINGS, "data": {"pairs": str(bench.pairs)}, "steps": 1, "dense": "someone/model"}
+    for commit in (first, later):
+        monkeypatch.setattr("huggingface_hub.snapshot_download", lambda *_, commit=commit, **__: str(commit))
+        assert fp.align_compare(bench.pruned(), tmp_path / "out", **settings).rows[0].error is None
+    [record] = (json.loads(file.read_text()) for file in tmp_path.glob("out/runs/*/run.json"))
+    assert record["decision"]["dense"] == str(first)
 
 
 def interrupted(*arguments: Any, **settings: Any) -> None:

@@ -322,6 +322,21 @@ def test_a_folder_that_is_no_comparison_is_refused_and_kept(tmp_path: Path, name
     assert sorted(out.rglob("*")) == before
 
 
+@pytest.mark.parametrize("partial", ["dense.json.partial", "compare.json.partial"])
+def test_a_comparison_killed_in_writing_its_first_figures_goes_on(tmp_path: Path, partial: str) -> None:
+    source, out = tiny.save("llama", tmp_path / "model", num_hidden_layers=1), tmp_path / "out"
+    compare(source, "magnitude", ["50%"], out, settings=SETTINGS, windows=2)
+    for file in out.glob("compare.*"):
+        file.unlink()
+    if partial.startswith("dense"):
+        (out / "dense.json").unlink()
+        shutil.rmtree(out / "runs")
+        (out / "runs").mkdir()
+    (out / partial).write_text("{")
+    assert compare(source, "magnitude", ["50%"], out, settings=SETTINGS, windows=2).status == "finished"
+    assert not list(out.glob("*.partial"))
+
+
 def test_a_comparison_of_alignments_is_named_and_kept(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     source, out = tiny.save("llama", tmp_path / "model"), tmp_path / "out"
     out.mkdir()
@@ -488,3 +503,38 @@ def test_a_recovery_is_that_of_the_row(tmp_path: Path) -> None:
     assert row("out", 2) == row("other", 2)
     assert row("out", 2, data=str(text))[1] == 2
     assert not list((tmp_path / "out").rglob("times*.json"))  # made again, a row does not cost what it did before, too
+
+
+def test_a_comparison_stopped_in_a_recovery_is_that_of_one_that_never_stopped(tmp_path: Path) -> None:
+    """The recovery goes on after its last state."""
+    source, method = tiny.save("llama", tmp_path / "model", num_hidden_layers=1), "wanda@recover.steps=4"
+    following = {"windows_per_step": 1, "validation_checks": 4, "rank": 2, "data": {"seqlen": 32, "tokens": 500}}
+    named: dict[str, Any] = {"settings": {**SETTINGS, "recover": following}, "windows": 2}
+
+    class Stopping(Counts):
+        def tick(self, what: str, done: int, total: int) -> None:
+            if what == "recovery steps" and done == 2:
+                raise KeyboardInterrupt
+
+    [expected] = compare(source, method, ["50%"], tmp_path / "whole", **named).rows
+    with pytest.raises(KeyboardInterrupt):
+        compare(source, method, ["50%"], tmp_path / "out", listener=Stopping(), **named)
+    counts = Counts()
+    [row] = compare(source, method, ["50%"], tmp_path / "out", listener=counts, **named).rows
+    assert counts.measured == 1  # the recovered model, not the pruned one again
+    [log] = tmp_path.glob("out/runs/*/recovered/log.txt")
+    assert "going on after step" in log.read_text()
+    assert (row.error, row.perplexity, row.divergence) == (None, expected.perplexity, expected.divergence)
+
+
+def test_a_row_with_a_low_rank_part(tmp_path: Path) -> None:
+    """Its weights are counted, its adapter is deleted with the checkpoint, and it is not measured again."""
+    source, out, counts = tiny.save("llama", tmp_path / "model", num_hidden_layers=1), tmp_path / "out", Counts()
+    named: dict[str, Any] = {"settings": SETTINGS, "windows": 2}
+    found = compare(source, "magnitude@low_rank=2,magnitude", ["2:4"], out, **named)
+    assert [row.error for row in found.rows] == [None, None]
+    assert found.rows[0].low_rank_weights
+    assert not found.rows[1].low_rank_weights
+    assert not [*out.glob("runs/*/adapter"), *out.glob("runs/*/model")]
+    again = compare(source, "magnitude@low_rank=2,magnitude", ["2:4"], out, listener=counts, **named)
+    assert (again.rows, counts.measured) == (found.rows, 0)

@@ -239,11 +239,15 @@ def test_an_adapter_is_made_again_after_a_kill_between_its_name_and_its_mark(run
 def test_verbs_that_would_leave_it_out_refuse_the_run(
     run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    out = str(tmp_path / "out")
+    out, pairs, adapter = str(tmp_path / "out"), tmp_path / "pairs.jsonl", str(run / "adapter")
+    pairs.write_text('{"prompt": "After 1 comes", "chosen": " 2.", "rejected": " 1."}\n' * 8)
     for command in (
         ["pack", str(run / "model"), out],
         ["export", str(run), out + ".gguf"],
         ["recover", str(run), "--out", out],
+        ["recover", str(run), "--merge", adapter, "--out", out],
+        ["align", str(run), "--data", str(pairs), "--out", out],
+        ["compare", str(run / "model"), "--methods", "wanda", "--out", out],
         ["bench", str(run)],
         ["prune", str(run / "model"), "--out", out],
         ["plan", str(run / "model")],

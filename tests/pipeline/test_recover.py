@@ -716,9 +716,34 @@ def test_documents_shared_with_the_evaluation_are_told_of_a_kept_text_too(
 def test_other_models_are_refused(bench: Bench, run: Path, tmp_path: Path) -> None:
     with pytest.raises(fp.FistaPrunerError, match=r"holds a run of .*2:4, not .*50 percent: name another folder"):
         recover(bench.pruned("llama", "50%"), run)
-    other = Path(shutil.copytree(bench.dense(), tmp_path / "other"))
+    other = tiny.save("llama", tmp_path / "other", num_hidden_layers=2, seed=1)
     with pytest.raises(fp.FistaPrunerError, match=r"holds a run with the dense model .*llama, not .*other: name"):
         recover(bench.pruned(), run, dense=other)
+
+
+@pytest.mark.parametrize("kind", ["hub", "copy"])
+def test_a_run_keeps_the_dense_model_that_it_began_with(
+    bench: Bench, run: Path, tmp_path: Path, kind: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A hub's name leads to a later commit; another release converts a GGUF file into another folder."""
+    commits = tmp_path / "models--someone--model" / "snapshots"
+    first, later = commits / ("a" * 40), commits / ("b" * 40)
+    shutil.copytree(bench.dense(), first)
+    record = RecoverDirectory(run).record()
+    assert record is not None
+    begun = record.model_copy(update={"decision": record.decision.model_copy(update={"dense": first})})
+    RecoverDirectory(run).write_record(begun)
+    if kind == "hub":
+        tiny.save("llama", later, num_hidden_layers=2, seed=1)
+    else:
+        first.rename(later)
+    monkeypatch.setattr("huggingface_hub.snapshot_download", lambda *_, **__: str(later))
+    assert recover(bench.pruned(), run, dense="someone/model").status == "finished"
+    record = RecoverDirectory(run).record()
+    assert record is not None
+    assert record.decision.dense == (first if kind == "hub" else later)
+    with pytest.raises(fp.FistaPrunerError, match=r"holds a run with the dense model .*, not "):
+        recover(bench.pruned(), run, dense=bench.dense("llama", seed=1))
 
 
 @pytest.mark.parametrize("finished", [True, False], ids=["finished", "unfinished"])

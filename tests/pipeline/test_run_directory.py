@@ -6,6 +6,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from torch import Tensor
 import fistapruner as fp
 import tiny
 from fistapruner.cli import main
+from fistapruner.constraints import parse_sparsity
 from fistapruner.models.files.gguf_export import export_gguf
 from fistapruner.pipeline.begun import absolute
 from fistapruner.pipeline.prune import finish_run
@@ -24,6 +26,7 @@ from fistapruner.runs.listener import Listener
 from fistapruner.runs.prune_directory import PruneDirectory
 from fistapruner.runs.records import Report, load_run
 from fistapruner.runs.training_directory import RecoverDirectory
+from fistapruner.sensitivity.decision import Decision, decide
 from fistapruner.sparse.variants import Variant, load_variant
 
 SETTINGS: dict[str, Any] = {"method": "magnitude", "calibration": {"source": "python", "samples": 2, "seqlen": 16}}
@@ -391,6 +394,33 @@ def test_a_run_in_a_moved_tree_is_still_the_run(dense: Path, tmp_path: Path, mon
     assert fp.resume("run").status == "finished"
 
 
+@pytest.mark.parametrize("finished", [True, False], ids=["finished", "unfinished"])
+def test_a_recovery_in_a_moved_tree_is_still_the_run(
+    dense: Path, tmp_path: Path, finished: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shutil.copytree(dense, tmp_path / "a" / "model")
+    (tmp_path / "a" / "text.txt").write_text(TEXT * 20)
+    monkeypatch.chdir(tmp_path / "a")
+    following = {"steps": 1, "rank": 2, "data": {"source": "python", "seqlen": 16, "tokens": 300}}
+    settings = {**SETTINGS, "recover": following, "evaluate": "text.txt", "evaluate_windows": 2}
+    first = fp.prune("model", "run", **settings)
+    (tmp_path / "a").rename(tmp_path / "b")
+    monkeypatch.chdir(tmp_path / "b")
+    recovered = tmp_path / "b" / "run" / "recovered"
+    if not finished:
+        (recovered / "report.json").unlink()
+    assert fp.prune("model", "run", **settings).evaluations[0].perplexity == first.evaluations[0].perplexity
+    record = RecoverDirectory(recovered).record()
+    assert record is not None
+    decision = record.decision
+    assert (decision.model, decision.folder) == (str(recovered.parent), recovered.parent / "model")
+    assert (decision.dense, decision.evaluation and decision.evaluation.data) == (
+        tmp_path / "b" / "model",
+        str(tmp_path / "b" / "text.txt"),
+    )
+    assert fp.resume(recovered).status == "finished"
+
+
 @pytest.mark.parametrize("kind", ["gguf", "hub"])
 def test_a_run_keeps_the_model_files_that_it_began_with(
     dense: Path, tmp_path: Path, kind: str, monkeypatch: pytest.MonkeyPatch
@@ -518,6 +548,33 @@ def test_layers_count_only_with_the_measurements_that_they_were_pruned_by(
         write(self, metrics, {name: 2 * rows for name, rows in importance.items()}, *rest)
 
     monkeypatch.setattr(PruneDirectory, "write_metrics", write_others)
+    assert prune() == [0, 1]
+
+
+def test_layers_count_only_with_the_sparsities_that_they_were_pruned_to(
+    dense: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """They are measured again with the lost tokens, and nothing else of the measurements is stored."""
+    run, settings = PruneDirectory(tmp_path / "run"), {**SETTINGS, "allocation": "owl"}
+    fp.prune(dense, run.folder, **settings)
+    assert not run.metrics_file.exists()
+    solved: list[int] = []
+
+    def prune() -> list[int]:
+        solved.clear()
+        run.calibration_file.unlink()
+        run.report_file.unlink()
+        fp.prune(dense, run.folder, **settings, inspect=lambda layer, *_: solved.append(layer))
+        return sorted(set(solved))
+
+    assert prune() == []  # the same was measured again
+
+    def decide_otherwise(*arguments: Any, **keywords: Any) -> Decision:
+        found = decide(*arguments, **keywords)
+        assert found.sparsity is not None
+        return replace(found, sparsity=dict.fromkeys(found.sparsity, parse_sparsity("40%")))
+
+    monkeypatch.setattr("fistapruner.pipeline.dense_measurements.decide", decide_otherwise)
     assert prune() == [0, 1]
 
 

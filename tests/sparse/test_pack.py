@@ -52,6 +52,27 @@ def test_there_and_back(tmp_path, dtype, sparsity, layout):
     assert (tmp_path / "u" / "tokenizer.json").read_bytes() == (source / "tokenizer.json").read_bytes()
 
 
+@pytest.mark.parametrize("verb", ["prune", "evaluate", "plan", "compare", "recover", "align", "export"])
+def test_verbs_that_need_a_checkpoint_say_how_to_make_one(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], verb: str
+) -> None:
+    pack(save_pruned(tmp_path / "m"), tmp_path / "p")
+    pairs, out = tmp_path / "pairs.jsonl", str(tmp_path / "out.gguf")
+    pairs.write_text('{"prompt": "After 1 comes", "chosen": " 2.", "rejected": " 1."}\n' * 8)
+    more = {
+        "compare": ["--methods", "wanda", "--out", out],
+        "align": ["--data", str(pairs), "--out", out],
+        "evaluate": [],
+        "plan": [],
+        "export": [out],
+    }
+    before = [path for path in sorted(tmp_path.rglob("*")) if path.is_file()]
+    assert main([verb, str(tmp_path / "p"), *more.get(verb, ["--out", out])]) == 2
+    line = capsys.readouterr().err.splitlines()[-1]
+    assert f"'fistapruner unpack {tmp_path / 'p'} DIR'" in line
+    assert [path for path in sorted(tmp_path.rglob("*")) if path.is_file()] == before
+
+
 def test_a_single_shard_with_an_index(tmp_path):
     source = save_pruned(tmp_path / "m")
     shard = "model-00001-of-00001.safetensors"

@@ -108,6 +108,15 @@ class ModelSource:
         cached = self.folder.parent.name == "snapshots" and re.fullmatch(r"[0-9a-f]{40}", name)
         return name if cached else None
 
+    def is_commit_of(self, name: str) -> bool:
+        """Check that the folder is a commit, in the hub's cache, of the model with this name there."""
+        repository = f"models--{name.replace('/', '--')}"
+        return (
+            self.revision() is not None
+            and self.folder.parent.parent.name == repository
+            and not Path(name).expanduser().exists()
+        )
+
 
 def default_cache() -> Path:
     """Return the folder of converted models: ``$XDG_CACHE_HOME/fistapruner`` or ``~/.cache/fistapruner``."""

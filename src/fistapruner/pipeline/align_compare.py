@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shlex
 import shutil
 import sys
@@ -17,16 +18,18 @@ from ..recipes.loading import merge
 from ..reporting.align_table import align_table
 from ..runs.align_directory import AlignDirectory
 from ..runs.base import parse, read_json
+from ..runs.decision import TrainingRecord
 from ..runs.identity import stamps
 from ..runs.listener import Listener
+from ..runs.lock import NAME as LOCK
 from ..runs.lock import hold
 from ..runs.records import Report, load_run
 from ..runs.training_records import AlignComparison, AlignRow
 from ..runs.training_runs import input_run
-from ..runtime.files import copy_atomic, disk_errors, sha256_file, write_json_atomic, write_text_atomic
+from ..runtime.files import PARTIAL, copy_atomic, disk_errors, sha256_file, write_json_atomic, write_text_atomic
 from ..runtime.machine import versions
 from .align import align
-from .begun import continued_by_its_command
+from .begun import continued_by_its_command, find_dense, same_model
 from .prepare_align import check_pairs
 from .training import evaluation_request
 from .training_inputs import TrainingRequest, asked, evaluation_of, find_input
@@ -104,12 +107,19 @@ def align_compare(
         raise FistaPrunerError(
             f"--seeds {','.join(map(str, seeds))!r}: different whole numbers such as 0,1,2 are expected"
         )
+    jobs = {}
+    # Those with both references come first: the others then find what they need in the cache.
+    order = sorted(JOBS, key=lambda label: JOBS[label]["loss"] not in ("multi-dpo", "harmonic", "geometric"))
+    for seed in seeds:
+        own = {"seed": seed, "data": {"seed": seed}} if varied else {}
+        for label in order:
+            jobs[label, seed] = AlignRecipe.build(merge({**shared.model_dump(mode="json"), **JOBS[label]}, own))
     check_pairs(shared)
     permissions = Permissions(allow_pickle, trust_remote_code)
     models = {str(model): find_input(str(model), permissions)}
-    models |= {} if dense is None else {str(dense): permissions.find(dense)}
-    if folder.is_dir() and not (folder / FIGURES).exists() and (others := sorted(folder.iterdir())):
-        raise FistaPrunerError(f"--out {folder} is a folder with other things in it ({others[0].name}); name a new one")
+    if dense is not None:
+        models[str(dense)] = find_dense(str(dense), _begun(folder), permissions)
+    _refuse_folder(folder)
     base = {**shared.model_dump(mode="json", exclude={"execution", *VARIED})}
     request = TrainingRequest(
         str(model),
@@ -137,15 +147,10 @@ def align_compare(
     with disk_errors(folder):
         (folder / "runs").mkdir(parents=True, exist_ok=True)
     reports: dict[tuple[str, int], Report | str] = {}
-    # Those with both references come first: the others then find what they need in the cache.
-    order = sorted(JOBS, key=lambda label: JOBS[label]["loss"] not in ("multi-dpo", "harmonic", "geometric"))
     with continued_by_its_command(), hold(folder):
         _write(folder, found)
-        for number, (seed, label) in enumerate(((seed, label) for seed in seeds for label in order), 1):
-            listener.say(f"{number}/{len(seeds) * len(JOBS)}: {label}, seed {seed}")
-            own = {"seed": seed, "data": {"seed": seed}} if varied else {}
-            changes = merge({**shared.model_dump(mode="json"), **JOBS[label]}, own)
-            job = AlignRecipe.build(changes)
+        for number, ((label, seed), job) in enumerate(jobs.items(), 1):
+            listener.say(f"{number}/{len(jobs)}: {label}, seed {seed}")
             run = AlignDirectory(folder / "runs" / f"{_slug(label)}-{seed}")
             try:
                 report = _finished(run, job, evaluated=evaluation is not None) or _run(
@@ -155,7 +160,7 @@ def align_compare(
                         model,
                         run.folder,
                         recipe=job,
-                        dense=dense,
+                        dense=None if dense is None else models[str(dense)].folder,
                         allow_pickle=allow_pickle,
                         trust_remote_code=trust_remote_code,
                         listener=listener,
@@ -187,6 +192,14 @@ def align_compare(
         found.status = "finished"
         _write(folder, found)
     return found
+
+
+def _begun(folder: Path) -> TrainingRecord | None:
+    """Read the record of a row that has begun; None where there is none."""
+    for file in sorted(folder.glob("runs/*/run.json")):
+        with suppress(FistaPrunerError):  # a damaged record is named where its row is made
+            return AlignDirectory(file.parent).record()
+    return None
 
 
 def _run(folder: Path, run: AlignDirectory, work: Any) -> Report:
@@ -237,6 +250,21 @@ def _row(label: str, seed: int, report: Report | str) -> AlignRow:
     )
 
 
+def _refuse_folder(folder: Path) -> None:
+    """Refuse a folder with other things in it; a comparison killed before its first figures has left no run.
+
+    Raises:
+        FistaPrunerError: names the first of them.
+    """
+    if not folder.is_dir() or (folder / FIGURES).exists():
+        return
+    own = {"runs", LOCK, FIGURES + PARTIAL}
+    names = [path.name for path in folder.iterdir() if path.name not in own]
+    names += [f"runs/{path.name}" for path in folder.glob("runs/*")]
+    if names:
+        raise FistaPrunerError(f"--out {folder} is a folder with other things in it ({min(names)}); name a new one")
+
+
 def _refuse_other(folder: Path, now: AlignComparison) -> None:
     """Refuse to continue a comparison of other settings, models or texts.
 
@@ -246,10 +274,13 @@ def _refuse_other(folder: Path, now: AlignComparison) -> None:
     if not (folder / FIGURES).exists():
         return
     before = parse(AlignComparison, read_json(folder / FIGURES), str(folder / FIGURES))
-    pairs: dict[str, tuple[Any, Any]] = {"model": (before.model, now.model)}
+    pairs: dict[str, tuple[Any, Any]] = {}
+    if not same_model(before.model, now.model):
+        pairs["model"] = before.model, now.model
     pairs |= {key: (before.recipe.get(key), value) for key, value in now.recipe.items()}
     if before.files:
-        pairs["dense"] = before.dense, now.dense
+        if not (before.dense and now.dense and same_model(before.dense, now.dense)):
+            pairs["dense"] = before.dense, now.dense
         for key in ("data", "windows", "seqlen"):
             pairs[f"evaluation.{key}"] = before.evaluation.get(key), now.evaluation.get(key)
     for key, (old, new) in pairs.items():
@@ -257,8 +288,12 @@ def _refuse_other(folder: Path, now: AlignComparison) -> None:
             raise FistaPrunerError(
                 f"--out {folder} holds a comparison with {key} = {old}, this one has {new}: name another folder"
             )
-    for name in before.files and sorted({*before.files, *now.files}):
-        if before.files.get(name) != now.files.get(name):
+    # The same file may be named by another path of it.
+    old_files, new_files = (
+        {os.path.realpath(name): digest for name, digest in found.files.items()} for found in (before, now)
+    )
+    for name in old_files and sorted({*old_files, *new_files}):
+        if old_files.get(name) != new_files.get(name):
             raise FistaPrunerError(f"{name} has changed since the comparison in {folder} began: name another folder")
 
 

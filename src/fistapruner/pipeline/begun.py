@@ -15,13 +15,20 @@ from ..models.source import SMALL_MODEL, ModelSource, Permissions
 from ..recipes.execution_settings import Execution
 from ..recipes.settings import Recipe
 from ..runs.base import parse, read_json
-from ..runs.decision import PruneRecord
+from ..runs.decision import EvaluationRequest, PruneRecord, TrainingRecord
 from ..runs.identity import changed_files, fingerprint, text_sha256
 from ..runs.listener import Listener
 from ..runs.prune_directory import PruneDirectory
 from ..runs.records import Report
 from ..runtime.devices import choose_device, device_title
 from ..sensitivity.workload import workload_sha256
+
+
+def moved_text(known: EvaluationRequest | None, now: EvaluationRequest | None) -> dict[str, Any]:
+    """Return what changes in a decision where its text to evaluate on is a file that is elsewhere now."""
+    if known is None or now is None or Path(known.data).exists() or not os.path.isabs(known.data):
+        return {}
+    return {"evaluation": known.model_copy(update={"data": now.data})}
 
 
 @dataclass(frozen=True)
@@ -96,6 +103,45 @@ def find_source(model: str, record: PruneRecord | None, permissions: Permissions
             if changed_files(decision.stamps, permissions.at(decision.folder)) is None:
                 return permissions.at(decision.folder)
     return permissions.find(model, record.versions.get("transformers"))
+
+
+def find_dense(model: str, begun: TrainingRecord | None, permissions: Permissions) -> ModelSource:
+    """Find a dense model, that of a begun run if it is an earlier commit of the same model on the hub.
+
+    Args:
+        model: as the user named it.
+        begun: record of the run; None where nothing has begun.
+        permissions: what the model's files may do.
+
+    Raises:
+        FistaPrunerError: no such model.
+    """
+    if begun is None:
+        return permissions.find(model)
+    if (folder := begun.decision.dense) is not None and permissions.at(folder).is_commit_of(model):
+        with suppress(FistaPrunerError):  # it is gone
+            if changed_files(begun.decision.dense_stamps, permissions.at(folder)) is None:
+                return permissions.at(folder)
+    return permissions.find(model, begun.versions.get("transformers"))
+
+
+def note_place(
+    run: PruneDirectory, begun: PruneRecord, model: str, source: ModelSource, evaluation: EvaluationRequest | None
+) -> None:
+    """Record where the model of a begun run is now, such as in a moved tree, and the text to evaluate on.
+
+    All processes of the run open it there.
+
+    Args:
+        run: its directory.
+        begun: its record.
+        model: as the user named it; ``source``: where it is now.
+        evaluation: the text that the user names.
+    """
+    folder = source.folder.absolute()
+    if folder != begun.decision.folder:
+        place = {"model": absolute(model), "folder": folder, **moved_text(begun.decision.evaluation, evaluation)}
+        run.write_record(begun.model_copy(update={"decision": begun.decision.model_copy(update=place)}))
 
 
 def refuse_other(
@@ -185,6 +231,11 @@ def absolute(name: str) -> str:
 def same_path(before: str | Path, here: str | Path) -> bool:
     """Check that a path in a run's record and one of now are of the same file; other names are only alike."""
     return str(before) == str(here) or (os.path.isabs(before) and os.path.realpath(before) == os.path.realpath(here))
+
+
+def same_model(first: str, second: str) -> bool:
+    """Check whether two names are of one model: equal, or paths to the same file or folder."""
+    return first == second or (os.path.exists(first) and os.path.exists(second) and os.path.samefile(first, second))
 
 
 @contextmanager

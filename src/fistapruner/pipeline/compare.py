@@ -13,7 +13,6 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-import os
 import re
 import shlex
 import shutil
@@ -32,7 +31,7 @@ from ..errors import FistaPrunerError, MissingExtraError, explain
 from ..evaluation.data import load_windows
 from ..evaluation.evaluate import evaluate as run_evaluation
 from ..execution.context import open_model
-from ..models.files.low_rank import remove_adapter
+from ..models.files.low_rank import refuse_low_rank, remove_adapter
 from ..models.source import ModelSource, Permissions
 from ..recipes.loading import merge
 from ..recipes.recover_settings import RecoverRecipe
@@ -52,11 +51,11 @@ from ..runs.results import Evaluation, Perplexity
 from ..runs.times import forget_times
 from ..runs.training_directory import RecoverDirectory
 from ..runtime.devices import choose_device
-from ..runtime.files import disk_errors, write_json_atomic, write_text_atomic
+from ..runtime.files import PARTIAL, disk_errors, write_json_atomic, write_text_atomic
 from ..runtime.machine import describe_machine, now, versions
 from ..runtime.numerics import dtype_name
 from ..sensitivity.workload import read_workload
-from .begun import changed_text, continued_by_its_command, find_source, refuse_other_settings
+from .begun import changed_text, continued_by_its_command, find_source, refuse_other_settings, same_model
 from .contenders import Contender, parse_contenders
 from .measure import add_warning, publish
 from .protocol import Protocol
@@ -122,6 +121,7 @@ def compare(
     before = _before(folder, model)
     source = _find_source(model, folder, permissions)
     refuse_overlap(source.folder, folder)
+    refuse_low_rank(source.folder, "compare")
     jobs = [replace(job, recipe=job.recipe.resolved(family=source.family)) for job in jobs]
     protocol = agree_protocol(source, jobs[0].recipe, data, windows, settings or {})
     _rows_that_stay(before, jobs, protocol, folder)
@@ -432,7 +432,7 @@ def _before(folder: Path, model: str) -> list[CompareRow]:
         raise FistaPrunerError(f"--out {folder} is a file; name a folder")
     if (folder / "compare.json").is_file():
         before = load_comparison(folder)
-        if before.model.source and not _same_model(before.model.source, model):
+        if before.model.source and not same_model(before.model.source, model):
             raise FistaPrunerError(
                 f"--out {folder} holds a comparison of {before.model.source!r}, this one is of {model!r}: name another "
                 "folder"
@@ -441,14 +441,10 @@ def _before(folder: Path, model: str) -> list[CompareRow]:
     # One that was stopped before its first row has left the dense model's figures at most, and runs begun after them.
     names = {entry.name for entry in folder.iterdir()} if folder.is_dir() else set()
     begun = (folder / "dense.json").is_file() or not (folder / "runs").is_dir() or not any((folder / "runs").iterdir())
-    if names - {"runs", "dense.json", LOCK} or not begun:
+    own = {"runs", LOCK, "dense.json", *(name + PARTIAL for name in ("dense.json", "compare.json"))}
+    if names - own or not begun:
         raise FistaPrunerError(f"--out {folder} is a folder with other things in it; name a new folder")
     return []
-
-
-def _same_model(first: str, second: str) -> bool:
-    """Check whether two names are of one model: equal, or paths to the same file or folder."""
-    return first == second or (os.path.exists(first) and os.path.exists(second) and os.path.samefile(first, second))
 
 
 def _measured(run: PruneDirectory, recipe: Recipe, protocol: Protocol, source: ModelSource) -> Report | None:

@@ -184,16 +184,9 @@ class DenseMeasurements:
         orders: Orders,
         scores: Mapping[str, Tensor],
     ) -> str:
-        """Store what was measured; layers that were pruned by other measurements are pruned again.
-
-        Returns:
-            Checksum of the file.
-        """
+        """Store what was measured; returns the checksum of the file."""
         self.run.write_metrics(metrics, importance, orders, scores)
-        digest, begun = sha256_file(self.run.metrics_file), self.run.record()
-        if begun is not None and begun.decision.metrics_sha256 != digest:
-            self.run.journal.remove()
-        return digest
+        return sha256_file(self.run.metrics_file)
 
     def _fitting(self, inputs: Inputs, what: str, work: Callable[[int], T], batch_size: int, advice: str) -> T:
         """Measure; where the GPU's memory runs out, measure again with one window at a time.

@@ -31,7 +31,7 @@ from ..runs.records import CalibrationFacts, ModelFacts, PlanRow
 from ..runtime.machine import describe_machine, now, versions
 from ..runtime.numerics import dtype_name
 from ..sensitivity.decision import needs_measuring
-from .begun import absolute, changed_text
+from .begun import absolute, changed_text, note_place
 from .dense_measurements import DenseMeasurements, Measured
 from .plan import plan_run
 from .prune_inputs import Inputs, RunRequest, check_inputs
@@ -68,7 +68,7 @@ def prepare(run: PruneDirectory, request: RunRequest, listener: Listener) -> Non
     if begun is not None:
         why = changed_text(begun, request.recipe) or _changed_tokens(run, begun, request.recipe, inputs)
         if why is None:
-            _note_place(run, begun, request, inputs)
+            note_place(run, begun, request.model, inputs.source, request.evaluation)
             return
         if request.only_layers is not None:  # other parts may be at work, and what is made again voids their layers
             raise FistaPrunerError(
@@ -99,7 +99,14 @@ def prepare(run: PruneDirectory, request: RunRequest, listener: Listener) -> Non
         sensitivity_seconds=time.perf_counter() - begin if measuring else None,
         structure=None if inputs.widths is None else inputs.widths.decision(),
     )
+    if begun is not None and _decided(begun.decision) != _decided(decision):
+        run.journal.remove()  # the finished layers were pruned by other measurements
     record(run, request, inputs, calibrated, decision, rows, measured)
+
+
+def _decided(decision: PruneDecision) -> dict[str, Any]:
+    """Return what was measured on the dense model and decided from it."""
+    return decision.model_dump(mode="json", include={"sparsity", "structure", "metrics_sha256"})
 
 
 def choose_plan(
@@ -207,17 +214,6 @@ def describe_model(source: ModelSource, name: str, model: LayerwiseModel) -> Mod
         bytes=checkpoint.nbytes,
         license=source.license(),
     )
-
-
-def _note_place(run: PruneDirectory, begun: PruneRecord, request: RunRequest, inputs: Inputs) -> None:
-    """Record where the model of a begun run is now, such as in a moved tree.
-
-    All processes of the run open it there.
-    """
-    folder = inputs.source.folder.absolute()
-    if folder != begun.decision.folder:
-        place = {"model": absolute(request.model), "folder": folder}
-        run.write_record(begun.model_copy(update={"decision": begun.decision.model_copy(update=place)}))
 
 
 def _changed_tokens(run: PruneDirectory, begun: PruneRecord, recipe: Recipe, inputs: Inputs) -> str | None:

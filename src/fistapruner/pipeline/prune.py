@@ -29,7 +29,7 @@ from ..runs.training_directory import RecoverDirectory
 from ..runtime.devices import choose_device, device_title
 from ..runtime.files import disk_errors
 from ..runtime.memory import reset_peak_memory
-from .begun import FinishedRun, absolute, execution_here, find_finished, find_source, same_path
+from .begun import FinishedRun, absolute, execution_here, find_finished, find_source, note_place, same_path
 from .finish import finish, reporting_failure
 from .measure import measure
 from .prepare import prepare
@@ -255,6 +255,10 @@ def _run(run: PruneDirectory, request: RunRequest, told: Listener, inspect: Insp
                 report = _prune(run, request, found, times, told, inspect)
         if only is not None:  # other parts may be at work, and one process alone measures and writes the report
             return report
+        begun = run.record()
+        if begun is not None and not same_path(begun.decision.model, request.model) and Path(request.model).exists():
+            source = find_source(request.model, begun, request.permissions)
+            note_place(run, begun, request.model, source, request.evaluation)
         execution = request.recipe.execution
         return measure(run, report, request.evaluation, execution, request.permissions, listener)
 

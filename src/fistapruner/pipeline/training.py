@@ -23,17 +23,18 @@ from ..runs.records import Report
 from ..runs.steps import read_steps
 from ..runs.times import spent
 from ..runs.training_directory import TrainingDirectory
+from ..runs.training_runs import dense_of, input_run
 from ..runtime.devices import choose_device, cpu_threads, device_title
 from ..runtime.files import disk_errors, sha256_file
 from ..runtime.memory import reset_peak_memory
 from ..runtime.numerics import exact_products
 from ..runtime.ranks import ranks_of_run
-from .begun import absolute, execution_here, same_path
+from .begun import absolute, execution_here, find_dense, moved_text, same_path
 from .finish import reporting_failure
 from .finish_training import AddResults, finish
 from .measure import measure
 from .prune_inputs import say_other_versions
-from .training_inputs import R, TrainingRequest, asked
+from .training_inputs import R, TrainingRequest, asked, evaluation_of, find_input
 
 
 @dataclass(frozen=True)
@@ -152,6 +153,7 @@ def _lead(
         if begun is not None:
             if not resumed:
                 _refuse_other(run, begun, request)
+                begun = _note_places(run, begun, request)
             _say_changed_text(begun, listener)
         report = _finished(run, begun)
         if begun is not None:
@@ -197,28 +199,63 @@ def _finished(run: TrainingDirectory, record: TrainingRecord | None) -> Report |
 
 
 def _refuse_other(run: TrainingDirectory, begun: TrainingRecord, request: TrainingRequest[R]) -> None:
-    """Refuse to continue a run of other settings or of other models.
+    """Refuse to continue a run of other settings.
 
     Raises:
         FistaPrunerError: names the first setting that differs.
     """
-    decision, now = begun.decision, _flat(asked(request.recipe))
-    held = _flat(decision.asked)
+    now, held = _flat(asked(request.recipe)), _flat(begun.decision.asked)
     for key in now:
         if held.get(key) != now[key]:
             raise FistaPrunerError(
                 f"--out {run.folder} holds a run with {key} = {json.dumps(held.get(key))}, this one has "
                 f"{json.dumps(now[key])}: name another folder, or remove it"
             )
-    models = {"a run of": (decision.model, absolute(request.model))}
+
+
+def _note_places(run: TrainingDirectory, begun: TrainingRecord, request: TrainingRequest[R]) -> TrainingRecord:
+    """Record where the models of a begun run are now: the same files in another place are the same model.
+
+    They are elsewhere in a moved tree, or where another release has converted a GGUF file anew.
+
+    Returns:
+        The record with these places.
+
+    Raises:
+        FistaPrunerError: the run is of another model; names both.
+    """
+    decision, permissions = begun.decision, request.permissions
+    places: dict[str, Any] = {}
+    if not same_path(decision.model, here := absolute(request.model)):
+        with suppress(FistaPrunerError):  # no such model
+            source = find_input(request.model, permissions)
+            if changed_files(decision.stamps, source) is None:
+                places |= {"model": here, "folder": source.folder.absolute()}
+        if not places:
+            raise _other_model(run, "a run of", decision.model, here)
     if request.dense is not None:
-        dense = request.permissions.find(request.dense, begun.versions.get("transformers")).folder.absolute()
-        models["a run with the dense model"] = (str(decision.dense or "none"), str(dense))
-    for what, (before, after) in models.items():
-        if not same_path(before, after):
-            raise FistaPrunerError(
-                f"--out {run.folder} holds {what} {before}, not {after}: name another folder, or remove it"
-            )
+        found = find_dense(request.dense, begun, permissions)
+        folder = found.folder.absolute()
+        if decision.dense is None or not same_path(decision.dense, folder):
+            if changed_files(decision.dense_stamps, found) is not None:
+                raise _other_model(run, "a run with the dense model", decision.dense, folder)
+            places["dense"] = folder
+    elif places and decision.dense is not None and not decision.dense.exists():
+        origin = input_run(request.model)
+        known = None if origin is None else dense_of(origin)
+        if known is not None and known.stamps == decision.dense_stamps:
+            places["dense"] = known.folder
+    if places:
+        places |= moved_text(decision.evaluation, request.evaluation or evaluation_of(input_run(request.model)))
+        begun = begun.model_copy(update={"decision": decision.model_copy(update=places)})
+        run.write_record(begun)
+    return begun
+
+
+def _other_model(run: TrainingDirectory, what: str, before: object, now: object) -> FistaPrunerError:
+    return FistaPrunerError(
+        f"--out {run.folder} holds {what} {before or 'none'}, not {now}: name another folder, or remove it"
+    )
 
 
 def _flat(recipe: Mapping[str, Any]) -> dict[str, Any]:
