@@ -240,10 +240,13 @@ def plan_run(
     sparsity: Mapping[str, Constraint],
     out: Path,
     widths: Widths | None = None,
+    *,
+    drawn: bool = False,
 ) -> Plan:
     """Plan a run with the executor, workers and threads of its recipe.
 
-    Random token ids are used instead of the calibration windows, which may take long to draw.
+    Random token ids are used instead of the calibration windows, which may take long to draw. ``drawn``: they are
+    there already, so the model generates none.
     """
     execution, seqlen = recipe.execution, window_length(recipe.calibration.seqlen, model)
     vocabulary = model.vocabulary
@@ -253,7 +256,7 @@ def plan_run(
     batch_size = execution.batch_size or windows_at_once(seqlen, model.device)
     workers = local_workers(execution)
     with cpu_threads(default_threads(execution)), exact_products():
-        return make_plan(model, layout, recipe, sparsity, tokens, batch_size, out, workers, widths)
+        return make_plan(model, layout, recipe, sparsity, tokens, batch_size, out, workers, widths, drawn=drawn)
 
 
 def local_workers(execution: Execution) -> int:

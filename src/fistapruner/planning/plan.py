@@ -150,6 +150,8 @@ def make_plan(
     out: Path,
     workers: int = 1,
     widths: Widths | None = None,
+    *,
+    drawn: bool = False,
 ) -> Plan:
     """Plan a run.
 
@@ -164,13 +166,14 @@ def make_plan(
         out: the run directory; its disk must have the free space.
         workers: parallel processes on this machine: on layers, or with ``propagate=pruned`` on parts of a group.
         widths: whose channels are removed; ``layout`` has the shapes afterwards.
+        drawn: whether the calibration windows are there already, so that the model generates none.
 
     Raises:
         FistaPrunerError: no choice fits the memory (main or the GPU's), or the disk is too small; names the stage and
             the bytes.
     """
     with room_for(model.device, "one window"):
-        needs = Sizes.measure(model, layout, recipe, sparsity, tokens, widths)
+        needs = Sizes.measure(model, layout, recipe, sparsity, tokens, widths, drawn=drawn)
     resources = Resources.of_this_machine(recipe, model.device, workers)
     fitted = fit(needs, recipe, resources, batch_size, workers)
     chosen = fitted.choice
