@@ -19,6 +19,7 @@ from fistapruner.cli import main
 from fistapruner.constraints import NM
 from fistapruner.models.files.low_rank import sum_of_parts
 from fistapruner.models.files.safetensors import SafetensorsFile
+from fistapruner.pipeline.plan import plan_model
 from fistapruner.reporting.summary import summary
 from fistapruner.runs.records import load_run
 from fistapruner.runtime.files import PARTIAL
@@ -269,6 +270,18 @@ def test_experts_are_refused(tmp_path: Path) -> None:
     folder = tiny.save("qwen2_moe", tmp_path / "dense")
     with pytest.raises(FistaPrunerError, match="is part of an expert"):
         fp.prune(folder, tmp_path / "run", low_rank=RANK, **SMALL)
+
+
+def test_what_peft_refuses_of_mamba_is_refused(tmp_path: Path) -> None:
+    config = transformers.MambaConfig(
+        vocab_size=tiny.VOCABULARY, hidden_size=32, num_hidden_layers=1, state_size=4, time_step_rank=4
+    )
+    transformers.MambaForCausalLM(config).save_pretrained(tmp_path / "dense")
+    tiny.tokenizer().save_pretrained(tmp_path / "dense")
+    recipe = fp.Recipe.build({**SMALL, "low_rank": RANK})
+    with pytest.raises(FistaPrunerError, match=r"out_proj is of a mamba model, .* dense with --ignore re:out_proj, or"):
+        plan_model(tmp_path / "dense", recipe, tmp_path / "run")
+    plan_model(tmp_path / "dense", recipe.model_copy(update={"ignore": ["re:out_proj"]}), tmp_path / "run")
 
 
 @pytest.mark.parametrize("architecture", ["llama", "gpt2"])
