@@ -24,6 +24,7 @@ from fistapruner.reporting.summary import summary
 from fistapruner.runs.records import load_run
 from fistapruner.runtime.files import PARTIAL
 from fistapruner.tuning import block_reconstruction
+from fistapruner.tuning.adapters import Adapter
 
 SMALL: dict[str, Any] = {"sparsity": "2:4", "calibration": {"source": "python", "samples": 4, "seqlen": 32}}
 RANK = 4
@@ -117,8 +118,18 @@ def test_rank_zero_is_a_run_without_a_low_rank_part(dense: Path, tmp_path: Path)
 @pytest.mark.parametrize("architecture", ["llama", "gpt2", "phi3"])
 def test_the_sum_of_both_parts_is_what_is_evaluated(tmp_path: Path, architecture: str) -> None:
     folder = tiny.save(architecture, tmp_path / "dense")
-    fp.prune(folder, tmp_path / "run", low_rank=RANK, **SMALL)
+    report = fp.prune(folder, tmp_path / "run", low_rank=RANK, **SMALL)
     whole = summed(tmp_path / "run")
+    adapter, sparse = Adapter(tmp_path / "run" / "adapter"), load(tmp_path / "run" / "model")
+    config = json.loads((adapter.folder / "adapter_config.json").read_text())
+    pruned = {f"{layer.name}.{operator.name}" for layer in report.layers for operator in layer.operators}
+    assert set(adapter.operators) == set(config["target_modules"]) == pruned
+    assert config["fan_in_fan_out"] == (architecture == "gpt2")
+    for name in pruned:
+        sum_of_both, alone = (model.get_parameter(f"{name}.weight").detach() for model in (whole, sparse))
+        read = adapter.read(name)
+        assert read.scale == 1
+        assert torch.equal(read.weight(alone.T).T if architecture == "gpt2" else read.weight(alone), sum_of_both)
     whole.save_pretrained(tmp_path / "whole")
     tiny.tokenizer().save_pretrained(tmp_path / "whole")
     settings: dict[str, Any] = {"seqlen": 32, "windows": 3}
