@@ -295,7 +295,9 @@ def test_workers_that_no_executor_uses_are_told(tmp_path: Path) -> None:
     assert Execution(executor="process", workers=4).without_effect() == []
 
 
-def test_text_that_a_stopped_attempt_generated_is_not_generated_again(tmp_path: Path) -> None:
+def test_text_that_a_stopped_attempt_generated_is_not_generated_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     folder, run = str(tiny.save("llama", tmp_path / "model")), tmp_path / "run"
     settings: dict[str, Any] = {"sparsity": "50%", "calibration": {"source": "self", "samples": 4, "seqlen": 32}}
 
@@ -315,7 +317,11 @@ def test_text_that_a_stopped_attempt_generated_is_not_generated_again(tmp_path: 
     tokens, how = marked.drawn(drawing) or pytest.fail("the text is not there")
     sha256 = tokens_sha256(tokens.flip(0))
     marked.write_tokens(tokens.flip(0), drawing, {**how, "sha256": sha256})
-    taken = fp.prune(folder, marked.folder, **settings).calibration
+    with monkeypatch.context() as patched:  # nor does the plan count what generating takes
+        patched.setattr("fistapruner.planning.sizes.generation_bytes", lambda *_: 2**50)
+        with pytest.raises(fp.FistaPrunerError, match="generating text with the whole model needs"):
+            fp.prune(folder, tmp_path / "refused", **settings)
+        taken = fp.prune(folder, marked.folder, **settings).calibration
     assert taken is not None
     assert taken.sha256 == sha256
     report = fp.prune(folder, run, **settings)

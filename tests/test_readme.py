@@ -16,6 +16,7 @@ from transformers import AutoModelForCausalLM, Trainer, TrainingArguments
 import fistapruner as fp
 import tiny
 from fistapruner.cli import build_parser, main
+from fistapruner.evaluation.inspection import inspect_checkpoint
 from fistapruner.recipes.loading import shipped_recipes
 from fistapruner.recipes.settings import Recipe
 
@@ -148,3 +149,4 @@ def test_shipped_recipes_run(place: Path, name: str) -> None:
         main(small(["prune", "my-model", "--out", "run", "--recipe", name, "--calibration", "text.jsonl", "--quiet"]))
         == 0
     )
+    assert not inspect_checkpoint(place / "run" / "model").violations

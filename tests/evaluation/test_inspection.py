@@ -179,6 +179,10 @@ def test_a_pattern_is_not_asked_of_the_routers_of_a_packed_model(tmp_path: Path)
     claims = [{operator.name: operator.claim for operator in found.operators} for found in (asked, dense)]
     assert claims[0] == claims[1]
     assert any(name.endswith("mlp.gate.weight") and claim is None for name, claim in claims[0].items())
+    config = json.loads((tmp_path / "packed" / "config.json").read_text())
+    del config["quantization_config"]  # for transformers alone
+    (tmp_path / "packed" / "config.json").write_text(json.dumps(config))
+    assert inspect_checkpoint(tmp_path / "packed", "2:4") == asked
 
 
 def test_experts_of_a_model_that_cannot_be_built_are_not_said_to_hold(tmp_path: Path) -> None:

@@ -19,7 +19,7 @@ from fistapruner.models.files.gguf_export import turn_round
 
 gguf = pytest.importorskip("gguf", reason="needs the extra 'gguf'")
 from fistapruner.models.files.gguf import convert_gguf  # noqa: E402
-from tiny_gguf import write_gguf, write_gpt2  # noqa: E402
+from tiny_gguf import permuted, write_gguf, write_gpt2  # noqa: E402
 
 
 @pytest.fixture
@@ -91,9 +91,15 @@ def test_fewer_heads_keep_their_size(dense: tuple[Path, Path], tmp_path: Path) -
     assert (
         main(["export", str(tmp_path / "run"), str(tmp_path / "o.gguf"), "--like", str(source), "--values", "f32"]) == 0
     )
-    fields = gguf.GGUFReader(tmp_path / "o.gguf").fields
-    counts = {key: fields[f"llama.attention.{key}"].contents() for key in ("head_count", "head_count_kv", "key_length")}
+    reader = gguf.GGUFReader(tmp_path / "o.gguf")
+    keys = ("head_count", "head_count_kv", "key_length")
+    counts = {key: reader.fields[f"llama.attention.{key}"].contents() for key in keys}
     assert counts == {"head_count": 2, "head_count_kv": 1, "key_length": 16}
+    exported = {tensor.name: gguf.dequantize(tensor.data, tensor.tensor_type) for tensor in reader.tensors}
+    kept = tensors(tmp_path / "run" / "model")
+    for letter, heads in (("q", 2), ("k", 1)):
+        weight = kept[f"model.layers.0.self_attn.{letter}_proj.weight"].float().numpy()
+        assert np.array_equal(exported[f"blk.0.attn_{letter}.weight"], permuted(weight, heads))
 
 
 def test_width_is_that_of_the_weights(tmp_path: Path) -> None:

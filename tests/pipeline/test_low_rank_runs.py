@@ -20,10 +20,12 @@ from fistapruner.constraints import NM
 from fistapruner.models.files.low_rank import sum_of_parts
 from fistapruner.models.files.safetensors import SafetensorsFile
 from fistapruner.models.whole import load_whole
+from fistapruner.pipeline.plan import plan_model
 from fistapruner.reporting.summary import summary
 from fistapruner.runs.records import load_run
 from fistapruner.runtime.files import PARTIAL
 from fistapruner.tuning import block_reconstruction
+from fistapruner.tuning.adapters import Adapter
 
 SMALL: dict[str, Any] = {"sparsity": "2:4", "calibration": {"source": "python", "samples": 4, "seqlen": 32}}
 RANK = 4
@@ -117,8 +119,18 @@ def test_rank_zero_is_a_run_without_a_low_rank_part(dense: Path, tmp_path: Path)
 @pytest.mark.parametrize("architecture", ["llama", "gpt2", "phi3"])
 def test_the_sum_of_both_parts_is_what_is_evaluated(tmp_path: Path, architecture: str) -> None:
     folder = tiny.save(architecture, tmp_path / "dense")
-    fp.prune(folder, tmp_path / "run", low_rank=RANK, **SMALL)
+    report = fp.prune(folder, tmp_path / "run", low_rank=RANK, **SMALL)
     whole = summed(tmp_path / "run")
+    adapter, sparse = Adapter(tmp_path / "run" / "adapter"), load(tmp_path / "run" / "model")
+    config = json.loads((adapter.folder / "adapter_config.json").read_text())
+    pruned = {f"{layer.name}.{operator.name}" for layer in report.layers for operator in layer.operators}
+    assert set(adapter.operators) == set(config["target_modules"]) == pruned
+    assert config["fan_in_fan_out"] == (architecture == "gpt2")
+    for name in pruned:
+        sum_of_both, alone = (model.get_parameter(f"{name}.weight").detach() for model in (whole, sparse))
+        read = adapter.read(name)
+        assert read.scale == 1
+        assert torch.equal(read.weight(alone.T).T if architecture == "gpt2" else read.weight(alone), sum_of_both)
     whole.save_pretrained(tmp_path / "whole")
     tiny.tokenizer().save_pretrained(tmp_path / "whole")
     settings: dict[str, Any] = {"seqlen": 32, "windows": 3}
@@ -286,6 +298,18 @@ def test_experts_are_refused(tmp_path: Path) -> None:
     folder = tiny.save("qwen2_moe", tmp_path / "dense")
     with pytest.raises(FistaPrunerError, match="is part of an expert"):
         fp.prune(folder, tmp_path / "run", low_rank=RANK, **SMALL)
+
+
+def test_what_peft_refuses_of_mamba_is_refused(tmp_path: Path) -> None:
+    config = transformers.MambaConfig(
+        vocab_size=tiny.VOCABULARY, hidden_size=32, num_hidden_layers=1, state_size=4, time_step_rank=4
+    )
+    transformers.MambaForCausalLM(config).save_pretrained(tmp_path / "dense")
+    tiny.tokenizer().save_pretrained(tmp_path / "dense")
+    recipe = fp.Recipe.build({**SMALL, "low_rank": RANK})
+    with pytest.raises(FistaPrunerError, match=r"out_proj is of a mamba model, .* dense with --ignore re:out_proj, or"):
+        plan_model(tmp_path / "dense", recipe, tmp_path / "run")
+    plan_model(tmp_path / "dense", recipe.model_copy(update={"ignore": ["re:out_proj"]}), tmp_path / "run")
 
 
 @pytest.mark.parametrize("architecture", ["llama", "gpt2"])

@@ -218,8 +218,12 @@ def test_a_refusal_names_the_stage_and_what_would_fit(folder: Path) -> None:
 def test_a_share_of_the_free_memory_is_no_limit_that_was_given(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Each of several processes plans with its share; a limit that is given is that of one process."""
     monkeypatch.setattr("fistapruner.pipeline.prepare_training.free_memory", lambda: 2 * 10**7)
+    monkeypatch.setattr("fistapruner.pipeline.prepare_training.resident_memory", lambda: 50)
+    two = share_of(task_for(folder), Ranks(0, 2, local_size=2))
+    assert two.memory == 9 * 10**6 + 45  # a tenth is left free, as by one process; what a process has is not free
+    monkeypatch.setattr("fistapruner.pipeline.prepare_training.resident_memory", lambda: 0)
     shared = share_of(task_for(folder), Ranks(0, 2, local_size=10**7))
-    assert shared.memory == 1  # a tenth is left free, as by one process
+    assert shared.memory == 1
     with pytest.raises(FistaPrunerError, match=r"^the .*B that are each process's share of what is free is not enough"):
         plan_training(shared)
     limited = share_of(task_for(folder, execution={"memory_limit": 1}), Ranks(0, 2, local_size=10**7))
@@ -238,7 +242,19 @@ def test_text_that_the_dense_model_generates_is_a_stage(folder: Path) -> None:
     assert f"of memory at its peak ({GENERATING})" in found.says[0]
     refused = planned(needs, needs.peak(found.choice) - 1)
     assert not refused.fits
+    assert refused.worst == GENERATING
     assert str(refused.refusal).endswith("or take text instead, such as --data c4, python or a file")
+    # Of several processes one generates while the others wait, so that this stage does not share the memory.
+    others = max(each for stage, each in needs.stages(found.choice).items() if stage != GENERATING)
+    shared = replace(needs, task=replace(task, memory=others))
+    assert planned(shared, needs.peak(found.choice)).choice == found.choice
+    refused = planned(shared, needs.peak(found.choice) - 1)
+    assert refused.worst == GENERATING
+    assert "process's share" not in str(refused.refusal)
+    refused = planned(replace(needs, task=replace(task, memory=1)))
+    assert not refused.fits
+    assert refused.worst != GENERATING
+    assert "process's share" in str(refused.refusal)
 
 
 @pytest.mark.parametrize("settings", [{"optimizer": "mezo"}, {"optimizer": "subzero"}, {"loss": "ce"}])

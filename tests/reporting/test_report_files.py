@@ -290,6 +290,7 @@ def test_calibration_text_is_advised_only_where_the_method_needs_it() -> None:
     assert few in words("magnitude", 100, structure={"remove": "25%"})
     assert quick in words("sparsegpt")
     assert quick not in words("wanda")
+    assert few not in words("wanda", 100)
     assert other in words("wanda")
 
 

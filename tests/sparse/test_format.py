@@ -108,7 +108,8 @@ def test_layout_is_the_smallest():
     torch.manual_seed(0)
     weight = torch.randn(64, 64)
     assert choose_layout(weight * NM(2, 4).project(weight.abs())) == NM(2, 4)
-    assert choose_layout(weight * NM(2, 8).project(weight.abs())) == NM(2, 8)
+    for pattern in (NM(1, 2), NM(3, 4), NM(1, 8), NM(2, 8), NM(6, 8), NM(2, 16)):
+        assert choose_layout(weight * pattern.project(weight.abs())) == pattern
     assert choose_layout(weight * (torch.rand(64, 64) < 0.5)) is None
     assert (
         choose_layout(weight * (torch.rand(64, 64) < 0.05)) is None
@@ -117,7 +118,7 @@ def test_layout_is_the_smallest():
     weight = weight.bfloat16() * NM(2, 4).project(weight.abs()) * (torch.rand(64, 64) > 0.05)
     assert choose_layout(weight) is None
     assert choose_layout(weight, int8=True) == NM(2, 4)
-    assert choose_layout(torch.eye(64)[:1, :16]) == NM(1, 4)  # one row of a mask needs two offsets
+    assert choose_layout(torch.eye(64)[:1, :16]) == NM(1, 16)  # one row of a mask needs two offsets
     assert [index_bits(NM(*nm)) for nm in ((1, 2), (2, 4), (4, 8), (8, 16))] == [1, 3, 7, 14]
 
 

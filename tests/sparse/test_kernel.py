@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 
 import pytest
@@ -25,6 +26,11 @@ def make(seed: int, rows: int, columns: int, density: float, dtype: torch.dtype,
     if dtype is torch.int8:
         return pack_operator(weight.bfloat16()).quantised(group)
     return pack_operator(weight.to(dtype))
+
+
+@pytest.mark.skipif(shutil.which("cc") is None, reason="there is no C compiler")
+def test_a_c_compiler_has_built_the_kernels():
+    assert kernel.available_levels()
 
 
 def reference(operator, x, bias=None):

@@ -12,6 +12,7 @@ from safetensors.torch import load_file
 
 import fistapruner
 import tiny
+from fistapruner.evaluation.inspection import inspect_checkpoint
 from fistapruner.pipeline.prune import finish_run
 from fistapruner.recipes.loading import load_recipe_settings, merge
 from fistapruner.runs.records import Report
@@ -74,6 +75,7 @@ def test_best_quality(gpu: StandIn, model: Path, tmp_path: Path, sparsity: str) 
     settings = merge(load_recipe_settings("best"), {"sparsity": sparsity, "reconstruct": 8})
     report = prune(model, tmp_path / "run", **settings)
     assert len(report.layers) == 2
+    assert not inspect_checkpoint(tmp_path / "run" / "model").violations
     assert not gpu.unordered
     assert sum(gpu.live.values()) < 100
 

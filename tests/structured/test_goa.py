@@ -186,15 +186,22 @@ def fitted(weight: Tensor, seen: Tensor, dense: Tensor) -> Tensor:
 
 
 @pytest.mark.parametrize(
-    ("architecture", "remove"), [("llama", "mlp=25%"), ("llama", "mlp=25%,heads=1"), ("opt", "mlp=25%")]
+    ("architecture", "remove", "corrected"),
+    [
+        ("llama", "mlp=25%", True),
+        ("llama", "mlp=25%,heads=1", True),
+        ("llama", "mlp=25%,heads=1", False),
+        ("opt", "mlp=25%", True),
+    ],
 )
 def test_a_run_fits_both_levels_and_keeps_the_channels_of_criterion_b(
-    tmp_path: Path, architecture: str, remove: str
+    tmp_path: Path, architecture: str, remove: str, corrected: bool
 ) -> None:
     """With two whole models in memory: the layer before, and this one's attention, are the smaller model's."""
     folder = tiny.save(architecture, tmp_path / "model")
     structure = {"remove": remove, "multiple": 4, "method": "goa"}
-    report = fp.prune(str(folder), tmp_path / "run", calibration=SMALL, structure=structure)
+    settings = {"structure": structure, "error_correction": corrected}
+    report = fp.prune(str(folder), tmp_path / "run", calibration=SMALL, **settings)
     assert (report.recipe["propagate"], report.recipe["dense_target"], report.recipe["residual"]) == (
         ("pruned", 1.0, "none")
     )

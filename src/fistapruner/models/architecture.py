@@ -67,7 +67,7 @@ def build_model(
     own_widths = "widths" in (checkpoint.config.get("quantization_config") or ())
     free = shapes is not None or (own_widths and not (folder / PACKED_RECORD).exists())
     widths = read_widths(checkpoint.config, folder) if free else {}
-    if free:
+    if free and hasattr(config, "quantization_config"):
         del config.quantization_config
     if getattr(config, "quantization_config", None):
         if QUANT_METHOD in str(config.quantization_config):

@@ -35,9 +35,17 @@ from ..structured.proof import plan_widths
 from ..structured.units import Widths, layer_weights, removed_weights, resized
 from ..structured.widths import step_of
 
+MAMBA = ("falcon_h1", "falcon_mamba", "mamba", "mamba2", "nemotron_h")
+"""Model types of whose ``out_proj`` PEFT refuses a LoRA (its ``_check_lora_target_modules_mamba``)."""
 
-def allocate(recipe: Recipe, layout: Layout) -> dict[str, Constraint]:
+
+def allocate(recipe: Recipe, layout: Layout, model_type: str = "") -> dict[str, Constraint]:
     """Decide the pattern of every operator, as the recipe says it.
+
+    Args:
+        recipe: settings.
+        layout: the operators.
+        model_type: as the model's config has it, by which PEFT refuses some low-rank parts.
 
     Raises:
         FistaPrunerError: a pattern that matches nothing, or does not divide an operator's inputs; or an operator that
@@ -47,7 +55,7 @@ def allocate(recipe: Recipe, layout: Layout) -> dict[str, Constraint]:
     for name, operator in layout.operators():
         check_constraint(chosen[name], operator.columns, recipe.steps, name)
     if recipe.low_rank:
-        _check_low_rank(recipe.low_rank, layout, chosen)
+        _check_low_rank(recipe.low_rank, layout, chosen, model_type)
     return chosen
 
 
@@ -70,7 +78,7 @@ def _patterns(recipe: Recipe, layout: Layout) -> dict[str, Constraint]:
     return chosen
 
 
-def _check_low_rank(rank: int, layout: Layout, sparsity: Mapping[str, Constraint]) -> None:
+def _check_low_rank(rank: int, layout: Layout, sparsity: Mapping[str, Constraint], model_type: str) -> None:
     """Refuse operators that cannot have a low-rank part.
 
     Raises:
@@ -83,6 +91,11 @@ def _check_low_rank(rank: int, layout: Layout, sparsity: Mapping[str, Constraint
             raise FistaPrunerError(
                 f"low_rank {rank}: {name} is part of an expert, which PEFT's LoRA does not reach: leave experts "
                 "dense with --ignore re:experts, or prune without --low-rank"
+            )
+        if model_type in MAMBA and name.endswith(".out_proj"):
+            raise FistaPrunerError(
+                f"low_rank {rank}: {name} is of a {model_type} model, and PEFT refuses a LoRA of its out_proj: leave "
+                "these dense with --ignore re:out_proj, or prune without --low-rank"
             )
         check_rank(rank, operator.rows, operator.columns, name)
     if not any(sparsity[name].fraction for name, _ in layout.operators()):
@@ -226,7 +239,7 @@ def plan_model(
     recipe = recipe.resolved(family=source.family)
     opened = open_model(source, recipe)
     layout, widths = change_widths(opened, discover(opened).select(recipe), recipe, source.permissions)
-    sparsity = allocate(recipe, layout)
+    sparsity = allocate(recipe, layout, opened.config.model_type)
     plan = plan_run(opened, layout, recipe, sparsity, Path(out), widths)
     if widths is None:
         return plan
@@ -251,10 +264,13 @@ def plan_run(
     sparsity: Mapping[str, Constraint],
     out: Path,
     widths: Widths | None = None,
+    *,
+    drawn: bool = False,
 ) -> Plan:
     """Plan a run with the executor, workers and threads of its recipe.
 
-    Random token ids are used instead of the calibration windows, which may take long to draw.
+    Random token ids are used instead of the calibration windows, which may take long to draw. ``drawn``: they are
+    there already, so the model generates none.
     """
     execution, seqlen = recipe.execution, window_length(recipe.calibration.seqlen, model)
     vocabulary = model.vocabulary
@@ -264,7 +280,7 @@ def plan_run(
     batch_size = execution.batch_size or windows_at_once(seqlen, model.device)
     workers = local_workers(execution)
     with cpu_threads(default_threads(execution)), exact_products():
-        return make_plan(model, layout, recipe, sparsity, tokens, batch_size, out, workers, widths)
+        return make_plan(model, layout, recipe, sparsity, tokens, batch_size, out, workers, widths, drawn=drawn)
 
 
 def local_workers(execution: Execution) -> int:

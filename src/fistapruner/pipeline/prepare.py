@@ -76,8 +76,14 @@ def prepare(run: PruneDirectory, request: RunRequest, listener: Listener) -> Non
                 "begin a run again: give this machine the same files, prune all layers, or name another --out"
             )
         listener.say(f"the calibration tokens are made again: {why}")
-    numerics, choice, rows = choose_plan(run, request.recipe, inputs, begun, listener)
-    calibrated = draw_calibration(run, request, inputs, listener)
+    calibration = request.recipe.calibration
+    place = [inputs.seqlen, dtype_name(inputs.model.dtype), inputs.model.device.type, stamps(inputs.model.checkpoint)]
+    drawing = json.dumps([calibration.model_dump(mode="json"), *place])
+    drawn = request.drawn
+    if drawn is None and SELF in calibration.sources.values():  # it takes long: an attempt stopped after it has left it
+        drawn = run.drawn(drawing)
+    numerics, choice, rows = choose_plan(run, request.recipe, inputs, begun, listener, drawn=drawn is not None)
+    calibrated = draw_calibration(run, request.recipe, inputs, drawing, drawn, listener)
     states = run.hidden / "sensitivity" if choice.on_disk else None
     dense = DenseMeasurements(run, request.recipe, calibrated.tokens, numerics, states, listener)
     begin = time.perf_counter()
@@ -110,9 +116,17 @@ def _decided(decision: PruneDecision) -> dict[str, Any]:
 
 
 def choose_plan(
-    run: PruneDirectory, recipe: Recipe, inputs: Inputs, begun: PruneRecord | None, listener: Listener
+    run: PruneDirectory,
+    recipe: Recipe,
+    inputs: Inputs,
+    begun: PruneRecord | None,
+    listener: Listener,
+    *,
+    drawn: bool,
 ) -> tuple[Numerics, Choice, list[PlanRow]]:
     """Plan the run; one that has begun keeps what it decided, and with it its last bits.
+
+    ``drawn``: the calibration windows are there already, so the model generates none.
 
     Returns:
         What decides the last bits, the plan's choice, and the predictions for the report.
@@ -123,7 +137,7 @@ def choose_plan(
         choice = Choice(numerics.batch_size, decision.on_disk, numerics.by_operator, decision.on_device)
         return numerics, choice, begun.plan
     listener.tick("planning", 0, 1)
-    found = plan_run(inputs.model, inputs.smaller, recipe, inputs.sparsity, run.folder, inputs.widths)
+    found = plan_run(inputs.model, inputs.smaller, recipe, inputs.sparsity, run.folder, inputs.widths, drawn=drawn)
     for sentence in found.says:
         listener.say(sentence)
     numerics = Numerics(
@@ -136,23 +150,34 @@ def choose_plan(
     return numerics, found.choice, list(found.rows)
 
 
-def draw_calibration(run: PruneDirectory, request: RunRequest, inputs: Inputs, listener: Listener) -> Calibrated:
-    """Draw the calibration windows and store them."""
-    settings, model, seqlen = request.recipe.calibration, inputs.model, inputs.seqlen
+def draw_calibration(
+    run: PruneDirectory,
+    recipe: Recipe,
+    inputs: Inputs,
+    drawing: str,
+    drawn: tuple[Tensor, dict[str, Any]] | None,
+    listener: Listener,
+) -> Calibrated:
+    """Draw the calibration windows, unless they were drawn before, and store them.
+
+    Args:
+        run: the run directory.
+        recipe: all settings.
+        inputs: checked.
+        drawing: the settings and the model that decide the windows.
+        drawn: the windows and how they were drawn, where they were drawn before.
+        listener: receives progress.
+    """
+    settings, model, seqlen = recipe.calibration, inputs.model, inputs.seqlen
     listener.say(f"calibration: {settings.samples} windows of {seqlen} tokens from {settings.name}")
 
     def load_model() -> Any:
         nbytes = whole_bytes(model.checkpoint, model.dtype) + generation_bytes(model, settings.samples, seqlen)
-        require_whole(nbytes, model.device, request.recipe.execution.memory_limit, "--calibration")
+        require_whole(nbytes, model.device, recipe.execution.memory_limit, "--calibration")
         trusted = inputs.source.trust_remote_code
         return load_whole(inputs.source.folder, model.device, model.dtype, trust_remote_code=trusted)
 
-    place = [seqlen, dtype_name(model.dtype), model.device.type, stamps(model.checkpoint)]
-    drawing = json.dumps([settings.model_dump(mode="json"), *place])
-    drawn = request.drawn
-    if drawn is None and SELF in settings.sources.values():  # it takes long: an attempt stopped after it has left it
-        drawn = run.drawn(drawing)
-    text = text_sha256(request.recipe)
+    text = text_sha256(recipe)
     tokens, how = drawn or calibration_tokens(settings, inputs.tokenizer, seqlen, load_model, listener.say)
     model.check_tokens(tokens)
     run.write_tokens(tokens, drawing, how)

@@ -24,7 +24,7 @@ from ..runs.training_records import Recovery
 from ..runtime.devices import available_cores, cpu_threads
 from ..runtime.files import sha256_file
 from ..runtime.machine import describe_machine, now, versions
-from ..runtime.memory import free_memory, release_memory
+from ..runtime.memory import free_memory, release_memory, resident_memory
 from ..runtime.numerics import dtype_name
 from ..runtime.ranks import Ranks
 from .begun import absolute
@@ -71,7 +71,8 @@ def share_of(task: Task, ranks: Ranks) -> Task:
             f"{name} is {parts} for {ranks.size} processes, and each needs at least one {what} of a step: give "
             f"--{name.replace('_', '-')} {ranks.size} or more"
         )
-    memory = None if execution.memory_limit else int(free_memory() * RESERVE) // ranks.local_size
+    own = resident_memory()  # which the plan counts in each stage, and which is not free
+    memory = None if execution.memory_limit else int((free_memory() / ranks.local_size + own) * RESERVE)
     threads = execution.threads or max(1, available_cores() // ranks.local_size)
     recipe = task.recipe.model_copy(update={"execution": execution.model_copy(update={"threads": threads})})
     return replace(task, recipe=recipe, step_windows=parts // ranks.size * task.together, memory=memory)

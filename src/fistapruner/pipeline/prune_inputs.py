@@ -121,7 +121,7 @@ def check_inputs(run: PruneDirectory, request: RunRequest, begun: PruneRecord | 
     layout = discover(model).select(recipe)
     check_model(model)
     smaller, widths = change_widths(model, layout, recipe, source.permissions)
-    sparsity = allocate(recipe, smaller)
+    sparsity = allocate(recipe, smaller, model.config.model_type)
     warnings = () if widths is None else say_lost_zeros(model, smaller, recipe, sparsity, widths)
     if widths is not None and begun is None:
         for sentence in (say_widths(model, widths), *warnings):

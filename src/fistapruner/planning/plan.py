@@ -81,6 +81,8 @@ class Budget(Generic[Settings]):
         more, lighter: advice in messages.
         option: names the text, in messages.
         parent: bytes of the process that starts the sharing ones, beside them.
+        generating: the budget of :data:`~.sizes.GENERATING`, in messages and in bytes, where it is another one: one of
+            several processes does it while the others wait.
     """
 
     given: str
@@ -95,6 +97,7 @@ class Budget(Generic[Settings]):
     lighter: str = "shorten --seqlen, or choose a lighter --method"
     option: str = "--calibration"
     parent: int = 0
+    generating: tuple[str, int] | None = None
 
     def worst(self, choice: Settings) -> str:
         """Return the stage that needs most."""
@@ -105,21 +108,29 @@ class Budget(Generic[Settings]):
         """Return the peak bytes of all stages."""
         return max(self.stages(choice).values())
 
+    def load(self, choice: Settings) -> tuple[float, str]:
+        """Return the stage that takes the largest share of its budget, after that share."""
+        together = self._together(choice)
+        return max((each / max(1, self._of(name)[1]), name) for name, each in together.items())
+
     def holds(self, choice: Settings) -> bool:
         """Check whether a run with ``choice`` fits."""
-        return max(self._together(choice).values()) <= self.limit
+        return self.load(choice)[0] <= 1
 
     def refusal(self, choice: Settings) -> FistaPrunerError:
         """Make the error that ``choice`` does not fit."""
-        together = self._together(choice)
-        worst = max(together, key=lambda name: together[name])
-        needs = f"{self.given} is not enough: {worst} needs {size(self.stages(choice)[worst])}"
+        _, worst = self.load(choice)
+        needs = f"{self._of(worst)[0]} is not enough: {worst} needs {size(self.stages(choice)[worst])}"
         if worst == GENERATING:
             return FistaPrunerError(f"{needs}; {self.more}, or {other_text(self.option)}")
         shared = f" in each of {self.sharing} workers" if self.sharing > 1 else ""
         beside = f" beside the {size(self.parent)} of the process that starts the workers" if self.parent else ""
         fewer = "take fewer --workers, " if self.sharing > 1 else ""
         return FistaPrunerError(f"{needs}{shared}{beside}, even with {self.even}; {self.more}, {fewer}{self.lighter}")
+
+    def _of(self, stage: str) -> tuple[str, int]:
+        """Return the budget of a stage, in messages and in bytes."""
+        return self.generating if self.generating and stage == GENERATING else (self.given, self.limit)
 
     def _together(self, choice: Settings) -> dict[str, int]:
         """Compute what each stage needs in all processes."""
@@ -139,6 +150,8 @@ def make_plan(
     out: Path,
     workers: int = 1,
     widths: Widths | None = None,
+    *,
+    drawn: bool = False,
 ) -> Plan:
     """Plan a run.
 
@@ -153,13 +166,14 @@ def make_plan(
         out: the run directory; its disk must have the free space.
         workers: parallel processes on this machine: on layers, or with ``propagate=pruned`` on parts of a group.
         widths: whose channels are removed; ``layout`` has the shapes afterwards.
+        drawn: whether the calibration windows are there already, so that the model generates none.
 
     Raises:
         FistaPrunerError: no choice fits the memory (main or the GPU's), or the disk is too small; names the stage and
             the bytes.
     """
     with room_for(model.device, "one window"):
-        needs = Sizes.measure(model, layout, recipe, sparsity, tokens, widths)
+        needs = Sizes.measure(model, layout, recipe, sparsity, tokens, widths, drawn=drawn)
     resources = Resources.of_this_machine(recipe, model.device, workers)
     fitted = fit(needs, recipe, resources, batch_size, workers)
     chosen = fitted.choice

@@ -197,10 +197,13 @@ class Sizes:
         sparsity: Mapping[str, Constraint],
         tokens: Tensor,
         widths: Widths | None = None,
+        *,
+        drawn: bool = False,
     ) -> Sizes:
         """Measure sizes: the checkpoint's headers, one window through one layer, a small solve of each group.
 
-        With ``widths`` channels are removed, and ``layout`` has the shapes afterwards.
+        With ``widths`` channels are removed, and ``layout`` has the shapes afterwards. ``drawn``: the calibration
+        windows are there already, so the model generates none.
         """
         samples, seqlen = tokens.shape
         checkpoint = model.checkpoint
@@ -255,7 +258,8 @@ class Sizes:
             operator.name: operator.columns for group in groups[: len(groups) - (not passes)] for operator in group
         }
         endings = kept_projections(layout, index, model.device).values() if recipe.error_correction else ()
-        text_weights = whole_bytes(checkpoint, model.dtype) if SELF in recipe.calibration.sources.values() else 0
+        generates = SELF in recipe.calibration.sources.values() and not drawn
+        text_weights = whole_bytes(checkpoint, model.dtype) if generates else 0
         return cls(
             base=resident_memory() + RETAINED,
             ends=model.pass_bytes(outside),

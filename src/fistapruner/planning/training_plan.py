@@ -39,6 +39,7 @@ class FormPlan:
         fits: whether they do; ``refusal``: why not, one line.
         changed: sentence on what was changed to fit; None where nothing was.
         needs: the sizes that it is made from.
+        worst: the stage that no choice fits into memory; None where all stages fit.
     """
 
     parameters: str
@@ -47,6 +48,7 @@ class FormPlan:
     refusal: str | None
     changed: str | None
     needs: TrainingSizes
+    worst: str | None = None
 
     @property
     def rows(self) -> list[PlanRow]:
@@ -112,14 +114,14 @@ def plan_training(task: Task, measured: ModelSizes | None = None) -> FormPlan:
             what would fit.
     """
     measured = measured or measure_model(task)
-    resources = _resources(task)
+    resources = Resources.of_this_machine(task.recipe, task.model.device, 1)
     found = fit(TrainingSizes(task, measured, measure_form(task)), resources)
     if found.fits:
         return found
     others = [form for form in plan_forms(task, measured, [name for name in PARAMETERS if name != found.parameters])]
     fitting = [f"--parameters {other.parameters}" for other in others if other.fits]
     advice = f"; {' and '.join(fitting)} would fit" if fitting else ""
-    if not fitting and isinstance(task.recipe, RecoverRecipe) and GENERATING not in str(found.refusal):
+    if not fitting and isinstance(task.recipe, RecoverRecipe) and found.worst != GENERATING:
         advice = "; 'fistapruner prune --reconstruct STEPS' trains one decoder layer at a time, while it prunes"
     raise FistaPrunerError(f"{found.refusal}{advice}")
 
@@ -127,7 +129,7 @@ def plan_training(task: Task, measured: ModelSizes | None = None) -> FormPlan:
 def plan_forms(task: Task, measured: ModelSizes | None = None, names: Sequence[str] = PARAMETERS) -> list[FormPlan]:
     """Plan a run with each form; those that do not fit say why."""
     measured = measured or measure_model(task)
-    resources = _resources(task)
+    resources = Resources.of_this_machine(task.recipe, task.model.device, 1)
     found = []
     for name in names:
         other = replace(task, recipe=task.recipe.model_copy(update={"parameters": name}))
@@ -135,12 +137,6 @@ def plan_forms(task: Task, measured: ModelSizes | None = None, names: Sequence[s
             continue
         found.append(fit(TrainingSizes(other, measured, measure_form(other)), resources))
     return found
-
-
-def _resources(task: Task) -> Resources:
-    """Measure the memory that a run may take; of several processes, that of one."""
-    found = Resources.of_this_machine(task.recipe, task.model.device, 1)
-    return found if task.memory is None else replace(found, limit=task.memory)
 
 
 def fit(needs: TrainingSizes, resources: Resources, free: int | None = None) -> FormPlan:
@@ -152,7 +148,7 @@ def fit(needs: TrainingSizes, resources: Resources, free: int | None = None) -> 
 
     Args:
         needs: sizes of the parts.
-        resources: memory that the run may use.
+        resources: memory that the run may use; of several processes, all of them together.
         free: free bytes of the disk; None measures them.
     """
     task = needs.task
@@ -170,9 +166,9 @@ def fit(needs: TrainingSizes, resources: Resources, free: int | None = None) -> 
     budgets = _budgets(needs, resources)
     chosen = next((choice for choice in choices if all(budget.holds(choice) for budget in budgets)), None)
     if chosen is None:
-        least = min(choices, key=lambda choice: max(budget.peak(choice) / budget.limit for budget in budgets))
+        least = min(choices, key=lambda choice: max(budget.load(choice)[0] for budget in budgets))
         over = next(budget for budget in budgets if not budget.holds(least))
-        return FormPlan(parameters, least, False, str(over.refusal(least)), None, needs)
+        return FormPlan(parameters, least, False, str(over.refusal(least)), None, needs, over.load(least)[1])
     place = existing_folder(task.out)
     free = shutil.disk_usage(place).free if free is None else free
     room = round(free * DISK_SHARE)
@@ -220,17 +216,20 @@ def _smaller_teacher(needs: TrainingSizes, choice: TrainingChoice, room: int) ->
 
 def _budgets(needs: TrainingSizes, resources: Resources) -> list[Budget[TrainingChoice]]:
     """Make the budget of the GPU, if there is one, and of main memory."""
-    limit, device = resources.limit, resources.device
-    given = f"the {size(limit)} that are free"
+    limit, device, share = resources.limit, resources.device, needs.task.memory
+    given, generating = f"the {size(limit)} that are free", None
     if needs.task.recipe.execution.memory_limit:
         given = f"--memory-limit {size(limit)}"
-    elif needs.task.memory is not None:
-        given = f"the {size(limit)} that are each process's share of what is free"
+    elif share is not None:
+        generating = (given, limit)
+        given, limit = f"the {size(share)} that are each process's share of what is free", share
     windows, lower = fewest_windows(needs.task.batch_size if needs.task.recipe.execution.batch_size else 1)
     lighter = f"{lower}or shorten --seqlen, for --parameters {needs.task.recipe.parameters}"
     even = f"one decoder layer at a time, trained tensors and hidden states in files and {windows}"
     if not needs.model.cuda:
-        return [Budget(given, limit, 1, needs.stages, even=even, lighter=lighter, option="--data")]
+        return [
+            Budget(given, limit, 1, needs.stages, even=even, lighter=lighter, option="--data", generating=generating)
+        ]
     free = max(1, resources.free[device] - DEVICE_RESERVE)
     return [
         Budget(
@@ -252,5 +251,6 @@ def _budgets(needs: TrainingSizes, resources: Resources) -> list[Budget[Training
             even="hidden states in files",
             lighter=lighter,
             option="--data",
+            generating=generating and (f"{generating[0]} of main memory", generating[1]),
         ),
     ]

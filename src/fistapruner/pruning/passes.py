@@ -296,8 +296,9 @@ class LayerPasses:
         """
         (operator,) = self._context.layout.layers[self._index][number]
         if number not in self._channels:
-            # Without error correction, one pass of the layer as it was serves all units.
-            together = [number] if self._recipe.error_correction else sorted(self._cut.keys() - self._channels)
+            # Without error correction, one pass of the layer as it was serves all units, unless they are fitted (goa).
+            alone = self._recipe.error_correction or self._fits_left
+            together = [number] if alone else sorted(self._cut.keys() - self._channels)
             for each in together:
                 self._channels[each] = self._new_channel_sums(each, drifted=each in self._sources)
 

@@ -132,13 +132,14 @@ def _calibration(report: Report) -> list[str]:
     if used is None or not used.tokens or taken == {"nothing"}:
         return []
     found = []
+    # Norms of inputs are known from few windows, Grams are not.
     widest = max((operator.shape[1] for layer in report.layers for operator in layer.operators), default=0)
-    if used.tokens < 4 * widest:
+    if used.tokens < 4 * widest and "Gram" in taken:
         found.append(
             f"{used.tokens} calibration tokens are few for operators of {widest} inputs: "
             "their Grams are poorly determined. Use more `--samples` or a longer `--seqlen`."
         )
-    elif used.samples < 128 and "Gram" in taken:  # norms of inputs are known from few windows
+    elif used.samples < 128 and "Gram" in taken:
         found.append(
             f"Calibration used {used.samples} windows; the papers use 128, and quality drops quickly with fewer."
         )

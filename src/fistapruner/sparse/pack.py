@@ -52,9 +52,6 @@ from .packed import FLOATS, PackedOperator, pack_operator
 MIN_ZEROS = 0.25
 """Least share of zeros of a matrix that counts as pruned if there is no record of a pruning run."""
 
-PATTERNS = (NM(1, 4), NM(2, 4), NM(2, 8), NM(4, 8), NM(8, 16))
-"""n:m patterns that are tried as a layout."""
-
 
 class NothingSmallerError(FistaPrunerError):
     """No pruned operator takes fewer bytes without its zeros: it has too few of them, or is tiny."""
@@ -311,14 +308,24 @@ def choose_layout(weight: Tensor, hint: NM | None = None, *, int8: bool = False)
         return sum(part.nbytes for part in spec.entries("", stored))
 
     best, least = None, nbytes(None, int(torch.count_nonzero(weight)))
-    candidates = (hint, *PATTERNS) if hint is not None and hint.m <= MAX_M else PATTERNS
-    for pattern in candidates:
-        if columns % pattern.m:
-            continue
+    found = _patterns(weight)
+    if hint is not None and hint.m <= MAX_M and hint.satisfies(weight):
+        found.insert(0, hint)
+    for pattern in found:
         size = nbytes(pattern, weight.numel() // pattern.m * pattern.n)
-        if size < least and pattern.satisfies(weight):
+        if size < least:
             best, least = pattern, size
     return best
+
+
+def _patterns(weight: Tensor) -> list[NM]:
+    """Find the sparsest n:m pattern that a weight has, for each group length that is a power of two."""
+    nonzero, length, found = (weight != 0).to(torch.uint8), 1, []
+    while length < MAX_M and nonzero.shape[1] % 2 == 0:
+        nonzero, length = nonzero[:, ::2] + nonzero[:, 1::2], 2 * length
+        if (most := max(1, int(nonzero.max()))) < length:
+            found.append(NM(most, length))
+    return found
 
 
 @dataclass(frozen=True)
