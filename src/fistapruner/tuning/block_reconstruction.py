@@ -215,7 +215,8 @@ def _parameters(layer: nn.Module, groups: Sequence[Group], summed: Mapping[str, 
 def _leaves(parameters: MaskedParameters) -> dict[str, Tensor]:
     """The parameters as the layer's forward pass uses them, as leaves.
 
-    That is quicker than products with the masks, and the same: a master is zero where its mask is, from the start, and its masked gradient leaves it so.
+    That is quicker than products with the masks, and the same: a master is zero where its mask is, from the start, and
+    its masked gradient leaves it so.
     """
     starts = parameters.starts()
     return {name: each.detach().to(starts[name].dtype).requires_grad_() for name, each in parameters.masters.items()}
