@@ -238,8 +238,17 @@ def test_the_lineage_is_shown_stage_by_stage() -> None:
 def test_packing_is_advised_where_there_are_zeros_to_leave_out() -> None:
     report = samples.report(2)
     assert "'fistapruner pack' makes the file smaller" in summary(report, "runs/first")
-    report.totals.operator_zeros = 0
-    assert "fistapruner pack" not in summary(report, "runs/first")
+    assert "`fistapruner pack` makes it smaller." in model_card(report)
+    assert "Only packed" in run_page(report)
+    assert "Compressed checkpoint" in run_page(report)
+    assert report.totals.operator_weights is not None
+    for share in (0.05, 0):
+        report.totals.operator_zeros = int(share * report.totals.operator_weights)
+        report.totals.compressed_bytes, report.speed = None, None
+        assert "fistapruner pack" not in summary(report, "runs/first")
+        assert "fistapruner pack" not in model_card(report)
+        assert "Only packed" not in run_page(report)
+        assert "Compressed checkpoint" not in run_page(report)
 
 
 def test_a_recovery_page_says_what_was_won_on_what() -> None:

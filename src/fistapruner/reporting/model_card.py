@@ -15,7 +15,7 @@ from .lineage_text import DONE, file_name, lineage_lines
 from .quality_rows import task_before
 from .recovery_text import change_text, closed_text, gain_of, held_out_text
 from .rendering import plain_markdown, render
-from .size_and_speed import low_rank_sentence, size_rows, speed_rows, speeds
+from .size_and_speed import becomes_smaller_packed, low_rank_sentence, size_rows, speed_rows, speeds
 from .structure_text import has_free_widths, structure_sentence
 from .workload_text import workload_how, workload_sentence, workload_tables
 
@@ -29,6 +29,7 @@ def model_card(report: Report) -> str:
     return render(
         "model_card.md.j2",
         report=report,
+        becomes_smaller_packed=becomes_smaller_packed(report),
         metadata=_metadata(report),
         name=base_model(report),
         amount=amount(report),

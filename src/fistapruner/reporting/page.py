@@ -32,6 +32,7 @@ from .recovery_text import (
 )
 from .rendering import Table, moment, present, render
 from .size_and_speed import (
+    becomes_smaller_packed,
     dense_speed,
     low_rank_sentence,
     packed_speeds,
@@ -66,6 +67,7 @@ def run_page(report: Report) -> str:
         verdict=verdict(report),
         program=f"fistapruner {report.versions.get('fistapruner', '')}".strip(),
         report=report,
+        becomes_smaller_packed=becomes_smaller_packed(report),
         figures=layer_figures(report) | quality_figures(report) | training_figures(report),
         tiles=_tiles(report),
         measured=_measured(report),

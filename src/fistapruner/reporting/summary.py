@@ -6,12 +6,11 @@ from pathlib import Path
 
 from ..runs.records import Report
 from ..runtime.formatting import align_columns, size, with_error
-from ..sparse.pack import MIN_ZEROS
 from .alignment_text import pairs_text, preference_rows
 from .evaluation_text import protocol
 from .lineage_text import lineage_lines
 from .recovery_text import change_text, closed_text, gain_of, held_out_text, task_losses, text_used, trained_text
-from .size_and_speed import low_rank_sentence
+from .size_and_speed import becomes_smaller_packed, low_rank_sentence
 from .structure_text import structure_rows
 from .workload_text import workload_sentence
 
@@ -159,7 +158,7 @@ def _cost(report: Report) -> list[tuple[str, str]]:
         text = f"{size(totals.checkpoint_bytes)}: zeros are stored; 'fistapruner pack' makes the file smaller"
         if report.only_structure:
             text = f"{size(totals.checkpoint_bytes)}; the dense model has {size(report.origin.bytes)}"
-        elif not report.packable or (totals.operator_zeros or 0) < MIN_ZEROS * (totals.operator_weights or 0):
+        elif not becomes_smaller_packed(report):
             adapter = f", and {size(totals.low_rank_bytes)} of adapter" if totals.low_rank_bytes else ""
             text = f"{size(totals.checkpoint_bytes)}{adapter}: zeros are stored"
         rows.append(("size on disk", text))
