@@ -18,7 +18,14 @@ import samples
 
 from fistapruner import reporting
 from fistapruner.reporting import compare_page
-from fistapruner.reporting.compare_page import Point, comparison_page, points, quality_against_sparsity, short_labels
+from fistapruner.reporting.compare_page import (
+    Point,
+    comparison_page,
+    points,
+    quality_against_sparsity,
+    quality_against_time,
+    short_labels,
+)
 from fistapruner.reporting.drawing import HEAT_LEVELS
 from fistapruner.reporting.figures import layer_figures
 from fistapruner.reporting.model_card import model_card
@@ -380,6 +387,18 @@ def test_a_mean_that_lacks_a_seed_says_so_and_wins_nothing(gap: float | None, er
     assert (found["alps", "50%"].seeds, found["alps", "50%"].missing) == (1, 1)
     text = comparison_page(comparison)
     assert "0.600 (1 of 2 seeds)</td>" in text
+    assert "alps: gap 0.600 in 4 min 06 s (1 of 2 seeds)" in text
+    drawing = quality_against_time(list(found.values()), "50%")
+    assert drawing is not None
+    assert drawing.table == (
+        ["method", "seeds", "seconds", "gap"],
+        [
+            ["wanda", "2", "138", "0.805 ± 0.007"],
+            ["sparsegpt", "2", "142", "0.735 ± 0.007"],
+            ["alps", "1 of 2", "246", "0.600"],
+        ],
+    )
+    assert drawing.wide.count("(1 of 2 seeds)") == 1
     assert "0.735 ± 0.007 ★" in text
     assert "At 50%, sparsegpt has the smallest gap (0.735), then wanda" in text
     assert "At 70%, alps has the smallest gap" in text

@@ -43,6 +43,11 @@ class Point:
         """Write how many runs the figures are of: ``3``, or ``2 of 3``."""
         return f"{self.seeds} of {self.seeds + self.missing}" if self.missing else str(self.seeds)
 
+    @property
+    def note(self) -> str:
+        """Say behind the figures what they lack: `` (2 of 3 seeds)``, or nothing."""
+        return f" ({self.runs} seeds)" if self.missing else ""
+
 
 def comparison_page(comparison: Comparison) -> str:
     """Draw the page of a comparison, finished or not, as HTML.
@@ -163,7 +168,7 @@ def quality_against_sparsity(found: Sequence[Point]) -> Drawing | None:
         "Quality against sparsity",
         plot,
         caption="Gap: ln(pruned perplexity / dense perplexity). Lines are one standard deviation over seeds.",
-        description="; ".join(f"{p.method} at {p.sparsity}: {significant(p.gap)}" for p in found),
+        description="; ".join(f"{p.method} at {p.sparsity}: {significant(p.gap)}{p.note}" for p in found),
         heights=(360, 420),
         table=(
             ["method", "sparsity", "seeds", "gap"],
@@ -197,7 +202,7 @@ def quality_against_time(found: Sequence[Point], pattern: str) -> Drawing | None
                 ((0, 8), "bottom") if order % 2 == 0 else ((0, -8), "top")
             )  # neighbours' labels on opposite sides
             axes.annotate(
-                short[point.method],
+                short[point.method] + point.note,
                 (point.seconds, point.gap),
                 xytext=shift,
                 textcoords="offset points",
@@ -217,11 +222,11 @@ def quality_against_time(found: Sequence[Point], pattern: str) -> Drawing | None
         f"Quality against time at {pattern}",
         plot,
         caption="Down and to the left is better.",
-        description="; ".join(f"{p.method}: gap {significant(p.gap)} in {duration(p.seconds)}" for p in here),
+        description="; ".join(f"{p.method}: gap {significant(p.gap)} in {duration(p.seconds)}{p.note}" for p in here),
         heights=(360, 360),
         table=(
-            ["method", "seconds", "gap"],
-            [[p.method, significant(p.seconds), with_error(p.gap, p.spread or None, 3)] for p in here],
+            ["method", "seeds", "seconds", "gap"],
+            [[p.method, p.runs, significant(p.seconds), with_error(p.gap, p.spread or None, 3)] for p in here],
         ),
     )
 
@@ -237,7 +242,7 @@ def _overview(found: Sequence[Point]) -> Table:
     best = {pattern: min((p.gap for p in _complete(found, pattern)), default=None) for pattern in columns}
     cells = {}
     for p in found:
-        note = f" ({p.runs} seeds)" if p.missing else " ★" if p.gap == best[p.sparsity] else ""
+        note = p.note or (" ★" if p.gap == best[p.sparsity] else "")
         cells[p.method, p.sparsity] = with_error(p.gap, p.spread or None, 3) + note
     methods = list(dict.fromkeys(point.method for point in found))
     short = short_labels(found)
