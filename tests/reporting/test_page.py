@@ -404,6 +404,35 @@ def test_a_mean_that_lacks_a_seed_says_so_and_wins_nothing(gap: float | None, er
     assert "At 70%, alps has the smallest gap" in text
 
 
+@pytest.mark.parametrize(
+    ("zeros", "more", "settings", "note"),
+    [
+        (500, 46, {"low_rank": 16}, "+4.6 % weights"),
+        (300, None, {"allocation": "total:30%"}, "+20.0 % weights"),
+        (375, None, {"structure": {"remove": "25%"}}, "−12.5 % weights"),
+        (501, None, {}, None),
+    ],
+)
+def test_methods_that_keep_another_share_of_the_weights_win_nothing(
+    zeros: int, more: int | None, settings: dict[str, Any], note: str | None
+) -> None:
+    comparison = samples.comparison()
+    for row in comparison.rows:
+        if row.method == "alps" and row.sparsity == "50%":
+            row.operator_weights = 750 if "structure" in settings else 1000
+            row.operator_zeros, row.low_rank_weights, row.settings = zeros, more, settings
+    text = comparison_page(comparison)
+    if note is None:
+        assert "0.605 ± 0.007 ★" in text
+        return
+    assert f"0.605 ± 0.007 ({note})</td>" in text
+    assert "0.735 ± 0.007 ★" in text
+    assert "At 50%, sparsegpt has the smallest gap (0.735), then wanda" in text
+    assert f"alps ({note}) has 0.605 at 50%." in text
+    assert f"alps: gap 0.605 in 4 min 06 s ({note})" in text
+    assert "At 70%, alps has the smallest gap" in text
+
+
 @pytest.mark.parametrize(("gap", "scale"), [(0.1, "log"), (0.0, "linear"), (-0.1, "linear")])
 def test_every_gap_has_a_place_in_its_figure(gap: float, scale: str, monkeypatch: pytest.MonkeyPatch) -> None:
     from matplotlib.figure import Figure

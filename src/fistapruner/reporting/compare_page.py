@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from statistics import mean, stdev
 from typing import Any
 
@@ -18,6 +18,9 @@ from .evaluation_text import protocol
 from .model_card import base_model_name
 from .rendering import Table, moment, present, render
 
+ROUNDING = 0.002
+"""Shares of kept weights that differ by less are the same."""
+
 
 @dataclass(frozen=True)
 class Point:
@@ -28,6 +31,9 @@ class Point:
         seeds: how many runs have a finite gap; ``missing``: how many have none.
         gap: mean of ln(perplexity / dense perplexity); ``spread``: its standard deviation over seeds, 0 for one seed.
         seconds: mean wall time, None if not recorded.
+        kept: weights that are not zero and those of low-rank parts, as a share of the operators' weights before
+            structure was removed; None if not recorded. ``extra``: how much more that is than the method has whose
+            share is nearest to that of the sparsity.
     """
 
     method: str
@@ -37,6 +43,13 @@ class Point:
     spread: float
     seconds: float | None
     missing: int = 0
+    kept: float | None = None
+    extra: float = 0.0
+
+    @property
+    def uneven(self) -> bool:
+        """Whether other methods at its sparsity keep another share of the weights, beyond rounding."""
+        return abs(self.extra) > ROUNDING
 
     @property
     def runs(self) -> str:
@@ -44,9 +57,14 @@ class Point:
         return f"{self.seeds} of {self.seeds + self.missing}" if self.missing else str(self.seeds)
 
     @property
+    def weights(self) -> str:
+        """Say behind the gap that other methods keep fewer weights, or more: `` (+4.6 % weights)``; else nothing."""
+        return f" ({100 * self.extra:+.1f} % weights)".replace("-", "−") if self.uneven else ""
+
+    @property
     def note(self) -> str:
-        """Say behind the figures what they lack: `` (2 of 3 seeds)``, or nothing."""
-        return f" ({self.runs} seeds)" if self.missing else ""
+        """Say all that keeps it from being compared with others, `` (2 of 3 seeds)``; else nothing."""
+        return (f" ({self.runs} seeds)" if self.missing else "") + self.weights
 
 
 def comparison_page(comparison: Comparison) -> str:
@@ -77,6 +95,7 @@ def points(rows: Sequence[CompareRow]) -> list[Point]:
     groups: dict[tuple[str, str], list[CompareRow]] = {}
     for row in rows:
         groups.setdefault((row.label or row.method, row.sparsity), []).append(row)
+    whole = max((row.operator_weights or 0 for row in rows), default=0)
     made = []
     for (method, sparsity), members in groups.items():
         found = [(row.gap, row.seconds) for row in members if row.gap is not None and math.isfinite(row.gap)]
@@ -84,8 +103,26 @@ def points(rows: Sequence[CompareRow]) -> list[Point]:
             continue
         gaps, seconds = [gap for gap, _ in found], [time for _, time in found if time is not None]
         spread, time = stdev(gaps) if len(gaps) > 1 else 0.0, mean(seconds) if seconds else None
-        made.append(Point(method, sparsity, len(gaps), mean(gaps), spread, time, len(members) - len(gaps)))
-    return made
+        shares = [share for row in members if (share := _kept(row, whole)) is not None]
+        kept = mean(shares) if shares else None
+        made.append(Point(method, sparsity, len(gaps), mean(gaps), spread, time, len(members) - len(gaps), kept))
+    return [replace(point, extra=_extra(point, made)) for point in made]
+
+
+def _kept(row: CompareRow, whole: int) -> float | None:
+    """Return the share of weights that a row keeps; ``whole`` is their number before structure was removed."""
+    weights, zeros = row.operator_weights, row.operator_zeros
+    if not weights or zeros is None:
+        return None
+    structure = (row.settings.get("structure") or {}).get("remove")
+    return (weights - zeros + (row.low_rank_weights or 0)) / (whole if structure else weights)
+
+
+def _extra(point: Point, found: Sequence[Point]) -> float:
+    """Return how much more weights a point keeps than the one at its sparsity that is nearest to what that asks."""
+    shares = [other.kept for other in found if other.sparsity == point.sparsity and other.kept is not None]
+    asked = 1 - _zeros(point.sparsity)
+    return point.kept - min(shares, key=lambda share: abs(share - asked)) if point.kept is not None else 0.0
 
 
 def short_labels(found: Sequence[Point]) -> dict[str, str]:
@@ -107,14 +144,22 @@ def patterns(found: Sequence[Point]) -> list[str]:
 
 
 def verdict(comparison: Comparison, found: Sequence[Point]) -> str:
-    """Say which method has the smallest gap at each sparsity, of those whose runs all have one."""
+    """Say which method has the smallest gap at each sparsity, of those that compare.
+
+    Those that have a smaller one and keep another share of the weights are named, too.
+    """
     sentences = []
     for pattern in patterns(found):
-        here = sorted(_complete(found, pattern), key=lambda point: point.gap)
+        here = sorted(_comparable(found, pattern), key=lambda point: point.gap)
         if len(here) > 1:
             best, second = here[:2]
             first = f"At {pattern}, {best.method} has the smallest gap ({best.gap:.3f})"
             sentences.append(f"{first}, then {second.method} ({second.gap:.3f}).")
+        sentences += [
+            f"{point.method}{point.note} has {point.gap:.3f} at {pattern}."
+            for point in found
+            if point.sparsity == pattern and point.uneven and not point.missing and here and point.gap < here[0].gap
+        ]
     if comparison.status == "running":
         sentences.append("The comparison is not finished.")
     return " ".join(sentences)
@@ -172,7 +217,7 @@ def quality_against_sparsity(found: Sequence[Point]) -> Drawing | None:
         heights=(360, 420),
         table=(
             ["method", "sparsity", "seeds", "gap"],
-            [[p.method, p.sparsity, p.runs, with_error(p.gap, p.spread or None, 3)] for p in found],
+            [[p.method, p.sparsity, p.runs, with_error(p.gap, p.spread or None, 3) + p.weights] for p in found],
         ),
     )
 
@@ -226,20 +271,23 @@ def quality_against_time(found: Sequence[Point], pattern: str) -> Drawing | None
         heights=(360, 360),
         table=(
             ["method", "seeds", "seconds", "gap"],
-            [[p.method, p.runs, significant(p.seconds), with_error(p.gap, p.spread or None, 3)] for p in here],
+            [
+                [p.method, p.runs, significant(p.seconds), with_error(p.gap, p.spread or None, 3) + p.weights]
+                for p in here
+            ],
         ),
     )
 
 
-def _complete(found: Sequence[Point], pattern: str) -> list[Point]:
-    """Choose the points at a sparsity whose runs all have a gap."""
-    return [point for point in found if point.sparsity == pattern and not point.missing]
+def _comparable(found: Sequence[Point], pattern: str) -> list[Point]:
+    """Choose the points at a sparsity that keep the same share of weights and whose runs all have a gap."""
+    return [point for point in found if point.sparsity == pattern and not (point.missing or point.uneven)]
 
 
 def _overview(found: Sequence[Point]) -> Table:
     """Tabulate the mean gap by method and sparsity, with its deviation over seeds; ★ marks the smallest."""
     columns = sorted(patterns(found), key=lambda pattern: (_is_nm(pattern), _zeros(pattern)))
-    best = {pattern: min((p.gap for p in _complete(found, pattern)), default=None) for pattern in columns}
+    best = {pattern: min((p.gap for p in _comparable(found, pattern)), default=None) for pattern in columns}
     cells = {}
     for p in found:
         note = p.note or (" ★" if p.gap == best[p.sparsity] else "")
