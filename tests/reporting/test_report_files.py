@@ -378,7 +378,7 @@ def test_status_of_an_unfinished_recovery(tmp_path: Path, capsys: pytest.Capture
         "0.9000 → 0.7000 at step 3",
         "step 4",
         "not better",
-        "recovery (lora, kl, 246k tokens)",
+        "recovery (lora, kl, 246k tokens with loss)",
     ):
         assert part in printed, part
     assert "decoder layers" not in printed
@@ -407,9 +407,23 @@ def test_a_held_out_loss_without_bound_survives_the_file(tmp_path: Path) -> None
     assert "held-out loss inf" in status_text(report)
 
 
+def test_tokens_that_are_not_known_before_the_end_are_not_named() -> None:
+    """Of examples only the answers have a loss."""
+    report = samples.recovery(2)
+    assert report.calibration is not None
+    side = report.calibration.tasks["c4.jsonl"].trained
+    assert side is not None
+    report.status = "running"
+    assert report.method == "recovered: lora, kl, 246k tokens with loss"
+    side.loss_tokens = 60_000
+    assert report.method == "recovered: lora, kl"
+    report.status = "finished"
+    assert report.method == "recovered: lora, kl, 246k tokens with loss"
+
+
 def test_a_recovery_is_named_by_what_was_trained_and_by_its_operators() -> None:
     report = samples.recovery(2)
-    assert (report.method, report.sparsity) == ("recovered: lora, kl, 246k tokens", "50%")
+    assert (report.method, report.sparsity) == ("recovered: lora, kl, 246k tokens with loss", "50%")
     operators = [operator for layer in report.layers for operator in layer.operators]
     operators[0].sparsity = "2:4"
     assert report.sparsity == "50%", "what the model was pruned to"
@@ -494,7 +508,7 @@ def test_model_card_of_a_recovery() -> None:
         "predictions",
         "62.0 ± 0.2 % of the gap",
         "| 25.32 ± 0.51 | 46.53 ± 0.93 | 31.90 ± 0.64 |",
-        "recovered: lora, kl, 246k tokens of c4.jsonl",
+        "recovered: lora, kl, 246k tokens with loss of c4.jsonl",
     ):
         assert part in text, part
     assert "/home/someone" not in text

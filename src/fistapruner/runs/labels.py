@@ -79,18 +79,18 @@ def methods_label(recipe: dict[str, Any]) -> str:
 
 
 def training_label(kind: str, settings: Mapping[str, Any], tokens: int | None) -> str:
-    """Say what a run trains: ``recovered: lora, kl, 256k tokens``.
+    """Say what a run trains: ``recovered: lora, kl, 256k tokens with loss``.
 
     Args:
         kind: of the run.
         settings: its recipe, resolved.
-        tokens: passed in training; None where that is not known.
+        tokens: with loss, passed in training; None where that is not known.
     """
     optimizer = settings.get("optimizer")
     parts = [
         settings.get("parameters"),
         None if optimizer == "adamw" else optimizer,
         settings.get("loss"),
-        f"{short_count(tokens)} tokens" if tokens else None,
+        f"{short_count(tokens)} tokens with loss" if tokens else None,
     ]
     return ": ".join(filter(None, (TRAINED[kind], ", ".join(str(part) for part in parts if part))))

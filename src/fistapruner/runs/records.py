@@ -89,6 +89,12 @@ class CalibrationFacts(Record):
     documents: int | None = None
     tasks: dict[str, CalibrationTask] = {}
 
+    @property
+    def has_examples(self) -> bool:
+        """Whether only a part of some training text has a loss, as the answers of examples do."""
+        sides = [task.trained for task in self.tasks.values() if task.trained is not None]
+        return any(side.loss_tokens < side.tokens - side.windows for side in sides)
+
 
 class Totals(Record):
     """Sums over the run.
@@ -380,9 +386,11 @@ class Report(Record):
         """
         if self.recovery is None:
             return methods_label(self.settings)
-        found, seqlen = self.recovery, self.calibration.seqlen if self.calibration else 0
-        asked = found.asked_steps * self.recipe.get("windows_per_step", 0) * (seqlen - 1)  # the first has no loss
-        tokens = found.tokens if self.status == "finished" else asked
+        found, text, tokens = self.recovery, self.calibration, None
+        if self.status == "finished":
+            tokens = found.tokens
+        elif text is not None and not text.has_examples:  # the first token of a window has no loss
+            tokens = found.asked_steps * self.recipe.get("windows_per_step", 0) * (text.seqlen - 1)
         settings = {**self.recipe, "parameters": found.parameters, "loss": found.loss}
         return training_label(self.kind, settings, tokens)
 
