@@ -440,6 +440,18 @@ def test_a_recovery_is_named_by_what_was_trained_and_by_its_operators() -> None:
     assert "owner/small, structure 25%, recovered" in model_card(report)
 
 
+@pytest.mark.parametrize(
+    ("other", "label"), [("0%", "2:4, others by name"), ("1:4", "2:4, others by name"), ("2:4", "2:4")]
+)
+def test_sparsities_by_name_beside_that_of_the_others_are_told(other: str, label: str) -> None:
+    report = samples.report(2)
+    report.recipe |= {"sparsity": "2:4", "allocation": {"down_proj": other}}
+    assert report.sparsity == label
+    block, text = card_parts(report)
+    assert f"to **{label}** with" in text
+    assert ("mixed" in block["tags"], "2:4" in block["tags"]) == (other != "2:4", other == "2:4")
+
+
 def test_zeros_that_an_allocation_sets_by_name_beside_structure_are_told() -> None:
     report = samples.report()
     report.recipe |= {"sparsity": "0%", "structure": {"remove": "25%", "method": "obs"}, "allocation": {"re:mlp": "0%"}}

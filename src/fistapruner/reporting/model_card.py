@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from ..recipes.settings import WORKLOAD
-from ..runs.labels import sparsity_label
+from ..runs.labels import OTHERS_BY_NAME, sparsity_label
 from ..runs.records import ModelFacts, Report
 from ..runs.results import Evaluation, TaskResult
 from ..runtime.formatting import count, p_value, percent, short_count, significant, size, with_error
@@ -112,8 +112,10 @@ def _metadata(report: Report) -> dict[str, Any]:
 
 
 def _pattern_tag(report: Report) -> str:
-    """Write the sparsity as a tag: ``2:4``, ``50-percent``, ``mixed-n:4``."""
+    """Write the sparsity as a tag: ``2:4``, ``50-percent``, ``mixed-n:4``, or ``mixed`` for one that names set."""
     label = sparsity_label(report.pruning) or report.sparsity
+    if label.endswith(OTHERS_BY_NAME):
+        return "mixed"
     return label.partition(" (")[0].replace("%", "-percent").replace(" ", "-")
 
 
