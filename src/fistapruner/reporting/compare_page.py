@@ -13,7 +13,7 @@ from ..errors import FistaPrunerError
 from ..runs.records import CompareRow, Comparison
 from ..runtime.formatting import duration, percent, significant, size, with_error
 from .comparison import failures
-from .drawing import INK, SERIES, Drawing, draw, style
+from .drawing import INK, SERIES, Drawing, draw, plain_log, style
 from .evaluation_text import protocol
 from .model_card import base_model_name
 from .rendering import Table, moment, present, render
@@ -202,7 +202,7 @@ def quality_against_sparsity(found: Sequence[Point]) -> Drawing | None:
         axes.set_xlim(-0.4, len(order) - 0.6)
         if min(point.gap for point in found) > 0:  # a logarithmic axis has no place for the others
             axes.set_yscale("log")
-            _plain(axes.yaxis)
+            plain_log(axes.yaxis)
         axes.set_ylabel("gap, nats a token (lower is better)")
         axes.set_xlabel("sparsity")
         style(axes)
@@ -257,7 +257,7 @@ def quality_against_time(found: Sequence[Point], pattern: str) -> Drawing | None
             )
         axes.set_xscale("log")
         axes.margins(x=0.2, y=0.2)
-        _plain(axes.xaxis)
+        plain_log(axes.xaxis)
         axes.set_xlabel("seconds of the whole run")
         axes.set_ylabel("gap, nats a token")
         style(axes, grid="both")
@@ -322,11 +322,6 @@ def _results(comparison: Comparison) -> Table:
         rows.append(("dense", "–", "–", dense, "0", "0", "0", "–", "–", "–", "–"))
     for row in comparison.rows:
         text = row.perplexity
-        share = (
-            row.operator_zeros / row.operator_weights
-            if row.operator_weights and row.operator_zeros is not None
-            else None
-        )
         rows.append(
             (
                 row.label or row.method,
@@ -339,7 +334,7 @@ def _results(comparison: Comparison) -> Table:
                 duration(row.seconds),
                 duration(row.time_split.get("solve")),
                 size(row.peak_memory),
-                percent(share, 4) + row.beside_zeros,
+                percent(row.zeros_share, 4) + row.beside_zeros,
             )
         )
     if not any(row.divergence for row in comparison.rows):  # a comparison measures perplexity alone
@@ -354,15 +349,10 @@ def _without(row: tuple[str, ...], column: int) -> tuple[str, ...]:
 def _protocol(comparison: Comparison) -> list[tuple[str, str]]:
     used, machine = comparison.calibration, comparison.machine
     text = comparison.dense or next((row.perplexity for row in comparison.rows if row.perplexity), None)
-    calibration = None
-    if used is not None:
-        calibration = f"{used.source}: {used.samples} windows of {used.seqlen} tokens" + (
-            f", {used.how}" if used.how else ""
-        )
     pairs = [
         ("model", comparison.model.source),
         ("evaluated on", protocol(text) if text else None),
-        ("calibration", calibration),
+        ("calibration", used.description if used is not None else None),
         ("machine", ", ".join(part for part in (machine.cpu, machine.device_name or "") if part)),
         ("threads", str(machine.threads) if machine.threads else None),
         ("versions", ", ".join(f"{name} {version}" for name, version in comparison.versions.items())),
@@ -387,12 +377,3 @@ def _zeros(pattern: str) -> float:
 
 def _marker(index: int) -> str:
     return "osD^vPX*"[index % 8]
-
-
-def _plain(axis: Any) -> None:
-    """Label a logarithmic axis with plain numbers."""
-    from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
-
-    axis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
-    axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
-    axis.set_minor_formatter(NullFormatter())

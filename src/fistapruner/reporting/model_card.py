@@ -243,12 +243,7 @@ def _task_values(task: TaskResult) -> tuple[str, str, str, str]:
 
 def _made(report: Report) -> list[str]:
     lines = []
-    errors = [
-        operator.relative_error
-        for layer in report.layers
-        for operator in layer.operators
-        if operator.relative_error is not None
-    ]
+    errors = report.relative_errors
     if report.calibration:
         used = report.calibration
         how = f" ({used.how})" if used.how else ""

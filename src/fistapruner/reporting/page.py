@@ -204,7 +204,7 @@ def _tiles(report: Report) -> list[tuple[str, str, str]]:
         items.append(
             ("Additional weights", share, f"{count(totals.low_rank_weights)} in low-rank parts of rank {rank}")
         )
-    errors = [op.relative_error for layer in report.layers for op in layer.operators if op.relative_error is not None]
+    errors = report.relative_errors
     if errors:
         items.append(
             (
@@ -447,11 +447,7 @@ def _used(report: Report) -> list[tuple[str, str]]:
     if used is not None:
         text = "calibration" if report.recovery is None else "training text"
         pairs += [
-            (
-                text,
-                f"{used.source}: {used.samples} windows of {used.seqlen} tokens"
-                + (f", {used.how}" if used.how else ""),
-            ),
+            (text, used.description),
             (
                 f"{text} tokens",
                 f"{count(used.tokens)}, sha256 {used.sha256[:16]}" if used.sha256 else count(used.tokens),

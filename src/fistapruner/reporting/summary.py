@@ -83,12 +83,7 @@ def _recovered(report: Report) -> list[tuple[str, str]]:
 def _pruned(report: Report) -> list[tuple[str, str]]:
     """List how a model was pruned and what that did to it."""
     totals = report.totals
-    errors = [
-        operator.relative_error
-        for layer in report.layers
-        for operator in layer.operators
-        if operator.relative_error is not None
-    ]
+    errors = report.relative_errors
     rows = [("method", f"{report.method}, {report.sparsity}")]
     for evaluation in report.evaluations:
         dense, pruned = evaluation.reference, evaluation.perplexity
@@ -107,11 +102,7 @@ def _pruned(report: Report) -> list[tuple[str, str]]:
                 )
             )
     if report.calibration is not None:
-        facts = report.calibration
-        text = f"{facts.source}: {facts.samples} windows of {facts.seqlen} tokens" + (
-            f", {facts.how}" if facts.how else ""
-        )
-        rows.append(("calibration", text))
+        rows.append(("calibration", report.calibration.description))
     if report.workload is not None:
         rows.append(("allocation", workload_sentence(report.workload)))
     rows += structure_rows(report)
