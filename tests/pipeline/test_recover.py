@@ -37,7 +37,7 @@ from fistapruner.runs.records import Report, load_run
 from fistapruner.runs.steps import StepJournal, read_steps
 from fistapruner.runs.training_directory import RecoverDirectory
 from fistapruner.runtime.ranks import Ranks
-from fistapruner.sparse.pack import is_packed
+from fistapruner.sparse.pack import PackedCheckpoint, is_packed, pack
 from fistapruner.tuning.objective import Objective
 
 SEQLEN = 16
@@ -198,6 +198,32 @@ def test_experts_are_trained_and_keep_their_zeros(
     assert report.stacked_experts == (architecture == "gpt_oss")
     assert not (out / "adapter").exists()
     assert any("PEFT's HiRA does not reach" in each for each in said.sentences) == (parameters in ("hira", "spp"))
+
+
+def test_operators_that_were_left_dense_are_not_trained(
+    bench: Bench, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """And those with patterns of their own keep them, packed too."""
+    calibration = {"source": str(bench.text), "samples": 2, "seqlen": SEQLEN}
+    allocation = {"re:mlp": "0%", "q_proj": "1:4"}
+    pruned, out = tmp_path / "pruned", tmp_path / "out"
+    fp.prune(bench.dense(), pruned, method="magnitude", sparsity="2:4", allocation=allocation, calibration=calibration)
+    assert main(["inspect", str(pruned), "--quiet"]) == 0
+    assert "pruned operators: 8 of 14" in capsys.readouterr().out
+    report = recover(pruned, out, parameters="full")
+    assert report.recovery is not None
+    assert report.recovery.operators == 8
+    before, after = (tensors(run / "model") for run in (pruned, out))
+    for name in before:
+        assert before[name].ndim < 2 or torch.equal(after[name], before[name]) == ("self_attn" not in name), name
+    assert not inspect_checkpoint(out / "model").violations
+    pack(out / "model", tmp_path / "packed")
+    layouts = {name: str(spec.layout) for name, spec in PackedCheckpoint(tmp_path / "packed").specs.items()}
+    assert layouts == {
+        f"model.layers.{layer}.self_attn.{name}_proj.weight": "1:4" if name == "q" else "2:4"
+        for layer in range(2)
+        for name in "qkvo"
+    }
 
 
 def test_experts_are_recovered_right_after_pruning(bench: Bench, tmp_path: Path) -> None:
@@ -480,6 +506,12 @@ def without_zeros(bench: Bench, folder: Path) -> dict[str, Any]:
     return {"model": bench.dense(), "dense": bench.dense(), "data": {"source": str(bench.text)}}
 
 
+def zeros_not_asked(bench: Bench, folder: Path) -> dict[str, Any]:
+    calibration = {"source": str(bench.text), "samples": 2, "seqlen": SEQLEN}
+    fp.prune(bench.dense(), folder / "dense", method="magnitude", sparsity="0%", calibration=calibration)
+    return {"model": folder / "dense"}
+
+
 def claim_violated(bench: Bench, folder: Path) -> dict[str, Any]:
     from safetensors.torch import load_file, save_file
 
@@ -576,6 +608,7 @@ CHANGED = r"has changed: its checksum was [0-9a-f]{12} and is [0-9a-f]{12}"
 
 BAD: dict[str, tuple[Callable[[Bench, Path], dict[str, Any]], str]] = {
     "no zeros": (without_zeros, r"no operator has zeros to keep; prune it first"),
+    "no zeros asked": (zeros_not_asked, r"no operator has zeros to keep; prune it first"),
     "claim violated": (
         claim_violated,
         r"q_proj\.weight: has \d+ zeros, 512 are claimed; 'fistapruner inspect .*plain'",

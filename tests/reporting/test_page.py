@@ -18,7 +18,14 @@ import samples
 
 from fistapruner import reporting
 from fistapruner.reporting import compare_page
-from fistapruner.reporting.compare_page import Point, comparison_page, points, quality_against_sparsity, short_labels
+from fistapruner.reporting.compare_page import (
+    Point,
+    comparison_page,
+    points,
+    quality_against_sparsity,
+    quality_against_time,
+    short_labels,
+)
 from fistapruner.reporting.drawing import HEAT_LEVELS
 from fistapruner.reporting.figures import layer_figures
 from fistapruner.reporting.model_card import model_card
@@ -238,8 +245,17 @@ def test_the_lineage_is_shown_stage_by_stage() -> None:
 def test_packing_is_advised_where_there_are_zeros_to_leave_out() -> None:
     report = samples.report(2)
     assert "'fistapruner pack' makes the file smaller" in summary(report, "runs/first")
-    report.totals.operator_zeros = 0
-    assert "fistapruner pack" not in summary(report, "runs/first")
+    assert "`fistapruner pack` makes it smaller." in model_card(report)
+    assert "Only packed" in run_page(report)
+    assert "Compressed checkpoint" in run_page(report)
+    assert report.totals.operator_weights is not None
+    for share in (0.05, 0):
+        report.totals.operator_zeros = int(share * report.totals.operator_weights)
+        report.totals.compressed_bytes, report.speed = None, None
+        assert "fistapruner pack" not in summary(report, "runs/first")
+        assert "fistapruner pack" not in model_card(report)
+        assert "Only packed" not in run_page(report)
+        assert "Compressed checkpoint" not in run_page(report)
 
 
 def test_a_recovery_page_says_what_was_won_on_what() -> None:
@@ -371,8 +387,49 @@ def test_a_mean_that_lacks_a_seed_says_so_and_wins_nothing(gap: float | None, er
     assert (found["alps", "50%"].seeds, found["alps", "50%"].missing) == (1, 1)
     text = comparison_page(comparison)
     assert "0.600 (1 of 2 seeds)</td>" in text
+    assert "alps: gap 0.600 in 4 min 06 s (1 of 2 seeds)" in text
+    drawing = quality_against_time(list(found.values()), "50%")
+    assert drawing is not None
+    assert drawing.table == (
+        ["method", "seeds", "seconds", "gap"],
+        [
+            ["wanda", "2", "138", "0.805 ± 0.007"],
+            ["sparsegpt", "2", "142", "0.735 ± 0.007"],
+            ["alps", "1 of 2", "246", "0.600"],
+        ],
+    )
+    assert drawing.wide.count("(1 of 2 seeds)") == 1
     assert "0.735 ± 0.007 ★" in text
     assert "At 50%, sparsegpt has the smallest gap (0.735), then wanda" in text
+    assert "At 70%, alps has the smallest gap" in text
+
+
+@pytest.mark.parametrize(
+    ("zeros", "more", "settings", "note"),
+    [
+        (500, 46, {"low_rank": 16}, "+4.6 % weights"),
+        (300, None, {"allocation": "total:30%"}, "+20.0 % weights"),
+        (375, None, {"structure": {"remove": "25%"}}, "−12.5 % weights"),
+        (501, None, {}, None),
+    ],
+)
+def test_methods_that_keep_another_share_of_the_weights_win_nothing(
+    zeros: int, more: int | None, settings: dict[str, Any], note: str | None
+) -> None:
+    comparison = samples.comparison()
+    for row in comparison.rows:
+        if row.method == "alps" and row.sparsity == "50%":
+            row.operator_weights = 750 if "structure" in settings else 1000
+            row.operator_zeros, row.low_rank_weights, row.settings = zeros, more, settings
+    text = comparison_page(comparison)
+    if note is None:
+        assert "0.605 ± 0.007 ★" in text
+        return
+    assert f"0.605 ± 0.007 ({note})</td>" in text
+    assert "0.735 ± 0.007 ★" in text
+    assert "At 50%, sparsegpt has the smallest gap (0.735), then wanda" in text
+    assert f"alps ({note}) has 0.605 at 50%." in text
+    assert f"alps: gap 0.605 in 4 min 06 s ({note})" in text
     assert "At 70%, alps has the smallest gap" in text
 
 

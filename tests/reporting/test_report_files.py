@@ -379,7 +379,7 @@ def test_status_of_an_unfinished_recovery(tmp_path: Path, capsys: pytest.Capture
         "0.9000 → 0.7000 at step 3",
         "step 4",
         "not better",
-        "recovery (lora, kl, 246k tokens)",
+        "recovery (lora, kl, 246k tokens with loss)",
     ):
         assert part in printed, part
     assert "decoder layers" not in printed
@@ -408,9 +408,23 @@ def test_a_held_out_loss_without_bound_survives_the_file(tmp_path: Path) -> None
     assert "held-out loss inf" in status_text(report)
 
 
+def test_tokens_that_are_not_known_before_the_end_are_not_named() -> None:
+    """Of examples only the answers have a loss."""
+    report = samples.recovery(2)
+    assert report.calibration is not None
+    side = report.calibration.tasks["c4.jsonl"].trained
+    assert side is not None
+    report.status = "running"
+    assert report.method == "recovered: lora, kl, 246k tokens with loss"
+    side.loss_tokens = 60_000
+    assert report.method == "recovered: lora, kl"
+    report.status = "finished"
+    assert report.method == "recovered: lora, kl, 246k tokens with loss"
+
+
 def test_a_recovery_is_named_by_what_was_trained_and_by_its_operators() -> None:
     report = samples.recovery(2)
-    assert (report.method, report.sparsity) == ("recovered: lora, kl, 246k tokens", "50%")
+    assert (report.method, report.sparsity) == ("recovered: lora, kl, 246k tokens with loss", "50%")
     operators = [operator for layer in report.layers for operator in layer.operators]
     operators[0].sparsity = "2:4"
     assert report.sparsity == "50%", "what the model was pruned to"
@@ -425,6 +439,18 @@ def test_a_recovery_is_named_by_what_was_trained_and_by_its_operators() -> None:
     assert report.sparsity == "structure 25%"
     assert report.only_structure
     assert "owner/small, structure 25%, recovered" in model_card(report)
+
+
+@pytest.mark.parametrize(
+    ("other", "label"), [("0%", "2:4, others by name"), ("1:4", "2:4, others by name"), ("2:4", "2:4")]
+)
+def test_sparsities_by_name_beside_that_of_the_others_are_told(other: str, label: str) -> None:
+    report = samples.report(2)
+    report.recipe |= {"sparsity": "2:4", "allocation": {"down_proj": other}}
+    assert report.sparsity == label
+    block, text = card_parts(report)
+    assert f"to **{label}** with" in text
+    assert ("mixed" in block["tags"], "2:4" in block["tags"]) == (other != "2:4", other == "2:4")
 
 
 def test_zeros_that_an_allocation_sets_by_name_beside_structure_are_told() -> None:
@@ -495,7 +521,7 @@ def test_model_card_of_a_recovery() -> None:
         "predictions",
         "62.0 ± 0.2 % of the gap",
         "| 25.32 ± 0.51 | 46.53 ± 0.93 | 31.90 ± 0.64 |",
-        "recovered: lora, kl, 246k tokens of c4.jsonl",
+        "recovered: lora, kl, 246k tokens with loss of c4.jsonl",
     ):
         assert part in text, part
     assert "/home/someone" not in text

@@ -80,9 +80,10 @@ class Inspection:
 
     @property
     def pruned(self) -> tuple[OperatorInspection, ...]:
-        """Return the operators with a claim; without claims, those with at least 1% zeros."""
-        claimed = tuple(operator for operator in self.operators if operator.claim is not None)
-        return claimed or tuple(operator for operator in self.operators if operator.sparsity >= MIN_ZEROS)
+        """Return the operators that are claimed to have zeros; without claims, those with at least 1% zeros."""
+        if any(operator.claim is not None for operator in self.operators):
+            return tuple(operator for operator in self.operators if operator.claim not in (None, "0%"))
+        return tuple(operator for operator in self.operators if operator.sparsity >= MIN_ZEROS)
 
     @property
     def violations(self) -> list[str]:

@@ -81,7 +81,7 @@ def score_windows(
         for each_model in models:
             found, batch_size = _last_hidden(each_model, block, batch_size, passes.tick)
             states.append(found)
-        rows += _reduce(models, states, block)
+        rows += _reduce(models, states, block, passes.tick)
     columns = torch.tensor(rows, dtype=torch.float64).T
     for position, each_model in enumerate(models):
         if bool(columns[position].isnan().any()):
@@ -168,7 +168,9 @@ def _last_hidden(model: LayerwiseModel, tokens: Tensor, batch_size: int, tick: T
         )
 
 
-def _reduce(models: list[LayerwiseModel], states: list[HiddenStates], tokens: Tensor) -> list[tuple[float, ...]]:
+def _reduce(
+    models: list[LayerwiseModel], states: list[HiddenStates], tokens: Tensor, tick: Tick
+) -> list[tuple[float, ...]]:
     """Compute sums of every window of a block from the last hidden states of one or two models."""
     vocabulary = models[0].vocabulary
     rows: list[tuple[float, ...]] = []
@@ -186,4 +188,5 @@ def _reduce(models: list[LayerwiseModel], states: list[HiddenStates], tokens: Te
                 rows.append((score_tokens(hidden[0], targets, heads[0], vocabulary),))
             else:
                 rows.append(compare_tokens(hidden[0], hidden[1], targets, heads[0], heads[1], vocabulary))
+            tick(f"predictions of {models[0].checkpoint.folder.name} in windows", window + 1, len(tokens))
     return rows

@@ -498,12 +498,7 @@ def _filled(
 ) -> CompareRow:
     """Fill a row with the figures of its reports: quality after the recovery, where there is one."""
     totals = report.totals
-    errors = [
-        operator.relative_error
-        for layer in report.layers
-        for operator in layer.operators
-        if operator.relative_error is not None
-    ]
+    errors = report.relative_errors
     if (measured := _evaluation(recovery or report, protocol)) is not None:
         row.perplexity, row.divergence = measured.perplexity, measured.divergence
     if row.perplexity is not None and math.isfinite(row.perplexity.nll):

@@ -81,7 +81,7 @@ class Inputs(Generic[R]):
     Args:
         source: the pruned model's folder; ``model``: the model; ``layout``: the operators to train.
         claims: sparsity of each of these, by full name, as the input's record has it or as it was found;
-            ``survivors``: its weights that are not zero.
+            ``survivors``: its weights that are not zero; an operator that is missing has all.
         zeros: of all pruned operators, those that are not trained among them.
         dense: the dense model; None where it is not known.
         recipe: all settings, resolved.
@@ -241,18 +241,21 @@ def _operators(
         raise FistaPrunerError(
             f"{folder} is not what its record claims: {found.violations[0]}; 'fistapruner inspect {folder}' shows all"
         )
-    pruned = {operator.name: operator for operator in found.pruned}
+    inspected = {operator.name: operator for operator in found.operators}
+    pruned = {operator.name for operator in found.pruned}
     layout = discover(model)
     smaller = lost_structure(read_pruning_record(folder))
     claims, survivors = {}, {}
-    for name, found_operator in layout.operators():
-        operator = pruned.get(model.source(f"{name}.weight"))
-        if operator is not None:
+    for name, _ in layout.operators():
+        operator = inspected.get(model.source(f"{name}.weight"))
+        if operator is not None and operator.name in pruned:
             claims[name] = operator.claim or operator.pattern or f"{operator.sparsity:.4%}"
-            survivors[name] = operator.weights - operator.zeros
         elif smaller:
             claims[name] = "0%"
-            survivors[name] = found_operator.rows * found_operator.columns
+        else:
+            continue
+        if operator is not None:
+            survivors[name] = operator.weights - operator.zeros
     if not claims:
         raise FistaPrunerError(
             f"{folder}: no operator has zeros to keep; prune it first (its fistapruner.json does not say either that "

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from ..runs.records import Report
 from ..runs.training_records import PreferenceFigures
-from ..runtime.formatting import count, p_value, percent, significant, with_error
+from ..runtime.formatting import count, p_value, percent, percent_with_error, significant, with_error
 
 LOSSES = {
     "dpo": "dpo, nats a pair",
@@ -35,7 +35,7 @@ def preference_rows(report: Report) -> list[Row]:
     if found.margin is not None and found.reward_accuracy is not None:
         margin = with_error(found.margin, found.margin_error, 3)
         rows.append(("Reward margin", "–", "–", margin, f"beta (h - m) against {against}"))
-        share = _percent(found.reward_accuracy, found.reward_accuracy_error)
+        share = percent_with_error(found.reward_accuracy, found.reward_accuracy_error)
         rows.append(("Reward accuracy, %", "–", "–", share, f"pairs whose margin is above that of {against}"))
     if found.chosen_reward is not None and found.rejected_reward is not None:
         chosen = with_error(found.chosen_reward, found.chosen_reward_error, 3)
@@ -47,17 +47,12 @@ def preference_rows(report: Report) -> list[Row]:
 
 def accuracy_text(found: PreferenceFigures | None) -> str:
     """Write a preference accuracy in percent with its standard error."""
-    return "–" if found is None else _percent(found.accuracy, found.accuracy_error)
+    return "–" if found is None else percent_with_error(found.accuracy, found.accuracy_error)
 
 
 def by_token_text(found: PreferenceFigures | None) -> str:
     """Write a preference accuracy by token in percent with its standard error."""
-    return "–" if found is None else _percent(found.normalised, found.normalised_error)
-
-
-def _percent(share: float, error: float | None) -> str:
-    """Write a share in percent, without the sign, with its standard error."""
-    return with_error(100 * share, None if error is None else 100 * error, 1)
+    return "–" if found is None else percent_with_error(found.normalised, found.normalised_error)
 
 
 def references_text(report: Report) -> str:

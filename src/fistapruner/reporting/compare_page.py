@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from statistics import mean, stdev
 from typing import Any
 
@@ -13,10 +13,13 @@ from ..errors import FistaPrunerError
 from ..runs.records import CompareRow, Comparison
 from ..runtime.formatting import duration, percent, significant, size, with_error
 from .comparison import failures
-from .drawing import INK, SERIES, Drawing, draw, style
+from .drawing import INK, SERIES, Drawing, draw, plain_log, style
 from .evaluation_text import protocol
 from .model_card import base_model_name
 from .rendering import Table, moment, present, render
+
+ROUNDING = 0.002
+"""Shares of kept weights that differ by less are the same."""
 
 
 @dataclass(frozen=True)
@@ -28,6 +31,9 @@ class Point:
         seeds: how many runs have a finite gap; ``missing``: how many have none.
         gap: mean of ln(perplexity / dense perplexity); ``spread``: its standard deviation over seeds, 0 for one seed.
         seconds: mean wall time, None if not recorded.
+        kept: weights that are not zero and those of low-rank parts, as a share of the operators' weights before
+            structure was removed; None if not recorded. ``extra``: how much more that is than the method has whose
+            share is nearest to that of the sparsity.
     """
 
     method: str
@@ -37,11 +43,28 @@ class Point:
     spread: float
     seconds: float | None
     missing: int = 0
+    kept: float | None = None
+    extra: float = 0.0
+
+    @property
+    def uneven(self) -> bool:
+        """Whether other methods at its sparsity keep another share of the weights, beyond rounding."""
+        return abs(self.extra) > ROUNDING
 
     @property
     def runs(self) -> str:
         """Write how many runs the figures are of: ``3``, or ``2 of 3``."""
         return f"{self.seeds} of {self.seeds + self.missing}" if self.missing else str(self.seeds)
+
+    @property
+    def weights(self) -> str:
+        """Say behind the gap that other methods keep fewer weights, or more: `` (+4.6 % weights)``; else nothing."""
+        return f" ({100 * self.extra:+.1f} % weights)".replace("-", "−") if self.uneven else ""
+
+    @property
+    def note(self) -> str:
+        """Say all that keeps it from being compared with others, `` (2 of 3 seeds)``; else nothing."""
+        return (f" ({self.runs} seeds)" if self.missing else "") + self.weights
 
 
 def comparison_page(comparison: Comparison) -> str:
@@ -72,6 +95,7 @@ def points(rows: Sequence[CompareRow]) -> list[Point]:
     groups: dict[tuple[str, str], list[CompareRow]] = {}
     for row in rows:
         groups.setdefault((row.label or row.method, row.sparsity), []).append(row)
+    whole = max((row.operator_weights or 0 for row in rows), default=0)
     made = []
     for (method, sparsity), members in groups.items():
         found = [(row.gap, row.seconds) for row in members if row.gap is not None and math.isfinite(row.gap)]
@@ -79,8 +103,26 @@ def points(rows: Sequence[CompareRow]) -> list[Point]:
             continue
         gaps, seconds = [gap for gap, _ in found], [time for _, time in found if time is not None]
         spread, time = stdev(gaps) if len(gaps) > 1 else 0.0, mean(seconds) if seconds else None
-        made.append(Point(method, sparsity, len(gaps), mean(gaps), spread, time, len(members) - len(gaps)))
-    return made
+        shares = [share for row in members if (share := _kept(row, whole)) is not None]
+        kept = mean(shares) if shares else None
+        made.append(Point(method, sparsity, len(gaps), mean(gaps), spread, time, len(members) - len(gaps), kept))
+    return [replace(point, extra=_extra(point, made)) for point in made]
+
+
+def _kept(row: CompareRow, whole: int) -> float | None:
+    """Return the share of weights that a row keeps; ``whole`` is their number before structure was removed."""
+    weights, zeros = row.operator_weights, row.operator_zeros
+    if not weights or zeros is None:
+        return None
+    structure = (row.settings.get("structure") or {}).get("remove")
+    return (weights - zeros + (row.low_rank_weights or 0)) / (whole if structure else weights)
+
+
+def _extra(point: Point, found: Sequence[Point]) -> float:
+    """Return how much more weights a point keeps than the one at its sparsity that is nearest to what that asks."""
+    shares = [other.kept for other in found if other.sparsity == point.sparsity and other.kept is not None]
+    asked = 1 - _zeros(point.sparsity)
+    return point.kept - min(shares, key=lambda share: abs(share - asked)) if point.kept is not None else 0.0
 
 
 def short_labels(found: Sequence[Point]) -> dict[str, str]:
@@ -102,14 +144,22 @@ def patterns(found: Sequence[Point]) -> list[str]:
 
 
 def verdict(comparison: Comparison, found: Sequence[Point]) -> str:
-    """Say which method has the smallest gap at each sparsity, of those whose runs all have one."""
+    """Say which method has the smallest gap at each sparsity, of those that compare.
+
+    Those that have a smaller one and keep another share of the weights are named, too.
+    """
     sentences = []
     for pattern in patterns(found):
-        here = sorted(_complete(found, pattern), key=lambda point: point.gap)
+        here = sorted(_comparable(found, pattern), key=lambda point: point.gap)
         if len(here) > 1:
             best, second = here[:2]
             first = f"At {pattern}, {best.method} has the smallest gap ({best.gap:.3f})"
             sentences.append(f"{first}, then {second.method} ({second.gap:.3f}).")
+        sentences += [
+            f"{point.method}{point.note} has {point.gap:.3f} at {pattern}."
+            for point in found
+            if point.sparsity == pattern and point.uneven and not point.missing and here and point.gap < here[0].gap
+        ]
     if comparison.status == "running":
         sentences.append("The comparison is not finished.")
     return " ".join(sentences)
@@ -152,7 +202,7 @@ def quality_against_sparsity(found: Sequence[Point]) -> Drawing | None:
         axes.set_xlim(-0.4, len(order) - 0.6)
         if min(point.gap for point in found) > 0:  # a logarithmic axis has no place for the others
             axes.set_yscale("log")
-            _plain(axes.yaxis)
+            plain_log(axes.yaxis)
         axes.set_ylabel("gap, nats a token (lower is better)")
         axes.set_xlabel("sparsity")
         style(axes)
@@ -163,11 +213,11 @@ def quality_against_sparsity(found: Sequence[Point]) -> Drawing | None:
         "Quality against sparsity",
         plot,
         caption="Gap: ln(pruned perplexity / dense perplexity). Lines are one standard deviation over seeds.",
-        description="; ".join(f"{p.method} at {p.sparsity}: {significant(p.gap)}" for p in found),
+        description="; ".join(f"{p.method} at {p.sparsity}: {significant(p.gap)}{p.note}" for p in found),
         heights=(360, 420),
         table=(
             ["method", "sparsity", "seeds", "gap"],
-            [[p.method, p.sparsity, p.runs, with_error(p.gap, p.spread or None, 3)] for p in found],
+            [[p.method, p.sparsity, p.runs, with_error(p.gap, p.spread or None, 3) + p.weights] for p in found],
         ),
     )
 
@@ -197,7 +247,7 @@ def quality_against_time(found: Sequence[Point], pattern: str) -> Drawing | None
                 ((0, 8), "bottom") if order % 2 == 0 else ((0, -8), "top")
             )  # neighbours' labels on opposite sides
             axes.annotate(
-                short[point.method],
+                short[point.method] + point.note,
                 (point.seconds, point.gap),
                 xytext=shift,
                 textcoords="offset points",
@@ -207,7 +257,7 @@ def quality_against_time(found: Sequence[Point], pattern: str) -> Drawing | None
             )
         axes.set_xscale("log")
         axes.margins(x=0.2, y=0.2)
-        _plain(axes.xaxis)
+        plain_log(axes.xaxis)
         axes.set_xlabel("seconds of the whole run")
         axes.set_ylabel("gap, nats a token")
         style(axes, grid="both")
@@ -217,27 +267,30 @@ def quality_against_time(found: Sequence[Point], pattern: str) -> Drawing | None
         f"Quality against time at {pattern}",
         plot,
         caption="Down and to the left is better.",
-        description="; ".join(f"{p.method}: gap {significant(p.gap)} in {duration(p.seconds)}" for p in here),
+        description="; ".join(f"{p.method}: gap {significant(p.gap)} in {duration(p.seconds)}{p.note}" for p in here),
         heights=(360, 360),
         table=(
-            ["method", "seconds", "gap"],
-            [[p.method, significant(p.seconds), with_error(p.gap, p.spread or None, 3)] for p in here],
+            ["method", "seeds", "seconds", "gap"],
+            [
+                [p.method, p.runs, significant(p.seconds), with_error(p.gap, p.spread or None, 3) + p.weights]
+                for p in here
+            ],
         ),
     )
 
 
-def _complete(found: Sequence[Point], pattern: str) -> list[Point]:
-    """Choose the points at a sparsity whose runs all have a gap."""
-    return [point for point in found if point.sparsity == pattern and not point.missing]
+def _comparable(found: Sequence[Point], pattern: str) -> list[Point]:
+    """Choose the points at a sparsity that keep the same share of weights and whose runs all have a gap."""
+    return [point for point in found if point.sparsity == pattern and not (point.missing or point.uneven)]
 
 
 def _overview(found: Sequence[Point]) -> Table:
     """Tabulate the mean gap by method and sparsity, with its deviation over seeds; ★ marks the smallest."""
     columns = sorted(patterns(found), key=lambda pattern: (_is_nm(pattern), _zeros(pattern)))
-    best = {pattern: min((p.gap for p in _complete(found, pattern)), default=None) for pattern in columns}
+    best = {pattern: min((p.gap for p in _comparable(found, pattern)), default=None) for pattern in columns}
     cells = {}
     for p in found:
-        note = f" ({p.runs} seeds)" if p.missing else " ★" if p.gap == best[p.sparsity] else ""
+        note = p.note or (" ★" if p.gap == best[p.sparsity] else "")
         cells[p.method, p.sparsity] = with_error(p.gap, p.spread or None, 3) + note
     methods = list(dict.fromkeys(point.method for point in found))
     short = short_labels(found)
@@ -269,11 +322,6 @@ def _results(comparison: Comparison) -> Table:
         rows.append(("dense", "–", "–", dense, "0", "0", "0", "–", "–", "–", "–"))
     for row in comparison.rows:
         text = row.perplexity
-        share = (
-            row.operator_zeros / row.operator_weights
-            if row.operator_weights and row.operator_zeros is not None
-            else None
-        )
         rows.append(
             (
                 row.label or row.method,
@@ -286,7 +334,7 @@ def _results(comparison: Comparison) -> Table:
                 duration(row.seconds),
                 duration(row.time_split.get("solve")),
                 size(row.peak_memory),
-                percent(share, 4) + row.beside_zeros,
+                percent(row.zeros_share, 4) + row.beside_zeros,
             )
         )
     if not any(row.divergence for row in comparison.rows):  # a comparison measures perplexity alone
@@ -301,15 +349,10 @@ def _without(row: tuple[str, ...], column: int) -> tuple[str, ...]:
 def _protocol(comparison: Comparison) -> list[tuple[str, str]]:
     used, machine = comparison.calibration, comparison.machine
     text = comparison.dense or next((row.perplexity for row in comparison.rows if row.perplexity), None)
-    calibration = None
-    if used is not None:
-        calibration = f"{used.source}: {used.samples} windows of {used.seqlen} tokens" + (
-            f", {used.how}" if used.how else ""
-        )
     pairs = [
         ("model", comparison.model.source),
         ("evaluated on", protocol(text) if text else None),
-        ("calibration", calibration),
+        ("calibration", used.description if used is not None else None),
         ("machine", ", ".join(part for part in (machine.cpu, machine.device_name or "") if part)),
         ("threads", str(machine.threads) if machine.threads else None),
         ("versions", ", ".join(f"{name} {version}" for name, version in comparison.versions.items())),
@@ -334,12 +377,3 @@ def _zeros(pattern: str) -> float:
 
 def _marker(index: int) -> str:
     return "osD^vPX*"[index % 8]
-
-
-def _plain(axis: Any) -> None:
-    """Label a logarithmic axis with plain numbers."""
-    from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
-
-    axis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
-    axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
-    axis.set_minor_formatter(NullFormatter())

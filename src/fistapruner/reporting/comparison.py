@@ -66,9 +66,7 @@ def failures(comparison: Comparison) -> list[str]:
 
 
 def _cells(row: CompareRow) -> tuple[str, ...]:
-    share = (
-        row.operator_zeros / row.operator_weights if row.operator_weights and row.operator_zeros is not None else None
-    )
+    share = row.zeros_share
     return (
         row.label or row.method,
         row.sparsity,

@@ -89,6 +89,15 @@ def style(axes: Any, *, grid: str | None = "y") -> None:
     axes.tick_params(length=0, which="both")
 
 
+def plain_log(axis: Any, steps: tuple[float, ...] = (1.0, 2.0, 5.0)) -> None:
+    """Label a logarithmic axis with plain numbers: ``steps`` times powers of ten."""
+    from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
+
+    axis.set_major_locator(LogLocator(subs=steps))
+    axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+    axis.set_minor_formatter(NullFormatter())
+
+
 def label_right(axes: Any, x: float, y: float, text: str) -> None:
     """Write ``text`` just right of a point."""
     axes.annotate(

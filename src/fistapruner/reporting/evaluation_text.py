@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from ..runs.results import Evaluation, Perplexity, TaskResult
-from ..runtime.formatting import align_columns, duration, p_value, with_error
+from ..runtime.formatting import align_columns, duration, p_value, percent_with_error, with_error
 
 
 def evaluation_text(evaluation: Evaluation) -> str:
@@ -24,7 +24,7 @@ def evaluation_text(evaluation: Evaluation) -> str:
             )
         )
         rows.append(("KL from dense", f"{with_error(damage.kl, damage.kl_standard_error, 4)} nats a token"))
-        agreement = with_error(100 * damage.top1_agreement, 100 * damage.top1_standard_error, 1)
+        agreement = percent_with_error(damage.top1_agreement, damage.top1_standard_error)
         rows.append(("top-1 agreement", f"{agreement} % of tokens"))
     if evaluation.perplexity is not None:
         rows.append(("measured on", protocol(evaluation.perplexity)))
@@ -53,10 +53,10 @@ def task_text(task: TaskResult) -> str:
 
     ``41.2 ± 1.0 % of 2376 items (dense 43.0 ± 1.0 %; 120 lost, 98 won, p = 0.15: within noise)``
     """
-    text = f"{with_error(100 * task.value, 100 * task.standard_error, 1)} % of {item_count(task)}"
+    text = f"{percent_with_error(task.value, task.standard_error)} % of {item_count(task)}"
     if task.reference is None or task.reference_standard_error is None:
         return text
-    before = with_error(100 * task.reference, 100 * task.reference_standard_error, 1)
+    before = percent_with_error(task.reference, task.reference_standard_error)
     if task.p_value is None:
         return f"{text} (dense {before} %)"
     verdict = "a real difference" if task.significant else "within noise"

@@ -15,7 +15,7 @@ from ..runs.records import Report
 from ..runtime.formatting import duration, significant
 from ..solvers import METHODS
 from ..solvers.base import Trace
-from .drawing import HEAT, HEAT_LEVELS, INK, SERIES, SURFACE, Drawing, draw, heat_level, style
+from .drawing import HEAT, HEAT_LEVELS, INK, SERIES, SURFACE, Drawing, draw, heat_level, plain_log, style
 from .layer_errors import hardest, mean_error, short_names
 
 PHASES = ("capture", "gram", "solve", "reconstruct", "io", "write")
@@ -240,7 +240,7 @@ def chain_errors(layers: Sequence[LayerEntry]) -> Drawing | None:
         axes.set_xlim(-0.5, len(names) - 0.5)
         axes.set_yscale("log")
         axes.set_ylabel("relative error, %")
-        _plain_log(axes)
+        plain_log(axes.yaxis)
         style(axes)
 
     medians = [median(values) for values in columns]
@@ -282,10 +282,10 @@ def solver_path(layers: Sequence[LayerEntry]) -> Drawing | None:
         above.set_ylabel(trace.value_label)
         if not trace.of_first:
             above.set_yscale("log")
-            _plain_log(above, (1.0,))
+            plain_log(above.yaxis, (1.0,))
         below.set_yscale("log")
         if _decades(value for _, _, knob in chosen for value in knob) < 2:
-            _plain_log(below)
+            plain_log(below.yaxis)
         below.set_ylabel(trace.penalty_label)
         below.set_xlabel(trace.round_label)
         _whole_numbers(below)
@@ -489,11 +489,3 @@ def _whole_numbers(axes: Any) -> None:
     from matplotlib.ticker import MaxNLocator
 
     axes.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=8))
-
-
-def _plain_log(axes: Any, steps: tuple[float, ...] = (1.0, 2.0, 5.0)) -> None:
-    from matplotlib.ticker import FuncFormatter, LogLocator
-
-    axes.yaxis.set_major_locator(LogLocator(subs=steps))
-    axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
-    axes.yaxis.set_minor_formatter(FuncFormatter(lambda value, _: ""))

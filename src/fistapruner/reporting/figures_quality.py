@@ -6,7 +6,7 @@ import math
 from typing import Any
 
 from ..runs.records import Report
-from ..runtime.formatting import percent, significant, with_error
+from ..runtime.formatting import percent, percent_with_error, significant, with_error
 from .drawing import INK, SERIES, Drawing, draw, label_right, style
 from .lineage_text import DONE
 from .recovery_text import gain_of
@@ -139,7 +139,7 @@ def divergences(report: Report) -> Drawing | None:
                 [
                     n,
                     with_error(d.kl, d.kl_standard_error, 4),
-                    with_error(100 * d.top1_agreement, 100 * d.top1_standard_error, 2),
+                    percent_with_error(d.top1_agreement, d.top1_standard_error, 2),
                 ]
                 for n, d in rows
             ],
@@ -190,8 +190,8 @@ def zero_shot(report: Report) -> Drawing | None:
                     t.task,
                     t.metric,
                     f"{t.items} of {t.available}" if t.available else str(t.items),
-                    with_error(_scaled(t.reference), _scaled(t.reference_standard_error), 1),
-                    with_error(100 * t.value, 100 * t.standard_error, 1),
+                    percent_with_error(t.reference, t.reference_standard_error),
+                    percent_with_error(t.value, t.standard_error),
                     str(t.lost) if t.lost is not None else "–",
                     str(t.won) if t.won is not None else "–",
                     significant(t.p_value, 2),
@@ -200,10 +200,6 @@ def zero_shot(report: Report) -> Drawing | None:
             ],
         ),
     )
-
-
-def _scaled(share: float | None) -> float | None:
-    return None if share is None else 100 * share
 
 
 def _finite(error: float) -> float:

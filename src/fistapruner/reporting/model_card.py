@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from ..recipes.settings import WORKLOAD
-from ..runs.labels import sparsity_label
+from ..runs.labels import OTHERS_BY_NAME, sparsity_label
 from ..runs.records import ModelFacts, Report
 from ..runs.results import Evaluation, TaskResult
 from ..runtime.formatting import count, p_value, percent, short_count, significant, size, with_error
@@ -15,7 +15,7 @@ from .lineage_text import DONE, file_name, lineage_lines
 from .quality_rows import task_before
 from .recovery_text import change_text, closed_text, gain_of, held_out_text
 from .rendering import plain_markdown, render
-from .size_and_speed import low_rank_sentence, size_rows, speed_rows, speeds
+from .size_and_speed import becomes_smaller_packed, low_rank_sentence, size_rows, speed_rows, speeds
 from .structure_text import has_free_widths, structure_sentence
 from .workload_text import workload_how, workload_sentence, workload_tables
 
@@ -29,6 +29,7 @@ def model_card(report: Report) -> str:
     return render(
         "model_card.md.j2",
         report=report,
+        becomes_smaller_packed=becomes_smaller_packed(report),
         metadata=_metadata(report),
         name=base_model(report),
         amount=amount(report),
@@ -111,8 +112,10 @@ def _metadata(report: Report) -> dict[str, Any]:
 
 
 def _pattern_tag(report: Report) -> str:
-    """Write the sparsity as a tag: ``2:4``, ``50-percent``, ``mixed-n:4``."""
+    """Write the sparsity as a tag: ``2:4``, ``50-percent``, ``mixed-n:4``, or ``mixed`` for one that names set."""
     label = sparsity_label(report.pruning) or report.sparsity
+    if label.endswith(OTHERS_BY_NAME):
+        return "mixed"
     return label.partition(" (")[0].replace("%", "-percent").replace(" ", "-")
 
 
@@ -240,12 +243,7 @@ def _task_values(task: TaskResult) -> tuple[str, str, str, str]:
 
 def _made(report: Report) -> list[str]:
     lines = []
-    errors = [
-        operator.relative_error
-        for layer in report.layers
-        for operator in layer.operators
-        if operator.relative_error is not None
-    ]
+    errors = report.relative_errors
     if report.calibration:
         used = report.calibration
         how = f" ({used.how})" if used.how else ""

@@ -32,6 +32,7 @@ from .recovery_text import (
 )
 from .rendering import Table, moment, present, render
 from .size_and_speed import (
+    becomes_smaller_packed,
     dense_speed,
     low_rank_sentence,
     packed_speeds,
@@ -66,6 +67,7 @@ def run_page(report: Report) -> str:
         verdict=verdict(report),
         program=f"fistapruner {report.versions.get('fistapruner', '')}".strip(),
         report=report,
+        becomes_smaller_packed=becomes_smaller_packed(report),
         figures=layer_figures(report) | quality_figures(report) | training_figures(report),
         tiles=_tiles(report),
         measured=_measured(report),
@@ -202,7 +204,7 @@ def _tiles(report: Report) -> list[tuple[str, str, str]]:
         items.append(
             ("Additional weights", share, f"{count(totals.low_rank_weights)} in low-rank parts of rank {rank}")
         )
-    errors = [op.relative_error for layer in report.layers for op in layer.operators if op.relative_error is not None]
+    errors = report.relative_errors
     if errors:
         items.append(
             (
@@ -445,11 +447,7 @@ def _used(report: Report) -> list[tuple[str, str]]:
     if used is not None:
         text = "calibration" if report.recovery is None else "training text"
         pairs += [
-            (
-                text,
-                f"{used.source}: {used.samples} windows of {used.seqlen} tokens"
-                + (f", {used.how}" if used.how else ""),
-            ),
+            (text, used.description),
             (
                 f"{text} tokens",
                 f"{count(used.tokens)}, sha256 {used.sha256[:16]}" if used.sha256 else count(used.tokens),

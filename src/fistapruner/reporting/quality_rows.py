@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 from ..runs.records import Report
 from ..runs.results import Evaluation, TaskResult
-from ..runtime.formatting import p_value, significant, with_error
+from ..runtime.formatting import p_value, percent_with_error, significant, with_error
 from .alignment_text import preference_rows
 from .evaluation_text import item_count, protocol
 from .recovery_text import closed_text, gain_of
@@ -48,15 +48,13 @@ def _scores_before(report: Report) -> list[str]:
     """Write the scores before training beside :func:`_task_rows`, and their mean over the same tasks."""
     tasks = [task for evaluation in report.evaluations for task in evaluation.tasks]
     known = {_items(task): task_before(report, task) for task in tasks}
-    scores = [_percentage(old.value, old.standard_error) if (old := known[_items(task)]) else "–" for task in tasks]
+    scores = [
+        percent_with_error(old.value, old.standard_error) if (old := known[_items(task)]) else "–" for task in tasks
+    ]
     if len(together := one_metric(tasks)) > 1:
         before = [old for task in together if (old := known[_items(task)]) is not None]
-        scores.append(_percentage(*mean_score(before)[:2]) if len(before) == len(together) else "–")
+        scores.append(percent_with_error(*mean_score(before)[:2]) if len(before) == len(together) else "–")
     return scores
-
-
-def _percentage(share: float, error: float) -> str:
-    return with_error(100 * share, 100 * error, 1)
 
 
 def _beside(rows: Sequence[Row], before: Sequence[Row]) -> list[tuple[str, ...]]:
@@ -87,7 +85,7 @@ def _text_rows(evaluations: Sequence[Evaluation]) -> list[Row]:
             )
             kl = with_error(damage.kl, damage.kl_standard_error, 3)
             rows.append(("KL from dense, nats a token", "0", kl, "", "mean over the same tokens of KL(dense || model)"))
-            agreement = with_error(100 * damage.top1_agreement, 100 * damage.top1_standard_error, 1)
+            agreement = percent_with_error(damage.top1_agreement, damage.top1_standard_error)
             rows.append(
                 (
                     "Top-1 agreement, %",
@@ -106,7 +104,7 @@ def _task_rows(evaluations: Sequence[Evaluation]) -> list[Row]:
     for task in tasks:
         before, change, how = "–", "–", f"{task.shots}-shot, {item_count(task)}, {task.source}"
         if task.reference is not None and task.reference_standard_error is not None:
-            before = _percentage(task.reference, task.reference_standard_error)
+            before = percent_with_error(task.reference, task.reference_standard_error)
             change = points(task.value - task.reference)
             if task.p_value is not None:
                 verdict = "a real difference" if task.significant else "within noise"
@@ -115,7 +113,7 @@ def _task_rows(evaluations: Sequence[Evaluation]) -> list[Row]:
             (
                 f"{task.task}, {task.metric}, %",
                 before,
-                _percentage(task.value, task.standard_error),
+                percent_with_error(task.value, task.standard_error),
                 change,
                 how,
             )
@@ -123,10 +121,10 @@ def _task_rows(evaluations: Sequence[Evaluation]) -> list[Row]:
     together = one_metric(tasks)
     if len(together) > 1:
         mean, error, dense_mean, dense_error = mean_score(together)
-        before = with_error(100 * dense_mean, 100 * (dense_error or 0), 1) if dense_mean is not None else "–"
+        before = percent_with_error(dense_mean, dense_error or 0) if dense_mean is not None else "–"
         change = points(mean - dense_mean) if dense_mean is not None else "–"
         how = "unweighted mean over " + ", ".join(f"{task.task} {task.metric}" for task in together)
-        rows.append((f"Mean of {len(together)} tasks, %", before, _percentage(mean, error), change, how))
+        rows.append((f"Mean of {len(together)} tasks, %", before, percent_with_error(mean, error), change, how))
     return rows
 
 

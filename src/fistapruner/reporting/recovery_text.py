@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 from ..runs.records import Report
 from ..runs.results import Evaluation, Perplexity
 from ..runs.training_records import Recovery
-from ..runtime.formatting import count, percent, short_count, significant, with_error
+from ..runtime.formatting import count, percent, percent_with_error, short_count, significant
 
 
 @dataclass(frozen=True)
@@ -62,8 +62,7 @@ def closed_text(found: Gain) -> str:
     """Write the share of the gap that is closed: ``34.1 ± 1.2 %``."""
     if found.closed is None:
         return "–"
-    error = found.closed_error
-    return with_error(100 * found.closed, None if error is None else 100 * error, 1) + " %"
+    return percent_with_error(found.closed, found.closed_error) + " %"
 
 
 def gain_text(before: Evaluation, after: Evaluation, training: str) -> str:

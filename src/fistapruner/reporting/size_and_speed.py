@@ -5,10 +5,12 @@ What was not measured is listed as such.
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 from ..runs.records import Report
 from ..runtime.formatting import count, duration, percent, significant, size
+from ..sparse.pack import MIN_ZEROS
 
 Row = tuple[str, str, str, str, str]
 """Measure, dense, pruned, change, how it was measured."""
@@ -37,6 +39,12 @@ def packed_speeds(report: Report) -> list[dict[str, Any]]:
     return [row for row in speeds(report) if _is_packed(row) and _rate(row)]
 
 
+def becomes_smaller_packed(report: Report) -> bool:
+    """Check whether ``pack`` takes the model and it has enough zeros to become smaller without them."""
+    totals = report.totals
+    return report.packable and (totals.operator_zeros or 0) >= MIN_ZEROS * (totals.operator_weights or math.inf)
+
+
 def low_rank_sentence(report: Report) -> str:
     """Say what low-rank parts add to the weights; empty where there are none."""
     totals = report.totals
@@ -52,7 +60,7 @@ def low_rank_sentence(report: Report) -> str:
 
 
 def size_rows(report: Report) -> list[Row]:
-    """List the size of the checkpoint as written, and packed unless ``bench`` found nothing to pack."""
+    """List the size of the checkpoint as written, and packed if that makes it smaller."""
     totals, dense = report.totals, report.origin.bytes
     rows = []
     if totals.checkpoint_bytes:
@@ -61,7 +69,7 @@ def size_rows(report: Report) -> list[Row]:
         rows.append(("Checkpoint on disk", size(dense), size(totals.checkpoint_bytes), change, how))
         if more := totals.low_rank_bytes:
             rows.append(("Low-rank adapter beside it", "–", size(more), _times(more, dense), "comes on top"))
-        if report.only_structure or not report.packable or (speeds(report) and not packed_speeds(report)):
+        if report.only_structure or not (packed_speeds(report) if speeds(report) else becomes_smaller_packed(report)):
             return rows
         packed = totals.compressed_bytes
         how = "packed, the same weights bit for bit: a mask and the kept values" if packed else NOT_MEASURED

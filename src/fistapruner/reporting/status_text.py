@@ -57,7 +57,7 @@ def _layer_facts(report: Report, now: datetime) -> dict[str, Any]:
     done, total = len(report.layers), report.model.layers
     took = _worked(report, now)
     left = None if report.status != "running" or not took else (total - done) * took / done
-    errors = [op.relative_error for layer in report.layers for op in layer.operators if op.relative_error is not None]
+    errors = report.relative_errors
     last = [layer.finished for layer in report.layers if layer.finished]
     return {
         "layers_done": done,

@@ -6,12 +6,11 @@ from pathlib import Path
 
 from ..runs.records import Report
 from ..runtime.formatting import align_columns, size, with_error
-from ..sparse.pack import MIN_ZEROS
 from .alignment_text import pairs_text, preference_rows
 from .evaluation_text import protocol
 from .lineage_text import lineage_lines
 from .recovery_text import change_text, closed_text, gain_of, held_out_text, task_losses, text_used, trained_text
-from .size_and_speed import low_rank_sentence
+from .size_and_speed import becomes_smaller_packed, low_rank_sentence
 from .structure_text import structure_rows
 from .workload_text import workload_sentence
 
@@ -84,12 +83,7 @@ def _recovered(report: Report) -> list[tuple[str, str]]:
 def _pruned(report: Report) -> list[tuple[str, str]]:
     """List how a model was pruned and what that did to it."""
     totals = report.totals
-    errors = [
-        operator.relative_error
-        for layer in report.layers
-        for operator in layer.operators
-        if operator.relative_error is not None
-    ]
+    errors = report.relative_errors
     rows = [("method", f"{report.method}, {report.sparsity}")]
     for evaluation in report.evaluations:
         dense, pruned = evaluation.reference, evaluation.perplexity
@@ -108,11 +102,7 @@ def _pruned(report: Report) -> list[tuple[str, str]]:
                 )
             )
     if report.calibration is not None:
-        facts = report.calibration
-        text = f"{facts.source}: {facts.samples} windows of {facts.seqlen} tokens" + (
-            f", {facts.how}" if facts.how else ""
-        )
-        rows.append(("calibration", text))
+        rows.append(("calibration", report.calibration.description))
     if report.workload is not None:
         rows.append(("allocation", workload_sentence(report.workload)))
     rows += structure_rows(report)
@@ -159,7 +149,7 @@ def _cost(report: Report) -> list[tuple[str, str]]:
         text = f"{size(totals.checkpoint_bytes)}: zeros are stored; 'fistapruner pack' makes the file smaller"
         if report.only_structure:
             text = f"{size(totals.checkpoint_bytes)}; the dense model has {size(report.origin.bytes)}"
-        elif not report.packable or (totals.operator_zeros or 0) < MIN_ZEROS * (totals.operator_weights or 0):
+        elif not becomes_smaller_packed(report):
             adapter = f", and {size(totals.low_rank_bytes)} of adapter" if totals.low_rank_bytes else ""
             text = f"{size(totals.checkpoint_bytes)}{adapter}: zeros are stored"
         rows.append(("size on disk", text))

@@ -14,6 +14,9 @@ from ..runtime.formatting import short_count
 TRAINED = {"recover": "recovered", "align": "aligned"}
 """What runs that train have done to a model."""
 
+OTHERS_BY_NAME = ", others by name"
+"""Follows the sparsity of a recipe whose allocation gives operators that it names another one."""
+
 
 def method_label(method: Any) -> str:
     """Write a method chain as on the command line, such as ``wanda+refit``.
@@ -41,7 +44,8 @@ def _named_patterns(recipe: Mapping[str, Any]) -> list[str]:
 def sparsity_label(recipe: Mapping[str, Any]) -> str:
     """Write the sparsity of a recipe: ``2:4``, or ``mixed n:4 (45.4%)`` if chosen by error.
 
-    Where only some operators have zeros, whose names its allocation has: ``2:4 by name``.
+    Where only some operators have zeros, whose names its allocation has: ``2:4 by name``; where these have others than
+    the rest: ``2:4, others by name``.
     """
     sparsity, allocation = str(recipe.get("sparsity", "")), str(recipe.get("allocation", ""))
     n_of_m = re.fullmatch(r"(\d+):(\d+)", sparsity)
@@ -51,6 +55,9 @@ def sparsity_label(recipe: Mapping[str, Any]) -> str:
         return f"mixed n:{m} ({total})"
     if sparsity == "0%" and (named := _named_patterns(recipe)):
         return f"{', '.join(named)} by name"
+    by_name = recipe.get("allocation")
+    if sparsity != "0%" and isinstance(by_name, Mapping) and any(str(other) != sparsity for other in by_name.values()):
+        return sparsity + OTHERS_BY_NAME
     return sparsity
 
 
@@ -79,18 +86,18 @@ def methods_label(recipe: dict[str, Any]) -> str:
 
 
 def training_label(kind: str, settings: Mapping[str, Any], tokens: int | None) -> str:
-    """Say what a run trains: ``recovered: lora, kl, 256k tokens``.
+    """Say what a run trains: ``recovered: lora, kl, 256k tokens with loss``.
 
     Args:
         kind: of the run.
         settings: its recipe, resolved.
-        tokens: passed in training; None where that is not known.
+        tokens: with loss, passed in training; None where that is not known.
     """
     optimizer = settings.get("optimizer")
     parts = [
         settings.get("parameters"),
         None if optimizer == "adamw" else optimizer,
         settings.get("loss"),
-        f"{short_count(tokens)} tokens" if tokens else None,
+        f"{short_count(tokens)} tokens with loss" if tokens else None,
     ]
     return ": ".join(filter(None, (TRAINED[kind], ", ".join(str(part) for part in parts if part))))

@@ -89,6 +89,17 @@ class CalibrationFacts(Record):
     documents: int | None = None
     tasks: dict[str, CalibrationTask] = {}
 
+    @property
+    def description(self) -> str:
+        """Say which windows they are: ``c4: 128 windows of 1024 tokens, one window of each long document``."""
+        return f"{self.source}: {self.samples} windows of {self.seqlen} tokens" + (f", {self.how}" if self.how else "")
+
+    @property
+    def has_examples(self) -> bool:
+        """Whether only a part of some training text has a loss, as the answers of examples do."""
+        sides = [task.trained for task in self.tasks.values() if task.trained is not None]
+        return any(side.loss_tokens < side.tokens - side.windows for side in sides)
+
 
 class Totals(Record):
     """Sums over the run.
@@ -364,6 +375,12 @@ class Report(Record):
         return self.lineage.source if self.lineage and (len(stages) > 1 or self.kind != "prune") else self.model
 
     @property
+    def relative_errors(self) -> list[float]:
+        """Relative errors of the operators' outputs, as far as they are known."""
+        operators = (operator for layer in self.layers for operator in layer.operators)
+        return [operator.relative_error for operator in operators if operator.relative_error is not None]
+
+    @property
     def settings(self) -> dict[str, Any]:
         """The recipe; compensation by a bias is none where no operator had one."""
         done = {removal.compensate for layer in self.layers for removal in layer.removals if removal.kept is None}
@@ -380,9 +397,11 @@ class Report(Record):
         """
         if self.recovery is None:
             return methods_label(self.settings)
-        found, seqlen = self.recovery, self.calibration.seqlen if self.calibration else 0
-        asked = found.asked_steps * self.recipe.get("windows_per_step", 0) * (seqlen - 1)  # the first has no loss
-        tokens = found.tokens if self.status == "finished" else asked
+        found, text, tokens = self.recovery, self.calibration, None
+        if self.status == "finished":
+            tokens = found.tokens
+        elif text is not None and not text.has_examples:  # the first token of a window has no loss
+            tokens = found.asked_steps * self.recipe.get("windows_per_step", 0) * (text.seqlen - 1)
         settings = {**self.recipe, "parameters": found.parameters, "loss": found.loss}
         return training_label(self.kind, settings, tokens)
 
@@ -424,6 +443,13 @@ class CompareRow(Record):
     low_rank_weights: int | None = None
     settings: dict[str, Any] = {}
     error: str | None = None
+
+    @property
+    def zeros_share(self) -> float | None:
+        """Share of zeros in the operators; None where it is not known."""
+        if not self.operator_weights or self.operator_zeros is None:
+            return None
+        return self.operator_zeros / self.operator_weights
 
     @property
     def beside_zeros(self) -> str:

@@ -91,6 +91,12 @@ def with_error(value: float | None, error: float | None, digits: int = 2) -> str
     return text if error is None or not math.isfinite(error) else f"{text} ± {error:,.{digits}f}"
 
 
+def percent_with_error(share: float | None, error: float | None, digits: int = 1) -> str:
+    """Format a share in percent, without the sign, with its error: ``52.0 ± 1.0``."""
+    value, spread = (None if part is None else 100 * part for part in (share, error))
+    return with_error(value, spread, digits)
+
+
 def p_value(value: float | None) -> str:
     """Format a p-value: ``p = 0.034``, ``p < 0.001``."""
     if value is None or not math.isfinite(value):
