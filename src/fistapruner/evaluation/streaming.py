@@ -188,5 +188,5 @@ def _reduce(
                 rows.append((score_tokens(hidden[0], targets, heads[0], vocabulary),))
             else:
                 rows.append(compare_tokens(hidden[0], hidden[1], targets, heads[0], heads[1], vocabulary))
-            tick(f"predictions of {models[0].checkpoint.folder.name} in windows", window + 1, len(tokens))
+            tick(f"windows scored with {models[0].checkpoint.folder.name}", window + 1, len(tokens))
     return rows
