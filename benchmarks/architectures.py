@@ -141,6 +141,18 @@ CHANGES: dict[str, dict[str, Any]] = {
 }
 """What a tiny model of a type needs besides."""
 
+VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
+    "gemma4_unified_text, shared K/V": (
+        "gemma4_unified_text",
+        {
+            "num_kv_shared_layers": 2,
+            "layer_types": ["sliding_attention", "full_attention"] * 2,
+            "global_head_dim": 16,
+        },
+    ),
+}
+"""Further configs that are tried: the type and what such a tiny model needs besides, by the name of the row."""
+
 
 @dataclass(frozen=True)
 class Outcome:
@@ -153,21 +165,22 @@ class Outcome:
 
 
 def try_architecture(model_type: str, folder: Path) -> Outcome:
-    """Build an architecture tiny in ``folder`` and see what becomes of it."""
+    """Build an architecture tiny in ``folder`` and see what becomes of it; a type or one of :data:`VARIANTS`."""
+    row, (model_type, changes) = model_type, VARIANTS.get(model_type, (model_type, CHANGES.get(model_type, {})))
     name = MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[model_type]
     try:
-        model = tiny_model(model_type)
+        model = tiny_model(model_type, changes)
         model.save_pretrained(folder / "model")
     except Exception as error:  # of the installed transformers, each in its own way
-        return Outcome(model_type, name, UNBUILT, one_line(f"{type(error).__name__}: {error}"))
+        return Outcome(row, name, UNBUILT, one_line(f"{type(error).__name__}: {error}"))
     try:
-        return Outcome(model_type, name, *_walk_and_pack(model, folder))
+        return Outcome(row, name, *_walk_and_pack(model, folder))
     except fp.FistaPrunerError as error:
         message = str(error).replace(str(folder / "model"), "MODEL")
-        return Outcome(model_type, name, DEFECT if "\n" in message else REFUSED, message)
+        return Outcome(row, name, DEFECT if "\n" in message else REFUSED, message)
     except Exception as error:
         traceback.print_exc()
-        return Outcome(model_type, name, DEFECT, one_line(f"{type(error).__name__}: {error}"))
+        return Outcome(row, name, DEFECT, one_line(f"{type(error).__name__}: {error}"))
 
 
 def _walk_and_pack(model: Any, folder: Path) -> tuple[str, str]:
@@ -208,7 +221,7 @@ def _write_and_load(walked: LayerwiseModel, layout: Layout, folder: Path) -> tup
     return WORKS, "mixture of experts"
 
 
-def tiny_model(model_type: str) -> Any:
+def tiny_model(model_type: str, changes: dict[str, Any]) -> Any:
     """A tiny model with random weights, so wide that layers really do something.
 
     Raises:
@@ -218,7 +231,7 @@ def tiny_model(model_type: str) -> Any:
     built: Any = None
     for tried in TRIED:
         try:
-            config = shrunk(CONFIG_MAPPING[model_type], {**tried, **CHANGES.get(model_type, {})})
+            config = shrunk(CONFIG_MAPPING[model_type], {**tried, **changes})
             with torch.device("meta"):
                 size = sum(
                     parameter.numel()
@@ -309,7 +322,7 @@ def main() -> int:
     parser.add_argument("types", nargs="*", help="model types (default: all)")
     arguments = parser.parse_args()
     outcomes = []
-    for model_type in arguments.types or sorted(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES):
+    for model_type in arguments.types or sorted([*MODEL_FOR_CAUSAL_LM_MAPPING_NAMES, *VARIANTS]):
         with tempfile.TemporaryDirectory() as folder:
             outcomes.append(try_architecture(model_type, Path(folder)))
         print(outcomes[-1], file=sys.stderr, flush=True)

@@ -30,12 +30,13 @@ OUTCOMES = {
     "reformer": "refused",
     "xlm": "refused",
     "xlnet": "refused",
+    "gemma4_unified_text, shared K/V": "refused",  # later layers read what earlier ones left of the last batch
 }
 
 
 @pytest.mark.parametrize("model_type", OUTCOMES)
 def test_it_works_exactly_or_is_refused_in_a_sentence(tmp_path: Path, model_type: str) -> None:
-    if model_type not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
+    if architectures.VARIANTS.get(model_type, (model_type,))[0] not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
         pytest.skip(f"the installed transformers has no {model_type}")
     found = architectures.try_architecture(model_type, tmp_path)
     assert found.outcome == OUTCOMES[model_type], found
