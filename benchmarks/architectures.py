@@ -150,6 +150,8 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
             "global_head_dim": 16,
         },
     ),
+    "gemma4_unified_text, shared K/V, own order": ("gemma4_unified_text", {"num_kv_shared_layers": 2}),
+    "glm_moe_dsa, shared indexers": ("glm_moe_dsa", {"indexer_types": ["full", "shared"] * 2}),
 }
 """Further configs that are tried: the type and what such a tiny model needs besides, by the name of the row."""
 
@@ -309,7 +311,7 @@ def table(outcomes: list[Outcome]) -> str:
     """A Markdown table, its totals first."""
     totals = Counter(outcome.outcome for outcome in outcomes)
     counted = ", ".join(f"{totals[key]} {key}" for key in (WORKS, REFUSED, UNBUILT, DEFECT) if totals[key])
-    lines = [f"transformers {transformers.__version__}, {len(outcomes)} types: {counted}."]
+    lines = [f"transformers {transformers.__version__}, {len(outcomes)} rows: {counted}."]
     lines += ["", "| type | class | outcome | reason |", "|---|---|---|---|"]
     lines += [
         f"| {row.type} | {row.architecture} | {row.outcome} | {row.reason.replace('|', '/')} |" for row in outcomes

@@ -31,6 +31,8 @@ OUTCOMES = {
     "xlm": "refused",
     "xlnet": "refused",
     "gemma4_unified_text, shared K/V": "refused",  # later layers read what earlier ones left of the last batch
+    "gemma4_unified_text, shared K/V, own order": "refused",  # a layer does not run without an earlier one
+    "glm_moe_dsa, shared indexers": "refused",
 }
 
 
