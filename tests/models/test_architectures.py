@@ -27,6 +27,7 @@ OUTCOMES = {
     "dory": "refused",  # it loops
     "mixtral": "works",
     "llama4_text": "refused",  # its experts are called in another way
+    "dbrx": "refused",  # its experts are stacked in tensors of two dimensions
     "reformer": "refused",
     "xlm": "refused",
     "xlnet": "refused",

@@ -218,7 +218,7 @@ def find_decoder_layers(model: Any) -> tuple[str, list[nn.Module]]:
 
 
 def refuse_experts(model: Any, layers_name: str, layers: list[nn.Module]) -> None:
-    """Refuse decoder layers with experts in tensors of three dimensions that are not understood.
+    """Refuse decoder layers with experts in one tensor, of three dimensions or stacked in two, not understood.
 
     Other weights of three dimensions, such as convolutions and gates of recurrences, are no operators: they stay dense.
 
@@ -227,7 +227,10 @@ def refuse_experts(model: Any, layers_name: str, layers: list[nn.Module]) -> Non
     """
     for index, layer in enumerate(layers):
         for name, parameter in layer.named_parameters():
-            if holds_experts(layer.get_submodule(name.rpartition(".")[0]), name, parameter):
+            module = layer.get_submodule(name.rpartition(".")[0])
+            stacked = "expert" in type(module).__name__.lower() and sum(size > 1 for size in parameter.shape) > 1
+            plain = isinstance(module, (nn.Linear, Conv1D, nn.Embedding))
+            if holds_experts(module, name, parameter) or (stacked and not plain):
                 raise unsupported(
                     model,
                     f"{layers_name}.{index}.{name} is a fused mixture of experts with {parameter.ndim} dimensions "
