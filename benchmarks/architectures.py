@@ -99,6 +99,7 @@ TRIED: tuple[dict[str, Any], ...] = (
 """Further settings, of which the first that a model of a type can be built with is taken; None leaves a setting out."""
 
 BY_LAYER = {"vocab_size_per_layer_input": VOCABULARY, "hidden_size_per_layer_input": 8, "num_kv_shared_layers": 0}
+NOT_BY_LAYER = {**BY_LAYER, "hidden_size_per_layer_input": 0}
 INDEXER = {
     "indexer_n_heads": 2,
     "indexer_kv_heads": 1,
@@ -127,8 +128,8 @@ CHANGES: dict[str, dict[str, Any]] = {
     },
     "dots1": {"n_routed_experts": 4, "n_shared_experts": 1, "num_experts_per_tok": 2},
     "gemma3n_text": BY_LAYER,
-    "gemma4": {"text_config": BY_LAYER},
-    "gemma4_text": BY_LAYER,
+    "gemma4": {"text_config": NOT_BY_LAYER},
+    "gemma4_text": NOT_BY_LAYER,
     "inkling2_loop_text": {"unpadded_vocab_size": VOCABULARY},
     "inkling2_text": {"unpadded_vocab_size": VOCABULARY},
     "lfm2_moe": {"layer_types": ["conv", "full_attention"] * 2},
@@ -150,6 +151,13 @@ CHANGES: dict[str, dict[str, Any]] = {
 """What a tiny model of a type needs besides."""
 
 VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
+    "gemma4, per-layer inputs": ("gemma4", {"text_config": BY_LAYER}),
+    "gemma4_text, per-layer inputs": ("gemma4_text", BY_LAYER),
+    "gemma4_text, experts": (
+        "gemma4_text",
+        {**NOT_BY_LAYER, "enable_moe_block": True, "num_experts": 4, "top_k_experts": 2, "moe_intermediate_size": 16},
+    ),
+    "gemma4_text, keys as values": ("gemma4_text", {**NOT_BY_LAYER, "attention_k_eq_v": True}),
     "gemma4_unified_text, shared K/V": (
         "gemma4_unified_text",
         {

@@ -28,6 +28,8 @@ OUTCOMES = {
     "mixtral": "works",
     "llama4_text": "refused",  # its experts are called in another way
     "dbrx": "refused",  # its experts are stacked in tensors of two dimensions
+    "gemma4_text": "works",
+    "gemma4_text, per-layer inputs": "refused",
     "reformer": "refused",
     "xlm": "refused",
     "xlnet": "refused",
