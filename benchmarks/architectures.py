@@ -1,6 +1,7 @@
 """Which architectures of the installed `transformers` are pruned?
 
-Builds every decoder-only language model tiny and random, and looks what becomes of it. An architecture works if the
+Builds every decoder-only language model, and every model of images and text, tiny and random, and looks what becomes
+of it on text. An architecture works if the
 log-likelihood of a text computed layer by layer is the model's own to 1e-5, and the model, its operators pruned by
 magnitude, packed and unpacked again, has the same tensors bit for bit and is loaded from the packed checkpoint with the
 same logits. A mixture of experts, which is not packed here, works if the checkpoint that is written pruned has, loaded
@@ -28,14 +29,21 @@ import transformers
 from safetensors.torch import load_file
 from torch import Tensor
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
-from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+from transformers.models.auto.modeling_auto import (
+    MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
+    MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES,
+)
 
 import fistapruner as fp
 from fistapruner.evaluation.streaming import Passes, score_windows
+from fistapruner.models.architecture import auto_class
 from fistapruner.models.discovery import Layout, discover
 from fistapruner.models.files.checkpoint import Checkpoint
 from fistapruner.models.files.writer import write_checkpoint
 from fistapruner.models.layerwise import LayerwiseModel
+
+TYPES = {**MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES, **MODEL_FOR_CAUSAL_LM_MAPPING_NAMES}
+"""The class of each type."""
 
 WORKS, REFUSED, DEFECT, UNBUILT = "works", "refused", "DEFECT", "not built"
 VOCABULARY, TOLERANCE, LARGEST = 128, 1e-5, 20_000_000
@@ -72,6 +80,11 @@ SMALL: dict[str, Any] = {
     "rescale_every": 2,
     "image_size": 28,
     "patch_size": 14,
+    "depth": 2,
+    "out_hidden_size": 32,
+    "num_position_embeddings": 16,
+    "deepstack_visual_indexes": [0],
+    "fullatt_block_indexes": [1],
 }
 """Sizes of tiny models, where a configuration has such a setting; parts of a model get them, too."""
 
@@ -115,6 +128,7 @@ NGRAMS = {
     "split_ngram_parts": 1,
 }
 ROPE = {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [2, 1, 1]}
+IN_THREE = {"text_config": {"rope_parameters": ROPE}}  # positions in time, height and width
 
 CHANGES: dict[str, dict[str, Any]] = {
     "cohere_compass_text": {"rope_parameters": {"full_attention": ROPE, "sliding_attention": ROPE}},
@@ -135,6 +149,7 @@ CHANGES: dict[str, dict[str, Any]] = {
     "lfm2_moe": {"layer_types": ["conv", "full_attention"] * 2},
     "qwen4_exp_text": {**INDEXER, **NGRAMS},
     "qwen4_exp": {"text_config": {**INDEXER, **NGRAMS}},
+    **dict.fromkeys(("qwen2_vl", "qwen2_5_vl", "qwen3_vl", "qwen3_vl_moe"), IN_THREE),
     "reformer": {
         "is_decoder": True,
         "axial_pos_shape": [8, 16],
@@ -185,7 +200,7 @@ class Outcome:
 def try_architecture(model_type: str, folder: Path) -> Outcome:
     """Build an architecture tiny in ``folder`` and see what becomes of it; a type or one of :data:`VARIANTS`."""
     row, (model_type, changes) = model_type, VARIANTS.get(model_type, (model_type, CHANGES.get(model_type, {})))
-    name = MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[model_type]
+    name = TYPES[model_type]
     try:
         model = tiny_model(model_type, changes)
         model.save_pretrained(folder / "model")
@@ -233,7 +248,7 @@ def _write_and_load(walked: LayerwiseModel, layout: Layout, folder: Path) -> tup
     write_checkpoint(walked.checkpoint, folder / "pruned", pruned.get)
     again = LayerwiseModel(Checkpoint.open(folder / "pruned"), torch.device("cpu"))
     sums = score_windows(again, text(), Passes()).nll
-    own = own_sums(transformers.AutoModelForCausalLM.from_pretrained(folder / "pruned"), text())
+    own = own_sums(auto_class(walked.config).from_pretrained(folder / "pruned"), text())
     if not torch.allclose(sums, own, rtol=TOLERANCE, atol=0):
         return DEFECT, f"written and loaded again, log-likelihood {sums.tolist()} and not {own.tolist()}"
     return WORKS, "mixture of experts"
@@ -249,16 +264,15 @@ def tiny_model(model_type: str, changes: dict[str, Any]) -> Any:
     built: Any = None
     for tried in TRIED:
         try:
-            config = shrunk(CONFIG_MAPPING[model_type], {**tried, **changes})
+            kind = CONFIG_MAPPING[model_type]
+            wrapper = model_type not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES and "text_config" in kind.sub_configs
+            config = shrunk(kind, {**({"text_config": tried} if wrapper else tried), **changes})
             with torch.device("meta"):
-                size = sum(
-                    parameter.numel()
-                    for parameter in transformers.AutoModelForCausalLM.from_config(config).parameters()
-                )
+                size = sum(parameter.numel() for parameter in auto_class(config).from_config(config).parameters())
             if size > LARGEST:
                 raise ValueError(f"{size} parameters are not tiny")
             torch.manual_seed(0)
-            model = transformers.AutoModelForCausalLM.from_config(config).float().eval()
+            model = auto_class(config).from_config(config).float().eval()
             with torch.no_grad():
                 for parameter in model.parameters():
                     if parameter.ndim == 2:
@@ -340,7 +354,7 @@ def main() -> int:
     parser.add_argument("types", nargs="*", help="model types (default: all)")
     arguments = parser.parse_args()
     outcomes = []
-    for model_type in arguments.types or sorted([*MODEL_FOR_CAUSAL_LM_MAPPING_NAMES, *VARIANTS]):
+    for model_type in arguments.types or sorted([*TYPES, *VARIANTS]):
         with tempfile.TemporaryDirectory() as folder:
             outcomes.append(try_architecture(model_type, Path(folder)))
         print(outcomes[-1], file=sys.stderr, flush=True)
