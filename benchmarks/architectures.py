@@ -131,6 +131,7 @@ ROPE = {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [2, 1, 1]}
 IN_THREE = {"text_config": {"rope_parameters": ROPE}}  # positions in time, height and width
 
 CHANGES: dict[str, dict[str, Any]] = {
+    "cohere_compass": {"text_config": {"rope_parameters": {"full_attention": ROPE, "sliding_attention": ROPE}}},
     "cohere_compass_text": {"rope_parameters": {"full_attention": ROPE, "sliding_attention": ROPE}},
     "dbrx": {
         "d_model": 32,
@@ -141,6 +142,7 @@ CHANGES: dict[str, dict[str, Any]] = {
         "ffn_config": {"hidden_size": 32, "ffn_hidden_size": 64, "moe_num_experts": 4, "moe_top_k": 2},
     },
     "dots1": {"n_routed_experts": 4, "n_shared_experts": 1, "num_experts_per_tok": 2},
+    "ernie4_5_vl_moe": {"text_config": {"rope_parameters": ROPE, "moe_intermediate_size": [16, 16]}},
     "gemma3n_text": BY_LAYER,
     "gemma4": {"text_config": NOT_BY_LAYER},
     "gemma4_text": NOT_BY_LAYER,
@@ -149,7 +151,9 @@ CHANGES: dict[str, dict[str, Any]] = {
     "lfm2_moe": {"layer_types": ["conv", "full_attention"] * 2},
     "qwen4_exp_text": {**INDEXER, **NGRAMS},
     "qwen4_exp": {"text_config": {**INDEXER, **NGRAMS}},
+    **dict.fromkeys(("glm46v", "glm4v", "glm_ocr", "glmga"), IN_THREE),
     **dict.fromkeys(("qwen2_vl", "qwen2_5_vl", "qwen3_vl", "qwen3_vl_moe"), IN_THREE),
+    "glm4v_moe": {"text_config": {"rope_parameters": {**ROPE, "partial_rotary_factor": 1.0}}},
     "reformer": {
         "is_decoder": True,
         "axial_pos_shape": [8, 16],

@@ -38,6 +38,8 @@ OUTCOMES = {
     "mistral3": "works",  # images and text, as the next ones
     "qwen3_vl": "works",
     "smolvlm": "works",
+    "qwen3_vl_moe": "works",
+    "pi0": "refused",  # it moves a robot
 }
 
 

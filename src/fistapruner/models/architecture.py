@@ -87,6 +87,8 @@ def build_model(
         raise FistaPrunerError(
             f"{folder}: {config.model_type} is an encoder-decoder; only decoder-only language models are pruned"
         )
+    if not hasattr(config.get_text_config(), "vocab_size"):
+        raise FistaPrunerError(f"{folder}: {config.model_type} has no vocab_size in config.json: it predicts no text")
     own_widths = "widths" in (checkpoint.config.get("quantization_config") or ())
     free = shapes is not None or (own_widths and not (folder / PACKED_RECORD).exists())
     widths = read_widths(checkpoint.config, folder) if free else {}
