@@ -1,6 +1,7 @@
 """Which architectures of the installed `transformers` are pruned?
 
-Builds every decoder-only language model tiny and random, and looks what becomes of it. An architecture works if the
+Builds every decoder-only language model, and every model of images and text, tiny and random, and looks what becomes
+of it on text. An architecture works if the
 log-likelihood of a text computed layer by layer is the model's own to 1e-5, and the model, its operators pruned by
 magnitude, packed and unpacked again, has the same tensors bit for bit and is loaded from the packed checkpoint with the
 same logits. A mixture of experts, which is not packed here, works if the checkpoint that is written pruned has, loaded
@@ -28,14 +29,21 @@ import transformers
 from safetensors.torch import load_file
 from torch import Tensor
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
-from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+from transformers.models.auto.modeling_auto import (
+    MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
+    MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES,
+)
 
 import fistapruner as fp
 from fistapruner.evaluation.streaming import Passes, score_windows
+from fistapruner.models.architecture import auto_class
 from fistapruner.models.discovery import Layout, discover
 from fistapruner.models.files.checkpoint import Checkpoint
 from fistapruner.models.files.writer import write_checkpoint
 from fistapruner.models.layerwise import LayerwiseModel
+
+TYPES = {**MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES, **MODEL_FOR_CAUSAL_LM_MAPPING_NAMES}
+"""The class of each type."""
 
 WORKS, REFUSED, DEFECT, UNBUILT = "works", "refused", "DEFECT", "not built"
 VOCABULARY, TOLERANCE, LARGEST = 128, 1e-5, 20_000_000
@@ -72,6 +80,11 @@ SMALL: dict[str, Any] = {
     "rescale_every": 2,
     "image_size": 28,
     "patch_size": 14,
+    "depth": 2,
+    "out_hidden_size": 32,
+    "num_position_embeddings": 16,
+    "deepstack_visual_indexes": [0],
+    "fullatt_block_indexes": [1],
 }
 """Sizes of tiny models, where a configuration has such a setting; parts of a model get them, too."""
 
@@ -99,6 +112,7 @@ TRIED: tuple[dict[str, Any], ...] = (
 """Further settings, of which the first that a model of a type can be built with is taken; None leaves a setting out."""
 
 BY_LAYER = {"vocab_size_per_layer_input": VOCABULARY, "hidden_size_per_layer_input": 8, "num_kv_shared_layers": 0}
+NOT_BY_LAYER = {**BY_LAYER, "hidden_size_per_layer_input": 0}
 INDEXER = {
     "indexer_n_heads": 2,
     "indexer_kv_heads": 1,
@@ -114,18 +128,32 @@ NGRAMS = {
     "split_ngram_parts": 1,
 }
 ROPE = {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [2, 1, 1]}
+IN_THREE = {"text_config": {"rope_parameters": ROPE}}  # positions in time, height and width
 
 CHANGES: dict[str, dict[str, Any]] = {
+    "cohere_compass": {"text_config": {"rope_parameters": {"full_attention": ROPE, "sliding_attention": ROPE}}},
     "cohere_compass_text": {"rope_parameters": {"full_attention": ROPE, "sliding_attention": ROPE}},
+    "dbrx": {
+        "d_model": 32,
+        "n_heads": 4,
+        "n_layers": 4,
+        "max_seq_len": 128,
+        "attn_config": {"kv_n_heads": 2, "rope_theta": 1e4, "clip_qkv": 8.0},
+        "ffn_config": {"hidden_size": 32, "ffn_hidden_size": 64, "moe_num_experts": 4, "moe_top_k": 2},
+    },
     "dots1": {"n_routed_experts": 4, "n_shared_experts": 1, "num_experts_per_tok": 2},
+    "ernie4_5_vl_moe": {"text_config": {"rope_parameters": ROPE, "moe_intermediate_size": [16, 16]}},
     "gemma3n_text": BY_LAYER,
-    "gemma4": {"text_config": BY_LAYER},
-    "gemma4_text": BY_LAYER,
+    "gemma4": {"text_config": NOT_BY_LAYER},
+    "gemma4_text": NOT_BY_LAYER,
     "inkling2_loop_text": {"unpadded_vocab_size": VOCABULARY},
     "inkling2_text": {"unpadded_vocab_size": VOCABULARY},
     "lfm2_moe": {"layer_types": ["conv", "full_attention"] * 2},
     "qwen4_exp_text": {**INDEXER, **NGRAMS},
     "qwen4_exp": {"text_config": {**INDEXER, **NGRAMS}},
+    **dict.fromkeys(("glm46v", "glm4v", "glm_ocr", "glmga"), IN_THREE),
+    **dict.fromkeys(("qwen2_vl", "qwen2_5_vl", "qwen3_vl", "qwen3_vl_moe"), IN_THREE),
+    "glm4v_moe": {"text_config": {"rope_parameters": {**ROPE, "partial_rotary_factor": 1.0}}},
     "reformer": {
         "is_decoder": True,
         "axial_pos_shape": [8, 16],
@@ -141,6 +169,27 @@ CHANGES: dict[str, dict[str, Any]] = {
 }
 """What a tiny model of a type needs besides."""
 
+VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
+    "gemma4, per-layer inputs": ("gemma4", {"text_config": BY_LAYER}),
+    "gemma4_text, per-layer inputs": ("gemma4_text", BY_LAYER),
+    "gemma4_text, experts": (
+        "gemma4_text",
+        {**NOT_BY_LAYER, "enable_moe_block": True, "num_experts": 4, "top_k_experts": 2, "moe_intermediate_size": 16},
+    ),
+    "gemma4_text, keys as values": ("gemma4_text", {**NOT_BY_LAYER, "attention_k_eq_v": True}),
+    "gemma4_unified_text, shared K/V": (
+        "gemma4_unified_text",
+        {
+            "num_kv_shared_layers": 2,
+            "layer_types": ["sliding_attention", "full_attention"] * 2,
+            "global_head_dim": 16,
+        },
+    ),
+    "gemma4_unified_text, shared K/V, own order": ("gemma4_unified_text", {"num_kv_shared_layers": 2}),
+    "glm_moe_dsa, shared indexers": ("glm_moe_dsa", {"indexer_types": ["full", "shared"] * 2}),
+}
+"""Further configs that are tried: the type and what such a tiny model needs besides, by the name of the row."""
+
 
 @dataclass(frozen=True)
 class Outcome:
@@ -153,21 +202,22 @@ class Outcome:
 
 
 def try_architecture(model_type: str, folder: Path) -> Outcome:
-    """Build an architecture tiny in ``folder`` and see what becomes of it."""
-    name = MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[model_type]
+    """Build an architecture tiny in ``folder`` and see what becomes of it; a type or one of :data:`VARIANTS`."""
+    row, (model_type, changes) = model_type, VARIANTS.get(model_type, (model_type, CHANGES.get(model_type, {})))
+    name = TYPES[model_type]
     try:
-        model = tiny_model(model_type)
+        model = tiny_model(model_type, changes)
         model.save_pretrained(folder / "model")
     except Exception as error:  # of the installed transformers, each in its own way
-        return Outcome(model_type, name, UNBUILT, one_line(f"{type(error).__name__}: {error}"))
+        return Outcome(row, name, UNBUILT, one_line(f"{type(error).__name__}: {error}"))
     try:
-        return Outcome(model_type, name, *_walk_and_pack(model, folder))
+        return Outcome(row, name, *_walk_and_pack(model, folder))
     except fp.FistaPrunerError as error:
         message = str(error).replace(str(folder / "model"), "MODEL")
-        return Outcome(model_type, name, DEFECT if "\n" in message else REFUSED, message)
+        return Outcome(row, name, DEFECT if "\n" in message else REFUSED, message)
     except Exception as error:
         traceback.print_exc()
-        return Outcome(model_type, name, DEFECT, one_line(f"{type(error).__name__}: {error}"))
+        return Outcome(row, name, DEFECT, one_line(f"{type(error).__name__}: {error}"))
 
 
 def _walk_and_pack(model: Any, folder: Path) -> tuple[str, str]:
@@ -202,13 +252,13 @@ def _write_and_load(walked: LayerwiseModel, layout: Layout, folder: Path) -> tup
     write_checkpoint(walked.checkpoint, folder / "pruned", pruned.get)
     again = LayerwiseModel(Checkpoint.open(folder / "pruned"), torch.device("cpu"))
     sums = score_windows(again, text(), Passes()).nll
-    own = own_sums(transformers.AutoModelForCausalLM.from_pretrained(folder / "pruned"), text())
+    own = own_sums(auto_class(walked.config).from_pretrained(folder / "pruned"), text())
     if not torch.allclose(sums, own, rtol=TOLERANCE, atol=0):
         return DEFECT, f"written and loaded again, log-likelihood {sums.tolist()} and not {own.tolist()}"
     return WORKS, "mixture of experts"
 
 
-def tiny_model(model_type: str) -> Any:
+def tiny_model(model_type: str, changes: dict[str, Any]) -> Any:
     """A tiny model with random weights, so wide that layers really do something.
 
     Raises:
@@ -218,16 +268,15 @@ def tiny_model(model_type: str) -> Any:
     built: Any = None
     for tried in TRIED:
         try:
-            config = shrunk(CONFIG_MAPPING[model_type], {**tried, **CHANGES.get(model_type, {})})
+            kind = CONFIG_MAPPING[model_type]
+            wrapper = model_type not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES and "text_config" in kind.sub_configs
+            config = shrunk(kind, {**({"text_config": tried} if wrapper else tried), **changes})
             with torch.device("meta"):
-                size = sum(
-                    parameter.numel()
-                    for parameter in transformers.AutoModelForCausalLM.from_config(config).parameters()
-                )
+                size = sum(parameter.numel() for parameter in auto_class(config).from_config(config).parameters())
             if size > LARGEST:
                 raise ValueError(f"{size} parameters are not tiny")
             torch.manual_seed(0)
-            model = transformers.AutoModelForCausalLM.from_config(config).float().eval()
+            model = auto_class(config).from_config(config).float().eval()
             with torch.no_grad():
                 for parameter in model.parameters():
                     if parameter.ndim == 2:
@@ -296,7 +345,7 @@ def table(outcomes: list[Outcome]) -> str:
     """A Markdown table, its totals first."""
     totals = Counter(outcome.outcome for outcome in outcomes)
     counted = ", ".join(f"{totals[key]} {key}" for key in (WORKS, REFUSED, UNBUILT, DEFECT) if totals[key])
-    lines = [f"transformers {transformers.__version__}, {len(outcomes)} types: {counted}."]
+    lines = [f"transformers {transformers.__version__}, {len(outcomes)} rows: {counted}."]
     lines += ["", "| type | class | outcome | reason |", "|---|---|---|---|"]
     lines += [
         f"| {row.type} | {row.architecture} | {row.outcome} | {row.reason.replace('|', '/')} |" for row in outcomes
@@ -309,7 +358,7 @@ def main() -> int:
     parser.add_argument("types", nargs="*", help="model types (default: all)")
     arguments = parser.parse_args()
     outcomes = []
-    for model_type in arguments.types or sorted(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES):
+    for model_type in arguments.types or sorted([*TYPES, *VARIANTS]):
         with tempfile.TemporaryDirectory() as folder:
             outcomes.append(try_architecture(model_type, Path(folder)))
         print(outcomes[-1], file=sys.stderr, flush=True)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 import shutil
+from fnmatch import fnmatch
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -54,6 +55,38 @@ def test_every_architecture_is_pruned_exactly_and_loads(tmp_path: Path, architec
     tokens = torch.randint(3, tiny.VOCABULARY, (1, 12))
     assert torch.isfinite(model(tokens).logits).all()
     assert model.generate(tokens, min_new_tokens=4, max_new_tokens=4, do_sample=False, pad_token_id=0).shape == (1, 16)
+
+
+def test_a_model_of_images_and_text_stays_one_and_its_language_model_is_pruned(tmp_path: Path) -> None:
+    folder = tiny.save_image_text(tmp_path / "model")
+    recipe = {"sparsity": "2:4", "method": "wanda+refit", "calibration": SMALL}
+    assert fp.prune(str(folder), tmp_path / "run", **recipe).status == "finished"
+    out = tmp_path / "run" / "model"
+    assert (out / "preprocessor_config.json").read_bytes() == (folder / "preprocessor_config.json").read_bytes()
+    auto = transformers.AutoModelForImageTextToText
+    model, source = auto.from_pretrained(out).eval(), auto.from_pretrained(folder).state_dict()
+    linear = "model.language_model.layers.*_proj.weight"
+    for name, tensor in model.state_dict().items():
+        if fnmatch(name, linear):
+            assert NM(2, 4).satisfies(tensor), name
+        else:
+            assert torch.equal(source[name], tensor), name
+    tokens = torch.randint(4, tiny.VOCABULARY, (1, 12), generator=torch.Generator().manual_seed(0))
+    generated = model.generate(tokens, min_new_tokens=4, max_new_tokens=4, do_sample=False, pad_token_id=0)
+    assert generated.shape == (1, 16)
+    fp.pack(out, tmp_path / "packed")
+    with torch.no_grad():
+        logits = model(tokens).logits
+        assert torch.equal(auto.from_pretrained(tmp_path / "packed")(tokens).logits, logits)
+        torch.testing.assert_close(fp.load(tmp_path / "packed")(tokens).logits, logits, rtol=1e-4, atol=1e-4)
+    for card in (out / "README.md", tmp_path / "packed" / "README.md"):
+        assert "AutoModelForImageTextToText.from_pretrained" in card.read_text("utf-8")
+        assert "AutoModelForCausalLM" not in card.read_text("utf-8")
+    recovery = {"steps": 2, "windows_per_step": 2, "validation_checks": 1, "evaluate": None}
+    data = {"source": "python", "seqlen": 16, "tokens": 300}
+    fp.recover(out, tmp_path / "recovered", data=data, **recovery)
+    trained = auto.from_pretrained(tmp_path / "recovered" / "model").state_dict()
+    assert all(NM(2, 4).satisfies(tensor) for name, tensor in trained.items() if fnmatch(name, linear))
 
 
 def test_sharded_checkpoint_keeps_its_file_names(tmp_path: Path) -> None:

@@ -131,6 +131,20 @@ def save(
     return folder
 
 
+def save_image_text(folder: Path) -> Path:
+    """Save a tiny model of images and text with its tokenizer and a file of its image processor."""
+    text = {**SIZES, **GQA, "head_dim": 8, "tie_word_embeddings": False}
+    text["rope_parameters"] = {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [2, 1, 1]}
+    tower = {"hidden_size": 32, "intermediate_size": 48, "depth": 2, "num_heads": 4, "out_hidden_size": 32}
+    tower |= {"deepstack_visual_indexes": [0], "num_position_embeddings": 16, "patch_size": 4}
+    torch.manual_seed(0)
+    config = transformers.Qwen3VLConfig(text_config=text, vision_config=tower, tie_word_embeddings=False)
+    spread(transformers.AutoModelForImageTextToText.from_config(config)).save_pretrained(folder)
+    tokenizer().save_pretrained(folder)
+    (folder / "preprocessor_config.json").write_text('{"patch_size": 4}')
+    return folder
+
+
 def store_head(folder: Path, head: str) -> Path:
     """Store the head of a tied llama with ``"other"`` values beside the embedding, ``"equal"`` ones, or ``"alone"``."""
     from safetensors.torch import load_file, save_file

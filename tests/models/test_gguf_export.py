@@ -13,6 +13,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import fistapruner as fp
+import tiny
 from fistapruner import FistaPrunerError
 from fistapruner.cli import main
 from fistapruner.models.files.gguf_export import turn_round
@@ -53,6 +54,12 @@ def test_what_is_written_is_read_back(
     config = json.loads((tmp_path / "back" / "config.json").read_text("utf-8"))
     assert config["intermediate_size"] == (64 if structure else 96)
     assert (tmp_path / "back" / "tokenizer.json").read_text("utf-8") == (dense[1] / "tokenizer.json").read_text("utf-8")
+
+
+def test_a_model_of_images_and_text_is_refused(dense: tuple[Path, Path], tmp_path: Path) -> None:
+    folder = tiny.save_image_text(tmp_path / "model")
+    with pytest.raises(FistaPrunerError, match="model: qwen3_vl is a model of images and text"):
+        fp.export(folder, tmp_path / "out.gguf", like=dense[0])
 
 
 @pytest.mark.parametrize(("values", "kept"), [("f16", False), ("q8_0", True)])

@@ -485,7 +485,8 @@ def check_model(model: LayerwiseModel) -> None:
     """Compare the logits of one short window, run layer by layer, with the model's own.
 
     Loads every decoder layer twice, one at a time; in each process once for all models with this config. Another window
-    goes through every layer before the one that is compared, so that what a layer keeps from pass to pass shows.
+    goes through every layer before and after the one that is compared: so what a layer keeps from pass to pass shows,
+    and what it leaves for later layers, which the last window overwrites.
 
     Raises:
         FistaPrunerError: the architecture is not supported; says why.
@@ -497,7 +498,7 @@ def check_model(model: LayerwiseModel) -> None:
     tokens = model.check_window(CHECK_TOKENS)
     with model.failures_explained():
         own, store = model.own_logits(tokens), scratch_factory(None, model.dtype, model.device)
-        states, _ = forward(model, torch.cat([tokens.flip(1), tokens]), 1, store)
+        states, _ = forward(model, torch.cat([tokens.flip(1), tokens, tokens.flip(1)]), 1, store)
         with model.embeddings_and_head():
             ours = model.logits(states[0].read(1, 2, model.device), torch.zeros_like(tokens))
         own, ours = (logits.float().nan_to_num(0.0, 0.0, 0.0) for logits in (own, ours))  # damaged weights: found later

@@ -31,10 +31,33 @@ WEIGHT_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 """Dtypes of dense weights in a checkpoint."""
 
 
+def auto_class(config: Any) -> Any:
+    """Return the class of ``transformers`` that builds and loads the language model of a config.
+
+    That is ``AutoModelForImageTextToText`` for a model of images and text that is no causal language model besides,
+    and ``AutoModelForCausalLM`` for all others.
+    """
+    from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
+
+    causal, wrapper = AutoModelForCausalLM._model_mapping, AutoModelForImageTextToText._model_mapping  # semi-private
+    only_wrapper = type(config) in wrapper and type(config) not in causal
+    return AutoModelForImageTextToText if only_wrapper else AutoModelForCausalLM
+
+
+def auto_class_name(architecture: str) -> str:
+    """Return the name of :func:`auto_class` for a model class, by its name in ``transformers``."""
+    from transformers.models.auto import modeling_auto
+
+    causal = modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values()
+    wrapper = modeling_auto.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES.values()
+    only_wrapper = architecture in wrapper and architecture not in causal
+    return "AutoModelForImageTextToText" if only_wrapper else "AutoModelForCausalLM"
+
+
 def build_model(
     checkpoint: Checkpoint, *, trust_remote_code: bool = False, shapes: Mapping[str, tuple[int, ...]] | None = None
 ) -> Any:
-    """Build a checkpoint's causal language model on the meta device, without weights.
+    """Build a checkpoint's language model, with a vision tower if it has one, on the meta device, without weights.
 
     Args:
         checkpoint: the checkpoint.
@@ -46,7 +69,7 @@ def build_model(
             not trusted.
     """
     from accelerate import init_empty_weights
-    from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers import AutoConfig
     from transformers.initialization import no_init_weights
 
     folder = checkpoint.folder
@@ -64,6 +87,8 @@ def build_model(
         raise FistaPrunerError(
             f"{folder}: {config.model_type} is an encoder-decoder; only decoder-only language models are pruned"
         )
+    if not hasattr(config.get_text_config(), "vocab_size"):
+        raise FistaPrunerError(f"{folder}: {config.model_type} has no vocab_size in config.json: it predicts no text")
     own_widths = "widths" in (checkpoint.config.get("quantization_config") or ())
     free = shapes is not None or (own_widths and not (folder / PACKED_RECORD).exists())
     widths = read_widths(checkpoint.config, folder) if free else {}
@@ -80,22 +105,23 @@ def build_model(
             what = "its config asks for quantisation while it runs"
             raise FistaPrunerError(f"{folder}: {what} ({method}), which is not supported")
         raise FistaPrunerError(f"{folder}: the checkpoint is quantised ({method}); prune the unquantised one")
-    text, known = config.get_text_config(), AutoModelForCausalLM._model_mapping  # a semi-private table
+    text, auto = config.get_text_config(), auto_class(config)
+    known = auto._model_mapping  # a semi-private table
     if text is not config and type(config) not in known and "auto_map" not in checkpoint.config:
         advice = (
             f": save its language model ({text.model_type}) as a checkpoint of its own" if type(text) in known else ""
         )
         raise FistaPrunerError(
             f"{folder}: {config.model_type} is a model of more than text, and transformers builds no causal language "
-            f"model of it{advice}"
+            f"model and no image-text model of it{advice}"
         )
     try:
         with no_init_weights(), init_empty_weights(include_buffers=False):
-            model = AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
+            model = auto.from_config(config, trust_remote_code=trust_remote_code)
     except Exception as error:  # again: sizes that are zero, negative or do not divide, names that are not known
         reason = " ".join(str(error).split())[:200] or type(error).__name__
         fault = FistaPrunerError(
-            f"{folder}: no {config.model_type} causal language model can be built from config.json: {reason}"
+            f"{folder}: no {config.model_type} language model can be built from config.json: {reason}"
         )
         raise needs_code(folder, error) or fault from None
     if widths:
@@ -114,14 +140,14 @@ def refuse_own_code(folder: Path, why: str) -> None:
         FistaPrunerError: names the folder.
     """
     from accelerate import init_empty_weights
-    from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers import AutoConfig
 
     if "auto_map" not in read_json(folder, "config.json"):
         return
     try:
         config = AutoConfig.from_pretrained(str(folder), trust_remote_code=False)
         with init_empty_weights():
-            AutoModelForCausalLM.from_config(config, trust_remote_code=False)
+            auto_class(config).from_config(config, trust_remote_code=False)
     except Exception as error:  # whatever else is wrong is said where the model is loaded
         if needs_code(folder, error) is not None:
             raise FistaPrunerError(f"{folder} needs Python code of its own: {why}") from None
@@ -218,7 +244,7 @@ def find_decoder_layers(model: Any) -> tuple[str, list[nn.Module]]:
 
 
 def refuse_experts(model: Any, layers_name: str, layers: list[nn.Module]) -> None:
-    """Refuse decoder layers with experts in tensors of three dimensions that are not understood.
+    """Refuse decoder layers with experts in one tensor, of three dimensions or stacked in two, not understood.
 
     Other weights of three dimensions, such as convolutions and gates of recurrences, are no operators: they stay dense.
 
@@ -227,7 +253,10 @@ def refuse_experts(model: Any, layers_name: str, layers: list[nn.Module]) -> Non
     """
     for index, layer in enumerate(layers):
         for name, parameter in layer.named_parameters():
-            if holds_experts(layer.get_submodule(name.rpartition(".")[0]), name, parameter):
+            module = layer.get_submodule(name.rpartition(".")[0])
+            stacked = "expert" in type(module).__name__.lower() and sum(size > 1 for size in parameter.shape) > 1
+            plain = isinstance(module, (nn.Linear, Conv1D, nn.Embedding))
+            if holds_experts(module, name, parameter) or (stacked and not plain):
                 raise unsupported(
                     model,
                     f"{layers_name}.{index}.{name} is a fused mixture of experts with {parameter.ndim} dimensions "

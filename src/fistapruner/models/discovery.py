@@ -173,7 +173,7 @@ def discover(model: LayerwiseModel) -> Layout:
     Layers with the same operators are run once. Loads the embeddings, then one decoder layer at a time.
 
     Raises:
-        FistaPrunerError: operators that a forward pass does not use exactly once.
+        FistaPrunerError: operators that a forward pass does not use exactly once; a layer that does not run alone.
     """
     tokens = torch.arange(16).remainder(model.vocabulary).unsqueeze(0)
     model.check()
@@ -187,7 +187,8 @@ def discover(model: LayerwiseModel) -> Layout:
     for index, layer in enumerate(model.layers):
         signature = tuple((name, tuple(module.weight.shape)) for name, module in linear_modules(layer))
         if signature not in known:
-            known[signature] = _watch(model, index, hidden, calls[index])
+            with model.failures_explained():
+                known[signature] = _watch(model, index, hidden, calls[index])
         found.append(known[signature])
     layers, writers, projections = zip(*found, strict=True)
     return Layout(model.layers_name, layers, writers, projections)

@@ -12,6 +12,7 @@ from ..errors import FistaPrunerError, needs_code
 from ..runtime.formatting import size
 from ..runtime.memory import free_device_memory, free_memory, resident_memory
 from ..runtime.numerics import pass_dtype
+from .architecture import auto_class
 from .files.checkpoint import Checkpoint
 from .files.low_rank import LowRankAdapter
 
@@ -97,10 +98,11 @@ def load_whole(
     Raises:
         FistaPrunerError: the checkpoint needs its own code, which was not trusted, or transformers cannot load it.
     """
-    from transformers import AutoModelForCausalLM
+    from transformers import AutoConfig
 
     try:
-        model = AutoModelForCausalLM.from_pretrained(
+        config = AutoConfig.from_pretrained(str(folder), trust_remote_code=trust_remote_code)
+        model = auto_class(config).from_pretrained(
             str(folder), dtype=dtype or "auto", trust_remote_code=trust_remote_code
         )
     except (OSError, ValueError) as error:

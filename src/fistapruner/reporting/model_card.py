@@ -26,6 +26,8 @@ def model_card(report: Report) -> str:
     Args:
         report: of the run; figures that are not in it are left out of the card.
     """
+    from ..models.architecture import auto_class_name  # imports torch, which pages do without
+
     return render(
         "model_card.md.j2",
         report=report,
@@ -34,6 +36,7 @@ def model_card(report: Report) -> str:
         name=base_model(report),
         amount=amount(report),
         smaller=structure_sentence(report),
+        auto_class=auto_class_name(report.model.architecture),
         free_widths=has_free_widths(report),
         done=DONE[report.kind],
         training=_training(report),

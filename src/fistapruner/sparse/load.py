@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import FistaPrunerError
-from ..models.architecture import find_decoder_layers, loaded_dtype, refuse_own_code, set_widths
+from ..models.architecture import auto_class, find_decoder_layers, loaded_dtype, refuse_own_code, set_widths
 from ..models.experts import separate_experts
 from ..models.files.checkpoint import read_json, read_widths, widths_section
 from ..models.names import expert_sources, joined_sources, stored_names
@@ -50,14 +50,15 @@ def load(
         FistaPrunerError: the folder is damaged or of an unknown version, does not fit its architecture, or needs Python
             code of its own, which is never run here.
     """
-    from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
+    from transformers import AutoConfig, GenerationConfig
 
     if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
         raise FistaPrunerError(f"dtype {dtype!r} is no floating-point dtype of torch, such as torch.bfloat16")
     plain = Path(folder).is_dir() and not is_packed(folder)
     if plain and read_widths(read_json(Path(folder), "config.json"), Path(folder)):
         settings = {"dtype": dtype or "auto", "trust_remote_code": False}
-        return AutoModelForCausalLM.from_pretrained(str(folder), **settings).eval()
+        auto = auto_class(AutoConfig.from_pretrained(str(folder), trust_remote_code=False))
+        return auto.from_pretrained(str(folder), **settings).eval()
     source = PackedCheckpoint(folder, verify=verify)
     refuse_own_code(source.folder, f"transformers loads what 'fistapruner unpack {folder} DIR' makes of it")
     if "model_type" not in source.config():
@@ -98,16 +99,13 @@ def _build(source: PackedCheckpoint, config: Any, dtype: torch.dtype, packed: bo
         FistaPrunerError: a tensor does not fit the architecture, or is missing.
     """
     from accelerate import init_empty_weights
-    from transformers import AutoModelForCausalLM
     from transformers.initialization import no_init_weights
 
     try:
         with no_init_weights(), init_empty_weights(include_buffers=False):
-            model = AutoModelForCausalLM.from_config(config, dtype=dtype)
+            model = auto_class(config).from_config(config, dtype=dtype)
     except Exception as error:  # again: sizes that are zero, negative or do not divide, names that are not known
-        raise _fault(
-            source.folder / "config.json", "describes no causal language model that can be built", error
-        ) from None
+        raise _fault(source.folder / "config.json", "describes no language model that can be built", error) from None
     set_widths(model, source.widths, source.shapes())
     stored = source.names()
     experts = expert_sources(model, stored)

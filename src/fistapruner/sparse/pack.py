@@ -18,6 +18,7 @@ from torch import Tensor
 
 from ..constraints import NM, parse_sparsity
 from ..errors import FistaPrunerError
+from ..models.architecture import auto_class_name
 from ..models.files.checkpoint import (
     PACKED_RECORD,
     PRUNING_RECORD,
@@ -144,7 +145,7 @@ def pack(
         write_json_atomic(partial / "config.json", config)
         if set(files) != {SINGLE}:
             write_index(partial, contents)
-        write_text_atomic(partial / "README.md", model_card(report, values))
+        write_text_atomic(partial / "README.md", model_card(report, values, source.config))
         about = {"format": "fistapruner-packed", "version": VERSION, "values": values, "files": files, "record": record}
         write_json_atomic(partial / PACKED_RECORD, about)
     return report
@@ -453,8 +454,10 @@ def _pack_file(
     return entries, (changed, whole)
 
 
-def model_card(report: PackReport, values: str) -> str:
-    """Format the README.md of a packed folder: what it is and how to load it."""
+def model_card(report: PackReport, values: str, config: Mapping[str, Any]) -> str:
+    """Format the README.md of a packed folder: what it is and how to load it with this ``config.json``."""
+    named = config.get("architectures")
+    auto_class = auto_class_name(named[0] if isinstance(named, list) and named else "")
     return f"""---
 library_name: transformers
 tags: [pruned, sparse, fistapruner]
@@ -467,10 +470,10 @@ Values are stored as {"they were" if values == "same" else values}. Load it with
 
 ```python
 import fistapruner
-from transformers import AutoModelForCausalLM
+from transformers import {auto_class}
 
-model = AutoModelForCausalLM.from_pretrained("FOLDER")       # unpacked to dense while loading
-model = fistapruner.load("FOLDER")                           # operators stay packed, for fast decoding on a CPU
+model = {auto_class}.from_pretrained("FOLDER")  # unpacked to dense while loading
+model = fistapruner.load("FOLDER")  # operators stay packed, for fast decoding on a CPU
 ```
 
 or make it an ordinary checkpoint again with `fistapruner unpack FOLDER OUT`. `FOLDER` is on this machine: of a model

@@ -23,7 +23,7 @@ import numpy as np
 
 from ...errors import FistaPrunerError
 from ...runtime.files import PARTIAL, disk_errors, require_space, sync_folder
-from ..architecture import checkpoint_names, refuse_own_code
+from ..architecture import auto_class, checkpoint_names, refuse_own_code
 from .checkpoint import Checkpoint, read_widths
 from .gguf import architecture_of, check_gguf, name_map, processor_of, transformers_faults
 
@@ -205,6 +205,11 @@ class _Source:
         self.reader = GGUFReader(like)
         self.architecture = architecture_of(like, self.reader, "use llama.cpp's own converter")
         config = AutoConfig.from_pretrained(checkpoint.folder)
+        if auto_class(config) is not AutoModelForCausalLM:
+            raise FistaPrunerError(
+                f"{checkpoint.folder}: {config.model_type} is a model of images and text, and only models of text are "
+                "exported: use llama.cpp's own converter"
+            )
         known = GGUF_CONFIG_MAPPING[self.architecture].items()
         # The width of the MLPs has many names in configs: it comes from the weights.
         self.counts = self._counts(
