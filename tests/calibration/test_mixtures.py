@@ -194,7 +194,6 @@ def test_a_source_replaces_tasks_of_the_recipe_under_it() -> None:
     assert merge(base, {"calibration": {"source": "python"}}) == {"calibration": {"source": "python", "samples": 4}}
     base = {"calibration": {"source": "c4", "tasks": {}}}
     assert merge(base, {"calibration": {"tasks": {"a": "b"}}}) == {"calibration": {"tasks": {"a": "b"}}}
-    assert merge(base, {"calibration": {"source": None, "tasks": None}}) == base
 
 
 @settings(max_examples=25, deadline=None)

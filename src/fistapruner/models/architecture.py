@@ -57,7 +57,7 @@ def auto_class_name(architecture: str) -> str:
 def build_model(
     checkpoint: Checkpoint, *, trust_remote_code: bool = False, shapes: Mapping[str, tuple[int, ...]] | None = None
 ) -> Any:
-    """Build a checkpoint's language model, with a vision tower if it has one, on the meta device, without weights.
+    """Build a checkpoint's language model, with its vision tower, without weights on the meta device.
 
     Args:
         checkpoint: the checkpoint.
@@ -244,7 +244,7 @@ def find_decoder_layers(model: Any) -> tuple[str, list[nn.Module]]:
 
 
 def refuse_experts(model: Any, layers_name: str, layers: list[nn.Module]) -> None:
-    """Refuse decoder layers with experts in one tensor, of three dimensions or stacked in two, not understood.
+    """Refuse decoder layers whose experts are in one tensor in a form that is not understood.
 
     Other weights of three dimensions, such as convolutions and gates of recurrences, are no operators: they stay dense.
 

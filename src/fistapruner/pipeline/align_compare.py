@@ -251,7 +251,9 @@ def _row(label: str, seed: int, report: Report | str) -> AlignRow:
 
 
 def _refuse_folder(folder: Path) -> None:
-    """Refuse a folder with other things in it; a comparison killed before its first figures has left no run.
+    """Refuse a folder with other things in it.
+
+    A comparison that was killed before its first figures has left no run.
 
     Raises:
         FistaPrunerError: names the first of them.

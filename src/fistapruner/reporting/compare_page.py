@@ -58,7 +58,7 @@ class Point:
 
     @property
     def weights(self) -> str:
-        """Say behind the gap that other methods keep fewer weights, or more: `` (+4.6 % weights)``; else nothing."""
+        """Say that other methods keep fewer weights, or more: `` (+4.6 % weights)``; else nothing."""
         return f" ({100 * self.extra:+.1f} % weights)".replace("-", "−") if self.uneven else ""
 
     @property
@@ -110,7 +110,7 @@ def points(rows: Sequence[CompareRow]) -> list[Point]:
 
 
 def _kept(row: CompareRow, whole: int) -> float | None:
-    """Return the share of weights that a row keeps; ``whole`` is their number before structure was removed."""
+    """Return the share of its weights that a row keeps; ``whole``: their number before structure went."""
     weights, zeros = row.operator_weights, row.operator_zeros
     if not weights or zeros is None:
         return None
@@ -119,7 +119,7 @@ def _kept(row: CompareRow, whole: int) -> float | None:
 
 
 def _extra(point: Point, found: Sequence[Point]) -> float:
-    """Return how much more weights a point keeps than the one at its sparsity that is nearest to what that asks."""
+    """Return by how much a point's share of weights is above that of its sparsity's nearest point."""
     shares = [other.kept for other in found if other.sparsity == point.sparsity and other.kept is not None]
     asked = 1 - _zeros(point.sparsity)
     return point.kept - min(shares, key=lambda share: abs(share - asked)) if point.kept is not None else 0.0

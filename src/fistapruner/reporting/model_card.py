@@ -115,7 +115,7 @@ def _metadata(report: Report) -> dict[str, Any]:
 
 
 def _pattern_tag(report: Report) -> str:
-    """Write the sparsity as a tag: ``2:4``, ``50-percent``, ``mixed-n:4``, or ``mixed`` for one that names set."""
+    """Write the sparsity as a tag: ``2:4``, ``50-percent``, ``mixed-n:4``, or ``mixed`` if names set it."""
     label = sparsity_label(report.pruning) or report.sparsity
     if label.endswith(OTHERS_BY_NAME):
         return "mixed"

@@ -223,7 +223,7 @@ def _leaves(parameters: MaskedParameters) -> dict[str, Tensor]:
 
 
 def _values(parameters: MaskedParameters, summed: Mapping[str, _Summed]) -> dict[str, Tensor]:
-    """The parameters as the layer's forward pass uses them, differentiable: both parts of an operator are added."""
+    """The parameters as the forward pass uses them, differentiable: both parts are added."""
     exact, starts = parameters.exact(), parameters.starts()
     factors = {name + part for name in summed for part in (A, B)}
     return {
