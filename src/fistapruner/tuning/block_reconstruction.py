@@ -116,7 +116,7 @@ def reconstruct_layer(
 
         def validate() -> float:
             with torch.no_grad():
-                values = _values(parameters, summed) if summed else _leaves(parameters)
+                values = _values(parameters, summed)
                 losses = (loss(_run(model, index, values, loss.inputs(window), calls), window) for window in held)
                 return sum(map(float, losses)) / len(held)
 
@@ -132,13 +132,8 @@ def reconstruct_layer(
             window = order[taken - 1]
             optimizer.zero_grad()
             with torch.enable_grad():
-                values = _values(parameters, summed) if summed else _leaves(parameters)
-                value = loss(_run(model, index, values, loss.inputs(window), calls), window)
+                value = loss(_run(model, index, _values(parameters, summed), loss.inputs(window), calls), window)
             (value if up == 1.0 else value * up).backward()
-            if not summed:
-                gradients = {name: leaf.grad for name, leaf in values.items() if leaf.grad is not None}
-                for name, gradient in parameters.chain(gradients).items():
-                    parameters.masters[name].grad = gradient
             for master in parameters.masters.values() if up > 1.0 else ():
                 if master.grad is not None:
                     master.grad.div_(up)
@@ -212,18 +207,10 @@ def _parameters(layer: nn.Module, groups: Sequence[Group], summed: Mapping[str, 
     return MaskedParameters(tensors, pruned)
 
 
-def _leaves(parameters: MaskedParameters) -> dict[str, Tensor]:
-    """The parameters as the layer's forward pass uses them, as leaves.
-
-    That is quicker than products with the masks, and the same: a master is zero where its mask is, from the start, and
-    its masked gradient leaves it so.
-    """
-    starts = parameters.starts()
-    return {name: each.detach().to(starts[name].dtype).requires_grad_() for name, each in parameters.masters.items()}
-
-
 def _values(parameters: MaskedParameters, summed: Mapping[str, _Summed]) -> dict[str, Tensor]:
-    """The parameters as the forward pass uses them, differentiable: both parts are added."""
+    """The parameters as the layer's forward pass uses them: both parts of an operator are added."""
+    if not summed:
+        return parameters.values()
     exact, starts = parameters.exact(), parameters.starts()
     factors = {name + part for name in summed for part in (A, B)}
     return {

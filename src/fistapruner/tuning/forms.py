@@ -107,11 +107,6 @@ class Dense(Form):
     def weight(self, weight: Tensor, mask: Tensor, trained: Mapping[str, Tensor]) -> Tensor:
         return trained[ITSELF] * mask
 
-    def gradients(
-        self, weight: Tensor, mask: Tensor, trained: Mapping[str, Tensor], above: Tensor
-    ) -> dict[str, Tensor]:
-        return {ITSELF: (above * mask).float()}
-
     def numbers(self, rows: int, columns: int, survivors: int) -> int:
         return rows * columns
 
