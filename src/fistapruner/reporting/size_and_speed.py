@@ -10,7 +10,6 @@ from typing import Any
 
 from ..runs.records import Report
 from ..runtime.formatting import count, duration, percent, significant, size
-from ..sparse.pack import MIN_ZEROS
 
 Row = tuple[str, str, str, str, str]
 """Measure, dense, pruned, change, how it was measured."""
@@ -41,6 +40,8 @@ def packed_speeds(report: Report) -> list[dict[str, Any]]:
 
 def becomes_smaller_packed(report: Report) -> bool:
     """Check whether ``pack`` takes the model and it has enough zeros to become smaller without them."""
+    from ..sparse.pack import MIN_ZEROS  # imports torch, which reading figures does without
+
     totals = report.totals
     return report.packable and (totals.operator_zeros or 0) >= MIN_ZEROS * (totals.operator_weights or math.inf)
 

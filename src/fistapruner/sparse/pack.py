@@ -18,7 +18,6 @@ from torch import Tensor
 
 from ..constraints import NM, parse_sparsity
 from ..errors import FistaPrunerError
-from ..models.architecture import auto_class_name
 from ..models.files.checkpoint import (
     PACKED_RECORD,
     PRUNING_RECORD,
@@ -456,6 +455,8 @@ def _pack_file(
 
 def model_card(report: PackReport, values: str, config: Mapping[str, Any]) -> str:
     """Format the README.md of a packed folder: what it is and how to load it with this ``config.json``."""
+    from ..models.architecture import auto_class_name  # imports transformers, which packing does without
+
     named = config.get("architectures")
     auto_class = auto_class_name(named[0] if isinstance(named, list) and named else "")
     return f"""---
