@@ -5,7 +5,7 @@ from __future__ import annotations
 from types import NoneType
 from typing import Any, get_args
 
-from pydantic import ValidationError
+from pydantic import BaseModel, ValidationError, ValidationInfo
 
 
 class FistaPrunerError(Exception):
@@ -36,19 +36,19 @@ def needs_code(folder: object, error: Exception) -> FistaPrunerError | None:
     )
 
 
-def refuse_yes_no(value: Any, kind: Any) -> None:
+def refuse_yes_no(settings: type[BaseModel], value: Any, info: ValidationInfo) -> Any:
     """Refuse yes and no for a setting whose type is a number; Python takes them for 1 and 0.
 
-    Args:
-        value: as it was given.
-        kind: the setting's type.
+    A pydantic validator of all fields: ``field_validator("*", mode="before")(classmethod(refuse_yes_no))``.
 
     Raises:
         ValueError: pydantic collects it.
     """
-    numbers = {getattr(part, "__origin__", part) for part in get_args(kind) or (kind,)} <= {int, float, NoneType}
-    if isinstance(value, bool) and numbers:
-        raise ValueError("a number is expected")
+    if isinstance(value, bool) and info.field_name is not None:
+        kind = settings.model_fields[info.field_name].annotation
+        if {getattr(part, "__origin__", part) for part in get_args(kind) or (kind,)} <= {int, float, NoneType}:
+            raise ValueError("a number is expected")
+    return value
 
 
 def explain(error: Exception) -> str:

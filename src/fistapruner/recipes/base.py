@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Self
 
 import yaml
-from pydantic import AfterValidator, BaseModel, ConfigDict, ValidationError, ValidationInfo, field_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, ValidationError, field_validator
 
 from ..errors import FistaPrunerError, explain, refuse_yes_no
 from .loading import load_recipe_settings, parse_yaml
@@ -32,13 +32,7 @@ class Settings(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    @field_validator("*", mode="before")
-    @classmethod
-    def _no_number(cls, value: Any, info: ValidationInfo) -> Any:
-        """Refuse yes and no for a number."""
-        if info.field_name is not None:
-            refuse_yes_no(value, cls.model_fields[info.field_name].annotation)
-        return value
+    _no_yes_or_no = field_validator("*", mode="before")(classmethod(refuse_yes_no))
 
 
 class RunRecipe(Settings):

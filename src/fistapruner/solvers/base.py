@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from typing import Annotated, Any, ClassVar, Literal
 
 import torch
-from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validator
+from pydantic import BaseModel, ConfigDict, Field, field_validator
 from torch import Tensor
 
 from ..constraints import Constraint, Scope
@@ -111,13 +111,7 @@ class Method(BaseModel, ABC):
     takes: ClassVar[Literal["nothing", "norms", "Gram"]] = "Gram"
     """What it takes from the calibration text: nothing, the norms of the inputs, or all of their Gram."""
 
-    @field_validator("*", mode="before")
-    @classmethod
-    def _no_number(cls, value: Any, info: ValidationInfo) -> Any:
-        """Refuse yes and no for a number."""
-        if info.field_name is not None:
-            refuse_yes_no(value, cls.model_fields[info.field_name].annotation)
-        return value
+    _no_yes_or_no = field_validator("*", mode="before")(classmethod(refuse_yes_no))
 
     @abstractmethod
     def solve(self, problem: LayerProblem, sparsity: Sequence[Constraint], start: Solution | None = None) -> Solution:
