@@ -4,13 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection
 
-import torch
-
 from ..problem import LayerProblem
 from ..pruning.partition import Part, cut
 from ..recipes.execution_settings import Execution
 from ..runs.listener import Listener
-from ..runtime.devices import available_cores, cpu_threads, worker_devices
+from ..runtime.devices import available_cores, cpu_threads, usable_threads, worker_devices
 from ..runtime.memory import release_device_memory
 from ..runtime.numerics import exact_products
 from .context import RunContext
@@ -103,5 +101,5 @@ def default_threads(execution: Execution) -> int:
     if execution.threads:
         return execution.threads
     if execution.executor == "serial":
-        return min(torch.get_num_threads(), available_cores())
+        return usable_threads()
     return max(1, available_cores() // len(worker_devices(execution.device, execution.workers, None)))
