@@ -47,8 +47,7 @@ def align(
         model: run directory of :func:`fistapruner.prune`, :func:`fistapruner.recover` or of this function, or a
             pruned checkpoint.
         out: the run directory. One that holds an unfinished run of the same recipe is continued.
-        recipe: all settings: a AlignRecipe, a mapping, or the name of a YAML file; None is the
-            default recipe.
+        recipe: all settings: an AlignRecipe, a mapping, or the name of a YAML file; None is the default recipe.
         dense: the dense model; None takes the one that the run or the checkpoint's record names.
         allow_pickle: read legacy ``.bin`` weights.
         trust_remote_code: run Python code that comes with the checkpoint.

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,6 +22,18 @@ from ..runs.prune_directory import PruneDirectory
 from ..runs.records import Report
 from ..runtime.devices import choose_device, device_title
 from ..sensitivity.workload import workload_sha256
+
+
+def evaluation_on(evaluate: str | Path, windows: Any) -> EvaluationRequest:
+    """Return the request to evaluate on a text, a file by its absolute path.
+
+    Raises:
+        FistaPrunerError: a number of windows that is none.
+    """
+    if windows is not None and (not isinstance(windows, int) or isinstance(windows, bool)):
+        raise FistaPrunerError(f"evaluate_windows {windows!r}: a whole number from 1 is expected")
+    text = str(evaluate)
+    return EvaluationRequest(data=absolute(text) if Path(text).is_file() else text, windows=windows)
 
 
 def moved_text(known: EvaluationRequest | None, now: EvaluationRequest | None) -> dict[str, Any]:
@@ -98,11 +110,9 @@ def find_source(model: str, record: PruneRecord | None, permissions: Permissions
     if record is None:
         return permissions.find(model)
     decision = record.decision
-    if decision.model == model != SMALL_MODEL and not Path(model).expanduser().exists():
-        with suppress(FistaPrunerError):  # it is gone
-            if changed_files(decision.stamps, permissions.at(decision.folder)) is None:
-                return permissions.at(decision.folder)
-    return permissions.find(model, record.versions.get("transformers"))
+    same = decision.model == model != SMALL_MODEL and not Path(model).expanduser().exists()
+    earlier = permissions.at(decision.folder) if same else None
+    return _find_again(model, earlier, decision.stamps, record.versions, permissions)
 
 
 def find_dense(model: str, begun: TrainingRecord | None, permissions: Permissions) -> ModelSource:
@@ -118,11 +128,25 @@ def find_dense(model: str, begun: TrainingRecord | None, permissions: Permission
     """
     if begun is None:
         return permissions.find(model)
-    if (folder := begun.decision.dense) is not None and permissions.at(folder).is_commit_of(model):
-        with suppress(FistaPrunerError):  # it is gone
-            if changed_files(begun.decision.dense_stamps, permissions.at(folder)) is None:
-                return permissions.at(folder)
-    return permissions.find(model, begun.versions.get("transformers"))
+    decision = begun.decision
+    earlier = None if decision.dense is None else permissions.at(decision.dense)
+    if earlier is not None and not earlier.is_commit_of(model):
+        earlier = None
+    return _find_again(model, earlier, decision.dense_stamps, begun.versions, permissions)
+
+
+def _find_again(
+    model: str,
+    earlier: ModelSource | None,
+    stamps: Iterable[tuple[str, str]],
+    versions: Mapping[str, str],
+    permissions: Permissions,
+) -> ModelSource:
+    """Return a model where a run has found it, if its files are there unchanged; else find it by its name."""
+    with suppress(FistaPrunerError):  # it is gone
+        if earlier is not None and changed_files(stamps, earlier) is None:
+            return earlier
+    return permissions.find(model, versions.get("transformers"))
 
 
 def note_place(

@@ -40,7 +40,7 @@ from ..reporting.comparison import comparison_markdown
 from ..reporting.write import write_page
 from ..runs.base import parse, read_json
 from ..runs.decision import TrainingRecord
-from ..runs.directory import RunDirectory
+from ..runs.directory import RunDirectory, refuse_file
 from ..runs.identity import changed_files, stamps
 from ..runs.listener import Listener
 from ..runs.lock import NAME as LOCK
@@ -428,8 +428,7 @@ def _find_source(model: str, folder: Path, permissions: Permissions) -> ModelSou
 
 def _before(folder: Path, model: str) -> list[CompareRow]:
     """Read the rows of the comparison that ``folder`` already holds."""
-    if folder.exists() and not folder.is_dir():
-        raise FistaPrunerError(f"--out {folder} is a file; name a folder")
+    refuse_file(folder)
     if (folder / "compare.json").is_file():
         before = load_comparison(folder)
         if before.model.source and not same_model(before.model.source, model):

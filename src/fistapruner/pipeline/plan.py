@@ -24,6 +24,7 @@ from ..planning.plan import Plan, make_plan
 from ..recipes.execution_settings import Execution
 from ..recipes.patterns import matches
 from ..recipes.settings import Recipe
+from ..runs.directory import refuse_file
 from ..runtime.devices import available_cores, cpu_threads, worker_devices
 from ..runtime.formatting import count, span
 from ..runtime.numerics import exact_products, windows_at_once
@@ -245,16 +246,6 @@ def plan_model(
         return plan
     lost = say_lost_zeros(opened, layout, recipe, sparsity, widths)
     return replace(plan, says=(say_widths(opened, widths), *lost, *plan.says))
-
-
-def refuse_file(out: Path) -> None:
-    """Refuse a file where the plan needs a folder.
-
-    Raises:
-        FistaPrunerError: names it.
-    """
-    if out.exists() and not out.is_dir():
-        raise FistaPrunerError(f"--out {out} is a file; name a folder")
 
 
 def plan_run(

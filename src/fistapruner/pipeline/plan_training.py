@@ -11,12 +11,12 @@ from ..planning.training_sizes import Task
 from ..recipes.align_settings import AlignRecipe
 from ..recipes.recover_settings import RecoverRecipe
 from ..runs.align_directory import AlignDirectory
+from ..runs.directory import refuse_file
 from ..runs.listener import Listener
 from ..runs.training_directory import RecoverDirectory
 from ..runs.training_runs import input_run
 from ..runtime.devices import cpu_threads
 from . import prepare_align, prepare_recover, recover_inputs
-from .plan import refuse_file
 from .training_inputs import R, TrainingRequest
 
 STAND_IN = "python"

@@ -18,7 +18,7 @@ from ..recipes.execution_settings import Execution
 from ..recipes.loading import merge
 from ..recipes.settings import Recipe
 from ..runs.base import read_json
-from ..runs.decision import EvaluationRequest, PruneRecord, TrainingRecord
+from ..runs.decision import PruneRecord, TrainingRecord
 from ..runs.listener import Listener
 from ..runs.lock import hold, preparing
 from ..runs.log import Logged, log_file
@@ -29,7 +29,15 @@ from ..runs.training_directory import RecoverDirectory
 from ..runtime.devices import choose_device, device_title
 from ..runtime.files import disk_errors
 from ..runtime.memory import reset_peak_memory
-from .begun import FinishedRun, absolute, execution_here, find_finished, find_source, note_place, same_path
+from .begun import (
+    FinishedRun,
+    evaluation_on,
+    execution_here,
+    find_finished,
+    find_source,
+    note_place,
+    same_path,
+)
 from .finish import finish, reporting_failure
 from .measure import measure
 from .prepare import prepare
@@ -91,7 +99,9 @@ def prune(
     """
     run, permissions = PruneDirectory(Path(out)), Permissions(allow_pickle, trust_remote_code)
     _check_range(only_layers)
-    evaluation = _evaluation(evaluate, evaluate_windows)
+    if evaluate is None and evaluate_windows is not None:
+        raise FistaPrunerError(f"evaluate_windows {evaluate_windows} has no effect: evaluate names no text")
+    evaluation = None if evaluate is None else evaluation_on(evaluate, evaluate_windows)
     run.check_place()
     begun = run.record()
 
@@ -107,22 +117,6 @@ def prune(
     request = RunRequest(str(model), recipe, permissions, command, evaluation, tokens, only_layers, source)
     report = _run(run, request, listener or Listener(), inspect)
     return report if only_layers else _recover(run, report, recipe, permissions, listener)
-
-
-def _evaluation(evaluate: str | Path | None, windows: Any) -> EvaluationRequest | None:
-    """Return the text to evaluate on.
-
-    Raises:
-        FistaPrunerError: a number of windows that is none, or without a text.
-    """
-    if windows is not None and (not isinstance(windows, int) or isinstance(windows, bool)):
-        raise FistaPrunerError(f"evaluate_windows {windows!r}: a whole number from 1 is expected")
-    if evaluate is None:
-        if windows is not None:
-            raise FistaPrunerError(f"evaluate_windows {windows} has no effect: evaluate names no text")
-        return None
-    text = str(evaluate)
-    return EvaluationRequest(data=absolute(text) if Path(text).is_file() else text, windows=windows)
 
 
 def _check_range(only_layers: Any) -> None:

@@ -29,7 +29,7 @@ from ..runtime.files import disk_errors, sha256_file
 from ..runtime.memory import reset_peak_memory
 from ..runtime.numerics import exact_products
 from ..runtime.ranks import ranks_of_run
-from .begun import absolute, execution_here, find_dense, moved_text, same_path
+from .begun import absolute, evaluation_on, execution_here, find_dense, moved_text, same_path
 from .finish import reporting_failure
 from .finish_training import AddResults, finish
 from .measure import measure
@@ -92,9 +92,7 @@ def train(
 
 def evaluation_request(evaluate: str | None, windows: int | None) -> EvaluationRequest | None:
     """Return the text that is named to evaluate on; None where it is ``auto``, or there is none."""
-    if evaluate in (None, "auto"):
-        return None
-    return EvaluationRequest(data=absolute(evaluate) if Path(evaluate).is_file() else evaluate, windows=windows)
+    return None if evaluate in (None, "auto") else evaluation_on(evaluate, windows)
 
 
 def resume_training(verb: TrainingVerb[R], folder: Path, permissions: Permissions, listener: Listener) -> Report:

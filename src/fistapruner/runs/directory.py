@@ -46,6 +46,16 @@ EARLY = r"log\.txt|lock(\.\d+-\d+|\.preparing)?|times(\.\d+-\d+)?\.json(\.partia
 R = TypeVar("R", bound=RunRecord)
 
 
+def refuse_file(out: Path) -> None:
+    """Refuse a file where a folder is to be written.
+
+    Raises:
+        FistaPrunerError: names it.
+    """
+    if out.exists() and not out.is_dir():
+        raise FistaPrunerError(f"--out {out} is a file; name a folder")
+
+
 class RunDirectory:
     """Paths and records of one run, whichever verb made it.
 
@@ -85,8 +95,7 @@ class RunDirectory:
         Raises:
             FistaPrunerError: names what is in the way.
         """
-        if self.folder.exists() and not self.folder.is_dir():
-            raise FistaPrunerError(f"--out {self.folder} is a file; name a folder")
+        refuse_file(self.folder)
         if not self.folder.is_dir():
             return
         if not self.run_file.exists() and (others := self.foreign()):
