@@ -257,3 +257,34 @@ def test_equals_the_rolling_likelihood_of_lm_eval(tmp_path: Path, text: Path) ->
     found = fp.evaluate(folder, str(text), seqlen=24).perplexity
     assert found is not None
     assert found.nll == pytest.approx(total / count, rel=1e-4)
+
+
+def test_kept_states_give_the_same_figures_and_their_model_runs_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As reference and alone, in blocks of one window and all at once; other windows are not mixed up with them."""
+    folders = [tiny.save("llama", tmp_path / name, seed=seed) for seed, name in enumerate(("dense", "one", "two"))]
+    dense, one, two = (LayerwiseModel(Checkpoint.open(folder), torch.device("cpu")) for folder in folders)
+    tokens = torch.arange(5 * 16).remainder(dense.vocabulary).view(5, 16)
+    run: list[str] = []
+
+    def passes(batch_size: int) -> streaming.Passes:
+        return streaming.Passes(batch_size, tick=lambda what, done, total: run.append(what) if done == total else None)
+
+    expected = [streaming.score_windows(model, tokens, passes(2), dense) for model in (one, two)]
+    run.clear()
+    kept = streaming.KeptStates(folders[0], tmp_path / "states")
+    alone = streaming.score_windows(dense, tokens, passes(2), kept=kept)
+    found = [streaming.score_windows(one, tokens, passes(2), dense, kept)]
+    cut = streaming.slices
+    monkeypatch.setattr(streaming, "slices", lambda count, each, budget: cut(count, each, 2 * each))
+    found.append(streaming.score_windows(two, tokens, passes(2), dense, kept))
+    assert run.count("decoder layers of dense") == 1
+    assert torch.equal(alone.nll, expected[0].reference_nll)
+    for ours, theirs in zip(found, expected, strict=True):
+        assert all(torch.equal(getattr(ours, name), getattr(theirs, name)) for name in ("nll", "reference_nll", "kl"))
+    other = streaming.score_windows(one, tokens[:2].flip(1), passes(2), dense, kept)
+    assert torch.equal(other.kl, streaming.score_windows(one, tokens[:2].flip(1), passes(2), dense).kl)
+    assert (tmp_path / "states").exists()
+    kept.close()
+    assert not (tmp_path / "states").exists()

@@ -28,19 +28,22 @@ SETTINGS: dict[str, Any] = {"calibration": {"source": "python", "samples": 3, "s
 
 
 class Counts(Listener):
-    """Counts the rows that are measured, and interrupts a comparison.
+    """Counts the rows that are measured and the passes of the dense model for it, and interrupts a comparison.
 
     Args:
         stop: a message that begins so interrupts.
     """
 
     def __init__(self, stop: str | None = None) -> None:
-        self.stop, self.measured = stop, 0
+        self.stop, self.measured, self.dense = stop, 0, 0
 
     def say(self, message: str) -> None:
         self.measured += message.startswith("evaluating on")
         if self.stop and message.startswith(self.stop):
             raise KeyboardInterrupt
+
+    def tick(self, what: str, done: int, total: int) -> None:
+        self.dense += done == total and what == "decoder layers of dense model"
 
 
 def test_methods_and_their_settings() -> None:
@@ -121,7 +124,7 @@ def test_run_names_are_plain_and_different() -> None:
 
 
 def test_one_protocol_and_going_on(tmp_path: Path) -> None:
-    source = tiny.save("llama", tmp_path / "model")
+    source = tiny.save("llama", tmp_path / "dense model")
     out = tmp_path / "out"
     named = {"settings": SETTINGS, "windows": 3, "seeds": (0, 1)}
     methods = "magnitude,wanda+refit@propagate=pruned,dense_target=pruned,sparsegpt@allocation=owl"
@@ -134,6 +137,8 @@ def test_one_protocol_and_going_on(tmp_path: Path) -> None:
     comparison = compare(str(source), methods, ["50%", "2:4"], out, listener=resumed, **named)
     # Five runs were over when the sixth was interrupted. Of the other seven two fail: owl cannot do 2:4.
     assert (stopped.measured, resumed.measured) == (5, 5)
+    assert (stopped.dense, resumed.dense) == (1, 1)  # and not once a row
+    assert not (out / "dense-states").exists()
     assert comparison.status == "finished"
     assert len(comparison.rows) == 12
     failed = [row for row in comparison.rows if row.error]
@@ -161,7 +166,7 @@ def test_one_protocol_and_going_on(tmp_path: Path) -> None:
     table = (out / "compare.md").read_text()
     assert table.count("\n| ") == 1 + 12
     assert "cannot be used with 2:4" in table
-    again = compare(f"{source.parent}/../{source.parent.name}/model/", methods, ["50%", "2:4"], out, **named)
+    again = compare(f"{source.parent}/../{source.parent.name}/{source.name}/", methods, ["50%", "2:4"], out, **named)
     assert [row.gap for row in again.rows] == [row.gap for row in comparison.rows]
     more = compare(str(source), "wanda", ["50%"], out, settings=SETTINGS, windows=3)
     assert [row.label for row in more.rows] == [row.label for row in comparison.rows] + ["wanda"]

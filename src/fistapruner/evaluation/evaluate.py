@@ -23,7 +23,7 @@ from ..runtime.devices import choose_device, threads_within_quota
 from ..runtime.numerics import DTYPES, dtype_name, exact_products, pass_dtype
 from .data import Windows, load_windows
 from .scoring import divergence_of, perplexity_of
-from .streaming import Passes, score_windows
+from .streaming import KeptStates, Passes, score_windows
 from .zero_shot import TaskSettings, evaluate_tasks, find_tasks
 
 LONGEST_DEFAULT = 2048
@@ -52,6 +52,7 @@ def evaluate(
     tick: Tick = lambda what, done, total: None,
     keep: Callable[[Evaluation], None] = lambda found: None,
     warn: Callable[[str], None] | None = None,
+    kept: KeptStates | None = None,
 ) -> Evaluation:
     """Measure a model, alone or against the dense one on the same tokens.
 
@@ -81,6 +82,7 @@ def evaluate(
         keep: called with what is measured before the tasks begin, so that it is not lost if they fail.
         warn: called with a sentence where ``memory_limit`` does not hold one batch of windows, and it is exceeded; None
             refuses such a limit.
+        kept: hidden states of one of the models on this text, from earlier evaluations.
 
     Raises:
         FistaPrunerError: bad input, named; settings, tasks and weights that may not be read before any long work.
@@ -147,7 +149,7 @@ def evaluate(
             other = _open(dense, place, dtype)
             _check_same_tokens(opened, other, tokenizer, dense.tokenizer())
         start = time.perf_counter()
-        sums = score_windows(opened, cut.tokens, Passes(batch_size, memory, warn, tick), other)
+        sums = score_windows(opened, cut.tokens, Passes(batch_size, memory, warn, tick), other, kept)
         forward = time.perf_counter() - start
         perplexity = perplexity_of(sums.nll, sums.length, **_protocol(cut, opened))
         if other is not None and sums.reference_nll is not None:

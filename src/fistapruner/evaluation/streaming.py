@@ -9,9 +9,10 @@ for each block.
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -51,8 +52,60 @@ class Passes:
         return self.batch_size or windows_at_once(seqlen, device)
 
 
+class KeptStates:
+    """Keep the last hidden states of one model in a file, from one evaluation to the next on the same windows.
+
+    So the dense model that many models are compared with runs once.
+
+    Args:
+        model: folder of the model.
+        file: holds the states until :meth:`close`; its folder must exist.
+    """
+
+    def __init__(self, model: Path, file: Path) -> None:
+        self._model, self._file = model, file
+        self._states: HiddenStates | None = None
+        self._tokens: Tensor | None = None
+
+    def of(self, model: LayerwiseModel, tokens: Tensor, passes: Passes) -> HiddenStates | None:
+        """Return the states of all windows, computed if they are not there; None for another model.
+
+        Args:
+            model: the model.
+            tokens: (windows, seqlen) token ids.
+            passes: settings of the passes.
+
+        Raises:
+            FistaPrunerError: as for :func:`score_windows`, or the disk is full.
+        """
+        if model.checkpoint.folder != self._model:
+            return None
+        if self._states is not None and self._states.dtype == model.dtype and torch.equal(self._tokens, tokens):
+            return self._states
+        self.close()
+        self._tokens, self._states = tokens, HiddenStates((*tokens.shape, model.width), model.dtype, self._file)
+        try:
+            for start, stop, (block,) in _blocks([model], tokens, passes, [model]):
+                for window in range(stop - start):
+                    self._states.write(start + window, block.read(window, window + 1))
+        except BaseException:
+            self.close()
+            raise
+        return self._states
+
+    def close(self) -> None:
+        """Remove the states and their file."""
+        if self._states is not None:
+            self._states.close()
+        self._states = self._tokens = None
+
+
 def score_windows(
-    model: LayerwiseModel, tokens: Tensor, passes: Passes, reference: LayerwiseModel | None = None
+    model: LayerwiseModel,
+    tokens: Tensor,
+    passes: Passes,
+    reference: LayerwiseModel | None = None,
+    kept: KeptStates | None = None,
 ) -> WindowSums:
     """Compute sums over every window of a model, and of a reference model on the same tokens.
 
@@ -61,27 +114,21 @@ def score_windows(
         tokens: (windows, seqlen) token ids.
         passes: settings of the passes.
         reference: the dense model, or None.
+        kept: states of one of them, which then runs only if they are not there.
 
     Raises:
         FistaPrunerError: a model gives NaN; it is named. Or a GPU has no memory for one window at a time. Or the limit
             does not hold the windows of one forward pass.
     """
-    windows, seqlen = tokens.shape
-    batch_size = passes.batch(seqlen, model.device)
     models = [model] if reference is None else [model, reference]
-    each = sum(seqlen * model.width * model.dtype.itemsize for model in models)
-    if passes.memory_limit is None:
-        budget = free_memory() // 2
-    else:
-        budget = _left_for_states(models, passes, min(batch_size, windows) * each, passes.memory_limit)
+    known = [None if kept is None else kept.of(each, tokens, passes) for each in models]
+    unknown = [each for each, states in zip(models, known, strict=True) if states is None]
     rows: list[tuple[float, ...]] = []
-    for start, stop in slices(windows, each, budget):
-        block = tokens[start:stop]
-        states: list[HiddenStates] = []
-        for each_model in models:
-            found, batch_size = _last_hidden(each_model, block, batch_size, passes.tick)
-            states.append(found)
-        rows += _reduce(models, states, block, passes.tick)
+    for start, stop, computed in _blocks(unknown, tokens, passes, models):
+        found = iter(computed)
+        states = [(next(found), 0) if whole is None else (whole, start) for whole in known]
+        rows += _reduce(models, states, tokens[start:stop], passes.tick)
+    length = tokens.shape[1] - 1
     columns = torch.tensor(rows, dtype=torch.float64).T
     for position, each_model in enumerate(models):
         if bool(columns[position].isnan().any()):
@@ -90,11 +137,40 @@ def score_windows(
                 "float32"
             )
     if reference is None:
-        return WindowSums(columns[0], seqlen - 1)
-    return WindowSums(columns[0], seqlen - 1, columns[1], columns[2], columns[3])
+        return WindowSums(columns[0], length)
+    return WindowSums(columns[0], length, columns[1], columns[2], columns[3])
 
 
-def _left_for_states(models: list[LayerwiseModel], passes: Passes, least: int, limit: int) -> int:
+def _blocks(
+    unknown: Sequence[LayerwiseModel], tokens: Tensor, passes: Passes, models: Sequence[LayerwiseModel]
+) -> Iterator[tuple[int, int, list[HiddenStates]]]:
+    """Run windows through decoder layers, as many at a time as memory holds the states of.
+
+    Args:
+        unknown: the models to run.
+        tokens: (windows, seqlen) token ids.
+        passes: settings of the passes.
+        models: all that are in memory meanwhile.
+
+    Yields:
+        First window of a block, window after its last one, and the last hidden states of every model that runs.
+    """
+    windows, seqlen = tokens.shape
+    batch_size = passes.batch(seqlen, models[0].device)
+    each = sum(seqlen * model.width * model.dtype.itemsize for model in unknown)
+    if passes.memory_limit is None:
+        budget = free_memory() // 2
+    else:
+        budget = _left_for_states(models, passes, min(batch_size, windows) * each, passes.memory_limit)
+    for start, stop in slices(windows, max(1, each), budget):
+        states: list[HiddenStates] = []
+        for model in unknown:
+            found, batch_size = _last_hidden(model, tokens[start:stop], batch_size, passes.tick)
+            states.append(found)
+        yield start, stop, states
+
+
+def _left_for_states(models: Sequence[LayerwiseModel], passes: Passes, least: int, limit: int) -> int:
     """Count the bytes that a limit leaves for hidden states, at least those of one forward pass.
 
     Beside them are the process as it is and, unless they are on a GPU, embeddings, final norms and heads of the models,
@@ -169,9 +245,16 @@ def _last_hidden(model: LayerwiseModel, tokens: Tensor, batch_size: int, tick: T
 
 
 def _reduce(
-    models: list[LayerwiseModel], states: list[HiddenStates], tokens: Tensor, tick: Tick
+    models: Sequence[LayerwiseModel], states: Sequence[tuple[HiddenStates, int]], tokens: Tensor, tick: Tick
 ) -> list[tuple[float, ...]]:
-    """Compute sums of every window of a block from the last hidden states of one or two models."""
+    """Compute sums of every window of a block from the last hidden states of one or two models.
+
+    Args:
+        models: the models.
+        states: of each model, and the number of the block's first window in them.
+        tokens: (windows, seqlen) token ids of the block.
+        tick: receives progress.
+    """
     vocabulary = models[0].vocabulary
     rows: list[tuple[float, ...]] = []
     with (
@@ -183,7 +266,9 @@ def _reduce(
         for window in range(len(tokens)):
             targets = tokens[window, 1:].to(models[0].device)
             pairs = zip(states, models, strict=True)
-            hidden = [state.read(window, window + 1, model.device)[0, :-1] for state, model in pairs]
+            hidden = [
+                found.read(first + window, first + window + 1, model.device)[0, :-1] for (found, first), model in pairs
+            ]
             if len(models) == 1:
                 rows.append((score_tokens(hidden[0], targets, heads[0], vocabulary),))
             else:

@@ -18,7 +18,7 @@ import shlex
 import shutil
 import sys
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import suppress
+from contextlib import closing, suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -30,6 +30,7 @@ from ..calibration import window_length
 from ..errors import FistaPrunerError, MissingExtraError, explain
 from ..evaluation.data import load_windows
 from ..evaluation.evaluate import evaluate as run_evaluation
+from ..evaluation.streaming import KeptStates
 from ..execution.context import open_model
 from ..models.files.low_rank import refuse_low_rank, remove_adapter
 from ..models.source import ModelSource, Permissions
@@ -70,6 +71,9 @@ _PERPLEXITY = TypeAdapter(Perplexity)
 
 STAMPS = "stamps"
 """Key in ``dense.json`` of the :func:`~fistapruner.runs.identity.stamps` of the model that was measured."""
+
+STATES = "dense-states"
+"""File with the dense model's last hidden states on the evaluation windows, while a comparison runs."""
 
 
 def compare(
@@ -139,13 +143,14 @@ def compare(
         for warning in shared_texts(jobs, data):
             listener.say(warning)
             comparison.warnings.append(warning)
-        shared = _Shared(model, source, folder, protocol, listener, keep)
-        dense = measure_dense(shared)
-        comparison.dense = dense
-        for number, job in enumerate(jobs, 1):
-            listener.say(f"{number}/{len(jobs)}: {job.label}, {job.recipe.sparsity}, seed {job.seed}")
-            comparison.rows.append(run_job(job, shared, comparison, dense))
-            _write(folder, comparison)
+        with closing(KeptStates(source.folder, folder / STATES)) as kept:
+            shared = _Shared(model, source, folder, protocol, listener, keep, kept)
+            dense = measure_dense(shared)
+            comparison.dense = dense
+            for number, job in enumerate(jobs, 1):
+                listener.say(f"{number}/{len(jobs)}: {job.label}, {job.recipe.sparsity}, seed {job.seed}")
+                comparison.rows.append(run_job(job, shared, comparison, dense))
+                _write(folder, comparison)
         comparison.status = "finished"
         comparison.finished = now()
         _write(folder, comparison)
@@ -295,6 +300,7 @@ class _Shared:
         protocol: how every row is measured.
         listener: receives progress.
         keep: keep the pruned checkpoints.
+        kept: hidden states of the dense model on the windows of the protocol.
         calibrated: calibration windows that are drawn, by their settings.
     """
 
@@ -304,6 +310,7 @@ class _Shared:
     protocol: Protocol
     listener: Listener
     keep: bool
+    kept: KeptStates
     calibrated: dict[str, tuple[Tensor, dict[str, Any]]] = field(default_factory=dict)
 
     def evaluate(
@@ -320,6 +327,7 @@ class _Shared:
             memory_limit=protocol.memory_limit,
             warn=warn,
             tick=self.listener.tick,
+            kept=self.kept,
             **permissions.keywords(),
         )
 
@@ -440,7 +448,7 @@ def _before(folder: Path, model: str) -> list[CompareRow]:
     # One that was stopped before its first row has left the dense model's figures at most, and runs begun after them.
     names = {entry.name for entry in folder.iterdir()} if folder.is_dir() else set()
     begun = (folder / "dense.json").is_file() or not (folder / "runs").is_dir() or not any((folder / "runs").iterdir())
-    own = {"runs", LOCK, "dense.json", *(name + PARTIAL for name in ("dense.json", "compare.json"))}
+    own = {"runs", LOCK, STATES, "dense.json", *(name + PARTIAL for name in ("dense.json", "compare.json"))}
     if names - own or not begun:
         raise FistaPrunerError(f"--out {folder} is a folder with other things in it; name a new folder")
     return []
