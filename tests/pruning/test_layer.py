@@ -24,7 +24,6 @@ from fistapruner.pipeline.prune import prune
 from fistapruner.problem import LayerProblem, ProblemSums
 from fistapruner.pruning.context import LayerContext, LayerEvents, LayerStreams
 from fistapruner.pruning.drift import DRIFT_NOISE, dense_windows, drift_sources
-from fistapruner.pruning.entries import operator_entries
 from fistapruner.pruning.layer import prune_layer
 from fistapruner.runs.layer_records import LayerEntry
 from fistapruner.runs.listener import Listener
@@ -257,21 +256,6 @@ def test_an_interrupted_run_whose_dense_model_sees_some_of_the_windows(tmp_path:
     prune(str(folder), tmp_path / "parts", recipe=recipe)
     files = [(tmp_path / run / "model" / "model.safetensors").read_bytes() for run in ("whole", "parts")]
     assert files[0] == files[1]
-
-
-def test_a_gram_without_eigenvalues_leaves_them_out_of_the_report(monkeypatch: pytest.MonkeyPatch) -> None:
-    """They are for the report alone; on CUDA the decomposition may fail where the solver's factorisation does not."""
-    weight, gram = torch.ones(2, 4), torch.eye(4)
-    problem = LayerProblem(weight, gram, energy=torch.ones(2))
-    solution = solve(problem, "50%", "magnitude")
-
-    def fail(_: Tensor) -> Tensor:
-        raise torch.linalg.LinAlgError("failed to converge")
-
-    monkeypatch.setattr(torch.linalg, "eigvalsh", fail)
-    (entry,) = operator_entries(problem, solution, [0.1], (Operator("o_proj", 2, 4, False),), 0, ["50%"])
-    assert entry.spectrum is None
-    assert entry.zeros == 4
 
 
 def test_windows_of_the_dense_model() -> None:

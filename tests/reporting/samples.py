@@ -48,7 +48,6 @@ def layer(index: int, count: int) -> dict[str, Any]:
             {"method": "sparsegpt", "relative_error": 1.2 * error, "seconds": 0.2},
             {"method": "fista", "relative_error": error, "seconds": 0.9, "rounds": rounds, "e_total": 0.93},
         ]
-        ranks = [1, 2, 4, 8, 16, 32, 64]
         operators.append(
             {
                 "name": name,
@@ -59,9 +58,6 @@ def layer(index: int, count: int) -> dict[str, Any]:
                 "relative_error": error,
                 "group": group,
                 "steps": steps,
-                "spectrum": [(0.02 if rank > 1 else 1) / rank ** (1 + index / count) for rank in ranks],
-                "spectrum_ranks": ranks,
-                "condition": 120.5 + index,
             }
         )
     return {

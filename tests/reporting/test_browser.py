@@ -31,7 +31,6 @@ FIGURES = {
     "layer-sparsity",
     "chain-errors",
     "solver-path",
-    "spectra",
     "perplexity",
     "divergence",
     "zero-shot",

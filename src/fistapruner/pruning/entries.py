@@ -11,9 +11,6 @@ from ..problem import LayerProblem
 from ..runs.layer_records import OperatorEntry
 from ..solvers.base import Solution
 
-SPECTRUM_LIMIT = 2048
-"""Largest number of inputs for which the Gram's eigenvalues are recorded: they cost O(n^3)."""
-
 
 def operator_entries(
     problem: LayerProblem, solution: Solution, errors: Sequence[float], group: Group, number: int, patterns: list[str]
@@ -28,7 +25,6 @@ def operator_entries(
         number: of the group in its decoder layer.
         patterns: sparsity of each operator, as text.
     """
-    spectrum, ranks, condition = _spectrum(problem)
     entries = []
     parts = solution.weight.split([operator.rows for operator in group])
     dense_errors: Sequence[float | None] = problem.dense_errors() or [None] * len(group)
@@ -47,26 +43,6 @@ def operator_entries(
                 dense_error=dense_error,
                 group=number,
                 steps=stats["steps"],
-                spectrum=spectrum,
-                spectrum_ranks=ranks,
-                condition=condition,
             )
         )
     return entries
-
-
-def _spectrum(problem: LayerProblem) -> tuple[list[float] | None, list[int] | None, float | None]:
-    """Compute relative eigenvalues of the Gram, their ranks, and its largest over the mean diagonal."""
-    n = problem.shape[1]
-    if n > SPECTRUM_LIMIT:
-        return None, None, None
-    try:
-        values = torch.linalg.eigvalsh(problem.gram).flip(0).clamp_min(0)
-    except RuntimeError:  # no convergence, or no memory: it is for the report only
-        return None, None, None
-    top = float(values[0])
-    if top <= 0:
-        return None, None, None
-    ranks = sorted({round(n ** (step / 31)) for step in range(32)})
-    shares = [float(values[rank - 1]) / top for rank in ranks]
-    return shares, ranks, top / max(float(problem.gram.diagonal().mean()), 1e-300)

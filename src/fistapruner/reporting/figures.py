@@ -30,7 +30,6 @@ def layer_figures(report: Report) -> dict[str, Drawing]:
         layer_sparsity(report.layers),
         chain_errors(report.layers),
         solver_path(report.layers),
-        spectra(report.layers),
         time_by_layer(report.layers),
     ]
     return {drawing.key: drawing for drawing in drawings if drawing is not None}
@@ -323,51 +322,6 @@ def solver_records(step: dict[str, Any]) -> tuple[Trace, list[float | None], lis
         return trace, [_percentage(value) for value in values], [_number(value) for value in penalties]
     first = next((value for value in values if value), 1.0)
     return trace, [_number(value / first) for value in values], [_number(value) for value in penalties]
-
-
-def spectra(layers: Sequence[LayerEntry]) -> Drawing | None:
-    """Draw the eigenvalues of the Grams of the hardest operators."""
-    seen: set[tuple[int, int | str]] = set()
-    short = short_names(layers)
-    chosen = []
-    for layer, operator in hardest(layers, 10_000):
-        key = (layer.index, operator.group if operator.group is not None else operator.name)
-        if operator.spectrum and operator.spectrum_ranks and key not in seen:
-            seen.add(key)
-            chosen.append((f"{layer.index} {short[operator.name]}", operator))
-        if len(chosen) == 5:
-            break
-    if not chosen:
-        return None
-
-    def plot(figure: Any, width: int) -> None:
-        axes = figure.subplots()
-        for color, (name, operator) in zip(SERIES, chosen, strict=False):
-            pairs = [
-                (r, v) for r, v in zip(operator.spectrum_ranks or [], operator.spectrum or [], strict=True) if v > 1e-14
-            ]
-            axes.plot([r for r, _ in pairs], [v for _, v in pairs], color=color, label=name)
-        axes.set_xscale("log")
-        axes.set_yscale("log")
-        axes.set_xlabel("rank of the eigenvalue")
-        axes.set_ylabel("share of the largest")
-        style(axes, grid="both")
-        axes.minorticks_off()  # over fourteen decades they would be a hundred
-        axes.legend(loc="lower left")
-
-    conditions = [f"{name} {significant(op.condition, 2)}" for name, op in chosen if op.condition]
-    return draw(
-        "spectra",
-        "Spectrum of the hardest operators' inputs",
-        plot,
-        caption="Eigenvalues of the Gram. A cliff after the first few is the mark of massive activations; a steep "
-        "tail means few directions carry the inputs, and more calibration text may fill it.",
-        description="Log-log lines of eigenvalues by rank. Largest eigenvalue over the mean: "
-        + (", ".join(conditions) or "not recorded")
-        + ".",
-        heights=(330, 330),
-        table=(["operator", "largest over mean"], [[name, significant(op.condition)] for name, op in chosen]),
-    )
 
 
 def time_by_layer(layers: Sequence[LayerEntry]) -> Drawing | None:

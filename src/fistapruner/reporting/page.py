@@ -388,7 +388,7 @@ PHASES = {
     "reconstruct": "block reconstruction",
     "sensitivity": "measurements on the dense model",
     "io": "reading weights, writing results",
-    "report": "spectra and errors for this page",
+    "report": "errors for this page",
     "plain": "one forward pass without hooks, to compare",
     "train": "optimizer steps and checks on held-out windows",
     "write": "writing the checkpoint",

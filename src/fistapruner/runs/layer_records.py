@@ -21,9 +21,6 @@ class OperatorEntry(Record):
         steps: what each step of the method chain recorded: ``method``, ``relative_error``, ``seconds`` and its own
             keys. The report draws the ones it knows: ``rounds`` of a lambda search (list of {lambda, e_total, …}) and
             the ``path`` of ADMM (list of {rho, support_change, …}).
-        spectrum: eigenvalues of its Gram divided by the largest, at log-spaced ranks, descending; ``spectrum_ranks``:
-            the ranks, from 1.
-        condition: largest eigenvalue over the mean of the diagonal.
         tokens: calibration tokens that were routed to its expert; None of operators that read all tokens.
         low_rank: rank of the low-rank part beside it; None of operators without one. ``relative_error`` is then that of
             the sum; zeros and density are those of the sparse part.
@@ -39,9 +36,6 @@ class OperatorEntry(Record):
     dense_error: float | None = None
     group: int | None = None
     steps: list[dict[str, Any]] = []
-    spectrum: list[float] | None = None
-    spectrum_ranks: list[int] | None = None
-    condition: float | None = None
     tokens: int | None = None
     low_rank: int | None = None
     change: float | None = None
