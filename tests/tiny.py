@@ -56,8 +56,28 @@ MIXTURES: dict[str, tuple[str, dict[str, Any]]] = {
             "first_k_dense_replace": 1,
         },
     ),
+    "gemma4": (
+        "Gemma4TextConfig",
+        {
+            **GQA,
+            "num_hidden_layers": 2,
+            "head_dim": 8,
+            "global_head_dim": 8,
+            "sliding_window": 8,
+            "layer_types": ["sliding_attention", "full_attention"],
+            "hidden_size_per_layer_input": 0,
+            "num_kv_shared_layers": 0,
+            "enable_moe_block": True,
+            "num_experts": 4,
+            "top_k_experts": 2,
+            "moe_intermediate_size": 16,
+        },
+    ),
 }
-"""Mixtures of experts. Those of GPT-OSS and Granite are stored as one tensor of all experts."""
+"""Mixtures of experts. Those of GPT-OSS, Granite and Gemma 4 are stored as one tensor of all experts.
+
+Gemma 4's experts and router stand in the decoder layer itself.
+"""
 
 LLAMA = ("self_attn.o_proj", "mlp.down_proj")
 ADDING = {

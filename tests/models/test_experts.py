@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file
 from torch import Tensor
+from torch.nn import functional
 from transformers import AutoModelForCausalLM
 
 import tiny
@@ -16,6 +18,7 @@ from fistapruner.models.discovery import discover, expert_modules
 from fistapruner.models.files.checkpoint import Checkpoint, Stack
 from fistapruner.models.files.writer import write_checkpoint
 from fistapruner.models.layerwise import LayerwiseModel
+from fistapruner.tuning.trained import vectors
 
 FORMS = [True, False]
 """Names and forms of the published checkpoints, and those of transformers today."""
@@ -57,19 +60,21 @@ def by_hand(architecture: str, matrices: dict[str, Tensor], x: Tensor) -> Tensor
         joined = read["joined"] + matrices["joined_bias"]
         gate, up = joined[::2].clamp(max=7.0), joined[1::2].clamp(-7.0, 7.0)
         return matrices["down"] @ ((up + 1) * gate * torch.sigmoid(1.702 * gate)) + matrices["down_bias"]
+    activation = partial(functional.gelu, approximate="tanh") if architecture == "gemma4" else functional.silu
     gate, up = read["joined"].chunk(2) if "joined" in read else (read["gate"], read["up"])
-    return matrices["down"] @ (torch.nn.functional.silu(gate) * up)
+    return matrices["down"] @ (activation(gate) * up)
 
 
 def stored(architecture: str, tensors: dict[str, Tensor], expert: int) -> dict[str, Tensor]:
     """The matrices of an expert in decoder layer 1, (outputs, inputs), as the published checkpoint has them."""
-    if architecture in ("gpt_oss", "granitemoe"):
+    if architecture in ("gpt_oss", "granitemoe", "gemma4"):
         names = {
             "gpt_oss": {"joined": "mlp.experts.gate_up_proj", "down": "mlp.experts.down_proj"},
             "granitemoe": {
                 "joined": "block_sparse_moe.input_linear.weight",
                 "down": "block_sparse_moe.output_linear.weight",
             },
+            "gemma4": {"joined": "experts.gate_up_proj", "down": "experts.down_proj"},
         }[architecture]
         found = {key: tensors[f"model.layers.1.{name}"][expert] for key, name in names.items()}
         if architecture == "gpt_oss":
@@ -120,6 +125,16 @@ def test_every_experts_matrices_are_operators_and_what_routes_is_none(tmp_path: 
                 assert torch.equal(
                     operator.weight(layer), stored(architecture, tensors, operator.expert)[key or "joined"]
                 )
+
+
+def test_a_router_beside_attention_and_mlp_is_left_as_it_is(tmp_path: Path) -> None:
+    """In Gemma 4 it stands in the decoder layer; a gate of the MLP beside it is an operator all the same."""
+    model = opened(tiny.save("gemma4", tmp_path, intermediate_size=4))
+    names = {operator.name for group in discover(model).layers[1] for operator in group}
+    assert {"mlp.gate_proj", "self_attn.q_proj", "experts.3.gate_up_proj"} <= names
+    trained = vectors(model.layers[1], ("norms", "biases"))
+    assert "input_layernorm.weight" in trained
+    assert not [name for name in names | trained if "router" in name]
 
 
 def test_a_mixture_is_one_writer_to_the_residual_stream(tmp_path: Path) -> None:

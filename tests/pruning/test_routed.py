@@ -42,7 +42,8 @@ def test_a_mixture_is_pruned_exactly_and_loads_under_its_own_names(
     )
     operators = {entry.name for entry in report.layers[1].operators}
     parts = 2 if any("gate_up_proj" in name for name in operators) else 3
-    assert sum(".experts." in name for name in operators) == 4 * parts
+    assert sum("experts" in name.split(".") for name in operators) == 4 * parts
+    assert not any("router" in name for name in operators)
     written = Checkpoint.open(tmp_path / "run" / "model")
     model = LayerwiseModel(written, torch.device("cpu"), torch.float32)
     with model.layer(1) as layer:
@@ -50,10 +51,10 @@ def test_a_mixture_is_pruned_exactly_and_loads_under_its_own_names(
             weight = layer.get_submodule(name).weight
             assert NM(2, 4).satisfies(weight), name
             assert int((weight == 0).sum()) == weight.numel() // 2, name
-    # transformers computes what the run does.
+    # transformers computes what the run does. Gemma's factor of embeddings is rounded as the checkpoint is.
     tokens = torch.arange(3, 27)[None]
     with torch.no_grad():
-        loaded = AutoModelForCausalLM.from_pretrained(written.folder, dtype=torch.float32).eval()
+        loaded = AutoModelForCausalLM.from_pretrained(written.folder).eval().float()
         torch.testing.assert_close(model.own_logits(tokens), loaded(tokens).logits, rtol=1e-5, atol=1e-5)
     found = inspect_checkpoint(tmp_path / "run")
     assert not found.violations

@@ -207,15 +207,24 @@ def linear_modules(layer: nn.Module) -> list[tuple[str, nn.Linear | Conv1D]]:
 def router_check(layer: nn.Module) -> Callable[[str, int], bool]:
     """Return a check, by name and outputs, for what routes or weighs a decoder layer's experts.
 
-    It stands beside the experts, and has no more outputs than there are experts.
+    It stands beside the experts, and has no more outputs than there are experts. Beside experts at the root of the
+    layer (Gemma 4) stand attention and MLP, too: there it is what is called a router, whole, or a gate with as many
+    outputs.
     """
-    mixtures = {
-        name.rpartition(".")[0] + ".": (name + ".", experts.number) for name, experts in expert_modules(layer).items()
-    }
-    return lambda name, outputs: any(
-        name.startswith(mixture) and not name.startswith(experts) and outputs in (1, number)
-        for mixture, (experts, number) in mixtures.items()
-    )
+    mixtures = [(*name.rpartition(".")[::2], experts.number) for name, experts in expert_modules(layer).items()]
+
+    def routes(name: str, outputs: int) -> bool:
+        for block, experts, number in mixtures:
+            child, _, _ = name.removeprefix(f"{block}.").partition(".")
+            if (block and not name.startswith(f"{block}.")) or child == experts:
+                continue
+            if not block and "router" in child:
+                return True
+            if outputs in (1, number) and (block or "gate" in child):
+                return True
+        return False
+
+    return routes
 
 
 def expert_modules(layer: nn.Module) -> dict[str, Experts]:
@@ -224,8 +233,11 @@ def expert_modules(layer: nn.Module) -> dict[str, Experts]:
 
 
 def _mixture_blocks(layer: nn.Module) -> list[str]:
-    """Return the names of the modules that hold a mixture whole: router, experts, shared experts."""
-    return list({name.rpartition(".")[0]: None for name in expert_modules(layer) if "." in name})
+    """Return the names of the modules that hold a mixture whole: router, experts, shared experts.
+
+    Of experts at the root of the layer it is their own module.
+    """
+    return list({name.rpartition(".")[0] or name: None for name in expert_modules(layer)})
 
 
 def alike(a: Tensor, b: Tensor) -> bool:
