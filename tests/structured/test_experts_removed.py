@@ -15,10 +15,16 @@ import fistapruner as fp
 import tiny
 from fistapruner.constraints import NM
 from fistapruner.evaluation.inspection import inspect_checkpoint
+from fistapruner.models.architecture import build_changed
+from fistapruner.models.discovery import discover
+from fistapruner.models.files.checkpoint import Checkpoint
+from fistapruner.models.layerwise import LayerwiseModel
+from fistapruner.recipes.structure_settings import Structure
 from fistapruner.runs.layer_records import LayerEntry
 from fistapruner.runs.listener import Listener
 from fistapruner.runs.prune_directory import PruneDirectory
 from fistapruner.runs.records import Report
+from fistapruner.structured import experts as removal
 
 SMALL = {"source": "python", "samples": 4, "seqlen": 32}
 TOKENS = torch.arange(3, 27)[None]
@@ -69,6 +75,16 @@ def test_the_smaller_checkpoint_loads_and_is_the_dense_model_without_those_exper
         assert torch.equal(tensor, expected), name
     assert not inspect_checkpoint(tmp_path / "run").violations
     assert small.generate(TOKENS, min_new_tokens=3, max_new_tokens=3, do_sample=False).shape == (1, 27)
+
+
+def test_a_router_that_would_keep_its_rows_is_refused(tmp_path: Path) -> None:
+    """Gemma 4's computes the same with all rows, but no checkpoint can hold them beside the smaller number."""
+    model = LayerwiseModel(Checkpoint.open(tiny.save("gemma4", tmp_path)), torch.device("cpu"))
+    units, change = removal.find_experts(model, discover(model), Structure(remove="experts=1"), {})
+    assert units[0][0].tensors == {"router.proj.weight": 0, "router.per_expert_scale": 0}
+    lacking = tuple((unit.model_copy(update={"tensors": {}}),) for (unit,) in units)
+    with pytest.raises(fp.FistaPrunerError, match=r"router.* have the shape \(4.* smaller model's has \(3"):
+        removal._prove(model, lacking, build_changed(model.checkpoint, change).eval())
 
 
 def test_routers_keep_every_bit_where_passes_have_fewer(tmp_path: Path) -> None:

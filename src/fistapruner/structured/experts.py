@@ -326,6 +326,7 @@ def _units(
         for name in expert_modules(layer):
             block = name.rpartition(".")[0]
             prefix = f"{model.layers_name}.{index}."
+            inside = f"{prefix}{block}." if block else prefix
             attributes: dict[str, dict[str, int]] = {}
             for inner, module in layer.get_submodule(block).named_modules():
                 full = f"{block}.{inner}".strip(".")
@@ -346,11 +347,7 @@ def _units(
                     after=after,
                     chosen=chosen[f"{prefix}{name}"],
                     groups=groups,
-                    tensors={
-                        key.removeprefix(prefix): dim
-                        for key, dim in tensors.items()
-                        if key.startswith(f"{prefix}{block}.")
-                    },
+                    tensors={key.removeprefix(prefix): dim for key, dim in tensors.items() if key.startswith(inside)},
                     attributes=attributes,
                 )
             )
@@ -376,6 +373,7 @@ def _prove(model: LayerwiseModel, units: ExpertUnits, smaller: Any) -> None:
             continue
         known.add(signature)
         args, kwargs = calls[index]
+        wanted = {name: tuple(tensor.shape) for name, tensor in layers[index].state_dict().items()}
         with model.layer(index) as layer, torch.no_grad():
             for unit in layer_units:
                 scores = torch.rand(unit.before, generator=torch.Generator().manual_seed(0))
@@ -387,9 +385,15 @@ def _prove(model: LayerwiseModel, units: ExpertUnits, smaller: Any) -> None:
                         f"chooses {unit.chosen} for every token"
                     )
                 with fewer_experts(layer, unit, keep):
+                    state = dict(layer.state_dict())
+                    for name, tensor in state.items():  # a layer may compute with rows that its checkpoint cannot have
+                        if wanted.get(name) != tuple(tensor.shape):
+                            raise FistaPrunerError(
+                                f"structure: {place} cannot be cut to {unit.after} experts: {name} would have the "
+                                f"shape {tuple(tensor.shape)}, and the smaller model's has {wanted.get(name)}"
+                            )
                     try:
                         cut = model.run(index, hidden.clone(), calls[index])
-                        state = dict(layer.state_dict())
                         found = hidden_of(functional_call(layers[index], state, (hidden.clone(), *args), kwargs))
                     except (RuntimeError, ValueError, TypeError, IndexError) as error:
                         reason = " ".join(str(error).split())[:150]
