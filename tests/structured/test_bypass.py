@@ -22,6 +22,7 @@ from fistapruner.models.source import UNTRUSTED
 from fistapruner.recipes.settings import Recipe
 from fistapruner.recipes.structure_settings import Structure
 from fistapruner.runs.listener import Listener
+from fistapruner.runs.prune_directory import PruneDirectory
 from fistapruner.structured.bypass import Budget, BypassLearning, MaskLearner, policy_gradient, project
 from fistapruner.structured.units import find_units
 
@@ -154,10 +155,17 @@ def test_an_interrupted_run_goes_on_to_the_same_bytes(tmp_path: Path, baseline: 
         fp.prune(str(folder), tmp_path / "parts", listener=stopping, **settings)
     assert any("45 steps of 2 x 512 tokens take about" in sentence for sentence in stopping.said)
     stopping = Stopping(-1)
-    fp.prune(str(folder), tmp_path / "parts", listener=stopping, **settings)
+    elsewhere = {"threads": 3, "batch_size": 1}  # a machine with other cores and memory would take others
+    fp.prune(str(folder), tmp_path / "parts", listener=stopping, execution=elsewhere, **settings)
     assert "bypass: 20 of 45 steps were taken before" in stopping.said
-    for file in ("bypass.safetensors", "model/model.safetensors"):
-        assert (tmp_path / "parts" / file).read_bytes() == (tmp_path / "whole" / file).read_bytes()
+    assert any("bypass.safetensors was begun with" in sentence for sentence in stopping.said)
+    states = [SafetensorsFile(tmp_path / run / "bypass.safetensors") for run in ("parts", "whole")]
+    assert all(torch.equal(*(state.read(name) for state in states)) for name in ("keep", "baseline"))
+    assert states[0].metadata["identity"] == states[1].metadata["identity"]
+    weights = [tmp_path / run / "model" / "model.safetensors" for run in ("parts", "whole")]
+    assert weights[0].read_bytes() == weights[1].read_bytes()
+    decisions = [PruneDirectory(tmp_path / run).record().decision for run in ("parts", "whole")]
+    assert decisions[0].numerics == decisions[1].numerics
     assert [removal.compensate for layer in report.layers for removal in layer.removals] == ["none"] * 6
     # The channels with the largest probabilities stay, their weights as they were.
     dense = AutoModelForCausalLM.from_pretrained(folder).eval()
@@ -167,3 +175,15 @@ def test_an_interrupted_run_goes_on_to_the_same_bytes(tmp_path: Path, baseline: 
         name = f"{layer.name}.mlp.down_proj"
         keep = metrics.read(f"scores.{name}").argsort(descending=True, stable=True)[:36].sort().values
         assert torch.equal(small.get_parameter(f"{name}.weight"), dense.get_parameter(f"{name}.weight")[:, keep])
+
+
+def test_a_state_of_other_settings_is_not_replaced_in_silence(tmp_path: Path) -> None:
+    folder = tiny.save("llama", tmp_path / "model")
+    structure = {"remove": "mlp=25%", "multiple": 4, "method": "bypass", "steps": 25}
+    with pytest.raises(KeyboardInterrupt):
+        fp.prune(str(folder), tmp_path / "run", structure=structure, calibration=SMALL, listener=Stopping(21))
+    stopping = Stopping(1)
+    other = {**structure, "lr": 0.01}
+    with pytest.raises(KeyboardInterrupt):
+        fp.prune(str(folder), tmp_path / "run", structure=other, calibration=SMALL, listener=stopping)
+    assert any("bypass.safetensors" in sentence and "learning begins again" in sentence for sentence in stopping.said)

@@ -17,7 +17,7 @@ from ..models.files.checkpoint import Orders
 from ..recipes.settings import Recipe
 from ..reporting.structure_text import ONLY_HERE
 from ..reporting.workload_text import workload_sentence
-from ..runs.decision import Numerics
+from ..runs.decision import PlannedRun
 from ..runs.identity import fingerprint
 from ..runs.listener import Listener
 from ..runs.prune_directory import PruneDirectory
@@ -63,7 +63,7 @@ class DenseMeasurements:
         run: the run directory.
         recipe: all settings.
         tokens: (samples, seqlen) calibration tokens.
-        numerics: what decides the last bits.
+        plan: what was planned before.
         states: folder for hidden states; None keeps them in memory.
         listener: receives progress.
     """
@@ -71,7 +71,7 @@ class DenseMeasurements:
     run: PruneDirectory
     recipe: Recipe
     tokens: Tensor
-    numerics: Numerics
+    plan: PlannedRun
     states: Path | None
     listener: Listener
 
@@ -84,7 +84,7 @@ class DenseMeasurements:
         if self.recipe.structure.method != "bypass" or inputs.widths is None or not any(inputs.widths.units):
             return {}
         units = inputs.widths.units
-        identity = fingerprint(self.recipe, inputs.model.checkpoint, self.tokens, self.numerics)
+        identity = fingerprint(self.recipe, inputs.model.checkpoint, self.tokens, self.plan.numerics)
 
         def learn(batch_size: int) -> dict[tuple[int, str], Tensor]:
             learning = BypassLearning(
@@ -98,7 +98,8 @@ class DenseMeasurements:
                 self.listener.tick,
                 batch_size=batch_size,
             )
-            return learning.run(self.run.bypass_file, identity, windows_measured(len(self.tokens)))
+            windows = windows_measured(len(self.tokens))
+            return learning.run(self.run.bypass_file, identity, windows, self.plan.model_dump_json())
 
         advice = "take --structure-method obs, which learns nothing"
         found = self._fitting(inputs, "learn which channels stay", learn, SEQUENCES, advice)
@@ -134,7 +135,7 @@ class DenseMeasurements:
             )
 
         advice = "take --widths uniform, which needs none"
-        units = self._fitting(inputs, "choose widths", choose, min(4, self.numerics.batch_size), advice)
+        units = self._fitting(inputs, "choose widths", choose, min(4, self.plan.numerics.batch_size), advice)
         widths = free_widths(units, config_entries(model, units[0]))
         smaller = resized(layout, widths)
         self.listener.say(f"{say_widths(model, widths)}. {ONLY_HERE}")
@@ -167,7 +168,7 @@ class DenseMeasurements:
             )
 
         advice = "take --allocation uniform and --weighting none, which need none"
-        found = self._fitting(inputs, "measure sensitivity", decide_all, min(4, self.numerics.batch_size), advice)
+        found = self._fitting(inputs, "measure sensitivity", decide_all, min(4, self.plan.numerics.batch_size), advice)
         digest = None
         if found.metrics or found.importance or found.orders or scores:
             digest = self._store(found.metrics or [], found.importance or {}, found.orders, scores)
@@ -202,7 +203,7 @@ class DenseMeasurements:
             FistaPrunerError: memory runs out with one window at a time.
         """
         device = inputs.model.device
-        with cpu_threads(self.numerics.threads), exact_products(), scratch_folder(self.states):
+        with cpu_threads(self.plan.numerics.threads), exact_products(), scratch_folder(self.states):
             for count in dict.fromkeys((batch_size, 1)):
                 try:
                     return work(count)

@@ -20,14 +20,13 @@ from ..execution.executors import default_threads
 from ..models.layerwise import LayerwiseModel
 from ..models.source import ModelSource
 from ..models.whole import load_whole, require_whole, whole_bytes
-from ..planning.sizes import Choice
 from ..recipes.settings import Recipe
-from ..runs.decision import Numerics, PruneDecision, PruneRecord
+from ..runs.decision import Numerics, PlannedRun, PruneDecision, PruneRecord
 from ..runs.identity import fingerprint, stamps, text_sha256
 from ..runs.lineage import begin_lineage
 from ..runs.listener import Listener
 from ..runs.prune_directory import PruneDirectory
-from ..runs.records import CalibrationFacts, ModelFacts, PlanRow
+from ..runs.records import CalibrationFacts, ModelFacts
 from ..runtime.machine import describe_machine, now, versions
 from ..runtime.numerics import dtype_name
 from ..sensitivity.decision import needs_measuring
@@ -82,10 +81,10 @@ def prepare(run: PruneDirectory, request: RunRequest, listener: Listener) -> Non
     drawn = request.drawn
     if drawn is None and SELF in calibration.sources.values():  # it takes long: an attempt stopped after it has left it
         drawn = run.drawn(drawing)
-    numerics, choice, rows = choose_plan(run, request.recipe, inputs, begun, listener, drawn=drawn is not None)
+    plan = choose_plan(run, request.recipe, inputs, begun, listener, drawn=drawn is not None)
     calibrated = draw_calibration(run, request.recipe, inputs, drawing, drawn, listener)
-    states = run.hidden / "sensitivity" if choice.on_disk else None
-    dense = DenseMeasurements(run, request.recipe, calibrated.tokens, numerics, states, listener)
+    states = run.hidden / "sensitivity" if plan.on_disk else None
+    dense = DenseMeasurements(run, request.recipe, calibrated.tokens, plan, states, listener)
     begin = time.perf_counter()
     scores = dense.learn_channels(inputs)
     uniform, inputs = inputs, dense.free_widths(inputs, scores)
@@ -95,11 +94,11 @@ def prepare(run: PruneDirectory, request: RunRequest, listener: Listener) -> Non
         model=absolute(request.model),
         folder=inputs.source.folder.absolute(),
         stamps=tuple(stamps(inputs.model.checkpoint)),
-        numerics=numerics,
+        numerics=plan.numerics,
         evaluation=request.evaluation,
         sparsity=dict(measured.sparsity),
-        on_disk=choice.on_disk,
-        on_device=choice.on_device,
+        on_disk=plan.on_disk,
+        on_device=plan.on_device,
         calibration_sha256=calibrated.text_sha256,
         metrics_sha256=measured.metrics_sha256,
         sensitivity_seconds=time.perf_counter() - begin if measuring else None,
@@ -107,7 +106,7 @@ def prepare(run: PruneDirectory, request: RunRequest, listener: Listener) -> Non
     )
     if begun is not None and _decided(begun.decision) != _decided(decision):
         run.journal.remove()  # the finished layers were pruned by other measurements
-    record(run, request, inputs, calibrated, decision, rows, measured)
+    record(run, request, inputs, calibrated, decision, plan, measured)
 
 
 def _decided(decision: PruneDecision) -> dict[str, Any]:
@@ -123,19 +122,23 @@ def choose_plan(
     listener: Listener,
     *,
     drawn: bool,
-) -> tuple[Numerics, Choice, list[PlanRow]]:
-    """Plan the run; one that has begun keeps what it decided, and with it its last bits.
+) -> PlannedRun:
+    """Plan the run; one that has begun keeps its plan, and with it its last bits.
 
     ``drawn``: the calibration windows are there already, so the model generates none.
-
-    Returns:
-        What decides the last bits, the plan's choice, and the predictions for the report.
     """
     if begun is not None:
         decision = begun.decision
-        numerics = decision.numerics
-        choice = Choice(numerics.batch_size, decision.on_disk, numerics.by_operator, decision.on_device)
-        return numerics, choice, begun.plan
+        return PlannedRun(
+            numerics=decision.numerics, on_disk=decision.on_disk, on_device=decision.on_device, rows=begun.plan
+        )
+    if (kept := _learned_plan(run, recipe, inputs)) is not None:
+        numerics = kept.numerics
+        listener.say(
+            f"{run.bypass_file} was begun with {numerics.batch_size} windows at a time and {numerics.threads} threads: "
+            "this run goes on with them, to the same bits"
+        )
+        return kept
     listener.tick("planning", 0, 1)
     found = plan_run(inputs.model, inputs.smaller, recipe, inputs.sparsity, run.folder, inputs.widths, drawn=drawn)
     for sentence in found.says:
@@ -147,7 +150,21 @@ def choose_plan(
         device=inputs.model.device.type,
         dtype=dtype_name(inputs.model.dtype),
     )
-    return numerics, found.choice, list(found.rows)
+    choice = found.choice
+    return PlannedRun(numerics=numerics, on_disk=choice.on_disk, on_device=choice.on_device, rows=list(found.rows))
+
+
+def _learned_plan(run: PruneDirectory, recipe: Recipe, inputs: Inputs) -> PlannedRun | None:
+    """Return the plan with which this run has learned which channels stay; None where it cannot go on with it."""
+    learned = run.learned()
+    try:
+        plan = PlannedRun.model_validate_json(learned["plan"])
+        identity = fingerprint(recipe, inputs.model.checkpoint, run.tokens(), plan.numerics)
+    except (FistaPrunerError, OSError, KeyError, ValueError):
+        return None
+    here = (inputs.model.device.type, dtype_name(inputs.model.dtype))
+    same = identity == learned.get("identity") and here == (plan.numerics.device, plan.numerics.dtype)
+    return plan if same else None
 
 
 def draw_calibration(
@@ -190,7 +207,7 @@ def record(
     inputs: Inputs,
     calibrated: Calibrated,
     decision: PruneDecision,
-    rows: list[PlanRow],
+    plan: PlannedRun,
     measured: Measured,
 ) -> None:
     """Write ``recipe.yaml`` and ``run.json``: from here on the run can be resumed."""
@@ -211,7 +228,7 @@ def record(
             lineage=lineage,
             warnings=[*inputs.warnings, *([warning] if warning else [])],
             calibration=CalibrationFacts.model_validate({**calibrated.how, **sizes}),
-            plan=rows,
+            plan=plan.rows,
             permuted=dict(measured.permuted),
             workload=measured.workload,
             decision=decision,

@@ -8,7 +8,7 @@ from typing import Any
 from pydantic import BaseModel, ConfigDict
 
 from ..recipes.settings import SparsitySetting
-from .records import Report
+from .records import PlanRow, Report
 
 
 class Frozen(BaseModel):
@@ -33,6 +33,21 @@ class Numerics(Frozen):
     threads: int
     device: str
     dtype: str
+
+
+class PlannedRun(Frozen):
+    """What is planned before any work, and kept when the run goes on.
+
+    Args:
+        numerics: what decides the last bits.
+        on_disk: hidden states are kept in files; ``on_device``: in the GPU's memory. Main memory otherwise.
+        rows: the predictions for the report.
+    """
+
+    numerics: Numerics
+    on_disk: bool
+    on_device: bool
+    rows: list[PlanRow]
 
 
 class EvaluationRequest(Frozen):

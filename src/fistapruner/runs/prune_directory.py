@@ -113,6 +113,13 @@ class PruneDirectory(RunDirectory):
         """Read the (samples, seqlen) calibration token ids."""
         return SafetensorsFile(self.calibration_file).read("tokens")
 
+    def learned(self) -> dict[str, str]:
+        """Return the metadata of the state of learning which channels stay; empty where there is none."""
+        try:
+            return SafetensorsFile(self.bypass_file).metadata
+        except (FistaPrunerError, OSError):
+            return {}
+
     def write_metrics(
         self,
         metrics: Sequence[Tensor],

@@ -161,10 +161,10 @@ class MaskLearner:
         moved = self.keep - rate * policy_gradient(self.keep, masks, losses, self.baseline if self._moving else None)
         self.keep = torch.cat([project(moved[budget.members], budget.kept) for budget in self._budgets])
 
-    def save(self, file: Path, identity: str) -> None:
-        """Write the state after the last step; ``identity``: of the run."""
+    def save(self, file: Path, identity: str, plan: str) -> None:
+        """Write the state after the last step; ``identity``: of the run; ``plan``: kept with the state."""
         state = {"keep": self.keep, "baseline": torch.tensor([self.baseline], dtype=torch.float64)}
-        write_tensors(file, state, {"identity": identity, "step": str(self.step)})
+        write_tensors(file, state, {"identity": identity, "step": str(self.step), "plan": plan})
 
     def load(self, file: Path, identity: str) -> bool:
         """Read a state of the same run; returns whether there is one."""
@@ -259,13 +259,14 @@ class BypassLearning:
         self._pieces = tokens[:, : tokens.shape[1] // length * length].reshape(-1, length)
         self._calls: Calls | None = None
 
-    def run(self, file: Path, identity: str, windows: int) -> dict[tuple[int, str], Tensor]:
+    def run(self, file: Path, identity: str, windows: int, plan: str) -> dict[tuple[int, str], Tensor]:
         """Learn, from the state in ``file`` where there is one.
 
         Args:
             file: where the state is saved.
             identity: of the run.
             windows: calibration windows that the first probabilities come from.
+            plan: of the run, as JSON, kept with the state: what a run that is stopped needs to go on to the same bits.
 
         Returns:
             By decoder layer and name of the consumer, the (units,) fp32 probabilities to stay.
@@ -283,6 +284,11 @@ class BypassLearning:
         if learner.load(file, identity):
             self._say(f"bypass: {learner.step} of {settings.steps} steps were taken before")
         else:
+            if file.exists():
+                self._say(
+                    f"bypass: {file} cannot be read, or is of other settings, text, model files, threads, windows at a "
+                    "time, device or precision: learning begins again, and replaces it"
+                )
             learner.keep = self.first(windows, budgets)
         if not learner.done:
             self._estimate(settings.steps - learner.step)
@@ -291,7 +297,7 @@ class BypassLearning:
             learner.update(masks, self.losses(self._sequences(learner.step), masks))
             self._tick("steps of bypass", learner.step, settings.steps)
             if learner.done or learner.step % EVERY == 0:
-                learner.save(file, identity)
+                learner.save(file, identity, plan)
         return {(slot.index, slot.unit.consumer.name): learner.keep[slot.places].float() for slot in self._slots}
 
     def _estimate(self, steps: int) -> None:
