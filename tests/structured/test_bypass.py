@@ -16,7 +16,7 @@ import fistapruner as fp
 import tiny
 from fistapruner.activations.store import scratch_factory
 from fistapruner.models.discovery import discover
-from fistapruner.models.files.safetensors import SafetensorsFile
+from fistapruner.models.files.safetensors import SafetensorsFile, write_tensors
 from fistapruner.models.layerwise import LayerwiseModel
 from fistapruner.models.source import UNTRUSTED
 from fistapruner.recipes.settings import Recipe
@@ -122,6 +122,12 @@ def test_losses_are_those_of_a_model_whose_inputs_are_masked(tmp_path: Path, arc
             handle.remove()
 
 
+def state_of(run: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """The saved probabilities and baseline of a run, and what is kept with them."""
+    file = SafetensorsFile(run / "bypass.safetensors")
+    return {name: file.read(name) for name in ("keep", "baseline")}, file.metadata
+
+
 class Stopping(Listener):
     """Interrupts a run after so many steps."""
 
@@ -154,18 +160,24 @@ def test_an_interrupted_run_goes_on_to_the_same_bytes(tmp_path: Path, baseline: 
     with pytest.raises(KeyboardInterrupt):
         fp.prune(str(folder), tmp_path / "parts", listener=stopping, **settings)
     assert any("45 steps of 2 x 512 tokens take about" in sentence for sentence in stopping.said)
+    (tensors, metadata), begun = state_of(tmp_path / "parts"), 1000.0
+    assert 0 < float(metadata["seconds"]) < 100
+    write_tensors(tmp_path / "parts" / "bypass.safetensors", tensors, {**metadata, "seconds": str(begun)})
     stopping = Stopping(-1)
     elsewhere = {"threads": 3, "batch_size": 1}  # a machine with other cores and memory would take others
-    fp.prune(str(folder), tmp_path / "parts", listener=stopping, execution=elsewhere, **settings)
+    parts = fp.prune(str(folder), tmp_path / "parts", listener=stopping, execution=elsewhere, **settings)
+    assert begun < parts.totals.time_split["sensitivity"] < begun + 100
     assert "bypass: 20 of 45 steps were taken before" in stopping.said
     assert any("bypass.safetensors was begun with" in sentence for sentence in stopping.said)
-    states = [SafetensorsFile(tmp_path / run / "bypass.safetensors") for run in ("parts", "whole")]
-    assert all(torch.equal(*(state.read(name) for state in states)) for name in ("keep", "baseline"))
-    assert states[0].metadata["identity"] == states[1].metadata["identity"]
+    (found, here), (expected, there) = (state_of(tmp_path / run) for run in ("parts", "whole"))
+    assert all(torch.equal(found[name], tensor) for name, tensor in expected.items())
+    assert (here["identity"], here["step"]) == (there["identity"], "45")
+    assert float(here["seconds"]) > begun
     weights = [tmp_path / run / "model" / "model.safetensors" for run in ("parts", "whole")]
     assert weights[0].read_bytes() == weights[1].read_bytes()
-    decisions = [PruneDirectory(tmp_path / run).record().decision for run in ("parts", "whole")]
-    assert decisions[0].numerics == decisions[1].numerics
+    records = [PruneDirectory(tmp_path / run).record() for run in ("parts", "whole")]
+    numerics = [record.decision.numerics for record in records if record is not None]
+    assert numerics[0] == numerics[1]
     assert [removal.compensate for layer in report.layers for removal in layer.removals] == ["none"] * 6
     # The channels with the largest probabilities stay, their weights as they were.
     dense = AutoModelForCausalLM.from_pretrained(folder).eval()

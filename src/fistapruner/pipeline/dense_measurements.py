@@ -75,6 +75,14 @@ class DenseMeasurements:
     states: Path | None
     listener: Listener
 
+    def _identity(self, inputs: Inputs) -> str:
+        return fingerprint(self.recipe, inputs.model.checkpoint, self.tokens, self.plan.numerics)
+
+    def seconds_before(self, inputs: Inputs) -> float:
+        """Return how long attempts that were stopped have learned which channels stay."""
+        state = self.run.learned()
+        return float(state.get("seconds", 0)) if state and state.get("identity") == self._identity(inputs) else 0.0
+
     def learn_channels(self, inputs: Inputs) -> dict[str, Tensor]:
         """Learn which channels stay, where the recipe asks for it.
 
@@ -84,7 +92,7 @@ class DenseMeasurements:
         if self.recipe.structure.method != "bypass" or inputs.widths is None or not any(inputs.widths.units):
             return {}
         units = inputs.widths.units
-        identity = fingerprint(self.recipe, inputs.model.checkpoint, self.tokens, self.plan.numerics)
+        identity = self._identity(inputs)
 
         def learn(batch_size: int) -> dict[tuple[int, str], Tensor]:
             learning = BypassLearning(

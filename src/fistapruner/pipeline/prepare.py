@@ -85,7 +85,7 @@ def prepare(run: PruneDirectory, request: RunRequest, listener: Listener) -> Non
     calibrated = draw_calibration(run, request.recipe, inputs, drawing, drawn, listener)
     states = run.hidden / "sensitivity" if plan.on_disk else None
     dense = DenseMeasurements(run, request.recipe, calibrated.tokens, plan, states, listener)
-    begin = time.perf_counter()
+    before, begin = dense.seconds_before(inputs), time.perf_counter()
     scores = dense.learn_channels(inputs)
     uniform, inputs = inputs, dense.free_widths(inputs, scores)
     measured = dense.measure(inputs, scores)
@@ -101,7 +101,7 @@ def prepare(run: PruneDirectory, request: RunRequest, listener: Listener) -> Non
         on_device=plan.on_device,
         calibration_sha256=calibrated.text_sha256,
         metrics_sha256=measured.metrics_sha256,
-        sensitivity_seconds=time.perf_counter() - begin if measuring else None,
+        sensitivity_seconds=before + time.perf_counter() - begin if measuring else None,
         structure=None if inputs.widths is None else inputs.widths.decision(),
     )
     if begun is not None and _decided(begun.decision) != _decided(decision):

@@ -145,8 +145,8 @@ class PruneDecision(RunDecision):
         on_disk: hidden states are kept in files; ``on_device``: in the GPU's memory. Main memory otherwise.
         calibration_sha256: of the calibration text; None where it is not a file.
         metrics_sha256: of ``metrics.safetensors``; None where nothing was measured on the dense model.
-        sensitivity_seconds: how long all measurements on the dense model took, learned channels and free widths among
-            them; None where there were none.
+        sensitivity_seconds: how long all measurements on the dense model took, free widths and, over all attempts,
+            learned channels among them; None where there were none.
         structure: the widths of the result; None where they are the dense model's.
     """
 

@@ -134,6 +134,7 @@ class MaskLearner:
     ) -> None:
         self.keep = keep.double()
         self.step = 0
+        self.seconds = 0.0
         self.baseline = math.nan
         self._budgets, self._steps, self._lr, self._moving, self._seed = budgets, steps, lr, moving, seed
 
@@ -164,7 +165,9 @@ class MaskLearner:
     def save(self, file: Path, identity: str, plan: str) -> None:
         """Write the state after the last step; ``identity``: of the run; ``plan``: kept with the state."""
         state = {"keep": self.keep, "baseline": torch.tensor([self.baseline], dtype=torch.float64)}
-        write_tensors(file, state, {"identity": identity, "step": str(self.step), "plan": plan})
+        write_tensors(
+            file, state, {"identity": identity, "step": str(self.step), "seconds": str(self.seconds), "plan": plan}
+        )
 
     def load(self, file: Path, identity: str) -> bool:
         """Read a state of the same run; returns whether there is one."""
@@ -172,8 +175,9 @@ class MaskLearner:
             state = SafetensorsFile(file)
             if state.metadata.get("identity") != identity:
                 return False
+            step, seconds = int(state.metadata["step"]), float(state.metadata.get("seconds", 0))
             self.keep, self.baseline = state.read("keep"), float(state.read("baseline"))
-            self.step = int(state.metadata["step"])
+            self.step, self.seconds = step, seconds
         except (FistaPrunerError, OSError, KeyError, ValueError):
             return False
         return True
@@ -274,6 +278,7 @@ class BypassLearning:
         Raises:
             FistaPrunerError: the dense model's loss is NaN or infinite.
         """
+        begin = time.perf_counter()
         settings = self._settings
         lr = min(RATE * STEPS / settings.steps, MAX_RATE) if settings.lr is None else settings.lr
         budgets = budgets_of(self._slots, together=settings.widths == "free")
@@ -290,6 +295,7 @@ class BypassLearning:
                     "time, device or precision: learning begins again, and replaces it"
                 )
             learner.keep = self.first(windows, budgets)
+        before = learner.seconds
         if not learner.done:
             self._estimate(settings.steps - learner.step)
         while not learner.done:
@@ -297,6 +303,7 @@ class BypassLearning:
             learner.update(masks, self.losses(self._sequences(learner.step), masks))
             self._tick("steps of bypass", learner.step, settings.steps)
             if learner.done or learner.step % EVERY == 0:
+                learner.seconds = before + time.perf_counter() - begin
                 learner.save(file, identity, plan)
         return {(slot.index, slot.unit.consumer.name): learner.keep[slot.places].float() for slot in self._slots}
 
