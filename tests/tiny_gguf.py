@@ -48,8 +48,8 @@ def _add_tokenizer(writer: gguf.GGUFWriter, tokens: list[str]) -> None:
     writer.add_unk_token_id(0)
 
 
-def _add_settings(writer: gguf.GGUFWriter, settings: Mapping[str, bool | int | float]) -> None:
-    add = {bool: writer.add_bool, int: writer.add_uint32, float: writer.add_float32}
+def _add_settings(writer: gguf.GGUFWriter, settings: Mapping[str, bool | int | float | str]) -> None:
+    add = {bool: writer.add_bool, int: writer.add_uint32, float: writer.add_float32, str: writer.add_string}
     for key, value in settings.items():
         add[type(value)](key, value)
 
@@ -75,7 +75,7 @@ def write_gguf(
     scaling: str | None = None,
     part: tuple[int, int] | None = None,
     more: Mapping[str, np.ndarray] | None = None,
-    settings: Mapping[str, bool | int | float] | None = None,
+    settings: Mapping[str, bool | int | float | str] | None = None,
 ) -> LlamaForCausalLM:
     """A tiny Llama as a GGUF file; returns the model with the very values that de-quantising the file must give.
 
@@ -204,7 +204,7 @@ def write_gemma2(path: Path, layers: int) -> None:
     _finish(writer)
 
 
-def write_with_biases(path: Path, architecture: str, settings: Mapping[str, bool | int | float]) -> None:
+def write_with_biases(path: Path, architecture: str, settings: Mapping[str, bool | int | float | str]) -> None:
     """A tiny model of StarCoder2 or StableLM, in fp32.
 
     Args:

@@ -157,6 +157,25 @@ def test_positions_that_transformers_does_not_read_are_restored(
 
 
 @pytest.mark.parametrize(
+    ("name", "pieces"),
+    [
+        ("gpt-2", ["Ġab", "ĠĠ", "Ġ1234", ",", "Ġ5"]),
+        ("smollm", ["Ġab", "ĠĠĠ", "1", "2", "3", "4", ",", "Ġ", "5"]),
+        ("falcon", ["Ġab", "ĠĠ", "Ġ", "123", "4", ",", "Ġ", "5"]),
+        ("stablelm2", ["Ġab", "ĠĠ", "Ġ", "1", "2", "3", "4", ",", "Ġ", "5"]),
+        ("bloom", ["Ġab", "ĠĠ", "Ġ1234", ",", "Ġ5"]),
+        ("llama-bpe", ["Ġab", "ĠĠ", "Ġ", "123", "4", ",", "Ġ", "5"]),
+    ],
+)
+def test_text_is_split_as_the_file_names_it(tmp_path: Path, name: str, pieces: list[str]) -> None:
+    """transformers takes GPT-2's split where it does not know the name: smollm's is one."""
+    write_gguf(tmp_path / "tiny.gguf", settings={"tokenizer.ggml.pre": name})
+    convert_gguf(tmp_path / "tiny.gguf", tmp_path / "out")
+    split = AutoTokenizer.from_pretrained(tmp_path / "out").backend_tokenizer.pre_tokenizer
+    assert [piece for piece, _ in split.pre_tokenize_str(" ab   1234, 5")] == pieces
+
+
+@pytest.mark.parametrize(
     ("what", "said"),
     [
         ({"more": {"rope_freqs.weight": np.linspace(1, 3, 8)}}, "scaled by 'rope_freqs.weight', which transformers"),
@@ -166,6 +185,7 @@ def test_positions_that_transformers_does_not_read_are_restored(
         ({"settings": {"llama.rope.scale_linear": 4.0}}, "has rotary positions scaled by 'linear', which"),
         ({"settings": {"mamba.ssm.dt_b_c_rms": True}}, "is a Falcon-Mamba, with norms .* which transformers does not"),
         ({"settings": {"llama.attention.sliding_window": 512}}, "has llama.attention.sliding_window 512, where"),
+        ({"settings": {"tokenizer.ggml.pre": "default"}}, "splits text by 'default' .tokenizer.ggml.pre., which"),
     ],
 )
 def test_what_transformers_leaves_out_is_refused(tmp_path: Path, what: Any, said: str) -> None:

@@ -29,11 +29,27 @@ MAX_ARRAY = 50_000_000
 MAX_STRING = 2**26
 SHARD_BYTES = 4 * 2**30
 
-CONVERSION = 3
+CONVERSION = 4
 """Version of what is made of a file: it is raised where a conversion changes, so that earlier ones are made again."""
 
 GEMMA2_27B = 46
 """Decoder layers of Gemma 2 27B, which scales attention by width / heads where its smaller ones have the default."""
+
+SPLIT = "tokenizer.ggml.pre"
+"""Key whose value names how a vocabulary of byte-level BPE splits text."""
+
+SPLIT_AS_GPT2 = frozenset(
+    ("gpt-2", "phi-2", "gigachat", "a.x-4.0", "mellum", "exaone4", "mpt", "olmo", "jais", "trillion", "granite-docling")
+)
+"""Values of ``tokenizer.ggml.pre`` of vocabularies that split text as GPT-2 does; so does a file without the key."""
+
+SPLIT_DIGITS = frozenset(("smollm", "starcoder", "refact", "command-r", "codeshell", "exaone", "minerva-7b"))
+"""Those of vocabularies that split text as GPT-2 does, after every digit is split off."""
+
+SPLIT_AS_QWEN2 = frozenset(("stablelm2", "hunyuan"))
+
+SPLIT_AS_BLOOM = frozenset(("bloom", "gpt3-finnish", "poro-chat"))
+BLOOM_SPLIT = r" ?[^(\s|.,!?…。，、।۔،)]+"
 
 _SCALARS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
 _STRING, _ARRAY = 8, 9
@@ -179,7 +195,7 @@ def convert_gguf(path: Path, out: Path, dtype: torch.dtype = torch.bfloat16, *, 
     Raises:
         FistaPrunerError: ``out`` exists, the disk is full, the file is damaged, its architecture is not one that
             ``transformers`` reads from GGUF, it has tensors, positions or windows of attention that
-            ``transformers`` would leave out, or it is a mixture of experts.
+            ``transformers`` would leave out, it splits text in an unknown way, or it is a mixture of experts.
         MissingExtraError: the ``gguf`` package is missing.
     """
     packed = check_gguf(path)
@@ -223,7 +239,48 @@ def _describe(path: Path, reader: Any, dtype: torch.dtype) -> tuple[Any, Any, An
         model = AutoModelForCausalLM.from_config(config)
     config.architectures = [type(model).__name__]
     config.dtype = dtype
-    return model, config, AutoTokenizer.from_pretrained(**where)
+    tokenizer = AutoTokenizer.from_pretrained(**where)
+    _restore_split(path, reader, tokenizer)
+    return model, config, tokenizer
+
+
+def _restore_split(path: Path, reader: Any, tokenizer: Any) -> None:
+    """Split text before byte-level BPE as the file names it.
+
+    ``transformers`` knows some of llama.cpp's names, and takes GPT-2's split for all others.
+
+    Raises:
+        FistaPrunerError: neither it nor this function knows the name.
+    """
+    from tokenizers import Regex
+    from tokenizers.pre_tokenizers import ByteLevel, Digits, Punctuation, Sequence, Split
+    from transformers.models.qwen2.tokenization_qwen2 import PRETOKENIZE_REGEX
+
+    fields = {key: reader.fields[key].contents() for key in ("tokenizer.ggml.model", SPLIT) if key in reader.fields}
+    name = fields.get(SPLIT)
+    if fields.get("tokenizer.ggml.model") != "gpt2" or name is None or name in SPLIT_AS_GPT2:
+        return
+    regex = ByteLevel(add_prefix_space=False, use_regex=True)
+    if name in SPLIT_DIGITS:
+        steps = [Digits(individual_digits=True), regex]
+    elif name == "falcon":
+        triples = Split(Regex("[0-9][0-9][0-9]"), "isolated")
+        steps = [Punctuation("contiguous"), regex, Digits(individual_digits=False), triples]
+    elif name in SPLIT_AS_QWEN2 or name in SPLIT_AS_BLOOM:
+        pattern = PRETOKENIZE_REGEX if name in SPLIT_AS_QWEN2 else BLOOM_SPLIT
+        steps = [Split(Regex(pattern), "isolated"), ByteLevel(add_prefix_space=False, use_regex=False)]
+    else:
+        try:
+            from transformers.integrations.gguf.gguf_tokenizer_mapping import GGUF_PRE_TOKENIZER_SPLITS
+        except ImportError:  # an earlier transformers, which tells the split by the architecture
+            return
+        if name in GGUF_PRE_TOKENIZER_SPLITS:
+            return
+        raise FistaPrunerError(
+            f"{path} splits text by {name!r} ({SPLIT}), which transformers does not know: take the model's Hugging "
+            "Face checkpoint"
+        )
+    tokenizer.backend_tokenizer.pre_tokenizer = Sequence(steps)
 
 
 def _restore_attention_scale(config: Any) -> None:
