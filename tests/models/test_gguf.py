@@ -18,7 +18,7 @@ from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from fistapruner import FistaPrunerError
 from fistapruner.models.files.checkpoint import Checkpoint
-from fistapruner.models.files.gguf import check_gguf, convert_gguf
+from fistapruner.models.files.gguf import check_gguf, convert_gguf, epsilon
 from fistapruner.models.source import converted_gguf, resolve_model, small_model
 
 gguf = pytest.importorskip("gguf", reason="needs the extra 'gguf'")
@@ -154,6 +154,26 @@ def test_positions_that_transformers_does_not_read_are_restored(
     config = AutoModelForCausalLM.from_pretrained(tmp_path / "out").config
     assert config.rope_parameters["rope_theta"] == base
     assert getattr(config, "sliding_window", None) == window
+
+
+@pytest.mark.parametrize(("architecture", "dimensions"), [("stablelm", 12), ("nemotron", 24), ("nemotron", 12)])
+def test_rotary_width_and_epsilon_are_restored(tmp_path: Path, architecture: str, dimensions: int) -> None:
+    """transformers leaves them at the defaults of its configs."""
+    settings = {"rope.dimension_count": dimensions, "attention.layer_norm_epsilon": 1e-3}
+    settings = {f"{architecture}.{key}": value for key, value in settings.items()}
+    write_with_biases(tmp_path / "tiny.gguf", architecture, settings)
+    convert_gguf(tmp_path / "tiny.gguf", tmp_path / "out")
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    assert len(model.model.rotary_emb.inv_freq) == dimensions // 2
+    assert epsilon(model.config) == pytest.approx(1e-3)
+    assert next(module.eps for module in model.modules() if hasattr(module, "eps")) == pytest.approx(1e-3)
+
+
+def test_rotary_width_that_the_config_cannot_take_is_refused(tmp_path: Path) -> None:
+    write_with_biases(tmp_path / "tiny.gguf", "starcoder2", {"starcoder2.rope.dimension_count": 12})
+    said = r"rotary positions over 12 dimensions of a head \(rope.dimension_count\), where transformers takes 24"
+    with pytest.raises(FistaPrunerError, match=said):
+        convert_gguf(tmp_path / "tiny.gguf", tmp_path / "out")
 
 
 @pytest.mark.parametrize(

@@ -51,6 +51,11 @@ SPLIT_AS_QWEN2 = frozenset(("stablelm2", "hunyuan"))
 SPLIT_AS_BLOOM = frozenset(("bloom", "gpt3-finnish", "poro-chat"))
 BLOOM_SPLIT = r" ?[^(\s|.,!?…。，、।۔،)]+"
 
+EPSILON_KEYS = ("attention.layer_norm_epsilon", "attention.layer_norm_rms_epsilon")
+
+EPSILONS = ("rms_norm_eps", "norm_eps", "layer_norm_eps", "layer_norm_epsilon", "norm_epsilon")
+"""Names in configs of what norms add to the variance."""
+
 _SCALARS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
 _STRING, _ARRAY = 8, 9
 
@@ -235,6 +240,8 @@ def _describe(path: Path, reader: Any, dtype: torch.dtype) -> tuple[Any, Any, An
         del config.quantization_config
     _restore_attention_scale(config)
     _restore_positions(path, reader, config)
+    _restore_rotary_width(path, reader, config)
+    _restore_epsilon(reader, config)
     with init_empty_weights():
         model = AutoModelForCausalLM.from_config(config)
     config.architectures = [type(model).__name__]
@@ -320,10 +327,62 @@ def _restore_positions(path: Path, reader: Any, config: Any) -> None:
         elif key == "attention.sliding_window" and one_window and type(stored) is int:
             config.sliding_window = stored or None
         else:
-            raise FistaPrunerError(
-                f"{path} has {field.name} {stored!r}, where transformers takes {known!r}: take the model's Hugging "
-                "Face checkpoint"
-            )
+            raise _not_taken(path, f"{field.name} {stored!r}", known)
+
+
+def _not_taken(path: Path, stored: str, known: Any) -> FistaPrunerError:
+    return FistaPrunerError(
+        f"{path} has {stored}, where transformers takes {known!r}: take the model's Hugging Face checkpoint"
+    )
+
+
+def rotary_width(config: Any) -> int | None:
+    """Count the dimensions of a head that rotary positions turn; None where types of layers differ, or none has any."""
+    rotary = getattr(config, "rope_parameters", None) or {}
+    if "rope_theta" not in rotary:
+        return None
+    factor = rotary.get("partial_rotary_factor")
+    return int(head_width(config) * (1 if factor is None else factor))
+
+
+def head_width(config: Any) -> int:
+    """Return the dimensions of a head."""
+    return int(getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads)
+
+
+def epsilon(config: Any) -> float | None:
+    """Return what norms add to the variance; None if the config does not say it."""
+    return next((value for name in EPSILONS if type(value := getattr(config, name, None)) is float), None)
+
+
+def _restore_rotary_width(path: Path, reader: Any, config: Any) -> None:
+    """Set the dimensions of a head that rotary positions turn; a file that does not say it turns all of them.
+
+    Raises:
+        FistaPrunerError: the config cannot take them.
+    """
+    if (known := rotary_width(config)) is None:
+        return
+    head = head_width(config)
+    field = reader.fields.get(f"{reader.fields['general.architecture'].contents()}.rope.dimension_count")
+    stored = head if field is None else field.contents()
+    if stored == known:
+        return
+    fits = type(stored) is int and 0 < stored <= head and int(head * (stored / head)) == stored
+    if config.rope_parameters.get("partial_rotary_factor") is None or not fits:
+        raise _not_taken(path, f"rotary positions over {stored!r} dimensions of a head (rope.dimension_count)", known)
+    config.rope_parameters = {**config.rope_parameters, "partial_rotary_factor": stored / head}
+
+
+def _restore_epsilon(reader: Any, config: Any) -> None:
+    """Set what norms add to the variance, which ``transformers`` looks for under the other norm's key for some."""
+    architecture = reader.fields["general.architecture"].contents()
+    for key in EPSILON_KEYS:
+        field = reader.fields.get(f"{architecture}.{key}")
+        for name in EPSILONS if field else ():
+            known = getattr(config, name, None)
+            if type(known) is float and not math.isclose(known, field.contents(), rel_tol=1e-6):
+                setattr(config, name, field.contents())
 
 
 def architecture_of(path: Path, reader: Any, advice: str) -> str:
