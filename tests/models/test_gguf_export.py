@@ -226,6 +226,14 @@ def test_bad_input_is_refused_and_leaves_nothing(
     convert_gguf(source, deeper, torch.float32)
     config = json.loads((deeper / "config.json").read_text("utf-8"))
     (deeper / "config.json").write_text(json.dumps(config | {"num_hidden_layers": 3}), "utf-8")
+    scaled = {"rope_type": "linear", "rope_theta": 10000.0, "factor": 2.0}
+    for name, change in (
+        ("base", {"rope_parameters": {"rope_type": "default", "rope_theta": 500000.0}}),
+        ("scaled", {"rope_parameters": scaled}),
+        ("epsilon", {"rms_norm_eps": 1e-5}),
+    ):
+        convert_gguf(source, tmp_path / name, torch.float32)
+        (tmp_path / name / "config.json").write_text(json.dumps(config | change), "utf-8")
     unfinished = tmp_path / "run"
     recipe = {"method": "magnitude", "calibration": {"source": "self", "samples": 2, "seqlen": 16}}
     fp.prune(folder, unfinished, only_layers=(0, 0), **recipe)
@@ -241,6 +249,9 @@ def test_bad_input_is_refused_and_leaves_nothing(
         ([turned, "out.gguf", "--like", source], "its blk.0.attn_q.weight is not 'model.layers.0.self_attn.q_proj"),
         ([folder, "out.gguf", "--like", tmp_path / "unknown.gguf"], "of the architecture 'smollm3'"),
         ([deeper, "out.gguf", "--like", source], "its block_count is 2, that of"),
+        ([tmp_path / "base", "out.gguf", "--like", source], "its rope.freq_base is 10000, that of"),
+        ([tmp_path / "scaled", "out.gguf", "--like", source], "its rotary positions are scaled by nothing, those of"),
+        ([tmp_path / "epsilon", "out.gguf", "--like", source], "its attention.layer_norm_rms_epsilon is 1e-06, that"),
         ([tmp_path / "nothing", "out.gguf", "--like", source], "nothing is neither a run directory nor a folder with"),
         (["facebook/opt-125m", "out.gguf"], "facebook/opt-125m is neither a run directory nor a folder with"),
         ([folder / "config.json", "out.gguf"], "config.json is neither a run directory nor a folder with"),

@@ -433,23 +433,28 @@ def _keep_all(path: Path, reader: Any, names: dict[str, str], config: Any) -> No
     from gguf import dequantize
 
     lost = [tensor for tensor in reader.tensors if tensor.name not in names and "attn_rot_embd" not in tensor.name]
-    values = {key: field.contents() for key, field in reader.fields.items() if ".rope.scal" in key}
-    scalings = [value for key, value in values.items() if key.endswith("rope.scaling.type")]
-    scales = [value for key, value in values.items() if key.endswith(("rope.scaling.factor", "rope.scale_linear"))]
-    if not scalings and any(scale not in (0, 1) for scale in scales):  # to llama.cpp 0 is 1
-        scalings.append("linear")
     where = "which transformers does not read: take the model's Hugging Face checkpoint"
     falcon = reader.fields.get("mamba.ssm.dt_b_c_rms")
     if falcon is not None and falcon.contents():
         raise FistaPrunerError(f"{path} is a Falcon-Mamba, with norms (mamba.ssm.dt_b_c_rms) {where}")
-    if scaling := [scaling for scaling in scalings if scaling != "none"]:
-        raise FistaPrunerError(f"{path} has rotary positions scaled by {scaling[0]!r}, {where}")
+    if (scaling := scaled_positions(reader)) is not None:
+        raise FistaPrunerError(f"{path} has rotary positions scaled by {scaling!r}, {where}")
     for tensor in lost:
         if tensor.name != "rope_freqs.weight":
             raise FistaPrunerError(f"{path} has a tensor {tensor.name!r}, {where}")
         factors = torch.tensor(dequantize(tensor.data, tensor.tensor_type)).flatten().float()
         if not bool((factors == 1).all()) and not _restore_llama3(config, factors):
             raise FistaPrunerError(f"{path} has rotary positions scaled by {tensor.name!r}, {where}")
+
+
+def scaled_positions(reader: Any) -> str | None:
+    """Return how the keys of a file say that rotary positions are scaled; None if they are not."""
+    values = {key: field.contents() for key, field in reader.fields.items() if ".rope.scal" in key}
+    scalings = [value for key, value in values.items() if key.endswith("rope.scaling.type")]
+    scales = [value for key, value in values.items() if key.endswith(("rope.scaling.factor", "rope.scale_linear"))]
+    if not scalings and any(scale not in (0, 1) for scale in scales):  # to llama.cpp 0 is 1
+        scalings.append("linear")
+    return next((str(scaling) for scaling in scalings if scaling != "none"), None)
 
 
 def _restore_llama3(config: Any, factors: torch.Tensor) -> bool:
