@@ -26,7 +26,7 @@ from tiny_gguf import permuted, write_gguf, write_gpt2  # noqa: E402
 @pytest.fixture
 def dense(tmp_path: Path) -> tuple[Path, Path]:
     """The tiny model as a GGUF file, and the fp32 folder made of it."""
-    write_gguf(tmp_path / "dense.gguf")
+    write_gguf(tmp_path / "dense.gguf", settings={"general.size_label": "60K"})
     convert_gguf(tmp_path / "dense.gguf", tmp_path / "dense", torch.float32)
     return tmp_path / "dense.gguf", tmp_path / "dense"
 
@@ -53,6 +53,7 @@ def test_what_is_written_is_read_back(
             assert bool((found[name][tensor == 0] == 0).all()), name
     config = json.loads((tmp_path / "back" / "config.json").read_text("utf-8"))
     assert config["intermediate_size"] == (64 if structure else 96)
+    assert ("general.size_label" in gguf.GGUFReader(tmp_path / "out.gguf").fields) == (not structure)
     assert (tmp_path / "back" / "tokenizer.json").read_text("utf-8") == (dense[1] / "tokenizer.json").read_text("utf-8")
 
 

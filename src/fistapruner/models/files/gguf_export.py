@@ -62,6 +62,8 @@ OWN_KEYS = ("general.architecture", "general.file_type", "general.alignment")
 QUANTISATION = "general.quantization_version"
 """Version of the quantised formats, in a file that has one; keys ``quantize.*`` tell how the dense file was made."""
 
+SIZE = "general.size_label"
+
 WIDTH = "feed_forward_length"
 
 MAY_CHANGE = (
@@ -363,6 +365,7 @@ class _Source:
         writer = gguf.GGUFWriter(out, self.architecture, use_temp_file=True)
         for key, field in self.reader.fields.items():
             skipped = key.startswith(("GGUF.", "quantize.")) or (key == QUANTISATION and values != "q8_0")
+            skipped |= key == SIZE and bool(self.counts)  # the number of the dense model's weights
             if not skipped and key not in (*OWN_KEYS, *self.counts):
                 inner = field.types[-1] if len(field.types) > 1 else None
                 writer.add_key_value(key, field.contents(), field.types[0], inner)
