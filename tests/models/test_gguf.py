@@ -19,7 +19,7 @@ from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 from fistapruner import FistaPrunerError
 from fistapruner.models.files.checkpoint import Checkpoint
 from fistapruner.models.files.gguf import check_gguf, convert_gguf, epsilon
-from fistapruner.models.source import converted_gguf, resolve_model, small_model
+from fistapruner.models.source import ModelSource, converted_gguf, resolve_model, small_model
 
 gguf = pytest.importorskip("gguf", reason="needs the extra 'gguf'")
 from tiny_gguf import HEADS, write_gemma2, write_gguf, write_with_biases  # noqa: E402
@@ -76,6 +76,11 @@ def test_conversion_is_kept_and_follows_the_file(tmp_path: Path) -> None:
     alone.mkdir()
     path.rename(alone / "tiny.gguf")
     assert Checkpoint.open(resolve_model(alone, cache)).names()
+
+
+def test_the_licence_is_known(tmp_path: Path) -> None:
+    write_gguf(tmp_path / "tiny.gguf", settings={"general.license": "apache-2.0"})
+    assert ModelSource(converted_gguf(tmp_path / "tiny.gguf", tmp_path / "cache")).license() == "apache-2.0"
 
 
 def test_a_part_of_a_split_file_says_how_to_join_it(tmp_path: Path) -> None:

@@ -17,8 +17,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import yaml
 
 from ...errors import FistaPrunerError, MissingExtraError
+from ...runtime.files import write_text_atomic
 from .checkpoint import SINGLE
 from .folder import checkpoint_folder, write_index
 from .safetensors import MAX_BYTES, SafetensorsWriter, TensorEntry
@@ -193,7 +195,8 @@ def convert_gguf(path: Path, out: Path, dtype: torch.dtype = torch.bfloat16, *, 
 
     Args:
         path: the GGUF file of a decoder-only language model.
-        out: folder to make, with weights, config, tokenizer, chat template and generation config; it must not exist.
+        out: folder to make, with weights, config, tokenizer, chat template, generation config and a model card that
+            states the licence; it must not exist.
         dtype: precision of all weights in the folder.
         shard_bytes: bytes of tensors in one weight file at most; a larger tensor has a file of its own.
 
@@ -227,6 +230,9 @@ def convert_gguf(path: Path, out: Path, dtype: torch.dtype = torch.bfloat16, *, 
         _write_weights(path, partial, reader, config, names, files)
         if len(files) > 1:
             write_index(partial, files)
+        if (licence := reader.fields.get("general.license")) is not None:
+            metadata = yaml.safe_dump({"license": str(licence.contents())}, allow_unicode=True)
+            write_text_atomic(partial / "README.md", f"---\n{metadata}---\n# {path.name}, de-quantised\n")
 
 
 def _describe(path: Path, reader: Any, dtype: torch.dtype) -> tuple[Any, Any, Any]:
