@@ -263,7 +263,7 @@ class _Source:
         return changed
 
     def _compare_settings(self, config: Any) -> None:
-        """Refuse a file whose rotary positions or norms are other than the checkpoint's, since its keys are copied."""
+        """Refuse a file whose rotary positions or norms are not the checkpoint's: its keys are copied."""
         rotary = getattr(config, "rope_parameters", None) or {}
         asked = {
             "rope.freq_base": rotary.get("full_attention", rotary).get("rope_theta"),
