@@ -86,6 +86,16 @@ def test_a_relative_name_says_what_it_is_relative_to(
         fp.export("../run", "out.gguf")
 
 
+def test_the_dense_file_is_found_in_its_folder_and_by_any_spelling(tmp_path: Path) -> None:
+    (tmp_path / "alone").mkdir()
+    write_gguf(tmp_path / "alone" / "dense.gguf")
+    (tmp_path / "DENSE.GGUF").write_bytes((tmp_path / "alone" / "dense.gguf").read_bytes())
+    recipe = {"sparsity": "50%", "method": "magnitude", "calibration": {"source": "self", "samples": 2, "seqlen": 16}}
+    for model in ("alone", "DENSE.GGUF"):
+        fp.prune(str(tmp_path / model), tmp_path / f"run-{model}", **recipe)
+        fp.export(tmp_path / f"run-{model}", tmp_path / f"{model}-out.gguf")
+
+
 def test_fewer_heads_keep_their_size(dense: tuple[Path, Path], tmp_path: Path) -> None:
     source, folder = dense
     fp.prune(
