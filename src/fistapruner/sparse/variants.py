@@ -208,7 +208,7 @@ def fill_zeros(model: nn.Module) -> None:
 
 
 def weight_bytes(folder: Path) -> int:
-    """Count the bytes of the weight files that are loaded: a folder may hold the same weights in another form.
+    """Count the bytes of the weight files that are loaded, not of the same weights in another form.
 
     Raises:
         FistaPrunerError: a file is missing or damaged.

@@ -343,7 +343,7 @@ def _not_taken(path: Path, stored: str, known: Any) -> FistaPrunerError:
 
 
 def rotary_width(config: Any) -> int | None:
-    """Count the dimensions of a head that rotary positions turn; None where types of layers differ, or none has any."""
+    """Count the dimensions of a head that rotary positions turn; None without one count for all layers."""
     rotary = getattr(config, "rope_parameters", None) or {}
     if "rope_theta" not in rotary:
         return None
@@ -362,7 +362,7 @@ def epsilon(config: Any) -> float | None:
 
 
 def _restore_rotary_width(path: Path, reader: Any, config: Any) -> None:
-    """Set the dimensions of a head that rotary positions turn; a file that does not say it turns all of them.
+    """Set the dimensions of a head that rotary positions turn: all of them if the file does not say it.
 
     Raises:
         FistaPrunerError: the config cannot take them.
@@ -381,7 +381,7 @@ def _restore_rotary_width(path: Path, reader: Any, config: Any) -> None:
 
 
 def _restore_epsilon(reader: Any, config: Any) -> None:
-    """Set what norms add to the variance, which ``transformers`` looks for under the other norm's key for some."""
+    """Set what norms add to the variance: ``transformers`` reads one of two keys, for some the wrong one."""
     architecture = reader.fields["general.architecture"].contents()
     for key in EPSILON_KEYS:
         field = reader.fields.get(f"{architecture}.{key}")
