@@ -15,6 +15,8 @@ from transformers import (
     GPT2LMHeadModel,
     LlamaConfig,
     LlamaForCausalLM,
+    NemotronConfig,
+    NemotronForCausalLM,
     StableLmConfig,
     StableLmForCausalLM,
     Starcoder2Config,
@@ -48,8 +50,8 @@ def _add_tokenizer(writer: gguf.GGUFWriter, tokens: list[str]) -> None:
     writer.add_unk_token_id(0)
 
 
-def _add_settings(writer: gguf.GGUFWriter, settings: Mapping[str, bool | int | float]) -> None:
-    add = {bool: writer.add_bool, int: writer.add_uint32, float: writer.add_float32}
+def _add_settings(writer: gguf.GGUFWriter, settings: Mapping[str, bool | int | float | str]) -> None:
+    add = {bool: writer.add_bool, int: writer.add_uint32, float: writer.add_float32, str: writer.add_string}
     for key, value in settings.items():
         add[type(value)](key, value)
 
@@ -75,7 +77,7 @@ def write_gguf(
     scaling: str | None = None,
     part: tuple[int, int] | None = None,
     more: Mapping[str, np.ndarray] | None = None,
-    settings: Mapping[str, bool | int | float] | None = None,
+    settings: Mapping[str, bool | int | float | str] | None = None,
 ) -> LlamaForCausalLM:
     """A tiny Llama as a GGUF file; returns the model with the very values that de-quantising the file must give.
 
@@ -204,18 +206,20 @@ def write_gemma2(path: Path, layers: int) -> None:
     _finish(writer)
 
 
-def write_with_biases(path: Path, architecture: str, settings: Mapping[str, bool | int | float]) -> None:
-    """A tiny model of StarCoder2 or StableLM, in fp32.
+def write_with_biases(path: Path, architecture: str, settings: Mapping[str, bool | int | float | str]) -> None:
+    """A tiny model of StarCoder2, StableLM or Nemotron, in fp32.
 
     Args:
         path: the file.
-        architecture: ``starcoder2`` or ``stablelm``.
+        architecture: ``starcoder2``, ``stablelm`` or ``nemotron``.
         settings: keys of the header beside the sizes.
     """
     classes = {
         "starcoder2": (Starcoder2Config, Starcoder2ForCausalLM),
         "stablelm": (StableLmConfig, StableLmForCausalLM),
+        "nemotron": (NemotronConfig, NemotronForCausalLM),
     }
+    turned = {"starcoder2": 24, "stablelm": 6, "nemotron": 12}[architecture]
     make_config, make_model = classes[architecture]
     config = make_config(
         vocab_size=len(TOKENS),
@@ -233,8 +237,8 @@ def write_with_biases(path: Path, architecture: str, settings: Mapping[str, bool
     writer.add_feed_forward_length(8)
     writer.add_head_count(2)
     writer.add_head_count_kv(1)
-    writer.add_layer_norm_eps(1e-5)
-    _add_settings(writer, settings)
+    always = {"attention.layer_norm_epsilon": 1e-5, "rope.dimension_count": turned}
+    _add_settings(writer, {f"{architecture}.{key}": value for key, value in always.items()} | dict(settings))
     _add_tokenizer(writer, TOKENS)
     names = gguf.get_tensor_name_map(gguf.MODEL_ARCH[architecture.upper()], 1)
     for name, tensor in make_model(config).state_dict().items():

@@ -257,3 +257,13 @@ def test_exact_pattern_of_a_projected_weight(n: int, m: int, rows: int, seed: in
     found = exact_pattern(weight, int((weight == 0).sum()))
     assert found is not None
     assert found.n / found.m <= n / m
+
+
+@pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.float8_e5m2])
+def test_8_bit_floats_are_counted(tmp_path: Path, dtype: torch.dtype) -> None:
+    folder = llama(tmp_path / "m", "2:4")
+    state = load_file(folder / "model.safetensors")
+    name = "model.layers.0.self_attn.q_proj.weight"
+    save_file(state | {name: state[name].to(dtype)}, folder / "model.safetensors", {"format": "pt"})
+    found = next(operator for operator in inspect_checkpoint(folder).operators if operator.name == name)
+    assert (found.pattern, found.fault) == ("2:4", None)

@@ -18,8 +18,8 @@ from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from fistapruner import FistaPrunerError
 from fistapruner.models.files.checkpoint import Checkpoint
-from fistapruner.models.files.gguf import check_gguf, convert_gguf
-from fistapruner.models.source import converted_gguf, resolve_model, small_model
+from fistapruner.models.files.gguf import check_gguf, convert_gguf, epsilon
+from fistapruner.models.source import ModelSource, converted_gguf, resolve_model, small_model
 
 gguf = pytest.importorskip("gguf", reason="needs the extra 'gguf'")
 from tiny_gguf import HEADS, write_gemma2, write_gguf, write_with_biases  # noqa: E402
@@ -76,6 +76,11 @@ def test_conversion_is_kept_and_follows_the_file(tmp_path: Path) -> None:
     alone.mkdir()
     path.rename(alone / "tiny.gguf")
     assert Checkpoint.open(resolve_model(alone, cache)).names()
+
+
+def test_the_licence_is_known(tmp_path: Path) -> None:
+    write_gguf(tmp_path / "tiny.gguf", settings={"general.license": "apache-2.0"})
+    assert ModelSource(converted_gguf(tmp_path / "tiny.gguf", tmp_path / "cache")).license() == "apache-2.0"
 
 
 def test_a_part_of_a_split_file_says_how_to_join_it(tmp_path: Path) -> None:
@@ -156,6 +161,45 @@ def test_positions_that_transformers_does_not_read_are_restored(
     assert getattr(config, "sliding_window", None) == window
 
 
+@pytest.mark.parametrize(("architecture", "dimensions"), [("stablelm", 12), ("nemotron", 24), ("nemotron", 12)])
+def test_rotary_width_and_epsilon_are_restored(tmp_path: Path, architecture: str, dimensions: int) -> None:
+    """transformers leaves them at the defaults of its configs."""
+    settings = {"rope.dimension_count": dimensions, "attention.layer_norm_epsilon": 1e-3}
+    settings = {f"{architecture}.{key}": value for key, value in settings.items()}
+    write_with_biases(tmp_path / "tiny.gguf", architecture, settings)
+    convert_gguf(tmp_path / "tiny.gguf", tmp_path / "out")
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    assert len(model.model.rotary_emb.inv_freq) == dimensions // 2
+    assert epsilon(model.config) == pytest.approx(1e-3)
+    assert next(module.eps for module in model.modules() if hasattr(module, "eps")) == pytest.approx(1e-3)
+
+
+def test_rotary_width_that_the_config_cannot_take_is_refused(tmp_path: Path) -> None:
+    write_with_biases(tmp_path / "tiny.gguf", "starcoder2", {"starcoder2.rope.dimension_count": 12})
+    said = r"rotary positions over 12 dimensions of a head \(rope.dimension_count\), where transformers takes 24"
+    with pytest.raises(FistaPrunerError, match=said):
+        convert_gguf(tmp_path / "tiny.gguf", tmp_path / "out")
+
+
+@pytest.mark.parametrize(
+    ("name", "pieces"),
+    [
+        ("gpt-2", ["Ġab", "ĠĠ", "Ġ1234", ",", "Ġ5"]),
+        ("smollm", ["Ġab", "ĠĠĠ", "1", "2", "3", "4", ",", "Ġ", "5"]),
+        ("falcon", ["Ġab", "ĠĠ", "Ġ", "123", "4", ",", "Ġ", "5"]),
+        ("stablelm2", ["Ġab", "ĠĠ", "Ġ", "1", "2", "3", "4", ",", "Ġ", "5"]),
+        ("bloom", ["Ġab", "ĠĠ", "Ġ1234", ",", "Ġ5"]),
+        ("llama-bpe", ["Ġab", "ĠĠ", "Ġ", "123", "4", ",", "Ġ", "5"]),
+    ],
+)
+def test_text_is_split_as_the_file_names_it(tmp_path: Path, name: str, pieces: list[str]) -> None:
+    """transformers takes GPT-2's split where it does not know the name: smollm's is one."""
+    write_gguf(tmp_path / "tiny.gguf", settings={"tokenizer.ggml.pre": name})
+    convert_gguf(tmp_path / "tiny.gguf", tmp_path / "out")
+    split = AutoTokenizer.from_pretrained(tmp_path / "out").backend_tokenizer.pre_tokenizer
+    assert [piece for piece, _ in split.pre_tokenize_str(" ab   1234, 5")] == pieces
+
+
 @pytest.mark.parametrize(
     ("what", "said"),
     [
@@ -166,6 +210,7 @@ def test_positions_that_transformers_does_not_read_are_restored(
         ({"settings": {"llama.rope.scale_linear": 4.0}}, "has rotary positions scaled by 'linear', which"),
         ({"settings": {"mamba.ssm.dt_b_c_rms": True}}, "is a Falcon-Mamba, with norms .* which transformers does not"),
         ({"settings": {"llama.attention.sliding_window": 512}}, "has llama.attention.sliding_window 512, where"),
+        ({"settings": {"tokenizer.ggml.pre": "default"}}, "splits text by 'default' .tokenizer.ggml.pre., which"),
     ],
 )
 def test_what_transformers_leaves_out_is_refused(tmp_path: Path, what: Any, said: str) -> None:

@@ -26,7 +26,7 @@ from tiny_gguf import permuted, write_gguf, write_gpt2  # noqa: E402
 @pytest.fixture
 def dense(tmp_path: Path) -> tuple[Path, Path]:
     """The tiny model as a GGUF file, and the fp32 folder made of it."""
-    write_gguf(tmp_path / "dense.gguf")
+    write_gguf(tmp_path / "dense.gguf", settings={"general.size_label": "60K"})
     convert_gguf(tmp_path / "dense.gguf", tmp_path / "dense", torch.float32)
     return tmp_path / "dense.gguf", tmp_path / "dense"
 
@@ -53,6 +53,7 @@ def test_what_is_written_is_read_back(
             assert bool((found[name][tensor == 0] == 0).all()), name
     config = json.loads((tmp_path / "back" / "config.json").read_text("utf-8"))
     assert config["intermediate_size"] == (64 if structure else 96)
+    assert ("general.size_label" in gguf.GGUFReader(tmp_path / "out.gguf").fields) == (not structure)
     assert (tmp_path / "back" / "tokenizer.json").read_text("utf-8") == (dense[1] / "tokenizer.json").read_text("utf-8")
 
 
@@ -83,6 +84,16 @@ def test_a_relative_name_says_what_it_is_relative_to(
     monkeypatch.chdir("run")
     with pytest.raises(fp.FistaPrunerError, match=r"dense\.gguf, .* exist here .*where its run began\): .* --like"):
         fp.export("../run", "out.gguf")
+
+
+def test_the_dense_file_is_found_in_its_folder_and_by_any_spelling(tmp_path: Path) -> None:
+    (tmp_path / "alone").mkdir()
+    write_gguf(tmp_path / "alone" / "dense.gguf")
+    (tmp_path / "DENSE.GGUF").write_bytes((tmp_path / "alone" / "dense.gguf").read_bytes())
+    recipe = {"sparsity": "50%", "method": "magnitude", "calibration": {"source": "self", "samples": 2, "seqlen": 16}}
+    for model in ("alone", "DENSE.GGUF"):
+        fp.prune(str(tmp_path / model), tmp_path / f"run-{model}", **recipe)
+        fp.export(tmp_path / f"run-{model}", tmp_path / f"{model}-out.gguf")
 
 
 def test_fewer_heads_keep_their_size(dense: tuple[Path, Path], tmp_path: Path) -> None:
@@ -226,6 +237,14 @@ def test_bad_input_is_refused_and_leaves_nothing(
     convert_gguf(source, deeper, torch.float32)
     config = json.loads((deeper / "config.json").read_text("utf-8"))
     (deeper / "config.json").write_text(json.dumps(config | {"num_hidden_layers": 3}), "utf-8")
+    scaled = {"rope_type": "linear", "rope_theta": 10000.0, "factor": 2.0}
+    for name, change in (
+        ("base", {"rope_parameters": {"rope_type": "default", "rope_theta": 500000.0}}),
+        ("scaled", {"rope_parameters": scaled}),
+        ("epsilon", {"rms_norm_eps": 1e-5}),
+    ):
+        convert_gguf(source, tmp_path / name, torch.float32)
+        (tmp_path / name / "config.json").write_text(json.dumps(config | change), "utf-8")
     unfinished = tmp_path / "run"
     recipe = {"method": "magnitude", "calibration": {"source": "self", "samples": 2, "seqlen": 16}}
     fp.prune(folder, unfinished, only_layers=(0, 0), **recipe)
@@ -241,6 +260,9 @@ def test_bad_input_is_refused_and_leaves_nothing(
         ([turned, "out.gguf", "--like", source], "its blk.0.attn_q.weight is not 'model.layers.0.self_attn.q_proj"),
         ([folder, "out.gguf", "--like", tmp_path / "unknown.gguf"], "of the architecture 'smollm3'"),
         ([deeper, "out.gguf", "--like", source], "its block_count is 2, that of"),
+        ([tmp_path / "base", "out.gguf", "--like", source], "its rope.freq_base is 10000, that of"),
+        ([tmp_path / "scaled", "out.gguf", "--like", source], "its rotary positions are scaled by nothing, those of"),
+        ([tmp_path / "epsilon", "out.gguf", "--like", source], "its attention.layer_norm_rms_epsilon is 1e-06, that"),
         ([tmp_path / "nothing", "out.gguf", "--like", source], "nothing is neither a run directory nor a folder with"),
         (["facebook/opt-125m", "out.gguf"], "facebook/opt-125m is neither a run directory nor a folder with"),
         ([folder / "config.json", "out.gguf"], "config.json is neither a run directory nor a folder with"),

@@ -7,7 +7,7 @@ import torch
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from fistapruner import NM, FistaPrunerError
+from fistapruner import NM, FistaPrunerError, SparseLinear
 from fistapruner.sparse.format import OperatorSpec, decode, encode, index_bits, operator_fault
 from fistapruner.sparse.pack import choose_layout
 from fistapruner.sparse.packed import pack_operator
@@ -148,3 +148,12 @@ def test_wrong_requests_are_refused():
         pack_operator(torch.ones(4, 8)).quantised(32)
     with pytest.raises(FistaPrunerError, match="not finite"):
         pack_operator(torch.full((2, 2), float("inf"))).quantised()
+
+
+def test_memory_is_bounded_by_the_matrix_whatever_the_group():
+    weight = torch.randn(4, 96)
+    whole, wide = pack_operator(weight).quantised(), pack_operator(weight).quantised(2**31 - 64)
+    again = through_tensors(wide)
+    assert torch.equal(again.to_dense(), whole.to_dense())
+    assert torch.equal(again.sums, whole.sums)
+    assert torch.equal(SparseLinear(again)(torch.ones(1, 96)), SparseLinear(whole)(torch.ones(1, 96)))

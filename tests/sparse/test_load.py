@@ -11,7 +11,7 @@ import pytest
 import torch
 from pruned import save_pruned
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, LlamaForCausalLM
 
 import fistapruner
 from fistapruner import FistaPrunerError, SparseLinear
@@ -348,3 +348,13 @@ def test_another_architecture_is_refused(tmp_path):
     (tmp_path / "p" / "config.json").write_text(config.replace('"num_hidden_layers": 3', '"num_hidden_layers": 2'))
     with pytest.raises(FistaPrunerError, match="not part of"):
         AutoModelForCausalLM.from_pretrained(tmp_path / "p")
+
+
+def test_packed_operators_that_the_model_ignores_are_skipped(tmp_path, monkeypatch):
+    """Some models leave layers of their checkpoints unused, such as those that predict further tokens."""
+    fistapruner.pack(save_pruned(tmp_path / "m"), tmp_path / "p")
+    config = (tmp_path / "p" / "config.json").read_text()
+    (tmp_path / "p" / "config.json").write_text(config.replace('"num_hidden_layers": 3', '"num_hidden_layers": 2'))
+    monkeypatch.setattr(LlamaForCausalLM, "_keys_to_ignore_on_load_unexpected", [r"model\.layers\.2\."])
+    found = logits(AutoModelForCausalLM.from_pretrained(tmp_path / "p", dtype="auto"))
+    assert torch.equal(found, logits(fistapruner.load(tmp_path / "p", packed=False)))

@@ -17,6 +17,7 @@ from fistapruner import FistaPrunerError, load, pack, prune, unpack
 from fistapruner.cli import main
 from fistapruner.evaluation.inspection import inspect_checkpoint
 from fistapruner.models.files.checkpoint import Checkpoint
+from fistapruner.models.source import ModelSource
 from fistapruner.reporting.model_card import model_card
 from fistapruner.reporting.page import run_page
 from fistapruner.reporting.summary import summary
@@ -144,6 +145,14 @@ def test_fp32_to_bf16_values(tmp_path):
     assert torch.equal(
         PackedCheckpoint(tmp_path / "p").tensor(operator), Checkpoint.open(source).read(operator).bfloat16()
     )
+
+
+def test_licence_and_base_model_are_kept(tmp_path):
+    source = save_pruned(tmp_path / "m", hidden_size=64)
+    (source / "README.md").write_text("---\nlicense: mit\nbase_model: [owner/name]\n---\n")
+    pack(source, tmp_path / "p")
+    card = ModelSource(tmp_path / "p").card()
+    assert (card["license"], card["base_model"], card["library_name"]) == ("mit", ["owner/name"], "transformers")
 
 
 def test_command_line(tmp_path, capsys):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import multiprocessing
 import os
+import shutil
 import signal
 import time
 
@@ -216,3 +217,10 @@ def test_a_process_of_its_own(tmp_path, monkeypatch):
     (tmp_path / "p" / "packed.json").write_text("{}")
     with pytest.raises(FistaPrunerError, match="packed"):
         compare([Variant("packed", tmp_path / "p")], threads=1)
+
+
+def test_weights_that_are_stored_twice_are_counted_once(tmp_path):
+    folder = save_pruned(tmp_path / "m")
+    size = weight_bytes(folder)
+    shutil.copy(folder / "model.safetensors", folder / "consolidated.safetensors")
+    assert weight_bytes(folder) == size == (folder / "model.safetensors").stat().st_size

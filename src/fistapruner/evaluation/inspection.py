@@ -154,6 +154,8 @@ def inspect_checkpoint(
         if progress is not None:
             progress(name)
         tensor = read(name)
+        if entry.dtype.itemsize == 1:  # torch counts no zeros of 8-bit floats
+            tensor = tensor.float()
         zero = tensor.numel() - int(torch.count_nonzero(tensor))
         zeros, weights = zeros + zero, weights + tensor.numel()
         if name in claims or _is_operator(entry):

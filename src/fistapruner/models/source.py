@@ -93,14 +93,18 @@ class ModelSource:
 
     def license(self) -> str | None:
         """Read the licence from the metadata of the model card (``README.md``); None where none is stated."""
+        found = self.card().get("license")
+        return found if isinstance(found, str) else None
+
+    def card(self) -> dict[str, Any]:
+        """Read the metadata of the model card (``README.md``); empty where there is none that can be read."""
         try:
             text = (self.folder / "README.md").read_text("utf-8")
             block = re.match(r"---[ \t]*\n(.*?)\n---[ \t]*(\n|$)", text, re.DOTALL)
             metadata = yaml.safe_load(block.group(1)) if block else None
         except (OSError, ValueError, yaml.YAMLError, RecursionError):
-            return None
-        found = metadata.get("license") if isinstance(metadata, dict) else None
-        return found if isinstance(found, str) else None
+            return {}
+        return metadata if isinstance(metadata, dict) else {}
 
     def revision(self) -> str | None:
         """The hub's commit, which is the folder's name in the hub's cache; None for any other folder."""

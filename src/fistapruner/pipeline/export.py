@@ -27,8 +27,8 @@ def export(
     Args:
         model: run directory or checkpoint folder.
         out: the file to write, called ``.gguf``.
-        like: GGUF file of the dense model, or ``smollm2``; vocabulary and chat template are taken from it. None is the
-            file that the model was made from.
+        like: GGUF file of the dense model, a folder with nothing but that, or ``smollm2``; vocabulary and chat template
+            are taken from it. None is the file that the model was made from.
         values: how matrices are stored: ``bf16``, ``f16``, ``f32``, ``q8_0``.
         allow_pickle: read legacy ``.bin`` weights.
 
@@ -53,13 +53,13 @@ def export(
     if like is None:
         lineage, _ = read_lineage(read_pruning_record(folder), folder)
         like = lineage.source.source if lineage else ""
-        if like != SMALL_MODEL and not like.endswith(".gguf"):
+        if like != SMALL_MODEL and not like.lower().endswith(".gguf") and _only_gguf(Path(like)) is None:
             raise FistaPrunerError(
                 f"{folder} was made from {like or 'an unknown model'}, which is no GGUF file: give that of the dense "
                 "model with --like; its vocabulary is needed"
             )
         where = "" if Path(like).is_absolute() else " here (the name is relative to the folder where its run began)"
-    source = small_model() if str(like) == SMALL_MODEL else Path(like)
+    source = small_model() if str(like) == SMALL_MODEL else _only_gguf(Path(like)) or Path(like)
     if source.exists() and not source.is_file():
         raise FistaPrunerError(
             f"--like {source} is a folder, not a GGUF file: convert the dense model with llama.cpp's "
@@ -70,3 +70,9 @@ def export(
             f"{source}, the GGUF file of the dense model, does not exist{where}: give it with --like"
         )
     return export_gguf(folder, out, source, values, allow_pickle=allow_pickle)
+
+
+def _only_gguf(folder: Path) -> Path | None:
+    """Find the GGUF file of a folder that holds one and no Hugging Face model."""
+    found = [] if (folder / "config.json").exists() else sorted(folder.glob("*.gguf"))
+    return found[0] if len(found) == 1 else None

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import yaml
 from torch import Tensor
 
 from ..constraints import NM, parse_sparsity
@@ -36,6 +37,7 @@ from ..models.files.low_rank import refuse_low_rank
 from ..models.files.record import read_pruning_record, recorded_claims
 from ..models.files.safetensors import SafetensorsWriter, TensorEntry
 from ..models.files.writer import safetensors_name
+from ..models.source import ModelSource
 from ..runtime.files import sha256_file, write_json_atomic, write_text_atomic
 from .format import (
     MAX_M,
@@ -144,7 +146,9 @@ def pack(
         write_json_atomic(partial / "config.json", config)
         if set(files) != {SINGLE}:
             write_index(partial, contents)
-        write_text_atomic(partial / "README.md", model_card(report, values, source.config))
+        card = ModelSource(source.folder).card()
+        origin = {key: card[key] for key in ("license", "base_model") if isinstance(card.get(key), str | list)}
+        write_text_atomic(partial / "README.md", model_card(report, values, source.config, origin))
         about = {"format": "fistapruner-packed", "version": VERSION, "values": values, "files": files, "record": record}
         write_json_atomic(partial / PACKED_RECORD, about)
     return report
@@ -453,15 +457,18 @@ def _pack_file(
     return entries, (changed, whole)
 
 
-def model_card(report: PackReport, values: str, config: Mapping[str, Any]) -> str:
-    """Format the README.md of a packed folder: what it is and how to load it with this ``config.json``."""
+def model_card(report: PackReport, values: str, config: Mapping[str, Any], origin: Mapping[str, Any]) -> str:
+    """Format the README.md of a packed folder: what it is and how to load it with this ``config.json``.
+
+    ``origin`` is what the card of the model that was packed says of its licence and dense model.
+    """
     from ..models.architecture import auto_class_name  # imports transformers, which packing does without
 
     named = config.get("architectures")
     auto_class = auto_class_name(named[0] if isinstance(named, list) and named else "")
+    metadata = {**origin, "library_name": "transformers", "tags": ["pruned", "sparse", "fistapruner"]}
     return f"""---
-library_name: transformers
-tags: [pruned, sparse, fistapruner]
+{yaml.safe_dump(metadata, sort_keys=False, allow_unicode=True).strip()}
 ---
 # A pruned model, packed
 

@@ -89,7 +89,7 @@ class PackedOperator:
         if not bool(torch.isfinite(dense).all()):
             raise FistaPrunerError("values that are not finite cannot become int8")
         rows, columns = self.shape
-        width = group or max(columns, 1)
+        width = _group_width(group, columns)
         groups = -(-columns // width)
         padded = torch.nn.functional.pad(dense, (0, groups * width - columns)).view(rows, groups, width)
         scales = padded.abs().amax(-1) / 127.0
@@ -110,7 +110,7 @@ class PackedOperator:
 
     def _value_scales(self, kept: Tensor) -> Tensor:
         assert self.scales is not None
-        width = self.group or max(self.shape[1], 1)
+        width = _group_width(self.group, self.shape[1])
         return self.scales.repeat_interleave(width, dim=1)[:, : self.shape[1]][kept]
 
 
@@ -184,6 +184,12 @@ def padded_values(values: Tensor) -> Tensor:
 def group_sums(levels: Tensor, width: int) -> Tensor:
     """Sum dense int8 levels (rows, columns) over groups of ``width`` columns: (rows, groups) int32."""
     rows, columns = levels.shape
+    width = _group_width(width, columns)
     groups = -(-columns // width)
     padded = torch.nn.functional.pad(levels, (0, groups * width - columns))
     return padded.view(rows, groups, width).sum(-1, dtype=torch.int32).contiguous()
+
+
+def _group_width(group: int, columns: int) -> int:
+    """Return the columns of a group, at most those of the matrix: a file may claim any number."""
+    return max(min(group or columns, columns), 1)

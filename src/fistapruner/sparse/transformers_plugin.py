@@ -150,9 +150,11 @@ def _places(model: Any, source: PackedCheckpoint, experts: Mapping[str, list[lis
     """Find module and parameter of every packed operator that is not part of a tensor of all experts."""
     found = {name: target for target, name in stored_names(model, source.names()).items()}
     inside = {name for lists in experts.values() for names in lists for name in names}
+    # Such as the layers with which some models predict further tokens.
+    unused = getattr(model, "_keys_to_ignore_on_load_unexpected", None) or ()
     places = {}
     for name in source.specs:
-        if name in inside:
+        if name in inside or (name not in found and any(re.search(pattern, name) for pattern in unused)):
             continue
         if name not in found:
             raise FistaPrunerError(f"packed operator {name!r} is not part of {type(model).__name__}")

@@ -20,6 +20,7 @@ from torch import nn
 
 from ..errors import FistaPrunerError
 from ..models.architecture import auto_class, refuse_own_code
+from ..models.files.checkpoint import Checkpoint
 from ..runtime.devices import usable_threads
 from ..runtime.memory import free_memory, reset_peak_memory
 from .load import load
@@ -207,6 +208,10 @@ def fill_zeros(model: nn.Module) -> None:
 
 
 def weight_bytes(folder: Path) -> int:
-    """Count the bytes of a folder's weight files."""
-    files = sorted(Path(folder).glob("*.safetensors")) or sorted(Path(folder).glob("pytorch_model*.bin"))
-    return sum(path.stat().st_size for path in files)
+    """Count the bytes of the weight files that are loaded, not of the same weights in another form.
+
+    Raises:
+        FistaPrunerError: a file is missing or damaged.
+    """
+    files = Checkpoint.open(folder, allow_pickle=True).files
+    return sum(file.path.stat().st_size for file in files.values())

@@ -17,8 +17,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import yaml
 
 from ...errors import FistaPrunerError, MissingExtraError
+from ...runtime.files import write_text_atomic
 from .checkpoint import SINGLE
 from .folder import checkpoint_folder, write_index
 from .safetensors import MAX_BYTES, SafetensorsWriter, TensorEntry
@@ -29,11 +31,32 @@ MAX_ARRAY = 50_000_000
 MAX_STRING = 2**26
 SHARD_BYTES = 4 * 2**30
 
-CONVERSION = 3
+CONVERSION = 4
 """Version of what is made of a file: it is raised where a conversion changes, so that earlier ones are made again."""
 
 GEMMA2_27B = 46
 """Decoder layers of Gemma 2 27B, which scales attention by width / heads where its smaller ones have the default."""
+
+SPLIT = "tokenizer.ggml.pre"
+"""Key whose value names how a vocabulary of byte-level BPE splits text."""
+
+SPLIT_AS_GPT2 = frozenset(
+    ("gpt-2", "phi-2", "gigachat", "a.x-4.0", "mellum", "exaone4", "mpt", "olmo", "jais", "trillion", "granite-docling")
+)
+"""Values of ``tokenizer.ggml.pre`` of vocabularies that split text as GPT-2 does; so does a file without the key."""
+
+SPLIT_DIGITS = frozenset(("smollm", "starcoder", "refact", "command-r", "codeshell", "exaone", "minerva-7b"))
+"""Those of vocabularies that split text as GPT-2 does, after every digit is split off."""
+
+SPLIT_AS_QWEN2 = frozenset(("stablelm2", "hunyuan"))
+
+SPLIT_AS_BLOOM = frozenset(("bloom", "gpt3-finnish", "poro-chat"))
+BLOOM_SPLIT = r" ?[^(\s|.,!?…。，、।۔،)]+"
+
+EPSILON_KEYS = ("attention.layer_norm_epsilon", "attention.layer_norm_rms_epsilon")
+
+EPSILONS = ("rms_norm_eps", "norm_eps", "layer_norm_eps", "layer_norm_epsilon", "norm_epsilon")
+"""Names in configs of what norms add to the variance."""
 
 _SCALARS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
 _STRING, _ARRAY = 8, 9
@@ -172,14 +195,15 @@ def convert_gguf(path: Path, out: Path, dtype: torch.dtype = torch.bfloat16, *, 
 
     Args:
         path: the GGUF file of a decoder-only language model.
-        out: folder to make, with weights, config, tokenizer, chat template and generation config; it must not exist.
+        out: folder to make, with weights, config, tokenizer, chat template, generation config and a model card that
+            states the licence; it must not exist.
         dtype: precision of all weights in the folder.
         shard_bytes: bytes of tensors in one weight file at most; a larger tensor has a file of its own.
 
     Raises:
         FistaPrunerError: ``out`` exists, the disk is full, the file is damaged, its architecture is not one that
             ``transformers`` reads from GGUF, it has tensors, positions or windows of attention that
-            ``transformers`` would leave out, or it is a mixture of experts.
+            ``transformers`` would leave out, it splits text in an unknown way, or it is a mixture of experts.
         MissingExtraError: the ``gguf`` package is missing.
     """
     packed = check_gguf(path)
@@ -206,6 +230,9 @@ def convert_gguf(path: Path, out: Path, dtype: torch.dtype = torch.bfloat16, *, 
         _write_weights(path, partial, reader, config, names, files)
         if len(files) > 1:
             write_index(partial, files)
+        if (licence := reader.fields.get("general.license")) is not None:
+            metadata = yaml.safe_dump({"license": str(licence.contents())}, allow_unicode=True)
+            write_text_atomic(partial / "README.md", f"---\n{metadata}---\n# {path.name}, de-quantised\n")
 
 
 def _describe(path: Path, reader: Any, dtype: torch.dtype) -> tuple[Any, Any, Any]:
@@ -219,11 +246,54 @@ def _describe(path: Path, reader: Any, dtype: torch.dtype) -> tuple[Any, Any, An
         del config.quantization_config
     _restore_attention_scale(config)
     _restore_positions(path, reader, config)
+    _restore_rotary_width(path, reader, config)
+    _restore_epsilon(reader, config)
     with init_empty_weights():
         model = AutoModelForCausalLM.from_config(config)
     config.architectures = [type(model).__name__]
     config.dtype = dtype
-    return model, config, AutoTokenizer.from_pretrained(**where)
+    tokenizer = AutoTokenizer.from_pretrained(**where)
+    _restore_split(path, reader, tokenizer)
+    return model, config, tokenizer
+
+
+def _restore_split(path: Path, reader: Any, tokenizer: Any) -> None:
+    """Split text before byte-level BPE as the file names it.
+
+    ``transformers`` knows some of llama.cpp's names, and takes GPT-2's split for all others.
+
+    Raises:
+        FistaPrunerError: neither it nor this function knows the name.
+    """
+    from tokenizers import Regex
+    from tokenizers.pre_tokenizers import ByteLevel, Digits, Punctuation, Sequence, Split
+    from transformers.models.qwen2.tokenization_qwen2 import PRETOKENIZE_REGEX
+
+    fields = {key: reader.fields[key].contents() for key in ("tokenizer.ggml.model", SPLIT) if key in reader.fields}
+    name = fields.get(SPLIT)
+    if fields.get("tokenizer.ggml.model") != "gpt2" or name is None or name in SPLIT_AS_GPT2:
+        return
+    regex = ByteLevel(add_prefix_space=False, use_regex=True)
+    if name in SPLIT_DIGITS:
+        steps = [Digits(individual_digits=True), regex]
+    elif name == "falcon":
+        triples = Split(Regex("[0-9][0-9][0-9]"), "isolated")
+        steps = [Punctuation("contiguous"), regex, Digits(individual_digits=False), triples]
+    elif name in SPLIT_AS_QWEN2 or name in SPLIT_AS_BLOOM:
+        pattern = PRETOKENIZE_REGEX if name in SPLIT_AS_QWEN2 else BLOOM_SPLIT
+        steps = [Split(Regex(pattern), "isolated"), ByteLevel(add_prefix_space=False, use_regex=False)]
+    else:
+        try:
+            from transformers.integrations.gguf.gguf_tokenizer_mapping import GGUF_PRE_TOKENIZER_SPLITS
+        except ImportError:  # an earlier transformers, which tells the split by the architecture
+            return
+        if name in GGUF_PRE_TOKENIZER_SPLITS:
+            return
+        raise FistaPrunerError(
+            f"{path} splits text by {name!r} ({SPLIT}), which transformers does not know: take the model's Hugging "
+            "Face checkpoint"
+        )
+    tokenizer.backend_tokenizer.pre_tokenizer = Sequence(steps)
 
 
 def _restore_attention_scale(config: Any) -> None:
@@ -263,10 +333,62 @@ def _restore_positions(path: Path, reader: Any, config: Any) -> None:
         elif key == "attention.sliding_window" and one_window and type(stored) is int:
             config.sliding_window = stored or None
         else:
-            raise FistaPrunerError(
-                f"{path} has {field.name} {stored!r}, where transformers takes {known!r}: take the model's Hugging "
-                "Face checkpoint"
-            )
+            raise _not_taken(path, f"{field.name} {stored!r}", known)
+
+
+def _not_taken(path: Path, stored: str, known: Any) -> FistaPrunerError:
+    return FistaPrunerError(
+        f"{path} has {stored}, where transformers takes {known!r}: take the model's Hugging Face checkpoint"
+    )
+
+
+def rotary_width(config: Any) -> int | None:
+    """Count the dimensions of a head that rotary positions turn; None without one count for all layers."""
+    rotary = getattr(config, "rope_parameters", None) or {}
+    if "rope_theta" not in rotary:
+        return None
+    factor = rotary.get("partial_rotary_factor")
+    return int(head_width(config) * (1 if factor is None else factor))
+
+
+def head_width(config: Any) -> int:
+    """Return the dimensions of a head."""
+    return int(getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads)
+
+
+def epsilon(config: Any) -> float | None:
+    """Return what norms add to the variance; None if the config does not say it."""
+    return next((value for name in EPSILONS if type(value := getattr(config, name, None)) is float), None)
+
+
+def _restore_rotary_width(path: Path, reader: Any, config: Any) -> None:
+    """Set the dimensions of a head that rotary positions turn: all of them if the file does not say it.
+
+    Raises:
+        FistaPrunerError: the config cannot take them.
+    """
+    if (known := rotary_width(config)) is None:
+        return
+    head = head_width(config)
+    field = reader.fields.get(f"{reader.fields['general.architecture'].contents()}.rope.dimension_count")
+    stored = head if field is None else field.contents()
+    if stored == known:
+        return
+    fits = type(stored) is int and 0 < stored <= head and int(head * (stored / head)) == stored
+    if config.rope_parameters.get("partial_rotary_factor") is None or not fits:
+        raise _not_taken(path, f"rotary positions over {stored!r} dimensions of a head (rope.dimension_count)", known)
+    config.rope_parameters = {**config.rope_parameters, "partial_rotary_factor": stored / head}
+
+
+def _restore_epsilon(reader: Any, config: Any) -> None:
+    """Set what norms add to the variance: ``transformers`` reads one of two keys, for some the wrong one."""
+    architecture = reader.fields["general.architecture"].contents()
+    for key in EPSILON_KEYS:
+        field = reader.fields.get(f"{architecture}.{key}")
+        for name in EPSILONS if field else ():
+            known = getattr(config, name, None)
+            if type(known) is float and not math.isclose(known, field.contents(), rel_tol=1e-6):
+                setattr(config, name, field.contents())
 
 
 def architecture_of(path: Path, reader: Any, advice: str) -> str:
@@ -317,23 +439,28 @@ def _keep_all(path: Path, reader: Any, names: dict[str, str], config: Any) -> No
     from gguf import dequantize
 
     lost = [tensor for tensor in reader.tensors if tensor.name not in names and "attn_rot_embd" not in tensor.name]
-    values = {key: field.contents() for key, field in reader.fields.items() if ".rope.scal" in key}
-    scalings = [value for key, value in values.items() if key.endswith("rope.scaling.type")]
-    scales = [value for key, value in values.items() if key.endswith(("rope.scaling.factor", "rope.scale_linear"))]
-    if not scalings and any(scale not in (0, 1) for scale in scales):  # to llama.cpp 0 is 1
-        scalings.append("linear")
     where = "which transformers does not read: take the model's Hugging Face checkpoint"
     falcon = reader.fields.get("mamba.ssm.dt_b_c_rms")
     if falcon is not None and falcon.contents():
         raise FistaPrunerError(f"{path} is a Falcon-Mamba, with norms (mamba.ssm.dt_b_c_rms) {where}")
-    if scaling := [scaling for scaling in scalings if scaling != "none"]:
-        raise FistaPrunerError(f"{path} has rotary positions scaled by {scaling[0]!r}, {where}")
+    if (scaling := scaled_positions(reader)) is not None:
+        raise FistaPrunerError(f"{path} has rotary positions scaled by {scaling!r}, {where}")
     for tensor in lost:
         if tensor.name != "rope_freqs.weight":
             raise FistaPrunerError(f"{path} has a tensor {tensor.name!r}, {where}")
         factors = torch.tensor(dequantize(tensor.data, tensor.tensor_type)).flatten().float()
         if not bool((factors == 1).all()) and not _restore_llama3(config, factors):
             raise FistaPrunerError(f"{path} has rotary positions scaled by {tensor.name!r}, {where}")
+
+
+def scaled_positions(reader: Any) -> str | None:
+    """Return how the keys of a file say that rotary positions are scaled; None if they are not."""
+    values = {key: field.contents() for key, field in reader.fields.items() if ".rope.scal" in key}
+    scalings = [value for key, value in values.items() if key.endswith("rope.scaling.type")]
+    scales = [value for key, value in values.items() if key.endswith(("rope.scaling.factor", "rope.scale_linear"))]
+    if not scalings and any(scale not in (0, 1) for scale in scales):  # to llama.cpp 0 is 1
+        scalings.append("linear")
+    return next((str(scaling) for scaling in scalings if scaling != "none"), None)
 
 
 def _restore_llama3(config: Any, factors: torch.Tensor) -> bool:

@@ -25,7 +25,17 @@ from ...errors import FistaPrunerError
 from ...runtime.files import PARTIAL, disk_errors, require_space, sync_folder
 from ..architecture import auto_class, checkpoint_names, refuse_own_code
 from .checkpoint import Checkpoint, read_widths
-from .gguf import architecture_of, check_gguf, name_map, processor_of, transformers_faults
+from .gguf import (
+    EPSILON_KEYS,
+    architecture_of,
+    check_gguf,
+    epsilon,
+    name_map,
+    processor_of,
+    rotary_width,
+    scaled_positions,
+    transformers_faults,
+)
 
 GGUFValues = Literal["bf16", "f16", "f32", "q8_0"]
 """How matrices are stored. Vectors are fp32, as llama.cpp wants them."""
@@ -51,6 +61,8 @@ OWN_KEYS = ("general.architecture", "general.file_type", "general.alignment")
 
 QUANTISATION = "general.quantization_version"
 """Version of the quantised formats, in a file that has one; keys ``quantize.*`` tell how the dense file was made."""
+
+SIZE = "general.size_label"
 
 WIDTH = "feed_forward_length"
 
@@ -215,6 +227,7 @@ class _Source:
         self.counts = self._counts(
             config, {key: getattr(config, str(name), None) for key, name in known if key != WIDTH}
         )
+        self._compare_settings(config)
         with init_empty_weights():
             model = AutoModelForCausalLM.from_config(config)
         self.stored = checkpoint_names(model, checkpoint)
@@ -248,6 +261,31 @@ class _Source:
             size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
             changed |= {f"{self.architecture}.attention.{each}_length": int(size) for each in ("key", "value")}
         return changed
+
+    def _compare_settings(self, config: Any) -> None:
+        """Refuse a file whose rotary positions or norms are not the checkpoint's: its keys are copied."""
+        rotary = getattr(config, "rope_parameters", None) or {}
+        asked = {
+            "rope.freq_base": rotary.get("full_attention", rotary).get("rope_theta"),
+            "rope.dimension_count": rotary_width(config),
+            **dict.fromkeys(EPSILON_KEYS, epsilon(config)),
+        }
+        for key, ours in asked.items():
+            field = self.reader.fields.get(f"{self.architecture}.{key}")
+            if field is not None and ours is not None and not math.isclose(field.contents(), ours, rel_tol=1e-5):
+                raise self._other(f"its {key} is {field.contents():g}, that of {self.checkpoint.folder} {ours:g}")
+        kinds = [part.get("rope_type") for part in ([rotary] if "rope_theta" in rotary else rotary.values())]
+        # A GGUF file has no key for positions that are scaled by the length of the text.
+        kind = next((kind for kind in kinds if kind not in (None, "default", "dynamic")), None)
+        factors = [tensor for tensor in self.reader.tensors if "rope_f" in tensor.name]
+        theirs = scaled_positions(self.reader) or next(
+            (tensor.name for tensor in factors if bool((self._dequantised(tensor) != 1).any())), None
+        )
+        if (theirs is None) != (kind is None):
+            raise self._other(
+                f"its rotary positions are scaled by {theirs or 'nothing'}, those of {self.checkpoint.folder} by "
+                f"{kind or 'nothing'}"
+            )
 
     def tensors(self) -> dict[str, str | None]:
         """Map the tensors of the new file to the checkpoint's, or to None where the file's own is copied.
@@ -327,6 +365,7 @@ class _Source:
         writer = gguf.GGUFWriter(out, self.architecture, use_temp_file=True)
         for key, field in self.reader.fields.items():
             skipped = key.startswith(("GGUF.", "quantize.")) or (key == QUANTISATION and values != "q8_0")
+            skipped |= key == SIZE and bool(self.counts)  # the number of the dense model's weights
             if not skipped and key not in (*OWN_KEYS, *self.counts):
                 inner = field.types[-1] if len(field.types) > 1 else None
                 writer.add_key_value(key, field.contents(), field.types[0], inner)
