@@ -234,7 +234,22 @@ def test_weighted_rows(data: tuple[torch.Tensor, ...]) -> None:
             problem.weighted(importance.index_fill(0, torch.tensor([2]), wrong))
     plain, other = solve(problem, "1:2", "alps"), solve(weighted, "1:2", "alps")
     assert torch.equal(plain.mask, other.mask)
-    torch.testing.assert_close(unweighted(other.weight.clone(), importance), plain.weight, rtol=1e-3, atol=1e-4)
+    taken_back = unweighted(other.weight.clone(), importance)
+    torch.testing.assert_close(taken_back, plain.weight, rtol=1e-3, atol=1e-4)
+    (recorded,) = other.stats
+    assert recorded["relative_error"] == pytest.approx(problem.relative_errors(taken_back)[0], rel=1e-5)
+    assert weighted.slice(1, 3).relative_errors(taken_back[1:3] * root[1:3]) == pytest.approx(
+        problem.slice(1, 3).relative_errors(taken_back[1:3]), rel=1e-4
+    )
+
+
+def test_an_error_of_an_operator_without_outputs_is_one() -> None:
+    """Its target is the drift of the hidden states alone, which is no share of nothing."""
+    inputs = torch.randn(8, 4, generator=torch.Generator().manual_seed(0))
+    problem = LayerProblem.from_activations(torch.zeros(2, 4), inputs, inputs, torch.ones(8, 2), target=0.5)
+    assert problem.dense_errors() == [1.0]
+    assert solve(problem, "50%", "wanda").stats[0]["relative_error"] == 1.0
+    assert LayerProblem.from_activations(torch.zeros(2, 4), inputs).relative_errors(torch.zeros(2, 4)) == [0.0]
 
 
 @pytest.mark.parametrize("source", ["inputs", "outputs"])

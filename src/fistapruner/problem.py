@@ -74,6 +74,8 @@ class LayerProblem:
         names: operator names, one for each block of rows.
         rows: rows of each operator, summing to m.
         tokens: number of calibration tokens ``p``; None if the Gram is to be taken as exact.
+        importance: (m,) by which :meth:`weighted` has multiplied the errors of the rows; relative errors are without
+            it. None where they are not weighted.
 
     Raises:
         FistaPrunerError: shapes, devices or settings disagree, or something is not a tensor; names the operator.
@@ -88,9 +90,10 @@ class LayerProblem:
     names: tuple[str, ...] = ("operator",)
     rows: tuple[int, ...] = field(default=())
     tokens: int | None = None
+    importance: Tensor | None = None
 
     def __post_init__(self) -> None:
-        for name in ("weight", "gram", "drift", "drift_energy", "energy"):
+        for name in ("weight", "gram", "drift", "drift_energy", "energy", "importance"):
             tensor = getattr(self, name)
             if tensor is not None:
                 energies = name in ("drift_energy", "energy")
@@ -114,7 +117,8 @@ class LayerProblem:
             raise FistaPrunerError(f"{self.label}: drift and drift_energy come together")
         if self.drift is not None and self.drift.shape != (m, n):
             raise FistaPrunerError(f"{self.label}: drift is {tuple(self.drift.shape)}, expected ({m}, {n})")
-        for name, energy in (("drift_energy", self.drift_energy), ("energy", self.energy)):
+        by_row = {"drift_energy": self.drift_energy, "energy": self.energy, "importance": self.importance}
+        for name, energy in by_row.items():
             if energy is not None and energy.shape != (m,):
                 raise FistaPrunerError(f"{self.label}: {name} is {tuple(energy.shape)}, expected ({m},)")
         for name, tensor in (("gram", self.gram), ("drift", self.drift)):
@@ -222,6 +226,7 @@ class LayerProblem:
             drift=drift,
             drift_energy=drift_energy,
             energy=self.energy * importance,
+            importance=importance,
         )
 
     def operators(self) -> list[LayerProblem]:
@@ -244,6 +249,7 @@ class LayerProblem:
             drift=part(self.drift),
             drift_energy=part(self.drift_energy),
             energy=part(self.energy),
+            importance=part(self.importance),
             names=names,
             rows=(stop - start,),
         )
@@ -313,16 +319,29 @@ class LayerProblem:
             drift=move(self.drift),
             drift_energy=move(self.drift_energy),
             energy=move(self.energy),
+            importance=move(self.importance),
         )
 
-    def _shares(self, row_errors: Tensor) -> list[float]:
-        """Divide the errors of each operator's rows, (m,) fp64, by its dense output's energy."""
+    @property
+    def output_energies(self) -> tuple[Tensor, ...]:
+        """Mean squared dense output of the rows of each operator, fp64, not weighted."""
         assert self.energy is not None
-        energies = self.energy.double().split(self.rows)
-        return [
-            float(error.sum()) / max(float(c.sum()), 1e-300)
-            for error, c in zip(row_errors.split(self.rows), energies, strict=True)
-        ]
+        return self._not_weighted(self.energy.double()).split(self.rows)
+
+    def _shares(self, row_errors: Tensor) -> list[float]:
+        """Divide the errors of each operator's rows, (m,) fp64, by its dense output's energy.
+
+        Where that is zero, any error is 1.
+        """
+        shares = []
+        for errors, energies in zip(self._not_weighted(row_errors).split(self.rows), self.output_energies, strict=True):
+            error, energy = float(errors.sum()), float(energies.sum())
+            shares.append(error / energy if energy else float(error > 0))
+        return shares
+
+    def _not_weighted(self, by_row: Tensor) -> Tensor:
+        """Divide (m,) errors or energies by the importance of the rows."""
+        return by_row if self.importance is None else by_row / self.importance
 
     def _named_rows(self, tensor: Tensor) -> list[tuple[str, Tensor]]:
         return list(zip(self.names, tensor.split(self.rows), strict=True))

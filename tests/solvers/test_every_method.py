@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
+from collections.abc import Callable
 from dataclasses import replace
 
 import pytest
@@ -14,7 +15,9 @@ from layer_problems import make_problem
 
 from fistapruner import FistaPrunerError, LayerProblem
 from fistapruner.constraints import NM, Unstructured, parse_sparsity
+from fistapruner.pruning.partition import cut, part_of, solve_in_parts
 from fistapruner.solvers import METHODS, parse_method, solve
+from fistapruner.solvers.conditioning import shared_gram
 
 SOLVERS = [name for name, method in METHODS.items() if not method.refines]
 REFINEMENTS = [name for name, method in METHODS.items() if method.refines]
@@ -236,3 +239,43 @@ def test_what_is_no_problem_is_refused() -> None:
 def test_a_refinement_needs_something_before_it(name: str) -> None:
     with pytest.raises(FistaPrunerError, match=name):
         parse_method(name)
+
+
+@pytest.mark.parametrize("name", [name for name in SOLVERS if name not in ("fista", "proximal")])
+def test_a_solver_that_takes_no_start_is_refused_after_another_step(name: str) -> None:
+    """Its result would be the same without the earlier steps, whose work would be lost."""
+    with pytest.raises(
+        FistaPrunerError, match=f"^method '{name}' does not start from another solution: leave out 'wanda' before it"
+    ):
+        parse_method(f"wanda+{name}")
+
+
+@pytest.mark.parametrize("name", ["sparsegpt", "alps", "admm", "fista", "proximal"])
+def test_operators_of_a_group_share_what_depends_on_the_gram(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also inside a block of the caller; the bits are those of each operator alone."""
+    problem = make_problem(rows=(16, 8, 8))
+    parts = [part_of(problem, part) for part in cut(problem.rows, 32, [parse_sparsity("50%")] * 3, parse_method(name))]
+    alone = torch.cat([solve(part, "50%", name).weight for part in parts])
+    counted = []
+    for function in ("eigh", "cholesky_ex", "qr"):
+        plain = getattr(torch.linalg, function)
+
+        def counting(*given: object, _plain: Callable[..., object] = plain, **named: object) -> object:
+            counted.append(_plain)
+            return _plain(*given, **named)
+
+        monkeypatch.setattr(torch.linalg, function, counting)
+    solve(parts[0], "50%", name)
+    once = len(counted)
+    counted.clear()
+    with shared_gram(problem.gram):
+        found = solve_in_parts(problem, [parse_sparsity("50%")] * 3, parse_method(name))
+    assert len(counted) == once > 0
+    assert torch.equal(found.weight, alone)
+
+
+@pytest.mark.parametrize("sparsity", ["0.5%", "1%"])
+def test_alps_ends_where_few_weights_become_zero(sparsity: str) -> None:
+    for problem in (make_problem(rows=(64,), n=64), LayerProblem(torch.ones(70, 16), torch.ones(16, 16))):
+        (stats,) = solve(problem, sparsity, "alps").stats
+        assert stats["steps"][0]["iterations"] <= 60

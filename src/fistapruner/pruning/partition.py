@@ -89,6 +89,7 @@ def rows_of(problem: LayerProblem) -> dict[str, Any]:
         "drift": problem.drift,
         "drift_energy": problem.drift_energy,
         "energy": problem.energy,
+        "importance": problem.importance,
     }
     return {name: tensor for name, tensor in tensors.items() if tensor is not None}
 
@@ -98,10 +99,10 @@ def join(problem: LayerProblem, parts: Sequence[Part], solutions: Iterable[Solut
     weight, mask = torch.empty_like(problem.weight), torch.empty_like(problem.weight, dtype=torch.bool)
     stats: list[list[tuple[float, Stats]]] = [[] for _ in problem.rows]
     warnings: dict[str, None] = {}
-    assert problem.energy is not None
+    energies = torch.cat(problem.output_energies)
     for part, solution in zip(parts, solutions, strict=True):
         weight[part.start : part.stop], mask[part.start : part.stop] = solution.weight, solution.mask
-        stats[part.operator].append((float(problem.energy[part.start : part.stop].double().sum()), solution.stats[0]))
+        stats[part.operator].append((float(energies[part.start : part.stop].sum()), solution.stats[0]))
         warnings |= dict.fromkeys(solution.warnings)
     return Solution(weight, mask, tuple(_join_stats(operator) for operator in stats), tuple(warnings))
 

@@ -7,11 +7,12 @@ from typing import ClassVar
 
 import torch
 from pydantic import Field
+from torch import Tensor
 
 from ..constraints import Constraint
 from ..problem import LayerProblem
 from .base import Method, Solution
-from .conditioning import alive_gram, damped_cholesky, inverse_from_cholesky
+from .conditioning import alive_gram, damped_cholesky, inverse_from_cholesky, once
 
 
 class ADMM(Method):
@@ -29,6 +30,7 @@ class ADMM(Method):
     """
 
     name: ClassVar[str] = "admm"
+    takes_start: ClassVar[bool] = False
 
     rho: float = Field(
         1.0, gt=0.0, description="Penalty, in units of the scaled Gram's diagonal before it is damped (the paper's 1)."
@@ -48,14 +50,12 @@ class ADMM(Method):
     # (4) There a dead input's scale is 1e-8. Here its weights are scaled down, as for every method.
 
     def solve(self, problem: LayerProblem, sparsity: Sequence[Constraint], start: Solution | None = None) -> Solution:
-        gram = alive_gram(problem.gram)
-        scale = gram.diagonal().sqrt()
-        gram = gram / scale / scale[:, None]
-        gram.diagonal().add_(self.damping)
-        level = float(gram.diagonal().mean())
-        factor, share, warnings = damped_cholesky(gram, self.rho / level, problem.label)
-        inverse = inverse_from_cholesky(factor)
-        rho = share * level
+        gram, scale, inverse, rho, warnings = once(
+            problem.gram,
+            (self.name, self.damping, self.rho),
+            lambda: self._inverse(problem),
+            lambda found: not found[4],
+        )
         dense = problem.weight * scale
         linear = dense @ gram
         if problem.drift_gradient is not None:
@@ -75,3 +75,13 @@ class ADMM(Method):
         return Solution(
             weight, mask, tuple({"damping": self.damping, "rho": rho} for _ in problem.rows), tuple(warnings)
         )
+
+    def _inverse(self, problem: LayerProblem) -> tuple[Tensor, Tensor, Tensor, float, list[str]]:
+        """Scale and damp the Gram; returns it, its scale (n,), the inverse with rho, that rho, and warnings."""
+        gram = alive_gram(problem.gram)
+        scale = gram.diagonal().sqrt()
+        gram = gram / scale / scale[:, None]
+        gram.diagonal().add_(self.damping)
+        level = float(gram.diagonal().mean())
+        factor, share, warnings = damped_cholesky(gram, self.rho / level, problem.label)
+        return gram, scale, inverse_from_cholesky(factor), share * level, warnings

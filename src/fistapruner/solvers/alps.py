@@ -12,8 +12,11 @@ from torch import Tensor
 from ..constraints import Constraint
 from ..problem import LayerProblem
 from .base import SUPPORT_CHANGE, Method, Solution, Stats, Trace
-from .conditioning import alive_gram
+from .conditioning import alive_gram, once
 from .refit import refit_cg
+
+RESTARTS = 8
+"""Most times that rho falls to a fifth: to 3e-6 of the first one, where ADMM takes the least-squares weights."""
 
 
 class ALPS(Method):
@@ -26,11 +29,12 @@ class ALPS(Method):
     Every third step rho grows by a factor of 1.3, 1.2 or 1.1 if the support changed by more than 10 %, more than 0.5 %,
     or at all. ADMM stops when the support no longer changes (after 30 steps: by less than 0.03 %). Both rules are those
     of the authors' program. If the support stops changing before it ever changed by 0.5 %, rho was too large: it falls
-    to a fifth and ADMM starts again.
+    to a fifth and ADMM starts again; here at most eight times, since few zeros never change that much of the support.
     """
 
     name: ClassVar[str] = "alps"
     trace: ClassVar[Trace | None] = SUPPORT_CHANGE
+    takes_start: ClassVar[bool] = False
 
     rho: float = Field(0.1, gt=0.0, description="First penalty, in units of the scaled Gram's diagonal.")
     iterations: int = Field(300, ge=1, description="Largest number of ADMM steps.")
@@ -42,11 +46,9 @@ class ALPS(Method):
     refit: int = Field(10, ge=0, description="Conjugate gradient steps at the end.")
 
     def solve(self, problem: LayerProblem, sparsity: Sequence[Constraint], start: Solution | None = None) -> Solution:
-        gram = alive_gram(problem.gram)
-        gram.diagonal().add_(self.damping * gram.diagonal().mean())
-        scale = gram.diagonal().sqrt()
-        values, vectors = torch.linalg.eigh(gram / scale / scale[:, None])
-        values = values.clamp_min(0.0)
+        gram, scale, values, vectors = once(
+            problem.gram, (self.name, self.damping), lambda: self._decomposed(problem.gram)
+        )
         masks, weights, stats = [], [], []
         for operator, pattern in zip(problem.operators(), sparsity, strict=True):
             linear = operator.weight @ gram
@@ -59,6 +61,14 @@ class ALPS(Method):
         weight, mask = torch.cat(weights), torch.cat(masks)
         return Solution(refit_cg(problem, gram, weight, mask, self.refit), mask, tuple(stats))
 
+    def _decomposed(self, gram: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Damp a Gram (n, n); returns it, the roots of its diagonal, and eigenvalues and eigenvectors of it scaled."""
+        gram = alive_gram(gram)
+        gram.diagonal().add_(self.damping * gram.diagonal().mean())
+        scale = gram.diagonal().sqrt()
+        values, vectors = torch.linalg.eigh(gram / scale / scale[:, None])
+        return gram, scale, values.clamp_min(0.0), vectors
+
     def _admm(
         self, dense: Tensor, linear: Tensor, values: Tensor, vectors: Tensor, pattern: Constraint
     ) -> tuple[Tensor, Tensor, Stats]:
@@ -68,7 +78,7 @@ class ALPS(Method):
         kept = max(int(first.sum()), 1)
         sparse, dual = dense * first, torch.zeros_like(dense)
         moved = False
-        step, path = 0, []
+        step, restarts, path = 0, 0, []
         inverse = (vectors / (values + rho)) @ vectors.T
         for step in range(1, self.iterations + 1):
             smooth = (linear - dual + rho * sparse) @ inverse
@@ -87,12 +97,12 @@ class ALPS(Method):
                 moved, rho = True, rho * 1.2
             elif change and moved:
                 rho *= 1.1
-            elif change:
-                rho, sparse, dual, support = rho / 5, dense * first, torch.zeros_like(dense), first
-            elif moved:
+            elif moved or restarts == RESTARTS:
                 break
             else:
-                rho /= 5
+                rho, restarts = rho / 5, restarts + 1
+                if change:
+                    sparse, dual, support = dense * first, torch.zeros_like(dense), first
             if step > 30 and change < 3e-4 * kept:
                 break
             inverse = (vectors / (values + rho)) @ vectors.T

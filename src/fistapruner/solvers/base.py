@@ -98,6 +98,8 @@ class Method(BaseModel, ABC):
     name: ClassVar[str]
     refines: ClassVar[bool] = False
     """Whether it is a refinement, which needs the solution of a previous step."""
+    takes_start: ClassVar[bool] = True
+    """Whether a solver starts from the solution of a step before it; else it stands first in a chain."""
     auto_keeps_paper_settings: ClassVar[bool] = True
     """Whether ``auto`` settings of a recipe are the paper's; if not, they are what measured best."""
     propagate: ClassVar[Literal["dense", "pruned"]] = "pruned"

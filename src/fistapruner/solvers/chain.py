@@ -8,6 +8,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import replace
 from importlib import import_module
+from itertools import pairwise
 
 import torch
 
@@ -38,7 +39,8 @@ def parse_method(value: Steps) -> tuple[Method, ...]:
             dictionaries with settings (``[sparsegpt, {fista: {iterations: 50}}, refit]``) or of method objects.
 
     Raises:
-        FistaPrunerError: an unknown name or setting, or a refinement with nothing before it.
+        FistaPrunerError: an unknown name or setting, a refinement with nothing before it, or a solver after another
+            step whose solution it does not take.
     """
     if isinstance(value, (Method, dict)):
         value = [value]
@@ -54,6 +56,11 @@ def parse_method(value: Steps) -> tuple[Method, ...]:
         raise FistaPrunerError(
             f"method {first!r} refines another solution: put a solver before it, such as wanda+{first}"
         )
+    for before, step in pairwise(steps):
+        if not step.takes_start:
+            raise FistaPrunerError(
+                f"method {step.name!r} does not start from another solution: leave out {before.name!r} before it"
+            )
     return steps
 
 

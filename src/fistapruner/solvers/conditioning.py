@@ -31,7 +31,13 @@ Found = TypeVar("Found")
 
 @contextmanager
 def shared_gram(gram: Tensor) -> Iterator[None]:
-    """Compute what depends on a Gram alone once for all problems in the block with this very tensor."""
+    """Compute what depends on a Gram alone once for all problems in the block with this very tensor.
+
+    Inside another block with the same tensor it is computed once for both.
+    """
+    if (outer := _shared.get()) is not None and outer[0] is gram:
+        yield
+        return
     token = _shared.set((gram, {}))
     try:
         yield
@@ -71,7 +77,7 @@ def with_faint_dead_weights(problem: LayerProblem) -> LayerProblem:
     """Scale the weights of dead inputs down, so that methods prune them before others.
 
     They change no output, and most methods' regularised Grams would rate them as weights of average inputs. They are
-    not zero, so that the largest of them stay where some must.
+    not zero, so that methods which rate weights by size keep the largest where some must stay.
     """
     dead = dead_inputs(problem.gram)
     if not bool(dead.any()):

@@ -16,7 +16,7 @@ from ..errors import FistaPrunerError
 from ..problem import LayerProblem
 from ..runtime.numerics import fast_products
 from .base import Method, Positive, Solution, Stats, Trace, project_operators
-from .conditioning import largest_eigenvalue
+from .conditioning import largest_eigenvalue, once
 from .magnitude import Magnitude
 from .sparsegpt import SparseGPT
 from .wanda import Wanda
@@ -105,7 +105,7 @@ class Fista(Method):
         given, start = start is not None, start or self._warm_start(problem, sparsity)
         operators = problem.operators()
         first, warm_up = self._first_round_start(problem, start, given)
-        lipschitz = largest_eigenvalue(problem.gram)
+        lipschitz = once(problem.gram, "largest eigenvalue", lambda: largest_eigenvalue(problem.gram))
         searches = [
             self._search(operator, weight, mask)
             for operator, weight, mask in zip(

@@ -16,6 +16,7 @@ class Magnitude(Method):
     """Drop the smallest ``|W|`` of each operator; kept weights are not updated and no data is used."""
 
     name: ClassVar[str] = "magnitude"
+    takes_start: ClassVar[bool] = False
     refit_helps: ClassVar[bool] = True
     takes: ClassVar[Literal["nothing", "norms", "Gram"]] = "nothing"
 

@@ -8,11 +8,12 @@ from typing import ClassVar
 
 import torch
 from pydantic import Field
+from torch import Tensor
 
 from ..constraints import Constraint
 from ..problem import LayerProblem
 from .base import Method, Solution
-from .conditioning import alive_gram, damped_cholesky, dead_inputs, invert_lower
+from .conditioning import alive_gram, damped_cholesky, dead_inputs, invert_lower, once
 
 
 class SparseGPT(Method):
@@ -29,6 +30,7 @@ class SparseGPT(Method):
 
     name: ClassVar[str] = "sparsegpt"
     refit_helps: ClassVar[bool] = True
+    takes_start: ClassVar[bool] = False
 
     damping: float = Field(
         0.01, ge=0.0, description="Added to the diagonal of H, as a share of its mean (the paper's 1 %)."
@@ -39,15 +41,9 @@ class SparseGPT(Method):
         return constraint.columnwise
 
     def solve(self, problem: LayerProblem, sparsity: Sequence[Constraint], start: Solution | None = None) -> Solution:
-        gram = alive_gram(problem.gram)
-        # Reversed order: flip(H) = L L^T gives H = R R^T with R = flip(L) upper, so H^-1 = U^T U for U = R^-1.
-        factor, damping, warnings = damped_cholesky(gram.flip(0, 1), self.damping, problem.label)
-        if factor.device.type == "cpu":
-            upper = factor.flip(0, 1)
-            upper = torch.linalg.solve_triangular(upper, torch.eye(len(upper), dtype=upper.dtype), upper=True)
-        else:
-            invert_lower(factor)
-            upper = factor.flip(0, 1)
+        upper, damping, warnings = once(
+            problem.gram, (self.name, self.damping), lambda: self._factor(problem), lambda found: not found[2]
+        )
         weight = problem.weight
         if problem.drift_gradient is not None:
             weight = weight + (problem.drift_gradient @ upper.T) @ upper
@@ -87,3 +83,16 @@ class SparseGPT(Method):
                 columns[end:].addmm_(upper[begin:end, end:].T, errors, alpha=-1.0)
         stats = tuple({"damping": damping} for _ in problem.rows)
         return Solution(columns.T.contiguous(), keep.T.contiguous(), stats, tuple(warnings))
+
+    def _factor(self, problem: LayerProblem) -> tuple[Tensor, float, list[str]]:
+        """Factorise the inverse of the damped Gram: U (n, n), the damping that was enough, and warnings."""
+        # Reversed order: flip(H) = L L^T gives H = R R^T with R = flip(L) upper, so H^-1 = U^T U for U = R^-1.
+        gram = alive_gram(problem.gram)
+        factor, damping, warnings = damped_cholesky(gram.flip(0, 1), self.damping, problem.label)
+        if factor.device.type == "cpu":
+            upper = factor.flip(0, 1)
+            upper = torch.linalg.solve_triangular(upper, torch.eye(len(upper), dtype=upper.dtype), upper=True)
+        else:
+            invert_lower(factor)
+            upper = factor.flip(0, 1)
+        return upper, damping, warnings

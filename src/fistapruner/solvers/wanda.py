@@ -16,6 +16,7 @@ class Wanda(Method):
     """Drop the lowest ``|W_ij| sqrt(H_jj)`` of each row; kept weights are not updated (Sun et al., eq. 1)."""
 
     name: ClassVar[str] = "wanda"
+    takes_start: ClassVar[bool] = False
     refit_helps: ClassVar[bool] = True
     takes: ClassVar[Literal["nothing", "norms", "Gram"]] = "norms"
 
