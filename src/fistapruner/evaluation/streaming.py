@@ -53,7 +53,7 @@ class Passes:
 
 
 class KeptStates:
-    """Keep the last hidden states of one model in a file, from one evaluation to the next on the same windows.
+    """Keep the last hidden states of a model in a file, for other evaluations of the same windows.
 
     So the dense model that many models are compared with runs once.
 
