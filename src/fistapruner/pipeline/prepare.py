@@ -155,7 +155,7 @@ def choose_plan(
 
 
 def _learned_plan(run: PruneDirectory, recipe: Recipe, inputs: Inputs) -> PlannedRun | None:
-    """Return the plan with which this run has learned which channels stay; None where it cannot go on with it."""
+    """Return the plan with which this run learned which channels stay; None if it cannot go on so."""
     learned = run.learned()
     try:
         plan = PlannedRun.model_validate_json(learned["plan"])

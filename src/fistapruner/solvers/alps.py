@@ -62,7 +62,7 @@ class ALPS(Method):
         return Solution(refit_cg(problem, gram, weight, mask, self.refit), mask, tuple(stats))
 
     def _decomposed(self, gram: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """Damp a Gram (n, n); returns it, the roots of its diagonal, and eigenvalues and eigenvectors of it scaled."""
+        """Damp a Gram (n, n) and decompose it scaled; returns it, its scale, eigenvalues, eigenvectors."""
         gram = alive_gram(gram)
         gram.diagonal().add_(self.damping * gram.diagonal().mean())
         scale = gram.diagonal().sqrt()
