@@ -326,7 +326,8 @@ class LayerProblem:
     def output_energies(self) -> tuple[Tensor, ...]:
         """Mean squared dense output of the rows of each operator, fp64, not weighted."""
         assert self.energy is not None
-        return self._not_weighted(self.energy.double()).split(self.rows)
+        energies: tuple[Tensor, ...] = self._not_weighted(self.energy.double()).split(self.rows)
+        return energies
 
     def _shares(self, row_errors: Tensor) -> list[float]:
         """Divide the errors of each operator's rows, (m,) fp64, by its dense output's energy.

@@ -65,7 +65,7 @@ class KeptStates:
     def __init__(self, model: Path, file: Path) -> None:
         self._model, self._file = model, file
         self._states: HiddenStates | None = None
-        self._tokens: Tensor | None = None
+        self._tokens = torch.empty(0)
 
     def of(self, model: LayerwiseModel, tokens: Tensor, passes: Passes) -> HiddenStates | None:
         """Return the states of all windows, computed if they are not there; None for another model.
@@ -97,7 +97,7 @@ class KeptStates:
         """Remove the states and their file."""
         if self._states is not None:
             self._states.close()
-        self._states = self._tokens = None
+        self._states = None
 
 
 def score_windows(
