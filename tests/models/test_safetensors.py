@@ -9,6 +9,7 @@ import struct
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 import safetensors.torch
 import torch
@@ -53,6 +54,15 @@ def _raw(path: Path, header: Any, data: bytes = b"") -> Path:
     text = header if isinstance(header, bytes) else json.dumps(header).encode()
     path.write_bytes(struct.pack("<Q", len(text)) + text + data)
     return path
+
+
+def test_a_file_larger_than_memory_is_opened(tmp_path: Path) -> None:
+    """Of holes, so that it takes no disk."""
+    memory = psutil.virtual_memory().total + psutil.swap_memory().total
+    tensor = {"dtype": "U8", "shape": [memory + 2**30], "data_offsets": [0, memory + 2**30]}
+    path = _raw(tmp_path / "large.safetensors", {"weight": tensor})
+    os.truncate(path, path.stat().st_size + memory + 2**30)
+    assert SafetensorsFile(path).entries["weight"].shape == (memory + 2**30,)
 
 
 tensors_strategy = st.dictionaries(

@@ -31,7 +31,8 @@ def configure(parser: argparse.ArgumentParser) -> None:
     text = parser.add_argument_group("perplexity")
     text.add_argument(
         "--data",
-        help="wikitext2, ptb, c4, python, or a .txt/.jsonl/.parquet file (default: python, unless --tasks is given)",
+        help="wikitext2, ptb, c4, python, or a .txt, .raw, .md, .jsonl or .parquet file (default: python, unless "
+        "tasks are given)",
     )
     text.add_argument(
         "--seqlen", type=int, metavar="N", help="tokens in a window (default: the model's maximum, at most 2048)"
@@ -46,7 +47,11 @@ def configure(parser: argparse.ArgumentParser) -> None:
     )
     tasks = parser.add_argument_group("zero-shot tasks")
     tasks.add_argument("--tasks", metavar="A,B,...", help="lm-eval tasks; with --tasks-dir names of its files, or all")
-    tasks.add_argument("--tasks-dir", metavar="DIR", help="folder of local .jsonl tasks; needs no network")
+    tasks.add_argument(
+        "--tasks-dir",
+        metavar="DIR",
+        help="folder of local .jsonl tasks, all of them without --tasks; needs no network",
+    )
     tasks.add_argument("--limit", type=int, metavar="N", help="only the first N items of each task")
     work = parser.add_argument_group("execution")
     work.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:N (default: auto)")

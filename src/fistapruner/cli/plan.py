@@ -5,7 +5,7 @@ make to fit the memory. A run makes the same plan before its first layer; its re
 With --recover or --align MODEL is a run or a pruned checkpoint, and the settings are those of that verb.
 
   fistapruner plan smollm2 --sparsity 50%
-  fistapruner plan meta-llama/Llama-3.1-8B --memory-limit 12GiB --method wanda
+  fistapruner plan meta-llama/Llama-3.1-8B --memory-limit 12GiB --method wanda --calibration c4
   fistapruner plan runs/first --recover --tokens 1M --memory-limit 16GiB
   fistapruner plan runs/first --align --data pairs.jsonl
 """
@@ -31,7 +31,9 @@ SUMMARY = "predict memory, disk and time of a run"
 
 def configure(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
-        "model", metavar="MODEL", help="hub id, local folder, GGUF file, or smollm2; to be trained, a run too"
+        "model",
+        metavar="MODEL",
+        help="hub id, local folder, GGUF file, or smollm2; with --recover or --align also a run directory",
     )
     parser.add_argument(
         "--out", default=".", metavar="RUN", help="run directory, whose disk must have the space (default: here)"
@@ -43,7 +45,11 @@ def configure(parser: argparse.ArgumentParser) -> None:
     verbs.add_argument(
         "--align", action="store_true", help="plan the alignment of MODEL, which is pruned, with each form"
     )
-    parser.add_argument("--dense", metavar="MODEL", help="to be trained: the dense model (default: as for recover)")
+    parser.add_argument(
+        "--dense",
+        metavar="MODEL",
+        help="with --recover or --align: the dense model (default: the one that was pruned)",
+    )
     parser.add_argument("--json", action="store_true", help="print machine-readable JSON")
     add_recipe_arguments(parser, without=("recover",))
     add_training_beside(parser)

@@ -18,6 +18,7 @@ from ..recipes.recover_settings import RecoverRecipe
 from ..recipes.settings import Recipe
 from ..solvers import METHODS
 from ..solvers.catalogue import CATALOGUE
+from ..sparse.kernel import ENVIRONMENT, LEVELS
 from . import VERBS, build_parser
 from .arguments import DEST, SAME_FLAG, flag_of, settings
 
@@ -26,10 +27,30 @@ HEAD = """# Reference
 Made from the program by `make reference`; do not edit. The pages on the verbs show how they are used.
 """
 
+STATUSES = (
+    ("0", "done"),
+    (
+        "1",
+        "a check failed: `inspect` found a violated claim, NaN or infinity; training stopped at a loss that is not "
+        "finite; every row of `compare`, or a row of `align --compare`, failed",
+    ),
+    ("2", "bad input, or what cannot fit; one line says why"),
+    ("130", "interrupted by Ctrl-C"),
+    ("143", "ended by SIGTERM"),
+)
+VARIABLES = (
+    ("`FISTAPRUNER_FIGURES`", "`0` leaves out the figures of a page"),
+    (
+        f"`{ENVIRONMENT}`",
+        f"level of the compiled CPU kernel: {', '.join(f'`{level}`' for level in LEVELS)}, or `torch` for no kernel; "
+        "without it the fastest that the processor has",
+    ),
+)
+
 
 def reference() -> str:
     """Return the page as Markdown."""
-    return "\n".join([HEAD, *_verbs(), *_recipe(), *_recover_recipe(), *_align_recipe(), *_methods()])
+    return "\n".join([HEAD, *_verbs(), *_shell(), *_recipe(), *_recover_recipe(), *_align_recipe(), *_methods()])
 
 
 def _verbs() -> Iterable[str]:
@@ -56,6 +77,12 @@ def _verbs() -> Iterable[str]:
             }
             yield f"Also every [{kind} setting](#{kind}-settings){also.get(verb, '')} by its flag.\n"
         yield from _table(("argument", "meaning"), rows)
+
+
+def _shell() -> Iterable[str]:
+    yield "## Exit status and environment\n"
+    yield from _table(("exit status", "meaning"), STATUSES)
+    yield from _table(("environment variable", "meaning"), VARIABLES)
 
 
 def _recipe() -> Iterable[str]:

@@ -86,7 +86,7 @@ class AlignRecipe(TrainingRecipe):
         description="Trust region of harmonic: how far other references may be from pruned, as a share of its "
         "log-probabilities, or none.",
     )
-    beta: float = Field(0.1, gt=0.0, description="How strongly the references hold the model.")
+    beta: float = Field(0.1, gt=0.0, description="β of DPO: larger values keep the model closer to the references.")
     label_smoothing: float = Field(
         0.0, ge=0.0, lt=0.5, description="Assumed share of pairs whose answers are swapped (conservative DPO)."
     )

@@ -28,7 +28,7 @@ class Execution(Settings):
     )
     memory_limit: int | None = Field(
         None,
-        description="Main memory that the run may use, in bytes or as 8GiB; without it what the machine has "
+        description="Main memory that the run may use, in bytes or as 8GiB; without it 90 % of what the machine has "
         "free. A GPU's memory is limited by what it has free.",
     )
     executor: Literal["serial", "process", "ray"] = Field(

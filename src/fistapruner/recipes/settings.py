@@ -197,8 +197,9 @@ class Recipe(RunRecipe):
 
     sparsity: SparsitySetting = Field(
         "50%",
-        description="Sparsity pattern of every pruned operator: 50%, 0.5, 2:4, 4:8, 64:2:8, ... With structure the "
-        "default is 0%: the result is then a smaller model without zeros.",
+        description="Sparsity of the pruned operators: 50%, 0.5, 2:4, 4:8, 64:2:8, ... A share is that of all of them "
+        "together, which allocation distributes; a pattern is that of each, unless allocation gives them others. With "
+        "structure the default is 0%: the result is then a smaller model without zeros.",
     )
     method: MethodSetting = Field(
         "proximal",

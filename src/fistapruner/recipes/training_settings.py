@@ -106,7 +106,9 @@ class TrainingRecipe(RunRecipe):
         description="After a check without improvement, go back to the best weights with a smaller learning rate.",
     )
     targets: tuple[str, ...] = Field(
-        (), description="Operators to train, by name or re: pattern; without it all that have zeros."
+        (),
+        description="Operators to train, by name or re: pattern; without it all that have zeros, or all of a model "
+        "that lost channels, heads or experts.",
     )
     ignore: tuple[str, ...] = Field((), description="Operators to leave as they are, by name or re: pattern.")
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(

@@ -228,9 +228,11 @@ def _read_header(path: Path) -> tuple[dict[str, str], dict[str, TensorEntry], di
     """Read a header: metadata, entries in its order, and the offset of each tensor in the file.
 
     The library checks the header's size, its JSON and types, every shape against its bytes, and that the tensors cover
-    the file without overlap or hole. Only what PyTorch and one-line messages need beyond it is checked here.
+    the file without overlap or hole. Only what PyTorch and one-line messages need beyond it is checked here. The
+    file is mapped as for NumPy: PyTorch's map is private and writable, which Linux refuses for a file larger than
+    memory.
     """
-    with open(path, "rb") as file, safe_open(path, framework="pt") as checked:
+    with open(path, "rb") as file, safe_open(path, framework="numpy") as checked:
         size = struct.unpack("<Q", file.read(8))[0]
         header = json.loads(file.read(min(size, MAX_HEADER)))
         metadata, found = checked.metadata() or {}, {}
