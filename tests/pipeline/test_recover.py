@@ -734,7 +734,7 @@ def test_documents_shared_with_the_evaluation_are_told_of_a_kept_text_too(
     arguments: dict[str, Any] = {"data": {"source": str(bench.text)}, "evaluate": str(bench.text), "steps": 1}
     said = Said(), Said()
     with monkeypatch.context() as stopped:
-        stopped.setattr(prepare_recover, "order", Mock(side_effect=KeyboardInterrupt))
+        stopped.setattr(prepare_recover, "decide", Mock(side_effect=KeyboardInterrupt))
         with pytest.raises(KeyboardInterrupt):
             recover(bench.pruned(), tmp_path / "out", listener=said[0], **arguments)
     report = recover(bench.pruned(), tmp_path / "out", listener=said[1], **arguments)
@@ -744,6 +744,32 @@ def test_documents_shared_with_the_evaluation_are_told_of_a_kept_text_too(
     assert len(warnings[0]) == 1
     assert warnings[0] == warnings[1]
     assert warnings[1][0] in report.warnings
+
+
+def test_a_kept_text_of_another_tokenizer_is_cut_again(
+    bench: Bench, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(prepare_recover, "decide", Mock(side_effect=KeyboardInterrupt))
+    other = Path(shutil.copytree(bench.pruned() / "model", tmp_path / "other"))
+    content = json.loads((other / "tokenizer.json").read_text())
+    vocabulary = content["model"]["vocab"]
+    vocabulary["a"], vocabulary["b"] = vocabulary["b"], vocabulary["a"]
+    (other / "tokenizer.json").write_text(json.dumps(content))
+    said, tokens = Said(), []
+    for model in (bench.pruned() / "model", bench.pruned() / "model", other):
+        with pytest.raises(KeyboardInterrupt):
+            recover(model, tmp_path / "out", listener=said, data={"source": str(bench.text)}, dense=bench.dense())
+        tokens.append(SafetensorsFile(tmp_path / "out" / "windows.safetensors").read("tokens"))
+    assert torch.equal(tokens[0], tokens[1])
+    assert not torch.equal(tokens[0], tokens[2])
+    assert len([each for each in said.sentences if each.startswith("training text: ")]) == 2
+
+
+def test_too_few_steps_for_the_tasks_are_refused_before_any_text_is_cut(bench: Bench, tmp_path: Path) -> None:
+    tasks = {f"task {number}": str(bench.text) for number in range(4)}
+    with pytest.raises(fp.FistaPrunerError, match="needs 4 windows for its 1 round, and there are 2"):
+        recover(bench.pruned(), tmp_path / "out", steps=1, data={"tasks": tasks})
+    assert not [*tmp_path.glob("out/windows*")]
 
 
 def test_other_models_are_refused(bench: Bench, run: Path, tmp_path: Path) -> None:
