@@ -508,7 +508,7 @@ class LayerwiseModel:
                 layer.__dict__.pop("forward", None)
 
     def rounded(self, source: str, tensor: Tensor) -> Tensor:
-        """Round ``tensor`` to the stored dtype of ``source``, and to its dtype in the passes where that is narrower."""
+        """Round ``tensor`` to the narrower of the stored dtype of ``source`` and its dtype in the passes."""
         stored, loaded = self.checkpoint.entry(source).dtype, loaded_dtype(self.model, self._names[source], self.dtype)
         tensor = tensor.to(stored)
         return tensor if stored.itemsize <= loaded.itemsize else tensor.to(loaded)

@@ -119,7 +119,7 @@ class Objective:
         return self.text.counts[list(numbers)]
 
     def begin_step(self, number: int) -> None:
-        """Say which step comes next, counted from 1: its windows are those that a loss or gradient is asked of."""
+        """Say which step comes next, counted from 1, for the dense model's predictions of its windows."""
         if self.teacher is not None:
             self.teacher.step = number
 
