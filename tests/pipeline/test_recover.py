@@ -34,7 +34,6 @@ from fistapruner.runs.decision import RunRecord
 from fistapruner.runs.listener import Listener
 from fistapruner.runs.lock import hold
 from fistapruner.runs.records import Report, load_run
-from fistapruner.runs.steps import StepJournal, read_steps
 from fistapruner.runs.training_directory import RecoverDirectory
 from fistapruner.runtime.ranks import Ranks
 from fistapruner.sparse.pack import PackedCheckpoint, is_packed, pack
@@ -456,7 +455,7 @@ def test_held_out_losses_that_are_not_numbers_are_not_better(bench: Bench, tmp_p
 def test_a_run_without_gradients_is_replayed_with_its_threads(
     bench: Bench, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The last bits of subzero's frames depend on their number; the journal of an earlier version does not have it."""
+    """The last bits of subzero's frames depend on their number."""
     threads: list[int] = []
     orthonormal, own = torch.linalg.qr, torch.get_num_threads()
 
@@ -484,14 +483,6 @@ def test_a_run_without_gradients_is_replayed_with_its_threads(
     assert stage.figures.tokens == report.recovery.tokens
     assert stage.figures.operator_zeros == report.totals.operator_zeros
     assert "A pruned and recovered model" in (again / "README.md").read_text()
-    first, *others = read_steps(run / "steps.jsonl")
-    del first["run"]["threads"]
-    with StepJournal(tmp_path / "earlier.jsonl", 0) as journal:
-        for line in (first, *others):
-            journal.append(line)
-    threads.clear()
-    replay(pruned, tmp_path / "earlier.jsonl", tmp_path / "of the earlier")
-    assert set(threads) == {own}
 
 
 # --- bad input: one line each, before any long work
