@@ -156,6 +156,15 @@ def test_a_text_without_a_window_on_either_side_is_refused(tmp_path: Path, docum
         training_text(data, letters_tokenizer(), 40)
 
 
+def test_a_document_is_left_to_train_on_whatever_share_is_held_out(tmp_path: Path) -> None:
+    documents = ["abc" * 100, "def" * 100]
+    seed = 13
+    assert split_documents(documents, 0.5, seed)[1] == 2
+    data = TrainingData(source=lines(tmp_path / "a.jsonl", documents), tokens=100, held_out=0.5, seed=seed)
+    text = training_text(data, letters_tokenizer(), 32)
+    assert (int((~text.held_out).sum()), int(text.held_out.sum())) == (4, 9)
+
+
 def test_absent_and_empty_sources_are_refused(tmp_path: Path) -> None:
     (tmp_path / "empty.txt").write_text(" \n")
     for source, words in (

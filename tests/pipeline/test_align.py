@@ -23,6 +23,7 @@ from fistapruner.errors import FistaPrunerError
 from fistapruner.evaluation.inspection import inspect_checkpoint
 from fistapruner.models.files.checkpoint import Checkpoint
 from fistapruner.models.files.safetensors import SafetensorsFile, SafetensorsWriter, TensorEntry
+from fistapruner.pipeline.training import train
 from fistapruner.runs.listener import Listener
 from fistapruner.runs.records import Report, load_run
 from fistapruner.runs.steps import StepJournal, read_steps
@@ -572,12 +573,12 @@ def test_rows_of_a_comparison_that_fail_are_told(
 ) -> None:
     monkeypatch.setattr("fistapruner.pipeline.align_compare.JOBS", {"SFT on chosen": {"loss": "sft"}})
 
-    def failing(model: Path, out: Path, **settings: Any) -> Report:
-        if settings["recipe"].seed == 2:
+    def failing(verb: Any, out: Path, model: Path, recipe: Any, **settings: Any) -> Report:
+        if recipe.seed == 2:
             raise FistaPrunerError("the memory is not enough")
-        return fp.align(model, out, **settings)
+        return train(verb, out, model, recipe, **settings)
 
-    monkeypatch.setattr("fistapruner.pipeline.align_compare.align", failing)
+    monkeypatch.setattr("fistapruner.pipeline.align_compare.train", failing)
     command = ["align", str(bench.pruned()), "--data", str(bench.pairs), "--compare", "--steps", "1", "--rank", "4"]
     command += ["--pairs-per-step", "4", "--evaluate", "none", "--quiet", "--out", str(tmp_path / "out")]
     assert main([*command, "--seeds", "1,2,3"]) == 1
@@ -586,6 +587,16 @@ def test_rows_of_a_comparison_that_fail_are_told(
         # Both accuracies, reward accuracy, margin and chosen reward have an error over pairs and one over seeds.
         assert len(re.findall(r"-?[\d.]+ ± [\d.]+ \([\d.]+\)", row)) == 5
         assert "failed: SFT on chosen, seed 2: the memory is not enough" in table
+
+
+def test_a_comparison_evaluates_its_input_once(bench: Bench, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("fistapruner.pipeline.align_compare.JOBS", {"SFT on chosen": {"loss": "sft"}})
+    settings = {**SETTINGS, "data": {"pairs": str(bench.pairs)}, "steps": 1, "evaluate": str(bench.text)}
+    said = Said()
+    found = fp.align_compare(bench.pruned(), tmp_path / "out", listener=said, seeds=[1, 2], **settings)
+    assert len([each for each in said.sentences if each.startswith("evaluating the model before alignment")]) == 1
+    reports = [load_run(run) for run in (tmp_path / "out" / "runs").iterdir()]
+    assert [report.recovery and report.recovery.before for report in reports] == [[found.before]] * 2
 
 
 def test_a_comparison_that_was_killed_in_an_evaluation_makes_it_up(

@@ -34,7 +34,6 @@ from fistapruner.runs.decision import RunRecord
 from fistapruner.runs.listener import Listener
 from fistapruner.runs.lock import hold
 from fistapruner.runs.records import Report, load_run
-from fistapruner.runs.steps import StepJournal, read_steps
 from fistapruner.runs.training_directory import RecoverDirectory
 from fistapruner.runtime.ranks import Ranks
 from fistapruner.sparse.pack import PackedCheckpoint, is_packed, pack
@@ -456,7 +455,7 @@ def test_held_out_losses_that_are_not_numbers_are_not_better(bench: Bench, tmp_p
 def test_a_run_without_gradients_is_replayed_with_its_threads(
     bench: Bench, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The last bits of subzero's frames depend on their number; the journal of an earlier version does not have it."""
+    """The last bits of subzero's frames depend on their number."""
     threads: list[int] = []
     orthonormal, own = torch.linalg.qr, torch.get_num_threads()
 
@@ -484,14 +483,6 @@ def test_a_run_without_gradients_is_replayed_with_its_threads(
     assert stage.figures.tokens == report.recovery.tokens
     assert stage.figures.operator_zeros == report.totals.operator_zeros
     assert "A pruned and recovered model" in (again / "README.md").read_text()
-    first, *others = read_steps(run / "steps.jsonl")
-    del first["run"]["threads"]
-    with StepJournal(tmp_path / "earlier.jsonl", 0) as journal:
-        for line in (first, *others):
-            journal.append(line)
-    threads.clear()
-    replay(pruned, tmp_path / "earlier.jsonl", tmp_path / "of the earlier")
-    assert set(threads) == {own}
 
 
 # --- bad input: one line each, before any long work
@@ -734,7 +725,7 @@ def test_documents_shared_with_the_evaluation_are_told_of_a_kept_text_too(
     arguments: dict[str, Any] = {"data": {"source": str(bench.text)}, "evaluate": str(bench.text), "steps": 1}
     said = Said(), Said()
     with monkeypatch.context() as stopped:
-        stopped.setattr(prepare_recover, "order", Mock(side_effect=KeyboardInterrupt))
+        stopped.setattr(prepare_recover, "decide", Mock(side_effect=KeyboardInterrupt))
         with pytest.raises(KeyboardInterrupt):
             recover(bench.pruned(), tmp_path / "out", listener=said[0], **arguments)
     report = recover(bench.pruned(), tmp_path / "out", listener=said[1], **arguments)
@@ -744,6 +735,32 @@ def test_documents_shared_with_the_evaluation_are_told_of_a_kept_text_too(
     assert len(warnings[0]) == 1
     assert warnings[0] == warnings[1]
     assert warnings[1][0] in report.warnings
+
+
+def test_a_kept_text_of_another_tokenizer_is_cut_again(
+    bench: Bench, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(prepare_recover, "decide", Mock(side_effect=KeyboardInterrupt))
+    other = Path(shutil.copytree(bench.pruned() / "model", tmp_path / "other"))
+    content = json.loads((other / "tokenizer.json").read_text())
+    vocabulary = content["model"]["vocab"]
+    vocabulary["a"], vocabulary["b"] = vocabulary["b"], vocabulary["a"]
+    (other / "tokenizer.json").write_text(json.dumps(content))
+    said, tokens = Said(), []
+    for model in (bench.pruned() / "model", bench.pruned() / "model", other):
+        with pytest.raises(KeyboardInterrupt):
+            recover(model, tmp_path / "out", listener=said, data={"source": str(bench.text)}, dense=bench.dense())
+        tokens.append(SafetensorsFile(tmp_path / "out" / "windows.safetensors").read("tokens"))
+    assert torch.equal(tokens[0], tokens[1])
+    assert not torch.equal(tokens[0], tokens[2])
+    assert len([each for each in said.sentences if each.startswith("training text: ")]) == 2
+
+
+def test_too_few_steps_for_the_tasks_are_refused_before_any_text_is_cut(bench: Bench, tmp_path: Path) -> None:
+    tasks = {f"task {number}": str(bench.text) for number in range(4)}
+    with pytest.raises(fp.FistaPrunerError, match="needs 4 windows for its 1 round, and there are 2"):
+        recover(bench.pruned(), tmp_path / "out", steps=1, data={"tasks": tasks})
+    assert not [*tmp_path.glob("out/windows*")]
 
 
 def test_other_models_are_refused(bench: Bench, run: Path, tmp_path: Path) -> None:

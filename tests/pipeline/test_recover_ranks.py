@@ -130,6 +130,7 @@ def predictions(pruned: Path, folder: Path, ranks: Ranks, windows: int | None) -
         teacher = Teacher(dense, tokens, folder, batch_size=1, block_tokens=2 * SEQLEN, ranks=ranks, **settings)
         for step, first in enumerate([-1, *range(0, 12, 2)]):
             numbers = order[first : first + 2] if first >= 0 else [0]
+            teacher.step = max(step, 1)
             teacher.require(numbers)
             for window in ranks.mine(numbers, 1):
                 values = teacher.predictions([window], torch.ones(1, SEQLEN, dtype=torch.bool)).stored["hidden"]

@@ -210,7 +210,11 @@ def test_the_anchor_of_a_step_of_several_lengths_goes_in_rounds(tmp_path: Path) 
             windows_on_disk=room,
         )
         objective = PairObjective(opened(folders[0]), pairs, DIVERGENCE, teacher, 2, STORE, preference=None, anchor=0.3)
-        found.append([objective.losses(list(range(start, start + 8)), nothing) for start in (0, 8)])
+        losses = []
+        for step, start in enumerate((0, 8), 1):
+            objective.begin_step(step)
+            losses.append(objective.losses(list(range(start, start + 8)), nothing))
+        found.append(losses)
     assert len({objective.seqlen([window]) for window in range(8)}) == 2
     for whole_text, in_rounds in zip(*found, strict=True):
         assert torch.equal(whole_text, in_rounds)

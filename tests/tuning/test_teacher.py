@@ -223,6 +223,7 @@ def test_rounds_hold_only_the_windows_of_the_next_steps(tmp_path: Path) -> None:
     steps: list[Tensor] = []
     rounds = teacher("rounds")
     for number, step in enumerate(order.tolist()):
+        rounds.step = number + 1
         steps.append(logits_of(rounds, step))
         torch.testing.assert_close(steps[-1], exact[step])
         assert on_disk("rounds") < 6 + 2  # headers
@@ -230,8 +231,11 @@ def test_rounds_hold_only_the_windows_of_the_next_steps(tmp_path: Path) -> None:
             torch.testing.assert_close(logits_of(rounds, held_out), exact[held_out])
     assert len(counted.made) == 1 + 6  # rounds of 4 windows
     for begin in (0, 4, 5, 9, 11):
+        counted.made.clear()
         going_on = teacher("rounds" if begin == 11 else f"from {begin}")
         for number in range(begin, 12):
+            going_on.step = number + 1
             assert torch.equal(logits_of(going_on, order[number].tolist()), steps[number])
+        assert len(counted.made) == (0 if begin == 11 else 6 - begin // 2)
     with pytest.raises(FistaPrunerError, match="room for the dense model's predictions of 3 windows: 2 held-out"):
         teacher("small", 3)

@@ -10,7 +10,7 @@ import pytest
 import torch
 from test_objective import make_text
 from torch import Tensor
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, Gemma2ForCausalLM
 
 import tiny
 from fistapruner.activations.store import scratch_factory
@@ -94,6 +94,27 @@ def test_the_start_is_the_checkpoint_bit_for_bit(tmp_path: Path, form: str, dtyp
                 assert torch.equal(value.signbit()[before != 0], before.signbit()[before != 0])
     assert not written(trained)
     assert trained.tensors().keys() == {"steps"}
+
+
+def test_the_start_of_a_vector_that_is_kept_in_fp32_is_the_checkpoint(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Gemma2ForCausalLM, "_keep_in_fp32_modules_strict", ["input_layernorm"])
+    built = tiny.build("gemma2").bfloat16()
+    for layer in built.model.layers:
+        layer.input_layernorm.float().weight.data.uniform_()
+    built.save_pretrained(tmp_path)
+    model = LayerwiseModel(Checkpoint.open(tmp_path), torch.device("cpu"), torch.bfloat16)
+    trained = Trained(model, discover(model), recipe(parameters="norms"))
+    for index in range(len(model)):
+        with model.layer(index) as layer:
+            value, before = trained.values(index, layer)["input_layernorm.weight"], layer.input_layernorm.weight
+            assert before.dtype == torch.float32
+            assert torch.equal(value, before)
+    step(trained, 0)
+    results = written(trained)
+    for name, value in live(trained).items():
+        assert torch.equal(results[f"model.layers.{name}"], value)
 
 
 @pytest.mark.parametrize("architecture", ["llama", "gpt2", "opt"])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import shutil
 import struct
 import zlib
 from collections.abc import Callable, Mapping
@@ -73,13 +74,16 @@ class Parabola:
         self.value, self.best = tensors["state"].tolist()
 
 
-def train(folder: Path, stepper: Parabola, *, checks: int = 4, **settings: Any) -> tuple[TrainingState, list[str]]:
+def train(
+    folder: Path, stepper: Parabola, *, checks: int = 4, about: Mapping[str, Any] = {}, **settings: Any
+) -> tuple[TrainingState, list[str]]:
     """Train as far as the stepper lets it; returns the state, and what was said."""
     folder.mkdir(exist_ok=True)
     said: list[str] = []
     order = torch.arange(STEPS)[:, None]
     recipe = RecoverRecipe(validation_checks=checks, warm_up=0.0, schedule="constant", **settings)
-    trainer = Trainer(RecoverDirectory(folder), "this run", recipe, TEXT, order, stepper, say=said.append)
+    run = RecoverDirectory(folder)
+    trainer = Trainer(run, "this run", recipe, TEXT, order, stepper, about=dict(about), say=said.append)
     return trainer.train(), said
 
 
@@ -222,8 +226,22 @@ def test_damage_is_made_good(tmp_path: Path, optimizer: str, damage: str) -> Non
     state, _ = train(tmp_path, stepper, optimizer=optimizer)
     assert (state, stepper.value) == (expected, whole.value)
     assert journal(tmp_path) == lines
+    replayed = optimizer == "mezo" and damage.endswith("states")  # the journal is the checkpoint
+    if replayed:
+        assert stepper.taken == []
     left = sorted(path.name for path in (tmp_path / "states").iterdir())
-    assert left == ["00000006.json", "00000006.safetensors", "00000008.json", "00000008.safetensors"]
+    before = "00000000" if replayed else "00000006"
+    assert left == [f"{before}.json", f"{before}.safetensors", "00000008.json", "00000008.safetensors"]
+
+
+def test_the_journal_of_another_run_is_no_checkpoint(tmp_path: Path) -> None:
+    whole = Parabola()
+    train(tmp_path, whole, optimizer="mezo", about={"steps": 7})
+    shutil.rmtree(tmp_path / "states")
+    stepper = Parabola()
+    train(tmp_path, stepper, optimizer="mezo", about={"steps": 8})
+    assert stepper.taken == list(range(1, STEPS + 1))
+    assert stepper.value == whole.value
 
 
 def test_a_step_that_comes_out_otherwise_is_told_once(tmp_path: Path) -> None:

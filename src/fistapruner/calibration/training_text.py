@@ -312,6 +312,7 @@ def _split(source: _Source, data: TrainingData, tokenizer: Any, seqlen: int) -> 
     # A held-out side without a whole window would measure nothing.
     first = source.pack(ordered, tokenizer, seqlen, 1).first
     held = max(held, min(first, len(ordered) // 2) if source.examples else first)
+    held = min(held, max(1, len(ordered) - 1))
     return ordered[:held], ordered[held:]
 
 

@@ -92,6 +92,7 @@ class LayerwiseModel:
         self._open: set[int | str] = set()  # numbers of loaded decoder layers, and "ends"
         self._ahead: dict[int, ReadAhead] = {}  # decoder layers that are being read, by number
         self._sources = checkpoint_names(self.model, checkpoint, experts)
+        self._names = {source: name for name, source in self._sources.items()}
         self._parameters = {name for name, _ in self.model.named_parameters()}
         buffers_to(self.model, device)
 
@@ -507,10 +508,10 @@ class LayerwiseModel:
                 layer.__dict__.pop("forward", None)
 
     def rounded(self, source: str, tensor: Tensor) -> Tensor:
-        """Round ``tensor`` to the stored dtype of ``source``, and to the passes' dtype where that is narrower."""
-        stored = self.checkpoint.entry(source).dtype
+        """Round ``tensor`` to the narrower of the stored dtype of ``source`` and its dtype in the passes."""
+        stored, loaded = self.checkpoint.entry(source).dtype, loaded_dtype(self.model, self._names[source], self.dtype)
         tensor = tensor.to(stored)
-        return tensor if stored.itemsize <= self.dtype.itemsize else tensor.to(self.dtype)
+        return tensor if stored.itemsize <= loaded.itemsize else tensor.to(loaded)
 
     def result(self, source: str, tensor: Tensor) -> Tensor:
         """Copy ``tensor`` to main memory, :meth:`rounded`."""

@@ -28,10 +28,10 @@ from ..runs.training_records import AlignComparison, AlignRow
 from ..runs.training_runs import input_run
 from ..runtime.files import PARTIAL, copy_atomic, disk_errors, sha256_file, write_json_atomic, write_text_atomic
 from ..runtime.machine import versions
-from .align import align
+from .align import ALIGN
 from .begun import continued_by_its_command, find_dense, same_model
 from .prepare_align import check_pairs
-from .training import evaluation_request
+from .training import evaluation_request, train
 from .training_inputs import TrainingRequest, asked, evaluation_of, find_input
 
 JOBS: dict[str, dict[str, Any]] = {
@@ -156,17 +156,19 @@ def align_compare(
                 report = _finished(run, job, evaluated=evaluation is not None) or _run(
                     folder,
                     run,
-                    lambda run=run, job=job: align(
-                        model,
+                    lambda run=run, job=job: train(
+                        ALIGN,
                         run.folder,
-                        recipe=job,
+                        model,
+                        job,
                         dense=None if dense is None else models[str(dense)].folder,
-                        allow_pickle=allow_pickle,
-                        trust_remote_code=trust_remote_code,
+                        permissions=permissions,
                         listener=listener,
                         command=command,
                         evaluate=evaluate,
                         evaluate_windows=evaluate_windows,
+                        settings={},
+                        before=[] if found.before is None else [found.before],
                     ),
                 )
                 reports[label, seed] = report

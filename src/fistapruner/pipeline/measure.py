@@ -68,6 +68,7 @@ def measure(
     execution: Execution,
     permissions: Permissions,
     listener: Listener,
+    before: Sequence[Evaluation] = (),
 ) -> Report:
     """Evaluate ``RUN/model`` beside the dense model, and write report, model card and page.
 
@@ -81,6 +82,7 @@ def measure(
         execution: names the device and the most memory; a run may end on another machine than it began on.
         permissions: what the models' files may do.
         listener: receives progress.
+        before: figures of the model that a recovery run began with, which other runs have measured.
 
     Raises:
         FistaPrunerError: the text cannot be read.
@@ -93,7 +95,7 @@ def measure(
             add = f"'fistapruner evaluate {run.folder} --against DENSE' adds them"
             listener.say(f"no figures of the dense model, which {where}: {add}")
             compared = replace(compared, dense=None)  # the run itself did not need it
-        _evaluate(run, report, compared, request, execution, permissions, listener)
+        _evaluate(run, report, compared, request, execution, permissions, listener, before)
         _generate(run, report, compared, execution, permissions, listener)
     publish(run, report, listener)
     return report
@@ -107,6 +109,7 @@ def _evaluate(
     execution: Execution,
     permissions: Permissions,
     listener: Listener,
+    before: Sequence[Evaluation],
 ) -> None:
     """Measure perplexity and divergence, and keep them with the report at once."""
     assert report.calibration is not None
@@ -132,7 +135,7 @@ def _evaluate(
         found = run_evaluation(run.model, cut, against=compared.dense, **settings)
         report.evaluations.append(found)
         run.write_report(report)
-    if _evaluate_input(report, compared, found, listener, data=cut, **settings):
+    if _evaluate_input(report, compared, found, listener, before, data=cut, **settings):
         run.write_report(report)
 
 
@@ -168,17 +171,25 @@ def _batch_size(run: RunDirectory, report: Report, seqlen: int, execution: Execu
     return min(sizes)
 
 
-def _evaluate_input(report: Report, compared: Compared, found: Evaluation, listener: Listener, **settings: Any) -> bool:
+def _evaluate_input(
+    report: Report,
+    compared: Compared,
+    found: Evaluation,
+    listener: Listener,
+    before: Sequence[Evaluation] = (),
+    **settings: Any,
+) -> bool:
     """Know the figures of the model that a recovery run began with, on the windows of its result.
 
-    They are taken from the report of the run that made it, where they were measured there against the same dense model;
-    else they are measured.
+    They are taken from other runs that began with it, or from the report of the run that made it, where they were
+    measured there against the same dense model; else they are measured.
 
     Args:
         report: receives them.
         compared: the models.
         found: the figures of the result.
         listener: receives progress.
+        before: what other runs have measured of that model.
         **settings: as for :func:`fistapruner.evaluate`.
 
     Returns:
@@ -186,10 +197,11 @@ def _evaluate_input(report: Report, compared: Compared, found: Evaluation, liste
     """
     if report.recovery is None or compared.before is None or found.perplexity is None:
         return False
-    known = next((before for before in report.recovery.before if _same_comparison(before, found)), None)
+    known = next((one for one in report.recovery.before if _same_comparison(one, found)), None)
     changed = known is None
     if known is None:
-        known = next((before for before in _of_input(report, compared.before) if _same_comparison(before, found)), None)
+        others = (*before, *_of_input(report, compared.before))
+        known = next((one for one in others if _same_comparison(one, found)), None)
     if known is None:
         if not compared.before.exists():
             listener.say(f"no figures of the model before {report.training}, which is not at {compared.before}")

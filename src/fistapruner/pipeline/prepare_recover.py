@@ -7,8 +7,9 @@ from pathlib import Path
 from typing import Any
 
 from ..calibration import SELF
+from ..calibration.mixtures import Mixture
 from ..calibration.self_generated import generation_bytes
-from ..calibration.training_text import TrainingText, order, shared_documents, training_text
+from ..calibration.training_text import TrainingText, shared_documents, training_text
 from ..evaluation.data import evaluation_documents
 from ..models.whole import load_whole, require_whole, whole_bytes
 from ..planning.training_sizes import Task
@@ -38,9 +39,11 @@ def prepare(run: TrainingDirectory, request: TrainingRequest[RecoverRecipe], lis
     """
     inputs = check_inputs(run, request, listener)
     recipe, task = inputs.recipe, task_of(run.folder, inputs)
+    data = recipe.data
+    if len(data.tasks) > 1 and data.mixture == "uniform":  # too few steps for the tasks show now
+        Mixture(len(data.tasks), data.per_round, data.seed).draw(task.steps * recipe.windows_per_step)
     numerics, choice, rows = choose_plan(share_of(task, request.ranks), listener)
     text, sources = cut_text(run, inputs, listener)
-    order(text, task.steps, recipe.windows_per_step, recipe.data)  # too few steps for the tasks show now
     decision = decide(run, request, inputs, numerics, choice, task.steps, sources)
     recovery = Recovery(
         parameters=recipe.parameters,
@@ -52,7 +55,7 @@ def prepare(run: TrainingDirectory, request: TrainingRequest[RecoverRecipe], lis
         documents=count_documents(text, "trained"),
         held_out_documents=count_documents(text, "held_out"),
     )
-    facts = describe_text(text, recipe.data.source or ", ".join(recipe.data.tasks), inputs.seqlen)
+    facts = describe_text(text, data.source or ", ".join(data.tasks), inputs.seqlen)
     record(run, request, inputs, text, decision, rows, facts, recovery)
 
 
@@ -75,7 +78,8 @@ def cut_text(
     """
     data, generator = inputs.recipe.data, inputs.dense or inputs.model
     files = {text: sha256_file(Path(text)) for text in data.texts if Path(text).is_file()}
-    place = [inputs.seqlen, generator.device.type, dtype_name(generator.dtype), files]
+    tokenizer = {name: sha256_file(inputs.source.folder / name) for name in inputs.model.checkpoint.companions}
+    place = [inputs.seqlen, generator.device.type, dtype_name(generator.dtype), files, tokenizer]
     if SELF in data.texts:
         place.append(stamps(generator.checkpoint))
     drawing = json.dumps([data.model_dump(mode="json"), *place])
@@ -97,8 +101,8 @@ def cut_text(
         if warning := shared_documents(text.documents, evaluation_documents(name), name):
             listener.say(warning)
             inputs.warnings.append(warning)
+    inputs.model.check_tokens(text.tokens)
     if new:
-        inputs.model.check_tokens(text.tokens)
         run.write_text(text, drawing)
     release_memory()  # documents
     return text, files

@@ -100,8 +100,7 @@ def replay(
     stepper, state = Replayed(trained), TrainingState()
     state.patience = Patience.begin(lines[0]["held_out"], on=recipe.patience)
     stepper.keep()
-    # A journal of an earlier version does not say the threads; frames of subzero and products depend on them.
-    with cpu_threads(about.get("threads") or torch.get_num_threads()):
+    with cpu_threads(about["threads"]):  # frames of subzero and products depend on them
         with opened.resident(layers=True):
             for line in lines[1:]:
                 take_again(state, line, stepper, recipe, about["steps"])

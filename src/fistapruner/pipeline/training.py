@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -20,6 +20,7 @@ from ..runs.listener import Listener
 from ..runs.lock import hold
 from ..runs.log import Logged, log_file
 from ..runs.records import Report
+from ..runs.results import Evaluation
 from ..runs.steps import read_steps
 from ..runs.times import spent
 from ..runs.training_directory import TrainingDirectory
@@ -72,8 +73,12 @@ def train(
     evaluate: str | None,
     evaluate_windows: int | None,
     settings: dict[str, Any],
+    before: Sequence[Evaluation] = (),
 ) -> Report:
-    """Begin a run, or go on with one that was begun, as the public function of its verb describes it."""
+    """Begin a run, or go on with one that was begun, as the public function of its verb describes it.
+
+    See :class:`TrainingRequest` for ``before``.
+    """
     run = verb.directory(Path(out))
     run.check_place()
     recipe = verb.settings.build(merge(recipe.model_dump(mode="json"), settings))
@@ -86,6 +91,7 @@ def train(
         evaluation_request(evaluate, evaluate_windows),
         evaluate == "auto",
         evaluate_windows,
+        before=before,
     )
     return _run(verb, run, request, listener or Listener())
 
@@ -182,7 +188,9 @@ def _lead(
         evaluation = request.evaluation_beside(record.decision.evaluation)
         if evaluation is not None and evaluation.seqlen is None and (known := record.decision.evaluation):
             evaluation = evaluation.model_copy(update={"seqlen": known.seqlen})
-        return measure(run, report, evaluation, request.recipe.execution, request.permissions, listener)
+        return measure(
+            run, report, evaluation, request.recipe.execution, request.permissions, listener, before=request.before
+        )
 
 
 def _finished(run: TrainingDirectory, record: TrainingRecord | None) -> Report | None:

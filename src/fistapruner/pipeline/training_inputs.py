@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Generic, TypeVar
@@ -28,6 +28,7 @@ from ..runs.directory import RunDirectory
 from ..runs.identity import changed_files
 from ..runs.lineage import dense_name, read_lineage
 from ..runs.listener import Listener
+from ..runs.results import Evaluation
 from ..runs.training_directory import TrainingDirectory
 from ..runs.training_runs import dense_of, input_run
 from ..runtime.ranks import ALONE, Ranks
@@ -54,6 +55,7 @@ class TrainingRequest(Generic[R]):
         evaluates: evaluate at all.
         evaluation_windows: of the text of the input's run, only its first so many windows; None takes as many as it.
         ranks: the processes that share the work.
+        before: figures of the model that goes in, measured by other runs that began with it.
     """
 
     model: str
@@ -65,6 +67,7 @@ class TrainingRequest(Generic[R]):
     evaluates: bool = True
     evaluation_windows: int | None = None
     ranks: Ranks = ALONE
+    before: Sequence[Evaluation] = ()
 
     def evaluation_beside(self, known: EvaluationRequest | None) -> EvaluationRequest | None:
         """Return the text to evaluate on, where ``known`` is that of the input's run or of the begun run."""

@@ -35,8 +35,8 @@ class MaskedParameters:
         masks: where pruned tensors are not zero, as (m, n) matrices (see ``transposed``).
 
     Args:
-        tensors: start values by name, all of one floating-point dtype, on one device. They are only read until
-            :meth:`write`, and give the dtype of the forward pass.
+        tensors: start values by name, on one device. They are only read until :meth:`write`, and give the dtypes of the
+            forward pass.
         pruned: names of the tensors whose zeros are kept.
         form: of the pruned tensors; None is :class:`~fistapruner.tuning.forms.Dense`.
         transposed: pruned names that are stored as (n, m).

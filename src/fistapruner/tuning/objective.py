@@ -118,6 +118,11 @@ class Objective:
         """Count the (windows,) numbers that each window's loss is a sum over: tokens that carry loss."""
         return self.text.counts[list(numbers)]
 
+    def begin_step(self, number: int) -> None:
+        """Say which step comes next, counted from 1, for the dense model's predictions of its windows."""
+        if self.teacher is not None:
+            self.teacher.step = number
+
     def losses(self, numbers: Sequence[int], variants: Variants) -> Tensor:
         """Compute the loss of windows under several variants of the model.
 

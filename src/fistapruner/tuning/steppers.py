@@ -59,6 +59,7 @@ class FirstOrder(_Passes):
     """AdamW steps by backpropagation; each layer takes its step as soon as its gradient is complete."""
 
     def step(self, number: int, windows: list[int], factor: float) -> StepResult:
+        self.objective.begin_step(number)
         squares: list[float] = []
 
         def update(index: int, layer: nn.Module, gradients: dict[str, Tensor]) -> None:
@@ -92,6 +93,7 @@ class ForwardOnly(_Passes):
         self._replayed.replay(number, size, factor)
 
     def step(self, number: int, windows: list[int], factor: float) -> StepResult:
+        self.objective.begin_step(number)
         sums = self.objective.losses(windows, self._replayed.moves.variants(number)).sum(1)
         both = sums / self.objective.counts(windows).sum().clamp_min(1)
         slope = self._replayed.moves.slope(both)

@@ -92,6 +92,7 @@ class Teacher:
         ranks: the processes that share the folder: each makes some of the blocks. All of them require the same windows.
 
     Attributes:
+        step: whose windows are required next, counted from 1: in rounds it says where in the order they are.
         ends: the dense model, whose final norm and head :meth:`Predictions.rows` needs; None where it does not.
 
     Raises:
@@ -124,6 +125,7 @@ class Teacher:
         train = [window for window in dict.fromkeys(self.order or range(windows)) if window not in set(held_out)]
         self.batch_size = batch_size
         self.blocks = _cut(held_out, size)
+        self.step = 1
         self._round = 0
         if windows_on_disk is None or windows_on_disk >= len(held_out) + len(train):
             self.blocks += _cut(train, size)
@@ -153,18 +155,16 @@ class Teacher:
         """Make the blocks of some windows that are not there yet.
 
         Args:
-            windows: held-out windows, or those of one step; in rounds, where they follow each other in the order of
-                training, other rounds make room for theirs.
+            windows: held-out windows, or those of :attr:`step`; in rounds, other rounds make room for theirs.
         """
         if any(window not in self._of for window in windows):
-            needed = self._rounds_of(list(windows))
+            needed = self._round_of(list(windows))
             self.ranks.wait()  # until all have read what makes room
-            self._of = {window: at for window, at in self._of.items() if at < self.permanent or at in needed}
+            self._of = {window: at for window, at in self._of.items() if at < self.permanent}
             for number in range(self.permanent, len(self.blocks)):
-                if number not in needed:
+                if number != needed:
                     self._remove(number)
-            for number in needed:
-                self._of.update(dict.fromkeys(self.blocks[number], number))
+            self._of.update(dict.fromkeys(self.blocks[needed], needed))
         self._share(sorted({self._of[window] for window in windows}))
 
     def _share(self, numbers: list[int]) -> None:
@@ -203,17 +203,12 @@ class Teacher:
             return False
         return True
 
-    def _rounds_of(self, windows: list[int]) -> range:
-        """Return the numbers of the blocks of the round in which ``windows`` are used next."""
-        count = len(windows)
-        places = [at for at in range(len(self.order) - count + 1) if self.order[at : at + count] == windows]
-        if not places:
-            raise ValueError(f"windows {windows[:8]} do not follow each other in the order of training")
-        first = [self.permanent + at // self._round for at in places]
-        now = max(self._of.values(), default=0)
-        block = min((block for block in first if block >= now), default=first[0])
-        last = self.permanent + (places[first.index(block)] + count - 1) // self._round
-        return range(block, last + 1)
+    def _round_of(self, windows: list[int]) -> int:
+        """Return the number of the block of the round that has ``windows``, those of :attr:`step`."""
+        first = (self.step - 1) * len(windows)
+        if not self._round or self.order[first : first + len(windows)] != windows:
+            raise ValueError(f"windows {windows[:8]} are not those of step {self.step} in the order of training")
+        return self.permanent + first // self._round
 
     def _remove(self, number: int) -> None:
         """Remove a block's files, the record first."""

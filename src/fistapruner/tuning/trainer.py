@@ -7,6 +7,7 @@ kept, the start being the first candidate, so the result is never worse than the
 
 from __future__ import annotations
 
+import json
 import logging
 import math
 import time
@@ -157,28 +158,33 @@ class Trainer:
         lines = read_steps(self.run.steps_file)
         # A snapshot counts if the journal is whole up to its step: what was measured belongs to the run, too.
         snapshot = self.run.states.newest(self.fingerprint, lines[-1]["step"]) if lines else None
+        replays = self.recipe.zeroth_order and isinstance(self.stepper, Replays)
+        begun = snapshot is not None or (replays and self._is_own(lines))
         if snapshot is not None:
             self._resume(snapshot)
+        elif begun:
+            self._start(lines[0]["held_out"])
+            self.say(f"no state is whole: {lines[-1]['step']} steps are taken again from the journal, without passes")
         self._agree("begins at step", self.state.step)
         steps, last = len(self.order), time.monotonic()
         # Steps that are taken again from the journal stay in it; those that are computed again are dropped.
-        replays = snapshot is not None and self.recipe.zeroth_order and isinstance(self.stepper, Replays)
-        kept = -1 if snapshot is None else lines[-1]["step"] if replays else self.state.step
+        kept = -1 if not begun else lines[-1]["step"] if replays else self.state.step
         opened = (StepJournal if self.ranks.first else ForeignJournal)(self.run.steps_file, kept)
         self.ranks.wait()  # until all have read journal and state
         if self.ranks.first:
-            self.run.states.tidy(self.state.step if snapshot is not None else -1)
+            self.run.states.tidy(self.state.step if begun else -1)
         with opened as journal:
-            if snapshot is None:
+            if not begun:
                 self._begin(journal)
             elif replays and isinstance(self.stepper, Replays):
+                if snapshot is None:
+                    self._snapshot()  # the start, as a run from the beginning has it
                 self._replay(lines, journal, self.stepper)
-            begun = self.state.step
-            begin = time.monotonic()
+            first, begin = self.state.step, time.monotonic()
             while self.state.step < steps and not self.state.stopped:
                 check = self._step(journal)
                 if check is not None:
-                    done = self.state.step - begun
+                    done = self.state.step - first
                     left = (time.monotonic() - begin) / done * (steps - self.state.step)
                     self._say_check(check, 0.0 if self.state.stopped else left)
                 self.tick(self.state.step, steps)
@@ -195,14 +201,24 @@ class Trainer:
         self.stepper.load(LazyTensors(snapshot.tensors.entries, snapshot.tensors.read))
         self.say(f"going on after step {self.state.step} of {len(self.order)}")
 
+    def _is_own(self, lines: list[dict[str, Any]]) -> bool:
+        """Whether a journal is of this run from its start, whose loss was finite."""
+        if not lines or lines[0]["step"] != 0 or lines[0].get("run") != json.loads(json.dumps(self.about)):
+            return False
+        return math.isfinite(lines[0]["held_out"])
+
+    def _start(self, held_out: float) -> None:
+        """Make the start the first candidate."""
+        self.state.before = held_out
+        self.state.patience = Patience.begin(held_out, on=self.recipe.patience)
+        self.stepper.keep()
+
     def _begin(self, journal: StepJournal) -> None:
         """Check the start, which is the first candidate."""
         begin = time.perf_counter()
         self.say(f"the loss on {self.text.amount(self.held_out)} before training")
         held_out, by_task = self._held_out()
-        self.state.before = held_out
-        self.state.patience = Patience.begin(held_out, on=self.recipe.patience)
-        self.stepper.keep()
+        self._start(held_out)
         line = {"step": 0, "held_out": held_out, "kept": True, "by_task": by_task, "run": self.about}
         journal.append({**line, "seconds": round(time.perf_counter() - begin, 3)})
         if math.isfinite(held_out):
@@ -214,7 +230,7 @@ class Trainer:
         self._snapshot()
 
     def _replay(self, lines: list[dict[str, Any]], journal: StepJournal, stepper: Replays) -> None:
-        """Take the journaled steps after the snapshot again, without passes."""
+        """Take the journaled steps after the snapshot, or after the start, again without passes."""
         before = self.state.step
         for line in lines:
             if line["step"] == self.state.step + 1:
