@@ -28,8 +28,9 @@ from ..runs.lineage import begin_lineage
 from ..runs.listener import Listener
 from ..runs.prune_directory import PruneDirectory
 from ..runs.records import CalibrationFacts, ModelFacts, PlanRow
+from ..runtime.devices import cpu_threads
 from ..runtime.machine import describe_machine, now, versions
-from ..runtime.numerics import dtype_name
+from ..runtime.numerics import dtype_name, exact_products
 from ..sensitivity.decision import needs_measuring
 from .begun import absolute, changed_text, note_place
 from .dense_measurements import DenseMeasurements, Measured
@@ -83,7 +84,8 @@ def prepare(run: PruneDirectory, request: RunRequest, listener: Listener) -> Non
     if drawn is None and SELF in calibration.sources.values():  # it takes long: an attempt stopped after it has left it
         drawn = run.drawn(drawing)
     numerics, choice, rows = choose_plan(run, request.recipe, inputs, begun, listener, drawn=drawn is not None)
-    calibrated = draw_calibration(run, request.recipe, inputs, drawing, drawn, listener)
+    with cpu_threads(numerics.threads), exact_products():
+        calibrated = draw_calibration(run, request.recipe, inputs, drawing, drawn, listener)
     states = run.hidden / "sensitivity" if choice.on_disk else None
     dense = DenseMeasurements(run, request.recipe, calibrated.tokens, numerics, states, listener)
     begin = time.perf_counter()
