@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import errno
 import json
 import os
 import platform
@@ -21,6 +22,7 @@ from fistapruner.errors import FistaPrunerError
 from fistapruner.pipeline.plan import plan_model
 from fistapruner.recipes.base import MAX_SEED
 from fistapruner.recipes.settings import Recipe
+from fistapruner.runs.identity import text_sha256
 
 PACKAGE = Path(fistapruner.__file__).parent
 
@@ -55,6 +57,29 @@ def test_a_reader_that_leaves_does_not_stop_the_work(tmp_path: Path, stream: str
     assert "BrokenPipe" not in read
     assert json.loads((out / "report.json").read_text())["status"] == "finished"
     assert (out / "model" / "config.json").exists()
+
+
+def test_a_file_that_may_not_be_read_is_named_in_one_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def run(_: object) -> int:
+        raise PermissionError(errno.EACCES, "Permission denied", tmp_path / "locked")
+
+    monkeypatch.setattr("fistapruner.cli.methods.run", run)
+    assert main(["methods"]) == 2
+    assert capsys.readouterr().err == f"fistapruner: {tmp_path / 'locked'}: Permission denied\n"
+
+
+def test_a_calibration_text_that_may_not_be_read_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    text = tmp_path / "text.txt"
+    text.write_text("once upon a time")
+
+    def refused(path: Path, *mode: str) -> None:
+        raise PermissionError(errno.EACCES, "Permission denied", str(path))
+
+    monkeypatch.setattr("fistapruner.runtime.files.open", refused, raising=False)
+    with pytest.raises(FistaPrunerError, match=rf"cannot read {text}: Permission denied"):
+        text_sha256(Recipe.build({"calibration": {"source": str(text)}}))
 
 
 @pytest.mark.parametrize(("name", "status"), [("SIGHUP", 0), ("SIGTERM", 143)])
