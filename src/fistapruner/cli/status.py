@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import argparse
 import json
+from contextlib import suppress
+from pathlib import Path
 
 SUMMARY = "progress of a run: layers or steps done, errors or losses so far, time left"
 
@@ -18,8 +20,6 @@ def configure(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
-    from pathlib import Path
-
     from ..reporting.status_text import status_facts, status_text
     from ..runs.lock import holders
     from ..runs.records import load_run
@@ -45,9 +45,21 @@ def run(arguments: argparse.Namespace) -> int:
             facts["recovery"] = recovery and status_facts(recovery)
         print(json.dumps(facts, indent=2))
         return 0
-    print(status_text(report, alive=pruning, in_parts=count_parts(folder) > 0))
+    in_parts = count_parts(folder) > 0
+    print(status_text(report, alive=pruning, in_parts=in_parts, evaluates=_evaluates(folder)))
     if recovery is not None:
-        print(status_text(recovery, alive=training))
+        print(status_text(recovery, alive=training, evaluates=_evaluates(recovered)))
     elif follows:
         print(f"recovery: {'being prepared' if training else 'not begun'}")
     return 0
+
+
+def _evaluates(folder: Path) -> bool:
+    """Check that a run was asked to evaluate its result."""
+    from ..errors import FistaPrunerError
+    from ..runs.base import read_json
+
+    with suppress(FistaPrunerError):
+        decision = read_json(folder / "run.json").get("decision")
+        return isinstance(decision, dict) and decision.get("evaluation") is not None
+    return False
