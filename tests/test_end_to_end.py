@@ -123,8 +123,9 @@ def test_calibration_text_is_generated_on_the_threads_of_the_run(
     monkeypatch.setattr(prepare, "load_whole", loaded)
     before = torch.get_num_threads()
     settings = {"calibration": {**SMALL, "source": "self"}, "execution": {"threads": before + 1}}
-    fp.prune(tiny.save("llama", tmp_path / "model"), tmp_path / "run", method="magnitude", **settings)
+    report = fp.prune(tiny.save("llama", tmp_path / "model"), tmp_path / "run", method="magnitude", **settings)
     assert threads == [before + 1]
+    assert report.machine.threads == before + 1
     assert torch.get_num_threads() == before
 
 

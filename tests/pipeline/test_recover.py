@@ -396,7 +396,8 @@ def test_text_is_generated_on_the_threads_of_the_run_also_when_it_is_made_again(
     asked = torch.get_num_threads() + 1
     data = {"source": "self", "tokens": 100}
     out = tmp_path / "out"
-    recover(bench.pruned(), out, steps=1, data=data, execution={"threads": asked})
+    report = recover(bench.pruned(), out, steps=1, data=data, execution={"threads": asked})
+    assert report.machine.threads == asked
     for path in (out / "windows.safetensors", out / "report.json"):
         path.unlink()
     recover(bench.pruned(), out, steps=1, data=data)

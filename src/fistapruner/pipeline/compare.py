@@ -32,6 +32,7 @@ from ..evaluation.data import load_windows
 from ..evaluation.evaluate import evaluate as run_evaluation
 from ..evaluation.streaming import KeptStates
 from ..execution.context import open_model
+from ..execution.executors import default_threads
 from ..models.files.low_rank import refuse_low_rank, remove_adapter
 from ..models.source import ModelSource, Permissions
 from ..recipes.loading import merge
@@ -137,7 +138,7 @@ def compare(
             command=command or shlex.join(sys.argv),
             started=now(),
             versions=versions(),
-            machine=describe_machine(choose_device(protocol.device)),
+            machine=describe_machine(choose_device(protocol.device), default_threads(jobs[0].recipe.execution)),
             rows=_rows_that_stay(_before(folder, model), jobs, protocol, folder),  # as they are now that it is held
         )
         for warning in shared_texts(jobs, data):

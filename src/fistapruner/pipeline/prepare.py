@@ -208,7 +208,7 @@ def record(
             recipe=recipe.model_dump(mode="json"),
             fingerprint=fingerprint(recipe, model.checkpoint, tokens, decision.numerics),
             versions=versions(),
-            machine=describe_machine(model.device),
+            machine=describe_machine(model.device, decision.numerics.threads),
             model=facts,
             lineage=lineage,
             warnings=[*inputs.warnings, *([warning] if warning else [])],
