@@ -60,7 +60,9 @@ def test_a_solver_that_is_not_in_the_catalogue_is_refused_before_a_run() -> None
 
     assert Recipe.build({"method": Magnitude()}).method == (Magnitude(),)
     for method, name in ((Mine(), "mine"), (Other(), "magnitude"), (["wanda", Mine()], "mine")):
-        with pytest.raises(FistaPrunerError, match=rf"method '{name}' of the class \w+ is not in solvers/catalogue\.py"):
+        with pytest.raises(
+            FistaPrunerError, match=rf"method '{name}' of the class \w+ is not in solvers/catalogue\.py"
+        ):
             Recipe.build({"method": method})
 
 
