@@ -110,6 +110,26 @@ def test_status_of_a_run_that_has_decided_nothing(tmp_path: Path, capsys: pytest
     assert main(["status", str(tmp_path)]) == 2
 
 
+def test_status_of_a_comparison(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run = tmp_path / "runs" / "wanda"
+    run.mkdir(parents=True)
+    (tmp_path / "compare.json").write_text(
+        json.dumps({"kind": "compare", "rows": [{"method": "wanda", "sparsity": "50%"}] * 2})
+    )
+    (run / "run.json").write_text('{"model": {"source": "small", "layers": 3}}')
+    assert main(["status", str(tmp_path)]) == 0
+    assert "comparison, 2 rows done, no process works on it\nfor one of its 1 runs:" in capsys.readouterr().out
+    parent = psutil.Process(os.getppid())
+    holder = {"host": platform.node(), "pid": parent.pid, "started": parent.create_time()}
+    (run / "lock").write_text(json.dumps(holder))
+    assert main(["status", str(tmp_path)]) == 0
+    said = capsys.readouterr().out
+    assert "2 rows done, running\nsmall: " in said
+    assert "0 of 3 decoder layers" in said
+    assert main(["status", str(tmp_path), "--json"]) == 0
+    assert json.loads(capsys.readouterr().out) == {"rows_done": 2, "working": True, "run": str(run)}
+
+
 def test_commands_that_messages_advise_are_understood() -> None:
     """Commands in messages, with ``x`` for the values that a message fills in."""
     parser, found = build_parser(), []

@@ -15,7 +15,7 @@ SUMMARY = "progress of a run: layers or steps done, errors or losses so far, tim
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("run_directory", metavar="RUN", help="run directory")
+    parser.add_argument("run_directory", metavar="RUN", help="run directory, or folder of a comparison")
     parser.add_argument("--json", action="store_true", help="print machine-readable JSON")
 
 
@@ -26,6 +26,8 @@ def run(arguments: argparse.Namespace) -> int:
     from ..runs.times import count_parts
 
     folder = Path(arguments.run_directory)
+    if any((folder / name).is_file() for name in ("compare.json", "dense.json")):  # dense.json is there before a row
+        return _comparison(folder, as_json=arguments.json)
     if (folder / "log.txt").is_file() and not any((folder / name).is_file() for name in ("run.json", "report.json")):
         at_work = holders(folder)
         where = " and ".join(f"{holder['pid']} on {holder['host']}" for holder in at_work)
@@ -52,6 +54,25 @@ def run(arguments: argparse.Namespace) -> int:
     elif follows:
         print(f"recovery: {'being prepared' if training else 'not begun'}")
     return 0
+
+
+def _comparison(folder: Path, *, as_json: bool) -> int:
+    """Show the rows that a comparison has done, and the run that is at work; returns the exit status."""
+    from ..runs.lock import holders
+    from ..runs.records import load_comparison
+
+    rows = len(load_comparison(folder).rows) if (folder / "compare.json").is_file() else 0
+    runs = sorted(folder.glob("runs/*"))
+    at_work = next((run for run in runs if holders(run) or holders(run / "recovered")), None)
+    working = bool(holders(folder)) or at_work is not None
+    if as_json:
+        print(json.dumps({"rows_done": rows, "working": working, "run": at_work and str(at_work)}, indent=2))
+        return 0
+    print(f"{folder}: comparison, {rows} rows done, " + ("running" if working else "no process works on it"))
+    if at_work is None:
+        print(f"for one of its {len(runs)} runs: fistapruner status {folder / 'runs'}/...")
+        return 0
+    return run(argparse.Namespace(run_directory=at_work, json=False))
 
 
 def _evaluates(folder: Path) -> bool:
