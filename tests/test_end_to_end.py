@@ -23,6 +23,8 @@ from fistapruner.models.discovery import discover
 from fistapruner.models.files.checkpoint import Checkpoint
 from fistapruner.models.files.safetensors import SafetensorsFile
 from fistapruner.models.layerwise import LayerwiseModel
+from fistapruner.models.whole import load_whole
+from fistapruner.pipeline import prepare
 from fistapruner.recipes.execution_settings import Execution
 from fistapruner.runs.listener import Listener
 from fistapruner.runs.prune_directory import PruneDirectory
@@ -107,6 +109,24 @@ def test_same_recipe_same_bits(tmp_path: Path) -> None:
         fp.prune(str(folder), tmp_path / run, method="sparsegpt", calibration={**SMALL, "source": "self"})
     files = [(tmp_path / run / "model" / "model.safetensors").read_bytes() for run in ("a", "b")]
     assert files[0] == files[1]
+
+
+def test_calibration_text_is_generated_on_the_threads_of_the_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    threads = []
+
+    def loaded(*arguments: Any, **keywords: Any) -> Any:
+        threads.append(torch.get_num_threads())
+        return load_whole(*arguments, **keywords)
+
+    monkeypatch.setattr(prepare, "load_whole", loaded)
+    before = torch.get_num_threads()
+    settings = {"calibration": {**SMALL, "source": "self"}, "execution": {"threads": before + 1}}
+    report = fp.prune(tiny.save("llama", tmp_path / "model"), tmp_path / "run", method="magnitude", **settings)
+    assert threads == [before + 1]
+    assert report.machine.threads == before + 1
+    assert torch.get_num_threads() == before
 
 
 def test_targets_and_ignore_choose_operators(tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import errno
 import json
 import os
 import platform
@@ -21,6 +22,7 @@ from fistapruner.errors import FistaPrunerError
 from fistapruner.pipeline.plan import plan_model
 from fistapruner.recipes.base import MAX_SEED
 from fistapruner.recipes.settings import Recipe
+from fistapruner.runs.identity import text_sha256
 
 PACKAGE = Path(fistapruner.__file__).parent
 
@@ -57,6 +59,29 @@ def test_a_reader_that_leaves_does_not_stop_the_work(tmp_path: Path, stream: str
     assert (out / "model" / "config.json").exists()
 
 
+def test_a_file_that_may_not_be_read_is_named_in_one_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def run(_: object) -> int:
+        raise PermissionError(errno.EACCES, "Permission denied", tmp_path / "locked")
+
+    monkeypatch.setattr("fistapruner.cli.methods.run", run)
+    assert main(["methods"]) == 2
+    assert capsys.readouterr().err == f"fistapruner: {tmp_path / 'locked'}: Permission denied\n"
+
+
+def test_a_calibration_text_that_may_not_be_read_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    text = tmp_path / "text.txt"
+    text.write_text("once upon a time")
+
+    def refused(path: Path, *mode: str) -> None:
+        raise PermissionError(errno.EACCES, "Permission denied", str(path))
+
+    monkeypatch.setattr("fistapruner.runtime.files.open", refused, raising=False)
+    with pytest.raises(FistaPrunerError, match=rf"cannot read {text}: Permission denied"):
+        text_sha256(Recipe.build({"calibration": {"source": str(text)}}))
+
+
 @pytest.mark.parametrize(("name", "status"), [("SIGHUP", 0), ("SIGTERM", 143)])
 def test_a_closed_terminal_does_not_stop_the_work_and_a_kill_interrupts_it(name: str, status: int) -> None:
     work = f"os.kill(os.getpid(), signal.{name}); print('worked on'); return 0"
@@ -83,6 +108,26 @@ def test_status_of_a_run_that_has_decided_nothing(tmp_path: Path, capsys: pytest
     assert "stopped before anything was decided; give its command again" in capsys.readouterr().out
     (tmp_path / "log.txt").unlink()
     assert main(["status", str(tmp_path)]) == 2
+
+
+def test_status_of_a_comparison(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run = tmp_path / "runs" / "wanda"
+    run.mkdir(parents=True)
+    (tmp_path / "compare.json").write_text(
+        json.dumps({"kind": "compare", "rows": [{"method": "wanda", "sparsity": "50%"}] * 2})
+    )
+    (run / "run.json").write_text('{"model": {"source": "small", "layers": 3}}')
+    assert main(["status", str(tmp_path)]) == 0
+    assert "comparison, 2 rows done, no process works on it\nfor one of its 1 runs:" in capsys.readouterr().out
+    parent = psutil.Process(os.getppid())
+    holder = {"host": platform.node(), "pid": parent.pid, "started": parent.create_time()}
+    (run / "lock").write_text(json.dumps(holder))
+    assert main(["status", str(tmp_path)]) == 0
+    said = capsys.readouterr().out
+    assert "2 rows done, running\nsmall: " in said
+    assert "0 of 3 decoder layers" in said
+    assert main(["status", str(tmp_path), "--json"]) == 0
+    assert json.loads(capsys.readouterr().out) == {"rows_done": 2, "working": True, "run": str(run)}
 
 
 def test_commands_that_messages_advise_are_understood() -> None:

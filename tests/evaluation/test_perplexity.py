@@ -151,6 +151,11 @@ def test_a_limit_that_does_not_hold_one_batch_is_refused_or_told(
     assert all(torch.equal(getattr(free, name), getattr(found, name)) for name in ("nll", "reference_nll", "kl"))
 
 
+def test_a_folder_that_is_no_model_is_not_blamed_on_its_tokenizer(tmp_path: Path, text: Path) -> None:
+    with pytest.raises(fp.FistaPrunerError, match=r"config\.json"):
+        fp.evaluate(tmp_path, str(text), seqlen=16)
+
+
 def test_models_of_different_vocabulary_are_refused(tmp_path: Path, text: Path) -> None:
     dense = tiny.save("llama", tmp_path / "dense")
     other = tiny.save("llama", tmp_path / "other", vocab_size=160)

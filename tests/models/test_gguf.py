@@ -220,6 +220,13 @@ def test_what_transformers_leaves_out_is_refused(tmp_path: Path, what: Any, said
     assert [path.name for path in (tmp_path / "cache").iterdir()] == [".lock"]
 
 
+def test_a_cache_that_cannot_be_written_says_how_to_name_another(tmp_path: Path) -> None:
+    write_gguf(tmp_path / "tiny.gguf")
+    (tmp_path / "cache").touch()
+    with pytest.raises(FistaPrunerError, match=r"cannot write .*: set XDG_CACHE_HOME to another folder$"):
+        converted_gguf(tmp_path / "tiny.gguf", tmp_path / "cache")
+
+
 def _at(data: bytes, offset: int, kind: str, value: int) -> bytes:
     packed = struct.pack("<" + kind, value)
     return data[:offset] + packed + data[offset + len(packed) :]

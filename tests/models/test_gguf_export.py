@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
@@ -94,6 +95,20 @@ def test_the_dense_file_is_found_in_its_folder_and_by_any_spelling(tmp_path: Pat
     for model in ("alone", "DENSE.GGUF"):
         fp.prune(str(tmp_path / model), tmp_path / f"run-{model}", **recipe)
         fp.export(tmp_path / f"run-{model}", tmp_path / f"{model}-out.gguf")
+
+
+def test_a_folder_that_cannot_be_written_shows_before_the_weights_are_converted(
+    dense: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fp.export(dense[1], tmp_path / "new" / "folder" / "out.gguf", like=dense[0])
+    (tmp_path / "file").touch()
+    quantize = Mock()
+    monkeypatch.setattr(gguf, "quantize", quantize)
+    monkeypatch.setattr(Path, "touch", Mock(side_effect=PermissionError(13, "Permission denied")))
+    for out in (tmp_path / "file" / "out.gguf", tmp_path / "other.gguf"):
+        with pytest.raises(FistaPrunerError, match=f"cannot write {out}"):
+            fp.export(dense[1], out, like=dense[0])
+    assert not quantize.called
 
 
 def test_fewer_heads_keep_their_size(dense: tuple[Path, Path], tmp_path: Path) -> None:

@@ -16,6 +16,7 @@ from fistapruner.cli import main
 from fistapruner.errors import FistaPrunerError
 from fistapruner.evaluation.data import cut_windows
 from fistapruner.evaluation.evaluate import evaluate as run_evaluation
+from fistapruner.models.whole import load_whole
 from fistapruner.pipeline.compare import compare, plan_jobs, run_name, shared_texts
 from fistapruner.pipeline.contenders import parse_contenders
 from fistapruner.pipeline.prune import prune
@@ -379,6 +380,32 @@ def test_bad_texts_show_before_anything_is_measured(tmp_path: Path) -> None:
         if "recover" not in bad:
             with pytest.raises(FistaPrunerError, match=message):
                 prune(source, tmp_path / "run", listener=Counts(stop="plan:"), **bad)
+
+
+def test_calibration_text_that_is_too_short_is_refused_before_anything_is_measured(tmp_path: Path) -> None:
+    source, out, text = tiny.save("llama", tmp_path / "model"), tmp_path / "out", tmp_path / "short.txt"
+    text.write_text("once upon a time")
+    counts, settings = Counts(), {"calibration": {"source": str(text), "samples": 3, "seqlen": 32}}
+    with pytest.raises(FistaPrunerError, match=r"short\.txt"):
+        compare(source, "magnitude,wanda", ["50%"], out, settings=settings, windows=2, listener=counts)
+    assert not counts.dense
+    assert not out.exists()
+
+
+def test_calibration_text_is_generated_once_and_in_no_row(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also by a comparison that goes on."""
+    loaded, given = Mock(side_effect=load_whole), Mock(side_effect=prune)
+    monkeypatch.setattr("fistapruner.pipeline.prepare.load_whole", loaded)
+    monkeypatch.setattr("fistapruner.pipeline.compare.prune", given)
+    source = tiny.save("llama", tmp_path / "model", num_hidden_layers=1)
+    settings = {"calibration": {"samples": 2, "seqlen": 32}}
+    named: dict[str, Any] = {"settings": settings, "windows": 2}
+    with pytest.raises(KeyboardInterrupt):
+        compare(source, "magnitude,wanda", ["50%"], tmp_path / "out", listener=Counts(stop="2/2"), **named)
+    comparison = compare(source, "magnitude,wanda", ["50%"], tmp_path / "out", **named)
+    assert [row.error for row in comparison.rows] == [None, None]
+    assert loaded.call_count == 1
+    assert [call.kwargs["tokens"] is not None for call in given.call_args_list] == [True, True]
 
 
 def test_the_text_of_recoveries_is_compared_with_the_evaluation_text(tmp_path: Path) -> None:

@@ -382,6 +382,27 @@ def test_the_dense_model_generates_the_text_of_every_loss(bench: Bench, tmp_path
     assert generated[0] == generated[1]
 
 
+def test_text_is_generated_on_the_threads_of_the_run_also_when_it_is_made_again(
+    bench: Bench, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    threads, load_whole = [], prepare_recover.load_whole
+
+    def loaded(*arguments: Any, **keywords: Any) -> Any:
+        threads.append(torch.get_num_threads())
+        return load_whole(*arguments, **keywords)
+
+    monkeypatch.setattr(prepare_recover, "load_whole", loaded)
+    asked = torch.get_num_threads() + 1
+    data = {"source": "self", "tokens": 100}
+    out = tmp_path / "out"
+    report = recover(bench.pruned(), out, steps=1, data=data, execution={"threads": asked})
+    assert report.machine.threads == asked
+    for path in (out / "windows.safetensors", out / "report.json"):
+        path.unlink()
+    recover(bench.pruned(), out, steps=1, data=data)
+    assert threads == [asked, asked]
+
+
 def test_a_single_named_text_is_that_of_the_recovery(bench: Bench, tmp_path: Path) -> None:
     calibration = {"tasks": {"counting": str(bench.text)}, "samples": 2, "seqlen": SEQLEN}
     fp.prune(bench.dense(), tmp_path / "run", method="magnitude", calibration=calibration)

@@ -19,6 +19,7 @@ from fistapruner.constraints import NM
 from fistapruner.recipes.loading import load_recipe_settings, merge, parse_bytes, parse_value
 from fistapruner.recipes.recover_settings import RecoverRecipe
 from fistapruner.solvers.fista import Fista
+from fistapruner.solvers.magnitude import Magnitude
 
 PARALLEL = {"execution": {"executor": "process"}}
 
@@ -48,6 +49,21 @@ def test_auto_is_what_the_method_was_published_with_or_ours_measured_best(
     assert (recipe.propagate, recipe.dense_share, recipe.residual) == expected
     assert recipe.resolved(in_parts=True) == recipe  # what is resolved stays
     assert Recipe.from_yaml(recipe.to_yaml()) == recipe
+
+
+def test_a_solver_that_is_not_in_the_catalogue_is_refused_before_a_run() -> None:
+    class Mine(Magnitude):
+        name = "mine"
+
+    class Other(Magnitude):
+        pass
+
+    assert Recipe.build({"method": Magnitude()}).method == (Magnitude(),)
+    for method, name in ((Mine(), "mine"), (Other(), "magnitude"), (["wanda", Mine()], "mine")):
+        with pytest.raises(
+            FistaPrunerError, match=rf"method '{name}' of the class \w+ is not in solvers/catalogue\.py"
+        ):
+            Recipe.build({"method": method})
 
 
 def test_a_residual_correction_without_effect_is_refused() -> None:

@@ -358,6 +358,27 @@ STEPS = [
 ]
 
 
+def test_status_of_a_finished_run_that_has_no_figures_yet(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run, record = unfinished(tmp_path / "run") / "run.json", samples.report()
+    holder = psutil.Process(os.getppid())
+    lock = json.dumps({"host": platform.node(), "pid": holder.pid, "started": holder.create_time()})
+
+    def told(evaluations: list[Any], *, asked: bool, held: bool) -> str:
+        run.write_text(json.dumps({"decision": {"evaluation": {"data": "python"} if asked else None}}))
+        facts = record.model_dump(mode="json") | {"evaluations": evaluations}
+        (run.parent / "report.json").write_text(json.dumps(facts))
+        (run.parent / "lock").write_text(lock if held else "{}")
+        assert main(["status", str(run.parent)]) == 0
+        return capsys.readouterr().out.splitlines()[0].partition("50%: ")[2]
+
+    figures = record.model_dump(mode="json")["evaluations"]
+    assert told([], asked=True, held=True) == "finished, being measured"
+    assert told([], asked=True, held=False) == "finished, not measured: give the same command again"
+    assert told(figures, asked=True, held=True) == told([], asked=False, held=False) == "finished"
+    assert main(["status", str(run.parent), "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["measured"] is False
+
+
 def test_status_of_an_unfinished_recovery(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     run = unfinished_recovery(tmp_path / "run", STEPS)
     assert main(["status", str(run), "--json"]) == 0

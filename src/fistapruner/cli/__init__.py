@@ -85,6 +85,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
             advice = "free some of it, lower --batch-size or --seqlen, or choose --device cpu"
             print(f"fistapruner: the GPU's memory ran out: {advice}", file=sys.stderr)
             return 2
+        except OSError as error:
+            if error.filename is None:
+                raise
+            print(f"fistapruner: {os.fsdecode(error.filename)}: {error.strerror}", file=sys.stderr)
+            return 2
         except KeyboardInterrupt as interruption:
             print(f"fistapruner: {str(interruption) or 'interrupted'}", file=sys.stderr)
             return 143 if terminated else 130

@@ -8,24 +8,26 @@ from __future__ import annotations
 
 import argparse
 import json
+from contextlib import suppress
+from pathlib import Path
 
 SUMMARY = "progress of a run: layers or steps done, errors or losses so far, time left"
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("run_directory", metavar="RUN", help="run directory")
+    parser.add_argument("run_directory", metavar="RUN", help="run directory, or folder of a comparison")
     parser.add_argument("--json", action="store_true", help="print machine-readable JSON")
 
 
 def run(arguments: argparse.Namespace) -> int:
-    from pathlib import Path
-
     from ..reporting.status_text import status_facts, status_text
     from ..runs.lock import holders
     from ..runs.records import load_run
     from ..runs.times import count_parts
 
     folder = Path(arguments.run_directory)
+    if any((folder / name).is_file() for name in ("compare.json", "dense.json")):  # dense.json is there before a row
+        return _comparison(folder, as_json=arguments.json)
     if (folder / "log.txt").is_file() and not any((folder / name).is_file() for name in ("run.json", "report.json")):
         at_work = holders(folder)
         where = " and ".join(f"{holder['pid']} on {holder['host']}" for holder in at_work)
@@ -45,9 +47,40 @@ def run(arguments: argparse.Namespace) -> int:
             facts["recovery"] = recovery and status_facts(recovery)
         print(json.dumps(facts, indent=2))
         return 0
-    print(status_text(report, alive=pruning, in_parts=count_parts(folder) > 0))
+    in_parts = count_parts(folder) > 0
+    print(status_text(report, alive=pruning, in_parts=in_parts, evaluates=_evaluates(folder)))
     if recovery is not None:
-        print(status_text(recovery, alive=training))
+        print(status_text(recovery, alive=training, evaluates=_evaluates(recovered)))
     elif follows:
         print(f"recovery: {'being prepared' if training else 'not begun'}")
     return 0
+
+
+def _comparison(folder: Path, *, as_json: bool) -> int:
+    """Show the rows that a comparison has done, and the run that is at work; returns the exit status."""
+    from ..runs.lock import holders
+    from ..runs.records import load_comparison
+
+    rows = len(load_comparison(folder).rows) if (folder / "compare.json").is_file() else 0
+    runs = sorted(folder.glob("runs/*"))
+    at_work = next((run for run in runs if holders(run) or holders(run / "recovered")), None)
+    working = bool(holders(folder)) or at_work is not None
+    if as_json:
+        print(json.dumps({"rows_done": rows, "working": working, "run": at_work and str(at_work)}, indent=2))
+        return 0
+    print(f"{folder}: comparison, {rows} rows done, " + ("running" if working else "no process works on it"))
+    if at_work is None:
+        print(f"for one of its {len(runs)} runs: fistapruner status {folder / 'runs'}/...")
+        return 0
+    return run(argparse.Namespace(run_directory=at_work, json=False))
+
+
+def _evaluates(folder: Path) -> bool:
+    """Check that a run was asked to evaluate its result."""
+    from ..errors import FistaPrunerError
+    from ..runs.base import read_json
+
+    with suppress(FistaPrunerError):
+        decision = read_json(folder / "run.json").get("decision")
+        return isinstance(decision, dict) and decision.get("evaluation") is not None
+    return False

@@ -136,8 +136,8 @@ def evaluate(
     divergence: Divergence | None = None
     forward = 0.0
     if data is not None:
+        opened = _open(source, place, dtype)  # before the tokenizer, which a folder that is no model lacks too
         tokenizer = source.tokenizer()
-        opened = _open(source, place, dtype)
         longest = opened.max_length
         default = min(longest or LONGEST_DEFAULT, LONGEST_DEFAULT)
         length = data.seqlen if isinstance(data, Windows) else seqlen or default

@@ -227,11 +227,17 @@ def converted_gguf(path: Path, cache: Path, dtype: torch.dtype = torch.bfloat16,
         out = cache / f"{path.stem}-{hashlib.sha256(key.encode()).hexdigest()[:12]}"
         if out.is_dir():
             return out
-    with disk_errors(out):
-        cache.mkdir(parents=True, exist_ok=True)
-        with FileLock(cache / ".lock"):
-            if not out.is_dir():
-                convert_gguf(path, out, dtype)
+    try:
+        with disk_errors(out):
+            cache.mkdir(parents=True, exist_ok=True)
+            with FileLock(cache / ".lock"):
+                if not out.is_dir():
+                    convert_gguf(path, out, dtype)
+    except FistaPrunerError as error:
+        if not isinstance(error.__cause__, OSError):
+            raise
+        advice = "converted GGUF files are kept there: set XDG_CACHE_HOME to another folder"
+        raise FistaPrunerError(f"{error}; {advice}") from error
     return out
 
 

@@ -19,19 +19,20 @@ import shutil
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import closing, suppress
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from pydantic import TypeAdapter, ValidationError
 from torch import Tensor
 
-from ..calibration import window_length
+from ..calibration import SELF, window_length
 from ..errors import FistaPrunerError, MissingExtraError, explain
 from ..evaluation.data import load_windows
 from ..evaluation.evaluate import evaluate as run_evaluation
 from ..evaluation.streaming import KeptStates
 from ..execution.context import open_model
+from ..execution.executors import default_threads
 from ..models.files.low_rank import refuse_low_rank, remove_adapter
 from ..models.source import ModelSource, Permissions
 from ..recipes.loading import merge
@@ -51,14 +52,15 @@ from ..runs.records import CompareRow, Comparison, Report, load_comparison, load
 from ..runs.results import Evaluation, Perplexity
 from ..runs.times import forget_times
 from ..runs.training_directory import RecoverDirectory
-from ..runtime.devices import choose_device
+from ..runtime.devices import choose_device, cpu_threads
 from ..runtime.files import PARTIAL, disk_errors, write_json_atomic, write_text_atomic
 from ..runtime.machine import describe_machine, now, versions
-from ..runtime.numerics import dtype_name
+from ..runtime.numerics import dtype_name, exact_products
 from ..sensitivity.workload import read_workload
 from .begun import changed_text, continued_by_its_command, find_source, refuse_other_settings, same_model
 from .contenders import Contender, parse_contenders
 from .measure import add_warning, publish
+from .prepare import draw_windows, drawing_of
 from .protocol import Protocol
 from .prune import prune, recover_execution, recovers
 from .prune_inputs import check_calibration, refuse_overlap, shared_text
@@ -66,6 +68,9 @@ from .recover import recover
 from .recover_inputs import check_following
 from .training import changed_texts
 from .training_inputs import asked
+
+CalibrationWindows = dict[str, tuple[Tensor, dict[str, Any]]]
+"""Calibration windows, and how they were drawn, by their settings."""
 
 _PERPLEXITY = TypeAdapter(Perplexity)
 
@@ -130,6 +135,10 @@ def compare(
     protocol = agree_protocol(source, jobs[0].recipe, data, windows, settings or {})
     _rows_that_stay(before, jobs, protocol, folder)
     check_texts(jobs, source, folder)
+    calibrated: CalibrationWindows = {}
+    for job in jobs:
+        if SELF not in job.recipe.calibration.sources.values():  # a fault in the text shows now
+            draw(job, source, folder, calibrated, listener)
     with disk_errors(folder):
         (folder / "runs").mkdir(parents=True, exist_ok=True)
     with continued_by_its_command(), hold(folder):
@@ -137,18 +146,19 @@ def compare(
             command=command or shlex.join(sys.argv),
             started=now(),
             versions=versions(),
-            machine=describe_machine(choose_device(protocol.device)),
+            machine=describe_machine(choose_device(protocol.device), default_threads(jobs[0].recipe.execution)),
             rows=_rows_that_stay(_before(folder, model), jobs, protocol, folder),  # as they are now that it is held
         )
         for warning in shared_texts(jobs, data):
             listener.say(warning)
             comparison.warnings.append(warning)
         with closing(KeptStates(source.folder, folder / STATES)) as kept:
-            shared = _Shared(model, source, folder, protocol, listener, keep, kept)
+            shared = _Shared(model, source, folder, protocol, listener, keep, kept, calibrated)
             dense = measure_dense(shared)
             comparison.dense = dense
             for number, job in enumerate(jobs, 1):
                 listener.say(f"{number}/{len(jobs)}: {job.label}, {job.recipe.sparsity}, seed {job.seed}")
+                draw(job, source, folder, calibrated, listener)
                 comparison.rows.append(run_job(job, shared, comparison, dense))
                 _write(folder, comparison)
         comparison.status = "finished"
@@ -260,6 +270,37 @@ def measure_dense(shared: _Shared) -> Perplexity:
     return found
 
 
+def draw(job: Job, source: ModelSource, folder: Path, calibrated: CalibrationWindows, listener: Listener) -> None:
+    """Draw the calibration windows of a row that has not begun, unless another row has the same.
+
+    They are drawn before the row, so that their time is not that of the method named first.
+
+    Args:
+        job: the row.
+        source: the model's folder.
+        folder: of the comparison.
+        calibrated: receives the windows.
+        listener: receives progress.
+
+    Raises:
+        FistaPrunerError: a text that is too short or cannot be read, or a model that cannot generate it.
+    """
+    recipe, calibration = job.recipe, job.recipe.calibration
+    key = calibration.model_dump_json()
+    if key in calibrated or job.run(folder).run_file.exists():
+        return
+    model = open_model(source, recipe)
+    seqlen, found = window_length(calibration.seqlen, model), None
+    if SELF in calibration.sources.values():  # it takes long: rows that are begun or were stopped have left it
+        drawing = drawing_of(calibration, model, seqlen)
+        earlier = (PruneDirectory(run).drawn(drawing) for run in sorted(folder.glob("runs/*")))
+        found = next(filter(None, earlier), None)
+    with cpu_threads(default_threads(recipe.execution)), exact_products():
+        drawn = found or draw_windows(recipe, source, model, source.tokenizer(), seqlen, listener)
+    model.check_tokens(drawn[0])
+    calibrated[key] = drawn
+
+
 def run_job(job: Job, shared: _Shared, comparison: Comparison, dense: Perplexity) -> CompareRow:
     """Prune and measure one row, or find that it was done before.
 
@@ -301,7 +342,7 @@ class _Shared:
         listener: receives progress.
         keep: keep the pruned checkpoints.
         kept: hidden states of the dense model on the windows of the protocol.
-        calibrated: calibration windows that are drawn, by their settings.
+        calibrated: calibration windows that are drawn, and how, by their settings.
     """
 
     model: str
@@ -311,7 +352,7 @@ class _Shared:
     listener: Listener
     keep: bool
     kept: KeptStates
-    calibrated: dict[str, tuple[Tensor, dict[str, Any]]] = field(default_factory=dict)
+    calibrated: CalibrationWindows
 
     def evaluate(
         self, checkpoint: Path, against: Path | None = None, warn: Callable[[str], None] | None = None
@@ -354,18 +395,15 @@ class _Shared:
 
     def _prune(self, run: PruneDirectory, recipe: Recipe) -> Report:
         """Prune a row, and measure it unless that was done before its weights were deleted."""
-        key = recipe.calibration.model_dump_json()
         report = prune(
             self.model,
             run.folder,
             recipe=recipe.model_copy(update={"recover": None}),
             listener=self.listener,
-            tokens=self.calibrated.get(key),
+            tokens=self.calibrated.get(recipe.calibration.model_dump_json()),
             source=self.source,
             **self.source.permissions.keywords(),
         )
-        assert report.calibration is not None
-        self.calibrated.setdefault(key, (run.tokens(), report.calibration.model_dump()))
         return self._measure(run, report)
 
     def _recover(self, run: PruneDirectory, pruned: Report, recipe: RecoverRecipe) -> Report:

@@ -20,15 +20,16 @@ from ..execution.executors import default_threads
 from ..models.layerwise import LayerwiseModel
 from ..models.source import ModelSource
 from ..models.whole import load_whole, require_whole, whole_bytes
-from ..recipes.settings import Recipe
+from ..recipes.settings import Calibration, Recipe
 from ..runs.decision import Numerics, PlannedRun, PruneDecision, PruneRecord
 from ..runs.identity import fingerprint, stamps, text_sha256
 from ..runs.lineage import begin_lineage
 from ..runs.listener import Listener
 from ..runs.prune_directory import PruneDirectory
 from ..runs.records import CalibrationFacts, ModelFacts
+from ..runtime.devices import cpu_threads
 from ..runtime.machine import describe_machine, now, versions
-from ..runtime.numerics import dtype_name
+from ..runtime.numerics import dtype_name, exact_products
 from ..sensitivity.decision import needs_measuring
 from .begun import absolute, changed_text, note_place
 from .dense_measurements import DenseMeasurements, Measured
@@ -76,13 +77,13 @@ def prepare(run: PruneDirectory, request: RunRequest, listener: Listener) -> Non
             )
         listener.say(f"the calibration tokens are made again: {why}")
     calibration = request.recipe.calibration
-    place = [inputs.seqlen, dtype_name(inputs.model.dtype), inputs.model.device.type, stamps(inputs.model.checkpoint)]
-    drawing = json.dumps([calibration.model_dump(mode="json"), *place])
+    drawing = drawing_of(calibration, inputs.model, inputs.seqlen)
     drawn = request.drawn
     if drawn is None and SELF in calibration.sources.values():  # it takes long: an attempt stopped after it has left it
         drawn = run.drawn(drawing)
     plan = choose_plan(run, request.recipe, inputs, begun, listener, drawn=drawn is not None)
-    calibrated = draw_calibration(run, request.recipe, inputs, drawing, drawn, listener)
+    with cpu_threads(plan.numerics.threads), exact_products():
+        calibrated = draw_calibration(run, request.recipe, inputs, drawing, drawn, listener)
     states = run.hidden / "sensitivity" if plan.on_disk else None
     dense = DenseMeasurements(run, request.recipe, calibrated.tokens, plan, states, listener)
     before, begin = dense.seconds_before(inputs), time.perf_counter()
@@ -107,6 +108,12 @@ def prepare(run: PruneDirectory, request: RunRequest, listener: Listener) -> Non
     if begun is not None and _decided(begun.decision) != _decided(decision):
         run.journal.remove()  # the finished layers were pruned by other measurements
     record(run, request, inputs, calibrated, decision, plan, measured)
+
+
+def drawing_of(calibration: Calibration, model: LayerwiseModel, seqlen: int) -> str:
+    """Write the settings and the model that decide calibration windows, as one line."""
+    place = [seqlen, dtype_name(model.dtype), model.device.type, stamps(model.checkpoint)]
+    return json.dumps([calibration.model_dump(mode="json"), *place])
 
 
 def _decided(decision: PruneDecision) -> dict[str, Any]:
@@ -185,20 +192,39 @@ def draw_calibration(
         drawn: the windows and how they were drawn, where they were drawn before.
         listener: receives progress.
     """
-    settings, model, seqlen = recipe.calibration, inputs.model, inputs.seqlen
-    listener.say(f"calibration: {settings.samples} windows of {seqlen} tokens from {settings.name}")
+    settings = recipe.calibration
+    listener.say(f"calibration: {settings.samples} windows of {inputs.seqlen} tokens from {settings.name}")
+    text = text_sha256(recipe)
+    tokens, how = drawn or draw_windows(recipe, inputs.source, inputs.model, inputs.tokenizer, inputs.seqlen, listener)
+    inputs.model.check_tokens(tokens)
+    run.write_tokens(tokens, drawing, how)
+    return Calibrated(tokens, how, text)
+
+
+def draw_windows(
+    recipe: Recipe, source: ModelSource, model: LayerwiseModel, tokenizer: Any, seqlen: int, listener: Listener
+) -> tuple[Tensor, dict[str, Any]]:
+    """Draw calibration windows.
+
+    Args:
+        recipe: all settings.
+        source: the model's folder; it is loaded whole to generate text.
+        model: the same, opened.
+        tokenizer: of the model.
+        seqlen: tokens in a window.
+        listener: receives progress.
+
+    Returns:
+        The windows, and how they were drawn.
+    """
+    settings = recipe.calibration
 
     def load_model() -> Any:
         nbytes = whole_bytes(model.checkpoint, model.dtype) + generation_bytes(model, settings.samples, seqlen)
         require_whole(nbytes, model.device, recipe.execution.memory_limit, "--calibration")
-        trusted = inputs.source.trust_remote_code
-        return load_whole(inputs.source.folder, model.device, model.dtype, trust_remote_code=trusted)
+        return load_whole(source.folder, model.device, model.dtype, trust_remote_code=source.trust_remote_code)
 
-    text = text_sha256(recipe)
-    tokens, how = drawn or calibration_tokens(settings, inputs.tokenizer, seqlen, load_model, listener.say)
-    model.check_tokens(tokens)
-    run.write_tokens(tokens, drawing, how)
-    return Calibrated(tokens, how, text)
+    return calibration_tokens(settings, tokenizer, seqlen, load_model, listener.say)
 
 
 def record(
@@ -223,7 +249,7 @@ def record(
             recipe=recipe.model_dump(mode="json"),
             fingerprint=fingerprint(recipe, model.checkpoint, tokens, decision.numerics),
             versions=versions(),
-            machine=describe_machine(model.device),
+            machine=describe_machine(model.device, decision.numerics.threads),
             model=facts,
             lineage=lineage,
             warnings=[*inputs.warnings, *([warning] if warning else [])],

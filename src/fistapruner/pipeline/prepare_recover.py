@@ -18,6 +18,7 @@ from ..runs.identity import stamps
 from ..runs.listener import Listener
 from ..runs.training_directory import TrainingDirectory
 from ..runs.training_records import Recovery
+from ..runtime.devices import cpu_threads
 from ..runtime.files import sha256_file
 from ..runtime.memory import release_memory
 from ..runtime.numerics import dtype_name
@@ -43,7 +44,7 @@ def prepare(run: TrainingDirectory, request: TrainingRequest[RecoverRecipe], lis
     if len(data.tasks) > 1 and data.mixture == "uniform":  # too few steps for the tasks show now
         Mixture(len(data.tasks), data.per_round, data.seed).draw(task.steps * recipe.windows_per_step)
     numerics, choice, rows = choose_plan(share_of(task, request.ranks), listener)
-    text, sources = cut_text(run, inputs, listener)
+    text, sources = cut_text(run, inputs, listener, numerics.threads)
     decision = decide(run, request, inputs, numerics, choice, task.steps, sources)
     recovery = Recovery(
         parameters=recipe.parameters,
@@ -69,9 +70,15 @@ def task_of(out: Path, inputs: Inputs[RecoverRecipe]) -> Task:
 
 
 def cut_text(
-    run: TrainingDirectory, inputs: Inputs[RecoverRecipe], listener: Listener
+    run: TrainingDirectory, inputs: Inputs[RecoverRecipe], listener: Listener, threads: int
 ) -> tuple[TrainingText, dict[str, str]]:
     """Read the text, hold documents out, cut windows, and store them.
+
+    Args:
+        run: the run directory.
+        inputs: checked.
+        listener: receives progress.
+        threads: of the CPU, on which text is generated.
 
     Returns:
         The text, and SHA-256 of the files that it comes from.
@@ -95,7 +102,8 @@ def cut_text(
             trusted = source.trust_remote_code
             return load_whole(source.folder, generator.device, generator.dtype, trust_remote_code=trusted)
 
-        text = training_text(data, inputs.tokenizer, inputs.seqlen, load_model, listener.say)
+        with cpu_threads(threads):
+            text = training_text(data, inputs.tokenizer, inputs.seqlen, load_model, listener.say)
     if inputs.evaluation is not None:
         name = inputs.evaluation.data
         if warning := shared_documents(text.documents, evaluation_documents(name), name):
@@ -114,4 +122,6 @@ def make_text(run: TrainingDirectory, request: TrainingRequest[RecoverRecipe], l
     Raises:
         FistaPrunerError: the text is gone.
     """
-    cut_text(run, check_inputs(run, request, listener), listener)
+    begun = run.record()
+    assert begun is not None  # the caller has read it
+    cut_text(run, check_inputs(run, request, listener), listener, begun.decision.numerics.threads)

@@ -144,7 +144,7 @@ def record(
             recipe=recipe.model_dump(mode="json"),
             fingerprint=identity(recipe, model, text, decision),
             versions=versions(),
-            machine=describe_machine(model.device),
+            machine=describe_machine(model.device, decision.numerics.threads),
             model=facts,
             lineage=lineage,
             warnings=[*inputs.warnings, *([warning] if warning else [])],

@@ -241,7 +241,7 @@ def _run(run: PruneDirectory, request: RunRequest, told: Listener, inspect: Insp
     listener = Logged(told)
     found = find_finished(run, request.model, request.recipe, request.permissions)
     report, only = found.report, request.only_layers
-    with _saying_how_to_continue(run, only), _made(run), hold(run.folder, only), log_file(run.log_file):
+    with _saying_how_to_continue(run, only), run.created(), hold(run.folder, only), log_file(run.log_file):
         if found.says and (report is not None or only is None):  # a part makes nothing again
             listener.say(found.says)
         if report is None:
@@ -323,15 +323,6 @@ def _began_on(run: PruneDirectory) -> str:
     record = run.record()
     assert record is not None
     return record.machine.device_name or record.decision.numerics.device
-
-
-@contextmanager
-def _made(run: PruneDirectory) -> Iterator[None]:
-    """Make the folders of a run; where it is refused at once, they go again."""
-    with run.left_as_it_was():
-        with disk_errors(run.folder):
-            run.create()
-        yield
 
 
 def _remove_failure(run: PruneDirectory) -> None:

@@ -150,9 +150,7 @@ def _lead(
 ) -> Report:
     """Do what is left of a run: nothing, its measurements, its checkpoint, or all of it."""
     listener, ranks = Logged(told), request.ranks
-    with disk_errors(run.folder):
-        run.create()
-    with _saying_how_to_continue(run), run.left_as_it_was(), hold(run.folder), log_file(run.log_file):
+    with _saying_how_to_continue(run), run.created(), hold(run.folder), log_file(run.log_file):
         begun = run.record()
         if begun is not None:
             if not resumed:

@@ -55,12 +55,19 @@ def _sparsity(value: Any) -> Constraint:
 
 
 def _method(value: Any) -> tuple[Method, ...]:
-    from ..solvers import parse_method
+    from ..solvers import METHODS, parse_method
 
     try:
-        return parse_method(value)
+        steps = parse_method(value)
     except FistaPrunerError as error:
         raise ValueError(str(error)) from None
+    for step in steps:
+        if METHODS.get(step.name) is not type(step):
+            raise ValueError(
+                f"method {step.name!r} of the class {type(step).__name__} is not in solvers/catalogue.py, where worker "
+                "processes and a resumed run find it; fp.solve takes it as it is"
+            )
+    return steps
 
 
 def _recover(value: Any) -> Any:

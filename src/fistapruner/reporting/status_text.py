@@ -24,6 +24,7 @@ def status_facts(report: Report, now: datetime | None = None) -> dict[str, Any]:
     now = now or datetime.now(UTC)
     facts = {
         "status": report.status,
+        "measured": bool(report.evaluations),
         "error": report.error,
         "model": report.model.source,
         "method": report.method,
@@ -83,7 +84,12 @@ def _worked(report: Report, now: datetime) -> float:
 
 
 def status_text(
-    report: Report, *, alive: bool | None = None, in_parts: bool = False, now: datetime | None = None
+    report: Report,
+    *,
+    alive: bool | None = None,
+    in_parts: bool = False,
+    evaluates: bool = False,
+    now: datetime | None = None,
 ) -> str:
     """Write progress as text, with a line for every finished layer or every check on held-out windows.
 
@@ -91,6 +97,7 @@ def status_text(
         report: of the run, finished or not.
         alive: whether a process works on it now; None if that is not known.
         in_parts: its layers are pruned in parts, which another command joins.
+        evaluates: it was asked to evaluate its result.
         now: time that durations end at; the present by default.
     """
     found = status_facts(report, now)
@@ -100,6 +107,8 @@ def status_text(
         how = "all layers are done; join the parts with 'fistapruner finish RUN'"
         stopped = how if joins else "stopped: no process works on it; give the same command again to go on"
         state = "running" if alive else stopped
+    if state == "finished" and alive is not None and evaluates and not found["measured"]:
+        state += ", being measured" if alive else ", not measured: give the same command again"
     about = f"{found['model']}: {found['method']}, {found['sparsity']}"
     if report.recovery is not None:
         about = f"{found['model']}, {found['sparsity']}, {report.training} ({found['method'].partition(': ')[2]})"

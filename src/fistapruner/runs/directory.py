@@ -28,7 +28,14 @@ from pydantic import ValidationError
 from ..errors import FistaPrunerError, explain
 from ..models.files.checkpoint import PRUNING_RECORD, Checkpoint
 from ..models.files.low_rank import FOLDER, LowRankAdapter
-from ..runtime.files import json_sha256, remove_folder, sampled_sha256, write_json_atomic, write_text_atomic
+from ..runtime.files import (
+    disk_errors,
+    json_sha256,
+    remove_folder,
+    sampled_sha256,
+    write_json_atomic,
+    write_text_atomic,
+)
 from .base import read_json
 from .decision import RunRecord
 from .lock import holders
@@ -116,10 +123,13 @@ class RunDirectory:
                 )
 
     @contextmanager
-    def left_as_it_was(self) -> Iterator[None]:
-        """Remove log, times and empty folders where the block is refused and has made nothing else."""
-        before = set(self.folder.iterdir()) if self.folder.is_dir() else set()
+    def created(self) -> Iterator[None]:
+        """Make the folders; they, log and times go again where the block is refused and has made nothing else."""
+        existed = self.folder.is_dir()
+        before = set(self.folder.iterdir()) if existed else set()
         try:
+            with disk_errors(self.folder):
+                self.create()
             yield
         except FistaPrunerError:
             with suppress(OSError):
@@ -132,6 +142,8 @@ class RunDirectory:
                         path.unlink()
                     for path in empty:
                         path.rmdir()
+                    if not existed:
+                        self.folder.rmdir()
             raise
 
     def record(self) -> RunRecord | None:

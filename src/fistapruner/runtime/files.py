@@ -253,6 +253,12 @@ def json_sha256(content: Mapping[str, Any]) -> str:
 
 
 def sha256_file(path: Path) -> str:
-    """Hash a file's bytes with SHA-256, in hexadecimal; the file is read in small pieces."""
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+    """Hash a file's bytes with SHA-256, in hexadecimal; the file is read in small pieces.
+
+    Raises:
+        FistaPrunerError: the file cannot be read.
+    """
+    digest = hashlib.sha256()
+    for piece in _pieces(path):
+        digest.update(piece)
+    return digest.hexdigest()

@@ -43,8 +43,13 @@ class Machine(BaseModel):
     host: str | None = None
 
 
-def describe_machine(device: torch.device) -> Machine:
-    """Describe processor, memory and device, for the report."""
+def describe_machine(device: torch.device, threads: int | None = None) -> Machine:
+    """Describe processor, memory and device, for the report.
+
+    Args:
+        device: where is computed.
+        threads: of the CPU that are used; None is those of this process.
+    """
     import torch  # imported here, so that reading a report does not import torch
 
     name, flags = platform.processor(), set()
@@ -62,7 +67,7 @@ def describe_machine(device: torch.device) -> Machine:
         cpu=name,
         instructions=[flag for flag in INSTRUCTIONS if flag in flags],
         cores=os.cpu_count(),
-        threads=torch.get_num_threads(),
+        threads=threads or torch.get_num_threads(),
         memory=psutil.virtual_memory().total,
         device=device.type,
         device_name=torch.cuda.get_device_name(device) if cuda else None,

@@ -117,6 +117,8 @@ def export_gguf(
         raise FistaPrunerError(f"{out} is the file to write: its name must end in .gguf")
     if out.exists():
         raise FistaPrunerError(f"{out} exists already: remove it, or write to another file")
+    with disk_errors(out):
+        out.parent.mkdir(parents=True, exist_ok=True)
     checkpoint = Checkpoint.open(folder, allow_pickle)
     refuse_own_code(folder, "such models are not exported")
     if read_widths(checkpoint.config, folder):
@@ -187,6 +189,7 @@ def _new_file(out: Path) -> Iterator[Path]:
     partial = out.with_name(out.name + PARTIAL)
     with disk_errors(out):
         try:
+            partial.touch()  # a folder that cannot be written shows before the weights are converted
             yield partial
             with open(partial, "rb") as file:
                 os.fsync(file.fileno())

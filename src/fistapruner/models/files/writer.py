@@ -141,7 +141,7 @@ class _Shard:
         try:
             record = json.loads((folder / (self.name + SHARD_RECORD)).read_bytes())
             digest = sha256_file(folder / self.name)
-        except (OSError, ValueError):
+        except (OSError, ValueError, FistaPrunerError):
             return None
         return digest if record == self._record(digest) else None
 
