@@ -15,7 +15,7 @@ from __future__ import annotations
 import argparse
 import json
 
-from .arguments import add_output_arguments, add_trust_arguments
+from .arguments import add_output_arguments, add_trust_arguments, trust
 
 SUMMARY = "perplexity, divergence from the dense model, zero-shot tasks"
 
@@ -94,8 +94,7 @@ def run(arguments: argparse.Namespace) -> int:
         "batch_size": arguments.batch_size,
         "memory_limit": arguments.memory_limit,
         "bos": arguments.bos,
-        "allow_pickle": arguments.allow_pickle,
-        "trust_remote_code": arguments.trust_remote_code,
+        **trust(arguments),
         "tick": listener.tick,
     }
     done: list[Evaluation] = []
