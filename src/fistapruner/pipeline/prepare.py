@@ -21,6 +21,7 @@ from ..models.layerwise import LayerwiseModel
 from ..models.source import ModelSource
 from ..models.whole import load_whole, require_whole, whole_bytes
 from ..planning.sizes import Choice
+from ..recipes.execution_settings import Execution
 from ..recipes.settings import Recipe
 from ..runs.decision import Numerics, PruneDecision, PruneRecord
 from ..runs.identity import fingerprint, stamps, text_sha256
@@ -140,14 +141,19 @@ def choose_plan(
     found = plan_run(inputs.model, inputs.smaller, recipe, inputs.sparsity, run.folder, inputs.widths, drawn=drawn)
     for sentence in found.says:
         listener.say(sentence)
-    numerics = Numerics(
-        batch_size=found.choice.batch_size,
-        by_operator=found.choice.by_operator,
-        threads=default_threads(recipe.execution),
-        device=inputs.model.device.type,
-        dtype=dtype_name(inputs.model.dtype),
-    )
+    numerics = numerics_of(inputs.model, recipe.execution, found.choice.batch_size, found.choice.by_operator)
     return numerics, found.choice, list(found.rows)
+
+
+def numerics_of(model: LayerwiseModel, execution: Execution, batch_size: int, by_operator: bool = False) -> Numerics:
+    """Collect what decides the last bits of a run."""
+    return Numerics(
+        batch_size=batch_size,
+        by_operator=by_operator,
+        threads=default_threads(execution),
+        device=model.device.type,
+        dtype=dtype_name(model.dtype),
+    )
 
 
 def draw_calibration(

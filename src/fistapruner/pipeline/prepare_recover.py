@@ -16,11 +16,10 @@ from ..recipes.recover_settings import RecoverRecipe
 from ..runs.identity import stamps
 from ..runs.listener import Listener
 from ..runs.training_directory import TrainingDirectory
-from ..runs.training_records import Recovery
 from ..runtime.files import sha256_file
 from ..runtime.memory import release_memory
 from ..runtime.numerics import dtype_name
-from .prepare_training import choose_plan, count_documents, decide, describe_text, record, share_of
+from .prepare_training import choose_plan, describe_text, record, share_of
 from .recover_inputs import check_inputs
 from .training_inputs import Inputs, TrainingRequest
 
@@ -38,22 +37,11 @@ def prepare(run: TrainingDirectory, request: TrainingRequest[RecoverRecipe], lis
     """
     inputs = check_inputs(run, request, listener)
     recipe, task = inputs.recipe, task_of(run.folder, inputs)
-    numerics, choice, rows = choose_plan(share_of(task, request.ranks), listener)
+    plan = choose_plan(share_of(task, request.ranks), listener)
     text, sources = cut_text(run, inputs, listener)
     order(text, task.steps, recipe.windows_per_step, recipe.data)  # too few steps for the tasks show now
-    decision = decide(run, request, inputs, numerics, choice, task.steps, sources)
-    recovery = Recovery(
-        parameters=recipe.parameters,
-        optimizer=recipe.optimizer,
-        loss=recipe.loss,
-        asked_steps=decision.steps,
-        windows=int((~text.held_out).sum()),
-        held_out_windows=int(text.held_out.sum()),
-        documents=count_documents(text, "trained"),
-        held_out_documents=count_documents(text, "held_out"),
-    )
     facts = describe_text(text, recipe.data.source or ", ".join(recipe.data.tasks), inputs.seqlen)
-    record(run, request, inputs, text, decision, rows, facts, recovery)
+    record(run, request, inputs, text, plan, task.steps, sources, facts)
 
 
 def task_of(out: Path, inputs: Inputs[RecoverRecipe]) -> Task:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from abc import abstractmethod
-from typing import Annotated, Any, ClassVar, Literal, Self
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, Self
 
 from pydantic import BeforeValidator, ConfigDict, Field, field_validator, model_validator
 
@@ -44,6 +44,9 @@ class TrainingRecipe(RunRecipe):
     """
 
     rate_share: ClassVar[float] = 1.0
+
+    if TYPE_CHECKING:
+        loss: str  # each recipe has its own
 
     parameters: Literal["auto", "lora", "full", "spp", "hira", "norms"] = Field(
         "auto",
