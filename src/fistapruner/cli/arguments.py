@@ -414,9 +414,9 @@ def read_seeds(text: str) -> list[int]:
     """Read the seeds of a comparison.
 
     Raises:
-        FistaPrunerError: not whole numbers, or one twice.
+        FistaPrunerError: not whole numbers.
     """
     words = [word.strip() for word in text.split(",")]
-    if not all(word.isdecimal() for word in words) or len(set(words)) < len(words):
+    if not all(word.isdecimal() for word in words):
         raise FistaPrunerError(f"--seeds {text!r}: different whole numbers such as 0,1,2 are expected")
     return [int(word) for word in words]
