@@ -204,10 +204,10 @@ def test_sizes_are_in_units_that_show_them(tmp_path: Path, capsys: pytest.Captur
         ("plan x --executor process --workers 4 --address foo", "--address foo has no effect: the executor is process"),
         ("prune OUT/x --out OUT --executor process --workers 4", "out/x' does not exist"),
         ("prune OUT/x --out OUT --workers 1", "out/x' does not exist"),
-        ("evaluate x --limit 5", "--limit 5: items of zero-shot tasks, and no --tasks are given"),
-        ("evaluate x --tasks piqa --seqlen 1024", "--seqlen 1024: for windows of text, and no text is measured: give"),
-        ("evaluate x --tasks piqa --windows 50", "--windows 50: for windows of text, and no text is measured: give"),
-        ("evaluate x --tasks piqa --bos text", "--bos text: for windows of text, and no text is measured: give --data"),
+        ("evaluate x --limit 5", "limit 5: items of zero-shot tasks, and no tasks are given"),
+        ("evaluate x --tasks piqa --seqlen 1024", "seqlen 1024: for windows of text, and no text is measured: give"),
+        ("evaluate x --tasks piqa --windows 50", "windows 50: for windows of text, and no text is measured: give"),
+        ("evaluate x --tasks piqa --bos text", "bos 'text': for windows of text, and no text is measured: give data"),
     ],
 )
 def test_a_flag_without_effect_is_refused(
@@ -225,12 +225,12 @@ def test_a_flag_without_effect_is_refused(
         ("recover x --out OUT --recipe=", "recipe '' is neither a file nor a shipped recipe"),
         ("prune x --out OUT --recipe=", "recipe '' is neither a file nor a shipped recipe"),
         ("align x --out OUT --recipe=", "recipe '' is not a file"),
-        ("evaluate x --data=", "--data '' is empty"),
+        ("evaluate x --data=", "data '' is empty"),
         ("evaluate x --tasks=", "--tasks '' names no task"),
         ("evaluate x --tasks=, --data python", "--tasks ',' names no task"),
-        ("evaluate x --tasks-dir=", "--tasks-dir '' is empty: name a folder of .jsonl tasks, or leave it out"),
-        ("evaluate x --tasks piqa --tasks-dir=", "--tasks-dir '' is empty"),
-        ("evaluate x --memory-limit=", "--memory-limit: '' is not a size"),
+        ("evaluate x --tasks-dir=", "tasks_dir '' is empty: name a folder of .jsonl tasks, or leave it out"),
+        ("evaluate x --tasks piqa --tasks-dir=", "tasks_dir '' is empty"),
+        ("evaluate x --memory-limit=", "memory_limit: '' is not a size"),
     ],
 )
 def test_an_empty_value_is_not_one_that_is_not_given(

@@ -167,6 +167,7 @@ def test_models_of_different_vocabulary_are_refused(tmp_path: Path, text: Path) 
     ("settings", "message"),
     [
         ({"data": None}, "nothing to evaluate"),
+        ({"data": ""}, "data '' is empty: name a text"),
         ({"seqlen": 100_000}, "seqlen 100000 is more than"),
         ({"dtype": "float8"}, "dtype 'float8'"),
         ({"device": "abacus"}, "device 'abacus'"),
@@ -194,6 +195,11 @@ def test_bad_settings_are_named_before_any_work(
     with pytest.raises(fp.FistaPrunerError, match=message):
         fp.evaluate(folder, **{"data": str(text), **settings}, tick=lambda what, done, total: passes.append(what))
     assert not passes
+
+
+def test_bad_settings_are_named_before_a_run_is_opened(tmp_path: Path) -> None:
+    with pytest.raises(fp.FistaPrunerError, match="limit 5: items of zero-shot tasks"):
+        fp.evaluate_run(tmp_path / "no run", "python", limit=5)
 
 
 def test_a_model_that_gives_nan_is_refused(tmp_path: Path, text: Path) -> None:

@@ -112,7 +112,6 @@ class Pairs(TrainingText):
         return (self.marks * places).amax(1)
 
     def windows(self, side: str) -> list[int]:
-        """Return the window numbers of the pairs of a side: ``trained``, ``held_out`` or ``test``."""
         where = {"held_out": self.held_out, "test": self.test, "trained": ~(self.held_out | self.test)}[side]
         return [int(number) for number in where.nonzero().flatten()]
 

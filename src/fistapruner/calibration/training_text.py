@@ -65,6 +65,11 @@ class TrainingText:
         """Say how much is held out."""
         return f"{len(held_out)} held-out windows"
 
+    def windows(self, side: str) -> list[int]:
+        """Return the window numbers of a side: ``trained`` or ``held_out``; of pairs also ``test``."""
+        where = {"held_out": self.held_out, "trained": ~self.held_out}[side]
+        return [int(number) for number in where.nonzero().flatten()]
+
 
 @dataclass(frozen=True)
 class _Side:

@@ -16,8 +16,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import shlex
-import sys
 from typing import TYPE_CHECKING, Any
 
 from ..recipes.align_settings import AlignRecipe
@@ -28,6 +26,7 @@ from .arguments import (
     add_trust_arguments,
     align_settings,
     read_seeds,
+    run_options,
 )
 
 if TYPE_CHECKING:
@@ -69,12 +68,7 @@ def run(arguments: argparse.Namespace) -> int:
     common: dict[str, Any] = {
         "recipe": recipe,
         "dense": arguments.dense,
-        "allow_pickle": arguments.allow_pickle,
-        "trust_remote_code": arguments.trust_remote_code,
-        "evaluate": None if arguments.evaluate == "none" else arguments.evaluate,
-        "evaluate_windows": arguments.evaluate_windows,
-        "listener": listener,
-        "command": shlex.join(["fistapruner", *sys.argv[1:]]),
+        **run_options(arguments, listener),
     }
     if arguments.compare:
         seeds = None if arguments.seeds is None else read_seeds(arguments.seeds)

@@ -6,9 +6,11 @@ from __future__ import annotations
 
 import argparse
 import re
+import shlex
+import sys
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal, get_args, get_origin
+from typing import TYPE_CHECKING, Any, Literal, get_args, get_origin
 
 from pydantic.fields import FieldInfo
 
@@ -22,6 +24,9 @@ from ..recipes.renamed import RENAMED_SETTINGS
 from ..recipes.settings import Recipe
 from ..recipes.structure_settings import Structure
 from ..recipes.training_settings import TrainingRecipe
+
+if TYPE_CHECKING:
+    from ..runs.listener import Listener
 
 FLAGS = {
     "calibration.source": "--calibration",
@@ -134,18 +139,21 @@ def add_training_arguments(parser: argparse.ArgumentParser, recipe: type[Trainin
             _add_setting(execution if path.startswith("execution.") else group, path, field)
 
 
-def add_evaluation_of_result(parser: argparse.ArgumentParser) -> None:
-    """Add the text that the result of a run which trains is evaluated on."""
-    parser.add_argument(
-        "--evaluate",
-        default="auto",
-        metavar="DATA",
-        help="text for the perplexity: as for prune, or auto, that of the run that goes in, or python where a "
-        "checkpoint goes in that is of no run (default: %(default)s); in windows as long as those of that run, "
-        "whatever --seqlen says",
-    )
+def add_evaluation(parser: argparse.ArgumentParser, help_of_text: str, default: str = "python") -> None:
+    """Add the text that the result of a run is evaluated on, and how much of it."""
+    parser.add_argument("--evaluate", default=default, metavar="DATA", help=f"{help_of_text} (default: {default})")
     parser.add_argument(
         "--evaluate-windows", type=int, default=None, metavar="N", help="windows of that text (default: all)"
+    )
+
+
+def add_evaluation_of_result(parser: argparse.ArgumentParser) -> None:
+    """Add the text that the result of a run which trains is evaluated on."""
+    add_evaluation(
+        parser,
+        "text for the perplexity: as for prune, or auto, that of the run that goes in, or python where a checkpoint "
+        "goes in that is of no run; in windows as long as those of that run, whatever --seqlen says",
+        "auto",
     )
 
 
@@ -374,13 +382,41 @@ def add_output_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--json", action="store_true", help="print the result as JSON")
 
 
+def add_begun_run(parser: argparse.ArgumentParser) -> None:
+    """Add what a verb takes that goes on with a run."""
+    parser.add_argument("run_directory", metavar="RUN", help="the run directory")
+    add_trust_arguments(parser)
+    add_output_arguments(parser)
+
+
+def trust(arguments: argparse.Namespace) -> dict[str, Any]:
+    """Return what the models' files may do, as the functions take it."""
+    return {"allow_pickle": arguments.allow_pickle, "trust_remote_code": arguments.trust_remote_code}
+
+
+def this_command() -> str:
+    """Return the command line, for the record of a run."""
+    return shlex.join(["fistapruner", *sys.argv[1:]])
+
+
+def run_options(arguments: argparse.Namespace, listener: Listener) -> dict[str, Any]:
+    """Return what all functions take that make a run."""
+    return {
+        **trust(arguments),
+        "evaluate": None if arguments.evaluate == "none" else arguments.evaluate,
+        "evaluate_windows": arguments.evaluate_windows,
+        "listener": listener,
+        "command": this_command(),
+    }
+
+
 def read_seeds(text: str) -> list[int]:
     """Read the seeds of a comparison.
 
     Raises:
-        FistaPrunerError: not whole numbers, or one twice.
+        FistaPrunerError: not whole numbers.
     """
     words = [word.strip() for word in text.split(",")]
-    if not all(word.isdecimal() for word in words) or len(set(words)) < len(words):
+    if not all(word.isdecimal() for word in words):
         raise FistaPrunerError(f"--seeds {text!r}: different whole numbers such as 0,1,2 are expected")
     return [int(word) for word in words]

@@ -19,10 +19,17 @@ from __future__ import annotations
 
 import argparse
 import json
-import shlex
-import sys
 
-from .arguments import add_output_arguments, add_recipe_arguments, add_trust_arguments, read_seeds, recipe_settings
+from .arguments import (
+    add_evaluation,
+    add_output_arguments,
+    add_recipe_arguments,
+    add_trust_arguments,
+    read_seeds,
+    recipe_settings,
+    this_command,
+    trust,
+)
 
 SUMMARY = "compare methods with one protocol"
 
@@ -42,15 +49,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
         help="sparsities, separated by commas (default: that of --recipe; else 50%%, or 0%% with --structure)",
     )
     parser.add_argument("--seeds", default="0", metavar="N,...", help="seeds of calibration windows (default: 0)")
-    parser.add_argument(
-        "--evaluate",
-        default="python",
-        metavar="DATA",
-        help="text for perplexity: wikitext2, ptb, c4, python or a file (default: python)",
-    )
-    parser.add_argument(
-        "--evaluate-windows", type=int, default=None, metavar="N", help="windows of that text (default: all)"
-    )
+    add_evaluation(parser, "text for perplexity: wikitext2, ptb, c4, python or a file")
     parser.add_argument("--keep", action="store_true", help="keep the pruned checkpoints")
     add_recipe_arguments(parser, single=False)
     add_trust_arguments(parser)
@@ -78,10 +77,9 @@ def run(arguments: argparse.Namespace) -> int:
         data=arguments.evaluate,
         windows=arguments.evaluate_windows,
         keep=arguments.keep,
-        allow_pickle=arguments.allow_pickle,
-        trust_remote_code=arguments.trust_remote_code,
         listener=listener,
-        command=shlex.join(["fistapruner", *sys.argv[1:]]),
+        command=this_command(),
+        **trust(arguments),
     )
     print(json.dumps(comparison.model_dump(mode="json")) if arguments.json else comparison_table(comparison))
     return 1 if all(row.error for row in comparison.rows) else 0

@@ -15,7 +15,7 @@ from __future__ import annotations
 import argparse
 import json
 
-from .arguments import add_output_arguments, add_trust_arguments
+from .arguments import add_output_arguments, add_trust_arguments, trust
 
 SUMMARY = "perplexity, divergence from the dense model, zero-shot tasks"
 
@@ -78,29 +78,15 @@ def run(arguments: argparse.Namespace) -> int:
     from ..errors import FistaPrunerError
     from ..evaluation.evaluate import evaluate
     from ..pipeline.measure import evaluate_run, is_run
-    from ..recipes.loading import parse_bytes
     from ..reporting.evaluation_text import evaluation_text
     from ..runs.results import Evaluation
 
     tasks = [task.strip() for task in (arguments.tasks or "").split(",") if task.strip()]
     if arguments.tasks is not None and not tasks:
         raise FistaPrunerError(f"--tasks {arguments.tasks!r} names no task: write names separated by commas")
-    if arguments.tasks_dir == "":
-        raise FistaPrunerError("--tasks-dir '' is empty: name a folder of .jsonl tasks, or leave it out")
-    if arguments.tasks_dir is not None and not tasks:
-        tasks = ["all"]
-    if arguments.limit is not None and not tasks:
-        raise FistaPrunerError(f"--limit {arguments.limit}: items of zero-shot tasks, and no --tasks are given")
-    if arguments.data == "":
-        raise FistaPrunerError("--data '' is empty: name a text, such as wikitext2 or a .txt file, or leave it out")
-    data = arguments.data or (None if tasks else "python")
-    for name, unset in (("seqlen", None), ("windows", None), ("bos", "auto")):
-        if data is None and (given := getattr(arguments, name)) != unset:
-            raise FistaPrunerError(f"--{name} {given}: for windows of text, and no text is measured: give --data")
-    try:
-        memory = None if arguments.memory_limit is None else parse_bytes(arguments.memory_limit)
-    except ValueError as error:
-        raise FistaPrunerError(f"--memory-limit: {error}") from None
+    data = arguments.data
+    if data is None and not tasks and arguments.tasks_dir is None:
+        data = "python"
     settings = {
         "seqlen": arguments.seqlen,
         "windows": arguments.windows,
@@ -111,10 +97,9 @@ def run(arguments: argparse.Namespace) -> int:
         "device": arguments.device,
         "dtype": arguments.dtype,
         "batch_size": arguments.batch_size,
-        "memory_limit": memory,
+        "memory_limit": arguments.memory_limit,
         "bos": arguments.bos,
-        "allow_pickle": arguments.allow_pickle,
-        "trust_remote_code": arguments.trust_remote_code,
+        **trust(arguments),
         "tick": listener.tick,
     }
     done: list[Evaluation] = []

@@ -12,15 +12,13 @@ from __future__ import annotations
 
 import argparse
 
-from .arguments import add_output_arguments, add_trust_arguments
+from .arguments import add_begun_run, trust
 
 SUMMARY = "write the checkpoint of a run that was pruned in parts"
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("run_directory", metavar="RUN", help="the run directory")
-    add_trust_arguments(parser)
-    add_output_arguments(parser)
+    add_begun_run(parser)
 
 
 def run(arguments: argparse.Namespace) -> int:
@@ -30,10 +28,5 @@ def run(arguments: argparse.Namespace) -> int:
     from ..pipeline.prune import finish_run
     from .prune import show
 
-    report = finish_run(
-        arguments.run_directory,
-        allow_pickle=arguments.allow_pickle,
-        trust_remote_code=arguments.trust_remote_code,
-        listener=listener,
-    )
+    report = finish_run(arguments.run_directory, listener=listener, **trust(arguments))
     return show(report, arguments.run_directory, as_json=arguments.json)

@@ -24,6 +24,7 @@ from .arguments import (
     recipe_settings,
     recover_settings,
     refuse_other_flags,
+    trust,
 )
 
 SUMMARY = "predict memory, disk and time of a run"
@@ -73,13 +74,7 @@ def run(arguments: argparse.Namespace) -> int:
     }
     refuse_other_flags(arguments, Recipe, trained)
     recipe = Recipe.build(recipe_settings(arguments))
-    plan = plan_model(
-        arguments.model,
-        recipe,
-        arguments.out,
-        allow_pickle=arguments.allow_pickle,
-        trust_remote_code=arguments.trust_remote_code,
-    )
+    plan = plan_model(arguments.model, recipe, arguments.out, **trust(arguments))
     if arguments.json:
         rows = [row.model_dump(mode="json", exclude={"actual"}) for row in plan.rows]
         print(json.dumps({"rows": rows, "stages": dict(plan.stages), "says": list(plan.says)}))
@@ -102,11 +97,7 @@ def _training(arguments: argparse.Namespace) -> int:
     pruning = f"a setting of pruning, and --{'recover' if arguments.recover else 'align'} plans a run that trains"
     if arguments.quality:
         raise FistaPrunerError(f"--quality: {pruning}")
-    common = {
-        "dense": arguments.dense,
-        "allow_pickle": arguments.allow_pickle,
-        "trust_remote_code": arguments.trust_remote_code,
-    }
+    common = {"dense": arguments.dense, **trust(arguments)}
     if arguments.recover:
         others = {Recipe: pruning, AlignRecipe: "a setting of alignment, planned with --align"}
         refuse_other_flags(arguments, RecoverRecipe, others)

@@ -15,13 +15,18 @@ import argparse
 import json
 import os
 import re
-import shlex
-import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ..errors import FistaPrunerError
-from .arguments import add_output_arguments, add_recipe_arguments, add_trust_arguments, recipe_settings
+from .arguments import (
+    add_evaluation,
+    add_output_arguments,
+    add_recipe_arguments,
+    add_trust_arguments,
+    recipe_settings,
+    run_options,
+)
 
 if TYPE_CHECKING:
     from ..runs.records import Report
@@ -35,15 +40,10 @@ def configure(parser: argparse.ArgumentParser) -> None:
         "--out", required=True, metavar="RUN", help="run directory; an unfinished run of the same recipe is continued"
     )
     add_recipe_arguments(parser)
-    parser.add_argument(
-        "--evaluate",
-        default="python",
-        metavar="DATA",
-        help="text for the perplexity before and after: wikitext2, ptb, c4, a file, python (a part of Python's "
-        "language reference that is not used for calibration), or none (default: %(default)s)",
-    )
-    parser.add_argument(
-        "--evaluate-windows", type=int, default=None, metavar="N", help="windows of that text (default: all)"
+    add_evaluation(
+        parser,
+        "text for the perplexity before and after: wikitext2, ptb, c4, a file, python (a part of Python's language "
+        "reference that is not used for calibration), or none",
     )
     parser.add_argument(
         "--only-layers",
@@ -66,13 +66,8 @@ def run(arguments: argparse.Namespace) -> int:
         arguments.model,
         arguments.out,
         recipe=recipe,
-        allow_pickle=arguments.allow_pickle,
-        trust_remote_code=arguments.trust_remote_code,
-        evaluate=None if arguments.evaluate == "none" else arguments.evaluate,
-        evaluate_windows=arguments.evaluate_windows,
         only_layers=None if arguments.only_layers is None else layer_range(arguments.only_layers),
-        listener=listener,
-        command=shlex.join(["fistapruner", *sys.argv[1:]]),
+        **run_options(arguments, listener),
     )
     if arguments.only_layers is not None and not arguments.json:
         done = len(report.layers)

@@ -20,8 +20,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import shlex
-import sys
 from typing import TYPE_CHECKING
 
 from ..recipes.recover_settings import RecoverRecipe
@@ -32,6 +30,9 @@ from .arguments import (
     add_trust_arguments,
     given_flags,
     recover_settings,
+    run_options,
+    this_command,
+    trust,
 )
 
 if TYPE_CHECKING:
@@ -71,12 +72,7 @@ def run(arguments: argparse.Namespace) -> int:
         arguments.out,
         recipe=RecoverRecipe.build(recover_settings(arguments)),
         dense=arguments.dense,
-        allow_pickle=arguments.allow_pickle,
-        trust_remote_code=arguments.trust_remote_code,
-        evaluate=None if arguments.evaluate == "none" else arguments.evaluate,
-        evaluate_windows=arguments.evaluate_windows,
-        listener=listener,
-        command=shlex.join(["fistapruner", *sys.argv[1:]]),
+        **run_options(arguments, listener),
     )
     return show(report, arguments.out, as_json=arguments.json)
 
@@ -87,8 +83,7 @@ def _without_training(arguments: argparse.Namespace, listener: Listener) -> int:
     from ..pipeline.replay import replay
 
     _refuse_training_flags(arguments)
-    trust = {"allow_pickle": arguments.allow_pickle, "trust_remote_code": arguments.trust_remote_code}
-    command = shlex.join(["fistapruner", *sys.argv[1:]])
+    common = {"command": this_command(), **trust(arguments)}
     if arguments.replay is not None:
         device = recover_settings(arguments).get("execution", {}).get("device") or "auto"
         out = replay(
@@ -97,12 +92,11 @@ def _without_training(arguments: argparse.Namespace, listener: Listener) -> int:
             arguments.out,
             device=device,
             say=listener.say,
-            command=command,
-            **trust,
+            **common,
         )
         print(json.dumps({"out": str(out)}) if arguments.json else out)
     else:
-        report = merge_adapter(arguments.model, arguments.merge, arguments.out, command=command, **trust)
+        report = merge_adapter(arguments.model, arguments.merge, arguments.out, **common)
         print(json.dumps(report.to_json()) if arguments.json else report)
     return 0
 

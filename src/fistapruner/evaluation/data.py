@@ -67,14 +67,18 @@ def load_windows(data: str, tokenizer: Any, seqlen: int, windows: int | None = N
         FistaPrunerError: no such data, a text that the tokenizer cannot read or that is too short for one window, or
             a setting out of range.
     """
-    if seqlen < 2:
-        raise FistaPrunerError(f"seqlen {seqlen} is too short: a window needs at least 2 tokens")
-    if windows is not None and windows < 1:
-        raise FistaPrunerError(f"windows {windows} is out of range: at least 1, or leave it out for all of the text")
+    check_count("seqlen", seqlen, 2)
+    check_count("windows", windows)
     text, split, limit = read_text(data)
     name = Path(data).name if split == "file" else data
     limits = [count for count in (windows, limit) if count is not None]
     return cut_windows(text, tokenizer, seqlen, min(limits, default=None), bos=bos, data=name, split=split)
+
+
+def check_count(name: str, value: int | None, least: int = 1) -> None:
+    """Refuse a setting that is no whole number of at least ``least``; None leaves it out."""
+    if value is not None and (not isinstance(value, int) or value < least):
+        raise FistaPrunerError(f"{name} {value!r} is out of range: a whole number, at least {least}, or leave it out")
 
 
 def cut_windows(

@@ -21,7 +21,7 @@ from ..runs.lineage import read_lineage, trained_on
 from ..runs.results import Divergence, Evaluation, Perplexity
 from ..runtime.devices import choose_device, threads_within_quota
 from ..runtime.numerics import DTYPES, dtype_name, exact_products, pass_dtype
-from .data import Windows, load_windows
+from .data import Windows, check_count, load_windows
 from .scoring import divergence_of, perplexity_of
 from .streaming import KeptStates, Passes, score_windows
 from .zero_shot import TaskSettings, evaluate_tasks, find_tasks
@@ -88,32 +88,18 @@ def evaluate(
         FistaPrunerError: bad input, named; settings, tasks and weights that may not be read before any long work.
         MissingExtraError: a data set needs the extra ``data``, tasks need the extra ``eval``.
     """
-    tasks = [tasks] if isinstance(tasks, str) else tasks or ([] if tasks_dir is None else ["all"])
-    if data is None and not tasks:
-        raise FistaPrunerError(
-            "nothing to evaluate: give data for perplexity (wikitext2, ptb, c4, python or a file) or tasks"
-        )
-    for name, given in (("seqlen", seqlen), ("windows", windows), ("bos", None if bos == "auto" else bos)):
-        if data is None and given is not None:
-            raise FistaPrunerError(f"{name} {given!r}: for windows of text, and no text is measured: give data")
-    if limit is not None and not tasks:
-        raise FistaPrunerError(f"limit {limit!r}: items of zero-shot tasks, and no tasks are given")
-    if dtype != "auto" and dtype not in DTYPES:
-        raise FistaPrunerError(f"dtype {dtype!r} is not known: auto, {', '.join(DTYPES)}")
-    for name, value, least in (
-        ("seqlen", seqlen, 2),
-        ("windows", windows, 1),
-        ("limit", limit, 1),
-        ("batch_size", batch_size, 1),
-    ):
-        if value is not None and (not isinstance(value, int) or value < least):
-            raise FistaPrunerError(
-                f"{name} {value!r} is out of range: a whole number, at least {least}, or leave it out"
-            )
-    try:
-        memory = None if memory_limit is None else parse_bytes(str(memory_limit))
-    except ValueError as error:
-        raise FistaPrunerError(f"memory_limit: {error}") from None
+    tasks, memory = check_request(
+        data,
+        seqlen=seqlen,
+        windows=windows,
+        tasks=tasks,
+        tasks_dir=tasks_dir,
+        limit=limit,
+        dtype=dtype,
+        batch_size=batch_size,
+        memory_limit=memory_limit,
+        bos=bos,
+    )
     begin = time.perf_counter()
     place = choose_device(device)
     known = find_tasks(tasks, Path(tasks_dir) if tasks_dir is not None else None) if tasks else None
@@ -178,6 +164,56 @@ def evaluate(
         said = [*found.warnings, *said]
         found = replace(found, tasks=results, seconds=time.perf_counter() - begin, warnings=tuple(said))
     return found
+
+
+def check_request(
+    data: str | Windows | None,
+    *,
+    seqlen: int | None = None,
+    windows: int | None = None,
+    tasks: str | Sequence[str] = (),
+    tasks_dir: str | Path | None = None,
+    limit: int | None = None,
+    dtype: str = "auto",
+    batch_size: int | None = None,
+    memory_limit: int | str | None = None,
+    bos: str = "auto",
+    **others: Any,
+) -> tuple[Sequence[str], int | None]:
+    """Check settings of :func:`evaluate` before anything is opened; ``others`` need no check here.
+
+    Returns:
+        The tasks, and the memory limit in bytes.
+
+    Raises:
+        FistaPrunerError: nothing to measure, a setting without effect, or one out of range.
+    """
+    for name, given, what in (
+        ("data", data, "a text, such as wikitext2 or a .txt file"),
+        ("tasks_dir", tasks_dir, "a folder of .jsonl tasks"),
+    ):
+        if given == "":
+            raise FistaPrunerError(f"{name} '' is empty: name {what}, or leave it out")
+    tasks = [tasks] if isinstance(tasks, str) else tasks or ([] if tasks_dir is None else ["all"])
+    if data is None and not tasks:
+        raise FistaPrunerError(
+            "nothing to evaluate: give data for perplexity (wikitext2, ptb, c4, python or a file) or tasks"
+        )
+    for name, value in (("seqlen", seqlen), ("windows", windows), ("bos", None if bos == "auto" else bos)):
+        if data is None and value is not None:
+            raise FistaPrunerError(f"{name} {value!r}: for windows of text, and no text is measured: give data")
+    if limit is not None and not tasks:
+        raise FistaPrunerError(f"limit {limit!r}: items of zero-shot tasks, and no tasks are given")
+    if dtype != "auto" and dtype not in DTYPES:
+        raise FistaPrunerError(f"dtype {dtype!r} is not known: auto, {', '.join(DTYPES)}")
+    check_count("seqlen", seqlen, 2)
+    check_count("windows", windows)
+    check_count("limit", limit)
+    check_count("batch_size", batch_size)
+    try:
+        return tasks, None if memory_limit is None else parse_bytes(str(memory_limit))
+    except ValueError as error:
+        raise FistaPrunerError(f"memory_limit: {error}") from None
 
 
 def _open(source: ModelSource, device: torch.device, dtype: str) -> LayerwiseModel:

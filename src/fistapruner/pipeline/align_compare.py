@@ -31,6 +31,7 @@ from ..runtime.machine import versions
 from .align import ALIGN
 from .begun import continued_by_its_command, find_dense, same_model
 from .prepare_align import check_pairs
+from .protocol import distinct_seeds
 from .training import evaluation_request, train
 from .training_inputs import TrainingRequest, asked, evaluation_of, find_input
 
@@ -103,10 +104,7 @@ def align_compare(
     varied, seeds = seeds is not None, (shared.seed,) if seeds is None else seeds
     if not seeds:
         raise FistaPrunerError("seeds: at least one is needed")
-    if len(set(seeds)) < len(seeds):
-        raise FistaPrunerError(
-            f"--seeds {','.join(map(str, seeds))!r}: different whole numbers such as 0,1,2 are expected"
-        )
+    distinct_seeds(seeds)
     jobs = {}
     # Those with both references come first: the others then find what they need in the cache.
     order = sorted(JOBS, key=lambda label: JOBS[label]["loss"] not in ("multi-dpo", "harmonic", "geometric"))
@@ -147,30 +145,27 @@ def align_compare(
     with disk_errors(folder):
         (folder / "runs").mkdir(parents=True, exist_ok=True)
     reports: dict[tuple[str, int], Report | str] = {}
+    common: dict[str, Any] = {
+        "dense": None if dense is None else models[str(dense)].folder,
+        "permissions": permissions,
+        "listener": listener,
+        "command": command,
+        "evaluate": evaluate,
+        "evaluate_windows": evaluate_windows,
+        "settings": {},
+    }
     with continued_by_its_command(), hold(folder):
         _write(folder, found)
         for number, ((label, seed), job) in enumerate(jobs.items(), 1):
             listener.say(f"{number}/{len(jobs)}: {label}, seed {seed}")
             run = AlignDirectory(folder / "runs" / f"{_slug(label)}-{seed}")
             try:
-                report = _finished(run, job, evaluated=evaluation is not None) or _run(
-                    folder,
-                    run,
-                    lambda run=run, job=job: train(
-                        ALIGN,
-                        run.folder,
-                        model,
-                        job,
-                        dense=None if dense is None else models[str(dense)].folder,
-                        permissions=permissions,
-                        listener=listener,
-                        command=command,
-                        evaluate=evaluate,
-                        evaluate_windows=evaluate_windows,
-                        settings={},
-                        before=[] if found.before is None else [found.before],
-                    ),
-                )
+                report = _finished(run, job, evaluated=evaluation is not None)
+                if report is None:
+                    _take_references(folder, run)
+                    before = [] if found.before is None else [found.before]
+                    report = train(ALIGN, run.folder, model, job, before=before, **common)
+                    _keep_references(folder, run)
                 reports[label, seed] = report
             except FistaPrunerError as error:
                 if not reports:  # bad input: every row would fail alike
@@ -204,17 +199,19 @@ def _begun(folder: Path) -> TrainingRecord | None:
     return None
 
 
-def _run(folder: Path, run: AlignDirectory, work: Any) -> Report:
-    """Align with the references that an earlier row has computed, and keep those of this one."""
+def _take_references(folder: Path, run: AlignDirectory) -> None:
+    """Give a run the references that an earlier row has computed."""
     cache = folder / run.references_file.name
     with disk_errors(run.folder):
         run.folder.mkdir(parents=True, exist_ok=True)
         if cache.exists() and not run.references_file.exists():
             copy_atomic(cache, run.references_file)
-    report: Report = work()
-    if not cache.exists():
+
+
+def _keep_references(folder: Path, run: AlignDirectory) -> None:
+    """Keep the references of a run for later rows."""
+    if not (cache := folder / run.references_file.name).exists():
         copy_atomic(run.references_file, cache)
-    return report
 
 
 def _finished(run: AlignDirectory, recipe: AlignRecipe, *, evaluated: bool) -> Report | None:

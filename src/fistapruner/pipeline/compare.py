@@ -61,7 +61,7 @@ from .begun import changed_text, continued_by_its_command, find_source, refuse_o
 from .contenders import Contender, parse_contenders
 from .measure import add_warning, publish
 from .prepare import draw_windows, drawing_of
-from .protocol import Protocol
+from .protocol import Protocol, distinct_seeds
 from .prune import prune, recover_execution, recovers
 from .prune_inputs import check_calibration, refuse_overlap, shared_text
 from .recover import recover
@@ -198,10 +198,7 @@ def plan_jobs(
     Raises:
         FistaPrunerError: nothing to do, a seed or sparsity named twice, or settings that are no recipe.
     """
-    if len(set(seeds)) < len(seeds):
-        raise FistaPrunerError(
-            f"--seeds {','.join(map(str, seeds))!r}: different whole numbers such as 0,1,2 are expected"
-        )
+    distinct_seeds(seeds)
     jobs = []
     for seed in seeds:
         for sparsity in sparsities:

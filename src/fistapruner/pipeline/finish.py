@@ -74,8 +74,7 @@ def finish(
     _write_model(context, report, {**own, **kept}, replacement, gone, shapes, dropped, listener)
     times.note()  # before the report calls the run finished: what a kill leaves half-written is then written again
     if earlier is not None:
-        report.evaluations, report.generations, report.speed = earlier.evaluations, earlier.generations, earlier.speed
-        report.totals.compressed_bytes = earlier.totals.compressed_bytes
+        keep_measurements(report, earlier)
     report.status = "finished"
     report.finished = now()
     report.totals.seconds, report.totals.parts = times.total(), times.parts()
@@ -365,6 +364,25 @@ def operator_claims(report: Report, model: LayerwiseModel) -> dict[str, dict[str
     return claims
 
 
+def keep_measurements(report: Report, earlier: Report) -> None:
+    """Take over what was measured of a finished checkpoint that is written again, and still holds."""
+    report.evaluations, report.generations, report.speed = earlier.evaluations, earlier.generations, earlier.speed
+    report.totals.compressed_bytes = earlier.totals.compressed_bytes
+    if report.recovery is not None and earlier.recovery is not None:
+        report.recovery.before = earlier.recovery.before
+
+
+def record_head(report: Report) -> dict[str, Any]:
+    """Say in ``fistapruner.json`` which run has made the checkpoint."""
+    return {
+        "version": VERSION,
+        "fingerprint": report.fingerprint,
+        "recipe": report.recipe,
+        "model": report.model.source,
+        "versions": report.versions,
+    }
+
+
 def _record(
     report: Report, context: RunContext, claims: Mapping[str, Any], gone: Callable[[str], bool]
 ) -> dict[str, Any]:
@@ -394,11 +412,7 @@ def _record(
     ]
     widths = kept_widths(earlier, widths)
     return {
-        "version": VERSION,
-        "fingerprint": report.fingerprint,
-        "recipe": report.recipe,
-        "model": report.model.source,
-        "versions": report.versions,
+        **record_head(report),
         "operators": claims,
         "permuted": kept_permuted(context, report, gone),
         **({"widths": widths} if widths else {}),

@@ -7,7 +7,7 @@ import math
 import shutil
 import statistics
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -25,7 +25,6 @@ from ..models.layerwise import LayerwiseModel
 from ..planning.plan import check_plan
 from ..planning.training_sizes import STEP, TRAINING
 from ..reporting.model_card import model_card
-from ..runs.base import VERSION
 from ..runs.directory import CARD
 from ..runs.layer_records import LayerEntry, OperatorEntry
 from ..runs.lineage import add_stage, update_stage
@@ -38,7 +37,7 @@ from ..runtime.memory import peak_memory
 from ..tuning.adapters import write_hira_adapter
 from ..tuning.trained import Trained
 from ..tuning.trainer import TrainingState
-from .finish import folder_bytes, operator_claims, write_model
+from .finish import folder_bytes, keep_measurements, operator_claims, record_head, write_model
 
 AddResults = Callable[[Any, Trained, Report, Listener], None]
 """Receives (opened run, trained tensors, report) before the checkpoint is written, and adds to the report."""
@@ -81,14 +80,11 @@ def finish(
     report.finished = now()
     add_stage(report)
     _write(context, trained, report, listener)
-    check_zeros(run.model, context.model, context.layout)
+    check_zeros(run.model, context.model.checkpoint, stored_weights(context.model, context.layout))
     _write_adapter(context, trained, listener)
     times.note()  # before the report calls the run finished: what a kill leaves half-written is then written again
     if earlier is not None:
-        report.evaluations, report.generations, report.speed = earlier.evaluations, earlier.generations, earlier.speed
-        report.totals.compressed_bytes = earlier.totals.compressed_bytes
-        if report.recovery is not None and earlier.recovery is not None:
-            report.recovery.before = earlier.recovery.before
+        keep_measurements(report, earlier)
     report.status = "finished"
     report.finished = now()
     report.totals.seconds = times.total()
@@ -208,11 +204,7 @@ def _record(context: TrainingContext, report: Report) -> dict[str, Any]:
     """Describe the checkpoint (``fistapruner.json``): the claims of the input, and the lineage."""
     return {
         **read_pruning_record(context.decision.folder),
-        "version": VERSION,
-        "fingerprint": report.fingerprint,
-        "recipe": report.recipe,
-        "model": report.model.source,
-        "versions": report.versions,
+        **record_head(report),
         "operators": _claims(context, report),
         "lineage": report.lineage.model_dump(mode="json") if report.lineage else None,
     }
@@ -224,24 +216,27 @@ def _claims(context: TrainingContext, report: Report) -> dict[str, Any]:
     return operator_claims(report, context.model) | (earlier.get("operators") or {})
 
 
-def check_zeros(folder: Path, model: LayerwiseModel, layout: Layout) -> None:
-    """Compare the zeros of every operator in the written files with those of the input.
+def stored_weights(model: LayerwiseModel, layout: Layout) -> list[str]:
+    """List the stored weights of all operators."""
+    return [model.source(f"{name}.weight") for name, _ in layout.operators()]
+
+
+def check_zeros(folder: Path, checkpoint: Checkpoint, names: Iterable[str]) -> None:
+    """Compare the zeros of stored weights in the written files with those of the input.
 
     Args:
         folder: of the written checkpoint.
-        model: the input; ``layout``: its operators that were trained.
+        checkpoint: the input; ``names``: its weights that were changed.
 
     Raises:
-        FistaPrunerError: names the operator.
+        FistaPrunerError: names the weight.
     """
     written = Checkpoint.open(folder)
-    for stack in model.checkpoint.stacks.values():
+    for stack in checkpoint.stacks.values():
         written.take_apart(stack)
-    for name, _ in layout.operators():
-        source = model.source(f"{name}.weight")
-        before, after = model.checkpoint.read(source), written.read(source)
-        if not torch.equal(before == 0, after == 0):
-            raise FistaPrunerError(f"{folder}: {name} does not have the zeros of its input (a fault in training)")
+    for name in names:
+        if not torch.equal(checkpoint.read(name) == 0, written.read(name) == 0):
+            raise FistaPrunerError(f"{folder}: {name} does not have the zeros of the input (a fault in fistapruner)")
 
 
 def _write_adapter(context: TrainingContext, trained: Trained, listener: Listener) -> None:

@@ -12,6 +12,7 @@ import torch
 
 from ..errors import FistaPrunerError, MissingExtraError
 from ..evaluation.data import load_windows
+from ..evaluation.evaluate import check_request
 from ..evaluation.evaluate import evaluate as run_evaluation
 from ..evaluation.generations import generate_side_by_side
 from ..models.files.record import lost_structure, read_pruning_record
@@ -290,6 +291,7 @@ def evaluate_run(
     Raises:
         FistaPrunerError: not a finished run, its dense model is gone, or bad settings.
     """
+    check_request(data, **settings)
     with _finished(Path(folder)) as (run, report):
         compared = Compared.of(run)
         if against is None:

@@ -20,6 +20,7 @@ from ..execution.executors import default_threads
 from ..models.layerwise import LayerwiseModel
 from ..models.source import ModelSource
 from ..models.whole import load_whole, require_whole, whole_bytes
+from ..recipes.execution_settings import Execution
 from ..recipes.settings import Calibration, Recipe
 from ..runs.decision import Numerics, PlannedRun, PruneDecision, PruneRecord
 from ..runs.identity import fingerprint, stamps, text_sha256
@@ -150,14 +151,8 @@ def choose_plan(
     found = plan_run(inputs.model, inputs.smaller, recipe, inputs.sparsity, run.folder, inputs.widths, drawn=drawn)
     for sentence in found.says:
         listener.say(sentence)
-    numerics = Numerics(
-        batch_size=found.choice.batch_size,
-        by_operator=found.choice.by_operator,
-        threads=default_threads(recipe.execution),
-        device=inputs.model.device.type,
-        dtype=dtype_name(inputs.model.dtype),
-    )
     choice = found.choice
+    numerics = numerics_of(inputs.model, recipe.execution, choice.batch_size, choice.by_operator)
     return PlannedRun(numerics=numerics, on_disk=choice.on_disk, on_device=choice.on_device, rows=list(found.rows))
 
 
@@ -172,6 +167,17 @@ def _learned_plan(run: PruneDirectory, recipe: Recipe, inputs: Inputs) -> Planne
     here = (inputs.model.device.type, dtype_name(inputs.model.dtype))
     same = identity == learned.get("identity") and here == (plan.numerics.device, plan.numerics.dtype)
     return plan if same else None
+
+
+def numerics_of(model: LayerwiseModel, execution: Execution, batch_size: int, by_operator: bool = False) -> Numerics:
+    """Collect what decides the last bits of a run."""
+    return Numerics(
+        batch_size=batch_size,
+        by_operator=by_operator,
+        threads=default_threads(execution),
+        device=model.device.type,
+        dtype=dtype_name(model.dtype),
+    )
 
 
 def draw_calibration(

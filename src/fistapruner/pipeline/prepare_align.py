@@ -13,11 +13,10 @@ from ..recipes.align_settings import AlignRecipe
 from ..runs.directory import RunDirectory
 from ..runs.listener import Listener
 from ..runs.training_directory import TrainingDirectory
-from ..runs.training_records import Recovery
 from ..runtime.files import sha256_file
 from ..tuning.pair_objective import DIVERGENCE, LENGTHS, LIKELIHOOD
 from ..tuning.teacher import TOP
-from .prepare_training import choose_plan, count_documents, decide, describe_text, record, share_of
+from .prepare_training import choose_plan, describe_text, record, share_of
 from .training_inputs import Inputs, TrainingRequest, check_training_inputs
 
 LONGEST = "data.max_length"
@@ -43,21 +42,10 @@ def prepare(run: TrainingDirectory, request: TrainingRequest[AlignRecipe], liste
     text = cut_pairs(inputs, pairs, listener)
     write_pairs(run, inputs, text)
     recipe, task = inputs.recipe, task_of(run.folder, inputs, text)
-    numerics, choice, rows = choose_plan(share_of(task, request.ranks), listener)
+    plan = choose_plan(share_of(task, request.ranks), listener)
     sources = {str(recipe.data.pairs): sha256_file(Path(str(recipe.data.pairs)))}
-    decision = decide(run, request, inputs, numerics, choice, task.steps, sources)
-    recovery = Recovery(
-        parameters=recipe.parameters,
-        optimizer=recipe.optimizer,
-        loss=recipe.loss,
-        asked_steps=decision.steps,
-        windows=len(text.windows("trained")),
-        held_out_windows=len(text.windows("held_out")),
-        documents=count_documents(text, "trained"),
-        held_out_documents=count_documents(text, "held_out"),
-    )
     facts = describe_text(text, Path(str(recipe.data.pairs)).name, text.tokens.shape[1])
-    record(run, request, inputs, text, decision, rows, facts, recovery)
+    record(run, request, inputs, text, plan, task.steps, sources, facts)
 
 
 def check_pairs(recipe: AlignRecipe) -> tuple[list[Pair], list[str]]:

@@ -17,12 +17,11 @@ from ..recipes.recover_settings import RecoverRecipe
 from ..runs.identity import stamps
 from ..runs.listener import Listener
 from ..runs.training_directory import TrainingDirectory
-from ..runs.training_records import Recovery
 from ..runtime.devices import cpu_threads
 from ..runtime.files import sha256_file
 from ..runtime.memory import release_memory
 from ..runtime.numerics import dtype_name
-from .prepare_training import choose_plan, count_documents, decide, describe_text, record, share_of
+from .prepare_training import choose_plan, describe_text, record, share_of
 from .recover_inputs import check_inputs
 from .training_inputs import Inputs, TrainingRequest
 
@@ -43,21 +42,10 @@ def prepare(run: TrainingDirectory, request: TrainingRequest[RecoverRecipe], lis
     data = recipe.data
     if len(data.tasks) > 1 and data.mixture == "uniform":  # too few steps for the tasks show now
         Mixture(len(data.tasks), data.per_round, data.seed).draw(task.steps * recipe.windows_per_step)
-    numerics, choice, rows = choose_plan(share_of(task, request.ranks), listener)
-    text, sources = cut_text(run, inputs, listener, numerics.threads)
-    decision = decide(run, request, inputs, numerics, choice, task.steps, sources)
-    recovery = Recovery(
-        parameters=recipe.parameters,
-        optimizer=recipe.optimizer,
-        loss=recipe.loss,
-        asked_steps=decision.steps,
-        windows=int((~text.held_out).sum()),
-        held_out_windows=int(text.held_out.sum()),
-        documents=count_documents(text, "trained"),
-        held_out_documents=count_documents(text, "held_out"),
-    )
+    plan = choose_plan(share_of(task, request.ranks), listener)
+    text, sources = cut_text(run, inputs, listener, plan[0].threads)
     facts = describe_text(text, data.source or ", ".join(data.tasks), inputs.seqlen)
-    record(run, request, inputs, text, decision, rows, facts, recovery)
+    record(run, request, inputs, text, plan, task.steps, sources, facts)
 
 
 def task_of(out: Path, inputs: Inputs[RecoverRecipe]) -> Task:

@@ -25,10 +25,9 @@ from ..runtime.devices import available_cores, cpu_threads
 from ..runtime.files import sha256_file
 from ..runtime.machine import describe_machine, now, versions
 from ..runtime.memory import free_memory, release_memory, resident_memory
-from ..runtime.numerics import dtype_name
 from ..runtime.ranks import Ranks
 from .begun import absolute
-from .prepare import describe_model
+from .prepare import describe_model, numerics_of
 from .training_inputs import Inputs, R, TrainingRequest, asked
 
 
@@ -45,13 +44,7 @@ def choose_plan(task: Task, listener: Listener) -> tuple[Numerics, TrainingChoic
     release_memory()  # what the measurement has freed
     for sentence in found.says:
         listener.say(sentence)
-    numerics = Numerics(
-        batch_size=found.choice.batch_size,
-        by_operator=False,
-        threads=default_threads(execution),
-        device=task.model.device.type,
-        dtype=dtype_name(task.model.dtype),
-    )
+    numerics = numerics_of(task.model, execution, found.choice.batch_size)
     return numerics, found.choice, found.rows
 
 
@@ -78,20 +71,33 @@ def share_of(task: Task, ranks: Ranks) -> Task:
     return replace(task, recipe=recipe, step_windows=parts // ranks.size * task.together, memory=memory)
 
 
-def decide(
+def record(
     run: TrainingDirectory,
     request: TrainingRequest[R],
     inputs: Inputs[R],
-    numerics: Numerics,
-    choice: TrainingChoice,
+    text: TrainingText,
+    plan: tuple[Numerics, TrainingChoice, list[PlanRow]],
     steps: int,
     sources: dict[str, str],
-) -> TrainingDecision:
-    """Collect what the run has decided; ``sources`` are SHA-256 of the text's files."""
-    return TrainingDecision(
+    calibration: CalibrationFacts,
+) -> None:
+    """Write ``recipe.yaml`` and ``run.json`` with all decisions: from here on the run can be resumed.
+
+    Args:
+        run: the run directory.
+        request: what was asked for.
+        inputs: checked.
+        text: what is trained on; ``calibration``: describes it.
+        plan: from :func:`choose_plan`.
+        steps: of training.
+        sources: SHA-256 of the text's files.
+    """
+    recipe: TrainingRecipe = inputs.recipe
+    model, (numerics, choice, rows) = inputs.model, plan
+    decision = TrainingDecision(
         model=absolute(request.model),
         folder=inputs.source.folder.absolute(),
-        stamps=tuple(stamps(inputs.model.checkpoint)),
+        stamps=tuple(stamps(model.checkpoint)),
         numerics=numerics,
         evaluation=inputs.evaluation,
         asked=asked(request.recipe),
@@ -108,31 +114,16 @@ def decide(
         text_sha256=sources,
         steps=steps,
     )
-
-
-def record(
-    run: TrainingDirectory,
-    request: TrainingRequest[R],
-    inputs: Inputs[R],
-    text: TrainingText,
-    decision: TrainingDecision,
-    rows: list[PlanRow],
-    calibration: CalibrationFacts,
-    recovery: Recovery,
-) -> None:
-    """Write ``recipe.yaml`` and ``run.json``: from here on the run can be resumed.
-
-    Args:
-        run: the run directory.
-        request: what was asked for.
-        inputs: checked.
-        text: what is trained on.
-        decision: of the run.
-        rows: of the plan.
-        calibration: describes the text; ``recovery``: the training.
-    """
-    recipe: TrainingRecipe = inputs.recipe
-    model = inputs.model
+    recovery = Recovery(
+        parameters=recipe.parameters,
+        optimizer=recipe.optimizer,
+        loss=recipe.loss,
+        asked_steps=steps,
+        windows=len(text.windows("trained")),
+        held_out_windows=len(text.windows("held_out")),
+        documents=_count_documents(text, "trained"),
+        held_out_documents=_count_documents(text, "held_out"),
+    )
     facts = describe_model(inputs.source, request.model, model)
     lineage, warning = begin_lineage(inputs.source.folder, facts)
     run.write_recipe(recipe.to_yaml())
@@ -170,7 +161,7 @@ def describe_text(text: TrainingText, source: str, seqlen: int) -> CalibrationFa
     )
 
 
-def count_documents(text: TrainingText, side: str) -> int | None:
+def _count_documents(text: TrainingText, side: str) -> int | None:
     """Count the documents of one side, ``trained`` or ``held_out``; None where a text has none."""
     counts = [task[side]["documents"] for task in text.facts["tasks"].values()]
     return None if None in counts else sum(counts)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -70,3 +71,15 @@ class Protocol:
 
 def _said(calibration: Calibration) -> str:
     return f"{calibration.samples} windows of {calibration.seqlen or 'the longest'} tokens from {calibration.name}"
+
+
+def distinct_seeds(seeds: Sequence[int]) -> None:
+    """Refuse seeds of a comparison of which one is named twice.
+
+    Raises:
+        FistaPrunerError: names them.
+    """
+    if len(set(seeds)) < len(seeds):
+        raise FistaPrunerError(
+            f"--seeds {','.join(map(str, seeds))!r}: different whole numbers such as 0,1,2 are expected"
+        )

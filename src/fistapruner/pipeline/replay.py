@@ -33,7 +33,7 @@ from ..tuning.adamw import Patience
 from ..tuning.steppers import Replayed
 from ..tuning.trained import Trained
 from ..tuning.trainer import TrainingState, take_again
-from .finish_training import check_zeros, replacements
+from .finish_training import check_zeros, replacements, stored_weights
 from .training_inputs import find_input
 
 
@@ -116,7 +116,7 @@ def replay(
         )
         documents = _documents(source, stage, state)
         write_checkpoint(opened.checkpoint, out, replacements(opened, trained), documents=documents, resume=False)
-    check_zeros(out, opened, layout)
+    check_zeros(out, opened.checkpoint, stored_weights(opened, layout))
     return out
 
 

@@ -28,6 +28,7 @@ from ..recipes.training_settings import TrainingRecipe
 from ..runs.layer_records import LayerEntry
 from ..runs.records import PlanRow, Totals
 from ..runtime.devices import free_memory_of_gpus, worker_devices
+from ..runtime.files import existing_folder
 from ..runtime.formatting import count, duration, percent, size
 from ..runtime.memory import free_device_memory, free_memory, release_device_memory, resident_memory
 from ..structured.units import Widths
@@ -469,11 +470,3 @@ def room_for(device: torch.device, what: str) -> Iterator[None]:
             f"the {size(free_device_memory(device))} that are free on {device} are not enough for {what} through one "
             "decoder layer: free some of it, shorten --seqlen, lower --batch-size, or choose --device cpu"
         ) from None
-
-
-def existing_folder(path: Path) -> Path:
-    """Return the nearest folder of ``path`` that exists."""
-    path = path.absolute()
-    while not path.is_dir():
-        path = path.parent
-    return path

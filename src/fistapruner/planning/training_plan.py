@@ -18,9 +18,10 @@ from ..errors import FistaPrunerError
 from ..recipes.recover_settings import RecoverRecipe
 from ..recipes.training_settings import PARAMETERS
 from ..runs.records import PlanRow
+from ..runtime.files import existing_folder
 from ..runtime.formatting import duration, size
 from ..tuning.teacher import TOP
-from .plan import DEVICE, DEVICE_RESERVE, DISK, MEMORY, Budget, Resources, existing_folder, fewest_windows
+from .plan import DEVICE, DEVICE_RESERVE, DISK, MEMORY, Budget, Resources, fewest_windows
 from .sizes import GENERATING
 from .training_probe import measure_form, measure_model, stored_bytes
 from .training_sizes import STEP, TRAINING, ModelSizes, Task, TrainingChoice, TrainingSizes

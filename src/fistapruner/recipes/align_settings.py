@@ -4,22 +4,18 @@ from __future__ import annotations
 
 import math
 import os
-from typing import Annotated, Any, ClassVar, Literal
+from typing import Annotated, ClassVar, Literal
 
 from pydantic import BeforeValidator, Field, model_validator
 
-from .base import Seed, Settings
-from .training_settings import TrainingRecipe, number, words
+from .base import Seed, Settings, word_or_number
+from .training_settings import TrainingRecipe, words
 
 PREFERENCE_LOSSES = ("dpo", "multi-dpo", "harmonic", "geometric")
 """Losses that compare the answers of a pair; they have references."""
 
 
-def _clip(value: Any) -> Any:
-    value = number(value)
-    if value != "none" and not (isinstance(value, (int, float)) and not isinstance(value, bool)):
-        raise ValueError("none or a number is expected")
-    return value
+Clip = Annotated[Literal["none"] | float, word_or_number("none", "none or a number is expected")]
 
 
 class PairData(Settings):
@@ -81,7 +77,7 @@ class AlignRecipe(TrainingRecipe):
         description="The fixed weights, one for each reference in their order, such as 0.3,0.7; without it they are "
         "equal.",
     )
-    clip: Annotated[Literal["none"] | float, BeforeValidator(_clip)] = Field(
+    clip: Clip = Field(
         0.1,
         description="Trust region of harmonic: how far other references may be from pruned, as a share of its "
         "log-probabilities, or none.",

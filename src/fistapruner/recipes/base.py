@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping
+import os
+from collections.abc import Callable, Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Self
 
 import yaml
-from pydantic import AfterValidator, BaseModel, ConfigDict, ValidationError, field_validator
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, ValidationError, field_validator
 
 from ..errors import FistaPrunerError, explain, refuse_yes_no
 from .loading import load_recipe_settings, parse_yaml
@@ -25,6 +27,32 @@ def _seed(value: int) -> int:
 
 
 Seed = Annotated[int, AfterValidator(_seed)]
+
+
+def word_or_number(word: str, expected: str, allowed: Callable[[float], bool] = lambda number: True) -> BeforeValidator:
+    """Read a setting that is one word, or a number, also as the text of a command line.
+
+    Args:
+        word: the word.
+        expected: the message on anything else.
+        allowed: whether a number is in range.
+    """
+
+    def read(value: Any) -> Any:
+        if isinstance(value, str):
+            with suppress(ValueError):
+                value = float(value)
+        number = isinstance(value, (int, float)) and not isinstance(value, bool)
+        if value != word and not (number and allowed(value)):
+            raise ValueError(expected)
+        return value
+
+    return BeforeValidator(read)
+
+
+def absolute_file(text: str) -> str:
+    """Return the absolute path of a file; known names of texts have no suffix, and stay."""
+    return os.path.abspath(text) if Path(text).suffix else text
 
 
 class Settings(BaseModel):

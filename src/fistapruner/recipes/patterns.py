@@ -3,19 +3,30 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Iterable
+from typing import Annotated, TypeVar
+
+from pydantic import AfterValidator
+
+P = TypeVar("P", bound=Iterable[str])
 
 
-def check_pattern(pattern: str) -> None:
+def check_patterns(patterns: P) -> P:
     """Refuse a ``re:`` pattern that does not compile.
 
     Raises:
         ValueError: names the pattern and the fault.
     """
-    if pattern.startswith("re:"):
-        try:
-            re.compile(pattern[3:])
-        except re.error as error:
-            raise ValueError(f"{pattern!r} is not a regular expression: {error}") from None
+    for pattern in patterns:
+        if pattern.startswith("re:"):
+            try:
+                re.compile(pattern[3:])
+            except re.error as error:
+                raise ValueError(f"{pattern!r} is not a regular expression: {error}") from None
+    return patterns
+
+
+Patterns = Annotated[tuple[str, ...], AfterValidator(check_patterns)]
 
 
 def matches(name: str, pattern: str) -> bool:

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import os
-from pathlib import Path
 from typing import ClassVar, Literal
 
 from pydantic import Field, model_validator
 
-from .base import Seed, Settings
+from .base import Seed, Settings, absolute_file
 from .training_settings import Count, TrainingRecipe
 
 
@@ -113,9 +111,6 @@ class RecoverRecipe(TrainingRecipe):
         return ", or take --loss ce" + (" and another --data" if self.generates_text else "")
 
     def with_absolute_files(self) -> RecoverRecipe:
-        def absolute_file(text: str) -> str:
-            return os.path.abspath(text) if Path(text).suffix else text
-
         data = self.data
         tasks = {name: absolute_file(text) for name, text in data.tasks.items()}
         changes = {"source": data.source and absolute_file(data.source), "tasks": tasks}

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Mapping
-from contextlib import suppress
 from itertools import chain, repeat
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
@@ -24,10 +23,10 @@ from pydantic import (
 )
 
 from ..errors import FistaPrunerError
-from .base import RunRecipe, Seed, Settings
+from .base import RunRecipe, Seed, Settings, absolute_file, word_or_number
 from .execution_settings import Execution
 from .loading import parse_value, read_share
-from .patterns import check_pattern
+from .patterns import Patterns, check_patterns
 from .recover_settings import RecoverRecipe
 from .renamed import RENAMED_SETTINGS
 from .structure_settings import Structure, removes_nothing
@@ -89,14 +88,7 @@ def _dump_recover(value: Any) -> Any:
 
 
 def _dense_target(value: Any) -> Any:
-    if isinstance(value, str):
-        value = {"dense": 1.0, "pruned": 0.0}.get(value, value)
-        with suppress(ValueError):
-            value = float(value)
-    number = isinstance(value, (int, float)) and not isinstance(value, bool)
-    if value != "auto" and not (number and 0 <= value <= 1):
-        raise ValueError("dense, pruned, auto, or a share of the dense output from 0 to 1 is expected")
-    return value
+    return {"dense": 1.0, "pruned": 0.0}.get(value, value) if isinstance(value, str) else value
 
 
 def _allocation(value: Any) -> Any:
@@ -127,6 +119,17 @@ def _structure(value: Any) -> Any:
 
 SparsitySetting = Annotated[Any, BeforeValidator(_sparsity), PlainSerializer(str)]
 MethodSetting = Annotated[Any, BeforeValidator(_method), PlainSerializer(_dump_method)]
+
+
+DenseTarget = Annotated[
+    Annotated[float, Field(ge=0.0, le=1.0)] | Literal["auto"],
+    word_or_number(
+        "auto",
+        "dense, pruned, auto, or a share of the dense output from 0 to 1 is expected",
+        lambda share: 0 <= share <= 1,
+    ),
+    BeforeValidator(_dense_target),
+]
 
 
 class Calibration(Settings):
@@ -191,7 +194,7 @@ class Calibration(Settings):
 
     def with_absolute_files(self) -> Calibration:
         """Return these settings with the absolute path of every file."""
-        paths = {name: os.path.abspath(text) if Path(text).suffix else text for name, text in self.sources.items()}
+        paths = {name: absolute_file(text) for name, text in self.sources.items()}
         return self.model_copy(update={"tasks": paths} if self.tasks else {"source": paths[self.name]})
 
 
@@ -220,9 +223,7 @@ class Recipe(RunRecipe):
         "(SparseGPT, ALPS). auto is the paper's choice, pruned for proximal, and dense if layers "
         "are pruned in parallel or in parts.",
     )
-    dense_target: Annotated[
-        Annotated[float, Field(ge=0.0, le=1.0)] | Literal["auto"], BeforeValidator(_dense_target)
-    ] = Field(
+    dense_target: DenseTarget = Field(
         "auto",
         description="Output that an operator reproduces: dense (the dense model's; FISTAPruner), pruned (the "
         "dense weight's on the drifted inputs; SparseGPT, Wanda, ALPS), or a share of the dense "
@@ -243,12 +244,12 @@ class Recipe(RunRecipe):
         "operators come from one pass of the unpruned layer, as in the programs of Wanda, "
         "SparseGPT, ALPS and ADMM.",
     )
-    targets: tuple[str, ...] = Field(
+    targets: Patterns = Field(
         (),
         description="Operators to prune, by name or re: pattern; without it every linear operator of the decoder "
         "layers.",
     )
-    ignore: tuple[str, ...] = Field(
+    ignore: Patterns = Field(
         (),
         description="Operators to leave dense, by name or re: pattern.",
     )
@@ -338,12 +339,10 @@ class Recipe(RunRecipe):
         amount = amount.get("remove") if isinstance(amount, Mapping) else amount
         return value if removes_nothing(amount) else {**value, "sparsity": "0%"}
 
-    @field_validator("targets", "ignore", "allocation", mode="after")
+    @field_validator("allocation", mode="after")
     @classmethod
     def _patterns(cls, value: Any) -> Any:
-        for pattern in () if isinstance(value, str) else value:
-            check_pattern(pattern)
-        return value
+        return value if isinstance(value, str) else check_patterns(value)
 
     @model_validator(mode="after")
     def _structure_of_something(self) -> Recipe:

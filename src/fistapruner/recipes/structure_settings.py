@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from contextlib import suppress
 from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field
 
-from .base import Settings
+from .base import Settings, word_or_number
 from .loading import read_share
 
 StructureMethod = Literal["obs", "energy", "flap", "magnitude", "goa", "bypass"]
@@ -61,14 +60,10 @@ def _count(value: Any) -> int:
     return int(value)
 
 
-def _shrink(value: Any) -> Any:
-    if isinstance(value, str):
-        with suppress(ValueError):
-            value = float(value)
-    number = isinstance(value, (int, float)) and not isinstance(value, bool)
-    if value != "auto" and not (number and 0 <= value <= 1):
-        raise ValueError("auto, or a number from 0 to 1 is expected")
-    return value
+Shrinkage = Annotated[
+    Literal["auto"] | Annotated[float, Field(ge=0.0, le=1.0)],
+    word_or_number("auto", "auto, or a number from 0 to 1 is expected", lambda number: 0 <= number <= 1),
+]
 
 
 class Structure(Settings):
@@ -94,7 +89,7 @@ class Structure(Settings):
         "their weights as they were with the mean of what is removed added to that bias (bias), or nothing (none). "
         "auto is bias for flap and none for goa and bypass, as published, and refit for the others.",
     )
-    shrink: Annotated[Literal["auto"] | Annotated[float, Field(ge=0.0, le=1.0)], BeforeValidator(_shrink)] = Field(
+    shrink: Shrinkage = Field(
         "auto",
         description="Shrinkage of the Gram towards its diagonal for obs and refit, from 0 (none) to 1; auto is chosen "
         "by cross-validation for each layer.",

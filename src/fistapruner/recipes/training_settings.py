@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import math
 from abc import abstractmethod
-from typing import Annotated, Any, ClassVar, Literal, Self
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, Self
 
 from pydantic import BeforeValidator, ConfigDict, Field, field_validator, model_validator
 
-from .base import RunRecipe, Seed
+from .base import RunRecipe, Seed, word_or_number
 from .execution_settings import Execution
 from .loading import parse_count
-from .patterns import check_pattern
+from .patterns import Patterns
 
 PARAMETERS = ("lora", "full", "spp", "hira", "norms")
 """What is trained: how an operator's effective weight is made from trained tensors."""
@@ -21,30 +21,17 @@ def _count(value: Any) -> Any:
     return parse_count(value) if isinstance(value, str) else value
 
 
-def number(value: Any) -> Any:
-    """Read a number from the text of a command line; other text stays, for validation to name."""
-    if isinstance(value, str):
-        try:
-            return float(value)
-        except ValueError:
-            return value
-    return value
-
-
-def _rate(value: Any) -> Any:
-    value = number(value)
-    numeric = isinstance(value, (int, float)) and not isinstance(value, bool)
-    if value != "auto" and not (numeric and 0 < value < math.inf):
-        raise ValueError("auto or a number above 0 is expected")
-    return value
-
-
 def words(value: Any) -> Any:
     """Split ``norms,biases``; ``none`` is no word."""
     if isinstance(value, str):
         return tuple(word.strip() for word in value.split(",") if word.strip() not in ("", "none"))
     return value
 
+
+Rate = Annotated[
+    Literal["auto"] | float,
+    word_or_number("auto", "auto or a number above 0 is expected", lambda rate: 0 < rate < math.inf),
+]
 
 Count = Annotated[int, BeforeValidator(_count)]
 
@@ -57,6 +44,9 @@ class TrainingRecipe(RunRecipe):
     """
 
     rate_share: ClassVar[float] = 1.0
+
+    if TYPE_CHECKING:
+        loss: str  # each recipe has its own
 
     parameters: Literal["auto", "lora", "full", "spp", "hira", "norms"] = Field(
         "auto",
@@ -74,7 +64,7 @@ class TrainingRecipe(RunRecipe):
         ("norms", "biases"),
         description="Vectors that are trained beside the operators: norms, biases, or none.",
     )
-    lr: Annotated[Literal["auto"] | float, BeforeValidator(_rate)] = Field(
+    lr: Rate = Field(
         "auto",
         description="First learning rate. auto was measured for lora and full (docs/recovery.md), is derived from the "
         "size of the first step for spp and hira, full's for norms, and MeZO's for mezo and subzero. With adamw an "
@@ -105,12 +95,12 @@ class TrainingRecipe(RunRecipe):
         True,
         description="After a check without improvement, go back to the best weights with a smaller learning rate.",
     )
-    targets: tuple[str, ...] = Field(
+    targets: Patterns = Field(
         (),
         description="Operators to train, by name or re: pattern; without it all that have zeros, or all of a model "
         "that lost channels, heads or experts.",
     )
-    ignore: tuple[str, ...] = Field((), description="Operators to leave as they are, by name or re: pattern.")
+    ignore: Patterns = Field((), description="Operators to leave as they are, by name or re: pattern.")
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
         "auto",
         description="Precision of the forward and backward passes; auto is the checkpoint's own, or float32 on CPUs "
@@ -120,13 +110,6 @@ class TrainingRecipe(RunRecipe):
     execution: Execution = Field(Execution(), description="How the work is carried out; not part of a run's identity.")
 
     model_config = ConfigDict(frozen=True, extra="forbid", validate_default=True)
-
-    @field_validator("targets", "ignore", mode="after")
-    @classmethod
-    def _patterns(cls, value: tuple[str, ...]) -> tuple[str, ...]:
-        for pattern in value:
-            check_pattern(pattern)
-        return value
 
     @field_validator("betas", mode="after")
     @classmethod

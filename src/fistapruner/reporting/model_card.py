@@ -33,7 +33,7 @@ def model_card(report: Report) -> str:
         report=report,
         becomes_smaller_packed=becomes_smaller_packed(report),
         metadata=_metadata(report),
-        name=base_model(report),
+        name=base_model_name(report.origin),
         amount=amount(report),
         smaller=structure_sentence(report),
         auto_class=auto_class_name(report.model.architecture),
@@ -72,13 +72,8 @@ def amount(report: Report) -> str:
     return text if report.recovery is None else f"{text}, {report.trained}"
 
 
-def base_model(report: Report) -> str:
-    """Name the dense model as a card may: a hub id stays, a path of this machine is cut to its last part."""
-    return base_model_name(report.origin)
-
-
 def base_model_name(model: ModelFacts) -> str:
-    """Do the same for a model, which comes from the hub only if it has a revision."""
+    """Name a model as a card may: a hub id, which has a revision, stays; a path is cut to its last part."""
     source = model.source
     is_hub_id = model.revision is not None and source.count("/") == 1 and not source.startswith((".", "/", "~"))
     return source if is_hub_id else source.rstrip("/").rsplit("/", 1)[-1]
@@ -90,7 +85,7 @@ def _metadata(report: Report) -> dict[str, Any]:
     block: dict[str, Any] = {}
     if license_name:
         block["license"] = license_name
-    if base_model(report) == source and "/" in source:
+    if base_model_name(report.origin) == source and "/" in source:
         block["base_model"] = [source]
         block["base_model_relation"] = "finetune"
     block["library_name"] = "transformers"
@@ -110,7 +105,7 @@ def _metadata(report: Report) -> dict[str, Any]:
     block["tags"] = [tag for tag in block["tags"] if tag]
     results = _metadata_results(report)
     if results:
-        block["model-index"] = [{"name": f"{base_model(report)}, {amount(report)}", "results": results}]
+        block["model-index"] = [{"name": f"{base_model_name(report.origin)}, {amount(report)}", "results": results}]
     return block
 
 

@@ -18,7 +18,7 @@ from .figures_quality import quality_figures
 from .figures_recovery import training_figures
 from .layer_errors import hardest
 from .lineage_text import DONE, lineage_lines
-from .model_card import base_model
+from .model_card import base_model_name
 from .quality_rows import mean_score, one_metric, quality_rows, recovery_rows
 from .recovery_text import (
     Gain,
@@ -99,7 +99,7 @@ def run_page(report: Report) -> str:
 
 def _title(report: Report) -> str:
     """Name the model and what was removed from it."""
-    name = base_model(report) or "Model"
+    name = base_model_name(report.origin) or "Model"
     amount = f", {report.sparsity}" if report.structured else f" at {report.sparsity or 'unknown'} sparsity"
     return name + amount + ("" if report.recovery is None else f", {report.trained}")
 

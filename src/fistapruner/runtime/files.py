@@ -38,6 +38,14 @@ def disk_errors(path: Path) -> Iterator[None]:
         raise FistaPrunerError(f"cannot write {path}: {error.strerror or error}") from error
 
 
+def existing_folder(path: Path) -> Path:
+    """Return the nearest folder of ``path`` that exists."""
+    path = path.absolute()
+    while not path.is_dir():
+        path = path.parent
+    return path
+
+
 def require_space(path: Path, nbytes: int) -> None:
     """Refuse a file or folder that does not fit on its disk.
 
@@ -48,10 +56,7 @@ def require_space(path: Path, nbytes: int) -> None:
     Raises:
         FistaPrunerError: names the path, the bytes needed and the bytes free.
     """
-    folder = path.absolute()
-    while not folder.is_dir():
-        folder = folder.parent
-    free = shutil.disk_usage(folder).free
+    free = shutil.disk_usage(existing_folder(path)).free
     if free < nbytes:
         raise FistaPrunerError(
             f"the disk is full: {path} needs {nbytes / 2**20:.1f} MiB and only {free / 2**20:.1f} MiB are free; "

@@ -33,17 +33,16 @@ class Forecast(nn.Module):
         features: (cases, features) of the training cases.
         outcomes: (cases, quantities) of the training cases.
         seed: of the first weights.
-        hidden: width of the hidden layers.
     """
 
     _center: Tensor
     _scale: Tensor
 
-    def __init__(self, features: Tensor, outcomes: Tensor, *, seed: int = 0, hidden: int = HIDDEN) -> None:
+    def __init__(self, features: Tensor, outcomes: Tensor, *, seed: int = 0) -> None:
         super().__init__()
         self.register_buffer("_center", features.mean(0))
         self.register_buffer("_scale", feature_scale(features))
-        widths = (features.shape[1], hidden, hidden, 2 * outcomes.shape[1])
+        widths = (features.shape[1], HIDDEN, HIDDEN, 2 * outcomes.shape[1])
         layers = [  # without torch's own first weights, which would draw from its global generator
             nn.utils.skip_init(nn.Linear, before, after, dtype=torch.float64)
             for before, after in itertools.pairwise(widths)

@@ -41,15 +41,14 @@ class WorkloadFile(Settings):
         mix: weight of each task; they sum to 1.
         history: ``.jsonl`` file of earlier deployments, relative to the workload file.
         features: of the deployment at hand.
-        method: rule that decides (:mod:`.workload_rules`); auto takes the one of least cost on held-out deployments.
-        experimental: allow SO-EBM.
+        method: rule that decides (:mod:`.workload_rules`); auto takes the one of least cost on held-out deployments,
+            less so-ebm, which is experimental.
     """
 
     mix: dict[str, float] = Field(min_length=1)
     history: str | None = None
     features: tuple[float, ...] = ()
     method: Literal["auto", "mix", "mean", "sample-average", "neighbours", "two-stage", "so-ebm"] = "auto"
-    experimental: bool = False
 
 
 @dataclass(frozen=True)
@@ -167,11 +166,6 @@ def _check_mix(settings: WorkloadFile, tasks: Sequence[str], path: Path) -> None
 
 
 def _check_method(settings: WorkloadFile, path: Path) -> None:
-    if settings.method == "so-ebm" and not settings.experimental:
-        raise FistaPrunerError(
-            f"{path}: the method so-ebm is experimental and gained nothing over two-stage in a trial: write "
-            "experimental: true beside it, or take method: auto"
-        )
     if settings.history is None:
         for name, given in (("features", settings.features), ("method", settings.method not in ("auto", "mix"))):
             if given:

@@ -280,12 +280,13 @@ def allocate_workload(
         unit = max(float(found.losses[0] @ workload.mix), 1e-30)
         costs = Costs(found.losses / unit, workload.mix)
         scaled = History(history.features, history.tolerances / unit)
-        rows = compare_rules(scaled, costs, seed=seed, experimental=settings.experimental)
+        experimental = settings.method == "so-ebm"
+        rows = compare_rules(scaled, costs, seed=seed, experimental=experimental)
         rule, why = settings.method, "named in the workload file"
         if rule == "auto":
             rule, why = choose_rule(rows), "the simplest within one standard error of the least held-out cost"
         here = torch.tensor([settings.features], dtype=torch.float64)
-        decided = decide_by_rules(scaled, here, costs, seed=seed, experimental=settings.experimental)
+        decided = decide_by_rules(scaled, here, costs, seed=seed, experimental=experimental)
         chosen = int(decided[rule])
         mean = costs.known(scaled.tolerances).mean(0)
         means = {"uniform": float(mean[0]), "mix": float(mean[1]), "chosen": float(mean[chosen])}
