@@ -54,6 +54,7 @@ def test_auto_is_what_the_method_was_published_with_or_ours_measured_best(
 def test_a_solver_that_is_not_in_the_catalogue_is_refused_before_a_run() -> None:
     class Mine(Magnitude):
         name = "mine"
+        takes_start = True
 
     class Other(Magnitude):
         pass
