@@ -241,6 +241,8 @@ def test_weighted_rows(data: tuple[torch.Tensor, ...]) -> None:
     assert weighted.slice(1, 3).relative_errors(taken_back[1:3] * root[1:3]) == pytest.approx(
         problem.slice(1, 3).relative_errors(taken_back[1:3]), rel=1e-4
     )
+    twice = weighted.weighted(importance.flip(0)).relative_errors(taken_back * root * root.flip(0))
+    assert twice == pytest.approx(problem.relative_errors(taken_back), rel=1e-4)
 
 
 def test_an_error_of_an_operator_without_outputs_is_one() -> None:

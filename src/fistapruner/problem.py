@@ -226,7 +226,7 @@ class LayerProblem:
             drift=drift,
             drift_energy=drift_energy,
             energy=self.energy * importance,
-            importance=importance,
+            importance=importance if self.importance is None else self.importance * importance,
         )
 
     def operators(self) -> list[LayerProblem]:

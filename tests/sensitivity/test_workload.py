@@ -150,8 +150,10 @@ def test_one_text_is_no_workload(tmp_path: Path) -> None:
 def test_a_fixed_pattern_takes_no_workload(tmp_path: Path) -> None:
     from fistapruner.sensitivity.decision import check_allocation
 
+    file = written(tmp_path, MIX)
     with pytest.raises(FistaPrunerError, match="cannot be used with 2:4"):
-        check_allocation(recipe(written(tmp_path, MIX), sparsity="2:4"))
+        check_allocation(recipe(file, sparsity="2:4"))
+    assert check_allocation(recipe(file)) == read_workload(recipe(file))
 
 
 # Rules, on synthetic curves of a few operators.

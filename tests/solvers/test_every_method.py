@@ -248,6 +248,8 @@ def test_a_solver_that_takes_no_start_is_refused_after_another_step(name: str) -
         FistaPrunerError, match=f"^method '{name}' does not start from another solution: leave out 'wanda' before it"
     ):
         parse_method(f"wanda+{name}")
+    with pytest.raises(FistaPrunerError, match=r"leave out 'wanda\+refit' before it"):
+        parse_method(f"wanda+refit+{name}+swap")
 
 
 @pytest.mark.parametrize("name", ["sparsegpt", "alps", "admm", "fista", "proximal"])

@@ -440,3 +440,10 @@ def test_amounts_are_read_as_users_write_them() -> None:
     ):
         with pytest.raises(ValueError, match="is expected"):
             Structure(remove=wrong)
+
+
+def test_an_operator_whose_weights_are_zero_loses_channels_without_an_error() -> None:
+    generator = torch.Generator().manual_seed(2)
+    known = statistics(torch.zeros(3, 9), torch.randn(80, 9, generator=generator))
+    removal = remove_channels(known, 5, Structure(shrink=0.0), biased=True)
+    assert removal_error(known, removal.places, removal.weight, removal.bias) == 0.0

@@ -45,11 +45,14 @@ SHARE = 4
 """One calibration window in 4 is measured, so that the cost is a fixed share of a run's passes."""
 
 
-def check_allocation(recipe: Recipe) -> None:
+def check_allocation(recipe: Recipe) -> Workload | None:
     """Refuse a measured allocation that a pattern does not have, and a bad workload.
 
     And one that has no zeros to distribute, and measures of the operators of experts that are removed: which ones stay
     is known when their layer is pruned.
+
+    Returns:
+        The workload; None where the recipe names none.
 
     Raises:
         FistaPrunerError: names the allocation and the pattern, or the workload file and what is wrong in it, or the
@@ -91,7 +94,7 @@ def check_allocation(recipe: Recipe) -> None:
             f"take --allocation {'error or uniform' if milder else 'uniform'}, or an unstructured sparsity such as "
             f"{100 * pattern.fraction:g}%"
         )
-    read_workload(recipe)
+    return read_workload(recipe)
 
 
 @dataclass(frozen=True)
@@ -209,10 +212,9 @@ def decide(
     Raises:
         FistaPrunerError: a measured allocation of an n:m pattern.
     """
-    check_allocation(recipe)
+    workload = check_allocation(recipe)
     if not needs_measuring(recipe):
         return Decision(None, None)
-    workload = read_workload(recipe) if measured_by(recipe) == "workload" else None
     texts = _windows_by_task(recipe, tokens, workload)
     passes = DensePasses(store or scratch_factory(None, model.dtype), batch_size, tick)
     after = dict((smaller or layout).operators())

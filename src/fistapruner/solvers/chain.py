@@ -8,7 +8,6 @@ import time
 from collections.abc import Sequence
 from dataclasses import replace
 from importlib import import_module
-from itertools import pairwise
 
 import torch
 
@@ -56,10 +55,11 @@ def parse_method(value: Steps) -> tuple[Method, ...]:
         raise FistaPrunerError(
             f"method {first!r} refines another solution: put a solver before it, such as wanda+{first}"
         )
-    for before, step in pairwise(steps):
-        if not step.takes_start:
+    for number, step in enumerate(steps):
+        if number and not step.takes_start:
+            before = "+".join(earlier.name for earlier in steps[:number])
             raise FistaPrunerError(
-                f"method {step.name!r} does not start from another solution: leave out {before.name!r} before it"
+                f"method {step.name!r} does not start from another solution: leave out {before!r} before it"
             )
     return steps
 

@@ -184,8 +184,8 @@ def removal_error(known: ChannelStatistics, places: Tensor, weight: Tensor, bias
     if bias is None:
         return error
     shift = 2 * (weight.double() @ known.mean[places].double() - known.target_mean) + bias.double()
-    assert problem.energy is not None
-    return max(error + float((bias.double() * shift).sum() / problem.energy.double().sum()), 0.0)
+    energy = float(problem.output_energies[0].sum())
+    return max(error + float((bias.double() * shift).sum()) / energy, 0.0) if energy else error
 
 
 def block_places(keep: Tensor, block: int) -> Tensor:
