@@ -15,8 +15,8 @@ from .base import SUPPORT_CHANGE, Method, Solution, Stats, Trace
 from .conditioning import alive_gram, once
 from .refit import refit_cg
 
-RESTARTS = 8
-"""Most times that rho falls to a fifth: to 3e-6 of the first one, where ADMM takes the least-squares weights."""
+RESTARTS = 10
+"""Most times that rho falls to a fifth: to 1e-7 of the first one, where ADMM takes the least-squares weights."""
 
 
 class ALPS(Method):
@@ -29,7 +29,7 @@ class ALPS(Method):
     Every third step rho grows by a factor of 1.3, 1.2 or 1.1 if the support changed by more than 10 %, more than 0.5 %,
     or at all. ADMM stops when the support no longer changes (after 30 steps: by less than 0.03 %). Both rules are those
     of the authors' program. If the support stops changing before it ever changed by 0.5 %, rho was too large: it falls
-    to a fifth and ADMM starts again; here at most eight times, since few zeros never change that much of the support.
+    to a fifth and ADMM starts again; here at most ten times, since few zeros never change that much of the support.
     """
 
     name: ClassVar[str] = "alps"
