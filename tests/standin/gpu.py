@@ -243,6 +243,7 @@ class StandIn(TorchDispatchMode):
         self.emptied = self.refused = 0
         self.warning = False
         self.touched: set[torch.device] = set()
+        self._current = torch.device("cuda", 0)
         self._asked: torch.device | None = None
         self._around: torch.device | None = None
         self._known: dict[int, Any] = {}
@@ -295,6 +296,15 @@ class StandIn(TorchDispatchMode):
                 yield
             finally:
                 self._streams.pop()
+                self.touched.add(self._current)  # PyTorch sets its stream again
+
+        @contextmanager
+        def current(device: Any) -> Iterator[None]:
+            before, self._current = self._current, at(device)
+            try:
+                yield
+            finally:
+                self._current = before
 
         native_bf16 = self.capability >= (8, 0)
         return {
@@ -305,8 +315,9 @@ class StandIn(TorchDispatchMode):
             "cuda.Stream": _Stream,
             "cuda.stream": on,
             "cuda._lazy_init": lambda: None,
-            "cuda.current_device": lambda: 0,
+            "cuda.current_device": lambda: self._current.index,
             "cuda.current_stream": lambda device=None: self._streams[-1],
+            "cuda.device": current,
             "cuda.device_count": lambda: self.count,
             "cuda.empty_cache": empty,
             "cuda.get_device_capability": lambda device=None: self.capability,

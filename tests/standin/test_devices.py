@@ -13,6 +13,7 @@ import tiny
 from fistapruner.runs.listener import Listener
 from fistapruner.runtime.devices import choose_device, free_memory_of_gpus, worker_devices
 from fistapruner.runtime.numerics import exact_in_fast_products
+from fistapruner.runtime.transfers import ToDevice, ToHost, page_locked
 from standin.gpu import StandIn
 
 SETTINGS = {"method": "magnitude", "calibration": {"source": "python", "samples": 2, "seqlen": 16}}
@@ -44,6 +45,12 @@ def test_the_gpu_with_most_free_memory(gpu: StandIn, monkeypatch: pytest.MonkeyP
 def test_a_run_on_one_gpu_touches_no_other(gpu: StandIn, tmp_path: Path) -> None:
     folder = tiny.save("llama", tmp_path / "model", num_hidden_layers=1)
     fistapruner.prune(str(folder), tmp_path / "run", **SETTINGS, execution={"device": "cuda:1"})
+    assert gpu.touched == {torch.device("cuda", 1)}
+
+
+def test_copies_of_one_gpu_touch_no_other(gpu: StandIn) -> None:
+    there = ToDevice(page_locked((4,), torch.float32).fill_(2.0), torch.device("cuda", 1)).result()
+    assert ToHost(there, torch.float32).result().tolist() == [2.0] * 4
     assert gpu.touched == {torch.device("cuda", 1)}
 
 
