@@ -166,6 +166,7 @@ class OneWorker:
     def __init__(self, gpu: StandIn, worker: Worker) -> None:
         self.gpu, self.worker = gpu, worker
         self.emptied: list[int] = []
+        self.memory = gpu.memory
         self._events: list[Event] = []
 
     def _tell(self, event: Event) -> None:
@@ -174,7 +175,9 @@ class OneWorker:
 
     def start(self, worker: int, job: Job | PartJob) -> None:
         self.emptied.append(self.gpu.emptied)
+        before, self.gpu.memory = self.gpu.memory, self.memory
         self.worker.run(asdict(job), self._tell)
+        self.gpu.memory = before
 
     def wait(self) -> list[tuple[int, Event]]:
         events, self._events = self._events, []
@@ -188,7 +191,10 @@ class OneWorker:
 
 
 def test_processes_that_share_a_gpu_take_turns_with_its_memory(gpu: StandIn, deep: Path, tmp_path: Path) -> None:
-    """What passes have freed is there for the workers' first part, and what a part has freed for all."""
+    """What passes have freed is there for the workers' first part, and what a part has freed for all.
+
+    A group for which a worker has too little is solved all the same.
+    """
     out = tmp_path / "run"
     prune(deep, out, method="wanda", propagate="pruned", only_layers=(0, 0))
     work = RunContext.open(out)
@@ -200,6 +206,11 @@ def test_processes_that_share_a_gpu_take_turns_with_its_memory(gpu: StandIn, dee
     assert len(done) == 5  # parts of the groups q, k, v and gate, up
     assert begun[0] > before
     assert begun[3] > done[2]
+    assert all(after > at for at, after in zip(begun, done, strict=True))
+    pool.memory, gpu.refused, pool.emptied = 1000, 0, []
+    prune_serially(work, {2}, Listener(), solver=ParallelSolver(pool, work.hidden, work.recipe.steps))
+    assert gpu.refused == 2  # the first part of each group; then this process solves the group
+    begun, done = pool.emptied[::2], pool.emptied[1::2]
     assert all(after > at for at, after in zip(begun, done, strict=True))
 
 
