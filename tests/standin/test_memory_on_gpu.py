@@ -14,6 +14,7 @@ import fistapruner
 import tiny
 from fistapruner.errors import FistaPrunerError
 from fistapruner.execution.context import RunContext
+from fistapruner.execution.layer_parallel import prune_layers_in_parallel
 from fistapruner.execution.operator_parallel import ParallelSolver
 from fistapruner.execution.pool import Event, Job, PartJob
 from fistapruner.execution.serial import prune_serially
@@ -212,6 +213,17 @@ def test_processes_that_share_a_gpu_take_turns_with_its_memory(gpu: StandIn, dee
     assert gpu.refused == 2  # the first part of each group; then this process solves the group
     begun, done = pool.emptied[::2], pool.emptied[1::2]
     assert all(after > at for at, after in zip(begun, done, strict=True))
+
+
+def test_memory_of_the_embeddings_is_there_for_the_workers(gpu: StandIn, deep: Path, tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    prune(deep, out, method="magnitude", propagate="dense", only_layers=(0, 0))
+    work = RunContext.open(out)
+    work.hidden.mkdir(parents=True, exist_ok=True)
+    pool = OneWorker(gpu, Worker(out, "", "cuda:0", Permissions()))
+    before = gpu.emptied
+    prune_layers_in_parallel(work, {1}, pool, Listener())
+    assert pool.emptied[0] > before
 
 
 STATES: dict[str, Any] = {
