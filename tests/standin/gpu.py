@@ -275,6 +275,10 @@ class StandIn(TorchDispatchMode):
         def reset(device: Any = None) -> None:
             self.peak[at(device)] = self.live[at(device)]
 
+        def choose(device: Any) -> None:
+            self._current = at(device)
+            self.touched.add(self._current)
+
         def free(device: Any = None) -> tuple[int, int]:
             self.touched.add(at(device))
             return self.memory - self.taken.get(at(device).index, 0) - self.live[at(device)], self.memory
@@ -332,6 +336,7 @@ class StandIn(TorchDispatchMode):
             "cuda.memory_allocated": lambda device=None: self.live[at(device)],
             "cuda.memory_reserved": lambda device=None: self.live[at(device)],
             "cuda.reset_peak_memory_stats": reset,
+            "cuda.set_device": choose,
             "cuda.set_sync_debug_mode": warn,
             "cuda.synchronize": lambda device=None: self.wait("synchronize"),
         }
