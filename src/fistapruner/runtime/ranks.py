@@ -26,7 +26,11 @@ from .devices import choose_device
 T = TypeVar("T")
 
 PATIENCE = timedelta(days=7)
-"""How long a rank waits for the others. A rank that ends is noticed at once, whatever this is."""
+"""How long a rank waits for the others.
+
+Gloo notices at once that a rank has ended, whatever this is. Nccl does not: there ``torchrun``, or what else has
+started the ranks, ends the others.
+"""
 
 VISIBLE_SECONDS = 60.0
 """How long a file that another rank wrote may take to be seen; network file systems remember what was not there."""
@@ -114,12 +118,15 @@ class Ranks:
         Raises:
             OtherRankFailed: another rank has failed, and said why.
             FistaPrunerError: the connection has failed, or another rank has ended without a word.
+            torch.OutOfMemoryError: a GPU has no memory for an exchange.
         """
         try:
             yield
         except torch.OutOfMemoryError:
             raise
         except RuntimeError as error:
+            if "out of memory" in str(error).lower():  # nccl's errors have no type of their own
+                raise torch.OutOfMemoryError(str(error)) from None
             with suppress(RuntimeError, ValueError):
                 store, key = self._message()
                 if store.check([key]):
