@@ -313,7 +313,8 @@ class LayerwiseModel:
             rows: (tokens, width) output of the last decoder layer, at most :attr:`max_head_rows` tokens.
             gradients: as for :meth:`logits`.
         """
-        return self.logits(rows[None], torch.zeros(1, len(rows), dtype=torch.int64), gradients=gradients)[0]
+        ids = torch.zeros(1, len(rows), dtype=torch.int64, device=self.device)
+        return self.logits(rows[None], ids, gradients=gradients)[0]
 
     def logits(self, hidden: Tensor, tokens: Tensor, *, gradients: bool = False) -> Tensor:
         """Compute logits from the last decoder layer's output. Needs :meth:`embeddings_and_head`.

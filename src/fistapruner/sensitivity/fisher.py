@@ -286,7 +286,7 @@ def loss_gradient(
             for start in range(0, hidden.seqlen, head_tokens):
                 tokens = slice(start, start + head_tokens)
                 part = states[:, tokens].requires_grad_()
-                ids = torch.zeros(part.shape[:2], dtype=torch.int64)
+                ids = torch.zeros(part.shape[:2], dtype=torch.int64, device=model.device)
                 with torch.enable_grad():
                     logits = model.logits(part, ids, gradients=True)
                 # Gradient of the log-likelihood: 1 at the drawn label, minus every label's probability.

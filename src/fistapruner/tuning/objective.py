@@ -290,13 +290,13 @@ class Objective:
                 part = each[start:stop].requires_grad_(factor is not None)
                 logits = self.model.head(part, gradients=factor is not None)
                 found, above = token_loss.tokens(logits, targets[start:stop], reference, factor, self.budgets)
-                losses[variant].append(found.double().cpu())
+                losses[variant].append(found.double())
                 if below is not None:
                     (below[start:stop],) = torch.autograd.grad(logits, part, above)
         sums = torch.zeros(len(hidden), len(numbers), dtype=torch.float64)
         for variant, parts in enumerate(losses):
             if parts:
-                sums[variant].index_add_(0, windows, torch.cat(parts))
+                sums[variant].index_add_(0, windows, torch.cat(parts).cpu())
         if below is None:
             return sums, None
         gradient = torch.zeros_like(hidden[0])
