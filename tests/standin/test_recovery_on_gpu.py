@@ -13,12 +13,16 @@ import tiny
 from fistapruner.activations.store import scratch_factory
 from fistapruner.calibration.training_text import TrainingText
 from fistapruner.evaluation.scoring import compare_tokens, score_tokens
+from fistapruner.models.discovery import discover
 from fistapruner.models.files.checkpoint import Checkpoint
 from fistapruner.models.layerwise import LayerwiseModel
+from fistapruner.recipes.recover_settings import RecoverRecipe
 from fistapruner.runtime.numerics import Budgets
 from fistapruner.tuning.losses import Loss
 from fistapruner.tuning.objective import Objective
+from fistapruner.tuning.steppers import FirstOrder
 from fistapruner.tuning.teacher import Kind, Teacher
+from fistapruner.tuning.trained import Trained
 from standin.gpu import StandIn
 
 CUDA = torch.device("cuda:0")
@@ -101,3 +105,18 @@ def test_the_host_waits_no_more_often_for_more_slices_of_tokens(gpu: StandIn, tm
             if what == "_local_scalar_dense" and place.startswith("models/layerwise.py"):
                 del waits[-1][what, place]  # transformers looks for packed windows
     assert waits[0] == waits[1]
+
+
+def test_a_step_waits_once_for_the_norms_of_all_gradients(gpu: StandIn, tmp_path: Path) -> None:
+    """And for nothing else of the trained tensors."""
+    model = LayerwiseModel(Checkpoint.open(tiny.save("llama", tmp_path / "model")), CUDA)
+    tokens = torch.randint(3, tiny.VOCABULARY, (2, 12), generator=torch.Generator().manual_seed(0))
+    recipe = RecoverRecipe.build({"parameters": "full"})
+    objective = Objective(model, text_of(tokens), Loss(0.0), None, 2, scratch_factory(None, model.dtype, CUDA))
+    with objective.resident():
+        steps = FirstOrder(Trained(model, discover(model), recipe), objective)
+        steps.step(0, [0, 1], 1.0)
+        gpu.waits.clear()
+        steps.step(1, [0, 1], 1.0)
+    places = ("tuning/forms", "tuning/masked", "tuning/steppers", "tuning/trained.py")
+    assert [what for what, place in gpu.waits.elements() if place.startswith(places)] == ["tolist"]
