@@ -180,6 +180,8 @@ class _Boundary(TorchFunctionMode):
             return func(*args, **kwargs)
         if kwargs.get("pin_memory"):
             return self.standin.pin(func(*args, **{**kwargs, "pin_memory": False}))
+        if func is torch.Tensor.pin_memory:
+            return self.standin.pin(torch.empty_like(args[0])).copy_(args[0])
         if func in (torch.tensor, torch.as_tensor) and _place(kwargs.get("device")):
             made = func(*args, **{**kwargs, "device": CPU})
             return self.__torch_function__(torch.Tensor.to, (), (made, kwargs["device"]))

@@ -120,3 +120,17 @@ def test_a_step_waits_once_for_the_norms_of_all_gradients(gpu: StandIn, tmp_path
         steps.step(1, [0, 1], 1.0)
     places = ("tuning/forms", "tuning/masked", "tuning/steppers", "tuning/trained.py")
     assert [what for what, place in gpu.waits.elements() if place.startswith(places)] == ["tolist"]
+
+
+def test_batches_are_sent_without_a_wait(gpu: StandIn, tmp_path: Path) -> None:
+    """Token ids, their places and the teacher's predictions."""
+    model = LayerwiseModel(Checkpoint.open(tiny.save("llama", tmp_path / "model")), CUDA)
+    tokens = torch.randint(3, tiny.VOCABULARY, (2, 12), generator=torch.Generator().manual_seed(0))
+    teacher = Teacher(model, tokens, tmp_path / "teacher", batch_size=2, kind="top64")
+    store = scratch_factory(None, model.dtype, CUDA)
+    objective = Objective(model, text_of(tokens), Loss(0.5), teacher, 2, store)
+    with objective.resident():
+        objective.gradient([0, 1], values, lambda index, layer, gradients: None)
+        gpu.waits.clear()
+        objective.gradient([0, 1], values, lambda index, layer, gradients: None)
+    assert "to device" not in {what for what, _ in gpu.waits}

@@ -29,6 +29,7 @@ from transformers.pytorch_utils import Conv1D
 
 from ..errors import FistaPrunerError
 from ..runtime.numerics import pass_dtype
+from ..runtime.transfers import sent
 from .architecture import build_model, checkpoint_names, find_decoder_layers, loaded_dtype, refuse_experts, unsupported
 from .experts import separate_experts
 from .files.checkpoint import Checkpoint
@@ -500,7 +501,7 @@ class LayerwiseModel:
             layer.forward = replacement(index)
         try:
             with torch.set_grad_enabled(gradients):
-                return self.model(input_ids=tokens.to(self.device), use_cache=False)
+                return self.model(input_ids=sent(tokens, self.device), use_cache=False)
         except _Stop:
             return None
         finally:

@@ -32,6 +32,20 @@ def page_locked(shape: Sequence[int], dtype: torch.dtype) -> Tensor:
         return torch.empty(shape, dtype=dtype)
 
 
+def sent(values: Tensor, device: torch.device) -> Tensor:
+    """Copy a small tensor to a device; the host does not wait for a GPU.
+
+    Where the system gives no page-locked memory it waits.
+    """
+    if device.type == "cpu" or values.device.type != "cpu":
+        return values.to(device)
+    try:
+        values = values.pin_memory()
+    except RuntimeError:
+        return values.to(device)
+    return values.to(device, non_blocking=True)
+
+
 class ToDevice:
     """A copy to a GPU that is under way.
 

@@ -40,6 +40,7 @@ from ..models.layerwise import LayerwiseModel
 from ..runtime.memory import release_memory
 from ..runtime.numerics import BUDGETS, Budgets, ordered_attention, slices
 from ..runtime.ranks import ALONE, OrderedSum, Ranks
+from ..runtime.transfers import sent
 from .losses import Loss
 from .teacher import Teacher
 
@@ -276,11 +277,11 @@ class Objective:
         where = self._where(numbers)
         device = self.model.device
         windows, positions = where.nonzero(as_tuple=True)
-        targets = self.text.tokens[numbers][windows, positions + 1].to(device)
+        targets = sent(self.text.tokens[numbers][windows, positions + 1], device)
         predictions = None
         if self.teacher is not None and token_loss.share > 0:
             predictions = self.teacher.predictions(numbers, where)
-        place = windows.to(device), positions.to(device)
+        place = sent(windows, device), sent(positions, device)
         rows = [each[place] for each in hidden]
         below = None if factor is None else torch.zeros_like(rows[0])
         losses: list[list[Tensor]] = [[] for _ in hidden]
