@@ -5,9 +5,10 @@
     python benchmarks/device_mutations.py --quick                   # solvers and --quality best only
 
 A mutant is the package with one ``.to(device)``, ``device=...`` or ``.cpu()`` removed; on a CPU most of them compute
-the same, so that no other test can see them. Each runs the tests of ``tests/standin`` until one fails. Prints each
-mutant with ``caught`` or ``missed`` and, at the end, a Markdown table by room of the package. What is missed is code
-that the tests do not reach on a GPU, or a place where the removal changes nothing (the tensor is on the device before).
+the same, so that no other test can see them. Each runs the tests of solvers and of whole runs in ``tests/standin``
+until one fails; its other tests do not run. Prints each mutant with ``caught`` or ``missed`` and, at the end, a
+Markdown table by room of the package. What is missed is code that these tests do not reach on a GPU, or a place where
+the removal changes nothing (the tensor is on the device before).
 """
 
 from __future__ import annotations

@@ -159,12 +159,14 @@ class LayerProblem:
 
     def check_finite(self) -> None:
         """Refuse NaN and infinity; the error names the operator and the tensor."""
-        for name, part in self._named_rows(self.weight):
-            if not _all_finite(part):
-                raise FistaPrunerError(f"{name}: the weights contain NaN or infinite values")
-        for what, tensor in (("Gram of the calibration activations", self.gram), ("drift", self.drift)):
-            if tensor is not None and not _all_finite(tensor):
-                raise FistaPrunerError(f"{self.label}: the {what} contains NaN or infinite values")
+        checked = [(f"{name}: the weights contain", part) for name, part in self._named_rows(self.weight)]
+        checked.append((f"{self.label}: the Gram of the calibration activations contains", self.gram))
+        if self.drift is not None:
+            checked.append((f"{self.label}: the drift contains", self.drift))
+        flags = torch.stack([_all_finite(tensor) for _, tensor in checked]).tolist()  # the host waits for a GPU once
+        for (what, _), finite in zip(checked, flags, strict=True):
+            if not finite:
+                raise FistaPrunerError(f"{what} NaN or infinite values")
 
     def row_errors(self, weight: Tensor) -> Tensor:
         """Compute the error f of each row of ``weight`` (m, n): (m,) fp64."""
@@ -559,5 +561,6 @@ def _row_dot(a: Tensor, b: Tensor) -> Tensor:
     return (a.double() * b.double()).sum(1)
 
 
-def _all_finite(tensor: Tensor) -> bool:
-    return all(bool(torch.isfinite(tensor[rows]).all()) for rows in row_blocks(len(tensor)))
+def _all_finite(tensor: Tensor) -> Tensor:
+    """Return a 0-dim bool tensor."""
+    return torch.stack([torch.isfinite(tensor[rows]).all() for rows in row_blocks(len(tensor))]).all()

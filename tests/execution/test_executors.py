@@ -13,22 +13,27 @@ from typing import Any
 
 import psutil
 import pytest
+import torch
 
 import tiny
+from fistapruner.constraints import parse_sparsity
 from fistapruner.errors import FistaPrunerError
 from fistapruner.execution.context import RunContext
 from fistapruner.execution.layer_parallel import prune_layers_in_parallel
-from fistapruner.execution.operator_parallel import ParallelSolver
+from fistapruner.execution.operator_parallel import ParallelSolver, do_part
 from fistapruner.execution.pool import Event, Job, PartJob
 from fistapruner.execution.process_pool import ProcessPool
 from fistapruner.execution.ray_pool import room_for_workers
 from fistapruner.execution.serial import prune_serially
 from fistapruner.pipeline.prune import finish_run, prune
 from fistapruner.pipeline.resume import resume
+from fistapruner.problem import LayerProblem
+from fistapruner.pruning.partition import solve_in_parts
 from fistapruner.runs.directory import RunDirectory
 from fistapruner.runs.listener import Listener
 from fistapruner.runs.records import load_run
 from fistapruner.runtime.devices import worker_devices
+from fistapruner.solvers import parse_method
 
 SETTINGS: dict[str, Any] = {
     "method": "sparsegpt",
@@ -154,6 +159,47 @@ def test_workers_that_die_are_replaced(model: Path, expected: bytes, tmp_path: P
     assert pool.at_start == {2: 0}
     resume(out)
     assert weights(out) == expected
+
+
+class Small:
+    """A pool of two workers in this process, some of which have a GPU with too little memory."""
+
+    size = 2
+
+    def __init__(self, folder: Path, short: set[int]) -> None:
+        self.folder, self.short = folder, short
+        self.started: list[int] = []
+        self._events: list[tuple[int, Event]] = []
+
+    def start(self, worker: int, job: Job | PartJob) -> None:
+        assert isinstance(job, PartJob)
+        self.started.append(worker)
+        if worker not in self.short:
+            do_part(job, self.folder, parse_method("sparsegpt"), torch.device("cpu"))
+        self._events.append((worker, {"event": "short" if worker in self.short else "done"}))
+
+    def wait(self) -> list[tuple[int, Event]]:
+        events, self._events = self._events, []
+        return events
+
+    def revive(self, worker: int) -> None:
+        """Nothing dies."""
+
+    def close(self) -> None:
+        """Nothing runs."""
+
+
+@pytest.mark.parametrize("short", [{0}, {0, 1}])
+def test_parts_for_which_a_worker_has_no_memory_are_solved_elsewhere(short: set[int], tmp_path: Path) -> None:
+    """By the other workers, or by this process where no worker has room; the bits are the same."""
+    generator = torch.Generator().manual_seed(0)
+    inputs, weight = torch.randn(64, 24, generator=generator), torch.randn(30, 24, generator=generator)
+    problem = LayerProblem(weight, inputs.T @ inputs / 64, names=("q", "k", "v"), rows=(10, 10, 10))
+    pool, steps, sparsity = Small(tmp_path, short), parse_method("sparsegpt"), [parse_sparsity("50%")] * 3
+    found = ParallelSolver(pool, tmp_path, steps)(problem, sparsity, steps)
+    assert pool.started == ([0, 1, 1, 1] if short == {0} else [0, 1])
+    assert torch.equal(found.weight, solve_in_parts(problem, sparsity, steps).weight)
+    assert not list(tmp_path.iterdir())
 
 
 def test_parts_go_on_with_a_run_that_failed(model: Path, tmp_path: Path) -> None:

@@ -47,6 +47,15 @@ RUNS: dict[str, dict[str, Any]] = {
 }
 
 
+def test_memory_that_an_exchange_has_not_is_not_another_process() -> None:
+    """So the run goes on with less; any other error of an exchange is one of the connection."""
+    ranks = Ranks(0, 2)
+    with pytest.raises(torch.OutOfMemoryError, match="Cuda failure 2"), ranks.peers_may_fail():
+        raise RuntimeError("NCCL error in: NCCLUtils.cpp:77, Cuda failure 2 'out of memory'")
+    with pytest.raises(FistaPrunerError, match="another process of this run has ended"), ranks.peers_may_fail():
+        raise RuntimeError("Connection reset by peer")
+
+
 class Stopping(Listener):
     """Fails when two steps are done."""
 

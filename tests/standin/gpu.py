@@ -180,6 +180,8 @@ class _Boundary(TorchFunctionMode):
             return func(*args, **kwargs)
         if kwargs.get("pin_memory"):
             return self.standin.pin(func(*args, **{**kwargs, "pin_memory": False}))
+        if func is torch.Tensor.pin_memory:
+            return self.standin.pin(torch.empty_like(args[0])).copy_(args[0])
         if func in (torch.tensor, torch.as_tensor) and _place(kwargs.get("device")):
             made = func(*args, **{**kwargs, "device": CPU})
             return self.__torch_function__(torch.Tensor.to, (), (made, kwargs["device"]))
@@ -243,6 +245,7 @@ class StandIn(TorchDispatchMode):
         self.emptied = self.refused = 0
         self.warning = False
         self.touched: set[torch.device] = set()
+        self._current = torch.device("cuda", 0)
         self._asked: torch.device | None = None
         self._around: torch.device | None = None
         self._known: dict[int, Any] = {}
@@ -274,6 +277,10 @@ class StandIn(TorchDispatchMode):
         def reset(device: Any = None) -> None:
             self.peak[at(device)] = self.live[at(device)]
 
+        def choose(device: Any) -> None:
+            self._current = at(device)
+            self.touched.add(self._current)
+
         def free(device: Any = None) -> tuple[int, int]:
             self.touched.add(at(device))
             return self.memory - self.taken.get(at(device).index, 0) - self.live[at(device)], self.memory
@@ -295,6 +302,15 @@ class StandIn(TorchDispatchMode):
                 yield
             finally:
                 self._streams.pop()
+                self.touched.add(self._current)  # PyTorch sets its stream again
+
+        @contextmanager
+        def current(device: Any) -> Iterator[None]:
+            before, self._current = self._current, at(device)
+            try:
+                yield
+            finally:
+                self._current = before
 
         native_bf16 = self.capability >= (8, 0)
         return {
@@ -305,8 +321,9 @@ class StandIn(TorchDispatchMode):
             "cuda.Stream": _Stream,
             "cuda.stream": on,
             "cuda._lazy_init": lambda: None,
-            "cuda.current_device": lambda: 0,
+            "cuda.current_device": lambda: self._current.index,
             "cuda.current_stream": lambda device=None: self._streams[-1],
+            "cuda.device": current,
             "cuda.device_count": lambda: self.count,
             "cuda.empty_cache": empty,
             "cuda.get_device_capability": lambda device=None: self.capability,
@@ -321,6 +338,7 @@ class StandIn(TorchDispatchMode):
             "cuda.memory_allocated": lambda device=None: self.live[at(device)],
             "cuda.memory_reserved": lambda device=None: self.live[at(device)],
             "cuda.reset_peak_memory_stats": reset,
+            "cuda.set_device": choose,
             "cuda.set_sync_debug_mode": warn,
             "cuda.synchronize": lambda device=None: self.wait("synchronize"),
         }
@@ -329,7 +347,7 @@ class StandIn(TorchDispatchMode):
         """Note that the host waits for the device, perhaps for a copy of ``moved`` bytes."""
         key = what, _caller()
         self.waits[key] += 1
-        if self.warning:
+        if self.warning and what != "event":  # PyTorch does not report these
             warnings.warn("called a synchronizing operation (stand-in)", stacklevel=2)
         if moved:
             self.moved[key] += moved

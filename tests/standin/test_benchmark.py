@@ -14,6 +14,10 @@ from types import ModuleType
 from typing import Any
 
 import pytest
+import torch
+
+from fistapruner.runtime.transfers import ToHost
+from standin.gpu import StandIn
 
 PROGRAM = Path(__file__).parents[2] / "benchmarks" / "gpu.py"
 
@@ -44,6 +48,17 @@ def test_every_stage_leaves_its_results_in_the_file(tmp_path: Path, gpu: ModuleT
         result["phases"] = 4
         raise KeyboardInterrupt
     assert json.loads(out.read_text())["phases"] == 4
+
+
+def test_waits_for_copies_in_the_background_are_counted(gpu: ModuleType) -> None:
+    """PyTorch reports those for copies that block only."""
+    device, found = torch.device("cuda:0"), dict[str, Any]()
+    with StandIn():
+        values = torch.ones(4, device=device)
+        with gpu.counted_waits(device, found):
+            values.cpu()
+            ToHost(values, torch.float32).result()
+    assert found["waits"] == 2
 
 
 @pytest.mark.slow

@@ -10,9 +10,12 @@ from torch import nn
 
 import fistapruner
 import tiny
+from fistapruner.errors import FistaPrunerError
 from fistapruner.runs.listener import Listener
 from fistapruner.runtime.devices import choose_device, free_memory_of_gpus, worker_devices
 from fistapruner.runtime.numerics import exact_in_fast_products
+from fistapruner.runtime.ranks import ranks_of_run
+from fistapruner.runtime.transfers import ToDevice, ToHost, page_locked
 from standin.gpu import StandIn
 
 SETTINGS = {"method": "magnitude", "calibration": {"source": "python", "samples": 2, "seqlen": 16}}
@@ -41,9 +44,36 @@ def test_the_gpu_with_most_free_memory(gpu: StandIn, monkeypatch: pytest.MonkeyP
     assert not gpu.touched
 
 
+def test_the_only_process_of_a_machine_takes_the_gpu_that_a_run_takes(
+    gpu: StandIn, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Not the one of its number: tensors and sums of several processes are on one GPU."""
+
+    def fail(*_: object, **__: object) -> None:
+        raise RuntimeError("no network")
+
+    for name, value in {"RANK": "1", "WORLD_SIZE": "2", "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "1"}.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setenv("STAND_IN_GPUS", f"{2**30},0")
+    monkeypatch.setattr(torch.distributed, "init_process_group", fail)
+    free_memory_of_gpus.cache_clear()
+    try:
+        with pytest.raises(FistaPrunerError, match="no network"), ranks_of_run("auto"):
+            pass
+        assert gpu.touched == {choose_device("auto")} == {torch.device("cuda", 1)}
+    finally:
+        free_memory_of_gpus.cache_clear()
+
+
 def test_a_run_on_one_gpu_touches_no_other(gpu: StandIn, tmp_path: Path) -> None:
     folder = tiny.save("llama", tmp_path / "model", num_hidden_layers=1)
     fistapruner.prune(str(folder), tmp_path / "run", **SETTINGS, execution={"device": "cuda:1"})
+    assert gpu.touched == {torch.device("cuda", 1)}
+
+
+def test_copies_of_one_gpu_touch_no_other(gpu: StandIn) -> None:
+    there = ToDevice(page_locked((4,), torch.float32).fill_(2.0), torch.device("cuda", 1)).result()
+    assert ToHost(there, torch.float32).result().tolist() == [2.0] * 4
     assert gpu.touched == {torch.device("cuda", 1)}
 
 

@@ -14,6 +14,7 @@ import fistapruner
 import tiny
 from fistapruner.errors import FistaPrunerError
 from fistapruner.execution.context import RunContext
+from fistapruner.execution.layer_parallel import prune_layers_in_parallel
 from fistapruner.execution.operator_parallel import ParallelSolver
 from fistapruner.execution.pool import Event, Job, PartJob
 from fistapruner.execution.serial import prune_serially
@@ -166,6 +167,7 @@ class OneWorker:
     def __init__(self, gpu: StandIn, worker: Worker) -> None:
         self.gpu, self.worker = gpu, worker
         self.emptied: list[int] = []
+        self.memory = gpu.memory
         self._events: list[Event] = []
 
     def _tell(self, event: Event) -> None:
@@ -174,7 +176,9 @@ class OneWorker:
 
     def start(self, worker: int, job: Job | PartJob) -> None:
         self.emptied.append(self.gpu.emptied)
+        before, self.gpu.memory = self.gpu.memory, self.memory
         self.worker.run(asdict(job), self._tell)
+        self.gpu.memory = before
 
     def wait(self) -> list[tuple[int, Event]]:
         events, self._events = self._events, []
@@ -188,7 +192,10 @@ class OneWorker:
 
 
 def test_processes_that_share_a_gpu_take_turns_with_its_memory(gpu: StandIn, deep: Path, tmp_path: Path) -> None:
-    """What passes have freed is there for the workers' first part, and what a part has freed for all."""
+    """What passes have freed is there for the workers' first part, and what a part has freed for all.
+
+    A group for which a worker has too little is solved all the same.
+    """
     out = tmp_path / "run"
     prune(deep, out, method="wanda", propagate="pruned", only_layers=(0, 0))
     work = RunContext.open(out)
@@ -201,6 +208,22 @@ def test_processes_that_share_a_gpu_take_turns_with_its_memory(gpu: StandIn, dee
     assert begun[0] > before
     assert begun[3] > done[2]
     assert all(after > at for at, after in zip(begun, done, strict=True))
+    pool.memory, gpu.refused, pool.emptied = 1000, 0, []
+    prune_serially(work, {2}, Listener(), solver=ParallelSolver(pool, work.hidden, work.recipe.steps))
+    assert gpu.refused == 2  # the first part of each group; then this process solves the group
+    begun, done = pool.emptied[::2], pool.emptied[1::2]
+    assert all(after > at for at, after in zip(begun, done, strict=True))
+
+
+def test_memory_of_the_embeddings_is_there_for_the_workers(gpu: StandIn, deep: Path, tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    prune(deep, out, method="magnitude", propagate="dense", only_layers=(0, 0))
+    work = RunContext.open(out)
+    work.hidden.mkdir(parents=True, exist_ok=True)
+    pool = OneWorker(gpu, Worker(out, "", "cuda:0", Permissions()))
+    before = gpu.emptied
+    prune_layers_in_parallel(work, {1}, pool, Listener())
+    assert pool.emptied[0] > before
 
 
 STATES: dict[str, Any] = {

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -11,12 +12,30 @@ from torch import Tensor, nn
 import tiny
 from fistapruner.activations.store import scratch_factory
 from fistapruner.calibration.training_text import TrainingText
+from fistapruner.evaluation.scoring import compare_tokens, score_tokens
+from fistapruner.models.discovery import discover
 from fistapruner.models.files.checkpoint import Checkpoint
 from fistapruner.models.layerwise import LayerwiseModel
+from fistapruner.recipes.recover_settings import RecoverRecipe
+from fistapruner.runtime.numerics import Budgets
 from fistapruner.tuning.losses import Loss
 from fistapruner.tuning.objective import Objective
+from fistapruner.tuning.steppers import FirstOrder
 from fistapruner.tuning.teacher import Kind, Teacher
+from fistapruner.tuning.trained import Trained
 from standin.gpu import StandIn
+
+CUDA = torch.device("cuda:0")
+
+
+def text_of(tokens: Tensor) -> TrainingText:
+    """Windows whose tokens all carry the loss."""
+    nothing = torch.zeros(len(tokens), dtype=torch.int64)
+    return TrainingText(tokens, torch.ones_like(tokens).bool(), nothing.bool(), nothing, ("text",), {})
+
+
+def values(index: int, layer: nn.Module) -> dict[str, Tensor]:
+    return {name: parameter.detach() for name, parameter in layer.named_parameters()}
 
 
 @pytest.mark.parametrize(
@@ -34,11 +53,7 @@ def test_gradients_are_the_cpus(gpu: StandIn, tmp_path: Path, architecture: str,
     """Nothing adds in no fixed order; hidden states stay on the device; nothing is left there."""
     folders = [tiny.save(architecture, tmp_path / str(seed), seed=seed) for seed in (1, 2)]
     tokens = torch.randint(3, tiny.VOCABULARY, (3, 12), generator=torch.Generator().manual_seed(0))
-    nothing = torch.zeros(3, dtype=torch.int64)
-    text = TrainingText(tokens, torch.ones_like(tokens).bool(), nothing.bool(), nothing, ("text",), {})
-
-    def values(index: int, layer: nn.Module) -> dict[str, Tensor]:
-        return {name: parameter.detach() for name, parameter in layer.named_parameters()}
+    text = text_of(tokens)
 
     def measured(place: str) -> tuple[float, Tensor, dict[str, Tensor]]:
         device = torch.device(place)
@@ -65,3 +80,57 @@ def test_gradients_are_the_cpus(gpu: StandIn, tmp_path: Path, architecture: str,
     torch.testing.assert_close(sums, expected[1], rtol=1e-5, atol=1e-5)
     for name, gradient in gradients.items():
         torch.testing.assert_close(gradient, expected[2][name], rtol=1e-4, atol=1e-6)
+
+
+def test_the_host_waits_no_more_often_for_more_slices_of_tokens(gpu: StandIn, tmp_path: Path) -> None:
+    """Of the losses and gradients of training, and of the sums of an evaluation."""
+    model = LayerwiseModel(Checkpoint.open(tiny.save("llama", tmp_path / "model")), CUDA)
+    tokens = torch.randint(3, tiny.VOCABULARY, (2, 12), generator=torch.Generator().manual_seed(0))
+    hidden = torch.randn(12, model.width, device=CUDA)
+    targets = tokens[0].to(CUDA)
+    waits = []
+    for rows in (24, 1):
+        budgets = Budgets(2 * 4 * model.vocabulary * rows)
+        store = scratch_factory(None, model.dtype, CUDA)
+        objective = Objective(model, text_of(tokens), Loss(0.0), None, 2, store, budgets=budgets)
+        with objective.resident():
+            objective.losses([0], lambda index, layer: [{}])
+            gpu.waits.clear()
+            objective.losses([0, 1], lambda index, layer: [{}, values(index, layer)])
+            objective.gradient([0, 1], values, lambda index, layer, gradients: None)
+            score_tokens(hidden, targets, model.head, model.vocabulary, budgets)
+            compare_tokens(hidden, hidden, targets, model.head, model.head, model.vocabulary, budgets)
+        waits.append(Counter(gpu.waits))
+        for what, place in gpu.waits:
+            if what == "_local_scalar_dense" and place.startswith("models/layerwise.py"):
+                del waits[-1][what, place]  # transformers looks for packed windows
+    assert waits[0] == waits[1]
+
+
+def test_a_step_waits_once_for_the_norms_of_all_gradients(gpu: StandIn, tmp_path: Path) -> None:
+    """And for nothing else of the trained tensors."""
+    model = LayerwiseModel(Checkpoint.open(tiny.save("llama", tmp_path / "model")), CUDA)
+    tokens = torch.randint(3, tiny.VOCABULARY, (2, 12), generator=torch.Generator().manual_seed(0))
+    recipe = RecoverRecipe.build({"parameters": "full"})
+    objective = Objective(model, text_of(tokens), Loss(0.0), None, 2, scratch_factory(None, model.dtype, CUDA))
+    with objective.resident():
+        steps = FirstOrder(Trained(model, discover(model), recipe), objective)
+        steps.step(0, [0, 1], 1.0)
+        gpu.waits.clear()
+        steps.step(1, [0, 1], 1.0)
+    places = ("tuning/forms", "tuning/masked", "tuning/steppers", "tuning/trained.py")
+    assert [what for what, place in gpu.waits.elements() if place.startswith(places)] == ["tolist"]
+
+
+def test_batches_are_sent_without_a_wait(gpu: StandIn, tmp_path: Path) -> None:
+    """Token ids, their places and the teacher's predictions."""
+    model = LayerwiseModel(Checkpoint.open(tiny.save("llama", tmp_path / "model")), CUDA)
+    tokens = torch.randint(3, tiny.VOCABULARY, (2, 12), generator=torch.Generator().manual_seed(0))
+    teacher = Teacher(model, tokens, tmp_path / "teacher", batch_size=2, kind="top64")
+    store = scratch_factory(None, model.dtype, CUDA)
+    objective = Objective(model, text_of(tokens), Loss(0.5), teacher, 2, store)
+    with objective.resident():
+        objective.gradient([0, 1], values, lambda index, layer, gradients: None)
+        gpu.waits.clear()
+        objective.gradient([0, 1], values, lambda index, layer, gradients: None)
+    assert "to device" not in {what for what, _ in gpu.waits}

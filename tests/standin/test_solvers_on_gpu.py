@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from fistapruner.constraints import parse_sparsity
+from fistapruner.errors import FistaPrunerError
 from fistapruner.problem import DriftFrom, LayerProblem, ProblemSums
 from fistapruner.pruning.partition import solve_in_parts
 from fistapruner.recipes.settings import Recipe
@@ -87,6 +88,27 @@ def test_an_inverse_takes_the_place_of_its_factor(gpu: StandIn, n: int) -> None:
     assert inverse.data_ptr() == factor.data_ptr()
     assert torch.allclose(inverse.cpu() @ gram, torch.eye(n), atol=1e-3)
     assert torch.equal(inverse, inverse.T)
+
+
+@pytest.mark.skipif(REAL, reason="only the stand-in counts waits")
+def test_a_problem_is_checked_with_one_wait(gpu: StandIn) -> None:
+    there = problem(LAST)
+    gpu.waits.clear()
+    there.check_finite()
+    assert sum(gpu.waits.values()) == 1
+    there.gram[3, 4] = float("nan")
+    with pytest.raises(FistaPrunerError, match=r"^a\+b: the Gram of the calibration activations contains NaN"):
+        there.check_finite()
+
+
+@pytest.mark.skipif(REAL, reason="only the stand-in counts waits")
+def test_exchanges_wait_for_nothing_but_whether_there_are_more(gpu: StandIn) -> None:
+    waits = []
+    for swaps in (1, 2):
+        gpu.waits.clear()
+        solve(problem(LAST), "50%", ["wanda", {"swap": {"swaps": swaps}}])
+        waits.append(Counter(what for what, place in gpu.waits.elements() if place.startswith("solvers/swap.py")))
+    assert set(waits[1] - waits[0]) == {"_local_scalar_dense"}
 
 
 def test_parts_of_a_group(gpu: StandIn) -> None:

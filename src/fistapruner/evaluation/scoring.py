@@ -76,11 +76,14 @@ def score_tokens(hidden: Tensor, targets: Tensor, head: Head, vocabulary: int, b
         vocabulary: width of the logits.
         budgets: bytes of logits at once.
     """
-    total = 0.0
+    sums = []
     for start, stop in slices(len(targets), 4 * vocabulary, budgets.head):
         logits, wanted = head(hidden[start:stop]), targets[start:stop]
         parts = [token_nll(logits[a:b], wanted[a:b]) for a, b in budgets.cache(logits)]
-        total += float(torch.cat(parts).double().sum())
+        sums.append(torch.cat(parts).double().sum())
+    total = 0.0
+    for value in torch.stack(sums).tolist():  # one after the other: sum() of Python 3.12 gives other last bits
+        total += value
     return total
 
 
@@ -94,11 +97,14 @@ def compare_tokens(
     budgets: Budgets = BUDGETS,
 ) -> tuple[float, float, float, float]:
     """Sum NLL, reference NLL, KL and top-1 agreements over ``targets`` (see :func:`score_tokens`)."""
-    total = torch.zeros(4, dtype=torch.float64)
+    sums = []
     for start, stop in slices(len(targets), 4 * vocabulary, budgets.head // 2):
         p, q, wanted = head(hidden[start:stop]), reference_head(reference_hidden[start:stop]), targets[start:stop]
         parts = [torch.stack(token_divergence(p[a:b], q[a:b], wanted[a:b])) for a, b in budgets.cache(p)]
-        total += torch.cat(parts, dim=1).double().sum(1).cpu()
+        sums.append(torch.cat(parts, dim=1).double().sum(1))
+    total = torch.zeros(4, dtype=torch.float64)
+    for found in torch.stack(sums).cpu():
+        total += found
     nll, reference_nll, kl, agree = total.tolist()
     return nll, reference_nll, kl, agree
 

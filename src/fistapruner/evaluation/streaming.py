@@ -24,6 +24,7 @@ from ..models.layerwise import LayerwiseModel, Tick
 from ..runtime.formatting import size
 from ..runtime.memory import free_memory, release_failed_memory, resident_memory
 from ..runtime.numerics import BUDGETS, slices, windows_at_once
+from ..runtime.transfers import sent
 from .scoring import WindowSums, compare_tokens, score_tokens
 
 log = logging.getLogger("fistapruner")
@@ -264,7 +265,7 @@ def _reduce(
     ):
         heads = [model.head for model in models]
         for window in range(len(tokens)):
-            targets = tokens[window, 1:].to(models[0].device)
+            targets = sent(tokens[window, 1:], models[0].device)
             pairs = zip(states, models, strict=True)
             hidden = [
                 found.read(first + window, first + window + 1, model.device)[0, :-1] for (found, first), model in pairs

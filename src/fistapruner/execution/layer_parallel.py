@@ -11,6 +11,7 @@ from collections.abc import Collection
 
 from ..errors import FistaPrunerError
 from ..runs.listener import Listener
+from ..runtime.memory import release_device_memory
 from .context import RunContext
 from .pool import Event, Job, Pool, run_jobs
 
@@ -30,6 +31,7 @@ def prune_layers_in_parallel(work: RunContext, todo: Collection[int], pool: Pool
         FistaPrunerError: a worker reports an error of the user's input, or dies repeatedly at the same layer.
     """
     work.embed(_file(0), on_disk=True)[0].close(keep=True)
+    release_device_memory()  # that of the embeddings, for the worker that shares this process's GPU
     run_jobs(pool, _LayerSchedule(work, todo, listener))
 
 

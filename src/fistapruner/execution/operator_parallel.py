@@ -8,6 +8,7 @@ group, the part's rows of the other tensors, and the solution.
 from __future__ import annotations
 
 import json
+import logging
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -20,7 +21,9 @@ from ..problem import LayerProblem
 from ..pruning.partition import cut, join, part_of, rows_of, solve_in_parts, solve_part
 from ..runtime.memory import release_device_memory
 from ..solvers.base import Method, Solution
-from .pool import Event, PartJob, Pool, run_jobs
+from .pool import Event, NoRoom, PartJob, Pool, run_jobs
+
+log = logging.getLogger("fistapruner")
 
 GRAM = "gram"
 """Name of the file with a group's Gram."""
@@ -29,7 +32,8 @@ GRAM = "gram"
 class ParallelSolver:
     """Solve groups of operators on the workers of a pool.
 
-    The result is that of :func:`~fistapruner.pruning.partition.solve_in_parts`.
+    The result is that of :func:`~fistapruner.pruning.partition.solve_in_parts`, which solves a group in this process
+    where the GPUs of all workers have too little memory.
 
     Args:
         pool: the workers; the caller closes it.
@@ -66,12 +70,17 @@ class ParallelSolver:
         for part, job in zip(parts, jobs, strict=True):
             write_tensors(self._folder / job.problem, rows_of(part_of(problem, part)))
         release_device_memory()  # what the passes have freed, for the workers that share this process's GPU
-        run_jobs(self._pool, _PartSchedule(jobs))
-        solution = join(
-            problem, parts, (_read_solution(self._folder / job.solution, problem.weight.device) for job in jobs)
-        )
+        try:
+            run_jobs(self._pool, _PartSchedule(jobs))
+        except NoRoom:
+            log.warning("the GPU memory of all workers ran out at %s, which this process solves", problem.label)
+            solution = solve_in_parts(problem, sparsity, steps)
+        else:
+            solution = join(
+                problem, parts, (_read_solution(self._folder / job.solution, problem.weight.device) for job in jobs)
+            )
         for name in [GRAM, *(name for job in jobs for name in (job.problem, job.solution))]:
-            (self._folder / name).unlink()
+            (self._folder / name).unlink(missing_ok=True)
         return solution
 
 

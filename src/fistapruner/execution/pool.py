@@ -26,8 +26,18 @@ Event = dict[str, Any]
 ``passed``: the decoder layer's dense output is written;
 ``done``: the job is finished and its result is on disk;
 ``failed`` (``message``): an error of the user's input;  ``broken`` (``message``): an error of this program;
-``lost`` (``message``): the worker died.
+``lost`` (``message``): the worker died;
+``short``: the memory of the worker's GPU ran out; it is ready for smaller jobs.
 """
+
+
+class NoRoom(FistaPrunerError):
+    """The memory of every worker's GPU has run out."""
+
+    def __init__(self, what: str) -> None:
+        super().__init__(
+            f"{what}: the GPU memory of all workers ran out: give the same prune command again with fewer --workers"
+        )
 
 
 @dataclass(frozen=True)
@@ -105,7 +115,7 @@ class Schedule(Protocol[J]):
         """Remove and return the next job that can start now; None if there is none."""
 
     def put_back(self, job: J) -> None:
-        """Queue a job again, first in line, because its worker died."""
+        """Queue a job again, first in line, because its worker died or ran out of memory."""
 
     def progress(self, job: J, event: Event) -> None:
         """Note an event of a running job."""
@@ -117,19 +127,23 @@ class Schedule(Protocol[J]):
 def run_jobs(pool: Pool, schedule: Schedule[J]) -> None:
     """Run all jobs of ``schedule`` on the workers of ``pool``; jobs of dead workers run again.
 
+    A worker whose GPU's memory runs out gets no more of them; the others do its job.
+
     Args:
         pool: the workers; the caller closes it.
         schedule: the jobs.
 
     Raises:
+        NoRoom: the memory of every worker's GPU ran out.
         FistaPrunerError: a worker reports an error of the user's input, or dies of the same job :data:`ATTEMPTS` times.
         RuntimeError: a worker reports an error of this program.
     """
     running: dict[int, J] = {}
     deaths = Counter[str]()
+    short = set[int]()
     while schedule.unfinished():
         for worker in range(pool.size):
-            if worker not in running and (job := schedule.take()) is not None:
+            if worker not in running and worker not in short and (job := schedule.take()) is not None:
                 running[worker] = job
                 pool.start(worker, job)
         for worker, event in pool.wait():
@@ -147,6 +161,12 @@ def run_jobs(pool: Pool, schedule: Schedule[J]) -> None:
                     if current is not None:
                         schedule.put_back(running.pop(worker))
                     pool.revive(worker)
+                case "short":
+                    schedule.put_back(running.pop(worker))
+                    short.add(worker)
+                    if len(short) == pool.size:
+                        raise NoRoom(what)
+                    log.warning("the GPU memory of a worker ran out at %s, which another worker does", what)
                 case "failed":
                     raise FistaPrunerError(event["message"])
                 case "broken":

@@ -22,7 +22,7 @@ from ..recipes.execution_settings import Execution
 from .context import RunContext
 from .pool import Event, Job, PartJob
 
-ENDS = ("done", "failed", "broken", "lost")
+ENDS = ("done", "failed", "broken", "lost", "short")
 """Events that end a job."""
 
 REACH_SECONDS = 10.0

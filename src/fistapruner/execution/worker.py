@@ -27,7 +27,7 @@ from ..activations.stream import Calls
 from ..errors import FistaPrunerError
 from ..models.source import Permissions
 from ..pruning.context import LayerEvents, LayerStreams
-from ..runtime.memory import release_device_memory
+from ..runtime.memory import release_device_memory, release_failed_memory
 from ..runtime.numerics import exact_products
 from .context import RunContext
 from .operator_parallel import do_part
@@ -68,6 +68,13 @@ class Worker:
             tell: receives the events.
         """
         torch.set_num_threads(self.work.numerics.threads)
+        event = self._run(job, tell)
+        if event["event"] == "short":
+            release_failed_memory()
+        tell(event)
+
+    def _run(self, job: dict[str, Any], tell: Callable[[Event], None]) -> Event:
+        """Run a job and return the event of its end."""
         try:
             with exact_products():
                 if "solution" in job:
@@ -75,14 +82,13 @@ class Worker:
                     release_device_memory()  # for the processes that share the GPU
                 else:
                     self._do_layer(Job(**job), tell)
-            tell({"event": "done"})
+            return {"event": "done"}
         except FistaPrunerError as error:
-            tell({"event": "failed", "message": str(error)})
+            return {"event": "failed", "message": str(error)}
         except torch.OutOfMemoryError:  # of a part: layers step down (RunContext.prune)
-            advice = "give the same prune command again with fewer --workers"
-            tell({"event": "failed", "message": f"the memory of {self.work.model.device} ran out: {advice}"})
+            return {"event": "short"}
         except Exception:
-            tell({"event": "broken", "message": traceback.format_exc()})
+            return {"event": "broken", "message": traceback.format_exc()}
 
     def _do_layer(self, job: Job, tell: Callable[[Event], None]) -> None:
         """Prune one decoder layer, or run hidden states through it."""

@@ -29,6 +29,7 @@ from transformers.pytorch_utils import Conv1D
 
 from ..errors import FistaPrunerError
 from ..runtime.numerics import pass_dtype
+from ..runtime.transfers import sent
 from .architecture import build_model, checkpoint_names, find_decoder_layers, loaded_dtype, refuse_experts, unsupported
 from .experts import separate_experts
 from .files.checkpoint import Checkpoint
@@ -314,7 +315,8 @@ class LayerwiseModel:
             rows: (tokens, width) output of the last decoder layer, at most :attr:`max_head_rows` tokens.
             gradients: as for :meth:`logits`.
         """
-        return self.logits(rows[None], torch.zeros(1, len(rows), dtype=torch.int64), gradients=gradients)[0]
+        ids = torch.zeros(1, len(rows), dtype=torch.int64, device=self.device)
+        return self.logits(rows[None], ids, gradients=gradients)[0]
 
     def logits(self, hidden: Tensor, tokens: Tensor, *, gradients: bool = False) -> Tensor:
         """Compute logits from the last decoder layer's output. Needs :meth:`embeddings_and_head`.
@@ -500,7 +502,7 @@ class LayerwiseModel:
             layer.forward = replacement(index)
         try:
             with torch.set_grad_enabled(gradients):
-                return self.model(input_ids=tokens.to(self.device), use_cache=False)
+                return self.model(input_ids=sent(tokens, self.device), use_cache=False)
         except _Stop:
             return None
         finally:

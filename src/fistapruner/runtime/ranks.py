@@ -21,11 +21,16 @@ import torch
 from torch import Tensor
 
 from ..errors import FistaPrunerError, OtherRankFailed
+from .devices import choose_device
 
 T = TypeVar("T")
 
 PATIENCE = timedelta(days=7)
-"""How long a rank waits for the others. A rank that ends is noticed at once, whatever this is."""
+"""How long a rank waits for the others.
+
+Gloo notices at once that a rank has ended, whatever this is. Nccl does not: there ``torchrun``, or what else has
+started the ranks, ends the others.
+"""
 
 VISIBLE_SECONDS = 60.0
 """How long a file that another rank wrote may take to be seen; network file systems remember what was not there."""
@@ -113,12 +118,15 @@ class Ranks:
         Raises:
             OtherRankFailed: another rank has failed, and said why.
             FistaPrunerError: the connection has failed, or another rank has ended without a word.
+            torch.OutOfMemoryError: a GPU has no memory for an exchange.
         """
         try:
             yield
         except torch.OutOfMemoryError:
             raise
         except RuntimeError as error:
+            if "out of memory" in str(error).lower():  # nccl's errors have no type of their own
+                raise torch.OutOfMemoryError(str(error)) from None
             with suppress(RuntimeError, ValueError):
                 store, key = self._message()
                 if store.check([key]):
@@ -290,10 +298,10 @@ def _join(device: str) -> bool:
     """Make the process group that a launcher's environment variables describe; return whether it has nccl."""
     if not torch.distributed.is_available():
         raise FistaPrunerError("several processes were started, and this PyTorch has no torch.distributed")
-    local = int(os.environ.get("LOCAL_RANK", "0") or 0)
     gpu = device != "cpu" and torch.cuda.is_available()
     if gpu:
-        torch.cuda.set_device(local_gpu(device, local))
+        _check_gpus(device)
+        torch.cuda.set_device(choose_device(device))
     try:
         torch.distributed.init_process_group("cpu:gloo,cuda:nccl" if gpu else "gloo", timeout=PATIENCE)
     except (RuntimeError, ValueError) as error:
@@ -301,21 +309,13 @@ def _join(device: str) -> bool:
     return gpu
 
 
-def local_gpu(device: str, local: int) -> int:
-    """Return the number of the GPU of a process.
-
-    Args:
-        device: that the recipe names.
-        local: rank of the process on its machine.
-
-    Raises:
-        FistaPrunerError: there are more processes than GPUs, or all are told to take one.
-    """
-    count, processes = torch.cuda.device_count(), int(os.environ.get("LOCAL_WORLD_SIZE", "1") or 1)
+def _check_gpus(device: str) -> None:
+    """Refuse more processes on this machine than it has GPUs, and several that are told to take one."""
+    local, processes = int(os.environ.get("LOCAL_RANK") or 0), int(os.environ.get("LOCAL_WORLD_SIZE") or 1)
+    count = torch.cuda.device_count()
     if processes > 1 and ":" in device:
         raise FistaPrunerError(f"device {device!r}: {processes} processes need a GPU each; name cuda without a number")
     if local >= count:
         raise FistaPrunerError(
             f"{processes} processes on a machine with {count} GPUs: start at most one for each GPU, or take device cpu"
         )
-    return int(device.partition(":")[2]) if ":" in device else local

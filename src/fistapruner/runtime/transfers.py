@@ -13,7 +13,8 @@ PyTorch reuses memory that is freed, page-locked or on the GPU, only after the c
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from functools import lru_cache
 
 import torch
@@ -31,6 +32,20 @@ def page_locked(shape: Sequence[int], dtype: torch.dtype) -> Tensor:
         return torch.empty(shape, dtype=dtype)
 
 
+def sent(values: Tensor, device: torch.device) -> Tensor:
+    """Copy a small tensor to a device; the host does not wait for a GPU.
+
+    Where the system gives no page-locked memory it waits.
+    """
+    if device.type == "cpu" or values.device.type != "cpu":
+        return values.to(device)
+    try:
+        values = values.pin_memory()
+    except RuntimeError:
+        return values.to(device)
+    return values.to(device, non_blocking=True)
+
+
 class ToDevice:
     """A copy to a GPU that is under way.
 
@@ -44,7 +59,7 @@ class ToDevice:
         self._copy = torch.empty(values.shape, dtype=values.dtype, device=device)
         stream = _copy_stream(device)
         stream.wait_stream(torch.cuda.current_stream(device))
-        with torch.cuda.stream(stream):
+        with _on(stream, device):
             self._copy.copy_(values, non_blocking=True)
         self._copy.record_stream(stream)
         self._done = stream.record_event()
@@ -68,7 +83,7 @@ class ToHost:
         self._copy = page_locked(values.shape, dtype)
         stream = _copy_stream(values.device)
         stream.wait_stream(torch.cuda.current_stream(values.device))
-        with torch.cuda.stream(stream):
+        with _on(stream, values.device):
             self._copy.copy_(self._values, non_blocking=True)
         self._values.record_stream(stream)
         self._done = stream.record_event()
@@ -77,6 +92,16 @@ class ToHost:
         """Wait for the copy and return it."""
         self._done.synchronize()
         return self._copy
+
+
+@contextmanager
+def _on(stream: torch.cuda.Stream, device: torch.device) -> Iterator[None]:
+    """Queue copies on a stream of ``device`` inside the block, with no CUDA context on the GPU that was current.
+
+    ``torch.cuda.stream`` alone would make one: at its end it sets the stream of the GPU that was current before.
+    """
+    with torch.cuda.device(device), torch.cuda.stream(stream):
+        yield
 
 
 @lru_cache

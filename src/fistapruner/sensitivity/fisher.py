@@ -35,6 +35,7 @@ from ..errors import FistaPrunerError
 from ..models.discovery import Layout
 from ..models.layerwise import LayerwiseModel, Tick
 from ..runtime.numerics import add_gram, dtype_name, exact_in_fast_products, fast_products, mirror
+from ..runtime.transfers import sent
 
 HEAD_TOKENS = 512
 """Tokens whose logits are computed at once."""
@@ -286,7 +287,7 @@ def loss_gradient(
             for start in range(0, hidden.seqlen, head_tokens):
                 tokens = slice(start, start + head_tokens)
                 part = states[:, tokens].requires_grad_()
-                ids = torch.zeros(part.shape[:2], dtype=torch.int64)
+                ids = torch.zeros(part.shape[:2], dtype=torch.int64, device=model.device)
                 with torch.enable_grad():
                     logits = model.logits(part, ids, gradients=True)
                 # Gradient of the log-likelihood: 1 at the drawn label, minus every label's probability.
@@ -312,5 +313,5 @@ def draw_labels(probabilities: Tensor, generator: torch.Generator) -> Tensor:
         generator: of the CPU, so that labels do not depend on the device but for rounding.
     """
     sums = probabilities.cumsum(-1)
-    uniform = torch.rand(len(sums), 1, generator=generator).to(sums.device)
+    uniform = sent(torch.rand(len(sums), 1, generator=generator), sums.device)
     return torch.searchsorted(sums, uniform * sums[:, -1:])

@@ -120,8 +120,9 @@ class Swap(Method):
             into = add.flatten(1).gather(1, place[:, None])[:, 0]
             _sweep(table, border, out, moving, removing=True)
             _sweep(table, border, into, moving, removing=False)
-            mask[every[moving], out[moving]] = False
-            mask[every[moving], into[moving]] = True
+            # A mask as index would make the host wait for a GPU.
+            mask.scatter_(1, out[:, None], mask.gather(1, out[:, None]) & ~moving[:, None])
+            mask.scatter_(1, into[:, None], mask.gather(1, into[:, None]) | moving[:, None])
             count += moving
         return mask, count
 

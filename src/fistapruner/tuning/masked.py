@@ -135,7 +135,9 @@ class MaskedParameters:
             value = rounding(name, exact.detach().to(tensor.dtype)).to(tensor.dtype).contiguous()
             if name in self.masks:
                 mask, kept = self._matrix(name, self.masks[name]), value.bool()
-                if not torch.equal(mask, kept):
+                if value.is_cuda:  # no wait of the host for what torch.equal finds
+                    value = torch.where(mask == kept, value, tensor)
+                elif not torch.equal(mask, kept):
                     value = torch.where(mask & kept, value, tensor)
             values[name] = value
         return values

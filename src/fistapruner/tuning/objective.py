@@ -40,6 +40,7 @@ from ..models.layerwise import LayerwiseModel
 from ..runtime.memory import release_memory
 from ..runtime.numerics import BUDGETS, Budgets, ordered_attention, slices
 from ..runtime.ranks import ALONE, OrderedSum, Ranks
+from ..runtime.transfers import sent
 from .losses import Loss
 from .teacher import Teacher
 
@@ -281,11 +282,11 @@ class Objective:
         where = self._where(numbers)
         device = self.model.device
         windows, positions = where.nonzero(as_tuple=True)
-        targets = self.text.tokens[numbers][windows, positions + 1].to(device)
+        targets = sent(self.text.tokens[numbers][windows, positions + 1], device)
         predictions = None
         if self.teacher is not None and token_loss.share > 0:
             predictions = self.teacher.predictions(numbers, where)
-        place = windows.to(device), positions.to(device)
+        place = sent(windows, device), sent(positions, device)
         rows = [each[place] for each in hidden]
         below = None if factor is None else torch.zeros_like(rows[0])
         losses: list[list[Tensor]] = [[] for _ in hidden]
@@ -295,13 +296,13 @@ class Objective:
                 part = each[start:stop].requires_grad_(factor is not None)
                 logits = self.model.head(part, gradients=factor is not None)
                 found, above = token_loss.tokens(logits, targets[start:stop], reference, factor, self.budgets)
-                losses[variant].append(found.double().cpu())
+                losses[variant].append(found.double())
                 if below is not None:
                     (below[start:stop],) = torch.autograd.grad(logits, part, above)
         sums = torch.zeros(len(hidden), len(numbers), dtype=torch.float64)
         for variant, parts in enumerate(losses):
             if parts:
-                sums[variant].index_add_(0, windows, torch.cat(parts))
+                sums[variant].index_add_(0, windows, torch.cat(parts).cpu())
         if below is None:
             return sums, None
         gradient = torch.zeros_like(hidden[0])

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from ..activations.stream import Variants
 from ..calibration.pairs import Pairs
+from ..runtime.transfers import sent
 from .losses import Loss
 from .objective import Objective
 from .preference import margins_of, preference_losses
@@ -146,4 +147,4 @@ class PairObjective(AnswerObjective):
 
 def _scaled(gradient: Tensor, factors: Tensor) -> Tensor:
     """Multiply the gradient of each window with a number, rounded once."""
-    return (gradient.float() * factors.to(gradient.device, torch.float32)[:, None, None]).to(gradient.dtype)
+    return (gradient.float() * sent(factors.float(), gradient.device)[:, None, None]).to(gradient.dtype)

@@ -31,6 +31,7 @@ from ..models.layerwise import LayerwiseModel, Tick
 from ..runtime.files import disk_errors, write_json_atomic
 from ..runtime.numerics import BUDGETS, slices
 from ..runtime.ranks import ALONE, Ranks
+from ..runtime.transfers import sent
 from .losses import DenseLogits, Reference, TopTokens
 
 Kind = Literal["hidden", "top128", "top64"]
@@ -229,7 +230,8 @@ class Teacher:
         """
         found = [self._read(window) for window in windows]
         stored = {
-            name: torch.stack([each[name] for each in found])[where].to(self.dense.device) for name in STORED[self.kind]
+            name: sent(torch.stack([each[name] for each in found])[where], self.dense.device)
+            for name in STORED[self.kind]
         }
         return Predictions(self.dense, stored)
 

@@ -101,7 +101,7 @@ class Trained:
         found = {sources[name]: gradient for name, gradient in gradients.items()}
         return self.parameters(index, layer).chain(found)
 
-    def step(self, index: int, layer: nn.Module, gradients: Mapping[str, Tensor], factor: float) -> float:
+    def step(self, index: int, layer: nn.Module, gradients: Mapping[str, Tensor], factor: float) -> list[Tensor]:
         """Take one step of AdamW with the trained tensors of a layer.
 
         Args:
@@ -111,20 +111,20 @@ class Trained:
             factor: of the first learning rate: schedule and patience.
 
         Returns:
-            The squared norm of the gradients.
+            The norm of each tensor's gradient, 0-dim fp64 on the device.
         """
         if not self._sources[index]:
-            return 0.0
+            return []
         # Copied, since the best tensors may be these.
         masters = {name: tensor.clone() for name, tensor in self._states.get("trained", index).items()}
         parameters = self.parameters(index, layer, masters)
         firsts, seconds = self._states.get("first_moment", index), self._states.get("second_moment", index)
         rates = self.rates(index, parameters)
         self._steps[index] += 1
-        trained, squares = {}, 0.0
+        trained, norms = {}, []
         for name, master in parameters.masters.items():
             gradient = gradients[name]
-            squares += float(torch.linalg.vector_norm(gradient, dtype=torch.float64)) ** 2
+            norms.append(torch.linalg.vector_norm(gradient, dtype=torch.float64))
             for moments in (firsts, seconds):
                 if name not in moments:
                     moments[name] = torch.zeros_like(gradient)
@@ -142,7 +142,7 @@ class Trained:
         self.replace(index, trained)
         self._states.put("first_moment", index, firsts)
         self._states.put("second_moment", index, seconds)
-        return squares
+        return norms
 
     def result(self, index: int, layer: nn.Module) -> dict[str, Tensor]:
         """Return the changed tensors of a layer by checkpoint name, rounded once, in main memory.
