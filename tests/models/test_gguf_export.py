@@ -283,7 +283,6 @@ def test_bad_input_is_refused_and_leaves_nothing(
         ([folder / "config.json", "out.gguf"], "config.json is neither a run directory nor a folder with"),
         ([unfinished, "out.gguf"], f"no finished checkpoint: go on with 'fistapruner resume {unfinished}'"),
         ([unfinished, "out.gguf", "--like", source], f"go on with 'fistapruner resume {unfinished}'"),
-        ([folder, "no/out.gguf", "--like", source], "out.gguf"),
     ):
         model, out, *rest = arguments
         assert main(["export", str(model), str(tmp_path / str(out)), *map(str, rest)]) == 2

@@ -746,7 +746,7 @@ def test_documents_shared_with_the_evaluation_are_told_of_a_kept_text_too(
     arguments: dict[str, Any] = {"data": {"source": str(bench.text)}, "evaluate": str(bench.text), "steps": 1}
     said = Said(), Said()
     with monkeypatch.context() as stopped:
-        stopped.setattr(prepare_recover, "decide", Mock(side_effect=KeyboardInterrupt))
+        stopped.setattr(prepare_recover, "record", Mock(side_effect=KeyboardInterrupt))
         with pytest.raises(KeyboardInterrupt):
             recover(bench.pruned(), tmp_path / "out", listener=said[0], **arguments)
     report = recover(bench.pruned(), tmp_path / "out", listener=said[1], **arguments)
@@ -761,7 +761,7 @@ def test_documents_shared_with_the_evaluation_are_told_of_a_kept_text_too(
 def test_a_kept_text_of_another_tokenizer_is_cut_again(
     bench: Bench, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(prepare_recover, "decide", Mock(side_effect=KeyboardInterrupt))
+    monkeypatch.setattr(prepare_recover, "record", Mock(side_effect=KeyboardInterrupt))
     other = Path(shutil.copytree(bench.pruned() / "model", tmp_path / "other"))
     content = json.loads((other / "tokenizer.json").read_text())
     vocabulary = content["model"]["vocab"]
