@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 from dataclasses import asdict
 from pathlib import Path
@@ -27,6 +28,7 @@ from fistapruner.recipes.loading import load_recipe_settings, merge
 from fistapruner.runs.layer_records import LayerEntry
 from fistapruner.runs.listener import Listener
 from fistapruner.runs.records import Report
+from fistapruner.runtime import transfers
 from standin.gpu import StandIn
 
 CUDA = torch.device("cuda:0")
@@ -237,8 +239,14 @@ STATES: dict[str, Any] = {
 
 
 def copied(gpu: StandIn) -> set[tuple[str, str]]:
-    """Copies of hidden states between main memory and a device: their direction and their place."""
-    return {(what, place) for what, place in gpu.moved if place.startswith(("activations/", "runtime/transfers"))}
+    """Copies of hidden states between main memory and a device: their direction and their place.
+
+    What ``sent`` copies is small: token ids and the like.
+    """
+    lines, first = inspect.getsourcelines(transfers.sent)
+    small = {f"runtime/transfers.py:{first + line}" for line in range(len(lines))}
+    places = {(what, place) for what, place in gpu.moved if place.startswith(("activations/", "runtime/transfers"))}
+    return {(what, place) for what, place in places if place not in small}
 
 
 def decided(run: Path) -> bool:

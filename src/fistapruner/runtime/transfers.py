@@ -96,7 +96,7 @@ class ToHost:
 
 @contextmanager
 def _on(stream: torch.cuda.Stream, device: torch.device) -> Iterator[None]:
-    """Queue copies on a stream of ``device`` inside the block, with no CUDA context on the GPU that was current.
+    """Queue copies on a stream of ``device``, with no CUDA context on the GPU that was current.
 
     ``torch.cuda.stream`` alone would make one: at its end it sets the stream of the GPU that was current before.
     """
