@@ -193,16 +193,20 @@ class OneWorker:
         """Nothing runs."""
 
 
+def begun_run(gpu: StandIn, model: Path, out: Path, **settings: Any) -> tuple[RunContext, OneWorker]:
+    """A run whose first layer is pruned, and a worker for the others on its GPU."""
+    prune(model, out, only_layers=(0, 0), **settings)
+    work = RunContext.open(out)
+    work.hidden.mkdir(parents=True, exist_ok=True)
+    return work, OneWorker(gpu, Worker(out, "", "cuda:0", Permissions()))
+
+
 def test_processes_that_share_a_gpu_take_turns_with_its_memory(gpu: StandIn, deep: Path, tmp_path: Path) -> None:
     """What passes have freed is there for the workers' first part, and what a part has freed for all.
 
     A group for which a worker has too little is solved all the same.
     """
-    out = tmp_path / "run"
-    prune(deep, out, method="wanda", propagate="pruned", only_layers=(0, 0))
-    work = RunContext.open(out)
-    work.hidden.mkdir(parents=True, exist_ok=True)
-    pool = OneWorker(gpu, Worker(out, "", "cuda:0", Permissions()))
+    work, pool = begun_run(gpu, deep, tmp_path / "run", method="wanda", propagate="pruned")
     before = gpu.emptied
     prune_serially(work, {1}, Listener(), solver=ParallelSolver(pool, work.hidden, work.recipe.steps))
     begun, done = pool.emptied[::2], pool.emptied[1::2]
@@ -218,11 +222,7 @@ def test_processes_that_share_a_gpu_take_turns_with_its_memory(gpu: StandIn, dee
 
 
 def test_memory_of_the_embeddings_is_there_for_the_workers(gpu: StandIn, deep: Path, tmp_path: Path) -> None:
-    out = tmp_path / "run"
-    prune(deep, out, method="magnitude", propagate="dense", only_layers=(0, 0))
-    work = RunContext.open(out)
-    work.hidden.mkdir(parents=True, exist_ok=True)
-    pool = OneWorker(gpu, Worker(out, "", "cuda:0", Permissions()))
+    work, pool = begun_run(gpu, deep, tmp_path / "run", method="magnitude", propagate="dense")
     before = gpu.emptied
     prune_layers_in_parallel(work, {1}, pool, Listener())
     assert pool.emptied[0] > before
