@@ -511,8 +511,11 @@ class LayerwiseModel:
 
     def rounded(self, source: str, tensor: Tensor) -> Tensor:
         """Round ``tensor`` to the narrower of the stored dtype of ``source`` and its dtype in the passes."""
-        stored, loaded = self.checkpoint.entry(source).dtype, loaded_dtype(self.model, self._names[source], self.dtype)
+        stored = self.checkpoint.entry(source).dtype
         tensor = tensor.to(stored)
+        if stored.itemsize <= self.dtype.itemsize:  # no tensor has fewer bits in passes; training asks often
+            return tensor
+        loaded = loaded_dtype(self.model, self._names[source], self.dtype)
         return tensor if stored.itemsize <= loaded.itemsize else tensor.to(loaded)
 
     def result(self, source: str, tensor: Tensor) -> Tensor:

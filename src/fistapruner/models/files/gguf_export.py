@@ -30,6 +30,7 @@ from .gguf import (
     architecture_of,
     check_gguf,
     epsilon,
+    head_width,
     name_map,
     processor_of,
     rotary_width,
@@ -261,8 +262,8 @@ class _Source:
                 raise self._other(f"its {key} is {field.contents()}, that of {self.checkpoint.folder} {count}")
             changed[f"{self.architecture}.{key}"] = count
         if f"{self.architecture}.attention.head_count" in changed:  # llama.cpp would divide the width by it
-            size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-            changed |= {f"{self.architecture}.attention.{each}_length": int(size) for each in ("key", "value")}
+            size = head_width(config)
+            changed |= {f"{self.architecture}.attention.{each}_length": size for each in ("key", "value")}
         return changed
 
     def _compare_settings(self, config: Any) -> None:
