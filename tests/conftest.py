@@ -8,6 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import hypothesis
 import pytest
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -16,6 +17,8 @@ os.environ.setdefault("HF_DATASETS_OFFLINE", "1")
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
 sys.path.insert(0, str(Path(__file__).parent))
+hypothesis.settings.register_profile("same", derandomize="FISTAPRUNER_FUZZ" not in os.environ)
+hypothesis.settings.load_profile("same")  # the same inputs in every run; a fuzz run (tests/fuzz) draws new ones
 
 
 @pytest.fixture(autouse=True)

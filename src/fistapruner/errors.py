@@ -12,8 +12,12 @@ class FistaPrunerError(Exception):
     """An error of the input, the machine or the settings, not of the program.
 
     The message is one line that names the thing, its value and what would be right. The command line prints it and
-    exits with status 2; nothing that was already computed is lost.
+    exits with status 2; nothing that was already computed is lost. Line breaks, control codes and half characters,
+    which a name in somebody's file may hold, are written as escapes.
     """
+
+    def __init__(self, message: str) -> None:
+        super().__init__("".join(c if c.isprintable() else repr(c)[1:-1] for c in message))
 
 
 class OtherRankFailed(FistaPrunerError):

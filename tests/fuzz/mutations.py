@@ -12,7 +12,7 @@ from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 
 EXAMPLES = int(os.environ.get("FISTAPRUNER_FUZZ", "600"))
-"""Mutated inputs for each test. ``FISTAPRUNER_FUZZ=100000 pytest tests/fuzz`` runs many more."""
+"""Mutated inputs for each test, the same in every run; ``FISTAPRUNER_FUZZ=100000 pytest tests/fuzz`` draws new ones."""
 
 fuzz = settings(
     max_examples=EXAMPLES,

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import safetensors.torch
 import torch
-from hypothesis import given
+from hypothesis import example, given
 from mutations import damaged, damaged_json_text, fuzz
 
 from fistapruner import FistaPrunerError
@@ -53,6 +53,8 @@ def read(folder: Path) -> None:
 
 @fuzz
 @given(damaged_json_text(CONFIG))
+@example(json.dumps({**CONFIG, "\n": "some/model"}).encode())
+@example(json.dumps({**CONFIG, "rank_pattern": {"(?\n)": 3}}).encode())
 def test_damaged_config(tmp_path_factory: pytest.TempPathFactory, text: bytes) -> None:
     folder = tmp_path_factory.getbasetemp() / "config"
     folder.mkdir(exist_ok=True)
