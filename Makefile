@@ -16,6 +16,11 @@ WORKERS ?= 2
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[dev]'
 	touch $@
 
+OTHERS := 'importorskip\("(lm_eval|peft|ray|trl)"'
+.venv/others: .venv/installed
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[eval,ray]' 'peft>=0.21' trl
+	touch $@
+
 install: .venv/installed
 
 # Prune SmolLM2-135M to 50 % on the CPU and report; calibration and evaluation texts are disjoint parts of the language
@@ -29,9 +34,11 @@ test: .venv/installed
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) -m 'not real and not slow'
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist loadgroup -m 'real and not slow'
 
-# What takes minutes each: Chromium at every width, lm-eval, Ray, the real model killed three times and resumed.
-test-slow: .venv/installed
+# What takes minutes each (Chromium at every width, lm-eval, Ray, the real model killed three times and resumed), and
+# what runs beside packages that are not installed for the other tests.
+test-slow: .venv/others
 	$(BIN)/python -m pytest -m slow --timeout 3000
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) -m 'not slow' $$(grep -rlE $(OTHERS) tests)
 
 lint: .venv/installed
 	$(BIN)/ruff check .
