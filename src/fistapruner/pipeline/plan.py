@@ -114,8 +114,8 @@ def change_widths(
         The operators in their new shapes, and whose channels are removed; the layout itself and None where none are.
 
     Raises:
-        FistaPrunerError: channels that cannot be removed, an amount that removes none or all of them, or free widths
-            that the pattern may not divide.
+        FistaPrunerError: channels that cannot be removed, an amount that removes none or all of them, free widths that
+            the pattern may not divide, or goa without the operators that write the channels.
     """
     if recipe.structure.remove is None:
         return layout, None
@@ -126,6 +126,14 @@ def change_widths(
             f"{recipe.pattern}): take --sparsity 0%, and prune its result in a second run"
         )
     widths = plan_widths(model, layout, recipe.structure, trust_remote_code=permissions.trust_remote_code)
+    selected = {name for name, _ in layout.operators()}
+    for index, units in enumerate(widths.units) if recipe.structure.method == "goa" else ():
+        for name in chain.from_iterable(unit.producers for unit in units):
+            if (whole := f"{layout.prefix}.{index}.{name}") not in selected:
+                raise FistaPrunerError(
+                    f"structure: targets and ignore leave out {whole}, whose outputs are to be removed, and goa fits "
+                    "and rates it too: leave it in --targets, or take --structure-method obs"
+                )
     patterns = _patterns(recipe, layout)
     for index, units in enumerate(widths.units) if recipe.structure.widths == "free" else ():
         for unit in units:
