@@ -624,14 +624,29 @@ def test_bad_input_is_refused_before_work(
     assert not (tmp_path / "run" / "calibration.safetensors").exists()
 
 
+class Said(Listener):
+    def __init__(self) -> None:
+        self.lines: list[str] = []
+
+    def say(self, message: str) -> None:
+        self.lines.append(message)
+
+
+def test_a_recipe_without_its_structure_has_the_usual_sparsity_and_none_at_all_is_said(tmp_path: Path) -> None:
+    folder = tiny.save("llama", tmp_path / "model", num_hidden_layers=1)
+    settings: dict[str, Any] = {"method": "magnitude", "calibration": SMALL}
+    for recipe in ({"structure": "25%"}, Recipe(structure="25%")):
+        told, out = Said(), tmp_path / type(recipe).__name__
+        report = fp.prune(folder, out, recipe=recipe, structure="none", listener=told, **settings)
+        assert report.recipe["sparsity"] == "50%"
+        assert report.totals.operator_zeros == report.totals.operator_weights // 2
+        assert not [line for line in told.lines if "no weight" in line]
+    told = Said()
+    fp.prune(folder, tmp_path / "dense", sparsity="0%", listener=told, **settings)
+    assert [line for line in told.lines if line == "sparsity 0% and no structure: no weight becomes zero"]
+
+
 def test_zeros_that_removing_channels_does_not_keep_are_said_before_and_in_the_report(tmp_path: Path) -> None:
-    class Said(Listener):
-        def __init__(self) -> None:
-            self.lines: list[str] = []
-
-        def say(self, message: str) -> None:
-            self.lines.append(message)
-
     folder = tiny.save("llama", tmp_path / "model", num_hidden_layers=2)
     settings: dict[str, Any] = {"calibration": {"source": "python", "samples": 2, "seqlen": 16}}
     fp.prune(folder, tmp_path / "zeros", method="magnitude", sparsity="2:4", **settings)
